@@ -1,0 +1,94 @@
+"""Command-line overrides before Hydra sees them: ``model=<name or folder>``, and the jobs of a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, QuotedString
+from hydra.errors import HydraException
+
+from fedzo.errors import ConfigError
+
+
+def rewrite_model(overrides: Sequence[str], options: Sequence[str]) -> list[str]:
+    """Turn ``model=<hub name or local folder>`` into ``model=hf model.name=...``; sweeps ``model=a,b`` too.
+
+    Args:
+        overrides: Hydra overrides as typed.
+        options: The known options of the group ``model``, which stay as they are.
+
+    Raises:
+        ConfigError: a sweep mixes options and names.
+    """
+    rewritten = []
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        names = _choices(text, value) if key == "model" and equals else []
+        unknown = [name for name in names if name not in options]
+        if not unknown:
+            rewritten.append(text)
+        elif len(unknown) < len(names):
+            raise ConfigError(
+                f"{text}: a sweep over models must hold either options of the group ({', '.join(options)}) or names, "
+                f"got both. Write model=hf model.name=<name>,<name>."
+            )
+        else:
+            rewritten += ["model=hf", "model.name=" + ",".join(_quoted(name) for name in names)]
+    return rewritten
+
+
+def _choices(text: str, value: str) -> list[str]:
+    """The values of a choice; a value outside Hydra's grammar (a space, ``~``) is one name as it stands."""
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException:
+        return [value]
+    if override.is_choice_sweep():
+        return [_text(each) for each in override.sweep_iterator()]
+    if override.is_sweep_override() or override.value() is None:  # glob(...): only over options; null: no choice
+        return []
+    return [_text(override.value())]
+
+
+def _text(value: object) -> str:
+    return value.text if isinstance(value, QuotedString) else str(value)
+
+
+def _quoted(name: str) -> str:
+    return "'" + name.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def with_config_dir(overrides: Sequence[str], folder: str | None) -> list[str]:
+    """Add a folder of the user's own YAML files to Hydra's search path.
+
+    Raises:
+        ConfigError: the folder does not exist.
+    """
+    if folder is None:
+        return list(overrides)
+    path = Path(folder).expanduser().resolve()
+    if not path.is_dir():
+        raise ConfigError(f"--config-dir must name a folder of YAML files, got {folder!r}. Check the path.")
+    return [*overrides, f"hydra.searchpath=[{_quoted(f'file://{path}')}]"]
+
+
+def split_jobs(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of every job of a sweep, in Hydra's order; needs an initialised Hydra (``load.session``).
+
+    Raises:
+        ConfigError: an override cannot be read, or is not a sweep that Hydra's basic sweeper knows.
+    """
+    try:
+        batches = BasicSweeper.split_arguments(_parse(overrides), None)
+    except HydraException as error:
+        raise ConfigError(f"The sweep cannot be read: {error}") from error
+    return [job for batch in batches for job in batch]
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    loader = GlobalHydra.instance().config_loader()
+    return OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))

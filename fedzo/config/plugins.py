@@ -1,0 +1,40 @@
+"""Which config class stands behind each option of a group: the one table that loading, travel and listing read."""
+
+from __future__ import annotations
+
+from fedzo.data.config import DataConfig, TaskConfig
+from fedzo.fl.config import StrategyConfig
+from fedzo.models.config import ModelConfig
+from fedzo.registry import load_plugins
+from fedzo.report.config import ReportConfig
+from fedzo.runtime.config import InlineConfig, LocalConfig, RayConfig
+from fedzo.zo.config import SgdConfig, TwoPointConfig
+
+PLAIN: dict[str, type] = {
+    "model": ModelConfig,
+    "task": TaskConfig,
+    "data": DataConfig,
+    "strategy": StrategyConfig,
+    "report": ReportConfig,
+}
+"""Groups with one class; their options are presets in YAML."""
+
+_CLOSED: dict[str, dict[str, type]] = {
+    "estimator": {"two_point": TwoPointConfig},
+    "optimizer": {"sgd": SgdConfig},
+    "runtime": {"inline": InlineConfig, "ray": RayConfig, "local": LocalConfig},
+}
+
+
+def plugin_classes() -> dict[str, dict[str, type]]:
+    """Per group whose options differ in class: option name -> config class, with installed third parties' plugins."""
+    from fedzo.data.partition import PARTITIONERS
+    from fedzo.trainers import TRAINERS
+
+    load_plugins()
+    return {"partition": dict(PARTITIONERS), "trainer": dict(TRAINERS), **_CLOSED}
+
+
+def plugin_name(group: str, config: object) -> str | None:
+    """Option name of a plugin's config, ``None`` if its class is not registered in this group."""
+    return next((name for name, cls in plugin_classes()[group].items() if cls is type(config)), None)

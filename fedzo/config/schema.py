@@ -1,0 +1,38 @@
+"""The whole configuration of a run, assembled from its owners' dataclasses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fedzo.data.config import DataConfig, IidConfig, PartitionConfig, TaskConfig
+from fedzo.fl.config import EvaluationConfig, FaultsConfig, FlConfig, StrategyConfig
+from fedzo.models.config import ModelConfig
+from fedzo.report.config import ReportConfig
+from fedzo.runtime.config import InlineConfig, RuntimeConfig
+from fedzo.trainers.config import MeerkatConfig, TrainerConfig
+from fedzo.zo.config import EstimatorConfig, OptimizerConfig, SgdConfig, TwoPointConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """One run. The site-local keys (``device``, ``threads``, ``data.path``, ``runtime``, ``report``) do not enter its hash."""
+
+    seed: int = 0
+    """The run seed (unsigned 64 bit): directions, data order and client sampling follow from it."""
+    device: str = "auto"
+    """``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
+    threads: int = 0
+    """CPU threads of torch and Numba, 0 = all cores. Same threads, same bits."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    partition: PartitionConfig = field(default_factory=IidConfig)
+    trainer: TrainerConfig = field(default_factory=MeerkatConfig)
+    estimator: EstimatorConfig = field(default_factory=TwoPointConfig)
+    optimizer: OptimizerConfig = field(default_factory=SgdConfig)
+    fl: FlConfig = field(default_factory=FlConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
+    runtime: RuntimeConfig = field(default_factory=InlineConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)

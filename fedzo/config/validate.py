@@ -1,0 +1,239 @@
+"""The rules that types cannot say. Every broken rule is reported, never only the first."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from fedzo.config.plugins import plugin_classes, plugin_name
+from fedzo.config.schema import RunConfig
+from fedzo.data.config import (
+    DirichletConfig,
+    ExtremeConfig,
+    Loss,
+    NaturalConfig,
+    ShardsConfig,
+    TaskConfig,
+    TaskKind,
+)
+from fedzo.fl.config import FaultsConfig, FlConfig
+from fedzo.runtime.config import LocalConfig, RayConfig
+from fedzo.trainers.config import Calibration, MeerkatConfig
+from fedzo.zo.config import SgdConfig, TwoPointConfig
+
+EMBEDDED_TASKS = ("rotten_tomatoes",)
+"""Tasks whose rows come with fedzo, so that they need no ``data.path``."""
+
+
+class Problem(NamedTuple):
+    """One broken rule; ``key`` is the setting to change."""
+
+    key: str
+    text: str
+
+
+def problems(config: RunConfig) -> list[Problem]:
+    """Every broken rule that shows in the settings alone, on any machine."""
+    sections = (_run, _model, _task, _data, _partition, _trainer, _steps, _fl, _strategy, _evaluation, _runtime)
+    return [problem for section in sections for problem in section(config)]
+
+
+def missing_files(config: RunConfig) -> list[Problem]:
+    """Files that the settings name and this machine does not have."""
+    named = [("data.path", config.data.path, "Give the folder or file with the rows.")]
+    if config.model.name.startswith(("/", "./", "../", "~")):
+        named.append(("model.name", config.model.name, "Give a model folder, or a hub name."))
+    if isinstance(config.trainer, MeerkatConfig):
+        named.append(("trainer.mask_path", config.trainer.mask_path, "Make one with `fedzo mask --out FILE`."))
+        named.append(("trainer.calibration_path", config.trainer.calibration_path, "Give the calibration text."))
+    return [
+        _problem(key, "name something that exists", path, remedy)
+        for key, path, remedy in named
+        if path is not None and not Path(path).expanduser().exists()
+    ]
+
+
+def _problem(key: str, rule: str, value: object, remedy: str) -> Problem:
+    shown = str(value) if isinstance(value, int | float) else repr(value)
+    return Problem(key, f"{key} must {rule}, got {shown}. {remedy}")
+
+
+def _at_least(key: str, value: int, least: int, remedy: str) -> Iterator[Problem]:
+    if value < least:
+        yield _problem(key, f"be >= {least}", value, remedy)
+
+
+def _positive(key: str, value: float, remedy: str) -> Iterator[Problem]:
+    if not (math.isfinite(value) and value > 0):
+        yield _problem(key, "be > 0 and finite", value, remedy)
+
+
+def _not_negative(key: str, value: float, remedy: str) -> Iterator[Problem]:
+    if not (math.isfinite(value) and value >= 0):
+        yield _problem(key, "be >= 0 and finite", value, remedy)
+
+
+def _seed(key: str, value: int) -> Iterator[Problem]:
+    if not 0 <= value < 2**64:
+        yield _problem(key, "be an unsigned 64-bit integer (0 to 2**64 - 1)", value, "Choose a smaller seed.")
+
+
+def _run(config: RunConfig) -> Iterator[Problem]:
+    for group, options in plugin_classes().items():
+        chosen = getattr(config, group)
+        if plugin_name(group, chosen) is None:
+            names = ", ".join(sorted(options))
+            yield _problem(group, f"be one of {names}", type(chosen).__name__, f"Write {group}=<option>.")
+    yield from _seed("seed", config.seed)
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?|mps", config.device):
+        yield _problem("device", "be auto, cpu, cuda, cuda:<index> or mps", config.device, "auto takes the best there is.")
+    yield from _at_least("threads", config.threads, 0, "0 means all cores.")
+
+
+def _model(config: RunConfig) -> Iterator[Problem]:
+    model = config.model
+    if not model.name.strip():
+        yield _problem("model.name", "be a hub name or a local folder", model.name, "Write model=<name or folder>.")
+    yield from _at_least("model.max_length", model.max_length, 1, "It counts tokens.")
+    if model.tokens_per_batch < model.max_length:
+        yield _problem(
+            "model.tokens_per_batch",
+            f"be >= model.max_length ({model.max_length}), so that one sequence fits",
+            model.tokens_per_batch,
+            "Raise it, or lower model.max_length.",
+        )
+
+
+def _task(config: RunConfig) -> Iterator[Problem]:
+    task = config.task
+    if not task.template:
+        yield _problem("task.template", "not be empty", task.template, "Choose a task=<option>, or write a template.")
+    if task.kind is TaskKind.candidates:
+        yield from _candidates(task)
+    else:
+        if not task.answer:
+            remedy = "Name the answer's column, as in task.answer='{answer}'."
+            yield _problem("task.answer", f"not be empty for task.kind={task.kind}", task.answer, remedy)
+        if task.loss is Loss.candidates:
+            remedy = "Write task.loss=lm."
+            yield _problem("task.loss", f"be lm for task.kind={task.kind}, which has no candidates", "candidates", remedy)
+    yield from _at_least("task.max_new_tokens", task.max_new_tokens, 1, "It counts generated tokens.")
+
+
+def _candidates(task: TaskConfig) -> Iterator[Problem]:
+    if len(task.candidates) < 2:
+        rule = "hold at least 2 answers for task.kind=candidates"
+        yield _problem("task.candidates", rule, task.candidates, "List the answers in the order of the labels.")
+    if task.labels and len(task.labels) != len(task.candidates):
+        rule = f"hold one value per candidate ({len(task.candidates)})"
+        yield _problem("task.labels", rule, task.labels, "Or leave it empty when the column holds indices.")
+    if not task.label:
+        yield _problem("task.label", "name the column of the right answer", task.label, "Set it to a column of the rows.")
+
+
+def _data(config: RunConfig) -> Iterator[Problem]:
+    data = config.data
+    if data.path is None and config.task.name not in EMBEDDED_TASKS:
+        rule = f"be given for the task {config.task.name!r} (only {', '.join(EMBEDDED_TASKS)} is embedded)"
+        yield _problem("data.path", rule, None, "Write data.path=<folder or file with the rows>.")
+    yield from _at_least("data.num_train", data.num_train, 0, "0 means all rows.")
+    yield from _at_least("data.num_dev", data.num_dev, 0, "It counts rows.")
+    yield from _at_least("data.num_test", data.num_test, 0, "It counts rows.")
+    yield from _seed("data.split_seed", data.split_seed)
+
+
+def _partition(config: RunConfig) -> Iterator[Problem]:
+    partition = config.partition
+    yield from _at_least("partition.min_rows", partition.min_rows, 1, "Every client needs a row.")
+    if not 0 <= partition.holdout < 1:
+        remedy = "It is the share of rows kept from training; 0 keeps none."
+        yield _problem("partition.holdout", "be >= 0 and < 1", partition.holdout, remedy)
+    match partition:
+        case DirichletConfig():
+            yield from _positive("partition.alpha", partition.alpha, "Smaller is less IID; 0.5 is usual.")
+        case ShardsConfig():
+            yield from _at_least("partition.shards_per_client", partition.shards_per_client, 1, "2 is usual.")
+        case ExtremeConfig() if not 0 <= partition.num_extreme <= config.fl.num_clients:
+            rule = f"be between 0 and fl.num_clients ({config.fl.num_clients})"
+            yield _problem("partition.num_extreme", rule, partition.num_extreme, "Lower it or add clients.")
+        case NaturalConfig() if not partition.column:
+            remedy = "Write partition.column=<column>."
+            yield _problem("partition.column", "name the column that tells clients apart", partition.column, remedy)
+
+
+def _trainer(config: RunConfig) -> Iterator[Problem]:
+    trainer = config.trainer
+    yield from _not_negative("trainer.lr", trainer.lr, "0 trains nothing.")
+    yield from _positive("trainer.eps", trainer.eps, "1e-3 is usual.")
+    if not isinstance(trainer, MeerkatConfig):
+        return
+    if not 0 < trainer.density <= 1:
+        yield _problem("trainer.density", "be > 0 and <= 1", trainer.density, "0.001 trains one weight in a thousand.")
+    yield from _at_least("trainer.calibration_docs", trainer.calibration_docs, 1, "It counts documents.")
+    yield from _at_least("trainer.calibration_tokens", trainer.calibration_tokens, 1, "It counts tokens a document.")
+    if trainer.calibration is Calibration.file and trainer.calibration_path is None:
+        remedy = "Write trainer.calibration_path=<text file>, or choose another trainer.calibration."
+        yield _problem("trainer.calibration_path", "be given for trainer.calibration=file", None, remedy)
+
+
+def _steps(config: RunConfig) -> Iterator[Problem]:
+    if isinstance(config.estimator, TwoPointConfig):
+        yield from _positive("estimator.eps", config.estimator.eps, "1e-3 is usual.")
+        yield from _at_least("estimator.num_probes", config.estimator.num_probes, 1, "A step needs a direction.")
+    if isinstance(config.optimizer, SgdConfig):
+        yield from _not_negative("optimizer.lr", config.optimizer.lr, "0 trains nothing.")
+
+
+def _fl(config: RunConfig) -> Iterator[Problem]:
+    fl = config.fl
+    yield from _at_least("fl.num_clients", fl.num_clients, 1, "A federation needs a client.")
+    yield from _at_least("fl.rounds", fl.rounds, 1, "A run needs a round.")
+    yield from _at_least("fl.local_steps", fl.local_steps, 1, "1 synchronises after every step.")
+    yield from _at_least("fl.batch_size", fl.batch_size, 1, "It counts a client's rows of a step.")
+    yield from _at_least("fl.hash_every", fl.hash_every, 1, "1 compares the full hash every round.")
+    yield from _faults(config.faults, fl)
+
+
+def _faults(faults: FaultsConfig, fl: FlConfig) -> Iterator[Problem]:
+    for entry in faults.absent:
+        match = re.fullmatch(r"(\d{1,9})@(\d{1,9})", entry)
+        if match is None:
+            yield _problem("faults.absent", "hold entries '<client>@<round>'", entry, "For example faults.absent=['3@1'].")
+        elif int(match[1]) >= fl.num_clients or int(match[2]) >= fl.rounds:
+            rule = f"name a client below fl.num_clients ({fl.num_clients}) and a round below fl.rounds ({fl.rounds})"
+            yield _problem("faults.absent", rule, entry, "Both count from 0.")
+
+
+def _strategy(config: RunConfig) -> Iterator[Problem]:
+    strategy, num_clients = config.strategy, config.fl.num_clients
+    if not 0 <= strategy.clients_per_round <= num_clients:
+        rule = f"be between 0 (all) and fl.num_clients ({num_clients})"
+        yield _problem("strategy.clients_per_round", rule, strategy.clients_per_round, "Lower it or raise fl.num_clients.")
+    sampled = strategy.clients_per_round or num_clients
+    if not 1 <= strategy.min_replies <= max(sampled, 1):
+        rule = f"be between 1 and the clients of a round ({sampled})"
+        yield _problem("strategy.min_replies", rule, strategy.min_replies, "Lower it, or sample more clients.")
+    yield from _positive("strategy.deadline_s", strategy.deadline_s, "It counts seconds.")
+    yield from _positive("strategy.startup_s", strategy.startup_s, "It counts seconds.")
+    yield from _positive("strategy.max_abs_g", strategy.max_abs_g, "Choose a large number to refuse nothing.")
+
+
+def _evaluation(config: RunConfig) -> Iterator[Problem]:
+    evaluation = config.evaluation
+    yield from _at_least("evaluation.every_rounds", evaluation.every_rounds, 0, "0 scores only at the end.")
+    every = evaluation.federated_every_rounds
+    yield from _at_least("evaluation.federated_every_rounds", every, -1, "0 scores only at the end, -1 never.")
+    yield from _at_least("evaluation.federated_max_rows", evaluation.federated_max_rows, 1, "It counts rows a client.")
+
+
+def _runtime(config: RunConfig) -> Iterator[Problem]:
+    match config.runtime:
+        case RayConfig() as ray:
+            yield from _positive("runtime.num_cpus_per_client", ray.num_cpus_per_client, "1 is usual.")
+            yield from _not_negative("runtime.num_gpus_per_client", ray.num_gpus_per_client, "0 uses the CPU.")
+            yield from _at_least("runtime.num_actors", ray.num_actors, 1, "It counts processes.")
+        case LocalConfig() as local:
+            yield from _positive("runtime.startup_s", local.startup_s, "It counts seconds.")

@@ -1,0 +1,1 @@
+"""Tasks, files, partitions and the order of rows."""

@@ -1,0 +1,220 @@
+"""One federation from first score to last: what the ServerApp runs, on every runtime."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from fedzo.data.example import Example
+from fedzo.fl.roster import Roster
+from fedzo.fl.server import Server, Sink
+from fedzo.fl.store import RunStore, best_round
+from fedzo.models.evaluate import evaluate, merge_records
+from fedzo.report.html import write_report
+from fedzo.report.sinks import ProgressSink, TensorBoardSink
+from fedzo.site import Site, process_site, two_point
+from fedzo.trainers import Workplace
+from fedzo.zo.config import SgdConfig
+
+Record = dict[str, Any]
+
+
+class Sinks:
+    """Several sinks as one."""
+
+    def __init__(self, sinks: list[Sink]) -> None:
+        self._sinks = sinks
+
+    def write(self, record: Record) -> None:
+        """Give the record to every sink."""
+        for sink in self._sinks:
+            sink.write(record)
+
+    def close(self) -> None:
+        """Close them all."""
+        for sink in self._sinks:
+            sink.close()
+
+
+def run_federation(grid: Any, config_json: str, run_dir: Path) -> None:
+    """Run, or go on with, the federation of a configuration; everything it leaves is in ``run_dir``."""
+    site = process_site(config_json)
+    with ExitStack() as stack:
+        store = RunStore(run_dir)
+        stack.callback(store.close)
+        Federation(grid, site, store, stack).run()
+    if site.config.report.html:
+        write_report(run_dir)
+
+
+class Federation:
+    """The course of one run at the server."""
+
+    def __init__(self, grid: Any, site: Site, store: RunStore, stack: ExitStack) -> None:
+        config = site.config
+        self._site = site
+        self._config = config
+        self._store = store
+        started, before = time.monotonic(), max((line["seconds"] for line in store.metrics), default=0.0)
+        self._elapsed: Callable[[], float] = lambda: before + time.monotonic() - started
+        self._progress = ProgressSink(config.fl.rounds, completed=len(store.records), enabled=config.report.progress)
+        sinks: list[Sink] = [self._progress]
+        if config.report.tensorboard:
+            sinks.append(TensorBoardSink(store.folder))
+        self._sinks = Sinks([store, *sinks])  # type: ignore[list-item]
+        for sink in sinks:
+            stack.callback(sink.close)
+        self._server = self._make_server(grid)
+
+    def run(self) -> None:
+        """Scores before, rounds, scores after."""
+        config, server = self._config, self._server
+        server.roster.wait(server.grid, timeout_s=config.strategy.startup_s)
+        server.catch_up()
+        self._write_setup()
+        if server.round == 0:
+            self._score("test", rounds=0)
+            self._score("dev", rounds=0)
+        else:
+            self._scores_due()  # those that a killed run still owed
+        while server.round < config.fl.rounds:
+            server.run_round()
+            self._scores_due()
+        best = best_round(self._store)
+        server.replica.goto(best, self._store.records)
+        self._score("test", rounds=best)
+        self._write_summary(best)
+
+    # --- beginning
+
+    def _make_server(self, grid: Any) -> Server:
+        config, site = self._config, self._site
+        with self._progress.phase("preparing " + type(config.trainer).__name__.removesuffix("Config").lower()) as advance:
+            artifact = site.trainer.prepare(
+                site.loaded,
+                Workplace(folder=self._store.folder, seed=config.seed, texts=site.train_prompts, advance=advance),
+            )
+        replica = site.worker.build(artifact)
+        replica.reset()
+        assert isinstance(config.optimizer, SgdConfig)
+        return Server(
+            grid=grid,
+            roster=Roster(num_clients=config.fl.num_clients, identity=site.worker.identity),
+            replica=replica,
+            store=self._store,
+            artifact=artifact,
+            run_seed=config.seed,
+            fl=config.fl,
+            strategy=config.strategy,
+            lr=config.optimizer.lr,
+            num_probes=two_point(config).num_probes,
+            sink=self._sinks,
+            elapsed=self._elapsed,
+            shuffle_replies=config.faults.shuffle_replies,
+        )
+
+    def _write_setup(self) -> None:
+        if any(line["kind"] == "setup" for line in self._store.metrics):
+            return
+        server = self._server
+        self._sinks.write(
+            {
+                "kind": "setup",
+                "seconds": self._elapsed(),
+                "trainer": type(self._config.trainer).__name__.removesuffix("Config").lower(),
+                "num_params": sum(p.numel() for p in self._site.loaded.model.parameters()),
+                "space_size": server.replica.space.size,
+                "setup_down_bytes": len(server.artifact),
+                "clients": [
+                    {
+                        "client": client,
+                        "num_train": hello.num_train,
+                        "num_heldout": hello.num_heldout,
+                        "label_counts": server.roster.label_counts(client),
+                    }
+                    for client, hello in sorted(server.roster.hellos.items())
+                ],
+            }
+        )
+
+    # --- scores
+
+    def _examples(self, split: str) -> list[Example]:
+        rows = self._site.splits.dev if split == "dev" else self._site.splits.test
+        return self._site.encode(rows)
+
+    def _score(self, split: str, *, rounds: int) -> None:
+        """Score the replica, which must be at ``rounds``, unless that was done before the run was resumed."""
+        if not self._config.evaluation.central or self._find(split, rounds):
+            return
+        examples = self._examples(split)
+        with self._progress.phase(f"scoring {split}", len(examples)) as advance:
+            score = evaluate(
+                self._site.loaded,
+                examples,
+                self._config.task,
+                tokens_per_batch=self._config.model.tokens_per_batch,
+                on_batch=advance,
+            )
+        head = {"kind": "score", "seconds": self._elapsed(), "split": split, "round": rounds}
+        self._sinks.write({**head, **score.to_record()})
+
+    def _scores_due(self) -> None:
+        done, total, evaluation = self._server.round, self._config.fl.rounds, self._config.evaluation
+        if _due(done, evaluation.every_rounds, total):
+            self._score("dev", rounds=done)
+        if evaluation.federated_every_rounds >= 0 and _due(done, evaluation.federated_every_rounds, total):
+            self._federated_score()
+
+    def _federated_score(self) -> None:
+        evaluation = self._config.evaluation
+        if any(line["kind"] == "federated_score" and line["round"] == self._server.round for line in self._store.metrics):
+            return
+        replies = self._server.federated_scores(max_rows=evaluation.federated_max_rows)
+        records = {client: json.loads(reply.score) for client, reply in replies.items()}
+        scored = {client: record for client, record in records.items() if record}
+        if not scored:
+            return
+        head = {"kind": "federated_score", "seconds": self._elapsed(), "round": self._server.round}
+        clients = [{"client": client, **scored[client]} for client in sorted(scored)]
+        worst = min(entry["value"] for entry in clients)
+        merged = merge_records(list(scored.values()))
+        self._sinks.write({**head, **merged, "worst_client": worst, "clients": clients})
+
+    def _find(self, split: str, rounds: int) -> Record | None:
+        for line in self._store.metrics:
+            if line["kind"] == "score" and line["split"] == split and line["round"] == rounds:
+                return line
+        return None
+
+    # --- end
+
+    def _write_summary(self, best: int) -> None:
+        rounds = [line for line in self._store.metrics if line["kind"] == "round"]
+        totals = {
+            name: sum(line[name] for line in rounds)
+            for name in ("payload_up_bytes", "payload_down_bytes", "message_up_bytes", "message_down_bytes")
+        }
+        self._sinks.write(
+            {
+                "kind": "summary",
+                "seconds": self._elapsed(),
+                "rounds": self._server.round,
+                "best_round": best,
+                "before": self._find("test", 0),
+                "after": self._find("test", best),
+                "final_digest": self._store.rounds[-1]["digest"],
+                "dropped_probes": sum(line["dropped_probes"] for line in rounds),
+                **totals,
+            }
+        )
+
+
+def _due(done: int, every: int, rounds: int) -> bool:
+    return done == rounds or (every > 0 and done % every == 0)
+
+

@@ -1,0 +1,89 @@
+"""What a user can say about the federation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Seeds(StrEnum):
+    """Who shares a step's directions."""
+
+    shared = "shared"
+    """All clients of a round: one direction a step, tiny downlink."""
+    per_client = "per_client"
+    """Each client its own: K directions a step, K times the downlink scalars."""
+
+
+class Transport(StrEnum):
+    """How an absent client catches up."""
+
+    scalars = "scalars"
+    """It replays the log it missed."""
+    values = "values"
+    """It receives the trained values (float32) themselves."""
+
+
+@dataclass(kw_only=True, slots=True)
+class FlConfig:
+    """The federation's rounds."""
+
+    num_clients: int = 8
+    rounds: int = 75
+    local_steps: int = 1
+    """T: steps a client makes between two synchronisations."""
+    batch_size: int = 2
+    """Rows a client uses for one step."""
+    seeds: Seeds = Seeds.shared
+    transport: Transport = Transport.scalars
+    hash_every: int = 25
+    """Every so many rounds the full SHA-256 of the trained values is compared, a 4-byte check in between."""
+
+
+class Weighting(StrEnum):
+    """Weights of the clients in the mean."""
+
+    uniform = "uniform"
+    size = "size"
+    """By the number of training rows declared at registration."""
+
+
+@dataclass(kw_only=True, slots=True)
+class StrategyConfig:
+    """How the server runs a round."""
+
+    weighting: Weighting = Weighting.uniform
+    clients_per_round: int = 0
+    """Clients sampled a round, 0 = all."""
+    min_replies: int = 1
+    """Fewest good replies for a round to count; fewer end the run with an error."""
+    deadline_s: float = 600.0
+    """A round closes with the replies that came by then."""
+    startup_s: float = 300.0
+    """How long the server waits for ``fl.num_clients`` clients to register."""
+    max_abs_g: float = 1e6
+    """A reply with a larger |g| is refused."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluationConfig:
+    """What is scored, and how often."""
+
+    every_rounds: int = 25
+    """Central score on the dev rows every so many rounds, 0 = only at the end."""
+    central: bool = True
+    """Whether the server holds dev and test rows (a real federation's server may hold none)."""
+    federated_every_rounds: int = 0
+    """Clients score their own held-out rows every so many rounds; 0 = only at the end, -1 = never."""
+    federated_max_rows: int = 64
+    """Most held-out rows a client scores."""
+
+
+@dataclass(kw_only=True, slots=True)
+class FaultsConfig:
+    """Planned faults, to rehearse a federation before it is real. They are part of the run's identity."""
+
+    absent: list[str] = field(default_factory=list)
+    """``"<client>@<round>"``: this client fails in this round."""
+    shuffle_replies: bool = False
+    """Handle the replies of each round in a shuffled order (the result must not change)."""

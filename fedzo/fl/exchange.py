@@ -1,0 +1,103 @@
+"""Asking clients and waiting for them: push, short polls, a deadline. Bad answers are named, never fatal."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+from flwr.app import Message, RecordDict
+
+from fedzo.errors import ProtocolError
+from fedzo.fl.wire import decode, encode, message_bytes
+
+log = logging.getLogger(__name__)
+R = TypeVar("R")
+POLL_S = 0.05
+
+
+class Grid(Protocol):
+    """The part of Flower's Grid that a federation needs."""
+
+    def get_node_ids(self) -> object: ...
+    def push_messages(self, messages: list[Message]) -> object: ...
+    def pull_messages(self, message_ids: list[str]) -> object: ...
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Bytes of message contents between server and clients, as Flower counts them."""
+
+    up_bytes: int = 0
+    down_bytes: int = 0
+
+
+@dataclass(slots=True)
+class Answers(Generic[R]):
+    """Replies by client index, and why the others have none."""
+
+    replies: dict[int, R] = field(default_factory=dict)
+    refused: dict[int, str] = field(default_factory=dict)
+
+
+def ask(
+    grid: Grid,
+    requests: Mapping[int, object],
+    *,
+    nodes: Mapping[int, int],
+    message_type: str,
+    reply_type: type[R],
+    deadline_s: float,
+    traffic: Traffic,
+    on_reply: Callable[[int], None] = lambda client: None,
+) -> Answers[R]:
+    """Send each client its request and collect the replies that come before the deadline.
+
+    Args:
+        grid: Flower's grid.
+        requests: Message by client index.
+        nodes: Flower node id by client index.
+        message_type: ``train``, ``evaluate``, ``query.hello`` or ``query.install``.
+        reply_type: Class of a good reply.
+        deadline_s: Seconds to wait.
+        traffic: Where bytes are counted.
+        on_reply: Called with a client's index when its answer, good or bad, is in.
+    """
+    answers: Answers[R] = Answers()
+    messages, clients = [], []
+    for client, request in requests.items():
+        if client not in nodes:
+            answers.refused[client] = "not connected"
+            continue
+        content = encode(request)
+        traffic.down_bytes += message_bytes(content)
+        messages.append(Message(content, dst_node_id=nodes[client], message_type=message_type))
+        clients.append(client)
+    pending = dict(zip(map(str, grid.push_messages(messages)), clients, strict=True)) if messages else {}  # type: ignore[call-overload]
+    ends = time.monotonic() + deadline_s
+    while pending and time.monotonic() < ends:
+        got = list(grid.pull_messages(list(pending)))  # type: ignore[call-overload]
+        for message in got:
+            client = pending.pop(message.metadata.reply_to_message_id)
+            try:
+                answers.replies[client] = _read(message, reply_type, traffic)
+            except ProtocolError as error:
+                answers.refused[client] = str(error)
+                log.warning("client %d: reply refused: %s", client, error)
+            on_reply(client)
+        if not got:
+            time.sleep(POLL_S)
+    for client in pending.values():
+        answers.refused[client] = f"no reply within {deadline_s:g} s"
+        log.warning("client %d: no reply within %g s", client, deadline_s)
+    return answers
+
+
+def _read(message: Message, reply_type: type[R], traffic: Traffic) -> R:
+    if message.has_error():
+        raise ProtocolError(f"client failed: {message.error.reason or message.error.code}")
+    content: RecordDict = message.content
+    traffic.up_bytes += message_bytes(content)
+    return decode(reply_type, content)

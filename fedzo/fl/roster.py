@@ -1,0 +1,121 @@
+"""Who takes part: registration of clients by their index, never by Flower's random node ids."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import dataclass, field
+
+from fedzo.errors import ProtocolError
+from fedzo.fl.client import Identity
+from fedzo.fl.exchange import Grid, Traffic, ask
+from fedzo.fl.wire import PROTOCOL, Hello, HelloReply
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Roster:
+    """The clients that have registered.
+
+    Attributes:
+        nodes: Flower node id of each client that is connected.
+        hellos: Registration of each client, also of those that left.
+        traffic: Bytes of registration, apart from the rounds.
+    """
+
+    num_clients: int
+    identity: Identity
+    nodes: dict[int, int] = field(default_factory=dict)
+    hellos: dict[int, HelloReply] = field(default_factory=dict)
+    traffic: Traffic = field(default_factory=Traffic)
+    _rejected: set[int] = field(default_factory=set)
+
+    def wait(self, grid: Grid, *, timeout_s: float) -> None:
+        """Register until all clients are here.
+
+        Raises:
+            ProtocolError: A client does not mean the same run, or some are missing when time is up.
+        """
+        ends = time.monotonic() + timeout_s
+        while len(self.nodes) < self.num_clients:
+            self._register(grid, timeout_s=max(1.0, ends - time.monotonic()), strict=True)
+            if len(self.nodes) < self.num_clients:
+                if time.monotonic() > ends:
+                    missing = sorted(set(range(self.num_clients)) - set(self.nodes))
+                    raise ProtocolError(
+                        f"strategy.startup_s: {self.num_clients} clients must register within {timeout_s:g} s, but clients "
+                        f"{missing} did not. Start them, raise strategy.startup_s, or lower fl.num_clients."
+                    )
+                time.sleep(0.1)
+
+    def refresh(self, grid: Grid, *, timeout_s: float) -> list[int]:
+        """Between rounds: forget nodes that left, register new ones (a client that comes back has a new node id).
+
+        Returns:
+            The clients that registered anew.
+        """
+        present = _node_ids(grid)
+        self.nodes = {client: node for client, node in self.nodes.items() if node in present}
+        return self._register(grid, timeout_s=timeout_s, strict=False)
+
+    def label_counts(self, client: int) -> dict[str, int]:
+        """Label counts that a client declared."""
+        counts = json.loads(self.hellos[client].label_counts)
+        return {str(label): int(count) for label, count in counts.items()}
+
+    def _register(self, grid: Grid, *, timeout_s: float, strict: bool) -> list[int]:
+        new = sorted(_node_ids(grid) - set(self.nodes.values()) - self._rejected)
+        # before a node has said who it is, its node id stands in for its index
+        answers = ask(
+            grid,
+            dict.fromkeys(new, Hello(config_hash=self.identity.config_hash)),
+            nodes={node: node for node in new},
+            message_type="query.hello",
+            reply_type=HelloReply,
+            deadline_s=timeout_s,
+            traffic=self.traffic,
+        )
+        joined = []
+        for node, reply in sorted(answers.replies.items(), key=lambda item: item[1].client):
+            problem = self._problem(reply, taken=strict and reply.client in self.nodes)
+            if problem and strict:
+                raise ProtocolError(problem)
+            if problem:
+                log.warning("node %d is not let in: %s", node, problem)
+                self._rejected.add(node)
+                continue
+            self.hellos[reply.client] = reply
+            self.nodes[reply.client] = node
+            joined.append(reply.client)
+        for node, reason in answers.refused.items():
+            log.warning("node %d did not register: %s", node, reason)
+        return joined
+
+    def _problem(self, reply: HelloReply, *, taken: bool) -> str:
+        """Why this client cannot take part, or an empty string: all peers must mean the same run."""
+        mine = self.identity
+        for what, ours, theirs in (
+            ("protocol", str(PROTOCOL), str(reply.protocol)),
+            ("configuration", mine.config_hash, reply.config_hash),
+            ("base weights", mine.base_digest, reply.base_digest),
+            ("tokenizer", mine.tokenizer_digest, reply.tokenizer_digest),
+            ("task", mine.task_digest, reply.task_digest),
+        ):
+            if ours != theirs:
+                return (
+                    f"client {reply.client}: its {what} must be the server's ({ours[:12]}), got {theirs[:12]}. "
+                    "Give both sides the same model, task and configuration."
+                )
+        if not 0 <= reply.client < self.num_clients:
+            return f"client index must be in 0..{self.num_clients - 1}, got {reply.client}. Check the site's partition-id."
+        if reply.num_train < 1:
+            return f"client {reply.client}: it must have at least one training row, got {reply.num_train}."
+        if taken:
+            return f"client index {reply.client} is taken twice. Give each site its own partition-id."
+        return ""
+
+
+def _node_ids(grid: Grid) -> set[int]:
+    return {int(node) for node in grid.get_node_ids()}  # type: ignore[attr-defined]

@@ -1,0 +1,325 @@
+"""The server's round loop.
+
+::
+
+    server                                                   client k
+    ------                                                   --------
+    sample clients of round r
+    TrainRequest {r, T, lr, used rows, log suffix,       ->  replay the suffix, compare hashes
+                  hash chain, check, [artifact]}             T times: g = (loss+ - loss-) / 2 eps on the next rows
+                                                         <-  TrainReply {T x P scalars, losses, flags}
+    refuse what cannot be used; c = weighted mean of g
+    commit to the log (fsync); theta -= lr c z
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from fedzo.errors import FedzoError, ProtocolError
+from fedzo.fl.aggregate import ClientResult, aggregate, check_reply, sample_clients
+from fedzo.fl.client import space_id
+from fedzo.fl.config import FlConfig, Seeds, StrategyConfig, Transport, Weighting
+from fedzo.fl.exchange import Grid, Traffic, ask
+from fedzo.fl.replica import Replica
+from fedzo.fl.roster import Roster
+from fedzo.fl.store import RunStore
+from fedzo.fl.wire import EvaluateReply, EvaluateRequest, Status, Sync, TrainReply, TrainRequest
+from fedzo.zo.directions import PURPOSE_SAMPLING, permutation, stream_key
+from fedzo.zo.path import RoundRecord, pack
+
+log = logging.getLogger(__name__)
+ATTEMPTS = 4  # a first request, and one each for a missing space, a gap in the log and a wrong hash
+
+
+class FederationError(FedzoError):
+    """The federation cannot go on; what was committed is kept."""
+
+
+class Sink(Protocol):
+    """Takes metric records."""
+
+    def write(self, record: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass(slots=True)
+class Server:
+    """One run at the server: its log, its replica and what it knows of the clients.
+
+    Attributes:
+        replica: The server's own copy of the model, always at the end of the log between rounds.
+        artifact: What clients need beside the model to build the space.
+        sink: Where metric records go.
+        elapsed: Seconds since the run started.
+    """
+
+    grid: Grid
+    roster: Roster
+    replica: Replica
+    store: RunStore
+    artifact: bytes
+    run_seed: int
+    fl: FlConfig
+    strategy: StrategyConfig
+    lr: float
+    num_probes: int
+    sink: Sink
+    elapsed: Callable[[], float]
+    shuffle_replies: bool = False
+    _acked: dict[int, int] = field(default_factory=dict)
+    _equipped: set[int] = field(default_factory=set)
+    _digests: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def round(self) -> int:
+        """Rounds that are committed."""
+        return len(self.store.records)
+
+    def catch_up(self) -> None:
+        """After opening an old log: replay it, and prove the result by its last check."""
+        self.replica.goto(self.round, self.store.records)
+        if self.store.rounds:
+            check_line(self.replica, self.store.rounds[-1])
+
+    def run_round(self) -> RoundRecord:
+        """One round, from sampling to the committed record.
+
+        Raises:
+            FederationError: Fewer than ``strategy.min_replies`` clients gave an answer that can be used.
+        """
+        started = time.monotonic()
+        number = self.round
+        for client in self.roster.refresh(self.grid, timeout_s=self.strategy.deadline_s):
+            self._forget(client)
+        sampled = sample_clients(
+            run_seed=self.run_seed,
+            round=number,
+            num_clients=self.fl.num_clients,
+            clients_per_round=self.strategy.clients_per_round,
+        )
+        used = self._steps_used()
+        traffic = Traffic()
+        requests = {
+            client: TrainRequest(steps=self.fl.local_steps, used=used.get(client, 0), lr=float(np.float32(self.lr)))
+            for client in sampled
+        }
+        replies, refused = self._ask(requests, TrainReply, message_type="train", traffic=traffic)
+        results: dict[int, ClientResult] = {}
+        for client, reply in replies.items():
+            try:
+                results[client] = check_reply(
+                    reply, steps=self.fl.local_steps, probes=self.num_probes, max_abs_g=self.strategy.max_abs_g
+                )
+            except ProtocolError as error:
+                refused[client] = str(error)
+                log.warning("round %d, client %d: reply refused: %s", number, client, error)
+        if len(results) < self.strategy.min_replies:
+            why = "; ".join(f"client {client}: {reason}" for client, reason in sorted(refused.items()))
+            raise FederationError(
+                f"round {number}: strategy.min_replies = {self.strategy.min_replies} usable replies are needed, got "
+                f"{len(results)} ({why}). The log is kept: mend the clients and `fedzo resume` the run."
+            )
+        record = aggregate(
+            results,
+            self._weights(),
+            round=number,
+            lr=float(np.float32(self.lr)),
+            steps=self.fl.local_steps,
+            probes=self.num_probes,
+            seeds=self.fl.seeds,
+        )
+        self._commit(record, results, refused, used)
+        self.sink.write(self._round_metrics(record, results, refused, traffic, time.monotonic() - started))
+        return record
+
+    def federated_scores(self, *, max_rows: int) -> Mapping[int, EvaluateReply]:
+        """Every connected client's score of the present model on its own held-out rows."""
+        requests = {client: EvaluateRequest(max_rows=max_rows) for client in sorted(self.roster.nodes)}
+        replies, refused = self._ask(requests, EvaluateReply, message_type="evaluate", traffic=Traffic())
+        for client, reason in refused.items():
+            log.warning("client %d was not scored: %s", client, reason)
+        return replies
+
+    # --- asking
+
+    def _ask(self, requests: Mapping[int, Any], reply_type: type[Any], *, message_type: str, traffic: Traffic) -> Any:
+        """Ask clients at the present state; help those that cannot reach it, at most once for each kind of trouble."""
+        replies: dict[int, Any] = {}
+        refused: dict[int, str] = {}
+        help_with: dict[int, dict[str, Any]] = {client: {} for client in requests}
+        for _ in range(ATTEMPTS):
+            filled = {client: self._fill(requests[client], client, **extra) for client, extra in help_with.items()}
+            answers = ask(
+                self.grid,
+                filled,
+                nodes=self.roster.nodes,
+                message_type=message_type,
+                reply_type=reply_type,
+                deadline_s=self.strategy.deadline_s,
+                traffic=traffic,
+            )
+            refused.update(answers.refused)
+            again: dict[int, dict[str, Any]] = {}
+            for client, reply in answers.replies.items():
+                if reply.status is Status.ok:
+                    replies[client] = reply
+                    self._acked[client] = self.round
+                    self._equipped.add(client)
+                else:
+                    again[client] = self._remedy(client, reply, help_with[client])
+            help_with = again
+            if not help_with:
+                break
+        refused.update(dict.fromkeys(help_with, "could not reach the server's state"))
+        ordered = sorted(replies)
+        if self.shuffle_replies:
+            key = stream_key(self.run_seed, round=self.round, owner=0)
+            ordered = [ordered[i] for i in permutation(key, len(ordered), purpose=PURPOSE_SAMPLING)]
+        return {client: replies[client] for client in ordered}, refused
+
+    def _remedy(self, client: int, reply: Any, before: dict[str, Any]) -> dict[str, Any]:
+        if reply.status is Status.bare:
+            return {**before, "artifact": True, "from_round": 0}
+        if reply.status is Status.behind:
+            return {**before, "from_round": 0 if "from_round" in before else reply.position}
+        log.warning("round %d, client %d: its state is not the server's; sending it the values", self.round, client)
+        return {**before, "values": True}
+
+    def _fill(
+        self, request: Any, client: int, *, artifact: bool = False, from_round: int | None = None, values: bool = False
+    ) -> Any:
+        """Add to a request how the client gets to the present state."""
+        values = values or (self.fl.transport is Transport.values and self.round > 0)
+        start = self._acked.get(client, 0) if from_round is None else from_round
+        sync = Sync(
+            config_hash=self.roster.identity.config_hash,
+            space_id=space_id(self.artifact),
+            artifact=self.artifact if artifact or client not in self._equipped else b"",
+            round=self.round,
+            from_round=self.round if values else start,
+            log=b"" if values else pack(self.store.records[start:]),
+            values=self.replica.space.values().astype("<f4").tobytes() if values else b"",
+            chain=self.replica.chain.hex(),
+            check=self.replica.space.check(),
+            digest=self._digest() if self.round % self.fl.hash_every == 0 else "",
+        )
+        return replace(request, **{name: getattr(sync, name) for name in Sync.__dataclass_fields__})
+
+    def _digest(self) -> str:
+        if self.round not in self._digests:
+            self._digests = {self.round: self.replica.space.digest()}
+        return self._digests[self.round]
+
+    def _forget(self, client: int) -> None:
+        """A client came back as a new process: it starts from its base model."""
+        self._acked.pop(client, None)
+        self._equipped.discard(client)
+
+    # --- committing
+
+    def _steps_used(self) -> dict[int, int]:
+        used: dict[int, int] = {}
+        for line in self.store.audit:
+            for entry in line["clients"]:
+                used[entry["client"]] = entry["used"] + entry["steps"]
+        return used
+
+    def _weights(self) -> dict[int, float]:
+        """Fixed at registration, never taken from a reply."""
+        if self.strategy.weighting is Weighting.uniform:
+            return dict.fromkeys(range(self.fl.num_clients), 1.0)
+        return {client: float(hello.num_train) for client, hello in self.roster.hellos.items()}
+
+    def _commit(
+        self, record: RoundRecord, results: Mapping[int, ClientResult], refused: Mapping[int, str], used: Mapping[int, int]
+    ) -> None:
+        # the replica moves first, since the line carries its check; it is rebuilt from the log if the line is not written
+        self.replica.advance([record])
+        last = record.round + 1 == self.fl.rounds
+        proof = {
+            "attendance": sorted(results),
+            "chain": self.replica.chain.hex(),
+            "check": self.replica.space.check(),
+            "digest": self.replica.space.digest() if last or (record.round + 1) % self.fl.hash_every == 0 else None,
+        }
+        weights = self._weights()
+        audit = {
+            "round": record.round,
+            "clients": [
+                {
+                    "client": client,
+                    "g": results[client].g.astype(float).tolist(),
+                    "loss": results[client].loss.astype(float).tolist(),
+                    "dropped": results[client].dropped.tolist(),
+                    "steps": self.fl.local_steps,
+                    "used": used.get(client, 0),
+                    "weight": weights[client],
+                    "end_check": results[client].end_check,
+                }
+                for client in sorted(results)
+            ],
+            "refused": {str(client): reason for client, reason in sorted(refused.items())},
+        }
+        self.store.commit(record, proof=proof, audit=audit)
+
+    def _round_metrics(
+        self,
+        record: RoundRecord,
+        results: Mapping[int, ClientResult],
+        refused: Mapping[int, str],
+        traffic: Traffic,
+        round_seconds: float,
+    ) -> dict[str, Any]:
+        losses = {client: _mean(results[client].loss) for client in sorted(results)}
+        abs_g = {client: float(np.abs(results[client].g).mean()) for client in sorted(results)}
+        scalars = 4 * self.fl.local_steps * self.num_probes
+        owners = 1 if self.fl.seeds is Seeds.shared else len(results)
+        down = 4 * self.replica.space.size if self.fl.transport is Transport.values else scalars * owners
+        return {
+            "kind": "round",
+            "seconds": self.elapsed(),
+            "round": record.round,
+            "loss": _mean(np.array(list(losses.values()))),
+            "mean_abs_g": float(np.mean(list(abs_g.values()))),
+            "payload_up_bytes": scalars * len(results),
+            "payload_down_bytes": down * len(results),
+            "message_up_bytes": traffic.up_bytes,
+            "message_down_bytes": traffic.down_bytes,
+            "round_seconds": round_seconds,
+            "dropped_probes": int(sum(result.dropped.sum() for result in results.values())),
+            "absent": sorted(refused),
+            "refused": {str(client): reason for client, reason in sorted(refused.items())},
+            "clients": [
+                {"client": client, "loss": losses[client], "abs_g": abs_g[client], "steps": self.fl.local_steps}
+                for client in sorted(results)
+            ],
+        }
+
+
+def check_line(replica: Replica, line: Mapping[str, Any]) -> None:
+    """Compare a replica with the proof in the log line that it has just applied.
+
+    Raises:
+        ProtocolError: The log does not lead to the state that it claims.
+    """
+    got = {"chain": replica.chain.hex(), "check": replica.space.check()}
+    if line["digest"] is not None:
+        got["digest"] = replica.space.digest()
+    for what, value in got.items():
+        if line[what] != value:
+            raise ProtocolError(
+                f"log, round {line['round']}: {what} must be {line[what]}, but replaying gives {value}. "
+                "The base model, the mask or the log is not the run's."
+            )
+
+
+def _mean(values: np.ndarray) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.astype(np.float64).mean()) if finite.size else float("nan")

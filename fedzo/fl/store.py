@@ -1,0 +1,167 @@
+"""The run folder's logs: durable, and repaired after a kill at any instant.
+
+``public.jsonl`` rebuilds the model and is what clients download; ``audit.jsonl`` also holds every client's scalars. A round is
+committed by its public line, written (fsync) after its audit line and before anything else is done with the round.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from fedzo.errors import RunFolderError
+from fedzo.zo.path import RoundRecord
+
+PUBLIC, AUDIT, METRICS = "public.jsonl", "audit.jsonl", "metrics.jsonl"
+
+
+class RunStore:
+    """Append-only logs of one run. Opening it drops what a killed process left half written.
+
+    Args:
+        folder: The run folder; made if it is not there.
+
+    Raises:
+        RunFolderError: The folder cannot be written, or another process is using it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with _Explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._public = _Lines(folder / PUBLIC)
+            self._lock()
+            self._audit = _Lines(folder / AUDIT)
+            self._metrics = _Lines(folder / METRICS)
+            self.rounds = [dict(line) for line in self._public.lines]
+            self.records = [RoundRecord.from_json(line) for line in self.rounds]
+            done = len(self.records)
+            self._audit.keep(lambda line: line["round"] < done)
+            self._metrics.keep(lambda line: _belongs(line, done))
+
+    @property
+    def audit(self) -> list[dict[str, Any]]:
+        """Audit lines of the committed rounds."""
+        return self._audit.lines
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """Metric records so far."""
+        return self._metrics.lines
+
+    def commit(self, record: RoundRecord, *, proof: dict[str, Any], audit: dict[str, Any]) -> None:
+        """Make a round part of the run. ``proof`` joins the public line (check, digest, chain, attendance)."""
+        line = {**record.to_json(), **proof}
+        with _Explained(self.folder):
+            self._audit.append(audit, durable=True)
+            self._public.append(line, durable=True)
+        self.records.append(record)
+        self.rounds.append(line)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a metric record (a sink)."""
+        with _Explained(self.folder):
+            self._metrics.append(record, durable=False)
+
+    def close(self) -> None:
+        """Close the files; the lock goes with them."""
+        for lines in (self._public, self._audit, self._metrics):
+            lines.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._public.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunFolderError(f"run folder {self.folder}: another process is using it. Wait for it, or end it.") from error
+
+
+def best_round(store: RunStore) -> int:
+    """The round with the best dev value (among equals the lower loss, then the earlier one); the last without dev scores."""
+    scores = [line for line in store.metrics if line["kind"] == "score" and line["split"] == "dev"]
+    if not scores:
+        return len(store.records)
+    best = max(scores, key=lambda line: (line["value"], -(line["loss"] or math.inf), -line["round"]))
+    return int(best["round"])
+
+
+class _Explained:
+    """Turns an OSError on the run folder into one that says what to do."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError) and not isinstance(error, RunFolderError):
+            raise RunFolderError(
+                f"run folder {self._folder}: cannot write ({error.strerror or error}). What was committed is kept: "
+                "free space or mend the permissions, then `fedzo resume` it, or choose another folder with hydra.run.dir=..."
+            ) from error
+
+
+class _Lines:
+    """A JSON-lines file open for appending; an unfinished last line is cut off when it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("a+b")
+        self._file.seek(0)
+        data = self._file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        if whole != data:
+            self._file.truncate(len(whole))
+        try:
+            self.lines: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
+        except json.JSONDecodeError as error:
+            raise RunFolderError(f"{path}: not a log of JSON lines ({error}). Restore the file from a copy.") from error
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def append(self, line: dict[str, Any], *, durable: bool) -> None:
+        text = json.dumps(_without_nan(line), allow_nan=False, separators=(",", ":"))
+        self._file.write(text.encode() + b"\n")
+        self._file.flush()
+        if durable:
+            os.fsync(self._file.fileno())
+        self.lines.append(line)
+
+    def keep(self, wanted: Any) -> None:
+        """Drop the lines that are not wanted."""
+        kept = [line for line in self.lines if wanted(line)]
+        if len(kept) == len(self.lines):
+            return
+        self._file.truncate(0)
+        self.lines = []
+        for line in kept:
+            self.append(line, durable=False)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _belongs(line: dict[str, Any], done: int) -> bool:
+    """Whether a metric record is about the committed part of the run; the summary is always written anew."""
+    kind = line.get("kind")
+    if kind == "round":
+        return bool(line["round"] < done)
+    if kind in ("score", "federated_score"):
+        return bool(line["round"] <= done)
+    return kind != "summary"
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no nan: it becomes null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return value

@@ -1,0 +1,1 @@
+"""Causal language models: loading, the loss on answer tokens, scores, generation."""

@@ -1,0 +1,32 @@
+"""What a user can say about the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class DType(StrEnum):
+    """The dtype in which the model's weights are held for the forward pass."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """A causal language model that transformers can load."""
+
+    name: str = "smollm2-135m"
+    """``smollm2-135m`` (the embedded model), a hub name, or a local folder."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    gguf_file: str | None = None
+    """Name of a GGUF file inside ``name``, if the weights are stored so."""
+    dtype: DType = DType.float32
+    """Dtype of the frozen weights; trained values always have a float32 master."""
+    max_length: int = 512
+    """Longest sequence in tokens; a longer prompt loses its beginning."""
+    tokens_per_batch: int = 4096
+    """Most tokens (padding included) in one forward; larger batches are split."""

@@ -1,0 +1,85 @@
+"""Digests of what a peer holds: base weights as stored, and the tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Entry = tuple[str, str, tuple[int, ...], str]
+"""Name, dtype as safetensors writes it, shape, SHA-256 of the little-endian bytes."""
+
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+
+
+def weights_digest(files: Iterable[Path], *, tied: Mapping[str, str] | None = None) -> str:
+    """SHA-256 over the tensors of safetensors files, whatever their order and sharding, before any cast.
+
+    Args:
+        files: All shards.
+        tied: Names that the model takes from another tensor, and that tensor's name; they do not count if it is stored.
+
+    Returns:
+        Hex digest over the sorted lines ``name dtype shape sha256(bytes)``.
+    """
+    entries = {entry[0]: entry for file in files for entry in _stored(file)}
+    return _digest([entry for name, entry in entries.items() if (tied or {}).get(name) not in entries])
+
+
+def parameters_digest(named: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """As ``weights_digest`` for tensors in memory; a tensor met twice counts once."""
+    unique = {id(tensor): (name, tensor) for name, tensor in named}
+    return _digest([_entry(name, tensor) for name, tensor in unique.values()])
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 over vocabulary, special tokens and chat template as canonical JSON."""
+    held = {
+        "vocabulary": tokenizer.get_vocab(),
+        "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "chat_template": getattr(tokenizer, "chat_template", None),
+    }
+    text = json.dumps(held, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _digest(entries: list[Entry]) -> str:
+    lines = (f"{name} {dtype} {'x'.join(map(str, shape))} {digest}\n" for name, dtype, shape, digest in sorted(entries))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _stored(path: Path) -> list[Entry]:
+    """Hashes the tensors of one file in threads, straight from the page cache: hashlib lets go of the interpreter."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        header_bytes = int.from_bytes(mapped[:8], "little")
+        header: dict[str, Any] = json.loads(mapped[8 : 8 + header_bytes])
+        header.pop("__metadata__", None)
+
+        def entry(item: tuple[str, Any]) -> Entry:
+            name, info = item
+            low, high = (8 + header_bytes + offset for offset in info["data_offsets"])
+            with memoryview(mapped) as view, view[low:high] as part:
+                digest = hashlib.sha256(part).hexdigest()
+            return name, info["dtype"], tuple(info["shape"]), digest
+
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            return list(pool.map(entry, header.items()))
+
+
+def _entry(name: str, tensor: torch.Tensor) -> Entry:
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    dtype = _DTYPES.get(tensor.dtype, str(tensor.dtype))
+    return name, dtype, tuple(tensor.shape), hashlib.sha256(flat.data).hexdigest()

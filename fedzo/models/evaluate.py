@@ -1,0 +1,160 @@
+"""Scores of a model on examples: accuracy, token F1, ROUGE-L."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedzo.data.config import Loss, TaskConfig, TaskKind
+from fedzo.data.example import Example
+from fedzo.data.metrics import auc, best_threshold_accuracy, rouge_l, token_f1
+from fedzo.errors import ConfigError
+from fedzo.models.generate import generate
+from fedzo.models.load import LoadedModel
+from fedzo.models.scoring import OnBatch, candidate_scores, choice_losses, forward_cost, mean_loss
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How a model did.
+
+    Attributes:
+        metric: ``accuracy``, ``token_f1`` or ``rouge_l``.
+        value: The metric's mean over examples, 0 to 1.
+        loss: The task's loss, mean over examples.
+        num_examples: How many.
+        per_class: Of each label: right answers and examples (candidates only).
+        auc: Area under the ROC curve (two candidates and both labels there only).
+        best_threshold_accuracy: Accuracy at the threshold that suits these examples best (two candidates only).
+    """
+
+    metric: str
+    value: float
+    loss: float
+    num_examples: int
+    per_class: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    auc: float | None = None
+    best_threshold_accuracy: float | None = None
+
+    def to_record(self) -> dict[str, Any]:
+        """Plain values for JSON; a number that is not finite becomes null."""
+        return {
+            "metric": self.metric,
+            "value": _finite(self.value),
+            "loss": _finite(self.loss),
+            "num_examples": self.num_examples,
+            "per_class": {str(label): list(counts) for label, counts in sorted(self.per_class.items())},
+            "auc": _finite(self.auc),
+            "best_threshold_accuracy": _finite(self.best_threshold_accuracy),
+        }
+
+
+def evaluate(
+    loaded: LoadedModel,
+    examples: Sequence[Example],
+    task: TaskConfig,
+    *,
+    tokens_per_batch: int,
+    on_batch: OnBatch | None = None,
+) -> Score:
+    """Score a model on examples.
+
+    Args:
+        loaded: The model.
+        examples: At least one.
+        task: Says how answers are judged: ``candidates`` by accuracy, ``generation`` by token F1 of the first line that the model
+            writes, ``instruction`` by ROUGE-L of its whole answer.
+        tokens_per_batch: Most tokens in one forward.
+        on_batch: Called with sequences (answers, when they are written) done and in total.
+
+    Returns:
+        The score.
+
+    Raises:
+        ConfigError: There is no example.
+    """
+    if not examples:
+        raise ConfigError("evaluate needs at least one example, got none. Check the split's size.")
+    if task.kind is not TaskKind.candidates:
+        return _score_answers(loaded, examples, task, tokens_per_batch=tokens_per_batch, on_batch=on_batch)
+    scores = candidate_scores(
+        loaded,
+        examples,
+        tokens_per_batch=tokens_per_batch,
+        full_vocabulary=task.loss is Loss.lm,
+        forward_cost_tokens=forward_cost(loaded.device),
+        on_batch=on_batch,
+    )
+    return score_candidates(scores, [example.label for example in examples], loss=task.loss)
+
+
+def score_candidates(scores: npt.NDArray[np.float32], labels: Sequence[int], *, loss: Loss) -> Score:
+    """The score of candidate scores [num_examples, candidates] against the right candidates; ties go to the first."""
+    wanted = np.asarray(labels)
+    right = scores.argmax(axis=1) == wanted
+    right &= np.isfinite(scores[np.arange(len(wanted)), wanted])
+    losses = -scores[np.arange(len(wanted)), wanted] if loss is Loss.lm else choice_losses(scores, labels)
+    two = scores.shape[1] == 2 and bool(np.isfinite(scores).all())
+    margin = scores[:, 1] - scores[:, 0] if two else None
+    return Score(
+        metric="accuracy",
+        value=float(right.mean()),
+        loss=float(losses.mean(dtype=np.float64)),
+        num_examples=len(wanted),
+        per_class={int(c): (int(right[wanted == c].sum()), int((wanted == c).sum())) for c in np.unique(wanted)},
+        auc=None if margin is None else auc(margin, wanted),
+        best_threshold_accuracy=None if margin is None else best_threshold_accuracy(margin, wanted),
+    )
+
+
+def merge_scores(scores: Sequence[Score]) -> Score:
+    """The score of all examples together, from the parts that clients report; what needs the examples themselves is ``None``.
+
+    Raises:
+        ConfigError: There is no score, or they are of different metrics.
+    """
+    metrics = {score.metric for score in scores}
+    if len(metrics) != 1:
+        raise ConfigError(f"scores to merge must share one metric, got {sorted(metrics) or 'none'}.")
+    weights = np.array([score.num_examples for score in scores], dtype=np.float64)
+    per_class: dict[int, tuple[int, int]] = {}
+    for score in scores:
+        for label, (right, total) in score.per_class.items():
+            before = per_class.get(label, (0, 0))
+            per_class[label] = (before[0] + right, before[1] + total)
+    return Score(
+        metric=metrics.pop(),
+        value=float(np.dot(weights, [score.value for score in scores]) / weights.sum()),
+        loss=float(np.dot(weights, [score.loss for score in scores]) / weights.sum()),
+        num_examples=int(weights.sum()),
+        per_class=per_class,
+    )
+
+
+def _score_answers(
+    loaded: LoadedModel, examples: Sequence[Example], task: TaskConfig, *, tokens_per_batch: int, on_batch: OnBatch | None
+) -> Score:
+    written = task.kind is TaskKind.generation
+    answers = generate(
+        loaded,
+        [example.prompt for example in examples],
+        max_new_tokens=task.max_new_tokens,
+        tokens_per_batch=tokens_per_batch,
+        stop_at_newline=written,
+        on_batch=on_batch,
+    )
+    judge = token_f1 if written else rouge_l
+    values = [judge(answer, example.reference) for answer, example in zip(answers, examples, strict=True)]
+    cost = forward_cost(loaded.device)
+    loss = mean_loss(loaded, examples, loss=Loss.lm, tokens_per_batch=tokens_per_batch, forward_cost_tokens=cost)
+    return Score(
+        metric="token_f1" if written else "rouge_l", value=float(np.mean(values)), loss=loss, num_examples=len(examples)
+    )
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and np.isfinite(value) else None

@@ -1,0 +1,84 @@
+"""Greedy generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from transformers import GenerationConfig
+
+from fedzo.errors import ConfigError
+from fedzo.models.load import LoadedModel
+from fedzo.models.scoring import FEW_FORWARDS, plan_batches
+
+
+@torch.inference_mode()
+def generate(
+    loaded: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    tokens_per_batch: int,
+    stop_at_newline: bool = False,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """The most probable next tokens of each prompt, as text; no randomness is drawn.
+
+    Args:
+        loaded: The model.
+        prompts: Token ids of each prompt, none empty.
+        max_new_tokens: Longest answer.
+        tokens_per_batch: Most tokens held at once: prompts padded, plus the new ones.
+        stop_at_newline: Keep the first line of an answer only.
+        on_batch: Called after each batch with prompts done and in total.
+
+    Returns:
+        The answers in the order of the prompts, without special tokens and outer white space.
+
+    Raises:
+        ConfigError: A prompt is empty.
+    """
+    if not all(prompts):
+        raise ConfigError("every prompt must have at least one token, got an empty one. Check the task's template.")
+    tokenizer = loaded.tokenizer
+    ends = _end_tokens(loaded)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        eos_token_id=sorted(ends | (_newline(tokenizer) if stop_at_newline else set())) or None,
+        pad_token_id=pad,
+    )
+    answers = [""] * len(prompts)
+    num_done = 0
+    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
+    for batch in plan_batches(lengths, tokens_per_batch=tokens_per_batch, forward_cost_tokens=FEW_FORWARDS):
+        width = max(len(prompts[i]) for i in batch)
+        ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in batch])
+        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
+        output = cast(Any, loaded.model).generate(
+            ids.to(loaded.device), attention_mask=mask.to(loaded.device), generation_config=settings
+        )
+        for i, tokens in zip(batch, output[:, width:].tolist(), strict=True):
+            text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            answers[i] = text.split("\n", 1)[0].rstrip() if stop_at_newline else text
+        num_done += len(batch)
+        if on_batch is not None:
+            on_batch(num_done, len(prompts))
+    return answers
+
+
+def _end_tokens(loaded: LoadedModel) -> set[int]:
+    """What ends an answer: the tokenizer's end, and those of the model (a chat model may have several)."""
+    named = getattr(cast(Any, loaded.model).generation_config, "eos_token_id", None)
+    ends = {named} if isinstance(named, int) else set(named or ())
+    return ends | ({loaded.tokenizer.eos_token_id} - {None})
+
+
+def _newline(tokenizer: Any) -> set[int]:
+    """The token of a line's end if it is one; otherwise the text is cut afterwards."""
+    tokens = tokenizer.encode("\n", add_special_tokens=False)
+    return set(tokens) if len(tokens) == 1 else set()

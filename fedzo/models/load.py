@@ -1,0 +1,177 @@
+"""Loading a causal language model: device, dtype, digests of what was stored."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fedzo.errors import ConfigError
+from fedzo.models.config import DType, ModelConfig
+from fedzo.models.digest import file_digest, parameters_digest, tokenizer_digest, weights_digest
+from fedzo.models.head import check_head
+from fedzo.models.source import Source, find_source, forget_gguf
+
+logger = logging.getLogger(__name__)
+
+_TORCH_DTYPES = {DType.float32: torch.float32, DType.bfloat16: torch.bfloat16, DType.float16: torch.float16}
+
+
+@dataclass(slots=True)
+class ForwardCounter:
+    """What the model was asked to do since it was loaded."""
+
+    num_forwards: int = 0
+    num_tokens: int = 0
+    """Tokens run, padding included."""
+    num_padding: int = 0
+    num_head_rows: int = 0
+    """Positions that paid for the LM head."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A frozen model in evaluation mode, its tokenizer, and digests of both as stored.
+
+    Attributes:
+        model: The model; no parameter requires a gradient.
+        tokenizer: A transformers tokenizer.
+        device: Where the model is.
+        base_digest: SHA-256 of the stored weights, whatever the dtype they are held in.
+        tokenizer_digest: SHA-256 of vocabulary, special tokens and chat template.
+        source: Folder or hub name they came from.
+        read_weights: Reads the base weights again, by parameter name.
+        direct_head: Whether the LM head may be applied apart (``head.check_head``).
+        counter: Forwards and tokens so far.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    device: torch.device
+    base_digest: str
+    tokenizer_digest: str
+    source: str
+    read_weights: Callable[[], dict[str, torch.Tensor]] | None = None
+    direct_head: bool = True
+    counter: ForwardCounter = field(default_factory=ForwardCounter)
+
+    def reload_weights(self) -> None:
+        """Write the base weights back into the model, in place.
+
+        Raises:
+            ConfigError: The model was not loaded from a source that can be read again.
+        """
+        if self.read_weights is None:
+            raise ConfigError(f"model {self.source!r} must come from load_model to be read again; it was made in memory.")
+        weights = self.read_weights()
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(weights[name])
+
+
+def load_model(config: ModelConfig, *, device: str = "auto") -> LoadedModel:
+    """Load the model that ``config`` names: the embedded one, a local folder, or a hub name.
+
+    Args:
+        config: Which model, and in which dtype.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+
+    Returns:
+        The model in evaluation mode, without gradients or cache.
+
+    Raises:
+        ConfigError: It cannot be found, read, held on that device, or used at ``max_length``.
+    """
+    where = resolve_device(device)
+    source = find_source(config)
+    dtype = _TORCH_DTYPES[DType(config.dtype)]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.name, **source.arguments())
+        model = _read(source, dtype)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise ConfigError(
+            f"model.name {config.name!r} must hold a causal language model and a tokenizer that transformers can load. "
+            f"It says: {reason}"
+        ) from error
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(longest, int) and config.max_length > longest:
+        raise ConfigError(f"model.max_length must be <= {longest} for {config.name!r}, got {config.max_length}. Lower it.")
+    model.to(where)
+    if source.gguf_file is None:
+        digest = weights_digest(source.files, tied=model.all_tied_weights_keys)
+    else:
+        digest = file_digest(source.files[0])
+
+    def read_weights() -> dict[str, torch.Tensor]:
+        return dict(_read(source, dtype).named_parameters())
+
+    return _wrap(model, tokenizer, device=where, digest=digest, source=config.name, read_weights=read_weights)
+
+
+def wrap_model(model: Any, tokenizer: Any, *, source: str = "memory") -> LoadedModel:
+    """Make a ``LoadedModel`` of a model built in memory, where it is; it keeps a copy of the weights for ``reload_weights``."""
+    kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    digest = parameters_digest(model.named_parameters())
+    device = next(model.parameters()).device
+    return _wrap(model, tokenizer, device=device, digest=digest, source=source, read_weights=lambda: kept)
+
+
+def resolve_device(device: str) -> torch.device:
+    """The torch device that ``device`` names; ``auto`` takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        ConfigError: The name is unknown or the device is not on this machine.
+    """
+    present = [name for name, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())) if there]
+    present.append("cpu")
+    if device == "auto":
+        return torch.device(present[0])
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device must be auto, cpu, cuda, cuda:<index> or mps, got {device!r}.") from error
+    if found.type not in present or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
+        raise ConfigError(f"device must be on this machine ({', '.join(present)}), got {device!r}. Use device=auto.")
+    return found
+
+
+def _read(source: Source, dtype: torch.dtype) -> Any:
+    arguments = source.arguments()
+    if source.gguf_file is None:
+        arguments["use_safetensors"] = True
+    model = AutoModelForCausalLM.from_pretrained(source.name, dtype=dtype, attn_implementation="sdpa", **arguments)
+    if source.gguf_file is not None:
+        forget_gguf(model)
+    return model
+
+
+def _wrap(
+    model: Any,
+    tokenizer: Any,
+    *,
+    device: torch.device,
+    digest: str,
+    source: str,
+    read_weights: Callable[[], dict[str, torch.Tensor]],
+) -> LoadedModel:
+    model.eval()
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        device=device,
+        base_digest=digest,
+        tokenizer_digest=tokenizer_digest(tokenizer),
+        source=source,
+        read_weights=read_weights,
+        direct_head=check_head(model),
+    )

@@ -1,0 +1,156 @@
+"""Estimates made before a run starts: memory of a step, tokens that fit in one forward, seconds.
+
+The memory of a forward-only step, in bytes (w = bytes of a weight):
+
+    weights      every parameter once
+    activations  tokens * w * (6 * hidden + 3 * intermediate)      one layer's at a time: nothing is kept for a backward pass
+    head         head_rows * vocabulary * (4 + w), the logits and their float32 copy, at most 256 MiB of the float32
+    masked       space_size * 20           master, index, direction and two scratch values of each trained number
+    full         3 * the largest weight in float32 (perturbed copy and scratch), and one copy of the weights if local_steps > 1
+
+It is an upper estimate for attention kernels that do not write their scores down (sdpa, which ``load_model`` asks for).
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal, cast
+
+import psutil
+import torch
+from torch import nn
+
+from fedzo.errors import ConfigError
+from fedzo.models.head import hidden_at
+from fedzo.models.load import LoadedModel
+
+SpaceKind = Literal["masked", "full"]
+
+_LOGITS_BYTES = 256 << 20
+_MASKED_BYTES = 20
+_SHARE = 0.9  # of what is available: allocators keep some
+
+
+def weights_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters, tied ones once; works on the meta device, too."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def estimate_step_memory_bytes(
+    model: nn.Module,
+    *,
+    batch_tokens: int,
+    space: SpaceKind,
+    local_steps: int = 1,
+    space_size: int = 0,
+    head_rows: int = 0,
+) -> int:
+    """Peak bytes of a step, weights included, by the formula above.
+
+    Args:
+        model: A causal language model, loaded or on the meta device.
+        batch_tokens: Padded tokens of one forward.
+        space: What is trained.
+        local_steps: Steps between two synchronisations.
+        space_size: Trained numbers (masked).
+        head_rows: Positions that pay for the whole LM head; 0 where candidates are single tokens.
+
+    Returns:
+        Bytes.
+    """
+    largest = max(parameter.numel() for parameter in model.parameters())
+    width = next(model.parameters()).element_size()
+    config = _text_config(model)
+    activations = batch_tokens * width * (6 * _hidden(config) + 3 * _intermediate(config))
+    logits = head_rows * int(getattr(config, "vocab_size", 0))
+    head = min(4 * logits, _LOGITS_BYTES) * (4 + width) // 4
+    if space == "masked":
+        trained = _MASKED_BYTES * space_size
+    else:
+        trained = 3 * 4 * largest + (weights_bytes(model) if local_steps > 1 else 0)
+    return weights_bytes(model) + activations + head + trained
+
+
+def available_memory_bytes(device: torch.device) -> int:
+    """Bytes that can still be taken on a device: free memory of the GPU, or the machine's available memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def fit_tokens_per_batch(
+    model: nn.Module,
+    *,
+    wanted: int,
+    longest: int,
+    available_bytes: int,
+    space: SpaceKind,
+    local_steps: int = 1,
+    space_size: int = 0,
+    head_share: float = 0.0,
+) -> int:
+    """The largest ``wanted / 2**k`` tokens a forward whose step fits beside the weights that are there already.
+
+    Args:
+        model: The loaded model.
+        wanted: ``model.tokens_per_batch``.
+        longest: Tokens of the longest sequence, which cannot be split.
+        available_bytes: What can still be taken; nine tenths of it are used.
+        space: What is trained.
+        local_steps: Steps between two synchronisations.
+        space_size: Trained numbers (masked).
+        head_share: Share of the tokens that pay for the whole LM head.
+
+    Returns:
+        Tokens per batch, at least ``min(wanted, longest)``.
+
+    Raises:
+        ConfigError: Not even one sequence fits.
+    """
+    tokens = wanted
+    while True:
+        needed = estimate_step_memory_bytes(
+            model,
+            batch_tokens=max(tokens, min(wanted, longest)),
+            space=space,
+            local_steps=local_steps,
+            space_size=space_size,
+            head_rows=int(tokens * head_share),
+        )
+        needed -= weights_bytes(model)
+        if needed <= _SHARE * available_bytes:
+            return max(tokens, min(wanted, longest))
+        if tokens <= longest:
+            raise ConfigError(
+                f"a step must fit in memory: one sequence of {longest} tokens needs {needed / 2**20:.0f} MiB beside the weights, "
+                f"available are {available_bytes / 2**20:.0f} MiB. Lower model.max_length, use a smaller model.dtype or a masked trainer."
+            )
+        tokens //= 2
+
+
+def seconds_per_token(loaded: LoadedModel, *, num_tokens: int = 256) -> float:
+    """Seconds a token takes in a forward of ``num_tokens`` (rows of 32) without the LM head: one warm-up, one timed."""
+    ids = torch.full((max(1, num_tokens // 32), 32), loaded.tokenizer.eos_token_id or 0, device=loaded.device)
+    at = torch.zeros(1, dtype=torch.int64, device=loaded.device)
+    seconds = 0.0
+    for _ in range(2):
+        begin = time.perf_counter()
+        with torch.inference_mode():
+            hidden_at(loaded.model, ids, at, at).sum().item()  # item waits for the device
+        seconds = time.perf_counter() - begin
+    return seconds / ids.numel()
+
+
+def _text_config(model: nn.Module) -> Any:
+    return cast(Any, model.config).get_text_config()
+
+
+def _hidden(config: Any) -> int:
+    return int(config.hidden_size)
+
+
+def _intermediate(config: Any) -> int:
+    """Width of the feed-forward layer as one token sees it."""
+    names = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+    width = next((value for name in names if isinstance(value := getattr(config, name, None), int)), 4 * _hidden(config))
+    return width * max(1, int(getattr(config, "num_experts_per_tok", 1) or 1))

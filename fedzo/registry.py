@@ -1,0 +1,74 @@
+"""One registry a kind of plugin, keyed by a typed config dataclass: a closed set, so a config from elsewhere runs no code.
+
+Third parties add plugins through the entry-point group ``fedzo.plugins``: each entry names a module whose import
+registers its parts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
+from typing import Any, Generic, TypeVar
+
+from fedzo.errors import ConfigError
+
+T = TypeVar("T")
+ENTRY_POINT_GROUP = "fedzo.plugins"
+
+
+class Registry(Generic[T]):
+    """Maps a name and a config class to a factory ``factory(config, **runtime) -> T``.
+
+    Example:
+        >>> SHAPES: Registry[float] = Registry("shape", base=object)
+        >>> @dataclasses.dataclass(kw_only=True, slots=True)
+        ... class Square:
+        ...     side: float = 2.0
+        >>> @SHAPES.register("square", Square)
+        ... def area(config: Square) -> float:
+        ...     return config.side**2
+        >>> SHAPES.build(Square(side=3.0))
+        9.0
+    """
+
+    def __init__(self, kind: str, *, base: type) -> None:
+        self.kind = kind
+        self.base = base
+        self._factories: dict[type, Callable[..., T]] = {}
+        self._configs: dict[str, type] = {}
+
+    def register(self, name: str, config_class: type) -> Callable[[Callable[..., T]], Callable[..., T]]:
+        """Decorate the factory of ``config_class`` under ``name`` (the Hydra option)."""
+        if not dataclasses.is_dataclass(config_class) or not issubclass(config_class, self.base):
+            raise TypeError(f"{self.kind} {name!r}: {config_class.__name__} must be a dataclass of {self.base.__name__}")
+        if "__slots__" not in vars(config_class):
+            raise TypeError(f"{self.kind} {name!r}: {config_class.__name__} must have slots=True, so that stray keys fail")
+        if name in self._configs or config_class in self._factories:
+            raise ValueError(f"{self.kind} {name!r} or {config_class.__name__} is registered already")
+
+        def add(factory: Callable[..., T]) -> Callable[..., T]:
+            self._configs[name] = config_class
+            self._factories[config_class] = factory
+            return factory
+
+        return add
+
+    def build(self, config: object, /, **runtime: Any) -> T:
+        """Make the plugin that ``config`` describes; ``runtime`` holds objects that no config can."""
+        factory = self._factories.get(type(config))
+        if factory is None:
+            known = ", ".join(sorted(self._configs)) or "none"
+            raise ConfigError(f"{self.kind}: nothing is registered for {type(config).__name__}. Registered: {known}.")
+        return factory(config, **runtime)
+
+    def __iter__(self) -> Iterator[tuple[str, type]]:
+        return iter(sorted(self._configs.items()))
+
+
+def load_plugins() -> list[str]:
+    """Import the modules that installed packages name under ``fedzo.plugins``; returns their names."""
+    found = sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name)
+    for point in found:
+        point.load()
+    return [point.name for point in found]

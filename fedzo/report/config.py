@@ -1,0 +1,16 @@
+"""What a user can say about reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True, slots=True)
+class ReportConfig:
+    """What a run leaves for people to look at, beside log and metrics."""
+
+    html: bool = True
+    """``report.html`` and its figures."""
+    tensorboard: bool = True
+    progress: bool = True
+    """Progress bars on the terminal."""

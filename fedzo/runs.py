@@ -1,0 +1,222 @@
+"""What a user does with runs: start, resume, replay, export, evaluate, generate; and mask and doctor beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import fedzo
+from fedzo.config.schema import RunConfig
+from fedzo.config.travel import config_hash, from_json, save_yaml, to_json
+from fedzo.errors import ConfigError, RunFolderError
+from fedzo.fl.replica import Replica
+from fedzo.fl.server import check_line
+from fedzo.fl.store import PUBLIC, RunStore, best_round
+from fedzo.models.evaluate import evaluate
+from fedzo.models.generate import generate
+from fedzo.runtime.launch import launch
+from fedzo.site import Site, forget_site, open_site
+from fedzo.trainers import Workplace
+
+CONFIG, OVERRIDES, ENVIRONMENT = "config.json", "overrides.yaml", "environment.json"
+PACKAGES = ("torch", "transformers", "peft", "flwr", "numpy", "numba", "hydra-core")
+
+
+def start_run(config: RunConfig, run_dir: Path, *, overrides: list[str]) -> None:
+    """Run a federation from its first round; everything it leaves is in ``run_dir``.
+
+    Raises:
+        RunFolderError: The folder holds a run already, or cannot be written.
+    """
+    if (run_dir / PUBLIC).exists():
+        raise RunFolderError(f"run folder {run_dir}: it holds a run already. `fedzo resume {run_dir}`, or choose another.")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / CONFIG).write_text(to_json(config), encoding="utf-8")
+        save_yaml(config, run_dir / "config.yaml")
+        (run_dir / OVERRIDES).write_text("".join(f"- {json.dumps(item)}\n" for item in overrides), encoding="utf-8")
+        (run_dir / ENVIRONMENT).write_text(json.dumps(_environment(config), indent=2), encoding="utf-8")
+    except OSError as error:
+        raise RunFolderError(
+            f"run folder {run_dir}: cannot write ({error.strerror}). Choose another with hydra.run.dir=..."
+        ) from error
+    _launch(config, run_dir)
+
+
+def resume_run(run_dir: Path) -> None:
+    """Go on with a run that was stopped; it ends as if it had never been."""
+    _launch(read_config(run_dir), run_dir)
+
+
+def _launch(config: RunConfig, run_dir: Path) -> None:
+    try:
+        launch(config, run_dir.resolve(), config_json=to_json(config))
+    finally:
+        forget_site()
+
+
+def read_config(run_dir: Path) -> RunConfig:
+    """The configuration of a run folder."""
+    try:
+        return from_json((run_dir / CONFIG).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunFolderError(f"{run_dir}: not a run folder (no {CONFIG}). Give the folder that `fedzo train` printed.") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuilt:
+    """A run's model after some of its rounds, rebuilt from base weights and log alone."""
+
+    site: Site
+    replica: Replica
+    rounds: list[dict[str, Any]]
+
+
+def rebuild(run_dir: Path, *, rounds: int | None = None, on_round: Callable[[int], None] = lambda done: None) -> Rebuilt:
+    """Rebuild the model after ``rounds`` rounds (by default the best round, or the last of an unfinished run).
+
+    Raises:
+        ProtocolError: The log does not lead to the states that it claims.
+    """
+    config = read_config(run_dir)
+    store = RunStore(run_dir)
+    try:
+        wanted = best_round(store) if rounds is None else rounds
+        if not 0 <= wanted <= len(store.records):
+            raise ConfigError(f"rounds must be in 0..{len(store.records)} (the log's length), got {wanted}.")
+        site = open_site(config)
+        artifact = site.trainer.prepare(site.loaded, _quiet_workplace(run_dir, config))
+        replica = site.worker.build(artifact)
+        for done in range(wanted):
+            replica.advance([store.records[done]])
+            check_line(replica, store.rounds[done])
+            on_round(done + 1)
+        return Rebuilt(site, replica, store.rounds[:wanted])
+    finally:
+        store.close()
+
+
+def replay_run(run_dir: Path, *, rounds: int | None = None) -> dict[str, object]:
+    """Verify a log: rebuild every state from the base weights and compare it with the log's own hashes."""
+    config = read_config(run_dir)
+    if rounds is None:
+        store = RunStore(run_dir)
+        rounds = len(store.records)
+        store.close()
+    rebuilt = rebuild(run_dir, rounds=rounds)
+    return {
+        "rounds": len(rebuilt.rounds),
+        "space_size": rebuilt.replica.space.size,
+        "digest": rebuilt.replica.space.digest(),
+        "chain": rebuilt.replica.chain.hex(),
+        "config_hash": config_hash(config),
+    }
+
+
+def export_run(run_dir: Path, out_dir: Path, *, rounds: int | None = None) -> Path:
+    """Write the tuned model as a Hugging Face folder that plain transformers loads."""
+    if out_dir.exists() and any(out_dir.iterdir()):
+        raise ConfigError(f"--out {out_dir}: it must be a new or empty folder. Choose another.")
+    rebuilt = rebuild(run_dir, rounds=rounds)
+    loaded = rebuilt.site.loaded
+    loaded.model.save_pretrained(out_dir)
+    loaded.tokenizer.save_pretrained(out_dir)
+    return out_dir
+
+
+def evaluate_run(run_dir: Path, *, split: str) -> dict[str, Any]:
+    """Score the run's model (its best round) on the dev or test rows."""
+    site = rebuild(run_dir).site
+    rows = {"dev": site.splits.dev, "test": site.splits.test}[split]
+    score = evaluate(
+        site.loaded, site.encode(rows), site.config.task, tokens_per_batch=site.config.model.tokens_per_batch
+    )
+    return score.to_record()
+
+
+def generate_run(run_dir: Path, prompts: list[str], *, max_new_tokens: int) -> list[str]:
+    """Greedy continuations by the run's model (its best round)."""
+    loaded = rebuild(run_dir).site.loaded
+    ids = [tuple(loaded.tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    return generate(loaded, ids, max_new_tokens=max_new_tokens)
+
+
+def make_mask(config: RunConfig, out: Path) -> dict[str, Any]:
+    """Choose a mask as ``trainer=meerkat`` would and write it to a file."""
+    from fedzo.masks.mask import save_mask
+    from fedzo.trainers.config import MeerkatConfig
+    from fedzo.trainers.meerkat import choose_mask
+
+    if not isinstance(config.trainer, MeerkatConfig):
+        raise ConfigError("fedzo mask: trainer must be meerkat. Only a masked trainer has a mask.")
+    site = open_site(config)
+    mask = choose_mask(config.trainer, site.loaded, _quiet_workplace(out.parent, config, site))
+    save_mask(mask, out)
+    return {"path": str(out), "size": mask.size, "digest": mask.digest(), **mask.manifest}
+
+
+def doctor() -> list[tuple[str, bool, str]]:
+    """Whether this machine can take part: versions, devices, and directions against their golden key."""
+    import torch
+
+    from fedzo.zo.directions import direction, stream_key
+
+    checks = [("python", sys.version_info >= (3, 11), platform.python_version())]
+    for name in PACKAGES:
+        found = _version(name)
+        checks.append((name, found is not None, found or "not installed"))
+    checks.append(("flwr is 1.41", (_version("flwr") or "").startswith("1.41."), "the runtimes use private names of it"))
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    checks.append(("device", True, f"{device}, {os.cpu_count()} CPU threads"))
+    bits = [f"{word:08x}" for word in direction(stream_key(0, round=0), 4).view("uint32")]
+    golden = bits == ["bea7d6d0", "3e5d41d9", "3fd9904a", "401c6450"]
+    checks.append(("directions", golden, "golden vector " + ("matches" if golden else f"differs: {bits}")))
+    return checks
+
+
+def _quiet_workplace(folder: Path, config: RunConfig, site: Site | None = None) -> Workplace:
+    return Workplace(
+        folder=folder,
+        seed=config.seed,
+        texts=site.train_prompts if site else list,
+        advance=lambda done, total: None,
+    )
+
+
+def _environment(config: RunConfig) -> dict[str, Any]:
+    return {
+        "fedzo": fedzo.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "git_commit": _git_commit(),
+        "config_hash": config_hash(config),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Commit of the source tree that fedzo runs from; None for an installed wheel."""
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None

@@ -1,0 +1,1 @@
+"""Where a federation runs: in this process, on Ray, on a local SuperLink."""

@@ -1,0 +1,33 @@
+"""What a user can say about where a federation runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True, slots=True)
+class RuntimeConfig:
+    """Where clients run. Nothing here changes a result."""
+
+
+@dataclass(kw_only=True, slots=True)
+class InlineConfig(RuntimeConfig):
+    """All clients in this process, one after another, on one copy of the model."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RayConfig(RuntimeConfig):
+    """Flower's simulation engine on Ray: one model per actor."""
+
+    num_cpus_per_client: float = 1.0
+    num_gpus_per_client: float = 0.0
+    num_actors: int = 2
+    """Actors (processes) that share the clients."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LocalConfig(RuntimeConfig):
+    """A real SuperLink and one SuperNode a client on this machine, loopback only."""
+
+    startup_s: float = 120.0
+    """How long to wait for SuperLink and SuperNodes to be ready."""

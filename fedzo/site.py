@@ -1,0 +1,141 @@
+"""What one process needs to take part in a run: model, rows, worker. Built from the configuration, once a process."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numba
+import torch
+
+from fedzo.config.schema import RunConfig
+from fedzo.config.travel import config_hash, from_json
+from fedzo.data.config import TaskKind
+from fedzo.data.encode import encode, task_digest
+from fedzo.data.example import Example
+from fedzo.data.partition import holdout, partition
+from fedzo.data.sources import Row, Splits, load_splits
+from fedzo.fl.client import ClientData, ClientWorker, Identity, parse_absent
+from fedzo.fl.replica import Replica
+from fedzo.models.load import LoadedModel, load_model
+from fedzo.trainers import TRAINERS, Trainer
+from fedzo.zo.config import TwoPointConfig
+from fedzo.zo.estimator import ESTIMATORS
+
+
+@dataclass
+class Site:
+    """One process's part of a run.
+
+    Attributes:
+        config: The run's configuration.
+        loaded: The model on this site's device.
+    """
+
+    config: RunConfig
+    loaded: LoadedModel
+
+    @cached_property
+    def splits(self) -> Splits:
+        """Train, dev and test rows."""
+        return load_splits(self.config.data, self.config.task)
+
+    @cached_property
+    def deal(self) -> list[list[int]]:
+        """Row numbers of the training split for each client."""
+        return partition(
+            self.splits.train,
+            self.config.partition,
+            num_clients=self.config.fl.num_clients,
+            seed=self.config.seed,
+            task=self.config.task,
+        )
+
+    @cached_property
+    def trainer(self) -> Trainer:
+        """The run's trainer plugin."""
+        return TRAINERS.build(self.config.trainer)
+
+    @cached_property
+    def worker(self) -> ClientWorker:
+        """Answers for the clients that this process plays."""
+        config = self.config
+        return ClientWorker(
+            self.loaded,
+            Identity(
+                config_hash=config_hash(config),
+                base_digest=self.loaded.base_digest,
+                tokenizer_digest=self.loaded.tokenizer_digest,
+                task_digest=task_digest(config.task),
+            ),
+            run_seed=config.seed,
+            task=config.task,
+            fl=config.fl,
+            estimator=ESTIMATORS.build(config.estimator),
+            num_probes=two_point(config).num_probes,
+            tokens_per_batch=config.model.tokens_per_batch,
+            data_of=lru_cache(maxsize=None)(self.client_data),
+            build=self._replica,
+            absent=parse_absent(config.faults.absent),
+        )
+
+    def encode(self, rows: list[Row]) -> list[Example]:
+        """Rows as token ids."""
+        return encode(
+            rows, self.config.task, tokenizer=self.loaded.tokenizer, max_length=self.config.model.max_length
+        )
+
+    def train_prompts(self) -> list[str]:
+        """The prompts of all training rows, for a trainer that must look at text."""
+        return [render(self.config.task.template, row) for row in self.splits.train]
+
+    def client_data(self, client: int) -> ClientData:
+        """A client's rows, its held-out ones apart."""
+        train, heldout = holdout(
+            self.deal[client], self.config.partition.holdout, seed=self.config.seed, client=client
+        )
+        examples = self.encode([self.splits.train[row] for row in train])
+        counts: dict[str, int] = {}
+        if self.config.task.kind is TaskKind.candidates:
+            for example in examples:
+                counts[str(example.label)] = counts.get(str(example.label), 0) + 1
+        return ClientData(
+            train=examples,
+            heldout=self.encode([self.splits.train[row] for row in heldout]),
+            label_counts=dict(sorted(counts.items())),
+        )
+
+    def _replica(self, artifact: bytes) -> Replica:
+        built = self.trainer.build(self.loaded, artifact, distribution=two_point(self.config).distribution)
+        return Replica(built.space, reset=built.reset, run_seed=self.config.seed)
+
+
+def two_point(config: RunConfig) -> TwoPointConfig:
+    """The estimator's settings; every estimator so far is two-point."""
+    assert isinstance(config.estimator, TwoPointConfig)
+    return config.estimator
+
+
+def open_site(config: RunConfig) -> Site:
+    """Load the model and set the number of threads, on which the last bits of a forward depend."""
+    threads = config.threads or os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    return Site(config, load_model(config.model, device=config.device))
+
+
+_process_site: list[tuple[str, Site]] = []
+
+
+def process_site(config_json: str) -> Site:
+    """The site of this process: one model however many clients it plays and however many messages come."""
+    if not _process_site or _process_site[0][0] != config_json:
+        _process_site.clear()  # let the old model go before a new one is loaded
+        _process_site.append((config_json, open_site(from_json(config_json))))
+    return _process_site[0][1]
+
+
+def forget_site() -> None:
+    """Let the process's model go, for example between the jobs of a sweep."""
+    _process_site.clear()

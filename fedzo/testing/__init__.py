@@ -1,0 +1,1 @@
+"""Shipped test helpers: tiny models, slow twins, conformance checks."""

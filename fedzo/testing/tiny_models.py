@@ -1,0 +1,117 @@
+"""Tiny causal language models with random weights, one of each family that the tests cover; the same weights for the same seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+)
+
+from fedzo.models.load import LoadedModel, wrap_model
+from fedzo.testing.tokenizer import byte_tokenizer
+
+_SHAPE: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+}
+
+
+def _llama(**common: Any) -> PreTrainedConfig:
+    return LlamaConfig(**_SHAPE, tie_word_embeddings=True, **common)
+
+
+def _opt(**common: Any) -> PreTrainedConfig:
+    """With a narrower word embedding, so that its projections are there."""
+    return OPTConfig(
+        hidden_size=32,
+        word_embed_proj_dim=16,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        init_std=0.1,
+        **common,
+    )
+
+
+def _qwen3(**common: Any) -> PreTrainedConfig:
+    return Qwen3Config(**_SHAPE, head_dim=8, tie_word_embeddings=False, **common)
+
+
+def _gemma2(**common: Any) -> PreTrainedConfig:
+    """With capped logits low enough to matter, and a sliding window shorter than its sequences."""
+    return Gemma2Config(
+        **_SHAPE, head_dim=8, query_pre_attn_scalar=8, sliding_window=16, final_logit_softcapping=3.0, **common
+    )
+
+
+def _gpt2(**common: Any) -> PreTrainedConfig:
+    return GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=512, initializer_range=0.1, **common)
+
+
+def _mixtral(**common: Any) -> PreTrainedConfig:
+    """With fused expert weights."""
+    return MixtralConfig(**_SHAPE, num_local_experts=4, num_experts_per_tok=2, sliding_window=None, **common)
+
+
+_CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
+    "llama": _llama,
+    "opt": _opt,
+    "qwen3": _qwen3,
+    "gemma2": _gemma2,
+    "gpt2": _gpt2,
+    "mixtral": _mixtral,
+}
+FAMILIES = tuple(_CONFIGS)
+
+
+def tiny_model(family: str = "llama", *, vocab_size: int = 512, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    """A random model of a family of ``FAMILIES``; ``llama`` has 34,976 parameters. The global generator is left as it was."""
+    tokenizer = byte_tokenizer()
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = _CONFIGS[family](vocab_size=vocab_size, **ids)
+    return tiny_model_from(config, seed=seed, dtype=dtype)
+
+
+def tiny_model_from(config: PreTrainedConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    """A random model of any config."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def tiny_loaded(
+    family: str = "llama",
+    *,
+    vocab_size: int = 512,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> LoadedModel:
+    """A random model with the byte tokenizer, as ``load_model`` would return it."""
+    model = tiny_model(family, vocab_size=vocab_size, seed=seed, dtype=dtype).to(device)
+    return wrap_model(model, byte_tokenizer(), source=f"tiny-{family}")
+
+
+def save_tiny_model(folder: Path, family: str = "llama", *, vocab_size: int = 512, seed: int = 0) -> Path:
+    """Write a random float32 model and the byte tokenizer to a folder that ``load_model`` reads without a network."""
+    tiny_model(family, vocab_size=vocab_size, seed=seed).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder

@@ -1,0 +1,56 @@
+"""A space that is nothing but a vector: the slow, obviously right twin for tests of estimators, logs and federations."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from fedzo.zo.directions import direction
+from fedzo.zo.space import Values
+
+
+class VectorSpace:
+    """theta is ``self.theta`` (float32 [n]); a probe writes to it and puts a copy back."""
+
+    def __init__(self, theta: Values) -> None:
+        self.theta = np.asarray(theta, np.float32).copy()
+        self._marked: Values | None = None
+
+    @property
+    def size(self) -> int:
+        return self.theta.size
+
+    @contextmanager
+    def probe(self, scale: float, key: int) -> Iterator[None]:
+        kept = self.theta.copy()
+        self.theta = kept + np.float32(scale) * direction(key, self.size)
+        try:
+            yield
+        finally:
+            self.theta = kept
+
+    def step(self, s: float, key: int) -> None:
+        self.theta = self.theta - np.float32(s) * direction(key, self.size)
+
+    def values(self) -> Values:
+        return self.theta.copy()
+
+    def load(self, values: Values) -> None:
+        self.theta = values.copy()
+
+    def mark(self) -> None:
+        self._marked = self.theta.copy()
+
+    def rewind(self) -> None:
+        assert self._marked is not None
+        self.theta, self._marked = self._marked, None
+
+    def check(self) -> int:
+        return zlib.crc32(self.theta.tobytes())
+
+    def digest(self) -> str:
+        return hashlib.sha256(self.theta.tobytes()).hexdigest()

@@ -1,0 +1,75 @@
+"""Trainer plugins: each is a space with the step sizes that suit it (``docs/how-to-add-a-trainer.md``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from fedzo.registry import Registry
+from fedzo.trainers.config import MeerkatConfig, MezoConfig, TrainerConfig
+
+if TYPE_CHECKING:
+    from fedzo.models.load import LoadedModel
+    from fedzo.zo.config import Distribution
+    from fedzo.zo.space import Space
+
+Advance = Callable[[int, int], None]
+"""Progress: (done, total)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workplace:
+    """What a trainer may use to prepare itself on the server.
+
+    Attributes:
+        folder: The run folder; what is prepared is kept there and found again by a resumed run.
+        seed: The run seed.
+        texts: Gives the unlabelled calibration documents.
+        advance: Progress of long work.
+    """
+
+    folder: Path
+    seed: int
+    texts: Callable[[], list[str]]
+    advance: Advance
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A space on a loaded model, and how to bring it back to the base weights."""
+
+    space: Space
+    reset: Callable[[], None]
+
+
+class Trainer(Protocol):
+    """What a trainer plugin offers."""
+
+    def prepare(self, loaded: LoadedModel, workplace: Workplace) -> bytes:
+        """Once, on the server: what a client needs beside the model to build the space (sent once), b"" if nothing."""
+        ...
+
+    def build(self, loaded: LoadedModel, artifact: bytes, *, distribution: Distribution) -> Built:
+        """On every peer: the space, from the model and the artifact of ``prepare``."""
+        ...
+
+
+TRAINERS: Registry[Trainer] = Registry("trainer", base=TrainerConfig)
+
+
+@TRAINERS.register("meerkat", MeerkatConfig)
+def meerkat(config: MeerkatConfig) -> Trainer:
+    """A static 0.1 % mask with a float32 master."""
+    from fedzo.trainers.meerkat import Meerkat
+
+    return Meerkat(config)
+
+
+@TRAINERS.register("mezo", MezoConfig)
+def mezo(config: MezoConfig) -> Trainer:
+    """All weights."""
+    from fedzo.trainers.mezo import Mezo
+
+    return Mezo()

@@ -1,0 +1,68 @@
+"""What a user can say about a trainer: which numbers are trained, and the lr and eps that suit them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainerConfig:
+    """A trainer is a space (``design``: idea 2) with the step sizes that suit it."""
+
+    lr: float = 1e-4
+    """Learning rate that suits this space; ``optimizer.lr`` defaults to it."""
+    eps: float = 1e-3
+    """Probe size that suits this space; ``estimator.eps`` defaults to it."""
+
+
+@dataclass(kw_only=True, slots=True)
+class MezoConfig(TrainerConfig):
+    """MeZO: all weights are trained (arXiv 2305.17333)."""
+
+    lr: float = 1e-6
+
+
+class Selector(StrEnum):
+    """How a mask ranks the weights."""
+
+    sensitivity = "sensitivity"
+    """Squared gradient on calibration text."""
+    magnitude = "magnitude"
+    random = "random"
+
+
+class Granularity(StrEnum):
+    """Where the top share is taken."""
+
+    per_tensor = "per_tensor"
+    everywhere = "everywhere"
+
+
+class Calibration(StrEnum):
+    """Source of the unlabelled calibration text."""
+
+    imdb = "imdb"
+    """The embedded data package's IMDB reviews, labels dropped."""
+    train = "train"
+    """The task's own training prompts."""
+    file = "file"
+    """``calibration_path``: a text file (one document a line) or a table with a ``text`` column."""
+
+
+@dataclass(kw_only=True, slots=True)
+class MeerkatConfig(TrainerConfig):
+    """Meerkat: a static mask chosen once from pre-training gradients (arXiv 2506.03337)."""
+
+    density: float = 1e-3
+    """Share of the eligible weights that is trained."""
+    selector: Selector = Selector.sensitivity
+    granularity: Granularity = Granularity.per_tensor
+    mask_path: str | None = None
+    """A mask made by ``fedzo mask``; without it the mask is computed when the run starts."""
+    calibration: Calibration = Calibration.imdb
+    calibration_path: str | None = None
+    calibration_docs: int = 32
+    """Number of calibration documents (100 x 512 tokens of C4 in SensZOQ's tool)."""
+    calibration_tokens: int = 128
+    """Length of each document's window in tokens."""

@@ -1,0 +1,244 @@
+"""Directions: the random vectors of a run as a pure function of (key, coordinate), algorithm ``philox4x32-10/1``.
+
+Every random number of a run comes from Philox4x32-10 (Salmon et al., SC 2011) at a position that is written down: no state, no
+order, no device. ``docs/explanation-randomness.md`` is the specification; the golden vectors in the tests come from an
+implementation that is not this one. Two implementations live here, equal bit for bit: Numba kernels for the CPU, and plain
+integer torch for every other device.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import numba as nb
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedzo.zo.config import Distribution
+
+ALGORITHM = "philox4x32-10/1"
+SHARED = 0xFFFFFFFF
+"""The owner of seeds that all clients share."""
+PURPOSE_DIRECTION, PURPOSE_ROUNDING, PURPOSE_DATA, PURPOSE_SAMPLING = 0, 1, 3, 4
+
+Words = npt.NDArray[np.uint32]
+_M0, _M1, _W0, _W1 = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85
+_MASK32 = 0xFFFFFFFF
+_CHUNK = 1 << 20  # coordinates a scratch buffer holds where a kernel cannot be fused
+
+
+def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+    """One block of Philox4x32-10 in plain integers: four 32-bit words from four counter and two key words.
+
+    Example:
+        >>> [f"{word:08x}" for word in philox((0, 0, 0, 0), (0, 0))]
+        ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = _M0 * c0, _M1 * c2
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & _MASK32, (p0 >> 32) ^ c3 ^ k1, p0 & _MASK32
+        k0, k1 = (k0 + _W0) & _MASK32, (k1 + _W1) & _MASK32
+    return c0, c1, c2, c3
+
+
+def stream_key(run_seed: int, *, round: int, step: int = 0, probe: int = 0, owner: int = SHARED) -> int:
+    """The 64-bit key of one stream. ``owner`` is ``SHARED`` or the client's index in the run.
+
+    Example:
+        >>> hex(stream_key(0, round=0))
+        '0xfa3bfcddcc97cef4'
+    """
+    words = philox((round, step, probe, owner), (run_seed & _MASK32, run_seed >> 32))
+    return words[0] | words[1] << 32
+
+
+@cache
+def gaussian_table() -> npt.NDArray[np.float32]:
+    """The 65,536 Gaussian quantiles (float32, unit variance) that a 16-bit draw selects."""
+    data = (files("fedzo.zo") / "gaussian_u16.f32").read_bytes()
+    return np.frombuffer(data, dtype="<f4").astype(np.float32)
+
+
+@cache
+def _table_on(device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(gaussian_table().copy()).to(device)
+
+
+# --- CPU ------------------------------------------------------------------------------------------------------------
+
+
+@nb.njit(inline="always")  # type: ignore[untyped-decorator]
+def _block(low: Any, high: Any, purpose: Any, k0: Any, k1: Any) -> Any:
+    c0, c1, c2, c3 = nb.uint32(low), nb.uint32(high), nb.uint32(purpose), nb.uint32(0)
+    for _ in range(10):
+        p0 = nb.uint64(0xD2511F53) * nb.uint64(c0)
+        p1 = nb.uint64(0xCD9E8D57) * nb.uint64(c2)
+        n0 = nb.uint32(nb.uint32(p1 >> nb.uint64(32)) ^ c1 ^ k0)
+        n2 = nb.uint32(nb.uint32(p0 >> nb.uint64(32)) ^ c3 ^ k1)
+        c0, c1, c2, c3 = n0, nb.uint32(p1), n2, nb.uint32(p0)
+        k0 = nb.uint32(k0 + nb.uint32(0x9E3779B9))
+        k1 = nb.uint32(k1 + nb.uint32(0xBB67AE85))
+    return c0, c1, c2, c3
+
+
+@nb.njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
+def _words_kernel(out: Any, purpose: Any, k0: Any, k1: Any) -> None:
+    for b in nb.prange(out.shape[0]):
+        words = _block(b & 0xFFFFFFFF, b >> 32, purpose, k0, k1)
+        for j in range(4):
+            out[b, j] = words[j]
+
+
+@nb.njit(inline="always")  # type: ignore[untyped-decorator]
+def _add_block(base: Any, out: Any, table: Any, scale: Any, block: Any, first: Any, width: Any, k0: Any, k1: Any) -> None:
+    """out[i] = base[i] + scale * z for the coordinates of one block; ``first`` is where its coordinate 0 would lie."""
+    words = _block(block & 0xFFFFFFFF, block >> 32, 0, k0, k1)
+    if width == 8:
+        for j in range(4):
+            low, high = first + 2 * j, first + 2 * j + 1
+            if 0 <= low < out.size:
+                out[low] = base[low] + scale * table[words[j] & nb.uint32(0xFFFF)]
+            if 0 <= high < out.size:
+                out[high] = base[high] + scale * table[words[j] >> nb.uint32(16)]
+    else:
+        for j in range(4):
+            for bit in range(32):
+                at = first + 32 * j + bit
+                if 0 <= at < out.size:
+                    out[at] = base[at] + (-scale if (words[j] >> nb.uint32(bit)) & nb.uint32(1) else scale)
+
+
+@nb.njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
+def _add_kernel(base: Any, out: Any, table: Any, scale: Any, start: Any, width: Any, k0: Any, k1: Any) -> None:
+    first_block = start // width
+    for i in nb.prange((start + out.size - 1) // width - first_block + 1):
+        block = first_block + i
+        _add_block(base, out, table, scale, block, block * width - start, width, k0, k1)
+
+
+@nb.njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
+def _add_rows_kernel(base: Any, out: Any, table: Any, scale: Any, starts: Any, width: Any, k0: Any, k1: Any) -> None:
+    for row in nb.prange(starts.size):
+        start = starts[row]
+        for block in range(start // width, (start + out.shape[1] - 1) // width + 1):
+            _add_block(base[row], out[row], table, scale, block, block * width - start, width, k0, k1)
+
+
+def philox_words(key: int, *, purpose: int, num_words: int) -> Words:
+    """The first ``num_words`` 32-bit words of a stream for ``purpose`` (data order, sampling, ...)."""
+    out = np.empty((-(-num_words // 4), 4), dtype=np.uint32)
+    _words_kernel(out, np.uint32(purpose), *_key_words(key))
+    return out.reshape(-1)[:num_words]
+
+
+def permutation(key: int, n: int, *, purpose: int) -> npt.NDArray[np.int64]:
+    """A uniform permutation of 0..n-1: indices ranked by a 64-bit word each, equal words by index."""
+    words = philox_words(key, purpose=purpose, num_words=2 * n).astype(np.uint64)
+    return np.argsort(words[0::2] | words[1::2] << np.uint64(32), kind="stable")
+
+
+def _key_words(key: int) -> tuple[np.uint32, np.uint32]:
+    return np.uint32(key & _MASK32), np.uint32(key >> 32)
+
+
+def _width(distribution: Distribution) -> int:
+    return 8 if distribution is Distribution.gaussian else 128
+
+
+# --- any device -------------------------------------------------------------------------------------------------------
+
+
+def direction_at(key: int, coordinates: torch.Tensor, *, distribution: Distribution = Distribution.gaussian) -> torch.Tensor:
+    """z at arbitrary coordinates (int64, any shape, any device); float32 of the same shape. Pure torch integers."""
+    width = _width(distribution)
+    block, j = coordinates // width, coordinates % width
+    zeros = torch.zeros_like(block)
+    c = [block & _MASK32, block >> 32, zeros, zeros]
+    k0, k1 = key & _MASK32, key >> 32
+    for _ in range(10):
+        # a 32 x 32 bit product wraps in int64, but its 64 bits are right: >> then & recovers the high word
+        p0, p1 = c[0] * _M0, c[2] * _M1
+        c = [(p1 >> 32 & _MASK32) ^ c[1] ^ k0, p1 & _MASK32, (p0 >> 32 & _MASK32) ^ c[3] ^ k1, p0 & _MASK32]
+        k0, k1 = (k0 + _W0) & _MASK32, (k1 + _W1) & _MASK32
+    words = torch.stack(c, dim=-1)
+    if distribution is Distribution.gaussian:
+        word = torch.gather(words, -1, (j // 2).unsqueeze(-1)).squeeze(-1)
+        return _table_on(coordinates.device)[word >> (j % 2) * 16 & 0xFFFF]
+    word = torch.gather(words, -1, (j // 32).unsqueeze(-1)).squeeze(-1)
+    return (1 - 2 * (word >> j % 32 & 1)).to(torch.float32)
+
+
+def add_direction(
+    base: torch.Tensor,
+    key: int,
+    *,
+    scale: float,
+    start: int = 0,
+    out: torch.Tensor | None = None,
+    distribution: Distribution = Distribution.gaussian,
+) -> torch.Tensor:
+    """``out = cast(float32(base) + scale * z[start : start + base.numel()])``: one rounded product, one rounded sum, one cast.
+
+    Args:
+        base: Contiguous tensor of any shape, float32, bfloat16 or float16.
+        key: Stream key.
+        scale: Rounded to float32 first.
+        start: Coordinate of ``base``'s first element.
+        out: Where to write; may be ``base`` itself. A new tensor by default.
+        distribution: Law of z.
+
+    Returns:
+        ``out``, of the shape and dtype of ``base``.
+    """
+    out = torch.empty_like(base) if out is None else out
+    flat_base, flat_out = base.detach().view(-1), out.detach().view(-1)
+    scale32 = np.float32(scale)
+    if flat_base.numel() == 0:
+        return out
+    if base.device.type == "cpu" and base.dtype == torch.float32:
+        _add_kernel(flat_base.numpy(), flat_out.numpy(), gaussian_table(), scale32, start, _width(distribution), *_key_words(key))
+        return out
+    for low in range(0, flat_base.numel(), _CHUNK):
+        part = flat_base[low : low + _CHUNK]
+        if base.device.type == "cpu":
+            wide = part.float()
+            _add_kernel(wide.numpy(), wide.numpy(), gaussian_table(), scale32, start + low, _width(distribution), *_key_words(key))
+        else:
+            coordinates = torch.arange(start + low, start + low + part.numel(), device=base.device)
+            # separate product and sum: addcmul and add(alpha=) would fuse and round once
+            wide = part.float() + direction_at(key, coordinates, distribution=distribution) * float(scale32)
+        flat_out[low : low + _CHUNK] = wide.to(base.dtype)
+    return out
+
+
+def add_direction_rows(
+    rows: torch.Tensor,
+    key: int,
+    *,
+    scale: float,
+    starts: torch.Tensor,
+    distribution: Distribution = Distribution.gaussian,
+) -> torch.Tensor:
+    """As ``add_direction`` for rows [R, C] of a larger tensor; ``starts`` [R] is the coordinate of each row's first element."""
+    scale32 = np.float32(scale)
+    wide = rows.detach().float().contiguous()
+    if wide.numel() == 0:
+        return rows.clone()
+    if rows.device.type == "cpu":
+        out = torch.empty_like(wide)
+        _add_rows_kernel(
+            wide.numpy(), out.numpy(), gaussian_table(), scale32, starts.numpy(), _width(distribution), *_key_words(key)
+        )
+        return out.to(rows.dtype)
+    coordinates = starts.unsqueeze(1) + torch.arange(rows.shape[1], device=rows.device)
+    return (wide + direction_at(key, coordinates, distribution=distribution) * float(scale32)).to(rows.dtype)
+
+
+def direction(key: int, n: int, *, start: int = 0, distribution: Distribution = Distribution.gaussian) -> npt.NDArray[np.float32]:
+    """z[start : start + n] as float32 on the CPU."""
+    return add_direction(torch.zeros(n), key, scale=1.0, start=start, distribution=distribution).numpy()

@@ -1,0 +1,119 @@
+"""The log of a run and its replay: the global model is ``base + replay(log)``, always.
+
+A record holds one round's aggregate scalars. Applying records in order to the base weights gives the model of that round, bit
+for bit, on any machine; a chain of hashes ties each record to all before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedzo.errors import ProtocolError
+from fedzo.zo.directions import SHARED, stream_key
+from fedzo.zo.space import Space
+
+Scalars = npt.NDArray[np.float32]
+_HEADER = struct.Struct("<IfHHH")  # round, lr, T, P, owners
+EMPTY_CHAIN = hashlib.sha256(b"fedzo log 1").digest()
+"""The chain before the first record."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRecord:
+    """What one round did to the model.
+
+    Attributes:
+        round: Number of the round, from 0.
+        lr: Learning rate, a float32 value.
+        owners: Owners of the directions: ``(SHARED,)``, or client indices in ascending order with per-client seeds.
+        coefficients: c[t, p, o], float32 [T, P, len(owners)]: the aggregate projected gradients.
+    """
+
+    round: int
+    lr: float
+    owners: tuple[int, ...]
+    coefficients: Scalars
+
+    def to_bytes(self) -> bytes:
+        """The record as it travels: 14 bytes of header, 4 an owner, 4 a scalar, little endian."""
+        steps, probes, owners = self.coefficients.shape
+        head = _HEADER.pack(self.round, self.lr, steps, probes, owners)
+        return head + np.asarray(self.owners, "<u4").tobytes() + self.coefficients.astype("<f4").tobytes()
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain JSON values; decimal floats that read back to the same float32."""
+        return {
+            "round": self.round,
+            "lr": float(self.lr),
+            "owners": ["shared" if owner == SHARED else owner for owner in self.owners],
+            "c": self.coefficients.astype(float).tolist(),
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> RoundRecord:
+        """The inverse of ``to_json``."""
+        owners = tuple(SHARED if owner == "shared" else int(owner) for owner in data["owners"])
+        scalars = np.asarray(data["c"], np.float64).astype(np.float32)
+        return cls(round=int(data["round"]), lr=float(data["lr"]), owners=owners, coefficients=scalars)
+
+
+def pack(records: Iterable[RoundRecord]) -> bytes:
+    """Records one after another, for the wire."""
+    return b"".join(record.to_bytes() for record in records)
+
+
+def unpack(data: bytes) -> Iterator[RoundRecord]:
+    """The inverse of ``pack``; raises ``ProtocolError`` on bytes that are no whole records."""
+    at = 0
+    while at < len(data):
+        try:
+            round, lr, steps, probes, count = _HEADER.unpack_from(data, at)
+            at += _HEADER.size
+            owners = np.frombuffer(data, "<u4", count, at)
+            at += 4 * count
+            scalars = np.frombuffer(data, "<f4", steps * probes * count, at)
+            at += 4 * scalars.size
+        except (struct.error, ValueError) as error:
+            raise ProtocolError(f"log: {len(data)} bytes do not end with a whole record ({error})") from error
+        if not np.isfinite(scalars).all() or not np.isfinite(lr):
+            raise ProtocolError(f"log: the record of round {round} holds a number that is not finite")
+        shaped = scalars.reshape(steps, probes, count).astype(np.float32)
+        yield RoundRecord(round=round, lr=lr, owners=tuple(owners.tolist()), coefficients=shaped)
+
+
+def extend_chain(chain: bytes, record: RoundRecord) -> bytes:
+    """SHA-256 over the chain so far and the next record."""
+    return hashlib.sha256(chain + record.to_bytes()).digest()
+
+
+def apply_step(space: Space, *, lr: float, c: np.float32, key: int) -> None:
+    """theta <- theta - (lr * c) * z(key), the one update of the whole project; lr * c is rounded to float32 once.
+
+    A zero (a dropped probe, lr = 0) moves nothing and is skipped, so that even a negative zero keeps its bits.
+    """
+    s = np.float32(lr) * np.float32(c)
+    if s != 0:
+        space.step(float(s), key)
+
+
+def apply_record(space: Space, record: RoundRecord, *, run_seed: int) -> None:
+    """Apply a round's steps one after another, in the order of (step, probe, owner)."""
+    steps, probes, _ = record.coefficients.shape
+    for t in range(steps):
+        for p in range(probes):
+            for o, owner in enumerate(record.owners):
+                key = stream_key(run_seed, round=record.round, step=t, probe=p, owner=owner)
+                apply_step(space, lr=record.lr, c=record.coefficients[t, p, o], key=key)
+
+
+def replay(space: Space, records: Sequence[RoundRecord], *, run_seed: int) -> None:
+    """Apply records to a space that is at the state before the first of them."""
+    for record in records:
+        apply_record(space, record, run_seed=run_seed)

@@ -1,0 +1,128 @@
+"""Computing with perturbed weights without writing to them.
+
+A torch function mode sees every torch function and tensor method that a model calls. Where an argument is one of the trained
+parameters, the function gets ``theta + scale * z`` in a fresh tensor instead. So tied weights, Conv1D layers, fused expert
+tensors and code that reads ``lm_head.weight`` without calling ``lm_head`` are all perturbed alike, and what the function
+computes is exactly what it would compute on a perturbed copy of the model.
+
+Functions that read only some rows of a weight (embedding look-ups, ``weight[rows]``, ``weight[expert]``) are handed only those
+rows: a direction's coordinates can be made one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from fedzo.zo.config import Distribution
+from fedzo.zo.directions import add_direction, add_direction_rows
+
+Function = Callable[..., Any]
+
+_VIEWS = {"T", "mT", "H", "mH", "data", "real"}  # properties whose value carries the weight's numbers
+_METADATA = {
+    torch.Tensor.size,
+    torch.Tensor.dim,
+    torch.Tensor.ndimension,
+    torch.Tensor.numel,
+    torch.Tensor.nelement,
+    torch.Tensor.stride,
+    torch.Tensor.storage_offset,
+    torch.Tensor.data_ptr,
+    torch.Tensor.element_size,
+    torch.Tensor.is_contiguous,
+    torch.Tensor.is_floating_point,
+    torch.Tensor.is_complex,
+    torch.Tensor.get_device,
+    torch.Tensor.__len__,
+    torch.Tensor.__hash__,
+    torch.is_floating_point,
+    torch.is_complex,
+    torch.numel,
+}
+
+
+class PerturbedWeights(TorchFunctionMode):
+    """Within ``active()``, parameters read as theta + scale * z.
+
+    Args:
+        starts: Coordinate of each trained parameter's first element, by ``id(parameter)``.
+        scale: Factor of the direction, float32.
+        key: Stream key of the direction.
+        distribution: Law of the direction.
+    """
+
+    def __init__(self, starts: Mapping[int, int], *, scale: float, key: int, distribution: Distribution) -> None:
+        super().__init__()
+        self._starts = starts
+        self._scale = scale
+        self._key = key
+        self._distribution = distribution
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Run a block of code under this mode."""
+        with self:
+            yield
+
+    def __torch_function__(
+        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call ``func`` with trained parameters replaced by their perturbed values."""
+        kwargs = kwargs or {}
+        if _reads_metadata_only(func):
+            return func(*args, **kwargs)
+        if func is F.embedding and self._is_trained(weight := _argument(args, kwargs, 1, "weight")):
+            return self._embedding(weight, args, kwargs)
+        if func is torch.Tensor.__getitem__ and self._is_trained(args[0]) and _selects_rows(args[1]):
+            return self._rows(args[0], args[1])
+        return func(*(self._perturbed(arg) for arg in args), **{name: self._perturbed(arg) for name, arg in kwargs.items()})
+
+    def _is_trained(self, value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and id(value) in self._starts
+
+    def _perturbed(self, value: Any) -> Any:
+        if isinstance(value, list | tuple) and any(isinstance(item, torch.Tensor) for item in value):
+            return type(value)(self._perturbed(item) for item in value)
+        if not self._is_trained(value):
+            return value
+        return add_direction(
+            value.detach(), self._key, scale=self._scale, start=self._starts[id(value)], distribution=self._distribution
+        )
+
+    def _rows(self, weight: torch.Tensor, index: int | torch.Tensor) -> torch.Tensor:
+        """``weight[index]`` of the perturbed weight, making only the rows that ``index`` selects."""
+        rows = torch.as_tensor(index, device=weight.device).reshape(-1).remainder(weight.shape[0])
+        picked = weight.detach()[rows].reshape(rows.numel(), -1)
+        starts = self._starts[id(weight)] + rows * picked.shape[1]
+        moved = add_direction_rows(picked, self._key, scale=self._scale, starts=starts, distribution=self._distribution)
+        shape = index.shape if isinstance(index, torch.Tensor) else torch.Size()
+        return moved.view(*shape, *weight.shape[1:])
+
+    def _embedding(self, weight: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        if _argument(args, kwargs, 3, "max_norm") is not None:
+            raise NotImplementedError("embedding with max_norm writes to its weight and cannot be perturbed on the fly")
+        ids = _argument(args, kwargs, 0, "input")
+        unique, inverse = torch.unique(ids, return_inverse=True)
+        return self._rows(weight, unique)[inverse]
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str) -> Any:
+    return args[position] if len(args) > position else kwargs.get(name)
+
+
+def _selects_rows(index: Any) -> bool:
+    if isinstance(index, torch.Tensor):
+        return index.dtype == torch.int64
+    return isinstance(index, int) and not isinstance(index, bool)
+
+
+def _reads_metadata_only(func: Function) -> bool:
+    if getattr(func, "__name__", "") == "__get__":
+        return getattr(getattr(func, "__self__", None), "__name__", "") not in _VIEWS
+    return func in _METADATA

@@ -1,0 +1,129 @@
+"""The logs on disk: what is committed survives, what is half written is dropped."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedzo.errors import RunFolderError
+from fedzo.fl.store import AUDIT, METRICS, PUBLIC, RunStore, best_round
+from fedzo.zo.directions import SHARED
+from fedzo.zo.path import RoundRecord
+
+
+def record(round: int) -> RoundRecord:
+    c = np.full((1, 1, 1), 0.1 * (round + 1), np.float32)
+    return RoundRecord(round=round, lr=0.5, owners=(SHARED,), coefficients=c)
+
+
+def commit(store: RunStore, round: int) -> None:
+    store.commit(record(round), proof={"check": round}, audit={"round": round, "clients": []})
+
+
+def open_with(folder: Path, rounds: int) -> RunStore:
+    store = RunStore(folder)
+    for round in range(rounds):
+        commit(store, round)
+        store.write({"kind": "round", "round": round})
+    return store
+
+
+def test_what_is_committed_is_read_back_bit_for_bit(tmp_path: Path) -> None:
+    open_with(tmp_path, 3).close()
+
+    again = RunStore(tmp_path)
+
+    assert [r.to_bytes() for r in again.records] == [record(i).to_bytes() for i in range(3)]
+    assert [line["check"] for line in again.rounds] == [0, 1, 2]
+    assert [line["round"] for line in again.metrics] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("torn", ['{"round":3,"c', '{"round":3', "x"])
+def test_a_half_written_line_is_dropped(tmp_path: Path, torn: str) -> None:
+    open_with(tmp_path, 3).close()
+    with (tmp_path / PUBLIC).open("a") as file:
+        file.write(torn)
+
+    store = RunStore(tmp_path)
+    commit(store, 3)
+    store.close()
+
+    assert len(RunStore(tmp_path).records) == 4
+
+
+def test_audit_and_metrics_of_a_round_that_was_not_committed_are_dropped(tmp_path: Path) -> None:
+    open_with(tmp_path, 2).close()
+    with (tmp_path / AUDIT).open("a") as file:
+        file.write(json.dumps({"round": 2, "clients": []}) + "\n")
+    with (tmp_path / METRICS).open("a") as file:
+        file.write(json.dumps({"kind": "round", "round": 2}) + "\n")
+        file.write(json.dumps({"kind": "score", "split": "dev", "round": 2}) + "\n")
+        file.write(json.dumps({"kind": "score", "split": "dev", "round": 3}) + "\n")
+        file.write(json.dumps({"kind": "summary"}) + "\n")
+
+    store = RunStore(tmp_path)
+
+    assert [line["round"] for line in store.audit] == [0, 1]
+    assert [(line["kind"], line["round"]) for line in store.metrics] == [("round", 0), ("round", 1), ("score", 2)]
+
+
+def test_two_processes_cannot_use_one_folder(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+
+    with pytest.raises(RunFolderError, match="another process is using it"):
+        RunStore(tmp_path)
+    store.close()
+    RunStore(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
+def test_a_full_disk_says_what_to_do_and_keeps_what_was_committed(tmp_path: Path) -> None:
+    store = open_with(tmp_path, 2)
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, store._public.fileno())  # every later write fails with the kernel's own ENOSPC
+
+    with pytest.raises(RunFolderError, match=r"No space left on device.*fedzo resume"):
+        commit(store, 2)
+    os.close(full)
+
+    assert len(RunStore(tmp_path).records) == 2
+
+
+def test_a_folder_that_cannot_be_made_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+
+    with pytest.raises(RunFolderError, match=r"cannot write.*hydra\.run\.dir"):
+        RunStore(tmp_path / "file" / "run")
+
+
+def test_a_damaged_log_is_named(tmp_path: Path) -> None:
+    (tmp_path / PUBLIC).write_text("not json\n")
+
+    with pytest.raises(RunFolderError, match=r"public\.jsonl: not a log of JSON lines"):
+        RunStore(tmp_path)
+
+
+def test_nan_becomes_null(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+
+    store.write({"kind": "round", "round": 0, "loss": float("nan"), "clients": [{"loss": float("inf")}]})
+
+    line = json.loads((tmp_path / METRICS).read_text())
+    assert line["loss"] is None
+    assert line["clients"] == [{"loss": None}]
+
+
+def test_the_best_round_is_the_best_dev_value_then_the_lower_loss_then_the_earlier(tmp_path: Path) -> None:
+    store = open_with(tmp_path, 4)
+    assert best_round(store) == 4
+
+    scores = [(0, 0.5, 0.1), (1, 0.7, 0.5), (2, 0.7, 0.4), (3, 0.7, 0.4), (4, 0.6, 0.1)]
+    for round, value, loss in scores:
+        store.write({"kind": "score", "split": "dev", "round": round, "value": value, "loss": loss})
+    store.write({"kind": "score", "split": "test", "round": 4, "value": 0.9, "loss": 0.0})
+
+    assert best_round(store) == 2

@@ -1,0 +1,155 @@
+"""Directions against golden vectors of an independent implementation, and against their own other paths."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedzo.zo import directions
+from fedzo.zo.config import Distribution
+
+GOLDEN = json.loads((Path(__file__).parent / "directions_golden.json").read_text())
+LAWS = list(Distribution)
+
+
+def key_of(vector: dict[str, Any]) -> int:
+    names = ("round", "step", "probe", "owner")
+    return directions.stream_key(vector["run_seed"], **{name: vector[name] for name in names})
+
+
+def as_hex(values: np.ndarray) -> list[str]:
+    return [f"{bits:08x}" for bits in np.asarray(values, np.float32).view(np.uint32)]
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ((0, 0, 0, 0), (0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
+    ],
+)
+def test_philox_gives_the_published_known_answers(counter: Any, key: Any, words: str) -> None:
+    assert " ".join(f"{word:08x}" for word in directions.philox(counter, key)) == words
+
+
+def test_table_is_the_specified_file() -> None:
+    table = directions.gaussian_table()
+
+    assert hashlib.sha256(table.astype("<f4").tobytes()).hexdigest() == (
+        "8babbcaf96568f10165a1eab530c0e5c92d04de96761b6dbb3dadfa94baba37f"
+    )
+    assert np.array_equal(table, -table[::-1])
+
+
+@pytest.mark.parametrize("vector", GOLDEN, ids=lambda v: v["key"])
+def test_directions_equal_the_golden_vectors(vector: dict[str, Any]) -> None:
+    key = key_of(vector)
+
+    gaussian = directions.direction(key, 100_000)
+    signs = directions.direction(key, 100_000, distribution=Distribution.rademacher)
+
+    assert hex(key) == vector["key"]
+    assert as_hex(gaussian[:8]) == vector["gaussian_hex_0_8"]
+    assert signs[:16].astype(int).tolist() == vector["rademacher_0_16"]
+    assert hashlib.sha256(gaussian.astype("<f4").tobytes()).hexdigest() == vector["gaussian_sha256_first_100000"]
+    assert hashlib.sha256(signs.astype("<f4").tobytes()).hexdigest() == vector["rademacher_sha256_first_100000"]
+
+
+@pytest.mark.parametrize("vector", GOLDEN, ids=lambda v: v["key"])
+def test_single_coordinates_far_away_equal_the_golden_vectors_on_both_paths(vector: dict[str, Any]) -> None:
+    key = key_of(vector)
+
+    for at, bits in vector["gaussian_at"].items():
+        assert as_hex(directions.direction(key, 1, start=int(at))) == [bits]
+        assert as_hex(directions.direction_at(key, torch.tensor([int(at)])).numpy()) == [bits]
+    for at, sign in vector["rademacher_at"].items():
+        law = Distribution.rademacher
+        assert directions.direction(key, 1, start=int(at), distribution=law).tolist() == [sign]
+        assert directions.direction_at(key, torch.tensor([int(at)]), distribution=law).tolist() == [sign]
+
+
+@given(
+    key=st.integers(0, 2**64 - 1),
+    start=st.integers(0, 2**40),
+    sizes=st.lists(st.integers(0, 300), min_size=1, max_size=4),
+    law=st.sampled_from(LAWS),
+)
+@settings(max_examples=30, deadline=None)
+def test_any_chunking_gives_the_same_numbers(key: int, start: int, sizes: list[int], law: Distribution) -> None:
+    whole = directions.direction(key, sum(sizes), start=start, distribution=law)
+
+    offsets = np.cumsum([0, *sizes[:-1]])
+    pieces = [
+        directions.direction(key, size, start=start + int(offset), distribution=law)
+        for size, offset in zip(sizes, offsets, strict=True)
+    ]
+    torch_path = directions.direction_at(key, torch.arange(start, start + sum(sizes)), distribution=law)
+
+    assert np.array_equal(whole, np.concatenate(pieces))
+    assert np.array_equal(whole, torch_path.numpy())
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_add_direction_is_one_product_one_sum_one_cast(law: Distribution, dtype: torch.dtype) -> None:
+    base = (torch.arange(-5000, 5000) / 7000).to(dtype)
+    z = torch.from_numpy(directions.direction(9, 10_000, start=3, distribution=law))
+
+    out = directions.add_direction(base, 9, scale=1e-3, start=3, distribution=law)
+
+    scaled = z * torch.tensor(1e-3, dtype=torch.float32)
+    assert torch.equal(out, (base.float() + scaled).to(dtype))
+
+
+def test_add_direction_in_place_equals_sub_of_the_product() -> None:
+    base = torch.linspace(-1, 1, 4099)
+    z = torch.from_numpy(directions.direction(5, 4099))
+    s = np.float32(3.3e-4)
+    expected = base.clone().sub_(z * torch.tensor(s))
+
+    directions.add_direction(base, 5, scale=-s, out=base)
+
+    assert torch.equal(base, expected)
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_equal_the_rows_of_the_whole(law: Distribution, dtype: torch.dtype) -> None:
+    weight = torch.linspace(-1, 1, 50 * 13).reshape(50, 13).to(dtype)
+    rows = torch.tensor([49, 0, 7, 7])
+
+    whole = directions.add_direction(weight, 11, scale=0.5, start=100, distribution=law)
+    some = directions.add_direction_rows(weight[rows], 11, scale=0.5, starts=100 + rows * 13, distribution=law)
+
+    assert torch.equal(some, whole[rows])
+
+
+def test_permutation_is_a_permutation_that_depends_on_key_and_purpose() -> None:
+    first = directions.permutation(1, 1000, purpose=3)
+
+    assert sorted(first.tolist()) == list(range(1000))
+    assert not np.array_equal(first, directions.permutation(2, 1000, purpose=3))
+    assert not np.array_equal(first, directions.permutation(1, 1000, purpose=4))
+
+
+def test_global_generators_are_untouched() -> None:
+    before, numpy_before = torch.random.get_rng_state(), np.random.get_state()[1].copy()
+
+    directions.direction(3, 1000)
+    directions.permutation(3, 1000, purpose=3)
+
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert np.array_equal(numpy_before, np.random.get_state()[1])
