@@ -6,15 +6,16 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fedzo.data.example import Example
+from fedzo.estimate import Estimate, estimate_run
 from fedzo.fl.roster import Roster
 from fedzo.fl.server import Server, Sink
 from fedzo.fl.store import RunStore, best_round
-from fedzo.models.evaluate import evaluate, merge_records
-from fedzo.report.html import write_report
+from fedzo.models.evaluate import Score, evaluate, merge_scores
 from fedzo.report.sinks import ProgressSink, TensorBoardSink
 from fedzo.site import Site, process_site, two_point
 from fedzo.trainers import Workplace
@@ -48,6 +49,8 @@ def run_federation(grid: Any, config_json: str, run_dir: Path) -> None:
         stack.callback(store.close)
         Federation(grid, site, store, stack).run()
     if site.config.report.html:
+        from fedzo.report.html import write_report
+
         write_report(run_dir)
 
 
@@ -59,6 +62,7 @@ class Federation:
         self._site = site
         self._config = config
         self._store = store
+        self._encoded: dict[str, list[Example]] = {}
         started, before = time.monotonic(), max((line["seconds"] for line in store.metrics), default=0.0)
         self._elapsed: Callable[[], float] = lambda: before + time.monotonic() - started
         self._progress = ProgressSink(config.fl.rounds, completed=len(store.records), enabled=config.report.progress)
@@ -129,6 +133,7 @@ class Federation:
                 "num_params": sum(p.numel() for p in self._site.loaded.model.parameters()),
                 "space_size": server.replica.space.size,
                 "setup_down_bytes": len(server.artifact),
+                "estimate": asdict(self._estimate()),
                 "clients": [
                     {
                         "client": client,
@@ -141,11 +146,29 @@ class Federation:
             }
         )
 
+    def _estimate(self) -> Estimate:
+        """Memory of a step and seconds of the whole run, if one process did all its forwards."""
+        config, site, evaluation = self._config, self._site, self._config.evaluation
+        central = [("dev", _times(evaluation.every_rounds, config.fl.rounds) + 1), ("test", 2)] if evaluation.central else []
+        clients = config.strategy.clients_per_round or config.fl.num_clients
+        return estimate_run(
+            site.loaded,
+            self._server.replica.space,
+            train=site.encode(site.splits.train[:256]),
+            scored=[(times, self._examples(split)) for split, times in central],
+            rows_per_step=config.fl.batch_size,
+            steps=config.fl.rounds * config.fl.local_steps * clients,
+            forwards_per_step=2 * two_point(config).num_probes,
+            local_steps=config.fl.local_steps,
+            tokens_per_batch=site.worker.tokens_per_batch,
+        )
+
     # --- scores
 
     def _examples(self, split: str) -> list[Example]:
-        rows = self._site.splits.dev if split == "dev" else self._site.splits.test
-        return self._site.encode(rows)
+        if split not in self._encoded:
+            self._encoded[split] = self._site.encode(getattr(self._site.splits, split))
+        return self._encoded[split]
 
     def _score(self, split: str, *, rounds: int) -> None:
         """Score the replica, which must be at ``rounds``, unless that was done before the run was resumed."""
@@ -157,7 +180,7 @@ class Federation:
                 self._site.loaded,
                 examples,
                 self._config.task,
-                tokens_per_batch=self._config.model.tokens_per_batch,
+                tokens_per_batch=self._site.worker.tokens_per_batch,
                 on_batch=advance,
             )
         head = {"kind": "score", "seconds": self._elapsed(), "split": split, "round": rounds}
@@ -182,7 +205,7 @@ class Federation:
         head = {"kind": "federated_score", "seconds": self._elapsed(), "round": self._server.round}
         clients = [{"client": client, **scored[client]} for client in sorted(scored)]
         worst = min(entry["value"] for entry in clients)
-        merged = merge_records(list(scored.values()))
+        merged = merge_scores([Score.from_record(record) for record in scored.values()]).to_record()
         self._sinks.write({**head, **merged, "worst_client": worst, "clients": clients})
 
     def _find(self, split: str, rounds: int) -> Record | None:
@@ -212,6 +235,10 @@ class Federation:
                 **totals,
             }
         )
+
+
+def _times(every: int, rounds: int) -> int:
+    return sum(_due(done, every, rounds) for done in range(1, rounds + 1))
 
 
 def _due(done: int, every: int, rounds: int) -> bool:

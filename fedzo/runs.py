@@ -144,9 +144,11 @@ def evaluate_run(run_dir: Path, *, split: str) -> dict[str, Any]:
 
 def generate_run(run_dir: Path, prompts: list[str], *, max_new_tokens: int) -> list[str]:
     """Greedy continuations by the run's model (its best round)."""
-    loaded = rebuild(run_dir).site.loaded
-    ids = [tuple(loaded.tokenizer(prompt)["input_ids"]) for prompt in prompts]
-    return generate(loaded, ids, max_new_tokens=max_new_tokens)
+    site = rebuild(run_dir).site
+    ids = [tuple(site.loaded.tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    return generate(
+        site.loaded, ids, max_new_tokens=max_new_tokens, tokens_per_batch=site.config.model.tokens_per_batch
+    )
 
 
 def make_mask(config: RunConfig, out: Path) -> dict[str, Any]:

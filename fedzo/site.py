@@ -16,6 +16,8 @@ from fedzo.data.encode import encode, task_digest
 from fedzo.data.example import Example
 from fedzo.data.partition import holdout, partition
 from fedzo.data.sources import Row, Splits, load_splits
+from fedzo.data.tasks import render
+from fedzo.estimate import fitting_tokens_per_batch
 from fedzo.fl.client import ClientData, ClientWorker, Identity, parse_absent
 from fedzo.fl.replica import Replica
 from fedzo.models.load import LoadedModel, load_model
@@ -88,7 +90,7 @@ class Site:
 
     def train_prompts(self) -> list[str]:
         """The prompts of all training rows, for a trainer that must look at text."""
-        return [render(self.config.task.template, row) for row in self.splits.train]
+        return [render(row, self.config.task).prompt for row in self.splits.train]
 
     def client_data(self, client: int) -> ClientData:
         """A client's rows, its held-out ones apart."""
@@ -108,6 +110,13 @@ class Site:
 
     def _replica(self, artifact: bytes) -> Replica:
         built = self.trainer.build(self.loaded, artifact, distribution=two_point(self.config).distribution)
+        self.worker.tokens_per_batch = fitting_tokens_per_batch(
+            self.loaded,
+            built.space,
+            wanted=self.config.model.tokens_per_batch,
+            longest=self.config.model.max_length,
+            local_steps=self.config.fl.local_steps,
+        )
         return Replica(built.space, reset=built.reset, run_seed=self.config.seed)
 
 

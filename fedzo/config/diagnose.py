@@ -3,46 +3,107 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
-from enum import Enum
-from typing import get_type_hints
+from collections.abc import Sequence
+from typing import cast
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
-from fedzo.config.schema import RunConfig
+from fedzo.config.compose import FAILURES, StrayKeyError, compose_run, group_names, option_names
 from fedzo.config.validate import Problem
-from fedzo.errors import ConfigError
-
-Attempt = Callable[[Sequence[str]], RunConfig]
-"""Composes these overrides, or raises what Hydra, OmegaConf or ``to_config`` raise."""
-_FAILURES = (HydraException, OmegaConfBaseException, ConfigError)
 
 
-def diagnose(overrides: Sequence[str], attempt: Attempt) -> tuple[list[str], list[Problem]]:
-    """Apply the overrides one at a time; returns those that work together, and the problems of the others."""
-    kept: list[str] = []
+def parse_overrides(overrides: Sequence[str]) -> tuple[list[Override], list[Problem]]:
+    """Read overrides by Hydra's grammar; returns those that it accepts, and the problems of the others."""
+    loader = GlobalHydra.instance().config_loader()
+    parsed: list[Override] = []
     found: list[Problem] = []
-    parsed = []
     for text in overrides:
         try:
-            parsed.append(OverridesParser.create().parse_override(text))
+            parsed += OverridesParser.create(config_loader=loader).parse_overrides([text])
         except HydraException as error:
-            found.append(Problem(text.partition("=")[0], f"{text!r} is not an override key=value: {_first_line(error)}."))
+            key, first_line = text.partition("=")[0], str(error).splitlines()[0]
+            found.append(Problem(key, f"{text!r} must be an override key=value. {first_line}."))
+    return parsed, found
+
+
+def diagnose(overrides: Sequence[str]) -> tuple[list[str], list[Problem]]:
+    """Apply the overrides one at a time; needs a ``session``.
+
+    Returns:
+        The overrides that work together, and the problems of the others.
+    """
+    parsed, found = parse_overrides(overrides)
+    kept: list[str] = []
+    groups = {"hydra.searchpath", *group_names(overrides)}
     # Choices first: whether a key exists depends on the chosen plugin.
-    for override in sorted(parsed, key=lambda each: not _is_group(each)):
-        text = str(override.input_line)
+    for override in sorted(parsed, key=lambda each: each.key_or_group not in groups):
+        text = cast(str, override.input_line)
         try:
-            _alone(override, [*kept, text], attempt)
-        except _FAILURES as error:
-            found.append(Problem(override.key_or_group, _explain(override, error, attempt, kept)))
+            compose_run([*kept, text])
+        except FAILURES as error:
+            found.append(Problem(override.key_or_group, _explain(override, error, kept)))
         else:
             kept.append(text)
-    try:
-        attempt(kept)
-    except _FAILURES as error:  # not an override's fault, or a setting that must be given
-        found.append(Problem("", _useful(error)))
     return kept, found
+
+
+def reason(error: BaseException) -> str:
+    """The useful half of an error of Hydra or OmegaConf, on one line: the innermost cause says what is wrong."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if text.endswith(".") else text + "."
+
+
+def _explain(override: Override, error: Exception, kept: Sequence[str]) -> str:
+    key, text = override.key_or_group, override.input_line
+    if override.is_sweep_override():
+        return f"{text}: one run must have one value per key, got several. Add -m to run them all, or quote the value."
+    options = option_names(key, kept)
+    value = override.value()
+    if options and override.is_add() and value in options:
+        return f"{text}: {key} has a choice already. Write it without the +."
+    if options and (value is None or (isinstance(value, str) and value not in options)):
+        near = difflib.get_close_matches(str(value), options, n=1)
+        return f"{key} must be one of {', '.join(options)}, got {value!r}.{f' Did you mean {near[0]}?' if near else ''}"
+    unknown = isinstance(error, StrayKeyError) or isinstance(error.__cause__, ConfigKeyError | ConfigAttributeError)
+    if unknown and not options:
+        known = {*_keys(compose_run(kept)), *group_names(kept)}
+        if key not in known:
+            return f"{text}: {key} is not a setting.{_near_key(key, known)}"
+    return f"{text}: {reason(error)}"
+
+
+def _near_key(key: str, known: set[str]) -> str:
+    """A remedy for a key that does not exist."""
+    section, _, leaf = key.rpartition(".")
+    beside = sorted(name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section)
+    elsewhere = sorted(name for name in known if name.rpartition(".")[2] == leaf)
+    prefix = f"{section}." if section else ""
+    if near := difflib.get_close_matches(leaf, beside, n=1):
+        return f" Did you mean {prefix}{near[0]}?"
+    if elsewhere:
+        return f" Did you mean {elsewhere[0]}?"
+    if beside:
+        return f" Known there: {', '.join(beside)}."
+    return " `fedzo train --cfg all` prints all settings."
+
+
+def _keys(config: DictConfig) -> list[str]:
+    """Every dotted key, inner ones too."""
+    found: list[str] = []
+
+    def walk(node: object, prefix: str) -> None:
+        if isinstance(node, dict):
+            for name, child in node.items():
+                found.append(f"{prefix}{name}")
+                walk(child, f"{prefix}{name}.")
+
+    walk(OmegaConf.to_container(config, enum_to_str=True), "")
+    return found

@@ -1,14 +1,12 @@
-"""Command-line overrides before Hydra sees them: ``model=<name or folder>``, and the jobs of a sweep."""
+"""Command-line overrides before Hydra sees them: ``model=<name or folder>`` and ``--config-dir``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, QuotedString
+from hydra.core.override_parser.types import QuotedString, ValueType
 from hydra.errors import HydraException
 
 from fedzo.errors import ConfigError
@@ -37,7 +35,7 @@ def rewrite_model(overrides: Sequence[str], options: Sequence[str]) -> list[str]
                 f"got both. Write model=hf model.name=<name>,<name>."
             )
         else:
-            rewritten += ["model=hf", "model.name=" + ",".join(_quoted(name) for name in names)]
+            rewritten += ["model=hf", "model.name=" + ",".join(quoted(name) for name in names)]
     return rewritten
 
 
@@ -47,10 +45,10 @@ def _choices(text: str, value: str) -> list[str]:
         override = OverridesParser.create().parse_override(text)
     except HydraException:
         return [value]
+    if override.value_type is ValueType.GLOB_CHOICE_SWEEP or override.value() is None:  # over the options; no choice
+        return []
     if override.is_choice_sweep():
         return [_text(each) for each in override.sweep_iterator()]
-    if override.is_sweep_override() or override.value() is None:  # glob(...): only over options; null: no choice
-        return []
     return [_text(override.value())]
 
 
@@ -58,7 +56,8 @@ def _text(value: object) -> str:
     return value.text if isinstance(value, QuotedString) else str(value)
 
 
-def _quoted(name: str) -> str:
+def quoted(name: str) -> str:
+    """A text as one value of Hydra's grammar."""
     return "'" + name.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
@@ -73,22 +72,4 @@ def with_config_dir(overrides: Sequence[str], folder: str | None) -> list[str]:
     path = Path(folder).expanduser().resolve()
     if not path.is_dir():
         raise ConfigError(f"--config-dir must name a folder of YAML files, got {folder!r}. Check the path.")
-    return [*overrides, f"hydra.searchpath=[{_quoted(f'file://{path}')}]"]
-
-
-def split_jobs(overrides: Sequence[str]) -> list[list[str]]:
-    """The overrides of every job of a sweep, in Hydra's order; needs an initialised Hydra (``load.session``).
-
-    Raises:
-        ConfigError: an override cannot be read, or is not a sweep that Hydra's basic sweeper knows.
-    """
-    try:
-        batches = BasicSweeper.split_arguments(_parse(overrides), None)
-    except HydraException as error:
-        raise ConfigError(f"The sweep cannot be read: {error}") from error
-    return [job for batch in batches for job in batch]
-
-
-def _parse(overrides: Sequence[str]) -> list[Override]:
-    loader = GlobalHydra.instance().config_loader()
-    return OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
+    return [*overrides, f"hydra.searchpath=[{quoted(f'file://{path}')}]"]

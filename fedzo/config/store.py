@@ -47,7 +47,8 @@ def job_folder(number: object, overrides: str) -> str:
         >>> job_folder(3, "model.name=org/opt,trainer=mezo")
         '3_model.name-org-opt_trainer-mezo'
     """
-    safe = re.sub(r"[^A-Za-z0-9._+-]+", "-", overrides.replace(",", "_")).strip("-_")
+    bare = re.sub(r"[\\'\"]", "", overrides).replace(",", "_")
+    safe = re.sub(r"[^A-Za-z0-9._+-]+", "-", bare).strip("-_")
     if len(safe) > _MAX_FOLDER_CHARS:
         safe = safe[:_MAX_FOLDER_CHARS] + "_" + hashlib.sha256(overrides.encode()).hexdigest()[:8]
     return f"{number}_{safe}" if safe else str(number)

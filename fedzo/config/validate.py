@@ -89,7 +89,9 @@ def _run(config: RunConfig) -> Iterator[Problem]:
             yield _problem(group, f"be one of {names}", type(chosen).__name__, f"Write {group}=<option>.")
     yield from _seed("seed", config.seed)
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?|mps", config.device):
-        yield _problem("device", "be auto, cpu, cuda, cuda:<index> or mps", config.device, "auto takes the best there is.")
+        yield _problem(
+            "device", "be auto, cpu, cuda, cuda:<index> or mps", config.device, "auto takes the best there is."
+        )
     yield from _at_least("threads", config.threads, 0, "0 means all cores.")
 
 
@@ -119,7 +121,9 @@ def _task(config: RunConfig) -> Iterator[Problem]:
             yield _problem("task.answer", f"not be empty for task.kind={task.kind}", task.answer, remedy)
         if task.loss is Loss.candidates:
             remedy = "Write task.loss=lm."
-            yield _problem("task.loss", f"be lm for task.kind={task.kind}, which has no candidates", "candidates", remedy)
+            yield _problem(
+                "task.loss", f"be lm for task.kind={task.kind}, which has no candidates", "candidates", remedy
+            )
     yield from _at_least("task.max_new_tokens", task.max_new_tokens, 1, "It counts generated tokens.")
 
 
@@ -131,7 +135,9 @@ def _candidates(task: TaskConfig) -> Iterator[Problem]:
         rule = f"hold one value per candidate ({len(task.candidates)})"
         yield _problem("task.labels", rule, task.labels, "Or leave it empty when the column holds indices.")
     if not task.label:
-        yield _problem("task.label", "name the column of the right answer", task.label, "Set it to a column of the rows.")
+        yield _problem(
+            "task.label", "name the column of the right answer", task.label, "Set it to a column of the rows."
+        )
 
 
 def _data(config: RunConfig) -> Iterator[Problem]:
@@ -201,7 +207,9 @@ def _faults(faults: FaultsConfig, fl: FlConfig) -> Iterator[Problem]:
     for entry in faults.absent:
         match = re.fullmatch(r"(\d{1,9})@(\d{1,9})", entry)
         if match is None:
-            yield _problem("faults.absent", "hold entries '<client>@<round>'", entry, "For example faults.absent=['3@1'].")
+            yield _problem(
+                "faults.absent", "hold entries '<client>@<round>'", entry, "For example faults.absent=['3@1']."
+            )
         elif int(match[1]) >= fl.num_clients or int(match[2]) >= fl.rounds:
             rule = f"name a client below fl.num_clients ({fl.num_clients}) and a round below fl.rounds ({fl.rounds})"
             yield _problem("faults.absent", rule, entry, "Both count from 0.")
@@ -211,7 +219,9 @@ def _strategy(config: RunConfig) -> Iterator[Problem]:
     strategy, num_clients = config.strategy, config.fl.num_clients
     if not 0 <= strategy.clients_per_round <= num_clients:
         rule = f"be between 0 (all) and fl.num_clients ({num_clients})"
-        yield _problem("strategy.clients_per_round", rule, strategy.clients_per_round, "Lower it or raise fl.num_clients.")
+        yield _problem(
+            "strategy.clients_per_round", rule, strategy.clients_per_round, "Lower it or raise fl.num_clients."
+        )
     sampled = strategy.clients_per_round or num_clients
     if not 1 <= strategy.min_replies <= max(sampled, 1):
         rule = f"be between 1 and the clients of a round ({sampled})"

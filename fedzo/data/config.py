@@ -44,7 +44,7 @@ class TaskConfig:
     answer: str = ""
     """Template of the reference answer (generation, instruction)."""
     prepare: str | None = None
-    """Name of a built-in row preparation (``copa``), for tasks that a template cannot express."""
+    """A built-in row preparation (``alpaca``, ``boolq``, ``copa``, ``wsc``), for what a template cannot express."""
     max_new_tokens: int = 32
     """Longest generated answer in tokens."""
 
@@ -59,9 +59,9 @@ class DataConfig:
     num_train: int = 0
     """Rows kept for training, 0 = all."""
     num_dev: int = 256
-    """Rows for choosing the best round; taken from train when there is no dev file."""
+    """Rows for choosing the best round, 0 = none; without a dev file drawn from train (a quarter of it at most)."""
     num_test: int = 1024
-    """Rows of the final score; taken from train when there is no test file."""
+    """Rows of the final score, 0 = none; without a test file drawn from train (a quarter of it at most)."""
     split_seed: int = 0
     """Seed of the split; apart from the run seed, so that runs share their test rows."""
 

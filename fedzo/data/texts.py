@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedzo.data.sources import read_rows
+from fedzo.data.files import read_rows
 from fedzo.errors import ConfigError
 
 

@@ -1,1 +1,12 @@
 """Which weights a static mask trains."""
+
+from fedzo.masks.calibration import windows_digest as windows_digest
+from fedzo.masks.calibration import windows_from_texts as windows_from_texts
+from fedzo.masks.eligible import eligible_parameters as eligible_parameters
+from fedzo.masks.mask import Mask as Mask
+from fedzo.masks.mask import check_fits as check_fits
+from fedzo.masks.mask import load_mask as load_mask
+from fedzo.masks.mask import overlap as overlap
+from fedzo.masks.mask import save_mask as save_mask
+from fedzo.masks.select import num_coordinates as num_coordinates
+from fedzo.masks.select import select_mask as select_mask

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from fedzo.data.config import Loss, TaskConfig, TaskKind
 from fedzo.data.example import Example
 from fedzo.data.metrics import auc, best_threshold_accuracy, rouge_l, token_f1
-from fedzo.errors import ConfigError
+from fedzo.errors import ConfigError, ProtocolError
 from fedzo.models.generate import generate
 from fedzo.models.load import LoadedModel
 from fedzo.models.scoring import OnBatch, candidate_scores, choice_losses, forward_cost, mean_loss
@@ -51,6 +51,24 @@ class Score:
             "auc": _finite(self.auc),
             "best_threshold_accuracy": _finite(self.best_threshold_accuracy),
         }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Score:
+        """A score from what a peer sent; values that are not there or null become NaN.
+
+        Raises:
+            ProtocolError: It is not such a record.
+        """
+        try:
+            return cls(
+                metric=str(record["metric"]),
+                value=float("nan") if record["value"] is None else float(record["value"]),
+                loss=float("nan") if record["loss"] is None else float(record["loss"]),
+                num_examples=int(record["num_examples"]),
+                per_class={int(k): (int(right), int(total)) for k, (right, total) in record["per_class"].items()},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ProtocolError(f"a score must hold metric, value, loss, num_examples and per_class, got {record!r:.200}") from error
 
 
 def evaluate(

@@ -27,7 +27,7 @@ def generate(
 
     Args:
         loaded: The model.
-        prompts: Token ids of each prompt, none empty.
+        prompts: Token ids of each prompt, none empty; one too long for the model's positions loses its beginning.
         max_new_tokens: Longest answer.
         tokens_per_batch: Most tokens held at once: prompts padded, plus the new ones.
         stop_at_newline: Keep the first line of an answer only.
@@ -52,6 +52,9 @@ def generate(
         eos_token_id=sorted(ends | (_newline(tokenizer) if stop_at_newline else set())) or None,
         pad_token_id=pad,
     )
+    longest = getattr(cast(Any, loaded.model).config, "max_position_embeddings", None)
+    if isinstance(longest, int):
+        prompts = [prompt[-max(1, longest - max_new_tokens) :] for prompt in prompts]
     answers = [""] * len(prompts)
     num_done = 0
     lengths = [len(prompt) + max_new_tokens for prompt in prompts]

@@ -15,7 +15,7 @@ from fedzo.errors import ConfigError
 from fedzo.models.config import DType, ModelConfig
 from fedzo.models.digest import file_digest, parameters_digest, tokenizer_digest, weights_digest
 from fedzo.models.head import check_head
-from fedzo.models.source import Source, find_source, forget_gguf
+from fedzo.models.source import Source, find_source, read_gguf, without_progress_bars
 
 logger = logging.getLogger(__name__)
 
@@ -142,13 +142,10 @@ def resolve_device(device: str) -> torch.device:
 
 
 def _read(source: Source, dtype: torch.dtype) -> Any:
-    arguments = source.arguments()
-    if source.gguf_file is None:
-        arguments["use_safetensors"] = True
-    model = AutoModelForCausalLM.from_pretrained(source.name, dtype=dtype, attn_implementation="sdpa", **arguments)
-    if source.gguf_file is not None:
-        forget_gguf(model)
-    return model
+    with without_progress_bars():
+        if source.gguf_file is not None:
+            return read_gguf(source.name, dtype=dtype, **source.arguments())
+        return AutoModelForCausalLM.from_pretrained(source.name, dtype=dtype, use_safetensors=True, **source.arguments())
 
 
 def _wrap(

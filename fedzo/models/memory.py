@@ -4,11 +4,12 @@ The memory of a forward-only step, in bytes (w = bytes of a weight):
 
     weights      every parameter once
     activations  tokens * w * (6 * hidden + 3 * intermediate)      one layer's at a time: nothing is kept for a backward pass
+    attention    2 * heads * 512 * tokens * 4, only for families whose attention writes its scores down ("eager", as Gemma 2)
     head         head_rows * vocabulary * (4 + w), the logits and their float32 copy, at most 256 MiB of the float32
     masked       space_size * 20           master, index, direction and two scratch values of each trained number
     full         3 * the largest weight in float32 (perturbed copy and scratch), and one copy of the weights if local_steps > 1
 
-It is an upper estimate for attention kernels that do not write their scores down (sdpa, which ``load_model`` asks for).
+It is meant to be an upper estimate; sequences are taken to be 512 tokens at most.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ SpaceKind = Literal["masked", "full"]
 
 _LOGITS_BYTES = 256 << 20
 _MASKED_BYTES = 20
+_SEQUENCE_TOKENS = 512
 _SHARE = 0.9  # of what is available: allocators keep some
 
 
@@ -62,6 +64,8 @@ def estimate_step_memory_bytes(
     width = next(model.parameters()).element_size()
     config = _text_config(model)
     activations = batch_tokens * width * (6 * _hidden(config) + 3 * _intermediate(config))
+    if getattr(config, "_attn_implementation", None) == "eager":
+        activations += 2 * 4 * _SEQUENCE_TOKENS * batch_tokens * int(config.num_attention_heads)
     logits = head_rows * int(getattr(config, "vocab_size", 0))
     head = min(4 * logits, _LOGITS_BYTES) * (4 + width) // 4
     if space == "masked":

@@ -8,13 +8,16 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 
 from fedzo.data.embedded import package_dir
 from fedzo.errors import ConfigError
@@ -121,22 +124,37 @@ def embedded_folder() -> Path:
     return folder
 
 
-def forget_gguf(model: Any) -> None:
-    """Make a model read from GGUF an ordinary one: its weights are plain tensors, but transformers would refuse to save it."""
-    for holder, name in ((model, "hf_quantizer"), (model.config, "quantization_config")):
-        if hasattr(holder, name):
-            delattr(holder, name)
+def read_gguf(name: str | Path, **arguments: Any) -> Any:
+    """The model of a GGUF file as an ordinary one of dense weights, which can be trained and saved; as ``from_pretrained``."""
+    # dequantize: left to itself, transformers may keep the blocks packed and compute on those
+    model = AutoModelForCausalLM.from_pretrained(name, quantization_config=GgufConfig(dequantize=True), **arguments)
+    for holder, attribute in ((model, "hf_quantizer"), (model.config, "quantization_config")):
+        if hasattr(holder, attribute):
+            delattr(holder, attribute)
+    return model
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Keep transformers' own progress bars off the terminal."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _convert(gguf: Path, folder: Path) -> None:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+        with without_progress_bars():
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            model = read_gguf(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{gguf.name} cannot be read: {error}. Run: pip install gguf accelerate") from error
-    forget_gguf(model)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def _sweep(parent: Path) -> None:

@@ -93,7 +93,7 @@ def tiny_model_from(config: PreTrainedConfig, *, seed: int = 0, dtype: torch.dty
     """A random model of any config."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return model.to(dtype).eval().requires_grad_(False)
 
 

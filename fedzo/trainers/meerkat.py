@@ -7,13 +7,14 @@ uses C4. The signed mean gradient is kept beside the mask at the server, for Gra
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import fedzo
 from fedzo.data.embedded import imdb_texts
 from fedzo.data.texts import read_texts
 from fedzo.masks.calibration import windows_from_texts
-from fedzo.masks.mask import Mask, check_fits, load_mask, mask_from_bytes, mask_to_bytes, save_mask
+from fedzo.masks.mask import Mask, check_fits, load_mask, save_mask
 from fedzo.masks.select import select_mask
 from fedzo.models.load import LoadedModel
 from fedzo.trainers import Built, Workplace
@@ -41,11 +42,11 @@ class Meerkat:
             check_fits(mask, loaded.model)
             save_mask(mask, kept)
         check_fits(mask, loaded.model)
-        return mask_to_bytes(mask)
+        return mask.to_bytes()
 
     def build(self, loaded: LoadedModel, artifact: bytes, *, distribution: Distribution) -> Built:
         """The masked space over ``loaded.model``; its base values are kept for the way back."""
-        mask = mask_from_bytes(artifact)
+        mask = Mask.from_bytes(artifact)
         check_fits(mask, loaded.model)
         space = MaskedSpace(loaded.model, mask.indices, distribution=distribution)
         base = space.values()
@@ -63,15 +64,17 @@ def choose_mask(config: MeerkatConfig, loaded: LoadedModel, workplace: Workplace
             num_tokens=config.calibration_tokens,
             seed=workplace.seed,
         )
-    return select_mask(
+    mask = select_mask(
         loaded.model,
         density=config.density,
-        selector=config.selector,
-        granularity=config.granularity,
+        selector=config.selector.value,
+        granularity=config.granularity.value,
         windows=windows,
         seed=workplace.seed,
-        advance=workplace.advance,
+        on_window=workplace.advance,
+        base_digest=loaded.base_digest,
     )
+    return replace(mask, manifest={**mask.manifest, "calibration": config.calibration.value, "fedzo": fedzo.__version__})
 
 
 def _texts(config: MeerkatConfig, workplace: Workplace) -> list[str]:

@@ -216,7 +216,7 @@ def test_mark_and_rewind_undo_steps_bit_for_bit(make_space: Callable[..., Space]
 
 
 def test_values_load_round_trip(make_space: Callable[..., Space]) -> None:
-    model = tiny_model("qwen2")
+    model = tiny_model("qwen3")
     space = make_space(model)
     values, before = space.values(), bits(model)
 
@@ -241,7 +241,7 @@ def test_masked_space_works_on_weights_that_are_not_contiguous() -> None:
 
 
 def test_tied_weights_are_counted_once() -> None:
-    model = tiny_model("llama", tie_word_embeddings=True)
+    model = tiny_model("llama")
 
     assert FullSpace(model).size == sum(p.numel() for p in model.parameters())
 

@@ -1,0 +1,127 @@
+"""Writes ``docs/ref-config.md`` from the config dataclasses: ``python docs/generate.py`` (``--check`` only compares)."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import json
+import sys
+import textwrap
+from enum import Enum
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from fedzo.config.plugins import PLAIN, plugin_classes
+from fedzo.config.schema import RunConfig
+
+PAGE = Path(__file__).parent / "ref-config.md"
+HEAD = """\
+# Configuration keys
+
+<!-- Written by docs/generate.py from the config dataclasses; do not edit. -->
+
+Every key of a run, as it is given on the command line: `fedzo train fl.rounds=100 trainer=mezo`. A *group* is chosen by name
+(`trainer=mezo`); its keys are then `trainer.<key>`. Presets are the YAML files in `conf/`; `fedzo list` prints them, and
+`fedzo train --help` prints the values that a command line leads to. Defaults below are those of the code; a preset may choose
+others. A key that does not exist, a value of the wrong type and a combination that cannot work are all reported together before
+any work is done.
+"""
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The string literal under each field or enum member, own class first, then its bases."""
+    docs: dict[str, str] = {}
+    for owner in (c for c in cls.__mro__ if c is not object and c.__module__.startswith("fedzo")):
+        body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body  # type: ignore[attr-defined]
+        for before, after in zip(body, body[1:]):
+            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
+                target = before.target if isinstance(before, ast.AnnAssign) else before.targets[0] if isinstance(before, ast.Assign) else None
+                if isinstance(target, ast.Name):
+                    docs.setdefault(target.id, " ".join(after.value.value.split()))
+    return docs
+
+
+def markdown(text: str) -> str:
+    """reStructuredText literals to Markdown, safe inside a table."""
+    return text.replace("``", "`").replace("|", "\\|")
+
+
+def enum_of(hint: Any) -> type[Enum] | None:
+    """The enum in an annotation, if it is one or an optional one."""
+    found = [part for part in (hint, *get_args(hint)) if isinstance(part, type) and issubclass(part, Enum)]
+    return found[0] if found else None
+
+
+def type_name(hint: Any) -> str:
+    """``list[str]`` as it is, ``str | None`` as "str or null", an enum as "choice"."""
+    if enum_of(hint):
+        return "choice"
+    parts = [part for part in get_args(hint) if part is not type(None)]
+    if type(None) in get_args(hint):
+        return f"{type_name(parts[0])} or null"
+    return str(hint) if parts else hint.__name__
+
+
+def default_of(field: dataclasses.Field[Any]) -> str:
+    """The default as one writes it on the command line."""
+    value = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+    if value is dataclasses.MISSING:
+        return "required"
+    return value.name if isinstance(value, Enum) else json.dumps(value)
+
+
+def table(cls: type, prefix: str) -> list[str]:
+    """Rows of the class's own plain keys; nested dataclasses get sections of their own."""
+    hints, docs, rows = get_type_hints(cls), field_docs(cls), []
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            continue
+        text = docs.get(field.name, "")
+        if choice := enum_of(hint):
+            meanings = field_docs(choice)
+            names = [f"`{m.name}`" + (f" ({meanings[m.name].rstrip('.')})" if m.name in meanings else "") for m in choice]
+            text = f"{text} One of {', '.join(names)}.".strip()
+        rows.append(f"| `{prefix}{field.name}` | {type_name(hint)} | `{default_of(field)}` | {markdown(text)} |")
+    return ["| key | type | default | meaning |", "|---|---|---|---|", *rows, ""] if rows else []
+
+
+def summary(cls: type) -> str:
+    """The class docstring's text as one paragraph."""
+    return markdown(" ".join((cls.__doc__ or "").split()))
+
+
+def page() -> str:
+    """The whole page."""
+    plugins = plugin_classes()
+    lines = [HEAD, "## The run", "", summary(RunConfig), "", *table(RunConfig, "")]
+    for field in dataclasses.fields(RunConfig):
+        cls = get_type_hints(RunConfig)[field.name]
+        if not dataclasses.is_dataclass(cls):
+            continue
+        name = field.name
+        lines += [f"## `{name}`", "", summary(cls), ""]
+        if name not in plugins:
+            chosen = f"A group: `{name}=<preset>` takes `conf/{name}/<preset>.yaml`." if name in PLAIN else ""
+            lines += [*([chosen, ""] if chosen else []), *table(cls, f"{name}.")]
+            continue
+        for option, option_class in sorted(plugins[name].items()):
+            lines += [f"### `{name}={option}`", "", summary(option_class), "", *table(option_class, f"{name}.")]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> int:
+    """Write the page, or with ``--check`` return 1 where it is not up to date."""
+    text = page()
+    if "--check" not in sys.argv[1:]:
+        PAGE.write_text(text, encoding="utf-8")
+        return 0
+    if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text:
+        return 0
+    sys.stderr.write(f"{PAGE.name} is not what the config dataclasses say. Run: python docs/generate.py\n")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

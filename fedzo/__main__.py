@@ -1,0 +1,8 @@
+"""``python -m fedzo``."""
+
+import sys
+
+from fedzo.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""The command ``fedzo``. What needs torch, Flower or Hydra is imported by the command that uses it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import fedzo
+from fedzo.cli import commands
+from fedzo.errors import ConfigError, FedzoError
+
+RUN_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 failed, 2 bad input (nothing was started), 130 interrupted."""
+    parser = make_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    flags = [text for text in rest if text.startswith("-")]
+    if arguments.command is None:
+        parser.print_help()
+        return BAD_INPUT
+    if rest and not arguments.takes_overrides:
+        parser.error(f"fedzo {arguments.command}: unknown argument {rest[0]!r}")
+    if flags and not arguments.takes_flags:
+        parser.error(f"fedzo {arguments.command}: unknown option {flags[0]!r}")
+    arguments.overrides = rest
+    try:
+        return int(arguments.handler(arguments))
+    except FedzoError as error:
+        print(f"fedzo: {error}", file=sys.stderr)
+        return BAD_INPUT if isinstance(error, ConfigError) else RUN_FAILED
+    except KeyboardInterrupt as stop:
+        run = stop.args[0] if stop.args else getattr(arguments, "run", None)
+        hint = f" Go on with: fedzo resume {run}" if arguments.resumable and run else ""
+        print(f"\nfedzo: interrupted.{hint}", file=sys.stderr)
+        return INTERRUPTED
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; overrides are what it does not know."""
+    parser = argparse.ArgumentParser(
+        prog="fedzo",
+        description=fedzo.__doc__,
+        epilog="Exit codes: 0 done, 1 failed, 2 bad input (nothing was started), 130 interrupted.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"fedzo {fedzo.__version__}")
+    parser.set_defaults(takes_overrides=False, takes_flags=False, resumable=False)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(
+        name: str, handler: commands.Handler, summary: str, *, usage: str | None = None
+    ) -> argparse.ArgumentParser:
+        own = subparsers.add_parser(
+            name, help=summary, description=summary, usage=usage, allow_abbrev=False, add_help=name != "train"
+        )
+        own.set_defaults(handler=handler)
+        return own
+
+    own = command(
+        "train", commands.train, "run a federation, or with -m a sweep: fedzo train [overrides] [-m] [--help]"
+    )
+    own.set_defaults(takes_overrides=True, takes_flags=True, resumable=True)
+
+    own = command("resume", commands.resume, "go on with a run that was stopped")
+    _add_run(own)
+    own.set_defaults(resumable=True)
+
+    own = command("replay", commands.replay, "verify a run's log: rebuild its model and compare every hash")
+    _add_run(own)
+    _add_rounds(own, "rounds to replay (default: all)")
+
+    own = command("evaluate", commands.evaluate, "score a run's model on its test or dev rows")
+    _add_run(own)
+    own.add_argument("--split", choices=("test", "dev"), default="test", help="which rows (default: test)")
+
+    own = command("generate", commands.generate, "continue prompts with a run's model")
+    _add_run(own)
+    own.add_argument("prompts", metavar="PROMPT", nargs="+", help="text to continue")
+    own.add_argument("--max-new-tokens", type=_positive, default=32, help="longest continuation (default: 32)")
+
+    own = command("export", commands.export, "write a run's model as a Hugging Face folder")
+    _add_run(own)
+    own.add_argument("out", metavar="OUT", help="new folder")
+    _add_rounds(own, "rounds to apply (default: up to the best round)")
+
+    own = command("report", commands.report, "write report.html again, of runs or sweeps")
+    own.add_argument("runs", metavar="RUN", nargs="+", help="run or sweep folder")
+
+    usage = "fedzo mask [overrides] --out FILE [--config-dir DIR]"
+    own = command(
+        "mask", commands.mask, "choose the weights that trainer=meerkat trains, once for many runs", usage=usage
+    )
+    own.add_argument("--out", metavar="FILE", required=True, help="safetensors file to write; use as trainer.mask_path")
+    own.add_argument("--config-dir", metavar="DIR", help="folder of your own YAML files")
+    own.set_defaults(takes_overrides=True)
+
+    own = command("list", commands.list_options, "list the configuration groups and their options")
+    own.add_argument("group", metavar="GROUP", nargs="?", help="only this group")
+
+    command("doctor", commands.doctor, "check this machine: versions, devices, golden vectors")
+    return parser
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run folder")
+
+
+def _add_rounds(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--rounds", type=_count, help=text)
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be >= 0, got {number}")
+    return number
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be >= 1, got {number}")
+    return number

@@ -1,0 +1,126 @@
+"""What each command does: call the service and print what it gives back."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+from fedzo.errors import ConfigError
+
+Handler = Callable[[Namespace], int]
+
+
+def train(arguments: Namespace) -> int:
+    """``fedzo train``."""
+    from fedzo.cli.train import train as run_train
+
+    run_train(arguments.overrides)
+    return 0
+
+
+def resume(arguments: Namespace) -> int:
+    """``fedzo resume``."""
+    from fedzo.runs import resume_run
+
+    resume_run(_folder(arguments.run))
+    return 0
+
+
+def replay(arguments: Namespace) -> int:
+    """``fedzo replay``."""
+    from fedzo.runs import replay_run
+
+    _print_json(replay_run(_folder(arguments.run), rounds=arguments.rounds))
+    return 0
+
+
+def evaluate(arguments: Namespace) -> int:
+    """``fedzo evaluate``."""
+    from fedzo.runs import evaluate_run
+
+    _print_json(evaluate_run(_folder(arguments.run), split=arguments.split))
+    return 0
+
+
+def generate(arguments: Namespace) -> int:
+    """``fedzo generate``."""
+    from fedzo.runs import generate_run
+
+    for text in generate_run(_folder(arguments.run), arguments.prompts, max_new_tokens=arguments.max_new_tokens):
+        print(text)
+    return 0
+
+
+def export(arguments: Namespace) -> int:
+    """``fedzo export``."""
+    from fedzo.runs import export_run
+
+    print(export_run(_folder(arguments.run), Path(arguments.out), rounds=arguments.rounds))
+    return 0
+
+
+def report(arguments: Namespace) -> int:
+    """``fedzo report``: a folder with Hydra's ``multirun.yaml`` is a sweep."""
+    from fedzo.report.html import write_report
+    from fedzo.report.sweep import write_sweep_report
+
+    for folder in [_folder(name) for name in arguments.runs]:
+        if (folder / "multirun.yaml").exists():
+            write_sweep_report(folder)
+        else:
+            write_report(folder)
+        print(folder / "report.html")
+    return 0
+
+
+def mask(arguments: Namespace) -> int:
+    """``fedzo mask``."""
+    from fedzo.config.load import load
+    from fedzo.config.overrides import with_config_dir
+
+    config = load(with_config_dir(arguments.overrides, arguments.config_dir))
+    from fedzo.runs import make_mask
+
+    _print_json(make_mask(config, Path(arguments.out)))
+    return 0
+
+
+def list_options(arguments: Namespace) -> int:
+    """``fedzo list``."""
+    from fedzo.config.listing import list_groups
+
+    groups = list_groups()
+    if arguments.group is not None:
+        if arguments.group not in groups:
+            known = ", ".join(groups)
+            raise ConfigError(f"GROUP must be one of {known}, got {arguments.group!r}.")
+        groups = {arguments.group: groups[arguments.group]}
+    for group, options in groups.items():
+        print(group)
+        width = max((len(name) for name in options), default=0)
+        for name, summary in options.items():
+            print(f"  {name:<{width}}  {summary}".rstrip())
+    return 0
+
+
+def doctor(arguments: Namespace) -> int:
+    """``fedzo doctor``; 1 when a check failed."""
+    from fedzo.runs import doctor as run_checks
+
+    checks = run_checks()
+    for name, good, detail in checks:
+        print(f"{'ok  ' if good else 'BAD '} {name}: {detail}")
+    return 0 if all(good for _, good, _ in checks) else 1
+
+
+def _folder(name: str) -> Path:
+    folder = Path(name)
+    if not folder.is_dir():
+        raise ConfigError(f"RUN must be a folder that `fedzo train` made, found none at {name!r}. Check the path.")
+    return folder
+
+
+def _print_json(record: object) -> None:
+    print(json.dumps(record, indent=2))

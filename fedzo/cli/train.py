@@ -1,0 +1,149 @@
+"""``fedzo train``: one run, or with ``-m`` a Hydra sweep whose jobs are all checked before the first one starts."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra import version
+from hydra._internal.utils import _run_hydra, get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode, TaskFunction
+from omegaconf import DictConfig
+
+from fedzo.config.compose import CONFIG_NAME, VERSION_BASE, option_names, session
+from fedzo.config.load import checked, load
+from fedzo.config.overrides import rewrite_model, with_config_dir
+from fedzo.config.paths import conf_dir
+from fedzo.config.store import register_schemas
+from fedzo.config.sweep import plan_sweep
+from fedzo.errors import ConfigError, FedzoError, RunFolderError
+
+log = logging.getLogger(__name__)
+
+
+def train(arguments: Sequence[str]) -> None:
+    """Run what ``fedzo train`` was given: overrides and Hydra's own flags.
+
+    Raises:
+        ConfigError: the settings of the run, or of any job of the sweep, are wrong; nothing has been started.
+        FedzoError: a run failed; a sweep raises after its other jobs have run.
+    """
+    parser = get_args_parser()
+    parser.prog = "fedzo train"
+    flags = parser.parse_args(list(arguments))
+    for name in ("config_name", "config_path", "experimental_rerun"):
+        if getattr(flags, name) is not None:
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(f"{option} is not supported. Use --config-dir DIR and experiment=<name>.")
+    flags.overrides = with_config_dir(flags.overrides, flags.config_dir)
+    flags.config_dir = None
+    if flags.help or flags.hydra_help or flags.cfg or flags.info is not None or flags.shell_completion:
+        with session():
+            flags.overrides = rewrite_model(flags.overrides, option_names("model", flags.overrides))
+        _hydra(flags, job)
+    elif flags.multirun or "hydra.mode=MULTIRUN" in flags.overrides:
+        _sweep(flags)
+    else:
+        _single(flags)
+
+
+def job(composed: DictConfig) -> None:
+    """One run, in the folder that Hydra made for it; in a worker process for the joblib launcher."""
+    from fedzo.runs import start_run
+
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.output_dir)
+    try:
+        start_run(checked(composed), folder, overrides=list(hydra.overrides.task))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(str(folder)) from None
+    except FedzoError as error:
+        if hydra.mode == RunMode.MULTIRUN:  # Hydra raises the first job's error only, when all have run
+            log.error("%s: %s", folder, error)
+        raise
+
+
+def _single(flags: Namespace) -> None:
+    load(flags.overrides)
+    with session():
+        flags.overrides = rewrite_model(flags.overrides, option_names("model", flags.overrides))
+    failures: list[Exception] = []
+
+    @functools.wraps(job)
+    def keep_failure(composed: DictConfig) -> None:
+        try:
+            job(composed)
+        except Exception as error:  # raised below, without Hydra's lines around it
+            failures.append(error)
+
+    with _folder_errors("hydra.run.dir"):
+        _hydra(flags, keep_failure)
+    if failures:
+        raise failures[0]
+
+
+def _sweep(flags: Namespace) -> None:
+    from fedzo.report.sweep import write_sweep_report
+
+    sweep = plan_sweep(flags.overrides)
+    flags.overrides, flags.multirun = sweep.overrides, True
+    with _folder_errors("hydra.sweep.dir"):
+        sweep.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        _hydra(flags, job)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(stop.args[0] if stop.args else f"{sweep.folder}/<job>") from None
+    except Exception:  # the other jobs have run: show what they found
+        try:
+            write_sweep_report(sweep.folder)
+        except FedzoError as error:
+            log.warning("%s: no sweep report: %s", sweep.folder, error)
+        raise
+    write_sweep_report(sweep.folder)
+
+
+def _hydra(flags: Namespace, task: TaskFunction) -> None:
+    """What ``@hydra.main`` does, on parsed flags instead of ``sys.argv``."""
+    version.setbase(VERSION_BASE)
+    register_schemas()
+    with _full_errors():
+        _run_hydra(
+            args=flags,
+            args_parser=get_args_parser(),
+            task_function=task,
+            config_path=str(conf_dir()),
+            config_name=CONFIG_NAME,
+        )
+
+
+@contextmanager
+def _full_errors() -> Iterator[None]:
+    """Make Hydra raise a job's error instead of printing it and ending the process."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+@contextmanager
+def _folder_errors(key: str) -> Iterator[None]:
+    """The error of a folder that cannot be made, or whose log file cannot be opened, as fedzo's own."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__  # logging wraps it in a ValueError
+        if isinstance(error, FedzoError) or not isinstance(cause, OSError):
+            raise
+        where = f"run folder {cause.filename}: it must be writable, got {cause.strerror!r}"
+        raise RunFolderError(f"{where}. Choose another with {key}=<folder>.") from error

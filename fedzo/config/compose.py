@@ -1,0 +1,102 @@
+"""Hydra on fedzo's ``conf`` and schemas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import cast
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from fedzo.config.paths import conf_dir
+from fedzo.config.schema import RunConfig
+from fedzo.config.store import register_schemas
+from fedzo.errors import ConfigError
+
+CONFIG_NAME = "config"
+VERSION_BASE = "1.3"
+FAILURES = (HydraException, OmegaConfBaseException, ConfigError)
+"""What composing and converting raise for bad input."""
+
+
+class StrayKeyError(ConfigError):
+    """A key was added (``+key=value``) that no config class has."""
+
+
+@contextmanager
+def session() -> Iterator[None]:
+    """Hydra, initialised; what was initialised before is put back at the end. The functions below need it."""
+    register_schemas()
+    with initialize_config_dir(str(conf_dir()), job_name="fedzo", version_base=VERSION_BASE):
+        yield
+
+
+def compose_run(overrides: Sequence[str], *, hydra: bool = False) -> DictConfig:
+    """The composed run, resolved; with ``hydra`` also Hydra's own node, unresolved.
+
+    Raises:
+        HydraException, OmegaConfBaseException, ConfigError: the overrides do not fit.
+    """
+    try:
+        composed = compose(CONFIG_NAME, overrides=list(overrides), return_hydra_config=hydra)
+    except (ValueError, TypeError, AssertionError, YAMLError) as error:  # Hydra's for some bad overrides, and bad YAML
+        raise ConfigError(str(error)) from error
+    if not hydra:
+        _settle(composed)
+    return composed
+
+
+def _settle(composed: DictConfig) -> None:
+    OmegaConf.resolve(composed)
+    _refuse_stray_keys(composed, "")
+
+
+def _refuse_stray_keys(node: DictConfig, prefix: str) -> None:
+    config_class = OmegaConf.get_type(node)
+    for key, child in node.items_ex(resolve=False):
+        if is_dataclass(config_class) and key not in {field.name for field in fields(config_class)}:
+            raise StrayKeyError(f"{prefix}{key} is not a setting of {config_class.__name__}.")
+        if isinstance(child, DictConfig) and not child._is_missing() and not child._is_none():
+            _refuse_stray_keys(child, f"{prefix}{key}.")
+
+
+def to_config(composed: DictConfig) -> RunConfig:
+    """The typed config of a composed one.
+
+    Raises:
+        ConfigError: settings that must be given were not.
+        OmegaConfBaseException: an interpolation or a type is wrong.
+    """
+    _settle(composed)
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} must be given, got nothing. Write {missing[0]}=<value>.")
+    return cast(RunConfig, OmegaConf.to_object(composed))
+
+
+def group_names(overrides: Sequence[str] = ()) -> list[str]:
+    """Groups of fedzo's configuration; ``overrides`` matter for their ``hydra.searchpath``."""
+    names = _look(None, overrides, kind=ObjectType.GROUP)
+    return sorted(set(names) - {"hydra"})
+
+
+def option_names(group: str, overrides: Sequence[str] = ()) -> list[str]:
+    """Options of a group, schemas left out; empty when there is no such group."""
+    names = _look(group, overrides, kind=ObjectType.CONFIG)
+    return sorted({name for name in names if not name.endswith("_schema")})
+
+
+def _look(group: str | None, overrides: Sequence[str], *, kind: ObjectType) -> list[str]:
+    searchpath = [text for text in overrides if text.startswith("hydra.searchpath=")]
+    loader = GlobalHydra.instance().config_loader()
+    try:
+        return loader.get_group_options(group or "", kind, config_name=CONFIG_NAME, overrides=searchpath)
+    except HydraException as error:
+        raise ConfigError(f"hydra.searchpath must be a list of folders: {error}") from error

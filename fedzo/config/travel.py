@@ -1,0 +1,205 @@
+"""A config as text: one JSON string between peers, a YAML file in the run folder, a hash in every message.
+
+A plugin is named by its option (``"trainer": {"plugin": "meerkat", ...}``) and looked up in the table of installed
+plugins, so nothing in the text is imported, evaluated or interpolated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import types
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Union, cast, get_args, get_origin, get_type_hints
+
+import yaml
+
+from fedzo.config.plugins import plugin_classes, plugin_name
+from fedzo.config.schema import RunConfig
+from fedzo.config.validate import problems
+from fedzo.errors import ConfigError
+
+SITE_LOCAL = (
+    "device",
+    "threads",
+    "runtime",
+    "report",
+    "data.path",
+    "trainer.mask_path",
+    "trainer.calibration_path",
+)
+"""Keys that may differ between the peers of a run; the contents behind the paths have digests of their own."""
+
+
+def to_json(config: RunConfig) -> str:
+    """The config as JSON text; ``from_json`` gives an equal config back.
+
+    Raises:
+        ConfigError: a plugin is not registered, or a number is not finite.
+    """
+    try:
+        return json.dumps(_to_plain(config), allow_nan=False)
+    except ValueError as error:
+        raise ConfigError(f"The configuration must hold finite numbers to travel: {error}.") from error
+
+
+def from_json(text: str) -> RunConfig:
+    """The config of ``to_json``'s text, with every key there, known, of its type and within its rules.
+
+    Files that it names need not exist here.
+
+    Raises:
+        ConfigError: the text is not such a config.
+    """
+    try:
+        plain = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"The configuration must be JSON as fedzo writes it, got: {error}.") from error
+    return _from_plain(plain)
+
+
+def save_yaml(config: RunConfig, path: Path) -> None:
+    """Write the config for people and for ``load_yaml``."""
+    path.write_text(yaml.safe_dump(_to_plain(config), sort_keys=False, allow_unicode=False), encoding="utf-8")
+
+
+def load_yaml(path: Path) -> RunConfig:
+    """Read what ``save_yaml`` wrote, as strictly as ``from_json``.
+
+    Raises:
+        ConfigError: the file cannot be read or is not such a config.
+    """
+    try:
+        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{path} must be the configuration of a run, got: {error}.") from error
+    return _from_plain(plain)
+
+
+def config_hash(config: RunConfig) -> str:
+    """SHA-256 (hex) of what all peers of a run must agree on.
+
+    Of ``model.name`` only the last component counts, so that a site may hold the model in a folder; the weights have
+    a digest of their own.
+    """
+    plain = _to_plain(config)
+    for key in SITE_LOCAL:
+        *sections, leaf = key.split(".")
+        node = plain
+        for section in sections:
+            node = node[section]
+        node.pop(leaf, None)
+    name = plain["model"]["name"].replace("\\", "/").rstrip("/")
+    plain["model"]["name"] = name.rpartition("/")[2]
+    canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _to_plain(config: RunConfig) -> dict[str, Any]:
+    plain = cast(dict[str, Any], _encode(config))
+    for group, options in plugin_classes().items():
+        plugin = getattr(config, group)
+        name = plugin_name(group, plugin)
+        if name is None:
+            raise ConfigError(f"{group} must be one of {', '.join(sorted(options))}, got {type(plugin).__name__}.")
+        plain[group] = {"plugin": name, **plain[group]}
+    return plain
+
+
+def _encode(value: object) -> object:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _encode(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, list):
+        return [_encode(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _encode(item) for key, item in value.items()}
+    return value
+
+
+def _from_plain(plain: object) -> RunConfig:
+    config = cast(RunConfig, _decode_class(RunConfig, plain, "configuration"))
+    if found := problems(config):
+        raise ConfigError("; ".join(problem.text for problem in found))
+    return config
+
+
+def _decode_class(config_class: type, plain: object, where: str) -> object:
+    if not isinstance(plain, dict):
+        _refuse(where, f"be a mapping for {config_class.__name__}", plain)
+    hints = get_type_hints(config_class)
+    names = [field.name for field in fields(config_class)]
+    stray = sorted(str(key) for key in plain if key not in names)
+    absent = [name for name in names if name not in plain]
+    if stray or absent:
+        got = f"unknown {stray}, missing {absent}. Do all peers have the same fedzo?"
+        raise ConfigError(f"{where} must hold exactly the keys of {config_class.__name__}, got {got}")
+    groups = plugin_classes() if config_class is RunConfig else {}
+    values = {}
+    for name in names:
+        path = name if config_class is RunConfig else f"{where}.{name}"
+        if name in groups:
+            values[name] = _decode_plugin(groups[name], plain[name], path)
+        else:
+            values[name] = _decode(hints[name], plain[name], path)
+    return config_class(**values)
+
+
+def _decode_plugin(options: dict[str, type], plain: object, where: str) -> object:
+    name = plain.get("plugin") if isinstance(plain, dict) else None
+    if not isinstance(plain, dict) or not isinstance(name, str) or name not in options:
+        _refuse(f"{where}.plugin", f"be one of {', '.join(sorted(options))}", name)
+    rest = {key: value for key, value in plain.items() if key != "plugin"}
+    return _decode_class(options[name], rest, where)
+
+
+def _decode(hint: Any, plain: object, where: str) -> object:
+    """``plain`` as the annotated type; only types that a config class may have."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if plain is None and type(None) in arguments:
+            return None
+        (hint,) = (each for each in arguments if each is not type(None))
+        return _decode(hint, plain, where)
+    if origin is list and isinstance(plain, list):
+        return [_decode(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(plain)]
+    if origin is dict and isinstance(plain, dict):
+        return {_decode(arguments[0], key, where): _decode(arguments[1], plain[key], where) for key in plain}
+    if origin is Literal and plain in arguments:
+        return plain
+    if isinstance(hint, type):
+        if is_dataclass(hint):
+            return _decode_class(hint, plain, where)
+        if issubclass(hint, Enum) and plain in [member.value for member in hint]:
+            return hint(plain)
+        if hint is float and type(plain) in (int, float) and _is_finite(plain):
+            return float(cast(float, plain))
+        if hint in (bool, int, str) and type(plain) is hint:
+            return plain
+    return _refuse(where, f"be {_name(hint)}", plain)
+
+
+def _is_finite(number: Any) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an integer too large for a float
+        return False
+
+
+def _name(hint: Any) -> str:
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return "one of " + ", ".join(str(member.value) for member in hint)
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+
+
+def _refuse(where: str, rule: str, got: object) -> NoReturn:
+    shown = repr(got)
+    raise ConfigError(f"{where} must {rule}, got {shown if len(shown) <= 80 else shown[:77] + '...'}.")
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not a finite number")

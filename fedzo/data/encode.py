@@ -1,0 +1,134 @@
+"""Rows to token ids.
+
+Prompt and answer are tokenised together, as the model would read them, and parted where the prompt's own tokens end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from fedzo.data.config import TaskConfig, TaskKind
+from fedzo.data.example import Example
+from fedzo.data.files import Row
+from fedzo.data.tasks import Rendered, render
+from fedzo.errors import ConfigError
+
+_FORMAT = "fedzo-prompt/1"  # change it when rendering or preparations change, so that old and new sites do not mix
+
+
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that is used here."""
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """Token that begins every text, if the tokenizer has one."""
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> Mapping[str, Any]:
+        """Token ids of each text under ``input_ids``."""
+
+    def apply_chat_template(
+        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> Any:
+        """The conversation as the text that the model was tuned on."""
+
+
+def encode(rows: Sequence[Row], task: TaskConfig, *, tokenizer: Tokenizer, max_length: int) -> list[Example]:
+    """Render rows and tokenise them.
+
+    The answer's tokens are those after the prompt's; where a token spans the border, the parting moves left to the
+    longest prefix that the prompt and all candidates share, so that each answer has a token. An ``instruction`` goes
+    through the tokenizer's chat template. A longer prompt loses its beginning, but not its BOS token; a longer
+    reference answer loses its end, so that half of ``max_length`` is left for the prompt.
+
+    Args:
+        rows: The rows.
+        task: Its templates; all candidates are encoded for ``kind=candidates`` whatever the training loss, since the
+            score needs them.
+        tokenizer: A transformers tokenizer.
+        max_length: Most tokens of prompt and longest answer together.
+
+    Raises:
+        ConfigError: A row does not fit the task, candidates do not fit ``max_length``, or there is no chat template.
+    """
+    rendered = [_render(number, row, task) for number, row in enumerate(rows)]
+    texts, add_special_tokens = _texts(rendered, task, tokenizer)
+    flat = [text for group in texts for text in group]
+    ids = tokenizer(flat, add_special_tokens=add_special_tokens, verbose=False)["input_ids"] if flat else []
+    bos = tokenizer.bos_token_id
+    examples, start = [], 0
+    for number, (group, row) in enumerate(zip(texts, rendered, strict=True)):
+        prompt, *joint = (tuple(tokens) for tokens in ids[start : start + len(group)])
+        start += len(group)
+        cut = min(_common(prompt, joint), min(map(len, joint)) - 1)
+        answers = tuple(tokens[cut:] for tokens in joint)
+        if cut < 1:
+            raise ConfigError(
+                f"row {number}: the prompt must have at least one token, got {row.prompt!r}. Extend task.template."
+            )
+        if task.kind is not TaskKind.candidates:
+            room = max(max_length - cut, max_length // 2)
+            answers = tuple(answer[:room] for answer in answers)
+        head = _shortened(prompt[:cut], max_length - max(map(len, answers)), bos=bos)
+        if not head:
+            raise ConfigError(
+                f"row {number}: the longest candidate has {max(map(len, answers))} tokens and model.max_length is "
+                f"{max_length}, no room is left for the prompt. Raise model.max_length or shorten the candidates."
+            )
+        examples.append(Example(head, answers, row.label, row.reference))
+    return examples
+
+
+def task_digest(task: TaskConfig) -> str:
+    """SHA-256 (hex) of all that defines prompts, answers and labels; sites with the same digest read a row alike."""
+    fields = (task.kind, task.template, task.candidates, task.label, task.labels, task.answer, task.prepare)
+    return hashlib.sha256(json.dumps([_FORMAT, *fields], ensure_ascii=True).encode("ascii")).hexdigest()
+
+
+def _render(number: int, row: Row, task: TaskConfig) -> Rendered:
+    try:
+        return render(row, task)
+    except ConfigError as error:
+        raise ConfigError(f"row {number}: {error}") from error
+
+
+def _texts(rendered: list[Rendered], task: TaskConfig, tokenizer: Tokenizer) -> tuple[list[list[str]], bool]:
+    """Of each row the prompt, then the prompt with each answer; and whether special tokens are to be added."""
+    if task.kind is not TaskKind.instruction:
+        return [[row.prompt, *(row.prompt + answer for answer in row.answers)] for row in rendered], True
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            f"task {task.name!r} (kind=instruction) needs a tokenizer with a chat template, this model's has none. "
+            "Choose an instruction-tuned model, or task.kind=generation with a template of your own."
+        )
+    return [_chat(row, tokenizer) for row in rendered], False  # a chat template writes its special tokens itself
+
+
+def _chat(row: Rendered, tokenizer: Tokenizer) -> list[str]:
+    asked = [{"role": "user", "content": row.prompt}]
+    answered = [*asked, {"role": "assistant", "content": row.answers[0]}]
+    return [
+        tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True),
+        tokenizer.apply_chat_template(answered, tokenize=False, add_generation_prompt=False),
+    ]
+
+
+def _common(prompt: tuple[int, ...], others: Sequence[tuple[int, ...]]) -> int:
+    """Length of the longest prefix that all share."""
+    for at, tokens in enumerate(zip(prompt, *others, strict=False)):
+        if len(set(tokens)) > 1:
+            return at
+    return min(len(prompt), *(len(other) for other in others))
+
+
+def _shortened(prompt: tuple[int, ...], room: int, *, bos: int | None) -> tuple[int, ...]:
+    """The last ``room`` tokens, of which the first is the BOS token if the prompt begins with it."""
+    if len(prompt) <= room:
+        return prompt
+    if room < 1:
+        return ()
+    if prompt[0] == bos and room > 1:
+        return (prompt[0], *prompt[len(prompt) - room + 1 :])
+    return prompt[len(prompt) - room :]

@@ -1,0 +1,272 @@
+"""Which client holds which training rows, and which of its rows a client keeps for scoring.
+
+flwr-datasets does the dealing where its partitioners fit, on a table of labels and row numbers in memory. They cut rows
+in the order in which they find them, so the rows are shuffled first, by Philox words: the same on every machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from fedzo.data.config import (
+    DirichletConfig,
+    ExtremeConfig,
+    IidConfig,
+    NaturalConfig,
+    PartitionConfig,
+    ShardsConfig,
+    TaskConfig,
+    TaskKind,
+)
+from fedzo.data.files import Row
+from fedzo.data.tasks import label_index
+from fedzo.errors import ConfigError
+from fedzo.registry import Registry
+from fedzo.zo.directions import permutation, stream_key
+
+Parts = list[list[int]]
+PARTITIONERS: Registry[Parts] = Registry("partition", base=PartitionConfig)
+"""Factories ``(config, *, rows, num_clients, seed, task) -> row numbers of each client``."""
+
+_PURPOSE_DEAL, _PURPOSE_HOLDOUT = 17, 18  # of the Philox stream
+_MOST_NAMED = 8  # clients or values named in a message
+
+
+def partition(
+    rows: Sequence[Row], config: PartitionConfig, *, num_clients: int, seed: int, task: TaskConfig
+) -> list[list[int]]:
+    """Deal rows to clients.
+
+    Args:
+        rows: The training rows.
+        config: Chooses the way; see ``PARTITIONERS``.
+        num_clients: How many clients.
+        seed: Run seed (unsigned 64 bit); the same seed gives the same parts on every machine.
+        task: Says which column is the label.
+
+    Returns:
+        Row numbers of each client: sorted, disjoint, together all rows.
+
+    Raises:
+        ConfigError: There are more clients than rows, a client gets fewer than ``config.min_rows``, or a column is
+            missing.
+    """
+    if not 1 <= num_clients <= len(rows):
+        raise ConfigError(
+            f"fl.num_clients must be between 1 and the number of training rows ({len(rows)}), got {num_clients}. "
+            "Lower it, or give more rows (data.num_train)."
+        )
+    parts = PARTITIONERS.build(config, rows=rows, num_clients=num_clients, seed=seed, task=task)
+    short = {client: len(part) for client, part in enumerate(parts) if len(part) < config.min_rows}
+    if short:
+        raise ConfigError(_too_few(short, config))
+    return [sorted(part) for part in parts]
+
+
+def holdout(indices: Sequence[int], share: float, *, seed: int, client: int) -> tuple[list[int], list[int]]:
+    """Part a client's rows into those for training and those for scoring only.
+
+    Args:
+        indices: The client's row numbers.
+        share: Share held out, rounded to whole rows; at least one row is held out unless it is 0 or the client has one
+            row.
+        seed: Run seed.
+        client: Index of the client.
+
+    Returns:
+        Row numbers for training (never empty) and held out, both sorted.
+
+    Raises:
+        ConfigError: ``share`` is not in [0, 1).
+    """
+    if not 0 <= share < 1:
+        raise ConfigError(
+            f"partition.holdout must be >= 0 and < 1, got {share}. It is the share of rows kept from training."
+        )
+    wanted = max(1, round(share * len(indices))) if share > 0 else 0
+    num_held = max(0, min(wanted, len(indices) - 1))
+    ranked = permutation(stream_key(seed, round=0, owner=client), len(indices), purpose=_PURPOSE_HOLDOUT).tolist()
+    held = set(ranked[:num_held])
+    return (
+        sorted(row for at, row in enumerate(indices) if at not in held),
+        sorted(indices[at] for at in held),
+    )
+
+
+@PARTITIONERS.register("iid", IidConfig)
+def iid(config: IidConfig, *, rows: Sequence[Row], num_clients: int, seed: int, task: TaskConfig) -> Parts:
+    """Shuffled rows in equal parts (sizes differ by at most one)."""
+    from flwr_datasets.partitioner import IidPartitioner
+
+    return _deal(IidPartitioner(num_partitions=num_clients), _shuffled(len(rows), seed), num_clients=num_clients)
+
+
+@PARTITIONERS.register("dirichlet", DirichletConfig)
+def dirichlet(config: DirichletConfig, *, rows: Sequence[Row], num_clients: int, seed: int, task: TaskConfig) -> Parts:
+    """Label skew: class by class, the clients' shares of its rows are one draw of Dirichlet(alpha, ..., alpha).
+
+    The dimension of the draw is the number of clients; class sizes play no part, and client sizes follow (they are not
+    balanced). This is the variant of Yurochkin et al. (arXiv 1905.12022) without their balancing, as in
+    ``flwr_datasets``; it is not the one that draws each client's class mix from Dirichlet(alpha * class prior). If a
+    client gets fewer than ``min_rows`` rows, all shares are drawn again, at most ten times.
+    """
+    if not config.alpha > 0:
+        raise ConfigError(f"partition.alpha must be > 0, got {config.alpha}. Smaller is less IID; 0.5 is usual.")
+    from flwr_datasets.partitioner import DirichletPartitioner
+
+    order = _shuffled(len(rows), seed)
+    labels = [_label(rows[row], row, task, "dirichlet") for row in order]
+
+    def deal(min_rows: int) -> Parts:
+        partitioner = DirichletPartitioner(
+            num_partitions=num_clients,
+            partition_by="key",
+            alpha=float(config.alpha),
+            min_partition_size=min_rows,
+            self_balancing=False,
+            shuffle=False,
+            seed=seed,
+        )
+        return _deal(partitioner, order, num_clients=num_clients, keys=labels)
+
+    try:
+        return deal(config.min_rows)
+    except ValueError as error:
+        sizes = [len(part) for part in deal(0)]  # the first draw, to name the clients
+        short = {client: size for client, size in enumerate(sizes) if size < config.min_rows}
+        advice = "Raise partition.alpha or data.num_train, lower fl.num_clients, or try another seed."
+        raise ConfigError(f"{_too_few(short, config)} It stayed so in ten more draws. {advice}") from error
+
+
+@PARTITIONERS.register("shards", ShardsConfig)
+def shards(config: ShardsConfig, *, rows: Sequence[Row], num_clients: int, seed: int, task: TaskConfig) -> Parts:
+    """Rows sorted by label and cut into shards, ``shards_per_client`` random ones a client (McMahan et al., 2017).
+
+    A shard has ``ceil(rows / (clients * shards_per_client))`` rows, so that none is left over; the last one may be
+    smaller, and where the rows are few some clients (the last ones) get a shard less.
+    """
+    if config.shards_per_client < 1:
+        raise ConfigError(f"partition.shards_per_client must be >= 1, got {config.shards_per_client}. 2 is usual.")
+    from flwr_datasets.partitioner import ShardPartitioner
+
+    labels = [_label(row, number, task, "shards") for number, row in enumerate(rows)]
+    order = sorted(_shuffled(len(rows), seed), key=labels.__getitem__)
+    partitioner = ShardPartitioner(
+        num_partitions=num_clients,
+        partition_by="key",
+        shard_size=-(-len(rows) // (num_clients * config.shards_per_client)),
+        keep_incomplete_shard=True,
+        shuffle=False,
+        seed=seed,
+    )
+    try:
+        return _deal(partitioner, order, num_clients=num_clients, keys=[labels[row] for row in order])
+    except ValueError as error:
+        raise ConfigError(
+            f"partition=shards: {len(rows)} rows do not make a shard for each of {num_clients} clients. "
+            "Lower fl.num_clients, raise partition.shards_per_client, or give more rows."
+        ) from error
+
+
+@PARTITIONERS.register("extreme", ExtremeConfig)
+def extreme(config: ExtremeConfig, *, rows: Sequence[Row], num_clients: int, seed: int, task: TaskConfig) -> Parts:
+    """The last ``num_extreme`` clients hold rows of one label each (labels in turn), the others share the rest IID.
+
+    An extreme client has ``rows // clients`` rows, or fewer where its label has too few for its clients. If all clients
+    are extreme, each label's rows are split evenly over its clients.
+    """
+    num_extreme = config.num_extreme
+    if not 0 <= num_extreme <= num_clients:
+        raise ConfigError(
+            f"partition.num_extreme must be between 0 and fl.num_clients ({num_clients}), got {num_extreme}."
+        )
+    left: dict[int, list[int]] = {}
+    for row in _shuffled(len(rows), seed):
+        left.setdefault(_label(rows[row], row, task, "extreme"), []).append(row)
+    labels = sorted(left)
+    if num_extreme == num_clients < len(labels):
+        raise ConfigError(
+            f"partition.num_extreme={num_extreme} leaves rows of {len(labels) - num_clients} labels without a client. "
+            f"Lower it below fl.num_clients, or have at least {len(labels)} clients."
+        )
+    owners = {label: list(range(turn, num_extreme, len(labels))) for turn, label in enumerate(labels)}
+    single: Parts = [[] for _ in range(num_extreme)]
+    for label, clients in owners.items():
+        total = len(left[label])
+        for turn, client in enumerate(clients):
+            size = (total + turn) // len(clients)
+            if num_extreme < num_clients:
+                size = min(len(rows) // num_clients, total // len(clients))
+            single[client], left[label] = left[label][:size], left[label][size:]
+    rest = set().union(*left.values())
+    order = [row for row in _shuffled(len(rows), seed) if row in rest]
+    num_iid = num_clients - num_extreme
+    return [order[client::num_iid] for client in range(num_iid)] + single
+
+
+@PARTITIONERS.register("natural", NaturalConfig)
+def natural(config: NaturalConfig, *, rows: Sequence[Row], num_clients: int, seed: int, task: TaskConfig) -> Parts:
+    """One client per value of a column, in the order of the sorted values (as text)."""
+    from flwr_datasets.partitioner import NaturalIdPartitioner
+
+    for number, row in enumerate(rows):
+        if row.get(config.column) is None:
+            there = ", ".join(map(str, row))
+            raise ConfigError(
+                f"partition.column must name a column that every training row has, got {config.column!r}; "
+                f"row {number} has: {there}."
+            )
+    keys = [str(row[config.column]) for row in rows]
+    values = Counter(keys)
+    if len(values) != num_clients:
+        shown = ", ".join(f"{value!r} ({count} rows)" for value, count in sorted(values.items())[:_MOST_NAMED])
+        raise ConfigError(
+            f"partition.column={config.column!r} has {len(values)} values and fl.num_clients is {num_clients}, "
+            f"they must be equal: {shown}{', ...' if len(values) > _MOST_NAMED else ''}. "
+            f"Write fl.num_clients={len(values)}, or choose another column."
+        )
+    return _deal(NaturalIdPartitioner(partition_by="key"), list(range(len(rows))), num_clients=num_clients, keys=keys)
+
+
+def _shuffled(num_rows: int, seed: int) -> list[int]:
+    order: list[int] = permutation(stream_key(seed, round=0), num_rows, purpose=_PURPOSE_DEAL).tolist()
+    return order
+
+
+def _deal(
+    partitioner: Any, order: Sequence[int], *, num_clients: int, keys: Sequence[int] | Sequence[str] = ()
+) -> Parts:
+    """Run a partitioner of flwr-datasets on rows in an order, without its warnings and progress bars."""
+    from datasets import Dataset
+
+    table = {"row": list(order), "key": list(keys) or [0] * len(order)}
+    partitioner.dataset = Dataset.from_dict(table)
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        return [list(partitioner.load_partition(client)["row"]) for client in range(num_clients)]
+
+
+def _label(row: Row, number: int, task: TaskConfig, way: str) -> int:
+    if task.kind is not TaskKind.candidates:
+        raise ConfigError(
+            f"partition={way} goes by labels and task {task.name!r} (kind={task.kind}) has none. "
+            "Use partition=iid or natural."
+        )
+    try:
+        return label_index(row, task)
+    except ConfigError as error:
+        raise ConfigError(f"row {number}: {error}") from error
+
+
+def _too_few(short: dict[int, int], config: PartitionConfig) -> str:
+    shown = ", ".join(f"{client} ({size} rows)" for client, size in sorted(short.items())[:_MOST_NAMED])
+    return (
+        f"partition: every client must have at least partition.min_rows={config.min_rows} rows, these have fewer: "
+        f"client {shown}{', ...' if len(short) > _MOST_NAMED else ''}. "
+        "Give more rows (data.num_train), or lower fl.num_clients or partition.min_rows."
+    )

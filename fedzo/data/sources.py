@@ -1,0 +1,141 @@
+"""Train, dev and test rows of a task: from the embedded set, from one file, or from a folder.
+
+Which rows are used depends on the files and ``data.split_seed`` only (positions ranked by Philox words): the same on
+every machine, and under every template that tells the same rows apart.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedzo.data.config import DataConfig, TaskConfig
+from fedzo.data.embedded import rotten_tomatoes
+from fedzo.data.files import SUFFIXES, Located, Row, read_located, read_rows
+from fedzo.data.tasks import render
+from fedzo.errors import ConfigError
+from fedzo.zo.directions import permutation, stream_key
+
+__all__ = ["EMBEDDED", "Row", "Splits", "load_splits", "read_rows"]
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED: dict[str, Callable[[], list[Row]]] = {"rotten_tomatoes": rotten_tomatoes}
+"""Tasks whose rows come with an install."""
+_STEMS = {"train": ("train",), "dev": ("dev", "validation", "valid", "val"), "test": ("test",)}
+_PURPOSE_SPLIT = 16  # of the Philox stream
+_DRAWN_PART = 4  # a dev or test split drawn from train takes at most a quarter of it
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """Rows by use; no prompt is in two of them."""
+
+    train: list[Row]
+    dev: list[Row]
+    test: list[Row]
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    at: int
+    row: Row
+    prompt: str
+
+
+def load_splits(config: DataConfig, task: TaskConfig) -> Splits:
+    """Read a task's rows, check each against the task, and set dev and test apart from train.
+
+    A folder may hold ``train``, ``dev`` (or ``validation``, ``valid``, ``val``) and ``test`` files. A missing dev or
+    test split is drawn from train: a quarter of its rows at most, with a warning if more were asked for. Dev rows with
+    the prompt of a test row, and train rows with the prompt of a dev or test row, are dropped. Rows keep the order of
+    their file.
+
+    Args:
+        config: Where the rows are and how many are wanted; ``num_dev=0`` or ``num_test=0`` leaves that split empty.
+        task: Its templates say which columns must be there.
+
+    Raises:
+        ConfigError: A file or column is missing, a line is malformed, a label is not among the candidates, a split is
+            empty.
+    """
+    files = {
+        name: _shuffled(rows, task, name=name, seed=config.split_seed) for name, rows in _read(config, task).items()
+    }
+    taken: set[str] = set()
+
+    def take(name: str, wanted: int | None) -> list[Row]:
+        drawn_from = name if name in files else "train"
+        if wanted and name not in files and wanted > len(files["train"]) // _DRAWN_PART:
+            most = len(files["train"]) // _DRAWN_PART
+            logger.warning(
+                "data.num_%s=%d: there is no %s file, %d rows are drawn from train", name, wanted, name, most
+            )
+            wanted = most
+        chosen = [item for item in files[drawn_from] if item.prompt not in taken][:wanted]
+        if not chosen and wanted != 0:
+            raise ConfigError(_empty_split(name, config))
+        taken.update(item.prompt for item in chosen)
+        return [item.row for item in sorted(chosen, key=lambda item: item.at)]
+
+    test = take("test", config.num_test)
+    dev = take("dev", config.num_dev)
+    return Splits(test=test, dev=dev, train=take("train", config.num_train or None))
+
+
+def _read(config: DataConfig, task: TaskConfig) -> dict[str, list[Located]]:
+    if config.path is None:
+        if task.name not in EMBEDDED:
+            raise ConfigError(
+                f"data.path must be given for task {task.name!r} (embedded: {', '.join(EMBEDDED)}), got null. "
+                "Write data.path=<folder or file with the rows>."
+            )
+        embedded = EMBEDDED[task.name]()
+        return {"train": [(f"{task.name}, row {number}", row) for number, row in enumerate(embedded, start=1)]}
+    path = Path(config.path).expanduser()
+    files = _files(path) if path.is_dir() else {"train": path}
+    located = {name: read_located(file) for name, file in files.items()}
+    for name, rows in located.items():
+        if not rows:
+            raise ConfigError(f"{files[name]}: the file must hold at least one row, got none.")
+    return located
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for name, stems in _STEMS.items():
+        there = [folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
+        there = [path for path in there if path.is_file()]
+        if len(there) > 1:
+            names = ", ".join(path.name for path in there)
+            raise ConfigError(f"{folder}: one {name} file is wanted, got {names}. Remove all but one.")
+        if there:
+            found[name] = there[0]
+    if "train" not in found:
+        names = ", ".join(sorted(path.name for path in folder.iterdir())[:20]) or "nothing"
+        raise ConfigError(
+            f"{folder}: must hold a file train.* ({', '.join(SUFFIXES)}), it holds {names}. Check data.path."
+        )
+    return found
+
+
+def _shuffled(rows: list[Located], task: TaskConfig, *, name: str, seed: int) -> list[_Item]:
+    items = [_Item(at, row, _prompt(where, row, task)) for at, (where, row) in enumerate(rows)]
+    key = stream_key(seed, round=list(_STEMS).index(name))
+    return [items[at] for at in permutation(key, len(items), purpose=_PURPOSE_SPLIT)]
+
+
+def _prompt(where: str, row: Row, task: TaskConfig) -> str:
+    try:
+        return render(row, task).prompt
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _empty_split(name: str, config: DataConfig) -> str:
+    return (
+        f"data: the {name} split is empty ({config.path or 'embedded'}); rows with the prompt of a test or dev row do "
+        "not count. Give more rows, a file of its own, or lower data.num_dev and data.num_test (0 = none)."
+    )

@@ -1,0 +1,190 @@
+"""Rows to text: templates, and the few preparations that a template cannot express.
+
+A template is text in which ``{column}`` stands for a row's value. It is filled by one regular-expression pass and
+nothing else (no format specs, no attributes), so a template or a row from elsewhere can read nothing but the row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fedzo.data.config import TaskConfig, TaskKind
+from fedzo.data.files import Row
+from fedzo.errors import ConfigError
+
+_FIELD = re.compile(r"\{(\w[\w .-]*)\}")  # other braces are plain text
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A row as text.
+
+    Attributes:
+        prompt: What the model reads.
+        answers: What may follow, byte for byte; one entry, the right answer, for generation and instruction.
+        label: Index of the right answer.
+        reference: The right answer without outer white space (generation, instruction).
+    """
+
+    prompt: str
+    answers: tuple[str, ...]
+    label: int
+    reference: str = ""
+
+
+def render(row: Row, task: TaskConfig) -> Rendered:
+    """Fill a task's templates from a row.
+
+    Raises:
+        ConfigError: A column is missing, empty or not text, the label is not one of the candidates, or an answer is
+            blank.
+    """
+    fields = prepared(row, task)
+    prompt = _fill(task.template, fields, "task.template")
+    if task.kind is TaskKind.candidates:
+        answers = tuple(_fill(candidate, fields, "task.candidates") for candidate in task.candidates)
+        rendered = Rendered(prompt, answers, label_index(row, task))
+    else:
+        answer = _fill(task.answer, fields, "task.answer")
+        rendered = Rendered(prompt, (answer,), 0, answer.strip())
+    for answer in rendered.answers:
+        if not answer.strip():
+            raise ConfigError(
+                f"an answer of task {task.name!r} is blank: {answer!r}. Remove the row or fill its answer."
+            )
+    return rendered
+
+
+def label_index(row: Row, task: TaskConfig) -> int:
+    """Which candidate is right: an index (int, bool, numeric text), or a value of ``task.labels`` if there are any.
+
+    Raises:
+        ConfigError: The column is missing or its value names no candidate.
+    """
+    value = _value(row, task.label, "task.label")
+    if task.labels:
+        if str(value).strip() in task.labels:
+            return task.labels.index(str(value).strip())
+        raise ConfigError(
+            f"column {task.label!r} must hold one of task.labels {task.labels}, got {value!r}. "
+            "Correct the row or task.labels."
+        )
+    try:
+        index = float(str(int(value) if isinstance(value, bool) else value))
+    except ValueError:
+        index = -1.0
+    if not (index.is_integer() and 0 <= index < len(task.candidates)):
+        raise ConfigError(
+            f"column {task.label!r} must hold an index (0 to {len(task.candidates) - 1}) of task.candidates "
+            f"{task.candidates}, got {value!r}. Correct the row, or list the column's values in task.labels."
+        )
+    return int(index)
+
+
+def columns_used(task: TaskConfig) -> tuple[str, ...]:
+    """Columns that a row must have for a task, sorted.
+
+    Raises:
+        ConfigError: ``task.prepare`` names no preparation.
+    """
+    is_choice = task.kind is TaskKind.candidates
+    templates = [task.template, *(task.candidates if is_choice else [task.answer])]
+    columns = {column for template in templates for column in _FIELD.findall(template)}
+    if task.prepare is not None:
+        preparation = _preparation(task.prepare)
+        columns = columns - set(preparation.makes) | set(preparation.reads)
+    return tuple(sorted(columns | ({task.label} if is_choice else set())))
+
+
+def prepared(row: Row, task: TaskConfig) -> Row:
+    """The row with the fields that ``task.prepare`` makes; the row itself if there is none."""
+    if task.prepare is None:
+        return row
+    preparation = _preparation(task.prepare)
+    fields = {column: _text(row, column, f"task.prepare={task.prepare}") for column in preparation.reads}
+    return row | preparation.make(fields)
+
+
+def _fill(template: str, row: Row, key: str) -> str:
+    return _FIELD.sub(lambda match: _text(row, match[1], key), template)
+
+
+def _text(row: Row, column: str, key: str) -> str:
+    value = _value(row, column, key)
+    if not isinstance(value, str | int | float):
+        raise ConfigError(
+            f"column {column!r} ({key}) must hold text or a number, got {type(value).__name__}. Flatten it first."
+        )
+    return str(value).strip()
+
+
+def _value(row: Row, column: str, key: str) -> object:
+    if column not in row:
+        there = ", ".join(map(str, row)) or "none"
+        raise ConfigError(
+            f"{key} needs a column {column!r}, the columns there are: {there}. Rename one, or change {key}."
+        )
+    if row[column] is None:
+        raise ConfigError(f"column {column!r} ({key}) is empty (null). Fill it or remove the row.")
+    return row[column]
+
+
+# --- preparations -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """Fields made from a row's columns: ``make`` gets the text of ``reads`` and returns ``makes``."""
+
+    reads: tuple[str, ...]
+    makes: tuple[str, ...]
+    make: Callable[[dict[str, str]], dict[str, str]]
+
+
+def _boolq(row: dict[str, str]) -> dict[str, str]:
+    """MeZO's question: a capital and a question mark."""
+    question = row["question"]
+    return {"question": question[:1].upper() + question[1:] + ("" if question.endswith("?") else "?")}
+
+
+def _wsc(row: dict[str, str]) -> dict[str, str]:
+    return {"span2_text": row["span2_text"].lower()}
+
+
+def _copa(row: dict[str, str]) -> dict[str, str]:
+    """MeZO's sentence: premise without its full stop, a conjunction, a choice in lower case (but for a first I)."""
+    conjunctions = {"cause": "because", "effect": "so"}
+    if row["question"] not in conjunctions:
+        raise ConfigError(f"column 'question' (task.prepare=copa) must be cause or effect, got {row['question']!r}.")
+    choices = {column: _lower_first_word(row[column]) for column in ("choice1", "choice2")}
+    return {"premise": row["premise"].removesuffix("."), "conjunction": conjunctions[row["question"]], **choices}
+
+
+def _lower_first_word(text: str) -> str:
+    first, space, rest = text.partition(" ")
+    return (first if first == "I" else first.lower()) + space + rest
+
+
+def _alpaca(row: dict[str, str]) -> dict[str, str]:
+    """Alpaca's three columns as a prompt and a response."""
+    prompt = f"{row['instruction']}\n\n{row['input']}" if row["input"] else row["instruction"]
+    return {"prompt": prompt, "response": row["output"]}
+
+
+PREPARATIONS = {
+    "alpaca": Preparation(("instruction", "input", "output"), ("prompt", "response"), _alpaca),
+    "boolq": Preparation(("question",), ("question",), _boolq),
+    "copa": Preparation(
+        ("premise", "question", "choice1", "choice2"), ("premise", "conjunction", "choice1", "choice2"), _copa
+    ),
+    "wsc": Preparation(("span2_text",), ("span2_text",), _wsc),
+}
+"""What ``task.prepare`` may name."""
+
+
+def _preparation(name: str) -> Preparation:
+    if name not in PREPARATIONS:
+        raise ConfigError(f"task.prepare must be one of {', '.join(PREPARATIONS)} or null, got {name!r}.")
+    return PREPARATIONS[name]

@@ -1,0 +1,68 @@
+"""Windows of calibration text: what the sensitivity of a weight is measured on.
+
+As the tool behind SensZOQ's checkpoints does it (SqueezeLLM-gradients): documents that are long enough, one random window of
+each, every window an example of its own. Deviation: the order and the offsets come from the run's counter-based generator.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import torch
+
+from fedzo.errors import ConfigError
+from fedzo.zo.directions import PURPOSE_DATA, permutation, philox_words, stream_key
+
+_ORDER, _OFFSET = 0, 1  # ``step`` of the two streams; their owner is SHARED, which no client's data order uses
+
+
+def windows_from_texts(
+    texts: Sequence[str], *, tokenize: Callable[[str], list[int]], num_docs: int, num_tokens: int, seed: int
+) -> list[torch.Tensor]:
+    """One random window of each of ``num_docs`` documents.
+
+    Documents are tried in a seeded order and only as many are tokenized as are needed.
+
+    Args:
+        texts: The documents.
+        tokenize: Text to token ids.
+        num_docs: Number of windows.
+        num_tokens: Length of each; shorter documents are passed over.
+        seed: Seed of the order and of the offsets.
+
+    Returns:
+        int64 [num_tokens] tensors.
+
+    Raises:
+        ConfigError: Too few documents are long enough.
+    """
+    if num_docs < 1:
+        raise ConfigError(f"trainer.calibration_docs must be >= 1, got {num_docs}.")
+    if num_tokens < 2:
+        raise ConfigError(f"trainer.calibration_tokens must be >= 2 (the loss is of the next token), got {num_tokens}.")
+    words = philox_words(stream_key(seed, round=0, step=_OFFSET), purpose=PURPOSE_DATA, num_words=2 * num_docs)
+    windows: list[torch.Tensor] = []
+    for number in permutation(stream_key(seed, round=0, step=_ORDER), len(texts), purpose=PURPOSE_DATA).tolist():
+        tokens = tokenize(texts[number])
+        if len(tokens) < num_tokens:
+            continue
+        # 64 bits make the bias of the remainder negligible
+        word = int(words[2 * len(windows)]) | int(words[2 * len(windows) + 1]) << 32
+        offset = word % (len(tokens) - num_tokens + 1)
+        windows.append(torch.tensor(tokens[offset : offset + num_tokens], dtype=torch.int64))
+        if len(windows) == num_docs:
+            return windows
+    raise ConfigError(
+        f"trainer.calibration_docs={num_docs} documents of at least {num_tokens} tokens are needed, got {len(windows)} of "
+        f"{len(texts)} that are long enough. Lower calibration_docs or calibration_tokens, or give more text."
+    )
+
+
+def windows_digest(windows: Sequence[torch.Tensor]) -> str:
+    """SHA-256 over the token ids of the windows, in order."""
+    digest = hashlib.sha256()
+    for window in windows:
+        digest.update(window.numel().to_bytes(8, "little"))
+        digest.update(window.cpu().numpy().astype("<i8").tobytes())
+    return digest.hexdigest()

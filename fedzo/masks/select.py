@@ -1,0 +1,307 @@
+"""Choosing a mask: the top share of the eligible weights by a score.
+
+Sensitivity (arXiv 2506.03337, 2406.02913): the score of a weight is the sum over calibration windows of its squared gradient,
+``sum g**2``. Each window is a batch of its own, since ``(sum g)**2`` is something else. The signed mean gradient is kept too.
+
+Deviations: scores and gradients accumulate in float32 whatever the model's dtype; equal scores are ranked by lower index and, over the
+whole model, earlier tensor, where the papers leave it to the sort; ``magnitude`` is the true top of ``abs(w)``, not the defect
+of the released trainer, which negated the indices in place of the scores; ``random`` is drawn from the run's generator.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fedzo
+from fedzo.errors import ConfigError, NumericsError
+from fedzo.masks.calibration import windows_digest
+from fedzo.masks.eligible import eligible_parameters
+from fedzo.masks.mask import Mask
+from fedzo.zo.directions import philox_words, stream_key
+
+logger = logging.getLogger(__name__)
+
+PURPOSE_MASK = 5
+"""Purpose of the stream that ``random`` draws from (purposes 0 to 4 belong to ``fedzo.zo.directions``)."""
+SELECTORS = ("sensitivity", "magnitude", "random")
+GRANULARITIES = ("per_tensor", "everywhere")
+_CHUNK = 1 << 24  # scores ranked at a time: bounds what topk allocates
+
+LossFn = Callable[[nn.Module, torch.Tensor], torch.Tensor]
+ScoreFn = Callable[[str], torch.Tensor]
+"""Name of a tensor to its scores, flat, float32 or int64, larger is chosen first."""
+
+
+def select_mask(
+    model: nn.Module,
+    *,
+    density: float,
+    selector: str = "sensitivity",
+    granularity: str = "per_tensor",
+    windows: Sequence[torch.Tensor] = (),
+    seed: int = 0,
+    loss_fn: LossFn | None = None,
+    on_window: Callable[[int, int], None] | None = None,
+    base_digest: str | None = None,
+) -> Mask:
+    """Choose the weights to train.
+
+    The model is left as it was found: bits, ``requires_grad``, gradients, training mode. Sensitivity needs two float32 values for
+    each eligible weight beside one window's activations; the gradient of one tensor lives at a time.
+
+    Args:
+        model: A causal language model, called as ``model(input_ids=..., use_cache=False).logits`` for sensitivity.
+        density: Share of the eligible weights, above 0 and at most 1.
+        selector: ``sensitivity``, ``magnitude`` or ``random``.
+        granularity: ``per_tensor`` takes int(numel * density) of each tensor, ``everywhere`` int(total * density) of all.
+        windows: Token ids, int64 [num_tokens] each; for sensitivity.
+        seed: Seed of ``random``.
+        loss_fn: ``loss_fn(model, input_ids [1, num_tokens])``; by default the mean cross-entropy of the next token.
+        on_window: Called with (windows done, windows in all).
+        base_digest: Digest of the model's weights, for the manifest.
+
+    Returns:
+        The mask, on the CPU; with the signed mean gradient if the selector is ``sensitivity``.
+
+    Raises:
+        ConfigError: A setting is out of its range, the mask would be empty, or the model has no eligible weight.
+        NumericsError: A loss, gradient or weight is not finite.
+    """
+    _check_settings(density, selector, granularity, windows)
+    parameters = eligible_parameters(model)
+    budget = _budget([p.numel() for p in parameters.values()], density=density, granularity=granularity)
+    sums: _Sums | None = None
+    if selector == "sensitivity":
+        sums = _accumulate(model, parameters, windows, loss_fn or next_token_loss, on_window)
+        chosen = _choose(sums.squares.__getitem__, list(parameters), budget)
+        _warn_of_zeros(sums.squares, chosen)
+    elif selector == "magnitude":
+        chosen = _choose(lambda name: _magnitude(name, parameters[name]), list(parameters), budget)
+    else:
+        numbers = {name: number for number, name in enumerate(parameters)}
+        chosen = _choose(lambda name: _lots(seed, numbers[name], parameters[name].numel()), list(parameters), budget)
+    manifest = {
+        "selector": str(selector),
+        "density": repr(float(density)),
+        "granularity": str(granularity),
+        "num_coordinates": str(sum(flat.numel() for flat in chosen.values())),
+        "num_eligible": str(sum(p.numel() for p in parameters.values())),
+        "num_tensors": str(len(chosen)),
+        "fedzo": fedzo.__version__,
+    }
+    if sums is not None:
+        manifest["calibration_docs"] = str(len(windows))
+        manifest["calibration_tokens"] = str(sum(window.numel() for window in windows))
+        manifest["calibration_sha256"] = windows_digest(windows)
+    if selector == "random":
+        manifest["seed"] = str(seed)
+    if base_digest is not None:
+        manifest["base_digest"] = base_digest
+    return Mask(
+        indices={name: flat.cpu() for name, flat in chosen.items()},
+        shapes={name: tuple(parameters[name].shape) for name in chosen},
+        gradient=None if sums is None else {n: (sums.signed[n][i] / len(windows)).cpu() for n, i in chosen.items()},
+        manifest=manifest,
+    )
+
+
+def num_coordinates(model: nn.Module, *, density: float, granularity: str = "per_tensor") -> int:
+    """Size n that a mask would have, from shapes alone: works on the meta device."""
+    _check_settings(density, "random", granularity, ())
+    sizes = [parameter.numel() for parameter in eligible_parameters(model).values()]
+    return sum(_budget(sizes, density=density, granularity=granularity))
+
+
+def next_token_loss(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of tokens 1.. given those before, in float32; ``input_ids`` is [1, num_tokens]."""
+    logits: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits
+    return F.cross_entropy(logits[0, :-1].float(), input_ids[0, 1:].to(logits.device))
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def _check_settings(density: float, selector: str, granularity: str, windows: Sequence[torch.Tensor]) -> None:
+    if not 0 < density <= 1:
+        raise ConfigError(f"trainer.density must be above 0 and at most 1, got {density}. It is a share: 0.001 is 0.1 %.")
+    if selector not in SELECTORS:
+        raise ConfigError(f"trainer.selector must be one of {', '.join(SELECTORS)}, got {selector!r}.")
+    if granularity not in GRANULARITIES:
+        raise ConfigError(f"trainer.granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}.")
+    if selector == "sensitivity" and not windows:
+        raise ConfigError("trainer.selector=sensitivity needs calibration windows, got none. Set trainer.calibration.")
+    for window in windows:
+        if window.ndim != 1 or window.numel() < 2 or window.dtype != torch.int64:
+            got = f"{window.dtype} of shape {tuple(window.shape)}"
+            raise ConfigError(f"mask: a calibration window must be int64 [num_tokens >= 2] (one document), got {got}.")
+
+
+def _budget(sizes: list[int], *, density: float, granularity: str) -> list[int]:
+    """How many weights each tensor gives; one number, for all together, if ``everywhere``."""
+    pools = sizes if granularity == "per_tensor" else [sum(sizes)]
+    budget = [int(size * density) for size in pools]
+    if sum(budget) == 0:
+        # a little above 1 / max, so that the rounded number that is shown does keep one
+        enough = f"{1.001 / max(pools):.3e}"
+        raise ConfigError(f"trainer.density={density} keeps none of {sum(sizes)} eligible weights. Set it to {enough} or more.")
+    return budget
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+class _Sums(NamedTuple):
+    squares: dict[str, torch.Tensor]  # float32, flat
+    signed: dict[str, torch.Tensor]  # float32, flat
+
+
+def _accumulate(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    windows: Sequence[torch.Tensor],
+    loss_fn: LossFn,
+    on_window: Callable[[int, int], None] | None,
+) -> _Sums:
+    """Sum of squares and signed sum of the windows' gradients."""
+    squares, signed = ({n: _zeros(p) for n, p in parameters.items()} for _ in range(2))
+
+    def collector(name: str) -> Callable[[torch.Tensor], None]:
+        def collect(parameter: torch.Tensor) -> None:
+            assert parameter.grad is not None
+            gradient = parameter.grad.reshape(-1).float()
+            parameter.grad = None
+            squares[name].addcmul_(gradient, gradient)
+            signed[name].add_(gradient)
+
+        return collect
+
+    device = next(model.parameters()).device
+    with _only_these_learn(model, parameters), torch.inference_mode(False), torch.enable_grad():
+        handles = [p.register_post_accumulate_grad_hook(collector(name)) for name, p in parameters.items()]
+        try:
+            for number, window in enumerate(windows):
+                loss = loss_fn(model, window.to(device).unsqueeze(0))
+                if not bool(loss.isfinite()):
+                    raise NumericsError(
+                        f"mask: the loss of calibration window {number} must be finite, got {float(loss)}. "
+                        "Load the model in float32 or bfloat16."
+                    )
+                loss.backward()  # type: ignore[no-untyped-call]
+                if on_window is not None:
+                    on_window(number + 1, len(windows))
+        finally:
+            for handle in handles:
+                handle.remove()
+    for name, total in squares.items():
+        _check_finite(name, total, "squared gradient")
+    return _Sums(squares, signed)
+
+
+def _zeros(parameter: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+
+
+@contextmanager
+def _only_these_learn(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Gradients for ``parameters`` alone, dropout off; flags, gradients and modes come back exactly."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    gradients = [(parameter, parameter.grad) for parameter in parameters.values()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        for parameter, _ in gradients:
+            parameter.requires_grad_(True)
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for module, training in modes:
+            module.training = training
+
+
+def _magnitude(name: str, parameter: torch.Tensor) -> torch.Tensor:
+    sizes = parameter.detach().reshape(-1).float().abs()
+    _check_finite(name, sizes, "weight")
+    return sizes
+
+
+def _lots(seed: int, number: int, numel: int) -> torch.Tensor:
+    """A 64-bit word a coordinate, of the tensor's own stream, as an int64 that is larger for a smaller word."""
+    words = philox_words(stream_key(seed, round=number), purpose=PURPOSE_MASK, num_words=2 * numel)
+    word = words[0::2].astype(np.uint64) | words[1::2].astype(np.uint64) << np.uint64(32)
+    return torch.from_numpy(~(word ^ np.uint64(1 << 63)).view(np.int64))
+
+
+def _check_finite(name: str, values: torch.Tensor, what: str) -> None:
+    bad = values.numel() - int(values.isfinite().sum())
+    if bad:
+        raise NumericsError(
+            f"mask: every {what} of {name!r} must be finite, got {bad} NaN or infinite of {values.numel()}. "
+            "Check the weights, or load the model in float32."
+        )
+
+
+def _warn_of_zeros(squares: Mapping[str, torch.Tensor], chosen: Mapping[str, torch.Tensor]) -> None:
+    """Weights that no calibration window touches are poor choices; say so instead of choosing them silently."""
+    for name, flat in chosen.items():
+        zeros = int((squares[name][flat] == 0).sum())
+        if zeros:
+            logger.warning("mask: %d of %d weights chosen in %s have no gradient on the calibration text", zeros, flat.numel(), name)
+
+
+# --- the top --------------------------------------------------------------------------------------------------------
+
+
+def _choose(score: ScoreFn, names: list[str], budget: list[int]) -> dict[str, torch.Tensor]:
+    if len(budget) == 1:
+        return _largest(score, names, budget[0])
+    chosen: dict[str, torch.Tensor] = {}
+    for name, k in zip(names, budget, strict=True):
+        if k > 0:
+            chosen |= _largest(score, [name], k)
+    return chosen
+
+
+def _largest(score: ScoreFn, names: list[str], k: int) -> dict[str, torch.Tensor]:
+    """Sorted indices of the k largest scores; of equal ones the earlier tensor's, then the lower index.
+
+    topk leaves open which of equal scores it returns, so only its k-th value is used: it does not depend on that.
+    """
+    threshold = _kth_largest(score, names, k)
+    num_ties_taken = k - sum(int((score(name) > threshold).sum()) for name in names)
+    chosen: dict[str, torch.Tensor] = {}
+    for name in names:
+        values = score(name)
+        ties = (values == threshold).nonzero().squeeze(1)[:num_ties_taken]
+        num_ties_taken -= ties.numel()
+        above = (values > threshold).nonzero().squeeze(1)
+        picked = torch.cat([above, ties]).sort().values
+        if picked.numel():
+            chosen[name] = picked
+    return chosen
+
+
+def _kth_largest(score: ScoreFn, names: list[str], k: int) -> Any:
+    """The k-th largest score as a number, holding at most k and one chunk at a time."""
+    best: torch.Tensor | None = None
+    for name in names:
+        values = score(name)
+        for part in values.split(_CHUNK):
+            top = part.topk(min(k, part.numel()), sorted=False).values
+            best = top if best is None else torch.cat([best, top.to(best.device)])
+            best = best.topk(min(k, best.numel()), sorted=False).values
+    return math.nan if best is None else best.min().item()

@@ -1,0 +1,73 @@
+"""Numbers as people read them; one wording for terminal, page and tables."""
+
+from __future__ import annotations
+
+MISSING = "n/a"
+
+
+def bytes_text(num_bytes: float | None) -> str:
+    """Bytes in decimal units: ``512 B``, ``1.2 kB``, ``34 MB``."""
+    if num_bytes is None:
+        return MISSING
+    if abs(num_bytes) < 999.5:
+        return f"{num_bytes:.0f} B"
+    value = float(num_bytes)
+    for unit in ("kB", "MB", "GB", "TB"):
+        value /= 1000
+        if abs(value) < 999.5 or unit == "TB":
+            break
+    return f"{value:.1f} {unit}" if abs(value) < 9.95 else f"{value:.0f} {unit}"
+
+
+def seconds_text(seconds: float | None) -> str:
+    """A duration: ``0.4 s``, ``12 s``, ``3 min 05 s``, ``1 h 02 min``."""
+    if seconds is None:
+        return MISSING
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60:,} h {minutes % 60:02d} min"
+
+
+def count_text(number: int | None) -> str:
+    """A whole number with thousands separators."""
+    return MISSING if number is None else f"{number:,}"
+
+
+def number_text(value: float | None) -> str:
+    """A measured number with three significant digits."""
+    return MISSING if value is None else f"{value:#.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def percent_text(share: float | None, *, digits: int = 1) -> str:
+    """A share of 1 as a percentage: ``77.1 %``."""
+    return MISSING if share is None else f"{100 * share:.{digits}f} %"
+
+
+def share_text(part: int, whole: int) -> str:
+    """A small share of a whole with two significant digits: ``0.10 %``."""
+    return MISSING if whole <= 0 else f"{100 * part / whole:#.2g} %" if part < whole else "100 %"
+
+
+def score_text(metric: str, value: float | None) -> str:
+    """A score in the metric's own habit: accuracy in percent, F1 and ROUGE-L as a number of [0, 1]."""
+    if value is None:
+        return MISSING
+    return percent_text(value) if metric == "accuracy" else f"{value:.3f}"
+
+
+def change_text(metric: str, before: float | None, after: float | None) -> str:
+    """The signed change of a score: ``+22.3 points`` for accuracy, ``+0.113`` for others."""
+    if before is None or after is None:
+        return MISSING
+    return f"{100 * (after - before):+.1f} points" if metric == "accuracy" else f"{after - before:+.3f}"
+
+
+def estimate_text(*, memory_bytes: float | None, seconds: float | None) -> str:
+    """What a run is expected to need, in one line for the terminal before it starts."""
+    return f"estimate: {bytes_text(memory_bytes)} of memory, {seconds_text(seconds)}"

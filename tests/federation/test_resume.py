@@ -1,0 +1,139 @@
+"""A run killed at ten seeded instants and resumed each time ends as if it had never been killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedzo.runs import replay_run, resume_run
+
+ROUNDS = 12
+
+# Runs a command of the CLI in a process that kills itself at one instant of one round: SIGKILL, no clean-up of any kind.
+CHILD = """
+import json, os, signal, sys
+point, at_round = sys.argv[1], int(sys.argv[2])
+from fedzo.fl import client, replica, server, store
+from fedzo.zo import path
+
+def die_before(owner, name, when):
+    original = getattr(owner, name)
+    def wrapped(*args, **kwargs):
+        if when(*args, **kwargs):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+    setattr(owner, name, wrapped)
+
+if point == "between a reply and the write of the log":
+    die_before(store.RunStore, "commit", lambda self, record, **kw: record.round == at_round)
+elif point == "between audit and public line":
+    die_before(store._Lines, "append", lambda self, line, durable: "c" in line and line["round"] == at_round)
+elif point == "in a half written public line":
+    def torn(self, line, *, durable, original=store._Lines.append):
+        if "c" in line and line["round"] == at_round:
+            self._file.write(json.dumps(line).encode()[:20]); self._file.flush(); os.fsync(self._file.fileno())
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(self, line, durable=durable)
+    store._Lines.append = torn
+elif point == "in a probe":
+    die_before(client, "mean_loss", lambda *a, **kw: at_round == len(server_rounds()))
+elif point == "after the log, before the metrics":
+    die_before(server.Server, "_round_metrics", lambda self, record, *a: record.round == at_round)
+elif point == "before a dev score":
+    from fedzo import federation
+    die_before(federation, "evaluate", lambda *a, **kw: at_round == len(server_rounds()))
+
+def server_rounds():
+    folder = [word.split("=", 1)[1] for word in sys.argv if word.startswith("hydra.run.dir=")] or [sys.argv[-1]]
+    try:
+        return open(os.path.join(folder[0], "public.jsonl")).readlines()
+    except OSError:
+        return []
+
+from fedzo.cli import main
+sys.exit(main(sys.argv[3:]))
+"""
+POINTS = [
+    "between a reply and the write of the log",
+    "between audit and public line",
+    "in a half written public line",
+    "in a probe",
+    "after the log, before the metrics",
+    "before a dev score",
+]
+
+
+def instants() -> list[tuple[str, int]]:
+    """Ten seeded (point, round) pairs in the order of rounds, each point at least once."""
+    draw = random.Random(20261121)
+    points = POINTS + draw.choices(POINTS[:5], k=4)
+    draw.shuffle(points)
+    chosen = sorted(draw.sample(range(1, ROUNDS), k=10))
+    return [(point, round - round % 2 if point == "before a dev score" else round) for point, round in zip(points, chosen, strict=True)]
+
+
+def run_child(point: str, round: int, *command: str) -> int:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, point, str(round), *command], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert child.returncode in (0, -signal.SIGKILL), child.stderr[-3000:]
+    return child.returncode
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_killed_at_ten_instants_ends_with_the_hash_of_an_unbroken_one(
+    overrides: Callable[..., list[str]], tmp_path: Path, run: Callable[..., Path], lines: Callable[..., list[dict[str, Any]]]
+) -> None:
+    settings = (f"fl.rounds={ROUNDS}", "fl.local_steps=2", "faults.absent=['1@3','2@7']", "optimizer.lr=0.02")
+    unbroken = run(*settings)
+    broken = tmp_path / "broken"
+    command = ["train", *overrides(*settings), f"hydra.run.dir={broken}"]
+
+    kills = 0
+    for point, round in instants():
+        kills += run_child(point, round, *command) == -signal.SIGKILL
+        command = ["resume", str(broken)]
+    assert run_child("none", 0, *command) == 0
+
+    assert kills == 10
+    assert (broken / "public.jsonl").read_bytes() == (unbroken / "public.jsonl").read_bytes()
+    assert (broken / "audit.jsonl").read_bytes() == (unbroken / "audit.jsonl").read_bytes()
+    summaries = [lines(folder, "metrics.jsonl")[-1] for folder in (broken, unbroken)]
+    same = ("final_digest", "best_round", "rounds")
+    assert [summaries[0][name] for name in same] == [summaries[1][name] for name in same]
+    assert summaries[0]["after"]["value"] == summaries[1]["after"]["value"]
+    dev = [[(x["round"], x["value"]) for x in lines(f, "metrics.jsonl") if x.get("split") == "dev"] for f in (broken, unbroken)]
+    assert dev[0] == dev[1]
+
+
+def test_resuming_a_finished_run_changes_nothing(run: Callable[..., Path]) -> None:
+    folder = run()
+    before = (folder / "public.jsonl").read_bytes()
+
+    resume_run(folder)
+
+    assert (folder / "public.jsonl").read_bytes() == before
+    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["kind"] == "summary"
+
+
+def test_a_changed_log_is_found_out_by_replay(run: Callable[..., Path]) -> None:
+    from fedzo.errors import ProtocolError
+
+    folder = run()
+    lines = [json.loads(line) for line in (folder / "public.jsonl").read_text().splitlines()]
+    lines[1]["c"][0][0][0] += 1e-3
+    (folder / "public.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    with pytest.raises(ProtocolError, match="log, round 1: chain must be"):
+        replay_run(folder)

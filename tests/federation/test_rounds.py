@@ -1,0 +1,266 @@
+"""Whole federations in one process, against hand-made loops and identities."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedzo.config.load import load
+from fedzo.fl.server import FederationError
+from fedzo.runs import rebuild, replay_run
+from fedzo.site import open_site
+from fedzo.zo.directions import direction, stream_key
+
+Run = Callable[..., Path]
+Lines = Callable[[Path, str], list[dict[str, Any]]]
+Overrides = Callable[..., list[str]]
+
+
+def coefficients(lines: list[dict[str, Any]]) -> np.ndarray:
+    return np.array([line["c"] for line in lines], np.float32)
+
+
+def one_row_each(folder: Path, num_sites: int) -> Path:
+    """A data folder whose sites all hold the same two rows."""
+    folder.mkdir()
+    pair = [{"text": "the same bad thing", "label": 0}, {"text": "another good one", "label": 1}]
+    train = [{**row, "site": f"s{site}"} for site in range(num_sites) for row in pair]
+    other = [{"text": f"other {i}", "label": i % 2, "site": "s0"} for i in range(8)]
+    for name, rows in (("train", train), ("dev", other[:4]), ("test", other[4:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_scalars_equal_those_of_a_plain_loop_over_a_dense_model(run: Run, lines: Lines, overrides: Overrides) -> None:
+    folder = run("fl.rounds=2", "optimizer.lr=0.05")
+    site = open_site(load(overrides("fl.rounds=2", "optimizer.lr=0.05")))
+    model = site.loaded.model.double()
+    from fedzo.masks.mask import load_mask
+
+    mask = load_mask(folder / "mask.safetensors")
+    parameters = dict(model.named_parameters())
+    theta = {name: parameters[name].data.view(-1)[flat].clone() for name, flat in mask.indices.items()}
+    sizes = [flat.numel() for flat in mask.indices.values()]
+
+    def put(z: np.ndarray, scale: float) -> None:
+        for (name, flat), part in zip(mask.indices.items(), torch.from_numpy(z).double().split(sizes), strict=True):
+            parameters[name].data.view(-1)[flat] = theta[name] + scale * part
+
+    def loss(examples: list[Any]) -> float:
+        values = []
+        for example in examples:
+            scores = []
+            for candidate in example.candidates:
+                ids = torch.tensor([[*example.prompt, *candidate]])
+                with torch.no_grad():
+                    logp = model(input_ids=ids).logits[0].log_softmax(-1)
+                start = len(example.prompt) - 1
+                scores.append(torch.stack([logp[start + i, token] for i, token in enumerate(candidate)]).mean())
+            values.append(torch.nn.functional.cross_entropy(torch.stack(scores)[None], torch.tensor([example.label])).item())
+        return float(np.mean(values))
+
+    from fedzo.data.order import batch_rows
+
+    data = [site.client_data(client).train for client in range(4)]
+    expected = []
+    for r in range(2):
+        z = direction(stream_key(0, round=r), mask.size)
+        gs = []
+        for client, train in enumerate(data):
+            picked = batch_rows(run_seed=0, client=client, used=r, batch_size=2, num_rows=len(train))
+            batch = [train[row] for row in picked]
+            put(z, 1e-3)
+            plus = loss(batch)
+            put(z, -1e-3)
+            gs.append((plus - loss(batch)) / 2e-3)
+        expected.append(np.mean(gs))
+        for (name, _), part in zip(mask.indices.items(), torch.from_numpy(z).double().split(sizes), strict=True):
+            theta[name] -= 0.05 * expected[-1] * part
+
+    # float32 losses differ from float64 ones by about 1e-7, g by that over 2 eps
+    assert np.allclose(coefficients(lines(folder, "public.jsonl")).ravel(), expected, atol=1e-3)
+
+
+def test_identical_clients_equal_one_client_bit_for_bit(run: Run, lines: Lines, tmp_path: Path) -> None:
+    settings = ("partition=natural", "partition.column=site", "partition.holdout=0", "fl.local_steps=2")
+    small = ("trainer.calibration_docs=2",)
+    five = run(f"data.path={one_row_each(tmp_path / 'five', 5)}", "fl.num_clients=5", *settings, *small)
+    same_mask = f"trainer.mask_path={five / 'mask.safetensors'}"
+    one = run(f"data.path={one_row_each(tmp_path / 'one', 1)}", "fl.num_clients=1", *settings, same_mask)
+
+    assert np.array_equal(coefficients(lines(five, "public.jsonl")), coefficients(lines(one, "public.jsonl")))
+
+
+def test_k_clients_with_one_probe_equal_one_client_with_the_joint_batch(
+    run: Run, lines: Lines, overrides: Overrides
+) -> None:
+    folder = run("fl.rounds=1")
+    site = open_site(load(overrides("fl.rounds=1")))
+    from fedzo.data.order import batch_rows
+    from fedzo.models.scoring import mean_loss
+    from fedzo.trainers import Workplace
+
+    workplace = Workplace(folder=folder, seed=0, texts=list, advance=lambda done, total: None)
+    space = site.worker.build(site.trainer.prepare(site.loaded, workplace)).space
+    joint = []
+    for client in range(4):
+        train = site.client_data(client).train
+        picked = batch_rows(run_seed=0, client=client, used=0, batch_size=2, num_rows=len(train))
+        joint += [train[row] for row in picked]
+
+    (projection,) = site.worker._estimator.estimate(
+        space,
+        lambda: mean_loss(site.loaded, joint, loss=site.config.task.loss, tokens_per_batch=4096),
+        [stream_key(0, round=0)],
+    )
+
+    assert np.allclose(coefficients(lines(folder, "public.jsonl")).ravel(), [projection.g], atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("fl.local_steps=3",),
+        ("fl.local_steps=3", "estimator.num_probes=2", "fl.seeds=per_client"),
+        ("fl.transport=values",),
+        ("strategy=size", "partition=dirichlet", "partition.alpha=1.0"),
+        ("strategy.clients_per_round=2", "fl.rounds=6"),
+        ("estimator.distribution=rademacher",),
+        ("trainer=mezo", "optimizer.lr=1e-4"),
+        ("trainer=mezo", "fl.local_steps=2", "optimizer.lr=1e-4"),
+        ("trainer=mezo", "model.dtype=bfloat16", "optimizer.lr=1e-2"),
+        ("model.dtype=bfloat16", "fl.local_steps=2"),
+        ("model.dtype=float16",),
+    ],
+    ids=" ".join,
+)
+def test_replaying_the_log_from_the_base_gives_the_live_state(run: Run, lines: Lines, settings: tuple[str, ...]) -> None:
+    folder = run(*settings)
+
+    result = replay_run(folder)
+
+    last = lines(folder, "public.jsonl")[-1]
+    assert result["digest"] == last["digest"]
+    assert np.abs(coefficients(lines(folder, "public.jsonl"))[0]).max() > 0
+
+
+def test_the_model_moves_and_lr_0_does_not(run: Run, lines: Lines) -> None:
+    moving, still = run("optimizer.lr=0.01"), run("optimizer.lr=0")
+
+    checks = [line["check"] for line in lines(moving, "public.jsonl")]
+    assert len(set(checks)) == 3
+    assert len({line["check"] for line in lines(still, "public.jsonl")}) == 1
+    assert (rebuild(still, rounds=0).replica.space.digest()) == lines(still, "public.jsonl")[-1]["digest"]
+
+
+def test_the_order_of_replies_changes_nothing(run: Run, lines: Lines) -> None:
+    plain, shuffled = run("fl.local_steps=2"), run("fl.local_steps=2", "faults.shuffle_replies=true")
+
+    assert [line["c"] for line in lines(plain, "public.jsonl")] == [line["c"] for line in lines(shuffled, "public.jsonl")]
+
+
+def test_an_absent_client_is_named_keeps_its_rows_and_catches_up(run: Run, lines: Lines) -> None:
+    folder = run("fl.rounds=4", "faults.absent=['2@1','2@2']")
+
+    public, metrics = lines(folder, "public.jsonl"), lines(folder, "metrics.jsonl")
+    used = {(line["round"], entry["client"]): entry["used"] for line in lines(folder, "audit.jsonl") for entry in line["clients"]}
+    assert [line["attendance"] for line in public] == [[0, 1, 2, 3], [0, 1, 3], [0, 1, 3], [0, 1, 2, 3]]
+    assert (used[0, 2], used[3, 2]) == (0, 1)
+    assert (used[0, 1], used[3, 1]) == (0, 3)
+    absent = [line for line in metrics if line["kind"] == "round" and line["absent"]]
+    assert [(line["round"], line["absent"]) for line in absent] == [(1, [2]), (2, [2])]
+    assert "faults.absent" in absent[0]["refused"]["2"]
+
+
+def test_too_few_replies_end_the_run_with_the_reason_and_keep_the_log(run: Run, tmp_path: Path, lines: Lines) -> None:
+    with pytest.raises(FederationError, match=r"round 1: strategy\.min_replies = 4 usable replies.*got 3.*client 2"):
+        run("strategy.min_replies=4", "faults.absent=['2@1']")
+
+    assert len(lines(tmp_path / "run0", "public.jsonl")) == 1
+
+
+def test_a_second_run_with_the_same_configuration_gives_the_same_log(run: Run) -> None:
+    first, second = run("fl.local_steps=2"), run("fl.local_steps=2")
+
+    assert (first / "public.jsonl").read_bytes() == (second / "public.jsonl").read_bytes()
+    assert (first / "audit.jsonl").read_bytes() == (second / "audit.jsonl").read_bytes()
+
+
+def test_directions_are_distinct_over_clients_rounds_and_steps(run: Run, lines: Lines) -> None:
+    folder = run("fl.seeds=per_client", "fl.local_steps=2")
+
+    keys = {
+        stream_key(0, round=line["round"], step=step, owner=owner)
+        for line in lines(folder, "public.jsonl")
+        for owner in line["owners"]
+        for step in range(2)
+    }
+    assert len(keys) == 3 * 4 * 2
+
+
+def test_the_number_of_forwards_is_the_budget_and_not_one_more(overrides: Overrides, tmp_path: Path) -> None:
+    from fedzo.fl.wire import TrainRequest
+    from fedzo.fl.client import space_id
+    from fedzo.trainers import Workplace
+    from fedzo.zo.path import EMPTY_CHAIN
+
+    site = open_site(load(overrides()))
+    workplace = Workplace(folder=tmp_path, seed=0, texts=site.train_prompts, advance=lambda done, total: None)
+    artifact = site.trainer.prepare(site.loaded, workplace)
+    replica = site.worker.build(artifact)
+    before = site.loaded.counter.num_forwards
+
+    site.worker.train(
+        TrainRequest(
+            config_hash=site.worker.identity.config_hash,
+            space_id=space_id(artifact),
+            chain=EMPTY_CHAIN.hex(),
+            check=replica.space.check(),
+            steps=3,
+            lr=0.1,
+        ),
+        client=0,
+    )
+
+    assert site.loaded.counter.num_forwards - before == 2 * 3
+    assert replica.space.digest() == site.worker.build(artifact).space.digest()
+
+
+def test_the_test_split_is_touched_once_before_and_once_at_the_best_dev_round(run: Run, lines: Lines) -> None:
+    folder = run("fl.rounds=5", "optimizer.lr=0.05")
+
+    scores = [line for line in lines(folder, "metrics.jsonl") if line["kind"] == "score"]
+    summary = lines(folder, "metrics.jsonl")[-1]
+    dev = {line["round"]: line["value"] for line in scores if line["split"] == "dev"}
+    assert sorted(dev) == [0, 2, 4, 5]
+    assert dev[summary["best_round"]] == max(dev.values())
+    assert {line["round"] for line in scores if line["split"] == "test"} == {0, summary["best_round"]}
+
+
+def test_federated_scores_are_counts_of_the_clients_own_held_out_rows(run: Run, lines: Lines) -> None:
+    folder = run("partition.holdout=0.25")
+
+    (score,) = [line for line in lines(folder, "metrics.jsonl") if line["kind"] == "federated_score"]
+    setup = lines(folder, "metrics.jsonl")[0]
+    assert [entry["num_examples"] for entry in score["clients"]] == [c["num_heldout"] for c in setup["clients"]]
+    assert sum(c["num_train"] + c["num_heldout"] for c in setup["clients"]) == 64
+    assert score["num_examples"] == 16
+    total_right = sum(right for right, _ in score["per_class"].values())
+    assert score["value"] == pytest.approx(total_right / 16)
+    assert score["worst_client"] == min(entry["value"] for entry in score["clients"])
+
+
+def test_bytes_are_the_formula(run: Run, lines: Lines) -> None:
+    folder = run("fl.local_steps=3", "estimator.num_probes=2")
+
+    for line in (line for line in lines(folder, "metrics.jsonl") if line["kind"] == "round"):
+        assert line["payload_up_bytes"] == 4 * 3 * 2 * 4
+        assert line["payload_down_bytes"] == 4 * 3 * 2 * 4
+        assert line["message_up_bytes"] > line["payload_up_bytes"]

@@ -1,0 +1,153 @@
+"""What a stranger finds in the checkout: commands that exist, links that lead somewhere, nothing of anyone's machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = ("fedzo", "clients", "server", "conf", "tests", "docs", "experiments", ".ci")
+TEXT = {".py", ".md", ".toml", ".yaml", ".yml", ".txt", ".json", ".jsonl", ".html", ".j2", ".css", ".cfg", ".svg", ".sh", ""}
+
+
+def text_files() -> Iterator[Path]:
+    for path in [*ROOT.iterdir(), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*"))]:
+        if path.is_file() and path.suffix in TEXT and not {"__pycache__", "runs"} & set(path.parts):
+            yield path
+
+
+# Written in two halves, so that this file does not hold what it looks for.
+MACHINE = re.compile(
+    "|".join(
+        [
+            r"(?<![\w./-])/(?:wo" r"rk|ro" r"ot|ho" r"me|Us" r"ers|o" r"pt/(?:pypi|wheels))/",
+            r"pyp" r"i\.org",
+            r"pythonh" r"osted\.",
+            r"(?:extra-)?index-u" r"rl\s*=",
+            r"download\.pyto" r"rch\.org",
+            r"file:/" r"//",
+        ]
+    )
+)
+
+
+def test_no_file_names_a_registry_host_or_a_path_of_a_machine() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()[:120]}"
+        for path in text_files()
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1)
+        if MACHINE.search(line)
+    ]
+
+    assert found == []
+
+
+def test_pattern_for_machines_finds_what_it_should() -> None:
+    for line in ("see /ro" "ot/x", "https://pyp" "i.org/simple", "file:/" "//srv"):
+        assert MACHINE.search(line)
+    for line in ("docs/home/x", "a run/root/ b", "https://arxiv.org/abs/2506.21833"):
+        assert not MACHINE.search(line)
+
+
+def test_every_make_command_of_the_docs_is_a_target() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    commands = {name for page in PAGES for name in re.findall(r"(?:^|`)make ([a-z]+)", page.read_text(encoding="utf-8"), re.MULTILINE)}
+
+    assert {"demo", "test"} <= commands
+    assert commands <= targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_local_link_leads_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    targets = [target for target in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", text) for target in target if target]
+    local = [target for target in targets if not re.match(r"[a-z]+:|#", target)]
+
+    assert [target for target in local if not (page.parent / target.split("#")[0]).exists()] == []
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+
+    assert [page.name for page in (ROOT / "docs").glob("*.md") if page.name not in navigation] == []
+
+
+def keys(cls: type, prefix: str = "") -> Iterator[str]:
+    hints: dict[str, Any] = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from keys(hints[field.name], f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name
+
+
+def test_reference_names_every_key_of_a_run() -> None:
+    from fedzo.config.plugins import plugin_classes
+    from fedzo.config.schema import RunConfig
+
+    page = (ROOT / "docs" / "ref-config.md").read_text(encoding="utf-8")
+    expected = set(keys(RunConfig))
+    for group, options in plugin_classes().items():
+        expected |= {key for cls in options.values() for key in keys(cls, f"{group}.")}
+
+    assert {key for key in expected if f"`{key}`" not in page} == set()
+
+
+def test_reference_is_what_the_generator_writes() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "docs" / "generate.py"), "--check"], capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_declared_dependency_is_pinned_in_the_constraints() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    names = {normal(re.match(r"[\w-]+", line)[0]) for line in declared} - {"fedzo"}  # type: ignore[index]
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {normal(line.split("==")[0]) for line in pins if line and not line.startswith("#")}
+
+    assert names <= pinned
+    assert all(re.fullmatch(r"#.*|[\w.-]+==[\w.]+|", line) for line in pins)  # no host, no path, no local build tag
+
+
+def test_declared_dependencies_are_what_the_library_imports() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {normal(re.match(r"[\w-]+", line)[0]) for line in project["dependencies"]}  # type: ignore[index]
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "fedzo").rglob("*.py")]
+    imported = {name for text in sources for name in re.findall(r"^\s*(?:import|from) (\w+)", text, re.MULTILINE)}
+    packages = {normal({"hydra": "hydra-core", "yaml": "pyyaml"}.get(name, name)) for name in imported}
+    third_party = {name for name in packages if name not in sys.stdlib_module_names and name != "fedzo"}
+    by_another = {"gguf", "tensorboard"}  # imported by transformers and torch.utils.tensorboard on our behalf
+    optional = {"ray", "joblib", "pytest"}  # behind extras, or for those who test a plugin
+
+    assert third_party - optional == declared - by_another
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_generator_reads_the_literal_under_a_field() -> None:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    from fedzo.zo.config import TwoPointConfig
+
+    rows = generate.table(TwoPointConfig, "estimator.")
+
+    assert "| `estimator.eps` | float | `0.001` | Half distance between the two evaluations. |" in rows
+    assert "| `estimator.distribution` | choice | `gaussian` | One of `gaussian`, `rademacher`. |" in rows

@@ -1,0 +1,107 @@
+"""A replica reaches the server's state by log, by values, or says why not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fedzo.errors import ProtocolError
+from fedzo.fl.replica import Replica
+from fedzo.fl.wire import Status, Sync
+from fedzo.testing.vector_space import VectorSpace
+from fedzo.zo.directions import SHARED
+from fedzo.zo.path import RoundRecord, pack
+
+BASE = np.linspace(-1, 1, 33).astype(np.float32)
+LOG = [
+    RoundRecord(round=r, lr=0.5, owners=(SHARED,), coefficients=np.full((2, 1, 1), 0.1 + r, np.float32)) for r in range(6)
+]
+
+
+def new_replica() -> Replica:
+    space = VectorSpace(BASE)
+    return Replica(space, reset=lambda: space.load(BASE), run_seed=3)
+
+
+def server_at(position: int) -> Replica:
+    replica = new_replica()
+    replica.advance(LOG[:position])
+    return replica
+
+
+def request(position: int, from_round: int, **changes: object) -> Sync:
+    server = server_at(position)
+    fields = {
+        "round": position,
+        "from_round": from_round,
+        "log": pack(LOG[from_round:position]),
+        "chain": server.chain.hex(),
+        "check": server.space.check(),
+        "digest": server.space.digest(),
+        **changes,
+    }
+    return Sync(**fields)
+
+
+def test_a_late_joiner_with_nothing_but_the_log_gets_the_server_s_bits() -> None:
+    late = new_replica()
+
+    assert late.sync(request(6, 0)) is Status.ok
+    assert np.array_equal(late.space.values(), server_at(6).space.values())
+
+
+def test_records_that_were_applied_are_skipped() -> None:
+    replica = server_at(4)
+
+    assert replica.sync(request(6, 1)) is Status.ok
+    assert replica.position == 6
+
+
+def test_a_gap_in_the_log_is_behind_and_moves_nothing() -> None:
+    replica = server_at(2)
+    before = replica.space.digest()
+
+    assert replica.sync(request(6, 3)) is Status.behind
+    assert (replica.position, replica.space.digest()) == (2, before)
+
+
+def test_an_earlier_round_is_reached_from_the_base() -> None:
+    replica = server_at(5)
+
+    assert replica.sync(request(3, 2)) is Status.behind  # back at the base, it needs the log from 0
+    assert replica.sync(request(3, 0)) is Status.ok
+    assert np.array_equal(replica.space.values(), server_at(3).space.values())
+
+
+@pytest.mark.parametrize("changes", [{"chain": "00"}, {"check": 1}, {"digest": "00"}])
+def test_any_hash_that_differs_is_a_mismatch(changes: dict[str, object]) -> None:
+    assert server_at(4).sync(request(6, 4, **changes)) is Status.mismatch
+
+
+def test_a_damaged_client_is_found_out_and_healed_by_values() -> None:
+    replica = server_at(5)
+    replica.space.theta[7] += np.float32(0.25)
+
+    assert replica.sync(request(6, 5)) is Status.mismatch
+    assert replica.sync(request(6, 6, values=server_at(6).space.values().tobytes())) is Status.ok
+    assert np.array_equal(replica.space.values(), server_at(6).space.values())
+
+
+def test_values_of_the_wrong_length_and_logs_that_lead_elsewhere_are_refused() -> None:
+    with pytest.raises(ProtocolError, match="values must hold 132 bytes, got 4"):
+        new_replica().sync(request(6, 6, values=b"1234"))
+    with pytest.raises(ProtocolError, match="must lead to round 6, got 5"):
+        server_at(3).sync(request(6, 3, log=pack(LOG[3:5])))
+    with pytest.raises(ProtocolError, match="the next record must be round 3, got round 4"):
+        server_at(3).sync(request(6, 3, log=pack(LOG[4:6])))
+
+
+def test_goto_walks_both_ways() -> None:
+    replica = server_at(6)
+
+    replica.goto(2, LOG)
+    back = replica.space.digest()
+    replica.goto(6, LOG)
+
+    assert back == server_at(2).space.digest()
+    assert replica.space.digest() == server_at(6).space.digest()
