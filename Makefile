@@ -46,7 +46,7 @@ clean:
 define install
 @echo "Installing $(1) ..."
 @rm -f $(VENV)/pip.log
-@$(BIN)/python -m pip install --quiet --log $(VENV)/pip.log $(2) || { \
+@[ -t 1 ] || export PIP_PROGRESS_BAR=off; $(BIN)/python -m pip install --quiet --log $(VENV)/pip.log $(2) || { \
     echo; \
     echo "make: could not install $(1). What pip could not do:"; \
     grep -ohE 'No matching distribution found for .*|Failed building wheel for .*|No space left on device|ResolutionImpossible.*|conflicting dependencies.*' \

@@ -69,7 +69,7 @@ class Federation:
         sinks: list[Sink] = [self._progress]
         if config.report.tensorboard:
             sinks.append(TensorBoardSink(store.folder))
-        self._sinks = Sinks([store, *sinks])  # type: ignore[list-item]
+        self._sinks = Sinks([store, *sinks])
         for sink in sinks:
             stack.callback(sink.close)
         self._server = self._make_server(grid)

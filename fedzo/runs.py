@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,6 +39,7 @@ def start_run(config: RunConfig, run_dir: Path, *, overrides: list[str]) -> None
     """
     if (run_dir / PUBLIC).exists():
         raise RunFolderError(f"run folder {run_dir}: it holds a run already. `fedzo resume {run_dir}`, or choose another.")
+    config = _with_absolute_paths(config)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / CONFIG).write_text(to_json(config), encoding="utf-8")
@@ -127,7 +129,8 @@ def export_run(run_dir: Path, out_dir: Path, *, rounds: int | None = None) -> Pa
         raise ConfigError(f"--out {out_dir}: it must be a new or empty folder. Choose another.")
     rebuilt = rebuild(run_dir, rounds=rounds)
     loaded = rebuilt.site.loaded
-    loaded.model.save_pretrained(out_dir)
+    model: Any = loaded.model
+    model.save_pretrained(out_dir)
     loaded.tokenizer.save_pretrained(out_dir)
     return out_dir
 
@@ -182,6 +185,17 @@ def doctor() -> list[tuple[str, bool, str]]:
     golden = bits == ["bea7d6d0", "3e5d41d9", "3fd9904a", "401c6450"]
     checks.append(("directions", golden, "golden vector " + ("matches" if golden else f"differs: {bits}")))
     return checks
+
+
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Paths that every process of the run, and a later resume, can follow from anywhere."""
+    config = deepcopy(config)
+    for section, key in ((config.data, "path"), (config.trainer, "mask_path"), (config.trainer, "calibration_path")):
+        if getattr(section, key, None):
+            setattr(section, key, str(Path(getattr(section, key)).expanduser().resolve()))
+    if Path(config.model.name).expanduser().is_dir():
+        config.model.name = str(Path(config.model.name).expanduser().resolve())
+    return config
 
 
 def _quiet_workplace(folder: Path, config: RunConfig, site: Site | None = None) -> Workplace:

@@ -130,7 +130,7 @@ def open_site(config: RunConfig) -> Site:
     """Load the model and set the number of threads, on which the last bits of a forward depend."""
     threads = config.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(min(threads, int(getattr(numba.config, "NUMBA_NUM_THREADS", threads))))
     return Site(config, load_model(config.model, device=config.device))
 
 

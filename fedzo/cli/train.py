@@ -13,10 +13,13 @@ from pathlib import Path
 from hydra import version
 from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode, TaskFunction
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from fedzo.config.compose import CONFIG_NAME, VERSION_BASE, option_names, session
+from fedzo.config.diagnose import reason
 from fedzo.config.load import checked, load
 from fedzo.config.overrides import rewrite_model, with_config_dir
 from fedzo.config.paths import conf_dir
@@ -112,14 +115,17 @@ def _hydra(flags: Namespace, task: TaskFunction) -> None:
     """What ``@hydra.main`` does, on parsed flags instead of ``sys.argv``."""
     version.setbase(VERSION_BASE)
     register_schemas()
-    with _full_errors():
-        _run_hydra(
-            args=flags,
-            args_parser=get_args_parser(),
-            task_function=task,
-            config_path=str(conf_dir()),
-            config_name=CONFIG_NAME,
-        )
+    try:
+        with _full_errors():
+            _run_hydra(
+                args=flags,
+                args_parser=get_args_parser(),
+                task_function=task,
+                config_path=str(conf_dir()),
+                config_name=CONFIG_NAME,
+            )
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(reason(error)) from error
 
 
 @contextmanager

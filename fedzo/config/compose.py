@@ -13,7 +13,7 @@ from hydra.core.object_type import ObjectType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from fedzo.config.paths import conf_dir
 from fedzo.config.schema import RunConfig
@@ -60,10 +60,12 @@ def _settle(composed: DictConfig) -> None:
 
 def _refuse_stray_keys(node: DictConfig, prefix: str) -> None:
     config_class = OmegaConf.get_type(node)
-    for key, child in node.items_ex(resolve=False):
+    for name in node:
+        key = str(name)
         if is_dataclass(config_class) and key not in {field.name for field in fields(config_class)}:
             raise StrayKeyError(f"{prefix}{key} is not a setting of {config_class.__name__}.")
-        if isinstance(child, DictConfig) and not child._is_missing() and not child._is_none():
+        child = None if OmegaConf.is_missing(node, name) else node[name]
+        if isinstance(child, DictConfig):
             _refuse_stray_keys(child, f"{prefix}{key}.")
 
 

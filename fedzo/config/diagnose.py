@@ -39,9 +39,10 @@ def diagnose(overrides: Sequence[str]) -> tuple[list[str], list[Problem]]:
     """
     parsed, found = parse_overrides(overrides)
     kept: list[str] = []
-    groups = {"hydra.searchpath", *group_names(overrides)}
-    # Choices first: whether a key exists depends on the chosen plugin.
-    for override in sorted(parsed, key=lambda each: each.key_or_group not in groups):
+    groups = group_names(overrides)
+    # First where to look, then choices: whether a key exists depends on the chosen plugin.
+    ranks = {"hydra.searchpath": 0, **dict.fromkeys(groups, 1)}
+    for override in sorted(parsed, key=lambda each: ranks.get(each.key_or_group, 2)):
         text = cast(str, override.input_line)
         try:
             compose_run([*kept, text])
@@ -57,7 +58,8 @@ def reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
+    headline_only = len(lines) > 1 and lines[0].endswith(":")
+    text = " ".join(lines[: 1 + headline_only]) or type(error).__name__
     return text if text.endswith(".") else text + "."
 
 

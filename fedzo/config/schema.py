@@ -15,7 +15,7 @@ from fedzo.zo.config import EstimatorConfig, OptimizerConfig, SgdConfig, TwoPoin
 
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
-    """One run. The site-local keys (``device``, ``threads``, ``data.path``, ``runtime``, ``report``) do not enter its hash."""
+    """One run. The site-local keys (device, threads, paths, runtime, report) do not enter its hash."""
 
     seed: int = 0
     """The run seed (unsigned 64 bit): directions, data order and client sampling follow from it."""

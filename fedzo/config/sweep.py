@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.types import Override
@@ -43,7 +43,10 @@ def plan_sweep(overrides: Sequence[str]) -> Sweep:
     with session():
         overrides = rewrite_model(overrides, option_names("model", overrides))
         parsed, unreadable = parse_overrides(overrides)
-        own = _hydra_node([str(each.input_line) for each in parsed if _concerns_hydra(each)])
+        swept = [each.input_line for each in parsed if each.is_hydra_override() and each.is_sweep_override()]
+        if swept:
+            raise ConfigError(f"{swept[0]}: a setting of Hydra itself must have one value, got several. Choose one.")
+        own, wrong = _hydra_node([str(each.input_line) for each in parsed if _concerns_hydra(each)])
         folder = Path(str(own.sweep.dir))
         pinned = [*overrides, f"hydra.sweep.dir={quoted(str(folder))}"]
         if not str(own.sweeper.get("_target_")).endswith(".BasicSweeper"):
@@ -52,23 +55,24 @@ def plan_sweep(overrides: Sequence[str]) -> Sweep:
             )
             return Sweep(folder, pinned, [])
         presets, _ = parse_overrides([f"{key}={value}" for key, value in (own.sweeper.params or {}).items()])
-        return Sweep(folder, pinned, _check_jobs(_split([*presets, *parsed]), unreadable))
+        return Sweep(folder, pinned, _check_jobs(_split([*presets, *parsed]), known=[*unreadable, *wrong]))
 
 
 def _concerns_hydra(override: Override) -> bool:
-    key = override.key_or_group
-    return (key.startswith(("hydra.", "hydra/")) or key == "experiment") and not override.is_sweep_override()
+    return (override.is_hydra_override() or override.key_or_group == "experiment") and not override.is_sweep_override()
 
 
-def _hydra_node(overrides: Sequence[str]) -> DictConfig:
+def _hydra_node(overrides: Sequence[str]) -> tuple[DictConfig, list[Problem]]:
+    """Hydra's own settings, with the overrides that are wrong left out and their problems beside."""
     try:
         node = compose_run(overrides, hydra=True).hydra
-        _ = node.sweep.dir
+        _ = node.sweep.dir  # may hold an interpolation
+        return cast(DictConfig, node), []
     except FAILURES as error:
-        _, found = diagnose(overrides)
-        raise ConfigError(message([problem.text for problem in found] or [reason(error)])) from error
-    assert isinstance(node, DictConfig)
-    return node
+        kept, found = diagnose(overrides)
+        if not found:
+            raise ConfigError(f"The sweep cannot be made: {reason(error)}") from error
+        return cast(DictConfig, compose_run(kept, hydra=True).hydra), found
 
 
 def _split(parsed: list[Override]) -> list[list[str]]:
@@ -81,10 +85,10 @@ def _split(parsed: list[Override]) -> list[list[str]]:
     return jobs
 
 
-def _check_jobs(jobs: Sequence[Sequence[str]], unreadable: Sequence[Problem]) -> list[RunConfig]:
+def _check_jobs(jobs: Sequence[Sequence[str]], *, known: Sequence[Problem]) -> list[RunConfig]:
     checked = [check(job) for job in jobs]
-    lines = [problem.text for problem in unreadable]
-    for text in dict.fromkeys(problem.text for _, found in checked for problem in found):
+    lines = [problem.text for problem in known]
+    for text in dict.fromkeys(problem.text for _, found in checked for problem in found if problem not in known):
         where = [number for number, (_, found) in enumerate(checked) if text in {problem.text for problem in found}]
         lines.append(text if len(where) == len(jobs) else f"{_name(jobs, where)}: {text}")
     if lines:

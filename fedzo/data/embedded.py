@@ -49,7 +49,7 @@ def rotten_tomatoes() -> list[Row]:
 
 
 def imdb_texts() -> list[str]:
-    """25,000 longer film reviews (IMDB's training set) without their labels: calibration text. HTML breaks become lines.
+    """25,000 longer film reviews (IMDB's training set) without labels: calibration text. HTML breaks become lines.
 
     Raises:
         ConfigError: The package is missing or its file is another.

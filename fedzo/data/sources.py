@@ -67,14 +67,13 @@ def load_splits(config: DataConfig, task: TaskConfig) -> Splits:
     taken: set[str] = set()
 
     def take(name: str, wanted: int | None) -> list[Row]:
-        drawn_from = name if name in files else "train"
-        if wanted and name not in files and wanted > len(files["train"]) // _DRAWN_PART:
-            most = len(files["train"]) // _DRAWN_PART
+        items, most = files.get(name, files["train"]), wanted
+        if wanted and name not in files and wanted > len(items) // _DRAWN_PART:
+            most = len(items) // _DRAWN_PART
             logger.warning(
                 "data.num_%s=%d: there is no %s file, %d rows are drawn from train", name, wanted, name, most
             )
-            wanted = most
-        chosen = [item for item in files[drawn_from] if item.prompt not in taken][:wanted]
+        chosen = [item for item in items if item.prompt not in taken][:most]
         if not chosen and wanted != 0:
             raise ConfigError(_empty_split(name, config))
         taken.update(item.prompt for item in chosen)
@@ -95,6 +94,8 @@ def _read(config: DataConfig, task: TaskConfig) -> dict[str, list[Located]]:
         embedded = EMBEDDED[task.name]()
         return {"train": [(f"{task.name}, row {number}", row) for number, row in enumerate(embedded, start=1)]}
     path = Path(config.path).expanduser()
+    if not path.exists():
+        raise ConfigError(f"{path}: there is no such file or folder. Check data.path.")
     files = _files(path) if path.is_dir() else {"train": path}
     located = {name: read_located(file) for name, file in files.items()}
     for name, rows in located.items():

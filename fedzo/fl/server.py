@@ -142,6 +142,7 @@ class Server:
     def federated_scores(self, *, max_rows: int) -> Mapping[int, EvaluateReply]:
         """Every connected client's score of the present model on its own held-out rows."""
         requests = {client: EvaluateRequest(max_rows=max_rows) for client in sorted(self.roster.nodes)}
+        replies: dict[int, EvaluateReply]
         replies, refused = self._ask(requests, EvaluateReply, message_type="evaluate", traffic=Traffic())
         for client, reason in refused.items():
             log.warning("client %d was not scored: %s", client, reason)

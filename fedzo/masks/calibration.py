@@ -1,7 +1,7 @@
 """Windows of calibration text: what the sensitivity of a weight is measured on.
 
-As the tool behind SensZOQ's checkpoints does it (SqueezeLLM-gradients): documents that are long enough, one random window of
-each, every window an example of its own. Deviation: the order and the offsets come from the run's counter-based generator.
+As the tool behind SensZOQ's checkpoints does it (SqueezeLLM-gradients): documents that are long enough, one random
+window of each, every window an example of its own. Deviation: order and offsets come from the counter-based generator.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ def windows_from_texts(
         if len(windows) == num_docs:
             return windows
     raise ConfigError(
-        f"trainer.calibration_docs={num_docs} documents of at least {num_tokens} tokens are needed, got {len(windows)} of "
-        f"{len(texts)} that are long enough. Lower calibration_docs or calibration_tokens, or give more text."
+        f"trainer.calibration_docs={num_docs} documents of at least {num_tokens} tokens are needed, "
+        f"got {len(windows)} that are long enough among {len(texts)}. "
+        "Lower calibration_docs or calibration_tokens, or give more text."
     )
 
 

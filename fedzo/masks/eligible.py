@@ -1,15 +1,17 @@
 """Which parameters a mask may pick from: the attention and MLP projection matrices.
 
-The rule is that of SensZOQ's code (arXiv 2406.02913), by name: a name with ``weight`` in it and none of the words of layer norms,
-embeddings and the head. A router of a mixture of experts (``mlp.gate.weight``) is therefore eligible, as it is there.
+The rule is that of SensZOQ's code (arXiv 2406.02913), by name: ``weight`` is in it and none of the words of norms,
+embeddings and the head. So the router of a mixture of experts (``mlp.gate.weight``) is eligible, as it is there.
 
-Deviations: vectors are never eligible; fused expert tensors, whose names lack ``weight``, are; what an ``nn.Embedding`` or the
-model's output head owns is not, whatever its name; a weight that is shared counts once, and not at all if an embedding shares it.
+Deviations: vectors are never eligible; fused expert tensors, whose names lack ``weight``, are; what an ``nn.Embedding``
+or the model's output head owns is not, whatever its name; a shared weight counts once, and not at all if an embedding
+shares it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
+from itertools import islice
 
 import torch
 from torch import nn
@@ -31,9 +33,9 @@ def eligible_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         if _is_projection(name, parameter) and _identity(parameter) not in barred:
             found.setdefault(_identity(parameter), (name, parameter))
     if not found:
-        first = ", ".join(f"{name} {tuple(p.shape)} {p.dtype}" for (name, p), _ in zip(model.named_parameters(), range(5)))
+        first = ", ".join(f"{n} {tuple(p.shape)} {p.dtype}" for n, p in islice(model.named_parameters(), 5))
         raise ConfigError(
-            "mask: the model must have an eligible weight (a floating-point attention or MLP projection matrix), got none. "
+            "mask: the model must have an eligible weight (an attention or MLP projection, floating point), got none. "
             f"Its first parameters: {first or 'none'}. Use trainer=mezo, which trains every weight."
         )
     return dict(found.values())
@@ -50,7 +52,7 @@ def _has_excluded_word(name: str) -> bool:
 
 
 def _barred(model: nn.Module) -> set[Hashable]:
-    """Weights that some name or owner marks as an embedding, a head or a norm: one such name bars all that share them."""
+    """Weights that a name or an owner marks as embedding, head or norm; of a shared weight one such name is enough."""
     barred = {
         _identity(parameter)
         for name, parameter in model.named_parameters(remove_duplicate=False)

@@ -1,8 +1,9 @@
 """A static mask: which single weights of a model are trained, and its file.
 
-The file is a safetensors file: per tensor ``index/NAME`` (int32, or int64 where the tensor is too large) and, where known,
-``gradient/NAME`` (float32). Its metadata holds one entry, ``fedzo_mask``: canonical JSON of the layout (names and shapes in wire
-order, which safetensors itself does not keep), the manifest, and the SHA-256 of all content. Equal masks give equal bytes.
+The file is a safetensors file: per tensor ``index/NAME`` (int32, or int64 where the tensor is too large) and, where
+known, ``gradient/NAME`` (float32). Its metadata holds one entry, ``fedzo_mask``: canonical JSON of the layout (names
+and shapes in wire order, which safetensors itself does not keep), the manifest, and the SHA-256 of all content. Equal
+masks give equal bytes.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ class Mask:
     Building one checks it, so every ``Mask`` is sound in itself; ``check_fits`` compares it with a model.
 
     Raises:
-        ConfigError: Indices that are out of range, unsorted or repeated; no indices at all; a gradient that does not match.
+        ConfigError: Indices are out of range, unsorted or repeated; there are none; the gradient does not match them.
     """
 
     indices: dict[str, torch.Tensor]
-    """Per parameter name the flat row-major indices, int64 [k], ascending; names in the model's ``named_parameters`` order."""
+    """Per parameter the flat row-major indices, int64 [k], ascending; names in the order of ``named_parameters``."""
     shapes: dict[str, tuple[int, ...]]
     """Shape of each of these parameters."""
     gradient: dict[str, torch.Tensor] | None
@@ -70,7 +71,7 @@ class Mask:
         return sum(flat.numel() for flat in self.indices.values())
 
     def digest(self) -> str:
-        """SHA-256 over names, shapes and indices in wire order: the same on every machine, whatever the manifest says."""
+        """SHA-256 over names, shapes and indices in wire order; the same on every machine, whatever the manifest."""
         digest = hashlib.sha256()
         for name, flat in self.indices.items():
             digest.update(_canonical([name, self.shapes[name], flat.numel()]))
@@ -96,14 +97,14 @@ class Mask:
         try:
             tensors = read_tensors(data)
         except SafetensorError as error:
-            raise ConfigError(f"{source}: the file must be complete, got {error}. Copy or make the mask again.") from error
+            raise ConfigError(f"{source}: it must be complete, got {error}. Copy or make the mask again.") from error
         names = [name for name, _ in layout]
         has_gradient = any(key.startswith("gradient/") for key in tensors)
         expected = {f"index/{name}" for name in names} | {f"gradient/{name}" for name in names if has_gradient}
         if set(tensors) != expected or len(set(names)) != len(names):
             raise ConfigError(f"{source}: its tensors must be those of its layout. Make the mask again.")
         if _content_digest(layout, manifest, tensors) != stored_digest:
-            raise ConfigError(f"{source}: the content must match its SHA-256, it does not. Copy or make the mask again.")
+            raise ConfigError(f"{source}: the content must match its SHA-256, got other. Copy or make the mask again.")
         try:
             return cls(
                 indices={name: tensors[f"index/{name}"].to(torch.int64) for name in names},
@@ -137,7 +138,9 @@ def save_mask(mask: Mask, path: Path) -> None:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 temporary.unlink()
-        raise RunFolderError(f"mask file {path}: it cannot be written ({error.strerror}). Choose another place.") from error
+        raise RunFolderError(
+            f"mask file {path}: it must be possible to write it, got {error.strerror!r}. Choose another place."
+        ) from error
 
 
 def load_mask(path: Path) -> Mask:
@@ -150,7 +153,7 @@ def load_mask(path: Path) -> Mask:
         data = Path(path).read_bytes()
     except OSError as error:
         raise ConfigError(
-            f"mask file {path}: it cannot be read ({error.strerror}). Make one with `fedzo mask --out FILE`."
+            f"mask file {path}: it must be readable, got {error.strerror!r}. Make one with `fedzo mask --out FILE`."
         ) from error
     return Mask.from_bytes(data, source=f"mask file {path}")
 
@@ -167,7 +170,7 @@ def check_fits(mask: Mask, model: nn.Module) -> None:
             raise ConfigError(f"mask: the model has no parameter {name!r}. Make the mask for this model.")
         if tuple(parameters[name].shape) != shape:
             got = tuple(parameters[name].shape)
-            raise ConfigError(f"mask: {name!r} must have shape {shape}, the model's has {got}. Make the mask for this model.")
+            raise ConfigError(f"mask: {name!r} must have shape {shape}, got {got}. Make the mask for this model.")
 
 
 def overlap(mask_a: Mask, mask_b: Mask) -> float:
@@ -223,12 +226,12 @@ Layout = list[tuple[str, tuple[int, ...]]]
 
 def _header(data: bytes, source: str) -> tuple[Layout, str, dict[str, str]]:
     """Layout, content digest and manifest from a safetensors header, or a ConfigError that says what is wrong."""
-    not_a_mask = f"{source}: it must be a mask that fedzo wrote, got something else. Make one with `fedzo mask --out FILE`."
+    not_a_mask = f"{source}: it must be a mask that fedzo wrote, it is not. Make one with `fedzo mask --out FILE`."
     header_bytes = int.from_bytes(data[:8], "little")
     if len(data) < 8 or data[8:9] != b"{":
         raise ConfigError(not_a_mask)
     if len(data) < 8 + header_bytes:
-        raise ConfigError(f"{source}: the file must be complete, its header is cut short. Copy or make the mask again.")
+        raise ConfigError(f"{source}: it must be complete, its header is cut short. Copy or make the mask again.")
     try:
         header = json.loads(data[8 : 8 + header_bytes])
         held: dict[str, Any] = json.loads(header.pop("__metadata__")[_KEY])

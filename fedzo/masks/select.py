@@ -1,20 +1,21 @@
 """Choosing a mask: the top share of the eligible weights by a score.
 
-Sensitivity (arXiv 2506.03337, 2406.02913): the score of a weight is the sum over calibration windows of its squared gradient,
-``sum g**2``. Each window is a batch of its own, since ``(sum g)**2`` is something else. The signed mean gradient is kept too.
+Sensitivity (arXiv 2506.03337, 2406.02913): the score of a weight is the sum over calibration windows of its squared
+gradient, ``sum g**2``. Each window is a batch of its own, since ``(sum g)**2`` is something else. The signed mean
+gradient is kept too.
 
-Deviations: scores and gradients accumulate in float32 whatever the model's dtype; equal scores are ranked by lower index and, over the
-whole model, earlier tensor, where the papers leave it to the sort; ``magnitude`` is the true top of ``abs(w)``, not the defect
-of the released trainer, which negated the indices in place of the scores; ``random`` is drawn from the run's generator.
+Deviations: scores and gradients accumulate in float32 whatever the model's dtype; of equal scores the earlier tensor's
+and then the lower index wins, where the papers leave it to the sort; ``magnitude`` is the true top of ``abs(w)``, not
+that of the released trainer, which negates the indices in place of the scores; ``random`` is drawn from the
+counter-based generator.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -55,14 +56,14 @@ def select_mask(
 ) -> Mask:
     """Choose the weights to train.
 
-    The model is left as it was found: bits, ``requires_grad``, gradients, training mode. Sensitivity needs two float32 values for
-    each eligible weight beside one window's activations; the gradient of one tensor lives at a time.
+    The model is left as it was found: bits, ``requires_grad``, gradients, training mode. Sensitivity needs two float32
+    values for each eligible weight beside one window's activations; gradients are freed one tensor at a time.
 
     Args:
         model: A causal language model, called as ``model(input_ids=..., use_cache=False).logits`` for sensitivity.
         density: Share of the eligible weights, above 0 and at most 1.
         selector: ``sensitivity``, ``magnitude`` or ``random``.
-        granularity: ``per_tensor`` takes int(numel * density) of each tensor, ``everywhere`` int(total * density) of all.
+        granularity: ``per_tensor`` takes int(numel * density) of each tensor, ``everywhere`` int(total * density).
         windows: Token ids, int64 [num_tokens] each; for sensitivity.
         seed: Seed of ``random``.
         loss_fn: ``loss_fn(model, input_ids [1, num_tokens])``; by default the mean cross-entropy of the next token.
@@ -132,7 +133,7 @@ def next_token_loss(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
 
 def _check_settings(density: float, selector: str, granularity: str, windows: Sequence[torch.Tensor]) -> None:
     if not 0 < density <= 1:
-        raise ConfigError(f"trainer.density must be above 0 and at most 1, got {density}. It is a share: 0.001 is 0.1 %.")
+        raise ConfigError(f"trainer.density must be > 0 and <= 1, got {density}. It is a share: 0.001 is 0.1 %.")
     if selector not in SELECTORS:
         raise ConfigError(f"trainer.selector must be one of {', '.join(SELECTORS)}, got {selector!r}.")
     if granularity not in GRANULARITIES:
@@ -152,7 +153,10 @@ def _budget(sizes: list[int], *, density: float, granularity: str) -> list[int]:
     if sum(budget) == 0:
         # a little above 1 / max, so that the rounded number that is shown does keep one
         enough = f"{1.001 / max(pools):.3e}"
-        raise ConfigError(f"trainer.density={density} keeps none of {sum(sizes)} eligible weights. Set it to {enough} or more.")
+        raise ConfigError(
+            f"trainer.density must keep one weight or more, got {density}, which keeps none of {sum(sizes)} eligible "
+            f"weights. Set it to {enough} or more."
+        )
     return budget
 
 
@@ -172,7 +176,8 @@ def _accumulate(
     on_window: Callable[[int, int], None] | None,
 ) -> _Sums:
     """Sum of squares and signed sum of the windows' gradients."""
-    squares, signed = ({n: _zeros(p) for n, p in parameters.items()} for _ in range(2))
+    squares: dict[str, torch.Tensor] = {}
+    signed: dict[str, torch.Tensor] = {}
 
     def collector(name: str) -> Callable[[torch.Tensor], None]:
         def collect(parameter: torch.Tensor) -> None:
@@ -186,13 +191,20 @@ def _accumulate(
 
     device = next(model.parameters()).device
     with _only_these_learn(model, parameters), torch.inference_mode(False), torch.enable_grad():
-        handles = [p.register_post_accumulate_grad_hook(collector(name)) for name, p in parameters.items()]
+        # in here, since tensors made under a caller's inference mode could not be added to
+        for name, parameter in parameters.items():
+            squares[name] = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+            signed[name] = torch.zeros_like(squares[name])
+        handles = [
+            p.register_post_accumulate_grad_hook(collector(name))  # type: ignore[no-untyped-call]
+            for name, p in parameters.items()
+        ]
         try:
             for number, window in enumerate(windows):
                 loss = loss_fn(model, window.to(device).unsqueeze(0))
                 if not bool(loss.isfinite()):
                     raise NumericsError(
-                        f"mask: the loss of calibration window {number} must be finite, got {float(loss)}. "
+                        f"mask: the loss of calibration window {number} must be finite, got {loss.item()}. "
                         "Load the model in float32 or bfloat16."
                     )
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -204,10 +216,6 @@ def _accumulate(
     for name, total in squares.items():
         _check_finite(name, total, "squared gradient")
     return _Sums(squares, signed)
-
-
-def _zeros(parameter: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
 
 
 @contextmanager
@@ -260,7 +268,7 @@ def _warn_of_zeros(squares: Mapping[str, torch.Tensor], chosen: Mapping[str, tor
     for name, flat in chosen.items():
         zeros = int((squares[name][flat] == 0).sum())
         if zeros:
-            logger.warning("mask: %d of %d weights chosen in %s have no gradient on the calibration text", zeros, flat.numel(), name)
+            logger.warning("mask: %d of the %d weights chosen in %s have no gradient", zeros, flat.numel(), name)
 
 
 # --- the top --------------------------------------------------------------------------------------------------------
@@ -295,13 +303,12 @@ def _largest(score: ScoreFn, names: list[str], k: int) -> dict[str, torch.Tensor
     return chosen
 
 
-def _kth_largest(score: ScoreFn, names: list[str], k: int) -> Any:
-    """The k-th largest score as a number, holding at most k and one chunk at a time."""
-    best: torch.Tensor | None = None
+def _kth_largest(score: ScoreFn, names: list[str], k: int) -> float:
+    """The k-th largest score as a number, from the k largest so far and one chunk at a time."""
+    best: list[torch.Tensor] = []
     for name in names:
-        values = score(name)
-        for part in values.split(_CHUNK):
+        for part in torch.split(score(name), _CHUNK):
             top = part.topk(min(k, part.numel()), sorted=False).values
-            best = top if best is None else torch.cat([best, top.to(best.device)])
-            best = best.topk(min(k, best.numel()), sorted=False).values
-    return math.nan if best is None else best.min().item()
+            both = torch.cat([*(values.to(top.device) for values in best), top])
+            best = [both.topk(min(k, both.numel()), sorted=False).values]
+    return best[0].min().item()

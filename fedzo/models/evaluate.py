@@ -68,7 +68,9 @@ class Score:
                 per_class={int(k): (int(right), int(total)) for k, (right, total) in record["per_class"].items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ProtocolError(f"a score must hold metric, value, loss, num_examples and per_class, got {record!r:.200}") from error
+            raise ProtocolError(
+                f"a score must hold metric, value, loss, num_examples and per_class, got {record!r:.200}"
+            ) from error
 
 
 def evaluate(
@@ -84,8 +86,8 @@ def evaluate(
     Args:
         loaded: The model.
         examples: At least one.
-        task: Says how answers are judged: ``candidates`` by accuracy, ``generation`` by token F1 of the first line that the model
-            writes, ``instruction`` by ROUGE-L of its whole answer.
+        task: Says how answers are judged: ``candidates`` by accuracy, ``generation`` by token F1 of the first line that
+            the model writes, ``instruction`` by ROUGE-L of its whole answer.
         tokens_per_batch: Most tokens in one forward.
         on_batch: Called with sequences (answers, when they are written) done and in total.
 
@@ -130,7 +132,7 @@ def score_candidates(scores: npt.NDArray[np.float32], labels: Sequence[int], *, 
 
 
 def merge_scores(scores: Sequence[Score]) -> Score:
-    """The score of all examples together, from the parts that clients report; what needs the examples themselves is ``None``.
+    """The score of all examples together, from the parts that clients report; AUC and best threshold are ``None``.
 
     Raises:
         ConfigError: There is no score, or they are of different metrics.
@@ -154,7 +156,12 @@ def merge_scores(scores: Sequence[Score]) -> Score:
 
 
 def _score_answers(
-    loaded: LoadedModel, examples: Sequence[Example], task: TaskConfig, *, tokens_per_batch: int, on_batch: OnBatch | None
+    loaded: LoadedModel,
+    examples: Sequence[Example],
+    task: TaskConfig,
+    *,
+    tokens_per_batch: int,
+    on_batch: OnBatch | None,
 ) -> Score:
     written = task.kind is TaskKind.generation
     answers = generate(

@@ -1,7 +1,7 @@
 """Logits at chosen positions only: the decoder runs on all tokens, the LM head on the rows that are asked for.
 
-What some families do to their logits (Gemma 2 caps them, Cohere and Granite scale them) is taken from the config's attributes.
-``check_head`` compares the outcome with the model's own logits once, so that a family with yet another habit is found out.
+What some families do to their logits (Gemma 2 caps them, Cohere and Granite scale them) is taken from the config's
+attributes. ``check_head`` compares the outcome with the model's own logits once, so that yet another habit is found out.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def own_logits_at(model: nn.Module, ids: torch.Tensor, rows: torch.Tensor, colum
 def project(model: nn.Module, hidden: torch.Tensor, *, vocabulary: torch.Tensor | None = None) -> torch.Tensor:
     """Logits of hidden states.
 
-    A few rows of the head are multiplied in float32, so that a low-precision model loses nothing there; the whole head in the
-    model's dtype, since a float32 copy of it would not fit the memory target.
+    A few rows of the head are multiplied in float32, so that a low-precision model loses nothing there; the whole head
+    in the model's dtype, since a float32 copy of it would not fit the memory target.
 
     Args:
         model: A causal language model.
@@ -73,12 +73,16 @@ def check_head(model: nn.Module) -> bool:
     try:
         ours = project(model, hidden_at(model, ids, rows, columns))
     except (AttributeError, TypeError, RuntimeError) as error:
-        logger.warning("%s: its LM head cannot be applied apart (%s); all positions pay for it", type(model).__name__, error)
+        logger.warning(
+            "%s: its LM head cannot be applied apart (%s); all positions pay for it", type(model).__name__, error
+        )
         return False
     limit = _TOLERANCE.get(next(model.parameters()).dtype, 4e-2) * float(own.abs().max())
     if ours.shape == own.shape and bool(((ours - own).abs() <= limit).all()):
         return True
-    logger.warning("%s does something to its logits that fedzo does not know; all positions pay for the head", type(model).__name__)
+    logger.warning(
+        "%s does something to its logits that fedzo does not know; all positions pay for the head", type(model).__name__
+    )
     return False
 
 

@@ -67,7 +67,9 @@ class LoadedModel:
             ConfigError: The model was not loaded from a source that can be read again.
         """
         if self.read_weights is None:
-            raise ConfigError(f"model {self.source!r} must come from load_model to be read again; it was made in memory.")
+            raise ConfigError(
+                f"model {self.source!r} must come from load_model to be read again; it was made in memory."
+            )
         weights = self.read_weights()
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
@@ -101,7 +103,9 @@ def load_model(config: ModelConfig, *, device: str = "auto") -> LoadedModel:
         ) from error
     longest = getattr(model.config, "max_position_embeddings", None)
     if isinstance(longest, int) and config.max_length > longest:
-        raise ConfigError(f"model.max_length must be <= {longest} for {config.name!r}, got {config.max_length}. Lower it.")
+        raise ConfigError(
+            f"model.max_length must be <= {longest} for {config.name!r}, got {config.max_length}. Lower it."
+        )
     model.to(where)
     if source.gguf_file is None:
         digest = weights_digest(source.files, tied=model.all_tied_weights_keys)
@@ -115,7 +119,7 @@ def load_model(config: ModelConfig, *, device: str = "auto") -> LoadedModel:
 
 
 def wrap_model(model: Any, tokenizer: Any, *, source: str = "memory") -> LoadedModel:
-    """Make a ``LoadedModel`` of a model built in memory, where it is; it keeps a copy of the weights for ``reload_weights``."""
+    """Make a ``LoadedModel`` of a model built in memory; a copy of its weights serves ``reload_weights``."""
     kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     digest = parameters_digest(model.named_parameters())
     device = next(model.parameters()).device
@@ -128,7 +132,11 @@ def resolve_device(device: str) -> torch.device:
     Raises:
         ConfigError: The name is unknown or the device is not on this machine.
     """
-    present = [name for name, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())) if there]
+    present = [
+        name
+        for name, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()))
+        if there
+    ]
     present.append("cpu")
     if device == "auto":
         return torch.device(present[0])
@@ -145,7 +153,9 @@ def _read(source: Source, dtype: torch.dtype) -> Any:
     with without_progress_bars():
         if source.gguf_file is not None:
             return read_gguf(source.name, dtype=dtype, **source.arguments())
-        return AutoModelForCausalLM.from_pretrained(source.name, dtype=dtype, use_safetensors=True, **source.arguments())
+        return AutoModelForCausalLM.from_pretrained(
+            source.name, dtype=dtype, use_safetensors=True, **source.arguments()
+        )
 
 
 def _wrap(

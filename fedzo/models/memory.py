@@ -3,11 +3,11 @@
 The memory of a forward-only step, in bytes (w = bytes of a weight):
 
     weights      every parameter once
-    activations  tokens * w * (6 * hidden + 3 * intermediate)      one layer's at a time: nothing is kept for a backward pass
-    attention    2 * heads * 512 * tokens * 4, only for families whose attention writes its scores down ("eager", as Gemma 2)
+    activations  tokens * w * (6 * hidden + 3 * intermediate), one layer's at a time: there is no backward pass
+    attention    2 * heads * 512 * tokens * 4, only where attention writes its scores down ("eager", as Gemma 2)
     head         head_rows * vocabulary * (4 + w), the logits and their float32 copy, at most 256 MiB of the float32
     masked       space_size * 20           master, index, direction and two scratch values of each trained number
-    full         3 * the largest weight in float32 (perturbed copy and scratch), and one copy of the weights if local_steps > 1
+    full         3 * the largest weight in float32 (perturbed copy, scratch); a copy of the weights if local_steps > 1
 
 It is meant to be an upper estimate; sequences are taken to be 512 tokens at most.
 """
@@ -126,8 +126,9 @@ def fit_tokens_per_batch(
             return max(tokens, min(wanted, longest))
         if tokens <= longest:
             raise ConfigError(
-                f"a step must fit in memory: one sequence of {longest} tokens needs {needed / 2**20:.0f} MiB beside the weights, "
-                f"available are {available_bytes / 2**20:.0f} MiB. Lower model.max_length, use a smaller model.dtype or a masked trainer."
+                f"a step must fit in memory: one sequence of {longest} tokens needs {needed / 2**20:.0f} MiB beside "
+                f"the weights, available are {available_bytes / 2**20:.0f} MiB. Lower model.max_length, use a smaller "
+                "model.dtype or a masked trainer."
             )
         tokens //= 2
 
@@ -156,5 +157,7 @@ def _hidden(config: Any) -> int:
 def _intermediate(config: Any) -> int:
     """Width of the feed-forward layer as one token sees it."""
     names = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
-    width = next((value for name in names if isinstance(value := getattr(config, name, None), int)), 4 * _hidden(config))
+    width = next(
+        (value for name in names if isinstance(value := getattr(config, name, None), int)), 4 * _hidden(config)
+    )
     return width * max(1, int(getattr(config, "num_experts_per_tok", 1) or 1))

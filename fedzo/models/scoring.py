@@ -1,8 +1,8 @@
 """The loss on answer tokens and the scores of candidates, with no wasted head rows.
 
-An example's prompt and answer are one sequence; the last answer token is never an input, and only the positions that predict an
-answer token pay for the LM head. Where all candidates of an example are single tokens, one forward of the prompt serves them all,
-and only the candidates' rows of the head are read.
+An example's prompt and answer are one sequence; the last answer token is never an input, and only the positions that
+predict an answer token pay for the LM head. Where all candidates of an example are single tokens, one forward of the
+prompt serves them all, and only the candidates' rows of the head are read.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _CHUNK_LOGITS = 1 << 26  # logits made at once: 256 MiB in float32
 
 @dataclass(frozen=True, slots=True)
 class _Sequence:
-    """Input tokens whose last ``len(targets)`` positions predict ``targets`` (its last position alone, if there are none)."""
+    """Input tokens whose last ``len(targets)`` positions predict ``targets`` (without any: the last alone)."""
 
     tokens: tuple[int, ...]
     targets: tuple[int, ...]
@@ -54,11 +54,11 @@ def mean_loss(
     Args:
         loaded: The model.
         examples: At least one.
-        loss: ``candidates``: cross-entropy over the candidates' mean log-probabilities; ``lm``: mean cross-entropy of the right
-            answer's tokens.
+        loss: ``candidates``: cross-entropy over the candidates' mean log-probabilities; ``lm``: mean cross-entropy of
+            the right answer's tokens.
         tokens_per_batch: Most tokens in one forward, padding included (a longer sequence goes alone).
-        forward_cost_tokens: What one more forward costs, counted in tokens: batches of unequal lengths are split where that
-            saves more padding. By default never; see ``forward_cost``.
+        forward_cost_tokens: What one more forward costs, counted in tokens: batches of unequal lengths are split where
+            that saves more padding. By default never; see ``forward_cost``.
 
     Returns:
         The loss; NaN or infinity if the model's numbers are.
@@ -87,8 +87,8 @@ def candidate_scores(
 ) -> npt.NDArray[np.float32]:
     """Mean log-probability per answer token of every candidate.
 
-    Where all candidates of an example are single tokens, they are normalised over the candidates only (softmax and differences
-    are the same; the head's other rows need not be read), unless ``full_vocabulary`` is set.
+    Where all candidates of an example are single tokens, they are normalised over the candidates only (softmax and
+    differences are the same; the head's other rows need not be read), unless ``full_vocabulary`` is set.
 
     Args:
         loaded: The model.
@@ -111,7 +111,7 @@ def choice_losses(scores: npt.NDArray[np.floating], labels: Sequence[int]) -> Sc
 
 
 def forward_cost(device: torch.device) -> int:
-    """What one more forward costs on a device, in tokens, when no weight has to be perturbed for it (a rough figure)."""
+    """What one more forward costs on a device, in tokens, when no weight is perturbed for it (a rough figure)."""
     return 32 if device.type == "cpu" else 2048
 
 
@@ -161,7 +161,9 @@ def _candidate_scores(
     short = [i for i, e in enumerate(examples) if all(len(candidate) == 1 for candidate in e.candidates)]
     if short:
         chosen = [examples[i] for i in short]
-        scores[short] = _single_token_scores(loaded, chosen, planning, width=scores.shape[1], full_vocabulary=full_vocabulary)
+        scores[short] = _single_token_scores(
+            loaded, chosen, planning, width=scores.shape[1], full_vocabulary=full_vocabulary
+        )
     taken = set(short)
     cells = [(i, j) for i, e in enumerate(examples) if i not in taken for j in range(len(e.candidates))]
     if cells:
@@ -176,10 +178,11 @@ def _single_token_scores(
 ) -> Scores:
     """Log-probabilities [num_examples, width] of single-token candidates from one forward of the prompts."""
     sequences = [_Sequence(_prompt(example), ()) for example in examples]
-    tokens = np.zeros((len(examples), width), dtype=np.int64)
+    tokens = np.empty((len(examples), width), dtype=np.int64)
     there = np.zeros((len(examples), width), dtype=bool)
     for row, example in enumerate(examples):
         there[row, : len(example.candidates)] = True
+        tokens[row] = example.candidates[0][0]  # a filler that reads no further row of the head
         tokens[row, : len(example.candidates)] = [candidate[0] for candidate in example.candidates]
     order: list[int] = []
     picked: list[torch.Tensor] = []
@@ -222,7 +225,7 @@ def _mean_logprobs(loaded: LoadedModel, sequences: Sequence[_Sequence], planning
 def _forwards(
     loaded: LoadedModel, sequences: Sequence[_Sequence], planning: _Planning
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Run all sequences; yields each batch's indices and [positions, H]: hidden states (or logits, if the head is not apart)."""
+    """Run all sequences; yields each batch's indices and its positions' hidden states [N, H] (or logits [N, V])."""
     lengths = [len(sequence.tokens) for sequence in sequences]
     batches = plan_batches(
         lengths, tokens_per_batch=planning.tokens_per_batch, forward_cost_tokens=planning.forward_cost_tokens
@@ -261,13 +264,15 @@ def _logits(loaded: LoadedModel, hidden: torch.Tensor, vocabulary: torch.Tensor 
 
 def _chunks(loaded: LoadedModel, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Rows such that a chunk's logits stay within ``_CHUNK_LOGITS``."""
-    return hidden.split(max(1, _CHUNK_LOGITS // max(1, len(loaded.tokenizer))))
+    return torch.split(hidden, max(1, _CHUNK_LOGITS // max(1, len(loaded.tokenizer))))
 
 
 def _answer(example: Example, candidate: int) -> _Sequence:
     targets = example.candidates[candidate]
     if not targets:
-        raise ConfigError(f"every candidate must have at least one token, got an empty one ({candidate}). Check the task's candidates.")
+        raise ConfigError(
+            f"every candidate must have at least one token, got an empty one ({candidate}). Check task.candidates."
+        )
     return _Sequence(_prompt(example) + targets[:-1], targets)
 
 

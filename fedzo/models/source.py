@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
 from fedzo.data.embedded import package_dir
 from fedzo.errors import ConfigError
@@ -72,14 +72,18 @@ def find_source(config: ModelConfig) -> Source:
     name = str(Path(config.name).expanduser())
     if not Path(name).is_dir() and _looks_like_a_path(config.name):
         raise ConfigError(
-            f"model.name must be {EMBEDDED_NAME!r}, a hub name or an existing folder, got {config.name!r}, which is not a folder. "
-            "Check the path."
+            f"model.name must be {EMBEDDED_NAME!r}, a hub name or an existing folder, got {config.name!r}, which is "
+            "not a folder. Check the path."
         )
     name = name if Path(name).is_dir() else config.name
+    if config.gguf_file is None and _file(name, "config.json", config.revision, required=True) is None:
+        raise ConfigError(f"model.name {name!r}: the folder must hold config.json, which is not there. Check the path.")
     if config.gguf_file is not None:
         found = _file(name, config.gguf_file, config.revision)
         if found is None:
-            raise ConfigError(f"model.gguf_file must name a file in {config.name!r}, got {config.gguf_file!r}. Check the name.")
+            raise ConfigError(
+                f"model.gguf_file must name a file in {config.name!r}, got {config.gguf_file!r}. Check the name."
+            )
         return Source(name, config.revision, config.gguf_file, (found,))
     return Source(name, config.revision, None, _safetensors(name, config.revision))
 
@@ -112,7 +116,9 @@ def embedded_folder() -> Path:
         _sweep(folder.parent)
         scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
     except OSError as error:
-        raise ConfigError(f"{folder.parent} must be writable, got: {error}. Set FEDZO_CACHE to another folder.") from error
+        raise ConfigError(
+            f"{folder.parent} must be writable, got: {error}. Set FEDZO_CACHE to another folder."
+        ) from error
     try:
         _convert(gguf, scratch)
         scratch.rename(folder)
@@ -125,7 +131,7 @@ def embedded_folder() -> Path:
 
 
 def read_gguf(name: str | Path, **arguments: Any) -> Any:
-    """The model of a GGUF file as an ordinary one of dense weights, which can be trained and saved; as ``from_pretrained``."""
+    """The model of a GGUF file as an ordinary one of dense weights, which can be saved."""
     # dequantize: left to itself, transformers may keep the blocks packed and compute on those
     model = AutoModelForCausalLM.from_pretrained(name, quantization_config=GgufConfig(dequantize=True), **arguments)
     for holder, attribute in ((model, "hf_quantizer"), (model.config, "quantization_config")):
@@ -138,12 +144,12 @@ def read_gguf(name: str | Path, **arguments: Any) -> Any:
 def without_progress_bars() -> Iterator[None]:
     """Keep transformers' own progress bars off the terminal."""
     shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         if shown:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -170,33 +176,36 @@ def _safetensors(name: str, revision: str | None) -> tuple[Path, ...]:
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         found = [(shard, _file(name, shard, revision)) for shard in shards]
         if missing := [shard for shard, path in found if path is None]:
-            raise ConfigError(f"model.name {name!r}: the weight files {missing} must be there. Copy or download them again.")
+            raise ConfigError(
+                f"model.name {name!r}: the weight files {missing} must be there. Copy or download them again."
+            )
         return tuple(path for _, path in found if path is not None)
     single = _file(name, "model.safetensors", revision)
     if single is None:
         raise ConfigError(
-            f"model.name {name!r}: weights must be in safetensors (model.safetensors), which are not there; pickled weights (.bin) "
-            "are never read. Use a revision that has them (often model.revision=refs/pr/1), convert them, or set model.gguf_file."
+            f"model.name {name!r}: weights must be in safetensors (model.safetensors), which are not there; pickled "
+            "weights (.bin) are never read. Use a revision that has them (often model.revision=refs/pr/1), convert them, "
+            "or set model.gguf_file."
         )
     return (single,)
 
 
-def _file(name: str, filename: str, revision: str | None) -> Path | None:
+def _file(name: str, filename: str, revision: str | None, *, required: bool = False) -> Path | None:
+    """A file of a folder or of the hub; ``None`` if it is not there, unless it is required."""
     try:
-        found = cached_file(name, filename, revision=revision, _raise_exceptions_for_missing_entries=False)
+        found = cached_file(name, filename, revision=revision, _raise_exceptions_for_missing_entries=required)
     except (OSError, ValueError) as error:
-        raise ConfigError(not_found(name, revision, error)) from error
+        raise ConfigError(_not_found(name, revision, error)) from error
     return None if found is None else Path(found)
 
 
-def not_found(name: str, revision: str | None, error: BaseException) -> str:
-    """The message for a name that is neither a folder nor on the hub."""
+def _not_found(name: str, revision: str | None, error: BaseException) -> str:
     at = "" if revision is None else f" at revision {revision!r}"
     reason = " ".join(str(error).split())[:300]
     return (
-        f"model.name must be {EMBEDDED_NAME!r}, a local folder or a hub name, got {name!r}{at}: no such folder, and the hub or its "
-        f"local cache gave: {reason}. Check the name and the connection (HF_HUB_OFFLINE is {os.environ.get('HF_HUB_OFFLINE', '0')}), "
-        "or give a folder."
+        f"model.name must be {EMBEDDED_NAME!r}, a local folder or a hub name, got {name!r}{at}: no such folder, and the "
+        f"hub or its local cache gave: {reason} Check the name and the connection (HF_HUB_OFFLINE is "
+        f"{os.environ.get('HF_HUB_OFFLINE', '0')}), or give a folder."
     )
 
 

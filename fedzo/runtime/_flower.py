@@ -1,55 +1,122 @@
-"""The private names of Flower that the runtimes need, in one place. Pinned: flwr 1.41 (``tests/unit/runtime`` checks them)."""
+"""Private names of Flower that every runtime needs, and the proof that this is the Flower they were read in.
+
+All private names of flwr that fedzo uses stand here and in ``_flower_http`` (apart, because importing those takes two
+seconds). ``tests/unit/runtime/test_flower_contract.py`` fails when one of them is gone or has changed its shape.
+"""
 
 from __future__ import annotations
 
-import secrets
+import logging
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from uuid import uuid4
 
-from flwr.app import Error, Message, RecordDict
-from flwr.app.message.message import make_message
+from fedzo.errors import ConfigError
+
+SUPPORTED = "1.41."
+ENVIRONMENT = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""For every process: no word to anyone, and nothing installed because a bundle asks for it."""
+os.environ.update(ENVIRONMENT)  # before flwr is imported, where it is not yet
+
+import flwr
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.serverapp import Grid
+from flwr.supercore import telemetry
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-SERVER_NODE_ID = SUPERLINK_NODE_ID
+__all__ = [
+    "ENVIRONMENT",
+    "SUPERLINK_NODE_ID",
+    "ErrorCode",
+    "GuardedGrid",
+    "Run",
+    "TaskIdentity",
+    "check_version",
+    "failure_reason",
+    "one_federation",
+    "quiet_flower",
+    "set_message_id",
+]
+
+
+def check_version(version: str) -> None:
+    """Refuse a Flower whose private names nobody has looked at.
+
+    Raises:
+        ConfigError: it is not a 1.41.
+    """
+    if not version.startswith(SUPPORTED):
+        raise ConfigError(
+            f"flwr: fedzo's runtimes need version {SUPPORTED}*, got {version}. Install it with: pip install 'flwr>=1.41,<1.42'"
+        )
+
+
+check_version(flwr.__version__)
+telemetry.FLWR_TELEMETRY_ENABLED = "0"  # read when flwr was imported, perhaps before the environment was set
+
 _busy = threading.Lock()
 
 
-def new_run() -> Any:
-    """A run record with a fresh id; the process takes on the identity of its server task."""
-    run = Run.create_empty(run_id=secrets.randbits(62))
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run.run_id, SERVER_NODE_ID
-    return run
-
-
-def identify(message: Message) -> str:
-    """Give a message an id, as Flower's grid does when it is sent."""
-    message.metadata.__dict__["_message_id"] = str(uuid4())
-    return message.metadata.message_id
-
-
-def copy_of(message: Message) -> Message:
-    """The message with record containers of its own, so that no side sees the other's changes."""
-    content = RecordDict({name: type(record)(dict(record)) for name, record in message.content.items()})
-    return make_message(metadata=message.metadata, content=content)
-
-
-def error_reply(message: Message, error: Exception) -> Message:
-    """The reply of a client that raised."""
-    reason = f"{type(error).__name__}: {error}"
-    return Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason), reply_to=message)
-
-
 @contextmanager
-def one_run_a_process() -> Iterator[None]:
-    """Flower keeps the running task's identity in globals, so a process runs one federation at a time."""
+def one_federation(run_id: int | None = None) -> Iterator[None]:
+    """Hold this process's one Flower identity, which the constructor of messages reads from a global.
+
+    Args:
+        run_id: Set the server's identity for this run; ``None`` where the runtime does it itself.
+
+    Raises:
+        ConfigError: another federation runs in this process.
+    """
     if not _busy.acquire(blocking=False):
-        raise RuntimeError("one federation runs in this process already; use a process for each")
+        raise ConfigError(
+            "runtime: one federation at a time must run in a process, but another is under way in this one. "
+            "Start each in a process of its own (a sweep: hydra/launcher=joblib)."
+        )
     try:
+        if run_id is not None:
+            TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, SUPERLINK_NODE_ID
         yield
     finally:
         _busy.release()
+
+
+@contextmanager
+def quiet_flower() -> Iterator[None]:
+    """Let Flower say only what went wrong: fedzo reports the run itself."""
+    log = logging.getLogger("flwr")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def set_message_id(message: Any, message_id: str) -> None:
+    """Number a message, which Flower does when it accepts one."""
+    message.metadata.__dict__["_message_id"] = message_id
+
+
+def failure_reason(error: BaseException) -> str:
+    """An exception as the text of an error reply, in Flower's own form."""
+    return f"{type(error)}:<'{error}'>"
+
+
+class GuardedGrid:
+    """A grid that asks before each use whether what carries it still lives, so that no server waits for the dead."""
+
+    def __init__(self, grid: Grid, check: Callable[[], None]) -> None:
+        self._grid = grid
+        self._check = check
+
+    def __getattr__(self, name: str) -> Any:
+        self._check()
+        return getattr(self._grid, name)

@@ -1,4 +1,4 @@
-"""Tiny causal language models with random weights, one of each family that the tests cover; the same weights for the same seed."""
+"""Tiny causal language models with random weights, one of each family that tests cover; a seed names them."""
 
 from __future__ import annotations
 
@@ -81,8 +81,10 @@ _CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
 FAMILIES = tuple(_CONFIGS)
 
 
-def tiny_model(family: str = "llama", *, vocab_size: int = 512, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """A random model of a family of ``FAMILIES``; ``llama`` has 34,976 parameters. The global generator is left as it was."""
+def tiny_model(
+    family: str = "llama", *, vocab_size: int = 512, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Any:
+    """A random model of one of ``FAMILIES``; ``llama`` has 34,976 parameters. The global generator is left alone."""
     tokenizer = byte_tokenizer()
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = _CONFIGS[family](vocab_size=vocab_size, **ids)
@@ -93,7 +95,7 @@ def tiny_model_from(config: PreTrainedConfig, *, seed: int = 0, dtype: torch.dty
     """A random model of any config."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     return model.to(dtype).eval().requires_grad_(False)
 
 

@@ -72,7 +72,7 @@ def _table_on(device: torch.device) -> torch.Tensor:
 # --- CPU ------------------------------------------------------------------------------------------------------------
 
 
-@nb.njit(inline="always")  # type: ignore[untyped-decorator]
+@nb.njit(inline="always")
 def _block(low: Any, high: Any, purpose: Any, k0: Any, k1: Any) -> Any:
     c0, c1, c2, c3 = nb.uint32(low), nb.uint32(high), nb.uint32(purpose), nb.uint32(0)
     for _ in range(10):
@@ -86,7 +86,7 @@ def _block(low: Any, high: Any, purpose: Any, k0: Any, k1: Any) -> Any:
     return c0, c1, c2, c3
 
 
-@nb.njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
+@nb.njit(parallel=True, cache=True)
 def _words_kernel(out: Any, purpose: Any, k0: Any, k1: Any) -> None:
     for b in nb.prange(out.shape[0]):
         words = _block(b & 0xFFFFFFFF, b >> 32, purpose, k0, k1)
@@ -94,7 +94,7 @@ def _words_kernel(out: Any, purpose: Any, k0: Any, k1: Any) -> None:
             out[b, j] = words[j]
 
 
-@nb.njit(inline="always")  # type: ignore[untyped-decorator]
+@nb.njit(inline="always")
 def _add_block(base: Any, out: Any, table: Any, scale: Any, block: Any, first: Any, width: Any, k0: Any, k1: Any) -> None:
     """out[i] = base[i] + scale * z for the coordinates of one block; ``first`` is where its coordinate 0 would lie."""
     words = _block(block & 0xFFFFFFFF, block >> 32, 0, k0, k1)
@@ -113,7 +113,7 @@ def _add_block(base: Any, out: Any, table: Any, scale: Any, block: Any, first: A
                     out[at] = base[at] + (-scale if (words[j] >> nb.uint32(bit)) & nb.uint32(1) else scale)
 
 
-@nb.njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
+@nb.njit(parallel=True, cache=True)
 def _add_kernel(base: Any, out: Any, table: Any, scale: Any, start: Any, width: Any, k0: Any, k1: Any) -> None:
     first_block = start // width
     for i in nb.prange((start + out.size - 1) // width - first_block + 1):
@@ -121,7 +121,7 @@ def _add_kernel(base: Any, out: Any, table: Any, scale: Any, start: Any, width: 
         _add_block(base, out, table, scale, block, block * width - start, width, k0, k1)
 
 
-@nb.njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
+@nb.njit(parallel=True, cache=True)
 def _add_rows_kernel(base: Any, out: Any, table: Any, scale: Any, starts: Any, width: Any, k0: Any, k1: Any) -> None:
     for row in nb.prange(starts.size):
         start = starts[row]

@@ -139,7 +139,7 @@ class MaskedSpace:
 
     def _write(self, values: torch.Tensor) -> None:
         with torch.no_grad():
-            for (weight, flat), part in zip(self._slots, values.split(self._sizes), strict=True):
+            for (weight, flat), part in zip(self._slots, torch.split(values, self._sizes), strict=True):
                 _put(weight, flat, part.to(weight.dtype))
 
 
@@ -190,7 +190,7 @@ class FullSpace:
         return torch.cat([parameter.detach().float().view(-1).cpu() for parameter in self._parameters]).numpy()
 
     def load(self, values: Values) -> None:
-        parts = torch.from_numpy(_as_values(values, self.size)).split([p.numel() for p in self._parameters])
+        parts = torch.split(torch.from_numpy(_as_values(values, self.size)), [p.numel() for p in self._parameters])
         with torch.no_grad():
             for parameter, part in zip(self._parameters, parts, strict=True):
                 parameter.copy_(part.view(parameter.shape))

@@ -264,3 +264,27 @@ def test_bytes_are_the_formula(run: Run, lines: Lines) -> None:
         assert line["payload_up_bytes"] == 4 * 3 * 2 * 4
         assert line["payload_down_bytes"] == 4 * 3 * 2 * 4
         assert line["message_up_bytes"] > line["payload_up_bytes"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_drops_the_probe_is_counted_and_never_averaged(
+    run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch, bad: float
+) -> None:
+    from fedzo.fl import client
+
+    healthy = run("fl.rounds=1")
+    calls = iter(range(10**6))
+    original = client.mean_loss
+    # the first two losses are client 0's two sides
+    monkeypatch.setattr(client, "mean_loss", lambda *a, **k: bad if next(calls) == 1 else original(*a, **k))
+    folder = run("fl.rounds=1")
+
+    (audit,) = lines(folder, "audit.jsonl")
+    (metrics,) = [line for line in lines(folder, "metrics.jsonl") if line["kind"] == "round"]
+    g = {entry["client"]: entry["g"][0][0] for entry in audit["clients"]}
+    wanted = {entry["client"]: entry["g"][0][0] for entry in lines(healthy, "audit.jsonl")[0]["clients"]}
+    assert [entry["dropped"] for entry in audit["clients"]] == [[[True]], [[False]], [[False]], [[False]]]
+    assert g == {**wanted, 0: 0.0}
+    assert coefficients(lines(folder, "public.jsonl")).item() == pytest.approx(sum(g.values()) / 4)
+    assert metrics["dropped_probes"] == 1
+    assert np.isfinite(metrics["loss"])

@@ -127,8 +127,10 @@ def test_declared_dependencies_are_what_the_library_imports() -> None:
     declared = {normal(re.match(r"[\w-]+", line)[0]) for line in project["dependencies"]}  # type: ignore[index]
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "fedzo").rglob("*.py")]
     imported = {name for text in sources for name in re.findall(r"^\s*(?:import|from) (\w+)", text, re.MULTILINE)}
-    packages = {normal({"hydra": "hydra-core", "yaml": "pyyaml"}.get(name, name)) for name in imported}
-    third_party = {name for name in packages if name not in sys.stdlib_module_names and name != "fedzo"}
+    third_party = {
+        normal({"hydra": "hydra-core", "yaml": "pyyaml"}.get(name, name))
+        for name in imported - sys.stdlib_module_names - {"fedzo"}
+    }
     by_another = {"gguf", "tensorboard"}  # imported by transformers and torch.utils.tensorboard on our behalf
     optional = {"ray", "joblib", "pytest"}  # behind extras, or for those who test a plugin
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -111,9 +111,11 @@ def test_lm_loss_equals_the_labels_loss_of_the_model_itself(loaded: LoadedModel)
     ids = torch.tensor([example.prompt + answer])
     labels = torch.tensor([(-100,) * len(example.prompt) + answer])
     with torch.no_grad():
-        own = float(loaded.model(input_ids=ids, labels=labels, output_router_logits=False).loss) if (
-            loaded.model.config.model_type == "mixtral"
-        ) else float(loaded.model(input_ids=ids, labels=labels).loss)
+        own = (
+            float(loaded.model(input_ids=ids, labels=labels, output_router_logits=False).loss)
+            if (loaded.model.config.model_type == "mixtral")
+            else float(loaded.model(input_ids=ids, labels=labels).loss)
+        )
 
     assert mean_loss(loaded, [example], loss=Loss.lm, tokens_per_batch=MANY) == pytest.approx(own, abs=1e-5)
 
@@ -184,7 +186,9 @@ def test_the_head_is_applied_in_pieces_that_give_the_same_loss(monkeypatch: pyte
 
     monkeypatch.setattr(scoring, "_CHUNK_LOGITS", 2 * 259)
 
-    assert mean_loss(loaded, LONG_ANSWERS, loss=Loss.candidates, tokens_per_batch=MANY) == pytest.approx(whole, abs=1e-6)
+    assert mean_loss(loaded, LONG_ANSWERS, loss=Loss.candidates, tokens_per_batch=MANY) == pytest.approx(
+        whole, abs=1e-6
+    )
 
 
 def test_a_model_whose_head_is_not_apart_gives_the_same_loss_through_its_own_logits() -> None:
@@ -271,16 +275,16 @@ def test_every_forward_is_reported() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("examples", "message"),
     [
-        (lambda m: mean_loss(m, [], loss=Loss.lm, tokens_per_batch=8), "at least one example, got none"),
-        (lambda m: mean_loss(m, [Example((), ((1,),), 0)], loss=Loss.lm, tokens_per_batch=8), "prompt must have at least one token"),
-        (lambda m: mean_loss(m, [Example((1,), ((),), 0)], loss=Loss.lm, tokens_per_batch=8), "candidate must have at least one token"),
+        ([], "at least one example, got none"),
+        ([Example((), ((1,),), 0)], "prompt must have at least one token"),
+        ([Example((1,), ((),), 0)], "candidate must have at least one token"),
     ],
-)  # fmt: skip
-def test_examples_that_cannot_be_scored_are_refused(call: Callable[[LoadedModel], float], message: str) -> None:
+)
+def test_examples_that_cannot_be_scored_are_refused(examples: list[Example], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        call(tiny_loaded())
+        mean_loss(tiny_loaded(), examples, loss=Loss.lm, tokens_per_batch=8)
 
 
 @given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 200), st.integers(0, 100))
@@ -298,9 +302,7 @@ def test_batches_hold_every_sequence_once_within_the_limit(lengths: list[int], l
 def test_batches_are_the_cheapest_cut_of_the_sorted_lengths(lengths: list[int], limit: int, cost: int) -> None:
     down = sorted(lengths, reverse=True)
     best = min(
-        total
-        for cuts in range(1 << (len(down) - 1))
-        if (total := cut_cost(down, cuts, limit, cost)) is not None
+        total for cuts in range(1 << (len(down) - 1)) if (total := cut_cost(down, cuts, limit, cost)) is not None
     )
 
     batches = plan_batches(lengths, tokens_per_batch=limit, forward_cost_tokens=cost)

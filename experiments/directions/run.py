@@ -1,0 +1,102 @@
+"""What a direction costs beside a forward, in one run; writes claims.json beside this file.
+
+    python experiments/directions/run.py
+
+Interleaved repeats of a bare forward of SmolLM2-135M (16 x 32 tokens, no LM head), of making 10^6 Gaussian coordinates, and of a
+masked write and restore of as many weights; medians and quartiles.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fedzo
+from fedzo.models.config import ModelConfig
+from fedzo.models.head import hidden_at
+from fedzo.models.load import load_model
+from fedzo.zo.directions import add_direction, stream_key
+from fedzo.zo.space import MaskedSpace
+
+HERE = Path(__file__).parent
+COORDINATES = 1_000_000
+REPEATS = 15
+
+
+def main() -> None:
+    torch.set_num_threads(os.cpu_count() or 1)
+    loaded = load_model(ModelConfig(), device="cpu")
+    ids = (torch.arange(16 * 32) * 97 % 49_000).view(16, 32)
+    at = torch.zeros(1, dtype=torch.int64)
+    matrices = {n: p for n, p in loaded.model.named_parameters() if p.ndim == 2 and "embed" not in n}
+    total = sum(p.numel() for p in matrices.values())
+    picks = {n: torch.arange(0, p.numel(), total // COORDINATES)[: p.numel()] for n, p in matrices.items()}
+    space = MaskedSpace(loaded.model, picks)
+    vector = torch.zeros(COORDINATES)
+    key = stream_key(0, round=0)
+
+    def forward() -> None:
+        with torch.inference_mode():
+            hidden_at(loaded.model, ids, at, at)
+
+    def direction() -> None:
+        add_direction(vector, key, scale=1.0, out=vector)
+
+    def probe() -> None:
+        with space.probe(1e-3, key):
+            pass
+
+    seconds = measure({"forward": forward, "direction": direction, "probe": probe})
+    share = statistics.median(d / f for d, f in zip(seconds["direction"], seconds["forward"], strict=True))
+    whole = statistics.median(p / f for p, f in zip(seconds["probe"], seconds["forward"], strict=True))
+    rows = [
+        claim("a direction of 10^6 coordinates, of a forward of 16 x 32 tokens (SmolLM2, float32)", share, "share", 0.02),
+        claim(f"a masked probe of {space.size} weights (direction, write, restore), of the same forward", whole, "share", None),
+        claim("a Gaussian coordinate", statistics.median(seconds["direction"]) / COORDINATES * 1e9, "ns", None),
+        claim("the forward", statistics.median(seconds["forward"]), "s", None),
+    ]
+    (HERE / "claims.json").write_text(json.dumps(rows, indent=1) + "\n")
+    for row in rows:
+        print(f"{row['claim']}: {row['value']} {row['unit']}" + (f" (target {row['target']})" if row["target"] else ""))
+
+
+def measure(work: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for repeat in range(REPEATS + 2):
+        for name, run in work.items():
+            begin = time.perf_counter()
+            run()
+            if repeat >= 2:  # the first two warm up caches and compilers
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def claim(text: str, value: float, unit: str, target: float | None) -> dict[str, Any]:
+    return {
+        "claim": text,
+        "value": float(f"{value:.3g}"),
+        "unit": unit,
+        "target": target,
+        "holds": target is None or value <= target,
+        "command": "python experiments/directions/run.py",
+        "seeds": [0],
+        "environment": {
+            "fedzo": fedzo.__version__,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "machine": platform.machine(),
+        },
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""The commands beside ``train``: arguments, output, messages and exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedzo.cli import main, make_parser
+from fedzo.errors import ConfigError, ProtocolError
+
+Calls = list[tuple[object, ...]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "call", "printed"),
+    [
+        (["resume", "."], ("resume", Path(), {}), ""),
+        (["replay", "."], ("replay", Path(), {"rounds": None}), '"digest": "ab"'),
+        (["replay", ".", "--rounds", "2"], ("replay", Path(), {"rounds": 2}), '"rounds": 3'),
+        (["evaluate", "."], ("evaluate", Path(), {"split": "test"}), '"value": 0.75'),
+        (["evaluate", ".", "--split", "dev"], ("evaluate", Path(), {"split": "dev"}), '"value": 0.75'),
+        (["generate", ".", "a", "b"], ("generate", Path(), ["a", "b"], {"max_new_tokens": 32}), "one\ntwo\n"),
+        (
+            ["generate", ".", "a", "--max-new-tokens", "5"],
+            ("generate", Path(), ["a"], {"max_new_tokens": 5}),
+            "one\ntwo\n",
+        ),
+        (["export", ".", "out"], ("export", Path(), Path("out"), {"rounds": None}), "out\n"),
+        (["export", ".", "out", "--rounds", "0"], ("export", Path(), Path("out"), {"rounds": 0}), "out\n"),
+        (["report", "."], ("report", Path(), {}), "report.html\n"),
+    ],
+)
+def test_a_command_calls_its_service(
+    arguments: list[str], call: object, printed: str, calls: Calls, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(arguments)
+
+    assert code == 0
+    assert calls == [call]
+    assert printed in capsys.readouterr().out
+
+
+def test_report_knows_a_sweep_by_its_multirun_file(calls: Calls, tmp_path: Path) -> None:
+    for name in ("run", "sweep"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "sweep" / "multirun.yaml").touch()
+
+    assert main(["report", "run", "sweep"]) == 0
+
+    assert calls == [("report", Path("run"), {}), ("sweep report", Path("sweep"), {})]
+
+
+def test_mask_composes_the_config_of_a_run(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["mask", "model=gpt2", "--out", "mask.safetensors", "trainer.density=0.5"])
+
+    assert code == 0
+    ((name, config, out, _),) = calls
+    assert (name, out) == ("mask", Path("mask.safetensors"))
+    assert (config.model.name, config.trainer.density) == ("gpt2", 0.5)  # type: ignore[attr-defined]
+    assert json.loads(capsys.readouterr().out) == {"size": 7}
+
+
+def test_mask_refuses_bad_settings_before_any_work(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["mask", "--out", "x", "trainer.density=2"]) == 2
+
+    assert calls == []
+    assert "fedzo: trainer.density must be > 0 and <= 1, got 2.0." in capsys.readouterr().err
+
+
+def test_doctor_fails_when_a_check_failed(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 1
+
+    assert capsys.readouterr().out == "ok   python: 3.11\nBAD  directions: differs\n"
+
+
+@pytest.mark.parametrize("command", ["resume", "replay", "evaluate", "report"])
+def test_a_folder_that_is_not_there_is_named(command: str, calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "no/such"]) == 2
+
+    assert calls == []
+    assert "fedzo: RUN must be a folder that `fedzo train` made, found none at 'no/such'." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "code"), [(ProtocolError("hash differs."), 1), (ConfigError("rounds is bad."), 2)])
+def test_an_error_of_a_service_is_one_line_and_an_exit_code(
+    error: Exception, code: int, calls: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fedzo.runs.replay_run", fail)
+
+    assert main(["replay", "."]) == code
+    assert capsys.readouterr().err == f"fedzo: {error}\n"
+
+
+@pytest.mark.parametrize(("command", "hint"), [("resume", " Go on with: fedzo resume ."), ("replay", "")])
+def test_ctrl_c_says_how_to_go_on(
+    command: str, hint: str, calls: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"fedzo.runs.{command}_run", stop)
+
+    assert main([command, "."]) == 130
+    assert capsys.readouterr().err == f"\nfedzo: interrupted.{hint}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resume", ".", "x"], "fedzo resume: unknown argument 'x'"),
+        (["mask", "--out", "x", "--bogus"], "fedzo mask: unknown option '--bogus'"),
+        (["mask"], "the following arguments are required: --out"),
+        (["replay", ".", "--rounds", "-1"], "must be >= 0, got -1"),
+        (["generate", ".", "a", "--max-new-tokens", "0"], "must be >= 1, got 0"),
+        (["evaluate", ".", "--split", "train"], "invalid choice: 'train'"),
+        (["nothing"], "invalid choice: 'nothing'"),
+    ],
+)
+def test_a_bad_command_line_exits_with_2(
+    arguments: list[str], message: str, calls: Calls, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+
+    assert stopped.value.code == 2
+    assert calls == []
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_command_the_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+
+    printed = capsys.readouterr().out
+    names = ["train", "mask", "evaluate", "generate", "export", "resume", "replay", "report", "list", "doctor"]
+    assert all(f"\n    {name} " in printed for name in names)
+    assert printed == make_parser().format_help()
+
+
+def test_list_prints_every_group_with_a_line_per_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+
+    lines = capsys.readouterr().out.splitlines()
+    groups = [line for line in lines if not line.startswith(" ")]
+    assert groups == sorted(groups)
+    assert {"model", "task", "data", "partition", "trainer", "runtime", "strategy", "experiment"} <= set(groups)
+    assert "  mezo     MeZO: all weights are trained (arXiv 2305.17333)." in lines
+    assert not any("_schema" in line for line in lines)
+
+
+def test_list_of_one_group(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "strategy"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "strategy"
+    assert main(["list", "nope"]) == 2
+    assert "GROUP must be one of data, " in capsys.readouterr().err
+
+
+def test_the_parser_needs_neither_torch_nor_hydra() -> None:
+    code = "import sys, fedzo.cli as c; c.make_parser(); print(sorted({'torch', 'hydra', 'flwr', 'numpy'} & set(sys.modules)))"
+
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,230 @@
+"""``fedzo train``: single runs and real multiruns, with the work itself replaced."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedzo.cli import main
+from fedzo.errors import RunFolderError
+
+Calls = list[tuple[Any, ...]]
+DIVERGES, INTERRUPTED, BUG = 5, 6, 7
+"""Run seeds with which the stand-in of ``start_run`` fails (conftest)."""
+
+
+def test_a_run_gets_its_config_folder_and_overrides(calls: Calls, tmp_path: Path) -> None:
+    code = main(["train", "trainer=mezo", "model=org/opt", "fl.rounds=3"])
+
+    assert code == 0
+    ((_, config, folder, overrides),) = calls
+    assert (type(config.trainer).__name__, config.model.name, config.fl.rounds) == ("MezoConfig", "org/opt", 3)
+    assert overrides == ["trainer=mezo", "model=hf", "model.name='org/opt'", "fl.rounds=3"]
+    assert folder.parent == tmp_path / "runs"
+    assert folder.name.endswith("-rotten_tomatoes-mezo")
+    assert "a line of the run" in (folder / "fedzo.log").read_text(encoding="utf-8")
+
+
+def test_two_runs_have_two_folders(calls: Calls) -> None:
+    assert main(["train"]) == main(["train"]) == 0
+
+    assert calls[0][2] != calls[1][2]
+
+
+def test_the_run_folder_can_be_chosen(calls: Calls, tmp_path: Path) -> None:
+    assert main(["train", "hydra.run.dir=mine"]) == 0
+
+    assert calls[0][2] == tmp_path / "mine"
+
+
+def test_bad_settings_start_nothing(calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["train", "fl.rounds=0", "trainer=nope", "+bogus=1"])
+
+    assert code == 2
+    assert calls == []
+    assert list(tmp_path.iterdir()) == []
+    error = capsys.readouterr().err
+    assert error.startswith("fedzo: 3 problems in the configuration:\n")
+    assert "Traceback" not in error
+
+
+def test_a_run_that_fails_is_one_line_and_exit_code_1(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", f"seed={DIVERGES}"]) == 1
+
+    assert capsys.readouterr().err == "fedzo: round 3: the loss must be finite, got nan. Lower trainer.lr.\n"
+
+
+def test_a_bug_keeps_its_traceback(calls: Calls) -> None:
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["train", f"seed={BUG}"])
+
+
+def test_ctrl_c_names_the_run_to_resume(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", f"seed={INTERRUPTED}"]) == 130
+
+    assert capsys.readouterr().err == f"\nfedzo: interrupted. Go on with: fedzo resume {calls[0][2]}\n"
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("file").touch()
+
+    for flags, key in ([], "hydra.run.dir"), (["-m"], "hydra.sweep.dir"):
+        assert main(["train", *flags, f"{key}=file/run"]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("fedzo: run folder file")
+        assert error.endswith(f"it must be writable, got 'Not a directory'. Choose another with {key}=<folder>.\n")
+    assert calls == []
+    assert issubclass(RunFolderError, OSError)
+
+
+def test_a_multirun_has_one_folder_a_job_and_a_report_over_all(calls: Calls, tmp_path: Path) -> None:
+    code = main(["train", "-m", "trainer=meerkat,mezo", "fl.local_steps=1,10", "hydra.sweep.dir=all"])
+
+    assert code == 0
+    jobs, (report, folder, _) = calls[:-1], calls[-1]
+    assert [(type(config.trainer).__name__, config.fl.local_steps) for _, config, _, _ in jobs] == [
+        ("MeerkatConfig", 1),
+        ("MeerkatConfig", 10),
+        ("MezoConfig", 1),
+        ("MezoConfig", 10),
+    ]
+    assert [path.relative_to(tmp_path / "all").as_posix() for _, _, path, _ in jobs] == [
+        "0_fl.local_steps-1_trainer-meerkat",
+        "1_fl.local_steps-10_trainer-meerkat",
+        "2_fl.local_steps-1_trainer-mezo",
+        "3_fl.local_steps-10_trainer-mezo",
+    ]
+    assert (report, folder) == ("sweep report", Path("all"))
+    assert (tmp_path / "all" / "multirun.yaml").is_file()
+
+
+def test_a_multirun_over_model_names(calls: Calls) -> None:
+    assert main(["train", "-m", "model=gpt2,org/opt"]) == 0
+
+    assert [call[1].model.name for call in calls[:-1]] == ["gpt2", "org/opt"]
+
+
+def test_one_bad_job_stops_the_sweep_before_any_work(
+    calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "-m", "seed=1,2", "fl.rounds=1,0"]) == 2
+
+    assert calls == []
+    assert list(tmp_path.iterdir()) == []
+    expected = "fedzo: job 1 (seed=1 fl.rounds=0) and 1 more: fl.rounds must be >= 1, got 0. A run needs a round.\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_failed_job_lets_the_others_run_and_fails_the_sweep(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "-m", f"seed=1,{DIVERGES},3"]) == 1
+
+    assert [call[0] for call in calls] == ["start", "start", "start", "sweep report"]
+    error = capsys.readouterr().err
+    assert error.endswith("fedzo: round 3: the loss must be finite, got nan. Lower trainer.lr.\n")
+    assert "1_seed-5: round 3: the loss must be finite" in error
+    assert "Traceback" not in error
+
+
+def test_ctrl_c_in_a_multirun_names_the_job(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "-m", f"seed=1,{INTERRUPTED},3", "hydra.sweep.dir=all"]) == 130
+
+    assert [call[0] for call in calls] == ["start", "start"]
+    assert capsys.readouterr().err.endswith(f"Go on with: fedzo resume {calls[1][2]}\n")
+
+
+def test_a_users_own_yaml_is_used_by_runs_and_sweeps(calls: Calls, tmp_path: Path) -> None:
+    (tmp_path / "conf" / "strategy").mkdir(parents=True)
+    text = "defaults: [strategy_schema, _self_]\nmin_replies: 4\n"
+    (tmp_path / "conf" / "strategy" / "strict.yaml").write_text(text, encoding="utf-8")
+
+    assert main(["train", "--config-dir", "conf", "strategy=strict"]) == 0
+    assert main(["train", "-m", "-cd", "conf", "strategy=strict,mean"]) == 0
+
+    assert [call[1].strategy.min_replies for call in calls if call[0] == "start"] == [4, 4, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config-name", "x"], "--config-name is not supported. Use --config-dir DIR and experiment=<name>."),
+        (["--config-path", "x"], "--config-path is not supported."),
+        (["--config-dir", "no/such"], "--config-dir must name a folder of YAML files, got 'no/such'."),
+        (["--cfg", "job", "fl.nope=1"], "Key 'nope' not in 'FlConfig'."),
+    ],
+)
+def test_flags_that_cannot_be_used_are_refused(
+    arguments: list[str], message: str, calls: Calls, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *arguments]) == 2
+
+    assert message in capsys.readouterr().err
+    assert calls == []
+
+
+def test_an_unknown_flag_is_refused(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--bogus"])
+
+    assert stopped.value.code == 2
+    assert "fedzo train: error: unrecognized arguments: --bogus" in capsys.readouterr().err
+
+
+def test_the_composed_config_can_be_shown_without_a_run(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--cfg", "job", "model=gpt2"]) == 0
+
+    assert "\n  name: gpt2\n" in capsys.readouterr().out
+    assert calls == []
+
+
+def test_help_shows_groups_and_keys(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--help"])
+
+    printed = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert printed.startswith("fedzo train [overrides] [-m]")
+    assert "num_clients: 8" in printed
+    assert calls == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seeds", "code"), [("1,2", 0), ("1,13", 1)])
+def test_joblib_runs_the_jobs_in_processes_of_their_own(seeds: str, code: int, tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    stand_in = """
+        import json, os, sys, types
+        runs, sweep = types.ModuleType("fedzo.runs"), types.ModuleType("fedzo.report.sweep")
+        def start_run(config, run_dir, *, overrides):
+            (run_dir / "run.json").write_text(json.dumps([config.seed, os.getppid(), os.getpid()]))
+            if config.seed == 13:
+                from fedzo.errors import NumericsError
+                raise NumericsError("not finite.")
+        runs.start_run, sweep.write_sweep_report = start_run, lambda folder: (folder / "table.txt").touch()
+        sys.modules.update({"fedzo.runs": runs, "fedzo.report.sweep": sweep})
+    """
+    (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(stand_in), encoding="utf-8")  # also in the workers
+    source = Path(__file__).resolve().parents[3]
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH"), str(source)])])
+    command = [sys.executable, "-m", "fedzo", "train", "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+
+    result = subprocess.run(
+        [*command, f"seed={seeds}", "hydra.sweep.dir=all"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+
+    assert result.returncode == code, result.stderr
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(tmp_path.glob("all/*/run.json"))]
+    assert [seed for seed, _, _ in found] == [int(seed) for seed in seeds.split(",")]
+    assert all(os.getpid() != parent for _, parent, _ in found)
+    assert (tmp_path / "all" / "table.txt").is_file()
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,157 @@
+"""Every file under ``conf`` composes, and the keys of the configuration change only on purpose."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from fedzo.config import paths
+from fedzo.config.compose import compose_run, session, to_config
+from fedzo.config.listing import list_groups
+from fedzo.config.load import load
+from fedzo.config.plugins import plugin_classes, plugin_name
+from fedzo.config.schema import RunConfig
+from fedzo.config.validate import EMBEDDED_TASKS, problems
+from fedzo.errors import ConfigError
+from fedzo.runtime.config import LocalConfig
+from fedzo.trainers.config import MeerkatConfig, MezoConfig
+from fedzo.zo.config import SgdConfig, TwoPointConfig
+
+CONF = paths.conf_dir()
+FILES = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml"))
+NEEDS = {"data=files": ["data.path=."], "partition=natural": ["partition.column=site"], "model=hf": ["model.name=gpt2"]}
+"""What a user must add to an option that cannot stand alone."""
+CUSTOM = ["task.template='{text}'", "task.candidates=[' no',' yes']", "data.path=."]
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_every_option_composes_to_a_sound_run(file: Path) -> None:
+    choice = f"{file.parent}={file.stem}"
+    more = NEEDS.get(choice, [])
+    if file.parent.name == "task" and file.stem not in EMBEDDED_TASKS:
+        more = CUSTOM if file.stem == "custom" else ["data.path=."]
+
+    config = load([choice, *more])
+
+    assert problems(config) == []
+
+
+def test_every_option_has_its_schema_and_a_summary() -> None:
+    for file in FILES:
+        lines = (CONF / file).read_text(encoding="utf-8")
+        assert "_target_" not in lines
+        if file.parent.name != "experiment":
+            first = yaml.safe_load(lines)["defaults"][0]
+            classes = plugin_classes().get(file.parent.name)
+            assert first == (f"{file.stem}_schema" if classes else f"{file.parent.name}_schema"), file
+
+    summaries = {f"{group}={name}": text for group, options in list_groups().items() for name, text in options.items()}
+
+    assert [name for name, text in summaries.items() if not text] == []
+
+
+def test_every_registered_plugin_can_be_chosen() -> None:
+    for group, options in plugin_classes().items():
+        for name, config_class in options.items():
+            with session():
+                config = to_config(compose_run([f"{group}={name}"]))
+
+            assert type(getattr(config, group)) is config_class
+            assert plugin_name(group, getattr(config, group)) == name
+
+
+def test_set_of_keys_is_pinned() -> None:
+    golden = Path(__file__).with_name("keys.txt")
+
+    found = "\n".join(_keys(RunConfig, "")) + "\n"
+
+    assert found == golden.read_text(encoding="utf-8"), f"a key was added or renamed on purpose? Then edit {golden}"
+
+
+def _keys(config_class: type, prefix: str) -> list[str]:
+    hints = get_type_hints(config_class)
+    plugins = plugin_classes() if config_class is RunConfig else {}
+    found = []
+    for field in fields(config_class):
+        if field.name in plugins:
+            for name, plugin in plugins[field.name].items():
+                found += _keys(plugin, f"{field.name}({name}).") or [f"{field.name}({name})"]
+        elif is_dataclass(hints[field.name]):
+            found += _keys(hints[field.name], f"{prefix}{field.name}.")
+        else:
+            found.append(f"{prefix}{field.name}")
+    return found
+
+
+def test_defaults_are_the_embedded_meerkat_run() -> None:
+    config = load([])
+
+    assert (config.model.name, config.task.name, config.data.path) == ("smollm2-135m", "rotten_tomatoes", None)
+    assert config.trainer == MeerkatConfig()
+
+
+@pytest.mark.parametrize(("trainer", "expected"), [("meerkat", MeerkatConfig()), ("mezo", MezoConfig())])
+def test_trainer_brings_its_step_sizes(trainer: str, expected: MeerkatConfig | MezoConfig) -> None:
+    config = load([f"trainer={trainer}"])
+
+    assert config.optimizer == SgdConfig(lr=expected.lr)
+    assert config.estimator == TwoPointConfig(eps=expected.eps)
+
+
+def test_step_sizes_can_be_set_apart_from_the_trainer() -> None:
+    config = load(["trainer=mezo", "estimator.eps=0.5", "optimizer.lr=0"])
+
+    assert config.trainer == MezoConfig()
+    assert (config.estimator, config.optimizer) == (TwoPointConfig(eps=0.5), SgdConfig(lr=0.0))
+
+
+def test_choosing_a_plugin_leaves_no_key_of_the_default_behind() -> None:
+    config = load(["trainer=mezo", "runtime=local"])
+
+    assert config.trainer == MezoConfig()
+    assert config.runtime == LocalConfig()
+
+
+def test_quickstart_is_eight_non_iid_clients_with_a_joint_batch_of_sixteen() -> None:
+    config = load(["experiment=quickstart"])
+
+    assert config.fl.num_clients * config.fl.batch_size == 16
+    assert (plugin_name("partition", config.partition), plugin_name("runtime", config.runtime)) == ("dirichlet", "inline")
+    assert config.fl.local_steps == 1
+
+
+@pytest.mark.parametrize("experiment", [file.stem for file in FILES if file.parent.name == "experiment"])
+def test_an_experiment_can_be_run_with_another_trainer_and_partition(experiment: str) -> None:
+    config = load([f"experiment={experiment}", "trainer=mezo", "partition=natural", "partition.column=site"])
+
+    assert config.trainer == MezoConfig()
+
+
+def test_run_folders_and_job_folders_are_named_by_hydra() -> None:
+    with session():
+        node = OmegaConf.to_container(compose_run([], hydra=True).hydra)
+
+    assert isinstance(node, dict)
+    assert node["job"]["chdir"] is False
+    assert "%f" in node["run"]["dir"]  # microseconds: two runs of one second get two folders
+    assert node["sweep"]["subdir"].startswith("${fedzo_job_folder:")
+
+
+def test_packaged_conf_is_preferred_to_the_source_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "fedzo"
+    for folder in (tmp_path / "conf", package / "_conf"):
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text("", encoding="utf-8")
+    monkeypatch.setattr(paths, "_PACKAGE", package)
+
+    assert paths.conf_dir() == package / "_conf"
+    (package / "_conf" / "config.yaml").unlink()
+    assert paths.conf_dir() == tmp_path / "conf"
+    (tmp_path / "conf" / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"conf must hold config.yaml, found none in .*_conf or .*conf. Reinstall fedzo"):
+        paths.conf_dir()

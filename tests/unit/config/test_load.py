@@ -1,0 +1,216 @@
+"""Loading: strict, and every problem in one message before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hydra.core.config_store import ConfigStore
+
+from fedzo import trainers
+from fedzo.config.compose import option_names, session
+from fedzo.config.load import load
+from fedzo.config.overrides import rewrite_model, with_config_dir
+from fedzo.config.store import job_folder
+from fedzo.config.sweep import plan_sweep
+from fedzo.errors import ConfigError
+from fedzo.trainers.config import TrainerConfig
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer=meerkt", r"^trainer must be one of meerkat, mezo.*, got 'meerkt'\. Did you mean meerkat\?$"),
+        ("trainer=null", r"^trainer must be one of meerkat, mezo.*, got None\.$"),
+        ("~trainer", r"^trainer must be one of meerkat, mezo.*, got 'TrainerConfig'\. Write trainer=<option>\.$"),
+        ("+trainer=mezo", r"trainer has a choice already\. Write it without the \+\."),
+        ("trainr=mezo", r"trainr is not a setting\. Did you mean trainer\?"),
+        ("trainer=meerkat,mezo", r"one run must have one value per key, got several\. Add -m"),
+        ("experiment=quick", r"experiment must be one of quickstart, tiny.*, got 'quick'\. Did you mean quickstart\?"),
+        ("hydra/launcher=none", r"hydra/launcher must be one of basic.*, got 'none'"),
+        ("fl.num_client=3", r"fl\.num_client is not a setting\. Did you mean fl\.num_clients\?"),
+        ("num_clients=3", r"num_clients is not a setting\. Did you mean fl\.num_clients\?"),
+        ("+fl.bogus=3", r"fl\.bogus is not a setting\. Known there: batch_size, .*transport\."),
+        ("+bogus=3", r"bogus is not a setting\. Known there: data, device, "),
+        ("++fl.bogus=3", r"fl\.bogus is not a setting"),
+        ("+trainer._target_=os.system", r"trainer\._target_ is not a setting"),
+        ("trainer._target_=os.system", r"trainer\._target_ is not a setting"),
+        ("+_target_=os.system", r"_target_ is not a setting"),
+        ("~fl.rounds", r"~fl\.rounds: FlConfig \(DictConfig\) does not support deletion"),
+        ("fl.rounds=abc", r"^fl\.rounds=abc: Value 'abc' of type 'str' could not be converted to Integer\.$"),
+        ("fl.rounds=1.5", r"Value '1.5' of type 'float' could not be converted to Integer"),
+        ("fl={rounds:3,bogus:1}", r"Key 'bogus' not in 'FlConfig'"),
+        ("task.candidates=yes", r"task\.candidates=yes: Invalid value assigned"),
+        ("estimator.distribution=gauss", r"Invalid value 'gauss', expected one of \[gaussian, rademacher\]"),
+        ("optimizer.lr=${trainer.foo}", r"Interpolation key 'trainer\.foo' not found"),
+        ("fl.rounds=[1", r"'fl\.rounds=\[1' must be an override key=value"),
+        ("fl.rounds", r"'fl\.rounds' must be an override key=value"),
+        ("model=hf", r"model\.name must be a hub name or a local folder, got ''\. Write model=<name or folder>\."),
+        ("hydra.searchpath=3", r"hydra\.searchpath must be a list of folders"),
+    ],
+)
+def test_a_bad_override_is_named_with_its_remedy(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load([override])
+
+
+def test_a_key_of_another_plugin_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.density is not a setting\. Known there: eps, lr\."):
+        load(["trainer.density=0.1", "trainer=mezo"])
+
+
+def test_all_problems_come_in_one_message() -> None:
+    overrides = ["trainer=meerkt", "fl.num_client=3", "fl.rounds=abc", "partition.alpha=-1", "fl.batch_size=0", "seed=[1"]
+
+    with pytest.raises(ConfigError) as caught:
+        load(overrides)
+
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "6 problems in the configuration:"
+    keys = ["'seed=[1'", "trainer must", "fl.num_client=3", "fl.rounds=abc", "partition.alpha must", "fl.batch_size must"]
+    assert [line.removeprefix("  - ")[: len(key)] for line, key in zip(lines[1:], keys, strict=True)] == keys
+
+
+def test_a_rule_that_reads_a_refused_key_is_not_judged_by_its_default() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(["fl.num_clients=abc", "strategy.clients_per_round=20"])  # 20 > 8 is no news: 8 is not what was meant
+
+    assert "clients_per_round" not in str(caught.value)
+
+
+def test_a_wrong_yaml_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "trainer").mkdir()
+    typo = "defaults: [meerkat_schema, _self_]\ndensty: 0.1\n"
+    (tmp_path / "trainer" / "mine.yaml").write_text(typo, encoding="utf-8")
+    (tmp_path / "trainer" / "broken.yaml").write_text("a: [1", encoding="utf-8")
+
+    with pytest.raises(ConfigError, match=r"trainer=mine: In 'trainer/mine': .*Key 'densty' not in 'MeerkatConfig'"):
+        load(with_config_dir(["trainer=mine"], str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"trainer=broken: while parsing"):
+        load(with_config_dir(["trainer=broken"], str(tmp_path)))
+
+
+def test_a_users_own_yaml_is_found_in_config_dir(tmp_path: Path) -> None:
+    (tmp_path / "task").mkdir()
+    text = "defaults: [task_schema, _self_]\nname: mine\ntemplate: '{text} ='\ncandidates: [' a', ' b']\n"
+    (tmp_path / "task" / "mine.yaml").write_text(text, encoding="utf-8")
+
+    config = load(with_config_dir(["task=mine", f"data.path={tmp_path}"], str(tmp_path)))
+
+    assert (config.task.name, config.task.template, config.task.candidates) == ("mine", "{text} =", [" a", " b"])
+
+
+def test_config_dir_must_exist() -> None:
+    with pytest.raises(ConfigError, match=r"--config-dir must name a folder of YAML files, got '/no/where'"):
+        with_config_dir([], "/no/where")
+
+
+def test_a_third_partys_trainer_is_an_option_without_a_yaml_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclasses.dataclass(kw_only=True, slots=True)
+    class TheirConfig(TrainerConfig):
+        """Theirs."""
+
+        blocks: int = 3
+
+    monkeypatch.setattr(trainers.TRAINERS, "_configs", dict(trainers.TRAINERS._configs))
+    monkeypatch.setattr(trainers.TRAINERS, "_factories", dict(trainers.TRAINERS._factories))
+    trainers.TRAINERS.register("theirs", TheirConfig)(lambda config: None)  # type: ignore[arg-type, return-value]
+    try:
+        config = load(["trainer=theirs", "trainer.blocks=5"])
+    finally:
+        for name in ("theirs", "theirs_schema"):
+            ConfigStore.instance().repo["trainer"].pop(f"{name}.yaml", None)
+
+    assert config.trainer == TheirConfig(blocks=5)
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("model=smollm2", ["model=smollm2"]),
+        ("model=hf", ["model=hf"]),
+        ("model=gpt2", ["model=hf", "model.name='gpt2'"]),
+        ("model=facebook/opt-125m", ["model=hf", "model.name='facebook/opt-125m'"]),
+        ("model='my folder'", ["model=hf", "model.name='my folder'"]),
+        ("model=my folder (1)", ["model=hf", "model.name='my folder (1)'"]),
+        ("model=~/it's", ["model=hf", r"model.name='~/it\'s'"]),
+        ("model=gpt2,org/opt", ["model=hf", "model.name='gpt2','org/opt'"]),
+        ("model=smollm2,hf", ["model=smollm2,hf"]),
+        ("model=glob(*)", ["model=glob(*)"]),
+        ("model.name=gpt2", ["model.name=gpt2"]),
+        ("model=null", ["model=null"]),
+    ],
+)
+def test_model_takes_a_hub_name_or_folder(typed: str, expected: list[str]) -> None:
+    with session():
+        options = option_names("model")
+
+    assert rewrite_model([typed, "seed=1"], options) == [*expected, "seed=1"]
+
+
+def test_model_name_arrives_unchanged(tmp_path: Path) -> None:
+    folder = tmp_path / "it's a folder, (1)"
+    folder.mkdir()
+
+    assert load([f"model='{folder}'".replace("it's", r"it\'s")]).model.name == str(folder)
+    assert [config.model.name for config in plan_sweep(["model=gpt2,org/opt"]).configs] == ["gpt2", "org/opt"]
+
+
+def test_a_sweep_over_options_and_names_together_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model=smollm2,gpt2: a sweep over models must hold either options .* or names"):
+        rewrite_model(["model=smollm2,gpt2"], ["hf", "smollm2"])
+
+
+def test_a_sweep_has_every_combination_in_hydras_order() -> None:
+    sweep = plan_sweep(["trainer=meerkat,mezo", "fl.local_steps=1,10", "hydra.sweep.dir=some/where"])
+
+    found = [(type(config.trainer).__name__, config.fl.local_steps) for config in sweep.configs]
+    assert found == [("MeerkatConfig", 1), ("MeerkatConfig", 10), ("MezoConfig", 1), ("MezoConfig", 10)]
+    assert sweep.folder == Path("some/where")
+    assert sweep.overrides[-1] == "hydra.sweep.dir='some/where'"
+
+
+def test_a_sweep_names_the_jobs_that_are_wrong() -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan_sweep(["fl.rounds=1,0,0", "fl.batch_size=1,0"])
+
+    assert str(caught.value).splitlines()[1:] == [
+        "  - job 1 (fl.rounds=1 fl.batch_size=0) and 2 more: fl.batch_size must be >= 1, got 0. "
+        "It counts a client's rows of a step.",
+        "  - job 2 (fl.rounds=0 fl.batch_size=1) and 3 more: fl.rounds must be >= 1, got 0. A run needs a round.",
+    ]
+
+
+def test_a_sweep_names_a_problem_of_all_jobs_once_beside_those_of_one() -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan_sweep(["fl.rounds=0", "trainer=mezo,nope", "hydra.nope=1", "seed=[1"])
+
+    starts = ["'seed=[1' must be", "hydra.nope=1: hydra.nope is not", "fl.rounds must be >= 1", "job 1 (trainer=nope): trainer must"]
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "4 problems in the configuration:"
+    assert [line[4 : 4 + len(start)] for line, start in zip(lines[1:], starts, strict=True)] == starts
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["seed=interval(0,1)"], "The sweep cannot be made: .*INTERVAL_SWEEP"),
+        (["hydra.sweep.dir=${nope}"], "The sweep cannot be made: .*nope"),
+        (["hydra.sweep.dir=x,y"], "hydra.sweep.dir=x,y: a setting of Hydra itself must have one value"),
+        (["experiment=x", "seed=1,2"], "^experiment must be one of"),
+    ],
+)
+def test_a_sweep_that_cannot_be_made_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_sweep(overrides)
+
+
+def test_job_folders_are_the_same_each_time_short_and_safe() -> None:
+    long = "task.template=" + "x" * 300
+
+    assert job_folder(2, "trainer=mezo,fl.local_steps=10") == "2_trainer-mezo_fl.local_steps-10"
+    assert job_folder(0, "") == "0"
+    assert job_folder(1, "data.path=../../etc/'x',model.name=a\\b $(ls)") == "1_data.path-..-..-etc-x_model.name-ab-ls"
+    assert job_folder(0, long) == job_folder(0, long) != job_folder(0, long + "y")
+    assert len(job_folder(0, long)) < 100

@@ -1,0 +1,246 @@
+"""Each rule is broken once, and its message must name key, rule, value and remedy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedzo.config.schema import RunConfig
+from fedzo.config.validate import missing_files, problems
+from fedzo.data.config import (
+    DirichletConfig,
+    ExtremeConfig,
+    Loss,
+    NaturalConfig,
+    PartitionConfig,
+    ShardsConfig,
+    TaskConfig,
+    TaskKind,
+)
+from fedzo.fl.config import Seeds
+from fedzo.runtime.config import LocalConfig, RayConfig
+from fedzo.trainers.config import Calibration, MezoConfig
+
+
+def sound() -> RunConfig:
+    task = TaskConfig(name="rotten_tomatoes", template="{text}", candidates=[" bad", " good"])
+    return RunConfig(task=task)
+
+
+def set_key(config: RunConfig, key: str, value: Any) -> None:
+    *sections, leaf = key.split(".")
+    node: Any = config
+    for section in sections:
+        node = getattr(node, section)
+    setattr(node, leaf, value)
+
+
+def test_a_sound_config_has_no_problem() -> None:
+    assert problems(sound()) == []
+    assert missing_files(sound()) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("seed", -1, "be an unsigned 64-bit integer (0 to 2**64 - 1), got -1."),
+        ("seed", 2**64, "be an unsigned 64-bit integer"),
+        ("data.split_seed", -1, "be an unsigned 64-bit integer"),
+        ("device", "gpu", "be auto, cpu, cuda, cuda:<index> or mps, got 'gpu'."),
+        ("device", "cuda:x", "be auto, cpu"),
+        ("threads", -1, "be >= 0, got -1. 0 means all cores."),
+        ("model.name", " ", "be a hub name or a local folder, got ' '."),
+        ("model.max_length", 0, "be >= 1, got 0."),
+        ("model.tokens_per_batch", 511, "be >= model.max_length (512), so that one sequence fits, got 511. Raise it"),
+        ("task.template", "", "not be empty, got ''. Choose a task=<option>"),
+        ("task.candidates", [" one"], "hold at least 2 answers for task.kind=candidates, got [' one']."),
+        ("task.labels", ["neg"], "hold one value per candidate (2), got ['neg']."),
+        ("task.label", "", "name the column of the right answer, got ''."),
+        ("task.max_new_tokens", 0, "be >= 1, got 0."),
+        ("data.num_train", -1, "be >= 0, got -1. 0 means all rows."),
+        ("data.num_dev", -1, "be >= 0"),
+        ("data.num_test", -1, "be >= 0"),
+        ("partition.min_rows", 0, "be >= 1, got 0."),
+        ("partition.holdout", 1.0, "be >= 0 and < 1, got 1.0."),
+        ("partition.holdout", -0.1, "be >= 0 and < 1"),
+        ("trainer.lr", -1e-4, "be >= 0 and finite, got -0.0001. 0 trains nothing."),
+        ("trainer.lr", float("inf"), "be >= 0 and finite, got inf."),
+        ("trainer.eps", 0.0, "be > 0 and finite, got 0.0. 1e-3 is usual."),
+        ("trainer.eps", float("nan"), "be > 0 and finite, got nan."),
+        ("trainer.density", 0.0, "be > 0 and <= 1, got 0.0. 0.001 trains one weight in a thousand."),
+        ("trainer.density", 1.01, "be > 0 and <= 1"),
+        ("trainer.density", float("nan"), "be > 0 and <= 1"),
+        ("trainer.calibration_docs", 0, "be >= 1"),
+        ("trainer.calibration_tokens", 0, "be >= 1"),
+        ("estimator.eps", 0.0, "be > 0 and finite"),
+        ("estimator.num_probes", 0, "be >= 1, got 0. A step needs a direction."),
+        ("optimizer.lr", -1.0, "be >= 0 and finite"),
+        ("fl.num_clients", 0, "be >= 1, got 0. A federation needs a client."),
+        ("fl.rounds", 0, "be >= 1, got 0. A run needs a round."),
+        ("fl.local_steps", 0, "be >= 1, got 0."),
+        ("fl.batch_size", 0, "be >= 1, got 0."),
+        ("fl.hash_every", 0, "be >= 1, got 0."),
+        ("strategy.clients_per_round", 9, "be between 0 (all) and fl.num_clients (8), got 9. Lower it"),
+        ("strategy.clients_per_round", -1, "be between 0 (all)"),
+        ("strategy.min_replies", 9, "be between 1 and the clients of a round (8), got 9. Lower it"),
+        ("strategy.min_replies", 0, "be between 1"),
+        ("strategy.deadline_s", 0.0, "be > 0 and finite"),
+        ("strategy.startup_s", -1.0, "be > 0 and finite"),
+        ("strategy.max_abs_g", float("inf"), "be > 0 and finite"),
+        ("evaluation.every_rounds", -1, "be >= 0"),
+        ("evaluation.federated_every_rounds", -2, "be >= -1, got -2. 0 scores only at the end, -1 never."),
+        ("evaluation.federated_max_rows", 0, "be >= 1"),
+        ("faults.absent", ["one@2"], "hold entries '<client>@<round>', got 'one@2'. For example faults.absent=['3@1']."),
+        ("faults.absent", ["1@2", "8@0"], "name a client below fl.num_clients (8) and a round below fl.rounds (75), got '8@0'."),
+        ("faults.absent", ["0@75"], "name a client below"),
+    ],
+)
+def test_a_broken_rule_is_named(key: str, value: object, rule: str) -> None:
+    config = sound()
+
+    set_key(config, key, value)
+
+    assert [(problem.key, problem.text.startswith(f"{key} must {rule}")) for problem in problems(config)] == [(key, True)]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 2**64 - 1),
+        ("device", "cuda:1"),
+        ("device", "mps"),
+        ("optimizer.lr", 0.0),
+        ("trainer.density", 1.0),
+        ("partition.holdout", 0.0),
+        ("strategy.clients_per_round", 8),
+        ("strategy.min_replies", 8),
+        ("model.tokens_per_batch", 512),
+        ("faults.absent", ["0@0", "7@74"]),
+        ("evaluation.federated_every_rounds", -1),
+        ("fl.seeds", Seeds.per_client),
+        ("task.labels", ["neg", "pos"]),
+        ("estimator.eps", 0.5),  # may differ from trainer.eps
+    ],
+)
+def test_a_value_on_the_edge_is_allowed(key: str, value: object) -> None:
+    config = sound()
+
+    set_key(config, key, value)
+
+    assert problems(config) == []
+
+
+@pytest.mark.parametrize(
+    ("partition", "message"),
+    [
+        (DirichletConfig(alpha=0.0), "partition.alpha must be > 0 and finite, got 0.0."),
+        (ShardsConfig(shards_per_client=0), "partition.shards_per_client must be >= 1, got 0."),
+        (ExtremeConfig(num_extreme=9), "partition.num_extreme must be between 0 and fl.num_clients (8), got 9."),
+        (NaturalConfig(), "partition.column must name the column that tells clients apart, got ''. Write partition.column"),
+        (PartitionConfig(), "partition must be one of dirichlet, extreme, iid, natural, shards, got 'PartitionConfig'."),
+    ],
+)
+def test_partition_rules(partition: PartitionConfig, message: str) -> None:
+    config = sound()
+    config.partition = partition
+
+    (problem,) = problems(config)
+
+    assert problem.text.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "keys"),
+    [
+        (
+            RayConfig(num_cpus_per_client=0, num_gpus_per_client=-1, num_actors=0),
+            ["runtime.num_cpus_per_client", "runtime.num_gpus_per_client", "runtime.num_actors"],
+        ),
+        (LocalConfig(startup_s=0), ["runtime.startup_s"]),
+        (RayConfig(), []),
+        (LocalConfig(), []),
+    ],
+)
+def test_runtime_rules(runtime: RayConfig | LocalConfig, keys: list[str]) -> None:
+    config = sound()
+    config.runtime = runtime
+
+    assert [problem.key for problem in problems(config)] == keys
+
+
+def test_min_replies_is_compared_with_the_sampled_clients() -> None:
+    config = sound()
+    config.strategy.clients_per_round, config.strategy.min_replies = 2, 3
+
+    (problem,) = problems(config)
+
+    assert re.match(r"strategy\.min_replies must be between 1 and the clients of a round \(2\), got 3", problem.text)
+
+
+@pytest.mark.parametrize("kind", [TaskKind.generation, TaskKind.instruction])
+def test_written_answers_need_an_answer_template_and_the_lm_loss(kind: TaskKind) -> None:
+    config = sound()
+    config.task.kind = kind
+
+    assert [problem.text.split(",")[0] for problem in problems(config)] == [
+        f"task.answer must not be empty for task.kind={kind}",
+        f"task.loss must be lm for task.kind={kind}",
+    ]
+    config.task.answer, config.task.loss = "{answer}", Loss.lm
+    assert problems(config) == []
+
+
+def test_only_an_embedded_task_goes_without_a_path() -> None:
+    config = sound()
+    config.task.name = "sst2"
+
+    (problem,) = problems(config)
+
+    assert problem.text.startswith("data.path must be given for the task 'sst2' (only rotten_tomatoes is embedded), got None.")
+
+
+def test_calibration_by_file_needs_the_file() -> None:
+    config = sound()
+    set_key(config, "trainer.calibration", Calibration.file)
+
+    (problem,) = problems(config)
+
+    assert problem.text.startswith("trainer.calibration_path must be given for trainer.calibration=file, got None.")
+    config.trainer = MezoConfig()
+    assert problems(config) == []
+
+
+@pytest.mark.parametrize("key", ["data.path", "trainer.mask_path", "trainer.calibration_path", "model.name"])
+def test_a_file_that_is_not_there_is_named(key: str, tmp_path: Path) -> None:
+    config = sound()
+    set_key(config, key, str(tmp_path / "no"))
+
+    (problem,) = missing_files(config)
+
+    assert problem.text.startswith(f"{key} must name something that exists, got '{tmp_path}/no'.")
+    set_key(config, key, str(tmp_path))
+    assert missing_files(config) == []
+
+
+def test_a_hub_name_is_no_file() -> None:
+    config = sound()
+    config.model.name = "facebook/opt-125m"
+
+    assert missing_files(config) == []
+
+
+def test_all_broken_rules_are_reported() -> None:
+    config = sound()
+    broken: list[Callable[[], None]] = [
+        lambda: set_key(config, "fl.rounds", 0),
+        lambda: set_key(config, "seed", -1),
+        lambda: set_key(config, "trainer.density", 2.0),
+    ]
+    for break_it in broken:
+        break_it()
+
+    assert [problem.key for problem in problems(config)] == ["seed", "trainer.density", "fl.rounds"]

@@ -1,0 +1,237 @@
+"""Rows to token ids, with one token a byte so that every id can be counted."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from fedzo.data.config import Loss, TaskConfig, TaskKind
+from fedzo.data.encode import encode, task_digest
+from fedzo.errors import ConfigError
+from fedzo.testing.tokenizer import byte_tokenizer
+
+CHOICE = TaskConfig(name="mine", template="{text}:", candidates=[" no", " maybe"])
+WRITTEN = TaskConfig(name="mine", kind=TaskKind.generation, loss=Loss.lm, template="{q}?", answer=" {a}\n")
+CHAT = TaskConfig(name="mine", kind=TaskKind.instruction, loss=Loss.lm, template="{q}", answer="{a}")
+BOS, EOS = 1, 2
+
+
+def ids(text: str) -> tuple[int, ...]:
+    return tuple(3 + byte for byte in text.encode())
+
+
+class MergingTokenizer:
+    """Knows ``: `` and ``ab`` as one token each, so that tokens span the border of prompt and answer."""
+
+    bos_token_id = None
+    chat_template = None
+    merges = (": ", "ab")
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> dict[str, Any]:
+        return {"input_ids": [self._tokens(one) for one in text]}
+
+    def _tokens(self, text: str) -> list[int]:
+        tokens = []
+        while text:
+            merged = next((merge for merge in self.merges if text.startswith(merge)), None)
+            tokens.append(1000 + self.merges.index(merged) if merged else ord(text[0]))
+            text = text[len(merged) if merged else 1 :]
+        return tokens
+
+    def apply_chat_template(self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool) -> str:
+        raise NotImplementedError
+
+
+def test_prompt_and_candidates_are_parted_at_the_border() -> None:
+    [example] = encode([{"text": " h\u00e9 ", "label": "1"}], CHOICE, tokenizer=byte_tokenizer(), max_length=64)
+
+    assert example.prompt == ids("h\u00e9:")
+    assert example.candidates == (ids(" no"), ids(" maybe"))
+    assert (example.label, example.reference) == (1, "")
+
+
+def test_rows_do_not_influence_each_other() -> None:
+    rows = [{"text": "one", "label": 0}, {"text": "", "label": 1}, {"text": "a longer one", "label": 0}]
+    tokenizer = byte_tokenizer()
+
+    together = encode(rows, CHOICE, tokenizer=tokenizer, max_length=64)
+
+    assert together == [encode([row], CHOICE, tokenizer=tokenizer, max_length=64)[0] for row in rows]
+
+
+def test_no_rows_give_no_examples() -> None:
+    assert encode([], CHOICE, tokenizer=byte_tokenizer(), max_length=8) == []
+
+
+def test_all_candidates_are_kept_for_the_language_model_loss() -> None:
+    row = {"text": "x", "label": 1}
+
+    [example] = encode([row], replace(CHOICE, loss=Loss.lm), tokenizer=byte_tokenizer(), max_length=64)
+
+    assert len(example.candidates) == 2
+
+
+def test_generation_has_one_candidate_and_its_reference() -> None:
+    [example] = encode([{"q": "Who", "a": "Ann"}], WRITTEN, tokenizer=byte_tokenizer(), max_length=64)
+
+    assert (example.prompt, example.candidates) == (ids("Who?"), (ids(" Ann\n"),))
+    assert (example.label, example.reference) == (0, "Ann")
+
+
+def test_an_instruction_goes_through_the_chat_template_and_its_answer_ends() -> None:
+    [example] = encode([{"q": "Hi", "a": "Yo"}], CHAT, tokenizer=byte_tokenizer(add_bos=True), max_length=64)
+
+    assert example.prompt == (BOS, *ids("user\nHi"), EOS, *ids("\n"), BOS, *ids("assistant\n"))
+    assert example.candidates == ((*ids("Yo"), EOS, *ids("\n")),)
+    assert example.reference == "Yo"
+
+
+def test_a_tokenizer_without_chat_template_cannot_take_instructions() -> None:
+    with pytest.raises(ConfigError, match=r"task 'mine' \(kind=instruction\) needs a tokenizer with a chat template"):
+        encode([{"q": "Hi", "a": "Yo"}], CHAT, tokenizer=byte_tokenizer(chat=False), max_length=64)
+
+
+def test_a_token_over_the_border_belongs_to_the_answers_of_all_candidates() -> None:
+    task = replace(CHOICE, template="{text}:", candidates=[" no", "no"])
+
+    [example] = encode([{"text": "x", "label": 0}], task, tokenizer=MergingTokenizer(), max_length=64)
+
+    assert example.prompt == (ord("x"),)
+    assert example.candidates == ((1000, ord("n"), ord("o")), (ord(":"), ord("n"), ord("o")))
+
+
+def test_an_answer_that_the_prompt_swallows_still_has_a_token() -> None:
+    task = replace(CHOICE, template="{text}a", candidates=["b", "c"])
+
+    [example] = encode([{"text": "xy", "label": 0}], task, tokenizer=MergingTokenizer(), max_length=64)
+
+    assert example.prompt == (ord("x"), ord("y"))
+    assert example.candidates == ((1001,), (ord("a"), ord("c")))
+
+
+def test_a_long_prompt_loses_its_beginning() -> None:
+    [example] = encode([{"text": "abcdefgh", "label": 0}], CHOICE, tokenizer=byte_tokenizer(), max_length=10)
+
+    assert example.prompt == ids("fgh:")
+    assert example.candidates == (ids(" no"), ids(" maybe"))
+
+
+def test_a_long_prompt_keeps_its_bos_token() -> None:
+    [example] = encode(
+        [{"text": "abcdefgh", "label": 0}], CHOICE, tokenizer=byte_tokenizer(add_bos=True), max_length=10
+    )
+
+    assert example.prompt == (BOS, *ids("gh:"))
+
+
+@given(st.text(alphabet=string.ascii_letters, max_size=40), st.integers(7, 60), st.booleans())
+def test_a_shortened_prompt_is_the_end_of_the_whole_one(text: str, max_length: int, add_bos: bool) -> None:
+    tokenizer = byte_tokenizer(add_bos=add_bos)
+    row = {"text": text, "label": 0}
+
+    [whole] = encode([row], CHOICE, tokenizer=tokenizer, max_length=1000)
+    [short] = encode([row], CHOICE, tokenizer=tokenizer, max_length=max_length)
+
+    longest = max(len(candidate) for candidate in whole.candidates)
+    assert short.candidates == whole.candidates
+    assert len(short.prompt) == min(len(whole.prompt), max_length - longest)
+    body = short.prompt[1:] if add_bos and len(short.prompt) > 1 else short.prompt
+    assert whole.prompt[len(whole.prompt) - len(body) :] == body
+    assert not add_bos or len(short.prompt) == 1 or short.prompt[0] == BOS
+
+
+def test_candidates_that_leave_no_room_for_the_prompt_are_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"row 0: the longest candidate has 6 tokens and model.max_length is 6, no room"
+    ):
+        encode([{"text": "x", "label": 0}], CHOICE, tokenizer=byte_tokenizer(), max_length=6)
+
+
+def test_a_long_reference_answer_leaves_half_of_the_room_to_the_prompt() -> None:
+    row = {"q": "abcdefghijk", "a": "0123456789"}
+
+    [example] = encode([row], WRITTEN, tokenizer=byte_tokenizer(), max_length=10)
+
+    assert (example.prompt, example.candidates) == (ids("hijk?"), (ids(" 0123"),))
+    assert example.reference == "0123456789"
+
+
+def test_a_long_answer_to_a_short_prompt_takes_the_rest() -> None:
+    [example] = encode([{"q": "ab", "a": "0123456789"}], WRITTEN, tokenizer=byte_tokenizer(), max_length=10)
+
+    assert (example.prompt, example.candidates) == (ids("ab?"), (ids(" 012345"),))
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match="row 0: the prompt must have at least one token, got ''. Extend task.template"
+    ):
+        encode([{"text": "", "label": 0}], replace(CHOICE, template="{text}"), tokenizer=byte_tokenizer(), max_length=9)
+
+
+def test_a_bad_row_is_numbered() -> None:
+    rows = [{"text": "x", "label": 0}, {"text": "x", "label": 5}]
+
+    with pytest.raises(ConfigError, match="row 1: column 'label' must hold an index"):
+        encode(rows, CHOICE, tokenizer=byte_tokenizer(), max_length=64)
+
+
+@pytest.mark.parametrize("name", ["sst2", "rte", "boolq", "wic", "wsc", "cb", "copa", "multirc", "ag_news", "yelp"])
+def test_candidates_of_shipped_tasks_follow_their_prompt_byte_for_byte(
+    name: str, shipped_task: Callable[[str], TaskConfig]
+) -> None:
+    task = shipped_task(name)
+    values = "text premise hypothesis passage word sentence1 sentence2 span1_text span2_text choice1 choice2 paragraph answer"
+    row = {column: f"the {column}" for column in values.split()} | {"question": "cause", "label": 0}
+    tokenizer = byte_tokenizer()
+
+    [example] = encode([row], task, tokenizer=tokenizer, max_length=512)
+
+    prompt = tokenizer.decode(example.prompt)
+    for candidate in example.candidates:
+        text = tokenizer.decode(candidate)
+        assert prompt.endswith("\n") != text.startswith(" ")  # exactly one white space at the border
+        assert example.prompt + candidate == ids(prompt + text)
+
+
+def test_a_saved_byte_tokenizer_loads_as_any_other(tmp_path: Path) -> None:
+    byte_tokenizer(add_bos=True).save_pretrained(tmp_path)
+
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+
+    text = "\x00 h\u00e9\u4e2d <eos>?"
+    assert loaded(text)["input_ids"] == [BOS, *ids("\x00 h\u00e9\u4e2d "), EOS, *ids("?")]
+    assert loaded.decode(ids("\x00 h\u00e9\u4e2d")) == "\x00 h\u00e9\u4e2d"
+    assert (loaded.pad_token_id, loaded.bos_token_id, loaded.eos_token_id, len(loaded)) == (0, 1, 2, 259)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"template": "{text}"},
+        {"candidates": [" no", " yes"]},
+        {"candidates": [" maybe", " no"]},
+        {"label": "gold"},
+        {"labels": ["0", "1"]},
+        {"answer": "{a}"},
+        {"prepare": "copa"},
+        {"kind": TaskKind.generation},
+    ],
+)
+def test_the_digest_changes_with_all_that_makes_prompts(change: dict[str, Any]) -> None:
+    assert task_digest(replace(CHOICE, **change)) != task_digest(CHOICE)
+
+
+def test_the_digest_does_not_change_with_names_and_scores() -> None:
+    other = replace(CHOICE, name="other", loss=Loss.lm, max_new_tokens=1)
+
+    assert task_digest(other) == task_digest(CHOICE)
+    assert task_digest(CHOICE) == "5fe4a4cae4cfb2ba8d50f72831f43d3a760d89109122516ba4cbb80d03192e23"

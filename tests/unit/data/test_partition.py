@@ -1,0 +1,309 @@
+"""Parts that are apart, whole, reproducible, and as skewed as promised."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedzo.config.paths import conf_dir
+from fedzo.data.config import (
+    DirichletConfig,
+    ExtremeConfig,
+    IidConfig,
+    NaturalConfig,
+    PartitionConfig,
+    ShardsConfig,
+    TaskConfig,
+    TaskKind,
+)
+from fedzo.data.partition import PARTITIONERS, holdout, partition
+from fedzo.errors import ConfigError
+
+TASK = TaskConfig(name="mine", template="{text}", candidates=["a", "b", "c"])
+WRITTEN = TaskConfig(name="squad", kind=TaskKind.generation, template="{text}", answer="{text}")
+ROWS: list[dict[str, Any]] = [{"text": str(i), "label": i * i % 3, "site": f"s{i % 4}"} for i in range(120)]
+WAYS: list[PartitionConfig] = [
+    IidConfig(),
+    DirichletConfig(alpha=1.0),
+    ShardsConfig(),
+    ExtremeConfig(),
+    NaturalConfig(column="site"),
+]
+
+
+def deal(
+    config: PartitionConfig, *, num_clients: int = 4, seed: int = 0, rows: Sequence[Any] = ROWS
+) -> list[list[int]]:
+    return partition(rows, config, num_clients=num_clients, seed=seed, task=TASK)
+
+
+def labels_of(part: list[int]) -> Counter[int]:
+    return Counter(ROWS[row]["label"] for row in part)
+
+
+def skew(parts: list[list[int]]) -> float:
+    """Mean share of the commonest label."""
+    return float(np.mean([max(labels_of(part).values()) / len(part) for part in parts]))
+
+
+@pytest.mark.parametrize("config", WAYS, ids=lambda config: type(config).__name__)
+@pytest.mark.parametrize("seed", [0, 2**64 - 1])
+def test_parts_are_sorted_apart_and_together_all_rows(config: PartitionConfig, seed: int) -> None:
+    parts = deal(config, seed=seed)
+
+    assert len(parts) == 4
+    assert all(part == sorted(part) and part for part in parts)
+    assert sorted(chain(*parts)) == list(range(len(ROWS)))
+    assert all(type(row) is int for part in parts for row in part)
+
+
+@pytest.mark.parametrize("config", WAYS[:4], ids=lambda config: type(config).__name__)
+def test_the_seed_decides(config: PartitionConfig) -> None:
+    assert deal(config) == deal(config)
+    assert deal(config) != deal(config, seed=1)
+
+
+def test_every_partitioner_has_a_yaml_and_a_test() -> None:
+    shipped = {path.stem for path in (conf_dir() / "partition").glob("*.yaml")}
+
+    assert shipped == {name for name, _ in PARTITIONERS}
+    assert {type(config) for config in WAYS} == {config_class for _, config_class in PARTITIONERS}
+
+
+GOLDEN = {
+    "IidConfig": "4,6,7,16,17|3,10,13,15,19|0,1,2,5,9|8,11,12,14,18",
+    "DirichletConfig": "6|3,4,7,10,13,15,16,17,19|0,9|1,2,5,8,11,12,14,18",
+    "ShardsConfig": "1,2,3,6,11,15|4,8,14,16,18|0,5,9,10,12,13|7,17,19",
+    "ExtremeConfig": "2,5,8,10,11|1,12,13,14,18|0,3,6,9,15|4,7,16,17,19",
+    "NaturalConfig": "0,4,8,12,16|1,5,9,13,17|2,6,10,14,18|3,7,11,15,19",
+}
+
+
+@pytest.mark.parametrize("config", WAYS, ids=lambda config: type(config).__name__)
+def test_the_parts_are_the_same_on_every_machine(config: PartitionConfig) -> None:
+    parts = deal(config, seed=7, rows=ROWS[:20])
+
+    assert "|".join(",".join(map(str, part)) for part in parts) == GOLDEN[type(config).__name__]
+
+
+def test_iid_sizes_differ_by_one_at_most_and_labels_are_mixed() -> None:
+    parts = deal(IidConfig(), num_clients=7)
+
+    assert {len(part) for part in parts} == {17, 18}
+    assert all(len(labels_of(part)) == 2 for part in parts)  # squares are never 2 modulo 3
+
+
+def test_dirichlet_skew_grows_as_alpha_falls() -> None:
+    skews = [
+        np.mean([skew(deal(DirichletConfig(alpha=alpha), seed=seed)) for seed in range(5)]) for alpha in (100, 1, 0.1)
+    ]
+
+    assert skews == sorted(skews)
+    assert skews[0] < 0.75 < 0.85 < skews[2]
+
+
+@pytest.mark.slow
+def test_dirichlet_shares_are_drawn_class_by_class_over_clients() -> None:
+    # shares ~ Dirichlet(alpha, ...) over K clients: a client's share of a class has the variance of Beta(alpha, (K - 1) alpha)
+    rows = [{"text": "x", "label": label} for label in (0, 1) for _ in range(400)]
+    alpha, num_clients = 2.0, 4
+    shares = []
+    for seed in range(60):
+        parts = deal(DirichletConfig(alpha=alpha, min_rows=0), num_clients=num_clients, seed=seed, rows=rows)
+        shares += [sum(rows[row]["label"] == label for row in part) / 400 for part in parts for label in (0, 1)]
+
+    expected = (num_clients - 1) / (num_clients**2 * (num_clients * alpha + 1))
+    squares = (np.array(shares) - 1 / num_clients) ** 2
+    error = squares.std() / np.sqrt(len(squares) / num_clients)  # the clients of one draw hang together
+    assert abs(squares.mean() - expected) < 4 * error
+    assert error < expected / 3
+
+
+def test_shards_give_few_labels_and_no_row_is_left_over() -> None:
+    rows = [{"text": "x", "label": label} for label in (0, 1, 2) for _ in range(43)]
+
+    parts = deal(ShardsConfig(shards_per_client=1), num_clients=3, rows=rows)
+
+    assert [len(part) for part in parts] == [43, 43, 43]
+    assert all(len({rows[row]["label"] for row in part}) == 1 for part in parts)
+
+
+@given(st.integers(1, 9), st.integers(1, 3), st.integers(9, 60))
+def test_shards_lose_no_row_for_any_sizes(num_clients: int, shards: int, num_rows: int) -> None:
+    try:
+        parts = deal(ShardsConfig(shards_per_client=shards), num_clients=num_clients, rows=ROWS[:num_rows])
+    except ConfigError as error:
+        assert "do not make a shard for each" in str(error)
+        return
+
+    assert sorted(chain(*parts)) == list(range(num_rows))
+
+
+@pytest.mark.parametrize(("num_extreme", "sizes"), [(1, [24]), (2, [24, 24]), (3, [20, 24, 20])])
+def test_extreme_clients_are_the_last_and_hold_one_label_in_turn(num_extreme: int, sizes: list[int]) -> None:
+    parts = deal(ExtremeConfig(num_extreme=num_extreme), num_clients=5)
+
+    assert [set(labels_of(part)) for part in parts[-num_extreme:]] == [{0}, {1}, {0}][:num_extreme]
+    assert [len(part) for part in parts[-num_extreme:]] == sizes  # 120 rows / 5, but only 40 rows have label 0
+    assert all(len(labels_of(part)) == 2 for part in parts[:-num_extreme])
+
+
+def test_extreme_clients_alone_share_their_labels_evenly() -> None:
+    parts = deal(ExtremeConfig(num_extreme=4))
+
+    assert [dict(labels_of(part)) for part in parts] == [{0: 20}, {1: 40}, {0: 20}, {1: 40}]
+
+
+def test_no_extreme_clients_is_iid() -> None:
+    assert {len(part) for part in deal(ExtremeConfig(num_extreme=0))} == {30}
+
+
+def test_natural_parts_are_the_values_of_the_column_in_order() -> None:
+    rows = [{"text": "x", "label": 0, "site": site} for site in ["b", "a", 10, "b", 9]]
+
+    assert deal(NaturalConfig(column="site"), rows=rows) == [[2], [4], [1], [0, 3]]
+
+
+@pytest.mark.parametrize("config", [IidConfig(), NaturalConfig(column="site")], ids=["iid", "natural"])
+def test_a_task_without_labels_can_be_dealt(config: PartitionConfig) -> None:
+    parts = partition(ROWS, config, num_clients=4, seed=0, task=WRITTEN)
+
+    assert sorted(chain(*parts)) == list(range(120))
+
+
+@pytest.mark.parametrize("config", WAYS[1:4], ids=["dirichlet", "shards", "extreme"])
+def test_a_task_without_labels_has_no_label_skew(config: PartitionConfig) -> None:
+    with pytest.raises(
+        ConfigError, match=r"goes by labels and task 'squad' \(kind=generation\) has none. Use partition=iid or"
+    ):
+        partition(ROWS, config, num_clients=4, seed=0, task=WRITTEN)
+
+
+@pytest.mark.parametrize("num_clients", [0, 121])
+def test_more_clients_than_rows_are_refused(num_clients: int) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"number of training rows \(120\), got {num_clients}. Lower it, or give more rows"
+    ):
+        deal(IidConfig(), num_clients=num_clients)
+
+
+def test_too_small_parts_are_refused_by_client_and_size() -> None:
+    with pytest.raises(
+        ConfigError, match=r"min_rows=2 rows, these have fewer: client 1 \(1 rows\), 2 \(1 rows\)\. Give more"
+    ):
+        deal(IidConfig(min_rows=2), num_clients=3, rows=ROWS[:4])
+
+
+def test_a_dirichlet_draw_that_leaves_clients_empty_is_refused_by_client() -> None:
+    with pytest.raises(
+        ConfigError, match=r"these have fewer: client \d+ \(0 rows\), .*Raise partition.alpha or data.num_train"
+    ):
+        deal(DirichletConfig(alpha=0.001), num_clients=12)
+
+
+def test_dirichlet_draws_again_until_no_client_is_short() -> None:
+    # alpha and clients such that the first draw of this seed leaves a client empty
+    config = DirichletConfig(alpha=0.2)
+
+    first, final = deal(replace(config, min_rows=0), num_clients=6, seed=0), deal(config, num_clients=6, seed=0)
+
+    assert min(map(len, first)) == 0
+    assert min(map(len, final)) >= 1
+
+
+@pytest.mark.parametrize(
+    ("config", "num_clients", "message"),
+    [
+        (DirichletConfig(alpha=0.0), 4, "partition.alpha must be > 0, got 0.0"),
+        (DirichletConfig(alpha=float("nan")), 4, "partition.alpha must be > 0, got nan"),
+        (ShardsConfig(shards_per_client=0), 4, "partition.shards_per_client must be >= 1, got 0"),
+        (ShardsConfig(shards_per_client=1), 100, "120 rows do not make a shard for each of 100 clients"),
+        (ExtremeConfig(num_extreme=5), 4, r"num_extreme must be between 0 and fl.num_clients \(4\), got 5"),
+        (ExtremeConfig(num_extreme=1), 1, "num_extreme=1 leaves rows of 1 labels without a client"),
+        (NaturalConfig(column="author"), 4, "got 'author'; row 0 has: text, label, site"),
+        (NaturalConfig(column=""), 4, "partition.column must name a column"),
+        (NaturalConfig(column="site"), 3, r"has 4 values and fl.num_clients is 3.*'s0' \(30 rows\).*fl.num_clients=4"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(config: PartitionConfig, num_clients: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        deal(config, num_clients=num_clients)
+
+
+def test_a_label_that_is_no_candidate_is_refused_with_its_row() -> None:
+    rows = [*ROWS[:8], {"text": "x", "label": 9}]
+
+    with pytest.raises(ConfigError, match=r"row 8: column 'label' must hold an index \(0 to 2\)"):
+        deal(ShardsConfig(), rows=rows)
+
+
+def test_an_unregistered_partition_lists_those_there_are() -> None:
+    @dataclass(kw_only=True, slots=True)
+    class OtherConfig(PartitionConfig):
+        """Not registered."""
+
+    with pytest.raises(ConfigError, match="nothing is registered for OtherConfig. Registered: dirichlet, extreme, iid"):
+        deal(OtherConfig())
+
+
+@pytest.mark.slow
+def test_dealing_writes_no_file_prints_nothing_and_is_imported_lazily(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from fedzo.data import partition as p\n"
+        "assert not {'flwr_datasets', 'datasets'} & set(sys.modules)\n"
+        "from fedzo.data.config import *\n"
+        "task = TaskConfig(template='{text}', candidates=['a', 'b'])\n"
+        "rows = [{'text': 'x', 'label': i % 2, 'site': i % 4} for i in range(40)]\n"
+        "for config in (IidConfig(), DirichletConfig(), ShardsConfig(), ExtremeConfig(), NaturalConfig(column='site')):\n"
+        "    p.partition(rows, config, num_clients=4, seed=0, task=task)\n"
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "TMPDIR": str(tmp_path)}
+    environment |= {"MPLCONFIGDIR": str(tmp_path.parent), "PYTHONPATH": os.pathsep.join(sys.path)}
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "share", "num_held"),
+    [(10, 0.1, 1), (10, 0.25, 2), (10, 0.0, 0), (1, 0.5, 0), (2, 0.01, 1), (2, 0.99, 1), (100, 0.5, 50)],
+)
+def test_a_share_of_rows_is_held_out(num_rows: int, share: float, num_held: int) -> None:
+    rows = list(range(1000, 1000 + num_rows))
+
+    train, held = holdout(rows, share, seed=0, client=0)
+
+    assert len(held) == num_held
+    assert sorted(train + held) == rows
+    assert (train, held) == (sorted(train), sorted(held))
+
+
+def test_the_held_out_rows_hang_on_seed_and_client_only() -> None:
+    rows = list(range(50))
+
+    held = [holdout(rows, 0.2, seed=seed, client=client)[1] for seed, client in [(0, 0), (0, 0), (0, 1), (1, 0)]]
+
+    assert held[0] == held[1]
+    assert held[0] not in (held[2], held[3])
+    assert held[0] == [0, 1, 8, 14, 25, 33, 41, 43, 46, 49]
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_a_share_out_of_range_is_refused(share: float) -> None:
+    with pytest.raises(ConfigError, match="partition.holdout must be >= 0 and < 1"):
+        holdout([0, 1], share, seed=0, client=0)

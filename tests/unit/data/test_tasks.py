@@ -1,0 +1,246 @@
+"""Golden prompts of every shipped task, and what a template may and may not do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fedzo.config.paths import conf_dir
+from fedzo.data.config import Loss, TaskConfig, TaskKind
+from fedzo.data.tasks import columns_used, label_index, render
+from fedzo.errors import ConfigError
+
+Shipped = Callable[[str], TaskConfig]
+
+# name -> row, prompt, answers, index of the right answer; written out by hand from MeZO's templates
+GOLDEN: dict[str, tuple[dict[str, Any], str, list[str], int]] = {
+    "sst2": ({"text": " a fine film . ", "label": 1}, "a fine film . It was", [" terrible", " great"], 1),
+    "rotten_tomatoes": (
+        {"text": "a dull film .", "label": 0},
+        "Review: a dull film .\nSentiment: The movie was",
+        [" terrible", " great"],
+        0,
+    ),
+    "rte": (
+        {"premise": "Ann sold her car.", "hypothesis": "Ann had a car.", "label": 0},
+        'Ann sold her car.\nDoes this mean that "Ann had a car." is true? Yes or No?\n',
+        ["Yes", "No"],
+        0,
+    ),
+    "boolq": (
+        {"passage": "Salt melts ice.", "question": "does salt melt ice", "label": 1},
+        "Salt melts ice. Does salt melt ice?",
+        [" No", " Yes"],
+        1,
+    ),
+    "wic": (
+        {"word": "bank", "sentence1": "The bank closed.", "sentence2": "They sat on the bank.", "label": 0},
+        'Does the word "bank" have the same meaning in these two sentences? Yes, No?\n'
+        "The bank closed.\nThey sat on the bank.\n",
+        ["No", "Yes"],
+        0,
+    ),
+    "wsc": (
+        {"text": "Tom thanked Ben. He smiled.", "span1_text": "Ben", "span2_text": "He", "label": 1},
+        'Tom thanked Ben. He smiled.\nIn the previous sentence, does the pronoun "he" refer to Ben? Yes or No?\n',
+        ["No", "Yes"],
+        1,
+    ),
+    "cb": (
+        {"premise": "Did it rain? I do not know.", "hypothesis": "it rained", "label": 2},
+        'Suppose Did it rain? I do not know. Can we infer that "it rained"? Yes, No, or Maybe?\n',
+        ["Yes", "No", "Maybe"],
+        2,
+    ),
+    "copa": (
+        {
+            "premise": "The road was wet.",
+            "choice1": "It had rained.",
+            "choice2": "I forgot my hat.",
+            "question": "cause",
+            "label": 0,
+        },
+        "The road was wet because",
+        [" it had rained.", " I forgot my hat."],
+        0,
+    ),
+    "multirc": (
+        {"paragraph": "Bo ate two pears.", "question": "What did Bo eat?", "answer": "pears", "label": 1},
+        'Bo ate two pears.\nQuestion: What did Bo eat?\nI found this answer "pears". Is that correct? Yes or No?\n',
+        ["No", "Yes"],
+        1,
+    ),
+    "ag_news": (
+        {"text": "Shares fell.", "label": 2},
+        "Shares fell. The news above is about",
+        [" world", " sports", " business", " tech"],
+        2,
+    ),
+    "yelp": ({"text": "Cold soup", "label": 0}, "Cold soup . It is", [" negative", " positive"], 0),
+    "squad": (
+        {"context": "Oslo is in Norway.", "question": "Where is Oslo?", "answer": "Norway"},
+        "Oslo is in Norway.\nQuestion: Where is Oslo?\nAnswer:",
+        [" Norway\n"],
+        0,
+    ),
+    "instruct": ({"prompt": "Name a colour.", "response": "Red."}, "Name a colour.", ["Red."], 0),
+    "alpaca": (
+        {"instruction": "Translate.", "input": "chat", "output": "cat"},
+        "Translate.\n\nchat",
+        ["cat"],
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(GOLDEN))
+def test_the_shipped_prompt_is_the_golden_one(name: str, shipped_task: Shipped) -> None:
+    row, prompt, answers, label = GOLDEN[name]
+
+    rendered = render(row, shipped_task(name))
+
+    assert (rendered.prompt, list(rendered.answers), rendered.label) == (prompt, answers, label)
+
+
+def test_every_shipped_task_has_a_golden_prompt() -> None:
+    shipped = {path.stem for path in (conf_dir() / "task").glob("*.yaml")}
+
+    assert shipped == {*GOLDEN, "custom"}
+
+
+@pytest.mark.parametrize("name", sorted(GOLDEN))
+def test_a_shipped_task_uses_exactly_the_columns_of_its_golden_row(name: str, shipped_task: Shipped) -> None:
+    assert columns_used(shipped_task(name)) == tuple(sorted(GOLDEN[name][0]))
+
+
+@pytest.mark.parametrize("name", sorted(GOLDEN))
+def test_a_shipped_task_is_named_as_its_file_and_written_answers_train_with_lm(
+    name: str, shipped_task: Shipped
+) -> None:
+    task = shipped_task(name)
+
+    assert task.name == name
+    assert (task.loss is Loss.lm) == (task.kind is not TaskKind.candidates)
+
+
+def test_the_custom_task_waits_for_a_template(shipped_task: Shipped) -> None:
+    assert shipped_task("custom") == TaskConfig(name="custom")
+
+
+def test_copa_effects_use_so_and_a_question_with_its_mark_keeps_one(shipped_task: Shipped) -> None:
+    effect = {"premise": "He ran", "choice1": "He Won.", "choice2": "I won.", "question": "effect", "label": "1"}
+    asked = {"passage": "P.", "question": "Is it?", "label": False}
+
+    copa, boolq = render(effect, shipped_task("copa")), render(asked, shipped_task("boolq"))
+
+    assert (copa.prompt, copa.answers, copa.label) == ("He ran so", (" he Won.", " I won."), 1)
+    assert (boolq.prompt, boolq.label) == ("P. Is it?", 0)
+
+
+def test_an_alpaca_row_without_input_is_its_instruction(shipped_task: Shipped) -> None:
+    row = {"instruction": "Sing.", "input": "", "output": "La."}
+
+    assert render(row, shipped_task("alpaca")).prompt == "Sing."
+
+
+def test_the_reference_is_the_answer_without_outer_white_space(shipped_task: Shipped) -> None:
+    assert render(GOLDEN["squad"][0], shipped_task("squad")).reference == "Norway"
+
+
+CHOICE = TaskConfig(name="mine", template="{text}:", candidates=[" no", " yes"])
+
+
+@pytest.mark.parametrize(
+    ("value", "index"), [(0, 0), (1, 1), (True, 1), (False, 0), ("1", 1), (" 0 ", 0), (1.0, 1), ("1.0", 1)]
+)
+def test_an_index_may_be_a_number_a_bool_or_numeric_text(value: object, index: int) -> None:
+    assert label_index({"label": value}, CHOICE) == index
+
+
+@pytest.mark.parametrize(("value", "index"), [("neg", 0), (" pos ", 1)])
+def test_a_label_may_be_a_listed_value(value: str, index: int) -> None:
+    assert label_index({"label": value}, replace(CHOICE, labels=["neg", "pos"])) == index
+
+
+def test_listed_values_go_before_indices() -> None:
+    stars = replace(CHOICE, labels=["1", "2"])
+
+    assert [label_index({"label": value}, stars) for value in (1, "2")] == [0, 1]
+
+
+@pytest.mark.parametrize("value", [2, -1, "yes", 0.5, "nan", float("inf"), [1], ""])
+def test_a_label_that_is_no_index_is_refused_with_the_candidates_listed(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"column 'label' must hold an index \(0 to 1\) of .*\[' no', ' yes'\], got "):
+        label_index({"label": value}, CHOICE)
+
+
+def test_a_label_outside_the_listed_values_is_refused_with_the_values_listed() -> None:
+    with pytest.raises(ConfigError, match=r"one of task.labels \['neg', 'pos'\], got 'great'"):
+        label_index({"label": "great"}, replace(CHOICE, labels=["neg", "pos"]))
+
+
+def test_a_value_is_never_read_as_a_template() -> None:
+    row = {"text": "{label} {text} {0.__class__}", "label": 1}
+
+    assert render(row, CHOICE).prompt == "{label} {text} {0.__class__}:"
+
+
+def test_braces_that_name_no_column_are_plain_text() -> None:
+    task = replace(CHOICE, template='{{text}} {} { text } {"a": 1} {text!r}')
+
+    assert render({"text": "T", "label": 0}, task).prompt == '{T} {} { text } {"a": 1} {text!r}'
+
+
+def test_an_attribute_in_a_template_is_only_a_column_name() -> None:
+    task = replace(CHOICE, template="{text.__class__}")
+
+    with pytest.raises(ConfigError, match="needs a column 'text.__class__'"):
+        render({"text": "T", "label": 0}, task)
+
+
+def test_a_column_name_may_hold_spaces_and_hyphens() -> None:
+    task = replace(CHOICE, template="{Review Text} {a-b}")
+
+    assert render({"Review Text": "x", "a-b": 2, "label": 0}, task).prompt == "x 2"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"body": "x", "label": 0}, "task.template needs a column 'text', the columns there are: body, label"),
+        ({"text": "x", "gold": 0}, "task.label needs a column 'label', the columns there are: text, gold"),
+        ({"text": None, "label": 0}, r"column 'text' \(task.template\) is empty \(null\)"),
+        ({"text": ["x"], "label": 0}, r"column 'text' \(task.template\) must hold text or a number, got list"),
+        ({"text": "x", "label": None}, r"column 'label' \(task.label\) is empty \(null\)"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_refused(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        render(row, CHOICE)
+
+
+def test_a_blank_answer_is_refused() -> None:
+    task = TaskConfig(name="mine", kind=TaskKind.generation, template="{q}", answer=" {a}\n")
+
+    with pytest.raises(ConfigError, match=r"an answer of task 'mine' is blank: ' \\n'"):
+        render({"q": "x", "a": " "}, task)
+
+
+def test_an_unknown_preparation_lists_those_there_are() -> None:
+    with pytest.raises(ConfigError, match="one of alpaca, boolq, copa, wsc or null, got 'os.system'"):
+        render({"text": "x", "label": 0}, replace(CHOICE, prepare="os.system"))
+
+
+def test_a_copa_question_of_another_kind_is_refused(shipped_task: Shipped) -> None:
+    row = GOLDEN["copa"][0] | {"question": "why"}
+
+    with pytest.raises(ConfigError, match="must be cause or effect, got 'why'"):
+        render(row, shipped_task("copa"))
+
+
+def test_a_column_that_a_preparation_reads_must_be_there(shipped_task: Shipped) -> None:
+    with pytest.raises(ConfigError, match="task.prepare=copa needs a column 'premise', the columns there are: label"):
+        render({"label": 0}, shipped_task("copa"))

@@ -1,0 +1,97 @@
+"""Greedy generation against a loop without cache, padding or batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fedzo.errors import ConfigError
+from fedzo.models.generate import generate
+from fedzo.testing.tiny_models import FAMILIES, tiny_loaded
+
+PROMPTS = [[65, 66, 67], [70], list(range(80, 97))]
+
+
+def slow_tokens(model: Any, prompt: list[int], num: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(num):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tokens_per_batch", [1, 4096])
+def test_answers_equal_the_slow_loop_for_every_batching(family: str, tokens_per_batch: int) -> None:
+    loaded = tiny_loaded(family, seed=1)
+    expected = [slow_tokens(loaded.model, prompt, 6) for prompt in PROMPTS]
+
+    answers = generate(loaded, PROMPTS, max_new_tokens=6, tokens_per_batch=tokens_per_batch)
+
+    assert answers == [loaded.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in expected]
+
+
+def test_an_answer_ends_at_the_end_token() -> None:
+    loaded = tiny_loaded(seed=1)
+    first = slow_tokens(loaded.model, PROMPTS[0], 3)
+    loaded.model.generation_config.eos_token_id = first[1]
+
+    answers = generate(loaded, PROMPTS[:1], max_new_tokens=8, tokens_per_batch=64)
+
+    stop = first.index(first[1]) + 1
+    assert answers == [loaded.tokenizer.decode(first[:stop], skip_special_tokens=True).strip()]
+
+
+class NewlineAfterTwo:
+    """Stands in for a model that writes ``ab``, a line's end, and more."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = tokens
+        self.generation_config = None
+        self.config = None
+        self.settings: Any = None
+
+    def generate(self, ids: torch.Tensor, *, attention_mask: torch.Tensor, generation_config: Any) -> torch.Tensor:
+        self.settings = generation_config
+        return torch.cat([ids, torch.tensor([self.tokens] * len(ids))], dim=1)
+
+
+def test_only_the_first_line_is_kept_where_it_is_asked_for() -> None:
+    import dataclasses
+
+    loaded = tiny_loaded()
+    encode = loaded.tokenizer.encode
+    stand_in = NewlineAfterTwo(encode(" ab\ncd"))
+    fake = dataclasses.replace(loaded, model=stand_in)  # type: ignore[arg-type]
+
+    whole = generate(fake, [[65]], max_new_tokens=8, tokens_per_batch=64)
+    assert encode("\n")[0] not in stand_in.settings.eos_token_id
+    line = generate(fake, [[65]], max_new_tokens=8, tokens_per_batch=64, stop_at_newline=True)
+
+    assert (whole, line) == (["ab\ncd"], ["ab"])
+    assert encode("\n")[0] in stand_in.settings.eos_token_id
+
+
+def test_a_prompt_too_long_for_the_positions_loses_its_beginning() -> None:
+    loaded = tiny_loaded("gpt2")
+    prompt = [i % 250 for i in range(600)]
+
+    assert generate(loaded, [prompt], max_new_tokens=4, tokens_per_batch=600) == generate(
+        loaded, [prompt[-508:]], max_new_tokens=4, tokens_per_batch=600
+    )
+
+
+def test_global_generators_are_untouched() -> None:
+    before = torch.random.get_rng_state()
+
+    generate(tiny_loaded(), PROMPTS, max_new_tokens=3, tokens_per_batch=64)
+
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_an_empty_prompt_is_refused_and_no_prompt_gives_no_answer() -> None:
+    with pytest.raises(ConfigError, match="prompt must have at least one token"):
+        generate(tiny_loaded(), [[1], []], max_new_tokens=3, tokens_per_batch=64)
+    assert generate(tiny_loaded(), [], max_new_tokens=3, tokens_per_batch=64) == []

