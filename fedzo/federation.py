@@ -45,8 +45,7 @@ def run_federation(grid: Any, config_json: str, run_dir: Path) -> None:
     """Run, or go on with, the federation of a configuration; everything it leaves is in ``run_dir``."""
     site = process_site(config_json)
     with ExitStack() as stack:
-        store = RunStore(run_dir)
-        stack.callback(store.close)
+        store = stack.enter_context(RunStore(run_dir))
         Federation(grid, site, store, stack).run()
     if site.config.report.html:
         from fedzo.report.html import write_report
@@ -97,7 +96,9 @@ class Federation:
 
     def _make_server(self, grid: Any) -> Server:
         config, site = self._config, self._site
-        with self._progress.phase("preparing " + type(config.trainer).__name__.removesuffix("Config").lower()) as advance:
+        with self._progress.phase(
+            "preparing " + type(config.trainer).__name__.removesuffix("Config").lower()
+        ) as advance:
             artifact = site.trainer.prepare(
                 site.loaded,
                 Workplace(folder=self._store.folder, seed=config.seed, texts=site.train_prompts, advance=advance),
@@ -149,7 +150,9 @@ class Federation:
     def _estimate(self) -> Estimate:
         """Memory of a step and seconds of the whole run, if one process did all its forwards."""
         config, site, evaluation = self._config, self._site, self._config.evaluation
-        central = [("dev", _times(evaluation.every_rounds, config.fl.rounds) + 1), ("test", 2)] if evaluation.central else []
+        central = (
+            [("dev", _times(evaluation.every_rounds, config.fl.rounds) + 1), ("test", 2)] if evaluation.central else []
+        )
         clients = config.strategy.clients_per_round or config.fl.num_clients
         return estimate_run(
             site.loaded,
@@ -195,7 +198,9 @@ class Federation:
 
     def _federated_score(self) -> None:
         evaluation = self._config.evaluation
-        if any(line["kind"] == "federated_score" and line["round"] == self._server.round for line in self._store.metrics):
+        if any(
+            line["kind"] == "federated_score" and line["round"] == self._server.round for line in self._store.metrics
+        ):
             return
         replies = self._server.federated_scores(max_rows=evaluation.federated_max_rows)
         records = {client: json.loads(reply.score) for client, reply in replies.items()}
@@ -243,5 +248,3 @@ def _times(every: int, rounds: int) -> int:
 
 def _due(done: int, every: int, rounds: int) -> bool:
     return done == rounds or (every > 0 and done % every == 0)
-
-

@@ -1,4 +1,4 @@
-"""One registry a kind of plugin, keyed by a typed config dataclass: a closed set, so a config from elsewhere runs no code.
+"""One registry a kind of plugin, keyed by a typed config dataclass: a closed set, so a config runs no code.
 
 Third parties add plugins through the entry-point group ``fedzo.plugins``: each entry names a module whose import
 registers its parts.
@@ -41,9 +41,13 @@ class Registry(Generic[T]):
     def register(self, name: str, config_class: type) -> Callable[[Callable[..., T]], Callable[..., T]]:
         """Decorate the factory of ``config_class`` under ``name`` (the Hydra option)."""
         if not dataclasses.is_dataclass(config_class) or not issubclass(config_class, self.base):
-            raise TypeError(f"{self.kind} {name!r}: {config_class.__name__} must be a dataclass of {self.base.__name__}")
+            raise TypeError(
+                f"{self.kind} {name!r}: {config_class.__name__} must be a dataclass of {self.base.__name__}"
+            )
         if "__slots__" not in vars(config_class):
-            raise TypeError(f"{self.kind} {name!r}: {config_class.__name__} must have slots=True, so that stray keys fail")
+            raise TypeError(
+                f"{self.kind} {name!r}: {config_class.__name__} must have slots=True, so that stray keys fail"
+            )
         if name in self._configs or config_class in self._factories:
             raise ValueError(f"{self.kind} {name!r} or {config_class.__name__} is registered already")
 

@@ -38,7 +38,9 @@ def start_run(config: RunConfig, run_dir: Path, *, overrides: list[str]) -> None
         RunFolderError: The folder holds a run already, or cannot be written.
     """
     if (run_dir / PUBLIC).exists():
-        raise RunFolderError(f"run folder {run_dir}: it holds a run already. `fedzo resume {run_dir}`, or choose another.")
+        raise RunFolderError(
+            f"run folder {run_dir}: it holds a run already. `fedzo resume {run_dir}`, or choose another."
+        )
     config = _with_absolute_paths(config)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -70,7 +72,9 @@ def read_config(run_dir: Path) -> RunConfig:
     try:
         return from_json((run_dir / CONFIG).read_text(encoding="utf-8"))
     except OSError as error:
-        raise RunFolderError(f"{run_dir}: not a run folder (no {CONFIG}). Give the folder that `fedzo train` printed.") from error
+        raise RunFolderError(
+            f"{run_dir}: not a run folder (no {CONFIG}). Give the folder that `fedzo train` printed."
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +86,16 @@ class Rebuilt:
     rounds: list[dict[str, Any]]
 
 
-def rebuild(run_dir: Path, *, rounds: int | None = None, on_round: Callable[[int], None] = lambda done: None) -> Rebuilt:
+def rebuild(
+    run_dir: Path, *, rounds: int | None = None, on_round: Callable[[int], None] = lambda done: None
+) -> Rebuilt:
     """Rebuild the model after ``rounds`` rounds (by default the best round, or the last of an unfinished run).
 
     Raises:
         ProtocolError: The log does not lead to the states that it claims.
     """
     config = read_config(run_dir)
-    store = RunStore(run_dir)
-    try:
+    with RunStore(run_dir) as store:
         wanted = best_round(store) if rounds is None else rounds
         if not 0 <= wanted <= len(store.records):
             raise ConfigError(f"rounds must be in 0..{len(store.records)} (the log's length), got {wanted}.")
@@ -102,17 +107,14 @@ def rebuild(run_dir: Path, *, rounds: int | None = None, on_round: Callable[[int
             check_line(replica, store.rounds[done])
             on_round(done + 1)
         return Rebuilt(site, replica, store.rounds[:wanted])
-    finally:
-        store.close()
 
 
 def replay_run(run_dir: Path, *, rounds: int | None = None) -> dict[str, object]:
     """Verify a log: rebuild every state from the base weights and compare it with the log's own hashes."""
     config = read_config(run_dir)
     if rounds is None:
-        store = RunStore(run_dir)
-        rounds = len(store.records)
-        store.close()
+        with RunStore(run_dir) as store:
+            rounds = len(store.records)
     rebuilt = rebuild(run_dir, rounds=rounds)
     return {
         "rounds": len(rebuilt.rounds),
@@ -178,7 +180,9 @@ def doctor() -> list[tuple[str, bool, str]]:
     for name in PACKAGES:
         found = _version(name)
         checks.append((name, found is not None, found or "not installed"))
-    checks.append(("flwr is 1.41", (_version("flwr") or "").startswith("1.41."), "the runtimes use private names of it"))
+    checks.append(
+        ("flwr is 1.41", (_version("flwr") or "").startswith("1.41."), "the runtimes use private names of it")
+    )
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     checks.append(("device", True, f"{device}, {os.cpu_count()} CPU threads"))
     bits = [f"{word:08x}" for word in direction(stream_key(0, round=0), 4).view("uint32")]

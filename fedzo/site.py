@@ -17,10 +17,11 @@ from fedzo.data.example import Example
 from fedzo.data.partition import holdout, partition
 from fedzo.data.sources import Row, Splits, load_splits
 from fedzo.data.tasks import render
-from fedzo.estimate import fitting_tokens_per_batch
+from fedzo.estimate import fitting_tokens_per_batch, is_full
 from fedzo.fl.client import ClientData, ClientWorker, Identity, parse_absent
 from fedzo.fl.replica import Replica
 from fedzo.models.load import LoadedModel, load_model
+from fedzo.models.scoring import FEW_FORWARDS, forward_cost
 from fedzo.trainers import TRAINERS, Trainer
 from fedzo.zo.config import TwoPointConfig
 from fedzo.zo.estimator import ESTIMATORS
@@ -77,6 +78,7 @@ class Site:
             estimator=ESTIMATORS.build(config.estimator),
             num_probes=two_point(config).num_probes,
             tokens_per_batch=config.model.tokens_per_batch,
+            forward_cost_tokens=FEW_FORWARDS,
             data_of=lru_cache(maxsize=None)(self.client_data),
             build=self._replica,
             absent=parse_absent(config.faults.absent),
@@ -84,9 +86,7 @@ class Site:
 
     def encode(self, rows: list[Row]) -> list[Example]:
         """Rows as token ids."""
-        return encode(
-            rows, self.config.task, tokenizer=self.loaded.tokenizer, max_length=self.config.model.max_length
-        )
+        return encode(rows, self.config.task, tokenizer=self.loaded.tokenizer, max_length=self.config.model.max_length)
 
     def train_prompts(self) -> list[str]:
         """The prompts of all training rows, for a trainer that must look at text."""
@@ -94,9 +94,7 @@ class Site:
 
     def client_data(self, client: int) -> ClientData:
         """A client's rows, its held-out ones apart."""
-        train, heldout = holdout(
-            self.deal[client], self.config.partition.holdout, seed=self.config.seed, client=client
-        )
+        train, heldout = holdout(self.deal[client], self.config.partition.holdout, seed=self.config.seed, client=client)
         examples = self.encode([self.splits.train[row] for row in train])
         counts: dict[str, int] = {}
         if self.config.task.kind is TaskKind.candidates:
@@ -117,6 +115,8 @@ class Site:
             longest=self.config.model.max_length,
             local_steps=self.config.fl.local_steps,
         )
+        if not is_full(self.loaded, built.space):  # the full space pays a pass over all weights for every forward
+            self.worker.forward_cost_tokens = forward_cost(self.loaded.device)
         return Replica(built.space, reset=built.reset, run_seed=self.config.seed)
 
 

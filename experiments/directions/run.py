@@ -2,8 +2,8 @@
 
     python experiments/directions/run.py
 
-Interleaved repeats of a bare forward of SmolLM2-135M (16 x 32 tokens, no LM head), of making 10^6 Gaussian coordinates, and of a
-masked write and restore of as many weights; medians and quartiles.
+Interleaved repeats of a bare forward of SmolLM2-135M (16 x 32 tokens, no LM head), of making 10^6 Gaussian coordinates,
+and of a masked write and restore of as many weights; medians and quartiles.
 """
 
 from __future__ import annotations
@@ -58,8 +58,15 @@ def main() -> None:
     share = statistics.median(d / f for d, f in zip(seconds["direction"], seconds["forward"], strict=True))
     whole = statistics.median(p / f for p, f in zip(seconds["probe"], seconds["forward"], strict=True))
     rows = [
-        claim("a direction of 10^6 coordinates, of a forward of 16 x 32 tokens (SmolLM2, float32)", share, "share", 0.02),
-        claim(f"a masked probe of {space.size} weights (direction, write, restore), of the same forward", whole, "share", None),
+        claim(
+            "a direction of 10^6 coordinates, of a forward of 16 x 32 tokens (SmolLM2, float32)", share, "share", 0.02
+        ),
+        claim(
+            f"a masked probe of {space.size} weights (direction, write, restore), of the same forward",
+            whole,
+            "share",
+            None,
+        ),
         claim("a Gaussian coordinate", statistics.median(seconds["direction"]) / COORDINATES * 1e9, "ns", None),
         claim("the forward", statistics.median(seconds["forward"]), "s", None),
     ]

@@ -115,6 +115,7 @@ def _hydra(flags: Namespace, task: TaskFunction) -> None:
     """What ``@hydra.main`` does, on parsed flags instead of ``sys.argv``."""
     version.setbase(VERSION_BASE)
     register_schemas()
+    before = HydraConfig.instance().cfg
     try:
         with _full_errors():
             _run_hydra(
@@ -126,6 +127,8 @@ def _hydra(flags: Namespace, task: TaskFunction) -> None:
             )
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(reason(error)) from error
+    finally:
+        HydraConfig.instance().cfg = before  # --help and --cfg leave theirs
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, cast, get_args, get_origin, get_type_hints
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from fedzo.config.plugins import plugin_classes, plugin_name
 from fedzo.config.schema import RunConfig
@@ -25,6 +25,7 @@ from fedzo.errors import ConfigError
 SITE_LOCAL = (
     "device",
     "threads",
+    "model.dtype",
     "runtime",
     "report",
     "data.path",

@@ -247,3 +247,4 @@ def _runtime(config: RunConfig) -> Iterator[Problem]:
             yield from _at_least("runtime.num_actors", ray.num_actors, 1, "It counts processes.")
         case LocalConfig() as local:
             yield from _positive("runtime.startup_s", local.startup_s, "It counts seconds.")
+            yield from _positive("runtime.step_limit_s", local.step_limit_s, "It counts seconds.")

@@ -177,8 +177,9 @@ def shards(config: ShardsConfig, *, rows: Sequence[Row], num_clients: int, seed:
 def extreme(config: ExtremeConfig, *, rows: Sequence[Row], num_clients: int, seed: int, task: TaskConfig) -> Parts:
     """The last ``num_extreme`` clients hold rows of one label each (labels in turn), the others share the rest IID.
 
-    An extreme client has ``rows // clients`` rows, or fewer where its label has too few for its clients. If all clients
-    are extreme, each label's rows are split evenly over its clients.
+    An extreme client has ``rows // clients`` rows, or fewer where its label is rare: the IID clients together keep at
+    least as many rows of a label as one extreme client gets. If all clients are extreme, each label's rows are split
+    evenly over its clients.
     """
     num_extreme = config.num_extreme
     if not 0 <= num_extreme <= num_clients:
@@ -201,7 +202,7 @@ def extreme(config: ExtremeConfig, *, rows: Sequence[Row], num_clients: int, see
         for turn, client in enumerate(clients):
             size = (total + turn) // len(clients)
             if num_extreme < num_clients:
-                size = min(len(rows) // num_clients, total // len(clients))
+                size = min(len(rows) // num_clients, total // (len(clients) + 1))
             single[client], left[label] = left[label][:size], left[label][size:]
     rest = set().union(*left.values())
     order = [row for row in _shuffled(len(rows), seed) if row in rest]

@@ -9,7 +9,7 @@ from fedzo.errors import ConfigError
 
 
 def read_texts(path: Path) -> list[str]:
-    """The documents of a ``.txt`` file (one a line) or of a jsonl, json, csv, tsv or parquet table with a ``text`` column."""
+    """The documents of a ``.txt`` file (one a line), or the ``text`` column of any data file."""
     if path.suffix == ".txt":
         try:
             lines = path.read_text(encoding="utf-8").splitlines()

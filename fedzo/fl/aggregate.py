@@ -62,8 +62,8 @@ def aggregate(
 ) -> RoundRecord:
     """c[t, p] = sum over responders of w_k g_k[t, p] / P, w renormalised over the responders.
 
-    Summed in float64 in the order of client index and rounded to float32 once, so the order of arrival changes nothing and N
-    identical clients equal one. With per-client seeds each client keeps its own column instead of being summed.
+    Summed in float64 in the order of client index and rounded to float32 once, so the order of arrival changes nothing
+    and N identical clients equal one. With per-client seeds each client keeps its own column instead of being summed.
     """
     clients = sorted(results)
     total = sum(weights[client] for client in clients)

@@ -71,6 +71,7 @@ class ClientWorker:
         estimator: Turns losses into scalars.
         num_probes: Probes a step.
         tokens_per_batch: Most tokens in one forward.
+        forward_cost_tokens: What one more forward costs, in tokens (``mean_loss``).
         data_of: Rows of a client, by its index.
         build: Makes the replica from the artifact that the server sends.
         absent: Planned faults: (client, round) pairs.
@@ -87,6 +88,7 @@ class ClientWorker:
         estimator: Estimator,
         num_probes: int,
         tokens_per_batch: int,
+        forward_cost_tokens: int,
         data_of: Callable[[int], ClientData],
         build: Callable[[bytes], Replica],
         absent: frozenset[tuple[int, int]] = frozenset(),
@@ -96,6 +98,7 @@ class ClientWorker:
         self._replica: Replica | None = None
         self.space_id = ""
         self.tokens_per_batch = tokens_per_batch
+        self.forward_cost_tokens = forward_cost_tokens
         self._run_seed = run_seed
         self._task = task
         self._fl = fl
@@ -205,7 +208,13 @@ class ClientWorker:
         batch = [train[row] for row in rows]
 
         def loss_fn() -> float:
-            return mean_loss(self.loaded, batch, loss=self._task.loss, tokens_per_batch=self.tokens_per_batch)
+            return mean_loss(
+                self.loaded,
+                batch,
+                loss=self._task.loss,
+                tokens_per_batch=self.tokens_per_batch,
+                forward_cost_tokens=self.forward_cost_tokens,
+            )
 
         return self._estimator.estimate(space, loss_fn, self._keys(request, client=client, step=step))
 

@@ -45,8 +45,8 @@ class Roster:
                 if time.monotonic() > ends:
                     missing = sorted(set(range(self.num_clients)) - set(self.nodes))
                     raise ProtocolError(
-                        f"strategy.startup_s: {self.num_clients} clients must register within {timeout_s:g} s, but clients "
-                        f"{missing} did not. Start them, raise strategy.startup_s, or lower fl.num_clients."
+                        f"strategy.startup_s: {self.num_clients} clients must register within {timeout_s:g} s, "
+                        f"but clients {missing} did not. Start them, raise strategy.startup_s, or lower fl.num_clients."
                     )
                 time.sleep(0.1)
 
@@ -109,7 +109,9 @@ class Roster:
                     "Give both sides the same model, task and configuration."
                 )
         if not 0 <= reply.client < self.num_clients:
-            return f"client index must be in 0..{self.num_clients - 1}, got {reply.client}. Check the site's partition-id."
+            return (
+                f"client index must be in 0..{self.num_clients - 1}, got {reply.client}. Check the site's partition-id."
+            )
         if reply.num_train < 1:
             return f"client {reply.client}: it must have at least one training row, got {reply.num_train}."
         if taken:

@@ -35,6 +35,7 @@ from fedzo.zo.directions import PURPOSE_SAMPLING, permutation, stream_key
 from fedzo.zo.path import RoundRecord, pack
 
 log = logging.getLogger(__name__)
+REGISTER_S = 60.0  # how long a round may wait for a newcomer's registration
 ATTEMPTS = 4  # a first request, and one each for a missing space, a gap in the log and a wrong hash
 
 
@@ -76,6 +77,11 @@ class Server:
     _acked: dict[int, int] = field(default_factory=dict)
     _equipped: set[int] = field(default_factory=set)
     _digests: dict[int, str] = field(default_factory=dict)
+    _used: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for line in self.store.audit:
+            self._count_steps(line)
 
     @property
     def round(self) -> int:
@@ -96,7 +102,7 @@ class Server:
         """
         started = time.monotonic()
         number = self.round
-        for client in self.roster.refresh(self.grid, timeout_s=self.strategy.deadline_s):
+        for client in self.roster.refresh(self.grid, timeout_s=min(REGISTER_S, self.strategy.deadline_s)):
             self._forget(client)
         sampled = sample_clients(
             run_seed=self.run_seed,
@@ -104,10 +110,11 @@ class Server:
             num_clients=self.fl.num_clients,
             clients_per_round=self.strategy.clients_per_round,
         )
-        used = self._steps_used()
         traffic = Traffic()
         requests = {
-            client: TrainRequest(steps=self.fl.local_steps, used=used.get(client, 0), lr=float(np.float32(self.lr)))
+            client: TrainRequest(
+                steps=self.fl.local_steps, used=self._used.get(client, 0), lr=float(np.float32(self.lr))
+            )
             for client in sampled
         }
         replies, refused = self._ask(requests, TrainReply, message_type="train", traffic=traffic)
@@ -135,7 +142,7 @@ class Server:
             probes=self.num_probes,
             seeds=self.fl.seeds,
         )
-        self._commit(record, results, refused, used)
+        self._commit(record, results, refused)
         self.sink.write(self._round_metrics(record, results, refused, traffic, time.monotonic() - started))
         return record
 
@@ -225,23 +232,15 @@ class Server:
 
     # --- committing
 
-    def _steps_used(self) -> dict[int, int]:
-        used: dict[int, int] = {}
-        for line in self.store.audit:
-            for entry in line["clients"]:
-                used[entry["client"]] = entry["used"] + entry["steps"]
-        return used
-
     def _weights(self) -> dict[int, float]:
         """Fixed at registration, never taken from a reply."""
         if self.strategy.weighting is Weighting.uniform:
             return dict.fromkeys(range(self.fl.num_clients), 1.0)
         return {client: float(hello.num_train) for client, hello in self.roster.hellos.items()}
 
-    def _commit(
-        self, record: RoundRecord, results: Mapping[int, ClientResult], refused: Mapping[int, str], used: Mapping[int, int]
-    ) -> None:
-        # the replica moves first, since the line carries its check; it is rebuilt from the log if the line is not written
+    def _commit(self, record: RoundRecord, results: Mapping[int, ClientResult], refused: Mapping[int, str]) -> None:
+        # the replica moves first, since the line carries its check; it is rebuilt from the log if the line is not
+        # written
         self.replica.advance([record])
         last = record.round + 1 == self.fl.rounds
         proof = {
@@ -260,7 +259,7 @@ class Server:
                     "loss": results[client].loss.astype(float).tolist(),
                     "dropped": results[client].dropped.tolist(),
                     "steps": self.fl.local_steps,
-                    "used": used.get(client, 0),
+                    "used": self._used.get(client, 0),
                     "weight": weights[client],
                     "end_check": results[client].end_check,
                 }
@@ -269,6 +268,11 @@ class Server:
             "refused": {str(client): reason for client, reason in sorted(refused.items())},
         }
         self.store.commit(record, proof=proof, audit=audit)
+        self._count_steps(audit)
+
+    def _count_steps(self, audit: Mapping[str, Any]) -> None:
+        for entry in audit["clients"]:
+            self._used[entry["client"]] = entry["used"] + entry["steps"]
 
     def _round_metrics(
         self,

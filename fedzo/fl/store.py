@@ -1,7 +1,8 @@
 """The run folder's logs: durable, and repaired after a kill at any instant.
 
-``public.jsonl`` rebuilds the model and is what clients download; ``audit.jsonl`` also holds every client's scalars. A round is
-committed by its public line, written (fsync) after its audit line and before anything else is done with the round.
+``public.jsonl`` rebuilds the model and is what clients download; ``audit.jsonl`` also holds every client's scalars. A
+round is committed by its public line, written (fsync) after its audit line and before anything else is done with the
+round.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import fcntl
 import json
 import math
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +33,24 @@ class RunStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        with _Explained(folder):
+        with ExitStack() as opened, _Explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            self._public = _Lines(folder / PUBLIC)
+            self._public = opened.enter_context(_Lines(folder / PUBLIC))
             self._lock()
-            self._audit = _Lines(folder / AUDIT)
-            self._metrics = _Lines(folder / METRICS)
+            self._audit = opened.enter_context(_Lines(folder / AUDIT))
+            self._metrics = opened.enter_context(_Lines(folder / METRICS))
             self.rounds = [dict(line) for line in self._public.lines]
             self.records = [RoundRecord.from_json(line) for line in self.rounds]
             done = len(self.records)
             self._audit.keep(lambda line: line["round"] < done)
             self._metrics.keep(lambda line: _belongs(line, done))
+            self._files = opened.pop_all()
+
+    def __enter__(self) -> RunStore:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     @property
     def audit(self) -> list[dict[str, Any]]:
@@ -69,18 +78,19 @@ class RunStore:
 
     def close(self) -> None:
         """Close the files; the lock goes with them."""
-        for lines in (self._public, self._audit, self._metrics):
-            lines.close()
+        self._files.close()
 
     def _lock(self) -> None:
         try:
             fcntl.flock(self._public.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise RunFolderError(f"run folder {self.folder}: another process is using it. Wait for it, or end it.") from error
+            raise RunFolderError(
+                f"run folder {self.folder}: another process is using it. Wait for it, or end it."
+            ) from error
 
 
 def best_round(store: RunStore) -> int:
-    """The round with the best dev value (among equals the lower loss, then the earlier one); the last without dev scores."""
+    """The round with the best dev value, then the lower loss, then the earliest; without dev scores the last."""
     scores = [line for line in store.metrics if line["kind"] == "score" and line["split"] == "dev"]
     if not scores:
         return len(store.records)
@@ -101,7 +111,7 @@ class _Explained:
         if isinstance(error, OSError) and not isinstance(error, RunFolderError):
             raise RunFolderError(
                 f"run folder {self._folder}: cannot write ({error.strerror or error}). What was committed is kept: "
-                "free space or mend the permissions, then `fedzo resume` it, or choose another folder with hydra.run.dir=..."
+                "free space or mend the permissions, then `fedzo resume` it, or choose another with hydra.run.dir=..."
             ) from error
 
 
@@ -110,7 +120,7 @@ class _Lines:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = path.open("a+b")
+        self._file = path.open("a+b", buffering=0)  # a failed write must not come back at close
         self._file.seek(0)
         data = self._file.read()
         whole = data[: data.rfind(b"\n") + 1]
@@ -119,6 +129,7 @@ class _Lines:
         try:
             self.lines: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
         except json.JSONDecodeError as error:
+            self._file.close()
             raise RunFolderError(f"{path}: not a log of JSON lines ({error}). Restore the file from a copy.") from error
 
     def fileno(self) -> int:
@@ -126,8 +137,9 @@ class _Lines:
 
     def append(self, line: dict[str, Any], *, durable: bool) -> None:
         text = json.dumps(_without_nan(line), allow_nan=False, separators=(",", ":"))
-        self._file.write(text.encode() + b"\n")
-        self._file.flush()
+        rest = text.encode() + b"\n"
+        while rest:
+            rest = rest[self._file.write(rest) :]
         if durable:
             os.fsync(self._file.fileno())
         self.lines.append(line)
@@ -142,7 +154,10 @@ class _Lines:
         for line in kept:
             self.append(line, durable=False)
 
-    def close(self) -> None:
+    def __enter__(self) -> _Lines:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._file.close()
 
 

@@ -43,7 +43,7 @@ class Hello:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HelloReply:
-    """A client's registration. ``label_counts`` is JSON; digests are of what the client holds itself."""
+    """A client's registration. ``label_counts`` is JSON; digests are of what the client itself holds."""
 
     protocol: int = PROTOCOL
     version: str = ""
@@ -59,7 +59,8 @@ class HelloReply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sync:
-    """How a client reaches the server's state: log records from ``from_round`` to ``round``, or the values themselves."""
+    """How a client reaches the server's state: log records from ``from_round`` to ``round``, or the values
+    themselves."""
 
     config_hash: str = ""
     space_id: str = ""

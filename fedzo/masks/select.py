@@ -1,32 +1,29 @@
 """Choosing a mask: the top share of the eligible weights by a score.
 
-Sensitivity (arXiv 2506.03337, 2406.02913): the score of a weight is the sum over calibration windows of its squared
-gradient, ``sum g**2``. Each window is a batch of its own, since ``(sum g)**2`` is something else. The signed mean
-gradient is kept too.
+``sensitivity`` is that of Meerkat and SensZOQ (arXiv 2506.03337, 2406.02913; ``fedzo.masks.sensitivity``); ``magnitude``
+and ``random`` are what they compare with.
 
-Deviations: scores and gradients accumulate in float32 whatever the model's dtype; of equal scores the earlier tensor's
-and then the lower index wins, where the papers leave it to the sort; ``magnitude`` is the true top of ``abs(w)``, not
-that of the released trainer, which negates the indices in place of the scores; ``random`` is drawn from the
-counter-based generator.
+Deviations: of equal scores the earlier tensor's and then the lower index wins, where the papers leave it to the sort;
+``magnitude`` is the true top of ``abs(w)``, not that of the released trainer, which negates the indices in place of the
+scores; ``random`` is drawn from the counter-based generator.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import fedzo
-from fedzo.errors import ConfigError, NumericsError
+from fedzo.errors import ConfigError
 from fedzo.masks.calibration import windows_digest
 from fedzo.masks.eligible import eligible_parameters
 from fedzo.masks.mask import Mask
+from fedzo.masks.ranking import ScoreFn, largest
+from fedzo.masks.sensitivity import GradientSums, LossFn, accumulate_gradients, next_token_loss
 from fedzo.zo.directions import philox_words, stream_key
 
 logger = logging.getLogger(__name__)
@@ -35,11 +32,6 @@ PURPOSE_MASK = 5
 """Purpose of the stream that ``random`` draws from (purposes 0 to 4 belong to ``fedzo.zo.directions``)."""
 SELECTORS = ("sensitivity", "magnitude", "random")
 GRANULARITIES = ("per_tensor", "everywhere")
-_CHUNK = 1 << 24  # scores ranked at a time: bounds what topk allocates
-
-LossFn = Callable[[nn.Module, torch.Tensor], torch.Tensor]
-ScoreFn = Callable[[str], torch.Tensor]
-"""Name of a tensor to its scores, flat, float32 or int64, larger is chosen first."""
 
 
 def select_mask(
@@ -75,18 +67,18 @@ def select_mask(
 
     Raises:
         ConfigError: A setting is out of its range, the mask would be empty, or the model has no eligible weight.
-        NumericsError: A loss, gradient or weight is not finite.
+        NumericsError: A loss or a score is not finite.
     """
     _check_settings(density, selector, granularity, windows)
     parameters = eligible_parameters(model)
     budget = _budget([p.numel() for p in parameters.values()], density=density, granularity=granularity)
-    sums: _Sums | None = None
+    sums: GradientSums | None = None
     if selector == "sensitivity":
-        sums = _accumulate(model, parameters, windows, loss_fn or next_token_loss, on_window)
+        sums = accumulate_gradients(model, parameters, windows, loss_fn or next_token_loss, on_window)
         chosen = _choose(sums.squares.__getitem__, list(parameters), budget)
         _warn_of_zeros(sums.squares, chosen)
     elif selector == "magnitude":
-        chosen = _choose(lambda name: _magnitude(name, parameters[name]), list(parameters), budget)
+        chosen = _choose(lambda name: _magnitude(parameters[name]), list(parameters), budget)
     else:
         numbers = {name: number for number, name in enumerate(parameters)}
         chosen = _choose(lambda name: _lots(seed, numbers[name], parameters[name].numel()), list(parameters), budget)
@@ -122,12 +114,6 @@ def num_coordinates(model: nn.Module, *, density: float, granularity: str = "per
     return sum(_budget(sizes, density=density, granularity=granularity))
 
 
-def next_token_loss(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of tokens 1.. given those before, in float32; ``input_ids`` is [1, num_tokens]."""
-    logits: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits
-    return F.cross_entropy(logits[0, :-1].float(), input_ids[0, 1:].to(logits.device))
-
-
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
@@ -160,91 +146,11 @@ def _budget(sizes: list[int], *, density: float, granularity: str) -> list[int]:
     return budget
 
 
-# --- scores -----------------------------------------------------------------------------------------------------------
+# --- scores and their top ---------------------------------------------------------------------------------------------
 
 
-class _Sums(NamedTuple):
-    squares: dict[str, torch.Tensor]  # float32, flat
-    signed: dict[str, torch.Tensor]  # float32, flat
-
-
-def _accumulate(
-    model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    windows: Sequence[torch.Tensor],
-    loss_fn: LossFn,
-    on_window: Callable[[int, int], None] | None,
-) -> _Sums:
-    """Sum of squares and signed sum of the windows' gradients."""
-    squares: dict[str, torch.Tensor] = {}
-    signed: dict[str, torch.Tensor] = {}
-
-    def collector(name: str) -> Callable[[torch.Tensor], None]:
-        def collect(parameter: torch.Tensor) -> None:
-            assert parameter.grad is not None
-            gradient = parameter.grad.reshape(-1).float()
-            parameter.grad = None
-            squares[name].addcmul_(gradient, gradient)
-            signed[name].add_(gradient)
-
-        return collect
-
-    device = next(model.parameters()).device
-    with _only_these_learn(model, parameters), torch.inference_mode(False), torch.enable_grad():
-        # in here, since tensors made under a caller's inference mode could not be added to
-        for name, parameter in parameters.items():
-            squares[name] = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-            signed[name] = torch.zeros_like(squares[name])
-        handles = [
-            p.register_post_accumulate_grad_hook(collector(name))  # type: ignore[no-untyped-call]
-            for name, p in parameters.items()
-        ]
-        try:
-            for number, window in enumerate(windows):
-                loss = loss_fn(model, window.to(device).unsqueeze(0))
-                if not bool(loss.isfinite()):
-                    raise NumericsError(
-                        f"mask: the loss of calibration window {number} must be finite, got {loss.item()}. "
-                        "Load the model in float32 or bfloat16."
-                    )
-                loss.backward()  # type: ignore[no-untyped-call]
-                if on_window is not None:
-                    on_window(number + 1, len(windows))
-        finally:
-            for handle in handles:
-                handle.remove()
-    for name, total in squares.items():
-        _check_finite(name, total, "squared gradient")
-    return _Sums(squares, signed)
-
-
-@contextmanager
-def _only_these_learn(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Gradients for ``parameters`` alone, dropout off; flags, gradients and modes come back exactly."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    gradients = [(parameter, parameter.grad) for parameter in parameters.values()]
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        for parameter, _ in gradients:
-            parameter.requires_grad_(True)
-            parameter.grad = None
-        yield
-    finally:
-        for parameter, requires_grad in flags:
-            parameter.requires_grad_(requires_grad)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        for module, training in modes:
-            module.training = training
-
-
-def _magnitude(name: str, parameter: torch.Tensor) -> torch.Tensor:
-    sizes = parameter.detach().reshape(-1).float().abs()
-    _check_finite(name, sizes, "weight")
-    return sizes
+def _magnitude(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.detach().reshape(-1).float().abs()
 
 
 def _lots(seed: int, number: int, numel: int) -> torch.Tensor:
@@ -254,13 +160,14 @@ def _lots(seed: int, number: int, numel: int) -> torch.Tensor:
     return torch.from_numpy(~(word ^ np.uint64(1 << 63)).view(np.int64))
 
 
-def _check_finite(name: str, values: torch.Tensor, what: str) -> None:
-    bad = values.numel() - int(values.isfinite().sum())
-    if bad:
-        raise NumericsError(
-            f"mask: every {what} of {name!r} must be finite, got {bad} NaN or infinite of {values.numel()}. "
-            "Check the weights, or load the model in float32."
-        )
+def _choose(score: ScoreFn, names: list[str], budget: list[int]) -> dict[str, torch.Tensor]:
+    if len(budget) == 1:
+        return largest(score, names, budget[0])
+    chosen: dict[str, torch.Tensor] = {}
+    for name, k in zip(names, budget, strict=True):
+        if k > 0:
+            chosen |= largest(score, [name], k)
+    return chosen
 
 
 def _warn_of_zeros(squares: Mapping[str, torch.Tensor], chosen: Mapping[str, torch.Tensor]) -> None:
@@ -269,46 +176,3 @@ def _warn_of_zeros(squares: Mapping[str, torch.Tensor], chosen: Mapping[str, tor
         zeros = int((squares[name][flat] == 0).sum())
         if zeros:
             logger.warning("mask: %d of the %d weights chosen in %s have no gradient", zeros, flat.numel(), name)
-
-
-# --- the top --------------------------------------------------------------------------------------------------------
-
-
-def _choose(score: ScoreFn, names: list[str], budget: list[int]) -> dict[str, torch.Tensor]:
-    if len(budget) == 1:
-        return _largest(score, names, budget[0])
-    chosen: dict[str, torch.Tensor] = {}
-    for name, k in zip(names, budget, strict=True):
-        if k > 0:
-            chosen |= _largest(score, [name], k)
-    return chosen
-
-
-def _largest(score: ScoreFn, names: list[str], k: int) -> dict[str, torch.Tensor]:
-    """Sorted indices of the k largest scores; of equal ones the earlier tensor's, then the lower index.
-
-    topk leaves open which of equal scores it returns, so only its k-th value is used: it does not depend on that.
-    """
-    threshold = _kth_largest(score, names, k)
-    num_ties_taken = k - sum(int((score(name) > threshold).sum()) for name in names)
-    chosen: dict[str, torch.Tensor] = {}
-    for name in names:
-        values = score(name)
-        ties = (values == threshold).nonzero().squeeze(1)[:num_ties_taken]
-        num_ties_taken -= ties.numel()
-        above = (values > threshold).nonzero().squeeze(1)
-        picked = torch.cat([above, ties]).sort().values
-        if picked.numel():
-            chosen[name] = picked
-    return chosen
-
-
-def _kth_largest(score: ScoreFn, names: list[str], k: int) -> float:
-    """The k-th largest score as a number, from the k largest so far and one chunk at a time."""
-    best: list[torch.Tensor] = []
-    for name in names:
-        for part in torch.split(score(name), _CHUNK):
-            top = part.topk(min(k, part.numel()), sorted=False).values
-            both = torch.cat([*(values.to(top.device) for values in best), top])
-            best = [both.topk(min(k, both.numel()), sorted=False).values]
-    return best[0].min().item()

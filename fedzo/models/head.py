@@ -1,7 +1,7 @@
 """Logits at chosen positions only: the decoder runs on all tokens, the LM head on the rows that are asked for.
 
 What some families do to their logits (Gemma 2 caps them, Cohere and Granite scale them) is taken from the config's
-attributes. ``check_head`` compares the outcome with the model's own logits once, so that yet another habit is found out.
+attributes. ``check_head`` compares the outcome with the model's own logits once, so that any other habit is found out.
 """
 
 from __future__ import annotations

@@ -184,8 +184,8 @@ def _safetensors(name: str, revision: str | None) -> tuple[Path, ...]:
     if single is None:
         raise ConfigError(
             f"model.name {name!r}: weights must be in safetensors (model.safetensors), which are not there; pickled "
-            "weights (.bin) are never read. Use a revision that has them (often model.revision=refs/pr/1), convert them, "
-            "or set model.gguf_file."
+            "weights (.bin) are never read. Use a revision that has them (often model.revision=refs/pr/1), convert "
+            "them, or set model.gguf_file."
         )
     return (single,)
 
@@ -203,8 +203,8 @@ def _not_found(name: str, revision: str | None, error: BaseException) -> str:
     at = "" if revision is None else f" at revision {revision!r}"
     reason = " ".join(str(error).split())[:300]
     return (
-        f"model.name must be {EMBEDDED_NAME!r}, a local folder or a hub name, got {name!r}{at}: no such folder, and the "
-        f"hub or its local cache gave: {reason} Check the name and the connection (HF_HUB_OFFLINE is "
+        f"model.name must be {EMBEDDED_NAME!r}, a local folder or a hub name, got {name!r}{at}: no such folder, and "
+        f"the hub or its local cache gave: {reason} Check the name and the connection (HF_HUB_OFFLINE is "
         f"{os.environ.get('HF_HUB_OFFLINE', '0')}), or give a folder."
     )
 

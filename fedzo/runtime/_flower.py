@@ -13,6 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import flwr
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.serverapp import Grid
+from flwr.supercore import telemetry
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
 from fedzo.errors import ConfigError
 
 SUPPORTED = "1.41."
@@ -23,14 +30,6 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 """For every process: no word to anyone, and nothing installed because a bundle asks for it."""
-os.environ.update(ENVIRONMENT)  # before flwr is imported, where it is not yet
-
-import flwr
-from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
-from flwr.serverapp import Grid
-from flwr.supercore import telemetry
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 __all__ = [
     "ENVIRONMENT",
@@ -55,12 +54,16 @@ def check_version(version: str) -> None:
     """
     if not version.startswith(SUPPORTED):
         raise ConfigError(
-            f"flwr: fedzo's runtimes need version {SUPPORTED}*, got {version}. Install it with: pip install 'flwr>=1.41,<1.42'"
+            f"flwr: fedzo's runtimes need version {SUPPORTED}*, got {version}. "
+            "Install it with: pip install 'flwr>=1.41,<1.42'"
         )
 
 
 check_version(flwr.__version__)
-telemetry.FLWR_TELEMETRY_ENABLED = "0"  # read when flwr was imported, perhaps before the environment was set
+os.environ.update(ENVIRONMENT)
+telemetry.FLWR_TELEMETRY_ENABLED = "0"  # it has read the environment already
+for _chatty in ("alembic", "httpx"):  # the one reports its plugins, the other every request
+    logging.getLogger(_chatty).setLevel(logging.WARNING)
 
 _busy = threading.Lock()
 

@@ -31,3 +31,5 @@ class LocalConfig(RuntimeConfig):
 
     startup_s: float = 120.0
     """How long to wait for SuperLink and SuperNodes to be ready."""
+    step_limit_s: float = 3600.0
+    """A client that works longer on one message (loading the model included) is given up and started again."""

@@ -1,30 +1,40 @@
-"""All clients in this process, one after another, on one copy of the model: the default runtime."""
+"""A federation in one process: every client answers here, one after another, on one copy of the model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+import itertools
+import logging
+import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedzo.runtime import _flower
+from fedzo.runtime._flower import SUPERLINK_NODE_ID, ErrorCode, Run, failure_reason, one_federation, set_message_id
+
+log = logging.getLogger(__name__)
+RUN_ID = 1
+FIRST_NODE_ID = SUPERLINK_NODE_ID + 1
 
 
 class InlineGrid(Grid):
-    """A Flower grid whose nodes are function calls: a pushed message is handled when its reply is pulled.
+    """Flower's grid without a network.
 
-    Node ids are the client indices plus 2, so nothing about a run is random.
+    Node ids are fixed and messages are answered in the order they were pushed, so two runs are alike. A message is
+    worked on when its reply is pulled, one a call: between two clients the server can show progress, keep its deadline
+    and be interrupted.
     """
 
-    def __init__(self, client_app: ClientApp, *, num_clients: int, run_config: dict[str, str]) -> None:
+    def __init__(self, client_app: ClientApp, *, num_clients: int, run_config: Mapping[str, Any]) -> None:
         self._client_app = client_app
-        self._run = _flower.new_run()
+        self._run = Run.create_empty(run_id=RUN_ID)
         self._contexts = {
-            client + 2: Context(
-                run_id=self._run.run_id,
-                node_id=client + 2,
+            FIRST_NODE_ID + client: Context(
+                run_id=RUN_ID,
+                node_id=FIRST_NODE_ID + client,
                 node_config={"partition-id": client, "num-partitions": num_clients},
                 state=RecordDict(),
                 run_config=dict(run_config),
@@ -32,62 +42,90 @@ class InlineGrid(Grid):
             for client in range(num_clients)
         }
         self._pending: dict[str, Message] = {}
+        self._numbers = itertools.count()
+
+    def set_run(self, run: Run) -> None:
+        """Take another run's description."""
+        self._run = run
 
     @property
-    def run(self) -> Any:
-        """Flower's record of this run."""
+    def run(self) -> Run:
+        """The run's description."""
         return self._run
-
-    def set_run(self, run: Any) -> None:
-        """Flower's record of this run."""
-        self._run = run
 
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
-        """Deprecated in Flower; kept since ``Grid`` asks for it."""
-        return Message(content, dst_node_id=dst_node_id, message_type=message_type, ttl=ttl, group_id=group_id)
+        """A message from the server; Flower's older way to make one."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
-    def get_node_ids(self) -> Iterable[int]:
-        """All clients, always connected."""
+    def get_node_ids(self) -> list[int]:
+        """Node ids by client index."""
         return list(self._contexts)
 
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Take messages; nothing is computed yet."""
-        ids = []
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Take messages; each is copied, so that neither side can see what the other does to it later."""
+        pushed = []
         for message in messages:
-            message_id = _flower.identify(message)
-            self._pending[message_id] = _flower.copy_of(message)
-            ids.append(message_id)
-        return ids
+            self._number(message)
+            self._pending[message.metadata.message_id] = copy.deepcopy(message)
+            pushed.append(message.metadata.message_id)
+        return pushed
 
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Handle the next pending message among ``message_ids`` and return its reply: one a call, so the server stays live."""
-        for message_id in message_ids:
-            if message_id in self._pending:
-                return [self._handle(self._pending.pop(message_id))]
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Let the client of the oldest of these messages answer; one reply, or none when nothing is pending."""
+        wanted = set(message_ids)
+        for message_id in self._pending:
+            if message_id in wanted:
+                return [self._answer(self._pending.pop(message_id))]
         return []
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Push, and pull all replies; nothing here can time out."""
-        ids = list(self.push_messages(messages))
-        return [reply for message_id in ids for reply in self.pull_messages([message_id])]
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Push and pull until all have answered or ``timeout`` seconds are over."""
+        waiting, replies, started = self.push_messages(messages), [], time.monotonic()
+        while timeout is None or time.monotonic() - started < timeout:
+            reply = self.pull_messages(waiting)
+            if not reply:
+                break
+            replies += reply
+        return replies
 
-    def _handle(self, message: Message) -> Message:
-        context = self._contexts[message.metadata.dst_node_id]
+    def _answer(self, message: Message) -> Message:
+        node_id = message.metadata.dst_node_id
+        context = self._contexts.get(node_id)
+        if context is None:
+            error = Error(code=ErrorCode.NODE_UNAVAILABLE, reason=f"no node {node_id} in this run")
+            return self._number(Message(error, reply_to=message))
         try:
             reply = self._client_app(message=message, context=context)
-        except Exception as error:  # as Flower's own engines do: a failing client is an error reply
-            reply = _flower.error_reply(message, error)
-        _flower.identify(reply)
-        return reply
+        except Exception as raised:  # a client's failure is a reply, as on every other runtime
+            log.warning("client %s failed", context.node_config["partition-id"], exc_info=raised)
+            error = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=failure_reason(raised))
+            reply = Message(error, reply_to=message)
+        return copy.deepcopy(self._number(reply))
+
+    def _number(self, message: Message) -> Message:
+        set_message_id(message, f"inline-{next(self._numbers)}")
+        return message
 
 
-def run_inline(server_app: ServerApp, client_app: ClientApp, *, num_clients: int, run_config: dict[str, str]) -> None:
-    """Run a federation in this process; what the ServerApp raises reaches the caller."""
-    grid = InlineGrid(client_app, num_clients=num_clients, run_config=run_config)
-    context = Context(
-        run_id=grid.run.run_id, node_id=_flower.SERVER_NODE_ID, node_config={}, state=RecordDict(), run_config=dict(run_config)
-    )
-    with _flower.one_run_a_process():
+def run_inline(
+    server_app: ServerApp, client_app: ClientApp, *, num_clients: int, run_config: Mapping[str, Any]
+) -> None:
+    """Run a federation in this process; what the server raises, this raises.
+
+    Args:
+        server_app: The server.
+        client_app: Answers for every client.
+        num_clients: Number of clients, indexed from 0 by ``partition-id``.
+        run_config: Given to both apps.
+
+    Raises:
+        ConfigError: another federation runs in this process.
+    """
+    with one_federation(RUN_ID):
+        grid = InlineGrid(client_app, num_clients=num_clients, run_config=run_config)
+        context = Context(
+            run_id=RUN_ID, node_id=SUPERLINK_NODE_ID, node_config={}, state=RecordDict(), run_config=dict(run_config)
+        )
         server_app(grid=grid, context=context)

@@ -1,47 +1,56 @@
-"""Start a configured run on its runtime."""
+"""Start a run where its configuration says: one table of runtimes, each imported only when it is used."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+
+from flwr.clientapp import ClientApp
 
 from fedzo.apps import CONFIG_KEY, RUN_DIR_KEY, client_app, server_app
 from fedzo.config.schema import RunConfig
 from fedzo.registry import Registry
 from fedzo.runtime.config import InlineConfig, LocalConfig, RayConfig, RuntimeConfig
 
-Launcher = Callable[[RunConfig, dict[str, str]], None]
-RUNTIMES: Registry[Launcher] = Registry("runtime", base=RuntimeConfig)
-
-
-@RUNTIMES.register("inline", InlineConfig)
-def inline(config: InlineConfig) -> Launcher:
-    """This process."""
-    from fedzo.runtime.inline import run_inline
-
-    return lambda run, run_config: run_inline(
-        server_app, client_app, num_clients=run.fl.num_clients, run_config=run_config
-    )
-
-
-@RUNTIMES.register("ray", RayConfig)
-def ray(config: RayConfig) -> Launcher:
-    """Flower's simulation engine."""
-    from fedzo.runtime.ray import run_ray
-
-    return lambda run, run_config: run_ray(
-        server_app, client_app, num_clients=run.fl.num_clients, run_config=run_config, config=config
-    )
-
-
-@RUNTIMES.register("local", LocalConfig)
-def local(config: LocalConfig) -> Launcher:
-    """A SuperLink and SuperNodes on this machine."""
-    from fedzo.runtime.local import run_local
-
-    return lambda run, run_config: run_local(num_clients=run.fl.num_clients, run_config=run_config, config=config)
+RUNTIMES: Registry[None] = Registry("runtime", base=RuntimeConfig)
+"""Factories ``(config, *, num_clients, run_config)`` that return when the federation has ended."""
 
 
 def launch(config: RunConfig, run_dir: Path, *, config_json: str) -> None:
-    """Run the federation of ``config`` in ``run_dir`` and return when it has ended."""
-    RUNTIMES.build(config.runtime)(config, {CONFIG_KEY: config_json, RUN_DIR_KEY: str(run_dir)})
+    """Run a federation to its end on the runtime of its configuration.
+
+    Args:
+        config: The run's configuration.
+        run_dir: The run folder, where the server writes.
+        config_json: The same configuration as text, for the apps.
+
+    Raises:
+        ConfigError: The runtime cannot be used here.
+        ProtocolError: Clients or the parts in between failed.
+    """
+    run_config = {CONFIG_KEY: config_json, RUN_DIR_KEY: str(run_dir)}
+    RUNTIMES.build(config.runtime, num_clients=config.fl.num_clients, run_config=run_config)
+
+
+@RUNTIMES.register("inline", InlineConfig)
+def _inline(config: InlineConfig, *, num_clients: int, run_config: dict[str, str]) -> None:
+    from fedzo.runtime.inline import run_inline
+
+    run_inline(server_app, client_app, num_clients=num_clients, run_config=run_config)
+
+
+@RUNTIMES.register("ray", RayConfig)
+def _ray(config: RayConfig, *, num_clients: int, run_config: dict[str, str]) -> None:
+    from fedzo.runtime.ray import run_ray
+
+    run_ray(server_app, _installed_client_app, num_clients=num_clients, run_config=run_config, config=config)
+
+
+@RUNTIMES.register("local", LocalConfig)
+def _local(config: LocalConfig, *, num_clients: int, run_config: dict[str, str]) -> None:
+    from fedzo.runtime.local import run_local
+
+    run_local(server_app, num_clients=num_clients, run_config=run_config, config=config)
+
+
+def _installed_client_app() -> ClientApp:
+    return client_app

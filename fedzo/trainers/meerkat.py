@@ -1,8 +1,8 @@
 """Meerkat: a static mask of the most sensitive weights is trained, with a float32 master (arXiv 2506.03337).
 
 Deviations and choices: the paper's mask code was not found, so the rules are those of its predecessor SensZOQ
-(arXiv 2406.02913): squared gradients, the top share of each attention and MLP matrix. Calibration text is a setting; the paper
-uses C4. The signed mean gradient is kept beside the mask at the server, for GradIP.
+(arXiv 2406.02913): squared gradients, the top share of each attention and MLP matrix. Calibration text is a setting;
+the paper uses C4. The signed mean gradient is kept beside the mask at the server, for GradIP.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def choose_mask(config: MeerkatConfig, loaded: LoadedModel, workplace: Workplace
         on_window=workplace.advance,
         base_digest=loaded.base_digest,
     )
-    return replace(mask, manifest={**mask.manifest, "calibration": config.calibration.value, "fedzo": fedzo.__version__})
+    return replace(
+        mask, manifest={**mask.manifest, "calibration": config.calibration.value, "fedzo": fedzo.__version__}
+    )
 
 
 def _texts(config: MeerkatConfig, workplace: Workplace) -> list[str]:

@@ -1,9 +1,9 @@
 """Directions: the random vectors of a run as a pure function of (key, coordinate), algorithm ``philox4x32-10/1``.
 
-Every random number of a run comes from Philox4x32-10 (Salmon et al., SC 2011) at a position that is written down: no state, no
-order, no device. ``docs/explanation-randomness.md`` is the specification; the golden vectors in the tests come from an
-implementation that is not this one. Two implementations live here, equal bit for bit: Numba kernels for the CPU, and plain
-integer torch for every other device.
+Every random number of a run comes from Philox4x32-10 (Salmon et al., SC 2011) at a position that is written down: no
+state, no order, no device. ``docs/explanation-randomness.md`` is the specification; the golden vectors in the tests
+come from an implementation that is not this one. Two implementations live here, equal bit for bit: Numba kernels for
+the CPU, and plain integer torch for every other device.
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ def _words_kernel(out: Any, purpose: Any, k0: Any, k1: Any) -> None:
 
 
 @nb.njit(inline="always")
-def _add_block(base: Any, out: Any, table: Any, scale: Any, block: Any, first: Any, width: Any, k0: Any, k1: Any) -> None:
+def _add_block(
+    base: Any, out: Any, table: Any, scale: Any, block: Any, first: Any, width: Any, k0: Any, k1: Any
+) -> None:
     """out[i] = base[i] + scale * z for the coordinates of one block; ``first`` is where its coordinate 0 would lie."""
     words = _block(block & 0xFFFFFFFF, block >> 32, 0, k0, k1)
     if width == 8:
@@ -153,7 +155,9 @@ def _width(distribution: Distribution) -> int:
 # --- any device -------------------------------------------------------------------------------------------------------
 
 
-def direction_at(key: int, coordinates: torch.Tensor, *, distribution: Distribution = Distribution.gaussian) -> torch.Tensor:
+def direction_at(
+    key: int, coordinates: torch.Tensor, *, distribution: Distribution = Distribution.gaussian
+) -> torch.Tensor:
     """z at arbitrary coordinates (int64, any shape, any device); float32 of the same shape. Pure torch integers."""
     width = _width(distribution)
     block, j = coordinates // width, coordinates % width
@@ -182,7 +186,9 @@ def add_direction(
     out: torch.Tensor | None = None,
     distribution: Distribution = Distribution.gaussian,
 ) -> torch.Tensor:
-    """``out = cast(float32(base) + scale * z[start : start + base.numel()])``: one rounded product, one rounded sum, one cast.
+    """Add a scaled direction: ``cast(float32(base) + scale * z)``, one rounded product, one rounded sum, one cast.
+
+    z starts at the coordinate ``start``.
 
     Args:
         base: Contiguous tensor of any shape, float32, bfloat16 or float16.
@@ -201,13 +207,29 @@ def add_direction(
     if flat_base.numel() == 0:
         return out
     if base.device.type == "cpu" and base.dtype == torch.float32:
-        _add_kernel(flat_base.numpy(), flat_out.numpy(), gaussian_table(), scale32, start, _width(distribution), *_key_words(key))
+        _add_kernel(
+            flat_base.numpy(),
+            flat_out.numpy(),
+            gaussian_table(),
+            scale32,
+            start,
+            _width(distribution),
+            *_key_words(key),
+        )
         return out
     for low in range(0, flat_base.numel(), _CHUNK):
         part = flat_base[low : low + _CHUNK]
         if base.device.type == "cpu":
             wide = part.float()
-            _add_kernel(wide.numpy(), wide.numpy(), gaussian_table(), scale32, start + low, _width(distribution), *_key_words(key))
+            _add_kernel(
+                wide.numpy(),
+                wide.numpy(),
+                gaussian_table(),
+                scale32,
+                start + low,
+                _width(distribution),
+                *_key_words(key),
+            )
         else:
             coordinates = torch.arange(start + low, start + low + part.numel(), device=base.device)
             # separate product and sum: addcmul and add(alpha=) would fuse and round once
@@ -224,7 +246,7 @@ def add_direction_rows(
     starts: torch.Tensor,
     distribution: Distribution = Distribution.gaussian,
 ) -> torch.Tensor:
-    """As ``add_direction`` for rows [R, C] of a larger tensor; ``starts`` [R] is the coordinate of each row's first element."""
+    """As ``add_direction`` for rows [R, C] of a larger tensor; ``starts`` [R]: coordinates of their first elements."""
     scale32 = np.float32(scale)
     wide = rows.detach().float().contiguous()
     if wide.numel() == 0:
@@ -239,6 +261,8 @@ def add_direction_rows(
     return (wide + direction_at(key, coordinates, distribution=distribution) * float(scale32)).to(rows.dtype)
 
 
-def direction(key: int, n: int, *, start: int = 0, distribution: Distribution = Distribution.gaussian) -> npt.NDArray[np.float32]:
+def direction(
+    key: int, n: int, *, start: int = 0, distribution: Distribution = Distribution.gaussian
+) -> npt.NDArray[np.float32]:
     """z[start : start + n] as float32 on the CPU."""
     return add_direction(torch.zeros(n), key, scale=1.0, start=start, distribution=distribution).numpy()

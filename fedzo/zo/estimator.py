@@ -43,7 +43,7 @@ ESTIMATORS: Registry[Estimator] = Registry("estimator", base=EstimatorConfig)
 
 @dataclass(frozen=True, slots=True)
 class TwoPoint:
-    """Central difference (SPSA; MeZO, arXiv 2305.17333, algorithm 1): g = (l(theta + eps z) - l(theta - eps z)) / 2 eps.
+    """Central difference g = (l(theta + eps z) - l(theta - eps z)) / 2 eps (SPSA; MeZO, arXiv 2305.17333).
 
     Deviation from MeZO's code: both sides start from theta itself; nothing is walked back.
     """

@@ -1,7 +1,7 @@
 """The log of a run and its replay: the global model is ``base + replay(log)``, always.
 
-A record holds one round's aggregate scalars. Applying records in order to the base weights gives the model of that round, bit
-for bit, on any machine; a chain of hashes ties each record to all before it.
+A record holds one round's aggregate scalars. Applying records in order to the base weights gives the model of that
+round, bit for bit, on any machine; a chain of hashes ties each record to all before it.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Computing with perturbed weights without writing to them.
 
-A torch function mode sees every torch function and tensor method that a model calls. Where an argument is one of the trained
-parameters, the function gets ``theta + scale * z`` in a fresh tensor instead. So tied weights, Conv1D layers, fused expert
-tensors and code that reads ``lm_head.weight`` without calling ``lm_head`` are all perturbed alike, and what the function
-computes is exactly what it would compute on a perturbed copy of the model.
+A torch function mode sees every torch function and tensor method that a model calls. Where an argument is one of the
+trained parameters, the function gets ``theta + scale * z`` in a fresh tensor instead. So tied weights, Conv1D layers,
+fused expert tensors and code that reads ``lm_head.weight`` without calling ``lm_head`` are all perturbed alike, and
+what the function computes is exactly what it would compute on a perturbed copy of the model.
 
-Functions that read only some rows of a weight (embedding look-ups, ``weight[rows]``, ``weight[expert]``) are handed only those
-rows: a direction's coordinates can be made one by one.
+Functions that read only some rows of a weight (embedding look-ups, ``weight[rows]``, ``weight[expert]``) are handed
+only those rows: a direction's coordinates can be made one by one.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ class PerturbedWeights(TorchFunctionMode):
             return self._embedding(weight, args, kwargs)
         if func is torch.Tensor.__getitem__ and self._is_trained(args[0]) and _selects_rows(args[1]):
             return self._rows(args[0], args[1])
-        return func(*(self._perturbed(arg) for arg in args), **{name: self._perturbed(arg) for name, arg in kwargs.items()})
+        return func(
+            *(self._perturbed(arg) for arg in args), **{name: self._perturbed(arg) for name, arg in kwargs.items()}
+        )
 
     def _is_trained(self, value: Any) -> bool:
         return isinstance(value, torch.Tensor) and id(value) in self._starts

@@ -1,7 +1,7 @@
 """A space numbers the trained values of a model 0..n-1 and moves them along directions, exactly.
 
-A trainer differs from another only in its space (``docs/explanation-architecture.md``): which numbers are trained. Whatever is
-built on a space - estimators, the log, replay, the wire - never learns which one it is.
+A trainer differs from another only in its space (``docs/explanation-architecture.md``): which numbers are trained.
+Whatever is built on a space - estimators, the log, replay, the wire - never learns which one it is.
 """
 
 from __future__ import annotations
@@ -147,8 +147,8 @@ class FullSpace:
     """All weights of a model (MeZO, arXiv 2305.17333), each counted once.
 
     A probe does not touch the weights: torch functions that read a weight are handed ``theta + scale * z`` instead
-    (``fedzo.zo.perturb``), made when needed and dropped after. Deviation from MeZO's code: no +eps, -2 eps, +eps walk, which
-    does not come back to the same bits.
+    (``fedzo.zo.perturb``), made when needed and dropped after. Deviation from MeZO's code: no +eps, -2 eps, +eps walk,
+    which does not come back to the same bits.
 
     Memory: one perturbed weight at a time; ``mark`` keeps a copy of all weights, since subtracting steps is not exact.
 

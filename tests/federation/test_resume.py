@@ -18,7 +18,8 @@ from fedzo.runs import replay_run, resume_run
 
 ROUNDS = 12
 
-# Runs a command of the CLI in a process that kills itself at one instant of one round: SIGKILL, no clean-up of any kind.
+# Runs a command of the CLI in a process that kills itself at one instant of one round: SIGKILL, no clean-up of any
+# kind.
 CHILD = """
 import json, os, signal, sys
 point, at_round = sys.argv[1], int(sys.argv[2])
@@ -40,7 +41,7 @@ elif point == "between audit and public line":
 elif point == "in a half written public line":
     def torn(self, line, *, durable, original=store._Lines.append):
         if "c" in line and line["round"] == at_round:
-            self._file.write(json.dumps(line).encode()[:20]); self._file.flush(); os.fsync(self._file.fileno())
+            self._file.write(json.dumps(line).encode()[:20]); os.fsync(self._file.fileno())
             os.kill(os.getpid(), signal.SIGKILL)
         original(self, line, durable=durable)
     store._Lines.append = torn
@@ -78,13 +79,20 @@ def instants() -> list[tuple[str, int]]:
     points = POINTS + draw.choices(POINTS[:5], k=4)
     draw.shuffle(points)
     chosen = sorted(draw.sample(range(1, ROUNDS), k=10))
-    return [(point, round - round % 2 if point == "before a dev score" else round) for point, round in zip(points, chosen, strict=True)]
+    return [
+        (point, round + round % 2 if point == "before a dev score" else round)
+        for point, round in zip(points, chosen, strict=True)
+    ]
 
 
 def run_child(point: str, round: int, *command: str) -> int:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     child = subprocess.run(
-        [sys.executable, "-c", CHILD, point, str(round), *command], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", CHILD, point, str(round), *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert child.returncode in (0, -signal.SIGKILL), child.stderr[-3000:]
     return child.returncode
@@ -93,7 +101,10 @@ def run_child(point: str, round: int, *command: str) -> int:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_killed_at_ten_instants_ends_with_the_hash_of_an_unbroken_one(
-    overrides: Callable[..., list[str]], tmp_path: Path, run: Callable[..., Path], lines: Callable[..., list[dict[str, Any]]]
+    overrides: Callable[..., list[str]],
+    tmp_path: Path,
+    run: Callable[..., Path],
+    lines: Callable[..., list[dict[str, Any]]],
 ) -> None:
     settings = (f"fl.rounds={ROUNDS}", "fl.local_steps=2", "faults.absent=['1@3','2@7']", "optimizer.lr=0.02")
     unbroken = run(*settings)
@@ -113,7 +124,10 @@ def test_a_run_killed_at_ten_instants_ends_with_the_hash_of_an_unbroken_one(
     same = ("final_digest", "best_round", "rounds")
     assert [summaries[0][name] for name in same] == [summaries[1][name] for name in same]
     assert summaries[0]["after"]["value"] == summaries[1]["after"]["value"]
-    dev = [[(x["round"], x["value"]) for x in lines(f, "metrics.jsonl") if x.get("split") == "dev"] for f in (broken, unbroken)]
+    dev = [
+        [(x["round"], x["value"]) for x in lines(f, "metrics.jsonl") if x.get("split") == "dev"]
+        for f in (broken, unbroken)
+    ]
     assert dev[0] == dev[1]
 
 

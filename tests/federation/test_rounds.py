@@ -62,7 +62,9 @@ def test_scalars_equal_those_of_a_plain_loop_over_a_dense_model(run: Run, lines:
                     logp = model(input_ids=ids).logits[0].log_softmax(-1)
                 start = len(example.prompt) - 1
                 scores.append(torch.stack([logp[start + i, token] for i, token in enumerate(candidate)]).mean())
-            values.append(torch.nn.functional.cross_entropy(torch.stack(scores)[None], torch.tensor([example.label])).item())
+            values.append(
+                torch.nn.functional.cross_entropy(torch.stack(scores)[None], torch.tensor([example.label])).item()
+            )
         return float(np.mean(values))
 
     from fedzo.data.order import batch_rows
@@ -141,7 +143,9 @@ def test_k_clients_with_one_probe_equal_one_client_with_the_joint_batch(
     ],
     ids=" ".join,
 )
-def test_replaying_the_log_from_the_base_gives_the_live_state(run: Run, lines: Lines, settings: tuple[str, ...]) -> None:
+def test_replaying_the_log_from_the_base_gives_the_live_state(
+    run: Run, lines: Lines, settings: tuple[str, ...]
+) -> None:
     folder = run(*settings)
 
     result = replay_run(folder)
@@ -163,14 +167,20 @@ def test_the_model_moves_and_lr_0_does_not(run: Run, lines: Lines) -> None:
 def test_the_order_of_replies_changes_nothing(run: Run, lines: Lines) -> None:
     plain, shuffled = run("fl.local_steps=2"), run("fl.local_steps=2", "faults.shuffle_replies=true")
 
-    assert [line["c"] for line in lines(plain, "public.jsonl")] == [line["c"] for line in lines(shuffled, "public.jsonl")]
+    assert [line["c"] for line in lines(plain, "public.jsonl")] == [
+        line["c"] for line in lines(shuffled, "public.jsonl")
+    ]
 
 
 def test_an_absent_client_is_named_keeps_its_rows_and_catches_up(run: Run, lines: Lines) -> None:
     folder = run("fl.rounds=4", "faults.absent=['2@1','2@2']")
 
     public, metrics = lines(folder, "public.jsonl"), lines(folder, "metrics.jsonl")
-    used = {(line["round"], entry["client"]): entry["used"] for line in lines(folder, "audit.jsonl") for entry in line["clients"]}
+    used = {
+        (line["round"], entry["client"]): entry["used"]
+        for line in lines(folder, "audit.jsonl")
+        for entry in line["clients"]
+    }
     assert [line["attendance"] for line in public] == [[0, 1, 2, 3], [0, 1, 3], [0, 1, 3], [0, 1, 2, 3]]
     assert (used[0, 2], used[3, 2]) == (0, 1)
     assert (used[0, 1], used[3, 1]) == (0, 3)
@@ -206,8 +216,8 @@ def test_directions_are_distinct_over_clients_rounds_and_steps(run: Run, lines: 
 
 
 def test_the_number_of_forwards_is_the_budget_and_not_one_more(overrides: Overrides, tmp_path: Path) -> None:
-    from fedzo.fl.wire import TrainRequest
     from fedzo.fl.client import space_id
+    from fedzo.fl.wire import TrainRequest
     from fedzo.trainers import Workplace
     from fedzo.zo.path import EMPTY_CHAIN
 

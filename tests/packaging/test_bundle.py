@@ -21,7 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``flwr build`` of a copy of the checkout, with a run folder and an environment lying about in it."""
     folder = tmp_path_factory.mktemp("bundle") / "fedzo"
-    skip = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", ".hypothesis", "runs", "multirun", "*.fab")
+    skip = shutil.ignore_patterns(
+        ".git", ".venv", "__pycache__", ".*_cache", ".hypothesis", "runs", "multirun", "*.fab"
+    )
     shutil.copytree(ROOT, folder, ignore=skip)
     for stray in ("runs/a/config.yaml", ".venv/lib/x.py", "multirun/0/config.yaml"):
         (folder / stray).parent.mkdir(parents=True)
@@ -74,3 +76,9 @@ def test_shim_is_a_docstring_one_import_and_one_plain_assignment_of_app(side: st
 @pytest.mark.parametrize("side", ["clients", "server"])
 def test_shim_folder_is_a_regular_package_so_that_no_stranger_on_the_path_wins(side: str) -> None:
     assert (ROOT / side / "__init__.py").is_file()
+
+
+def test_shims_of_the_checkout_are_those_that_runtime_local_ships() -> None:
+    from fedzo.runtime.bundle import FILES
+
+    assert {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES} == FILES

@@ -82,4 +82,6 @@ def test_command_line_of_the_how_to_composes(tmp_path: Path) -> None:
 def test_entry_point_group_of_the_how_to_is_the_one_that_is_read() -> None:
     from fedzo.registry import ENTRY_POINT_GROUP
 
-    assert tomllib.loads(code("how-to-add-a-trainer.md", "toml"))["project"]["entry-points"].keys() == {ENTRY_POINT_GROUP}
+    assert tomllib.loads(code("how-to-add-a-trainer.md", "toml"))["project"]["entry-points"].keys() == {
+        ENTRY_POINT_GROUP
+    }

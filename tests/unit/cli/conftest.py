@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 
 from fedzo.config.schema import RunConfig
 from fedzo.errors import NumericsError
@@ -33,6 +34,7 @@ def hydra_and_logging_are_left_clear() -> Iterator[None]:
             handler.close()
         logger.handlers[:], logger.level, logger.propagate = handlers, level, propagate
     assert not GlobalHydra.instance().is_initialized()
+    assert HydraConfig.instance().cfg is None
     assert "HYDRA_FULL_ERROR" not in os.environ
 
 

@@ -92,7 +92,7 @@ def test_an_error_of_a_service_is_one_line_and_an_exit_code(
     def fail(*arguments: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr("fedzo.runs.replay_run", fail)
+    monkeypatch.setattr(sys.modules["fedzo.runs"], "replay_run", fail)
 
     assert main(["replay", "."]) == code
     assert capsys.readouterr().err == f"fedzo: {error}\n"
@@ -105,7 +105,7 @@ def test_ctrl_c_says_how_to_go_on(
     def stop(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"fedzo.runs.{command}_run", stop)
+    monkeypatch.setattr(sys.modules["fedzo.runs"], f"{command}_run", stop)
 
     assert main([command, "."]) == 130
     assert capsys.readouterr().err == f"\nfedzo: interrupted.{hint}\n"
@@ -162,7 +162,8 @@ def test_list_of_one_group(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_parser_needs_neither_torch_nor_hydra() -> None:
-    code = "import sys, fedzo.cli as c; c.make_parser(); print(sorted({'torch', 'hydra', 'flwr', 'numpy'} & set(sys.modules)))"
+    heavy = "{'torch', 'hydra', 'flwr', 'numpy'}"
+    code = f"import sys, fedzo.cli as cli; cli.make_parser(); print(sorted({heavy} & set(sys.modules)))"
 
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 

@@ -121,7 +121,10 @@ def test_quickstart_is_eight_non_iid_clients_with_a_joint_batch_of_sixteen() -> 
     config = load(["experiment=quickstart"])
 
     assert config.fl.num_clients * config.fl.batch_size == 16
-    assert (plugin_name("partition", config.partition), plugin_name("runtime", config.runtime)) == ("dirichlet", "inline")
+    assert (plugin_name("partition", config.partition), plugin_name("runtime", config.runtime)) == (
+        "dirichlet",
+        "inline",
+    )
     assert config.fl.local_steps == 1
 
 
@@ -153,5 +156,7 @@ def test_packaged_conf_is_preferred_to_the_source_tree(tmp_path: Path, monkeypat
     (package / "_conf" / "config.yaml").unlink()
     assert paths.conf_dir() == tmp_path / "conf"
     (tmp_path / "conf" / "config.yaml").unlink()
-    with pytest.raises(ConfigError, match=r"conf must hold config.yaml, found none in .*_conf or .*conf. Reinstall fedzo"):
+    with pytest.raises(
+        ConfigError, match=r"conf must hold config.yaml, found none in .*_conf or .*conf. Reinstall fedzo"
+    ):
         paths.conf_dir()

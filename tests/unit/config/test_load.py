@@ -61,14 +61,28 @@ def test_a_key_of_another_plugin_is_refused() -> None:
 
 
 def test_all_problems_come_in_one_message() -> None:
-    overrides = ["trainer=meerkt", "fl.num_client=3", "fl.rounds=abc", "partition.alpha=-1", "fl.batch_size=0", "seed=[1"]
+    overrides = [
+        "trainer=meerkt",
+        "fl.num_client=3",
+        "fl.rounds=abc",
+        "partition.alpha=-1",
+        "fl.batch_size=0",
+        "seed=[1",
+    ]
 
     with pytest.raises(ConfigError) as caught:
         load(overrides)
 
     lines = str(caught.value).splitlines()
     assert lines[0] == "6 problems in the configuration:"
-    keys = ["'seed=[1'", "trainer must", "fl.num_client=3", "fl.rounds=abc", "partition.alpha must", "fl.batch_size must"]
+    keys = [
+        "'seed=[1'",
+        "trainer must",
+        "fl.num_client=3",
+        "fl.rounds=abc",
+        "partition.alpha must",
+        "fl.batch_size must",
+    ]
     assert [line.removeprefix("  - ")[: len(key)] for line, key in zip(lines[1:], keys, strict=True)] == keys
 
 
@@ -158,7 +172,9 @@ def test_model_name_arrives_unchanged(tmp_path: Path) -> None:
 
 
 def test_a_sweep_over_options_and_names_together_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"model=smollm2,gpt2: a sweep over models must hold either options .* or names"):
+    with pytest.raises(
+        ConfigError, match=r"model=smollm2,gpt2: a sweep over models must hold either options .* or names"
+    ):
         rewrite_model(["model=smollm2,gpt2"], ["hf", "smollm2"])
 
 
@@ -186,7 +202,12 @@ def test_a_sweep_names_a_problem_of_all_jobs_once_beside_those_of_one() -> None:
     with pytest.raises(ConfigError) as caught:
         plan_sweep(["fl.rounds=0", "trainer=mezo,nope", "hydra.nope=1", "seed=[1"])
 
-    starts = ["'seed=[1' must be", "hydra.nope=1: hydra.nope is not", "fl.rounds must be >= 1", "job 1 (trainer=nope): trainer must"]
+    starts = [
+        "'seed=[1' must be",
+        "hydra.nope=1: hydra.nope is not",
+        "fl.rounds must be >= 1",
+        "job 1 (trainer=nope): trainer must",
+    ]
     lines = str(caught.value).splitlines()
     assert lines[0] == "4 problems in the configuration:"
     assert [line[4 : 4 + len(start)] for line, start in zip(lines[1:], starts, strict=True)] == starts

@@ -84,10 +84,19 @@ def test_plugins_are_named_by_their_option() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda plain: plain.update(x=1), r"configuration must hold exactly the keys of RunConfig, got unknown \['x'\]"),
-        (lambda plain: plain["fl"].pop("rounds"), r"fl must hold exactly the keys of FlConfig, .* missing \['rounds'\]"),
+        (
+            lambda plain: plain.update(x=1),
+            r"configuration must hold exactly the keys of RunConfig, got unknown \['x'\]",
+        ),
+        (
+            lambda plain: plain["fl"].pop("rounds"),
+            r"fl must hold exactly the keys of FlConfig, .* missing \['rounds'\]",
+        ),
         (lambda plain: plain["trainer"].update(_target_="os.system"), r"trainer must hold .* unknown \['_target_'\]"),
-        (lambda plain: plain["trainer"].update(plugin="os.system"), r"trainer\.plugin must be one of .*, got 'os\.system'"),
+        (
+            lambda plain: plain["trainer"].update(plugin="os.system"),
+            r"trainer\.plugin must be one of .*, got 'os\.system'",
+        ),
         (lambda plain: plain["trainer"].update(plugin=["mezo"]), r"trainer\.plugin must be one of meerkat, mezo"),
         (lambda plain: plain["trainer"].pop("plugin"), r"trainer\.plugin must be one of .*, got None"),
         (lambda plain: plain.update(trainer=None), r"trainer\.plugin must be one of"),
@@ -134,7 +143,7 @@ def test_what_cannot_travel_is_refused_before_it_does() -> None:
 
     with pytest.raises(ConfigError, match="The configuration must hold finite numbers to travel"):
         to_json(config)
-    with pytest.raises(ConfigError, match="partition must be one of .*, got PartitionConfig"):
+    with pytest.raises(ConfigError, match=r"partition must be one of .*, got PartitionConfig"):
         to_json(replace(sound(), partition=PartitionConfig()))
 
 
@@ -147,7 +156,7 @@ def test_interpolations_in_a_text_stay_text() -> None:
 
 def test_yaml_that_is_no_config_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    with pytest.raises(ConfigError, match="must be the configuration of a run, got: .*No such file"):
+    with pytest.raises(ConfigError, match=r"must be the configuration of a run, got: .*No such file"):
         load_yaml(path)
 
     for text in ("a: [1", "!!python/object/apply:os.getcwd []"):
@@ -208,7 +217,9 @@ def test_hash_depends_on_what_peers_must_share(overrides: list[str]) -> None:
     assert config_hash(load(overrides)) != config_hash(load([]))
 
 
-@pytest.mark.parametrize("name", ["facebook/opt-125m", "/models/opt-125m", "./opt-125m/", "C:\\models\\opt-125m", "opt-125m"])
+@pytest.mark.parametrize(
+    "name", ["facebook/opt-125m", "/models/opt-125m", "./opt-125m/", "C:\\models\\opt-125m", "opt-125m"]
+)
 def test_hash_takes_the_last_component_of_the_models_name(name: str) -> None:
     config, other = sound(), sound()
     config.model.name, other.model.name = name, "opt-125m"

@@ -94,8 +94,16 @@ def test_a_sound_config_has_no_problem() -> None:
         ("evaluation.every_rounds", -1, "be >= 0"),
         ("evaluation.federated_every_rounds", -2, "be >= -1, got -2. 0 scores only at the end, -1 never."),
         ("evaluation.federated_max_rows", 0, "be >= 1"),
-        ("faults.absent", ["one@2"], "hold entries '<client>@<round>', got 'one@2'. For example faults.absent=['3@1']."),
-        ("faults.absent", ["1@2", "8@0"], "name a client below fl.num_clients (8) and a round below fl.rounds (75), got '8@0'."),
+        (
+            "faults.absent",
+            ["one@2"],
+            "hold entries '<client>@<round>', got 'one@2'. For example faults.absent=['3@1'].",
+        ),
+        (
+            "faults.absent",
+            ["1@2", "8@0"],
+            "name a client below fl.num_clients (8) and a round below fl.rounds (75), got '8@0'.",
+        ),
         ("faults.absent", ["0@75"], "name a client below"),
     ],
 )
@@ -104,7 +112,9 @@ def test_a_broken_rule_is_named(key: str, value: object, rule: str) -> None:
 
     set_key(config, key, value)
 
-    assert [(problem.key, problem.text.startswith(f"{key} must {rule}")) for problem in problems(config)] == [(key, True)]
+    assert [(problem.key, problem.text.startswith(f"{key} must {rule}")) for problem in problems(config)] == [
+        (key, True)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -140,8 +150,14 @@ def test_a_value_on_the_edge_is_allowed(key: str, value: object) -> None:
         (DirichletConfig(alpha=0.0), "partition.alpha must be > 0 and finite, got 0.0."),
         (ShardsConfig(shards_per_client=0), "partition.shards_per_client must be >= 1, got 0."),
         (ExtremeConfig(num_extreme=9), "partition.num_extreme must be between 0 and fl.num_clients (8), got 9."),
-        (NaturalConfig(), "partition.column must name the column that tells clients apart, got ''. Write partition.column"),
-        (PartitionConfig(), "partition must be one of dirichlet, extreme, iid, natural, shards, got 'PartitionConfig'."),
+        (
+            NaturalConfig(),
+            "partition.column must name the column that tells clients apart, got ''. Write partition.column",
+        ),
+        (
+            PartitionConfig(),
+            "partition must be one of dirichlet, extreme, iid, natural, shards, got 'PartitionConfig'.",
+        ),
     ],
 )
 def test_partition_rules(partition: PartitionConfig, message: str) -> None:
@@ -160,7 +176,7 @@ def test_partition_rules(partition: PartitionConfig, message: str) -> None:
             RayConfig(num_cpus_per_client=0, num_gpus_per_client=-1, num_actors=0),
             ["runtime.num_cpus_per_client", "runtime.num_gpus_per_client", "runtime.num_actors"],
         ),
-        (LocalConfig(startup_s=0), ["runtime.startup_s"]),
+        (LocalConfig(startup_s=0, step_limit_s=0), ["runtime.startup_s", "runtime.step_limit_s"]),
         (RayConfig(), []),
         (LocalConfig(), []),
     ],
@@ -200,7 +216,9 @@ def test_only_an_embedded_task_goes_without_a_path() -> None:
 
     (problem,) = problems(config)
 
-    assert problem.text.startswith("data.path must be given for the task 'sst2' (only rotten_tomatoes is embedded), got None.")
+    assert problem.text.startswith(
+        "data.path must be given for the task 'sst2' (only rotten_tomatoes is embedded), got None."
+    )
 
 
 def test_calibration_by_file_needs_the_file() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from fedzo.config.paths import conf_dir
 from fedzo.data.config import TaskConfig
@@ -17,6 +17,7 @@ def shipped_task() -> Callable[[str], TaskConfig]:
 
     def read(name: str) -> TaskConfig:
         values = OmegaConf.load(conf_dir() / "task" / f"{name}.yaml")
+        assert isinstance(values, DictConfig)
         assert values.pop("defaults") == ["task_schema", "_self_"]
         task = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TaskConfig), values))
         assert isinstance(task, TaskConfig)

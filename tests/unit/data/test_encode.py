@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from fedzo.data.config import Loss, TaskConfig, TaskKind
 from fedzo.data.encode import encode, task_digest
+from fedzo.data.tasks import columns_used
 from fedzo.errors import ConfigError
 from fedzo.testing.tokenizer import byte_tokenizer
 
@@ -172,7 +173,7 @@ def test_a_long_answer_to_a_short_prompt_takes_the_rest() -> None:
 
 def test_an_empty_prompt_is_refused() -> None:
     with pytest.raises(
-        ConfigError, match="row 0: the prompt must have at least one token, got ''. Extend task.template"
+        ConfigError, match=r"row 0: the prompt must have at least one token, got ''. Extend task.template"
     ):
         encode([{"text": "", "label": 0}], replace(CHOICE, template="{text}"), tokenizer=byte_tokenizer(), max_length=9)
 
@@ -189,15 +190,14 @@ def test_candidates_of_shipped_tasks_follow_their_prompt_byte_for_byte(
     name: str, shipped_task: Callable[[str], TaskConfig]
 ) -> None:
     task = shipped_task(name)
-    values = "text premise hypothesis passage word sentence1 sentence2 span1_text span2_text choice1 choice2 paragraph answer"
-    row = {column: f"the {column}" for column in values.split()} | {"question": "cause", "label": 0}
+    row: dict[str, Any] = {column: f"the {column}" for column in columns_used(task)} | {"question": "cause", "label": 0}
     tokenizer = byte_tokenizer()
 
     [example] = encode([row], task, tokenizer=tokenizer, max_length=512)
 
-    prompt = tokenizer.decode(example.prompt)
+    prompt = str(tokenizer.decode(list(example.prompt)))
     for candidate in example.candidates:
-        text = tokenizer.decode(candidate)
+        text = str(tokenizer.decode(list(candidate)))
         assert prompt.endswith("\n") != text.startswith(" ")  # exactly one white space at the border
         assert example.prompt + candidate == ids(prompt + text)
 
@@ -209,7 +209,7 @@ def test_a_saved_byte_tokenizer_loads_as_any_other(tmp_path: Path) -> None:
 
     text = "\x00 h\u00e9\u4e2d <eos>?"
     assert loaded(text)["input_ids"] == [BOS, *ids("\x00 h\u00e9\u4e2d "), EOS, *ids("?")]
-    assert loaded.decode(ids("\x00 h\u00e9\u4e2d")) == "\x00 h\u00e9\u4e2d"
+    assert loaded.decode(list(ids("\x00 h\u00e9\u4e2d"))) == "\x00 h\u00e9\u4e2d"
     assert (loaded.pad_token_id, loaded.bos_token_id, loaded.eos_token_id, len(loaded)) == (0, 1, 2, 259)
 
 

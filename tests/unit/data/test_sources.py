@@ -34,7 +34,7 @@ def texts(part: list[dict[str, Any]]) -> list[str]:
 
 def assert_apart(splits: Splits) -> None:
     train, dev, test = set(texts(splits.train)), set(texts(splits.dev)), set(texts(splits.test))
-    assert not (train & dev or train & test or dev & test)
+    assert len(train | dev | test) == len(train) + len(dev) + len(test)
 
 
 @pytest.fixture
@@ -108,19 +108,19 @@ def test_train_rows_with_the_text_of_a_test_or_dev_row_are_dropped(folder: Path)
     assert not {"text 1", "text 2", "text 3"} & set(texts(splits.train))
 
 
-@given(st.lists(st.integers(0, 9), min_size=8, max_size=40), st.integers(0, 2**64 - 1))
+@given(
+    st.lists(st.integers(0, 9), min_size=8, max_size=40).filter(lambda numbers: len(set(numbers)) >= 5),
+    st.integers(0, 2**64 - 1),
+)
 def test_splits_are_apart_for_any_repeated_rows(numbers: list[int], seed: int) -> None:
     located = [(f"x:{i}", {"text": f"t{n}", "label": 0}) for i, n in enumerate(numbers)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "read_located", lambda path: located)
         config = DataConfig(path=__file__, num_dev=2, num_test=2, split_seed=seed)
-        try:
-            splits = load_splits(config, TASK)
-        except ConfigError as error:
-            assert "split is empty" in str(error)
-            return
+        splits = load_splits(config, TASK)
 
     assert_apart(splits)
+    assert all((splits.train, splits.dev, splits.test))
 
 
 def test_one_file_is_enough(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_two_files_for_one_split_are_refused(folder: Path) -> None:
     write(folder / "dev.jsonl", rows(0, 2))
     write(folder / "validation.jsonl", rows(2, 4))
 
-    with pytest.raises(ConfigError, match="one dev file is wanted, got dev.jsonl, validation.jsonl"):
+    with pytest.raises(ConfigError, match=r"one dev file is wanted, got dev.jsonl, validation.jsonl"):
         load_splits(DataConfig(path=str(folder)), TASK)
 
 

@@ -197,7 +197,7 @@ def test_braces_that_name_no_column_are_plain_text() -> None:
 def test_an_attribute_in_a_template_is_only_a_column_name() -> None:
     task = replace(CHOICE, template="{text.__class__}")
 
-    with pytest.raises(ConfigError, match="needs a column 'text.__class__'"):
+    with pytest.raises(ConfigError, match=r"needs a column 'text\.__class__'"):
         render({"text": "T", "label": 0}, task)
 
 
@@ -230,7 +230,7 @@ def test_a_blank_answer_is_refused() -> None:
 
 
 def test_an_unknown_preparation_lists_those_there_are() -> None:
-    with pytest.raises(ConfigError, match="one of alpaca, boolq, copa, wsc or null, got 'os.system'"):
+    with pytest.raises(ConfigError, match=r"one of alpaca, boolq, copa, wsc or null, got 'os.system'"):
         render({"text": "x", "label": 0}, replace(CHOICE, prepare="os.system"))
 
 
@@ -242,5 +242,5 @@ def test_a_copa_question_of_another_kind_is_refused(shipped_task: Shipped) -> No
 
 
 def test_a_column_that_a_preparation_reads_must_be_there(shipped_task: Shipped) -> None:
-    with pytest.raises(ConfigError, match="task.prepare=copa needs a column 'premise', the columns there are: label"):
+    with pytest.raises(ConfigError, match=r"task.prepare=copa needs a column 'premise', the columns there are: label"):
         render({"label": 0}, shipped_task("copa"))

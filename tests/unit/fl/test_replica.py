@@ -14,7 +14,8 @@ from fedzo.zo.path import RoundRecord, pack
 
 BASE = np.linspace(-1, 1, 33).astype(np.float32)
 LOG = [
-    RoundRecord(round=r, lr=0.5, owners=(SHARED,), coefficients=np.full((2, 1, 1), 0.1 + r, np.float32)) for r in range(6)
+    RoundRecord(round=r, lr=0.5, owners=(SHARED,), coefficients=np.full((2, 1, 1), 0.1 + r, np.float32))
+    for r in range(6)
 ]
 
 

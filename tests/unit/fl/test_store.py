@@ -24,6 +24,12 @@ def commit(store: RunStore, round: int) -> None:
     store.commit(record(round), proof={"check": round}, audit={"round": round, "clients": []})
 
 
+def opened(folder: Path) -> RunStore:
+    """The folder as it is read; the files are closed again."""
+    with RunStore(folder) as store:
+        return store
+
+
 def open_with(folder: Path, rounds: int) -> RunStore:
     store = RunStore(folder)
     for round in range(rounds):
@@ -35,7 +41,7 @@ def open_with(folder: Path, rounds: int) -> RunStore:
 def test_what_is_committed_is_read_back_bit_for_bit(tmp_path: Path) -> None:
     open_with(tmp_path, 3).close()
 
-    again = RunStore(tmp_path)
+    again = opened(tmp_path)
 
     assert [r.to_bytes() for r in again.records] == [record(i).to_bytes() for i in range(3)]
     assert [line["check"] for line in again.rounds] == [0, 1, 2]
@@ -52,7 +58,7 @@ def test_a_half_written_line_is_dropped(tmp_path: Path, torn: str) -> None:
     commit(store, 3)
     store.close()
 
-    assert len(RunStore(tmp_path).records) == 4
+    assert len(opened(tmp_path).records) == 4
 
 
 def test_audit_and_metrics_of_a_round_that_was_not_committed_are_dropped(tmp_path: Path) -> None:
@@ -65,7 +71,7 @@ def test_audit_and_metrics_of_a_round_that_was_not_committed_are_dropped(tmp_pat
         file.write(json.dumps({"kind": "score", "split": "dev", "round": 3}) + "\n")
         file.write(json.dumps({"kind": "summary"}) + "\n")
 
-    store = RunStore(tmp_path)
+    store = opened(tmp_path)
 
     assert [line["round"] for line in store.audit] == [0, 1]
     assert [(line["kind"], line["round"]) for line in store.metrics] == [("round", 0), ("round", 1), ("score", 2)]
@@ -77,7 +83,7 @@ def test_two_processes_cannot_use_one_folder(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="another process is using it"):
         RunStore(tmp_path)
     store.close()
-    RunStore(tmp_path)
+    opened(tmp_path)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
@@ -89,8 +95,9 @@ def test_a_full_disk_says_what_to_do_and_keeps_what_was_committed(tmp_path: Path
     with pytest.raises(RunFolderError, match=r"No space left on device.*fedzo resume"):
         commit(store, 2)
     os.close(full)
+    store.close()
 
-    assert len(RunStore(tmp_path).records) == 2
+    assert len(opened(tmp_path).records) == 2
 
 
 def test_a_folder_that_cannot_be_made_says_what_to_do(tmp_path: Path) -> None:
@@ -111,6 +118,7 @@ def test_nan_becomes_null(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
 
     store.write({"kind": "round", "round": 0, "loss": float("nan"), "clients": [{"loss": float("inf")}]})
+    store.close()
 
     line = json.loads((tmp_path / METRICS).read_text())
     assert line["loss"] is None
@@ -127,3 +135,4 @@ def test_the_best_round_is_the_best_dev_value_then_the_lower_loss_then_the_earli
     store.write({"kind": "score", "split": "test", "round": 4, "value": 0.9, "loss": 0.0})
 
     assert best_round(store) == 2
+    store.close()

@@ -103,5 +103,7 @@ def test_integer_weights_are_not_eligible() -> None:
 def test_a_model_without_an_eligible_weight_is_refused_with_what_it_has() -> None:
     model = nn.Sequential(nn.Embedding(5, 3), nn.LayerNorm(3))
 
-    with pytest.raises(ConfigError, match=r"got none\. Its first parameters: 0\.weight \(5, 3\) torch\.float32, 1\.weight"):
+    with pytest.raises(
+        ConfigError, match=r"got none\. Its first parameters: 0\.weight \(5, 3\) torch\.float32, 1\.weight"
+    ):
         eligible_parameters(model)

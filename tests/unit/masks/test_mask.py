@@ -62,7 +62,7 @@ def rewritten(data: bytes, *, resign: bool = True, **changes: Any) -> bytes:
     return save(tensors, metadata={"fedzo_mask": json.dumps(held)})
 
 
-# --- round trips ----------------------------------------------------------------------------------------------------------
+# --- round trips ------------------------------------------------------------------------------------------------------
 
 
 def test_a_file_round_trip_keeps_everything_in_wire_order(tmp_path: Path) -> None:
@@ -102,7 +102,10 @@ def test_clients_get_the_indices_without_the_gradient() -> None:
 def test_indices_beyond_32_bits_are_kept() -> None:
     high = 5_000_000_000
     mask = Mask(
-        indices={"experts": torch.tensor([7, high])}, shapes={"experts": (8, 1_000_000, 1000)}, gradient=None, manifest={}
+        indices={"experts": torch.tensor([7, high])},
+        shapes={"experts": (8, 1_000_000, 1000)},
+        gradient=None,
+        manifest={},
     )
 
     assert Mask.from_bytes(mask.to_bytes()).indices["experts"].tolist() == [7, high]
@@ -134,7 +137,7 @@ def test_saving_replaces_a_file_and_leaves_it_whole_when_it_cannot(
     assert load_mask(path).manifest == {}
 
 
-# --- digest -----------------------------------------------------------------------------------------------------------------
+# --- digest -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_digest_is_that_of_names_shapes_and_indices_alone() -> None:
@@ -160,7 +163,7 @@ def test_the_digest_changes_with_index_shape_name_and_order() -> None:
     assert len({mask.digest() for mask in [base, *others]}) == 5
 
 
-# --- bad masks --------------------------------------------------------------------------------------------------------------
+# --- bad masks --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -216,7 +219,7 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 def test_a_file_that_is_not_a_mask_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "mask").write_bytes(content)
 
-    with pytest.raises(ConfigError, match="mask file .*: it must be a mask that fedzo wrote"):
+    with pytest.raises(ConfigError, match=r"mask file .*: it must be a mask that fedzo wrote"):
         load_mask(tmp_path / "mask")
 
 
@@ -287,7 +290,7 @@ def test_damaged_bytes_give_a_config_error_or_the_same_mask(data: st.DataObject)
     assert mask.digest() == make().digest()
 
 
-# --- fit and overlap ------------------------------------------------------------------------------------------------------
+# --- fit and overlap --------------------------------------------------------------------------------------------------
 
 
 def test_a_mask_fits_the_model_that_it_was_made_for() -> None:

@@ -36,7 +36,11 @@ def test_the_error_on_a_smooth_loss_falls_with_the_square_of_eps() -> None:
 
     errors = []
     for eps in (0.2, 0.1):
-        value = TwoPoint(eps=eps).estimate(space, lambda: loss(torch.from_numpy(space.theta.astype(float))).item(), [3])[0].g
+        value = (
+            TwoPoint(eps=eps)
+            .estimate(space, lambda: loss(torch.from_numpy(space.theta.astype(float))).item(), [3])[0]
+            .g
+        )
         errors.append(abs(float(value) - slope))
 
     assert 3.5 < errors[0] / errors[1] < 4.5

@@ -84,7 +84,9 @@ def test_full_probe_reaches_code_that_bypasses_the_head(family: str) -> None:
         with torch.inference_mode():
             hidden = target.base_model(input_ids=IDS, use_cache=False).last_hidden_state[:, -1]
             weight = target.get_output_embeddings().weight
-            return torch.cat([F.linear(hidden, weight[rows]), hidden @ weight.T[:, :5], F.linear(hidden, weight[7:9])], dim=1)
+            return torch.cat(
+                [F.linear(hidden, weight[rows]), hidden @ weight.T[:, :5], F.linear(hidden, weight[7:9])], dim=1
+            )
 
     with space.probe(SIXTEENTH, key=5):
         probed = direct(model)
@@ -98,7 +100,9 @@ def test_full_probe_makes_only_the_embedding_rows_that_are_read(monkeypatch: pyt
     from fedzo.zo import perturb
 
     original = perturb.add_direction
-    monkeypatch.setattr(perturb, "add_direction", lambda base, *a, **k: made.append(base.numel()) or original(base, *a, **k))
+    monkeypatch.setattr(
+        perturb, "add_direction", lambda base, *a, **k: made.append(base.numel()) or original(base, *a, **k)
+    )
     embedding = model.get_input_embeddings().weight
 
     with FullSpace(model).probe(SIXTEENTH, key=5), torch.inference_mode():
@@ -138,7 +142,9 @@ def make_space(request: pytest.FixtureRequest) -> Iterator[Callable[[nn.Module],
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_thousand_probes_leave_every_weight_bit_identical(make_space: Callable[..., Space], dtype: torch.dtype) -> None:
+def test_a_thousand_probes_leave_every_weight_bit_identical(
+    make_space: Callable[..., Space], dtype: torch.dtype
+) -> None:
     model = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 8)).to(dtype)
     before = bits(model)
     space = make_space(model)

@@ -1,0 +1,1 @@
+"""What Flower loads on a client site."""

@@ -1,0 +1,349 @@
+"""The figures of one run."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from itertools import accumulate
+
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from fedzo.report.format import bytes_text, change_text, number_text, percent_text, score_text
+from fedzo.report.run_data import RunData
+from fedzo.report.style import (
+    BLUE,
+    GRID,
+    GREEN,
+    INK,
+    MUTED,
+    ORANGE,
+    PAPER,
+    SERIES,
+    SKEW,
+    Picture,
+    bytes_axis,
+    direct_labels,
+    house_style,
+    new_axes,
+    percent_axis,
+)
+
+MAX_PANELS = 12
+MAX_LINES = 60
+MAX_CLASSES = len(SERIES)
+
+
+def draw_figures(run: RunData) -> list[Picture]:
+    """Draw every figure that the run's records allow, in the order of the page."""
+    with house_style():
+        drawn = [_scores(run), _loss(run), _bytes(run), _labels(run), _abs_g(run), _federated(run)]
+    return [picture for picture in drawn if picture is not None]
+
+
+def running_mean(values: Sequence[float | None], *, window: int) -> list[float | None]:
+    """Mean of the last ``window`` values that are there, at each position (None where there is none)."""
+    means: list[float | None] = []
+    for end in range(1, len(values) + 1):
+        recent = [value for value in values[max(0, end - window) : end] if value is not None]
+        means.append(sum(recent) / len(recent) if recent else None)
+    return means
+
+
+def label_skew(run: RunData) -> dict[int, float]:
+    """Per client, total variation distance of its labels from the federation's: 0 = alike, towards 1 = one-sided."""
+    clients = run.setup.clients if run.setup else ()
+    totals: dict[str, int] = {}
+    for client in clients:
+        for label, count in client.label_counts.items():
+            totals[label] = totals.get(label, 0) + count
+    whole = sum(totals.values())
+    skew = {}
+    for client in clients:
+        own = sum(client.label_counts.values())
+        if own and whole:
+            counts = client.label_counts
+            skew[client.client] = sum(abs(counts.get(k, 0) / own - n / whole) for k, n in totals.items()) / 2
+    return skew
+
+
+def _rounds_axis(axes: Axes, num_rounds: int) -> None:
+    axes.set_xlim(0, max(num_rounds, 1))
+    axes.set_xlabel("rounds")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _nan(values: Sequence[float | None]) -> list[float]:
+    return [float("nan") if value is None else value for value in values]
+
+
+def _loss(run: RunData) -> Picture | None:
+    losses = [record.loss for record in run.rounds]
+    measured = [loss for loss in losses if loss is not None]
+    if not measured:
+        return None
+    window = max(1, min(25, len(losses) // 8))
+    rounds, means = [record.round + 1 for record in run.rounds], running_mean(losses, window=window)
+    figure, axes = new_axes()
+    axes.plot(rounds, _nan(losses), color=BLUE, alpha=0.3, linewidth=1, label="each round")
+    axes.plot(rounds, _nan(means), color=BLUE, label=f"mean of the last {window}")
+    axes.set_ylabel("training loss (nats)")
+    _rounds_axis(axes, rounds[-1])
+    axes.legend(loc="upper right", ncols=2)
+    head, tail = statistics.fmean(measured[:window]), statistics.fmean(measured[-window:])
+    caption = (
+        f"Mean loss of the clients' batches before each step: {number_text(head)} over the first {window} rounds, "
+        f"{number_text(tail)} over the last {window}. Single rounds are noisy; follow the thick line."
+    )
+    return Picture("loss", "Training loss", caption, figure)
+
+
+def _scores(run: RunData) -> Picture | None:
+    dev = [score for score in run.scores if score.split == "dev"]
+    before, after = run.test_scores
+    if not dev and not before:
+        return None
+    metric = (dev or [score for score in (before,) if score])[0].metric
+    figure, axes = new_axes()
+    ends = []
+    if dev:
+        axes.plot([s.round for s in dev], [s.value for s in dev], color=BLUE, marker="o", markersize=4)
+        ends.append((dev[-1].round, dev[-1].value, "dev", BLUE))
+    best = run.summary.best_round if run.summary else None
+    marks = [(0, before, False), (best if best is not None else after.round if after else 0, after, True)]
+    for round_index, score, filled in marks:
+        if score is None:
+            continue
+        axes.plot(
+            round_index, score.value, marker="D", markersize=8, linestyle="none", clip_on=False, zorder=5,
+            color=ORANGE, markerfacecolor=ORANGE if filled else PAPER, markeredgewidth=1.8,
+        )  # fmt: skip
+    last = max([record.round + 1 for record in run.rounds] + [s.round for s in dev], default=0)
+    _rounds_axis(axes, last)
+    values = [s.value for s in dev] + [s.value for s in (before, after) if s]
+    margin = max(0.06 * (max(values) - min(values)), 0.02)
+    axes.set_ylim(max(0.0, min(values) - 2 * margin), min(1.0, max(values) + 2 * margin))
+    for round_index, score, filled in marks:
+        if score is None:
+            continue
+        text = f"test {'after' if filled else 'before'}  {score_text(metric, score.value)}"
+        left = filled and round_index > 0.5 * last
+        below = any(s.value > score.value for s in dev if abs(s.round - round_index) < 0.2 * max(last, 1))
+        axes.annotate(
+            text, (round_index, score.value), xytext=(-12 if left else 12, -3 if below else 3), textcoords="offset points",
+            color=ORANGE, ha="right" if left else "left", va="top" if below else "bottom", fontweight="bold",
+        )  # fmt: skip
+    axes.set_ylabel(metric)
+    percent_axis(axes, metric)
+    direct_labels(axes, ends)
+    caption = f"Dev {metric} chose the round to keep (lines); the test rows were scored only at the diamonds."
+    if before and after:
+        caption = f"{caption} Test: {change_text(metric, before.value, after.value)}."
+    return Picture("score", f"{metric.capitalize()} over rounds", caption, figure)
+
+
+def _bytes(run: RunData) -> Picture | None:
+    if not run.rounds:
+        return None
+    rounds = [record.round + 1 for record in run.rounds]
+    num_clients = max(len(run.setup.clients) if run.setup else 1, 1)
+    lines = [
+        ("messages down", [r.message_down_bytes for r in run.rounds], ORANGE, "--"),
+        ("messages up", [r.message_up_bytes for r in run.rounds], ORANGE, "-"),
+        ("payload down", [r.payload_down_bytes for r in run.rounds], BLUE, "--"),
+        ("payload up", [r.payload_up_bytes for r in run.rounds], BLUE, "-"),
+    ]
+    figure, axes = new_axes()
+    ends = []
+    for name, amounts, colour, dash in lines:
+        if any(amount is None for amount in amounts):
+            continue
+        totals = list(accumulate((amount or 0) / num_clients for amount in amounts))
+        if totals[-1] > 0:
+            axes.plot(rounds, totals, color=colour, linestyle=dash)
+            ends.append((rounds[-1], totals[-1], f"{name} {bytes_text(totals[-1])}", colour))
+    if not ends:
+        return None
+    low, high = min(end[1] for end in ends), max(end[1] for end in ends)
+    axes.set_ylim(bottom=0)
+    if high > 20 * low:
+        axes.set_yscale("log")
+        axes.set_ylim(min(line.get_ydata()[0] for line in axes.lines) / 2, 2 * high)  # type: ignore[index,type-var,operator]
+    bytes_axis(axes)
+    axes.set_ylabel("bytes per client, so far" + (" (log scale)" if high > 20 * low else ""))
+    _rounds_axis(axes, rounds[-1])
+    _label_bytes(axes, ends)
+    up = sum(record.payload_up_bytes for record in run.rounds) / num_clients
+    caption = (
+        f"A client sent {bytes_text(up)} of payload in {len(rounds)} rounds (mean over {num_clients} clients). "
+        "Payload is the numbers that the algorithm needs; messages are those with Flower's envelope around them."
+    )
+    return Picture("bytes", "Bytes on the wire, per client", caption, figure)
+
+
+def _label_bytes(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Direct labels that stay apart on a linear or logarithmic axis: placed in display space."""
+    order = sorted(ends, key=lambda end: end[1])
+    points = [float(axes.transData.transform((end[0], end[1]))[1]) for end in order]
+    scale = axes.figure.dpi / 72
+    shift, previous = 0.0, -1e9
+    for (x, y, text, colour), point in zip(order, points, strict=True):
+        place = max(point, previous + 12.5 * scale)
+        previous, shift = place, (place - point) / scale
+        axes.annotate(
+            text, (x, y), xytext=(7, shift), textcoords="offset points", va="center", color=colour, annotation_clip=False
+        )
+
+
+def _labels(run: RunData) -> Picture | None:
+    clients = run.setup.clients if run.setup else ()
+    if not clients:
+        return None
+    totals: dict[str, int] = {}
+    for client in clients:
+        for label, count in client.label_counts.items():
+            totals[label] = totals.get(label, 0) + count
+    ranked = sorted(totals, key=lambda label: (-totals[label], label))
+    shown = sorted(ranked if len(ranked) <= MAX_CLASSES else ranked[: MAX_CLASSES - 1])
+    many = len(clients) > 40
+    figure, axes = new_axes(height=2.9 if many else max(1.7, 0.75 + 0.24 * len(clients)))
+    axes.grid(visible=True, axis="y" if many else "x")
+    axes.grid(visible=False, axis="x" if many else "y")
+    order = sorted(clients, key=lambda client: -client.num_train) if many else list(clients)
+    places, base = list(range(len(order))), [0] * len(order)
+    series = [(run.class_name(label), [c.label_counts.get(label, 0) for c in order]) for label in shown]
+    if len(ranked) > len(shown):
+        rest = [sum(n for label, n in c.label_counts.items() if label not in shown) for c in order]
+        series.append((f"{len(ranked) - len(shown)} others", rest))
+    if not series:
+        series = [("rows", [c.num_train for c in order])]
+    for (name, counts), colour in zip(series, SERIES, strict=False):
+        draw = axes.bar if many else axes.barh
+        draw(places, counts, 1.0 if many else 0.7, base, color=colour, label=name)
+        base = [low + count for low, count in zip(base, counts, strict=True)]
+    (axes.set_ylabel if many else axes.set_xlabel)("training rows")
+    if many:
+        axes.set_xlabel(f"{len(order)} clients, largest first")
+        axes.set_xticks([])
+    else:
+        axes.set_yticks(places, [f"client {c.client}" for c in order])
+        axes.invert_yaxis()
+    if len(series) > 1:
+        figure.legend(loc="outside upper left", ncols=min(len(series), 5), handlelength=1, handleheight=1)
+    skew = label_skew(run)
+    sizes = [client.num_train for client in clients]
+    caption = f"Rows per client and label: {min(sizes):,} to {max(sizes):,} rows a client."
+    if len(ranked) > 1 and skew:
+        worst = max(skew, key=lambda client: skew[client])
+        caption += f" Client {worst} is the most one-sided; uneven colours are what makes the federation non-IID."
+    return Picture("labels", "Who holds which labels", caption, figure)
+
+
+def _abs_g(run: RunData) -> Picture | None:
+    ids = sorted({client.client for record in run.rounds for client in record.clients if client.abs_g is not None})
+    if not ids:
+        return None
+    rounds = [record.round + 1 for record in run.rounds]
+    tables = [{client.client: client.abs_g for client in record.clients} for record in run.rounds]
+    skew = label_skew(run)
+    one_label = max(skew.values(), default=0.0) == 0
+    window = max(1, min(25, len(rounds) // 8))
+    top = max(skew.values(), default=0.0) or 1.0
+    norm = BoundaryNorm([top * step / 5 for step in range(6)], SKEW.N)
+    ids.sort(key=lambda client: skew.get(client, 0.0))
+    panels = len(ids) <= MAX_PANELS
+    lines = ids if len(ids) <= MAX_LINES else [ids[i * (len(ids) - 1) // (MAX_LINES - 1)] for i in range(MAX_LINES)]
+    figure, grid = _panel_grid(len(ids)) if panels else _one_panel()
+    for index, client in enumerate(lines):
+        values = [table.get(client) for table in tables]
+        means = running_mean(values, window=window)
+        axes, colour = grid[index if panels else 0], BLUE if one_label else SKEW(norm(skew.get(client, 0.0)))
+        if panels:
+            axes.plot(rounds, _nan(values), color=colour, alpha=0.25, linewidth=0.8)
+            axes.set_title(f"client {client}", color=INK, pad=3)
+        axes.plot(rounds, _nan(means), color=colour, linewidth=1.6 if panels else 0.8)
+        axes.set_xlim(0, max(rounds[-1], 1))
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+    figure.supxlabel("rounds", color=MUTED, fontsize=9)
+    figure.supylabel("|g|, loss per unit step", color=MUTED, fontsize=9)
+    if not one_label:
+        bar = figure.colorbar(ScalarMappable(norm, SKEW), ax=grid, pad=0.02, shrink=0.9, aspect=25, format="%.2f")
+        bar.set_label("label skew of the client", color=MUTED)
+        bar.outline.set_visible(False)  # type: ignore[operator]
+    caption = (
+        "Size of each client's measured slope along the shared directions (thick: running mean). "
+        + ("" if one_label else "Clients are ordered and coloured by label skew. ")
+        + ("A client far above the others pulls the mean hardest." if len(lines) == len(ids) else "")
+        + ("" if len(lines) == len(ids) else f"{MAX_LINES} of {len(ids)} clients are drawn, evenly over the skew.")
+    )
+    return Picture("abs_g", "Projected gradient per client", caption, figure)
+
+
+def _one_panel() -> tuple[Figure, list[Axes]]:
+    figure, axes = new_axes(height=3.2)
+    return figure, [axes]
+
+
+def _panel_grid(count: int) -> tuple[Figure, list[Axes]]:
+    columns = min(4, count)
+    rows = -(-count // columns)
+    figure, first = new_axes(height=0.7 + 1.25 * rows)
+    figure.delaxes(first)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    flat = [axes for row in grid for axes in row]
+    for axes in flat[count:]:
+        axes.set_visible(False)
+    return figure, flat[:count]
+
+
+def _federated(run: RunData) -> Picture | None:
+    if not run.federated or not run.federated[-1].clients:
+        return None
+    first, last = run.federated[0], run.federated[-1]
+    earlier = {client.client: client.value for client in first.clients} if first.round < last.round else {}
+    scored = sorted((c for c in last.clients if c.value is not None), key=lambda c: c.value or 0.0)
+    if not scored:
+        return None
+    figure, axes = new_axes(height=2.7)
+    places = list(range(len(scored)))
+    few = len(scored) <= 40
+    colours = [ORANGE] + [BLUE] * (len(scored) - 1)
+    axes.bar(places, [c.value or 0.0 for c in scored], 0.66 if few else 1.0, color=colours)
+    if earlier:
+        marks = [(place, earlier.get(c.client)) for place, c in zip(places, scored, strict=True)]
+        axes.plot(
+            [place for place, _ in marks], _nan([value for _, value in marks]), color=INK, linestyle="none",
+            marker="_", markersize=14 if few else 3, markeredgewidth=2, label=f"after {first.round} rounds",
+        )  # fmt: skip
+        axes.legend(loc="upper left", bbox_to_anchor=(0, 1.13), handletextpad=0.4)
+    axes.axhline(last.value, color=GREEN, linewidth=1.2, linestyle="--")
+    axes.annotate(
+        f"all rows {score_text(last.metric, last.value)}", (1, last.value), xycoords=("axes fraction", "data"),
+        xytext=(6, 0), textcoords="offset points", color=GREEN, va="center", annotation_clip=False,
+    )  # fmt: skip
+    if few:
+        axes.set_xticks(places, [str(c.client) for c in scored])
+        for place, client in zip(places, scored, strict=True) if len(scored) <= 16 else ():
+            axes.annotate(
+                percent_text(client.value, digits=0) if last.metric == "accuracy" else f"{client.value:.2f}",
+                (place, client.value or 0.0), xytext=(0, -4), textcoords="offset points", ha="center", va="top", color=PAPER,
+            )  # fmt: skip
+    else:
+        axes.set_xticks([])
+    axes.set_xlabel("client, worst first")
+    axes.set_ylabel(f"{last.metric} on own held-out rows")
+    axes.set_ylim(0, 1.0)
+    axes.tick_params(axis="x", length=0)
+    axes.spines["bottom"].set_color(GRID)
+    percent_axis(axes, last.metric)
+    rows = [client.num_examples for client in scored]
+    caption = (
+        f"After {last.round} rounds, each client on rows it never trained on ({min(rows)} to {max(rows)} rows: small "
+        f"numbers, wide error). Worst: client {scored[0].client} with {score_text(last.metric, scored[0].value)} (orange)."
+    )
+    return Picture("federated", f"{last.metric.capitalize()} per client", caption, figure)

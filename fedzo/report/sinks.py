@@ -1,0 +1,155 @@
+"""Where metric records go while a run goes on: TensorBoard, and the terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fedzo.report.format import bytes_text, seconds_text
+
+Record = dict[str, Any]
+Advance = Callable[[int, int], None]
+PLAIN_EVERY_S = 10.0
+
+
+class TensorBoardSink:
+    """Scalars of rounds and scores as TensorBoard events under ``RUN/tensorboard``."""
+
+    def __init__(self, run_dir: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"))  # type: ignore[no-untyped-call]
+
+    def write(self, record: Record) -> None:
+        """Write the record's numbers."""
+        if record["kind"] == "round":
+            for name in ("loss", "mean_abs_g", "payload_up_bytes", "payload_down_bytes", "round_seconds"):
+                self._add(f"round/{name}", record[name], record["round"])
+        elif record["kind"] == "score":
+            for name in ("value", "loss", "auc", "best_threshold_accuracy"):
+                self._add(f"{record['split']}/{record['metric'] if name == 'value' else name}", record[name], record["round"])
+        elif record["kind"] == "federated_score":
+            self._add(f"federated/{record['metric']}", record["value"], record["round"])
+            self._add("federated/worst_client", record["worst_client"], record["round"])
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()
+
+    def _add(self, tag: str, value: float | None, step: int) -> None:
+        if value is not None:
+            self._writer.add_scalar(tag, value, step)
+
+
+class ProgressSink:
+    """One live line on a terminal, a plain line now and then elsewhere, and the result at the end.
+
+    Args:
+        rounds: Rounds of the whole run.
+        completed: Rounds that were done before it was resumed.
+        enabled: Whether to print at all.
+    """
+
+    def __init__(self, rounds: int, *, completed: int = 0, enabled: bool = True) -> None:
+        self._console = Console(file=sys.stdout, highlight=False, quiet=not enabled)
+        self._live = enabled and self._console.is_terminal
+        self._rounds = rounds
+        self._up = self._down = 0
+        self._score = ""
+        self._last_print = 0.0
+        self._rate: list[float] = []
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=self._console, disable=not self._live)
+        self._task = self._progress.add_task("rounds", total=rounds, completed=completed, note="", visible=False)
+        self._progress.start()
+
+    def write(self, record: Record) -> None:
+        """Show the record."""
+        show = {"setup": self._setup, "round": self._round, "score": self._scored, "summary": self._summary}
+        show.get(record["kind"], lambda _: None)(record)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        self._progress.stop()
+
+    @contextmanager
+    def phase(self, title: str, total: int | None = None) -> Iterator[Advance]:
+        """A bar of its own for long work beside the rounds; call what it yields with (done, total)."""
+        if not self._live:
+            self._console.print(f"{title} ...")
+            yield lambda done, total: None
+            return
+        task = self._progress.add_task(title, total=total, note="")
+        try:
+            yield lambda done, total: self._progress.update(task, completed=done, total=total)
+        finally:
+            self._progress.remove_task(task)
+
+    def _setup(self, record: Record) -> None:
+        share = 100 * record["space_size"] / record["num_params"]
+        estimate = record["estimate"]
+        self._console.print(
+            f"{record['trainer']}: {record['space_size']:,} of {record['num_params']:,} weights trained ({share:.3g} %), "
+            f"{len(record['clients'])} clients, {sum(c['num_train'] for c in record['clients']):,} training rows"
+        )
+        self._console.print(
+            f"estimate: {bytes_text(estimate['memory_bytes'])} of memory for a step, "
+            f"{seconds_text(estimate['seconds'])} for the run's forwards in one process"
+        )
+
+    def _round(self, record: Record) -> None:
+        self._up += record["message_up_bytes"]
+        self._down += record["message_down_bytes"]
+        self._rate = [*self._rate[-19:], record["round_seconds"]]
+        loss = "-" if record["loss"] is None else f"{record['loss']:.3f}"
+        note = f"loss {loss}  {self._score}up {bytes_text(self._up)}  down {bytes_text(self._down)}"
+        done = record["round"] + 1
+        self._progress.update(self._task, completed=done, note=note, visible=True)
+        now = time.monotonic()
+        if not self._live and (now - self._last_print > PLAIN_EVERY_S or done == self._rounds):
+            left = (self._rounds - done) * sum(self._rate) / len(self._rate)
+            self._console.print(f"round {done}/{self._rounds}  {note}  left {seconds_text(left)}")
+            self._last_print = now
+
+    def _scored(self, record: Record) -> None:
+        self._score = f"{record['split']} {_percent(record['value'])}  "
+        self._console.print(
+            f"{record['split']} after {record['round']} rounds: {record['metric']} {_percent(record['value'])}"
+        )
+
+    def _summary(self, record: Record) -> None:
+        before, after = record["before"], record["after"]
+        if before is None or after is None:
+            return
+        self._console.print(f"\ntest, before -> after (best dev round {record['best_round']} of {record['rounds']}):")
+        for name, title in (
+            ("value", before["metric"]),
+            ("best_threshold_accuracy", "accuracy at the best threshold"),
+            ("auc", "AUC"),
+        ):
+            if before.get(name) is not None and after.get(name) is not None:
+                self._console.print(f"  {title:<32} {before[name]:.3f} -> {after[name]:.3f}")
+        payload = record["payload_up_bytes"] + record["payload_down_bytes"]
+        message = record["message_up_bytes"] + record["message_down_bytes"]
+        self._console.print(
+            f"  scalars, all clients, both ways      {bytes_text(payload)} ({bytes_text(message)} with messages and set-up)"
+        )
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"

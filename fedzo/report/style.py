@@ -1,0 +1,169 @@
+"""One look for all figures, and their way into files and pages.
+
+Figures are drawn in the light palette below. For a page, each palette colour becomes a CSS variable, so that the same
+SVG follows the page's light or dark mode.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from fedzo.errors import RunFolderError
+from fedzo.report.format import bytes_text
+
+INK, MUTED, GRID, PAPER = "#1f2430", "#6b7280", "#e2e5ea", "#ffffff"
+# Okabe and Ito's colours: apart for all common kinds of colour blindness. The yellow is left out (too light on white).
+BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER = "#0072b2", "#d55e00", "#009e73", "#b5659a", "#56b4e9", "#e69f00"
+SERIES = (BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER, "#8c8c8c", "#4d4d4d")
+# Five steps from even (blue) to one-sided (vermilion) for how far a client's labels are from the federation's.
+SKEW = ListedColormap([BLUE, "#4a94a8", "#a3a07a", "#d98f3f", ORANGE], name="skew")
+
+_CSS_NAMES = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper", BLUE: "c1", ORANGE: "c2", GREEN: "c3", PURPLE: "c4"}
+_RC: dict[str, Any] = {
+    "font.family": ["sans-serif"],
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],  # equal widths, so labels fit without the first
+    "font.size": 9,
+    "text.color": INK,
+    "text.parse_math": False,  # a task or class name may hold a dollar sign
+    "axes.edgecolor": MUTED,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.labelcolor": MUTED,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "figure.facecolor": "none",
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "savefig.facecolor": "none",
+    "svg.fonttype": "none",
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A drawn figure with the line that says what to see in it."""
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+
+
+@contextmanager
+def house_style() -> Iterator[None]:
+    """The house settings of matplotlib while figures are drawn or written."""
+    with matplotlib.rc_context(_RC):
+        yield
+
+
+def new_axes(width: float = 7.2, height: float = 2.9) -> tuple[Figure, Axes]:
+    """One figure (inches) with one pair of axes; call inside ``house_style``."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def bytes_axis(axes: Axes) -> None:
+    """Write the y axis in bytes with units."""
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: bytes_text(value)))
+
+
+def percent_axis(axes: Axes, metric: str) -> None:
+    """Write the y axis in percent where the metric is accuracy."""
+    if metric == "accuracy":
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+
+
+def apart(values: Sequence[float], *, gap: float) -> list[float]:
+    """Positions of labels near ``values`` with at least ``gap`` between neighbours, in the order given."""
+    order = sorted(range(len(values)), key=lambda index: values[index])
+    placed = [float(value) for value in values]
+    for low, high in zip(order, order[1:], strict=False):
+        placed[high] = max(placed[high], placed[low] + gap)
+    excess = sum(placed) - sum(values)
+    return [value - excess / max(len(values), 1) for value in placed]
+
+
+def direct_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Name each line at its right end; ``ends`` holds (x, y, text, colour)."""
+    low, high = axes.get_ylim()
+    heights = apart([end[1] for end in ends], gap=(high - low) * 0.085)
+    for (x, _, text, colour), height in zip(ends, heights, strict=True):
+        axes.annotate(
+            text, (x, height), xytext=(7, 0), textcoords="offset points", va="center", color=colour, annotation_clip=False
+        )
+
+
+def page_svg(picture: Picture) -> str:
+    """The figure as an ``<svg>`` element for a page: no header, no outside names, colours as CSS variables."""
+    text = _render(picture, "svg").decode()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # matplotlib numbers groups alike in every figure; ids must be unique
+    for colour, name in _CSS_NAMES.items():
+        text = re.sub(rf"(?<=[:\s]){colour}\b", f"var(--{name}, {colour})", text)
+    label = picture.title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    return re.sub(
+        r'<svg (.*?)width="[^"]*"', rf'<svg role="img" aria-label="{label}" \1', text.replace(" height=", " data-h=", 1), count=1
+    )
+
+
+def save_pictures(pictures: Sequence[Picture], folder: Path) -> list[Path]:
+    """Write each picture as PNG (144 dpi) and SVG on white; returns the paths.
+
+    Raises:
+        RunFolderError: the folder cannot be written.
+    """
+    written = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for picture in pictures:
+            for kind in ("png", "svg"):
+                path = folder / f"{picture.name}.{kind}"
+                path.write_bytes(_render(picture, kind, facecolor=PAPER))
+                written.append(path)
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    return written
+
+
+def unwritable(path: Path, error: OSError) -> RunFolderError:
+    """The error of a report that cannot be written at ``path``."""
+    return RunFolderError(
+        f"{path}: the report must be writable here, got {error.strerror or error}. "
+        "Free disk space or change the folder's permissions, then run fedzo report again."
+    )
+
+
+def _render(picture: Picture, kind: str, *, facecolor: str = "none") -> bytes:
+    buffer = io.BytesIO()
+    empty = dict.fromkeys(("Date", "Creator", "Format", "Type")) if kind == "svg" else {"Software": None}
+    with house_style(), matplotlib.rc_context({"svg.hashsalt": picture.name}):
+        picture.figure.savefig(buffer, format=kind, dpi=144, facecolor=facecolor, metadata=empty)
+    return buffer.getvalue()

@@ -1,0 +1,174 @@
+"""Child processes that are watched while they live, and that never outlive their parent."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from fedzo.errors import ProtocolError
+
+log = logging.getLogger(__name__)
+GRACE_S = 8.0
+"""Between SIGTERM and SIGKILL; Flower forces its own exit after 5 s."""
+POLL_S = 0.05
+TAIL_LINES = 15
+COLOURS = re.compile("\x1b\\[[0-9;]*m")
+
+
+@dataclass(slots=True)
+class _Child:
+    name: str
+    command: Sequence[str]
+    restarts: int
+    ends_last: bool
+    process: subprocess.Popen[bytes]
+
+
+class Processes:
+    """A set of child processes; leaving its ``with`` block ends them all, by their pids.
+
+    Each writes to ``<name>.log`` in the log folder. They get a session of their own, so that Ctrl-C in the terminal
+    reaches the parent alone and they end in order.
+    """
+
+    def __init__(self, log_dir: Path, *, environment: Mapping[str, str]) -> None:
+        self._log_dir = log_dir
+        self._environment = dict(environment)
+        self._children: list[_Child] = []
+        log_dir.mkdir(parents=True, exist_ok=True)
+
+    def start(self, name: str, command: Sequence[str], *, restarts: int = 0, ends_last: bool = False) -> None:
+        """Start a process.
+
+        Args:
+            name: Of its log file and in messages.
+            command: Program and arguments.
+            restarts: How often ``check`` may start it again when it has ended.
+            ends_last: End it only when the others are gone.
+        """
+        self.log_path(name).unlink(missing_ok=True)
+        self._children.append(_Child(name, command, restarts, ends_last, self._spawn(name, command)))
+
+    def check(self) -> None:
+        """Start again what has ended.
+
+        Raises:
+            ProtocolError: A process has ended once too often; the end of its log is in the message.
+        """
+        for child in self._children:
+            code = child.process.poll()
+            if code is None:
+                continue
+            if child.restarts == 0:
+                raise ProtocolError(
+                    f"{child.name}: it must run as long as the federation, but ended with status {code}. "
+                    f"The end of {self.log_path(child.name)}:\n{self.tail(child.name)}"
+                )
+            child.restarts -= 1
+            log.warning("%s ended with status %d: starting it again", child.name, code)
+            child.process = self._spawn(child.name, child.command)
+
+    def wait_until(self, ready: Callable[[], bool], *, what: str, timeout_s: float, log_of: str) -> None:
+        """Poll until ``ready()``.
+
+        Raises:
+            ProtocolError: It was not within ``timeout_s``, or a process ended once too often meanwhile.
+        """
+        ends = time.monotonic() + timeout_s
+        while not ready():
+            self.check()
+            if time.monotonic() > ends:
+                raise ProtocolError(
+                    f"runtime.startup_s: {what} must be so within {timeout_s:g} s, but was not. Raise it, or see "
+                    f"{self._log_dir}. The end of {self.log_path(log_of)}:\n{self.tail(log_of)}"
+                )
+            time.sleep(POLL_S)
+
+    def log_path(self, name: str) -> Path:
+        """Where a process's output goes."""
+        return self._log_dir / f"{name}.log"
+
+    def tail(self, name: str) -> str:
+        """The last lines that a process wrote."""
+        try:
+            text = self.log_path(name).read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return "(no log)"
+        return "\n".join(COLOURS.sub("", text).splitlines()[-TAIL_LINES:])
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Process id by name."""
+        return {child.name: child.process.pid for child in self._children}
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for last in (False, True):
+            batch = [child.process for child in self._children if child.ends_last is last]
+            for process in batch:
+                process.terminate()
+            ends = time.monotonic() + GRACE_S
+            for process in batch:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, ends - time.monotonic()))
+            for process in batch:
+                process.kill()  # does nothing to one that has been waited for
+                process.wait()
+
+    def _spawn(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
+        with self.log_path(name).open("ab") as output:
+            return subprocess.Popen(
+                command,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+
+def watch_parent(parent_pid: int) -> None:
+    """End this process soon after its parent has: by SIGTERM, and without asking if that does not help."""
+
+    def watch() -> None:
+        while os.getppid() == parent_pid:
+            time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="watch-parent", daemon=True).start()
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback interface that nobody listens on at the moment, no two alike."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [int(each.getsockname()[1]) for each in sockets]
+
+
+def accepts(address: str) -> bool:
+    """Whether somebody listens at ``host:port``."""
+    host, port = address.rsplit(":", 1)
+    try:
+        socket.create_connection((host, int(port)), timeout=1.0).close()
+    except OSError:
+        return False
+    return True

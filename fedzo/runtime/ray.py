@@ -1,0 +1,154 @@
+"""A federation on Flower's simulation engine: clients share a few Ray actors, each with its own copy of the model.
+
+The one adapter around ``flwr.simulation.run_simulation``, whose Python entry point is deprecated. The engine wants to
+run the server in a thread of its own, where errors and Ctrl-C get lost; so the engine gets a thread, its ServerApp only
+hands over the grid, and the real server runs in the caller's thread.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fedzo.apps import CONFIG_ENV, CONFIG_KEY, RUN_DIR_ENV, RUN_DIR_KEY
+from fedzo.errors import ConfigError, ProtocolError
+from fedzo.runtime._flower import GuardedGrid, one_federation, quiet_flower
+from fedzo.runtime.config import RayConfig
+
+END_S = 10.0
+
+
+def run_ray(
+    server_app: ServerApp,
+    load_client_app: Callable[[], ClientApp],
+    *,
+    num_clients: int,
+    run_config: Mapping[str, str],
+    config: RayConfig,
+) -> None:
+    """Run a federation on Ray on this machine; what the server raises, this raises.
+
+    Args:
+        server_app: Runs in this process and thread.
+        load_client_app: A function of an importable module that gives an actor its ClientApp. Only its name travels: an
+            app sent by value would lose its process's model with every message.
+        num_clients: Number of clients, indexed from 0 by ``partition-id``.
+        run_config: Given to the server; Flower gives clients none here, so they read ``config`` and ``run-dir`` from
+            the environment variables ``FEDZO_CONFIG`` and ``FEDZO_RUN_DIR``.
+        config: Actors and their share of the machine.
+
+    Raises:
+        ConfigError: Ray is missing, or another federation runs in this process.
+        ProtocolError: The engine ended before the server.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError("runtime=ray: Ray must be installed, but is not. Install it with: pip install 'fedzo[ray]'")
+    import ray
+
+    done = threading.Event()
+    grids: queue.Queue[tuple[Grid, Context]] = queue.Queue()
+    crashes: list[BaseException] = []
+    stand_in = ServerApp()
+
+    @stand_in.main()
+    def hand_over(grid: Grid, context: Context) -> None:
+        grids.put((grid, context))
+        done.wait()
+
+    def simulate() -> None:
+        from flwr.simulation import run_simulation
+
+        try:
+            run_simulation(
+                stand_in,
+                cast(ClientApp, ClientByName(load_client_app)),
+                num_supernodes=num_clients,
+                backend_config=_backend_config(config),
+            )
+        except BaseException as error:  # told to the caller below
+            crashes.append(error)
+
+    engine = threading.Thread(target=simulate, name="flower-simulation", daemon=True)
+
+    def check() -> None:
+        if not engine.is_alive():
+            cause = crashes[0] if crashes else None
+            raise ProtocolError(
+                f"runtime=ray: the engine must outlive the server, but it ended early ({cause!r}). "
+                "Look for a lack of memory or lower runtime.num_actors."
+            ) from cause
+
+    with one_federation(), quiet_flower(), _environment(run_config):
+        engine.start()
+        try:
+            grid, context = _wait_for(grids, check)
+            context.run_config = dict(run_config)
+            server_app(grid=cast(Grid, GuardedGrid(grid, check)), context=context)
+        finally:
+            done.set()
+            engine.join(END_S)
+            ray.shutdown()  # after an interrupt: end the actors that still work, which lets the engine go
+            engine.join(END_S)
+
+
+class ClientByName:
+    """A ClientApp that travels to actors as the name of the function that loads it."""
+
+    def __init__(self, load: Callable[[], ClientApp]) -> None:
+        self._load = load
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Answer with the actor's own ClientApp."""
+        return self._load()(message=message, context=context)
+
+
+def _wait_for(grids: queue.Queue[tuple[Grid, Context]], check: Callable[[], None]) -> tuple[Grid, Context]:
+    while True:
+        try:
+            return grids.get(timeout=0.1)
+        except queue.Empty:
+            check()
+
+
+def _backend_config(config: RayConfig) -> Any:
+    """Ray makes as many actors as fit, so it is told of no more of the machine than ``num_actors`` need."""
+    num_cpus = math.ceil(config.num_actors * config.num_cpus_per_client)
+    num_gpus = math.ceil(config.num_actors * config.num_gpus_per_client)
+    share = math.floor(num_cpus / config.num_actors * 1e4) / 1e4  # Ray counts in 1/10,000
+    return {
+        "init_args": {
+            "num_cpus": num_cpus,
+            "num_gpus": num_gpus,
+            "include_dashboard": False,
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+        },
+        "client_resources": {"num_cpus": share, "num_gpus": config.num_gpus_per_client},
+    }
+
+
+@contextmanager
+def _environment(run_config: Mapping[str, str]) -> Iterator[None]:
+    """What actors inherit; put back afterwards, together with Flower's change of PYTHONPATH."""
+    before = dict(os.environ)
+    os.environ[CONFIG_ENV] = run_config.get(CONFIG_KEY, "")
+    os.environ[RUN_DIR_ENV] = run_config.get(RUN_DIR_KEY, "")
+    # Ray hides the GPUs from actors with num_gpus=0: clients would compute on another kind of device than the server.
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+        os.environ.update(before)

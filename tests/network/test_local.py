@@ -1,0 +1,139 @@
+"""The toy federation over a real SuperLink and SuperNodes on the loopback interface."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import psutil
+import pytest
+
+from fedzo.errors import ProtocolError
+from fedzo.runtime.config import LocalConfig
+from fedzo.runtime.local import run_local
+
+Play = Callable[..., dict[str, Any]]
+HERE = Path(__file__).parent
+EXECUTOR = [sys.executable, str(HERE / "toy_executor.py")]
+pytestmark = [pytest.mark.net, pytest.mark.timeout(240)]
+
+
+@pytest.fixture
+def play_local(toy: ModuleType, tmp_path: Path) -> Play:
+    def play(*, config: LocalConfig | None = None, **changes: Any) -> dict[str, Any]:
+        run_config = {"config": toy.config_json(**changes), "run-dir": str(tmp_path)}
+        run_local(
+            toy.server_app, num_clients=2, run_config=run_config, config=config or LocalConfig(), executor=EXECUTOR
+        )
+        return json.loads((tmp_path / "result.json").read_text())
+
+    return play
+
+
+def test_local_gives_the_values_of_inline_with_warm_clients_and_leaves_no_process(
+    play_local: Play, play_inline: Play, tmp_path: Path
+) -> None:
+    local = play_local(rounds=3)
+    descendants = _descendants(tmp_path)
+
+    inline = play_inline(rounds=3)
+    assert local["values"] == inline["values"]
+    assert local["text"] == inline["text"]
+    assert len(descendants) == 5  # SuperLink, and SuperNode and executor of each client
+    assert [[answer["used"] for answer in answers] for answers in local["by"]] == [[1, 1], [2, 2], [3, 3]]
+    assert len({answer["pid"] for answers in local["by"] for answer in answers}) == 2
+    assert min(local["seconds"]) < 2.0  # stock Flower: 12 s
+    _assert_gone(descendants)
+    assert {path.name for path in (tmp_path / "logs").iterdir()} == {
+        "superlink.log", "flwr-run.log", "supernode-0.log", "supernode-1.log", "executor-0.log", "executor-1.log",
+    }  # fmt: skip
+
+
+def test_error_of_the_server_reaches_the_caller_with_its_type(
+    play_local: Play, toy: ModuleType, tmp_path: Path
+) -> None:
+    with pytest.raises(toy.ToyServerError, match="on purpose"):
+        play_local(server_fails_in=1)
+
+    _assert_gone(_descendants(tmp_path))
+
+
+def test_failing_client_is_an_error_reply_and_a_hung_one_is_given_up_and_started_again(
+    play_local: Play, tmp_path: Path
+) -> None:
+    result = play_local(
+        rounds=2, fails=0, hangs=1, hung=str(tmp_path / "hung"), config=LocalConfig(step_limit_s=2.0)
+    )
+
+    assert "client 0 fails on purpose" in result["errors"][0][0]
+    assert "runtime.step_limit_s = 2" in result["errors"][0][1]
+    assert result["answers"] == [0, 1]
+    assert result["by"][1][0]["used"] == 1  # a new process
+    _assert_gone(_descendants(tmp_path))
+
+
+def test_killed_supernode_costs_its_answer_and_leaves_no_orphan(play_local: Play, tmp_path: Path) -> None:
+    result = play_local(rounds=2, kills="partition-id=1", deadline_s=5.0)
+
+    assert result["answers"] == [2, 1]
+    _assert_gone(_descendants(tmp_path))
+
+
+def test_killed_superlink_ends_the_run_with_its_name(play_local: Play, tmp_path: Path) -> None:
+    with pytest.raises(ProtocolError, match=r"superlink: it must run .* status -9"):
+        play_local(rounds=2, kills="daemons superlink", deadline_s=5.0)
+
+    _assert_gone(_descendants(tmp_path))
+
+
+def test_executor_that_cannot_start_ends_the_run_with_the_end_of_its_log(toy: ModuleType, tmp_path: Path) -> None:
+    broken = [sys.executable, "-c", "raise SystemExit('no model here')"]
+
+    with pytest.raises(ProtocolError, match=r"(?s)executor-0: it must run .*no model here"):
+        run_local(
+            toy.server_app,
+            num_clients=1,
+            run_config={"config": toy.config_json(clients=1), "run-dir": str(tmp_path)},
+            config=LocalConfig(),
+            executor=broken,
+        )
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_nothing_outlives_a_run_that_is_stopped(toy: ModuleType, tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, str(HERE / "toy_run.py"), str(tmp_path), toy.config_json(waits_s=100.0)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as run:
+        _wait_for(lambda: (tmp_path / "descendants.json").exists() and bool(_descendants(tmp_path)), seconds=90)
+        descendants = _descendants(tmp_path)
+        assert len(descendants) == 5
+
+        run.send_signal(number)
+        run.wait(20)
+
+    _assert_gone(descendants)
+
+
+def _descendants(run_dir: Path) -> set[int]:
+    text = (run_dir / "descendants.json").read_text()
+    return {int(pid) for pid in json.loads(text or "{}")}
+
+
+def _assert_gone(pids: set[int]) -> None:
+    assert pids
+    _wait_for(lambda: not [pid for pid in pids if psutil.pid_exists(pid)], seconds=15)
+
+
+def _wait_for(ready: Callable[[], bool], *, seconds: float) -> None:
+    ends = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < ends
+        time.sleep(0.1)

@@ -1,0 +1,84 @@
+"""The toy federation on Flower's simulation engine."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import psutil
+import pytest
+
+from fedzo.errors import ConfigError
+from fedzo.runtime.config import RayConfig
+from fedzo.runtime.ray import run_ray
+
+Play = Callable[..., dict[str, Any]]
+pytestmark = [pytest.mark.sim, pytest.mark.timeout(180)]
+
+
+@pytest.fixture
+def play_on_ray(toy: ModuleType, tmp_path: Path) -> Play:
+    def play(*, clients: int = 2, **changes: Any) -> dict[str, Any]:
+        run_config = {"config": toy.config_json(clients=clients, **changes), "run-dir": str(tmp_path)}
+        run_ray(toy.server_app, toy.load_client_app, num_clients=clients, run_config=run_config, config=RayConfig())
+        return json.loads((tmp_path / "result.json").read_text())
+
+    return play
+
+
+def test_ray_gives_the_values_of_inline_with_warm_actors_and_leaves_nothing(
+    play_on_ray: Play, play_inline: Play
+) -> None:
+    environment = dict(os.environ)
+
+    on_ray = play_on_ray(clients=3, rounds=2)
+
+    inline = play_inline(clients=3, rounds=2)
+    assert on_ray["values"] == inline["values"]
+    assert on_ray["text"] == inline["text"]
+    pids = {answer["pid"] for answers in on_ray["by"] for answer in answers}
+    assert len(pids) <= 2  # actors, not clients
+    assert os.getpid() not in pids
+    # an actor keeps its module between messages: the uses counted in each process are 1, 2, 3, ...
+    uses = sorted(answer["used"] for answers in on_ray["by"] for answer in answers if answer["pid"] == min(pids))
+    assert uses == list(range(1, len(uses) + 1))
+    assert dict(os.environ) == environment
+    _assert_gone(pids)
+
+
+def test_error_of_the_server_reaches_the_caller_with_its_type_and_a_second_run_works(
+    play_on_ray: Play, toy: ModuleType
+) -> None:
+    with pytest.raises(toy.ToyServerError, match="on purpose"):
+        play_on_ray(server_fails_in=1)
+
+    assert play_on_ray(rounds=1)["answers"] == [2]
+
+
+def test_failing_client_is_an_error_reply_and_the_others_go_on(play_on_ray: Play) -> None:
+    result = play_on_ray(fails=0)
+
+    assert result["answers"] == [1, 1]
+    assert "client 0 fails on purpose" in result["errors"][0][0]
+
+
+def test_missing_ray_is_named_with_the_command_that_installs_it(
+    play_on_ray: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+    with pytest.raises(ConfigError, match=r"runtime=ray.*pip install 'fedzo\[ray\]'"):
+        play_on_ray()
+
+
+def _assert_gone(pids: set[int]) -> None:
+    ends = time.monotonic() + 10
+    while alive := [pid for pid in pids if psutil.pid_exists(pid)]:
+        assert time.monotonic() < ends, alive
+        time.sleep(0.1)
