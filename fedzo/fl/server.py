@@ -300,7 +300,7 @@ class Server:
             "round_seconds": round_seconds,
             "dropped_probes": int(sum(result.dropped.sum() for result in results.values())),
             "absent": sorted(refused),
-            "refused": {str(client): reason for client, reason in sorted(refused.items())},
+            "reasons": {str(client): reason for client, reason in sorted(refused.items())},
             "clients": [
                 {"client": client, "loss": losses[client], "abs_g": abs_g[client], "steps": self.fl.local_steps}
                 for client in sorted(results)

@@ -1,7 +1,7 @@
 """Choosing a mask: the top share of the eligible weights by a score.
 
-``sensitivity`` is that of Meerkat and SensZOQ (arXiv 2506.03337, 2406.02913; ``fedzo.masks.sensitivity``); ``magnitude``
-and ``random`` are what they compare with.
+``sensitivity`` is that of Meerkat and SensZOQ (arXiv 2506.03337, 2406.02913; see ``fedzo.masks.sensitivity``);
+``magnitude`` and ``random`` are what they compare with.
 
 Deviations: of equal scores the earlier tensor's and then the lower index wins, where the papers leave it to the sort;
 ``magnitude`` is the true top of ``abs(w)``, not that of the released trainer, which negates the indices in place of the

@@ -25,7 +25,7 @@ class TensorBoardSink:
     def __init__(self, run_dir: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"))  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"))
 
     def write(self, record: Record) -> None:
         """Write the record's numbers."""
@@ -34,7 +34,8 @@ class TensorBoardSink:
                 self._add(f"round/{name}", record[name], record["round"])
         elif record["kind"] == "score":
             for name in ("value", "loss", "auc", "best_threshold_accuracy"):
-                self._add(f"{record['split']}/{record['metric'] if name == 'value' else name}", record[name], record["round"])
+                tag = record["metric"] if name == "value" else name
+                self._add(f"{record['split']}/{tag}", record[name], record["round"])
         elif record["kind"] == "federated_score":
             self._add(f"federated/{record['metric']}", record["value"], record["round"])
             self._add("federated/worst_client", record["worst_client"], record["round"])
@@ -58,7 +59,7 @@ class ProgressSink:
     """
 
     def __init__(self, rounds: int, *, completed: int = 0, enabled: bool = True) -> None:
-        self._console = Console(file=sys.stdout, highlight=False, quiet=not enabled)
+        self._console = Console(file=sys.stdout, highlight=False, quiet=not enabled, soft_wrap=True)
         self._live = enabled and self._console.is_terminal
         self._rounds = rounds
         self._up = self._down = 0
@@ -104,7 +105,7 @@ class ProgressSink:
         share = 100 * record["space_size"] / record["num_params"]
         estimate = record["estimate"]
         self._console.print(
-            f"{record['trainer']}: {record['space_size']:,} of {record['num_params']:,} weights trained ({share:.3g} %), "
+            f"{record['trainer']}: {record['space_size']:,} of {record['num_params']:,} weights trained ({share:.2g} %), "
             f"{len(record['clients'])} clients, {sum(c['num_train'] for c in record['clients']):,} training rows"
         )
         self._console.print(
@@ -147,7 +148,7 @@ class ProgressSink:
         payload = record["payload_up_bytes"] + record["payload_down_bytes"]
         message = record["message_up_bytes"] + record["message_down_bytes"]
         self._console.print(
-            f"  scalars, all clients, both ways      {bytes_text(payload)} ({bytes_text(message)} with messages and set-up)"
+            f"  {'scalars, all clients, both ways':<32} {bytes_text(payload)} ({bytes_text(message)} as messages, with set-up)"
         )
 
 

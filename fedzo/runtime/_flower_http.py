@@ -51,8 +51,8 @@ __all__ = [
 ]
 log = logging.getLogger(__name__)
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
-GIVE_UP_S = 30.0
-"""How long the server's end retries a SuperLink that does not answer."""
+MAX_TRIES = 5
+"""Of the server's end for a SuperLink that does not answer, with pauses of 1, 2, 4 and 8 s."""
 
 
 def poll_often(poll_s: float) -> None:
@@ -135,7 +135,7 @@ class ClientTask:
 def server_task(address: str, token: str) -> Iterator[tuple[Grid, Context]]:
     """Play the ServerApp's process in this one: grid and context of the run, whose end Flower learns."""
     grid = HttpGrid(address, insecure=True, token=token)
-    grid._retry_invoker.max_time = GIVE_UP_S  # it would retry for ever
+    grid._retry_invoker.max_tries = MAX_TRIES  # it would retry for ever
     client = grid._runtime_client
     with _heartbeat(client):
         task = client.PullTaskInput(PullTaskInputRequest())

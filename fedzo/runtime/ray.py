@@ -7,12 +7,15 @@ hands over the grid, and the real server runs in the caller's thread.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import logging
 import math
 import os
 import queue
+import subprocess
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -89,17 +92,20 @@ def run_ray(
                 "Look for a lack of memory or lower runtime.num_actors."
             ) from cause
 
-    with one_federation(), quiet_flower(), _environment(run_config):
+    with one_federation(), quiet_flower(), _quiet_ray(), _environment(run_config):
         engine.start()
         try:
             grid, context = _wait_for(grids, check)
             context.run_config = dict(run_config)
             server_app(grid=cast(Grid, GuardedGrid(grid, check)), context=context)
         finally:
+            daemons = _daemons()
             done.set()
             engine.join(END_S)
             ray.shutdown()  # after an interrupt: end the actors that still work, which lets the engine go
             engine.join(END_S)
+            for daemon in daemons:  # Ray has ended them but waits for none
+                daemon.wait(END_S)
 
 
 class ClientByName:
@@ -136,6 +142,23 @@ def _backend_config(config: RayConfig) -> Any:
         },
         "client_resources": {"num_cpus": share, "num_gpus": config.num_gpus_per_client},
     }
+
+
+def _daemons() -> list[subprocess.Popen[bytes]]:
+    """Ray's own processes of this machine, by a private name of the one version that Flower allows."""
+    from ray._private import worker
+
+    node = worker._global_node
+    return [info.process for infos in node.all_processes.values() for info in infos] if node else []
+
+
+@contextmanager
+def _quiet_ray() -> Iterator[None]:
+    """Ray leaves files open for Python to close, which Python may be told to complain about."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        yield
+        gc.collect()
 
 
 @contextmanager

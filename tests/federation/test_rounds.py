@@ -186,7 +186,7 @@ def test_an_absent_client_is_named_keeps_its_rows_and_catches_up(run: Run, lines
     assert (used[0, 1], used[3, 1]) == (0, 3)
     absent = [line for line in metrics if line["kind"] == "round" and line["absent"]]
     assert [(line["round"], line["absent"]) for line in absent] == [(1, [2]), (2, [2])]
-    assert "faults.absent" in absent[0]["refused"]["2"]
+    assert "faults.absent" in absent[0]["reasons"]["2"]
 
 
 def test_too_few_replies_end_the_run_with_the_reason_and_keep_the_log(run: Run, tmp_path: Path, lines: Lines) -> None:

@@ -69,9 +69,7 @@ def test_error_of_the_server_reaches_the_caller_with_its_type(
 def test_failing_client_is_an_error_reply_and_a_hung_one_is_given_up_and_started_again(
     play_local: Play, tmp_path: Path
 ) -> None:
-    result = play_local(
-        rounds=2, fails=0, hangs=1, hung=str(tmp_path / "hung"), config=LocalConfig(step_limit_s=2.0)
-    )
+    result = play_local(rounds=2, fails=0, hangs=1, hung=str(tmp_path / "hung"), config=LocalConfig(step_limit_s=2.0))
 
     assert "client 0 fails on purpose" in result["errors"][0][0]
     assert "runtime.step_limit_s = 2" in result["errors"][0][1]

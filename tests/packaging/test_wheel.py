@@ -60,7 +60,7 @@ def test_wheel_holds_the_gaussian_table_of_the_specification(wheel: Path) -> Non
 
 
 def test_wheel_holds_the_html_templates_of_the_report(names: set[str]) -> None:
-    assert [name for name in names if name.startswith("fedzo/report/") and ".html" in name]
+    assert [name for name in names if name.startswith("fedzo/report/") and name.endswith(".html.j2")]
 
 
 def test_wheel_alone_composes_the_quickstart(wheel: Path, tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ from typing import Any
 import psutil
 import pytest
 
-from fedzo.errors import ConfigError
+from fedzo.errors import ConfigError, ProtocolError
 from fedzo.runtime.config import RayConfig
 from fedzo.runtime.ray import run_ray
 
+pytest.importorskip("ray")  # its import sets an environment variable for good
 Play = Callable[..., dict[str, Any]]
 pytestmark = [pytest.mark.sim, pytest.mark.timeout(180)]
 
@@ -66,6 +67,18 @@ def test_failing_client_is_an_error_reply_and_the_others_go_on(play_on_ray: Play
 
     assert result["answers"] == [1, 1]
     assert "client 0 fails on purpose" in result["errors"][0][0]
+
+
+def test_engine_that_ends_early_ends_the_run_with_its_reason(
+    play_on_ray: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(*args: Any, **kwargs: Any) -> None:
+        raise MemoryError("on purpose")
+
+    monkeypatch.setattr("flwr.simulation.run_simulation", crash)
+
+    with pytest.raises(ProtocolError, match=r"runtime=ray: the engine must outlive .*on purpose.*num_actors"):
+        play_on_ray()
 
 
 def test_missing_ray_is_named_with_the_command_that_installs_it(

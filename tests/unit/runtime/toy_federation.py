@@ -29,7 +29,7 @@ def load_client_app() -> ClientApp:
 
 
 def config_json(**changes: Any) -> str:
-    return json.dumps({"rounds": 2, "clients": 2, "text": "caf\u00e9 \\ \"quoted\" \n", **changes})
+    return json.dumps({"rounds": 2, "clients": 2, "text": 'caf\u00e9 \\ "quoted" \n', **changes})
 
 
 def _config(context: Context) -> dict[str, Any]:

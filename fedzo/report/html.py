@@ -1,0 +1,179 @@
+"""One self-contained HTML page a run: what came out, how it went, what it cost, and with which settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from fedzo.report.figures import draw_figures
+from fedzo.report.format import (
+    bytes_text,
+    change_text,
+    count_text,
+    number_text,
+    score_text,
+    seconds_text,
+    share_text,
+)
+from fedzo.report.run_data import RunData, load_run
+from fedzo.report.style import Picture, page_svg, save_pictures, unwritable
+
+Table = tuple[str, list[list[str]]]
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write ``RUN/report.html`` and the figures under ``RUN/figures``; an unfinished run is shown as far as it went.
+
+    Raises:
+        RunFolderError: The folder is no run folder, a file in it is damaged, or it cannot be written.
+    """
+    run = load_run(run_dir)
+    pictures = draw_figures(run)
+    save_pictures(pictures, run_dir / "figures")
+    before, after = run.test_scores
+    text = render_page(
+        title=f"{run.setting('trainer', 'plugin')} on {run.setting('task', 'name')}",
+        subtitle=f"{run.setting('model', 'name')}, {run.setting('fl', 'num_clients')} clients, run folder {run_dir.name}",
+        headline=_from_to(before.metric, before.value, after.value) if before and after else "",
+        headline_note=_headline_note(run),
+        notes=_notes(run),
+        tables=[table for table in (_numbers(run), _classes(run), _clients(run), _lost(run)) if len(table[1]) > 0],
+        pictures=pictures,
+        details=[
+            ("Configuration", run.config_text),
+            ("Environment", json.dumps(run.environment, indent=2)),
+        ],
+    )
+    return write_page(run_dir / "report.html", text)
+
+
+def render_page(
+    *,
+    title: str,
+    subtitle: str,
+    headline: str,
+    headline_note: str,
+    notes: Sequence[str],
+    tables: Sequence[Table],
+    pictures: Sequence[Picture],
+    details: Sequence[tuple[str, str]],
+) -> str:
+    """The page's text; everything but the figures is escaped."""
+    environment = Environment(
+        loader=PackageLoader("fedzo.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    drawn = [{"title": p.title, "caption": p.caption, "svg": page_svg(p)} for p in pictures]
+    return environment.get_template("page.html.j2").render(
+        title=title,
+        subtitle=subtitle,
+        headline=headline,
+        headline_note=headline_note,
+        notes=notes,
+        tables=tables,
+        pictures=drawn,
+        details=details,
+    )
+
+
+def write_page(path: Path, text: str) -> Path:
+    """Write a page; ``RunFolderError`` if it cannot be."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise unwritable(path, error) from error
+    return path
+
+
+def _headline_note(run: RunData) -> str:
+    before, after = run.test_scores
+    if not before or not after:
+        return ""
+    parts = [f"{before.metric} on {count_text(after.num_examples)} test rows, before and after training"]
+    if before.best_threshold_accuracy is not None and after.best_threshold_accuracy is not None:
+        shift = _from_to("accuracy", before.best_threshold_accuracy, after.best_threshold_accuracy)
+        parts.append(f"at the best threshold {shift}: the rest of the gain is calibration")
+    if before.auc is not None and after.auc is not None:
+        parts.append(f"AUC {before.auc:.3f} to {after.auc:.3f}")
+    return "; ".join(parts) + "."
+
+
+def _from_to(metric: str, before: float | None, after: float | None) -> str:
+    return f"{score_text(metric, before)} to {score_text(metric, after)} ({change_text(metric, before, after)})"
+
+
+def _notes(run: RunData) -> list[str]:
+    notes = list(run.notes)
+    if run.summary is None:
+        notes.insert(0, f"This run is not finished: {len(run.rounds)} rounds are shown. `fedzo resume` goes on with it.")
+    else:
+        notes.append(
+            "The test rows were scored once before training and once at the best dev round; they chose nothing. "
+            "Message bytes are contents as Flower counts them, without HTTP and TLS."
+        )
+    return notes
+
+
+def _numbers(run: RunData) -> Table:
+    clients = max(1, len(run.setup.clients) if run.setup else 1)
+    rows = [["rounds", str(len(run.rounds))], ["time", seconds_text(run.seconds)]]
+    if run.summary:
+        rows.append(["best dev round", str(run.summary.best_round)])
+    if run.setup:
+        trained = f"{count_text(run.setup.space_size)} of {count_text(run.setup.num_params)}"
+        rows.append(["trained weights", f"{trained} ({share_text(run.setup.space_size, run.setup.num_params)})"])
+        rows.append(["set-up of a client (mask)", bytes_text(run.setup.setup_down_bytes)])
+    for what, up, down in (
+        ("scalars a client", "payload_up_bytes", "payload_down_bytes"),
+        ("messages a client", "message_up_bytes", "message_down_bytes"),
+    ):
+        totals = [sum(getattr(line, name) or 0 for line in run.rounds) / clients for name in (up, down)]
+        rows.append([f"{what}, whole run", f"{bytes_text(totals[0])} up, {bytes_text(totals[1])} down"])
+    if run.rounds:
+        rows.append(["loss, first and last round", f"{number_text(run.rounds[0].loss)}, {number_text(run.rounds[-1].loss)}"])
+    if run.summary:
+        rows.append(["SHA-256 of the trained values", run.summary.final_digest])
+    return "Numbers", rows
+
+
+def _classes(run: RunData) -> Table:
+    before, after = run.test_scores
+    if not before or not after or not after.per_class:
+        return "Test rows by class", []
+    rows = [["class", "rows", "right before", "right after"]]
+    for label, (right, total) in sorted(after.per_class.items()):
+        was = before.per_class.get(label, (0, 0))[0]
+        rows.append([run.class_name(label), str(total), str(was), str(right)])
+    return "Test rows by class", rows
+
+
+def _clients(run: RunData) -> Table:
+    if not run.setup:
+        return "Clients", []
+    last = run.federated[-1] if run.federated else None
+    scores = {entry.client: entry for entry in last.clients} if last else {}
+    rows = [["client", "training rows", "labels", "own held-out rows", "score on them"]]
+    for client in run.setup.clients:
+        labels = ", ".join(f"{run.class_name(label)} {count}" for label, count in client.label_counts.items())
+        score = scores.get(client.client)
+        value = score_text(last.metric, score.value) if last and score else "n/a"
+        rows.append([str(client.client), count_text(client.num_train), labels, str(client.num_heldout), value])
+    if last:
+        rows.append(["all", "", "", "", score_text(last.metric, last.value)])
+        rows.append(["worst", "", "", "", score_text(last.metric, last.worst_client)])
+    return "Clients", rows
+
+
+def _lost(run: RunData) -> Table:
+    dropped = sum(line.dropped_probes for line in run.rounds)
+    absent: dict[int, int] = {}
+    for line in run.rounds:
+        for client in line.absent:
+            absent[client] = absent.get(client, 0) + 1
+    if not dropped and not absent:
+        return "Dropped and absent", []
+    rows = [["probes dropped (loss not finite)", str(dropped)]]
+    rows += [[f"client {client}: rounds without a usable reply", str(count)] for client, count in sorted(absent.items())]
+    return "Dropped and absent", rows

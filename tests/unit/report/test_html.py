@@ -1,0 +1,67 @@
+"""The page of a run: its numbers are the metrics', it is closed in itself, and hostile text stays text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedzo.errors import RunFolderError
+from fedzo.report.html import write_report
+
+MakeRun = Callable[..., Path]
+
+
+def test_the_numbers_of_the_page_are_those_of_the_metrics(make_run: MakeRun) -> None:
+    text = write_report(make_run()).read_text()
+
+    for wanted in (
+        "55.5 % to 76.5 % (+21.0 points)",
+        "57.5 % to 78.5 %",  # at the best threshold
+        "AUC 0.605 to 0.815",
+        "106,020 of 134,515,008",
+        "40 B up, 40 B down",  # scalars: 10 rounds x 12 bytes / 3 clients
+        "800 B up, 3.0 kB down",
+        "ab" * 32,
+        "terrible 39, great 1",
+    ):
+        assert wanted in text, wanted
+    assert re.search(r"probes dropped[^\n]*</th><td>1</td>", text)
+    assert re.search(r"client 2: rounds without a usable reply</th><td>1</td>", text)
+
+
+def test_the_page_needs_nothing_from_outside(make_run: MakeRun) -> None:
+    folder = make_run()
+
+    text = write_report(folder).read_text()
+
+    assert text.count("<svg") == 6
+    assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!#)""", text)
+    assert "@import" not in text
+    assert len(list((folder / "figures").glob("*.png"))) == 6
+
+
+def test_hostile_text_stays_text(make_run: MakeRun) -> None:
+    text = write_report(make_run(task="<script>alert(1)</script>")).read_text()
+
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+
+
+def test_an_unfinished_run_is_shown_and_says_so(make_run: MakeRun) -> None:
+    folder = make_run()
+    path = folder / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:8]))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "rou')
+
+    text = write_report(folder).read_text()
+
+    assert "This run is not finished: 5 rounds are shown" in text
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl"):
+        write_report(tmp_path)

@@ -1,0 +1,32 @@
+"""The table of a sweep holds every job, the failed ones too."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+from fedzo.report.sweep import write_sweep_report
+
+MakeRun = Callable[..., Path]
+
+
+def test_the_table_has_a_row_a_job_with_what_varies(make_run: MakeRun, tmp_path: Path) -> None:
+    make_run("0", trainer="meerkat", fl__local_steps="1")
+    make_run("1", trainer="mezo", fl__local_steps="1")
+    make_run("2", trainer="lora", fl__local_steps="1", lines=[])
+
+    page = write_sweep_report(tmp_path)
+
+    assert page is not None
+    with (tmp_path / "sweep.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0][:4] == ["job", "trainer", "before", "after"]
+    assert [row[:4] for row in rows[1:3]] == [["0", "meerkat", "55.5 %", "76.5 %"], ["1", "mezo", "55.5 %", "76.5 %"]]
+    assert rows[3][:3] == ["2", "lora", "failed"]
+    assert "holds no records" in page.read_text()
+    assert (tmp_path / "sweep.md").read_text().count("\n") == 5
+
+
+def test_a_folder_without_jobs_has_no_report(tmp_path: Path) -> None:
+    assert write_sweep_report(tmp_path) is None

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedzo.runtime.inline
+from fedzo.apps import client_app, server_app
+from fedzo.config.schema import RunConfig
+from fedzo.errors import ConfigError
+from fedzo.fl.config import FlConfig
+from fedzo.runtime.config import RuntimeConfig
+from fedzo.runtime.launch import RUNTIMES, launch
+
+
+def test_every_runtime_of_the_configuration_can_be_launched() -> None:
+    from fedzo.config.plugins import plugin_classes
+
+    assert dict(RUNTIMES) == plugin_classes()["runtime"]
+
+
+def test_inline_runs_the_installed_apps_with_text_and_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(fedzo.runtime.inline, "run_inline", lambda *args, **kwargs: calls.append((args, kwargs)))
+
+    launch(RunConfig(fl=FlConfig(num_clients=5)), tmp_path, config_json='{"seed": 1}')
+
+    run_config = {"config": '{"seed": 1}', "run-dir": str(tmp_path)}
+    assert calls == [((server_app, client_app), {"num_clients": 5, "run_config": run_config})]
+
+
+def test_unknown_runtime_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"runtime: .* Registered: inline, local, ray"):
+        launch(RunConfig(runtime=RuntimeConfig()), tmp_path, config_json="{}")
