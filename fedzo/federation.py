@@ -222,6 +222,8 @@ class Federation:
     # --- end
 
     def _write_summary(self, best: int) -> None:
+        if any(line["kind"] == "summary" for line in self._store.metrics):
+            return  # resumed after its end
         rounds = [line for line in self._store.metrics if line["kind"] == "round"]
         totals = {
             name: sum(line[name] for line in rounds)

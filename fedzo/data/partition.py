@@ -27,13 +27,12 @@ from fedzo.data.files import Row
 from fedzo.data.tasks import label_index
 from fedzo.errors import ConfigError
 from fedzo.registry import Registry
-from fedzo.zo.directions import permutation, stream_key
+from fedzo.zo.directions import PURPOSE_DEAL, PURPOSE_HOLDOUT, permutation, stream_key
 
 Parts = list[list[int]]
 PARTITIONERS: Registry[Parts] = Registry("partition", base=PartitionConfig)
 """Factories ``(config, *, rows, num_clients, seed, task) -> row numbers of each client``."""
 
-_PURPOSE_DEAL, _PURPOSE_HOLDOUT = 17, 18  # of the Philox stream
 _MOST_NAMED = 8  # clients or values named in a message
 
 
@@ -90,7 +89,7 @@ def holdout(indices: Sequence[int], share: float, *, seed: int, client: int) -> 
         )
     wanted = max(1, round(share * len(indices))) if share > 0 else 0
     num_held = max(0, min(wanted, len(indices) - 1))
-    ranked = permutation(stream_key(seed, round=0, owner=client), len(indices), purpose=_PURPOSE_HOLDOUT).tolist()
+    ranked = permutation(stream_key(seed, round=0, owner=client), len(indices), purpose=PURPOSE_HOLDOUT).tolist()
     held = set(ranked[:num_held])
     return (
         sorted(row for at, row in enumerate(indices) if at not in held),
@@ -235,7 +234,7 @@ def natural(config: NaturalConfig, *, rows: Sequence[Row], num_clients: int, see
 
 
 def _shuffled(num_rows: int, seed: int) -> list[int]:
-    order: list[int] = permutation(stream_key(seed, round=0), num_rows, purpose=_PURPOSE_DEAL).tolist()
+    order: list[int] = permutation(stream_key(seed, round=0), num_rows, purpose=PURPOSE_DEAL).tolist()
     return order
 
 

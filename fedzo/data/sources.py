@@ -16,7 +16,7 @@ from fedzo.data.embedded import rotten_tomatoes
 from fedzo.data.files import SUFFIXES, Located, Row, read_located, read_rows
 from fedzo.data.tasks import render
 from fedzo.errors import ConfigError
-from fedzo.zo.directions import permutation, stream_key
+from fedzo.zo.directions import PURPOSE_SPLIT, permutation, stream_key
 
 __all__ = ["EMBEDDED", "Row", "Splits", "load_splits", "read_rows"]
 
@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 EMBEDDED: dict[str, Callable[[], list[Row]]] = {"rotten_tomatoes": rotten_tomatoes}
 """Tasks whose rows come with an install."""
 _STEMS = {"train": ("train",), "dev": ("dev", "validation", "valid", "val"), "test": ("test",)}
-_PURPOSE_SPLIT = 16  # of the Philox stream
 _DRAWN_PART = 4  # a dev or test split drawn from train takes at most a quarter of it
 
 
@@ -125,7 +124,7 @@ def _files(folder: Path) -> dict[str, Path]:
 def _shuffled(rows: list[Located], task: TaskConfig, *, name: str, seed: int) -> list[_Item]:
     items = [_Item(at, row, _prompt(where, row, task)) for at, (where, row) in enumerate(rows)]
     key = stream_key(seed, round=list(_STEMS).index(name))
-    return [items[at] for at in permutation(key, len(items), purpose=_PURPOSE_SPLIT)]
+    return [items[at] for at in permutation(key, len(items), purpose=PURPOSE_SPLIT)]
 
 
 def _prompt(where: str, row: Row, task: TaskConfig) -> str:

@@ -162,13 +162,13 @@ class _Lines:
 
 
 def _belongs(line: dict[str, Any], done: int) -> bool:
-    """Whether a metric record is about the committed part of the run; the summary is always written anew."""
+    """Whether a metric record is about the committed part of the run."""
     kind = line.get("kind")
     if kind == "round":
         return bool(line["round"] < done)
     if kind in ("score", "federated_score"):
         return bool(line["round"] <= done)
-    return kind != "summary"
+    return kind != "summary" or bool(line["rounds"] == done)
 
 
 def _without_nan(value: Any) -> Any:

@@ -59,8 +59,7 @@ class HelloReply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sync:
-    """How a client reaches the server's state: log records from ``from_round`` to ``round``, or the values
-    themselves."""
+    """How a client reaches the server's state: log records from ``from_round`` on, or the values themselves."""
 
     config_hash: str = ""
     space_id: str = ""

@@ -24,12 +24,10 @@ from fedzo.masks.eligible import eligible_parameters
 from fedzo.masks.mask import Mask
 from fedzo.masks.ranking import ScoreFn, largest
 from fedzo.masks.sensitivity import GradientSums, LossFn, accumulate_gradients, next_token_loss
-from fedzo.zo.directions import philox_words, stream_key
+from fedzo.zo.directions import PURPOSE_MASK, philox_words, stream_key
 
 logger = logging.getLogger(__name__)
 
-PURPOSE_MASK = 5
-"""Purpose of the stream that ``random`` draws from (purposes 0 to 4 belong to ``fedzo.zo.directions``)."""
 SELECTORS = ("sensitivity", "magnitude", "random")
 GRANULARITIES = ("per_tensor", "everywhere")
 

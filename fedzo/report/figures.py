@@ -16,8 +16,8 @@ from fedzo.report.format import bytes_text, change_text, number_text, percent_te
 from fedzo.report.run_data import RunData
 from fedzo.report.style import (
     BLUE,
-    GRID,
     GREEN,
+    GRID,
     INK,
     MUTED,
     ORANGE,
@@ -34,6 +34,7 @@ from fedzo.report.style import (
 
 MAX_PANELS = 12
 MAX_LINES = 60
+MAX_POINTS = 400  # of a running mean; a page must stay small
 MAX_CLASSES = len(SERIES)
 
 
@@ -71,9 +72,9 @@ def label_skew(run: RunData) -> dict[int, float]:
 
 
 def _rounds_axis(axes: Axes, num_rounds: int) -> None:
-    axes.set_xlim(0, max(num_rounds, 1))
+    axes.set_xlim(-0.02 * num_rounds, max(num_rounds, 1))
     axes.set_xlabel("rounds")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
 
 
 def _nan(values: Sequence[float | None]) -> list[float]:
@@ -118,9 +119,17 @@ def _scores(run: RunData) -> Picture | None:
         if score is None:
             continue
         axes.plot(
-            round_index, score.value, marker="D", markersize=8, linestyle="none", clip_on=False, zorder=5,
-            color=ORANGE, markerfacecolor=ORANGE if filled else PAPER, markeredgewidth=1.8,
-        )  # fmt: skip
+            round_index,
+            score.value,
+            marker="D",
+            markersize=8,
+            linestyle="none",
+            clip_on=False,
+            zorder=5,
+            color=ORANGE,
+            markerfacecolor=ORANGE if filled else PAPER,
+            markeredgewidth=1.8,
+        )
     last = max([record.round + 1 for record in run.rounds] + [s.round for s in dev], default=0)
     _rounds_axis(axes, last)
     values = [s.value for s in dev] + [s.value for s in (before, after) if s]
@@ -133,13 +142,19 @@ def _scores(run: RunData) -> Picture | None:
         left = filled and round_index > 0.5 * last
         below = any(s.value > score.value for s in dev if abs(s.round - round_index) < 0.2 * max(last, 1))
         axes.annotate(
-            text, (round_index, score.value), xytext=(-12 if left else 12, -3 if below else 3), textcoords="offset points",
-            color=ORANGE, ha="right" if left else "left", va="top" if below else "bottom", fontweight="bold",
-        )  # fmt: skip
+            text,
+            (round_index, score.value),
+            xytext=(-12 if left else 12, -3 if below else 3),
+            textcoords="offset points",
+            color=ORANGE,
+            ha="right" if left else "left",
+            va="top" if below else "bottom",
+            fontweight="bold",
+        )
     axes.set_ylabel(metric)
     percent_axis(axes, metric)
     direct_labels(axes, ends)
-    caption = f"Dev {metric} chose the round to keep (lines); the test rows were scored only at the diamonds."
+    caption = f"Dev {metric} chose the round to keep (line); the test rows were scored only at the diamonds."
     if before and after:
         caption = f"{caption} Test: {change_text(metric, before.value, after.value)}."
     return Picture("score", f"{metric.capitalize()} over rounds", caption, figure)
@@ -150,7 +165,7 @@ def _bytes(run: RunData) -> Picture | None:
         return None
     rounds = [record.round + 1 for record in run.rounds]
     num_clients = max(len(run.setup.clients) if run.setup else 1, 1)
-    lines = [
+    lines: list[tuple[str, list[int | None], str, str]] = [
         ("messages down", [r.message_down_bytes for r in run.rounds], ORANGE, "--"),
         ("messages up", [r.message_up_bytes for r in run.rounds], ORANGE, "-"),
         ("payload down", [r.payload_down_bytes for r in run.rounds], BLUE, "--"),
@@ -171,7 +186,8 @@ def _bytes(run: RunData) -> Picture | None:
     axes.set_ylim(bottom=0)
     if high > 20 * low:
         axes.set_yscale("log")
-        axes.set_ylim(min(line.get_ydata()[0] for line in axes.lines) / 2, 2 * high)  # type: ignore[index,type-var,operator]
+        axes.set_ylim(max(low / max(len(rounds), 10) / 1.6, 0.5), 2 * high)
+        axes.minorticks_off()
     bytes_axis(axes)
     axes.set_ylabel("bytes per client, so far" + (" (log scale)" if high > 20 * low else ""))
     _rounds_axis(axes, rounds[-1])
@@ -194,7 +210,13 @@ def _label_bytes(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> N
         place = max(point, previous + 12.5 * scale)
         previous, shift = place, (place - point) / scale
         axes.annotate(
-            text, (x, y), xytext=(7, shift), textcoords="offset points", va="center", color=colour, annotation_clip=False
+            text,
+            (x, y),
+            xytext=(7, shift),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+            annotation_clip=False,
         )
 
 
@@ -250,31 +272,34 @@ def _abs_g(run: RunData) -> Picture | None:
     tables = [{client.client: client.abs_g for client in record.clients} for record in run.rounds]
     skew = label_skew(run)
     one_label = max(skew.values(), default=0.0) == 0
-    window = max(1, min(25, len(rounds) // 8))
+    window, thin = max(1, min(25, len(rounds) // 8)), 1 + len(rounds) // MAX_POINTS
     top = max(skew.values(), default=0.0) or 1.0
     norm = BoundaryNorm([top * step / 5 for step in range(6)], SKEW.N)
     ids.sort(key=lambda client: skew.get(client, 0.0))
     panels = len(ids) <= MAX_PANELS
     lines = ids if len(ids) <= MAX_LINES else [ids[i * (len(ids) - 1) // (MAX_LINES - 1)] for i in range(MAX_LINES)]
     figure, grid = _panel_grid(len(ids)) if panels else _one_panel()
+    drawn: list[float] = []
     for index, client in enumerate(lines):
         values = [table.get(client) for table in tables]
         means = running_mean(values, window=window)
         axes, colour = grid[index if panels else 0], BLUE if one_label else SKEW(norm(skew.get(client, 0.0)))
         if panels:
-            axes.plot(rounds, _nan(values), color=colour, alpha=0.25, linewidth=0.8)
+            axes.plot(rounds[::thin], _nan(values[::thin]), color=colour, alpha=0.25, linewidth=0.8)
             axes.set_title(f"client {client}", color=INK, pad=3)
-        axes.plot(rounds, _nan(means), color=colour, linewidth=1.6 if panels else 0.8)
+        axes.plot(rounds[::thin], _nan(means[::thin]), color=colour, linewidth=1.6 if panels else 0.8)
+        drawn += [value for value in (values if panels else means) if value is not None]
+    for axes in grid:
         axes.set_xlim(0, max(rounds[-1], 1))
-        axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+        axes.set_ylim(0, 1.05 * max(drawn, default=0.0) or 1.0)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_locator(MaxNLocator(4))
     figure.supxlabel("rounds", color=MUTED, fontsize=9)
     figure.supylabel("|g|, loss per unit step", color=MUTED, fontsize=9)
     if not one_label:
         bar = figure.colorbar(ScalarMappable(norm, SKEW), ax=grid, pad=0.02, shrink=0.9, aspect=25, format="%.2f")
         bar.set_label("label skew of the client", color=MUTED)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
     caption = (
         "Size of each client's measured slope along the shared directions (thick: running mean). "
         + ("" if one_label else "Clients are ordered and coloured by label skew. ")
@@ -317,22 +342,39 @@ def _federated(run: RunData) -> Picture | None:
     if earlier:
         marks = [(place, earlier.get(c.client)) for place, c in zip(places, scored, strict=True)]
         axes.plot(
-            [place for place, _ in marks], _nan([value for _, value in marks]), color=INK, linestyle="none",
-            marker="_", markersize=14 if few else 3, markeredgewidth=2, label=f"after {first.round} rounds",
-        )  # fmt: skip
+            [place for place, _ in marks],
+            _nan([value for _, value in marks]),
+            color=INK,
+            linestyle="none",
+            marker="_",
+            markersize=14 if few else 3,
+            markeredgewidth=2,
+            label=f"after {first.round} rounds" if first.round else "before training",
+        )
         axes.legend(loc="upper left", bbox_to_anchor=(0, 1.13), handletextpad=0.4)
     axes.axhline(last.value, color=GREEN, linewidth=1.2, linestyle="--")
     axes.annotate(
-        f"all rows {score_text(last.metric, last.value)}", (1, last.value), xycoords=("axes fraction", "data"),
-        xytext=(6, 0), textcoords="offset points", color=GREEN, va="center", annotation_clip=False,
-    )  # fmt: skip
+        f"all rows {score_text(last.metric, last.value)}",
+        (1, last.value),
+        xycoords=("axes fraction", "data"),
+        xytext=(6, 0),
+        textcoords="offset points",
+        color=GREEN,
+        va="center",
+        annotation_clip=False,
+    )
     if few:
         axes.set_xticks(places, [str(c.client) for c in scored])
         for place, client in zip(places, scored, strict=True) if len(scored) <= 16 else ():
             axes.annotate(
                 percent_text(client.value, digits=0) if last.metric == "accuracy" else f"{client.value:.2f}",
-                (place, client.value or 0.0), xytext=(0, -4), textcoords="offset points", ha="center", va="top", color=PAPER,
-            )  # fmt: skip
+                (place, 0),
+                xytext=(0, 5),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                color=PAPER,
+            )
     else:
         axes.set_xticks([])
     axes.set_xlabel("client, worst first")
@@ -343,7 +385,8 @@ def _federated(run: RunData) -> Picture | None:
     percent_axis(axes, last.metric)
     rows = [client.num_examples for client in scored]
     caption = (
-        f"After {last.round} rounds, each client on rows it never trained on ({min(rows)} to {max(rows)} rows: small "
-        f"numbers, wide error). Worst: client {scored[0].client} with {score_text(last.metric, scored[0].value)} (orange)."
+        f"After {last.round} rounds, each client on rows it never trained on ({min(rows)} to {max(rows)} rows: "
+        f"small numbers, wide error). Worst: client {scored[0].client} with "
+        f"{score_text(last.metric, scored[0].value)} (orange)."
     )
     return Picture("federated", f"{last.metric.capitalize()} per client", caption, figure)

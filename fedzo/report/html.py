@@ -107,7 +107,9 @@ def _from_to(metric: str, before: float | None, after: float | None) -> str:
 def _notes(run: RunData) -> list[str]:
     notes = list(run.notes)
     if run.summary is None:
-        notes.insert(0, f"This run is not finished: {len(run.rounds)} rounds are shown. `fedzo resume` goes on with it.")
+        notes.insert(
+            0, f"This run is not finished: {len(run.rounds)} rounds are shown. `fedzo resume` goes on with it."
+        )
     else:
         notes.append(
             "The test rows were scored once before training and once at the best dev round; they chose nothing. "
@@ -132,7 +134,9 @@ def _numbers(run: RunData) -> Table:
         totals = [sum(getattr(line, name) or 0 for line in run.rounds) / clients for name in (up, down)]
         rows.append([f"{what}, whole run", f"{bytes_text(totals[0])} up, {bytes_text(totals[1])} down"])
     if run.rounds:
-        rows.append(["loss, first and last round", f"{number_text(run.rounds[0].loss)}, {number_text(run.rounds[-1].loss)}"])
+        rows.append(
+            ["loss, first and last round", f"{number_text(run.rounds[0].loss)}, {number_text(run.rounds[-1].loss)}"]
+        )
     if run.summary:
         rows.append(["SHA-256 of the trained values", run.summary.final_digest])
     return "Numbers", rows
@@ -175,5 +179,7 @@ def _lost(run: RunData) -> Table:
     if not dropped and not absent:
         return "Dropped and absent", []
     rows = [["probes dropped (loss not finite)", str(dropped)]]
-    rows += [[f"client {client}: rounds without a usable reply", str(count)] for client, count in sorted(absent.items())]
+    rows += [
+        [f"client {client}: rounds without a usable reply", str(count)] for client, count in sorted(absent.items())
+    ]
     return "Dropped and absent", rows

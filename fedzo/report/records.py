@@ -56,7 +56,7 @@ class Round:
     message_down_bytes: int | None
     dropped_probes: int
     absent: tuple[int, ...]
-    refused: tuple[int, ...]
+    refused: dict[int, str]
     clients: tuple[ClientRound, ...]
 
 
@@ -171,14 +171,18 @@ class _Reader:
         return None if value is None else _Reader(value, f"{self.where}, {key}")
 
     def clients(self, key: str) -> tuple[int, ...]:
-        """Client indices; an entry may also be an object with ``client`` (and a reason)."""
-        rows = self.record.get(key) or []
-        if not isinstance(rows, list):
-            raise self.fail(key, "a list of clients")
-        found = [row.get("client") if isinstance(row, dict) else row for row in rows]
-        if any(not isinstance(client, int) for client in found):
+        found = self.record.get(key) or []
+        if not isinstance(found, list) or any(not isinstance(client, int) for client in found):
             raise self.fail(key, "a list of clients")
         return tuple(found)
+
+    def reasons(self, key: str) -> dict[int, str]:
+        found = self.record.get(key) or {}
+        if not isinstance(found, dict) or not all(
+            client.isdecimal() and isinstance(reason, str) for client, reason in found.items()
+        ):
+            raise self.fail(key, "an object of client and reason")
+        return {int(client): reason for client, reason in found.items()}
 
     def tallies(self, key: str) -> dict[str, tuple[int, int]]:
         value = self.record.get(key) or {}
@@ -220,9 +224,10 @@ def _round(read: _Reader) -> Round:
         message_down_bytes=read.optional_whole("message_down_bytes"),
         dropped_probes=read.whole("dropped_probes", 0),
         absent=read.clients("absent"),
-        refused=read.clients("refused"),
+        refused=read.reasons("refused"),
         clients=tuple(
-            ClientRound(row.whole("client"), row.optional("loss"), row.optional("abs_g")) for row in read.each("clients")
+            ClientRound(row.whole("client"), row.optional("loss"), row.optional("abs_g"))
+            for row in read.each("clients")
         ),
     )
 

@@ -112,7 +112,7 @@ def _read_metrics(path: Path) -> tuple[list[Record], list[str]]:
                 raise ValueError(f"a {type(record).__name__}")
         except ValueError as error:
             if number == len(lines):  # no newline after it: the writer was stopped inside this line
-                notes.append(f"The last line of {METRICS_FILE} is torn (the run was stopped while writing) and left out.")
+                notes.append(f"The last line of {METRICS_FILE} is torn (the run was stopped in it) and left out.")
                 break
             raise RunFolderError(
                 f"{where}: every line must be a JSON object, got {str(error)[:120]}. "

@@ -6,11 +6,13 @@ SVG follows the page's light or dark mode.
 
 from __future__ import annotations
 
+import html
 import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,16 @@ SERIES = (BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER, "#8c8c8c", "#4d4d4d")
 # Five steps from even (blue) to one-sided (vermilion) for how far a client's labels are from the federation's.
 SKEW = ListedColormap([BLUE, "#4a94a8", "#a3a07a", "#d98f3f", ORANGE], name="skew")
 
-_CSS_NAMES = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper", BLUE: "c1", ORANGE: "c2", GREEN: "c3", PURPLE: "c4"}
+_CSS_NAMES = {
+    INK: "ink",
+    MUTED: "muted",
+    GRID: "grid",
+    PAPER: "paper",
+    BLUE: "c1",
+    ORANGE: "c2",
+    GREEN: "c3",
+    PURPLE: "c4",
+}
 _RC: dict[str, Any] = {
     "font.family": ["sans-serif"],
     "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],  # equal widths, so labels fit without the first
@@ -78,7 +89,7 @@ class Picture:
 @contextmanager
 def house_style() -> Iterator[None]:
     """The house settings of matplotlib while figures are drawn or written."""
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(_RC):  # type: ignore[arg-type]  # it wants a Literal of every key
         yield
 
 
@@ -91,7 +102,7 @@ def new_axes(width: float = 7.2, height: float = 2.9) -> tuple[Figure, Axes]:
 
 def bytes_axis(axes: Axes) -> None:
     """Write the y axis in bytes with units."""
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: bytes_text(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: bytes_text(value).replace(".0 ", " ")))
 
 
 def percent_axis(axes: Axes, metric: str) -> None:
@@ -104,7 +115,7 @@ def apart(values: Sequence[float], *, gap: float) -> list[float]:
     """Positions of labels near ``values`` with at least ``gap`` between neighbours, in the order given."""
     order = sorted(range(len(values)), key=lambda index: values[index])
     placed = [float(value) for value in values]
-    for low, high in zip(order, order[1:], strict=False):
+    for low, high in pairwise(order):
         placed[high] = max(placed[high], placed[low] + gap)
     excess = sum(placed) - sum(values)
     return [value - excess / max(len(values), 1) for value in placed]
@@ -116,7 +127,13 @@ def direct_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> 
     heights = apart([end[1] for end in ends], gap=(high - low) * 0.085)
     for (x, _, text, colour), height in zip(ends, heights, strict=True):
         axes.annotate(
-            text, (x, height), xytext=(7, 0), textcoords="offset points", va="center", color=colour, annotation_clip=False
+            text,
+            (x, height),
+            xytext=(7, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+            annotation_clip=False,
         )
 
 
@@ -128,10 +145,9 @@ def page_svg(picture: Picture) -> str:
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # matplotlib numbers groups alike in every figure; ids must be unique
     for colour, name in _CSS_NAMES.items():
         text = re.sub(rf"(?<=[:\s]){colour}\b", f"var(--{name}, {colour})", text)
-    label = picture.title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
-    return re.sub(
-        r'<svg (.*?)width="[^"]*"', rf'<svg role="img" aria-label="{label}" \1', text.replace(" height=", " data-h=", 1), count=1
-    )
+    head, body = text.split(">", 1)
+    head = re.sub(r' (width|height)="[^"]*"', "", head)  # the page's width decides; viewBox keeps the proportions
+    return f'{head} role="img" aria-label="{html.escape(picture.title)}">{body}'
 
 
 def save_pictures(pictures: Sequence[Picture], folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""A space that is nothing but a vector: the slow, obviously right twin for tests of estimators, logs and federations."""
+"""A space that is nothing but a vector: the obviously right twin for tests of estimators, logs and federations."""
 
 from __future__ import annotations
 

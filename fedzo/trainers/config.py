@@ -54,6 +54,7 @@ class Calibration(StrEnum):
 class MeerkatConfig(TrainerConfig):
     """Meerkat: a static mask chosen once from pre-training gradients (arXiv 2506.03337)."""
 
+    lr: float = 2e-4
     density: float = 1e-3
     """Share of the eligible weights that is trained."""
     selector: Selector = Selector.sensitivity
@@ -62,7 +63,7 @@ class MeerkatConfig(TrainerConfig):
     """A mask made by ``fedzo mask``; without it the mask is computed when the run starts."""
     calibration: Calibration = Calibration.imdb
     calibration_path: str | None = None
-    calibration_docs: int = 32
+    calibration_docs: int = 16
     """Number of calibration documents (100 x 512 tokens of C4 in SensZOQ's tool)."""
     calibration_tokens: int = 128
     """Length of each document's window in tokens."""

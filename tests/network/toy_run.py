@@ -1,4 +1,4 @@
-"""A local federation of the toy apps as a program, ``toy_run.py RUN_DIR CONFIG_JSON``: started by tests to be killed."""
+"""A local federation of the toy apps: ``toy_run.py RUN_DIR CONFIG_JSON``; started by tests to be stopped."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def test_audit_and_metrics_of_a_round_that_was_not_committed_are_dropped(tmp_pat
         file.write(json.dumps({"kind": "round", "round": 2}) + "\n")
         file.write(json.dumps({"kind": "score", "split": "dev", "round": 2}) + "\n")
         file.write(json.dumps({"kind": "score", "split": "dev", "round": 3}) + "\n")
-        file.write(json.dumps({"kind": "summary"}) + "\n")
+        file.write(json.dumps({"kind": "summary", "rounds": 3}) + "\n")
 
     store = opened(tmp_path)
 

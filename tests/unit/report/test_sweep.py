@@ -24,7 +24,7 @@ def test_the_table_has_a_row_a_job_with_what_varies(make_run: MakeRun, tmp_path:
     assert rows[0][:4] == ["job", "trainer", "before", "after"]
     assert [row[:4] for row in rows[1:3]] == [["0", "meerkat", "55.5 %", "76.5 %"], ["1", "mezo", "55.5 %", "76.5 %"]]
     assert rows[3][:3] == ["2", "lora", "failed"]
-    assert "holds no records" in page.read_text()
+    assert "must hold at least one record" in page.read_text()
     assert (tmp_path / "sweep.md").read_text().count("\n") == 5
 
 

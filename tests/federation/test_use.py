@@ -1,0 +1,104 @@
+"""What a user does with a finished run: export it, score it, generate with it, mask, read its folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fedzo.config.load import load
+from fedzo.errors import ConfigError, RunFolderError
+from fedzo.runs import doctor, evaluate_run, export_run, generate_run, make_mask, read_config, rebuild, start_run
+
+Run = Callable[..., Path]
+IDS = torch.arange(24).reshape(2, 12)
+
+
+@pytest.mark.parametrize("trainer", ["meerkat", "mezo"])
+def test_an_exported_model_is_the_tuned_one_for_plain_transformers(run: Run, tmp_path: Path, trainer: str) -> None:
+    folder = run(f"trainer={trainer}", "optimizer.lr=0.01", "evaluation.central=false")
+
+    out = export_run(folder, tmp_path / "out")
+
+    model = AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    tuned = rebuild(folder).site.loaded
+    base = rebuild(folder, rounds=0).site.loaded
+    with torch.inference_mode():
+        logits = model.eval()(input_ids=IDS).logits
+        assert torch.equal(logits, tuned.model(input_ids=IDS).logits)
+        assert not torch.equal(logits, base.model(input_ids=IDS).logits)
+    assert tokenizer.encode("some text") == tuned.tokenizer.encode("some text")
+    with pytest.raises(ConfigError, match="must be a new or empty folder"):
+        export_run(folder, out)
+
+
+def test_scoring_a_run_again_gives_its_own_score(run: Run, lines: Callable[..., list[dict[str, Any]]]) -> None:
+    folder = run("optimizer.lr=0.05", "fl.rounds=4")
+
+    again = evaluate_run(folder, split="test")
+
+    after = lines(folder, "metrics.jsonl")[-1]["after"]
+    assert again == {name: after[name] for name in again}
+
+
+def test_generating_with_a_run_is_greedy_decoding_of_its_model(run: Run) -> None:
+    folder = run()
+
+    (text,) = generate_run(folder, ["Text: a thing\nVerdict:"], max_new_tokens=5)
+
+    loaded = rebuild(folder).site.loaded
+    ids = list(loaded.tokenizer("Text: a thing\nVerdict:")["input_ids"])
+    prompt = len(ids)
+    for _ in range(5):
+        with torch.inference_mode():
+            ids.append(int(loaded.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == loaded.tokenizer.eos_token_id:
+            break
+    assert text == loaded.tokenizer.decode(ids[prompt:], skip_special_tokens=True).strip()
+
+
+def test_a_mask_made_beforehand_is_the_one_that_the_run_would_make(
+    run: Run, overrides: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    made = make_mask(load(overrides()), tmp_path / "mask.safetensors")
+    folder = run()
+    given = run(f"trainer.mask_path={tmp_path / 'mask.safetensors'}")
+
+    kept = (folder / "mask.safetensors").read_bytes()
+    assert hashlib.sha256(kept).digest() == hashlib.sha256((tmp_path / "mask.safetensors").read_bytes()).digest()
+    assert made["size"] == rebuild(folder).replica.space.size
+    assert (folder / "public.jsonl").read_bytes() == (given / "public.jsonl").read_bytes()
+
+
+def test_the_run_folder_holds_what_made_the_run(run: Run) -> None:
+    folder = run("seed=7")
+
+    environment = json.loads((folder / "environment.json").read_text())
+    assert read_config(folder).seed == 7
+    assert (folder / "overrides.yaml").read_text() == '- "seed=7"\n'
+    assert environment["packages"]["flwr"].startswith("1.41.")
+    assert len(environment["config_hash"]) == 64
+
+
+def test_a_folder_with_a_run_is_not_overwritten_and_one_without_is_named(
+    run: Run, overrides: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    folder = run()
+
+    with pytest.raises(RunFolderError, match="holds a run already"):
+        start_run(load(overrides()), folder, overrides=[])
+    with pytest.raises(RunFolderError, match="not a run folder"):
+        rebuild(tmp_path)
+    with pytest.raises(ConfigError, match=r"rounds must be in 0\.\.3"):
+        rebuild(folder, rounds=4)
+
+
+def test_doctor_finds_this_machine_fit() -> None:
+    assert [name for name, good, _ in doctor() if not good] == []

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from matplotlib.figure import Figure
+
+from fedzo.errors import RunFolderError
+from fedzo.report.figures import draw_figures, label_skew, running_mean
+from fedzo.report.run_data import load_run
+from fedzo.report.style import Picture, house_style, new_axes, page_svg, save_pictures
+
+MakeRun = Callable[..., Path]
+
+
+def picture(pictures: list[Picture], name: str) -> Picture:
+    return next(picture for picture in pictures if picture.name == name)
+
+
+def curves(figure: Figure) -> list[list[float]]:
+    return [[float(y) for y in line.get_ydata()] for line in figure.axes[0].lines]
+
+
+def test_the_running_mean_skips_what_is_missing() -> None:
+    assert running_mean([None, 2.0, None, 4.0, 9.0], window=2) == [None, 2.0, 2.0, 4.0, 6.5]
+
+
+def test_skew_is_half_the_summed_difference_of_label_shares(make_run: MakeRun) -> None:
+    # labels: 39/1, 15/15 and 0/20 rows; the federation holds 54/36, so label 0 has a share of 0.6
+    assert label_skew(load_run(make_run())) == pytest.approx({0: 39 / 40 - 0.6, 1: 0.1, 2: 0.6})
+
+
+def test_a_finished_run_has_every_figure_with_the_numbers_of_its_metrics(make_run: MakeRun) -> None:
+    pictures = draw_figures(load_run(make_run()))
+
+    assert [picture.name for picture in pictures] == ["score", "loss", "bytes", "labels", "abs_g", "federated"]
+    raw = curves(picture(pictures, "loss").figure)[0]
+    assert raw[:4] == pytest.approx([0.8, 0.77, 0.74, 0.71])
+    assert raw[4] != raw[4]  # the round whose loss is missing is a gap, not a zero
+    totals = sorted(curve[-1] for curve in curves(picture(pictures, "bytes").figure))
+    assert totals == pytest.approx([120 / 3, 120 / 3, 2400 / 3, 9000 / 3])  # sums of ten rounds, per client
+    bars = picture(pictures, "federated").figure.axes[0].patches
+    assert [bar.get_height() for bar in bars] == pytest.approx([0.5, 0.6, 0.7])
+
+
+def test_no_panel_cuts_off_a_client(make_run: MakeRun) -> None:
+    figure = picture(draw_figures(load_run(make_run())), "abs_g").figure
+
+    panels = [axes for axes in figure.axes if axes.lines]
+    tops = [max(float(y) for line in axes.lines for y in line.get_ydata()) for axes in panels]
+    assert max(tops) == 11.0  # client 2; the smallest scale that shows it must hold in all panels
+    assert all(axes.get_ylim()[1] >= 11.0 for axes in panels)
+
+
+def test_a_run_without_rounds_draws_only_what_it_knows(make_run: MakeRun) -> None:
+    lines = [line for line in _records(make_run) if line["kind"] == "setup"]
+
+    assert [p.name for p in draw_figures(load_run(make_run("short", lines=lines)))] == ["labels"]
+
+
+def test_a_page_figure_is_well_formed_and_keeps_hostile_text_as_text(make_run: MakeRun) -> None:
+    with house_style():
+        figure, axes = new_axes()
+        axes.set_xlabel("<script>$x$")
+    svg = page_svg(Picture("x", r'a "title" \g<9>', "", figure))
+
+    root = ElementTree.fromstring(svg)
+
+    assert root.get("aria-label") == r'a "title" \g<9>'
+    assert root.get("width") is None
+    assert "<script>$x$" in [node.text for node in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "var(--muted, #6b7280)" in svg
+
+
+def test_figures_that_cannot_be_written_say_where(make_run: MakeRun, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file, where the folder of figures should be")
+
+    with pytest.raises(RunFolderError, match=r"taken: the report must be writable here, got File exists"):
+        save_pictures([], tmp_path / "taken")
+
+
+def _records(make_run: MakeRun) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (make_run("whole") / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedzo.errors import RunFolderError
+from fedzo.report.html import write_report
+from fedzo.report.run_data import load_run
+
+MakeRun = Callable[..., Path]
+
+
+def round_line(number: int, **changes: object) -> dict[str, object]:
+    line = {
+        "kind": "round",
+        "seconds": 1.0 + number,
+        "round": number,
+        "loss": 0.7,
+        "payload_up_bytes": 8,
+        "payload_down_bytes": 8,
+        "message_up_bytes": 90,
+        "message_down_bytes": 90,
+        "absent": [],
+        "refused": {},
+        "clients": [],
+    }
+    return {**line, **changes}
+
+
+def test_a_refused_reply_keeps_its_reason_and_the_report_is_written(make_run: MakeRun) -> None:
+    folder = make_run(lines=[round_line(0, absent=[2], refused={"2": "no reply by the deadline"})])
+
+    assert load_run(folder).rounds[0].refused == {2: "no reply by the deadline"}
+    assert write_report(folder).is_file()
+
+
+def test_a_line_torn_at_the_end_is_left_out_and_said(make_run: MakeRun) -> None:
+    folder = make_run(lines=[round_line(0), round_line(1)])
+    metrics = folder / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes()[:-25])
+
+    run = load_run(folder)
+
+    assert [line.round for line in run.rounds] == [0]
+    assert any("torn" in note for note in run.notes)
+
+
+def test_a_last_line_without_newline_that_is_whole_counts(make_run: MakeRun) -> None:
+    folder = make_run(lines=[round_line(0), round_line(1)])
+    metrics = folder / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes()[:-1])
+
+    run = load_run(folder)
+
+    assert [line.round for line in run.rounds] == [0, 1]
+    assert run.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"kind": "round"\n{"kind": "x"}\n', r"metrics\.jsonl, line 1: every line must be a JSON object"),
+        ('{"kind": "round", "loss": NaN}\n', r"line 1: .* got NaN, which is not JSON"),
+        ("[1]\n", r"line 1: every line must be a JSON object, got a list"),
+        ("\n", r"metrics\.jsonl: must hold at least one record, got none"),
+        (json.dumps(round_line(0, loss="low")) + "\n", r"line 1: loss must be a number or null, got 'low'"),
+        (json.dumps(round_line(0, payload_up_bytes=None)) + "\n", r"payload_up_bytes must be a whole number, got None"),
+        (json.dumps(round_line(0, round=True)) + "\n", r"line 1: round must be a number or null, got True"),
+        (json.dumps(round_line(0, refused=[1])) + "\n", r"refused must be an object of client and reason, got \[1\]"),
+    ],
+)
+def test_damaged_metrics_name_line_rule_and_value(make_run: MakeRun, text: str, message: str) -> None:
+    folder = make_run()
+    (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
+
+    with pytest.raises(RunFolderError, match=message):
+        load_run(folder)
+
+
+def test_a_damaged_config_is_refused_and_a_missing_one_noted(make_run: MakeRun) -> None:
+    folder = make_run()
+    (folder / "environment.json").unlink()
+
+    assert load_run(folder).notes == ("environment.json is missing from the run folder.",)
+
+    (folder / "config.yaml").write_text("- a list\n", encoding="utf-8")
+    with pytest.raises(RunFolderError, match=r"config\.yaml: must hold a mapping, got a list"):
+        load_run(folder)
+
+
+def test_of_a_round_written_twice_the_later_counts(make_run: MakeRun) -> None:
+    folder = make_run(
+        lines=[round_line(0, loss=0.9), round_line(1), round_line(0, loss=0.4), {"kind": "from the future"}]
+    )
+
+    assert [(line.round, line.loss) for line in load_run(folder).rounds] == [(0, 0.4), (1, 0.7)]
+
+
+def test_a_run_that_went_on_after_its_summary_is_unfinished(make_run: MakeRun) -> None:
+    folder = make_run()
+    assert load_run(folder).summary is not None
+
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(round_line(10)) + "\n")
+
+    assert load_run(folder).summary is None
