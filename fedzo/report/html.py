@@ -36,7 +36,7 @@ def write_report(run_dir: Path) -> Path:
     before, after = run.test_scores
     text = render_page(
         title=f"{run.setting('trainer', 'plugin')} on {run.setting('task', 'name')}",
-        subtitle=f"{run.setting('model', 'name')}, {run.setting('fl', 'num_clients')} clients, run folder {run_dir.name}",
+        subtitle=f"{run.setting('model', 'name')}, {run.setting('fl', 'num_clients')} clients, folder {run_dir.name}",
         headline=_from_to(before.metric, before.value, after.value) if before and after else "",
         headline_note=_headline_note(run),
         notes=_notes(run),

@@ -105,8 +105,8 @@ class ProgressSink:
         share = 100 * record["space_size"] / record["num_params"]
         estimate = record["estimate"]
         self._console.print(
-            f"{record['trainer']}: {record['space_size']:,} of {record['num_params']:,} weights trained ({share:.2g} %), "
-            f"{len(record['clients'])} clients, {sum(c['num_train'] for c in record['clients']):,} training rows"
+            f"{record['trainer']}: {record['space_size']:,} of {record['num_params']:,} weights trained ({share:.2g} %)"
+            f", {len(record['clients'])} clients, {sum(c['num_train'] for c in record['clients']):,} training rows"
         )
         self._console.print(
             f"estimate: {bytes_text(estimate['memory_bytes'])} of memory for a step, "
@@ -146,10 +146,9 @@ class ProgressSink:
             if before.get(name) is not None and after.get(name) is not None:
                 self._console.print(f"  {title:<32} {before[name]:.3f} -> {after[name]:.3f}")
         payload = record["payload_up_bytes"] + record["payload_down_bytes"]
+        title = "scalars, all clients, both ways"
         message = record["message_up_bytes"] + record["message_down_bytes"]
-        self._console.print(
-            f"  {'scalars, all clients, both ways':<32} {bytes_text(payload)} ({bytes_text(message)} as messages, with set-up)"
-        )
+        self._console.print(f"  {title:<32} {bytes_text(payload)} ({bytes_text(message)} as messages, with set-up)")
 
 
 def _percent(value: float | None) -> str:

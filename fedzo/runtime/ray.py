@@ -7,6 +7,7 @@ hands over the grid, and the real server runs in the caller's thread.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.util
 import logging
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
+import psutil
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
@@ -29,7 +31,7 @@ from fedzo.errors import ConfigError, ProtocolError
 from fedzo.runtime._flower import GuardedGrid, one_federation, quiet_flower
 from fedzo.runtime.config import RayConfig
 
-END_S = 10.0
+STRAGGLER_S, END_S = 3.0, 10.0
 
 
 def run_ray(
@@ -101,9 +103,11 @@ def run_ray(
         finally:
             daemons = _daemons()
             done.set()
-            engine.join(END_S)
-            ray.shutdown()  # after an interrupt: end the actors that still work, which lets the engine go
-            engine.join(END_S)
+            engine.join(STRAGGLER_S)
+            if engine.is_alive():  # it waits for actors that still work, which nobody needs any more
+                _kill_actors(daemons)
+                engine.join(END_S)
+            ray.shutdown()
             for daemon in daemons:  # Ray has ended them but waits for none
                 daemon.wait(END_S)
 
@@ -150,6 +154,15 @@ def _daemons() -> list[subprocess.Popen[bytes]]:
 
     node = worker._global_node
     return [info.process for infos in node.all_processes.values() for info in infos] if node else []
+
+
+def _kill_actors(daemons: list[subprocess.Popen[bytes]]) -> None:
+    """End actors by their pids: the engine then learns that they died, while after a shutdown it would wait for ever."""
+    with contextlib.suppress(psutil.Error):
+        for daemon in daemons:
+            for process in psutil.Process(daemon.pid).children(recursive=True):
+                if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::ClientAppActor"):
+                    process.kill()
 
 
 @contextmanager

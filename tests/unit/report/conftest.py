@@ -104,7 +104,9 @@ def records() -> list[dict[str, Any]]:
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
-    def make(name: str = "run", *, lines: list[dict[str, Any]] | None = None, task: str = "reviews", **overrides: str) -> Path:
+    def make(
+        name: str = "run", *, lines: list[dict[str, Any]] | None = None, task: str = "reviews", **overrides: str
+    ) -> Path:
         folder = tmp_path / name
         folder.mkdir(parents=True)
         text = "".join(json.dumps(line) + "\n" for line in (records() if lines is None else lines))
@@ -117,7 +119,8 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         }
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         (folder / "environment.json").write_text(json.dumps({"fedzo": "0.1.0", "cpu_count": 2}))
-        (folder / "overrides.yaml").write_text(yaml.safe_dump([f"{k.replace('__', '.')}={v}" for k, v in overrides.items()]))
+        given = [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]
+        (folder / "overrides.yaml").write_text(yaml.safe_dump(given))
         return folder
 
     return make

@@ -31,7 +31,7 @@ def test_tensorboard_reads_back_what_was_written(make_run: MakeRun) -> None:
     wanted = [(r, 0.8 - 0.03 * r) for r in range(10) if r != 4]  # a loss that was not finite is left out
     assert [step for step, _ in losses] == [step for step, _ in wanted]
     assert [value for _, value in losses] == pytest.approx([value for _, value in wanted])
-    assert [(e.step, e.value) for e in events.Scalars("dev/accuracy")] == [(0, pytest.approx(0.54)), (10, pytest.approx(0.75))]
+    assert [(e.step, round(e.value, 5)) for e in events.Scalars("dev/accuracy")] == [(0, 0.54), (10, 0.75)]
 
 
 def test_without_a_terminal_plain_lines_tell_rounds_bytes_time_and_the_result(
