@@ -224,7 +224,7 @@ def _round(read: _Reader) -> Round:
         message_down_bytes=read.optional_whole("message_down_bytes"),
         dropped_probes=read.whole("dropped_probes", 0),
         absent=read.clients("absent"),
-        refused=read.reasons("refused"),
+        refused=read.reasons("reasons"),
         clients=tuple(
             ClientRound(row.whole("client"), row.optional("loss"), row.optional("abs_g"))
             for row in read.each("clients")

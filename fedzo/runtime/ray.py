@@ -157,7 +157,8 @@ def _daemons() -> list[subprocess.Popen[bytes]]:
 
 
 def _kill_actors(daemons: list[subprocess.Popen[bytes]]) -> None:
-    """End actors by their pids: the engine then learns that they died, while after a shutdown it would wait for ever."""
+    """End actors by their pids: the engine learns that they died, while after a shutdown it would wait for ever."""
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)  # until the end of the run: it would report them as crashes
     with contextlib.suppress(psutil.Error):
         for daemon in daemons:
             for process in psutil.Process(daemon.pid).children(recursive=True):

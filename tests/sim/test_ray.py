@@ -69,6 +69,16 @@ def test_failing_client_is_an_error_reply_and_the_others_go_on(play_on_ray: Play
     assert "client 0 fails on purpose" in result["errors"][0][0]
 
 
+def test_client_that_still_works_when_the_server_is_done_is_not_waited_for(play_on_ray: Play, tmp_path: Path) -> None:
+    started = time.monotonic()
+
+    result = play_on_ray(rounds=1, hangs=1, hung=str(tmp_path / "hung"), deadline_s=3.0)
+
+    assert result["answers"] == [1]
+    assert time.monotonic() - started < 90  # the client would work for 600 s
+    assert not [child for child in psutil.Process().children(recursive=True) if child.name().startswith("ray")]
+
+
 def test_engine_that_ends_early_ends_the_run_with_its_reason(
     play_on_ray: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:

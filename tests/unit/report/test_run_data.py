@@ -24,14 +24,14 @@ def round_line(number: int, **changes: object) -> dict[str, object]:
         "message_up_bytes": 90,
         "message_down_bytes": 90,
         "absent": [],
-        "refused": {},
+        "reasons": {},
         "clients": [],
     }
     return {**line, **changes}
 
 
 def test_a_refused_reply_keeps_its_reason_and_the_report_is_written(make_run: MakeRun) -> None:
-    folder = make_run(lines=[round_line(0, absent=[2], refused={"2": "no reply by the deadline"})])
+    folder = make_run(lines=[round_line(0, absent=[2], reasons={"2": "no reply by the deadline"})])
 
     assert load_run(folder).rounds[0].refused == {2: "no reply by the deadline"}
     assert write_report(folder).is_file()
@@ -69,7 +69,7 @@ def test_a_last_line_without_newline_that_is_whole_counts(make_run: MakeRun) -> 
         (json.dumps(round_line(0, loss="low")) + "\n", r"line 1: loss must be a number or null, got 'low'"),
         (json.dumps(round_line(0, payload_up_bytes=None)) + "\n", r"payload_up_bytes must be a whole number, got None"),
         (json.dumps(round_line(0, round=True)) + "\n", r"line 1: round must be a number or null, got True"),
-        (json.dumps(round_line(0, refused=[1])) + "\n", r"refused must be an object of client and reason, got \[1\]"),
+        (json.dumps(round_line(0, reasons=[1])) + "\n", r"reasons must be an object of client and reason, got \[1\]"),
     ],
 )
 def test_damaged_metrics_name_line_rule_and_value(make_run: MakeRun, text: str, message: str) -> None:
