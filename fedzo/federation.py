@@ -64,10 +64,16 @@ class Federation:
         self._encoded: dict[str, list[Example]] = {}
         started, before = time.monotonic(), max((line["seconds"] for line in store.metrics), default=0.0)
         self._elapsed: Callable[[], float] = lambda: before + time.monotonic() - started
-        self._progress = ProgressSink(config.fl.rounds, completed=len(store.records), enabled=config.report.progress)
+        done = [line for line in store.metrics if line["kind"] == "round"]
+        self._progress = ProgressSink(
+            config.fl.rounds,
+            completed=len(store.records),
+            sent_bytes=(sum(r["message_up_bytes"] for r in done), sum(r["message_down_bytes"] for r in done)),
+            enabled=config.report.progress,
+        )
         sinks: list[Sink] = [self._progress]
         if config.report.tensorboard:
-            sinks.append(TensorBoardSink(store.folder))
+            sinks.append(TensorBoardSink(store.folder, completed=len(store.records)))
         self._sinks = Sinks([store, *sinks])
         for sink in sinks:
             stack.callback(sink.close)

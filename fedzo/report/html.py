@@ -35,12 +35,13 @@ def write_report(run_dir: Path) -> Path:
     save_pictures(pictures, run_dir / "figures")
     before, after = run.test_scores
     text = render_page(
-        title=f"{run.setting('trainer', 'plugin')} on {run.setting('task', 'name')}",
+        title=f"{run.setting('trainer', 'plugin') or 'a run'} on {run.setting('task', 'name') or 'its task'}",
         subtitle=f"{run.setting('model', 'name')}, {run.setting('fl', 'num_clients')} clients, folder {run_dir.name}",
         headline=_from_to(before.metric, before.value, after.value) if before and after else "",
         headline_note=_headline_note(run),
         notes=_notes(run),
-        tables=[table for table in (_numbers(run), _classes(run), _clients(run), _lost(run)) if len(table[1]) > 0],
+        tables=[table for table in (_numbers(run), _classes(run), _lost(run)) if table[1]],
+        long_tables=[table for table in (_clients(run),) if table[1]],
         pictures=pictures,
         details=[
             ("Configuration", run.config_text),
@@ -58,6 +59,7 @@ def render_page(
     headline_note: str,
     notes: Sequence[str],
     tables: Sequence[Table],
+    long_tables: Sequence[Table],
     pictures: Sequence[Picture],
     details: Sequence[tuple[str, str]],
 ) -> str:
@@ -73,6 +75,7 @@ def render_page(
         headline_note=headline_note,
         notes=notes,
         tables=tables,
+        long_tables=long_tables,
         pictures=drawn,
         details=details,
     )
@@ -173,13 +176,13 @@ def _clients(run: RunData) -> Table:
 def _lost(run: RunData) -> Table:
     dropped = sum(line.dropped_probes for line in run.rounds)
     absent: dict[int, int] = {}
+    reasons: dict[int, str] = {}
     for line in run.rounds:
         for client in line.absent:
             absent[client] = absent.get(client, 0) + 1
-    if not dropped and not absent:
-        return "Dropped and absent", []
-    rows = [["probes dropped (loss not finite)", str(dropped)]]
-    rows += [
-        [f"client {client}: rounds without a usable reply", str(count)] for client, count in sorted(absent.items())
-    ]
+        reasons.update(line.refused)
+    rows = [["probes dropped (loss not finite)", str(dropped)]] if dropped else []
+    for client, count in sorted(absent.items()):
+        last = f"; last: {reasons[client]}" if client in reasons else ""
+        rows.append([f"client {client} without a usable reply", f"{count} rounds{last}"])
     return "Dropped and absent", rows

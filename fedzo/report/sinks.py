@@ -20,12 +20,17 @@ PLAIN_EVERY_S = 10.0
 
 
 class TensorBoardSink:
-    """Scalars of rounds and scores as TensorBoard events under ``RUN/tensorboard``."""
+    """Scalars of rounds and scores as TensorBoard events under ``RUN/tensorboard``.
 
-    def __init__(self, run_dir: Path) -> None:
+    Args:
+        run_dir: The run folder.
+        completed: Rounds that were done before the run was resumed; what was written of later ones is forgotten.
+    """
+
+    def __init__(self, run_dir: Path, *, completed: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"))
+        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=completed or None)
 
     def write(self, record: Record) -> None:
         """Write the record's numbers."""
@@ -55,14 +60,17 @@ class ProgressSink:
     Args:
         rounds: Rounds of the whole run.
         completed: Rounds that were done before it was resumed.
+        sent_bytes: Message bytes up and down of those rounds.
         enabled: Whether to print at all.
     """
 
-    def __init__(self, rounds: int, *, completed: int = 0, enabled: bool = True) -> None:
+    def __init__(
+        self, rounds: int, *, completed: int = 0, sent_bytes: tuple[int, int] = (0, 0), enabled: bool = True
+    ) -> None:
         self._console = Console(file=sys.stdout, highlight=False, quiet=not enabled, soft_wrap=True)
         self._live = enabled and self._console.is_terminal
         self._rounds = rounds
-        self._up = self._down = 0
+        self._up, self._down = sent_bytes
         self._score = ""
         self._last_print = 0.0
         self._rate: list[float] = []

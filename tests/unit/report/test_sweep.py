@@ -21,9 +21,12 @@ def test_the_table_has_a_row_a_job_with_what_varies(make_run: MakeRun, tmp_path:
     assert page is not None
     with (tmp_path / "sweep.csv").open(newline="") as file:
         rows = list(csv.reader(file))
-    assert rows[0][:4] == ["job", "trainer", "before", "after"]
-    assert [row[:4] for row in rows[1:3]] == [["0", "meerkat", "55.5 %", "76.5 %"], ["1", "mezo", "55.5 %", "76.5 %"]]
-    assert rows[3][:3] == ["2", "lora", "failed"]
+    assert rows[0][:5] == ["job", "trainer", "state", "before", "after"]
+    assert [row[:5] for row in rows[1:3]] == [
+        ["0", "meerkat", "finished", "0.555", "0.765"],
+        ["1", "mezo", "finished", "0.555", "0.765"],
+    ]
+    assert rows[3] == ["2", "lora", "failed"]
     assert "must hold at least one record" in page.read_text()
     assert (tmp_path / "sweep.md").read_text().count("\n") == 5
 
