@@ -243,7 +243,7 @@ def _runtime(config: RunConfig) -> Iterator[Problem]:
     match config.runtime:
         case RayConfig() as ray:
             yield from _positive("runtime.num_cpus_per_client", ray.num_cpus_per_client, "1 is usual.")
-            yield from _not_negative("runtime.num_gpus_per_client", ray.num_gpus_per_client, "0 uses the CPU.")
+            yield from _not_negative("runtime.num_gpus_per_client", ray.num_gpus_per_client, "0 shares what is there.")
             yield from _at_least("runtime.num_actors", ray.num_actors, 1, "It counts processes.")
         case LocalConfig() as local:
             yield from _positive("runtime.startup_s", local.startup_s, "It counts seconds.")

@@ -86,6 +86,9 @@ class Roster:
                 log.warning("node %d is not let in: %s", node, problem)
                 self._rejected.add(node)
                 continue
+            if reply.client in self.nodes:  # its old node stays listed for a while after it died
+                log.warning("client %d came back as another node", reply.client)
+                self._rejected.add(self.nodes[reply.client])
             self.hellos[reply.client] = reply
             self.nodes[reply.client] = node
             joined.append(reply.client)

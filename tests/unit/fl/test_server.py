@@ -1,0 +1,328 @@
+"""The round loop against scripted clients: late, broken, behind, damaged, hostile, replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app.message.message import make_message
+
+from fedzo.errors import ProtocolError
+from fedzo.fl.client import Identity, space_id
+from fedzo.fl.config import FlConfig, StrategyConfig, Transport
+from fedzo.fl.replica import Replica
+from fedzo.fl.roster import Roster
+from fedzo.fl.server import FederationError, Server
+from fedzo.fl.store import RunStore
+from fedzo.fl.wire import (
+    RECORD,
+    Hello,
+    HelloReply,
+    Status,
+    TrainReply,
+    TrainRequest,
+    decode,
+    encode,
+    scalars_to_bytes,
+)
+from fedzo.testing.vector_space import VectorSpace
+
+BASE = np.linspace(-1, 1, 9).astype(np.float32)
+IDENTITY = Identity(config_hash="c" * 64, base_digest="b", tokenizer_digest="t", task_digest="k")
+ARTIFACT = b"mask"
+
+
+def new_replica() -> Replica:
+    space = VectorSpace(BASE)
+    return Replica(space, reset=lambda: space.load(BASE), run_seed=1)
+
+
+@pytest.fixture(autouse=True)
+def server_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower wants to know whose messages these are."""
+    from flwr.supercore.task_identity import TaskIdentity
+
+    for name, value in (("_task_id", 1), ("_run_id", 1), ("_node_id", 1)):
+        monkeypatch.setattr(TaskIdentity, name, value)
+
+
+class Client:
+    """An honest client whose g is its index plus one; tests bend it."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.replica: Replica | None = None
+        self.requests: list[TrainRequest] = []
+        self.bend: Callable[[TrainReply], Any] = lambda reply: reply
+        self.hello = HelloReply(
+            client=index,
+            num_train=10 * (index + 1),
+            config_hash=IDENTITY.config_hash,
+            base_digest="b",
+            tokenizer_digest="t",
+            task_digest="k",
+        )
+
+    def train(self, request: TrainRequest) -> Any:
+        self.requests.append(request)
+        if request.artifact:
+            assert request.space_id == space_id(request.artifact)
+            self.replica = self.replica or new_replica()
+        if self.replica is None:
+            return TrainReply(status=Status.bare)
+        status = self.replica.sync(request)
+        if status is not Status.ok:
+            return TrainReply(status=status, position=self.replica.position)
+        g = np.full((request.steps, 1), self.index + 1, np.float32)
+        ones = scalars_to_bytes(np.ones_like(g))
+        return self.bend(TrainReply(g=scalars_to_bytes(g), loss=ones, dropped=bytes(len(g)), num_examples=1))
+
+
+class Grid:
+    """Flower's grid as far as a server sees it; node ids are 100 + index unless a test says otherwise."""
+
+    def __init__(self, clients: list[Client]) -> None:
+        self.nodes: dict[int, Client | None] = {100 + client.index: client for client in clients}
+        self._waiting: dict[str, Message] = {}
+        self.hellos: list[int] = []
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.nodes)
+
+    def push_messages(self, messages: list[Message]) -> list[str]:
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(len(self._waiting) + id(message))
+            self._waiting[message.metadata.message_id] = message
+        return [message.metadata.message_id for message in messages]
+
+    def pull_messages(self, message_ids: list[str]) -> list[Message]:
+        replies = []
+        for message_id in message_ids:
+            message = self._waiting[message_id]
+            client = self.nodes.get(message.metadata.dst_node_id)
+            if client is None:
+                continue  # a node that is listed but does not answer
+            if message.metadata.message_type == "query.hello":
+                decode(Hello, message.content)
+                self.hellos.append(message.metadata.dst_node_id)
+                content: Any = client.hello
+            else:
+                content = client.train(decode(TrainRequest, message.content))
+            if content is None:
+                continue
+            content = content if isinstance(content, RecordDict) else encode(content)
+            metadata = Message(content, reply_to=message).metadata
+            replies.append(make_message(metadata=metadata, content=content))
+        return replies
+
+
+@pytest.fixture
+def federation(tmp_path: Path) -> Iterator[Callable[..., tuple[Server, list[Client], Grid]]]:
+    stores = []
+
+    def make(num_clients: int = 3, **strategy: Any) -> tuple[Server, list[Client], Grid]:
+        clients = [Client(index) for index in range(num_clients)]
+        grid = Grid(clients)
+        transport = strategy.pop("transport", Transport.scalars)
+        stores.append(RunStore(tmp_path))
+        server = Server(
+            grid=grid,
+            roster=Roster(num_clients=num_clients, identity=IDENTITY),
+            replica=new_replica(),
+            store=stores[-1],
+            artifact=ARTIFACT,
+            run_seed=1,
+            fl=FlConfig(num_clients=num_clients, rounds=5, local_steps=2, transport=transport, hash_every=2),
+            strategy=StrategyConfig(**{"deadline_s": 0.2, "startup_s": 1.0, **strategy}),
+            lr=0.5,
+            num_probes=1,
+            sink=_Nowhere(),
+            elapsed=lambda: 0.0,
+        )
+        server.roster.wait(grid, timeout_s=1.0)
+        return server, clients, grid
+
+    yield make
+    for store in stores:
+        store.close()
+
+
+class _Nowhere:
+    def write(self, record: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+def means(server: Server) -> list[float]:
+    return [float(record.coefficients[0, 0, 0]) for record in server.store.records]
+
+
+def test_honest_clients_follow_the_server_round_by_round(federation: Any) -> None:
+    server, clients, _ = federation()
+
+    for _ in range(5):
+        server.run_round()
+
+    assert means(server) == [2.0] * 5
+    assert [len(client.requests) for client in clients] == [5, 5, 5]
+    assert clients[0].replica.position == 4  # it learns of the last round from no later request
+    assert [bool(request.artifact) for request in clients[0].requests] == [True, False, False, False, False]
+    assert [len(request.log) for request in clients[0].requests] == [0, 26, 26, 26, 26]
+    assert [bool(request.digest) for request in clients[0].requests] == [True, False, True, False, True]
+    assert [request.used for request in clients[0].requests] == [0, 2, 4, 6, 8]
+
+
+def test_the_round_closes_at_its_deadline_with_those_who_answered(federation: Any) -> None:
+    server, clients, _ = federation()
+    clients[2].bend = lambda reply: None
+
+    server.run_round()
+
+    assert means(server) == [1.5]
+    assert server.store.rounds[0]["attendance"] == [0, 1]
+    assert "no reply within 0.2 s" in server.store.audit[0]["refused"]["2"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (RecordDict({"else": ConfigRecord()}), "expected one record"),
+        (RecordDict({RECORD: ConfigRecord({"g": 7})}), "g must be bytes"),
+        (TrainReply(g=b"123", loss=b"", dropped=b""), "g must hold 8 bytes"),
+        (
+            TrainReply(
+                g=scalars_to_bytes(np.array([1e9, 0], np.float32)),
+                loss=scalars_to_bytes(np.zeros(2, np.float32)),
+                dropped=bytes(2),
+            ),
+            r"|g| must be at most",
+        ),
+    ],
+)
+def test_a_reply_that_cannot_be_used_is_excluded_and_named(federation: Any, bad: Any, reason: str) -> None:
+    server, clients, _ = federation()
+    clients[0].bend = lambda reply: bad
+
+    server.run_round()
+
+    assert means(server) == [2.5]
+    assert reason in server.store.audit[0]["refused"]["0"]
+
+
+def test_a_client_that_lost_its_space_and_log_gets_both_again(federation: Any) -> None:
+    server, clients, _ = federation()
+    for _ in range(3):
+        server.run_round()
+    clients[1].replica = None
+
+    server.run_round()
+
+    assert means(server) == [2.0] * 4
+    assert np.array_equal(clients[1].replica.space.theta, clients[0].replica.space.theta)
+
+
+def test_a_damaged_client_is_resynchronised_by_values_once(federation: Any, caplog: pytest.LogCaptureFixture) -> None:
+    server, clients, _ = federation()
+    for _ in range(2):
+        server.run_round()
+    clients[0].replica.space.theta[3] += 1
+
+    server.run_round()
+
+    assert means(server) == [2.0] * 3
+    assert [bool(request.values) for request in clients[0].requests] == [False, False, False, True]
+    assert "its state is not the server's" in caplog.text
+
+
+def test_a_client_that_never_reaches_the_state_is_left_out_after_a_few_tries(federation: Any) -> None:
+    server, clients, _ = federation()
+    server.run_round()
+    clients[0].bend = lambda reply: TrainReply(status=Status.mismatch)
+
+    server.run_round()
+
+    assert means(server) == [2.0, 2.5]
+    assert "could not reach the server's state" in server.store.audit[1]["refused"]["0"]
+    assert len(clients[0].requests) == 1 + 4
+
+
+def test_value_transport_sends_the_values_each_round_and_no_log(federation: Any) -> None:
+    server, clients, _ = federation(transport=Transport.values)
+
+    for _ in range(3):
+        server.run_round()
+
+    assert [len(request.values) for request in clients[0].requests] == [0, 36, 36]
+    assert [len(request.log) for request in clients[0].requests] == [0, 0, 0]
+
+
+def test_a_client_that_comes_back_as_another_node_takes_its_own_place(federation: Any) -> None:
+    server, clients, grid = federation()
+    server.run_round()
+    grid.nodes[100] = None  # killed, but still listed
+    again = Client(0)
+    grid.nodes[777] = again
+
+    server.run_round()
+    server.run_round()
+
+    assert means(server) == [2.0] * 3
+    assert grid.hellos == [100, 101, 102, 777]
+    assert np.array_equal(again.replica.space.theta, clients[1].replica.space.theta)
+
+
+def test_a_newcomer_of_another_run_is_not_let_in(federation: Any, caplog: pytest.LogCaptureFixture) -> None:
+    server, _, grid = federation()
+    stranger = Client(1)
+    stranger.hello = HelloReply(client=1, num_train=5, config_hash="d" * 64)
+    grid.nodes[888] = stranger
+
+    server.run_round()
+
+    assert means(server) == [2.0]
+    assert "its configuration must be the server's (cccccccccccc), got dddddddddddd" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("hello", "match"),
+    [
+        ({"base_digest": "x"}, r"client 0: its base weights must be the server's \(b\), got x"),
+        ({"tokenizer_digest": "x"}, "its tokenizer must be"),
+        ({"task_digest": "x"}, "its task must be"),
+        ({"protocol": 99}, r"its protocol must be the server's \(1\), got 99"),
+        ({"client": 7}, r"client index must be in 0\.\.0, got 7"),
+        ({"num_train": 0}, "at least one training row, got 0"),
+    ],
+)
+def test_clients_that_do_not_mean_the_same_run_stop_it_before_any_work(hello: dict[str, Any], match: str) -> None:
+    client = Client(0)
+    fields = {name: getattr(client.hello, name) for name in HelloReply.__dataclass_fields__}
+    client.hello = HelloReply(**{**fields, **hello})
+
+    with pytest.raises(ProtocolError, match=match):
+        Roster(num_clients=1, identity=IDENTITY).wait(Grid([client]), timeout_s=0.5)
+
+
+def test_two_clients_of_one_index_and_missing_clients_are_named() -> None:
+    grid = Grid([Client(0)])
+    grid.nodes[555] = Client(0)
+
+    with pytest.raises(ProtocolError, match="client index 0 is taken twice"):
+        Roster(num_clients=2, identity=IDENTITY).wait(grid, timeout_s=0.5)
+    with pytest.raises(ProtocolError, match=r"clients \[1, 2\] did not. Start them"):
+        Roster(num_clients=3, identity=IDENTITY).wait(Grid([Client(0)]), timeout_s=0.3)
+
+
+def test_all_replies_bad_ends_the_run_and_keeps_the_log(federation: Any) -> None:
+    server, clients, _ = federation()
+    server.run_round()
+    for client in clients:
+        client.bend = lambda reply: TrainReply(g=b"1")
+
+    with pytest.raises(FederationError, match=r"round 1: strategy\.min_replies = 1 usable replies are needed, got 0"):
+        server.run_round()
+
+    assert len(server.store.records) == 1
