@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 # Before torch, flwr or transformers is imported.
 os.environ.update(
@@ -20,8 +26,33 @@ if "FLWR_HOME" not in os.environ:
     os.environ["FLWR_HOME"] = tempfile.mkdtemp(prefix="flwr-")
     atexit.register(shutil.rmtree, os.environ["FLWR_HOME"], ignore_errors=True)
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("dev", max_examples=25, deadline=None)
 settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.fixture(scope="session")
+def toy() -> Iterator[ModuleType]:
+    """The toy federation of the runtime tests as an importable module."""
+    folder = str(Path(__file__).parent / "unit" / "runtime")
+    sys.path.insert(0, folder)
+    import toy_federation
+
+    yield toy_federation
+    sys.path.remove(folder)
+
+
+@pytest.fixture
+def play_inline(toy: ModuleType, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Play the toy federation in process and return its result."""
+    from fedzo.runtime.inline import run_inline
+
+    def play(*, clients: int = 2, **changes: Any) -> dict[str, Any]:
+        run_config = {"config": toy.config_json(clients=clients, **changes), "run-dir": str(tmp_path)}
+        run_inline(toy.server_app, toy.client_app, num_clients=clients, run_config=run_config)
+        return json.loads((tmp_path / "result.json").read_text())
+
+    return play
