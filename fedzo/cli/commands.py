@@ -22,9 +22,12 @@ def train(arguments: Namespace) -> int:
 
 def resume(arguments: Namespace) -> int:
     """``fedzo resume``."""
+    from fedzo.cli.train import show_result
     from fedzo.runs import resume_run
 
-    resume_run(_folder(arguments.run))
+    folder = _folder(arguments.run)
+    resume_run(folder)
+    show_result(folder)
     return 0
 
 

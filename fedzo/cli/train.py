@@ -64,12 +64,20 @@ def job(composed: DictConfig) -> None:
     folder = Path(hydra.runtime.output_dir)
     try:
         start_run(checked(composed), folder, overrides=list(hydra.overrides.task))
+        show_result(folder)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(str(folder)) from None
     except FedzoError as error:
         if hydra.mode == RunMode.MULTIRUN:  # Hydra raises the first job's error only, when all have run
             log.error("%s: %s", folder, error)
         raise
+
+
+def show_result(folder: Path) -> None:
+    """Say where a finished run is."""
+    print(f"run folder: {folder}")
+    if (folder / "report.html").exists():
+        print(f"report:     {folder / 'report.html'}")
 
 
 def _single(flags: Namespace) -> None:
