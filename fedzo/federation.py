@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedzo.data.example import Example
+from fedzo.errors import ProtocolError
 from fedzo.estimate import Estimate, estimate_run
 from fedzo.fl.roster import Roster
 from fedzo.fl.server import Server, Sink
@@ -22,6 +23,7 @@ from fedzo.trainers import Workplace
 from fedzo.zo.config import SgdConfig
 
 Record = dict[str, Any]
+log = logging.getLogger(__name__)
 
 
 class Sinks:
@@ -209,14 +211,21 @@ class Federation:
         ):
             return
         replies = self._server.federated_scores(max_rows=evaluation.federated_max_rows)
-        records = {client: json.loads(reply.score) for client, reply in replies.items()}
-        scored = {client: record for client, record in records.items() if record}
+        scored: dict[int, Score] = {}
+        for client, reply in replies.items():
+            try:
+                score = Score.from_json(reply.score)
+            except ProtocolError as error:  # a bad reply never ends a run
+                log.warning("client %d was not scored: %s", client, error)
+                continue
+            if score is not None:
+                scored[client] = score
         if not scored:
             return
         head = {"kind": "federated_score", "seconds": self._elapsed(), "round": self._server.round}
-        clients = [{"client": client, **scored[client]} for client in sorted(scored)]
-        worst = min(entry["value"] for entry in clients)
-        merged = merge_scores([Score.from_record(record) for record in scored.values()]).to_record()
+        clients = [{"client": client, **scored[client].to_record()} for client in sorted(scored)]
+        worst = min(score.value for score in scored.values())
+        merged = merge_scores(list(scored.values())).to_record()
         self._sinks.write({**head, **merged, "worst_client": worst, "clients": clients})
 
     def _find(self, split: str, rounds: int) -> Record | None:

@@ -7,7 +7,6 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -86,9 +85,7 @@ class Rebuilt:
     rounds: list[dict[str, Any]]
 
 
-def rebuild(
-    run_dir: Path, *, rounds: int | None = None, on_round: Callable[[int], None] = lambda done: None
-) -> Rebuilt:
+def rebuild(run_dir: Path, *, rounds: int | None = None) -> Rebuilt:
     """Rebuild the model after ``rounds`` rounds (by default the best round, or the last of an unfinished run).
 
     Raises:
@@ -105,7 +102,6 @@ def rebuild(
         for done in range(wanted):
             replica.advance([store.records[done]])
             check_line(replica, store.rounds[done])
-            on_round(done + 1)
         return Rebuilt(site, replica, store.rounds[:wanted])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -51,7 +51,6 @@ def ask(
     reply_type: type[R],
     deadline_s: float,
     traffic: Traffic,
-    on_reply: Callable[[int], None] = lambda client: None,
 ) -> Answers[R]:
     """Send each client its request and collect the replies that come before the deadline.
 
@@ -63,7 +62,6 @@ def ask(
         reply_type: Class of a good reply.
         deadline_s: Seconds to wait.
         traffic: Where bytes are counted.
-        on_reply: Called with a client's index when its answer, good or bad, is in.
     """
     answers: Answers[R] = Answers()
     messages, clients = [], []
@@ -86,7 +84,6 @@ def ask(
             except ProtocolError as error:
                 answers.refused[client] = str(error)
                 log.warning("client %d: reply refused: %s", client, error)
-            on_reply(client)
         if not got:
             time.sleep(POLL_S)
     for client in pending.values():

@@ -62,8 +62,7 @@ class Roster:
 
     def label_counts(self, client: int) -> dict[str, int]:
         """Label counts that a client declared."""
-        counts = json.loads(self.hellos[client].label_counts)
-        return {str(label): int(count) for label, count in counts.items()}
+        return _label_counts(self.hellos[client].label_counts)
 
     def _register(self, grid: Grid, *, timeout_s: float, strict: bool) -> list[int]:
         new = sorted(_node_ids(grid) - set(self.nodes.values()) - self._rejected)
@@ -117,9 +116,19 @@ class Roster:
             )
         if reply.num_train < 1:
             return f"client {reply.client}: it must have at least one training row, got {reply.num_train}."
+        try:
+            _label_counts(reply.label_counts)
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            return (
+                f"client {reply.client}: label_counts must be a JSON object of counts, got {reply.label_counts!r:.80}."
+            )
         if taken:
             return f"client index {reply.client} is taken twice. Give each site its own partition-id."
         return ""
+
+
+def _label_counts(text: str) -> dict[str, int]:
+    return {str(label): int(count) for label, count in json.loads(text).items()}
 
 
 def _node_ids(grid: Grid) -> set[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,24 +54,30 @@ class Score:
         }
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Score:
-        """A score from what a peer sent; values that are not there or null become NaN.
+    def from_json(cls, text: str) -> Score | None:
+        """The score that a peer sent as the JSON of a record; None for the empty record of a peer without rows.
 
         Raises:
-            ProtocolError: It is not such a record.
+            ProtocolError: It is not such a record, or its numbers are not finite.
         """
         try:
-            return cls(
+            record = json.loads(text)
+            if record == {}:
+                return None
+            score = cls(
                 metric=str(record["metric"]),
-                value=float("nan") if record["value"] is None else float(record["value"]),
+                value=float(record["value"]),
                 loss=float("nan") if record["loss"] is None else float(record["loss"]),
                 num_examples=int(record["num_examples"]),
                 per_class={int(k): (int(right), int(total)) for k, (right, total) in record["per_class"].items()},
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ProtocolError(
-                f"a score must hold metric, value, loss, num_examples and per_class, got {record!r:.200}"
+                f"a score must hold metric, value, loss, num_examples and per_class, got {text!r:.200}"
             ) from error
+        if not np.isfinite(score.value) or score.num_examples < 1:
+            raise ProtocolError(f"a score must be finite and of at least one example, got {text!r:.200}")
+        return score
 
 
 def evaluate(

@@ -298,3 +298,25 @@ def test_a_loss_that_is_not_finite_drops_the_probe_is_counted_and_never_averaged
     assert coefficients(lines(folder, "public.jsonl")).item() == pytest.approx(sum(g.values()) / 4)
     assert metrics["dropped_probes"] == 1
     assert np.isfinite(metrics["loss"])
+
+
+@pytest.mark.parametrize("bad", ["not json", "[]", '{"metric": "accuracy"}', '{"value": null}'])
+def test_a_score_that_cannot_be_used_is_left_out_and_ends_nothing(
+    run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, bad: str
+) -> None:
+    from fedzo.fl.client import ClientWorker
+    from fedzo.fl.wire import EvaluateReply
+
+    honest = ClientWorker.evaluate
+
+    def evaluate(self: ClientWorker, request: Any, *, client: int) -> EvaluateReply:
+        reply = honest(self, request, client=client)
+        return EvaluateReply(position=reply.position, score=bad) if client == 0 else reply
+
+    monkeypatch.setattr(ClientWorker, "evaluate", evaluate)
+
+    folder = run("fl.rounds=1")
+
+    (score,) = [line for line in lines(folder, "metrics.jsonl") if line["kind"] == "federated_score"]
+    assert [entry["client"] for entry in score["clients"]] == [1, 2, 3]
+    assert "client 0 was not scored" in caplog.text
