@@ -71,72 +71,102 @@ def _table_on(device: torch.device) -> torch.Tensor:
 
 
 # --- CPU ------------------------------------------------------------------------------------------------------------
+#
+# Words of a few hundred blocks are made first, then spent: the ten rounds written out have no inner loop and no strided
+# store, so that LLVM turns them into vector instructions (three times the speed of block after block).
+
+_TILE = 512  # blocks whose words are made together: 8 KiB, well within the first cache
+_SPAN = 1 << 15  # coordinates of one piece of parallel work
 
 
 @nb.njit(inline="always")
-def _block(low: Any, high: Any, purpose: Any, k0: Any, k1: Any) -> Any:
-    c0, c1, c2, c3 = nb.uint32(low), nb.uint32(high), nb.uint32(purpose), nb.uint32(0)
-    for _ in range(10):
-        p0 = nb.uint64(0xD2511F53) * nb.uint64(c0)
-        p1 = nb.uint64(0xCD9E8D57) * nb.uint64(c2)
-        n0 = nb.uint32(nb.uint32(p1 >> nb.uint64(32)) ^ c1 ^ k0)
-        n2 = nb.uint32(nb.uint32(p0 >> nb.uint64(32)) ^ c3 ^ k1)
-        c0, c1, c2, c3 = n0, nb.uint32(p1), n2, nb.uint32(p0)
-        k0 = nb.uint32(k0 + nb.uint32(0x9E3779B9))
-        k1 = nb.uint32(k1 + nb.uint32(0xBB67AE85))
-    return c0, c1, c2, c3
+def _two_rounds(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
+    p0, p1 = nb.uint64(0xD2511F53) * nb.uint64(c0), nb.uint64(0xCD9E8D57) * nb.uint64(c2)
+    c0, c2 = nb.uint32(nb.uint32(p1 >> nb.uint64(32)) ^ c1 ^ k0), nb.uint32(nb.uint32(p0 >> nb.uint64(32)) ^ c3 ^ k1)
+    c1, c3 = nb.uint32(p1), nb.uint32(p0)
+    k0, k1 = nb.uint32(k0 + nb.uint32(0x9E3779B9)), nb.uint32(k1 + nb.uint32(0xBB67AE85))
+    p0, p1 = nb.uint64(0xD2511F53) * nb.uint64(c0), nb.uint64(0xCD9E8D57) * nb.uint64(c2)
+    c0, c2 = nb.uint32(nb.uint32(p1 >> nb.uint64(32)) ^ c1 ^ k0), nb.uint32(nb.uint32(p0 >> nb.uint64(32)) ^ c3 ^ k1)
+    c1, c3 = nb.uint32(p1), nb.uint32(p0)
+    return c0, c1, c2, c3, nb.uint32(k0 + nb.uint32(0x9E3779B9)), nb.uint32(k1 + nb.uint32(0xBB67AE85))
 
 
-@nb.njit(parallel=True, cache=True)
-def _words_kernel(out: Any, purpose: Any, k0: Any, k1: Any) -> None:
-    for b in nb.prange(out.shape[0]):
-        words = _block(b & 0xFFFFFFFF, b >> 32, purpose, k0, k1)
-        for j in range(4):
-            out[b, j] = words[j]
+@nb.njit(cache=True)
+def _make_words(words: Any, first: Any, count: Any, purpose: Any, k0: Any, k1: Any) -> None:
+    """The four words of the blocks first, first + 1, ... into the rows of ``words`` [4, >= count]."""
+    words0, words1, words2, words3 = words[0], words[1], words[2], words[3]
+    for i in range(count):
+        block = nb.uint64(first) + nb.uint64(i)
+        c0, c1, c2, c3 = nb.uint32(block), nb.uint32(block >> nb.uint64(32)), nb.uint32(purpose), nb.uint32(0)
+        c0, c1, c2, c3, a, b = _two_rounds(c0, c1, c2, c3, k0, k1)
+        c0, c1, c2, c3, a, b = _two_rounds(c0, c1, c2, c3, a, b)
+        c0, c1, c2, c3, a, b = _two_rounds(c0, c1, c2, c3, a, b)
+        c0, c1, c2, c3, a, b = _two_rounds(c0, c1, c2, c3, a, b)
+        c0, c1, c2, c3, a, b = _two_rounds(c0, c1, c2, c3, a, b)
+        words0[i], words1[i], words2[i], words3[i] = c0, c1, c2, c3
 
 
 @nb.njit(inline="always")
-def _add_block(
-    base: Any, out: Any, table: Any, scale: Any, block: Any, first: Any, width: Any, k0: Any, k1: Any
-) -> None:
-    """out[i] = base[i] + scale * z for the coordinates of one block; ``first`` is where its coordinate 0 would lie."""
-    words = _block(block & 0xFFFFFFFF, block >> 32, 0, k0, k1)
-    if width == 8:
+def _add_gaussian(base: Any, out: Any, table: Any, scale: Any, words: Any, i: Any, at: Any) -> None:
+    """Spend the words of one block on its eight coordinates, of which the first lies at ``at``."""
+    if at >= 0 and at + 8 <= out.size:
         for j in range(4):
-            low, high = first + 2 * j, first + 2 * j + 1
-            if 0 <= low < out.size:
-                out[low] = base[low] + scale * table[words[j] & nb.uint32(0xFFFF)]
-            if 0 <= high < out.size:
-                out[high] = base[high] + scale * table[words[j] >> nb.uint32(16)]
+            word = words[j, i]
+            out[at + 2 * j] = base[at + 2 * j] + scale * table[word & nb.uint32(0xFFFF)]
+            out[at + 2 * j + 1] = base[at + 2 * j + 1] + scale * table[word >> nb.uint32(16)]
     else:
-        for j in range(4):
-            for bit in range(32):
-                at = first + 32 * j + bit
-                if 0 <= at < out.size:
-                    out[at] = base[at] + (-scale if (words[j] >> nb.uint32(bit)) & nb.uint32(1) else scale)
+        for j in range(8):
+            if 0 <= at + j < out.size:
+                half = words[j // 2, i] >> nb.uint32(16 * (j % 2)) & nb.uint32(0xFFFF)
+                out[at + j] = base[at + j] + scale * table[half]
+
+
+@nb.njit(inline="always")
+def _add_signs(base: Any, out: Any, scale: Any, words: Any, i: Any, at: Any) -> None:
+    """The same for the 128 coordinates of a block of signs."""
+    inside = at >= 0 and at + 128 <= out.size
+    for j in range(4):
+        word = words[j, i]
+        for bit in range(32):
+            k = at + 32 * j + bit
+            if inside or 0 <= k < out.size:
+                out[k] = base[k] + (-scale if (word >> nb.uint32(bit)) & nb.uint32(1) else scale)
+
+
+@nb.njit(cache=True)
+def _add_span(base: Any, out: Any, table: Any, scale: Any, start: Any, width: Any, k0: Any, k1: Any) -> None:
+    """out = base + scale * z, where z starts at the coordinate ``start``; ``width``: coordinates a block."""
+    words = np.empty((4, _TILE), np.uint32)
+    end = (start + out.size - 1) // width + 1
+    for first in range(start // width, end, _TILE):
+        count = min(_TILE, end - first)
+        _make_words(words, first, count, 0, k0, k1)
+        for i in range(count):
+            at = (first + i) * width - start
+            if width == 8:
+                _add_gaussian(base, out, table, scale, words, i, at)
+            else:
+                _add_signs(base, out, scale, words, i, at)
 
 
 @nb.njit(parallel=True, cache=True)
 def _add_kernel(base: Any, out: Any, table: Any, scale: Any, start: Any, width: Any, k0: Any, k1: Any) -> None:
-    first_block = start // width
-    for i in nb.prange((start + out.size - 1) // width - first_block + 1):
-        block = first_block + i
-        _add_block(base, out, table, scale, block, block * width - start, width, k0, k1)
+    for i in nb.prange((out.size + _SPAN - 1) // _SPAN):
+        low, high = i * _SPAN, min((i + 1) * _SPAN, out.size)
+        _add_span(base[low:high], out[low:high], table, scale, start + low, width, k0, k1)
 
 
 @nb.njit(parallel=True, cache=True)
 def _add_rows_kernel(base: Any, out: Any, table: Any, scale: Any, starts: Any, width: Any, k0: Any, k1: Any) -> None:
     for row in nb.prange(starts.size):
-        start = starts[row]
-        for block in range(start // width, (start + out.shape[1] - 1) // width + 1):
-            _add_block(base[row], out[row], table, scale, block, block * width - start, width, k0, k1)
+        _add_span(base[row], out[row], table, scale, starts[row], width, k0, k1)
 
 
 def philox_words(key: int, *, purpose: int, num_words: int) -> Words:
     """The first ``num_words`` 32-bit words of a stream for ``purpose`` (data order, sampling, ...)."""
-    out = np.empty((-(-num_words // 4), 4), dtype=np.uint32)
-    _words_kernel(out, np.uint32(purpose), *_key_words(key))
-    return out.reshape(-1)[:num_words]
+    words = np.empty((4, -(-num_words // 4)), dtype=np.uint32)
+    _make_words(words, 0, words.shape[1], purpose, *_key_words(key))
+    return np.ascontiguousarray(words.T).reshape(-1)[:num_words]
 
 
 def permutation(key: int, n: int, *, purpose: int) -> npt.NDArray[np.int64]:

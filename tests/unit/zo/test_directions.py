@@ -137,6 +137,17 @@ def test_rows_equal_the_rows_of_the_whole(law: Distribution, dtype: torch.dtype)
     assert torch.equal(some, whole[rows])
 
 
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("start", [0, 5, 4096 - 3, 2**35 - 40_000])
+def test_long_runs_of_coordinates_equal_single_ones(law: Distribution, start: int) -> None:
+    """Longer than the pieces in which the CPU kernel works, from starts that are not theirs, past 2**32 blocks."""
+    z = directions.direction(5, 70_001, start=start, distribution=law)
+
+    single = directions.direction_at(5, torch.arange(start, start + len(z)), distribution=law)
+
+    assert np.array_equal(z, single.numpy())
+
+
 def test_permutation_is_a_permutation_that_depends_on_key_and_purpose() -> None:
     first = directions.permutation(1, 1000, purpose=3)
 
