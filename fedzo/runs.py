@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 import sys
 from copy import deepcopy
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import fedzo
 from fedzo.config.schema import RunConfig
 from fedzo.config.travel import config_hash, from_json, save_yaml, to_json
+from fedzo.environment import PACKAGES, environment, package_version
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.fl.replica import Replica
 from fedzo.fl.server import check_line
@@ -27,7 +25,6 @@ from fedzo.site import Site, forget_site, open_site
 from fedzo.trainers import Workplace
 
 CONFIG, OVERRIDES, ENVIRONMENT = "config.json", "overrides.yaml", "environment.json"
-PACKAGES = ("torch", "transformers", "flwr", "numpy", "numba", "hydra-core")
 
 
 def start_run(config: RunConfig, run_dir: Path, *, overrides: list[str]) -> None:
@@ -174,10 +171,10 @@ def doctor() -> list[tuple[str, bool, str]]:
 
     checks = [("python", sys.version_info >= (3, 11), platform.python_version())]
     for name in PACKAGES:
-        found = _version(name)
+        found = package_version(name)
         checks.append((name, found is not None, found or "not installed"))
     checks.append(
-        ("flwr is 1.41", (_version("flwr") or "").startswith("1.41."), "the runtimes use private names of it")
+        ("flwr is 1.41", (package_version("flwr") or "").startswith("1.41."), "the runtimes use private names of it")
     )
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     checks.append(("device", True, f"{device}, {os.cpu_count()} CPU threads"))
@@ -208,31 +205,4 @@ def _quiet_workplace(folder: Path, config: RunConfig, site: Site | None = None) 
 
 
 def _environment(config: RunConfig) -> dict[str, Any]:
-    return {
-        "fedzo": fedzo.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "git_commit": _git_commit(),
-        "config_hash": config_hash(config),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    """Commit of the source tree that fedzo runs from; None for an installed wheel."""
-    try:
-        result = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
+    return {**environment(), "config_hash": config_hash(config), "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}

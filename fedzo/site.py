@@ -128,10 +128,15 @@ def two_point(config: RunConfig) -> TwoPointConfig:
 
 def open_site(config: RunConfig) -> Site:
     """Load the model and set the number of threads, on which the last bits of a forward depend."""
-    threads = config.threads or os.cpu_count() or 1
+    set_threads(config.threads)
+    return Site(config, load_model(config.model, device=config.device))
+
+
+def set_threads(threads: int) -> None:
+    """CPU threads of torch and Numba; 0 means all cores."""
+    threads = threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
     numba.set_num_threads(min(threads, int(getattr(numba.config, "NUMBA_NUM_THREADS", threads))))
-    return Site(config, load_model(config.model, device=config.device))
 
 
 _process_site: list[tuple[str, Site]] = []

@@ -97,6 +97,19 @@ def make_parser() -> argparse.ArgumentParser:
     own.add_argument("--config-dir", metavar="DIR", help="folder of your own YAML files")
     own.set_defaults(takes_overrides=True)
 
+    usage = "fedzo bench step [overrides] [--shape SHAPE] [--rows N] [--tokens N] [--repeats N] [--out FILE]"
+    own = command("bench", commands.bench, "time a step beside the bare forwards that it is made of", usage=usage)
+    own.add_argument("what", choices=("step",), help="what to measure")
+    own.add_argument("--shape", metavar="SHAPE", help="random weights of a published shape, such as opt-1.3b")
+    own.add_argument("--rows", type=_positive, default=16, help="rows of a batch (default: 16)")
+    own.add_argument("--tokens", type=_positive, default=32, help="tokens of a row (default: 32)")
+    own.add_argument("--repeats", type=_positive, default=15, help="timed repeats (default: 15)")
+    own.add_argument("--out", metavar="FILE", help="write the figures as JSON, too")
+    own.add_argument("--no-memory", action="store_true", help="leave out peak memory, which takes a process each")
+    own.add_argument("--peak-of", help=argparse.SUPPRESS)
+    own.add_argument("--config-dir", metavar="DIR", help="folder of your own YAML files")
+    own.set_defaults(takes_overrides=True)
+
     own = command("list", commands.list_options, "list the configuration groups and their options")
     own.add_argument("group", metavar="GROUP", nargs="?", help="only this group")
 

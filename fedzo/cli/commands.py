@@ -90,6 +90,14 @@ def mask(arguments: Namespace) -> int:
     return 0
 
 
+def bench(arguments: Namespace) -> int:
+    """``fedzo bench step``."""
+    from fedzo.cli.bench import step
+
+    step(arguments)
+    return 0
+
+
 def list_options(arguments: Namespace) -> int:
     """``fedzo list``."""
     from fedzo.config.listing import list_groups

@@ -19,7 +19,7 @@ from fedzo.models.source import Source, find_source, read_gguf, without_progress
 
 logger = logging.getLogger(__name__)
 
-_TORCH_DTYPES = {DType.float32: torch.float32, DType.bfloat16: torch.bfloat16, DType.float16: torch.float16}
+TORCH_DTYPES = {DType.float32: torch.float32, DType.bfloat16: torch.bfloat16, DType.float16: torch.float16}
 
 
 @dataclass(slots=True)
@@ -91,7 +91,7 @@ def load_model(config: ModelConfig, *, device: str = "auto") -> LoadedModel:
     """
     where = resolve_device(device)
     source = find_source(config)
-    dtype = _TORCH_DTYPES[DType(config.dtype)]
+    dtype = TORCH_DTYPES[DType(config.dtype)]
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.name, **source.arguments())
         model = _read(source, dtype)

@@ -1,0 +1,212 @@
+"""``fedzo bench step``: our step beside two bare forwards of the same rows, MeZO's walk and a first-order step."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedzo.bench.baselines import first_order_step, mezo_walk_step
+from fedzo.bench.memory import measure_peak_bytes, resident_bytes
+from fedzo.bench.shapes import random_model
+from fedzo.config.schema import RunConfig
+from fedzo.data.config import Loss
+from fedzo.data.example import Example
+from fedzo.environment import environment
+from fedzo.models.load import TORCH_DTYPES, LoadedModel, load_model
+from fedzo.models.scoring import mean_loss
+from fedzo.site import set_threads
+from fedzo.trainers import TRAINERS, Workplace
+from fedzo.trainers.config import MeerkatConfig, Selector
+from fedzo.zo.directions import PURPOSE_DATA, permutation, stream_key
+from fedzo.zo.estimator import ESTIMATORS, Estimator
+from fedzo.zo.path import apply_step
+from fedzo.zo.space import Space
+
+BARE, OURS, WALK, FIRST_ORDER = "two bare forwards", "fedzo step", "MeZO walk", "first-order step"
+Work = Callable[[], object]
+_WARM_UPS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One contestant's figures.
+
+    Attributes:
+        name: Whose step.
+        median_s: Seconds, median of the repeats.
+        quartiles_s: Their first and third quartile.
+        ratio: To the two bare forwards of the same repeat, median.
+        ratio_quartiles: Quartiles of that ratio.
+        peak_bytes: Most memory a step took, weights included; None where it was not measured.
+    """
+
+    name: str
+    median_s: float
+    quartiles_s: tuple[float, float]
+    ratio: float
+    ratio_quartiles: tuple[float, float]
+    peak_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """A model, a space on it, and rows of random tokens to step on.
+
+    Attributes:
+        loaded: The model.
+        space: What is trained.
+        estimator: Turns losses into scalars.
+        examples: ``rows`` prompts of ``tokens`` tokens with two single-token candidates.
+        eps: Probe size of the walk.
+    """
+
+    loaded: LoadedModel
+    space: Space
+    estimator: Estimator
+    examples: list[Example]
+    eps: float
+    num_probes: int
+
+    def loss(self) -> float:
+        """The candidate loss: one forward."""
+        tokens = sum(len(example.prompt) for example in self.examples)
+        return mean_loss(self.loaded, self.examples, loss=Loss.candidates, tokens_per_batch=tokens)
+
+    def contestants(self) -> dict[str, Work]:
+        """Each takes a whole step; all but the bare forwards have lr = 1e-8, so that the weights stay as they are."""
+        model, lr = self.loaded.model, 1e-8
+        keys = [stream_key(0, round=0, probe=probe) for probe in range(self.num_probes)]
+        ids = torch.tensor([example.prompt for example in self.examples], device=self.loaded.device)
+        choices = torch.tensor([candidate[0] for candidate in self.examples[0].candidates], device=ids.device)
+
+        def ours() -> None:
+            for key, projection in zip(keys, self.estimator.estimate(self.space, self.loss, keys), strict=True):
+                apply_step(self.space, lr=lr, c=projection.g, key=key)
+
+        return {
+            BARE: lambda: [self.loss() for _ in range(2 * self.num_probes)],
+            OURS: ours,
+            WALK: lambda: mezo_walk_step(model, self.loss, eps=self.eps, lr=lr, seed=0),
+            FIRST_ORDER: lambda: first_order_step(model, ids, choices, lr=lr),
+        }
+
+
+def open_bench(config: RunConfig, *, shape: str | None, rows: int, tokens: int) -> Bench:
+    """Load the model (or make one of a published ``shape``), build the trainer's space and the rows.
+
+    A mask that would be chosen by gradients is drawn at random instead: a step costs the same.
+    """
+    set_threads(config.threads)
+    loaded = (
+        load_model(config.model, device=config.device)
+        if shape is None
+        else random_model(shape, device=config.device, dtype=TORCH_DTYPES[config.model.dtype])
+    )
+    trainer_config = config.trainer
+    if isinstance(trainer_config, MeerkatConfig) and trainer_config.mask_path is None:
+        trainer_config = replace(trainer_config, selector=Selector.random)
+    trainer = TRAINERS.build(trainer_config)
+    with tempfile.TemporaryDirectory() as folder:
+        workplace = Workplace(folder=Path(folder), seed=0, texts=list, advance=lambda done, total: None)
+        artifact = trainer.prepare(loaded, workplace)
+    estimator = config.estimator
+    built = trainer.build(loaded, artifact, distribution=estimator.distribution)
+    vocabulary = len(loaded.tokenizer)
+    order = permutation(stream_key(0, round=0), vocabulary, purpose=PURPOSE_DATA).tolist()
+    prompts = [tuple(order[(row * tokens + i) % vocabulary] for i in range(tokens)) for row in range(rows)]
+    candidates = ((order[0],), (order[1],))
+    examples = [Example(prompt=prompt, candidates=candidates, label=0) for prompt in prompts]
+    return Bench(loaded, built.space, ESTIMATORS.build(estimator), examples, estimator.eps, estimator.num_probes)
+
+
+def bench_step(
+    bench: Bench, *, repeats: int, on_repeat: Callable[[int, int], None], peaks: Callable[[str], int | None]
+) -> dict[str, Any]:
+    """Time all contestants in turn, ``repeats`` times over, after two rounds of warming up.
+
+    Args:
+        bench: What to step on.
+        repeats: Timed rounds.
+        on_repeat: Progress: (done, total).
+        peaks: Peak bytes of a contestant, by name, where they can be measured.
+
+    Returns:
+        Plain JSON values: what was measured, a list of ``Figure`` as dicts, the environment.
+    """
+    contestants = bench.contestants()
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for repeat in range(_WARM_UPS + repeats):
+        for name, work in contestants.items():
+            begin = time.perf_counter()
+            work()
+            _wait(bench.loaded.device)
+            if repeat >= _WARM_UPS:
+                seconds[name].append(time.perf_counter() - begin)
+        on_repeat(max(0, repeat + 1 - _WARM_UPS), repeats)
+    figures = [_figure(name, spent, seconds[BARE], peaks(name)) for name, spent in seconds.items()]
+    model, rows = bench.loaded.model, len(bench.examples)
+    return {
+        "model": bench.loaded.source,
+        "num_params": sum(parameter.numel() for parameter in model.parameters()),
+        "space_size": bench.space.size,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "device": bench.loaded.device.type,
+        "device_name": _device_name(bench.loaded.device),
+        "threads": torch.get_num_threads(),
+        "rows": rows,
+        "tokens": len(bench.examples[0].prompt),
+        "repeats": repeats,
+        "figures": [asdict(figure) for figure in figures],
+        "environment": environment(),
+    }
+
+
+def peak_bytes(config: RunConfig, name: str, *, shape: str | None, rows: int, tokens: int) -> int | None:
+    """Most memory of one step of a contestant, weights included and what the process held before them left out.
+
+    Call it in a fresh process: what earlier work left in the allocator would hide the peak.
+    """
+    before = resident_bytes()
+    bench = open_bench(config, shape=shape, rows=rows, tokens=tokens)
+    contestants = bench.contestants()
+    contestants[BARE]()
+    with torch.inference_mode():  # compile the kernels on a few values, not on the whole space
+        bench.space.check()
+    peak = measure_peak_bytes(contestants[name], bench.loaded.device)
+    return peak if peak is None or bench.loaded.device.type != "cpu" else peak - before
+
+
+def _figure(name: str, spent: list[float], bare: list[float], peak: int | None) -> Figure:
+    ratios = [own / other for own, other in zip(spent, bare, strict=True)]
+    return Figure(
+        name=name,
+        median_s=statistics.median(spent),
+        quartiles_s=_quartiles(spent),
+        ratio=statistics.median(ratios),
+        ratio_quartiles=_quartiles(ratios),
+        peak_bytes=peak,
+    )
+
+
+def _quartiles(values: list[float]) -> tuple[float, float]:
+    if len(values) < 2:
+        return values[0], values[0]
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, third
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+

@@ -1,0 +1,88 @@
+"""``fedzo bench``: measure this machine and print a table."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fedzo.bench.step import bench_step, open_bench, peak_bytes
+from fedzo.config.load import load
+from fedzo.config.overrides import with_config_dir
+from fedzo.report.format import bytes_text
+
+# freed tensors go back to the system at once, so that resident pages show what is in use
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def step(arguments: Namespace) -> None:
+    """Time a step; or, in a child process, measure the memory of one contestant's."""
+    config = load(with_config_dir(arguments.overrides, arguments.config_dir))
+    sizes: dict[str, Any] = {"shape": arguments.shape, "rows": arguments.rows, "tokens": arguments.tokens}
+    if arguments.peak_of is not None:
+        print(json.dumps(peak_bytes(config, arguments.peak_of, **sizes)))
+        return
+    bench = open_bench(config, **sizes)
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        timing = progress.add_task("repeats", total=arguments.repeats)
+        weighing = progress.add_task("peak memory", total=len(bench.contestants()))
+
+        def peaks(name: str) -> int | None:
+            progress.advance(weighing)
+            return None if arguments.no_memory else _peak_in_child(name)
+
+        result = bench_step(
+            bench,
+            repeats=arguments.repeats,
+            on_repeat=lambda done, total: progress.update(timing, completed=done),
+            peaks=peaks,
+        )
+    result["command"] = "fedzo " + " ".join(sys.argv[1:])
+    if arguments.out is not None:
+        Path(arguments.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    Console().print(_table(result))
+
+
+def _peak_in_child(name: str) -> int | None:
+    """The same command in a fresh process, whose allocator has nothing left over from earlier work."""
+    command = [sys.executable, "-m", "fedzo", *sys.argv[1:], "--peak-of", name]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **_ALLOCATOR})
+    if done.returncode != 0:  # out of memory, most likely: the other figures still stand
+        print(f"peak memory of {name!r} was not measured: {done.stderr.strip()[-300:]}", file=sys.stderr)
+        return None
+    value = json.loads(done.stdout.strip().splitlines()[-1])
+    return None if value is None else int(value)
+
+
+def _table(result: dict[str, Any]) -> Table:
+    table = Table(
+        title=f"{result['model']}, {result['num_params']:,} weights of which {result['space_size']:,} trained, "
+        f"{result['dtype']} on {result['device']} ({result['device_name']}), "
+        f"{result['rows']} x {result['tokens']} tokens, {result['repeats']} repeats",
+        title_justify="left",
+    )
+    for name in ("", "seconds", "quartiles", "of two forwards", "quartiles", "peak memory", "of a forward's"):
+        table.add_column(name, justify="left" if not name else "right")
+    forward = result["figures"][0]["peak_bytes"]
+    for figure in result["figures"]:
+        peak = figure["peak_bytes"]
+        table.add_row(
+            figure["name"],
+            f"{figure['median_s']:.4f}",
+            "{:.4f} {:.4f}".format(*figure["quartiles_s"]),
+            f"{figure['ratio']:.3f}",
+            "{:.3f} {:.3f}".format(*figure["ratio_quartiles"]),
+            bytes_text(peak),
+            f"{peak / forward:.3f}" if peak and forward else "n/a",
+        )
+    return table

@@ -1,0 +1,45 @@
+"""What a figure was measured with: versions, machine, commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import fedzo
+
+PACKAGES = ("torch", "transformers", "flwr", "numpy", "numba", "hydra-core")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and commit, as plain JSON values."""
+    return {
+        "fedzo": fedzo.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "packages": {name: package_version(name) for name in PACKAGES},
+        "git_commit": _git_commit(),
+    }
+
+
+def package_version(name: str) -> str | None:
+    """Version of an installed package; None if it is not there."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Commit of the source tree that fedzo runs from; None for an installed wheel."""
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
