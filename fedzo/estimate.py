@@ -58,7 +58,7 @@ def estimate_run(
         scored: How often each list of rows is scored.
         rows_per_step: Rows of one client's step.
         steps: Local steps of all clients in all rounds to come.
-        forwards_per_step: Two a probe.
+        forwards_per_step: Forwards that the estimator takes for one step.
         local_steps: T.
         tokens_per_batch: Most tokens in one forward.
     """

@@ -18,9 +18,8 @@ from fedzo.fl.server import Server, Sink
 from fedzo.fl.store import RunStore, best_round
 from fedzo.models.evaluate import Score, evaluate, merge_scores
 from fedzo.report.sinks import ProgressSink, TensorBoardSink
-from fedzo.site import Site, process_site, two_point
+from fedzo.site import Site, process_site
 from fedzo.trainers import Workplace
-from fedzo.zo.config import SgdConfig
 
 Record = dict[str, Any]
 log = logging.getLogger(__name__)
@@ -113,7 +112,6 @@ class Federation:
             )
         replica = site.worker.build(artifact)
         replica.reset()
-        assert isinstance(config.optimizer, SgdConfig)
         return Server(
             grid=grid,
             roster=Roster(num_clients=config.fl.num_clients, identity=site.worker.identity),
@@ -123,8 +121,8 @@ class Federation:
             run_seed=config.seed,
             fl=config.fl,
             strategy=config.strategy,
-            lr=config.optimizer.lr,
-            num_probes=two_point(config).num_probes,
+            optimizer=config.optimizer,
+            num_probes=config.estimator.num_probes,
             sink=self._sinks,
             elapsed=self._elapsed,
             shuffle_replies=config.faults.shuffle_replies,
@@ -169,7 +167,7 @@ class Federation:
             scored=[(times, self._examples(split)) for split, times in central],
             rows_per_step=config.fl.batch_size,
             steps=config.fl.rounds * config.fl.local_steps * clients,
-            forwards_per_step=2 * two_point(config).num_probes,
+            forwards_per_step=site.estimator.forwards_per_step(config.estimator.num_probes),
             local_steps=config.fl.local_steps,
             tokens_per_batch=site.worker.tokens_per_batch,
         )

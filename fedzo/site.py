@@ -23,8 +23,8 @@ from fedzo.fl.replica import Replica
 from fedzo.models.load import LoadedModel, load_model
 from fedzo.models.scoring import FEW_FORWARDS, forward_cost
 from fedzo.trainers import TRAINERS, Trainer
-from fedzo.zo.config import TwoPointConfig
-from fedzo.zo.estimator import ESTIMATORS
+from fedzo.zo.estimator import ESTIMATORS, Estimator
+from fedzo.zo.update_rule import UPDATE_RULES
 
 
 @dataclass
@@ -61,6 +61,11 @@ class Site:
         return TRAINERS.build(self.config.trainer)
 
     @cached_property
+    def estimator(self) -> Estimator:
+        """The run's estimator plugin."""
+        return ESTIMATORS.build(self.config.estimator)
+
+    @cached_property
     def worker(self) -> ClientWorker:
         """Answers for the clients that this process plays."""
         config = self.config
@@ -75,8 +80,8 @@ class Site:
             run_seed=config.seed,
             task=config.task,
             fl=config.fl,
-            estimator=ESTIMATORS.build(config.estimator),
-            num_probes=two_point(config).num_probes,
+            estimator=self.estimator,
+            num_probes=config.estimator.num_probes,
             tokens_per_batch=config.model.tokens_per_batch,
             forward_cost_tokens=FEW_FORWARDS,
             data_of=lru_cache(maxsize=None)(self.client_data),
@@ -107,7 +112,7 @@ class Site:
         )
 
     def _replica(self, artifact: bytes) -> Replica:
-        built = self.trainer.build(self.loaded, artifact, distribution=two_point(self.config).distribution)
+        built = self.trainer.build(self.loaded, artifact, distribution=self.config.estimator.distribution)
         self.worker.tokens_per_batch = fitting_tokens_per_batch(
             self.loaded,
             built.space,
@@ -117,13 +122,8 @@ class Site:
         )
         if not is_full(self.loaded, built.space):  # the full space pays a pass over all weights for every forward
             self.worker.forward_cost_tokens = forward_cost(self.loaded.device)
-        return Replica(built.space, reset=built.reset, run_seed=self.config.seed)
-
-
-def two_point(config: RunConfig) -> TwoPointConfig:
-    """The estimator's settings; every estimator so far is two-point."""
-    assert isinstance(config.estimator, TwoPointConfig)
-    return config.estimator
+        rule = UPDATE_RULES.build(self.config.optimizer)
+        return Replica(built.space, rule=rule, reset=built.reset, run_seed=self.config.seed)
 
 
 def open_site(config: RunConfig) -> Site:

@@ -8,7 +8,6 @@ from fedzo.models.config import ModelConfig
 from fedzo.registry import load_plugins
 from fedzo.report.config import ReportConfig
 from fedzo.runtime.config import InlineConfig, LocalConfig, RayConfig
-from fedzo.zo.config import SgdConfig, TwoPointConfig
 
 PLAIN: dict[str, type] = {
     "model": ModelConfig,
@@ -20,8 +19,6 @@ PLAIN: dict[str, type] = {
 """Groups with one class; their options are presets in YAML."""
 
 _CLOSED: dict[str, dict[str, type]] = {
-    "estimator": {"two_point": TwoPointConfig},
-    "optimizer": {"sgd": SgdConfig},
     "runtime": {"inline": InlineConfig, "ray": RayConfig, "local": LocalConfig},
 }
 
@@ -30,9 +27,17 @@ def plugin_classes() -> dict[str, dict[str, type]]:
     """Per group whose options differ in class: option name -> config class, with installed third parties' plugins."""
     from fedzo.data.partition import PARTITIONERS
     from fedzo.trainers import TRAINERS
+    from fedzo.zo.estimator import ESTIMATORS
+    from fedzo.zo.update_rule import UPDATE_RULES
 
     load_plugins()
-    return {"partition": dict(PARTITIONERS), "trainer": dict(TRAINERS), **_CLOSED}
+    return {
+        "partition": dict(PARTITIONERS),
+        "trainer": dict(TRAINERS),
+        "estimator": dict(ESTIMATORS),
+        "optimizer": dict(UPDATE_RULES),
+        **_CLOSED,
+    }
 
 
 def plugin_name(group: str, config: object) -> str | None:

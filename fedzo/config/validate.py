@@ -21,11 +21,12 @@ from fedzo.data.config import (
 )
 from fedzo.fl.config import FaultsConfig, FlConfig
 from fedzo.runtime.config import LocalConfig, RayConfig
-from fedzo.trainers.config import Calibration, MeerkatConfig
-from fedzo.zo.config import SgdConfig, TwoPointConfig
+from fedzo.trainers.config import Calibration, MeerkatConfig, MezoConfig
+from fedzo.zo.config import AdamConfig, Baseline, FzooConfig, MomentumConfig, OneSidedConfig
 
 EMBEDDED_TASKS = ("rotten_tomatoes",)
 """Tasks whose rows come with fedzo, so that they need no ``data.path``."""
+_SMALLEST_DECAY = 2.0**-24  # a smaller one leaves 1 - lr * decay at 1 in float32
 
 
 class Problem(NamedTuple):
@@ -37,7 +38,20 @@ class Problem(NamedTuple):
 
 def problems(config: RunConfig) -> list[Problem]:
     """Every broken rule that shows in the settings alone, on any machine."""
-    sections = (_run, _model, _task, _data, _partition, _trainer, _steps, _fl, _strategy, _evaluation, _runtime)
+    sections = (
+        _run,
+        _model,
+        _task,
+        _data,
+        _partition,
+        _trainer,
+        _estimator,
+        _optimizer,
+        _fl,
+        _strategy,
+        _evaluation,
+        _runtime,
+    )
     return [problem for section in sections for problem in section(config)]
 
 
@@ -69,6 +83,11 @@ def _at_least(key: str, value: int, least: int, remedy: str) -> Iterator[Problem
 def _positive(key: str, value: float, remedy: str) -> Iterator[Problem]:
     if not (math.isfinite(value) and value > 0):
         yield _problem(key, "be > 0 and finite", value, remedy)
+
+
+def _positive_float32(key: str, value: float, remedy: str) -> Iterator[Problem]:
+    if not 2.0**-126 <= value < 2.0**128:
+        yield _problem(key, "be > 0 and finite in float32", value, remedy)
 
 
 def _not_negative(key: str, value: float, remedy: str) -> Iterator[Problem]:
@@ -185,12 +204,52 @@ def _trainer(config: RunConfig) -> Iterator[Problem]:
         yield _problem("trainer.calibration_path", "be given for trainer.calibration=file", None, remedy)
 
 
-def _steps(config: RunConfig) -> Iterator[Problem]:
-    if isinstance(config.estimator, TwoPointConfig):
-        yield from _positive("estimator.eps", config.estimator.eps, "1e-3 is usual.")
-        yield from _at_least("estimator.num_probes", config.estimator.num_probes, 1, "A step needs a direction.")
-    if isinstance(config.optimizer, SgdConfig):
-        yield from _not_negative("optimizer.lr", config.optimizer.lr, "0 trains nothing.")
+def _estimator(config: RunConfig) -> Iterator[Problem]:
+    estimator = config.estimator
+    yield from _positive_float32("estimator.eps", estimator.eps, "1e-3 is usual.")
+    least, remedy = 1, "A step needs a direction."
+    match estimator:
+        case FzooConfig():
+            least, remedy = 2, "One loss has no standard deviation."
+        case OneSidedConfig(baseline=Baseline.mean | Baseline.leave_one_out):
+            least, remedy = 2, "One loss has no other to be compared with; or write estimator.baseline=center."
+    yield from _at_least("estimator.num_probes", estimator.num_probes, least, remedy)
+
+
+def _optimizer(config: RunConfig) -> Iterator[Problem]:
+    optimizer = config.optimizer
+    yield from _not_negative("optimizer.lr", optimizer.lr, "0 trains nothing.")
+    if not 0 <= optimizer.final_lr_share <= 1:
+        remedy = "It is the last round's share of optimizer.lr."
+        yield _problem("optimizer.final_lr_share", "be between 0 and 1", optimizer.final_lr_share, remedy)
+    if not 0 <= optimizer.warmup_rounds < max(config.fl.rounds, 1):
+        rule = f"be >= 0 and below fl.rounds ({config.fl.rounds})"
+        yield _problem("optimizer.warmup_rounds", rule, optimizer.warmup_rounds, "Lower it, or train longer.")
+    yield from _not_negative("optimizer.weight_decay", optimizer.weight_decay, "0 switches it off.")
+    shrink = optimizer.lr * optimizer.weight_decay
+    if shrink > 0 and not _SMALLEST_DECAY <= shrink < 1:
+        rule = "make optimizer.lr * optimizer.weight_decay 0, or at least 6e-8 (float32 sees no less) and below 1"
+        yield _problem("optimizer.weight_decay", rule, optimizer.weight_decay, "Change it, or write 0.")
+    match optimizer:
+        case MomentumConfig():
+            yield from _share_below_1("optimizer.momentum", optimizer.momentum, "0.9 is usual.")
+        case AdamConfig():
+            yield from _share_below_1("optimizer.beta1", optimizer.beta1, "0.9 is usual.")
+            yield from _share_below_1("optimizer.beta2", optimizer.beta2, "0.999 is usual.")
+            yield from _positive_float32("optimizer.eps", optimizer.eps, "1e-8 is usual.")
+        case _:
+            return
+    if isinstance(config.trainer, MezoConfig):
+        remedy = "Write optimizer=sgd, or train fewer values, as trainer=meerkat does."
+        rule = (
+            "be sgd for trainer=mezo: other rules keep float32 numbers beside every weight of the model on every peer"
+        )
+        yield _problem("optimizer", rule, plugin_name("optimizer", optimizer), remedy)
+
+
+def _share_below_1(key: str, value: float, remedy: str) -> Iterator[Problem]:
+    if not 0 <= value < 1:
+        yield _problem(key, "be >= 0 and < 1", value, remedy)
 
 
 def _fl(config: RunConfig) -> Iterator[Problem]:
@@ -229,6 +288,10 @@ def _strategy(config: RunConfig) -> Iterator[Problem]:
     yield from _positive("strategy.deadline_s", strategy.deadline_s, "It counts seconds.")
     yield from _positive("strategy.startup_s", strategy.startup_s, "It counts seconds.")
     yield from _positive("strategy.max_abs_g", strategy.max_abs_g, "Choose a large number to refuse nothing.")
+    if strategy.clip_factor != 0 and not (math.isfinite(strategy.clip_factor) and strategy.clip_factor >= 1):
+        remedy = "Below 1 the bound would shrink from round to round."
+        yield _problem("strategy.clip_factor", "be 0 (off) or >= 1 and finite", strategy.clip_factor, remedy)
+    yield from _at_least("strategy.clip_rounds", strategy.clip_rounds, 1, "10 is usual.")
 
 
 def _evaluation(config: RunConfig) -> Iterator[Problem]:

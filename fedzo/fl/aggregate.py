@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedzo.errors import ProtocolError
+from fedzo.fl.clip import NO_BOUND
 from fedzo.fl.config import Seeds
 from fedzo.fl.wire import TrainReply, scalars_from_bytes
 from fedzo.zo.directions import PURPOSE_SAMPLING, SHARED, permutation, stream_key
@@ -20,7 +21,7 @@ class ClientResult:
 
     Attributes:
         g: Projected gradients, float32 [T, P]; 0 where dropped.
-        loss: Mean loss of the two sides of each probe, float32 [T, P]; nan where dropped.
+        loss: Each probe's view of the loss at theta, float32 [T, P]; nan where dropped.
         dropped: Probes without a finite loss, bool [T, P].
         num_examples: Training rows the client says it has; reported, never used as a weight.
         end_check: Check of the client's theta after its local steps (T > 1), for its virtual path.
@@ -33,8 +34,18 @@ class ClientResult:
     end_check: int
 
 
-def check_reply(reply: TrainReply, *, steps: int, probes: int, max_abs_g: float) -> ClientResult:
-    """The reply as numbers, or ``ProtocolError`` saying why it cannot be used."""
+def check_reply(
+    reply: TrainReply, *, steps: int, probes: int, max_abs_g: float, announced: float = NO_BOUND
+) -> ClientResult:
+    """The reply as numbers, or ``ProtocolError`` saying why it cannot be used.
+
+    Args:
+        reply: What the client sent.
+        steps: T of the request.
+        probes: P.
+        max_abs_g: ``strategy.max_abs_g``.
+        announced: The request's own ``max_abs_g``, to which the client had to clip.
+    """
     shape = (steps, probes)
     g = scalars_from_bytes(reply.g, shape=shape, what="g")
     loss = scalars_from_bytes(reply.loss, shape=shape, what="loss")
@@ -45,6 +56,8 @@ def check_reply(reply: TrainReply, *, steps: int, probes: int, max_abs_g: float)
         raise ProtocolError("g must be finite; a probe without a finite loss is sent as 0 with its flag")
     if (worst := float(np.abs(g).max())) > max_abs_g:
         raise ProtocolError(f"|g| must be at most strategy.max_abs_g = {max_abs_g:g}, got {worst:g}")
+    if announced != NO_BOUND and worst > announced:
+        raise ProtocolError(f"|g| must be at most the announced bound {announced:g}, got {worst:g}")
     if (g[dropped] != 0).any():
         raise ProtocolError("a dropped probe must carry g = 0")
     return ClientResult(g=g, loss=loss, dropped=dropped, num_examples=reply.num_examples, end_check=reply.end_check)

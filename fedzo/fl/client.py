@@ -14,6 +14,7 @@ from fedzo.data.config import TaskConfig
 from fedzo.data.example import Example
 from fedzo.data.order import batch_rows
 from fedzo.errors import FedzoError, ProtocolError
+from fedzo.fl.clip import clip
 from fedzo.fl.config import FlConfig, Seeds
 from fedzo.fl.replica import Replica
 from fedzo.fl.wire import (
@@ -148,6 +149,7 @@ class ClientWorker:
                 projections = self._estimate(replica.space, request, client=client, step=t)
                 for p, projection in enumerate(projections):
                     g[t, p], loss[t, p], dropped[t, p] = projection.g, projection.loss, projection.dropped
+                g[t] = clip(g[t], request.max_abs_g)
                 if walks:
                     self._local_step(replica.space, request, g[t], client=client, step=t)
             end_check = replica.space.check() if walks else 0

@@ -63,6 +63,10 @@ class StrategyConfig:
     """How long the server waits for ``fl.num_clients`` clients to register."""
     max_abs_g: float = 1e6
     """A reply with a larger |g| is refused."""
+    clip_factor: float = 0.0
+    """Clients clip |g| to this many medians of the |g| of the last rounds; 0 = off."""
+    clip_rounds: int = 10
+    """Rounds whose scalars the clip's median is taken over."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from fedzo.errors import ProtocolError
 from fedzo.fl.wire import Status, Sync
-from fedzo.zo.path import EMPTY_CHAIN, RoundRecord, apply_record, extend_chain, unpack
+from fedzo.zo.path import EMPTY_CHAIN, RoundRecord, extend_chain, unpack
 from fedzo.zo.space import Space
+from fedzo.zo.update_rule import UpdateRule
 
 
 class Replica:
     """The model of one process, moved along the log. Every client that the process plays shares it.
 
+    Attributes:
+        space: theta.
+        moments: What the update rule remembers, float32 [num_moments, n]; like theta a function of the log.
+        position: Rounds applied.
+        chain: Hash chain of the log up to there.
+
     Args:
         space: At the base weights.
+        rule: Moves the space by a round.
         reset: Brings the space back to the base weights.
         run_seed: Seed of the run's directions.
     """
 
-    def __init__(self, space: Space, *, reset: Callable[[], None], run_seed: int) -> None:
+    def __init__(self, space: Space, *, rule: UpdateRule, reset: Callable[[], None], run_seed: int) -> None:
         self.space = space
+        self.moments = np.zeros((rule.num_moments, space.size), np.float32)
         self.position = 0
         self.chain = EMPTY_CHAIN
+        self._rule = rule
         self._reset = reset
         self._run_seed = run_seed
 
@@ -35,13 +46,14 @@ class Replica:
                 continue
             if record.round > self.position:
                 raise ProtocolError(f"log: the next record must be round {self.position}, got round {record.round}")
-            apply_record(self.space, record, run_seed=self._run_seed)
+            self._rule.apply(self.space, self.moments, record, run_seed=self._run_seed)
             self.chain = extend_chain(self.chain, record)
             self.position += 1
 
     def reset(self) -> None:
         """Back to the base weights."""
         self._reset()
+        self.moments.fill(0)
         self.position, self.chain = 0, EMPTY_CHAIN
 
     def goto(self, position: int, records: Sequence[RoundRecord]) -> None:
@@ -50,12 +62,23 @@ class Replica:
             self.reset()
         self.advance(records[:position])
 
+    def check(self) -> int:
+        """A 32-bit check of theta and of what the rule remembers; that of theta alone where it remembers nothing."""
+        return zlib.crc32(self.moments.data, self.space.check())
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Length of ``snapshot``."""
+        return 4 * (self.space.size + self.moments.size)
+
+    def snapshot(self) -> bytes:
+        """The whole state, for a peer that cannot replay: theta, then the moments, float32, little endian."""
+        return self.space.values().astype("<f4").tobytes() + self.moments.astype("<f4").tobytes()
+
     def sync(self, request: Sync) -> Status:
         """Reach the state that a request names, by its values or by its part of the log, and prove it by the hash."""
         if request.values:
-            if len(request.values) != 4 * self.space.size:
-                raise ProtocolError(f"values must hold {4 * self.space.size} bytes, got {len(request.values)}")
-            self.space.load(np.frombuffer(request.values, "<f4").astype(np.float32))
+            self._restore(request.values)
             self.position, self.chain = request.round, bytes.fromhex(request.chain)
         else:
             if request.round < self.position:
@@ -67,7 +90,14 @@ class Replica:
                 raise ProtocolError(f"log: the records must lead to round {request.round}, got {self.position}")
         agrees = (
             self.chain.hex() == request.chain
-            and self.space.check() == request.check
+            and self.check() == request.check
             and (not request.digest or self.space.digest() == request.digest)
         )
         return Status.ok if agrees else Status.mismatch
+
+    def _restore(self, snapshot: bytes) -> None:
+        if len(snapshot) != self.snapshot_bytes:
+            raise ProtocolError(f"values must hold {self.snapshot_bytes} bytes, got {len(snapshot)}")
+        numbers = np.frombuffer(snapshot, "<f4").astype(np.float32)
+        self.space.load(numbers[: self.space.size])
+        self.moments[:] = numbers[self.space.size :].reshape(self.moments.shape)

@@ -6,10 +6,10 @@
     ------                                                   --------
     sample clients of round r
     TrainRequest {r, T, lr, used rows, log suffix,       ->  replay the suffix, compare hashes
-                  hash chain, check, [artifact]}             T times: g = (loss+ - loss-) / 2 eps on the next rows
+                  hash chain, check, [artifact]}             T times: estimate and clip g on the next rows
                                                          <-  TrainReply {T x P scalars, losses, flags}
     refuse what cannot be used; c = weighted mean of g
-    commit to the log (fsync); theta -= lr c z
+    commit to the log (fsync); move theta by the update rule
 """
 
 from __future__ import annotations
@@ -25,14 +25,17 @@ import numpy as np
 from fedzo.errors import FedzoError, ProtocolError
 from fedzo.fl.aggregate import ClientResult, aggregate, check_reply, sample_clients
 from fedzo.fl.client import space_id
+from fedzo.fl.clip import announced_bound
 from fedzo.fl.config import FlConfig, Seeds, StrategyConfig, Transport, Weighting
 from fedzo.fl.exchange import Grid, Traffic, ask
 from fedzo.fl.replica import Replica
 from fedzo.fl.roster import Roster
 from fedzo.fl.store import RunStore
 from fedzo.fl.wire import EvaluateReply, EvaluateRequest, Status, Sync, TrainReply, TrainRequest
+from fedzo.zo.config import OptimizerConfig
 from fedzo.zo.directions import PURPOSE_SAMPLING, permutation, stream_key
 from fedzo.zo.path import RoundRecord, pack
+from fedzo.zo.schedule import learning_rate
 
 log = logging.getLogger(__name__)
 REGISTER_S = 60.0  # how long a round may wait for a newcomer's registration
@@ -69,7 +72,7 @@ class Server:
     run_seed: int
     fl: FlConfig
     strategy: StrategyConfig
-    lr: float
+    optimizer: OptimizerConfig
     num_probes: int
     sink: Sink
     elapsed: Callable[[], float]
@@ -111,10 +114,10 @@ class Server:
             clients_per_round=self.strategy.clients_per_round,
         )
         traffic = Traffic()
+        lr = learning_rate(self.optimizer, round=number, rounds=self.fl.rounds)
+        bound = announced_bound(self.store.audit, factor=self.strategy.clip_factor, rounds=self.strategy.clip_rounds)
         requests = {
-            client: TrainRequest(
-                steps=self.fl.local_steps, used=self._used.get(client, 0), lr=float(np.float32(self.lr))
-            )
+            client: TrainRequest(steps=self.fl.local_steps, used=self._used.get(client, 0), lr=lr, max_abs_g=bound)
             for client in sampled
         }
         replies, refused = self._ask(requests, TrainReply, message_type="train", traffic=traffic)
@@ -122,7 +125,11 @@ class Server:
         for client, reply in replies.items():
             try:
                 results[client] = check_reply(
-                    reply, steps=self.fl.local_steps, probes=self.num_probes, max_abs_g=self.strategy.max_abs_g
+                    reply,
+                    steps=self.fl.local_steps,
+                    probes=self.num_probes,
+                    max_abs_g=self.strategy.max_abs_g,
+                    announced=bound,
                 )
             except ProtocolError as error:
                 refused[client] = str(error)
@@ -137,7 +144,7 @@ class Server:
             results,
             self._weights(),
             round=number,
-            lr=float(np.float32(self.lr)),
+            lr=lr,
             steps=self.fl.local_steps,
             probes=self.num_probes,
             seeds=self.fl.seeds,
@@ -213,9 +220,9 @@ class Server:
             round=self.round,
             from_round=self.round if values else start,
             log=b"" if values else pack(self.store.records[start:]),
-            values=self.replica.space.values().astype("<f4").tobytes() if values else b"",
+            values=self.replica.snapshot() if values else b"",
             chain=self.replica.chain.hex(),
-            check=self.replica.space.check(),
+            check=self.replica.check(),
             digest=self._digest() if self.round % self.fl.hash_every == 0 else "",
         )
         return replace(request, **{name: getattr(sync, name) for name in Sync.__dataclass_fields__})
@@ -246,7 +253,7 @@ class Server:
         proof = {
             "attendance": sorted(results),
             "chain": self.replica.chain.hex(),
-            "check": self.replica.space.check(),
+            "check": self.replica.check(),
             "digest": self.replica.space.digest() if last or (record.round + 1) % self.fl.hash_every == 0 else None,
         }
         weights = self._weights()
@@ -286,7 +293,7 @@ class Server:
         abs_g = {client: float(np.abs(results[client].g).mean()) for client in sorted(results)}
         scalars = 4 * self.fl.local_steps * self.num_probes
         owners = 1 if self.fl.seeds is Seeds.shared else len(results)
-        down = 4 * self.replica.space.size if self.fl.transport is Transport.values else scalars * owners
+        down = self.replica.snapshot_bytes if self.fl.transport is Transport.values else scalars * owners
         return {
             "kind": "round",
             "seconds": self.elapsed(),
@@ -314,7 +321,7 @@ def check_line(replica: Replica, line: Mapping[str, Any]) -> None:
     Raises:
         ProtocolError: The log does not lead to the state that it claims.
     """
-    got = {"chain": replica.chain.hex(), "check": replica.space.check()}
+    got = {"chain": replica.chain.hex(), "check": replica.check()}
     if line["digest"] is not None:
         got["digest"] = replica.space.digest()
     for what, value in got.items():

@@ -1,6 +1,6 @@
 """The messages of a federation: typed records, strictly read. Nothing in them is imported, evaluated or unpickled.
 
-Every message is one Flower ``ConfigRecord`` of plain numbers, strings and bytes. Protocol number 1.
+Every message is one Flower ``ConfigRecord`` of plain numbers, strings and bytes. Protocol number 2.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from flwr.app import ConfigRecord, RecordDict
 from fedzo.errors import ProtocolError
 from fedzo.zo.path import Scalars
 
-PROTOCOL = 1
+PROTOCOL = 2
 RECORD = "fedzo"
 M = TypeVar("M")
 
@@ -69,10 +69,11 @@ class Sync:
     from_round: int = 0
     log: bytes = b""
     values: bytes = b""
+    """theta, then what the update rule remembers: float32 [n * (1 + num_moments)], little endian."""
     chain: str = ""
     """Hash chain of the log up to ``round``, hexadecimal."""
     check: int = 0
-    """32-bit check of theta at ``round``."""
+    """32-bit check of theta and of what the update rule remembers, at ``round``."""
     digest: str = ""
     """SHA-256 of theta at ``round``, every ``fl.hash_every`` rounds."""
 
@@ -85,6 +86,8 @@ class TrainRequest(Sync):
     used: int = 0
     """Steps this client has used before: its position in its data."""
     lr: float = 0.0
+    max_abs_g: float = 0.0
+    """Bound to which the client clips every g before it steps and answers; 0 = none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

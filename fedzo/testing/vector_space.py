@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from fedzo.zo.config import Distribution
 from fedzo.zo.directions import direction
 from fedzo.zo.space import Values
 
@@ -16,7 +17,8 @@ from fedzo.zo.space import Values
 class VectorSpace:
     """theta is ``self.theta`` (float32 [n]); a probe writes to it and puts a copy back."""
 
-    def __init__(self, theta: Values) -> None:
+    def __init__(self, theta: Values, *, distribution: Distribution = Distribution.gaussian) -> None:
+        self.distribution = distribution
         self.theta = np.asarray(theta, np.float32).copy()
         self._marked: Values | None = None
 
@@ -27,14 +29,17 @@ class VectorSpace:
     @contextmanager
     def probe(self, scale: float, key: int) -> Iterator[None]:
         kept = self.theta.copy()
-        self.theta = kept + np.float32(scale) * direction(key, self.size)
+        self.theta = kept + np.float32(scale) * self._direction(key)
         try:
             yield
         finally:
             self.theta = kept
 
     def step(self, s: float, key: int) -> None:
-        self.theta = self.theta - np.float32(s) * direction(key, self.size)
+        self.theta = self.theta - np.float32(s) * self._direction(key)
+
+    def scale_by(self, factor: float) -> None:
+        self.theta = self.theta * np.float32(factor)
 
     def values(self) -> Values:
         return self.theta.copy()
@@ -54,3 +59,6 @@ class VectorSpace:
 
     def digest(self) -> str:
         return hashlib.sha256(self.theta.tobytes()).hexdigest()
+
+    def _direction(self, key: int) -> Values:
+        return direction(key, self.size, distribution=self.distribution)

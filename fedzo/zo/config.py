@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum, StrEnum
 
 
 class Distribution(StrEnum):
@@ -17,25 +17,85 @@ class Distribution(StrEnum):
 class EstimatorConfig:
     """How a loss is turned into projected gradients."""
 
-
-@dataclass(kw_only=True, slots=True)
-class TwoPointConfig(EstimatorConfig):
-    """Central difference along ``num_probes`` random directions a step (SPSA; MeZO, arXiv 2305.17333)."""
-
     eps: float = 1e-3
-    """Half distance between the two evaluations."""
+    """How far along a direction a loss is evaluated."""
     num_probes: int = 1
     """Directions a step; the step is their mean."""
     distribution: Distribution = Distribution.gaussian
 
 
 @dataclass(kw_only=True, slots=True)
+class TwoPointConfig(EstimatorConfig):
+    """Central difference along ``num_probes`` random directions a step (SPSA; MeZO, arXiv 2305.17333)."""
+
+
+class Baseline(Enum):  # no StrEnum: a string has a method ``center``
+    """What a one-sided estimate subtracts from a perturbed loss."""
+
+    center = "center"
+    """The loss at the weights themselves: one more forward a step."""
+    mean = "mean"
+    """The mean of the step's perturbed losses: no more forwards, but the estimate is (P - 1) / P of the gradient."""
+    leave_one_out = "leave_one_out"
+    """The mean of the step's other perturbed losses: no more forwards, unbiased."""
+
+
+@dataclass(kw_only=True, slots=True)
+class OneSidedConfig(EstimatorConfig):
+    """Forward difference: one forward a probe, and one for all where the baseline is the centre."""
+
+    baseline: Baseline = Baseline.center
+
+
+@dataclass(kw_only=True, slots=True)
+class FzooConfig(EstimatorConfig):
+    """Forward differences over the standard deviation of their losses (FZOO, arXiv 2506.09034); lr is scale-free."""
+
+    num_probes: int = 8
+    distribution: Distribution = Distribution.rademacher
+
+
+class Schedule(StrEnum):
+    """Course of the learning rate after its warm-up."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+@dataclass(kw_only=True, slots=True)
 class OptimizerConfig:
     """How aggregated projected gradients move the weights."""
+
+    lr: float = 1e-4
+    schedule: Schedule = Schedule.constant
+    final_lr_share: float = 0.1
+    """Share of ``lr`` in the last round, where the schedule is linear or cosine; 0 wastes that round."""
+    warmup_rounds: int = 0
+    """Rounds over which the learning rate rises linearly before it is reached."""
+    weight_decay: float = 0.0
+    """Decoupled: the trained values are multiplied by 1 - lr * weight_decay once a round."""
 
 
 @dataclass(kw_only=True, slots=True)
 class SgdConfig(OptimizerConfig):
     """Plain SGD: theta -= lr * c * z."""
 
-    lr: float = 1e-4
+
+@dataclass(kw_only=True, slots=True)
+class MomentumConfig(OptimizerConfig):
+    """Heavy ball over rounds: m = momentum * m + u, theta -= lr * m; u is the round's sum of c * z."""
+
+    momentum: float = 0.9
+    nesterov: bool = False
+    """Step along u + momentum * m instead of m."""
+
+
+@dataclass(kw_only=True, slots=True)
+class AdamConfig(OptimizerConfig):
+    """Adam over rounds (arXiv 1412.6980) with decoupled decay (AdamW, arXiv 1711.05101)."""
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    """Added to the root of the second moment."""

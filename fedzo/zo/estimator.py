@@ -1,4 +1,8 @@
-"""Estimators turn losses into projected gradients: scalars g such that g * z estimates the gradient along z."""
+"""Estimators turn losses into projected gradients: scalars g such that g * z estimates the gradient along z.
+
+Legend: theta the trained values, z a direction, P the probes of a step, l0 the loss at theta, l_p the loss at
+theta + eps z_p. A step is the mean of g_p z_p over its probes, dropped ones counting as 0.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from fedzo.errors import ConfigError
 from fedzo.registry import Registry
-from fedzo.zo.config import EstimatorConfig, TwoPointConfig
+from fedzo.zo.config import Baseline, EstimatorConfig, FzooConfig, OneSidedConfig, TwoPointConfig
 from fedzo.zo.space import Space
 
 LossFn = Callable[[], float]
 """The mean loss of one batch at the model's present weights."""
+Losses = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +29,11 @@ class Projection:
     """One probe: the gradient seen along one direction."""
 
     g: np.float32
-    """(loss+ - loss-) / (2 eps), rounded to float32 once; 0 if dropped."""
+    """The projected gradient, rounded to float32 once; 0 if dropped."""
     loss: float
-    """Mean of the two losses, nan if dropped."""
+    """The loss at theta as the probe saw it: mean of two sides, l0 if evaluated, else l_p; nan if dropped."""
     dropped: bool
-    """A loss was not finite: the probe counts as g = 0 and is reported."""
+    """A loss was not finite, or there was nothing to compare it with: g = 0, and it is reported."""
 
 
 class Estimator(Protocol):
@@ -35,6 +41,10 @@ class Estimator(Protocol):
 
     def estimate(self, space: Space, loss_fn: LossFn, keys: Sequence[int]) -> list[Projection]:
         """One projection for each stream key, all at the same theta and on the same batch."""
+        ...
+
+    def forwards_per_step(self, num_probes: int) -> int:
+        """How often ``estimate`` asks for the loss, given ``num_probes`` keys."""
         ...
 
 
@@ -45,30 +55,136 @@ ESTIMATORS: Registry[Estimator] = Registry("estimator", base=EstimatorConfig)
 class TwoPoint:
     """Central difference g = (l(theta + eps z) - l(theta - eps z)) / 2 eps (SPSA; MeZO, arXiv 2305.17333).
 
-    Deviation from MeZO's code: both sides start from theta itself; nothing is walked back.
+    Unbiased up to O(eps^2). Deviation from MeZO's code: both sides start from theta itself; nothing is walked back.
     """
 
     eps: float
 
     def estimate(self, space: Space, loss_fn: LossFn, keys: Sequence[int]) -> list[Projection]:
-        """One projection for each key; two forwards each."""
-        return [self._project(space, loss_fn, key) for key in keys]
+        plus, minus = np.empty(len(keys)), np.empty(len(keys))
+        for p, key in enumerate(keys):
+            with space.probe(self.eps, key):
+                plus[p] = loss_fn()
+            with space.probe(-self.eps, key):
+                minus[p] = loss_fn()
+        with np.errstate(all="ignore"):
+            return _projections((plus - minus) / (2 * self.eps), (plus + minus) / 2)
 
-    def _project(self, space: Space, loss_fn: LossFn, key: int) -> Projection:
-        with space.probe(self.eps, key):
-            plus = loss_fn()
-        with space.probe(-self.eps, key):
-            minus = loss_fn()
-        with np.errstate(over="ignore"):
-            g = np.float32((plus - minus) / (2 * self.eps))
-        if not (math.isfinite(plus) and math.isfinite(minus) and np.isfinite(g)):
-            return Projection(g=np.float32(0), loss=math.nan, dropped=True)
-        return Projection(g=g, loss=(plus + minus) / 2, dropped=False)
+    def forwards_per_step(self, num_probes: int) -> int:
+        return 2 * num_probes
+
+
+@dataclass(frozen=True, slots=True)
+class OneSided:
+    """Forward differences g_p = (l_p - b_p) / eps with a baseline b that is shared by the step's probes.
+
+    - ``center``: b = l0. P + 1 forwards.
+    - ``mean``: b = the mean of all l_q. P forwards. Its expectation is (P - 1) / P of the gradient, since b holds l_p.
+    - ``leave_one_out``: b_p = the mean of the l_q with q != p. P forwards, unbiased.
+
+    All up to O(eps), where the central difference is up to O(eps^2). A loss that is not finite takes no part in a mean.
+    """
+
+    eps: float
+    baseline: Baseline
+
+    def estimate(self, space: Space, loss_fn: LossFn, keys: Sequence[int]) -> list[Projection]:
+        if self.baseline is Baseline.center:
+            center = loss_fn()
+            losses = _perturbed_losses(space, loss_fn, keys, eps=self.eps)
+            with np.errstate(all="ignore"):
+                return _projections((losses - center) / self.eps, np.where(np.isfinite(losses), center, np.nan))
+        losses = _perturbed_losses(space, loss_fn, keys, eps=self.eps)
+        finite = losses[np.isfinite(losses)]
+        if finite.size < 2:
+            return _all_dropped(len(keys))
+        # l_p minus the mean of the others is l_p minus the mean of all, times n / (n - 1)
+        scale = finite.size / (finite.size - 1) if self.baseline is Baseline.leave_one_out else 1.0
+        with np.errstate(all="ignore"):
+            return _projections((losses - finite.mean()) * scale / self.eps, losses)
+
+    def forwards_per_step(self, num_probes: int) -> int:
+        return num_probes + (self.baseline is Baseline.center)
+
+
+@dataclass(frozen=True, slots=True)
+class Fzoo:
+    """g_p = (l_p - l0) / sigma, sigma the sample standard deviation (ddof 1) of the step's perturbed losses.
+
+    FZOO (arXiv 2506.09034) takes batched one-sided estimates along Rademacher directions and divides the step by the
+    standard deviation of the batch's losses. This formula is our reading of that description; the paper's text and
+    code were not at hand. The 1 / eps of the difference cancels: to first order sigma is eps * |gradient|, so g does
+    not grow with the loss's scale, with the gradient or with eps, and its learning rate is not that of the others.
+
+    P + 1 forwards. If sigma is 0 or not finite, every probe is dropped.
+    """
+
+    eps: float
+
+    def estimate(self, space: Space, loss_fn: LossFn, keys: Sequence[int]) -> list[Projection]:
+        center = loss_fn()
+        losses = _perturbed_losses(space, loss_fn, keys, eps=self.eps)
+        finite = losses[np.isfinite(losses)]
+        if finite.size < 2:
+            return _all_dropped(len(keys))
+        with np.errstate(all="ignore"):
+            sigma = finite.std(ddof=1)
+            # a sigma of 0 divides to inf or nan, an infinite one to a g that says nothing
+            g = (losses - center) / sigma if np.isfinite(sigma) else np.full_like(losses, np.nan)
+            return _projections(g, np.where(np.isfinite(losses), center, np.nan))
+
+    def forwards_per_step(self, num_probes: int) -> int:
+        return num_probes + 1
+
+
+def _perturbed_losses(space: Space, loss_fn: LossFn, keys: Sequence[int], *, eps: float) -> Losses:
+    losses = np.empty(len(keys))
+    for p, key in enumerate(keys):
+        with space.probe(eps, key):
+            losses[p] = loss_fn()
+    return losses
+
+
+def _projections(g: Losses, losses: Losses) -> list[Projection]:
+    """Round g to float32 once; what is not finite is dropped. float64 [P] each."""
+    rounded = g.astype(np.float32)
+    good = np.isfinite(rounded) & np.isfinite(losses)
+    return [
+        Projection(g=rounded[p], loss=float(losses[p]), dropped=False) if good[p] else _DROPPED for p in range(g.size)
+    ]
+
+
+_DROPPED = Projection(g=np.float32(0), loss=math.nan, dropped=True)
+
+
+def _all_dropped(count: int) -> list[Projection]:
+    return [_DROPPED] * count
+
+
+def _float32_eps(config: EstimatorConfig) -> float:
+    """Eps as it is applied: a space scales directions by a float32."""
+    with np.errstate(over="ignore"):
+        eps = float(np.float32(config.eps))
+    if not (eps > 0 and math.isfinite(eps)):
+        raise ConfigError(
+            f"estimator.eps must be > 0 and finite in float32, got {config.eps}. 1e-3 suits most language models."
+        )
+    return eps
 
 
 @ESTIMATORS.register("two_point", TwoPointConfig)
 def two_point(config: TwoPointConfig) -> Estimator:
-    """Build the two-point estimator; eps is rounded to float32, the precision in which it travels."""
-    if not config.eps > 0:
-        raise ConfigError(f"estimator.eps must be > 0, got {config.eps}. 1e-3 suits most language models.")
-    return TwoPoint(eps=float(np.float32(config.eps)))
+    """Build the two-point estimator."""
+    return TwoPoint(eps=_float32_eps(config))
+
+
+@ESTIMATORS.register("one_sided", OneSidedConfig)
+def one_sided(config: OneSidedConfig) -> Estimator:
+    """Build the one-sided estimator."""
+    return OneSided(eps=_float32_eps(config), baseline=config.baseline)
+
+
+@ESTIMATORS.register("fzoo", FzooConfig)
+def fzoo(config: FzooConfig) -> Estimator:
+    """Build the FZOO estimator."""
+    return Fzoo(eps=_float32_eps(config))

@@ -1,4 +1,4 @@
-"""The log of a run and its replay: the global model is ``base + replay(log)``, always.
+"""The log of a run: the global model is ``base + replay(log)``, always (``fedzo.zo.update_rule`` replays it).
 
 A record holds one round's aggregate scalars. Applying records in order to the base weights gives the model of that
 round, bit for bit, on any machine; a chain of hashes ties each record to all before it.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +94,7 @@ def extend_chain(chain: bytes, record: RoundRecord) -> bytes:
 
 
 def apply_step(space: Space, *, lr: float, c: np.float32, key: int) -> None:
-    """theta <- theta - (lr * c) * z(key), the one update of the whole project; lr * c is rounded to float32 once.
+    """theta <- theta - (lr * c) * z(key), plain SGD's one update; lr * c is rounded to float32 once.
 
     A zero (a dropped probe, lr = 0) moves nothing and is skipped, so that even a negative zero keeps its bits.
     """
@@ -103,17 +103,17 @@ def apply_step(space: Space, *, lr: float, c: np.float32, key: int) -> None:
         space.step(float(s), key)
 
 
-def apply_record(space: Space, record: RoundRecord, *, run_seed: int) -> None:
-    """Apply a round's steps one after another, in the order of (step, probe, owner)."""
+def scalars_and_keys(record: RoundRecord, *, run_seed: int) -> Iterator[tuple[np.float32, int]]:
+    """A round's scalars c with the keys of their directions, in the log's order: (step, probe, owner)."""
     steps, probes, _ = record.coefficients.shape
     for t in range(steps):
         for p in range(probes):
             for o, owner in enumerate(record.owners):
                 key = stream_key(run_seed, round=record.round, step=t, probe=p, owner=owner)
-                apply_step(space, lr=record.lr, c=record.coefficients[t, p, o], key=key)
+                yield record.coefficients[t, p, o], key
 
 
-def replay(space: Space, records: Sequence[RoundRecord], *, run_seed: int) -> None:
-    """Apply records to a space that is at the state before the first of them."""
-    for record in records:
-        apply_record(space, record, run_seed=run_seed)
+def apply_record(space: Space, record: RoundRecord, *, run_seed: int) -> None:
+    """Apply a round's steps by plain SGD, one after another in the log's order."""
+    for c, key in scalars_and_keys(record, run_seed=run_seed):
+        apply_step(space, lr=record.lr, c=c, key=key)

@@ -23,6 +23,7 @@ from fedzo.zo.directions import add_direction
 from fedzo.zo.perturb import PerturbedWeights
 
 Values = npt.NDArray[np.float32]
+_CHUNK = 1 << 20  # values that are widened to float32 at a time
 
 
 class Space(Protocol):
@@ -33,12 +34,21 @@ class Space(Protocol):
         """Number of trained values n."""
         ...
 
+    @property
+    def distribution(self) -> Distribution:
+        """Law of the directions z."""
+        ...
+
     def probe(self, scale: float, key: int) -> AbstractContextManager[None]:
         """Within the context the model computes at theta + scale * z(key); afterwards its bits are what they were."""
         ...
 
     def step(self, s: float, key: int) -> None:
         """theta <- theta - s * z(key): one rounded product, one rounded difference a value (``s`` is float32)."""
+        ...
+
+    def scale_by(self, factor: float) -> None:
+        """theta <- factor * theta: one rounded product a value (``factor`` is float32), cast to the value's dtype."""
         ...
 
     def values(self) -> Values:
@@ -86,7 +96,7 @@ class MaskedSpace:
         distribution: Distribution = Distribution.gaussian,
     ) -> None:
         parameters = dict(model.named_parameters())
-        self._distribution = distribution
+        self.distribution = distribution
         self._slots: list[tuple[torch.Tensor, torch.Tensor]] = []
         for name, flat in indices.items():
             if name not in parameters:
@@ -105,14 +115,18 @@ class MaskedSpace:
 
     @contextmanager
     def probe(self, scale: float, key: int) -> Iterator[None]:
-        self._write(add_direction(self._master, key, scale=scale, distribution=self._distribution))
+        self._write(add_direction(self._master, key, scale=scale, distribution=self.distribution))
         try:
             yield
         finally:
             self._write(self._master)
 
     def step(self, s: float, key: int) -> None:
-        add_direction(self._master, key, scale=-s, out=self._master, distribution=self._distribution)
+        add_direction(self._master, key, scale=-s, out=self._master, distribution=self.distribution)
+        self._write(self._master)
+
+    def scale_by(self, factor: float) -> None:
+        self._master.mul_(factor)
         self._write(self._master)
 
     def values(self) -> Values:
@@ -158,7 +172,7 @@ class FullSpace:
     """
 
     def __init__(self, model: nn.Module, *, distribution: Distribution = Distribution.gaussian) -> None:
-        self._distribution = distribution
+        self.distribution = distribution
         self._parameters = [parameter for _, parameter in model.named_parameters()]
         for name, parameter in model.named_parameters():
             if not parameter.is_floating_point():
@@ -179,12 +193,17 @@ class FullSpace:
 
     def probe(self, scale: float, key: int) -> AbstractContextManager[None]:
         starts = {id(parameter): start for parameter, start in zip(self._parameters, self._starts, strict=True)}
-        return PerturbedWeights(starts, scale=scale, key=key, distribution=self._distribution).active()
+        return PerturbedWeights(starts, scale=scale, key=key, distribution=self.distribution).active()
 
     def step(self, s: float, key: int) -> None:
         for parameter, start in zip(self._parameters, self._starts, strict=True):
             weight = parameter.detach()
-            add_direction(weight, key, scale=-s, start=start, out=weight, distribution=self._distribution)
+            add_direction(weight, key, scale=-s, start=start, out=weight, distribution=self.distribution)
+
+    def scale_by(self, factor: float) -> None:
+        for parameter in self._parameters:
+            for part in torch.split(parameter.detach().view(-1), _CHUNK):
+                part.copy_(part.float() * factor)
 
     def values(self) -> Values:
         return torch.cat([parameter.detach().float().view(-1).cpu() for parameter in self._parameters]).numpy()

@@ -181,5 +181,5 @@ def test_generator_reads_the_literal_under_a_field() -> None:
 
     rows = generate.table(TwoPointConfig, "estimator.")
 
-    assert "| `estimator.eps` | float | `0.001` | Half distance between the two evaluations. |" in rows
+    assert "| `estimator.eps` | float | `0.001` | How far along a direction a loss is evaluated. |" in rows
     assert "| `estimator.distribution` | choice | `gaussian` | One of `gaussian`, `rademacher`. |" in rows

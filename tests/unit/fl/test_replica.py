@@ -11,6 +11,7 @@ from fedzo.fl.wire import Status, Sync
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.directions import SHARED
 from fedzo.zo.path import RoundRecord, pack
+from fedzo.zo.update_rule import Sgd
 
 BASE = np.linspace(-1, 1, 33).astype(np.float32)
 LOG = [
@@ -21,7 +22,7 @@ LOG = [
 
 def new_replica() -> Replica:
     space = VectorSpace(BASE)
-    return Replica(space, reset=lambda: space.load(BASE), run_seed=3)
+    return Replica(space, rule=Sgd(), reset=lambda: space.load(BASE), run_seed=3)
 
 
 def server_at(position: int) -> Replica:

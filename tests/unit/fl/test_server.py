@@ -30,6 +30,8 @@ from fedzo.fl.wire import (
     scalars_to_bytes,
 )
 from fedzo.testing.vector_space import VectorSpace
+from fedzo.zo.config import SgdConfig
+from fedzo.zo.update_rule import Sgd
 
 BASE = np.linspace(-1, 1, 9).astype(np.float32)
 IDENTITY = Identity(config_hash="c" * 64, base_digest="b", tokenizer_digest="t", task_digest="k")
@@ -38,7 +40,7 @@ ARTIFACT = b"mask"
 
 def new_replica() -> Replica:
     space = VectorSpace(BASE)
-    return Replica(space, reset=lambda: space.load(BASE), run_seed=1)
+    return Replica(space, rule=Sgd(), reset=lambda: space.load(BASE), run_seed=1)
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +140,7 @@ def federation(tmp_path: Path) -> Iterator[Callable[..., tuple[Server, list[Clie
             run_seed=1,
             fl=FlConfig(num_clients=num_clients, rounds=5, local_steps=2, transport=transport, hash_every=2),
             strategy=StrategyConfig(**{"deadline_s": 0.2, "startup_s": 1.0, **strategy}),
-            lr=0.5,
+            optimizer=SgdConfig(lr=0.5),
             num_probes=1,
             sink=_Kept(),
             elapsed=lambda: 0.0,
@@ -304,7 +306,7 @@ def test_a_newcomer_of_another_run_is_not_let_in(federation: Any, caplog: pytest
         ({"base_digest": "x"}, r"client 0: its base weights must be the server's \(b\), got x"),
         ({"tokenizer_digest": "x"}, "its tokenizer must be"),
         ({"task_digest": "x"}, "its task must be"),
-        ({"protocol": 99}, r"its protocol must be the server's \(1\), got 99"),
+        ({"protocol": 99}, r"its protocol must be the server's \(2\), got 99"),
         ({"client": 7}, r"client index must be in 0\.\.0, got 7"),
         ({"num_train": 0}, "at least one training row, got 0"),
         ({"label_counts": "[1"}, r"label_counts must be a JSON object of counts, got '\[1'"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fedzo.errors import ProtocolError
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.directions import SHARED, direction, stream_key
-from fedzo.zo.path import EMPTY_CHAIN, RoundRecord, apply_record, apply_step, extend_chain, pack, replay, unpack
+from fedzo.zo.path import EMPTY_CHAIN, RoundRecord, apply_record, apply_step, extend_chain, pack, unpack
 
 SEED = 11
 
@@ -51,7 +51,8 @@ def test_replay_is_the_steps_written_out_by_hand() -> None:
     first = record(0, [[[0.5], [-1.0]], [[2.0], [0.25]]])
     second = record(1, [[[1.5, -0.5]]], owners=(2, 5), lr=0.125)
 
-    replay(space, [first, second], run_seed=SEED)
+    for each in (first, second):
+        apply_record(space, each, run_seed=SEED)
 
     expected = theta.copy()
     for t, p, c in ((0, 0, 0.5), (0, 1, -1.0), (1, 0, 2.0), (1, 1, 0.25)):

@@ -1,0 +1,48 @@
+"""The relative clip: a bound on |g| that follows what clients have measured, announced with every request.
+
+A client clips before its local step and sends what it stepped with, so the server's picture of its path stays true; the
+server refuses what lies beyond the announced bound and clips nothing itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fedzo.zo.path import Scalars
+
+NO_BOUND = 0.0
+
+
+def announced_bound(audit: Sequence[Mapping[str, Any]], *, factor: float, rounds: int) -> float:
+    """``factor`` times the median |g| over all clients' scalars of the last ``rounds`` audit lines.
+
+    A function of the audit log alone, so a resumed run announces what an unbroken one would. Dropped probes measured
+    nothing and are left out.
+
+    Args:
+        audit: Audit lines of the committed rounds.
+        factor: ``strategy.clip_factor``; 0 switches the clip off.
+        rounds: ``strategy.clip_rounds``.
+
+    Returns:
+        A float32 value; ``NO_BOUND`` while there is no history, or where its median is 0.
+    """
+    if factor == 0:
+        return NO_BOUND
+    measured = [
+        np.abs(np.asarray(entry["g"], np.float64))[~np.asarray(entry["dropped"], bool)]
+        for line in audit[-rounds:]
+        for entry in line["clients"]
+    ]
+    scalars = np.concatenate(measured) if measured else np.empty(0)
+    if scalars.size == 0:
+        return NO_BOUND
+    return float(np.float32(min(factor * float(np.median(scalars)), float(np.finfo(np.float32).max))))
+
+
+def clip(g: Scalars, bound: float) -> Scalars:
+    """Each scalar within [-bound, bound], float32 as it came; unchanged without a bound."""
+    return g if bound == NO_BOUND else np.clip(g, np.float32(-bound), np.float32(bound))

@@ -1,0 +1,155 @@
+"""Update rules: how a round of the log moves the trained values, at the server and at every client that replays it.
+
+Legend: theta float32 [n]; u = sum of c z over the round's (step, probe, owner), float32 [n]; lr of the record; lambda
+the weight decay. Before the step of any rule, theta <- theta * float32(1 - lr lambda), once a round.
+
+A rule is a pure function of (theta, state, record). Its arithmetic is the correctly rounded IEEE float32 sum, product,
+quotient and square root, one operation after another in numpy on the CPU, whatever holds theta: the same bits on every
+machine. Numbers that all coordinates share (1 - beta^t) are evaluated in float64 products and rounded to float32 once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import numpy as np
+import torch
+
+from fedzo.registry import Registry
+from fedzo.zo.config import AdamConfig, MomentumConfig, OptimizerConfig, SgdConfig
+from fedzo.zo.directions import add_direction
+from fedzo.zo.path import RoundRecord, apply_record, scalars_and_keys
+from fedzo.zo.space import Space, Values
+
+
+class UpdateRule(Protocol):
+    """Moves a space along the log, one round a call."""
+
+    num_moments: ClassVar[int]
+    """Numbers that the rule remembers for each trained value."""
+
+    def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
+        """Move theta, and ``moments`` in place, by one round.
+
+        Args:
+            space: At the state before the round.
+            moments: float32 [num_moments, n]; zero before the first round.
+            record: The round.
+            run_seed: Seed of the run's directions.
+        """
+        ...
+
+
+UPDATE_RULES: Registry[UpdateRule] = Registry("optimizer", base=OptimizerConfig)
+
+
+def round_direction(space: Space, record: RoundRecord, *, run_seed: int) -> Values:
+    """U of a round: float32 [n], one rounded product and one rounded sum for each scalar in the log's order."""
+    u = torch.zeros(space.size)
+    for c, key in scalars_and_keys(record, run_seed=run_seed):
+        if c != 0:  # a dropped probe
+            add_direction(u, key, scale=float(c), out=u, distribution=space.distribution)
+    return u.numpy()
+
+
+@dataclass(frozen=True, slots=True)
+class Sgd:
+    """theta <- theta - (lr c) z for each scalar, one after another; nothing is remembered."""
+
+    num_moments: ClassVar[int] = 0
+    weight_decay: float = 0.0
+
+    def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
+        _decay(space, record, self.weight_decay)
+        apply_record(space, record, run_seed=run_seed)
+
+
+@dataclass(frozen=True, slots=True)
+class Momentum:
+    """Heavy ball: m <- mu m + u, theta <- theta - lr m; with Nesterov theta <- theta - lr (u + mu m).
+
+    As torch.optim.SGD with dampening 0 and u for the gradient, but for the decay, which is decoupled.
+    """
+
+    num_moments: ClassVar[int] = 1
+    momentum: float
+    nesterov: bool
+    weight_decay: float = 0.0
+
+    def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
+        _decay(space, record, self.weight_decay)
+        u = round_direction(space, record, run_seed=run_seed)
+        (m,) = moments
+        mu = np.float32(self.momentum)
+        with np.errstate(all="ignore"):
+            m *= mu
+            m += u
+            _step(space, u + mu * m if self.nesterov else m, record)
+
+
+@dataclass(frozen=True, slots=True)
+class Adam:
+    """Adam with bias correction (arXiv 1412.6980) and decoupled decay (AdamW, arXiv 1711.05101); t = round + 1.
+
+    m <- beta1 m + (1 - beta1) u, v <- beta2 v + (1 - beta2) u u,
+    theta <- theta - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps).
+    """
+
+    num_moments: ClassVar[int] = 2
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float = 0.0
+
+    def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
+        _decay(space, record, self.weight_decay)
+        u = round_direction(space, record, run_seed=run_seed)
+        m, v = moments
+        correct1, correct2 = (np.float32(1 - _power(beta, record.round + 1)) for beta in (self.beta1, self.beta2))
+        with np.errstate(all="ignore"):
+            m *= np.float32(self.beta1)
+            m += np.float32(1 - self.beta1) * u
+            v *= np.float32(self.beta2)
+            v += np.float32(1 - self.beta2) * (u * u)
+            _step(space, (m / correct1) / (np.sqrt(v / correct2) + np.float32(self.eps)), record)
+
+
+def _step(space: Space, along: Values, record: RoundRecord) -> None:
+    """theta <- theta - lr * along: one rounded product, one rounded difference."""
+    space.load(space.values() - np.float32(record.lr) * along)
+
+
+def _decay(space: Space, record: RoundRecord, weight_decay: float) -> None:
+    factor = np.float32(1 - record.lr * weight_decay)
+    if factor != 1:
+        space.scale_by(float(factor))
+
+
+def _power(base: float, exponent: int) -> float:
+    """base ** exponent by squaring: float64 products only, which unlike ``pow`` round alike everywhere."""
+    result = 1.0
+    while exponent:
+        if exponent & 1:
+            result *= base
+        base *= base
+        exponent >>= 1
+    return result
+
+
+@UPDATE_RULES.register("sgd", SgdConfig)
+def sgd(config: SgdConfig) -> UpdateRule:
+    """Build plain SGD."""
+    return Sgd(weight_decay=config.weight_decay)
+
+
+@UPDATE_RULES.register("momentum", MomentumConfig)
+def momentum(config: MomentumConfig) -> UpdateRule:
+    """Build the heavy ball."""
+    return Momentum(momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay)
+
+
+@UPDATE_RULES.register("adam", AdamConfig)
+def adam(config: AdamConfig) -> UpdateRule:
+    """Build Adam."""
+    return Adam(beta1=config.beta1, beta2=config.beta2, eps=config.eps, weight_decay=config.weight_decay)
