@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, MessageType
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
@@ -40,6 +40,17 @@ def make_client_app() -> ClientApp:
         return _reply(message, _worker(context).evaluate(request, client=_client(context)))
 
     return app
+
+
+def look_ahead(messages: list[tuple[Message, Context]]) -> None:
+    """Let this process's worker evaluate the first step of all clients that are asked to train together."""
+    requests = {
+        _client(context): decode(TrainRequest, message.content)
+        for message, context in messages
+        if message.metadata.message_type == MessageType.TRAIN
+    }
+    if requests:
+        _worker(messages[0][1]).look_ahead(requests)
 
 
 def make_server_app() -> ServerApp:

@@ -49,7 +49,7 @@ def first_order_step(model: nn.Module, ids: torch.Tensor, choices: torch.Tensor,
     model.requires_grad_(True)
     try:
         logits = project(model, hidden_at(model, ids, rows, last), vocabulary=choices)
-        F.cross_entropy(logits, torch.zeros_like(rows)).backward()
+        torch.autograd.backward(F.cross_entropy(logits, torch.zeros_like(rows)))
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.grad is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedConfig
@@ -68,7 +68,7 @@ def random_model(shape: str, *, device: str, dtype: torch.dtype) -> LoadedModel:
         raise ConfigError(f"--shape must be one of {', '.join(SHAPES)}, got {shape!r}.")
     where = resolve_device(device)
     with no_init_weights(), where:
-        model: Any = AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=dtype)
+        model = cast(Any, AutoModelForCausalLM).from_config(SHAPES[shape](), dtype=dtype)
     model.tie_weights()
     model.to(where)
     for number, (name, parameter) in enumerate(model.named_parameters()):

@@ -1,4 +1,4 @@
-"""``fedzo bench step``: our step beside two bare forwards of the same rows, MeZO's walk and a first-order step."""
+"""``fedzo bench step``: our step beside its bare forwards (two, by default), MeZO's walk and a first-order step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fedzo.zo.estimator import ESTIMATORS, Estimator
 from fedzo.zo.path import apply_step
 from fedzo.zo.space import Space
 
-BARE, OURS, WALK, FIRST_ORDER = "two bare forwards", "fedzo step", "MeZO walk", "first-order step"
+BARE, OURS, WALK, FIRST_ORDER = "bare forwards", "fedzo step", "MeZO walk", "first-order step"
 Work = Callable[[], object]
 _WARM_UPS = 2
 
@@ -42,7 +42,7 @@ class Figure:
         name: Whose step.
         median_s: Seconds, median of the repeats.
         quartiles_s: Their first and third quartile.
-        ratio: To the two bare forwards of the same repeat, median.
+        ratio: To the bare forwards of the same repeat, median.
         ratio_quartiles: Quartiles of that ratio.
         peak_bytes: Most memory a step took, weights included; None where it was not measured.
     """
@@ -65,6 +65,7 @@ class Bench:
         estimator: Turns losses into scalars.
         examples: ``rows`` prompts of ``tokens`` tokens with two single-token candidates.
         eps: Probe size of the walk.
+        num_probes: Directions of our step.
     """
 
     loaded: LoadedModel
@@ -91,7 +92,7 @@ class Bench:
                 apply_step(self.space, lr=lr, c=projection.g, key=key)
 
         return {
-            BARE: lambda: [self.loss() for _ in range(2 * self.num_probes)],
+            BARE: lambda: [self.loss() for _ in range(self.estimator.forwards_per_step(self.num_probes))],
             OURS: ours,
             WALK: lambda: mezo_walk_step(model, self.loss, eps=self.eps, lr=lr, seed=0),
             FIRST_ORDER: lambda: first_order_step(model, ids, choices, lr=lr),
@@ -163,6 +164,7 @@ def bench_step(
         "rows": rows,
         "tokens": len(bench.examples[0].prompt),
         "repeats": repeats,
+        "forwards_per_step": bench.estimator.forwards_per_step(bench.num_probes),
         "figures": [asdict(figure) for figure in figures],
         "environment": environment(),
     }
@@ -209,4 +211,3 @@ def _wait(device: torch.device) -> None:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-

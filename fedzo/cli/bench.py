@@ -71,7 +71,8 @@ def _table(result: dict[str, Any]) -> Table:
         f"{result['rows']} x {result['tokens']} tokens, {result['repeats']} repeats",
         title_justify="left",
     )
-    for name in ("", "seconds", "quartiles", "of two forwards", "quartiles", "peak memory", "of a forward's"):
+    forwards = f"of {result['forwards_per_step']} forwards"
+    for name in ("", "seconds", "quartiles", forwards, "quartiles", "peak memory", "of a forward's"):
         table.add_column(name, justify="left" if not name else "right")
     forward = result["figures"][0]["peak_bytes"]
     for figure in result["figures"]:

@@ -19,8 +19,8 @@ from fedzo.data.config import (
     TaskConfig,
     TaskKind,
 )
-from fedzo.fl.config import FaultsConfig, FlConfig
-from fedzo.runtime.config import LocalConfig, RayConfig
+from fedzo.fl.config import FaultsConfig, FlConfig, Seeds
+from fedzo.runtime.config import InlineConfig, LocalConfig, RayConfig
 from fedzo.trainers.config import Calibration, MeerkatConfig, MezoConfig
 from fedzo.zo.config import AdamConfig, Baseline, FzooConfig, MomentumConfig, OneSidedConfig
 
@@ -304,6 +304,9 @@ def _evaluation(config: RunConfig) -> Iterator[Problem]:
 
 def _runtime(config: RunConfig) -> Iterator[Problem]:
     match config.runtime:
+        case InlineConfig(batch_clients=True) if config.fl.seeds is not Seeds.shared:
+            remedy = "Clients with directions of their own cannot share a forward."
+            yield _problem("runtime.batch_clients", "be false for fl.seeds=per_client", True, remedy)
         case RayConfig() as ray:
             yield from _positive("runtime.num_cpus_per_client", ray.num_cpus_per_client, "1 is usual.")
             yield from _not_negative("runtime.num_gpus_per_client", ray.num_gpus_per_client, "0 shares what is there.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,9 +31,9 @@ from fedzo.fl.wire import (
 )
 from fedzo.models.evaluate import evaluate
 from fedzo.models.load import LoadedModel
-from fedzo.models.scoring import mean_loss
+from fedzo.models.scoring import example_losses
 from fedzo.zo.directions import SHARED, stream_key
-from fedzo.zo.estimator import Estimator, Projection
+from fedzo.zo.estimator import Estimator, Losses, Projection, estimate_together
 from fedzo.zo.path import Scalars, apply_step
 from fedzo.zo.space import Space
 
@@ -72,7 +73,7 @@ class ClientWorker:
         estimator: Turns losses into scalars.
         num_probes: Probes a step.
         tokens_per_batch: Most tokens in one forward.
-        forward_cost_tokens: What one more forward costs, in tokens (``mean_loss``).
+        forward_cost_tokens: What one more forward costs, in tokens (``example_losses``).
         data_of: Rows of a client, by its index.
         build: Makes the replica from the artifact that the server sends.
         absent: Planned faults: (client, round) pairs.
@@ -108,6 +109,7 @@ class ClientWorker:
         self._data_of = data_of
         self._build = build
         self._absent = absent
+        self._ahead: dict[tuple[int, int], list[Projection]] = {}
 
     def hello(self, request: Hello, *, client: int) -> HelloReply:
         """Register: digests, sizes and label counts of this client."""
@@ -165,6 +167,37 @@ class ClientWorker:
             end_check=end_check,
         )
 
+    def look_ahead(self, requests: Mapping[int, TrainRequest]) -> None:
+        """Evaluate the first step of these clients in joint forwards; ``train`` then takes the results from here.
+
+        Clients that share seeds are at the same theta with the same directions in a round's first step, so their rows
+        can share forwards. Later steps (T > 1) are each client's own. The losses differ from those of separate
+        forwards in their last bits only: a matrix product's rounding depends on the number of its rows.
+
+        Args:
+            requests: Requests of one round, by client; those that cannot be met are left for ``train`` to answer.
+        """
+        self._ahead.clear()
+        able: dict[int, TrainRequest] = {}
+        for client, request in requests.items():
+            with suppress(ProtocolError):
+                if (client, request.round) not in self._absent and self._reach(request)[1] is Status.ok:
+                    able[client] = request
+        if not able:
+            return
+        assert self._replica is not None
+        batches = {client: self._batch(request, client=client, step=0) for client, request in able.items()}
+        rows = [example for batch in batches.values() for example in batch]
+        ends = np.cumsum([len(batch) for batch in batches.values()])[:-1]
+
+        def losses_fn() -> Losses:
+            return np.array([part.mean() for part in np.split(self._losses(rows), ends)])
+
+        keys = self._keys(next(iter(able.values())), client=next(iter(able)), step=0)
+        estimates = estimate_together(self._estimator, self._replica.space, losses_fn, keys, count=len(able))
+        for (client, request), projections in zip(able.items(), estimates, strict=True):
+            self._ahead[client, request.round] = projections
+
     def evaluate(self, request: EvaluateRequest, *, client: int) -> EvaluateReply:
         """Score the model of the request's round on the client's held-out rows."""
         replica, status = self._reach(request)
@@ -199,6 +232,13 @@ class ClientWorker:
         ]
 
     def _estimate(self, space: Space, request: TrainRequest, *, client: int, step: int) -> list[Projection]:
+        if step == 0 and (client, request.round) in self._ahead:
+            return self._ahead.pop((client, request.round))
+        batch = self._batch(request, client=client, step=step)
+        keys = self._keys(request, client=client, step=step)
+        return self._estimator.estimate(space, lambda: float(self._losses(batch).mean()), keys)
+
+    def _batch(self, request: TrainRequest, *, client: int, step: int) -> list[Example]:
         train = self._data_of(client).train
         rows = batch_rows(
             run_seed=self._run_seed,
@@ -207,18 +247,16 @@ class ClientWorker:
             batch_size=self._fl.batch_size,
             num_rows=len(train),
         )
-        batch = [train[row] for row in rows]
+        return [train[row] for row in rows]
 
-        def loss_fn() -> float:
-            return mean_loss(
-                self.loaded,
-                batch,
-                loss=self._task.loss,
-                tokens_per_batch=self.tokens_per_batch,
-                forward_cost_tokens=self.forward_cost_tokens,
-            )
-
-        return self._estimator.estimate(space, loss_fn, self._keys(request, client=client, step=step))
+    def _losses(self, rows: list[Example]) -> Losses:
+        return example_losses(
+            self.loaded,
+            rows,
+            loss=self._task.loss,
+            tokens_per_batch=self.tokens_per_batch,
+            forward_cost_tokens=self.forward_cost_tokens,
+        )
 
     def _local_step(self, space: Space, request: TrainRequest, g: Scalars, *, client: int, step: int) -> None:
         """One step of plain SGD with exactly the scalars that are sent, a mean over probes."""

@@ -49,7 +49,22 @@ def mean_loss(
     tokens_per_batch: int,
     forward_cost_tokens: int = FEW_FORWARDS,
 ) -> float:
-    """Mean loss over examples, each weighing the same; token log-probabilities in float32, all means in float64.
+    """Mean of ``example_losses``, in float64; NaN or infinity if the model's numbers are."""
+    losses = example_losses(
+        loaded, examples, loss=loss, tokens_per_batch=tokens_per_batch, forward_cost_tokens=forward_cost_tokens
+    )
+    return float(np.mean(losses))
+
+
+def example_losses(
+    loaded: LoadedModel,
+    examples: Sequence[Example],
+    *,
+    loss: Loss,
+    tokens_per_batch: int,
+    forward_cost_tokens: int = FEW_FORWARDS,
+) -> Scores:
+    """Loss of every example; token log-probabilities in float32, all means in float64.
 
     Args:
         loaded: The model.
@@ -61,19 +76,18 @@ def mean_loss(
             that saves more padding. By default never; see ``forward_cost``.
 
     Returns:
-        The loss; NaN or infinity if the model's numbers are.
+        float64 [num_examples].
 
     Raises:
         ConfigError: There is no example, or one has an empty prompt or answer.
     """
     if not examples:
-        raise ConfigError("mean_loss needs at least one example, got none. Check the batch size and the client's rows.")
+        raise ConfigError("a loss needs at least one example, got none. Check the batch size and the client's rows.")
     planning = _Planning(tokens_per_batch, forward_cost_tokens)
     if loss is Loss.lm:
-        sequences = [_answer(example, example.label) for example in examples]
-        return -float(np.mean(_mean_logprobs(loaded, sequences, planning)))
+        return -_mean_logprobs(loaded, [_answer(example, example.label) for example in examples], planning)
     scores = _candidate_scores(loaded, examples, planning, full_vocabulary=False)
-    return float(np.mean(choice_losses(scores, [example.label for example in examples])))
+    return choice_losses(scores, [example.label for example in examples])
 
 
 def candidate_scores(

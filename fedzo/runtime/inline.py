@@ -6,7 +6,7 @@ import copy
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -16,6 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedzo.runtime._flower import SUPERLINK_NODE_ID, ErrorCode, Run, failure_reason, one_federation, set_message_id
 
 log = logging.getLogger(__name__)
+LookAhead = Callable[[list[tuple[Message, Context]]], None]
 RUN_ID = 1
 FIRST_NODE_ID = SUPERLINK_NODE_ID + 1
 
@@ -26,10 +27,25 @@ class InlineGrid(Grid):
     Node ids are fixed and messages are answered in the order they were pushed, so two runs are alike. A message is
     worked on when its reply is pulled, one a call: between two clients the server can show progress, keep its deadline
     and be interrupted.
+
+    Args:
+        client_app: Answers for every client.
+        num_clients: Number of clients.
+        run_config: Given to the app.
+        look_ahead: Called with the messages that were pushed together, before the first of them is worked on.
     """
 
-    def __init__(self, client_app: ClientApp, *, num_clients: int, run_config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        client_app: ClientApp,
+        *,
+        num_clients: int,
+        run_config: Mapping[str, Any],
+        look_ahead: LookAhead | None = None,
+    ) -> None:
         self._client_app = client_app
+        self._look_ahead = look_ahead
+        self._unseen: list[tuple[Message, Context]] = []
         self._run = Run.create_empty(run_id=RUN_ID)
         self._contexts = {
             FIRST_NODE_ID + client: Context(
@@ -68,12 +84,17 @@ class InlineGrid(Grid):
         pushed = []
         for message in messages:
             self._number(message)
-            self._pending[message.metadata.message_id] = copy.deepcopy(message)
+            self._pending[message.metadata.message_id] = kept = copy.deepcopy(message)
+            if self._look_ahead and (context := self._contexts.get(message.metadata.dst_node_id)):
+                self._unseen.append((kept, context))
             pushed.append(message.metadata.message_id)
         return pushed
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Let the client of the oldest of these messages answer; one reply, or none when nothing is pending."""
+        if self._look_ahead and self._unseen:
+            self._look_ahead(self._unseen)
+            self._unseen = []
         wanted = set(message_ids)
         for message_id in self._pending:
             if message_id in wanted:
@@ -110,7 +131,12 @@ class InlineGrid(Grid):
 
 
 def run_inline(
-    server_app: ServerApp, client_app: ClientApp, *, num_clients: int, run_config: Mapping[str, Any]
+    server_app: ServerApp,
+    client_app: ClientApp,
+    *,
+    num_clients: int,
+    run_config: Mapping[str, Any],
+    look_ahead: LookAhead | None = None,
 ) -> None:
     """Run a federation in this process; what the server raises, this raises.
 
@@ -119,12 +145,13 @@ def run_inline(
         client_app: Answers for every client.
         num_clients: Number of clients, indexed from 0 by ``partition-id``.
         run_config: Given to both apps.
+        look_ahead: As for ``InlineGrid``.
 
     Raises:
         ConfigError: another federation runs in this process.
     """
     with one_federation(RUN_ID):
-        grid = InlineGrid(client_app, num_clients=num_clients, run_config=run_config)
+        grid = InlineGrid(client_app, num_clients=num_clients, run_config=run_config, look_ahead=look_ahead)
         context = Context(
             run_id=RUN_ID, node_id=SUPERLINK_NODE_ID, node_config={}, state=RecordDict(), run_config=dict(run_config)
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flwr.clientapp import ClientApp
 
-from fedzo.apps import CONFIG_KEY, RUN_DIR_KEY, client_app, server_app
+from fedzo.apps import CONFIG_KEY, RUN_DIR_KEY, client_app, look_ahead, server_app
 from fedzo.config.schema import RunConfig
 from fedzo.registry import Registry
 from fedzo.runtime.config import InlineConfig, LocalConfig, RayConfig, RuntimeConfig
@@ -35,7 +35,8 @@ def launch(config: RunConfig, run_dir: Path, *, config_json: str) -> None:
 def _inline(config: InlineConfig, *, num_clients: int, run_config: dict[str, str]) -> None:
     from fedzo.runtime.inline import run_inline
 
-    run_inline(server_app, client_app, num_clients=num_clients, run_config=run_config)
+    ahead = look_ahead if config.batch_clients else None
+    run_inline(server_app, client_app, num_clients=num_clients, run_config=run_config, look_ahead=ahead)
 
 
 @RUNTIMES.register("ray", RayConfig)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -40,12 +41,46 @@ class Estimator(Protocol):
     """Estimates projected gradients; leaves the model's bits as they were."""
 
     def estimate(self, space: Space, loss_fn: LossFn, keys: Sequence[int]) -> list[Projection]:
-        """One projection for each stream key, all at the same theta and on the same batch."""
+        """One projection for each stream key, all at the same theta and on the same batch.
+
+        When the loss is asked for, and how often, depends on the keys alone and never on a loss: so many clients'
+        losses can be evaluated together and handed out afterwards (``estimate_together``).
+        """
         ...
 
     def forwards_per_step(self, num_probes: int) -> int:
         """How often ``estimate`` asks for the loss, given ``num_probes`` keys."""
         ...
+
+
+class _Still:
+    """Stands for a space whose losses are known already: a probe of it moves nothing."""
+
+    def probe(self, scale: float, key: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+def estimate_together(
+    estimator: Estimator, space: Space, losses_fn: Callable[[], Losses], keys: Sequence[int], *, count: int
+) -> list[list[Projection]]:
+    """What ``estimate`` gives for each of ``count`` loss functions that are evaluated together.
+
+    Args:
+        estimator: The estimator.
+        space: The model's space.
+        losses_fn: All losses at the model's present weights, float64 [count].
+        keys: Stream keys, which the loss functions share.
+        count: Number of loss functions.
+    """
+    asked: list[Losses] = []
+
+    def joint() -> float:
+        asked.append(losses_fn())
+        return 0.0
+
+    estimator.estimate(space, joint, keys)
+    answers = [iter([float(losses[i]) for losses in asked]) for i in range(count)]
+    return [estimator.estimate(cast(Space, _Still()), answer.__next__, keys) for answer in answers]
 
 
 ESTIMATORS: Registry[Estimator] = Registry("estimator", base=EstimatorConfig)

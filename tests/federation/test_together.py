@@ -1,0 +1,79 @@
+"""``runtime.batch_clients``: clients that share forwards measure what they measure alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedzo.config.load import load
+from fedzo.errors import ConfigError
+from fedzo.fl.client import ClientWorker
+from fedzo.runs import replay_run
+
+Run = Callable[..., Path]
+Lines = Callable[[Path, str], list[dict[str, Any]]]
+Overrides = Callable[..., list[str]]
+TOGETHER = "runtime.batch_clients=true"
+
+
+def scalars(audit: list[dict[str, Any]], client: int) -> np.ndarray:
+    return np.array([entry["g"] for line in audit for entry in line["clients"] if entry["client"] == client])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["fl.local_steps=1"],
+        ["fl.local_steps=3", "trainer=mezo", "trainer.lr=1e-4"],
+        ["estimator=one_sided", "estimator.num_probes=2", "faults.absent=[1@1]"],
+        ["estimator=fzoo", "estimator.num_probes=3", "trainer.lr=1e-5", "strategy.clip_factor=2"],
+    ],
+    ids=["T=1", "T=3 mezo", "one-sided", "fzoo"],
+)
+def test_joint_scalars_equal_separate_ones_but_for_rounding(run: Run, lines: Lines, settings: list[str]) -> None:
+    """Losses are float32 numbers near 0.7: an error of 2e-7 each is 2e-4 in g at eps = 1e-3; ten times that is let by.
+
+    FZOO divides by a spread of about eps |gradient| and so enlarges the same error.
+    """
+    alone = run("fl.rounds=3", "fl.num_clients=4", *settings)
+    together = run("fl.rounds=3", "fl.num_clients=4", TOGETHER, *settings)
+
+    for client in range(4):
+        separate, joint = (scalars(lines(folder, "audit.jsonl"), client) for folder in (alone, together))
+        assert joint.shape == separate.shape
+        assert np.abs(separate).max() > 0.05
+        np.testing.assert_allclose(joint, separate, atol=2e-3 if "estimator=fzoo" not in settings else 2e-2)
+    assert replay_run(together)["rounds"] == 3
+
+
+def test_one_round_of_many_clients_takes_as_many_forwards_as_its_tokens_need(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spent: list[int] = []
+    ahead, train = ClientWorker.look_ahead, ClientWorker.train
+
+    def counting_ahead(self: ClientWorker, requests: Any) -> None:
+        before = self.loaded.counter.num_forwards
+        ahead(self, requests)
+        spent.append(self.loaded.counter.num_forwards - before)
+
+    def counting_train(self: ClientWorker, request: Any, *, client: int) -> Any:
+        before = self.loaded.counter.num_forwards
+        reply = train(self, request, client=client)
+        assert self.loaded.counter.num_forwards == before  # everything was there already
+        return reply
+
+    monkeypatch.setattr(ClientWorker, "look_ahead", counting_ahead)
+    monkeypatch.setattr(ClientWorker, "train", counting_train)
+    run("fl.rounds=1", "fl.num_clients=6", "trainer=mezo", TOGETHER)
+
+    assert spent == [2]
+
+
+def test_clients_with_directions_of_their_own_are_refused(overrides: Overrides) -> None:
+    with pytest.raises(ConfigError, match=r"runtime\.batch_clients must be false for fl\.seeds=per_client"):
+        load(overrides(TOGETHER, "fl.seeds=per_client"))

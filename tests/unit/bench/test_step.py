@@ -1,0 +1,101 @@
+"""``fedzo bench step`` on a tiny model: what is measured is what is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedzo.bench.memory import measure_peak_bytes, resident_bytes
+from fedzo.bench.shapes import SHAPES, random_model
+from fedzo.bench.step import BARE, FIRST_ORDER, OURS, WALK, bench_step, open_bench
+from fedzo.cli import main
+from fedzo.config.load import load
+from fedzo.errors import ConfigError
+from fedzo.testing.tiny_models import save_tiny_model
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_tiny_model(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("trainer", ["meerkat", "mezo"])
+def test_every_contestant_is_timed_and_leaves_the_model_as_it_was(folder: Path, trainer: str) -> None:
+    config = load([f"model={folder}", f"trainer={trainer}", "device=cpu"])
+    bench = open_bench(config, shape=None, rows=3, tokens=5)
+    before = bench.space.digest()
+    counter = bench.loaded.counter
+    spent = {}
+    for name, work in bench.contestants().items():
+        start = counter.num_forwards
+        work()
+        spent[name] = counter.num_forwards - start
+
+    result = bench_step(bench, repeats=2, on_repeat=lambda done, total: None, peaks=lambda name: None)
+
+    assert spent == {BARE: 2, OURS: 2, WALK: 2, FIRST_ORDER: 0}
+    assert [figure["name"] for figure in result["figures"]] == [BARE, OURS, WALK, FIRST_ORDER]
+    assert all(figure["median_s"] > 0 for figure in result["figures"])
+    assert result["figures"][0]["ratio"] == 1
+    assert (result["rows"], result["tokens"], result["space_size"]) == (3, 5, bench.space.size)
+    if trainer == "meerkat":  # its master forgets what the baselines did to the weights
+        bench.space.step(0.0, 0)
+    assert bench.space.digest() == before or trainer == "mezo"
+
+
+def test_bare_forwards_are_as_many_as_the_estimator_takes(folder: Path) -> None:
+    config = load([f"model={folder}", "device=cpu", "estimator=one_sided", "estimator.num_probes=3"])
+    bench = open_bench(config, shape=None, rows=2, tokens=4)
+    before = bench.loaded.counter.num_forwards
+
+    bench.contestants()[BARE]()
+
+    assert bench.loaded.counter.num_forwards - before == 4
+
+
+def test_peak_sees_a_tensor_that_is_gone_again() -> None:
+    before = resident_bytes()
+
+    peak = measure_peak_bytes(lambda: torch.ones(64 << 20, dtype=torch.uint8).sum(), torch.device("cpu"))
+
+    if peak is None:
+        pytest.skip("this machine does not tell a process's peak memory")
+    assert peak - before > 60 << 20
+
+
+def test_shapes_are_those_that_were_published() -> None:
+    """Counts of the models' cards; on the meta device, so that nothing is allocated."""
+    counts = {
+        "opt-125m": 125_239_296,
+        "opt-1.3b": 1_315_758_080,
+        "llama-3.2-1b": 1_235_814_400,
+        "llama-2-7b": 6_738_415_616,
+    }
+    from transformers import AutoModelForCausalLM
+
+    for name, count in counts.items():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(SHAPES[name]())
+        assert sum(parameter.numel() for parameter in model.parameters()) == count, name
+
+
+def test_unknown_shape_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--shape must be one of .*opt-125m.*, got 'opt'"):
+        random_model("opt", device="cpu", dtype=torch.float32)
+
+
+def test_the_command_prints_a_table_and_writes_json(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "bench.json"
+    argv = ["bench", "step", f"model={folder}", "--rows", "2", "--tokens", "4", "--repeats", "1", "--no-memory"]
+    monkeypatch.setattr("sys.argv", ["fedzo", *argv])
+
+    assert main([*argv, "--out", str(out)]) == 0
+
+    assert "MeZO walk" in capsys.readouterr().out
+    assert json.loads(out.read_text())["repeats"] == 1
