@@ -22,7 +22,7 @@ from fedzo.fl.client import ClientData, ClientWorker, Identity, parse_absent
 from fedzo.fl.replica import Replica
 from fedzo.models.load import LoadedModel, load_model
 from fedzo.models.scoring import FEW_FORWARDS, forward_cost
-from fedzo.trainers import TRAINERS, Trainer
+from fedzo.trainers import TRAINERS, Built, Trainer
 from fedzo.zo.config import TwoPointConfig
 from fedzo.zo.estimator import ESTIMATORS
 
@@ -34,10 +34,12 @@ class Site:
     Attributes:
         config: The run's configuration.
         loaded: The model on this site's device.
+        built: The trainer's part on that model, once ``worker.build`` has made it.
     """
 
     config: RunConfig
     loaded: LoadedModel
+    built: Built | None = None
 
     @cached_property
     def splits(self) -> Splits:
@@ -108,6 +110,7 @@ class Site:
 
     def _replica(self, artifact: bytes) -> Replica:
         built = self.trainer.build(self.loaded, artifact, distribution=two_point(self.config).distribution)
+        self.built = built
         self.worker.tokens_per_batch = fitting_tokens_per_batch(
             self.loaded,
             built.space,

@@ -21,7 +21,7 @@ from fedzo.data.config import (
 )
 from fedzo.fl.config import FaultsConfig, FlConfig
 from fedzo.runtime.config import LocalConfig, RayConfig
-from fedzo.trainers.config import Calibration, MeerkatConfig
+from fedzo.trainers.config import Calibration, LoraTrainerConfig, MeerkatConfig
 from fedzo.zo.config import SgdConfig, TwoPointConfig
 
 EMBEDDED_TASKS = ("rotten_tomatoes",)
@@ -174,8 +174,15 @@ def _trainer(config: RunConfig) -> Iterator[Problem]:
     trainer = config.trainer
     yield from _not_negative("trainer.lr", trainer.lr, "0 trains nothing.")
     yield from _positive("trainer.eps", trainer.eps, "1e-3 is usual.")
-    if not isinstance(trainer, MeerkatConfig):
-        return
+    match trainer:
+        case MeerkatConfig():
+            yield from _meerkat(trainer)
+        case LoraTrainerConfig():
+            yield from _at_least("trainer.rank", trainer.rank, 1, "8 is usual.")
+            yield from _at_least("trainer.alpha", trainer.alpha, 1, "Twice the rank is usual.")
+
+
+def _meerkat(trainer: MeerkatConfig) -> Iterator[Problem]:
     if not 0 < trainer.density <= 1:
         yield _problem("trainer.density", "be > 0 and <= 1", trainer.density, "0.001 trains one weight in a thousand.")
     yield from _at_least("trainer.calibration_docs", trainer.calibration_docs, 1, "It counts documents.")
