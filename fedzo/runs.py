@@ -27,7 +27,7 @@ from fedzo.site import Site, forget_site, open_site
 from fedzo.trainers import Workplace
 
 CONFIG, OVERRIDES, ENVIRONMENT = "config.json", "overrides.yaml", "environment.json"
-PACKAGES = ("torch", "transformers", "flwr", "numpy", "numba", "hydra-core")
+PACKAGES = ("torch", "transformers", "peft", "flwr", "numpy", "numba", "hydra-core")
 
 
 def start_run(config: RunConfig, run_dir: Path, *, overrides: list[str]) -> None:

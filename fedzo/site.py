@@ -22,6 +22,7 @@ from fedzo.fl.client import ClientData, ClientWorker, Identity, parse_absent
 from fedzo.fl.replica import Replica
 from fedzo.models.load import LoadedModel, load_model
 from fedzo.models.scoring import FEW_FORWARDS, forward_cost
+from fedzo.models.virtual_tokens import longest_sequence
 from fedzo.trainers import TRAINERS, Built, Trainer
 from fedzo.zo.config import TwoPointConfig
 from fedzo.zo.estimator import ESTIMATORS
@@ -115,7 +116,7 @@ class Site:
             self.loaded,
             built.space,
             wanted=self.config.model.tokens_per_batch,
-            longest=self.config.model.max_length,
+            longest=longest_sequence(self.loaded.model, self.config.model.max_length),
             local_steps=self.config.fl.local_steps,
         )
         if not is_full(self.loaded, built.space):  # the full space pays a pass over all weights for every forward

@@ -21,7 +21,13 @@ from fedzo.data.config import (
 )
 from fedzo.fl.config import FaultsConfig, FlConfig
 from fedzo.runtime.config import LocalConfig, RayConfig
-from fedzo.trainers.config import Calibration, LoraTrainerConfig, MeerkatConfig
+from fedzo.trainers.config import (
+    Calibration,
+    LoraTrainerConfig,
+    MeerkatConfig,
+    PrefixTrainerConfig,
+    PromptTrainerConfig,
+)
 from fedzo.zo.config import SgdConfig, TwoPointConfig
 
 EMBEDDED_TASKS = ("rotten_tomatoes",)
@@ -180,6 +186,9 @@ def _trainer(config: RunConfig) -> Iterator[Problem]:
         case LoraTrainerConfig():
             yield from _at_least("trainer.rank", trainer.rank, 1, "8 is usual.")
             yield from _at_least("trainer.alpha", trainer.alpha, 1, "Twice the rank is usual.")
+        case PrefixTrainerConfig() | PromptTrainerConfig():
+            yield from _at_least("trainer.num_virtual_tokens", trainer.num_virtual_tokens, 1, "5 is usual.")
+            yield from _not_negative("trainer.init_std", trainer.init_std, "0.02 is usual.")
 
 
 def _meerkat(trainer: MeerkatConfig) -> Iterator[Problem]:

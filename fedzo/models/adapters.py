@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedzo.errors import ConfigError
 from fedzo.models.load import LoadedModel
+from fedzo.models.virtual_tokens import attach, detach
 
 Names = tuple[str, ...]
 _FUSED: tuple[Names, ...] = (("c_attn",), ("query_key_value",), ("qkv_proj",), ("Wqkv",))
@@ -74,7 +75,8 @@ def are_transposed(model: nn.Module, names: Sequence[str]) -> bool:
 def inject(loaded: LoadedModel, config: PeftConfig) -> PeftModel:
     """Put an adapter into a loaded model, in place of an earlier one.
 
-    The base layers stay the very same objects, so decoder, head and whoever holds the model compute with the adapter.
+    The base layers stay the very same objects, so decoder, head and whoever holds the model compute with the adapter;
+    virtual tokens are added to the decoder's input (``virtual_tokens``).
     Torch's global generator, from which PEFT draws initial values, is left as it was.
 
     Returns:
@@ -88,6 +90,8 @@ def inject(loaded: LoadedModel, config: PeftConfig) -> PeftModel:
         peft_model = cast(PeftModel, get_peft_model(loaded.model, config, revision=commit))
     for _, parameter in trained_parameters(peft_model):
         parameter.data = parameter.data.float()
+    if config.is_prompt_learning:
+        attach(loaded.model, peft_model)
     peft_model.eval()
     return peft_model
 
@@ -99,6 +103,7 @@ def trained_parameters(peft_model: PeftModel) -> list[tuple[str, nn.Parameter]]:
 
 def remove(model: nn.Module) -> None:
     """Take any adapter out of the model: every layer is the base's own again."""
+    detach(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
             model.set_submodule(name, module.get_base_layer())

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from fedzo.registry import Registry
-from fedzo.trainers.config import Ia3TrainerConfig, LoraTrainerConfig, MeerkatConfig, MezoConfig, TrainerConfig
+from fedzo.trainers.config import (
+    Ia3TrainerConfig,
+    LoraTrainerConfig,
+    MeerkatConfig,
+    MezoConfig,
+    PrefixTrainerConfig,
+    PromptTrainerConfig,
+    TrainerConfig,
+)
 
 if TYPE_CHECKING:
     from fedzo.models.load import LoadedModel
@@ -96,3 +104,19 @@ def ia3(config: Ia3TrainerConfig) -> Trainer:
     from fedzo.trainers.adapters import ia3_trainer
 
     return ia3_trainer(config)
+
+
+@TRAINERS.register("prefix", PrefixTrainerConfig)
+def prefix(config: PrefixTrainerConfig) -> Trainer:
+    """Learned keys and values before every text."""
+    from fedzo.trainers.adapters import prefix_trainer
+
+    return prefix_trainer(config)
+
+
+@TRAINERS.register("prompt", PromptTrainerConfig)
+def prompt(config: PromptTrainerConfig) -> Trainer:
+    """Learned embeddings before every text."""
+    from fedzo.trainers.adapters import prompt_trainer
+
+    return prompt_trainer(config)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import peft
@@ -28,7 +29,7 @@ from fedzo.models.adapters import (
 )
 from fedzo.models.load import LoadedModel
 from fedzo.trainers import Built, Workplace
-from fedzo.trainers.config import Ia3TrainerConfig, LoraTrainerConfig
+from fedzo.trainers.config import Ia3TrainerConfig, LoraTrainerConfig, PrefixTrainerConfig, PromptTrainerConfig
 from fedzo.zo.config import Distribution
 from fedzo.zo.dense import DenseSpace
 from fedzo.zo.directions import PURPOSE_INIT, gaussians, stream_key
@@ -114,6 +115,32 @@ def ia3_trainer(config: Ia3TrainerConfig) -> AdapterTrainer:
         )
 
     return AdapterTrainer(configure, lambda name, parameter: (1.0, 0.0))
+
+
+def prefix_trainer(config: PrefixTrainerConfig) -> AdapterTrainer:
+    """Keys and values of virtual tokens in every layer, trained as such (arXiv 2101.00190).
+
+    Deviations: no reparametrisation by an MLP, which a zeroth-order step does not need; a Gaussian start where MeZO's
+    code takes the activations of random tokens.
+    """
+
+    def configure(model: nn.Module) -> peft.PeftConfig:
+        return peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=config.num_virtual_tokens)
+
+    return AdapterTrainer(configure, lambda name, parameter: (0.0, config.init_std))
+
+
+def prompt_trainer(config: PromptTrainerConfig) -> AdapterTrainer:
+    """Embeddings of virtual tokens (arXiv 2104.08691), Gaussian at first."""
+
+    def configure(model: nn.Module) -> peft.PeftConfig:
+        return peft.PromptTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=config.num_virtual_tokens,
+            token_dim=cast(Any, model).get_input_embeddings().embedding_dim,  # OPT's may differ from its hidden size
+        )
+
+    return AdapterTrainer(configure, lambda name, parameter: (0.0, config.init_std))
 
 
 def _initial_values(laws: list[tuple[Law, int]], *, seed: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:

@@ -93,3 +93,27 @@ class Ia3TrainerConfig(TrainerConfig):
     """Ends of the names of the linear layers whose output is scaled; empty: the key and value projections."""
     feedforward_modules: list[str] = field(default_factory=list)
     """Ends of the names of the linear layers whose input is scaled; empty: the last layer of each MLP."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PrefixTrainerConfig(TrainerConfig):
+    """Prefix tuning: PEFT's learned keys and values before every text, in every layer (arXiv 2101.00190)."""
+
+    lr: float = 1e-3
+    eps: float = 1e-1
+    num_virtual_tokens: int = 5
+    """Length of the prefix; it takes as many of the model's positions. MeZO uses 5."""
+    init_std: float = 0.02
+    """Standard deviation of the initial values."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PromptTrainerConfig(TrainerConfig):
+    """Prompt tuning: PEFT's learned embeddings before every text (arXiv 2104.08691)."""
+
+    lr: float = 1e-3
+    eps: float = 1e-2
+    num_virtual_tokens: int = 5
+    """Length of the prompt; it takes as many of the model's positions."""
+    init_std: float = 0.02
+    """Standard deviation of the initial values."""

@@ -17,7 +17,8 @@ from fedzo.runs import evaluate_run, export_run, generate_run, rebuild, replay_r
 
 Run = Callable[..., Path]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
-TRAINERS = ["lora", "ia3"]
+TRAINERS = ["lora", "ia3", "prefix", "prompt"]
+ROOM = "model.max_length=256"  # the tiny model has 512 positions, of which virtual tokens take some
 IDS = torch.arange(24).reshape(2, 12)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # by PEFT, of transformers
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:Futur
     "settings", [(), ("fl.local_steps=3",), ("model.dtype=bfloat16", "fl.transport=values")], ids=" ".join
 )
 def test_the_log_leads_to_the_live_state(run: Run, lines: Lines, trainer: str, settings: tuple[str, ...]) -> None:
-    folder = run(f"trainer={trainer}", "fl.rounds=2", "optimizer.lr=0.01", *settings)
+    folder = run(f"trainer={trainer}", ROOM, "fl.rounds=2", "optimizer.lr=0.01", *settings)
 
     public, metrics = lines(folder, "public.jsonl"), lines(folder, "metrics.jsonl")
     assert replay_run(folder)["digest"] == public[-1]["digest"]
@@ -42,7 +43,7 @@ def test_the_log_leads_to_the_live_state(run: Run, lines: Lines, trainer: str, s
 def test_a_run_stopped_and_resumed_ends_as_an_unbroken_one(
     run: Run, overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: str
 ) -> None:
-    settings = (f"trainer={trainer}", "fl.rounds=3", "fl.local_steps=3", "optimizer.lr=0.01")
+    settings = (f"trainer={trainer}", ROOM, "fl.rounds=3", "fl.local_steps=3", "optimizer.lr=0.01")
     unbroken, broken = run(*settings), tmp_path / "broken"
     play = Server.run_round
 
@@ -66,7 +67,7 @@ def test_a_run_stopped_and_resumed_ends_as_an_unbroken_one(
 def test_an_exported_run_is_an_adapter_for_plain_peft_that_names_its_base(
     run: Run, lines: Lines, tmp_path: Path, tiny_model_dir: Path, trainer: str
 ) -> None:
-    folder = run(f"trainer={trainer}", "optimizer.lr=0.05")
+    folder = run(f"trainer={trainer}", ROOM, "optimizer.lr=0.05")
 
     out = export_run(folder, tmp_path / "out")
 
@@ -74,7 +75,7 @@ def test_an_exported_run_is_an_adapter_for_plain_peft_that_names_its_base(
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     with torch.inference_mode():
         before = base(input_ids=IDS).logits
-        plain = peft.PeftModel.from_pretrained(base, out)(input_ids=IDS).logits
+        plain = peft.PeftModel.from_pretrained(base, out)(input_ids=IDS).logits[:, -12:]
         assert torch.equal(plain, tuned(input_ids=IDS).logits)
     assert not torch.equal(plain, before) or lines(folder, "metrics.jsonl")[-1]["best_round"] == 0
     assert peft.PeftConfig.from_pretrained(out).base_model_name_or_path == str(tiny_model_dir)
@@ -82,7 +83,7 @@ def test_an_exported_run_is_an_adapter_for_plain_peft_that_names_its_base(
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_scores_and_text_are_those_of_the_tuned_model(run: Run, lines: Lines, trainer: str) -> None:
-    folder = run(f"trainer={trainer}", "optimizer.lr=0.05", "evaluation.every_rounds=1")
+    folder = run(f"trainer={trainer}", ROOM, "optimizer.lr=0.05", "evaluation.every_rounds=1")
 
     again = evaluate_run(folder, split="test")
     (text,) = generate_run(folder, ["Text: a thing\nVerdict:"], max_new_tokens=5)
