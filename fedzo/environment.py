@@ -11,7 +11,7 @@ from typing import Any
 
 import fedzo
 
-PACKAGES = ("torch", "transformers", "flwr", "numpy", "numba", "hydra-core")
+PACKAGES = ("torch", "transformers", "peft", "flwr", "numpy", "numba", "hydra-core")
 
 
 def environment() -> dict[str, Any]:

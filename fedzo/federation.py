@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fedzo.config.plugins import plugin_name
 from fedzo.data.example import Example
 from fedzo.errors import ProtocolError
 from fedzo.estimate import Estimate, estimate_run
@@ -103,9 +104,7 @@ class Federation:
 
     def _make_server(self, grid: Any) -> Server:
         config, site = self._config, self._site
-        with self._progress.phase(
-            "preparing " + type(config.trainer).__name__.removesuffix("Config").lower()
-        ) as advance:
+        with self._progress.phase(f"preparing {plugin_name('trainer', config.trainer)}") as advance:
             artifact = site.trainer.prepare(
                 site.loaded,
                 Workplace(folder=self._store.folder, seed=config.seed, texts=site.train_prompts, advance=advance),
@@ -136,7 +135,7 @@ class Federation:
             {
                 "kind": "setup",
                 "seconds": self._elapsed(),
-                "trainer": type(self._config.trainer).__name__.removesuffix("Config").lower(),
+                "trainer": plugin_name("trainer", self._config.trainer),
                 "num_params": sum(p.numel() for p in self._site.loaded.model.parameters()),
                 "space_size": server.replica.space.size,
                 "setup_down_bytes": len(server.artifact),

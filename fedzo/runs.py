@@ -119,11 +119,14 @@ def replay_run(run_dir: Path, *, rounds: int | None = None) -> dict[str, object]
 
 
 def export_run(run_dir: Path, out_dir: Path, *, rounds: int | None = None) -> Path:
-    """Write the tuned model as a Hugging Face folder that plain transformers loads."""
+    """Write what a run made: a folder that plain transformers loads, or an adapter folder that plain PEFT loads."""
     if out_dir.exists() and any(out_dir.iterdir()):
         raise ConfigError(f"--out {out_dir}: it must be a new or empty folder. Choose another.")
     rebuilt = rebuild(run_dir, rounds=rounds)
-    loaded = rebuilt.site.loaded
+    loaded, built = rebuilt.site.loaded, rebuilt.site.built
+    if built is not None and built.save is not None:
+        built.save(out_dir)
+        return out_dir
     model: Any = loaded.model
     model.save_pretrained(out_dir)
     loaded.tokenizer.save_pretrained(out_dir)

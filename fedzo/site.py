@@ -22,7 +22,8 @@ from fedzo.fl.client import ClientData, ClientWorker, Identity, parse_absent
 from fedzo.fl.replica import Replica
 from fedzo.models.load import LoadedModel, load_model
 from fedzo.models.scoring import FEW_FORWARDS, forward_cost
-from fedzo.trainers import TRAINERS, Trainer
+from fedzo.models.virtual_tokens import longest_sequence
+from fedzo.trainers import TRAINERS, Built, Trainer
 from fedzo.zo.estimator import ESTIMATORS, Estimator
 from fedzo.zo.update_rule import UPDATE_RULES
 
@@ -34,10 +35,12 @@ class Site:
     Attributes:
         config: The run's configuration.
         loaded: The model on this site's device.
+        built: The trainer's part on that model, once ``worker.build`` has made it.
     """
 
     config: RunConfig
     loaded: LoadedModel
+    built: Built | None = None
 
     @cached_property
     def splits(self) -> Splits:
@@ -113,11 +116,12 @@ class Site:
 
     def _replica(self, artifact: bytes) -> Replica:
         built = self.trainer.build(self.loaded, artifact, distribution=self.config.estimator.distribution)
+        self.built = built
         self.worker.tokens_per_batch = fitting_tokens_per_batch(
             self.loaded,
             built.space,
             wanted=self.config.model.tokens_per_batch,
-            longest=self.config.model.max_length,
+            longest=longest_sequence(self.loaded.model, self.config.model.max_length),
             local_steps=self.config.fl.local_steps,
         )
         if not is_full(self.loaded, built.space):  # the full space pays a pass over all weights for every forward

@@ -1,4 +1,4 @@
-"""What a step costs beside its bare forwards: `fedzo bench step` over models and spaces; writes results and claims.json.
+"""What a step costs beside its bare forwards: `fedzo bench step` over models and spaces; writes claims.json.
 
     python experiments/bench/run.py             # the cases of a CPU (about 40 minutes on 2 cores)
     python experiments/bench/run.py --gpu       # those of a GPU

@@ -21,7 +21,14 @@ from fedzo.data.config import (
 )
 from fedzo.fl.config import FaultsConfig, FlConfig, Seeds
 from fedzo.runtime.config import InlineConfig, LocalConfig, RayConfig
-from fedzo.trainers.config import Calibration, MeerkatConfig, MezoConfig
+from fedzo.trainers.config import (
+    Calibration,
+    LoraTrainerConfig,
+    MeerkatConfig,
+    MezoConfig,
+    PrefixTrainerConfig,
+    PromptTrainerConfig,
+)
 from fedzo.zo.config import AdamConfig, Baseline, FzooConfig, MomentumConfig, OneSidedConfig
 
 EMBEDDED_TASKS = ("rotten_tomatoes",)
@@ -193,8 +200,18 @@ def _trainer(config: RunConfig) -> Iterator[Problem]:
     trainer = config.trainer
     yield from _not_negative("trainer.lr", trainer.lr, "0 trains nothing.")
     yield from _positive("trainer.eps", trainer.eps, "1e-3 is usual.")
-    if not isinstance(trainer, MeerkatConfig):
-        return
+    match trainer:
+        case MeerkatConfig():
+            yield from _meerkat(trainer)
+        case LoraTrainerConfig():
+            yield from _at_least("trainer.rank", trainer.rank, 1, "8 is usual.")
+            yield from _at_least("trainer.alpha", trainer.alpha, 1, "Twice the rank is usual.")
+        case PrefixTrainerConfig() | PromptTrainerConfig():
+            yield from _at_least("trainer.num_virtual_tokens", trainer.num_virtual_tokens, 1, "5 is usual.")
+            yield from _not_negative("trainer.init_std", trainer.init_std, "0.02 is usual.")
+
+
+def _meerkat(trainer: MeerkatConfig) -> Iterator[Problem]:
     if not 0 < trainer.density <= 1:
         yield _problem("trainer.density", "be > 0 and <= 1", trainer.density, "0.001 trains one weight in a thousand.")
     yield from _at_least("trainer.calibration_docs", trainer.calibration_docs, 1, "It counts documents.")

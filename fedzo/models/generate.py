@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 from fedzo.errors import ConfigError
 from fedzo.models.load import LoadedModel
 from fedzo.models.scoring import FEW_FORWARDS, plan_batches
+from fedzo.models.virtual_tokens import num_virtual_tokens
 
 
 @torch.inference_mode()
@@ -53,12 +54,14 @@ def generate(
         pad_token_id=pad,
     )
     longest = getattr(cast(Any, loaded.model).config, "max_position_embeddings", None)
+    virtual = num_virtual_tokens(loaded.model)
     if isinstance(longest, int):
-        prompts = [prompt[-max(1, longest - max_new_tokens) :] for prompt in prompts]
+        prompts = [prompt[-max(1, longest - max_new_tokens - virtual) :] for prompt in prompts]
     answers = [""] * len(prompts)
     num_done = 0
-    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
-    for batch in plan_batches(lengths, tokens_per_batch=tokens_per_batch, forward_cost_tokens=FEW_FORWARDS):
+    lengths = [virtual + len(prompt) + max_new_tokens for prompt in prompts]
+    # padding would lie between virtual tokens and text, and use up a sliding window: then no batch has any
+    for batch in _batches(lengths, tokens_per_batch=tokens_per_batch, padded=virtual == 0):
         width = max(len(prompts[i]) for i in batch)
         ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in batch])
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
@@ -72,6 +75,17 @@ def generate(
         if on_batch is not None:
             on_batch(num_done, len(prompts))
     return answers
+
+
+def _batches(lengths: Sequence[int], *, tokens_per_batch: int, padded: bool) -> Iterator[list[int]]:
+    """Batches of as many sequences as fit; without padding, of one length each."""
+    groups: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        groups.setdefault(0 if padded else length, []).append(i)
+    for group in groups.values():
+        of_group = [lengths[i] for i in group]
+        for batch in plan_batches(of_group, tokens_per_batch=tokens_per_batch, forward_cost_tokens=FEW_FORWARDS):
+            yield [group[i] for i in batch]
 
 
 def _end_tokens(loaded: LoadedModel) -> set[int]:

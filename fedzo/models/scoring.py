@@ -20,6 +20,7 @@ from fedzo.data.example import Example
 from fedzo.errors import ConfigError
 from fedzo.models.head import hidden_at, own_logits_at, project
 from fedzo.models.load import LoadedModel
+from fedzo.models.virtual_tokens import num_virtual_tokens
 
 Scores = npt.NDArray[np.float64]
 OnBatch = Callable[[int, int], None]
@@ -241,8 +242,11 @@ def _forwards(
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Run all sequences; yields each batch's indices and its positions' hidden states [N, H] (or logits [N, V])."""
     lengths = [len(sequence.tokens) for sequence in sequences]
+    virtual = num_virtual_tokens(loaded.model)
     batches = plan_batches(
-        lengths, tokens_per_batch=planning.tokens_per_batch, forward_cost_tokens=planning.forward_cost_tokens
+        [length + virtual for length in lengths],
+        tokens_per_batch=planning.tokens_per_batch,
+        forward_cost_tokens=planning.forward_cost_tokens,
     )
     pad = loaded.tokenizer.pad_token_id or 0
     counter, num_done = loaded.counter, 0

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from fedzo.registry import Registry
-from fedzo.trainers.config import MeerkatConfig, MezoConfig, TrainerConfig
+from fedzo.trainers.config import (
+    Ia3TrainerConfig,
+    LoraTrainerConfig,
+    MeerkatConfig,
+    MezoConfig,
+    PrefixTrainerConfig,
+    PromptTrainerConfig,
+    TrainerConfig,
+)
 
 if TYPE_CHECKING:
     from fedzo.models.load import LoadedModel
@@ -38,10 +46,17 @@ class Workplace:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A space on a loaded model, and how to bring it back to the base weights."""
+    """A space on a loaded model.
+
+    Attributes:
+        space: What is trained.
+        reset: Brings the space back to the base weights.
+        save: Writes what was trained into a new folder, where that is not the model itself (an adapter).
+    """
 
     space: Space
     reset: Callable[[], None]
+    save: Callable[[Path], None] | None = None
 
 
 class Trainer(Protocol):
@@ -73,3 +88,35 @@ def mezo(config: MezoConfig) -> Trainer:
     from fedzo.trainers.mezo import Mezo
 
     return Mezo()
+
+
+@TRAINERS.register("lora", LoraTrainerConfig)
+def lora(config: LoraTrainerConfig) -> Trainer:
+    """Low-rank adapters."""
+    from fedzo.trainers.adapters import lora_trainer
+
+    return lora_trainer(config)
+
+
+@TRAINERS.register("ia3", Ia3TrainerConfig)
+def ia3(config: Ia3TrainerConfig) -> Trainer:
+    """Learned rescaling of activations."""
+    from fedzo.trainers.adapters import ia3_trainer
+
+    return ia3_trainer(config)
+
+
+@TRAINERS.register("prefix", PrefixTrainerConfig)
+def prefix(config: PrefixTrainerConfig) -> Trainer:
+    """Learned keys and values before every text."""
+    from fedzo.trainers.adapters import prefix_trainer
+
+    return prefix_trainer(config)
+
+
+@TRAINERS.register("prompt", PromptTrainerConfig)
+def prompt(config: PromptTrainerConfig) -> Trainer:
+    """Learned embeddings before every text."""
+    from fedzo.trainers.adapters import prompt_trainer
+
+    return prompt_trainer(config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -67,3 +67,53 @@ class MeerkatConfig(TrainerConfig):
     """Number of calibration documents (100 x 512 tokens of C4 in SensZOQ's tool)."""
     calibration_tokens: int = 128
     """Length of each document's window in tokens."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LoraTrainerConfig(TrainerConfig):
+    """LoRA-MeZO: PEFT's low-rank adapters, in float32 over a base of any dtype (arXiv 2106.09685, 2305.17333)."""
+
+    lr: float = 5e-5
+    eps: float = 1e-2
+    rank: int = 8
+    """r: columns of B and rows of A. MeZO uses 8."""
+    alpha: int = 16
+    """The update B A is scaled by alpha / rank. MeZO uses 16."""
+    target_modules: list[str] = field(default_factory=list)
+    """Ends of the names of the linear layers to adapt; empty: the query and value projections of the attention."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Ia3TrainerConfig(TrainerConfig):
+    """IA3: PEFT's learned rescaling of keys, values and feed-forward activations (arXiv 2205.05638)."""
+
+    lr: float = 1e-3
+    eps: float = 1e-2
+    target_modules: list[str] = field(default_factory=list)
+    """Ends of the names of the linear layers whose output is scaled; empty: the key and value projections."""
+    feedforward_modules: list[str] = field(default_factory=list)
+    """Ends of the names of the linear layers whose input is scaled; empty: the last layer of each MLP."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PrefixTrainerConfig(TrainerConfig):
+    """Prefix tuning: PEFT's learned keys and values before every text, in every layer (arXiv 2101.00190)."""
+
+    lr: float = 1e-3
+    eps: float = 1e-1
+    num_virtual_tokens: int = 5
+    """Length of the prefix; it takes as many of the model's positions. MeZO uses 5."""
+    init_std: float = 0.02
+    """Standard deviation of the initial values."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PromptTrainerConfig(TrainerConfig):
+    """Prompt tuning: PEFT's learned embeddings before every text (arXiv 2104.08691)."""
+
+    lr: float = 1e-3
+    eps: float = 1e-2
+    num_virtual_tokens: int = 5
+    """Length of the prompt; it takes as many of the model's positions."""
+    init_std: float = 0.02
+    """Standard deviation of the initial values."""

@@ -22,7 +22,7 @@ from fedzo.zo.config import Distribution
 ALGORITHM = "philox4x32-10/1"
 SHARED = 0xFFFFFFFF
 """The owner of seeds that all clients share."""
-PURPOSE_DIRECTION, PURPOSE_ROUNDING, PURPOSE_DATA, PURPOSE_SAMPLING, PURPOSE_MASK = 0, 1, 3, 4, 5
+PURPOSE_DIRECTION, PURPOSE_ROUNDING, PURPOSE_DATA, PURPOSE_SAMPLING, PURPOSE_MASK, PURPOSE_INIT = 0, 1, 3, 4, 5, 6
 PURPOSE_SPLIT, PURPOSE_DEAL, PURPOSE_HOLDOUT = 16, 17, 18
 
 Words = npt.NDArray[np.uint32]
@@ -167,6 +167,16 @@ def philox_words(key: int, *, purpose: int, num_words: int) -> Words:
     words = np.empty((4, -(-num_words // 4)), dtype=np.uint32)
     _make_words(words, 0, words.shape[1], purpose, *_key_words(key))
     return np.ascontiguousarray(words.T).reshape(-1)[:num_words]
+
+
+def gaussians(key: int, n: int, *, purpose: int) -> npt.NDArray[np.float32]:
+    """The first ``n`` Gaussian draws of a stream for ``purpose``, float32: 16-bit halves of its words, low half first.
+
+    For ``PURPOSE_DIRECTION`` this is the Gaussian direction itself.
+    """
+    words = philox_words(key, purpose=purpose, num_words=-(-n // 2))
+    halves = np.stack([words & np.uint32(0xFFFF), words >> np.uint32(16)], axis=1).reshape(-1)[:n]
+    return gaussian_table()[halves]
 
 
 def permutation(key: int, n: int, *, purpose: int) -> npt.NDArray[np.int64]:

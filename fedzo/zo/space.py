@@ -76,37 +76,12 @@ class Space(Protocol):
         ...
 
 
-class MaskedSpace:
-    """A fixed set of single weights with a float32 master (Meerkat, SensZOQ: specs section 1.7).
+class MasterSpace:
+    """What spaces with a float32 master share; a subclass says how values enter the model (``_write``)."""
 
-    The model's own weights hold ``cast(master)`` between probes and ``cast(master + scale * z)`` during one, so probing
-    cannot drift and small updates do not vanish in a 16-bit model.
-
-    Args:
-        model: The model whose weights are set in place.
-        indices: Per parameter name the flat row-major indices (int64, sorted); the order of names is the wire order.
-        distribution: Law of the directions.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        indices: Mapping[str, torch.Tensor],
-        *,
-        distribution: Distribution = Distribution.gaussian,
-    ) -> None:
-        parameters = dict(model.named_parameters())
+    def __init__(self, master: torch.Tensor, distribution: Distribution) -> None:
+        self._master = master
         self.distribution = distribution
-        self._slots: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for name, flat in indices.items():
-            if name not in parameters:
-                raise ConfigError(f"mask: the model has no parameter {name!r}. Make the mask for this model.")
-            weight = parameters[name].detach()
-            self._slots.append((weight, flat.to(weight.device)))
-        self._sizes = [flat.numel() for _, flat in self._slots]
-        if sum(self._sizes) == 0:
-            raise ConfigError("mask: it must hold at least one weight, got none. Raise trainer.density.")
-        self._master = torch.cat([_take(weight, flat).float() for weight, flat in self._slots])
         self._marked: torch.Tensor | None = None
 
     @property
@@ -115,7 +90,7 @@ class MaskedSpace:
 
     @contextmanager
     def probe(self, scale: float, key: int) -> Iterator[None]:
-        self._write(add_direction(self._master, key, scale=scale, distribution=self.distribution))
+        self._write_moved(scale, key)
         try:
             yield
         finally:
@@ -150,6 +125,44 @@ class MaskedSpace:
 
     def digest(self) -> str:
         return hashlib.sha256(self._master.cpu().numpy().data).hexdigest()
+
+    def _write_moved(self, scale: float, key: int) -> None:
+        self._write(add_direction(self._master, key, scale=scale, distribution=self.distribution))
+
+    def _write(self, values: torch.Tensor) -> None:
+        raise NotImplementedError
+
+
+class MaskedSpace(MasterSpace):
+    """A fixed set of single weights with a float32 master (Meerkat, SensZOQ: specs section 1.7).
+
+    The model's own weights hold ``cast(master)`` between probes and ``cast(master + scale * z)`` during one, so probing
+    cannot drift and small updates do not vanish in a 16-bit model.
+
+    Args:
+        model: The model whose weights are set in place.
+        indices: Per parameter name the flat row-major indices (int64, sorted); the order of names is the wire order.
+        distribution: Law of the directions.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        indices: Mapping[str, torch.Tensor],
+        *,
+        distribution: Distribution = Distribution.gaussian,
+    ) -> None:
+        parameters = dict(model.named_parameters())
+        self._slots: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for name, flat in indices.items():
+            if name not in parameters:
+                raise ConfigError(f"mask: the model has no parameter {name!r}. Make the mask for this model.")
+            weight = parameters[name].detach()
+            self._slots.append((weight, flat.to(weight.device)))
+        self._sizes = [flat.numel() for _, flat in self._slots]
+        if sum(self._sizes) == 0:
+            raise ConfigError("mask: it must hold at least one weight, got none. Raise trainer.density.")
+        super().__init__(torch.cat([_take(weight, flat).float() for weight, flat in self._slots]), distribution)
 
     def _write(self, values: torch.Tensor) -> None:
         with torch.no_grad():

@@ -19,7 +19,7 @@ from fedzo.config.schema import RunConfig
 from fedzo.config.validate import EMBEDDED_TASKS, problems
 from fedzo.errors import ConfigError
 from fedzo.runtime.config import LocalConfig
-from fedzo.trainers.config import MeerkatConfig, MezoConfig
+from fedzo.trainers.config import LoraTrainerConfig, MeerkatConfig, MezoConfig, TrainerConfig
 from fedzo.zo.config import SgdConfig, TwoPointConfig
 
 CONF = paths.conf_dir()
@@ -47,8 +47,9 @@ def test_every_option_has_its_schema_and_a_summary() -> None:
         assert "_target_" not in lines
         if file.parent.name != "experiment":
             first = yaml.safe_load(lines)["defaults"][0]
-            classes = plugin_classes().get(file.parent.name)
-            assert first == (f"{file.stem}_schema" if classes else f"{file.parent.name}_schema"), file
+            options = plugin_classes().get(file.parent.name) or {file.parent.name: None}
+            assert first in {f"{name}_schema" for name in options}, file
+            assert first == f"{file.stem}_schema" or file.stem not in options, file
 
     summaries = {f"{group}={name}": text for group, options in list_groups().items() for name, text in options.items()}
 
@@ -95,8 +96,15 @@ def test_defaults_are_the_embedded_meerkat_run() -> None:
     assert config.trainer == MeerkatConfig()
 
 
-@pytest.mark.parametrize(("trainer", "expected"), [("meerkat", MeerkatConfig()), ("mezo", MezoConfig())])
-def test_trainer_brings_its_step_sizes(trainer: str, expected: MeerkatConfig | MezoConfig) -> None:
+@pytest.mark.parametrize(
+    ("trainer", "expected"),
+    [
+        ("meerkat", MeerkatConfig()),
+        ("mezo", MezoConfig()),
+        ("lora", LoraTrainerConfig(lr=5e-5, eps=1e-2)),  # MeZO's
+    ],
+)
+def test_trainer_brings_its_step_sizes(trainer: str, expected: TrainerConfig) -> None:
     config = load([f"trainer={trainer}"])
 
     assert config.optimizer == SgdConfig(lr=expected.lr)

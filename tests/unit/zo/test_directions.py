@@ -164,3 +164,21 @@ def test_global_generators_are_untouched() -> None:
 
     assert torch.equal(before, torch.random.get_rng_state())
     assert np.array_equal(numpy_before, np.random.get_state()[1])
+
+
+@pytest.mark.parametrize("n", [1, 8, 37])
+def test_gaussian_draws_of_a_purpose_are_halves_of_its_words(n: int) -> None:
+    key = directions.stream_key(3, round=0)
+    words = [
+        word
+        for b in range(5)
+        for word in directions.philox((b, 0, directions.PURPOSE_INIT, 0), (key & 0xFFFFFFFF, key >> 32))
+    ]
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+
+    assert np.array_equal(
+        directions.gaussians(key, n, purpose=directions.PURPOSE_INIT), directions.gaussian_table()[halves[:n]]
+    )
+    assert np.array_equal(
+        directions.gaussians(key, n, purpose=directions.PURPOSE_DIRECTION), directions.direction(key, n)
+    )

@@ -1,0 +1,120 @@
+"""PEFT adapters on a loaded model: which layers they sit on, injection, removal."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fedzo.errors import ConfigError
+from fedzo.models.load import LoadedModel
+from fedzo.models.virtual_tokens import attach, detach
+
+Names = tuple[str, ...]
+_FUSED: tuple[Names, ...] = (("c_attn",), ("query_key_value",), ("qkv_proj",), ("Wqkv",))
+QUERY_VALUE: tuple[Names, ...] = (
+    ("q_proj", "v_proj"),
+    ("query", "value"),
+    ("query_proj", "value_proj"),
+    ("q", "v"),
+    *_FUSED,
+)
+"""Names of query and value projections in the families of transformers; a fused projection is adapted whole."""
+KEY_VALUE: tuple[Names, ...] = (("k_proj", "v_proj"), ("key", "value"), ("key_proj", "value_proj"), ("k", "v"), *_FUSED)
+FEED_FORWARD: tuple[Names, ...] = (("down_proj",), ("fc2",), ("mlp.c_proj",), ("dense_4h_to_h",), ("fc_out",), ("w2",))
+
+
+def find_layers(model: nn.Module, wanted: Sequence[str], *, known: Iterable[Names], key: str) -> list[str]:
+    """Names under which an adapter's linear layers are found.
+
+    Args:
+        model: A causal language model.
+        wanted: What the user says; nothing: the first of ``known`` whose names all are there.
+        known: Groups of names, the most usual first.
+        key: The setting to name in an error.
+
+    Returns:
+        Ends of module names, each of at least one linear layer.
+
+    Raises:
+        ConfigError: A name is of no linear layer, or nothing that is known is there.
+    """
+    linear = [name for name, module in _base_modules(model) if isinstance(module, nn.Linear | Conv1D)]
+
+    def there(name: str) -> bool:
+        return any(f".{layer}".endswith(f".{name}") for layer in linear)
+
+    found = sorted({layer.rsplit(".", 1)[-1] for layer in linear})
+    if missing := [name for name in wanted if not there(name)]:
+        raise ConfigError(f"{key} must name linear layers of the model ({', '.join(found)}), got {', '.join(missing)}.")
+    if wanted:
+        return list(wanted)
+    for names in known:
+        if all(map(there, names)):
+            return list(names)
+    raise ConfigError(
+        f"{key} must be given for a {type(model).__name__}: fedzo knows none of its linear layers by name. "
+        f"Choose from {', '.join(found)}."
+    )
+
+
+def are_transposed(model: nn.Module, names: Sequence[str]) -> bool:
+    """Whether these layers store their weights as [in, out] (GPT-2's Conv1D), which PEFT must be told."""
+    return any(
+        isinstance(module, Conv1D) and f".{layer}".endswith(tuple(f".{name}" for name in names))
+        for layer, module in _base_modules(model)
+    )
+
+
+def inject(loaded: LoadedModel, config: PeftConfig) -> PeftModel:
+    """Put an adapter into a loaded model, in place of an earlier one.
+
+    The base layers stay the very same objects, so decoder, head and whoever holds the model compute with the adapter;
+    virtual tokens are added to the decoder's input (``virtual_tokens``).
+    Torch's global generator, from which PEFT draws initial values, is left as it was.
+
+    Returns:
+        PEFT's view of the model; its trained parameters (``trained_parameters``) are float32.
+    """
+    remove(loaded.model)
+    devices = [loaded.device] if loaded.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # by PEFT
+        commit = getattr(loaded.model.config, "_commit_hash", None)
+        peft_model = cast(PeftModel, get_peft_model(loaded.model, config, revision=commit))
+    for _, parameter in trained_parameters(peft_model):
+        parameter.data = parameter.data.float()
+    if config.is_prompt_learning:
+        attach(loaded.model, peft_model)
+    peft_model.eval()
+    return peft_model
+
+
+def trained_parameters(peft_model: PeftModel) -> list[tuple[str, nn.Parameter]]:
+    """What the adapter trains, in the order of ``named_parameters``: the base is frozen."""
+    return [(name, parameter) for name, parameter in peft_model.named_parameters() if parameter.requires_grad]
+
+
+def remove(model: nn.Module) -> None:
+    """Take any adapter out of the model: every layer is the base's own again."""
+    detach(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            model.set_submodule(name, module.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
+def _base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules by the names that they have without an adapter."""
+    return [
+        (name.removesuffix(".base_layer"), module)
+        for name, module in model.named_modules()
+        if not isinstance(module, BaseTunerLayer)
+    ]

@@ -1,0 +1,117 @@
+"""Virtual tokens before every text: what prefix and prompt tuning train, seen by whoever calls the model.
+
+PEFT's model would add them in its own forward; fedzo calls the decoder and the head apart, and transformers' generation
+calls the model. So they are added where all of these meet, in hooks on the decoder, from PEFT's own tensors.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from fedzo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+_ATTACHED = "_fedzo_virtual_tokens"
+
+
+def attach(model: nn.Module, peft_model: PeftModel) -> None:
+    """Let the decoder of ``model`` see the virtual tokens that ``peft_model``, a prompt learning one, holds."""
+    tokens = VirtualTokens(peft_model)
+    decoder = cast(Any, model).get_decoder()
+    tokens.handles.append(decoder.register_forward_pre_hook(tokens.before, with_kwargs=True))
+    tokens.handles.append(decoder.register_forward_hook(tokens.after, with_kwargs=True))
+    vars(model)[_ATTACHED] = tokens
+
+
+def detach(model: nn.Module) -> None:
+    """Take the virtual tokens away, if there are any."""
+    tokens: VirtualTokens | None = vars(model).pop(_ATTACHED, None)
+    for handle in tokens.handles if tokens else ():
+        handle.remove()
+
+
+def num_virtual_tokens(model: nn.Module) -> int:
+    """Positions that virtual tokens take before every text, 0 without any."""
+    tokens: VirtualTokens | None = vars(model).get(_ATTACHED)
+    return tokens.count if tokens else 0
+
+
+def longest_sequence(model: nn.Module, max_length: int) -> int:
+    """Positions of a text of ``max_length`` tokens and of the virtual tokens before it.
+
+    Raises:
+        ConfigError: The model has fewer.
+    """
+    there = getattr(cast(Any, model).config, "max_position_embeddings", None)
+    virtual = num_virtual_tokens(model)
+    if virtual and isinstance(there, int) and max_length + virtual > there:
+        raise ConfigError(
+            f"model.max_length must be <= {there - virtual}, since {virtual} of {there} positions are virtual tokens, "
+            f"got {max_length}. Lower it, or trainer.num_virtual_tokens."
+        )
+    return max_length + virtual
+
+
+@dataclass(eq=False)
+class VirtualTokens:
+    """The hooks. A text's own positions follow those of the virtual tokens, whatever padding lies between."""
+
+    peft_model: PeftModel
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return int(self.peft_model.active_peft_config.num_virtual_tokens)
+
+    def before(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        """Add them to the first call of a sequence (later ones find them in the cache), and make room for them."""
+        kwargs = {**dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)), **kwargs}
+        cache, positions, mask = (kwargs.get(name) for name in ("past_key_values", "position_ids", "attention_mask"))
+        given = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        size = len(given)
+        if mask is not None:
+            kwargs["attention_mask"] = torch.cat([mask.new_ones(size, self.count), mask], dim=1)
+        if positions is not None:
+            kwargs["position_ids"] = positions + self.count
+        if cache is not None and cache.get_seq_length() > 0:
+            return (), kwargs
+        learned: Any = self.peft_model.get_prompt(size)
+        if not isinstance(learned, torch.Tensor):
+            kwargs["past_key_values"] = learned if kwargs.get("use_cache") else _read_only(learned)
+            return (), kwargs
+        if kwargs.get("inputs_embeds") is None:
+            given = cast(Any, decoder).get_input_embeddings()(kwargs.pop("input_ids"))
+        kwargs["inputs_embeds"] = torch.cat([learned.to(given.dtype), given], dim=1)
+        if positions is not None:
+            ahead = torch.arange(self.count, device=positions.device).expand(len(positions), -1)
+            kwargs["position_ids"] = torch.cat([ahead, positions + self.count], dim=1)
+        return (), kwargs
+
+    def after(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """Take the outputs at virtual tokens away."""
+        if kwargs.get("inputs_embeds") is not None:
+            output.last_hidden_state = output.last_hidden_state[:, self.count :]
+        return output
+
+
+def _read_only(cache: Any) -> Any:
+    """The cache with layers that keep nothing of what they are given: one layer's keys and values live at a time."""
+
+    def update(layer: Any) -> Any:
+        def joined(keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+            return torch.cat([layer.keys, keys], dim=-2), torch.cat([layer.values, values], dim=-2)
+
+        return joined
+
+    for layer in cache.layers:
+        layer.update = update(layer)
+    return cache

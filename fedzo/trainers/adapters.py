@@ -1,0 +1,151 @@
+"""Adapters as trainers: what is trained is a PEFT adapter, over a base that stays as it was loaded.
+
+PEFT's own classes make and compute the adapter; fedzo numbers its values, redraws their initial values from the run
+seed (``docs/explanation-randomness.md``), and moves them. So every peer builds the same bits, and nothing but the seed
+has to travel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import peft
+from torch import nn
+
+from fedzo.errors import ConfigError
+from fedzo.models.adapters import (
+    FEED_FORWARD,
+    KEY_VALUE,
+    QUERY_VALUE,
+    are_transposed,
+    find_layers,
+    inject,
+    trained_parameters,
+)
+from fedzo.models.load import LoadedModel
+from fedzo.trainers import Built, Workplace
+from fedzo.trainers.config import Ia3TrainerConfig, LoraTrainerConfig, PrefixTrainerConfig, PromptTrainerConfig
+from fedzo.zo.config import Distribution
+from fedzo.zo.dense import DenseSpace
+from fedzo.zo.directions import PURPOSE_INIT, gaussians, stream_key
+
+Law = tuple[float, float]
+"""Mean and standard deviation of a tensor's initial values."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterTrainer:
+    """A trainer for one kind of adapter.
+
+    Attributes:
+        configure: PEFT's configuration of the adapter for a model.
+        law: How a parameter (its name and itself) is drawn at first.
+    """
+
+    configure: Callable[[nn.Module], peft.PeftConfig]
+    law: Callable[[str, nn.Parameter], Law]
+
+    def prepare(self, loaded: LoadedModel, workplace: Workplace) -> bytes:
+        """The run seed, 8 bytes: all that the initial values depend on."""
+        return workplace.seed.to_bytes(8, "little")
+
+    def build(self, loaded: LoadedModel, artifact: bytes, *, distribution: Distribution) -> Built:
+        """The adapter on ``loaded.model``, in place of an earlier one, at its initial values."""
+        if len(artifact) != 8:
+            raise ConfigError(f"an adapter's artifact must be a seed of 8 bytes, got {len(artifact)}.")
+        peft_model = inject(loaded, self.configure(loaded.model))
+        named = trained_parameters(peft_model)
+        peft_model.requires_grad_(False)
+        space = DenseSpace([parameter for _, parameter in named], distribution=distribution)
+        laws = [(self.law(name, parameter), parameter.numel()) for name, parameter in named]
+        base = _initial_values(laws, seed=int.from_bytes(artifact, "little"))
+        space.load(base)
+
+        def save(folder: Path) -> None:
+            # False: no look at the hub for whether the embeddings have grown; they are frozen
+            peft_model.save_pretrained(str(folder), save_embedding_layers=False)
+
+        return Built(space, lambda: space.load(base), save)
+
+
+def lora_trainer(config: LoraTrainerConfig) -> AdapterTrainer:
+    """Low-rank updates (alpha / rank) B A of linear layers (arXiv 2106.09685), as in MeZO's LoRA runs.
+
+    Deviation: A is Gaussian with the variance of PEFT's uniform default, 1 / (3 in_features).
+    """
+
+    def configure(model: nn.Module) -> peft.PeftConfig:
+        layers = find_layers(model, config.target_modules, known=QUERY_VALUE, key="trainer.target_modules")
+        return peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=config.rank,
+            lora_alpha=config.alpha,
+            target_modules=layers,
+            fan_in_fan_out=are_transposed(model, layers),
+        )
+
+    def law(name: str, parameter: nn.Parameter) -> Law:
+        return (0.0, 1 / math.sqrt(3 * parameter.shape[1])) if ".lora_A." in name else (0.0, 0.0)
+
+    return AdapterTrainer(configure, law)
+
+
+def ia3_trainer(config: Ia3TrainerConfig) -> AdapterTrainer:
+    """One factor a key, a value and a feed-forward activation, 1 at first (arXiv 2205.05638).
+
+    Deviation: a fused projection of query, key and value is scaled whole, as PEFT does.
+    """
+
+    def configure(model: nn.Module) -> peft.PeftConfig:
+        outputs = find_layers(model, config.target_modules, known=KEY_VALUE, key="trainer.target_modules")
+        inputs = find_layers(
+            model, config.feedforward_modules, known=(*FEED_FORWARD, ()), key="trainer.feedforward_modules"
+        )
+        layers = [*outputs, *inputs]
+        return peft.IA3Config(
+            task_type="CAUSAL_LM",
+            target_modules=layers,
+            feedforward_modules=inputs,
+            fan_in_fan_out=are_transposed(model, layers),
+        )
+
+    return AdapterTrainer(configure, lambda name, parameter: (1.0, 0.0))
+
+
+def prefix_trainer(config: PrefixTrainerConfig) -> AdapterTrainer:
+    """Keys and values of virtual tokens in every layer, trained as such (arXiv 2101.00190).
+
+    Deviations: no reparametrisation by an MLP, which a zeroth-order step does not need; a Gaussian start where MeZO's
+    code takes the activations of random tokens.
+    """
+
+    def configure(model: nn.Module) -> peft.PeftConfig:
+        return peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=config.num_virtual_tokens)
+
+    return AdapterTrainer(configure, lambda name, parameter: (0.0, config.init_std))
+
+
+def prompt_trainer(config: PromptTrainerConfig) -> AdapterTrainer:
+    """Embeddings of virtual tokens (arXiv 2104.08691), Gaussian at first."""
+
+    def configure(model: nn.Module) -> peft.PeftConfig:
+        return peft.PromptTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=config.num_virtual_tokens,
+            token_dim=cast(Any, model).get_input_embeddings().embedding_dim,  # OPT's may differ from its hidden size
+        )
+
+    return AdapterTrainer(configure, lambda name, parameter: (0.0, config.init_std))
+
+
+def _initial_values(laws: list[tuple[Law, int]], *, seed: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    """mean + std * z at every coordinate, one rounded product and one rounded sum; float32 [n] in wire order."""
+    sizes = [size for _, size in laws]
+    mean, std = (np.repeat(np.array([law[i] for law, _ in laws], np.float32), sizes) for i in (0, 1))
+    z = gaussians(stream_key(seed, round=0), sum(sizes), purpose=PURPOSE_INIT)
+    return mean + std * z
