@@ -134,7 +134,11 @@ def test_clients_step_with_the_clipped_scalar_that_they_send(
     assert bounds[0] == 0
     for round, _, g in sent:
         assert round == 0 or abs(g) <= bounds[round]
-    assert any(abs(g) == bounds[round] for round, _, g in sent)
+    clipped = [sum(abs(g) == bounds[r] for round, _, g in sent if round == r) for r in range(4)]
+    metrics = [line for line in lines(folder, "metrics.jsonl") if line["kind"] == "round"]
+    assert [line["clipped"] for line in metrics] == clipped
+    assert [line["clip_bound"] or 0 for line in metrics] == bounds
+    assert sum(clipped) > 0
     assert all(not line["refused"] for line in audit)
 
 

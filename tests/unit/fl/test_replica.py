@@ -15,6 +15,7 @@ from fedzo.zo.directions import SHARED
 from fedzo.zo.path import RoundRecord, pack
 from fedzo.zo.update_rule import Adam, Momentum, Sgd, UpdateRule
 
+SGD = Sgd()
 BASE = np.linspace(-1, 1, 33).astype(np.float32)
 LOG = [
     RoundRecord(round=r, lr=0.5, owners=(SHARED,), coefficients=np.full((2, 1, 1), 0.1 + r, np.float32))
@@ -25,18 +26,18 @@ LOG = [
 RULES = [Momentum(momentum=0.5, nesterov=False), Adam(beta1=0.5, beta2=0.75, eps=1e-3)]
 
 
-def new_replica(rule: UpdateRule = Sgd()) -> Replica:  # noqa: B008
+def new_replica(rule: UpdateRule = SGD) -> Replica:
     space = VectorSpace(BASE)
     return Replica(space, rule=rule, reset=lambda: space.load(BASE), run_seed=3)
 
 
-def server_at(position: int, rule: UpdateRule = Sgd()) -> Replica:  # noqa: B008
+def server_at(position: int, rule: UpdateRule = SGD) -> Replica:
     replica = new_replica(rule)
     replica.advance(LOG[:position])
     return replica
 
 
-def request(position: int, from_round: int, rule: UpdateRule = Sgd(), **changes: object) -> Sync:  # noqa: B008
+def request(position: int, from_round: int, rule: UpdateRule = SGD, **changes: object) -> Sync:
     server = server_at(position, rule)
     fields = {
         "round": position,

@@ -33,12 +33,13 @@ from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.config import AdamConfig, OptimizerConfig, Schedule, SgdConfig
 from fedzo.zo.update_rule import UPDATE_RULES, Sgd, UpdateRule
 
+SGD = Sgd()
 BASE = np.linspace(-1, 1, 9).astype(np.float32)
 IDENTITY = Identity(config_hash="c" * 64, base_digest="b", tokenizer_digest="t", task_digest="k")
 ARTIFACT = b"mask"
 
 
-def new_replica(rule: UpdateRule = Sgd()) -> Replica:  # noqa: B008
+def new_replica(rule: UpdateRule = SGD) -> Replica:
     space = VectorSpace(BASE)
     return Replica(space, rule=rule, reset=lambda: space.load(BASE), run_seed=1)
 
@@ -55,7 +56,7 @@ def server_task(monkeypatch: pytest.MonkeyPatch) -> None:
 class Client:
     """An honest client whose g is its index plus one; tests bend it."""
 
-    def __init__(self, index: int, rule: UpdateRule = Sgd()) -> None:  # noqa: B008
+    def __init__(self, index: int, rule: UpdateRule = SGD) -> None:
         self.index = index
         self.rule = rule
         self.replica: Replica | None = None
@@ -405,6 +406,7 @@ def test_the_bound_is_announced_from_the_second_round_on_and_what_exceeds_it_is_
     assert "|g| must be at most the announced bound 2.5, got 3" in reason_for(server, 1, 2)
     assert server.store.rounds[1]["attendance"] == [0, 1]
     assert server.store.rounds[2]["attendance"] == [0]
+    assert [record["clip_bound"] for record in server.sink.records] == [None, 2.5, 1.875]
 
 
 def test_a_resumed_server_announces_the_bound_of_an_unbroken_one(federation: Any) -> None:
