@@ -150,7 +150,7 @@ class Server:
             seeds=self.fl.seeds,
         )
         self._commit(record, results, refused)
-        self.sink.write(self._round_metrics(record, results, refused, traffic, time.monotonic() - started))
+        self.sink.write(self._round_metrics(record, results, refused, traffic, time.monotonic() - started, bound))
         return record
 
     def federated_scores(self, *, max_rows: int) -> Mapping[int, EvaluateReply]:
@@ -288,6 +288,7 @@ class Server:
         refused: Mapping[int, str],
         traffic: Traffic,
         round_seconds: float,
+        bound: float,
     ) -> dict[str, Any]:
         losses = {client: _mean(results[client].loss) for client in sorted(results)}
         abs_g = {client: float(np.abs(results[client].g).mean()) for client in sorted(results)}
@@ -306,6 +307,8 @@ class Server:
             "message_down_bytes": traffic.down_bytes,
             "round_seconds": round_seconds,
             "dropped_probes": int(sum(result.dropped.sum() for result in results.values())),
+            "clip_bound": bound or None,
+            "clipped": int(sum((np.abs(result.g) == bound).sum() for result in results.values())) if bound else 0,
             "absent": sorted(refused),
             "reasons": {str(client): reason for client, reason in sorted(refused.items())},
             "clients": [

@@ -84,6 +84,17 @@ def estimate_together(
 
 
 ESTIMATORS: Registry[Estimator] = Registry("estimator", base=EstimatorConfig)
+_DROPPED = Projection(g=np.float32(0), loss=math.nan, dropped=True)
+
+
+def projections(g: Losses, losses: Losses) -> list[Projection]:
+    """The probes of a step from float64 [P] each: g is rounded to float32 once, what is not finite is dropped."""
+    with np.errstate(all="ignore"):
+        rounded = g.astype(np.float32)
+    good = np.isfinite(rounded) & np.isfinite(losses)
+    return [
+        Projection(g=rounded[p], loss=float(losses[p]), dropped=False) if good[p] else _DROPPED for p in range(g.size)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +114,7 @@ class TwoPoint:
             with space.probe(-self.eps, key):
                 minus[p] = loss_fn()
         with np.errstate(all="ignore"):
-            return _projections((plus - minus) / (2 * self.eps), (plus + minus) / 2)
+            return projections((plus - minus) / (2 * self.eps), (plus + minus) / 2)
 
     def forwards_per_step(self, num_probes: int) -> int:
         return 2 * num_probes
@@ -128,7 +139,7 @@ class OneSided:
             center = loss_fn()
             losses = _perturbed_losses(space, loss_fn, keys, eps=self.eps)
             with np.errstate(all="ignore"):
-                return _projections((losses - center) / self.eps, np.where(np.isfinite(losses), center, np.nan))
+                return projections((losses - center) / self.eps, np.where(np.isfinite(losses), center, np.nan))
         losses = _perturbed_losses(space, loss_fn, keys, eps=self.eps)
         finite = losses[np.isfinite(losses)]
         if finite.size < 2:
@@ -136,7 +147,7 @@ class OneSided:
         # l_p minus the mean of the others is l_p minus the mean of all, times n / (n - 1)
         scale = finite.size / (finite.size - 1) if self.baseline is Baseline.leave_one_out else 1.0
         with np.errstate(all="ignore"):
-            return _projections((losses - finite.mean()) * scale / self.eps, losses)
+            return projections((losses - finite.mean()) * scale / self.eps, losses)
 
     def forwards_per_step(self, num_probes: int) -> int:
         return num_probes + (self.baseline is Baseline.center)
@@ -166,7 +177,7 @@ class Fzoo:
             sigma = finite.std(ddof=1)
             # a sigma of 0 divides to inf or nan, an infinite one to a g that says nothing
             g = (losses - center) / sigma if np.isfinite(sigma) else np.full_like(losses, np.nan)
-            return _projections(g, np.where(np.isfinite(losses), center, np.nan))
+            return projections(g, np.where(np.isfinite(losses), center, np.nan))
 
     def forwards_per_step(self, num_probes: int) -> int:
         return num_probes + 1
@@ -178,18 +189,6 @@ def _perturbed_losses(space: Space, loss_fn: LossFn, keys: Sequence[int], *, eps
         with space.probe(eps, key):
             losses[p] = loss_fn()
     return losses
-
-
-def _projections(g: Losses, losses: Losses) -> list[Projection]:
-    """Round g to float32 once; what is not finite is dropped. float64 [P] each."""
-    rounded = g.astype(np.float32)
-    good = np.isfinite(rounded) & np.isfinite(losses)
-    return [
-        Projection(g=rounded[p], loss=float(losses[p]), dropped=False) if good[p] else _DROPPED for p in range(g.size)
-    ]
-
-
-_DROPPED = Projection(g=np.float32(0), loss=math.nan, dropped=True)
 
 
 def _all_dropped(count: int) -> list[Projection]:

@@ -53,6 +53,18 @@ def round_direction(space: Space, record: RoundRecord, *, run_seed: int) -> Valu
     return u.numpy()
 
 
+def step_along(space: Space, along: Values, record: RoundRecord) -> None:
+    """theta <- theta - lr * along: one rounded product, one rounded difference."""
+    space.load(space.values() - np.float32(record.lr) * along)
+
+
+def decay(space: Space, record: RoundRecord, weight_decay: float) -> None:
+    """theta <- theta * float32(1 - lr * weight_decay); a factor of 1 touches nothing."""
+    factor = np.float32(1 - record.lr * weight_decay)
+    if factor != 1:
+        space.scale_by(float(factor))
+
+
 @dataclass(frozen=True, slots=True)
 class Sgd:
     """theta <- theta - (lr c) z for each scalar, one after another; nothing is remembered."""
@@ -61,7 +73,7 @@ class Sgd:
     weight_decay: float = 0.0
 
     def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
-        _decay(space, record, self.weight_decay)
+        decay(space, record, self.weight_decay)
         apply_record(space, record, run_seed=run_seed)
 
 
@@ -78,14 +90,14 @@ class Momentum:
     weight_decay: float = 0.0
 
     def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
-        _decay(space, record, self.weight_decay)
+        decay(space, record, self.weight_decay)
         u = round_direction(space, record, run_seed=run_seed)
         (m,) = moments
         mu = np.float32(self.momentum)
         with np.errstate(all="ignore"):
             m *= mu
             m += u
-            _step(space, u + mu * m if self.nesterov else m, record)
+            step_along(space, u + mu * m if self.nesterov else m, record)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +115,7 @@ class Adam:
     weight_decay: float = 0.0
 
     def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
-        _decay(space, record, self.weight_decay)
+        decay(space, record, self.weight_decay)
         u = round_direction(space, record, run_seed=run_seed)
         m, v = moments
         correct1, correct2 = (np.float32(1 - _power(beta, record.round + 1)) for beta in (self.beta1, self.beta2))
@@ -112,18 +124,7 @@ class Adam:
             m += np.float32(1 - self.beta1) * u
             v *= np.float32(self.beta2)
             v += np.float32(1 - self.beta2) * (u * u)
-            _step(space, (m / correct1) / (np.sqrt(v / correct2) + np.float32(self.eps)), record)
-
-
-def _step(space: Space, along: Values, record: RoundRecord) -> None:
-    """theta <- theta - lr * along: one rounded product, one rounded difference."""
-    space.load(space.values() - np.float32(record.lr) * along)
-
-
-def _decay(space: Space, record: RoundRecord, weight_decay: float) -> None:
-    factor = np.float32(1 - record.lr * weight_decay)
-    if factor != 1:
-        space.scale_by(float(factor))
+            step_along(space, (m / correct1) / (np.sqrt(v / correct2) + np.float32(self.eps)), record)
 
 
 def _power(base: float, exponent: int) -> float:

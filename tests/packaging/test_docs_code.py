@@ -9,6 +9,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 USE_TRAINER = """
 from fedzo.testing.tiny_models import tiny_loaded
@@ -28,12 +30,39 @@ print(built.space.size, sum(w.numel() for w in weights))
 """
 
 
-def code(page: str, language: str) -> str:
-    """The first block of a language on a page."""
+USE_ESTIMATOR = """
+from fedzo.config.plugins import plugin_classes
+from fedzo.testing.vector_space import VectorSpace
+from fedzo.zo.directions import direction
+
+assert plugin_classes()["estimator"]["four_point"] is FourPointConfig
+space = VectorSpace(np.zeros(3))
+cubic = lambda: float((space.theta.astype(float) ** 3).sum() + space.theta.astype(float) @ [1, -2, 3])
+estimator = ESTIMATORS.build(FourPointConfig(eps=0.5))
+(projection,) = estimator.estimate(space, cubic, [7])
+assert abs(projection.g - direction(7, 3).astype(float) @ [1, -2, 3]) < 1e-5  # the stencil is exact on cubics
+(dropped,) = estimator.estimate(space, lambda: float("nan"), [7])
+assert dropped.dropped
+"""
+USE_RULE = """
+from fedzo.config.plugins import plugin_classes
+from fedzo.testing.vector_space import VectorSpace
+from fedzo.zo.directions import SHARED, direction, stream_key
+
+assert plugin_classes()["optimizer"]["sign"] is SignConfig
+rule, space = UPDATE_RULES.build(SignConfig(weight_decay=0.5)), VectorSpace(np.ones(4))
+record = RoundRecord(round=0, lr=0.5, owners=(SHARED,), coefficients=np.full((1, 1, 1), 2, np.float32))
+rule.apply(space, np.zeros((0, 4), np.float32), record, run_seed=3)
+assert (space.theta == 0.75 - 0.5 * np.sign(direction(stream_key(3, round=0), 4))).all()
+"""
+
+
+def code(page: str, language: str, *, number: int = 0) -> str:
+    """A block of a language on a page, the first unless another number is given."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    found = re.search(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
-    assert found is not None, f"{page} has no {language} block"
-    return found[1]
+    found = re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+    assert len(found) > number, f"{page} has {len(found)} {language} blocks"
+    return str(found[number])
 
 
 def test_trainer_of_the_how_to_is_a_working_plugin(tmp_path: Path) -> None:
@@ -45,6 +74,16 @@ def test_trainer_of_the_how_to_is_a_working_plugin(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     size, expected = done.stdout.split()
     assert size == expected != "0"
+
+
+@pytest.mark.parametrize(("number", "use"), [(0, USE_ESTIMATOR), (1, USE_RULE)], ids=["estimator", "rule"])
+def test_estimator_and_rule_of_the_how_to_are_working_plugins(tmp_path: Path, number: int, use: str) -> None:
+    program = tmp_path / "plugin.py"
+    program.write_text(code("how-to-add-an-estimator.md", "python", number=number) + use, encoding="utf-8")
+
+    done = subprocess.run([sys.executable, str(program)], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
 
 
 def test_task_of_the_how_to_composes(tmp_path: Path) -> None:
@@ -82,6 +121,5 @@ def test_command_line_of_the_how_to_composes(tmp_path: Path) -> None:
 def test_entry_point_group_of_the_how_to_is_the_one_that_is_read() -> None:
     from fedzo.registry import ENTRY_POINT_GROUP
 
-    assert tomllib.loads(code("how-to-add-a-trainer.md", "toml"))["project"]["entry-points"].keys() == {
-        ENTRY_POINT_GROUP
-    }
+    for page in ("how-to-add-a-trainer.md", "how-to-add-an-estimator.md"):
+        assert tomllib.loads(code(page, "toml"))["project"]["entry-points"].keys() == {ENTRY_POINT_GROUP}

@@ -111,6 +111,14 @@ def test_trainer_brings_its_step_sizes(trainer: str, expected: TrainerConfig) ->
     assert config.estimator == TwoPointConfig(eps=expected.eps)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
+@pytest.mark.parametrize("estimator", ["two_point", "one_sided", "fzoo"])
+def test_every_estimator_and_rule_takes_the_trainers_step_sizes(estimator: str, optimizer: str) -> None:
+    config = load(["trainer.eps=0.25", "trainer.lr=0.5", f"estimator={estimator}", f"optimizer={optimizer}"])
+
+    assert (config.estimator.eps, config.optimizer.lr) == (0.25, 0.5)
+
+
 def test_step_sizes_can_be_set_apart_from_the_trainer() -> None:
     config = load(["trainer=mezo", "estimator.eps=0.5", "optimizer.lr=0"])
 

@@ -24,6 +24,16 @@ from fedzo.data.config import (
 from fedzo.fl.config import Seeds
 from fedzo.runtime.config import LocalConfig, RayConfig
 from fedzo.trainers.config import Calibration, MezoConfig
+from fedzo.zo.config import (
+    AdamConfig,
+    Baseline,
+    EstimatorConfig,
+    FzooConfig,
+    MomentumConfig,
+    OneSidedConfig,
+    OptimizerConfig,
+    SgdConfig,
+)
 
 
 def sound() -> RunConfig:
@@ -78,7 +88,15 @@ def test_a_sound_config_has_no_problem() -> None:
         ("trainer.calibration_tokens", 0, "be >= 1"),
         ("estimator.eps", 0.0, "be > 0 and finite"),
         ("estimator.num_probes", 0, "be >= 1, got 0. A step needs a direction."),
+        ("estimator.eps", 1e-60, "be > 0 and finite in float32, got 1e-60. 1e-3 is usual."),
         ("optimizer.lr", -1.0, "be >= 0 and finite"),
+        ("optimizer.final_lr_share", 1.1, "be between 0 and 1, got 1.1."),
+        ("optimizer.final_lr_share", float("nan"), "be between 0 and 1"),
+        ("optimizer.warmup_rounds", 75, "be >= 0 and below fl.rounds (75), got 75. Lower it, or train longer."),
+        ("optimizer.warmup_rounds", -1, "be >= 0 and below fl.rounds"),
+        ("optimizer.weight_decay", -0.1, "be >= 0 and finite, got -0.1. 0 switches it off."),
+        ("optimizer.weight_decay", 1e-5, "make optimizer.lr * optimizer.weight_decay 0, or at least 6e-8"),
+        ("optimizer.weight_decay", 1e4, "make optimizer.lr * optimizer.weight_decay 0, or at least 6e-8"),
         ("fl.num_clients", 0, "be >= 1, got 0. A federation needs a client."),
         ("fl.rounds", 0, "be >= 1, got 0. A run needs a round."),
         ("fl.local_steps", 0, "be >= 1, got 0."),
@@ -91,6 +109,10 @@ def test_a_sound_config_has_no_problem() -> None:
         ("strategy.deadline_s", 0.0, "be > 0 and finite"),
         ("strategy.startup_s", -1.0, "be > 0 and finite"),
         ("strategy.max_abs_g", float("inf"), "be > 0 and finite"),
+        ("strategy.clip_factor", 0.5, "be 0 (off) or >= 1 and finite, got 0.5. Below 1 the bound would shrink"),
+        ("strategy.clip_factor", -1.0, "be 0 (off) or >= 1"),
+        ("strategy.clip_factor", float("inf"), "be 0 (off) or >= 1"),
+        ("strategy.clip_rounds", 0, "be >= 1, got 0."),
         ("evaluation.every_rounds", -1, "be >= 0"),
         ("evaluation.federated_every_rounds", -2, "be >= -1, got -2. 0 scores only at the end, -1 never."),
         ("evaluation.federated_max_rows", 0, "be >= 1"),
@@ -134,6 +156,11 @@ def test_a_broken_rule_is_named(key: str, value: object, rule: str) -> None:
         ("fl.seeds", Seeds.per_client),
         ("task.labels", ["neg", "pos"]),
         ("estimator.eps", 0.5),  # may differ from trainer.eps
+        ("optimizer.final_lr_share", 0.0),
+        ("optimizer.final_lr_share", 1.0),
+        ("optimizer.warmup_rounds", 74),
+        ("optimizer.weight_decay", 6e-4),  # lr is 1e-4: 6e-8, the least that float32 sees
+        ("strategy.clip_factor", 1.0),
     ],
 )
 def test_a_value_on_the_edge_is_allowed(key: str, value: object) -> None:
@@ -167,6 +194,73 @@ def test_partition_rules(partition: PartitionConfig, message: str) -> None:
     (problem,) = problems(config)
 
     assert problem.text.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "messages"),
+    [
+        (OneSidedConfig(), []),
+        (OneSidedConfig(num_probes=0), ["estimator.num_probes must be >= 1, got 0. A step needs a direction."]),
+        (OneSidedConfig(baseline=Baseline.mean, num_probes=2), []),
+        *(
+            (
+                OneSidedConfig(baseline=baseline),
+                [
+                    "estimator.num_probes must be >= 2, got 1. One loss has no other to be compared with; or write "
+                    "estimator.baseline=center."
+                ],
+            )
+            for baseline in (Baseline.mean, Baseline.leave_one_out)
+        ),
+        (FzooConfig(), []),
+        (FzooConfig(num_probes=1), ["estimator.num_probes must be >= 2, got 1. One loss has no standard deviation."]),
+    ],
+    ids=str,
+)
+def test_estimator_rules(estimator: EstimatorConfig, messages: list[str]) -> None:
+    config = sound()
+    config.estimator = estimator
+
+    assert [problem.text for problem in problems(config)] == messages
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "messages"),
+    [
+        (MomentumConfig(momentum=0.0), []),
+        (MomentumConfig(momentum=1.0), ["optimizer.momentum must be >= 0 and < 1, got 1.0."]),
+        (AdamConfig(beta1=0.0, beta2=0.0), []),
+        (
+            AdamConfig(beta1=-0.1, beta2=1.0, eps=0.0),
+            [
+                "optimizer.beta1 must be >= 0 and < 1, got -0.1.",
+                "optimizer.beta2 must be >= 0 and < 1, got 1.0.",
+                "optimizer.eps must be > 0 and finite in float32, got 0.0.",
+            ],
+        ),
+    ],
+    ids=str,
+)
+def test_update_rule_rules(optimizer: OptimizerConfig, messages: list[str]) -> None:
+    config = sound()
+    config.optimizer = optimizer
+
+    found = [problem.text for problem in problems(config)]
+
+    assert [text.startswith(message) for text, message in zip(found, messages, strict=True)] == [True] * len(messages)
+
+
+@pytest.mark.parametrize("optimizer", [MomentumConfig(), AdamConfig()], ids=str)
+def test_rules_that_remember_are_refused_where_every_weight_is_trained(optimizer: OptimizerConfig) -> None:
+    config = sound()
+    config.trainer, config.optimizer = MezoConfig(), optimizer
+
+    (problem,) = problems(config)
+
+    assert problem.key == "optimizer"
+    assert problem.text.startswith("optimizer must be sgd for trainer=mezo: other rules keep float32 numbers beside")
+    config.optimizer = SgdConfig(weight_decay=0.1)
+    assert problems(config) == []
 
 
 @pytest.mark.parametrize(

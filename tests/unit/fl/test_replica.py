@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 import pytest
 
@@ -11,8 +13,9 @@ from fedzo.fl.wire import Status, Sync
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.directions import SHARED
 from fedzo.zo.path import RoundRecord, pack
-from fedzo.zo.update_rule import Sgd
+from fedzo.zo.update_rule import Adam, Momentum, Sgd, UpdateRule
 
+SGD = Sgd()
 BASE = np.linspace(-1, 1, 33).astype(np.float32)
 LOG = [
     RoundRecord(round=r, lr=0.5, owners=(SHARED,), coefficients=np.full((2, 1, 1), 0.1 + r, np.float32))
@@ -20,25 +23,28 @@ LOG = [
 ]
 
 
-def new_replica() -> Replica:
+RULES = [Momentum(momentum=0.5, nesterov=False), Adam(beta1=0.5, beta2=0.75, eps=1e-3)]
+
+
+def new_replica(rule: UpdateRule = SGD) -> Replica:
     space = VectorSpace(BASE)
-    return Replica(space, rule=Sgd(), reset=lambda: space.load(BASE), run_seed=3)
+    return Replica(space, rule=rule, reset=lambda: space.load(BASE), run_seed=3)
 
 
-def server_at(position: int) -> Replica:
-    replica = new_replica()
+def server_at(position: int, rule: UpdateRule = SGD) -> Replica:
+    replica = new_replica(rule)
     replica.advance(LOG[:position])
     return replica
 
 
-def request(position: int, from_round: int, **changes: object) -> Sync:
-    server = server_at(position)
+def request(position: int, from_round: int, rule: UpdateRule = SGD, **changes: object) -> Sync:
+    server = server_at(position, rule)
     fields = {
         "round": position,
         "from_round": from_round,
         "log": pack(LOG[from_round:position]),
         "chain": server.chain.hex(),
-        "check": server.space.check(),
+        "check": server.check(),
         "digest": server.space.digest(),
         **changes,
     }
@@ -107,3 +113,68 @@ def test_goto_walks_both_ways() -> None:
 
     assert back == server_at(2).space.digest()
     assert replica.space.digest() == server_at(6).space.digest()
+
+
+# --- rules that remember ----------------------------------------------------------------------------------------------
+
+
+def same_state(one: Replica, other: Replica) -> bool:
+    return one.snapshot() == other.snapshot() and one.check() == other.check() and one.chain == other.chain
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_the_log_alone_leads_to_the_same_values_and_moments(rule: UpdateRule) -> None:
+    late = new_replica(rule)
+
+    assert late.sync(request(6, 0, rule)) is Status.ok
+    assert same_state(late, server_at(6, rule))
+    assert np.abs(late.moments).min() > 0
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_going_back_forgets_the_moments(rule: UpdateRule) -> None:
+    replica = server_at(6, rule)
+
+    replica.goto(2, LOG)
+    early = same_state(replica, server_at(2, rule))
+    replica.goto(6, LOG)
+
+    assert early
+    assert same_state(replica, server_at(6, rule))
+    replica.reset()
+    assert same_state(replica, new_replica(rule))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_wrong_moments_are_found_at_once_and_healed_with_the_values(rule: UpdateRule) -> None:
+    server, replica = server_at(6, rule), server_at(5, rule)
+    replica.moments[-1, 7] += np.float32(0.25)  # theta itself is right
+    assert replica.space.digest() == server_at(5, rule).space.digest()
+
+    assert replica.sync(request(5, 5, rule)) is Status.mismatch
+    assert replica.sync(request(6, 6, rule, values=server.snapshot())) is Status.ok
+    assert same_state(replica, server)
+
+    replica.advance([RoundRecord(round=6, lr=0.5, owners=(SHARED,), coefficients=np.ones((1, 1, 1), np.float32))])
+    server.advance([RoundRecord(round=6, lr=0.5, owners=(SHARED,), coefficients=np.ones((1, 1, 1), np.float32))])
+    assert same_state(replica, server)
+
+
+@pytest.mark.parametrize(("rule", "length"), [(Sgd(), 132), (RULES[0], 264), (RULES[1], 396)], ids=str)
+def test_a_snapshot_is_theta_then_moments_and_no_other_length_is_taken(rule: UpdateRule, length: int) -> None:
+    server = server_at(4, rule)
+
+    snapshot = server.snapshot()
+
+    assert len(snapshot) == server.snapshot_bytes == length
+    assert np.array_equal(np.frombuffer(snapshot, "<f4"), [*server.space.values(), *server.moments.ravel()])
+    for wrong in (snapshot[:-4], snapshot + bytes(4), bytes(132 if length != 132 else 264)):
+        with pytest.raises(ProtocolError, match=f"values must hold {length} bytes, got {len(wrong)}"):
+            new_replica(rule).sync(request(4, 4, rule, values=wrong))
+
+
+def test_the_check_is_that_of_theta_where_nothing_is_remembered_and_covers_the_whole_state_otherwise() -> None:
+    plain, heavy = server_at(4), server_at(4, RULES[0])
+
+    assert plain.check() == plain.space.check()
+    assert heavy.check() == zlib.crc32(heavy.snapshot())

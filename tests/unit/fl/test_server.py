@@ -30,17 +30,18 @@ from fedzo.fl.wire import (
     scalars_to_bytes,
 )
 from fedzo.testing.vector_space import VectorSpace
-from fedzo.zo.config import SgdConfig
-from fedzo.zo.update_rule import Sgd
+from fedzo.zo.config import AdamConfig, OptimizerConfig, Schedule, SgdConfig
+from fedzo.zo.update_rule import UPDATE_RULES, Sgd, UpdateRule
 
+SGD = Sgd()
 BASE = np.linspace(-1, 1, 9).astype(np.float32)
 IDENTITY = Identity(config_hash="c" * 64, base_digest="b", tokenizer_digest="t", task_digest="k")
 ARTIFACT = b"mask"
 
 
-def new_replica() -> Replica:
+def new_replica(rule: UpdateRule = SGD) -> Replica:
     space = VectorSpace(BASE)
-    return Replica(space, rule=Sgd(), reset=lambda: space.load(BASE), run_seed=1)
+    return Replica(space, rule=rule, reset=lambda: space.load(BASE), run_seed=1)
 
 
 @pytest.fixture(autouse=True)
@@ -55,8 +56,9 @@ def server_task(monkeypatch: pytest.MonkeyPatch) -> None:
 class Client:
     """An honest client whose g is its index plus one; tests bend it."""
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, rule: UpdateRule = SGD) -> None:
         self.index = index
+        self.rule = rule
         self.replica: Replica | None = None
         self.requests: list[TrainRequest] = []
         self.bend: Callable[[TrainReply], Any] = lambda reply: reply
@@ -73,7 +75,7 @@ class Client:
         self.requests.append(request)
         if request.artifact:
             assert request.space_id == space_id(request.artifact)
-            self.replica = self.replica or new_replica()
+            self.replica = self.replica or new_replica(self.rule)
         if self.replica is None:
             return TrainReply(status=Status.bare)
         status = self.replica.sync(request)
@@ -127,20 +129,22 @@ def federation(tmp_path: Path) -> Iterator[Callable[..., tuple[Server, list[Clie
     stores = []
 
     def make(num_clients: int = 3, **strategy: Any) -> tuple[Server, list[Client], Grid]:
-        clients = [Client(index) for index in range(num_clients)]
+        optimizer: OptimizerConfig = strategy.pop("optimizer", SgdConfig(lr=0.5))
+        rule = UPDATE_RULES.build(optimizer)
+        clients = [Client(index, rule) for index in range(num_clients)]
         grid = Grid(clients)
         transport = strategy.pop("transport", Transport.scalars)
         stores.append(RunStore(tmp_path))
         server = Server(
             grid=grid,
             roster=Roster(num_clients=num_clients, identity=IDENTITY),
-            replica=new_replica(),
+            replica=new_replica(rule),
             store=stores[-1],
             artifact=ARTIFACT,
             run_seed=1,
             fl=FlConfig(num_clients=num_clients, rounds=5, local_steps=2, transport=transport, hash_every=2),
             strategy=StrategyConfig(**{"deadline_s": 0.2, "startup_s": 1.0, **strategy}),
-            optimizer=SgdConfig(lr=0.5),
+            optimizer=optimizer,
             num_probes=1,
             sink=_Kept(),
             elapsed=lambda: 0.0,
@@ -341,3 +345,78 @@ def test_all_replies_bad_ends_the_run_and_keeps_the_log(federation: Any) -> None
         server.run_round()
 
     assert len(server.store.records) == 1
+
+
+# --- update rules and the clip ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transport", list(Transport))
+def test_clients_follow_a_rule_that_remembers_by_log_and_by_values(federation: Any, transport: Transport) -> None:
+    server, clients, _ = federation(optimizer=AdamConfig(lr=0.5), transport=transport)
+
+    for _ in range(4):
+        server.run_round()
+
+    assert means(server) == [2.0] * 4
+    assert [len(request.values) for request in clients[0].requests] == (
+        [0] * 4 if transport is Transport.scalars else [0, 108, 108, 108]
+    )
+    assert server.sink.records[1]["payload_down_bytes"] == 3 * (108 if transport is Transport.values else 4 * 2)
+    clients[0].replica.goto(0, [])
+    clients[0].replica.goto(4, server.store.records)
+    assert clients[0].replica.snapshot() == server.replica.snapshot()
+
+
+def test_a_client_whose_moments_are_wrong_is_found_in_the_next_round_and_healed(
+    federation: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    server, clients, _ = federation(optimizer=AdamConfig(lr=0.5))
+    for _ in range(2):
+        server.run_round()
+    clients[0].replica.moments[1, 3] *= 2
+
+    server.run_round()
+    server.run_round()
+
+    assert means(server) == [2.0] * 4
+    assert [len(request.values) for request in clients[0].requests] == [0, 0, 0, 108, 0]
+    assert "its state is not the server's" in caplog.text
+
+
+def test_the_schedule_is_in_the_requests_and_in_the_log(federation: Any) -> None:
+    optimizer = SgdConfig(lr=0.5, schedule=Schedule.linear, final_lr_share=0.2)
+    server, clients, _ = federation(optimizer=optimizer)
+
+    for _ in range(5):
+        server.run_round()
+
+    expected = [float(np.float32(lr)) for lr in (0.5, 0.4, 0.3, 0.2, 0.1)]
+    assert [record.lr for record in server.store.records] == expected
+    assert [request.lr for request in clients[0].requests] == expected
+
+
+def test_the_bound_is_announced_from_the_second_round_on_and_what_exceeds_it_is_refused(federation: Any) -> None:
+    server, clients, _ = federation(clip_factor=1.25, clip_rounds=1)
+    for _ in range(2):
+        server.run_round()  # g is 1, 2, 3: the third client does not clip
+    server.run_round()
+
+    # median 2; then of 1 and 2 alone
+    assert [request.max_abs_g for request in clients[0].requests] == [0.0, 2.5, 1.875]
+    assert "|g| must be at most the announced bound 2.5, got 3" in reason_for(server, 1, 2)
+    assert server.store.rounds[1]["attendance"] == [0, 1]
+    assert server.store.rounds[2]["attendance"] == [0]
+    assert [record["clip_bound"] for record in server.sink.records] == [None, 2.5, 1.875]
+
+
+def test_a_resumed_server_announces_the_bound_of_an_unbroken_one(federation: Any) -> None:
+    server, clients, _ = federation(clip_factor=2.0, clip_rounds=3)
+    for _ in range(2):
+        server.run_round()
+    server.store.close()
+
+    again, others, _ = federation(clip_factor=2.0, clip_rounds=3)
+    again.catch_up()
+    again.run_round()
+
+    assert clients[0].requests[-1].max_abs_g == others[0].requests[0].max_abs_g == 4.0

@@ -267,3 +267,46 @@ def test_full_space_refuses_quantised_weights() -> None:
 
     with pytest.raises(ConfigError, match=r"'packed' is torch\.int8"):
         FullSpace(model)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scaling_is_one_rounded_product_a_value_and_one_cast(
+    make_space: Callable[..., Space], dtype: torch.dtype
+) -> None:
+    model = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 8)).to(dtype)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    space = make_space(model)
+    indices = some_indices(model) if isinstance(space, MaskedSpace) else None
+    factor = float(np.float32(0.7001))
+
+    space.scale_by(factor)
+
+    for name, parameter in model.named_parameters():
+        expected = before[name].clone().view(-1)
+        picked = slice(None) if indices is None else indices.get(name, torch.empty(0, dtype=torch.int64))
+        product = expected[picked].float().numpy() * np.float32(factor)
+        expected[picked] = torch.from_numpy(product).to(dtype)
+        assert torch.equal(parameter.detach().view(-1), expected), name
+
+
+def test_scaling_a_masked_16_bit_model_moves_the_float32_master() -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    space = MaskedSpace(model, some_indices(model))
+    start = space.values()
+
+    for _ in range(100):
+        space.scale_by(float(np.float32(1 - 1e-5)))
+
+    assert space.values() == pytest.approx(start * (1 - 1e-5) ** 100, rel=1e-5)
+
+
+def test_scaling_goes_through_large_weights_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedzo.zo import space as module
+
+    monkeypatch.setattr(module, "_CHUNK", 7)
+    layer = nn.Linear(6, 4, bias=False)
+    before = layer.weight.detach().clone()
+
+    FullSpace(layer).scale_by(0.5)
+
+    assert torch.equal(layer.weight.detach(), before * 0.5)

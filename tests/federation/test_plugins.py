@@ -1,0 +1,160 @@
+"""Estimators, update rules and the clip in whole federations: replay, resume, absence, budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedzo.config.load import load
+from fedzo.errors import ConfigError
+from fedzo.fl import client
+from fedzo.fl.clip import announced_bound
+from fedzo.fl.store import RunStore
+from fedzo.runs import rebuild, replay_run, resume_run
+
+Run = Callable[..., Path]
+Lines = Callable[[Path, str], list[dict[str, Any]]]
+
+RULES = {
+    "momentum": ("optimizer=momentum", "optimizer.lr=0.01", "optimizer.nesterov=true"),
+    "adam": ("optimizer=adam", "optimizer.lr=0.01", "optimizer.weight_decay=0.1", "optimizer.schedule=cosine"),
+}
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_run_killed_and_resumed_is_the_unbroken_one_and_replays_to_its_digest(
+    run: Run, lines: Lines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str, steps: int
+) -> None:
+    settings = (
+        *RULES[rule],
+        f"fl.local_steps={steps}",
+        "fl.rounds=5",
+        "faults.absent=['1@2','2@3']",
+        "strategy.clip_factor=1.5",
+        "evaluation.every_rounds=0",
+        "fl.hash_every=2",
+    )
+    unbroken = run(*settings)
+    commit = RunStore.commit
+
+    def dies(self: RunStore, record: Any, **kwargs: Any) -> None:
+        if record.round == 3:
+            raise KeyboardInterrupt  # the replica has moved, the log has not
+        commit(self, record, **kwargs)
+
+    monkeypatch.setattr(RunStore, "commit", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(*settings)
+    monkeypatch.setattr(RunStore, "commit", commit)
+    broken = tmp_path / "run1"
+    assert len(lines(broken, "public.jsonl")) == 3
+    resume_run(broken)
+
+    for name in ("public.jsonl", "audit.jsonl"):
+        assert (broken / name).read_bytes() == (unbroken / name).read_bytes()
+    assert replay_run(unbroken)["digest"] == lines(unbroken, "public.jsonl")[-1]["digest"]
+    assert lines(unbroken, "public.jsonl")[2]["attendance"] == [0, 2, 3]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_transport_by_values_carries_the_moments_and_gives_the_same_run(run: Run, rule: str) -> None:
+    by_log = run(*RULES[rule], "fl.local_steps=2")
+    by_values = run(*RULES[rule], "fl.local_steps=2", "fl.transport=values")
+
+    assert (by_log / "public.jsonl").read_bytes() == (by_values / "public.jsonl").read_bytes()
+
+
+def test_the_log_of_momentum_leads_where_a_plain_loop_leads(run: Run, lines: Lines) -> None:
+    from fedzo.zo.directions import direction, stream_key
+
+    folder = run("optimizer=momentum", "optimizer.lr=0.02", "optimizer.momentum=0.5", "optimizer.weight_decay=1.0")
+
+    theta = rebuild(folder, rounds=0).replica.space.values().astype(np.float64)
+    m = np.zeros_like(theta)
+    for line in lines(folder, "public.jsonl"):
+        m = 0.5 * m + line["c"][0][0][0] * direction(stream_key(0, round=line["round"]), theta.size)
+        theta = theta * (1 - 0.02) - 0.02 * m
+
+    assert rebuild(folder, rounds=3).replica.space.values() == pytest.approx(theta, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        ("estimator=one_sided",),
+        ("estimator=one_sided", "estimator.baseline=mean", "estimator.num_probes=3"),
+        ("estimator=one_sided", "estimator.baseline=leave_one_out", "estimator.num_probes=3"),
+        ("estimator=fzoo", "estimator.num_probes=4", "optimizer=adam", "optimizer.lr=0.01"),
+        ("estimator=fzoo", "trainer=mezo", "optimizer.lr=1e-3", "optimizer.weight_decay=0.1", "fl.local_steps=2"),
+    ],
+    ids=" ".join,
+)
+def test_every_estimator_runs_within_its_budget_and_replays(
+    run: Run, lines: Lines, overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, estimator: Any
+) -> None:
+    calls: list[int] = []
+    original = client.mean_loss
+    monkeypatch.setattr(client, "mean_loss", lambda *a, **k: calls.append(1) or original(*a, **k))
+
+    folder = run(*estimator, "fl.rounds=2", "evaluation.central=false", "evaluation.federated_every_rounds=-1")
+
+    config = load(overrides(*estimator))
+    from fedzo.zo.estimator import ESTIMATORS
+
+    a_step = ESTIMATORS.build(config.estimator).forwards_per_step(config.estimator.num_probes)
+    assert len(calls) == 2 * 4 * config.fl.local_steps * a_step
+    assert replay_run(folder)["digest"] == lines(folder, "public.jsonl")[-1]["digest"]
+    scalars = np.array([entry["g"] for line in lines(folder, "audit.jsonl") for entry in line["clients"]])
+    assert np.abs(scalars).min() > 0
+
+
+def test_clients_step_with_the_clipped_scalar_that_they_send(
+    run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stepped: list[tuple[int, int, float]] = []
+    original = client.ClientWorker._local_step
+
+    def spy(self: Any, space: Any, request: Any, g: Any, *, client: int, step: int) -> None:
+        stepped.append((request.round, client, float(g[0])))
+        original(self, space, request, g, client=client, step=step)
+
+    monkeypatch.setattr(client.ClientWorker, "_local_step", spy)
+
+    folder = run("strategy.clip_factor=1.0", "strategy.clip_rounds=2", "fl.rounds=4", "fl.local_steps=2")
+
+    audit = lines(folder, "audit.jsonl")
+    sent = [(a["round"], e["client"], g[0]) for a in audit for e in a["clients"] for g in e["g"]]
+    assert sent == stepped
+    bounds = [announced_bound(audit[:r], factor=1.0, rounds=2) for r in range(4)]
+    assert bounds[0] == 0
+    for round, _, g in sent:
+        assert round == 0 or abs(g) <= bounds[round]
+    clipped = [sum(abs(g) == bounds[r] for round, _, g in sent if round == r) for r in range(4)]
+    metrics = [line for line in lines(folder, "metrics.jsonl") if line["kind"] == "round"]
+    assert [line["clipped"] for line in metrics] == clipped
+    assert [line["clip_bound"] or 0 for line in metrics] == bounds
+    assert sum(clipped) > 0
+    assert all(not line["refused"] for line in audit)
+
+
+def test_moments_for_all_weights_are_refused_before_any_work(overrides: Callable[..., list[str]]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(
+            overrides(
+                "trainer=mezo", "optimizer=adam", "optimizer.beta1=1.0", "estimator=fzoo", "estimator.num_probes=1"
+            )
+        )
+
+    text = str(caught.value)
+    for part in (
+        "optimizer must be sgd for trainer=mezo: other rules keep float32 numbers beside every weight",
+        "got 'adam'. Write optimizer=sgd, or train fewer values",
+        "optimizer.beta1 must be >= 0 and < 1, got 1.0",
+        "estimator.num_probes must be >= 2, got 1",
+    ):
+        assert part in text
