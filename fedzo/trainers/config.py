@@ -73,7 +73,7 @@ class MeerkatConfig(TrainerConfig):
 class LoraTrainerConfig(TrainerConfig):
     """LoRA-MeZO: PEFT's low-rank adapters, in float32 over a base of any dtype (arXiv 2106.09685, 2305.17333)."""
 
-    lr: float = 5e-5
+    lr: float = 5e-5  # this and eps: MeZO's for LoRA
     eps: float = 1e-2
     rank: int = 8
     """r: columns of B and rows of A. MeZO uses 8."""
@@ -99,7 +99,7 @@ class Ia3TrainerConfig(TrainerConfig):
 class PrefixTrainerConfig(TrainerConfig):
     """Prefix tuning: PEFT's learned keys and values before every text, in every layer (arXiv 2101.00190)."""
 
-    lr: float = 1e-3
+    lr: float = 1e-3  # this and eps: MeZO's for prefixes
     eps: float = 1e-1
     num_virtual_tokens: int = 5
     """Length of the prefix; it takes as many of the model's positions. MeZO uses 5."""

@@ -21,9 +21,9 @@ from fedzo.trainers.config import TrainerConfig
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("trainer=meerkt", r"^trainer must be one of meerkat, mezo.*, got 'meerkt'\. Did you mean meerkat\?$"),
-        ("trainer=null", r"^trainer must be one of meerkat, mezo.*, got None\.$"),
-        ("~trainer", r"^trainer must be one of meerkat, mezo.*, got 'TrainerConfig'\. Write trainer=<option>\.$"),
+        ("trainer=meerkt", r"^trainer must be one of .*meerkat, mezo.*, got 'meerkt'\. Did you mean meerkat\?$"),
+        ("trainer=null", r"^trainer must be one of .*meerkat, mezo.*, got None\.$"),
+        ("~trainer", r"^trainer must be one of .*meerkat, mezo.*, got 'TrainerConfig'\. Write trainer=<option>\.$"),
         ("+trainer=mezo", r"trainer has a choice already\. Write it without the \+\."),
         ("trainr=mezo", r"trainr is not a setting\. Did you mean trainer\?"),
         ("trainer=meerkat,mezo", r"one run must have one value per key, got several\. Add -m"),

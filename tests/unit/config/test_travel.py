@@ -97,7 +97,7 @@ def test_plugins_are_named_by_their_option() -> None:
             lambda plain: plain["trainer"].update(plugin="os.system"),
             r"trainer\.plugin must be one of .*, got 'os\.system'",
         ),
-        (lambda plain: plain["trainer"].update(plugin=["mezo"]), r"trainer\.plugin must be one of meerkat, mezo"),
+        (lambda plain: plain["trainer"].update(plugin=["mezo"]), r"trainer\.plugin must be one of .*meerkat, mezo"),
         (lambda plain: plain["trainer"].pop("plugin"), r"trainer\.plugin must be one of .*, got None"),
         (lambda plain: plain.update(trainer=None), r"trainer\.plugin must be one of"),
         (lambda plain: plain.update(fl=[1]), r"fl must be a mapping for FlConfig, got \[1\]"),

@@ -23,7 +23,14 @@ from fedzo.data.config import (
 )
 from fedzo.fl.config import Seeds
 from fedzo.runtime.config import LocalConfig, RayConfig
-from fedzo.trainers.config import Calibration, MezoConfig
+from fedzo.trainers.config import (
+    Calibration,
+    LoraTrainerConfig,
+    MezoConfig,
+    PrefixTrainerConfig,
+    PromptTrainerConfig,
+    TrainerConfig,
+)
 from fedzo.zo.config import (
     AdamConfig,
     Baseline,
@@ -356,3 +363,26 @@ def test_all_broken_rules_are_reported() -> None:
         break_it()
 
     assert [problem.key for problem in problems(config)] == ["seed", "trainer.density", "fl.rounds"]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "rules"),
+    [
+        (
+            LoraTrainerConfig(rank=0, alpha=0),
+            ["trainer.rank must be >= 1, got 0.", "trainer.alpha must be >= 1, got 0."],
+        ),
+        (PrefixTrainerConfig(num_virtual_tokens=0), ["trainer.num_virtual_tokens must be >= 1, got 0."]),
+        (PromptTrainerConfig(init_std=-1.0), ["trainer.init_std must be >= 0 and finite, got -1.0."]),
+        (LoraTrainerConfig(rank=1, alpha=1), []),
+        (PromptTrainerConfig(num_virtual_tokens=1, init_std=0.0), []),
+    ],
+)
+def test_rules_of_adapters(trainer: TrainerConfig, rules: list[str]) -> None:
+    config = sound()
+    config.trainer = trainer
+
+    found = [problem.text for problem in problems(config)]
+
+    assert len(found) == len(rules)
+    assert all(text.startswith(rule) for text, rule in zip(found, rules, strict=True))

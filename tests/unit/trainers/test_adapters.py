@@ -127,6 +127,38 @@ def test_losses_of_a_probe_are_those_of_a_copy_moved_by_hand(
     assert abs(found[0] - found[1]) > 1e-4
 
 
+@pytest.mark.parametrize("config", INJECTED, ids=name_of)
+def test_a_projected_gradient_is_that_of_backpropagation(config: TrainerConfig) -> None:
+    loaded = tiny_loaded()
+    space = build(loaded, config).space
+    space.step(0.05, key=4)
+    twin = copy.deepcopy(loaded.model)
+    trained = [parameter.requires_grad_() for parameter in adapter_parameters(twin)]
+    prompt, answer = torch.tensor([[5, 6, 7, 8]]), 10
+
+    (projection,) = TwoPoint(eps=1e-3).estimate(
+        space,
+        lambda: -float(logits(loaded.model, prompt)[0, -1].double().log_softmax(-1)[answer]),
+        [9],
+    )
+
+    loss = -twin(input_ids=prompt).logits[0, -1].log_softmax(-1)[answer]
+    gradient = torch.cat([part.reshape(-1) for part in torch.autograd.grad(loss, trained)])
+    slope = float(gradient @ torch.from_numpy(direction(9, space.size)))
+    assert projection.g == pytest.approx(slope, rel=1e-2, abs=1e-3)
+    assert abs(slope) > 0.05
+
+
+def test_an_adapted_head_is_applied_whole() -> None:
+    loaded = tiny_loaded("qwen3")
+    build(loaded, LoraTrainerConfig(target_modules=["lm_head"])).space.step(0.1, key=5)
+
+    slow = dataclasses.replace(loaded, direct_head=False)
+
+    assert check_head(loaded.model)
+    assert loss_of(loaded) == pytest.approx(loss_of(slow), abs=1e-5)
+
+
 @pytest.mark.parametrize("config", EVERY, ids=name_of)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_step_with_lr_0_leaves_every_parameter_bit_identical(dtype: torch.dtype, config: TrainerConfig) -> None:
