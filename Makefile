@@ -38,6 +38,7 @@ lint: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/python docs/generate.py --check
+	$(BIN)/python docs/tables.py --check
 	$(BIN)/mkdocs build --strict
 
 clean:
