@@ -90,7 +90,7 @@ def rebuild(run_dir: Path, *, rounds: int | None = None) -> Rebuilt:
     """
     config = read_config(run_dir)
     with RunStore(run_dir) as store:
-        wanted = best_round(store) if rounds is None else rounds
+        wanted = best_round(store, by=config.evaluation.best_by) if rounds is None else rounds
         if not 0 <= wanted <= len(store.records):
             raise ConfigError(f"rounds must be in 0..{len(store.records)} (the log's length), got {wanted}.")
         site = open_site(config)

@@ -69,12 +69,23 @@ class StrategyConfig:
     """Rounds whose scalars the clip's median is taken over."""
 
 
+class BestBy(StrEnum):
+    """What makes a round the best."""
+
+    loss = "loss"
+    """The lowest dev loss: steadier than a share of a few hundred rows."""
+    value = "value"
+    """The highest dev accuracy, F1 or ROUGE-L."""
+
+
 @dataclass(kw_only=True, slots=True)
 class EvaluationConfig:
-    """What is scored, and how often."""
+    """What is scored, how often, and which round is the best."""
 
     every_rounds: int = 25
     """Central score on the dev rows every so many rounds, 0 = only at the end."""
+    best_by: BestBy = BestBy.loss
+    """Which dev score chooses the round that is tested, exported and used."""
     central: bool = True
     """Whether the server holds dev and test rows (a real federation's server may hold none)."""
     federated_every_rounds: int = 0

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedzo.errors import RunFolderError
+from fedzo.fl.config import BestBy
 from fedzo.zo.path import RoundRecord
 
 PUBLIC, AUDIT, METRICS = "public.jsonl", "audit.jsonl", "metrics.jsonl"
@@ -89,12 +90,17 @@ class RunStore:
             ) from error
 
 
-def best_round(store: RunStore) -> int:
-    """The round with the best dev value, then the lower loss, then the earliest; without dev scores the last."""
+def best_round(store: RunStore, *, by: BestBy) -> int:
+    """The round with the best dev score, of equal ones the earliest; without dev scores the last round."""
     scores = [line for line in store.metrics if line["kind"] == "score" and line["split"] == "dev"]
     if not scores:
         return len(store.records)
-    best = max(scores, key=lambda line: (line["value"], -(line["loss"] or math.inf), -line["round"]))
+
+    def rank(line: dict[str, Any]) -> tuple[float, float, int]:
+        value, loss = line["value"] or 0.0, math.inf if line["loss"] is None else line["loss"]
+        return (value, -loss, -line["round"]) if by is BestBy.value else (-loss, value, -line["round"])
+
+    best = max(scores, key=rank)
     return int(best["round"])
 
 

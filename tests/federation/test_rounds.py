@@ -248,9 +248,9 @@ def test_the_test_split_is_touched_once_before_and_once_at_the_best_dev_round(ru
 
     scores = [line for line in lines(folder, "metrics.jsonl") if line["kind"] == "score"]
     summary = lines(folder, "metrics.jsonl")[-1]
-    dev = {line["round"]: line["value"] for line in scores if line["split"] == "dev"}
+    dev = {line["round"]: line["loss"] for line in scores if line["split"] == "dev"}
     assert sorted(dev) == [0, 2, 4, 5]
-    assert dev[summary["best_round"]] == max(dev.values())
+    assert dev[summary["best_round"]] == min(dev.values())
     assert {line["round"] for line in scores if line["split"] == "test"} == {0, summary["best_round"]}
 
 

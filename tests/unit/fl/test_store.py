@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fedzo.errors import RunFolderError
+from fedzo.fl.config import BestBy
 from fedzo.fl.store import AUDIT, METRICS, PUBLIC, RunStore, best_round
 from fedzo.zo.directions import SHARED
 from fedzo.zo.path import RoundRecord
@@ -125,14 +126,24 @@ def test_nan_becomes_null(tmp_path: Path) -> None:
     assert line["clients"] == [{"loss": None}]
 
 
-def test_the_best_round_is_the_best_dev_value_then_the_lower_loss_then_the_earlier(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("by", "losses", "best"),
+    [
+        (BestBy.value, [0.1, 0.5, 0.4, 0.4, 0.1], 2),
+        (BestBy.value, [0.1, None, 0.4, 0.4, 0.1], 2),
+        (BestBy.loss, [0.3, 0.2, 0.1, 0.1, 0.1], 2),  # of equal losses the highest value, then the earliest
+        (BestBy.loss, [None, 0.2, 0.3, 0.3, 0.1], 4),
+    ],
+)
+def test_the_best_round_is_that_of_the_best_dev_score(
+    tmp_path: Path, by: BestBy, losses: list[float | None], best: int
+) -> None:
     store = open_with(tmp_path, 4)
-    assert best_round(store) == 4
+    assert best_round(store, by=by) == 4
 
-    scores = [(0, 0.5, 0.1), (1, 0.7, 0.5), (2, 0.7, 0.4), (3, 0.7, 0.4), (4, 0.6, 0.1)]
-    for round, value, loss in scores:
+    for round, (value, loss) in enumerate(zip([0.5, 0.7, 0.7, 0.7, 0.6], losses, strict=True)):
         store.write({"kind": "score", "split": "dev", "round": round, "value": value, "loss": loss})
-    store.write({"kind": "score", "split": "test", "round": 4, "value": 0.9, "loss": 0.0})
+    store.write({"kind": "score", "split": "test", "round": 3, "value": 0.9, "loss": 0.0})
 
-    assert best_round(store) == 2
+    assert best_round(store, by=by) == best
     store.close()
