@@ -1,6 +1,6 @@
 """Fills the tables of figures in the README and the docs from ``experiments/``: ``python docs/tables.py`` (``--check`` only compares).
 
-A table stands between ``<!-- table: experiments/NAME/FILE.json -->`` and ``<!-- /table -->``; what a file's rows become is
+A table stands between ``<!-- table: experiments/NAME/FILE.json -->`` (or ``FILE.json#PART``) and ``<!-- /table -->``; what a file's rows become is
 decided by ``RENDERERS``. A file that is not there yet leaves its table empty.
 """
 
@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from fedzo.report.format import bytes_text
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "experiments").glob("*/*.md")))
@@ -27,6 +29,18 @@ def quickstart(results: Any) -> Lines:
         rows.append(f"| {run['seed']} | {' | '.join(cells)} | {run['best_round']} | {run['seconds'] / 60:.1f} |")
     gains = [100 * (run["after"]["value"] - run["before"]["value"]) for run in results["run"]]
     return [*rows, "", f"Gain: {sum(gains) / len(gains):+.1f} points on average, {min(gains):+.1f} in the worst."]
+
+
+def ending(results: Any) -> Lines:
+    """What the run of seed 0 prints last."""
+    run = results["run"][0]
+    before, after = run["before"], run["after"]
+    lines = [f"test, before -> after (best dev round {run['best_round']} of {run['rounds']}):"]
+    for name, key in (("accuracy", "value"), ("accuracy at the best threshold", "best_threshold_accuracy"), ("AUC", "auc")):
+        lines.append(f"  {name:<32} {before[key]:.3f} -> {after[key]:.3f}")
+    scalars = bytes_text(run["payload_up_bytes"] + run["payload_down_bytes"])
+    messages = bytes_text(run["message_up_bytes"] + run["message_down_bytes"])
+    return ["```", *lines, f"  {'scalars, all clients, both ways':<32} {scalars} ({messages} as messages, with set-up)", "```"]
 
 
 def claims(rows: Any) -> Lines:
@@ -63,6 +77,7 @@ def bench(rows: Any) -> Lines:
 
 RENDERERS: dict[str, Callable[[Any], Lines]] = {
     "experiments/quickstart/results.json": quickstart,
+    "experiments/quickstart/results.json#ending": ending,
     "experiments/bench/claims.json": bench,
 }
 
@@ -71,7 +86,7 @@ def filled(text: str) -> str:
     """The page with every table made anew."""
 
     def fill(found: re.Match[str]) -> str:
-        path = ROOT / found[2]
+        path = ROOT / found[2].partition("#")[0]
         lines = RENDERERS.get(found[2], claims)(json.loads(path.read_text())) if path.exists() else []
         return found[1] + "".join(f"{line}\n" for line in ["", *lines, ""]) + found[3]
 
