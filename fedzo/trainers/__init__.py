@@ -87,7 +87,7 @@ def mezo(config: MezoConfig) -> Trainer:
     """All weights."""
     from fedzo.trainers.mezo import Mezo
 
-    return Mezo()
+    return Mezo(config)
 
 
 @TRAINERS.register("lora", LoraTrainerConfig)

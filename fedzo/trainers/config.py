@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from fedzo.zo.config import Rounding
+
 
 @dataclass(kw_only=True, slots=True)
 class TrainerConfig:
@@ -21,6 +23,8 @@ class MezoConfig(TrainerConfig):
     """MeZO: all weights are trained (arXiv 2305.17333)."""
 
     lr: float = 1e-6
+    rounding: Rounding = Rounding.nearest
+    """How steps round where ``model.dtype`` has 16 bits: nearest loses steps that stochastic keeps in the mean."""
 
 
 class Selector(StrEnum):

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from fedzo.models.load import LoadedModel
 from fedzo.trainers import Built, Workplace
-from fedzo.zo.config import Distribution
+from fedzo.trainers.config import MezoConfig
+from fedzo.zo.config import Distribution, Rounding
+from fedzo.zo.rounding import is_rounded
 from fedzo.zo.space import FullSpace
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Mezo:
     """The full space; a model that has moved is brought back by reading its weights again."""
+
+    config: MezoConfig
 
     def prepare(self, loaded: LoadedModel, workplace: Workplace) -> bytes:
         """Nothing beside the model is needed."""
@@ -20,4 +27,12 @@ class Mezo:
 
     def build(self, loaded: LoadedModel, artifact: bytes, *, distribution: Distribution) -> Built:
         """The full space over ``loaded.model``."""
-        return Built(FullSpace(loaded.model, distribution=distribution), loaded.reload_weights)
+        narrow = sorted({str(p.dtype).removeprefix("torch.") for p in loaded.model.parameters() if is_rounded(p.dtype)})
+        if narrow and self.config.rounding is Rounding.nearest:
+            log.warning(
+                "trainer=mezo: weights are held in %s, where a step of less than half the spacing of a weight's "
+                "neighbours is lost. Write trainer.rounding=stochastic, or model.dtype=float32.",
+                " and ".join(narrow),
+            )
+        space = FullSpace(loaded.model, distribution=distribution, rounding=self.config.rounding)
+        return Built(space, loaded.reload_weights)

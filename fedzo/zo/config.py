@@ -13,6 +13,15 @@ class Distribution(StrEnum):
     rademacher = "rademacher"
 
 
+class Rounding(StrEnum):
+    """How an updated weight is rounded where the model holds 16-bit weights and there is no float32 master."""
+
+    nearest = "nearest"
+    """To the nearest value: a step of less than half the spacing of the weight's neighbours moves nothing."""
+    stochastic = "stochastic"
+    """Up or down with the probabilities that keep the mean, drawn from the run seed: small steps add up."""
+
+
 @dataclass(kw_only=True, slots=True)
 class EstimatorConfig:
     """How a loss is turned into projected gradients."""
@@ -22,6 +31,9 @@ class EstimatorConfig:
     num_probes: int = 1
     """Directions a step; the step is their mean."""
     distribution: Distribution = Distribution.gaussian
+    freeze_selection: bool = False
+    """Hold hard selections (the experts that a router takes) still in a step's probes; one more forward a step, unless
+    the estimator has the loss at the centre anyway."""
 
 
 @dataclass(kw_only=True, slots=True)

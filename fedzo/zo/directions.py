@@ -162,6 +162,34 @@ def _add_rows_kernel(base: Any, out: Any, table: Any, scale: Any, starts: Any, w
         _add_span(base[row], out[row], table, scale, starts[row], width, k0, k1)
 
 
+@nb.njit(cache=True)
+def _halves_span(out: Any, start: Any, purpose: Any, k0: Any, k1: Any) -> None:
+    words = np.empty((4, _TILE), np.uint32)
+    end = (start + out.size - 1) // 8 + 1
+    for first in range(start // 8, end, _TILE):
+        count = min(_TILE, end - first)
+        _make_words(words, first, count, purpose, k0, k1)
+        for i in range(count):
+            at = (first + i) * 8 - start
+            for j in range(8):
+                if 0 <= at + j < out.size:
+                    out[at + j] = words[j // 2, i] >> nb.uint32(16 * (j % 2)) & nb.uint32(0xFFFF)
+
+
+@nb.njit(parallel=True, cache=True)
+def _halves_kernel(out: Any, start: Any, purpose: Any, k0: Any, k1: Any) -> None:
+    for i in nb.prange((out.size + _SPAN - 1) // _SPAN):
+        low, high = i * _SPAN, min((i + 1) * _SPAN, out.size)
+        _halves_span(out[low:high], start + low, purpose, k0, k1)
+
+
+def halves(key: int, n: int, *, purpose: int, start: int = 0) -> npt.NDArray[np.int32]:
+    """The 16-bit draws (0 to 65535, int32 [n]) of the coordinates start, start + 1, ...: ``halves_at`` for the CPU."""
+    out = np.empty(n, np.int32)
+    _halves_kernel(out, start, purpose, *_key_words(key))
+    return out
+
+
 def philox_words(key: int, *, purpose: int, num_words: int) -> Words:
     """The first ``num_words`` 32-bit words of a stream for ``purpose`` (data order, sampling, ...)."""
     words = np.empty((4, -(-num_words // 4)), dtype=np.uint32)
@@ -174,9 +202,7 @@ def gaussians(key: int, n: int, *, purpose: int) -> npt.NDArray[np.float32]:
 
     For ``PURPOSE_DIRECTION`` this is the Gaussian direction itself.
     """
-    words = philox_words(key, purpose=purpose, num_words=-(-n // 2))
-    halves = np.stack([words & np.uint32(0xFFFF), words >> np.uint32(16)], axis=1).reshape(-1)[:n]
-    return gaussian_table()[halves]
+    return gaussian_table()[halves(key, n, purpose=purpose)]
 
 
 def permutation(key: int, n: int, *, purpose: int) -> npt.NDArray[np.int64]:
@@ -196,25 +222,39 @@ def _width(distribution: Distribution) -> int:
 # --- any device -------------------------------------------------------------------------------------------------------
 
 
-def direction_at(
-    key: int, coordinates: torch.Tensor, *, distribution: Distribution = Distribution.gaussian
-) -> torch.Tensor:
-    """z at arbitrary coordinates (int64, any shape, any device); float32 of the same shape. Pure torch integers."""
-    width = _width(distribution)
-    block, j = coordinates // width, coordinates % width
-    zeros = torch.zeros_like(block)
-    c = [block & _MASK32, block >> 32, zeros, zeros]
+def _words_at(key: int, block: torch.Tensor, *, purpose: int) -> torch.Tensor:
+    """The four words of arbitrary blocks (int64, any shape, any device); int64 [..., 4]. Pure torch integers."""
+    c = [block & _MASK32, block >> 32, torch.full_like(block, purpose), torch.zeros_like(block)]
     k0, k1 = key & _MASK32, key >> 32
     for _ in range(10):
         # a 32 x 32 bit product wraps in int64, but its 64 bits are right: >> then & recovers the high word
         p0, p1 = c[0] * _M0, c[2] * _M1
         c = [(p1 >> 32 & _MASK32) ^ c[1] ^ k0, p1 & _MASK32, (p0 >> 32 & _MASK32) ^ c[3] ^ k1, p0 & _MASK32]
         k0, k1 = (k0 + _W0) & _MASK32, (k1 + _W1) & _MASK32
-    words = torch.stack(c, dim=-1)
+    return torch.stack(c, dim=-1)
+
+
+def _pick(words: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+    return torch.gather(words, -1, which.unsqueeze(-1)).squeeze(-1)
+
+
+def halves_at(key: int, coordinates: torch.Tensor, *, purpose: int) -> torch.Tensor:
+    """The 16-bit draws of arbitrary coordinates (int64, any shape, any device); int64 of the same shape.
+
+    Coordinate i has half i % 8 of block i // 8: the low half of word (i % 8) // 2 if i is even, else the high half.
+    """
+    j = coordinates % 8
+    return _pick(_words_at(key, coordinates // 8, purpose=purpose), j // 2) >> j % 2 * 16 & 0xFFFF
+
+
+def direction_at(
+    key: int, coordinates: torch.Tensor, *, distribution: Distribution = Distribution.gaussian
+) -> torch.Tensor:
+    """z at arbitrary coordinates (int64, any shape, any device); float32 of the same shape. Pure torch integers."""
     if distribution is Distribution.gaussian:
-        word = torch.gather(words, -1, (j // 2).unsqueeze(-1)).squeeze(-1)
-        return _table_on(coordinates.device)[word >> (j % 2) * 16 & 0xFFFF]
-    word = torch.gather(words, -1, (j // 32).unsqueeze(-1)).squeeze(-1)
+        return _table_on(coordinates.device)[halves_at(key, coordinates, purpose=PURPOSE_DIRECTION)]
+    j = coordinates % 128
+    word = _pick(_words_at(key, coordinates // 128, purpose=PURPOSE_DIRECTION), j // 32)
     return (1 - 2 * (word >> j % 32 & 1)).to(torch.float32)
 
 

@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from fedzo.errors import ConfigError
-from fedzo.zo.config import Distribution
+from fedzo.zo.config import Distribution, Rounding
 from fedzo.zo.directions import add_direction
 from fedzo.zo.perturb import PerturbedWeights
+from fedzo.zo.rounding import add_direction_stochastically, is_rounded
 
 Values = npt.NDArray[np.float32]
 _CHUNK = 1 << 20  # values that are widened to float32 at a time
@@ -44,7 +45,10 @@ class Space(Protocol):
         ...
 
     def step(self, s: float, key: int) -> None:
-        """theta <- theta - s * z(key): one rounded product, one rounded difference a value (``s`` is float32)."""
+        """theta <- theta - s * z(key): one rounded product, one rounded difference a value (``s`` is float32).
+
+        Then rounded to the dtype that holds it; the result is a function of theta, s and key alone.
+        """
         ...
 
     def scale_by(self, factor: float) -> None:
@@ -182,10 +186,18 @@ class FullSpace:
     Args:
         model: The model whose parameters are trained, in the order of ``named_parameters``.
         distribution: Law of the directions.
+        rounding: How a step rounds a 16-bit weight; a float32 one it does not concern.
     """
 
-    def __init__(self, model: nn.Module, *, distribution: Distribution = Distribution.gaussian) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        distribution: Distribution = Distribution.gaussian,
+        rounding: Rounding = Rounding.nearest,
+    ) -> None:
         self.distribution = distribution
+        self._rounding = rounding
         self._parameters = [parameter for _, parameter in model.named_parameters()]
         for name, parameter in model.named_parameters():
             if not parameter.is_floating_point():
@@ -211,7 +223,10 @@ class FullSpace:
     def step(self, s: float, key: int) -> None:
         for parameter, start in zip(self._parameters, self._starts, strict=True):
             weight = parameter.detach()
-            add_direction(weight, key, scale=-s, start=start, out=weight, distribution=self.distribution)
+            if self._rounding is Rounding.stochastic and is_rounded(weight.dtype):
+                add_direction_stochastically(weight, key, scale=-s, start=start, distribution=self.distribution)
+            else:
+                add_direction(weight, key, scale=-s, start=start, out=weight, distribution=self.distribution)
 
     def scale_by(self, factor: float) -> None:
         for parameter in self._parameters:

@@ -138,6 +138,8 @@ def test_k_clients_with_one_probe_equal_one_client_with_the_joint_batch(
         ("trainer=mezo", "optimizer.lr=1e-4"),
         ("trainer=mezo", "fl.local_steps=2", "optimizer.lr=1e-4"),
         ("trainer=mezo", "model.dtype=bfloat16", "optimizer.lr=1e-2"),
+        ("trainer=mezo", "model.dtype=bfloat16", "trainer.rounding=stochastic", "optimizer.lr=1e-6"),
+        ("trainer=mezo", "model.dtype=float16", "trainer.rounding=stochastic", "fl.local_steps=2"),
         ("model.dtype=bfloat16", "fl.local_steps=2"),
         ("model.dtype=float16",),
     ],
