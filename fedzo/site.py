@@ -21,7 +21,7 @@ from fedzo.estimate import fitting_tokens_per_batch, is_full
 from fedzo.fl.client import ClientData, ClientWorker, Identity, parse_absent
 from fedzo.fl.replica import Replica
 from fedzo.models.load import LoadedModel, load_model
-from fedzo.models.scoring import FEW_FORWARDS, forward_cost
+from fedzo.models.plan import FEW_FORWARDS, forward_cost
 from fedzo.models.virtual_tokens import longest_sequence
 from fedzo.trainers import TRAINERS, Built, Trainer
 from fedzo.zo.estimator import ESTIMATORS, Estimator
