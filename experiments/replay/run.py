@@ -15,6 +15,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,22 +60,24 @@ def cases() -> dict[Case, Callable[[], object]]:
     gradient = torch.from_numpy(direction(1, SIZE))
     space = DenseSpace([nn.Parameter(torch.zeros(SIZE))])
 
-    def paths(num: int, *, shared: bool) -> object:
-        scalars = {k: direction(k, STEPS).reshape(STEPS, 1) for k in range(num)}
+    sent = {k: direction(k, STEPS).reshape(STEPS, 1) for k in range(CLIENTS[-1])}
+
+    def paths(scalars: dict[int, np.ndarray], *, shared: bool) -> object:
         law = Distribution.gaussian
         return virtual_paths(gradient, scalars, run_seed=0, round=0, shared_seeds=shared, distribution=law)
 
-    def replay(num: int) -> None:
-        """The aggregate of ``num`` clients and its steps."""
-        g = np.array([direction(k, STEPS) for k in range(num)], np.float64)
-        c = g.mean(axis=0).astype(np.float32).reshape(STEPS, 1, 1)
+    def replay(g: np.ndarray) -> None:
+        """The aggregate of all clients, and its steps."""
+        c = g.mean(axis=0, dtype=np.float64).astype(np.float32)[:, :, None]
         apply_record(space, RoundRecord(round=0, lr=1e-3, owners=(SHARED,), coefficients=c), run_seed=0)
 
     found: dict[Case, Callable[[], object]] = {}
     for num in CLIENTS:
-        found["GradIP, shared seeds", num] = lambda num=num: paths(num, shared=True)
-        found["replay, shared seeds", num] = lambda num=num: replay(num)
-        found["GradIP, own seeds", num] = lambda num=num: paths(num, shared=False)
+        some = {k: sent[k] for k in range(num)}
+        stacked = np.stack(list(some.values()))
+        found["GradIP, shared seeds", num] = partial(paths, some, shared=True)
+        found["replay, shared seeds", num] = partial(replay, stacked)
+        found["GradIP, own seeds", num] = partial(paths, some, shared=False)
     return found
 
 
