@@ -24,7 +24,8 @@ from fedzo.fl.replica import Replica
 from fedzo.models.config import DType
 from fedzo.models.fidelity import NUM_DIRECTIONS, choose_dtype, coarseness_warning, try_out
 from fedzo.models.load import LoadedModel, load_model
-from fedzo.models.scoring import FEW_FORWARDS, forward_cost, mean_loss
+from fedzo.models.plan import FEW_FORWARDS, forward_cost
+from fedzo.models.scoring import mean_loss
 from fedzo.models.virtual_tokens import longest_sequence
 from fedzo.trainers import TRAINERS, Built, Trainer
 from fedzo.zo.directions import stream_key

@@ -68,7 +68,11 @@ def main() -> None:
         claim("share of the ceiling that the forward reaches", flops / products_per_s / seconds["forward"], "share"),
         claim("a direction's coordinate, added on the way from one tensor to another", coordinate_s * 1e9, "ns"),
         claim("the same if it only moved its 8 bytes", 8 / bytes_per_s * 1e9, "ns"),
-        claim("three passes over all matrices, of two forwards", 1.5 * weights * coordinate_s / seconds["forward"], "share"),
+        claim(
+            "three passes over all matrices, of two forwards",
+            1.5 * weights * coordinate_s / seconds["forward"],
+            "share",
+        ),
     ]
     (HERE / "roofline.json").write_text(json.dumps(rows, indent=1) + "\n")
     for row in rows:

@@ -14,9 +14,11 @@ from fedzo.data.config import Loss, TaskConfig, TaskKind
 from fedzo.data.example import Example
 from fedzo.data.metrics import auc, best_threshold_accuracy, rouge_l, token_f1
 from fedzo.errors import ConfigError, ProtocolError
+from fedzo.models.forwards import OnBatch
 from fedzo.models.generate import generate
 from fedzo.models.load import LoadedModel
-from fedzo.models.scoring import OnBatch, candidate_scores, choice_losses, forward_cost, mean_loss
+from fedzo.models.plan import forward_cost
+from fedzo.models.scoring import candidate_scores, choice_losses, mean_loss
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from fedzo.errors import ConfigError
 from fedzo.models.load import LoadedModel
-from fedzo.models.scoring import FEW_FORWARDS, plan_batches
+from fedzo.models.plan import FEW_FORWARDS, plan_batches
 from fedzo.models.virtual_tokens import num_virtual_tokens
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedzo.errors import ConfigError
+from fedzo.models.cache import check_cache
 from fedzo.models.config import DType, ModelConfig
 from fedzo.models.digest import file_digest, parameters_digest, tokenizer_digest, weights_digest
 from fedzo.models.head import check_head
@@ -52,6 +53,7 @@ class LoadedModel:
         source: Folder or hub name they came from.
         read_weights: Reads the base weights again, by parameter name.
         direct_head: Whether the LM head may be applied apart (``head.check_head``).
+        shared_prompts: Whether candidates may run on top of their prompt's cache (``cache.check_cache``).
         counter: Forwards and tokens so far.
     """
 
@@ -63,6 +65,7 @@ class LoadedModel:
     source: str
     read_weights: Callable[[], dict[str, torch.Tensor]] | None = None
     direct_head: bool = True
+    shared_prompts: bool = False
     counter: ForwardCounter = field(default_factory=ForwardCounter)
 
     def reload_weights(self) -> None:
@@ -177,6 +180,7 @@ def _wrap(
     model.config.use_cache = False
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
+    direct_head = check_head(model)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -185,5 +189,6 @@ def _wrap(
         tokenizer_digest=tokenizer_digest(tokenizer),
         source=source,
         read_weights=read_weights,
-        direct_head=check_head(model),
+        direct_head=direct_head,
+        shared_prompts=direct_head and check_cache(model),
     )

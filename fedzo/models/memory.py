@@ -82,6 +82,15 @@ def available_memory_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def cache_tokens(model: nn.Module) -> float:
+    """Memory of one position's keys and values in all layers, in tokens of a forward without cache (same dtype)."""
+    config = _text_config(model)
+    heads = int(config.num_attention_heads)
+    keys = int(getattr(config, "num_key_value_heads", None) or heads)
+    width = int(getattr(config, "head_dim", None) or _hidden(config) // heads)
+    return 2 * int(config.num_hidden_layers) * keys * width / (6 * _hidden(config) + 3 * _intermediate(config))
+
+
 def fit_tokens_per_batch(
     model: nn.Module,
     *,

@@ -2,13 +2,13 @@
 
 An example's prompt and answer are one sequence; the last answer token is never an input, and only the positions that
 predict an answer token pay for the LM head. Where all candidates of an example are single tokens, one forward of the
-prompt serves them all, and only the candidates' rows of the head are read.
+prompt serves them all, and only the candidates' rows of the head are read. Longer candidates run on top of the keys and
+values of their prompt, if that saves tokens (``fedzo.models.plan``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -18,28 +18,16 @@ import torch.nn.functional as F
 from fedzo.data.config import Loss
 from fedzo.data.example import Example
 from fedzo.errors import ConfigError
-from fedzo.models.head import hidden_at, own_logits_at, project
+from fedzo.models.forwards import OnBatch, Planning, Text, run_shared, run_texts
+from fedzo.models.head import project
 from fedzo.models.load import LoadedModel
+from fedzo.models.memory import cache_tokens
+from fedzo.models.plan import FEW_FORWARDS, Shared, plan_shared
 from fedzo.models.virtual_tokens import num_virtual_tokens
 
 Scores = npt.NDArray[np.float64]
-OnBatch = Callable[[int, int], None]
 
-FEW_FORWARDS = 1 << 30
-"""``forward_cost_tokens`` for which batches are never split to save padding."""
 _CHUNK_LOGITS = 1 << 26  # logits made at once: 256 MiB in float32
-
-
-@dataclass(frozen=True, slots=True)
-class _Sequence:
-    """Input tokens whose last ``len(targets)`` positions predict ``targets`` (without any: the last alone)."""
-
-    tokens: tuple[int, ...]
-    targets: tuple[int, ...]
-
-    @property
-    def num_positions(self) -> int:
-        return max(1, len(self.targets))
 
 
 def mean_loss(
@@ -84,7 +72,7 @@ def example_losses(
     """
     if not examples:
         raise ConfigError("a loss needs at least one example, got none. Check the batch size and the client's rows.")
-    planning = _Planning(tokens_per_batch, forward_cost_tokens)
+    planning = Planning(tokens_per_batch, forward_cost_tokens)
     if loss is Loss.lm:
         return -_mean_logprobs(loaded, [_answer(example, example.label) for example in examples], planning)
     scores = _candidate_scores(loaded, examples, planning, full_vocabulary=False)
@@ -116,7 +104,7 @@ def candidate_scores(
     Returns:
         float32 [num_examples, most candidates], ``-inf`` where an example has fewer.
     """
-    planning = _Planning(tokens_per_batch, forward_cost_tokens, on_batch)
+    planning = Planning(tokens_per_batch, forward_cost_tokens, on_batch)
     return _candidate_scores(loaded, examples, planning, full_vocabulary=full_vocabulary).astype(np.float32)
 
 
@@ -125,52 +113,8 @@ def choice_losses(scores: npt.NDArray[np.floating], labels: Sequence[int]) -> Sc
     return -_log_softmax(scores.astype(np.float64))[np.arange(len(labels)), labels]
 
 
-def forward_cost(device: torch.device) -> int:
-    """What one more forward costs on a device, in tokens, when no weight is perturbed for it (a rough figure)."""
-    return 32 if device.type == "cpu" else 2048
-
-
-def plan_batches(lengths: Sequence[int], *, tokens_per_batch: int, forward_cost_tokens: int) -> list[list[int]]:
-    """Cut sequences, longest first, into batches: least padded tokens plus ``forward_cost_tokens`` a batch.
-
-    Args:
-        lengths: Tokens of each sequence.
-        tokens_per_batch: Most padded tokens of a batch of two or more.
-        forward_cost_tokens: Cost of a batch beside its tokens.
-
-    Returns:
-        Indices of each batch; a pure function of the arguments.
-    """
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    cost, start = [0], [0]  # of the best cut of the first i sequences, and where its last batch starts
-    for end in range(1, len(order) + 1):
-        best, best_start = None, end - 1
-        for begin in range(end - 1, -1, -1):
-            padded = lengths[order[begin]] * (end - begin)
-            if padded > tokens_per_batch and begin < end - 1:
-                break
-            total = cost[begin] + padded + forward_cost_tokens
-            if best is None or total < best:
-                best, best_start = total, begin
-        cost.append(best or 0)
-        start.append(best_start)
-    batches: list[list[int]] = []
-    end = len(order)
-    while end:
-        batches.append(order[start[end] : end])
-        end = start[end]
-    return batches[::-1]
-
-
-@dataclass(frozen=True, slots=True)
-class _Planning:
-    tokens_per_batch: int
-    forward_cost_tokens: int
-    on_batch: OnBatch | None = None
-
-
 def _candidate_scores(
-    loaded: LoadedModel, examples: Sequence[Example], planning: _Planning, *, full_vocabulary: bool
+    loaded: LoadedModel, examples: Sequence[Example], planning: Planning, *, full_vocabulary: bool
 ) -> Scores:
     scores = np.full((len(examples), max((len(e.candidates) for e in examples), default=0)), -np.inf)
     short = [i for i, e in enumerate(examples) if all(len(candidate) == 1 for candidate in e.candidates)]
@@ -180,7 +124,11 @@ def _candidate_scores(
             loaded, chosen, planning, width=scores.shape[1], full_vocabulary=full_vocabulary
         )
     taken = set(short)
-    cells = [(i, j) for i, e in enumerate(examples) if i not in taken for j in range(len(e.candidates))]
+    long = [i for i in range(len(examples)) if i not in taken]
+    shared = _plan_shared(loaded, [examples[i] for i in long], planning)
+    if shared.batches:
+        scores[long] = _shared_scores(loaded, [examples[i] for i in long], shared, planning, width=scores.shape[1])
+    cells = [(long[i], j) for i in shared.others for j in range(len(examples[long[i]].candidates))]
     if cells:
         means = _mean_logprobs(loaded, [_answer(examples[i], j) for i, j in cells], planning)
         for (i, j), mean in zip(cells, means, strict=True):
@@ -189,10 +137,10 @@ def _candidate_scores(
 
 
 def _single_token_scores(
-    loaded: LoadedModel, examples: Sequence[Example], planning: _Planning, *, width: int, full_vocabulary: bool
+    loaded: LoadedModel, examples: Sequence[Example], planning: Planning, *, width: int, full_vocabulary: bool
 ) -> Scores:
     """Log-probabilities [num_examples, width] of single-token candidates from one forward of the prompts."""
-    sequences = [_Sequence(_prompt(example), ()) for example in examples]
+    sequences = [Text(_prompt(example), ()) for example in examples]
     tokens = np.empty((len(examples), width), dtype=np.int64)
     there = np.zeros((len(examples), width), dtype=bool)
     for row, example in enumerate(examples):
@@ -201,7 +149,7 @@ def _single_token_scores(
         tokens[row, : len(example.candidates)] = [candidate[0] for candidate in example.candidates]
     order: list[int] = []
     picked: list[torch.Tensor] = []
-    for batch, hidden in _forwards(loaded, sequences, planning):
+    for batch, hidden in run_texts(loaded, sequences, planning):
         vocabulary, column = np.unique(tokens[batch], return_inverse=True)
         columns = torch.from_numpy(column.reshape(len(batch), width)).to(loaded.device)
         if full_vocabulary:
@@ -218,59 +166,59 @@ def _single_token_scores(
     return scores if full_vocabulary else _log_softmax(scores)
 
 
-def _mean_logprobs(loaded: LoadedModel, sequences: Sequence[_Sequence], planning: _Planning) -> Scores:
+def _plan_shared(loaded: LoadedModel, examples: Sequence[Example], planning: Planning) -> Shared:
+    if not loaded.shared_prompts:
+        return Shared([], list(range(len(examples))))
+    virtual = num_virtual_tokens(loaded.model)
+    return plan_shared(
+        [len(_prompt(example)) + virtual for example in examples],
+        [[len(_answer(example, j).targets) - 1 for j in range(len(example.candidates))] for example in examples],
+        tokens_per_batch=planning.tokens_per_batch,
+        forward_cost_tokens=planning.forward_cost_tokens,
+        cache_tokens=cache_tokens(loaded.model),
+        padding=virtual == 0,  # between virtual tokens and a text it would shift a sliding window
+    )
+
+
+def _shared_scores(
+    loaded: LoadedModel, examples: Sequence[Example], shared: Shared, planning: Planning, *, width: int
+) -> Scores:
+    """Mean log-probabilities [num_examples, width] over the whole vocabulary, ``-inf`` where there is none."""
+    scores = np.full((len(examples), width), -np.inf)
+    for batch, ends, cells, rest in run_shared(loaded, examples, shared.batches, planning):
+        firsts = np.zeros((len(batch), width), dtype=np.int64)
+        counts = np.zeros((len(batch), width), dtype=np.int64)
+        for row, i in enumerate(batch):
+            firsts[row, : len(examples[i].candidates)] = [candidate[0] for candidate in examples[i].candidates]
+            counts[row, : len(examples[i].candidates)] = [len(candidate) for candidate in examples[i].candidates]
+        columns = torch.from_numpy(firsts).to(loaded.device)
+        parts = zip(_chunks(loaded, ends), _chunks(loaded, columns), strict=True)
+        picked = torch.cat([_logits(loaded, part).log_softmax(-1).gather(1, wanted) for part, wanted in parts])
+        sums = picked.cpu().numpy().astype(np.float64)
+        if cells:
+            further = [examples[batch[row]].candidates[j][1:] for row, j in cells]
+            logprobs = _token_logprobs(loaded, rest, [token for tokens in further for token in tokens])
+            sums[tuple(np.transpose(cells))] += np.add.reduceat(logprobs, np.cumsum([0, *map(len, further[:-1])]))
+        scores[batch] = np.where(counts > 0, sums / np.maximum(counts, 1), -np.inf)
+    return scores
+
+
+def _mean_logprobs(loaded: LoadedModel, sequences: Sequence[Text], planning: Planning) -> Scores:
     """Mean log-probability of each sequence's targets over the whole vocabulary, float64 [num_sequences]."""
-    order: list[int] = []
-    parts: list[torch.Tensor] = []
-    for batch, hidden in _forwards(loaded, sequences, planning):
-        targets = torch.tensor([token for i in batch for token in sequences[i].targets], device=loaded.device)
-        done = 0
-        for part in _chunks(loaded, hidden):
-            wanted = targets[done : done + len(part)]
-            parts.append(-F.cross_entropy(_logits(loaded, part), wanted, reduction="none"))
-            done += len(part)
-        order.extend(batch)
-    logprobs = torch.cat(parts).cpu().numpy().astype(np.float64)
-    counts = np.array([len(sequences[i].targets) for i in order])
     means = np.empty(len(sequences))
-    means[order] = np.add.reduceat(logprobs, np.cumsum(counts) - counts) / counts
+    for batch, hidden in run_texts(loaded, sequences, planning):
+        logprobs = _token_logprobs(loaded, hidden, [token for i in batch for token in sequences[i].targets])
+        counts = np.array([len(sequences[i].targets) for i in batch])
+        means[batch] = np.add.reduceat(logprobs, np.cumsum(counts) - counts) / counts
     return means
 
 
-def _forwards(
-    loaded: LoadedModel, sequences: Sequence[_Sequence], planning: _Planning
-) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Run all sequences; yields each batch's indices and its positions' hidden states [N, H] (or logits [N, V])."""
-    lengths = [len(sequence.tokens) for sequence in sequences]
-    virtual = num_virtual_tokens(loaded.model)
-    batches = plan_batches(
-        [length + virtual for length in lengths],
-        tokens_per_batch=planning.tokens_per_batch,
-        forward_cost_tokens=planning.forward_cost_tokens,
-    )
-    pad = loaded.tokenizer.pad_token_id or 0
-    counter, num_done = loaded.counter, 0
-    for batch in batches:
-        ids = np.full((len(batch), lengths[batch[0]]), pad, dtype=np.int64)
-        for row, i in enumerate(batch):
-            ids[row, : lengths[i]] = sequences[i].tokens
-        counts = [sequences[i].num_positions for i in batch]
-        rows = np.repeat(np.arange(len(batch)), counts)
-        columns = np.concatenate(
-            [np.arange(lengths[i] - count, lengths[i]) for i, count in zip(batch, counts, strict=True)]
-        )
-        on_device = [torch.from_numpy(array).to(loaded.device) for array in (ids, rows, columns)]
-        at = hidden_at if loaded.direct_head else own_logits_at
-        with torch.inference_mode():
-            hidden = at(loaded.model, *on_device)
-        counter.num_forwards += 1
-        counter.num_tokens += ids.size
-        counter.num_padding += ids.size - sum(lengths[i] for i in batch)
-        counter.num_head_rows += len(rows) if loaded.direct_head else ids.size
-        yield batch, hidden
-        num_done += len(batch)
-        if planning.on_batch is not None:
-            planning.on_batch(num_done, len(sequences))
+def _token_logprobs(loaded: LoadedModel, hidden: torch.Tensor, targets: Sequence[int]) -> Scores:
+    """Log-probability of each position's target, float64 [N]: float32 numbers, ready to be summed."""
+    wanted = torch.tensor(targets, device=loaded.device)
+    parts = zip(_chunks(loaded, hidden), _chunks(loaded, wanted), strict=True)
+    logprobs = [-F.cross_entropy(_logits(loaded, part), tokens, reduction="none") for part, tokens in parts]
+    return torch.cat(logprobs).cpu().numpy().astype(np.float64)
 
 
 def _logits(loaded: LoadedModel, hidden: torch.Tensor, vocabulary: torch.Tensor | None = None) -> torch.Tensor:
@@ -280,18 +228,18 @@ def _logits(loaded: LoadedModel, hidden: torch.Tensor, vocabulary: torch.Tensor 
         return hidden if vocabulary is None else hidden[:, vocabulary]
 
 
-def _chunks(loaded: LoadedModel, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _chunks(loaded: LoadedModel, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Rows such that a chunk's logits stay within ``_CHUNK_LOGITS``."""
-    return torch.split(hidden, max(1, _CHUNK_LOGITS // max(1, len(loaded.tokenizer))))
+    return torch.split(rows, max(1, _CHUNK_LOGITS // max(1, len(loaded.tokenizer))))
 
 
-def _answer(example: Example, candidate: int) -> _Sequence:
+def _answer(example: Example, candidate: int) -> Text:
     targets = example.candidates[candidate]
     if not targets:
         raise ConfigError(
             f"every candidate must have at least one token, got an empty one ({candidate}). Check task.candidates."
         )
-    return _Sequence(_prompt(example) + targets[:-1], targets)
+    return Text(_prompt(example) + targets[:-1], targets)
 
 
 def _prompt(example: Example) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from fedzo.errors import ConfigError
+from fedzo.models.cache import read_only
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -86,7 +87,7 @@ class VirtualTokens:
             return (), kwargs
         learned: Any = self.peft_model.get_prompt(size)
         if not isinstance(learned, torch.Tensor):
-            kwargs["past_key_values"] = learned if kwargs.get("use_cache") else _read_only(learned)
+            kwargs["past_key_values"] = learned if kwargs.get("use_cache") else read_only(learned)
             return (), kwargs
         if kwargs.get("inputs_embeds") is None:
             given = cast(Any, decoder).get_input_embeddings()(kwargs.pop("input_ids"))
@@ -101,17 +102,3 @@ class VirtualTokens:
         if kwargs.get("inputs_embeds") is not None:
             output.last_hidden_state = output.last_hidden_state[:, self.count :]
         return output
-
-
-def _read_only(cache: Any) -> Any:
-    """The cache with layers that keep nothing of what they are given: one layer's keys and values live at a time."""
-
-    def update(layer: Any) -> Any:
-        def joined(keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-            return torch.cat([layer.keys, keys], dim=-2), torch.cat([layer.values, values], dim=-2)
-
-        return joined
-
-    for layer in cache.layers:
-        layer.update = update(layer)
-    return cache

@@ -190,6 +190,63 @@ def halves(key: int, n: int, *, purpose: int, start: int = 0) -> npt.NDArray[np.
     return out
 
 
+@nb.njit(inline="always")
+def _dot_gaussian(vector: Any, table: Any, words: Any, i: Any, at: Any) -> Any:
+    """The sum over one block's coordinates, in their order."""
+    total = 0.0
+    if at >= 0 and at + 8 <= vector.size:
+        for j in range(4):
+            word = words[j, i]
+            total += nb.float64(vector[at + 2 * j]) * nb.float64(table[word & nb.uint32(0xFFFF)])
+            total += nb.float64(vector[at + 2 * j + 1]) * nb.float64(table[word >> nb.uint32(16)])
+    else:
+        for j in range(8):
+            if 0 <= at + j < vector.size:
+                half = words[j // 2, i] >> nb.uint32(16 * (j % 2)) & nb.uint32(0xFFFF)
+                total += nb.float64(vector[at + j]) * nb.float64(table[half])
+    return total
+
+
+@nb.njit(inline="always")
+def _dot_signs(vector: Any, words: Any, i: Any, at: Any) -> Any:
+    """The same for a block of signs."""
+    total = 0.0
+    inside = at >= 0 and at + 128 <= vector.size
+    for j in range(4):
+        word = words[j, i]
+        for bit in range(32):
+            k = at + 32 * j + bit
+            if inside or 0 <= k < vector.size:
+                value = nb.float64(vector[k])
+                total += -value if (word >> nb.uint32(bit)) & nb.uint32(1) else value
+    return total
+
+
+@nb.njit(cache=True)
+def _dot_span(vector: Any, table: Any, start: Any, width: Any, k0: Any, k1: Any) -> Any:
+    """The inner product of ``vector`` with z from the coordinate ``start`` on: blocks summed in their order."""
+    words = np.empty((4, _TILE), np.uint32)
+    end = (start + vector.size - 1) // width + 1
+    total = 0.0
+    for first in range(start // width, end, _TILE):
+        count = min(_TILE, end - first)
+        _make_words(words, first, count, 0, k0, k1)
+        for i in range(count):
+            at = (first + i) * width - start
+            if width == 8:
+                total += _dot_gaussian(vector, table, words, i, at)
+            else:
+                total += _dot_signs(vector, words, i, at)
+    return total
+
+
+@nb.njit(parallel=True, cache=True)
+def _dot_kernel(vector: Any, sums: Any, table: Any, start: Any, width: Any, k0: Any, k1: Any) -> None:
+    for i in nb.prange(sums.size):
+        low, high = i * _SPAN, min((i + 1) * _SPAN, vector.size)
+        sums[i] = _dot_span(vector[low:high], table, start + low, width, k0, k1)
+
+
 def philox_words(key: int, *, purpose: int, num_words: int) -> Words:
     """The first ``num_words`` 32-bit words of a stream for ``purpose`` (data order, sampling, ...)."""
     words = np.empty((4, -(-num_words // 4)), dtype=np.uint32)
@@ -340,6 +397,43 @@ def add_direction_rows(
         return out.to(rows.dtype)
     coordinates = starts.unsqueeze(1) + torch.arange(rows.shape[1], device=rows.device)
     return (wide + direction_at(key, coordinates, distribution=distribution) * float(scale32)).to(rows.dtype)
+
+
+def dot_direction(
+    vector: torch.Tensor, key: int, *, start: int = 0, distribution: Distribution = Distribution.gaussian
+) -> float:
+    """The inner product <vector, z> in float64; z starts at the coordinate ``start``.
+
+    A product of two float32 numbers is exact in float64, so only sums are rounded. On the CPU their order is fixed -
+    within blocks of z, blocks within spans of 32,768 values, then spans - so the same bits come from any number of
+    threads; other devices agree up to float64 rounding.
+
+    Args:
+        vector: float32, bfloat16 or float16, any shape.
+        key: Stream key.
+        start: Coordinate of ``vector``'s first element.
+        distribution: Law of z.
+    """
+    flat = vector.detach().reshape(-1)
+    if flat.device.type != "cpu":
+        return _dot_in_torch(flat, key, start=start, distribution=distribution)
+    sums = np.zeros(-(-flat.numel() // _SPAN))
+    _dot_kernel(
+        flat.float().contiguous().numpy(), sums, gaussian_table(), start, _width(distribution), *_key_words(key)
+    )
+    total = 0.0
+    for part in sums.tolist():
+        total += part
+    return total
+
+
+def _dot_in_torch(flat: torch.Tensor, key: int, *, start: int, distribution: Distribution) -> float:
+    total = 0.0
+    for low in range(0, flat.numel(), _CHUNK):
+        part = flat[low : low + _CHUNK].double()
+        coordinates = torch.arange(start + low, start + low + part.numel(), device=flat.device)
+        total += float(part @ direction_at(key, coordinates, distribution=distribution).double())
+    return total
 
 
 def direction(

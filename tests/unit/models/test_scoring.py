@@ -22,7 +22,8 @@ from fedzo.data.example import Example
 from fedzo.errors import ConfigError
 from fedzo.models import scoring
 from fedzo.models.load import LoadedModel, wrap_model
-from fedzo.models.scoring import candidate_scores, mean_loss, plan_batches
+from fedzo.models.plan import plan_batches
+from fedzo.models.scoring import candidate_scores, mean_loss
 from fedzo.testing.tiny_models import FAMILIES, tiny_loaded, tiny_model_from
 from fedzo.testing.tokenizer import byte_tokenizer
 from fedzo.zo.directions import direction

@@ -1,0 +1,143 @@
+"""Forwards of many texts in few batches; hidden states come back for the positions that predict something."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedzo.data.example import Example
+from fedzo.models.cache import run_answers, run_prompts
+from fedzo.models.head import hidden_at, own_logits_at
+from fedzo.models.load import LoadedModel
+from fedzo.models.plan import plan_batches
+from fedzo.models.virtual_tokens import num_virtual_tokens
+
+OnBatch = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Input tokens whose last ``len(targets)`` positions predict ``targets`` (without any: the last alone)."""
+
+    tokens: tuple[int, ...]
+    targets: tuple[int, ...]
+
+    @property
+    def num_positions(self) -> int:
+        """Positions that are read."""
+        return max(1, len(self.targets))
+
+
+@dataclass(frozen=True, slots=True)
+class Planning:
+    """What batches may hold, and who is told of each."""
+
+    tokens_per_batch: int
+    forward_cost_tokens: int
+    on_batch: OnBatch | None = None
+
+
+class SharedForward(NamedTuple):
+    """Hidden states of one batch of examples whose candidates share their prompt.
+
+    Attributes:
+        batch: The examples' indices.
+        ends: [B, H]: where each prompt ends; predicts the first token of all its candidates.
+        cells: (row of the batch, candidate) of each candidate of two or more tokens.
+        rest: [N, H]: what predicts the further tokens of those candidates, one after another.
+    """
+
+    batch: list[int]
+    ends: torch.Tensor
+    cells: list[tuple[int, int]]
+    rest: torch.Tensor
+
+
+def run_texts(
+    loaded: LoadedModel, texts: Sequence[Text], planning: Planning
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Run all texts; yields each batch's indices and its positions' hidden states [N, H] (or logits [N, V])."""
+    lengths = [len(text.tokens) for text in texts]
+    virtual = num_virtual_tokens(loaded.model)
+    batches = plan_batches(
+        [length + virtual for length in lengths],
+        tokens_per_batch=planning.tokens_per_batch,
+        forward_cost_tokens=planning.forward_cost_tokens,
+    )
+    num_done = 0
+    for batch in batches:
+        ids = _padded([texts[i].tokens for i in batch], loaded)
+        counts = [texts[i].num_positions for i in batch]
+        rows = np.repeat(np.arange(len(batch)), counts)
+        columns = np.concatenate(
+            [np.arange(lengths[i] - count, lengths[i]) for i, count in zip(batch, counts, strict=True)]
+        )
+        on_device = [torch.from_numpy(array).to(loaded.device) for array in (ids, rows, columns)]
+        at = hidden_at if loaded.direct_head else own_logits_at
+        with torch.inference_mode():
+            hidden = at(loaded.model, *on_device)
+        _count(
+            loaded, ids, used=sum(lengths[i] for i in batch), head_rows=len(rows) if loaded.direct_head else ids.size
+        )
+        yield batch, hidden
+        num_done += len(batch)
+        if planning.on_batch is not None:
+            planning.on_batch(num_done, len(texts))
+
+
+def run_shared(
+    loaded: LoadedModel, examples: Sequence[Example], batches: Sequence[list[int]], planning: Planning
+) -> Iterator[SharedForward]:
+    """Run prompts once and their candidates on top, in the batches of ``plan_shared``."""
+    total = sum(len(examples[i].candidates) for batch in batches for i in batch)
+    num_done = 0
+    for batch in batches:
+        prompts = [examples[i].prompt for i in batch]
+        cells = [(row, j) for row, i in enumerate(batch) for j, c in enumerate(examples[i].candidates) if len(c) > 1]
+        answers = [examples[batch[row]].candidates[j][:-1] for row, j in cells]
+        ids = _padded(prompts, loaded, left=True)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=loaded.device)
+        with torch.inference_mode():
+            ends, cache = run_prompts(loaded.model, torch.from_numpy(ids).to(loaded.device), lengths)
+            _count(loaded, ids, used=sum(map(len, prompts)), head_rows=len(prompts))
+            rest = ends[:0]
+            if cells:
+                more = _padded(answers, loaded)
+                counts = [len(answer) for answer in answers]
+                owners = torch.tensor([row for row, _ in cells], device=loaded.device)
+                hidden = run_answers(
+                    loaded.model,
+                    cache,
+                    torch.from_numpy(more).to(loaded.device),
+                    owners=owners,
+                    lengths=lengths,
+                    width=ids.shape[1],
+                )
+                read = np.arange(more.shape[1]) < np.array(counts)[:, None]
+                rest = hidden[torch.from_numpy(read).to(loaded.device)]
+                _count(loaded, more, used=sum(counts), head_rows=sum(counts))
+        yield SharedForward(batch, ends, cells, rest)
+        num_done += sum(len(examples[i].candidates) for i in batch)
+        if planning.on_batch is not None:
+            planning.on_batch(num_done, total)
+
+
+def _padded(rows: Sequence[tuple[int, ...]], loaded: LoadedModel, *, left: bool = False) -> npt.NDArray[np.int64]:
+    width = max(map(len, rows))
+    ids = np.full((len(rows), width), loaded.tokenizer.pad_token_id or 0, dtype=np.int64)
+    for row, tokens in zip(ids, rows, strict=True):
+        row[slice(width - len(tokens), None) if left else slice(len(tokens))] = tokens
+    return ids
+
+
+def _count(loaded: LoadedModel, ids: npt.NDArray[np.int64], *, used: int, head_rows: int) -> None:
+    counter = loaded.counter
+    counter.num_forwards += 1
+    counter.num_tokens += ids.size
+    counter.num_padding += ids.size - used
+    counter.num_head_rows += head_rows
