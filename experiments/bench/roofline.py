@@ -2,8 +2,8 @@
 
     python experiments/bench/roofline.py        # about a minute
 
-Ceilings are measured (a large matrix product, a copy, the direction kernel); work is counted from the model's shapes. One
-float32 forward of SmolLM2-135M on 16 x 32 tokens and one pass of a direction over its weights.
+Ceilings are measured (a large matrix product, a copy, the direction kernel); work is counted from the model's shapes.
+One float32 forward of SmolLM2-135M on 16 x 32 tokens, and one pass of a direction over its weights.
 """
 
 from __future__ import annotations

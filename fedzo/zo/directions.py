@@ -2,22 +2,21 @@
 
 Every random number of a run comes from Philox4x32-10 (Salmon et al., SC 2011) at a position that is written down: no
 state, no order, no device. ``docs/explanation-randomness.md`` is the specification; the golden vectors in the tests
-come from an implementation that is not this one. Two implementations live here, equal bit for bit: Numba kernels for
-the CPU, and plain integer torch for every other device.
+come from an implementation that is not this one. There are two implementations, equal bit for bit: Numba kernels for
+the CPU (``fedzo.zo.kernels``), and plain integer torch, here, for every other device.
 """
 
 from __future__ import annotations
 
 from functools import cache
 from importlib.resources import files
-from typing import Any
 
-import numba as nb
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from fedzo.zo.config import Distribution
+from fedzo.zo.kernels import SPAN, add_kernel, add_rows_kernel, dot_kernel, halves_kernel, make_words
 
 ALGORITHM = "philox4x32-10/1"
 SHARED = 0xFFFFFFFF
@@ -70,187 +69,17 @@ def _table_on(device: torch.device) -> torch.Tensor:
     return torch.from_numpy(gaussian_table().copy()).to(device)
 
 
-# --- CPU ------------------------------------------------------------------------------------------------------------
-#
-# Words of a few hundred blocks are made first, then spent: the ten rounds written out have no inner loop and no strided
-# store, so that LLVM turns them into vector instructions (three times the speed of block after block).
-
-_TILE = 512  # blocks whose words are made together: 8 KiB, well within the first cache
-_SPAN = 1 << 15  # coordinates of one piece of parallel work
-
-
-@nb.njit(inline="always")
-def _two_rounds(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
-    p0, p1 = nb.uint64(0xD2511F53) * nb.uint64(c0), nb.uint64(0xCD9E8D57) * nb.uint64(c2)
-    c0, c2 = nb.uint32(nb.uint32(p1 >> nb.uint64(32)) ^ c1 ^ k0), nb.uint32(nb.uint32(p0 >> nb.uint64(32)) ^ c3 ^ k1)
-    c1, c3 = nb.uint32(p1), nb.uint32(p0)
-    k0, k1 = nb.uint32(k0 + nb.uint32(0x9E3779B9)), nb.uint32(k1 + nb.uint32(0xBB67AE85))
-    p0, p1 = nb.uint64(0xD2511F53) * nb.uint64(c0), nb.uint64(0xCD9E8D57) * nb.uint64(c2)
-    c0, c2 = nb.uint32(nb.uint32(p1 >> nb.uint64(32)) ^ c1 ^ k0), nb.uint32(nb.uint32(p0 >> nb.uint64(32)) ^ c3 ^ k1)
-    c1, c3 = nb.uint32(p1), nb.uint32(p0)
-    return c0, c1, c2, c3, nb.uint32(k0 + nb.uint32(0x9E3779B9)), nb.uint32(k1 + nb.uint32(0xBB67AE85))
-
-
-@nb.njit(cache=True)
-def _make_words(words: Any, first: Any, count: Any, purpose: Any, k0: Any, k1: Any) -> None:
-    """The four words of the blocks first, first + 1, ... into the rows of ``words`` [4, >= count]."""
-    words0, words1, words2, words3 = words[0], words[1], words[2], words[3]
-    for i in range(count):
-        block = nb.uint64(first) + nb.uint64(i)
-        c0, c1, c2, c3 = nb.uint32(block), nb.uint32(block >> nb.uint64(32)), nb.uint32(purpose), nb.uint32(0)
-        c0, c1, c2, c3, a, b = _two_rounds(c0, c1, c2, c3, k0, k1)
-        c0, c1, c2, c3, a, b = _two_rounds(c0, c1, c2, c3, a, b)
-        c0, c1, c2, c3, a, b = _two_rounds(c0, c1, c2, c3, a, b)
-        c0, c1, c2, c3, a, b = _two_rounds(c0, c1, c2, c3, a, b)
-        c0, c1, c2, c3, a, b = _two_rounds(c0, c1, c2, c3, a, b)
-        words0[i], words1[i], words2[i], words3[i] = c0, c1, c2, c3
-
-
-@nb.njit(inline="always")
-def _add_gaussian(base: Any, out: Any, table: Any, scale: Any, words: Any, i: Any, at: Any) -> None:
-    """Spend the words of one block on its eight coordinates, of which the first lies at ``at``."""
-    if at >= 0 and at + 8 <= out.size:
-        for j in range(4):
-            word = words[j, i]
-            out[at + 2 * j] = base[at + 2 * j] + scale * table[word & nb.uint32(0xFFFF)]
-            out[at + 2 * j + 1] = base[at + 2 * j + 1] + scale * table[word >> nb.uint32(16)]
-    else:
-        for j in range(8):
-            if 0 <= at + j < out.size:
-                half = words[j // 2, i] >> nb.uint32(16 * (j % 2)) & nb.uint32(0xFFFF)
-                out[at + j] = base[at + j] + scale * table[half]
-
-
-@nb.njit(inline="always")
-def _add_signs(base: Any, out: Any, scale: Any, words: Any, i: Any, at: Any) -> None:
-    """The same for the 128 coordinates of a block of signs."""
-    inside = at >= 0 and at + 128 <= out.size
-    for j in range(4):
-        word = words[j, i]
-        for bit in range(32):
-            k = at + 32 * j + bit
-            if inside or 0 <= k < out.size:
-                out[k] = base[k] + (-scale if (word >> nb.uint32(bit)) & nb.uint32(1) else scale)
-
-
-@nb.njit(cache=True)
-def _add_span(base: Any, out: Any, table: Any, scale: Any, start: Any, width: Any, k0: Any, k1: Any) -> None:
-    """out = base + scale * z, where z starts at the coordinate ``start``; ``width``: coordinates a block."""
-    words = np.empty((4, _TILE), np.uint32)
-    end = (start + out.size - 1) // width + 1
-    for first in range(start // width, end, _TILE):
-        count = min(_TILE, end - first)
-        _make_words(words, first, count, 0, k0, k1)
-        for i in range(count):
-            at = (first + i) * width - start
-            if width == 8:
-                _add_gaussian(base, out, table, scale, words, i, at)
-            else:
-                _add_signs(base, out, scale, words, i, at)
-
-
-@nb.njit(parallel=True, cache=True)
-def _add_kernel(base: Any, out: Any, table: Any, scale: Any, start: Any, width: Any, k0: Any, k1: Any) -> None:
-    for i in nb.prange((out.size + _SPAN - 1) // _SPAN):
-        low, high = i * _SPAN, min((i + 1) * _SPAN, out.size)
-        _add_span(base[low:high], out[low:high], table, scale, start + low, width, k0, k1)
-
-
-@nb.njit(parallel=True, cache=True)
-def _add_rows_kernel(base: Any, out: Any, table: Any, scale: Any, starts: Any, width: Any, k0: Any, k1: Any) -> None:
-    for row in nb.prange(starts.size):
-        _add_span(base[row], out[row], table, scale, starts[row], width, k0, k1)
-
-
-@nb.njit(cache=True)
-def _halves_span(out: Any, start: Any, purpose: Any, k0: Any, k1: Any) -> None:
-    words = np.empty((4, _TILE), np.uint32)
-    end = (start + out.size - 1) // 8 + 1
-    for first in range(start // 8, end, _TILE):
-        count = min(_TILE, end - first)
-        _make_words(words, first, count, purpose, k0, k1)
-        for i in range(count):
-            at = (first + i) * 8 - start
-            for j in range(8):
-                if 0 <= at + j < out.size:
-                    out[at + j] = words[j // 2, i] >> nb.uint32(16 * (j % 2)) & nb.uint32(0xFFFF)
-
-
-@nb.njit(parallel=True, cache=True)
-def _halves_kernel(out: Any, start: Any, purpose: Any, k0: Any, k1: Any) -> None:
-    for i in nb.prange((out.size + _SPAN - 1) // _SPAN):
-        low, high = i * _SPAN, min((i + 1) * _SPAN, out.size)
-        _halves_span(out[low:high], start + low, purpose, k0, k1)
-
-
 def halves(key: int, n: int, *, purpose: int, start: int = 0) -> npt.NDArray[np.int32]:
     """The 16-bit draws (0 to 65535, int32 [n]) of the coordinates start, start + 1, ...: ``halves_at`` for the CPU."""
     out = np.empty(n, np.int32)
-    _halves_kernel(out, start, purpose, *_key_words(key))
+    halves_kernel(out, start, purpose, *_key_words(key))
     return out
-
-
-@nb.njit(inline="always")
-def _dot_gaussian(vector: Any, table: Any, words: Any, i: Any, at: Any) -> Any:
-    """The sum over one block's coordinates, in their order."""
-    total = 0.0
-    if at >= 0 and at + 8 <= vector.size:
-        for j in range(4):
-            word = words[j, i]
-            total += nb.float64(vector[at + 2 * j]) * nb.float64(table[word & nb.uint32(0xFFFF)])
-            total += nb.float64(vector[at + 2 * j + 1]) * nb.float64(table[word >> nb.uint32(16)])
-    else:
-        for j in range(8):
-            if 0 <= at + j < vector.size:
-                half = words[j // 2, i] >> nb.uint32(16 * (j % 2)) & nb.uint32(0xFFFF)
-                total += nb.float64(vector[at + j]) * nb.float64(table[half])
-    return total
-
-
-@nb.njit(inline="always")
-def _dot_signs(vector: Any, words: Any, i: Any, at: Any) -> Any:
-    """The same for a block of signs."""
-    total = 0.0
-    inside = at >= 0 and at + 128 <= vector.size
-    for j in range(4):
-        word = words[j, i]
-        for bit in range(32):
-            k = at + 32 * j + bit
-            if inside or 0 <= k < vector.size:
-                value = nb.float64(vector[k])
-                total += -value if (word >> nb.uint32(bit)) & nb.uint32(1) else value
-    return total
-
-
-@nb.njit(cache=True)
-def _dot_span(vector: Any, table: Any, start: Any, width: Any, k0: Any, k1: Any) -> Any:
-    """The inner product of ``vector`` with z from the coordinate ``start`` on: blocks summed in their order."""
-    words = np.empty((4, _TILE), np.uint32)
-    end = (start + vector.size - 1) // width + 1
-    total = 0.0
-    for first in range(start // width, end, _TILE):
-        count = min(_TILE, end - first)
-        _make_words(words, first, count, 0, k0, k1)
-        for i in range(count):
-            at = (first + i) * width - start
-            if width == 8:
-                total += _dot_gaussian(vector, table, words, i, at)
-            else:
-                total += _dot_signs(vector, words, i, at)
-    return total
-
-
-@nb.njit(parallel=True, cache=True)
-def _dot_kernel(vector: Any, sums: Any, table: Any, start: Any, width: Any, k0: Any, k1: Any) -> None:
-    for i in nb.prange(sums.size):
-        low, high = i * _SPAN, min((i + 1) * _SPAN, vector.size)
-        sums[i] = _dot_span(vector[low:high], table, start + low, width, k0, k1)
 
 
 def philox_words(key: int, *, purpose: int, num_words: int) -> Words:
     """The first ``num_words`` 32-bit words of a stream for ``purpose`` (data order, sampling, ...)."""
     words = np.empty((4, -(-num_words // 4)), dtype=np.uint32)
-    _make_words(words, 0, words.shape[1], purpose, *_key_words(key))
+    make_words(words, 0, words.shape[1], purpose, *_key_words(key))
     return np.ascontiguousarray(words.T).reshape(-1)[:num_words]
 
 
@@ -274,9 +103,6 @@ def _key_words(key: int) -> tuple[np.uint32, np.uint32]:
 
 def _width(distribution: Distribution) -> int:
     return 8 if distribution is Distribution.gaussian else 128
-
-
-# --- any device -------------------------------------------------------------------------------------------------------
 
 
 def _words_at(key: int, block: torch.Tensor, *, purpose: int) -> torch.Tensor:
@@ -345,7 +171,7 @@ def add_direction(
     if flat_base.numel() == 0:
         return out
     if base.device.type == "cpu" and base.dtype == torch.float32:
-        _add_kernel(
+        add_kernel(
             flat_base.numpy(),
             flat_out.numpy(),
             gaussian_table(),
@@ -359,7 +185,7 @@ def add_direction(
         part = flat_base[low : low + _CHUNK]
         if base.device.type == "cpu":
             wide = part.float()
-            _add_kernel(
+            add_kernel(
                 wide.numpy(),
                 wide.numpy(),
                 gaussian_table(),
@@ -391,7 +217,7 @@ def add_direction_rows(
         return rows.clone()
     if rows.device.type == "cpu":
         out = torch.empty_like(wide)
-        _add_rows_kernel(
+        add_rows_kernel(
             wide.numpy(), out.numpy(), gaussian_table(), scale32, starts.numpy(), _width(distribution), *_key_words(key)
         )
         return out.to(rows.dtype)
@@ -417,10 +243,8 @@ def dot_direction(
     flat = vector.detach().reshape(-1)
     if flat.device.type != "cpu":
         return _dot_in_torch(flat, key, start=start, distribution=distribution)
-    sums = np.zeros(-(-flat.numel() // _SPAN))
-    _dot_kernel(
-        flat.float().contiguous().numpy(), sums, gaussian_table(), start, _width(distribution), *_key_words(key)
-    )
+    sums = np.zeros(-(-flat.numel() // SPAN))
+    dot_kernel(flat.float().contiguous().numpy(), sums, gaussian_table(), start, _width(distribution), *_key_words(key))
     total = 0.0
     for part in sums.tolist():
         total += part
