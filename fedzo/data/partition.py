@@ -149,8 +149,8 @@ def dirichlet_equal(
 ) -> Parts:
     """Label skew at equal sizes: each client's label mix is a draw of Dirichlet(alpha, ..., alpha) over the classes.
 
-    The variant of FedDyn (arXiv 2111.04263), as in ``flwr_datasets``: rows are dealt one by one to random clients, and a
-    class that is used up leaves the mixes of those that still want rows. So the joint mix is that of all rows, which
+    The variant of FedDyn (arXiv 2111.04263), as in ``flwr_datasets``: rows are dealt one by one to random clients, and
+    a class that is used up leaves the mixes of those that still want rows. So the joint mix is that of all rows, which
     ``dirichlet`` with a plain mean over unequal clients does not give.
     """
     if not config.alpha > 0:

@@ -13,6 +13,7 @@ from fedzo.config.schema import RunConfig
 from fedzo.config.validate import missing_files, problems
 from fedzo.data.config import (
     DirichletConfig,
+    DirichletEqualConfig,
     ExtremeConfig,
     Loss,
     NaturalConfig,
@@ -183,6 +184,7 @@ def test_a_value_on_the_edge_is_allowed(key: str, value: object) -> None:
     ("partition", "message"),
     [
         (DirichletConfig(alpha=0.0), "partition.alpha must be > 0 and finite, got 0.0."),
+        (DirichletEqualConfig(alpha=-1.0), "partition.alpha must be > 0 and finite, got -1.0."),
         (ShardsConfig(shards_per_client=0), "partition.shards_per_client must be >= 1, got 0."),
         (ExtremeConfig(num_extreme=9), "partition.num_extreme must be between 0 and fl.num_clients (8), got 9."),
         (

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from fedzo.config.paths import conf_dir
 from fedzo.data.config import (
     DirichletConfig,
+    DirichletEqualConfig,
     ExtremeConfig,
     IidConfig,
     NaturalConfig,
@@ -38,6 +39,7 @@ ROWS: list[dict[str, Any]] = [{"text": str(i), "label": i * i % 3, "site": f"s{i
 WAYS: list[PartitionConfig] = [
     IidConfig(),
     DirichletConfig(alpha=1.0),
+    DirichletEqualConfig(alpha=1.0),
     ShardsConfig(),
     ExtremeConfig(),
     NaturalConfig(column="site"),
@@ -86,6 +88,7 @@ def test_every_partitioner_has_a_yaml_and_a_test() -> None:
 GOLDEN = {
     "IidConfig": "4,6,7,16,17|3,10,13,15,19|0,1,2,5,9|8,11,12,14,18",
     "DirichletConfig": "6|3,4,7,10,13,15,16,17,19|0,9|1,2,5,8,11,12,14,18",
+    "DirichletEqualConfig": "3,9,10,14,19|2,7,11,12,18|0,1,6,15,16|4,5,8,13,17",
     "ShardsConfig": "1,2,3,6,11,15|4,8,14,16,18|0,5,9,10,12,13|7,17,19",
     "ExtremeConfig": "0,5,8,9,10,11|1,2,12,13,14,18|3,6,15|4,7,16,17,19",
     "NaturalConfig": "0,4,8,12,16|1,5,9,13,17|2,6,10,14,18|3,7,11,15,19",
@@ -130,6 +133,36 @@ def test_dirichlet_shares_are_drawn_class_by_class_over_clients() -> None:
     error = squares.std() / np.sqrt(len(squares) / num_clients)  # the clients of one draw hang together
     assert abs(squares.mean() - expected) < 4 * error
     assert error < expected / 3
+
+
+def test_equal_dirichlet_clients_are_equal_and_their_mixes_are_those_drawn() -> None:
+    """Over two labels a client's share of one is Beta(1, 1), of variance 1 / 12; ten rows of it add (1 / 6) / 10.
+
+    The label that is used up first takes a few rows of the wish of others away: a tenth of the variance is let by.
+    """
+    rows = [{"text": "x", "label": label} for label in (0, 2) for _ in range(200)]
+    sizes, shares = set(), []
+    for seed in range(40):
+        parts = deal(DirichletEqualConfig(alpha=1.0), num_clients=40, seed=seed, rows=rows)
+        sizes |= {len(part) for part in parts}
+        shares += [sum(rows[row]["label"] == 2 for row in part) / 10 for part in parts]
+
+    assert sizes == {10}
+    assert np.mean(shares) == pytest.approx(0.5)  # all rows are dealt
+    squares = (np.array(shares) - 0.5) ** 2
+    error = squares.std() / np.sqrt(len(squares))
+    assert 0.09 - 4 * error < squares.mean() < 0.1 + 4 * error
+    assert error < 0.003
+
+
+def test_equal_dirichlet_skew_grows_as_alpha_falls() -> None:
+    skews = [
+        np.mean([skew(deal(DirichletEqualConfig(alpha=alpha), seed=seed)) for seed in range(5)])
+        for alpha in (100, 1, 0.3)
+    ]
+
+    assert skews == sorted(skews)
+    assert skews[0] + 0.1 < skews[2]
 
 
 def test_shards_give_few_labels_and_no_row_is_left_over() -> None:
@@ -187,7 +220,7 @@ def test_a_task_without_labels_can_be_dealt(config: PartitionConfig) -> None:
     assert sorted(chain(*parts)) == list(range(120))
 
 
-@pytest.mark.parametrize("config", WAYS[1:4], ids=["dirichlet", "shards", "extreme"])
+@pytest.mark.parametrize("config", WAYS[1:5], ids=["dirichlet", "dirichlet_equal", "shards", "extreme"])
 def test_a_task_without_labels_has_no_label_skew(config: PartitionConfig) -> None:
     with pytest.raises(
         ConfigError, match=r"goes by labels and task 'squad' \(kind=generation\) has none. Use partition=iid or"
@@ -232,6 +265,8 @@ def test_dirichlet_draws_again_until_no_client_is_short() -> None:
     [
         (DirichletConfig(alpha=0.0), 4, "partition.alpha must be > 0, got 0.0"),
         (DirichletConfig(alpha=float("nan")), 4, "partition.alpha must be > 0, got nan"),
+        (DirichletEqualConfig(alpha=0.0), 4, "partition.alpha must be > 0, got 0.0"),
+        (DirichletEqualConfig(alpha=1e-9), 4, "partition.alpha = 1e-09 is too small to deal all rows"),
         (ShardsConfig(shards_per_client=0), 4, "partition.shards_per_client must be >= 1, got 0"),
         (ShardsConfig(shards_per_client=1), 100, "120 rows do not make a shard for each of 100 clients"),
         (ExtremeConfig(num_extreme=5), 4, r"num_extreme must be between 0 and fl.num_clients \(4\), got 5"),
@@ -259,7 +294,8 @@ def test_an_unregistered_partition_lists_those_there_are() -> None:
         """Not registered."""
 
     with pytest.raises(
-        ConfigError, match=r"nothing is registered for OtherConfig. Registered: dirichlet, extreme, iid"
+        ConfigError,
+        match=r"nothing is registered for OtherConfig. Registered: dirichlet, dirichlet_equal, extreme, iid",
     ):
         deal(OtherConfig())
 
