@@ -24,7 +24,8 @@ from fedzo.models.load import LoadedModel, load_model
 from fedzo.models.scoring import FEW_FORWARDS, forward_cost
 from fedzo.models.virtual_tokens import longest_sequence
 from fedzo.trainers import TRAINERS, Built, Trainer
-from fedzo.zo.estimator import ESTIMATORS, Estimator
+from fedzo.zo.estimator import Estimator
+from fedzo.zo.selection import build_estimator
 from fedzo.zo.update_rule import UPDATE_RULES
 
 
@@ -66,7 +67,7 @@ class Site:
     @cached_property
     def estimator(self) -> Estimator:
         """The run's estimator plugin."""
-        return ESTIMATORS.build(self.config.estimator)
+        return build_estimator(self.config.estimator)
 
     @cached_property
     def worker(self) -> ClientWorker:

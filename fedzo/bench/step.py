@@ -25,8 +25,9 @@ from fedzo.site import set_threads
 from fedzo.trainers import TRAINERS, Workplace
 from fedzo.trainers.config import MeerkatConfig, Selector
 from fedzo.zo.directions import PURPOSE_DATA, permutation, stream_key
-from fedzo.zo.estimator import ESTIMATORS, Estimator
+from fedzo.zo.estimator import Estimator
 from fedzo.zo.path import apply_step
+from fedzo.zo.selection import build_estimator
 from fedzo.zo.space import Space
 
 BARE, OURS, WALK, FIRST_ORDER = "bare forwards", "fedzo step", "MeZO walk", "first-order step"
@@ -124,7 +125,7 @@ def open_bench(config: RunConfig, *, shape: str | None, rows: int, tokens: int) 
     prompts = [tuple(order[(row * tokens + i) % vocabulary] for i in range(tokens)) for row in range(rows)]
     candidates = ((order[0],), (order[1],))
     examples = [Example(prompt=prompt, candidates=candidates, label=0) for prompt in prompts]
-    return Bench(loaded, built.space, ESTIMATORS.build(estimator), examples, estimator.eps, estimator.num_probes)
+    return Bench(loaded, built.space, build_estimator(estimator), examples, estimator.eps, estimator.num_probes)
 
 
 def bench_step(

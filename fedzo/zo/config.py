@@ -31,6 +31,9 @@ class EstimatorConfig:
     num_probes: int = 1
     """Directions a step; the step is their mean."""
     distribution: Distribution = Distribution.gaussian
+    freeze_selection: bool = False
+    """Hold hard selections (the experts that a router takes) still in a step's probes; one more forward a step, unless
+    the estimator has the loss at the centre anyway."""
 
 
 @dataclass(kw_only=True, slots=True)

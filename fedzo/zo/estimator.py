@@ -38,7 +38,7 @@ class Projection:
 
 
 class Estimator(Protocol):
-    """Estimates projected gradients; leaves the model's bits as they were."""
+    """Estimates projected gradients by nothing but a space's ``probe``; leaves the model's bits as they were."""
 
     def estimate(self, space: Space, loss_fn: LossFn, keys: Sequence[int]) -> list[Projection]:
         """One projection for each stream key, all at the same theta and on the same batch.
@@ -53,7 +53,7 @@ class Estimator(Protocol):
         ...
 
 
-class _Still:
+class Still:
     """Stands for a space whose losses are known already: a probe of it moves nothing."""
 
     def probe(self, scale: float, key: int) -> AbstractContextManager[None]:
@@ -80,7 +80,7 @@ def estimate_together(
 
     estimator.estimate(space, joint, keys)
     answers = [iter([float(losses[i]) for losses in asked]) for i in range(count)]
-    return [estimator.estimate(cast(Space, _Still()), answer.__next__, keys) for answer in answers]
+    return [estimator.estimate(cast(Space, Still()), answer.__next__, keys) for answer in answers]
 
 
 ESTIMATORS: Registry[Estimator] = Registry("estimator", base=EstimatorConfig)

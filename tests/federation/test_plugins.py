@@ -15,6 +15,7 @@ from fedzo.fl import client
 from fedzo.fl.clip import announced_bound
 from fedzo.fl.store import RunStore
 from fedzo.runs import rebuild, replay_run, resume_run
+from fedzo.testing.tiny_models import save_tiny_model
 
 Run = Callable[..., Path]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
@@ -90,6 +91,8 @@ def test_the_log_of_momentum_leads_where_a_plain_loop_leads(run: Run, lines: Lin
         ("estimator=one_sided", "estimator.baseline=mean", "estimator.num_probes=3"),
         ("estimator=one_sided", "estimator.baseline=leave_one_out", "estimator.num_probes=3"),
         ("estimator=fzoo", "estimator.num_probes=4", "optimizer=adam", "optimizer.lr=0.01"),
+        ("estimator.freeze_selection=true",),
+        ("estimator=fzoo", "estimator.freeze_selection=true", "optimizer.lr=1e-5", "fl.local_steps=2"),
         ("estimator=fzoo", "trainer=mezo", "optimizer.lr=1e-3", "optimizer.weight_decay=0.1", "fl.local_steps=2"),
     ],
     ids=" ".join,
@@ -98,19 +101,33 @@ def test_every_estimator_runs_within_its_budget_and_replays(
     run: Run, lines: Lines, overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, estimator: Any
 ) -> None:
     calls: list[int] = []
-    original = client.mean_loss
-    monkeypatch.setattr(client, "mean_loss", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = client.example_losses
+    monkeypatch.setattr(client, "example_losses", lambda *a, **k: calls.append(1) or original(*a, **k))
 
     folder = run(*estimator, "fl.rounds=2", "evaluation.central=false", "evaluation.federated_every_rounds=-1")
 
     config = load(overrides(*estimator))
-    from fedzo.zo.estimator import ESTIMATORS
+    from fedzo.zo.selection import build_estimator
 
-    a_step = ESTIMATORS.build(config.estimator).forwards_per_step(config.estimator.num_probes)
+    a_step = build_estimator(config.estimator).forwards_per_step(config.estimator.num_probes)
     assert len(calls) == 2 * 4 * config.fl.local_steps * a_step
     assert replay_run(folder)["digest"] == lines(folder, "public.jsonl")[-1]["digest"]
     scalars = np.array([entry["g"] for line in lines(folder, "audit.jsonl") for entry in line["clients"]])
     assert np.abs(scalars).min() > 0
+
+
+def test_a_mixture_of_experts_trains_with_its_routing_held_still(run: Run, lines: Lines, tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "mixtral", "mixtral")
+    frozen, plain = (
+        run(f"model.name={model}", "trainer=mezo", f"estimator.freeze_selection={freeze}", "fl.rounds=1")
+        for freeze in ("true", "false")
+    )
+
+    assert replay_run(frozen)["digest"] == lines(frozen, "public.jsonl")[-1]["digest"]
+    spread = [
+        np.ptp([entry["g"] for entry in lines(folder, "audit.jsonl")[0]["clients"]]) for folder in (frozen, plain)
+    ]
+    assert 0 < spread[0] < spread[1]  # no jumps of the loss over 2 eps
 
 
 def test_clients_step_with_the_clipped_scalar_that_they_send(

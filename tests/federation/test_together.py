@@ -31,8 +31,9 @@ def scalars(audit: list[dict[str, Any]], client: int) -> np.ndarray:
         ["fl.local_steps=3", "trainer=mezo", "trainer.lr=1e-4"],
         ["estimator=one_sided", "estimator.num_probes=2", "faults.absent=[1@1]"],
         ["estimator=fzoo", "estimator.num_probes=3", "trainer.lr=1e-5", "strategy.clip_factor=2"],
+        ["estimator.freeze_selection=true", "fl.local_steps=2"],
     ],
-    ids=["T=1", "T=3 mezo", "one-sided", "fzoo"],
+    ids=["T=1", "T=3 mezo", "one-sided", "fzoo", "frozen"],
 )
 def test_joint_scalars_equal_separate_ones_but_for_rounding(run: Run, lines: Lines, settings: list[str]) -> None:
     """Losses are float32 numbers near 0.7: an error of 2e-7 each is 2e-4 in g at eps = 1e-3; ten times that is let by.
