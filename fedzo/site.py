@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numba
@@ -20,13 +21,18 @@ from fedzo.data.tasks import render
 from fedzo.estimate import fitting_tokens_per_batch, is_full
 from fedzo.fl.client import ClientData, ClientWorker, Identity, parse_absent
 from fedzo.fl.replica import Replica
+from fedzo.models.config import DType
+from fedzo.models.fidelity import NUM_DIRECTIONS, choose_dtype, coarseness_warning, try_out
 from fedzo.models.load import LoadedModel, load_model
-from fedzo.models.scoring import FEW_FORWARDS, forward_cost
+from fedzo.models.scoring import FEW_FORWARDS, forward_cost, mean_loss
 from fedzo.models.virtual_tokens import longest_sequence
 from fedzo.trainers import TRAINERS, Built, Trainer
-from fedzo.zo.estimator import Estimator
+from fedzo.zo.directions import stream_key
+from fedzo.zo.estimator import Estimator, LossFn
 from fedzo.zo.selection import build_estimator
 from fedzo.zo.update_rule import UPDATE_RULES
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -37,11 +43,13 @@ class Site:
         config: The run's configuration.
         loaded: The model on this site's device.
         built: The trainer's part on that model, once ``worker.build`` has made it.
+        undecided: Whether the dtype is still to be chosen, when the trainer's part is built.
     """
 
     config: RunConfig
     loaded: LoadedModel
     built: Built | None = None
+    undecided: bool = False
 
     @cached_property
     def splits(self) -> Splits:
@@ -116,7 +124,9 @@ class Site:
         )
 
     def _replica(self, artifact: bytes) -> Replica:
-        built = self.trainer.build(self.loaded, artifact, distribution=self.config.estimator.distribution)
+        built = self._build(self.loaded, artifact)
+        if self.undecided:
+            built, self.undecided = self._choose_dtype(built, artifact), False
         self.built = built
         self.worker.tokens_per_batch = fitting_tokens_per_batch(
             self.loaded,
@@ -125,16 +135,50 @@ class Site:
             longest=longest_sequence(self.loaded.model, self.config.model.max_length),
             local_steps=self.config.fl.local_steps,
         )
-        if not is_full(self.loaded, built.space):  # the full space pays a pass over all weights for every forward
+        if is_full(self.loaded, built.space):  # it pays a pass over all weights for every forward
+            if warning := coarseness_warning(self.loaded.model, self.config.estimator.eps):
+                log.warning(warning)
+        else:
             self.worker.forward_cost_tokens = forward_cost(self.loaded.device)
         rule = UPDATE_RULES.build(self.config.optimizer)
         return Replica(built.space, rule=rule, reset=built.reset, run_seed=self.config.seed)
+
+    def _build(self, loaded: LoadedModel, artifact: bytes) -> Built:
+        return self.trainer.build(loaded, artifact, distribution=self.config.estimator.distribution)
+
+    def _choose_dtype(self, wide: Built, artifact: bytes) -> Built:
+        """Take a bfloat16 model in the place of the float32 one if it measures the same scalars in less time.
+
+        The trained values start from float32's in both, so peers agree however each of them decides.
+        """
+        config = self.config
+        loaded = load_model(replace(config.model, dtype=DType.bfloat16), device=config.device)
+        narrow, base = self._build(loaded, artifact), wide.space.values()
+        narrow.space.load(base)
+        rows = self.encode(self.splits.train[: config.fl.batch_size])
+        keys = [stream_key(config.seed, round=0, probe=probe) for probe in range(NUM_DIRECTIONS)]
+
+        def loss_fn_of(loaded: LoadedModel) -> LossFn:
+            return lambda: mean_loss(
+                loaded, rows, loss=config.task.loss, tokens_per_batch=config.model.tokens_per_batch
+            )
+
+        choice = choose_dtype(
+            wide=try_out(wide.space, self.estimator, loss_fn_of(self.loaded), keys),
+            narrow=try_out(narrow.space, self.estimator, loss_fn_of(loaded), keys),
+        )
+        log.warning("%s", choice)  # no less, or the command line would not show it
+        if choice.dtype is DType.float32:
+            return wide
+        self.loaded = self.worker.loaded = loaded
+        return replace(narrow, reset=lambda: narrow.space.load(base))
 
 
 def open_site(config: RunConfig) -> Site:
     """Load the model and set the number of threads, on which the last bits of a forward depend."""
     set_threads(config.threads)
-    return Site(config, load_model(config.model, device=config.device))
+    loaded = load_model(config.model, device=config.device)
+    return Site(config, loaded, undecided=config.model.dtype is DType.auto)
 
 
 def set_threads(threads: int) -> None:

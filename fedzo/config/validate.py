@@ -20,6 +20,7 @@ from fedzo.data.config import (
     TaskKind,
 )
 from fedzo.fl.config import FaultsConfig, FlConfig, Seeds
+from fedzo.models.config import DType
 from fedzo.runtime.config import InlineConfig, LocalConfig, RayConfig
 from fedzo.trainers.config import (
     Calibration,
@@ -133,6 +134,9 @@ def _model(config: RunConfig) -> Iterator[Problem]:
             model.tokens_per_batch,
             "Raise it, or lower model.max_length.",
         )
+    if model.dtype is DType.auto and isinstance(config.trainer, MezoConfig):
+        rule = "be float32, bfloat16 or float16 for trainer=mezo, whose trained values have this dtype on all peers"
+        yield _problem("model.dtype", rule, "auto", "Name it; float32 loses nothing.")
 
 
 def _task(config: RunConfig) -> Iterator[Problem]:

@@ -12,6 +12,9 @@ class DType(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+    auto = "auto"
+    """bfloat16 where a measurement on this site finds its scalars within 10 % of float32's and its time 10 % less, else
+    float32. A resumed run measures again."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -25,7 +28,7 @@ class ModelConfig:
     gguf_file: str | None = None
     """Name of a GGUF file inside ``name``, if the weights are stored so."""
     dtype: DType = DType.float32
-    """Dtype of the frozen weights; trained values always have a float32 master."""
+    """Dtype of the weights in a forward; trained values have a float32 master, unless all weights are trained."""
     max_length: int = 512
     """Longest sequence in tokens; a longer prompt loses its beginning."""
     tokens_per_batch: int = 4096

@@ -19,7 +19,12 @@ from fedzo.models.source import Source, find_source, read_gguf, without_progress
 
 logger = logging.getLogger(__name__)
 
-TORCH_DTYPES = {DType.float32: torch.float32, DType.bfloat16: torch.bfloat16, DType.float16: torch.float16}
+TORCH_DTYPES = {
+    DType.float32: torch.float32,
+    DType.bfloat16: torch.bfloat16,
+    DType.float16: torch.float16,
+    DType.auto: torch.float32,  # until the site has measured
+}
 
 
 @dataclass(slots=True)

@@ -40,10 +40,11 @@ def configs(draw: st.DrawFn) -> RunConfig:
     config.task.template = "{text}" + draw(texts)
     config.task.candidates = draw(st.lists(texts, min_size=2, max_size=4))
     config.data.path = draw(st.none() | texts)
-    config.model.dtype = draw(st.sampled_from(DType))
     config.fl.seeds = draw(st.sampled_from(Seeds))
     config.evaluation.central = draw(st.booleans())
     config.trainer = draw(st.builds(MezoConfig, lr=positive, eps=positive) | st.builds(MeerkatConfig, eps=positive))
+    dtypes = [dtype for dtype in DType if dtype is not DType.auto or isinstance(config.trainer, MeerkatConfig)]
+    config.model.dtype = draw(st.sampled_from(dtypes))
     classes = plugin_classes()
     config.partition = draw(st.sampled_from([cls for name, cls in classes["partition"].items() if name != "natural"]))()
     config.runtime = draw(st.sampled_from(list(classes["runtime"].values())))()
@@ -76,7 +77,7 @@ def test_plugins_are_named_by_their_option() -> None:
 
     plain = json.loads(to_json(config))
 
-    assert plain["trainer"] == {"plugin": "mezo", "lr": 1e-6, "eps": 1e-3}
+    assert plain["trainer"] == {"plugin": "mezo", "lr": 1e-6, "eps": 1e-3, "rounding": "nearest"}
     assert plain["runtime"]["plugin"] == "local"
     assert "_target_" not in to_json(config)
 

@@ -22,6 +22,7 @@ from fedzo.data.config import (
     TaskKind,
 )
 from fedzo.fl.config import Seeds
+from fedzo.models.config import DType
 from fedzo.runtime.config import LocalConfig, RayConfig
 from fedzo.trainers.config import (
     Calibration,
@@ -331,6 +332,18 @@ def test_calibration_by_file_needs_the_file() -> None:
     assert problem.text.startswith("trainer.calibration_path must be given for trainer.calibration=file, got None.")
     config.trainer = MezoConfig()
     assert problems(config) == []
+
+
+def test_a_dtype_that_peers_choose_for_themselves_is_refused_where_values_are_held_in_it() -> None:
+    config = sound()
+    config.model.dtype = DType.auto
+    assert problems(config) == []
+
+    config.trainer = MezoConfig()
+    (problem,) = problems(config)
+
+    assert problem.text.startswith("model.dtype must be float32, bfloat16 or float16 for trainer=mezo")
+    assert problem.text.endswith("got 'auto'. Name it; float32 loses nothing.")
 
 
 @pytest.mark.parametrize("key", ["data.path", "trainer.mask_path", "trainer.calibration_path", "model.name"])

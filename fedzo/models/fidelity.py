@@ -1,0 +1,114 @@
+"""What a 16-bit model does to the scalars of a run: whether bfloat16 may stand in for float32, and where probes vanish.
+
+A two-point scalar is a small difference of two losses over 2 eps, so errors of the forward pass that leave accuracy
+alone can drown it, the more so the fewer weights are trained. Whether they do depends on model, space, eps and batch;
+so it is measured, on the run's own, and speed comes second.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedzo.models.config import DType
+from fedzo.zo.estimator import Estimator, Losses, LossFn
+from fedzo.zo.space import Space
+
+NUM_DIRECTIONS = 4
+_LARGEST_ERROR = 0.1
+_LARGEST_TIME = 0.9
+_MOST_NAMES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One dtype's scalars along some directions, float64 (nan for a dropped probe), and the seconds they took."""
+
+    g: Losses
+    seconds: float
+
+
+def try_out(space: Space, estimator: Estimator, loss_fn: LossFn, keys: Sequence[int]) -> Trial:
+    """Estimate along the directions of ``keys``, after one loss to warm up."""
+    loss_fn()
+    begin = time.perf_counter()
+    projections = estimator.estimate(space, loss_fn, keys)
+    seconds = time.perf_counter() - begin
+    return Trial(np.array([math.nan if each.dropped else float(each.g) for each in projections]), seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Whether bfloat16 is taken in place of float32.
+
+    Attributes:
+        error: Root mean square of the scalars' differences, over that of float32's scalars; infinite if there is none.
+        time: Time of bfloat16's estimate over that of float32's.
+    """
+
+    error: float
+    time: float
+
+    @property
+    def dtype(self) -> DType:
+        """bfloat16 if it is true to float32 and faster."""
+        return DType.bfloat16 if self.error <= _LARGEST_ERROR and self.time <= _LARGEST_TIME else DType.float32
+
+    def __str__(self) -> str:
+        return (
+            f"model.dtype=auto: {self.dtype} is taken. Along {NUM_DIRECTIONS} directions bfloat16's scalars are off by "
+            f"{self.error:.1%} of float32's (rms; at most {_LARGEST_ERROR:.0%}), in {self.time:.2f} of the time "
+            f"(at most {_LARGEST_TIME:.2f})."
+        )
+
+
+def choose_dtype(*, wide: Trial, narrow: Trial) -> Choice:
+    """Compare a trial in bfloat16 (narrow) with one in float32 (wide)."""
+    size = float(np.mean(wide.g**2))
+    error = math.sqrt(float(np.mean((narrow.g - wide.g) ** 2)) / size) if size > 0 else math.inf
+    return Choice(error if math.isfinite(error) else math.inf, narrow.seconds / wide.seconds)
+
+
+def spacing(value: float, dtype: torch.dtype) -> float:
+    """Distance from a magnitude to the next larger one that the dtype holds.
+
+    Example:
+        >>> spacing(1.0, torch.bfloat16), spacing(0.2, torch.float16) == 2**-13
+        (0.0078125, True)
+    """
+    info = torch.finfo(dtype)
+    exponent = math.frexp(max(value, info.smallest_normal))[1] - 1
+    return math.ldexp(info.eps, exponent)
+
+
+def too_coarse(model: nn.Module, eps: float) -> list[str]:
+    """Names of the weights whose spacing at their root mean square is more than 2 eps: probes of them mostly vanish."""
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.numel() and eps < spacing(_root_mean_square(parameter), parameter.dtype) / 2
+    ]
+
+
+def coarseness_warning(model: nn.Module, eps: float) -> str | None:
+    """What to tell a user who probes all weights with this eps; None if there is nothing to tell."""
+    names = too_coarse(model, eps)
+    if not names:
+        return None
+    shown = ", ".join(names[:_MOST_NAMES]) + (", ..." if len(names) > _MOST_NAMES else "")
+    return (
+        f"estimator.eps={eps:g} is below half the spacing of the weights' dtype, at their root mean square, in "
+        f"{len(names)} tensors ({shown}): theta + eps z mostly rounds back to theta there. Raise estimator.eps, or "
+        "write model.dtype=float32."
+    )
+
+
+def _root_mean_square(parameter: nn.Parameter) -> float:
+    norm = torch.linalg.vector_norm(parameter.detach(), dtype=torch.float32)
+    return float(norm) / math.sqrt(parameter.numel())

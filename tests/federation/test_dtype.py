@@ -1,0 +1,90 @@
+"""``model.dtype=auto``: decided once a site, by measurement; the trained values are the same either way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedzo.models import fidelity
+from fedzo.runs import rebuild, replay_run
+from fedzo.site import Site
+
+Run = Callable[..., Path]
+Lines = Callable[[Path, str], list[dict[str, Any]]]
+
+
+@pytest.fixture
+def dtypes(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """Dtypes in which the federation's site holds its model, one entry each time a replica is built."""
+    seen: list[torch.dtype] = []
+    original = Site._replica
+
+    def spy(self: Site, artifact: bytes) -> Any:
+        replica = original(self, artifact)
+        assert self.worker.loaded is self.loaded
+        seen.append(self.loaded.model.get_input_embeddings().weight.dtype)
+        return replica
+
+    monkeypatch.setattr(Site, "_replica", spy)
+    return seen
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "model.dtype=auto" in record.getMessage()]
+
+
+def test_an_unfaithful_bfloat16_leaves_the_run_of_float32(
+    run: Run, dtypes: list[torch.dtype], caplog: pytest.LogCaptureFixture
+) -> None:
+    auto = run("model.dtype=auto")
+    (line,) = said(caplog)
+    plain = run("model.dtype=float32")
+
+    assert "float32 is taken" in line
+    assert dtypes == [torch.float32, torch.float32]
+    assert (auto / "public.jsonl").read_bytes() == (plain / "public.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("trainer", ["meerkat", "lora"])
+def test_where_bfloat16_is_taken_the_trained_values_start_from_float32s(
+    run: Run,
+    lines: Lines,
+    dtypes: list[torch.dtype],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    trainer: str,
+) -> None:
+    monkeypatch.setattr(fidelity, "_LARGEST_ERROR", math.inf)
+    monkeypatch.setattr(fidelity, "_LARGEST_TIME", math.inf)
+    settings = (f"trainer={trainer}", "fl.local_steps=2", "optimizer.lr=1e-4")
+
+    auto, plain = run("model.dtype=auto", *settings), run("model.dtype=float32", *settings)
+
+    assert [line for line in said(caplog) if "bfloat16 is taken" in line] == said(caplog)
+    assert len(said(caplog)) == 1
+    assert dtypes == [torch.bfloat16, torch.float32]
+    scalars = [[line["c"] for line in lines(folder, "public.jsonl")] for folder in (auto, plain)]
+    assert not np.array_equal(*scalars)
+    start = [rebuild(folder, rounds=0).replica.space.digest() for folder in (auto, plain)]
+    assert start[0] == start[1]
+    assert replay_run(auto)["digest"] == lines(auto, "public.jsonl")[-1]["digest"]
+    assert dtypes[2:] == [torch.float32] * 3  # what is rebuilt is not measured again
+
+
+def test_all_weights_of_a_16_bit_model_are_warned_of_where_probes_vanish(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    run("trainer=mezo", "model.dtype=bfloat16", "trainer.rounding=stochastic", "fl.rounds=1")
+    run("trainer=mezo", "fl.rounds=1")
+
+    warned = [record.getMessage() for record in caplog.records if "half the spacing" in record.getMessage()]
+
+    assert len(warned) == 1
+    assert "5 tensors" in warned[0]  # the norms, all ones; two a layer and the last
+    assert "norm.weight" in warned[0]

@@ -1,0 +1,169 @@
+"""Whether bfloat16 may stand in for float32, and where probes vanish: by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedzo.models.config import DType
+from fedzo.models.fidelity import (
+    NUM_DIRECTIONS,
+    Trial,
+    choose_dtype,
+    coarseness_warning,
+    spacing,
+    too_coarse,
+    try_out,
+)
+from fedzo.testing.tiny_models import tiny_model
+from fedzo.zo.config import Distribution
+from fedzo.zo.estimator import TwoPoint
+from fedzo.zo.space import FullSpace, MaskedSpace
+
+KEYS = range(NUM_DIRECTIONS)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "gap"),
+    [
+        (1.0, torch.bfloat16, 2**-7),
+        (1.99, torch.bfloat16, 2**-7),
+        (2.0, torch.bfloat16, 2**-6),
+        (0.03, torch.bfloat16, 2**-13),  # 0.03 lies above 2^-6 = 0.0156
+        (1.0, torch.float16, 2**-10),
+        (0.03, torch.float16, 2**-16),
+        (2.0**-20, torch.float16, 2**-24),
+        (0.0, torch.float16, 2**-24),
+        (1.0, torch.float32, 2**-23),
+    ],
+)
+def test_spacing_by_hand(value: float, dtype: torch.dtype, gap: float) -> None:
+    assert spacing(value, dtype) == gap
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_spacing_is_the_way_to_the_next_bit_pattern(dtype: torch.dtype) -> None:
+    patterns = torch.arange(0, 0x7B00, 37, dtype=torch.int16)
+    here, there = (pattern.view(dtype).double() for pattern in (patterns, patterns + 1))
+
+    assert [spacing(value, dtype) for value in here.tolist()] == (there - here).tolist()
+
+
+def model_of(rms: dict[str, float], dtype: torch.dtype) -> nn.Module:
+    """Matrices whose entries are plus and minus their root mean square."""
+    model = nn.Module()
+    for name, value in rms.items():
+        signs = 1 - 2 * (torch.arange(60).view(6, 10) % 2)
+        model.register_parameter(name, nn.Parameter((signs * value).to(dtype), requires_grad=False))
+    return model
+
+
+def test_tensors_whose_probes_vanish_are_named() -> None:
+    """Half the spacing of bfloat16 is 2^-8 at 1, 2^-10 at 1/4."""
+    model = model_of({"norm": 1.0, "matrix": 0.25, "zero": 0.0}, torch.bfloat16)
+
+    assert too_coarse(model, 2**-8) == []
+    assert too_coarse(model, 2**-8.5) == ["norm"]
+    assert too_coarse(model, 2**-10) == ["norm"]
+    assert too_coarse(model, 2**-11) == ["norm", "matrix"]
+    assert too_coarse(model.float(), 1e-3) == []
+
+
+def test_the_warning_names_five_tensors_and_counts_them_all() -> None:
+    model = model_of({f"w{i}": 1.0 for i in range(7)} | {"fine": 2.0**-9}, torch.bfloat16)
+
+    text = coarseness_warning(model, 1e-3)
+
+    assert text is not None
+    assert "estimator.eps=0.001" in text
+    assert "in 7 tensors (w0, w1, w2, w3, w4, ...)" in text
+    assert "model.dtype=float32" in text
+    assert coarseness_warning(model.float(), 1e-3) is None
+    few = coarseness_warning(model_of({"a": 1.0, "b": 1.0}, torch.bfloat16), 1e-3)
+    assert few is not None
+    assert "in 2 tensors (a, b)" in few
+
+
+@pytest.mark.parametrize(
+    ("narrow", "seconds", "error", "dtype"),
+    [
+        ([3.0, -4.0], 0.9, 0.0, DType.bfloat16),
+        ([3.0, -4.5], 0.5, 0.1, DType.bfloat16),  # a difference of 0.5 beside a length of 5
+        ([3.0, -4.6], 0.5, 0.12, DType.float32),
+        ([3.0, -4.0], 0.91, 0.0, DType.float32),
+        ([-3.0, 4.0], 0.1, 2.0, DType.float32),
+        ([3.0, math.nan], 0.1, math.inf, DType.float32),
+    ],
+)
+def test_fidelity_comes_before_speed(narrow: list[float], seconds: float, error: float, dtype: DType) -> None:
+    choice = choose_dtype(wide=Trial(np.array([3.0, -4.0]), 2.0), narrow=Trial(np.array(narrow), 2 * seconds))
+
+    assert choice.error == pytest.approx(error)
+    assert choice.time == pytest.approx(seconds)
+    assert choice.dtype is dtype
+    assert f"{dtype} is taken" in str(choice)
+    assert f"{choice.time:.2f} of the time" in str(choice)
+
+
+@pytest.mark.parametrize("wide", [[0.0, 0.0], [math.nan, 1.0]])
+def test_scalars_that_say_nothing_choose_float32(wide: list[float]) -> None:
+    choice = choose_dtype(wide=Trial(np.array(wide), 1.0), narrow=Trial(np.array(wide), 0.1))
+
+    assert (choice.error, choice.dtype) == (math.inf, DType.float32)
+
+
+def trial(model: nn.Module, loss_fn: Callable[[], float], **space: object) -> Trial:
+    made = MaskedSpace(model, {"weight": torch.arange(32)}, distribution=Distribution.rademacher)
+    return try_out(made, TwoPoint(2.0**-6), loss_fn, KEYS)
+
+
+def test_a_model_that_bfloat16_computes_exactly_is_off_by_nothing() -> None:
+    """Weights of 1 and -1 moved by 2^-6, and their sum: all numbers are held exactly in both dtypes."""
+
+    def of(dtype: torch.dtype) -> Trial:
+        layer = nn.Linear(32, 1, bias=False).requires_grad_(False)
+        layer.weight.copy_(1 - 2 * (torch.arange(32) % 2))
+        layer.to(dtype)
+        return trial(layer, lambda: float(layer.weight.double().sum()))
+
+    wide, narrow = of(torch.float32), of(torch.bfloat16)
+
+    assert np.abs(wide.g).max() > 0
+    assert choose_dtype(wide=wide, narrow=narrow).error == 0
+
+
+def test_a_masked_language_model_loses_its_scalars_in_bfloat16() -> None:
+    ids = 32 + torch.arange(24).reshape(2, 12) * 7 % 200
+
+    def of(dtype: torch.dtype) -> Trial:
+        model = tiny_model("llama", dtype=dtype)
+        names = [name for name, parameter in model.named_parameters() if parameter.ndim == 2 and "embed" not in name]
+
+        def loss_fn() -> float:
+            with torch.inference_mode():
+                logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
+
+        space = MaskedSpace(model, {name: torch.arange(4) for name in names})
+        return try_out(space, TwoPoint(1e-3), loss_fn, KEYS)
+
+    choice = choose_dtype(wide=of(torch.float32), narrow=of(torch.bfloat16))
+
+    assert choice.error > 1
+    assert choice.dtype is DType.float32
+
+
+def test_a_trial_warms_up_and_drops_what_is_not_finite() -> None:
+    losses = iter([9.0, 1.0, 0.0, math.inf, 0.0])
+    layer = nn.Linear(2, 1)
+
+    result = try_out(FullSpace(layer), TwoPoint(0.5), losses.__next__, [1, 2])
+
+    assert result.g[0] == 1
+    assert math.isnan(result.g[1])
+    assert result.seconds > 0
