@@ -59,7 +59,7 @@ class Record(TorchFunctionMode):
 
 
 class Replay(TorchFunctionMode):
-    """Within the context every selection is the recorded one, whatever the scores say now.
+    """Within ``active()`` every selection is the recorded one, whatever the scores say now.
 
     Raises:
         NumericsError: The calls are not those of the record, in number, order, shape or arguments.
@@ -69,6 +69,14 @@ class Replay(TorchFunctionMode):
         super().__init__()
         self._selections = selections
         self._used = 0
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Run a block of code under this mode; it must use the whole record."""
+        with self:
+            yield
+        if self._used < len(self._selections):
+            raise _differs(f"{len(self._selections)} of them", self._used)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -90,11 +98,6 @@ class Replay(TorchFunctionMode):
         dim = args[2] if len(args) > 2 else kwargs.get("dim", -1)
         return torch.return_types.topk((torch.gather(_scores(args, kwargs), dim, indices), indices))
 
-    def __exit__(self, *raised: Any) -> None:
-        super().__exit__(*raised)
-        if raised[0] is None and self._used < len(self._selections):
-            raise _differs(f"{len(self._selections)} of them", self._used)
-
 
 @dataclass(frozen=True, slots=True)
 class Frozen:
@@ -114,7 +117,7 @@ class Frozen:
         def loss_of_the_same_choices() -> float:
             if not watched.probing:
                 return center
-            with Replay(record.selections):
+            with Replay(record.selections).active():
                 return loss_fn()
 
         return self.inner.estimate(cast(Space, watched), loss_of_the_same_choices, keys)

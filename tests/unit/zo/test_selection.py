@@ -193,9 +193,9 @@ SCORES = torch.tensor([[0.1, 0.9, 0.5, 0.3], [4.0, 3.0, 2.0, 1.0]])
 def test_topk_gathers_and_is_like_topk(select: Callable[[torch.Tensor], torch.return_types.topk]) -> None:
     with Record() as record:
         center = select(SCORES)
-    with Replay(record.selections):
+    with Replay(record.selections).active():
         same, other = select(SCORES), None
-    with Replay(record.selections):
+    with Replay(record.selections).active():
         other = select(-SCORES)
 
     assert torch.equal(same.values, center.values)
@@ -209,7 +209,7 @@ def test_argmax_is_replayed_and_no_caller_can_change_the_record() -> None:
         SCORES.argmax(dim=1).add_(1)
         torch.argmax(SCORES)
     for _ in range(2):
-        with Replay(record.selections):
+        with Replay(record.selections).active():
             assert (-SCORES).argmax(dim=1).add_(1).tolist() == [2, 1]
             assert torch.argmax(-SCORES).item() == 4
 
@@ -228,7 +228,7 @@ def test_other_calls_than_the_recorded_ones_are_refused(again: Callable[[], obje
     with Record() as record:
         SCORES.topk(2)
 
-    with pytest.raises(NumericsError, match="freeze_selection.*" + got), Replay(record.selections):
+    with pytest.raises(NumericsError, match="freeze_selection.*" + got), Replay(record.selections).active():
         again()
 
 
@@ -236,7 +236,7 @@ def test_an_error_in_the_model_is_not_replaced() -> None:
     with Record() as record:
         SCORES.topk(2)
 
-    with pytest.raises(ValueError, match="boom"), Replay(record.selections):
+    with pytest.raises(ValueError, match="boom"), Replay(record.selections).active():
         raise ValueError("boom")
 
 
