@@ -12,6 +12,7 @@ from fedzo.config.plugins import plugin_classes, plugin_name
 from fedzo.config.schema import RunConfig
 from fedzo.data.config import (
     DirichletConfig,
+    DirichletEqualConfig,
     ExtremeConfig,
     Loss,
     NaturalConfig,
@@ -188,7 +189,7 @@ def _partition(config: RunConfig) -> Iterator[Problem]:
         remedy = "It is the share of rows kept from training; 0 keeps none."
         yield _problem("partition.holdout", "be >= 0 and < 1", partition.holdout, remedy)
     match partition:
-        case DirichletConfig():
+        case DirichletConfig() | DirichletEqualConfig():
             yield from _positive("partition.alpha", partition.alpha, "Smaller is less IID; 0.5 is usual.")
         case ShardsConfig():
             yield from _at_least("partition.shards_per_client", partition.shards_per_client, 1, "2 is usual.")

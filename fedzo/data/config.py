@@ -90,6 +90,14 @@ class DirichletConfig(PartitionConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class DirichletEqualConfig(PartitionConfig):
+    """Clients of equal size; each client's mix of labels drawn from Dirichlet(alpha)."""
+
+    alpha: float = 0.5
+    """Concentration; smaller is less IID."""
+
+
+@dataclass(kw_only=True, slots=True)
 class ShardsConfig(PartitionConfig):
     """Rows sorted by label, cut into shards, each client given some."""
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from fedzo.data.config import (
     DirichletConfig,
+    DirichletEqualConfig,
     ExtremeConfig,
     IidConfig,
     NaturalConfig,
@@ -140,6 +141,36 @@ def dirichlet(config: DirichletConfig, *, rows: Sequence[Row], num_clients: int,
         short = {client: size for client, size in enumerate(sizes) if size < config.min_rows}
         advice = "Raise partition.alpha or data.num_train, lower fl.num_clients, or try another seed."
         raise ConfigError(f"{_too_few(short, config)} It stayed so in ten more draws. {advice}") from error
+
+
+@PARTITIONERS.register("dirichlet_equal", DirichletEqualConfig)
+def dirichlet_equal(
+    config: DirichletEqualConfig, *, rows: Sequence[Row], num_clients: int, seed: int, task: TaskConfig
+) -> Parts:
+    """Label skew at equal sizes: each client's label mix is a draw of Dirichlet(alpha, ..., alpha) over the classes.
+
+    The variant of FedDyn (arXiv 2111.04263), as in ``flwr_datasets``: rows are dealt one by one to random clients, and a
+    class that is used up leaves the mixes of those that still want rows. So the joint mix is that of all rows, which
+    ``dirichlet`` with a plain mean over unequal clients does not give.
+    """
+    if not config.alpha > 0:
+        raise ConfigError(f"partition.alpha must be > 0, got {config.alpha}. Smaller is less IID; 0.5 is usual.")
+    from flwr_datasets.partitioner import InnerDirichletPartitioner
+
+    order = _shuffled(len(rows), seed)
+    labels = [_label(rows[row], row, task, "dirichlet_equal") for row in order]
+    numbers = {label: number for number, label in enumerate(sorted(set(labels)))}
+    sizes = [(len(rows) + client) // num_clients for client in range(num_clients)]
+    partitioner = InnerDirichletPartitioner(
+        partition_sizes=sizes, partition_by="key", alpha=float(config.alpha), shuffle=False, seed=seed
+    )
+    try:
+        return _deal(partitioner, order, num_clients=num_clients, keys=[numbers[label] for label in labels])
+    except ValueError as error:  # a mix is zero, to float64's precision, for every class that is left
+        raise ConfigError(
+            f"partition.alpha = {config.alpha} is too small to deal all rows in mixes of labels. Raise it, or use "
+            "partition=extreme for clients of one label."
+        ) from error
 
 
 @PARTITIONERS.register("shards", ShardsConfig)
