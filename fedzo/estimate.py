@@ -85,7 +85,7 @@ def _kind(loaded: LoadedModel, space: Space) -> SpaceKind:
 
 
 def _num_tokens(example: Example) -> int:
-    """Tokens that a forward of the example runs: one prompt for all single-token candidates, else one sequence each."""
+    """Most tokens the example takes: one prompt for single-token candidates, else a sequence for each candidate."""
     if all(len(candidate) == 1 for candidate in example.candidates):
         return len(example.prompt)
     return sum(len(example.prompt) + len(candidate) for candidate in example.candidates)

@@ -6,6 +6,7 @@ The memory of a forward-only step, in bytes (w = bytes of a weight):
     activations  tokens * w * (6 * hidden + 3 * intermediate), one layer's at a time: there is no backward pass
     attention    2 * heads * 512 * tokens * 4, only where attention writes its scores down ("eager", as Gemma 2)
     head         head_rows * vocabulary * (4 + w), the logits and their float32 copy, at most 256 MiB of the float32
+    cache        keys and values of shared prompts: counted in ``tokens_per_batch`` when forwards are planned
     masked       space_size * 20           master, index, direction and two scratch values of each trained number
     full         3 * the largest weight in float32 (perturbed copy, scratch); a copy of the weights if local_steps > 1
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from fedzo.zo import directions
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import SHARED, direction, direction_at, dot_direction, stream_key
+from fedzo.zo.kernels import SPAN
 from fedzo.zo.virtual_path import virtual_paths
 
 LAWS = list(Distribution)
-SPAN = directions._SPAN
 
 
 def values(n: int, seed: int = 1) -> np.ndarray:
