@@ -1,6 +1,6 @@
 """What a step costs beside its bare forwards: `fedzo bench step` over models and spaces; writes claims.json.
 
-    python experiments/bench/run.py             # the cases of a CPU (about 40 minutes on 2 cores)
+    python experiments/bench/run.py             # the cases of a CPU (about 25 minutes on 2 cores)
     python experiments/bench/run.py --gpu       # those of a GPU
     python experiments/bench/run.py NAME ...    # some of them again
 
@@ -28,15 +28,13 @@ class Case(NamedTuple):
 
 LONG = "--rows 64 --tokens 64"
 CPU = {
-    "smollm2-masked": Case("trainer=meerkat", 1.05, 1.05),
-    "smollm2-full": Case("trainer=mezo", 1.25, None),
-    "smollm2-lora": Case("trainer=lora", 1.05, 1.05),
-    "smollm2-full-bfloat16": Case("trainer=mezo model.dtype=bfloat16 --repeats 5", None, None),
-    "smollm2-masked-bfloat16": Case("trainer=meerkat model.dtype=bfloat16 --repeats 5", None, None),
-    "opt-125m-masked": Case("trainer=meerkat --shape opt-125m", 1.05, 1.05),
-    "opt-125m-full": Case("trainer=mezo --shape opt-125m", 1.25, None),
-    "llama-3.2-1b-masked": Case("trainer=meerkat --shape llama-3.2-1b --repeats 5", 1.05, 1.05),
-    "llama-3.2-1b-full": Case("trainer=mezo --shape llama-3.2-1b --repeats 5", 1.25, None),
+    "smollm2-masked": Case("trainer=meerkat --repeats 9", 1.05, 1.05),
+    "smollm2-full": Case("trainer=mezo --repeats 9", 1.25, None),
+    "smollm2-lora": Case("trainer=lora --repeats 9", 1.05, 1.05),
+    "opt-125m-masked": Case("trainer=meerkat --shape opt-125m --repeats 9", 1.05, 1.05),
+    "opt-125m-full": Case("trainer=mezo --shape opt-125m --repeats 9", 1.25, None),
+    "llama-3.2-1b-masked": Case("trainer=meerkat --shape llama-3.2-1b --rows 4 --repeats 3", 1.05, 1.05),
+    "llama-3.2-1b-full": Case("trainer=mezo --shape llama-3.2-1b --rows 4 --repeats 3", None, None),
 }
 GPU = {
     f"gpu-{shape}-{trainer}": Case(f"trainer={trainer} --shape {shape} model.dtype={dtype} {LONG}", target, None)

@@ -3,8 +3,8 @@
 Every random number of a run comes from Philox4x32-10 (Salmon et al., SC 2011) at a position that is written down: no
 state, no order, no device. ``docs/explanation-randomness.md`` is the specification; the golden vectors in the tests
 come from an implementation that is not this one. There are three implementations, equal bit for bit: Numba kernels for
-the CPU (``fedzo.zo.kernels``), a Triton kernel for CUDA (``fedzo.zo.directions_triton``), and plain integer torch, here,
-for every other device.
+the CPU (``fedzo.zo.kernels``), a Triton kernel for CUDA (``fedzo.zo.directions_triton``), and plain integer torch,
+here, for every other device.
 """
 
 from __future__ import annotations
