@@ -3,11 +3,13 @@
 Every random number of a run comes from Philox4x32-10 (Salmon et al., SC 2011) at a position that is written down: no
 state, no order, no device. ``docs/explanation-randomness.md`` is the specification; the golden vectors in the tests
 come from an implementation that is not this one. Two implementations live here, equal bit for bit: Numba kernels for
-the CPU, and plain integer torch for every other device.
+the CPU, and plain integer torch for every other device; ``fedzo.zo.directions_triton`` is a third, for CUDA.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -18,6 +20,8 @@ import numpy.typing as npt
 import torch
 
 from fedzo.zo.config import Distribution
+
+log = logging.getLogger(__name__)
 
 ALGORITHM = "philox4x32-10/1"
 SHARED = 0xFFFFFFFF
@@ -258,6 +262,27 @@ def direction_at(
     return (1 - 2 * (word >> j % 32 & 1)).to(torch.float32)
 
 
+@cache
+def _fused(device: torch.device) -> Callable[..., None] | None:
+    """The CUDA kernel, where triton is installed, can compile (it asks for a C compiler) and makes these bits."""
+    try:
+        from fedzo.zo.directions_triton import add_direction_fused
+    except ImportError:
+        return None
+    base, key, start, scale = torch.linspace(-1, 1, 4099, device=device), 5, 2**35 - 1001, 2.0**-9 + 2.0**-20
+    coordinates = torch.arange(start, start + base.numel(), device=device)
+    try:
+        for law in Distribution:
+            out = torch.empty_like(base)
+            add_direction_fused(base, key, scale=scale, start=start, out=out, table=_table_on(device), distribution=law)
+            if not torch.equal(out, base + direction_at(key, coordinates, distribution=law) * scale):
+                raise RuntimeError(f"its {law} directions are not the specified ones")
+    except Exception as error:  # whatever a compiler or driver raises: the integer path is slower, not wrong
+        log.warning("triton's kernel for directions cannot be used on %s: %s", device, error)
+        return None
+    return add_direction_fused
+
+
 def add_direction(
     base: torch.Tensor,
     key: int,
@@ -297,6 +322,10 @@ def add_direction(
             _width(distribution),
             *_key_words(key),
         )
+        return out
+    if base.device.type == "cuda" and (fused := _fused(base.device)) is not None:
+        table = _table_on(base.device)
+        fused(base, key, scale=float(scale32), start=start, out=out, table=table, distribution=distribution)
         return out
     for low in range(0, flat_base.numel(), _CHUNK):
         part = flat_base[low : low + _CHUNK]
