@@ -43,7 +43,7 @@ def _words(block, k0, k1):  # type: ignore[no-untyped-def]
     return tl.interleave(tl.interleave(c0, c2), tl.interleave(c1, c3))
 
 
-@triton.jit(do_not_specialize=["start", "numel", "k0", "k1"])
+@triton.jit(do_not_specialize=["start", "numel", "k0", "k1"])  # type: ignore[untyped-decorator]
 def _add_kernel(  # type: ignore[no-untyped-def]
     base, out, table, scale, start, numel, k0, k1, WIDTH: tl.constexpr, BLOCKS: tl.constexpr
 ):
@@ -90,7 +90,7 @@ def add_direction_fused(
     blocks = _COORDINATES // width
     num_blocks = (start + base.numel() - 1) // width - start // width + 1
     words = (_signed(key & 0xFFFFFFFF), _signed(key >> 32))
-    with torch.cuda.device_of(base):
+    with torch.cuda.device(base.device):
         _add_kernel[(triton.cdiv(num_blocks, blocks),)](
             base, out, table, scale, start, base.numel(), *words, WIDTH=width, BLOCKS=blocks, enable_fp_fusion=False
         )
