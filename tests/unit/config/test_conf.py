@@ -138,7 +138,7 @@ def test_quickstart_is_eight_non_iid_clients_with_a_joint_batch_of_sixteen() -> 
 
     assert config.fl.num_clients * config.fl.batch_size == 16
     assert (plugin_name("partition", config.partition), plugin_name("runtime", config.runtime)) == (
-        "dirichlet",
+        "dirichlet_equal",
         "inline",
     )
     assert config.fl.local_steps == 1

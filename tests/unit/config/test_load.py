@@ -56,7 +56,7 @@ def test_a_bad_override_is_named_with_its_remedy(override: str, message: str) ->
 
 
 def test_a_key_of_another_plugin_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"trainer\.density is not a setting\. Known there: eps, lr\."):
+    with pytest.raises(ConfigError, match=r"trainer\.density is not a setting\. Known there: eps, lr, rounding\."):
         load(["trainer.density=0.1", "trainer=mezo"])
 
 
