@@ -46,7 +46,7 @@ elif point == "in a half written public line":
         original(self, line, durable=durable)
     store._Lines.append = torn
 elif point == "in a probe":
-    die_before(client, "mean_loss", lambda *a, **kw: at_round == len(server_rounds()))
+    die_before(client, "example_losses", lambda *a, **kw: at_round == len(server_rounds()))
 elif point == "after the log, before the metrics":
     die_before(server.Server, "_round_metrics", lambda self, record, *a: record.round == at_round)
 elif point == "before a dev score":

@@ -217,7 +217,10 @@ def test_directions_are_distinct_over_clients_rounds_and_steps(run: Run, lines: 
     assert len(keys) == 3 * 4 * 2
 
 
-def test_the_number_of_forwards_is_the_budget_and_not_one_more(overrides: Overrides, tmp_path: Path) -> None:
+def test_the_number_of_losses_is_the_budget_and_not_one_more(
+    overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedzo.fl import client
     from fedzo.fl.client import space_id
     from fedzo.fl.wire import TrainRequest
     from fedzo.trainers import Workplace
@@ -227,7 +230,8 @@ def test_the_number_of_forwards_is_the_budget_and_not_one_more(overrides: Overri
     workplace = Workplace(folder=tmp_path, seed=0, texts=site.train_prompts, advance=lambda done, total: None)
     artifact = site.trainer.prepare(site.loaded, workplace)
     replica = site.worker.build(artifact)
-    before = site.loaded.counter.num_forwards
+    original, asked = client.example_losses, []
+    monkeypatch.setattr(client, "example_losses", lambda *a, **k: asked.append(a) or original(*a, **k))
 
     site.worker.train(
         TrainRequest(
@@ -241,7 +245,7 @@ def test_the_number_of_forwards_is_the_budget_and_not_one_more(overrides: Overri
         client=0,
     )
 
-    assert site.loaded.counter.num_forwards - before == 2 * 3
+    assert len(asked) == 2 * 3
     assert replica.space.digest() == site.worker.build(artifact).space.digest()
 
 
@@ -286,9 +290,11 @@ def test_a_loss_that_is_not_finite_drops_the_probe_is_counted_and_never_averaged
 
     healthy = run("fl.rounds=1")
     calls = iter(range(10**6))
-    original = client.mean_loss
+    original = client.example_losses
     # the first two losses are client 0's two sides
-    monkeypatch.setattr(client, "mean_loss", lambda *a, **k: bad if next(calls) == 1 else original(*a, **k))
+    monkeypatch.setattr(
+        client, "example_losses", lambda *a, **k: np.full(2, bad) if next(calls) == 1 else original(*a, **k)
+    )
     folder = run("fl.rounds=1")
 
     (audit,) = lines(folder, "audit.jsonl")

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 import fedzo.runtime.inline
-from fedzo.apps import client_app, server_app
+from fedzo.apps import client_app, look_ahead, server_app
 from fedzo.config.schema import RunConfig
 from fedzo.errors import ConfigError
 from fedzo.fl.config import FlConfig
-from fedzo.runtime.config import RuntimeConfig
+from fedzo.runtime.config import InlineConfig, RuntimeConfig
 from fedzo.runtime.launch import RUNTIMES, launch
 
 
@@ -20,14 +20,19 @@ def test_every_runtime_of_the_configuration_can_be_launched() -> None:
     assert dict(RUNTIMES) == plugin_classes()["runtime"]
 
 
-def test_inline_runs_the_installed_apps_with_text_and_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch_clients", [False, True])
+def test_inline_runs_the_installed_apps_with_text_and_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, batch_clients: bool
+) -> None:
     calls: list[Any] = []
     monkeypatch.setattr(fedzo.runtime.inline, "run_inline", lambda *args, **kwargs: calls.append((args, kwargs)))
 
-    launch(RunConfig(fl=FlConfig(num_clients=5)), tmp_path, config_json='{"seed": 1}')
+    config = RunConfig(fl=FlConfig(num_clients=5), runtime=InlineConfig(batch_clients=batch_clients))
+    launch(config, tmp_path, config_json='{"seed": 1}')
 
     run_config = {"config": '{"seed": 1}', "run-dir": str(tmp_path)}
-    assert calls == [((server_app, client_app), {"num_clients": 5, "run_config": run_config})]
+    ahead = look_ahead if batch_clients else None
+    assert calls == [((server_app, client_app), {"num_clients": 5, "run_config": run_config, "look_ahead": ahead})]
 
 
 def test_unknown_runtime_is_refused_with_the_known_ones(tmp_path: Path) -> None:
