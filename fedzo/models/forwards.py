@@ -40,6 +40,8 @@ class Planning:
     tokens_per_batch: int
     forward_cost_tokens: int
     on_batch: OnBatch | None = None
+    share_prompts: bool = False
+    """Whether candidates may go on from one run of their prompt: right for scores, whose last bits do not matter."""
 
 
 class SharedForward(NamedTuple):

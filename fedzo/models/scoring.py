@@ -55,6 +55,9 @@ def example_losses(
 ) -> Scores:
     """Loss of every example; token log-probabilities in float32, all means in float64.
 
+    Every candidate is a sequence of its own here: losses become the scalars of the log, and attention to a prompt that
+    is kept apart gives last bits that differ from process to process.
+
     Args:
         loaded: The model.
         examples: At least one.
@@ -104,7 +107,7 @@ def candidate_scores(
     Returns:
         float32 [num_examples, most candidates], ``-inf`` where an example has fewer.
     """
-    planning = Planning(tokens_per_batch, forward_cost_tokens, on_batch)
+    planning = Planning(tokens_per_batch, forward_cost_tokens, on_batch, share_prompts=True)
     return _candidate_scores(loaded, examples, planning, full_vocabulary=full_vocabulary).astype(np.float32)
 
 
@@ -167,7 +170,7 @@ def _single_token_scores(
 
 
 def _plan_shared(loaded: LoadedModel, examples: Sequence[Example], planning: Planning) -> Shared:
-    if not loaded.shared_prompts:
+    if not (planning.share_prompts and loaded.shared_prompts):
         return Shared([], list(range(len(examples))))
     virtual = num_virtual_tokens(loaded.model)
     return plan_shared(

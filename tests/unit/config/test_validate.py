@@ -193,7 +193,8 @@ def test_a_value_on_the_edge_is_allowed(key: str, value: object) -> None:
         ),
         (
             PartitionConfig(),
-            "partition must be one of dirichlet, dirichlet_equal, extreme, iid, natural, shards, got 'PartitionConfig'.",
+            "partition must be one of dirichlet, dirichlet_equal, extreme, iid, natural, shards, "
+            "got 'PartitionConfig'.",
         ),
     ],
 )
