@@ -72,18 +72,17 @@ def _table(result: dict[str, Any]) -> Table:
         title_justify="left",
     )
     forwards = f"of {result['forwards_per_step']} forwards"
-    for name in ("", "seconds", "quartiles", forwards, "quartiles", "peak memory", "of a forward's"):
-        table.add_column(name, justify="left" if not name else "right")
-    forward = result["figures"][0]["peak_bytes"]
+    for name in ("", "seconds", forwards, "quartiles", "peak memory", "of forwards"):
+        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
+    bare = result["figures"][0]["peak_bytes"]
     for figure in result["figures"]:
         peak = figure["peak_bytes"]
         table.add_row(
             figure["name"],
             f"{figure['median_s']:.4f}",
-            "{:.4f} {:.4f}".format(*figure["quartiles_s"]),
             f"{figure['ratio']:.3f}",
             "{:.3f} {:.3f}".format(*figure["ratio_quartiles"]),
             bytes_text(peak),
-            f"{peak / forward:.3f}" if peak and forward else "n/a",
+            f"{peak / bare:.3f}" if peak and bare else "n/a",
         )
     return table
