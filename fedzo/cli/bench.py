@@ -50,7 +50,7 @@ def step(arguments: Namespace) -> None:
     result["command"] = "fedzo " + " ".join(sys.argv[1:])
     if arguments.out is not None:
         Path(arguments.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    Console().print(_table(result))
+    Console(width=max(100, Console().width)).print(_table(result))  # a pipe has 80 columns, the table a few more
 
 
 def _peak_in_child(name: str) -> int | None:
