@@ -10,6 +10,7 @@ A case whose result is there is not measured again unless it is named.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +52,7 @@ def main(arguments: list[str]) -> None:
         if names or not path.exists():
             path.parent.mkdir(exist_ok=True)
             command = [sys.executable, "-m", "fedzo", "bench", "step", *cases[name].arguments.split()]
-            subprocess.run([*command, "--out", str(path)], check=True)
+            subprocess.run([*command, "--out", os.path.relpath(path)], check=True)
     rows = [row for name, case in {**CPU, **GPU}.items() for row in claims(name, case)]
     (HERE / "claims.json").write_text(json.dumps(rows, indent=1) + "\n")
 
