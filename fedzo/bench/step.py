@@ -19,12 +19,13 @@ from fedzo.config.schema import RunConfig
 from fedzo.data.config import Loss
 from fedzo.data.example import Example
 from fedzo.environment import environment
+from fedzo.errors import ConfigError
 from fedzo.models.load import TORCH_DTYPES, LoadedModel, load_model
 from fedzo.models.scoring import mean_loss
 from fedzo.site import set_threads
 from fedzo.trainers import TRAINERS, Workplace
 from fedzo.trainers.config import MeerkatConfig, Selector
-from fedzo.zo.directions import PURPOSE_DATA, permutation, stream_key
+from fedzo.zo.directions import PURPOSE_DATA, add_direction, permutation, stream_key
 from fedzo.zo.estimator import Estimator
 from fedzo.zo.path import apply_step
 from fedzo.zo.selection import build_estimator
@@ -111,6 +112,9 @@ def open_bench(config: RunConfig, *, shape: str | None, rows: int, tokens: int) 
         if shape is None
         else random_model(shape, device=config.device, dtype=TORCH_DTYPES[config.model.dtype])
     )
+    longest = getattr(loaded.model.config, "max_position_embeddings", None)
+    if isinstance(longest, int) and tokens > longest:
+        raise ConfigError(f"--tokens must be at most {longest} for {loaded.source!r}, got {tokens}. Lower it.")
     trainer_config = config.trainer
     if isinstance(trainer_config, MeerkatConfig) and trainer_config.mask_path is None:
         trainer_config = replace(trainer_config, selector=Selector.random)
@@ -180,8 +184,7 @@ def peak_bytes(config: RunConfig, name: str, *, shape: str | None, rows: int, to
     bench = open_bench(config, shape=shape, rows=rows, tokens=tokens)
     contestants = bench.contestants()
     contestants[BARE]()
-    with torch.inference_mode():  # compile the kernels on a few values, not on the whole space
-        bench.space.check()
+    add_direction(torch.zeros(8), 0, scale=1.0)  # loads or compiles the CPU kernel, which is no step's memory
     peak = measure_peak_bytes(contestants[name], bench.loaded.device)
     return peak if peak is None or bench.loaded.device.type != "cpu" else peak - before
 

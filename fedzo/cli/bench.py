@@ -17,6 +17,7 @@ from rich.table import Table
 from fedzo.bench.step import bench_step, open_bench, peak_bytes
 from fedzo.config.load import load
 from fedzo.config.overrides import with_config_dir
+from fedzo.errors import ConfigError
 from fedzo.report.format import bytes_text
 
 # freed tensors go back to the system at once, so that resident pages show what is in use
@@ -30,6 +31,8 @@ def step(arguments: Namespace) -> None:
     if arguments.peak_of is not None:
         print(json.dumps(peak_bytes(config, arguments.peak_of, **sizes)))
         return
+    if arguments.out is not None and not Path(arguments.out).absolute().parent.is_dir():
+        raise ConfigError(f"--out must lie in a folder that is there, got {arguments.out!r}. Make the folder first.")
     bench = open_bench(config, **sizes)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
@@ -48,9 +51,9 @@ def step(arguments: Namespace) -> None:
             peaks=peaks,
         )
     result["command"] = "fedzo " + " ".join(sys.argv[1:])
+    Console(width=max(100, Console().width)).print(_table(result))  # a pipe has 80 columns, the table a few more
     if arguments.out is not None:
         Path(arguments.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    Console(width=max(100, Console().width)).print(_table(result))  # a pipe has 80 columns, the table a few more
 
 
 def _peak_in_child(name: str) -> int | None:

@@ -33,6 +33,7 @@ class InlineGrid(Grid):
         num_clients: Number of clients.
         run_config: Given to the app.
         look_ahead: Called with the messages that were pushed together, before the first of them is worked on.
+            What it raises is logged, and each client then works alone.
     """
 
     def __init__(
@@ -93,8 +94,11 @@ class InlineGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Let the client of the oldest of these messages answer; one reply, or none when nothing is pending."""
         if self._look_ahead and self._unseen:
-            self._look_ahead(self._unseen)
-            self._unseen = []
+            together, self._unseen = self._unseen, []
+            try:
+                self._look_ahead(together)
+            except Exception as raised:  # then each answers for itself, and only those at fault fail
+                log.warning("clients could not be evaluated together; each works alone", exc_info=raised)
         wanted = set(message_ids)
         for message_id in self._pending:
             if message_id in wanted:

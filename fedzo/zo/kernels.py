@@ -1,7 +1,7 @@
 """The CPU kernels of directions (Numba): Philox4x32-10 fused with what its words are for.
 
 Words of a few hundred blocks are made first, then spent: the ten rounds written out have no inner loop and no strided
-store, so that LLVM turns them into vector instructions (three times the speed of block after block). Nothing here
+store, so that LLVM turns them into vector instructions. Nothing here
 checks its arguments; ``fedzo.zo.directions`` calls it.
 """
 

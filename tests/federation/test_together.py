@@ -78,3 +78,18 @@ def test_one_round_of_many_clients_takes_as_many_forwards_as_its_tokens_need(
 def test_clients_with_directions_of_their_own_are_refused(overrides: Overrides) -> None:
     with pytest.raises(ConfigError, match=r"runtime\.batch_clients must be false for fl\.seeds=per_client"):
         load(overrides(TOGETHER, "fl.seeds=per_client"))
+
+
+def test_one_client_at_fault_fails_alone(run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = ClientWorker._batch
+
+    def broken(self: ClientWorker, request: Any, *, client: int, step: int) -> Any:
+        if client == 2:
+            raise ValueError("rows that cannot be read")
+        return batch(self, request, client=client, step=step)
+
+    monkeypatch.setattr(ClientWorker, "_batch", broken)
+    folder = run("fl.rounds=2", "fl.num_clients=4", TOGETHER)
+
+    assert [sorted(e["client"] for e in line["clients"]) for line in lines(folder, "audit.jsonl")] == [[0, 1, 3]] * 2
+    assert [line["refused"] for line in lines(folder, "audit.jsonl")] == [[2]] * 2
