@@ -51,6 +51,24 @@ def start_run(config: RunConfig, run_dir: Path, *, overrides: list[str]) -> None
     _launch(config, run_dir)
 
 
+def start_or_resume_run(config: RunConfig, run_dir: Path, *, overrides: list[str]) -> None:
+    """A sweep's job: run it, or go on with what an interrupted sweep left of it; a finished run is left alone.
+
+    Raises:
+        RunFolderError: The folder holds a run of other settings.
+    """
+    if not (run_dir / PUBLIC).exists():
+        return start_run(config, run_dir, overrides=overrides)
+    if config_hash(read_config(run_dir)) != config_hash(_with_absolute_paths(config)):
+        raise RunFolderError(
+            f"run folder {run_dir}: it holds a run of other settings. Choose another with hydra.sweep.dir=..."
+        )
+    with RunStore(run_dir) as store:
+        finished = any(line["kind"] == "summary" for line in store.metrics)
+    if not finished:
+        resume_run(run_dir)
+
+
 def resume_run(run_dir: Path) -> None:
     """Go on with a run that was stopped; it ends as if it had never been."""
     _launch(read_config(run_dir), run_dir)

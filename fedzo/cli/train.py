@@ -58,12 +58,13 @@ def train(arguments: Sequence[str]) -> None:
 
 def job(composed: DictConfig) -> None:
     """One run, in the folder that Hydra made for it; in a worker process for the joblib launcher."""
-    from fedzo.runs import start_run
+    from fedzo.runs import start_or_resume_run, start_run
 
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
+    start = start_or_resume_run if hydra.mode == RunMode.MULTIRUN else start_run
     try:
-        start_run(checked(composed), folder, overrides=list(hydra.overrides.task))
+        start(checked(composed), folder, overrides=list(hydra.overrides.task))
         show_result(folder)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(str(folder)) from None

@@ -13,7 +13,6 @@ from fedzo.config.schema import RunConfig
 from fedzo.data.config import (
     DirichletConfig,
     DirichletEqualConfig,
-    ExtremeConfig,
     Loss,
     NaturalConfig,
     ShardsConfig,
@@ -188,14 +187,15 @@ def _partition(config: RunConfig) -> Iterator[Problem]:
     if not 0 <= partition.holdout < 1:
         remedy = "It is the share of rows kept from training; 0 keeps none."
         yield _problem("partition.holdout", "be >= 0 and < 1", partition.holdout, remedy)
+    num_extreme = getattr(partition, "num_extreme", 0)
+    if not 0 <= num_extreme <= config.fl.num_clients:
+        rule = f"be between 0 and fl.num_clients ({config.fl.num_clients})"
+        yield _problem("partition.num_extreme", rule, num_extreme, "Lower it or add clients.")
     match partition:
         case DirichletConfig() | DirichletEqualConfig():
             yield from _positive("partition.alpha", partition.alpha, "Smaller is less IID; 0.5 is usual.")
         case ShardsConfig():
             yield from _at_least("partition.shards_per_client", partition.shards_per_client, 1, "2 is usual.")
-        case ExtremeConfig() if not 0 <= partition.num_extreme <= config.fl.num_clients:
-            rule = f"be between 0 and fl.num_clients ({config.fl.num_clients})"
-            yield _problem("partition.num_extreme", rule, partition.num_extreme, "Lower it or add clients.")
         case NaturalConfig() if not partition.column:
             remedy = "Write partition.column=<column>."
             yield _problem("partition.column", "name the column that tells clients apart", partition.column, remedy)

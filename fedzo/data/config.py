@@ -95,6 +95,8 @@ class DirichletEqualConfig(PartitionConfig):
 
     alpha: float = 0.5
     """Concentration; smaller is less IID."""
+    num_extreme: int = 0
+    """How many clients (the last indices) hold rows of one label only."""
 
 
 @dataclass(kw_only=True, slots=True)

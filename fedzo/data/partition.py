@@ -151,21 +151,25 @@ def dirichlet_equal(
 
     The variant of FedDyn (arXiv 2111.04263), as in ``flwr_datasets``: rows are dealt one by one to random clients, and
     a class that is used up leaves the mixes of those that still want rows. So the joint mix is that of all rows, which
-    ``dirichlet`` with a plain mean over unequal clients does not give.
+    ``dirichlet`` with a plain mean over unequal clients does not give. The last ``num_extreme`` clients hold rows of one
+    label each, chosen before the others' as by ``extreme``.
     """
     if not config.alpha > 0:
         raise ConfigError(f"partition.alpha must be > 0, got {config.alpha}. Smaller is less IID; 0.5 is usual.")
     from flwr_datasets.partitioner import InnerDirichletPartitioner
 
-    order = _shuffled(len(rows), seed)
-    labels = [_label(rows[row], row, task, "dirichlet_equal") for row in order]
+    single, rest = _single_label(rows, config, num_clients=num_clients, seed=seed, task=task, way="dirichlet_equal")
+    if not rest:
+        return single
+    num_mixed = num_clients - config.num_extreme
+    labels = [_label(rows[row], row, task, "dirichlet_equal") for row in rest]
     numbers = {label: number for number, label in enumerate(sorted(set(labels)))}
-    sizes = [(len(rows) + client) // num_clients for client in range(num_clients)]
+    sizes = [(len(rest) + client) // num_mixed for client in range(num_mixed)]
     partitioner = InnerDirichletPartitioner(
         partition_sizes=sizes, partition_by="key", alpha=float(config.alpha), shuffle=False, seed=seed
     )
     try:
-        return _deal(partitioner, order, num_clients=num_clients, keys=[numbers[label] for label in labels])
+        return _deal(partitioner, rest, num_clients=num_mixed, keys=[numbers[label] for label in labels]) + single
     except ValueError as error:  # a mix is zero, to float64's precision, for every class that is left
         raise ConfigError(
             f"partition.alpha = {config.alpha} is too small to deal all rows in mixes of labels. Raise it, or use "
@@ -211,33 +215,9 @@ def extreme(config: ExtremeConfig, *, rows: Sequence[Row], num_clients: int, see
     least as many rows of a label as one extreme client gets. If all clients are extreme, each label's rows are split
     evenly over its clients.
     """
-    num_extreme = config.num_extreme
-    if not 0 <= num_extreme <= num_clients:
-        raise ConfigError(
-            f"partition.num_extreme must be between 0 and fl.num_clients ({num_clients}), got {num_extreme}."
-        )
-    left: dict[int, list[int]] = {}
-    for row in _shuffled(len(rows), seed):
-        left.setdefault(_label(rows[row], row, task, "extreme"), []).append(row)
-    labels = sorted(left)
-    if num_extreme == num_clients < len(labels):
-        raise ConfigError(
-            f"partition.num_extreme={num_extreme} leaves rows of {len(labels) - num_clients} labels without a client. "
-            f"Lower it below fl.num_clients, or have at least {len(labels)} clients."
-        )
-    owners = {label: list(range(turn, num_extreme, len(labels))) for turn, label in enumerate(labels)}
-    single: Parts = [[] for _ in range(num_extreme)]
-    for label, clients in owners.items():
-        total = len(left[label])
-        for turn, client in enumerate(clients):
-            size = (total + turn) // len(clients)
-            if num_extreme < num_clients:
-                size = min(len(rows) // num_clients, total // (len(clients) + 1))
-            single[client], left[label] = left[label][:size], left[label][size:]
-    rest = set().union(*left.values())
-    order = [row for row in _shuffled(len(rows), seed) if row in rest]
-    num_iid = num_clients - num_extreme
-    return [order[client::num_iid] for client in range(num_iid)] + single
+    single, rest = _single_label(rows, config, num_clients=num_clients, seed=seed, task=task, way="extreme")
+    num_iid = num_clients - config.num_extreme
+    return [rest[client::num_iid] for client in range(num_iid)] + single
 
 
 @PARTITIONERS.register("natural", NaturalConfig)
@@ -262,6 +242,44 @@ def natural(config: NaturalConfig, *, rows: Sequence[Row], num_clients: int, see
             f"Write fl.num_clients={len(values)}, or choose another column."
         )
     return _deal(NaturalIdPartitioner(partition_by="key"), list(range(len(rows))), num_clients=num_clients, keys=keys)
+
+
+def _single_label(
+    rows: Sequence[Row],
+    config: ExtremeConfig | DirichletEqualConfig,
+    *,
+    num_clients: int,
+    seed: int,
+    task: TaskConfig,
+    way: str,
+) -> tuple[Parts, list[int]]:
+    """The parts of the extreme clients, one label each in turn, and the rows left for the others, shuffled."""
+    num_extreme = config.num_extreme
+    if not 0 <= num_extreme <= num_clients:
+        raise ConfigError(
+            f"partition.num_extreme must be between 0 and fl.num_clients ({num_clients}), got {num_extreme}."
+        )
+    order = _shuffled(len(rows), seed)
+    left: dict[int, list[int]] = {}
+    for row in order:
+        left.setdefault(_label(rows[row], row, task, way), []).append(row)
+    labels = sorted(left)
+    if num_extreme == num_clients < len(labels):
+        raise ConfigError(
+            f"partition.num_extreme={num_extreme} leaves rows of {len(labels) - num_clients} labels without a client. "
+            f"Lower it below fl.num_clients, or have at least {len(labels)} clients."
+        )
+    owners = {label: list(range(turn, num_extreme, len(labels))) for turn, label in enumerate(labels)}
+    single: Parts = [[] for _ in range(num_extreme)]
+    for label, clients in owners.items():
+        total = len(left[label])
+        for turn, client in enumerate(clients):
+            size = (total + turn) // len(clients)
+            if num_extreme < num_clients:
+                size = min(len(rows) // num_clients, total // (len(clients) + 1))
+            single[client], left[label] = left[label][:size], left[label][size:]
+    rest = set().union(*left.values())
+    return single, [row for row in order if row in rest]
 
 
 def _shuffled(num_rows: int, seed: int) -> list[int]:

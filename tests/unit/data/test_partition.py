@@ -243,6 +243,16 @@ def test_too_small_parts_are_refused_by_client_and_size() -> None:
         deal(IidConfig(min_rows=2), num_clients=3, rows=ROWS[:4])
 
 
+def test_extreme_clients_can_stand_among_dirichlet_ones() -> None:
+    parts = deal(DirichletEqualConfig(alpha=1.0, num_extreme=2), num_clients=6)
+
+    assert sorted(chain(*parts)) == list(range(120))
+    assert [len(labels_of(part)) for part in parts[4:]] == [1, 1]
+    assert labels_of(parts[4]).keys() != labels_of(parts[5]).keys()
+    assert max(map(len, parts[:4])) - min(map(len, parts[:4])) <= 1
+    assert sum(len(labels_of(part)) for part in parts[:4]) > 8, "the others hold several labels"
+
+
 def test_a_dirichlet_draw_that_leaves_clients_empty_is_refused_by_client() -> None:
     with pytest.raises(
         ConfigError, match=r"these have fewer: client \d+ \(0 rows\), .*Raise partition.alpha or data.num_train"
