@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from fedzo.cli import main
 from fedzo.runs import replay_run, resume_run
 
 ROUNDS = 12
@@ -151,3 +152,24 @@ def test_a_changed_log_is_found_out_by_replay(run: Callable[..., Path]) -> None:
 
     with pytest.raises(ProtocolError, match="log, round 1: chain must be"):
         replay_run(folder)
+
+
+def test_an_interrupted_sweep_goes_on_and_leaves_finished_runs_alone(
+    overrides: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def sweep(*extra: str) -> int:
+        words = overrides(f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir=job${hydra:job.num}", *extra)
+        return main(["train", "-m", *(word for word in words if not word.startswith("seed=")), "seed=0,1"])
+
+    assert sweep() == 0
+    first, second = sorted(path.parent for path in tmp_path.glob("*/public.jsonl"))
+    whole = (second / "public.jsonl").read_bytes()
+    (second / "public.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:1]))
+    finished = (first / "metrics.jsonl").stat().st_mtime_ns
+
+    assert sweep() == 0
+    assert (second / "public.jsonl").read_bytes() == whole
+    assert (first / "metrics.jsonl").stat().st_mtime_ns == finished
+    capsys.readouterr()
+    assert sweep("fl.batch_size=3") == 1
+    assert "holds a run of other settings" in capsys.readouterr().err

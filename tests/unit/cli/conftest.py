@@ -64,6 +64,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
 
     services = {
         "start_run": start_run,
+        "start_or_resume_run": start_run,
         "resume_run": note("resume"),
         "replay_run": note("replay", {"rounds": 3, "digest": "ab"}),
         "export_run": note("export", Path("out")),

@@ -206,7 +206,8 @@ def test_joblib_runs_the_jobs_in_processes_of_their_own(seeds: str, code: int, t
             if config.seed == 13:
                 from fedzo.errors import NumericsError
                 raise NumericsError("not finite.")
-        runs.start_run, sweep.write_sweep_report = start_run, lambda folder: (folder / "table.txt").touch()
+        runs.start_run = runs.start_or_resume_run = start_run
+        sweep.write_sweep_report = lambda folder: (folder / "table.txt").touch()
         sys.modules.update({"fedzo.runs": runs, "fedzo.report.sweep": sweep})
     """
     (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(stand_in), encoding="utf-8")  # also in the workers
