@@ -182,7 +182,8 @@ class Federation:
         """Score the replica, which must be at ``rounds``, unless that was done before the run was resumed."""
         if not self._config.evaluation.central or self._find(split, rounds):
             return
-        examples = self._examples(split)
+        if not (examples := self._examples(split)):
+            return  # data.num_dev = 0, or data.num_test = 0
         with self._progress.phase(f"scoring {split}", len(examples)) as advance:
             score = evaluate(
                 self._site.loaded,

@@ -260,6 +260,15 @@ def test_the_test_split_is_touched_once_before_and_once_at_the_best_dev_round(ru
     assert {line["round"] for line in scores if line["split"] == "test"} == {0, summary["best_round"]}
 
 
+def test_a_split_without_rows_is_not_scored(run: Run, lines: Lines) -> None:
+    folder = run("data.num_dev=0", "data.num_test=0")
+
+    records = lines(folder, "metrics.jsonl")
+    assert [line for line in records if line["kind"] == "score"] == []
+    assert records[-1]["kind"] == "summary"
+    assert records[-1]["after"] is None
+
+
 def test_federated_scores_are_counts_of_the_clients_own_held_out_rows(run: Run, lines: Lines) -> None:
     folder = run("partition.holdout=0.25")
 
