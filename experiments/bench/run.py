@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fedzo.bench.claims import Claims
+
 HERE = Path(__file__).parent
 
 
@@ -53,38 +55,25 @@ def main(arguments: list[str]) -> None:
             path.parent.mkdir(exist_ok=True)
             command = [sys.executable, "-m", "fedzo", "bench", "step", *cases[name].arguments.split()]
             subprocess.run([*command, "--out", os.path.relpath(path)], check=True)
-    rows = [row for name, case in {**CPU, **GPU}.items() for row in claims(name, case)]
+    rows = [row for name, case in {**CPU, **GPU}.items() for row in gather(name, case)]
     (HERE / "claims.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def claims(name: str, case: Case) -> list[dict[str, Any]]:
+def gather(name: str, case: Case) -> list[dict[str, Any]]:
     path = HERE / "results" / f"{name}.json"
     if not path.exists():
         return []
     result = json.loads(path.read_text())
+    claims = Claims(command=f"python experiments/bench/run.py {name}", environment=result["environment"])
     bare, *others = result["figures"]
-    rows = []
     for figure in others:
         ours = figure["name"] == "fedzo step"
-        memory = figure["peak_bytes"] / bare["peak_bytes"] if figure["peak_bytes"] and bare["peak_bytes"] else None
-        for what, value, target in (
-            ("time", figure["ratio"], case.time_target),
-            ("peak memory", memory, case.memory_target),
-        ):
-            if value is not None:
-                rows.append(
-                    {
-                        "claim": f"{name}: {figure['name']} / bare forwards, {what}",
-                        "value": round(value, 3),
-                        "unit": "ratio",
-                        "target": target if ours else None,
-                        "holds": not ours or target is None or value <= target,
-                        "command": f"python experiments/bench/run.py {name}",
-                        "seeds": [0],
-                        "environment": result["environment"],
-                    }
-                )
-    return rows
+        head = f"{name}: {figure['name']} / bare forwards"
+        claims.add(f"{head}, time", figure["ratio"], "ratio", at_most=case.time_target if ours else None)
+        if figure["peak_bytes"] and bare["peak_bytes"]:
+            share = figure["peak_bytes"] / bare["peak_bytes"]
+            claims.add(f"{head}, peak memory", share, "ratio", at_most=case.memory_target if ours else None)
+    return claims.rows
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from typing import Any
 
 import psutil
 
+from fedzo.bench.claims import Claims
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
 ROUNDS = 3
@@ -43,7 +45,7 @@ def main() -> None:
         done.append(measure(runtime, clients, steps))
         RESULTS.write_text(json.dumps(done, indent=1) + "\n")
         print(json.dumps({k: v for k, v in done[-1].items() if k != "environment"}), flush=True)
-    (HERE / "claims.json").write_text(json.dumps(claims(done), indent=1) + "\n")
+    gather(done).write(HERE / "claims.json")
     draw(done)
 
 
@@ -122,32 +124,20 @@ def one(runtime: str, clients: int, steps: int, folder: str) -> None:
     (Path(folder) / "point.json").write_text(json.dumps(point))
 
 
-def claims(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def gather(done: list[dict[str, Any]]) -> Claims:
     at = {(point["runtime"], point["clients"], point["local_steps"]): point for point in done}
     few, many = at["inline_batched", 10, 1], at["inline_batched", 1000, 1]
     per_client = max(0, many["peak_bytes"] - few["peak_bytes"]) / 990
     overhead = 1 - many["losses_share"]
 
-    def row(claim: str, value: float, unit: str, target: float | None = None) -> dict[str, Any]:
-        return {
-            "claim": claim,
-            "value": float(f"{value:.4g}"),
-            "unit": unit,
-            "target": target,
-            "holds": target is None or value <= target,
-            "command": "python experiments/clients/run.py",
-            "seeds": [0],
-            "environment": many["environment"],
-        }
-
-    rows = [
-        row("memory of a simulated client beyond the tenth, of 1,000", per_client / 1e6, "MB", 1.0),
-        row("share of a round of 1,000 clients that is not spent on losses, T = 1", overhead, "share", 0.05),
-    ]
+    claims = Claims(command="python experiments/clients/run.py", environment=many["environment"])
+    add = claims.add
+    add("memory of a simulated client beyond the tenth, of 1,000", per_client / 1e6, "MB", at_most=1.0)
+    add("share of a round of 1,000 clients that is not spent on losses, T = 1", overhead, "share", at_most=0.05)
     for (runtime, clients, steps), point in at.items():
-        rows.append(row(f"a round of {clients} clients, T = {steps}, {runtime}", point["round_s"], "s"))
-        rows.append(row(f"peak memory, {clients} clients, T = {steps}, {runtime}", point["peak_bytes"] / 1e9, "GB"))
-    return rows
+        add(f"a round of {clients} clients, T = {steps}, {runtime}", point["round_s"], "s")
+        add(f"peak memory, {clients} clients, T = {steps}, {runtime}", point["peak_bytes"] / 1e9, "GB")
+    return claims
 
 
 def draw(done: list[dict[str, Any]]) -> None:

@@ -8,18 +8,14 @@ and of a masked write and restore of as many weights; medians and quartiles.
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
-import fedzo
+from fedzo.bench.claims import Claims
+from fedzo.bench.timing import interleaved
 from fedzo.models.config import ModelConfig
 from fedzo.models.head import hidden_at
 from fedzo.models.load import load_model
@@ -54,55 +50,18 @@ def main() -> None:
         with space.probe(1e-3, key):
             pass
 
-    seconds = measure({"forward": forward, "direction": direction, "probe": probe})
+    seconds = interleaved({"forward": forward, "direction": direction, "probe": probe}, repeats=REPEATS)
     share = statistics.median(d / f for d, f in zip(seconds["direction"], seconds["forward"], strict=True))
     whole = statistics.median(p / f for p, f in zip(seconds["probe"], seconds["forward"], strict=True))
-    rows = [
-        claim(
-            "a direction of 10^6 coordinates, of a forward of 16 x 32 tokens (SmolLM2, float32)", share, "share", 0.02
-        ),
-        claim(
-            f"a masked probe of {space.size} weights (direction, write, restore), of the same forward",
-            whole,
-            "share",
-            None,
-        ),
-        claim("a Gaussian coordinate", statistics.median(seconds["direction"]) / COORDINATES * 1e9, "ns", None),
-        claim("the forward", statistics.median(seconds["forward"]), "s", None),
-    ]
-    (HERE / "claims.json").write_text(json.dumps(rows, indent=1) + "\n")
-    for row in rows:
-        print(f"{row['claim']}: {row['value']} {row['unit']}" + (f" (target {row['target']})" if row["target"] else ""))
-
-
-def measure(work: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for repeat in range(REPEATS + 2):
-        for name, run in work.items():
-            begin = time.perf_counter()
-            run()
-            if repeat >= 2:  # the first two warm up caches and compilers
-                seconds[name].append(time.perf_counter() - begin)
-    return seconds
-
-
-def claim(text: str, value: float, unit: str, target: float | None) -> dict[str, Any]:
-    return {
-        "claim": text,
-        "value": float(f"{value:.3g}"),
-        "unit": unit,
-        "target": target,
-        "holds": target is None or value <= target,
-        "command": "python experiments/directions/run.py",
-        "seeds": [0],
-        "environment": {
-            "fedzo": fedzo.__version__,
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "machine": platform.machine(),
-        },
-    }
+    claims = Claims(command="python experiments/directions/run.py")
+    add = claims.add
+    what = "a direction of 10^6 coordinates, of a forward of 16 x 32 tokens (SmolLM2, float32)"
+    add(what, share, "share", at_most=0.02)
+    add(f"a masked probe of {space.size} weights (direction, write, restore), of the same forward", whole, "share")
+    add("a Gaussian coordinate", statistics.median(seconds["direction"]) / COORDINATES * 1e9, "ns")
+    add("the forward", statistics.median(seconds["forward"]), "s")
+    claims.write(HERE / "claims.json")
+    claims.show()
 
 
 if __name__ == "__main__":

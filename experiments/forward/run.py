@@ -12,9 +12,7 @@ starting again, a block-diagonal mask).
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -24,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-import fedzo
+from fedzo.bench.claims import Claims
 from fedzo.data.config import DataConfig, TaskConfig
 from fedzo.data.encode import encode
 from fedzo.data.example import Example
@@ -53,15 +51,14 @@ TASKS = {
 def main() -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     loaded = load_model(ModelConfig(), device="cpu")
-    rows: list[dict[str, Any]] = []
+    claims = Claims(command="python experiments/forward/run.py")
     for name, candidates in TASKS.items():
-        rows.extend(measure_task(loaded, name, candidates))
-    (HERE / "claims.json").write_text(json.dumps(rows, indent=1) + "\n")
-    for row in rows:
-        print(f"{row['claim']}: {row['value']} {row['unit']}" + (f" (target {row['target']})" if row["target"] else ""))
+        measure_task(loaded, name, candidates, claims)
+    claims.write(HERE / "claims.json")
+    claims.show()
 
 
-def measure_task(loaded: LoadedModel, name: str, candidates: list[str]) -> list[dict[str, Any]]:
+def measure_task(loaded: LoadedModel, name: str, candidates: list[str], claims: Claims) -> None:
     task = TaskConfig(
         name="rotten_tomatoes", template="Review: {text}\nSentiment: The movie was", candidates=candidates
     )
@@ -88,18 +85,17 @@ def measure_task(loaded: LoadedModel, name: str, candidates: list[str]) -> list[
     plain = plain_tokens(examples)
     variant = "fedzo without shared prompts" if long else "fedzo's rows packed without padding"
     worst = max(float(np.abs(found[way] - found["plain"]).max()) for way in ways)
-    return [
-        claim(f"{name}: plain transformers, {ROWS} rows", median["plain"], "s"),
-        claim(f"{name}: fedzo, {ROWS} rows", median["fedzo"], "s"),
-        claim(f"{name}: {variant}, {ROWS} rows", median["variant"], "s"),
-        claim(f"{name}: plain / fedzo, time", median["plain"] / median["fedzo"], "ratio"),
-        claim(f"{name}: plain, tokens of prompts with each candidate", text / median["plain"], "tokens/s"),
-        claim(f"{name}: fedzo, the same tokens", text / median["fedzo"], "tokens/s"),
-        claim(f"{name}: tokens run, plain / fedzo", plain / run, "ratio"),
-        claim(f"{name}: padding in plain's tokens", 1 - text / plain, "share"),
-        claim(f"{name}: padding in fedzo's tokens", padding / run, "share"),
-        claim(f"{name}: largest difference of a log-probability over candidates", worst, "nat", TOLERANCE),
-    ]
+    add = claims.add
+    add(f"{name}: plain transformers, {ROWS} rows", median["plain"], "s")
+    add(f"{name}: fedzo, {ROWS} rows", median["fedzo"], "s")
+    add(f"{name}: {variant}, {ROWS} rows", median["variant"], "s")
+    add(f"{name}: plain / fedzo, time", median["plain"] / median["fedzo"], "ratio")
+    add(f"{name}: plain, tokens of prompts with each candidate", text / median["plain"], "tokens/s")
+    add(f"{name}: fedzo, the same tokens", text / median["fedzo"], "tokens/s")
+    add(f"{name}: tokens run, plain / fedzo", plain / run, "ratio")
+    add(f"{name}: padding in plain's tokens", 1 - text / plain, "share")
+    add(f"{name}: padding in fedzo's tokens", padding / run, "share")
+    add(f"{name}: largest difference of a log-probability over candidates", worst, "nat", at_most=TOLERANCE)
 
 
 def scores(loaded: LoadedModel, examples: list[Example]) -> np.ndarray:
@@ -155,25 +151,6 @@ def packed_scores(model: Any, examples: list[Example]) -> np.ndarray:
 def over_candidates(found: np.ndarray) -> np.ndarray:
     """Log-probabilities over the candidates, on which all ways must agree."""
     return torch.from_numpy(found.astype(np.float64)).log_softmax(-1).numpy()
-
-
-def claim(text: str, value: float, unit: str, target: float | None = None) -> dict[str, Any]:
-    return {
-        "claim": text,
-        "value": float(f"{value:.3g}"),
-        "unit": unit,
-        "target": target,
-        "holds": target is None or value <= target,
-        "command": "python experiments/forward/run.py",
-        "seeds": [0],
-        "environment": {
-            "fedzo": fedzo.__version__,
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "machine": platform.machine(),
-        },
-    }
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ A seed whose run is complete is not run again, so an interrupted call goes on wh
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from fedzo.bench.claims import Claims
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
@@ -24,8 +27,8 @@ COMMAND = "python experiments/quickstart/run.py"
 def main() -> None:
     runs = [run(seed) for seed in SEEDS]
     results = {"run": [entry["summary"] for entry in runs], "environment": runs[0]["environment"], "command": COMMAND}
-    write("results.json", results)
-    write("claims.json", claims(runs))
+    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    gather(runs).write(HERE / "claims.json")
     draw(runs)
     for line in table(runs):
         print(line)
@@ -53,43 +56,29 @@ def summary_of(folder: Path) -> dict[str, Any] | None:
     return next((line for line in lines if line["kind"] == "summary"), None)
 
 
-def claims(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def gather(runs: list[dict[str, Any]]) -> Claims:
     gains = [100 * (e["summary"]["after"]["value"] - e["summary"]["before"]["value"]) for e in runs]
     minutes = [e["summary"]["seconds"] / 60 for e in runs]
     clients = 8
 
-    def row(claim: str, value: float, unit: str, target: float | None, holds: bool) -> dict[str, Any]:
-        return {
-            "claim": claim,
-            "value": round(value, 4),
-            "unit": unit,
-            "target": target,
-            "holds": holds,
-            "command": COMMAND,
-            "seeds": list(SEEDS),
-            "environment": runs[0]["environment"],
-        }
-
     def mean(when: str, what: str) -> float:
         return sum(e["summary"][when][what] for e in runs) / len(runs)
 
-    middle = sorted(minutes)[len(minutes) // 2]
-    average, worst = sum(gains) / len(gains), min(gains)
     up = max(e["summary"]["payload_up_bytes"] for e in runs) / clients
     messages = max(e["summary"]["message_up_bytes"] + e["summary"]["message_down_bytes"] for e in runs) / clients
-    return [
-        row("accuracy rises from its zero-shot value, mean over seeds", average, "points", 20, average >= 20),
-        row("accuracy rises from its zero-shot value, worst seed", worst, "points", 15, worst >= 15),
-        row("accuracy before", mean("before", "value"), "share", None, True),
-        row("accuracy after", mean("after", "value"), "share", None, True),
-        row("accuracy at the best threshold before", mean("before", "best_threshold_accuracy"), "share", None, True),
-        row("accuracy at the best threshold after", mean("after", "best_threshold_accuracy"), "share", None, True),
-        row("AUC before", mean("before", "auc"), "area", None, True),
-        row("AUC after", mean("after", "auc"), "area", None, True),
-        row("a run's time, median of the seeds, installation apart", middle, "minutes", 10, middle <= 10),
-        row("scalars that a client sends in a whole run", up, "bytes", 20_000, up <= 20_000),
-        row("message contents of a client in a whole run, both ways, the mask included", messages, "bytes", None, True),
-    ]
+    claims = Claims(command=COMMAND, seeds=list(SEEDS), environment=runs[0]["environment"])
+    add = claims.add
+    add("accuracy rises from its zero-shot value, mean over seeds", sum(gains) / len(gains), "points", at_least=20)
+    add("accuracy rises from its zero-shot value, worst seed", min(gains), "points", at_least=15)
+    for what, name in (("value", "accuracy"), ("best_threshold_accuracy", "accuracy at the best threshold")):
+        add(f"{name} before", mean("before", what), "share")
+        add(f"{name} after", mean("after", what), "share")
+    add("AUC before", mean("before", "auc"), "area")
+    add("AUC after", mean("after", "auc"), "area")
+    add("a run's time, median of the seeds, installation apart", statistics.median(minutes), "minutes", at_most=10)
+    add("scalars that a client sends in a whole run", up, "bytes", at_most=20_000)
+    add("message contents of a client in a whole run, both ways, the mask included", messages, "bytes")
+    return claims
 
 
 def table(runs: list[dict[str, Any]]) -> list[str]:
@@ -121,10 +110,6 @@ def draw(runs: list[dict[str, Any]]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(HERE / "accuracy.png", dpi=130)
-
-
-def write(name: str, value: object) -> None:
-    (HERE / name).write_text(json.dumps(value, indent=1) + "\n")
 
 
 if __name__ == "__main__":

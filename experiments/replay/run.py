@@ -9,22 +9,18 @@ repeats, but for the slowest case, which is measured once.
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import nn
 
-import fedzo
+from fedzo.bench.claims import Claims
 from fedzo.report.style import BLUE, ORANGE, PAPER, house_style, new_axes
 from fedzo.zo.config import Distribution
 from fedzo.zo.dense import DenseSpace
@@ -42,18 +38,16 @@ Case = tuple[str, int]
 def main() -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     seconds = measure(cases())
-    rows = [
-        claim(f"{what}: {num} client{'s' * (num > 1)}, T = {STEPS}, n = 10^6", seconds[what, num], "s")
-        for what, num in seconds
-    ]
+    claims = Claims(command="python experiments/replay/run.py")
+    for what, num in seconds:
+        claims.add(f"{what}: {num} client{'s' * (num > 1)}, T = {STEPS}, n = 10^6", seconds[what, num], "s")
     first, last = CLIENTS[0], CLIENTS[-1]
     for what, target in (("GradIP, shared seeds", 1.5), ("replay, shared seeds", 1.5), ("GradIP, own seeds", None)):
         growth = seconds[what, last] / seconds[what, first]
-        rows.append(claim(f"{what}: {last} clients / {first} client, time", growth, "ratio", target))
-    (HERE / "claims.json").write_text(json.dumps(rows, indent=1) + "\n")
+        claims.add(f"{what}: {last} clients / {first} client, time", growth, "ratio", at_most=target)
+    claims.write(HERE / "claims.json")
     draw(seconds)
-    for row in rows:
-        print(f"{row['claim']}: {row['value']} {row['unit']}" + (f" (target {row['target']})" if row["target"] else ""))
+    claims.show()
 
 
 def cases() -> dict[Case, Callable[[], object]]:
@@ -108,26 +102,6 @@ def draw(seconds: dict[Case, float]) -> None:
         axes.set_title(f"GradIP of all clients of a round: {STEPS} steps, a million values, {threads} threads")
         axes.legend()
         figure.savefig(HERE / "gradip_cost.png", dpi=144, facecolor=PAPER, metadata={"Software": None})
-
-
-def claim(text: str, value: float, unit: str, target: float | None = None) -> dict[str, Any]:
-    return {
-        "claim": text,
-        "value": float(f"{value:.3g}"),
-        "unit": unit,
-        "target": target,
-        "holds": target is None or value <= target,
-        "command": "python experiments/replay/run.py",
-        "seeds": [0],
-        "environment": {
-            "fedzo": fedzo.__version__,
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "numba_threads": numba.get_num_threads(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "machine": platform.machine(),
-        },
-    }
 
 
 if __name__ == "__main__":

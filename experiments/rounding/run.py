@@ -9,18 +9,16 @@ in the mean over the draws for stochastic rounding, whose noise gives it the sta
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-import fedzo
+from fedzo.bench.claims import Claims
 from fedzo.models.config import DType, ModelConfig
 from fedzo.models.load import load_model
 from fedzo.zo.config import Rounding
@@ -48,19 +46,19 @@ class Outcome(NamedTuple):
 
 def main() -> None:
     torch.set_num_threads(os.cpu_count() or 1)
-    rows = []
+    claims = Claims(command="python experiments/rounding/run.py")
     for dtype, rounding in CASES:
         model = load_model(ModelConfig(dtype=dtype), device="cpu").model
         for s in STEPS:
             outcome = step(model, rounding, s)
             head = f"SmolLM2-135M in {dtype}, rounded {rounding}, one step of lr*|g| = {s:g}"
-            rows.append(claim(f"{head}: weights that moved", outcome.moved, "share"))
+            claims.add(f"{head}: weights that moved", outcome.moved, "share")
             error = f"standard error {outcome.standard_error:.1g}"
-            rows.append(claim(f"{head}: share of the step that arrived ({error})", outcome.arrived, "share"))
+            claims.add(f"{head}: share of the step that arrived ({error})", outcome.arrived, "share")
             print(
                 f"{head}: {outcome.moved:.2%} of the weights moved, {outcome.arrived:.4f} of the step arrived ({error})"
             )
-    (HERE / "claims.json").write_text(json.dumps(rows, indent=1) + "\n")
+    claims.write(HERE / "claims.json")
 
 
 def step(model: nn.Module, rounding: Rounding, s: float) -> Outcome:
@@ -81,25 +79,6 @@ def step(model: nn.Module, rounding: Rounding, s: float) -> Outcome:
         noise += float((((got - wanted) * wanted) ** 2).sum())
     space.rewind()
     return Outcome(moved / ends[-1], along / length, noise**0.5 / length)
-
-
-def claim(text: str, value: float, unit: str) -> dict[str, Any]:
-    return {
-        "claim": text,
-        "value": float(f"{value:.4g}"),
-        "unit": unit,
-        "target": None,
-        "holds": True,
-        "command": "python experiments/rounding/run.py",
-        "seeds": [0],
-        "environment": {
-            "fedzo": fedzo.__version__,
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "machine": platform.machine(),
-        },
-    }
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ import torch
 from fedzo.bench.baselines import first_order_step, mezo_walk_step
 from fedzo.bench.memory import measure_peak_bytes, resident_bytes
 from fedzo.bench.shapes import random_model
+from fedzo.bench.timing import interleaved
 from fedzo.config.schema import RunConfig
 from fedzo.data.config import Loss
 from fedzo.data.example import Example
 from fedzo.environment import environment
 from fedzo.errors import ConfigError
+from fedzo.models.adapters import base_model, has_adapter
 from fedzo.models.load import TORCH_DTYPES, LoadedModel, load_model
 from fedzo.models.scoring import mean_loss
 from fedzo.site import set_threads
@@ -31,9 +33,9 @@ from fedzo.zo.path import apply_step
 from fedzo.zo.selection import build_estimator
 from fedzo.zo.space import Space
 
-BARE, OURS, WALK, FIRST_ORDER = "bare forwards", "fedzo step", "MeZO walk", "first-order step"
+BARE, BASE, OURS = "bare forwards", "base model's forwards", "fedzo step"
+WALK, FIRST_ORDER = "MeZO walk", "first-order step"
 Work = Callable[[], object]
-_WARM_UPS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,10 @@ class Bench:
         return mean_loss(self.loaded, self.examples, loss=Loss.candidates, tokens_per_batch=tokens)
 
     def contestants(self) -> dict[str, Work]:
-        """Each takes a whole step; all but the bare forwards have lr = 1e-8, so that the weights stay as they are."""
+        """Each takes a whole step; all but the forwards have lr = 1e-8, so that the weights stay as they are.
+
+        Bare forwards are those of the model as it is trained; where that holds an adapter, the base model's are beside.
+        """
         model, lr = self.loaded.model, 1e-8
         keys = [stream_key(0, round=0, probe=probe) for probe in range(self.num_probes)]
         ids = torch.tensor([example.prompt for example in self.examples], device=self.loaded.device)
@@ -93,8 +98,17 @@ class Bench:
             for key, projection in zip(keys, self.estimator.estimate(self.space, self.loss, keys), strict=True):
                 apply_step(self.space, lr=lr, c=projection.g, key=key)
 
+        def forwards() -> None:
+            for _ in range(self.estimator.forwards_per_step(self.num_probes)):
+                self.loss()
+
+        def base_forwards() -> None:
+            with base_model(model):
+                forwards()
+
         return {
-            BARE: lambda: [self.loss() for _ in range(self.estimator.forwards_per_step(self.num_probes))],
+            BARE: forwards,
+            **({BASE: base_forwards} if has_adapter(model) else {}),
             OURS: ours,
             WALK: lambda: mezo_walk_step(model, self.loss, eps=self.eps, lr=lr, seed=0),
             FIRST_ORDER: lambda: first_order_step(model, ids, choices, lr=lr),
@@ -147,15 +161,8 @@ def bench_step(
         Plain JSON values: what was measured, a list of ``Figure`` as dicts, the environment.
     """
     contestants = bench.contestants()
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for repeat in range(_WARM_UPS + repeats):
-        for name, work in contestants.items():
-            begin = time.perf_counter()
-            work()
-            _wait(bench.loaded.device)
-            if repeat >= _WARM_UPS:
-                seconds[name].append(time.perf_counter() - begin)
-        on_repeat(max(0, repeat + 1 - _WARM_UPS), repeats)
+    timed = {name: partial(_finish, work, bench.loaded.device) for name, work in contestants.items()}
+    seconds = interleaved(timed, repeats=repeats, on_repeat=on_repeat)
     figures = [_figure(name, spent, seconds[BARE], peaks(name)) for name, spent in seconds.items()]
     model, rows = bench.loaded.model, len(bench.examples)
     return {
@@ -208,7 +215,8 @@ def _quartiles(values: list[float]) -> tuple[float, float]:
     return first, third
 
 
-def _wait(device: torch.device) -> None:
+def _finish(work: Work, device: torch.device) -> None:
+    work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -151,8 +151,8 @@ def dirichlet_equal(
 
     The variant of FedDyn (arXiv 2111.04263), as in ``flwr_datasets``: rows are dealt one by one to random clients, and
     a class that is used up leaves the mixes of those that still want rows. So the joint mix is that of all rows, which
-    ``dirichlet`` with a plain mean over unequal clients does not give. The last ``num_extreme`` clients hold rows of one
-    label each, chosen before the others' as by ``extreme``.
+    ``dirichlet`` with a plain mean over unequal clients does not give. The last ``num_extreme`` clients hold rows of
+    one label each, chosen before the others' as by ``extreme``.
     """
     if not config.alpha > 0:
         raise ConfigError(f"partition.alpha must be > 0, got {config.alpha}. Smaller is less IID; 0.5 is usual.")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -14,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedzo.errors import ConfigError
 from fedzo.models.load import LoadedModel
-from fedzo.models.virtual_tokens import attach, detach
+from fedzo.models.virtual_tokens import attach, detach, num_virtual_tokens, paused
 
 Names = tuple[str, ...]
 _FUSED: tuple[Names, ...] = (("c_attn",), ("query_key_value",), ("qkv_proj",), ("Wqkv",))
@@ -109,6 +110,29 @@ def remove(model: nn.Module) -> None:
             model.set_submodule(name, module.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether an adapter is in the model."""
+    return num_virtual_tokens(model) > 0 or any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+@contextmanager
+def base_model(model: nn.Module) -> Iterator[None]:
+    """Let the model compute as if it had no adapter."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        with paused(model):
+            yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)  # makes the adapter's parameters require gradients, whatever they did before
+        model.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -7,6 +7,8 @@ calls the model. So they are added where all of these meet, in hooks on the deco
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -37,6 +39,20 @@ def detach(model: nn.Module) -> None:
     tokens: VirtualTokens | None = vars(model).pop(_ATTACHED, None)
     for handle in tokens.handles if tokens else ():
         handle.remove()
+
+
+@contextmanager
+def paused(model: nn.Module) -> Iterator[None]:
+    """Leave the virtual tokens out for a while, if there are any."""
+    tokens: VirtualTokens | None = vars(model).get(_ATTACHED)
+    if tokens is None:
+        yield
+        return
+    detach(model)
+    try:
+        yield
+    finally:
+        attach(model, tokens.peft_model)
 
 
 def num_virtual_tokens(model: nn.Module) -> int:

@@ -11,10 +11,11 @@ import torch
 
 from fedzo.bench.memory import measure_peak_bytes, resident_bytes
 from fedzo.bench.shapes import SHAPES, random_model
-from fedzo.bench.step import BARE, FIRST_ORDER, OURS, WALK, bench_step, open_bench
+from fedzo.bench.step import BARE, BASE, FIRST_ORDER, OURS, WALK, bench_step, open_bench
 from fedzo.cli import main
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
+from fedzo.models.adapters import base_model
 from fedzo.testing.tiny_models import save_tiny_model
 
 
@@ -44,6 +45,22 @@ def test_every_contestant_is_timed_and_leaves_the_model_as_it_was(folder: Path, 
     assert result["figures"][0]["ratio"] == 1
     assert (result["rows"], result["tokens"], result["space_size"]) == (3, 5, bench.space.size)
     assert np.abs(bench.space.values() - before).max() < 1e-6  # the walk does not come back to the same bits
+
+
+@pytest.mark.parametrize("trainer", ["lora", "prefix", "prompt"])
+def test_with_an_adapter_the_base_models_forwards_are_timed_beside_it(folder: Path, trainer: str) -> None:
+    bench = open_bench(load([f"model={folder}", f"trainer={trainer}", "device=cpu"]), shape=None, rows=2, tokens=4)
+    plain = open_bench(load([f"model={folder}", "trainer=meerkat", "device=cpu"]), shape=None, rows=2, tokens=4)
+    bench.space.load(bench.space.values() + np.float32(0.5))
+    wrapped, requires = bench.loss(), [p.requires_grad for p in bench.loaded.model.parameters()]
+
+    with base_model(bench.loaded.model):
+        base = bench.loss()
+    bench.contestants()[BASE]()
+
+    assert base == plain.loss() != wrapped == bench.loss()
+    assert [p.requires_grad for p in bench.loaded.model.parameters()] == requires
+    assert BASE not in plain.contestants()
 
 
 def test_bare_forwards_are_as_many_as_the_estimator_takes(folder: Path) -> None:

@@ -1,0 +1,65 @@
+"""Claims say whether they hold; timing is in turn and leaves the warm-up out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedzo.bench.claims import Claims
+from fedzo.bench.timing import interleaved
+
+
+@pytest.mark.parametrize(
+    ("bounds", "target", "holds"),
+    [
+        ({}, None, True),
+        ({"at_most": 2.0}, 2.0, True),
+        ({"at_most": 1.9}, 1.9, False),
+        ({"at_least": 2.0}, 2.0, True),
+        ({"at_least": 2.1}, 2.1, False),
+    ],
+)
+def test_a_claim_holds_within_its_bound(
+    bounds: dict[str, float], target: float | None, holds: bool, tmp_path: Path
+) -> None:
+    claims = Claims(command="python it.py", seeds=[3], environment={"fedzo": "1"})
+
+    claims.add("a ratio", 2.00001 if "at_least" in bounds else 1.99999, "ratio", **bounds)
+    claims.write(tmp_path / "claims.json")
+
+    (row,) = json.loads((tmp_path / "claims.json").read_text())
+    assert row == {
+        "claim": "a ratio",
+        "value": 2.0,
+        "unit": "ratio",
+        "target": target,
+        "holds": holds,
+        "command": "python it.py",
+        "seeds": [3],
+        "environment": {"fedzo": "1"},
+    }
+
+
+def test_a_value_that_is_not_a_number_holds_no_target() -> None:
+    claims = Claims(command="", environment={})
+
+    claims.add("a ratio", float("nan"), "ratio", at_most=1.0)
+
+    assert not claims.rows[0]["holds"]
+
+
+def test_pieces_are_timed_in_turn_after_two_rounds() -> None:
+    calls: list[str] = []
+    heard: list[tuple[int, int]] = []
+
+    seconds = interleaved(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")},
+        repeats=3,
+        on_repeat=lambda done, total: heard.append((done, total)),
+    )
+
+    assert "".join(calls) == "ab" * 5
+    assert {name: len(spent) for name, spent in seconds.items()} == {"a": 3, "b": 3}
+    assert heard[-1] == (3, 3)
