@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ RENDERERS: dict[str, Callable[[Any], Lines]] = {
     "experiments/quickstart/results.json": quickstart,
     "experiments/quickstart/results.json#ending": ending,
     "experiments/bench/claims.json": bench,
+    **{f"experiments/meerkat/tables.json#{part}": itemgetter(part) for part in ("accuracy", "tuning", "verdicts")},
 }
 
 
