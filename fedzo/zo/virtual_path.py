@@ -20,7 +20,7 @@ import torch
 
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import SHARED, add_direction, dot_direction, stream_key
-from fedzo.zo.path import Scalars
+from fedzo.zo.path import RoundRecord, Scalars, scalars_and_keys
 
 Numbers = npt.NDArray[np.float64]
 
@@ -97,6 +97,14 @@ def virtual_paths(
     if shared_seeds:
         return along(SHARED, list(scalars), steps)
     return {client: along(client, [client], len(g))[client] for client, g in scalars.items()}
+
+
+def round_products(
+    gradient: torch.Tensor, record: RoundRecord, *, run_seed: int, distribution: Distribution
+) -> Numbers:
+    """Xi of each scalar of a round, float64 in the shape of its coefficients [T, P, owners]; one pass a direction."""
+    keys = [key for _, key in scalars_and_keys(record, run_seed=run_seed)]
+    return inner_products(gradient, keys, distribution=distribution).reshape(record.coefficients.shape)
 
 
 def inner_products(gradient: torch.Tensor, keys: Sequence[int], *, distribution: Distribution) -> Numbers:

@@ -109,7 +109,7 @@ def test_k_clients_with_one_probe_equal_one_client_with_the_joint_batch(
     from fedzo.trainers import Workplace
 
     workplace = Workplace(folder=folder, seed=0, texts=list, advance=lambda done, total: None)
-    space = site.worker.build(site.trainer.prepare(site.loaded, workplace)).space
+    space = site.worker.build(site.trainer.prepare(site.loaded, workplace).artifact).space
     joint = []
     for client in range(4):
         train = site.client_data(client).train
@@ -228,7 +228,7 @@ def test_the_number_of_losses_is_the_budget_and_not_one_more(
 
     site = open_site(load(overrides()))
     workplace = Workplace(folder=tmp_path, seed=0, texts=site.train_prompts, advance=lambda done, total: None)
-    artifact = site.trainer.prepare(site.loaded, workplace)
+    artifact = site.trainer.prepare(site.loaded, workplace).artifact
     replica = site.worker.build(artifact)
     original, asked = client.example_losses, []
     monkeypatch.setattr(client, "example_losses", lambda *a, **k: asked.append(a) or original(*a, **k))
