@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 
 from fedzo.zo.config import Distribution
-from fedzo.zo.directions import SHARED, add_direction, dot_direction, stream_key
-from fedzo.zo.path import RoundRecord, Scalars, scalars_and_keys
+from fedzo.zo.directions import SHARED, add_direction, dot_direction
+from fedzo.zo.path import RoundRecord, Scalars, scalars_and_keys, step_keys
 
 Numbers = npt.NDArray[np.float64]
 
@@ -80,7 +80,7 @@ def virtual_paths(
             g[row, : len(scalars[client])] = scalars[client]
         xi, products = np.empty((steps, probes)), np.empty((steps, probes, probes))
         for t in range(steps):
-            keys = [stream_key(run_seed, round=round, step=t, probe=p, owner=owner) for p in range(probes)]
+            keys = step_keys(run_seed, round=round, step=t, probes=probes, owner=owner)
             xi[t] = inner_products(gradient, keys, distribution=distribution)
             products[t] = gram(gradient, keys, distribution=distribution)
         grad_ip = (g * xi).mean(axis=2)
