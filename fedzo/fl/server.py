@@ -31,13 +31,14 @@ from fedzo.fl.exchange import Grid, Traffic, ask
 from fedzo.fl.metrics import round_metrics
 from fedzo.fl.replica import Replica
 from fedzo.fl.roster import Roster
+from fedzo.fl.signals import Signals
 from fedzo.fl.store import RunStore
 from fedzo.fl.wire import EvaluateReply, EvaluateRequest, Status, Sync, TrainReply, TrainRequest
 from fedzo.zo.config import OptimizerConfig
 from fedzo.zo.directions import PURPOSE_SAMPLING, permutation, stream_key
 from fedzo.zo.path import RoundRecord, pack
 from fedzo.zo.schedule import learning_rate
-from fedzo.zo.virtual_path import round_products
+from fedzo.zo.virtual_path import Numbers
 
 log = logging.getLogger(__name__)
 REGISTER_S = 60.0  # how long a round may wait for a newcomer's registration
@@ -85,8 +86,11 @@ class Server:
     _equipped: set[int] = field(default_factory=set)
     _digests: dict[int, str] = field(default_factory=dict)
     _used: dict[int, int] = field(default_factory=dict)
+    _signals: Signals = field(init=False)
 
     def __post_init__(self) -> None:
+        law = self.replica.space.distribution
+        self._signals = Signals(self.gradient, self.store.audit, run_seed=self.run_seed, distribution=law)
         for line in self.store.audit:
             self._count_steps(line)
 
@@ -153,12 +157,14 @@ class Server:
             probes=self.num_probes,
             seeds=self.fl.seeds,
         )
-        self._commit(record, results, refused)
+        xi = self._signals.products(record)
+        self._commit(record, results, refused, xi)
         by_values = self.fl.transport is Transport.values
         self.sink.write(
             round_metrics(
                 record,
                 results,
+                signals=self._signals.of_round(record, results, xi),
                 refused=refused,
                 traffic=traffic,
                 down_bytes=self.replica.snapshot_bytes if by_values else record.coefficients.nbytes,
@@ -261,7 +267,13 @@ class Server:
             return dict.fromkeys(range(self.fl.num_clients), 1.0)
         return {client: float(hello.num_train) for client, hello in self.roster.hellos.items()}
 
-    def _commit(self, record: RoundRecord, results: Mapping[int, ClientResult], refused: Mapping[int, str]) -> None:
+    def _commit(
+        self,
+        record: RoundRecord,
+        results: Mapping[int, ClientResult],
+        refused: Mapping[int, str],
+        xi: Numbers | None,
+    ) -> None:
         # the replica moves first, since the line carries its check; it is rebuilt from the log if the line is not
         # written
         self.replica.advance([record])
@@ -276,7 +288,7 @@ class Server:
         audit = {
             "round": record.round,
             "lr": record.lr,
-            "xi": self._products(record),
+            "xi": None if xi is None else xi.tolist(),
             "clients": [
                 {
                     "client": client,
@@ -294,14 +306,7 @@ class Server:
         }
         self.store.commit(record, proof=proof, audit=audit)
         self._count_steps(audit)
-
-    def _products(self, record: RoundRecord) -> list[Any] | None:
-        """<gradient, z> of each direction of a round, nested as its coefficients are."""
-        if self.gradient is None:
-            return None
-        law = self.replica.space.distribution
-        nested: list[Any] = round_products(self.gradient, record, run_seed=self.run_seed, distribution=law).tolist()
-        return nested
+        self._signals.note(audit)
 
     def _count_steps(self, audit: Mapping[str, Any]) -> None:
         for entry in audit["clients"]:
