@@ -105,18 +105,19 @@ class Federation:
     def _make_server(self, grid: Any) -> Server:
         config, site = self._config, self._site
         with self._progress.phase(f"preparing {plugin_name('trainer', config.trainer)}") as advance:
-            artifact = site.trainer.prepare(
+            prepared = site.trainer.prepare(
                 site.loaded,
                 Workplace(folder=self._store.folder, seed=config.seed, texts=site.train_prompts, advance=advance),
             )
-        replica = site.worker.build(artifact)
+        replica = site.worker.build(prepared.artifact)
         replica.reset()
         return Server(
             grid=grid,
             roster=Roster(num_clients=config.fl.num_clients, identity=site.worker.identity),
             replica=replica,
             store=self._store,
-            artifact=artifact,
+            artifact=prepared.artifact,
+            gradient=prepared.gradient,
             run_seed=config.seed,
             fl=config.fl,
             strategy=config.strategy,

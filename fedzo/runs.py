@@ -113,7 +113,7 @@ def rebuild(run_dir: Path, *, rounds: int | None = None) -> Rebuilt:
             raise ConfigError(f"rounds must be in 0..{len(store.records)} (the log's length), got {wanted}.")
         site = open_site(config)
         site.undecided = False  # a rebuilt model is held in float32 where the run's own choice was open
-        artifact = site.trainer.prepare(site.loaded, _quiet_workplace(run_dir, config))
+        artifact = site.trainer.prepare(site.loaded, _quiet_workplace(run_dir, config)).artifact
         replica = site.worker.build(artifact)
         for done in range(wanted):
             replica.advance([store.records[done]])

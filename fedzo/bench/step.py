@@ -135,7 +135,7 @@ def open_bench(config: RunConfig, *, shape: str | None, rows: int, tokens: int) 
     trainer = TRAINERS.build(trainer_config)
     with tempfile.TemporaryDirectory() as folder:
         workplace = Workplace(folder=Path(folder), seed=0, texts=list, advance=lambda done, total: None)
-        artifact = trainer.prepare(loaded, workplace)
+        artifact = trainer.prepare(loaded, workplace).artifact
     estimator = config.estimator
     built = trainer.build(loaded, artifact, distribution=estimator.distribution)
     vocabulary = len(loaded.tokenizer)

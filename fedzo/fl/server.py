@@ -20,22 +20,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-import numpy as np
+import torch
 
 from fedzo.errors import FedzoError, ProtocolError
 from fedzo.fl.aggregate import ClientResult, aggregate, check_reply, sample_clients
 from fedzo.fl.client import space_id
 from fedzo.fl.clip import announced_bound
-from fedzo.fl.config import FlConfig, Seeds, StrategyConfig, Transport, Weighting
+from fedzo.fl.config import FlConfig, StrategyConfig, Transport, Weighting
 from fedzo.fl.exchange import Grid, Traffic, ask
+from fedzo.fl.metrics import round_metrics
 from fedzo.fl.replica import Replica
 from fedzo.fl.roster import Roster
+from fedzo.fl.signals import Signals
 from fedzo.fl.store import RunStore
 from fedzo.fl.wire import EvaluateReply, EvaluateRequest, Status, Sync, TrainReply, TrainRequest
 from fedzo.zo.config import OptimizerConfig
 from fedzo.zo.directions import PURPOSE_SAMPLING, permutation, stream_key
 from fedzo.zo.path import RoundRecord, pack
 from fedzo.zo.schedule import learning_rate
+from fedzo.zo.virtual_path import Numbers
 
 log = logging.getLogger(__name__)
 REGISTER_S = 60.0  # how long a round may wait for a newcomer's registration
@@ -60,6 +63,7 @@ class Server:
     Attributes:
         replica: The server's own copy of the model, always at the end of the log between rounds.
         artifact: What clients need beside the model to build the space.
+        gradient: With which every local step is compared (GradIP), float32 [n] in wire order; None where there is none.
         sink: Where metric records go.
         elapsed: Seconds since the run started.
     """
@@ -76,13 +80,17 @@ class Server:
     num_probes: int
     sink: Sink
     elapsed: Callable[[], float]
+    gradient: torch.Tensor | None = None
     shuffle_replies: bool = False
     _acked: dict[int, int] = field(default_factory=dict)
     _equipped: set[int] = field(default_factory=set)
     _digests: dict[int, str] = field(default_factory=dict)
     _used: dict[int, int] = field(default_factory=dict)
+    _signals: Signals = field(init=False)
 
     def __post_init__(self) -> None:
+        law = self.replica.space.distribution
+        self._signals = Signals(self.gradient, self.store.audit, run_seed=self.run_seed, distribution=law)
         for line in self.store.audit:
             self._count_steps(line)
 
@@ -149,8 +157,22 @@ class Server:
             probes=self.num_probes,
             seeds=self.fl.seeds,
         )
-        self._commit(record, results, refused)
-        self.sink.write(self._round_metrics(record, results, refused, traffic, time.monotonic() - started, bound))
+        xi = self._signals.products(record)
+        self._commit(record, results, refused, xi)
+        by_values = self.fl.transport is Transport.values
+        self.sink.write(
+            round_metrics(
+                record,
+                results,
+                signals=self._signals.of_round(record, results, xi),
+                refused=refused,
+                traffic=traffic,
+                down_bytes=self.replica.snapshot_bytes if by_values else record.coefficients.nbytes,
+                bound=bound,
+                seconds=self.elapsed(),
+                round_seconds=time.monotonic() - started,
+            )
+        )
         return record
 
     def federated_scores(self, *, max_rows: int) -> Mapping[int, EvaluateReply]:
@@ -245,7 +267,13 @@ class Server:
             return dict.fromkeys(range(self.fl.num_clients), 1.0)
         return {client: float(hello.num_train) for client, hello in self.roster.hellos.items()}
 
-    def _commit(self, record: RoundRecord, results: Mapping[int, ClientResult], refused: Mapping[int, str]) -> None:
+    def _commit(
+        self,
+        record: RoundRecord,
+        results: Mapping[int, ClientResult],
+        refused: Mapping[int, str],
+        xi: Numbers | None,
+    ) -> None:
         # the replica moves first, since the line carries its check; it is rebuilt from the log if the line is not
         # written
         self.replica.advance([record])
@@ -259,6 +287,8 @@ class Server:
         weights = self._weights()
         audit = {
             "round": record.round,
+            "lr": record.lr,
+            "xi": None if xi is None else xi.tolist(),
             "clients": [
                 {
                     "client": client,
@@ -276,46 +306,11 @@ class Server:
         }
         self.store.commit(record, proof=proof, audit=audit)
         self._count_steps(audit)
+        self._signals.note(audit)
 
     def _count_steps(self, audit: Mapping[str, Any]) -> None:
         for entry in audit["clients"]:
             self._used[entry["client"]] = entry["used"] + entry["steps"]
-
-    def _round_metrics(
-        self,
-        record: RoundRecord,
-        results: Mapping[int, ClientResult],
-        refused: Mapping[int, str],
-        traffic: Traffic,
-        round_seconds: float,
-        bound: float,
-    ) -> dict[str, Any]:
-        losses = {client: _mean(results[client].loss) for client in sorted(results)}
-        abs_g = {client: float(np.abs(results[client].g).mean()) for client in sorted(results)}
-        scalars = 4 * self.fl.local_steps * self.num_probes
-        owners = 1 if self.fl.seeds is Seeds.shared else len(results)
-        down = self.replica.snapshot_bytes if self.fl.transport is Transport.values else scalars * owners
-        return {
-            "kind": "round",
-            "seconds": self.elapsed(),
-            "round": record.round,
-            "loss": _mean(np.array(list(losses.values()))),
-            "mean_abs_g": float(np.mean(list(abs_g.values()))),
-            "payload_up_bytes": scalars * len(results),
-            "payload_down_bytes": down * len(results),
-            "message_up_bytes": traffic.up_bytes,
-            "message_down_bytes": traffic.down_bytes,
-            "round_seconds": round_seconds,
-            "dropped_probes": int(sum(result.dropped.sum() for result in results.values())),
-            "clip_bound": bound or None,
-            "clipped": int(sum((np.abs(result.g) == bound).sum() for result in results.values())) if bound else 0,
-            "absent": sorted(refused),
-            "reasons": {str(client): reason for client, reason in sorted(refused.items())},
-            "clients": [
-                {"client": client, "loss": losses[client], "abs_g": abs_g[client], "steps": self.fl.local_steps}
-                for client in sorted(results)
-            ],
-        }
 
 
 def check_line(replica: Replica, line: Mapping[str, Any]) -> None:
@@ -333,8 +328,3 @@ def check_line(replica: Replica, line: Mapping[str, Any]) -> None:
                 f"log, round {line['round']}: {what} must be {line[what]}, but replaying gives {value}. "
                 "The base model, the mask or the log is not the run's."
             )
-
-
-def _mean(values: np.ndarray) -> float:
-    finite = values[np.isfinite(values)]
-    return float(finite.astype(np.float64).mean()) if finite.size else float("nan")

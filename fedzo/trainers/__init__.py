@@ -19,6 +19,8 @@ from fedzo.trainers.config import (
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from fedzo.models.load import LoadedModel
     from fedzo.zo.config import Distribution
     from fedzo.zo.space import Space
@@ -45,6 +47,20 @@ class Workplace:
 
 
 @dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a trainer made on the server before the first round.
+
+    Attributes:
+        artifact: What a client needs beside the model to build the space (sent once), b"" if nothing.
+        gradient: A gradient of the trained values, float32 [n] in wire order on the CPU, with which the server compares
+            every local step (GradIP, ``fedzo.zo.virtual_path``). It stays on the server. None where there is none.
+    """
+
+    artifact: bytes = b""
+    gradient: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Built:
     """A space on a loaded model.
 
@@ -62,8 +78,8 @@ class Built:
 class Trainer(Protocol):
     """What a trainer plugin offers."""
 
-    def prepare(self, loaded: LoadedModel, workplace: Workplace) -> bytes:
-        """Once, on the server: what a client needs beside the model to build the space (sent once), b"" if nothing."""
+    def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
+        """Once, on the server: what clients need beside the model, and what the server keeps."""
         ...
 
     def build(self, loaded: LoadedModel, artifact: bytes, *, distribution: Distribution) -> Built:

@@ -28,7 +28,7 @@ from fedzo.models.adapters import (
     trained_parameters,
 )
 from fedzo.models.load import LoadedModel
-from fedzo.trainers import Built, Workplace
+from fedzo.trainers import Built, Prepared, Workplace
 from fedzo.trainers.config import Ia3TrainerConfig, LoraTrainerConfig, PrefixTrainerConfig, PromptTrainerConfig
 from fedzo.zo.config import Distribution
 from fedzo.zo.dense import DenseSpace
@@ -50,9 +50,9 @@ class AdapterTrainer:
     configure: Callable[[nn.Module], peft.PeftConfig]
     law: Callable[[str, nn.Parameter], Law]
 
-    def prepare(self, loaded: LoadedModel, workplace: Workplace) -> bytes:
+    def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
         """The run seed, 8 bytes: all that the initial values depend on."""
-        return workplace.seed.to_bytes(8, "little")
+        return Prepared(workplace.seed.to_bytes(8, "little"))
 
     def build(self, loaded: LoadedModel, artifact: bytes, *, distribution: Distribution) -> Built:
         """The adapter on ``loaded.model``, in place of an earlier one, at its initial values."""

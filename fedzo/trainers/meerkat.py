@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 import fedzo
 from fedzo.data.embedded import imdb_texts
 from fedzo.data.texts import read_texts
@@ -17,7 +19,7 @@ from fedzo.masks.calibration import windows_from_texts
 from fedzo.masks.mask import Mask, check_fits, load_mask, save_mask
 from fedzo.masks.select import select_mask
 from fedzo.models.load import LoadedModel
-from fedzo.trainers import Built, Workplace
+from fedzo.trainers import Built, Prepared, Workplace
 from fedzo.trainers.config import Calibration, MeerkatConfig, Selector
 from fedzo.zo.config import Distribution
 from fedzo.zo.space import MaskedSpace
@@ -31,8 +33,8 @@ class Meerkat:
 
     config: MeerkatConfig
 
-    def prepare(self, loaded: LoadedModel, workplace: Workplace) -> bytes:
-        """The mask's indices: from the run folder, from ``trainer.mask_path``, or chosen now."""
+    def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
+        """The mask's indices and its gradient: from the run folder, from ``trainer.mask_path``, or chosen now."""
         kept = workplace.folder / MASK_FILE
         if kept.exists():
             mask = load_mask(kept)
@@ -42,7 +44,8 @@ class Meerkat:
             check_fits(mask, loaded.model)
             save_mask(mask, kept)
         check_fits(mask, loaded.model)
-        return mask.to_bytes()
+        gradient = None if mask.gradient is None else torch.cat(list(mask.gradient.values()))
+        return Prepared(mask.to_bytes(), gradient)
 
     def build(self, loaded: LoadedModel, artifact: bytes, *, distribution: Distribution) -> Built:
         """The masked space over ``loaded.model``; its base values are kept for the way back."""

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 
 from fedzo.models.load import LoadedModel
-from fedzo.trainers import Built, Workplace
+from fedzo.trainers import Built, Prepared, Workplace
 from fedzo.trainers.config import MezoConfig
 from fedzo.zo.config import Distribution, Rounding
 from fedzo.zo.rounding import is_rounded
@@ -21,9 +21,9 @@ class Mezo:
 
     config: MezoConfig
 
-    def prepare(self, loaded: LoadedModel, workplace: Workplace) -> bytes:
+    def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
         """Nothing beside the model is needed."""
-        return b""
+        return Prepared()
 
     def build(self, loaded: LoadedModel, artifact: bytes, *, distribution: Distribution) -> Built:
         """The full space over ``loaded.model``."""

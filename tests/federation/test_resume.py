@@ -49,7 +49,7 @@ elif point == "in a half written public line":
 elif point == "in a probe":
     die_before(client, "example_losses", lambda *a, **kw: at_round == len(server_rounds()))
 elif point == "after the log, before the metrics":
-    die_before(server.Server, "_round_metrics", lambda self, record, *a: record.round == at_round)
+    die_before(server, "round_metrics", lambda record, *a, **kw: record.round == at_round)
 elif point == "before a dev score":
     from fedzo import federation
     die_before(federation, "evaluate", lambda *a, **kw: at_round == len(server_rounds()))

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.app.message.message import make_message
 
 from fedzo.errors import ProtocolError
 from fedzo.fl.client import Identity, space_id
-from fedzo.fl.config import FlConfig, StrategyConfig, Transport
+from fedzo.fl.config import FlConfig, Seeds, StrategyConfig, Transport
 from fedzo.fl.replica import Replica
 from fedzo.fl.roster import Roster
 from fedzo.fl.server import FederationError, Server
@@ -31,6 +32,7 @@ from fedzo.fl.wire import (
 )
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.config import AdamConfig, OptimizerConfig, Schedule, SgdConfig
+from fedzo.zo.directions import SHARED, direction, stream_key
 from fedzo.zo.update_rule import UPDATE_RULES, Sgd, UpdateRule
 
 SGD = Sgd()
@@ -133,7 +135,8 @@ def federation(tmp_path: Path) -> Iterator[Callable[..., tuple[Server, list[Clie
         rule = UPDATE_RULES.build(optimizer)
         clients = [Client(index, rule) for index in range(num_clients)]
         grid = Grid(clients)
-        transport = strategy.pop("transport", Transport.scalars)
+        settings = {name: strategy.pop(name) for name in ("transport", "seeds") if name in strategy}
+        gradient = strategy.pop("gradient", None)
         stores.append(RunStore(tmp_path))
         server = Server(
             grid=grid,
@@ -142,12 +145,13 @@ def federation(tmp_path: Path) -> Iterator[Callable[..., tuple[Server, list[Clie
             store=stores[-1],
             artifact=ARTIFACT,
             run_seed=1,
-            fl=FlConfig(num_clients=num_clients, rounds=5, local_steps=2, transport=transport, hash_every=2),
+            fl=FlConfig(num_clients=num_clients, rounds=5, local_steps=2, hash_every=2, **settings),
             strategy=StrategyConfig(**{"deadline_s": 0.2, "startup_s": 1.0, **strategy}),
             optimizer=optimizer,
             num_probes=1,
             sink=_Kept(),
             elapsed=lambda: 0.0,
+            gradient=gradient,
         )
         server.roster.wait(grid, timeout_s=1.0)
         return server, clients, grid
@@ -420,3 +424,35 @@ def test_a_resumed_server_announces_the_bound_of_an_unbroken_one(federation: Any
     again.run_round()
 
     assert clients[0].requests[-1].max_abs_g == others[0].requests[0].max_abs_g == 4.0
+
+
+# --- what the audit log keeps of the local steps ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seeds", list(Seeds))
+def test_the_audit_line_holds_the_gradient_along_every_direction_and_the_lr(federation: Any, seeds: Seeds) -> None:
+    gradient = np.linspace(-2, 3, len(BASE)).astype(np.float32)
+    server, clients, _ = federation(seeds=seeds, gradient=torch.from_numpy(gradient))
+    clients[1].bend = lambda reply: None
+    owners = {Seeds.shared: [SHARED], Seeds.per_client: [0, 2]}[seeds]
+
+    for _ in range(2):
+        server.run_round()
+
+    for round, line in enumerate(server.store.audit):
+        keys = [[[stream_key(1, round=round, step=t, owner=owner) for owner in owners]] for t in range(2)]
+        expected = [
+            [[float(gradient.astype(float) @ direction(key, len(BASE)).astype(float)) for key in p] for p in step]
+            for step in keys
+        ]
+        assert np.shape(line["xi"]) == server.store.records[round].coefficients.shape
+        assert np.allclose(line["xi"], expected, rtol=1e-14)
+        assert line["lr"] == server.store.records[round].lr == 0.5
+
+
+def test_without_a_gradient_the_audit_line_says_so(federation: Any) -> None:
+    server, _, _ = federation()
+
+    server.run_round()
+
+    assert server.store.audit[0]["xi"] is None

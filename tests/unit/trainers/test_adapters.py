@@ -72,7 +72,7 @@ def name_of(config: TrainerConfig) -> str:
 def build(loaded: LoadedModel, config: TrainerConfig, *, seed: int = 7) -> Built:
     trainer = TRAINERS.build(config)
     place = Workplace(folder=Path("nowhere"), seed=seed, texts=list, advance=lambda done, total: None)
-    return trainer.build(loaded, trainer.prepare(loaded, place), distribution=Distribution.gaussian)
+    return trainer.build(loaded, trainer.prepare(loaded, place).artifact, distribution=Distribution.gaussian)
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -1,0 +1,75 @@
+"""What a round leaves in the metrics: pure functions of its record and replies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fedzo.fl.aggregate import ClientResult
+from fedzo.fl.exchange import Traffic
+from fedzo.zo.path import RoundRecord
+
+
+def round_metrics(
+    record: RoundRecord,
+    results: Mapping[int, ClientResult],
+    *,
+    signals: Mapping[int, Mapping[str, Any]],
+    refused: Mapping[int, str],
+    traffic: Traffic,
+    down_bytes: int,
+    bound: float,
+    seconds: float,
+    round_seconds: float,
+) -> dict[str, Any]:
+    """The metrics record of a round.
+
+    Args:
+        record: What was committed.
+        results: The usable replies.
+        signals: Of each client's local steps (``fedzo.fl.signals``).
+        refused: Why the other sampled clients are not among them.
+        traffic: Bytes of the round's messages as Flower counts them.
+        down_bytes: Payload that brings one client to the round's end: scalars, or values.
+        bound: The announced clip of |g|; 0 = none.
+        seconds: Since the run started.
+        round_seconds: What the round took.
+    """
+    clients = sorted(results)
+    losses = {client: finite_mean(results[client].loss) for client in clients}
+    abs_g = {client: float(np.abs(results[client].g).mean()) for client in clients}
+    return {
+        "kind": "round",
+        "seconds": seconds,
+        "round": record.round,
+        "loss": finite_mean(np.array(list(losses.values()))),
+        "mean_abs_g": float(np.mean(list(abs_g.values()))),
+        "payload_up_bytes": sum(result.g.nbytes for result in results.values()),
+        "payload_down_bytes": down_bytes * len(results),
+        "message_up_bytes": traffic.up_bytes,
+        "message_down_bytes": traffic.down_bytes,
+        "round_seconds": round_seconds,
+        "dropped_probes": int(sum(result.dropped.sum() for result in results.values())),
+        "clip_bound": bound or None,
+        "clipped": int(sum((np.abs(result.g) == bound).sum() for result in results.values())) if bound else 0,
+        "absent": sorted(refused),
+        "reasons": {str(client): reason for client, reason in sorted(refused.items())},
+        "clients": [
+            {
+                "client": client,
+                "loss": losses[client],
+                "abs_g": abs_g[client],
+                "steps": len(results[client].g),
+                "signals": dict(signals[client]),
+            }
+            for client in clients
+        ],
+    }
+
+
+def finite_mean(values: np.ndarray) -> float:
+    """Mean of the finite numbers in float64; nan where there are none."""
+    finite = values[np.isfinite(values)]
+    return float(finite.astype(np.float64).mean()) if finite.size else float("nan")
