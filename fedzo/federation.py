@@ -15,6 +15,7 @@ from fedzo.data.example import Example
 from fedzo.errors import ProtocolError
 from fedzo.estimate import Estimate, estimate_run
 from fedzo.fl.roster import Roster
+from fedzo.fl.selection import check_selection, most_steps
 from fedzo.fl.server import Server, Sink
 from fedzo.fl.store import RunStore, best_round
 from fedzo.models.evaluate import Score, evaluate, merge_scores
@@ -109,6 +110,7 @@ class Federation:
                 site.loaded,
                 Workplace(folder=self._store.folder, seed=config.seed, texts=site.train_prompts, advance=advance),
             )
+        check_selection(config.selection, config.fl, has_gradient=prepared.gradient is not None)
         replica = site.worker.build(prepared.artifact)
         replica.reset()
         return Server(
@@ -123,6 +125,7 @@ class Federation:
             strategy=config.strategy,
             optimizer=config.optimizer,
             num_probes=config.estimator.num_probes,
+            selection=site.selection,
             sink=self._sinks,
             elapsed=self._elapsed,
             shuffle_replies=config.faults.shuffle_replies,
@@ -160,15 +163,17 @@ class Federation:
             [("dev", _times(evaluation.every_rounds, config.fl.rounds) + 1), ("test", 2)] if evaluation.central else []
         )
         clients = config.strategy.clients_per_round or config.fl.num_clients
+        plan = site.selection.plan([], {})
+        first = sum(plan.steps.values()) if plan.calibration else config.fl.local_steps * clients
         return estimate_run(
             site.loaded,
             self._server.replica.space,
             train=site.encode(site.splits.train[:256]),
             scored=[(times, self._examples(split)) for split, times in central],
             rows_per_step=config.fl.batch_size,
-            steps=config.fl.rounds * config.fl.local_steps * clients,
+            steps=(config.fl.rounds - 1) * config.fl.local_steps * clients + first,
             forwards_per_step=site.estimator.forwards_per_step(config.estimator.num_probes),
-            local_steps=config.fl.local_steps,
+            local_steps=most_steps(config.selection, config.fl),
             tokens_per_batch=site.worker.tokens_per_batch,
         )
 

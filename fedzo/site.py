@@ -21,6 +21,7 @@ from fedzo.data.tasks import render
 from fedzo.estimate import fitting_tokens_per_batch, is_full
 from fedzo.fl.client import ClientData, ClientWorker, Identity, parse_absent
 from fedzo.fl.replica import Replica
+from fedzo.fl.selection import SELECTIONS, Selection, most_steps
 from fedzo.models.config import DType
 from fedzo.models.fidelity import NUM_DIRECTIONS, choose_dtype, coarseness_warning, try_out
 from fedzo.models.load import LoadedModel, load_model
@@ -79,6 +80,14 @@ class Site:
         return build_estimator(self.config.estimator)
 
     @cached_property
+    def selection(self) -> Selection:
+        """The run's selection plugin."""
+        fl = self.config.fl
+        return SELECTIONS.build(
+            self.config.selection, num_clients=fl.num_clients, local_steps=fl.local_steps, run_seed=self.config.seed
+        )
+
+    @cached_property
     def worker(self) -> ClientWorker:
         """Answers for the clients that this process plays."""
         config = self.config
@@ -134,7 +143,7 @@ class Site:
             built.space,
             wanted=self.config.model.tokens_per_batch,
             longest=longest_sequence(self.loaded.model, self.config.model.max_length),
-            local_steps=self.config.fl.local_steps,
+            local_steps=most_steps(self.config.selection, self.config.fl),
         )
         if is_full(self.loaded, built.space):  # it pays a pass over all weights for every forward
             if warning := coarseness_warning(self.loaded.model, self.config.estimator.eps):

@@ -26,6 +26,7 @@ _CLOSED: dict[str, dict[str, type]] = {
 def plugin_classes() -> dict[str, dict[str, type]]:
     """Per group whose options differ in class: option name -> config class, with installed third parties' plugins."""
     from fedzo.data.partition import PARTITIONERS
+    from fedzo.fl.selection import SELECTIONS
     from fedzo.trainers import TRAINERS
     from fedzo.zo.estimator import ESTIMATORS
     from fedzo.zo.update_rule import UPDATE_RULES
@@ -36,6 +37,7 @@ def plugin_classes() -> dict[str, dict[str, type]]:
         "trainer": dict(TRAINERS),
         "estimator": dict(ESTIMATORS),
         "optimizer": dict(UPDATE_RULES),
+        "selection": dict(SELECTIONS),
         **_CLOSED,
     }
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from fedzo.data.config import DataConfig, IidConfig, PartitionConfig, TaskConfig
 from fedzo.fl.config import EvaluationConfig, FaultsConfig, FlConfig, StrategyConfig
+from fedzo.fl.selection.config import NoSelectionConfig, SelectionConfig
 from fedzo.models.config import ModelConfig
 from fedzo.report.config import ReportConfig
 from fedzo.runtime.config import InlineConfig, RuntimeConfig
@@ -32,6 +33,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=SgdConfig)
     fl: FlConfig = field(default_factory=FlConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    selection: SelectionConfig = field(default_factory=NoSelectionConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
     runtime: RuntimeConfig = field(default_factory=InlineConfig)

@@ -12,6 +12,7 @@ from fedzo.config.paths import conf_dir
 from fedzo.config.plugins import PLAIN, plugin_classes
 from fedzo.config.schema import RunConfig
 from fedzo.data.config import PartitionConfig
+from fedzo.fl.selection.config import SelectionConfig
 from fedzo.runtime.config import RuntimeConfig
 from fedzo.trainers.config import TrainerConfig
 from fedzo.zo.config import EstimatorConfig, OptimizerConfig
@@ -28,6 +29,7 @@ def register_schemas() -> None:
         trainer=TrainerConfig(),
         estimator=EstimatorConfig(),
         optimizer=OptimizerConfig(),
+        selection=SelectionConfig(),
         runtime=RuntimeConfig(),
     )
     store.store(name="schema", node=bases)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -90,6 +90,14 @@ def aggregate(
     for column in range(len(clients)):
         summed += shares[:, :, column]
     return RoundRecord(round=round, lr=lr, owners=(SHARED,), coefficients=summed.astype(np.float32)[:, :, None])
+
+
+def unmoved(record: RoundRecord) -> RoundRecord:
+    """The record of a round that only measures: as long as its steps, but no rule moves theta along it in round 0.
+
+    lr = 0 stops every step and the decay; c = 0 leaves what a rule remembers at zero.
+    """
+    return replace(record, lr=0.0, coefficients=np.zeros_like(record.coefficients))
 
 
 def sample_clients(*, run_seed: int, round: int, num_clients: int, clients_per_round: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""What a round leaves in the metrics: pure functions of its record and replies."""
+"""What a round leaves in the audit log and in the metrics: pure functions of its record and replies."""
 
 from __future__ import annotations
 
@@ -10,6 +10,48 @@ import numpy as np
 from fedzo.fl.aggregate import ClientResult
 from fedzo.fl.exchange import Traffic
 from fedzo.zo.path import RoundRecord
+
+
+def audit_line(
+    record: RoundRecord,
+    results: Mapping[int, ClientResult],
+    *,
+    lr: float,
+    xi: np.ndarray | None,
+    used: Mapping[int, int],
+    weights: Mapping[int, float],
+    refused: Mapping[int, str],
+) -> dict[str, Any]:
+    """The audit line of a round: whatever its record was made of.
+
+    Args:
+        record: What is committed.
+        results: The usable replies.
+        lr: Learning rate of the local steps; that of the record is 0 where the round only measured.
+        xi: The server's gradient along every direction, in the shape of the record's coefficients; None without one.
+        used: Steps that each client had used before the round.
+        weights: Of the clients in the mean.
+        refused: The other sampled clients. Why is in the metrics: its words differ between runtimes, the log may not.
+    """
+    return {
+        "round": record.round,
+        "lr": lr,
+        "xi": None if xi is None else xi.tolist(),
+        "clients": [
+            {
+                "client": client,
+                "g": results[client].g.astype(float).tolist(),
+                "loss": results[client].loss.astype(float).tolist(),
+                "dropped": results[client].dropped.tolist(),
+                "steps": len(results[client].g),
+                "used": used.get(client, 0),
+                "weight": weights[client],
+                "end_check": results[client].end_check,
+            }
+            for client in sorted(results)
+        ],
+        "refused": sorted(refused),
+    }
 
 
 def round_metrics(

@@ -20,17 +20,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from fedzo.errors import FedzoError, ProtocolError
-from fedzo.fl.aggregate import ClientResult, aggregate, check_reply, sample_clients
+from fedzo.fl.aggregate import ClientResult, aggregate, check_reply, sample_clients, unmoved
 from fedzo.fl.client import space_id
 from fedzo.fl.clip import announced_bound
 from fedzo.fl.config import FlConfig, StrategyConfig, Transport, Weighting
 from fedzo.fl.exchange import Grid, Traffic, ask
-from fedzo.fl.metrics import round_metrics
+from fedzo.fl.metrics import audit_line, round_metrics
 from fedzo.fl.replica import Replica
 from fedzo.fl.roster import Roster
+from fedzo.fl.selection.plan import Plan, Selection, news
 from fedzo.fl.signals import Signals
 from fedzo.fl.store import RunStore
 from fedzo.fl.wire import EvaluateReply, EvaluateRequest, Status, Sync, TrainReply, TrainRequest
@@ -63,6 +65,7 @@ class Server:
     Attributes:
         replica: The server's own copy of the model, always at the end of the log between rounds.
         artifact: What clients need beside the model to build the space.
+        selection: Says how many local steps each client takes in a round.
         gradient: With which every local step is compared (GradIP), float32 [n] in wire order; None where there is none.
         sink: Where metric records go.
         elapsed: Seconds since the run started.
@@ -78,6 +81,7 @@ class Server:
     strategy: StrategyConfig
     optimizer: OptimizerConfig
     num_probes: int
+    selection: Selection
     sink: Sink
     elapsed: Callable[[], float]
     gradient: torch.Tensor | None = None
@@ -87,12 +91,14 @@ class Server:
     _digests: dict[int, str] = field(default_factory=dict)
     _used: dict[int, int] = field(default_factory=dict)
     _signals: Signals = field(init=False)
+    _told: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         law = self.replica.space.distribution
         self._signals = Signals(self.gradient, self.store.audit, run_seed=self.run_seed, distribution=law)
         for line in self.store.audit:
             self._count_steps(line)
+        self._told = next((line for line in reversed(self.store.metrics) if line["kind"] == "selection"), None)
 
     @property
     def round(self) -> int:
@@ -115,17 +121,20 @@ class Server:
         number = self.round
         for client in self.roster.refresh(self.grid, timeout_s=min(REGISTER_S, self.strategy.deadline_s)):
             self._forget(client)
+        plan = self._plan()
         sampled = sample_clients(
             run_seed=self.run_seed,
             round=number,
             num_clients=self.fl.num_clients,
-            clients_per_round=self.strategy.clients_per_round,
+            clients_per_round=0 if plan.calibration else self.strategy.clients_per_round,
         )
         traffic = Traffic()
         lr = learning_rate(self.optimizer, round=number, rounds=self.fl.rounds)
+        if plan.calibration:
+            lr = float(np.float32(self.optimizer.lr))  # a warm-up would leave nothing to see
         bound = announced_bound(self.store.audit, factor=self.strategy.clip_factor, rounds=self.strategy.clip_rounds)
         requests = {
-            client: TrainRequest(steps=self.fl.local_steps, used=self._used.get(client, 0), lr=lr, max_abs_g=bound)
+            client: TrainRequest(steps=plan.steps[client], used=self._used.get(client, 0), lr=lr, max_abs_g=bound)
             for client in sampled
         }
         replies, refused = self._ask(requests, TrainReply, message_type="train", traffic=traffic)
@@ -134,7 +143,7 @@ class Server:
             try:
                 results[client] = check_reply(
                     reply,
-                    steps=self.fl.local_steps,
+                    steps=requests[client].steps,
                     probes=self.num_probes,
                     max_abs_g=self.strategy.max_abs_g,
                     announced=bound,
@@ -153,12 +162,14 @@ class Server:
             self._weights(),
             round=number,
             lr=lr,
-            steps=self.fl.local_steps,
+            steps=max(len(result.g) for result in results.values()),
             probes=self.num_probes,
             seeds=self.fl.seeds,
         )
         xi = self._signals.products(record)
-        self._commit(record, results, refused, xi)
+        if plan.calibration:
+            record = unmoved(record)
+        self._commit(record, results, refused, xi, lr=lr)
         by_values = self.fl.transport is Transport.values
         self.sink.write(
             round_metrics(
@@ -183,6 +194,16 @@ class Server:
         for client, reason in refused.items():
             log.warning("client %d was not scored: %s", client, reason)
         return replies
+
+    def _plan(self) -> Plan:
+        """What the coming round asks of each client; a new decision is told."""
+        labels = {client: self.roster.label_counts(client) for client in sorted(self.roster.hellos)}
+        plan = self.selection.plan(self.store.audit, labels)
+        last = self.round + 1 == self.fl.rounds
+        if record := news(plan, self._told, round=self.round, last=last, seconds=self.elapsed()):
+            self._told = record
+            self.sink.write(record)
+        return plan
 
     # --- asking
 
@@ -273,6 +294,8 @@ class Server:
         results: Mapping[int, ClientResult],
         refused: Mapping[int, str],
         xi: Numbers | None,
+        *,
+        lr: float,
     ) -> None:
         # the replica moves first, since the line carries its check; it is rebuilt from the log if the line is not
         # written
@@ -284,26 +307,7 @@ class Server:
             "check": self.replica.check(),
             "digest": self.replica.space.digest() if last or (record.round + 1) % self.fl.hash_every == 0 else None,
         }
-        weights = self._weights()
-        audit = {
-            "round": record.round,
-            "lr": record.lr,
-            "xi": None if xi is None else xi.tolist(),
-            "clients": [
-                {
-                    "client": client,
-                    "g": results[client].g.astype(float).tolist(),
-                    "loss": results[client].loss.astype(float).tolist(),
-                    "dropped": results[client].dropped.tolist(),
-                    "steps": self.fl.local_steps,
-                    "used": self._used.get(client, 0),
-                    "weight": weights[client],
-                    "end_check": results[client].end_check,
-                }
-                for client in sorted(results)
-            ],
-            "refused": sorted(refused),  # why is in the metrics: its words differ between runtimes, the log may not
-        }
+        audit = audit_line(record, results, lr=lr, xi=xi, used=self._used, weights=self._weights(), refused=refused)
         self.store.commit(record, proof=proof, audit=audit)
         self._count_steps(audit)
         self._signals.note(audit)

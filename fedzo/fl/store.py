@@ -170,7 +170,7 @@ class _Lines:
 def _belongs(line: dict[str, Any], done: int) -> bool:
     """Whether a metric record is about the committed part of the run."""
     kind = line.get("kind")
-    if kind == "round":
+    if kind in ("round", "selection"):
         return bool(line["round"] < done)
     if kind in ("score", "federated_score"):
         return bool(line["round"] <= done)

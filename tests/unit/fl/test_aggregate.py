@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 
 from fedzo.errors import ProtocolError
-from fedzo.fl.aggregate import ClientResult, aggregate, check_reply, sample_clients
+from fedzo.fl.aggregate import ClientResult, aggregate, check_reply, sample_clients, unmoved
 from fedzo.fl.config import Seeds
 from fedzo.fl.wire import TrainReply, scalars_to_bytes
-from fedzo.zo.directions import SHARED
+from fedzo.testing.vector_space import VectorSpace
+from fedzo.zo.config import AdamConfig, MomentumConfig, OptimizerConfig, SgdConfig
+from fedzo.zo.directions import SHARED, direction, stream_key
+from fedzo.zo.path import apply_record
+from fedzo.zo.update_rule import UPDATE_RULES
 
 
 def result(g: object) -> ClientResult:
@@ -96,6 +100,56 @@ def test_per_client_seeds_keep_a_column_for_each_client() -> None:
     assert record.coefficients[0, 0].tolist() == [1.0, 4.0]
     shared = aggregate({0: result([[1.0]])}, {0: 1.0}, round=0, lr=1.0, steps=1, probes=1, seeds=Seeds.shared)
     assert shared.owners == (SHARED,)
+
+
+@pytest.mark.parametrize("seeds", list(Seeds))
+def test_the_aggregate_is_the_mean_of_the_clients_own_end_models_when_they_take_unequal_steps(seeds: Seeds) -> None:
+    """The collapse identity against models that are walked and averaged in float64."""
+    rng = np.random.default_rng(5)
+    n, lr, probes, taken = 300, 0.25, 2, {0: 5, 1: 1, 4: 3, 6: 5}
+    weights = {0: 1.0, 1: 2.5, 4: 0.5, 6: 1.0}
+    results = {client: result(rng.normal(size=(steps, probes))) for client, steps in taken.items()}
+    base = rng.normal(size=n).astype(np.float32)
+    mean = np.zeros(n)
+    for client, steps in taken.items():
+        theta = base.astype(np.float64)
+        owner = SHARED if seeds is Seeds.shared else client
+        for t in range(steps):
+            for p in range(probes):
+                z = direction(stream_key(9, round=3, step=t, probe=p, owner=owner), n).astype(np.float64)
+                theta -= lr * results[client].g[t, p] / probes * z
+        mean += weights[client] / sum(weights.values()) * theta
+
+    record = aggregate(results, weights, round=3, lr=lr, steps=5, probes=probes, seeds=seeds)
+    space = VectorSpace(base)
+    apply_record(space, record, run_seed=9)
+
+    np.testing.assert_allclose(space.theta, mean, rtol=0, atol=2e-6)
+    assert np.abs(mean - base).max() > 0.3
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        SgdConfig(lr=0.5, weight_decay=0.1),
+        MomentumConfig(lr=0.5, weight_decay=0.1),
+        MomentumConfig(lr=0.5, nesterov=True),
+        AdamConfig(lr=0.5, weight_decay=0.1),
+    ],
+    ids=["sgd", "momentum", "nesterov", "adam"],
+)
+def test_no_rule_moves_anything_by_the_record_of_a_first_round_that_only_measured(optimizer: OptimizerConfig) -> None:
+    measured = aggregate({0: result([[3.0], [-4.0]])}, {0: 1.0}, round=0, lr=0.5, steps=2, probes=1, seeds=Seeds.shared)
+    theta = np.array([0.0, -0.0, 1e-45, -1e-45, 3.5, np.inf], np.float32)
+    space, rule = VectorSpace(theta), UPDATE_RULES.build(optimizer)
+    moments = np.zeros((rule.num_moments, theta.size), np.float32)
+
+    rule.apply(space, moments, unmoved(measured), run_seed=1)
+
+    assert space.theta.tobytes() == theta.tobytes()
+    assert not moments.view(np.uint32).any()
+    rule.apply(space, moments, measured, run_seed=1)
+    assert space.theta.tobytes() != theta.tobytes()
 
 
 def reply(**changes: object) -> TrainReply:

@@ -17,6 +17,8 @@ from fedzo.fl.client import Identity, space_id
 from fedzo.fl.config import FlConfig, Seeds, StrategyConfig, Transport
 from fedzo.fl.replica import Replica
 from fedzo.fl.roster import Roster
+from fedzo.fl.selection import SELECTIONS
+from fedzo.fl.selection.config import CusumConfig, NoSelectionConfig, SelectionConfig, VpcsConfig
 from fedzo.fl.server import FederationError, Server
 from fedzo.fl.store import RunStore
 from fedzo.fl.wire import (
@@ -64,6 +66,7 @@ class Client:
         self.replica: Replica | None = None
         self.requests: list[TrainRequest] = []
         self.bend: Callable[[TrainReply], Any] = lambda reply: reply
+        self.g_of: Callable[[TrainRequest], Any] = lambda request: np.full(request.steps, index + 1)
         self.hello = HelloReply(
             client=index,
             num_train=10 * (index + 1),
@@ -83,7 +86,7 @@ class Client:
         status = self.replica.sync(request)
         if status is not Status.ok:
             return TrainReply(status=status, position=self.replica.position)
-        g = np.full((request.steps, 1), self.index + 1, np.float32)
+        g = np.asarray(self.g_of(request), np.float32).reshape(request.steps, 1)
         ones = scalars_to_bytes(np.ones_like(g))
         return self.bend(TrainReply(g=scalars_to_bytes(g), loss=ones, dropped=bytes(len(g)), num_examples=1))
 
@@ -137,6 +140,7 @@ def federation(tmp_path: Path) -> Iterator[Callable[..., tuple[Server, list[Clie
         grid = Grid(clients)
         settings = {name: strategy.pop(name) for name in ("transport", "seeds") if name in strategy}
         gradient = strategy.pop("gradient", None)
+        selection: SelectionConfig = strategy.pop("selection", NoSelectionConfig())
         stores.append(RunStore(tmp_path))
         server = Server(
             grid=grid,
@@ -149,6 +153,7 @@ def federation(tmp_path: Path) -> Iterator[Callable[..., tuple[Server, list[Clie
             strategy=StrategyConfig(**{"deadline_s": 0.2, "startup_s": 1.0, **strategy}),
             optimizer=optimizer,
             num_probes=1,
+            selection=SELECTIONS.build(selection, num_clients=num_clients, local_steps=2, run_seed=1),
             sink=_Kept(),
             elapsed=lambda: 0.0,
             gradient=gradient,
@@ -456,3 +461,141 @@ def test_without_a_gradient_the_audit_line_says_so(federation: Any) -> None:
     server.run_round()
 
     assert server.store.audit[0]["xi"] is None
+
+
+# --- selection of clients ---------------------------------------------------------------------------------------------
+
+VPCS = VpcsConfig(calibration_steps=9, initial_steps=3, later_steps=3)
+
+
+def falling(request: TrainRequest) -> np.ndarray:
+    """Dies away along the client's own path, and is 4 in a first step."""
+    return 4.0 * 0.25 ** np.arange(request.steps)
+
+
+def calibrated(federation: Any, **settings: Any) -> Any:
+    server, clients, grid = federation(4, selection=VPCS, **settings)
+    clients[3].g_of = falling
+    return server, clients, grid
+
+
+@pytest.mark.parametrize("transport", list(Transport))
+@pytest.mark.parametrize("optimizer", [SgdConfig(lr=0.5, weight_decay=0.1), AdamConfig(lr=0.5)], ids=["sgd", "adam"])
+def test_the_calibration_round_measures_and_leaves_the_model_where_it_was(
+    federation: Any, optimizer: OptimizerConfig, transport: Transport
+) -> None:
+    server, clients, _ = calibrated(federation, optimizer=optimizer, transport=transport, clients_per_round=2)
+
+    record = server.run_round()
+
+    assert (record.lr, record.coefficients.shape) == (0.0, (9, 1, 1))
+    assert not record.coefficients.any()
+    assert server.replica.space.theta.tobytes() == BASE.tobytes()
+    assert not server.replica.moments.any()
+    (line,) = server.store.audit
+    assert line["lr"] == 0.5
+    assert [entry["client"] for entry in line["clients"]] == [0, 1, 2, 3]  # all of them, whoever a round samples
+    assert np.array(line["clients"][3]["g"])[:, 0].tolist() == falling(clients[3].requests[0]).tolist()
+    assert [(request.steps, request.lr) for request in clients[0].requests] == [(9, 0.5)]
+    server.run_round()
+    assert server.store.audit[1]["refused"] == []  # clients arrive at the same state by the log and by values
+
+
+def test_a_calibration_steps_at_the_full_learning_rate_whatever_the_warm_up(federation: Any) -> None:
+    server, clients, _ = calibrated(federation, optimizer=SgdConfig(lr=0.5, warmup_rounds=4))
+
+    server.run_round()
+    server.run_round()
+
+    assert [request.lr for request in clients[0].requests] == [0.5, pytest.approx(0.2)]
+
+
+def test_a_flagged_client_stops_early_and_goes_on_in_its_own_rows(federation: Any) -> None:
+    server, clients, _ = calibrated(federation)
+
+    for _ in range(4):
+        server.run_round()
+
+    assert [request.steps for request in clients[0].requests] == [9, 2, 2, 2]
+    assert [request.steps for request in clients[3].requests] == [9, 1, 1, 1]
+    assert [request.used for request in clients[0].requests] == [0, 9, 11, 13]
+    assert [request.used for request in clients[3].requests] == [0, 9, 10, 11]
+    record = server.store.records[1]
+    assert record.coefficients[:, 0, 0].tolist() == [(1 + 2 + 3 + 4) / 4, (1 + 2 + 3) / 4]
+    rounds = [record for record in server.sink.records if record["kind"] == "round"]
+    assert [row["steps"] for row in rounds[1]["clients"]] == [2, 2, 2, 1]
+    assert rounds[1]["payload_up_bytes"] == 4 * 7
+
+
+def test_a_decision_is_told_once_with_what_it_rests_on(federation: Any) -> None:
+    server, _, _ = calibrated(federation)
+
+    for _ in range(5):
+        server.run_round()
+
+    (told,) = [record for record in server.sink.records if record["kind"] == "selection"]
+    assert (told["round"], told["fallback"], told["windows"]) == (1, False, {"initial": [0, 3], "later": [6, 9]})
+    assert [row["flagged"] for row in told["clients"]] == [False, False, False, True]
+    assert [row["steps"] for row in told["clients"]] == [2, 2, 2, 1]
+    assert [row["statistics"]["ratio"] for row in told["clients"]] == [1.0, 1.0, 1.0, 4.0**6]
+    later = 4 * (4.0**-6 + 4.0**-7 + 4.0**-8) / 3
+    assert told["clients"][3]["statistics"]["level"] == pytest.approx(2 / later)
+
+
+def test_where_too_many_are_flagged_all_take_fewer_steps(federation: Any, caplog: pytest.LogCaptureFixture) -> None:
+    server, clients, _ = federation(4, selection=VPCS)
+    for client in clients[1:]:
+        client.g_of = falling
+
+    server.run_round()
+    server.run_round()
+
+    assert [client.requests[1].steps for client in clients] == [1, 1, 1, 1]
+    assert [record["fallback"] for record in server.sink.records if record["kind"] == "selection"] == [True]
+    assert (
+        "clients 1, 2, 3 are flagged, more than selection.max_share allows: all clients take 1 local steps"
+        in caplog.text
+    )
+
+
+def test_a_client_that_was_absent_from_the_calibration_is_not_judged(federation: Any) -> None:
+    server, clients, _ = calibrated(federation)
+    clients[3].bend = lambda reply: None
+    server.run_round()
+    clients[3].bend = lambda reply: reply
+
+    server.run_round()
+
+    assert clients[3].requests[-1].steps == 2
+    (told,) = [record for record in server.sink.records if record["kind"] == "selection"]
+    assert told["clients"][3] == {"client": 3, "flagged": False, "steps": 2, "statistics": {}}
+
+
+@pytest.mark.parametrize("selection", [VPCS, CusumConfig(threshold=2.0)], ids=["vpcs", "cusum"])
+@pytest.mark.parametrize("after", range(1, 5))
+def test_a_resumed_server_selects_as_an_unbroken_one(
+    federation: Any, tmp_path: Path, selection: SelectionConfig, after: int
+) -> None:
+    def play(rounds: int) -> tuple[Any, list[Client]]:
+        server, clients, _ = federation(4, selection=selection)
+        clients[3].g_of = falling if selection is VPCS else lambda request: np.full(request.steps, 0.1)
+        server.catch_up()
+        for _ in range(rounds):
+            server.run_round()
+        return server, clients
+
+    unbroken, asked = play(5)
+    expected = [request.steps for request in asked[3].requests]
+    assert expected == ([9, 1, 1, 1, 1] if selection is VPCS else [2, 2, 1, 1, 1])
+    lines, digest = unbroken.store.rounds, unbroken.replica.space.digest()
+    unbroken.store.close()
+    for file in tmp_path.iterdir():
+        file.unlink()
+    before, first = play(after)
+    before.store.close()
+
+    resumed, then = play(5 - after)
+
+    assert [request.steps for client in (first, then) for request in client[3].requests] == expected
+    assert resumed.store.rounds == lines
+    assert resumed.replica.space.digest() == digest

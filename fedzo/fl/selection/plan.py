@@ -1,0 +1,170 @@
+"""What a selection decides, and the part that all selections share: what happens to those that are flagged."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from fedzo.fl.selection.config import EarlyStopConfig, SelectionConfig
+from fedzo.registry import Registry
+
+AuditLine = Mapping[str, Any]
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a selection holds against a client.
+
+    Attributes:
+        flagged: Whether the client is taken for extreme.
+        strength: How far beyond the threshold, 1 = at it; what a graded stop goes by.
+        statistics: The numbers that the verdict rests on; nan where nothing could be measured.
+    """
+
+    flagged: bool
+    strength: float = 1.0
+    statistics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One round's work.
+
+    Attributes:
+        steps: T_k of every client of the run.
+        calibration: Whether the round only measures: every client takes part, and the model does not move.
+        verdicts: By client; empty where nothing has been decided.
+        windows: First and last step (exclusive) of the phases that were compared, where there are phases.
+        fallback: Whether too many are flagged, so that all clients take fewer steps instead.
+    """
+
+    steps: Mapping[int, int]
+    calibration: bool = False
+    verdicts: Mapping[int, Verdict] = field(default_factory=dict)
+    windows: Mapping[str, tuple[int, int]] | None = None
+    fallback: bool = False
+
+    @property
+    def flagged(self) -> list[int]:
+        """The clients that are taken for extreme, ascending."""
+        return [client for client, verdict in sorted(self.verdicts.items()) if verdict.flagged]
+
+
+class Selection(Protocol):
+    """Decides before every round how many local steps each client takes."""
+
+    def plan(self, audit: Sequence[AuditLine], label_counts: Mapping[int, Mapping[str, int]]) -> Plan:
+        """The plan of round ``len(audit)``: a function of its arguments alone, so a resumed run decides the same.
+
+        Args:
+            audit: Audit lines of all committed rounds.
+            label_counts: Rows by label of each client, as declared at registration.
+        """
+        ...
+
+
+SELECTIONS: Registry[Selection] = Registry("selection", base=SelectionConfig)
+"""Factories ``(config, *, num_clients, local_steps, run_seed) -> Selection``."""
+
+
+@dataclass(frozen=True, slots=True)
+class EarlyStop:
+    """From verdicts to steps.
+
+    Attributes:
+        config: ``early_steps``, ``max_share`` and ``fallback_steps``.
+        num_clients: K.
+        local_steps: T of a client that is not stopped early.
+        graded: Whether the strength of a verdict counts.
+    """
+
+    config: EarlyStopConfig
+    num_clients: int
+    local_steps: int
+    graded: bool = False
+
+    def __call__(
+        self, verdicts: Mapping[int, Verdict], *, windows: Mapping[str, tuple[int, int]] | None = None
+    ) -> Plan:
+        """The plan for these verdicts; a client without one is not stopped."""
+        count = sum(verdict.flagged for verdict in verdicts.values())
+        fallback = count > self.config.max_share * self.num_clients
+        steps = dict.fromkeys(range(self.num_clients), self.local_steps)
+        if fallback:
+            fewer = self.config.fallback_steps or max(1, self.local_steps // 2)
+            steps = dict.fromkeys(steps, min(fewer, self.local_steps))
+        else:
+            steps.update({client: self._steps(verdict) for client, verdict in verdicts.items() if verdict.flagged})
+        return Plan(steps, verdicts=verdicts, windows=windows, fallback=fallback)
+
+    def _steps(self, verdict: Verdict) -> int:
+        early = min(self.config.early_steps, self.local_steps)
+        if not self.graded:
+            return early
+        halvings = 1 + int(math.log2(min(max(verdict.strength, 1.0), 2.0**30)))
+        return max(early, self.local_steps >> halvings)
+
+
+def news(
+    plan: Plan, told: Mapping[str, Any] | None, *, round: int, last: bool, seconds: float
+) -> dict[str, Any] | None:
+    """The plan as a metrics record, if it decides otherwise than the last one told.
+
+    In the last round it is also told if only its statistics differ.
+
+    Args:
+        plan: Of the coming round.
+        told: The last such record; None before the first.
+        round: Number of the coming round.
+        last: Whether no other round comes.
+        seconds: Since the run started.
+    """
+    if not plan.verdicts:
+        return None
+    record = {
+        "kind": "selection",
+        "seconds": seconds,
+        "round": round,
+        "windows": None if plan.windows is None else {name: list(ends) for name, ends in plan.windows.items()},
+        "clients": [
+            {
+                "client": client,
+                "flagged": client in plan.flagged,
+                "steps": steps,
+                "statistics": _plain(plan.verdicts[client].statistics) if client in plan.verdicts else {},
+            }
+            for client, steps in sorted(plan.steps.items())
+        ],
+        "fallback": plan.fallback,
+    }
+    if (
+        told is not None
+        and _decision(record) == _decision(told)
+        and not (last and record["clients"] != told["clients"])
+    ):
+        return None
+    if plan.flagged:
+        log.warning("from round %d on: %s", round, describe(plan))
+    return record
+
+
+def describe(plan: Plan) -> str:
+    """The decision in words."""
+    if plan.fallback:
+        flagged, most = ", ".join(map(str, plan.flagged)), max(plan.steps.values())
+        return (
+            f"clients {flagged} are flagged, more than selection.max_share allows: all clients take {most} local steps"
+        )
+    return "stopped early: " + ", ".join(f"client {client} after step {plan.steps[client]}" for client in plan.flagged)
+
+
+def _plain(statistics: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in statistics.items()}
+
+
+def _decision(record: Mapping[str, Any]) -> object:
+    return record["fallback"], [(row["client"], row["flagged"], row["steps"]) for row in record["clients"]]
