@@ -1,4 +1,4 @@
-"""A run killed at ten seeded instants and resumed each time ends as if it had never been killed."""
+"""A run killed at seeded instants and resumed each time ends as if it had never been killed."""
 
 from __future__ import annotations
 
@@ -101,24 +101,28 @@ def run_child(point: str, round: int, *command: str) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_run_killed_at_ten_instants_ends_with_the_hash_of_an_unbroken_one(
+@pytest.mark.parametrize(("runtime", "count"), [("inline", 10), ("inline_batched", 4)])
+def test_a_run_killed_again_and_again_ends_with_the_hash_of_an_unbroken_one(
+    runtime: str,
+    count: int,
     overrides: Callable[..., list[str]],
     tmp_path: Path,
     run: Callable[..., Path],
     lines: Callable[..., list[dict[str, Any]]],
 ) -> None:
-    settings = (f"fl.rounds={ROUNDS}", "fl.local_steps=2", "faults.absent=['1@3','2@7']", "optimizer.lr=0.02")
+    faults = "faults.absent=['1@3','2@7']"
+    settings = (f"runtime={runtime}", f"fl.rounds={ROUNDS}", "fl.local_steps=2", faults, "optimizer.lr=0.02")
     unbroken = run(*settings)
     broken = tmp_path / "broken"
     command = ["train", *overrides(*settings), f"hydra.run.dir={broken}"]
 
     kills = 0
-    for point, round in instants():
+    for point, round in instants()[:count]:
         kills += run_child(point, round, *command) == -signal.SIGKILL
         command = ["resume", str(broken)]
     assert run_child("none", 0, *command) == 0
 
-    assert kills == 10
+    assert kills == count
     assert (broken / "public.jsonl").read_bytes() == (unbroken / "public.jsonl").read_bytes()
     assert (broken / "audit.jsonl").read_bytes() == (unbroken / "audit.jsonl").read_bytes()
     summaries = [lines(folder, "metrics.jsonl")[-1] for folder in (broken, unbroken)]
