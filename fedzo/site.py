@@ -20,6 +20,7 @@ from fedzo.data.sources import Row, Splits, load_splits
 from fedzo.data.tasks import render
 from fedzo.estimate import fitting_tokens_per_batch, is_full
 from fedzo.fl.client import ClientData, ClientWorker, Identity, parse_absent
+from fedzo.fl.config import Aggregation
 from fedzo.fl.replica import Replica
 from fedzo.models.config import DType
 from fedzo.models.fidelity import NUM_DIRECTIONS, choose_dtype, coarseness_warning, try_out
@@ -99,6 +100,7 @@ class Site:
             forward_cost_tokens=FEW_FORWARDS,
             data_of=lru_cache(maxsize=None)(self.client_data),
             build=self._replica,
+            signs=config.strategy.aggregation is Aggregation.majority_sign,
             absent=parse_absent(config.faults.absent),
         )
 

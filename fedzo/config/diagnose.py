@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from fedzo.config.compose import FAILURES, StrayKeyError, compose_run, group_names, option_names
-from fedzo.config.validate import Problem
+from fedzo.config.problem import Problem
 
 
 def parse_overrides(overrides: Sequence[str]) -> tuple[list[Override], list[Problem]]:

@@ -10,8 +10,9 @@ from omegaconf import DictConfig
 from fedzo.config.compose import FAILURES, compose_run, option_names, session, to_config
 from fedzo.config.diagnose import diagnose, reason
 from fedzo.config.overrides import rewrite_model
+from fedzo.config.problem import Problem
 from fedzo.config.schema import RunConfig
-from fedzo.config.validate import Problem, missing_files, problems
+from fedzo.config.validate import missing_files, problems
 from fedzo.errors import ConfigError
 
 

@@ -6,9 +6,11 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
+from fedzo.config.aggregation import aggregation_problems
 from fedzo.config.plugins import plugin_classes, plugin_name
+from fedzo.config.problem import Problem
+from fedzo.config.problem import problem as _problem
 from fedzo.config.schema import RunConfig
 from fedzo.data.config import (
     DirichletConfig,
@@ -38,13 +40,6 @@ EMBEDDED_TASKS = ("rotten_tomatoes",)
 _SMALLEST_DECAY = 2.0**-24  # a smaller one leaves 1 - lr * decay at 1 in float32
 
 
-class Problem(NamedTuple):
-    """One broken rule; ``key`` is the setting to change."""
-
-    key: str
-    text: str
-
-
 def problems(config: RunConfig) -> list[Problem]:
     """Every broken rule that shows in the settings alone, on any machine."""
     sections = (
@@ -58,6 +53,7 @@ def problems(config: RunConfig) -> list[Problem]:
         _optimizer,
         _fl,
         _strategy,
+        aggregation_problems,
         _evaluation,
         _runtime,
     )
@@ -77,11 +73,6 @@ def missing_files(config: RunConfig) -> list[Problem]:
         for key, path, remedy in named
         if path is not None and not Path(path).expanduser().exists()
     ]
-
-
-def _problem(key: str, rule: str, value: object, remedy: str) -> Problem:
-    shown = str(value) if isinstance(value, int | float) else repr(value)
-    return Problem(key, f"{key} must {rule}, got {shown}. {remedy}")
 
 
 def _at_least(key: str, value: int, least: int, remedy: str) -> Iterator[Problem]:

@@ -28,6 +28,7 @@ from fedzo.fl.wire import (
     TrainReply,
     TrainRequest,
     scalars_to_bytes,
+    signs_to_bytes,
 )
 from fedzo.models.evaluate import evaluate
 from fedzo.models.load import LoadedModel
@@ -76,6 +77,7 @@ class ClientWorker:
         forward_cost_tokens: What one more forward costs, in tokens (``example_losses``).
         data_of: Rows of a client, by its index.
         build: Makes the replica from the artifact that the server sends.
+        signs: Whether clients step with and send the signs of their scalars alone.
         absent: Planned faults: (client, round) pairs.
     """
 
@@ -93,6 +95,7 @@ class ClientWorker:
         forward_cost_tokens: int,
         data_of: Callable[[int], ClientData],
         build: Callable[[bytes], Replica],
+        signs: bool = False,
         absent: frozenset[tuple[int, int]] = frozenset(),
     ) -> None:
         self.loaded = loaded
@@ -108,6 +111,7 @@ class ClientWorker:
         self._num_probes = num_probes
         self._data_of = data_of
         self._build = build
+        self._signs = signs
         self._absent = absent
         self._ahead: dict[tuple[int, int], list[Projection]] = {}
 
@@ -152,6 +156,9 @@ class ClientWorker:
                 for p, projection in enumerate(projections):
                     g[t, p], loss[t, p], dropped[t, p] = projection.g, projection.loss, projection.dropped
                 g[t] = clip(g[t], request.max_abs_g)
+                if self._signs:
+                    g[t] = np.sign(g[t])
+                    dropped[t] |= g[t] == 0  # without a sign: there is no bit for it
                 if walks:
                     self._local_step(replica.space, request, g[t], client=client, step=t)
             end_check = replica.space.check() if walks else 0
@@ -160,7 +167,7 @@ class ClientWorker:
                 replica.space.rewind()
         return TrainReply(
             position=replica.position,
-            g=scalars_to_bytes(g),
+            g=signs_to_bytes(g) if self._signs else scalars_to_bytes(g),
             loss=scalars_to_bytes(loss),
             dropped=dropped.tobytes(),
             num_examples=len(self._data_of(client).train),

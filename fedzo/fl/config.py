@@ -48,11 +48,27 @@ class Weighting(StrEnum):
     """By the number of training rows declared at registration."""
 
 
+class Aggregation(StrEnum):
+    """How the clients' scalars of a probe become one."""
+
+    mean = "mean"
+    """Weighted by ``strategy.weighting``."""
+    median = "median"
+    """Unweighted; fewer than half of the clients cannot move it beyond what the others sent."""
+    trimmed_mean = "trimmed_mean"
+    """Unweighted mean without the ``strategy.trim_share`` largest and smallest."""
+    majority_sign = "majority_sign"
+    """A client sends and steps with the sign of g alone, one bit a probe; the majority wins (FeedSign)."""
+
+
 @dataclass(kw_only=True, slots=True)
 class StrategyConfig:
     """How the server runs a round."""
 
     weighting: Weighting = Weighting.uniform
+    aggregation: Aggregation = Aggregation.mean
+    trim_share: float = 0.1
+    """Share of the clients that the trimmed mean leaves out at each end, rounded down to whole clients."""
     clients_per_round: int = 0
     """Clients sampled a round, 0 = all."""
     min_replies: int = 1

@@ -26,7 +26,7 @@ from fedzo.errors import FedzoError, ProtocolError
 from fedzo.fl.aggregate import ClientResult, aggregate, check_reply, sample_clients
 from fedzo.fl.client import space_id
 from fedzo.fl.clip import announced_bound
-from fedzo.fl.config import FlConfig, Seeds, StrategyConfig, Transport, Weighting
+from fedzo.fl.config import Aggregation, FlConfig, StrategyConfig, Transport, Weighting
 from fedzo.fl.exchange import Grid, Traffic, ask
 from fedzo.fl.replica import Replica
 from fedzo.fl.roster import Roster
@@ -130,6 +130,7 @@ class Server:
                     probes=self.num_probes,
                     max_abs_g=self.strategy.max_abs_g,
                     announced=bound,
+                    signs=self.strategy.aggregation is Aggregation.majority_sign,
                 )
             except ProtocolError as error:
                 refused[client] = str(error)
@@ -148,6 +149,8 @@ class Server:
             steps=self.fl.local_steps,
             probes=self.num_probes,
             seeds=self.fl.seeds,
+            aggregation=self.strategy.aggregation,
+            trim_share=self.strategy.trim_share,
         )
         self._commit(record, results, refused)
         self.sink.write(self._round_metrics(record, results, refused, traffic, time.monotonic() - started, bound))
@@ -292,16 +295,14 @@ class Server:
     ) -> dict[str, Any]:
         losses = {client: _mean(results[client].loss) for client in sorted(results)}
         abs_g = {client: float(np.abs(results[client].g).mean()) for client in sorted(results)}
-        scalars = 4 * self.fl.local_steps * self.num_probes
-        owners = 1 if self.fl.seeds is Seeds.shared else len(results)
-        down = self.replica.snapshot_bytes if self.fl.transport is Transport.values else scalars * owners
+        down = self.replica.snapshot_bytes if self.fl.transport is Transport.values else record.coefficients.nbytes
         return {
             "kind": "round",
             "seconds": self.elapsed(),
             "round": record.round,
             "loss": _mean(np.array(list(losses.values()))),
             "mean_abs_g": float(np.mean(list(abs_g.values()))),
-            "payload_up_bytes": scalars * len(results),
+            "payload_up_bytes": sum(result.payload_bytes for result in results.values()),
             "payload_down_bytes": down * len(results),
             "message_up_bytes": traffic.up_bytes,
             "message_down_bytes": traffic.down_bytes,
