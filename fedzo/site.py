@@ -144,7 +144,13 @@ class Site:
         else:
             self.worker.forward_cost_tokens = forward_cost(self.loaded.device)
         rule = UPDATE_RULES.build(self.config.optimizer)
-        return Replica(built.space, rule=rule, reset=built.reset, run_seed=self.config.seed)
+        return Replica(
+            built.space,
+            rule=rule,
+            reset=built.reset,
+            run_seed=self.config.seed,
+            num_clients=self.config.fl.num_clients,
+        )
 
     def _build(self, loaded: LoadedModel, artifact: bytes) -> Built:
         return self.trainer.build(loaded, artifact, distribution=self.config.estimator.distribution)

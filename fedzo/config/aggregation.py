@@ -1,4 +1,4 @@
-"""Rules on how a round's scalars become one, and on what goes with it."""
+"""Rules on how a round's scalars become one model, and on what goes with that."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from fedzo.config.problem import Problem, problem
 from fedzo.config.schema import RunConfig
 from fedzo.fl.config import Aggregation, Seeds, Weighting
+from fedzo.zo.config import FedDynConfig, ScaffoldConfig
 
 
 def aggregation_problems(config: RunConfig) -> Iterator[Problem]:
@@ -27,3 +28,27 @@ def aggregation_problems(config: RunConfig) -> Iterator[Problem]:
     if strategy.aggregation is Aggregation.majority_sign and strategy.clip_factor != 0:
         rule = f"be 0 for {chosen}, whose signs leave nothing to clip"
         yield problem("strategy.clip_factor", rule, strategy.clip_factor, "Write strategy.clip_factor=0.")
+
+
+def drift_problems(config: RunConfig, optimizer: ScaffoldConfig | FedDynConfig) -> Iterator[Problem]:
+    """Broken rules on the update rules that correct local steps."""
+    chosen = "optimizer=scaffold" if isinstance(optimizer, ScaffoldConfig) else "optimizer=feddyn"
+    if config.fl.seeds is not Seeds.shared:
+        rule = f"be shared for {chosen}, whose log keeps each client's own scalars along shared directions"
+        yield problem("fl.seeds", rule, config.fl.seeds, "Write fl.seeds=shared, or another optimizer.")
+    if config.strategy.weighting is not Weighting.uniform:
+        rule = f"be uniform for {chosen}, whose memory is a plain mean over the clients"
+        remedy = "Write strategy.weighting=uniform, or another optimizer."
+        yield problem("strategy.weighting", rule, config.strategy.weighting, remedy)
+    if config.strategy.aggregation is not Aggregation.mean:
+        rule = f"be mean for {chosen}, which averages the clients' models and not their scalars"
+        remedy = "Write strategy.aggregation=mean, or another optimizer."
+        yield problem("strategy.aggregation", rule, config.strategy.aggregation, remedy)
+    if optimizer.weight_decay != 0:
+        rule = f"be 0 for {chosen}, whose corrections know nothing of a decay"
+        yield problem("optimizer.weight_decay", rule, optimizer.weight_decay, "Write optimizer.weight_decay=0.")
+    if isinstance(optimizer, FedDynConfig) and not (
+        optimizer.alpha >= 2.0**-126 and optimizer.lr * optimizer.alpha < 1
+    ):
+        rule = "be > 0 and make optimizer.lr * optimizer.alpha less than 1, or the pull to the round's start overshoots"
+        yield problem("optimizer.alpha", rule, optimizer.alpha, "Lower it; 0.2 / (lr * local steps) is a start.")

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedzo.errors import ProtocolError
 from fedzo.fl.clip import NO_BOUND
-from fedzo.fl.config import Aggregation, Seeds
+from fedzo.fl.config import Aggregation
 from fedzo.fl.wire import TrainReply, scalars_from_bytes, signs_from_bytes
 from fedzo.zo.directions import PURPOSE_SAMPLING, SHARED, permutation, stream_key
 from fedzo.zo.path import RoundRecord, Scalars
@@ -89,7 +89,8 @@ def aggregate(
     lr: float,
     steps: int,
     probes: int,
-    seeds: Seeds,
+    directions: int,
+    own_columns: bool = False,
     aggregation: Aggregation = Aggregation.mean,
     trim_share: float = 0.0,
 ) -> RoundRecord:
@@ -97,7 +98,7 @@ def aggregate(
 
     Evaluated in float64 in the order of client index and rounded to float32 once, so the order of arrival changes
     nothing and N identical clients equal one. A client past its last step counts as 0, and so does a dropped probe.
-    With per-client seeds each client keeps its own column instead of being summed.
+    Where directions are not shared each client keeps its own column instead of being summed.
 
     Args:
         results: Checked answers, by client.
@@ -106,32 +107,35 @@ def aggregate(
         lr: Its learning rate.
         steps: T.
         probes: P.
-        seeds: Who shares directions. Only scalars along the same direction can be compared, so with
-            directions of their own there is but the mean.
+        directions: Along which directions the clients stepped (``fedzo.zo.seeds``). Only scalars along the same
+            direction can be compared, so where they are not shared there is but the mean.
+        own_columns: Keep each client's own scalars g_k[t, p] / P, for a rule that walks every client's path.
         aggregation: How the scalars of a probe become one: median, trimmed mean (arXiv 1803.01498) and majority of
             signs (FeedSign, arXiv 2501.17610) are taken of g_k[t, p] over the clients and divided by P.
         trim_share: ``strategy.trim_share``.
     """
     clients = sorted(results)
-    scaled = aggregation is Aggregation.mean
-    total = sum(weights[client] for client in clients) if scaled else 1.0
+    weighted = aggregation is Aggregation.mean and not own_columns
+    total = sum(weights[client] for client in clients) if weighted else 1.0
     g = np.zeros((steps, probes, len(clients)), np.float64)
     for column, client in enumerate(clients):
         own = results[client].g.astype(np.float64)
-        g[: len(own), :, column] = weights[client] / total * own / probes if scaled else own
-    if seeds is Seeds.per_client:
-        assert scaled, "validation refuses other aggregations of scalars along unlike directions"
-        return RoundRecord(round=round, lr=lr, owners=tuple(clients), coefficients=g.astype(np.float32))
+        g[: len(own), :, column] = (weights[client] / total if weighted else 1.0) * own / probes
+    if own_columns or directions != SHARED:
+        assert aggregation is Aggregation.mean, "validation refuses to compare scalars along unlike directions"
+        return RoundRecord(
+            round=round, lr=lr, owners=tuple(clients), coefficients=g.astype(np.float32), directions=directions
+        )
     match aggregation:
         case Aggregation.mean:
             c = np.zeros((steps, probes), np.float64)
             for column in range(len(clients)):
                 c += g[:, :, column]
         case Aggregation.median:
-            c = np.median(g, axis=2) / probes
+            c = np.median(g, axis=2)
         case Aggregation.trimmed_mean:
             cut = int(trim_share * len(clients))
-            c = np.sort(g, axis=2)[:, :, cut : len(clients) - cut].mean(axis=2) / probes
+            c = np.sort(g, axis=2)[:, :, cut : len(clients) - cut].mean(axis=2)
         case Aggregation.majority_sign:
             c = np.sign(np.sign(g).sum(axis=2)) / probes  # a tie moves nothing
     return RoundRecord(round=round, lr=lr, owners=(SHARED,), coefficients=c.astype(np.float32)[:, :, None])

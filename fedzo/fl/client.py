@@ -16,7 +16,7 @@ from fedzo.data.example import Example
 from fedzo.data.order import batch_rows
 from fedzo.errors import FedzoError, ProtocolError
 from fedzo.fl.clip import clip
-from fedzo.fl.config import FlConfig, Seeds
+from fedzo.fl.config import FlConfig, directions_of
 from fedzo.fl.replica import Replica
 from fedzo.fl.wire import (
     EvaluateReply,
@@ -33,9 +33,9 @@ from fedzo.fl.wire import (
 from fedzo.models.evaluate import evaluate
 from fedzo.models.load import LoadedModel
 from fedzo.models.scoring import example_losses
-from fedzo.zo.directions import SHARED, stream_key
 from fedzo.zo.estimator import Estimator, Losses, Projection, estimate_together
-from fedzo.zo.path import Scalars, apply_step
+from fedzo.zo.path import Drift, Scalars, local_step
+from fedzo.zo.seeds import step_key
 from fedzo.zo.space import Space
 
 
@@ -148,6 +148,7 @@ class ClientWorker:
         dropped = np.zeros(g.shape, np.uint8)
         end_check = 0
         walks = request.steps > 1
+        drift = replica.drift(client) if walks else None
         if walks:
             replica.space.mark()
         try:
@@ -160,7 +161,7 @@ class ClientWorker:
                     g[t] = np.sign(g[t])
                     dropped[t] |= g[t] == 0  # without a sign: there is no bit for it
                 if walks:
-                    self._local_step(replica.space, request, g[t], client=client, step=t)
+                    self._local_step(replica.space, request, g[t], client=client, step=t, drift=drift)
             end_check = replica.space.check() if walks else 0
         finally:
             if walks:
@@ -232,9 +233,9 @@ class ClientWorker:
         return self._replica, self._replica.sync(request)
 
     def _keys(self, request: TrainRequest, *, client: int, step: int) -> list[int]:
-        owner = SHARED if self._fl.seeds is Seeds.shared else client
+        directions = directions_of(self._fl)
         return [
-            stream_key(self._run_seed, round=request.round, step=step, probe=probe, owner=owner)
+            step_key(self._run_seed, round=request.round, step=step, probe=probe, owner=client, directions=directions)
             for probe in range(self._num_probes)
         ]
 
@@ -265,10 +266,12 @@ class ClientWorker:
             forward_cost_tokens=self.forward_cost_tokens,
         )
 
-    def _local_step(self, space: Space, request: TrainRequest, g: Scalars, *, client: int, step: int) -> None:
-        """One step of plain SGD with exactly the scalars that are sent, a mean over probes."""
-        for scalar, key in zip(g, self._keys(request, client=client, step=step), strict=True):
-            apply_step(space, lr=request.lr, c=np.float32(float(scalar) / self._num_probes), key=key)
+    def _local_step(
+        self, space: Space, request: TrainRequest, g: Scalars, *, client: int, step: int, drift: Drift | None
+    ) -> None:
+        """One step with exactly the scalars that are sent, a mean over probes."""
+        c = (g.astype(np.float64) / self._num_probes).astype(np.float32)
+        local_step(space, lr=request.lr, c=c, keys=self._keys(request, client=client, step=step), drift=drift)
 
 
 def space_id(artifact: bytes) -> str:

@@ -26,7 +26,7 @@ from fedzo.errors import FedzoError, ProtocolError
 from fedzo.fl.aggregate import ClientResult, aggregate, check_reply, sample_clients
 from fedzo.fl.client import space_id
 from fedzo.fl.clip import announced_bound
-from fedzo.fl.config import Aggregation, FlConfig, StrategyConfig, Transport, Weighting
+from fedzo.fl.config import Aggregation, FlConfig, StrategyConfig, Transport, Weighting, directions_of
 from fedzo.fl.exchange import Grid, Traffic, ask
 from fedzo.fl.replica import Replica
 from fedzo.fl.roster import Roster
@@ -148,7 +148,8 @@ class Server:
             lr=lr,
             steps=self.fl.local_steps,
             probes=self.num_probes,
-            seeds=self.fl.seeds,
+            directions=directions_of(self.fl),
+            own_columns=self.replica.walks_clients,
             aggregation=self.strategy.aggregation,
             trim_share=self.strategy.trim_share,
         )

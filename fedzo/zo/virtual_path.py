@@ -19,8 +19,9 @@ import numpy.typing as npt
 import torch
 
 from fedzo.zo.config import Distribution
-from fedzo.zo.directions import SHARED, add_direction, dot_direction, stream_key
+from fedzo.zo.directions import SHARED, add_direction, dot_direction
 from fedzo.zo.path import Scalars
+from fedzo.zo.seeds import OWN, step_key
 
 Numbers = npt.NDArray[np.float64]
 
@@ -47,6 +48,7 @@ def virtual_paths(
     run_seed: int,
     round: int,
     shared_seeds: bool,
+    pool_size: int = OWN,
     distribution: Distribution,
 ) -> dict[int, VirtualPath]:
     """The virtual paths of all clients of one round, from what the audit log holds of it.
@@ -58,6 +60,7 @@ def virtual_paths(
         run_seed: Seed of the run's directions.
         round: Number of the round.
         shared_seeds: Whether all clients step along the same directions.
+        pool_size: Where they do not, the size of the pool that theirs are drawn from; none by default.
         distribution: Law of the directions.
 
     Returns:
@@ -71,6 +74,7 @@ def virtual_paths(
     if len({g.shape[1] for g in scalars.values()}) > 1:
         raise ValueError(f"all clients must have the same probes, got {[g.shape for g in scalars.values()]}")
     steps, probes = max((g.shape for g in scalars.values()), default=(0, 1))
+    directions = SHARED if shared_seeds else pool_size
     norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
 
     def along(owner: int, clients: list[int], steps: int) -> dict[int, VirtualPath]:
@@ -80,7 +84,10 @@ def virtual_paths(
             g[row, : len(scalars[client])] = scalars[client]
         xi, products = np.empty((steps, probes)), np.empty((steps, probes, probes))
         for t in range(steps):
-            keys = [stream_key(run_seed, round=round, step=t, probe=p, owner=owner) for p in range(probes)]
+            keys = [
+                step_key(run_seed, round=round, step=t, probe=p, owner=owner, directions=directions)
+                for p in range(probes)
+            ]
             xi[t] = inner_products(gradient, keys, distribution=distribution)
             products[t] = gram(gradient, keys, distribution=distribution)
         grad_ip = (g * xi).mean(axis=2)

@@ -7,9 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
-from fedzo.runs import rebuild
+from fedzo.config.load import load
+from fedzo.errors import ConfigError
+from fedzo.fl.store import RunStore
+from fedzo.runs import rebuild, replay_run
 from fedzo.zo.directions import stream_key
+from fedzo.zo.drift import end_models
+from fedzo.zo.update_rule import UPDATE_RULES
 
 Run = Callable[..., Path]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
@@ -35,3 +41,82 @@ def test_feedsign_sends_bits_and_its_local_steps_can_be_replayed_from_the_audit_
                     key = stream_key(0, round=line["round"], step=t, probe=p)
                     replica.space.step(float(np.float32(np.float32(1e-3) * np.float32(sign / 2))), key)
             assert replica.space.check() == entry["end_check"]
+
+
+# --- rules that correct drift -----------------------------------------------------------------------------------------
+
+DRIFT = {
+    "scaffold": ("optimizer=scaffold", "optimizer.lr=0.01"),
+    "feddyn": ("optimizer=feddyn", "optimizer.lr=0.01", "optimizer.alpha=5"),
+}
+UNEVEN = ("fl.rounds=4", "fl.local_steps=3", "faults.absent=['1@1','2@2']", "strategy.clients_per_round=3")
+
+
+@pytest.mark.parametrize("rule", list(DRIFT))
+def test_each_client_s_end_is_what_the_public_log_says(run: Run, lines: Lines, rule: str) -> None:
+    folder = run(*DRIFT[rule], *UNEVEN, "estimator.num_probes=2")
+
+    assert replay_run(folder)["rounds"] == 4
+    audit, public = lines(folder, "audit.jsonl"), lines(folder, "public.jsonl")
+    corrected = 0
+    with RunStore(folder) as store:
+        records = store.records
+    for line, record in zip(audit, records, strict=True):
+        built = rebuild(folder, rounds=record.round)
+        replica = built.replica
+        corrected += bool(replica.moments.any())
+        update_rule = UPDATE_RULES.build(built.site.config.optimizer)
+        checks = {
+            client: replica.space.check()
+            for client, _ in end_models(update_rule, replica.space, replica.moments, record, run_seed=0)
+        }
+        assert checks == {entry["client"]: entry["end_check"] for entry in line["clients"]}
+    assert corrected == 3
+    assert [line["owners"] for line in public] == [line["attendance"] for line in public]
+    assert {line["directions"] for line in public} == {"shared"}
+
+
+def test_rules_that_correct_drift_refuse_what_does_not_go_with_them(overrides: Callable[..., list[str]]) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load(overrides("optimizer=scaffold", "fl.seeds=per_client", "strategy=size", "optimizer.weight_decay=10"))
+
+    for part in (
+        "fl.seeds must be shared for optimizer=scaffold, whose log keeps each client's own scalars",
+        "strategy.weighting must be uniform for optimizer=scaffold",
+        "optimizer.weight_decay must be 0 for optimizer=scaffold",
+    ):
+        assert part in str(raised.value)
+    with pytest.raises(ConfigError, match=r"strategy\.aggregation must be mean for optimizer=feddyn"):
+        load(overrides("optimizer=feddyn", "strategy=median"))
+    with pytest.raises(
+        ConfigError, match=r"optimizer\.alpha must be > 0 and make optimizer\.lr \* optimizer.alpha less"
+    ):
+        load(overrides("optimizer=feddyn", "optimizer.lr=0.1", "optimizer.alpha=10"))
+    with pytest.raises(ConfigError, match="optimizer must be sgd for trainer=mezo"):
+        load(overrides("optimizer=feddyn", "trainer=mezo"))
+
+
+# --- a pool of seeds --------------------------------------------------------------------------------------------------
+
+
+def test_a_pool_of_seeds_replays_and_holds_no_more_directions_than_its_size(run: Run, lines: Lines) -> None:
+    from fedzo.zo.path import RoundRecord, scalars_and_keys
+
+    folder = run("fl.seeds=pool", "fl.pool_size=5", "fl.local_steps=3", "estimator.num_probes=2", "optimizer.lr=0.01")
+
+    result, public = replay_run(folder), lines(folder, "public.jsonl")
+    assert result["digest"] == public[-1]["digest"]
+    records = [RoundRecord.from_json(line) for line in public]
+    keys = [key for record in records for _, key in scalars_and_keys(record, run_seed=0)]
+    assert len(keys) == 3 * 3 * 2 * 4
+    assert len(set(keys)) == 5
+    assert {line["directions"] for line in public} == {5}
+    rounds = [line for line in lines(folder, "metrics.jsonl") if line["kind"] == "round"]
+    assert {line["payload_down_bytes"] for line in rounds} == {4 * (3 * 2 * 4) * 4}
+
+
+def test_clients_that_draw_from_a_pool_cannot_share_forwards(overrides: Callable[..., list[str]]) -> None:
+    with pytest.raises(ConfigError, match=r"runtime\.batch_clients must be false for fl\.seeds=pool"):
+        load(overrides("runtime.batch_clients=true", "fl.seeds=pool"))
+    with pytest.raises(ConfigError, match=r"fl\.pool_size must be between 2"):
+        load(overrides("fl.seeds=pool", "fl.pool_size=1"))

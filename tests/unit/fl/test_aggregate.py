@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from fedzo.errors import ProtocolError
 from fedzo.fl.aggregate import ClientResult, aggregate, check_reply, sample_clients
-from fedzo.fl.config import Aggregation, Seeds
+from fedzo.fl.config import Aggregation
 from fedzo.fl.wire import TrainReply, scalars_to_bytes, signs_from_bytes, signs_to_bytes
 from fedzo.zo.directions import SHARED
+from fedzo.zo.seeds import OWN
 
 
 def result(g: object) -> ClientResult:
@@ -25,7 +26,7 @@ def result(g: object) -> ClientResult:
 
 def mean_of(results: dict[int, ClientResult], weights: dict[int, float], **kwargs: object) -> np.ndarray:
     steps, probes = next(iter(results.values())).g.shape
-    options = {"round": 0, "lr": 0.5, "steps": steps, "probes": probes, "seeds": Seeds.shared, **kwargs}
+    options = {"round": 0, "lr": 0.5, "steps": steps, "probes": probes, "directions": SHARED, **kwargs}
     return aggregate(results, weights, **options).coefficients
 
 
@@ -79,7 +80,7 @@ def test_a_client_with_fewer_steps_counts_as_zero_afterwards() -> None:
         lr=1.0,
         steps=2,
         probes=1,
-        seeds=Seeds.shared,
+        directions=SHARED,
     )
 
     assert record.coefficients[:, 0, 0].tolist() == [4.0, 2.0]
@@ -93,12 +94,12 @@ def test_per_client_seeds_keep_a_column_for_each_client() -> None:
         lr=1.0,
         steps=1,
         probes=1,
-        seeds=Seeds.per_client,
+        directions=OWN,
     )
 
     assert record.owners == (1, 5)
     assert record.coefficients[0, 0].tolist() == [1.0, 4.0]
-    shared = aggregate({0: result([[1.0]])}, {0: 1.0}, round=0, lr=1.0, steps=1, probes=1, seeds=Seeds.shared)
+    shared = aggregate({0: result([[1.0]])}, {0: 1.0}, round=0, lr=1.0, steps=1, probes=1, directions=SHARED)
     assert shared.owners == (SHARED,)
 
 
