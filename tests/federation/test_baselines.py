@@ -120,3 +120,71 @@ def test_clients_that_draw_from_a_pool_cannot_share_forwards(overrides: Callable
         load(overrides("runtime.batch_clients=true", "fl.seeds=pool"))
     with pytest.raises(ConfigError, match=r"fl\.pool_size must be between 2"):
         load(overrides("fl.seeds=pool", "fl.pool_size=1"))
+
+
+# --- presets ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_round_of_decomfl_is_its_algorithm_written_out(
+    run: Run, lines: Lines, overrides: Callable[..., list[str]]
+) -> None:
+    """Algorithms 3 and 4 of arXiv 2405.15861 in plain torch: K local steps, P forward differences, scalars averaged."""
+    import torch
+
+    from fedzo.data.order import batch_rows
+    from fedzo.site import open_site
+    from fedzo.zo.directions import direction
+
+    eps, lr, steps, probes = 1e-2, 1e-3, 2, 3
+    settings = ("experiment=decomfl", "fl.rounds=1", f"fl.local_steps={steps}", f"estimator.num_probes={probes}")
+    settings = (*settings, f"estimator.eps={eps}", f"optimizer.lr={lr}", "trainer=mezo", "strategy.clients_per_round=2")
+    folder = run(*settings)
+    (public,), (audit,) = lines(folder, "public.jsonl"), lines(folder, "audit.jsonl")
+
+    site = open_site(load(overrides(*settings)))
+    model = site.loaded.model.double()
+    x0 = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+
+    def loss(x: torch.Tensor, examples: list[Any]) -> float:
+        torch.nn.utils.vector_to_parameters(x, model.parameters())
+        values = []
+        for example in examples:
+            scores = []
+            for answer in example.candidates:
+                with torch.no_grad():
+                    logp = model(input_ids=torch.tensor([[*example.prompt, *answer]])).logits[0].log_softmax(-1)
+                start = len(example.prompt) - 1
+                scores.append(torch.stack([logp[start + i, token] for i, token in enumerate(answer)]).mean())
+            values.append(float(torch.logsumexp(torch.stack(scores), 0) - scores[example.label]))
+        return float(np.mean(values))
+
+    def z(k: int, p: int) -> torch.Tensor:
+        return torch.from_numpy(direction(stream_key(0, round=0, step=k, probe=p), len(x0))).double()
+
+    answers = {}
+    for client in public["attendance"]:
+        x, train = x0.clone(), site.client_data(client).train
+        g = np.zeros((steps, probes))
+        for k in range(steps):
+            batch = [train[i] for i in batch_rows(run_seed=0, client=client, used=k, batch_size=2, num_rows=len(train))]
+            here = loss(x, batch)
+            g[k] = [(loss(x + eps * z(k, p), batch) - here) / eps for p in range(probes)]
+            x = x - lr / probes * sum(g[k, p] * z(k, p) for p in range(probes))
+        answers[client] = g
+    mean = np.mean(list(answers.values()), axis=0)
+    end = x0 - lr / probes * sum(mean[k, p] * z(k, p) for k in range(steps) for p in range(probes))
+
+    # float32 losses are right to about 2e-7, g to that over eps
+    assert len(public["attendance"]) == 2
+    for entry in audit["clients"]:
+        assert np.array(entry["g"]) == pytest.approx(answers[entry["client"]], abs=2e-4)
+    assert np.array(public["c"])[:, :, 0] * probes == pytest.approx(mean, abs=2e-4)
+    assert np.abs(mean).max() > 0.02
+    assert rebuild(folder, rounds=1).replica.space.values() == pytest.approx(end.numpy(), abs=2e-6)
+
+
+@pytest.mark.parametrize("experiment", ["decomfl", "fedkseed", "feedsign"])
+def test_a_preset_of_another_paper_runs_and_replays(run: Run, experiment: str) -> None:
+    folder = run(f"experiment={experiment}", "trainer=mezo", "fl.rounds=2", "fl.local_steps=2")
+
+    assert replay_run(folder)["rounds"] == 2
