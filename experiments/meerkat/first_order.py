@@ -74,7 +74,11 @@ def main() -> None:
     config = load(given.overrides)
     with tempfile.TemporaryDirectory() as folder:
         results = run(config, Path(folder), adam=given.local_optimizer == "adam")
-    results["command"] = ["experiments/meerkat/first_order.py", *given.overrides, given.local_optimizer]
+    results["command"] = [
+        "experiments/meerkat/first_order.py",
+        *given.overrides,
+        f"--local-optimizer={given.local_optimizer}",
+    ]
     given.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     after = results["summary"]["after"]
     print(f"{after['metric']} {results['summary']['before']['value']:.4f} -> {after['value']:.4f}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -89,6 +91,19 @@ def test_it_learns_and_reports_as_a_run_does(
     assert [line["round"] for line in scores if line["split"] == "dev"] == [0, 4, 8, 12, 16]
     clients = 3 if "strategy.clients_per_round=3" in extra else 4
     assert summary["payload_up_bytes"] == summary["payload_down_bytes"] == 4 * summary["space_size"] * clients * 16
+
+
+def test_its_command_line_writes_what_the_run_found(
+    first_order: ModuleType, overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "results.json"
+    monkeypatch.setattr(sys, "argv", ["first_order.py", *overrides("fl.rounds=1"), "--out", str(out)])
+
+    first_order.main()
+
+    results = json.loads(out.read_text())
+    assert results["command"][-1] == "--local-optimizer=sgd"
+    assert {"before", "after", "best_round", "payload_up_bytes", "payload_down_bytes"} <= set(results["summary"])
 
 
 def test_one_client_with_one_step_is_gradient_descent(
