@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from fedzo.errors import ConfigError, ProtocolError, RunFolderError
-from fedzo.fl.config import Seeds
+from fedzo.fl.config import directions_of
 from fedzo.fl.store import RunStore
 from fedzo.runs import read_config, rebuild
-from fedzo.zo.directions import SHARED
-from fedzo.zo.path import Scalars, apply_local_step, step_keys
+from fedzo.zo.path import Drift, Scalars, local_step, probe_shares
+from fedzo.zo.seeds import step_keys
 from fedzo.zo.space import Space, Values
 
 
@@ -84,13 +84,23 @@ def replay_client(run_dir: Path, *, client: int, round: int, out: Path | None = 
             f"audit log, round {round}: client {client} must have {entry['steps']} steps, got {len(g)} rows of g. "
             "Restore the file from a copy."
         )
-    space = rebuild(run_dir, rounds=round).replica.space
-    owner = SHARED if config.fl.seeds is Seeds.shared else client
+    replica = rebuild(run_dir, rounds=round).replica
+    space, drift = replica.space, replica.drift(client)
     proved = len(g) > 1
     checks = []
     about = {"client": str(client), "round": str(round), "lr": repr(line["lr"])}
     with _vectors(out, steps=len(g), size=space.size, about=about) as write:
-        for _ in local_steps(space, g, lr=line["lr"], run_seed=config.seed, round=round, owner=owner):
+        steps = local_steps(
+            space,
+            g,
+            lr=line["lr"],
+            run_seed=config.seed,
+            round=round,
+            client=client,
+            directions=directions_of(config.fl),
+            drift=drift,
+        )
+        for _ in steps:
             checks.append(space.check())
             write(space)
         if proved and checks[-1] != entry["end_check"]:
@@ -103,7 +113,17 @@ def replay_client(run_dir: Path, *, client: int, round: int, out: Path | None = 
     return ClientPath(client, round, line["lr"], tuple(checks), g, loss, proved)
 
 
-def local_steps(space: Space, g: Scalars, *, lr: float, run_seed: int, round: int, owner: int) -> Iterator[int]:
+def local_steps(
+    space: Space,
+    g: Scalars,
+    *,
+    lr: float,
+    run_seed: int,
+    round: int,
+    client: int,
+    directions: int,
+    drift: Drift | None = None,
+) -> Iterator[int]:
     """Move a space from a round's start along a client's local steps; yields the number of each after it is taken.
 
     Args:
@@ -112,11 +132,13 @@ def local_steps(space: Space, g: Scalars, *, lr: float, run_seed: int, round: in
         lr: Of the local steps.
         run_seed: Seed of the run's directions.
         round: Number of the round.
-        owner: Of the directions: ``SHARED``, or the client.
+        client: Which client.
+        directions: Along which directions it stepped (``fedzo.zo.seeds``).
+        drift: The update rule's correction of its steps, at the round's start.
     """
     for step, scalars in enumerate(g):
-        keys = step_keys(run_seed, round=round, step=step, probes=len(scalars), owner=owner)
-        apply_local_step(space, scalars, lr=lr, keys=keys)
+        keys = step_keys(run_seed, round=round, step=step, probes=len(scalars), owner=client, directions=directions)
+        local_step(space, lr=lr, c=probe_shares(scalars), keys=keys, drift=drift)
         yield step
 
 

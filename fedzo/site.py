@@ -20,6 +20,7 @@ from fedzo.data.sources import Row, Splits, load_splits
 from fedzo.data.tasks import render
 from fedzo.estimate import fitting_tokens_per_batch, is_full
 from fedzo.fl.client import ClientData, ClientWorker, Identity, parse_absent
+from fedzo.fl.config import Aggregation
 from fedzo.fl.replica import Replica
 from fedzo.fl.selection import SELECTIONS, Selection, most_steps
 from fedzo.models.config import DType
@@ -108,6 +109,7 @@ class Site:
             forward_cost_tokens=FEW_FORWARDS,
             data_of=lru_cache(maxsize=None)(self.client_data),
             build=self._replica,
+            signs=config.strategy.aggregation is Aggregation.majority_sign,
             absent=parse_absent(config.faults.absent),
         )
 
@@ -151,7 +153,13 @@ class Site:
         else:
             self.worker.forward_cost_tokens = forward_cost(self.loaded.device)
         rule = UPDATE_RULES.build(self.config.optimizer)
-        return Replica(built.space, rule=rule, reset=built.reset, run_seed=self.config.seed)
+        return Replica(
+            built.space,
+            rule=rule,
+            reset=built.reset,
+            run_seed=self.config.seed,
+            num_clients=self.config.fl.num_clients,
+        )
 
     def _build(self, loaded: LoadedModel, artifact: bytes) -> Built:
         return self.trainer.build(loaded, artifact, distribution=self.config.estimator.distribution)

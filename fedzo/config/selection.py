@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from fedzo.config.problem import Problem, problem
 from fedzo.config.schema import RunConfig
 from fedzo.data.config import TaskKind
+from fedzo.fl.config import Aggregation
 from fedzo.fl.selection.config import (
     CusumConfig,
     EarlyStopConfig,
@@ -40,6 +41,9 @@ def selection_problems(config: RunConfig) -> Iterator[Problem]:
     if isinstance(selection, VpcsConfig | CusumConfig) and isinstance(config.estimator, FzooConfig):
         rule = "be two_point or one_sided for a selection by |g|: fzoo divides |g| by the spread of its losses"
         yield problem("estimator", rule, "fzoo", "Choose another estimator, or selection=none.")
+    if isinstance(selection, VpcsConfig | CusumConfig) and config.strategy.aggregation is Aggregation.majority_sign:
+        rule = "be another than majority_sign for a selection by |g|: the clients send the sign of g alone"
+        yield problem("strategy.aggregation", rule, "majority_sign", "Choose another, or selection=none.")
     match selection:
         case VpcsConfig():
             yield from _vpcs(selection)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from fedzo.config.aggregation import aggregation_problems, drift_problems
 from fedzo.config.plugins import plugin_classes, plugin_name
 from fedzo.config.problem import Problem
 from fedzo.config.problem import problem as _problem
@@ -32,7 +33,15 @@ from fedzo.trainers.config import (
     PrefixTrainerConfig,
     PromptTrainerConfig,
 )
-from fedzo.zo.config import AdamConfig, Baseline, FzooConfig, MomentumConfig, OneSidedConfig
+from fedzo.zo.config import (
+    AdamConfig,
+    Baseline,
+    FedDynConfig,
+    FzooConfig,
+    MomentumConfig,
+    OneSidedConfig,
+    ScaffoldConfig,
+)
 
 EMBEDDED_TASKS = ("rotten_tomatoes",)
 """Tasks whose rows come with fedzo, so that they need no ``data.path``."""
@@ -53,6 +62,7 @@ def problems(config: RunConfig) -> list[Problem]:
         _fl,
         _strategy,
         selection_problems,
+        aggregation_problems,
         _evaluation,
         _runtime,
     )
@@ -250,6 +260,8 @@ def _optimizer(config: RunConfig) -> Iterator[Problem]:
             yield from _share_below_1("optimizer.beta1", optimizer.beta1, "0.9 is usual.")
             yield from _share_below_1("optimizer.beta2", optimizer.beta2, "0.999 is usual.")
             yield from _positive_float32("optimizer.eps", optimizer.eps, "1e-8 is usual.")
+        case ScaffoldConfig() | FedDynConfig():
+            yield from drift_problems(config, optimizer)
         case _:
             return
     if isinstance(config.trainer, MezoConfig):
@@ -271,6 +283,8 @@ def _fl(config: RunConfig) -> Iterator[Problem]:
     yield from _at_least("fl.rounds", fl.rounds, 1, "A run needs a round.")
     yield from _at_least("fl.local_steps", fl.local_steps, 1, "1 synchronises after every step.")
     yield from _at_least("fl.batch_size", fl.batch_size, 1, "It counts a client's rows of a step.")
+    if not 2 <= fl.pool_size < 2**31:
+        yield _problem("fl.pool_size", "be between 2 and 2**31 - 1", fl.pool_size, "4096 is FedKSeed's.")
     yield from _at_least("fl.hash_every", fl.hash_every, 1, "1 compares the full hash every round.")
     yield from _faults(config.faults, fl)
 
@@ -319,7 +333,7 @@ def _runtime(config: RunConfig) -> Iterator[Problem]:
     match config.runtime:
         case InlineConfig(batch_clients=True) if config.fl.seeds is not Seeds.shared:
             remedy = "Clients with directions of their own cannot share a forward."
-            yield _problem("runtime.batch_clients", "be false for fl.seeds=per_client", True, remedy)
+            yield _problem("runtime.batch_clients", f"be false for fl.seeds={config.fl.seeds}", True, remedy)
         case RayConfig() as ray:
             yield from _positive("runtime.num_cpus_per_client", ray.num_cpus_per_client, "1 is usual.")
             yield from _not_negative("runtime.num_gpus_per_client", ray.num_gpus_per_client, "0 shares what is there.")

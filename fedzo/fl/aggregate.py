@@ -9,8 +9,8 @@ import numpy as np
 
 from fedzo.errors import ProtocolError
 from fedzo.fl.clip import NO_BOUND
-from fedzo.fl.config import Seeds
-from fedzo.fl.wire import TrainReply, scalars_from_bytes
+from fedzo.fl.config import Aggregation
+from fedzo.fl.wire import TrainReply, scalars_from_bytes, signs_from_bytes
 from fedzo.zo.directions import PURPOSE_SAMPLING, SHARED, permutation, stream_key
 from fedzo.zo.path import RoundRecord, Scalars
 
@@ -20,11 +20,12 @@ class ClientResult:
     """A client's checked answer for a round of T steps with P probes.
 
     Attributes:
-        g: Projected gradients, float32 [T, P]; 0 where dropped.
+        g: Projected gradients, float32 [T, P]; 0 where dropped. Their signs where only these are sent.
         loss: Each probe's view of the loss at theta, float32 [T, P]; nan where dropped.
         dropped: Probes without a finite loss, bool [T, P].
         num_examples: Training rows the client says it has; reported, never used as a weight.
         end_check: Check of the client's theta after its local steps (T > 1), for its virtual path.
+        payload_bytes: Length of its scalars, or of its signs, on the wire.
     """
 
     g: Scalars
@@ -32,10 +33,17 @@ class ClientResult:
     dropped: np.ndarray
     num_examples: int
     end_check: int
+    payload_bytes: int = 0
 
 
 def check_reply(
-    reply: TrainReply, *, steps: int, probes: int, max_abs_g: float, announced: float = NO_BOUND
+    reply: TrainReply,
+    *,
+    steps: int,
+    probes: int,
+    max_abs_g: float,
+    announced: float = NO_BOUND,
+    signs: bool = False,
 ) -> ClientResult:
     """The reply as numbers, or ``ProtocolError`` saying why it cannot be used.
 
@@ -45,13 +53,16 @@ def check_reply(
         probes: P.
         max_abs_g: ``strategy.max_abs_g``.
         announced: The request's own ``max_abs_g``, to which the client had to clip.
+        signs: Whether ``g`` holds a bit a probe. A dropped one counts as 0 then, whatever its bit.
     """
     shape = (steps, probes)
-    g = scalars_from_bytes(reply.g, shape=shape, what="g")
+    g = (signs_from_bytes if signs else scalars_from_bytes)(reply.g, shape=shape, what="g")
     loss = scalars_from_bytes(reply.loss, shape=shape, what="loss")
     if len(reply.dropped) != g.size:
         raise ProtocolError(f"dropped must hold {g.size} flags, got {len(reply.dropped)}")
     dropped = np.frombuffer(reply.dropped, np.uint8).reshape(shape) != 0
+    if signs:
+        g[dropped] = 0
     if not np.isfinite(g).all():
         raise ProtocolError("g must be finite; a probe without a finite loss is sent as 0 with its flag")
     if (worst := float(np.abs(g).max())) > max_abs_g:
@@ -60,7 +71,14 @@ def check_reply(
         raise ProtocolError(f"|g| must be at most the announced bound {announced:g}, got {worst:g}")
     if (g[dropped] != 0).any():
         raise ProtocolError("a dropped probe must carry g = 0")
-    return ClientResult(g=g, loss=loss, dropped=dropped, num_examples=reply.num_examples, end_check=reply.end_check)
+    return ClientResult(
+        g=g,
+        loss=loss,
+        dropped=dropped,
+        num_examples=reply.num_examples,
+        end_check=reply.end_check,
+        payload_bytes=len(reply.g),
+    )
 
 
 def aggregate(
@@ -71,25 +89,56 @@ def aggregate(
     lr: float,
     steps: int,
     probes: int,
-    seeds: Seeds,
+    directions: int,
+    own_columns: bool = False,
+    aggregation: Aggregation = Aggregation.mean,
+    trim_share: float = 0.0,
 ) -> RoundRecord:
-    """c[t, p] = sum over responders of w_k g_k[t, p] / P, w renormalised over the responders.
+    """A round's scalars c[t, p] from those of its responders; the mean is sum w_k g_k[t, p] / P, w renormalised.
 
-    Summed in float64 in the order of client index and rounded to float32 once, so the order of arrival changes nothing
-    and N identical clients equal one. With per-client seeds each client keeps its own column instead of being summed.
+    Evaluated in float64 in the order of client index and rounded to float32 once, so the order of arrival changes
+    nothing and N identical clients equal one. A client past its last step counts as 0, and so does a dropped probe.
+    Where directions are not shared each client keeps its own column instead of being summed.
+
+    Args:
+        results: Checked answers, by client.
+        weights: w of every client; the mean alone reads them.
+        round: Number of the round.
+        lr: Its learning rate.
+        steps: T.
+        probes: P.
+        directions: Along which directions the clients stepped (``fedzo.zo.seeds``). Only scalars along the same
+            direction can be compared, so where they are not shared there is but the mean.
+        own_columns: Keep each client's own scalars g_k[t, p] / P, for a rule that walks every client's path.
+        aggregation: How the scalars of a probe become one: median, trimmed mean (arXiv 1803.01498) and majority of
+            signs (FeedSign, arXiv 2501.17610) are taken of g_k[t, p] over the clients and divided by P.
+        trim_share: ``strategy.trim_share``.
     """
     clients = sorted(results)
-    total = sum(weights[client] for client in clients)
-    shares = np.zeros((steps, probes, len(clients)), np.float64)
+    weighted = aggregation is Aggregation.mean and not own_columns
+    total = sum(weights[client] for client in clients) if weighted else 1.0
+    g = np.zeros((steps, probes, len(clients)), np.float64)
     for column, client in enumerate(clients):
-        g = results[client].g.astype(np.float64)
-        shares[: len(g), :, column] = weights[client] / total * g / probes
-    if seeds is Seeds.per_client:
-        return RoundRecord(round=round, lr=lr, owners=tuple(clients), coefficients=shares.astype(np.float32))
-    summed = np.zeros((steps, probes), np.float64)
-    for column in range(len(clients)):
-        summed += shares[:, :, column]
-    return RoundRecord(round=round, lr=lr, owners=(SHARED,), coefficients=summed.astype(np.float32)[:, :, None])
+        own = results[client].g.astype(np.float64)
+        g[: len(own), :, column] = (weights[client] / total if weighted else 1.0) * own / probes
+    if own_columns or directions != SHARED:
+        assert aggregation is Aggregation.mean, "validation refuses to compare scalars along unlike directions"
+        return RoundRecord(
+            round=round, lr=lr, owners=tuple(clients), coefficients=g.astype(np.float32), directions=directions
+        )
+    match aggregation:
+        case Aggregation.mean:
+            c = np.zeros((steps, probes), np.float64)
+            for column in range(len(clients)):
+                c += g[:, :, column]
+        case Aggregation.median:
+            c = np.median(g, axis=2)
+        case Aggregation.trimmed_mean:
+            cut = int(trim_share * len(clients))
+            c = np.sort(g, axis=2)[:, :, cut : len(clients) - cut].mean(axis=2)
+        case Aggregation.majority_sign:
+            c = np.sign(np.sign(g).sum(axis=2)) / probes  # a tie moves nothing
+    return RoundRecord(round=round, lr=lr, owners=(SHARED,), coefficients=c.astype(np.float32)[:, :, None])
 
 
 def unmoved(record: RoundRecord) -> RoundRecord:

@@ -16,7 +16,7 @@ from fedzo.data.example import Example
 from fedzo.data.order import batch_rows
 from fedzo.errors import FedzoError, ProtocolError
 from fedzo.fl.clip import clip
-from fedzo.fl.config import FlConfig, Seeds
+from fedzo.fl.config import FlConfig, directions_of
 from fedzo.fl.replica import Replica
 from fedzo.fl.wire import (
     EvaluateReply,
@@ -28,13 +28,14 @@ from fedzo.fl.wire import (
     TrainReply,
     TrainRequest,
     scalars_to_bytes,
+    signs_to_bytes,
 )
 from fedzo.models.evaluate import evaluate
 from fedzo.models.load import LoadedModel
 from fedzo.models.scoring import example_losses
-from fedzo.zo.directions import SHARED
 from fedzo.zo.estimator import Estimator, Losses, Projection, estimate_together
-from fedzo.zo.path import Scalars, apply_local_step, step_keys
+from fedzo.zo.path import Drift, Scalars, local_step, probe_shares
+from fedzo.zo.seeds import step_keys
 from fedzo.zo.space import Space
 
 
@@ -76,6 +77,7 @@ class ClientWorker:
         forward_cost_tokens: What one more forward costs, in tokens (``example_losses``).
         data_of: Rows of a client, by its index.
         build: Makes the replica from the artifact that the server sends.
+        signs: Whether clients step with and send the signs of their scalars alone.
         absent: Planned faults: (client, round) pairs.
     """
 
@@ -93,6 +95,7 @@ class ClientWorker:
         forward_cost_tokens: int,
         data_of: Callable[[int], ClientData],
         build: Callable[[bytes], Replica],
+        signs: bool = False,
         absent: frozenset[tuple[int, int]] = frozenset(),
     ) -> None:
         self.loaded = loaded
@@ -108,6 +111,7 @@ class ClientWorker:
         self._num_probes = num_probes
         self._data_of = data_of
         self._build = build
+        self._signs = signs
         self._absent = absent
         self._ahead: dict[tuple[int, int], list[Projection]] = {}
 
@@ -144,6 +148,7 @@ class ClientWorker:
         dropped = np.zeros(g.shape, np.uint8)
         end_check = 0
         walks = request.steps > 1
+        drift = replica.drift(client) if walks else None
         if walks:
             replica.space.mark()
         try:
@@ -152,15 +157,18 @@ class ClientWorker:
                 for p, projection in enumerate(projections):
                     g[t, p], loss[t, p], dropped[t, p] = projection.g, projection.loss, projection.dropped
                 g[t] = clip(g[t], request.max_abs_g)
+                if self._signs:
+                    g[t] = np.sign(g[t])
+                    dropped[t] |= g[t] == 0  # without a sign: there is no bit for it
                 if walks:
-                    self._local_step(replica.space, request, g[t], client=client, step=t)
+                    self._local_step(replica.space, request, g[t], client=client, step=t, drift=drift)
             end_check = replica.space.check() if walks else 0
         finally:
             if walks:
                 replica.space.rewind()
         return TrainReply(
             position=replica.position,
-            g=scalars_to_bytes(g),
+            g=signs_to_bytes(g) if self._signs else scalars_to_bytes(g),
             loss=scalars_to_bytes(loss),
             dropped=dropped.tobytes(),
             num_examples=len(self._data_of(client).train),
@@ -225,8 +233,14 @@ class ClientWorker:
         return self._replica, self._replica.sync(request)
 
     def _keys(self, request: TrainRequest, *, client: int, step: int) -> list[int]:
-        owner = SHARED if self._fl.seeds is Seeds.shared else client
-        return step_keys(self._run_seed, round=request.round, step=step, probes=self._num_probes, owner=owner)
+        return step_keys(
+            self._run_seed,
+            round=request.round,
+            step=step,
+            probes=self._num_probes,
+            owner=client,
+            directions=directions_of(self._fl),
+        )
 
     def _estimate(self, space: Space, request: TrainRequest, *, client: int, step: int) -> list[Projection]:
         if step == 0 and (client, request.round) in self._ahead:
@@ -255,9 +269,12 @@ class ClientWorker:
             forward_cost_tokens=self.forward_cost_tokens,
         )
 
-    def _local_step(self, space: Space, request: TrainRequest, g: Scalars, *, client: int, step: int) -> None:
-        """One step of plain SGD with exactly the scalars that are sent."""
-        apply_local_step(space, g, lr=request.lr, keys=self._keys(request, client=client, step=step))
+    def _local_step(
+        self, space: Space, request: TrainRequest, g: Scalars, *, client: int, step: int, drift: Drift | None
+    ) -> None:
+        """One step with exactly the scalars that are sent, a mean over probes."""
+        keys = self._keys(request, client=client, step=step)
+        local_step(space, lr=request.lr, c=probe_shares(g), keys=keys, drift=drift)
 
 
 def space_id(artifact: bytes) -> str:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from fedzo.zo.directions import SHARED
+from fedzo.zo.seeds import OWN
+
 
 class Seeds(StrEnum):
     """Who shares a step's directions."""
@@ -13,6 +16,8 @@ class Seeds(StrEnum):
     """All clients of a round: one direction a step, tiny downlink."""
     per_client = "per_client"
     """Each client its own: K directions a step, K times the downlink scalars."""
+    pool = "pool"
+    """As per_client, but each is drawn from ``fl.pool_size`` directions that serve the whole run (FedKSeed)."""
 
 
 class Transport(StrEnum):
@@ -35,9 +40,16 @@ class FlConfig:
     batch_size: int = 2
     """Rows a client uses for one step."""
     seeds: Seeds = Seeds.shared
+    pool_size: int = 4096
+    """Directions that there are for ``fl.seeds=pool``."""
     transport: Transport = Transport.scalars
     hash_every: int = 25
     """Every so many rounds the full SHA-256 of the trained values is compared, a 4-byte check in between."""
+
+
+def directions_of(fl: FlConfig) -> int:
+    """Whose directions the clients step along, as ``fedzo.zo.seeds`` numbers it."""
+    return {Seeds.shared: SHARED, Seeds.per_client: OWN, Seeds.pool: fl.pool_size}[fl.seeds]
 
 
 class Weighting(StrEnum):
@@ -48,11 +60,27 @@ class Weighting(StrEnum):
     """By the number of training rows declared at registration."""
 
 
+class Aggregation(StrEnum):
+    """How the clients' scalars of a probe become one."""
+
+    mean = "mean"
+    """Weighted by ``strategy.weighting``."""
+    median = "median"
+    """Unweighted; fewer than half of the clients cannot move it beyond what the others sent."""
+    trimmed_mean = "trimmed_mean"
+    """Unweighted mean without the ``strategy.trim_share`` largest and smallest."""
+    majority_sign = "majority_sign"
+    """A client sends and steps with the sign of g alone, one bit a probe; the majority wins (FeedSign)."""
+
+
 @dataclass(kw_only=True, slots=True)
 class StrategyConfig:
     """How the server runs a round."""
 
     weighting: Weighting = Weighting.uniform
+    aggregation: Aggregation = Aggregation.mean
+    trim_share: float = 0.1
+    """Share of the clients that the trimmed mean leaves out at each end, rounded down to whole clients."""
     clients_per_round: int = 0
     """Clients sampled a round, 0 = all."""
     min_replies: int = 1

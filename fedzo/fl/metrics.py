@@ -88,7 +88,7 @@ def round_metrics(
         "round": record.round,
         "loss": finite_mean(np.array(list(losses.values()))),
         "mean_abs_g": float(np.mean(list(abs_g.values()))),
-        "payload_up_bytes": sum(result.g.nbytes for result in results.values()),
+        "payload_up_bytes": sum(result.payload_bytes for result in results.values()),
         "payload_down_bytes": down_bytes * len(results),
         "message_up_bytes": traffic.up_bytes,
         "message_down_bytes": traffic.down_bytes,

@@ -9,9 +9,9 @@ import numpy as np
 
 from fedzo.errors import ProtocolError
 from fedzo.fl.wire import Status, Sync
-from fedzo.zo.path import EMPTY_CHAIN, RoundRecord, extend_chain, unpack
+from fedzo.zo.path import EMPTY_CHAIN, Drift, RoundRecord, extend_chain, unpack
 from fedzo.zo.space import Space
-from fedzo.zo.update_rule import UpdateRule
+from fedzo.zo.update_rule import DriftRule, UpdateRule
 
 
 class Replica:
@@ -28,16 +28,30 @@ class Replica:
         rule: Moves the space by a round.
         reset: Brings the space back to the base weights.
         run_seed: Seed of the run's directions.
+        num_clients: Clients of the run; a rule may remember each of them.
     """
 
-    def __init__(self, space: Space, *, rule: UpdateRule, reset: Callable[[], None], run_seed: int) -> None:
+    def __init__(
+        self, space: Space, *, rule: UpdateRule, reset: Callable[[], None], run_seed: int, num_clients: int = 0
+    ) -> None:
         self.space = space
-        self.moments = np.zeros((rule.num_moments, space.size), np.float32)
+        self.moments = np.zeros((rule.num_moments(num_clients), space.size), np.float32)
         self.position = 0
         self.chain = EMPTY_CHAIN
         self._rule = rule
         self._reset = reset
         self._run_seed = run_seed
+
+    @property
+    def walks_clients(self) -> bool:
+        """Whether the rule walks every client's local steps, and so needs each client's own scalars in the log."""
+        return isinstance(self._rule, DriftRule)
+
+    def drift(self, client: int) -> Drift | None:
+        """The correction of a client's local steps in the coming round; None where they are plain SGD."""
+        if isinstance(self._rule, DriftRule):
+            return self._rule.drift(self.space.values(), self.moments, client)
+        return None
 
     def advance(self, records: Sequence[RoundRecord]) -> None:
         """Apply the records that come next; those already applied are skipped."""

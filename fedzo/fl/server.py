@@ -27,7 +27,7 @@ from fedzo.errors import FedzoError, ProtocolError
 from fedzo.fl.aggregate import ClientResult, aggregate, check_reply, sample_clients, unmoved
 from fedzo.fl.client import space_id
 from fedzo.fl.clip import announced_bound
-from fedzo.fl.config import FlConfig, StrategyConfig, Transport, Weighting
+from fedzo.fl.config import Aggregation, FlConfig, StrategyConfig, Transport, Weighting, directions_of
 from fedzo.fl.exchange import Grid, Traffic, ask
 from fedzo.fl.metrics import audit_line, round_metrics
 from fedzo.fl.replica import Replica
@@ -147,6 +147,7 @@ class Server:
                     probes=self.num_probes,
                     max_abs_g=self.strategy.max_abs_g,
                     announced=bound,
+                    signs=self.strategy.aggregation is Aggregation.majority_sign,
                 )
             except ProtocolError as error:
                 refused[client] = str(error)
@@ -164,7 +165,10 @@ class Server:
             lr=lr,
             steps=max(len(result.g) for result in results.values()),
             probes=self.num_probes,
-            seeds=self.fl.seeds,
+            directions=directions_of(self.fl),
+            own_columns=self.replica.walks_clients,
+            aggregation=self.strategy.aggregation,
+            trim_share=self.strategy.trim_share,
         )
         xi = self._signals.products(record)
         if plan.calibration:

@@ -156,6 +156,23 @@ def scalars_to_bytes(values: Scalars) -> bytes:
     return np.ascontiguousarray(values, dtype="<f4").tobytes()
 
 
+def signs_to_bytes(g: Scalars) -> bytes:
+    """One bit a scalar in C order, 1 for a positive one; the first bit is the highest of its byte."""
+    return np.packbits(g.ravel() > 0).tobytes()
+
+
+def signs_from_bytes(data: bytes, *, shape: tuple[int, ...], what: str) -> Scalars:
+    """+1 for a bit of 1, -1 for a bit of 0, float32; ``ProtocolError`` if these are not ``shape``'s bits."""
+    count = int(np.prod(shape))
+    want = -(-count // 8)
+    if len(data) != want:
+        raise ProtocolError(f"{what} must hold {want} bytes (a bit each for {list(shape)}), got {len(data)}")
+    bits = np.unpackbits(np.frombuffer(data, np.uint8))
+    if bits[count:].any():
+        raise ProtocolError(f"{what} must be filled up with bits of 0 after the first {count}")
+    return (2 * bits[:count].astype(np.float32) - 1).reshape(shape)
+
+
 def scalars_from_bytes(data: bytes, *, shape: tuple[int, ...], what: str) -> Scalars:
     """The inverse; ``ProtocolError`` if the length is not that of ``shape``."""
     want = 4 * int(np.prod(shape))

@@ -111,3 +111,16 @@ class AdamConfig(OptimizerConfig):
     beta2: float = 0.999
     eps: float = 1e-8
     """Added to the root of the second moment."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ScaffoldConfig(OptimizerConfig):
+    """SCAFFOLD: control variates take each client's drift out of its local steps (arXiv 1910.06378)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class FedDynConfig(OptimizerConfig):
+    """FedDyn: a dynamic regulariser lets local optima agree with the global one (arXiv 2111.04263)."""
+
+    alpha: float = 100.0
+    """Strength of the pull to the round's start; lr * alpha * T is the share of its memory that a round replaces."""

@@ -16,11 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fedzo.errors import ProtocolError
-from fedzo.zo.directions import SHARED, stream_key
-from fedzo.zo.space import Space
+from fedzo.zo.directions import SHARED
+from fedzo.zo.seeds import OWN, step_key
+from fedzo.zo.space import Space, Values
 
 Scalars = npt.NDArray[np.float32]
-_HEADER = struct.Struct("<IfHHH")  # round, lr, T, P, owners
+_HEADER = struct.Struct("<IfHHH")  # round, lr, T, P, owners and the flag
+_HAS_DIRECTIONS = 0x8000  # a word that says whose directions they are follows the header
 EMPTY_CHAIN = hashlib.sha256(b"fedzo log 1").digest()
 """The chain before the first record."""
 
@@ -32,19 +34,29 @@ class RoundRecord:
     Attributes:
         round: Number of the round, from 0.
         lr: Learning rate, a float32 value.
-        owners: Owners of the directions: ``(SHARED,)``, or client indices in ascending order with per-client seeds.
-        coefficients: c[t, p, o], float32 [T, P, len(owners)]: the aggregate projected gradients.
+        owners: Owners of the columns: ``(SHARED,)`` for an aggregate, or client indices in ascending order.
+        coefficients: c[t, p, o], float32 [T, P, len(owners)]: the aggregate projected gradients, or each client's own.
+        directions: Along which directions the columns lie (``fedzo.zo.seeds``): the owners' own, those that all share,
+            or those of a pool of this size.
     """
 
     round: int
     lr: float
     owners: tuple[int, ...]
     coefficients: Scalars
+    directions: int = OWN
 
     def to_bytes(self) -> bytes:
-        """The record as it travels: 14 bytes of header, 4 an owner, 4 a scalar, little endian."""
+        """The record as it travels: 14 bytes of header, 4 an owner, 4 a scalar, little endian.
+
+        Where the directions are not the owners' own, the number of owners has its highest bit set and a word follows.
+        """
         steps, probes, owners = self.coefficients.shape
-        head = _HEADER.pack(self.round, self.lr, steps, probes, owners)
+        if self.directions == OWN:
+            head = _HEADER.pack(self.round, self.lr, steps, probes, owners)
+        else:
+            head = _HEADER.pack(self.round, self.lr, steps, probes, owners | _HAS_DIRECTIONS)
+            head += self.directions.to_bytes(4, "little")
         return head + np.asarray(self.owners, "<u4").tobytes() + self.coefficients.astype("<f4").tobytes()
 
     def to_json(self) -> dict[str, Any]:
@@ -52,16 +64,29 @@ class RoundRecord:
         return {
             "round": self.round,
             "lr": float(self.lr),
-            "owners": ["shared" if owner == SHARED else owner for owner in self.owners],
+            "owners": [_word(owner) for owner in self.owners],
+            **({} if self.directions == OWN else {"directions": _word(self.directions)}),
             "c": self.coefficients.astype(float).tolist(),
         }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> RoundRecord:
         """The inverse of ``to_json``."""
-        owners = tuple(SHARED if owner == "shared" else int(owner) for owner in data["owners"])
-        scalars = np.asarray(data["c"], np.float64).astype(np.float32)
-        return cls(round=int(data["round"]), lr=float(data["lr"]), owners=owners, coefficients=scalars)
+        return cls(
+            round=int(data["round"]),
+            lr=float(data["lr"]),
+            owners=tuple(_number(owner) for owner in data["owners"]),
+            coefficients=np.asarray(data["c"], np.float64).astype(np.float32),
+            directions=_number(data.get("directions", OWN)),
+        )
+
+
+def _word(owner: int) -> int | str:
+    return "shared" if owner == SHARED else owner
+
+
+def _number(owner: int | str) -> int:
+    return SHARED if owner == "shared" else int(owner)
 
 
 def pack(records: Iterable[RoundRecord]) -> bytes:
@@ -76,6 +101,11 @@ def unpack(data: bytes) -> Iterator[RoundRecord]:
         try:
             round, lr, steps, probes, count = _HEADER.unpack_from(data, at)
             at += _HEADER.size
+            directions = OWN
+            if count & _HAS_DIRECTIONS:
+                count ^= _HAS_DIRECTIONS
+                (directions,) = np.frombuffer(data, "<u4", 1, at).tolist()
+                at += 4
             owners = np.frombuffer(data, "<u4", count, at)
             at += 4 * count
             scalars = np.frombuffer(data, "<f4", steps * probes * count, at)
@@ -85,7 +115,7 @@ def unpack(data: bytes) -> Iterator[RoundRecord]:
         if not np.isfinite(scalars).all() or not np.isfinite(lr):
             raise ProtocolError(f"log: the record of round {round} holds a number that is not finite")
         shaped = scalars.reshape(steps, probes, count).astype(np.float32)
-        yield RoundRecord(round=round, lr=lr, owners=tuple(owners.tolist()), coefficients=shaped)
+        yield RoundRecord(round=round, lr=lr, owners=tuple(owners.tolist()), coefficients=shaped, directions=directions)
 
 
 def extend_chain(chain: bytes, record: RoundRecord) -> bytes:
@@ -103,18 +133,48 @@ def apply_step(space: Space, *, lr: float, c: np.float32, key: int) -> None:
         space.step(float(s), key)
 
 
-def step_keys(run_seed: int, *, round: int, step: int, probes: int, owner: int) -> list[int]:
-    """Keys of the directions of one local step, one a probe."""
-    return [stream_key(run_seed, round=round, step=step, probe=probe, owner=owner) for probe in range(probes)]
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """What a rule adds to the estimate of each of a client's local steps: ``along + pull * (theta - start)``.
 
-
-def apply_local_step(space: Space, g: Scalars, *, lr: float, keys: Sequence[int]) -> None:
-    """A client's local step of plain SGD: ``apply_step`` with g / P for each of its P probes, one after another.
-
-    The quotient is taken in float64 and rounded to float32 once.
+    Attributes:
+        along: float32 [n], the same in all steps of a round.
+        start: theta at the round's start, float32 [n]; needed for the pull alone.
+        pull: Strength of the pull back to the start.
     """
-    for scalar, key in zip(g, keys, strict=True):
-        apply_step(space, lr=lr, c=np.float32(float(scalar) / len(g)), key=key)
+
+    along: Values
+    start: Values | None = None
+    pull: float = 0.0
+
+
+def probe_shares(g: Scalars) -> Scalars:
+    """g / P of a step's probes, float32 [P]: the quotient is taken in float64 and rounded to float32 once."""
+    return (g.astype(np.float64) / len(g)).astype(np.float32)
+
+
+def local_step(space: Space, *, lr: float, c: Scalars, keys: Sequence[int], drift: Drift | None = None) -> None:
+    """One step of a client within a round, for the client itself and for whoever walks its path again.
+
+    theta <- theta - lr * (along + pull * (theta - start)), where there is a drift, then plain SGD along each probe's
+    direction; every operation is rounded to float32 once. The scalars were measured at theta too, so this is one step
+    of gradient descent on the corrected loss.
+
+    Args:
+        space: At the model before the step.
+        lr: Learning rate of the round, a float32 value.
+        c: g / P of each probe, float32 [P].
+        keys: Keys of the probes' directions.
+        drift: The rule's correction, if it has one.
+    """
+    if drift is not None:
+        theta, along = space.values(), drift.along
+        with np.errstate(all="ignore"):
+            if drift.start is not None:
+                along = along + np.float32(drift.pull) * (theta - drift.start)
+            space.load(theta - np.float32(lr) * along)
+    for scalar, key in zip(c, keys, strict=True):
+        apply_step(space, lr=lr, c=scalar, key=key)
 
 
 def scalars_and_keys(record: RoundRecord, *, run_seed: int) -> Iterator[tuple[np.float32, int]]:
@@ -123,7 +183,7 @@ def scalars_and_keys(record: RoundRecord, *, run_seed: int) -> Iterator[tuple[np
     for t in range(steps):
         for p in range(probes):
             for o, owner in enumerate(record.owners):
-                key = stream_key(run_seed, round=record.round, step=t, probe=p, owner=owner)
+                key = step_key(run_seed, round=record.round, step=t, probe=p, owner=owner, directions=record.directions)
                 yield record.coefficients[t, p, o], key
 
 

@@ -11,23 +11,25 @@ machine. Numbers that all coordinates share (1 - beta^t) are evaluated in float6
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
 from fedzo.registry import Registry
-from fedzo.zo.config import AdamConfig, MomentumConfig, OptimizerConfig, SgdConfig
+from fedzo.zo.config import AdamConfig, FedDynConfig, MomentumConfig, OptimizerConfig, ScaffoldConfig, SgdConfig
 from fedzo.zo.directions import add_direction
-from fedzo.zo.path import RoundRecord, apply_record, scalars_and_keys
+from fedzo.zo.drift import FedDyn, Scaffold
+from fedzo.zo.path import Drift, RoundRecord, apply_record, scalars_and_keys
 from fedzo.zo.space import Space, Values
 
 
 class UpdateRule(Protocol):
     """Moves a space along the log, one round a call."""
 
-    num_moments: ClassVar[int]
-    """Numbers that the rule remembers for each trained value."""
+    def num_moments(self, num_clients: int) -> int:
+        """Numbers that the rule remembers for each trained value, in a run of so many clients."""
+        ...
 
     def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
         """Move theta, and ``moments`` in place, by one round.
@@ -38,6 +40,15 @@ class UpdateRule(Protocol):
             record: The round.
             run_seed: Seed of the run's directions.
         """
+        ...
+
+
+@runtime_checkable
+class DriftRule(UpdateRule, Protocol):
+    """Corrects each client's local steps by what it remembers; its records keep every client's own scalars."""
+
+    def drift(self, start: Values, moments: Values, client: int) -> Drift:
+        """The correction of a client's local steps in the coming round; ``start`` is theta now, float32 [n]."""
         ...
 
 
@@ -69,8 +80,10 @@ def decay(space: Space, record: RoundRecord, weight_decay: float) -> None:
 class Sgd:
     """theta <- theta - (lr c) z for each scalar, one after another; nothing is remembered."""
 
-    num_moments: ClassVar[int] = 0
     weight_decay: float = 0.0
+
+    def num_moments(self, num_clients: int) -> int:
+        return 0
 
     def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
         decay(space, record, self.weight_decay)
@@ -84,10 +97,12 @@ class Momentum:
     As torch.optim.SGD with dampening 0 and u for the gradient, but for the decay, which is decoupled.
     """
 
-    num_moments: ClassVar[int] = 1
     momentum: float
     nesterov: bool
     weight_decay: float = 0.0
+
+    def num_moments(self, num_clients: int) -> int:
+        return 1
 
     def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
         decay(space, record, self.weight_decay)
@@ -108,11 +123,13 @@ class Adam:
     theta <- theta - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps).
     """
 
-    num_moments: ClassVar[int] = 2
     beta1: float
     beta2: float
     eps: float
     weight_decay: float = 0.0
+
+    def num_moments(self, num_clients: int) -> int:
+        return 2
 
     def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
         decay(space, record, self.weight_decay)
@@ -154,3 +171,15 @@ def momentum(config: MomentumConfig) -> UpdateRule:
 def adam(config: AdamConfig) -> UpdateRule:
     """Build Adam."""
     return Adam(beta1=config.beta1, beta2=config.beta2, eps=config.eps, weight_decay=config.weight_decay)
+
+
+@UPDATE_RULES.register("scaffold", ScaffoldConfig)
+def scaffold(config: ScaffoldConfig) -> UpdateRule:
+    """Build SCAFFOLD."""
+    return Scaffold()
+
+
+@UPDATE_RULES.register("feddyn", FedDynConfig)
+def feddyn(config: FedDynConfig) -> UpdateRule:
+    """Build FedDyn."""
+    return FedDyn(alpha=config.alpha)

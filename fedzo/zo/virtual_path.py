@@ -20,7 +20,8 @@ import torch
 
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import SHARED, add_direction, dot_direction
-from fedzo.zo.path import RoundRecord, Scalars, scalars_and_keys, step_keys
+from fedzo.zo.path import RoundRecord, Scalars, scalars_and_keys
+from fedzo.zo.seeds import step_keys
 
 Numbers = npt.NDArray[np.float64]
 
@@ -71,16 +72,24 @@ def virtual_paths(
     if any(len(g) > steps or g.shape[1] != probes for g in scalars.values()):
         raise ValueError(f"g must be at most {steps} steps of {probes}, got {[g.shape for g in scalars.values()]}")
     norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+    shared = SHARED in (record.directions, record.owners[0])
+    groups = [(0, list(scalars))] if shared else [(column, [owner]) for column, owner in enumerate(record.owners)]
     paths = {}
-    for column, owner in enumerate(record.owners):
-        members = list(scalars) if owner == SHARED else [owner]
+    for column, members in groups:
         walked = max((len(scalars[client]) for client in members), default=0)
         g = np.zeros((len(members), walked, probes))
         for row, client in enumerate(members):
             g[row, : len(scalars[client])] = scalars[client]
         products = np.empty((walked, probes, probes))
         for t in range(walked):
-            keys = step_keys(run_seed, round=record.round, step=t, probes=probes, owner=owner)
+            keys = step_keys(
+                run_seed,
+                round=record.round,
+                step=t,
+                probes=probes,
+                owner=record.owners[column],
+                directions=record.directions,
+            )
             products[t] = gram(gradient, keys, distribution=distribution)
         grad_ip, abs_g = step_products(g, xi, column), np.abs(g).mean(axis=2)
         squares = ((g[:, :, None] @ products)[:, :, 0] * g).sum(axis=2)
@@ -101,14 +110,18 @@ def step_products(g: npt.NDArray[np.floating], xi: Numbers, column: int) -> Numb
 def round_products(
     gradient: torch.Tensor, record: RoundRecord, *, run_seed: int, distribution: Distribution
 ) -> Numbers:
-    """Xi of each scalar of a round, float64 in the shape of its coefficients [T, P, owners]; one pass a direction.
+    """Xi of each scalar of a round, float64 in the shape of its coefficients [T, P, owners].
+
+    One pass a direction, also where several scalars lie along the same.
 
     Raises:
         ValueError: The gradient is not a float32 vector.
     """
     _check_gradient(gradient)
     keys = [key for _, key in scalars_and_keys(record, run_seed=run_seed)]
-    return inner_products(gradient, keys, distribution=distribution).reshape(record.coefficients.shape)
+    distinct = list(dict.fromkeys(keys))
+    products = dict(zip(distinct, inner_products(gradient, distinct, distribution=distribution), strict=True))
+    return np.array([products[key] for key in keys]).reshape(record.coefficients.shape)
 
 
 def inner_products(gradient: torch.Tensor, keys: Sequence[int], *, distribution: Distribution) -> Numbers:

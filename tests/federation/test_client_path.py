@@ -23,10 +23,10 @@ from safetensors.numpy import load_file
 from fedzo.cli import main
 from fedzo.client_path import local_steps, replay_client
 from fedzo.errors import ConfigError, ProtocolError
-from fedzo.fl.config import Seeds
+from fedzo.fl.config import directions_of
 from fedzo.fl.store import RunStore
 from fedzo.runs import read_config, rebuild
-from fedzo.zo.directions import SHARED, direction, stream_key
+from fedzo.zo.directions import direction, stream_key
 
 Overrides = Callable[..., list[str]]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
@@ -45,8 +45,8 @@ from fedzo.runs import start_run
 folder, steps, overrides = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
 hashes = {}
 
-def local_step(self, space, request, g, *, client, step, original=ClientWorker._local_step):
-    original(self, space, request, g, client=client, step=step)
+def local_step(self, space, request, g, *, client, step, drift, original=ClientWorker._local_step):
+    original(self, space, request, g, client=client, step=step, drift=drift)
     digest = hashlib.sha256(space.values().tobytes()).hexdigest()
     hashes.setdefault(f"{client}@{request.round}", []).append(digest)
 
@@ -70,9 +70,18 @@ def rebuild_all(folder: Path) -> Hashes:
     for line in audit:
         for entry in line["clients"]:
             space.mark()
-            owner = SHARED if config.fl.seeds is Seeds.shared else entry["client"]
+            client, drift = entry["client"], replica.drift(entry["client"])
             g = np.array(entry["g"], np.float32)
-            walk = local_steps(space, g, lr=line["lr"], run_seed=config.seed, round=line["round"], owner=owner)
+            walk = local_steps(
+                space,
+                g,
+                lr=line["lr"],
+                run_seed=config.seed,
+                round=line["round"],
+                client=client,
+                directions=directions_of(config.fl),
+                drift=drift,
+            )
             digests = [hashlib.sha256(space.values().tobytes()).hexdigest() for _ in walk]
             hashes[f"{entry['client']}@{line['round']}"] = digests
             assert entry["end_check"] == (space.check() if len(g) > 1 else 0)

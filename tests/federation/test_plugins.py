@@ -23,6 +23,8 @@ Lines = Callable[[Path, str], list[dict[str, Any]]]
 RULES = {
     "momentum": ("optimizer=momentum", "optimizer.lr=0.01", "optimizer.nesterov=true"),
     "adam": ("optimizer=adam", "optimizer.lr=0.01", "optimizer.weight_decay=0.1", "optimizer.schedule=cosine"),
+    "scaffold": ("optimizer=scaffold", "optimizer.lr=0.01"),
+    "feddyn": ("optimizer=feddyn", "optimizer.lr=0.01", "optimizer.alpha=5", "optimizer.schedule=linear"),
 }
 
 
@@ -136,9 +138,9 @@ def test_clients_step_with_the_clipped_scalar_that_they_send(
     stepped: list[tuple[int, int, float]] = []
     original = client.ClientWorker._local_step
 
-    def spy(self: Any, space: Any, request: Any, g: Any, *, client: int, step: int) -> None:
-        stepped.append((request.round, client, float(g[0])))
-        original(self, space, request, g, client=client, step=step)
+    def spy(self: Any, space: Any, request: Any, g: Any, **rest: Any) -> None:
+        stepped.append((request.round, rest["client"], float(g[0])))
+        original(self, space, request, g, **rest)
 
     monkeypatch.setattr(client.ClientWorker, "_local_step", spy)
 

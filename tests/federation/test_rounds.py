@@ -141,6 +141,9 @@ def test_k_clients_with_one_probe_equal_one_client_with_the_joint_batch(
         ("trainer=mezo", "model.dtype=float16", "trainer.rounding=stochastic", "fl.local_steps=2"),
         ("model.dtype=bfloat16", "fl.local_steps=2"),
         ("model.dtype=float16",),
+        ("strategy=median", "fl.local_steps=2"),
+        ("strategy=trimmed_mean", "strategy.trim_share=0.25"),
+        ("strategy=majority_sign", "fl.local_steps=2", "estimator.num_probes=3", "optimizer.lr=1e-3"),
     ],
     ids=" ".join,
 )

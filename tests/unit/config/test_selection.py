@@ -97,3 +97,18 @@ def test_lists_and_choices_travel() -> None:
         tests=[VpcsTest.level, VpcsTest.ratio], combine=Combine.either, statistic=Statistic.gradip
     )
     assert from_json(to_json(config)) == config
+
+
+@pytest.mark.parametrize("selection", ["vpcs", "cusum"])
+def test_signs_have_no_size_to_select_by(selection: str) -> None:
+    text = complaint(f"selection={selection}", "strategy.aggregation=majority_sign")
+
+    assert "strategy.aggregation must be another than majority_sign for a selection by |g|" in text
+
+
+@pytest.mark.parametrize("optimizer", ["scaffold", "feddyn"])
+def test_rules_that_walk_every_client_know_of_no_early_stop(optimizer: str) -> None:
+    text = complaint("selection=random", "selection.num_flagged=1", f"optimizer={optimizer}")
+
+    assert f"selection must be none for optimizer={optimizer}, which walks every client's path" in text
+    assert "got 'random'" in text

@@ -105,7 +105,10 @@ def test_plugins_are_named_by_their_option() -> None:
         (lambda plain: plain["fl"].update(rounds=True), r"fl\.rounds must be int, got True"),
         (lambda plain: plain["fl"].update(rounds="3"), r"fl\.rounds must be int, got '3'"),
         (lambda plain: plain["fl"].update(rounds=3.0), r"fl\.rounds must be int, got 3\.0"),
-        (lambda plain: plain["fl"].update(seeds="mine"), r"fl\.seeds must be one of shared, per_client, got 'mine'"),
+        (
+            lambda plain: plain["fl"].update(seeds="mine"),
+            r"fl\.seeds must be one of shared, per_client, pool, got 'mine'",
+        ),
         (lambda plain: plain["report"].update(html=1), r"report\.html must be bool, got 1"),
         (lambda plain: plain["trainer"].update(lr="1"), r"trainer\.lr must be float, got '1'"),
         (lambda plain: plain["trainer"].update(lr=10**400), r"trainer\.lr must be float, got 1000"),

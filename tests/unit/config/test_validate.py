@@ -22,7 +22,7 @@ from fedzo.data.config import (
     TaskConfig,
     TaskKind,
 )
-from fedzo.fl.config import Seeds
+from fedzo.fl.config import Aggregation, Seeds, Weighting
 from fedzo.models.config import DType
 from fedzo.runtime.config import LocalConfig, RayConfig
 from fedzo.trainers.config import (
@@ -122,6 +122,8 @@ def test_a_sound_config_has_no_problem() -> None:
         ("strategy.clip_factor", -1.0, "be 0 (off) or >= 1"),
         ("strategy.clip_factor", float("inf"), "be 0 (off) or >= 1"),
         ("strategy.clip_rounds", 0, "be >= 1, got 0."),
+        ("strategy.trim_share", 0.5, "be >= 0 and < 0.5, got 0.5. It is cut off at both ends."),
+        ("strategy.trim_share", -0.1, "be >= 0 and < 0.5"),
         ("evaluation.every_rounds", -1, "be >= 0"),
         ("evaluation.federated_every_rounds", -2, "be >= -1, got -2. 0 scores only at the end, -1 never."),
         ("evaluation.federated_max_rows", 0, "be >= 1"),
@@ -291,6 +293,30 @@ def test_runtime_rules(runtime: RayConfig | LocalConfig, keys: list[str]) -> Non
     config.runtime = runtime
 
     assert [problem.key for problem in problems(config)] == keys
+
+
+@pytest.mark.parametrize("aggregation", [each for each in Aggregation if each is not Aggregation.mean])
+def test_an_aggregation_that_compares_scalars_wants_equal_clients_along_the_same_directions(
+    aggregation: Aggregation,
+) -> None:
+    config = sound()
+    config.strategy.aggregation = aggregation
+
+    assert problems(config) == []
+    config.fl.seeds, config.strategy.weighting = Seeds.per_client, Weighting.size
+    texts = [problem.text for problem in problems(config)]
+
+    assert texts[0].startswith(f"fl.seeds must be shared for strategy.aggregation={aggregation}, which compares")
+    assert texts[1].startswith(f"strategy.weighting must be uniform for strategy.aggregation={aggregation}")
+
+
+def test_signs_are_not_clipped() -> None:
+    config = sound()
+    config.strategy.aggregation, config.strategy.clip_factor = Aggregation.majority_sign, 2.0
+
+    (problem,) = problems(config)
+
+    assert problem.text.startswith("strategy.clip_factor must be 0 for strategy.aggregation=majority_sign, whose signs")
 
 
 def test_min_replies_is_compared_with_the_sampled_clients() -> None:

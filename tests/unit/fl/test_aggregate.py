@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedzo.errors import ProtocolError
 from fedzo.fl.aggregate import ClientResult, aggregate, check_reply, sample_clients, unmoved
-from fedzo.fl.config import Seeds
-from fedzo.fl.wire import TrainReply, scalars_to_bytes
+from fedzo.fl.config import Aggregation
+from fedzo.fl.wire import TrainReply, scalars_to_bytes, signs_from_bytes, signs_to_bytes
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.config import AdamConfig, MomentumConfig, OptimizerConfig, SgdConfig
-from fedzo.zo.directions import SHARED, direction, stream_key
+from fedzo.zo.directions import SHARED, direction
 from fedzo.zo.path import apply_record
+from fedzo.zo.seeds import OWN, step_key
 from fedzo.zo.update_rule import UPDATE_RULES
 
 
@@ -25,7 +30,7 @@ def result(g: object) -> ClientResult:
 
 def mean_of(results: dict[int, ClientResult], weights: dict[int, float], **kwargs: object) -> np.ndarray:
     steps, probes = next(iter(results.values())).g.shape
-    options = {"round": 0, "lr": 0.5, "steps": steps, "probes": probes, "seeds": Seeds.shared, **kwargs}
+    options = {"round": 0, "lr": 0.5, "steps": steps, "probes": probes, "directions": SHARED, **kwargs}
     return aggregate(results, weights, **options).coefficients
 
 
@@ -79,7 +84,7 @@ def test_a_client_with_fewer_steps_counts_as_zero_afterwards() -> None:
         lr=1.0,
         steps=2,
         probes=1,
-        seeds=Seeds.shared,
+        directions=SHARED,
     )
 
     assert record.coefficients[:, 0, 0].tolist() == [4.0, 2.0]
@@ -93,17 +98,17 @@ def test_per_client_seeds_keep_a_column_for_each_client() -> None:
         lr=1.0,
         steps=1,
         probes=1,
-        seeds=Seeds.per_client,
+        directions=OWN,
     )
 
     assert record.owners == (1, 5)
     assert record.coefficients[0, 0].tolist() == [1.0, 4.0]
-    shared = aggregate({0: result([[1.0]])}, {0: 1.0}, round=0, lr=1.0, steps=1, probes=1, seeds=Seeds.shared)
+    shared = aggregate({0: result([[1.0]])}, {0: 1.0}, round=0, lr=1.0, steps=1, probes=1, directions=SHARED)
     assert shared.owners == (SHARED,)
 
 
-@pytest.mark.parametrize("seeds", list(Seeds))
-def test_the_aggregate_is_the_mean_of_the_clients_own_end_models_when_they_take_unequal_steps(seeds: Seeds) -> None:
+@pytest.mark.parametrize("directions", [SHARED, OWN, 3])
+def test_the_aggregate_is_the_mean_of_the_clients_own_end_models_when_they_take_unequal_steps(directions: int) -> None:
     """The collapse identity against models that are walked and averaged in float64."""
     rng = np.random.default_rng(5)
     n, lr, probes, taken = 300, 0.25, 2, {0: 5, 1: 1, 4: 3, 6: 5}
@@ -113,14 +118,14 @@ def test_the_aggregate_is_the_mean_of_the_clients_own_end_models_when_they_take_
     mean = np.zeros(n)
     for client, steps in taken.items():
         theta = base.astype(np.float64)
-        owner = SHARED if seeds is Seeds.shared else client
         for t in range(steps):
             for p in range(probes):
-                z = direction(stream_key(9, round=3, step=t, probe=p, owner=owner), n).astype(np.float64)
+                key = step_key(9, round=3, step=t, probe=p, owner=client, directions=directions)
+                z = direction(key, n).astype(np.float64)
                 theta -= lr * results[client].g[t, p] / probes * z
         mean += weights[client] / sum(weights.values()) * theta
 
-    record = aggregate(results, weights, round=3, lr=lr, steps=5, probes=probes, seeds=seeds)
+    record = aggregate(results, weights, round=3, lr=lr, steps=5, probes=probes, directions=directions)
     space = VectorSpace(base)
     apply_record(space, record, run_seed=9)
 
@@ -139,10 +144,10 @@ def test_the_aggregate_is_the_mean_of_the_clients_own_end_models_when_they_take_
     ids=["sgd", "momentum", "nesterov", "adam"],
 )
 def test_no_rule_moves_anything_by_the_record_of_a_first_round_that_only_measured(optimizer: OptimizerConfig) -> None:
-    measured = aggregate({0: result([[3.0], [-4.0]])}, {0: 1.0}, round=0, lr=0.5, steps=2, probes=1, seeds=Seeds.shared)
+    measured = aggregate({0: result([[3.0], [-4.0]])}, {0: 1.0}, round=0, lr=0.5, steps=2, probes=1, directions=SHARED)
     theta = np.array([0.0, -0.0, 1e-45, -1e-45, 3.5, np.inf], np.float32)
     space, rule = VectorSpace(theta), UPDATE_RULES.build(optimizer)
-    moments = np.zeros((rule.num_moments, theta.size), np.float32)
+    moments = np.zeros((rule.num_moments(1), theta.size), np.float32)
 
     rule.apply(space, moments, unmoved(measured), run_seed=1)
 
@@ -179,6 +184,126 @@ def test_a_reply_that_cannot_be_used_is_refused_with_the_reason(changes: dict[st
 
     with pytest.raises(ProtocolError, match=match):
         check_reply(reply(**changes), steps=2, probes=1, max_abs_g=1e6)
+
+
+# --- robust means and signs -------------------------------------------------------------------------------------------
+
+
+def drawn(num_clients: int, *, steps: int = 5, probes: int = 2) -> np.ndarray:
+    """Scalars of unlike sizes with ties among them, [K, T, P]."""
+    rng = np.random.default_rng(num_clients)
+    return np.round(rng.standard_t(2, size=(num_clients, steps, probes)) * 4).astype(np.float32) / 4
+
+
+def trimmed(g: np.ndarray, share: float) -> np.ndarray:
+    """Cell by cell: the extremes are taken out of a list, one pair after another."""
+    out = np.empty(g.shape[1:])
+    for at in np.ndindex(*out.shape):
+        left = [float(value) for value in g[(slice(None), *at)]]
+        for _ in range(int(share * len(g))):
+            left.remove(min(left))
+            left.remove(max(left))
+        out[at] = sum(left) / len(left)
+    return out
+
+
+@pytest.mark.parametrize("num_clients", [1, 2, 3, 4, 7, 10])
+@pytest.mark.parametrize(
+    ("aggregation", "trim_share", "oracle"),
+    [
+        (Aggregation.median, 0.0, lambda g: np.median(g, axis=0)),
+        (Aggregation.trimmed_mean, 0.0, lambda g: g.mean(axis=0)),
+        (Aggregation.trimmed_mean, 0.1, lambda g: trimmed(g, 0.1)),
+        (Aggregation.trimmed_mean, 0.3, lambda g: trimmed(g, 0.3)),
+        (Aggregation.trimmed_mean, 0.49, lambda g: trimmed(g, 0.49)),
+        (
+            Aggregation.majority_sign,
+            0.0,
+            lambda g: np.where((g > 0).sum(0) > (g < 0).sum(0), 1, 0) - np.where((g < 0).sum(0) > (g > 0).sum(0), 1, 0),
+        ),
+    ],
+)
+def test_a_robust_mean_is_its_slow_twin(
+    aggregation: Aggregation, trim_share: float, oracle: Callable[[np.ndarray], np.ndarray], num_clients: int
+) -> None:
+    g = drawn(num_clients)
+    results = {3 * k: result(g[k]) for k in reversed(range(num_clients))}
+
+    c = mean_of(results, {}, aggregation=aggregation, trim_share=trim_share)
+
+    assert c[:, :, 0] == pytest.approx(oracle(g.astype(np.float64)) / 2, rel=1e-6, abs=1e-7)
+
+
+@given(
+    honest=st.lists(st.floats(-1e3, 1e3, width=32), min_size=4, max_size=9),
+    hostile=st.floats(-1e6, 1e6, width=32),
+    aggregation=st.sampled_from([Aggregation.median, Aggregation.trimmed_mean]),
+)
+def test_one_hostile_client_cannot_leave_the_range_of_the_honest(
+    honest: list[float], hostile: float, aggregation: Aggregation
+) -> None:
+    values = [*honest, hostile]
+    results = {k: result([[value]]) for k, value in enumerate(values)}
+
+    c = mean_of(results, {}, aggregation=aggregation, trim_share=0.2).item()  # one of 5 to 9, at least, is left out
+
+    assert np.float32(min(honest)) <= c <= np.float32(max(honest))
+
+
+def test_the_mean_breaks_where_the_median_holds() -> None:
+    results = {k: result([[g]]) for k, g in enumerate([1.0, 2.0, 3.0, 1e6])}
+    even = dict.fromkeys(range(4), 1.0)
+
+    assert mean_of(results, even).item() > 1e5
+    assert mean_of(results, even, aggregation=Aggregation.median).item() == 2.5
+    assert mean_of(results, even, aggregation=Aggregation.majority_sign).item() == 1
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    [(Aggregation.median, [4.0, 2.0]), (Aggregation.trimmed_mean, [4.0, 2.0]), (Aggregation.majority_sign, [1.0, 0.0])],
+)
+def test_a_client_past_its_last_step_counts_as_zero_in_every_aggregation(
+    aggregation: Aggregation, expected: list[float]
+) -> None:
+    results = {0: result([[2.0], [4.0]]), 1: result([[6.0]])}
+
+    c = mean_of(results, {}, aggregation=aggregation, trim_share=0.0)
+
+    assert c[0].item() == expected[0]
+    assert c[1].item() == (1.0 if aggregation is Aggregation.majority_sign else expected[1])  # one vote, one abstention
+
+
+def test_a_tie_of_signs_and_their_absence_move_nothing() -> None:
+    signs = {0: result([[1.0], [1.0], [0.0]]), 1: result([[-1.0], [0.0], [0.0]])}
+
+    c = mean_of(signs, {}, aggregation=Aggregation.majority_sign)
+
+    assert c.ravel().tolist() == [0.0, 1.0, 0.0]
+
+
+@given(shape=st.tuples(st.integers(1, 5), st.integers(1, 5)), seed=st.integers(0, 99))
+def test_signs_travel_as_one_bit_each(shape: tuple[int, int], seed: int) -> None:
+    g = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+    data = signs_to_bytes(g)
+
+    assert len(data) == -(-g.size // 8)
+    assert [int(b) for b in "".join(f"{byte:08b}" for byte in data)[: g.size]] == [int(x > 0) for x in g.ravel()]
+    assert np.array_equal(signs_from_bytes(data, shape=shape, what="g"), np.sign(g))
+
+
+def test_a_reply_of_signs_is_checked_and_its_dropped_probes_count_as_zero() -> None:
+    signs = reply(g=bytes([0b11000000]))
+
+    checked = check_reply(signs, steps=2, probes=1, max_abs_g=1e6, signs=True)
+
+    assert checked.g.tolist() == [[1.0], [0.0]]
+    assert checked.payload_bytes == 1
+    with pytest.raises(ProtocolError, match=r"g must hold 1 bytes \(a bit each for \[2, 1\]\), got 8"):
+        check_reply(reply(), steps=2, probes=1, max_abs_g=1e6, signs=True)
+    with pytest.raises(ProtocolError, match="g must be filled up with bits of 0 after the first 2"):
+        check_reply(reply(g=b"\xff"), steps=2, probes=1, max_abs_g=1e6, signs=True)
 
 
 def test_sampling_is_seeded_fair_and_without_repeats() -> None:

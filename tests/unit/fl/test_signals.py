@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from fedzo.fl.aggregate import ClientResult, aggregate
-from fedzo.fl.config import Seeds
 from fedzo.fl.signals import Signals
 from fedzo.zo.config import Distribution
-from fedzo.zo.directions import SHARED, direction, stream_key
+from fedzo.zo.directions import SHARED, direction
+from fedzo.zo.seeds import OWN, step_key
 
 N, SEED = 50, 11
 GRADIENT = np.linspace(-2, 3, N).astype(np.float32)
@@ -37,13 +37,15 @@ def replies(round: int) -> dict[int, ClientResult]:
     return made
 
 
-def oracle(result: ClientResult, round: int, owner: int, law: Distribution) -> dict[str, list[float | None]]:
+def oracle(
+    result: ClientResult, round: int, client: int, directions: int, law: Distribution
+) -> dict[str, list[float | None]]:
     rows: dict[str, list[float | None]] = {"grad_ip": [], "abs_g": [], "loss": [], "cosine": []}
     wide = GRADIENT.astype(np.float64)
     for t, (g, loss) in enumerate(zip(result.g.astype(float), result.loss.astype(float), strict=True)):
         ghat = np.zeros(N)
         for p in range(2):
-            key = stream_key(SEED, round=round, step=t, probe=p, owner=owner)
+            key = step_key(SEED, round=round, step=t, probe=p, owner=client, directions=directions)
             ghat += g[p] * direction(key, N, distribution=law).astype(np.float64) / 2
         if result.dropped[t].all():
             for values in rows.values():
@@ -56,10 +58,10 @@ def oracle(result: ClientResult, round: int, owner: int, law: Distribution) -> d
     return rows
 
 
-def play(signals: Signals, round: int, seeds: Seeds, audit: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+def play(signals: Signals, round: int, directions: int, audit: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     """One round as the server plays it."""
     results = replies(round)
-    record = aggregate(results, {2: 1, 4: 2, 7: 3}, round=round, lr=0.1, steps=5, probes=2, seeds=seeds)
+    record = aggregate(results, {2: 1, 4: 2, 7: 3}, round=round, lr=0.1, steps=5, probes=2, directions=directions)
     xi = signals.products(record)
     entries = [{"client": k, "g": r.g.tolist(), "dropped": r.dropped.tolist()} for k, r in sorted(results.items())]
     line = {"round": round, "xi": None if xi is None else xi.tolist(), "clients": entries}
@@ -73,17 +75,19 @@ def new_signals(law: Distribution, audit: list[dict[str, Any]], *, known: bool =
 
 
 @pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("seeds", list(Seeds))
-def test_signals_are_those_of_whole_vectors_and_their_means_go_over_all_rounds(law: Distribution, seeds: Seeds) -> None:
+@pytest.mark.parametrize("directions", [SHARED, OWN, 3])
+def test_signals_are_those_of_whole_vectors_and_their_means_go_over_all_rounds(
+    law: Distribution, directions: int
+) -> None:
     audit: list[dict[str, Any]] = []
     signals, seen = new_signals(law, audit), {2: [], 4: [], 7: []}
 
     for round in range(3):
-        found = play(signals, round, seeds, audit)
+        found = play(signals, round, directions, audit)
 
         assert list(found) == sorted(replies(round))
         for client, result in replies(round).items():
-            expected = oracle(result, round, SHARED if seeds is Seeds.shared else client, law)
+            expected = oracle(result, round, client, directions, law)
             for name, values in expected.items():
                 assert found[client][name] == [v if v is None else pytest.approx(v, rel=1e-5) for v in values], name
             seen[client] += zip(expected["grad_ip"], expected["abs_g"], strict=True)
@@ -94,13 +98,13 @@ def test_signals_are_those_of_whole_vectors_and_their_means_go_over_all_rounds(l
 
     # a resumed server knows the steps of before from the log, to the last bit
     again = new_signals(law, audit[:2])
-    assert play(again, 2, seeds, []) == found
+    assert play(again, 2, directions, []) == found
 
 
 def test_without_a_gradient_only_what_needs_none_is_known() -> None:
     with_one, without = ([], [])
-    found = play(new_signals(LAWS[0], [], known=False), 0, Seeds.shared, without)
-    full = play(new_signals(LAWS[0], []), 0, Seeds.shared, with_one)
+    found = play(new_signals(LAWS[0], [], known=False), 0, SHARED, without)
+    full = play(new_signals(LAWS[0], []), 0, SHARED, with_one)
 
     assert without[0]["xi"] is None
     for client, signals in found.items():
@@ -115,7 +119,7 @@ def test_a_client_whose_every_step_was_lost_has_no_means() -> None:
     result = ClientResult(g=np.zeros((2, 1), np.float32), loss=np.full((2, 1), np.nan, np.float32), dropped=lost,
                           num_examples=1, end_check=0)  # fmt: skip
     signals = new_signals(LAWS[0], [])
-    record = aggregate({0: result}, {0: 1}, round=0, lr=0.1, steps=2, probes=1, seeds=Seeds.shared)
+    record = aggregate({0: result}, {0: 1}, round=0, lr=0.1, steps=2, probes=1, directions=SHARED)
     xi = signals.products(record)
     assert xi is not None
     entry = {"client": 0, "g": result.g.tolist(), "dropped": lost.tolist()}

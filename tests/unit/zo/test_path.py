@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from fedzo.errors import ProtocolError
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.directions import SHARED, direction, stream_key
 from fedzo.zo.path import EMPTY_CHAIN, RoundRecord, apply_record, apply_step, extend_chain, pack, unpack
+from fedzo.zo.seeds import OWN
 
 SEED = 11
 
@@ -29,19 +31,23 @@ finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
     lr=finite,
     owners=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=3),
     shape=st.tuples(st.integers(1, 4), st.integers(1, 3)),
+    directions=st.sampled_from([OWN, SHARED, 1, 4096]),
     data=st.data(),
 )
 @settings(max_examples=50, deadline=None)
 def test_records_survive_bytes_and_json_bit_for_bit(
-    round: int, lr: float, owners: list[int], shape: tuple[int, int], data: st.DataObject
+    round: int, lr: float, owners: list[int], shape: tuple[int, int], directions: int, data: st.DataObject
 ) -> None:
     size = shape[0] * shape[1] * len(owners)
     scalars = data.draw(st.lists(finite, min_size=size, max_size=size))
-    original = record(round, np.array(scalars, np.float32).reshape(*shape, len(owners)), lr=lr, owners=tuple(owners))
+    coefficients = np.array(scalars, np.float32).reshape(*shape, len(owners))
+    original = replace(record(round, coefficients, lr=lr, owners=tuple(owners)), directions=directions)
 
     (by_wire,) = unpack(original.to_bytes())
     by_json = RoundRecord.from_json(json.loads(json.dumps(original.to_json())))
 
+    assert by_wire.directions == by_json.directions == directions
+    assert by_wire.owners == by_json.owners == tuple(owners)
     assert by_wire.to_bytes() == by_json.to_bytes() == original.to_bytes()
 
 

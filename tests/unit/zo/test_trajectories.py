@@ -19,19 +19,21 @@ from fedzo.zo.config import (
     AdamConfig,
     Baseline,
     EstimatorConfig,
+    FedDynConfig,
     FzooConfig,
     MomentumConfig,
     OneSidedConfig,
     OptimizerConfig,
+    ScaffoldConfig,
     Schedule,
     SgdConfig,
     TwoPointConfig,
 )
 from fedzo.zo.directions import SHARED, stream_key
 from fedzo.zo.estimator import ESTIMATORS
-from fedzo.zo.path import RoundRecord
+from fedzo.zo.path import RoundRecord, local_step
 from fedzo.zo.schedule import learning_rate
-from fedzo.zo.update_rule import UPDATE_RULES
+from fedzo.zo.update_rule import UPDATE_RULES, DriftRule
 
 GOLDEN = Path(__file__).with_name("trajectories_golden.json")
 SEED, ROUNDS, PROBES = 5, 5, 3
@@ -53,12 +55,17 @@ RULES: dict[str, OptimizerConfig] = {
     "adam": AdamConfig(lr=0.05),
     "adam_decay_linear": AdamConfig(lr=0.05, weight_decay=0.5, schedule=Schedule.linear),
 }
+WALKED: dict[str, OptimizerConfig] = {
+    "scaffold": ScaffoldConfig(lr=0.05),
+    "feddyn_linear": FedDynConfig(lr=0.05, alpha=2.0, schedule=Schedule.linear),
+}
+"""Rules that walk every client's steps: two clients of two steps, the second sees -theta / 2."""
 
 
-def loss(theta: np.ndarray) -> float:
+def loss(theta: np.ndarray, side: float = 1.0) -> float:
     """A quartic bowl by products and one exact sum: no library's rounding is in it."""
     parts = []
-    for x, target, curvature in zip(theta.tolist(), TARGET, CURVATURE, strict=True):
+    for x, target, curvature in zip((np.float32(side) * theta).tolist(), TARGET, CURVATURE, strict=True):
         square = (x - target) * (x - target)
         parts += [curvature * square, 0.125 * square * square]
     return math.fsum(parts)
@@ -68,7 +75,7 @@ def trajectory(estimator_config: EstimatorConfig, rule_config: OptimizerConfig) 
     """theta after each round, as the hexadecimal of its float32 bits, most significant byte first."""
     estimator, rule = ESTIMATORS.build(estimator_config), UPDATE_RULES.build(rule_config)
     space = VectorSpace(np.zeros(4), distribution=estimator_config.distribution)
-    moments = np.zeros((rule.num_moments, 4), np.float32)
+    moments = np.zeros((rule.num_moments(1), 4), np.float32)
     rounds = []
     for number in range(ROUNDS):
         keys = [stream_key(SEED, round=number, probe=p) for p in range(PROBES)]
@@ -79,6 +86,37 @@ def trajectory(estimator_config: EstimatorConfig, rule_config: OptimizerConfig) 
         rule.apply(space, moments, record, run_seed=SEED)
         rounds.append(space.theta.astype(">f4").tobytes().hex(" ", 4))
     return rounds
+
+
+def walked_trajectory(rule_config: OptimizerConfig) -> list[str]:
+    """As ``trajectory``, with the two-point estimator."""
+    estimator, rule = ESTIMATORS.build(CONFIGS["two_point"]), UPDATE_RULES.build(rule_config)
+    assert isinstance(rule, DriftRule)
+    space, moments = VectorSpace(np.zeros(4)), np.zeros((rule.num_moments(2), 4), np.float32)
+    rounds = []
+    for number in range(ROUNDS):
+        lr = learning_rate(rule_config, round=number, rounds=ROUNDS)
+        c, start = np.zeros((2, PROBES, 2), np.float32), space.values()
+        for client, side in enumerate((1.0, -0.5)):
+            space.load(start)
+            drift = rule.drift(start, moments, client)
+            for t in range(2):
+                keys = [stream_key(SEED, round=number, step=t, probe=p) for p in range(PROBES)]
+                probes = estimator.estimate(space, lambda side=side: loss(space.theta, side), keys)  # type: ignore[misc]
+                c[t, :, client] = [float(projection.g) / PROBES for projection in probes]
+                local_step(space, lr=lr, c=c[t, :, client], keys=keys, drift=drift)
+        space.load(start)
+        record = RoundRecord(round=number, lr=lr, owners=(0, 1), coefficients=c, directions=SHARED)
+        rule.apply(space, moments, record, run_seed=SEED)
+        rounds.append(space.theta.astype(">f4").tobytes().hex(" ", 4))
+    return rounds
+
+
+@pytest.mark.parametrize("rule", WALKED)
+def test_a_walked_trajectory_is_the_golden_one(rule: str) -> None:
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
+
+    assert walked_trajectory(WALKED[rule]) == golden[f"two_point {rule}"]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -92,15 +130,19 @@ def test_a_trajectory_is_the_golden_one(estimator: str, rule: str) -> None:
 def test_the_golden_trajectories_are_all_there_and_all_different() -> None:
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
 
-    assert sorted(golden) == sorted(f"{estimator} {rule}" for estimator in CONFIGS for rule in RULES)
+    plain = [f"{estimator} {rule}" for estimator in CONFIGS for rule in RULES]
+    assert sorted(golden) == sorted(plain + [f"two_point {rule}" for rule in WALKED])
     assert len({rounds[-1] for rounds in golden.values()}) == len(golden)
 
 
 def test_every_plugin_has_a_golden_trajectory() -> None:
     assert {type(config) for config in CONFIGS.values()} == {config_class for _, config_class in ESTIMATORS}
-    assert {type(config) for config in RULES.values()} == {config_class for _, config_class in UPDATE_RULES}
+    assert {type(config) for config in (*RULES.values(), *WALKED.values())} == {
+        config_class for _, config_class in UPDATE_RULES
+    }
 
 
 if __name__ == "__main__":
     made = {f"{e} {r}": trajectory(CONFIGS[e], RULES[r]) for e in CONFIGS for r in RULES}
+    made |= {f"two_point {r}": walked_trajectory(WALKED[r]) for r in WALKED}
     GOLDEN.write_text(json.dumps(made, indent=0) + "\n", encoding="utf-8")

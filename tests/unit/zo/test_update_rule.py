@@ -34,7 +34,7 @@ LOG = [
 
 def play(rule: UpdateRule, log: list[RoundRecord], *, law: Distribution = Distribution.gaussian) -> VectorSpace:
     space = VectorSpace(THETA, distribution=law)
-    moments = np.zeros((rule.num_moments, N), np.float32)
+    moments = np.zeros((rule.num_moments(1), N), np.float32)
     for each in log:
         rule.apply(space, moments, each, run_seed=SEED)
     return space
@@ -202,7 +202,7 @@ def test_the_elementwise_arithmetic_rounds_after_every_operation() -> None:
 def test_the_moments_are_all_that_a_rule_remembers() -> None:
     for config in (MomentumConfig(nesterov=True), AdamConfig()):
         rule = UPDATE_RULES.build(config)
-        space, moments = VectorSpace(THETA), np.zeros((rule.num_moments, N), np.float32)
+        space, moments = VectorSpace(THETA), np.zeros((rule.num_moments(1), N), np.float32)
         for each in LOG[:3]:
             rule.apply(space, moments, each, run_seed=SEED)
 

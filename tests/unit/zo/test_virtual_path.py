@@ -16,6 +16,7 @@ from fedzo.zo.config import Distribution
 from fedzo.zo.directions import SHARED, direction, direction_at, dot_direction, stream_key
 from fedzo.zo.kernels import SPAN
 from fedzo.zo.path import RoundRecord
+from fedzo.zo.seeds import step_key
 from fedzo.zo.virtual_path import VirtualPath, round_products, virtual_paths
 
 LAWS = list(Distribution)
@@ -162,6 +163,19 @@ def test_all_clients_equal_whole_vectors_and_single_calls(
         assert path.cosine.tolist() == pytest.approx(cosine, abs=1e-9)
         for ours, single in zip((path.grad_ip, path.abs_g, path.cosine), vars_of(alone), strict=True):
             assert np.array_equal(ours, single)
+
+
+def test_directions_of_a_pool_are_those_that_the_client_drew() -> None:
+    gradient, g = values(30), np.array([[0.5, -2.0], [1.0, 3.0]], np.float32)
+    keys = [[step_key(7, round=2, step=t, probe=p, owner=4, directions=3) for p in range(2)] for t in range(2)]
+
+    record = RoundRecord(round=2, lr=1.0, owners=(4,), coefficients=g[:, :, None], directions=3)
+    xi = round_products(torch.from_numpy(gradient), record, run_seed=7, distribution=Distribution.gaussian)
+    path = virtual_paths(
+        torch.from_numpy(gradient), {4: g}, record, xi, run_seed=7, distribution=Distribution.gaussian
+    )[4]
+
+    assert path.grad_ip.tolist() == pytest.approx([row[0] for row in slow(gradient, g, keys, Distribution.gaussian)])
 
 
 def vars_of(path: object) -> tuple[np.ndarray, ...]:

@@ -1,0 +1,60 @@
+"""Rules on how a round's scalars become one model, and on what goes with that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fedzo.config.plugins import plugin_name
+from fedzo.config.problem import Problem, problem
+from fedzo.config.schema import RunConfig
+from fedzo.fl.config import Aggregation, Seeds, Weighting
+from fedzo.fl.selection.config import NoSelectionConfig
+from fedzo.zo.config import FedDynConfig, ScaffoldConfig
+
+
+def aggregation_problems(config: RunConfig) -> Iterator[Problem]:
+    """Broken rules on ``strategy.aggregation``."""
+    strategy = config.strategy
+    if not 0 <= strategy.trim_share < 0.5:
+        yield problem("strategy.trim_share", "be >= 0 and < 0.5", strategy.trim_share, "It is cut off at both ends.")
+    if strategy.aggregation is Aggregation.mean:
+        return
+    chosen = f"strategy.aggregation={strategy.aggregation}"
+    if config.fl.seeds is not Seeds.shared:
+        rule = f"be shared for {chosen}, which compares scalars along the same direction"
+        yield problem("fl.seeds", rule, config.fl.seeds, "Write fl.seeds=shared, or strategy.aggregation=mean.")
+    if strategy.weighting is not Weighting.uniform:
+        rule = f"be uniform for {chosen}, where every client has one voice"
+        remedy = "Write strategy.weighting=uniform, or strategy.aggregation=mean."
+        yield problem("strategy.weighting", rule, strategy.weighting, remedy)
+    if strategy.aggregation is Aggregation.majority_sign and strategy.clip_factor != 0:
+        rule = f"be 0 for {chosen}, whose signs leave nothing to clip"
+        yield problem("strategy.clip_factor", rule, strategy.clip_factor, "Write strategy.clip_factor=0.")
+
+
+def drift_problems(config: RunConfig, optimizer: ScaffoldConfig | FedDynConfig) -> Iterator[Problem]:
+    """Broken rules on the update rules that correct local steps."""
+    chosen = "optimizer=scaffold" if isinstance(optimizer, ScaffoldConfig) else "optimizer=feddyn"
+    if config.fl.seeds is not Seeds.shared:
+        rule = f"be shared for {chosen}, whose log keeps each client's own scalars along shared directions"
+        yield problem("fl.seeds", rule, config.fl.seeds, "Write fl.seeds=shared, or another optimizer.")
+    if config.strategy.weighting is not Weighting.uniform:
+        rule = f"be uniform for {chosen}, whose memory is a plain mean over the clients"
+        remedy = "Write strategy.weighting=uniform, or another optimizer."
+        yield problem("strategy.weighting", rule, config.strategy.weighting, remedy)
+    if config.strategy.aggregation is not Aggregation.mean:
+        rule = f"be mean for {chosen}, which averages the clients' models and not their scalars"
+        remedy = "Write strategy.aggregation=mean, or another optimizer."
+        yield problem("strategy.aggregation", rule, config.strategy.aggregation, remedy)
+    if not isinstance(config.selection, NoSelectionConfig):
+        rule = f"be none for {chosen}, which walks every client's path for all local steps"
+        chosen_selection = plugin_name("selection", config.selection)
+        yield problem("selection", rule, chosen_selection, "Write selection=none, or another optimizer.")
+    if optimizer.weight_decay != 0:
+        rule = f"be 0 for {chosen}, whose corrections know nothing of a decay"
+        yield problem("optimizer.weight_decay", rule, optimizer.weight_decay, "Write optimizer.weight_decay=0.")
+    if isinstance(optimizer, FedDynConfig) and not (
+        optimizer.alpha >= 2.0**-126 and optimizer.lr * optimizer.alpha < 1
+    ):
+        rule = "be > 0 and make optimizer.lr * optimizer.alpha less than 1, or the pull to the round's start overshoots"
+        yield problem("optimizer.alpha", rule, optimizer.alpha, "Lower it; 0.2 / (lr * local steps) is a start.")

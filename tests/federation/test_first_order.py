@@ -1,0 +1,137 @@
+"""The first-order upper bound: fedzo's loss, torch's gradient, and it learns."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from fedzo.config.load import load
+from fedzo.errors import ConfigError
+from fedzo.models.scoring import mean_loss
+
+Overrides = Callable[..., list[str]]
+PATH = Path(__file__).parents[2] / "experiments" / "meerkat" / "first_order.py"
+
+
+@pytest.fixture(scope="module")
+def first_order() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("first_order", PATH)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("loss", ["candidates", "lm"])
+def test_its_loss_is_fedzo_s_and_its_gradient_is_torch_s_at_the_mask(
+    first_order: ModuleType, overrides: Overrides, tmp_path: Path, loss: str
+) -> None:
+    from fedzo.masks.mask import load_mask
+
+    config = load(overrides(f"task.loss={loss}"))
+    site, space, gradient = first_order.open_space(config, tmp_path)
+    rows = site.client_data(0).train[:3]
+
+    g = gradient(rows)
+
+    written = first_order.batch_loss(site.loaded.model, rows, loss=config.task.loss, device=site.loaded.device)
+    assert written.item() == pytest.approx(
+        mean_loss(site.loaded, rows, loss=config.task.loss, tokens_per_batch=4096), rel=1e-5
+    )
+    dense = site.loaded.model.double().requires_grad_(True)
+    dense.zero_grad()
+    values = []
+    for example in rows:  # one sequence at a time, without padding
+        scores = []
+        for answer in example.candidates:
+            logp = dense(input_ids=torch.tensor([[*example.prompt, *answer]])).logits[0].log_softmax(-1)
+            start = len(example.prompt) - 1
+            scores.append(torch.stack([logp[start + i, token] for i, token in enumerate(answer)]).mean())
+        right = scores[example.label]
+        values.append(-right if loss == "lm" else -(right - torch.logsumexp(torch.stack(scores), 0)))
+    torch.stack(values).mean().backward()
+    named = dict(dense.named_parameters())
+    indices = load_mask(tmp_path / "mask.safetensors").indices
+    expected = torch.cat([named[name].grad.view(-1)[flat] for name, flat in indices.items()])  # type: ignore[union-attr]
+    assert g == pytest.approx(expected.numpy(), rel=1e-3, abs=1e-6)
+    assert np.abs(g).max() > 1e-3
+    assert g.shape == (space.size,)
+
+
+@pytest.mark.parametrize(
+    ("extra", "adam", "share"),
+    [
+        (("optimizer.lr=0.1",), False, 0.93),
+        (("optimizer.lr=0.01",), True, 0.6),
+        (("trainer=lora", "trainer.rank=4", "optimizer.lr=0.2", "strategy.clients_per_round=3"), False, 0.85),
+    ],
+    ids=["mask sgd", "mask adam", "lora sgd"],
+)
+def test_it_learns_and_reports_as_a_run_does(
+    first_order: ModuleType, overrides: Overrides, tmp_path: Path, extra: tuple[str, ...], adam: bool, share: float
+) -> None:
+    settings = ("fl.rounds=16", "fl.local_steps=4", "fl.batch_size=8", "evaluation.every_rounds=4")
+    config = load(overrides(*settings, *extra))
+
+    results = first_order.run(config, tmp_path, adam=adam)
+
+    summary, scores = results["summary"], results["scores"]
+    assert summary["after"]["loss"] < share * summary["before"]["loss"]
+    assert summary["before"]["round"] == 0
+    assert (summary["after"]["split"], summary["after"]["round"]) == ("test", summary["best_round"])
+    assert [line["round"] for line in scores if line["split"] == "dev"] == [0, 4, 8, 12, 16]
+    clients = 3 if "strategy.clients_per_round=3" in extra else 4
+    assert summary["payload_up_bytes"] == summary["payload_down_bytes"] == 4 * summary["space_size"] * clients * 16
+
+
+def test_its_command_line_writes_what_the_run_found(
+    first_order: ModuleType, overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "results.json"
+    monkeypatch.setattr(sys, "argv", ["first_order.py", *overrides("fl.rounds=1"), "--out", str(out)])
+
+    first_order.main()
+
+    results = json.loads(out.read_text())
+    assert results["command"][-1] == "--local-optimizer=sgd"
+    assert {"before", "after", "best_round", "payload_up_bytes", "payload_down_bytes"} <= set(results["summary"])
+
+
+def test_one_client_with_one_step_is_gradient_descent(
+    first_order: ModuleType, overrides: Overrides, tmp_path: Path
+) -> None:
+    config = load(overrides("fl.rounds=1", "fl.num_clients=1", "optimizer.lr=0.25", "fl.batch_size=3"))
+    site, space, gradient = first_order.open_space(config, tmp_path / "a")
+    from fedzo.data.order import batch_rows
+
+    train = site.client_data(0).train
+    rows = [train[i] for i in batch_rows(run_seed=0, client=0, used=0, batch_size=3, num_rows=len(train))]
+    space.load(space.values() - np.float32(0.25) * gradient(rows))
+
+    results = first_order.run(config, tmp_path / "b")
+
+    assert results["summary"]["final_digest"] == space.digest()
+
+
+@pytest.mark.parametrize(
+    ("extra", "match"),
+    [
+        ("trainer=mezo", "trainer must be meerkat or lora"),
+        ("optimizer=adam", "optimizer must be sgd without decay"),
+        ("model.dtype=bfloat16", r"model\.dtype must be float32"),
+    ],
+)
+def test_what_it_would_leave_out_is_refused(
+    first_order: ModuleType, overrides: Overrides, tmp_path: Path, extra: str, match: str
+) -> None:
+    with pytest.raises(ConfigError, match=match):
+        first_order.run(load(overrides(extra)), tmp_path)
