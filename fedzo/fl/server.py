@@ -38,7 +38,6 @@ from fedzo.zo.config import OptimizerConfig
 from fedzo.zo.directions import PURPOSE_SAMPLING, permutation, stream_key
 from fedzo.zo.path import RoundRecord, pack
 from fedzo.zo.schedule import learning_rate
-from fedzo.zo.virtual_path import Numbers
 
 log = logging.getLogger(__name__)
 REGISTER_S = 60.0  # how long a round may wait for a newcomer's registration
@@ -157,14 +156,13 @@ class Server:
             probes=self.num_probes,
             seeds=self.fl.seeds,
         )
-        xi = self._signals.products(record)
-        self._commit(record, results, refused, xi)
+        self._commit(record, results, refused)
         by_values = self.fl.transport is Transport.values
         self.sink.write(
             round_metrics(
                 record,
                 results,
-                signals=self._signals.of_round(record, results, xi),
+                signals=self._signals.of_round(record, results, self.store.audit[-1]),
                 refused=refused,
                 traffic=traffic,
                 down_bytes=self.replica.snapshot_bytes if by_values else record.coefficients.nbytes,
@@ -267,13 +265,7 @@ class Server:
             return dict.fromkeys(range(self.fl.num_clients), 1.0)
         return {client: float(hello.num_train) for client, hello in self.roster.hellos.items()}
 
-    def _commit(
-        self,
-        record: RoundRecord,
-        results: Mapping[int, ClientResult],
-        refused: Mapping[int, str],
-        xi: Numbers | None,
-    ) -> None:
+    def _commit(self, record: RoundRecord, results: Mapping[int, ClientResult], refused: Mapping[int, str]) -> None:
         # the replica moves first, since the line carries its check; it is rebuilt from the log if the line is not
         # written
         self.replica.advance([record])
@@ -288,7 +280,7 @@ class Server:
         audit = {
             "round": record.round,
             "lr": record.lr,
-            "xi": None if xi is None else xi.tolist(),
+            "xi": self._signals.products(record),
             "clients": [
                 {
                     "client": client,
@@ -306,7 +298,6 @@ class Server:
         }
         self.store.commit(record, proof=proof, audit=audit)
         self._count_steps(audit)
-        self._signals.note(audit)
 
     def _count_steps(self, audit: Mapping[str, Any]) -> None:
         for entry in audit["clients"]:
