@@ -30,7 +30,7 @@ from fedzo.zo.config import Distribution
 from fedzo.zo.dense import DenseSpace
 from fedzo.zo.directions import SHARED, direction
 from fedzo.zo.path import RoundRecord, apply_record
-from fedzo.zo.virtual_path import virtual_paths
+from fedzo.zo.virtual_path import round_products, virtual_paths
 
 HERE = Path(__file__).parent
 SIZE, STEPS, REPEATS = 1_000_000, 10, 5
@@ -63,8 +63,11 @@ def cases() -> dict[Case, Callable[[], object]]:
     sent = {k: direction(k, STEPS).reshape(STEPS, 1) for k in range(CLIENTS[-1])}
 
     def paths(scalars: dict[int, np.ndarray], *, shared: bool) -> object:
-        law = Distribution.gaussian
-        return virtual_paths(gradient, scalars, run_seed=0, round=0, shared_seeds=shared, distribution=law)
+        law, owners = Distribution.gaussian, (SHARED,) if shared else tuple(scalars)
+        c = np.zeros((STEPS, 1, len(owners)), np.float32)
+        record = RoundRecord(round=0, lr=1e-3, owners=owners, coefficients=c)
+        xi = round_products(gradient, record, run_seed=0, distribution=law)
+        return virtual_paths(gradient, scalars, record, xi, run_seed=0, distribution=law)
 
     def replay(g: np.ndarray) -> None:
         """The aggregate of all clients, and its steps."""

@@ -71,6 +71,9 @@ def make_parser() -> argparse.ArgumentParser:
     own = command("replay", commands.replay, "verify a run's log: rebuild its model and compare every hash")
     _add_run(own)
     _add_rounds(own, "rounds to replay (default: all)")
+    own.add_argument("--client", type=_count, help="rebuild this client's local steps of --round instead")
+    own.add_argument("--round", type=_count, help="round of --client, from 0")
+    own.add_argument("--out", metavar="FILE", help="with --client: write its values after each step (safetensors)")
 
     own = command("evaluate", commands.evaluate, "score a run's model on its test or dev rows")
     _add_run(own)

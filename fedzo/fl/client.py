@@ -32,9 +32,9 @@ from fedzo.fl.wire import (
 from fedzo.models.evaluate import evaluate
 from fedzo.models.load import LoadedModel
 from fedzo.models.scoring import example_losses
-from fedzo.zo.directions import SHARED, stream_key
+from fedzo.zo.directions import SHARED
 from fedzo.zo.estimator import Estimator, Losses, Projection, estimate_together
-from fedzo.zo.path import Scalars, apply_step
+from fedzo.zo.path import Scalars, apply_local_step, step_keys
 from fedzo.zo.space import Space
 
 
@@ -226,10 +226,7 @@ class ClientWorker:
 
     def _keys(self, request: TrainRequest, *, client: int, step: int) -> list[int]:
         owner = SHARED if self._fl.seeds is Seeds.shared else client
-        return [
-            stream_key(self._run_seed, round=request.round, step=step, probe=probe, owner=owner)
-            for probe in range(self._num_probes)
-        ]
+        return step_keys(self._run_seed, round=request.round, step=step, probes=self._num_probes, owner=owner)
 
     def _estimate(self, space: Space, request: TrainRequest, *, client: int, step: int) -> list[Projection]:
         if step == 0 and (client, request.round) in self._ahead:
@@ -259,9 +256,8 @@ class ClientWorker:
         )
 
     def _local_step(self, space: Space, request: TrainRequest, g: Scalars, *, client: int, step: int) -> None:
-        """One step of plain SGD with exactly the scalars that are sent, a mean over probes."""
-        for scalar, key in zip(g, self._keys(request, client=client, step=step), strict=True):
-            apply_step(space, lr=request.lr, c=np.float32(float(scalar) / self._num_probes), key=key)
+        """One step of plain SGD with exactly the scalars that are sent."""
+        apply_local_step(space, g, lr=request.lr, keys=self._keys(request, client=client, step=step))
 
 
 def space_id(artifact: bytes) -> str:

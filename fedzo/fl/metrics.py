@@ -58,6 +58,7 @@ def round_metrics(
     record: RoundRecord,
     results: Mapping[int, ClientResult],
     *,
+    signals: Mapping[int, Mapping[str, Any]],
     refused: Mapping[int, str],
     traffic: Traffic,
     down_bytes: int,
@@ -70,6 +71,7 @@ def round_metrics(
     Args:
         record: What was committed.
         results: The usable replies.
+        signals: Of each client's local steps (``fedzo.fl.signals``).
         refused: Why the other sampled clients are not among them.
         traffic: Bytes of the round's messages as Flower counts them.
         down_bytes: Payload that brings one client to the round's end: scalars, or values.
@@ -97,7 +99,13 @@ def round_metrics(
         "absent": sorted(refused),
         "reasons": {str(client): reason for client, reason in sorted(refused.items())},
         "clients": [
-            {"client": client, "loss": losses[client], "abs_g": abs_g[client], "steps": len(results[client].g)}
+            {
+                "client": client,
+                "loss": losses[client],
+                "abs_g": abs_g[client],
+                "steps": len(results[client].g),
+                "signals": dict(signals[client]),
+            }
             for client in clients
         ],
     }

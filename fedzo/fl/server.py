@@ -33,13 +33,13 @@ from fedzo.fl.metrics import audit_line, round_metrics
 from fedzo.fl.replica import Replica
 from fedzo.fl.roster import Roster
 from fedzo.fl.selection.plan import Plan, Selection, news
+from fedzo.fl.signals import Signals
 from fedzo.fl.store import RunStore
 from fedzo.fl.wire import EvaluateReply, EvaluateRequest, Status, Sync, TrainReply, TrainRequest
 from fedzo.zo.config import OptimizerConfig
 from fedzo.zo.directions import PURPOSE_SAMPLING, permutation, stream_key
 from fedzo.zo.path import RoundRecord, pack
 from fedzo.zo.schedule import learning_rate
-from fedzo.zo.virtual_path import round_products
 
 log = logging.getLogger(__name__)
 REGISTER_S = 60.0  # how long a round may wait for a newcomer's registration
@@ -90,8 +90,11 @@ class Server:
     _digests: dict[int, str] = field(default_factory=dict)
     _used: dict[int, int] = field(default_factory=dict)
     _told: Mapping[str, Any] | None = None
+    _signals: Signals = field(init=False)
 
     def __post_init__(self) -> None:
+        law = self.replica.space.distribution
+        self._signals = Signals(self.gradient, self.store.audit, run_seed=self.run_seed, distribution=law)
         for line in self.store.audit:
             self._count_steps(line)
         self._told = next((line for line in reversed(self.store.metrics) if line["kind"] == "selection"), None)
@@ -170,6 +173,7 @@ class Server:
             round_metrics(
                 record,
                 results,
+                signals=self._signals.of_round(record, results, self.store.audit[-1]),
                 refused=refused,
                 traffic=traffic,
                 down_bytes=self.replica.snapshot_bytes if by_values else record.coefficients.nbytes,
@@ -296,18 +300,16 @@ class Server:
             "digest": self.replica.space.digest() if last or (record.round + 1) % self.fl.hash_every == 0 else None,
         }
         audit = audit_line(
-            record, results, lr=lr, xi=self._products(record), used=self._used, weights=self._weights(), refused=refused
+            record,
+            results,
+            lr=lr,
+            xi=self._signals.products(record),
+            used=self._used,
+            weights=self._weights(),
+            refused=refused,
         )
         self.store.commit(record, proof=proof, audit=audit)
         self._count_steps(audit)
-
-    def _products(self, record: RoundRecord) -> list[Any] | None:
-        """<gradient, z> of each direction of a round, nested as its coefficients are."""
-        if self.gradient is None:
-            return None
-        law = self.replica.space.distribution
-        nested: list[Any] = round_products(self.gradient, record, run_seed=self.run_seed, distribution=law).tolist()
-        return nested
 
     def _count_steps(self, audit: Mapping[str, Any]) -> None:
         for entry in audit["clients"]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +101,20 @@ def apply_step(space: Space, *, lr: float, c: np.float32, key: int) -> None:
     s = np.float32(lr) * np.float32(c)
     if s != 0:
         space.step(float(s), key)
+
+
+def step_keys(run_seed: int, *, round: int, step: int, probes: int, owner: int) -> list[int]:
+    """Keys of the directions of one local step, one a probe."""
+    return [stream_key(run_seed, round=round, step=step, probe=probe, owner=owner) for probe in range(probes)]
+
+
+def apply_local_step(space: Space, g: Scalars, *, lr: float, keys: Sequence[int]) -> None:
+    """A client's local step of plain SGD: ``apply_step`` with g / P for each of its P probes, one after another.
+
+    The quotient is taken in float64 and rounded to float32 once.
+    """
+    for scalar, key in zip(g, keys, strict=True):
+        apply_step(space, lr=lr, c=np.float32(float(scalar) / len(g)), key=key)
 
 
 def scalars_and_keys(record: RoundRecord, *, run_seed: int) -> Iterator[tuple[np.float32, int]]:

@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 
 from fedzo.zo.config import Distribution
-from fedzo.zo.directions import SHARED, add_direction, dot_direction, stream_key
-from fedzo.zo.path import RoundRecord, Scalars, scalars_and_keys
+from fedzo.zo.directions import SHARED, add_direction, dot_direction
+from fedzo.zo.path import RoundRecord, Scalars, scalars_and_keys, step_keys
 
 Numbers = npt.NDArray[np.float64]
 
@@ -43,66 +43,70 @@ class VirtualPath:
 def virtual_paths(
     gradient: torch.Tensor,
     scalars: Mapping[int, Scalars],
+    record: RoundRecord,
+    xi: Numbers,
     *,
     run_seed: int,
-    round: int,
-    shared_seeds: bool,
     distribution: Distribution,
 ) -> dict[int, VirtualPath]:
-    """The virtual paths of all clients of one round, from what the audit log holds of it.
+    """The virtual paths of all clients of one round, from what the logs hold of it.
 
     Args:
         gradient: The server's gradient in the space's wire order (Meerkat: of the pre-training loss at the base
             weights, signed, restricted to the mask), float32 [n].
         scalars: g of each client, float32 [T_k, P]; T_k may differ.
+        record: The round: its number, steps, probes and owners.
+        xi: What ``round_products`` gives for the record.
         run_seed: Seed of the run's directions.
-        round: Number of the round.
-        shared_seeds: Whether all clients step along the same directions.
         distribution: Law of the directions.
 
     Returns:
         A path for each client. Probes that were dropped (g = 0) count as 0.
 
     Raises:
-        ValueError: The gradient is not a float32 vector, or clients differ in their number of probes.
+        ValueError: The gradient is not a float32 vector, or a client's scalars are not of the round's shape.
     """
-    if gradient.dtype != torch.float32 or gradient.ndim != 1:
-        raise ValueError(f"the gradient must be float32 [n], got {gradient.dtype} {list(gradient.shape)}")
-    if len({g.shape[1] for g in scalars.values()}) > 1:
-        raise ValueError(f"all clients must have the same probes, got {[g.shape for g in scalars.values()]}")
-    steps, probes = max((g.shape for g in scalars.values()), default=(0, 1))
+    _check_gradient(gradient)
+    steps, probes, _ = record.coefficients.shape
+    if any(len(g) > steps or g.shape[1] != probes for g in scalars.values()):
+        raise ValueError(f"g must be at most {steps} steps of {probes}, got {[g.shape for g in scalars.values()]}")
     norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
-
-    def along(owner: int, clients: list[int], steps: int) -> dict[int, VirtualPath]:
-        """The paths of clients that all step along the directions of one owner."""
-        g = np.zeros((len(clients), steps, probes))
-        for row, client in enumerate(clients):
+    paths = {}
+    for column, owner in enumerate(record.owners):
+        members = list(scalars) if owner == SHARED else [owner]
+        walked = max((len(scalars[client]) for client in members), default=0)
+        g = np.zeros((len(members), walked, probes))
+        for row, client in enumerate(members):
             g[row, : len(scalars[client])] = scalars[client]
-        xi, products = np.empty((steps, probes)), np.empty((steps, probes, probes))
-        for t in range(steps):
-            keys = [stream_key(run_seed, round=round, step=t, probe=p, owner=owner) for p in range(probes)]
-            xi[t] = inner_products(gradient, keys, distribution=distribution)
+        products = np.empty((walked, probes, probes))
+        for t in range(walked):
+            keys = step_keys(run_seed, round=record.round, step=t, probes=probes, owner=owner)
             products[t] = gram(gradient, keys, distribution=distribution)
-        grad_ip = (g * xi).mean(axis=2)
-        norms = np.sqrt(np.maximum(((g[:, :, None] @ products)[:, :, 0] * g).sum(axis=2), 0)) / probes
+        grad_ip, abs_g = step_products(g, xi, column), np.abs(g).mean(axis=2)
+        squares = ((g[:, :, None] @ products)[:, :, 0] * g).sum(axis=2)
         with np.errstate(invalid="ignore"):
-            cosine = grad_ip / (norm * norms)
-        abs_g = np.abs(g).mean(axis=2)
-        ends = {client: len(scalars[client]) for client in clients}
-        return {
-            client: VirtualPath(grad_ip[row, : ends[client]], abs_g[row, : ends[client]], cosine[row, : ends[client]])
-            for row, client in enumerate(clients)
-        }
+            cosine = grad_ip / (norm * np.sqrt(np.maximum(squares, 0)) / probes)
+        for row, client in enumerate(members):
+            taken = slice(len(scalars[client]))
+            paths[client] = VirtualPath(grad_ip[row, taken], abs_g[row, taken], cosine[row, taken])
+    return {client: paths[client] for client in scalars}
 
-    if shared_seeds:
-        return along(SHARED, list(scalars), steps)
-    return {client: along(client, [client], len(g))[client] for client, g in scalars.items()}
+
+def step_products(g: npt.NDArray[np.floating], xi: Numbers, column: int) -> Numbers:
+    """GradIP of each step, float64 [..., T_k], of scalars [..., T_k, P] along one owner's directions of a round."""
+    products: Numbers = (g * xi[: g.shape[-2], :, column]).mean(axis=-1)
+    return products
 
 
 def round_products(
     gradient: torch.Tensor, record: RoundRecord, *, run_seed: int, distribution: Distribution
 ) -> Numbers:
-    """Xi of each scalar of a round, float64 in the shape of its coefficients [T, P, owners]; one pass a direction."""
+    """Xi of each scalar of a round, float64 in the shape of its coefficients [T, P, owners]; one pass a direction.
+
+    Raises:
+        ValueError: The gradient is not a float32 vector.
+    """
+    _check_gradient(gradient)
     keys = [key for _, key in scalars_and_keys(record, run_seed=run_seed)]
     return inner_products(gradient, keys, distribution=distribution).reshape(record.coefficients.shape)
 
@@ -121,3 +125,8 @@ def gram(like: torch.Tensor, keys: Sequence[int], *, distribution: Distribution)
         for q in range(p, len(keys)):
             products[p, q] = products[q, p] = dot_direction(z, keys[q], distribution=distribution)
     return products
+
+
+def _check_gradient(gradient: torch.Tensor) -> None:
+    if gradient.dtype != torch.float32 or gradient.ndim != 1:
+        raise ValueError(f"the gradient must be float32 [n], got {gradient.dtype} {list(gradient.shape)}")

@@ -13,6 +13,7 @@ import torch
 
 from fedzo.config.load import load
 from fedzo.fl.server import FederationError
+from fedzo.masks.mask import load_mask
 from fedzo.runs import rebuild, replay_run
 from fedzo.site import open_site
 from fedzo.zo.directions import direction, stream_key
@@ -41,8 +42,6 @@ def test_scalars_equal_those_of_a_plain_loop_over_a_dense_model(run: Run, lines:
     folder = run("fl.rounds=2", "optimizer.lr=0.05")
     site = open_site(load(overrides("fl.rounds=2", "optimizer.lr=0.05")))
     model = site.loaded.model.double()
-    from fedzo.masks.mask import load_mask
-
     mask = load_mask(folder / "mask.safetensors")
     parameters = dict(model.named_parameters())
     theta = {name: parameters[name].data.view(-1)[flat].clone() for name, flat in mask.indices.items()}
@@ -247,6 +246,44 @@ def test_the_number_of_losses_is_the_budget_and_not_one_more(
 
     assert len(asked) == 2 * 3
     assert replica.space.digest() == site.worker.build(artifact).space.digest()
+
+
+def test_every_local_step_is_compared_with_the_masks_gradient(run: Run, lines: Lines) -> None:
+    """GradIP from whole vectors: the direction split over the weights, the gradient as the mask file holds it."""
+    folder = run("fl.local_steps=2", "estimator.num_probes=2")
+    mask = load_mask(folder / "mask.safetensors")
+    assert mask.gradient is not None
+    sizes = [flat.numel() for flat in mask.indices.values()]
+    audit = lines(folder, "audit.jsonl")
+    metrics = [line for line in lines(folder, "metrics.jsonl") if line["kind"] == "round"]
+    seen: dict[int, list[float]] = {}
+
+    for audited, measured in zip(audit, metrics, strict=True):
+        for entry, client in zip(audited["clients"], measured["clients"], strict=True):
+            expected = []
+            for t, g in enumerate(entry["g"]):
+                inner = 0.0
+                for p, scalar in enumerate(g):
+                    z = torch.from_numpy(direction(stream_key(0, round=audited["round"], step=t, probe=p), mask.size))
+                    parts = dict(zip(mask.indices, z.double().split(sizes), strict=True))
+                    inner += sum(
+                        scalar * float(mask.gradient[name].double() @ part) / 2 for name, part in parts.items()
+                    )
+                expected.append(inner)
+            seen.setdefault(client["client"], []).extend(map(abs, expected))
+            assert client["signals"]["grad_ip"] == pytest.approx(expected, rel=1e-5)
+            assert client["signals"]["mean_abs_grad_ip"] == pytest.approx(np.mean(seen[client["client"]]), rel=1e-5)
+
+
+def test_a_trainer_without_a_gradient_has_no_grad_ip(run: Run, lines: Lines) -> None:
+    folder = run("trainer=mezo", "fl.rounds=1", "fl.local_steps=2")
+
+    (line,) = lines(folder, "audit.jsonl")
+    (measured,) = (line for line in lines(folder, "metrics.jsonl") if line["kind"] == "round")
+    signals = measured["clients"][0]["signals"]
+    assert line["xi"] is signals["mean_abs_grad_ip"] is None
+    assert signals["grad_ip"] == signals["cosine"] == [None, None]
+    assert signals["abs_g"] == pytest.approx([abs(g) for (g,) in line["clients"][0]["g"]], rel=1e-5)
 
 
 def test_the_test_split_is_touched_once_before_and_once_at_the_best_dev_round(run: Run, lines: Lines) -> None:

@@ -38,11 +38,19 @@ def hydra_and_logging_are_left_clear() -> Iterator[None]:
     assert "HYDRA_FULL_ERROR" not in os.environ
 
 
+class _Table:
+    """A client's path as far as the command sees it."""
+
+    def table(self) -> list[str]:
+        return ["one", "two"]
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     """What the commands asked of the services, in order; the working folder is ``tmp_path``."""
     made: Calls = []
-    runs, html, sweep = (ModuleType(name) for name in ("fedzo.runs", "fedzo.report.html", "fedzo.report.sweep"))
+    names = ("fedzo.runs", "fedzo.report.html", "fedzo.report.sweep", "fedzo.client_path")
+    runs, html, sweep, client_path = (ModuleType(name) for name in names)
 
     def start_run(config: RunConfig, run_dir: Path, *, overrides: list[str]) -> None:
         assert run_dir.is_dir()
@@ -76,7 +84,8 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
         setattr(runs, name, service)
     setattr(html, "write_report", note("report"))  # noqa: B010
     setattr(sweep, "write_sweep_report", note("sweep report"))  # noqa: B010
-    for module in (runs, html, sweep):
+    setattr(client_path, "replay_client", note("replay client", _Table()))  # noqa: B010
+    for module in (runs, html, sweep, client_path):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)

@@ -21,6 +21,16 @@ Calls = list[tuple[object, ...]]
         (["resume", "."], ("resume", Path(), {}), ""),
         (["replay", "."], ("replay", Path(), {"rounds": None}), '"digest": "ab"'),
         (["replay", ".", "--rounds", "2"], ("replay", Path(), {"rounds": 2}), '"rounds": 3'),
+        (
+            ["replay", ".", "--client", "3", "--round", "0"],
+            ("replay client", Path(), {"client": 3, "round": 0, "out": None}),
+            "one\ntwo\n",
+        ),
+        (
+            ["replay", ".", "--client", "0", "--round", "7", "--out", "x"],
+            ("replay client", Path(), {"client": 0, "round": 7, "out": Path("x")}),
+            "one\ntwo\n",
+        ),
         (["evaluate", "."], ("evaluate", Path(), {"split": "test"}), '"value": 0.75'),
         (["evaluate", ".", "--split", "dev"], ("evaluate", Path(), {"split": "dev"}), '"value": 0.75'),
         (["generate", ".", "a", "b"], ("generate", Path(), ["a", "b"], {"max_new_tokens": 32}), "one\ntwo\n"),
@@ -130,6 +140,24 @@ def test_a_bad_command_line_exits_with_2(
         main(arguments)
 
     assert stopped.value.code == 2
+    assert calls == []
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--round", "2"], "Add --client K."),
+        (["--out", "x"], "Add --client K."),
+        (["--client", "2"], "Write --round R."),
+        (["--client", "2", "--round", "1", "--rounds", "1"], "Write --round R."),
+    ],
+)
+def test_options_of_replay_that_do_not_go_together_are_refused(
+    arguments: list[str], message: str, calls: Calls, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["replay", ".", *arguments]) == 2
+
     assert calls == []
     assert message in capsys.readouterr().err
 

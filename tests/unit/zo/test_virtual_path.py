@@ -15,13 +15,33 @@ from fedzo.zo import directions
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import SHARED, direction, direction_at, dot_direction, stream_key
 from fedzo.zo.kernels import SPAN
-from fedzo.zo.virtual_path import virtual_paths
+from fedzo.zo.path import RoundRecord
+from fedzo.zo.virtual_path import VirtualPath, round_products, virtual_paths
 
 LAWS = list(Distribution)
 
 
 def values(n: int, seed: int = 1) -> np.ndarray:
     return direction(seed, n) * np.linspace(0.1, 3, n, dtype=np.float32)
+
+
+def paths_of(
+    gradient: torch.Tensor,
+    scalars: dict[int, np.ndarray],
+    *,
+    run_seed: int,
+    round: int,
+    shared_seeds: bool,
+    distribution: Distribution,
+) -> dict[int, VirtualPath]:
+    """As the server gets them: the products of a record's directions, then the paths."""
+    owners = (SHARED,) if shared_seeds else tuple(sorted(scalars))
+    steps, probes = np.max([(1, 1), *(g.shape for g in scalars.values())], axis=0)
+    record = RoundRecord(
+        round=round, lr=1.0, owners=owners, coefficients=np.zeros((steps, probes, len(owners)), np.float32)
+    )
+    xi = round_products(gradient, record, run_seed=run_seed, distribution=distribution)
+    return virtual_paths(gradient, scalars, record, xi, run_seed=run_seed, distribution=distribution)
 
 
 def slow(gradient: np.ndarray, g: np.ndarray, keys: list[list[int]], law: Distribution) -> list[tuple[float, ...]]:
@@ -95,7 +115,7 @@ def test_three_coordinates_by_hand() -> None:
     z = [float(direction_at(key, torch.tensor([i]), distribution=Distribution.rademacher)) for i in range(3)]
     xi = z[0] + 2 * z[1] + 2 * z[2]
 
-    paths = virtual_paths(
+    paths = paths_of(
         torch.tensor([1.0, 2.0, 2.0]),
         {3: np.array([[-0.5]], np.float32)},
         run_seed=0,
@@ -127,9 +147,7 @@ def test_all_clients_equal_whole_vectors_and_single_calls(
     }
 
     def run(some: dict[int, np.ndarray]) -> dict:
-        return virtual_paths(
-            torch.from_numpy(gradient), some, run_seed=seed, round=6, shared_seeds=shared, distribution=law
-        )
+        return paths_of(torch.from_numpy(gradient), some, run_seed=seed, round=6, shared_seeds=shared, distribution=law)
 
     together = run(scalars)
 
@@ -162,7 +180,7 @@ def test_a_direction_is_read_once_for_all_clients_that_share_it(monkeypatch: pyt
 
     def count(num_clients: int, *, shared: bool) -> int:
         asked.clear()
-        virtual_paths(
+        paths_of(
             torch.ones(50),
             dict.fromkeys(range(num_clients), g),
             run_seed=1,
@@ -178,9 +196,7 @@ def test_a_direction_is_read_once_for_all_clients_that_share_it(monkeypatch: pyt
 
 def test_a_dropped_step_has_no_direction_and_no_clients_have_no_paths() -> None:
     def run(scalars: dict[int, np.ndarray], gradient: torch.Tensor) -> dict:
-        return virtual_paths(
-            gradient, scalars, run_seed=1, round=0, shared_seeds=True, distribution=Distribution.gaussian
-        )
+        return paths_of(gradient, scalars, run_seed=1, round=0, shared_seeds=True, distribution=Distribution.gaussian)
 
     path = run({0: np.array([[0.0], [1.0]], np.float32)}, torch.ones(20))[0]
 
@@ -194,12 +210,16 @@ def test_a_dropped_step_has_no_direction_and_no_clients_have_no_paths() -> None:
     ("gradient", "scalars", "message"),
     [
         (torch.ones(3, dtype=torch.float64), {}, r"must be float32 \[n\], got torch.float64 \[3\]"),
-        (torch.ones(3), {0: np.ones((1, 1), np.float32), 1: np.ones((1, 2), np.float32)}, "have the same probes"),
+        (
+            torch.ones(3),
+            {0: np.ones((1, 1), np.float32), 1: np.ones((1, 2), np.float32)},
+            r"at most 1 steps of 2, got \[\(1, 1\), \(1, 2\)\]",
+        ),
     ],
 )
 def test_what_is_no_round_is_refused(gradient: torch.Tensor, scalars: dict[int, np.ndarray], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        virtual_paths(gradient, scalars, run_seed=0, round=0, shared_seeds=True, distribution=Distribution.gaussian)
+        paths_of(gradient, scalars, run_seed=0, round=0, shared_seeds=True, distribution=Distribution.gaussian)
 
 
 def test_the_mean_over_directions_is_the_inner_product_of_the_gradients() -> None:
@@ -210,7 +230,7 @@ def test_the_mean_over_directions_is_the_inner_product_of_the_gradients() -> Non
     z = np.array([direction(of_step[0], n) for of_step in keys])
     g = (z @ client).astype(np.float32)[:, None]
 
-    path = virtual_paths(
+    path = paths_of(
         torch.from_numpy(server),
         {0: g},
         run_seed=3,

@@ -1,0 +1,212 @@
+"""Virtual paths: another process rebuilds every client's values after every local step from the logs alone, bit by bit.
+
+The clients' process writes a hash of its values after each step that it takes. This process holds the base model and
+the run folder, nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fedzo.cli import main
+from fedzo.client_path import local_steps, replay_client
+from fedzo.errors import ConfigError, ProtocolError
+from fedzo.fl.config import Seeds
+from fedzo.fl.store import RunStore
+from fedzo.runs import read_config, rebuild
+from fedzo.zo.directions import SHARED, direction, stream_key
+
+Overrides = Callable[..., list[str]]
+Lines = Callable[[Path, str], list[dict[str, Any]]]
+Hashes = dict[str, list[str]]
+pytestmark = pytest.mark.slow  # a process is started for each
+ROOM = "model.max_length=256"  # the tiny model has 512 positions
+
+TRAIN = """
+import hashlib, json, sys
+from pathlib import Path
+from fedzo.config.load import load
+from fedzo.fl.client import ClientWorker
+from fedzo.fl.server import Server
+from fedzo.runs import start_run
+
+folder, steps, overrides = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
+hashes = {}
+
+def local_step(self, space, request, g, *, client, step, original=ClientWorker._local_step):
+    original(self, space, request, g, client=client, step=step)
+    digest = hashlib.sha256(space.values().tobytes()).hexdigest()
+    hashes.setdefault(f"{client}@{request.round}", []).append(digest)
+
+def run_round(self, original=Server.run_round):
+    self.fl.local_steps = steps[self.round % len(steps)]
+    return original(self)
+
+ClientWorker._local_step, Server.run_round = local_step, run_round
+start_run(load(overrides), folder, overrides=[])
+Path(f"{folder}.hashes").write_text(json.dumps(hashes))
+"""
+
+
+def rebuild_all(folder: Path) -> Hashes:
+    """Every client's hashes of every round, from the run folder and the base model."""
+    config = read_config(folder)
+    with RunStore(folder) as store:
+        audit, records = list(store.audit), list(store.records)
+    replica, hashes = rebuild(folder, rounds=0).replica, {}
+    space = replica.space
+    for line in audit:
+        for entry in line["clients"]:
+            space.mark()
+            owner = SHARED if config.fl.seeds is Seeds.shared else entry["client"]
+            g = np.array(entry["g"], np.float32)
+            walk = local_steps(space, g, lr=line["lr"], run_seed=config.seed, round=line["round"], owner=owner)
+            digests = [hashlib.sha256(space.values().tobytes()).hexdigest() for _ in walk]
+            hashes[f"{entry['client']}@{line['round']}"] = digests
+            assert entry["end_check"] == (space.check() if len(g) > 1 else 0)
+            space.rewind()
+        replica.advance([records[line["round"]]])
+    return hashes
+
+
+@pytest.fixture
+def train(tmp_path: Path, overrides: Overrides, data_dir: Path) -> Callable[..., tuple[Path, Hashes]]:
+    """Run a federation in a process of its own; returns its folder and the clients' hashes. Its data is gone then."""
+
+    def start(*settings: str, steps: list[int]) -> tuple[Path, Hashes]:
+        data, folder = tmp_path / "data", tmp_path / "run"
+        shutil.copytree(data_dir, data)
+        child = subprocess.run(
+            [sys.executable, "-c", TRAIN, folder, json.dumps(steps), *overrides(*settings, f"data.path={data}")],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert child.returncode == 0, child.stderr[-3000:]
+        shutil.rmtree(data)
+        return folder, json.loads(Path(f"{folder}.hashes").read_text())
+
+    return start
+
+
+def test_a_thousand_local_steps_are_rebuilt_by_another_process(train: Any, lines: Lines) -> None:
+    """Clients are absent, and their number of steps differs between rounds and between clients."""
+    absent = "faults.absent=['2@4','1@1','3@10','0@29']"
+    folder, taken = train(absent, "fl.rounds=30", "optimizer.lr=0.01", steps=[12, 1, 9, 14, 5, 12])
+    assert sum(map(len, taken.values())) >= 1000
+    assert len({digest for digests in taken.values() for digest in digests}) >= 1000
+    assert not {"2@4", "3@10"} & set(taken)
+
+    rebuilt = rebuild_all(folder)
+
+    alone = {f"{client}@{line['round']}": line for line in lines(folder, "audit.jsonl") for client in range(4)}
+    assert set(taken) < set(rebuilt)
+    assert {name: digests for name, digests in rebuilt.items() if len(digests) > 1} == taken
+    assert all(alone[name]["round"] % 6 == 1 for name in set(rebuilt) - set(taken))  # T = 1: no local step is applied
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("fl.seeds=per_client", "estimator.num_probes=3", "optimizer=adam", "optimizer.lr=0.001"),
+        ("model.dtype=bfloat16", "fl.transport=values", "optimizer=momentum", "optimizer.lr=0.01"),
+        ("trainer=lora", ROOM, "optimizer.lr=0.01", "estimator.num_probes=2"),
+        ("trainer=mezo", "optimizer.lr=0.001", "strategy.clip_factor=1"),
+        ("trainer=mezo", "optimizer.lr=0.001", "model.dtype=bfloat16", "trainer.rounding=stochastic"),
+    ],
+    ids=" ".join,
+)
+def test_every_kind_of_space_and_run(train: Any, settings: tuple[str, ...]) -> None:
+    folder, taken = train(*settings, "fl.rounds=2", "evaluation.central=false", steps=[3, 2])
+
+    rebuilt = rebuild_all(folder)
+
+    assert rebuilt == taken
+    assert [len(digests) for digests in taken.values()] == [3] * 4 + [2] * 4
+
+
+def test_the_command_writes_the_values_after_each_step(
+    train: Any, tmp_path: Path, lines: Lines, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, taken = train("fl.rounds=3", "faults.absent=['1@1']", "optimizer.lr=0.01", steps=[3, 1, 2])
+    audit, out = lines(folder, "audit.jsonl"), tmp_path / "path.safetensors"
+
+    def replay(*options: str) -> int:
+        return main(["replay", str(folder), *options])
+
+    assert replay("--client", "1", "--round", "2", "--out", str(out)) == 0
+    printed = capsys.readouterr().out.splitlines()
+    written = load_file(out)
+    assert list(written) == ["step_0001", "step_0002"]
+    assert [hashlib.sha256(values.tobytes()).hexdigest() for values in written.values()] == taken["1@2"]
+    entry = next(entry for entry in audit[2]["clients"] if entry["client"] == 1)
+    assert printed[0] == "client 1, round 2: T = 2, lr = 0.01"
+    assert [line.split()[-1] for line in printed[2:4]] == [f"{g:.6g}" for (g,) in entry["g"]]
+    assert printed[3].split()[1] == f"{entry['end_check']:08x}" == printed[4].split()[1].rstrip(",")
+    assert "the check that the client sent" in printed[4]
+
+    # T = 1: the step that the client left to the log, c z of its own scalar
+    assert replay("--client", "0", "--round", "1", "--out", str(out)) == 0
+    assert "not compared" in capsys.readouterr().out.splitlines()[-1]
+    (written,) = load_file(out).values()
+    start = rebuild(folder, rounds=1).replica.space.values()
+    moved = np.float32(0.01) * np.float32(audit[1]["clients"][0]["g"][0][0])
+    assert np.array_equal(written, start - moved * direction(stream_key(0, round=1), len(start)))
+    before = sorted(path.name for path in tmp_path.iterdir())
+
+    for options, message in (
+        (("--client", "1", "--round", "1"), "but client 1 sent nothing usable"),
+        (("--client", "9", "--round", "1"), "(clients 0, 2, 3), but client 9 was not asked"),
+        (("--client", "0", "--round", "3"), "--round must be below 3, the number of rounds in the log, got 3"),
+        (("--client", "0", "--round", "0", "--out", str(tmp_path / "no" / "x")), "must be a file in a folder"),
+        (("--client", "0", "--round", "0", "--out", str(tmp_path)), "must be a file in a folder"),
+    ):
+        assert replay(*options) == 2
+        assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_scalars_that_are_not_those_of_the_clients_steps_are_found_and_nothing_is_written(
+    train: Any, tmp_path: Path, lines: Lines
+) -> None:
+    folder, taken = train("fl.rounds=1", "optimizer.lr=0.01", steps=[3])
+    (line,) = lines(folder, "audit.jsonl")
+    out, (whole, shorter, torn, *_) = tmp_path / "x", line["clients"]
+    three = replay_client(folder, client=1, round=0).checks
+
+    whole["g"][1][0] += 1
+    # a client that stops early sends less: the same path, and the check of its end
+    shorter.update(steps=2, g=shorter["g"][:2], loss=shorter["loss"][:2], end_check=three[1])
+    torn["g"].pop()
+    (folder / "audit.jsonl").write_text(json.dumps(line) + "\n")
+
+    with pytest.raises(ProtocolError, match="client 0, round 0: its local steps must lead to the check"):
+        replay_client(folder, client=0, round=0, out=out)
+    with pytest.raises(ProtocolError, match="client 2 must have 3 steps, got 2 rows"):
+        replay_client(folder, client=2, round=0, out=out)
+    assert not list(tmp_path.glob("*x*"))
+    assert replay_client(folder, client=1, round=0, out=out).checks == three[:2]
+    assert [hashlib.sha256(values.tobytes()).hexdigest() for values in load_file(out).values()] == taken["1@0"][:2]
+
+
+def test_a_client_that_took_no_part_is_refused_before_the_model_is_loaded(
+    train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = train("fl.rounds=1", "faults.absent=['1@0']", steps=[2])
+    monkeypatch.setattr("fedzo.client_path.rebuild", lambda *a, **k: pytest.fail("the model was loaded"))
+
+    with pytest.raises(ConfigError, match="Choose another client or round"):
+        replay_client(folder, client=1, round=0)
