@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedzo.client_path import replay_client
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
 from fedzo.fl.server import Server
@@ -103,6 +104,17 @@ def test_calibration_scalars_are_those_of_a_run_whose_first_round_has_as_many_st
 
     for ours, theirs in zip(*(lines(each, "audit.jsonl")[0]["clients"] for each in (calibrated, plain)), strict=True):
         assert ours == theirs
+
+
+def test_a_clients_path_of_the_calibration_and_of_a_later_round_is_rebuilt_and_proved(run: Run, lines: Lines) -> None:
+    folder = run(*COMMON, *KINDS["vpcs"])
+
+    first = replay_client(folder, client=3, round=0)
+
+    assert (len(first.g), first.proved, first.lr) == (8, True, pytest.approx(0.02))
+    for client, steps in steps_of(lines(folder, "audit.jsonl"))[2].items():
+        path = replay_client(folder, client=client, round=2)
+        assert (len(path.g), path.proved) == (steps, steps > 1)
 
 
 def test_what_a_selection_costs_shows_by_class_and_by_client(run: Run, lines: Lines) -> None:
