@@ -76,11 +76,61 @@ def bench(rows: Any) -> Lines:
     return lines
 
 
+def percent(part: Any) -> str:
+    """A share with its 95 % interval."""
+    low, high = (100 * end for end in part["interval"])
+    share = f"{100 * part['share']:.4g} %"
+    return f"{share} ({low:.3g} to {high:.4g})" if 0 < part["share"] < 1 else share
+
+
+def vpcs_auc(results: Any) -> Lines:
+    """How well the ratio of means separates, beside what another simulation found."""
+    lines = ["| steps (initial / later) | tau | GradIP | expected | \\|g\\| | expected |", "|---|---|---|---|---|---|"]
+    for gradip, abs_g in zip(results["auc"][0::2], results["auc"][1::2]):
+        head = f"{gradip['steps']} ({gradip['initial']} / {gradip['later']}) | {gradip['tau']}"
+        cells = [f"{entry[key]:.3f}" for entry in (gradip, abs_g) for key in ("auc", "expected")]
+        lines.append(f"| {head} | {' | '.join(cells)} |")
+    return lines
+
+
+def vpcs_ratio(results: Any) -> Lines:
+    """How often a ratio exceeds 2 and 3."""
+    lines = ["| steps (initial / later) | client | GradIP > 2 | GradIP > 3 | \\|g\\| > 2 | \\|g\\| > 3 |", "|---|---|---|---|---|---|"]
+    for four in (results["ratio"][start : start + 4] for start in range(0, len(results["ratio"]), 4)):
+        who = "stationary" if four[0]["tau"] is None else f"falls, tau = {four[0]['tau']}"
+        lines.append(f"| {four[0]['steps']} ({four[0]['initial']} / {four[0]['later']}) | {who} | {' | '.join(map(percent, four))} |")
+    return lines
+
+
+def vpcs_rules(results: Any) -> Lines:
+    """What the default thresholds make of a client of a federation of twelve, by |g|."""
+    found = [entry for entry in results["federations"] if entry["statistic"] == "|g|"]
+    rules = list(dict.fromkeys(entry["rule"] for entry in found))
+    lines = [f"| client | spread | {' | '.join(rules)} |", "|---|---|" + "---|" * len(rules)]
+    for kind, spread in dict.fromkeys((entry["kind"], entry["spread"]) for entry in found):
+        cells = [percent(entry) for entry in found if (entry["kind"], entry["spread"]) == (kind, spread)]
+        lines.append(f"| {kind} | {spread:g} | {' | '.join(cells)} |")
+    return lines
+
+
+def vpcs_cusum(results: Any) -> Lines:
+    """By when the default CUSUM flags a client among stationary others."""
+    lines = ["| clients | the one | flagged by step 100 | by step 1,000 | half of them by step |", "|---|---|---|---|---|"]
+    for entry in results["cusum"]:
+        half = "" if entry["median_step"] is None else f"{entry['median_step']:g}"
+        lines.append(f"| {entry['clients']} | {entry['kind']} | {percent(entry['by_100'])} | {percent(entry['by_1000'])} | {half} |")
+    return lines
+
+
 RENDERERS: dict[str, Callable[[Any], Lines]] = {
     "experiments/quickstart/results.json": quickstart,
     "experiments/quickstart/results.json#ending": ending,
     "experiments/bench/claims.json": bench,
     **{f"experiments/meerkat/tables.json#{part}": itemgetter(part) for part in ("accuracy", "tuning", "verdicts")},
+    "experiments/vpcs/simulation.json#auc": vpcs_auc,
+    "experiments/vpcs/simulation.json#ratio": vpcs_ratio,
+    "experiments/vpcs/simulation.json#rules": vpcs_rules,
+    "experiments/vpcs/simulation.json#cusum": vpcs_cusum,
 }
 
 

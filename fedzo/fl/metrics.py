@@ -17,7 +17,7 @@ def audit_line(
     results: Mapping[int, ClientResult],
     *,
     lr: float,
-    xi: np.ndarray | None,
+    xi: list[Any] | None,
     used: Mapping[int, int],
     weights: Mapping[int, float],
     refused: Mapping[int, str],
@@ -36,7 +36,7 @@ def audit_line(
     return {
         "round": record.round,
         "lr": lr,
-        "xi": None if xi is None else xi.tolist(),
+        "xi": xi,
         "clients": [
             {
                 "client": client,

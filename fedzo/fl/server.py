@@ -40,7 +40,6 @@ from fedzo.zo.config import OptimizerConfig
 from fedzo.zo.directions import PURPOSE_SAMPLING, permutation, stream_key
 from fedzo.zo.path import RoundRecord, pack
 from fedzo.zo.schedule import learning_rate
-from fedzo.zo.virtual_path import Numbers
 
 log = logging.getLogger(__name__)
 REGISTER_S = 60.0  # how long a round may wait for a newcomer's registration
@@ -90,8 +89,8 @@ class Server:
     _equipped: set[int] = field(default_factory=set)
     _digests: dict[int, str] = field(default_factory=dict)
     _used: dict[int, int] = field(default_factory=dict)
-    _signals: Signals = field(init=False)
     _told: Mapping[str, Any] | None = None
+    _signals: Signals = field(init=False)
 
     def __post_init__(self) -> None:
         law = self.replica.space.distribution
@@ -170,16 +169,15 @@ class Server:
             aggregation=self.strategy.aggregation,
             trim_share=self.strategy.trim_share,
         )
-        xi = self._signals.products(record)
         if plan.calibration:
             record = unmoved(record)
-        self._commit(record, results, refused, xi, lr=lr)
+        self._commit(record, results, refused, lr=lr)
         by_values = self.fl.transport is Transport.values
         self.sink.write(
             round_metrics(
                 record,
                 results,
-                signals=self._signals.of_round(record, results, xi),
+                signals=self._signals.of_round(record, results, self.store.audit[-1]),
                 refused=refused,
                 traffic=traffic,
                 down_bytes=self.replica.snapshot_bytes if by_values else record.coefficients.nbytes,
@@ -293,13 +291,7 @@ class Server:
         return {client: float(hello.num_train) for client, hello in self.roster.hellos.items()}
 
     def _commit(
-        self,
-        record: RoundRecord,
-        results: Mapping[int, ClientResult],
-        refused: Mapping[int, str],
-        xi: Numbers | None,
-        *,
-        lr: float,
+        self, record: RoundRecord, results: Mapping[int, ClientResult], refused: Mapping[int, str], *, lr: float
     ) -> None:
         # the replica moves first, since the line carries its check; it is rebuilt from the log if the line is not
         # written
@@ -311,10 +303,17 @@ class Server:
             "check": self.replica.check(),
             "digest": self.replica.space.digest() if last or (record.round + 1) % self.fl.hash_every == 0 else None,
         }
-        audit = audit_line(record, results, lr=lr, xi=xi, used=self._used, weights=self._weights(), refused=refused)
+        audit = audit_line(
+            record,
+            results,
+            lr=lr,
+            xi=self._signals.products(record),
+            used=self._used,
+            weights=self._weights(),
+            refused=refused,
+        )
         self.store.commit(record, proof=proof, audit=audit)
         self._count_steps(audit)
-        self._signals.note(audit)
 
     def _count_steps(self, audit: Mapping[str, Any]) -> None:
         for entry in audit["clients"]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -52,17 +52,18 @@ class Signals:
         self._distribution = distribution
         self._tallies: dict[int, _Tally] = {}
         for line in audit:
-            self.note(line)
+            self._note(line)
 
-    def products(self, record: RoundRecord) -> Numbers | None:
-        """<gradient, z> of each direction of a round, float64 in the shape of its coefficients; None without one."""
+    def products(self, record: RoundRecord) -> list[Any] | None:
+        """Xi for the audit log: <gradient, z> of each direction, nested as the coefficients are; None without one."""
         if self._gradient is None:
             return None
-        return round_products(self._gradient, record, run_seed=self._run_seed, distribution=self._distribution)
+        xi = round_products(self._gradient, record, run_seed=self._run_seed, distribution=self._distribution)
+        return cast(list[Any], xi.tolist())
 
-    def note(self, line: Mapping[str, Any]) -> None:
+    def _note(self, line: Mapping[str, Any]) -> None:
         """Count the steps of a line of the audit log."""
-        xi = None if line["xi"] is None else np.asarray(line["xi"])
+        xi = _products_of(line)
         for index, entry in enumerate(line["clients"]):
             tally = self._tallies.setdefault(entry["client"], _Tally())
             g, known = np.asarray(entry["g"]), ~np.asarray(entry["dropped"]).all(axis=1)
@@ -73,17 +74,20 @@ class Signals:
                 tally.abs_grad_ip += float(np.abs(step_products(g, xi, column))[known].sum())
 
     def of_round(
-        self, record: RoundRecord, results: Mapping[int, ClientResult], xi: Numbers | None
+        self, record: RoundRecord, results: Mapping[int, ClientResult], line: Mapping[str, Any]
     ) -> dict[int, dict[str, Any]]:
         """Per client: ``grad_ip``, ``abs_g``, ``loss`` and ``cosine`` of each step, and the means so far.
 
-        Six digits, null where unknown: a step without a finite loss, or no gradient to compare with.
+        Each round once, in their order. Six digits; null where unknown: a step without a finite loss, or no gradient to
+        compare with.
 
         Args:
             record: The round.
             results: Its usable replies.
-            xi: What ``products`` gave for it.
+            line: What the audit log holds of it.
         """
+        self._note(line)
+        xi = _products_of(line)
         scalars = {client: results[client].g for client in sorted(results)}
         paths = {}
         if self._gradient is not None and xi is not None:
@@ -109,6 +113,10 @@ class Signals:
             return {"mean_abs_grad_ip": None, "mean_abs_g": None}
         grad_ip = None if self._gradient is None else _short(tally.abs_grad_ip / tally.steps)
         return {"mean_abs_grad_ip": grad_ip, "mean_abs_g": _short(tally.abs_g / tally.steps)}
+
+
+def _products_of(line: Mapping[str, Any]) -> Numbers | None:
+    return None if line["xi"] is None else np.asarray(line["xi"])
 
 
 def _list(values: Numbers, unknown: np.ndarray) -> list[float | None]:

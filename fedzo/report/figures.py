@@ -13,7 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fedzo.report.format import bytes_text, change_text, number_text, percent_text, score_text
+from fedzo.report.local_steps import draw_local_steps, shows_everyone
 from fedzo.report.run_data import RunData
+from fedzo.report.series import gaps, label_skew, running_mean
 from fedzo.report.style import (
     BLUE,
     GREEN,
@@ -29,6 +31,7 @@ from fedzo.report.style import (
     direct_labels,
     house_style,
     new_axes,
+    panel_grid,
     percent_axis,
 )
 
@@ -41,44 +44,15 @@ MAX_CLASSES = len(SERIES)
 def draw_figures(run: RunData) -> list[Picture]:
     """Draw every figure that the run's records allow, in the order of the page."""
     with house_style():
-        drawn = [_scores(run), _loss(run), _bytes(run), _labels(run), _abs_g(run), _federated(run)]
+        slopes = None if shows_everyone(run) else _abs_g(run)
+        drawn = [_scores(run), _loss(run), _bytes(run), _labels(run), draw_local_steps(run), slopes, _federated(run)]
     return [picture for picture in drawn if picture is not None]
-
-
-def running_mean(values: Sequence[float | None], *, window: int) -> list[float | None]:
-    """Mean of the last ``window`` values that are there, at each position (None where there is none)."""
-    means: list[float | None] = []
-    for end in range(1, len(values) + 1):
-        recent = [value for value in values[max(0, end - window) : end] if value is not None]
-        means.append(sum(recent) / len(recent) if recent else None)
-    return means
-
-
-def label_skew(run: RunData) -> dict[int, float]:
-    """Per client, total variation distance of its labels from the federation's: 0 = alike, towards 1 = one-sided."""
-    clients = run.setup.clients if run.setup else ()
-    totals: dict[str, int] = {}
-    for client in clients:
-        for label, count in client.label_counts.items():
-            totals[label] = totals.get(label, 0) + count
-    whole = sum(totals.values())
-    skew = {}
-    for client in clients:
-        own = sum(client.label_counts.values())
-        if own and whole:
-            counts = client.label_counts
-            skew[client.client] = sum(abs(counts.get(k, 0) / own - n / whole) for k, n in totals.items()) / 2
-    return skew
 
 
 def _rounds_axis(axes: Axes, num_rounds: int) -> None:
     axes.set_xlim(-0.02 * num_rounds, max(num_rounds, 1))
     axes.set_xlabel("rounds")
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
-
-
-def _nan(values: Sequence[float | None]) -> list[float]:
-    return [float("nan") if value is None else value for value in values]
 
 
 def _loss(run: RunData) -> Picture | None:
@@ -89,8 +63,8 @@ def _loss(run: RunData) -> Picture | None:
     window = max(1, min(25, len(losses) // 8))
     rounds, means = [record.round + 1 for record in run.rounds], running_mean(losses, window=window)
     figure, axes = new_axes()
-    axes.plot(rounds, _nan(losses), color=BLUE, alpha=0.3, linewidth=1, label="each round")
-    axes.plot(rounds, _nan(means), color=BLUE, label=f"mean of the last {window}")
+    axes.plot(rounds, gaps(losses), color=BLUE, alpha=0.3, linewidth=1, label="each round")
+    axes.plot(rounds, gaps(means), color=BLUE, label=f"mean of the last {window}")
     axes.set_ylabel("training loss (nats)")
     _rounds_axis(axes, rounds[-1])
     axes.legend(loc="upper right", ncols=2)
@@ -278,16 +252,16 @@ def _abs_g(run: RunData) -> Picture | None:
     ids.sort(key=lambda client: skew.get(client, 0.0))
     panels = len(ids) <= MAX_PANELS
     lines = ids if len(ids) <= MAX_LINES else [ids[i * (len(ids) - 1) // (MAX_LINES - 1)] for i in range(MAX_LINES)]
-    figure, grid = _panel_grid(len(ids)) if panels else _one_panel()
+    figure, grid = panel_grid(len(ids)) if panels else _one_panel()
     drawn: list[float] = []
     for index, client in enumerate(lines):
         values = [table.get(client) for table in tables]
         means = running_mean(values, window=window)
         axes, colour = grid[index if panels else 0], BLUE if one_label else SKEW(norm(skew.get(client, 0.0)))
         if panels:
-            axes.plot(rounds[::thin], _nan(values[::thin]), color=colour, alpha=0.25, linewidth=0.8)
+            axes.plot(rounds[::thin], gaps(values[::thin]), color=colour, alpha=0.25, linewidth=0.8)
             axes.set_title(f"client {client}", color=INK, pad=3)
-        axes.plot(rounds[::thin], _nan(means[::thin]), color=colour, linewidth=1.6 if panels else 0.8)
+        axes.plot(rounds[::thin], gaps(means[::thin]), color=colour, linewidth=1.6 if panels else 0.8)
         drawn += [value for value in (values if panels else means) if value is not None]
     for axes in grid:
         axes.set_xlim(0, max(rounds[-1], 1))
@@ -314,18 +288,6 @@ def _one_panel() -> tuple[Figure, list[Axes]]:
     return figure, [axes]
 
 
-def _panel_grid(count: int) -> tuple[Figure, list[Axes]]:
-    columns = min(4, count)
-    rows = -(-count // columns)
-    figure, first = new_axes(height=0.7 + 1.25 * rows)
-    figure.delaxes(first)
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    flat = [axes for row in grid for axes in row]
-    for axes in flat[count:]:
-        axes.set_visible(False)
-    return figure, flat[:count]
-
-
 def _federated(run: RunData) -> Picture | None:
     if not run.federated or not run.federated[-1].clients:
         return None
@@ -343,7 +305,7 @@ def _federated(run: RunData) -> Picture | None:
         marks = [(place, earlier.get(c.client)) for place, c in zip(places, scored, strict=True)]
         axes.plot(
             [place for place, _ in marks],
-            _nan([value for _, value in marks]),
+            gaps([value for _, value in marks]),
             color=INK,
             linestyle="none",
             marker="_",

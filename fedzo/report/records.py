@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedzo.errors import RunFolderError
+from fedzo.report.reader import Reader
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +33,21 @@ class Setup:
 
 
 @dataclass(frozen=True, slots=True)
+class Signals:
+    """One client's local steps of a round, one number a step; None where unknown."""
+
+    grad_ip: tuple[float | None, ...]
+    abs_g: tuple[float | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ClientRound:
     """What one client measured in one round."""
 
     client: int
     loss: float | None
     abs_g: float | None
+    signals: Signals | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +67,26 @@ class Round:
     absent: tuple[int, ...]
     refused: dict[int, str]
     clients: tuple[ClientRound, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ClientVerdict:
+    """Whether one client is taken for extreme, what that rests on, and its local steps a round from then on."""
+
+    client: int
+    flagged: bool
+    steps: int
+    statistics: dict[str, float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """A decision on who stops early; ``windows`` are the steps (first, end) of the first round that were compared."""
+
+    round: int
+    windows: dict[str, tuple[int, int]]
+    clients: tuple[ClientVerdict, ...]
+    fallback: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,86 +143,10 @@ class Summary:
     seconds: float
 
 
-Record = Setup | Round | Score | FederatedScore | Summary
+Record = Setup | Round | Selection | Score | FederatedScore | Summary
 
 
-@dataclass(frozen=True, slots=True)
-class _Reader:
-    """Typed access to one record; every complaint names the place."""
-
-    record: dict[str, Any]
-    where: str
-
-    def fail(self, key: str, must: str) -> RunFolderError:
-        got = repr(self.record[key])[:80] if key in self.record else "nothing"
-        return RunFolderError(
-            f"{self.where}: {key} must be {must}, got {got}. The file was not written by this version of fedzo "
-            "or was edited; restore it from the run or run again."
-        )
-
-    def optional(self, key: str) -> float | None:
-        value = self.record.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise self.fail(key, "a number or null")
-        return value
-
-    def number(self, key: str) -> float:
-        value = self.optional(key)
-        if value is None:
-            raise self.fail(key, "a number")
-        return value
-
-    def whole(self, key: str, default: int | None = None) -> int:
-        value = self.optional(key) if default is None else self.record.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self.fail(key, "a whole number")
-        return value
-
-    def optional_whole(self, key: str) -> int | None:
-        return None if self.record.get(key) is None else self.whole(key)
-
-    def text(self, key: str, default: str | None = None) -> str:
-        value = self.record.get(key, default)
-        if not isinstance(value, str):
-            raise self.fail(key, "a text")
-        return value
-
-    def each(self, key: str) -> list[_Reader]:
-        rows = self.record.get(key) or []
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise self.fail(key, "a list of objects")
-        return [_Reader(row, f"{self.where}, {key}[{index}]") for index, row in enumerate(rows)]
-
-    def inner(self, key: str) -> _Reader | None:
-        value = self.record.get(key)
-        if value is not None and not isinstance(value, dict):
-            raise self.fail(key, "an object or null")
-        return None if value is None else _Reader(value, f"{self.where}, {key}")
-
-    def clients(self, key: str) -> tuple[int, ...]:
-        found = self.record.get(key) or []
-        if not isinstance(found, list) or any(not isinstance(client, int) for client in found):
-            raise self.fail(key, "a list of clients")
-        return tuple(found)
-
-    def reasons(self, key: str) -> dict[int, str]:
-        found = self.record.get(key) or {}
-        if not isinstance(found, dict) or not all(
-            client.isdecimal() and isinstance(reason, str) for client, reason in found.items()
-        ):
-            raise self.fail(key, "an object of client and reason")
-        return {int(client): reason for client, reason in found.items()}
-
-    def tallies(self, key: str) -> dict[str, tuple[int, int]]:
-        value = self.record.get(key) or {}
-        if not isinstance(value, dict) or not all(
-            isinstance(row, list) and len(row) == 2 and all(isinstance(n, int) for n in row) for row in value.values()
-        ):
-            raise self.fail(key, "an object of [correct, total]")
-        return {str(label): (row[0], row[1]) for label, row in value.items()}
-
-
-def _setup(read: _Reader) -> Setup:
+def _setup(read: Reader) -> Setup:
     estimate = read.inner("estimate")
     clients = []
     for row in read.each("clients"):
@@ -211,7 +164,7 @@ def _setup(read: _Reader) -> Setup:
     )
 
 
-def _round(read: _Reader) -> Round:
+def _round(read: Reader) -> Round:
     return Round(
         round=read.whole("round"),
         seconds=read.number("seconds"),
@@ -226,13 +179,34 @@ def _round(read: _Reader) -> Round:
         absent=read.clients("absent"),
         refused=read.reasons("reasons"),
         clients=tuple(
-            ClientRound(row.whole("client"), row.optional("loss"), row.optional("abs_g"))
+            ClientRound(
+                row.whole("client"), row.optional("loss"), row.optional("abs_g"), _signals(row.inner("signals"))
+            )
             for row in read.each("clients")
         ),
     )
 
 
-def _score(read: _Reader) -> Score:
+def _signals(read: Reader | None) -> Signals | None:
+    return None if read is None else Signals(read.series("grad_ip"), read.series("abs_g"))
+
+
+def _selection(read: Reader) -> Selection:
+    clients = []
+    for row in read.each("clients"):
+        found = row.inner("statistics")
+        statistics = {} if found is None else {str(name): found.optional(name) for name in found.record}
+        clients.append(ClientVerdict(row.whole("client"), row.truth("flagged"), row.whole("steps"), statistics))
+    windows = read.inner("windows")
+    return Selection(
+        round=read.whole("round"),
+        windows={} if windows is None else {str(name): windows.span(name) for name in windows.record},
+        clients=tuple(clients),
+        fallback=read.truth("fallback", False),
+    )
+
+
+def _score(read: Reader) -> Score:
     return Score(
         split=read.text("split", "clients"),
         round=read.whole("round"),
@@ -246,7 +220,7 @@ def _score(read: _Reader) -> Score:
     )
 
 
-def _federated(read: _Reader) -> FederatedScore:
+def _federated(read: Reader) -> FederatedScore:
     return FederatedScore(
         round=read.whole("round"),
         metric=read.text("metric"),
@@ -261,7 +235,7 @@ def _federated(read: _Reader) -> FederatedScore:
     )
 
 
-def _summary(read: _Reader) -> Summary:
+def _summary(read: Reader) -> Summary:
     before, after = read.inner("before"), read.inner("after")
     return Summary(
         rounds=read.whole("rounds"),
@@ -277,9 +251,10 @@ def _summary(read: _Reader) -> Summary:
     )
 
 
-_KINDS: dict[str, Callable[[_Reader], Record]] = {
+_KINDS: dict[str, Callable[[Reader], Record]] = {
     "setup": _setup,
     "round": _round,
+    "selection": _selection,
     "score": _score,
     "federated_score": _federated,
     "summary": _summary,
@@ -292,6 +267,6 @@ def parse_record(record: dict[str, Any], *, where: str = "record") -> Record | N
     Raises:
         RunFolderError: a field is missing or of the wrong type; ``where`` begins the message.
     """
-    read = _Reader(record, where)
+    read = Reader(record, where)
     parse = _KINDS.get(read.text("kind"))
     return parse(read) if parse else None

@@ -11,14 +11,17 @@ from typing import Any
 import yaml
 
 from fedzo.errors import RunFolderError
-from fedzo.report.records import FederatedScore, Record, Round, Score, Setup, Summary, parse_record
+from fedzo.report.records import FederatedScore, Record, Round, Score, Selection, Setup, Summary, parse_record
 
 METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """A run folder in memory. ``notes`` says what was missing or damaged; ``summary`` is None for an unfinished run."""
+    """A run folder in memory. ``notes`` says what was missing or damaged; ``summary`` is None for an unfinished run.
+
+    ``selection`` is the newest decision on who stops early; None where there was none.
+    """
 
     run_dir: Path
     config: dict[str, Any]
@@ -28,6 +31,7 @@ class RunData:
     rounds: tuple[Round, ...]
     scores: tuple[Score, ...]
     federated: tuple[FederatedScore, ...]
+    selection: Selection | None
     summary: Summary | None
     notes: tuple[str, ...]
 
@@ -77,6 +81,7 @@ def load_run(run_dir: Path) -> RunData:
     scores = {(record.split, record.round): record for record in records if isinstance(record, Score)}
     federated = {record.round: record for record in records if isinstance(record, FederatedScore)}
     setups = [record for record in records if isinstance(record, Setup)]
+    selections = [record for record in records if isinstance(record, Selection)]
     summaries = [record for record in records if isinstance(record, Summary)]
     ended = summaries[-1] if summaries and max(rounds, default=-1) < summaries[-1].rounds else None
     return RunData(
@@ -88,6 +93,7 @@ def load_run(run_dir: Path) -> RunData:
         rounds=tuple(rounds[index] for index in sorted(rounds)),
         scores=tuple(sorted(scores.values(), key=lambda score: score.round)),
         federated=tuple(federated[index] for index in sorted(federated)),
+        selection=selections[-1] if selections else None,
         summary=ended,
         notes=(*notes, *config_notes, *environment_notes),
     )

@@ -100,6 +100,20 @@ def new_axes(width: float = 7.2, height: float = 2.9) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
+def panel_grid(count: int, *, head: float = 0.7, height: float = 1.25) -> tuple[Figure, list[Axes]]:
+    """A figure of ``count`` small panels, four a row, that share their axes; heights in inches."""
+    columns = min(4, count)
+    rows = -(-count // columns)
+    figure, first = new_axes(height=head + height * rows)
+    figure.delaxes(first)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    flat = [axes for row in grid for axes in row]
+    for place, axes in enumerate(flat[count:], start=count):
+        axes.set_visible(False)
+        flat[place - columns].xaxis.set_tick_params(labelbottom=True)
+    return figure, flat[:count]
+
+
 def bytes_axis(axes: Axes) -> None:
     """Write the y axis in bytes with units."""
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: bytes_text(value).replace(".0 ", " ")))

@@ -78,18 +78,18 @@ def level(steps: Numbers, *, later: int) -> Numbers:
 
 
 def median_of_others(values: Numbers) -> Numbers:
-    """For each entry of the last axis the median of all others; nan where fewer than two others are finite."""
-    found = np.full(values.shape, np.nan)
-    for index in np.ndindex(values.shape[:-1]):
-        (at,) = np.nonzero(np.isfinite(values[index]))
-        if len(at) < FEWEST:
-            continue
-        order = np.argsort(values[index][at], kind="stable")
-        ranked, rank = values[index][at][order], np.argsort(order)
-        # without the one of rank r, the i-th of the others is ranked[i] below r and ranked[i + 1] from r on
-        low, high = (len(at) - 2) // 2, (len(at) - 1) // 2
-        found[(*index, at)] = (ranked[low + (low >= rank)] + ranked[high + (high >= rank)]) / 2
-    return found
+    """For each entry of the last axis the median of all others; nan where fewer than two others are numbers."""
+    count = (~np.isnan(values)).sum(axis=-1, keepdims=True)
+    order = np.argsort(values, axis=-1, kind="stable")  # nan comes last
+    ranked, rank = np.take_along_axis(values, order, axis=-1), np.argsort(order, axis=-1)
+
+    def among_others(place: npt.NDArray[np.int64]) -> Numbers:
+        """Without the one of rank r, the others' i-th is ranked[i] below r and ranked[i + 1] from r on."""
+        found = np.clip(place + (place >= rank), 0, values.shape[-1] - 1)
+        return np.asarray(np.take_along_axis(ranked, found, axis=-1))
+
+    median = (among_others((count - 2) // 2) + among_others((count - 1) // 2)) / 2
+    return np.asarray(np.where((count >= FEWEST) & ~np.isnan(values), median, np.nan))
 
 
 def shortfall(step: Numbers) -> Numbers:

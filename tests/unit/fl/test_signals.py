@@ -62,12 +62,10 @@ def play(signals: Signals, round: int, directions: int, audit: list[dict[str, An
     """One round as the server plays it."""
     results = replies(round)
     record = aggregate(results, {2: 1, 4: 2, 7: 3}, round=round, lr=0.1, steps=5, probes=2, directions=directions)
-    xi = signals.products(record)
     entries = [{"client": k, "g": r.g.tolist(), "dropped": r.dropped.tolist()} for k, r in sorted(results.items())]
-    line = {"round": round, "xi": None if xi is None else xi.tolist(), "clients": entries}
+    line = {"round": round, "xi": signals.products(record), "clients": entries}
     audit.append(json.loads(json.dumps(line)))
-    signals.note(line)
-    return signals.of_round(record, results, xi)
+    return signals.of_round(record, results, line)
 
 
 def new_signals(law: Distribution, audit: list[dict[str, Any]], *, known: bool = True) -> Signals:
@@ -120,12 +118,10 @@ def test_a_client_whose_every_step_was_lost_has_no_means() -> None:
                           num_examples=1, end_check=0)  # fmt: skip
     signals = new_signals(LAWS[0], [])
     record = aggregate({0: result}, {0: 1}, round=0, lr=0.1, steps=2, probes=1, directions=SHARED)
-    xi = signals.products(record)
-    assert xi is not None
     entry = {"client": 0, "g": result.g.tolist(), "dropped": lost.tolist()}
-    signals.note({"xi": xi.tolist(), "clients": [entry]})
+    line = {"xi": signals.products(record), "clients": [entry]}
 
-    assert signals.of_round(record, {0: result}, xi)[0] == {
+    assert signals.of_round(record, {0: result}, line)[0] == {
         **{name: [None, None] for name in ("grad_ip", "abs_g", "loss", "cosine")},
         **dict.fromkeys(("mean_abs_grad_ip", "mean_abs_g")),
     }

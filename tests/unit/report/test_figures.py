@@ -9,8 +9,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from fedzo.errors import RunFolderError
-from fedzo.report.figures import draw_figures, label_skew, running_mean
+from fedzo.report.figures import draw_figures
 from fedzo.report.run_data import load_run
+from fedzo.report.series import label_shares, label_skew, running_mean
 from fedzo.report.style import Picture, house_style, new_axes, page_svg, save_pictures
 
 MakeRun = Callable[..., Path]
@@ -31,6 +32,10 @@ def test_the_running_mean_skips_what_is_missing() -> None:
 def test_skew_is_half_the_summed_difference_of_label_shares(make_run: MakeRun) -> None:
     # labels: 39/1, 15/15 and 0/20 rows; the federation holds 54/36, so label 0 has a share of 0.6
     assert label_skew(load_run(make_run())) == pytest.approx({0: 39 / 40 - 0.6, 1: 0.1, 2: 0.6})
+
+
+def test_the_share_of_the_commonest_label(make_run: MakeRun) -> None:
+    assert label_shares(load_run(make_run())) == {0: (39 / 40, "0"), 1: (0.5, "1"), 2: (1.0, "1")}
 
 
 def test_a_finished_run_has_every_figure_with_the_numbers_of_its_metrics(make_run: MakeRun) -> None:

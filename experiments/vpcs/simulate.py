@@ -1,0 +1,204 @@
+"""How often the tests of a client selection are right, in a model of the mechanism; no language model is involved.
+
+    python experiments/vpcs/simulate.py          # about a minute on one core
+
+A client's scalar is g[t] = s[t] N(0, 1), with s constant (stationary) or falling, and GradIP is |g[t] xi[t]| with a
+standard normal xi that all clients of a federation share. Writes simulation.json, and its rows of claims.json, beside
+this file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import rows
+
+from fedzo.data.metrics import auc
+from fedzo.fl.selection.config import Combine, CusumConfig, VpcsConfig, VpcsTest
+from fedzo.fl.selection.statistics import cusum, ratio, shortfall
+from fedzo.fl.selection.vpcs import judge
+
+HERE = Path(__file__).parent
+COMMAND = "python experiments/vpcs/simulate.py"
+SEED = 20261121
+Numbers = npt.NDArray[np.float64]
+
+# steps, decay, initial and later steps, and the AUC of |GradIP| and |g| that an earlier, separate simulation gave;
+# it states the phases of T = 100, 30 and 10, those of 50 and 20 are ours
+AUCS = [
+    (100, 10, 20, 80, 1.000, 1.000),
+    (50, 10, 10, 40, 0.996, 1.000),
+    (30, 10, 10, 20, 0.965, 0.998),
+    (20, 10, 5, 15, 0.822, 0.932),
+    (10, 10, 3, 7, 0.630, 0.720),
+    (50, 40, 10, 40, 0.815, 0.926),
+]
+ALARMS = [(100, 20, 80), (100, 20, 20), (50, 10, 10), (30, 10, 20), (10, 3, 7)]
+STATISTICS = ("GradIP", "|g|")
+
+
+def main() -> None:
+    results: dict[str, Any] = {"auc": aucs(20_000), "ratio": ratios(200_000), "federations": federations(4_000)}
+    results["cusum"] = cusums(4_000)
+    (HERE / "simulation.json").write_text(json.dumps(results, indent=1) + "\n")
+    rows.write(claims(results), command=COMMAND)
+    for kind, found in results.items():
+        for entry in found:
+            print(kind, json.dumps(entry))
+
+
+def paths(rng: np.random.Generator, trials: int, scale: Numbers) -> dict[str, Numbers]:
+    """|g| and |g xi| of ``trials`` clients, [trials, T]; each has directions of its own."""
+    g = np.abs(rng.standard_normal((trials, len(scale)))) * scale
+    return {"GradIP": g * np.abs(rng.standard_normal(g.shape)), "|g|": g}
+
+
+def falling(steps: int, tau: float) -> Numbers:
+    return np.exp(-np.arange(steps) / tau)
+
+
+# --- the ratio test alone
+
+
+def aucs(trials: int) -> list[dict[str, Any]]:
+    """Area under the ROC curve of the ratio of means: falling clients against stationary ones."""
+    found = []
+    for steps, tau, initial, later, *expected in AUCS:
+        rng = np.random.default_rng(SEED)
+        quiet, loud = paths(rng, trials, falling(steps, tau)), paths(rng, trials, np.ones(steps))
+        for name, target in zip(STATISTICS, expected, strict=True):
+            scores = [ratio(part[name], initial=initial, later=later) for part in (quiet, loud)]
+            area = auc(np.concatenate(scores), np.repeat([1, 0], trials))
+            entry = {"steps": steps, "tau": tau, "initial": initial, "later": later, "statistic": name}
+            found.append({**entry, "auc": area, "expected": target, "trials": trials})
+    return found
+
+
+def ratios(trials: int) -> list[dict[str, Any]]:
+    """How often a threshold is exceeded: by stationary clients, and, for the default phases, by falling ones."""
+    found = []
+    for steps, initial, later in ALARMS:
+        for tau in (None, 10, 20, 40) if (initial, later) == (20, 20) else (None,):
+            rng = np.random.default_rng(SEED + 1)
+            hits: dict[tuple[str, float], int] = dict.fromkeys([(n, h) for n in STATISTICS for h in (2.0, 3.0)], 0)
+            for _ in range(trials // 20_000):
+                part = paths(rng, 20_000, np.ones(steps) if tau is None else falling(steps, tau))
+                for name, threshold in hits:
+                    values = ratio(part[name], initial=initial, later=later)
+                    hits[name, threshold] += int((values > threshold).sum())
+            for (name, threshold), count in hits.items():
+                entry = {"steps": steps, "initial": initial, "later": later, "tau": tau, "statistic": name}
+                found.append({**entry, "threshold": threshold, **share(count, trials)})
+    return found
+
+
+# --- all tests, in a federation
+
+
+KINDS: dict[str, Callable[[int], Numbers]] = {
+    "stationary": np.ones,
+    "falls (tau 20)": lambda steps: falling(steps, 20),
+    "falls (tau 20) to 15 %": lambda steps: 0.15 + 0.85 * falling(steps, 20),
+    "a quarter from the start": lambda steps: np.full(steps, 0.25),
+}
+"""Clients 8 to 11 of a federation of 12 are of one of the other kinds."""
+RULES = {
+    "both": VpcsConfig(tests=[VpcsTest.ratio, VpcsTest.quiet]),
+    "either": VpcsConfig(tests=[VpcsTest.ratio, VpcsTest.quiet], combine=Combine.either),
+    "level": VpcsConfig(tests=[VpcsTest.level]),
+    "both, or level": VpcsConfig(),
+    "ratio, or level": VpcsConfig(tests=[VpcsTest.ratio, VpcsTest.level]),
+}
+
+
+def federations(trials: int) -> list[dict[str, Any]]:
+    """The default thresholds on twelve clients that share directions; how loud a client is, spreads."""
+    found = []
+    for spread in (0.0, 0.3):
+        for kind, scale_of in KINDS.items():
+            rng = np.random.default_rng(SEED + 2)
+            count = {(name, rule): [0, 0] for name in STATISTICS for rule in RULES}
+            for _ in range(trials // 12 if kind == "stationary" else trials // 4):
+                scale = np.ones((12, 100))
+                scale[8:] = scale_of(100)
+                g = np.abs(rng.standard_normal(scale.shape)) * scale * np.exp(spread * rng.standard_normal((12, 1)))
+                xi = np.abs(rng.standard_normal(100))
+                for (name, rule), hits in count.items():
+                    verdicts = judge(dict(enumerate(g * xi if name == "GradIP" else g)), RULES[rule])
+                    judged = [verdicts[client].flagged for client in range(0 if kind == "stationary" else 8, 12)]
+                    hits[0] += sum(judged)
+                    hits[1] += len(judged)
+            for (name, rule), (hits, judged) in count.items():
+                found.append({"spread": spread, "kind": kind, "statistic": name, "rule": rule, **share(hits, judged)})
+    return found
+
+
+# --- CUSUM
+
+
+def cusums(trials: int) -> list[dict[str, Any]]:
+    """The default CUSUM of one client among stationary others: by what step how many are flagged."""
+    config, found = CusumConfig(), []
+    quieter = {f"{factor:g} times as quiet": np.full(1000, 1 / factor) for factor in (1, 1.5, 2, 3, 4, 8)}
+    for clients in (4, 12):
+        for kind, scale in {**quieter, **{f"falls (tau {tau})": falling(1000, tau) for tau in (20, 40)}}.items():
+            rng = np.random.default_rng(SEED + 3)
+            sums, first = np.zeros((trials, clients)), np.full(trials, np.inf)
+            for step in range(1000):
+                g = np.abs(rng.standard_normal((trials, clients)))
+                g[:, 0] *= scale[step]
+                sums = cusum(sums, shortfall(g), drift=config.drift)
+                first[(sums[:, 0] > config.threshold) & np.isinf(first)] = step + 1
+            entry = {"clients": clients, "kind": kind, "drift": config.drift, "threshold": config.threshold}
+            by = {f"by_{step}": share(int((first <= step).sum()), trials) for step in (100, 1000)}
+            half = float(np.median(first))
+            found.append({**entry, "median_step": half if np.isfinite(half) else None, **by})
+    return found
+
+
+# --- what is claimed
+
+
+def share(hits: int, trials: int) -> dict[str, Any]:
+    low, high = rows.wilson(hits, trials)
+    return {"share": hits / trials, "interval": [round(low, 7), round(high, 7)], "trials": trials}
+
+
+def within(entry: dict[str, Any]) -> str:
+    low, high = entry["interval"]
+    return f"95 % interval {100 * low:.3g} to {100 * high:.4g} %"
+
+
+def claims(results: dict[str, Any]) -> list[dict[str, Any]]:
+    common: dict[str, Any] = {"command": COMMAND, "seeds": [SEED]}
+    made = []
+    for entry in results["auc"]:
+        phases = f"T = {entry['steps']} ({entry['initial']} / {entry['later']}), tau = {entry['tau']}"
+        holds = abs(entry["auc"] - entry["expected"]) <= 0.03
+        text = f"AUC of the ratio of means of {entry['statistic']}, {phases}; to be met within 0.03"
+        made.append(rows.row(text, entry["auc"], "area", **common, target=entry["expected"], holds=holds))
+    for entry in results["ratio"]:
+        phases = f"T = {entry['steps']} ({entry['initial']} / {entry['later']})"
+        who = "stationary client" if entry["tau"] is None else f"client that falls with tau = {entry['tau']}"
+        text = f"ratio of {entry['statistic']} > {entry['threshold']:g}, {phases}, {who} ({within(entry)})"
+        made.append(rows.row(text, 100 * entry["share"], "% flagged", **common))
+    for entry in (each for each in results["federations"] if each["statistic"] == "|g|"):
+        who = f"{entry['kind']}, loudness spread by {entry['spread']:g}"
+        text = f"VPCS on {entry['statistic']}, {entry['rule']}: {who} ({within(entry)})"
+        made.append(rows.row(text, 100 * entry["share"], "% flagged", **common))
+    for entry in results["cusum"]:
+        for step in (100, 1000):
+            part = entry[f"by_{step}"]
+            text = f"CUSUM, one of {entry['clients']} clients, {entry['kind']}: by step {step} ({within(part)})"
+            target = {"target": 1.0, "holds": part["share"] <= 0.01} if entry["kind"].startswith("1 times") else {}
+            made.append(rows.row(text, 100 * part["share"], "% flagged", **common, **target))
+    return made
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""The figure of local steps: every panel holds the numbers of its client's signals, at their place in the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fedzo.errors import RunFolderError
+from fedzo.report.figures import draw_figures
+from fedzo.report.local_steps import MAX_PANELS, MAX_POINTS
+from fedzo.report.run_data import load_run
+from fedzo.report.style import BLUE, ORANGE
+
+MakeRun = Callable[..., Path]
+Records = list[dict[str, Any]]
+
+
+def with_signals(records: Records, steps: Callable[[int, int], int], *, grad_ip: bool = True) -> Records:
+    """g of a client's step is 10 k + r + t / 10; GradIP is minus three times that."""
+    for record in (record for record in records if record["kind"] == "round"):
+        record["clients"] = [c for c in record["clients"] if c["client"] not in record["absent"]]
+        for client in record["clients"]:
+            k, r = client["client"], record["round"]
+            g = [10 * k + r + t / 10 for t in range(steps(k, r))]
+            client["signals"] = {
+                "abs_g": [None if (k, r) == (1, 4) else value for value in g],
+                "grad_ip": [-3 * value if grad_ip and (k, r) != (1, 4) else None for value in g],
+            }
+    return records
+
+
+def whole(make_run: MakeRun) -> Records:
+    return [json.loads(line) for line in (make_run("whole") / "metrics.jsonl").read_text().splitlines()]
+
+
+def figure_of(folder: Path) -> tuple[Figure, str]:
+    (picture,) = (picture for picture in draw_figures(load_run(folder)) if picture.name == "local_steps")
+    return picture.figure, picture.caption
+
+
+def panels(figure: Figure) -> dict[str, Axes]:
+    named = {axes.get_title(loc="left").splitlines()[0]: axes for axes in figure.axes if axes.lines}
+    return {title.split(":")[0]: axes for title, axes in named.items()}
+
+
+def line(axes: Axes, number: int) -> dict[float, float]:
+    x, y = (np.asarray(values, float).tolist() for values in axes.lines[number].get_data())
+    return dict(zip(x, y, strict=True))
+
+
+def test_each_panel_holds_its_clients_steps_most_one_sided_first(make_run: MakeRun) -> None:
+    # 2 is stopped early from round 1 on; round 0 has three steps, the others two
+    records = with_signals(whole(make_run), lambda k, r: 3 if r == 0 else 1 if k == 2 else 2)
+    figure, caption = figure_of(make_run("run", lines=records))
+
+    found = panels(figure)
+    assert list(found) == ["client 2", "client 0", "client 1"]
+    assert found["client 2"].get_title(loc="left") == "client 2: 100 % great"
+    starts = [0, 3, 5, 7, 9, 11, 13, 15, 17, 19]
+    thin = line(found["client 0"], 0)  # |GradIP| over the factor of three that it is larger by
+    assert thin == pytest.approx({start + t: r + t / 10 for r, start in enumerate(starts) for t in range(3 - (r > 0))})
+    stopped = line(found["client 2"], 0)
+    assert np.isnan(stopped.pop(13.0))  # absent in round 6: a gap
+    rounds = [r for r in range(1, 10) if r != 6]
+    assert stopped == pytest.approx({0: 20, 1: 20.1, 2: 20.2, **{starts[r]: 20 + r for r in rounds}})
+    # the steps of round 4 lost their losses; the mean goes over the two last steps
+    mean = line(found["client 1"], 1)
+    assert np.isnan(mean[9])
+    assert np.isnan(mean[10])
+    assert mean[13] == pytest.approx((15.1 + 16) / 2)
+    assert "|GradIP|, divided by 3.00" in [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "GradIP is g times a number" in caption
+
+
+def test_colours_go_from_even_to_one_sided(make_run: MakeRun) -> None:
+    figure, _ = figure_of(make_run("run", lines=with_signals(whole(make_run), lambda k, r: 2)))
+
+    colour = {name: axes.lines[0].get_color() for name, axes in panels(figure).items()}
+    hexes = {name: "#" + "".join(f"{round(255 * part):02x}" for part in rgba[:3]) for name, rgba in colour.items()}
+    assert hexes == {"client 2": ORANGE, "client 0": ORANGE, "client 1": BLUE}
+    bar = next(axes for axes in figure.axes if not axes.lines)
+    assert bar.get_xlabel() == "rows with the client's commonest label"
+
+
+def test_flagged_clients_are_framed_with_their_statistics_and_the_compared_steps_are_shaded(make_run: MakeRun) -> None:
+    records = with_signals(whole(make_run), lambda k, r: 100 if r == 0 else 1 if k == 2 else 5)
+    older = {"kind": "selection", "round": 1, "windows": None, "clients": [{"client": 0, "flagged": True, "steps": 1}]}
+    statistics = {"ratio": 6.31, "quiet": 0.85, "level": None, "cusum": 12.0}
+    newest = {
+        "kind": "selection",
+        "round": 2,
+        "windows": {"initial": [0, 20], "later": [80, 100]},
+        "clients": [
+            {"client": 0, "flagged": False, "steps": 5, "statistics": {"ratio": 1.1}},
+            {"client": 2, "flagged": True, "steps": 1, "statistics": statistics},
+        ],
+    }
+    figure, caption = figure_of(make_run("run", lines=[*records, older, newest]))
+
+    found = panels(figure)
+    title = found["client 2"].get_title(loc="left")
+    assert title == "client 2: 100 % great\nratio 6.31, quiet 0.85\ncusum 12"
+    assert [text.get_text() for text in found["client 2"].texts] == ["stopped early:\nT_k = 1"]
+    assert not found["client 0"].texts
+    for axes in found.values():
+        spans = [tuple(patch.get_extents().transformed(axes.transData.inverted()).intervalx) for patch in axes.patches]
+        assert np.allclose(spans, [(0, 20), (80, 100)])
+    assert "initial (0 to 20) and later (80 to 100)" in caption
+    assert "Flagged (framed): 2." in caption
+
+    fallback, caption = figure_of(make_run("fallback", lines=[*records, {**newest, "fallback": True}]))
+    assert [text.get_text() for text in panels(fallback)["client 2"].texts] == ["flagged:\nT_k = 1"]
+    assert "more than may be stopped early" in caption
+
+
+def test_without_a_gradient_the_thin_line_is_g_itself(make_run: MakeRun) -> None:
+    figure, caption = figure_of(make_run("run", lines=with_signals(whole(make_run), lambda k, r: 1, grad_ip=False)))
+
+    assert line(panels(figure)["client 0"], 0) == {r: pytest.approx(r) for r in range(10)}
+    assert "GradIP" not in caption + "".join(text.get_text() for text in figure.legends[0].get_texts())
+
+
+def test_many_clients_and_steps_stay_small_and_the_panel_of_all_is_kept(make_run: MakeRun) -> None:
+    records = whole(make_run)
+    one = records[0]["clients"][1]
+    records[0]["clients"] = [
+        {**one, "client": k, "label_counts": {"0": 50 + k, "1": 50 - k}} for k in range(2 * MAX_PANELS)
+    ]
+    for record in (record for record in records if record["kind"] == "round"):
+        record["clients"] = [{"client": k, "loss": 0.7, "abs_g": 1.0} for k in range(2 * MAX_PANELS)]
+    folder = make_run("run", lines=with_signals(records, lambda k, r: 100))
+    figure, caption = figure_of(folder)
+
+    found = panels(figure)
+    assert len(found) == MAX_PANELS
+    assert next(iter(found)) == f"client {2 * MAX_PANELS - 1}"
+    assert list(found)[-1] == "client 0"
+    assert all(len(drawn.get_xdata()) <= MAX_POINTS for axes in found.values() for drawn in axes.lines)
+    x = line(found["client 0"], 0)
+    assert np.mean(list(x.values())) == pytest.approx(
+        np.mean([r + t / 10 for r in range(10) for t in range(100)]), 0.01
+    )
+    assert f"{MAX_PANELS} of {2 * MAX_PANELS} clients are drawn" in caption
+    assert "abs_g" in [picture.name for picture in draw_figures(load_run(folder))]
+
+
+def test_a_class_name_stays_text_and_within_its_panel(make_run: MakeRun) -> None:
+    records = with_signals(whole(make_run), lambda k, r: 1)
+    for client in records[0]["clients"]:
+        client["label_counts"] = {"<b>a very long name of a $class$": 5, "x": 1}
+    figure, _ = figure_of(make_run("run", lines=records))
+
+    assert panels(figure)["client 0"].get_title(loc="left") == "client 0: 83 % <b>a ver…"
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"windows": {"initial": [0, "x"]}}, r"windows: initial must be \[first, end\] in whole numbers"),
+        ({"windows": [0, 20]}, "windows must be an object or null"),
+        ({"clients": [{"client": 1, "steps": 1}]}, r"clients\[0\]: flagged must be true or false"),
+    ],
+)
+def test_a_selection_that_is_none_is_refused(make_run: MakeRun, record: dict[str, Any], message: str) -> None:
+    folder = make_run("run", lines=[{"kind": "selection", "round": 1, "windows": None, "clients": [], **record}])
+
+    with pytest.raises(RunFolderError, match=message):
+        load_run(folder)
+
+
+@pytest.mark.parametrize("signals", [{"abs_g": [1.0]}, {"abs_g": [1.0], "grad_ip": ["x"]}])
+def test_signals_that_are_no_numbers_are_refused(make_run: MakeRun, signals: dict[str, Any]) -> None:
+    records = whole(make_run)
+    next(record for record in records if record["kind"] == "round")["clients"][1]["signals"] = signals
+
+    with pytest.raises(RunFolderError, match=r"clients\[1\], signals: grad_ip must be a list of numbers and nulls"):
+        load_run(make_run("run", lines=records))
