@@ -134,6 +134,12 @@ def test_a_run_killed_again_and_again_ends_with_the_hash_of_an_unbroken_one(
         for f in (broken, unbroken)
     ]
     assert dev[0] == dev[1]
+    clients = [
+        {x["round"]: x["clients"] for x in lines(f, "metrics.jsonl") if x["kind"] == "round"}
+        for f in (broken, unbroken)
+    ]
+    assert 0 < len(clients[0]) < ROUNDS  # a round whose metrics a kill prevented has none
+    assert clients[0] == {round: clients[1][round] for round in clients[0]}  # running means of all steps among them
 
 
 def test_resuming_a_finished_run_changes_nothing(run: Callable[..., Path]) -> None:
