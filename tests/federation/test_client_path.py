@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedzo.cli import main
-from fedzo.client_path import local_steps, replay_client
+from fedzo.client_path import local_steps, replay_client, vector_file
 from fedzo.errors import ConfigError, ProtocolError
 from fedzo.fl.config import Seeds
 from fedzo.fl.store import RunStore
 from fedzo.runs import read_config, rebuild
+from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.directions import SHARED, direction, stream_key
 
 Overrides = Callable[..., list[str]]
@@ -210,3 +212,20 @@ def test_a_client_that_took_no_part_is_refused_before_the_model_is_loaded(
 
     with pytest.raises(ConfigError, match="Choose another client or round"):
         replay_client(folder, client=1, round=0)
+
+
+def test_the_file_is_written_vector_by_vector(tmp_path: Path) -> None:
+    """40 steps of a megabyte each take a few megabytes of memory."""
+    size, g, out = 250_000, np.ones((40, 1), np.float32), tmp_path / "path"
+    space = VectorSpace(np.zeros(size, np.float32))
+    space.step(1.0, 0)  # compiles
+    tracemalloc.start()
+    with vector_file(out, steps=len(g), size=size, about={}) as write:
+        for _ in local_steps(space, g, lr=1e-3, run_seed=0, round=0, owner=SHARED):
+            write(space)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert peak < 5 * 4 * size
+    assert out.stat().st_size > 40 * 4 * size
+    assert np.array_equal(load_file(out)["step_0040"], space.theta)
