@@ -89,7 +89,7 @@ def replay_client(run_dir: Path, *, client: int, round: int, out: Path | None = 
     proved = len(g) > 1
     checks = []
     about = {"client": str(client), "round": str(round), "lr": repr(line["lr"])}
-    with _vectors(out, steps=len(g), size=space.size, about=about) as write:
+    with vector_file(out, steps=len(g), size=space.size, about=about) as write:
         steps = local_steps(
             space,
             g,
@@ -158,7 +158,7 @@ def _find(audit: list[dict[str, Any]], *, client: int, round: int) -> tuple[Mapp
 
 
 @contextmanager
-def _vectors(
+def vector_file(
     path: Path | None, *, steps: int, size: int, about: Mapping[str, str]
 ) -> Iterator[Callable[[Space], None]]:
     """A safetensors file that is written vector by vector, so that memory holds one; all of it appears, or nothing."""

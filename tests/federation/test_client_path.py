@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedzo.cli import main
-from fedzo.client_path import local_steps, replay_client
+from fedzo.client_path import local_steps, replay_client, vector_file
 from fedzo.errors import ConfigError, ProtocolError
 from fedzo.fl.config import directions_of
 from fedzo.fl.store import RunStore
 from fedzo.runs import read_config, rebuild
-from fedzo.zo.directions import direction, stream_key
+from fedzo.testing.vector_space import VectorSpace
+from fedzo.zo.directions import SHARED, direction, stream_key
 
 Overrides = Callable[..., list[str]]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
@@ -39,6 +41,7 @@ import hashlib, json, sys
 from pathlib import Path
 from fedzo.config.load import load
 from fedzo.fl.client import ClientWorker
+from fedzo.fl.selection.plan import Plan
 from fedzo.fl.server import Server
 from fedzo.runs import start_run
 
@@ -50,8 +53,13 @@ def local_step(self, space, request, g, *, client, step, drift, original=ClientW
     digest = hashlib.sha256(space.values().tobytes()).hexdigest()
     hashes.setdefault(f"{client}@{request.round}", []).append(digest)
 
+class Script:  # the steps of each round, for all clients or for each
+    def plan(self, audit, labels):
+        wanted = steps[len(audit) % len(steps)]
+        return Plan(dict(enumerate(wanted if isinstance(wanted, list) else [wanted] * 4)))
+
 def run_round(self, original=Server.run_round):
-    self.fl.local_steps = steps[self.round % len(steps)]
+    self.selection = Script()
     return original(self)
 
 ClientWorker._local_step, Server.run_round = local_step, run_round
@@ -94,11 +102,12 @@ def rebuild_all(folder: Path) -> Hashes:
 def train(tmp_path: Path, overrides: Overrides, data_dir: Path) -> Callable[..., tuple[Path, Hashes]]:
     """Run a federation in a process of its own; returns its folder and the clients' hashes. Its data is gone then."""
 
-    def start(*settings: str, steps: list[int]) -> tuple[Path, Hashes]:
+    def start(*settings: str, steps: list[int | list[int]]) -> tuple[Path, Hashes]:
         data, folder = tmp_path / "data", tmp_path / "run"
         shutil.copytree(data_dir, data)
+        settings = ("fl.local_steps=2", *settings, f"data.path={data}")
         child = subprocess.run(
-            [sys.executable, "-c", TRAIN, folder, json.dumps(steps), *overrides(*settings, f"data.path={data}")],
+            [sys.executable, "-c", TRAIN, folder, json.dumps(steps), *overrides(*settings)],
             env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
             capture_output=True,
             text=True,
@@ -114,7 +123,7 @@ def train(tmp_path: Path, overrides: Overrides, data_dir: Path) -> Callable[...,
 def test_a_thousand_local_steps_are_rebuilt_by_another_process(train: Any, lines: Lines) -> None:
     """Clients are absent, and their number of steps differs between rounds and between clients."""
     absent = "faults.absent=['2@4','1@1','3@10','0@29']"
-    folder, taken = train(absent, "fl.rounds=30", "optimizer.lr=0.01", steps=[12, 1, 9, 14, 5, 12])
+    folder, taken = train(absent, "fl.rounds=30", "optimizer.lr=0.01", steps=[12, 1, 9, [20, 2, 20, 20], 5, 12])
     assert sum(map(len, taken.values())) >= 1000
     assert len({digest for digests in taken.values() for digest in digests}) >= 1000
     assert not {"2@4", "3@10"} & set(taken)
@@ -135,6 +144,10 @@ def test_a_thousand_local_steps_are_rebuilt_by_another_process(train: Any, lines
         ("trainer=lora", ROOM, "optimizer.lr=0.01", "estimator.num_probes=2"),
         ("trainer=mezo", "optimizer.lr=0.001", "strategy.clip_factor=1"),
         ("trainer=mezo", "optimizer.lr=0.001", "model.dtype=bfloat16", "trainer.rounding=stochastic"),
+        ("optimizer=scaffold", "optimizer.lr=0.01"),
+        ("optimizer=feddyn", "optimizer.lr=0.001", "estimator.num_probes=2"),
+        ("fl.seeds=pool", "fl.pool_size=5", "optimizer.lr=0.01"),
+        ("strategy.aggregation=majority_sign", "optimizer.lr=0.01"),
     ],
     ids=" ".join,
 )
@@ -219,3 +232,20 @@ def test_a_client_that_took_no_part_is_refused_before_the_model_is_loaded(
 
     with pytest.raises(ConfigError, match="Choose another client or round"):
         replay_client(folder, client=1, round=0)
+
+
+def test_the_file_is_written_vector_by_vector(tmp_path: Path) -> None:
+    """40 steps of a megabyte each take a few megabytes of memory."""
+    size, g, out = 250_000, np.ones((40, 1), np.float32), tmp_path / "path"
+    space = VectorSpace(np.zeros(size, np.float32))
+    space.step(1.0, 0)  # compiles
+    tracemalloc.start()
+    with vector_file(out, steps=len(g), size=size, about={}) as write:
+        for _ in local_steps(space, g, lr=1e-3, run_seed=0, round=0, client=0, directions=SHARED):
+            write(space)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert peak < 5 * 4 * size
+    assert out.stat().st_size > 40 * 4 * size
+    assert np.array_equal(load_file(out)["step_0040"], space.theta)
