@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from fedzo.cli import main
 from fedzo.runs import replay_run, resume_run
 
 ROUNDS = 12
@@ -61,7 +60,6 @@ def server_rounds():
     except OSError:
         return []
 
-from fedzo.cli import main
 sys.exit(main(sys.argv[3:]))
 """
 POINTS = [
@@ -164,22 +162,26 @@ def test_a_changed_log_is_found_out_by_replay(run: Callable[..., Path]) -> None:
         replay_run(folder)
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_goes_on_and_leaves_finished_runs_alone(
-    overrides: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    overrides: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    def sweep(*extra: str) -> int:
+    def sweep(*extra: str) -> subprocess.CompletedProcess[str]:
         words = overrides(f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir=job${hydra:job.num}", *extra)
-        return main(["train", "-m", *(word for word in words if not word.startswith("seed=")), "seed=0,1"])
+        words = [*(word for word in words if not word.startswith("seed=")), "seed=0,1"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", "fedzo", "train", "-m", *words]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
-    assert sweep() == 0
+    assert sweep().returncode == 0
     first, second = sorted(path.parent for path in tmp_path.glob("*/public.jsonl"))
     whole = (second / "public.jsonl").read_bytes()
     (second / "public.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:1]))
     finished = (first / "metrics.jsonl").stat().st_mtime_ns
 
-    assert sweep() == 0
+    assert sweep().returncode == 0
     assert (second / "public.jsonl").read_bytes() == whole
     assert (first / "metrics.jsonl").stat().st_mtime_ns == finished
-    capsys.readouterr()
-    assert sweep("fl.batch_size=3") == 1
-    assert "holds a run of other settings" in capsys.readouterr().err
+    other = sweep("fl.batch_size=3")
+    assert other.returncode == 1
+    assert "holds a run of other settings" in other.stderr
