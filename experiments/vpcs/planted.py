@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rows
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from fedzo.bench.claims import Claims
 from fedzo.data.metrics import auc
 from fedzo.fl.selection.config import Combine, Statistic, VpcsConfig, VpcsTest
 from fedzo.fl.selection.statistics import magnitudes
@@ -53,7 +53,7 @@ def main() -> None:
         folder = run(options.data, seed)
         found.append({"seed": seed, **analyse(*read(folder))})
     (HERE / "planted.json").write_text(json.dumps({"run": found, "command": command}, indent=1) + "\n")
-    rows.write(claims(found, command=command, seeds=options.seeds), command=command)
+    claims(found, command=command, seeds=options.seeds).write(HERE / "claims.json")
     draw(found[0])
     for entry in summary(found):
         print(json.dumps(entry))
@@ -150,19 +150,16 @@ def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def claims(found: list[dict[str, Any]], *, command: str, seeds: list[int]) -> list[dict[str, Any]]:
-    made = []
+def claims(found: list[dict[str, Any]], *, command: str, seeds: list[int]) -> Claims:
+    claims = Claims(command=command, seeds=seeds)
     for entry in summary(found):
         head = f"planted single-label clients, {entry['rule']} on {entry['statistic']}, T = {entry['steps']}"
-        common: dict[str, Any] = {"command": command, "seeds": seeds}
-        target: dict[str, Any] = {}
-        if (entry["rule"], entry["statistic"], entry["steps"]) == ("combined", "abs_g", 100):
-            target = {"target": 0.9, "holds": entry["auc"] >= 0.9}
-        made.append(rows.row(f"{head}: AUC", entry["auc"], "area", **common, **target))
+        aim = (entry["rule"], entry["statistic"], entry["steps"]) == ("combined", "abs_g", 100)
+        claims.add(f"{head}: AUC", entry["auc"], "area", at_least=0.9 if aim else None)
         if entry["rule"] == "combined" and entry["steps"] == 100:
-            made.append(rows.row(f"{head}: found", 100 * entry["found"], "%", **common))
-            made.append(rows.row(f"{head}: false alarms", 100 * entry["false_alarms"], "%", **common))
-    return made
+            claims.add(f"{head}: found", 100 * entry["found"], "%")
+            claims.add(f"{head}: false alarms", 100 * entry["false_alarms"], "%")
+    return claims
 
 
 def draw(entry: dict[str, Any]) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import rows
 
+from fedzo.bench.claims import Claims
 from fedzo.data.metrics import auc
 from fedzo.fl.selection.config import Combine, CusumConfig, VpcsConfig, VpcsTest
 from fedzo.fl.selection.statistics import cusum, ratio, shortfall
@@ -46,7 +46,7 @@ def main() -> None:
     results: dict[str, Any] = {"auc": aucs(20_000), "ratio": ratios(200_000), "federations": federations(4_000)}
     results["cusum"] = cusums(4_000)
     (HERE / "simulation.json").write_text(json.dumps(results, indent=1) + "\n")
-    rows.write(claims(results), command=COMMAND)
+    claims(results).write(HERE / "claims.json")
     for kind, found in results.items():
         for entry in found:
             print(kind, json.dumps(entry))
@@ -164,8 +164,16 @@ def cusums(trials: int) -> list[dict[str, Any]]:
 # --- what is claimed
 
 
+def wilson(hits: int, trials: int) -> tuple[float, float]:
+    """The 95 % interval of a share (E. B. Wilson, JASA 22, 1927)."""
+    z, share = 1.959964, hits / trials
+    middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z * np.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials)) / (1 + z * z / trials)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 def share(hits: int, trials: int) -> dict[str, Any]:
-    low, high = rows.wilson(hits, trials)
+    low, high = wilson(hits, trials)
     return {"share": hits / trials, "interval": [round(low, 7), round(high, 7)], "trials": trials}
 
 
@@ -174,30 +182,29 @@ def within(entry: dict[str, Any]) -> str:
     return f"95 % interval {100 * low:.3g} to {100 * high:.4g} %"
 
 
-def claims(results: dict[str, Any]) -> list[dict[str, Any]]:
-    common: dict[str, Any] = {"command": COMMAND, "seeds": [SEED]}
-    made = []
+def claims(results: dict[str, Any]) -> Claims:
+    claims = Claims(command=COMMAND, seeds=[SEED])
+    add = claims.add
     for entry in results["auc"]:
         phases = f"T = {entry['steps']} ({entry['initial']} / {entry['later']}), tau = {entry['tau']}"
-        holds = abs(entry["auc"] - entry["expected"]) <= 0.03
         text = f"AUC of the ratio of means of {entry['statistic']}, {phases}; to be met within 0.03"
-        made.append(rows.row(text, entry["auc"], "area", **common, target=entry["expected"], holds=holds))
+        add(text, entry["auc"], "area", near=(entry["expected"], 0.03))
     for entry in results["ratio"]:
         phases = f"T = {entry['steps']} ({entry['initial']} / {entry['later']})"
         who = "stationary client" if entry["tau"] is None else f"client that falls with tau = {entry['tau']}"
         text = f"ratio of {entry['statistic']} > {entry['threshold']:g}, {phases}, {who} ({within(entry)})"
-        made.append(rows.row(text, 100 * entry["share"], "% flagged", **common))
+        add(text, 100 * entry["share"], "% flagged")
     for entry in (each for each in results["federations"] if each["statistic"] == "|g|"):
         who = f"{entry['kind']}, loudness spread by {entry['spread']:g}"
         text = f"VPCS on {entry['statistic']}, {entry['rule']}: {who} ({within(entry)})"
-        made.append(rows.row(text, 100 * entry["share"], "% flagged", **common))
+        add(text, 100 * entry["share"], "% flagged")
     for entry in results["cusum"]:
         for step in (100, 1000):
             part = entry[f"by_{step}"]
             text = f"CUSUM, one of {entry['clients']} clients, {entry['kind']}: by step {step} ({within(part)})"
-            target = {"target": 1.0, "holds": part["share"] <= 0.01} if entry["kind"].startswith("1 times") else {}
-            made.append(rows.row(text, 100 * part["share"], "% flagged", **common, **target))
-    return made
+            most = 1.0 if entry["kind"].startswith("1 times") else None
+            add(text, 100 * part["share"], "% flagged", at_most=most)
+    return claims
 
 
 if __name__ == "__main__":

@@ -38,16 +38,26 @@ class Claims:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def add(
-        self, claim: str, value: float, unit: str, *, at_most: float | None = None, at_least: float | None = None
+        self,
+        claim: str,
+        value: float,
+        unit: str,
+        *,
+        at_most: float | None = None,
+        at_least: float | None = None,
+        near: tuple[float, float] | None = None,
     ) -> None:
-        """Add a value, to four digits; with a bound as its target if there is one."""
+        """Add a value, to four digits; with a target if there is one: a bound, or (a value, how far off it may be)."""
+        target = at_most if at_least is None else at_least
         holds = (at_most is None or value <= at_most) and (at_least is None or value >= at_least)
+        if near is not None:
+            target, holds = near[0], abs(value - near[0]) <= near[1]
         self.rows.append(
             {
                 "claim": claim,
                 "value": float(f"{value:.4g}"),
                 "unit": unit,
-                "target": at_least if at_most is None else at_most,
+                "target": target,
                 "holds": holds,
                 "command": self.command,
                 "seeds": self.seeds,
@@ -56,8 +66,10 @@ class Claims:
         )
 
     def write(self, path: Path) -> None:
-        """Write the rows in place of those that were there."""
-        path.write_text(json.dumps(self.rows, indent=1) + "\n", encoding="utf-8")
+        """Write the rows in place of those of the same script, whatever its options; other scripts' stay."""
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        others = [row for row in known if row["command"].split()[:2] != self.command.split()[:2]]
+        path.write_text(json.dumps([*others, *self.rows], indent=1) + "\n", encoding="utf-8")
 
     def show(self) -> None:
         """Print one line a claim."""

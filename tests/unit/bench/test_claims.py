@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,10 +20,12 @@ from fedzo.bench.timing import interleaved
         ({"at_most": 1.9}, 1.9, False),
         ({"at_least": 2.0}, 2.0, True),
         ({"at_least": 2.1}, 2.1, False),
+        ({"near": (1.9, 0.11)}, 1.9, True),
+        ({"near": (1.9, 0.09)}, 1.9, False),
     ],
 )
 def test_a_claim_holds_within_its_bound(
-    bounds: dict[str, float], target: float | None, holds: bool, tmp_path: Path
+    bounds: dict[str, Any], target: float | None, holds: bool, tmp_path: Path
 ) -> None:
     claims = Claims(command="python it.py", seeds=[3], environment={"fedzo": "1"})
 
@@ -40,6 +43,20 @@ def test_a_claim_holds_within_its_bound(
         "seeds": [3],
         "environment": {"fedzo": "1"},
     }
+
+
+def test_a_script_replaces_its_own_rows_only(tmp_path: Path) -> None:
+    path = tmp_path / "claims.json"
+    for command, name in (
+        ("python a.py --seeds 0", "old"),
+        ("python b.py", "other"),
+        ("python a.py --seeds 0 1", "new"),
+    ):
+        claims = Claims(command=command, environment={})
+        claims.add(name, 1.0, "s")
+        claims.write(path)
+
+    assert [row["claim"] for row in json.loads(path.read_text())] == ["other", "new"]
 
 
 def test_a_value_that_is_not_a_number_holds_no_target() -> None:

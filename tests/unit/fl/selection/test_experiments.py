@@ -73,10 +73,10 @@ def test_a_cusum_of_stationary_clients_stays_below_its_threshold(experiment: Any
 
 
 def test_wilson_holds_the_textbook_interval(experiment: Any) -> None:
-    low, high = experiment("rows").wilson(8, 10)
+    low, high = experiment("simulate").wilson(8, 10)
 
     assert (low, high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
-    assert experiment("rows").wilson(0, 100)[0] == pytest.approx(0.0, abs=1e-12)
+    assert experiment("simulate").wilson(0, 100)[0] == pytest.approx(0.0, abs=1e-12)
 
 
 def synthetic_line(*, planted: set[int], seed: int = 3) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def test_planted_clients_are_found_in_a_log_that_was_made_up(experiment: Any, tm
     assert tests["abs_g", 10, "ratio"]["auc"] < 1.0
     assert [client["client"] for client in found["clients"] if client["planted"]] == [8, 9, 10, 11]
     assert found["clients"][8]["ratio"] > 3
-    made = module.claims([{"seed": 0, **found}], command="python x", seeds=[0])
+    made = module.claims([{"seed": 0, **found}], command="python x", seeds=[0]).rows
     (judged,) = [row for row in made if row["target"] is not None]
     assert (judged["value"], judged["target"], judged["holds"]) == (1.0, 0.9, True)
 
