@@ -126,7 +126,7 @@ RENDERERS: dict[str, Callable[[Any], Lines]] = {
     "experiments/quickstart/results.json": quickstart,
     "experiments/quickstart/results.json#ending": ending,
     "experiments/bench/claims.json": bench,
-    **{f"experiments/meerkat/tables.json#{part}": itemgetter(part) for part in ("accuracy", "tuning", "verdicts")},
+    **{f"experiments/meerkat/tables.json#{part}": itemgetter(part) for part in ("accuracy", "tuning", "verdicts", "others")},
     "experiments/vpcs/simulation.json#auc": vpcs_auc,
     "experiments/vpcs/simulation.json#ratio": vpcs_ratio,
     "experiments/vpcs/simulation.json#rules": vpcs_rules,

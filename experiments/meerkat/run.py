@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import draw
@@ -27,46 +28,90 @@ from collect import Row, best_dev_loss, collect, merge, name_of
 HERE = Path(__file__).parent
 CONF, RESULTS, RUNS = HERE / "conf", HERE / "results", Path("runs/meerkat")
 WRITING = threading.Lock()
-MASK = RUNS / "mask-c4.safetensors"
+MASK = "mask-c4.safetensors"
+OTHER_MASKS = {
+    # file: corpus, density
+    "mask-c4-1e-4.safetensors": ("c4/train.jsonl", 1e-4),
+    "mask-c4-1e-2.safetensors": ("c4/train.jsonl", 1e-2),
+    "mask-wikitext2.safetensors": ("wikitext2/test.jsonl", 1e-3),
+    "mask-sst2.safetensors": ("sst2/train.jsonl", 1e-3),
+}
 TASKS = ("sst2", "ag_news")
 METHODS = ("meerkat", "full", "lora", "magnitude", "random")
 LADDER = 2.0  # between neighbouring learning rates
 FIRST = {"meerkat": 1e-4, "full": 1e-6, "lora": 4e-3, "magnitude": 1e-3, "random": 2e-3}
 SEEDS = "seed=0,1,2"
-PIECES: dict[str, tuple[str, list[str]]] = {
-    # methods, and what varies: words of `fedzo train -m`
-    "core": ("all", ["+budget=T1,T10", SEEDS]),
+Varied = list[tuple[str, list[str]]]
+PIECES: dict[str, Varied] = {
+    # of each: the methods, and what varies, as words of `fedzo train -m`
+    "core": [("all", ["+budget=T1,T10", SEEDS])],
+    "selection": [
+        ("meerkat", ["+budget=T10", SEEDS, "selection=oracle"]),
+        ("meerkat", ["+budget=T10", SEEDS, "selection=random", "selection.num_flagged=2"]),
+        ("meerkat", ["+budget=T10", SEEDS, "selection=vpcs", "fl.rounds=21"]),  # round 0 calibrates
+    ],
+    "masks": [("meerkat", ["+budget=T1", SEEDS, "trainer.mask_path=" + ",".join(f"{RUNS}/{n}" for n in OTHER_MASKS)])],
+    "servers": [
+        ("meerkat", ["+budget=T10", SEEDS, "optimizer=momentum,scaffold,feddyn"]),
+        ("meerkat", ["+budget=T10", SEEDS, "strategy.aggregation=median,trimmed_mean", "strategy.trim_share=0.2"]),
+    ],
+    "protocols": [
+        ("full", ["+budget=T1", SEEDS, "fl.seeds=pool", "runtime=inline"]),
+        ("full", ["+budget=T1", SEEDS, "estimator=one_sided", "estimator.num_probes=1", "estimator.baseline=center"]),
+        ("full", ["+budget=T1", SEEDS, "strategy.aggregation=majority_sign", "trainer.lr=1e-5,2e-5,4e-5"]),
+    ],
+    "long": [("all", ["+budget=T50", SEEDS])],
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pieces", nargs="*", help="tune, core or tables; all of them by default")
+    known_pieces = ["tune", *PIECES, "tables"]
+    parser.add_argument(
+        "pieces", nargs="*", metavar="PIECE", help=f"{', '.join(known_pieces)}; tune core tables by default"
+    )
     parser.add_argument("--data", type=Path, help="folder of the data sets")
     parser.add_argument("--task", choices=TASKS, action="append", help="only this task")
     parser.add_argument("--method", choices=METHODS, action="append", help="only this method")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each (2)")
     flags = parser.parse_args()
     cells = [f"{task}-{method}" for task in flags.task or TASKS for method in flags.method or METHODS]
-    pieces = flags.pieces or ["tune", *PIECES, "tables"]
+    pieces = flags.pieces or ["tune", "core", "tables"]
+    if strange := {*pieces} - {*known_pieces}:
+        parser.error(f"PIECE must be of {', '.join(known_pieces)}, got {', '.join(sorted(strange))}")
     if {*pieces} - {"tables"}:
         if flags.data is None:
             parser.error("--data must name the folder of the data sets")
         os.environ["FEDZO_STUDY_DATA"] = str(flags.data.resolve())
-        choose_mask(flags.data)
+        choose_mask(flags.data, MASK, "c4/train.jsonl", 1e-3)
+        if "masks" in pieces:
+            for name, (corpus, density) in OTHER_MASKS.items():
+                choose_mask(flags.data, name, corpus, density)
     with ThreadPoolExecutor(flags.jobs) as pool:
         if "tune" in pieces:
             list(pool.map(tune, cells))
         for piece in [piece for piece in PIECES if piece in pieces]:
-            methods, varied = PIECES[piece]
-            chosen = [cell for cell in cells if methods == "all" or cell.partition("-")[2] in methods.split(",")]
-            list(
-                pool.map(
-                    lambda words, piece=piece: run(piece, words), [w for cell in chosen for w in jobs(cell, varied)]
-                )
-            )
+            wanted = [words for cell in cells for words in jobs_of(piece, cell)]
+            list(pool.map(partial(run, piece), wanted))
     if "tables" in pieces:
         draw.main()
+
+
+def choose_mask(data: Path, name: str, corpus: str, density: float) -> None:
+    """A mask that several runs share: 100 windows of 256 tokens, of 8 where the corpus is a task's short rows."""
+    if (RUNS / name).exists():
+        return
+    RUNS.mkdir(parents=True, exist_ok=True)
+    tokens = 8 if corpus.startswith(TASKS) else 256
+    calibration = ["trainer.calibration=file", f"trainer.calibration_path={data / corpus}"]
+    length = ["trainer.calibration_docs=100", f"trainer.calibration_tokens={tokens}"]
+    fedzo("mask", "trainer=meerkat", f"trainer.density={density}", *calibration, *length, "--out", str(RUNS / name))
+
+
+def jobs_of(piece: str, cell: str) -> list[list[str]]:
+    """The runs of a piece for a cell."""
+    method = cell.partition("-")[2]
+    return [job for methods, varied in PIECES[piece] if methods in ("all", method) for job in jobs(cell, varied)]
 
 
 def jobs(cell: str, varied: list[str]) -> list[list[str]]:
@@ -75,16 +120,6 @@ def jobs(cell: str, varied: list[str]) -> list[list[str]]:
         [f"{key}={value}" for value in values.split(",")] for key, _, values in (w.partition("=") for w in varied)
     ]
     return [[f"+cell={cell}", *words] for words in itertools.product(*choices)]
-
-
-def choose_mask(data: Path) -> None:
-    """The mask that all runs of Meerkat share: 100 windows of 256 tokens of C4."""
-    if MASK.exists():
-        return
-    MASK.parent.mkdir(parents=True, exist_ok=True)
-    calibration = ["trainer.calibration=file", f"trainer.calibration_path={data / 'c4' / 'train.jsonl'}"]
-    length = ["trainer.calibration_docs=100", "trainer.calibration_tokens=256"]
-    fedzo("mask", "trainer=meerkat", *calibration, *length, "--out", str(MASK))
 
 
 def tune(cell: str) -> None:
