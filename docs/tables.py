@@ -61,14 +61,16 @@ def bench(rows: Any) -> Lines:
         who, what = rest.split(" / bare forwards, ")
         cases.setdefault(case, {})[who, what] = row
     lines = [
-        "| case | fedzo: time | target | memory | target | MeZO walk: time | memory | first order: time | memory |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| case | fedzo: time | target | memory | target | base model's forwards: time | MeZO walk: time | memory | first order: time | memory |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case, cells in cases.items():
         shown = []
-        for who, what in ((w, k) for w in ("fedzo step", "MeZO walk", "first-order step") for k in ("time", "peak memory")):
+        columns = [(w, k) for w in ("fedzo step", "MeZO walk", "first-order step") for k in ("time", "peak memory")]
+        columns.insert(2, ("base model's forwards", "time"))
+        for who, what in columns:
             row = cells.get((who, what))
-            shown.append(f"{row['value']:.3f}" if row else "n/a")
+            shown.append(f"{row['value']:.3f}" if row else "" if who.startswith("base") else "n/a")
             if who == "fedzo step":
                 reached = "" if row is None or row["target"] is None else f"{row['target']:g}{'' if row['holds'] else ', **missed**'}"
                 shown.append(reached)
