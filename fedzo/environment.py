@@ -20,10 +20,15 @@ def environment() -> dict[str, Any]:
         "fedzo": fedzo.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
+        "cpu_count": usable_cpus(),
         "packages": {name: package_version(name) for name in PACKAGES},
         "git_commit": _git_commit(),
     }
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may run on: fewer than the machine's where a scheduler or a container gave it some."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def package_version(name: str) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -18,6 +17,7 @@ from fedzo.data.example import Example
 from fedzo.data.partition import holdout, partition
 from fedzo.data.sources import Row, Splits, load_splits
 from fedzo.data.tasks import render
+from fedzo.environment import usable_cpus
 from fedzo.estimate import fitting_tokens_per_batch, is_full
 from fedzo.fl.client import ClientData, ClientWorker, Identity, parse_absent
 from fedzo.fl.config import Aggregation
@@ -201,7 +201,7 @@ def open_site(config: RunConfig) -> Site:
 
 def set_threads(threads: int) -> None:
     """CPU threads of torch and Numba; 0 means all cores."""
-    threads = threads or os.cpu_count() or 1
+    threads = threads or usable_cpus()
     torch.set_num_threads(threads)
     numba.set_num_threads(min(threads, int(getattr(numba.config, "NUMBA_NUM_THREADS", threads))))
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from fedzo.environment import usable_cpus
 
 Entry = tuple[str, str, tuple[int, ...], str]
 """Name, dtype as safetensors writes it, shape, SHA-256 of the little-endian bytes."""
@@ -75,7 +76,7 @@ def _stored(path: Path) -> list[Entry]:
                 digest = hashlib.sha256(part).hexdigest()
             return name, info["dtype"], tuple(info["shape"]), digest
 
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(min(4, usable_cpus())) as pool:
             return list(pool.map(entry, header.items()))
 
 
