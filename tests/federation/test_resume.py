@@ -60,6 +60,7 @@ def server_rounds():
     except OSError:
         return []
 
+from fedzo.cli import main
 sys.exit(main(sys.argv[3:]))
 """
 POINTS = [
