@@ -45,6 +45,7 @@ class RunStore:
             done = len(self.records)
             self._audit.keep(lambda line: line["round"] < done)
             self._metrics.keep(lambda line: _belongs(line, done))
+            self._metrics.lines = [_light(line) for line in self._metrics.lines]
             self._files = opened.pop_all()
 
     def __enter__(self) -> RunStore:
@@ -60,7 +61,7 @@ class RunStore:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """Metric records so far."""
+        """Metric records so far; what a round says of each client is in the file alone, since it fills the memory."""
         return self._metrics.lines
 
     def commit(self, record: RoundRecord, *, proof: dict[str, Any], audit: dict[str, Any]) -> None:
@@ -76,6 +77,7 @@ class RunStore:
         """Append a metric record (a sink)."""
         with _Explained(self.folder):
             self._metrics.append(record, durable=False)
+            self._metrics.lines[-1] = _light(record)
 
     def close(self) -> None:
         """Close the files; the lock goes with them."""
@@ -175,6 +177,10 @@ def _belongs(line: dict[str, Any], done: int) -> bool:
     if kind in ("score", "federated_score"):
         return bool(line["round"] <= done)
     return kind != "summary" or bool(line["rounds"] == done)
+
+
+def _light(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key != "clients"} if record["kind"] == "round" else record
 
 
 def _without_nan(value: Any) -> Any:

@@ -147,3 +147,19 @@ def test_the_best_round_is_that_of_the_best_dev_score(
 
     assert best_round(store, by=by) == best
     store.close()
+
+
+def test_what_a_round_says_of_each_client_is_kept_in_the_file_and_not_in_memory(tmp_path: Path) -> None:
+    written = {"kind": "round", "round": 0, "loss": 1.0, "clients": [{"client": 0, "loss": 1.0}]}
+    others = {"kind": "selection", "round": 0, "clients": [{"client": 0, "flagged": False}]}
+    light = {"kind": "round", "round": 0, "loss": 1.0}
+    with RunStore(tmp_path) as store:
+        commit(store, 0)
+        for record in (written, others):
+            store.write(record)
+        assert store.metrics == [light, others]
+
+    with RunStore(tmp_path) as again:
+        assert again.metrics == [light, others]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [written, others]
