@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from fedzo.config.plugins import plugin_name
+from fedzo.config.schema import RunConfig
 from fedzo.data.example import Example
 from fedzo.errors import ProtocolError
 from fedzo.estimate import Estimate, estimate_run
+from fedzo.fl.config import StrategyConfig
 from fedzo.fl.roster import Roster
 from fedzo.fl.selection import check_selection, most_steps
 from fedzo.fl.server import Server, Sink
 from fedzo.fl.store import RunStore, best_round
 from fedzo.models.evaluate import Score, evaluate, merge_scores
 from fedzo.report.sinks import ProgressSink, TensorBoardSink
+from fedzo.runtime.config import InlineConfig
 from fedzo.site import Site, process_site
 from fedzo.trainers import Workplace
 
@@ -122,7 +126,7 @@ class Federation:
             gradient=prepared.gradient,
             run_seed=config.seed,
             fl=config.fl,
-            strategy=config.strategy,
+            strategy=_strategy(config),
             optimizer=config.optimizer,
             num_probes=config.estimator.num_probes,
             selection=site.selection,
@@ -261,6 +265,12 @@ class Federation:
                 **totals,
             }
         )
+
+
+def _strategy(config: RunConfig) -> StrategyConfig:
+    """Where one process plays all clients one after another, how long that takes is not theirs: no deadline."""
+    inline = isinstance(config.runtime, InlineConfig)
+    return replace(config.strategy, deadline_s=math.inf) if inline else config.strategy
 
 
 def _times(every: int, rounds: int) -> int:

@@ -86,7 +86,7 @@ class StrategyConfig:
     min_replies: int = 1
     """Fewest good replies for a round to count; fewer end the run with an error."""
     deadline_s: float = 600.0
-    """A round closes with the replies that came by then."""
+    """A round closes with the replies that came by then; never with ``runtime=inline``, where clients take turns."""
     startup_s: float = 300.0
     """How long the server waits for ``fl.num_clients`` clients to register."""
     max_abs_g: float = 1e6

@@ -25,8 +25,8 @@ class InlineGrid(Grid):
     """Flower's grid without a network.
 
     Node ids are fixed and messages are answered in the order they were pushed, so two runs are alike. A message is
-    worked on when its reply is pulled, one a call: between two clients the server can show progress, keep its deadline
-    and be interrupted.
+    worked on when its reply is pulled, one a call: between two clients the server can show progress and be
+    interrupted.
 
     Args:
         client_app: Answers for every client.

@@ -377,3 +377,9 @@ def test_a_score_that_cannot_be_used_is_left_out_and_ends_nothing(
     (score,) = [line for line in lines(folder, "metrics.jsonl") if line["kind"] == "federated_score"]
     assert [entry["client"] for entry in score["clients"]] == [1, 2, 3]
     assert "client 0 was not scored" in caplog.text
+
+
+def test_a_slow_machine_loses_no_client_where_one_process_plays_them_all(run: Run, lines: Lines) -> None:
+    folder = run("strategy.deadline_s=0.001", "fl.rounds=2")
+
+    assert [line["attendance"] for line in lines(folder, "public.jsonl")] == [[0, 1, 2, 3]] * 2
