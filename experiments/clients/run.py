@@ -26,12 +26,13 @@ from fedzo.bench.claims import Claims
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
 ROUNDS = 3
+RUNTIMES = ("inline_batched", "inline", "ray")
 POINTS = [
-    *[("inline_batched", clients, 1) for clients in (10, 100, 1000)],
-    *[("inline", clients, 1) for clients in (10, 100, 1000)],
-    *[("ray", clients, 1) for clients in (10, 100, 1000)],
-    *[("inline_batched", clients, 10) for clients in (10, 100)],
-    *[("inline", clients, 10) for clients in (10, 100)],
+    # the quick ones first
+    *[(runtime, clients, 1) for clients in (10, 100) for runtime in RUNTIMES],
+    *[(runtime, 10, 10) for runtime in RUNTIMES],
+    *[(runtime, 1000, 1) for runtime in RUNTIMES],
+    *[(runtime, 100, 10) for runtime in RUNTIMES],
 ]
 COLOURS = {"inline_batched": "#0072B2", "inline": "#D55E00", "ray": "#009E73"}
 
@@ -106,7 +107,7 @@ def one(runtime: str, clients: int, steps: int, folder: str) -> None:
     client.example_losses = timed
     settings = [f"runtime={runtime}", f"fl.num_clients={clients}", f"fl.local_steps={steps}", f"fl.rounds={ROUNDS}"]
     settings += ["fl.batch_size=1", "partition=iid", "partition.holdout=0", "trainer.selector=random", "report=none"]
-    settings += ["evaluation.central=false", "evaluation.federated_every_rounds=-1"]
+    settings += ["evaluation.central=false", "evaluation.federated_every_rounds=-1", "strategy.deadline_s=86400"]
     run = Path(folder) / "run"
     start_run(load(settings), run, overrides=settings)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
