@@ -175,6 +175,7 @@ class Federation:
             forwards_per_step=site.estimator.forwards_per_step(config.estimator.num_probes),
             local_steps=most_steps(config.selection, config.fl),
             tokens_per_batch=site.worker.tokens_per_batch,
+            num_moments=len(self._server.replica.moments),
         )
 
     # --- scores
