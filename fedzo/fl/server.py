@@ -202,7 +202,15 @@ class Server:
         labels = {client: self.roster.label_counts(client) for client in sorted(self.roster.hellos)}
         plan = self.selection.plan(self.store.audit, labels)
         last = self.round + 1 == self.fl.rounds
-        if record := news(plan, self._told, round=self.round, last=last, seconds=self.elapsed()):
+        record = news(
+            plan,
+            self._told,
+            round=self.round,
+            last=last,
+            seconds=self.elapsed(),
+            local_steps=self.fl.local_steps,
+        )
+        if record:
             self._told = record
             self.sink.write(record)
         return plan
