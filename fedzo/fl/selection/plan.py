@@ -153,14 +153,14 @@ def news(
 
 def describe(plan: Plan, *, local_steps: int) -> str:
     """The decision in words; ``local_steps`` is T of a client that is not stopped early."""
-    flagged = ", ".join(f"client {client}" for client in plan.flagged)
-    if not flagged:
+    if not plan.flagged:
         return "no client is flagged"
+    flagged = "flagged: " + ", ".join(map(str, plan.flagged))
     if plan.fallback:
         most = max(plan.steps.values())
-        return f"{flagged} flagged, more than selection.max_share allows: all clients take {most} of {local_steps} steps"
+        return f"{flagged}; more than selection.max_share allows, so all clients take {most} of {local_steps} steps"
     if all(plan.steps[client] == local_steps for client in plan.flagged):
-        return f"{flagged} flagged, with as many steps as the others"
+        return f"{flagged}; they take as many steps as the others"
     return "stopped early: " + ", ".join(f"client {client} after step {plan.steps[client]}" for client in plan.flagged)
 
 

@@ -309,11 +309,11 @@ def test_a_calibration_that_finds_nobody_says_so(caplog: pytest.LogCaptureFixtur
     ("steps", "fallback", "words"),
     [
         ({0: 8, 1: 1, 2: 4}, False, "stopped early: client 1 after step 1, client 2 after step 4"),
-        ({0: 8, 1: 8, 2: 8}, False, "client 1, client 2 flagged, with as many steps as the others"),
+        ({0: 8, 1: 8, 2: 8}, False, "flagged: 1, 2; they take as many steps as the others"),
         (
             {0: 4, 1: 4, 2: 4},
             True,
-            "client 1, client 2 flagged, more than selection.max_share allows: all clients take 4 of 8 steps",
+            "flagged: 1, 2; more than selection.max_share allows, so all clients take 4 of 8 steps",
         ),
     ],
 )
