@@ -154,9 +154,7 @@ class Site:
                 log.warning(warning)
         else:
             self.worker.forward_cost_tokens = forward_cost(self.loaded.device)
-        return Replica(
-            built.space, rule=rule, reset=built.reset, run_seed=self.config.seed, num_clients=num_clients
-        )
+        return Replica(built.space, rule=rule, reset=built.reset, run_seed=self.config.seed, num_clients=num_clients)
 
     def _build(self, loaded: LoadedModel, artifact: bytes) -> Built:
         return self.trainer.build(loaded, artifact, distribution=self.config.estimator.distribution)
