@@ -14,7 +14,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from fedzo.report.format import bytes_text
+from fedzo.report.ending import ending as last_words
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "experiments").glob("*/*.md")))
@@ -34,14 +34,7 @@ def quickstart(results: Any) -> Lines:
 
 def ending(results: Any) -> Lines:
     """What the run of seed 0 prints last."""
-    run = results["run"][0]
-    before, after = run["before"], run["after"]
-    lines = [f"test, before -> after (best dev round {run['best_round']} of {run['rounds']}):"]
-    for name, key in (("accuracy", "value"), ("accuracy at the best threshold", "best_threshold_accuracy"), ("AUC", "auc")):
-        lines.append(f"  {name:<32} {before[key]:.3f} -> {after[key]:.3f}")
-    scalars = bytes_text(run["payload_up_bytes"] + run["payload_down_bytes"])
-    messages = bytes_text(run["message_up_bytes"] + run["message_down_bytes"])
-    return ["```", *lines, f"  {'scalars, all clients, both ways':<32} {scalars} ({messages} as messages, with set-up)", "```"]
+    return ["```", *last_words(results["run"][0]), "```"]
 
 
 def claims(rows: Any) -> Lines:

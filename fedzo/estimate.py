@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from fedzo.data.example import Example
+from fedzo.errors import ConfigError
 from fedzo.models.load import LoadedModel
-from fedzo.models.memory import SpaceKind, available_memory_bytes, estimate_step_memory_bytes, fit_tokens_per_batch
+from fedzo.models.memory import (
+    SpaceKind,
+    available_memory_bytes,
+    estimate_step_memory_bytes,
+    fit_tokens_per_batch,
+    rule_bytes,
+)
 from fedzo.models.memory import seconds_per_token as time_a_token
 from fedzo.zo.space import Space
 
@@ -24,13 +33,27 @@ class Estimate:
     seconds: float
 
 
-def fitting_tokens_per_batch(loaded: LoadedModel, space: Space, *, wanted: int, longest: int, local_steps: int) -> int:
-    """``wanted``, or fewer tokens a forward where a step would not fit into the memory that is left."""
+def fitting_tokens_per_batch(
+    loaded: LoadedModel, space: Space, *, wanted: int, longest: int, local_steps: int, num_moments: int
+) -> int:
+    """``wanted``, or fewer tokens a forward where a step would not fit into the memory that is left.
+
+    Raises:
+        ConfigError: What the update rule remembers does not fit, or not even one sequence beside it.
+    """
+    kept, host = rule_bytes(space.size, num_moments), available_memory_bytes(torch.device("cpu"))
+    if kept > host:
+        raise ConfigError(
+            f"optimizer: it must fit in memory, but remembers {num_moments} float32 numbers for each of the "
+            f"{space.size:,} trained ones ({kept / 2**20:.0f} MiB), available are {host / 2**20:.0f} MiB. Use "
+            "optimizer=sgd, train fewer values or, with scaffold and feddyn, have fewer clients."
+        )
+    available = available_memory_bytes(loaded.device) if loaded.device.type == "cuda" else host - kept
     return fit_tokens_per_batch(
         loaded.model,
         wanted=wanted,
         longest=longest,
-        available_bytes=available_memory_bytes(loaded.device),
+        available_bytes=available,
         space=_kind(loaded, space),
         local_steps=local_steps,
         space_size=space.size,
@@ -48,6 +71,7 @@ def estimate_run(
     forwards_per_step: int,
     local_steps: int,
     tokens_per_batch: int,
+    num_moments: int,
 ) -> Estimate:
     """Estimate from one timed forward.
 
@@ -61,6 +85,7 @@ def estimate_run(
         forwards_per_step: Forwards that the estimator takes for one step.
         local_steps: T.
         tokens_per_batch: Most tokens in one forward.
+        num_moments: Numbers that the update rule remembers for each trained one.
     """
     rows = steps * forwards_per_step * rows_per_step
     tokens = rows * _mean_tokens(train) + sum(times * len(part) * _mean_tokens(part) for times, part in scored)
@@ -71,6 +96,7 @@ def estimate_run(
         space=_kind(loaded, space),
         local_steps=local_steps,
         space_size=space.size,
+        num_moments=num_moments,
     )
     return Estimate(memory_bytes=memory, seconds=tokens * time_a_token(loaded))
 

@@ -179,6 +179,7 @@ class Federation:
             forwards_per_step=site.estimator.forwards_per_step(config.estimator.num_probes),
             local_steps=most_steps(config.selection, config.fl),
             tokens_per_batch=site.worker.tokens_per_batch,
+            num_moments=len(self._server.replica.moments),
         )
 
     # --- scores
@@ -260,11 +261,29 @@ class Federation:
                 "best_round": best,
                 "before": self._find("test", 0),
                 "after": self._find("test", best),
+                "worst_client": self._worst_client(),
+                "selection": self._selection(),
                 "final_digest": self._store.rounds[-1]["digest"],
                 "dropped_probes": sum(line["dropped_probes"] for line in rounds),
                 **totals,
             }
         )
+
+    def _worst_client(self) -> Record | None:
+        """The client with the lowest score on its own held-out rows, when they were scored last."""
+        scored = [line for line in self._store.metrics if line["kind"] == "federated_score"]
+        if not scored:
+            return None
+        worst = min(scored[-1]["clients"], key=lambda entry: entry["value"])
+        return {name: worst[name] for name in ("client", "metric", "value")} | {"round": scored[-1]["round"]}
+
+    def _selection(self) -> Record | None:
+        """Whom the last decision flagged; None without a selection."""
+        told = [line for line in self._store.metrics if line["kind"] == "selection"]
+        if not told:
+            return None
+        flagged = [{"client": row["client"], "steps": row["steps"]} for row in told[-1]["clients"] if row["flagged"]]
+        return {"flagged": flagged, "fallback": told[-1]["fallback"]}
 
 
 def _strategy(config: RunConfig) -> StrategyConfig:

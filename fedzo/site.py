@@ -140,26 +140,21 @@ class Site:
         if self.undecided:
             built, self.undecided = self._choose_dtype(built, artifact), False
         self.built = built
+        rule, num_clients = UPDATE_RULES.build(self.config.optimizer), self.config.fl.num_clients
         self.worker.tokens_per_batch = fitting_tokens_per_batch(
             self.loaded,
             built.space,
             wanted=self.config.model.tokens_per_batch,
             longest=longest_sequence(self.loaded.model, self.config.model.max_length),
             local_steps=most_steps(self.config.selection, self.config.fl),
+            num_moments=rule.num_moments(num_clients),
         )
         if is_full(self.loaded, built.space):  # it pays a pass over all weights for every forward
             if warning := coarseness_warning(self.loaded.model, self.config.estimator.eps):
                 log.warning(warning)
         else:
             self.worker.forward_cost_tokens = forward_cost(self.loaded.device)
-        rule = UPDATE_RULES.build(self.config.optimizer)
-        return Replica(
-            built.space,
-            rule=rule,
-            reset=built.reset,
-            run_seed=self.config.seed,
-            num_clients=self.config.fl.num_clients,
-        )
+        return Replica(built.space, rule=rule, reset=built.reset, run_seed=self.config.seed, num_clients=num_clients)
 
     def _build(self, loaded: LoadedModel, artifact: bytes) -> Built:
         return self.trainer.build(loaded, artifact, distribution=self.config.estimator.distribution)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import NamedTuple
 
 
@@ -14,5 +15,5 @@ class Problem(NamedTuple):
 
 def problem(key: str, rule: str, value: object, remedy: str) -> Problem:
     """The report that ``key`` must ``rule``, that it is ``value``, and what to do."""
-    shown = str(value) if isinstance(value, int | float) else repr(value)
+    shown = repr(str(value)) if isinstance(value, StrEnum) else repr(value)
     return Problem(key, f"{key} must {rule}, got {shown}. {remedy}")

@@ -58,6 +58,7 @@ def round_metrics(
     record: RoundRecord,
     results: Mapping[int, ClientResult],
     *,
+    calibration: bool,
     signals: Mapping[int, Mapping[str, Any]],
     refused: Mapping[int, str],
     traffic: Traffic,
@@ -71,10 +72,11 @@ def round_metrics(
     Args:
         record: What was committed.
         results: The usable replies.
+        calibration: Whether the round only measured; its losses are of paths that were given up.
         signals: Of each client's local steps (``fedzo.fl.signals``).
         refused: Why the other sampled clients are not among them.
         traffic: Bytes of the round's messages as Flower counts them.
-        down_bytes: Payload that brings one client to the round's end: scalars, or values.
+        down_bytes: Payload that brings the clients that answered to the round's end: scalars, or values.
         bound: The announced clip of |g|; 0 = none.
         seconds: Since the run started.
         round_seconds: What the round took.
@@ -86,10 +88,11 @@ def round_metrics(
         "kind": "round",
         "seconds": seconds,
         "round": record.round,
+        "calibration": calibration,
         "loss": finite_mean(np.array(list(losses.values()))),
         "mean_abs_g": float(np.mean(list(abs_g.values()))),
         "payload_up_bytes": sum(result.payload_bytes for result in results.values()),
-        "payload_down_bytes": down_bytes * len(results),
+        "payload_down_bytes": down_bytes,
         "message_up_bytes": traffic.up_bytes,
         "message_down_bytes": traffic.down_bytes,
         "round_seconds": round_seconds,

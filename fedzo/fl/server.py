@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -89,6 +89,7 @@ class Server:
     _equipped: set[int] = field(default_factory=set)
     _digests: dict[int, str] = field(default_factory=dict)
     _used: dict[int, int] = field(default_factory=dict)
+    _followed: dict[int, int] = field(default_factory=dict)
     _told: Mapping[str, Any] | None = None
     _signals: Signals = field(init=False)
 
@@ -171,16 +172,17 @@ class Server:
         )
         if plan.calibration:
             record = unmoved(record)
+        down_bytes = self._down_bytes(record, results)
         self._commit(record, results, refused, lr=lr)
-        by_values = self.fl.transport is Transport.values
         self.sink.write(
             round_metrics(
                 record,
                 results,
+                calibration=plan.calibration,
                 signals=self._signals.of_round(record, results, self.store.audit[-1]),
                 refused=refused,
                 traffic=traffic,
-                down_bytes=self.replica.snapshot_bytes if by_values else record.coefficients.nbytes,
+                down_bytes=down_bytes,
                 bound=bound,
                 seconds=self.elapsed(),
                 round_seconds=time.monotonic() - started,
@@ -202,7 +204,15 @@ class Server:
         labels = {client: self.roster.label_counts(client) for client in sorted(self.roster.hellos)}
         plan = self.selection.plan(self.store.audit, labels)
         last = self.round + 1 == self.fl.rounds
-        if record := news(plan, self._told, round=self.round, last=last, seconds=self.elapsed()):
+        record = news(
+            plan,
+            self._told,
+            round=self.round,
+            last=last,
+            seconds=self.elapsed(),
+            local_steps=self.fl.local_steps,
+        )
+        if record:
             self._told = record
             self.sink.write(record)
         return plan
@@ -315,9 +325,17 @@ class Server:
         self.store.commit(record, proof=proof, audit=audit)
         self._count_steps(audit)
 
+    def _down_bytes(self, record: RoundRecord, clients: Collection[int]) -> int:
+        """Payload that brings clients from the end of their last round to that of a new one: scalars, or values."""
+        if self.fl.transport is Transport.values:
+            return self.replica.snapshot_bytes * len(clients)
+        missed = (part for client in clients for part in self.store.records[self._followed.get(client, 0) :])
+        return record.coefficients.nbytes * len(clients) + sum(part.coefficients.nbytes for part in missed)
+
     def _count_steps(self, audit: Mapping[str, Any]) -> None:
         for entry in audit["clients"]:
             self._used[entry["client"]] = entry["used"] + entry["steps"]
+            self._followed[entry["client"]] = audit["round"] + 1
 
 
 def check_line(replica: Replica, line: Mapping[str, Any]) -> None:

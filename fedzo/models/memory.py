@@ -9,6 +9,8 @@ The memory of a forward-only step, in bytes (w = bytes of a weight):
     cache        keys and values of shared prompts: counted in ``tokens_per_batch`` when forwards are planned
     masked       space_size * 20           master, index, direction and two scratch values of each trained number
     full         3 * the largest weight in float32 (perturbed copy, scratch); a copy of the weights if local_steps > 1
+    rule         space_size * 4 * (num_moments + 10) in the machine's memory, if the update rule remembers anything: its
+                 numbers, and what a round's update holds beside them for a while (3 vectors of n, 10 with a drift)
 
 It is meant to be an upper estimate; sequences are taken to be 512 tokens at most.
 """
@@ -30,6 +32,7 @@ SpaceKind = Literal["masked", "full"]
 
 _LOGITS_BYTES = 256 << 20
 _MASKED_BYTES = 20
+_RULE_VECTORS = 10
 _SEQUENCE_TOKENS = 512
 _SHARE = 0.9  # of what is available: allocators keep some
 
@@ -37,6 +40,11 @@ _SHARE = 0.9  # of what is available: allocators keep some
 def weights_bytes(model: nn.Module) -> int:
     """Bytes of all parameters, tied ones once; works on the meta device, too."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def rule_bytes(space_size: int, num_moments: int) -> int:
+    """Bytes that an update rule takes, in the machine's memory whatever the model's device."""
+    return 4 * space_size * (num_moments + _RULE_VECTORS) if num_moments else 0
 
 
 def estimate_step_memory_bytes(
@@ -47,6 +55,7 @@ def estimate_step_memory_bytes(
     local_steps: int = 1,
     space_size: int = 0,
     head_rows: int = 0,
+    num_moments: int = 0,
 ) -> int:
     """Peak bytes of a step, weights included, by the formula above.
 
@@ -57,6 +66,7 @@ def estimate_step_memory_bytes(
         local_steps: Steps between two synchronisations.
         space_size: Trained numbers (masked).
         head_rows: Positions that pay for the whole LM head; 0 where candidates are single tokens.
+        num_moments: Numbers that the update rule remembers for each trained one.
 
     Returns:
         Bytes.
@@ -73,7 +83,7 @@ def estimate_step_memory_bytes(
         trained = _MASKED_BYTES * space_size
     else:
         trained = 3 * 4 * largest + (weights_bytes(model) if local_steps > 1 else 0)
-    return weights_bytes(model) + activations + head + trained
+    return weights_bytes(model) + activations + head + trained + rule_bytes(space_size, num_moments)
 
 
 def available_memory_bytes(device: torch.device) -> int:

@@ -56,12 +56,12 @@ def _rounds_axis(axes: Axes, num_rounds: int) -> None:
 
 
 def _loss(run: RunData) -> Picture | None:
-    losses = [record.loss for record in run.rounds]
+    losses = [record.loss for record in run.trained]
     measured = [loss for loss in losses if loss is not None]
     if not measured:
         return None
     window = max(1, min(25, len(losses) // 8))
-    rounds, means = [record.round + 1 for record in run.rounds], running_mean(losses, window=window)
+    rounds, means = [record.round + 1 for record in run.trained], running_mean(losses, window=window)
     figure, axes = new_axes()
     axes.plot(rounds, gaps(losses), color=BLUE, alpha=0.3, linewidth=1, label="each round")
     axes.plot(rounds, gaps(means), color=BLUE, label=f"mean of the last {window}")
@@ -73,6 +73,8 @@ def _loss(run: RunData) -> Picture | None:
         f"Mean loss of the clients' batches before each step: {number_text(head)} over the first {window} rounds, "
         f"{number_text(tail)} over the last {window}. Single rounds are noisy; follow the thick line."
     )
+    if len(run.trained) < len(run.rounds):
+        caption += " The calibration is left out: it did not move the model."
     return Picture("loss", "Training loss", caption, figure)
 
 

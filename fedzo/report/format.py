@@ -66,8 +66,3 @@ def change_text(metric: str, before: float | None, after: float | None) -> str:
     if before is None or after is None:
         return MISSING
     return f"{100 * (after - before):+.1f} points" if metric == "accuracy" else f"{after - before:+.3f}"
-
-
-def estimate_text(*, memory_bytes: float | None, seconds: float | None) -> str:
-    """What a run is expected to need, in one line for the terminal before it starts."""
-    return f"estimate: {bytes_text(memory_bytes)} of memory, {seconds_text(seconds)}"

@@ -40,7 +40,7 @@ def write_report(run_dir: Path) -> Path:
         headline=_from_to(before.metric, before.value, after.value) if before and after else "",
         headline_note=_headline_note(run),
         notes=_notes(run),
-        tables=[table for table in (_numbers(run), _classes(run), _lost(run)) if table[1]],
+        tables=[table for table in (_numbers(run), _classes(run), _own_classes(run), _lost(run)) if table[1]],
         long_tables=[table for table in (_clients(run),) if table[1]],
         pictures=pictures,
         details=[
@@ -136,10 +136,12 @@ def _numbers(run: RunData) -> Table:
     ):
         totals = [sum(getattr(line, name) or 0 for line in run.rounds) / clients for name in (up, down)]
         rows.append([f"{what}, whole run", f"{bytes_text(totals[0])} up, {bytes_text(totals[1])} down"])
-    if run.rounds:
-        rows.append(
-            ["loss, first and last round", f"{number_text(run.rounds[0].loss)}, {number_text(run.rounds[-1].loss)}"]
-        )
+    if run.trained:
+        ends = [number_text(line.loss) for line in (run.trained[0], run.trained[-1])]
+        rows.append(["loss, first and last round", ", ".join(ends)])
+    if run.selection:
+        flagged = ", ".join(str(verdict.client) for verdict in run.selection.clients if verdict.flagged)
+        rows.append(["flagged clients", flagged or "none"])
     if run.summary:
         rows.append(["SHA-256 of the trained values", run.summary.final_digest])
     return "Numbers", rows
@@ -156,20 +158,37 @@ def _classes(run: RunData) -> Table:
     return "Test rows by class", rows
 
 
+def _own_classes(run: RunData) -> Table:
+    title = "Clients' own held-out rows by class"
+    scored = run.federated[:1] + run.federated[1:][-1:]  # the first and the last, which may be one
+    if not scored or not scored[-1].per_class:
+        return title, []
+    rows = [["class", "rows", *(f"right after round {score.round}" for score in scored)]]
+    for label, (_, total) in sorted(scored[-1].per_class.items()):
+        rights = [score.per_class.get(label, (0, 0))[0] for score in scored]
+        rows.append([run.class_name(label), str(total), *map(str, rights)])
+    return title, rows
+
+
 def _clients(run: RunData) -> Table:
     if not run.setup:
         return "Clients", []
     last = run.federated[-1] if run.federated else None
     scores = {entry.client: entry for entry in last.clients} if last else {}
-    rows = [["client", "training rows", "labels", "own held-out rows", "score on them"]]
+    steps = {verdict.client: verdict for verdict in run.selection.clients} if run.selection else {}
+    selected = ["local steps a round"] if steps else []
+    rows = [["client", "training rows", "labels", *selected, "own held-out rows", "score on them"]]
     for client in run.setup.clients:
         labels = ", ".join(f"{run.class_name(label)} {count}" for label, count in client.label_counts.items())
         score = scores.get(client.client)
         value = score_text(last.metric, score.value) if last and score else "n/a"
-        rows.append([str(client.client), count_text(client.num_train), labels, str(client.num_heldout), value])
+        verdict = steps.get(client.client)
+        taken = [f"{verdict.steps}{' (flagged)' if verdict.flagged else ''}" if verdict else "n/a"] if steps else []
+        own = str(client.num_heldout)
+        rows.append([str(client.client), count_text(client.num_train), labels, *taken, own, value])
     if last:
-        rows.append(["all", "", "", "", score_text(last.metric, last.value)])
-        rows.append(["worst", "", "", "", score_text(last.metric, last.worst_client)])
+        for name, whole in (("all", last.value), ("worst", last.worst_client)):
+            rows.append([name, *[""] * (len(rows[0]) - 2), score_text(last.metric, whole)])
     return "Clients", rows
 
 

@@ -67,7 +67,7 @@ def draw_local_steps(run: RunData) -> Picture | None:
         labels = f": {percent_text(share, digits=0)} {run.class_name(label)}" if label else ""
         axes.set_title(_shortened(f"client {client}{labels}"), color=INK, pad=3, fontsize=8)
         if client in verdicts and verdicts[client].flagged:
-            _mark(axes, verdicts[client], stopped=run.selection is not None and not run.selection.fallback)
+            _mark(axes, verdicts[client], early=_stops_early(run, verdicts[client]))
     for axes in grid:
         axes.set_xlim(0, end)
         axes.set_ylim(0, 1.1 * max(peaks) or 1.0)
@@ -150,14 +150,21 @@ def _shortened(text: str) -> str:
     return text if len(text) <= MAX_TITLE else text[: MAX_TITLE - 1].rstrip() + "…"
 
 
-def _mark(axes: Axes, verdict: ClientVerdict, *, stopped: bool) -> None:
+def _stops_early(run: RunData, verdict: ClientVerdict) -> bool:
+    """Whether the client takes fewer steps than the others; with T = 1 and with too many flagged it does not."""
+    most = run.setting("fl", "local_steps")
+    fallback = run.selection is not None and run.selection.fallback
+    return not fallback and (most is None or verdict.steps < most)
+
+
+def _mark(axes: Axes, verdict: ClientVerdict, *, early: bool) -> None:
     """A frame, the statistics in the title, and what follows from them where a quiet client leaves room."""
     known = [f"{name} {value:.3g}" for name, value in verdict.statistics.items() if value is not None]
     pairs = [", ".join(known[low : low + 2]) for low in range(0, len(known), 2)]
     axes.set_title("\n".join([axes.get_title(loc="left"), *pairs]), color=INK, pad=3, fontsize=8, fontweight="bold")
     for spine in axes.spines.values():
         spine.set(visible=True, color=INK, linewidth=1.2)
-    text = f"{'stopped early' if stopped else 'flagged'}:\nT_k = {verdict.steps}"
+    text = f"{'stopped early' if early else 'flagged'}:\nT_k = {verdict.steps}"
     axes.annotate(text, (0.97, 0.94), xycoords="axes fraction", ha="right", va="top", color=INK, fontsize=8)
 
 

@@ -52,9 +52,10 @@ class ClientRound:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One applied round; ``round`` counts from 0 and bytes are sums over the clients."""
+    """One round; ``round`` counts from 0, bytes are sums over the clients, a calibration left the model as it was."""
 
     round: int
+    calibration: bool
     seconds: float
     round_seconds: float | None
     loss: float | None
@@ -167,6 +168,7 @@ def _setup(read: Reader) -> Setup:
 def _round(read: Reader) -> Round:
     return Round(
         round=read.whole("round"),
+        calibration=read.truth("calibration", False),
         seconds=read.number("seconds"),
         round_seconds=read.optional("round_seconds"),
         loss=read.optional("loss"),

@@ -48,6 +48,11 @@ class RunData:
         return self.summary.seconds if self.summary else max((r.seconds for r in self.rounds), default=0.0)
 
     @property
+    def trained(self) -> tuple[Round, ...]:
+        """The rounds that moved the model: the losses of a calibration are of paths that were given up."""
+        return tuple(record for record in self.rounds if not record.calibration)
+
+    @property
     def test_scores(self) -> tuple[Score | None, Score | None]:
         """The score before training and after it (None for what is not measured yet)."""
         if self.summary:

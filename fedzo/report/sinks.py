@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fedzo.report.ending import ending
 from fedzo.report.format import bytes_text, seconds_text
 
 Record = dict[str, Any]
@@ -124,15 +125,17 @@ class ProgressSink:
     def _round(self, record: Record) -> None:
         self._up += record["message_up_bytes"]
         self._down += record["message_down_bytes"]
-        self._rate = [*self._rate[-19:], record["round_seconds"]]
+        if not record["calibration"]:  # it says nothing of how long the others take
+            self._rate = [*self._rate[-19:], record["round_seconds"]]
         loss = "-" if record["loss"] is None else f"{record['loss']:.3f}"
         note = f"loss {loss}  {self._score}up {bytes_text(self._up)}  down {bytes_text(self._down)}"
         done = record["round"] + 1
         self._progress.update(self._task, completed=done, note=note, visible=True)
         now = time.monotonic()
         if not self._live and (now - self._last_print > PLAIN_EVERY_S or done == self._rounds):
-            left = (self._rounds - done) * sum(self._rate) / len(self._rate)
-            self._console.print(f"round {done}/{self._rounds}  {note}  left {seconds_text(left)}")
+            left = (self._rounds - done) * sum(self._rate) / len(self._rate) if self._rate else None
+            what = "  (calibration)" if record["calibration"] else ""
+            self._console.print(f"round {done}/{self._rounds}{what}  {note}  left {seconds_text(left)}")
             self._last_print = now
 
     def _scored(self, record: Record) -> None:
@@ -142,21 +145,7 @@ class ProgressSink:
         )
 
     def _summary(self, record: Record) -> None:
-        before, after = record["before"], record["after"]
-        if before is None or after is None:
-            return
-        self._console.print(f"\ntest, before -> after (best dev round {record['best_round']} of {record['rounds']}):")
-        for name, title in (
-            ("value", before["metric"]),
-            ("best_threshold_accuracy", "accuracy at the best threshold"),
-            ("auc", "AUC"),
-        ):
-            if before.get(name) is not None and after.get(name) is not None:
-                self._console.print(f"  {title:<32} {before[name]:.3f} -> {after[name]:.3f}")
-        payload = record["payload_up_bytes"] + record["payload_down_bytes"]
-        title = "scalars, all clients, both ways"
-        message = record["message_up_bytes"] + record["message_down_bytes"]
-        self._console.print(f"  {title:<32} {bytes_text(payload)} ({bytes_text(message)} as messages, with set-up)")
+        self._console.print("\n" + "\n".join(ending(record)))
 
 
 def _percent(value: float | None) -> str:

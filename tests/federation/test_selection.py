@@ -95,6 +95,7 @@ def test_after_the_calibration_a_run_is_at_its_base_weights(run: Run, lines: Lin
     before, after = (line for line in lines(folder, "metrics.jsonl") if line.get("split") == "dev")
     assert (before["round"], after["round"]) == (0, 1)
     assert before["loss"] == after["loss"]
+    assert [line["calibration"] for line in lines(folder, "metrics.jsonl") if line["kind"] == "round"] == [True]
 
 
 def test_calibration_scalars_are_those_of_a_run_whose_first_round_has_as_many_steps(run: Run, lines: Lines) -> None:
@@ -127,6 +128,18 @@ def test_what_a_selection_costs_shows_by_class_and_by_client(run: Run, lines: Li
     assert set(scored["per_class"]) == {"0", "1"}
     assert scored["worst_client"] == min(client["value"] for client in scored["clients"])
     assert len(scored["clients"]) == 4
+    summary = lines(folder, "metrics.jsonl")[-1]
+    worst = next(row for row in scored["clients"] if row["value"] == scored["worst_client"])
+    assert summary["worst_client"] == {
+        "client": worst["client"],
+        "metric": "accuracy",
+        "value": worst["value"],
+        "round": 4,
+    }
+    assert summary["selection"] == {
+        "flagged": [{"client": 2, "steps": 1}, {"client": 3, "steps": 1}],
+        "fallback": False,
+    }
 
 
 def test_gradip_with_a_mask_that_holds_no_gradient_ends_before_any_round(

@@ -110,9 +110,9 @@ class EarlyStop:
 
 
 def news(
-    plan: Plan, told: Mapping[str, Any] | None, *, round: int, last: bool, seconds: float
+    plan: Plan, told: Mapping[str, Any] | None, *, round: int, last: bool, seconds: float, local_steps: int
 ) -> dict[str, Any] | None:
-    """The plan as a metrics record, if it decides otherwise than the last one told.
+    """The plan as a metrics record, if it decides otherwise than the last one told, which is also logged.
 
     In the last round it is also told if only its statistics differ.
 
@@ -122,9 +122,11 @@ def news(
         round: Number of the coming round.
         last: Whether no other round comes.
         seconds: Since the run started.
+        local_steps: T of a client that is not stopped early.
     """
     if not plan.verdicts:
         return None
+    flagged = set(plan.flagged)
     record = {
         "kind": "selection",
         "seconds": seconds,
@@ -133,7 +135,7 @@ def news(
         "clients": [
             {
                 "client": client,
-                "flagged": client in plan.flagged,
+                "flagged": client in flagged,
                 "steps": steps,
                 "statistics": _plain(plan.verdicts[client].statistics) if client in plan.verdicts else {},
             }
@@ -141,24 +143,24 @@ def news(
         ],
         "fallback": plan.fallback,
     }
-    if (
-        told is not None
-        and _decision(record) == _decision(told)
-        and not (last and record["clients"] != told["clients"])
-    ):
-        return None
-    if plan.flagged:
-        log.warning("from round %d on: %s", round, describe(plan))
-    return record
+    if told is None or _decision(record) != _decision(told):
+        # a decision against nobody at the start is no news: most selections begin so
+        if flagged or told is not None or plan.windows is not None:
+            log.warning("from round %d on: %s", round, describe(plan, local_steps=local_steps))
+        return record
+    return record if last and record["clients"] != told["clients"] else None
 
 
-def describe(plan: Plan) -> str:
-    """The decision in words."""
+def describe(plan: Plan, *, local_steps: int) -> str:
+    """The decision in words; ``local_steps`` is T of a client that is not stopped early."""
+    if not plan.flagged:
+        return "no client is flagged"
+    flagged = "flagged: " + ", ".join(map(str, plan.flagged))
     if plan.fallback:
-        flagged, most = ", ".join(map(str, plan.flagged)), max(plan.steps.values())
-        return (
-            f"clients {flagged} are flagged, more than selection.max_share allows: all clients take {most} local steps"
-        )
+        most = max(plan.steps.values())
+        return f"{flagged}; more than selection.max_share allows, so all clients take {most} of {local_steps} steps"
+    if all(plan.steps[client] == local_steps for client in plan.flagged):
+        return f"{flagged}; they take as many steps as the others"
     return "stopped early: " + ", ".join(f"client {client} after step {plan.steps[client]}" for client in plan.flagged)
 
 

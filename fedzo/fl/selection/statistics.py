@@ -33,16 +33,15 @@ def magnitudes(line: Mapping[str, Any], statistic: Statistic) -> dict[int, Numbe
         line: An audit line; for ``gradip`` its ``xi`` must be there.
         statistic: Which.
     """
-    owners = {entry["client"]: column for column, entry in enumerate(line["clients"])}
+    xi = np.asarray(line["xi"], np.float64) if statistic is Statistic.gradip else None
     found = {}
-    for entry in line["clients"]:
-        g = np.abs(np.asarray(entry["g"], np.float64))
+    for column, entry in enumerate(line["clients"]):
+        g = np.asarray(entry["g"], np.float64)
         kept = (~np.asarray(entry["dropped"], bool)).sum(axis=1)
-        total = g.sum(axis=1)
-        if statistic is Statistic.gradip:
-            xi = np.asarray(line["xi"], np.float64)[: len(g)]
-            column = owners[entry["client"]] if xi.shape[2] > 1 else 0
-            total = np.abs((np.asarray(entry["g"], np.float64) * xi[:, :, column]).sum(axis=1))
+        if xi is None:
+            total = np.abs(g).sum(axis=1)
+        else:
+            total = np.abs((g * xi[: len(g), :, column if xi.shape[2] > 1 else 0]).sum(axis=1))
         found[entry["client"]] = np.where(kept > 0, total / np.maximum(kept, 1), np.nan)
     return found
 

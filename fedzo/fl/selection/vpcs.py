@@ -24,23 +24,29 @@ NO_GRADIENT = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Vpcs:
-    """Round 0 measures; what it finds holds for the rest of the run."""
+    """Round 0 measures; what it finds holds for the rest of the run, and is kept with the line that it was read off."""
 
     config: VpcsConfig
     stop: EarlyStop
+    _found: tuple[AuditLine, Plan] | None = None
 
     def plan(self, audit: Sequence[AuditLine], label_counts: Mapping[int, Mapping[str, int]]) -> Plan:
         config = self.config
         if not audit:
             return Plan(dict.fromkeys(range(self.stop.num_clients), config.calibration_steps), calibration=True)
-        if config.statistic is Statistic.gradip and audit[0]["xi"] is None:
+        if self._found is None or self._found[0] is not audit[0]:
+            self._found = audit[0], self._decide(audit[0])
+        return self._found[1]
+
+    def _decide(self, calibration: AuditLine) -> Plan:
+        config = self.config
+        if config.statistic is Statistic.gradip and calibration["xi"] is None:
             raise ConfigError(NO_GRADIENT)
-        paths = magnitudes(audit[0], config.statistic)
         ends = config.calibration_steps
         windows = {"initial": (0, config.initial_steps), "later": (ends - config.later_steps, ends)}
-        return self.stop(judge(paths, config), windows=windows)
+        return self.stop(judge(magnitudes(calibration, config.statistic), config), windows=windows)
 
 
 def judge(paths: Mapping[int, Numbers], config: VpcsConfig) -> dict[int, Verdict]:

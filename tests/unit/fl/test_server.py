@@ -35,6 +35,7 @@ from fedzo.fl.wire import (
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.config import AdamConfig, OptimizerConfig, Schedule, SgdConfig
 from fedzo.zo.directions import SHARED, direction, stream_key
+from fedzo.zo.path import unpack
 from fedzo.zo.update_rule import UPDATE_RULES, Sgd, UpdateRule
 
 SGD = Sgd()
@@ -356,6 +357,32 @@ def test_all_replies_bad_ends_the_run_and_keeps_the_log(federation: Any) -> None
     assert len(server.store.records) == 1
 
 
+@pytest.mark.parametrize("seeds", [Seeds.shared, Seeds.per_client])
+def test_what_a_client_missed_counts_where_it_is_sent(federation: Any, seeds: Seeds) -> None:
+    """One of three a round, a restart in between: the oracle is what the clients were sent."""
+    server, clients, _ = federation(seeds=seeds, clients_per_round=1)
+    told = []
+    for _ in range(2):
+        server.run_round()
+    told += server.sink.records
+    server.store.close()
+    server, others, _ = federation(seeds=seeds, clients_per_round=1)
+    server.catch_up()
+    for _ in range(8):
+        server.run_round()
+    told += server.sink.records
+
+    sizes = [record.coefficients.nbytes for record in server.store.records]
+    last = {client: r for r, line in enumerate(server.store.audit) for client in [line["clients"][0]["client"]]}
+    received = {
+        client: {record.round for one in (clients, others) for q in one[client].requests for record in unpack(q.log)}
+        for client in last
+    }
+    assert len(set(last.values())) == 3, "a test of nothing"
+    assert received == {client: set(range(rounds)) for client, rounds in last.items()}
+    assert sum(line["payload_down_bytes"] for line in told) == sum(sum(sizes[: r + 1]) for r in last.values())
+
+
 # --- update rules and the clip ----------------------------------------------------------------------------------------
 
 
@@ -552,10 +579,7 @@ def test_where_too_many_are_flagged_all_take_fewer_steps(federation: Any, caplog
 
     assert [client.requests[1].steps for client in clients] == [1, 1, 1, 1]
     assert [record["fallback"] for record in server.sink.records if record["kind"] == "selection"] == [True]
-    assert (
-        "clients 1, 2, 3 are flagged, more than selection.max_share allows: all clients take 1 local steps"
-        in caplog.text
-    )
+    assert "flagged: 1, 2, 3; more than selection.max_share allows, so all clients take 1 of 2 steps" in caplog.text
 
 
 def test_a_client_that_was_absent_from_the_calibration_is_not_judged(federation: Any) -> None:

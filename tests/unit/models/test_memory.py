@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
+import numpy as np
 import pytest
 import torch
 
+from fedzo import estimate
 from fedzo.errors import ConfigError
+from fedzo.fl.replica import Replica
 from fedzo.models.memory import (
     available_memory_bytes,
     estimate_step_memory_bytes,
     fit_tokens_per_batch,
+    rule_bytes,
     seconds_per_token,
     weights_bytes,
 )
 from fedzo.testing.tiny_models import FAMILIES, tiny_loaded, tiny_model
+from fedzo.testing.vector_space import VectorSpace
+from fedzo.zo.config import AdamConfig, FedDynConfig, MomentumConfig, OptimizerConfig, ScaffoldConfig, SgdConfig
+from fedzo.zo.directions import SHARED
+from fedzo.zo.path import RoundRecord
+from fedzo.zo.seeds import OWN
+from fedzo.zo.update_rule import UPDATE_RULES
 
 
 def test_tied_weights_count_once() -> None:
@@ -29,9 +41,61 @@ def test_the_formula_by_hand() -> None:
     full = estimate_step_memory_bytes(model, batch_tokens=100, space="full")
     longer = estimate_step_memory_bytes(model, batch_tokens=100, space="full", local_steps=2)
 
+    ruled = estimate_step_memory_bytes(model, batch_tokens=100, space="masked", space_size=35, num_moments=2)
+
     assert masked == weights + activations + 7 * 512 * 8 + 35 * 20
+    assert ruled == weights + activations + 35 * 20 + 35 * 4 * 12
     assert full == weights + activations + 3 * 4 * 512 * 32
     assert longer == full + weights
+
+
+@pytest.mark.parametrize(
+    ("config", "moments"),
+    [
+        (SgdConfig(), 0),
+        (MomentumConfig(nesterov=True, weight_decay=0.1), 1),
+        (AdamConfig(weight_decay=0.1), 2),
+        (ScaffoldConfig(), 4),
+        (FedDynConfig(alpha=1.0), 4),
+    ],
+)
+def test_what_a_rule_takes_is_not_more_than_estimated(config: OptimizerConfig, moments: int) -> None:
+    n, num_clients, rule = 100_000, 3, UPDATE_RULES.build(config)
+    own = isinstance(config, ScaffoldConfig | FedDynConfig)
+    owners = tuple(range(num_clients)) if own else (SHARED,)
+    c = np.ones((2, 1, len(owners)), np.float32)
+    record = RoundRecord(0, 0.0078125, owners, c, directions=SHARED if own else OWN)
+    space = VectorSpace(np.zeros(n, np.float32))
+
+    def one_round() -> Replica:
+        replica = Replica(space, rule=rule, reset=lambda: None, run_seed=1, num_clients=num_clients)
+        replica.advance([record])
+        return replica
+
+    one_round()  # compiles what makes directions
+    tracemalloc.start()
+    replica = one_round()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    space_itself = 4 * 4 * n  # VectorSpace makes theta anew at every step
+    assert replica.moments.shape == (moments, n)
+    assert 4 * n * moments <= peak <= rule_bytes(n, moments) + space_itself
+
+
+def test_a_rule_whose_memory_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, space = tiny_loaded(), VectorSpace(np.zeros(1 << 20, np.float32))
+
+    def fit(num_moments: int) -> int:
+        return estimate.fitting_tokens_per_batch(
+            loaded, space, wanted=4096, longest=100, local_steps=1, num_moments=num_moments
+        )
+
+    monkeypatch.setattr(estimate, "available_memory_bytes", lambda device: 100 << 20)
+    assert fit(0) == 4096
+    assert fit(8) == 2048  # 72 MiB are the rule's
+    with pytest.raises(ConfigError, match=r"optimizer: .* remembers 17 .* \(108 MiB\), available are 100 MiB"):
+        fit(17)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

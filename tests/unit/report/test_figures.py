@@ -51,6 +51,18 @@ def test_a_finished_run_has_every_figure_with_the_numbers_of_its_metrics(make_ru
     assert [bar.get_height() for bar in bars] == pytest.approx([0.5, 0.6, 0.7])
 
 
+def test_the_losses_of_a_calibration_are_no_training_losses(make_run: MakeRun) -> None:
+    lines = [json.loads(line) for line in (make_run("whole") / "metrics.jsonl").read_text().splitlines()]
+    next(line for line in lines if line["kind"] == "round")["calibration"] = True
+
+    drawn = picture(draw_figures(load_run(make_run("run", lines=lines))), "loss")
+
+    line = drawn.figure.axes[0].lines[0]
+    assert [float(x) for x in line.get_xdata()] == list(range(2, 11))
+    assert float(line.get_ydata()[0]) == pytest.approx(0.77)
+    assert "calibration is left out" in drawn.caption
+
+
 def test_no_panel_cuts_off_a_client(make_run: MakeRun) -> None:
     figure = picture(draw_figures(load_run(make_run())), "abs_g").figure
 

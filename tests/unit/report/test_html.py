@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,28 @@ def test_the_numbers_of_the_page_are_those_of_the_metrics(make_run: MakeRun) -> 
         assert wanted in text, wanted
     assert re.search(r"probes dropped[^\n]*</th><td>1</td>", text)
     assert re.search(r"client 2 without a usable reply</th><td>1 rounds</td>", text)
+
+
+def test_whom_a_selection_holds_back_and_what_that_costs_show_by_class_and_by_client(make_run: MakeRun) -> None:
+    lines = [json.loads(line) for line in (make_run("whole") / "metrics.jsonl").read_text().splitlines()]
+    verdicts = [
+        {"client": k, "flagged": k == 2, "steps": 1 if k == 2 else 8, "statistics": {"level": 1.0}} for k in range(3)
+    ]
+    told = {"kind": "selection", "seconds": 7.0, "round": 1, "windows": None, "clients": verdicts, "fallback": False}
+    (scored,) = (line for line in lines if line["kind"] == "federated_score")
+    early = {**scored, "round": 5, "seconds": 11.0, "per_class": {"0": [1, 5], "1": [3, 4]}}
+    lines[0:0] = [early, told]
+    next(line for line in lines if line["kind"] == "round")["calibration"] = True  # of loss 0.8, the next has 0.77
+
+    text = write_report(make_run("run", lines=lines)).read_text()
+
+    assert "<th>flagged clients</th><td>2</td>" in text
+    assert "<th>loss, first and last round</th><td>0.770, 0.530</td>" in text
+    assert 'terrible</th><td class="n">5</td><td class="n">1</td><td class="n">4</td>' in text
+    assert 'great</th><td class="n">4</td><td class="n">3</td><td class="n">2</td>' in text
+    assert 'right after round 5</td><td class="n">right after round 10</td>' in text
+    (flagged,) = re.findall(r"<tr><th>2</th>(.*?)</tr>", text)
+    assert re.findall(r">([^<>]+)</td>", flagged) == ["20", "great 20", "1 (flagged)", "2", "70.0 %"]
 
 
 def test_the_page_needs_nothing_from_outside(make_run: MakeRun) -> None:

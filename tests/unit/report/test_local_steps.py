@@ -115,6 +115,11 @@ def test_flagged_clients_are_framed_with_their_statistics_and_the_compared_steps
     assert "initial (0 to 20) and later (80 to 100)" in caption
     assert "Flagged (framed): 2." in caption
 
+    same = [{**verdict, "steps": 8} for verdict in newest["clients"]]
+    config = {"trainer": {}, "task": {}, "model": {}, "fl": {"num_clients": 3, "local_steps": 8}}
+    folder = make_run("same", lines=[*records, {**newest, "clients": same}])
+    (folder / "config.yaml").write_text(json.dumps(config))
+    assert [text.get_text() for text in panels(figure_of(folder)[0])["client 2"].texts] == ["flagged:\nT_k = 8"]
     fallback, caption = figure_of(make_run("fallback", lines=[*records, {**newest, "fallback": True}]))
     assert [text.get_text() for text in panels(fallback)["client 2"].texts] == ["flagged:\nT_k = 1"]
     assert "more than may be stopped early" in caption

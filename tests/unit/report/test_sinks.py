@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fedzo.report.ending import ending
 from fedzo.report.sinks import ProgressSink, TensorBoardSink
 
 MakeRun = Callable[..., Path]
@@ -48,7 +49,49 @@ def test_without_a_terminal_plain_lines_tell_rounds_bytes_time_and_the_result(
     assert "round 10/10  loss 0.530" in out
     assert "up 2.4 kB  down 9.0 kB" in out
     assert "0.555 -> 0.765" in out
+    assert "worst client's accuracy          0.500 (client 0, on its own rows after round 10)" in out
+    assert "flagged" not in out
     assert "240 B (11 kB as messages, with set-up)" in out
+
+
+def test_a_calibration_is_named_and_no_measure_of_the_time_that_is_left(
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedzo.report.sinks.PLAIN_EVERY_S", -1.0)
+    sink = ProgressSink(10)
+    first, second, *_ = (line for line in records(make_run()) if line["kind"] == "round")
+    sink.write({**first, "calibration": True, "round_seconds": 1000.0})
+    sink.write(second)
+    sink.close()
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("round 1/10  (calibration)  loss 0.800")
+    assert lines[1].startswith("round 2/10  loss 0.770")
+    assert [line.rpartition("left ")[2] for line in lines] == ["n/a", "8.0 s"]
+
+
+@pytest.mark.parametrize(
+    ("selection", "words"),
+    [
+        ({"flagged": [], "fallback": False}, "none"),
+        ({"flagged": [{"client": 1, "steps": 2}], "fallback": False}, "1 (T_k = 2)"),
+        ({"flagged": [{"client": k, "steps": 4} for k in (1, 3)], "fallback": True}, "1, 3; too many, so all take"),
+    ],
+)
+def test_a_run_without_test_rows_ends_with_its_worst_client_whom_it_flagged_and_bytes(
+    make_run: MakeRun, selection: dict, words: str
+) -> None:
+    summary = records(make_run())[-1]
+
+    lines = ending({**summary, "before": None, "after": None, "selection": selection})
+
+    assert lines[0] == "after 10 rounds:"
+    assert [line[2:34].rstrip() for line in lines[1:]] == [
+        "worst client's accuracy",
+        "flagged clients",
+        "scalars, all clients, both ways",
+    ]
+    assert words in lines[2]
 
 
 def test_progress_that_is_switched_off_is_silent(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:

@@ -158,7 +158,7 @@ def test_a_client_whose_probes_were_all_dropped_is_not_judged() -> None:
     plan = build(VpcsConfig(**PHASES), num_clients=3).plan([calibration], {})
 
     assert plan.flagged == []
-    record = news(plan, None, round=1, last=False, seconds=0.0)
+    record = news(plan, None, round=1, last=False, seconds=0.0, local_steps=8)
     assert record is not None
     assert record["clients"][1]["statistics"] == {"ratio": None, "quiet": None, "level": None}
     json.dumps(record, allow_nan=False)
@@ -272,15 +272,16 @@ def test_none_asks_all_steps_of_all_and_has_nothing_to_tell() -> None:
     plan = build(NoSelectionConfig()).plan(rounds(2), {})
 
     assert plan == Plan(dict.fromkeys(range(4), 8))
-    assert news(plan, None, round=0, last=True, seconds=0.0) is None
+    assert news(plan, None, round=0, last=True, seconds=0.0, local_steps=8) is None
 
 
 # --- what is told
 
 
-def test_only_what_changed_is_told_and_in_the_last_round_the_statistics() -> None:
+def test_only_what_changed_is_told_and_in_the_last_round_the_statistics(caplog: pytest.LogCaptureFixture) -> None:
     def tell(count: int, told: Any, *, last: bool = False) -> Any:
-        return news(build(CusumConfig()).plan(rounds(count), {}), told, round=count, last=last, seconds=1.5)
+        plan = build(CusumConfig()).plan(rounds(count), {})
+        return news(plan, told, round=count, last=last, seconds=1.5, local_steps=8)
 
     first = tell(0, None)
     assert first is not None
@@ -292,10 +293,46 @@ def test_only_what_changed_is_told_and_in_the_last_round_the_statistics() -> Non
     assert flagged == json.loads(json.dumps(flagged))
     assert [row["flagged"] for row in flagged["clients"]] == [False, False, False, True]
     assert tell(10, flagged) is None
+    tell(12, tell(10, first), last=True)  # its peak has grown: told in the metrics, but no decision
+    words = "from round {} on: stopped early: client 3 after step 1"
+    assert [record.getMessage() for record in caplog.records] == [words.format(9), words.format(10)]
 
 
-def test_a_decision_in_words() -> None:
-    steps = {0: 8, 1: 1, 2: 4}
-    assert describe(Plan(steps, verdicts={1: Verdict(True), 2: Verdict(True)})) == (
-        "stopped early: client 1 after step 1, client 2 after step 4"
-    )
+def test_a_calibration_that_finds_nobody_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    plan = build(VpcsConfig(**PHASES)).plan([line(dict.fromkeys(range(4), LOUD))], {})
+
+    assert news(plan, None, round=1, last=False, seconds=0.0, local_steps=8) is not None
+    assert [record.getMessage() for record in caplog.records] == ["from round 1 on: no client is flagged"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "fallback", "words"),
+    [
+        ({0: 8, 1: 1, 2: 4}, False, "stopped early: client 1 after step 1, client 2 after step 4"),
+        ({0: 8, 1: 8, 2: 8}, False, "flagged: 1, 2; they take as many steps as the others"),
+        (
+            {0: 4, 1: 4, 2: 4},
+            True,
+            "flagged: 1, 2; more than selection.max_share allows, so all clients take 4 of 8 steps",
+        ),
+    ],
+)
+def test_a_decision_in_words(steps: dict[int, int], fallback: bool, words: str) -> None:
+    plan = Plan(steps, verdicts={1: Verdict(True), 2: Verdict(True)}, fallback=fallback)
+
+    assert describe(plan, local_steps=8) == words
+
+
+def test_a_decision_is_taken_once_for_a_calibration_and_anew_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedzo.fl.selection import vpcs
+
+    judged = []
+    monkeypatch.setattr(vpcs, "judge", lambda paths, config: judged.append(paths) or judge(paths, config))
+    selection = build(VpcsConfig(**PHASES))
+    log = [line({0: LOUD, 1: LOUD, 2: FALLING, 3: SOFT})]
+    for round in range(1, 5):
+        assert selection.plan(log, {}).flagged == [2, 3]
+        log.append(line({0: SOFT}, round=round))
+
+    assert len(judged) == 1
+    assert selection.plan([line(dict.fromkeys(range(4), LOUD))], {}).flagged == []
