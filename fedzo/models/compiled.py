@@ -52,8 +52,13 @@ def compile_decoder(model: nn.Module, *, longest: int) -> CompiledDecoder:
         longest: Tokens of the longest text.
 
     Raises:
-        ConfigError: There is no compiler on this machine, the decoder cannot be traced, or it computes something else.
+        ConfigError: There is no compiler on this machine, the decoder cannot be traced, it computes something else, or
+            torch is set to copy weights into graphs.
     """
+    if cast(Any, torch)._inductor.config.freezing:
+        raise _refused(
+            model, "TORCHINDUCTOR_FREEZING=1 copies the weights into the graphs, where training does not reach"
+        )
     decoder = cast(Any, model).get_decoder()
     device = next(model.parameters()).device
     mode = "reduce-overhead" if device.type == "cuda" else None  # CUDA graphs

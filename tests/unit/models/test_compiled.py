@@ -224,6 +224,11 @@ def test_a_compiler_that_computes_something_else_is_refused(change: float, monke
         compile_loaded(tiny_loaded(), longest=16)
 
 
+def test_graphs_that_would_copy_the_weights_are_refused() -> None:
+    with torch._inductor.config.patch(freezing=True), pytest.raises(ConfigError, match="TORCHINDUCTOR_FREEZING=1"):
+        compile_loaded(tiny_loaded(), longest=16)
+
+
 def test_a_model_whose_head_cannot_be_applied_apart_is_refused() -> None:
     loaded = LoadedModel(**{**fields_of(tiny_loaded()), "direct_head": False})
 
