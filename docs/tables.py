@@ -53,9 +53,12 @@ def bench(rows: Any) -> Lines:
         case, rest = row["claim"].split(": ", 1)
         who, what = rest.split(" / bare forwards, ")
         cases.setdefault(case, {})[who, what] = row
+    eager = "eager forwards", "time"  # beside a compiled model's
+    compiled = any(eager in cells for cells in cases.values())
     lines = [
-        "| case | fedzo: time | target | memory | target | base model's forwards: time | MeZO walk: time | memory | first order: time | memory |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| case | fedzo: time | target | memory | target | base model's forwards: time "
+        "| MeZO walk: time | memory | first order: time | memory |" + (" not compiled: time |" if compiled else ""),
+        "|---|---|---|---|---|---|---|---|---|---|" + ("---|" if compiled else ""),
     ]
     for case, cells in cases.items():
         shown = []
@@ -67,6 +70,8 @@ def bench(rows: Any) -> Lines:
             if who == "fedzo step":
                 reached = "" if row is None or row["target"] is None else f"{row['target']:g}{'' if row['holds'] else ', **missed**'}"
                 shown.append(reached)
+        if compiled:
+            shown.append(f"{cells[eager]['value']:.3f}" if eager in cells else "")
         lines.append(f"| {case} | {' | '.join(shown)} |")
     return lines
 

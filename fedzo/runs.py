@@ -6,7 +6,7 @@ import json
 import platform
 import sys
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ def rebuild(run_dir: Path, *, rounds: int | None = None) -> Rebuilt:
         wanted = best_round(store, by=config.evaluation.best_by) if rounds is None else rounds
         if not 0 <= wanted <= len(store.records):
             raise ConfigError(f"rounds must be in 0..{len(store.records)} (the log's length), got {wanted}.")
-        site = open_site(config)
+        site = open_site(_uncompiled(config))
         site.undecided = False  # a rebuilt model is held in float32 where the run's own choice was open
         artifact = site.trainer.prepare(site.loaded, _quiet_workplace(run_dir, config)).artifact
         replica = site.worker.build(artifact)
@@ -170,6 +170,11 @@ def generate_run(run_dir: Path, prompts: list[str], *, max_new_tokens: int) -> l
     )
 
 
+def _uncompiled(config: RunConfig) -> RunConfig:
+    """The same run for work that does not repay a compiler's minutes."""
+    return replace(config, model=replace(config.model, compile=False))
+
+
 def make_mask(config: RunConfig, out: Path) -> dict[str, Any]:
     """Choose a mask as ``trainer=meerkat`` would and write it to a file."""
     from fedzo.masks.mask import save_mask
@@ -178,7 +183,7 @@ def make_mask(config: RunConfig, out: Path) -> dict[str, Any]:
 
     if not isinstance(config.trainer, MeerkatConfig):
         raise ConfigError("fedzo mask: trainer must be meerkat. Only a masked trainer has a mask.")
-    site = open_site(config)
+    site = open_site(_uncompiled(config))
     mask = choose_mask(config.trainer, site.loaded, _quiet_workplace(out.parent, config, site))
     save_mask(mask, out)
     return {"path": str(out), "size": mask.size, "digest": mask.digest(), **mask.manifest}

@@ -44,6 +44,11 @@ GPU = {
     for shape, dtype in (("opt-1.3b", "float32"), ("opt-13b", "bfloat16"), ("llama-2-7b", "bfloat16"))
     for trainer, target in (("meerkat", 1.08), ("mezo", 1.15), ("lora", 1.08))
 }
+GPU |= {
+    f"{name}-compiled": case._replace(arguments=f"{case.arguments} model.compile=true")
+    for name, case in GPU.items()
+    if not name.endswith("mezo")  # whose probes cannot be traced
+}
 
 
 def main(arguments: list[str]) -> None:

@@ -22,7 +22,7 @@ from fedzo.data.example import Example
 from fedzo.environment import environment
 from fedzo.errors import ConfigError
 from fedzo.models.adapters import base_model, has_adapter
-from fedzo.models.load import TORCH_DTYPES, LoadedModel, load_model
+from fedzo.models.load import TORCH_DTYPES, LoadedModel, compile_loaded, load_model
 from fedzo.models.scoring import mean_loss
 from fedzo.site import set_threads
 from fedzo.trainers import TRAINERS, Workplace
@@ -34,6 +34,7 @@ from fedzo.zo.selection import build_estimator
 from fedzo.zo.space import Space
 
 BARE, BASE, OURS = "bare forwards", "base model's forwards", "fedzo step"
+EAGER = "eager forwards"
 WALK, FIRST_ORDER = "MeZO walk", "first-order step"
 Work = Callable[[], object]
 
@@ -81,13 +82,14 @@ class Bench:
 
     def loss(self) -> float:
         """The candidate loss: one forward."""
-        tokens = sum(len(example.prompt) for example in self.examples)
+        tokens = 3 * sum(len(example.prompt) for example in self.examples)  # with room for what a compiled one pads
         return mean_loss(self.loaded, self.examples, loss=Loss.candidates, tokens_per_batch=tokens)
 
     def contestants(self) -> dict[str, Work]:
         """Each takes a whole step; all but the forwards have lr = 1e-8, so that the weights stay as they are.
 
-        Bare forwards are those of the model as it is trained; where that holds an adapter, the base model's are beside.
+        Bare forwards are those of the model as it is trained; where that holds an adapter, the base model's are beside,
+        and where it is compiled, the same forwards without the compiler. The first-order step is never compiled.
         """
         model, lr = self.loaded.model, 1e-8
         keys = [stream_key(0, round=0, probe=probe) for probe in range(self.num_probes)]
@@ -106,9 +108,15 @@ class Bench:
             with base_model(model):
                 forwards()
 
+        def eager_forwards() -> None:
+            eager = replace(self, loaded=replace(self.loaded, compiled=None))
+            for _ in range(self.estimator.forwards_per_step(self.num_probes)):
+                eager.loss()
+
         return {
             BARE: forwards,
             **({BASE: base_forwards} if has_adapter(model) else {}),
+            **({EAGER: eager_forwards} if self.loaded.compiled else {}),
             OURS: ours,
             WALK: lambda: mezo_walk_step(model, self.loss, eps=self.eps, lr=lr, seed=0),
             FIRST_ORDER: lambda: first_order_step(model, ids, choices, lr=lr),
@@ -126,6 +134,8 @@ def open_bench(config: RunConfig, *, shape: str | None, rows: int, tokens: int) 
         if shape is None
         else random_model(shape, device=config.device, dtype=TORCH_DTYPES[config.model.dtype])
     )
+    if shape is not None and config.model.compile:
+        loaded = compile_loaded(loaded, longest=config.model.max_length)
     longest = getattr(loaded.model.config, "max_position_embeddings", None)
     if isinstance(longest, int) and tokens > longest:
         raise ConfigError(f"--tokens must be at most {longest} for {loaded.source!r}, got {tokens}. Lower it.")
@@ -172,6 +182,7 @@ def bench_step(
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "device": bench.loaded.device.type,
         "device_name": _device_name(bench.loaded.device),
+        "compiled": bench.loaded.compiled is not None,
         "threads": torch.get_num_threads(),
         "rows": rows,
         "tokens": len(bench.examples[0].prompt),

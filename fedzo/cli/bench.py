@@ -70,7 +70,7 @@ def _peak_in_child(name: str) -> int | None:
 def _table(result: dict[str, Any]) -> Table:
     table = Table(
         title=f"{result['model']}, {result['num_params']:,} weights of which {result['space_size']:,} trained, "
-        f"{result['dtype']} on {result['device']} ({result['device_name']}), "
+        f"{result['dtype']}{' compiled' * result['compiled']} on {result['device']} ({result['device_name']}), "
         f"{result['rows']} x {result['tokens']} tokens, {result['repeats']} repeats",
         title_justify="left",
     )

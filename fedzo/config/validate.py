@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedzo.config.aggregation import aggregation_problems, drift_problems
+from fedzo.config.compiling import compile_problems
 from fedzo.config.plugins import plugin_classes, plugin_name
 from fedzo.config.problem import Problem
 from fedzo.config.problem import problem as _problem
@@ -53,6 +54,7 @@ def problems(config: RunConfig) -> list[Problem]:
     sections = (
         _run,
         _model,
+        compile_problems,
         _task,
         _data,
         _partition,

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from fedzo.models.head import TOLERANCE
+
 logger = logging.getLogger(__name__)
 
 _LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}  # others also keep states that are no keys and values
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # of the largest |hidden|
 
 
 def read_only(cache: Any, *, rows: torch.Tensor | None = None) -> Any:
@@ -109,5 +110,5 @@ def check_cache(model: nn.Module) -> bool:
         logger.debug("%s: its prompts are not shared among candidates (%s)", type(model).__name__, error)
         return False
     expected = torch.cat([own[0][4:5], own[1][7:8], own[1][8:], own[0][5:], own[1][8:]])
-    limit = _TOLERANCE.get(expected.dtype, 4e-2) * float(expected.abs().max())
+    limit = TOLERANCE.get(expected.dtype, 4e-2) * float(expected.abs().max())
     return bool(((ours - expected).abs() <= limit).all())

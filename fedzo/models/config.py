@@ -33,3 +33,6 @@ class ModelConfig:
     """Longest sequence in tokens; a longer prompt loses its beginning."""
     tokens_per_batch: int = 4096
     """Most tokens (padding included) in one forward; larger batches are split."""
+    compile: bool = False
+    """Forwards through ``torch.compile``, on CUDA as CUDA graphs, at few shapes that batches are padded to; a shape's
+    first forward waits for the compiler. Needs a C++ compiler; losses differ from the eager ones in their last bits."""

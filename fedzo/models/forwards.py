@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from fedzo.data.example import Example
 from fedzo.models.cache import run_answers, run_prompts
 from fedzo.models.head import hidden_at, own_logits_at
 from fedzo.models.load import LoadedModel
-from fedzo.models.plan import plan_batches
+from fedzo.models.plan import FEW_FORWARDS, bucket, plan_batches
 from fedzo.models.virtual_tokens import num_virtual_tokens
 
 OnBatch = Callable[[int, int], None]
@@ -65,22 +66,25 @@ def run_texts(
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Run all texts; yields each batch's indices and its positions' hidden states [N, H] (or logits [N, V])."""
     lengths = [len(text.tokens) for text in texts]
-    virtual = num_virtual_tokens(loaded.model)
+    compiled, virtual = loaded.compiled, num_virtual_tokens(loaded.model)
+    widths = [compiled.width(length) for length in lengths] if compiled else lengths
     batches = plan_batches(
-        [length + virtual for length in lengths],
+        [width + virtual for width in widths],
         tokens_per_batch=planning.tokens_per_batch,
-        forward_cost_tokens=planning.forward_cost_tokens,
+        forward_cost_tokens=FEW_FORWARDS if compiled else planning.forward_cost_tokens,  # few batches, few shapes
+        bucketed=compiled is not None,
     )
     num_done = 0
     for batch in batches:
-        ids = _padded([texts[i].tokens for i in batch], loaded)
+        shape = (bucket(len(batch)) if compiled else len(batch), max(widths[i] for i in batch))
+        ids = _padded([texts[i].tokens for i in batch], loaded, shape=shape)
         counts = [texts[i].num_positions for i in batch]
         rows = np.repeat(np.arange(len(batch)), counts)
         columns = np.concatenate(
             [np.arange(lengths[i] - count, lengths[i]) for i, count in zip(batch, counts, strict=True)]
         )
         on_device = [torch.from_numpy(array).to(loaded.device) for array in (ids, rows, columns)]
-        at = hidden_at if loaded.direct_head else own_logits_at
+        at = partial(hidden_at, decoder=compiled) if loaded.direct_head else own_logits_at
         with torch.inference_mode():
             hidden = at(loaded.model, *on_device)
         _count(
@@ -129,10 +133,14 @@ def run_shared(
             planning.on_batch(num_done, total)
 
 
-def _padded(rows: Sequence[tuple[int, ...]], loaded: LoadedModel, *, left: bool = False) -> npt.NDArray[np.int64]:
-    width = max(map(len, rows))
-    ids = np.full((len(rows), width), loaded.tokenizer.pad_token_id or 0, dtype=np.int64)
-    for row, tokens in zip(ids, rows, strict=True):
+def _padded(
+    rows: Sequence[tuple[int, ...]], loaded: LoadedModel, *, shape: tuple[int, int] | None = None, left: bool = False
+) -> npt.NDArray[np.int64]:
+    """Rows of tokens in an array just large enough, or of ``shape``."""
+    shape = shape or (len(rows), max(map(len, rows)))
+    ids = np.full(shape, loaded.tokenizer.pad_token_id or 0, dtype=np.int64)
+    width = shape[1]
+    for row, tokens in zip(ids, rows, strict=False):  # rows beyond the last text are padding
         row[slice(width - len(tokens), None) if left else slice(len(tokens))] = tokens
     return ids
 

@@ -15,10 +15,12 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # of the largest |logit|
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # of the largest |value|
 
 
-def hidden_at(model: nn.Module, ids: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+def hidden_at(
+    model: nn.Module, ids: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, *, decoder: Any = None
+) -> torch.Tensor:
     """The decoder's output at the positions ``(rows[i], columns[i])``.
 
     Args:
@@ -26,11 +28,12 @@ def hidden_at(model: nn.Module, ids: torch.Tensor, rows: torch.Tensor, columns: 
         ids: int64 [B, T], padded on the right: causal positions before a pad do not see it, so no mask is needed.
         rows: int64 [N].
         columns: int64 [N].
+        decoder: Called in place of the model's own.
 
     Returns:
         [N, H] in the model's dtype.
     """
-    output = cast(Any, model).get_decoder()(input_ids=ids)
+    output = (decoder or cast(Any, model).get_decoder())(input_ids=ids)
     return cast(torch.Tensor, output.last_hidden_state[rows, columns])
 
 
@@ -77,7 +80,7 @@ def check_head(model: nn.Module) -> bool:
             "%s: its LM head cannot be applied apart (%s); all positions pay for it", type(model).__name__, error
         )
         return False
-    limit = _TOLERANCE.get(next(model.parameters()).dtype, 4e-2) * float(own.abs().max())
+    limit = TOLERANCE.get(next(model.parameters()).dtype, 4e-2) * float(own.abs().max())
     if ours.shape == own.shape and bool(((ours - own).abs() <= limit).all()):
         return True
     logger.warning(

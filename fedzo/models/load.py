@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedzo.errors import ConfigError
 from fedzo.models.cache import check_cache
+from fedzo.models.compiled import CompiledDecoder, compile_decoder
 from fedzo.models.config import DType, ModelConfig
 from fedzo.models.digest import file_digest, parameters_digest, tokenizer_digest, weights_digest
 from fedzo.models.head import check_head
@@ -54,6 +55,7 @@ class LoadedModel:
         read_weights: Reads the base weights again, by parameter name.
         direct_head: Whether the LM head may be applied apart (``head.check_head``).
         shared_prompts: Whether candidates may run on top of their prompt's cache (``cache.check_cache``).
+        compiled: The decoder that losses and scores run through, if not the model's own (``model.compile``).
         counter: Forwards and tokens so far.
     """
 
@@ -66,6 +68,7 @@ class LoadedModel:
     read_weights: Callable[[], dict[str, torch.Tensor]] | None = None
     direct_head: bool = True
     shared_prompts: bool = False
+    compiled: CompiledDecoder | None = None
     counter: ForwardCounter = field(default_factory=ForwardCounter)
 
     def reload_weights(self) -> None:
@@ -123,7 +126,24 @@ def load_model(config: ModelConfig, *, device: str = "auto") -> LoadedModel:
     def read_weights() -> dict[str, torch.Tensor]:
         return dict(_read(source, dtype).named_parameters())
 
-    return _wrap(model, tokenizer, device=where, digest=digest, source=config.name, read_weights=read_weights)
+    loaded = _wrap(model, tokenizer, device=where, digest=digest, source=config.name, read_weights=read_weights)
+    return compile_loaded(loaded, longest=config.max_length) if config.compile else loaded
+
+
+def compile_loaded(loaded: LoadedModel, *, longest: int) -> LoadedModel:
+    """The same model, whose losses and scores run through its compiled decoder; ``longest`` counts a text's tokens.
+
+    Generation and prompts shared among candidates, whose caches grow, stay with the model's own.
+
+    Raises:
+        ConfigError: This model cannot be compiled on this machine.
+    """
+    if not loaded.direct_head:
+        raise ConfigError(
+            f"model.compile must be false for {loaded.source!r}: its LM head cannot be applied apart from its decoder, "
+            "which is what is compiled. Write model.compile=false."
+        )
+    return replace(loaded, compiled=compile_decoder(loaded.model, longest=longest))
 
 
 def wrap_model(model: Any, tokenizer: Any, *, source: str = "memory") -> LoadedModel:

@@ -29,13 +29,27 @@ def forward_cost(device: torch.device) -> int:
     return 32 if device.type == "cpu" else 2048
 
 
-def plan_batches(lengths: Sequence[int], *, tokens_per_batch: int, forward_cost_tokens: int) -> list[list[int]]:
+def bucket(size: int) -> int:
+    """The least of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is not below ``size``.
+
+    Example:
+        >>> [bucket(size) for size in (1, 5, 6, 7, 9, 13, 100)]
+        [1, 6, 6, 8, 12, 16, 128]
+    """
+    power = 1 << (size - 1).bit_length()
+    return 3 * power // 4 if size <= 3 * power // 4 else power
+
+
+def plan_batches(
+    lengths: Sequence[int], *, tokens_per_batch: int, forward_cost_tokens: int, bucketed: bool = False
+) -> list[list[int]]:
     """Cut sequences, longest first, into batches: least padded tokens plus ``forward_cost_tokens`` a batch.
 
     Args:
         lengths: Tokens of each sequence.
         tokens_per_batch: Most padded tokens of a batch of two or more.
         forward_cost_tokens: Cost of a batch beside its tokens.
+        bucketed: Whether a batch's rows are padded to their ``bucket``, too.
 
     Returns:
         Indices of each batch; a pure function of the arguments.
@@ -44,7 +58,7 @@ def plan_batches(lengths: Sequence[int], *, tokens_per_batch: int, forward_cost_
 
     def costs(end: int) -> Iterator[int]:
         for begin in range(end - 1, -1, -1):
-            padded = lengths[order[begin]] * (end - begin)
+            padded = lengths[order[begin]] * (bucket(end - begin) if bucketed else end - begin)
             if padded > tokens_per_batch and begin < end - 1:
                 return
             yield padded + forward_cost_tokens

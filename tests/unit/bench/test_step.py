@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from fedzo.bench.memory import measure_peak_bytes, resident_bytes
 from fedzo.bench.shapes import SHAPES, random_model
-from fedzo.bench.step import BARE, BASE, FIRST_ORDER, OURS, WALK, bench_step, open_bench
+from fedzo.bench.step import BARE, BASE, EAGER, FIRST_ORDER, OURS, WALK, bench_step, open_bench
 from fedzo.cli import main
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
@@ -45,6 +46,24 @@ def test_every_contestant_is_timed_and_leaves_the_model_as_it_was(folder: Path, 
     assert result["figures"][0]["ratio"] == 1
     assert (result["rows"], result["tokens"], result["space_size"]) == (3, 5, bench.space.size)
     assert np.abs(bench.space.values() - before).max() < 1e-6  # the walk does not come back to the same bits
+
+
+@pytest.mark.slow
+def test_with_a_compiled_model_the_same_forwards_without_the_compiler_are_timed_beside_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced, not translated
+    config = load([f"model={folder}", "trainer=lora", "model.compile=true", "device=cpu"])
+    bench = open_bench(config, shape=None, rows=3, tokens=5)
+    counter = bench.loaded.counter
+    contestants, spent = bench.contestants(), {}
+    for name in (BARE, BASE, EAGER, OURS):
+        before = counter.num_forwards, counter.num_tokens
+        contestants[name]()
+        spent[name] = counter.num_forwards - before[0], counter.num_tokens - before[1]
+
+    assert list(contestants) == [BARE, BASE, EAGER, OURS, WALK, FIRST_ORDER]
+    assert spent == {BARE: (2, 2 * 3 * 6), BASE: (2, 2 * 3 * 6), EAGER: (2, 2 * 3 * 5), OURS: (2, 2 * 3 * 6)}
 
 
 @pytest.mark.parametrize("trainer", ["lora", "prefix", "prompt"])

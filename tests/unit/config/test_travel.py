@@ -174,7 +174,7 @@ def test_hash_is_of_the_canonical_text_without_what_is_local_to_a_site() -> None
     plain = json.loads(to_json(config))
     for key in ("device", "threads", "runtime", "report"):
         del plain[key]
-    del plain["model"]["dtype"], plain["data"]["path"]
+    del plain["model"]["dtype"], plain["model"]["compile"], plain["data"]["path"]
     del plain["trainer"]["mask_path"], plain["trainer"]["calibration_path"]
 
     canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))
@@ -186,6 +186,7 @@ LOCAL = [
     ["device=cpu"],
     ["threads=3"],
     ["model.dtype=bfloat16"],
+    ["model.compile=true"],
     ["data.path=."],
     ["runtime=local"],
     ["runtime=ray", "runtime.num_actors=3"],

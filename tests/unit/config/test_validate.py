@@ -27,7 +27,9 @@ from fedzo.models.config import DType
 from fedzo.runtime.config import LocalConfig, RayConfig
 from fedzo.trainers.config import (
     Calibration,
+    Ia3TrainerConfig,
     LoraTrainerConfig,
+    MeerkatConfig,
     MezoConfig,
     PrefixTrainerConfig,
     PromptTrainerConfig,
@@ -373,6 +375,30 @@ def test_a_dtype_that_peers_choose_for_themselves_is_refused_where_values_are_he
 
     assert problem.text.startswith("model.dtype must be float32, bfloat16 or float16 for trainer=mezo")
     assert problem.text.endswith("got 'auto'. Name it; float32 loses nothing.")
+
+
+@pytest.mark.parametrize(
+    "trainer", [MeerkatConfig, LoraTrainerConfig, Ia3TrainerConfig, PrefixTrainerConfig, PromptTrainerConfig]
+)
+def test_compiled_forwards_serve_every_trainer_that_writes_its_values(trainer: type) -> None:
+    config = sound()
+    config.model.compile = True
+    config.trainer = trainer()
+
+    assert problems(config) == []
+
+
+def test_compiled_forwards_are_refused_where_probes_cannot_be_traced_or_kept() -> None:
+    config = sound()
+    config.trainer = MezoConfig()
+    config.estimator.freeze_selection = True
+    assert problems(config) == []
+
+    config.model.compile = True
+    perturbed, frozen = [problem.text for problem in problems(config)]
+
+    assert perturbed.startswith("model.compile must be false for trainer=mezo: its probes hand each operation")
+    assert frozen.startswith("model.compile must be false with estimator.freeze_selection: the selections of one")
 
 
 @pytest.mark.parametrize("key", ["data.path", "trainer.mask_path", "trainer.calibration_path", "model.name"])
