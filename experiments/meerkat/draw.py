@@ -38,7 +38,8 @@ def main() -> None:
         what = f"{TASKS[task]}, {METHODS[method][0]}, T = {BUDGETS[budget]}: test accuracy"
         claims.add(f"{what} (mean of {len(rows)} seeds)", value, "share")
         claims.add(f"{what}, half width of its 95 % interval", half, "share")
-    claims.write(HERE / "claims.json")
+    if core:
+        claims.write(HERE / "claims.json")
     tables = {
         "accuracy": accuracy(core),
         "tuning": tuning(results("tune")),

@@ -39,7 +39,7 @@ OTHER_MASKS = {
 TASKS = ("sst2", "ag_news")
 METHODS = ("meerkat", "full", "lora", "magnitude", "random")
 LADDER = 2.0  # between neighbouring learning rates
-FIRST = {"meerkat": 1e-4, "full": 1e-6, "lora": 4e-3, "magnitude": 1e-3, "random": 2e-3}
+FIRST = {"meerkat": 4e-4, "full": 4e-6, "lora": 2e-3, "magnitude": 4e-3, "random": 3e-2}
 SEEDS = "seed=0,1,2"
 Varied = list[tuple[str, list[str]]]
 PIECES: dict[str, Varied] = {
