@@ -144,7 +144,9 @@ def local_steps(
 
 def _find(audit: list[dict[str, Any]], *, client: int, round: int) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     if round >= len(audit):
-        raise ConfigError(f"--round must be below {len(audit)}, the number of rounds in the log, got {round}.")
+        raise ConfigError(
+            f"--round must be below {len(audit)}, the number of rounds in the log, got {round}. They count from 0."
+        )
     line = audit[round]
     for entry in line["clients"]:
         if entry["client"] == client:

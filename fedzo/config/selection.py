@@ -28,8 +28,8 @@ from fedzo.trainers.config import (
     Selector,
 )
 from fedzo.zo.config import FzooConfig
+from fedzo.zo.path import MOST_STEPS
 
-_MOST_STEPS = 2**16 - 1  # a record of the log counts its steps in 16 bits
 _WITHOUT_GRADIENT = (MezoConfig, LoraTrainerConfig, Ia3TrainerConfig, PrefixTrainerConfig, PromptTrainerConfig)
 
 
@@ -87,8 +87,8 @@ def _vpcs(selection: VpcsConfig) -> Iterator[Problem]:
         if getattr(selection, key) < 1:
             yield problem(f"selection.{key}", "be >= 1", getattr(selection, key), "20 is the default.")
     least = max(selection.initial_steps, 1) + max(selection.later_steps, 1)
-    if not least <= selection.calibration_steps <= _MOST_STEPS:
-        rule = f"be between initial_steps + later_steps ({least}) and {_MOST_STEPS}"
+    if not least <= selection.calibration_steps <= MOST_STEPS:
+        rule = f"be between initial_steps + later_steps ({least}) and {MOST_STEPS}"
         yield problem("selection.calibration_steps", rule, selection.calibration_steps, "100 is the default.")
     for key in ("ratio_threshold", "quiet_threshold", "sigma_share", "level_threshold"):
         yield from _positive(f"selection.{key}", getattr(selection, key))

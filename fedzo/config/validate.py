@@ -43,6 +43,7 @@ from fedzo.zo.config import (
     OneSidedConfig,
     ScaffoldConfig,
 )
+from fedzo.zo.path import MOST_OWNERS, MOST_STEPS
 
 EMBEDDED_TASKS = ("rotten_tomatoes",)
 """Tasks whose rows come with fedzo, so that they need no ``data.path``."""
@@ -284,6 +285,13 @@ def _fl(config: RunConfig) -> Iterator[Problem]:
     yield from _at_least("fl.num_clients", fl.num_clients, 1, "A federation needs a client.")
     yield from _at_least("fl.rounds", fl.rounds, 1, "A run needs a round.")
     yield from _at_least("fl.local_steps", fl.local_steps, 1, "1 synchronises after every step.")
+    for key, count in (("fl.local_steps", fl.local_steps), ("estimator.num_probes", config.estimator.num_probes)):
+        if count > MOST_STEPS:
+            yield _problem(key, f"be at most {MOST_STEPS}, all that a record of the log can count", count, "Lower it.")
+    own_columns = fl.seeds is not Seeds.shared or isinstance(config.optimizer, ScaffoldConfig | FedDynConfig)
+    if own_columns and fl.num_clients > MOST_OWNERS:
+        rule = f"be at most {MOST_OWNERS} where the log keeps each client's own scalars"
+        yield _problem("fl.num_clients", rule, fl.num_clients, "Write fl.seeds=shared and optimizer=sgd.")
     yield from _at_least("fl.batch_size", fl.batch_size, 1, "It counts a client's rows of a step.")
     if not 2 <= fl.pool_size < 2**31:
         yield _problem("fl.pool_size", "be between 2 and 2**31 - 1", fl.pool_size, "4096 is FedKSeed's.")

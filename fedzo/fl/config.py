@@ -79,8 +79,8 @@ class StrategyConfig:
 
     weighting: Weighting = Weighting.uniform
     aggregation: Aggregation = Aggregation.mean
-    trim_share: float = 0.1
-    """Share of the clients that the trimmed mean leaves out at each end, rounded down to whole clients."""
+    trim_share: float = 0.2
+    """Share of the clients that the trimmed mean cuts off at each end, rounded down to whole clients; at least one."""
     clients_per_round: int = 0
     """Clients sampled a round, 0 = all."""
     min_replies: int = 1

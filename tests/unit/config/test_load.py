@@ -27,7 +27,7 @@ from fedzo.trainers.config import TrainerConfig
         ("+trainer=mezo", r"trainer has a choice already\. Write it without the \+\."),
         ("trainr=mezo", r"trainr is not a setting\. Did you mean trainer\?"),
         ("trainer=meerkat,mezo", r"one run must have one value per key, got several\. Add -m"),
-        ("experiment=quick", r"experiment must be one of decomfl.*, got 'quick'\. Did you mean quickstart\?"),
+        ("experiment=quick", r"experiment must be one of .*quickstart.*, got 'quick'\. Did you mean quickstart\?"),
         ("hydra/launcher=none", r"hydra/launcher must be one of basic.*, got 'none'"),
         ("fl.num_client=3", r"fl\.num_client is not a setting\. Did you mean fl\.num_clients\?"),
         ("num_clients=3", r"num_clients is not a setting\. Did you mean fl\.num_clients\?"),

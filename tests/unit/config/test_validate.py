@@ -111,6 +111,8 @@ def test_a_sound_config_has_no_problem() -> None:
         ("fl.num_clients", 0, "be >= 1, got 0. A federation needs a client."),
         ("fl.rounds", 0, "be >= 1, got 0. A run needs a round."),
         ("fl.local_steps", 0, "be >= 1, got 0."),
+        ("fl.local_steps", 65536, "be at most 65535, all that a record of the log can count, got 65536. Lower it."),
+        ("estimator.num_probes", 65536, "be at most 65535, all that a record of the log can count, got 65536."),
         ("fl.batch_size", 0, "be >= 1, got 0."),
         ("fl.hash_every", 0, "be >= 1, got 0."),
         ("strategy.clients_per_round", 9, "be between 0 (all) and fl.num_clients (8), got 9. Lower it"),
@@ -308,8 +310,41 @@ def test_an_aggregation_that_compares_scalars_wants_equal_clients_along_the_same
     config.fl.seeds, config.strategy.weighting = Seeds.per_client, Weighting.size
     texts = [problem.text for problem in problems(config)]
 
-    assert texts[0].startswith(f"fl.seeds must be shared for strategy.aggregation={aggregation}, which compares")
+    assert texts[0] == (
+        f"fl.seeds must be shared for strategy.aggregation={aggregation}, which compares scalars along the same "
+        "direction, got 'per_client'. Write fl.seeds=shared, or strategy.aggregation=mean."
+    )
     assert texts[1].startswith(f"strategy.weighting must be uniform for strategy.aggregation={aggregation}")
+
+
+def test_as_many_clients_as_a_record_has_columns() -> None:
+    config = sound()
+    config.fl.num_clients = 32768
+
+    assert problems(config) == []
+    config.fl.seeds = Seeds.per_client
+    (problem,) = problems(config)
+    assert problem.text.startswith("fl.num_clients must be at most 32767 where the log keeps each client's own scalars")
+
+
+@pytest.mark.parametrize(
+    ("asked", "share", "remedy"),
+    [(8, 0.12, "0.125 cuts one."), (3, 0.3, "0.334 cuts one."), (2, 0.4, "Ask at least 3 clients.")],
+)
+def test_a_trimmed_mean_trims(asked: int, share: float, remedy: str) -> None:
+    config = sound()
+    config.strategy.aggregation, config.strategy.trim_share = Aggregation.trimmed_mean, share
+    config.strategy.clients_per_round = asked
+
+    (problem,) = problems(config)
+
+    assert problem.text == (
+        f"strategy.trim_share must cut at least one of the {asked} clients of a round off at each end, or nothing is "
+        f"trimmed, got {share}. {remedy}"
+    )
+    if asked > 2:
+        config.strategy.trim_share = float(remedy.split()[0])
+        assert problems(config) == []
 
 
 def test_signs_are_not_clipped() -> None:
