@@ -80,7 +80,7 @@ def percent(part: Any) -> str:
     """A share with its 95 % interval."""
     low, high = (100 * end for end in part["interval"])
     share = f"{100 * part['share']:.4g} %"
-    return f"{share} ({low:.3g} to {high:.4g})" if 0 < part["share"] < 1 else share
+    return f"{share} ({low:.4g} to {high:.4g})" if 0 < part["share"] < 1 else share
 
 
 def vpcs_auc(results: Any) -> Lines:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import cast
 
 from hydra.core.global_hydra import GlobalHydra
@@ -14,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from fedzo.config.compose import FAILURES, StrayKeyError, compose_run, group_names, option_names
+from fedzo.config.plugins import plugin_classes
 from fedzo.config.problem import Problem
 
 
@@ -85,6 +87,9 @@ def _explain(override: Override, error: Exception, kept: Sequence[str]) -> str:
 def _near_key(key: str, known: set[str]) -> str:
     """A remedy for a key that does not exist."""
     section, _, leaf = key.rpartition(".")
+    options = plugin_classes().get(section, {})
+    if owners := [name for name, cls in options.items() if leaf in {field.name for field in fields(cls)}]:
+        return f" It belongs to {' or '.join(f'{section}={name}' for name in owners)}, and another is chosen."
     beside = sorted(name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section)
     elsewhere = sorted(name for name in known if name.rpartition(".")[2] == leaf)
     prefix = f"{section}." if section else ""

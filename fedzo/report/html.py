@@ -97,7 +97,7 @@ def _headline_note(run: RunData) -> str:
     parts = [f"{before.metric} on {count_text(after.num_examples)} test rows, before and after training"]
     if before.best_threshold_accuracy is not None and after.best_threshold_accuracy is not None:
         shift = _from_to("accuracy", before.best_threshold_accuracy, after.best_threshold_accuracy)
-        parts.append(f"at the best threshold {shift}: the rest of the gain is calibration")
+        parts.append(f"at the best threshold {shift}: the rest is a matter of where it lies")
     if before.auc is not None and after.auc is not None:
         parts.append(f"AUC {before.auc:.3f} to {after.auc:.3f}")
     return "; ".join(parts) + "."

@@ -56,8 +56,11 @@ def test_a_bad_override_is_named_with_its_remedy(override: str, message: str) ->
 
 
 def test_a_key_of_another_plugin_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"trainer\.density is not a setting\. Known there: eps, lr, rounding\."):
+    with pytest.raises(ConfigError, match=r"trainer\.density is not a setting\. It belongs to trainer=meerkat, and an"):
         load(["trainer.density=0.1", "trainer=mezo"])
+    owners = r"selection=cusum or selection=vpcs"
+    with pytest.raises(ConfigError, match=rf"selection\.graded is not a setting\. It belongs to {owners}, and another"):
+        load(["selection.graded=true"])
 
 
 def test_all_problems_come_in_one_message() -> None:
