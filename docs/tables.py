@@ -76,6 +76,22 @@ def bench(rows: Any) -> Lines:
     return lines
 
 
+def planted(results: Any) -> Lines:
+    """How well each test tells planted clients, by |g|; what it flags at its threshold after the last step."""
+    steps = sorted({test["steps"] for test in results["run"][0]["tests"]})
+    heads = [f"AUC, T = {count}" for count in steps]
+    lines = [f"| test | {' | '.join(heads)} | found | false alarms |", "|---|" + "---|" * (len(steps) + 2)]
+    for rule in dict.fromkeys(test["rule"] for test in results["run"][0]["tests"]):
+        tests = [t for run in results["run"] for t in run["tests"] if (t["rule"], t["statistic"]) == (rule, "abs_g")]
+        areas = [[t["auc"] for t in tests if t["steps"] == count] for count in steps]
+        last = [t for t in tests if t["steps"] == steps[-1]]
+        there = sum(len(run["planted"]) for run in results["run"])
+        others = sum(len(run["clients"]) - len(run["planted"]) for run in results["run"])
+        flagged = [f"{sum(len(t[key]) for t in last)} of {total}" for key, total in (("found", there), ("false_alarms", others))]
+        lines.append(f"| {rule} | {' | '.join(f'{sum(area) / len(area):.2f}' for area in areas)} | {' | '.join(flagged)} |")
+    return lines
+
+
 def percent(part: Any) -> str:
     """A share with its 95 % interval."""
     low, high = (100 * end for end in part["interval"])
@@ -127,6 +143,7 @@ RENDERERS: dict[str, Callable[[Any], Lines]] = {
     "experiments/quickstart/results.json#ending": ending,
     "experiments/bench/claims.json": bench,
     **{f"experiments/meerkat/tables.json#{part}": itemgetter(part) for part in ("accuracy", "tuning", "verdicts", "others")},
+    "experiments/vpcs/planted.json": planted,
     "experiments/vpcs/simulation.json#auc": vpcs_auc,
     "experiments/vpcs/simulation.json#ratio": vpcs_ratio,
     "experiments/vpcs/simulation.json#rules": vpcs_rules,
