@@ -23,7 +23,6 @@ from fedzo.fl.server import Server, Sink
 from fedzo.fl.store import RunStore, best_round
 from fedzo.models.evaluate import Score, evaluate, merge_scores
 from fedzo.report.sinks import ProgressSink, TensorBoardSink
-from fedzo.runtime.config import InlineConfig
 from fedzo.site import Site, process_site
 from fedzo.trainers import Workplace
 
@@ -288,7 +287,7 @@ class Federation:
 
 def _strategy(config: RunConfig) -> StrategyConfig:
     """Where one process plays all clients one after another, how long that takes is not theirs: no deadline."""
-    inline = isinstance(config.runtime, InlineConfig)
+    inline = plugin_name("runtime", config.runtime) == "inline"
     return replace(config.strategy, deadline_s=math.inf) if inline else config.strategy
 
 
