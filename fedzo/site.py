@@ -25,8 +25,9 @@ from fedzo.fl.replica import Replica
 from fedzo.fl.selection import SELECTIONS, Selection, most_steps
 from fedzo.models.config import DType
 from fedzo.models.fidelity import NUM_DIRECTIONS, choose_dtype, coarseness_warning, try_out
-from fedzo.models.load import LoadedModel, load_model
+from fedzo.models.load import LoadedModel, load_model, resolve_device
 from fedzo.models.plan import FEW_FORWARDS, forward_cost
+from fedzo.models.products import choose_product
 from fedzo.models.scoring import mean_loss
 from fedzo.models.virtual_tokens import longest_sequence
 from fedzo.trainers import TRAINERS, Built, Trainer
@@ -188,17 +189,18 @@ class Site:
 
 
 def open_site(config: RunConfig) -> Site:
-    """Load the model and set the number of threads, on which the last bits of a forward depend."""
-    set_threads(config.threads)
+    """Set this process up for the run and load the model."""
+    set_up_process(config.threads, config.device)
     loaded = load_model(config.model, device=config.device)
     return Site(config, loaded, undecided=config.model.dtype is DType.auto)
 
 
-def set_threads(threads: int) -> None:
-    """CPU threads of torch and Numba; 0 means all cores."""
+def set_up_process(threads: int, device: str) -> None:
+    """What the speed and the last bits of a forward depend on: threads (0: all cores), and who multiplies matrices."""
     threads = threads or usable_cpus()
     torch.set_num_threads(threads)
     numba.set_num_threads(min(threads, int(getattr(numba.config, "NUMBA_NUM_THREADS", threads))))
+    choose_product(resolve_device(device))
 
 
 _process_site: list[tuple[str, Site]] = []

@@ -19,7 +19,7 @@ from fedzo.bench.timing import interleaved
 from fedzo.models.config import ModelConfig
 from fedzo.models.head import hidden_at
 from fedzo.models.load import load_model
-from fedzo.site import set_threads
+from fedzo.site import set_up_process
 from fedzo.zo.directions import add_direction, stream_key
 
 HERE = Path(__file__).parent
@@ -27,7 +27,7 @@ ROWS, TOKENS, REPEATS, SIDE, COPY = 16, 32, 11, 2048, 1 << 26
 
 
 def main() -> None:
-    set_threads(0)
+    set_up_process(0, "cpu")
     loaded = load_model(ModelConfig(), device="cpu")
     a, b, product = torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE), torch.empty(SIDE, SIDE)
     source, target = torch.zeros(COPY // 4), torch.empty(COPY // 4)

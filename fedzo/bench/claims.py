@@ -18,6 +18,7 @@ def measured_with() -> dict[str, Any]:
         **environment(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
 
 

@@ -23,8 +23,9 @@ from fedzo.environment import environment
 from fedzo.errors import ConfigError
 from fedzo.models.adapters import base_model, has_adapter
 from fedzo.models.load import TORCH_DTYPES, LoadedModel, compile_loaded, load_model
+from fedzo.models.products import default_product, product_is_chosen
 from fedzo.models.scoring import mean_loss
-from fedzo.site import set_threads
+from fedzo.site import set_up_process
 from fedzo.trainers import TRAINERS, Workplace
 from fedzo.trainers.config import MeerkatConfig, Selector
 from fedzo.zo.directions import PURPOSE_DATA, add_direction, permutation, stream_key
@@ -35,6 +36,7 @@ from fedzo.zo.space import Space
 
 BARE, BASE, OURS = "bare forwards", "base model's forwards", "fedzo step"
 EAGER = "eager forwards"
+DEFAULT = "default products' forwards"
 WALK, FIRST_ORDER = "MeZO walk", "first-order step"
 Work = Callable[[], object]
 
@@ -89,7 +91,8 @@ class Bench:
         """Each takes a whole step; all but the forwards have lr = 1e-8, so that the weights stay as they are.
 
         Bare forwards are those of the model as it is trained; where that holds an adapter, the base model's are beside,
-        and where it is compiled, the same forwards without the compiler. The first-order step is never compiled.
+        where it is compiled, the same forwards without the compiler, and where ``choose_product`` made a choice, those
+        with the products that PyTorch makes by itself. The first-order step is never compiled.
         """
         model, lr = self.loaded.model, 1e-8
         keys = [stream_key(0, round=0, probe=probe) for probe in range(self.num_probes)]
@@ -109,14 +112,17 @@ class Bench:
                 forwards()
 
         def eager_forwards() -> None:
-            eager = replace(self, loaded=replace(self.loaded, compiled=None))
-            for _ in range(self.estimator.forwards_per_step(self.num_probes)):
-                eager.loss()
+            replace(self, loaded=replace(self.loaded, compiled=None)).contestants()[BARE]()
+
+        def default_forwards() -> None:
+            with default_product():
+                forwards()
 
         return {
             BARE: forwards,
             **({BASE: base_forwards} if has_adapter(model) else {}),
             **({EAGER: eager_forwards} if self.loaded.compiled else {}),
+            **({DEFAULT: default_forwards} if product_is_chosen() else {}),
             OURS: ours,
             WALK: lambda: mezo_walk_step(model, self.loss, eps=self.eps, lr=lr, seed=0),
             FIRST_ORDER: lambda: first_order_step(model, ids, choices, lr=lr),
@@ -128,7 +134,7 @@ def open_bench(config: RunConfig, *, shape: str | None, rows: int, tokens: int) 
 
     A mask that would be chosen by gradients is drawn at random instead: a step costs the same.
     """
-    set_threads(config.threads)
+    set_up_process(config.threads, config.device)
     loaded = (
         load_model(config.model, device=config.device)
         if shape is None

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import fedzo.bench.step
 from fedzo.bench.memory import measure_peak_bytes, resident_bytes
 from fedzo.bench.shapes import SHAPES, random_model
-from fedzo.bench.step import BARE, BASE, EAGER, FIRST_ORDER, OURS, WALK, bench_step, open_bench
+from fedzo.bench.step import BARE, BASE, DEFAULT, EAGER, FIRST_ORDER, OURS, WALK, bench_step, open_bench
 from fedzo.cli import main
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
 from fedzo.models.adapters import base_model
 from fedzo.testing.tiny_models import save_tiny_model
+
+
+@pytest.fixture(autouse=True)
+def default_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The same contestants on every machine."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    monkeypatch.setattr("fedzo.site.choose_product", lambda device: False)
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture
@@ -80,6 +93,26 @@ def test_with_an_adapter_the_base_models_forwards_are_timed_beside_it(folder: Pa
     assert base == plain.loss() != wrapped == bench.loss()
     assert [p.requires_grad for p in bench.loaded.model.parameters()] == requires
     assert BASE not in plain.contestants()
+
+
+def test_forwards_with_pytorchs_default_products_are_timed_beside_those_with_chosen_ones(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = open_bench(load([f"model={folder}", "device=cpu"]), shape=None, rows=2, tokens=4)
+    torch.set_float32_matmul_precision("medium")
+    contestants, seen, counter = bench.contestants(), [], bench.loaded.counter
+    run, before = fedzo.bench.step.mean_loss, counter.num_forwards
+
+    def loss(*args: Any, **options: Any) -> float:
+        seen.append(torch.get_float32_matmul_precision())
+        return run(*args, **options)
+
+    monkeypatch.setattr("fedzo.bench.step.mean_loss", loss)
+    contestants[DEFAULT]()
+    contestants[BARE]()
+
+    assert seen == ["highest", "highest", "medium", "medium"]
+    assert counter.num_forwards - before == 4
 
 
 def test_bare_forwards_are_as_many_as_the_estimator_takes(folder: Path) -> None:
