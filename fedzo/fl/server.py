@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,25 +25,23 @@ import torch
 
 from fedzo.errors import FedzoError, ProtocolError
 from fedzo.fl.aggregate import ClientResult, aggregate, check_reply, sample_clients, unmoved
-from fedzo.fl.client import space_id
 from fedzo.fl.clip import announced_bound
 from fedzo.fl.config import Aggregation, FlConfig, StrategyConfig, Transport, Weighting, directions_of
-from fedzo.fl.exchange import Grid, Traffic, ask
+from fedzo.fl.exchange import Grid, Traffic
+from fedzo.fl.followers import Followers
 from fedzo.fl.metrics import audit_line, round_metrics
 from fedzo.fl.replica import Replica
 from fedzo.fl.roster import Roster
 from fedzo.fl.selection.plan import Plan, Selection, news
 from fedzo.fl.signals import Signals
 from fedzo.fl.store import RunStore
-from fedzo.fl.wire import EvaluateReply, EvaluateRequest, Status, Sync, TrainReply, TrainRequest
+from fedzo.fl.wire import EvaluateReply, EvaluateRequest, TrainReply, TrainRequest
 from fedzo.zo.config import OptimizerConfig
-from fedzo.zo.directions import PURPOSE_SAMPLING, permutation, stream_key
-from fedzo.zo.path import RoundRecord, pack
+from fedzo.zo.path import RoundRecord
 from fedzo.zo.schedule import learning_rate
 
 log = logging.getLogger(__name__)
 REGISTER_S = 60.0  # how long a round may wait for a newcomer's registration
-ATTEMPTS = 4  # a first request, and one each for a missing space, a gap in the log and a wrong hash
 
 
 class FederationError(FedzoError):
@@ -85,17 +83,25 @@ class Server:
     elapsed: Callable[[], float]
     gradient: torch.Tensor | None = None
     shuffle_replies: bool = False
-    _acked: dict[int, int] = field(default_factory=dict)
-    _equipped: set[int] = field(default_factory=set)
-    _digests: dict[int, str] = field(default_factory=dict)
     _used: dict[int, int] = field(default_factory=dict)
     _followed: dict[int, int] = field(default_factory=dict)
     _told: Mapping[str, Any] | None = None
     _signals: Signals = field(init=False)
+    _followers: Followers = field(init=False)
 
     def __post_init__(self) -> None:
         law = self.replica.space.distribution
         self._signals = Signals(self.gradient, self.store.audit, run_seed=self.run_seed, distribution=law)
+        self._followers = Followers(
+            grid=self.grid,
+            roster=self.roster,
+            replica=self.replica,
+            store=self.store,
+            artifact=self.artifact,
+            fl=self.fl,
+            deadline_s=self.strategy.deadline_s,
+            shuffle_seed=self.run_seed if self.shuffle_replies else None,
+        )
         for line in self.store.audit:
             self._count_steps(line)
         self._told = next((line for line in reversed(self.store.metrics) if line["kind"] == "selection"), None)
@@ -120,7 +126,7 @@ class Server:
         started = time.monotonic()
         number = self.round
         for client in self.roster.refresh(self.grid, timeout_s=min(REGISTER_S, self.strategy.deadline_s)):
-            self._forget(client)
+            self._followers.forget(client)
         plan = self._plan()
         sampled = sample_clients(
             run_seed=self.run_seed,
@@ -137,7 +143,7 @@ class Server:
             client: TrainRequest(steps=plan.steps[client], used=self._used.get(client, 0), lr=lr, max_abs_g=bound)
             for client in sampled
         }
-        replies, refused = self._ask(requests, TrainReply, message_type="train", traffic=traffic)
+        replies, refused = self._followers.ask(requests, TrainReply, message_type="train", traffic=traffic)
         results: dict[int, ClientResult] = {}
         for client, reply in replies.items():
             try:
@@ -193,8 +199,7 @@ class Server:
     def federated_scores(self, *, max_rows: int) -> Mapping[int, EvaluateReply]:
         """Every connected client's score of the present model on its own held-out rows."""
         requests = {client: EvaluateRequest(max_rows=max_rows) for client in sorted(self.roster.nodes)}
-        replies: dict[int, EvaluateReply]
-        replies, refused = self._ask(requests, EvaluateReply, message_type="evaluate", traffic=Traffic())
+        replies, refused = self._followers.ask(requests, EvaluateReply, message_type="evaluate", traffic=Traffic())
         for client, reason in refused.items():
             log.warning("client %d was not scored: %s", client, reason)
         return replies
@@ -216,83 +221,6 @@ class Server:
             self._told = record
             self.sink.write(record)
         return plan
-
-    # --- asking
-
-    def _ask(self, requests: Mapping[int, Any], reply_type: type[Any], *, message_type: str, traffic: Traffic) -> Any:
-        """Ask clients at the present state; help those that cannot reach it, at most once for each kind of trouble."""
-        replies: dict[int, Any] = {}
-        refused: dict[int, str] = {}
-        help_with: dict[int, dict[str, Any]] = {client: {} for client in requests}
-        for _ in range(ATTEMPTS):
-            filled = {client: self._fill(requests[client], client, **extra) for client, extra in help_with.items()}
-            answers = ask(
-                self.grid,
-                filled,
-                nodes=self.roster.nodes,
-                message_type=message_type,
-                reply_type=reply_type,
-                deadline_s=self.strategy.deadline_s,
-                traffic=traffic,
-            )
-            refused.update(answers.refused)
-            again: dict[int, dict[str, Any]] = {}
-            for client, reply in answers.replies.items():
-                if reply.status is Status.ok:
-                    replies[client] = reply
-                    self._acked[client] = self.round
-                    self._equipped.add(client)
-                else:
-                    again[client] = self._remedy(client, reply, help_with[client])
-            help_with = again
-            if not help_with:
-                break
-        refused.update(dict.fromkeys(help_with, "could not reach the server's state"))
-        ordered = sorted(replies)
-        if self.shuffle_replies:
-            key = stream_key(self.run_seed, round=self.round, owner=0)
-            ordered = [ordered[i] for i in permutation(key, len(ordered), purpose=PURPOSE_SAMPLING)]
-        return {client: replies[client] for client in ordered}, refused
-
-    def _remedy(self, client: int, reply: Any, before: dict[str, Any]) -> dict[str, Any]:
-        if reply.status is Status.bare:
-            return {**before, "artifact": True, "from_round": 0}
-        if reply.status is Status.behind:
-            return {**before, "from_round": 0 if "from_round" in before else reply.position}
-        log.warning("round %d, client %d: its state is not the server's; sending it the values", self.round, client)
-        return {**before, "values": True}
-
-    def _fill(
-        self, request: Any, client: int, *, artifact: bool = False, from_round: int | None = None, values: bool = False
-    ) -> Any:
-        """Add to a request how the client gets to the present state."""
-        values = values or (self.fl.transport is Transport.values and self.round > 0)
-        start = self._acked.get(client, 0) if from_round is None else from_round
-        sync = Sync(
-            config_hash=self.roster.identity.config_hash,
-            space_id=space_id(self.artifact),
-            artifact=self.artifact if artifact or client not in self._equipped else b"",
-            round=self.round,
-            from_round=self.round if values else start,
-            log=b"" if values else pack(self.store.records[start:]),
-            values=self.replica.snapshot() if values else b"",
-            chain=self.replica.chain.hex(),
-            check=self.replica.check(),
-            digest=self._digest() if self.round % self.fl.hash_every == 0 else "",
-        )
-        return replace(request, **{name: getattr(sync, name) for name in Sync.__dataclass_fields__})
-
-    def _digest(self) -> str:
-        if self.round not in self._digests:
-            self._digests = {self.round: self.replica.space.digest()}
-        return self._digests[self.round]
-
-    def _forget(self, client: int) -> None:
-        """A client came back as a new process: it starts from its base model."""
-        self._acked.pop(client, None)
-        self._equipped.discard(client)
-
-    # --- committing
 
     def _weights(self) -> dict[int, float]:
         """Fixed at registration, never taken from a reply."""
