@@ -150,11 +150,10 @@ class Site:
             local_steps=most_steps(self.config.selection, self.config.fl),
             num_moments=rule.num_moments(num_clients),
         )
-        if is_full(self.loaded, built.space):  # it pays a pass over all weights for every forward
-            if warning := coarseness_warning(self.loaded.model, self.config.estimator.eps):
-                log.warning(warning)
-        else:
-            self.worker.forward_cost_tokens = forward_cost(self.loaded.device)
+        full = is_full(self.loaded, built.space)
+        self.worker.forward_cost_tokens = forward_cost(self.loaded.device, perturbs_weights=full)
+        if full and (warning := coarseness_warning(self.loaded.model, self.config.estimator.eps)):
+            log.warning(warning)
         return Replica(built.space, rule=rule, reset=built.reset, run_seed=self.config.seed, num_clients=num_clients)
 
     def _build(self, loaded: LoadedModel, artifact: bytes) -> Built:

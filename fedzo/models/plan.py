@@ -10,6 +10,7 @@ import torch
 
 FEW_FORWARDS = 1 << 30
 """``forward_cost_tokens`` for which batches are never split to save padding."""
+_PASS_TOKENS = 160  # what perturbing a weight on its way into a forward costs, in tokens that it is multiplied with
 _LAYER_SHARE = 1 / 8  # tokens that keys and values of one position in one layer take; 2 / 18 or less in common models
 
 Costs = Callable[[int], Iterator[int]]
@@ -24,9 +25,14 @@ class Shared:
     others: list[int]
 
 
-def forward_cost(device: torch.device) -> int:
-    """What one more forward costs on a device, in tokens, when no weight is perturbed for it (a rough figure)."""
-    return 32 if device.type == "cpu" else 2048
+def forward_cost(device: torch.device, *, perturbs_weights: bool = False) -> int:
+    """What one more forward costs on a device, in tokens (a rough figure).
+
+    Args:
+        device: Where the model is.
+        perturbs_weights: Whether every forward makes a direction of all weights anew (full space).
+    """
+    return (32 if device.type == "cpu" else 2048) + _PASS_TOKENS * perturbs_weights
 
 
 def bucket(size: int) -> int:

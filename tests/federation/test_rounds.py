@@ -383,3 +383,24 @@ def test_a_slow_machine_loses_no_client_where_one_process_plays_them_all(run: Ru
     folder = run("strategy.deadline_s=0.001", "fl.rounds=2")
 
     assert [line["attendance"] for line in lines(folder, "public.jsonl")] == [[0, 1, 2, 3]] * 2
+
+
+@pytest.mark.parametrize(("trainer", "few"), [("meerkat", 2), ("mezo", 1)])
+def test_batches_are_split_where_the_padding_costs_more_than_a_forward(
+    overrides: Overrides, tmp_path: Path, trainer: str, few: int
+) -> None:
+    """40 tokens of padding are worth a forward of 32 tokens, but not one that perturbs all weights; 4,480 are."""
+    from fedzo.models.plan import plan_batches
+    from fedzo.trainers import Workplace
+
+    site = open_site(load(overrides(f"trainer={trainer}", "device=cpu")))
+    workplace = Workplace(folder=tmp_path, seed=0, texts=site.train_prompts, advance=lambda done, total: None)
+    site.worker.build(site.trainer.prepare(site.loaded, workplace).artifact)
+    cost = site.worker.forward_cost_tokens
+
+    num_batches = [
+        len(plan_batches(lengths, tokens_per_batch=10_000, forward_cost_tokens=cost))
+        for lengths in ([60, 20], [300, *[20] * 16])
+    ]
+
+    assert num_batches == [few, 2]
