@@ -53,13 +53,11 @@ def bench(rows: Any) -> Lines:
         case, rest = row["claim"].split(": ", 1)
         who, what = rest.split(" / bare forwards, ")
         cases.setdefault(case, {})[who, what] = row
-    eager = "eager forwards", "time"  # beside a compiled model's
-    compiled = any(eager in cells for cells in cases.values())
-    lines = [
-        "| case | fedzo: time | target | memory | target | base model's forwards: time "
-        "| MeZO walk: time | memory | first order: time | memory |" + (" not compiled: time |" if compiled else ""),
-        "|---|---|---|---|---|---|---|---|---|---|" + ("---|" if compiled else ""),
-    ]
+    beside = {"default products' forwards": "PyTorch's own product: time", "eager forwards": "not compiled: time"}
+    shown_beside = {(who, "time"): head for who, head in beside.items() if any((who, "time") in cells for cells in cases.values())}
+    heads = ["case", "fedzo: time", "target", "memory", "target", "base model's forwards: time", "MeZO walk: time", "memory", "first order: time", "memory"]
+    heads += shown_beside.values()
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for case, cells in cases.items():
         shown = []
         columns = [(w, k) for w in ("fedzo step", "MeZO walk", "first-order step") for k in ("time", "peak memory")]
@@ -70,8 +68,7 @@ def bench(rows: Any) -> Lines:
             if who == "fedzo step":
                 reached = "" if row is None or row["target"] is None else f"{row['target']:g}{'' if row['holds'] else ', **missed**'}"
                 shown.append(reached)
-        if compiled:
-            shown.append(f"{cells[eager]['value']:.3f}" if eager in cells else "")
+        shown += [f"{cells[which]['value']:.3f}" if which in cells else "" for which in shown_beside]
         lines.append(f"| {case} | {' | '.join(shown)} |")
     return lines
 
