@@ -118,7 +118,7 @@ class Roster:
             return f"client {reply.client}: it must have at least one training row, got {reply.num_train}."
         try:
             _label_counts(reply.label_counts)
-        except (ValueError, TypeError, AttributeError, RecursionError):
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
             return (
                 f"client {reply.client}: label_counts must be a JSON object of counts, got {reply.label_counts!r:.80}."
             )
@@ -128,7 +128,10 @@ class Roster:
 
 
 def _label_counts(text: str) -> dict[str, int]:
-    return {str(label): int(count) for label, count in json.loads(text).items()}
+    counts = {str(label): int(count) for label, count in json.loads(text).items()}
+    if min(counts.values(), default=0) < 0:
+        raise ValueError("a negative count")
+    return counts
 
 
 def _node_ids(grid: Grid) -> set[int]:

@@ -357,7 +357,28 @@ def test_a_loss_that_is_not_finite_drops_the_probe_is_counted_and_never_averaged
     assert np.isfinite(metrics["loss"])
 
 
-@pytest.mark.parametrize("bad", ["not json", "[]", '{"metric": "accuracy"}', '{"value": null}'])
+def a_score(**changes: object) -> str:
+    """A record that could be a client's, but for the changes."""
+    sound = {"metric": "accuracy", "value": 0.5, "loss": 0.7, "num_examples": 2, "per_class": {"0": [1, 2]}}
+    return json.dumps({**sound, **changes})
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "not json",
+        "[]",
+        '{"metric": "accuracy"}',
+        '{"value": null}',
+        a_score(metric="token_f1"),
+        a_score(value=1.5),
+        a_score(num_examples=float("inf")),
+        a_score(num_examples=10**400),
+        a_score(num_examples=65),  # more than it was asked for, to weigh more
+        a_score(per_class={"0": [3, 2]}),
+    ],
+    ids=range(10),
+)
 def test_a_score_that_cannot_be_used_is_left_out_and_ends_nothing(
     run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, bad: str
 ) -> None:

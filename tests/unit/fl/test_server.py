@@ -324,6 +324,8 @@ def test_a_newcomer_of_another_run_is_not_let_in(federation: Any, caplog: pytest
         ({"client": 7}, r"client index must be in 0\.\.0, got 7"),
         ({"num_train": 0}, "at least one training row, got 0"),
         ({"label_counts": "[1"}, r"label_counts must be a JSON object of counts, got '\[1'"),
+        ({"label_counts": '{"0": Infinity}'}, "label_counts must be a JSON object of counts, got"),
+        ({"label_counts": '{"0": -1}'}, "label_counts must be a JSON object of counts, got"),
     ],
 )
 def test_clients_that_do_not_mean_the_same_run_stop_it_before_any_work(hello: dict[str, Any], match: str) -> None:
