@@ -62,4 +62,4 @@ def drift_problems(config: RunConfig, optimizer: ScaffoldConfig | FedDynConfig) 
         optimizer.alpha >= 2.0**-126 and optimizer.lr * optimizer.alpha < 1
     ):
         rule = "be > 0 and make optimizer.lr * optimizer.alpha less than 1, or the pull to the round's start overshoots"
-        yield problem("optimizer.alpha", rule, optimizer.alpha, "Lower it; 0.2 / (lr * local steps) is a start.")
+        yield problem("optimizer.alpha", rule, optimizer.alpha, "0.2 / (lr * local steps) is a start.")
