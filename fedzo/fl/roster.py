@@ -122,6 +122,12 @@ class Roster:
             return (
                 f"client {reply.client}: label_counts must be a JSON object of counts, got {reply.label_counts!r:.80}."
             )
+        first = self.hellos.get(reply.client, reply)
+        if (reply.num_train, reply.label_counts) != (first.num_train, first.label_counts):
+            return (
+                f"client {reply.client}: it must hold the rows that it registered with ({first.num_train} to train), "
+                f"got {reply.num_train}. Its weight and its place in its data go by them."
+            )
         if taken:
             return f"client index {reply.client} is taken twice. Give each site its own partition-id."
         return ""

@@ -14,7 +14,7 @@ from flwr.app.message.message import make_message
 
 from fedzo.errors import ProtocolError
 from fedzo.fl.client import Identity, space_id
-from fedzo.fl.config import FlConfig, Seeds, StrategyConfig, Transport
+from fedzo.fl.config import FlConfig, Seeds, StrategyConfig, Transport, Weighting
 from fedzo.fl.replica import Replica
 from fedzo.fl.roster import Roster
 from fedzo.fl.selection import SELECTIONS
@@ -300,6 +300,21 @@ def test_a_client_that_comes_back_as_another_node_takes_its_own_place(federation
     assert means(server) == [2.0] * 3
     assert grid.hellos == [100, 101, 102, 777]
     assert np.array_equal(again.replica.space.theta, clients[1].replica.space.theta)
+
+
+def test_a_client_cannot_come_back_with_another_weight(federation: Any, caplog: pytest.LogCaptureFixture) -> None:
+    server, _, grid = federation(weighting=Weighting.size)
+    server.run_round()
+    heavy = Client(0)
+    fields = {name: getattr(heavy.hello, name) for name in HelloReply.__dataclass_fields__}
+    heavy.hello = HelloReply(**{**fields, "num_train": 10**9})
+    grid.nodes[777] = heavy
+
+    server.run_round()
+
+    first, second = ([entry["weight"] for entry in line["clients"]] for line in server.store.audit)
+    assert second == first
+    assert "client 0: it must hold the rows that it registered with" in caplog.text
 
 
 def test_a_newcomer_of_another_run_is_not_let_in(federation: Any, caplog: pytest.LogCaptureFixture) -> None:
