@@ -108,6 +108,7 @@ class Federation:
 
     def _make_server(self, grid: Any) -> Server:
         config, site = self._config, self._site
+        _ = site.deal  # rows that cannot be dealt to the clients are refused here, before any of them fails for it
         with self._progress.phase(f"preparing {plugin_name('trainer', config.trainer)}") as advance:
             prepared = site.trainer.prepare(
                 site.loaded,

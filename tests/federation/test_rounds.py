@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fedzo.config.load import load
+from fedzo.errors import ConfigError
 from fedzo.fl.server import FederationError
 from fedzo.masks.mask import load_mask
 from fedzo.runs import rebuild, replay_run
@@ -398,6 +399,21 @@ def test_a_score_that_cannot_be_used_is_left_out_and_ends_nothing(
     (score,) = [line for line in lines(folder, "metrics.jsonl") if line["kind"] == "federated_score"]
     assert [entry["client"] for entry in score["clients"]] == [1, 2, 3]
     assert "client 0 was not scored" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        (["fl.num_clients=65"], "fl.num_clients must be between 1 and the number of training rows"),
+        (["partition=natural", "partition.column=site", "fl.num_clients=5"], "has 4 values and fl.num_clients is 5"),
+    ],
+)
+def test_rows_that_cannot_be_dealt_are_refused_before_any_client_is_asked(
+    run: Run, settings: list[str], rule: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ConfigError, match=rule):
+        run(*settings)
+    assert "failed" not in caplog.text
 
 
 def test_a_slow_machine_loses_no_client_where_one_process_plays_them_all(run: Run, lines: Lines) -> None:

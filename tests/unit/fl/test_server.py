@@ -13,6 +13,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.app.message.message import make_message
 
 from fedzo.errors import ProtocolError
+from fedzo.fl import roster
 from fedzo.fl.client import Identity, space_id
 from fedzo.fl.config import FlConfig, Seeds, StrategyConfig, Transport, Weighting
 from fedzo.fl.replica import Replica
@@ -360,6 +361,22 @@ def test_two_clients_of_one_index_and_missing_clients_are_named() -> None:
         Roster(num_clients=2, identity=IDENTITY).wait(grid, timeout_s=0.5)
     with pytest.raises(ProtocolError, match=r"clients \[1, 2\] did not. Start them"):
         Roster(num_clients=3, identity=IDENTITY).wait(Grid([Client(0)]), timeout_s=0.3)
+
+
+def test_a_client_that_cannot_register_is_asked_now_and_then_and_its_reason_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(roster, "RETRY_S", 0.4)
+    client = Client(0)
+    client.hello = RecordDict()  # type: ignore[assignment]
+    grid = Grid([client])
+
+    with pytest.raises(
+        ProtocolError, match=r"clients \[0\] did not \(HelloReply: expected one record .*\)\. Start them"
+    ):
+        Roster(num_clients=1, identity=IDENTITY).wait(grid, timeout_s=1.0)
+
+    assert 2 <= len(grid.hellos) <= 4
 
 
 def test_all_replies_bad_ends_the_run_and_keeps_the_log(federation: Any) -> None:
