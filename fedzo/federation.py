@@ -21,7 +21,7 @@ from fedzo.fl.roster import Roster
 from fedzo.fl.selection import check_selection, most_steps
 from fedzo.fl.server import Server, Sink
 from fedzo.fl.store import RunStore, best_round
-from fedzo.models.evaluate import Score, evaluate, merge_scores
+from fedzo.models.evaluate import Score, evaluate, merge_scores, metric_of
 from fedzo.report.sinks import ProgressSink, TensorBoardSink
 from fedzo.site import Site, process_site
 from fedzo.trainers import Workplace
@@ -108,6 +108,7 @@ class Federation:
 
     def _make_server(self, grid: Any) -> Server:
         config, site = self._config, self._site
+        _ = site.deal  # rows that cannot be dealt to the clients are refused here, before any of them fails for it
         with self._progress.phase(f"preparing {plugin_name('trainer', config.trainer)}") as advance:
             prepared = site.trainer.prepare(
                 site.loaded,
@@ -213,7 +214,7 @@ class Federation:
             self._federated_score()
 
     def _federated_score(self) -> None:
-        evaluation = self._config.evaluation
+        evaluation, metric = self._config.evaluation, metric_of(self._config.task.kind)
         if any(
             line["kind"] == "federated_score" and line["round"] == self._server.round for line in self._store.metrics
         ):
@@ -222,7 +223,7 @@ class Federation:
         scored: dict[int, Score] = {}
         for client, reply in replies.items():
             try:
-                score = Score.from_json(reply.score)
+                score = Score.from_json(reply.score, metric=metric, most_examples=evaluation.federated_max_rows)
             except ProtocolError as error:  # a bad reply never ends a run
                 log.warning("client %d was not scored: %s", client, error)
                 continue

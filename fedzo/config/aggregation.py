@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from fedzo.config.plugins import plugin_name
 from fedzo.config.problem import Problem, problem
 from fedzo.config.schema import RunConfig
+from fedzo.fl.aggregate import num_trimmed
 from fedzo.fl.config import Aggregation, Seeds, Weighting
 from fedzo.fl.selection.config import NoSelectionConfig
 from fedzo.zo.config import FedDynConfig, ScaffoldConfig
@@ -18,7 +19,7 @@ def aggregation_problems(config: RunConfig) -> Iterator[Problem]:
     strategy, asked = config.strategy, config.strategy.clients_per_round or config.fl.num_clients
     if not 0 <= strategy.trim_share < 0.5:
         yield problem("strategy.trim_share", "be >= 0 and < 0.5", strategy.trim_share, "It is cut off at both ends.")
-    elif strategy.aggregation is Aggregation.trimmed_mean and int(strategy.trim_share * asked) == 0:
+    elif strategy.aggregation is Aggregation.trimmed_mean and num_trimmed(strategy.trim_share, asked) == 0:
         rule = f"cut at least one of the {asked} clients of a round off at each end, or nothing is trimmed"
         remedy = "Ask at least 3 clients." if asked < 3 else f"{math.ceil(1000 / asked) / 1000:g} cuts one."
         yield problem("strategy.trim_share", rule, strategy.trim_share, remedy)
@@ -62,4 +63,4 @@ def drift_problems(config: RunConfig, optimizer: ScaffoldConfig | FedDynConfig) 
         optimizer.alpha >= 2.0**-126 and optimizer.lr * optimizer.alpha < 1
     ):
         rule = "be > 0 and make optimizer.lr * optimizer.alpha less than 1, or the pull to the round's start overshoots"
-        yield problem("optimizer.alpha", rule, optimizer.alpha, "Lower it; 0.2 / (lr * local steps) is a start.")
+        yield problem("optimizer.alpha", rule, optimizer.alpha, "0.2 / (lr * local steps) is a start.")

@@ -66,7 +66,7 @@ def reason(error: BaseException) -> str:
 
 
 def _explain(override: Override, error: Exception, kept: Sequence[str]) -> str:
-    key, text = override.key_or_group, override.input_line
+    key, text = override.key_or_group, cast(str, override.input_line)
     if override.is_sweep_override():
         return f"{text}: one run must have one value per key, got several. Add -m to run them all, or quote the value."
     options = option_names(key, kept)
@@ -77,11 +77,15 @@ def _explain(override: Override, error: Exception, kept: Sequence[str]) -> str:
         near = difflib.get_close_matches(str(value), options, n=1)
         return f"{key} must be one of {', '.join(options)}, got {value!r}.{f' Did you mean {near[0]}?' if near else ''}"
     unknown = isinstance(error, StrayKeyError) or isinstance(error.__cause__, ConfigKeyError | ConfigAttributeError)
-    if unknown and not options:
-        known = {*_keys(compose_run(kept)), *group_names(kept)}
-        if key not in known:
-            return f"{text}: {key} is not a setting.{_near_key(key, known)}"
-    return f"{text}: {reason(error)}"
+    known = set() if options else {*_keys(compose_run(kept)), *group_names(kept)}
+    if unknown and not options and key not in known:
+        return f"{text}: {key} is not a setting.{_near_key(key, known)}"
+    inner = sorted(name for name in known if name.startswith(f"{key}."))
+    if inner and not isinstance(value, dict):
+        return f"{text}: {key} holds settings and has no value of its own. Set one of {', '.join(inner)}."
+    why = reason(error)
+    remedy = f" Write {key}=[{text.partition('=')[2]}]." if "is not a ListConfig" in why else ""
+    return f"{text}: {why}{remedy}"
 
 
 def _near_key(key: str, known: set[str]) -> str:

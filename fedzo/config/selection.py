@@ -16,6 +16,7 @@ from fedzo.fl.selection.config import (
     RandomConfig,
     Statistic,
     VpcsConfig,
+    VpcsTest,
 )
 from fedzo.fl.selection.statistics import FEWEST
 from fedzo.trainers.config import (
@@ -46,7 +47,7 @@ def selection_problems(config: RunConfig) -> Iterator[Problem]:
         yield problem("strategy.aggregation", rule, "majority_sign", "Choose another, or selection=none.")
     match selection:
         case VpcsConfig():
-            yield from _vpcs(selection)
+            yield from _vpcs(selection, num_clients=fl.num_clients)
             yield from _gradip(config, selection)
         case CusumConfig():
             if not (math.isfinite(selection.drift) and selection.drift >= 0):
@@ -82,7 +83,7 @@ def _early_stop(selection: EarlyStopConfig, *, local_steps: int) -> Iterator[Pro
         yield problem("selection.max_share", "be between 0 and 1", selection.max_share, remedy)
 
 
-def _vpcs(selection: VpcsConfig) -> Iterator[Problem]:
+def _vpcs(selection: VpcsConfig, *, num_clients: int) -> Iterator[Problem]:
     for key in ("initial_steps", "later_steps"):
         if getattr(selection, key) < 1:
             yield problem(f"selection.{key}", "be >= 1", getattr(selection, key), "20 is the default.")
@@ -97,6 +98,9 @@ def _vpcs(selection: VpcsConfig) -> Iterator[Problem]:
         yield problem("selection.quiet_threshold", "be below 1", selection.quiet_threshold, remedy)
     if not selection.tests:
         yield problem("selection.tests", "name a test", [], "ratio, quiet and level are there.")
+    if set(selection.tests) == {VpcsTest.level} and num_clients < FEWEST:
+        rule = f"be at least {FEWEST} for selection.tests=[level], which compares each client with the others"
+        yield problem("fl.num_clients", rule, num_clients, "Add clients, or another test.")
 
 
 def _gradip(config: RunConfig, selection: VpcsConfig) -> Iterator[Problem]:

@@ -43,7 +43,7 @@ from fedzo.zo.config import (
     OneSidedConfig,
     ScaffoldConfig,
 )
-from fedzo.zo.path import MOST_OWNERS, MOST_STEPS
+from fedzo.zo.path import MOST_OWNERS, MOST_ROUNDS, MOST_STEPS
 
 EMBEDDED_TASKS = ("rotten_tomatoes",)
 """Tasks whose rows come with fedzo, so that they need no ``data.path``."""
@@ -244,7 +244,8 @@ def _estimator(config: RunConfig) -> Iterator[Problem]:
 
 def _optimizer(config: RunConfig) -> Iterator[Problem]:
     optimizer = config.optimizer
-    yield from _not_negative("optimizer.lr", optimizer.lr, "0 trains nothing.")
+    if not 0 <= optimizer.lr < 2.0**128:  # it travels and is logged as a float32
+        yield _problem("optimizer.lr", "be >= 0 and finite in float32", optimizer.lr, "0 trains nothing.")
     if not 0 <= optimizer.final_lr_share <= 1:
         remedy = "It is the last round's share of optimizer.lr."
         yield _problem("optimizer.final_lr_share", "be between 0 and 1", optimizer.final_lr_share, remedy)
@@ -285,9 +286,13 @@ def _fl(config: RunConfig) -> Iterator[Problem]:
     yield from _at_least("fl.num_clients", fl.num_clients, 1, "A federation needs a client.")
     yield from _at_least("fl.rounds", fl.rounds, 1, "A run needs a round.")
     yield from _at_least("fl.local_steps", fl.local_steps, 1, "1 synchronises after every step.")
-    for key, count in (("fl.local_steps", fl.local_steps), ("estimator.num_probes", config.estimator.num_probes)):
-        if count > MOST_STEPS:
-            yield _problem(key, f"be at most {MOST_STEPS}, all that a record of the log can count", count, "Lower it.")
+    for key, count, most in (
+        ("fl.rounds", fl.rounds, MOST_ROUNDS),
+        ("fl.local_steps", fl.local_steps, MOST_STEPS),
+        ("estimator.num_probes", config.estimator.num_probes, MOST_STEPS),
+    ):
+        if count > most:
+            yield _problem(key, f"be at most {most}, all that a record of the log can count", count, "Lower it.")
     own_columns = fl.seeds is not Seeds.shared or isinstance(config.optimizer, ScaffoldConfig | FedDynConfig)
     if own_columns and fl.num_clients > MOST_OWNERS:
         rule = f"be at most {MOST_OWNERS} where the log keeps each client's own scalars"

@@ -134,11 +134,21 @@ def aggregate(
         case Aggregation.median:
             c = np.median(g, axis=2)
         case Aggregation.trimmed_mean:
-            cut = int(trim_share * len(clients))
+            cut = num_trimmed(trim_share, len(clients))
             c = np.sort(g, axis=2)[:, :, cut : len(clients) - cut].mean(axis=2)
         case Aggregation.majority_sign:
             c = np.sign(np.sign(g).sum(axis=2)) / probes  # a tie moves nothing
     return RoundRecord(round=round, lr=lr, owners=(SHARED,), coefficients=c.astype(np.float32)[:, :, None])
+
+
+def num_trimmed(share: float, num_clients: int) -> int:
+    """Clients that a trimmed mean cuts off at each end: share * num_clients, rounded down to whole clients.
+
+    Example:
+        >>> num_trimmed(0.2, 9), num_trimmed(0.29, 100)  # 0.29 * 100 is a little below 29 in float64
+        (1, 29)
+    """
+    return int(round(share * num_clients, 9))
 
 
 def unmoved(record: RoundRecord) -> RoundRecord:

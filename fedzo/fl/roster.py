@@ -13,6 +13,7 @@ from fedzo.fl.exchange import Grid, Traffic, ask
 from fedzo.fl.wire import PROTOCOL, Hello, HelloReply
 
 log = logging.getLogger(__name__)
+RETRY_S = 10.0  # after which a node that could not register is asked again
 
 
 @dataclass(slots=True)
@@ -31,6 +32,7 @@ class Roster:
     hellos: dict[int, HelloReply] = field(default_factory=dict)
     traffic: Traffic = field(default_factory=Traffic)
     _rejected: set[int] = field(default_factory=set)
+    _failed: dict[int, tuple[float, str]] = field(default_factory=dict)
 
     def wait(self, grid: Grid, *, timeout_s: float) -> None:
         """Register until all clients are here.
@@ -44,9 +46,11 @@ class Roster:
             if len(self.nodes) < self.num_clients:
                 if time.monotonic() > ends:
                     missing = sorted(set(range(self.num_clients)) - set(self.nodes))
+                    reasons = "; ".join(sorted({reason for _, reason in self._failed.values()}))
                     raise ProtocolError(
                         f"strategy.startup_s: {self.num_clients} clients must register within {timeout_s:g} s, "
-                        f"but clients {missing} did not. Start them, raise strategy.startup_s, or lower fl.num_clients."
+                        f"but clients {missing} did not{f' ({reasons})' if reasons else ''}. "
+                        "Start them, raise strategy.startup_s, or lower fl.num_clients."
                     )
                 time.sleep(0.1)
 
@@ -65,7 +69,9 @@ class Roster:
         return _label_counts(self.hellos[client].label_counts)
 
     def _register(self, grid: Grid, *, timeout_s: float, strict: bool) -> list[int]:
-        new = sorted(_node_ids(grid) - set(self.nodes.values()) - self._rejected)
+        began = time.monotonic()
+        resting = {node for node, (since, _) in self._failed.items() if began - since < RETRY_S}
+        new = sorted(_node_ids(grid) - set(self.nodes.values()) - self._rejected - resting)
         # before a node has said who it is, its node id stands in for its index
         answers = ask(
             grid,
@@ -90,8 +96,10 @@ class Roster:
                 self._rejected.add(self.nodes[reply.client])
             self.hellos[reply.client] = reply
             self.nodes[reply.client] = node
+            self._failed.pop(node, None)
             joined.append(reply.client)
         for node, reason in answers.refused.items():
+            self._failed[node] = (time.monotonic(), reason)
             log.warning("node %d did not register: %s", node, reason)
         return joined
 
@@ -118,9 +126,15 @@ class Roster:
             return f"client {reply.client}: it must have at least one training row, got {reply.num_train}."
         try:
             _label_counts(reply.label_counts)
-        except (ValueError, TypeError, AttributeError, RecursionError):
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
             return (
                 f"client {reply.client}: label_counts must be a JSON object of counts, got {reply.label_counts!r:.80}."
+            )
+        first = self.hellos.get(reply.client, reply)
+        if (reply.num_train, reply.label_counts) != (first.num_train, first.label_counts):
+            return (
+                f"client {reply.client}: it must hold the rows that it registered with ({first.num_train} to train), "
+                f"got {reply.num_train}. Its weight and its place in its data go by them."
             )
         if taken:
             return f"client index {reply.client} is taken twice. Give each site its own partition-id."
@@ -128,7 +142,10 @@ class Roster:
 
 
 def _label_counts(text: str) -> dict[str, int]:
-    return {str(label): int(count) for label, count in json.loads(text).items()}
+    counts = {str(label): int(count) for label, count in json.loads(text).items()}
+    if min(counts.values(), default=0) < 0:
+        raise ValueError("a negative count")
+    return counts
 
 
 def _node_ids(grid: Grid) -> set[int]:

@@ -36,8 +36,7 @@ class RunStore:
         self.folder = folder
         with ExitStack() as opened, _Explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            self._public = opened.enter_context(_Lines(folder / PUBLIC))
-            self._lock()
+            self._public = opened.enter_context(_Lines(folder / PUBLIC, lock=True))
             self._audit = opened.enter_context(_Lines(folder / AUDIT))
             self._metrics = opened.enter_context(_Lines(folder / METRICS))
             self.rounds = [dict(line) for line in self._public.lines]
@@ -83,14 +82,6 @@ class RunStore:
         """Close the files; the lock goes with them."""
         self._files.close()
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._public.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunFolderError(
-                f"run folder {self.folder}: another process is using it. Wait for it, or end it."
-            ) from error
-
 
 def best_round(store: RunStore, *, by: BestBy) -> int:
     """The round with the best dev score, of equal ones the earliest; without dev scores the last round."""
@@ -124,11 +115,17 @@ class _Explained:
 
 
 class _Lines:
-    """A JSON-lines file open for appending; an unfinished last line is cut off when it is opened."""
+    """A JSON-lines file open for appending; an unfinished last line is cut off when it is opened.
 
-    def __init__(self, path: Path) -> None:
+    With ``lock`` the file is this process's alone before it is read: a line that its writer is just writing is not
+    unfinished.
+    """
+
+    def __init__(self, path: Path, *, lock: bool = False) -> None:
         self._path = path
         self._file = path.open("a+b", buffering=0)  # a failed write must not come back at close
+        if lock:
+            self._lock()
         self._file.seek(0)
         data = self._file.read()
         whole = data[: data.rfind(b"\n") + 1]
@@ -143,6 +140,15 @@ class _Lines:
     def fileno(self) -> int:
         return self._file.fileno()
 
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise RunFolderError(
+                f"run folder {self._path.parent}: another process is using it. Wait for it, or end it."
+            ) from error
+
     def append(self, line: dict[str, Any], *, durable: bool) -> None:
         text = json.dumps(_without_nan(line), allow_nan=False, separators=(",", ":"))
         rest = text.encode() + b"\n"
@@ -153,13 +159,14 @@ class _Lines:
         self.lines.append(line)
 
     def keep(self, wanted: Any) -> None:
-        """Drop the lines that are not wanted."""
-        kept = [line for line in self.lines if wanted(line)]
-        if len(kept) == len(self.lines):
+        """Drop the lines that are not wanted; those before the first of them are not touched, so no kill loses them."""
+        first = next((number for number, line in enumerate(self.lines) if not wanted(line)), None)
+        if first is None:
             return
-        self._file.truncate(0)
-        self.lines = []
-        for line in kept:
+        self._file.seek(0)
+        self._file.truncate(sum(len(line) for line in self._file.read().splitlines(keepends=True)[:first]))
+        rest, self.lines = self.lines[first:], self.lines[:first]
+        for line in filter(wanted, rest):
             self.append(line, durable=False)
 
     def __enter__(self) -> _Lines:

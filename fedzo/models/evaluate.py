@@ -56,11 +56,16 @@ class Score:
         }
 
     @classmethod
-    def from_json(cls, text: str) -> Score | None:
+    def from_json(cls, text: str, *, metric: str, most_examples: int) -> Score | None:
         """The score that a peer sent as the JSON of a record; None for the empty record of a peer without rows.
 
+        Args:
+            text: The JSON; nothing in it is trusted.
+            metric: What the peer was asked for (``metric_of``).
+            most_examples: How many rows it was asked to score at most.
+
         Raises:
-            ProtocolError: It is not such a record, or its numbers are not finite.
+            ProtocolError: It is not such a record, or its numbers are not those of a score.
         """
         try:
             record = json.loads(text)
@@ -73,13 +78,22 @@ class Score:
                 num_examples=int(record["num_examples"]),
                 per_class={int(k): (int(right), int(total)) for k, (right, total) in record["per_class"].items()},
             )
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise ProtocolError(
                 f"a score must hold metric, value, loss, num_examples and per_class, got {text!r:.200}"
             ) from error
-        if not np.isfinite(score.value) or score.num_examples < 1:
-            raise ProtocolError(f"a score must be finite and of at least one example, got {text!r:.200}")
+        if score.metric != metric or not 0 <= score.value <= 1 or not 1 <= score.num_examples <= most_examples:
+            raise ProtocolError(
+                f"a score must be of {metric}, between 0 and 1 of 1 to {most_examples} examples, got {text!r:.200}"
+            )
+        if any(not 0 <= right <= total <= most_examples for right, total in score.per_class.values()):
+            raise ProtocolError(f"a score's classes must hold right answers and examples, got {text!r:.200}")
         return score
+
+
+def metric_of(kind: TaskKind) -> str:
+    """By what answers of this kind are judged."""
+    return {TaskKind.candidates: "accuracy", TaskKind.generation: "token_f1", TaskKind.instruction: "rouge_l"}[kind]
 
 
 def evaluate(
@@ -130,7 +144,7 @@ def score_candidates(scores: npt.NDArray[np.float32], labels: Sequence[int], *, 
     two = scores.shape[1] == 2 and bool(np.isfinite(scores).all())
     margin = scores[:, 1] - scores[:, 0] if two else None
     return Score(
-        metric="accuracy",
+        metric=metric_of(TaskKind.candidates),
         value=float(right.mean()),
         loss=float(losses.mean(dtype=np.float64)),
         num_examples=len(wanted),
@@ -185,9 +199,7 @@ def _score_answers(
     values = [judge(answer, example.reference) for answer, example in zip(answers, examples, strict=True)]
     cost = forward_cost(loaded.device)
     loss = mean_loss(loaded, examples, loss=Loss.lm, tokens_per_batch=tokens_per_batch, forward_cost_tokens=cost)
-    return Score(
-        metric="token_f1" if written else "rouge_l", value=float(np.mean(values)), loss=loss, num_examples=len(examples)
-    )
+    return Score(metric=metric_of(task.kind), value=float(np.mean(values)), loss=loss, num_examples=len(examples))
 
 
 def _finite(value: float | None) -> float | None:

@@ -130,7 +130,11 @@ def _scores(run: RunData) -> Picture | None:
     axes.set_ylabel(metric)
     percent_axis(axes, metric)
     direct_labels(axes, ends)
-    caption = f"Dev {metric} chose the round to keep (line); the test rows were scored only at the diamonds."
+    caption = "The test rows were scored only at the diamonds." if before else "No test rows were scored."
+    if dev:
+        by = {"loss": "lowest dev loss", "value": f"highest dev {metric}"}.get(run.setting("evaluation", "best_by"))
+        chosen = f"; the {by} chose the round to keep" if by else ""
+        caption = f"The line is dev {metric}{chosen}. {caption}"
     if before and after:
         caption = f"{caption} Test: {change_text(metric, before.value, after.value)}."
     return Picture("score", f"{metric.capitalize()} over rounds", caption, figure)
@@ -236,7 +240,7 @@ def _labels(run: RunData) -> Picture | None:
     caption = f"Rows per client and label: {min(sizes):,} to {max(sizes):,} rows a client."
     if len(ranked) > 1 and skew:
         worst = max(skew, key=lambda client: skew[client])
-        caption += f" Client {worst} is the most one-sided; uneven colours are what makes the federation non-IID."
+        caption += f" Client {worst} differs most from all rows together; uneven colours make a federation non-IID."
     return Picture("labels", "Who holds which labels", caption, figure)
 
 
@@ -277,7 +281,7 @@ def _abs_g(run: RunData) -> Picture | None:
         bar.set_label("label skew of the client", color=MUTED)
         bar.outline.set_visible(False)
     caption = (
-        "Size of each client's measured slope along the shared directions (thick: running mean). "
+        "Size of each client's measured slope along its directions (thick: running mean). "
         + ("" if one_label else "Clients are ordered and coloured by label skew. ")
         + ("A client far above the others pulls the mean hardest." if len(lines) == len(ids) else "")
         + ("" if len(lines) == len(ids) else f"{MAX_LINES} of {len(ids)} clients are drawn, evenly over the skew.")

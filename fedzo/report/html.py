@@ -113,11 +113,12 @@ def _notes(run: RunData) -> list[str]:
         notes.insert(
             0, f"This run is not finished: {len(run.rounds)} rounds are shown. `fedzo resume` goes on with it."
         )
-    else:
+        return notes
+    if run.test_scores[1]:
         notes.append(
-            "The test rows were scored once before training and once at the best dev round; they chose nothing. "
-            "Message bytes are contents as Flower counts them, without HTTP and TLS."
+            "The test rows were scored once before training and once after the round to keep; they chose nothing."
         )
+    notes.append("Message bytes are contents as Flower counts them, without HTTP and TLS.")
     return notes
 
 

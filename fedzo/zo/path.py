@@ -23,8 +23,8 @@ from fedzo.zo.space import Space, Values
 Scalars = npt.NDArray[np.float32]
 _HEADER = struct.Struct("<IfHHH")  # round, lr, T, P, owners and the flag
 _HAS_DIRECTIONS = 0x8000  # a word that says whose directions they are follows the header
-MOST_STEPS, MOST_OWNERS = 0xFFFF, 0x7FFF
-"""The most steps (and probes), and owners, that a record's header can count."""
+MOST_ROUNDS, MOST_STEPS, MOST_OWNERS = 0xFFFFFFFF, 0xFFFF, 0x7FFF
+"""The most rounds, steps (and probes), and owners, that a record's header can count."""
 EMPTY_CHAIN = hashlib.sha256(b"fedzo log 1").digest()
 """The chain before the first record."""
 

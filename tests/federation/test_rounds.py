@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fedzo.config.load import load
+from fedzo.errors import ConfigError
 from fedzo.fl.server import FederationError
 from fedzo.masks.mask import load_mask
 from fedzo.runs import rebuild, replay_run
@@ -357,7 +358,28 @@ def test_a_loss_that_is_not_finite_drops_the_probe_is_counted_and_never_averaged
     assert np.isfinite(metrics["loss"])
 
 
-@pytest.mark.parametrize("bad", ["not json", "[]", '{"metric": "accuracy"}', '{"value": null}'])
+def a_score(**changes: object) -> str:
+    """A record that could be a client's, but for the changes."""
+    sound = {"metric": "accuracy", "value": 0.5, "loss": 0.7, "num_examples": 2, "per_class": {"0": [1, 2]}}
+    return json.dumps({**sound, **changes})
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "not json",
+        "[]",
+        '{"metric": "accuracy"}',
+        '{"value": null}',
+        a_score(metric="token_f1"),
+        a_score(value=1.5),
+        a_score(num_examples=float("inf")),
+        a_score(num_examples=10**400),
+        a_score(num_examples=65),  # more than it was asked for, to weigh more
+        a_score(per_class={"0": [3, 2]}),
+    ],
+    ids=range(10),
+)
 def test_a_score_that_cannot_be_used_is_left_out_and_ends_nothing(
     run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, bad: str
 ) -> None:
@@ -377,6 +399,21 @@ def test_a_score_that_cannot_be_used_is_left_out_and_ends_nothing(
     (score,) = [line for line in lines(folder, "metrics.jsonl") if line["kind"] == "federated_score"]
     assert [entry["client"] for entry in score["clients"]] == [1, 2, 3]
     assert "client 0 was not scored" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        (["fl.num_clients=65"], "fl.num_clients must be between 1 and the number of training rows"),
+        (["partition=natural", "partition.column=site", "fl.num_clients=5"], "has 4 values and fl.num_clients is 5"),
+    ],
+)
+def test_rows_that_cannot_be_dealt_are_refused_before_any_client_is_asked(
+    run: Run, settings: list[str], rule: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ConfigError, match=rule):
+        run(*settings)
+    assert "failed" not in caplog.text
 
 
 def test_a_slow_machine_loses_no_client_where_one_process_plays_them_all(run: Run, lines: Lines) -> None:

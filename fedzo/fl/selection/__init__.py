@@ -28,6 +28,8 @@ def check_selection(selection: SelectionConfig, fl: FlConfig, *, has_gradient: b
     """
     if isinstance(selection, VpcsConfig) and selection.statistic is Statistic.gradip and not has_gradient:
         raise ConfigError(NO_GRADIENT)
+    if isinstance(selection, VpcsConfig) and fl.rounds == 1:
+        log.warning("fl.rounds is 1, and the first round is the calibration: the model will not move. Raise fl.rounds.")
     if isinstance(selection, EarlyStopConfig) and fl.local_steps == 1:
         log.warning(
             "fl.local_steps is 1, so nobody can stop earlier: the selection reports what it finds and changes nothing. "

@@ -27,7 +27,8 @@ def magnitudes(line: Mapping[str, Any], statistic: Statistic) -> dict[int, Numbe
     """The size of every local step of one round, float64 [T_k] of each client.
 
     ``abs_g``: mean over the probes p of |g[p]|. ``gradip``: |mean over p of g[p] xi[p]|, the paper's statistic; xi is
-    the server's gradient along the direction, the same for every client that shares it.
+    the server's gradient along the direction, the same for every client that shares it. Dropped probes are left out of
+    both means (in the signals of ``fedzo.zo.virtual_path`` they count as 0, as they do in the step itself).
 
     Args:
         line: An audit line; for ``gradip`` its ``xi`` must be there.

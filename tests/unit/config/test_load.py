@@ -41,7 +41,12 @@ from fedzo.trainers.config import TrainerConfig
         ("fl.rounds=abc", r"^fl\.rounds=abc: Value 'abc' of type 'str' could not be converted to Integer\.$"),
         ("fl.rounds=1.5", r"Value '1.5' of type 'float' could not be converted to Integer"),
         ("fl={rounds:3,bogus:1}", r"Key 'bogus' not in 'FlConfig'"),
-        ("task.candidates=yes", r"task\.candidates=yes: Invalid value assigned"),
+        ("task.candidates=yes", r"task\.candidates=yes: Invalid value assigned.* Write task\.candidates=\[yes\]\.$"),
+        ("selection.tests=ratio", r"Write selection\.tests=\[ratio\]\.$"),
+        (
+            "fl=foo",
+            r"^fl=foo: fl holds settings and has no value of its own\. Set one of fl\.batch_size, .*fl\.seeds, ",
+        ),
         ("estimator.distribution=gauss", r"Invalid value 'gauss', expected one of \[gaussian, rademacher\]"),
         ("optimizer.lr=${trainer.foo}", r"Interpolation key 'trainer\.foo' not found"),
         ("fl.rounds=[1", r"'fl\.rounds=\[1' must be an override key=value"),
@@ -52,7 +57,7 @@ from fedzo.trainers.config import TrainerConfig
 )
 def test_a_bad_override_is_named_with_its_remedy(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load([override])
+        load([*(["selection=vpcs"] if override.startswith("selection.") else []), override])
 
 
 def test_a_key_of_another_plugin_is_refused() -> None:

@@ -75,6 +75,11 @@ def test_a_comparison_with_the_others_needs_others() -> None:
         "selection=cusum", "fl.num_clients=2"
     )
     assert "got 2." in complaint("selection=cusum", "strategy.clients_per_round=2")
+    assert "fl.num_clients must be at least 3 for selection.tests=[level], which compares" in complaint(
+        "selection=vpcs", "selection.tests=[level]", "fl.num_clients=2"
+    )
+    load(["selection=vpcs", "fl.num_clients=2"])
+    load(["selection=vpcs", "selection.tests=[level]", "fl.num_clients=3"])
 
 
 def test_an_oracle_needs_labels() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedzo.errors import ProtocolError
-from fedzo.fl.aggregate import ClientResult, aggregate, check_reply, sample_clients, unmoved
+from fedzo.fl.aggregate import ClientResult, aggregate, check_reply, num_trimmed, sample_clients, unmoved
 from fedzo.fl.config import Aggregation
 from fedzo.fl.wire import TrainReply, scalars_to_bytes, signs_from_bytes, signs_to_bytes
 from fedzo.testing.vector_space import VectorSpace
@@ -315,3 +315,9 @@ def test_sampling_is_seeded_fair_and_without_repeats() -> None:
     standard_error = np.sqrt(1000 * 0.3 * 0.7)
     assert (np.abs(counts - 300) < 5 * standard_error).all()
     assert sample_clients(run_seed=4, round=0, num_clients=5, clients_per_round=0) == [0, 1, 2, 3, 4]
+
+
+def test_a_trimmed_mean_rounds_down_what_the_share_says_and_not_its_binary_neighbour() -> None:
+    for hundredths in range(50):
+        for count in range(1, 301):
+            assert num_trimmed(hundredths / 100, count) == hundredths * count // 100

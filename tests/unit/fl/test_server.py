@@ -13,8 +13,9 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.app.message.message import make_message
 
 from fedzo.errors import ProtocolError
+from fedzo.fl import roster
 from fedzo.fl.client import Identity, space_id
-from fedzo.fl.config import FlConfig, Seeds, StrategyConfig, Transport
+from fedzo.fl.config import FlConfig, Seeds, StrategyConfig, Transport, Weighting
 from fedzo.fl.replica import Replica
 from fedzo.fl.roster import Roster
 from fedzo.fl.selection import SELECTIONS
@@ -302,6 +303,21 @@ def test_a_client_that_comes_back_as_another_node_takes_its_own_place(federation
     assert np.array_equal(again.replica.space.theta, clients[1].replica.space.theta)
 
 
+def test_a_client_cannot_come_back_with_another_weight(federation: Any, caplog: pytest.LogCaptureFixture) -> None:
+    server, _, grid = federation(weighting=Weighting.size)
+    server.run_round()
+    heavy = Client(0)
+    fields = {name: getattr(heavy.hello, name) for name in HelloReply.__dataclass_fields__}
+    heavy.hello = HelloReply(**{**fields, "num_train": 10**9})
+    grid.nodes[777] = heavy
+
+    server.run_round()
+
+    first, second = ([entry["weight"] for entry in line["clients"]] for line in server.store.audit)
+    assert second == first
+    assert "client 0: it must hold the rows that it registered with" in caplog.text
+
+
 def test_a_newcomer_of_another_run_is_not_let_in(federation: Any, caplog: pytest.LogCaptureFixture) -> None:
     server, _, grid = federation()
     stranger = Client(1)
@@ -324,6 +340,8 @@ def test_a_newcomer_of_another_run_is_not_let_in(federation: Any, caplog: pytest
         ({"client": 7}, r"client index must be in 0\.\.0, got 7"),
         ({"num_train": 0}, "at least one training row, got 0"),
         ({"label_counts": "[1"}, r"label_counts must be a JSON object of counts, got '\[1'"),
+        ({"label_counts": '{"0": Infinity}'}, "label_counts must be a JSON object of counts, got"),
+        ({"label_counts": '{"0": -1}'}, "label_counts must be a JSON object of counts, got"),
     ],
 )
 def test_clients_that_do_not_mean_the_same_run_stop_it_before_any_work(hello: dict[str, Any], match: str) -> None:
@@ -343,6 +361,22 @@ def test_two_clients_of_one_index_and_missing_clients_are_named() -> None:
         Roster(num_clients=2, identity=IDENTITY).wait(grid, timeout_s=0.5)
     with pytest.raises(ProtocolError, match=r"clients \[1, 2\] did not. Start them"):
         Roster(num_clients=3, identity=IDENTITY).wait(Grid([Client(0)]), timeout_s=0.3)
+
+
+def test_a_client_that_cannot_register_is_asked_now_and_then_and_its_reason_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(roster, "RETRY_S", 0.4)
+    client = Client(0)
+    client.hello = RecordDict()  # type: ignore[assignment]
+    grid = Grid([client])
+
+    with pytest.raises(
+        ProtocolError, match=r"clients \[0\] did not \(HelloReply: expected one record .*\)\. Start them"
+    ):
+        Roster(num_clients=1, identity=IDENTITY).wait(grid, timeout_s=1.0)
+
+    assert 2 <= len(grid.hellos) <= 4
 
 
 def test_all_replies_bad_ends_the_run_and_keeps_the_log(federation: Any) -> None:

@@ -87,6 +87,40 @@ def test_two_processes_cannot_use_one_folder(tmp_path: Path) -> None:
     opened(tmp_path)
 
 
+def test_a_line_that_another_process_is_writing_is_left_alone(tmp_path: Path) -> None:
+    store = open_with(tmp_path, 2)
+    with (tmp_path / PUBLIC).open("a") as file:
+        file.write('{"round":2,"c')  # half of what the process that holds the folder is about to complete
+    before = (tmp_path / PUBLIC).read_bytes()
+
+    with pytest.raises(RunFolderError, match="another process is using it"):
+        RunStore(tmp_path)
+
+    assert (tmp_path / PUBLIC).read_bytes() == before
+    store.close()
+
+
+def test_a_kill_while_an_uncommitted_round_is_dropped_loses_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process dies before it has written anything: what it had to keep must not depend on that."""
+    store = open_with(tmp_path, 3)
+    store._audit.append({"round": 3, "clients": []}, durable=True)
+    store.write({"kind": "round", "round": 3})
+    store.close()
+
+    def killed(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedzo.fl.store._Lines.append", killed)
+        RunStore(tmp_path).close()
+
+    again = opened(tmp_path)
+    assert [line["round"] for line in again.audit] == [0, 1, 2]
+    assert [line["round"] for line in again.metrics] == [0, 1, 2]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
 def test_a_full_disk_says_what_to_do_and_keeps_what_was_committed(tmp_path: Path) -> None:
     store = open_with(tmp_path, 2)

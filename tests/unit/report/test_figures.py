@@ -51,6 +51,28 @@ def test_a_finished_run_has_every_figure_with_the_numbers_of_its_metrics(make_ru
     assert [bar.get_height() for bar in bars] == pytest.approx([0.5, 0.6, 0.7])
 
 
+@pytest.mark.parametrize(
+    ("by", "text"),
+    [
+        ("loss", "The line is dev accuracy; the lowest dev loss chose the round to keep. The test rows"),
+        ("value", "The line is dev accuracy; the highest dev accuracy chose the round to keep. The test rows"),
+        (None, "The line is dev accuracy. The test rows"),
+    ],
+)
+def test_what_chose_the_round_is_what_the_run_was_told(make_run: MakeRun, by: str | None, text: str) -> None:
+    run = load_run(make_run())
+    run.config["evaluation"] = {"best_by": by}
+
+    assert picture(draw_figures(run), "score").caption.startswith(text)
+
+
+def test_without_dev_rows_nothing_chose_a_round(make_run: MakeRun) -> None:
+    lines = [json.loads(line) for line in (make_run("whole") / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line.get("split") != "dev"]
+
+    assert picture(draw_figures(load_run(make_run("run", lines=lines))), "score").caption.startswith("The test rows")
+
+
 def test_the_losses_of_a_calibration_are_no_training_losses(make_run: MakeRun) -> None:
     lines = [json.loads(line) for line in (make_run("whole") / "metrics.jsonl").read_text().splitlines()]
     next(line for line in lines if line["kind"] == "round")["calibration"] = True

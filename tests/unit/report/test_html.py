@@ -55,6 +55,15 @@ def test_whom_a_selection_holds_back_and_what_that_costs_show_by_class_and_by_cl
     assert re.findall(r">([^<>]+)</td>", flagged) == ["20", "great 20", "1 (flagged)", "2", "70.0 %"]
 
 
+def test_test_rows_are_spoken_of_where_there_are_any(make_run: MakeRun) -> None:
+    lines = [json.loads(line) for line in (make_run("whole") / "metrics.jsonl").read_text().splitlines()]
+    assert "The test rows were scored once before" in write_report(make_run("with")).read_text()
+    lines = [line for line in lines if line["kind"] != "score"]
+    lines[-1] |= {"before": None, "after": None}
+
+    assert "The test rows were scored" not in write_report(make_run("without", lines=lines)).read_text()
+
+
 def test_the_page_needs_nothing_from_outside(make_run: MakeRun) -> None:
     folder = make_run()
 

@@ -185,6 +185,16 @@ def test_one_local_step_leaves_nothing_to_stop_and_is_warned_of(caplog: pytest.L
     assert "Raise fl.local_steps" in caplog.text
 
 
+def test_a_run_of_nothing_but_the_calibration_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    check_selection(VpcsConfig(), FlConfig(local_steps=2, rounds=2), has_gradient=False)
+    check_selection(CusumConfig(), FlConfig(local_steps=2, rounds=1), has_gradient=False)
+    assert caplog.text == ""
+
+    check_selection(VpcsConfig(), FlConfig(local_steps=2, rounds=1), has_gradient=False)
+
+    assert "the model will not move. Raise fl.rounds." in caplog.text
+
+
 def test_the_most_steps_of_a_round_are_those_of_the_calibration() -> None:
     assert most_steps(VpcsConfig(), FlConfig(local_steps=1)) == 100
     assert most_steps(VpcsConfig(), FlConfig(local_steps=200)) == 200
