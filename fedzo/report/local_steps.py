@@ -71,7 +71,7 @@ def draw_local_steps(run: RunData) -> Picture | None:
     for axes in grid:
         axes.set_xlim(0, end)
         axes.set_ylim(0, 1.1 * max(peaks) or 1.0)
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10], prune="upper"))  # panels touch
         axes.yaxis.set_major_locator(MaxNLocator(3))
         _shade(axes, windows)
     figure.supxlabel("local steps, rounds one after another", color=MUTED, fontsize=9)
