@@ -58,7 +58,7 @@ def ask(
         grid: Flower's grid.
         requests: Message by client index.
         nodes: Flower node id by client index.
-        message_type: ``train``, ``evaluate``, ``query.hello`` or ``query.install``.
+        message_type: ``train``, ``evaluate`` or ``query.hello``.
         reply_type: Class of a good reply.
         deadline_s: Seconds to wait.
         traffic: Where bytes are counted.
@@ -87,8 +87,8 @@ def ask(
         if not got:
             time.sleep(POLL_S)
     for client in pending.values():
-        answers.refused[client] = f"no reply within {deadline_s:g} s"
-        log.warning("client %d: no reply within %g s", client, deadline_s)
+        answers.refused[client] = f"no reply within {deadline_s:.3g} s"
+        log.warning("client %d: no reply within %.3g s", client, deadline_s)
     return answers
 
 

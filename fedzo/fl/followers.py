@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TypedDict, TypeVar
@@ -38,7 +39,7 @@ class Followers:
 
     Attributes:
         artifact: What clients need beside the model to build the space.
-        deadline_s: How long one exchange may take.
+        deadline_s: How long asking may take, help included.
         shuffle_seed: Replies come in an order drawn from it, round by round; in the order of the clients without.
     """
 
@@ -59,12 +60,15 @@ class Followers:
     ) -> tuple[dict[int, Reply], dict[int, str]]:
         """Ask clients at the present state; help those that cannot reach it, at most once for each kind of trouble.
 
+        All of it ends at the deadline.
+
         Returns:
             Replies by client, and why the others have none.
         """
         replies: dict[int, Reply] = {}
         refused: dict[int, str] = {}
         remedies: dict[int, Remedy] = {client: {} for client in requests}
+        ends = time.monotonic() + self.deadline_s
         for _ in range(ATTEMPTS):
             answers = ask(
                 self.grid,
@@ -72,7 +76,7 @@ class Followers:
                 nodes=self.roster.nodes,
                 message_type=message_type,
                 reply_type=reply_type,
-                deadline_s=self.deadline_s,
+                deadline_s=ends - time.monotonic(),
                 traffic=traffic,
             )
             refused.update(answers.refused)
@@ -85,7 +89,7 @@ class Followers:
                 else:
                     again[client] = self._remedy(client, reply, remedies[client])
             remedies = again
-            if not remedies:
+            if not remedies or time.monotonic() >= ends:
                 break
         refused.update(dict.fromkeys(remedies, "could not reach the server's state"))
         ordered = sorted(replies)

@@ -86,6 +86,7 @@ class Server:
     _used: dict[int, int] = field(default_factory=dict)
     _followed: dict[int, int] = field(default_factory=dict)
     _told: Mapping[str, Any] | None = None
+    _lost: bool = False
     _signals: Signals = field(init=False)
     _followers: Followers = field(init=False)
 
@@ -176,6 +177,7 @@ class Server:
             aggregation=self.strategy.aggregation,
             trim_share=self.strategy.trim_share,
         )
+        self._warn_if_lost(number, results)
         if plan.calibration:
             record = unmoved(record)
         down_bytes = self._down_bytes(record, results)
@@ -203,6 +205,17 @@ class Server:
         for client, reason in refused.items():
             log.warning("client %d was not scored: %s", client, reason)
         return replies
+
+    def _warn_if_lost(self, number: int, results: Mapping[int, ClientResult]) -> None:
+        """A run that has diverged goes on without moving: say so in the first of such rounds."""
+        lost = all(result.dropped.all() for result in results.values())
+        if lost and not self._lost:
+            log.warning(
+                "round %d: no client had a finite loss, so that nothing moves. The model has probably diverged: "
+                "lower trainer.lr, or bound the scalars with strategy.clip_factor, and start again.",
+                number,
+            )
+        self._lost = lost
 
     def _plan(self) -> Plan:
         """What the coming round asks of each client; a new decision is told."""

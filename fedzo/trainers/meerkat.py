@@ -7,6 +7,7 @@ the paper uses C4. The signed mean gradient is kept beside the mask at the serve
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from fedzo.trainers.config import Calibration, MeerkatConfig, Selector
 from fedzo.zo.config import Distribution
 from fedzo.zo.space import MaskedSpace
 
+log = logging.getLogger(__name__)
 MASK_FILE = "mask.safetensors"
 
 
@@ -42,6 +44,14 @@ class Meerkat:
             given = self.config.mask_path
             mask = load_mask(Path(given)) if given else choose_mask(self.config, loaded, workplace)
             check_fits(mask, loaded.model)
+            if (base := mask.manifest.get("base_digest")) not in (None, loaded.base_digest):
+                log.warning(
+                    "%s: it was chosen on other weights (%s...) than the model's (%s...): it can be trained, but its "
+                    "gradient, with which local steps are compared (GradIP), is not this model's.",
+                    given,
+                    base[:12],
+                    loaded.base_digest[:12],
+                )
             save_mask(mask, kept)
         check_fits(mask, loaded.model)
         gradient = None if mask.gradient is None else torch.cat(list(mask.gradient.values()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedzo.config.load import load
 from fedzo.errors import ConfigError, RunFolderError
+from fedzo.masks.mask import load_mask, save_mask
 from fedzo.runs import doctor, evaluate_run, export_run, generate_run, make_mask, read_config, rebuild, start_run
 
 Run = Callable[..., Path]
@@ -75,6 +77,21 @@ def test_a_mask_made_beforehand_is_the_one_that_the_run_would_make(
     assert hashlib.sha256(kept).digest() == hashlib.sha256((tmp_path / "mask.safetensors").read_bytes()).digest()
     assert made["size"] == rebuild(folder).replica.space.size
     assert (folder / "public.jsonl").read_bytes() == (given / "public.jsonl").read_bytes()
+
+
+def test_a_mask_that_was_chosen_on_other_weights_is_used_with_a_warning(
+    run: Run, overrides: Callable[..., list[str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_mask(load(overrides()), tmp_path / "own.safetensors")
+    own = load_mask(tmp_path / "own.safetensors")
+    save_mask(replace(own, manifest={**own.manifest, "base_digest": "f" * 64}), tmp_path / "other.safetensors")
+
+    run(f"trainer.mask_path={tmp_path / 'own.safetensors'}", "fl.rounds=1")
+    assert not [record for record in caplog.records if "other weights" in record.getMessage()]
+    run(f"trainer.mask_path={tmp_path / 'other.safetensors'}", "fl.rounds=1")
+
+    (warned,) = [record.getMessage() for record in caplog.records if "other weights" in record.getMessage()]
+    assert "other.safetensors: it was chosen on other weights (ffffffffffff...)" in warned
 
 
 def test_the_run_folder_holds_what_made_the_run(run: Run) -> None:

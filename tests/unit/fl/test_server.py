@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -276,6 +278,47 @@ def test_a_client_that_never_reaches_the_state_is_left_out_after_a_few_tries(fed
     assert means(server) == [2.0, 2.5]
     assert "could not reach the server's state" in reason_for(server, 1, 0)
     assert len(clients[0].requests) == 1 + 4
+
+
+def test_helping_a_slow_client_ends_at_the_rounds_deadline(federation: Any) -> None:
+    server, clients, _ = federation(deadline_s=0.3)
+    asked: list[TrainRequest] = []
+
+    def slow(request: TrainRequest) -> TrainReply:
+        asked.append(request)
+        time.sleep(0.2)
+        return TrainReply(status=Status.bare)
+
+    clients[1].train = slow
+    server.run_round()
+
+    assert len(asked) == 2  # the second answer comes after the deadline
+    assert reason_for(server, 0, 1) == "could not reach the server's state"
+    assert means(server) == [2.0]
+
+
+def test_a_run_that_has_diverged_says_so_once(federation: Any, caplog: pytest.LogCaptureFixture) -> None:
+    server, clients, _ = federation()
+
+    def drop(reply: TrainReply) -> TrainReply:
+        none = scalars_to_bytes(np.full((2, 1), np.nan, np.float32))
+        return dataclasses.replace(reply, g=bytes(8), loss=none, dropped=b"\1\1")
+
+    for client in clients[:2]:
+        client.bend = drop
+    server.run_round()
+    assert not caplog.records
+    clients[2].bend = drop
+    server.run_round()
+    server.run_round()
+    for client in clients:
+        client.bend = lambda reply: reply
+    server.run_round()
+
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == 1
+    assert "round 1: no client had a finite loss" in warned[0]
+    assert means(server)[1:3] == [0.0, 0.0]
 
 
 def test_value_transport_sends_the_values_each_round_and_no_log(federation: Any) -> None:
