@@ -34,7 +34,6 @@ OTHER_MASKS = {
     "mask-c4-1e-4.safetensors": ("c4/train.jsonl", 1e-4),
     "mask-c4-1e-2.safetensors": ("c4/train.jsonl", 1e-2),
     "mask-wikitext2.safetensors": ("wikitext2/test.jsonl", 1e-3),
-    "mask-sst2.safetensors": ("sst2/train.jsonl", 1e-3),
 }
 TASKS = ("sst2", "ag_news")
 METHODS = ("meerkat", "full", "lora", "magnitude", "random")
@@ -47,9 +46,9 @@ PIECES: dict[str, Varied] = {
     "core": [("all", ["+budget=T1,T10", SEEDS])],
     "selection": [
         ("meerkat", ["+budget=T10", SEEDS, "selection=oracle"]),
-        ("meerkat", ["+budget=T10", SEEDS, "selection=random", "selection.num_flagged=2"]),
         ("meerkat", ["+budget=T10", SEEDS, "selection=vpcs", "fl.rounds=21"]),  # round 0 calibrates
     ],
+    "random_selection": [],  # for each run of VPCS one that stops as many clients, by lot
     "masks": [("meerkat", ["+budget=T1", SEEDS, "trainer.mask_path=" + ",".join(f"{RUNS}/{n}" for n in OTHER_MASKS)])],
     "servers": [
         ("meerkat", ["+budget=T10", SEEDS, "optimizer=momentum,scaffold,feddyn"]),
@@ -87,6 +86,8 @@ def main() -> None:
         if "masks" in pieces:
             for name, (corpus, density) in OTHER_MASKS.items():
                 choose_mask(flags.data, name, corpus, density)
+            for task in TASKS:
+                choose_mask(flags.data, own_mask(task), f"{task}/train.jsonl", 1e-3)
     with ThreadPoolExecutor(flags.jobs) as pool:
         if "tune" in pieces:
             list(pool.map(tune, cells))
@@ -108,10 +109,27 @@ def choose_mask(data: Path, name: str, corpus: str, density: float) -> None:
     fedzo("mask", "trainer=meerkat", f"trainer.density={density}", *calibration, *length, "--out", str(RUNS / name))
 
 
+def own_mask(task: str) -> str:
+    """File of the mask that is chosen on the task's own rows."""
+    return f"mask-{task}.safetensors"
+
+
 def jobs_of(piece: str, cell: str) -> list[list[str]]:
     """The runs of a piece for a cell."""
-    method = cell.partition("-")[2]
-    return [job for methods, varied in PIECES[piece] if methods in ("all", method) for job in jobs(cell, varied)]
+    task, _, method = cell.partition("-")
+    varied = [varied for methods, varied in PIECES[piece] if methods in ("all", method)]
+    if piece == "masks" and method == "meerkat":
+        varied.append(["+budget=T1", SEEDS, f"trainer.mask_path={RUNS}/{own_mask(task)}"])
+    if piece == "random_selection" and method == "meerkat":
+        of_vpcs = [
+            row for row in known("selection") if row["changed"].get("selection") == "vpcs" and row["task"] == task
+        ]
+        varied += [
+            ["+budget=T10", f"seed={row['seed']}", "selection=random", f"selection.num_flagged={len(row['flagged'])}"]
+            for row in of_vpcs
+            if row["flagged"]
+        ]
+    return [job for words in varied for job in jobs(cell, words)]
 
 
 def jobs(cell: str, varied: list[str]) -> list[list[str]]:
