@@ -43,7 +43,7 @@ def make_client_app() -> ClientApp:
 
 
 def look_ahead(messages: list[tuple[Message, Context]]) -> None:
-    """Let this process's worker evaluate the first step of all clients that are asked to train together."""
+    """Let this process's worker take the steps of all clients that are asked to train together."""
     requests = {
         _client(context): decode(TrainRequest, message.content)
         for message, context in messages

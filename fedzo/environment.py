@@ -31,6 +31,15 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def default_threads() -> int:
+    """What OMP_NUM_THREADS says, as for every OpenMP program; without it, one thread a usable CPU.
+
+    Ray tells its actors so how many CPUs they were given, and ``runtime=local`` tells its clients.
+    """
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(first) if first.isdecimal() and int(first) > 0 else usable_cpus()
+
+
 def package_version(name: str) -> str | None:
     """Version of an installed package; None if it is not there."""
     try:

@@ -178,7 +178,7 @@ class Federation:
             steps=(config.fl.rounds - 1) * config.fl.local_steps * clients + first,
             forwards_per_step=site.estimator.forwards_per_step(config.estimator.num_probes),
             local_steps=most_steps(config.selection, config.fl),
-            tokens_per_batch=site.worker.tokens_per_batch,
+            tokens_per_batch=site.worker.steps.tokens_per_batch,
             num_moments=len(self._server.replica.moments),
         )
 
@@ -200,7 +200,7 @@ class Federation:
                 self._site.loaded,
                 examples,
                 self._config.task,
-                tokens_per_batch=self._site.worker.tokens_per_batch,
+                tokens_per_batch=self._site.worker.steps.tokens_per_batch,
                 on_batch=advance,
             )
         head = {"kind": "score", "seconds": self._elapsed(), "split": split, "round": rounds}

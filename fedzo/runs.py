@@ -12,7 +12,7 @@ from typing import Any
 
 from fedzo.config.schema import RunConfig
 from fedzo.config.travel import config_hash, from_json, save_yaml, to_json
-from fedzo.environment import PACKAGES, environment, package_version, usable_cpus
+from fedzo.environment import PACKAGES, default_threads, environment, package_version
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.fl.replica import Replica
 from fedzo.fl.server import check_line
@@ -203,7 +203,7 @@ def doctor() -> list[tuple[str, bool, str]]:
         ("flwr is 1.41", (package_version("flwr") or "").startswith("1.41."), "the runtimes use private names of it")
     )
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    checks.append(("device", True, f"{device}, {usable_cpus()} CPU threads"))
+    checks.append(("device", True, f"{device}, {default_threads()} CPU threads"))
     bits = [f"{word:08x}" for word in direction(stream_key(0, round=0), 4).view("uint32")]
     golden = bits == ["bea7d6d0", "3e5d41d9", "3fd9904a", "401c6450"]
     checks.append(("directions", golden, "golden vector " + ("matches" if golden else f"differs: {bits}")))

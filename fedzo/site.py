@@ -17,10 +17,11 @@ from fedzo.data.example import Example
 from fedzo.data.partition import holdout, partition
 from fedzo.data.sources import Row, Splits, load_splits
 from fedzo.data.tasks import render
-from fedzo.environment import usable_cpus
+from fedzo.environment import default_threads
 from fedzo.estimate import fitting_tokens_per_batch, is_full
 from fedzo.fl.client import ClientData, ClientWorker, Identity, parse_absent
 from fedzo.fl.config import Aggregation
+from fedzo.fl.local_steps import LocalSteps
 from fedzo.fl.replica import Replica
 from fedzo.fl.selection import SELECTIONS, Selection, most_steps
 from fedzo.models.config import DType
@@ -92,15 +93,15 @@ class Site:
     @cached_property
     def worker(self) -> ClientWorker:
         """Answers for the clients that this process plays."""
-        config = self.config
-        return ClientWorker(
+        config, data_of = self.config, lru_cache(maxsize=None)(self.client_data)
+        identity = Identity(
+            config_hash=config_hash(config),
+            base_digest=self.loaded.base_digest,
+            tokenizer_digest=self.loaded.tokenizer_digest,
+            task_digest=task_digest(config.task),
+        )
+        steps = LocalSteps(
             self.loaded,
-            Identity(
-                config_hash=config_hash(config),
-                base_digest=self.loaded.base_digest,
-                tokenizer_digest=self.loaded.tokenizer_digest,
-                task_digest=task_digest(config.task),
-            ),
             run_seed=config.seed,
             task=config.task,
             fl=config.fl,
@@ -108,9 +109,15 @@ class Site:
             num_probes=config.estimator.num_probes,
             tokens_per_batch=config.model.tokens_per_batch,
             forward_cost_tokens=FEW_FORWARDS,
-            data_of=lru_cache(maxsize=None)(self.client_data),
-            build=self._replica,
+            train_rows=lambda client: data_of(client).train,
             signs=config.strategy.aggregation is Aggregation.majority_sign,
+        )
+        return ClientWorker(
+            identity,
+            steps,
+            task=config.task,
+            data_of=data_of,
+            build=self._replica,
             absent=parse_absent(config.faults.absent),
         )
 
@@ -142,7 +149,7 @@ class Site:
             built, self.undecided = self._choose_dtype(built, artifact), False
         self.built = built
         rule, num_clients = UPDATE_RULES.build(self.config.optimizer), self.config.fl.num_clients
-        self.worker.tokens_per_batch = fitting_tokens_per_batch(
+        self.worker.steps.tokens_per_batch = fitting_tokens_per_batch(
             self.loaded,
             built.space,
             wanted=self.config.model.tokens_per_batch,
@@ -151,7 +158,7 @@ class Site:
             num_moments=rule.num_moments(num_clients),
         )
         full = is_full(self.loaded, built.space)
-        self.worker.forward_cost_tokens = forward_cost(self.loaded.device, perturbs_weights=full)
+        self.worker.steps.forward_cost_tokens = forward_cost(self.loaded.device, perturbs_weights=full)
         if full and (warning := coarseness_warning(self.loaded.model, self.config.estimator.eps)):
             log.warning(warning)
         return Replica(built.space, rule=rule, reset=built.reset, run_seed=self.config.seed, num_clients=num_clients)
@@ -183,7 +190,7 @@ class Site:
         log.warning("%s", choice)  # no less, or the command line would not show it
         if choice.dtype is DType.float32:
             return wide
-        self.loaded = self.worker.loaded = loaded
+        self.loaded = self.worker.steps.loaded = loaded
         return replace(narrow, reset=lambda: narrow.space.load(base))
 
 
@@ -195,8 +202,8 @@ def open_site(config: RunConfig) -> Site:
 
 
 def set_up_process(threads: int, device: str) -> None:
-    """What the speed and the last bits of a forward depend on: threads (0: all cores), and who multiplies matrices."""
-    threads = threads or usable_cpus()
+    """What the speed and the last bits of a forward depend on: threads (0: as many as fit), and who multiplies matrices."""
+    threads = threads or default_threads()
     torch.set_num_threads(threads)
     numba.set_num_threads(min(threads, int(getattr(numba.config, "NUMBA_NUM_THREADS", threads))))
     choose_product(resolve_device(device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,10 +14,8 @@ import numpy as np
 import fedzo
 from fedzo.data.config import TaskConfig
 from fedzo.data.example import Example
-from fedzo.data.order import batch_rows
 from fedzo.errors import FedzoError, ProtocolError
-from fedzo.fl.clip import clip
-from fedzo.fl.config import FlConfig, directions_of
+from fedzo.fl.local_steps import LocalSteps
 from fedzo.fl.replica import Replica
 from fedzo.fl.wire import (
     EvaluateReply,
@@ -31,12 +30,8 @@ from fedzo.fl.wire import (
     signs_to_bytes,
 )
 from fedzo.models.evaluate import evaluate
-from fedzo.models.load import LoadedModel
-from fedzo.models.scoring import example_losses
-from fedzo.zo.estimator import Estimator, Losses, Projection, estimate_together
-from fedzo.zo.path import Drift, Scalars, local_step, probe_shares
-from fedzo.zo.seeds import step_keys
-from fedzo.zo.space import Space
+
+log = logging.getLogger(__name__)
 
 
 class PlannedAbsence(FedzoError):
@@ -66,54 +61,32 @@ class ClientWorker:
     """Answers requests for the clients that this process plays.
 
     Args:
-        loaded: The model.
         identity: Digests of what this process holds.
-        run_seed: Seed of the run.
+        steps: Takes local steps.
         task: How examples are judged.
-        fl: The federation's settings.
-        estimator: Turns losses into scalars.
-        num_probes: Probes a step.
-        tokens_per_batch: Most tokens in one forward.
-        forward_cost_tokens: What one more forward costs, in tokens (``example_losses``).
         data_of: Rows of a client, by its index.
         build: Makes the replica from the artifact that the server sends.
-        signs: Whether clients step with and send the signs of their scalars alone.
         absent: Planned faults: (client, round) pairs.
     """
 
     def __init__(
         self,
-        loaded: LoadedModel,
         identity: Identity,
+        steps: LocalSteps,
         *,
-        run_seed: int,
         task: TaskConfig,
-        fl: FlConfig,
-        estimator: Estimator,
-        num_probes: int,
-        tokens_per_batch: int,
-        forward_cost_tokens: int,
         data_of: Callable[[int], ClientData],
         build: Callable[[bytes], Replica],
-        signs: bool = False,
         absent: frozenset[tuple[int, int]] = frozenset(),
     ) -> None:
-        self.loaded = loaded
         self.identity = identity
-        self._replica: Replica | None = None
+        self.steps = steps
         self.space_id = ""
-        self.tokens_per_batch = tokens_per_batch
-        self.forward_cost_tokens = forward_cost_tokens
-        self._run_seed = run_seed
+        self._replica: Replica | None = None
         self._task = task
-        self._fl = fl
-        self._estimator = estimator
-        self._num_probes = num_probes
         self._data_of = data_of
         self._build = build
-        self._signs = signs
         self._absent = absent
-        self._ahead: dict[tuple[int, int], list[Projection]] = {}
 
     def hello(self, request: Hello, *, client: int) -> HelloReply:
         """Register: digests, sizes and label counts of this client."""
@@ -143,7 +116,7 @@ class ClientWorker:
         replica, status = self._reach(request)
         if replica is None or status is not Status.ok:
             return TrainReply(status=status, position=replica.position if replica else 0)
-        g = np.zeros((request.steps, self._num_probes), np.float32)
+        g = np.zeros((request.steps, self.steps.num_probes), np.float32)
         loss = np.zeros_like(g)
         dropped = np.zeros(g.shape, np.uint8)
         end_check = 0
@@ -153,22 +126,18 @@ class ClientWorker:
             replica.space.mark()
         try:
             for t in range(request.steps):
-                projections = self._estimate(replica.space, request, client=client, step=t)
-                for p, projection in enumerate(projections):
-                    g[t, p], loss[t, p], dropped[t, p] = projection.g, projection.loss, projection.dropped
-                g[t] = clip(g[t], request.max_abs_g)
-                if self._signs:
-                    g[t] = np.sign(g[t])
-                    dropped[t] |= g[t] == 0  # without a sign: there is no bit for it
+                projections = self.steps.estimate(replica.space, request, client=client, step=t)
+                g[t], dropped[t] = self.steps.as_sent(projections, request)
+                loss[t] = [projection.loss for projection in projections]
                 if walks:
-                    self._local_step(replica.space, request, g[t], client=client, step=t, drift=drift)
+                    self.steps.take(replica.space, request, g[t], client=client, step=t, drift=drift)
             end_check = replica.space.check() if walks else 0
         finally:
             if walks:
                 replica.space.rewind()
         return TrainReply(
             position=replica.position,
-            g=signs_to_bytes(g) if self._signs else scalars_to_bytes(g),
+            g=signs_to_bytes(g) if self.steps.signs else scalars_to_bytes(g),
             loss=scalars_to_bytes(loss),
             dropped=dropped.tobytes(),
             num_examples=len(self._data_of(client).train),
@@ -176,35 +145,17 @@ class ClientWorker:
         )
 
     def look_ahead(self, requests: Mapping[int, TrainRequest]) -> None:
-        """Evaluate the first step of these clients in joint forwards; ``train`` then takes the results from here.
+        """Let these clients take the steps of one round together (``LocalSteps.look_ahead``), before ``train``.
 
-        Clients that share seeds are at the same theta with the same directions in a round's first step, so their rows
-        can share forwards. Later steps (T > 1) are each client's own. The losses differ from those of separate
-        forwards in their last bits only: a matrix product's rounding depends on the number of its rows.
-
-        Args:
-            requests: Requests of one round, by client; those that cannot be met are left for ``train`` to answer.
+        Requests that cannot be met are left for ``train`` to answer.
         """
-        self._ahead.clear()
         able: dict[int, TrainRequest] = {}
         for client, request in requests.items():
             with suppress(ProtocolError):
                 if (client, request.round) not in self._absent and self._reach(request)[1] is Status.ok:
                     able[client] = request
-        if not able:
-            return
-        assert self._replica is not None
-        batches = {client: self._batch(request, client=client, step=0) for client, request in able.items()}
-        rows = [example for batch in batches.values() for example in batch]
-        ends = np.cumsum([len(batch) for batch in batches.values()])[:-1]
-
-        def losses_fn() -> Losses:
-            return np.array([part.mean() for part in np.split(self._losses(rows), ends)])
-
-        keys = self._keys(next(iter(able.values())), client=next(iter(able)), step=0)
-        estimates = estimate_together(self._estimator, self._replica.space, losses_fn, keys, count=len(able))
-        for (client, request), projections in zip(able.items(), estimates, strict=True):
-            self._ahead[client, request.round] = projections
+        if self._replica is not None:
+            self.steps.look_ahead(self._replica, able)
 
     def evaluate(self, request: EvaluateRequest, *, client: int) -> EvaluateReply:
         """Score the model of the request's round on the client's held-out rows."""
@@ -214,7 +165,7 @@ class ClientWorker:
         rows = self._data_of(client).heldout[: request.max_rows]
         if not rows:
             return EvaluateReply(position=replica.position)
-        score = evaluate(self.loaded, rows, self._task, tokens_per_batch=self.tokens_per_batch)
+        score = evaluate(self.steps.loaded, rows, self._task, tokens_per_batch=self.steps.tokens_per_batch)
         record = {name: value for name, value in score.to_record().items() if _is_count_or_loss(name)}
         return EvaluateReply(position=replica.position, score=json.dumps(record))
 
@@ -231,50 +182,6 @@ class ClientWorker:
             self.build(request.artifact)
         assert self._replica is not None
         return self._replica, self._replica.sync(request)
-
-    def _keys(self, request: TrainRequest, *, client: int, step: int) -> list[int]:
-        return step_keys(
-            self._run_seed,
-            round=request.round,
-            step=step,
-            probes=self._num_probes,
-            owner=client,
-            directions=directions_of(self._fl),
-        )
-
-    def _estimate(self, space: Space, request: TrainRequest, *, client: int, step: int) -> list[Projection]:
-        if step == 0 and (client, request.round) in self._ahead:
-            return self._ahead.pop((client, request.round))
-        batch = self._batch(request, client=client, step=step)
-        keys = self._keys(request, client=client, step=step)
-        return self._estimator.estimate(space, lambda: float(self._losses(batch).mean()), keys)
-
-    def _batch(self, request: TrainRequest, *, client: int, step: int) -> list[Example]:
-        train = self._data_of(client).train
-        rows = batch_rows(
-            run_seed=self._run_seed,
-            client=client,
-            used=request.used + step,
-            batch_size=self._fl.batch_size,
-            num_rows=len(train),
-        )
-        return [train[row] for row in rows]
-
-    def _losses(self, rows: list[Example]) -> Losses:
-        return example_losses(
-            self.loaded,
-            rows,
-            loss=self._task.loss,
-            tokens_per_batch=self.tokens_per_batch,
-            forward_cost_tokens=self.forward_cost_tokens,
-        )
-
-    def _local_step(
-        self, space: Space, request: TrainRequest, g: Scalars, *, client: int, step: int, drift: Drift | None
-    ) -> None:
-        """One step with exactly the scalars that are sent, a mean over probes."""
-        keys = self._keys(request, client=client, step=step)
-        local_step(space, lr=request.lr, c=probe_shares(g), keys=keys, drift=drift)
 
 
 def space_id(artifact: bytes) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from fedzo.models.plan import FEW_FORWARDS, bucket, plan_batches
 from fedzo.models.virtual_tokens import num_virtual_tokens
 
 OnBatch = Callable[[int, int], None]
+OnRows = Callable[[list[int]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,14 @@ class Planning:
     on_batch: OnBatch | None = None
     share_prompts: bool = False
     """Whether candidates may go on from one run of their prompt: right for scores, whose last bits do not matter."""
+    before: OnRows | None = None
+    """Called before each forward with the indices of its texts, one a row."""
+
+    def of(self, owners: Sequence[int]) -> Planning:
+        """The same, where text i belongs to ``owners[i]``, which is what ``before`` knows."""
+        if (before := self.before) is None:
+            return self
+        return replace(self, before=lambda batch: before([owners[i] for i in batch]))
 
 
 class SharedForward(NamedTuple):
@@ -85,6 +94,8 @@ def run_texts(
         )
         on_device = [torch.from_numpy(array).to(loaded.device) for array in (ids, rows, columns)]
         at = partial(hidden_at, decoder=compiled) if loaded.direct_head else own_logits_at
+        if planning.before is not None:
+            planning.before(batch)
         with torch.inference_mode():
             hidden = at(loaded.model, *on_device)
         _count(

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from fedzo.data.config import Loss
 from fedzo.data.example import Example
 from fedzo.errors import ConfigError
-from fedzo.models.forwards import OnBatch, Planning, Text, run_shared, run_texts
+from fedzo.models.forwards import OnBatch, OnRows, Planning, Text, run_shared, run_texts
 from fedzo.models.head import project
 from fedzo.models.load import LoadedModel
 from fedzo.models.memory import cache_tokens
@@ -52,6 +52,7 @@ def example_losses(
     loss: Loss,
     tokens_per_batch: int,
     forward_cost_tokens: int = FEW_FORWARDS,
+    before: OnRows | None = None,
 ) -> Scores:
     """Loss of every example; token log-probabilities in float32, all means in float64.
 
@@ -66,6 +67,7 @@ def example_losses(
         tokens_per_batch: Most tokens in one forward, padding included (a longer sequence goes alone).
         forward_cost_tokens: What one more forward costs, counted in tokens: batches of unequal lengths are split where
             that saves more padding. By default never; see ``forward_cost``.
+        before: Called before each forward with the example of each of its rows, by index.
 
     Returns:
         float64 [num_examples].
@@ -75,7 +77,7 @@ def example_losses(
     """
     if not examples:
         raise ConfigError("a loss needs at least one example, got none. Check the batch size and the client's rows.")
-    planning = Planning(tokens_per_batch, forward_cost_tokens)
+    planning = Planning(tokens_per_batch, forward_cost_tokens, before=before)
     if loss is Loss.lm:
         return -_mean_logprobs(loaded, [_answer(example, example.label) for example in examples], planning)
     scores = _candidate_scores(loaded, examples, planning, full_vocabulary=False)
@@ -124,7 +126,7 @@ def _candidate_scores(
     if short:
         chosen = [examples[i] for i in short]
         scores[short] = _single_token_scores(
-            loaded, chosen, planning, width=scores.shape[1], full_vocabulary=full_vocabulary
+            loaded, chosen, planning.of(short), width=scores.shape[1], full_vocabulary=full_vocabulary
         )
     taken = set(short)
     long = [i for i in range(len(examples)) if i not in taken]
@@ -133,7 +135,7 @@ def _candidate_scores(
         scores[long] = _shared_scores(loaded, [examples[i] for i in long], shared, planning, width=scores.shape[1])
     cells = [(long[i], j) for i in shared.others for j in range(len(examples[long[i]].candidates))]
     if cells:
-        means = _mean_logprobs(loaded, [_answer(examples[i], j) for i, j in cells], planning)
+        means = _mean_logprobs(loaded, [_answer(examples[i], j) for i, j in cells], planning.of([i for i, _ in cells]))
         for (i, j), mean in zip(cells, means, strict=True):
             scores[i, j] = mean
     return scores

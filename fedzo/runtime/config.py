@@ -15,7 +15,7 @@ class InlineConfig(RuntimeConfig):
     """All clients in this process, one after another, on one copy of the model."""
 
     batch_clients: bool = False
-    """Evaluate the first step of all clients of a round in joint forwards: faster, the same but for the last bits."""
+    """Evaluate all clients of a round in joint forwards; without a mask only their first steps. Last bits differ."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -20,6 +20,7 @@ import httpx
 from flwr.serverapp import Grid, ServerApp
 
 import fedzo
+from fedzo.environment import usable_cpus
 from fedzo.errors import ProtocolError
 from fedzo.runtime._flower import ENVIRONMENT, GuardedGrid, one_federation, quiet_flower
 from fedzo.runtime._flower_http import RunNotRunningException, RuntimeApi, TaskType, server_task
@@ -57,7 +58,9 @@ def run_local(
         one_federation(),
         quiet_flower(),
         tempfile.TemporaryDirectory(prefix="fedzo-") as temporary,
-        Processes(Path(run_config["run-dir"]) / "logs", environment=_environment(Path(temporary))) as processes,
+        Processes(
+            Path(run_config["run-dir"]) / "logs", environment=_environment(Path(temporary), num_clients)
+        ) as processes,
     ):
         folder = Path(temporary)
         superlink, *nodes = [f"127.0.0.1:{port}" for port in free_ports(1 + num_clients)]
@@ -128,7 +131,7 @@ def _submit(
     try:
         done = subprocess.run(
             [*flwr, "--run-config", str(overrides), "--format", "json"],
-            env=_environment(folder),
+            env=_environment(folder, num_clients=1),
             capture_output=True,
             encoding="utf-8",
             timeout=timeout_s,
@@ -143,11 +146,15 @@ def _submit(
         raise ProtocolError(f"flwr run: the SuperLink must accept the run, but did not:\n{processes.tail('flwr-run')}")
 
 
-def _environment(folder: Path) -> dict[str, str]:
-    """This process's environment, with a Flower home of the run's own and this very fedzo first on the path."""
+def _environment(folder: Path, num_clients: int) -> dict[str, str]:
+    """This process's environment, with a Flower home of the run's own and this very fedzo first on the path.
+
+    Clients, who work at the same time, share the CPUs among them.
+    """
+    share = {"OMP_NUM_THREADS": str(max(1, usable_cpus() // num_clients))}
     package = str(Path(fedzo.__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
-    return {**os.environ, **ENVIRONMENT, "FLWR_HOME": str(folder / "flwr"), "PYTHONPATH": path}
+    return {**share, **os.environ, **ENVIRONMENT, "FLWR_HOME": str(folder / "flwr"), "PYTHONPATH": path}
 
 
 def _daemon(kind: str) -> list[str]:

@@ -75,7 +75,7 @@ class PerturbedWeights(TorchFunctionMode):
     ) -> Any:
         """Call ``func`` with trained parameters replaced by their perturbed values."""
         kwargs = kwargs or {}
-        if _reads_metadata_only(func):
+        if reads_metadata_only(func):
             return func(*args, **kwargs)
         if func is F.embedding and self._is_trained(weight := _argument(args, kwargs, 1, "weight")):
             return self._embedding(weight, args, kwargs)
@@ -124,7 +124,8 @@ def _selects_rows(index: Any) -> bool:
     return isinstance(index, int) and not isinstance(index, bool)
 
 
-def _reads_metadata_only(func: Function) -> bool:
+def reads_metadata_only(func: Function) -> bool:
+    """Whether a torch function tells nothing of a tensor's numbers."""
     if getattr(func, "__name__", "") == "__get__":
         return getattr(getattr(func, "__self__", None), "__name__", "") not in _VIEWS
     return func in _METADATA

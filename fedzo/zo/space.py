@@ -81,7 +81,10 @@ class Space(Protocol):
 
 
 class MasterSpace:
-    """What spaces with a float32 master share; a subclass says how values enter the model (``_write``)."""
+    """What spaces with a float32 master share; a subclass says how values enter the model (``_write``).
+
+    By itself it is values of no model: where steps lead can be followed without any forward.
+    """
 
     def __init__(self, master: torch.Tensor, distribution: Distribution) -> None:
         self._master = master
@@ -134,7 +137,7 @@ class MasterSpace:
         self._write(add_direction(self._master, key, scale=scale, distribution=self.distribution))
 
     def _write(self, values: torch.Tensor) -> None:
-        raise NotImplementedError
+        """Let the model compute with ``values``."""
 
 
 class MaskedSpace(MasterSpace):
@@ -142,6 +145,9 @@ class MaskedSpace(MasterSpace):
 
     The model's own weights hold ``cast(master)`` between probes and ``cast(master + scale * z)`` during one, so probing
     cannot drift and small updates do not vanish in a 16-bit model.
+
+    Attributes:
+        places: Each masked parameter with the flat indices of its trained values, in wire order.
 
     Args:
         model: The model whose weights are set in place.
@@ -157,21 +163,22 @@ class MaskedSpace(MasterSpace):
         distribution: Distribution = Distribution.gaussian,
     ) -> None:
         parameters = dict(model.named_parameters())
-        self._slots: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.places: list[tuple[nn.Parameter, torch.Tensor]] = []
         for name, flat in indices.items():
             if name not in parameters:
                 raise ConfigError(f"mask: the model has no parameter {name!r}. Make the mask for this model.")
-            weight = parameters[name].detach()
-            self._slots.append((weight, flat.to(weight.device)))
-        self._sizes = [flat.numel() for _, flat in self._slots]
+            self.places.append((parameters[name], flat.to(parameters[name].device)))
+        self._sizes = [flat.numel() for _, flat in self.places]
         if sum(self._sizes) == 0:
             raise ConfigError("mask: it must hold at least one weight, got none. Raise trainer.density.")
-        super().__init__(torch.cat([_take(weight, flat).float() for weight, flat in self._slots]), distribution)
+        super().__init__(
+            torch.cat([_take(weight.detach(), flat).float() for weight, flat in self.places]), distribution
+        )
 
     def _write(self, values: torch.Tensor) -> None:
         with torch.no_grad():
-            for (weight, flat), part in zip(self._slots, torch.split(values, self._sizes), strict=True):
-                _put(weight, flat, part.to(weight.dtype))
+            for (weight, flat), part in zip(self.places, torch.split(values, self._sizes), strict=True):
+                _put(weight.detach(), flat, part.to(weight.dtype))
 
 
 class FullSpace:

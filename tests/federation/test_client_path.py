@@ -40,7 +40,7 @@ TRAIN = """
 import hashlib, json, sys
 from pathlib import Path
 from fedzo.config.load import load
-from fedzo.fl.client import ClientWorker
+from fedzo.fl.local_steps import LocalSteps
 from fedzo.fl.selection.plan import Plan
 from fedzo.fl.server import Server
 from fedzo.runs import start_run
@@ -48,7 +48,7 @@ from fedzo.runs import start_run
 folder, steps, overrides = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
 hashes = {}
 
-def local_step(self, space, request, g, *, client, step, drift, original=ClientWorker._local_step):
+def local_step(self, space, request, g, *, client, step, drift, original=LocalSteps.take):
     original(self, space, request, g, client=client, step=step, drift=drift)
     digest = hashlib.sha256(space.values().tobytes()).hexdigest()
     hashes.setdefault(f"{client}@{request.round}", []).append(digest)
@@ -62,7 +62,7 @@ def run_round(self, original=Server.run_round):
     self.selection = Script()
     return original(self)
 
-ClientWorker._local_step, Server.run_round = local_step, run_round
+LocalSteps.take, Server.run_round = local_step, run_round
 start_run(load(overrides), folder, overrides=[])
 Path(f"{folder}.hashes").write_text(json.dumps(hashes))
 """

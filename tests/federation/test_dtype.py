@@ -27,7 +27,7 @@ def dtypes(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
 
     def spy(self: Site, artifact: bytes) -> Any:
         replica = original(self, artifact)
-        assert self.worker.loaded is self.loaded
+        assert self.worker.steps.loaded is self.loaded
         seen.append(self.loaded.model.get_input_embeddings().weight.dtype)
         return replica
 

@@ -11,7 +11,7 @@ import pytest
 
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
-from fedzo.fl import client
+from fedzo.fl import local_steps
 from fedzo.fl.clip import announced_bound
 from fedzo.fl.store import RunStore
 from fedzo.runs import rebuild, replay_run, resume_run
@@ -103,8 +103,8 @@ def test_every_estimator_runs_within_its_budget_and_replays(
     run: Run, lines: Lines, overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, estimator: Any
 ) -> None:
     calls: list[int] = []
-    original = client.example_losses
-    monkeypatch.setattr(client, "example_losses", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = local_steps.example_losses
+    monkeypatch.setattr(local_steps, "example_losses", lambda *a, **k: calls.append(1) or original(*a, **k))
 
     folder = run(*estimator, "fl.rounds=2", "evaluation.central=false", "evaluation.federated_every_rounds=-1")
 
@@ -136,13 +136,13 @@ def test_clients_step_with_the_clipped_scalar_that_they_send(
     run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stepped: list[tuple[int, int, float]] = []
-    original = client.ClientWorker._local_step
+    original = local_steps.LocalSteps.take
 
     def spy(self: Any, space: Any, request: Any, g: Any, **rest: Any) -> None:
         stepped.append((request.round, rest["client"], float(g[0])))
         original(self, space, request, g, **rest)
 
-    monkeypatch.setattr(client.ClientWorker, "_local_step", spy)
+    monkeypatch.setattr(local_steps.LocalSteps, "take", spy)
 
     folder = run("strategy.clip_factor=1.0", "strategy.clip_rounds=2", "fl.rounds=4", "fl.local_steps=2")
 

@@ -433,7 +433,7 @@ def test_batches_are_split_where_the_padding_costs_more_than_a_forward(
     site = open_site(load(overrides(f"trainer={trainer}", "device=cpu")))
     workplace = Workplace(folder=tmp_path, seed=0, texts=site.train_prompts, advance=lambda done, total: None)
     site.worker.build(site.trainer.prepare(site.loaded, workplace).artifact)
-    cost = site.worker.forward_cost_tokens
+    cost = site.worker.steps.forward_cost_tokens
 
     num_batches = [
         len(plan_batches(lengths, tokens_per_batch=10_000, forward_cost_tokens=cost))

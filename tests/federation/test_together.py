@@ -12,6 +12,7 @@ import pytest
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
 from fedzo.fl.client import ClientWorker
+from fedzo.fl.local_steps import LocalSteps
 from fedzo.runs import replay_run
 
 Run = Callable[..., Path]
@@ -28,12 +29,16 @@ def scalars(audit: list[dict[str, Any]], client: int) -> np.ndarray:
     "settings",
     [
         ["fl.local_steps=1"],
+        ["fl.local_steps=3"],
+        ["fl.local_steps=3", "optimizer=scaffold"],
+        ["fl.local_steps=3", "selection=random", "selection.num_flagged=1", "task.candidates=[b,g]"],
+        ["fl.local_steps=2", "task.loss=lm", "strategy.aggregation=majority_sign", "trainer.lr=1e-4"],
         ["fl.local_steps=3", "trainer=mezo", "trainer.lr=1e-4"],
         ["estimator=one_sided", "estimator.num_probes=2", "faults.absent=[1@1]"],
         ["estimator=fzoo", "estimator.num_probes=3", "trainer.lr=1e-5", "strategy.clip_factor=2"],
         ["estimator.freeze_selection=true", "fl.local_steps=2"],
     ],
-    ids=["T=1", "T=3 mezo", "one-sided", "fzoo", "frozen"],
+    ids=["T=1", "T=3", "T=3 scaffold", "T=3 and 1", "T=2 signs", "T=3 mezo", "one-sided", "fzoo", "frozen"],
 )
 def test_joint_scalars_equal_separate_ones_but_for_rounding(run: Run, lines: Lines, settings: list[str]) -> None:
     """Losses are float32 numbers near 0.7: an error of 2e-7 each is 2e-4 in g at eps = 1e-3; ten times that is let by.
@@ -51,28 +56,36 @@ def test_joint_scalars_equal_separate_ones_but_for_rounding(run: Run, lines: Lin
     assert replay_run(together)["rounds"] == 3
 
 
+@pytest.mark.parametrize(
+    ("settings", "forwards"),
+    [
+        (["trainer=mezo"], 2),
+        (["trainer=meerkat", "trainer.lr=1e-3", "fl.local_steps=3"], 12),  # in two batches of like length
+    ],
+    ids=["T=1 mezo", "T=3 meerkat"],
+)
 def test_one_round_of_many_clients_takes_as_many_forwards_as_its_tokens_need(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+    run: Run, monkeypatch: pytest.MonkeyPatch, settings: list[str], forwards: int
 ) -> None:
     spent: list[int] = []
     ahead, train = ClientWorker.look_ahead, ClientWorker.train
 
     def counting_ahead(self: ClientWorker, requests: Any) -> None:
-        before = self.loaded.counter.num_forwards
+        before = self.steps.loaded.counter.num_forwards
         ahead(self, requests)
-        spent.append(self.loaded.counter.num_forwards - before)
+        spent.append(self.steps.loaded.counter.num_forwards - before)
 
     def counting_train(self: ClientWorker, request: Any, *, client: int) -> Any:
-        before = self.loaded.counter.num_forwards
+        before = self.steps.loaded.counter.num_forwards
         reply = train(self, request, client=client)
-        assert self.loaded.counter.num_forwards == before  # everything was there already
+        assert self.steps.loaded.counter.num_forwards == before  # everything was there already
         return reply
 
     monkeypatch.setattr(ClientWorker, "look_ahead", counting_ahead)
     monkeypatch.setattr(ClientWorker, "train", counting_train)
-    run("fl.rounds=1", "fl.num_clients=6", "trainer=mezo", TOGETHER)
+    run("fl.rounds=1", "fl.num_clients=6", TOGETHER, *settings)
 
-    assert spent == [2]
+    assert spent == [forwards]
 
 
 def test_clients_with_directions_of_their_own_are_refused(overrides: Overrides) -> None:
@@ -81,14 +94,14 @@ def test_clients_with_directions_of_their_own_are_refused(overrides: Overrides) 
 
 
 def test_one_client_at_fault_fails_alone(run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = ClientWorker._batch
+    batch = LocalSteps._batch
 
-    def broken(self: ClientWorker, request: Any, *, client: int, step: int) -> Any:
+    def broken(self: LocalSteps, request: Any, *, client: int, step: int) -> Any:
         if client == 2:
             raise ValueError("rows that cannot be read")
         return batch(self, request, client=client, step=step)
 
-    monkeypatch.setattr(ClientWorker, "_batch", broken)
+    monkeypatch.setattr(LocalSteps, "_batch", broken)
     folder = run("fl.rounds=2", "fl.num_clients=4", TOGETHER)
 
     assert [sorted(e["client"] for e in line["clients"]) for line in lines(folder, "audit.jsonl")] == [[0, 1, 3]] * 2
