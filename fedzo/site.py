@@ -202,7 +202,7 @@ def open_site(config: RunConfig) -> Site:
 
 
 def set_up_process(threads: int, device: str) -> None:
-    """What the speed and the last bits of a forward depend on: threads (0: as many as fit), and who multiplies matrices."""
+    """What the speed and the last bits of a forward depend on: threads (0: as many as fit), and who multiplies."""
     threads = threads or default_threads()
     torch.set_num_threads(threads)
     numba.set_num_threads(min(threads, int(getattr(numba.config, "NUMBA_NUM_THREADS", threads))))
