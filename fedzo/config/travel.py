@@ -26,6 +26,7 @@ SITE_LOCAL = (
     "device",
     "threads",
     "model.dtype",
+    "model.quantization",
     "model.compile",
     "runtime",
     "report",

@@ -24,7 +24,7 @@ from fedzo.data.config import (
     TaskKind,
 )
 from fedzo.fl.config import FaultsConfig, FlConfig, Seeds
-from fedzo.models.config import DType
+from fedzo.models.config import DType, Quantization
 from fedzo.runtime.config import InlineConfig, LocalConfig, RayConfig
 from fedzo.trainers.config import (
     Calibration,
@@ -141,6 +141,13 @@ def _model(config: RunConfig) -> Iterator[Problem]:
     if model.dtype is DType.auto and isinstance(config.trainer, MezoConfig):
         rule = "be float32, bfloat16 or float16 for trainer=mezo, whose trained values have this dtype on all peers"
         yield _problem("model.dtype", rule, "auto", "Name it; float32 loses nothing.")
+    if model.quantization is not Quantization.none:
+        if isinstance(config.trainer, MezoConfig | MeerkatConfig):
+            rule = "be none where the model's own weights are trained"
+            yield _problem("model.quantization", rule, model.quantization, "Train an adapter, as trainer=lora does.")
+        if model.gguf_file is not None:
+            rule = "be none with model.gguf_file, whose weights are packed in their own way and unpacked when read"
+            yield _problem("model.quantization", rule, model.quantization, "Name a folder of safetensors.")
 
 
 def _task(config: RunConfig) -> Iterator[Problem]:

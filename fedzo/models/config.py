@@ -17,6 +17,18 @@ class DType(StrEnum):
     float32. A resumed run measures again."""
 
 
+class Quantization(StrEnum):
+    """How the weights of linear layers are packed when they are loaded."""
+
+    none = "none"
+    int8 = "int8"
+    """bitsandbytes' LLM.int8(); about a byte a weight."""
+    nf4 = "nf4"
+    """bitsandbytes' four-bit NormalFloat, as in QLoRA."""
+    torchao_int8 = "torchao_int8"
+    """torchao's int8, weights only."""
+
+
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """A causal language model that transformers can load."""
@@ -29,6 +41,8 @@ class ModelConfig:
     """Name of a GGUF file inside ``name``, if the weights are stored so."""
     dtype: DType = DType.float32
     """Dtype of the weights in a forward; trained values have a float32 master, unless all weights are trained."""
+    quantization: Quantization = Quantization.none
+    """Packs the frozen weights under an adapter; a site's own choice, like the dtype. Install ``fedzo[quantized]``."""
     max_length: int = 512
     """Longest sequence in tokens; a longer prompt loses its beginning."""
     tokens_per_batch: int = 4096

@@ -17,7 +17,7 @@ from fedzo.models.compiled import CompiledDecoder, compile_decoder
 from fedzo.models.config import DType, ModelConfig
 from fedzo.models.digest import file_digest, parameters_digest, tokenizer_digest, weights_digest
 from fedzo.models.head import check_head
-from fedzo.models.source import Source, find_source, read_gguf, without_progress_bars
+from fedzo.models.source import Source, find_source, quantization_arguments, read_gguf, without_progress_bars
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +104,9 @@ def load_model(config: ModelConfig, *, device: str = "auto") -> LoadedModel:
     source = find_source(config)
     dtype = TORCH_DTYPES[DType(config.dtype)]
     try:
+        packed = quantization_arguments(config.quantization, device=where, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(source.name, **source.arguments())
-        model = _read(source, dtype)
+        model = _read(source, dtype, **packed)
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = " ".join(str(error).split())[:400]
         raise ConfigError(
@@ -117,14 +118,15 @@ def load_model(config: ModelConfig, *, device: str = "auto") -> LoadedModel:
         raise ConfigError(
             f"model.max_length must be <= {longest} for {config.name!r}, got {config.max_length}. Lower it."
         )
-    model.to(where)
+    if not packed:  # packed weights are where they belong already
+        model.to(where)
     if source.gguf_file is None:
         digest = weights_digest(source.files, tied=model.all_tied_weights_keys)
     else:
         digest = file_digest(source.files[0])
 
     def read_weights() -> dict[str, torch.Tensor]:
-        return dict(_read(source, dtype).named_parameters())
+        return dict(_read(source, dtype, **packed).named_parameters())
 
     loaded = _wrap(model, tokenizer, device=where, digest=digest, source=config.name, read_weights=read_weights)
     return compile_loaded(loaded, longest=config.max_length) if config.compile else loaded
@@ -177,12 +179,12 @@ def resolve_device(device: str) -> torch.device:
     return found
 
 
-def _read(source: Source, dtype: torch.dtype) -> Any:
+def _read(source: Source, dtype: torch.dtype, **packed: Any) -> Any:
     with without_progress_bars():
         if source.gguf_file is not None:
             return read_gguf(source.name, dtype=dtype, **source.arguments())
         return AutoModelForCausalLM.from_pretrained(
-            source.name, dtype=dtype, use_safetensors=True, **source.arguments()
+            source.name, dtype=dtype, use_safetensors=True, **source.arguments(), **packed
         )
 
 

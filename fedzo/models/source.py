@@ -11,17 +11,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig, TorchAoConfig
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from fedzo.data.embedded import package_dir
 from fedzo.errors import ConfigError
-from fedzo.models.config import ModelConfig
+from fedzo.models.config import ModelConfig, Quantization
 from fedzo.models.digest import file_digest
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,34 @@ def find_source(config: ModelConfig) -> Source:
             )
         return Source(name, config.revision, config.gguf_file, (found,))
     return Source(name, config.revision, None, _safetensors(name, config.revision))
+
+
+def quantization_arguments(kind: Quantization, *, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Keyword arguments of ``from_pretrained`` that pack the weights on ``device`` as they are read.
+
+    Raises:
+        ConfigError: The library that packs them is not installed.
+    """
+    library = "torchao" if kind is Quantization.torchao_int8 else "bitsandbytes"
+    if kind is not Quantization.none and find_spec(library) is None:
+        raise ConfigError(
+            f"model.quantization={kind}: {library} must be installed, but is not. "
+            "Install it with: pip install 'fedzo[quantized]'"
+        )
+    match kind:
+        case Quantization.none:
+            return {}
+        case Quantization.int8:
+            packing: Any = BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+        case Quantization.nf4:
+            packing = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+            )
+        case Quantization.torchao_int8:
+            from torchao.quantization import Int8WeightOnlyConfig
+
+            packing = TorchAoConfig(Int8WeightOnlyConfig())
+    return {"quantization_config": packing, "device_map": {"": device}}
 
 
 def cache_root() -> Path:

@@ -174,7 +174,7 @@ def test_hash_is_of_the_canonical_text_without_what_is_local_to_a_site() -> None
     plain = json.loads(to_json(config))
     for key in ("device", "threads", "runtime", "report"):
         del plain[key]
-    del plain["model"]["dtype"], plain["model"]["compile"], plain["data"]["path"]
+    del plain["model"]["dtype"], plain["model"]["compile"], plain["model"]["quantization"], plain["data"]["path"]
     del plain["trainer"]["mask_path"], plain["trainer"]["calibration_path"]
 
     canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))

@@ -1,0 +1,93 @@
+"""Adapters over a base whose weights are packed: ``model.quantization``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import LlamaConfig
+
+from fedzo.config.load import load
+from fedzo.errors import ConfigError
+from fedzo.models import source
+from fedzo.models.config import Quantization
+from fedzo.runs import replay_run, start_run
+from fedzo.site import open_site
+from fedzo.testing.tiny_models import tiny_model_from
+from fedzo.testing.tokenizer import byte_tokenizer
+
+Lines = Callable[[Path, str], list[dict[str, Any]]]
+Overrides = Callable[..., list[str]]
+Run = Callable[..., Path]
+PACKED = [kind for kind in Quantization if kind is not Quantization.none]
+SMALL = ["trainer=lora", "fl.rounds=2", "fl.local_steps=2", "model.max_length=256"]
+pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
+
+
+@pytest.fixture(scope="module")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wide enough for blocks of 64 weights."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tokenizer, folder = byte_tokenizer(), tmp_path_factory.mktemp("models") / "wide"
+    model = tiny_model_from(LlamaConfig(**sizes, vocab_size=512, initializer_range=0.1, tie_word_embeddings=True))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def num_bytes(tensor: Any) -> int:
+    """Bytes of a tensor, or of the tensors that it is packed from."""
+    if flatten := getattr(tensor, "__tensor_flatten__", None):
+        return sum(num_bytes(getattr(tensor, name)) for name in flatten()[0])
+    return tensor.numel() * tensor.element_size()
+
+
+def g_of(lines: Lines, folder: Path) -> np.ndarray:
+    return np.array([entry["g"] for line in lines(folder, "audit.jsonl") for entry in line["clients"]])
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_an_adapter_is_trained_over_packed_weights_and_replayed(kind: Quantization, run: Run, lines: Lines) -> None:
+    plain, packed = run(*SMALL), run(*SMALL, f"model.quantization={kind}")
+
+    scalars = g_of(lines, plain), g_of(lines, packed)
+    assert np.abs(scalars[0] - scalars[1]).max() > 0
+    assert np.corrcoef(scalars[0].ravel(), scalars[1].ravel())[0, 1] > 0.8
+    assert replay_run(packed)["digest"] == lines(packed, "public.jsonl")[-1]["digest"]
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_packed_weights_take_less_memory(kind: Quantization, overrides: Overrides) -> None:
+    plain, packed = (
+        open_site(load(overrides("trainer=lora", f"model.quantization={each}"))).loaded for each in ("none", kind)
+    )
+
+    assert packed.base_digest == plain.base_digest
+    linear = [site.model.model.layers[0].mlp.up_proj.weight for site in (plain, packed)]
+    assert num_bytes(linear[1]) < 0.3 * num_bytes(linear[0])
+
+
+def test_a_site_that_packs_its_weights_belongs_to_the_same_run(overrides: Overrides) -> None:
+    from fedzo.config.travel import config_hash
+
+    assert config_hash(load(overrides(*SMALL))) == config_hash(load(overrides(*SMALL, "model.quantization=nf4")))
+
+
+@pytest.mark.parametrize("trainer", ["mezo", "meerkat"])
+def test_weights_that_are_trained_cannot_be_packed(trainer: str, overrides: Overrides) -> None:
+    with pytest.raises(
+        ConfigError, match=r"model\.quantization must be none where the model's own weights are trained"
+    ):
+        load(overrides(f"trainer={trainer}", "model.quantization=int8"))
+
+
+@pytest.mark.parametrize(("kind", "library"), [("nf4", "bitsandbytes"), ("torchao_int8", "torchao")])
+def test_a_missing_library_is_named(
+    kind: str, library: str, overrides: Overrides, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(source, "find_spec", lambda name: None if name == library else name)
+    with pytest.raises(ConfigError, match=r"pip install 'fedzo\[quantized\]'"):
+        start_run(load(overrides(*SMALL, f"model.quantization={kind}")), tmp_path / "run", overrides=[])
