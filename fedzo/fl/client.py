@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,8 +29,6 @@ from fedzo.fl.wire import (
     signs_to_bytes,
 )
 from fedzo.models.evaluate import evaluate
-
-log = logging.getLogger(__name__)
 
 
 class PlannedAbsence(FedzoError):

@@ -25,7 +25,7 @@ from fedzo.zo.estimator import Estimator, Losses, Projection, estimate_together
 from fedzo.zo.own_weights import OwnWeights
 from fedzo.zo.path import Drift, Scalars, local_step, probe_shares
 from fedzo.zo.seeds import step_keys
-from fedzo.zo.space import MaskedSpace, MasterSpace, Space
+from fedzo.zo.space import MaskedSpace, MasterSpace, Space, Values
 
 log = logging.getLogger(__name__)
 
@@ -111,44 +111,54 @@ class LocalSteps:
         """
         self._ahead.clear()
         space = replica.space
-        paths: dict[int, MasterSpace] = {}
+        start, everyone = space.values(), requests
+        sent: dict[int, list[Scalars]] = {}
         drifts: dict[int, Drift | None] = {}
         if self._can_walk_together(space) and max((request.steps for request in requests.values()), default=0) > 1:
-            paths = {client: MasterSpace(torch.from_numpy(space.values()), space.distribution) for client in requests}
+            sent = {client: [] for client in requests}
             drifts = {client: replica.drift(client) for client in requests}
+
+        def offset_of(client: int) -> Values:
+            """How far a client has come: walked anew when it is needed, since scalars take no memory."""
+            place = MasterSpace(torch.from_numpy(start.copy()), space.distribution)
+            for step, g in enumerate(sent[client]):
+                self.take(place, everyone[client], g, client=client, step=step, drift=drifts[client])
+            return place.values() - start
+
         step = 0
         while requests:
             try:
-                estimates = self._estimate_together(space, requests, step=step, paths=paths)
+                estimates = self._estimate_together(space, requests, step=step, offset_of=offset_of)
             except NotImplementedError as error:
+                if step == 0:
+                    raise
                 log.warning("clients cannot share the forwards of later local steps with this model: %s", error)
                 self._walks_together = False
                 return
             for (client, request), projections in zip(requests.items(), estimates, strict=True):
                 self._ahead[client, request.round, step] = projections
-                if client in paths:
-                    g, _ = self.as_sent(projections, request)
-                    self.take(paths[client], request, g, client=client, step=step, drift=drifts[client])
+                if client in sent:
+                    sent[client].append(self.as_sent(projections, request)[0])
             step += 1
-            requests = {c: request for c, request in requests.items() if c in paths and request.steps > step}
+            requests = {c: request for c, request in requests.items() if c in sent and request.steps > step}
 
     def _can_walk_together(self, space: Space) -> bool:
         loaded = self.loaded
         return self._walks_together and loaded.compiled is None and OwnWeights.supports(space, loaded.model)
 
     def _estimate_together(
-        self, space: Space, requests: Mapping[int, TrainRequest], *, step: int, paths: Mapping[int, MasterSpace]
+        self, space: Space, requests: Mapping[int, TrainRequest], *, step: int, offset_of: Callable[[int], Values]
     ) -> list[list[Projection]]:
         """What ``estimate`` gives each client where it is on its path: in the first step, at the round's start."""
         batches = {client: self._batch(request, client=client, step=step) for client, request in requests.items()}
         rows = [example for batch in batches.values() for example in batch]
         owners = [client for client, batch in batches.items() for _ in batch]
         ends = np.cumsum([len(batch) for batch in batches.values()])[:-1]
-        start, own = space.values(), OwnWeights(cast(MaskedSpace, space)) if step > 0 else None
+        own = OwnWeights(cast(MaskedSpace, space)) if step > 0 else None
 
         def follow(batch: list[int]) -> None:
-            offsets = {client: paths[client].values() - start for client in {owners[row] for row in batch}}
-            cast(OwnWeights, own).follow(np.stack([offsets[owners[row]] for row in batch]))
+            clients, index = np.unique([owners[row] for row in batch], return_inverse=True)
+            cast(OwnWeights, own).follow((offset_of(int(client)) for client in clients), index)
 
         def losses_fn() -> Losses:
             with own or nullcontext():

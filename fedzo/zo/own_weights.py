@@ -10,11 +10,12 @@ function mode does that wherever the model multiplies with a masked matrix, as i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numba as nb
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,9 +24,11 @@ from torch.overrides import TorchFunctionMode
 from fedzo.zo.perturb import reads_metadata_only
 from fedzo.zo.space import MaskedSpace, Space, Values
 
+Integers = npt.NDArray[np.intp]
+
 
 class OwnWeights(TorchFunctionMode):
-    """Within the mode, row i of a forward has the weights theta + offsets[i]; ``follow`` tells them before each.
+    """Within the mode each row of a forward has weights of its own, which ``follow`` tells before it.
 
     Args:
         space: One that ``supports`` accepts.
@@ -39,10 +42,11 @@ class OwnWeights(TorchFunctionMode):
         self._places = {}
         start = 0
         for weight, flat in space.places:
-            rows, columns = np.divmod(flat.numpy(), weight.shape[1])
+            rows, columns = np.divmod(flat.numpy().astype(np.uint32), np.uint32(weight.shape[1]))
             self._places[id(weight)] = rows, columns, start
             start += len(rows)
-        self._offsets = np.zeros((0, space.size), np.float32)
+        self._size = space.size
+        self._offsets, self._index = np.empty((0, 0), np.float32), np.empty(0, np.intp)
 
     @staticmethod
     def supports(space: Space, model: nn.Module) -> bool:
@@ -56,9 +60,20 @@ class OwnWeights(TorchFunctionMode):
             for weight, _ in space.places
         )
 
-    def follow(self, offsets: Values) -> None:
-        """Row i of the forwards from now on has theta + ``offsets[i]``; float32 [B, n]."""
-        self._offsets = offsets
+    def follow(self, offsets: Iterable[Values], index: Integers) -> None:
+        """Row i of the forwards from now on has the weights theta + ``offsets[index[i]]``.
+
+        Args:
+            offsets: float32 [n] each; those of the rows before are let go first.
+            index: Integers [B].
+        """
+        self._index = index
+        num_offsets = int(index.max()) + 1
+        if len(self._offsets) < num_offsets:
+            self._offsets = np.empty((0, 0), np.float32)
+            self._offsets = np.empty((num_offsets, self._size), np.float32)
+        for place, offset in zip(self._offsets, offsets, strict=False):
+            place[:] = offset
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -72,9 +87,9 @@ class OwnWeights(TorchFunctionMode):
             raise NotImplementedError(f"{func} of a masked matrix is not known for rows with weights of their own")
         rows, columns, start = self._places[id(args[1])]
         x, y = args[0], func(*args, **kwargs)
-        tokens, uneven = divmod(x[..., 0].numel(), max(1, len(self._offsets)))
-        if uneven or (x.dim() > 2 and x.shape[0] != len(self._offsets)):
-            raise NotImplementedError(f"an input of shape {tuple(x.shape)} does not hold {len(self._offsets)} rows")
+        tokens, uneven = divmod(x[..., 0].numel(), max(1, len(self._index)))
+        if uneven or (x.dim() > 2 and x.shape[0] != len(self._index)):
+            raise NotImplementedError(f"an input of shape {tuple(x.shape)} does not hold {len(self._index)} rows")
         moved = y.contiguous()
         _add_products(
             x.reshape(-1, x.shape[-1]).contiguous().numpy(),
@@ -82,6 +97,7 @@ class OwnWeights(TorchFunctionMode):
             rows,
             columns,
             self._offsets,
+            self._index,
             start,
             tokens,
         )
@@ -89,9 +105,9 @@ class OwnWeights(TorchFunctionMode):
 
 
 @nb.njit(parallel=True, cache=True)
-def _add_products(x: Any, y: Any, rows: Any, columns: Any, offsets: Any, start: Any, tokens: Any) -> None:
-    """y[i, rows[j]] += offsets[i // tokens, start + j] * x[i, columns[j]], in the order of j."""
+def _add_products(x: Any, y: Any, rows: Any, columns: Any, offsets: Any, index: Any, start: Any, tokens: Any) -> None:
+    """y[i, rows[j]] += offsets[index[i // tokens], start + j] * x[i, columns[j]], in the order of j."""
     for i in nb.prange(x.shape[0]):
-        own = offsets[i // tokens, start : start + rows.size]
+        own = offsets[index[i // tokens], start : start + rows.size]
         for j in range(rows.size):
             y[i, rows[j]] += own[j] * x[i, columns[j]]

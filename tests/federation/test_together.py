@@ -14,6 +14,8 @@ from fedzo.errors import ConfigError
 from fedzo.fl.client import ClientWorker
 from fedzo.fl.local_steps import LocalSteps
 from fedzo.runs import replay_run
+from fedzo.testing.tiny_models import save_tiny_model
+from fedzo.zo.own_weights import OwnWeights
 
 Run = Callable[..., Path]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
@@ -91,6 +93,22 @@ def test_one_round_of_many_clients_takes_as_many_forwards_as_its_tokens_need(
 def test_clients_with_directions_of_their_own_are_refused(overrides: Overrides) -> None:
     with pytest.raises(ConfigError, match=r"runtime\.batch_clients must be false for fl\.seeds=per_client"):
         load(overrides(TOGETHER, "fl.seeds=per_client"))
+
+
+def test_a_model_that_multiplies_otherwise_shares_the_first_step_alone(
+    run: Run, lines: Lines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """GPT-2 is known to; of others it shows in the first forward of a later step."""
+    gpt2 = save_tiny_model(tmp_path / "gpt2", "gpt2")
+    known = run("fl.local_steps=2", "model.max_length=128", f"model.name={gpt2}", TOGETHER)
+    assert "cannot share" not in caplog.text
+    monkeypatch.setattr(OwnWeights, "supports", lambda space, model: True)
+    found = run("fl.local_steps=2", "model.max_length=128", f"model.name={gpt2}", TOGETHER)
+
+    np.testing.assert_array_equal(*(scalars(lines(folder, "audit.jsonl"), 0) for folder in (known, found)))
+    told = [record.message for record in caplog.records if "cannot share" in record.message]
+    assert len(told) == 1
+    assert told[0].startswith("clients cannot share the forwards of later local steps with this model")
 
 
 def test_one_client_at_fault_fails_alone(run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
