@@ -59,8 +59,8 @@ def selection_problems(config: RunConfig) -> Iterator[Problem]:
                     f"give at least {FEWEST} clients a round for selection=cusum, which compares each with the others"
                 )
                 yield problem("fl.num_clients", rule, asked, "Add clients, or choose another selection.")
-        case RandomConfig() if not 0 <= selection.num_flagged <= fl.num_clients:
-            rule = f"be between 0 and fl.num_clients ({fl.num_clients})"
+        case RandomConfig() if not 1 <= selection.num_flagged <= fl.num_clients:
+            rule = f"be between 1 and fl.num_clients ({fl.num_clients})"
             yield problem("selection.num_flagged", rule, selection.num_flagged, "Lower it or add clients.")
         case OracleConfig():
             if not 0 < selection.label_share <= 1:

@@ -95,7 +95,7 @@ class CusumConfig(EarlyStopConfig):
 class RandomConfig(EarlyStopConfig):
     """A baseline: clients drawn at random once."""
 
-    num_flagged: int = 0
+    num_flagged: int = 1
     """How many, for example as many as another selection flagged."""
 
 
