@@ -46,6 +46,16 @@ def claims(rows: Any) -> Lines:
     return lines
 
 
+def clients(points: Any) -> Lines:
+    """Seconds a round and peak memory: one line a number of clients and of local steps."""
+    at = {(p["clients"], p["local_steps"], p["runtime"]): f"{p['round_s']:.3g} s, {p['peak_bytes'] / 1e9:.1f} GB" for p in points}
+    lines = ["| clients | T | together | one after another | Ray, two actors |", "|---|---|---|---|---|"]
+    for number, steps in sorted({key[:2] for key in at}, key=lambda pair: pair[::-1]):
+        cells = [at.get((number, steps, runtime), "") for runtime in ("inline_batched", "inline", "ray")]
+        lines.append(f"| {number} | {steps} | {' | '.join(cells)} |")
+    return lines
+
+
 def bench(rows: Any) -> Lines:
     """One line a case: time and peak memory of each contestant as a multiple of the bare forwards'."""
     cases: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
@@ -139,6 +149,7 @@ RENDERERS: dict[str, Callable[[Any], Lines]] = {
     "experiments/quickstart/results.json": quickstart,
     "experiments/quickstart/results.json#ending": ending,
     "experiments/bench/claims.json": bench,
+    "experiments/clients/results.json": clients,
     **{f"experiments/meerkat/tables.json#{part}": itemgetter(part) for part in ("accuracy", "tuning", "verdicts", "others")},
     "experiments/vpcs/planted.json": planted,
     "experiments/vpcs/simulation.json#auc": vpcs_auc,

@@ -111,40 +111,34 @@ class LocalSteps:
         """
         self._ahead.clear()
         space = replica.space
-        start, everyone = space.values(), requests
-        sent: dict[int, list[Scalars]] = {}
-        drifts: dict[int, Drift | None] = {}
-        if self._can_walk_together(space) and max((request.steps for request in requests.values()), default=0) > 1:
-            sent = {client: [] for client in requests}
-            drifts = {client: replica.drift(client) for client in requests}
+        all_steps = (
+            self._walks_together and self.loaded.compiled is None and OwnWeights.supports(space, self.loaded.model)
+        )
+        sent: dict[int, list[Scalars]] = {client: [] for client in requests}
 
         def offset_of(client: int) -> Values:
             """How far a client has come: walked anew when it is needed, since scalars take no memory."""
+            start, drift = space.values(), replica.drift(client)
             place = MasterSpace(torch.from_numpy(start.copy()), space.distribution)
             for step, g in enumerate(sent[client]):
-                self.take(place, everyone[client], g, client=client, step=step, drift=drifts[client])
+                self.take(place, requests[client], g, client=client, step=step, drift=drift)
             return place.values() - start
 
-        step = 0
-        while requests:
+        step, walking = 0, requests
+        while walking:
             try:
-                estimates = self._estimate_together(space, requests, step=step, offset_of=offset_of)
+                estimates = self._estimate_together(space, walking, step=step, offset_of=offset_of)
             except NotImplementedError as error:
                 if step == 0:
                     raise
                 log.warning("clients cannot share the forwards of later local steps with this model: %s", error)
                 self._walks_together = False
                 return
-            for (client, request), projections in zip(requests.items(), estimates, strict=True):
+            for (client, request), projections in zip(walking.items(), estimates, strict=True):
                 self._ahead[client, request.round, step] = projections
-                if client in sent:
-                    sent[client].append(self.as_sent(projections, request)[0])
+                sent[client].append(self.as_sent(projections, request)[0])
             step += 1
-            requests = {c: request for c, request in requests.items() if c in sent and request.steps > step}
-
-    def _can_walk_together(self, space: Space) -> bool:
-        loaded = self.loaded
-        return self._walks_together and loaded.compiled is None and OwnWeights.supports(space, loaded.model)
+            walking = {c: request for c, request in walking.items() if all_steps and request.steps > step}
 
     def _estimate_together(
         self, space: Space, requests: Mapping[int, TrainRequest], *, step: int, offset_of: Callable[[int], Values]
