@@ -23,7 +23,7 @@ ROUNDS = 12
 CHILD = """
 import json, os, signal, sys
 point, at_round = sys.argv[1], int(sys.argv[2])
-from fedzo.fl import client, replica, server, store
+from fedzo.fl import local_steps, replica, server, store
 from fedzo.zo import path
 
 def die_before(owner, name, when):
@@ -46,7 +46,7 @@ elif point == "in a half written public line":
         original(self, line, durable=durable)
     store._Lines.append = torn
 elif point == "in a probe":
-    die_before(client, "example_losses", lambda *a, **kw: at_round == len(server_rounds()))
+    die_before(local_steps, "example_losses", lambda *a, **kw: at_round == len(server_rounds()))
 elif point == "after the log, before the metrics":
     die_before(server, "round_metrics", lambda record, *a, **kw: record.round == at_round)
 elif point == "before a dev score":

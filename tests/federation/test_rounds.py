@@ -116,7 +116,7 @@ def test_k_clients_with_one_probe_equal_one_client_with_the_joint_batch(
         picked = batch_rows(run_seed=0, client=client, used=0, batch_size=2, num_rows=len(train))
         joint += [train[row] for row in picked]
 
-    (projection,) = site.worker._estimator.estimate(
+    (projection,) = site.estimator.estimate(
         space,
         lambda: mean_loss(site.loaded, joint, loss=site.config.task.loss, tokens_per_batch=4096),
         [stream_key(0, round=0)],
@@ -223,7 +223,7 @@ def test_directions_are_distinct_over_clients_rounds_and_steps(run: Run, lines: 
 def test_the_number_of_losses_is_the_budget_and_not_one_more(
     overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedzo.fl import client
+    from fedzo.fl import local_steps
     from fedzo.fl.client import space_id
     from fedzo.fl.wire import TrainRequest
     from fedzo.trainers import Workplace
@@ -233,8 +233,8 @@ def test_the_number_of_losses_is_the_budget_and_not_one_more(
     workplace = Workplace(folder=tmp_path, seed=0, texts=site.train_prompts, advance=lambda done, total: None)
     artifact = site.trainer.prepare(site.loaded, workplace).artifact
     replica = site.worker.build(artifact)
-    original, asked = client.example_losses, []
-    monkeypatch.setattr(client, "example_losses", lambda *a, **k: asked.append(a) or original(*a, **k))
+    original, asked = local_steps.example_losses, []
+    monkeypatch.setattr(local_steps, "example_losses", lambda *a, **k: asked.append(a) or original(*a, **k))
 
     site.worker.train(
         TrainRequest(
@@ -336,14 +336,14 @@ def test_bytes_are_the_formula(run: Run, lines: Lines) -> None:
 def test_a_loss_that_is_not_finite_drops_the_probe_is_counted_and_never_averaged(
     run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch, bad: float
 ) -> None:
-    from fedzo.fl import client
+    from fedzo.fl import local_steps
 
     healthy = run("fl.rounds=1")
     calls = iter(range(10**6))
-    original = client.example_losses
+    original = local_steps.example_losses
     # the first two losses are client 0's two sides
     monkeypatch.setattr(
-        client, "example_losses", lambda *a, **k: np.full(2, bad) if next(calls) == 1 else original(*a, **k)
+        local_steps, "example_losses", lambda *a, **k: np.full(2, bad) if next(calls) == 1 else original(*a, **k)
     )
     folder = run("fl.rounds=1")
 
