@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -109,7 +110,8 @@ def test_executor_that_cannot_start_ends_the_run_with_the_end_of_its_log(toy: Mo
 def test_nothing_outlives_a_run_that_is_stopped(toy: ModuleType, tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, str(HERE / "toy_run.py"), str(tmp_path), toy.config_json(waits_s=100.0)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as run:
+    listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs are deaf to it
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, preexec_fn=listens) as run:
         _wait_for(lambda: (tmp_path / "descendants.json").exists() and bool(_descendants(tmp_path)), seconds=90)
         descendants = _descendants(tmp_path)
         assert len(descendants) == 5
