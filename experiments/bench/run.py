@@ -37,7 +37,7 @@ CPU = {
     "smollm2-lora": Case("trainer=lora --repeats 9", 1.05, 1.05),
     "opt-125m-masked": Case("trainer=meerkat --shape opt-125m --repeats 9", 1.05, 1.05),
     "opt-125m-full": Case("trainer=mezo --shape opt-125m --repeats 9", 1.25, 1.05),
-    "llama-3.2-1b-masked": Case("trainer=meerkat --shape llama-3.2-1b --rows 4 --repeats 3", 1.05, 1.05),
+    "llama-3.2-1b-masked": Case("trainer=meerkat --shape llama-3.2-1b --rows 4 --repeats 5", 1.05, 1.05),
     "llama-3.2-1b-full": Case("trainer=mezo --shape llama-3.2-1b --rows 4 --repeats 3", None, 1.05),
 }
 GPU = {
