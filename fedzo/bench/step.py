@@ -22,6 +22,7 @@ from fedzo.data.example import Example
 from fedzo.environment import environment
 from fedzo.errors import ConfigError
 from fedzo.models.adapters import base_model, has_adapter
+from fedzo.models.config import Quantization
 from fedzo.models.load import TORCH_DTYPES, LoadedModel, compile_loaded, load_model
 from fedzo.models.products import default_product, product_is_chosen
 from fedzo.models.scoring import mean_loss
@@ -134,6 +135,11 @@ def open_bench(config: RunConfig, *, shape: str | None, rows: int, tokens: int) 
 
     A mask that would be chosen by gradients is drawn at random instead: a step costs the same.
     """
+    if config.model.quantization is not Quantization.none:
+        raise ConfigError(
+            f"fedzo bench step: model.quantization must be none, got {config.model.quantization}: the steps beside "
+            "fedzo's train all weights. Write model.quantization=none."
+        )
     set_up_process(config.threads, config.device)
     loaded = (
         load_model(config.model, device=config.device)

@@ -123,7 +123,7 @@ def _run(config: RunConfig) -> Iterator[Problem]:
         yield _problem(
             "device", "be auto, cpu, cuda, cuda:<index> or mps", config.device, "auto takes the best there is."
         )
-    yield from _at_least("threads", config.threads, 0, "0 means all CPUs.")
+    yield from _at_least("threads", config.threads, 0, "0 means OMP_NUM_THREADS, or all CPUs.")
 
 
 def _model(config: RunConfig) -> Iterator[Problem]:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fedzo.errors import ConfigError
 from fedzo.models.cache import check_cache
 from fedzo.models.compiled import CompiledDecoder, compile_decoder
-from fedzo.models.config import DType, ModelConfig
+from fedzo.models.config import DType, ModelConfig, Quantization
 from fedzo.models.digest import file_digest, parameters_digest, tokenizer_digest, weights_digest
 from fedzo.models.head import check_head
 from fedzo.models.source import Source, find_source, quantization_arguments, read_gguf, without_progress_bars
@@ -107,6 +107,10 @@ def load_model(config: ModelConfig, *, device: str = "auto") -> LoadedModel:
         packed = quantization_arguments(config.quantization, device=where, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(source.name, **source.arguments())
         model = _read(source, dtype, **packed)
+    except RuntimeError as error:
+        if config.quantization is Quantization.none:
+            raise
+        raise _cannot_pack(config, where, error) from error
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = " ".join(str(error).split())[:400]
         raise ConfigError(
@@ -128,8 +132,20 @@ def load_model(config: ModelConfig, *, device: str = "auto") -> LoadedModel:
     def read_weights() -> dict[str, torch.Tensor]:
         return dict(_read(source, dtype, **packed).named_parameters())
 
-    loaded = _wrap(model, tokenizer, device=where, digest=digest, source=config.name, read_weights=read_weights)
+    try:
+        loaded = _wrap(model, tokenizer, device=where, digest=digest, source=config.name, read_weights=read_weights)
+    except RuntimeError as error:
+        if config.quantization is Quantization.none:
+            raise
+        raise _cannot_pack(config, where, error) from error
     return compile_loaded(loaded, longest=config.max_length) if config.compile else loaded
+
+
+def _cannot_pack(config: ModelConfig, device: torch.device, error: RuntimeError) -> ConfigError:
+    return ConfigError(
+        f"model.quantization={config.quantization} must be a packing that {config.name!r} can compute with on "
+        f"{device}, but that fails: {' '.join(str(error).split())[:300]}. Write model.quantization=none, or another."
+    )
 
 
 def compile_loaded(loaded: LoadedModel, *, longest: int) -> LoadedModel:

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from transformers import LlamaConfig
 
+from fedzo.bench.step import open_bench
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
+from fedzo.models import load as loading
 from fedzo.models import source
 from fedzo.models.config import Quantization
 from fedzo.runs import replay_run, start_run
@@ -82,6 +84,24 @@ def test_weights_that_are_trained_cannot_be_packed(trainer: str, overrides: Over
         ConfigError, match=r"model\.quantization must be none where the model's own weights are trained"
     ):
         load(overrides(f"trainer={trainer}", "model.quantization=int8"))
+
+
+def test_packed_weights_that_cannot_be_computed_with_are_told(
+    overrides: Overrides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(model: Any) -> bool:
+        raise RuntimeError("blocks of 64 do not fit")
+
+    monkeypatch.setattr(loading, "check_head", fail)
+    with pytest.raises(ConfigError, match=r"model\.quantization=nf4 must be a packing that .* blocks of 64 do not fit"):
+        open_site(load(overrides(*SMALL, "model.quantization=nf4")))
+    with pytest.raises(RuntimeError, match=r"^blocks of 64 do not fit$"):
+        open_site(load(overrides(*SMALL)))
+
+
+def test_a_bench_of_packed_weights_is_refused(overrides: Overrides) -> None:
+    with pytest.raises(ConfigError, match=r"model\.quantization must be none, got int8"):
+        open_bench(load(overrides(*SMALL, "model.quantization=int8")), shape="opt-125m", rows=1, tokens=8)
 
 
 @pytest.mark.parametrize(("kind", "library"), [("nf4", "bitsandbytes"), ("torchao_int8", "torchao")])

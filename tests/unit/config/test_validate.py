@@ -73,7 +73,7 @@ def test_a_sound_config_has_no_problem() -> None:
         ("data.split_seed", -1, "be an unsigned 64-bit integer"),
         ("device", "gpu", "be auto, cpu, cuda, cuda:<index> or mps, got 'gpu'."),
         ("device", "cuda:x", "be auto, cpu"),
-        ("threads", -1, "be >= 0, got -1. 0 means all CPUs."),
+        ("threads", -1, "be >= 0, got -1. 0 means OMP_NUM_THREADS, or all CPUs."),
         ("model.name", " ", "be a hub name or a local folder, got ' '."),
         ("model.max_length", 0, "be >= 1, got 0."),
         ("model.tokens_per_batch", 511, "be >= model.max_length (512), so that one sequence fits, got 511. Raise it"),
