@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
-from fedzo.config.problem import Problem, problem
+from fedzo.config.problem import Problem, not_negative, positive, problem
 from fedzo.config.schema import RunConfig
 from fedzo.data.config import TaskKind
 from fedzo.fl.config import Aggregation
@@ -31,6 +30,7 @@ from fedzo.trainers.config import (
 from fedzo.zo.config import FzooConfig
 from fedzo.zo.path import MOST_STEPS
 
+_REMEDY = "Leave it out for the default."
 _WITHOUT_GRADIENT = (MezoConfig, LoraTrainerConfig, Ia3TrainerConfig, PrefixTrainerConfig, PromptTrainerConfig)
 
 
@@ -50,9 +50,8 @@ def selection_problems(config: RunConfig) -> Iterator[Problem]:
             yield from _vpcs(selection, num_clients=fl.num_clients)
             yield from _gradip(config, selection)
         case CusumConfig():
-            if not (math.isfinite(selection.drift) and selection.drift >= 0):
-                yield problem("selection.drift", "be >= 0 and finite", selection.drift, "1 is the default.")
-            yield from _positive("selection.threshold", selection.threshold)
+            yield from not_negative("selection.drift", selection.drift, "1 is the default.")
+            yield from positive("selection.threshold", selection.threshold, _REMEDY)
             asked = config.strategy.clients_per_round or fl.num_clients
             if asked < FEWEST:
                 rule = (
@@ -92,7 +91,7 @@ def _vpcs(selection: VpcsConfig, *, num_clients: int) -> Iterator[Problem]:
         rule = f"be between initial_steps + later_steps ({least}) and {MOST_STEPS}"
         yield problem("selection.calibration_steps", rule, selection.calibration_steps, "100 is the default.")
     for key in ("ratio_threshold", "quiet_threshold", "sigma_share", "level_threshold"):
-        yield from _positive(f"selection.{key}", getattr(selection, key))
+        yield from positive(f"selection.{key}", getattr(selection, key), _REMEDY)
     if selection.quiet_threshold >= 1:
         remedy = "It is a share of steps that has to be exceeded."
         yield problem("selection.quiet_threshold", "be below 1", selection.quiet_threshold, remedy)
@@ -114,8 +113,3 @@ def _gradip(config: RunConfig, selection: VpcsConfig) -> Iterator[Problem]:
     if isinstance(trainer, _WITHOUT_GRADIENT) or chosen_without:
         rule = "be abs_g for a trainer that has no gradient to compare with"
         yield problem("selection.statistic", rule, "gradip", remedy)
-
-
-def _positive(key: str, value: float) -> Iterator[Problem]:
-    if not (math.isfinite(value) and value > 0):
-        yield problem(key, "be > 0 and finite", value, "Leave it out for the default.")

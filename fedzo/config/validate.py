@@ -7,13 +7,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedzo.config.aggregation import aggregation_problems, drift_problems
+from fedzo.config.aggregation import aggregation_problems
 from fedzo.config.compiling import compile_problems
 from fedzo.config.plugins import plugin_classes, plugin_name
-from fedzo.config.problem import Problem
-from fedzo.config.problem import problem as _problem
+from fedzo.config.problem import Problem, at_least, not_negative, positive, problem, unsigned_64
 from fedzo.config.schema import RunConfig
 from fedzo.config.selection import selection_problems
+from fedzo.config.training import estimator_problems, optimizer_problems, trainer_problems
 from fedzo.data.config import (
     DirichletConfig,
     DirichletEqualConfig,
@@ -26,28 +26,12 @@ from fedzo.data.config import (
 from fedzo.fl.config import FaultsConfig, FlConfig, Seeds
 from fedzo.models.config import DType, Quantization
 from fedzo.runtime.config import InlineConfig, LocalConfig, RayConfig
-from fedzo.trainers.config import (
-    Calibration,
-    LoraTrainerConfig,
-    MeerkatConfig,
-    MezoConfig,
-    PrefixTrainerConfig,
-    PromptTrainerConfig,
-)
-from fedzo.zo.config import (
-    AdamConfig,
-    Baseline,
-    FedDynConfig,
-    FzooConfig,
-    MomentumConfig,
-    OneSidedConfig,
-    ScaffoldConfig,
-)
+from fedzo.trainers.config import MeerkatConfig, MezoConfig
+from fedzo.zo.config import FedDynConfig, ScaffoldConfig
 from fedzo.zo.path import MOST_OWNERS, MOST_ROUNDS, MOST_STEPS
 
 EMBEDDED_TASKS = ("rotten_tomatoes",)
 """Tasks whose rows come with fedzo, so that they need no ``data.path``."""
-_SMALLEST_DECAY = 2.0**-24  # a smaller one leaves 1 - lr * decay at 1 in float32
 
 
 def problems(config: RunConfig) -> list[Problem]:
@@ -59,9 +43,9 @@ def problems(config: RunConfig) -> list[Problem]:
         _task,
         _data,
         _partition,
-        _trainer,
-        _estimator,
-        _optimizer,
+        trainer_problems,
+        estimator_problems,
+        optimizer_problems,
         _fl,
         _strategy,
         selection_problems,
@@ -69,7 +53,7 @@ def problems(config: RunConfig) -> list[Problem]:
         _evaluation,
         _runtime,
     )
-    return [problem for section in sections for problem in section(config)]
+    return [broken for section in sections for broken in section(config)]
 
 
 def missing_files(config: RunConfig) -> list[Problem]:
@@ -81,35 +65,10 @@ def missing_files(config: RunConfig) -> list[Problem]:
         named.append(("trainer.mask_path", config.trainer.mask_path, "Make one with `fedzo mask --out FILE`."))
         named.append(("trainer.calibration_path", config.trainer.calibration_path, "Give the calibration text."))
     return [
-        _problem(key, "name something that exists", path, remedy)
+        problem(key, "name something that exists", path, remedy)
         for key, path, remedy in named
         if path is not None and not Path(path).expanduser().exists()
     ]
-
-
-def _at_least(key: str, value: int, least: int, remedy: str) -> Iterator[Problem]:
-    if value < least:
-        yield _problem(key, f"be >= {least}", value, remedy)
-
-
-def _positive(key: str, value: float, remedy: str) -> Iterator[Problem]:
-    if not (math.isfinite(value) and value > 0):
-        yield _problem(key, "be > 0 and finite", value, remedy)
-
-
-def _positive_float32(key: str, value: float, remedy: str) -> Iterator[Problem]:
-    if not 2.0**-126 <= value < 2.0**128:
-        yield _problem(key, "be > 0 and finite in float32", value, remedy)
-
-
-def _not_negative(key: str, value: float, remedy: str) -> Iterator[Problem]:
-    if not (math.isfinite(value) and value >= 0):
-        yield _problem(key, "be >= 0 and finite", value, remedy)
-
-
-def _seed(key: str, value: int) -> Iterator[Problem]:
-    if not 0 <= value < 2**64:
-        yield _problem(key, "be an unsigned 64-bit integer (0 to 2**64 - 1)", value, "Choose a smaller seed.")
 
 
 def _run(config: RunConfig) -> Iterator[Problem]:
@@ -117,22 +76,22 @@ def _run(config: RunConfig) -> Iterator[Problem]:
         chosen = getattr(config, group)
         if plugin_name(group, chosen) is None:
             names = ", ".join(sorted(options))
-            yield _problem(group, f"be one of {names}", type(chosen).__name__, f"Write {group}=<option>.")
-    yield from _seed("seed", config.seed)
+            yield problem(group, f"be one of {names}", type(chosen).__name__, f"Write {group}=<option>.")
+    yield from unsigned_64("seed", config.seed)
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?|mps", config.device):
-        yield _problem(
+        yield problem(
             "device", "be auto, cpu, cuda, cuda:<index> or mps", config.device, "auto takes the best there is."
         )
-    yield from _at_least("threads", config.threads, 0, "0 means OMP_NUM_THREADS, or all CPUs.")
+    yield from at_least("threads", config.threads, 0, "0 means OMP_NUM_THREADS, or all CPUs.")
 
 
 def _model(config: RunConfig) -> Iterator[Problem]:
     model = config.model
     if not model.name.strip():
-        yield _problem("model.name", "be a hub name or a local folder", model.name, "Write model=<name or folder>.")
-    yield from _at_least("model.max_length", model.max_length, 1, "It counts tokens.")
+        yield problem("model.name", "be a hub name or a local folder", model.name, "Write model=<name or folder>.")
+    yield from at_least("model.max_length", model.max_length, 1, "It counts tokens.")
     if model.tokens_per_batch < model.max_length:
-        yield _problem(
+        yield problem(
             "model.tokens_per_batch",
             f"be >= model.max_length ({model.max_length}), so that one sequence fits",
             model.tokens_per_batch,
@@ -140,43 +99,43 @@ def _model(config: RunConfig) -> Iterator[Problem]:
         )
     if model.dtype is DType.auto and isinstance(config.trainer, MezoConfig):
         rule = "be float32, bfloat16 or float16 for trainer=mezo, whose trained values have this dtype on all peers"
-        yield _problem("model.dtype", rule, "auto", "Name it; float32 loses nothing.")
+        yield problem("model.dtype", rule, "auto", "Name it; float32 loses nothing.")
     if model.quantization is not Quantization.none:
         if isinstance(config.trainer, MezoConfig | MeerkatConfig):
             rule = "be none where the model's own weights are trained"
-            yield _problem("model.quantization", rule, model.quantization, "Train an adapter, as trainer=lora does.")
+            yield problem("model.quantization", rule, model.quantization, "Train an adapter, as trainer=lora does.")
         if model.gguf_file is not None:
             rule = "be none with model.gguf_file, whose weights are packed in their own way and unpacked when read"
-            yield _problem("model.quantization", rule, model.quantization, "Name a folder of safetensors.")
+            yield problem("model.quantization", rule, model.quantization, "Name a folder of safetensors.")
 
 
 def _task(config: RunConfig) -> Iterator[Problem]:
     task = config.task
     if not task.template:
-        yield _problem("task.template", "not be empty", task.template, "Choose a task=<option>, or write a template.")
+        yield problem("task.template", "not be empty", task.template, "Choose a task=<option>, or write a template.")
     if task.kind is TaskKind.candidates:
         yield from _candidates(task)
     else:
         if not task.answer:
             remedy = "Name the answer's column, as in task.answer='{answer}'."
-            yield _problem("task.answer", f"not be empty for task.kind={task.kind}", task.answer, remedy)
+            yield problem("task.answer", f"not be empty for task.kind={task.kind}", task.answer, remedy)
         if task.loss is Loss.candidates:
             remedy = "Write task.loss=lm."
-            yield _problem(
+            yield problem(
                 "task.loss", f"be lm for task.kind={task.kind}, which has no candidates", "candidates", remedy
             )
-    yield from _at_least("task.max_new_tokens", task.max_new_tokens, 1, "It counts generated tokens.")
+    yield from at_least("task.max_new_tokens", task.max_new_tokens, 1, "It counts generated tokens.")
 
 
 def _candidates(task: TaskConfig) -> Iterator[Problem]:
     if len(task.candidates) < 2:
         rule = "hold at least 2 answers for task.kind=candidates"
-        yield _problem("task.candidates", rule, task.candidates, "List the answers in the order of the labels.")
+        yield problem("task.candidates", rule, task.candidates, "List the answers in the order of the labels.")
     if task.labels and len(task.labels) != len(task.candidates):
         rule = f"hold one value per candidate ({len(task.candidates)})"
-        yield _problem("task.labels", rule, task.labels, "Or leave it empty when the column holds indices.")
+        yield problem("task.labels", rule, task.labels, "Or leave it empty when the column holds indices.")
     if not task.label:
-        yield _problem(
+        yield problem(
             "task.label", "name the column of the right answer", task.label, "Set it to a column of the rows."
         )
 
@@ -185,129 +144,53 @@ def _data(config: RunConfig) -> Iterator[Problem]:
     data = config.data
     if data.path is None and config.task.name not in EMBEDDED_TASKS:
         rule = f"be given for the task {config.task.name!r} (only {', '.join(EMBEDDED_TASKS)} is embedded)"
-        yield _problem("data.path", rule, None, "Write data.path=<folder or file with the rows>.")
-    yield from _at_least("data.num_train", data.num_train, 0, "0 means all rows.")
-    yield from _at_least("data.num_dev", data.num_dev, 0, "It counts rows.")
-    yield from _at_least("data.num_test", data.num_test, 0, "It counts rows.")
-    yield from _seed("data.split_seed", data.split_seed)
+        yield problem("data.path", rule, None, "Write data.path=<folder or file with the rows>.")
+    yield from at_least("data.num_train", data.num_train, 0, "0 means all rows.")
+    yield from at_least("data.num_dev", data.num_dev, 0, "It counts rows.")
+    yield from at_least("data.num_test", data.num_test, 0, "It counts rows.")
+    yield from unsigned_64("data.split_seed", data.split_seed)
 
 
 def _partition(config: RunConfig) -> Iterator[Problem]:
     partition = config.partition
-    yield from _at_least("partition.min_rows", partition.min_rows, 1, "Every client needs a row.")
+    yield from at_least("partition.min_rows", partition.min_rows, 1, "Every client needs a row.")
     if not 0 <= partition.holdout < 1:
         remedy = "It is the share of rows kept from training; 0 keeps none."
-        yield _problem("partition.holdout", "be >= 0 and < 1", partition.holdout, remedy)
+        yield problem("partition.holdout", "be >= 0 and < 1", partition.holdout, remedy)
     num_extreme = getattr(partition, "num_extreme", 0)
     if not 0 <= num_extreme <= config.fl.num_clients:
         rule = f"be between 0 and fl.num_clients ({config.fl.num_clients})"
-        yield _problem("partition.num_extreme", rule, num_extreme, "Lower it or add clients.")
+        yield problem("partition.num_extreme", rule, num_extreme, "Lower it or add clients.")
     match partition:
         case DirichletConfig() | DirichletEqualConfig():
-            yield from _positive("partition.alpha", partition.alpha, "Smaller is less IID; 0.5 is usual.")
+            yield from positive("partition.alpha", partition.alpha, "Smaller is less IID; 0.5 is usual.")
         case ShardsConfig():
-            yield from _at_least("partition.shards_per_client", partition.shards_per_client, 1, "2 is usual.")
+            yield from at_least("partition.shards_per_client", partition.shards_per_client, 1, "2 is usual.")
         case NaturalConfig() if not partition.column:
             remedy = "Write partition.column=<column>."
-            yield _problem("partition.column", "name the column that tells clients apart", partition.column, remedy)
-
-
-def _trainer(config: RunConfig) -> Iterator[Problem]:
-    trainer = config.trainer
-    yield from _not_negative("trainer.lr", trainer.lr, "0 trains nothing.")
-    yield from _positive("trainer.eps", trainer.eps, "1e-3 is usual.")
-    match trainer:
-        case MeerkatConfig():
-            yield from _meerkat(trainer)
-        case LoraTrainerConfig():
-            yield from _at_least("trainer.rank", trainer.rank, 1, "8 is usual.")
-            yield from _at_least("trainer.alpha", trainer.alpha, 1, "Twice the rank is usual.")
-        case PrefixTrainerConfig() | PromptTrainerConfig():
-            yield from _at_least("trainer.num_virtual_tokens", trainer.num_virtual_tokens, 1, "5 is usual.")
-            yield from _not_negative("trainer.init_std", trainer.init_std, "0.02 is usual.")
-
-
-def _meerkat(trainer: MeerkatConfig) -> Iterator[Problem]:
-    if not 0 < trainer.density <= 1:
-        yield _problem("trainer.density", "be > 0 and <= 1", trainer.density, "0.001 trains one weight in a thousand.")
-    yield from _at_least("trainer.calibration_docs", trainer.calibration_docs, 1, "It counts documents.")
-    yield from _at_least("trainer.calibration_tokens", trainer.calibration_tokens, 1, "It counts tokens a document.")
-    if trainer.calibration is Calibration.file and trainer.calibration_path is None:
-        remedy = "Write trainer.calibration_path=<text file>, or choose another trainer.calibration."
-        yield _problem("trainer.calibration_path", "be given for trainer.calibration=file", None, remedy)
-
-
-def _estimator(config: RunConfig) -> Iterator[Problem]:
-    estimator = config.estimator
-    yield from _positive_float32("estimator.eps", estimator.eps, "1e-3 is usual.")
-    least, remedy = 1, "A step needs a direction."
-    match estimator:
-        case FzooConfig():
-            least, remedy = 2, "One loss has no standard deviation."
-        case OneSidedConfig(baseline=Baseline.mean | Baseline.leave_one_out):
-            least, remedy = 2, "One loss has no other to be compared with; or write estimator.baseline=center."
-    yield from _at_least("estimator.num_probes", estimator.num_probes, least, remedy)
-
-
-def _optimizer(config: RunConfig) -> Iterator[Problem]:
-    optimizer = config.optimizer
-    if not 0 <= optimizer.lr < 2.0**128:  # it travels and is logged as a float32
-        yield _problem("optimizer.lr", "be >= 0 and finite in float32", optimizer.lr, "0 trains nothing.")
-    if not 0 <= optimizer.final_lr_share <= 1:
-        remedy = "It is the last round's share of optimizer.lr."
-        yield _problem("optimizer.final_lr_share", "be between 0 and 1", optimizer.final_lr_share, remedy)
-    if not 0 <= optimizer.warmup_rounds < max(config.fl.rounds, 1):
-        rule = f"be >= 0 and below fl.rounds ({config.fl.rounds})"
-        yield _problem("optimizer.warmup_rounds", rule, optimizer.warmup_rounds, "Lower it, or train longer.")
-    yield from _not_negative("optimizer.weight_decay", optimizer.weight_decay, "0 switches it off.")
-    shrink = optimizer.lr * optimizer.weight_decay
-    if shrink > 0 and not _SMALLEST_DECAY <= shrink < 1:
-        rule = "make optimizer.lr * optimizer.weight_decay 0, or at least 6e-8 (float32 sees no less) and below 1"
-        yield _problem("optimizer.weight_decay", rule, optimizer.weight_decay, "Change it, or write 0.")
-    match optimizer:
-        case MomentumConfig():
-            yield from _share_below_1("optimizer.momentum", optimizer.momentum, "0.9 is usual.")
-        case AdamConfig():
-            yield from _share_below_1("optimizer.beta1", optimizer.beta1, "0.9 is usual.")
-            yield from _share_below_1("optimizer.beta2", optimizer.beta2, "0.999 is usual.")
-            yield from _positive_float32("optimizer.eps", optimizer.eps, "1e-8 is usual.")
-        case ScaffoldConfig() | FedDynConfig():
-            yield from drift_problems(config, optimizer)
-        case _:
-            return
-    if isinstance(config.trainer, MezoConfig):
-        remedy = "Write optimizer=sgd, or train fewer values, as trainer=meerkat does."
-        rule = (
-            "be sgd for trainer=mezo: other rules keep float32 numbers beside every weight of the model on every peer"
-        )
-        yield _problem("optimizer", rule, plugin_name("optimizer", optimizer), remedy)
-
-
-def _share_below_1(key: str, value: float, remedy: str) -> Iterator[Problem]:
-    if not 0 <= value < 1:
-        yield _problem(key, "be >= 0 and < 1", value, remedy)
+            yield problem("partition.column", "name the column that tells clients apart", partition.column, remedy)
 
 
 def _fl(config: RunConfig) -> Iterator[Problem]:
     fl = config.fl
-    yield from _at_least("fl.num_clients", fl.num_clients, 1, "A federation needs a client.")
-    yield from _at_least("fl.rounds", fl.rounds, 1, "A run needs a round.")
-    yield from _at_least("fl.local_steps", fl.local_steps, 1, "1 synchronises after every step.")
+    yield from at_least("fl.num_clients", fl.num_clients, 1, "A federation needs a client.")
+    yield from at_least("fl.rounds", fl.rounds, 1, "A run needs a round.")
+    yield from at_least("fl.local_steps", fl.local_steps, 1, "1 synchronises after every step.")
     for key, count, most in (
         ("fl.rounds", fl.rounds, MOST_ROUNDS),
         ("fl.local_steps", fl.local_steps, MOST_STEPS),
         ("estimator.num_probes", config.estimator.num_probes, MOST_STEPS),
     ):
         if count > most:
-            yield _problem(key, f"be at most {most}, all that a record of the log can count", count, "Lower it.")
+            yield problem(key, f"be at most {most}, all that a record of the log can count", count, "Lower it.")
     own_columns = fl.seeds is not Seeds.shared or isinstance(config.optimizer, ScaffoldConfig | FedDynConfig)
     if own_columns and fl.num_clients > MOST_OWNERS:
         rule = f"be at most {MOST_OWNERS} where the log keeps each client's own scalars"
-        yield _problem("fl.num_clients", rule, fl.num_clients, "Write fl.seeds=shared and optimizer=sgd.")
-    yield from _at_least("fl.batch_size", fl.batch_size, 1, "It counts a client's rows of a step.")
+        yield problem("fl.num_clients", rule, fl.num_clients, "Write fl.seeds=shared and optimizer=sgd.")
+    yield from at_least("fl.batch_size", fl.batch_size, 1, "It counts a client's rows of a step.")
     if not 2 <= fl.pool_size < 2**31:
-        yield _problem("fl.pool_size", "be between 2 and 2**31 - 1", fl.pool_size, "4096 is FedKSeed's.")
-    yield from _at_least("fl.hash_every", fl.hash_every, 1, "1 compares the full hash every round.")
+        yield problem("fl.pool_size", "be between 2 and 2**31 - 1", fl.pool_size, "4096 is FedKSeed's.")
+    yield from at_least("fl.hash_every", fl.hash_every, 1, "1 compares the full hash every round.")
     yield from _faults(config.faults, fl)
 
 
@@ -315,51 +198,51 @@ def _faults(faults: FaultsConfig, fl: FlConfig) -> Iterator[Problem]:
     for entry in faults.absent:
         match = re.fullmatch(r"(\d{1,9})@(\d{1,9})", entry)
         if match is None:
-            yield _problem(
+            yield problem(
                 "faults.absent", "hold entries '<client>@<round>'", entry, "For example faults.absent=['3@1']."
             )
         elif int(match[1]) >= fl.num_clients or int(match[2]) >= fl.rounds:
             rule = f"name a client below fl.num_clients ({fl.num_clients}) and a round below fl.rounds ({fl.rounds})"
-            yield _problem("faults.absent", rule, entry, "Both count from 0.")
+            yield problem("faults.absent", rule, entry, "Both count from 0.")
 
 
 def _strategy(config: RunConfig) -> Iterator[Problem]:
     strategy, num_clients = config.strategy, config.fl.num_clients
     if not 0 <= strategy.clients_per_round <= num_clients:
         rule = f"be between 0 (all) and fl.num_clients ({num_clients})"
-        yield _problem(
+        yield problem(
             "strategy.clients_per_round", rule, strategy.clients_per_round, "Lower it or raise fl.num_clients."
         )
     sampled = strategy.clients_per_round or num_clients
     if not 1 <= strategy.min_replies <= max(sampled, 1):
         rule = f"be between 1 and the clients of a round ({sampled})"
-        yield _problem("strategy.min_replies", rule, strategy.min_replies, "Lower it, or sample more clients.")
-    yield from _positive("strategy.deadline_s", strategy.deadline_s, "It counts seconds.")
-    yield from _positive("strategy.startup_s", strategy.startup_s, "It counts seconds.")
-    yield from _positive("strategy.max_abs_g", strategy.max_abs_g, "Choose a large number to refuse nothing.")
+        yield problem("strategy.min_replies", rule, strategy.min_replies, "Lower it, or sample more clients.")
+    yield from positive("strategy.deadline_s", strategy.deadline_s, "It counts seconds.")
+    yield from positive("strategy.startup_s", strategy.startup_s, "It counts seconds.")
+    yield from positive("strategy.max_abs_g", strategy.max_abs_g, "Choose a large number to refuse nothing.")
     if strategy.clip_factor != 0 and not (math.isfinite(strategy.clip_factor) and strategy.clip_factor >= 1):
         remedy = "Below 1 the bound would shrink from round to round."
-        yield _problem("strategy.clip_factor", "be 0 (off) or >= 1 and finite", strategy.clip_factor, remedy)
-    yield from _at_least("strategy.clip_rounds", strategy.clip_rounds, 1, "10 is usual.")
+        yield problem("strategy.clip_factor", "be 0 (off) or >= 1 and finite", strategy.clip_factor, remedy)
+    yield from at_least("strategy.clip_rounds", strategy.clip_rounds, 1, "10 is usual.")
 
 
 def _evaluation(config: RunConfig) -> Iterator[Problem]:
     evaluation = config.evaluation
-    yield from _at_least("evaluation.every_rounds", evaluation.every_rounds, 0, "0 scores only at the end.")
+    yield from at_least("evaluation.every_rounds", evaluation.every_rounds, 0, "0 scores only at the end.")
     every = evaluation.federated_every_rounds
-    yield from _at_least("evaluation.federated_every_rounds", every, -1, "0 scores only at the end, -1 never.")
-    yield from _at_least("evaluation.federated_max_rows", evaluation.federated_max_rows, 1, "It counts rows a client.")
+    yield from at_least("evaluation.federated_every_rounds", every, -1, "0 scores only at the end, -1 never.")
+    yield from at_least("evaluation.federated_max_rows", evaluation.federated_max_rows, 1, "It counts rows a client.")
 
 
 def _runtime(config: RunConfig) -> Iterator[Problem]:
     match config.runtime:
         case InlineConfig(batch_clients=True) if config.fl.seeds is not Seeds.shared:
             remedy = "Clients with directions of their own cannot share a forward."
-            yield _problem("runtime.batch_clients", f"be false for fl.seeds={config.fl.seeds}", True, remedy)
+            yield problem("runtime.batch_clients", f"be false for fl.seeds={config.fl.seeds}", True, remedy)
         case RayConfig() as ray:
-            yield from _positive("runtime.num_cpus_per_client", ray.num_cpus_per_client, "1 is usual.")
-            yield from _not_negative("runtime.num_gpus_per_client", ray.num_gpus_per_client, "0 shares what is there.")
-            yield from _at_least("runtime.num_actors", ray.num_actors, 1, "It counts processes.")
+            yield from positive("runtime.num_cpus_per_client", ray.num_cpus_per_client, "1 is usual.")
+            yield from not_negative("runtime.num_gpus_per_client", ray.num_gpus_per_client, "0 shares what is there.")
+            yield from at_least("runtime.num_actors", ray.num_actors, 1, "It counts processes.")
         case LocalConfig() as local:
-            yield from _positive("runtime.startup_s", local.startup_s, "It counts seconds.")
-            yield from _positive("runtime.step_limit_s", local.step_limit_s, "It counts seconds.")
+            yield from positive("runtime.startup_s", local.startup_s, "It counts seconds.")
+            yield from positive("runtime.step_limit_s", local.step_limit_s, "It counts seconds.")
