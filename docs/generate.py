@@ -1,4 +1,4 @@
-"""Writes ``docs/ref-config.md`` from the config dataclasses: ``python docs/generate.py`` (``--check`` only compares)."""
+"""Writes ``docs/ref-config.md`` from the dataclasses: ``python docs/generate.py`` (``--check`` only compares)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import json
 import sys
 import textwrap
 from enum import Enum
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -21,11 +22,11 @@ HEAD = """\
 
 <!-- Written by docs/generate.py from the config dataclasses; do not edit. -->
 
-Every key of a run, as it is given on the command line: `fedzo train fl.rounds=100 trainer=mezo`. A *group* is chosen by name
-(`trainer=mezo`); its keys are then `trainer.<key>`. Presets are the YAML files in `conf/`; `fedzo list` prints them, and
-`fedzo train --help` prints the values that a command line leads to. Defaults below are those of the code; a preset may choose
-others. A key that does not exist, a value of the wrong type and a combination that cannot work are all reported together before
-any work is done.
+Every key of a run, as it is given on the command line: `fedzo train fl.rounds=100 trainer=mezo`. A *group* is chosen
+by name (`trainer=mezo`); its keys are then `trainer.<key>`. Presets are the YAML files in `conf/`; `fedzo list`
+prints them, and `fedzo train --help` prints the values that a command line leads to. Defaults below are those of the
+code; a preset may choose others. A key that does not exist, a value of the wrong type and a combination that cannot
+work are all reported together before any work is done.
 """
 
 
@@ -34,9 +35,19 @@ def field_docs(cls: type) -> dict[str, str]:
     docs: dict[str, str] = {}
     for owner in (c for c in cls.__mro__ if c is not object and c.__module__.startswith("fedzo")):
         body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body  # type: ignore[attr-defined]
-        for before, after in zip(body, body[1:]):
-            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
-                target = before.target if isinstance(before, ast.AnnAssign) else before.targets[0] if isinstance(before, ast.Assign) else None
+        for before, after in pairwise(body):
+            if (
+                isinstance(after, ast.Expr)
+                and isinstance(after.value, ast.Constant)
+                and isinstance(after.value.value, str)
+            ):
+                target = (
+                    before.target
+                    if isinstance(before, ast.AnnAssign)
+                    else before.targets[0]
+                    if isinstance(before, ast.Assign)
+                    else None
+                )
                 if isinstance(target, ast.Name):
                     docs.setdefault(target.id, " ".join(after.value.value.split()))
     return docs
@@ -81,7 +92,9 @@ def table(cls: type, prefix: str) -> list[str]:
         text = docs.get(field.name, "")
         if choice := enum_of(hint):
             meanings = field_docs(choice)
-            names = [f"`{m.name}`" + (f" ({meanings[m.name].rstrip('.')})" if m.name in meanings else "") for m in choice]
+            names = [
+                f"`{m.name}`" + (f" ({meanings[m.name].rstrip('.')})" if m.name in meanings else "") for m in choice
+            ]
             text = f"{text} One of {', '.join(names)}.".strip()
         rows.append(f"| `{prefix}{field.name}` | {type_name(hint)} | `{default_of(field)}` | {markdown(text)} |")
     return ["| key | type | default | meaning |", "|---|---|---|---|", *rows, ""] if rows else []

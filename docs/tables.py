@@ -1,7 +1,7 @@
-"""Fills the tables of figures in the README and the docs from ``experiments/``: ``python docs/tables.py`` (``--check`` only compares).
+"""Fills the tables of the README and the docs from ``experiments/``: ``python docs/tables.py`` (``--check`` compares).
 
-A table stands between ``<!-- table: experiments/NAME/FILE.json -->`` (or ``FILE.json#PART``) and ``<!-- /table -->``; what a file's rows become is
-decided by ``RENDERERS``. A file that is not there yet leaves its table empty.
+A table stands between ``<!-- table: experiments/NAME/FILE.json -->`` (or ``FILE.json#PART``) and ``<!-- /table -->``;
+what a file's rows become is decided by ``RENDERERS``. A file that is not there yet leaves its table empty.
 """
 
 from __future__ import annotations
@@ -24,9 +24,14 @@ Lines = list[str]
 
 def quickstart(results: Any) -> Lines:
     """Before and after of each seed, and what they come to."""
-    rows = ["| run seed | accuracy before -> after | at the best threshold | AUC | best round | minutes |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| run seed | accuracy before -> after | at the best threshold | AUC | best round | minutes |",
+        "|---|---|---|---|---|---|",
+    ]
     for run in results["run"]:
-        cells = [f"{run['before'][k]:.3f} -> {run['after'][k]:.3f}" for k in ("value", "best_threshold_accuracy", "auc")]
+        cells = [
+            f"{run['before'][k]:.3f} -> {run['after'][k]:.3f}" for k in ("value", "best_threshold_accuracy", "auc")
+        ]
         rows.append(f"| {run['seed']} | {' | '.join(cells)} | {run['best_round']} | {run['seconds'] / 60:.1f} |")
     gains = [100 * (run["after"]["value"] - run["before"]["value"]) for run in results["run"]]
     return [*rows, "", f"Gain: {sum(gains) / len(gains):+.1f} points on average, {min(gains):+.1f} in the worst."]
@@ -41,14 +46,21 @@ def claims(rows: Any) -> Lines:
     """One line a claim; whether it holds is said where there is a target."""
     lines = ["| claim | value | target |", "|---|---|---|"]
     for row in rows:
-        target = "" if row["target"] is None else f"{row['target']:g} {row['unit']}: {'holds' if row['holds'] else '**missed**'}"
+        target = (
+            ""
+            if row["target"] is None
+            else f"{row['target']:g} {row['unit']}: {'holds' if row['holds'] else '**missed**'}"
+        )
         lines.append(f"| {row['claim']} | {row['value']:.4g} {row['unit']} | {target} |")
     return lines
 
 
 def clients(points: Any) -> Lines:
     """Seconds a round and peak memory: one line a number of clients and of local steps."""
-    at = {(p["clients"], p["local_steps"], p["runtime"]): f"{p['round_s']:.3g} s, {p['peak_bytes'] / 1e9:.1f} GB" for p in points}
+    at = {
+        (p["clients"], p["local_steps"], p["runtime"]): f"{p['round_s']:.3g} s, {p['peak_bytes'] / 1e9:.1f} GB"
+        for p in points
+    }
     lines = ["| clients | T | together | one after another | Ray, two actors |", "|---|---|---|---|---|"]
     for number, steps in sorted({key[:2] for key in at}, key=lambda pair: pair[::-1]):
         cells = [at.get((number, steps, runtime), "") for runtime in ("inline_batched", "inline", "ray")]
@@ -64,8 +76,21 @@ def bench(rows: Any) -> Lines:
         who, what = rest.split(" / bare forwards, ")
         cases.setdefault(case, {})[who, what] = row
     beside = {"default products' forwards": "PyTorch's own product: time", "eager forwards": "not compiled: time"}
-    shown_beside = {(who, "time"): head for who, head in beside.items() if any((who, "time") in cells for cells in cases.values())}
-    heads = ["case", "fedzo: time", "target", "memory", "target", "base model's forwards: time", "MeZO walk: time", "memory", "first order: time", "memory"]
+    shown_beside = {
+        (who, "time"): head for who, head in beside.items() if any((who, "time") in cells for cells in cases.values())
+    }
+    heads = [
+        "case",
+        "fedzo: time",
+        "target",
+        "memory",
+        "target",
+        "base model's forwards: time",
+        "MeZO walk: time",
+        "memory",
+        "first order: time",
+        "memory",
+    ]
     heads += shown_beside.values()
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for case, cells in cases.items():
@@ -76,7 +101,11 @@ def bench(rows: Any) -> Lines:
             row = cells.get((who, what))
             shown.append(f"{row['value']:.3f}" if row else "" if who.startswith("base") else "n/a")
             if who == "fedzo step":
-                reached = "" if row is None or row["target"] is None else f"{row['target']:g}{'' if row['holds'] else ', **missed**'}"
+                reached = (
+                    ""
+                    if row is None or row["target"] is None
+                    else f"{row['target']:g}{'' if row['holds'] else ', **missed**'}"
+                )
                 shown.append(reached)
         shown += [f"{cells[which]['value']:.3f}" if which in cells else "" for which in shown_beside]
         lines.append(f"| {case} | {' | '.join(shown)} |")
@@ -94,8 +123,13 @@ def planted(results: Any) -> Lines:
         last = [t for t in tests if t["steps"] == steps[-1]]
         there = sum(len(run["planted"]) for run in results["run"])
         others = sum(len(run["clients"]) - len(run["planted"]) for run in results["run"])
-        flagged = [f"{sum(len(t[key]) for t in last)} of {total}" for key, total in (("found", there), ("false_alarms", others))]
-        lines.append(f"| {rule} | {' | '.join(f'{sum(area) / len(area):.2f}' for area in areas)} | {' | '.join(flagged)} |")
+        flagged = [
+            f"{sum(len(t[key]) for t in last)} of {total}"
+            for key, total in (("found", there), ("false_alarms", others))
+        ]
+        lines.append(
+            f"| {rule} | {' | '.join(f'{sum(area) / len(area):.2f}' for area in areas)} | {' | '.join(flagged)} |"
+        )
     return lines
 
 
@@ -109,7 +143,7 @@ def percent(part: Any) -> str:
 def vpcs_auc(results: Any) -> Lines:
     """How well the ratio of means separates, beside what another simulation found."""
     lines = ["| steps (initial / later) | tau | GradIP | expected | \\|g\\| | expected |", "|---|---|---|---|---|---|"]
-    for gradip, abs_g in zip(results["auc"][0::2], results["auc"][1::2]):
+    for gradip, abs_g in zip(results["auc"][0::2], results["auc"][1::2], strict=True):
         head = f"{gradip['steps']} ({gradip['initial']} / {gradip['later']}) | {gradip['tau']}"
         cells = [f"{entry[key]:.3f}" for entry in (gradip, abs_g) for key in ("auc", "expected")]
         lines.append(f"| {head} | {' | '.join(cells)} |")
@@ -118,10 +152,14 @@ def vpcs_auc(results: Any) -> Lines:
 
 def vpcs_ratio(results: Any) -> Lines:
     """How often a ratio exceeds 2 and 3."""
-    lines = ["| steps (initial / later) | client | GradIP > 2 | GradIP > 3 | \\|g\\| > 2 | \\|g\\| > 3 |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| steps (initial / later) | client | GradIP > 2 | GradIP > 3 | \\|g\\| > 2 | \\|g\\| > 3 |",
+        "|---|---|---|---|---|---|",
+    ]
     for four in (results["ratio"][start : start + 4] for start in range(0, len(results["ratio"]), 4)):
         who = "stationary" if four[0]["tau"] is None else f"falls, tau = {four[0]['tau']}"
-        lines.append(f"| {four[0]['steps']} ({four[0]['initial']} / {four[0]['later']}) | {who} | {' | '.join(map(percent, four))} |")
+        steps = f"{four[0]['steps']} ({four[0]['initial']} / {four[0]['later']})"
+        lines.append(f"| {steps} | {who} | {' | '.join(map(percent, four))} |")
     return lines
 
 
@@ -138,10 +176,14 @@ def vpcs_rules(results: Any) -> Lines:
 
 def vpcs_cusum(results: Any) -> Lines:
     """By when the default CUSUM flags a client among stationary others."""
-    lines = ["| clients | the one | flagged by step 100 | by step 1,000 | half of them by step |", "|---|---|---|---|---|"]
+    lines = [
+        "| clients | the one | flagged by step 100 | by step 1,000 | half of them by step |",
+        "|---|---|---|---|---|",
+    ]
     for entry in results["cusum"]:
         half = "" if entry["median_step"] is None else f"{entry['median_step']:g}"
-        lines.append(f"| {entry['clients']} | {entry['kind']} | {percent(entry['by_100'])} | {percent(entry['by_1000'])} | {half} |")
+        flagged = f"{percent(entry['by_100'])} | {percent(entry['by_1000'])}"
+        lines.append(f"| {entry['clients']} | {entry['kind']} | {flagged} | {half} |")
     return lines
 
 
@@ -150,7 +192,10 @@ RENDERERS: dict[str, Callable[[Any], Lines]] = {
     "experiments/quickstart/results.json#ending": ending,
     "experiments/bench/claims.json": bench,
     "experiments/clients/results.json": clients,
-    **{f"experiments/meerkat/tables.json#{part}": itemgetter(part) for part in ("accuracy", "tuning", "verdicts", "others")},
+    **{
+        f"experiments/meerkat/tables.json#{part}": itemgetter(part)
+        for part in ("accuracy", "tuning", "verdicts", "others")
+    },
     "experiments/vpcs/planted.json": planted,
     "experiments/vpcs/simulation.json#auc": vpcs_auc,
     "experiments/vpcs/simulation.json#ratio": vpcs_ratio,
@@ -175,7 +220,9 @@ def main() -> int:
     stale = [page for page in PAGES if filled(page.read_text(encoding="utf-8")) != page.read_text(encoding="utf-8")]
     if "--check" in sys.argv[1:]:
         for page in stale:
-            sys.stderr.write(f"{page.relative_to(ROOT)} does not show the figures of experiments/. Run: python docs/tables.py\n")
+            sys.stderr.write(
+                f"{page.relative_to(ROOT)} does not show the figures of experiments/. Run: python docs/tables.py\n"
+            )
         return int(bool(stale))
     for page in stale:
         page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
