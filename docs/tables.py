@@ -194,7 +194,7 @@ RENDERERS: dict[str, Callable[[Any], Lines]] = {
     "experiments/clients/results.json": clients,
     **{
         f"experiments/meerkat/tables.json#{part}": itemgetter(part)
-        for part in ("accuracy", "tuning", "verdicts", "others")
+        for part in ("state", "tuning", "accuracy", "verdicts", "others")
     },
     "experiments/vpcs/planted.json": planted,
     "experiments/vpcs/simulation.json#auc": vpcs_auc,

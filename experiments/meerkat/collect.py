@@ -4,25 +4,55 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
 
 Row = dict[str, Any]
+RESULTS = Path(__file__).parent / "results"
+PANELS = RESULTS / "panels"
+"""Records of single runs, whose clients are drawn step by step: a folder a run."""
 KEPT = ("value", "loss", "auc", "best_threshold_accuracy", "per_class", "num_examples")
 
 
-def collect(sweep: Path) -> list[Row]:
-    """A row for each finished run of a sweep's folder."""
-    return [row for folder in sorted(sweep.iterdir()) if folder.is_dir() for row in _row(folder)]
+def known(piece: str) -> list[Row]:
+    """The rows of a piece."""
+    path = RESULTS / f"{piece}.json"
+    return json.loads(path.read_text()) if path.exists() else []
 
 
-def merge(rows: list[Row], known: list[Row]) -> list[Row]:
-    """Rows by what was run; a new one takes the place of the known one."""
-    named = {row["name"]: row for row in [*known, *rows]}
-    return [named[name] for name in sorted(named)]
+def keep(piece: str, sweep: Path) -> list[Row]:
+    """Add a row for each finished run of a sweep's folder, in place of a known one of the same name."""
+    named = {row["name"]: row for row in known(piece)}
+    for folder in sorted(sweep.glob("*/")):
+        for row in _row(folder):
+            named[row["name"]] = row
+            if row["method"] == "meerkat" and (row["seed"], row["budget"]) == (0, "T10"):
+                _keep_steps(folder, row)
+    rows = [named[name] for name in sorted(named)]
+    if rows:
+        RESULTS.mkdir(exist_ok=True)
+        part = RESULTS / f"{piece}.json.part"  # one rename, so that a stop leaves whole rows
+        part.write_text(json.dumps(rows, indent=1) + "\n")
+        part.replace(RESULTS / f"{piece}.json")
+    return rows
+
+
+def _keep_steps(folder: Path, row: Row) -> None:
+    """Keep the records of a run without changes, and of one with VPCS."""
+    title = {(): "plain", ("vpcs",): "vpcs"}.get(
+        tuple(value for key, value in row["changed"].items() if key != "fl.rounds")
+    )
+    if title:
+        kept = PANELS / f"{row['task']}-{title}"
+        kept.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "metrics.jsonl", kept)
+        task = yaml.safe_load((folder / "config.yaml").read_text())["task"]  # the labels' names; no paths
+        (kept / "config.yaml").write_text(yaml.safe_dump({"task": task}))
 
 
 def name_of(words: Sequence[str]) -> str:
@@ -63,9 +93,11 @@ def _row(folder: Path) -> Iterator[Row]:
         "rounds": summary["rounds"],
         "dev": [[s["round"], s["value"], s["loss"]] for s in lines if s["kind"] == "score" and s["split"] == "dev"],
         "federated": {k: federated[-1][k] for k in ("value", "worst_client", "per_class")} if federated else None,
+        "clients": _clients(lines, setup),
         "flagged": [client["client"] for client in selections[-1]["clients"] if client["flagged"]]
         if selections
         else [],
+        "fallback": bool(selections) and selections[-1]["fallback"],
         "num_clients": config["fl"]["num_clients"],
         "space_size": setup["space_size"],
         "setup_down_bytes": setup["setup_down_bytes"],
@@ -79,3 +111,27 @@ def _row(folder: Path) -> Iterator[Row]:
 
 def _score(score: Row | None) -> Row | None:
     return None if score is None else {key: score[key] for key in KEPT}
+
+
+def _clients(lines: Sequence[Row], setup: Row) -> list[Row]:
+    """Each client's label counts, and its mean |g| and |GradIP| over the first and the last quarter of its steps."""
+    steps: dict[int, list[Mapping[str, Any]]] = {}
+    for client in (client for line in lines if line["kind"] == "round" for client in line["clients"]):
+        signals = client.get("signals") or {"abs_g": [client["abs_g"]], "grad_ip": [None]}
+        steps.setdefault(client["client"], []).extend(
+            {"abs_g": g, "grad_ip": ip} for g, ip in zip(signals["abs_g"], signals["grad_ip"], strict=True)
+        )
+    return [
+        {
+            "client": client["client"],
+            "labels": client["label_counts"],
+            **{f"mean_{name}": _quarters(steps.get(client["client"], []), name) for name in ("abs_g", "grad_ip")},
+        }
+        for client in setup["clients"]
+    ]
+
+
+def _quarters(steps: Sequence[Mapping[str, Any]], name: str) -> list[float] | None:
+    size = len(steps) // 4
+    values = [[abs(step[name]) for step in part if step[name] is not None] for part in (steps[:size], steps[-size:])]
+    return [float(f"{fmean(part):.4g}") for part in values] if size and all(values) else None

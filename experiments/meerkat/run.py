@@ -1,20 +1,21 @@
 """The study of ``README.md``, piece by piece; an interrupted piece goes on where it stopped.
 
-    python experiments/meerkat/run.py --data DIR                       # everything that is missing
+    python experiments/meerkat/run.py --data DIR                       # the core grid: everything that is missing
     python experiments/meerkat/run.py --data DIR tune core --task sst2 # some pieces, one task
+    python experiments/meerkat/run.py --data DIR all                   # the full grid
     python experiments/meerkat/run.py tables                           # figures, tables and claims anew
 
 DIR holds a folder a data set (``sst2``, ``ag_news``; ``c4`` for the mask), each with ``train.jsonl`` and ``test.jsonl``
-of the columns text and label. Every run is a ``fedzo train -m`` of one job, two at a time; what has finished is in
+of the task's columns. Every run is a ``fedzo train -m`` of one job, two at a time; what has finished is in
 ``results/PIECE.json`` and is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -22,164 +23,132 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import draw
-from collect import Row, best_dev_loss, collect, merge, name_of
+import tables
+from collect import Row, best_dev_loss, keep, known, name_of
+from pieces import CORE_TASKS, METHODS, PIECES, RUNS, TASKS, combinations, corpus_of, jobs_of
 
-HERE = Path(__file__).parent
-CONF, RESULTS, RUNS = HERE / "conf", HERE / "results", Path("runs/meerkat")
-WRITING = threading.Lock()
+CONF = Path(__file__).parent / "conf"
+STORE = threading.Lock()
 MASK = "mask-c4.safetensors"
-OTHER_MASKS = {
-    # file: corpus, density
-    "mask-c4-1e-4.safetensors": ("c4/train.jsonl", 1e-4),
-    "mask-c4-1e-2.safetensors": ("c4/train.jsonl", 1e-2),
-    "mask-wikitext2.safetensors": ("wikitext2/test.jsonl", 1e-3),
-}
-TASKS = ("sst2", "ag_news")
-METHODS = ("meerkat", "full", "lora", "magnitude", "random")
 LADDER = 2.0  # between neighbouring learning rates
-FIRST = {"meerkat": 4e-4, "full": 4e-6, "lora": 2e-3, "magnitude": 4e-3, "random": 3e-2}
-SEEDS = "seed=0,1,2"
-Varied = list[tuple[str, list[str]]]
-PIECES: dict[str, Varied] = {
-    # of each: the methods, and what varies, as words of `fedzo train -m`
-    "core": [("all", ["+budget=T1,T10", SEEDS])],
-    "selection": [
-        ("meerkat", ["+budget=T10", SEEDS, "selection=oracle"]),
-        ("meerkat", ["+budget=T10", SEEDS, "selection=vpcs", "fl.rounds=21"]),  # round 0 calibrates
-    ],
-    "random_selection": [],  # for each run of VPCS one that stops as many clients, by lot
-    "masks": [("meerkat", ["+budget=T1", SEEDS, "trainer.mask_path=" + ",".join(f"{RUNS}/{n}" for n in OTHER_MASKS)])],
-    "servers": [
-        ("meerkat", ["+budget=T10", SEEDS, "optimizer=momentum,scaffold,feddyn"]),
-        ("meerkat", ["+budget=T10", SEEDS, "strategy.aggregation=median,trimmed_mean", "strategy.trim_share=0.2"]),
-    ],
-    "protocols": [
-        ("full", ["+budget=T1", SEEDS, "fl.seeds=pool", "runtime=inline"]),
-        ("full", ["+budget=T1", SEEDS, "estimator=one_sided", "estimator.num_probes=1", "estimator.baseline=center"]),
-        ("full", ["+budget=T1", SEEDS, "strategy.aggregation=majority_sign", "trainer.lr=1e-5,2e-5,4e-5"]),
-    ],
-    "long": [("all", ["+budget=T50", SEEDS])],
-}
+FIRST = {"meerkat": 4e-4, "full": 3.2e-5, "lora": 2e-3, "magnitude": 8e-3, "random": 0.24}
+ROWS_A_DOCUMENT = 24  # of a task's short rows, so that a document fills a window
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known_pieces = ["tune", *PIECES, "tables"]
+    pieces = ["mask", "tune", *PIECES, "tables"]
     parser.add_argument(
-        "pieces", nargs="*", metavar="PIECE", help=f"{', '.join(known_pieces)}; tune core tables by default"
+        "pieces", nargs="*", metavar="PIECE", help=f"{', '.join(pieces)}, or all; by default tune core tables"
     )
     parser.add_argument("--data", type=Path, help="folder of the data sets")
-    parser.add_argument("--task", choices=TASKS, action="append", help="only this task")
+    parser.add_argument("--task", choices=TASKS, action="append", help="only this task; by default those of the core")
     parser.add_argument("--method", choices=METHODS, action="append", help="only this method")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each (2)")
     flags = parser.parse_args()
-    cells = [f"{task}-{method}" for task in flags.task or TASKS for method in flags.method or METHODS]
-    pieces = flags.pieces or ["tune", "core", "tables"]
-    if strange := {*pieces} - {*known_pieces}:
-        parser.error(f"PIECE must be of {', '.join(known_pieces)}, got {', '.join(sorted(strange))}")
-    if {*pieces} - {"tables"}:
-        if flags.data is None:
-            parser.error("--data must name the folder of the data sets")
+    wanted = pieces if "all" in flags.pieces else flags.pieces or ["tune", "core", "tables"]
+    if strange := {*wanted} - {*pieces}:
+        parser.error(f"PIECE must be of {', '.join(pieces)} or all, got {', '.join(sorted(strange))}")
+    if {*wanted} - {"tables"} and flags.data is None:
+        parser.error("--data must name the folder of the data sets")
+    tasks = flags.task or (TASKS if "all" in flags.pieces else CORE_TASKS)
+    cells = [f"{task}-{method}" for task in tasks for method in flags.method or METHODS]
+    if flags.data is not None:
         os.environ["FEDZO_STUDY_DATA"] = str(flags.data.resolve())
-        choose_mask(flags.data, MASK, "c4/train.jsonl", 1e-3)
-        if "masks" in pieces:
-            for name, (corpus, density) in OTHER_MASKS.items():
-                choose_mask(flags.data, name, corpus, density)
-            for task in TASKS:
-                choose_mask(flags.data, own_mask(task), f"{task}/train.jsonl", 1e-3)
+        choose_mask(flags.data, MASK)
     with ThreadPoolExecutor(flags.jobs) as pool:
-        if "tune" in pieces:
+        if "tune" in wanted:
+            keep("tune", RUNS / "tune")
             list(pool.map(tune, cells))
-        for piece in [piece for piece in PIECES if piece in pieces]:
-            wanted = [words for cell in cells for words in jobs_of(piece, cell)]
-            list(pool.map(partial(run, piece), wanted))
-    if "tables" in pieces:
-        draw.main()
+        for piece in [piece for piece in PIECES if piece in wanted]:
+            if open_ends := [cell for cell in cells if not is_tuned(cell)]:
+                sys.exit(f"{', '.join(open_ends)}: the learning rate is not tuned yet. Run the piece `tune` first.")
+            keep(piece, RUNS / piece)
+            words = [job for cell in cells for job in jobs_of(piece, cell, lr=rate_of(cell))]
+            for mask in sorted({*re.findall(r"mask-[^/ ]*safetensors", " ".join(" ".join(job) for job in words))}):
+                choose_mask(flags.data, mask)
+            list(pool.map(partial(run, piece), words))
+    if "tables" in wanted:
+        tables.main()
 
 
-def choose_mask(data: Path, name: str, corpus: str, density: float) -> None:
-    """A mask that several runs share: 100 windows of 256 tokens, of 8 where the corpus is a task's short rows."""
+def choose_mask(data: Path, name: str) -> None:
+    """A mask that several runs share: a window of 256 tokens of each document."""
     if (RUNS / name).exists():
         return
-    RUNS.mkdir(parents=True, exist_ok=True)
-    tokens = 8 if corpus.startswith(TASKS) else 256
-    calibration = ["trainer.calibration=file", f"trainer.calibration_path={data / corpus}"]
-    length = ["trainer.calibration_docs=100", f"trainer.calibration_tokens={tokens}"]
-    fedzo("mask", "trainer=meerkat", f"trainer.density={density}", *calibration, *length, "--out", str(RUNS / name))
+    corpus = corpus_of(name.removesuffix(".safetensors"))
+    path = data / corpus.file
+    if path.parent.name in TASKS:
+        rows = [_text_of(json.loads(line)) for line in path.read_text().splitlines()]
+        joined = ["\n".join(rows[i : i + ROWS_A_DOCUMENT]) for i in range(0, len(rows), ROWS_A_DOCUMENT)]
+        RUNS.mkdir(parents=True, exist_ok=True)
+        path = RUNS / f"{path.parent.name}.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in joined))
+    calibration = ["trainer.calibration=file", f"trainer.calibration_path={path}", "trainer.calibration_tokens=256"]
+    size = [f"trainer.density={corpus.density}", f"trainer.calibration_docs={corpus.docs}"]
+    fedzo("mask", "model=smollm2", "trainer=meerkat", *size, *calibration, "--out", str(RUNS / name))
 
 
-def own_mask(task: str) -> str:
-    """File of the mask that is chosen on the task's own rows."""
-    return f"mask-{task}.safetensors"
+def _text_of(row: Row) -> str:
+    return " ".join(value for value in row.values() if isinstance(value, str))
 
 
-def jobs_of(piece: str, cell: str) -> list[list[str]]:
-    """The runs of a piece for a cell."""
-    task, _, method = cell.partition("-")
-    varied = [varied for methods, varied in PIECES[piece] if methods in ("all", method)]
-    if piece == "masks" and method == "meerkat":
-        varied.append(["+budget=T1", SEEDS, f"trainer.mask_path={RUNS}/{own_mask(task)}"])
-    if piece == "random_selection" and method == "meerkat":
-        of_vpcs = [
-            row for row in known("selection") if row["changed"].get("selection") == "vpcs" and row["task"] == task
-        ]
-        varied += [
-            ["+budget=T10", f"seed={row['seed']}", "selection=random", f"selection.num_flagged={len(row['flagged'])}"]
-            for row in of_vpcs
-            if row["flagged"]
-        ]
-    return [job for words in varied for job in jobs(cell, words)]
+def rate_of(cell: str) -> float:
+    """The learning rate that the cell's YAML holds."""
+    (found,) = re.findall(r"^  lr: (\S+)", (CONF / "cell" / f"{cell}.yaml").read_text(), re.MULTILINE)
+    return float(found)
 
 
-def jobs(cell: str, varied: list[str]) -> list[list[str]]:
-    """Every combination of what varies, as Hydra's sweeper would make them."""
-    choices = [
-        [f"{key}={value}" for value in values.split(",")] for key, _, values in (w.partition("=") for w in varied)
-    ]
-    return [[f"+cell={cell}", *words] for words in itertools.product(*choices)]
+def tried(cell: str) -> dict[float, float]:
+    """Best dev loss by learning rate."""
+    return {row["lr"]: best_dev_loss(row) for row in known("tune") if f"{row['task']}-{row['method']}" == cell}
+
+
+def is_tuned(cell: str) -> bool:
+    """Whether the cell's learning rate is the best of the ladder, and inside of it."""
+    losses, rate = tried(cell), rate_of(cell)
+    return rate in losses and min(losses) < rate < max(losses) and losses[rate] == min(losses.values())
 
 
 def tune(cell: str) -> None:
     """Climb the ladder of learning rates until the best dev loss of seed 0 lies inside; keep it in the cell's YAML."""
-    method = cell.partition("-")[2]
-    rates = [FIRST[method] / LADDER, FIRST[method], FIRST[method] * LADDER]
-    while True:
+    first = FIRST[cell.partition("-")[2]]
+    rates = [first / LADDER, first, first * LADDER]
+    while not is_tuned(cell):
         fixed = ["+budget=T1", "seed=0", "data.num_test=0", "evaluation.federated_every_rounds=-1"]
-        for words in jobs(cell, [*fixed, "trainer.lr=" + ",".join(f"{rate:.4g}" for rate in rates)]):
-            run("tune", words)
-        tried = {row["lr"]: best_dev_loss(row) for row in known("tune") if f"{row['task']}-{row['method']}" == cell}
-        best = min(tried, key=tried.__getitem__)
-        if min(tried) < best < max(tried):
-            break
-        rates = [best / LADDER if best == min(tried) else best * LADDER]
-    path = CONF / "cell" / f"{cell}.yaml"
-    lines = [f"  lr: {best:g}" if line.startswith("  lr:") else line for line in path.read_text().splitlines()]
-    path.write_text("\n".join(lines) + "\n")
+        for words in combinations([*fixed, "trainer.lr=" + ",".join(f"{rate:.4g}" for rate in rates)]):
+            run("tune", [f"+cell={cell}", *words])
+        losses = tried(cell)
+        best = min(losses, key=losses.__getitem__)
+        path = CONF / "cell" / f"{cell}.yaml"
+        path.write_text(re.sub(r"(?m)^  lr: \S+", f"  lr: {best:g}", path.read_text()))
+        rates = [best / LADDER if best == min(losses) else best * LADDER]
 
 
 def run(piece: str, words: list[str]) -> None:
     """One run, if the results lack it: a sweep of one, which goes on where an earlier call was stopped."""
-    if name_of(words) in {row["name"] for row in known(piece)}:
+    name, lr = name_of(words), [float(word.split("=")[1]) for word in words if word.startswith("trainer.lr=")]
+    with STORE:
+        done = {row["name"]: row["lr"] for row in known(piece)}
+    if name in done:
+        cell = words[0].removeprefix("+cell=")
+        if done[name] != (lr[0] if lr else rate_of(cell)):
+            remedy = f"Take it out of results/{piece}.json and {RUNS / piece}."
+            sys.exit(f"{name} was run at the learning rate {done[name]:g}, which is not the tuned one. {remedy}")
         return
-    print(f"{piece}: {name_of(words)}", flush=True)
+    print(f"{piece}: {name}", flush=True)
     folder = RUNS / piece
     fedzo("train", "-m", "--config-dir", str(CONF), "experiment=study", *words, f"hydra.sweep.dir={folder}")
-    with WRITING:
-        RESULTS.mkdir(exist_ok=True)
-        rows = merge(collect(folder), known(piece))
-        (RESULTS / f"{piece}.json").write_text(json.dumps(rows, indent=1) + "\n")
-
-
-def known(piece: str) -> list[Row]:
-    path = RESULTS / f"{piece}.json"
-    return json.loads(path.read_text()) if path.exists() else []
+    with STORE:
+        keep(piece, folder)
 
 
 def fedzo(*words: str) -> None:
+    RUNS.mkdir(parents=True, exist_ok=True)
     log = RUNS / "log.txt"
     with log.open("a") as out:
-        subprocess.run([sys.executable, "-m", "fedzo", *words], check=True, stdout=out, stderr=out)
+        if code := subprocess.run([sys.executable, "-m", "fedzo", *words], stdout=out, stderr=out).returncode:
+            sys.exit(f"`fedzo {' '.join(words)}` ended with {code}: see the end of {log}.")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,169 @@
+"""The study's own arithmetic: rows of runs, intervals, verdicts, and that only finished and tuned runs count."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedzo.config.load import load
+from fedzo.config.overrides import with_config_dir
+
+FOLDER = Path(__file__).parents[3] / "experiments" / "meerkat"
+MODULES = ("collect", "pieces", "verdicts", "draw", "tables", "run")
+
+
+@pytest.fixture
+def study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The study's modules by name, with an empty folder of results."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    loaded = {name: importlib.import_module(name) for name in MODULES}
+    monkeypatch.setattr(loaded["collect"], "RESULTS", tmp_path / "results")
+    return loaded
+
+
+def row(
+    seed: int, value: float, *, method: str = "meerkat", budget: str = "T10", lr: float = 1e-3, **changed: Any
+) -> Any:
+    return {
+        "name": f"{method} {budget} {seed} {lr}",
+        "task": "sst2",
+        "method": method,
+        "budget": budget,
+        "seed": seed,
+        "changed": {key.replace("__", "."): value for key, value in changed.items()},
+        "lr": lr,
+        "after": {"value": value},
+        "dev": [[0, 0.5, 1.0], [20, 0.7, 1 - lr]],
+        "flagged": [],
+        "fallback": False,
+        "clients": [],
+        "space_size": 1_000_000 if method == "full" else 100,
+    }
+
+
+def test_an_interval_is_students_of_paired_seeds(study: Any) -> None:
+    """By hand: 1, 2, 3 has standard deviation 1, so the half width is 4.303 / sqrt(3)."""
+    mean, half = study["verdicts"].interval([0.01, 0.02, 0.03])
+
+    assert mean == pytest.approx(0.02)
+    assert half == pytest.approx(0.01 * 4.303 / 3**0.5)
+    assert study["verdicts"].gains({0: 0.5, 1: 0.75}, {1: 0.25, 2: 1.0}) == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("found", "ahead", "as_good"),
+    [
+        ([0.05, 0.06, 0.05], "confirmed", "not confirmed"),
+        ([-0.05, -0.06, -0.05], "not confirmed", "not confirmed"),
+        ([0.05, -0.04, 0.01], "cannot judge", "cannot judge"),
+        ([0.001, 0.001, 0.001], "cannot judge", "confirmed"),  # one test row, three times
+    ],
+)
+def test_a_verdict_needs_an_interval_on_one_side_and_a_point(
+    study: Any, found: list[float], ahead: str, as_good: str
+) -> None:
+    assert study["verdicts"].ahead(found) == ahead
+    assert study["verdicts"].as_good(found) == as_good
+
+
+def test_a_claim_is_judged_only_when_all_seeds_have_run(study: Any) -> None:
+    rows = [row(seed, 0.8 + seed / 100) for seed in range(3)]
+    rows += [row(seed, 0.7 + seed / 100, method="full") for seed in range(2)]
+
+    def verdict_on_full() -> Any:
+        lines = study["verdicts"].judge(study["verdicts"].Results({"core": rows}), "sst2")
+        return next(line for line in lines if line.claim == "T = 10: Meerkat is ahead of Full-FedZO")
+
+    assert verdict_on_full().verdict == "2 of 3 seeds"
+    rows.append(row(2, 0.72, method="full"))
+    assert (verdict_on_full().verdict, verdict_on_full().seen) == ("confirmed", "+10.0 +- 0.0 points")
+
+
+def test_of_several_learning_rates_the_one_of_the_best_dev_loss_is_shown(study: Any) -> None:
+    rows = [row(seed, 0.9, lr=1e-3) for seed in range(3)] + [row(seed, 0.6, lr=1e-2) for seed in range(3)]
+
+    assert study["verdicts"].tested(rows) == {0: 0.6, 1: 0.6, 2: 0.6}  # worse on test, but chosen on dev
+
+
+def test_results_are_found_by_what_was_changed(study: Any) -> None:
+    rows = [row(0, 0.5, optimizer="feddyn"), row(0, 0.6, trainer__mask_path="runs/mask-c4-60.safetensors")]
+    results = study["verdicts"].Results({"servers": rows})
+
+    assert [r["after"]["value"] for r in results.rows("servers", "sst2", optimizer="feddyn")] == [0.5]
+    assert len(results.rows("servers", "sst2", trainer__mask_path="c4-60.safetensors")) == 1
+    assert not results.rows("servers", "sst2", "full")
+
+
+def write_run(folder: Path, *, finished: bool) -> None:
+    folder.mkdir(parents=True)
+    clients = [{"client": 0, "num_train": 4, "num_heldout": 1, "label_counts": {"1": 4}}]
+    score = {
+        "value": 0.5,
+        "loss": 0.7,
+        "auc": None,
+        "best_threshold_accuracy": None,
+        "per_class": {},
+        "num_examples": 2,
+    }
+    lines: list[Any] = [{"kind": "setup", "clients": clients, "space_size": 10, "setup_down_bytes": 0}]
+    for round_, slope in enumerate((4.0, -2.0, 1.0, -1.0)):
+        signals = {"abs_g": [abs(slope)], "grad_ip": [slope / 2]}
+        lines.append({"kind": "round", "round": round_, "clients": [{"client": 0, "abs_g": 9.9, "signals": signals}]})
+    if finished:
+        summary = {"before": score, "after": score, "best_round": 4, "rounds": 4, "seconds": 1.0, "final_digest": "d"}
+        lines.append({"kind": "summary", **summary, "payload_up_bytes": 8, "payload_down_bytes": 8})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "overrides.yaml").write_text("[experiment=study, +cell=sst2-meerkat, +budget=T1, seed=1]")
+    (folder / "config.json").write_text(json.dumps({"trainer": {"lr": 1e-3}, "fl": {"num_clients": 1}}))
+    (folder / "environment.json").write_text(json.dumps({"git_commit": "c"}))
+
+
+def test_finished_runs_become_rows_and_interrupted_ones_do_not(study: Any, tmp_path: Path) -> None:
+    write_run(tmp_path / "sweep" / "a", finished=False)
+    assert study["collect"].keep("core", tmp_path / "sweep") == []
+
+    write_run(tmp_path / "sweep" / "b", finished=True)
+    (kept,) = study["collect"].keep("core", tmp_path / "sweep")
+    assert kept == study["collect"].known("core")[0]
+    assert kept["name"] == "+budget=T1 +cell=sst2-meerkat seed=1"
+    assert (kept["seed"], kept["lr"], kept["changed"]) == (1, 1e-3, {})
+    # a quarter of four steps is one: the first and the last, without signs
+    assert kept["clients"] == [{"client": 0, "labels": {"1": 4}, "mean_abs_g": [4.0, 1.0], "mean_grad_ip": [2.0, 0.5]}]
+
+
+def test_a_learning_rate_is_tuned_when_the_best_lies_inside_the_ladder(
+    study: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = study["run"]
+    losses = {1e-3: 0.7, 2e-3: 0.6}
+    monkeypatch.setattr(run, "tried", lambda cell: losses)
+    monkeypatch.setattr(run, "rate_of", lambda cell: 2e-3)
+
+    assert not run.is_tuned("sst2-full")  # at the ladder's end
+    losses[4e-3] = 0.8
+    assert run.is_tuned("sst2-full")
+    losses[3e-3] = 0.5
+    assert not run.is_tuned("sst2-full")  # the cell holds another than the best
+
+
+def test_every_piece_names_settings_that_exist(study: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Composed and checked as `fedzo train` would; masks and data are there by name only."""
+    pieces = study["pieces"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FEDZO_STUDY_DATA", str(tmp_path))
+    pieces.RUNS.mkdir(parents=True)
+    cells = [f"{task}-{method}" for task in pieces.TASKS for method in pieces.METHODS]
+    jobs = [(cell, job) for cell in cells for piece in pieces.PIECES for job in pieces.jobs_of(piece, cell, lr=1e-3)]
+    for cell, job in [
+        (cell, job) for cell, job in jobs if "seed=0" in job and (cell.startswith("sst2") or len(job) == 3)
+    ]:
+        (tmp_path / cell.partition("-")[0]).mkdir(exist_ok=True)
+        for mask in ["mask-c4.safetensors", *re.findall(r"mask-[^/]*safetensors", " ".join(job))]:
+            (pieces.RUNS / mask).touch()
+            assert study["pieces"].corpus_of(mask.removesuffix(".safetensors")).docs in (60, 100)
+        assert load(with_config_dir(["experiment=study", *job], str(FOLDER / "conf"))).fl.num_clients == 8
