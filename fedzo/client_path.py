@@ -147,7 +147,7 @@ def _find(audit: list[dict[str, Any]], *, client: int, round: int) -> tuple[Mapp
         raise ConfigError(
             f"--round must be below {len(audit)}, the number of rounds in the log, got {round}. They count from 0."
         )
-    line = audit[round]
+    line = next(line for line in audit if line["round"] == round)
     for entry in line["clients"]:
         if entry["client"] == client:
             return line, entry

@@ -7,6 +7,7 @@ import platform
 import sys
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,10 @@ def start_run(config: RunConfig, run_dir: Path, *, overrides: list[str]) -> None
         RunFolderError: The folder holds a run already, or cannot be written.
     """
     if (run_dir / PUBLIC).exists():
+        begun = (run_dir / PUBLIC).stat().st_size > 0
+        start_again = "" if begun else "; it has no round yet, so you may also remove it and start again"
         raise RunFolderError(
-            f"run folder {run_dir}: it holds a run already. `fedzo resume {run_dir}`, or choose another."
+            f"run folder {run_dir}: it holds a run already. `fedzo resume {run_dir}`, or choose another{start_again}."
         )
     config = _with_absolute_paths(config)
     try:
@@ -225,8 +228,15 @@ def _quiet_workplace(folder: Path, config: RunConfig, site: Site | None = None) 
     return Workplace(
         folder=folder,
         seed=config.seed,
-        texts=site.train_prompts if site else list,
+        texts=site.train_prompts if site else partial(_no_texts, folder),
         advance=lambda done, total: None,
+    )
+
+
+def _no_texts(folder: Path) -> list[str]:
+    raise RunFolderError(
+        f"run folder {folder}: what the trainer chose before the first round (mask.safetensors) must be there: it "
+        "was chosen on the clients' texts and cannot be chosen again. Restore the file from a copy."
     )
 
 

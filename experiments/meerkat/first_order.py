@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -31,9 +32,10 @@ from fedzo.data.config import Loss
 from fedzo.data.example import Example
 from fedzo.data.order import batch_rows
 from fedzo.environment import environment
-from fedzo.errors import ConfigError
+from fedzo.errors import ConfigError, FedzoError
 from fedzo.fl.aggregate import sample_clients
-from fedzo.fl.config import BestBy, Weighting
+from fedzo.fl.config import Aggregation, BestBy, Weighting
+from fedzo.fl.selection.config import NoSelectionConfig
 from fedzo.masks.mask import Mask
 from fedzo.models.config import DType
 from fedzo.models.evaluate import evaluate
@@ -71,9 +73,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="where the results go (JSON)")
     parser.add_argument("--local-optimizer", choices=["sgd", "adam"], default="sgd")
     given = parser.parse_args()
-    config = load(given.overrides)
-    with tempfile.TemporaryDirectory() as folder:
-        results = run(config, Path(folder), adam=given.local_optimizer == "adam")
+    if given.out.is_dir() or not given.out.parent.is_dir():
+        parser.error(f"--out must be a file in a folder that is there, got {str(given.out)!r}. Choose another.")
+    try:
+        config = load(given.overrides)
+        with tempfile.TemporaryDirectory() as folder:
+            results = run(config, Path(folder), adam=given.local_optimizer == "adam")
+    except FedzoError as error:
+        sys.exit(str(error))
     results["command"] = [
         "experiments/meerkat/first_order.py",
         *given.overrides,
@@ -137,7 +144,7 @@ def run(config: RunConfig, folder: Path, *, adam: bool = False) -> Record:
             print(f"round {number + 1}: dev {latest['value']:.4f}, loss {latest['loss']:.4f}", flush=True)
             if is_better(latest, best, config.evaluation.best_by):
                 best, best_values = latest, space.values()
-    digest = space.digest()
+    digest, clients = space.digest(), score_clients(site, config)
     space.load(best_values)
     summary = {
         "kind": "summary",
@@ -147,12 +154,29 @@ def run(config: RunConfig, folder: Path, *, adam: bool = False) -> Record:
         "before": before,
         "after": score("test", best["round"]) if best["round"] else before,
         "best_dev": best,
+        "worst_client": min(clients, key=lambda client: client["value"], default=None),
         "final_digest": digest,
         "space_size": space.size,
         "payload_up_bytes": sent,
         "payload_down_bytes": sent,
     }
-    return {"summary": summary, "scores": scores, "config_hash": config_hash(config), "environment": environment()}
+    return {
+        "summary": summary,
+        "scores": scores,
+        "clients": clients,
+        "config_hash": config_hash(config),
+        "environment": environment(),
+    }
+
+
+def score_clients(site: Site, config: RunConfig) -> list[Record]:
+    """The last round's model on each client's own held-out rows, as in a run."""
+    found = []
+    for client in range(config.fl.num_clients):
+        if rows := site.client_data(client).heldout[: config.evaluation.federated_max_rows]:
+            score = evaluate(site.loaded, rows, config.task, tokens_per_batch=config.model.tokens_per_batch)
+            found.append({"client": client, "round": config.fl.rounds, **score.to_record()})
+    return found
 
 
 def check(config: RunConfig) -> None:
@@ -165,6 +189,10 @@ def check(config: RunConfig) -> None:
         raise ConfigError(
             "first_order: optimizer must be sgd without decay; --local-optimizer chooses the clients' own."
         )
+    if not isinstance(config.selection, NoSelectionConfig):
+        raise ConfigError("first_order: selection must be none. Its clients send no scalars to select by.")
+    if config.strategy.aggregation is not Aggregation.mean:
+        raise ConfigError("first_order: strategy.aggregation must be mean. Write strategy=mean.")
     if not config.evaluation.central:
         raise ConfigError("first_order: evaluation.central must be true. It scores at the server only.")
 

@@ -175,13 +175,27 @@ def draw(entry: dict[str, Any]) -> None:
     left.set_xlabel("local step")
     left.set_title("|g| of each client, mean of 10 steps", fontsize=10)
     left.legend(frameon=False, fontsize=8)
-    for rule, colour in (("ratio", "#0072B2"), ("quiet", "#CC79A7"), ("level", "#009E73"), ("combined", "#000000")):
+    drawn = (
+        ("ratio", "#0072B2", 1.5),
+        ("quiet", "#CC79A7", 1.5),
+        ("level", "#009E73", 4.0),
+        ("combined", "#000000", 1.0),
+    )
+    for rule, colour, width in drawn:  # level and combined often agree: one lies visibly under the other
         for statistic, style in (("abs_g", "-"), ("gradip", ":")):
             points = [
                 (t["steps"], t["auc"]) for t in entry["tests"] if (t["rule"], t["statistic"]) == (rule, statistic)
             ]
             name = {"abs_g": "|g|", "gradip": "GradIP"}[statistic]
-            right.plot(*zip(*points, strict=True), style, color=colour, marker="o", label=f"{rule}, {name}")
+            right.plot(
+                *zip(*points, strict=True),
+                style,
+                color=colour,
+                linewidth=width,
+                marker="o",
+                markersize=3 + width,
+                label=f"{rule}, {name}",
+            )
     right.set_xscale("log")
     right.set_xticks(list(PHASES), list(map(str, PHASES)))
     right.set_ylim(-0.02, 1.02)

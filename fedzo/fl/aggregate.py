@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -98,6 +99,9 @@ def aggregate(
 
     Evaluated in float64 in the order of client index and rounded to float32 once, so the order of arrival changes
     nothing and N identical clients equal one. A client past its last step counts as 0, and so does a dropped probe.
+    A median of many such zeros would stand still, so median and trimmed mean are of the clients that took the step,
+    times their share of the round's clients: the length that the mean's step has.
+
     Where directions are not shared each client keeps its own column instead of being summed.
 
     Args:
@@ -132,13 +136,27 @@ def aggregate(
             for column in range(len(clients)):
                 c += g[:, :, column]
         case Aggregation.median:
-            c = np.median(g, axis=2)
+            c = _of_takers(g, results, lambda part: np.median(part, axis=1))
         case Aggregation.trimmed_mean:
-            cut = num_trimmed(trim_share, len(clients))
-            c = np.sort(g, axis=2)[:, :, cut : len(clients) - cut].mean(axis=2)
+            c = _of_takers(g, results, partial(_trimmed_mean, share=trim_share))
         case Aggregation.majority_sign:
             c = np.sign(np.sign(g).sum(axis=2)) / probes  # a tie moves nothing
     return RoundRecord(round=round, lr=lr, owners=(SHARED,), coefficients=c.astype(np.float32)[:, :, None])
+
+
+def _of_takers(
+    g: np.ndarray, results: Mapping[int, ClientResult], middle: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """[T, P]: each step's ``middle`` of those who took it, times their share; ``g`` is [T, P, clients]."""
+    taken = np.array([len(results[client].g) for client in sorted(results)])
+    takers = [np.flatnonzero(taken > step) for step in range(len(g))]
+    return np.stack([middle(g[step][:, who]) * len(who) / len(taken) for step, who in enumerate(takers)])
+
+
+def _trimmed_mean(part: np.ndarray, *, share: float) -> np.ndarray:
+    number = part.shape[1]
+    cut = num_trimmed(share, number)
+    return np.asarray(np.sort(part, axis=1)[:, cut : number - cut].mean(axis=1))
 
 
 def num_trimmed(share: float, num_clients: int) -> int:

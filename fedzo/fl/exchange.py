@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -94,7 +95,9 @@ def ask(
 
 def _read(message: Message, reply_type: type[R], traffic: Traffic) -> R:
     if message.has_error():
-        raise ProtocolError(f"client failed: {message.error.reason or message.error.code}")
+        reason = str(message.error.reason or message.error.code)
+        own_words = re.fullmatch(r"<class '[^']*'>:<'(.*)'>", reason, re.DOTALL)  # Flower's form of an exception
+        raise ProtocolError(f"client failed: {own_words[1] if own_words else reason}")
     content: RecordDict = message.content
     traffic.up_bytes += message_bytes(content)
     return decode(reply_type, content)

@@ -56,6 +56,11 @@ class RunStore:
     @property
     def audit(self) -> list[dict[str, Any]]:
         """Audit lines of the committed rounds."""
+        if len(self._audit.lines) != len(self.records):
+            raise RunFolderError(
+                f"{self.folder / AUDIT}: it must hold every one of the {len(self.records)} committed rounds, got "
+                f"{len(self._audit.lines)}. Restore the file from a copy."
+            )
         return self._audit.lines
 
     @property
@@ -179,9 +184,9 @@ class _Lines:
 def _belongs(line: dict[str, Any], done: int) -> bool:
     """Whether a metric record is about the committed part of the run."""
     kind = line.get("kind")
-    if kind in ("round", "selection"):
+    if kind == "round":
         return bool(line["round"] < done)
-    if kind in ("score", "federated_score"):
+    if kind in ("score", "federated_score", "selection"):  # a selection is told before its round
         return bool(line["round"] <= done)
     return kind != "summary" or bool(line["rounds"] == done)
 

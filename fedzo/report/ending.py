@@ -37,5 +37,5 @@ def ending(summary: Record) -> list[str]:
 def _flagged(selection: Record) -> str:
     """Those of the last decision with their local steps a round, T_k."""
     if selection["fallback"]:
-        return f"{', '.join(str(row['client']) for row in selection['flagged'])}; too many, so all take fewer steps"
+        return f"{', '.join(str(row['client']) for row in selection['flagged'])}; too many to be stopped early"
     return ", ".join(f"{row['client']} (T_k = {row['steps']})" for row in selection["flagged"]) or "none"

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fedzo.report.client_figures import draw_abs_g, draw_federated, draw_labels
 from fedzo.report.format import bytes_text, change_text, number_text, score_text
-from fedzo.report.local_steps import draw_local_steps, shows_everyone
+from fedzo.report.local_steps import draw_local_losses, draw_local_steps, shows_everyone
 from fedzo.report.run_data import RunData
 from fedzo.report.series import gaps, running_mean
 from fedzo.report.style import (
@@ -37,6 +37,7 @@ def draw_figures(run: RunData) -> list[Picture]:
             _bytes(run),
             draw_labels(run),
             draw_local_steps(run),
+            draw_local_losses(run),
             slopes,
             draw_federated(run),
         ]

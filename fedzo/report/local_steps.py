@@ -2,152 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from statistics import fmean, quantiles
+from collections.abc import Mapping
 
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from fedzo.report.format import number_text, percent_text
+from fedzo.report.format import number_text
+from fedzo.report.panels import (
+    MAX_PANELS,
+    Trace,
+    client_panels,
+    client_traces,
+    draw_client,
+    label_panels,
+    mean_window,
+    round_starts,
+)
 from fedzo.report.records import ClientVerdict
 from fedzo.report.run_data import RunData
-from fedzo.report.series import label_shares, running_mean
-from fedzo.report.style import BLUE, GRID, INK, MUTED, SKEW, Picture, panel_grid
-
-MAX_PANELS = 16
-MAX_POINTS = 150  # of a line; a page must stay small
-MAX_TITLE = 24  # letters that fit above a panel
-Line = tuple[list[float], list[float]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Trace:
-    """A client's local steps; ``at`` numbers those of the federation, so that panels agree on when a step was."""
-
-    at: list[int] = field(default_factory=list)
-    abs_g: list[float | None] = field(default_factory=list)
-    grad_ip: list[float | None] = field(default_factory=list)
+from fedzo.report.style import GRID, INK, Picture
 
 
 def shows_everyone(run: RunData) -> bool:
     """Whether the figure has a panel for every client that has taken a step."""
-    return 0 < len(_traces(run)) <= MAX_PANELS
+    return 0 < len(client_traces(run)) <= MAX_PANELS
 
 
 def draw_local_steps(run: RunData) -> Picture | None:
-    """|GradIP| and |g| of every client, or of ``MAX_PANELS`` spread evenly over the label skew; call in house style."""
-    traces, shares = _traces(run), label_shares(run)
+    """|GradIP| and |g| of every client, or of ``MAX_PANELS``, the flagged among them; call in house style."""
+    traces = client_traces(run)
     if not traces:
         return None
-    clients = sorted(traces, key=lambda client: (-shares.get(client, (0.0, ""))[0], client))
-    if len(clients) > MAX_PANELS:
-        clients = [clients[i * (len(clients) - 1) // (MAX_PANELS - 1)] for i in range(MAX_PANELS)]
-    end = max(trace.at[-1] + 1 for trace in traces.values())
-    window, unit, norm = max(1, min(25, end // 8)), _unit(traces), _colours(run)
     verdicts = {verdict.client: verdict for verdict in run.selection.clients} if run.selection else {}
-    windows = run.selection.windows if run.selection else {}
-    figure, grid = panel_grid(len(clients), head=1.2, height=1.6 if verdicts else 1.4)
-    peaks: list[float] = []
-    for axes, client in zip(grid, clients, strict=True):
-        trace, (share, label) = traces[client], shares.get(client, (0.0, ""))
-        colour = SKEW(norm(share)) if norm else BLUE
-        thin = _thinned(trace.at, [v if v is None else v / unit for v in trace.grad_ip] if unit else trace.abs_g)
-        means = running_mean(trace.abs_g, window=window)
-        thick = _thinned(
-            trace.at, [mean if g is not None else None for mean, g in zip(means, trace.abs_g, strict=True)]
-        )
-        axes.plot(*thin, color=colour, alpha=0.45, linewidth=0.7)
-        axes.plot(*thick, color=colour, linewidth=1.9)
-        peaks += [_usual_peak(thin[1]), max((mean for mean in means if mean is not None), default=0.0)]
-        labels = f": {percent_text(share, digits=0)} {run.class_name(label)}" if label else ""
-        axes.set_title(_shortened(f"client {client}{labels}"), color=INK, pad=3, fontsize=8)
+    windows, starts, unit = run.selection.windows if run.selection else {}, round_starts(run), _unit(traces)
+    figure, grid = client_panels(run, traces, height=1.6 if verdicts else 1.4)
+    window, peaks = mean_window(traces), list[float]()
+    for client, axes in grid.items():
+        trace = traces[client]
+        thin = [v if v is None else v / unit for v in trace.grad_ip] if unit else trace.abs_g
+        peaks += draw_client(run, axes, trace.at, thin, trace.abs_g, client=client, window=window)
+        if client in verdicts:
+            _tell(axes, verdicts[client])
         if client in verdicts and verdicts[client].flagged:
             _mark(axes, verdicts[client], early=_stops_early(run, verdicts[client]))
-    for axes in grid:
-        axes.set_xlim(0, end)
-        axes.set_ylim(0, 1.1 * max(peaks) or 1.0)
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10], prune="upper"))  # panels touch
-        axes.yaxis.set_major_locator(MaxNLocator(3))
+            since = 0 if windows else starts.get(run.flagged_from[client], 0)
+            if since:
+                axes.axvline(since, color=INK, linewidth=1, linestyle="--")
         _shade(axes, windows)
-    figure.supxlabel("local steps, rounds one after another", color=MUTED, fontsize=9)
-    figure.supylabel("|g|, loss per unit step", color=MUTED, fontsize=9)
-    lines = [Line2D([], [], color=INK, linewidth=1.9), Line2D([], [], color=INK, alpha=0.5, linewidth=0.8)]
     names = [f"|g|, mean of the last {window}", f"|GradIP|, divided by {number_text(unit)}" if unit else "|g|"]
-    figure.legend(lines, names, loc="outside upper left", ncols=2)
-    if norm:
-        _scale(figure, grid, norm)
-    caption = _caption(run, drawn=len(clients), total=len(traces), unit=unit)
+    label_panels(run, figure, grid, top=max(peaks), unit="|g|, loss per unit step", names=names)
+    caption = _caption(run, drawn=len(grid), total=len(traces), unit=unit)
     return Picture("local_steps", "Local steps per client", caption, figure)
 
 
-def _traces(run: RunData) -> dict[int, _Trace]:
-    """The steps of every client that has any; a round is as long as its longest client."""
-    traces: dict[int, _Trace] = {}
-    start = 0
-    for record in run.rounds:
-        longest = 0
-        for client in record.clients:
-            if client.signals is None:
-                continue
-            steps = len(client.signals.abs_g)
-            longest = max(longest, steps)
-            trace = traces.setdefault(client.client, _Trace())
-            trace.at.extend(range(start, start + steps))
-            trace.abs_g.extend(client.signals.abs_g)
-            trace.grad_ip.extend(None if value is None else abs(value) for value in client.signals.grad_ip)
-        for absent in set(record.absent) & set(traces):
-            traces[absent].at.append(start)
-            traces[absent].abs_g.append(None)
-            traces[absent].grad_ip.append(None)
-        start += longest
-    return traces
+def draw_local_losses(run: RunData) -> Picture | None:
+    """The loss of every client's batches before each local step, in the same panels; call in house style."""
+    traces = {client: trace for client, trace in client_traces(run).items() if any(v is not None for v in trace.loss)}
+    if not traces:
+        return None
+    figure, grid = client_panels(run, traces, height=1.2)
+    window, peaks = mean_window(traces), list[float]()
+    for client, axes in grid.items():
+        trace = traces[client]
+        peaks += draw_client(run, axes, trace.at, trace.loss, trace.loss, client=client, window=window)
+    names = [f"mean of the last {window}", "loss of a batch"]
+    label_panels(run, figure, grid, top=max(peaks), unit="loss (nats)", names=names)
+    caption = (
+        "The loss of each client's batch before every local step. A client whose loss is nothing has learned its rows; "
+        "one whose loss grows is hurt by what the others learn."
+    )
+    return Picture("local_losses", "Loss per client", caption, figure)
 
 
-def _unit(traces: dict[int, _Trace]) -> float:
+def _unit(traces: dict[int, Trace]) -> float:
     """Mean |GradIP| over mean |g|, by which GradIP is divided to share the axis; 0 where no GradIP is known."""
     pairs = [pair for trace in traces.values() for pair in zip(trace.grad_ip, trace.abs_g, strict=True)]
     known = [(grad_ip, g) for grad_ip, g in pairs if grad_ip is not None and g is not None]
     total = sum(g for _, g in known)
     return sum(grad_ip for grad_ip, _ in known) / total if total else 0.0
-
-
-def _thinned(at: Sequence[int], values: Sequence[float | None]) -> Line:
-    """At most ``MAX_POINTS`` points, each the mean of neighbouring steps; nan where none of them is known."""
-    size = -(-len(at) // MAX_POINTS)
-    parts = [slice(low, low + size) for low in range(0, len(at), size)]
-    known = [[value for value in values[part] if value is not None] for part in parts]
-    return [fmean(at[part]) for part in parts], [fmean(some) if some else float("nan") for some in known]
-
-
-def _usual_peak(values: Sequence[float]) -> float:
-    """The height that all but one value in fifty stay below."""
-    known = [value for value in values if value == value]
-    return quantiles(known, n=50, method="inclusive")[-1] if len(known) > 1 else max(known, default=0.0)
-
-
-def _colours(run: RunData) -> BoundaryNorm | None:
-    """Five steps from labels in equal shares to a single label; None where labels say nothing."""
-    labels = {label for client in run.setup.clients for label in client.label_counts} if run.setup else set()
-    if len(labels) < 2:
-        return None
-    least = 1 / len(labels)
-    return BoundaryNorm([least + (1 - least) * step / 5 for step in range(5)] + [1.0 + 1e-9], SKEW.N)
-
-
-def _scale(figure: Figure, grid: Sequence[Axes], norm: BoundaryNorm) -> None:
-    bar = figure.colorbar(ScalarMappable(norm, SKEW), ax=grid, location="top", pad=0.02, shrink=0.6, aspect=50)
-    bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda share, _: percent_text(share, digits=0)))
-    bar.set_label("rows with the client's commonest label", color=MUTED)
-    bar.outline.set_visible(False)
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= MAX_TITLE else text[: MAX_TITLE - 1].rstrip() + "…"
 
 
 def _stops_early(run: RunData, verdict: ClientVerdict) -> bool:
@@ -157,11 +88,16 @@ def _stops_early(run: RunData, verdict: ClientVerdict) -> bool:
     return not fallback and (most is None or verdict.steps < most)
 
 
-def _mark(axes: Axes, verdict: ClientVerdict, *, early: bool) -> None:
-    """A frame, the statistics in the title, and what follows from them where a quiet client leaves room."""
+def _tell(axes: Axes, verdict: ClientVerdict) -> None:
+    """The statistics in the title."""
     known = [f"{name} {value:.3g}" for name, value in verdict.statistics.items() if value is not None]
     pairs = [", ".join(known[low : low + 2]) for low in range(0, len(known), 2)]
-    axes.set_title("\n".join([axes.get_title(loc="left"), *pairs]), color=INK, pad=3, fontsize=8, fontweight="bold")
+    weight = "bold" if verdict.flagged else "normal"
+    axes.set_title("\n".join([axes.get_title(loc="left"), *pairs]), color=INK, pad=3, fontsize=8, fontweight=weight)
+
+
+def _mark(axes: Axes, verdict: ClientVerdict, *, early: bool) -> None:
+    """A frame, and what follows from the verdict where a quiet client leaves room."""
     for spine in axes.spines.values():
         spine.set(visible=True, color=INK, linewidth=1.2)
     text = f"{'stopped early' if early else 'flagged'}:\nT_k = {verdict.steps}"
@@ -190,9 +126,12 @@ def _caption(run: RunData, *, drawn: int, total: int, unit: float) -> str:
         parts.append(f"Grey: the steps that were compared, {windows}.")
     flagged = [verdict.client for verdict in run.selection.clients if verdict.flagged] if run.selection else []
     if flagged:
-        parts.append(f"Flagged (framed): {', '.join(map(str, flagged))}.")
+        where = "framed" if len(flagged) <= MAX_PANELS else "framed where drawn"
+        sequential = run.selection and not run.selection.windows and any(run.flagged_from.values())
+        when = ", from the dashed line on" if sequential else ""
+        parts.append(f"Flagged ({where}{when}): {', '.join(map(str, flagged))}.")
     if run.selection and run.selection.fallback:
-        parts.append("They are more than may be stopped early, so all clients take fewer steps.")
+        parts.append("They are more than may be stopped early.")
     if drawn < total:
-        parts.append(f"{drawn} of {total} clients are drawn, evenly over the skew.")
+        parts.append(f"{drawn} of {total} clients are drawn: the flagged ones, and others evenly over the skew.")
     return " ".join(parts)

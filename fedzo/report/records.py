@@ -38,6 +38,7 @@ class Signals:
 
     grad_ip: tuple[float | None, ...]
     abs_g: tuple[float | None, ...]
+    loss: tuple[float | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,12 +131,18 @@ class FederatedScore:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """The end of a finished run; bytes are sums over rounds and clients."""
+    """The end of a finished run; bytes are sums over rounds and clients.
+
+    ``worst_client`` is the lowest score of a client on its own held-out rows when they were last scored; ``flagged``
+    are the clients of the last decision on who stops early, None where there was none.
+    """
 
     rounds: int
     best_round: int | None
     before: Score | None
     after: Score | None
+    worst_client: float | None
+    flagged: tuple[int, ...] | None
     final_digest: str
     payload_up_bytes: int
     payload_down_bytes: int
@@ -190,7 +197,9 @@ def _round(read: Reader) -> Round:
 
 
 def _signals(read: Reader | None) -> Signals | None:
-    return None if read is None else Signals(read.series("grad_ip"), read.series("abs_g"))
+    if read is None:
+        return None
+    return Signals(read.series("grad_ip"), read.series("abs_g"), read.series("loss") if "loss" in read.record else ())
 
 
 def _selection(read: Reader) -> Selection:
@@ -239,11 +248,14 @@ def _federated(read: Reader) -> FederatedScore:
 
 def _summary(read: Reader) -> Summary:
     before, after = read.inner("before"), read.inner("after")
+    worst, selection = read.inner("worst_client"), read.inner("selection")
     return Summary(
         rounds=read.whole("rounds"),
         best_round=read.optional_whole("best_round"),
         before=_score(before) if before else None,
         after=_score(after) if after else None,
+        worst_client=worst.optional("value") if worst else None,
+        flagged=tuple(row.whole("client") for row in selection.each("flagged")) if selection else None,
         final_digest=read.text("final_digest", ""),
         payload_up_bytes=read.whole("payload_up_bytes"),
         payload_down_bytes=read.whole("payload_down_bytes"),

@@ -20,7 +20,8 @@ METRICS_FILE = "metrics.jsonl"
 class RunData:
     """A run folder in memory. ``notes`` says what was missing or damaged; ``summary`` is None for an unfinished run.
 
-    ``selection`` is the newest decision on who stops early; None where there was none.
+    ``selection`` is the newest decision on who stops early, None where there was none; ``flagged_from`` has the round
+    from which each client has been flagged.
     """
 
     run_dir: Path
@@ -32,6 +33,7 @@ class RunData:
     scores: tuple[Score, ...]
     federated: tuple[FederatedScore, ...]
     selection: Selection | None
+    flagged_from: dict[int, int]
     summary: Summary | None
     notes: tuple[str, ...]
 
@@ -99,6 +101,12 @@ def load_run(run_dir: Path) -> RunData:
         scores=tuple(sorted(scores.values(), key=lambda score: score.round)),
         federated=tuple(federated[index] for index in sorted(federated)),
         selection=selections[-1] if selections else None,
+        flagged_from={
+            verdict.client: decision.round
+            for decision in reversed(selections)
+            for verdict in decision.clients
+            if verdict.flagged
+        },
         summary=ended,
         notes=(*notes, *config_notes, *environment_notes),
     )

@@ -12,6 +12,7 @@ from matplotlib.ticker import PercentFormatter
 from fedzo.errors import RunFolderError
 from fedzo.report.format import bytes_text, score_text, seconds_text
 from fedzo.report.html import render_page, write_page
+from fedzo.report.records import Summary
 from fedzo.report.run_data import RunData, load_run
 from fedzo.report.style import (
     BLUE,
@@ -106,33 +107,57 @@ def _name(job: Job, keys: list[str]) -> str:
 
 
 def _table(jobs: list[Job], keys: list[str]) -> tuple[list[str], list[list[str]]]:
-    header = ["job", *keys, "before", "after", "best round", "scalars up, all clients", "time"]
+    header = [
+        "job",
+        *keys,
+        "before",
+        "after",
+        "best round",
+        "worst client",
+        "flagged",
+        "scalars up, all clients",
+        "time",
+    ]
     rows = []
     for job in jobs:
-        cells = [job.state, "", "", "", ""]
+        cells = [job.state, *[""] * 6]
         if job.scores and job.run and job.run.summary:
-            metric, before, after = job.scores
+            (metric, before, after), summary = job.scores, job.run.summary
             cells = [
                 score_text(metric, before),
                 score_text(metric, after),
-                str(job.run.summary.best_round),
-                bytes_text(job.run.summary.payload_up_bytes),
+                str(summary.best_round),
+                "" if summary.worst_client is None else score_text(metric, summary.worst_client),
+                _flagged(summary),
+                bytes_text(summary.payload_up_bytes),
                 seconds_text(job.run.seconds),
             ]
         rows.append([job.folder.name, *(job.settings.get(key, "") for key in keys), *cells])
     return header, rows
 
 
+def _flagged(summary: Summary) -> str:
+    """The clients of the last decision on who stops early; nothing where there was none."""
+    if summary.flagged is None:
+        return ""
+    return " ".join(map(str, summary.flagged)) or "none"
+
+
 def _numbers(jobs: list[Job], keys: list[str]) -> list[list[object]]:
     rows: list[list[object]] = [
-        ["job", *keys, "state", "before", "after", "best_round", "payload_up_bytes", "payload_down_bytes", "seconds"]
+        [
+            "job",
+            *keys,
+            *("state", "before", "after", "best_round", "worst_client", "flagged"),
+            *("payload_up_bytes", "payload_down_bytes", "seconds"),
+        ]
     ]
     for job in jobs:
         row: list[object] = [job.folder.name, *(job.settings.get(key, "") for key in keys), job.state]
         if job.scores and job.run and job.run.summary:
             summary = job.run.summary
-            row += [*job.scores[1:], summary.best_round, summary.payload_up_bytes, summary.payload_down_bytes]
-            row.append(summary.seconds)
+            row += [*job.scores[1:], summary.best_round, summary.worst_client, _flagged(summary)]
+            row += [summary.payload_up_bytes, summary.payload_down_bytes, summary.seconds]
         rows.append(row)
     return rows
 

@@ -13,6 +13,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
+from fedzo.errors import FedzoError
 from fedzo.runtime._flower import SUPERLINK_NODE_ID, ErrorCode, Run, failure_reason, one_federation, set_message_id
 
 log = logging.getLogger(__name__)
@@ -124,7 +125,8 @@ class InlineGrid(Grid):
         try:
             reply = self._client_app(message=message, context=context)
         except Exception as raised:  # a client's failure is a reply, as on every other runtime
-            log.warning("client %s failed", context.node_config["partition-id"], exc_info=raised)
+            if not isinstance(raised, FedzoError):  # which the refusal of the reply tells in full
+                log.warning("client %s failed", context.node_config["partition-id"], exc_info=raised)
             error = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=failure_reason(raised))
             reply = Message(error, reply_to=message)
         return copy.deepcopy(self._number(reply))

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 
 from fedzo.cli import main
 from fedzo.client_path import local_steps, replay_client, vector_file
-from fedzo.errors import ConfigError, ProtocolError
+from fedzo.errors import ConfigError, ProtocolError, RunFolderError
 from fedzo.fl.config import directions_of
 from fedzo.fl.store import RunStore
 from fedzo.runs import read_config, rebuild
@@ -232,6 +232,23 @@ def test_a_client_that_took_no_part_is_refused_before_the_model_is_loaded(
 
     with pytest.raises(ConfigError, match="Choose another client or round"):
         replay_client(folder, client=1, round=0)
+
+
+def test_a_log_that_lacks_a_round_is_refused(train: Any, lines: Lines) -> None:
+    folder, _ = train("fl.rounds=3", steps=[1])
+    whole = (folder / "audit.jsonl").read_text().splitlines(keepends=True)
+    (folder / "audit.jsonl").write_text("".join([whole[0], whole[2]]))
+
+    with pytest.raises(RunFolderError, match="must hold every one of the 3 committed rounds, got 2"):
+        replay_client(folder, client=0, round=1)
+
+
+def test_a_mask_that_is_gone_is_not_chosen_again_without_the_texts_that_it_was_chosen_on(train: Any) -> None:
+    folder, _ = train("fl.rounds=1", "trainer.calibration=train", "trainer.calibration_tokens=8", steps=[1])
+    (folder / "mask.safetensors").unlink()
+
+    with pytest.raises(RunFolderError, match=r"\(mask\.safetensors\) must be there"):
+        replay_client(folder, client=0, round=0)
 
 
 def test_the_file_is_written_vector_by_vector(tmp_path: Path) -> None:

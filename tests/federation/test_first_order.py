@@ -90,6 +90,8 @@ def test_it_learns_and_reports_as_a_run_does(
     assert (summary["after"]["split"], summary["after"]["round"]) == ("test", summary["best_round"])
     assert [line["round"] for line in scores if line["split"] == "dev"] == [0, 4, 8, 12, 16]
     clients = 3 if "strategy.clients_per_round=3" in extra else 4
+    assert len(results["clients"]) == 4
+    assert summary["worst_client"]["value"] == min(client["value"] for client in results["clients"])
     assert summary["payload_up_bytes"] == summary["payload_down_bytes"] == 4 * summary["space_size"] * clients * 16
 
 
@@ -104,6 +106,32 @@ def test_its_command_line_writes_what_the_run_found(
     results = json.loads(out.read_text())
     assert results["command"][-1] == "--local-optimizer=sgd"
     assert {"before", "after", "best_round", "payload_up_bytes", "payload_down_bytes"} <= set(results["summary"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "out", "words"),
+    [
+        (["fl.foo=3"], "results.json", "fl.foo"),
+        (["trainer=mezo"], "results.json", "trainer must be meerkat or lora"),
+        ([], "nowhere/results.json", "--out must be a file in a folder that is there"),
+    ],
+)
+def test_its_command_line_says_what_is_wrong_before_it_trains(
+    first_order: ModuleType,
+    overrides: Overrides,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    settings: list[str],
+    out: str,
+    words: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["first_order.py", *overrides(*settings), "--out", str(tmp_path / out)])
+    monkeypatch.setattr(first_order, "learning_rate", lambda *a, **k: pytest.fail("it trains"))
+
+    with pytest.raises(SystemExit) as end:
+        first_order.main()
+    assert words in f"{end.value.code} {capsys.readouterr().err}"
 
 
 def test_one_client_with_one_step_is_gradient_descent(
@@ -128,6 +156,8 @@ def test_one_client_with_one_step_is_gradient_descent(
         ("trainer=mezo", "trainer must be meerkat or lora"),
         ("optimizer=adam", "optimizer must be sgd without decay"),
         ("model.dtype=bfloat16", r"model\.dtype must be float32"),
+        ("selection=cusum", "selection must be none"),
+        ("strategy=median", r"strategy\.aggregation must be mean"),
     ],
 )
 def test_what_it_would_leave_out_is_refused(

@@ -96,6 +96,12 @@ def test_after_the_calibration_a_run_is_at_its_base_weights(run: Run, lines: Lin
     assert (before["round"], after["round"]) == (0, 1)
     assert before["loss"] == after["loss"]
     assert [line["calibration"] for line in lines(folder, "metrics.jsonl") if line["kind"] == "round"] == [True]
+    # what it found is told, although no round comes that would follow it
+    (told,) = decisions(lines(folder, "metrics.jsonl"))
+    assert told["round"] == 1
+    assert any(row["flagged"] for row in told["clients"])
+    resume_run(folder)
+    assert decisions(lines(folder, "metrics.jsonl")) == [told]
 
 
 def test_calibration_scalars_are_those_of_a_run_whose_first_round_has_as_many_steps(run: Run, lines: Lines) -> None:

@@ -158,10 +158,18 @@ def describe(plan: Plan, *, local_steps: int) -> str:
     flagged = "flagged: " + ", ".join(map(str, plan.flagged))
     if plan.fallback:
         most = max(plan.steps.values())
-        return f"{flagged}; more than selection.max_share allows, so all clients take {most} of {local_steps} steps"
+        fewer = f"all clients take {most} of {local_steps} steps" if most < local_steps else "nobody takes fewer steps"
+        return f"{flagged}; more than selection.max_share allows, so {fewer}"
     if all(plan.steps[client] == local_steps for client in plan.flagged):
         return f"{flagged}; they take as many steps as the others"
-    return "stopped early: " + ", ".join(f"client {client} after step {plan.steps[client]}" for client in plan.flagged)
+    return "stopped early: " + ", ".join(
+        f"client {client} after step {plan.steps[client]}{_reasons(plan.verdicts[client])}" for client in plan.flagged
+    )
+
+
+def _reasons(verdict: Verdict) -> str:
+    known = [f"{name} {value:.3g}" for name, value in verdict.statistics.items() if math.isfinite(value)]
+    return f" ({', '.join(known)})" if known else ""
 
 
 def _plain(statistics: Mapping[str, float]) -> dict[str, float | None]:

@@ -8,6 +8,7 @@ on the seed alone, so that it adds noise and nothing of the client; and the leve
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from fedzo.fl.selection.config import Combine, Statistic, VpcsConfig, VpcsTest
 from fedzo.fl.selection.plan import SELECTIONS, AuditLine, EarlyStop, Plan, Verdict
 from fedzo.fl.selection.statistics import Numbers, level, magnitudes, mean, quiet_share, ratio
 
+log = logging.getLogger(__name__)
 NO_GRADIENT = (
     "selection.statistic=gradip must find a gradient at the server to compare with, but the trainer made none. Use "
     "trainer=meerkat with a mask of trainer.selector=sensitivity, or selection.statistic=abs_g."
@@ -46,7 +48,21 @@ class Vpcs:
             raise ConfigError(NO_GRADIENT)
         ends = config.calibration_steps
         windows = {"initial": (0, config.initial_steps), "later": (ends - config.later_steps, ends)}
-        return self.stop(judge(magnitudes(calibration, config.statistic), config), windows=windows)
+        verdicts = judge(magnitudes(calibration, config.statistic), config)
+        self._warn_of_unjudged(verdicts)
+        return self.stop(verdicts, windows=windows)
+
+    def _warn_of_unjudged(self, verdicts: Mapping[int, Verdict]) -> None:
+        """A client that nothing is known of takes all its steps, which would look like a finding."""
+        for test in self.config.tests:
+            made = {client for client, found in verdicts.items() if not np.isnan(found.statistics[test])}
+            if missing := sorted({*range(self.stop.num_clients)} - made):
+                log.warning(
+                    "selection=vpcs: the test %s could not be made of %s: too little came of the calibration, of the "
+                    "client or of those it is compared with. What is not measured flags nobody.",
+                    test,
+                    "any client" if not made else "client " + ", ".join(map(str, missing)),
+                )
 
 
 def judge(paths: Mapping[int, Numbers], config: VpcsConfig) -> dict[int, Verdict]:

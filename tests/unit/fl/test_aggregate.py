@@ -259,11 +259,22 @@ def test_the_mean_breaks_where_the_median_holds() -> None:
     assert mean_of(results, even, aggregation=Aggregation.majority_sign).item() == 1
 
 
+@pytest.mark.parametrize("aggregation", [Aggregation.median, Aggregation.trimmed_mean])
+def test_clients_that_stopped_early_do_not_hold_a_robust_mean_at_zero(aggregation: Aggregation) -> None:
+    """Three of six stop after their first step: later steps are those of the three others, half as long."""
+    results = {k: result([[float(k)], [10.0 + k]] if k < 3 else [[float(k)]]) for k in range(6)}
+
+    c = mean_of(results, {}, aggregation=aggregation, trim_share=0.2)
+
+    assert c[0].item() == 2.5  # of 0 to 5
+    assert c[1].item() == 11 / 2  # of 10, 11 and 12
+
+
 @pytest.mark.parametrize(
     ("aggregation", "expected"),
     [(Aggregation.median, [4.0, 2.0]), (Aggregation.trimmed_mean, [4.0, 2.0]), (Aggregation.majority_sign, [1.0, 0.0])],
 )
-def test_a_client_past_its_last_step_counts_as_zero_in_every_aggregation(
+def test_with_one_of_two_left_every_aggregation_moves_half_as_far(
     aggregation: Aggregation, expected: list[float]
 ) -> None:
     results = {0: result([[2.0], [4.0]]), 1: result([[6.0]])}

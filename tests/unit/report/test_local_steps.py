@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from fedzo.errors import RunFolderError
 from fedzo.report.figures import draw_figures
-from fedzo.report.local_steps import MAX_PANELS, MAX_POINTS
+from fedzo.report.panels import MAX_PANELS, MAX_POINTS
 from fedzo.report.run_data import load_run
 from fedzo.report.style import BLUE, ORANGE
 
@@ -123,6 +123,45 @@ def test_flagged_clients_are_framed_with_their_statistics_and_the_compared_steps
     fallback, caption = figure_of(make_run("fallback", lines=[*records, {**newest, "fallback": True}]))
     assert [text.get_text() for text in panels(fallback)["client 2"].texts] == ["flagged:\nT_k = 1"]
     assert "more than may be stopped early" in caption
+
+
+def test_of_many_clients_the_flagged_are_drawn_and_a_sequential_decision_has_its_place_in_time(
+    make_run: MakeRun,
+) -> None:
+    records, number = whole(make_run), 2 * MAX_PANELS
+    one = records[0]["clients"][0]
+    records[0]["clients"] = [{**one, "client": k, "label_counts": {"0": 50 + k, "1": 50 - k}} for k in range(number)]
+    for record in (record for record in records if record["kind"] == "round"):
+        record["clients"] = [{"client": k, "loss": 0.7, "abs_g": 1.0} for k in range(number)]
+    records = with_signals(records, lambda k, r: 2)
+
+    def told(round_: int, flagged: set[int]) -> dict[str, Any]:
+        clients = [
+            {"client": k, "flagged": k in flagged, "steps": 1, "statistics": {"cusum": float(k)}} for k in range(number)
+        ]
+        return {"kind": "selection", "round": round_, "windows": None, "fallback": False, "clients": clients}
+
+    figure, caption = figure_of(make_run("run", lines=[*records, told(0, set()), told(3, {2}), told(7, {2, 5})]))
+
+    found = panels(figure)
+    assert len(found) == MAX_PANELS
+    assert {"client 2", "client 5"} <= set(found)
+    assert [float(found[f"client {k}"].lines[2].get_xdata()[0]) for k in (2, 5)] == [6.0, 14.0]  # two steps a round
+    assert len(found[f"client {number - 1}"].lines) == 2
+    assert found[f"client {number - 1}"].get_title(loc="left").endswith(f"cusum {number - 1}")
+    assert "Flagged (framed, from the dashed line on): 2, 5." in caption
+
+
+def test_the_losses_have_panels_of_their_own(make_run: MakeRun) -> None:
+    records = with_signals(whole(make_run), lambda k, r: 1)
+    assert "local_losses" not in [picture.name for picture in draw_figures(load_run(make_run("old", lines=records)))]
+    for record in (record for record in records if record["kind"] == "round"):
+        for client in record["clients"]:
+            client["signals"]["loss"] = [client["client"] + record["round"] / 100]
+    pictures = {picture.name: picture for picture in draw_figures(load_run(make_run("run", lines=records)))}
+
+    drawn = panels(pictures["local_losses"].figure)["client 1"]
+    assert line(drawn, 0) == pytest.approx({r: 1 + r / 100 for r in range(10)})
 
 
 def test_without_a_gradient_the_thin_line_is_g_itself(make_run: MakeRun) -> None:

@@ -75,7 +75,10 @@ def test_a_calibration_is_named_and_no_measure_of_the_time_that_is_left(
     [
         ({"flagged": [], "fallback": False}, "none"),
         ({"flagged": [{"client": 1, "steps": 2}], "fallback": False}, "1 (T_k = 2)"),
-        ({"flagged": [{"client": k, "steps": 4} for k in (1, 3)], "fallback": True}, "1, 3; too many, so all take"),
+        (
+            {"flagged": [{"client": k, "steps": 4} for k in (1, 3)], "fallback": True},
+            "1, 3; too many to be stopped early",
+        ),
     ],
 )
 def test_a_run_without_test_rows_ends_with_its_worst_client_whom_it_flagged_and_bytes(

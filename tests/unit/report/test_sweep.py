@@ -22,6 +22,8 @@ def test_the_table_has_a_row_a_job_with_what_varies(make_run: MakeRun, tmp_path:
     with (tmp_path / "sweep.csv").open(newline="") as file:
         rows = list(csv.reader(file))
     assert rows[0][:5] == ["job", "trainer", "state", "before", "after"]
+    assert rows[0][5:8] == ["best_round", "worst_client", "flagged"]
+    assert [row[6:8] for row in rows[1:3]] == [["0.5", ""], ["0.5", ""]]
     assert [row[:5] for row in rows[1:3]] == [
         ["0", "meerkat", "finished", "0.555", "0.765"],
         ["1", "mezo", "finished", "0.555", "0.765"],

@@ -304,8 +304,8 @@ def test_only_what_changed_is_told_and_in_the_last_round_the_statistics(caplog: 
     assert [row["flagged"] for row in flagged["clients"]] == [False, False, False, True]
     assert tell(10, flagged) is None
     tell(12, tell(10, first), last=True)  # its peak has grown: told in the metrics, but no decision
-    words = "from round {} on: stopped early: client 3 after step 1"
-    assert [record.getMessage() for record in caplog.records] == [words.format(9), words.format(10)]
+    words = "from round {} on: stopped early: client 3 after step 1 (cusum {})"
+    assert [record.getMessage() for record in caplog.records] == [words.format(9, 9), words.format(10, 10)]
 
 
 def test_a_calibration_that_finds_nobody_says_so(caplog: pytest.LogCaptureFixture) -> None:
@@ -313,6 +313,17 @@ def test_a_calibration_that_finds_nobody_says_so(caplog: pytest.LogCaptureFixtur
 
     assert news(plan, None, round=1, last=False, seconds=0.0, local_steps=8) is not None
     assert [record.getMessage() for record in caplog.records] == ["from round 1 on: no client is flagged"]
+
+
+def test_who_could_not_be_judged_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """Clients 2 and 3 missed the calibration; of two left, none can be compared with a median of the others."""
+    tests = [VpcsTest.ratio, VpcsTest.level]
+    build(VpcsConfig(tests=tests, **PHASES)).plan([line(dict.fromkeys(range(2), LOUD))], {})
+
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2
+    assert "the test ratio could not be made of client 2, 3:" in told[0]
+    assert "the test level could not be made of any client:" in told[1]
 
 
 @pytest.mark.parametrize(
@@ -325,6 +336,7 @@ def test_a_calibration_that_finds_nobody_says_so(caplog: pytest.LogCaptureFixtur
             True,
             "flagged: 1, 2; more than selection.max_share allows, so all clients take 4 of 8 steps",
         ),
+        ({0: 8, 1: 8, 2: 8}, True, "flagged: 1, 2; more than selection.max_share allows, so nobody takes fewer steps"),
     ],
 )
 def test_a_decision_in_words(steps: dict[int, int], fallback: bool, words: str) -> None:

@@ -1,0 +1,167 @@
+"""A panel a client over its local steps, from one-sided to even labels: what the figures of local steps share."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, quantiles
+
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from fedzo.report.format import percent_text
+from fedzo.report.run_data import RunData
+from fedzo.report.series import label_shares, running_mean
+from fedzo.report.style import BLUE, INK, MUTED, SKEW, panel_grid
+
+MAX_PANELS = 16
+MAX_POINTS = 150  # of a line; a page must stay small
+MAX_TITLE = 24  # letters that fit above a panel
+Line = tuple[list[float], list[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A client's local steps; ``at`` numbers those of the federation, so that panels agree on when a step was."""
+
+    at: list[int] = field(default_factory=list)
+    abs_g: list[float | None] = field(default_factory=list)
+    grad_ip: list[float | None] = field(default_factory=list)
+    loss: list[float | None] = field(default_factory=list)
+
+
+def client_panels(run: RunData, traces: Mapping[int, Trace], *, height: float) -> tuple[Figure, dict[int, Axes]]:
+    """A panel a client, the most one-sided first."""
+    shares = label_shares(run)
+    flagged = {verdict.client for verdict in run.selection.clients if verdict.flagged} if run.selection else set()
+    ordered = sorted(traces, key=lambda client: (-shares.get(client, (0.0, ""))[0], client))
+    clients = _drawn(ordered, flagged=flagged)
+    figure, grid = panel_grid(len(clients), head=1.2, height=height)
+    end = max(trace.at[-1] + 1 for trace in traces.values())
+    for axes, client in zip(grid, clients, strict=True):
+        share, label = shares.get(client, (0.0, ""))
+        labels = f": {percent_text(share, digits=0)} {run.class_name(label)}" if label else ""
+        axes.set_title(_shortened(f"client {client}{labels}"), color=INK, pad=3, fontsize=8)
+        axes.set_xlim(0, end)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10], prune="upper"))  # panels touch
+        axes.yaxis.set_major_locator(MaxNLocator(3))
+    return figure, dict(zip(clients, grid, strict=True))
+
+
+def draw_client(
+    run: RunData,
+    axes: Axes,
+    at: Sequence[int],
+    thin: Sequence[float | None],
+    values: Sequence[float | None],
+    *,
+    client: int,
+    window: int,
+) -> list[float]:
+    """A thin line, and a thick one of the running mean of ``values``; returns how high each usually is."""
+    norm, (share, _) = _colours(run), label_shares(run).get(client, (0.0, ""))
+    colour = SKEW(norm(share)) if norm else BLUE
+    means = running_mean(values, window=window)
+    thinned = _thinned(at, thin)
+    axes.plot(*thinned, color=colour, alpha=0.45, linewidth=0.7)
+    there = [mean if value is not None else None for mean, value in zip(means, values, strict=True)]
+    axes.plot(*_thinned(at, there), color=colour, linewidth=1.9)
+    return [_usual_peak(thinned[1]), max((mean for mean in means if mean is not None), default=0.0)]
+
+
+def label_panels(
+    run: RunData, figure: Figure, grid: Mapping[int, Axes], *, top: float, unit: str, names: Sequence[str]
+) -> None:
+    """Axes' names, the legend of the thick and the thin line, and the scale of colours."""
+    next(iter(grid.values())).set_ylim(0, 1.1 * top or 1.0)  # the panels share it
+    figure.supxlabel("local steps, rounds one after another", color=MUTED, fontsize=9)
+    figure.supylabel(unit, color=MUTED, fontsize=9)
+    lines = [Line2D([], [], color=INK, linewidth=1.9), Line2D([], [], color=INK, alpha=0.5, linewidth=0.8)]
+    figure.legend(lines, names, loc="outside upper left", ncols=2)
+    if norm := _colours(run):
+        _scale(figure, list(grid.values()), norm)
+
+
+def mean_window(traces: Mapping[int, Trace]) -> int:
+    """Steps of the running means."""
+    return max(1, min(25, max(trace.at[-1] + 1 for trace in traces.values()) // 8))
+
+
+def client_traces(run: RunData) -> dict[int, Trace]:
+    """The steps of every client that has any."""
+    traces: dict[int, Trace] = {}
+    starts = round_starts(run)
+    for record in run.rounds:
+        start = starts[record.round]
+        for client in record.clients:
+            if client.signals is None:
+                continue
+            steps = len(client.signals.abs_g)
+            trace = traces.setdefault(client.client, Trace())
+            trace.at.extend(range(start, start + steps))
+            trace.abs_g.extend(client.signals.abs_g)
+            trace.grad_ip.extend(None if value is None else abs(value) for value in client.signals.grad_ip)
+            trace.loss.extend(client.signals.loss or [None] * steps)
+        for absent in set(record.absent) & set(traces):
+            traces[absent].at.append(start)
+            traces[absent].abs_g.append(None)
+            traces[absent].grad_ip.append(None)
+            traces[absent].loss.append(None)
+    return traces
+
+
+def round_starts(run: RunData) -> dict[int, int]:
+    """The federation's step with which each round begins; a round is as long as its longest client."""
+    starts, start = {}, 0
+    for record in run.rounds:
+        starts[record.round] = start
+        start += max((len(client.signals.abs_g) for client in record.clients if client.signals), default=0)
+    return starts
+
+
+def _drawn(clients: Sequence[int], *, flagged: Collection[int]) -> list[int]:
+    """At most ``MAX_PANELS`` of them in their order: the flagged ones, and others evenly."""
+    if len(clients) <= MAX_PANELS:
+        return list(clients)
+    chosen = [client for client in clients if client in flagged][:MAX_PANELS]
+    others, room = [client for client in clients if client not in chosen], MAX_PANELS - len(chosen)
+    evenly = {others[i * (len(others) - 1) // max(room - 1, 1)] for i in range(room)}
+    return [client for client in clients if client in chosen or client in evenly]
+
+
+def _thinned(at: Sequence[int], values: Sequence[float | None]) -> Line:
+    """At most ``MAX_POINTS`` points, each the mean of neighbouring steps; nan where none of them is known."""
+    size = -(-len(at) // MAX_POINTS)
+    parts = [slice(low, low + size) for low in range(0, len(at), size)]
+    known = [[value for value in values[part] if value is not None] for part in parts]
+    return [fmean(at[part]) for part in parts], [fmean(some) if some else float("nan") for some in known]
+
+
+def _usual_peak(values: Sequence[float]) -> float:
+    """The height that all but one value in fifty stay below."""
+    known = [value for value in values if value == value]
+    return quantiles(known, n=50, method="inclusive")[-1] if len(known) > 1 else max(known, default=0.0)
+
+
+def _colours(run: RunData) -> BoundaryNorm | None:
+    """Five steps from labels in equal shares to a single label; None where labels say nothing."""
+    labels = {label for client in run.setup.clients for label in client.label_counts} if run.setup else set()
+    if len(labels) < 2:
+        return None
+    least = 1 / len(labels)
+    return BoundaryNorm([least + (1 - least) * step / 5 for step in range(5)] + [1.0 + 1e-9], SKEW.N)
+
+
+def _scale(figure: Figure, grid: Sequence[Axes], norm: BoundaryNorm) -> None:
+    bar = figure.colorbar(ScalarMappable(norm, SKEW), ax=grid, location="top", pad=0.02, shrink=0.6, aspect=50)
+    bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda share, _: percent_text(share, digits=0)))
+    bar.set_label("rows with the client's commonest label", color=MUTED)
+    bar.outline.set_visible(False)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_TITLE else text[: MAX_TITLE - 1].rstrip() + "…"
