@@ -2,7 +2,7 @@
 
 The values after every step have the bits that the client had: it started from the round's state of the log and stepped
 along known directions by the scalars that it sent. Where it took several steps, the check that it sent with them proves
-it.
+it; where it took one, that the round's public scalars are the mean (or what the run takes for it) of those sent.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from fedzo.config.schema import RunConfig
 from fedzo.errors import ConfigError, ProtocolError, RunFolderError
+from fedzo.fl.aggregate import ClientResult, aggregate
 from fedzo.fl.config import directions_of
 from fedzo.fl.store import RunStore
 from fedzo.runs import read_config, rebuild
-from fedzo.zo.path import Drift, Scalars, local_step, probe_shares
+from fedzo.zo.path import Drift, RoundRecord, Scalars, local_step, probe_shares
 from fedzo.zo.seeds import step_keys
 from fedzo.zo.space import Space, Values
 
@@ -34,7 +36,7 @@ class ClientPath:
         checks: 32-bit check of theta after each step.
         g: Scalars, float32 [T_k, P].
         loss: Each probe's view of the loss before the step, float64 [T_k, P]; nan where dropped.
-        proved: Whether the client's own check was compared; a single step is taken by the server alone.
+        checked: Whether the client's own check was compared; a single step is taken by all together, by the public log.
     """
 
     client: int
@@ -43,7 +45,7 @@ class ClientPath:
     checks: tuple[int, ...]
     g: Scalars
     loss: np.ndarray
-    proved: bool
+    checked: bool
 
     def table(self) -> Iterator[str]:
         """Lines of text, one a step."""
@@ -53,10 +55,10 @@ class ClientPath:
             known = self.loss[t][np.isfinite(self.loss[t])]
             loss = f"{known.mean():10.6f}" if known.size else f"{'dropped':>10}"
             yield f"{t + 1:>5}  {check:08x}  {loss}  " + " ".join(f"{g:.6g}" for g in self.g[t])
-        if self.proved:
+        if self.checked:
             yield f"end: {self.checks[-1]:08x}, the check that the client sent"
         else:
-            yield "end: not compared, since a client leaves a round's only step to the log"
+            yield "end: the client left its only step to the log, whose scalars are made of these"
 
 
 def replay_client(run_dir: Path, *, client: int, round: int, out: Path | None = None) -> ClientPath:
@@ -78,6 +80,7 @@ def replay_client(run_dir: Path, *, client: int, round: int, out: Path | None = 
         raise ConfigError(f"--out must be a file in a folder that is there, got {str(out)!r}. Choose another.")
     with RunStore(run_dir) as store:
         line, entry = _find(store.audit, client=client, round=round)
+        record = store.records[round]
     g = np.asarray(entry["g"], np.float64).astype(np.float32)
     if len(g) != entry["steps"]:
         raise ProtocolError(
@@ -86,7 +89,9 @@ def replay_client(run_dir: Path, *, client: int, round: int, out: Path | None = 
         )
     replica = rebuild(run_dir, rounds=round).replica
     space, drift = replica.space, replica.drift(client)
-    proved = len(g) > 1
+    checked = len(g) > 1
+    if not checked:
+        check_sum(line, record, config, own_columns=replica.walks_clients)
     checks = []
     about = {"client": str(client), "round": str(round), "lr": repr(line["lr"])}
     with vector_file(out, steps=len(g), size=space.size, about=about) as write:
@@ -103,14 +108,49 @@ def replay_client(run_dir: Path, *, client: int, round: int, out: Path | None = 
         for _ in steps:
             checks.append(space.check())
             write(space)
-        if proved and checks[-1] != entry["end_check"]:
+        if checked and checks[-1] != entry["end_check"]:
             raise ProtocolError(
                 f"client {client}, round {round}: its local steps must lead to the check {entry['end_check']:08x} "
                 f"that it sent, but they lead to {checks[-1]:08x}. It did not step as it said, or the audit log is "
                 "not the run's."
             )
     loss = np.asarray(entry["loss"], np.float64)
-    return ClientPath(client, round, line["lr"], tuple(checks), g, loss, proved)
+    return ClientPath(client, round, line["lr"], tuple(checks), g, loss, checked)
+
+
+def check_sum(line: Mapping[str, Any], record: RoundRecord, config: RunConfig, *, own_columns: bool) -> None:
+    """Compare a round's public scalars with those that the audit log's make.
+
+    Raises:
+        ProtocolError: They differ, so one of the logs is not the run's.
+    """
+    results = {
+        entry["client"]: ClientResult(
+            g=np.asarray(entry["g"], np.float64).astype(np.float32),
+            loss=np.asarray(entry["loss"], np.float64).astype(np.float32),
+            dropped=np.asarray(entry["dropped"], bool),
+            num_examples=0,
+            end_check=entry["end_check"],
+        )
+        for entry in line["clients"]
+    }
+    made = aggregate(
+        results,
+        {entry["client"]: entry["weight"] for entry in line["clients"]},
+        round=record.round,
+        lr=record.lr,
+        steps=record.coefficients.shape[0],
+        probes=record.coefficients.shape[1],
+        directions=directions_of(config.fl),
+        own_columns=own_columns,
+        aggregation=config.strategy.aggregation,
+        trim_share=config.strategy.trim_share,
+    )
+    if record.lr != 0 and not np.array_equal(made.coefficients, record.coefficients):
+        raise ProtocolError(
+            f"round {record.round}: the clients' scalars of the audit log must make those of the public log, but do "
+            "not. One of the two is not the run's: restore it from a copy."
+        )
 
 
 def local_steps(

@@ -184,7 +184,7 @@ def test_the_command_writes_the_values_after_each_step(
 
     # T = 1: the step that the client left to the log, c z of its own scalar
     assert replay("--client", "0", "--round", "1", "--out", str(out)) == 0
-    assert "not compared" in capsys.readouterr().out.splitlines()[-1]
+    assert "left its only step to the log" in capsys.readouterr().out.splitlines()[-1]
     (written,) = load_file(out).values()
     start = rebuild(folder, rounds=1).replica.space.values()
     moved = np.float32(0.01) * np.float32(audit[1]["clients"][0]["g"][0][0])
@@ -234,6 +234,21 @@ def test_a_client_that_took_no_part_is_refused_before_the_model_is_loaded(
 
     with pytest.raises(ConfigError, match="Choose another client or round"):
         replay_client(folder, client=1, round=0)
+
+
+@pytest.mark.parametrize("strategy", ["mean", "median"])
+def test_a_changed_scalar_of_a_single_step_is_found_by_the_public_log(train: Any, lines: Lines, strategy: str) -> None:
+    weighted = ["strategy.weighting=size"] if strategy == "mean" else []
+    folder, _ = train(f"strategy={strategy}", *weighted, "fl.rounds=2", steps=[1])
+    replay_client(folder, client=1, round=1)
+    first, second = lines(folder, "audit.jsonl")
+    second["clients"][1]["g"][0][0] += 1000
+
+    (folder / "audit.jsonl").write_text(json.dumps(first) + "\n" + json.dumps(second) + "\n")
+
+    assert not replay_client(folder, client=1, round=0).checked
+    with pytest.raises(ProtocolError, match="round 1: the clients' scalars of the audit log must make those"):
+        replay_client(folder, client=1, round=1)
 
 
 def test_a_log_that_lacks_a_round_is_refused(train: Any, lines: Lines) -> None:

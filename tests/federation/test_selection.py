@@ -118,10 +118,10 @@ def test_a_clients_path_of_the_calibration_and_of_a_later_round_is_rebuilt_and_p
 
     first = replay_client(folder, client=3, round=0)
 
-    assert (len(first.g), first.proved, first.lr) == (8, True, pytest.approx(0.02))
+    assert (len(first.g), first.checked, first.lr) == (8, True, pytest.approx(0.02))
     for client, steps in steps_of(lines(folder, "audit.jsonl"))[2].items():
         path = replay_client(folder, client=client, round=2)
-        assert (len(path.g), path.proved) == (steps, steps > 1)
+        assert (len(path.g), path.checked) == (steps, steps > 1)
 
 
 def test_what_a_selection_costs_shows_by_class_and_by_client(run: Run, lines: Lines) -> None:
