@@ -91,7 +91,7 @@ def replay_client(run_dir: Path, *, client: int, round: int, out: Path | None = 
     space, drift = replica.space, replica.drift(client)
     checked = len(g) > 1
     if not checked:
-        check_sum(line, record, config, own_columns=replica.walks_clients)
+        _check_sum(line, record, config, own_columns=replica.walks_clients)
     checks = []
     about = {"client": str(client), "round": str(round), "lr": repr(line["lr"])}
     with vector_file(out, steps=len(g), size=space.size, about=about) as write:
@@ -118,7 +118,7 @@ def replay_client(run_dir: Path, *, client: int, round: int, out: Path | None = 
     return ClientPath(client, round, line["lr"], tuple(checks), g, loss, checked)
 
 
-def check_sum(line: Mapping[str, Any], record: RoundRecord, config: RunConfig, *, own_columns: bool) -> None:
+def _check_sum(line: Mapping[str, Any], record: RoundRecord, config: RunConfig, *, own_columns: bool) -> None:
     """Compare a round's public scalars with those that the audit log's make.
 
     Raises:
