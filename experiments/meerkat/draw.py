@@ -72,7 +72,7 @@ def _panels(
         axes.set_title(TASKS[task])
     if legend:
         handles, names = zip(*legend, strict=True)
-        figure.legend(handles, names, loc="outside upper left", ncols=7, fontsize=7)
+        figure.legend(handles, names, loc="outside upper left", ncols=7 if len(tasks) > 1 else 5, fontsize=7)
     return figure
 
 
