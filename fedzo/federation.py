@@ -99,6 +99,7 @@ class Federation:
         while server.round < config.fl.rounds:
             server.run_round()
             self._scores_due()
+        server.tell_selection()
         best = best_round(self._store, by=config.evaluation.best_by)
         server.replica.goto(best, self._store.records)
         self._score("test", rounds=best)

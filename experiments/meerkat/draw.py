@@ -87,10 +87,10 @@ def _accuracy(axes: Axes, results: Results, task: str) -> None:
     """Test accuracy against T: a dot a run, the mean with its 95 % interval over seeds."""
     for place, method in enumerate(METHODS):
         for at, budget in enumerate(BUDGETS):
-            rows = results.rows("T50" if budget == "T50" else "core", task, method, budget)
+            rows = results.grid(task, method, budget)
             _with_interval(axes, at + 0.14 * (place - 2), [row["after"]["value"] for row in rows], COLOURS[method])
     _before(axes, results, task)
-    budgets = [budget for budget in BUDGETS if budget != "T50" or results.rows("T50", task, "meerkat", budget)]
+    budgets = [budget for budget in BUDGETS if budget != "T50" or results.grid(task, "meerkat", budget)]
     axes.set_xticks(range(len(budgets)), [f"T = {BUDGETS[budget]}" for budget in budgets])
     axes.set_xlim(-0.5, len(budgets) - 0.5)
     axes.set_ylabel("test accuracy")
@@ -101,7 +101,7 @@ def _bytes(axes: Axes, results: Results, task: str) -> None:
     """Test accuracy against what a client sends and receives, both ways: filled as scalars, open as values."""
     for method in METHODS:
         for budget in ("T1", "T10"):
-            rows = results.rows("core", task, method, budget)
+            rows = results.grid(task, method, budget)
             if not rows:
                 continue
             row = rows[0]
@@ -132,12 +132,8 @@ def _bytes(axes: Axes, results: Results, task: str) -> None:
 
 def _selection(axes: Axes, results: Results, task: str) -> None:
     """VPCS beside no selection, as many stopped by lot, and the oracle; T = 10."""
-    vpcs = results.rows("selection", task, selection="vpcs")
-    nobody = {row["seed"] for row in vpcs if not row["flagged"]}  # stopping as many by lot is the plain run
-    plain = results.rows("core", task)
-    lot = [*results.rows("random_selection", task), *(row for row in plain if row["seed"] in nobody)]
-    oracle = results.rows("selection", task, selection="oracle")
-    ways = {"none": plain, "by lot": lot, "VPCS": vpcs, "oracle": oracle}
+    vpcs, oracle = (results.rows("selection", task, selection=name) for name in ("vpcs", "oracle"))
+    ways = {"none": results.grid(task), "by lot": results.by_lot(task), "VPCS": vpcs, "oracle": oracle}
     for at, rows in enumerate(ways.values()):
         _with_interval(axes, at - 0.12, [row["after"]["value"] for row in rows], BLUE)
         _with_interval(axes, at + 0.12, [row["federated"]["worst_client"] for row in rows if row["federated"]], ORANGE)
@@ -170,7 +166,7 @@ def _with_interval(axes: Axes, x: float, values: Sequence[float], colour: str) -
 
 
 def _before(axes: Axes, results: Results, task: str) -> None:
-    rows = results.rows("core", task, "meerkat", "T1") or results.rows("core", task, "full", "T1")
+    rows = results.grid(task, "meerkat", "T1") or results.grid(task, "full", "T1")
     for row in rows[:1]:
         axes.axhline(row["before"]["value"], color=INK, linewidth=0.8, linestyle=":")
         axes.annotate(

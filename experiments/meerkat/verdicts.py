@@ -44,6 +44,15 @@ class Results:
             and all(str(row["changed"].get(key, "")).endswith(value) for key, value in wanted.items())
         ]
 
+    def grid(self, task: str, method: str = "meerkat", budget: str = "T10") -> list[Row]:
+        """The runs of a method without changes."""
+        return self.rows("T50" if budget == "T50" else "core", task, method, budget)
+
+    def by_lot(self, task: str) -> list[Row]:
+        """For each run of VPCS one that stopped as many clients, by lot: the plain run where VPCS stopped nobody."""
+        nobody = {row["seed"] for row in self.rows("selection", task, selection="vpcs") if not row["flagged"]}
+        return [*self.rows("random_selection", task), *(row for row in self.grid(task) if row["seed"] in nobody)]
+
 
 def interval(values: Gains) -> tuple[float, float]:
     """Mean and half width of its 95 % interval by Student's t over seeds; nan for one seed."""
@@ -112,47 +121,43 @@ def _sizes(results: Results, task: str) -> Verdict:
 
 def _of_the_paper(results: Results, task: str) -> Iterable[Verdict]:
     find = results.rows
-    meerkat = {budget: tested(find("T50" if budget == "T50" else "core", task, budget=budget)) for budget in BUDGETS}
+    meerkat = {budget: tested(results.grid(task, budget=budget)) for budget in BUDGETS}
     for budget, steps in list(BUDGETS.items())[1:]:
         for method in ("full", "lora", "magnitude"):
-            theirs = tested(find("T50" if budget == "T50" else "core", task, method, budget))
+            theirs = tested(results.grid(task, method, budget))
             claim = f"T = {steps}: Meerkat is ahead of {METHODS[method]}"
             yield _line(claim, gains(meerkat[budget], theirs), ahead)
     claim = "T = 1: Meerkat is ahead of DeComFL (with all clients taking part it is Full-FedZO)"
-    yield _line(claim, gains(meerkat["T1"], tested(find("core", task, "full", "T1"))), ahead)
+    yield _line(claim, gains(meerkat["T1"], tested(results.grid(task, "full", "T1"))), ahead)
     claim = "T = 1: unlike clients do as well as clients with the same mix of labels"
     yield _line(claim, gains(meerkat["T1"], tested(find("iid", task, budget="T1"))), as_good)
     sparse = tested(find("masks", task, budget="T1", trainer__mask_path="c4-1e-4.safetensors"))
     yield _line("T = 1: a density of 1e-4 does as well as 1e-3", gains(sparse, meerkat["T1"]), as_good)
     vpcs = tested(find("selection", task, selection="vpcs"))
-    lot = tested(find("random_selection", task))
-    # where VPCS stopped nobody, stopping as many by lot is the plain run
-    nobody = {row["seed"] for row in find("selection", task, selection="vpcs") if not row["flagged"]}
-    lot |= {seed: value for seed, value in meerkat["T10"].items() if seed in nobody}
     feddyn = tested(find("servers", task, optimizer="feddyn"))
     for claim, theirs in (
         ("T = 10: VPCS (by our tests of |g|) is ahead of no selection", meerkat["T10"]),
-        ("T = 10: VPCS (by our tests of |g|) is ahead of stopping as many by lot", lot),
+        ("T = 10: VPCS (by our tests of |g|) is ahead of stopping as many by lot", tested(results.by_lot(task))),
         ("T = 10: VPCS (by our tests of |g|) is ahead of FedDyn on the mask", feddyn),
     ):
         yield _line(claim, gains(vpcs, theirs), ahead)
-    yield _decay(find("core", task))
+    yield _decay(results.grid(task))
 
 
 def _our_own(results: Results, task: str) -> Iterable[Verdict]:
     find = results.rows
-    meerkat = {budget: tested(find("core", task, budget=budget)) for budget in ("T1", "T10")}
+    meerkat = {budget: tested(results.grid(task, budget=budget)) for budget in ("T1", "T10")}
     for method in ("lora", "magnitude", "random"):
-        theirs = tested(find("core", task, method, "T1"))
+        theirs = tested(results.grid(task, method, "T1"))
         yield _line(f"ours, T = 1: Meerkat is ahead of {METHODS[method]}", gains(meerkat["T1"], theirs), ahead)
     on_c4 = tested(find("masks", task, budget="T1", trainer__mask_path="c4-60.safetensors"))
     for corpus, title in (("wikitext2", "WikiText"), (task, "the task's own rows")):
         other = tested(find("masks", task, budget="T1", trainer__mask_path=f"mask-{corpus}-60.safetensors"))
         yield _line(f"ours, T = 1: a mask of {title} does as well as one of C4", gains(other, on_c4), as_good)
-    theirs = tested(find("core", task, "random", "T10"))
+    theirs = tested(results.grid(task, "random", "T10"))
     yield _line("ours, T = 10: Meerkat is ahead of Random mask", gains(meerkat["T10"], theirs), ahead)
     for method, title in METHODS.items():
-        often, seldom = (tested(find("core", task, method, budget)) for budget in ("T1", "T10"))
+        often, seldom = (tested(results.grid(task, method, budget)) for budget in ("T1", "T10"))
         yield _line(f"ours: {title} is better off with T = 1 than with T = 10", gains(often, seldom), ahead)
 
 

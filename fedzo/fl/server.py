@@ -196,9 +196,12 @@ class Server:
                 round_seconds=time.monotonic() - started,
             )
         )
-        if plan.calibration and self.round == self.fl.rounds:
-            self._plan()  # no round comes that would tell what it found
         return record
+
+    def tell_selection(self) -> None:
+        """After the last round: tell what a calibration found that no round has followed; again after a kill."""
+        if self._told is None:
+            self._plan()
 
     def federated_scores(self, *, max_rows: int) -> Mapping[int, EvaluateReply]:
         """Every connected client's score of the present model on its own held-out rows."""

@@ -102,6 +102,12 @@ def test_after_the_calibration_a_run_is_at_its_base_weights(run: Run, lines: Lin
     assert any(row["flagged"] for row in told["clients"])
     resume_run(folder)
     assert decisions(lines(folder, "metrics.jsonl")) == [told]
+    whole = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)  # killed before it was told
+    kept = [line for line in whole if '"kind":"selection"' not in line and '"kind":"summary"' not in line]
+    assert len(kept) == len(whole) - 2
+    (folder / "metrics.jsonl").write_text("".join(kept))
+    resume_run(folder)
+    assert decisions(lines(folder, "metrics.jsonl")) == [told]
 
 
 def test_calibration_scalars_are_those_of_a_run_whose_first_round_has_as_many_steps(run: Run, lines: Lines) -> None:
