@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable
@@ -13,21 +12,18 @@ from typing import Any
 
 from fedzo.config.plugins import plugin_name
 from fedzo.config.schema import RunConfig
-from fedzo.data.example import Example
-from fedzo.errors import ProtocolError
 from fedzo.estimate import Estimate, estimate_run
 from fedzo.fl.config import StrategyConfig
 from fedzo.fl.roster import Roster
 from fedzo.fl.selection import check_selection, most_steps
 from fedzo.fl.server import Server, Sink
 from fedzo.fl.store import RunStore, best_round
-from fedzo.models.evaluate import Score, evaluate, merge_scores, metric_of
 from fedzo.report.sinks import ProgressSink, TensorBoardSink
+from fedzo.scores import Scores
 from fedzo.site import Site, process_site
 from fedzo.trainers import Workplace
 
 Record = dict[str, Any]
-log = logging.getLogger(__name__)
 
 
 class Sinks:
@@ -67,7 +63,6 @@ class Federation:
         self._site = site
         self._config = config
         self._store = store
-        self._encoded: dict[str, list[Example]] = {}
         started, before = time.monotonic(), max((line["seconds"] for line in store.metrics), default=0.0)
         self._elapsed: Callable[[], float] = lambda: before + time.monotonic() - started
         done = [line for line in store.metrics if line["kind"] == "round"]
@@ -83,26 +78,27 @@ class Federation:
         self._sinks = Sinks([store, *sinks])
         for sink in sinks:
             stack.callback(sink.close)
+        self._scores = Scores(site, store, self._sinks, self._progress, self._elapsed)
         self._server = self._make_server(grid)
 
     def run(self) -> None:
         """Scores before, rounds, scores after."""
-        config, server = self._config, self._server
+        config, server, scores = self._config, self._server, self._scores
         server.roster.wait(server.grid, timeout_s=config.strategy.startup_s)
         server.catch_up()
         self._write_setup()
         if server.round == 0:
-            self._score("test", rounds=0)
-            self._score("dev", rounds=0)
+            scores.take("test", rounds=0)
+            scores.take("dev", rounds=0)
         else:
-            self._scores_due()  # those that a killed run still owed
+            scores.take_due(server)  # those that a killed run still owed
         while server.round < config.fl.rounds:
             server.run_round()
-            self._scores_due()
+            scores.take_due(server)
         server.tell_selection()
         best = best_round(self._store, by=config.evaluation.best_by)
         server.replica.goto(best, self._store.records)
-        self._score("test", rounds=best)
+        scores.take("test", rounds=best)
         self._write_summary(best)
 
     # --- beginning
@@ -163,10 +159,7 @@ class Federation:
 
     def _estimate(self) -> Estimate:
         """Memory of a step and seconds of the whole run, if one process did all its forwards."""
-        config, site, evaluation = self._config, self._site, self._config.evaluation
-        central = (
-            [("dev", _times(evaluation.every_rounds, config.fl.rounds) + 1), ("test", 2)] if evaluation.central else []
-        )
+        config, site = self._config, self._site
         clients = config.strategy.clients_per_round or config.fl.num_clients
         plan = site.selection.plan([], {})
         first = sum(plan.steps.values()) if plan.calibration else config.fl.local_steps * clients
@@ -174,7 +167,7 @@ class Federation:
             site.loaded,
             self._server.replica.space,
             train=site.encode(site.splits.train[:256]),
-            scored=[(times, self._examples(split)) for split, times in central],
+            scored=self._scores.planned(),
             rows_per_step=config.fl.batch_size,
             steps=(config.fl.rounds - 1) * config.fl.local_steps * clients + first,
             forwards_per_step=site.estimator.forwards_per_step(config.estimator.num_probes),
@@ -182,67 +175,6 @@ class Federation:
             tokens_per_batch=site.worker.steps.tokens_per_batch,
             num_moments=len(self._server.replica.moments),
         )
-
-    # --- scores
-
-    def _examples(self, split: str) -> list[Example]:
-        if split not in self._encoded:
-            self._encoded[split] = self._site.encode(getattr(self._site.splits, split))
-        return self._encoded[split]
-
-    def _score(self, split: str, *, rounds: int) -> None:
-        """Score the replica, which must be at ``rounds``, unless that was done before the run was resumed."""
-        if not self._config.evaluation.central or self._find(split, rounds):
-            return
-        if not (examples := self._examples(split)):
-            return  # data.num_dev = 0, or data.num_test = 0
-        with self._progress.phase(f"scoring {split}", len(examples)) as advance:
-            score = evaluate(
-                self._site.loaded,
-                examples,
-                self._config.task,
-                tokens_per_batch=self._site.worker.steps.tokens_per_batch,
-                on_batch=advance,
-            )
-        head = {"kind": "score", "seconds": self._elapsed(), "split": split, "round": rounds}
-        self._sinks.write({**head, **score.to_record()})
-
-    def _scores_due(self) -> None:
-        done, total, evaluation = self._server.round, self._config.fl.rounds, self._config.evaluation
-        if _due(done, evaluation.every_rounds, total):
-            self._score("dev", rounds=done)
-        if evaluation.federated_every_rounds >= 0 and _due(done, evaluation.federated_every_rounds, total):
-            self._federated_score()
-
-    def _federated_score(self) -> None:
-        evaluation, metric = self._config.evaluation, metric_of(self._config.task.kind)
-        if any(
-            line["kind"] == "federated_score" and line["round"] == self._server.round for line in self._store.metrics
-        ):
-            return
-        replies = self._server.federated_scores(max_rows=evaluation.federated_max_rows)
-        scored: dict[int, Score] = {}
-        for client, reply in replies.items():
-            try:
-                score = Score.from_json(reply.score, metric=metric, most_examples=evaluation.federated_max_rows)
-            except ProtocolError as error:  # a bad reply never ends a run
-                log.warning("client %d was not scored: %s", client, error)
-                continue
-            if score is not None:
-                scored[client] = score
-        if not scored:
-            return
-        head = {"kind": "federated_score", "seconds": self._elapsed(), "round": self._server.round}
-        clients = [{"client": client, **scored[client].to_record()} for client in sorted(scored)]
-        worst = min(score.value for score in scored.values())
-        merged = merge_scores(list(scored.values())).to_record()
-        self._sinks.write({**head, **merged, "worst_client": worst, "clients": clients})
-
-    def _find(self, split: str, rounds: int) -> Record | None:
-        for line in self._store.metrics:
-            if line["kind"] == "score" and line["split"] == split and line["round"] == rounds:
-                return line
-        return None
 
     # --- end
 
@@ -260,23 +192,15 @@ class Federation:
                 "seconds": self._elapsed(),
                 "rounds": self._server.round,
                 "best_round": best,
-                "before": self._find("test", 0),
-                "after": self._find("test", best),
-                "worst_client": self._worst_client(),
+                "before": self._scores.find("test", 0),
+                "after": self._scores.find("test", best),
+                "worst_client": self._scores.worst_client(),
                 "selection": self._selection(),
                 "final_digest": self._store.rounds[-1]["digest"],
                 "dropped_probes": sum(line["dropped_probes"] for line in rounds),
                 **totals,
             }
         )
-
-    def _worst_client(self) -> Record | None:
-        """The client with the lowest score on its own held-out rows, when they were scored last."""
-        scored = [line for line in self._store.metrics if line["kind"] == "federated_score"]
-        if not scored:
-            return None
-        worst = min(scored[-1]["clients"], key=lambda entry: entry["value"])
-        return {name: worst[name] for name in ("client", "metric", "value")} | {"round": scored[-1]["round"]}
 
     def _selection(self) -> Record | None:
         """Whom the last decision flagged; None without a selection."""
@@ -291,11 +215,3 @@ def _strategy(config: RunConfig) -> StrategyConfig:
     """Where one process plays all clients one after another, how long that takes is not theirs: no deadline."""
     inline = plugin_name("runtime", config.runtime) == "inline"
     return replace(config.strategy, deadline_s=math.inf) if inline else config.strategy
-
-
-def _times(every: int, rounds: int) -> int:
-    return sum(_due(done, every, rounds) for done in range(1, rounds + 1))
-
-
-def _due(done: int, every: int, rounds: int) -> bool:
-    return done == rounds or (every > 0 and done % every == 0)

@@ -16,7 +16,6 @@ from fedzo.config.travel import config_hash, from_json, save_yaml, to_json
 from fedzo.environment import PACKAGES, default_threads, environment, package_version
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.fl.replica import Replica
-from fedzo.fl.server import check_line
 from fedzo.fl.store import PUBLIC, RunStore, best_round
 from fedzo.models.evaluate import evaluate
 from fedzo.models.generate import generate
@@ -119,7 +118,7 @@ def rebuild(run_dir: Path, *, rounds: int | None = None) -> Rebuilt:
         replica = site.worker.build(artifact)
         for done in range(wanted):
             replica.advance([store.records[done]])
-            check_line(replica, store.rounds[done])
+            replica.verify(store.rounds[done])
         return Rebuilt(site, replica, store.rounds[:wanted])
 
 
@@ -180,7 +179,7 @@ def _uncompiled(config: RunConfig) -> RunConfig:
 
 def make_mask(config: RunConfig, out: Path) -> dict[str, Any]:
     """Choose a mask as ``trainer=meerkat`` would and write it to a file."""
-    from fedzo.masks.mask import save_mask
+    from fedzo.masks.mask_file import save_mask
     from fedzo.trainers.config import MeerkatConfig
     from fedzo.trainers.meerkat import choose_mask
 

@@ -36,7 +36,7 @@ from fedzo.errors import ConfigError, FedzoError
 from fedzo.fl.aggregate import sample_clients
 from fedzo.fl.config import Aggregation, BestBy, Weighting
 from fedzo.fl.selection.config import NoSelectionConfig
-from fedzo.masks.mask import Mask
+from fedzo.masks.mask_file import decode_mask
 from fedzo.models.config import DType
 from fedzo.models.evaluate import evaluate
 from fedzo.site import Site, open_site
@@ -206,7 +206,7 @@ def open_space(config: RunConfig, folder: Path) -> tuple[Site, Space, Gradient]:
     model = site.loaded.model
     if isinstance(config.trainer, MeerkatConfig):
         named = dict(model.named_parameters())
-        slots = [(named[name], flat.to(site.loaded.device)) for name, flat in Mask.from_bytes(artifact).indices.items()]
+        slots = [(named[name], flat.to(site.loaded.device)) for name, flat in decode_mask(artifact).indices.items()]
     else:
         adapter = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
         slots = [(parameter, torch.arange(parameter.numel(), device=site.loaded.device)) for parameter in adapter]

@@ -25,7 +25,7 @@ _CLOSED: dict[str, dict[str, type]] = {
 
 def plugin_classes() -> dict[str, dict[str, type]]:
     """Per group whose options differ in class: option name -> config class, with installed third parties' plugins."""
-    from fedzo.data.partition import PARTITIONERS
+    from fedzo.data.partitioners import PARTITIONERS
     from fedzo.fl.selection import SELECTIONS
     from fedzo.trainers import TRAINERS
     from fedzo.zo.estimator import ESTIMATORS

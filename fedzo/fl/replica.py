@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -79,6 +80,27 @@ class Replica:
     def check(self) -> int:
         """A 32-bit check of theta and of what the rule remembers; that of theta alone where it remembers nothing."""
         return zlib.crc32(self.moments.data, self.space.check())
+
+    def proof(self, *, digest: bool) -> dict[str, Any]:
+        """What a line of the log says of the state after it; the SHA-256 of theta only where ``digest`` asks for it."""
+        return {
+            "chain": self.chain.hex(),
+            "check": self.check(),
+            "digest": self.space.digest() if digest else None,
+        }
+
+    def verify(self, line: Mapping[str, Any]) -> None:
+        """Compare the state with the proof in the line of the log that was applied last.
+
+        Raises:
+            ProtocolError: The log does not lead to the state that it claims.
+        """
+        for what, value in self.proof(digest=line["digest"] is not None).items():
+            if line[what] != value:
+                raise ProtocolError(
+                    f"log, round {line['round']}: {what} must be {line[what]}, but replaying gives {value}. "
+                    "The base model, the mask or the log is not the run's."
+                )
 
     @property
     def snapshot_bytes(self) -> int:

@@ -116,7 +116,7 @@ class Server:
         """After opening an old log: replay it, and prove the result by its last check."""
         self.replica.goto(self.round, self.store.records)
         if self.store.rounds:
-            check_line(self.replica, self.store.rounds[-1])
+            self.replica.verify(self.store.rounds[-1])
 
     def run_round(self) -> RoundRecord:
         """One round, from sampling to the committed record.
@@ -135,36 +135,15 @@ class Server:
             num_clients=self.fl.num_clients,
             clients_per_round=0 if plan.calibration else self.strategy.clients_per_round,
         )
-        traffic = Traffic()
-        lr = learning_rate(self.optimizer, round=number, rounds=self.fl.rounds)
-        if plan.calibration:
-            lr = float(np.float32(self.optimizer.lr))  # a warm-up would leave nothing to see
+        lr = self._lr(plan)
         bound = announced_bound(self.store.audit, factor=self.strategy.clip_factor, rounds=self.strategy.clip_rounds)
         requests = {
             client: TrainRequest(steps=plan.steps[client], used=self._used.get(client, 0), lr=lr, max_abs_g=bound)
             for client in sampled
         }
+        traffic = Traffic()
         replies, refused = self._followers.ask(requests, TrainReply, message_type="train", traffic=traffic)
-        results: dict[int, ClientResult] = {}
-        for client, reply in replies.items():
-            try:
-                results[client] = check_reply(
-                    reply,
-                    steps=requests[client].steps,
-                    probes=self.num_probes,
-                    max_abs_g=self.strategy.max_abs_g,
-                    announced=bound,
-                    signs=self.strategy.aggregation is Aggregation.majority_sign,
-                )
-            except ProtocolError as error:
-                refused[client] = str(error)
-                log.warning("round %d, client %d: reply refused: %s", number, client, error)
-        if len(results) < self.strategy.min_replies:
-            why = "; ".join(f"client {client}: {reason}" for client, reason in sorted(refused.items()))
-            raise FederationError(
-                f"round {number}: strategy.min_replies = {self.strategy.min_replies} usable replies are needed, got "
-                f"{len(results)} ({why}). The log is kept: mend the clients and `fedzo resume` the run."
-            )
+        results = self._usable(replies, requests, refused)
         record = aggregate(
             results,
             self._weights(),
@@ -177,7 +156,7 @@ class Server:
             aggregation=self.strategy.aggregation,
             trim_share=self.strategy.trim_share,
         )
-        self._warn_if_lost(number, results)
+        self._warn_if_lost(results)
         if plan.calibration:
             record = unmoved(record)
         down_bytes = self._down_bytes(record, results)
@@ -211,14 +190,46 @@ class Server:
             log.warning("client %d was not scored: %s", client, reason)
         return replies
 
-    def _warn_if_lost(self, number: int, results: Mapping[int, ClientResult]) -> None:
+    def _lr(self, plan: Plan) -> float:
+        """Of the coming round's steps; a warm-up would leave a calibration nothing to see."""
+        if plan.calibration:
+            return float(np.float32(self.optimizer.lr))
+        return learning_rate(self.optimizer, round=self.round, rounds=self.fl.rounds)
+
+    def _usable(
+        self, replies: Mapping[int, TrainReply], requests: Mapping[int, TrainRequest], refused: dict[int, str]
+    ) -> dict[int, ClientResult]:
+        """The replies as numbers; why one cannot be used is added to ``refused``."""
+        results: dict[int, ClientResult] = {}
+        for client, reply in replies.items():
+            try:
+                results[client] = check_reply(
+                    reply,
+                    steps=requests[client].steps,
+                    probes=self.num_probes,
+                    max_abs_g=self.strategy.max_abs_g,
+                    announced=requests[client].max_abs_g,
+                    signs=self.strategy.aggregation is Aggregation.majority_sign,
+                )
+            except ProtocolError as error:
+                refused[client] = str(error)
+                log.warning("round %d, client %d: reply refused: %s", self.round, client, error)
+        if len(results) < self.strategy.min_replies:
+            why = "; ".join(f"client {client}: {reason}" for client, reason in sorted(refused.items()))
+            raise FederationError(
+                f"round {self.round}: strategy.min_replies = {self.strategy.min_replies} usable replies are needed, "
+                f"got {len(results)} ({why}). The log is kept: mend the clients and `fedzo resume` the run."
+            )
+        return results
+
+    def _warn_if_lost(self, results: Mapping[int, ClientResult]) -> None:
         """A run that has diverged goes on without moving: say so in the first of such rounds."""
         lost = all(result.dropped.all() for result in results.values())
         if lost and not self._lost:
             log.warning(
                 "round %d: no client had a finite loss, so that nothing moves. The model has probably diverged: "
                 "lower trainer.lr, or bound the scalars with strategy.clip_factor, and start again.",
-                number,
+                self.round,
             )
         self._lost = lost
 
@@ -253,12 +264,7 @@ class Server:
         # written
         self.replica.advance([record])
         last = record.round + 1 == self.fl.rounds
-        proof = {
-            "attendance": sorted(results),
-            "chain": self.replica.chain.hex(),
-            "check": self.replica.check(),
-            "digest": self.replica.space.digest() if last or (record.round + 1) % self.fl.hash_every == 0 else None,
-        }
+        proof = self.replica.proof(digest=last or (record.round + 1) % self.fl.hash_every == 0)
         audit = audit_line(
             record,
             results,
@@ -268,7 +274,7 @@ class Server:
             weights=self._weights(),
             refused=refused,
         )
-        self.store.commit(record, proof=proof, audit=audit)
+        self.store.commit(record, proof={"attendance": sorted(results), **proof}, audit=audit)
         self._count_steps(audit)
 
     def _down_bytes(self, record: RoundRecord, clients: Collection[int]) -> int:
@@ -282,20 +288,3 @@ class Server:
         for entry in audit["clients"]:
             self._used[entry["client"]] = entry["used"] + entry["steps"]
             self._followed[entry["client"]] = audit["round"] + 1
-
-
-def check_line(replica: Replica, line: Mapping[str, Any]) -> None:
-    """Compare a replica with the proof in the log line that it has just applied.
-
-    Raises:
-        ProtocolError: The log does not lead to the state that it claims.
-    """
-    got = {"chain": replica.chain.hex(), "check": replica.check()}
-    if line["digest"] is not None:
-        got["digest"] = replica.space.digest()
-    for what, value in got.items():
-        if line[what] != value:
-            raise ProtocolError(
-                f"log, round {line['round']}: {what} must be {line[what]}, but replaying gives {value}. "
-                "The base model, the mask or the log is not the run's."
-            )

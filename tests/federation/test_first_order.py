@@ -35,7 +35,7 @@ def first_order() -> ModuleType:
 def test_its_loss_is_fedzo_s_and_its_gradient_is_torch_s_at_the_mask(
     first_order: ModuleType, overrides: Overrides, tmp_path: Path, loss: str
 ) -> None:
-    from fedzo.masks.mask import load_mask
+    from fedzo.masks.mask_file import load_mask
 
     config = load(overrides(f"task.loss={loss}"))
     site, space, gradient = first_order.open_space(config, tmp_path)

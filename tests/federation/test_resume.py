@@ -50,8 +50,8 @@ elif point == "in a probe":
 elif point == "after the log, before the metrics":
     die_before(server, "round_metrics", lambda record, *a, **kw: record.round == at_round)
 elif point == "before a dev score":
-    from fedzo import federation
-    die_before(federation, "evaluate", lambda *a, **kw: at_round == len(server_rounds()))
+    from fedzo import scores
+    die_before(scores, "evaluate", lambda *a, **kw: at_round == len(server_rounds()))
 
 def server_rounds():
     folder = [word.split("=", 1)[1] for word in sys.argv if word.startswith("hydra.run.dir=")] or [sys.argv[-1]]

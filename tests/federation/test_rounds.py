@@ -14,7 +14,7 @@ import torch
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
 from fedzo.fl.server import FederationError
-from fedzo.masks.mask import load_mask
+from fedzo.masks.mask_file import load_mask
 from fedzo.runs import rebuild, replay_run
 from fedzo.site import open_site
 from fedzo.zo.directions import direction, stream_key

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedzo.config.load import load
 from fedzo.errors import ConfigError, RunFolderError
-from fedzo.masks.mask import load_mask, save_mask
+from fedzo.masks.mask_file import load_mask, save_mask
 from fedzo.runs import doctor, evaluate_run, export_run, generate_run, make_mask, read_config, rebuild, start_run
 
 Run = Callable[..., Path]

@@ -30,7 +30,8 @@ from fedzo.data.config import (
     TaskConfig,
     TaskKind,
 )
-from fedzo.data.partition import PARTITIONERS, holdout, partition
+from fedzo.data.partition import holdout, partition
+from fedzo.data.partitioners import PARTITIONERS
 from fedzo.errors import ConfigError
 
 TASK = TaskConfig(name="mine", template="{text}", candidates=["a", "b", "c"])
