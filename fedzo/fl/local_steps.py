@@ -22,10 +22,11 @@ from fedzo.models.forwards import OnRows
 from fedzo.models.load import LoadedModel
 from fedzo.models.scoring import example_losses
 from fedzo.zo.estimator import Estimator, Losses, Projection, estimate_together
+from fedzo.zo.masked import MaskedSpace
 from fedzo.zo.own_weights import OwnWeights
 from fedzo.zo.path import Drift, Scalars, local_step, probe_shares
 from fedzo.zo.seeds import step_keys
-from fedzo.zo.space import MaskedSpace, MasterSpace, Space, Values
+from fedzo.zo.space import MasterSpace, Space, Values
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from fedzo.errors import RunFolderError
-from fedzo.report.records import FederatedScore, Record, Round, Score, Selection, Setup, Summary, parse_record
+from fedzo.report.parse import parse_record
+from fedzo.report.records import FederatedScore, Record, Round, Score, Selection, Setup, Summary
 
 METRICS_FILE = "metrics.jsonl"
 

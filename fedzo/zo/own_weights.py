@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from fedzo.zo.masked import MaskedSpace
 from fedzo.zo.perturb import reads_metadata_only
-from fedzo.zo.space import MaskedSpace, Space, Values
+from fedzo.zo.space import Space, Values
 
 Integers = npt.NDArray[np.intp]
 

@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedzo.testing.tiny_models import FAMILIES, tiny_model
+from fedzo.zo.full import FullSpace
+from fedzo.zo.masked import MaskedSpace
 from fedzo.zo.own_weights import OwnWeights
-from fedzo.zo.space import FullSpace, MaskedSpace
 
 IDS = torch.arange(36).reshape(3, 12) * 7 % 256
 SUPPORTED = {"llama", "opt", "qwen3", "gemma2"}

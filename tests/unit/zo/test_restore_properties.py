@@ -18,11 +18,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from fedzo.zo import directions, space
+from fedzo.zo import directions
+from fedzo.zo import full as full_space
 from fedzo.zo.config import Distribution
 from fedzo.zo.dense import DenseSpace
 from fedzo.zo.directions import add_direction, add_direction_rows, direction, direction_at
-from fedzo.zo.space import FullSpace, MaskedSpace, Space
+from fedzo.zo.full import FullSpace
+from fedzo.zo.masked import MaskedSpace
+from fedzo.zo.space import Space
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 LAWS = st.sampled_from(list(Distribution))
@@ -195,12 +198,12 @@ def test_a_masked_probe_moves_its_weights_by_one_product_one_sum_one_cast_and_no
 @contextmanager
 def small_pieces(size: int) -> Iterator[None]:
     """Widen and scale a few values at a time."""
-    kept = directions._CHUNK, space._CHUNK
-    directions._CHUNK = space._CHUNK = size
+    kept = directions._CHUNK, full_space._CHUNK
+    directions._CHUNK = full_space._CHUNK = size
     try:
         yield
     finally:
-        directions._CHUNK, space._CHUNK = kept
+        directions._CHUNK, full_space._CHUNK = kept
 
 
 @given(

@@ -16,8 +16,9 @@ from fedzo.testing.tiny_models import tiny_model
 from fedzo.zo.config import Baseline, FzooConfig, OneSidedConfig, TwoPointConfig
 from fedzo.zo.directions import direction
 from fedzo.zo.estimator import Estimator, Fzoo, OneSided, TwoPoint, estimate_together
+from fedzo.zo.full import FullSpace
+from fedzo.zo.masked import MaskedSpace
 from fedzo.zo.selection import Frozen, Record, Replay, build_estimator
-from fedzo.zo.space import FullSpace, MaskedSpace
 
 IDS = 32 + torch.arange(48).reshape(2, 24) * 7 % 224  # no padding token: its zero embedding is stiff
 KEYS = range(24)

@@ -15,7 +15,9 @@ from fedzo.errors import ConfigError
 from fedzo.testing.tiny_models import FAMILIES, tiny_model
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import direction
-from fedzo.zo.space import FullSpace, MaskedSpace, Space
+from fedzo.zo.full import FullSpace
+from fedzo.zo.masked import MaskedSpace
+from fedzo.zo.space import Space
 
 IDS = torch.arange(24).reshape(2, 12) * 7 % 256
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -301,7 +303,7 @@ def test_scaling_a_masked_16_bit_model_moves_the_float32_master() -> None:
 
 
 def test_scaling_goes_through_large_weights_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedzo.zo import space as module
+    from fedzo.zo import full as module
 
     monkeypatch.setattr(module, "_CHUNK", 7)
     layer = nn.Linear(6, 4, bias=False)
