@@ -146,7 +146,7 @@ def _check_sum(line: Mapping[str, Any], record: RoundRecord, config: RunConfig, 
         aggregation=config.strategy.aggregation,
         trim_share=config.strategy.trim_share,
     )
-    if record.lr != 0 and not np.array_equal(made.coefficients, record.coefficients):
+    if not np.array_equal(made.coefficients, record.coefficients):
         raise ProtocolError(
             f"round {record.round}: the clients' scalars of the audit log must make those of the public log, but do "
             "not. One of the two is not the run's: restore it from a copy."

@@ -12,6 +12,7 @@ from typing import Any
 
 from fedzo.config.plugins import plugin_name
 from fedzo.config.schema import RunConfig
+from fedzo.data.tasks import num_labels
 from fedzo.estimate import Estimate, estimate_run
 from fedzo.fl.config import StrategyConfig
 from fedzo.fl.roster import Roster
@@ -65,11 +66,10 @@ class Federation:
         self._store = store
         started, before = time.monotonic(), max((line["seconds"] for line in store.metrics), default=0.0)
         self._elapsed: Callable[[], float] = lambda: before + time.monotonic() - started
-        done = [line for line in store.metrics if line["kind"] == "round"]
         self._progress = ProgressSink(
             config.fl.rounds,
             completed=len(store.records),
-            sent_bytes=(sum(r["message_up_bytes"] for r in done), sum(r["message_down_bytes"] for r in done)),
+            sent_bytes=(_total(store, "message_up_bytes"), _total(store, "message_down_bytes")),
             enabled=config.report.progress,
         )
         sinks: list[Sink] = [self._progress]
@@ -84,7 +84,10 @@ class Federation:
     def run(self) -> None:
         """Scores before, rounds, scores after."""
         config, server, scores = self._config, self._server, self._scores
-        server.roster.wait(server.grid, timeout_s=config.strategy.startup_s)
+        if setup := self._setup():
+            server.roster.recall(setup["clients"])
+        fewest = config.strategy.min_replies if setup else None
+        server.roster.wait(server.grid, timeout_s=config.strategy.startup_s, fewest=fewest)
         server.catch_up()
         self._write_setup()
         if server.round == 0:
@@ -116,7 +119,11 @@ class Federation:
         replica.reset()
         return Server(
             grid=grid,
-            roster=Roster(num_clients=config.fl.num_clients, identity=site.worker.identity),
+            roster=Roster(
+                num_clients=config.fl.num_clients,
+                identity=site.worker.identity,
+                num_labels=num_labels(config.task),
+            ),
             replica=replica,
             store=self._store,
             artifact=prepared.artifact,
@@ -133,7 +140,7 @@ class Federation:
         )
 
     def _write_setup(self) -> None:
-        if any(line["kind"] == "setup" for line in self._store.metrics):
+        if self._setup():
             return
         server = self._server
         self._sinks.write(
@@ -156,6 +163,10 @@ class Federation:
                 ],
             }
         )
+
+    def _setup(self) -> Record | None:
+        """What was written before the first round, in a run that is resumed."""
+        return next((line for line in self._store.metrics if line["kind"] == "setup"), None)
 
     def _estimate(self) -> Estimate:
         """Memory of a step and seconds of the whole run, if one process did all its forwards."""
@@ -181,10 +192,15 @@ class Federation:
     def _write_summary(self, best: int) -> None:
         if any(line["kind"] == "summary" for line in self._store.metrics):
             return  # resumed after its end
-        rounds = [line for line in self._store.metrics if line["kind"] == "round"]
         totals = {
-            name: sum(line[name] for line in rounds)
-            for name in ("payload_up_bytes", "payload_down_bytes", "message_up_bytes", "message_down_bytes")
+            name: _total(self._store, name)
+            for name in (
+                "dropped_probes",
+                "payload_up_bytes",
+                "payload_down_bytes",
+                "message_up_bytes",
+                "message_down_bytes",
+            )
         }
         self._sinks.write(
             {
@@ -197,7 +213,6 @@ class Federation:
                 "worst_client": self._scores.worst_client(),
                 "selection": self._selection(),
                 "final_digest": self._store.rounds[-1]["digest"],
-                "dropped_probes": sum(line["dropped_probes"] for line in rounds),
                 **totals,
             }
         )
@@ -209,6 +224,11 @@ class Federation:
             return None
         flagged = [{"client": row["client"], "steps": row["steps"]} for row in told[-1]["clients"] if row["flagged"]]
         return {"flagged": flagged, "fallback": told[-1]["fallback"]}
+
+
+def _total(store: RunStore, name: str) -> int:
+    """Over the rounds, and over the scores of clients where these have such a number."""
+    return sum(line.get(name, 0) for line in store.metrics if line["kind"] in ("round", "federated_score"))
 
 
 def _strategy(config: RunConfig) -> StrategyConfig:

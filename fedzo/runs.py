@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedzo.config.schema import RunConfig
-from fedzo.config.travel import config_hash, from_json, save_yaml, to_json
+from fedzo.config.travel import config_hash, from_json, is_same_run, save_yaml, to_json
 from fedzo.environment import PACKAGES, default_threads, environment, package_version
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.fl.replica import Replica
@@ -60,7 +60,7 @@ def start_or_resume_run(config: RunConfig, run_dir: Path, *, overrides: list[str
     """
     if not (run_dir / PUBLIC).exists():
         return start_run(config, run_dir, overrides=overrides)
-    if config_hash(read_config(run_dir)) != config_hash(_with_absolute_paths(config)):
+    if not is_same_run(read_config(run_dir), _with_absolute_paths(config)):
         raise RunFolderError(
             f"run folder {run_dir}: it holds a run of other settings. Choose another with hydra.sweep.dir=..."
         )

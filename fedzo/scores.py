@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedzo.data.example import Example
+from fedzo.data.tasks import num_labels
 from fedzo.errors import ProtocolError
+from fedzo.fl.exchange import Traffic
 from fedzo.fl.server import Server, Sink
 from fedzo.fl.store import RunStore
 from fedzo.models.evaluate import Score, evaluate, merge_scores, metric_of
@@ -93,9 +95,15 @@ class Scores:
             return
         most = config.evaluation.federated_max_rows
         scored: dict[int, Score] = {}
-        for client, reply in sorted(server.federated_scores(max_rows=most).items()):
+        traffic = Traffic()
+        for client, reply in sorted(server.federated_scores(max_rows=most, traffic=traffic).items()):
             try:
-                score = Score.from_json(reply.score, metric=metric_of(config.task.kind), most_examples=most)
+                score = Score.from_json(
+                    reply.score,
+                    metric=metric_of(config.task.kind),
+                    most_examples=most,
+                    num_labels=num_labels(config.task),
+                )
             except ProtocolError as error:  # a bad reply never ends a run
                 log.warning("client %d was not scored: %s", client, error)
                 continue
@@ -107,7 +115,8 @@ class Scores:
         clients = [{"client": client, **score.to_record()} for client, score in scored.items()]
         worst = min(score.value for score in scored.values())
         merged = merge_scores(list(scored.values())).to_record()
-        self.sink.write({**head, **merged, "worst_client": worst, "clients": clients})
+        sent = {"message_up_bytes": traffic.up_bytes, "message_down_bytes": traffic.down_bytes}
+        self.sink.write({**head, **merged, **sent, "worst_client": worst, "clients": clients})
 
     def _examples(self, split: str) -> list[Example]:
         if split not in self._encoded:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import types
+from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -35,6 +36,8 @@ SITE_LOCAL = (
     "trainer.calibration_path",
 )
 """Keys that may differ between the peers of a run; the contents behind the paths have digests of their own."""
+MACHINE = ("device", "threads", "runtime", "report")
+"""Keys of where a run is computed and how it is told of."""
 
 
 def to_json(config: RunConfig) -> str:
@@ -88,17 +91,26 @@ def config_hash(config: RunConfig) -> str:
     Of ``model.name`` only the last component counts, so that a site may hold the model in a folder; the weights have
     a digest of their own.
     """
-    plain = _to_plain(config)
-    for key in SITE_LOCAL:
+    plain = _without(_to_plain(config), SITE_LOCAL)
+    name = plain["model"]["name"].replace("\\", "/").rstrip("/")
+    plain["model"]["name"] = name.rpartition("/")[2]
+    canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def is_same_run(one: RunConfig, other: RunConfig) -> bool:
+    """Whether two configs mean the same run at one site: files, dtype and all, wherever it is computed and reported."""
+    return _without(_to_plain(one), MACHINE) == _without(_to_plain(other), MACHINE)
+
+
+def _without(plain: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    for key in keys:
         *sections, leaf = key.split(".")
         node = plain
         for section in sections:
             node = node[section]
         node.pop(leaf, None)
-    name = plain["model"]["name"].replace("\\", "/").rstrip("/")
-    plain["model"]["name"] = name.rpartition("/")[2]
-    canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    return plain
 
 
 def _to_plain(config: RunConfig) -> dict[str, Any]:

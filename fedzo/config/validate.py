@@ -217,6 +217,9 @@ def _strategy(config: RunConfig) -> Iterator[Problem]:
     if not 1 <= strategy.min_replies <= max(sampled, 1):
         rule = f"be between 1 and the clients of a round ({sampled})"
         yield problem("strategy.min_replies", rule, strategy.min_replies, "Lower it, or sample more clients.")
+    if strategy.size_cap != 0 and not (math.isfinite(strategy.size_cap) and strategy.size_cap >= 1):
+        remedy = "Below 1 most clients would be cut to one size: strategy.weighting=uniform says so."
+        yield problem("strategy.size_cap", "be 0 (no cap) or >= 1 and finite", strategy.size_cap, remedy)
     yield from positive("strategy.deadline_s", strategy.deadline_s, "It counts seconds.")
     yield from positive("strategy.startup_s", strategy.startup_s, "It counts seconds.")
     yield from positive("strategy.max_abs_g", strategy.max_abs_g, "Choose a large number to refuse nothing.")

@@ -57,6 +57,11 @@ def render(row: Row, task: TaskConfig) -> Rendered:
     return rendered
 
 
+def num_labels(task: TaskConfig) -> int:
+    """Labels that rows of the task may have; 0 where answers are written."""
+    return len(task.candidates) if task.kind is TaskKind.candidates else 0
+
+
 def label_index(row: Row, task: TaskConfig) -> int:
     """Which candidate is right: an index (int, bool, numeric text), or a value of ``task.labels`` if there are any.
 

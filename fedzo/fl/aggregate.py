@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -45,6 +45,7 @@ def check_reply(
     max_abs_g: float,
     announced: float = NO_BOUND,
     signs: bool = False,
+    all_may_drop: bool = True,
 ) -> ClientResult:
     """The reply as numbers, or ``ProtocolError`` saying why it cannot be used.
 
@@ -55,6 +56,7 @@ def check_reply(
         max_abs_g: ``strategy.max_abs_g``.
         announced: The request's own ``max_abs_g``, to which the client had to clip.
         signs: Whether ``g`` holds a bit a probe. A dropped one counts as 0 then, whatever its bit.
+        all_may_drop: Whether a reply without any finite loss counts as one of zeros.
     """
     shape = (steps, probes)
     g = (signs_from_bytes if signs else scalars_from_bytes)(reply.g, shape=shape, what="g")
@@ -70,6 +72,8 @@ def check_reply(
         raise ProtocolError(f"|g| must be at most strategy.max_abs_g = {max_abs_g:g}, got {worst:g}")
     if announced != NO_BOUND and worst > announced:
         raise ProtocolError(f"|g| must be at most the announced bound {announced:g}, got {worst:g}")
+    if dropped.all() and not all_may_drop:
+        raise ProtocolError("no probe had a finite loss, and the update rule would remember that as a measurement")
     if (g[dropped] != 0).any():
         raise ProtocolError("a dropped probe must carry g = 0")
     return ClientResult(
@@ -138,7 +142,7 @@ def aggregate(
         case Aggregation.median:
             c = _of_takers(g, results, lambda part: np.median(part, axis=1))
         case Aggregation.trimmed_mean:
-            c = _of_takers(g, results, partial(_trimmed_mean, share=trim_share))
+            c = _of_takers(g, results, partial(_trimmed_mean, cut=num_trimmed(trim_share, len(clients))))
         case Aggregation.majority_sign:
             c = np.sign(np.sign(g).sum(axis=2)) / probes  # a tie moves nothing
     return RoundRecord(round=round, lr=lr, owners=(SHARED,), coefficients=c.astype(np.float32)[:, :, None])
@@ -153,9 +157,10 @@ def _of_takers(
     return np.stack([middle(g[step][:, who]) * len(who) / len(taken) for step, who in enumerate(takers)])
 
 
-def _trimmed_mean(part: np.ndarray, *, share: float) -> np.ndarray:
+def _trimmed_mean(part: np.ndarray, *, cut: int) -> np.ndarray:
+    """As many are cut off as of a whole round, where fewer took the step: those who lie need not stop early."""
     number = part.shape[1]
-    cut = num_trimmed(share, number)
+    cut = min(cut, (number - 1) // 2)
     return np.asarray(np.sort(part, axis=1)[:, cut : number - cut].mean(axis=1))
 
 
@@ -177,9 +182,10 @@ def unmoved(record: RoundRecord) -> RoundRecord:
     return replace(record, lr=0.0, coefficients=np.zeros_like(record.coefficients))
 
 
-def sample_clients(*, run_seed: int, round: int, num_clients: int, clients_per_round: int) -> list[int]:
-    """The clients of a round, ascending; all of them when ``clients_per_round`` is 0."""
-    if clients_per_round in (0, num_clients):
-        return list(range(num_clients))
-    order = permutation(stream_key(run_seed, round=round), num_clients, purpose=PURPOSE_SAMPLING)
-    return sorted(order[:clients_per_round].tolist())
+def sampling_order(*, run_seed: int, round: int, num_clients: int, connected: Container[int]) -> list[int]:
+    """All clients in the order in which a round that needs only some takes them; those that are connected come first.
+
+    While all are connected it is a function of run seed and round alone.
+    """
+    order: list[int] = permutation(stream_key(run_seed, round=round), num_clients, purpose=PURPOSE_SAMPLING).tolist()
+    return sorted(order, key=lambda client: client not in connected)

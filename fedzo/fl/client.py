@@ -103,6 +103,8 @@ class ClientWorker:
     def build(self, artifact: bytes) -> Replica:
         """The replica for this artifact; built once a process."""
         if self._replica is None or self.space_id != space_id(artifact):
+            if self._replica is not None:
+                self._replica.reset()  # another space starts from the base weights, too
             self._replica, self.space_id = self._build(artifact), space_id(artifact)
         return self._replica
 

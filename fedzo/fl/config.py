@@ -21,12 +21,12 @@ class Seeds(StrEnum):
 
 
 class Transport(StrEnum):
-    """How an absent client catches up."""
+    """What brings a client from the end of its last round to that of the next."""
 
     scalars = "scalars"
-    """It replays the log it missed."""
+    """The log in between, which it replays."""
     values = "values"
-    """It receives the trained values (float32) themselves."""
+    """The trained values themselves, float32: every client in every round."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -57,7 +57,7 @@ class Weighting(StrEnum):
 
     uniform = "uniform"
     size = "size"
-    """By the number of training rows declared at registration."""
+    """By the number of training rows declared at registration, within ``strategy.size_cap``."""
 
 
 class Aggregation(StrEnum):
@@ -66,7 +66,7 @@ class Aggregation(StrEnum):
     mean = "mean"
     """Weighted by ``strategy.weighting``."""
     median = "median"
-    """Unweighted; fewer than half of the clients cannot move it beyond what the others sent."""
+    """Unweighted; fewer than half of the clients that took a step cannot move it beyond what the others sent."""
     trimmed_mean = "trimmed_mean"
     """Unweighted mean without the ``strategy.trim_share`` largest and smallest."""
     majority_sign = "majority_sign"
@@ -78,15 +78,17 @@ class StrategyConfig:
     """How the server runs a round."""
 
     weighting: Weighting = Weighting.uniform
+    size_cap: float = 10.0
+    """A client's rows count at most so many times the median of all clients' rows, whatever it declares; 0 = no cap."""
     aggregation: Aggregation = Aggregation.mean
     trim_share: float = 0.2
-    """Share of the clients that the trimmed mean cuts off at each end, rounded down to whole clients; at least one."""
+    """Share of the round's clients that the trimmed mean cuts off at each end, rounded down; at least one client."""
     clients_per_round: int = 0
-    """Clients sampled a round, 0 = all."""
+    """Clients sampled a round, 0 = all; those that are not connected give their place to others."""
     min_replies: int = 1
-    """Fewest good replies for a round to count; fewer end the run with an error."""
+    """Fewest good replies for a round to count; with fewer, clients that were not sampled are asked too."""
     deadline_s: float = 600.0
-    """A round closes with the replies that came by then; never with ``runtime=inline``, where clients take turns."""
+    """Clients that are asked answer within this time; without end with ``runtime=inline``, where they take turns."""
     startup_s: float = 300.0
     """How long the server waits for ``fl.num_clients`` clients to register."""
     max_abs_g: float = 1e6

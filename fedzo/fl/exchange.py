@@ -17,6 +17,7 @@ from fedzo.fl.wire import decode, encode, message_bytes
 log = logging.getLogger(__name__)
 R = TypeVar("R")
 POLL_S = 0.05
+LONGEST_REASON = 400  # characters
 
 
 class Grid(Protocol):
@@ -74,17 +75,24 @@ def ask(
         traffic.down_bytes += message_bytes(content)
         messages.append(Message(content, dst_node_id=nodes[client], message_type=message_type))
         clients.append(client)
-    pending = dict(zip(map(str, grid.push_messages(messages)), clients, strict=True)) if messages else {}  # type: ignore[call-overload]
+    pending: dict[str, int] = {}
+    for name, client in zip(grid.push_messages(messages) if messages else (), clients, strict=True):  # type: ignore[call-overload]
+        if name:
+            pending[str(name)] = client
+        else:  # Flower gives no name to a message that it cannot deliver
+            answers.refused[client] = "not connected"
     ends = time.monotonic() + deadline_s
     while pending and time.monotonic() < ends:
         got = list(grid.pull_messages(list(pending)))  # type: ignore[call-overload]
         for message in got:
+            if message.metadata.reply_to_message_id not in pending:
+                continue  # nobody was asked for it
             client = pending.pop(message.metadata.reply_to_message_id)
             try:
                 answers.replies[client] = _read(message, reply_type, traffic)
             except ProtocolError as error:
-                answers.refused[client] = str(error)
-                log.warning("client %d: reply refused: %s", client, error)
+                answers.refused[client] = why = _shortened(str(error))
+                log.warning("client %d: reply refused: %s", client, why)
         if not got:
             time.sleep(POLL_S)
     for client in pending.values():
@@ -99,5 +107,11 @@ def _read(message: Message, reply_type: type[R], traffic: Traffic) -> R:
         own_words = re.fullmatch(r"<class '[^']*'>:<'(.*)'>", reason, re.DOTALL)  # Flower's form of an exception
         raise ProtocolError(f"client failed: {own_words[1] if own_words else reason}")
     content: RecordDict = message.content
+    reply = decode(reply_type, content)
     traffic.up_bytes += message_bytes(content)
-    return decode(reply_type, content)
+    return reply
+
+
+def _shortened(text: str) -> str:
+    """A client's own words may be long, and go into every log."""
+    return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 3] + "..."

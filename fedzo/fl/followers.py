@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import TypedDict, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, TypedDict, TypeVar
 
 from fedzo.fl.client import space_id
 from fedzo.fl.config import FlConfig, Transport
@@ -68,11 +68,11 @@ class Followers:
         replies: dict[int, Reply] = {}
         refused: dict[int, str] = {}
         remedies: dict[int, Remedy] = {client: {} for client in requests}
-        ends = time.monotonic() + self.deadline_s
+        state, ends = self._state(), time.monotonic() + self.deadline_s
         for _ in range(ATTEMPTS):
             answers = ask(
                 self.grid,
-                {client: self._fill(requests[client], client, **remedy) for client, remedy in remedies.items()},
+                {client: self._fill(requests[client], client, state, **remedy) for client, remedy in remedies.items()},
                 nodes=self.roster.nodes,
                 message_type=message_type,
                 reply_type=reply_type,
@@ -119,28 +119,35 @@ class Followers:
         self,
         request: Request,
         client: int,
+        state: Mapping[str, Any],
         *,
         artifact: bool = False,
         from_round: int | None = None,
         values: bool = False,
     ) -> Request:
-        """Add to a request how the client gets to the present state."""
+        """Add to a request what state its client must reach, and how it gets there."""
         number = self._round
         values = values or (self.fl.transport is Transport.values and number > 0)
         start = self._acked.get(client, 0) if from_round is None else from_round
-        sync = Sync(
-            config_hash=self.roster.identity.config_hash,
-            space_id=space_id(self.artifact),
+        return replace(
+            request,
+            **state,
             artifact=self.artifact if artifact or client not in self._equipped else b"",
-            round=number,
             from_round=number if values else start,
             log=b"" if values else pack(self.store.records[start:]),
             values=self.replica.snapshot() if values else b"",
-            chain=self.replica.chain.hex(),
-            check=self.replica.check(),
-            digest=self._digest() if number % self.fl.hash_every == 0 else "",
         )
-        return replace(request, **{each.name: getattr(sync, each.name) for each in fields(Sync)})
+
+    def _state(self) -> dict[str, Any]:
+        """What every request of the round says of the state that it is about."""
+        return {
+            "config_hash": self.roster.identity.config_hash,
+            "space_id": space_id(self.artifact),
+            "round": self._round,
+            "chain": self.replica.chain.hex(),
+            "check": self.replica.check(),
+            "digest": self._digest() if self._round % self.fl.hash_every == 0 else "",
+        }
 
     def _digest(self) -> str:
         if self._round not in self._digests:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from fedzo.errors import ProtocolError
 from fedzo.fl.client import Identity
@@ -13,7 +15,8 @@ from fedzo.fl.exchange import Grid, Traffic, ask
 from fedzo.fl.wire import PROTOCOL, Hello, HelloReply
 
 log = logging.getLogger(__name__)
-RETRY_S = 10.0  # after which a node that could not register is asked again
+RETRY_S = 10.0  # after which a node that could not register is asked again, at the soonest
+REST = 10  # times as long as it was waited for
 
 
 @dataclass(slots=True)
@@ -23,35 +26,55 @@ class Roster:
     Attributes:
         nodes: Flower node id of each client that is connected.
         hellos: Registration of each client, also of those that left.
-        traffic: Bytes of registration, apart from the rounds.
+        num_labels: Labels of the task; 0 where it has none.
     """
 
     num_clients: int
     identity: Identity
+    num_labels: int = 0
     nodes: dict[int, int] = field(default_factory=dict)
     hellos: dict[int, HelloReply] = field(default_factory=dict)
-    traffic: Traffic = field(default_factory=Traffic)
     _rejected: set[int] = field(default_factory=set)
     _failed: dict[int, tuple[float, str]] = field(default_factory=dict)
 
-    def wait(self, grid: Grid, *, timeout_s: float) -> None:
+    def recall(self, clients: Sequence[Mapping[str, Any]]) -> None:
+        """Take the registrations of a run that is resumed from its record: they hold to its end."""
+        for row in clients:
+            self.hellos[row["client"]] = HelloReply(
+                client=row["client"],
+                num_train=row["num_train"],
+                num_heldout=row["num_heldout"],
+                label_counts=json.dumps(row["label_counts"]),
+            )
+
+    def wait(self, grid: Grid, *, timeout_s: float, fewest: int | None = None) -> None:
         """Register until all clients are here.
 
+        Args:
+            grid: Flower's grid.
+            timeout_s: How long.
+            fewest: Of a run that has begun: with so many it goes on when time is up, and a node that does not belong to
+                it is not let in. A run begins with all its clients and no other node.
+
         Raises:
-            ProtocolError: A client does not mean the same run, or some are missing when time is up.
+            ProtocolError: A client does not mean the same run, or too many are missing when time is up.
         """
         ends = time.monotonic() + timeout_s
         while len(self.nodes) < self.num_clients:
-            self._register(grid, timeout_s=max(1.0, ends - time.monotonic()), strict=True)
-            if len(self.nodes) < self.num_clients:
-                if time.monotonic() > ends:
-                    missing = sorted(set(range(self.num_clients)) - set(self.nodes))
-                    reasons = "; ".join(sorted({reason for _, reason in self._failed.values()}))
-                    raise ProtocolError(
-                        f"strategy.startup_s: {self.num_clients} clients must register within {timeout_s:g} s, "
-                        f"but clients {missing} did not{f' ({reasons})' if reasons else ''}. "
-                        "Start them, raise strategy.startup_s, or lower fl.num_clients."
-                    )
+            self._register(grid, timeout_s=max(1.0, ends - time.monotonic()), strict=fewest is None)
+            missing = sorted(set(range(self.num_clients)) - set(self.nodes))
+            if missing and time.monotonic() > ends:
+                reasons = "; ".join(sorted({reason for _, reason in self._failed.values()}))
+                who = f"clients {missing} did not{f' ({reasons})' if reasons else ''}"
+                if fewest is not None and len(self.nodes) >= fewest:
+                    log.warning("the run goes on although %s register within %g s", who, timeout_s)
+                    return
+                lower = ", raise strategy.startup_s, or lower fl.num_clients" if fewest is None else ""
+                raise ProtocolError(
+                    f"strategy.startup_s: {self.num_clients} clients must register within {timeout_s:g} s, but {who}. "
+                    f"Start them{lower}."
+                )
+            if missing:
                 time.sleep(0.1)
 
     def refresh(self, grid: Grid, *, timeout_s: float) -> list[int]:
@@ -62,6 +85,7 @@ class Roster:
         """
         present = _node_ids(grid)
         self.nodes = {client: node for client, node in self.nodes.items() if node in present}
+        self._rejected &= present  # one that went away may come back mended
         return self._register(grid, timeout_s=timeout_s, strict=False)
 
     def label_counts(self, client: int) -> dict[str, int]:
@@ -70,7 +94,7 @@ class Roster:
 
     def _register(self, grid: Grid, *, timeout_s: float, strict: bool) -> list[int]:
         began = time.monotonic()
-        resting = {node for node, (since, _) in self._failed.items() if began - since < RETRY_S}
+        resting = {node for node, (until, _) in self._failed.items() if began < until}
         new = sorted(_node_ids(grid) - set(self.nodes.values()) - self._rejected - resting)
         # before a node has said who it is, its node id stands in for its index
         answers = ask(
@@ -80,7 +104,7 @@ class Roster:
             message_type="query.hello",
             reply_type=HelloReply,
             deadline_s=timeout_s,
-            traffic=self.traffic,
+            traffic=Traffic(),
         )
         joined = []
         for node, reply in sorted(answers.replies.items(), key=lambda item: item[1].client):
@@ -98,8 +122,9 @@ class Roster:
             self.nodes[reply.client] = node
             self._failed.pop(node, None)
             joined.append(reply.client)
+        now = time.monotonic()
         for node, reason in answers.refused.items():
-            self._failed[node] = (time.monotonic(), reason)
+            self._failed[node] = (now + max(RETRY_S, REST * (now - began)), reason)
             log.warning("node %d did not register: %s", node, reason)
         return joined
 
@@ -125,13 +150,19 @@ class Roster:
         if reply.num_train < 1:
             return f"client {reply.client}: it must have at least one training row, got {reply.num_train}."
         try:
-            _label_counts(reply.label_counts)
+            counts = _label_counts(reply.label_counts)
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
             return (
                 f"client {reply.client}: label_counts must be a JSON object of counts, got {reply.label_counts!r:.80}."
             )
+        labels = {str(label) for label in range(self.num_labels)}
+        if not labels.issuperset(counts) or sum(counts.values()) != (reply.num_train if labels else 0):
+            return (
+                f"client {reply.client}: label_counts must count its {reply.num_train} training rows by label (0 to "
+                f"{self.num_labels - 1}), or be empty where the task has none, got {reply.label_counts!r:.80}."
+            )
         first = self.hellos.get(reply.client, reply)
-        if (reply.num_train, reply.label_counts) != (first.num_train, first.label_counts):
+        if (reply.num_train, counts) != (first.num_train, _label_counts(first.label_counts)):
             return (
                 f"client {reply.client}: it must hold the rows that it registered with ({first.num_train} to train), "
                 f"got {reply.num_train}. Its weight and its place in its data go by them."

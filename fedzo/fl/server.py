@@ -15,16 +15,18 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from fedzo.errors import FedzoError, ProtocolError
-from fedzo.fl.aggregate import ClientResult, aggregate, check_reply, sample_clients, unmoved
+from fedzo.fl.aggregate import ClientResult, aggregate, check_reply, sampling_order, unmoved
 from fedzo.fl.clip import announced_bound
 from fedzo.fl.config import Aggregation, FlConfig, StrategyConfig, Transport, Weighting, directions_of
 from fedzo.fl.exchange import Grid, Traffic
@@ -129,24 +131,15 @@ class Server:
         for client in self.roster.refresh(self.grid, timeout_s=min(REGISTER_S, self.strategy.deadline_s)):
             self._followers.forget(client)
         plan = self._plan()
-        sampled = sample_clients(
-            run_seed=self.run_seed,
-            round=number,
-            num_clients=self.fl.num_clients,
-            clients_per_round=0 if plan.calibration else self.strategy.clients_per_round,
-        )
-        lr = self._lr(plan)
+        lr = learning_rate(self.optimizer, round=number, rounds=self.fl.rounds)
+        if plan.calibration:
+            lr = float(np.float32(self.optimizer.lr))  # a warm-up would leave nothing to see
         bound = announced_bound(self.store.audit, factor=self.strategy.clip_factor, rounds=self.strategy.clip_rounds)
-        requests = {
-            client: TrainRequest(steps=plan.steps[client], used=self._used.get(client, 0), lr=lr, max_abs_g=bound)
-            for client in sampled
-        }
         traffic = Traffic()
-        replies, refused = self._followers.ask(requests, TrainReply, message_type="train", traffic=traffic)
-        results = self._usable(replies, requests, refused)
+        results, refused = self._ask(plan, lr=lr, bound=bound, traffic=traffic)
         record = aggregate(
             results,
-            self._weights(),
+            self._weights,
             round=number,
             lr=lr,
             steps=max(len(result.g) for result in results.values()),
@@ -159,22 +152,31 @@ class Server:
         self._warn_if_lost(results)
         if plan.calibration:
             record = unmoved(record)
-        down_bytes = self._down_bytes(record, results)
-        self._commit(record, results, refused, lr=lr)
+        audit = audit_line(
+            record,
+            results,
+            lr=lr,
+            xi=self._signals.products(record),
+            used=self._used,
+            weights=self._weights,
+            refused=refused,
+        )
+        # before the log, which alone makes a round count: what is told of a round that a kill prevents is dropped
         self.sink.write(
             round_metrics(
                 record,
                 results,
                 calibration=plan.calibration,
-                signals=self._signals.of_round(record, results, self.store.audit[-1]),
+                signals=self._signals.of_round(record, results, audit),
                 refused=refused,
                 traffic=traffic,
-                down_bytes=down_bytes,
+                down_bytes=self._down_bytes(record, results),
                 bound=bound,
                 seconds=self.elapsed(),
                 round_seconds=time.monotonic() - started,
             )
         )
+        self._commit(record, audit)
         return record
 
     def tell_selection(self) -> None:
@@ -182,19 +184,49 @@ class Server:
         if self._told is None:
             self._plan()
 
-    def federated_scores(self, *, max_rows: int) -> Mapping[int, EvaluateReply]:
-        """Every connected client's score of the present model on its own held-out rows."""
+    def federated_scores(self, *, max_rows: int, traffic: Traffic) -> Mapping[int, EvaluateReply]:
+        """Every connected client's score of the present model on its own held-out rows; bytes go to ``traffic``."""
         requests = {client: EvaluateRequest(max_rows=max_rows) for client in sorted(self.roster.nodes)}
-        replies, refused = self._followers.ask(requests, EvaluateReply, message_type="evaluate", traffic=Traffic())
+        replies, refused = self._followers.ask(requests, EvaluateReply, message_type="evaluate", traffic=traffic)
         for client, reason in refused.items():
             log.warning("client %d was not scored: %s", client, reason)
         return replies
 
-    def _lr(self, plan: Plan) -> float:
-        """Of the coming round's steps; a warm-up would leave a calibration nothing to see."""
-        if plan.calibration:
-            return float(np.float32(self.optimizer.lr))
-        return learning_rate(self.optimizer, round=self.round, rounds=self.fl.rounds)
+    def _ask(
+        self, plan: Plan, *, lr: float, bound: float, traffic: Traffic
+    ) -> tuple[dict[int, ClientResult], dict[int, str]]:
+        """The usable replies of the round's clients, and why others have none.
+
+        Where too few are usable, the next of the sampling order are asked, too: the same sample would fail again.
+        """
+        size = self.strategy.clients_per_round or self.fl.num_clients
+        if plan.calibration or size == self.fl.num_clients:
+            groups = [list(range(self.fl.num_clients))]
+        else:
+            order = sampling_order(
+                run_seed=self.run_seed,
+                round=self.round,
+                num_clients=self.fl.num_clients,
+                connected=self.roster.nodes,
+            )
+            groups = [sorted(order[first : first + size]) for first in range(0, len(order), size)]
+        results: dict[int, ClientResult] = {}
+        refused: dict[int, str] = {}
+        for group in groups:
+            requests = {
+                client: TrainRequest(steps=plan.steps[client], used=self._used.get(client, 0), lr=lr, max_abs_g=bound)
+                for client in group
+            }
+            replies, silent = self._followers.ask(requests, TrainReply, message_type="train", traffic=traffic)
+            refused |= silent
+            results |= self._usable(replies, requests, refused)
+            if len(results) >= self.strategy.min_replies:
+                return results, refused
+        why = "; ".join(f"client {client}: {reason}" for client, reason in sorted(refused.items()))
+        raise FederationError(
+            f"round {self.round}: strategy.min_replies = {self.strategy.min_replies} usable replies are needed, got "
+            f"{len(results)} ({why}). The log is kept: mend the clients and `fedzo resume` the run."
+        )
 
     def _usable(
         self, replies: Mapping[int, TrainReply], requests: Mapping[int, TrainRequest], refused: dict[int, str]
@@ -210,16 +242,11 @@ class Server:
                     max_abs_g=self.strategy.max_abs_g,
                     announced=requests[client].max_abs_g,
                     signs=self.strategy.aggregation is Aggregation.majority_sign,
+                    all_may_drop=not self.replica.walks_clients,
                 )
             except ProtocolError as error:
                 refused[client] = str(error)
                 log.warning("round %d, client %d: reply refused: %s", self.round, client, error)
-        if len(results) < self.strategy.min_replies:
-            why = "; ".join(f"client {client}: {reason}" for client, reason in sorted(refused.items()))
-            raise FederationError(
-                f"round {self.round}: strategy.min_replies = {self.strategy.min_replies} usable replies are needed, "
-                f"got {len(results)} ({why}). The log is kept: mend the clients and `fedzo resume` the run."
-            )
         return results
 
     def _warn_if_lost(self, results: Mapping[int, ClientResult]) -> None:
@@ -251,30 +278,23 @@ class Server:
             self.sink.write(record)
         return plan
 
-    def _weights(self) -> dict[int, float]:
+    @property
+    def _weights(self) -> Mapping[int, float]:
         """Fixed at registration, never taken from a reply."""
+        rows = {client: hello.num_train for client, hello in self.roster.hellos.items()}
         if self.strategy.weighting is Weighting.uniform:
-            return dict.fromkeys(range(self.fl.num_clients), 1.0)
-        return {client: float(hello.num_train) for client, hello in self.roster.hellos.items()}
+            return dict.fromkeys(rows, 1.0)
+        most = self.strategy.size_cap * median(rows.values()) or math.inf
+        return {client: float(min(size, most)) for client, size in rows.items()}
 
-    def _commit(
-        self, record: RoundRecord, results: Mapping[int, ClientResult], refused: Mapping[int, str], *, lr: float
-    ) -> None:
+    def _commit(self, record: RoundRecord, audit: dict[str, Any]) -> None:
         # the replica moves first, since the line carries its check; it is rebuilt from the log if the line is not
         # written
         self.replica.advance([record])
         last = record.round + 1 == self.fl.rounds
         proof = self.replica.proof(digest=last or (record.round + 1) % self.fl.hash_every == 0)
-        audit = audit_line(
-            record,
-            results,
-            lr=lr,
-            xi=self._signals.products(record),
-            used=self._used,
-            weights=self._weights(),
-            refused=refused,
-        )
-        self.store.commit(record, proof={"attendance": sorted(results), **proof}, audit=audit)
+        attendance = [entry["client"] for entry in audit["clients"]]
+        self.store.commit(record, proof={"attendance": attendance, **proof}, audit=audit)
         self._count_steps(audit)
 
     def _down_bytes(self, record: RoundRecord, clients: Collection[int]) -> int:

@@ -39,8 +39,7 @@ class RunStore:
             self._public = opened.enter_context(_Lines(folder / PUBLIC, lock=True))
             self._audit = opened.enter_context(_Lines(folder / AUDIT))
             self._metrics = opened.enter_context(_Lines(folder / METRICS))
-            self.rounds = [dict(line) for line in self._public.lines]
-            self.records = [RoundRecord.from_json(line) for line in self.rounds]
+            self.records = [RoundRecord.from_json(line) for line in self._public.lines]
             done = len(self.records)
             self._audit.keep(lambda line: line["round"] < done)
             self._metrics.keep(lambda line: _belongs(line, done))
@@ -52,6 +51,11 @@ class RunStore:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    @property
+    def rounds(self) -> list[dict[str, Any]]:
+        """Public lines of the committed rounds."""
+        return self._public.lines
 
     @property
     def audit(self) -> list[dict[str, Any]]:
@@ -75,7 +79,6 @@ class RunStore:
             self._audit.append(audit, durable=True)
             self._public.append(line, durable=True)
         self.records.append(record)
-        self.rounds.append(line)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a metric record (a sink)."""

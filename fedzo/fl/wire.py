@@ -141,13 +141,14 @@ def decode(kind: type[M], content: RecordDict) -> M:
             if value not in list(want):
                 raise ProtocolError(f"{kind.__name__}.{name} must be one of {[str(m) for m in want]}, got {value!r}")
             given[name] = want(str(value))
-        elif type(value) is not want:
-            raise ProtocolError(f"{kind.__name__}.{name} must be {want.__name__}, got {type(value).__name__}")
+        elif type(value) is not want or value in ("", b""):  # nothing is said by leaving it out
+            got = type(value).__name__ if type(value) is not want else "an empty one"
+            raise ProtocolError(f"{kind.__name__}.{name} must be {want.__name__}, got {got}")
     return kind(**given)
 
 
 def message_bytes(content: RecordDict) -> int:
-    """Size of a message's content as Flower counts it, names of fields included."""
+    """Size of a message's content (``encode``'s, or what ``decode`` let pass) as Flower counts it, with its names."""
     return sum(record.count_bytes() for record in content.values())
 
 

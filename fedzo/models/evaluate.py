@@ -56,13 +56,14 @@ class Score:
         }
 
     @classmethod
-    def from_json(cls, text: str, *, metric: str, most_examples: int) -> Score | None:
+    def from_json(cls, text: str, *, metric: str, most_examples: int, num_labels: int) -> Score | None:
         """The score that a peer sent as the JSON of a record; None for the empty record of a peer without rows.
 
         Args:
             text: The JSON; nothing in it is trusted.
             metric: What the peer was asked for (``metric_of``).
             most_examples: How many rows it was asked to score at most.
+            num_labels: How many labels the task has; 0 where it has none.
 
         Raises:
             ProtocolError: It is not such a record, or its numbers are not those of a score.
@@ -86,8 +87,17 @@ class Score:
             raise ProtocolError(
                 f"a score must be of {metric}, between 0 and 1 of 1 to {most_examples} examples, got {text!r:.200}"
             )
-        if any(not 0 <= right <= total <= most_examples for right, total in score.per_class.values()):
-            raise ProtocolError(f"a score's classes must hold right answers and examples, got {text!r:.200}")
+        if record["loss"] is not None and not np.isfinite(score.loss):
+            raise ProtocolError(f"a score's loss must be finite, or null where there is none, got {text!r:.200}")
+        counts = score.per_class.values()
+        if (
+            any(not 0 <= right <= total for right, total in counts)
+            or sum(total for _, total in counts) > score.num_examples
+            or any(not 0 <= label < num_labels for label in score.per_class)
+        ):
+            raise ProtocolError(
+                f"a score's classes must hold right answers and examples of {num_labels} labels, got {text!r:.200}"
+            )
         return score
 
 
@@ -157,6 +167,8 @@ def score_candidates(scores: npt.NDArray[np.float32], labels: Sequence[int], *, 
 def merge_scores(scores: Sequence[Score]) -> Score:
     """The score of all examples together, from the parts that clients report; AUC and best threshold are ``None``.
 
+    The loss is that of the parts that have one.
+
     Raises:
         ConfigError: There is no score, or they are of different metrics.
     """
@@ -164,6 +176,8 @@ def merge_scores(scores: Sequence[Score]) -> Score:
     if len(metrics) != 1:
         raise ConfigError(f"scores to merge must share one metric, got {sorted(metrics) or 'none'}.")
     weights = np.array([score.num_examples for score in scores], dtype=np.float64)
+    losses = np.array([score.loss for score in scores])
+    known = np.isfinite(losses)
     per_class: dict[int, tuple[int, int]] = {}
     for score in scores:
         for label, (right, total) in score.per_class.items():
@@ -172,7 +186,7 @@ def merge_scores(scores: Sequence[Score]) -> Score:
     return Score(
         metric=metrics.pop(),
         value=float(np.dot(weights, [score.value for score in scores]) / weights.sum()),
-        loss=float(np.dot(weights, [score.loss for score in scores]) / weights.sum()),
+        loss=float(np.dot(weights[known], losses[known]) / weights[known].sum()) if known.any() else float("nan"),
         num_examples=int(weights.sum()),
         per_class=per_class,
     )

@@ -21,7 +21,7 @@ PLAIN_EVERY_S = 10.0
 
 
 class TensorBoardSink:
-    """Scalars of rounds and scores as TensorBoard events under ``RUN/tensorboard``.
+    """Scalars of rounds and scores as TensorBoard events under ``RUN/tensorboard``; steps are rounds done.
 
     Args:
         run_dir: The run folder.
@@ -31,13 +31,13 @@ class TensorBoardSink:
     def __init__(self, run_dir: Path, *, completed: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=completed or None)
+        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=completed + 1 if completed else None)
 
     def write(self, record: Record) -> None:
         """Write the record's numbers."""
         if record["kind"] == "round":
             for name in ("loss", "mean_abs_g", "payload_up_bytes", "payload_down_bytes", "round_seconds"):
-                self._add(f"round/{name}", record[name], record["round"])
+                self._add(f"round/{name}", record[name], record["round"] + 1)
         elif record["kind"] == "score":
             for name in ("value", "loss", "auc", "best_threshold_accuracy"):
                 tag = record["metric"] if name == "value" else name
@@ -90,7 +90,13 @@ class ProgressSink:
 
     def write(self, record: Record) -> None:
         """Show the record."""
-        show = {"setup": self._setup, "round": self._round, "score": self._scored, "summary": self._summary}
+        show = {
+            "setup": self._setup,
+            "round": self._round,
+            "score": self._scored,
+            "federated_score": self._count_bytes,
+            "summary": self._summary,
+        }
         show.get(record["kind"], lambda _: None)(record)
 
     def close(self) -> None:
@@ -123,8 +129,7 @@ class ProgressSink:
         )
 
     def _round(self, record: Record) -> None:
-        self._up += record["message_up_bytes"]
-        self._down += record["message_down_bytes"]
+        self._count_bytes(record)
         if not record["calibration"]:  # it says nothing of how long the others take
             self._rate = [*self._rate[-19:], record["round_seconds"]]
         loss = "-" if record["loss"] is None else f"{record['loss']:.3f}"
@@ -137,6 +142,10 @@ class ProgressSink:
             what = "  (calibration)" if record["calibration"] else ""
             self._console.print(f"round {done}/{self._rounds}{what}  {note}  left {seconds_text(left)}")
             self._last_print = now
+
+    def _count_bytes(self, record: Record) -> None:
+        self._up += record["message_up_bytes"]
+        self._down += record["message_down_bytes"]
 
     def _scored(self, record: Record) -> None:
         self._score = f"{record['split']} {_percent(record['value'])}  "

@@ -127,6 +127,8 @@ def test_a_sound_config_has_no_problem() -> None:
         ("strategy.max_abs_g", float("inf"), "be > 0 and finite"),
         ("strategy.clip_factor", 0.5, "be 0 (off) or >= 1 and finite, got 0.5. Below 1 the bound would shrink"),
         ("strategy.clip_factor", -1.0, "be 0 (off) or >= 1"),
+        ("strategy.size_cap", 0.5, "be 0 (no cap) or >= 1 and finite, got 0.5. Below 1 most clients would be cut"),
+        ("strategy.size_cap", float("nan"), "be 0 (no cap) or >= 1"),
         ("strategy.clip_factor", float("inf"), "be 0 (off) or >= 1"),
         ("strategy.clip_rounds", 0, "be >= 1, got 0."),
         ("strategy.trim_share", 0.5, "be >= 0 and < 0.5, got 0.5. It is cut off at both ends."),
@@ -179,6 +181,8 @@ def test_a_broken_rule_is_named(key: str, value: object, rule: str) -> None:
         ("optimizer.warmup_rounds", 74),
         ("optimizer.weight_decay", 6e-4),  # lr is 1e-4: 6e-8, the least that float32 sees
         ("strategy.clip_factor", 1.0),
+        ("strategy.size_cap", 0.0),
+        ("strategy.size_cap", 1.0),
     ],
 )
 def test_a_value_on_the_edge_is_allowed(key: str, value: object) -> None:

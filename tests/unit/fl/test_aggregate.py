@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedzo.errors import ProtocolError
-from fedzo.fl.aggregate import ClientResult, aggregate, check_reply, num_trimmed, sample_clients, unmoved
+from fedzo.fl.aggregate import ClientResult, aggregate, check_reply, num_trimmed, sampling_order, unmoved
 from fedzo.fl.config import Aggregation
 from fedzo.fl.wire import TrainReply, scalars_to_bytes, signs_from_bytes, signs_to_bytes
 from fedzo.testing.vector_space import VectorSpace
@@ -270,6 +270,16 @@ def test_clients_that_stopped_early_do_not_hold_a_robust_mean_at_zero(aggregatio
     assert c[1].item() == 11 / 2  # of 10, 11 and 12
 
 
+def test_a_trimmed_mean_cuts_as_many_of_those_that_took_a_step_as_of_a_whole_round() -> None:
+    """One of ten is hostile and three honest ones stop early: a tenth of the seven left would be nobody."""
+    results = {k: result([[1.0], [1.0]] if k < 7 else [[1.0]]) for k in range(10)}
+    results[0] = result([[1e6], [1e6]])
+
+    c = mean_of(results, {}, aggregation=Aggregation.trimmed_mean, trim_share=0.1)
+
+    assert c.ravel().tolist() == pytest.approx([1.0, 0.7])
+
+
 @pytest.mark.parametrize(
     ("aggregation", "expected"),
     [(Aggregation.median, [4.0, 2.0]), (Aggregation.trimmed_mean, [4.0, 2.0]), (Aggregation.majority_sign, [1.0, 0.0])],
@@ -304,6 +314,14 @@ def test_signs_travel_as_one_bit_each(shape: tuple[int, int], seed: int) -> None
     assert np.array_equal(signs_from_bytes(data, shape=shape, what="g"), np.sign(g))
 
 
+def test_a_reply_without_any_loss_is_refused_where_it_would_be_remembered() -> None:
+    lost = reply(g=bytes(8), dropped=b"\1\1")
+
+    assert check_reply(lost, steps=2, probes=1, max_abs_g=1e6).dropped.all()
+    with pytest.raises(ProtocolError, match="no probe had a finite loss"):
+        check_reply(lost, steps=2, probes=1, max_abs_g=1e6, all_may_drop=False)
+
+
 def test_a_reply_of_signs_is_checked_and_its_dropped_probes_count_as_zero() -> None:
     signs = reply(g=bytes([0b11000000]))
 
@@ -317,15 +335,25 @@ def test_a_reply_of_signs_is_checked_and_its_dropped_probes_count_as_zero() -> N
         check_reply(reply(g=b"\xff"), steps=2, probes=1, max_abs_g=1e6, signs=True)
 
 
-def test_sampling_is_seeded_fair_and_without_repeats() -> None:
-    rounds = [sample_clients(run_seed=4, round=r, num_clients=10, clients_per_round=3) for r in range(1000)]
+def sampled(round: int, *, connected: Container[int] = range(10)) -> list[int]:
+    return sampling_order(run_seed=4, round=round, num_clients=10, connected=connected)
 
-    assert rounds == [sample_clients(run_seed=4, round=r, num_clients=10, clients_per_round=3) for r in range(1000)]
-    assert all(picked == sorted(set(picked)) and len(picked) == 3 for picked in rounds)
+
+def test_sampling_is_seeded_fair_and_without_repeats() -> None:
+    rounds = [sampled(r)[:3] for r in range(1000)]
+
+    assert rounds == [sampled(r)[:3] for r in range(1000)]
+    assert all(sorted(sampled(r)) == list(range(10)) for r in range(20))
     counts = np.bincount(np.concatenate(rounds), minlength=10)
     standard_error = np.sqrt(1000 * 0.3 * 0.7)
     assert (np.abs(counts - 300) < 5 * standard_error).all()
-    assert sample_clients(run_seed=4, round=0, num_clients=5, clients_per_round=0) == [0, 1, 2, 3, 4]
+
+
+def test_a_client_that_is_not_connected_gives_its_place_to_the_next() -> None:
+    everyone = sampled(7)
+    gone = everyone[1]
+
+    assert sampled(7, connected=set(range(10)) - {gone}) == [*(k for k in everyone if k != gone), gone]
 
 
 def test_a_trimmed_mean_rounds_down_what_the_share_says_and_not_its_binary_neighbour() -> None:

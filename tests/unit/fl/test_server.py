@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from flwr.app.message.message import make_message
 
 from fedzo.errors import ProtocolError
 from fedzo.fl import roster
+from fedzo.fl.aggregate import sampling_order
 from fedzo.fl.client import Identity, space_id
 from fedzo.fl.config import FlConfig, Seeds, StrategyConfig, Transport, Weighting
 from fedzo.fl.replica import Replica
@@ -222,6 +224,10 @@ def test_the_round_closes_at_its_deadline_with_those_who_answered(federation: An
     [
         (RecordDict({"else": ConfigRecord()}), "expected one record"),
         (RecordDict({RECORD: ConfigRecord({"g": 7})}), "g must be bytes"),
+        # Flower cannot count these
+        (RecordDict({RECORD: ConfigRecord({"g": b""})}), "g must be bytes, got an empty one"),
+        (RecordDict({RECORD: ConfigRecord({"status": ""})}), "status must be one of"),
+        (RecordDict({RECORD: ConfigRecord({"g": []})}), "g must be bytes, got list"),
         (TrainReply(g=b"123", loss=b"", dropped=b""), "g must hold 8 bytes"),
         (
             TrainReply(
@@ -241,6 +247,56 @@ def test_a_reply_that_cannot_be_used_is_excluded_and_named(federation: Any, bad:
 
     assert means(server) == [2.5]
     assert reason in reason_for(server, 0, 0)
+
+
+def test_a_client_cannot_fill_the_logs_with_its_words(federation: Any) -> None:
+    server, clients, _ = federation()
+    clients[0].bend = lambda reply: RecordDict({"x" * 10**6: ConfigRecord()})
+
+    server.run_round()
+
+    assert len(reason_for(server, 0, 0)) == 400
+
+
+def test_a_message_that_nobody_asked_for_and_one_that_cannot_be_sent_end_nothing(
+    federation: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, _, grid = federation()
+    server.run_round()
+    push, pull = grid.push_messages, grid.pull_messages
+
+    def without_two(messages: list[Message]) -> list[str]:
+        names = push(messages)
+        nodes = [message.metadata.dst_node_id for message in messages]
+        return ["" if node in (100, 101) else name for node, name in zip(nodes, names, strict=True)]
+
+    def with_another(names: list[str]) -> list[Message]:
+        replies = pull(names)
+        stray = encode(TrainReply())
+        asked = Message(stray, dst_node_id=1, message_type="train")
+        asked.metadata.__dict__["_message_id"] = "of somebody else"
+        return [make_message(metadata=Message(stray, reply_to=asked).metadata, content=stray), *replies]
+
+    monkeypatch.setattr(grid, "push_messages", without_two)
+    monkeypatch.setattr(grid, "pull_messages", with_another)
+
+    server.run_round()
+
+    assert server.store.rounds[1]["attendance"] == [2]
+    assert [reason_for(server, 1, client) for client in (0, 1)] == ["not connected"] * 2
+
+
+def test_a_sample_that_fails_or_is_not_there_is_made_up_by_other_clients(federation: Any) -> None:
+    """Else the same clients would be drawn again after every resume."""
+    server, clients, grid = federation(6, clients_per_round=2, min_replies=2)
+    order = sampling_order(run_seed=1, round=0, num_clients=6, connected=range(6))
+    clients[order[0]].bend = lambda reply: TrainReply(g=b"1")
+    del grid.nodes[100 + order[1]]
+
+    server.run_round()
+
+    assert server.store.rounds[0]["attendance"] == sorted(order[2:5])  # 0 and 2 were asked, then 3 and 4
+    assert [len(clients[k].requests) for k in order] == [1, 0, 1, 1, 1, 0]
 
 
 def test_a_client_that_lost_its_space_and_log_gets_both_again(federation: Any) -> None:
@@ -361,6 +417,55 @@ def test_a_client_cannot_come_back_with_another_weight(federation: Any, caplog: 
     assert "client 0: it must hold the rows that it registered with" in caplog.text
 
 
+def test_what_a_client_declares_counts_within_the_cap(federation: Any) -> None:
+    server, clients, _ = federation(5, weighting=Weighting.size, size_cap=2.0)
+    server.roster.hellos[4] = replace(clients[4].hello, num_train=2**62)
+
+    server.run_round()
+
+    weights = [entry["weight"] for entry in server.store.audit[0]["clients"]]
+    assert weights == [10, 20, 30, 40, 60]  # twice the median
+
+
+def test_a_resumed_run_goes_on_with_the_registrations_of_its_record(
+    federation: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, clients, _ = federation()
+    record = [
+        {"client": c.index, "num_train": c.hello.num_train, "num_heldout": 0, "label_counts": {}} for c in clients
+    ]
+    again = Roster(num_clients=3, identity=IDENTITY)
+    again.recall(record)
+    clients[1].hello = replace(clients[1].hello, num_train=7)  # its rows are others now
+    grid = Grid(clients[:2])
+    grid.nodes[555] = Client(9)  # a node that does not belong to it
+
+    again.wait(grid, timeout_s=0.2, fewest=1)
+
+    assert sorted(again.nodes) == [0]
+    assert [again.hellos[k].num_train for k in range(3)] == [10, 20, 30]
+    assert "client 1: it must hold the rows that it registered with (20 to train), got 7" in caplog.text
+    assert "the run goes on although clients [1, 2] did not register within 0.2 s" in caplog.text
+    with pytest.raises(ProtocolError, match=r"clients \[0, 1, 2\] did not\. Start them\.$"):
+        Roster(num_clients=3, identity=IDENTITY).wait(Grid([]), timeout_s=0.2, fewest=1)
+
+
+def test_a_client_that_was_not_let_in_may_come_back_mended(federation: Any) -> None:
+    server, clients, grid = federation()
+    good, client = clients[1].hello, clients[1]
+    del grid.nodes[101]
+    server.run_round()
+    client.hello, grid.nodes[101] = replace(good, num_train=7), client
+    server.run_round()
+    del grid.nodes[101]
+    server.run_round()
+    client.hello, grid.nodes[101] = good, client
+
+    server.run_round()
+
+    assert [line["attendance"] for line in server.store.rounds] == [[0, 2]] * 3 + [[0, 1, 2]]
+
+
 def test_a_newcomer_of_another_run_is_not_let_in(federation: Any, caplog: pytest.LogCaptureFixture) -> None:
     server, _, grid = federation()
     stranger = Client(1)
@@ -385,6 +490,9 @@ def test_a_newcomer_of_another_run_is_not_let_in(federation: Any, caplog: pytest
         ({"label_counts": "[1"}, r"label_counts must be a JSON object of counts, got '\[1'"),
         ({"label_counts": '{"0": Infinity}'}, "label_counts must be a JSON object of counts, got"),
         ({"label_counts": '{"0": -1}'}, "label_counts must be a JSON object of counts, got"),
+        ({"label_counts": '{"0": 9}'}, r"label_counts must count its 10 training rows by label \(0 to 1\)"),
+        ({"label_counts": '{"2": 10}'}, "label_counts must count its 10 training rows by label"),
+        ({"label_counts": '{"\\ud800": 10}'}, "label_counts must count its 10 training rows by label"),
     ],
 )
 def test_clients_that_do_not_mean_the_same_run_stop_it_before_any_work(hello: dict[str, Any], match: str) -> None:
@@ -393,7 +501,7 @@ def test_clients_that_do_not_mean_the_same_run_stop_it_before_any_work(hello: di
     client.hello = HelloReply(**{**fields, **hello})
 
     with pytest.raises(ProtocolError, match=match):
-        Roster(num_clients=1, identity=IDENTITY).wait(Grid([client]), timeout_s=0.5)
+        Roster(num_clients=1, identity=IDENTITY, num_labels=2).wait(Grid([client]), timeout_s=0.5)
 
 
 def test_two_clients_of_one_index_and_missing_clients_are_named() -> None:
@@ -410,6 +518,7 @@ def test_a_client_that_cannot_register_is_asked_now_and_then_and_its_reason_is_t
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(roster, "RETRY_S", 0.4)
+    monkeypatch.setattr(roster, "REST", 0)
     client = Client(0)
     client.hello = RecordDict()  # type: ignore[assignment]
     grid = Grid([client])

@@ -57,6 +57,9 @@ def test_a_status_travels_as_its_name() -> None:
         ({"round": True}, "round must be int, got bool"),
         ({"log": "text"}, "log must be bytes, got str"),
         ({"lr": 1}, "lr must be float, got int"),
+        ({"chain": ""}, "chain must be str, got an empty one"),
+        ({"log": b""}, "log must be bytes, got an empty one"),
+        ({"log": []}, "log must be bytes, got list"),
     ],
 )
 def test_a_field_of_the_wrong_kind_is_named(fields: dict[str, Any], match: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from fedzo.data.config import Loss, TaskConfig, TaskKind
 from fedzo.data.example import Example
-from fedzo.errors import ConfigError
+from fedzo.errors import ConfigError, ProtocolError
 from fedzo.models.evaluate import Score, evaluate, merge_scores, score_candidates
 from fedzo.models.generate import generate
 from fedzo.models.scoring import candidate_scores, mean_loss
@@ -109,6 +109,42 @@ def test_a_record_is_what_the_run_folder_holds() -> None:
         "auc": 0.625,
         "best_threshold_accuracy": 0.75,
     }
+
+
+def test_a_part_without_a_loss_leaves_that_of_the_others() -> None:
+    parts = [Score("accuracy", 0.5, 2.0, 4), Score("accuracy", 1.0, float("nan"), 4), Score("accuracy", 0.5, 1.0, 2)]
+
+    assert merge_scores(parts).loss == pytest.approx((2.0 * 4 + 1.0 * 2) / 6)
+    assert np.isnan(merge_scores(parts[1:2]).loss)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": "inf"},
+        {"loss": float("nan")},
+        {"value": 1.5},
+        {"num_examples": 9},
+        {"metric": "rouge_l"},
+        {"per_class": {"2": [0, 1]}},
+        {"per_class": {"-1": [0, 1]}},
+        {"per_class": {"0": [1, 4], "1": [0, 1]}},
+        {"per_class": {"0": [2, 1]}},
+        {"per_class": [1]},
+        {"value": None},
+    ],
+)
+def test_what_a_peer_sends_must_be_a_score(changes: dict[str, object]) -> None:
+    def read(**changed: object) -> Score | None:
+        text = json.dumps({**Score("accuracy", 0.5, 0.7, 4, {0: (1, 2), 1: (1, 2)}).to_record(), **changed})
+        return Score.from_json(text, metric="accuracy", most_examples=8, num_labels=2)
+
+    good = read(loss=None)
+
+    assert good is not None
+    assert np.isnan(good.loss)
+    with pytest.raises(ProtocolError, match="a score"):
+        read(**changes)
 
 
 def test_what_cannot_be_scored_is_refused() -> None:

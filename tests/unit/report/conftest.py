@@ -73,6 +73,8 @@ def records() -> list[dict[str, Any]]:
         "value": 0.7,
         "loss": 0.5,
         "num_examples": 9,
+        "message_up_bytes": 300,
+        "message_down_bytes": 900,
         "worst_client": 0.5,
         "per_class": {"0": [4, 5], "1": [2, 4]},
         "clients": [{"client": c, "value": 0.5 + c / 10, "loss": 0.5, "num_examples": 3} for c in range(3)],

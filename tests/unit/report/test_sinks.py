@@ -29,10 +29,28 @@ def test_tensorboard_reads_back_what_was_written(make_run: MakeRun) -> None:
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
 
     losses = [(event.step, event.value) for event in events.Scalars("round/loss")]
-    wanted = [(r, 0.8 - 0.03 * r) for r in range(10) if r != 4]  # a loss that was not finite is left out
+    wanted = [(r + 1, 0.8 - 0.03 * r) for r in range(10) if r != 4]  # a loss that was not finite is left out
     assert [step for step, _ in losses] == [step for step, _ in wanted]
     assert [value for _, value in losses] == pytest.approx([value for _, value in wanted])
     assert [(e.step, round(e.value, 5)) for e in events.Scalars("dev/accuracy")] == [(0, 0.54), (10, 0.75)]
+
+
+def test_tensorboard_of_a_resumed_run_keeps_what_was_before_and_drops_what_a_kill_left(make_run: MakeRun) -> None:
+    folder = make_run()
+    told = records(folder)
+    for completed in (0, 6):
+        sink = TensorBoardSink(folder, completed=completed)
+        for record in told:
+            if record["kind"] == "round" and (record["round"] < 8 if completed == 0 else record["round"] >= completed):
+                sink.write(record)
+        if completed == 0:
+            sink.write({**next(r for r in told if r["kind"] == "score" and r["split"] == "dev"), "round": 6})
+        sink.close()
+
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+
+    assert [event.step for event in events.Scalars("round/payload_up_bytes")] == list(range(1, 11))
+    assert [event.step for event in events.Scalars("dev/accuracy")] == [6]
 
 
 def test_without_a_terminal_plain_lines_tell_rounds_bytes_time_and_the_result(

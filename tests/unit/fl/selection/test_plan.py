@@ -262,11 +262,12 @@ def test_random_flags_as_many_as_told_by_the_run_seed_alone() -> None:
 
 
 def test_random_is_not_the_clients_that_a_sampling_of_the_same_seed_takes() -> None:
-    from fedzo.fl.aggregate import sample_clients
+    from fedzo.fl.aggregate import sampling_order
 
     chosen = build(RandomConfig(num_flagged=5), num_clients=20).plan([], {}).flagged
 
-    assert chosen != sample_clients(run_seed=3, round=0, num_clients=20, clients_per_round=5)
+    order = sampling_order(run_seed=3, round=0, num_clients=20, connected=range(20))
+    assert set(chosen) != set(order[:5])
 
 
 def test_the_oracle_goes_by_the_largest_label_share() -> None:
