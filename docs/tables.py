@@ -51,7 +51,8 @@ def claims(rows: Any) -> Lines:
             if row["target"] is None
             else f"{row['target']:g} {row['unit']}: {'holds' if row['holds'] else '**missed**'}"
         )
-        lines.append(f"| {row['claim']} | {row['value']:.4g} {row['unit']} | {target} |")
+        claim = row["claim"].replace("|", r"\|")
+        lines.append(f"| {claim} | {row['value']:.4g} {row['unit']} | {target} |")
     return lines
 
 
@@ -136,8 +137,8 @@ def planted(results: Any) -> Lines:
 def percent(part: Any) -> str:
     """A share with its 95 % interval."""
     low, high = (100 * end for end in part["interval"])
-    share = f"{100 * part['share']:.4g} %"
-    return f"{share} ({low:.4g} to {high:.4g})" if 0 < part["share"] < 1 else share
+    share = f"{100 * part['share']:.3g} %"
+    return f"{share} ({low:.3g} to {high:.3g})" if 0 < part["share"] < 1 else share
 
 
 def vpcs_auc(results: Any) -> Lines:
@@ -194,7 +195,7 @@ RENDERERS: dict[str, Callable[[Any], Lines]] = {
     "experiments/clients/results.json": clients,
     **{
         f"experiments/meerkat/tables.json#{part}": itemgetter(part)
-        for part in ("state", "tuning", "accuracy", "verdicts", "others")
+        for part in ("state", "tuning", "accuracy", "verdicts", "holm", "others")
     },
     "experiments/vpcs/planted.json": planted,
     "experiments/vpcs/simulation.json#auc": vpcs_auc,

@@ -44,7 +44,12 @@ def main(pieces: Mapping[str, Sequence[Row]]) -> None:
         if tasks:
             _save(_panels(tasks, results, _accuracy, legend=_methods()), "accuracy")
             ways = [Line2D([], [], color=MUTED, marker=m, linestyle="none") for m in list(MARKERS.values())[:2]]
-            legend = [*_methods(), *zip(ways, ("T = 1", "T = 10"), strict=True)]
+            kinds = [
+                Line2D([], [], color=MUTED, marker="o", markerfacecolor=face, linestyle="none")
+                for face in (MUTED, PAPER)
+            ]
+            names = ("T = 1", "T = 10", "scalars", "values")
+            legend = [*_methods(), *zip([*ways, *kinds], names, strict=True)]
             _save(_panels(tasks, results, _bytes, legend=legend), "bytes")
         if any(pieces["selection"]):
             scores = [Line2D([], [], color=colour, marker="o", linestyle="none") for colour in (BLUE, ORANGE)]
@@ -89,7 +94,7 @@ def _accuracy(axes: Axes, results: Results, task: str) -> None:
         for at, budget in enumerate(BUDGETS):
             rows = results.grid(task, method, budget)
             _with_interval(axes, at + 0.14 * (place - 2), [row["after"]["value"] for row in rows], COLOURS[method])
-    _before(axes, results, task)
+    _before(axes, results, task, at=0.5)
     budgets = [budget for budget in BUDGETS if budget != "T50" or results.grid(task, "meerkat", budget)]
     axes.set_xticks(range(len(budgets)), [f"T = {BUDGETS[budget]}" for budget in budgets])
     axes.set_xlim(-0.5, len(budgets) - 0.5)
@@ -98,7 +103,7 @@ def _accuracy(axes: Axes, results: Results, task: str) -> None:
 
 
 def _bytes(axes: Axes, results: Results, task: str) -> None:
-    """Test accuracy against what a client sends and receives, both ways: filled as scalars, open as values."""
+    """Mean test accuracy against what a client sends and receives: filled as scalars, open as float32 values."""
     for method in METHODS:
         for budget in ("T1", "T10"):
             rows = results.grid(task, method, budget)
@@ -107,25 +112,24 @@ def _bytes(axes: Axes, results: Results, task: str) -> None:
             row = rows[0]
             scalars = (row["payload_up_bytes"] + row["payload_down_bytes"]) / row["num_clients"]
             values = 2 * 4 * row["space_size"] * row["rounds"]
-            mean, half = interval([row["after"]["value"] for row in rows])
+            mean, _ = interval([row["after"]["value"] for row in rows])
+            aside = 1.06 ** (list(METHODS).index(method) - 2)  # those of one size would hide each other
             for size, face in ((scalars, COLOURS[method]), (values, PAPER)):
-                axes.errorbar(
-                    size + row["setup_down_bytes"],
+                axes.plot(
+                    aside * (size + row["setup_down_bytes"]),
                     mean,
-                    yerr=half if size == scalars and not math.isnan(half) else None,
+                    MARKERS[budget],
                     color=COLOURS[method],
-                    marker=MARKERS[budget],
                     markerfacecolor=face,
                     markersize=5,
-                    elinewidth=0.8,
                     alpha=0.85,
                 )
-    _before(axes, results, task)
+    _before(axes, results, task, at=0.44)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(10, numticks=20))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _decade(value)))
-    axes.set_xlabel("bytes a client: scalars filled, values open")
+    axes.set_xlabel("bytes of a client in a run, both ways")
     axes.set_ylabel("test accuracy")
     percent_axis(axes, "accuracy")
 
@@ -158,27 +162,29 @@ def _masks(axes: Axes, results: Results, task: str) -> None:
 
 
 def _with_interval(axes: Axes, x: float, values: Sequence[float], colour: str) -> None:
-    axes.plot([x] * len(values), values, "o", color=colour, markersize=3, alpha=0.45, markeredgewidth=0)
+    axes.plot([x] * len(values), values, "o", color=colour, markersize=4.5, alpha=0.8, markeredgewidth=0)
     if values:
         mean, half = interval([*values])
         error = None if math.isnan(half) else half
-        axes.errorbar(x, mean, yerr=error, color=colour, marker="_", markersize=10, markeredgewidth=2, elinewidth=1.2)
+        axes.errorbar(x, mean, yerr=error, color=colour, marker="_", markersize=10, markeredgewidth=2, elinewidth=0.8)
 
 
-def _before(axes: Axes, results: Results, task: str) -> None:
+def _before(axes: Axes, results: Results, task: str, *, at: float) -> None:
+    """The base model's accuracy as a line, named at a share of the width that is free."""
     rows = results.grid(task, "meerkat", "T1") or results.grid(task, "full", "T1")
-    for row in rows[:1]:
-        axes.axhline(row["before"]["value"], color=INK, linewidth=0.8, linestyle=":")
-        axes.annotate(
-            "before training",
-            (1, row["before"]["value"]),
-            xycoords=("axes fraction", "data"),
-            xytext=(-2, 3),
-            textcoords="offset points",
-            ha="right",
-            color=MUTED,
-            fontsize=7,
-        )
+    for name, title, style in (("value", "base", ":"), ("best_threshold_accuracy", "base, best threshold", "-.")):
+        for value in [row["before"][name] for row in rows[:1] if row["before"][name] is not None]:
+            axes.axhline(value, color=INK, linewidth=0.8, linestyle=style, zorder=0)
+            axes.annotate(
+                title,
+                (at, value),
+                xycoords=("axes fraction", "data"),
+                xytext=(0, 3),
+                textcoords="offset points",
+                ha="center",
+                color=MUTED,
+                fontsize=7,
+            )
 
 
 def _decade(value: float) -> str:

@@ -12,7 +12,19 @@ from pathlib import Path
 import draw
 from collect import Row, best_dev_loss, known
 from pieces import BUDGETS, CORE_TASKS, METHODS, PIECES, SEEDS, TASKS
-from verdicts import Results, best_rate, gains, interval, judge, tested
+from verdicts import (
+    ACCURACY,
+    Measure,
+    Results,
+    Verdict,
+    after_holm,
+    best_rate,
+    gains,
+    interval,
+    judge,
+    measures_of,
+    tested,
+)
 
 from fedzo.bench.claims import Claims
 
@@ -25,19 +37,25 @@ SELECTED_BY = ("selection.num_flagged", "selection.label_share", "fl.rounds", "e
 
 def main() -> None:
     pieces = {piece: known(piece) for piece in PIECES}
+    (HERE / "tables.json").write_text(json.dumps(made(), indent=1) + "\n")
+    if pieces["core"]:
+        claims(pieces["core"]).write(HERE / "claims.json")
+    draw.main(pieces)
+
+
+def made() -> dict[str, list[str]]:
+    """Every table, as lines."""
+    pieces = {piece: known(piece) for piece in PIECES}
     core, results = pieces["core"], Results(pieces)
     tasks = [task for task in TASKS if task in CORE_TASKS or any(row["task"] == task for row in core)]
-    made = {
+    return {
         "state": state(core),
         "tuning": tuning(known("tune")),
         "accuracy": accuracy(core),
         "others": others(pieces),
         "verdicts": verdicts(results, tasks),
+        "holm": holm(results, tasks),
     }
-    (HERE / "tables.json").write_text(json.dumps(made, indent=1) + "\n")
-    if core:
-        claims(core).write(HERE / "claims.json")
-    draw.main(pieces)
 
 
 def state(core: Sequence[Row]) -> list[str]:
@@ -72,21 +90,38 @@ def tuning(tried: Sequence[Row]) -> list[str]:
 
 
 def accuracy(core: Sequence[Row]) -> list[str]:
-    """One line a method of each task: mean accuracy, its 95 % interval over seeds, and the worst client's."""
+    """One line a method of each task: what the tested model reaches, with 95 % intervals over seeds."""
     lines = [
-        "| task | method | T | lr | test accuracy, mean +- 95 % | seeds | worst client | best round | minutes a run |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| task | method | T | lr | accuracy, % | at the best threshold, % | AUC | loss | worst class, % | best step "
+        "| minutes a run |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for task in dict.fromkeys(row["task"] for row in core):
-        before = statistics.fmean(row["before"]["value"] for row in core if row["task"] == task)
-        lines.append(f"| {TASKS[task]} | before training | | | {100 * before:.1f} | | | | |")
+        base = next(row["before"] for row in core if row["task"] == task)
+        lines.append(f"| {TASKS[task]} | before training | | | {' | '.join(_reached([base]))} | | |")
         for (_, method, budget), rows in ((key, rows) for key, rows in cells(core).items() if key[0] == task):
             rates = "/".join(dict.fromkeys(f"{row['lr']:g}" for row in rows))
-            rounds = "/".join(str(row["best_round"]) for row in rows)
+            steps = "/".join(str(row["best_round"] * BUDGETS[budget]) for row in rows)
             minutes = statistics.median(row["seconds"] for row in rows) / 60
-            head = f"| {TASKS[task]} | {METHODS[method]} | {BUDGETS[budget]} | {rates} | {_mean(rows)} | {len(rows)} "
-            lines.append(f"{head}| {_worst(rows)} | {rounds} | {minutes:.1f} |")
+            shown = " | ".join(_reached([row["after"] for row in rows]))
+            head = f"| {TASKS[task]} | {METHODS[method]} | {BUDGETS[budget]} | {rates} | {shown} "
+            lines.append(f"{head}| {steps} | {minutes:.1f} |")
     return lines
+
+
+def _reached(scores: Sequence[Row]) -> list[str]:
+    """Accuracy, that at the best threshold, AUC, loss, and the accuracy on the class that is met worst."""
+    shown = []
+    for name, scale, digits in (("value", 100, 1), ("best_threshold_accuracy", 100, 1), ("auc", 1, 3), ("loss", 1, 3)):
+        values = [score[name] for score in scores]
+        shown.append("" if None in values else _with_half([scale * value for value in values], digits))
+    worst = [min(right / total for right, total in score["per_class"].values()) for score in scores]
+    return [*shown, _with_half([100 * share for share in worst], 0)]
+
+
+def _with_half(values: Sequence[float], digits: int) -> str:
+    mean, half = interval(values)
+    return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" +- {half:.{digits}f}")
 
 
 def others(pieces: dict[str, list[Row]]) -> list[str]:
@@ -101,7 +136,7 @@ def others(pieces: dict[str, list[Row]]) -> list[str]:
             groups.setdefault((piece, row["task"], row["method"], row["budget"], _changed(piece, row)), []).append(row)
     for (_, task, method, budget, changed), tried in groups.items():
         rows = best_rate(tried)
-        paired = gains(tested(rows), tested(results.rows("core", task, method, budget)))
+        paired = gains(tested(rows, ACCURACY), tested(results.rows("core", task, method, budget), ACCURACY))
         head = f"| {TASKS[task]} | {METHODS[method]} | {BUDGETS[budget]} | {changed} | {rows[0]['lr']:g} "
         stopped = ", ".join("all: T/2" if row["fallback"] else str(len(row["flagged"])) for row in rows)
         stopped = stopped if any(key.startswith("selection") for key in rows[0]["changed"]) else ""
@@ -109,17 +144,45 @@ def others(pieces: dict[str, list[Row]]) -> list[str]:
     return lines
 
 
+def _judged(results: Results, tasks: Sequence[str]) -> dict[tuple[str, Measure], list[Verdict]]:
+    """Verdicts by task and measure."""
+    return {
+        (task, measure): judge(results, task, measure)
+        for task in tasks
+        for measure in measures_of(results.grid(task, budget="T1"))
+    }
+
+
 def verdicts(results: Results, tasks: Sequence[str]) -> list[str]:
-    """One line a claim, one column a task."""
-    lines = [f"| claim | {' | '.join(TASKS[task] for task in tasks)} |", "|---|" + "---|" * len(tasks)]
-    for verdict in zip(*(judge(results, task) for task in tasks), strict=True):
-        seen = [f"**{each.verdict}**" + (f" ({each.seen})" if each.seen else "") for each in verdict]
-        lines.append(
-            "| "
-            + " | ".join([verdict[0].claim, *seen]).replace("|g|", "\\|g\\|").replace("|GradIP|", "\\|GradIP\\|")
-            + " |"
-        )
+    """One line a claim, two columns a task."""
+    columns = _judged(results, tasks)
+    heads = [f"{TASKS[task]}, {measure.name}" for task, measure in columns]
+    lines = [f"| claim | {' | '.join(heads)} |", "|---|" + "---|" * len(columns)]
+    told = [{verdict.claim: verdict for verdict in column} for column in columns.values()]
+    for claim in dict.fromkeys(claim for column in told for claim in column):
+        lines.append(_row([claim, *(_seen(column.get(claim)) for column in told)]))
     return lines
+
+
+def _seen(verdict: Verdict | None) -> str:
+    if verdict is None:
+        return ""
+    return f"**{verdict.verdict}**" + (f" ({verdict.seen})" if verdict.seen else "")
+
+
+def holm(results: Results, tasks: Sequence[str]) -> list[str]:
+    """What is left of each column when its lines are corrected for their number."""
+    lines = ["| column | lines with a p | left after Holm's correction at 5 % |", "|---|---|---|"]
+    for (task, measure), column in _judged(results, tasks).items():
+        number, left = sum(each.p is not None for each in column), after_holm(column)
+        if number:
+            shown = "; ".join(f"{each.claim} ({each.verdict})" for each in left) or "none"
+            lines.append(_row([f"{TASKS[task]}, {measure.name}", str(number), shown]))
+    return lines
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
 
 
 def claims(core: Sequence[Row]) -> Claims:
@@ -134,7 +197,20 @@ def claims(core: Sequence[Row]) -> Claims:
             what = f"{TASKS[task]}, {METHODS[method]}, T = {BUDGETS[budget]}: test accuracy"
             made.add(f"{what} (mean of {len(rows)} seeds)", value, "share")
             made.add(f"{what}, half width of its 95 % interval", half, "share")
+    for task in dict.fromkeys(row["task"] for row in core):
+        full, ours = ([row for row in core if (row["task"], row["method"]) == (task, m)] for m in ("full", "meerkat"))
+        if full and ours:
+            ratio = full[0]["space_size"] / ours[0]["space_size"]
+            made.add(f"{TASKS[task]}: trained values, Full-FedZO / Meerkat", ratio, "x")
+            more = _bytes(ours) / _bytes(full)
+            made.add(f"{TASKS[task]}: bytes of a client in a run, Meerkat / Full-FedZO", more, "x")
     return made
+
+
+def _bytes(rows: Sequence[Row]) -> float:
+    """Payload of one client, both ways, and its set-up."""
+    row = rows[0]
+    return (row["payload_up_bytes"] + row["payload_down_bytes"]) / row["num_clients"] + row["setup_down_bytes"]
 
 
 def _mean(rows: Sequence[Row]) -> str:

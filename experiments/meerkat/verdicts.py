@@ -7,25 +7,54 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from collect import Row
+from collect import Row, best_dev_loss
 from pieces import BUDGETS, METHODS, SEEDS
 
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """97.5 % points of Student's t by degrees of freedom, from 1; beyond 9 the last, which is a little wide."""
-LEAST = 0.01
-"""Accuracy below which a difference is not judged: it is that of a few test rows."""
-SAME = 0.02
-"""Accuracy within which two are as good as each other."""
+EXTREME = 0.9
+"""Share of a client's commonest label from which on it is not one of "the others"."""
 Runs = Mapping[int, float]  # by seed
 Gains = Sequence[float]  # one a seed
 
 
+class Measure(NamedTuple):
+    """What a model's test rows are judged by; more is better."""
+
+    name: str
+    of: Callable[[Row], float]
+    """Of a score."""
+    unit: str
+    scale: float
+    """What a number is multiplied by to be shown in the unit."""
+    least: float
+    """A smaller difference is not judged: it is that of a few test rows."""
+    same: float
+    """What one may be worse by and still do as well."""
+
+
+Rule = Callable[[Gains, Measure], str]
+ACCURACY = Measure("accuracy", lambda score: score["value"], "points", 100, least=0.01, same=0.02)
+AUC = Measure("AUC", lambda score: score["auc"], "points", 100, least=0.01, same=0.02)
+LOSS = Measure("loss", lambda score: -score["loss"], "nats", 1, least=0.01, same=0.02)
+
+
+def measures_of(rows: Sequence[Row]) -> tuple[Measure, Measure]:
+    """Accuracy, and what does not gain by answering another label more often: the AUC where there are two labels."""
+    return ACCURACY, AUC if rows and all(row["after"]["auc"] is not None for row in rows) else LOSS
+
+
 class Verdict(NamedTuple):
-    """One line of the table."""
+    """One cell of the table.
+
+    Attributes:
+        p: Of no difference, by Student's t; None where that is not asked.
+    """
 
     claim: str
     seen: str
     verdict: str
+    p: float | None = None
 
 
 class Results:
@@ -63,10 +92,29 @@ def interval(values: Gains) -> tuple[float, float]:
     return mean, STUDENT[min(len(values) - 2, len(STUDENT) - 1)] * error
 
 
-def tested(rows: Iterable[Row]) -> dict[int, float]:
-    """Test accuracy by seed; of several learning rates that of the best dev loss."""
+def p_value(values: Gains) -> float:
+    """Two-sided, of a mean of 0; Student's t of three values, whose distribution has this closed form."""
+    assert len(values) == len(SEEDS) == 3
+    error = statistics.stdev(values) / math.sqrt(3)
+    t = statistics.fmean(values) / error if error else math.inf
+    return 1 - abs(t) / math.sqrt(2 + t * t) if math.isfinite(t) else 0.0
+
+
+def after_holm(verdicts: Iterable[Verdict], *, level: float = 0.05) -> list[Verdict]:
+    """Those that stay below the level when Holm corrects them for their number."""
+    ranked = sorted((each for each in verdicts if each.p is not None), key=lambda each: each.p or 0.0)
+    kept = []
+    for place, each in enumerate(ranked):
+        if (each.p or 0.0) * (len(ranked) - place) > level:
+            break
+        kept.append(each)
+    return kept
+
+
+def tested(rows: Iterable[Row], measure: Measure) -> dict[int, float]:
+    """The measure on the test rows by seed; of several learning rates that of the best dev loss."""
     rows = best_rate([*rows])
-    return {row["seed"]: row["after"]["value"] for row in rows}
+    return {row["seed"]: measure.of(row["after"]) for row in rows}
 
 
 def best_rate(rows: Sequence[Row]) -> list[Row]:
@@ -78,8 +126,7 @@ def best_rate(rows: Sequence[Row]) -> list[Row]:
 
 
 def _mean_dev_loss(rows: Sequence[Row]) -> float:
-    best = [min((loss for _, _, loss in row["dev"] if loss is not None), default=math.inf) for row in rows]
-    return statistics.fmean(best)
+    return statistics.fmean(best_dev_loss(row) for row in rows)
 
 
 def gains(ours: Runs, theirs: Runs) -> list[float]:
@@ -87,103 +134,101 @@ def gains(ours: Runs, theirs: Runs) -> list[float]:
     return [ours[seed] - theirs[seed] for seed in sorted(ours) if seed in theirs]
 
 
-def ahead(found: Gains) -> str:
+def ahead(found: Gains, measure: Measure) -> str:
     """Whether the first is better."""
     mean, half = interval(found)
-    if abs(mean) < max(half, LEAST):
+    if abs(mean) < max(half, measure.least):
         return "cannot judge"
-    return "confirmed" if mean > 0 else "not confirmed"
+    return "confirmed" if mean > 0 else "contradicted"
 
 
-def as_good(found: Gains) -> str:
-    """Whether the two are within ``SAME`` of each other."""
+def as_good(found: Gains, measure: Measure) -> str:
+    """Whether the first is no worse than the second by more than ``measure.same``."""
     mean, half = interval(found)
-    if abs(mean) + half <= SAME:
+    if mean - half >= -measure.same:
         return "confirmed"
-    return "not confirmed" if abs(mean) - half > SAME else "cannot judge"
+    return "contradicted" if mean + half < -measure.same else "cannot judge"
 
 
-def judge(results: Results, task: str) -> list[Verdict]:
+def judge(results: Results, task: str, measure: Measure) -> list[Verdict]:
     """Every claim, the paper's first; what has not run on all seeds is said to be missing."""
-    return [_sizes(results, task), *_of_the_paper(results, task), *_our_own(results, task)]
+    return [*_of_the_paper(results, task, measure), *_our_own(results, task, measure)]
 
 
-def _sizes(results: Results, task: str) -> Verdict:
-    claim = "Over 1,000 times fewer values than Full-FedZO, where values are sent"
-    sizes = [
-        rows[0]["space_size"] for method in ("full", "meerkat") if (rows := results.rows("core", task, method, "T1"))
-    ]
-    if len(sizes) < 2:
-        return Verdict(claim, "", "not run")
-    ratio = sizes[0] / sizes[1]
-    return Verdict(claim, f"{ratio:,.0f} times", "confirmed" if ratio > 1000 else "not confirmed")
+def _of_the_paper(results: Results, task: str, measure: Measure) -> Iterable[Verdict]:
+    def find(piece: str, method: str = "meerkat", budget: str = "T1", **changed: str) -> Runs:
+        return tested(results.rows(piece, task, method, budget, **changed), measure)
 
+    def line(claim: str, ours: Runs, theirs: Runs, rule: Rule = ahead) -> Verdict:
+        return _line(claim, gains(ours, theirs), rule, measure)
 
-def _of_the_paper(results: Results, task: str) -> Iterable[Verdict]:
-    find = results.rows
-    meerkat = {budget: tested(results.grid(task, budget=budget)) for budget in BUDGETS}
+    meerkat = {budget: tested(results.grid(task, budget=budget), measure) for budget in BUDGETS}
     for budget, steps in list(BUDGETS.items())[1:]:
         for method in ("full", "lora", "magnitude"):
-            theirs = tested(results.grid(task, method, budget))
-            claim = f"T = {steps}: Meerkat is ahead of {METHODS[method]}"
-            yield _line(claim, gains(meerkat[budget], theirs), ahead)
-    claim = "T = 1: Meerkat is ahead of DeComFL (with all clients taking part it is Full-FedZO)"
-    yield _line(claim, gains(meerkat["T1"], tested(results.grid(task, "full", "T1"))), ahead)
+            theirs = tested(results.grid(task, method, budget), measure)
+            yield line(f"T = {steps}: Meerkat is ahead of {METHODS[method]}", meerkat[budget], theirs)
+    claim = "T = 1: Meerkat is ahead of DeComFL (one-sided differences on all weights, one probe, all clients)"
+    yield line(claim, meerkat["T1"], find("protocols", "full", estimator="one_sided"))
+    yield line("Meerkat is better off with T = 1 than with T = 10", meerkat["T1"], meerkat["T10"])
     claim = "T = 1: unlike clients do as well as clients with the same mix of labels"
-    yield _line(claim, gains(meerkat["T1"], tested(find("iid", task, budget="T1"))), as_good)
-    sparse = tested(find("masks", task, budget="T1", trainer__mask_path="c4-1e-4.safetensors"))
-    yield _line("T = 1: a density of 1e-4 does as well as 1e-3", gains(sparse, meerkat["T1"]), as_good)
-    vpcs = tested(find("selection", task, selection="vpcs"))
-    feddyn = tested(find("servers", task, optimizer="feddyn"))
-    for claim, theirs in (
-        ("T = 10: VPCS (by our tests of |g|) is ahead of no selection", meerkat["T10"]),
-        ("T = 10: VPCS (by our tests of |g|) is ahead of stopping as many by lot", tested(results.by_lot(task))),
-        ("T = 10: VPCS (by our tests of |g|) is ahead of FedDyn on the mask", feddyn),
-    ):
-        yield _line(claim, gains(vpcs, theirs), ahead)
-    yield _decay(results.grid(task))
+    yield line(claim, meerkat["T1"], find("iid"), as_good)
+    sparse = find("masks", trainer__mask_path="c4-1e-4.safetensors")
+    yield line("T = 1: a density of 1e-4 does as well as 1e-3", sparse, meerkat["T1"], as_good)
+    wiki, c4 = (find("masks", trainer__mask_path=f"mask-{corpus}-60.safetensors") for corpus in ("wikitext2", "c4"))
+    yield line("T = 1: a mask of WikiText does as well as one of C4", wiki, c4, as_good)
+    vpcs = find("selection", budget="T10", selection="vpcs")
+    who = "T = 10: VPCS (by our tests of |g|) is ahead of"
+    yield line(f"{who} no selection", vpcs, meerkat["T10"])
+    yield line(f"{who} stopping as many by lot", vpcs, tested(results.by_lot(task), measure))
+    yield line(f"{who} FedDyn on the mask", vpcs, find("servers", budget="T10", optimizer="feddyn"))
 
 
-def _our_own(results: Results, task: str) -> Iterable[Verdict]:
-    find = results.rows
-    meerkat = {budget: tested(results.grid(task, budget=budget)) for budget in ("T1", "T10")}
-    for method in ("lora", "magnitude", "random"):
-        theirs = tested(results.grid(task, method, "T1"))
-        yield _line(f"ours, T = 1: Meerkat is ahead of {METHODS[method]}", gains(meerkat["T1"], theirs), ahead)
-    on_c4 = tested(find("masks", task, budget="T1", trainer__mask_path="c4-60.safetensors"))
-    for corpus, title in (("wikitext2", "WikiText"), (task, "the task's own rows")):
-        other = tested(find("masks", task, budget="T1", trainer__mask_path=f"mask-{corpus}-60.safetensors"))
-        yield _line(f"ours, T = 1: a mask of {title} does as well as one of C4", gains(other, on_c4), as_good)
-    theirs = tested(results.grid(task, "random", "T10"))
-    yield _line("ours, T = 10: Meerkat is ahead of Random mask", gains(meerkat["T10"], theirs), ahead)
-    for method, title in METHODS.items():
-        often, seldom = (tested(results.grid(task, method, budget)) for budget in ("T1", "T10"))
-        yield _line(f"ours: {title} is better off with T = 1 than with T = 10", gains(often, seldom), ahead)
+def _our_own(results: Results, task: str, measure: Measure) -> Iterable[Verdict]:
+    def reached(method: str, budget: str) -> Runs:
+        return tested(results.grid(task, method, budget), measure)
+
+    def line(claim: str, ours: Runs, theirs: Runs, rule: Rule = ahead) -> Verdict:
+        return _line(f"(ours) {claim}", gains(ours, theirs), rule, measure)
+
+    for method in ("full", "lora", "magnitude", "random"):
+        yield line(f"T = 1: Meerkat is ahead of {METHODS[method]}", reached("meerkat", "T1"), reached(method, "T1"))
+    yield line(f"T = 10: Meerkat is ahead of {METHODS['random']}", reached("meerkat", "T10"), reached("random", "T10"))
+    masks = (f"mask-{corpus}-60.safetensors" for corpus in (task, "c4"))
+    own, c4 = (tested(results.rows("masks", task, budget="T1", trainer__mask_path=mask), measure) for mask in masks)
+    yield line("T = 1: a mask of the task's own rows does as well as one of C4", own, c4, as_good)
+    for method in ("full", "lora", "magnitude", "random"):
+        claim = f"{METHODS[method]} is better off with T = 1 than with T = 10"
+        yield line(claim, reached(method, "T1"), reached(method, "T10"))
+    if measure is ACCURACY:
+        yield _decay(results.grid(task))
 
 
-def _line(claim: str, found: Gains, rule: Callable[[Gains], str]) -> Verdict:
+def _line(claim: str, found: Gains, rule: Rule, measure: Measure) -> Verdict:
     if len(found) < len(SEEDS):
-        missing = "not run" if not found else f"{len(found)} of {len(SEEDS)} seeds"
-        return Verdict(claim, "", missing)
-    mean, half = interval(found)
-    return Verdict(claim, f"{100 * mean:+.1f} +- {100 * half:.1f} points", rule(found))
+        return Verdict(claim, "", "not run" if not found else f"{len(found)} of {len(SEEDS)} seeds")
+    mean, half = (measure.scale * value for value in interval(found))
+    digits = 1 if measure.scale > 1 else 3
+    p = p_value(found) if rule is ahead else None
+    seen = f"{mean:+.{digits}f} +- {half:.{digits}f} {measure.unit}" + ("" if p is None else f", p = {p:.2g}")
+    return Verdict(claim, seen, rule(found, measure), p)
 
 
 def _decay(rows: Sequence[Row]) -> Verdict:
     """How much more |GradIP| falls, from the first to the last quarter of the steps, in clients of one label."""
-    claim = "T = 10: |GradIP| falls more in clients with one label than in the others"
+    claim = "(ours) T = 10: |GradIP| falls more over the run in clients of one label than in mixed ones"
     found = []
     for row in rows:
         falls: dict[bool, list[float]] = {True: [], False: []}
         for client in row["clients"]:
-            if client["mean_grad_ip"] and all(client["mean_grad_ip"]):
+            share = max(client["labels"].values()) / sum(client["labels"].values())
+            if client["mean_grad_ip"] and all(client["mean_grad_ip"]) and (share == 1 or share < EXTREME):
                 first, last = client["mean_grad_ip"]
-                falls[len(client["labels"]) == 1].append(math.log(first / last))
+                falls[share == 1].append(math.log(first / last))
         if all(falls.values()):
             found.append(statistics.fmean(falls[True]) - statistics.fmean(falls[False]))
     if len(found) < len(SEEDS):
         return Verdict(claim, "", "not run" if not found else f"{len(found)} of {len(SEEDS)} seeds")
     mean, half = interval(found)
     low, high = math.exp(mean - half), math.exp(mean + half)
-    verdict = "confirmed" if low > 1 else "not confirmed" if high < 1 else "cannot judge"
+    verdict = "confirmed" if low > 1 else "contradicted" if high < 1 else "cannot judge"
     return Verdict(claim, f"{math.exp(mean):.2f} times as much ({low:.2f} to {high:.2f})", verdict)

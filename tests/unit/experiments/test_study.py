@@ -37,7 +37,23 @@ def row(
         "seed": seed,
         "changed": {key.replace("__", "."): value for key, value in changed.items()},
         "lr": lr,
-        "after": {"value": value},
+        "before": {"value": 0.5, "best_threshold_accuracy": 0.6, "auc": 0.65, "loss": 1.0, "per_class": {"0": [1, 2]}},
+        "after": {
+            "value": value,
+            "best_threshold_accuracy": value,
+            "auc": value / 2,
+            "loss": 1 - value,
+            "per_class": {"0": [1, 2], "1": [2, 2]},
+        },
+        "best_round": 20,
+        "seconds": 60.0,
+        "git_commit": "c",
+        "num_clients": 8,
+        "payload_up_bytes": 800,
+        "payload_down_bytes": 800,
+        "setup_down_bytes": 0,
+        "federated": None,
+        "rounds": 20,
         "dev": [[0, 0.5, 1.0], [20, 0.7, 1 - lr]],
         "flagged": [],
         "fallback": False,
@@ -58,17 +74,38 @@ def test_an_interval_is_students_of_paired_seeds(study: Any) -> None:
 @pytest.mark.parametrize(
     ("found", "ahead", "as_good"),
     [
-        ([0.05, 0.06, 0.05], "confirmed", "not confirmed"),
-        ([-0.05, -0.06, -0.05], "not confirmed", "not confirmed"),
+        ([0.05, 0.06, 0.05], "confirmed", "confirmed"),
+        ([-0.05, -0.06, -0.05], "contradicted", "contradicted"),
         ([0.05, -0.04, 0.01], "cannot judge", "cannot judge"),
         ([0.001, 0.001, 0.001], "cannot judge", "confirmed"),  # one test row, three times
+        ([-0.015, -0.016, -0.015], "contradicted", "confirmed"),  # worse, but by less than two points
     ],
 )
 def test_a_verdict_needs_an_interval_on_one_side_and_a_point(
     study: Any, found: list[float], ahead: str, as_good: str
 ) -> None:
-    assert study["verdicts"].ahead(found) == ahead
-    assert study["verdicts"].as_good(found) == as_good
+    verdicts = study["verdicts"]
+
+    assert verdicts.ahead(found, verdicts.ACCURACY) == ahead
+    assert verdicts.as_good(found, verdicts.ACCURACY) == as_good
+
+
+def test_p_is_students_and_holm_counts_the_lines(study: Any) -> None:
+    """The table of Student's t with two degrees of freedom: 4.303 leaves 5 %, 9.925 leaves 1 %."""
+    verdicts = study["verdicts"]
+
+    def lines(*ps: float | None) -> list[Any]:
+        return [verdicts.Verdict(str(p), "", "confirmed", p) for p in ps]
+
+    def values(t: float) -> list[float]:  # of mean t and standard error 1
+        return [t - 3**0.5, t, t + 3**0.5]
+
+    assert verdicts.p_value(values(4.303)) == pytest.approx(0.05, abs=1e-4)
+    assert verdicts.p_value(values(-9.925)) == pytest.approx(0.01, abs=1e-4)
+    assert verdicts.p_value([0.5, 0.5, 0.5]) == 0
+    # 0.01 x 4 and 0.016 x 3 are below 5 %, 0.03 x 2 is not, and what comes after is not asked
+    left = verdicts.after_holm(lines(0.03, 0.01, None, 0.04, 0.016))
+    assert [each.claim for each in left] == ["0.01", "0.016"]
 
 
 def test_a_claim_is_judged_only_when_all_seeds_have_run(study: Any) -> None:
@@ -76,18 +113,22 @@ def test_a_claim_is_judged_only_when_all_seeds_have_run(study: Any) -> None:
     rows += [row(seed, 0.7 + seed / 100, method="full") for seed in range(2)]
 
     def verdict_on_full() -> Any:
-        lines = study["verdicts"].judge(study["verdicts"].Results({"core": rows}), "sst2")
+        lines = study["verdicts"].judge(study["verdicts"].Results({"core": rows}), "sst2", study["verdicts"].ACCURACY)
         return next(line for line in lines if line.claim == "T = 10: Meerkat is ahead of Full-FedZO")
 
     assert verdict_on_full().verdict == "2 of 3 seeds"
     rows.append(row(2, 0.72, method="full"))
-    assert (verdict_on_full().verdict, verdict_on_full().seen) == ("confirmed", "+10.0 +- 0.0 points")
+    assert (verdict_on_full().verdict, verdict_on_full().seen) == (
+        "confirmed",
+        "+10.0 +- 0.0 points, p = 0",
+    )
 
 
 def test_of_several_learning_rates_the_one_of_the_best_dev_loss_is_shown(study: Any) -> None:
     rows = [row(seed, 0.9, lr=1e-3) for seed in range(3)] + [row(seed, 0.6, lr=1e-2) for seed in range(3)]
 
-    assert study["verdicts"].tested(rows) == {0: 0.6, 1: 0.6, 2: 0.6}  # worse on test, but chosen on dev
+    verdicts = study["verdicts"]
+    assert verdicts.tested(rows, verdicts.ACCURACY) == {0: 0.6, 1: 0.6, 2: 0.6}  # worse on test, but chosen on dev
 
 
 def test_results_are_found_by_what_was_changed(study: Any) -> None:
@@ -97,6 +138,35 @@ def test_results_are_found_by_what_was_changed(study: Any) -> None:
     assert [r["after"]["value"] for r in results.rows("servers", "sst2", optimizer="feddyn")] == [0.5]
     assert len(results.rows("servers", "sst2", trainer__mask_path="c4-60.safetensors")) == 1
     assert not results.rows("servers", "sst2", "full")
+
+
+def test_methods_are_judged_by_accuracy_and_by_what_a_threshold_cannot_give(study: Any) -> None:
+    """Ahead in accuracy, behind in AUC: the columns say both, and a task of four labels is judged by its loss."""
+    tables, results = study["tables"], study["verdicts"].Results
+    rows = [row(seed, 0.8 + seed / 1000, budget="T1") for seed in range(3)]
+    rows += [row(seed, 0.7, method="full", budget="T1") for seed in range(3)]
+    for each in rows[3:]:
+        each["after"]["auc"] = 0.9
+    claim = "| (ours) T = 1: Meerkat is ahead of Full-FedZO |"
+
+    (binary,) = [line for line in tables.verdicts(results({"core": rows}), ["sst2"]) if line.startswith(claim)]
+    for each in rows:
+        each["after"]["auc"] = None
+    head, _, *others = tables.verdicts(results({"core": rows}), ["sst2"])
+
+    assert re.findall(r"\*\*(\w+)", binary) == ["confirmed", "contradicted"]
+    assert head == "| claim | SST-2, accuracy | SST-2, loss |"
+    (of_loss,) = [line for line in others if line.startswith(claim)]
+    assert re.findall(r"[+-][0-9.]+ \+-", of_loss) == ["+10.1 +-", "+0.101 +-"]
+
+
+def test_what_is_committed_is_made_of_the_results(study: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tables that the README shows, made anew; ``docs/tables.py --check`` compares them with the page."""
+    monkeypatch.setattr(study["collect"], "RESULTS", FOLDER / "results")
+
+    made = json.loads(json.dumps(study["tables"].made()))
+
+    assert made == json.loads((FOLDER / "tables.json").read_text())
 
 
 def write_run(folder: Path, *, finished: bool) -> None:
