@@ -46,14 +46,21 @@ def claims(rows: Any) -> Lines:
     """One line a claim; whether it holds is said where there is a target."""
     lines = ["| claim | value | target |", "|---|---|---|"]
     for row in rows:
-        target = (
-            ""
-            if row["target"] is None
-            else f"{row['target']:g} {row['unit']}: {'holds' if row['holds'] else '**missed**'}"
-        )
+        target = ""
+        if row["target"] is not None:
+            target = f"{amount(row['target'], row['unit'])}: {'holds' if row['holds'] else '**missed**'}"
         claim = row["claim"].replace("|", r"\|")
-        lines.append(f"| {claim} | {row['value']:.4g} {row['unit']} | {target} |")
+        lines.append(f"| {claim} | {amount(row['value'], row['unit'])} | {target} |")
     return lines
+
+
+def amount(value: float, unit: str) -> str:
+    """A number with its unit as people write it."""
+    if unit == "share":
+        return f"{100 * value:.4g} %"
+    if unit == "bytes":
+        return f"{value:,.0f} bytes"
+    return f"{value:.4g}" if unit in ("area", "ratio") else f"{value:.4g} {unit}"
 
 
 def clients(points: Any) -> Lines:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.ticker import FuncFormatter, NullFormatter
 from torch import nn
 
 from fedzo.bench.claims import Claims
@@ -99,6 +100,9 @@ def draw(seconds: dict[Case, float]) -> None:
             axes.plot(CLIENTS, line, color=colour, marker=marker, label=what.split(", ")[1])
         axes.set_xscale("log")
         axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+            axis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("clients of the round")
         axes.set_ylabel("seconds")
         threads = torch.get_num_threads()

@@ -31,6 +31,7 @@ class TaskConfig:
     """A task as data: templates with ``{column}`` fields, filled from each row."""
 
     name: str = "custom"
+    """What reports call it."""
     kind: TaskKind = TaskKind.candidates
     loss: Loss = Loss.candidates
     template: str = ""
@@ -104,6 +105,7 @@ class ShardsConfig(PartitionConfig):
     """Rows sorted by label, cut into shards, each client given some."""
 
     shards_per_client: int = 2
+    """How many shards a client gets."""
 
 
 @dataclass(kw_only=True, slots=True)

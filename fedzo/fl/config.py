@@ -34,7 +34,9 @@ class FlConfig:
     """The federation's rounds."""
 
     num_clients: int = 8
+    """K: clients of the run, each with an index of its own."""
     rounds: int = 75
+    """Synchronisations of the whole run."""
     local_steps: int = 1
     """T: steps a client makes between two synchronisations."""
     batch_size: int = 2

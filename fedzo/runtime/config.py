@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(kw_only=True, slots=True)
 class RuntimeConfig:
-    """Where clients run. Nothing here changes a result, but for ``batch_clients`` in its last bits."""
+    """Where clients run; changes a result in its last bits alone, by ``batch_clients`` or where ``threads`` is open."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -23,7 +23,9 @@ class RayConfig(RuntimeConfig):
     """Flower's simulation engine on Ray: one model per actor."""
 
     num_cpus_per_client: float = 1.0
+    """CPUs that Ray reserves for an actor."""
     num_gpus_per_client: float = 0.0
+    """GPUs that Ray reserves for an actor; 0.5 puts two on one."""
     num_actors: int = 2
     """Actors (processes) that share the clients."""
 

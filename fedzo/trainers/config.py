@@ -10,7 +10,7 @@ from fedzo.zo.config import Rounding
 
 @dataclass(kw_only=True, slots=True)
 class TrainerConfig:
-    """A trainer is a space (``design``: idea 2) with the step sizes that suit it."""
+    """Which numbers are trained, and the step sizes that suit them."""
 
     lr: float = 1e-4
     """Learning rate that suits this space; ``optimizer.lr`` defaults to it."""
@@ -33,14 +33,18 @@ class Selector(StrEnum):
     sensitivity = "sensitivity"
     """Squared gradient on calibration text."""
     magnitude = "magnitude"
+    """Absolute value: the largest weights."""
     random = "random"
+    """A uniform draw, from the run seed."""
 
 
 class Granularity(StrEnum):
     """Where the top share is taken."""
 
     per_tensor = "per_tensor"
+    """``density`` of each tensor."""
     everywhere = "everywhere"
+    """``density`` of all eligible weights together."""
 
 
 class Calibration(StrEnum):
@@ -67,6 +71,7 @@ class MeerkatConfig(TrainerConfig):
     """A mask made by ``fedzo mask``; without it the mask is computed when the run starts."""
     calibration: Calibration = Calibration.imdb
     calibration_path: str | None = None
+    """The text of ``calibration=file``."""
     calibration_docs: int = 16
     """Number of calibration documents (100 x 512 tokens of C4 in SensZOQ's tool)."""
     calibration_tokens: int = 128

@@ -7,7 +7,7 @@ from enum import Enum, StrEnum
 
 
 class Distribution(StrEnum):
-    """Law of a direction's coordinates (``specs/directions``)."""
+    """Law of a direction's coordinates (``docs/explanation-randomness.md``)."""
 
     gaussian = "gaussian"
     rademacher = "rademacher"
@@ -80,6 +80,7 @@ class OptimizerConfig:
     """How aggregated projected gradients move the weights."""
 
     lr: float = 1e-4
+    """Learning rate; every option that is shipped takes ``trainer.lr``."""
     schedule: Schedule = Schedule.constant
     final_lr_share: float = 0.1
     """Share of ``lr`` in the last round, where the schedule is linear or cosine; 0 wastes that round."""
@@ -99,6 +100,7 @@ class MomentumConfig(OptimizerConfig):
     """Heavy ball over rounds: m = momentum * m + u, theta -= lr * m; u is the round's sum of c * z."""
 
     momentum: float = 0.9
+    """Share of m that a round keeps."""
     nesterov: bool = False
     """Step along u + momentum * m instead of m."""
 
@@ -108,7 +110,9 @@ class AdamConfig(OptimizerConfig):
     """Adam over rounds (arXiv 1412.6980) with decoupled decay (AdamW, arXiv 1711.05101)."""
 
     beta1: float = 0.9
+    """Share of the first moment that a round keeps."""
     beta2: float = 0.999
+    """Share of the second moment that a round keeps."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
 

@@ -71,10 +71,13 @@ class VpcsConfig(EarlyStopConfig):
     """Which tests are made; flagged = (ratio ``combine`` quiet) or level."""
     combine: Combine = Combine.both
     ratio_threshold: float = 3.0
+    """Of the initial phase's mean over the later phase's; a client above it speaks for the test ``ratio``."""
     quiet_threshold: float = 0.5
+    """Of the share of quiet steps, for the test ``quiet``."""
     sigma_share: float = 0.1
     """sigma is this share of the median over clients of the initial phase's mean."""
     level_threshold: float = 2.0
+    """Of the others' median over the client's own mean, for the test ``level``."""
     graded: bool = False
     """Stop by strength: T/2 from the threshold on, T/4 from twice the threshold on, ...; at least ``early_steps``."""
 
