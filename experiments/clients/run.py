@@ -37,6 +37,7 @@ POINTS = [
     ("inline", 100, 10),
     ("inline_batched", 1000, 10),
 ]
+NAMES = {"inline_batched": "together", "inline": "one after another", "ray": "Ray, two actors"}
 COLOURS = {"inline_batched": "#0072B2", "inline": "#D55E00", "ray": "#009E73"}
 
 
@@ -155,8 +156,9 @@ def gather(done: list[dict[str, Any]]) -> Claims:
 def draw(done: list[dict[str, Any]]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullLocator
 
-    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, key, label, unit in zip(
         figure.subplots(1, 2), ("round_s", "peak_bytes"), ("seconds a round", "peak memory (GB)"), (1, 1e9), strict=True
@@ -167,17 +169,21 @@ def draw(done: list[dict[str, Any]]) -> None:
                     (p["clients"], p[key] / unit) for p in done if (p["runtime"], p["local_steps"]) == (runtime, steps)
                 )
                 if points:
-                    axes.plot(
-                        *zip(*points, strict=True), style, marker="o", color=colour, label=f"{runtime}, T = {steps}"
-                    )
+                    name = f"{NAMES[runtime]}, T = {steps}"
+                    axes.plot(*zip(*points, strict=True), style, marker="o", color=colour, label=name)
         axes.set_xscale("log")
+        axes.set_xticks(numbers := sorted({p["clients"] for p in done}), [f"{number:,}" for number in numbers])
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_yscale("log" if key == "round_s" else "linear")
+        if key == "round_s":
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axes.set_ylim(bottom=None if key == "round_s" else 0)
         axes.set_xlabel("clients of a round")
         axes.set_title(label, fontsize=10)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.savefig(HERE / "clients.png", dpi=130)
 
 

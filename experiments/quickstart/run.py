@@ -30,8 +30,7 @@ def main() -> None:
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     gather(runs).write(HERE / "claims.json")
     draw(runs)
-    for line in table(runs):
-        print(line)
+    print("`python docs/tables.py` puts them into the pages")
 
 
 def run(seed: int) -> dict[str, Any]:
@@ -79,18 +78,6 @@ def gather(runs: list[dict[str, Any]]) -> Claims:
     add("scalars that a client sends in a whole run", up, "bytes", at_most=20_000)
     add("message contents of a client in a whole run, both ways, the mask included", messages, "bytes")
     return claims
-
-
-def table(runs: list[dict[str, Any]]) -> list[str]:
-    lines = [
-        "| seed | accuracy | at the best threshold | AUC | best round | minutes |",
-        "|---|---|---|---|---|---|",
-    ]
-    for entry in runs:
-        s = entry["summary"]
-        cells = [f"{s['before'][k]:.3f} -> {s['after'][k]:.3f}" for k in ("value", "best_threshold_accuracy", "auc")]
-        lines.append(f"| {s['seed']} | {' | '.join(cells)} | {s['best_round']} | {s['seconds'] / 60:.1f} |")
-    return lines
 
 
 def draw(runs: list[dict[str, Any]]) -> None:

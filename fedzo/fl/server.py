@@ -250,11 +250,11 @@ class Server:
         return results
 
     def _warn_if_lost(self, results: Mapping[int, ClientResult]) -> None:
-        """A run that has diverged goes on without moving: say so in the first of such rounds."""
+        """A run that has diverged goes on without learning anything: say so in the first of such rounds."""
         lost = all(result.dropped.all() for result in results.values())
         if lost and not self._lost:
             log.warning(
-                "round %d: no client had a finite loss, so that nothing moves. The model has probably diverged: "
+                "round %d: no client had a finite loss, so that nothing is learnt. The model has probably diverged: "
                 "lower trainer.lr, or bound the scalars with strategy.clip_factor, and start again.",
                 self.round,
             )
