@@ -28,7 +28,7 @@ def audit_line(
         record: What is committed.
         results: The usable replies.
         lr: Learning rate of the local steps; that of the record is 0 where the round only measured.
-        xi: The server's gradient along every direction, in the shape of the record's coefficients; None without one.
+        xi: The server's gradient along every direction, [T, P, owners or 1]; None without a gradient.
         used: Steps that each client had used before the round.
         weights: Of the clients in the mean.
         refused: The other sampled clients. Why is in the metrics: its words differ between runtimes, the log may not.

@@ -55,7 +55,7 @@ class Signals:
             self._note(line)
 
     def products(self, record: RoundRecord) -> list[Any] | None:
-        """Xi for the audit log: <gradient, z> of each direction, nested as the coefficients are; None without one."""
+        """Xi for the audit log: <gradient, z> by step, probe and owner of the direction; None without a gradient."""
         if self._gradient is None:
             return None
         xi = round_products(self._gradient, record, run_seed=self._run_seed, distribution=self._distribution)

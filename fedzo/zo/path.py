@@ -48,6 +48,11 @@ class RoundRecord:
     coefficients: Scalars
     directions: int = OWN
 
+    @property
+    def shared(self) -> bool:
+        """Whether all clients stepped along the same directions, so that a step and probe has but one."""
+        return SHARED in (self.directions, self.owners[0])
+
     def to_bytes(self) -> bytes:
         """The record as it travels: 14 bytes of header, 4 an owner, 4 a scalar, little endian.
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from fedzo.zo.config import Distribution
-from fedzo.zo.directions import SHARED, add_direction, dot_direction
+from fedzo.zo.directions import add_direction, dot_direction
 from fedzo.zo.path import RoundRecord, Scalars, scalars_and_keys
 from fedzo.zo.seeds import step_keys
 
@@ -72,8 +72,9 @@ def virtual_paths(
     if any(len(g) > steps or g.shape[1] != probes for g in scalars.values()):
         raise ValueError(f"g must be at most {steps} steps of {probes}, got {[g.shape for g in scalars.values()]}")
     norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
-    shared = SHARED in (record.directions, record.owners[0])
-    groups = [(0, list(scalars))] if shared else [(column, [owner]) for column, owner in enumerate(record.owners)]
+    groups = [(0, list(scalars))]
+    if not record.shared:
+        groups = [(column, [owner]) for column, owner in enumerate(record.owners)]
     paths = {}
     for column, members in groups:
         walked = max((len(scalars[client]) for client in members), default=0)
@@ -110,7 +111,7 @@ def step_products(g: npt.NDArray[np.floating], xi: Numbers, column: int) -> Numb
 def round_products(
     gradient: torch.Tensor, record: RoundRecord, *, run_seed: int, distribution: Distribution
 ) -> Numbers:
-    """Xi of each scalar of a round, float64 in the shape of its coefficients [T, P, owners].
+    """Xi of each direction of a round, float64: [T, P, 1] where clients share them, else a column for each owner.
 
     One pass a direction, also where several scalars lie along the same.
 
@@ -121,7 +122,8 @@ def round_products(
     keys = [key for _, key in scalars_and_keys(record, run_seed=run_seed)]
     distinct = list(dict.fromkeys(keys))
     products = dict(zip(distinct, inner_products(gradient, distinct, distribution=distribution), strict=True))
-    return np.array([products[key] for key in keys]).reshape(record.coefficients.shape)
+    xi = np.array([products[key] for key in keys]).reshape(record.coefficients.shape)
+    return xi[:, :, :1] if record.shared else xi
 
 
 def inner_products(gradient: torch.Tensor, keys: Sequence[int], *, distribution: Distribution) -> Numbers:

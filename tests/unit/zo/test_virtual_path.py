@@ -182,6 +182,18 @@ def vars_of(path: object) -> tuple[np.ndarray, ...]:
     return tuple(getattr(path, name) for name in ("grad_ip", "abs_g", "cosine"))
 
 
+def test_where_clients_share_directions_a_record_with_their_own_columns_has_one_product_a_direction() -> None:
+    """SCAFFOLD's and FedDyn's records keep each client's scalars along the same directions."""
+    gradient, law = torch.linspace(-1, 1, 40), Distribution.gaussian
+    own = RoundRecord(round=2, lr=0.1, owners=(0, 3), coefficients=np.ones((2, 2, 2), np.float32), directions=SHARED)
+    common = RoundRecord(round=2, lr=0.1, owners=(SHARED,), coefficients=np.ones((2, 2, 1), np.float32))
+
+    xi = round_products(gradient, own, run_seed=7, distribution=law)
+
+    assert xi.shape == (2, 2, 1)
+    assert np.array_equal(xi, round_products(gradient, common, run_seed=7, distribution=law))
+
+
 def test_a_direction_is_read_once_for_all_clients_that_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from fedzo.zo import virtual_path
 
