@@ -33,8 +33,8 @@ from fedzo.data.example import Example
 from fedzo.data.order import batch_rows
 from fedzo.environment import environment
 from fedzo.errors import ConfigError, FedzoError
-from fedzo.fl.aggregate import sample_clients
-from fedzo.fl.config import Aggregation, BestBy, Weighting
+from fedzo.fl.aggregate import client_weights, sampling_order
+from fedzo.fl.config import Aggregation, BestBy
 from fedzo.fl.selection.config import NoSelectionConfig
 from fedzo.masks.mask_file import decode_mask
 from fedzo.models.config import DType
@@ -109,19 +109,16 @@ def run(config: RunConfig, folder: Path, *, adam: bool = False) -> Record:
     before, first = score("test", 0), score("dev", 0)
     best, best_values = first, space.values()
     data = {client: site.client_data(client).train for client in range(config.fl.num_clients)}
+    rows_of = {client: len(rows) for client, rows in data.items()}
+    weights = client_weights(rows_of, config.strategy.weighting, size_cap=config.strategy.size_cap)
     used = dict.fromkeys(data, 0)
     adams = {client: Adam() for client in data} if adam else {}
     sent = 0
     for number in range(config.fl.rounds):
         lr = learning_rate(config.optimizer, round=number, rounds=config.fl.rounds)
-        sampled = sample_clients(
-            run_seed=config.seed,
-            round=number,
-            num_clients=config.fl.num_clients,
-            clients_per_round=config.strategy.clients_per_round,
-        )
-        sizes = {client: float(len(data[client])) for client in sampled}
-        weights = sizes if config.strategy.weighting is Weighting.size else dict.fromkeys(sampled, 1.0)
+        order = sampling_order(run_seed=config.seed, round=number, num_clients=config.fl.num_clients, connected=data)
+        sampled = sorted(order[: config.strategy.clients_per_round or None])
+        share = sum(weights[client] for client in sampled)
         start, total = space.values(), np.zeros(space.size)
         for client in sampled:
             space.load(start)
@@ -136,7 +133,7 @@ def run(config: RunConfig, folder: Path, *, adam: bool = False) -> Record:
                 used[client] += 1
                 g = gradient([data[client][row] for row in rows])
                 space.load(space.values() - np.float32(lr) * (adams[client].along(g) if adam else g))
-            total += weights[client] / sum(weights.values()) * space.values()
+            total += weights[client] / share * space.values()
         space.load(total.astype(np.float32))
         sent += 4 * space.size * len(sampled)
         if is_due(number + 1, config):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import median
 
 import numpy as np
 
 from fedzo.errors import ProtocolError
 from fedzo.fl.clip import NO_BOUND
-from fedzo.fl.config import Aggregation
+from fedzo.fl.config import Aggregation, Weighting
 from fedzo.fl.wire import TrainReply, scalars_from_bytes, signs_from_bytes
 from fedzo.zo.directions import PURPOSE_SAMPLING, SHARED, permutation, stream_key
 from fedzo.zo.path import RoundRecord, Scalars
@@ -180,6 +182,19 @@ def unmoved(record: RoundRecord) -> RoundRecord:
     lr = 0 stops every step and the decay; c = 0 leaves what a rule remembers at zero.
     """
     return replace(record, lr=0.0, coefficients=np.zeros_like(record.coefficients))
+
+
+def client_weights(rows: Mapping[int, int], weighting: Weighting, *, size_cap: float) -> dict[int, float]:
+    """w of every client, from the rows that it declared: 1, or these up to ``size_cap`` times their median (0: all).
+
+    Example:
+        >>> client_weights({0: 10, 1: 20, 2: 10**9}, Weighting.size, size_cap=10)
+        {0: 10.0, 1: 20.0, 2: 200.0}
+    """
+    if weighting is Weighting.uniform:
+        return dict.fromkeys(rows, 1.0)
+    most = size_cap * median(rows.values()) or math.inf
+    return {client: float(min(size, most)) for client, size in rows.items()}
 
 
 def sampling_order(*, run_seed: int, round: int, num_clients: int, connected: Container[int]) -> list[int]:

@@ -15,20 +15,18 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from fedzo.errors import FedzoError, ProtocolError
-from fedzo.fl.aggregate import ClientResult, aggregate, check_reply, sampling_order, unmoved
+from fedzo.fl.aggregate import ClientResult, aggregate, check_reply, client_weights, sampling_order, unmoved
 from fedzo.fl.clip import announced_bound
-from fedzo.fl.config import Aggregation, FlConfig, StrategyConfig, Transport, Weighting, directions_of
+from fedzo.fl.config import Aggregation, FlConfig, StrategyConfig, Transport, directions_of
 from fedzo.fl.exchange import Grid, Traffic
 from fedzo.fl.followers import Followers
 from fedzo.fl.metrics import audit_line, round_metrics
@@ -282,10 +280,7 @@ class Server:
     def _weights(self) -> Mapping[int, float]:
         """Fixed at registration, never taken from a reply."""
         rows = {client: hello.num_train for client, hello in self.roster.hellos.items()}
-        if self.strategy.weighting is Weighting.uniform:
-            return dict.fromkeys(rows, 1.0)
-        most = self.strategy.size_cap * median(rows.values()) or math.inf
-        return {client: float(min(size, most)) for client, size in rows.items()}
+        return client_weights(rows, self.strategy.weighting, size_cap=self.strategy.size_cap)
 
     def _commit(self, record: RoundRecord, audit: dict[str, Any]) -> None:
         # the replica moves first, since the line carries its check; it is rebuilt from the log if the line is not
