@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-from pieces import BUDGETS, METHODS, TASKS
+from pieces import BUDGETS, METHODS, SEEDS, TASKS
 from verdicts import Results, best_rate, interval
 
 from fedzo.report.format import bytes_text
@@ -165,7 +165,7 @@ def _with_interval(axes: Axes, x: float, values: Sequence[float], colour: str) -
     axes.plot([x] * len(values), values, "o", color=colour, markersize=4.5, alpha=0.8, markeredgewidth=0)
     if values:
         mean, half = interval([*values])
-        error = None if math.isnan(half) else half
+        error = None if len(values) < len(SEEDS) else half  # one of two seeds would be all there is to see
         axes.errorbar(x, mean, yerr=error, color=colour, marker="_", markersize=10, markeredgewidth=2, elinewidth=0.8)
 
 
