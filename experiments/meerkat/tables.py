@@ -92,8 +92,8 @@ def tuning(tried: Sequence[Row]) -> list[str]:
 def accuracy(core: Sequence[Row]) -> list[str]:
     """One line a method of each task: what the tested model reaches, with 95 % intervals over seeds."""
     lines = [
-        "| task | method | T | lr | accuracy, % | at the best threshold, % | AUC | loss | worst class, % | best step of each seed "
-        "| minutes a run |",
+        "| task | method | T | lr | accuracy, % | at the best threshold, % | AUC | loss | worst class, % "
+        "| best step of each seed | minutes a run |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for task in dict.fromkeys(row["task"] for row in core):
