@@ -88,6 +88,7 @@ class Federation:
             server.roster.recall(setup["clients"])
         fewest = config.strategy.min_replies if setup else None
         server.roster.wait(server.grid, timeout_s=config.strategy.startup_s, fewest=fewest)
+        server.warn_of_cut_sizes()
         server.catch_up()
         self._write_setup()
         if server.round == 0:

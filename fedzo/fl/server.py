@@ -26,7 +26,7 @@ import torch
 from fedzo.errors import FedzoError, ProtocolError
 from fedzo.fl.aggregate import ClientResult, aggregate, check_reply, client_weights, sampling_order, unmoved
 from fedzo.fl.clip import announced_bound
-from fedzo.fl.config import Aggregation, FlConfig, StrategyConfig, Transport, directions_of
+from fedzo.fl.config import Aggregation, FlConfig, StrategyConfig, Transport, Weighting, directions_of
 from fedzo.fl.exchange import Grid, Traffic
 from fedzo.fl.followers import Followers
 from fedzo.fl.metrics import audit_line, round_metrics
@@ -117,6 +117,19 @@ class Server:
         self.replica.goto(self.round, self.store.records)
         if self.store.rounds:
             self.replica.verify(self.store.rounds[-1])
+
+    def warn_of_cut_sizes(self) -> None:
+        """Once the clients have registered: say whose declared rows do not all count."""
+        if self.strategy.weighting is Weighting.size:
+            hellos = self.roster.hellos
+            cut = sorted(client for client, weight in self._weights.items() if weight < hellos[client].num_train)
+            if cut:
+                log.warning(
+                    "strategy.size_cap: the rows of clients %s count as %g times the median of all clients' rows; "
+                    "0 lifts the cap, where all clients are trusted.",
+                    cut,
+                    self.strategy.size_cap,
+                )
 
     def run_round(self) -> RoundRecord:
         """One round, from sampling to the committed record.

@@ -31,7 +31,7 @@ class TensorBoardSink:
     def __init__(self, run_dir: Path, *, completed: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=completed + 1 if completed else None)
+        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=completed + 1)
 
     def write(self, record: Record) -> None:
         """Write the record's numbers."""

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from fedzo.config.load import load
 from fedzo.config.plugins import plugin_classes
 from fedzo.config.schema import RunConfig
-from fedzo.config.travel import config_hash, from_json, load_yaml, save_yaml, to_json
+from fedzo.config.travel import config_hash, from_json, is_same_run, load_yaml, save_yaml, to_json
 from fedzo.data.config import NaturalConfig, PartitionConfig, TaskConfig
 from fedzo.errors import ConfigError
 from fedzo.fl.config import Seeds
@@ -224,6 +224,33 @@ def test_hash_ignores_what_is_local_to_a_site(overrides: list[str]) -> None:
 @pytest.mark.parametrize("overrides", SHARED, ids=" ".join)
 def test_hash_depends_on_what_peers_must_share(overrides: list[str]) -> None:
     assert config_hash(load(overrides)) != config_hash(load([]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "same"),
+    [
+        (["threads=3"], True),
+        (["device=cpu"], True),
+        (["runtime=local"], True),
+        (["report=none"], True),
+        (["model.dtype=bfloat16"], False),  # a peer's own choice, but another result
+        (["trainer.calibration_tokens=64"], False),
+        (["seed=1"], False),
+    ],
+    ids=str,
+)
+def test_a_sweep_takes_a_finished_run_for_its_own_only_where_files_and_numbers_are_the_same(
+    overrides: list[str], same: bool
+) -> None:
+    assert is_same_run(load(overrides), load([])) is same
+
+
+def test_another_file_makes_another_run_of_a_sweep() -> None:
+    one, other = load([]), load([])
+    other.data.path = "/elsewhere"
+
+    assert config_hash(one) == config_hash(other)
+    assert not is_same_run(one, other)
 
 
 @pytest.mark.parametrize(

@@ -417,11 +417,18 @@ def test_a_client_cannot_come_back_with_another_weight(federation: Any, caplog: 
     assert "client 0: it must hold the rows that it registered with" in caplog.text
 
 
-def test_what_a_client_declares_counts_within_the_cap(federation: Any) -> None:
+def test_what_a_client_declares_counts_within_the_cap_and_the_server_says_so(
+    federation: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     server, clients, _ = federation(5, weighting=Weighting.size, size_cap=2.0)
+    server.warn_of_cut_sizes()
+    assert not caplog.text
     server.roster.hellos[4] = replace(clients[4].hello, num_train=2**62)
 
+    server.warn_of_cut_sizes()
     server.run_round()
+
+    assert "strategy.size_cap: the rows of clients [4] count as 2 times the median" in caplog.text
 
     weights = [entry["weight"] for entry in server.store.audit[0]["clients"]]
     assert weights == [10, 20, 30, 40, 60]  # twice the median

@@ -53,6 +53,19 @@ def test_tensorboard_of_a_resumed_run_keeps_what_was_before_and_drops_what_a_kil
     assert [event.step for event in events.Scalars("dev/accuracy")] == [6]
 
 
+def test_tensorboard_drops_a_first_round_that_a_kill_left_uncommitted(make_run: MakeRun) -> None:
+    folder = make_run()
+    told = records(folder)
+    for _ in range(2):  # its metrics are written before its log line
+        sink = TensorBoardSink(folder, completed=0)
+        sink.write(next(record for record in told if record["kind"] == "round"))
+        sink.close()
+
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+
+    assert [event.step for event in events.Scalars("round/payload_up_bytes")] == [1]
+
+
 def test_without_a_terminal_plain_lines_tell_rounds_bytes_time_and_the_result(
     make_run: MakeRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
