@@ -133,7 +133,7 @@ def run(config: RunConfig, folder: Path, *, adam: bool = False) -> Record:
                 used[client] += 1
                 g = gradient([data[client][row] for row in rows])
                 space.load(space.values() - np.float32(lr) * (adams[client].along(g) if adam else g))
-            total += weights[client] / share * space.values()
+            total += weights[client] / share * space.values().astype(np.float64)
         space.load(total.astype(np.float32))
         sent += 4 * space.size * len(sampled)
         if is_due(number + 1, config):
@@ -190,6 +190,10 @@ def check(config: RunConfig) -> None:
         raise ConfigError("first_order: selection must be none. Its clients send no scalars to select by.")
     if config.strategy.aggregation is not Aggregation.mean:
         raise ConfigError("first_order: strategy.aggregation must be mean. Write strategy=mean.")
+    if config.faults.absent:
+        raise ConfigError("first_order: faults.absent must be empty. All its clients take part.")
+    if min(config.data.num_dev, config.data.num_test) == 0:
+        raise ConfigError("first_order: data.num_dev and data.num_test must be above 0. Both are scored.")
     if not config.evaluation.central:
         raise ConfigError("first_order: evaluation.central must be true. It scores at the server only.")
 

@@ -39,7 +39,8 @@ PIECES: dict[str, list[Part]] = {
     "selection": [
         # the oracle stops clients of a single label: at 0.9 of one label SST-2's third seed has six of eight
         Part("meerkat", ["+budget=T10", _SEEDS, "selection=oracle", "selection.label_share=0.999"]),
-        Part("meerkat", ["+budget=T10", _SEEDS, "selection=vpcs", "fl.rounds=21"]),  # round 0 calibrates
+        # round 0 calibrates; four models to choose from, as the others have: after 50, 110, 170 and 200 steps
+        Part("meerkat", ["+budget=T10", _SEEDS, "selection=vpcs", "fl.rounds=21", "evaluation.every_rounds=6"]),
     ],
     "random_selection": [],  # for each run of VPCS one that stops as many clients, by lot
     "iid": [Part("meerkat", ["+budget=T1,T10", _SEEDS, *_IID])],
@@ -55,7 +56,8 @@ PIECES: dict[str, list[Part]] = {
         Part(
             "meerkat", ["+budget=T10", _SEEDS, "optimizer=momentum"], (0.1, 0.3, 1.0)
         ),  # 0.9 makes a step ten times as long
-        Part("meerkat", ["+budget=T10", _SEEDS, "optimizer=scaffold,feddyn"]),
+        Part("meerkat", ["+budget=T10", _SEEDS, "optimizer=scaffold"]),
+        Part("meerkat", ["+budget=T10", _SEEDS, "optimizer=feddyn"], (0.5, 1.0, 2.0)),  # its alpha goes with the rate
         Part("meerkat", ["+budget=T10", _SEEDS, "strategy.aggregation=median,trimmed_mean", "strategy.trim_share=0.2"]),
     ],
     "protocols": [

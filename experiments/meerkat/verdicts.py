@@ -78,9 +78,13 @@ class Results:
         return self.rows("T50" if budget == "T50" else "core", task, method, budget)
 
     def by_lot(self, task: str) -> list[Row]:
-        """For each run of VPCS one that stopped as many clients, by lot: the plain run where VPCS stopped nobody."""
+        """For each run of VPCS one that stopped as many clients, by lot: the plain run where VPCS stopped nobody.
+
+        Where too many were flagged all clients take fewer steps in both runs, which says nothing of who is stopped.
+        """
         nobody = {row["seed"] for row in self.rows("selection", task, selection="vpcs") if not row["flagged"]}
-        return [*self.rows("random_selection", task), *(row for row in self.grid(task) if row["seed"] in nobody)]
+        stopped = [row for row in self.rows("random_selection", task) if not row["fallback"]]
+        return [*stopped, *(row for row in self.grid(task) if row["seed"] in nobody)]
 
 
 def interval(values: Gains) -> tuple[float, float]:

@@ -59,8 +59,6 @@ def drift_problems(config: RunConfig, optimizer: ScaffoldConfig | FedDynConfig) 
     if optimizer.weight_decay != 0:
         rule = f"be 0 for {chosen}, whose corrections know nothing of a decay"
         yield problem("optimizer.weight_decay", rule, optimizer.weight_decay, "Write optimizer.weight_decay=0.")
-    if isinstance(optimizer, FedDynConfig) and not (
-        optimizer.alpha >= 2.0**-126 and optimizer.lr * optimizer.alpha < 1
-    ):
-        rule = "be > 0 and make optimizer.lr * optimizer.alpha less than 1, or the pull to the round's start overshoots"
-        yield problem("optimizer.alpha", rule, optimizer.alpha, "0.2 / (lr * local steps) is a start.")
+    if isinstance(optimizer, FedDynConfig) and not (optimizer.pull >= 2.0**-126 and optimizer.lr * optimizer.pull < 1):
+        rule = "be >= 0 and make optimizer.lr * optimizer.alpha less than 1, or the pull overshoots the round's start"
+        yield problem("optimizer.alpha", rule, optimizer.alpha, "Write 0, which chooses 0.5 / (lr * local steps).")

@@ -105,8 +105,8 @@ def aggregate(
 
     Evaluated in float64 in the order of client index and rounded to float32 once, so the order of arrival changes
     nothing and N identical clients equal one. A client past its last step counts as 0, and so does a dropped probe.
-    A median of many such zeros would stand still, so median and trimmed mean are of the clients that took the step,
-    times their share of the round's clients: the length that the mean's step has.
+    A median of many such zeros would stand still, so all but the mean are of the clients that took the step, times
+    their share of the round's clients: the length that the mean's step has.
 
     Where directions are not shared each client keeps its own column instead of being summed.
 
@@ -144,9 +144,10 @@ def aggregate(
         case Aggregation.median:
             c = _of_takers(g, results, lambda part: np.median(part, axis=1))
         case Aggregation.trimmed_mean:
-            c = _of_takers(g, results, partial(_trimmed_mean, cut=num_trimmed(trim_share, len(clients))))
+            cut = max(1, num_trimmed(trim_share, len(clients)))  # also where absent clients leave too few for the share
+            c = _of_takers(g, results, partial(_trimmed_mean, cut=cut))
         case Aggregation.majority_sign:
-            c = np.sign(np.sign(g).sum(axis=2)) / probes  # a tie moves nothing
+            c = _of_takers(np.sign(g), results, lambda part: np.sign(part.sum(axis=1))) / probes  # a tie moves nothing
     return RoundRecord(round=round, lr=lr, owners=(SHARED,), coefficients=c.astype(np.float32)[:, :, None])
 
 

@@ -11,19 +11,22 @@ from typing import Any
 
 import numpy as np
 
-from fedzo.zo.path import Scalars
+from fedzo.zo.path import RoundRecord, Scalars
 
 NO_BOUND = 0.0
 
 
-def announced_bound(audit: Sequence[Mapping[str, Any]], *, factor: float, rounds: int) -> float:
-    """``factor`` times the median |g| over all clients' scalars of the last ``rounds`` audit lines.
+def announced_bound(
+    audit: Sequence[Mapping[str, Any]], records: Sequence[RoundRecord], *, factor: float, rounds: int
+) -> float:
+    """``factor`` times the median |g| over all clients' scalars of the last ``rounds`` rounds.
 
-    A function of the audit log alone, so a resumed run announces what an unbroken one would. Dropped probes measured
-    nothing and are left out.
+    A function of the logs alone, so a resumed run announces what an unbroken one would. Dropped probes measured
+    nothing, and the scalars of a round that only measured are of paths that were given up: both are left out.
 
     Args:
         audit: Audit lines of the committed rounds.
+        records: Their records.
         factor: ``strategy.clip_factor``; 0 switches the clip off.
         rounds: ``strategy.clip_rounds``.
 
@@ -34,7 +37,8 @@ def announced_bound(audit: Sequence[Mapping[str, Any]], *, factor: float, rounds
         return NO_BOUND
     measured = [
         np.abs(np.asarray(entry["g"], np.float64))[~np.asarray(entry["dropped"], bool)]
-        for line in audit[-rounds:]
+        for line, record in zip(audit[-rounds:], records[-rounds:], strict=True)
+        if line["lr"] == record.lr  # a calibration's record has 0 instead
         for entry in line["clients"]
     ]
     scalars = np.concatenate(measured) if measured else np.empty(0)

@@ -84,7 +84,7 @@ class StrategyConfig:
     """A client's rows count at most so many times the median of all clients' rows, whatever it declares; 0 = no cap."""
     aggregation: Aggregation = Aggregation.mean
     trim_share: float = 0.2
-    """Share of the round's clients that the trimmed mean cuts off at each end, rounded down; at least one client."""
+    """Share of the round's clients that the trimmed mean cuts off at each end, rounded down to at least one client."""
     clients_per_round: int = 0
     """Clients sampled a round, 0 = all; those that are not connected give their place to others."""
     min_replies: int = 1

@@ -145,7 +145,12 @@ class Server:
         lr = learning_rate(self.optimizer, round=number, rounds=self.fl.rounds)
         if plan.calibration:
             lr = float(np.float32(self.optimizer.lr))  # a warm-up would leave nothing to see
-        bound = announced_bound(self.store.audit, factor=self.strategy.clip_factor, rounds=self.strategy.clip_rounds)
+        bound = announced_bound(
+            self.store.audit,
+            self.store.records,
+            factor=self.strategy.clip_factor,
+            rounds=self.strategy.clip_rounds,
+        )
         traffic = Traffic()
         results, refused = self._ask(plan, lr=lr, bound=bound, traffic=traffic)
         record = aggregate(
@@ -264,11 +269,12 @@ class Server:
         """A run that has diverged goes on without learning anything: say so in the first of such rounds."""
         lost = all(result.dropped.all() for result in results.values())
         if lost and not self._lost:
-            log.warning(
-                "round %d: no client had a finite loss, so that nothing is learnt. The model has probably diverged: "
-                "lower trainer.lr, or bound the scalars with strategy.clip_factor, and start again.",
-                self.round,
-            )
+            what = "no client had a finite loss, so that nothing is learnt. The model has probably diverged: lower "
+            what += "trainer.lr, or bound the scalars with strategy.clip_factor, and start again."
+            if any(np.isfinite(result.loss).any() for result in results.values()):  # signs: 0 has none
+                what = "no probe of any client changed its loss, so that nothing is learnt. Raise estimator.eps, or "
+                what += "hold the model in a finer model.dtype, and start again."
+            log.warning("round %d: %s", self.round, what)
         self._lost = lost
 
     def _plan(self) -> Plan:

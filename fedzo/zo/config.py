@@ -126,5 +126,14 @@ class ScaffoldConfig(OptimizerConfig):
 class FedDynConfig(OptimizerConfig):
     """FedDyn: a dynamic regulariser lets local optima agree with the global one (arXiv 2111.04263)."""
 
-    alpha: float = 100.0
-    """Strength of the pull to the round's start; lr * alpha * T is the share of its memory that a round replaces."""
+    alpha: float = 0.0
+    """Strength of the pull to the round's start; 0 = 0.5 / (lr * T). What all clients agree on moves theta by its
+    gradient / alpha a round, where the other rules go lr * T: a smaller alpha makes longer steps."""
+    local_steps: int = 1
+    """T, which the option takes from ``fl.local_steps``; read for alpha = 0 alone."""
+
+    @property
+    def pull(self) -> float:
+        """``alpha``, or what 0 stands for: FedDyn's step is then twice as long as that of the other rules."""
+        reach = self.lr * self.local_steps
+        return self.alpha or (0.5 / reach if reach > 0 else 1.0)

@@ -3,7 +3,8 @@
 A correction is a function of the log, so no vector travels: a record of these rules keeps every client's own scalars
 (along shared directions), and every peer walks each client's local steps again - K T P directions a round, where the
 other rules have T P. The collapse of all clients' steps into one mean scalar a direction does not hold here, since a
-correction is not along a direction.
+correction is not along a direction. A step without any scalar measured nothing and is not taken at all: the correction
+alone would lead uphill.
 
 Legend: theta float32 [n] the round's start; y_k client k's end; K clients of the run, S those that answered; T local
 steps; ghat the estimate of a local step. ``moments`` [K + 1, n]: row 1 + k remembers client k, row 0 the mean of these.
@@ -55,7 +56,7 @@ class Scaffold:
 
     theta <- mean over S of y_k; c_k <- c_k - c + (theta - y_k) / (T lr) for k in S (the paper's option II), c <- the
     mean of c_k over all K. Deviations: the server's step size is 1; c is averaged anew, which equals the paper's
-    increments since all begin at 0.
+    increments since all begin at 0; T counts the steps that were taken.
     """
 
     def num_moments(self, num_clients: int) -> int:
@@ -68,10 +69,12 @@ class Scaffold:
         if record.lr == 0:
             return
         start, total = space.values(), np.zeros(space.size, np.float64)
-        covered = np.float32(record.lr * len(record.coefficients))
+        measured = np.any(record.coefficients, axis=1).sum(axis=0)  # steps of each client that were taken
         with np.errstate(all="ignore"):
-            for client, end in end_models(self, space, moments, record, run_seed=run_seed):
-                moments[1 + client] += (start - end) / covered - moments[0]
+            ends = end_models(self, space, moments, record, run_seed=run_seed)
+            for (client, end), taken in zip(ends, measured.tolist(), strict=True):
+                if taken:
+                    moments[1 + client] += (start - end) / np.float32(record.lr * taken) - moments[0]
                 total += end
             moments[0] = _mean_row(moments[1:])
             space.load((total / len(record.owners)).astype(np.float32))

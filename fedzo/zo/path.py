@@ -165,7 +165,7 @@ def local_step(space: Space, *, lr: float, c: Scalars, keys: Sequence[int], drif
 
     theta <- theta - lr * (along + pull * (theta - start)), where there is a drift, then plain SGD along each probe's
     direction; every operation is rounded to float32 once. The scalars were measured at theta too, so this is one step
-    of gradient descent on the corrected loss.
+    of gradient descent on the corrected loss. Without any scalar nothing was measured, and nothing moves.
 
     Args:
         space: At the model before the step.
@@ -174,7 +174,7 @@ def local_step(space: Space, *, lr: float, c: Scalars, keys: Sequence[int], drif
         keys: Keys of the probes' directions.
         drift: The rule's correction, if it has one.
     """
-    if drift is not None:
+    if drift is not None and np.any(c):
         theta, along = space.values(), drift.along
         with np.errstate(all="ignore"):
             if drift.start is not None:

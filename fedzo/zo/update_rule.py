@@ -182,4 +182,4 @@ def scaffold(config: ScaffoldConfig) -> UpdateRule:
 @UPDATE_RULES.register("feddyn", FedDynConfig)
 def feddyn(config: FedDynConfig) -> UpdateRule:
     """Build FedDyn."""
-    return FedDyn(alpha=config.alpha)
+    return FedDyn(alpha=config.pull)

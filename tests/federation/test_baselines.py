@@ -13,6 +13,7 @@ from fedzo.config.load import load
 from fedzo.errors import ConfigError
 from fedzo.fl.store import RunStore
 from fedzo.runs import rebuild, replay_run
+from fedzo.zo.config import FedDynConfig
 from fedzo.zo.directions import stream_key
 from fedzo.zo.drift import end_models
 from fedzo.zo.update_rule import UPDATE_RULES
@@ -89,11 +90,20 @@ def test_rules_that_correct_drift_refuse_what_does_not_go_with_them(overrides: C
     with pytest.raises(ConfigError, match=r"strategy\.aggregation must be mean for optimizer=feddyn"):
         load(overrides("optimizer=feddyn", "strategy=median"))
     with pytest.raises(
-        ConfigError, match=r"optimizer\.alpha must be > 0 and make optimizer\.lr \* optimizer.alpha less"
+        ConfigError, match=r"optimizer\.alpha must be >= 0 and make optimizer\.lr \* optimizer.alpha less"
     ):
         load(overrides("optimizer=feddyn", "optimizer.lr=0.1", "optimizer.alpha=10"))
     with pytest.raises(ConfigError, match="optimizer must be sgd for trainer=mezo"):
         load(overrides("optimizer=feddyn", "trainer=mezo"))
+
+
+def test_feddyn_s_default_goes_by_lr_and_local_steps(
+    overrides: Callable[..., list[str]],
+) -> None:
+    config = load(overrides("optimizer=feddyn", "trainer.lr=0.001", "optimizer.lr=0.002", "fl.local_steps=10"))
+
+    assert isinstance(config.optimizer, FedDynConfig)
+    assert config.optimizer.pull == pytest.approx(0.5 / (0.002 * 10))
 
 
 # --- a pool of seeds --------------------------------------------------------------------------------------------------

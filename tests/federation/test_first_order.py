@@ -150,6 +150,27 @@ def test_one_client_with_one_step_is_gradient_descent(
     assert results["summary"]["final_digest"] == space.digest()
 
 
+def test_two_clients_are_averaged_by_their_rows(first_order: ModuleType, overrides: Overrides, tmp_path: Path) -> None:
+    from fedzo.data.order import batch_rows
+
+    settings = ("fl.rounds=1", "fl.num_clients=2", "partition=dirichlet", "partition.alpha=0.5", "strategy=size")
+    config = load(overrides(*settings, "strategy.size_cap=0", "optimizer.lr=0.25"))
+    site, space, gradient = first_order.open_space(config, tmp_path / "a")
+    start, ends, sizes = space.values(), [], []
+    for client in range(2):
+        train = site.client_data(client).train
+        rows = batch_rows(run_seed=0, client=client, used=0, batch_size=2, num_rows=len(train))
+        space.load(start)
+        ends.append((start - np.float32(0.25) * gradient([train[i] for i in rows])).astype(np.float64))
+        sizes.append(len(train))
+    assert sizes[0] != sizes[1]
+    space.load((sizes[0] / sum(sizes) * ends[0] + sizes[1] / sum(sizes) * ends[1]).astype(np.float32))
+
+    results = first_order.run(config, tmp_path / "b")
+
+    assert results["summary"]["final_digest"] == space.digest()
+
+
 @pytest.mark.parametrize(
     ("extra", "match"),
     [
@@ -158,6 +179,8 @@ def test_one_client_with_one_step_is_gradient_descent(
         ("model.dtype=bfloat16", r"model\.dtype must be float32"),
         ("selection=cusum", "selection must be none"),
         ("strategy=median", r"strategy\.aggregation must be mean"),
+        ("faults.absent=['1@1']", r"faults\.absent must be empty"),
+        ("data.num_test=0", r"data\.num_dev and data\.num_test must be above 0"),
     ],
 )
 def test_what_it_would_leave_out_is_refused(

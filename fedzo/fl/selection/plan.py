@@ -92,7 +92,7 @@ class EarlyStop:
     ) -> Plan:
         """The plan for these verdicts; a client without one is not stopped."""
         count = sum(verdict.flagged for verdict in verdicts.values())
-        fallback = count > self.config.max_share * self.num_clients
+        fallback = count > round(self.config.max_share * self.num_clients, 9)  # 0.29 * 100 is a little below 29
         steps = dict.fromkeys(range(self.num_clients), self.local_steps)
         if fallback:
             fewer = self.config.fallback_steps or max(1, self.local_steps // 2)

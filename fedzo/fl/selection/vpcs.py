@@ -2,8 +2,8 @@
 
 From the paper: a calibration, the ratio of the initial and the later phase's means, the share of quiet steps, one step
 a round for clients that are taken for extreme. Ours, since neither its text nor its code was found: every threshold and
-length; that both tests must speak against a client; |g| in the place of GradIP, which is g times a number that depends
-on the seed alone, so that it adds noise and nothing of the client; and the level test.
+length; that both tests must speak against a client; |g| in the place of GradIP, which with one probe a step is g times
+a number that depends on the seed alone, so that it adds noise and nothing of the client; and the level test.
 """
 
 from __future__ import annotations

@@ -377,6 +377,19 @@ def test_a_run_that_has_diverged_says_so_once(federation: Any, caplog: pytest.Lo
     assert means(server)[1:3] == [0.0, 0.0]
 
 
+def test_probes_that_change_no_loss_are_not_called_a_divergence(
+    federation: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    server, clients, _ = federation()
+    for client in clients:  # as clients that send signs do, where both sides of a probe have the same loss
+        client.bend = lambda reply: dataclasses.replace(reply, g=bytes(8), dropped=b"\1\1")
+
+    server.run_round()
+
+    assert "no probe of any client changed its loss" in caplog.text
+    assert "diverged" not in caplog.text
+
+
 def test_value_transport_sends_the_values_each_round_and_no_log(federation: Any) -> None:
     server, clients, _ = federation(transport=Transport.values)
 

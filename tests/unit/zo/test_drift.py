@@ -233,3 +233,55 @@ def test_momentum_is_fedavgm_on_the_clients_mean_displacement() -> None:
     space, _, _ = federate(problem, MomentumConfig(lr=lr, momentum=beta), [[0, 1, 2, 3]] * 6, steps=steps, probes=2)
 
     assert space.theta == pytest.approx(x, rel=2e-5, abs=2e-5)
+
+
+@pytest.mark.parametrize("config", [ScaffoldConfig(), FedDynConfig(alpha=2.0)], ids=["scaffold", "feddyn"])
+def test_a_step_without_any_scalar_moves_nothing(config: OptimizerConfig) -> None:
+    rule = UPDATE_RULES.build(config)
+    assert isinstance(rule, DriftRule)
+    space, start = VectorSpace(np.ones(4, np.float32)), np.zeros(4, np.float32)
+    drift = rule.drift(start, np.arange(12, dtype=np.float32).reshape(3, 4), 1)
+
+    local_step(space, lr=0.5, c=np.zeros(2, np.float32), keys=[1, 2], drift=drift)
+
+    assert space.theta.tolist() == [1] * 4
+
+
+def test_scaffold_remembers_the_mean_of_the_steps_that_were_taken() -> None:
+    """Client 0 loses all probes but those of its first step; client 1 loses all of them and remembers what it did."""
+    rule, lr = UPDATE_RULES.build(ScaffoldConfig()), 0.25
+    space, moments = VectorSpace(np.zeros(6, np.float32)), np.zeros((3, 6), np.float32)
+    moments[2] = 7
+    moments[0] = 3.5
+    c = np.zeros((4, 1, 2), np.float32)
+    c[0, 0, 0] = 2.0
+
+    record = RoundRecord(round=0, lr=lr, owners=(0, 1), coefficients=c, directions=SHARED)
+    rule.apply(space, moments, record, run_seed=SEED)
+
+    estimate = 2.0 * zs(6, 0, 0, 1)[0]
+    assert moments[1] == pytest.approx(estimate, rel=1e-5)
+    assert moments[2].tolist() == [7] * 6
+    assert space.theta == pytest.approx(-lr * (estimate + 3.5) / 2, rel=1e-5)  # client 1 did not move
+
+
+def test_feddyn_of_alpha_0_takes_twice_the_step_of_the_mean() -> None:
+    """Of a gradient that never changes, once its memory has settled; both rules see the same directions."""
+    n, steps, rounds, lr = 4, 10, 80, 0.01
+    slope = np.array([1.0, -2.0, 0.5, 3.0])
+
+    def travelled(config: OptimizerConfig) -> np.ndarray:
+        rule = UPDATE_RULES.build(config)
+        space, moments = VectorSpace(np.zeros(n, np.float32)), np.zeros((rule.num_moments(1), n), np.float32)
+        places = []
+        for r in range(rounds):
+            c = np.array([[[slope @ z / 8] for z in zs(n, r, t, 8)] for t in range(steps)], np.float32)
+            owner = 0 if isinstance(rule, DriftRule) else SHARED
+            record = RoundRecord(round=r, lr=lr, owners=(owner,), coefficients=c, directions=SHARED)
+            rule.apply(space, moments, record, run_seed=SEED)
+            places.append(space.values())
+        return np.array(places[-1] - places[rounds // 2])
+
+    ours, plain = travelled(FedDynConfig(lr=lr, local_steps=steps)), travelled(SgdConfig(lr=lr))
+
+    assert float(ours @ slope) / float(plain @ slope) == pytest.approx(2.0, abs=0.1)

@@ -60,6 +60,16 @@ def test_a_graded_stop_halves_once_more_with_every_doubling_of_the_strength() ->
     assert plan.steps == {0: 20, 1: 20, 2: 10, 3: 5, 4: 3, 5: 3, 6: 3}
 
 
+@pytest.mark.parametrize(("share", "clients"), [(0.29, 100), (0.58, 50), (0.7, 90)])
+def test_exactly_the_allowed_share_is_no_fallback(share: float, clients: int) -> None:
+    """Each product lies a little below its whole number in float64."""
+    stop = EarlyStop(EarlyStopConfig(max_share=share), num_clients=clients, local_steps=10)
+    most = round(share * clients)
+
+    assert not stop({k: Verdict(k < most) for k in range(clients)}).fallback
+    assert stop({k: Verdict(k <= most) for k in range(clients)}).fallback
+
+
 @pytest.mark.parametrize(("flagged", "fallback"), [(2, False), (3, True)])
 def test_above_the_largest_share_all_clients_take_fewer_steps(flagged: int, fallback: bool) -> None:
     verdicts = {client: Verdict(client < flagged) for client in range(4)}
