@@ -140,8 +140,8 @@ def replay_run(run_dir: Path, *, rounds: int | None = None) -> dict[str, object]
 
 def export_run(run_dir: Path, out_dir: Path, *, rounds: int | None = None) -> Path:
     """Write what a run made: a folder that plain transformers loads, or an adapter folder that plain PEFT loads."""
-    if out_dir.exists() and any(out_dir.iterdir()):
-        raise ConfigError(f"--out {out_dir}: it must be a new or empty folder. Choose another.")
+    if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
+        raise ConfigError(f"OUT must be a new or empty folder, got {str(out_dir)!r}. Choose another.")
     rebuilt = rebuild(run_dir, rounds=rounds)
     loaded, built = rebuilt.site.loaded, rebuilt.site.built
     if built is not None and built.save is not None:

@@ -32,8 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fedzo: {error}", file=sys.stderr)
         return BAD_INPUT if isinstance(error, ConfigError) else RUN_FAILED
     except KeyboardInterrupt as stop:
-        run = stop.args[0] if stop.args else getattr(arguments, "run", None)
-        hint = f" Go on with: fedzo resume {run}" if arguments.resumable and run else ""
+        run = getattr(arguments, "run", None)
+        command = stop.args[0] if stop.args else f"fedzo resume {run}" if run else ""
+        hint = f" Go on with: {command}" if arguments.resumable and command else ""
         print(f"\nfedzo: interrupted.{hint}", file=sys.stderr)
         return INTERRUPTED
 

@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from fedzo.errors import ConfigError
+from fedzo.errors import ConfigError, RunFolderError
 
 Handler = Callable[[Namespace], int]
 
@@ -22,10 +22,11 @@ def train(arguments: Namespace) -> int:
 
 def resume(arguments: Namespace) -> int:
     """``fedzo resume``."""
-    from fedzo.cli.train import show_result
+    from fedzo.cli.train import log_to, show_result
     from fedzo.runs import resume_run
 
     folder = _folder(arguments.run)
+    log_to(folder)
     resume_run(folder)
     show_result(folder)
     return 0
@@ -81,11 +82,11 @@ def report(arguments: Namespace) -> int:
     from fedzo.report.sweep import write_sweep_report
 
     for folder in [_folder(name) for name in arguments.runs]:
-        if (folder / "multirun.yaml").exists():
-            write_sweep_report(folder)
-        else:
-            write_report(folder)
-        print(folder / "report.html")
+        is_sweep = (folder / "multirun.yaml").exists()
+        page = write_sweep_report(folder) if is_sweep else write_report(folder)
+        if page is None:
+            raise RunFolderError(f"{folder}: no job of this sweep has begun. Start it, or give another folder.")
+        print(page)
     return 0
 
 

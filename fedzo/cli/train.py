@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import functools
 import logging
+import logging.config
 import os
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hydra import version
 from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedzo.config.compose import CONFIG_NAME, VERSION_BASE, option_names, session
@@ -67,7 +69,7 @@ def job(composed: DictConfig) -> None:
         start(checked(composed), folder, overrides=list(hydra.overrides.task))
         show_result(folder)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(str(folder)) from None
+        raise KeyboardInterrupt(f"fedzo resume {folder}") from None
     except FedzoError as error:
         if hydra.mode == RunMode.MULTIRUN:  # Hydra raises the first job's error only, when all have run
             log.error("%s: %s", folder, error)
@@ -79,6 +81,13 @@ def show_result(folder: Path) -> None:
     print(f"run folder: {folder}")
     if (folder / "report.html").exists():
         print(f"report:     {folder / 'report.html'}")
+
+
+def log_to(folder: Path) -> None:
+    """Log to the terminal and a run folder's ``fedzo.log``, as Hydra does for a new run."""
+    settings: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "hydra" / "job_logging" / "fedzo.yaml"))
+    settings["handlers"]["file"] |= {"filename": str(folder / "fedzo.log"), "delay": True}  # no file without a line
+    logging.config.dictConfig(settings)
 
 
 def _single(flags: Namespace) -> None:
@@ -109,8 +118,8 @@ def _sweep(flags: Namespace) -> None:
         sweep.folder.mkdir(parents=True, exist_ok=True)
     try:
         _hydra(flags, job)
-    except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(stop.args[0] if stop.args else f"{sweep.folder}/<job>") from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"the same command with hydra.sweep.dir={sweep.folder}") from None
     except Exception:  # the other jobs have run: show what they found
         try:
             write_sweep_report(sweep.folder)

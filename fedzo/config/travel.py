@@ -68,21 +68,8 @@ def from_json(text: str) -> RunConfig:
 
 
 def save_yaml(config: RunConfig, path: Path) -> None:
-    """Write the config for people and for ``load_yaml``."""
+    """Write the config for people; a run reads its JSON."""
     path.write_text(yaml.safe_dump(_to_plain(config), sort_keys=False, allow_unicode=False), encoding="utf-8")
-
-
-def load_yaml(path: Path) -> RunConfig:
-    """Read what ``save_yaml`` wrote, as strictly as ``from_json``.
-
-    Raises:
-        ConfigError: the file cannot be read or is not such a config.
-    """
-    try:
-        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{path} must be the configuration of a run, got: {error}.") from error
-    return _from_plain(plain)
 
 
 def config_hash(config: RunConfig) -> str:

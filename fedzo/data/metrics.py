@@ -20,11 +20,6 @@ def normalize_answer(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
-def exact_match(prediction: str, reference: str) -> float:
-    """1 if the normalised texts are equal, else 0."""
-    return float(normalize_answer(prediction) == normalize_answer(reference))
-
-
 def token_f1(prediction: str, reference: str) -> float:
     """SQuAD's F1 over the normalised words, as bags; two empty answers agree (1), one empty answer does not (0)."""
     predicted, wanted = normalize_answer(prediction).split(), normalize_answer(reference).split()

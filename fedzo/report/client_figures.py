@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fedzo.report.format import percent_text, score_text
+from fedzo.report.panels import colour_scale, flagged_clients, label_colours, some_of
 from fedzo.report.run_data import RunData
-from fedzo.report.series import gaps, label_skew, running_mean
+from fedzo.report.series import gaps, label_shares, label_skew, running_mean
 from fedzo.report.style import (
     BLUE,
     GREEN,
     GRID,
     INK,
-    MUTED,
     ORANGE,
     PAPER,
     SERIES,
     SKEW,
     Picture,
+    lone,
     new_axes,
-    panel_grid,
     percent_axis,
 )
 
-MAX_PANELS = 12
 MAX_LINES = 60
 MAX_POINTS = 400  # of a running mean; a page must stay small
 MAX_CLASSES = len(SERIES)
@@ -72,61 +67,46 @@ def draw_labels(run: RunData) -> Picture | None:
     skew = label_skew(run)
     sizes = [client.num_train for client in clients]
     caption = f"Rows per client and label: {min(sizes):,} to {max(sizes):,} rows a client."
-    if len(ranked) > 1 and skew:
+    if len(ranked) > 1 and max(skew.values(), default=0.0) > 0:
         worst = max(skew, key=lambda client: skew[client])
         caption += f" Client {worst} differs most from all rows together; uneven colours make a federation non-IID."
     return Picture("labels", "Who holds which labels", caption, figure)
 
 
 def draw_abs_g(run: RunData) -> Picture | None:
-    """|g| of each client over the rounds, coloured by label skew."""
-    ids = sorted({client.client for record in run.rounds for client in record.clients if client.abs_g is not None})
+    """Mean |g| of each client's local steps, a line a client: where there are more clients than panels."""
+    records = run.trained
+    ids = {client.client for record in records for client in record.clients if client.abs_g is not None}
     if not ids:
         return None
-    rounds = [record.round + 1 for record in run.rounds]
-    tables = [{client.client: client.abs_g for client in record.clients} for record in run.rounds]
-    skew = label_skew(run)
-    one_label = max(skew.values(), default=0.0) == 0
+    rounds = [record.round + 1 for record in records]
+    tables = [{client.client: client.abs_g for client in record.clients} for record in records]
+    shares, norm, flagged = label_shares(run), label_colours(run), flagged_clients(run)
+    ordered = sorted(ids, key=lambda client: (-shares.get(client, (0.0, ""))[0], client))
+    lines = some_of(ordered, first=flagged, most=MAX_LINES)
     window, thin = max(1, min(25, len(rounds) // 8)), 1 + len(rounds) // MAX_POINTS
-    top = max(skew.values(), default=0.0) or 1.0
-    norm = BoundaryNorm([top * step / 5 for step in range(6)], SKEW.N)
-    ids.sort(key=lambda client: skew.get(client, 0.0))
-    panels = len(ids) <= MAX_PANELS
-    lines = ids if len(ids) <= MAX_LINES else [ids[i * (len(ids) - 1) // (MAX_LINES - 1)] for i in range(MAX_LINES)]
-    figure, grid = panel_grid(len(ids)) if panels else _one_panel()
-    drawn: list[float] = []
-    for index, client in enumerate(lines):
-        values = [table.get(client) for table in tables]
-        means = running_mean(values, window=window)
-        axes, colour = grid[index if panels else 0], BLUE if one_label else SKEW(norm(skew.get(client, 0.0)))
-        if panels:
-            axes.plot(rounds[::thin], gaps(values[::thin]), color=colour, alpha=0.25, linewidth=0.8)
-            axes.set_title(f"client {client}", color=INK, pad=3)
-        axes.plot(rounds[::thin], gaps(means[::thin]), color=colour, linewidth=1.6 if panels else 0.8)
-        drawn += [value for value in (values if panels else means) if value is not None]
-    for axes in grid:
-        axes.set_xlim(0, max(rounds[-1], 1))
-        axes.set_ylim(0, 1.05 * max(drawn, default=0.0) or 1.0)
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
-        axes.yaxis.set_major_locator(MaxNLocator(4))
-    figure.supxlabel("rounds", color=MUTED, fontsize=9)
-    figure.supylabel("|g|, loss per unit step", color=MUTED, fontsize=9)
-    if not one_label:
-        bar = figure.colorbar(ScalarMappable(norm, SKEW), ax=grid, pad=0.02, shrink=0.9, aspect=25, format="%.2f")
-        bar.set_label("label skew of the client", color=MUTED)
-        bar.outline.set_visible(False)
-    caption = (
-        "Size of each client's measured slope along its directions (thick: running mean). "
-        + ("" if one_label else "Clients are ordered and coloured by label skew. ")
-        + ("A client far above the others pulls the mean hardest." if len(lines) == len(ids) else "")
-        + ("" if len(lines) == len(ids) else f"{MAX_LINES} of {len(ids)} clients are drawn, evenly over the skew.")
-    )
-    return Picture("abs_g", "Projected gradient per client", caption, figure)
-
-
-def _one_panel() -> tuple[Figure, list[Axes]]:
     figure, axes = new_axes(height=3.2)
-    return figure, [axes]
+    for client in lines:
+        means = running_mean([table.get(client) for table in tables], window=window)
+        share = shares.get(client, (0.0, ""))[0]
+        colour, width = (SKEW(norm(share)) if norm else BLUE), 0.8
+        if client in flagged:
+            colour, width = INK, 1.4
+        axes.plot(rounds[::thin], gaps(means[::thin]), color=colour, linewidth=width, marker=lone(rounds))
+    axes.set_xlim(0, rounds[-1])
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
+    axes.set_xlabel("rounds")
+    axes.set_ylabel("|g|, loss per unit step")
+    if norm:
+        colour_scale(figure, [axes], norm)
+    caption = f"Size of each client's measured slope, the mean of its local steps in the last {window} rounds. "
+    caption += "A client far above the others pulls the mean hardest; one that takes fewer steps is noisier."
+    if flagged & {*lines}:
+        caption += " Flagged clients are dark."
+    if len(lines) < len(ids):
+        caption += f" {MAX_LINES} of {len(ids)} clients are drawn, the flagged ones first, the others evenly."
+    return Picture("abs_g", "Projected gradient per client", caption, figure)
 
 
 def draw_federated(run: RunData) -> Picture | None:

@@ -22,6 +22,7 @@ from fedzo.report.style import (
     bytes_axis,
     direct_labels,
     house_style,
+    lone,
     new_axes,
     percent_axis,
 )
@@ -59,7 +60,7 @@ def _loss(run: RunData) -> Picture | None:
     rounds, means = [record.round + 1 for record in run.trained], running_mean(losses, window=window)
     figure, axes = new_axes()
     axes.plot(rounds, gaps(losses), color=BLUE, alpha=0.3, linewidth=1, label="each round")
-    axes.plot(rounds, gaps(means), color=BLUE, label=f"mean of the last {window}")
+    axes.plot(rounds, gaps(means), color=BLUE, label=f"mean of the last {window}", marker=lone(rounds))
     axes.set_ylabel("training loss (nats)")
     _rounds_axis(axes, rounds[-1])
     axes.legend(loc="upper right", ncols=2)
@@ -153,7 +154,7 @@ def _bytes(run: RunData) -> Picture | None:
             continue
         totals = list(accumulate((amount or 0) / num_clients for amount in amounts))
         if totals[-1] > 0:
-            axes.plot(rounds, totals, color=colour, linestyle=dash)
+            axes.plot(rounds, totals, color=colour, linestyle=dash, marker=lone(rounds))
             ends.append((rounds[-1], totals[-1], f"{name} {bytes_text(totals[-1])}", colour))
     if not ends:
         return None
@@ -163,7 +164,7 @@ def _bytes(run: RunData) -> Picture | None:
         axes.set_yscale("log")
         axes.set_ylim(max(low / max(len(rounds), 10) / 1.6, 0.5), 2 * high)
         axes.minorticks_off()
-    bytes_axis(axes)
+    bytes_axis(axes.yaxis)
     axes.set_ylabel("bytes per client, so far" + (" (log scale)" if high > 20 * low else ""))
     _rounds_axis(axes, rounds[-1])
     _label_bytes(axes, ends)

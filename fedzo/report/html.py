@@ -125,12 +125,12 @@ def _notes(run: RunData) -> list[str]:
 def _numbers(run: RunData) -> Table:
     clients = max(1, len(run.setup.clients) if run.setup else 1)
     rows = [["rounds", str(len(run.rounds))], ["time", seconds_text(run.seconds)]]
-    if run.summary:
+    if run.summary and any(score.split == "dev" for score in run.scores):
         rows.append(["best dev round", str(run.summary.best_round)])
     if run.setup:
         trained = f"{count_text(run.setup.space_size)} of {count_text(run.setup.num_params)}"
         rows.append(["trained weights", f"{trained} ({share_text(run.setup.space_size, run.setup.num_params)})"])
-        rows.append(["set-up of a client (mask)", bytes_text(run.setup.setup_down_bytes)])
+        rows.append(["set-up of a client", bytes_text(run.setup.setup_down_bytes)])
     for what, up, down in (
         ("scalars a client", "payload_up_bytes", "payload_down_bytes"),
         ("messages a client", "message_up_bytes", "message_down_bytes"),

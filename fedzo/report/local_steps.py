@@ -114,8 +114,8 @@ def _caption(run: RunData, *, drawn: int, total: int, unit: float) -> str:
     parts = ["Every local step that a client took, most one-sided labels first; all panels share their axes."]
     if unit:
         parts.append(
-            "GradIP is g times a number that depends on the seed alone: the same course with more noise, its highest "
-            "spikes cut."
+            "With one probe a step GradIP is g times a number that depends on the seed alone: the same course with "
+            "more noise, its highest spikes cut."
         )
     parts.append(
         "A line that falls to nothing is a client whose loss hardly changes any more, such as one that has learned its "

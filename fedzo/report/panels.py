@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from fedzo.report.format import percent_text
 from fedzo.report.run_data import RunData
 from fedzo.report.series import label_shares, running_mean
-from fedzo.report.style import BLUE, INK, MUTED, SKEW, panel_grid
+from fedzo.report.style import BLUE, INK, MUTED, SKEW, lone, panel_grid
 
 MAX_PANELS = 16
 MAX_POINTS = 150  # of a line; a page must stay small
@@ -37,10 +37,9 @@ class Trace:
 def client_panels(run: RunData, traces: Mapping[int, Trace], *, height: float) -> tuple[Figure, dict[int, Axes]]:
     """A panel a client, the most one-sided first."""
     shares = label_shares(run)
-    flagged = {verdict.client for verdict in run.selection.clients if verdict.flagged} if run.selection else set()
     ordered = sorted(traces, key=lambda client: (-shares.get(client, (0.0, ""))[0], client))
-    clients = _drawn(ordered, flagged=flagged)
-    figure, grid = panel_grid(len(clients), head=1.2, height=height)
+    clients = some_of(ordered, first=flagged_clients(run), most=MAX_PANELS)
+    figure, grid = panel_grid(len(clients), height=height)
     end = max(trace.at[-1] + 1 for trace in traces.values())
     for axes, client in zip(grid, clients, strict=True):
         share, label = shares.get(client, (0.0, ""))
@@ -63,13 +62,13 @@ def draw_client(
     window: int,
 ) -> list[float]:
     """A thin line, and a thick one of the running mean of ``values``; returns how high each usually is."""
-    norm, (share, _) = _colours(run), label_shares(run).get(client, (0.0, ""))
+    norm, (share, _) = label_colours(run), label_shares(run).get(client, (0.0, ""))
     colour = SKEW(norm(share)) if norm else BLUE
     means = running_mean(values, window=window)
     thinned = _thinned(at, thin)
-    axes.plot(*thinned, color=colour, alpha=0.45, linewidth=0.7)
+    axes.plot(*thinned, color=colour, alpha=0.45, linewidth=0.7, marker=lone(at))
     there = [mean if value is not None else None for mean, value in zip(means, values, strict=True)]
-    axes.plot(*_thinned(at, there), color=colour, linewidth=1.9)
+    axes.plot(*_thinned(at, there), color=colour, linewidth=1.9, marker=lone(at))
     return [_usual_peak(thinned[1]), max((mean for mean in means if mean is not None), default=0.0)]
 
 
@@ -82,8 +81,8 @@ def label_panels(
     figure.supylabel(unit, color=MUTED, fontsize=9)
     lines = [Line2D([], [], color=INK, linewidth=1.9), Line2D([], [], color=INK, alpha=0.5, linewidth=0.8)]
     figure.legend(lines, names, loc="outside upper left", ncols=2)
-    if norm := _colours(run):
-        _scale(figure, list(grid.values()), norm)
+    if norm := label_colours(run):
+        colour_scale(figure, list(grid.values()), norm)
 
 
 def mean_window(traces: Mapping[int, Trace]) -> int:
@@ -123,12 +122,17 @@ def round_starts(run: RunData) -> dict[int, int]:
     return starts
 
 
-def _drawn(clients: Sequence[int], *, flagged: Collection[int]) -> list[int]:
-    """At most ``MAX_PANELS`` of them in their order: the flagged ones, and others evenly."""
-    if len(clients) <= MAX_PANELS:
+def flagged_clients(run: RunData) -> set[int]:
+    """Those of the last decision on who stops early."""
+    return {verdict.client for verdict in run.selection.clients if verdict.flagged} if run.selection else set()
+
+
+def some_of(clients: Sequence[int], *, first: Collection[int], most: int) -> list[int]:
+    """At most so many of them in their order: those that come ``first``, and others evenly."""
+    if len(clients) <= most:
         return list(clients)
-    chosen = [client for client in clients if client in flagged][:MAX_PANELS]
-    others, room = [client for client in clients if client not in chosen], MAX_PANELS - len(chosen)
+    chosen = [client for client in clients if client in first][:most]
+    others, room = [client for client in clients if client not in chosen], most - len(chosen)
     evenly = {others[i * (len(others) - 1) // max(room - 1, 1)] for i in range(room)}
     return [client for client in clients if client in chosen or client in evenly]
 
@@ -147,7 +151,7 @@ def _usual_peak(values: Sequence[float]) -> float:
     return quantiles(known, n=50, method="inclusive")[-1] if len(known) > 1 else max(known, default=0.0)
 
 
-def _colours(run: RunData) -> BoundaryNorm | None:
+def label_colours(run: RunData) -> BoundaryNorm | None:
     """Five steps from labels in equal shares to a single label; None where labels say nothing."""
     labels = {label for client in run.setup.clients for label in client.label_counts} if run.setup else set()
     if len(labels) < 2:
@@ -156,7 +160,8 @@ def _colours(run: RunData) -> BoundaryNorm | None:
     return BoundaryNorm([least + (1 - least) * step / 5 for step in range(5)] + [1.0 + 1e-9], SKEW.N)
 
 
-def _scale(figure: Figure, grid: Sequence[Axes], norm: BoundaryNorm) -> None:
+def colour_scale(figure: Figure, grid: Sequence[Axes], norm: BoundaryNorm) -> None:
+    """The legend of the colours, above the panels."""
     bar = figure.colorbar(ScalarMappable(norm, SKEW), ax=grid, location="top", pad=0.02, shrink=0.6, aspect=50)
     bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda share, _: percent_text(share, digits=0)))
     bar.set_label("rows with the client's commonest label", color=MUTED)

@@ -23,7 +23,6 @@ from fedzo.report.records import (
 
 
 def _setup(read: Reader) -> Setup:
-    estimate = read.inner("estimate")
     clients = []
     for row in read.each("clients"):
         labels = row.inner("label_counts")
@@ -32,11 +31,8 @@ def _setup(read: Reader) -> Setup:
     return Setup(
         num_params=read.whole("num_params"),
         space_size=read.whole("space_size"),
-        trainer=read.text("trainer"),
         clients=tuple(clients),
         setup_down_bytes=read.optional_whole("setup_down_bytes"),
-        estimated_memory_bytes=estimate.optional("memory_bytes") if estimate else None,
-        estimated_seconds=estimate.optional("seconds") if estimate else None,
     )
 
 
@@ -45,9 +41,7 @@ def _round(read: Reader) -> Round:
         round=read.whole("round"),
         calibration=read.truth("calibration", False),
         seconds=read.number("seconds"),
-        round_seconds=read.optional("round_seconds"),
         loss=read.optional("loss"),
-        mean_abs_g=read.optional("mean_abs_g"),
         payload_up_bytes=read.whole("payload_up_bytes"),
         payload_down_bytes=read.whole("payload_down_bytes"),
         message_up_bytes=read.optional_whole("message_up_bytes"),

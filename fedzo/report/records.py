@@ -21,11 +21,8 @@ class Setup:
 
     num_params: int
     space_size: int
-    trainer: str
     clients: tuple[ClientSetup, ...]
     setup_down_bytes: int | None
-    estimated_memory_bytes: float | None
-    estimated_seconds: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +51,7 @@ class Round:
     round: int
     calibration: bool
     seconds: float
-    round_seconds: float | None
     loss: float | None
-    mean_abs_g: float | None
     payload_up_bytes: int
     payload_down_bytes: int
     message_up_bytes: int | None

@@ -18,6 +18,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -100,11 +101,11 @@ def new_axes(width: float = 7.2, height: float = 2.9) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def panel_grid(count: int, *, head: float = 0.7, height: float = 1.25) -> tuple[Figure, list[Axes]]:
-    """A figure of ``count`` small panels, four a row, that share their axes; heights in inches."""
+def panel_grid(count: int, *, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of ``count`` small panels, four a row and ``height`` inches high, that share their axes."""
     columns = min(4, count)
     rows = -(-count // columns)
-    figure, first = new_axes(height=head + height * rows)
+    figure, first = new_axes(height=1.2 + height * rows)
     figure.delaxes(first)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     flat = [axes for row in grid for axes in row]
@@ -114,9 +115,14 @@ def panel_grid(count: int, *, head: float = 0.7, height: float = 1.25) -> tuple[
     return figure, flat[:count]
 
 
-def bytes_axis(axes: Axes) -> None:
-    """Write the y axis in bytes with units."""
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: bytes_text(value).replace(".0 ", " ")))
+def lone(points: Sequence[object]) -> str:
+    """The marker of a line: one of a single point would not be seen without."""
+    return "o" if len(points) == 1 else ""
+
+
+def bytes_axis(axis: Axis) -> None:
+    """Write an axis in bytes with units."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: bytes_text(value).replace(".0 ", " ")))
 
 
 def percent_axis(axes: Axes, metric: str) -> None:

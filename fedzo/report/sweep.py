@@ -12,12 +12,13 @@ from matplotlib.ticker import PercentFormatter
 from fedzo.errors import RunFolderError
 from fedzo.report.format import bytes_text, score_text, seconds_text
 from fedzo.report.html import render_page, write_page
-from fedzo.report.records import Summary
+from fedzo.report.records import Score, Summary
 from fedzo.report.run_data import RunData, load_run
 from fedzo.report.style import (
     BLUE,
     MUTED,
     Picture,
+    bytes_axis,
     house_style,
     new_axes,
     percent_axis,
@@ -43,10 +44,19 @@ class Job:
         return "finished" if self.run.summary else "not finished"
 
     @property
-    def scores(self) -> tuple[str, float, float] | None:
-        """Metric and test score before and after a finished run."""
-        before, after = self.run.test_scores if self.run and self.run.summary else (None, None)
-        return (before.metric, before.value, after.value) if before and after else None
+    def summary(self) -> Summary | None:
+        """How the run ended; None while it has not."""
+        return self.run.summary if self.run else None
+
+    def scores(self, split: str) -> tuple[Score, Score] | None:
+        """The score of a finished run on these rows before it, and that of its best round."""
+        if self.run is None or self.summary is None:
+            return None
+        rounds = {score.round: score for score in self.run.scores if score.split == split}
+        before, after = self.run.test_scores if split == "test" else (rounds.get(0), None)
+        if split == "dev" and self.summary.best_round is not None:
+            after = rounds.get(self.summary.best_round)
+        return (before, after) if before and after else None
 
 
 def write_sweep_report(sweep_dir: Path) -> Path | None:
@@ -108,32 +118,31 @@ def _name(job: Job, keys: list[str]) -> str:
 
 def _table(jobs: list[Job], keys: list[str]) -> tuple[list[str], list[list[str]]]:
     header = [
-        "job",
-        *keys,
-        "before",
-        "after",
-        "best round",
-        "worst client",
-        "flagged",
-        "scalars up, all clients",
-        "time",
+        *("job", *keys, "state", "best round", "dev loss", "dev", "test before", "test after"),
+        *("worst client", "flagged", "scalars up, all clients", "time"),
     ]
     rows = []
     for job in jobs:
-        cells = [job.state, *[""] * 6]
-        if job.scores and job.run and job.run.summary:
-            (metric, before, after), summary = job.scores, job.run.summary
-            cells = [
-                score_text(metric, before),
-                score_text(metric, after),
-                str(summary.best_round),
-                "" if summary.worst_client is None else score_text(metric, summary.worst_client),
+        row = [job.folder.name, *(job.settings.get(key, "") for key in keys), job.state]
+        if job.run and (summary := job.summary):
+            dev, test = job.scores("dev"), job.scores("test")
+            row += [
+                "" if summary.best_round is None or dev is None else str(summary.best_round),
+                "" if dev is None or dev[1].loss is None else f"{dev[1].loss:.3f}",
+                "" if dev is None else score_text(dev[1].metric, dev[1].value),
+                *([score_text(score.metric, score.value) for score in test] if test else ("", "")),
+                "" if summary.worst_client is None else score_text(_metric(job), summary.worst_client),
                 _flagged(summary),
                 bytes_text(summary.payload_up_bytes),
                 seconds_text(job.run.seconds),
             ]
-        rows.append([job.folder.name, *(job.settings.get(key, "") for key in keys), *cells])
+        rows.append(row + [""] * (len(header) - len(row)))
     return header, rows
+
+
+def _metric(job: Job) -> str:
+    """What its clients are scored by."""
+    return job.run.federated[-1].metric if job.run and job.run.federated else ""
 
 
 def _flagged(summary: Summary) -> str:
@@ -148,64 +157,68 @@ def _numbers(jobs: list[Job], keys: list[str]) -> list[list[object]]:
         [
             "job",
             *keys,
-            *("state", "before", "after", "best_round", "worst_client", "flagged"),
+            *("state", "best_round", "dev_loss", "dev", "test_before", "test_after", "worst_client", "flagged"),
             *("payload_up_bytes", "payload_down_bytes", "seconds"),
         ]
     ]
     for job in jobs:
         row: list[object] = [job.folder.name, *(job.settings.get(key, "") for key in keys), job.state]
-        if job.scores and job.run and job.run.summary:
-            summary = job.run.summary
-            row += [*job.scores[1:], summary.best_round, summary.worst_client, _flagged(summary)]
+        if summary := job.summary:
+            dev, test = job.scores("dev"), job.scores("test")
+            row += [summary.best_round if dev else None, *((dev[1].loss, dev[1].value) if dev else (None, None))]
+            row += [score.value for score in test] if test else [None, None]
+            row += [summary.worst_client, _flagged(summary)]
             row += [summary.payload_up_bytes, summary.payload_down_bytes, summary.seconds]
         rows.append(row)
     return rows
 
 
 def _pictures(jobs: list[Job], keys: list[str]) -> list[Picture]:
-    done = [job for job in jobs if job.scores]
+    split = "test" if any(job.scores("test") for job in jobs) else "dev"
+    done = [(_name(job, keys), *scores, job.summary) for job in jobs if (scores := job.scores(split)) and job.summary]
     if not done:
         return []
     with house_style():
-        pictures = [_before_after(done, keys)]
-        if len({job.run.summary.payload_up_bytes for job in done if job.run and job.run.summary}) > 1:
-            pictures.append(_score_by_bytes(done, keys))
+        pictures = [_before_after([(name, before, after) for name, before, after, _ in done], keys)]
+        sent = [(name, after, summary.payload_up_bytes) for name, _, after, summary in done]
+        if len({payload_bytes for _, _, payload_bytes in sent}) > 1:
+            pictures.append(_score_by_bytes(sent))
     return pictures
 
 
-def _before_after(jobs: list[Job], keys: list[str]) -> Picture:
+def _before_after(jobs: list[tuple[str, Score, Score]], keys: list[str]) -> Picture:
     figure, axes = new_axes(height=0.9 + 0.32 * len(jobs))
-    metric = ""
-    for row, job in enumerate(reversed(jobs)):
-        assert job.scores is not None
-        metric, before, after = job.scores
-        axes.plot([before, after], [row, row], color=MUTED, linewidth=1)
-        axes.plot([before], [row], "o", color=MUTED, markersize=4)
-        axes.plot([after], [row], "o", color=BLUE, markersize=7)
-        axes.annotate(score_text(metric, after), (after, row), xytext=(0, 7), textcoords="offset points", ha="center")
-    axes.set_yticks(range(len(jobs)), [_name(job, keys) for job in reversed(jobs)])
+    split, metric = jobs[0][1].split, jobs[0][1].metric
+    for row, (_, before, after) in enumerate(reversed(jobs)):
+        ends, label = (before.value, after.value), score_text(metric, after.value)
+        axes.plot(ends, [row, row], color=MUTED, linewidth=1)
+        axes.plot(ends[:1], [row], "o", color=MUTED, markersize=4)
+        axes.plot(ends[1:], [row], "o", color=BLUE, markersize=7)
+        axes.annotate(label, (ends[1], row), xytext=(0, 7), textcoords="offset points", ha="center")
+    axes.set_yticks(range(len(jobs)), [name for name, _, _ in reversed(jobs)])
     axes.set_ylim(-0.6, len(jobs) - 0.2)
-    axes.set_xlabel(f"test {metric}")
+    axes.set_xlabel(f"{split} {metric}")
     if metric == "accuracy":
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(visible=True, axis="x")
     axes.grid(visible=False, axis="y")
     caption = f"Grey: before training; blue: after. Jobs by {', '.join(keys) or 'folder'}."
-    return Picture("sweep", "Test score of every job", caption, figure)
+    return Picture("sweep", f"{split.capitalize()} score of every job", caption, figure)
 
 
-def _score_by_bytes(jobs: list[Job], keys: list[str]) -> Picture:
+def _score_by_bytes(jobs: list[tuple[str, Score, int]]) -> Picture:
     figure, axes = new_axes()
-    for job in jobs:
-        assert job.scores is not None
-        assert job.run is not None
-        assert job.run.summary is not None
-        sent = job.run.summary.payload_up_bytes
-        axes.plot([sent], [job.scores[2]], "o", color=BLUE, markersize=7)
-        axes.annotate(
-            _name(job, keys), (sent, job.scores[2]), xytext=(6, 4), textcoords="offset points", annotation_clip=False
-        )
-        metric = job.scores[0]
-    axes.set_xlabel("scalars up, all clients (bytes)")
+    for name, score, payload_bytes in jobs:
+        at = (payload_bytes, score.value)
+        axes.plot(*at, "o", color=BLUE, markersize=7)
+        axes.annotate(name, at, xytext=(6, 4), textcoords="offset points", annotation_clip=False)
+    split, metric, sent = jobs[0][1].split, jobs[0][1].metric, [payload_bytes for _, _, payload_bytes in jobs]
+    if min(sent) > 0 and max(sent) > 20 * min(sent):
+        axes.set_xscale("log")
+        axes.minorticks_off()
+    bytes_axis(axes.xaxis)
+    axes.set_xlabel("scalars up, all clients")
+    axes.set_ylabel(f"{split} {metric}")
     percent_axis(axes, metric)
-    return Picture("bytes", "Test score against scalars sent", "Up and to the left is better.", figure)
+    title = f"{split.capitalize()} score against scalars sent"
+    return Picture("bytes", title, "Up and to the left is better.", figure)

@@ -37,8 +37,9 @@ def test_an_exported_model_is_the_tuned_one_for_plain_transformers(run: Run, tmp
         assert torch.equal(logits, tuned.model(input_ids=IDS).logits)
         assert not torch.equal(logits, base.model(input_ids=IDS).logits)
     assert tokenizer.encode("some text") == tuned.tokenizer.encode("some text")
-    with pytest.raises(ConfigError, match="must be a new or empty folder"):
-        export_run(folder, out)
+    for taken in (out, out / "config.json"):
+        with pytest.raises(ConfigError, match="OUT must be a new or empty folder"):
+            export_run(folder, taken)
 
 
 def test_scoring_a_run_again_gives_its_own_score(run: Run, lines: Callable[..., list[dict[str, Any]]]) -> None:

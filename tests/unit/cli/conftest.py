@@ -83,8 +83,8 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     }
     for name, service in services.items():
         setattr(runs, name, service)
-    setattr(html, "write_report", note("report"))  # noqa: B010
-    setattr(sweep, "write_sweep_report", note("sweep report"))  # noqa: B010
+    setattr(html, "write_report", note("report", Path("report.html")))  # noqa: B010
+    setattr(sweep, "write_sweep_report", note("sweep report", Path("report.html")))  # noqa: B010
     setattr(client_path, "replay_client", note("replay client", _Table()))  # noqa: B010
     for module in (runs, html, sweep, client_path):
         monkeypatch.setitem(sys.modules, module.__name__, module)

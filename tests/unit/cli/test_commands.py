@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,33 @@ def test_a_command_calls_its_service(
     assert code == 0
     assert calls == [call]
     assert printed in capsys.readouterr().out
+
+
+def test_a_resumed_run_logs_where_its_first_part_did(
+    calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def warn(folder: Path) -> None:
+        logging.getLogger("fedzo.somewhere").warning("client 3 is gone")
+        logging.getLogger("flwr").info("a line of Flower")
+
+    monkeypatch.setattr(sys.modules["fedzo.runs"], "resume_run", warn)
+    (tmp_path / "fedzo.log").write_text("before\n")
+
+    assert main(["resume", "."]) == 0
+
+    logged = (tmp_path / "fedzo.log").read_text().splitlines()
+    assert [line.rpartition("]")[2].strip() for line in logged] == ["before", "client 3 is gone", "a line of Flower"]
+    assert capsys.readouterr().err == "WARNING: client 3 is gone\n"
+
+
+def test_a_sweep_that_has_not_begun_has_no_report(
+    calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.modules["fedzo.report.sweep"], "write_sweep_report", lambda folder: None)
+    (tmp_path / "multirun.yaml").touch()
+
+    assert main(["report", "."]) == 1
+    assert capsys.readouterr().err == ("fedzo: .: no job of this sweep has begun. Start it, or give another folder.\n")
 
 
 def test_report_knows_a_sweep_by_its_multirun_file(calls: Calls, tmp_path: Path) -> None:

@@ -6,17 +6,17 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedzo.config.load import load
 from fedzo.config.plugins import plugin_classes
 from fedzo.config.schema import RunConfig
-from fedzo.config.travel import config_hash, from_json, is_same_run, load_yaml, save_yaml, to_json
+from fedzo.config.travel import config_hash, from_json, is_same_run, save_yaml, to_json
 from fedzo.data.config import NaturalConfig, PartitionConfig, TaskConfig
 from fedzo.errors import ConfigError
 from fedzo.fl.config import Seeds
@@ -57,12 +57,12 @@ def test_json_gives_an_equal_config_back(config: RunConfig) -> None:
 
 
 @given(configs())
-def test_yaml_gives_an_equal_config_back(tmp_path_factory: pytest.TempPathFactory, config: RunConfig) -> None:
+def test_yaml_holds_what_json_holds(tmp_path_factory: pytest.TempPathFactory, config: RunConfig) -> None:
     path = tmp_path_factory.mktemp("run") / "config.yaml"
 
     save_yaml(config, path)
 
-    assert load_yaml(path) == config
+    assert yaml.safe_load(path.read_text(encoding="utf-8")) == json.loads(to_json(config))
 
 
 def test_a_loaded_experiment_travels() -> None:
@@ -156,17 +156,6 @@ def test_interpolations_in_a_text_stay_text() -> None:
     config.task.template = "${oc.env:HOME} {text}"
 
     assert from_json(to_json(config)).task.template == "${oc.env:HOME} {text}"
-
-
-def test_yaml_that_is_no_config_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "config.yaml"
-    with pytest.raises(ConfigError, match=r"must be the configuration of a run, got: .*No such file"):
-        load_yaml(path)
-
-    for text in ("a: [1", "!!python/object/apply:os.getcwd []"):
-        path.write_text(text, encoding="utf-8")
-        with pytest.raises(ConfigError, match="must be the configuration of a run"):
-            load_yaml(path)
 
 
 def test_hash_is_of_the_canonical_text_without_what_is_local_to_a_site() -> None:

@@ -12,7 +12,7 @@ from fedzo.errors import RunFolderError
 from fedzo.report.figures import draw_figures
 from fedzo.report.run_data import load_run
 from fedzo.report.series import label_shares, label_skew, running_mean
-from fedzo.report.style import Picture, house_style, new_axes, page_svg, save_pictures
+from fedzo.report.style import INK, Picture, house_style, new_axes, page_svg, save_pictures
 
 MakeRun = Callable[..., Path]
 
@@ -85,13 +85,38 @@ def test_the_losses_of_a_calibration_are_no_training_losses(make_run: MakeRun) -
     assert "calibration is left out" in drawn.caption
 
 
-def test_no_panel_cuts_off_a_client(make_run: MakeRun) -> None:
-    figure = picture(draw_figures(load_run(make_run())), "abs_g").figure
+def test_the_slopes_of_all_clients_leave_a_calibration_out_and_show_who_is_flagged(make_run: MakeRun) -> None:
+    lines = _records(make_run)
+    next(line for line in lines if line["kind"] == "round")["calibration"] = True
+    verdicts = [{"client": c, "flagged": c == 1, "steps": 1, "statistics": {}} for c in range(3)]
+    lines.append({"kind": "selection", "round": 1, "windows": None, "fallback": False, "clients": verdicts})
 
-    panels = [axes for axes in figure.axes if axes.lines]
-    tops = [max(float(y) for line in axes.lines for y in line.get_ydata()) for axes in panels]
-    assert max(tops) == 11.0  # client 2; the smallest scale that shows it must hold in all panels
-    assert all(axes.get_ylim()[1] >= 11.0 for axes in panels)
+    drawn = picture(draw_figures(load_run(make_run("run", lines=lines))), "abs_g")
+
+    axes = drawn.figure.axes[0]
+    heights = {float(line.get_ydata()[-1]): line.get_color() for line in axes.lines}
+    assert sorted(heights) == [9.0, 10.0, 11.0]  # |g| of client 1 is 10
+    assert [height for height, colour in heights.items() if colour == INK] == [10.0]
+    assert all(float(line.get_xdata()[0]) == 2 for line in axes.lines)
+    assert axes.get_ylim()[1] >= 11.0
+    assert "Flagged clients are dark." in drawn.caption
+
+
+def test_equal_clients_are_not_called_unlike(make_run: MakeRun) -> None:
+    lines = _records(make_run)
+    lines[0]["clients"] = [{**client, "label_counts": {"0": 10, "1": 10}} for client in lines[0]["clients"]]
+
+    assert "differs most" not in picture(draw_figures(load_run(make_run("run", lines=lines))), "labels").caption
+    assert "Client 2 differs most" in picture(draw_figures(load_run(make_run("unlike"))), "labels").caption
+
+
+def test_of_a_single_round_there_are_points(make_run: MakeRun) -> None:
+    lines = [line for line in _records(make_run) if line["kind"] == "setup" or line.get("round") == 0]
+
+    pictures = draw_figures(load_run(make_run("short", lines=lines)))
+
+    for name in ("loss", "bytes", "abs_g"):
+        assert any(drawn.get_marker() == "o" for drawn in picture(pictures, name).figure.axes[0].lines), name
 
 
 def test_a_run_without_rounds_draws_only_what_it_knows(make_run: MakeRun) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,16 +22,31 @@ def test_the_table_has_a_row_a_job_with_what_varies(make_run: MakeRun, tmp_path:
     assert page is not None
     with (tmp_path / "sweep.csv").open(newline="") as file:
         rows = list(csv.reader(file))
-    assert rows[0][:5] == ["job", "trainer", "state", "before", "after"]
-    assert rows[0][5:8] == ["best_round", "worst_client", "flagged"]
-    assert [row[6:8] for row in rows[1:3]] == [["0.5", ""], ["0.5", ""]]
-    assert [row[:5] for row in rows[1:3]] == [
-        ["0", "meerkat", "finished", "0.555", "0.765"],
-        ["1", "mezo", "finished", "0.555", "0.765"],
-    ]
+    assert rows[0][:6] == ["job", "trainer", "state", "best_round", "dev_loss", "dev"]
+    assert rows[0][6:10] == ["test_before", "test_after", "worst_client", "flagged"]
+    assert [row[:3] for row in rows[1:3]] == [["0", "meerkat", "finished"], ["1", "mezo", "finished"]]
+    assert [row[3:10] for row in rows[1:3]] == [["10", "0.25", "0.75", "0.555", "0.765", "0.5", ""]] * 2
     assert rows[3] == ["2", "lora", "failed"]
     assert "must hold at least one record" in page.read_text()
     assert (tmp_path / "sweep.md").read_text().count("\n") == 5
+
+
+def test_a_sweep_without_test_rows_is_judged_by_its_dev_rows(make_run: MakeRun, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in (make_run("other/whole") / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line.get("split") != "test"]
+    lines[-1] |= {"before": None, "after": None}
+    for lr in ("0.1", "0.2"):
+        make_run(f"jobs/{lr}", lines=lines, trainer__lr=lr)
+        lines[-1] = {**lines[-1], "payload_up_bytes": 12_000}
+
+    page = write_sweep_report(tmp_path / "jobs")
+
+    assert page is not None
+    table = (tmp_path / "jobs" / "sweep.md").read_text().splitlines()
+    assert "| 0.1 | finished | 10 | 0.250 | 75.0 % |  |  | 50.0 % |" in table[2]
+    text = page.read_text()
+    assert "Dev score of every job" in text
+    assert "Dev score against scalars sent" in text
 
 
 def test_a_folder_without_jobs_has_no_report(tmp_path: Path) -> None:
