@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-import logging.config
 import os
+import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -86,8 +86,17 @@ def show_result(folder: Path) -> None:
 def log_to(folder: Path) -> None:
     """Log to the terminal and a run folder's ``fedzo.log``, as Hydra does for a new run."""
     settings: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "hydra" / "job_logging" / "fedzo.yaml"))
-    settings["handlers"]["file"] |= {"filename": str(folder / "fedzo.log"), "delay": True}  # no file without a line
-    logging.config.dictConfig(settings)
+    console = logging.StreamHandler(sys.stderr)
+    console.setLevel(logging.WARNING)
+    file = logging.FileHandler(folder / "fedzo.log", delay=True)  # no file without a line
+    for handler, form in ((console, "plain"), (file, "full")):
+        handler.setFormatter(logging.Formatter(settings["formatters"][form]["format"]))
+    root, flower = logging.getLogger(), logging.getLogger("flwr")
+    for logger in (root, flower):
+        logger.setLevel(logging.INFO)
+    flower.handlers, flower.propagate = [console, file], False
+    for handler in (console, file):
+        root.addHandler(handler)
 
 
 def _single(flags: Namespace) -> None:
