@@ -84,7 +84,10 @@ def show_result(folder: Path) -> None:
 
 
 def log_to(folder: Path) -> None:
-    """Log to the terminal and a run folder's ``fedzo.log``, as Hydra does for a new run."""
+    """Log to the terminal and a run folder's ``fedzo.log``, as Hydra does for a new run.
+
+    Beside the handlers that are there: ``logging.config`` would close them, and they may be somebody else's.
+    """
     settings: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "hydra" / "job_logging" / "fedzo.yaml"))
     console = logging.StreamHandler(sys.stderr)
     console.setLevel(logging.WARNING)

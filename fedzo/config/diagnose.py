@@ -29,7 +29,7 @@ def parse_overrides(overrides: Sequence[str]) -> tuple[list[Override], list[Prob
             parsed += OverridesParser.create(config_loader=loader).parse_overrides([text])
         except HydraException as error:
             key, first_line = text.partition("=")[0], str(error).splitlines()[0]
-            advice = " A value with { or , inside must be in quotes of its own: 'key=\"...\"'." if "{" in text else ""
+            advice = " A value with braces inside must be in quotes of its own: 'key=\"...\"'." if "{" in text else ""
             found.append(Problem(key, f"{text!r} must be an override key=value. {first_line}.{advice}"))
     return parsed, found
 

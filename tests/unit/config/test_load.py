@@ -51,6 +51,7 @@ from fedzo.trainers.config import TrainerConfig
         ("optimizer.lr=${trainer.foo}", r"Interpolation key 'trainer\.foo' not found"),
         ("fl.rounds=[1", r"'fl\.rounds=\[1' must be an override key=value"),
         ("fl.rounds", r"'fl\.rounds' must be an override key=value"),
+        ("task.template={text} It was", r"must be in quotes of its own: 'key=\"\.\.\.\"'\.$"),
         ("model=hf", r"model\.name must be a hub name or a local folder, got ''\. Write model=<name or folder>\."),
         ("hydra.searchpath=3", r"hydra\.searchpath must be a list of folders"),
     ],

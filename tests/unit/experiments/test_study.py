@@ -140,6 +140,17 @@ def test_results_are_found_by_what_was_changed(study: Any) -> None:
     assert not results.rows("servers", "sst2", "full")
 
 
+def test_a_seed_on_which_too_many_were_flagged_says_nothing_of_stopping_by_lot(study: Any) -> None:
+    """Of three runs of VPCS one stops two clients, one nobody, and one falls back, as its run by lot does."""
+    vpcs = [{**row(seed, 0.9, selection="vpcs"), "flagged": [1, 2][: 2 - 2 * (seed == 1)]} for seed in range(3)]
+    lot = [{**row(seed, 0.6, selection="random"), "fallback": seed == 2} for seed in (0, 2)]
+    pieces = {"selection": vpcs, "random_selection": lot, "core": [row(seed, 0.5) for seed in range(3)]}
+
+    found = study["verdicts"].Results(pieces).by_lot("sst2")
+
+    assert [(each["seed"], each["after"]["value"]) for each in found] == [(0, 0.6), (1, 0.5)]
+
+
 def test_methods_are_judged_by_accuracy_and_by_what_a_threshold_cannot_give(study: Any) -> None:
     """Ahead in accuracy, behind in AUC: the columns say both, and a task of four labels is judged by its loss."""
     tables, results = study["tables"], study["verdicts"].Results
