@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from fedzo.report.ending import ending as last_words
@@ -120,13 +121,18 @@ def bench(rows: Any) -> Lines:
     return lines
 
 
+BAR_G = r"\|g\|"  # of which a bar would end the cell
+
+
 def planted(results: Any) -> Lines:
-    """How well each test tells planted clients, by |g|; what it flags at its threshold after the last step."""
+    """How well each test tells planted clients; what it flags at its threshold after the last step."""
     steps = sorted({test["steps"] for test in results["run"][0]["tests"]})
-    heads = [f"AUC, T = {count}" for count in steps]
-    lines = [f"| test | {' | '.join(heads)} | found | false alarms |", "|---|" + "---|" * (len(steps) + 2)]
-    for rule in dict.fromkeys(test["rule"] for test in results["run"][0]["tests"]):
-        tests = [t for run in results["run"] for t in run["tests"] if (t["rule"], t["statistic"]) == (rule, "abs_g")]
+    heads = [f"AUC, T = {count}" for count in steps] + [
+        f"{name}, T = {steps[-1]}" for name in ("found", "false alarms")
+    ]
+    lines = [f"| statistic | test | {' | '.join(heads)} |", "|---|---|" + "---|" * len(heads)]
+    for key in dict.fromkeys((test["statistic"], test["rule"]) for test in results["run"][0]["tests"]):
+        tests = [t for run in results["run"] for t in run["tests"] if (t["statistic"], t["rule"]) == key]
         areas = [[t["auc"] for t in tests if t["steps"] == count] for count in steps]
         last = [t for t in tests if t["steps"] == steps[-1]]
         there = sum(len(run["planted"]) for run in results["run"])
@@ -135,8 +141,9 @@ def planted(results: Any) -> Lines:
             f"{sum(len(t[key]) for t in last)} of {total}"
             for key, total in (("found", there), ("false_alarms", others))
         ]
+        head = f"| {'GradIP' if key[0] == 'gradip' else BAR_G} | {key[1]} "
         lines.append(
-            f"| {rule} | {' | '.join(f'{sum(area) / len(area):.2f}' for area in areas)} | {' | '.join(flagged)} |"
+            f"{head}| {' | '.join(f'{sum(area) / len(area):.2f}' for area in areas)} | {' | '.join(flagged)} |"
         )
     return lines
 
@@ -171,6 +178,34 @@ def vpcs_ratio(results: Any) -> Lines:
     return lines
 
 
+def vpcs_compared(results: Any) -> Lines:
+    """The shares of which another simulation gave figures, and how far off chance lets them be."""
+    lines = ["| client | steps (initial / later) | ratio | found | expected | tolerance |", "|---|---|---|---|---|---|"]
+    for entry in (entry for entry in results["ratio"] if "expected" in entry):
+        who = "stationary" if entry["tau"] is None else f"falls, tau = {entry['tau']}"
+        steps = f"{entry['steps']} ({entry['initial']} / {entry['later']})"
+        ratio = f"{BAR_G if entry['statistic'] == '|g|' else entry['statistic']} > {entry['threshold']:g}"
+        cells = [f"{100 * entry[key]:.4g} %" for key in ("share", "expected", "tolerance")]
+        lines.append(f"| {who} | {steps} | {ratio} | {' | '.join(cells)} |")
+    return lines
+
+
+def decay(results: Any) -> Lines:
+    """How far each client's steps fall from the first to the last twenty, and what the default tests say."""
+    heads = [r"\|GradIP\|, first and last 20 steps", "times", BAR_G, "times (ratio)", "quiet", "level"]
+    lines = [f"| client | labels | {' | '.join(heads)} |", "|---|---|---|---|---|---|---|---|"]
+    for client in results["run"][0]["clients"]:
+        cells = []
+        for name in ("grad_ip", "abs_g"):
+            first, last = (fmean(map(abs, part)) for part in (client[name][:20], client[name][-20:]))
+            cells.append(f"{first:.1f}, {last:.1f} | {first / last:.1f}")
+        tests = f"{100 * client['quiet']:.0f} % | {client['level']:.1f}"
+        lines.append(
+            f"| {client['client']} | {'one' if client['planted'] else 'IID'} | {' | '.join(cells)} | {tests} |"
+        )
+    return lines
+
+
 def vpcs_rules(results: Any) -> Lines:
     """What the default thresholds make of a client of a federation of twelve, by |g|."""
     found = [entry for entry in results["federations"] if entry["statistic"] == "|g|"]
@@ -202,9 +237,11 @@ RENDERERS: dict[str, Callable[[Any], Lines]] = {
     "experiments/clients/results.json": clients,
     **{
         f"experiments/meerkat/tables.json#{part}": itemgetter(part)
-        for part in ("state", "tuning", "accuracy", "verdicts", "holm", "others")
+        for part in ("state", "tuning", "accuracy", "verdicts", "holm", "others", "hours", "sequential")
     },
     "experiments/vpcs/planted.json": planted,
+    "experiments/vpcs/planted.json#decay": decay,
+    "experiments/vpcs/simulation.json#compared": vpcs_compared,
     "experiments/vpcs/simulation.json#auc": vpcs_auc,
     "experiments/vpcs/simulation.json#ratio": vpcs_ratio,
     "experiments/vpcs/simulation.json#rules": vpcs_rules,

@@ -16,6 +16,8 @@ Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
 PANELS = RESULTS / "panels"
 """Records of single runs, whose clients are drawn step by step: a folder a run."""
+FIRST_ORDER = "first_order.json"
+"""What ``first_order.py`` writes into the folder of one of its runs."""
 KEPT = ("value", "loss", "auc", "best_threshold_accuracy", "per_class", "num_examples")
 
 
@@ -66,6 +68,8 @@ def best_dev_loss(row: Row) -> float:
 
 
 def _row(folder: Path) -> Iterator[Row]:
+    if (folder / FIRST_ORDER).exists():
+        yield _first_order_row(json.loads((folder / FIRST_ORDER).read_text()))
     if not (folder / "metrics.jsonl").exists():
         return
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -73,19 +77,11 @@ def _row(folder: Path) -> Iterator[Row]:
     if summary is None:
         return  # interrupted: the sweep will go on with it
     setup = next(line for line in lines if line["kind"] == "setup")
-    overrides = [word for word in yaml.safe_load((folder / "overrides.yaml").read_text()) if "experiment=" not in word]
-    words = dict(word.split("=", 1) for word in overrides)
     config = json.loads((folder / "config.json").read_text())
-    task, _, method = words.pop("+cell").partition("-")
     federated = [line for line in lines if line["kind"] == "federated_score"]
     selections = [line for line in lines if line["kind"] == "selection"]
     yield {
-        "name": name_of(overrides),
-        "task": task,
-        "method": method,
-        "budget": words.pop("+budget"),
-        "seed": int(words.pop("seed")),
-        "changed": words,
+        **_identity(yaml.safe_load((folder / "overrides.yaml").read_text())),
         "lr": config["trainer"]["lr"],
         "before": _score(summary["before"]),
         "after": _score(summary["after"]),
@@ -107,6 +103,42 @@ def _row(folder: Path) -> Iterator[Row]:
         "final_digest": summary["final_digest"],
         "git_commit": json.loads((folder / "environment.json").read_text())["git_commit"],
     }
+
+
+def _first_order_row(results: Row) -> Row:
+    """A run by backpropagation, which sends values and has no scalars to tell of."""
+    summary, clients = results["summary"], results["clients"]
+    dev = [line for line in results["scores"] if line["split"] == "dev"]
+    return {
+        **_identity(results["overrides"]),
+        "lr": results["lr"],
+        "before": _score(summary["before"]),
+        "after": _score(summary["after"]),
+        "best_round": summary["best_round"],
+        "rounds": summary["rounds"],
+        "dev": [[score["round"], score["value"], score["loss"]] for score in dev],
+        "federated": {"worst_client": summary["worst_client"]["value"]} if clients else None,
+        "clients": [],
+        "flagged": [],
+        "fallback": False,
+        "num_clients": len(clients),
+        "space_size": summary["space_size"],
+        "setup_down_bytes": 0,
+        "payload_up_bytes": summary["payload_up_bytes"],
+        "payload_down_bytes": summary["payload_down_bytes"],
+        "seconds": round(summary["seconds"], 1),
+        "final_digest": summary["final_digest"],
+        "git_commit": results["environment"]["git_commit"],
+    }
+
+
+def _identity(overrides: Sequence[str]) -> Row:
+    """What was run, by the words of the command: those that are common to all runs aside."""
+    own = [word for word in overrides if "experiment=" not in word]
+    words = dict(word.split("=", 1) for word in own)
+    task, _, method = words.pop("+cell").partition("-")
+    budget, seed = words.pop("+budget"), int(words.pop("seed"))
+    return {"name": name_of(own), "task": task, "method": method, "budget": budget, "seed": seed, "changed": words}
 
 
 def _score(score: Row | None) -> Row | None:

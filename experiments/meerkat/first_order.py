@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fedzo.config.load import load
+from fedzo.config.overrides import with_config_dir
 from fedzo.config.schema import RunConfig
 from fedzo.config.travel import config_hash
 from fedzo.data.config import Loss
@@ -70,23 +71,22 @@ class Adam:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="settings as of `fedzo train`")
+    parser.add_argument("--config-dir", help="as of `fedzo train`")
     parser.add_argument("--out", type=Path, required=True, help="where the results go (JSON)")
     parser.add_argument("--local-optimizer", choices=["sgd", "adam"], default="sgd")
     given = parser.parse_args()
     if given.out.is_dir() or not given.out.parent.is_dir():
         parser.error(f"--out must be a file in a folder that is there, got {str(given.out)!r}. Choose another.")
     try:
-        config = load(given.overrides)
+        config = load(with_config_dir(given.overrides, given.config_dir))
         with tempfile.TemporaryDirectory() as folder:
             results = run(config, Path(folder), adam=given.local_optimizer == "adam")
     except FedzoError as error:
         sys.exit(str(error))
-    results["command"] = [
-        "experiments/meerkat/first_order.py",
-        *given.overrides,
-        f"--local-optimizer={given.local_optimizer}",
-    ]
-    given.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    results |= {"overrides": given.overrides, "local_optimizer": given.local_optimizer, "lr": config.optimizer.lr}
+    part = given.out.with_name(given.out.name + ".part")  # one rename, so that what is there is whole
+    part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    part.replace(given.out)
     after = results["summary"]["after"]
     print(f"{after['metric']} {results['summary']['before']['value']:.4f} -> {after['value']:.4f}")
 

@@ -24,15 +24,14 @@ from functools import partial
 from pathlib import Path
 
 import tables
-from collect import Row, best_dev_loss, keep, known, name_of
-from pieces import CORE_TASKS, METHODS, PIECES, RUNS, TASKS, combinations, corpus_of, jobs_of
+from collect import FIRST_ORDER, Row, best_dev_loss, keep, known, name_of
+from pieces import CORE_TASKS, METHODS, PIECES, RUNS, SEEDS, TASKS, combinations, corpus_of, jobs_of
 
 CONF = Path(__file__).parent / "conf"
 STORE = threading.Lock()
 MASK = "mask-c4.safetensors"
 LADDER = 2.0  # between neighbouring learning rates
 FIRST = {"meerkat": 4e-4, "full": 3.2e-5, "lora": 2e-3, "magnitude": 8e-3, "random": 0.24}
-ROWS_A_DOCUMENT = 24  # of a task's short rows, so that a document fills a window
 
 
 def main() -> None:
@@ -44,6 +43,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of the data sets")
     parser.add_argument("--task", choices=TASKS, action="append", help="only this task; by default those of the core")
     parser.add_argument("--method", choices=METHODS, action="append", help="only this method")
+    parser.add_argument("--seed", type=int, choices=SEEDS, action="append", help="only this run seed")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each (2)")
     flags = parser.parse_args()
     wanted = pieces if "all" in flags.pieces else flags.pieces or ["tune", "core", "tables"]
@@ -65,6 +65,7 @@ def main() -> None:
                 sys.exit(f"{', '.join(open_ends)}: the learning rate is not tuned yet. Run the piece `tune` first.")
             keep(piece, RUNS / piece)
             words = [job for cell in cells for job in jobs_of(piece, cell, lr=rate_of(cell))]
+            words = [job for job in words if any(f"seed={seed}" in job for seed in flags.seed or SEEDS)]
             for mask in sorted({*re.findall(r"mask-[^/ ]*safetensors", " ".join(" ".join(job) for job in words))}):
                 choose_mask(flags.data, mask)
             list(pool.map(partial(run, piece), words))
@@ -79,14 +80,20 @@ def choose_mask(data: Path, name: str) -> None:
     corpus = corpus_of(name.removesuffix(".safetensors"))
     path = data / corpus.file
     if path.parent.name in TASKS:
-        rows = [_text_of(json.loads(line)) for line in path.read_text().splitlines()]
-        joined = ["\n".join(rows[i : i + ROWS_A_DOCUMENT]) for i in range(0, len(rows), ROWS_A_DOCUMENT)]
-        RUNS.mkdir(parents=True, exist_ok=True)
-        path = RUNS / f"{path.parent.name}.jsonl"
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in joined))
+        path = documents_of(path, number=corpus.docs)
     calibration = ["trainer.calibration=file", f"trainer.calibration_path={path}", "trainer.calibration_tokens=256"]
     size = [f"trainer.density={corpus.density}", f"trainer.calibration_docs={corpus.docs}"]
     fedzo("mask", "model=smollm2", "trainer=meerkat", *size, *calibration, "--out", str(RUNS / name))
+
+
+def documents_of(path: Path, *, number: int) -> Path:
+    """So many documents of all rows of a task: one row is too short for a window."""
+    rows = [_text_of(json.loads(line)) for line in path.read_text().splitlines()]
+    joined = ["\n".join(rows[at * len(rows) // number : (at + 1) * len(rows) // number]) for at in range(number)]
+    RUNS.mkdir(parents=True, exist_ok=True)
+    made = RUNS / f"{path.parent.name}.jsonl"
+    made.write_text("".join(json.dumps({"text": text}) + "\n" for text in joined))
+    return made
 
 
 def _text_of(row: Row) -> str:
@@ -137,18 +144,27 @@ def run(piece: str, words: list[str]) -> None:
             sys.exit(f"{name} was run at the learning rate {done[name]:g}, which is not the tuned one. {remedy}")
         return
     print(f"{piece}: {name}", flush=True)
-    folder = RUNS / piece
-    fedzo("train", "-m", "--config-dir", str(CONF), "experiment=study", *words, f"hydra.sweep.dir={folder}")
+    folder, settings = RUNS / piece, ["--config-dir", str(CONF), "experiment=study", *words]
+    if piece == "first_order":
+        own = folder / re.sub(r"\W+", "-", name)
+        own.mkdir(parents=True, exist_ok=True)
+        python(str(Path(__file__).with_name("first_order.py")), *settings, "--out", str(own / FIRST_ORDER))
+    else:
+        fedzo("train", "-m", *settings, f"hydra.sweep.dir={folder}")
     with STORE:
         keep(piece, folder)
 
 
 def fedzo(*words: str) -> None:
+    python("-m", "fedzo", *words)
+
+
+def python(*words: str) -> None:
     RUNS.mkdir(parents=True, exist_ok=True)
     log = RUNS / "log.txt"
     with log.open("a") as out:
-        if code := subprocess.run([sys.executable, "-m", "fedzo", *words], stdout=out, stderr=out).returncode:
-            sys.exit(f"`fedzo {' '.join(words)}` ended with {code}: see the end of {log}.")
+        if code := subprocess.run([sys.executable, *words], stdout=out, stderr=out).returncode:
+            sys.exit(f"`python {' '.join(words)}` ended with {code}: see the end of {log}.")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Does VPCS find planted clients on a real model? SmolLM2-135M on SST-2, 12 clients, the last four with one label each.
 
-    python experiments/vpcs/planted.py --data DIR          # SST-2 as train.*; about 20 minutes a seed on 2 cores
+    python experiments/vpcs/planted.py --data DIR          # SST-2 as train.*; 20 minutes to 2 hours a seed on 2 cores
 
 One calibration round of 100 steps (batch 8, lr 2e-4, Meerkat with a sensitivity mask); everything else is read from its
 audit log: each statistic after the first 10, 20, 50 and 100 steps, for |g| and for GradIP. Writes planted.json,

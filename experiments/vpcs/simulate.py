@@ -41,10 +41,31 @@ AUCS = [
 ALARMS = [(100, 20, 80), (100, 20, 20), (50, 10, 10), (30, 10, 20), (10, 3, 7)]
 STATISTICS = ("GradIP", "|g|")
 
+# steps, initial and later steps, decay (None: stationary), statistic and threshold: the share that an earlier, separate
+# simulation found above the threshold, half of its last printed digit, and the trials behind it
+SHARES = {
+    (100, 20, 80, None, "GradIP", 2.0): (0.007, 5e-4, 4_000),
+    (100, 20, 80, None, "|g|", 2.0): (0.0, 5e-4, 4_000),
+    (30, 10, 20, None, "GradIP", 2.0): (0.056, 5e-4, 4_000),
+    (30, 10, 20, None, "|g|", 2.0): (0.007, 5e-4, 4_000),
+    (10, 3, 7, None, "GradIP", 2.0): (0.17, 5e-3, 4_000),
+    (10, 3, 7, None, "|g|", 2.0): (0.074, 5e-4, 4_000),
+    (100, 20, 20, None, "GradIP", 2.0): (0.037, 5e-4, 200_000),
+    (100, 20, 20, None, "GradIP", 3.0): (0.0023, 5e-5, 200_000),
+    (100, 20, 20, None, "|g|", 3.0): (1e-5, 5e-6, 200_000),
+    (100, 20, 20, 20, "GradIP", 3.0): (1.0, 5e-3, 20_000),
+    (100, 20, 20, 20, "|g|", 3.0): (1.0, 5e-3, 20_000),
+    (100, 20, 20, 40, "GradIP", 3.0): (0.988, 5e-4, 20_000),
+    (100, 20, 20, 40, "|g|", 3.0): (0.9998, 5e-5, 20_000),
+}
+QUIET = (0.16, 0.005)
+"""Share of a stationary client's |GradIP| below a tenth of its mean, and half of its last printed digit."""
+
 
 def main() -> None:
     results: dict[str, Any] = {"auc": aucs(20_000), "ratio": ratios(200_000), "federations": federations(4_000)}
     results["cusum"] = cusums(4_000)
+    results["quiet"] = [quiet(1_000_000)]
     (HERE / "simulation.json").write_text(json.dumps(results, indent=1) + "\n")
     claims(results).write(HERE / "claims.json")
     for kind, found in results.items():
@@ -93,8 +114,31 @@ def ratios(trials: int) -> list[dict[str, Any]]:
                     hits[name, threshold] += int((values > threshold).sum())
             for (name, threshold), count in hits.items():
                 entry = {"steps": steps, "initial": initial, "later": later, "tau": tau, "statistic": name}
-                found.append({**entry, "threshold": threshold, **share(count, trials)})
+                entry |= {"threshold": threshold, **share(count, trials)}
+                found.append(entry | expectation(tuple(entry.values())[:6], count, trials))
     return found
+
+
+def expectation(key: tuple[Any, ...], hits: int, trials: int) -> dict[str, float]:
+    """What the other simulation found, and how far off chance lets two such shares be.
+
+    That is the 99 % interval of a difference of two binomial shares (13 of them are compared), and the rounding of the
+    printed one.
+    """
+    if key not in SHARES:
+        return {}
+    expected, rounding, others = SHARES[key]
+    pooled = (hits + expected * others) / (trials + others)
+    return {
+        "expected": expected,
+        "tolerance": 2.576 * float(np.sqrt(pooled * (1 - pooled) * (1 / trials + 1 / others))) + rounding,
+    }
+
+
+def quiet(trials: int) -> dict[str, Any]:
+    """How often a stationary client's step is quiet: below a tenth of its mean."""
+    steps = paths(np.random.default_rng(SEED + 4), trials, np.ones(1))["GradIP"]
+    return {"statistic": "GradIP", **share(int((steps < 0.1 * steps.mean()).sum()), trials), "expected": QUIET[0]}
 
 
 # --- all tests, in a federation
@@ -193,7 +237,11 @@ def claims(results: dict[str, Any]) -> Claims:
         phases = f"T = {entry['steps']} ({entry['initial']} / {entry['later']})"
         who = "stationary client" if entry["tau"] is None else f"client that falls with tau = {entry['tau']}"
         text = f"ratio of {entry['statistic']} > {entry['threshold']:g}, {phases}, {who} ({within(entry)})"
-        add(text, 100 * entry["share"], "% flagged")
+        near = (100 * entry["expected"], 100 * entry["tolerance"]) if "expected" in entry else None
+        add(text, 100 * entry["share"], "% flagged", near=near)
+    for entry in results["quiet"]:
+        text = f"steps of a stationary client below a tenth of its mean {entry['statistic']} ({within(entry)})"
+        add(text, 100 * entry["share"], "% of steps", near=(100 * QUIET[0], 100 * QUIET[1]))
     for entry in (each for each in results["federations"] if each["statistic"] == "|g|"):
         who = f"{entry['kind']}, loudness spread by {entry['spread']:g}"
         text = f"VPCS on {entry['statistic']}, {entry['rule']}: {who} ({within(entry)})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import sys
@@ -104,8 +105,34 @@ def test_its_command_line_writes_what_the_run_found(
     first_order.main()
 
     results = json.loads(out.read_text())
-    assert results["command"][-1] == "--local-optimizer=sgd"
+    assert (results["overrides"][-1], results["local_optimizer"]) == ("fl.rounds=1", "sgd")
+    assert results["lr"] == load(overrides()).optimizer.lr
     assert {"before", "after", "best_round", "payload_up_bytes", "payload_down_bytes"} <= set(results["summary"])
+
+
+def test_its_results_are_a_row_of_the_study(
+    first_order: ModuleType, overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fields of a run that sends scalars: the same tables are made of both."""
+    monkeypatch.syspath_prepend(str(PATH.parent))
+    collect = importlib.import_module("collect")
+    monkeypatch.setattr(collect, "RESULTS", tmp_path / "results")
+    settings = ("fl.rounds=2", "evaluation.every_rounds=1", "optimizer.lr=0.1", "partition.holdout=0.2")
+    results = first_order.run(load(overrides(*settings)), tmp_path)
+    words = ["experiment=study", "+cell=sst2-meerkat", "+budget=T10", "seed=2", "trainer.lr=0.1"]
+    (tmp_path / "sweep" / "run").mkdir(parents=True)
+    written = tmp_path / "sweep" / "run" / collect.FIRST_ORDER
+    written.write_text(json.dumps({**results, "overrides": words, "lr": 0.1}))
+
+    (row,) = collect.keep("first_order", tmp_path / "sweep")
+
+    (core, *_) = json.loads((PATH.parent / "results" / "core.json").read_text())
+    assert set(row) == set(core)
+    assert row["name"] == "+budget=T10 +cell=sst2-meerkat seed=2 trainer.lr=0.1"
+    assert (row["task"], row["method"], row["budget"], row["seed"], row["lr"]) == ("sst2", "meerkat", "T10", 2, 0.1)
+    assert row["after"]["value"] == results["summary"]["after"]["value"]
+    assert [round_ for round_, _, _ in row["dev"]] == [0, 1, 2]
+    assert row["federated"]["worst_client"] == min(client["value"] for client in results["clients"])
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import re
+from math import log
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from fedzo.config.load import load
 from fedzo.config.overrides import with_config_dir
 
 FOLDER = Path(__file__).parents[3] / "experiments" / "meerkat"
-MODULES = ("collect", "pieces", "verdicts", "draw", "tables", "run")
+MODULES = ("collect", "pieces", "verdicts", "draw", "tables", "run", "first_order")
 
 
 @pytest.fixture
@@ -151,6 +153,29 @@ def test_a_seed_on_which_too_many_were_flagged_says_nothing_of_stopping_by_lot(s
     assert [(each["seed"], each["after"]["value"]) for each in found] == [(0, 0.6), (1, 0.5)]
 
 
+def test_what_diverges_at_its_rate_is_not_judged_but_counts_for_holm(study: Any) -> None:
+    """All three runs of a method end above the base's dev loss of 1; two of three are judged as they stand."""
+    verdicts = study["verdicts"]
+    rows = [row(seed, 0.8 + seed / 100) for seed in range(3)]
+    rows += [row(seed, 0.6 + seed / 90, method="lora") for seed in range(3)]
+
+    def verdict() -> Any:
+        lines = verdicts.judge(verdicts.Results({"core": rows}), "sst2", verdicts.ACCURACY)
+        return next(line for line in lines if line.claim == "T = 10: Meerkat is ahead of LoRA-FedZO")
+
+    for each, last in zip(rows[3:], (1.4, None, 0.9), strict=True):
+        each["dev"] = [[0, 0.5, 1.0], [10, 0.7, 0.8], [20, 0.5, last]]
+    judged = verdict()
+    rows[5]["dev"][-1] = [20, 0.5, 1.01]
+    withheld = verdict()
+
+    assert (judged.verdict, withheld.verdict) == ("confirmed", "cannot judge")
+    assert withheld.seen == judged.seen + "; all runs of the second diverge"
+    assert withheld.p == judged.p
+    assert verdicts.after_holm([judged]) == [judged]
+    assert verdicts.after_holm([withheld]) == []
+
+
 def test_methods_are_judged_by_accuracy_and_by_what_a_threshold_cannot_give(study: Any) -> None:
     """Ahead in accuracy, behind in AUC: the columns say both, and a task of four labels is judged by its loss."""
     tables, results = study["tables"], study["verdicts"].Results
@@ -232,6 +257,59 @@ def test_a_learning_rate_is_tuned_when_the_best_lies_inside_the_ladder(
     assert not run.is_tuned("sst2-full")  # the cell holds another than the best
 
 
+@pytest.mark.parametrize("rows", [1_000, 1_500, 60])
+def test_a_mask_of_the_task_has_as_many_documents_as_windows(
+    study: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rows: int
+) -> None:
+    """BoolQ has 1,000 rows, the others 1,500: every row is in one document."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "boolq").mkdir()
+    texts = [f"row {number}" for number in range(rows)]
+    path = tmp_path / "boolq" / "train.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "label": 1}) + "\n" for text in texts))
+
+    made = [json.loads(line)["text"] for line in study["run"].documents_of(path, number=60).read_text().splitlines()]
+
+    assert len(made) == study["pieces"].corpus_of("mask-boolq-60").docs == 60
+    assert "\n".join(made).splitlines() == texts
+    assert max(map(len, made)) < 2 * min(map(len, made))
+
+
+def test_the_steps_of_a_run_are_its_rounds_and_its_calibration(study: Any) -> None:
+    steps_of, jobs_of = study["tables"].steps_of, study["pieces"].jobs_of
+
+    def steps(piece: str) -> list[int]:
+        return [steps_of(job) for job in jobs_of(piece, "sst2-meerkat", lr=1.0)]
+
+    assert steps("core") == steps("iid") == [200] * 6
+    assert steps("T50") == [200] * 3
+    assert steps("long") == [1000] * 3
+    assert steps("selection") == [200] * 3 + [300] * 3
+
+
+def test_the_sums_of_a_cusum_are_those_of_a_slow_loop(study: Any) -> None:
+    """The committed run on SST-2, client by client and step by step, by the words of ``fedzo.fl.selection.cusum``."""
+    lines = (FOLDER / "results" / "panels" / "sst2-plain" / "metrics.jsonl").read_text().splitlines()
+    rounds = [record for record in map(json.loads, lines) if record["kind"] == "round"]
+    sums, peaks = dict.fromkeys(range(8), 0.0), dict.fromkeys(range(8), 0.0)
+    for record in rounds:
+        paths = {client["client"]: client["signals"]["abs_g"] for client in record["clients"]}
+        for step in range(10):
+            for client in range(8):
+                others = median(log(paths[other][step]) for other in range(8) if other != client)
+                below = min(others - log(paths[client][step]), 2.0)
+                sums[client] = max(0.0, sums[client] + below - 1.0)
+                peaks[client] = max(peaks[client], sums[client])
+
+    core = json.loads((FOLDER / "results" / "core.json").read_text())
+    (shown,) = [line for line in study["tables"].sequential(core) if line.startswith("| SST-2")]
+
+    alone = {int(client): float(peak) for client, peak in re.findall(r"client (\d): ([0-9.]+)", shown)}
+    assert alone == {client: pytest.approx(peaks[client], abs=0.051) for client in alone}
+    assert shown.count(f"{max(peaks[client] for client in peaks if client not in alone):.1f}") >= 1
+    assert f"| {sum(peaks[client] > 8 for client in alone)} of {len(alone)} |" in shown
+
+
 def test_every_piece_names_settings_that_exist(study: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Composed and checked as `fedzo train` would; masks and data are there by name only."""
     pieces = study["pieces"]
@@ -239,12 +317,17 @@ def test_every_piece_names_settings_that_exist(study: Any, monkeypatch: pytest.M
     monkeypatch.setenv("FEDZO_STUDY_DATA", str(tmp_path))
     pieces.RUNS.mkdir(parents=True)
     cells = [f"{task}-{method}" for task in pieces.TASKS for method in pieces.METHODS]
-    jobs = [(cell, job) for cell in cells for piece in pieces.PIECES for job in pieces.jobs_of(piece, cell, lr=1e-3)]
-    for cell, job in [
-        (cell, job) for cell, job in jobs if "seed=0" in job and (cell.startswith("sst2") or len(job) == 3)
+    jobs = [
+        (cell, piece, job) for cell in cells for piece in pieces.PIECES for job in pieces.jobs_of(piece, cell, lr=1e-3)
+    ]
+    for cell, piece, job in [
+        each for each in jobs if "seed=0" in each[2] and (each[0].startswith("sst2") or len(each[2]) == 3)
     ]:
         (tmp_path / cell.partition("-")[0]).mkdir(exist_ok=True)
         for mask in ["mask-c4.safetensors", *re.findall(r"mask-[^/]*safetensors", " ".join(job))]:
             (pieces.RUNS / mask).touch()
             assert study["pieces"].corpus_of(mask.removesuffix(".safetensors")).docs in (60, 100)
-        assert load(with_config_dir(["experiment=study", *job], str(FOLDER / "conf"))).fl.num_clients == 8
+        config = load(with_config_dir(["experiment=study", *job], str(FOLDER / "conf")))
+        assert config.fl.num_clients == 8
+        if piece == "first_order":
+            study["first_order"].check(config)
