@@ -16,6 +16,8 @@ Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
 PANELS = RESULTS / "panels"
 """Records of single runs, whose clients are drawn step by step: a folder a run."""
+ROUNDS = ("fl.rounds", "evaluation.every_rounds")
+"""What a run with a calibration has one of more, or has scored at other rounds."""
 FIRST_ORDER = "first_order.json"
 """What ``first_order.py`` writes into the folder of one of its runs."""
 KEPT = ("value", "loss", "auc", "best_threshold_accuracy", "per_class", "num_examples")
@@ -46,10 +48,8 @@ def keep(piece: str, sweep: Path) -> list[Row]:
 
 def _keep_steps(folder: Path, row: Row) -> None:
     """Keep the records of a run without changes, and of one with VPCS."""
-    title = {(): "plain", ("vpcs",): "vpcs"}.get(
-        tuple(value for key, value in row["changed"].items() if key != "fl.rounds")
-    )
-    if title:
+    changed = {key: value for key, value in row["changed"].items() if key not in ROUNDS}
+    if title := "plain" if not changed else "vpcs" if changed == {"selection": "vpcs"} else None:
         kept = PANELS / f"{row['task']}-{title}"
         kept.mkdir(parents=True, exist_ok=True)
         shutil.copy(folder / "metrics.jsonl", kept)

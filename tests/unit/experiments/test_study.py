@@ -242,6 +242,22 @@ def test_finished_runs_become_rows_and_interrupted_ones_do_not(study: Any, tmp_p
     assert kept["clients"] == [{"client": 0, "labels": {"1": 4}, "mean_abs_g": [4.0, 1.0], "mean_grad_ip": [2.0, 0.5]}]
 
 
+def test_the_local_steps_of_a_plain_run_and_of_one_with_vpcs_are_kept(
+    study: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Seed 0 at T = 10, by the very words of the pieces."""
+    monkeypatch.setattr(study["collect"], "PANELS", tmp_path / "panels")
+    for piece in ("core", "selection"):
+        for number, words in enumerate(study["pieces"].jobs_of(piece, "sst2-meerkat", lr=1.0)):
+            folder = tmp_path / piece / str(number)
+            write_run(folder, finished=True)
+            (folder / "overrides.yaml").write_text(json.dumps(["experiment=study", *words]))
+            (folder / "config.yaml").write_text("task: {name: sst2}")
+        study["collect"].keep(piece, tmp_path / piece)
+
+    assert {folder.name for folder in (tmp_path / "panels").iterdir()} == {"sst2-plain", "sst2-vpcs"}
+
+
 def test_a_learning_rate_is_tuned_when_the_best_lies_inside_the_ladder(
     study: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
