@@ -39,7 +39,7 @@ MARKERS = dict(zip(BUDGETS, "osD", strict=True))
 def main(pieces: Mapping[str, Sequence[Row]]) -> None:
     """Draw every figure that the rows allow."""
     results = Results(pieces)
-    tasks = [task for task in TASKS if any(row["task"] == task for row in pieces["core"])]
+    tasks = _tasks_of(pieces["core"])
     with house_style():
         if tasks:
             _save(_panels(tasks, results, _accuracy, legend=_methods()), "accuracy")
@@ -54,12 +54,16 @@ def main(pieces: Mapping[str, Sequence[Row]]) -> None:
         if any(pieces["selection"]):
             scores = [Line2D([], [], color=colour, marker="o", linestyle="none") for colour in (BLUE, ORANGE)]
             legend = list(zip(scores, ("test accuracy", "worst client, own held-out rows"), strict=True))
-            _save(_panels(tasks, results, _selection, legend=legend), "selection")
+            _save(_panels(_tasks_of(pieces["selection"]), results, _selection, legend=legend), "selection")
         if any(pieces["masks"]):
-            _save(_panels(tasks, results, _masks, legend=[]), "masks")
+            _save(_panels(_tasks_of(pieces["masks"]), results, _masks, legend=[]), "masks")
         for folder in sorted(PANELS.glob("*")):
             if picture := draw_local_steps(load_run(folder)):
                 _save(picture.figure, f"gradip-{folder.name}")
+
+
+def _tasks_of(rows: Sequence[Row]) -> list[str]:
+    return [task for task in TASKS if any(row["task"] == task for row in rows)]
 
 
 def _panels(
@@ -142,6 +146,7 @@ def _selection(axes: Axes, results: Results, task: str) -> None:
         _with_interval(axes, at - 0.12, [row["after"]["value"] for row in rows], BLUE)
         _with_interval(axes, at + 0.12, [row["federated"]["worst_client"] for row in rows if row["federated"]], ORANGE)
     axes.set_xticks(range(len(ways)), list(ways))
+    axes.set_xlim(-0.5, len(ways) - 0.5)
     axes.set_ylabel("accuracy")
     percent_axis(axes, "accuracy")
 
