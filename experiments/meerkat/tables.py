@@ -10,9 +10,10 @@ from itertools import product
 from pathlib import Path
 
 import draw
-import numpy as np
-from collect import PANELS, Row, best_dev_loss, known
-from pieces import BUDGETS, CORE_TASKS, METHODS, PIECES, SEEDS, TASKS, jobs_of
+from collect import Row, best_dev_loss, known
+from costs import hours, state
+from pieces import BUDGETS, CORE_TASKS, METHODS, PIECES, SEEDS, TASKS
+from sequential import sequential
 from verdicts import (
     ACCURACY,
     Measure,
@@ -29,10 +30,6 @@ from verdicts import (
 )
 
 from fedzo.bench.claims import Claims
-from fedzo.fl.selection.config import CusumConfig
-from fedzo.fl.selection.statistics import cusum, shortfall
-from fedzo.report.panels import client_traces
-from fedzo.report.run_data import load_run
 
 HERE = Path(__file__).parent
 COMMAND = "python experiments/meerkat/run.py --data DIR"
@@ -64,80 +61,6 @@ def made() -> dict[str, list[str]]:
         "verdicts": verdicts(results, tasks),
         "holm": holm(results, tasks),
     }
-
-
-def state(core: Sequence[Row]) -> list[str]:
-    """How much of the core grid is there, and what it has taken."""
-    lines = ["| task | runs of the core grid | hours of one core |", "|---|---|---|"]
-    whole = len(METHODS) * 2 * len(SEEDS)
-    for task in CORE_TASKS:
-        hours = sum(row["seconds"] for row in core if row["task"] == task) / 3600
-        lines.append(f"| {TASKS[task]} | {sum(row['task'] == task for row in core)} of {whole} | {hours:.1f} |")
-    return lines
-
-
-def hours(core: Sequence[Row]) -> list[str]:
-    """What each piece takes on two cores, by the minutes that a local step of the core grid took on one."""
-    lines = ["| piece |", "|---|"]
-    for task in CORE_TASKS:
-        lines = [f"{lines[0]} {TASKS[task]}: runs | hours |", f"{lines[1]}---|---|"]
-    for piece in PIECES:
-        row = f"| `{piece}` |"
-        for task in CORE_TASKS:
-            jobs = [(method, job) for method in METHODS for job in jobs_of(piece, f"{task}-{method}", lr=1.0)]
-            if piece == "random_selection":
-                row += f" up to {len(SEEDS)} | {_hours([('meerkat', ['+budget=T10'])] * len(SEEDS), core, task)} |"
-            else:
-                row += f" {len(jobs)} | {'' if piece == 'first_order' else _hours(jobs, core, task)} |"
-        lines.append(row)
-    return lines
-
-
-def _hours(jobs: Sequence[tuple[str, list[str]]], core: Sequence[Row], task: str) -> str:
-    """Of two runs at a time."""
-    total = 0.0
-    for method, job in jobs:
-        taken = [row["seconds"] for row in core if (row["task"], row["method"]) == (task, method)]
-        if not taken:
-            return ""
-        total += statistics.median(taken) * steps_of(job) / 200
-    return f"{total / 2 / 3600:.1f}"
-
-
-def steps_of(job: Sequence[str]) -> int:
-    """Local steps of one run of a client, its calibration among them."""
-    words = dict(word.split("=", 1) for word in job)
-    if "fl.rounds" not in words:
-        return 200
-    rounds, steps = int(words["fl.rounds"]), BUDGETS[words["+budget"]]
-    return (rounds - 1) * steps + 100 if words.get("selection") == "vpcs" else rounds * steps
-
-
-def sequential(core: Sequence[Row]) -> list[str]:
-    """What the default CUSUM would have made of a plain run's clients, step by step."""
-    config = CusumConfig()
-    lines = [
-        "| run | single-label clients: highest sum | flagged | others: highest sum | flagged |",
-        "|---|---|---|---|---|",
-    ]
-    for folder in sorted(PANELS.glob("*-plain")):
-        task = folder.name.removesuffix("-plain")
-        rows = [row for row in core if (row["task"], row["method"], row["budget"]) == (task, "meerkat", "T10")]
-        labels = {client["client"]: len(client["labels"]) for client in rows[0]["clients"]} if rows else {}
-        traces = client_traces(load_run(folder))
-        steps = np.array([traces[client].abs_g for client in sorted(traces)], float)
-        sums = peaks = np.zeros(len(steps))
-        for step in steps.T:
-            sums = cusum(sums, shortfall(step), drift=config.drift)
-            peaks = np.maximum(peaks, sums)
-        shown = []
-        for alone in (True, False):
-            found = {c: peaks[at] for at, c in enumerate(sorted(traces)) if (labels.get(c) == 1) == alone}
-            over = sum(peak > config.threshold for peak in found.values())
-            each = ", ".join(f"client {c}: {peak:.1f}" for c, peak in found.items())
-            shown += [each if alone else f"{max(found.values(), default=0):.1f}", f"{over} of {len(found)}"]
-        lines.append(f"| {TASKS[task]}, T = 10, seed 0 | {' | '.join(shown)} |")
-    return lines
 
 
 def cells(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:

@@ -16,7 +16,7 @@ from fedzo.config.load import load
 from fedzo.config.overrides import with_config_dir
 
 FOLDER = Path(__file__).parents[3] / "experiments" / "meerkat"
-MODULES = ("collect", "pieces", "verdicts", "draw", "tables", "run", "first_order")
+MODULES = ("collect", "pieces", "verdicts", "draw", "costs", "sequential", "tables", "run", "first_order")
 
 
 @pytest.fixture
@@ -292,7 +292,7 @@ def test_a_mask_of_the_task_has_as_many_documents_as_windows(
 
 
 def test_the_steps_of_a_run_are_its_rounds_and_its_calibration(study: Any) -> None:
-    steps_of, jobs_of = study["tables"].steps_of, study["pieces"].jobs_of
+    steps_of, jobs_of = study["costs"].steps_of, study["pieces"].jobs_of
 
     def steps(piece: str) -> list[int]:
         return [steps_of(job) for job in jobs_of(piece, "sst2-meerkat", lr=1.0)]
@@ -318,7 +318,7 @@ def test_the_sums_of_a_cusum_are_those_of_a_slow_loop(study: Any) -> None:
                 peaks[client] = max(peaks[client], sums[client])
 
     core = json.loads((FOLDER / "results" / "core.json").read_text())
-    (shown,) = [line for line in study["tables"].sequential(core) if line.startswith("| SST-2")]
+    (shown,) = [line for line in study["sequential"].sequential(core) if line.startswith("| SST-2")]
 
     alone = {int(client): float(peak) for client, peak in re.findall(r"client (\d): ([0-9.]+)", shown)}
     assert alone == {client: pytest.approx(peaks[client], abs=0.051) for client in alone}
