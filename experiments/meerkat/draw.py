@@ -142,11 +142,13 @@ def _selection(axes: Axes, results: Results, task: str) -> None:
     """VPCS beside no selection, as many stopped by lot, and the oracle; T = 10."""
     vpcs, oracle = (results.rows("selection", task, selection=name) for name in ("vpcs", "oracle"))
     ways = {"none": results.grid(task), "by lot": results.by_lot(task), "VPCS": vpcs, "oracle": oracle}
+    ways = {name: rows for name, rows in ways.items() if rows}
     for at, rows in enumerate(ways.values()):
         _with_interval(axes, at - 0.12, [row["after"]["value"] for row in rows], BLUE)
         _with_interval(axes, at + 0.12, [row["federated"]["worst_client"] for row in rows if row["federated"]], ORANGE)
     axes.set_xticks(range(len(ways)), list(ways))
     axes.set_xlim(-0.5, len(ways) - 0.5)
+    axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
     axes.set_ylabel("accuracy")
     percent_axis(axes, "accuracy")
 
