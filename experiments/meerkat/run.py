@@ -79,6 +79,8 @@ def choose_mask(data: Path, name: str) -> None:
         return
     corpus = corpus_of(name.removesuffix(".safetensors"))
     path = data / corpus.file
+    if not path.is_file():
+        sys.exit(f"--data must hold {corpus.file}, which the mask {name} is chosen on; it is not in {data}.")
     if path.parent.name in TASKS:
         path = documents_of(path, number=corpus.docs)
     calibration = ["trainer.calibration=file", f"trainer.calibration_path={path}", "trainer.calibration_tokens=256"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def main() -> None:
     pieces = {piece: known(piece) for piece in PIECES}
     (HERE / "tables.json").write_text(json.dumps(made(), indent=1) + "\n")
     if pieces["core"]:
-        claims(pieces["core"]).write(HERE / "claims.json")
+        claims(pieces).write(HERE / "claims.json")
     draw.main(pieces)
 
 
@@ -125,18 +125,24 @@ def others(pieces: dict[str, list[Row]]) -> list[str]:
         "| task | method | T | changed | lr | accuracy, mean +- 95 % | seeds | beside core | worst client | stopped |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
+    for (task, method, budget, changed), rows, paired in variations(pieces):
+        head = f"| {TASKS[task]} | {METHODS[method]} | {BUDGETS[budget]} | {changed} | {rows[0]['lr']:g} "
+        stopped = ", ".join("all: T/2" if row["fallback"] else str(len(row["flagged"])) for row in rows)
+        stopped = stopped if any(key.startswith("selection") for key in rows[0]["changed"]) else ""
+        lines.append(f"{head}| {_mean(rows)} | {len(rows)} | {_points(paired)} | {_worst(rows)} | {stopped} |")
+    return lines
+
+
+def variations(pieces: dict[str, list[Row]]) -> Iterator[tuple[tuple[str, str, str, str], list[Row], list[float]]]:
+    """What was run beyond the core, at its best rate, and its gains in accuracy over the core's of the same seeds."""
     results, groups = Results(pieces), {}
     for piece in [piece for piece in PIECES if piece != "core"]:
         for row in pieces[piece]:
             groups.setdefault((piece, row["task"], row["method"], row["budget"], _changed(piece, row)), []).append(row)
     for (_, task, method, budget, changed), tried in groups.items():
         rows = best_rate(tried)
-        paired = gains(tested(rows, ACCURACY), tested(results.rows("core", task, method, budget), ACCURACY))
-        head = f"| {TASKS[task]} | {METHODS[method]} | {BUDGETS[budget]} | {changed} | {rows[0]['lr']:g} "
-        stopped = ", ".join("all: T/2" if row["fallback"] else str(len(row["flagged"])) for row in rows)
-        stopped = stopped if any(key.startswith("selection") for key in rows[0]["changed"]) else ""
-        lines.append(f"{head}| {_mean(rows)} | {len(rows)} | {_points(paired)} | {_worst(rows)} | {stopped} |")
-    return lines
+        core = results.rows("core", task, method, budget)
+        yield (task, method, budget, changed), rows, gains(tested(rows, ACCURACY), tested(core, ACCURACY))
 
 
 def _judged(results: Results, tasks: Sequence[str]) -> dict[tuple[str, Measure], list[Verdict]]:
@@ -180,9 +186,10 @@ def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
 
 
-def claims(core: Sequence[Row]) -> Claims:
+def claims(pieces: dict[str, list[Row]]) -> Claims:
     """The accuracies, with the commits that the runs were made with."""
-    commits = sorted({row["git_commit"] for row in core})
+    core = pieces["core"]
+    commits = sorted({row["git_commit"] for rows in pieces.values() for row in rows})
     made = Claims(command=COMMAND, seeds=list(SEEDS), environment={"git_commits": commits, "threads": 1})
     for (task, method, budget), rows in cells(core).items():
         if len(rows) == len(SEEDS):
@@ -190,6 +197,15 @@ def claims(core: Sequence[Row]) -> Claims:
             what = f"{TASKS[task]}, {METHODS[method]}, T = {BUDGETS[budget]}: test accuracy"
             made.add(f"{what} (mean of {len(rows)} seeds)", value, "share")
             made.add(f"{what}, half width of its 95 % interval", half, "share")
+    for (task, method, budget, changed), rows, paired in variations(pieces):
+        if len(paired) == len(SEEDS):
+            value, half = interval(paired)
+            what = f"{TASKS[task]}, {METHODS[method]}, T = {BUDGETS[budget]}, {changed}: test accuracy"
+            made.add(
+                f"{what} (mean of {len(rows)} seeds)", statistics.fmean(r["after"]["value"] for r in rows), "share"
+            )
+            made.add(f"{what} less that of the core's", 100 * value, "points")
+            made.add(f"{what} less that of the core's, half width of its 95 % interval", 100 * half, "points")
     for task in dict.fromkeys(row["task"] for row in core):
         full, ours = ([row for row in core if (row["task"], row["method"]) == (task, m)] for m in ("full", "meerkat"))
         if full and ours:

@@ -291,6 +291,16 @@ def test_a_mask_of_the_task_has_as_many_documents_as_windows(
     assert max(map(len, made)) < 2 * min(map(len, made))
 
 
+def test_a_folder_without_the_texts_of_a_mask_is_named(
+    study: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    for mask, file in (("mask-c4.safetensors", "c4/train.jsonl"), ("mask-boolq-60.safetensors", "boolq/train.jsonl")):
+        with pytest.raises(SystemExit, match=f"--data must hold {file}, which the mask {mask} is chosen on"):
+            study["run"].choose_mask(tmp_path, mask)
+
+
 def test_the_steps_of_a_run_are_its_rounds_and_its_calibration(study: Any) -> None:
     steps_of, jobs_of = study["costs"].steps_of, study["pieces"].jobs_of
 

@@ -40,6 +40,21 @@ def test_the_ratio_separates_as_another_simulation_found(experiment: Any) -> Non
 def test_false_alarms_and_detections_are_those_of_another_simulation(experiment: Any) -> None:
     """Each within the 99 % interval of the difference of two shares, and the rounding of the printed one."""
     simulate = experiment("simulate")
+    assert {key: expected for key, (expected, _, _) in simulate.SHARES.items()} == {
+        (100, 20, 80, None, "GradIP", 2.0): 0.007,
+        (100, 20, 80, None, "|g|", 2.0): 0.0,
+        (100, 20, 20, None, "GradIP", 3.0): 0.0023,
+        (100, 20, 20, None, "GradIP", 2.0): 0.037,
+        (100, 20, 20, None, "|g|", 3.0): 0.00001,
+        (30, 10, 20, None, "GradIP", 2.0): 0.056,
+        (30, 10, 20, None, "|g|", 2.0): 0.007,
+        (10, 3, 7, None, "GradIP", 2.0): 0.17,
+        (10, 3, 7, None, "|g|", 2.0): 0.074,
+        (100, 20, 20, 40, "GradIP", 3.0): 0.988,
+        (100, 20, 20, 40, "|g|", 3.0): 0.9998,
+        (100, 20, 20, 20, "GradIP", 3.0): 1.0,
+        (100, 20, 20, 20, "|g|", 3.0): 1.0,
+    }
     compared = [entry for entry in simulate.ratios(200_000) if "expected" in entry]
 
     assert len(compared) == len(simulate.SHARES)
