@@ -1,0 +1,80 @@
+"""Whole runs against recorded ones: a change of structure must leave every chain and digest as it was.
+
+The recorded numbers hold where forwards have the bits of the recording machine; elsewhere these tests are skipped.
+Record anew, after a change that is listed under *Numerics* in the changelog, with ``FEDZO_RECORD=1``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+GOLDEN = Path(__file__).with_name("golden_runs.json")
+T3, T2 = "fl.local_steps=3", "fl.local_steps=2"
+RUNS: dict[str, list[str]] = {
+    "meerkat": [],
+    "meerkat magnitude": ["trainer.selector=magnitude"],
+    "meerkat random everywhere": ["trainer.selector=random", "trainer.granularity=everywhere"],
+    "mezo": ["trainer=mezo"],
+    "mezo in bfloat16, stochastic": ["trainer=mezo", "model.dtype=bfloat16", "trainer.rounding=stochastic"],
+    "lora": ["trainer=lora", T2],
+    "ia3": ["trainer=ia3"],
+    "prefix": ["trainer=prefix", "model.max_length=64"],
+    "prompt": ["trainer=prompt", "model.max_length=64"],
+    "one_sided": ["estimator=one_sided", "estimator.num_probes=3"],
+    "fzoo": ["estimator=fzoo"],
+    "two_point, 2 probes, T = 3": ["estimator.num_probes=2", T3],
+    "momentum": ["optimizer=momentum", "optimizer.schedule=cosine", "optimizer.warmup_rounds=1"],
+    "adam with decay": ["optimizer=adam", "optimizer.weight_decay=0.1"],
+    "scaffold": ["optimizer=scaffold", T2],
+    "feddyn": ["optimizer=feddyn", T2],
+    "own directions": ["fl.seeds=per_client", T2],
+    "pool of directions": ["fl.seeds=pool", T2],
+    "values": ["fl.transport=values", T2],
+    "median": ["strategy=median"],
+    "trimmed mean": ["strategy=trimmed_mean", "strategy.trim_share=0.3"],
+    "majority of signs": ["strategy=majority_sign"],
+    "by size, dirichlet": ["strategy=size", "partition=dirichlet", "partition.alpha=1.0"],
+    "dirichlet_equal": ["partition=dirichlet_equal", "partition.num_extreme=1"],
+    "shards": ["partition=shards"],
+    "natural": ["partition=natural", "partition.column=site"],
+    "sampled, clipped, absent": ["strategy.clients_per_round=3", "strategy.clip_factor=2", "faults.absent=['1@1']"],
+    "vpcs": ["selection=vpcs", "selection.calibration_steps=6", "selection.initial_steps=3",
+             "selection.later_steps=3", T3],
+    "cusum": ["selection=cusum", "selection.threshold=0.5", T3],
+    "random selection": ["selection=random", T3],
+    "oracle": ["selection=oracle", "partition=extreme", "partition.num_extreme=1", T3],
+    "joint forwards": ["runtime=inline_batched", T3],
+    "decomfl": ["experiment=decomfl", "trainer=mezo"],
+    "fedkseed": ["experiment=fedkseed", "trainer=mezo"],
+    "feedsign": ["experiment=feedsign", "trainer=mezo"],
+}  # fmt: skip
+
+
+def told(folder: Path, lines: Callable[[Path, str], list[dict[str, Any]]]) -> dict[str, Any]:
+    """What a run's log ends with, and the loss of the base model, which tells machines apart."""
+    last = lines(folder, "public.jsonl")[-1]
+    scores = [line for line in lines(folder, "metrics.jsonl") if line["kind"] == "score"]
+    return {"base_loss": scores[0]["loss"], "chain": last["chain"], "digest": last["digest"], "loss": scores[-1]["loss"]}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_ends_as_the_recorded_one(
+    name: str, run: Callable[..., Path], lines: Callable[[Path, str], list[dict[str, Any]]]
+) -> None:
+    golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+
+    got = told(run(*RUNS[name]), lines)
+
+    if os.environ.get("FEDZO_RECORD"):
+        GOLDEN.write_text(json.dumps({**golden, name: got}, indent=1) + "\n")
+        pytest.skip("recorded")
+    if got["base_loss"] != golden[name]["base_loss"]:
+        pytest.skip("the forwards of this machine have other last bits than those of the recording one")
+    assert got == golden[name]
+
