@@ -1,5 +1,5 @@
 """Flower ClientApp entry point."""
 
-from fedzo.apps import make_client_app
+from fedzo.run.apps import make_client_app
 
 app = make_client_app()

@@ -1,5 +1,5 @@
 """Flower ServerApp entry point."""
 
-from fedzo.apps import make_server_app
+from fedzo.run.apps import make_server_app
 
 app = make_server_app()

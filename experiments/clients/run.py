@@ -93,10 +93,10 @@ def tree_bytes(pid: int) -> int:
 
 def one(runtime: str, clients: int, steps: int, folder: str) -> None:
     """One point, in this process."""
-    import fedzo.fl.local_steps as local_steps
+    import fedzo.fl.client.local_update as local_steps
+    from fedzo.commands.runs import start_run
     from fedzo.config.load import load
-    from fedzo.environment import environment
-    from fedzo.runs import start_run
+    from fedzo.system import environment
 
     spent = [0.0]
     example_losses = local_steps.example_losses

@@ -20,7 +20,7 @@ from fedzo.models.config import ModelConfig
 from fedzo.models.head import hidden_at
 from fedzo.models.load import load_model
 from fedzo.zo.directions import add_direction, stream_key
-from fedzo.zo.masked import MaskedSpace
+from fedzo.zo.spaces.masked import MaskedSpace
 
 HERE = Path(__file__).parent
 COORDINATES = 1_000_000

@@ -49,7 +49,7 @@ def keep(piece: str, sweep: Path) -> list[Row]:
 def _keep_steps(folder: Path, row: Row) -> None:
     """Keep the records of a run without changes, and of one with VPCS."""
     changed = {key: value for key, value in row["changed"].items() if key not in ROUNDS}
-    if title := "plain" if not changed else "vpcs" if changed == {"selection": "vpcs"} else None:
+    if title := "plain" if not changed else "vpcs" if changed == {"step_policy": "vpcs"} else None:
         kept = PANELS / f"{row['task']}-{title}"
         kept.mkdir(parents=True, exist_ok=True)
         shutil.copy(folder / "metrics.jsonl", kept)
@@ -79,7 +79,7 @@ def _row(folder: Path) -> Iterator[Row]:
     setup = next(line for line in lines if line["kind"] == "setup")
     config = json.loads((folder / "config.json").read_text())
     federated = [line for line in lines if line["kind"] == "federated_score"]
-    selections = [line for line in lines if line["kind"] == "selection"]
+    step_policies = [line for line in lines if line["kind"] == "step_policy"]
     yield {
         **_identity(yaml.safe_load((folder / "overrides.yaml").read_text())),
         "lr": config["trainer"]["lr"],
@@ -90,10 +90,10 @@ def _row(folder: Path) -> Iterator[Row]:
         "dev": [[s["round"], s["value"], s["loss"]] for s in lines if s["kind"] == "score" and s["split"] == "dev"],
         "federated": {k: federated[-1][k] for k in ("value", "worst_client", "per_class")} if federated else None,
         "clients": _clients(lines, setup),
-        "flagged": [client["client"] for client in selections[-1]["clients"] if client["flagged"]]
-        if selections
+        "flagged": [client["client"] for client in step_policies[-1]["clients"] if client["flagged"]]
+        if step_policies
         else [],
-        "fallback": bool(selections) and selections[-1]["fallback"],
+        "fallback": bool(step_policies) and step_policies[-1]["fallback"],
         "num_clients": config["fl"]["num_clients"],
         "space_size": setup["space_size"],
         "setup_down_bytes": setup["setup_down_bytes"],

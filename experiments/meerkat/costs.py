@@ -28,7 +28,7 @@ def hours(core: Sequence[Row]) -> list[str]:
         row = f"| `{piece}` |"
         for task in CORE_TASKS:
             jobs = [(method, job) for method in METHODS for job in jobs_of(piece, f"{task}-{method}", lr=1.0)]
-            if piece == "random_selection":
+            if piece == "random_step_policy":
                 row += f" up to {len(SEEDS)} | {_hours([('meerkat', ['+budget=T10'])] * len(SEEDS), core, task)} |"
             else:
                 row += f" {len(jobs)} | {'' if piece == 'first_order' else _hours(jobs, core, task)} |"
@@ -53,4 +53,4 @@ def steps_of(job: Sequence[str]) -> int:
     if "fl.rounds" not in words:
         return 200
     rounds, steps = int(words["fl.rounds"]), BUDGETS[words["+budget"]]
-    return (rounds - 1) * steps + 100 if words.get("selection") == "vpcs" else rounds * steps
+    return (rounds - 1) * steps + 100 if words.get("step_policy") == "vpcs" else rounds * steps

@@ -51,10 +51,10 @@ def main(pieces: Mapping[str, Sequence[Row]]) -> None:
             names = ("T = 1", "T = 10", "scalars", "values")
             legend = [*_methods(), *zip([*ways, *kinds], names, strict=True)]
             _save(_panels(tasks, results, _bytes, legend=legend), "bytes")
-        if any(pieces["selection"]):
+        if any(pieces["step_policy"]):
             scores = [Line2D([], [], color=colour, marker="o", linestyle="none") for colour in (BLUE, ORANGE)]
             legend = list(zip(scores, ("test accuracy", "worst client, own held-out rows"), strict=True))
-            _save(_panels(_tasks_of(pieces["selection"]), results, _selection, legend=legend), "selection")
+            _save(_panels(_tasks_of(pieces["step_policy"]), results, _step_policy, legend=legend), "step_policy")
         if any(pieces["masks"]):
             _save(_panels(_tasks_of(pieces["masks"]), results, _masks, legend=[]), "masks")
         for folder in sorted(PANELS.glob("*")):
@@ -138,9 +138,9 @@ def _bytes(axes: Axes, results: Results, task: str) -> None:
     percent_axis(axes, "accuracy")
 
 
-def _selection(axes: Axes, results: Results, task: str) -> None:
-    """VPCS beside no selection, as many stopped by lot, and the oracle; T = 10."""
-    vpcs, oracle = (results.rows("selection", task, selection=name) for name in ("vpcs", "oracle"))
+def _step_policy(axes: Axes, results: Results, task: str) -> None:
+    """VPCS beside no step policy, as many stopped by lot, and the oracle; T = 10."""
+    vpcs, oracle = (results.rows("step_policy", task, step_policy=name) for name in ("vpcs", "oracle"))
     ways = {"none": results.grid(task), "by lot": results.by_lot(task), "VPCS": vpcs, "oracle": oracle}
     ways = {name: rows for name, rows in ways.items() if rows}
     for at, rows in enumerate(ways.values()):

@@ -1,6 +1,6 @@
 """FedAvg with backpropagation on the values that a fedzo run trains: the upper bound of its accuracy.
 
-    python experiments/meerkat/first_order.py fl.rounds=160 fl.local_steps=10 optimizer.lr=1e-2 --out results.json
+    python experiments/meerkat/first_order.py fl.rounds=160 fl.local_steps=10 server_optimizer.lr=1e-2 --out out.json
 
 Takes a run's own settings (trainer=meerkat or lora) and uses its data, partition, order of rows, loss, sampling of
 clients, learning-rate schedule and scores. A client takes T steps of SGD (``--local-optimizer adam``: Adam, whose
@@ -32,20 +32,20 @@ from fedzo.config.travel import config_hash
 from fedzo.data.config import Loss
 from fedzo.data.example import Example
 from fedzo.data.order import batch_rows
-from fedzo.environment import environment
 from fedzo.errors import ConfigError, FedzoError
-from fedzo.fl.aggregate import client_weights, sampling_order
+from fedzo.evaluate.answers import evaluate
 from fedzo.fl.config import Aggregation, BestBy
-from fedzo.fl.selection.config import NoSelectionConfig
+from fedzo.fl.server.aggregate import client_weights, sampling_order
+from fedzo.fl.server.step_policy.config import NoStepPolicyConfig
 from fedzo.masks.mask_file import decode_mask
 from fedzo.models.config import DType
-from fedzo.models.evaluate import evaluate
-from fedzo.site import Site, open_site
+from fedzo.run.site import Site, open_site
+from fedzo.system import environment
 from fedzo.trainers import Workplace
 from fedzo.trainers.config import LoraTrainerConfig, MeerkatConfig
 from fedzo.zo.config import SgdConfig
 from fedzo.zo.schedule import learning_rate
-from fedzo.zo.space import Space
+from fedzo.zo.spaces.base import Space
 
 Record = dict[str, Any]
 Gradient = Callable[[Sequence[Example]], np.ndarray]
@@ -83,7 +83,11 @@ def main() -> None:
             results = run(config, Path(folder), adam=given.local_optimizer == "adam")
     except FedzoError as error:
         sys.exit(str(error))
-    results |= {"overrides": given.overrides, "local_optimizer": given.local_optimizer, "lr": config.optimizer.lr}
+    results |= {
+        "overrides": given.overrides,
+        "local_optimizer": given.local_optimizer,
+        "lr": config.server_optimizer.lr,
+    }
     part = given.out.with_name(given.out.name + ".part")  # one rename, so that what is there is whole
     part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     part.replace(given.out)
@@ -115,7 +119,7 @@ def run(config: RunConfig, folder: Path, *, adam: bool = False) -> Record:
     adams = {client: Adam() for client in data} if adam else {}
     sent = 0
     for number in range(config.fl.rounds):
-        lr = learning_rate(config.optimizer, round=number, rounds=config.fl.rounds)
+        lr = learning_rate(config.server_optimizer, round=number, rounds=config.fl.rounds)
         order = sampling_order(run_seed=config.seed, round=number, num_clients=config.fl.num_clients, connected=data)
         sampled = sorted(order[: config.strategy.clients_per_round or None])
         share = sum(weights[client] for client in sampled)
@@ -182,12 +186,12 @@ def check(config: RunConfig) -> None:
         raise ConfigError("first_order: trainer must be meerkat or lora. Other spaces are not written here.")
     if config.model.dtype is not DType.float32:
         raise ConfigError("first_order: model.dtype must be float32. Write model.dtype=float32.")
-    if not isinstance(config.optimizer, SgdConfig) or config.optimizer.weight_decay != 0:
+    if not isinstance(config.server_optimizer, SgdConfig) or config.server_optimizer.weight_decay != 0:
         raise ConfigError(
             "first_order: optimizer must be sgd without decay; --local-optimizer chooses the clients' own."
         )
-    if not isinstance(config.selection, NoSelectionConfig):
-        raise ConfigError("first_order: selection must be none. Its clients send no scalars to select by.")
+    if not isinstance(config.step_policy, NoStepPolicyConfig):
+        raise ConfigError("first_order: step_policy must be none. Its clients send no scalars to select by.")
     if config.strategy.aggregation is not Aggregation.mean:
         raise ConfigError("first_order: strategy.aggregation must be mean. Write strategy=mean.")
     if config.faults.absent:

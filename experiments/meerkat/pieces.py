@@ -36,13 +36,13 @@ _SEEDS = "seed=" + ",".join(map(str, SEEDS))
 _IID = ["partition.alpha=1000", "partition.num_extreme=0"]
 PIECES: dict[str, list[Part]] = {
     "core": [Part("all", ["+budget=T1,T10", _SEEDS])],
-    "selection": [
+    "step_policy": [
         # the oracle stops clients of a single label: at 0.9 of one label SST-2's third seed has six of eight
-        Part("meerkat", ["+budget=T10", _SEEDS, "selection=oracle", "selection.label_share=0.999"]),
+        Part("meerkat", ["+budget=T10", _SEEDS, "step_policy=oracle", "step_policy.label_share=0.999"]),
         # round 0 calibrates; four models to choose from, as the others have: after 50, 110, 170 and 200 steps
-        Part("meerkat", ["+budget=T10", _SEEDS, "selection=vpcs", "fl.rounds=21", "evaluation.every_rounds=6"]),
+        Part("meerkat", ["+budget=T10", _SEEDS, "step_policy=vpcs", "fl.rounds=21", "evaluation.every_rounds=6"]),
     ],
-    "random_selection": [],  # for each run of VPCS one that stops as many clients, by lot
+    "random_step_policy": [],  # for each run of VPCS one that stops as many clients, by lot
     "iid": [Part("meerkat", ["+budget=T1,T10", _SEEDS, *_IID])],
     "masks": [
         Part("meerkat", ["+budget=T1", _SEEDS, f"trainer.mask_path={RUNS}/mask-{name}.safetensors"], rates)
@@ -54,10 +54,12 @@ PIECES: dict[str, list[Part]] = {
     ],
     "servers": [
         Part(
-            "meerkat", ["+budget=T10", _SEEDS, "optimizer=momentum"], (0.1, 0.3, 1.0)
+            "meerkat", ["+budget=T10", _SEEDS, "server_optimizer=momentum"], (0.1, 0.3, 1.0)
         ),  # 0.9 makes a step ten times as long
-        Part("meerkat", ["+budget=T10", _SEEDS, "optimizer=scaffold"]),
-        Part("meerkat", ["+budget=T10", _SEEDS, "optimizer=feddyn"], (0.5, 1.0, 2.0)),  # its alpha goes with the rate
+        Part("meerkat", ["+budget=T10", _SEEDS, "server_optimizer=scaffold"]),
+        Part(
+            "meerkat", ["+budget=T10", _SEEDS, "server_optimizer=feddyn"], (0.5, 1.0, 2.0)
+        ),  # its alpha goes with the rate
         Part("meerkat", ["+budget=T10", _SEEDS, "strategy.aggregation=median,trimmed_mean", "strategy.trim_share=0.2"]),
     ],
     "protocols": [
@@ -102,18 +104,18 @@ def jobs_of(piece: str, cell: str, *, lr: float) -> list[list[str]]:
     """
     task, _, method = cell.partition("-")
     parts = [part for part in PIECES[piece] if part.method in ("all", method)]
-    if piece == "random_selection" and method == "meerkat":
-        parts = [_as_many(row) for row in known("selection") if row["task"] == task and stops_by_vpcs(row)]
+    if piece == "random_step_policy" and method == "meerkat":
+        parts = [_as_many(row) for row in known("step_policy") if row["task"] == task and stops_by_vpcs(row)]
     return [job for part in parts for job in _jobs(cell, part, lr=lr)]
 
 
 def stops_by_vpcs(row: Row) -> bool:
     """Whether it is a run of VPCS that stopped somebody."""
-    return row["changed"].get("selection") == "vpcs" and bool(row["flagged"])
+    return row["changed"].get("step_policy") == "vpcs" and bool(row["flagged"])
 
 
 def _as_many(row: Row) -> Part:
-    words = [f"seed={row['seed']}", "selection=random", f"selection.num_flagged={len(row['flagged'])}"]
+    words = [f"seed={row['seed']}", "step_policy=random", f"step_policy.num_flagged={len(row['flagged'])}"]
     return Part("meerkat", ["+budget=T10", *words])
 
 

@@ -34,7 +34,13 @@ from fedzo.bench.claims import Claims
 HERE = Path(__file__).parent
 COMMAND = "python experiments/meerkat/run.py --data DIR"
 SHOWN_KEYS = {"trainer.mask_path": "mask", "strategy.aggregation": "aggregation", "partition.alpha": "alpha"}
-SELECTED_BY = ("selection.num_flagged", "selection.label_share", "fl.rounds", "evaluation.every_rounds", "trainer.lr")
+SELECTED_BY = (
+    "step_policy.num_flagged",
+    "step_policy.label_share",
+    "fl.rounds",
+    "evaluation.every_rounds",
+    "trainer.lr",
+)
 """Keys that follow from others, or that are told in a column of their own."""
 
 
@@ -128,7 +134,7 @@ def others(pieces: dict[str, list[Row]]) -> list[str]:
     for (task, method, budget, changed), rows, paired in variations(pieces):
         head = f"| {TASKS[task]} | {METHODS[method]} | {BUDGETS[budget]} | {changed} | {rows[0]['lr']:g} "
         stopped = ", ".join("all: T/2" if row["fallback"] else str(len(row["flagged"])) for row in rows)
-        stopped = stopped if any(key.startswith("selection") for key in rows[0]["changed"]) else ""
+        stopped = stopped if any(key.startswith("step_policy") for key in rows[0]["changed"]) else ""
         lines.append(f"{head}| {_mean(rows)} | {len(rows)} | {_points(paired)} | {_worst(rows)} | {stopped} |")
     return lines
 

@@ -82,8 +82,8 @@ class Results:
 
         Where too many were flagged all clients take fewer steps in both runs, which says nothing of who is stopped.
         """
-        nobody = {row["seed"] for row in self.rows("selection", task, selection="vpcs") if not row["flagged"]}
-        stopped = [row for row in self.rows("random_selection", task) if not row["fallback"]]
+        nobody = {row["seed"] for row in self.rows("step_policy", task, step_policy="vpcs") if not row["flagged"]}
+        stopped = [row for row in self.rows("random_step_policy", task) if not row["fallback"]]
         return [*stopped, *(row for row in self.grid(task) if row["seed"] in nobody)]
 
 
@@ -186,11 +186,11 @@ def _of_the_paper(results: Results, task: str, measure: Measure) -> Iterable[Ver
     yield line("T = 1: a density of 1e-4 does as well as 1e-3", sparse, meerkat["T1"], as_good)
     wiki, c4 = (find("masks", trainer__mask_path=f"mask-{corpus}-60.safetensors") for corpus in ("wikitext2", "c4"))
     yield line("T = 1: a mask of WikiText does as well as one of C4", wiki, c4, as_good)
-    vpcs = find("selection", budget="T10", selection="vpcs")
+    vpcs = find("step_policy", budget="T10", step_policy="vpcs")
     who = "T = 10: VPCS (by our tests of |g|) is ahead of"
-    yield line(f"{who} no selection", vpcs, meerkat["T10"])
+    yield line(f"{who} no step policy", vpcs, meerkat["T10"])
     yield line(f"{who} stopping as many by lot", vpcs, results.by_lot(task))
-    yield line(f"{who} FedDyn on the mask", vpcs, find("servers", budget="T10", optimizer="feddyn"))
+    yield line(f"{who} FedDyn on the mask", vpcs, find("servers", budget="T10", server_optimizer="feddyn"))
     claim = "T = 10: VPCS does as well as backpropagation on the same mask"
     yield line(claim, vpcs, find("first_order", budget="T10"), as_good)
     if measure is ACCURACY:

@@ -26,7 +26,7 @@ from fedzo.bench.timing import interleaved
 from fedzo.config.load import load
 from fedzo.models.products import default_product, product_is_chosen
 from fedzo.zo.directions import stream_key
-from fedzo.zo.masked import MaskedSpace
+from fedzo.zo.spaces.masked import MaskedSpace
 
 HERE = Path(__file__).parent
 SIDE, REPEATS, DIRECTIONS, EPS = 2048, 9, 16, 1e-3

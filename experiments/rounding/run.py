@@ -23,7 +23,7 @@ from fedzo.models.config import DType, ModelConfig
 from fedzo.models.load import load_model
 from fedzo.zo.config import Rounding
 from fedzo.zo.directions import direction, stream_key
-from fedzo.zo.full import FullSpace
+from fedzo.zo.spaces.full import FullSpace
 
 HERE = Path(__file__).parent
 STEPS = (1e-6, 1e-5)

@@ -22,10 +22,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fedzo.bench.claims import Claims
-from fedzo.data.metrics import auc
-from fedzo.fl.selection.config import Combine, Statistic, VpcsConfig, VpcsTest
-from fedzo.fl.selection.statistics import magnitudes
-from fedzo.fl.selection.vpcs import judge
+from fedzo.evaluate.metrics import auc
+from fedzo.fl.server.step_policy.config import Combine, Statistic, VpcsConfig, VpcsTest
+from fedzo.fl.server.step_policy.statistics import magnitudes
+from fedzo.fl.server.step_policy.vpcs import judge
 
 HERE = Path(__file__).parent
 PHASES = {10: 5, 20: 5, 50: 10, 100: 20}
@@ -64,8 +64,13 @@ def run(data: Path, seed: int) -> Path:
     folder = Path("runs") / f"planted-seed{seed}"
     settings = [f"seed={seed}", "task=sst2", "data=files", f"data.path={data}", "data.num_dev=0", "data.num_test=0"]
     settings += ["partition=extreme", "partition.num_extreme=4", "partition.holdout=0", "trainer=meerkat"]
-    settings += ["selection=vpcs", "fl.num_clients=12", "fl.rounds=1", "fl.local_steps=10", "fl.batch_size=8"]
-    settings += ["optimizer.lr=2e-4", "evaluation.central=false", "evaluation.federated_every_rounds=-1", "report=none"]
+    settings += ["step_policy=vpcs", "fl.num_clients=12", "fl.rounds=1", "fl.local_steps=10", "fl.batch_size=8"]
+    settings += [
+        "server_optimizer.lr=2e-4",
+        "evaluation.central=false",
+        "evaluation.federated_every_rounds=-1",
+        "report=none",
+    ]
     public = folder / "public.jsonl"
     if not public.exists() or not public.read_bytes().endswith(b"\n"):
         command = ["resume", str(folder)]

@@ -1,4 +1,4 @@
-"""How often the tests of a client selection are right, in a model of the mechanism; no language model is involved.
+"""How often the tests of a client step policy are right, in a model of the mechanism; no language model is involved.
 
     python experiments/vpcs/simulate.py          # about a minute on one core
 
@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fedzo.bench.claims import Claims
-from fedzo.data.metrics import auc
-from fedzo.fl.selection.config import Combine, CusumConfig, VpcsConfig, VpcsTest
-from fedzo.fl.selection.statistics import cusum, ratio, shortfall
-from fedzo.fl.selection.vpcs import judge
+from fedzo.evaluate.metrics import auc
+from fedzo.fl.server.step_policy.config import Combine, CusumConfig, VpcsConfig, VpcsTest
+from fedzo.fl.server.step_policy.statistics import cusum, ratio, shortfall
+from fedzo.fl.server.step_policy.vpcs import judge
 
 HERE = Path(__file__).parent
 COMMAND = "python experiments/vpcs/simulate.py"

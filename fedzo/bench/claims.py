@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fedzo.environment import environment
+from fedzo.system import environment
 
 
 def measured_with() -> dict[str, Any]:

@@ -19,21 +19,21 @@ from fedzo.bench.timing import interleaved
 from fedzo.config.schema import RunConfig
 from fedzo.data.config import Loss
 from fedzo.data.example import Example
-from fedzo.environment import environment
 from fedzo.errors import ConfigError
 from fedzo.models.adapters import base_model, has_adapter
 from fedzo.models.config import Quantization
 from fedzo.models.load import TORCH_DTYPES, LoadedModel, compile_loaded, load_model
 from fedzo.models.products import default_product, product_is_chosen
 from fedzo.models.scoring import mean_loss
-from fedzo.site import set_up_process
+from fedzo.run.site import set_up_process
+from fedzo.system import environment
 from fedzo.trainers import TRAINERS, Workplace
 from fedzo.trainers.config import MeerkatConfig, Selector
 from fedzo.zo.directions import PURPOSE_DATA, add_direction, permutation, stream_key
 from fedzo.zo.estimator import Estimator
-from fedzo.zo.path import apply_step
-from fedzo.zo.selection import build_estimator
-from fedzo.zo.space import Space
+from fedzo.zo.frozen_routing import build_estimator
+from fedzo.zo.log import apply_step
+from fedzo.zo.spaces.base import Space
 
 BARE, BASE, OURS = "bare forwards", "base model's forwards", "fedzo step"
 EAGER = "eager forwards"

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from fedzo.config.plugins import plugin_name
 from fedzo.config.problem import Problem, problem
 from fedzo.config.schema import RunConfig
-from fedzo.fl.aggregate import num_trimmed
 from fedzo.fl.config import Aggregation, Seeds, Weighting
-from fedzo.fl.selection.config import NoSelectionConfig
+from fedzo.fl.server.aggregate import num_trimmed
+from fedzo.fl.server.step_policy.config import NoStepPolicyConfig
 from fedzo.zo.config import FedDynConfig, ScaffoldConfig
 
 
@@ -38,27 +38,36 @@ def aggregation_problems(config: RunConfig) -> Iterator[Problem]:
         yield problem("strategy.clip_factor", rule, strategy.clip_factor, "Write strategy.clip_factor=0.")
 
 
-def drift_problems(config: RunConfig, optimizer: ScaffoldConfig | FedDynConfig) -> Iterator[Problem]:
-    """Broken rules on the update rules that correct local steps."""
-    chosen = "optimizer=scaffold" if isinstance(optimizer, ScaffoldConfig) else "optimizer=feddyn"
+def drift_problems(config: RunConfig, server_optimizer: ScaffoldConfig | FedDynConfig) -> Iterator[Problem]:
+    """Broken rules on the server optimizers that correct local steps."""
+    chosen = "server_optimizer=scaffold" if isinstance(server_optimizer, ScaffoldConfig) else "server_optimizer=feddyn"
     if config.fl.seeds is not Seeds.shared:
         rule = f"be shared for {chosen}, whose log keeps each client's own scalars along shared directions"
-        yield problem("fl.seeds", rule, config.fl.seeds, "Write fl.seeds=shared, or another optimizer.")
+        yield problem("fl.seeds", rule, config.fl.seeds, "Write fl.seeds=shared, or another server_optimizer.")
     if config.strategy.weighting is not Weighting.uniform:
         rule = f"be uniform for {chosen}, whose memory is a plain mean over the clients"
-        remedy = "Write strategy.weighting=uniform, or another optimizer."
+        remedy = "Write strategy.weighting=uniform, or another server_optimizer."
         yield problem("strategy.weighting", rule, config.strategy.weighting, remedy)
     if config.strategy.aggregation is not Aggregation.mean:
         rule = f"be mean for {chosen}, which averages the clients' models and not their scalars"
-        remedy = "Write strategy.aggregation=mean, or another optimizer."
+        remedy = "Write strategy.aggregation=mean, or another server_optimizer."
         yield problem("strategy.aggregation", rule, config.strategy.aggregation, remedy)
-    if not isinstance(config.selection, NoSelectionConfig):
+    if not isinstance(config.step_policy, NoStepPolicyConfig):
         rule = f"be none for {chosen}, which walks every client's path for all local steps"
-        chosen_selection = plugin_name("selection", config.selection)
-        yield problem("selection", rule, chosen_selection, "Write selection=none, or another optimizer.")
-    if optimizer.weight_decay != 0:
+        got = plugin_name("step_policy", config.step_policy)
+        yield problem("step_policy", rule, got, "Write step_policy=none, or another server_optimizer.")
+    if server_optimizer.weight_decay != 0:
         rule = f"be 0 for {chosen}, whose corrections know nothing of a decay"
-        yield problem("optimizer.weight_decay", rule, optimizer.weight_decay, "Write optimizer.weight_decay=0.")
-    if isinstance(optimizer, FedDynConfig) and not (optimizer.pull >= 2.0**-126 and optimizer.lr * optimizer.pull < 1):
-        rule = "be >= 0 and make optimizer.lr * optimizer.alpha less than 1, or the pull overshoots the round's start"
-        yield problem("optimizer.alpha", rule, optimizer.alpha, "Write 0, which chooses 0.5 / (lr * local steps).")
+        yield problem(
+            "server_optimizer.weight_decay",
+            rule,
+            server_optimizer.weight_decay,
+            "Write server_optimizer.weight_decay=0.",
+        )
+    if isinstance(server_optimizer, FedDynConfig) and not (
+        server_optimizer.pull >= 2.0**-126 and server_optimizer.lr * server_optimizer.pull < 1
+    ):
+        rule = "be >= 0 and make server_optimizer.lr * alpha less than 1, or the pull overshoots the round's start"
+        yield problem(
+            "server_optimizer.alpha", rule, server_optimizer.alpha, "Write 0, which chooses 0.5 / (lr * local steps)."
+        )

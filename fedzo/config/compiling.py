@@ -20,9 +20,9 @@ def compile_problems(config: RunConfig) -> Iterator[Problem]:
             "torch, which cannot be traced"
         )
         yield problem("model.compile", rule, True, f"{remedy[:-1]}, or train fewer values, as trainer=meerkat does.")
-    if config.estimator.freeze_selection:
+    if config.estimator.freeze_routing:
         rule = (
-            "be false with estimator.freeze_selection: the selections of one forward would lie in memory that the next "
+            "be false with estimator.freeze_routing: the choices of one forward would lie in memory that the next "
             "replay of its CUDA graph overwrites"
         )
         yield problem("model.compile", rule, True, remedy)

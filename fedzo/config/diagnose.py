@@ -18,6 +18,13 @@ from fedzo.config.compose import FAILURES, StrayKeyError, compose_run, group_nam
 from fedzo.config.plugins import plugin_classes
 from fedzo.config.problem import Problem
 
+RENAMED = {
+    "selection": "step_policy",
+    "optimizer": "server_optimizer",
+    "estimator.freeze_selection": "estimator.freeze_routing",
+}
+"""Groups and keys of fedzo 0.1 and what they are called now."""
+
 
 def parse_overrides(overrides: Sequence[str]) -> tuple[list[Override], list[Problem]]:
     """Read overrides by Hydra's grammar; returns those that it accepts, and the problems of the others."""
@@ -68,6 +75,9 @@ def reason(error: BaseException) -> str:
 
 def _explain(override: Override, error: Exception, kept: Sequence[str]) -> str:
     key, text = override.key_or_group, cast(str, override.input_line)
+    for old, new in RENAMED.items():
+        if key == old or key.startswith(f"{old}."):
+            return f"{text}: {old} is called {new} now. Write {text.replace(old, new, 1)}."
     if override.is_sweep_override():
         return f"{text}: one run must have one value per key, got several. Add -m to run them all, or quote the value."
     options = option_names(key, kept)

@@ -26,18 +26,18 @@ _CLOSED: dict[str, dict[str, type]] = {
 def plugin_classes() -> dict[str, dict[str, type]]:
     """Per group whose options differ in class: option name -> config class, with installed third parties' plugins."""
     from fedzo.data.partitioners import PARTITIONERS
-    from fedzo.fl.selection import SELECTIONS
+    from fedzo.fl.server.step_policy import STEP_POLICIES
     from fedzo.trainers import TRAINERS
     from fedzo.zo.estimator import ESTIMATORS
-    from fedzo.zo.update_rule import UPDATE_RULES
+    from fedzo.zo.server_optimizer import SERVER_OPTIMIZERS
 
     load_plugins()
     return {
         "partition": dict(PARTITIONERS),
         "trainer": dict(TRAINERS),
         "estimator": dict(ESTIMATORS),
-        "optimizer": dict(UPDATE_RULES),
-        "selection": dict(SELECTIONS),
+        "server_optimizer": dict(SERVER_OPTIMIZERS),
+        "step_policy": dict(STEP_POLICIES),
         **_CLOSED,
     }
 

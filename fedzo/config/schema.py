@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 from fedzo.data.config import DataConfig, IidConfig, PartitionConfig, TaskConfig
 from fedzo.fl.config import EvaluationConfig, FaultsConfig, FlConfig, StrategyConfig
-from fedzo.fl.selection.config import NoSelectionConfig, SelectionConfig
+from fedzo.fl.server.step_policy.config import NoStepPolicyConfig, StepPolicyConfig
 from fedzo.models.config import ModelConfig
 from fedzo.report.config import ReportConfig
 from fedzo.runtime.config import InlineConfig, RuntimeConfig
 from fedzo.trainers.config import MeerkatConfig, TrainerConfig
-from fedzo.zo.config import EstimatorConfig, OptimizerConfig, SgdConfig, TwoPointConfig
+from fedzo.zo.config import EstimatorConfig, ServerOptimizerConfig, SgdConfig, TwoPointConfig
 
 
 @dataclass(kw_only=True, slots=True)
@@ -30,10 +30,10 @@ class RunConfig:
     partition: PartitionConfig = field(default_factory=IidConfig)
     trainer: TrainerConfig = field(default_factory=MeerkatConfig)
     estimator: EstimatorConfig = field(default_factory=TwoPointConfig)
-    optimizer: OptimizerConfig = field(default_factory=SgdConfig)
+    server_optimizer: ServerOptimizerConfig = field(default_factory=SgdConfig)
     fl: FlConfig = field(default_factory=FlConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
-    selection: SelectionConfig = field(default_factory=NoSelectionConfig)
+    step_policy: StepPolicyConfig = field(default_factory=NoStepPolicyConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
     runtime: RuntimeConfig = field(default_factory=InlineConfig)

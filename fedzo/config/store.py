@@ -12,10 +12,10 @@ from fedzo.config.paths import conf_dir
 from fedzo.config.plugins import PLAIN, plugin_classes
 from fedzo.config.schema import RunConfig
 from fedzo.data.config import PartitionConfig
-from fedzo.fl.selection.config import SelectionConfig
+from fedzo.fl.server.step_policy.config import StepPolicyConfig
 from fedzo.runtime.config import RuntimeConfig
 from fedzo.trainers.config import TrainerConfig
-from fedzo.zo.config import EstimatorConfig, OptimizerConfig
+from fedzo.zo.config import EstimatorConfig, ServerOptimizerConfig
 
 _MAX_FOLDER_CHARS = 80
 
@@ -28,8 +28,8 @@ def register_schemas() -> None:
         partition=PartitionConfig(),
         trainer=TrainerConfig(),
         estimator=EstimatorConfig(),
-        optimizer=OptimizerConfig(),
-        selection=SelectionConfig(),
+        server_optimizer=ServerOptimizerConfig(),
+        step_policy=StepPolicyConfig(),
         runtime=RuntimeConfig(),
     )
     store.store(name="schema", node=bases)

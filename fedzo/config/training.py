@@ -1,4 +1,4 @@
-"""Rules on ``trainer``, ``estimator`` and ``optimizer``: what is trained, and by what steps."""
+"""Rules on ``trainer``, ``estimator`` and ``server_optimizer``: what is trained, and by what steps."""
 
 from __future__ import annotations
 
@@ -76,36 +76,38 @@ def estimator_problems(config: RunConfig) -> Iterator[Problem]:
     yield from at_least("estimator.num_probes", estimator.num_probes, least, remedy)
 
 
-def optimizer_problems(config: RunConfig) -> Iterator[Problem]:
+def server_optimizer_problems(config: RunConfig) -> Iterator[Problem]:
     """What a rule of the update can do, and for whom."""
-    optimizer = config.optimizer
-    if not 0 <= optimizer.lr < 2.0**128:  # it travels and is logged as a float32
-        yield problem("optimizer.lr", "be >= 0 and finite in float32", optimizer.lr, "0 trains nothing.")
-    if not 0 <= optimizer.final_lr_share <= 1:
-        remedy = "It is the last round's share of optimizer.lr."
-        yield problem("optimizer.final_lr_share", "be between 0 and 1", optimizer.final_lr_share, remedy)
-    if not 0 <= optimizer.warmup_rounds < max(config.fl.rounds, 1):
+    server_optimizer = config.server_optimizer
+    if not 0 <= server_optimizer.lr < 2.0**128:  # it travels and is logged as a float32
+        yield problem("server_optimizer.lr", "be >= 0 and finite in float32", server_optimizer.lr, "0 trains nothing.")
+    if not 0 <= server_optimizer.final_lr_share <= 1:
+        remedy = "It is the last round's share of server_optimizer.lr."
+        yield problem("server_optimizer.final_lr_share", "be between 0 and 1", server_optimizer.final_lr_share, remedy)
+    if not 0 <= server_optimizer.warmup_rounds < max(config.fl.rounds, 1):
         rule = f"be >= 0 and below fl.rounds ({config.fl.rounds})"
-        yield problem("optimizer.warmup_rounds", rule, optimizer.warmup_rounds, "Lower it, or train longer.")
-    yield from not_negative("optimizer.weight_decay", optimizer.weight_decay, "0 switches it off.")
-    shrink = optimizer.lr * optimizer.weight_decay
+        yield problem(
+            "server_optimizer.warmup_rounds", rule, server_optimizer.warmup_rounds, "Lower it, or train longer."
+        )
+    yield from not_negative("server_optimizer.weight_decay", server_optimizer.weight_decay, "0 switches it off.")
+    shrink = server_optimizer.lr * server_optimizer.weight_decay
     if shrink > 0 and not _SMALLEST_DECAY <= shrink < 1:
-        rule = "make optimizer.lr * optimizer.weight_decay 0, or at least 6e-8 (float32 sees no less) and below 1"
-        yield problem("optimizer.weight_decay", rule, optimizer.weight_decay, "Change it, or write 0.")
-    match optimizer:
+        rule = "make server_optimizer.lr * weight_decay 0, or at least 6e-8 (float32 sees no less) and below 1"
+        yield problem("server_optimizer.weight_decay", rule, server_optimizer.weight_decay, "Change it, or write 0.")
+    match server_optimizer:
         case MomentumConfig():
-            yield from share_below_1("optimizer.momentum", optimizer.momentum, "0.9 is usual.")
+            yield from share_below_1("server_optimizer.momentum", server_optimizer.momentum, "0.9 is usual.")
         case AdamConfig():
-            yield from share_below_1("optimizer.beta1", optimizer.beta1, "0.9 is usual.")
-            yield from share_below_1("optimizer.beta2", optimizer.beta2, "0.999 is usual.")
-            yield from positive_float32("optimizer.eps", optimizer.eps, "1e-8 is usual.")
+            yield from share_below_1("server_optimizer.beta1", server_optimizer.beta1, "0.9 is usual.")
+            yield from share_below_1("server_optimizer.beta2", server_optimizer.beta2, "0.999 is usual.")
+            yield from positive_float32("server_optimizer.eps", server_optimizer.eps, "1e-8 is usual.")
         case ScaffoldConfig() | FedDynConfig():
-            yield from drift_problems(config, optimizer)
+            yield from drift_problems(config, server_optimizer)
         case _:
             return
     if isinstance(config.trainer, MezoConfig):
-        remedy = "Write optimizer=sgd, or train fewer values, as trainer=meerkat does."
+        remedy = "Write server_optimizer=sgd, or train fewer values, as trainer=meerkat does."
         rule = (
             "be sgd for trainer=mezo: other rules keep float32 numbers beside every weight of the model on every peer"
         )
-        yield problem("optimizer", rule, plugin_name("optimizer", optimizer), remedy)
+        yield problem("server_optimizer", rule, plugin_name("server_optimizer", server_optimizer), remedy)

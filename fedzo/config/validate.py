@@ -12,8 +12,8 @@ from fedzo.config.compiling import compile_problems
 from fedzo.config.plugins import plugin_classes, plugin_name
 from fedzo.config.problem import Problem, at_least, not_negative, positive, problem, unsigned_64
 from fedzo.config.schema import RunConfig
-from fedzo.config.selection import selection_problems
-from fedzo.config.training import estimator_problems, optimizer_problems, trainer_problems
+from fedzo.config.step_policy import step_policy_problems
+from fedzo.config.training import estimator_problems, server_optimizer_problems, trainer_problems
 from fedzo.data.config import (
     DirichletConfig,
     DirichletEqualConfig,
@@ -28,7 +28,7 @@ from fedzo.models.config import DType, Quantization
 from fedzo.runtime.config import InlineConfig, LocalConfig, RayConfig
 from fedzo.trainers.config import MeerkatConfig, MezoConfig
 from fedzo.zo.config import FedDynConfig, ScaffoldConfig
-from fedzo.zo.path import MOST_OWNERS, MOST_ROUNDS, MOST_STEPS
+from fedzo.zo.log import MOST_OWNERS, MOST_ROUNDS, MOST_STEPS
 
 EMBEDDED_TASKS = ("rotten_tomatoes",)
 """Tasks whose rows come with fedzo, so that they need no ``data.path``."""
@@ -45,10 +45,10 @@ def problems(config: RunConfig) -> list[Problem]:
         _partition,
         trainer_problems,
         estimator_problems,
-        optimizer_problems,
+        server_optimizer_problems,
         _fl,
         _strategy,
-        selection_problems,
+        step_policy_problems,
         aggregation_problems,
         _evaluation,
         _runtime,
@@ -183,10 +183,10 @@ def _fl(config: RunConfig) -> Iterator[Problem]:
     ):
         if count > most:
             yield problem(key, f"be at most {most}, all that a record of the log can count", count, "Lower it.")
-    own_columns = fl.seeds is not Seeds.shared or isinstance(config.optimizer, ScaffoldConfig | FedDynConfig)
+    own_columns = fl.seeds is not Seeds.shared or isinstance(config.server_optimizer, ScaffoldConfig | FedDynConfig)
     if own_columns and fl.num_clients > MOST_OWNERS:
         rule = f"be at most {MOST_OWNERS} where the log keeps each client's own scalars"
-        yield problem("fl.num_clients", rule, fl.num_clients, "Write fl.seeds=shared and optimizer=sgd.")
+        yield problem("fl.num_clients", rule, fl.num_clients, "Write fl.seeds=shared and server_optimizer=sgd.")
     yield from at_least("fl.batch_size", fl.batch_size, 1, "It counts a client's rows of a step.")
     if not 2 <= fl.pool_size < 2**31:
         yield problem("fl.pool_size", "be between 2 and 2**31 - 1", fl.pool_size, "4096 is FedKSeed's.")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fedzo.zo.path import RoundRecord, Scalars
+from fedzo.zo.log import RoundRecord, Scalars
 
 NO_BOUND = 0.0
 

@@ -12,7 +12,7 @@ from typing import Generic, Protocol, TypeVar
 from flwr.app import Message, RecordDict
 
 from fedzo.errors import ProtocolError
-from fedzo.fl.wire import decode, encode, message_bytes
+from fedzo.fl.messages import decode, encode, message_bytes
 
 log = logging.getLogger(__name__)
 R = TypeVar("R")

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from fedzo.errors import ProtocolError
-from fedzo.fl.wire import Status, Sync
-from fedzo.zo.path import EMPTY_CHAIN, Drift, RoundRecord, extend_chain, unpack
-from fedzo.zo.space import Space
-from fedzo.zo.update_rule import DriftRule, UpdateRule
+from fedzo.fl.messages import Status, Sync
+from fedzo.zo.log import EMPTY_CHAIN, Drift, RoundRecord, extend_chain, unpack
+from fedzo.zo.server_optimizer import ControlVariates, ServerOptimizer
+from fedzo.zo.spaces.base import Space
 
 
 class Replica:
@@ -20,7 +20,7 @@ class Replica:
 
     Attributes:
         space: theta.
-        moments: What the update rule remembers, float32 [num_moments, n]; like theta a function of the log.
+        moments: What the server optimizer remembers, float32 [num_moments, n]; like theta a function of the log.
         position: Rounds applied.
         chain: Hash chain of the log up to there.
 
@@ -33,7 +33,7 @@ class Replica:
     """
 
     def __init__(
-        self, space: Space, *, rule: UpdateRule, reset: Callable[[], None], run_seed: int, num_clients: int = 0
+        self, space: Space, *, rule: ServerOptimizer, reset: Callable[[], None], run_seed: int, num_clients: int = 0
     ) -> None:
         self.space = space
         self.moments = np.zeros((rule.num_moments(num_clients), space.size), np.float32)
@@ -46,11 +46,11 @@ class Replica:
     @property
     def walks_clients(self) -> bool:
         """Whether the rule walks every client's local steps, and so needs each client's own scalars in the log."""
-        return isinstance(self._rule, DriftRule)
+        return isinstance(self._rule, ControlVariates)
 
     def drift(self, client: int) -> Drift | None:
         """The correction of a client's local steps in the coming round; None where they are plain SGD."""
-        if isinstance(self._rule, DriftRule):
+        if isinstance(self._rule, ControlVariates):
             return self._rule.drift(self.space.values(), self.moments, client)
         return None
 

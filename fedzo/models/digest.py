@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fedzo.environment import usable_cpus
+from fedzo.system import usable_cpus
 
 Entry = tuple[str, str, tuple[int, ...], str]
 """Name, dtype as safetensors writes it, shape, SHA-256 of the little-endian bytes."""

@@ -18,7 +18,7 @@ from torch import nn
 
 from fedzo.models.config import DType
 from fedzo.zo.estimator import Estimator, Losses, LossFn
-from fedzo.zo.space import Space
+from fedzo.zo.spaces.base import Space
 
 NUM_DIRECTIONS = 4
 _LARGEST_ERROR = 0.1

@@ -9,8 +9,8 @@ The memory of a forward-only step, in bytes (w = bytes of a weight):
     cache        keys and values of shared prompts: counted in ``tokens_per_batch`` when forwards are planned
     masked       space_size * 20           master, index, direction and two scratch values of each trained number
     full         3 * the largest weight in float32 (perturbed copy, scratch); a copy of the weights if local_steps > 1
-    rule         space_size * 4 * (num_moments + 10) in the machine's memory, if the update rule remembers anything: its
-                 numbers, and what a round's update holds beside them for a while (3 vectors of n, 10 with a drift)
+    rule         space_size * 4 * (num_moments + 10) in the machine's memory, if the server optimizer remembers any:
+                 its numbers, and what a round's update holds beside them for a while (3 vectors of n, 10 with a drift)
 
 It is meant to be an upper estimate; sequences are taken to be 512 tokens at most.
 """
@@ -43,7 +43,7 @@ def weights_bytes(model: nn.Module) -> int:
 
 
 def rule_bytes(space_size: int, num_moments: int) -> int:
-    """Bytes that an update rule takes, in the machine's memory whatever the model's device."""
+    """Bytes that an server optimizer takes, in the machine's memory whatever the model's device."""
     return 4 * space_size * (num_moments + _RULE_VECTORS) if num_moments else 0
 
 
@@ -66,7 +66,7 @@ def estimate_step_memory_bytes(
         local_steps: Steps between two synchronisations.
         space_size: Trained numbers (masked).
         head_rows: Positions that pay for the whole LM head; 0 where candidates are single tokens.
-        num_moments: Numbers that the update rule remembers for each trained one.
+        num_moments: Numbers that the server optimizer remembers for each trained one.
 
     Returns:
         Bytes.

@@ -140,8 +140,8 @@ def _numbers(run: RunData) -> Table:
     if run.trained:
         ends = [number_text(line.loss) for line in (run.trained[0], run.trained[-1])]
         rows.append(["loss, first and last round", ", ".join(ends)])
-    if run.selection:
-        flagged = ", ".join(str(verdict.client) for verdict in run.selection.clients if verdict.flagged)
+    if run.step_policy:
+        flagged = ", ".join(str(verdict.client) for verdict in run.step_policy.clients if verdict.flagged)
         rows.append(["flagged clients", flagged or "none"])
     if run.summary:
         rows.append(["SHA-256 of the trained values", run.summary.final_digest])
@@ -176,7 +176,7 @@ def _clients(run: RunData) -> Table:
         return "Clients", []
     last = run.federated[-1] if run.federated else None
     scores = {entry.client: entry for entry in last.clients} if last else {}
-    steps = {verdict.client: verdict for verdict in run.selection.clients} if run.selection else {}
+    steps = {verdict.client: verdict for verdict in run.step_policy.clients} if run.step_policy else {}
     selected = ["local steps a round"] if steps else []
     rows = [["client", "training rows", "labels", *selected, "own held-out rows", "score on them"]]
     for client in run.setup.clients:

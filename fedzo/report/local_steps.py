@@ -32,8 +32,8 @@ def draw_local_steps(run: RunData) -> Picture | None:
     traces = client_traces(run)
     if not traces:
         return None
-    verdicts = {verdict.client: verdict for verdict in run.selection.clients} if run.selection else {}
-    windows, starts, unit = run.selection.windows if run.selection else {}, round_starts(run), _unit(traces)
+    verdicts = {verdict.client: verdict for verdict in run.step_policy.clients} if run.step_policy else {}
+    windows, starts, unit = run.step_policy.windows if run.step_policy else {}, round_starts(run), _unit(traces)
     figure, grid = client_panels(run, traces, height=1.6 if verdicts else 1.4)
     window, peaks = mean_window(traces), list[float]()
     for client, axes in grid.items():
@@ -84,7 +84,7 @@ def _unit(traces: dict[int, Trace]) -> float:
 def _stops_early(run: RunData, verdict: ClientVerdict) -> bool:
     """Whether the client takes fewer steps than the others; with T = 1 and with too many flagged it does not."""
     most = run.setting("fl", "local_steps")
-    fallback = run.selection is not None and run.selection.fallback
+    fallback = run.step_policy is not None and run.step_policy.fallback
     return not fallback and (most is None or verdict.steps < most)
 
 
@@ -105,7 +105,7 @@ def _mark(axes: Axes, verdict: ClientVerdict, *, early: bool) -> None:
 
 
 def _shade(axes: Axes, windows: Mapping[str, tuple[int, int]]) -> None:
-    """The phases that the selection compared, in steps of the first round."""
+    """The phases that the step policy compared, in steps of the first round."""
     for first, end in windows.values():
         axes.axvspan(first, end, color=GRID, linewidth=0, zorder=0)
 
@@ -121,16 +121,16 @@ def _caption(run: RunData, *, drawn: int, total: int, unit: float) -> str:
         "A line that falls to nothing is a client whose loss hardly changes any more, such as one that has learned its "
         "only label."
     )
-    if run.selection and run.selection.windows:
-        windows = " and ".join(f"{name} ({first} to {end})" for name, (first, end) in run.selection.windows.items())
+    if run.step_policy and run.step_policy.windows:
+        windows = " and ".join(f"{name} ({first} to {end})" for name, (first, end) in run.step_policy.windows.items())
         parts.append(f"Grey: the steps that were compared, {windows}.")
-    flagged = [verdict.client for verdict in run.selection.clients if verdict.flagged] if run.selection else []
+    flagged = [verdict.client for verdict in run.step_policy.clients if verdict.flagged] if run.step_policy else []
     if flagged:
         where = "framed" if len(flagged) <= MAX_PANELS else "framed where drawn"
-        sequential = run.selection and not run.selection.windows and any(run.flagged_from.values())
+        sequential = run.step_policy and not run.step_policy.windows and any(run.flagged_from.values())
         when = ", from the dashed line on" if sequential else ""
         parts.append(f"Flagged ({where}{when}): {', '.join(map(str, flagged))}.")
-    if run.selection and run.selection.fallback:
+    if run.step_policy and run.step_policy.fallback:
         parts.append("They are more than may be stopped early.")
     if drawn < total:
         parts.append(f"{drawn} of {total} clients are drawn: the flagged ones, and others evenly over the skew.")

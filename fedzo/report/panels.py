@@ -124,7 +124,7 @@ def round_starts(run: RunData) -> dict[int, int]:
 
 def flagged_clients(run: RunData) -> set[int]:
     """Those of the last decision on who stops early."""
-    return {verdict.client for verdict in run.selection.clients if verdict.flagged} if run.selection else set()
+    return {verdict.client for verdict in run.step_policy.clients if verdict.flagged} if run.step_policy else set()
 
 
 def some_of(clients: Sequence[int], *, first: Collection[int], most: int) -> list[int]:

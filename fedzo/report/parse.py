@@ -15,9 +15,9 @@ from fedzo.report.records import (
     Record,
     Round,
     Score,
-    Selection,
     Setup,
     Signals,
+    StepDecision,
     Summary,
 )
 
@@ -64,14 +64,14 @@ def _signals(read: Reader | None) -> Signals | None:
     return Signals(read.series("grad_ip"), read.series("abs_g"), read.series("loss") if "loss" in read.record else ())
 
 
-def _selection(read: Reader) -> Selection:
+def _step_policy(read: Reader) -> StepDecision:
     clients = []
     for row in read.each("clients"):
         found = row.inner("statistics")
         statistics = {} if found is None else {str(name): found.optional(name) for name in found.record}
         clients.append(ClientVerdict(row.whole("client"), row.truth("flagged"), row.whole("steps"), statistics))
     windows = read.inner("windows")
-    return Selection(
+    return StepDecision(
         round=read.whole("round"),
         windows={} if windows is None else {str(name): windows.span(name) for name in windows.record},
         clients=tuple(clients),
@@ -110,14 +110,14 @@ def _federated(read: Reader) -> FederatedScore:
 
 def _summary(read: Reader) -> Summary:
     before, after = read.inner("before"), read.inner("after")
-    worst, selection = read.inner("worst_client"), read.inner("selection")
+    worst, step_policy = read.inner("worst_client"), read.inner("step_policy")
     return Summary(
         rounds=read.whole("rounds"),
         best_round=read.optional_whole("best_round"),
         before=_score(before) if before else None,
         after=_score(after) if after else None,
         worst_client=worst.optional("value") if worst else None,
-        flagged=tuple(row.whole("client") for row in selection.each("flagged")) if selection else None,
+        flagged=tuple(row.whole("client") for row in step_policy.each("flagged")) if step_policy else None,
         final_digest=read.text("final_digest", ""),
         payload_up_bytes=read.whole("payload_up_bytes"),
         payload_down_bytes=read.whole("payload_down_bytes"),
@@ -130,7 +130,7 @@ def _summary(read: Reader) -> Summary:
 _KINDS: dict[str, Callable[[Reader], Record]] = {
     "setup": _setup,
     "round": _round,
-    "selection": _selection,
+    "step_policy": _step_policy,
     "score": _score,
     "federated_score": _federated,
     "summary": _summary,

@@ -73,7 +73,7 @@ class ClientVerdict:
 
 
 @dataclass(frozen=True, slots=True)
-class Selection:
+class StepDecision:
     """A decision on who stops early; ``windows`` are the steps (first, end) of the first round that were compared."""
 
     round: int
@@ -142,4 +142,4 @@ class Summary:
     seconds: float
 
 
-Record = Setup | Round | Selection | Score | FederatedScore | Summary
+Record = Setup | Round | StepDecision | Score | FederatedScore | Summary

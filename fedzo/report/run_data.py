@@ -12,7 +12,7 @@ import yaml
 
 from fedzo.errors import RunFolderError
 from fedzo.report.parse import parse_record
-from fedzo.report.records import FederatedScore, Record, Round, Score, Selection, Setup, Summary
+from fedzo.report.records import FederatedScore, Record, Round, Score, Setup, StepDecision, Summary
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -21,7 +21,7 @@ METRICS_FILE = "metrics.jsonl"
 class RunData:
     """A run folder in memory. ``notes`` says what was missing or damaged; ``summary`` is None for an unfinished run.
 
-    ``selection`` is the newest decision on who stops early, None where there was none; ``flagged_from`` has the round
+    ``step_policy`` is the newest decision on who stops early, None where there was none; ``flagged_from`` has the round
     from which each client has been flagged.
     """
 
@@ -33,7 +33,7 @@ class RunData:
     rounds: tuple[Round, ...]
     scores: tuple[Score, ...]
     federated: tuple[FederatedScore, ...]
-    selection: Selection | None
+    step_policy: StepDecision | None
     flagged_from: dict[int, int]
     summary: Summary | None
     notes: tuple[str, ...]
@@ -89,7 +89,7 @@ def load_run(run_dir: Path) -> RunData:
     scores = {(record.split, record.round): record for record in records if isinstance(record, Score)}
     federated = {record.round: record for record in records if isinstance(record, FederatedScore)}
     setups = [record for record in records if isinstance(record, Setup)]
-    selections = [record for record in records if isinstance(record, Selection)]
+    step_policies = [record for record in records if isinstance(record, StepDecision)]
     summaries = [record for record in records if isinstance(record, Summary)]
     ended = summaries[-1] if summaries and max(rounds, default=-1) < summaries[-1].rounds else None
     return RunData(
@@ -101,10 +101,10 @@ def load_run(run_dir: Path) -> RunData:
         rounds=tuple(rounds[index] for index in sorted(rounds)),
         scores=tuple(sorted(scores.values(), key=lambda score: score.round)),
         federated=tuple(federated[index] for index in sorted(federated)),
-        selection=selections[-1] if selections else None,
+        step_policy=step_policies[-1] if step_policies else None,
         flagged_from={
             verdict.client: decision.round
-            for decision in reversed(selections)
+            for decision in reversed(step_policies)
             for verdict in decision.clients
             if verdict.flagged
         },

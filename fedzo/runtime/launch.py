@@ -6,9 +6,9 @@ from pathlib import Path
 
 from flwr.clientapp import ClientApp
 
-from fedzo.apps import CONFIG_KEY, RUN_DIR_KEY, client_app, look_ahead, server_app
 from fedzo.config.schema import RunConfig
 from fedzo.registry import Registry
+from fedzo.run.apps import CONFIG_KEY, RUN_DIR_KEY, client_app, look_ahead, server_app
 from fedzo.runtime.config import InlineConfig, LocalConfig, RayConfig, RuntimeConfig
 
 RUNTIMES: Registry[None] = Registry("runtime", base=RuntimeConfig)

@@ -20,16 +20,16 @@ import httpx
 from flwr.serverapp import Grid, ServerApp
 
 import fedzo
-from fedzo.environment import usable_cpus
 from fedzo.errors import ProtocolError
 from fedzo.runtime._flower import ENVIRONMENT, GuardedGrid, one_federation, quiet_flower
-from fedzo.runtime._flower_http import RunNotRunningException, RuntimeApi, TaskType, server_task
-from fedzo.runtime.bundle import write_bundle
 from fedzo.runtime.config import LocalConfig
-from fedzo.runtime.processes import Processes, accepts, free_ports
+from fedzo.runtime.net._flower_http import RunNotRunningException, RuntimeApi, TaskType, server_task
+from fedzo.runtime.net.bundle import write_bundle
+from fedzo.runtime.net.processes import Processes, accepts, free_ports
+from fedzo.system import usable_cpus
 
 PYTHON = (sys.executable, "-P")  # -P: no module is taken from the folder that the user happens to be in
-EXECUTOR = (*PYTHON, "-m", "fedzo.runtime.executor")
+EXECUTOR = (*PYTHON, "-m", "fedzo.runtime.net.executor")
 RESTARTS = 3
 
 
@@ -158,7 +158,7 @@ def _environment(folder: Path, num_clients: int) -> dict[str, str]:
 
 
 def _daemon(kind: str) -> list[str]:
-    return [*PYTHON, "-m", "fedzo.runtime.daemons", kind, str(os.getpid())]
+    return [*PYTHON, "-m", "fedzo.runtime.net.daemons", kind, str(os.getpid())]
 
 
 def _listen(address: str) -> list[str]:

@@ -26,8 +26,8 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedzo.apps import CONFIG_ENV, CONFIG_KEY, RUN_DIR_ENV, RUN_DIR_KEY
 from fedzo.errors import ConfigError, ProtocolError
+from fedzo.run.apps import CONFIG_ENV, CONFIG_KEY, RUN_DIR_ENV, RUN_DIR_KEY
 from fedzo.runtime._flower import GuardedGrid, one_federation, quiet_flower
 from fedzo.runtime.config import RayConfig
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import direction
-from fedzo.zo.space import Values
+from fedzo.zo.spaces.base import Values
 
 
 class VectorSpace:

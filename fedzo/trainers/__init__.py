@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from fedzo.models.load import LoadedModel
     from fedzo.zo.config import Distribution
-    from fedzo.zo.space import Space
+    from fedzo.zo.spaces.base import Space
 
 Advance = Callable[[int, int], None]
 """Progress: (done, total)."""

@@ -31,8 +31,8 @@ from fedzo.models.load import LoadedModel
 from fedzo.trainers import Built, Prepared, Workplace
 from fedzo.trainers.config import Ia3TrainerConfig, LoraTrainerConfig, PrefixTrainerConfig, PromptTrainerConfig
 from fedzo.zo.config import Distribution
-from fedzo.zo.dense import DenseSpace
 from fedzo.zo.directions import PURPOSE_INIT, gaussians, stream_key
+from fedzo.zo.spaces.dense import DenseSpace
 
 Law = tuple[float, float]
 """Mean and standard deviation of a tensor's initial values."""

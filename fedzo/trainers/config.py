@@ -13,7 +13,7 @@ class TrainerConfig:
     """Which numbers are trained, and the step sizes that suit them."""
 
     lr: float = 1e-4
-    """Learning rate that suits this space; ``optimizer.lr`` defaults to it."""
+    """Learning rate that suits this space; ``server_optimizer.lr`` defaults to it."""
     eps: float = 1e-3
     """Probe size that suits this space; ``estimator.eps`` defaults to it."""
 

@@ -24,7 +24,7 @@ from fedzo.models.load import LoadedModel
 from fedzo.trainers import Built, Prepared, Workplace
 from fedzo.trainers.config import Calibration, MeerkatConfig, Selector
 from fedzo.zo.config import Distribution
-from fedzo.zo.masked import MaskedSpace
+from fedzo.zo.spaces.masked import MaskedSpace
 
 log = logging.getLogger(__name__)
 MASK_FILE = "mask.safetensors"

@@ -9,8 +9,8 @@ from fedzo.models.load import LoadedModel
 from fedzo.trainers import Built, Prepared, Workplace
 from fedzo.trainers.config import MezoConfig
 from fedzo.zo.config import Distribution, Rounding
-from fedzo.zo.full import FullSpace
 from fedzo.zo.rounding import is_rounded
+from fedzo.zo.spaces.full import FullSpace
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""What a user can say about estimators and update rules."""
+"""What a user can say about estimators and server optimizers."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class EstimatorConfig:
     num_probes: int = 1
     """Directions a step; the step is their mean."""
     distribution: Distribution = Distribution.gaussian
-    freeze_selection: bool = False
-    """Hold hard selections (the experts that a router takes) still in a step's probes; one more forward a step, unless
+    freeze_routing: bool = False
+    """Hold hard choices (the experts that a router takes) still in a step's probes; one more forward a step, unless
     the estimator has the loss at the centre anyway."""
 
 
@@ -76,7 +76,7 @@ class Schedule(StrEnum):
 
 
 @dataclass(kw_only=True, slots=True)
-class OptimizerConfig:
+class ServerOptimizerConfig:
     """How aggregated projected gradients move the weights."""
 
     lr: float = 1e-4
@@ -91,12 +91,12 @@ class OptimizerConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class SgdConfig(OptimizerConfig):
+class SgdConfig(ServerOptimizerConfig):
     """Plain SGD: theta -= lr * c * z."""
 
 
 @dataclass(kw_only=True, slots=True)
-class MomentumConfig(OptimizerConfig):
+class MomentumConfig(ServerOptimizerConfig):
     """Heavy ball over rounds: m = momentum * m + u, theta -= lr * m; u is the round's sum of c * z."""
 
     momentum: float = 0.9
@@ -106,7 +106,7 @@ class MomentumConfig(OptimizerConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class AdamConfig(OptimizerConfig):
+class AdamConfig(ServerOptimizerConfig):
     """Adam over rounds (arXiv 1412.6980) with decoupled decay (AdamW, arXiv 1711.05101)."""
 
     beta1: float = 0.9
@@ -118,12 +118,12 @@ class AdamConfig(OptimizerConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class ScaffoldConfig(OptimizerConfig):
+class ScaffoldConfig(ServerOptimizerConfig):
     """SCAFFOLD: control variates take each client's drift out of its local steps (arXiv 1910.06378)."""
 
 
 @dataclass(kw_only=True, slots=True)
-class FedDynConfig(OptimizerConfig):
+class FedDynConfig(ServerOptimizerConfig):
     """FedDyn: a dynamic regulariser lets local optima agree with the global one (arXiv 2111.04263)."""
 
     alpha: float = 0.0

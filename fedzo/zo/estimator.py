@@ -18,7 +18,7 @@ import numpy.typing as npt
 from fedzo.errors import ConfigError
 from fedzo.registry import Registry
 from fedzo.zo.config import Baseline, EstimatorConfig, FzooConfig, OneSidedConfig, TwoPointConfig
-from fedzo.zo.space import Space
+from fedzo.zo.spaces.base import Space
 
 LossFn = Callable[[], float]
 """The mean loss of one batch at the model's present weights."""

@@ -6,17 +6,17 @@ import math
 
 import numpy as np
 
-from fedzo.zo.config import OptimizerConfig, Schedule
+from fedzo.zo.config import Schedule, ServerOptimizerConfig
 
 
-def learning_rate(config: OptimizerConfig, *, round: int, rounds: int) -> float:
+def learning_rate(config: ServerOptimizerConfig, *, round: int, rounds: int) -> float:
     """The learning rate of a round, evaluated in float64 and rounded to float32 once.
 
     Round ``warmup_rounds`` is the first with the full lr; the last round has ``final_lr_share`` of it where the
     schedule is not constant. Only the server evaluates this: the request and the log's record carry the result.
 
     Args:
-        config: Settings of the update rule.
+        config: Settings of the server optimizer.
         round: From 0.
         rounds: Rounds of the run.
 
@@ -24,7 +24,7 @@ def learning_rate(config: OptimizerConfig, *, round: int, rounds: int) -> float:
         A float32 value.
 
     Example:
-        >>> config = OptimizerConfig(lr=1.0, schedule=Schedule.linear, final_lr_share=0.0, warmup_rounds=1)
+        >>> config = ServerOptimizerConfig(lr=1.0, schedule=Schedule.linear, final_lr_share=0.0, warmup_rounds=1)
         >>> [learning_rate(config, round=r, rounds=6) for r in range(6)]
         [0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
     """

@@ -20,7 +20,7 @@ import torch
 
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import add_direction, dot_direction
-from fedzo.zo.path import RoundRecord, Scalars, scalars_and_keys
+from fedzo.zo.log import RoundRecord, Scalars, scalars_and_keys
 from fedzo.zo.seeds import step_keys
 
 Numbers = npt.NDArray[np.float64]

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from fedzo.commands.runs import evaluate_run, export_run, generate_run, rebuild, replay_run, resume_run, start_run
 from fedzo.config.load import load
-from fedzo.fl.server import Server
-from fedzo.runs import evaluate_run, export_run, generate_run, rebuild, replay_run, resume_run, start_run
+from fedzo.fl.server.rounds import Server
 
 Run = Callable[..., Path]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:Futur
     "settings", [(), ("fl.local_steps=3",), ("model.dtype=bfloat16", "fl.transport=values")], ids=" ".join
 )
 def test_the_log_leads_to_the_live_state(run: Run, lines: Lines, trainer: str, settings: tuple[str, ...]) -> None:
-    folder = run(f"trainer={trainer}", ROOM, "fl.rounds=2", "optimizer.lr=0.01", *settings)
+    folder = run(f"trainer={trainer}", ROOM, "fl.rounds=2", "server_optimizer.lr=0.01", *settings)
 
     public, metrics = lines(folder, "public.jsonl"), lines(folder, "metrics.jsonl")
     assert replay_run(folder)["digest"] == public[-1]["digest"]
@@ -43,7 +43,7 @@ def test_the_log_leads_to_the_live_state(run: Run, lines: Lines, trainer: str, s
 def test_a_run_stopped_and_resumed_ends_as_an_unbroken_one(
     run: Run, overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: str
 ) -> None:
-    settings = (f"trainer={trainer}", ROOM, "fl.rounds=3", "fl.local_steps=3", "optimizer.lr=0.01")
+    settings = (f"trainer={trainer}", ROOM, "fl.rounds=3", "fl.local_steps=3", "server_optimizer.lr=0.01")
     unbroken, broken = run(*settings), tmp_path / "broken"
     play = Server.run_round
 
@@ -67,7 +67,7 @@ def test_a_run_stopped_and_resumed_ends_as_an_unbroken_one(
 def test_an_exported_run_is_an_adapter_for_plain_peft_that_names_its_base(
     run: Run, lines: Lines, tmp_path: Path, tiny_model_dir: Path, trainer: str
 ) -> None:
-    folder = run(f"trainer={trainer}", ROOM, "optimizer.lr=0.05")
+    folder = run(f"trainer={trainer}", ROOM, "server_optimizer.lr=0.05")
 
     out = export_run(folder, tmp_path / "out")
 
@@ -83,7 +83,7 @@ def test_an_exported_run_is_an_adapter_for_plain_peft_that_names_its_base(
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_scores_and_text_are_those_of_the_tuned_model(run: Run, lines: Lines, trainer: str) -> None:
-    folder = run(f"trainer={trainer}", ROOM, "optimizer.lr=0.05", "evaluation.every_rounds=1")
+    folder = run(f"trainer={trainer}", ROOM, "server_optimizer.lr=0.05", "evaluation.every_rounds=1")
 
     again = evaluate_run(folder, split="test")
     (text,) = generate_run(folder, ["Text: a thing\nVerdict:"], max_new_tokens=5)

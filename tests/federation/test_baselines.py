@@ -9,21 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedzo.commands.runs import rebuild, replay_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
-from fedzo.fl.store import RunStore
-from fedzo.runs import rebuild, replay_run
+from fedzo.fl.log_store import RunStore
 from fedzo.zo.config import FedDynConfig
+from fedzo.zo.control_variates import end_models
 from fedzo.zo.directions import stream_key
-from fedzo.zo.drift import end_models
-from fedzo.zo.update_rule import UPDATE_RULES
+from fedzo.zo.server_optimizer import SERVER_OPTIMIZERS
 
 Run = Callable[..., Path]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
 
 
 def test_feedsign_sends_bits_and_its_local_steps_can_be_replayed_from_the_audit_log(run: Run, lines: Lines) -> None:
-    folder = run("strategy=majority_sign", "fl.local_steps=3", "estimator.num_probes=2", "optimizer.lr=1e-3")
+    folder = run("strategy=majority_sign", "fl.local_steps=3", "estimator.num_probes=2", "server_optimizer.lr=1e-3")
 
     audit, metrics = lines(folder, "audit.jsonl"), lines(folder, "metrics.jsonl")
     g = np.array([[entry["g"] for entry in line["clients"]] for line in audit])  # [R, K, T, P]
@@ -47,8 +47,8 @@ def test_feedsign_sends_bits_and_its_local_steps_can_be_replayed_from_the_audit_
 # --- rules that correct drift -----------------------------------------------------------------------------------------
 
 DRIFT = {
-    "scaffold": ("optimizer=scaffold", "optimizer.lr=0.01"),
-    "feddyn": ("optimizer=feddyn", "optimizer.lr=0.01", "optimizer.alpha=5"),
+    "scaffold": ("server_optimizer=scaffold", "server_optimizer.lr=0.01"),
+    "feddyn": ("server_optimizer=feddyn", "server_optimizer.lr=0.01", "server_optimizer.alpha=5"),
 }
 UNEVEN = ("fl.rounds=4", "fl.local_steps=3", "faults.absent=['1@1','2@2']", "strategy.clients_per_round=3")
 
@@ -66,10 +66,10 @@ def test_each_client_s_end_is_what_the_public_log_says(run: Run, lines: Lines, r
         built = rebuild(folder, rounds=record.round)
         replica = built.replica
         corrected += bool(replica.moments.any())
-        update_rule = UPDATE_RULES.build(built.site.config.optimizer)
+        server_optimizer = SERVER_OPTIMIZERS.build(built.site.config.server_optimizer)
         checks = {
             client: replica.space.check()
-            for client, _ in end_models(update_rule, replica.space, replica.moments, record, run_seed=0)
+            for client, _ in end_models(server_optimizer, replica.space, replica.moments, record, run_seed=0)
         }
         assert checks == {entry["client"]: entry["end_check"] for entry in line["clients"]}
     assert corrected == 3
@@ -79,40 +79,49 @@ def test_each_client_s_end_is_what_the_public_log_says(run: Run, lines: Lines, r
 
 def test_rules_that_correct_drift_refuse_what_does_not_go_with_them(overrides: Callable[..., list[str]]) -> None:
     with pytest.raises(ConfigError) as raised:
-        load(overrides("optimizer=scaffold", "fl.seeds=per_client", "strategy=size", "optimizer.weight_decay=10"))
+        load(
+            overrides(
+                "server_optimizer=scaffold", "fl.seeds=per_client", "strategy=size", "server_optimizer.weight_decay=10"
+            )
+        )
 
     for part in (
-        "fl.seeds must be shared for optimizer=scaffold, whose log keeps each client's own scalars",
-        "strategy.weighting must be uniform for optimizer=scaffold",
-        "optimizer.weight_decay must be 0 for optimizer=scaffold",
+        "fl.seeds must be shared for server_optimizer=scaffold, whose log keeps each client's own scalars",
+        "strategy.weighting must be uniform for server_optimizer=scaffold",
+        "server_optimizer.weight_decay must be 0 for server_optimizer=scaffold",
     ):
         assert part in str(raised.value)
-    with pytest.raises(ConfigError, match=r"strategy\.aggregation must be mean for optimizer=feddyn"):
-        load(overrides("optimizer=feddyn", "strategy=median"))
+    with pytest.raises(ConfigError, match=r"strategy\.aggregation must be mean for server_optimizer=feddyn"):
+        load(overrides("server_optimizer=feddyn", "strategy=median"))
     with pytest.raises(
-        ConfigError, match=r"optimizer\.alpha must be >= 0 and make optimizer\.lr \* optimizer.alpha less"
+        ConfigError,
+        match=r"server_optimizer\.alpha must be >= 0 and make server_optimizer\.lr \* server_optimizer.alpha less",
     ):
-        load(overrides("optimizer=feddyn", "optimizer.lr=0.1", "optimizer.alpha=10"))
-    with pytest.raises(ConfigError, match="optimizer must be sgd for trainer=mezo"):
-        load(overrides("optimizer=feddyn", "trainer=mezo"))
+        load(overrides("server_optimizer=feddyn", "server_optimizer.lr=0.1", "server_optimizer.alpha=10"))
+    with pytest.raises(ConfigError, match="server_optimizer must be sgd for trainer=mezo"):
+        load(overrides("server_optimizer=feddyn", "trainer=mezo"))
 
 
 def test_feddyn_s_default_goes_by_lr_and_local_steps(
     overrides: Callable[..., list[str]],
 ) -> None:
-    config = load(overrides("optimizer=feddyn", "trainer.lr=0.001", "optimizer.lr=0.002", "fl.local_steps=10"))
+    config = load(
+        overrides("server_optimizer=feddyn", "trainer.lr=0.001", "server_optimizer.lr=0.002", "fl.local_steps=10")
+    )
 
-    assert isinstance(config.optimizer, FedDynConfig)
-    assert config.optimizer.pull == pytest.approx(0.5 / (0.002 * 10))
+    assert isinstance(config.server_optimizer, FedDynConfig)
+    assert config.server_optimizer.pull == pytest.approx(0.5 / (0.002 * 10))
 
 
 # --- a pool of seeds --------------------------------------------------------------------------------------------------
 
 
 def test_a_pool_of_seeds_replays_and_holds_no_more_directions_than_its_size(run: Run, lines: Lines) -> None:
-    from fedzo.zo.path import RoundRecord, scalars_and_keys
+    from fedzo.zo.log import RoundRecord, scalars_and_keys
 
-    folder = run("fl.seeds=pool", "fl.pool_size=5", "fl.local_steps=3", "estimator.num_probes=2", "optimizer.lr=0.01")
+    folder = run(
+        "fl.seeds=pool", "fl.pool_size=5", "fl.local_steps=3", "estimator.num_probes=2", "server_optimizer.lr=0.01"
+    )
 
     result, public = replay_run(folder), lines(folder, "public.jsonl")
     assert result["digest"] == public[-1]["digest"]
@@ -142,12 +151,18 @@ def test_a_round_of_decomfl_is_its_algorithm_written_out(
     import torch
 
     from fedzo.data.order import batch_rows
-    from fedzo.site import open_site
+    from fedzo.run.site import open_site
     from fedzo.zo.directions import direction
 
     eps, lr, steps, probes = 1e-2, 1e-3, 2, 3
     settings = ("experiment=decomfl", "fl.rounds=1", f"fl.local_steps={steps}", f"estimator.num_probes={probes}")
-    settings = (*settings, f"estimator.eps={eps}", f"optimizer.lr={lr}", "trainer=mezo", "strategy.clients_per_round=2")
+    settings = (
+        *settings,
+        f"estimator.eps={eps}",
+        f"server_optimizer.lr={lr}",
+        "trainer=mezo",
+        "strategy.clients_per_round=2",
+    )
     folder = run(*settings)
     (public,), (audit,) = lines(folder, "public.jsonl"), lines(folder, "audit.jsonl")
 

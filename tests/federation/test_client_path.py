@@ -22,11 +22,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedzo.cli import main
-from fedzo.client_path import local_steps, replay_client, vector_file
+from fedzo.commands.client_path import local_steps, replay_client, vector_file
+from fedzo.commands.runs import read_config, rebuild
 from fedzo.errors import ConfigError, ProtocolError, RunFolderError
 from fedzo.fl.config import directions_of
-from fedzo.fl.store import RunStore
-from fedzo.runs import read_config, rebuild
+from fedzo.fl.log_store import RunStore
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.directions import SHARED, direction, stream_key
 
@@ -40,11 +40,11 @@ TRAIN = """
 import hashlib, json, sys
 from pathlib import Path
 from fedzo.config.load import load
-from fedzo.fl.local_steps import LocalSteps
-from fedzo.fl.selection.plan import Plan
-from fedzo.fl.server import Server
-from fedzo.runs import start_run
-from fedzo.zo.space import MasterSpace
+from fedzo.fl.client.local_update import LocalSteps
+from fedzo.fl.server.step_policy.plan import Plan
+from fedzo.fl.server.rounds import Server
+from fedzo.commands.runs import start_run
+from fedzo.zo.spaces.base import MasterSpace
 
 folder, steps, overrides = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
 hashes = {}
@@ -62,7 +62,7 @@ class Script:  # the steps of each round, for all clients or for each
         return Plan(dict(enumerate(wanted if isinstance(wanted, list) else [wanted] * 4)))
 
 def run_round(self, original=Server.run_round):
-    self.selection = Script()
+    self.step_policy = Script()
     return original(self)
 
 LocalSteps.take, Server.run_round = local_step, run_round
@@ -127,7 +127,7 @@ def test_a_thousand_local_steps_are_rebuilt_by_another_process(train: Any, lines
     """A thousand of each client's; clients are absent, and the steps differ between rounds and between clients."""
     absent = "faults.absent=['2@4','1@1','3@10','0@23']"
     steps: list[int | list[int]] = [60, 1, 45, [100, 60, 100, 100], 25, 60]
-    folder, taken = train(absent, "fl.rounds=24", "fl.batch_size=1", "optimizer.lr=0.001", steps=steps)
+    folder, taken = train(absent, "fl.rounds=24", "fl.batch_size=1", "server_optimizer.lr=0.001", steps=steps)
     for client in range(4):
         own = {digest for name, digests in taken.items() if name.startswith(f"{client}@") for digest in digests}
         assert len(own) >= 1000
@@ -144,16 +144,16 @@ def test_a_thousand_local_steps_are_rebuilt_by_another_process(train: Any, lines
 @pytest.mark.parametrize(
     "settings",
     [
-        ("fl.seeds=per_client", "estimator.num_probes=3", "optimizer=adam", "optimizer.lr=0.001"),
-        ("model.dtype=bfloat16", "fl.transport=values", "optimizer=momentum", "optimizer.lr=0.01"),
-        ("trainer=lora", ROOM, "optimizer.lr=0.01", "estimator.num_probes=2"),
-        ("trainer=mezo", "optimizer.lr=0.001", "strategy.clip_factor=1"),
-        ("trainer=mezo", "optimizer.lr=0.001", "model.dtype=bfloat16", "trainer.rounding=stochastic"),
-        ("optimizer=scaffold", "optimizer.lr=0.01"),
-        ("optimizer=feddyn", "optimizer.lr=0.001", "estimator.num_probes=2"),
-        ("fl.seeds=pool", "fl.pool_size=5", "optimizer.lr=0.01"),
-        ("strategy.aggregation=majority_sign", "optimizer.lr=0.01"),
-        ("runtime=inline_batched", "optimizer.lr=0.01"),
+        ("fl.seeds=per_client", "estimator.num_probes=3", "server_optimizer=adam", "server_optimizer.lr=0.001"),
+        ("model.dtype=bfloat16", "fl.transport=values", "server_optimizer=momentum", "server_optimizer.lr=0.01"),
+        ("trainer=lora", ROOM, "server_optimizer.lr=0.01", "estimator.num_probes=2"),
+        ("trainer=mezo", "server_optimizer.lr=0.001", "strategy.clip_factor=1"),
+        ("trainer=mezo", "server_optimizer.lr=0.001", "model.dtype=bfloat16", "trainer.rounding=stochastic"),
+        ("server_optimizer=scaffold", "server_optimizer.lr=0.01"),
+        ("server_optimizer=feddyn", "server_optimizer.lr=0.001", "estimator.num_probes=2"),
+        ("fl.seeds=pool", "fl.pool_size=5", "server_optimizer.lr=0.01"),
+        ("strategy.aggregation=majority_sign", "server_optimizer.lr=0.01"),
+        ("runtime=inline_batched", "server_optimizer.lr=0.01"),
     ],
     ids=" ".join,
 )
@@ -169,7 +169,7 @@ def test_every_kind_of_space_and_run(train: Any, settings: tuple[str, ...]) -> N
 def test_the_command_writes_the_values_after_each_step(
     train: Any, tmp_path: Path, lines: Lines, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, taken = train("fl.rounds=3", "faults.absent=['1@1']", "optimizer.lr=0.01", steps=[3, 1, 2])
+    folder, taken = train("fl.rounds=3", "faults.absent=['1@1']", "server_optimizer.lr=0.01", steps=[3, 1, 2])
     audit, out = lines(folder, "audit.jsonl"), tmp_path / "path.safetensors"
 
     def replay(*options: str) -> int:
@@ -210,7 +210,7 @@ def test_the_command_writes_the_values_after_each_step(
 def test_scalars_that_are_not_those_of_the_clients_steps_are_found_and_nothing_is_written(
     train: Any, tmp_path: Path, lines: Lines
 ) -> None:
-    folder, taken = train("fl.rounds=1", "optimizer.lr=0.01", steps=[3])
+    folder, taken = train("fl.rounds=1", "server_optimizer.lr=0.01", steps=[3])
     (line,) = lines(folder, "audit.jsonl")
     out, (whole, shorter, torn, *_) = tmp_path / "x", line["clients"]
     three = replay_client(folder, client=1, round=0).checks
@@ -234,7 +234,7 @@ def test_a_client_that_took_no_part_is_refused_before_the_model_is_loaded(
     train: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _ = train("fl.rounds=1", "faults.absent=['1@0']", steps=[2])
-    monkeypatch.setattr("fedzo.client_path.rebuild", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("fedzo.commands.client_path.rebuild", lambda *a, **k: pytest.fail("the model was loaded"))
 
     with pytest.raises(ConfigError, match="Choose another client or round"):
         replay_client(folder, client=1, round=0)

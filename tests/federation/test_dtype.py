@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from fedzo.commands.runs import rebuild, replay_run
 from fedzo.models import fidelity
-from fedzo.runs import rebuild, replay_run
-from fedzo.site import Site
+from fedzo.run.site import Site
 
 Run = Callable[..., Path]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
@@ -62,7 +62,7 @@ def test_where_bfloat16_is_taken_the_trained_values_start_from_float32s(
 ) -> None:
     monkeypatch.setattr(fidelity, "_LARGEST_ERROR", math.inf)
     monkeypatch.setattr(fidelity, "_LARGEST_TIME", math.inf)
-    settings = (f"trainer={trainer}", "fl.local_steps=2", "optimizer.lr=1e-4")
+    settings = (f"trainer={trainer}", "fl.local_steps=2", "server_optimizer.lr=1e-4")
 
     auto, plain = run("model.dtype=auto", *settings), run("model.dtype=float32", *settings)
 

@@ -71,9 +71,9 @@ def test_its_loss_is_fedzo_s_and_its_gradient_is_torch_s_at_the_mask(
 @pytest.mark.parametrize(
     ("extra", "adam", "share"),
     [
-        (("optimizer.lr=0.1",), False, 0.93),
-        (("optimizer.lr=0.01",), True, 0.6),
-        (("trainer=lora", "trainer.rank=4", "optimizer.lr=0.2", "strategy.clients_per_round=3"), False, 0.85),
+        (("server_optimizer.lr=0.1",), False, 0.93),
+        (("server_optimizer.lr=0.01",), True, 0.6),
+        (("trainer=lora", "trainer.rank=4", "server_optimizer.lr=0.2", "strategy.clients_per_round=3"), False, 0.85),
     ],
     ids=["mask sgd", "mask adam", "lora sgd"],
 )
@@ -117,7 +117,7 @@ def test_its_results_are_a_row_of_the_study(
     monkeypatch.syspath_prepend(str(PATH.parent))
     collect = importlib.import_module("collect")
     monkeypatch.setattr(collect, "RESULTS", tmp_path / "results")
-    settings = ("fl.rounds=2", "evaluation.every_rounds=1", "optimizer.lr=0.1", "partition.holdout=0.2")
+    settings = ("fl.rounds=2", "evaluation.every_rounds=1", "server_optimizer.lr=0.1", "partition.holdout=0.2")
     results = first_order.run(load(overrides(*settings)), tmp_path)
     words = ["experiment=study", "+cell=sst2-meerkat", "+budget=T10", "seed=2", "trainer.lr=0.1"]
     (tmp_path / "sweep" / "run").mkdir(parents=True)
@@ -164,7 +164,7 @@ def test_its_command_line_says_what_is_wrong_before_it_trains(
 def test_one_client_with_one_step_is_gradient_descent(
     first_order: ModuleType, overrides: Overrides, tmp_path: Path
 ) -> None:
-    config = load(overrides("fl.rounds=1", "fl.num_clients=1", "optimizer.lr=0.25", "fl.batch_size=3"))
+    config = load(overrides("fl.rounds=1", "fl.num_clients=1", "server_optimizer.lr=0.25", "fl.batch_size=3"))
     site, space, gradient = first_order.open_space(config, tmp_path / "a")
     from fedzo.data.order import batch_rows
 
@@ -181,7 +181,7 @@ def test_two_clients_are_averaged_by_their_rows(first_order: ModuleType, overrid
     from fedzo.data.order import batch_rows
 
     settings = ("fl.rounds=1", "fl.num_clients=2", "partition=dirichlet", "partition.alpha=0.5", "strategy=size")
-    config = load(overrides(*settings, "strategy.size_cap=0", "optimizer.lr=0.25"))
+    config = load(overrides(*settings, "strategy.size_cap=0", "server_optimizer.lr=0.25"))
     site, space, gradient = first_order.open_space(config, tmp_path / "a")
     start, ends, sizes = space.values(), [], []
     for client in range(2):
@@ -202,9 +202,9 @@ def test_two_clients_are_averaged_by_their_rows(first_order: ModuleType, overrid
     ("extra", "match"),
     [
         ("trainer=mezo", "trainer must be meerkat or lora"),
-        ("optimizer=adam", "optimizer must be sgd without decay"),
+        ("server_optimizer=adam", "optimizer must be sgd without decay"),
         ("model.dtype=bfloat16", r"model\.dtype must be float32"),
-        ("selection=cusum", "selection must be none"),
+        ("step_policy=cusum", "step_policy must be none"),
         ("strategy=median", r"strategy\.aggregation must be mean"),
         ("faults.absent=['1@1']", r"faults\.absent must be empty"),
         ("data.num_test=0", r"data\.num_dev and data\.num_test must be above 0"),

@@ -29,10 +29,10 @@ RUNS: dict[str, list[str]] = {
     "one_sided": ["estimator=one_sided", "estimator.num_probes=3"],
     "fzoo": ["estimator=fzoo"],
     "two_point, 2 probes, T = 3": ["estimator.num_probes=2", T3],
-    "momentum": ["optimizer=momentum", "optimizer.schedule=cosine", "optimizer.warmup_rounds=1"],
-    "adam with decay": ["optimizer=adam", "optimizer.weight_decay=0.1"],
-    "scaffold": ["optimizer=scaffold", T2],
-    "feddyn": ["optimizer=feddyn", T2],
+    "momentum": ["server_optimizer=momentum", "server_optimizer.schedule=cosine", "server_optimizer.warmup_rounds=1"],
+    "adam with decay": ["server_optimizer=adam", "server_optimizer.weight_decay=0.1"],
+    "scaffold": ["server_optimizer=scaffold", T2],
+    "feddyn": ["server_optimizer=feddyn", T2],
     "own directions": ["fl.seeds=per_client", T2],
     "pool of directions": ["fl.seeds=pool", T2],
     "values": ["fl.transport=values", T2],
@@ -44,11 +44,11 @@ RUNS: dict[str, list[str]] = {
     "shards": ["partition=shards"],
     "natural": ["partition=natural", "partition.column=site"],
     "sampled, clipped, absent": ["strategy.clients_per_round=3", "strategy.clip_factor=2", "faults.absent=['1@1']"],
-    "vpcs": ["selection=vpcs", "selection.calibration_steps=6", "selection.initial_steps=3",
-             "selection.later_steps=3", T3],
-    "cusum": ["selection=cusum", "selection.threshold=0.5", T3],
-    "random selection": ["selection=random", T3],
-    "oracle": ["selection=oracle", "partition=extreme", "partition.num_extreme=1", T3],
+    "vpcs": ["step_policy=vpcs", "step_policy.calibration_steps=6", "step_policy.initial_steps=3",
+             "step_policy.later_steps=3", T3],
+    "cusum": ["step_policy=cusum", "step_policy.threshold=0.5", T3],
+    "random step policy": ["step_policy=random", T3],
+    "oracle": ["step_policy=oracle", "partition=extreme", "partition.num_extreme=1", T3],
     "joint forwards": ["runtime=inline_batched", T3],
     "decomfl": ["experiment=decomfl", "trainer=mezo"],
     "fedkseed": ["experiment=fedkseed", "trainer=mezo"],
@@ -60,7 +60,12 @@ def told(folder: Path, lines: Callable[[Path, str], list[dict[str, Any]]]) -> di
     """What a run's log ends with, and the loss of the base model, which tells machines apart."""
     last = lines(folder, "public.jsonl")[-1]
     scores = [line for line in lines(folder, "metrics.jsonl") if line["kind"] == "score"]
-    return {"base_loss": scores[0]["loss"], "chain": last["chain"], "digest": last["digest"], "loss": scores[-1]["loss"]}
+    return {
+        "base_loss": scores[0]["loss"],
+        "chain": last["chain"],
+        "digest": last["digest"],
+        "loss": scores[-1]["loss"],
+    }
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -77,4 +82,3 @@ def test_a_run_ends_as_the_recorded_one(
     if got["base_loss"] != golden[name]["base_loss"]:
         pytest.skip("the forwards of this machine have other last bits than those of the recording one")
     assert got == golden[name]
-

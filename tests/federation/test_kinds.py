@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedzo.runs import replay_run
+from fedzo.commands.runs import replay_run
 from fedzo.testing.tiny_models import FAMILIES, save_tiny_model
 
 Run = Callable[..., Path]
@@ -59,7 +59,7 @@ def test_every_family_of_models_runs_and_replays(
 ) -> None:
     model = save_tiny_model(tmp_path / family, family)
 
-    folder = run(f"model={model}", f"trainer={trainer}", "fl.rounds=2", "optimizer.lr=1e-3")
+    folder = run(f"model={model}", f"trainer={trainer}", "fl.rounds=2", "server_optimizer.lr=1e-3")
 
     public = lines(folder, "public.jsonl")
     assert replay_run(folder)["digest"] == public[-1]["digest"]

@@ -1,4 +1,4 @@
-"""Estimators, update rules and the clip in whole federations: replay, resume, absence, budget."""
+"""Estimators, server optimizers and the clip in whole federations: replay, resume, absence, budget."""
 
 from __future__ import annotations
 
@@ -9,22 +9,32 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedzo.commands.runs import rebuild, replay_run, resume_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
-from fedzo.fl import local_steps
+from fedzo.fl.client import local_update as local_steps
 from fedzo.fl.clip import announced_bound
-from fedzo.fl.store import RunStore
-from fedzo.runs import rebuild, replay_run, resume_run
+from fedzo.fl.log_store import RunStore
 from fedzo.testing.tiny_models import save_tiny_model
 
 Run = Callable[..., Path]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
 
 RULES = {
-    "momentum": ("optimizer=momentum", "optimizer.lr=0.01", "optimizer.nesterov=true"),
-    "adam": ("optimizer=adam", "optimizer.lr=0.01", "optimizer.weight_decay=0.1", "optimizer.schedule=cosine"),
-    "scaffold": ("optimizer=scaffold", "optimizer.lr=0.01"),
-    "feddyn": ("optimizer=feddyn", "optimizer.lr=0.01", "optimizer.alpha=5", "optimizer.schedule=linear"),
+    "momentum": ("server_optimizer=momentum", "server_optimizer.lr=0.01", "server_optimizer.nesterov=true"),
+    "adam": (
+        "server_optimizer=adam",
+        "server_optimizer.lr=0.01",
+        "server_optimizer.weight_decay=0.1",
+        "server_optimizer.schedule=cosine",
+    ),
+    "scaffold": ("server_optimizer=scaffold", "server_optimizer.lr=0.01"),
+    "feddyn": (
+        "server_optimizer=feddyn",
+        "server_optimizer.lr=0.01",
+        "server_optimizer.alpha=5",
+        "server_optimizer.schedule=linear",
+    ),
 }
 
 
@@ -75,7 +85,12 @@ def test_transport_by_values_carries_the_moments_and_gives_the_same_run(run: Run
 def test_the_log_of_momentum_leads_where_a_plain_loop_leads(run: Run, lines: Lines) -> None:
     from fedzo.zo.directions import direction, stream_key
 
-    folder = run("optimizer=momentum", "optimizer.lr=0.02", "optimizer.momentum=0.5", "optimizer.weight_decay=1.0")
+    folder = run(
+        "server_optimizer=momentum",
+        "server_optimizer.lr=0.02",
+        "server_optimizer.momentum=0.5",
+        "server_optimizer.weight_decay=1.0",
+    )
 
     theta = rebuild(folder, rounds=0).replica.space.values().astype(np.float64)
     m = np.zeros_like(theta)
@@ -92,10 +107,16 @@ def test_the_log_of_momentum_leads_where_a_plain_loop_leads(run: Run, lines: Lin
         ("estimator=one_sided",),
         ("estimator=one_sided", "estimator.baseline=mean", "estimator.num_probes=3"),
         ("estimator=one_sided", "estimator.baseline=leave_one_out", "estimator.num_probes=3"),
-        ("estimator=fzoo", "estimator.num_probes=4", "optimizer=adam", "optimizer.lr=0.01"),
-        ("estimator.freeze_selection=true",),
-        ("estimator=fzoo", "estimator.freeze_selection=true", "optimizer.lr=1e-5", "fl.local_steps=2"),
-        ("estimator=fzoo", "trainer=mezo", "optimizer.lr=1e-3", "optimizer.weight_decay=0.1", "fl.local_steps=2"),
+        ("estimator=fzoo", "estimator.num_probes=4", "server_optimizer=adam", "server_optimizer.lr=0.01"),
+        ("estimator.freeze_routing=true",),
+        ("estimator=fzoo", "estimator.freeze_routing=true", "server_optimizer.lr=1e-5", "fl.local_steps=2"),
+        (
+            "estimator=fzoo",
+            "trainer=mezo",
+            "server_optimizer.lr=1e-3",
+            "server_optimizer.weight_decay=0.1",
+            "fl.local_steps=2",
+        ),
     ],
     ids=" ".join,
 )
@@ -109,7 +130,7 @@ def test_every_estimator_runs_within_its_budget_and_replays(
     folder = run(*estimator, "fl.rounds=2", "evaluation.central=false", "evaluation.federated_every_rounds=-1")
 
     config = load(overrides(*estimator))
-    from fedzo.zo.selection import build_estimator
+    from fedzo.zo.frozen_routing import build_estimator
 
     a_step = build_estimator(config.estimator).forwards_per_step(config.estimator.num_probes)
     assert len(calls) == 2 * 4 * config.fl.local_steps * a_step
@@ -121,7 +142,7 @@ def test_every_estimator_runs_within_its_budget_and_replays(
 def test_a_mixture_of_experts_trains_with_its_routing_held_still(run: Run, lines: Lines, tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "mixtral", "mixtral")
     frozen, plain = (
-        run(f"model.name={model}", "trainer=mezo", f"estimator.freeze_selection={freeze}", "fl.rounds=1")
+        run(f"model.name={model}", "trainer=mezo", f"estimator.freeze_routing={freeze}", "fl.rounds=1")
         for freeze in ("true", "false")
     )
 
@@ -166,15 +187,19 @@ def test_moments_for_all_weights_are_refused_before_any_work(overrides: Callable
     with pytest.raises(ConfigError) as caught:
         load(
             overrides(
-                "trainer=mezo", "optimizer=adam", "optimizer.beta1=1.0", "estimator=fzoo", "estimator.num_probes=1"
+                "trainer=mezo",
+                "server_optimizer=adam",
+                "server_optimizer.beta1=1.0",
+                "estimator=fzoo",
+                "estimator.num_probes=1",
             )
         )
 
     text = str(caught.value)
     for part in (
-        "optimizer must be sgd for trainer=mezo: other rules keep float32 numbers beside every weight",
-        "got 'adam'. Write optimizer=sgd, or train fewer values",
-        "optimizer.beta1 must be >= 0 and < 1, got 1.0",
+        "server_optimizer must be sgd for trainer=mezo: other rules keep float32 numbers beside every weight",
+        "got 'adam'. Write server_optimizer=sgd, or train fewer values",
+        "server_optimizer.beta1 must be >= 0 and < 1, got 1.0",
         "estimator.num_probes must be >= 2, got 1",
     ):
         assert part in text

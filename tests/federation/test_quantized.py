@@ -11,13 +11,13 @@ import pytest
 from transformers import LlamaConfig
 
 from fedzo.bench.step import open_bench
+from fedzo.commands.runs import replay_run, start_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
 from fedzo.models import load as loading
 from fedzo.models import source
 from fedzo.models.config import Quantization
-from fedzo.runs import replay_run, start_run
-from fedzo.site import open_site
+from fedzo.run.site import open_site
 from fedzo.testing.tiny_models import tiny_model_from
 from fedzo.testing.tokenizer import byte_tokenizer
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from fedzo.runs import replay_run, resume_run
+from fedzo.commands.runs import replay_run, resume_run
 
 ROUNDS = 12
 
@@ -23,8 +23,11 @@ ROUNDS = 12
 CHILD = """
 import json, os, signal, sys
 point, at_round = sys.argv[1], int(sys.argv[2])
-from fedzo.fl import local_steps, replica, server, store
-from fedzo.zo import path
+from fedzo.fl import log_store as store
+from fedzo.fl import replica
+from fedzo.fl.client import local_update as local_steps
+from fedzo.fl.server import rounds as server
+from fedzo.zo import log as path
 
 def die_before(owner, name, when):
     original = getattr(owner, name)
@@ -50,7 +53,7 @@ elif point == "in a probe":
 elif point == "before the metrics":
     die_before(server, "round_metrics", lambda record, *a, **kw: record.round == at_round)
 elif point == "before a dev score":
-    from fedzo import scores
+    from fedzo.run import scores
     die_before(scores, "evaluate", lambda *a, **kw: at_round == len(server_rounds()))
 
 def server_rounds():
@@ -110,7 +113,7 @@ def test_a_run_killed_again_and_again_ends_with_the_hash_of_an_unbroken_one(
     lines: Callable[..., list[dict[str, Any]]],
 ) -> None:
     faults = "faults.absent=['1@3','2@7']"
-    settings = (f"runtime={runtime}", f"fl.rounds={ROUNDS}", "fl.local_steps=2", faults, "optimizer.lr=0.02")
+    settings = (f"runtime={runtime}", f"fl.rounds={ROUNDS}", "fl.local_steps=2", faults, "server_optimizer.lr=0.02")
     unbroken = run(*settings)
     broken = tmp_path / "broken"
     command = ["train", *overrides(*settings), f"hydra.run.dir={broken}"]

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from fedzo.commands.runs import rebuild, replay_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
-from fedzo.fl.server import FederationError
+from fedzo.fl.server.rounds import FederationError
 from fedzo.masks.mask_file import load_mask
-from fedzo.runs import rebuild, replay_run
-from fedzo.site import open_site
+from fedzo.run.site import open_site
 from fedzo.zo.directions import direction, stream_key
 
 Run = Callable[..., Path]
@@ -40,8 +40,8 @@ def one_row_each(folder: Path, num_sites: int) -> Path:
 
 
 def test_scalars_equal_those_of_a_plain_loop_over_a_dense_model(run: Run, lines: Lines, overrides: Overrides) -> None:
-    folder = run("fl.rounds=2", "optimizer.lr=0.05")
-    site = open_site(load(overrides("fl.rounds=2", "optimizer.lr=0.05")))
+    folder = run("fl.rounds=2", "server_optimizer.lr=0.05")
+    site = open_site(load(overrides("fl.rounds=2", "server_optimizer.lr=0.05")))
     model = site.loaded.model.double()
     mask = load_mask(folder / "mask.safetensors")
     parameters = dict(model.named_parameters())
@@ -135,16 +135,16 @@ def test_k_clients_with_one_probe_equal_one_client_with_the_joint_batch(
         ("strategy=size", "partition=dirichlet", "partition.alpha=1.0"),
         ("strategy.clients_per_round=2", "fl.rounds=6"),
         ("estimator.distribution=rademacher",),
-        ("trainer=mezo", "optimizer.lr=1e-4"),
-        ("trainer=mezo", "fl.local_steps=2", "optimizer.lr=1e-4"),
-        ("trainer=mezo", "model.dtype=bfloat16", "optimizer.lr=1e-2"),
-        ("trainer=mezo", "model.dtype=bfloat16", "trainer.rounding=stochastic", "optimizer.lr=1e-6"),
+        ("trainer=mezo", "server_optimizer.lr=1e-4"),
+        ("trainer=mezo", "fl.local_steps=2", "server_optimizer.lr=1e-4"),
+        ("trainer=mezo", "model.dtype=bfloat16", "server_optimizer.lr=1e-2"),
+        ("trainer=mezo", "model.dtype=bfloat16", "trainer.rounding=stochastic", "server_optimizer.lr=1e-6"),
         ("trainer=mezo", "model.dtype=float16", "trainer.rounding=stochastic", "fl.local_steps=2"),
         ("model.dtype=bfloat16", "fl.local_steps=2"),
         ("model.dtype=float16",),
         ("strategy=median", "fl.local_steps=2"),
         ("strategy=trimmed_mean", "strategy.trim_share=0.25"),
-        ("strategy=majority_sign", "fl.local_steps=2", "estimator.num_probes=3", "optimizer.lr=1e-3"),
+        ("strategy=majority_sign", "fl.local_steps=2", "estimator.num_probes=3", "server_optimizer.lr=1e-3"),
     ],
     ids=" ".join,
 )
@@ -161,7 +161,7 @@ def test_replaying_the_log_from_the_base_gives_the_live_state(
 
 
 def test_the_model_moves_and_lr_0_does_not(run: Run, lines: Lines) -> None:
-    moving, still = run("optimizer.lr=0.01"), run("optimizer.lr=0")
+    moving, still = run("server_optimizer.lr=0.01"), run("server_optimizer.lr=0")
 
     checks = [line["check"] for line in lines(moving, "public.jsonl")]
     assert len(set(checks)) == 3
@@ -223,11 +223,11 @@ def test_directions_are_distinct_over_clients_rounds_and_steps(run: Run, lines: 
 def test_the_number_of_losses_is_the_budget_and_not_one_more(
     overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedzo.fl import local_steps
-    from fedzo.fl.client import space_id
-    from fedzo.fl.wire import TrainRequest
+    from fedzo.fl.client import local_update as local_steps
+    from fedzo.fl.client.worker import space_id
+    from fedzo.fl.messages import TrainRequest
     from fedzo.trainers import Workplace
-    from fedzo.zo.path import EMPTY_CHAIN
+    from fedzo.zo.log import EMPTY_CHAIN
 
     site = open_site(load(overrides()))
     workplace = Workplace(folder=tmp_path, seed=0, texts=site.train_prompts, advance=lambda done, total: None)
@@ -291,7 +291,7 @@ def test_a_trainer_without_a_gradient_has_no_grad_ip(run: Run, lines: Lines) -> 
 
 
 def test_the_test_split_is_touched_once_before_and_once_at_the_best_dev_round(run: Run, lines: Lines) -> None:
-    folder = run("fl.rounds=5", "optimizer.lr=0.05")
+    folder = run("fl.rounds=5", "server_optimizer.lr=0.05")
 
     scores = [line for line in lines(folder, "metrics.jsonl") if line["kind"] == "score"]
     summary = lines(folder, "metrics.jsonl")[-1]
@@ -336,7 +336,7 @@ def test_bytes_are_the_formula(run: Run, lines: Lines) -> None:
 def test_a_loss_that_is_not_finite_drops_the_probe_is_counted_and_never_averaged(
     run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch, bad: float
 ) -> None:
-    from fedzo.fl import local_steps
+    from fedzo.fl.client import local_update as local_steps
 
     healthy = run("fl.rounds=1")
     calls = iter(range(10**6))
@@ -383,8 +383,8 @@ def a_score(**changes: object) -> str:
 def test_a_score_that_cannot_be_used_is_left_out_and_ends_nothing(
     run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, bad: str
 ) -> None:
-    from fedzo.fl.client import ClientWorker
-    from fedzo.fl.wire import EvaluateReply
+    from fedzo.fl.client.worker import ClientWorker
+    from fedzo.fl.messages import EvaluateReply
 
     honest = ClientWorker.evaluate
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fedzo.commands.runs import start_run
 from fedzo.config.load import load
-from fedzo.runs import start_run
 
 Run = Callable[..., Path]
 
@@ -24,7 +24,7 @@ def assert_same_logs(first: Path, second: Path) -> None:
 @pytest.mark.sim
 @pytest.mark.timeout(300)
 def test_ray_gives_the_log_of_inline(run: Run) -> None:
-    settings = ("fl.rounds=2", "fl.local_steps=2", "optimizer.lr=0.02")
+    settings = ("fl.rounds=2", "fl.local_steps=2", "server_optimizer.lr=0.02")
 
     inline = run(*settings)
     ray = run(*settings, "runtime=ray")
@@ -65,7 +65,7 @@ def test_ray_gives_the_log_of_inline_with_smollm2_shuffled_replies_and_an_absent
 @pytest.mark.net
 @pytest.mark.timeout(600)
 def test_a_real_superlink_with_two_supernodes_gives_the_log_of_inline(run: Run) -> None:
-    settings = ("fl.rounds=2", "fl.num_clients=2", "fl.local_steps=2", "optimizer.lr=0.02")
+    settings = ("fl.rounds=2", "fl.num_clients=2", "fl.local_steps=2", "server_optimizer.lr=0.02")
 
     inline = run(*settings)
     local = run(*settings, "runtime=local")

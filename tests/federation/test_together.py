@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedzo.commands.runs import replay_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
-from fedzo.fl.client import ClientWorker
-from fedzo.fl.local_steps import LocalSteps
-from fedzo.runs import replay_run
+from fedzo.fl.client.local_update import LocalSteps
+from fedzo.fl.client.worker import ClientWorker
 from fedzo.testing.tiny_models import save_tiny_model
-from fedzo.zo.own_weights import OwnWeights
+from fedzo.zo.spaces.own_weights import OwnWeights
 
 Run = Callable[..., Path]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
@@ -32,13 +32,13 @@ def scalars(audit: list[dict[str, Any]], client: int) -> np.ndarray:
     [
         ["fl.local_steps=1"],
         ["fl.local_steps=3"],
-        ["fl.local_steps=3", "optimizer=scaffold"],
-        ["fl.local_steps=3", "selection=random", "selection.num_flagged=1", "task.candidates=[b,g]"],
+        ["fl.local_steps=3", "server_optimizer=scaffold"],
+        ["fl.local_steps=3", "step_policy=random", "step_policy.num_flagged=1", "task.candidates=[b,g]"],
         ["fl.local_steps=2", "task.loss=lm", "strategy.aggregation=majority_sign", "trainer.lr=1e-4"],
         ["fl.local_steps=3", "trainer=mezo", "trainer.lr=1e-4"],
         ["estimator=one_sided", "estimator.num_probes=2", "faults.absent=[1@1]"],
         ["estimator=fzoo", "estimator.num_probes=3", "trainer.lr=1e-5", "strategy.clip_factor=2"],
-        ["estimator.freeze_selection=true", "fl.local_steps=2"],
+        ["estimator.freeze_routing=true", "fl.local_steps=2"],
     ],
     ids=["T=1", "T=3", "T=3 scaffold", "T=3 and 1", "T=2 signs", "T=3 mezo", "one-sided", "fzoo", "frozen"],
 )

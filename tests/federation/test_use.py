@@ -13,10 +13,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fedzo.commands.runs import (
+    doctor,
+    evaluate_run,
+    export_run,
+    generate_run,
+    make_mask,
+    read_config,
+    rebuild,
+    start_run,
+)
 from fedzo.config.load import load
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.masks.mask_file import load_mask, save_mask
-from fedzo.runs import doctor, evaluate_run, export_run, generate_run, make_mask, read_config, rebuild, start_run
 
 Run = Callable[..., Path]
 IDS = torch.arange(24).reshape(2, 12)
@@ -24,7 +33,7 @@ IDS = torch.arange(24).reshape(2, 12)
 
 @pytest.mark.parametrize("trainer", ["meerkat", "mezo"])
 def test_an_exported_model_is_the_tuned_one_for_plain_transformers(run: Run, tmp_path: Path, trainer: str) -> None:
-    folder = run(f"trainer={trainer}", "optimizer.lr=0.01", "evaluation.central=false")
+    folder = run(f"trainer={trainer}", "server_optimizer.lr=0.01", "evaluation.central=false")
 
     out = export_run(folder, tmp_path / "out")
 
@@ -43,7 +52,7 @@ def test_an_exported_model_is_the_tuned_one_for_plain_transformers(run: Run, tmp
 
 
 def test_scoring_a_run_again_gives_its_own_score(run: Run, lines: Callable[..., list[dict[str, Any]]]) -> None:
-    folder = run("optimizer.lr=0.05", "fl.rounds=4")
+    folder = run("server_optimizer.lr=0.05", "fl.rounds=4")
 
     again = evaluate_run(folder, split="test")
 

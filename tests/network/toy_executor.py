@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "runtime")
 
 from toy_federation import client_app
 
-from fedzo.runtime.executor import main
+from fedzo.runtime.net.executor import main
 
 if __name__ == "__main__":
     main(app=client_app)

@@ -51,7 +51,7 @@ def test_bundle_holds_the_project_file_and_the_two_shims_only(bundle: Path) -> N
 
 
 def test_run_config_keys_are_the_two_that_the_apps_read() -> None:
-    from fedzo import apps
+    from fedzo.run import apps
 
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["flwr"]["app"]["config"]
 
@@ -67,7 +67,7 @@ def test_shim_is_a_docstring_one_import_and_one_plain_assignment_of_app(side: st
     assert ast.get_docstring(tree)
     assert isinstance(docstring, ast.Expr)
     assert isinstance(imported, ast.ImportFrom)
-    assert imported.module == "fedzo.apps"
+    assert imported.module == "fedzo.run.apps"
     assert isinstance(assigned, ast.Assign)
     assert [ast.unparse(target) for target in assigned.targets] == ["app"]
     assert re.fullmatch(r"make_(client|server)_app\(\)", ast.unparse(assigned.value))
@@ -79,6 +79,6 @@ def test_shim_folder_is_a_regular_package_so_that_no_stranger_on_the_path_wins(s
 
 
 def test_shims_of_the_checkout_are_those_that_runtime_local_ships() -> None:
-    from fedzo.runtime.bundle import FILES
+    from fedzo.runtime.net.bundle import FILES
 
     assert {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES} == FILES

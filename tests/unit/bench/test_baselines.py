@@ -15,10 +15,10 @@ def test_first_order_step_is_that_of_torch_sgd() -> None:
     model = tiny_model("llama", seed=0)
     twin = copy.deepcopy(model).requires_grad_(True)
     ids, choices = torch.arange(24).view(2, 12), torch.tensor([5, 9])
-    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    server_optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
     logits = twin(input_ids=ids).logits[:, -1, choices]
     F.cross_entropy(logits, torch.zeros(2, dtype=torch.int64)).backward()
-    optimizer.step()
+    server_optimizer.step()
 
     first_order_step(model, ids, choices, lr=0.1)
 

@@ -49,7 +49,7 @@ class _Table:
 def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     """What the commands asked of the services, in order; the working folder is ``tmp_path``."""
     made: Calls = []
-    names = ("fedzo.runs", "fedzo.report.html", "fedzo.report.sweep", "fedzo.client_path")
+    names = ("fedzo.commands.runs", "fedzo.report.html", "fedzo.report.sweep", "fedzo.commands.client_path")
     runs, html, sweep, client_path = (ModuleType(name) for name in names)
 
     def start_run(config: RunConfig, run_dir: Path, *, overrides: list[str]) -> None:

@@ -107,23 +107,25 @@ def test_defaults_are_the_embedded_meerkat_run() -> None:
 def test_trainer_brings_its_step_sizes(trainer: str, expected: TrainerConfig) -> None:
     config = load([f"trainer={trainer}"])
 
-    assert config.optimizer == SgdConfig(lr=expected.lr)
+    assert config.server_optimizer == SgdConfig(lr=expected.lr)
     assert config.estimator == TwoPointConfig(eps=expected.eps)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
+@pytest.mark.parametrize("server_optimizer", ["sgd", "momentum", "adam"])
 @pytest.mark.parametrize("estimator", ["two_point", "one_sided", "fzoo"])
-def test_every_estimator_and_rule_takes_the_trainers_step_sizes(estimator: str, optimizer: str) -> None:
-    config = load(["trainer.eps=0.25", "trainer.lr=0.5", f"estimator={estimator}", f"optimizer={optimizer}"])
+def test_every_estimator_and_rule_takes_the_trainers_step_sizes(estimator: str, server_optimizer: str) -> None:
+    config = load(
+        ["trainer.eps=0.25", "trainer.lr=0.5", f"estimator={estimator}", f"server_optimizer={server_optimizer}"]
+    )
 
-    assert (config.estimator.eps, config.optimizer.lr) == (0.25, 0.5)
+    assert (config.estimator.eps, config.server_optimizer.lr) == (0.25, 0.5)
 
 
 def test_step_sizes_can_be_set_apart_from_the_trainer() -> None:
-    config = load(["trainer=mezo", "estimator.eps=0.5", "optimizer.lr=0"])
+    config = load(["trainer=mezo", "estimator.eps=0.5", "server_optimizer.lr=0"])
 
     assert config.trainer == MezoConfig()
-    assert (config.estimator, config.optimizer) == (TwoPointConfig(eps=0.5), SgdConfig(lr=0.0))
+    assert (config.estimator, config.server_optimizer) == (TwoPointConfig(eps=0.5), SgdConfig(lr=0.0))
 
 
 def test_choosing_a_plugin_leaves_no_key_of_the_default_behind() -> None:

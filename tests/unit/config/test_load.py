@@ -42,13 +42,13 @@ from fedzo.trainers.config import TrainerConfig
         ("fl.rounds=1.5", r"Value '1.5' of type 'float' could not be converted to Integer"),
         ("fl={rounds:3,bogus:1}", r"Key 'bogus' not in 'FlConfig'"),
         ("task.candidates=yes", r"task\.candidates=yes: Invalid value assigned.* Write task\.candidates=\[yes\]\.$"),
-        ("selection.tests=ratio", r"Write selection\.tests=\[ratio\]\.$"),
+        ("step_policy.tests=ratio", r"Write step_policy\.tests=\[ratio\]\.$"),
         (
             "fl=foo",
             r"^fl=foo: fl holds settings and has no value of its own\. Set one of fl\.batch_size, .*fl\.seeds, ",
         ),
         ("estimator.distribution=gauss", r"Invalid value 'gauss', expected one of \[gaussian, rademacher\]"),
-        ("optimizer.lr=${trainer.foo}", r"Interpolation key 'trainer\.foo' not found"),
+        ("server_optimizer.lr=${trainer.foo}", r"Interpolation key 'trainer\.foo' not found"),
         ("fl.rounds=[1", r"'fl\.rounds=\[1' must be an override key=value"),
         ("fl.rounds", r"'fl\.rounds' must be an override key=value"),
         ("task.template={text} It was", r"must be in quotes of its own: 'key=\"\.\.\.\"'\.$"),
@@ -58,15 +58,17 @@ from fedzo.trainers.config import TrainerConfig
 )
 def test_a_bad_override_is_named_with_its_remedy(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load([*(["selection=vpcs"] if override.startswith("selection.") else []), override])
+        load([*(["step_policy=vpcs"] if override.startswith("step_policy.") else []), override])
 
 
 def test_a_key_of_another_plugin_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"trainer\.density is not a setting\. It belongs to trainer=meerkat, and an"):
         load(["trainer.density=0.1", "trainer=mezo"])
-    owners = r"selection=cusum or selection=vpcs"
-    with pytest.raises(ConfigError, match=rf"selection\.graded is not a setting\. It belongs to {owners}, and another"):
-        load(["selection.graded=true"])
+    owners = r"step_policy=cusum or step_policy=vpcs"
+    with pytest.raises(
+        ConfigError, match=rf"step_policy\.graded is not a setting\. It belongs to {owners}, and another"
+    ):
+        load(["step_policy.graded=true"])
 
 
 def test_all_problems_come_in_one_message() -> None:
@@ -244,3 +246,18 @@ def test_job_folders_are_the_same_each_time_short_and_safe() -> None:
     assert job_folder(1, "data.path=../../etc/'x',model.name=a\\b $(ls)") == "1_data.path-..-..-etc-x_model.name-ab-ls"
     assert job_folder(0, long) == job_folder(0, long) != job_folder(0, long + "y")
     assert len(job_folder(0, long)) < 100
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("selection=vpcs", "step_policy=vpcs"),
+        ("selection.max_share=0.1", "step_policy.max_share=0.1"),
+        ("optimizer=adam", "server_optimizer=adam"),
+        ("optimizer.lr=0.1", "server_optimizer.lr=0.1"),
+        ("estimator.freeze_selection=true", "estimator.freeze_routing=true"),
+    ],
+)
+def test_an_old_name_gets_an_error_that_names_the_new_one(old: str, new: str) -> None:
+    with pytest.raises(ConfigError, match=f"is called .* now. Write {new}"):
+        load([old])

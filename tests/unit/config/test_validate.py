@@ -42,7 +42,7 @@ from fedzo.zo.config import (
     FzooConfig,
     MomentumConfig,
     OneSidedConfig,
-    OptimizerConfig,
+    ServerOptimizerConfig,
     SgdConfig,
 )
 
@@ -100,17 +100,25 @@ def test_a_sound_config_has_no_problem() -> None:
         ("estimator.eps", 0.0, "be > 0 and finite"),
         ("estimator.num_probes", 0, "be >= 1, got 0. A step needs a direction."),
         ("estimator.eps", 1e-60, "be > 0 and finite in float32, got 1e-60. 1e-3 is usual."),
-        ("optimizer.lr", -1.0, "be >= 0 and finite in float32, got -1.0. 0 trains nothing."),
-        ("optimizer.lr", 1e39, "be >= 0 and finite in float32, got 1e+39."),
-        ("optimizer.lr", float("nan"), "be >= 0 and finite in float32, got nan."),
+        ("server_optimizer.lr", -1.0, "be >= 0 and finite in float32, got -1.0. 0 trains nothing."),
+        ("server_optimizer.lr", 1e39, "be >= 0 and finite in float32, got 1e+39."),
+        ("server_optimizer.lr", float("nan"), "be >= 0 and finite in float32, got nan."),
         ("fl.rounds", 2**32, "be at most 4294967295, all that a record of the log can count, got 4294967296."),
-        ("optimizer.final_lr_share", 1.1, "be between 0 and 1, got 1.1."),
-        ("optimizer.final_lr_share", float("nan"), "be between 0 and 1"),
-        ("optimizer.warmup_rounds", 75, "be >= 0 and below fl.rounds (75), got 75. Lower it, or train longer."),
-        ("optimizer.warmup_rounds", -1, "be >= 0 and below fl.rounds"),
-        ("optimizer.weight_decay", -0.1, "be >= 0 and finite, got -0.1. 0 switches it off."),
-        ("optimizer.weight_decay", 1e-5, "make optimizer.lr * optimizer.weight_decay 0, or at least 6e-8"),
-        ("optimizer.weight_decay", 1e4, "make optimizer.lr * optimizer.weight_decay 0, or at least 6e-8"),
+        ("server_optimizer.final_lr_share", 1.1, "be between 0 and 1, got 1.1."),
+        ("server_optimizer.final_lr_share", float("nan"), "be between 0 and 1"),
+        ("server_optimizer.warmup_rounds", 75, "be >= 0 and below fl.rounds (75), got 75. Lower it, or train longer."),
+        ("server_optimizer.warmup_rounds", -1, "be >= 0 and below fl.rounds"),
+        ("server_optimizer.weight_decay", -0.1, "be >= 0 and finite, got -0.1. 0 switches it off."),
+        (
+            "server_optimizer.weight_decay",
+            1e-5,
+            "make server_optimizer.lr * weight_decay 0, or at least 6e-8",
+        ),
+        (
+            "server_optimizer.weight_decay",
+            1e4,
+            "make server_optimizer.lr * weight_decay 0, or at least 6e-8",
+        ),
         ("fl.num_clients", 0, "be >= 1, got 0. A federation needs a client."),
         ("fl.rounds", 0, "be >= 1, got 0. A run needs a round."),
         ("fl.local_steps", 0, "be >= 1, got 0."),
@@ -165,7 +173,7 @@ def test_a_broken_rule_is_named(key: str, value: object, rule: str) -> None:
         ("seed", 2**64 - 1),
         ("device", "cuda:1"),
         ("device", "mps"),
-        ("optimizer.lr", 0.0),
+        ("server_optimizer.lr", 0.0),
         ("trainer.density", 1.0),
         ("partition.holdout", 0.0),
         ("strategy.clients_per_round", 8),
@@ -176,10 +184,10 @@ def test_a_broken_rule_is_named(key: str, value: object, rule: str) -> None:
         ("fl.seeds", Seeds.per_client),
         ("task.labels", ["neg", "pos"]),
         ("estimator.eps", 0.5),  # may differ from trainer.eps
-        ("optimizer.final_lr_share", 0.0),
-        ("optimizer.final_lr_share", 1.0),
-        ("optimizer.warmup_rounds", 74),
-        ("optimizer.weight_decay", 6e-4),  # lr is 1e-4: 6e-8, the least that float32 sees
+        ("server_optimizer.final_lr_share", 0.0),
+        ("server_optimizer.final_lr_share", 1.0),
+        ("server_optimizer.warmup_rounds", 74),
+        ("server_optimizer.weight_decay", 6e-4),  # lr is 1e-4: 6e-8, the least that float32 sees
         ("strategy.clip_factor", 1.0),
         ("strategy.size_cap", 0.0),
         ("strategy.size_cap", 1.0),
@@ -249,41 +257,43 @@ def test_estimator_rules(estimator: EstimatorConfig, messages: list[str]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "messages"),
+    ("server_optimizer", "messages"),
     [
         (MomentumConfig(momentum=0.0), []),
-        (MomentumConfig(momentum=1.0), ["optimizer.momentum must be >= 0 and < 1, got 1.0."]),
+        (MomentumConfig(momentum=1.0), ["server_optimizer.momentum must be >= 0 and < 1, got 1.0."]),
         (AdamConfig(beta1=0.0, beta2=0.0), []),
         (
             AdamConfig(beta1=-0.1, beta2=1.0, eps=0.0),
             [
-                "optimizer.beta1 must be >= 0 and < 1, got -0.1.",
-                "optimizer.beta2 must be >= 0 and < 1, got 1.0.",
-                "optimizer.eps must be > 0 and finite in float32, got 0.0.",
+                "server_optimizer.beta1 must be >= 0 and < 1, got -0.1.",
+                "server_optimizer.beta2 must be >= 0 and < 1, got 1.0.",
+                "server_optimizer.eps must be > 0 and finite in float32, got 0.0.",
             ],
         ),
     ],
     ids=str,
 )
-def test_update_rule_rules(optimizer: OptimizerConfig, messages: list[str]) -> None:
+def test_update_rule_rules(server_optimizer: ServerOptimizerConfig, messages: list[str]) -> None:
     config = sound()
-    config.optimizer = optimizer
+    config.server_optimizer = server_optimizer
 
     found = [problem.text for problem in problems(config)]
 
     assert [text.startswith(message) for text, message in zip(found, messages, strict=True)] == [True] * len(messages)
 
 
-@pytest.mark.parametrize("optimizer", [MomentumConfig(), AdamConfig()], ids=str)
-def test_rules_that_remember_are_refused_where_every_weight_is_trained(optimizer: OptimizerConfig) -> None:
+@pytest.mark.parametrize("server_optimizer", [MomentumConfig(), AdamConfig()], ids=str)
+def test_rules_that_remember_are_refused_where_every_weight_is_trained(server_optimizer: ServerOptimizerConfig) -> None:
     config = sound()
-    config.trainer, config.optimizer = MezoConfig(), optimizer
+    config.trainer, config.server_optimizer = MezoConfig(), server_optimizer
 
     (problem,) = problems(config)
 
-    assert problem.key == "optimizer"
-    assert problem.text.startswith("optimizer must be sgd for trainer=mezo: other rules keep float32 numbers beside")
-    config.optimizer = SgdConfig(weight_decay=0.1)
+    assert problem.key == "server_optimizer"
+    assert problem.text.startswith(
+        "server_optimizer must be sgd for trainer=mezo: other rules keep float32 numbers beside"
+    )
+    config.server_optimizer = SgdConfig(weight_decay=0.1)
     assert problems(config) == []
 
 
@@ -433,14 +443,14 @@ def test_compiled_forwards_serve_every_trainer_that_writes_its_values(trainer: t
 def test_compiled_forwards_are_refused_where_probes_cannot_be_traced_or_kept() -> None:
     config = sound()
     config.trainer = MezoConfig()
-    config.estimator.freeze_selection = True
+    config.estimator.freeze_routing = True
     assert problems(config) == []
 
     config.model.compile = True
     perturbed, frozen = [problem.text for problem in problems(config)]
 
     assert perturbed.startswith("model.compile must be false for trainer=mezo: its probes hand each operation")
-    assert frozen.startswith("model.compile must be false with estimator.freeze_selection: the selections of one")
+    assert frozen.startswith("model.compile must be false with estimator.freeze_routing: the choices of one")
 
 
 @pytest.mark.parametrize("key", ["data.path", "trainer.mask_path", "trainer.calibration_path", "model.name"])

@@ -134,19 +134,19 @@ def test_of_several_learning_rates_the_one_of_the_best_dev_loss_is_shown(study: 
 
 
 def test_results_are_found_by_what_was_changed(study: Any) -> None:
-    rows = [row(0, 0.5, optimizer="feddyn"), row(0, 0.6, trainer__mask_path="runs/mask-c4-60.safetensors")]
+    rows = [row(0, 0.5, server_optimizer="feddyn"), row(0, 0.6, trainer__mask_path="runs/mask-c4-60.safetensors")]
     results = study["verdicts"].Results({"servers": rows})
 
-    assert [r["after"]["value"] for r in results.rows("servers", "sst2", optimizer="feddyn")] == [0.5]
+    assert [r["after"]["value"] for r in results.rows("servers", "sst2", server_optimizer="feddyn")] == [0.5]
     assert len(results.rows("servers", "sst2", trainer__mask_path="c4-60.safetensors")) == 1
     assert not results.rows("servers", "sst2", "full")
 
 
 def test_a_seed_on_which_too_many_were_flagged_says_nothing_of_stopping_by_lot(study: Any) -> None:
     """Of three runs of VPCS one stops two clients, one nobody, and one falls back, as its run by lot does."""
-    vpcs = [{**row(seed, 0.9, selection="vpcs"), "flagged": [1, 2][: 2 - 2 * (seed == 1)]} for seed in range(3)]
-    lot = [{**row(seed, 0.6, selection="random"), "fallback": seed == 2} for seed in (0, 2)]
-    pieces = {"selection": vpcs, "random_selection": lot, "core": [row(seed, 0.5) for seed in range(3)]}
+    vpcs = [{**row(seed, 0.9, step_policy="vpcs"), "flagged": [1, 2][: 2 - 2 * (seed == 1)]} for seed in range(3)]
+    lot = [{**row(seed, 0.6, step_policy="random"), "fallback": seed == 2} for seed in (0, 2)]
+    pieces = {"step_policy": vpcs, "random_step_policy": lot, "core": [row(seed, 0.5) for seed in range(3)]}
 
     found = study["verdicts"].Results(pieces).by_lot("sst2")
 
@@ -247,7 +247,7 @@ def test_the_local_steps_of_a_plain_run_and_of_one_with_vpcs_are_kept(
 ) -> None:
     """Seed 0 at T = 10, by the very words of the pieces."""
     monkeypatch.setattr(study["collect"], "PANELS", tmp_path / "panels")
-    for piece in ("core", "selection"):
+    for piece in ("core", "step_policy"):
         for number, words in enumerate(study["pieces"].jobs_of(piece, "sst2-meerkat", lr=1.0)):
             folder = tmp_path / piece / str(number)
             write_run(folder, finished=True)
@@ -310,11 +310,11 @@ def test_the_steps_of_a_run_are_its_rounds_and_its_calibration(study: Any) -> No
     assert steps("core") == steps("iid") == [200] * 6
     assert steps("T50") == [200] * 3
     assert steps("long") == [1000] * 3
-    assert steps("selection") == [200] * 3 + [300] * 3
+    assert steps("step_policy") == [200] * 3 + [300] * 3
 
 
 def test_the_sums_of_a_cusum_are_those_of_a_slow_loop(study: Any) -> None:
-    """The committed run on SST-2, client by client and step by step, by the words of ``fedzo.fl.selection.cusum``."""
+    """The committed run on SST-2, client by client and step by step, by the words of ``step_policy.cusum``."""
     lines = (FOLDER / "results" / "panels" / "sst2-plain" / "metrics.jsonl").read_text().splitlines()
     rounds = [record for record in map(json.loads, lines) if record["kind"] == "round"]
     sums, peaks = dict.fromkeys(range(8), 0.0), dict.fromkeys(range(8), 0.0)

@@ -10,15 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedzo.errors import ProtocolError
-from fedzo.fl.aggregate import ClientResult, aggregate, check_reply, num_trimmed, sampling_order, unmoved
 from fedzo.fl.config import Aggregation
-from fedzo.fl.wire import TrainReply, scalars_to_bytes, signs_from_bytes, signs_to_bytes
+from fedzo.fl.messages import TrainReply, scalars_to_bytes, signs_from_bytes, signs_to_bytes
+from fedzo.fl.server.aggregate import ClientResult, aggregate, check_reply, num_trimmed, sampling_order, unmoved
 from fedzo.testing.vector_space import VectorSpace
-from fedzo.zo.config import AdamConfig, MomentumConfig, OptimizerConfig, SgdConfig
+from fedzo.zo.config import AdamConfig, MomentumConfig, ServerOptimizerConfig, SgdConfig
 from fedzo.zo.directions import SHARED, direction
-from fedzo.zo.path import apply_record
+from fedzo.zo.log import apply_record
 from fedzo.zo.seeds import OWN, step_key
-from fedzo.zo.update_rule import UPDATE_RULES
+from fedzo.zo.server_optimizer import SERVER_OPTIMIZERS
 
 
 def result(g: object) -> ClientResult:
@@ -134,7 +134,7 @@ def test_the_aggregate_is_the_mean_of_the_clients_own_end_models_when_they_take_
 
 
 @pytest.mark.parametrize(
-    "optimizer",
+    "server_optimizer",
     [
         SgdConfig(lr=0.5, weight_decay=0.1),
         MomentumConfig(lr=0.5, weight_decay=0.1),
@@ -143,10 +143,12 @@ def test_the_aggregate_is_the_mean_of_the_clients_own_end_models_when_they_take_
     ],
     ids=["sgd", "momentum", "nesterov", "adam"],
 )
-def test_no_rule_moves_anything_by_the_record_of_a_first_round_that_only_measured(optimizer: OptimizerConfig) -> None:
+def test_no_rule_moves_anything_by_the_record_of_a_first_round_that_only_measured(
+    server_optimizer: ServerOptimizerConfig,
+) -> None:
     measured = aggregate({0: result([[3.0], [-4.0]])}, {0: 1.0}, round=0, lr=0.5, steps=2, probes=1, directions=SHARED)
     theta = np.array([0.0, -0.0, 1e-45, -1e-45, 3.5, np.inf], np.float32)
-    space, rule = VectorSpace(theta), UPDATE_RULES.build(optimizer)
+    space, rule = VectorSpace(theta), SERVER_OPTIMIZERS.build(server_optimizer)
     moments = np.zeros((rule.num_moments(1), theta.size), np.float32)
 
     rule.apply(space, moments, unmoved(measured), run_seed=1)

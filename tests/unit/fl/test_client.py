@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from fedzo.data.config import TaskConfig
-from fedzo.fl.client import ClientWorker, Identity
+from fedzo.fl.client.worker import ClientWorker, Identity
 from fedzo.fl.replica import Replica
 from fedzo.testing.vector_space import VectorSpace
-from fedzo.zo.path import RoundRecord
-from fedzo.zo.update_rule import Sgd
+from fedzo.zo.log import RoundRecord
+from fedzo.zo.server_optimizer import Sgd
 
 BASE = np.linspace(-1, 1, 5).astype(np.float32)
 

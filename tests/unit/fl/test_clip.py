@@ -11,7 +11,7 @@ import pytest
 
 from fedzo.fl.clip import NO_BOUND, announced_bound, clip
 from fedzo.zo.directions import SHARED
-from fedzo.zo.path import RoundRecord
+from fedzo.zo.log import RoundRecord
 
 
 def line(*clients: list[list[float]], dropped: list[list[bool]] | None = None) -> dict[str, Any]:

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from fedzo.errors import ProtocolError
+from fedzo.fl.messages import Status, Sync
 from fedzo.fl.replica import Replica
-from fedzo.fl.wire import Status, Sync
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.directions import SHARED
-from fedzo.zo.path import RoundRecord, pack
-from fedzo.zo.update_rule import Adam, Momentum, Sgd, UpdateRule
+from fedzo.zo.log import RoundRecord, pack
+from fedzo.zo.server_optimizer import Adam, Momentum, ServerOptimizer, Sgd
 
 SGD = Sgd()
 BASE = np.linspace(-1, 1, 33).astype(np.float32)
@@ -26,18 +26,18 @@ LOG = [
 RULES = [Momentum(momentum=0.5, nesterov=False), Adam(beta1=0.5, beta2=0.75, eps=1e-3)]
 
 
-def new_replica(rule: UpdateRule = SGD) -> Replica:
+def new_replica(rule: ServerOptimizer = SGD) -> Replica:
     space = VectorSpace(BASE)
     return Replica(space, rule=rule, reset=lambda: space.load(BASE), run_seed=3)
 
 
-def server_at(position: int, rule: UpdateRule = SGD) -> Replica:
+def server_at(position: int, rule: ServerOptimizer = SGD) -> Replica:
     replica = new_replica(rule)
     replica.advance(LOG[:position])
     return replica
 
 
-def request(position: int, from_round: int, rule: UpdateRule = SGD, **changes: object) -> Sync:
+def request(position: int, from_round: int, rule: ServerOptimizer = SGD, **changes: object) -> Sync:
     server = server_at(position, rule)
     fields = {
         "round": position,
@@ -123,7 +123,7 @@ def same_state(one: Replica, other: Replica) -> bool:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_the_log_alone_leads_to_the_same_values_and_moments(rule: UpdateRule) -> None:
+def test_the_log_alone_leads_to_the_same_values_and_moments(rule: ServerOptimizer) -> None:
     late = new_replica(rule)
 
     assert late.sync(request(6, 0, rule)) is Status.ok
@@ -132,7 +132,7 @@ def test_the_log_alone_leads_to_the_same_values_and_moments(rule: UpdateRule) ->
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_going_back_forgets_the_moments(rule: UpdateRule) -> None:
+def test_going_back_forgets_the_moments(rule: ServerOptimizer) -> None:
     replica = server_at(6, rule)
 
     replica.goto(2, LOG)
@@ -146,7 +146,7 @@ def test_going_back_forgets_the_moments(rule: UpdateRule) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_wrong_moments_are_found_at_once_and_healed_with_the_values(rule: UpdateRule) -> None:
+def test_wrong_moments_are_found_at_once_and_healed_with_the_values(rule: ServerOptimizer) -> None:
     server, replica = server_at(6, rule), server_at(5, rule)
     replica.moments[-1, 7] += np.float32(0.25)  # theta itself is right
     assert replica.space.digest() == server_at(5, rule).space.digest()
@@ -161,7 +161,7 @@ def test_wrong_moments_are_found_at_once_and_healed_with_the_values(rule: Update
 
 
 @pytest.mark.parametrize(("rule", "length"), [(Sgd(), 132), (RULES[0], 264), (RULES[1], 396)], ids=str)
-def test_a_snapshot_is_theta_then_moments_and_no_other_length_is_taken(rule: UpdateRule, length: int) -> None:
+def test_a_snapshot_is_theta_then_moments_and_no_other_length_is_taken(rule: ServerOptimizer, length: int) -> None:
     server = server_at(4, rule)
 
     snapshot = server.snapshot()

@@ -16,17 +16,10 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.app.message.message import make_message
 
 from fedzo.errors import ProtocolError
-from fedzo.fl import roster
-from fedzo.fl.aggregate import sampling_order
-from fedzo.fl.client import Identity, space_id
+from fedzo.fl.client.worker import Identity, space_id
 from fedzo.fl.config import FlConfig, Seeds, StrategyConfig, Transport, Weighting
-from fedzo.fl.replica import Replica
-from fedzo.fl.roster import Roster
-from fedzo.fl.selection import SELECTIONS
-from fedzo.fl.selection.config import CusumConfig, NoSelectionConfig, SelectionConfig, VpcsConfig
-from fedzo.fl.server import FederationError, Server
-from fedzo.fl.store import RunStore
-from fedzo.fl.wire import (
+from fedzo.fl.log_store import RunStore
+from fedzo.fl.messages import (
     RECORD,
     Hello,
     HelloReply,
@@ -37,11 +30,18 @@ from fedzo.fl.wire import (
     encode,
     scalars_to_bytes,
 )
+from fedzo.fl.replica import Replica
+from fedzo.fl.server import client_registry
+from fedzo.fl.server.aggregate import sampling_order
+from fedzo.fl.server.client_registry import ClientRegistry
+from fedzo.fl.server.rounds import FederationError, Server
+from fedzo.fl.server.step_policy import STEP_POLICIES
+from fedzo.fl.server.step_policy.config import CusumConfig, NoStepPolicyConfig, StepPolicyConfig, VpcsConfig
 from fedzo.testing.vector_space import VectorSpace
-from fedzo.zo.config import AdamConfig, OptimizerConfig, Schedule, SgdConfig
+from fedzo.zo.config import AdamConfig, Schedule, ServerOptimizerConfig, SgdConfig
 from fedzo.zo.directions import SHARED, direction, stream_key
-from fedzo.zo.path import unpack
-from fedzo.zo.update_rule import UPDATE_RULES, Sgd, UpdateRule
+from fedzo.zo.log import unpack
+from fedzo.zo.server_optimizer import SERVER_OPTIMIZERS, ServerOptimizer, Sgd
 
 SGD = Sgd()
 BASE = np.linspace(-1, 1, 9).astype(np.float32)
@@ -49,7 +49,7 @@ IDENTITY = Identity(config_hash="c" * 64, base_digest="b", tokenizer_digest="t",
 ARTIFACT = b"mask"
 
 
-def new_replica(rule: UpdateRule = SGD) -> Replica:
+def new_replica(rule: ServerOptimizer = SGD) -> Replica:
     space = VectorSpace(BASE)
     return Replica(space, rule=rule, reset=lambda: space.load(BASE), run_seed=1)
 
@@ -66,7 +66,7 @@ def server_task(monkeypatch: pytest.MonkeyPatch) -> None:
 class Client:
     """An honest client whose g is its index plus one; tests bend it."""
 
-    def __init__(self, index: int, rule: UpdateRule = SGD) -> None:
+    def __init__(self, index: int, rule: ServerOptimizer = SGD) -> None:
         self.index = index
         self.rule = rule
         self.replica: Replica | None = None
@@ -140,31 +140,31 @@ def federation(tmp_path: Path) -> Iterator[Callable[..., tuple[Server, list[Clie
     stores = []
 
     def make(num_clients: int = 3, **strategy: Any) -> tuple[Server, list[Client], Grid]:
-        optimizer: OptimizerConfig = strategy.pop("optimizer", SgdConfig(lr=0.5))
-        rule = UPDATE_RULES.build(optimizer)
+        server_optimizer: ServerOptimizerConfig = strategy.pop("server_optimizer", SgdConfig(lr=0.5))
+        rule = SERVER_OPTIMIZERS.build(server_optimizer)
         clients = [Client(index, rule) for index in range(num_clients)]
         grid = Grid(clients)
         settings = {name: strategy.pop(name) for name in ("transport", "seeds") if name in strategy}
         gradient = strategy.pop("gradient", None)
-        selection: SelectionConfig = strategy.pop("selection", NoSelectionConfig())
+        step_policy: StepPolicyConfig = strategy.pop("step_policy", NoStepPolicyConfig())
         stores.append(RunStore(tmp_path))
         server = Server(
             grid=grid,
-            roster=Roster(num_clients=num_clients, identity=IDENTITY),
+            client_registry=ClientRegistry(num_clients=num_clients, identity=IDENTITY),
             replica=new_replica(rule),
             store=stores[-1],
             artifact=ARTIFACT,
             run_seed=1,
             fl=FlConfig(num_clients=num_clients, rounds=5, local_steps=2, hash_every=2, **settings),
             strategy=StrategyConfig(**{"deadline_s": 0.2, "startup_s": 1.0, **strategy}),
-            optimizer=optimizer,
+            server_optimizer=server_optimizer,
             num_probes=1,
-            selection=SELECTIONS.build(selection, num_clients=num_clients, local_steps=2, run_seed=1),
+            step_policy=STEP_POLICIES.build(step_policy, num_clients=num_clients, local_steps=2, run_seed=1),
             sink=_Kept(),
             elapsed=lambda: 0.0,
             gradient=gradient,
         )
-        server.roster.wait(grid, timeout_s=1.0)
+        server.client_registry.wait(grid, timeout_s=1.0)
         return server, clients, grid
 
     yield make
@@ -436,7 +436,7 @@ def test_what_a_client_declares_counts_within_the_cap_and_the_server_says_so(
     server, clients, _ = federation(5, weighting=Weighting.size, size_cap=2.0)
     server.warn_of_cut_sizes()
     assert not caplog.text
-    server.roster.hellos[4] = replace(clients[4].hello, num_train=2**62)
+    server.client_registry.hellos[4] = replace(clients[4].hello, num_train=2**62)
 
     server.warn_of_cut_sizes()
     server.run_round()
@@ -454,7 +454,7 @@ def test_a_resumed_run_goes_on_with_the_registrations_of_its_record(
     record = [
         {"client": c.index, "num_train": c.hello.num_train, "num_heldout": 0, "label_counts": {}} for c in clients
     ]
-    again = Roster(num_clients=3, identity=IDENTITY)
+    again = ClientRegistry(num_clients=3, identity=IDENTITY)
     again.recall(record)
     clients[1].hello = replace(clients[1].hello, num_train=7)  # its rows are others now
     grid = Grid(clients[:2])
@@ -467,7 +467,7 @@ def test_a_resumed_run_goes_on_with_the_registrations_of_its_record(
     assert "client 1: it must hold the rows that it registered with (20 to train), got 7" in caplog.text
     assert "the run goes on although clients [1, 2] did not register within 0.2 s" in caplog.text
     with pytest.raises(ProtocolError, match=r"clients \[0, 1, 2\] did not\. Start them\.$"):
-        Roster(num_clients=3, identity=IDENTITY).wait(Grid([]), timeout_s=0.2, fewest=1)
+        ClientRegistry(num_clients=3, identity=IDENTITY).wait(Grid([]), timeout_s=0.2, fewest=1)
 
 
 def test_a_client_that_was_not_let_in_may_come_back_mended(federation: Any) -> None:
@@ -521,7 +521,7 @@ def test_clients_that_do_not_mean_the_same_run_stop_it_before_any_work(hello: di
     client.hello = HelloReply(**{**fields, **hello})
 
     with pytest.raises(ProtocolError, match=match):
-        Roster(num_clients=1, identity=IDENTITY, num_labels=2).wait(Grid([client]), timeout_s=0.5)
+        ClientRegistry(num_clients=1, identity=IDENTITY, num_labels=2).wait(Grid([client]), timeout_s=0.5)
 
 
 def test_two_clients_of_one_index_and_missing_clients_are_named() -> None:
@@ -529,16 +529,16 @@ def test_two_clients_of_one_index_and_missing_clients_are_named() -> None:
     grid.nodes[555] = Client(0)
 
     with pytest.raises(ProtocolError, match="client index 0 is taken twice"):
-        Roster(num_clients=2, identity=IDENTITY).wait(grid, timeout_s=0.5)
+        ClientRegistry(num_clients=2, identity=IDENTITY).wait(grid, timeout_s=0.5)
     with pytest.raises(ProtocolError, match=r"clients \[1, 2\] did not. Start them"):
-        Roster(num_clients=3, identity=IDENTITY).wait(Grid([Client(0)]), timeout_s=0.3)
+        ClientRegistry(num_clients=3, identity=IDENTITY).wait(Grid([Client(0)]), timeout_s=0.3)
 
 
 def test_a_client_that_cannot_register_is_asked_now_and_then_and_its_reason_is_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(roster, "RETRY_S", 0.4)
-    monkeypatch.setattr(roster, "REST", 0)
+    monkeypatch.setattr(client_registry, "RETRY_S", 0.4)
+    monkeypatch.setattr(client_registry, "REST", 0)
     client = Client(0)
     client.hello = RecordDict()  # type: ignore[assignment]
     grid = Grid([client])
@@ -546,7 +546,7 @@ def test_a_client_that_cannot_register_is_asked_now_and_then_and_its_reason_is_t
     with pytest.raises(
         ProtocolError, match=r"clients \[0\] did not \(HelloReply: expected one record .*\)\. Start them"
     ):
-        Roster(num_clients=1, identity=IDENTITY).wait(grid, timeout_s=1.0)
+        ClientRegistry(num_clients=1, identity=IDENTITY).wait(grid, timeout_s=1.0)
 
     assert 2 <= len(grid.hellos) <= 4
 
@@ -589,12 +589,12 @@ def test_what_a_client_missed_counts_where_it_is_sent(federation: Any, seeds: Se
     assert sum(line["payload_down_bytes"] for line in told) == sum(sum(sizes[: r + 1]) for r in last.values())
 
 
-# --- update rules and the clip ----------------------------------------------------------------------------------------
+# --- server optimizers and the clip ---
 
 
 @pytest.mark.parametrize("transport", list(Transport))
 def test_clients_follow_a_rule_that_remembers_by_log_and_by_values(federation: Any, transport: Transport) -> None:
-    server, clients, _ = federation(optimizer=AdamConfig(lr=0.5), transport=transport)
+    server, clients, _ = federation(server_optimizer=AdamConfig(lr=0.5), transport=transport)
 
     for _ in range(4):
         server.run_round()
@@ -612,7 +612,7 @@ def test_clients_follow_a_rule_that_remembers_by_log_and_by_values(federation: A
 def test_a_client_whose_moments_are_wrong_is_found_in_the_next_round_and_healed(
     federation: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    server, clients, _ = federation(optimizer=AdamConfig(lr=0.5))
+    server, clients, _ = federation(server_optimizer=AdamConfig(lr=0.5))
     for _ in range(2):
         server.run_round()
     clients[0].replica.moments[1, 3] *= 2
@@ -626,8 +626,8 @@ def test_a_client_whose_moments_are_wrong_is_found_in_the_next_round_and_healed(
 
 
 def test_the_schedule_is_in_the_requests_and_in_the_log(federation: Any) -> None:
-    optimizer = SgdConfig(lr=0.5, schedule=Schedule.linear, final_lr_share=0.2)
-    server, clients, _ = federation(optimizer=optimizer)
+    server_optimizer = SgdConfig(lr=0.5, schedule=Schedule.linear, final_lr_share=0.2)
+    server, clients, _ = federation(server_optimizer=server_optimizer)
 
     for _ in range(5):
         server.run_round()
@@ -696,7 +696,7 @@ def test_without_a_gradient_the_audit_line_says_so(federation: Any) -> None:
     assert server.store.audit[0]["xi"] is None
 
 
-# --- selection of clients ---------------------------------------------------------------------------------------------
+# --- step policies ---
 
 VPCS = VpcsConfig(calibration_steps=9, initial_steps=3, later_steps=3)
 
@@ -707,17 +707,21 @@ def falling(request: TrainRequest) -> np.ndarray:
 
 
 def calibrated(federation: Any, **settings: Any) -> Any:
-    server, clients, grid = federation(4, selection=VPCS, **settings)
+    server, clients, grid = federation(4, step_policy=VPCS, **settings)
     clients[3].g_of = falling
     return server, clients, grid
 
 
 @pytest.mark.parametrize("transport", list(Transport))
-@pytest.mark.parametrize("optimizer", [SgdConfig(lr=0.5, weight_decay=0.1), AdamConfig(lr=0.5)], ids=["sgd", "adam"])
+@pytest.mark.parametrize(
+    "server_optimizer", [SgdConfig(lr=0.5, weight_decay=0.1), AdamConfig(lr=0.5)], ids=["sgd", "adam"]
+)
 def test_the_calibration_round_measures_and_leaves_the_model_where_it_was(
-    federation: Any, optimizer: OptimizerConfig, transport: Transport
+    federation: Any, server_optimizer: ServerOptimizerConfig, transport: Transport
 ) -> None:
-    server, clients, _ = calibrated(federation, optimizer=optimizer, transport=transport, clients_per_round=2)
+    server, clients, _ = calibrated(
+        federation, server_optimizer=server_optimizer, transport=transport, clients_per_round=2
+    )
 
     record = server.run_round()
 
@@ -735,7 +739,7 @@ def test_the_calibration_round_measures_and_leaves_the_model_where_it_was(
 
 
 def test_a_calibration_steps_at_the_full_learning_rate_whatever_the_warm_up(federation: Any) -> None:
-    server, clients, _ = calibrated(federation, optimizer=SgdConfig(lr=0.5, warmup_rounds=4))
+    server, clients, _ = calibrated(federation, server_optimizer=SgdConfig(lr=0.5, warmup_rounds=4))
 
     server.run_round()
     server.run_round()
@@ -766,7 +770,7 @@ def test_a_decision_is_told_once_with_what_it_rests_on(federation: Any) -> None:
     for _ in range(5):
         server.run_round()
 
-    (told,) = [record for record in server.sink.records if record["kind"] == "selection"]
+    (told,) = [record for record in server.sink.records if record["kind"] == "step_policy"]
     assert (told["round"], told["fallback"], told["windows"]) == (1, False, {"initial": [0, 3], "later": [6, 9]})
     assert [row["flagged"] for row in told["clients"]] == [False, False, False, True]
     assert [row["steps"] for row in told["clients"]] == [2, 2, 2, 1]
@@ -776,7 +780,7 @@ def test_a_decision_is_told_once_with_what_it_rests_on(federation: Any) -> None:
 
 
 def test_where_too_many_are_flagged_all_take_fewer_steps(federation: Any, caplog: pytest.LogCaptureFixture) -> None:
-    server, clients, _ = federation(4, selection=VPCS)
+    server, clients, _ = federation(4, step_policy=VPCS)
     for client in clients[1:]:
         client.g_of = falling
 
@@ -784,8 +788,8 @@ def test_where_too_many_are_flagged_all_take_fewer_steps(federation: Any, caplog
     server.run_round()
 
     assert [client.requests[1].steps for client in clients] == [1, 1, 1, 1]
-    assert [record["fallback"] for record in server.sink.records if record["kind"] == "selection"] == [True]
-    assert "flagged: 1, 2, 3; more than selection.max_share allows, so all clients take 1 of 2 steps" in caplog.text
+    assert [record["fallback"] for record in server.sink.records if record["kind"] == "step_policy"] == [True]
+    assert "flagged: 1, 2, 3; more than step_policy.max_share allows, so all clients take 1 of 2 steps" in caplog.text
 
 
 def test_a_client_that_was_absent_from_the_calibration_is_not_judged(federation: Any) -> None:
@@ -797,18 +801,18 @@ def test_a_client_that_was_absent_from_the_calibration_is_not_judged(federation:
     server.run_round()
 
     assert clients[3].requests[-1].steps == 2
-    (told,) = [record for record in server.sink.records if record["kind"] == "selection"]
+    (told,) = [record for record in server.sink.records if record["kind"] == "step_policy"]
     assert told["clients"][3] == {"client": 3, "flagged": False, "steps": 2, "statistics": {}}
 
 
-@pytest.mark.parametrize("selection", [VPCS, CusumConfig(threshold=2.0)], ids=["vpcs", "cusum"])
+@pytest.mark.parametrize("step_policy", [VPCS, CusumConfig(threshold=2.0)], ids=["vpcs", "cusum"])
 @pytest.mark.parametrize("after", range(1, 5))
 def test_a_resumed_server_selects_as_an_unbroken_one(
-    federation: Any, tmp_path: Path, selection: SelectionConfig, after: int
+    federation: Any, tmp_path: Path, step_policy: StepPolicyConfig, after: int
 ) -> None:
     def play(rounds: int) -> tuple[Any, list[Client]]:
-        server, clients, _ = federation(4, selection=selection)
-        clients[3].g_of = falling if selection is VPCS else lambda request: np.full(request.steps, 0.1)
+        server, clients, _ = federation(4, step_policy=step_policy)
+        clients[3].g_of = falling if step_policy is VPCS else lambda request: np.full(request.steps, 0.1)
         server.catch_up()
         for _ in range(rounds):
             server.run_round()
@@ -816,7 +820,7 @@ def test_a_resumed_server_selects_as_an_unbroken_one(
 
     unbroken, asked = play(5)
     expected = [request.steps for request in asked[3].requests]
-    assert expected == ([9, 1, 1, 1, 1] if selection is VPCS else [2, 2, 1, 1, 1])
+    assert expected == ([9, 1, 1, 1, 1] if step_policy is VPCS else [2, 2, 1, 1, 1])
     lines, digest = unbroken.store.rounds, unbroken.replica.space.digest()
     unbroken.store.close()
     for file in tmp_path.iterdir():

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedzo.fl.aggregate import ClientResult, aggregate
-from fedzo.fl.signals import Signals
+from fedzo.fl.server.aggregate import ClientResult, aggregate
+from fedzo.fl.server.signals import Signals
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import SHARED, direction
 from fedzo.zo.seeds import OWN, step_key

@@ -29,8 +29,8 @@ from fedzo.models.scoring import candidate_scores, example_losses
 from fedzo.testing.tiny_models import tiny_loaded
 from fedzo.trainers import TRAINERS, Workplace
 from fedzo.zo.config import Distribution
-from fedzo.zo.full import FullSpace
-from fedzo.zo.masked import MaskedSpace
+from fedzo.zo.spaces.full import FullSpace
+from fedzo.zo.spaces.masked import MaskedSpace
 
 MANY = 4096
 needs_a_compiler = pytest.mark.skipif(

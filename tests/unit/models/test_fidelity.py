@@ -23,8 +23,8 @@ from fedzo.models.fidelity import (
 from fedzo.testing.tiny_models import tiny_model
 from fedzo.zo.config import Distribution
 from fedzo.zo.estimator import TwoPoint
-from fedzo.zo.full import FullSpace
-from fedzo.zo.masked import MaskedSpace
+from fedzo.zo.spaces.full import FullSpace
+from fedzo.zo.spaces.masked import MaskedSpace
 
 KEYS = range(NUM_DIRECTIONS)
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from fedzo import estimate
 from fedzo.errors import ConfigError
 from fedzo.fl.replica import Replica
 from fedzo.models.memory import (
@@ -19,13 +18,14 @@ from fedzo.models.memory import (
     seconds_per_token,
     weights_bytes,
 )
+from fedzo.run import estimate
 from fedzo.testing.tiny_models import FAMILIES, tiny_loaded, tiny_model
 from fedzo.testing.vector_space import VectorSpace
-from fedzo.zo.config import AdamConfig, FedDynConfig, MomentumConfig, OptimizerConfig, ScaffoldConfig, SgdConfig
+from fedzo.zo.config import AdamConfig, FedDynConfig, MomentumConfig, ScaffoldConfig, ServerOptimizerConfig, SgdConfig
 from fedzo.zo.directions import SHARED
-from fedzo.zo.path import RoundRecord
+from fedzo.zo.log import RoundRecord
 from fedzo.zo.seeds import OWN
-from fedzo.zo.update_rule import UPDATE_RULES
+from fedzo.zo.server_optimizer import SERVER_OPTIMIZERS
 
 
 def test_tied_weights_count_once() -> None:
@@ -59,8 +59,8 @@ def test_the_formula_by_hand() -> None:
         (FedDynConfig(alpha=1.0), 4),
     ],
 )
-def test_what_a_rule_takes_is_not_more_than_estimated(config: OptimizerConfig, moments: int) -> None:
-    n, num_clients, rule = 100_000, 3, UPDATE_RULES.build(config)
+def test_what_a_rule_takes_is_not_more_than_estimated(config: ServerOptimizerConfig, moments: int) -> None:
+    n, num_clients, rule = 100_000, 3, SERVER_OPTIMIZERS.build(config)
     own = isinstance(config, ScaffoldConfig | FedDynConfig)
     owners = tuple(range(num_clients)) if own else (SHARED,)
     c = np.ones((2, 1, len(owners)), np.float32)
@@ -94,7 +94,7 @@ def test_a_rule_whose_memory_is_not_there_is_named(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(estimate, "available_memory_bytes", lambda device: 100 << 20)
     assert fit(0) == 4096
     assert fit(8) == 2048  # 72 MiB are the rule's
-    with pytest.raises(ConfigError, match=r"optimizer: .* remembers 17 .* \(108 MiB\), available are 100 MiB"):
+    with pytest.raises(ConfigError, match=r"server_optimizer: .* remembers 17 .* \(108 MiB\), available are 100 MiB"):
         fit(17)
 
 

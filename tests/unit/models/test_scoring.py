@@ -27,7 +27,7 @@ from fedzo.models.scoring import candidate_scores, mean_loss
 from fedzo.testing.tiny_models import FAMILIES, tiny_loaded, tiny_model_from
 from fedzo.testing.tokenizer import byte_tokenizer
 from fedzo.zo.directions import direction
-from fedzo.zo.full import FullSpace
+from fedzo.zo.spaces.full import FullSpace
 
 MANY = 4096
 

@@ -27,7 +27,7 @@ from fedzo.trainers import TRAINERS
 from fedzo.trainers.config import PrefixTrainerConfig, PromptTrainerConfig
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import direction
-from fedzo.zo.full import FullSpace
+from fedzo.zo.spaces.full import FullSpace
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # by PEFT, of transformers
 TOLERANCE = 2e-5  # of a mean log-probability, float32

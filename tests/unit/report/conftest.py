@@ -87,7 +87,7 @@ def records() -> list[dict[str, Any]]:
         "before": before,
         "after": after,
         "worst_client": {"client": 0, "metric": "accuracy", "value": 0.5, "round": 10},
-        "selection": None,
+        "step_policy": None,
         "final_digest": "ab" * 32,
         "dropped_probes": 1,
         "payload_up_bytes": 120,

@@ -89,7 +89,7 @@ def test_the_slopes_of_all_clients_leave_a_calibration_out_and_show_who_is_flagg
     lines = _records(make_run)
     next(line for line in lines if line["kind"] == "round")["calibration"] = True
     verdicts = [{"client": c, "flagged": c == 1, "steps": 1, "statistics": {}} for c in range(3)]
-    lines.append({"kind": "selection", "round": 1, "windows": None, "fallback": False, "clients": verdicts})
+    lines.append({"kind": "step_policy", "round": 1, "windows": None, "fallback": False, "clients": verdicts})
 
     drawn = picture(draw_figures(load_run(make_run("run", lines=lines))), "abs_g")
 

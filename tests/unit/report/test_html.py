@@ -38,7 +38,7 @@ def test_whom_a_selection_holds_back_and_what_that_costs_show_by_class_and_by_cl
     verdicts = [
         {"client": k, "flagged": k == 2, "steps": 1 if k == 2 else 8, "statistics": {"level": 1.0}} for k in range(3)
     ]
-    told = {"kind": "selection", "seconds": 7.0, "round": 1, "windows": None, "clients": verdicts, "fallback": False}
+    told = {"kind": "step_policy", "seconds": 7.0, "round": 1, "windows": None, "clients": verdicts, "fallback": False}
     (scored,) = (line for line in lines if line["kind"] == "federated_score")
     early = {**scored, "round": 5, "seconds": 11.0, "per_class": {"0": [1, 5], "1": [3, 4]}}
     lines[0:0] = [early, told]

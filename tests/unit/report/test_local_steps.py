@@ -91,10 +91,15 @@ def test_colours_go_from_even_to_one_sided(make_run: MakeRun) -> None:
 
 def test_flagged_clients_are_framed_with_their_statistics_and_the_compared_steps_are_shaded(make_run: MakeRun) -> None:
     records = with_signals(whole(make_run), lambda k, r: 100 if r == 0 else 1 if k == 2 else 5)
-    older = {"kind": "selection", "round": 1, "windows": None, "clients": [{"client": 0, "flagged": True, "steps": 1}]}
+    older = {
+        "kind": "step_policy",
+        "round": 1,
+        "windows": None,
+        "clients": [{"client": 0, "flagged": True, "steps": 1}],
+    }
     statistics = {"ratio": 6.31, "quiet": 0.85, "level": None, "cusum": 12.0}
     newest = {
-        "kind": "selection",
+        "kind": "step_policy",
         "round": 2,
         "windows": {"initial": [0, 20], "later": [80, 100]},
         "clients": [
@@ -139,7 +144,7 @@ def test_of_many_clients_the_flagged_are_drawn_and_a_sequential_decision_has_its
         clients = [
             {"client": k, "flagged": k in flagged, "steps": 1, "statistics": {"cusum": float(k)}} for k in range(number)
         ]
-        return {"kind": "selection", "round": round_, "windows": None, "fallback": False, "clients": clients}
+        return {"kind": "step_policy", "round": round_, "windows": None, "fallback": False, "clients": clients}
 
     figure, caption = figure_of(make_run("run", lines=[*records, told(0, set()), told(3, {2}), told(7, {2, 5})]))
 
@@ -213,7 +218,7 @@ def test_a_class_name_stays_text_and_within_its_panel(make_run: MakeRun) -> None
     ],
 )
 def test_a_selection_that_is_none_is_refused(make_run: MakeRun, record: dict[str, Any], message: str) -> None:
-    folder = make_run("run", lines=[{"kind": "selection", "round": 1, "windows": None, "clients": [], **record}])
+    folder = make_run("run", lines=[{"kind": "step_policy", "round": 1, "windows": None, "clients": [], **record}])
 
     with pytest.raises(RunFolderError, match=message):
         load_run(folder)

@@ -102,7 +102,7 @@ def test_a_calibration_is_named_and_no_measure_of_the_time_that_is_left(
 
 
 @pytest.mark.parametrize(
-    ("selection", "words"),
+    ("step_policy", "words"),
     [
         ({"flagged": [], "fallback": False}, "none"),
         ({"flagged": [{"client": 1, "steps": 2}], "fallback": False}, "1 (T_k = 2)"),
@@ -113,11 +113,11 @@ def test_a_calibration_is_named_and_no_measure_of_the_time_that_is_left(
     ],
 )
 def test_a_run_without_test_rows_ends_with_its_worst_client_whom_it_flagged_and_bytes(
-    make_run: MakeRun, selection: dict, words: str
+    make_run: MakeRun, step_policy: dict, words: str
 ) -> None:
     summary = records(make_run())[-1]
 
-    lines = ending({**summary, "before": None, "after": None, "selection": selection})
+    lines = ending({**summary, "before": None, "after": None, "step_policy": step_policy})
 
     assert lines[0] == "after 10 rounds:"
     assert [line[2:34].rstrip() for line in lines[1:]] == [

@@ -67,7 +67,7 @@ def test_supernode_pauses_by_the_name_that_is_replaced() -> None:
 def test_supernode_pauses_shorter_once_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     from flwr.supernode import start_client_internal
 
-    from fedzo.runtime import _flower_http
+    from fedzo.runtime.net import _flower_http
 
     slept: list[float] = []
     monkeypatch.setattr(start_client_internal, "time", start_client_internal.time)  # put back at the end
@@ -88,7 +88,7 @@ def test_names_of_the_network_parts_have_the_shape_that_is_used() -> None:
     from flwr.superlink.cli.flower_superlink import flower_superlink
     from flwr.supernode.cli.flower_supernode import flower_supernode
 
-    from fedzo.runtime import _flower_http
+    from fedzo.runtime.net import _flower_http
 
     assert {_flower_http._ACQUIRE} == run_superexec._SUPEREXEC_AUTH_METHODS
     assert parameters(_flower_http.pull_task_input) == ["client"]

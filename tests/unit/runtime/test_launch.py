@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 import fedzo.runtime.inline
-from fedzo.apps import client_app, look_ahead, server_app
 from fedzo.config.schema import RunConfig
 from fedzo.errors import ConfigError
 from fedzo.fl.config import FlConfig
+from fedzo.run.apps import client_app, look_ahead, server_app
 from fedzo.runtime.config import InlineConfig, RuntimeConfig
 from fedzo.runtime.launch import RUNTIMES, launch
 

@@ -36,7 +36,7 @@ from fedzo.trainers.config import (
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import direction
 from fedzo.zo.estimator import TwoPoint
-from fedzo.zo.path import apply_step
+from fedzo.zo.log import apply_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # by PEFT, of transformers
 
@@ -388,7 +388,7 @@ def test_an_artifact_that_is_no_seed_is_refused() -> None:
 
 
 def test_peft_is_imported_only_where_an_adapter_is_built() -> None:
-    listing = "import sys, fedzo.runs; from fedzo.config.listing import list_groups; list_groups()"
+    listing = "import sys, fedzo.commands.runs; from fedzo.config.listing import list_groups; list_groups()"
     code = f"{listing}; print('peft' in sys.modules)"
 
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -7,12 +7,12 @@ import math
 import numpy as np
 import pytest
 
-from fedzo.zo.config import OptimizerConfig, Schedule
+from fedzo.zo.config import Schedule, ServerOptimizerConfig
 from fedzo.zo.schedule import learning_rate
 
 
 def course(rounds: int, **settings: object) -> list[float]:
-    config = OptimizerConfig(lr=8.0, **settings)  # type: ignore[arg-type]
+    config = ServerOptimizerConfig(lr=8.0, **settings)  # type: ignore[arg-type]
     return [learning_rate(config, round=round, rounds=rounds) for round in range(rounds)]
 
 
@@ -35,7 +35,7 @@ def test_the_course_of_the_learning_rate(rounds: int, settings: dict[str, object
 
 
 def test_it_is_a_float32_value_rounded_once() -> None:
-    config = OptimizerConfig(lr=2e-4, schedule=Schedule.linear, final_lr_share=0.1)
+    config = ServerOptimizerConfig(lr=2e-4, schedule=Schedule.linear, final_lr_share=0.1)
 
     values = [learning_rate(config, round=round, rounds=7) for round in range(7)]
 

@@ -23,17 +23,17 @@ from fedzo.zo.config import (
     FzooConfig,
     MomentumConfig,
     OneSidedConfig,
-    OptimizerConfig,
     ScaffoldConfig,
     Schedule,
+    ServerOptimizerConfig,
     SgdConfig,
     TwoPointConfig,
 )
 from fedzo.zo.directions import SHARED, stream_key
 from fedzo.zo.estimator import ESTIMATORS
-from fedzo.zo.path import RoundRecord, local_step
+from fedzo.zo.log import RoundRecord, local_step
 from fedzo.zo.schedule import learning_rate
-from fedzo.zo.update_rule import UPDATE_RULES, DriftRule
+from fedzo.zo.server_optimizer import SERVER_OPTIMIZERS, ControlVariates
 
 GOLDEN = Path(__file__).with_name("trajectories_golden.json")
 SEED, ROUNDS, PROBES = 5, 5, 3
@@ -47,7 +47,7 @@ CONFIGS: dict[str, EstimatorConfig] = {
     "leave_one_out": OneSidedConfig(eps=0.01, baseline=Baseline.leave_one_out),
     "fzoo": FzooConfig(eps=0.01),
 }
-RULES: dict[str, OptimizerConfig] = {
+RULES: dict[str, ServerOptimizerConfig] = {
     "sgd": SgdConfig(lr=0.05),
     "sgd_decay_cosine": SgdConfig(lr=0.05, weight_decay=0.5, schedule=Schedule.cosine, warmup_rounds=1),
     "momentum": MomentumConfig(lr=0.05),
@@ -55,7 +55,7 @@ RULES: dict[str, OptimizerConfig] = {
     "adam": AdamConfig(lr=0.05),
     "adam_decay_linear": AdamConfig(lr=0.05, weight_decay=0.5, schedule=Schedule.linear),
 }
-WALKED: dict[str, OptimizerConfig] = {
+WALKED: dict[str, ServerOptimizerConfig] = {
     "scaffold": ScaffoldConfig(lr=0.05),
     "feddyn_linear": FedDynConfig(lr=0.05, alpha=2.0, schedule=Schedule.linear),
 }
@@ -71,9 +71,9 @@ def loss(theta: np.ndarray, side: float = 1.0) -> float:
     return math.fsum(parts)
 
 
-def trajectory(estimator_config: EstimatorConfig, rule_config: OptimizerConfig) -> list[str]:
+def trajectory(estimator_config: EstimatorConfig, rule_config: ServerOptimizerConfig) -> list[str]:
     """theta after each round, as the hexadecimal of its float32 bits, most significant byte first."""
-    estimator, rule = ESTIMATORS.build(estimator_config), UPDATE_RULES.build(rule_config)
+    estimator, rule = ESTIMATORS.build(estimator_config), SERVER_OPTIMIZERS.build(rule_config)
     space = VectorSpace(np.zeros(4), distribution=estimator_config.distribution)
     moments = np.zeros((rule.num_moments(1), 4), np.float32)
     rounds = []
@@ -88,10 +88,10 @@ def trajectory(estimator_config: EstimatorConfig, rule_config: OptimizerConfig) 
     return rounds
 
 
-def walked_trajectory(rule_config: OptimizerConfig) -> list[str]:
+def walked_trajectory(rule_config: ServerOptimizerConfig) -> list[str]:
     """As ``trajectory``, with the two-point estimator."""
-    estimator, rule = ESTIMATORS.build(CONFIGS["two_point"]), UPDATE_RULES.build(rule_config)
-    assert isinstance(rule, DriftRule)
+    estimator, rule = ESTIMATORS.build(CONFIGS["two_point"]), SERVER_OPTIMIZERS.build(rule_config)
+    assert isinstance(rule, ControlVariates)
     space, moments = VectorSpace(np.zeros(4)), np.zeros((rule.num_moments(2), 4), np.float32)
     rounds = []
     for number in range(ROUNDS):
@@ -138,7 +138,7 @@ def test_the_golden_trajectories_are_all_there_and_all_different() -> None:
 def test_every_plugin_has_a_golden_trajectory() -> None:
     assert {type(config) for config in CONFIGS.values()} == {config_class for _, config_class in ESTIMATORS}
     assert {type(config) for config in (*RULES.values(), *WALKED.values())} == {
-        config_class for _, config_class in UPDATE_RULES
+        config_class for _, config_class in SERVER_OPTIMIZERS
     }
 
 

@@ -15,7 +15,7 @@ from fedzo.zo import directions
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import SHARED, direction, direction_at, dot_direction, stream_key
 from fedzo.zo.kernels import SPAN
-from fedzo.zo.path import RoundRecord
+from fedzo.zo.log import RoundRecord
 from fedzo.zo.seeds import step_key
 from fedzo.zo.virtual_path import VirtualPath, round_products, virtual_paths
 

@@ -1,0 +1,237 @@
+"""One client's local steps of a round, rebuilt from base weights and logs alone: its virtual path (arXiv 2506.03337).
+
+The values after every step have the bits that the client had: it started from the round's state of the log and stepped
+along known directions by the scalars that it sent. Where it took several steps, the check that it sent with them proves
+it; where it took one, that the round's public scalars are the mean (or what the run takes for it) of those sent.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedzo.commands.runs import read_config, rebuild
+from fedzo.config.schema import RunConfig
+from fedzo.errors import ConfigError, ProtocolError, RunFolderError
+from fedzo.fl.config import directions_of
+from fedzo.fl.log_store import RunStore
+from fedzo.fl.server.aggregate import ClientResult, aggregate
+from fedzo.zo.log import Drift, RoundRecord, Scalars, local_step, probe_shares
+from fedzo.zo.seeds import step_keys
+from fedzo.zo.spaces.base import Space, Values
+
+
+@dataclass(frozen=True, slots=True)
+class ClientPath:
+    """The local steps of one client in one round, T_k of them.
+
+    Attributes:
+        lr: Learning rate of the local steps.
+        checks: 32-bit check of theta after each step.
+        g: Scalars, float32 [T_k, P].
+        loss: Each probe's view of the loss before the step, float64 [T_k, P]; nan where dropped.
+        checked: Whether the client's own check was compared; a single step is taken by all together, by the public log.
+    """
+
+    client: int
+    round: int
+    lr: float
+    checks: tuple[int, ...]
+    g: Scalars
+    loss: np.ndarray
+    checked: bool
+
+    def table(self) -> Iterator[str]:
+        """Lines of text, one a step."""
+        yield f"client {self.client}, round {self.round}: T = {len(self.g)}, lr = {self.lr:g}"
+        yield f"{'step':>5}  {'check':>8}  {'loss':>10}  g"
+        for t, check in enumerate(self.checks):
+            known = self.loss[t][np.isfinite(self.loss[t])]
+            loss = f"{known.mean():10.6f}" if known.size else f"{'dropped':>10}"
+            yield f"{t + 1:>5}  {check:08x}  {loss}  " + " ".join(f"{g:.6g}" for g in self.g[t])
+        if self.checked:
+            yield f"end: {self.checks[-1]:08x}, the check that the client sent"
+        else:
+            yield "end: the client left its only step to the log, whose scalars are made of these"
+
+
+def replay_client(run_dir: Path, *, client: int, round: int, out: Path | None = None) -> ClientPath:
+    """Rebuild a client's local steps, and prove them by the check that it sent.
+
+    Args:
+        run_dir: The run folder; nothing else but the base model is needed.
+        client: Which client.
+        round: Which round, from 0.
+        out: A safetensors file to write: one float32 tensor [n] a step in wire order, ``step_0001`` after the first.
+
+    Raises:
+        ConfigError: The round is beyond the log, the client did not take part in it, or ``out`` is no place for a file.
+        ProtocolError: The logs do not lead to the check that the client sent.
+        RunFolderError: ``out`` cannot be written.
+    """
+    config = read_config(run_dir)
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise ConfigError(f"--out must be a file in a folder that is there, got {str(out)!r}. Choose another.")
+    with RunStore(run_dir) as store:
+        line, entry = _find(store.audit, client=client, round=round)
+        record = store.records[round]
+    g = np.asarray(entry["g"], np.float64).astype(np.float32)
+    if len(g) != entry["steps"]:
+        raise ProtocolError(
+            f"audit log, round {round}: client {client} must have {entry['steps']} steps, got {len(g)} rows of g. "
+            "Restore the file from a copy."
+        )
+    replica = rebuild(run_dir, rounds=round).replica
+    space, drift = replica.space, replica.drift(client)
+    checked = len(g) > 1
+    if not checked:
+        _check_sum(line, record, config, own_columns=replica.walks_clients)
+    checks = []
+    about = {"client": str(client), "round": str(round), "lr": repr(line["lr"])}
+    with vector_file(out, steps=len(g), size=space.size, about=about) as write:
+        steps = local_steps(
+            space,
+            g,
+            lr=line["lr"],
+            run_seed=config.seed,
+            round=round,
+            client=client,
+            directions=directions_of(config.fl),
+            drift=drift,
+        )
+        for _ in steps:
+            checks.append(space.check())
+            write(space)
+        if checked and checks[-1] != entry["end_check"]:
+            raise ProtocolError(
+                f"client {client}, round {round}: its local steps must lead to the check {entry['end_check']:08x} "
+                f"that it sent, but they lead to {checks[-1]:08x}. It did not step as it said, or the audit log is "
+                "not the run's."
+            )
+    loss = np.asarray(entry["loss"], np.float64)
+    return ClientPath(client, round, line["lr"], tuple(checks), g, loss, checked)
+
+
+def _check_sum(line: Mapping[str, Any], record: RoundRecord, config: RunConfig, *, own_columns: bool) -> None:
+    """Compare a round's public scalars with those that the audit log's make.
+
+    Raises:
+        ProtocolError: They differ, so one of the logs is not the run's.
+    """
+    results = {
+        entry["client"]: ClientResult(
+            g=np.asarray(entry["g"], np.float64).astype(np.float32),
+            loss=np.asarray(entry["loss"], np.float64).astype(np.float32),
+            dropped=np.asarray(entry["dropped"], bool),
+            num_examples=0,
+            end_check=entry["end_check"],
+        )
+        for entry in line["clients"]
+    }
+    made = aggregate(
+        results,
+        {entry["client"]: entry["weight"] for entry in line["clients"]},
+        round=record.round,
+        lr=record.lr,
+        steps=record.coefficients.shape[0],
+        probes=record.coefficients.shape[1],
+        directions=directions_of(config.fl),
+        own_columns=own_columns,
+        aggregation=config.strategy.aggregation,
+        trim_share=config.strategy.trim_share,
+    )
+    if not np.array_equal(made.coefficients, record.coefficients):
+        raise ProtocolError(
+            f"round {record.round}: the clients' scalars of the audit log must make those of the public log, but do "
+            "not. One of the two is not the run's: restore it from a copy."
+        )
+
+
+def local_steps(
+    space: Space,
+    g: Scalars,
+    *,
+    lr: float,
+    run_seed: int,
+    round: int,
+    client: int,
+    directions: int,
+    drift: Drift | None = None,
+) -> Iterator[int]:
+    """Move a space from a round's start along a client's local steps; yields the number of each after it is taken.
+
+    Args:
+        space: At the state of the log before the round.
+        g: The client's scalars, float32 [T_k, P].
+        lr: Of the local steps.
+        run_seed: Seed of the run's directions.
+        round: Number of the round.
+        client: Which client.
+        directions: Along which directions it stepped (``fedzo.zo.seeds``).
+        drift: The server optimizer's correction of its steps, at the round's start.
+    """
+    for step, scalars in enumerate(g):
+        keys = step_keys(run_seed, round=round, step=step, probes=len(scalars), owner=client, directions=directions)
+        local_step(space, lr=lr, c=probe_shares(scalars), keys=keys, drift=drift)
+        yield step
+
+
+def _find(audit: list[dict[str, Any]], *, client: int, round: int) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    if round >= len(audit):
+        raise ConfigError(
+            f"--round must be below {len(audit)}, the number of rounds in the log, got {round}. They count from 0."
+        )
+    line = next(line for line in audit if line["round"] == round)
+    for entry in line["clients"]:
+        if entry["client"] == client:
+            return line, entry
+    present = ", ".join(str(entry["client"]) for entry in line["clients"])
+    why = "sent nothing usable" if client in line["refused"] else "was not asked"
+    raise ConfigError(
+        f"--client must have taken part in round {round} (clients {present}), but client {client} {why}. "
+        "Choose another client or round."
+    )
+
+
+@contextmanager
+def vector_file(
+    path: Path | None, *, steps: int, size: int, about: Mapping[str, str]
+) -> Iterator[Callable[[Space], None]]:
+    """A safetensors file that is written vector by vector, so that memory holds one; all of it appears, or nothing."""
+    if path is None:
+        yield lambda space: None
+        return
+    part = path.with_name(f".{path.name}.part")
+    try:
+        try:
+            with part.open("wb") as file:
+                file.write(_header(steps, size, about))
+                yield lambda space: _write(file, space.values())
+            part.replace(path)
+        except OSError as error:
+            raise RunFolderError(
+                f"--out {path}: it must be possible to write it, got {error.strerror or error}. Choose another place."
+            ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _write(file: Any, values: Values) -> None:
+    file.write(np.ascontiguousarray(values, "<f4").data)
+
+
+def _header(steps: int, size: int, about: Mapping[str, str]) -> bytes:
+    """The head of a safetensors file: its length in 8 bytes, then JSON with the place of every tensor."""
+    tensors = {
+        f"step_{t + 1:04d}": {"dtype": "F32", "shape": [size], "data_offsets": [4 * size * t, 4 * size * (t + 1)]}
+        for t in range(steps)
+    }
+    head = json.dumps({"__metadata__": dict(about), **tensors}, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    return len(head).to_bytes(8, "little") + head

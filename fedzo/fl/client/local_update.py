@@ -1,0 +1,196 @@
+"""What a client measures and does between a request to train and its reply, alone or together with others."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedzo.data.config import TaskConfig
+from fedzo.data.example import Example
+from fedzo.data.order import batch_rows
+from fedzo.fl.clip import clip
+from fedzo.fl.config import FlConfig, directions_of
+from fedzo.fl.messages import TrainRequest
+from fedzo.fl.replica import Replica
+from fedzo.models.forwards import OnRows
+from fedzo.models.load import LoadedModel
+from fedzo.models.scoring import example_losses
+from fedzo.zo.estimator import Estimator, Losses, Projection, estimate_together
+from fedzo.zo.log import Drift, Scalars, local_step, probe_shares
+from fedzo.zo.seeds import step_keys
+from fedzo.zo.spaces.base import MasterSpace, Space, Values
+from fedzo.zo.spaces.masked import MaskedSpace
+from fedzo.zo.spaces.own_weights import OwnWeights
+
+log = logging.getLogger(__name__)
+
+
+class LocalSteps:
+    """Local steps of the clients that a process plays, on one model.
+
+    Args:
+        loaded: The model.
+        run_seed: Seed of the run.
+        task: How examples are judged.
+        fl: The federation's settings.
+        estimator: Turns losses into scalars.
+        num_probes: Probes a step.
+        tokens_per_batch: Most tokens in one forward.
+        forward_cost_tokens: What one more forward costs, in tokens (``example_losses``).
+        train_rows: Training rows of a client, by its index.
+        signs: Whether clients step with and send the signs of their scalars alone.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        run_seed: int,
+        task: TaskConfig,
+        fl: FlConfig,
+        estimator: Estimator,
+        num_probes: int,
+        tokens_per_batch: int,
+        forward_cost_tokens: int,
+        train_rows: Callable[[int], list[Example]],
+        signs: bool = False,
+    ) -> None:
+        self.loaded = loaded
+        self.tokens_per_batch = tokens_per_batch
+        self.forward_cost_tokens = forward_cost_tokens
+        self.num_probes = num_probes
+        self.signs = signs
+        self._run_seed = run_seed
+        self._task = task
+        self._fl = fl
+        self._estimator = estimator
+        self._train_rows = train_rows
+        self._ahead: dict[tuple[int, int, int], list[Projection]] = {}  # by client, round and step
+        self._walks_together = True
+
+    def estimate(self, space: Space, request: TrainRequest, *, client: int, step: int) -> list[Projection]:
+        """The projections of one step at the space's theta; taken from ``look_ahead`` where it has them."""
+        if (client, request.round, step) in self._ahead:
+            return self._ahead.pop((client, request.round, step))
+        batch = self._batch(request, client=client, step=step)
+        keys = self._keys(request, client=client, step=step)
+        return self._estimator.estimate(space, lambda: float(self._losses(batch).mean()), keys)
+
+    def as_sent(self, projections: list[Projection], request: TrainRequest) -> tuple[Scalars, npt.NDArray[np.bool_]]:
+        """The scalars that the step is taken with and the server is sent, and which of them were dropped; [P] each."""
+        g = clip(np.array([projection.g for projection in projections], np.float32), request.max_abs_g)
+        dropped = np.array([projection.dropped for projection in projections])
+        if self.signs:
+            g = np.sign(g)
+            dropped |= g == 0  # without a sign: there is no bit for it
+        return g, dropped
+
+    def take(
+        self, space: Space, request: TrainRequest, g: Scalars, *, client: int, step: int, drift: Drift | None
+    ) -> None:
+        """Move by exactly the scalars that are sent, a mean over probes."""
+        keys = self._keys(request, client=client, step=step)
+        local_step(space, lr=request.lr, c=probe_shares(g), keys=keys, drift=drift)
+
+    def look_ahead(self, replica: Replica, requests: Mapping[int, TrainRequest]) -> None:
+        """Evaluate local steps of these clients in joint forwards; ``estimate`` then takes the results from here.
+
+        Clients that share seeds are at the same theta with the same directions in a round's first step, so their rows
+        can share forwards. In later steps (T > 1) each is somewhere else, and only masked weights allow it
+        (``fedzo.zo.spaces.own_weights``); in other spaces those steps are each client's own. The losses differ from
+        those of separate forwards in their last bits only: a product's rounding depends on the number of its rows.
+
+        Args:
+            replica: The model, at the round's start.
+            requests: Requests of one round, by client.
+        """
+        self._ahead.clear()
+        space = replica.space
+        all_steps = (
+            self._walks_together and self.loaded.compiled is None and OwnWeights.supports(space, self.loaded.model)
+        )
+        sent: dict[int, list[Scalars]] = {client: [] for client in requests}
+
+        def offset_of(client: int) -> Values:
+            """How far a client has come: walked anew when it is needed, since scalars take no memory."""
+            start, drift = space.values(), replica.drift(client)
+            place = MasterSpace(torch.from_numpy(start.copy()), space.distribution)
+            for step, g in enumerate(sent[client]):
+                self.take(place, requests[client], g, client=client, step=step, drift=drift)
+            return place.values() - start
+
+        step, walking = 0, requests
+        while walking:
+            try:
+                estimates = self._estimate_together(space, walking, step=step, offset_of=offset_of)
+            except NotImplementedError as error:
+                if step == 0:
+                    raise
+                log.warning("clients cannot share the forwards of later local steps with this model: %s", error)
+                self._walks_together = False
+                return
+            for (client, request), projections in zip(walking.items(), estimates, strict=True):
+                self._ahead[client, request.round, step] = projections
+                sent[client].append(self.as_sent(projections, request)[0])
+            step += 1
+            walking = {c: request for c, request in walking.items() if all_steps and request.steps > step}
+
+    def _estimate_together(
+        self, space: Space, requests: Mapping[int, TrainRequest], *, step: int, offset_of: Callable[[int], Values]
+    ) -> list[list[Projection]]:
+        """What ``estimate`` gives each client where it is on its path: in the first step, at the round's start."""
+        batches = {client: self._batch(request, client=client, step=step) for client, request in requests.items()}
+        rows = [example for batch in batches.values() for example in batch]
+        owners = [client for client, batch in batches.items() for _ in batch]
+        ends = np.cumsum([len(batch) for batch in batches.values()])[:-1]
+        own = OwnWeights(cast(MaskedSpace, space)) if step > 0 else None
+
+        def follow(batch: list[int]) -> None:
+            clients, index = np.unique([owners[row] for row in batch], return_inverse=True)
+            cast(OwnWeights, own).follow((offset_of(int(client)) for client in clients), index)
+
+        def losses_fn() -> Losses:
+            with own or nullcontext():
+                losses = self._losses(rows, before=follow if own else None)
+            return np.array([part.mean() for part in np.split(losses, ends)])
+
+        client, request = next(iter(requests.items()))
+        keys = self._keys(request, client=client, step=step)
+        return estimate_together(self._estimator, space, losses_fn, keys, count=len(requests))
+
+    def _keys(self, request: TrainRequest, *, client: int, step: int) -> list[int]:
+        return step_keys(
+            self._run_seed,
+            round=request.round,
+            step=step,
+            probes=self.num_probes,
+            owner=client,
+            directions=directions_of(self._fl),
+        )
+
+    def _batch(self, request: TrainRequest, *, client: int, step: int) -> list[Example]:
+        train = self._train_rows(client)
+        rows = batch_rows(
+            run_seed=self._run_seed,
+            client=client,
+            used=request.used + step,
+            batch_size=self._fl.batch_size,
+            num_rows=len(train),
+        )
+        return [train[row] for row in rows]
+
+    def _losses(self, rows: list[Example], *, before: OnRows | None = None) -> Losses:
+        return example_losses(
+            self.loaded,
+            rows,
+            loss=self._task.loss,
+            tokens_per_batch=self.tokens_per_batch,
+            forward_cost_tokens=self.forward_cost_tokens,
+            before=before,
+        )

@@ -1,0 +1,198 @@
+"""A client's work: (state, request) -> reply. One worker a process plays any number of clients on one model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+
+import fedzo
+from fedzo.data.config import TaskConfig
+from fedzo.data.example import Example
+from fedzo.errors import FedzoError, ProtocolError
+from fedzo.evaluate.answers import evaluate
+from fedzo.fl.client.local_update import LocalSteps
+from fedzo.fl.messages import (
+    EvaluateReply,
+    EvaluateRequest,
+    Hello,
+    HelloReply,
+    Status,
+    Sync,
+    TrainReply,
+    TrainRequest,
+    scalars_to_bytes,
+    signs_to_bytes,
+)
+from fedzo.fl.replica import Replica
+
+
+class PlannedAbsence(FedzoError):
+    """A rehearsed fault: the client does not answer this round."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClientData:
+    """One client's rows, encoded."""
+
+    train: list[Example]
+    heldout: list[Example]
+    label_counts: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What all peers of a run must hold alike, as digests."""
+
+    config_hash: str
+    base_digest: str
+    tokenizer_digest: str
+    task_digest: str
+
+
+class ClientWorker:
+    """Answers requests for the clients that this process plays.
+
+    Args:
+        identity: Digests of what this process holds.
+        steps: Takes local steps.
+        task: How examples are judged.
+        data_of: Rows of a client, by its index.
+        build: Makes the replica from the artifact that the server sends.
+        absent: Planned faults: (client, round) pairs.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        steps: LocalSteps,
+        *,
+        task: TaskConfig,
+        data_of: Callable[[int], ClientData],
+        build: Callable[[bytes], Replica],
+        absent: frozenset[tuple[int, int]] = frozenset(),
+    ) -> None:
+        self.identity = identity
+        self.steps = steps
+        self.space_id = ""
+        self._replica: Replica | None = None
+        self._task = task
+        self._data_of = data_of
+        self._build = build
+        self._absent = absent
+
+    def hello(self, request: Hello, *, client: int) -> HelloReply:
+        """Register: digests, sizes and label counts of this client."""
+        data = self._data_of(client)
+        return HelloReply(
+            version=fedzo.__version__,
+            client=client,
+            num_train=len(data.train),
+            num_heldout=len(data.heldout),
+            label_counts=json.dumps(dict(data.label_counts)),
+            config_hash=self.identity.config_hash,
+            base_digest=self.identity.base_digest,
+            tokenizer_digest=self.identity.tokenizer_digest,
+            task_digest=self.identity.task_digest,
+        )
+
+    def build(self, artifact: bytes) -> Replica:
+        """The replica for this artifact; built once a process."""
+        if self._replica is None or self.space_id != space_id(artifact):
+            if self._replica is not None:
+                self._replica.reset()  # another space starts from the base weights, too
+            self._replica, self.space_id = self._build(artifact), space_id(artifact)
+        return self._replica
+
+    def train(self, request: TrainRequest, *, client: int) -> TrainReply:
+        """Take ``steps`` local steps and answer with their scalars; the model is left at the round's start."""
+        if (client, request.round) in self._absent:
+            raise PlannedAbsence(f"client {client} is absent in round {request.round}, as faults.absent asks")
+        replica, status = self._reach(request)
+        if replica is None or status is not Status.ok:
+            return TrainReply(status=status, position=replica.position if replica else 0)
+        g = np.zeros((request.steps, self.steps.num_probes), np.float32)
+        loss = np.zeros_like(g)
+        dropped = np.zeros(g.shape, np.uint8)
+        end_check = 0
+        walks = request.steps > 1
+        drift = replica.drift(client) if walks else None
+        if walks:
+            replica.space.mark()
+        try:
+            for t in range(request.steps):
+                projections = self.steps.estimate(replica.space, request, client=client, step=t)
+                g[t], dropped[t] = self.steps.as_sent(projections, request)
+                loss[t] = [projection.loss for projection in projections]
+                if walks:
+                    self.steps.take(replica.space, request, g[t], client=client, step=t, drift=drift)
+            end_check = replica.space.check() if walks else 0
+        finally:
+            if walks:
+                replica.space.rewind()
+        return TrainReply(
+            position=replica.position,
+            g=signs_to_bytes(g) if self.steps.signs else scalars_to_bytes(g),
+            loss=scalars_to_bytes(loss),
+            dropped=dropped.tobytes(),
+            num_examples=len(self._data_of(client).train),
+            end_check=end_check,
+        )
+
+    def look_ahead(self, requests: Mapping[int, TrainRequest]) -> None:
+        """Let these clients take the steps of one round together (``LocalSteps.look_ahead``), before ``train``.
+
+        Requests that cannot be met are left for ``train`` to answer.
+        """
+        able: dict[int, TrainRequest] = {}
+        for client, request in requests.items():
+            with suppress(ProtocolError):
+                if (client, request.round) not in self._absent and self._reach(request)[1] is Status.ok:
+                    able[client] = request
+        if self._replica is not None:
+            self.steps.look_ahead(self._replica, able)
+
+    def evaluate(self, request: EvaluateRequest, *, client: int) -> EvaluateReply:
+        """Score the model of the request's round on the client's held-out rows."""
+        replica, status = self._reach(request)
+        if replica is None or status is not Status.ok:
+            return EvaluateReply(status=status, position=replica.position if replica else 0)
+        rows = self._data_of(client).heldout[: request.max_rows]
+        if not rows:
+            return EvaluateReply(position=replica.position)
+        score = evaluate(self.steps.loaded, rows, self._task, tokens_per_batch=self.steps.tokens_per_batch)
+        record = {name: value for name, value in score.to_record().items() if _is_count_or_loss(name)}
+        return EvaluateReply(position=replica.position, score=json.dumps(record))
+
+    def _reach(self, request: Sync) -> tuple[Replica | None, Status]:
+        """Bring this process to the state that the request names."""
+        if request.config_hash != self.identity.config_hash:
+            raise ProtocolError(
+                f"config hash must be {self.identity.config_hash[:12]}, got {request.config_hash[:12]}. "
+                "Start server and clients with the same configuration."
+            )
+        if request.space_id != self.space_id:
+            if request.space_id != space_id(request.artifact):
+                return None, Status.bare
+            self.build(request.artifact)
+        assert self._replica is not None
+        return self._replica, self._replica.sync(request)
+
+
+def space_id(artifact: bytes) -> str:
+    """Names a space by what builds it; an empty artifact is a space that the model alone defines."""
+    return hashlib.sha256(b"fedzo space 1" + artifact).hexdigest()
+
+
+def _is_count_or_loss(name: str) -> bool:
+    return name in {"metric", "value", "loss", "num_examples", "per_class"}
+
+
+def parse_absent(entries: list[str]) -> frozenset[tuple[int, int]]:
+    """``["3@2"]`` -> {(3, 2)}: client 3 in round 2."""
+    pairs = (entry.split("@") for entry in entries)
+    return frozenset((int(client), int(round)) for client, round in pairs)

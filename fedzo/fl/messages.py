@@ -1,0 +1,182 @@
+"""The messages of a federation: typed records, strictly read. Nothing in them is imported, evaluated or unpickled.
+
+Every message is one Flower ``ConfigRecord`` of plain numbers, strings and bytes. Protocol number 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, TypeVar
+
+import numpy as np
+from flwr.app import ConfigRecord, RecordDict
+
+from fedzo.errors import ProtocolError
+from fedzo.zo.log import Scalars
+
+PROTOCOL = 2
+RECORD = "fedzo"
+M = TypeVar("M")
+
+
+class Status(StrEnum):
+    """Whether a client could bring itself to the state that a request names."""
+
+    ok = "ok"
+    behind = "behind"
+    """Its log position is before the request's ``from_round``: send more of the log."""
+    bare = "bare"
+    """It does not hold the space: send the artifact."""
+    mismatch = "mismatch"
+    """After replaying, its hash is not the server's: send the values themselves."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """Server to client, once: who are you, and do we mean the same run?"""
+
+    protocol: int = PROTOCOL
+    config_hash: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HelloReply:
+    """A client's registration. ``label_counts`` is JSON; digests are of what the client itself holds."""
+
+    protocol: int = PROTOCOL
+    version: str = ""
+    client: int = 0
+    num_train: int = 0
+    num_heldout: int = 0
+    label_counts: str = "{}"
+    config_hash: str = ""
+    base_digest: str = ""
+    tokenizer_digest: str = ""
+    task_digest: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sync:
+    """How a client reaches the server's state: log records from ``from_round`` on, or the values themselves."""
+
+    config_hash: str = ""
+    space_id: str = ""
+    artifact: bytes = b""
+    """What is needed beside the model to build the space (a mask); sent with a client's first request."""
+    round: int = 0
+    from_round: int = 0
+    log: bytes = b""
+    values: bytes = b""
+    """theta, then what the server optimizer remembers: float32 [n * (1 + num_moments)], little endian."""
+    chain: str = ""
+    """Hash chain of the log up to ``round``, hexadecimal."""
+    check: int = 0
+    """32-bit check of theta and of what the server optimizer remembers, at ``round``."""
+    digest: str = ""
+    """SHA-256 of theta at ``round``, every ``fl.hash_every`` rounds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainRequest(Sync):
+    """One round's work."""
+
+    steps: int = 1
+    used: int = 0
+    """Steps this client has used before: its position in its data."""
+    lr: float = 0.0
+    max_abs_g: float = 0.0
+    """Bound to which the client clips every g before it steps and answers; 0 = none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainReply:
+    """What a client answers: its scalars. ``g`` and ``loss`` are float32 [T, P], little endian."""
+
+    status: Status = Status.ok
+    position: int = 0
+    g: bytes = b""
+    loss: bytes = b""
+    dropped: bytes = b""
+    num_examples: int = 0
+    end_check: int = 0
+    """32-bit check of theta after the local steps (T > 1); proves the virtual path."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateRequest(Sync):
+    """Score the model on the client's own held-out rows."""
+
+    max_rows: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateReply:
+    """Counts and losses only, as JSON."""
+
+    status: Status = Status.ok
+    position: int = 0
+    score: str = "{}"
+
+
+def encode(message: Any) -> RecordDict:
+    """A message as Flower content. Empty strings and bytes are left out: Flower cannot count them."""
+    fields = {f.name: getattr(message, f.name) for f in dataclasses.fields(message)}
+    plain = {name: str(value) if isinstance(value, StrEnum) else value for name, value in fields.items()}
+    return RecordDict({RECORD: ConfigRecord({name: value for name, value in plain.items() if value not in ("", b"")})})
+
+
+def decode(kind: type[M], content: RecordDict) -> M:
+    """The message in Flower content; ``ProtocolError`` for anything that is not exactly one."""
+    if list(content) != [RECORD] or not isinstance(content[RECORD], ConfigRecord):
+        raise ProtocolError(f"{kind.__name__}: expected one record {RECORD!r}, got {sorted(content)}")
+    given = dict(content[RECORD])
+    defaults = {f.name: f.default for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if stray := sorted(set(given) - set(defaults)):
+        raise ProtocolError(f"{kind.__name__}: unknown fields {stray}. Do both sides run the same fedzo?")
+    for name, value in given.items():
+        want = type(defaults[name])
+        if issubclass(want, StrEnum):
+            if value not in list(want):
+                raise ProtocolError(f"{kind.__name__}.{name} must be one of {[str(m) for m in want]}, got {value!r}")
+            given[name] = want(str(value))
+        elif type(value) is not want or value in ("", b""):  # nothing is said by leaving it out
+            got = type(value).__name__ if type(value) is not want else "an empty one"
+            raise ProtocolError(f"{kind.__name__}.{name} must be {want.__name__}, got {got}")
+    return kind(**given)
+
+
+def message_bytes(content: RecordDict) -> int:
+    """Size of a message's content (``encode``'s, or what ``decode`` let pass) as Flower counts it, with its names."""
+    return sum(record.count_bytes() for record in content.values())
+
+
+def scalars_to_bytes(values: Scalars) -> bytes:
+    """float32, little endian, C order."""
+    return np.ascontiguousarray(values, dtype="<f4").tobytes()
+
+
+def signs_to_bytes(g: Scalars) -> bytes:
+    """One bit a scalar in C order, 1 for a positive one; the first bit is the highest of its byte."""
+    return np.packbits(g.ravel() > 0).tobytes()
+
+
+def signs_from_bytes(data: bytes, *, shape: tuple[int, ...], what: str) -> Scalars:
+    """+1 for a bit of 1, -1 for a bit of 0, float32; ``ProtocolError`` if these are not ``shape``'s bits."""
+    count = int(np.prod(shape))
+    want = -(-count // 8)
+    if len(data) != want:
+        raise ProtocolError(f"{what} must hold {want} bytes (a bit each for {list(shape)}), got {len(data)}")
+    bits = np.unpackbits(np.frombuffer(data, np.uint8))
+    if bits[count:].any():
+        raise ProtocolError(f"{what} must be filled up with bits of 0 after the first {count}")
+    return (2 * bits[:count].astype(np.float32) - 1).reshape(shape)
+
+
+def scalars_from_bytes(data: bytes, *, shape: tuple[int, ...], what: str) -> Scalars:
+    """The inverse; ``ProtocolError`` if the length is not that of ``shape``."""
+    want = 4 * int(np.prod(shape))
+    if len(data) != want:
+        raise ProtocolError(f"{what} must hold {want} bytes (float32 {list(shape)}), got {len(data)}")
+    return np.frombuffer(data, dtype="<f4").astype(np.float32).reshape(shape)

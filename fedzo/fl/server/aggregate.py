@@ -1,0 +1,207 @@
+"""From checked replies to one record of the log: pure functions, no Flower objects."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import median
+
+import numpy as np
+
+from fedzo.errors import ProtocolError
+from fedzo.fl.clip import NO_BOUND
+from fedzo.fl.config import Aggregation, Weighting
+from fedzo.fl.messages import TrainReply, scalars_from_bytes, signs_from_bytes
+from fedzo.zo.directions import PURPOSE_SAMPLING, SHARED, permutation, stream_key
+from fedzo.zo.log import RoundRecord, Scalars
+
+
+@dataclass(frozen=True, slots=True)
+class ClientResult:
+    """A client's checked answer for a round of T steps with P probes.
+
+    Attributes:
+        g: Projected gradients, float32 [T, P]; 0 where dropped. Their signs where only these are sent.
+        loss: Each probe's view of the loss at theta, float32 [T, P]; nan where dropped.
+        dropped: Probes without a finite loss, bool [T, P].
+        num_examples: Training rows the client says it has; reported, never used as a weight.
+        end_check: Check of the client's theta after its local steps (T > 1), for its virtual path.
+        payload_bytes: Length of its scalars, or of its signs, on the wire.
+    """
+
+    g: Scalars
+    loss: Scalars
+    dropped: np.ndarray
+    num_examples: int
+    end_check: int
+    payload_bytes: int = 0
+
+
+def check_reply(
+    reply: TrainReply,
+    *,
+    steps: int,
+    probes: int,
+    max_abs_g: float,
+    announced: float = NO_BOUND,
+    signs: bool = False,
+    all_may_drop: bool = True,
+) -> ClientResult:
+    """The reply as numbers, or ``ProtocolError`` saying why it cannot be used.
+
+    Args:
+        reply: What the client sent.
+        steps: T of the request.
+        probes: P.
+        max_abs_g: ``strategy.max_abs_g``.
+        announced: The request's own ``max_abs_g``, to which the client had to clip.
+        signs: Whether ``g`` holds a bit a probe. A dropped one counts as 0 then, whatever its bit.
+        all_may_drop: Whether a reply without any finite loss counts as one of zeros.
+    """
+    shape = (steps, probes)
+    g = (signs_from_bytes if signs else scalars_from_bytes)(reply.g, shape=shape, what="g")
+    loss = scalars_from_bytes(reply.loss, shape=shape, what="loss")
+    if len(reply.dropped) != g.size:
+        raise ProtocolError(f"dropped must hold {g.size} flags, got {len(reply.dropped)}")
+    dropped = np.frombuffer(reply.dropped, np.uint8).reshape(shape) != 0
+    if signs:
+        g[dropped] = 0
+    if not np.isfinite(g).all():
+        raise ProtocolError("g must be finite; a probe without a finite loss is sent as 0 with its flag")
+    if (worst := float(np.abs(g).max())) > max_abs_g:
+        raise ProtocolError(f"|g| must be at most strategy.max_abs_g = {max_abs_g:g}, got {worst:g}")
+    if announced != NO_BOUND and worst > announced:
+        raise ProtocolError(f"|g| must be at most the announced bound {announced:g}, got {worst:g}")
+    if dropped.all() and not all_may_drop:
+        raise ProtocolError("no probe had a finite loss, and the server optimizer would remember that as a measurement")
+    if (g[dropped] != 0).any():
+        raise ProtocolError("a dropped probe must carry g = 0")
+    return ClientResult(
+        g=g,
+        loss=loss,
+        dropped=dropped,
+        num_examples=reply.num_examples,
+        end_check=reply.end_check,
+        payload_bytes=len(reply.g),
+    )
+
+
+def aggregate(
+    results: Mapping[int, ClientResult],
+    weights: Mapping[int, float],
+    *,
+    round: int,
+    lr: float,
+    steps: int,
+    probes: int,
+    directions: int,
+    own_columns: bool = False,
+    aggregation: Aggregation = Aggregation.mean,
+    trim_share: float = 0.0,
+) -> RoundRecord:
+    """A round's scalars c[t, p] from those of its responders; the mean is sum w_k g_k[t, p] / P, w renormalised.
+
+    Evaluated in float64 in the order of client index and rounded to float32 once, so the order of arrival changes
+    nothing and N identical clients equal one. A client past its last step counts as 0, and so does a dropped probe.
+    A median of many such zeros would stand still, so all but the mean are of the clients that took the step, times
+    their share of the round's clients: the length that the mean's step has.
+
+    Where directions are not shared each client keeps its own column instead of being summed.
+
+    Args:
+        results: Checked answers, by client.
+        weights: w of every client; the mean alone reads them.
+        round: Number of the round.
+        lr: Its learning rate.
+        steps: T.
+        probes: P.
+        directions: Along which directions the clients stepped (``fedzo.zo.seeds``). Only scalars along the same
+            direction can be compared, so where they are not shared there is but the mean.
+        own_columns: Keep each client's own scalars g_k[t, p] / P, for a rule that walks every client's path.
+        aggregation: How the scalars of a probe become one: median, trimmed mean (arXiv 1803.01498) and majority of
+            signs (FeedSign, arXiv 2501.17610) are taken of g_k[t, p] over the clients and divided by P.
+        trim_share: ``strategy.trim_share``.
+    """
+    clients = sorted(results)
+    weighted = aggregation is Aggregation.mean and not own_columns
+    total = sum(weights[client] for client in clients) if weighted else 1.0
+    g = np.zeros((steps, probes, len(clients)), np.float64)
+    for column, client in enumerate(clients):
+        own = results[client].g.astype(np.float64)
+        g[: len(own), :, column] = (weights[client] / total if weighted else 1.0) * own / probes
+    if own_columns or directions != SHARED:
+        assert aggregation is Aggregation.mean, "validation refuses to compare scalars along unlike directions"
+        return RoundRecord(
+            round=round, lr=lr, owners=tuple(clients), coefficients=g.astype(np.float32), directions=directions
+        )
+    match aggregation:
+        case Aggregation.mean:
+            c = np.zeros((steps, probes), np.float64)
+            for column in range(len(clients)):
+                c += g[:, :, column]
+        case Aggregation.median:
+            c = _of_takers(g, results, lambda part: np.median(part, axis=1))
+        case Aggregation.trimmed_mean:
+            cut = max(1, num_trimmed(trim_share, len(clients)))  # also where absent clients leave too few for the share
+            c = _of_takers(g, results, partial(_trimmed_mean, cut=cut))
+        case Aggregation.majority_sign:
+            c = _of_takers(np.sign(g), results, lambda part: np.sign(part.sum(axis=1))) / probes  # a tie moves nothing
+    return RoundRecord(round=round, lr=lr, owners=(SHARED,), coefficients=c.astype(np.float32)[:, :, None])
+
+
+def _of_takers(
+    g: np.ndarray, results: Mapping[int, ClientResult], middle: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """[T, P]: each step's ``middle`` of those who took it, times their share; ``g`` is [T, P, clients]."""
+    taken = np.array([len(results[client].g) for client in sorted(results)])
+    takers = [np.flatnonzero(taken > step) for step in range(len(g))]
+    return np.stack([middle(g[step][:, who]) * len(who) / len(taken) for step, who in enumerate(takers)])
+
+
+def _trimmed_mean(part: np.ndarray, *, cut: int) -> np.ndarray:
+    """As many are cut off as of a whole round, where fewer took the step: those who lie need not stop early."""
+    number = part.shape[1]
+    cut = min(cut, (number - 1) // 2)
+    return np.asarray(np.sort(part, axis=1)[:, cut : number - cut].mean(axis=1))
+
+
+def num_trimmed(share: float, num_clients: int) -> int:
+    """Clients that a trimmed mean cuts off at each end: share * num_clients, rounded down to whole clients.
+
+    Example:
+        >>> num_trimmed(0.2, 9), num_trimmed(0.29, 100)  # 0.29 * 100 is a little below 29 in float64
+        (1, 29)
+    """
+    return int(round(share * num_clients, 9))
+
+
+def unmoved(record: RoundRecord) -> RoundRecord:
+    """The record of a round that only measures: as long as its steps, but no rule moves theta along it in round 0.
+
+    lr = 0 stops every step and the decay; c = 0 leaves what a rule remembers at zero.
+    """
+    return replace(record, lr=0.0, coefficients=np.zeros_like(record.coefficients))
+
+
+def client_weights(rows: Mapping[int, int], weighting: Weighting, *, size_cap: float) -> dict[int, float]:
+    """w of every client, from the rows that it declared: 1, or these up to ``size_cap`` times their median (0: all).
+
+    Example:
+        >>> client_weights({0: 10, 1: 20, 2: 10**9}, Weighting.size, size_cap=10)
+        {0: 10.0, 1: 20.0, 2: 200.0}
+    """
+    if weighting is Weighting.uniform:
+        return dict.fromkeys(rows, 1.0)
+    most = size_cap * median(rows.values()) or math.inf
+    return {client: float(min(size, most)) for client, size in rows.items()}
+
+
+def sampling_order(*, run_seed: int, round: int, num_clients: int, connected: Container[int]) -> list[int]:
+    """All clients in the order in which a round that needs only some takes them; those that are connected come first.
+
+    While all are connected it is a function of run seed and round alone.
+    """
+    order: list[int] = permutation(stream_key(run_seed, round=round), num_clients, purpose=PURPOSE_SAMPLING).tolist()
+    return sorted(order, key=lambda client: client not in connected)

@@ -1,0 +1,324 @@
+"""The server's round loop.
+
+::
+
+    server                                                   client k
+    ------                                                   --------
+    sample clients of round r
+    TrainRequest {r, T, lr, used rows, log suffix,       ->  replay the suffix, compare hashes
+                  hash chain, check, [artifact]}             T times: estimate and clip g on the next rows
+                                                         <-  TrainReply {T x P scalars, losses, flags}
+    refuse what cannot be used; c = weighted mean of g
+    commit to the log (fsync); move theta by the server optimizer
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from fedzo.errors import FedzoError, ProtocolError
+from fedzo.fl.clip import announced_bound
+from fedzo.fl.config import Aggregation, FlConfig, StrategyConfig, Transport, Weighting, directions_of
+from fedzo.fl.exchange import Grid, Traffic
+from fedzo.fl.log_store import RunStore
+from fedzo.fl.messages import EvaluateReply, EvaluateRequest, TrainReply, TrainRequest
+from fedzo.fl.replica import Replica
+from fedzo.fl.server.aggregate import ClientResult, aggregate, check_reply, client_weights, sampling_order, unmoved
+from fedzo.fl.server.client_registry import ClientRegistry
+from fedzo.fl.server.metrics import audit_line, round_metrics
+from fedzo.fl.server.signals import Signals
+from fedzo.fl.server.step_policy.plan import Plan, StepPolicy, news
+from fedzo.fl.server.sync import StateSync
+from fedzo.zo.config import ServerOptimizerConfig
+from fedzo.zo.log import RoundRecord
+from fedzo.zo.schedule import learning_rate
+
+log = logging.getLogger(__name__)
+REGISTER_S = 60.0  # how long a round may wait for a newcomer's registration
+
+
+class FederationError(FedzoError):
+    """The federation cannot go on; what was committed is kept."""
+
+
+class Sink(Protocol):
+    """Takes metric records."""
+
+    def write(self, record: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass(slots=True)
+class Server:
+    """One run at the server: its log, its replica and what it knows of the clients.
+
+    Attributes:
+        replica: The server's own copy of the model, always at the end of the log between rounds.
+        artifact: What clients need beside the model to build the space.
+        step_policy: Says how many local steps each client takes in a round.
+        gradient: With which every local step is compared (GradIP), float32 [n] in wire order; None where there is none.
+        sink: Where metric records go.
+        elapsed: Seconds since the run started.
+    """
+
+    grid: Grid
+    client_registry: ClientRegistry
+    replica: Replica
+    store: RunStore
+    artifact: bytes
+    run_seed: int
+    fl: FlConfig
+    strategy: StrategyConfig
+    server_optimizer: ServerOptimizerConfig
+    num_probes: int
+    step_policy: StepPolicy
+    sink: Sink
+    elapsed: Callable[[], float]
+    gradient: torch.Tensor | None = None
+    shuffle_replies: bool = False
+    _used: dict[int, int] = field(default_factory=dict)
+    _followed: dict[int, int] = field(default_factory=dict)
+    _told: Mapping[str, Any] | None = None
+    _lost: bool = False
+    _signals: Signals = field(init=False)
+    _state_sync: StateSync = field(init=False)
+
+    def __post_init__(self) -> None:
+        law = self.replica.space.distribution
+        self._signals = Signals(self.gradient, self.store.audit, run_seed=self.run_seed, distribution=law)
+        self._state_sync = StateSync(
+            grid=self.grid,
+            client_registry=self.client_registry,
+            replica=self.replica,
+            store=self.store,
+            artifact=self.artifact,
+            fl=self.fl,
+            deadline_s=self.strategy.deadline_s,
+            shuffle_seed=self.run_seed if self.shuffle_replies else None,
+        )
+        for line in self.store.audit:
+            self._count_steps(line)
+        self._told = next((line for line in reversed(self.store.metrics) if line["kind"] == "step_policy"), None)
+
+    @property
+    def round(self) -> int:
+        """Rounds that are committed."""
+        return len(self.store.records)
+
+    def catch_up(self) -> None:
+        """After opening an old log: replay it, and prove the result by its last check."""
+        self.replica.goto(self.round, self.store.records)
+        if self.store.rounds:
+            self.replica.verify(self.store.rounds[-1])
+
+    def warn_of_cut_sizes(self) -> None:
+        """Once the clients have registered: say whose declared rows do not all count."""
+        if self.strategy.weighting is Weighting.size:
+            hellos = self.client_registry.hellos
+            cut = sorted(client for client, weight in self._weights.items() if weight < hellos[client].num_train)
+            if cut:
+                log.warning(
+                    "strategy.size_cap: the rows of clients %s count as %g times the median of all clients' rows; "
+                    "0 lifts the cap, where all clients are trusted.",
+                    cut,
+                    self.strategy.size_cap,
+                )
+
+    def run_round(self) -> RoundRecord:
+        """One round, from sampling to the committed record.
+
+        Raises:
+            FederationError: Fewer than ``strategy.min_replies`` clients gave an answer that can be used.
+        """
+        started = time.monotonic()
+        number = self.round
+        for client in self.client_registry.refresh(self.grid, timeout_s=min(REGISTER_S, self.strategy.deadline_s)):
+            self._state_sync.forget(client)
+        plan = self._plan()
+        lr = learning_rate(self.server_optimizer, round=number, rounds=self.fl.rounds)
+        if plan.calibration:
+            lr = float(np.float32(self.server_optimizer.lr))  # a warm-up would leave nothing to see
+        bound = announced_bound(
+            self.store.audit,
+            self.store.records,
+            factor=self.strategy.clip_factor,
+            rounds=self.strategy.clip_rounds,
+        )
+        traffic = Traffic()
+        results, refused = self._ask(plan, lr=lr, bound=bound, traffic=traffic)
+        record = aggregate(
+            results,
+            self._weights,
+            round=number,
+            lr=lr,
+            steps=max(len(result.g) for result in results.values()),
+            probes=self.num_probes,
+            directions=directions_of(self.fl),
+            own_columns=self.replica.walks_clients,
+            aggregation=self.strategy.aggregation,
+            trim_share=self.strategy.trim_share,
+        )
+        self._warn_if_lost(results)
+        if plan.calibration:
+            record = unmoved(record)
+        audit = audit_line(
+            record,
+            results,
+            lr=lr,
+            xi=self._signals.products(record),
+            used=self._used,
+            weights=self._weights,
+            refused=refused,
+        )
+        # before the log, which alone makes a round count: what is told of a round that a kill prevents is dropped
+        self.sink.write(
+            round_metrics(
+                record,
+                results,
+                calibration=plan.calibration,
+                signals=self._signals.of_round(record, results, audit),
+                refused=refused,
+                traffic=traffic,
+                down_bytes=self._down_bytes(record, results),
+                bound=bound,
+                seconds=self.elapsed(),
+                round_seconds=time.monotonic() - started,
+            )
+        )
+        self._commit(record, audit)
+        return record
+
+    def tell_step_policy(self) -> None:
+        """After the last round: tell what a calibration found that no round has followed; again after a kill."""
+        if self._told is None:
+            self._plan()
+
+    def federated_scores(self, *, max_rows: int, traffic: Traffic) -> Mapping[int, EvaluateReply]:
+        """Every connected client's score of the present model on its own held-out rows; bytes go to ``traffic``."""
+        requests = {client: EvaluateRequest(max_rows=max_rows) for client in sorted(self.client_registry.nodes)}
+        replies, refused = self._state_sync.ask(requests, EvaluateReply, message_type="evaluate", traffic=traffic)
+        for client, reason in refused.items():
+            log.warning("client %d was not scored: %s", client, reason)
+        return replies
+
+    def _ask(
+        self, plan: Plan, *, lr: float, bound: float, traffic: Traffic
+    ) -> tuple[dict[int, ClientResult], dict[int, str]]:
+        """The usable replies of the round's clients, and why others have none.
+
+        Where too few are usable, the next of the sampling order are asked, too: the same sample would fail again.
+        """
+        size = self.strategy.clients_per_round or self.fl.num_clients
+        if plan.calibration or size == self.fl.num_clients:
+            groups = [list(range(self.fl.num_clients))]
+        else:
+            order = sampling_order(
+                run_seed=self.run_seed,
+                round=self.round,
+                num_clients=self.fl.num_clients,
+                connected=self.client_registry.nodes,
+            )
+            groups = [sorted(order[first : first + size]) for first in range(0, len(order), size)]
+        results: dict[int, ClientResult] = {}
+        refused: dict[int, str] = {}
+        for group in groups:
+            requests = {
+                client: TrainRequest(steps=plan.steps[client], used=self._used.get(client, 0), lr=lr, max_abs_g=bound)
+                for client in group
+            }
+            replies, silent = self._state_sync.ask(requests, TrainReply, message_type="train", traffic=traffic)
+            refused |= silent
+            results |= self._usable(replies, requests, refused)
+            if len(results) >= self.strategy.min_replies:
+                return results, refused
+        why = "; ".join(f"client {client}: {reason}" for client, reason in sorted(refused.items()))
+        raise FederationError(
+            f"round {self.round}: strategy.min_replies = {self.strategy.min_replies} usable replies are needed, got "
+            f"{len(results)} ({why}). The log is kept: mend the clients and `fedzo resume` the run."
+        )
+
+    def _usable(
+        self, replies: Mapping[int, TrainReply], requests: Mapping[int, TrainRequest], refused: dict[int, str]
+    ) -> dict[int, ClientResult]:
+        """The replies as numbers; why one cannot be used is added to ``refused``."""
+        results: dict[int, ClientResult] = {}
+        for client, reply in replies.items():
+            try:
+                results[client] = check_reply(
+                    reply,
+                    steps=requests[client].steps,
+                    probes=self.num_probes,
+                    max_abs_g=self.strategy.max_abs_g,
+                    announced=requests[client].max_abs_g,
+                    signs=self.strategy.aggregation is Aggregation.majority_sign,
+                    all_may_drop=not self.replica.walks_clients,
+                )
+            except ProtocolError as error:
+                refused[client] = str(error)
+                log.warning("round %d, client %d: reply refused: %s", self.round, client, error)
+        return results
+
+    def _warn_if_lost(self, results: Mapping[int, ClientResult]) -> None:
+        """A run that has diverged goes on without learning anything: say so in the first of such rounds."""
+        lost = all(result.dropped.all() for result in results.values())
+        if lost and not self._lost:
+            what = "no client had a finite loss, so that nothing is learnt. The model has probably diverged: lower "
+            what += "trainer.lr, or bound the scalars with strategy.clip_factor, and start again."
+            if any(np.isfinite(result.loss).any() for result in results.values()):  # signs: 0 has none
+                what = "no probe of any client changed its loss, so that nothing is learnt. Raise estimator.eps, or "
+                what += "hold the model in a finer model.dtype, and start again."
+            log.warning("round %d: %s", self.round, what)
+        self._lost = lost
+
+    def _plan(self) -> Plan:
+        """What the coming round asks of each client; a new decision is told."""
+        labels = {client: self.client_registry.label_counts(client) for client in sorted(self.client_registry.hellos)}
+        plan = self.step_policy.plan(self.store.audit, labels)
+        last = self.round + 1 == self.fl.rounds
+        record = news(
+            plan,
+            self._told,
+            round=self.round,
+            last=last,
+            seconds=self.elapsed(),
+            local_steps=self.fl.local_steps,
+        )
+        if record:
+            self._told = record
+            self.sink.write(record)
+        return plan
+
+    @property
+    def _weights(self) -> Mapping[int, float]:
+        """Fixed at registration, never taken from a reply."""
+        rows = {client: hello.num_train for client, hello in self.client_registry.hellos.items()}
+        return client_weights(rows, self.strategy.weighting, size_cap=self.strategy.size_cap)
+
+    def _commit(self, record: RoundRecord, audit: dict[str, Any]) -> None:
+        # the replica moves first, since the line carries its check; it is rebuilt from the log if the line is not
+        # written
+        self.replica.advance([record])
+        last = record.round + 1 == self.fl.rounds
+        proof = self.replica.proof(digest=last or (record.round + 1) % self.fl.hash_every == 0)
+        attendance = [entry["client"] for entry in audit["clients"]]
+        self.store.commit(record, proof={"attendance": attendance, **proof}, audit=audit)
+        self._count_steps(audit)
+
+    def _down_bytes(self, record: RoundRecord, clients: Collection[int]) -> int:
+        """Payload that brings clients from the end of their last round to that of a new one: scalars, or values."""
+        if self.fl.transport is Transport.values:
+            return self.replica.snapshot_bytes * len(clients)
+        missed = (part for client in clients for part in self.store.records[self._followed.get(client, 0) :])
+        return record.coefficients.nbytes * len(clients) + sum(part.coefficients.nbytes for part in missed)
+
+    def _count_steps(self, audit: Mapping[str, Any]) -> None:
+        for entry in audit["clients"]:
+            self._used[entry["client"]] = entry["used"] + entry["steps"]
+            self._followed[entry["client"]] = audit["round"] + 1

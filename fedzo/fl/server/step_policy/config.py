@@ -1,0 +1,110 @@
+"""What a user can say about step policies. Defaults are ours: the paper's thresholds are not recoverable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Statistic(StrEnum):
+    """What is measured of a client's local step."""
+
+    abs_g = "abs_g"
+    """|g|, the projected gradient itself; any trainer."""
+    gradip = "gradip"
+    """|g xi|, the paper's GradIP: |g| times a factor of the seed; the trainer must have a gradient."""
+
+
+class VpcsTest(StrEnum):
+    """What speaks for a client being extreme."""
+
+    ratio = "ratio"
+    """The mean of the initial phase over that of the later phase is above ``ratio_threshold``."""
+    quiet = "quiet"
+    """The share of the later phase's steps below sigma is above ``quiet_threshold``."""
+    level = "level"
+    """The others' median of the later phase over the client's own mean is above ``level_threshold``."""
+
+
+class Combine(StrEnum):
+    """How ratio and quiet are combined; level, where it is chosen, flags alone."""
+
+    both = "both"
+    """Both must speak for it; one that is not made is not asked."""
+    either = "either"
+
+
+@dataclass(kw_only=True, slots=True)
+class StepPolicyConfig:
+    """Which clients stop early in every round."""
+
+
+@dataclass(kw_only=True, slots=True)
+class NoStepPolicyConfig(StepPolicyConfig):
+    """All clients take all local steps."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EarlyStopConfig(StepPolicyConfig):
+    """What happens to flagged clients."""
+
+    early_steps: int = 1
+    """Local steps a round of a flagged client; its data pointer stays, so all its rows are used."""
+    max_share: float = 0.5
+    """Largest share of flagged clients; above it nobody is stopped early and all clients take ``fallback_steps``."""
+    fallback_steps: int = 0
+    """Local steps a round of all clients then; 0 = half of ``fl.local_steps``."""
+
+
+@dataclass(kw_only=True, slots=True)
+class VpcsConfig(EarlyStopConfig):
+    """VPCS: round 0 is a calibration that does not move the model (Meerkat-vp, arXiv 2506.03337)."""
+
+    calibration_steps: int = 100
+    """Local steps of every client in round 0, at ``server_optimizer.lr``."""
+    initial_steps: int = 20
+    """Length of the initial phase."""
+    later_steps: int = 20
+    """Length of the later phase, at the end."""
+    statistic: Statistic = Statistic.abs_g
+    tests: list[VpcsTest] = field(default_factory=lambda: list(VpcsTest))
+    """Which tests are made; flagged = (ratio ``combine`` quiet) or level."""
+    combine: Combine = Combine.both
+    ratio_threshold: float = 3.0
+    """Of the initial phase's mean over the later phase's; a client above it speaks for the test ``ratio``."""
+    quiet_threshold: float = 0.5
+    """Of the share of quiet steps, for the test ``quiet``."""
+    sigma_share: float = 0.1
+    """sigma is this share of the median over clients of the initial phase's mean."""
+    level_threshold: float = 2.0
+    """Of the others' median over the client's own mean, for the test ``level``."""
+    graded: bool = False
+    """Stop by strength: T/2 from the threshold on, T/4 from twice the threshold on, ...; at least ``early_steps``."""
+
+
+@dataclass(kw_only=True, slots=True)
+class CusumConfig(EarlyStopConfig):
+    """A sequential test before every round: a CUSUM of how far log |g| lies below the others' median."""
+
+    drift: float = 1.0
+    """Shortfall in natural logarithms that every step forgives."""
+    threshold: float = 8.0
+    """A client is flagged for good once its CUSUM has been above."""
+    graded: bool = False
+    """Stop by strength: T/2 from the threshold on, T/4 from twice the threshold on, ...; at least ``early_steps``."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RandomConfig(EarlyStopConfig):
+    """A baseline: clients drawn at random once."""
+
+    num_flagged: int = 1
+    """How many, for example as many as another step policy flagged."""
+
+
+@dataclass(kw_only=True, slots=True)
+class OracleConfig(EarlyStopConfig):
+    """A baseline that knows the labels: clients with (nearly) one label, by the counts of their registration."""
+
+    label_share: float = 0.9
+    """A client is flagged whose commonest label has at least this share of its rows."""

@@ -1,0 +1,180 @@
+"""What a step policy decides, and the part that all step policies share: what happens to those that are flagged."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from fedzo.fl.server.step_policy.config import EarlyStopConfig, StepPolicyConfig
+from fedzo.registry import Registry
+
+AuditLine = Mapping[str, Any]
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a step policy holds against a client.
+
+    Attributes:
+        flagged: Whether the client is taken for extreme.
+        strength: How far beyond the threshold, 1 = at it; what a graded stop goes by.
+        statistics: The numbers that the verdict rests on; nan where nothing could be measured.
+    """
+
+    flagged: bool
+    strength: float = 1.0
+    statistics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One round's work.
+
+    Attributes:
+        steps: T_k of every client of the run.
+        calibration: Whether the round only measures: every client takes part, and the model does not move.
+        verdicts: By client; empty where nothing has been decided.
+        windows: First and last step (exclusive) of the phases that were compared, where there are phases.
+        fallback: Whether too many are flagged, so that all clients take fewer steps instead.
+    """
+
+    steps: Mapping[int, int]
+    calibration: bool = False
+    verdicts: Mapping[int, Verdict] = field(default_factory=dict)
+    windows: Mapping[str, tuple[int, int]] | None = None
+    fallback: bool = False
+
+    @property
+    def flagged(self) -> list[int]:
+        """The clients that are taken for extreme, ascending."""
+        return [client for client, verdict in sorted(self.verdicts.items()) if verdict.flagged]
+
+
+class StepPolicy(Protocol):
+    """Decides before every round how many local steps each client takes."""
+
+    def plan(self, audit: Sequence[AuditLine], label_counts: Mapping[int, Mapping[str, int]]) -> Plan:
+        """The plan of round ``len(audit)``: a function of its arguments alone, so a resumed run decides the same.
+
+        Args:
+            audit: Audit lines of all committed rounds.
+            label_counts: Rows by label of each client, as declared at registration.
+        """
+        ...
+
+
+STEP_POLICIES: Registry[StepPolicy] = Registry("step_policy", base=StepPolicyConfig)
+"""Factories ``(config, *, num_clients, local_steps, run_seed) -> StepPolicy``."""
+
+
+@dataclass(frozen=True, slots=True)
+class EarlyStop:
+    """From verdicts to steps.
+
+    Attributes:
+        config: ``early_steps``, ``max_share`` and ``fallback_steps``.
+        num_clients: K.
+        local_steps: T of a client that is not stopped early.
+        graded: Whether the strength of a verdict counts.
+    """
+
+    config: EarlyStopConfig
+    num_clients: int
+    local_steps: int
+    graded: bool = False
+
+    def __call__(
+        self, verdicts: Mapping[int, Verdict], *, windows: Mapping[str, tuple[int, int]] | None = None
+    ) -> Plan:
+        """The plan for these verdicts; a client without one is not stopped."""
+        count = sum(verdict.flagged for verdict in verdicts.values())
+        fallback = count > round(self.config.max_share * self.num_clients, 9)  # 0.29 * 100 is a little below 29
+        steps = dict.fromkeys(range(self.num_clients), self.local_steps)
+        if fallback:
+            fewer = self.config.fallback_steps or max(1, self.local_steps // 2)
+            steps = dict.fromkeys(steps, min(fewer, self.local_steps))
+        else:
+            steps.update({client: self._steps(verdict) for client, verdict in verdicts.items() if verdict.flagged})
+        return Plan(steps, verdicts=verdicts, windows=windows, fallback=fallback)
+
+    def _steps(self, verdict: Verdict) -> int:
+        early = min(self.config.early_steps, self.local_steps)
+        if not self.graded:
+            return early
+        halvings = 1 + int(math.log2(min(max(verdict.strength, 1.0), 2.0**30)))
+        return max(early, self.local_steps >> halvings)
+
+
+def news(
+    plan: Plan, told: Mapping[str, Any] | None, *, round: int, last: bool, seconds: float, local_steps: int
+) -> dict[str, Any] | None:
+    """The plan as a metrics record, if it decides otherwise than the last one told, which is also logged.
+
+    In the last round it is also told if only its statistics differ.
+
+    Args:
+        plan: Of the coming round.
+        told: The last such record; None before the first.
+        round: Number of the coming round.
+        last: Whether no other round comes.
+        seconds: Since the run started.
+        local_steps: T of a client that is not stopped early.
+    """
+    if not plan.verdicts:
+        return None
+    flagged = set(plan.flagged)
+    record = {
+        "kind": "step_policy",
+        "seconds": seconds,
+        "round": round,
+        "windows": None if plan.windows is None else {name: list(ends) for name, ends in plan.windows.items()},
+        "clients": [
+            {
+                "client": client,
+                "flagged": client in flagged,
+                "steps": steps,
+                "statistics": _plain(plan.verdicts[client].statistics) if client in plan.verdicts else {},
+            }
+            for client, steps in sorted(plan.steps.items())
+        ],
+        "fallback": plan.fallback,
+    }
+    if told is None or _decision(record) != _decision(told):
+        # a decision against nobody at the start is no news: most step policies begin so
+        if flagged or told is not None or plan.windows is not None:
+            log.warning("from round %d on: %s", round, describe(plan, local_steps=local_steps))
+        return record
+    return record if last and record["clients"] != told["clients"] else None
+
+
+def describe(plan: Plan, *, local_steps: int) -> str:
+    """The decision in words; ``local_steps`` is T of a client that is not stopped early."""
+    if not plan.flagged:
+        return "no client is flagged"
+    flagged = "flagged: " + ", ".join(map(str, plan.flagged))
+    if plan.fallback:
+        most = max(plan.steps.values())
+        fewer = f"all clients take {most} of {local_steps} steps" if most < local_steps else "nobody takes fewer steps"
+        return f"{flagged}; more than step_policy.max_share allows, so {fewer}"
+    if all(plan.steps[client] == local_steps for client in plan.flagged):
+        return f"{flagged}; they take as many steps as the others"
+    return "stopped early: " + ", ".join(
+        f"client {client} after step {plan.steps[client]}{_reasons(plan.verdicts[client])}" for client in plan.flagged
+    )
+
+
+def _reasons(verdict: Verdict) -> str:
+    known = [f"{name} {value:.3g}" for name, value in verdict.statistics.items() if math.isfinite(value)]
+    return f" ({', '.join(known)})" if known else ""
+
+
+def _plain(statistics: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in statistics.items()}
+
+
+def _decision(record: Mapping[str, Any]) -> object:
+    return record["fallback"], [(row["client"], row["flagged"], row["steps"]) for row in record["clients"]]

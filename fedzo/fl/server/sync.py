@@ -1,0 +1,155 @@
+"""Clients follow the server's log: every request brings along what its client lacks to reach the server's state."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypedDict, TypeVar
+
+from fedzo.fl.client.worker import space_id
+from fedzo.fl.config import FlConfig, Transport
+from fedzo.fl.exchange import Grid, Traffic, ask
+from fedzo.fl.log_store import RunStore
+from fedzo.fl.messages import EvaluateReply, Status, Sync, TrainReply
+from fedzo.fl.replica import Replica
+from fedzo.fl.server.client_registry import ClientRegistry
+from fedzo.zo.directions import PURPOSE_SAMPLING, permutation, stream_key
+from fedzo.zo.log import pack
+
+log = logging.getLogger(__name__)
+ATTEMPTS = 4  # a first request, and one each for a missing space, a gap in the log and a wrong hash
+
+Request = TypeVar("Request", bound=Sync)
+Reply = TypeVar("Reply", TrainReply, EvaluateReply)
+
+
+class Remedy(TypedDict, total=False):
+    """What a request carries beyond the log since its client's last round."""
+
+    artifact: bool
+    from_round: int
+    values: bool
+
+
+@dataclass(kw_only=True, slots=True)
+class StateSync:
+    """What the server knows of the state of each client.
+
+    Attributes:
+        artifact: What clients need beside the model to build the space.
+        deadline_s: How long asking may take, help included.
+        shuffle_seed: Replies come in an order drawn from it, round by round; in the order of the clients without.
+    """
+
+    grid: Grid
+    client_registry: ClientRegistry
+    replica: Replica
+    store: RunStore
+    artifact: bytes
+    fl: FlConfig
+    deadline_s: float
+    shuffle_seed: int | None = None
+    _acked: dict[int, int] = field(default_factory=dict)
+    _equipped: set[int] = field(default_factory=set)
+    _digests: dict[int, str] = field(default_factory=dict)
+
+    def ask(
+        self, requests: Mapping[int, Request], reply_type: type[Reply], *, message_type: str, traffic: Traffic
+    ) -> tuple[dict[int, Reply], dict[int, str]]:
+        """Ask clients at the present state; help those that cannot reach it, at most once for each kind of trouble.
+
+        All of it ends at the deadline.
+
+        Returns:
+            Replies by client, and why the others have none.
+        """
+        replies: dict[int, Reply] = {}
+        refused: dict[int, str] = {}
+        remedies: dict[int, Remedy] = {client: {} for client in requests}
+        state, ends = self._state(), time.monotonic() + self.deadline_s
+        for _ in range(ATTEMPTS):
+            answers = ask(
+                self.grid,
+                {client: self._fill(requests[client], client, state, **remedy) for client, remedy in remedies.items()},
+                nodes=self.client_registry.nodes,
+                message_type=message_type,
+                reply_type=reply_type,
+                deadline_s=ends - time.monotonic(),
+                traffic=traffic,
+            )
+            refused.update(answers.refused)
+            again: dict[int, Remedy] = {}
+            for client, reply in answers.replies.items():
+                if reply.status is Status.ok:
+                    replies[client] = reply
+                    self._acked[client] = self._round
+                    self._equipped.add(client)
+                else:
+                    again[client] = self._remedy(client, reply, remedies[client])
+            remedies = again
+            if not remedies or time.monotonic() >= ends:
+                break
+        refused.update(dict.fromkeys(remedies, "could not reach the server's state"))
+        ordered = sorted(replies)
+        if self.shuffle_seed is not None:
+            key = stream_key(self.shuffle_seed, round=self._round, owner=0)
+            ordered = [ordered[i] for i in permutation(key, len(ordered), purpose=PURPOSE_SAMPLING)]
+        return {client: replies[client] for client in ordered}, refused
+
+    def forget(self, client: int) -> None:
+        """A client came back as a new process: it starts from its base model."""
+        self._acked.pop(client, None)
+        self._equipped.discard(client)
+
+    @property
+    def _round(self) -> int:
+        return len(self.store.records)
+
+    def _remedy(self, client: int, reply: TrainReply | EvaluateReply, before: Remedy) -> Remedy:
+        if reply.status is Status.bare:
+            return {**before, "artifact": True, "from_round": 0}
+        if reply.status is Status.behind:
+            return {**before, "from_round": 0 if "from_round" in before else reply.position}
+        log.warning("round %d, client %d: its state is not the server's; sending it the values", self._round, client)
+        return {**before, "values": True}
+
+    def _fill(
+        self,
+        request: Request,
+        client: int,
+        state: Mapping[str, Any],
+        *,
+        artifact: bool = False,
+        from_round: int | None = None,
+        values: bool = False,
+    ) -> Request:
+        """Add to a request what state its client must reach, and how it gets there."""
+        number = self._round
+        values = values or (self.fl.transport is Transport.values and number > 0)
+        start = self._acked.get(client, 0) if from_round is None else from_round
+        return replace(
+            request,
+            **state,
+            artifact=self.artifact if artifact or client not in self._equipped else b"",
+            from_round=number if values else start,
+            log=b"" if values else pack(self.store.records[start:]),
+            values=self.replica.snapshot() if values else b"",
+        )
+
+    def _state(self) -> dict[str, Any]:
+        """What every request of the round says of the state that it is about."""
+        return {
+            "config_hash": self.client_registry.identity.config_hash,
+            "space_id": space_id(self.artifact),
+            "round": self._round,
+            "chain": self.replica.chain.hex(),
+            "check": self.replica.check(),
+            "digest": self._digest() if self._round % self.fl.hash_every == 0 else "",
+        }
+
+    def _digest(self) -> str:
+        if self._round not in self._digests:
+            self._digests = {self._round: self.replica.space.digest()}
+        return self._digests[self._round]

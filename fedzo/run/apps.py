@@ -1,0 +1,94 @@
+"""The Flower apps of fedzo: the same ServerApp and ClientApp on every runtime.
+
+The composed configuration travels as one JSON string: in the run configuration where Flower gives it to both sides, in
+the environment where it does not (Ray's clients).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+from flwr.app import Context, Message, MessageType
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fedzo.errors import ConfigError
+from fedzo.fl.messages import EvaluateRequest, Hello, TrainRequest, decode, encode
+
+CONFIG_KEY, RUN_DIR_KEY = "config", "run-dir"
+CONFIG_ENV, RUN_DIR_ENV = "FEDZO_CONFIG", "FEDZO_RUN_DIR"
+R = TypeVar("R")
+
+
+def make_client_app() -> ClientApp:
+    """The ClientApp: registers, trains, evaluates. One model a process, however many clients it plays."""
+    app = ClientApp()
+
+    @app.query("hello")
+    def hello(message: Message, context: Context) -> Message:
+        return _reply(message, _worker(context).hello(decode(Hello, message.content), client=_client(context)))
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return _reply(message, _worker(context).train(decode(TrainRequest, message.content), client=_client(context)))
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        request = decode(EvaluateRequest, message.content)
+        return _reply(message, _worker(context).evaluate(request, client=_client(context)))
+
+    return app
+
+
+def look_ahead(messages: list[tuple[Message, Context]]) -> None:
+    """Let this process's worker take the steps of all clients that are asked to train together."""
+    requests = {
+        _client(context): decode(TrainRequest, message.content)
+        for message, context in messages
+        if message.metadata.message_type == MessageType.TRAIN
+    }
+    if requests:
+        _worker(messages[0][1]).look_ahead(requests)
+
+
+def make_server_app() -> ServerApp:
+    """The ServerApp: runs the whole federation of the configuration in its run folder."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        from fedzo.run.federation import run_federation
+
+        run_federation(
+            grid, _setting(context, CONFIG_KEY, CONFIG_ENV), Path(_setting(context, RUN_DIR_KEY, RUN_DIR_ENV))
+        )
+
+    return app
+
+
+def _worker(context: Context) -> Any:
+    from fedzo.run.site import process_site
+
+    return process_site(_setting(context, CONFIG_KEY, CONFIG_ENV)).worker
+
+
+def _client(context: Context) -> int:
+    """A client's index in the run is its partition, never Flower's random node id."""
+    return int(context.node_config["partition-id"])
+
+
+def _reply(message: Message, answer: object) -> Message:
+    return Message(encode(answer), reply_to=message)
+
+
+def _setting(context: Context, key: str, variable: str) -> str:
+    value = str(context.run_config.get(key) or os.environ.get(variable, ""))
+    if not value:
+        raise ConfigError(f"run configuration: {key!r} must be set. Start runs with `fedzo train`.")
+    return value
+
+
+client_app = make_client_app()
+server_app = make_server_app()

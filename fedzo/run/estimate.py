@@ -1,0 +1,121 @@
+"""What a run will need: memory and time, told before it starts; and batches small enough to fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fedzo.data.example import Example
+from fedzo.errors import ConfigError
+from fedzo.models.load import LoadedModel
+from fedzo.models.memory import (
+    SpaceKind,
+    available_memory_bytes,
+    estimate_step_memory_bytes,
+    fit_tokens_per_batch,
+    rule_bytes,
+)
+from fedzo.models.memory import seconds_per_token as time_a_token
+from fedzo.zo.spaces.base import Space
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Estimated needs of a run.
+
+    Attributes:
+        memory_bytes: Peak of one step, weights included.
+        seconds: All forwards of rounds and scores, one process.
+    """
+
+    memory_bytes: int
+    seconds: float
+
+
+def fitting_tokens_per_batch(
+    loaded: LoadedModel, space: Space, *, wanted: int, longest: int, local_steps: int, num_moments: int
+) -> int:
+    """``wanted``, or fewer tokens a forward where a step would not fit into the memory that is left.
+
+    Raises:
+        ConfigError: What the server optimizer remembers does not fit, or not even one sequence beside it.
+    """
+    kept, host = rule_bytes(space.size, num_moments), available_memory_bytes(torch.device("cpu"))
+    if kept > host:
+        raise ConfigError(
+            f"server_optimizer: it must fit in memory, but remembers {num_moments} float32 numbers for each of the "
+            f"{space.size:,} trained ones ({kept / 2**20:.0f} MiB), available are {host / 2**20:.0f} MiB. Use "
+            "server_optimizer=sgd, train fewer values or, with scaffold and feddyn, have fewer clients."
+        )
+    available = available_memory_bytes(loaded.device) if loaded.device.type == "cuda" else host - kept
+    return fit_tokens_per_batch(
+        loaded.model,
+        wanted=wanted,
+        longest=longest,
+        available_bytes=available,
+        space=_kind(loaded, space),
+        local_steps=local_steps,
+        space_size=space.size,
+    )
+
+
+def estimate_run(
+    loaded: LoadedModel,
+    space: Space,
+    *,
+    train: list[Example],
+    scored: list[tuple[int, list[Example]]],
+    rows_per_step: int,
+    steps: int,
+    forwards_per_step: int,
+    local_steps: int,
+    tokens_per_batch: int,
+    num_moments: int,
+) -> Estimate:
+    """Estimate from one timed forward.
+
+    Args:
+        loaded: The model.
+        space: What is trained.
+        train: Some training rows; their mean length stands for all.
+        scored: How often each list of rows is scored.
+        rows_per_step: Rows of one client's step.
+        steps: Local steps of all clients in all rounds to come.
+        forwards_per_step: Forwards that the estimator takes for one step.
+        local_steps: T.
+        tokens_per_batch: Most tokens in one forward.
+        num_moments: Numbers that the server optimizer remembers for each trained one.
+    """
+    rows = steps * forwards_per_step * rows_per_step
+    tokens = rows * _mean_tokens(train) + sum(times * len(part) * _mean_tokens(part) for times, part in scored)
+    longest = max((_num_tokens(example) for example in train), default=0)
+    memory = estimate_step_memory_bytes(
+        loaded.model,
+        batch_tokens=min(tokens_per_batch, rows_per_step * longest),
+        space=_kind(loaded, space),
+        local_steps=local_steps,
+        space_size=space.size,
+        num_moments=num_moments,
+    )
+    return Estimate(memory_bytes=memory, seconds=tokens * time_a_token(loaded))
+
+
+def is_full(loaded: LoadedModel, space: Space) -> bool:
+    """Whether the space is all of the model's weights."""
+    return space.size == sum(parameter.numel() for parameter in loaded.model.parameters())
+
+
+def _kind(loaded: LoadedModel, space: Space) -> SpaceKind:
+    return "full" if is_full(loaded, space) else "masked"
+
+
+def _num_tokens(example: Example) -> int:
+    """Most tokens the example takes: one prompt for single-token candidates, else a sequence for each candidate."""
+    if all(len(candidate) == 1 for candidate in example.candidates):
+        return len(example.prompt)
+    return sum(len(example.prompt) + len(candidate) for candidate in example.candidates)
+
+
+def _mean_tokens(examples: list[Example]) -> float:
+    return sum(map(_num_tokens, examples)) / len(examples) if examples else 0.0

@@ -1,0 +1,238 @@
+"""One federation from first score to last: what the ServerApp runs, on every runtime."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from fedzo.config.plugins import plugin_name
+from fedzo.config.schema import RunConfig
+from fedzo.data.tasks import num_labels
+from fedzo.fl.config import StrategyConfig
+from fedzo.fl.log_store import RunStore, best_round
+from fedzo.fl.server.client_registry import ClientRegistry
+from fedzo.fl.server.rounds import Server, Sink
+from fedzo.fl.server.step_policy import check_step_policy, most_steps
+from fedzo.report.sinks import ProgressSink, TensorBoardSink
+from fedzo.run.estimate import Estimate, estimate_run
+from fedzo.run.scores import Scores
+from fedzo.run.site import Site, process_site
+from fedzo.trainers import Workplace
+
+Record = dict[str, Any]
+
+
+class Sinks:
+    """Several sinks as one."""
+
+    def __init__(self, sinks: list[Sink]) -> None:
+        self._sinks = sinks
+
+    def write(self, record: Record) -> None:
+        """Give the record to every sink."""
+        for sink in self._sinks:
+            sink.write(record)
+
+    def close(self) -> None:
+        """Close them all."""
+        for sink in self._sinks:
+            sink.close()
+
+
+def run_federation(grid: Any, config_json: str, run_dir: Path) -> None:
+    """Run, or go on with, the federation of a configuration; everything it leaves is in ``run_dir``."""
+    site = process_site(config_json)
+    with ExitStack() as stack:
+        store = stack.enter_context(RunStore(run_dir))
+        Federation(grid, site, store, stack).run()
+    if site.config.report.html:
+        from fedzo.report.html import write_report
+
+        write_report(run_dir)
+
+
+class Federation:
+    """The course of one run at the server."""
+
+    def __init__(self, grid: Any, site: Site, store: RunStore, stack: ExitStack) -> None:
+        config = site.config
+        self._site = site
+        self._config = config
+        self._store = store
+        started, before = time.monotonic(), max((line["seconds"] for line in store.metrics), default=0.0)
+        self._elapsed: Callable[[], float] = lambda: before + time.monotonic() - started
+        self._progress = ProgressSink(
+            config.fl.rounds,
+            completed=len(store.records),
+            sent_bytes=(_total(store, "message_up_bytes"), _total(store, "message_down_bytes")),
+            enabled=config.report.progress,
+        )
+        sinks: list[Sink] = [self._progress]
+        if config.report.tensorboard:
+            sinks.append(TensorBoardSink(store.folder, completed=len(store.records)))
+        self._sinks = Sinks([store, *sinks])
+        for sink in sinks:
+            stack.callback(sink.close)
+        self._scores = Scores(site, store, self._sinks, self._progress, self._elapsed)
+        self._server = self._make_server(grid)
+
+    def run(self) -> None:
+        """Scores before, rounds, scores after."""
+        config, server, scores = self._config, self._server, self._scores
+        if setup := self._setup():
+            server.client_registry.recall(setup["clients"])
+        fewest = config.strategy.min_replies if setup else None
+        server.client_registry.wait(server.grid, timeout_s=config.strategy.startup_s, fewest=fewest)
+        server.warn_of_cut_sizes()
+        server.catch_up()
+        self._write_setup()
+        if server.round == 0:
+            scores.take("test", rounds=0)
+            scores.take("dev", rounds=0)
+        else:
+            scores.take_due(server)  # those that a killed run still owed
+        while server.round < config.fl.rounds:
+            server.run_round()
+            scores.take_due(server)
+        server.tell_step_policy()
+        best = best_round(self._store, by=config.evaluation.best_by)
+        server.replica.goto(best, self._store.records)
+        scores.take("test", rounds=best)
+        self._write_summary(best)
+
+    # --- beginning
+
+    def _make_server(self, grid: Any) -> Server:
+        config, site = self._config, self._site
+        _ = site.deal  # rows that cannot be dealt to the clients are refused here, before any of them fails for it
+        with self._progress.phase(f"preparing {plugin_name('trainer', config.trainer)}") as advance:
+            prepared = site.trainer.prepare(
+                site.loaded,
+                Workplace(folder=self._store.folder, seed=config.seed, texts=site.train_prompts, advance=advance),
+            )
+        check_step_policy(config.step_policy, config.fl, has_gradient=prepared.gradient is not None)
+        replica = site.worker.build(prepared.artifact)
+        replica.reset()
+        return Server(
+            grid=grid,
+            client_registry=ClientRegistry(
+                num_clients=config.fl.num_clients,
+                identity=site.worker.identity,
+                num_labels=num_labels(config.task),
+            ),
+            replica=replica,
+            store=self._store,
+            artifact=prepared.artifact,
+            gradient=prepared.gradient,
+            run_seed=config.seed,
+            fl=config.fl,
+            strategy=_strategy(config),
+            server_optimizer=config.server_optimizer,
+            num_probes=config.estimator.num_probes,
+            step_policy=site.step_policy,
+            sink=self._sinks,
+            elapsed=self._elapsed,
+            shuffle_replies=config.faults.shuffle_replies,
+        )
+
+    def _write_setup(self) -> None:
+        if self._setup():
+            return
+        server = self._server
+        self._sinks.write(
+            {
+                "kind": "setup",
+                "seconds": self._elapsed(),
+                "trainer": plugin_name("trainer", self._config.trainer),
+                "num_params": sum(p.numel() for p in self._site.loaded.model.parameters()),
+                "space_size": server.replica.space.size,
+                "setup_down_bytes": len(server.artifact),
+                "estimate": asdict(self._estimate()),
+                "clients": [
+                    {
+                        "client": client,
+                        "num_train": hello.num_train,
+                        "num_heldout": hello.num_heldout,
+                        "label_counts": server.client_registry.label_counts(client),
+                    }
+                    for client, hello in sorted(server.client_registry.hellos.items())
+                ],
+            }
+        )
+
+    def _setup(self) -> Record | None:
+        """What was written before the first round, in a run that is resumed."""
+        return next((line for line in self._store.metrics if line["kind"] == "setup"), None)
+
+    def _estimate(self) -> Estimate:
+        """Memory of a step and seconds of the whole run, if one process did all its forwards."""
+        config, site = self._config, self._site
+        clients = config.strategy.clients_per_round or config.fl.num_clients
+        plan = site.step_policy.plan([], {})
+        first = sum(plan.steps.values()) if plan.calibration else config.fl.local_steps * clients
+        return estimate_run(
+            site.loaded,
+            self._server.replica.space,
+            train=site.encode(site.splits.train[:256]),
+            scored=self._scores.planned(),
+            rows_per_step=config.fl.batch_size,
+            steps=(config.fl.rounds - 1) * config.fl.local_steps * clients + first,
+            forwards_per_step=site.estimator.forwards_per_step(config.estimator.num_probes),
+            local_steps=most_steps(config.step_policy, config.fl),
+            tokens_per_batch=site.worker.steps.tokens_per_batch,
+            num_moments=len(self._server.replica.moments),
+        )
+
+    # --- end
+
+    def _write_summary(self, best: int) -> None:
+        if any(line["kind"] == "summary" for line in self._store.metrics):
+            return  # resumed after its end
+        totals = {
+            name: _total(self._store, name)
+            for name in (
+                "dropped_probes",
+                "payload_up_bytes",
+                "payload_down_bytes",
+                "message_up_bytes",
+                "message_down_bytes",
+            )
+        }
+        self._sinks.write(
+            {
+                "kind": "summary",
+                "seconds": self._elapsed(),
+                "rounds": self._server.round,
+                "best_round": best,
+                "before": self._scores.find("test", 0),
+                "after": self._scores.find("test", best),
+                "worst_client": self._scores.worst_client(),
+                "step_policy": self._step_policy(),
+                "final_digest": self._store.rounds[-1]["digest"],
+                **totals,
+            }
+        )
+
+    def _step_policy(self) -> Record | None:
+        """Whom the last decision flagged; None without a step_policy."""
+        told = [line for line in self._store.metrics if line["kind"] == "step_policy"]
+        if not told:
+            return None
+        flagged = [{"client": row["client"], "steps": row["steps"]} for row in told[-1]["clients"] if row["flagged"]]
+        return {"flagged": flagged, "fallback": told[-1]["fallback"]}
+
+
+def _total(store: RunStore, name: str) -> int:
+    """Over the rounds, and over the scores of clients where these have such a number."""
+    return sum(line.get(name, 0) for line in store.metrics if line["kind"] in ("round", "federated_score"))
+
+
+def _strategy(config: RunConfig) -> StrategyConfig:
+    """Where one process plays all clients one after another, how long that takes is not theirs: no deadline."""
+    inline = plugin_name("runtime", config.runtime) == "inline"
+    return replace(config.strategy, deadline_s=math.inf) if inline else config.strategy

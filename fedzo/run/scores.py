@@ -1,0 +1,131 @@
+"""What is scored at the server, after which rounds, and each of it once, also in a run that is resumed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedzo.data.example import Example
+from fedzo.data.tasks import num_labels
+from fedzo.errors import ProtocolError
+from fedzo.evaluate.answers import Score, evaluate, merge_scores, metric_of
+from fedzo.fl.exchange import Traffic
+from fedzo.fl.log_store import RunStore
+from fedzo.fl.server.rounds import Server, Sink
+from fedzo.report.sinks import ProgressSink
+from fedzo.run.site import Site
+
+Record = dict[str, Any]
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Scores:
+    """The scores of one run: of the server's own rows (``score``), and of the clients' (``federated_score``).
+
+    Attributes:
+        store: Where the scores that were taken before are found.
+        sink: Where new ones go.
+        elapsed: Seconds since the run started.
+    """
+
+    site: Site
+    store: RunStore
+    sink: Sink
+    progress: ProgressSink
+    elapsed: Callable[[], float]
+    _encoded: dict[str, list[Example]] = field(default_factory=dict)
+
+    def planned(self) -> list[tuple[int, list[Example]]]:
+        """How often which examples will be scored at the server in the whole run."""
+        config = self.site.config
+        if not config.evaluation.central:
+            return []
+        dev = sum(
+            _is_due(done, config.evaluation.every_rounds, config.fl.rounds) for done in range(1, config.fl.rounds + 1)
+        )
+        return [(1 + dev, self._examples("dev")), (2, self._examples("test"))]
+
+    def take(self, split: str, *, rounds: int) -> None:
+        """Score the server's model, which must be at ``rounds``, on the server's rows, if there are any."""
+        if not self.site.config.evaluation.central or self.find(split, rounds):
+            return
+        if not (examples := self._examples(split)):
+            return  # data.num_dev = 0, or data.num_test = 0
+        with self.progress.phase(f"scoring {split}", len(examples)) as advance:
+            score = evaluate(
+                self.site.loaded,
+                examples,
+                self.site.config.task,
+                tokens_per_batch=self.site.worker.steps.tokens_per_batch,
+                on_batch=advance,
+            )
+        head = {"kind": "score", "seconds": self.elapsed(), "split": split, "round": rounds}
+        self.sink.write({**head, **score.to_record()})
+
+    def take_due(self, server: Server) -> None:
+        """Take the scores that the rounds until now call for, by ``evaluation``."""
+        done, total, evaluation = server.round, self.site.config.fl.rounds, self.site.config.evaluation
+        if _is_due(done, evaluation.every_rounds, total):
+            self.take("dev", rounds=done)
+        if evaluation.federated_every_rounds >= 0 and _is_due(done, evaluation.federated_every_rounds, total):
+            self._ask_clients(server)
+
+    def find(self, split: str, rounds: int) -> Record | None:
+        """The score of a split after so many rounds; None where there is none."""
+        return next(
+            (line for line in self._lines("score") if line["split"] == split and line["round"] == rounds),
+            None,
+        )
+
+    def worst_client(self) -> Record | None:
+        """The client with the lowest score on its own held-out rows, when they were scored last."""
+        last = max(self._lines("federated_score"), key=lambda line: line["round"], default=None)
+        if last is None:
+            return None
+        worst = min(last["clients"], key=lambda entry: entry["value"])
+        return {name: worst[name] for name in ("client", "metric", "value")} | {"round": last["round"]}
+
+    def _ask_clients(self, server: Server) -> None:
+        """Every connected client scores the present model on its own held-out rows."""
+        config = self.site.config
+        if any(line["round"] == server.round for line in self._lines("federated_score")):
+            return
+        most = config.evaluation.federated_max_rows
+        scored: dict[int, Score] = {}
+        traffic = Traffic()
+        for client, reply in sorted(server.federated_scores(max_rows=most, traffic=traffic).items()):
+            try:
+                score = Score.from_json(
+                    reply.score,
+                    metric=metric_of(config.task.kind),
+                    most_examples=most,
+                    num_labels=num_labels(config.task),
+                )
+            except ProtocolError as error:  # a bad reply never ends a run
+                log.warning("client %d was not scored: %s", client, error)
+                continue
+            if score is not None:
+                scored[client] = score
+        if not scored:
+            return
+        head = {"kind": "federated_score", "seconds": self.elapsed(), "round": server.round}
+        clients = [{"client": client, **score.to_record()} for client, score in scored.items()]
+        worst = min(score.value for score in scored.values())
+        merged = merge_scores(list(scored.values())).to_record()
+        sent = {"message_up_bytes": traffic.up_bytes, "message_down_bytes": traffic.down_bytes}
+        self.sink.write({**head, **merged, **sent, "worst_client": worst, "clients": clients})
+
+    def _examples(self, split: str) -> list[Example]:
+        if split not in self._encoded:
+            self._encoded[split] = self.site.encode(getattr(self.site.splits, split))
+        return self._encoded[split]
+
+    def _lines(self, kind: str) -> Iterator[Record]:
+        return (line for line in self.store.metrics if line["kind"] == kind)
+
+
+def _is_due(done: int, every: int, rounds: int) -> bool:
+    return done == rounds or (every > 0 and done % every == 0)

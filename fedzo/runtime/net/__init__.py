@@ -1,0 +1,1 @@
+"""Real SuperLinks and SuperNodes: processes, identity, warm executor."""

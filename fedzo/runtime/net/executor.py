@@ -1,0 +1,113 @@
+"""The warm executor: one process that answers every message of a SuperNode and keeps its model loaded.
+
+Takes the place of ``flower-superexec``, which starts a Python process a message. It runs the fedzo that is installed
+here; the bundle that the server ships is not looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from flwr.clientapp import ClientApp
+
+from fedzo.runtime._flower import failure_reason
+from fedzo.runtime.net._flower_http import ClientTask, RunNotRunningException, RuntimeApi, TaskType, client_task
+from fedzo.runtime.net.processes import accepts, watch_parent
+
+log = logging.getLogger(__name__)
+POLL_S = 0.05
+HUNG = 70
+"""Exit status after a hung step; whoever started the executor should start it again."""
+
+
+def main(arguments: Sequence[str] | None = None, *, app: ClientApp | None = None) -> None:
+    """Serve a SuperNode until SIGTERM.
+
+    Args:
+        arguments: Command line, by default the process's.
+        app: The ClientApp, by default the installed ``fedzo.run.apps.client_app``; only tests give another.
+    """
+    parser = argparse.ArgumentParser(prog="python -m fedzo.runtime.net.executor", description=__doc__)
+    parser.add_argument("--runtime-api-address", required=True, help="host:port of the SuperNode, loopback only")
+    parser.add_argument("--secret-file", type=Path, required=True, help="the SuperNode's --superexec-auth-secret-file")
+    parser.add_argument("--step-limit-s", type=float, required=True, help="a message that takes longer is given up")
+    parser.add_argument("--parent-pid", type=int, help="end when this process has ended")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, _exit)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Flower raises it in a process whose task is over, as after each run
+    if options.parent_pid is not None:
+        watch_parent(options.parent_pid)
+    if app is None:
+        from fedzo.run.apps import client_app
+
+        app = client_app
+    while not accepts(options.runtime_api_address):
+        time.sleep(POLL_S)
+    api = RuntimeApi(options.runtime_api_address, options.secret_file.read_bytes())
+    serve(app, api, step_limit_s=options.step_limit_s)
+
+
+def serve(app: ClientApp, api: RuntimeApi, *, step_limit_s: float) -> None:
+    """Answer messages for ever."""
+    with api.tasks(TaskType.CLIENT_APP) as take:
+        while True:
+            token = take()
+            if token is None:
+                time.sleep(POLL_S)
+                continue
+            try:
+                with client_task(api.address, token) as task:
+                    answer(app, task, step_limit_s=step_limit_s)
+            except RunNotRunningException:
+                log.info("the run ended while a message was worked on")
+            except Exception:
+                log.exception("a message was lost")
+
+
+def answer(app: ClientApp, task: ClientTask, *, step_limit_s: float) -> None:
+    """Answer one message, with an error if it fails; past ``step_limit_s`` say so and end the process.
+
+    A thread watches, so a step that never gives the interpreter back is not caught here: then the heartbeats stop as
+    well, and the SuperNode itself gives the message up after a minute.
+    """
+    turn = threading.Lock()  # whoever has it first replies, worker or watchdog
+
+    def give_up() -> None:
+        if turn.acquire(blocking=False):
+            log.error("a message took longer than %g s: giving it up and ending", step_limit_s)
+            task.fail(f"step took longer than runtime.step_limit_s = {step_limit_s:g}")
+            os._exit(HUNG)
+
+    watchdog = threading.Timer(step_limit_s, give_up)
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        reply, failure = app(message=task.message, context=task.context), ""
+    except Exception as error:
+        log.exception("the ClientApp failed")
+        failure = failure_reason(error)
+    finally:
+        watchdog.cancel()
+    with turn:
+        if failure:
+            task.fail(failure)
+        else:
+            task.finish(reply)
+
+
+def _exit(signal_number: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)
+
+
+if __name__ == "__main__":
+    main()

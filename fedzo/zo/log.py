@@ -1,0 +1,200 @@
+"""The log of a run: the global model is ``base + replay(log)``, always (``fedzo.zo.server_optimizer`` replays it).
+
+A record holds one round's aggregate scalars. Applying records in order to the base weights gives the model of that
+round, bit for bit, on any machine; a chain of hashes ties each record to all before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedzo.errors import ProtocolError
+from fedzo.zo.directions import SHARED
+from fedzo.zo.seeds import OWN, step_key
+from fedzo.zo.spaces.base import Space, Values
+
+Scalars = npt.NDArray[np.float32]
+_HEADER = struct.Struct("<IfHHH")  # round, lr, T, P, owners and the flag
+_HAS_DIRECTIONS = 0x8000  # a word that says whose directions they are follows the header
+MOST_ROUNDS, MOST_STEPS, MOST_OWNERS = 0xFFFFFFFF, 0xFFFF, 0x7FFF
+"""The most rounds, steps (and probes), and owners, that a record's header can count."""
+EMPTY_CHAIN = hashlib.sha256(b"fedzo log 1").digest()
+"""The chain before the first record."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRecord:
+    """What one round did to the model.
+
+    Attributes:
+        round: Number of the round, from 0.
+        lr: Learning rate, a float32 value.
+        owners: Owners of the columns: ``(SHARED,)`` for an aggregate, or client indices in ascending order.
+        coefficients: c[t, p, o], float32 [T, P, len(owners)]: the aggregate projected gradients, or each client's own.
+        directions: Along which directions the columns lie (``fedzo.zo.seeds``): the owners' own, those that all share,
+            or those of a pool of this size.
+    """
+
+    round: int
+    lr: float
+    owners: tuple[int, ...]
+    coefficients: Scalars
+    directions: int = OWN
+
+    @property
+    def shared(self) -> bool:
+        """Whether all clients stepped along the same directions, so that a step and probe has but one."""
+        return SHARED in (self.directions, self.owners[0])
+
+    def to_bytes(self) -> bytes:
+        """The record as it travels: 14 bytes of header, 4 an owner, 4 a scalar, little endian.
+
+        Where the directions are not the owners' own, the number of owners has its highest bit set and a word follows.
+        """
+        steps, probes, owners = self.coefficients.shape
+        if self.directions == OWN:
+            head = _HEADER.pack(self.round, self.lr, steps, probes, owners)
+        else:
+            head = _HEADER.pack(self.round, self.lr, steps, probes, owners | _HAS_DIRECTIONS)
+            head += self.directions.to_bytes(4, "little")
+        return head + np.asarray(self.owners, "<u4").tobytes() + self.coefficients.astype("<f4").tobytes()
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain JSON values; decimal floats that read back to the same float32."""
+        return {
+            "round": self.round,
+            "lr": float(self.lr),
+            "owners": [_word(owner) for owner in self.owners],
+            **({} if self.directions == OWN else {"directions": _word(self.directions)}),
+            "c": self.coefficients.astype(float).tolist(),
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> RoundRecord:
+        """The inverse of ``to_json``."""
+        return cls(
+            round=int(data["round"]),
+            lr=float(data["lr"]),
+            owners=tuple(_number(owner) for owner in data["owners"]),
+            coefficients=np.asarray(data["c"], np.float64).astype(np.float32),
+            directions=_number(data.get("directions", OWN)),
+        )
+
+
+def _word(owner: int) -> int | str:
+    return "shared" if owner == SHARED else owner
+
+
+def _number(owner: int | str) -> int:
+    return SHARED if owner == "shared" else int(owner)
+
+
+def pack(records: Iterable[RoundRecord]) -> bytes:
+    """Records one after another, for the wire."""
+    return b"".join(record.to_bytes() for record in records)
+
+
+def unpack(data: bytes) -> Iterator[RoundRecord]:
+    """The inverse of ``pack``; raises ``ProtocolError`` on bytes that are no whole records."""
+    at = 0
+    while at < len(data):
+        try:
+            round, lr, steps, probes, count = _HEADER.unpack_from(data, at)
+            at += _HEADER.size
+            directions = OWN
+            if count & _HAS_DIRECTIONS:
+                count ^= _HAS_DIRECTIONS
+                (directions,) = np.frombuffer(data, "<u4", 1, at).tolist()
+                at += 4
+            owners = np.frombuffer(data, "<u4", count, at)
+            at += 4 * count
+            scalars = np.frombuffer(data, "<f4", steps * probes * count, at)
+            at += 4 * scalars.size
+        except (struct.error, ValueError) as error:
+            raise ProtocolError(f"log: {len(data)} bytes do not end with a whole record ({error})") from error
+        if not np.isfinite(scalars).all() or not np.isfinite(lr):
+            raise ProtocolError(f"log: the record of round {round} holds a number that is not finite")
+        shaped = scalars.reshape(steps, probes, count).astype(np.float32)
+        yield RoundRecord(round=round, lr=lr, owners=tuple(owners.tolist()), coefficients=shaped, directions=directions)
+
+
+def extend_chain(chain: bytes, record: RoundRecord) -> bytes:
+    """SHA-256 over the chain so far and the next record."""
+    return hashlib.sha256(chain + record.to_bytes()).digest()
+
+
+def apply_step(space: Space, *, lr: float, c: np.float32, key: int) -> None:
+    """theta <- theta - (lr * c) * z(key), plain SGD's one update; lr * c is rounded to float32 once.
+
+    A zero (a dropped probe, lr = 0) moves nothing and is skipped, so that even a negative zero keeps its bits.
+    """
+    s = np.float32(lr) * np.float32(c)
+    if s != 0:
+        space.step(float(s), key)
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """What a rule adds to the estimate of each of a client's local steps: ``along + pull * (theta - start)``.
+
+    Attributes:
+        along: float32 [n], the same in all steps of a round.
+        start: theta at the round's start, float32 [n]; needed for the pull alone.
+        pull: Strength of the pull back to the start.
+    """
+
+    along: Values
+    start: Values | None = None
+    pull: float = 0.0
+
+
+def probe_shares(g: Scalars) -> Scalars:
+    """g / P of a step's probes, float32 [P]: the quotient is taken in float64 and rounded to float32 once."""
+    return (g.astype(np.float64) / len(g)).astype(np.float32)
+
+
+def local_step(space: Space, *, lr: float, c: Scalars, keys: Sequence[int], drift: Drift | None = None) -> None:
+    """One step of a client within a round, for the client itself and for whoever walks its path again.
+
+    theta <- theta - lr * (along + pull * (theta - start)), where there is a drift, then plain SGD along each probe's
+    direction; every operation is rounded to float32 once. The scalars were measured at theta too, so this is one step
+    of gradient descent on the corrected loss. Without any scalar nothing was measured, and nothing moves.
+
+    Args:
+        space: At the model before the step.
+        lr: Learning rate of the round, a float32 value.
+        c: g / P of each probe, float32 [P].
+        keys: Keys of the probes' directions.
+        drift: The rule's correction, if it has one.
+    """
+    if drift is not None and np.any(c):
+        theta, along = space.values(), drift.along
+        with np.errstate(all="ignore"):
+            if drift.start is not None:
+                along = along + np.float32(drift.pull) * (theta - drift.start)
+            space.load(theta - np.float32(lr) * along)
+    for scalar, key in zip(c, keys, strict=True):
+        apply_step(space, lr=lr, c=scalar, key=key)
+
+
+def scalars_and_keys(record: RoundRecord, *, run_seed: int) -> Iterator[tuple[np.float32, int]]:
+    """A round's scalars c with the keys of their directions, in the log's order: (step, probe, owner)."""
+    steps, probes, _ = record.coefficients.shape
+    for t in range(steps):
+        for p in range(probes):
+            for o, owner in enumerate(record.owners):
+                key = step_key(run_seed, round=record.round, step=t, probe=p, owner=owner, directions=record.directions)
+                yield record.coefficients[t, p, o], key
+
+
+def apply_record(space: Space, record: RoundRecord, *, run_seed: int) -> None:
+    """Apply a round's steps by plain SGD, one after another in the log's order."""
+    for c, key in scalars_and_keys(record, run_seed=run_seed):
+        apply_step(space, lr=record.lr, c=c, key=key)

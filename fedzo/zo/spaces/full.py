@@ -1,0 +1,117 @@
+"""The full space: all weights of a model (MeZO)."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+from fedzo.errors import ConfigError
+from fedzo.zo.config import Distribution, Rounding
+from fedzo.zo.directions import add_direction
+from fedzo.zo.perturb import PerturbedWeights
+from fedzo.zo.rounding import add_direction_stochastically, is_rounded
+from fedzo.zo.spaces.base import Values, as_values
+
+_CHUNK = 1 << 20  # values that are widened to float32 at a time
+
+
+class FullSpace:
+    """All weights of a model (MeZO, arXiv 2305.17333), each counted once.
+
+    A probe does not touch the weights: torch functions that read a weight are handed ``theta + scale * z`` instead
+    (``fedzo.zo.perturb``), made when needed and dropped after. Deviation from MeZO's code: no +eps, -2 eps, +eps walk,
+    which does not come back to the same bits.
+
+    Memory: one perturbed weight at a time; ``mark`` keeps a copy of all weights, since subtracting steps is not exact.
+
+    Args:
+        model: The model whose parameters are trained, in the order of ``named_parameters``.
+        distribution: Law of the directions.
+        rounding: How a step rounds a 16-bit weight; a float32 one it does not concern.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        distribution: Distribution = Distribution.gaussian,
+        rounding: Rounding = Rounding.nearest,
+    ) -> None:
+        self.distribution = distribution
+        self._rounding = rounding
+        self._parameters = [parameter for _, parameter in model.named_parameters()]
+        for name, parameter in model.named_parameters():
+            if not parameter.is_floating_point():
+                raise ConfigError(
+                    f"trainer=mezo trains every weight, but {name!r} is {parameter.dtype}. "
+                    "Load the model unquantised, or use trainer=meerkat."
+                )
+            if not parameter.is_contiguous():
+                parameter.data = parameter.data.contiguous()
+        sizes = [parameter.numel() for parameter in self._parameters]
+        self._starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        self._size = sum(sizes)
+        self._marked: list[torch.Tensor] | None = None
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def probe(self, scale: float, key: int) -> AbstractContextManager[None]:
+        starts = {id(parameter): start for parameter, start in zip(self._parameters, self._starts, strict=True)}
+        return PerturbedWeights(starts, scale=scale, key=key, distribution=self.distribution).active()
+
+    def step(self, s: float, key: int) -> None:
+        for parameter, start in zip(self._parameters, self._starts, strict=True):
+            weight = parameter.detach()
+            if self._rounding is Rounding.stochastic and is_rounded(weight.dtype):
+                add_direction_stochastically(weight, key, scale=-s, start=start, distribution=self.distribution)
+            else:
+                add_direction(weight, key, scale=-s, start=start, out=weight, distribution=self.distribution)
+
+    def scale_by(self, factor: float) -> None:
+        for parameter in self._parameters:
+            for part in torch.split(parameter.detach().view(-1), _CHUNK):
+                part.copy_(part.float() * factor)
+
+    def values(self) -> Values:
+        return torch.cat([parameter.detach().float().view(-1).cpu() for parameter in self._parameters]).numpy()
+
+    def load(self, values: Values) -> None:
+        parts = torch.split(torch.from_numpy(as_values(values, self.size)), [p.numel() for p in self._parameters])
+        with torch.no_grad():
+            for parameter, part in zip(self._parameters, parts, strict=True):
+                parameter.copy_(part.view(parameter.shape))
+
+    def mark(self) -> None:
+        self._marked = [parameter.detach().clone() for parameter in self._parameters]
+
+    def rewind(self) -> None:
+        if self._marked is None:
+            raise RuntimeError("rewind without a mark")
+        with torch.no_grad():
+            for parameter, kept in zip(self._parameters, self._marked, strict=True):
+                parameter.copy_(kept)
+        self._marked = None
+
+    def check(self) -> int:
+        """CRC-32 of a few thousand weights of every tensor: a missed or doubled step moves them all."""
+        crc = 0
+        for parameter in self._parameters:
+            flat = parameter.detach().view(-1)
+            crc = zlib.crc32(_raw(flat[:: max(1, flat.numel() // 1024)].contiguous()), crc)
+        return crc
+
+    def digest(self) -> str:
+        sha = hashlib.sha256()
+        for parameter in self._parameters:
+            sha.update(_raw(parameter.detach()))
+        return sha.hexdigest()
+
+
+def _raw(tensor: torch.Tensor) -> memoryview:
+    return tensor.view(-1).view(torch.uint8).cpu().numpy().data

@@ -1,0 +1,93 @@
+"""Scores against hand computations and slow twins."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedzo.evaluate.metrics import auc, best_threshold_accuracy, normalize_answer, rouge_l, token_f1
+
+SCORED = st.lists(st.tuples(st.integers(-3, 3), st.integers(0, 1)), min_size=1, max_size=30)
+
+
+def test_answers_are_normalised_as_squad_does() -> None:
+    assert normalize_answer(" The  U.S.-based\nAnt, and a theatre!") == "usbased ant and theatre"
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "f1"),
+    [
+        ("The cat.", "cat", 1.0),
+        ("a black cat", "the cat", 2 / 3),  # precision 1/2, recall 1
+        ("cat cat", "cat dog", 0.5),  # one of two words shared each way: bags, not sets
+        ("dog", "cat", 0.0),
+        ("", "cat", 0.0),
+        ("cat", "the", 0.0),
+        ("the", "a", 1.0),
+    ],
+)
+def test_token_f1_by_hand(prediction: str, reference: str, f1: float) -> None:
+    assert token_f1(prediction, reference) == pytest.approx(f1)
+    assert token_f1(reference, prediction) == pytest.approx(f1)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "value"),
+    [
+        ("the cat sat", "the cat sat", 1.0),
+        ("the cat sat", "the dog sat", 2 / 3),
+        ("sat cat", "cat sat", 0.5),  # the longest common subsequence is one word
+        ("police killed the gunman", "police kill the gunman", 0.75),  # no stemming
+        ("", "cat", 0.0),
+    ],
+)
+def test_rouge_l_by_hand(prediction: str, reference: str, value: float) -> None:
+    assert rouge_l(prediction, reference) == pytest.approx(value)
+
+
+def test_auc_by_hand() -> None:
+    assert auc([0.1, 0.4, 0.35, 0.8], [0, 0, 1, 1]) == 0.75
+    assert auc([1.0, 1.0], [0, 1]) == 0.5
+    assert auc([2.0, 1.0], [0, 1]) == 0.0
+
+
+@given(SCORED)
+def test_auc_is_the_share_of_pairs_in_order(scored: list[tuple[int, int]]) -> None:
+    positive, negative = ([score for score, label in scored if label == wanted] for wanted in (1, 0))
+
+    value = auc([score for score, _ in scored], [label for _, label in scored])
+
+    if not positive or not negative:
+        assert value is None
+    else:
+        pairs = [(p > n) + (p == n) / 2 for p in positive for n in negative]
+        assert value == pytest.approx(sum(pairs) / len(pairs))
+
+
+@given(SCORED)
+def test_best_threshold_accuracy_is_the_best_of_all_thresholds(scored: list[tuple[int, int]]) -> None:
+    scores, labels = zip(*scored, strict=True)
+    thresholds = [-4.5 + step for step in range(10)]  # one between any two scores, one below, one above
+
+    slow = max(sum((score > t) == bool(label) for score, label in scored) for t in thresholds) / len(scored)
+
+    assert best_threshold_accuracy(scores, labels) == pytest.approx(slow)
+
+
+def test_infinite_scores_keep_their_order() -> None:
+    assert auc([-np.inf, 0.0, np.inf], [0, 1, 1]) == 1.0
+    assert best_threshold_accuracy([-np.inf, 0.0, np.inf], [0, 1, 1]) == 1.0
+
+
+def test_scores_that_are_not_numbers_give_none() -> None:
+    assert auc([np.nan, 1.0], [0, 1]) is None
+    assert best_threshold_accuracy([np.nan, 1.0], [0, 1]) is None
+    assert best_threshold_accuracy([], []) is None
+
+
+def test_float32_arrays_are_fine() -> None:
+    scores = np.array([0.5, -0.5, 0.25], dtype=np.float32)
+
+    assert auc(scores, np.array([1, 0, 0])) == 1.0

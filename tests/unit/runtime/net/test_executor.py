@@ -1,0 +1,69 @@
+"""How the warm executor answers one message; its talk with a SuperNode is tested over the network."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow  # the import of Flower's network parts alone takes two seconds
+
+
+class Task(SimpleNamespace):
+    """Stands for a message that came from a SuperNode."""
+
+    def __init__(self) -> None:
+        super().__init__(message="message", context="context", sent=[])
+
+    def finish(self, reply: object) -> None:
+        self.sent.append(("reply", reply))
+
+    def fail(self, reason: str) -> None:
+        self.sent.append(("error", reason))
+
+
+def answer(app: Any, *, step_limit_s: float = 10.0) -> list[tuple[str, object]]:
+    from fedzo.runtime.net.executor import answer
+
+    task = Task()
+    answer(app, task, step_limit_s=step_limit_s)  # type: ignore[arg-type]
+    return task.sent
+
+
+def test_reply_of_the_app_is_sent() -> None:
+    assert answer(lambda message, context: (message, context)) == [("reply", ("message", "context"))]
+
+
+def test_failure_of_the_app_is_sent_as_an_error_in_flowers_form() -> None:
+    def app(message: object, context: object) -> object:
+        raise ZeroDivisionError("on purpose")
+
+    assert answer(app) == [("error", "<class 'ZeroDivisionError'>:<'on purpose'>")]
+
+
+def test_finished_step_stops_its_watchdog() -> None:
+    import threading
+    import time
+
+    assert answer(lambda message, context: 1, step_limit_s=0.2) == [("reply", 1)]
+    time.sleep(0.3)  # a watchdog that still ran would end this process
+    assert not any(isinstance(thread, threading.Timer) for thread in threading.enumerate())
+
+
+def test_hung_step_is_answered_by_an_error_and_ends_the_process() -> None:
+    program = """
+import time
+from types import SimpleNamespace
+from fedzo.runtime.net.executor import answer
+task = SimpleNamespace(message=None, context=None, fail=lambda reason: print(reason, flush=True))
+answer(lambda message, context: time.sleep(60), task, step_limit_s=0.2)
+print("never")
+"""
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False)
+
+    assert done.returncode == 70
+    assert done.stdout == "step took longer than runtime.step_limit_s = 0.2\n"

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fedzo.errors import ProtocolError
+from fedzo.runtime.net import processes as module
+from fedzo.runtime.net.processes import Processes, accepts, free_ports
+
+SLEEP = [sys.executable, "-S", "-c", "import time; print('up', flush=True); time.sleep(60)"]
+STUBBORN = [
+    sys.executable, "-S", "-c",
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)",
+]  # fmt: skip
+FAILS = [sys.executable, "-S", "-c", "print('\\x1b[91mthe reason\\x1b[0m'); raise SystemExit(3)"]
+
+
+def wait_for_log(children: Processes, name: str, text: str) -> None:
+    ends = time.monotonic() + 5
+    while text not in children.tail(name):
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+
+
+def test_leaving_the_block_ends_every_process_also_after_an_error(tmp_path: Path) -> None:
+    pids: list[int] = []
+
+    def fail_among_children() -> None:
+        with Processes(tmp_path, environment=os.environ) as children:
+            children.start("first", SLEEP, ends_last=True)
+            children.start("second", SLEEP)
+            pids.extend(children.pids.values())
+            assert all(psutil.pid_exists(pid) for pid in pids)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_among_children()
+
+    assert len(pids) == 2
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def test_process_that_does_not_heed_sigterm_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "GRACE_S", 0.1)
+
+    with Processes(tmp_path, environment=os.environ) as children:
+        children.start("stubborn", STUBBORN)
+        wait_for_log(children, "stubborn", "up")
+        pid = children.pids["stubborn"]
+
+    assert not psutil.pid_exists(pid)
+
+
+def test_process_that_ended_is_named_with_status_and_the_end_of_its_log_in_plain_text(tmp_path: Path) -> None:
+    with Processes(tmp_path, environment=os.environ) as children:
+        children.start("worker", FAILS)
+
+        with pytest.raises(ProtocolError, match=r"(?s)worker: it must run .* status 3.*worker\.log:\nthe reason$"):
+            children.wait_until(lambda: False, what="nothing", timeout_s=5, log_of="worker")
+
+
+def test_process_is_started_again_as_often_as_allowed(tmp_path: Path) -> None:
+    with Processes(tmp_path, environment=os.environ) as children:
+        children.start("worker", FAILS, restarts=2)
+
+        with pytest.raises(ProtocolError, match="worker"):
+            children.wait_until(lambda: False, what="nothing", timeout_s=5, log_of="worker")
+
+        assert children.log_path("worker").read_text().count("the reason") == 3
+
+
+def test_waiting_too_long_says_for_what_and_what_to_raise(tmp_path: Path) -> None:
+    with Processes(tmp_path, environment=os.environ) as children:
+        children.start("worker", SLEEP)
+
+        with pytest.raises(ProtocolError, match=r"runtime\.startup_s: the door open must be so within 0\.1 s"):
+            children.wait_until(lambda: False, what="the door open", timeout_s=0.1, log_of="worker")
+
+
+def test_log_of_an_earlier_run_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "worker.log").write_text("old")
+
+    with Processes(tmp_path, environment=os.environ) as children:
+        children.start("worker", SLEEP)
+        wait_for_log(children, "worker", "up")
+
+    assert (tmp_path / "worker.log").read_text() == "up\n"
+
+
+@pytest.mark.slow
+def test_watching_process_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
+    child = (
+        "import os, sys, time; from fedzo.runtime.net.processes import watch_parent; watch_parent(int(sys.argv[1])); "
+        "open(sys.argv[2], 'w').write(str(os.getpid())); time.sleep(60)"
+    )
+    parent = (
+        "import os, subprocess, sys, time; "
+        "subprocess.Popen([sys.executable, '-c', sys.argv[1], str(os.getpid()), sys.argv[2]]); time.sleep(60)"
+    )
+    note = tmp_path / "pid"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, "-c", parent, child, str(note)], env=environment) as process:
+        ends = time.monotonic() + 10
+        while not (note.exists() and note.read_text()):
+            assert time.monotonic() < ends
+            time.sleep(0.01)
+
+        process.kill()
+
+    pid = int(note.read_text())
+    while psutil.pid_exists(pid):
+        assert time.monotonic() < ends
+        time.sleep(0.05)
+
+
+def test_free_ports_are_different_and_nobody_listens_there() -> None:
+    ports = free_ports(20)
+
+    assert len(set(ports)) == 20
+    assert not any(accepts(f"127.0.0.1:{port}") for port in ports)
+
+
+def test_listening_port_accepts() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert accepts(f"127.0.0.1:{server.getsockname()[1]}")

@@ -1,0 +1,81 @@
+"""The dense space against parameters that are moved by plain tensor expressions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedzo.zo.config import Distribution
+from fedzo.zo.directions import direction
+from fedzo.zo.spaces.dense import DenseSpace
+
+SHAPES = [(3, 5), (7,), (2, 3, 4)]
+SIZE = 15 + 7 + 24
+
+
+def parameters() -> list[nn.Parameter]:
+    start = torch.linspace(-2, 3, SIZE).split([15, 7, 24])
+    return [nn.Parameter(part.clone().view(shape)) for part, shape in zip(start, SHAPES, strict=True)]
+
+
+def flat(tensors: list[nn.Parameter]) -> torch.Tensor:
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+
+
+@pytest.mark.parametrize("law", list(Distribution))
+def test_a_probe_is_one_product_and_one_sum_and_leaves_every_bit(law: Distribution) -> None:
+    trained = parameters()
+    before = flat(trained)
+    space = DenseSpace(trained, distribution=law)
+    z = torch.from_numpy(direction(3, SIZE, distribution=law))
+
+    with space.probe(0.3, key=3):
+        during = flat(trained)
+    with pytest.raises(RuntimeError, match="boom"), space.probe(-0.3, key=3):
+        raise RuntimeError("boom")
+
+    assert torch.equal(during, before + z * torch.tensor(0.3))
+    assert torch.equal(flat(trained), before)
+    assert [tuple(tensor.shape) for tensor in trained] == SHAPES
+
+
+def test_steps_move_the_parameters_by_one_product_and_one_difference() -> None:
+    trained = parameters()
+    expected = flat(trained)
+    space = DenseSpace(trained)
+    for key in (3, 4):
+        expected.sub_(torch.from_numpy(direction(key, SIZE)) * torch.tensor(1.7e-3))
+
+    space.step(1.7e-3, key=3)
+    space.step(1.7e-3, key=4)
+
+    assert torch.equal(flat(trained), expected)
+    assert np.array_equal(space.values(), expected.numpy())
+
+
+def test_mark_rewind_and_load_bring_every_bit_back() -> None:
+    trained = parameters()
+    space = DenseSpace(trained)
+    before, values, digest, check = flat(trained), space.values(), space.digest(), space.check()
+
+    space.mark()
+    space.step(0.1, key=1)
+    moved = space.digest(), space.check()
+    space.rewind()
+    assert torch.equal(flat(trained), before)
+    assert (space.digest(), space.check()) == (digest, check)
+    space.step(0.1, key=1)
+    assert (space.digest(), space.check()) == moved
+    space.load(values)
+
+    assert torch.equal(flat(trained), before)
+    assert moved != (digest, check)
+
+
+def test_only_float32_parameters_are_taken() -> None:
+    with pytest.raises(ValueError, match="float32 parameters, got none"):
+        DenseSpace([])
+    with pytest.raises(ValueError, match=r"got \['torch.bfloat16', 'torch.float32'\]"):
+        DenseSpace([*parameters(), nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))])

@@ -1,0 +1,84 @@
+"""Rows with weights of their own against as many models, each with its row's weights written into it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fedzo.testing.tiny_models import FAMILIES, tiny_model
+from fedzo.zo.spaces.full import FullSpace
+from fedzo.zo.spaces.masked import MaskedSpace
+from fedzo.zo.spaces.own_weights import OwnWeights
+
+IDS = torch.arange(36).reshape(3, 12) * 7 % 256
+SUPPORTED = {"llama", "opt", "qwen3", "gemma2"}
+
+
+def masked(model: nn.Module) -> MaskedSpace:
+    """Every 17th weight of each matrix that is not an embedding."""
+    matrices = {
+        name: torch.arange(3, parameter.numel(), 17)
+        for name, parameter in model.named_parameters()
+        if parameter.ndim >= 2 and "embed" not in name and "wte" not in name and "wpe" not in name
+    }
+    return MaskedSpace(model, matrices)
+
+
+def offsets_of(space: MaskedSpace, rows: int) -> np.ndarray:
+    return (0.3 * np.random.default_rng(4).standard_normal((rows, space.size))).astype(np.float32)
+
+
+def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_row_computes_what_a_model_with_its_weights_computes(family: str) -> None:
+    model = tiny_model(family)
+    space = masked(model)
+    if not OwnWeights.supports(space, model):
+        assert family not in SUPPORTED
+        return
+    start, offsets = space.values(), offsets_of(space, 2)
+
+    with space.probe(0.0625, key=5):
+        unmoved = logits(model, IDS)
+        with OwnWeights(space) as own:
+            own.follow(offsets, np.array([0, 1, 0]))
+            together = logits(model, IDS)
+            own.follow(offsets[:1], np.zeros(3, int))
+            alike = logits(model, IDS)
+    torch.testing.assert_close(alike[[0, 2]], together[[0, 2]], rtol=0, atol=2e-4)
+    for row, owner in enumerate((0, 1, 0)):
+        space.load(start + offsets[owner])
+        with space.probe(0.0625, key=5):
+            alone = logits(model, IDS[row : row + 1])
+        torch.testing.assert_close(together[row], alone[0], rtol=0, atol=2e-4)
+        assert (alone[0] - unmoved[row]).abs().max() > 1e-2
+
+
+def test_what_is_supported() -> None:
+    """Float32 matrices of linear layers; GPT-2 multiplies otherwise, and a full space has no places."""
+    assert {family for family in FAMILIES if OwnWeights.supports(masked(m := tiny_model(family)), m)} == SUPPORTED
+    gpt2, half = tiny_model("gpt2"), tiny_model("llama").bfloat16()
+    assert not OwnWeights.supports(masked(gpt2), gpt2)
+    assert not OwnWeights.supports(masked(half), half)
+    assert not OwnWeights.supports(FullSpace(model := tiny_model("llama")), model)
+
+
+def test_other_uses_of_a_masked_matrix_are_refused() -> None:
+    layer = nn.Linear(6, 4)
+    space = MaskedSpace(layer, {"weight": torch.arange(0, 24, 5)})
+    with torch.inference_mode(), OwnWeights(space) as own:
+        own.follow(offsets_of(space, 2), np.arange(2))
+        assert layer.weight.shape == (4, 6)
+        with pytest.raises(NotImplementedError, match="of a masked matrix is not known"):
+            torch.matmul(torch.ones(2, 6), layer.weight.T)
+        with pytest.raises(NotImplementedError, match=r"shape \(3, 6\) does not hold 2 rows"):
+            F.linear(torch.ones(3, 6), layer.weight)
+        with pytest.raises(NotImplementedError, match=r"shape \(4, 1, 6\) does not hold 2 rows"):
+            layer(torch.ones(4, 1, 6))

@@ -1,0 +1,314 @@
+"""Spaces against a dense twin: a copy of the model whose every weight is moved by hand."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fedzo.errors import ConfigError
+from fedzo.testing.tiny_models import FAMILIES, tiny_model
+from fedzo.zo.config import Distribution
+from fedzo.zo.directions import direction
+from fedzo.zo.spaces.base import Space
+from fedzo.zo.spaces.full import FullSpace
+from fedzo.zo.spaces.masked import MaskedSpace
+
+IDS = torch.arange(24).reshape(2, 12) * 7 % 256
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SIXTEENTH = 0.0625
+
+
+def bits(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone().view(torch.uint8) for name, tensor in model.state_dict().items()}
+
+
+def assert_same_bits(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    after = bits(model)
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+def some_indices(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.arange(3, parameter.numel(), 17)
+        for name, parameter in model.named_parameters()
+        if parameter.ndim >= 2 and "embed" not in name and "wte" not in name
+    }
+
+
+def moved_by_hand(model: nn.Module, *, scale: float, key: int) -> nn.Module:
+    """theta + scale z for all weights, one whole vector z, plain torch."""
+    twin = copy.deepcopy(model)
+    parameters = list(twin.parameters())
+    z = torch.from_numpy(direction(key, sum(p.numel() for p in parameters)))
+    with torch.no_grad():
+        for parameter, part in zip(parameters, z.split([p.numel() for p in parameters]), strict=True):
+            moved = parameter.float() + part.view(parameter.shape) * torch.tensor(scale, dtype=torch.float32)
+            parameter.copy_(moved.to(parameter.dtype))
+    return twin
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=IDS, use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_full_probe_computes_what_a_perturbed_copy_computes(family: str, dtype: torch.dtype) -> None:
+    model = tiny_model(family).to(dtype)
+    before = bits(model)
+    space = FullSpace(model)
+
+    with space.probe(SIXTEENTH, key=5):
+        plus = logits(model)
+    with space.probe(-SIXTEENTH, key=5):
+        minus = logits(model)
+
+    assert torch.equal(plus, logits(moved_by_hand(model, scale=SIXTEENTH, key=5)))
+    assert torch.equal(minus, logits(moved_by_hand(model, scale=-SIXTEENTH, key=5)))
+    assert not torch.equal(plus, logits(model))
+    assert_same_bits(model, before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_probe_reaches_code_that_bypasses_the_head(family: str) -> None:
+    model = tiny_model(family)
+    space = FullSpace(model)
+    rows = torch.tensor([3, 250, 3])
+
+    def direct(target: nn.Module) -> torch.Tensor:
+        with torch.inference_mode():
+            hidden = target.base_model(input_ids=IDS, use_cache=False).last_hidden_state[:, -1]
+            weight = target.get_output_embeddings().weight
+            return torch.cat(
+                [F.linear(hidden, weight[rows]), hidden @ weight.T[:, :5], F.linear(hidden, weight[7:9])], dim=1
+            )
+
+    with space.probe(SIXTEENTH, key=5):
+        probed = direct(model)
+
+    assert torch.equal(probed, direct(moved_by_hand(model, scale=SIXTEENTH, key=5)))
+
+
+def test_full_probe_makes_only_the_embedding_rows_that_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    made: list[int] = []
+    from fedzo.zo import perturb
+
+    original = perturb.add_direction
+    monkeypatch.setattr(
+        perturb, "add_direction", lambda base, *a, **k: made.append(base.numel()) or original(base, *a, **k)
+    )
+    embedding = model.get_input_embeddings().weight
+
+    with FullSpace(model).probe(SIXTEENTH, key=5), torch.inference_mode():
+        model.base_model(input_ids=IDS, use_cache=False)
+
+    assert made
+    assert embedding.numel() not in made
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masked_probe_computes_what_a_perturbed_copy_computes(family: str, dtype: torch.dtype) -> None:
+    model = tiny_model(family).to(dtype)
+    indices = some_indices(model)
+    before = bits(model)
+    space = MaskedSpace(model, indices)
+    twin = copy.deepcopy(model)
+    z = torch.from_numpy(direction(9, space.size))
+    with torch.no_grad():
+        for (name, flat), part in zip(indices.items(), z.split([i.numel() for i in indices.values()]), strict=True):
+            weight = dict(twin.named_parameters())[name].view(-1)
+            weight[flat] = (weight[flat].float() + part * torch.tensor(0.25)).to(dtype)
+
+    with space.probe(0.25, key=9):
+        plus = logits(model)
+
+    assert torch.equal(plus, logits(twin))
+    assert_same_bits(model, before)
+
+
+@pytest.fixture(params=["masked", "full"])
+def make_space(request: pytest.FixtureRequest) -> Iterator[Callable[[nn.Module], Space]]:
+    if request.param == "full":
+        yield FullSpace
+    else:
+        yield lambda model: MaskedSpace(model, some_indices(model))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_thousand_probes_leave_every_weight_bit_identical(
+    make_space: Callable[..., Space], dtype: torch.dtype
+) -> None:
+    model = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 8)).to(dtype)
+    before = bits(model)
+    space = make_space(model)
+
+    for key in range(1000):
+        with space.probe(1e-3, key):
+            pass
+
+    assert_same_bits(model, before)
+
+
+def test_an_exception_in_a_probe_leaves_the_bits(make_space: Callable[..., Space]) -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    before = bits(model)
+
+    with pytest.raises(RuntimeError, match="boom"), make_space(model).probe(0.5, key=1):
+        raise RuntimeError("boom")
+
+    assert_same_bits(model, before)
+
+
+@pytest.mark.parametrize("law", list(Distribution))
+def test_a_step_is_one_product_and_one_difference_on_the_master(law: Distribution) -> None:
+    model = tiny_model("llama")
+    indices = some_indices(model)
+    space = MaskedSpace(model, indices, distribution=law)
+    expected = torch.from_numpy(space.values())
+    for key in (3, 4):
+        expected.sub_(torch.from_numpy(direction(key, space.size, distribution=law)) * torch.tensor(1.7e-3))
+
+    space.step(1.7e-3, key=3)
+    space.step(1.7e-3, key=4)
+
+    assert np.array_equal(space.values(), expected.numpy())
+
+
+def test_small_steps_do_not_vanish_in_a_masked_bfloat16_model() -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    space = MaskedSpace(model, some_indices(model))
+    start = space.values()
+
+    for key in range(100):
+        space.step(1e-6, key)
+
+    drift = space.values() - start
+    assert np.abs(drift).max() > 0
+    assert abs(float(drift.std()) / (1e-6 * 10) - 1) < 0.2  # a random walk of 100 steps of 1e-6
+
+
+def test_full_steps_move_all_weights_as_a_dense_twin() -> None:
+    model = tiny_model("gpt2")
+    twin = moved_by_hand(model, scale=-0.125, key=8)
+
+    FullSpace(model).step(0.125, key=8)
+
+    for (name, mine), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+def test_mark_and_rewind_undo_steps_bit_for_bit(make_space: Callable[..., Space]) -> None:
+    model = tiny_model("opt").to(torch.float16)
+    space = make_space(model)
+    before, digest, check = bits(model), space.digest(), space.check()
+
+    space.mark()
+    for key in range(5):
+        space.step(0.01, key)
+    changed = space.digest(), space.check()
+    space.rewind()
+
+    assert changed[0] != digest
+    assert changed[1] != check
+    assert_same_bits(model, before)
+    assert (space.digest(), space.check()) == (digest, check)
+
+
+def test_values_load_round_trip(make_space: Callable[..., Space]) -> None:
+    model = tiny_model("qwen3")
+    space = make_space(model)
+    values, before = space.values(), bits(model)
+
+    space.step(0.5, key=1)
+    space.load(values)
+
+    assert_same_bits(model, before)
+    with pytest.raises(ValueError, match="float32 of shape"):
+        space.load(values[:-1])
+
+
+def test_masked_space_works_on_weights_that_are_not_contiguous() -> None:
+    layer = nn.Linear(6, 4, bias=False)
+    layer.weight = nn.Parameter(torch.arange(24.0).reshape(6, 4).T, requires_grad=False)
+    flat = torch.tensor([0, 5, 23])
+    space = MaskedSpace(layer, {"weight": flat})
+
+    assert space.values().tolist() == layer.weight.reshape(-1)[flat].tolist()
+    space.load(np.array([-1, -2, -3], np.float32))
+
+    assert layer.weight.reshape(-1)[flat].tolist() == [-1, -2, -3]
+
+
+def test_tied_weights_are_counted_once() -> None:
+    model = tiny_model("llama")
+
+    assert FullSpace(model).size == sum(p.numel() for p in model.parameters())
+
+
+def test_masked_space_refuses_a_mask_of_another_model_and_an_empty_one() -> None:
+    model = tiny_model("llama")
+
+    with pytest.raises(ConfigError, match="no parameter 'nowhere'"):
+        MaskedSpace(model, {"nowhere": torch.tensor([1])})
+    with pytest.raises(ConfigError, match="at least one weight"):
+        MaskedSpace(model, {})
+
+
+def test_full_space_refuses_quantised_weights() -> None:
+    model = nn.Module()
+    model.register_parameter("packed", nn.Parameter(torch.zeros(4, dtype=torch.int8), requires_grad=False))
+
+    with pytest.raises(ConfigError, match=r"'packed' is torch\.int8"):
+        FullSpace(model)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scaling_is_one_rounded_product_a_value_and_one_cast(
+    make_space: Callable[..., Space], dtype: torch.dtype
+) -> None:
+    model = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 8)).to(dtype)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    space = make_space(model)
+    indices = some_indices(model) if isinstance(space, MaskedSpace) else None
+    factor = float(np.float32(0.7001))
+
+    space.scale_by(factor)
+
+    for name, parameter in model.named_parameters():
+        expected = before[name].clone().view(-1)
+        picked = slice(None) if indices is None else indices.get(name, torch.empty(0, dtype=torch.int64))
+        product = expected[picked].float().numpy() * np.float32(factor)
+        expected[picked] = torch.from_numpy(product).to(dtype)
+        assert torch.equal(parameter.detach().view(-1), expected), name
+
+
+def test_scaling_a_masked_16_bit_model_moves_the_float32_master() -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    space = MaskedSpace(model, some_indices(model))
+    start = space.values()
+
+    for _ in range(100):
+        space.scale_by(float(np.float32(1 - 1e-5)))
+
+    assert space.values() == pytest.approx(start * (1 - 1e-5) ** 100, rel=1e-5)
+
+
+def test_scaling_goes_through_large_weights_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedzo.zo.spaces import full as module
+
+    monkeypatch.setattr(module, "_CHUNK", 7)
+    layer = nn.Linear(6, 4, bias=False)
+    before = layer.weight.detach().clone()
+
+    FullSpace(layer).scale_by(0.5)
+
+    assert torch.equal(layer.weight.detach(), before * 0.5)

@@ -1,0 +1,114 @@
+"""The log: round trips, the chain, and replay against steps written out by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedzo.errors import ProtocolError
+from fedzo.testing.vector_space import VectorSpace
+from fedzo.zo.directions import SHARED, direction, stream_key
+from fedzo.zo.log import EMPTY_CHAIN, RoundRecord, apply_record, apply_step, extend_chain, pack, unpack
+from fedzo.zo.seeds import OWN
+
+SEED = 11
+
+
+def record(round: int, c: object, *, lr: float = 0.5, owners: tuple[int, ...] = (SHARED,)) -> RoundRecord:
+    return RoundRecord(round=round, lr=float(np.float32(lr)), owners=owners, coefficients=np.asarray(c, np.float32))
+
+
+finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+@given(
+    round=st.integers(0, 2**32 - 1),
+    lr=finite,
+    owners=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=3),
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 3)),
+    directions=st.sampled_from([OWN, SHARED, 1, 4096]),
+    data=st.data(),
+)
+@settings(max_examples=50, deadline=None)
+def test_records_survive_bytes_and_json_bit_for_bit(
+    round: int, lr: float, owners: list[int], shape: tuple[int, int], directions: int, data: st.DataObject
+) -> None:
+    size = shape[0] * shape[1] * len(owners)
+    scalars = data.draw(st.lists(finite, min_size=size, max_size=size))
+    coefficients = np.array(scalars, np.float32).reshape(*shape, len(owners))
+    original = replace(record(round, coefficients, lr=lr, owners=tuple(owners)), directions=directions)
+
+    (by_wire,) = unpack(original.to_bytes())
+    by_json = RoundRecord.from_json(json.loads(json.dumps(original.to_json())))
+
+    assert by_wire.directions == by_json.directions == directions
+    assert by_wire.owners == by_json.owners == tuple(owners)
+    assert by_wire.to_bytes() == by_json.to_bytes() == original.to_bytes()
+
+
+def test_replay_is_the_steps_written_out_by_hand() -> None:
+    theta = np.array([1, 2, 3], np.float32)
+    space = VectorSpace(theta)
+    first = record(0, [[[0.5], [-1.0]], [[2.0], [0.25]]])
+    second = record(1, [[[1.5, -0.5]]], owners=(2, 5), lr=0.125)
+
+    for each in (first, second):
+        apply_record(space, each, run_seed=SEED)
+
+    expected = theta.copy()
+    for t, p, c in ((0, 0, 0.5), (0, 1, -1.0), (1, 0, 2.0), (1, 1, 0.25)):
+        z = direction(stream_key(SEED, round=0, step=t, probe=p), 3)
+        expected = expected - np.float32(0.5 * c) * z
+    for owner, c in ((2, 1.5), (5, -0.5)):
+        expected = expected - np.float32(0.125 * c) * direction(stream_key(SEED, round=1, owner=owner), 3)
+    assert np.array_equal(space.theta, expected)
+
+
+def test_lr_times_c_is_rounded_to_float32_once_before_the_product() -> None:
+    space = VectorSpace(np.array([1.0], np.float32))
+    lr, c = np.float32(1.1e-4), np.float32(3.3333333)
+
+    apply_step(space, lr=float(lr), c=c, key=1)
+
+    s = np.float32(lr * c)
+    assert space.theta[0] == np.float32(1) - np.float32(s * direction(1, 1)[0])
+
+
+@pytest.mark.parametrize(("lr", "c"), [(0.0, 3.0), (0.5, 0.0), (0.5, -0.0)])
+def test_a_zero_step_keeps_even_the_sign_of_zero(lr: float, c: float) -> None:
+    space = VectorSpace(np.array([-0.0, 0.0], np.float32))
+
+    apply_record(space, record(0, [[[c]]], lr=lr), run_seed=SEED)
+
+    assert np.signbit(space.theta).tolist() == [True, False]
+
+
+def test_the_chain_depends_on_every_record_and_its_order() -> None:
+    a, b = record(0, [[[1.0]]]), record(1, [[[2.0]]])
+
+    chains = {extend_chain(extend_chain(EMPTY_CHAIN, x), y) for x, y in ((a, b), (b, a), (a, a), (b, b))}
+
+    assert len(chains) == 4
+
+
+def test_a_record_costs_4_bytes_a_scalar_and_18_of_frame() -> None:
+    assert len(record(0, np.ones((10, 2, 1))).to_bytes()) == 18 + 4 * 20
+
+
+@pytest.mark.parametrize("cut", range(1, 22))
+def test_bytes_that_end_within_a_record_are_refused(cut: int) -> None:
+    data = pack([record(0, [[[1.0]]])])
+    assert len(data) == 22
+
+    with pytest.raises(ProtocolError, match="do not end with a whole record"):
+        list(unpack(data[:cut] if cut < 22 else data))
+
+
+def test_a_scalar_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(ProtocolError, match="round 3 holds a number that is not finite"):
+        list(unpack(record(3, [[[np.inf]]]).to_bytes()))

@@ -1,0 +1,225 @@
+"""Server optimizers against pencil, a slow twin in float64 and torch's optimizers."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from fedzo.testing.vector_space import VectorSpace
+from fedzo.zo.config import AdamConfig, Distribution, MomentumConfig, ServerOptimizerConfig, SgdConfig
+from fedzo.zo.directions import SHARED, direction, stream_key
+from fedzo.zo.log import RoundRecord, apply_record
+from fedzo.zo.server_optimizer import SERVER_OPTIMIZERS, Adam, Momentum, ServerOptimizer, Sgd, _power, round_direction
+
+SEED, N = 11, 5
+THETA = np.array([1.0, -2.0, 0.5, 3.0, -0.25], np.float32)
+
+
+def record(round: int, c: object, *, lr: float = 0.125, owners: tuple[int, ...] = (SHARED,)) -> RoundRecord:
+    return RoundRecord(round=round, lr=float(np.float32(lr)), owners=owners, coefficients=np.asarray(c, np.float32))
+
+
+LOG = [
+    record(0, [[[0.5], [-1.0]], [[2.0], [0.25]]]),
+    record(1, [[[1.5, -0.5]]], owners=(2, 5), lr=0.25),
+    record(2, [[[0.0]]]),  # every probe was dropped
+    record(3, [[[-0.75]]], lr=0.5),
+    record(4, [[[3.0]]]),
+]
+
+
+def play(rule: ServerOptimizer, log: list[RoundRecord], *, law: Distribution = Distribution.gaussian) -> VectorSpace:
+    space = VectorSpace(THETA, distribution=law)
+    moments = np.zeros((rule.num_moments(1), N), np.float32)
+    for each in log:
+        rule.apply(space, moments, each, run_seed=SEED)
+    return space
+
+
+def us(log: list[RoundRecord], law: Distribution = Distribution.gaussian) -> list[list[float]]:
+    """U of each round, summed in float64 by a loop."""
+    made = []
+    for each in log:
+        total = [0.0] * N
+        steps, probes, _ = each.coefficients.shape
+        for t in range(steps):
+            for p in range(probes):
+                for o, owner in enumerate(each.owners):
+                    key = stream_key(SEED, round=each.round, step=t, probe=p, owner=owner)
+                    z = direction(key, N, distribution=law)
+                    total = [total[i] + float(each.coefficients[t, p, o]) * float(z[i]) for i in range(N)]
+        made.append(total)
+    return made
+
+
+def twin(
+    config: ServerOptimizerConfig, log: list[RoundRecord], law: Distribution = Distribution.gaussian
+) -> list[float]:
+    """Every rule one coordinate at a time in Python's float64."""
+    result = []
+    for i in range(N):
+        theta, m, v = float(THETA[i]), 0.0, 0.0
+        for t, (each, whole) in enumerate(zip(log, us(log, law), strict=True), start=1):
+            u, lr = whole[i], each.lr
+            theta *= 1 - lr * config.weight_decay
+            match config:
+                case SgdConfig():
+                    theta -= lr * u
+                case MomentumConfig():
+                    m = config.momentum * m + u
+                    theta -= lr * (u + config.momentum * m if config.nesterov else m)
+                case AdamConfig():
+                    m = config.beta1 * m + (1 - config.beta1) * u
+                    v = config.beta2 * v + (1 - config.beta2) * u * u
+                    mhat, vhat = m / (1 - config.beta1**t), v / (1 - config.beta2**t)
+                    theta -= lr * mhat / (math.sqrt(vhat) + config.eps)
+        result.append(theta)
+    return result
+
+
+CONFIGS = [
+    SgdConfig(),
+    SgdConfig(weight_decay=0.3),
+    MomentumConfig(momentum=0.75),
+    MomentumConfig(momentum=0.6, nesterov=True, weight_decay=0.2),
+    MomentumConfig(momentum=0.0),
+    AdamConfig(),
+    AdamConfig(beta1=0.5, beta2=0.75, eps=1e-2, weight_decay=0.4),
+]
+
+
+@pytest.mark.parametrize("law", list(Distribution))
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_a_rule_is_its_slow_twin(config: ServerOptimizerConfig, law: Distribution) -> None:
+    space = play(SERVER_OPTIMIZERS.build(config), LOG, law=law)
+
+    assert space.theta == pytest.approx(twin(config, LOG, law), rel=3e-6, abs=3e-6)
+
+
+def test_two_rounds_of_the_heavy_ball_by_hand() -> None:
+    z0, z1 = (direction(stream_key(SEED, round=r), N).astype(float) for r in (0, 1))
+    log = [record(0, [[[2.0]]], lr=0.5), record(1, [[[4.0]]], lr=0.25)]
+
+    plain = play(Momentum(momentum=0.5, nesterov=False), log)
+    nesterov = play(Momentum(momentum=0.5, nesterov=True), log)
+
+    # m: 2 z0, then z0 + 4 z1; Nesterov steps along 3 z0, then 4 z1 + (z0 + 4 z1) / 2
+    assert plain.theta == pytest.approx(THETA - z0 - 0.25 * (z0 + 4 * z1), rel=1e-6)
+    assert nesterov.theta == pytest.approx(THETA - 1.5 * z0 - 0.25 * (0.5 * z0 + 6 * z1), rel=1e-6)
+
+
+def test_two_rounds_of_adam_by_hand() -> None:
+    z0, z1 = (direction(stream_key(SEED, round=r), N).astype(float) for r in (0, 1))
+    log = [record(0, [[[2.0]]], lr=0.5), record(1, [[[4.0]]], lr=0.25)]
+
+    space = play(Adam(beta1=0.5, beta2=0.75, eps=0.0), log)
+
+    # the first step is the sign; then m = z0 / 2 + 2 z1 over 3/4, v = 3/4 z0^2 + 4 z1^2 over 7/16
+    second = (z0 / 2 + 2 * z1) / 0.75 / np.sqrt((0.75 * z0**2 + 4 * z1**2) / 0.4375)
+    assert space.theta == pytest.approx(THETA - 0.5 * np.sign(z0) - 0.25 * second, rel=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "make"),
+    [
+        (MomentumConfig(momentum=0.9), lambda p: torch.optim.SGD([p], momentum=0.9)),
+        (MomentumConfig(momentum=0.9, nesterov=True), lambda p: torch.optim.SGD([p], momentum=0.9, nesterov=True)),
+        (AdamConfig(), lambda p: torch.optim.Adam([p])),
+        (AdamConfig(beta1=0.8, beta2=0.9, eps=1e-3), lambda p: torch.optim.Adam([p], betas=(0.8, 0.9), eps=1e-3)),
+        (AdamConfig(weight_decay=0.5), lambda p: torch.optim.AdamW([p], weight_decay=0.5)),
+    ],
+    ids=str,
+)
+def test_a_rule_is_torch_s_optimizer_with_u_for_the_gradient(config: ServerOptimizerConfig, make: object) -> None:
+    log = [record(r, [[[math.sin(7 * r) * 2]]], lr=0.05 * (1 + r % 3)) for r in range(30)]
+    parameter = torch.nn.Parameter(torch.from_numpy(THETA.copy()))
+    reference = make(parameter)  # type: ignore[operator]
+    for each, u in zip(log, us(log), strict=True):
+        reference.param_groups[0]["lr"] = each.lr
+        parameter.grad = torch.tensor(u, dtype=torch.float32)
+        reference.step()
+
+    space = play(SERVER_OPTIMIZERS.build(config), log)
+
+    assert space.theta == pytest.approx(parameter.detach().numpy(), rel=1e-5, abs=1e-5)
+
+
+def test_plain_sgd_is_the_old_replay_bit_for_bit() -> None:
+    old = VectorSpace(THETA)
+    for each in LOG:
+        apply_record(old, each, run_seed=SEED)
+
+    assert play(Sgd(), LOG).theta.tobytes() == old.theta.tobytes()
+
+
+def test_decay_is_one_float32_product_before_the_step() -> None:
+    log = [record(0, [[[2.0]]], lr=0.1)]
+    factor = np.float32(1 - float(np.float32(0.1)) * 0.3)
+    shrunk = VectorSpace(THETA * factor)
+    apply_record(shrunk, log[0], run_seed=SEED)
+
+    assert play(Sgd(weight_decay=0.3), log).theta.tobytes() == shrunk.theta.tobytes()
+
+
+def test_u_is_summed_in_float32_one_product_and_one_sum_a_scalar_in_the_logs_order() -> None:
+    each = record(0, np.linspace(-3, 3, 12).reshape(2, 3, 2), owners=(1, 4))
+    expected = np.zeros(N, np.float32)
+    for t in range(2):
+        for p in range(3):
+            for o, owner in enumerate((1, 4)):
+                z = direction(stream_key(SEED, round=0, step=t, probe=p, owner=owner), N)
+                expected = expected + each.coefficients[t, p, o] * z
+
+    u = round_direction(VectorSpace(THETA), each, run_seed=SEED)
+
+    assert u.tobytes() == expected.tobytes()
+
+
+def test_the_elementwise_arithmetic_rounds_after_every_operation() -> None:
+    """The same formula with every operation rounded by hand from exact fractions."""
+
+    def rounded(value: Fraction) -> Fraction:
+        return Fraction(float(np.float32(float(value)))) if value else value
+
+    log = [record(r, [[[0.7 - 0.3 * r]]], lr=0.3) for r in range(4)]
+    lr, mu = Fraction(float(np.float32(0.3))), Fraction(float(np.float32(0.9)))
+    theta, m = [Fraction(float(x)) for x in THETA], [Fraction(0)] * N
+    for each in log:
+        z = direction(stream_key(SEED, round=each.round), N)
+        for i in range(N):
+            u = rounded(Fraction(float(each.coefficients[0, 0, 0])) * Fraction(float(z[i])))
+            m[i] = rounded(rounded(mu * m[i]) + u)
+            along = rounded(u + rounded(mu * m[i]))
+            theta[i] = rounded(theta[i] - rounded(lr * along))
+
+    space = play(Momentum(momentum=0.9, nesterov=True), log)
+
+    assert space.theta.astype(float).tolist() == [float(x) for x in theta]
+
+
+def test_the_moments_are_all_that_a_rule_remembers() -> None:
+    for config in (MomentumConfig(nesterov=True), AdamConfig()):
+        rule = SERVER_OPTIMIZERS.build(config)
+        space, moments = VectorSpace(THETA), np.zeros((rule.num_moments(1), N), np.float32)
+        for each in LOG[:3]:
+            rule.apply(space, moments, each, run_seed=SEED)
+
+        later, kept = VectorSpace(space.theta), moments.copy()
+        for each in LOG[3:]:
+            SERVER_OPTIMIZERS.build(config).apply(later, kept, each, run_seed=SEED)
+
+        assert later.theta.tobytes() == play(rule, LOG).theta.tobytes()
+
+
+def test_a_first_round_without_a_finite_loss_leaves_adam_where_it_is() -> None:
+    assert play(Adam(beta1=0.9, beta2=0.999, eps=1e-8), [record(0, [[[0.0]]])]).theta.tobytes() == THETA.tobytes()
+
+
+def test_powers_are_right_and_made_of_products_only() -> None:
+    for base in (0.9, 0.999, 0.5, 0.0):
+        for exponent in (1, 2, 3, 17, 1000):
+            assert _power(base, exponent) == pytest.approx(base**exponent, rel=1e-14)
