@@ -19,7 +19,7 @@ from fedzo.bench.timing import interleaved
 from fedzo.models.config import ModelConfig
 from fedzo.models.head import hidden_at
 from fedzo.models.load import load_model
-from fedzo.run.site import set_up_process
+from fedzo.run.peer import set_up_process
 from fedzo.zo.directions import add_direction, stream_key
 
 HERE = Path(__file__).parent

@@ -39,7 +39,7 @@ from fedzo.fl.server.aggregate import client_weights, sampling_order
 from fedzo.fl.server.step_policy.config import NoStepPolicyConfig
 from fedzo.masks.mask_file import decode_mask
 from fedzo.models.config import DType
-from fedzo.run.site import Site, open_site
+from fedzo.run.process import Process, open_process
 from fedzo.system import environment
 from fedzo.trainers import Workplace
 from fedzo.trainers.config import LoraTrainerConfig, MeerkatConfig
@@ -99,12 +99,14 @@ def run(config: RunConfig, folder: Path, *, adam: bool = False) -> Record:
     """The whole run: scores before, rounds, the best round's test score."""
     check(config)
     started = time.monotonic()
-    site, space, gradient = open_space(config, folder)
+    process, space, gradient = open_space(config, folder)
     scores: list[Record] = []
 
     def score(split: str, rounds: int) -> Record:
-        rows = site.encode(getattr(site.splits, split))
-        found = evaluate(site.loaded, rows, config.task, tokens_per_batch=config.model.tokens_per_batch).to_record()
+        rows = process.server.examples(split)
+        found = evaluate(
+            process.peer.loaded, rows, config.task, tokens_per_batch=config.model.tokens_per_batch
+        ).to_record()
         scores.append(
             {"kind": "score", "seconds": time.monotonic() - started, "split": split, "round": rounds, **found}
         )
@@ -112,7 +114,7 @@ def run(config: RunConfig, folder: Path, *, adam: bool = False) -> Record:
 
     before, first = score("test", 0), score("dev", 0)
     best, best_values = first, space.values()
-    data = {client: site.client_data(client).train for client in range(config.fl.num_clients)}
+    data = {client: process.client.data(client).train for client in range(config.fl.num_clients)}
     rows_of = {client: len(rows) for client, rows in data.items()}
     weights = client_weights(rows_of, config.strategy.weighting, size_cap=config.strategy.size_cap)
     used = dict.fromkeys(data, 0)
@@ -145,7 +147,7 @@ def run(config: RunConfig, folder: Path, *, adam: bool = False) -> Record:
             print(f"round {number + 1}: dev {latest['value']:.4f}, loss {latest['loss']:.4f}", flush=True)
             if is_better(latest, best, config.evaluation.best_by):
                 best, best_values = latest, space.values()
-    digest, clients = space.digest(), score_clients(site, config)
+    digest, clients = space.digest(), score_clients(process, config)
     space.load(best_values)
     summary = {
         "kind": "summary",
@@ -170,12 +172,12 @@ def run(config: RunConfig, folder: Path, *, adam: bool = False) -> Record:
     }
 
 
-def score_clients(site: Site, config: RunConfig) -> list[Record]:
+def score_clients(process: Process, config: RunConfig) -> list[Record]:
     """The last round's model on each client's own held-out rows, as in a run."""
     found = []
     for client in range(config.fl.num_clients):
-        if rows := site.client_data(client).heldout[: config.evaluation.federated_max_rows]:
-            score = evaluate(site.loaded, rows, config.task, tokens_per_batch=config.model.tokens_per_batch)
+        if rows := process.client.data(client).heldout[: config.evaluation.federated_max_rows]:
+            score = evaluate(process.peer.loaded, rows, config.task, tokens_per_batch=config.model.tokens_per_batch)
             found.append({"client": client, "round": config.fl.rounds, **score.to_record()})
     return found
 
@@ -202,31 +204,34 @@ def check(config: RunConfig) -> None:
         raise ConfigError("first_order: evaluation.central must be true. It scores at the server only.")
 
 
-def open_space(config: RunConfig, folder: Path) -> tuple[Site, Space, Gradient]:
-    """The site, the run's space at its base values, and the gradient of a batch's mean loss in wire order."""
-    site = open_site(config)
-    workplace = Workplace(folder=folder, seed=config.seed, texts=site.train_prompts, advance=lambda done, total: None)
-    artifact = site.trainer.prepare(site.loaded, workplace).artifact
-    space = site.worker.build(artifact).space
-    model = site.loaded.model
+def open_space(config: RunConfig, folder: Path) -> tuple[Process, Space, Gradient]:
+    """The process, the run's space at its base values, and the gradient of a batch's mean loss in wire order."""
+    process = open_process(config)
+    peer = process.peer
+    workplace = Workplace(
+        folder=folder, seed=config.seed, texts=process.server.training_prompts, advance=lambda done, total: None
+    )
+    artifact = peer.trainer.prepare(peer.loaded, workplace).artifact
+    space = peer.workspace(artifact).replica.space
+    model = peer.loaded.model
     if isinstance(config.trainer, MeerkatConfig):
         named = dict(model.named_parameters())
-        slots = [(named[name], flat.to(site.loaded.device)) for name, flat in decode_mask(artifact).indices.items()]
+        slots = [(named[name], flat.to(peer.loaded.device)) for name, flat in decode_mask(artifact).indices.items()]
     else:
         adapter = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
-        slots = [(parameter, torch.arange(parameter.numel(), device=site.loaded.device)) for parameter in adapter]
+        slots = [(parameter, torch.arange(parameter.numel(), device=peer.loaded.device)) for parameter in adapter]
     now = torch.cat([parameter.detach().reshape(-1)[flat] for parameter, flat in slots]).cpu().numpy()
     assert now.tobytes() == space.values().tobytes(), "the values are not in the space's order"
     for parameter, _ in slots:
         parameter.requires_grad_(True)
 
     def gradient(examples: Sequence[Example]) -> np.ndarray:
-        loss = batch_loss(model, examples, loss=config.task.loss, device=site.loaded.device)
+        loss = batch_loss(model, examples, loss=config.task.loss, device=peer.loaded.device)
         grads = torch.autograd.grad(loss, [parameter for parameter, _ in slots])
         flat = [grad.reshape(-1)[where] for grad, (_, where) in zip(grads, slots, strict=True)]
         return torch.cat(flat).cpu().numpy()
 
-    return site, space, gradient
+    return process, space, gradient
 
 
 def batch_loss(model: nn.Module, examples: Sequence[Example], *, loss: Loss, device: torch.device) -> torch.Tensor:

@@ -25,7 +25,7 @@ from fedzo.models.config import Quantization
 from fedzo.models.load import TORCH_DTYPES, LoadedModel, compile_loaded, load_model
 from fedzo.models.products import default_product, product_is_chosen
 from fedzo.models.scoring import mean_loss
-from fedzo.run.site import set_up_process
+from fedzo.run.peer import set_up_process
 from fedzo.system import environment
 from fedzo.trainers import TRAINERS, Workplace
 from fedzo.trainers.config import MeerkatConfig, Selector

@@ -18,7 +18,7 @@ from fedzo.evaluate.answers import evaluate
 from fedzo.fl.log_store import PUBLIC, RunStore, best_round
 from fedzo.fl.replica import Replica
 from fedzo.models.generate import generate
-from fedzo.run.site import Site, forget_site, open_site
+from fedzo.run.process import Process, forget_process, open_process
 from fedzo.runtime.launch import launch
 from fedzo.system import PACKAGES, default_threads, environment, package_version
 from fedzo.trainers import Workplace
@@ -79,7 +79,7 @@ def _launch(config: RunConfig, run_dir: Path) -> None:
     try:
         launch(config, run_dir.resolve(), config_json=to_json(config))
     finally:
-        forget_site()
+        forget_process()
 
 
 def read_config(run_dir: Path) -> RunConfig:
@@ -96,7 +96,7 @@ def read_config(run_dir: Path) -> RunConfig:
 class Rebuilt:
     """A run's model after some of its rounds, rebuilt from base weights and log alone."""
 
-    site: Site
+    process: Process
     replica: Replica
     rounds: list[dict[str, Any]]
 
@@ -112,14 +112,14 @@ def rebuild(run_dir: Path, *, rounds: int | None = None) -> Rebuilt:
         wanted = best_round(store, by=config.evaluation.best_by) if rounds is None else rounds
         if not 0 <= wanted <= len(store.records):
             raise ConfigError(f"rounds must be in 0..{len(store.records)} (the log's length), got {wanted}.")
-        site = open_site(_uncompiled(config))
-        site.undecided = False  # a rebuilt model is held in float32 where the run's own choice was open
-        artifact = site.trainer.prepare(site.loaded, _quiet_workplace(run_dir, config)).artifact
-        replica = site.worker.build(artifact)
+        process = open_process(_uncompiled(config))
+        peer = process.peer  # without rows to measure on: a rebuilt model is held in float32 where the choice was open
+        artifact = peer.trainer.prepare(peer.loaded, _quiet_workplace(run_dir, config)).artifact
+        replica = peer.workspace(artifact).replica
         for done in range(wanted):
             replica.advance([store.records[done]])
             replica.verify(store.rounds[done])
-        return Rebuilt(site, replica, store.rounds[:wanted])
+        return Rebuilt(process, replica, store.rounds[:wanted])
 
 
 def replay_run(run_dir: Path, *, rounds: int | None = None) -> dict[str, object]:
@@ -143,7 +143,7 @@ def export_run(run_dir: Path, out_dir: Path, *, rounds: int | None = None) -> Pa
     if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
         raise ConfigError(f"OUT must be a new or empty folder, got {str(out_dir)!r}. Choose another.")
     rebuilt = rebuild(run_dir, rounds=rounds)
-    loaded, built = rebuilt.site.loaded, rebuilt.site.built
+    loaded, built = rebuilt.process.peer.loaded, rebuilt.process.peer.built
     if built is not None and built.save is not None:
         built.save(out_dir)
         return out_dir
@@ -155,20 +155,23 @@ def export_run(run_dir: Path, out_dir: Path, *, rounds: int | None = None) -> Pa
 
 def evaluate_run(run_dir: Path, *, split: str) -> dict[str, Any]:
     """Score the run's model (its best round) on the dev or test rows."""
-    site = rebuild(run_dir).site
-    rows = {"dev": site.splits.dev, "test": site.splits.test}[split]
+    process = rebuild(run_dir).process
+    peer, config = process.peer, process.peer.config
     score = evaluate(
-        site.loaded, site.encode(rows), site.config.task, tokens_per_batch=site.config.model.tokens_per_batch
+        peer.loaded,
+        process.server.examples(split),
+        config.task,
+        tokens_per_batch=config.model.tokens_per_batch,
     )
     return score.to_record()
 
 
 def generate_run(run_dir: Path, prompts: list[str], *, max_new_tokens: int) -> list[str]:
     """Greedy continuations by the run's model (its best round)."""
-    site = rebuild(run_dir).site
-    ids = [tuple(site.loaded.tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    peer = rebuild(run_dir).process.peer
+    ids = [tuple(peer.loaded.tokenizer(prompt)["input_ids"]) for prompt in prompts]
     return generate(
-        site.loaded, ids, max_new_tokens=max_new_tokens, tokens_per_batch=site.config.model.tokens_per_batch
+        peer.loaded, ids, max_new_tokens=max_new_tokens, tokens_per_batch=peer.config.model.tokens_per_batch
     )
 
 
@@ -185,8 +188,8 @@ def make_mask(config: RunConfig, out: Path) -> dict[str, Any]:
 
     if not isinstance(config.trainer, MeerkatConfig):
         raise ConfigError("fedzo mask: trainer must be meerkat. Only a masked trainer has a mask.")
-    site = open_site(_uncompiled(config))
-    mask = choose_mask(config.trainer, site.loaded, _quiet_workplace(out.parent, config, site))
+    process = open_process(_uncompiled(config))
+    mask = choose_mask(config.trainer, process.peer.loaded, _quiet_workplace(out.parent, config, process))
     save_mask(mask, out)
     return {"path": str(out), "size": mask.size, "digest": mask.digest(), **mask.manifest}
 
@@ -223,11 +226,11 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     return config
 
 
-def _quiet_workplace(folder: Path, config: RunConfig, site: Site | None = None) -> Workplace:
+def _quiet_workplace(folder: Path, config: RunConfig, process: Process | None = None) -> Workplace:
     return Workplace(
         folder=folder,
         seed=config.seed,
-        texts=site.train_prompts if site else partial(_no_texts, folder),
+        texts=process.server.training_prompts if process else partial(_no_texts, folder),
         advance=lambda done, total: None,
     )
 

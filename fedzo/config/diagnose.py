@@ -87,6 +87,8 @@ def _explain(override: Override, error: Exception, kept: Sequence[str]) -> str:
     if options and (value is None or (isinstance(value, str) and value not in options)):
         near = difflib.get_close_matches(str(value), options, n=1)
         return f"{key} must be one of {', '.join(options)}, got {value!r}.{f' Did you mean {near[0]}?' if near else ''}"
+    if options and isinstance(value, list) and (wrong := [str(each) for each in value if each not in options]):
+        return f"{key} must hold {', '.join(options)}, got {', '.join(wrong)}."
     unknown = isinstance(error, StrayKeyError) or isinstance(error.__cause__, ConfigKeyError | ConfigAttributeError)
     known = set() if options else {*_keys(compose_run(kept)), *group_names(kept)}
     if unknown and not options and key not in known:

@@ -23,6 +23,14 @@ _CLOSED: dict[str, dict[str, type]] = {
 }
 
 
+def list_classes() -> dict[str, dict[str, type]]:
+    """Per group of which a run takes a list (``preprocess=[a,b]``): option name -> config class."""
+    from fedzo.data.preprocess import STAGES
+
+    load_plugins()
+    return {"preprocess": dict(STAGES)}
+
+
 def plugin_classes() -> dict[str, dict[str, type]]:
     """Per group whose options differ in class: option name -> config class, with installed third parties' plugins."""
     from fedzo.data.partitioners import PARTITIONERS

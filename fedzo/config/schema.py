@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fedzo.data.config import DataConfig, IidConfig, PartitionConfig, TaskConfig
+from fedzo.data.preprocess.config import StageConfig
 from fedzo.fl.config import EvaluationConfig, FaultsConfig, FlConfig, StrategyConfig
 from fedzo.fl.server.step_policy.config import NoStepPolicyConfig, StepPolicyConfig
 from fedzo.models.config import ModelConfig
@@ -29,6 +30,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     partition: PartitionConfig = field(default_factory=IidConfig)
     trainer: TrainerConfig = field(default_factory=MeerkatConfig)
+    preprocess: dict[str, StageConfig] = field(default_factory=dict)
     estimator: EstimatorConfig = field(default_factory=TwoPointConfig)
     server_optimizer: ServerOptimizerConfig = field(default_factory=SgdConfig)
     fl: FlConfig = field(default_factory=FlConfig)

@@ -9,7 +9,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from fedzo.config.paths import conf_dir
-from fedzo.config.plugins import PLAIN, plugin_classes
+from fedzo.config.plugins import PLAIN, list_classes, plugin_classes
 from fedzo.config.schema import RunConfig
 from fedzo.data.config import PartitionConfig
 from fedzo.fl.server.step_policy.config import StepPolicyConfig
@@ -40,6 +40,9 @@ def register_schemas() -> None:
             store.store(group=group, name=f"{name}_schema", node=config_class)
             if not (conf_dir() / group / f"{name}.yaml").exists():  # a third party's plugin needs no YAML
                 store.store(group=group, name=name, node=config_class)
+    for group, options in list_classes().items():
+        for name, config_class in options.items():
+            store.store(group=group, name=name, node=config_class, package=f"{group}.{name}")
 
 
 def job_folder(number: object, overrides: str) -> str:

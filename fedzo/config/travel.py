@@ -18,7 +18,7 @@ from typing import Any, Literal, NoReturn, Union, cast, get_args, get_origin, ge
 
 import yaml
 
-from fedzo.config.plugins import plugin_classes, plugin_name
+from fedzo.config.plugins import list_classes, plugin_classes, plugin_name
 from fedzo.config.schema import RunConfig
 from fedzo.config.validate import problems
 from fedzo.errors import ConfigError
@@ -108,6 +108,11 @@ def _to_plain(config: RunConfig) -> dict[str, Any]:
         if name is None:
             raise ConfigError(f"{group} must be one of {', '.join(sorted(options))}, got {type(plugin).__name__}.")
         plain[group] = {"plugin": name, **plain[group]}
+    for group, options in list_classes().items():
+        chosen = getattr(config, group)
+        if wrong := [name for name, each in chosen.items() if options.get(name) is not type(each)]:
+            raise ConfigError(f"{group} must hold {', '.join(sorted(options))}, got {', '.join(wrong)}.")
+        plain[group] = [{"plugin": name, **plain[group][name]} for name in chosen]  # a list, since the order counts
     return plain
 
 
@@ -141,14 +146,30 @@ def _decode_class(config_class: type, plain: object, where: str) -> object:
         got = f"unknown {stray}, missing {absent}. Do all peers have the same fedzo?"
         raise ConfigError(f"{where} must hold exactly the keys of {config_class.__name__}, got {got}")
     groups = plugin_classes() if config_class is RunConfig else {}
+    lists = list_classes() if config_class is RunConfig else {}
     values = {}
     for name in names:
         path = name if config_class is RunConfig else f"{where}.{name}"
-        if name in groups:
+        if name in lists:
+            values[name] = _decode_list(lists[name], plain[name], path)
+        elif name in groups:
             values[name] = _decode_plugin(groups[name], plain[name], path)
         else:
             values[name] = _decode(hints[name], plain[name], path)
     return config_class(**values)
+
+
+def _decode_list(options: dict[str, type], plain: object, where: str) -> object:
+    if not isinstance(plain, list):
+        _refuse(where, "be a list of plugins", plain)
+    decoded: dict[str, object] = {}
+    for number, item in enumerate(plain):
+        plugin = _decode_plugin(options, item, f"{where}[{number}]")
+        name = cast(dict[str, Any], item)["plugin"]
+        if name in decoded:
+            _refuse(where, "name each plugin once", name)
+        decoded[name] = plugin
+    return decoded
 
 
 def _decode_plugin(options: dict[str, type], plain: object, where: str) -> object:

@@ -19,14 +19,16 @@ from fedzo.data.config import (
     DirichletEqualConfig,
     Loss,
     NaturalConfig,
+    OwnConfig,
     ShardsConfig,
     TaskConfig,
     TaskKind,
 )
 from fedzo.fl.config import FaultsConfig, FlConfig, Seeds
+from fedzo.fl.server.step_policy.config import OracleConfig
 from fedzo.models.config import DType, Quantization
 from fedzo.runtime.config import InlineConfig, LocalConfig, RayConfig
-from fedzo.trainers.config import MeerkatConfig, MezoConfig
+from fedzo.trainers.config import Calibration, MeerkatConfig, MezoConfig
 from fedzo.zo.config import FedDynConfig, ScaffoldConfig
 from fedzo.zo.log import MOST_OWNERS, MOST_ROUNDS, MOST_STEPS
 
@@ -58,7 +60,9 @@ def problems(config: RunConfig) -> list[Problem]:
 
 def missing_files(config: RunConfig) -> list[Problem]:
     """Files that the settings name and this machine does not have."""
-    named = [("data.path", config.data.path, "Give the folder or file with the rows.")]
+    own = isinstance(config.partition, OwnConfig) and config.data.path is not None
+    paths = own_paths(config.data.path or "", config.fl.num_clients) if own else [config.data.path]
+    named = [("data.path", path, "Give the folder or file with the rows.") for path in paths]
     if config.model.name.startswith(("/", "./", "../", "~")):
         named.append(("model.name", config.model.name, "Give a model folder, or a hub name."))
     if isinstance(config.trainer, MeerkatConfig):
@@ -69,6 +73,12 @@ def missing_files(config: RunConfig) -> list[Problem]:
         for key, path, remedy in named
         if path is not None and not Path(path).expanduser().exists()
     ]
+
+
+def own_paths(path: str, num_clients: int) -> list[str]:
+    """Where each client's own rows lie; one path where all have the same."""
+    clients = range(num_clients) if "{client}" in path else range(1)
+    return [path.replace("{client}", str(client)) for client in clients]
 
 
 def _run(config: RunConfig) -> Iterator[Problem]:
@@ -162,6 +172,8 @@ def _partition(config: RunConfig) -> Iterator[Problem]:
         rule = f"be between 0 and fl.num_clients ({config.fl.num_clients})"
         yield problem("partition.num_extreme", rule, num_extreme, "Lower it or add clients.")
     match partition:
+        case OwnConfig():
+            yield from _own_rows(config)
         case DirichletConfig() | DirichletEqualConfig():
             yield from positive("partition.alpha", partition.alpha, "Smaller is less IID; 0.5 is usual.")
         case ShardsConfig():
@@ -169,6 +181,22 @@ def _partition(config: RunConfig) -> Iterator[Problem]:
         case NaturalConfig() if not partition.column:
             remedy = "Write partition.column=<column>."
             yield problem("partition.column", "name the column that tells clients apart", partition.column, remedy)
+
+
+def _own_rows(config: RunConfig) -> Iterator[Problem]:
+    """What a server without rows cannot do."""
+    if config.data.path is None:
+        remedy = "Write data.path=<file or folder>, in which {client} stands for the client's index."
+        yield problem("data.path", "be given for partition=own", None, remedy)
+    if isinstance(config.trainer, MeerkatConfig) and config.trainer.calibration is Calibration.train:
+        rule = "be imdb or file for partition=own, where the server has no training rows"
+        yield problem("trainer.calibration", rule, "train", "Choose another text, or give trainer.mask_path.")
+    if isinstance(config.step_policy, OracleConfig) and not config.fl.label_counts:
+        rule = "be true for step_policy=oracle with partition=own, where the server does not know the labels"
+        yield problem("fl.label_counts", rule, False, "Or choose another step policy.")
+    if config.evaluation.central:
+        rule = "be false for partition=own, where the server has no dev and test rows"
+        yield problem("evaluation.central", rule, True, "The clients score their held-out rows.")
 
 
 def _fl(config: RunConfig) -> Iterator[Problem]:

@@ -83,6 +83,11 @@ class IidConfig(PartitionConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class OwnConfig(PartitionConfig):
+    """No partition: every client reads its own file (``data.path``, in which ``{client}`` is the client's index)."""
+
+
+@dataclass(kw_only=True, slots=True)
 class DirichletConfig(PartitionConfig):
     """Per class, shares over clients drawn from Dirichlet(alpha)."""
 

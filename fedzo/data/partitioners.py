@@ -19,6 +19,7 @@ from fedzo.data.config import (
     ExtremeConfig,
     IidConfig,
     NaturalConfig,
+    OwnConfig,
     PartitionConfig,
     ShardsConfig,
     TaskConfig,
@@ -181,6 +182,12 @@ def natural(config: NaturalConfig, *, rows: Sequence[Row], num_clients: int, see
             f"Write fl.num_clients={len(values)}, or choose another column."
         )
     return _deal(NaturalIdPartitioner(partition_by="key"), list(range(len(rows))), num_clients=num_clients, keys=keys)
+
+
+@PARTITIONERS.register("own", OwnConfig)
+def own(config: OwnConfig, *, rows: Sequence[Row], num_clients: int, seed: int, task: TaskConfig) -> Parts:
+    """Nothing to deal: every client reads its own rows."""
+    raise ConfigError("partition=own: every client must read its own rows, and none are dealt. Choose a partition.")
 
 
 def _single_label(

@@ -83,6 +83,28 @@ def load_splits(config: DataConfig, task: TaskConfig) -> Splits:
     return Splits(test=test, dev=dev, train=take("train", config.num_train or None))
 
 
+def load_own(path: Path, task: TaskConfig) -> list[Row]:
+    """A site's own training rows, each checked against the task: all rows of a file, or of a folder's ``train`` file.
+
+    Raises:
+        ConfigError: There is no such file, it holds no row, or a row does not fit the task.
+    """
+    file = _files(_existing(path))["train"] if path.is_dir() else _existing(path)
+    located = read_located(file)
+    if not located:
+        raise ConfigError(f"{file}: the file must hold at least one row, got none.")
+    for where, row in located:
+        _prompt(where, row, task)
+    return [row for _, row in located]
+
+
+def _existing(path: Path) -> Path:
+    path = path.expanduser()
+    if not path.exists():
+        raise ConfigError(f"{path}: there is no such file or folder. Check data.path.")
+    return path
+
+
 def _read(config: DataConfig, task: TaskConfig) -> dict[str, list[Located]]:
     if config.path is None:
         if task.name not in EMBEDDED:
@@ -92,9 +114,7 @@ def _read(config: DataConfig, task: TaskConfig) -> dict[str, list[Located]]:
             )
         embedded = EMBEDDED[task.name]()
         return {"train": [(f"{task.name}, row {number}", row) for number, row in enumerate(embedded, start=1)]}
-    path = Path(config.path).expanduser()
-    if not path.exists():
-        raise ConfigError(f"{path}: there is no such file or folder. Check data.path.")
+    path = _existing(Path(config.path))
     files = _files(path) if path.is_dir() else {"train": path}
     located = {name: read_located(file) for name, file in files.items()}
     for name, rows in located.items():
@@ -104,21 +124,23 @@ def _read(config: DataConfig, task: TaskConfig) -> dict[str, list[Located]]:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for name, stems in _STEMS.items():
-        there = [folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
-        there = [path for path in there if path.is_file()]
-        if len(there) > 1:
-            names = ", ".join(path.name for path in there)
-            raise ConfigError(f"{folder}: one {name} file is wanted, got {names}. Remove all but one.")
-        if there:
-            found[name] = there[0]
+    found = {name: file for name in _STEMS if (file := _file(folder, name)) is not None}
     if "train" not in found:
         names = ", ".join(sorted(path.name for path in folder.iterdir())[:20]) or "nothing"
         raise ConfigError(
             f"{folder}: must hold a file train.* ({', '.join(SUFFIXES)}), it holds {names}. Check data.path."
         )
     return found
+
+
+def _file(folder: Path, name: str) -> Path | None:
+    """The one file of a split in a folder; None where there is none."""
+    there = [folder / f"{stem}{suffix}" for stem in _STEMS[name] for suffix in SUFFIXES]
+    there = [path for path in there if path.is_file()]
+    if len(there) > 1:
+        names = ", ".join(path.name for path in there)
+        raise ConfigError(f"{folder}: one {name} file is wanted, got {names}. Remove all but one.")
+    return there[0] if there else None
 
 
 def _shuffled(rows: list[Located], task: TaskConfig, *, name: str, seed: int) -> list[_Item]:

@@ -45,6 +45,8 @@ class FlConfig:
     pool_size: int = 4096
     """Directions that there are for ``fl.seeds=pool``."""
     transport: Transport = Transport.scalars
+    label_counts: bool = False
+    """Clients say at registration how many training rows of each label they have."""
     hash_every: int = 25
     """Every so many rounds the full SHA-256 of the trained values is compared, a 4-byte check in between."""
 

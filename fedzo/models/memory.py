@@ -43,7 +43,7 @@ def weights_bytes(model: nn.Module) -> int:
 
 
 def rule_bytes(space_size: int, num_moments: int) -> int:
-    """Bytes that an server optimizer takes, in the machine's memory whatever the model's device."""
+    """Bytes that a server optimizer takes, in the machine's memory whatever the model's device."""
     return 4 * space_size * (num_moments + _RULE_VECTORS) if num_moments else 0
 
 

@@ -118,15 +118,15 @@ class ProgressSink:
 
     def _setup(self, record: Record) -> None:
         share = 100 * record["space_size"] / record["num_params"]
-        estimate = record["estimate"]
         self._console.print(
             f"{record['trainer']}: {record['space_size']:,} of {record['num_params']:,} weights trained ({share:.2g} %)"
             f", {len(record['clients'])} clients, {sum(c['num_train'] for c in record['clients']):,} training rows"
         )
-        self._console.print(
-            f"estimate: {bytes_text(estimate['memory_bytes'])} of memory for a step, "
-            f"{seconds_text(estimate['seconds'])} for the run's forwards in one process"
-        )
+        if estimate := record["estimate"]:
+            self._console.print(
+                f"estimate: {bytes_text(estimate['memory_bytes'])} of memory for a step, "
+                f"{seconds_text(estimate['seconds'])} for the run's forwards in one process"
+            )
 
     def _round(self, record: Record) -> None:
         self._count_bytes(record)

@@ -69,9 +69,9 @@ def make_server_app() -> ServerApp:
 
 
 def _worker(context: Context) -> Any:
-    from fedzo.run.site import process_site
+    from fedzo.run.process import this_process
 
-    return process_site(_setting(context, CONFIG_KEY, CONFIG_ENV)).worker
+    return this_process(_setting(context, CONFIG_KEY, CONFIG_ENV)).client.worker
 
 
 def _client(context: Context) -> int:

@@ -20,9 +20,11 @@ from fedzo.fl.server.rounds import Server, Sink
 from fedzo.fl.server.step_policy import check_step_policy, most_steps
 from fedzo.report.sinks import ProgressSink, TensorBoardSink
 from fedzo.run.estimate import Estimate, estimate_run
+from fedzo.run.peer import TrialRows
+from fedzo.run.process import this_process
 from fedzo.run.scores import Scores
-from fedzo.run.site import Site, process_site
-from fedzo.trainers import Workplace
+from fedzo.run.server_context import ServerContext
+from fedzo.trainers import Prepared, Workplace
 
 Record = dict[str, Any]
 
@@ -46,11 +48,11 @@ class Sinks:
 
 def run_federation(grid: Any, config_json: str, run_dir: Path) -> None:
     """Run, or go on with, the federation of a configuration; everything it leaves is in ``run_dir``."""
-    site = process_site(config_json)
+    context = this_process(config_json).server
     with ExitStack() as stack:
         store = stack.enter_context(RunStore(run_dir))
-        Federation(grid, site, store, stack).run()
-    if site.config.report.html:
+        Federation(grid, context, store, stack).run()
+    if context.peer.config.report.html:
         from fedzo.report.html import write_report
 
         write_report(run_dir)
@@ -59,9 +61,9 @@ def run_federation(grid: Any, config_json: str, run_dir: Path) -> None:
 class Federation:
     """The course of one run at the server."""
 
-    def __init__(self, grid: Any, site: Site, store: RunStore, stack: ExitStack) -> None:
-        config = site.config
-        self._site = site
+    def __init__(self, grid: Any, context: ServerContext, store: RunStore, stack: ExitStack) -> None:
+        config = context.peer.config
+        self._context = context
         self._config = config
         self._store = store
         started, before = time.monotonic(), max((line["seconds"] for line in store.metrics), default=0.0)
@@ -78,8 +80,10 @@ class Federation:
         self._sinks = Sinks([store, *sinks])
         for sink in sinks:
             stack.callback(sink.close)
-        self._scores = Scores(site, store, self._sinks, self._progress, self._elapsed)
-        self._server = self._make_server(grid)
+        prepared = self._prepare()
+        self._at = context.peer.workspace(prepared.artifact, trial_rows=self._trial_rows())
+        self._scores = Scores(context, self._at, store, self._sinks, self._progress, self._elapsed)
+        self._server = self._make_server(grid, prepared)
 
     def run(self) -> None:
         """Scores before, rounds, scores after."""
@@ -107,25 +111,35 @@ class Federation:
 
     # --- beginning
 
-    def _make_server(self, grid: Any) -> Server:
-        config, site = self._config, self._site
-        _ = site.deal  # rows that cannot be dealt to the clients are refused here, before any of them fails for it
+    def _prepare(self) -> Prepared:
+        """What clients need beside the model, and the server's gradient."""
+        config, context = self._config, self._context
+        if context.simulation:
+            _ = context.simulation.parts  # rows that cannot be dealt are refused here, before a client fails for it
         with self._progress.phase(f"preparing {plugin_name('trainer', config.trainer)}") as advance:
-            prepared = site.trainer.prepare(
-                site.loaded,
-                Workplace(folder=self._store.folder, seed=config.seed, texts=site.train_prompts, advance=advance),
+            workplace = Workplace(
+                folder=self._store.folder, seed=config.seed, texts=context.training_prompts, advance=advance
             )
+            prepared = context.peer.trainer.prepare(context.peer.loaded, workplace)
         check_step_policy(config.step_policy, config.fl, has_gradient=prepared.gradient is not None)
-        replica = site.worker.build(prepared.artifact)
-        replica.reset()
+        return prepared
+
+    def _trial_rows(self) -> TrialRows | None:
+        """Some rows of a simulation; a server without rows does not measure."""
+        simulation, size = self._context.simulation, self._config.fl.batch_size
+        return None if simulation is None else lambda: simulation.splits.train[:size]
+
+    def _make_server(self, grid: Any, prepared: Prepared) -> Server:
+        config, context = self._config, self._context
+        self._at.replica.reset()
         return Server(
             grid=grid,
             client_registry=ClientRegistry(
                 num_clients=config.fl.num_clients,
-                identity=site.worker.identity,
-                num_labels=num_labels(config.task),
+                identity=context.peer.identity,
+                num_labels=num_labels(config.task) if config.fl.label_counts else 0,
             ),
-            replica=replica,
+            replica=self._at.replica,
             store=self._store,
             artifact=prepared.artifact,
             gradient=prepared.gradient,
@@ -134,7 +148,8 @@ class Federation:
             strategy=_strategy(config),
             server_optimizer=config.server_optimizer,
             num_probes=config.estimator.num_probes,
-            step_policy=site.step_policy,
+            step_policy=context.step_policy,
+            label_counts=context.label_counts,
             sink=self._sinks,
             elapsed=self._elapsed,
             shuffle_replies=config.faults.shuffle_replies,
@@ -149,16 +164,16 @@ class Federation:
                 "kind": "setup",
                 "seconds": self._elapsed(),
                 "trainer": plugin_name("trainer", self._config.trainer),
-                "num_params": sum(p.numel() for p in self._site.loaded.model.parameters()),
+                "num_params": sum(p.numel() for p in self._at.loaded.model.parameters()),
                 "space_size": server.replica.space.size,
                 "setup_down_bytes": len(server.artifact),
-                "estimate": asdict(self._estimate()),
+                "estimate": asdict(estimate) if (estimate := self._estimate()) else None,
                 "clients": [
                     {
                         "client": client,
                         "num_train": hello.num_train,
                         "num_heldout": hello.num_heldout,
-                        "label_counts": server.client_registry.label_counts(client),
+                        "label_counts": dict(server.label_counts_of(client)),
                     }
                     for client, hello in sorted(server.client_registry.hellos.items())
                 ],
@@ -169,23 +184,25 @@ class Federation:
         """What was written before the first round, in a run that is resumed."""
         return next((line for line in self._store.metrics if line["kind"] == "setup"), None)
 
-    def _estimate(self) -> Estimate:
-        """Memory of a step and seconds of the whole run, if one process did all its forwards."""
-        config, site = self._config, self._site
+    def _estimate(self) -> Estimate | None:
+        """Memory of a step and seconds of the whole run, if one process did all its forwards: of a simulation only."""
+        config, context, at = self._config, self._context, self._at
+        if context.simulation is None:
+            return None
         clients = config.strategy.clients_per_round or config.fl.num_clients
-        plan = site.step_policy.plan([], {})
+        plan = context.step_policy.plan([], {})
         first = sum(plan.steps.values()) if plan.calibration else config.fl.local_steps * clients
         return estimate_run(
-            site.loaded,
-            self._server.replica.space,
-            train=site.encode(site.splits.train[:256]),
+            at.loaded,
+            at.replica.space,
+            train=context.peer.encode(context.simulation.splits.train[:256]),
             scored=self._scores.planned(),
             rows_per_step=config.fl.batch_size,
             steps=(config.fl.rounds - 1) * config.fl.local_steps * clients + first,
-            forwards_per_step=site.estimator.forwards_per_step(config.estimator.num_probes),
+            forwards_per_step=context.peer.estimator.forwards_per_step(config.estimator.num_probes),
             local_steps=most_steps(config.step_policy, config.fl),
-            tokens_per_batch=site.worker.steps.tokens_per_batch,
-            num_moments=len(self._server.replica.moments),
+            tokens_per_batch=at.tokens_per_batch,
+            num_moments=len(at.replica.moments),
         )
 
     # --- end

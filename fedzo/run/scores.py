@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from fedzo.data.example import Example
 from fedzo.data.tasks import num_labels
 from fedzo.errors import ProtocolError
 from fedzo.evaluate.answers import Score, evaluate, merge_scores, metric_of
+from fedzo.fl.client.local_update import Workspace
 from fedzo.fl.exchange import Traffic
 from fedzo.fl.log_store import RunStore
 from fedzo.fl.server.rounds import Server, Sink
 from fedzo.report.sinks import ProgressSink
-from fedzo.run.site import Site
+from fedzo.run.server_context import ServerContext
 
 Record = dict[str, Any]
 log = logging.getLogger(__name__)
@@ -26,40 +27,43 @@ class Scores:
     """The scores of one run: of the server's own rows (``score``), and of the clients' (``federated_score``).
 
     Attributes:
+        context: The server's rows.
+        at: The server's model.
         store: Where the scores that were taken before are found.
         sink: Where new ones go.
         elapsed: Seconds since the run started.
     """
 
-    site: Site
+    context: ServerContext
+    at: Workspace
     store: RunStore
     sink: Sink
     progress: ProgressSink
     elapsed: Callable[[], float]
-    _encoded: dict[str, list[Example]] = field(default_factory=dict)
 
     def planned(self) -> list[tuple[int, list[Example]]]:
         """How often which examples will be scored at the server in the whole run."""
-        config = self.site.config
+        config = self.context.peer.config
         if not config.evaluation.central:
             return []
         dev = sum(
             _is_due(done, config.evaluation.every_rounds, config.fl.rounds) for done in range(1, config.fl.rounds + 1)
         )
-        return [(1 + dev, self._examples("dev")), (2, self._examples("test"))]
+        return [(1 + dev, self.context.examples("dev")), (2, self.context.examples("test"))]
 
     def take(self, split: str, *, rounds: int) -> None:
         """Score the server's model, which must be at ``rounds``, on the server's rows, if there are any."""
-        if not self.site.config.evaluation.central or self.find(split, rounds):
+        config = self.context.peer.config
+        if not config.evaluation.central or self.find(split, rounds):
             return
-        if not (examples := self._examples(split)):
+        if not (examples := self.context.examples(split)):
             return  # data.num_dev = 0, or data.num_test = 0
         with self.progress.phase(f"scoring {split}", len(examples)) as advance:
             score = evaluate(
-                self.site.loaded,
+                self.at.loaded,
                 examples,
-                self.site.config.task,
-                tokens_per_batch=self.site.worker.steps.tokens_per_batch,
+                config.task,
+                tokens_per_batch=self.at.tokens_per_batch,
                 on_batch=advance,
             )
         head = {"kind": "score", "seconds": self.elapsed(), "split": split, "round": rounds}
@@ -67,7 +71,8 @@ class Scores:
 
     def take_due(self, server: Server) -> None:
         """Take the scores that the rounds until now call for, by ``evaluation``."""
-        done, total, evaluation = server.round, self.site.config.fl.rounds, self.site.config.evaluation
+        config = self.context.peer.config
+        done, total, evaluation = server.round, config.fl.rounds, config.evaluation
         if _is_due(done, evaluation.every_rounds, total):
             self.take("dev", rounds=done)
         if evaluation.federated_every_rounds >= 0 and _is_due(done, evaluation.federated_every_rounds, total):
@@ -90,7 +95,7 @@ class Scores:
 
     def _ask_clients(self, server: Server) -> None:
         """Every connected client scores the present model on its own held-out rows."""
-        config = self.site.config
+        config = self.context.peer.config
         if any(line["round"] == server.round for line in self._lines("federated_score")):
             return
         most = config.evaluation.federated_max_rows
@@ -117,11 +122,6 @@ class Scores:
         merged = merge_scores(list(scored.values())).to_record()
         sent = {"message_up_bytes": traffic.up_bytes, "message_down_bytes": traffic.down_bytes}
         self.sink.write({**head, **merged, **sent, "worst_client": worst, "clients": clients})
-
-    def _examples(self, split: str) -> list[Example]:
-        if split not in self._encoded:
-            self._encoded[split] = self.site.encode(getattr(self.site.splits, split))
-        return self._encoded[split]
 
     def _lines(self, kind: str) -> Iterator[Record]:
         return (line for line in self.store.metrics if line["kind"] == kind)

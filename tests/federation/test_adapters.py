@@ -71,7 +71,7 @@ def test_an_exported_run_is_an_adapter_for_plain_peft_that_names_its_base(
 
     out = export_run(folder, tmp_path / "out")
 
-    tuned = rebuild(folder).site.loaded.model
+    tuned = rebuild(folder).process.peer.loaded.model
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     with torch.inference_mode():
         before = base(input_ids=IDS).logits
@@ -90,7 +90,7 @@ def test_scores_and_text_are_those_of_the_tuned_model(run: Run, lines: Lines, tr
 
     after = lines(folder, "metrics.jsonl")[-1]["after"]
     assert again == {name: after[name] for name in again}
-    loaded = rebuild(folder).site.loaded
+    loaded = rebuild(folder).process.peer.loaded
     ids = list(loaded.tokenizer("Text: a thing\nVerdict:")["input_ids"])
     prompt = len(ids)
     for _ in range(5):
@@ -102,6 +102,6 @@ def test_scores_and_text_are_those_of_the_tuned_model(run: Run, lines: Lines, tr
 
 
 def test_the_base_digest_is_that_of_the_base(run: Run) -> None:
-    plain = rebuild(run("trainer=mezo", "fl.rounds=1")).site.loaded.base_digest
+    plain = rebuild(run("trainer=mezo", "fl.rounds=1")).process.peer.loaded.base_digest
 
-    assert rebuild(run("trainer=lora", "fl.rounds=1")).site.loaded.base_digest == plain
+    assert rebuild(run("trainer=lora", "fl.rounds=1")).process.peer.loaded.base_digest == plain

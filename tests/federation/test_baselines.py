@@ -66,7 +66,7 @@ def test_each_client_s_end_is_what_the_public_log_says(run: Run, lines: Lines, r
         built = rebuild(folder, rounds=record.round)
         replica = built.replica
         corrected += bool(replica.moments.any())
-        server_optimizer = SERVER_OPTIMIZERS.build(built.site.config.server_optimizer)
+        server_optimizer = SERVER_OPTIMIZERS.build(built.process.peer.config.server_optimizer)
         checks = {
             client: replica.space.check()
             for client, _ in end_models(server_optimizer, replica.space, replica.moments, record, run_seed=0)
@@ -95,7 +95,7 @@ def test_rules_that_correct_drift_refuse_what_does_not_go_with_them(overrides: C
         load(overrides("server_optimizer=feddyn", "strategy=median"))
     with pytest.raises(
         ConfigError,
-        match=r"server_optimizer\.alpha must be >= 0 and make server_optimizer\.lr \* server_optimizer.alpha less",
+        match=r"server_optimizer\.alpha must be >= 0 and make server_optimizer\.lr \* alpha less",
     ):
         load(overrides("server_optimizer=feddyn", "server_optimizer.lr=0.1", "server_optimizer.alpha=10"))
     with pytest.raises(ConfigError, match="server_optimizer must be sgd for trainer=mezo"):
@@ -151,7 +151,7 @@ def test_a_round_of_decomfl_is_its_algorithm_written_out(
     import torch
 
     from fedzo.data.order import batch_rows
-    from fedzo.run.site import open_site
+    from fedzo.run.process import open_process
     from fedzo.zo.directions import direction
 
     eps, lr, steps, probes = 1e-2, 1e-3, 2, 3
@@ -166,8 +166,8 @@ def test_a_round_of_decomfl_is_its_algorithm_written_out(
     folder = run(*settings)
     (public,), (audit,) = lines(folder, "public.jsonl"), lines(folder, "audit.jsonl")
 
-    site = open_site(load(overrides(*settings)))
-    model = site.loaded.model.double()
+    process = open_process(load(overrides(*settings)))
+    model = process.peer.loaded.model.double()
     x0 = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
 
     def loss(x: torch.Tensor, examples: list[Any]) -> float:
@@ -188,7 +188,7 @@ def test_a_round_of_decomfl_is_its_algorithm_written_out(
 
     answers = {}
     for client in public["attendance"]:
-        x, train = x0.clone(), site.client_data(client).train
+        x, train = x0.clone(), process.client.data(client).train
         g = np.zeros((steps, probes))
         for k in range(steps):
             batch = [train[i] for i in batch_rows(run_seed=0, client=client, used=k, batch_size=2, num_rows=len(train))]

@@ -13,7 +13,7 @@ import torch
 
 from fedzo.commands.runs import rebuild, replay_run
 from fedzo.models import fidelity
-from fedzo.run.site import Site
+from fedzo.run.peer import Peer
 
 Run = Callable[..., Path]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
@@ -23,15 +23,15 @@ Lines = Callable[[Path, str], list[dict[str, Any]]]
 def dtypes(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     """Dtypes in which the federation's site holds its model, one entry each time a replica is built."""
     seen: list[torch.dtype] = []
-    original = Site._replica
+    original = Peer._make_workspace
 
-    def spy(self: Site, artifact: bytes) -> Any:
-        replica = original(self, artifact)
-        assert self.worker.steps.loaded is self.loaded
+    def spy(self: Peer, *args: Any) -> Any:
+        workspace = original(self, *args)
+        assert workspace.loaded is self.loaded
         seen.append(self.loaded.model.get_input_embeddings().weight.dtype)
-        return replica
+        return workspace
 
-    monkeypatch.setattr(Site, "_replica", spy)
+    monkeypatch.setattr(Peer, "_make_workspace", spy)
     return seen
 
 

@@ -39,16 +39,18 @@ def test_its_loss_is_fedzo_s_and_its_gradient_is_torch_s_at_the_mask(
     from fedzo.masks.mask_file import load_mask
 
     config = load(overrides(f"task.loss={loss}"))
-    site, space, gradient = first_order.open_space(config, tmp_path)
-    rows = site.client_data(0).train[:3]
+    process, space, gradient = first_order.open_space(config, tmp_path)
+    rows = process.client.data(0).train[:3]
 
     g = gradient(rows)
 
-    written = first_order.batch_loss(site.loaded.model, rows, loss=config.task.loss, device=site.loaded.device)
-    assert written.item() == pytest.approx(
-        mean_loss(site.loaded, rows, loss=config.task.loss, tokens_per_batch=4096), rel=1e-5
+    written = first_order.batch_loss(
+        process.peer.loaded.model, rows, loss=config.task.loss, device=process.peer.loaded.device
     )
-    dense = site.loaded.model.double().requires_grad_(True)
+    assert written.item() == pytest.approx(
+        mean_loss(process.peer.loaded, rows, loss=config.task.loss, tokens_per_batch=4096), rel=1e-5
+    )
+    dense = process.peer.loaded.model.double().requires_grad_(True)
     dense.zero_grad()
     values = []
     for example in rows:  # one sequence at a time, without padding
@@ -165,10 +167,10 @@ def test_one_client_with_one_step_is_gradient_descent(
     first_order: ModuleType, overrides: Overrides, tmp_path: Path
 ) -> None:
     config = load(overrides("fl.rounds=1", "fl.num_clients=1", "server_optimizer.lr=0.25", "fl.batch_size=3"))
-    site, space, gradient = first_order.open_space(config, tmp_path / "a")
+    process, space, gradient = first_order.open_space(config, tmp_path / "a")
     from fedzo.data.order import batch_rows
 
-    train = site.client_data(0).train
+    train = process.client.data(0).train
     rows = [train[i] for i in batch_rows(run_seed=0, client=0, used=0, batch_size=3, num_rows=len(train))]
     space.load(space.values() - np.float32(0.25) * gradient(rows))
 
@@ -182,10 +184,10 @@ def test_two_clients_are_averaged_by_their_rows(first_order: ModuleType, overrid
 
     settings = ("fl.rounds=1", "fl.num_clients=2", "partition=dirichlet", "partition.alpha=0.5", "strategy=size")
     config = load(overrides(*settings, "strategy.size_cap=0", "server_optimizer.lr=0.25"))
-    site, space, gradient = first_order.open_space(config, tmp_path / "a")
+    process, space, gradient = first_order.open_space(config, tmp_path / "a")
     start, ends, sizes = space.values(), [], []
     for client in range(2):
-        train = site.client_data(client).train
+        train = process.client.data(client).train
         rows = batch_rows(run_seed=0, client=client, used=0, batch_size=2, num_rows=len(train))
         space.load(start)
         ends.append((start - np.float32(0.25) * gradient([train[i] for i in rows])).astype(np.float64))

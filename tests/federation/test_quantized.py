@@ -17,7 +17,7 @@ from fedzo.errors import ConfigError
 from fedzo.models import load as loading
 from fedzo.models import source
 from fedzo.models.config import Quantization
-from fedzo.run.site import open_site
+from fedzo.run.peer import open_peer
 from fedzo.testing.tiny_models import tiny_model_from
 from fedzo.testing.tokenizer import byte_tokenizer
 
@@ -64,7 +64,7 @@ def test_an_adapter_is_trained_over_packed_weights_and_replayed(kind: Quantizati
 @pytest.mark.parametrize("kind", PACKED)
 def test_packed_weights_take_less_memory(kind: Quantization, overrides: Overrides) -> None:
     plain, packed = (
-        open_site(load(overrides("trainer=lora", f"model.quantization={each}"))).loaded for each in ("none", kind)
+        open_peer(load(overrides("trainer=lora", f"model.quantization={each}"))).loaded for each in ("none", kind)
     )
 
     assert packed.base_digest == plain.base_digest
@@ -94,9 +94,9 @@ def test_packed_weights_that_cannot_be_computed_with_are_told(
 
     monkeypatch.setattr(loading, "check_head", fail)
     with pytest.raises(ConfigError, match=r"model\.quantization=nf4 must be a packing that .* blocks of 64 do not fit"):
-        open_site(load(overrides(*SMALL, "model.quantization=nf4")))
+        open_peer(load(overrides(*SMALL, "model.quantization=nf4")))
     with pytest.raises(RuntimeError, match=r"^blocks of 64 do not fit$"):
-        open_site(load(overrides(*SMALL)))
+        open_peer(load(overrides(*SMALL)))
 
 
 def test_a_bench_of_packed_weights_is_refused(overrides: Overrides) -> None:

@@ -16,7 +16,7 @@ from fedzo.config.load import load
 from fedzo.errors import ConfigError
 from fedzo.fl.server.rounds import FederationError
 from fedzo.masks.mask_file import load_mask
-from fedzo.run.site import open_site
+from fedzo.run.process import open_process
 from fedzo.zo.directions import direction, stream_key
 
 Run = Callable[..., Path]
@@ -41,8 +41,8 @@ def one_row_each(folder: Path, num_sites: int) -> Path:
 
 def test_scalars_equal_those_of_a_plain_loop_over_a_dense_model(run: Run, lines: Lines, overrides: Overrides) -> None:
     folder = run("fl.rounds=2", "server_optimizer.lr=0.05")
-    site = open_site(load(overrides("fl.rounds=2", "server_optimizer.lr=0.05")))
-    model = site.loaded.model.double()
+    process = open_process(load(overrides("fl.rounds=2", "server_optimizer.lr=0.05")))
+    model = process.peer.loaded.model.double()
     mask = load_mask(folder / "mask.safetensors")
     parameters = dict(model.named_parameters())
     theta = {name: parameters[name].data.view(-1)[flat].clone() for name, flat in mask.indices.items()}
@@ -69,7 +69,7 @@ def test_scalars_equal_those_of_a_plain_loop_over_a_dense_model(run: Run, lines:
 
     from fedzo.data.order import batch_rows
 
-    data = [site.client_data(client).train for client in range(4)]
+    data = [process.client.data(client).train for client in range(4)]
     expected = []
     for r in range(2):
         z = direction(stream_key(0, round=r), mask.size)
@@ -103,22 +103,23 @@ def test_k_clients_with_one_probe_equal_one_client_with_the_joint_batch(
     run: Run, lines: Lines, overrides: Overrides
 ) -> None:
     folder = run("fl.rounds=1")
-    site = open_site(load(overrides("fl.rounds=1")))
+    process = open_process(load(overrides("fl.rounds=1")))
     from fedzo.data.order import batch_rows
     from fedzo.models.scoring import mean_loss
     from fedzo.trainers import Workplace
 
     workplace = Workplace(folder=folder, seed=0, texts=list, advance=lambda done, total: None)
-    space = site.worker.build(site.trainer.prepare(site.loaded, workplace).artifact).space
+    peer = process.peer
+    space = peer.workspace(peer.trainer.prepare(peer.loaded, workplace).artifact).replica.space
     joint = []
     for client in range(4):
-        train = site.client_data(client).train
+        train = process.client.data(client).train
         picked = batch_rows(run_seed=0, client=client, used=0, batch_size=2, num_rows=len(train))
         joint += [train[row] for row in picked]
 
-    (projection,) = site.estimator.estimate(
+    (projection,) = peer.estimator.estimate(
         space,
-        lambda: mean_loss(site.loaded, joint, loss=site.config.task.loss, tokens_per_batch=4096),
+        lambda: mean_loss(peer.loaded, joint, loss=peer.config.task.loss, tokens_per_batch=4096),
         [stream_key(0, round=0)],
     )
 
@@ -229,17 +230,21 @@ def test_the_number_of_losses_is_the_budget_and_not_one_more(
     from fedzo.trainers import Workplace
     from fedzo.zo.log import EMPTY_CHAIN
 
-    site = open_site(load(overrides()))
-    workplace = Workplace(folder=tmp_path, seed=0, texts=site.train_prompts, advance=lambda done, total: None)
-    artifact = site.trainer.prepare(site.loaded, workplace).artifact
-    replica = site.worker.build(artifact)
+    process = open_process(load(overrides()))
+    workplace = Workplace(
+        folder=tmp_path, seed=0, texts=process.server.training_prompts, advance=lambda done, total: None
+    )
+    peer, worker = process.peer, process.client.worker
+    artifact = peer.trainer.prepare(peer.loaded, workplace).artifact
+    replica = peer.workspace(artifact).replica
     original, asked = local_steps.example_losses, []
     monkeypatch.setattr(local_steps, "example_losses", lambda *a, **k: asked.append(a) or original(*a, **k))
 
-    site.worker.train(
+    worker.train(
         TrainRequest(
-            config_hash=site.worker.identity.config_hash,
+            config_hash=worker.identity.config_hash,
             space_id=space_id(artifact),
+            artifact=artifact,
             chain=EMPTY_CHAIN.hex(),
             check=replica.space.check(),
             steps=3,
@@ -249,7 +254,7 @@ def test_the_number_of_losses_is_the_budget_and_not_one_more(
     )
 
     assert len(asked) == 2 * 3
-    assert replica.space.digest() == site.worker.build(artifact).space.digest()
+    assert replica.space.digest() == peer.workspace(artifact).replica.space.digest()
 
 
 def test_every_local_step_is_compared_with_the_masks_gradient(run: Run, lines: Lines) -> None:
@@ -430,10 +435,12 @@ def test_batches_are_split_where_the_padding_costs_more_than_a_forward(
     from fedzo.models.plan import plan_batches
     from fedzo.trainers import Workplace
 
-    site = open_site(load(overrides(f"trainer={trainer}", "device=cpu")))
-    workplace = Workplace(folder=tmp_path, seed=0, texts=site.train_prompts, advance=lambda done, total: None)
-    site.worker.build(site.trainer.prepare(site.loaded, workplace).artifact)
-    cost = site.worker.steps.forward_cost_tokens
+    process = open_process(load(overrides(f"trainer={trainer}", "device=cpu")))
+    workplace = Workplace(
+        folder=tmp_path, seed=0, texts=process.server.training_prompts, advance=lambda done, total: None
+    )
+    peer = process.peer
+    cost = peer.workspace(peer.trainer.prepare(peer.loaded, workplace).artifact).forward_cost_tokens
 
     num_batches = [
         len(plan_batches(lengths, tokens_per_batch=10_000, forward_cost_tokens=cost))

@@ -39,8 +39,8 @@ def test_an_exported_model_is_the_tuned_one_for_plain_transformers(run: Run, tmp
 
     model = AutoModelForCausalLM.from_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(out)
-    tuned = rebuild(folder).site.loaded
-    base = rebuild(folder, rounds=0).site.loaded
+    tuned = rebuild(folder).process.peer.loaded
+    base = rebuild(folder, rounds=0).process.peer.loaded
     with torch.inference_mode():
         logits = model.eval()(input_ids=IDS).logits
         assert torch.equal(logits, tuned.model(input_ids=IDS).logits)
@@ -65,7 +65,7 @@ def test_generating_with_a_run_is_greedy_decoding_of_its_model(run: Run) -> None
 
     (text,) = generate_run(folder, ["Text: a thing\nVerdict:"], max_new_tokens=5)
 
-    loaded = rebuild(folder).site.loaded
+    loaded = rebuild(folder).process.peer.loaded
     ids = list(loaded.tokenizer("Text: a thing\nVerdict:")["input_ids"])
     prompt = len(ids)
     for _ in range(5):

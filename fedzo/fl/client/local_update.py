@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -31,39 +32,47 @@ from fedzo.zo.spaces.own_weights import OwnWeights
 log = logging.getLogger(__name__)
 
 
+@dataclass(slots=True)
+class Workspace:
+    """A model with the run's space on it, and the size of forwards that fit: what a process measures with.
+
+    Attributes:
+        loaded: The model.
+        replica: The space, moved along the log.
+        tokens_per_batch: Most tokens in one forward.
+        forward_cost_tokens: What one more forward costs, in tokens (``example_losses``).
+    """
+
+    loaded: LoadedModel
+    replica: Replica
+    tokens_per_batch: int
+    forward_cost_tokens: int
+
+
 class LocalSteps:
     """Local steps of the clients that a process plays, on one model.
 
     Args:
-        loaded: The model.
         run_seed: Seed of the run.
         task: How examples are judged.
         fl: The federation's settings.
         estimator: Turns losses into scalars.
         num_probes: Probes a step.
-        tokens_per_batch: Most tokens in one forward.
-        forward_cost_tokens: What one more forward costs, in tokens (``example_losses``).
         train_rows: Training rows of a client, by its index.
         signs: Whether clients step with and send the signs of their scalars alone.
     """
 
     def __init__(
         self,
-        loaded: LoadedModel,
         *,
         run_seed: int,
         task: TaskConfig,
         fl: FlConfig,
         estimator: Estimator,
         num_probes: int,
-        tokens_per_batch: int,
-        forward_cost_tokens: int,
         train_rows: Callable[[int], list[Example]],
         signs: bool = False,
     ) -> None:
-        self.loaded = loaded
-        self.tokens_per_batch = tokens_per_batch
-        self.forward_cost_tokens = forward_cost_tokens
         self.num_probes = num_probes
         self.signs = signs
         self._run_seed = run_seed
@@ -74,13 +83,13 @@ class LocalSteps:
         self._ahead: dict[tuple[int, int, int], list[Projection]] = {}  # by client, round and step
         self._walks_together = True
 
-    def estimate(self, space: Space, request: TrainRequest, *, client: int, step: int) -> list[Projection]:
-        """The projections of one step at the space's theta; taken from ``look_ahead`` where it has them."""
+    def estimate(self, at: Workspace, request: TrainRequest, *, client: int, step: int) -> list[Projection]:
+        """The projections of one step at the present theta; taken from ``look_ahead`` where it has them."""
         if (client, request.round, step) in self._ahead:
             return self._ahead.pop((client, request.round, step))
         batch = self._batch(request, client=client, step=step)
         keys = self._keys(request, client=client, step=step)
-        return self._estimator.estimate(space, lambda: float(self._losses(batch).mean()), keys)
+        return self._estimator.estimate(at.replica.space, lambda: float(self._losses(at, batch).mean()), keys)
 
     def as_sent(self, projections: list[Projection], request: TrainRequest) -> tuple[Scalars, npt.NDArray[np.bool_]]:
         """The scalars that the step is taken with and the server is sent, and which of them were dropped; [P] each."""
@@ -98,7 +107,7 @@ class LocalSteps:
         keys = self._keys(request, client=client, step=step)
         local_step(space, lr=request.lr, c=probe_shares(g), keys=keys, drift=drift)
 
-    def look_ahead(self, replica: Replica, requests: Mapping[int, TrainRequest]) -> None:
+    def look_ahead(self, at: Workspace, requests: Mapping[int, TrainRequest]) -> None:
         """Evaluate local steps of these clients in joint forwards; ``estimate`` then takes the results from here.
 
         Clients that share seeds are at the same theta with the same directions in a round's first step, so their rows
@@ -107,19 +116,17 @@ class LocalSteps:
         those of separate forwards in their last bits only: a product's rounding depends on the number of its rows.
 
         Args:
-            replica: The model, at the round's start.
+            at: The model, at the round's start.
             requests: Requests of one round, by client.
         """
         self._ahead.clear()
-        space = replica.space
-        all_steps = (
-            self._walks_together and self.loaded.compiled is None and OwnWeights.supports(space, self.loaded.model)
-        )
+        space, model = at.replica.space, at.loaded
+        all_steps = self._walks_together and model.compiled is None and OwnWeights.supports(space, model.model)
         sent: dict[int, list[Scalars]] = {client: [] for client in requests}
 
         def offset_of(client: int) -> Values:
             """How far a client has come: walked anew when it is needed, since scalars take no memory."""
-            start, drift = space.values(), replica.drift(client)
+            start, drift = space.values(), at.replica.drift(client)
             place = MasterSpace(torch.from_numpy(start.copy()), space.distribution)
             for step, g in enumerate(sent[client]):
                 self.take(place, requests[client], g, client=client, step=step, drift=drift)
@@ -128,7 +135,7 @@ class LocalSteps:
         step, walking = 0, requests
         while walking:
             try:
-                estimates = self._estimate_together(space, walking, step=step, offset_of=offset_of)
+                estimates = self._estimate_together(at, walking, step=step, offset_of=offset_of)
             except NotImplementedError as error:
                 if step == 0:
                     raise
@@ -142,13 +149,14 @@ class LocalSteps:
             walking = {c: request for c, request in walking.items() if all_steps and request.steps > step}
 
     def _estimate_together(
-        self, space: Space, requests: Mapping[int, TrainRequest], *, step: int, offset_of: Callable[[int], Values]
+        self, at: Workspace, requests: Mapping[int, TrainRequest], *, step: int, offset_of: Callable[[int], Values]
     ) -> list[list[Projection]]:
         """What ``estimate`` gives each client where it is on its path: in the first step, at the round's start."""
         batches = {client: self._batch(request, client=client, step=step) for client, request in requests.items()}
         rows = [example for batch in batches.values() for example in batch]
         owners = [client for client, batch in batches.items() for _ in batch]
         ends = np.cumsum([len(batch) for batch in batches.values()])[:-1]
+        space = at.replica.space
         own = OwnWeights(cast(MaskedSpace, space)) if step > 0 else None
 
         def follow(batch: list[int]) -> None:
@@ -157,7 +165,7 @@ class LocalSteps:
 
         def losses_fn() -> Losses:
             with own or nullcontext():
-                losses = self._losses(rows, before=follow if own else None)
+                losses = self._losses(at, rows, before=follow if own else None)
             return np.array([part.mean() for part in np.split(losses, ends)])
 
         client, request = next(iter(requests.items()))
@@ -185,12 +193,12 @@ class LocalSteps:
         )
         return [train[row] for row in rows]
 
-    def _losses(self, rows: list[Example], *, before: OnRows | None = None) -> Losses:
+    def _losses(self, at: Workspace, rows: list[Example], *, before: OnRows | None = None) -> Losses:
         return example_losses(
-            self.loaded,
+            at.loaded,
             rows,
             loss=self._task.loss,
-            tokens_per_batch=self.tokens_per_batch,
-            forward_cost_tokens=self.forward_cost_tokens,
+            tokens_per_batch=at.tokens_per_batch,
+            forward_cost_tokens=at.forward_cost_tokens,
             before=before,
         )

@@ -15,7 +15,7 @@ from fedzo.data.config import TaskConfig
 from fedzo.data.example import Example
 from fedzo.errors import FedzoError, ProtocolError
 from fedzo.evaluate.answers import evaluate
-from fedzo.fl.client.local_update import LocalSteps
+from fedzo.fl.client.local_update import LocalSteps, Workspace
 from fedzo.fl.messages import (
     EvaluateReply,
     EvaluateRequest,
@@ -28,7 +28,6 @@ from fedzo.fl.messages import (
     scalars_to_bytes,
     signs_to_bytes,
 )
-from fedzo.fl.replica import Replica
 
 
 class PlannedAbsence(FedzoError):
@@ -62,7 +61,7 @@ class ClientWorker:
         steps: Takes local steps.
         task: How examples are judged.
         data_of: Rows of a client, by its index.
-        build: Makes the replica from the artifact that the server sends.
+        build: Makes the model with the space on it from the artifact that the server sends.
         absent: Planned faults: (client, round) pairs.
     """
 
@@ -73,13 +72,13 @@ class ClientWorker:
         *,
         task: TaskConfig,
         data_of: Callable[[int], ClientData],
-        build: Callable[[bytes], Replica],
+        build: Callable[[bytes], Workspace],
         absent: frozenset[tuple[int, int]] = frozenset(),
     ) -> None:
         self.identity = identity
         self.steps = steps
         self.space_id = ""
-        self._replica: Replica | None = None
+        self._workspace: Workspace | None = None
         self._task = task
         self._data_of = data_of
         self._build = build
@@ -100,21 +99,14 @@ class ClientWorker:
             task_digest=self.identity.task_digest,
         )
 
-    def build(self, artifact: bytes) -> Replica:
-        """The replica for this artifact; built once a process."""
-        if self._replica is None or self.space_id != space_id(artifact):
-            if self._replica is not None:
-                self._replica.reset()  # another space starts from the base weights, too
-            self._replica, self.space_id = self._build(artifact), space_id(artifact)
-        return self._replica
-
     def train(self, request: TrainRequest, *, client: int) -> TrainReply:
         """Take ``steps`` local steps and answer with their scalars; the model is left at the round's start."""
         if (client, request.round) in self._absent:
             raise PlannedAbsence(f"client {client} is absent in round {request.round}, as faults.absent asks")
-        replica, status = self._reach(request)
-        if replica is None or status is not Status.ok:
-            return TrainReply(status=status, position=replica.position if replica else 0)
+        at, status = self._reach(request)
+        if at is None or status is not Status.ok:
+            return TrainReply(status=status, position=at.replica.position if at else 0)
+        replica = at.replica
         g = np.zeros((request.steps, self.steps.num_probes), np.float32)
         loss = np.zeros_like(g)
         dropped = np.zeros(g.shape, np.uint8)
@@ -125,7 +117,7 @@ class ClientWorker:
             replica.space.mark()
         try:
             for t in range(request.steps):
-                projections = self.steps.estimate(replica.space, request, client=client, step=t)
+                projections = self.steps.estimate(at, request, client=client, step=t)
                 g[t], dropped[t] = self.steps.as_sent(projections, request)
                 loss[t] = [projection.loss for projection in projections]
                 if walks:
@@ -153,22 +145,22 @@ class ClientWorker:
             with suppress(ProtocolError):
                 if (client, request.round) not in self._absent and self._reach(request)[1] is Status.ok:
                     able[client] = request
-        if self._replica is not None:
-            self.steps.look_ahead(self._replica, able)
+        if self._workspace is not None:
+            self.steps.look_ahead(self._workspace, able)
 
     def evaluate(self, request: EvaluateRequest, *, client: int) -> EvaluateReply:
         """Score the model of the request's round on the client's held-out rows."""
-        replica, status = self._reach(request)
-        if replica is None or status is not Status.ok:
-            return EvaluateReply(status=status, position=replica.position if replica else 0)
+        at, status = self._reach(request)
+        if at is None or status is not Status.ok:
+            return EvaluateReply(status=status, position=at.replica.position if at else 0)
         rows = self._data_of(client).heldout[: request.max_rows]
         if not rows:
-            return EvaluateReply(position=replica.position)
-        score = evaluate(self.steps.loaded, rows, self._task, tokens_per_batch=self.steps.tokens_per_batch)
+            return EvaluateReply(position=at.replica.position)
+        score = evaluate(at.loaded, rows, self._task, tokens_per_batch=at.tokens_per_batch)
         record = {name: value for name, value in score.to_record().items() if _is_count_or_loss(name)}
-        return EvaluateReply(position=replica.position, score=json.dumps(record))
+        return EvaluateReply(position=at.replica.position, score=json.dumps(record))
 
-    def _reach(self, request: Sync) -> tuple[Replica | None, Status]:
+    def _reach(self, request: Sync) -> tuple[Workspace | None, Status]:
         """Bring this process to the state that the request names."""
         if request.config_hash != self.identity.config_hash:
             raise ProtocolError(
@@ -178,9 +170,9 @@ class ClientWorker:
         if request.space_id != self.space_id:
             if request.space_id != space_id(request.artifact):
                 return None, Status.bare
-            self.build(request.artifact)
-        assert self._replica is not None
-        return self._replica, self._replica.sync(request)
+            self._workspace, self.space_id = self._build(request.artifact), request.space_id
+        assert self._workspace is not None
+        return self._workspace, self._workspace.replica.sync(request)
 
 
 def space_id(artifact: bytes) -> str:

@@ -44,7 +44,7 @@ class ClientRegistry:
                 client=row["client"],
                 num_train=row["num_train"],
                 num_heldout=row["num_heldout"],
-                label_counts=json.dumps(row["label_counts"]),
+                label_counts=json.dumps(row["label_counts"] if self.num_labels else {}),  # else a simulation's own
             )
 
     def wait(self, grid: Grid, *, timeout_s: float, fewest: int | None = None) -> None:

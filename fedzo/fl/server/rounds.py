@@ -64,6 +64,7 @@ class Server:
         artifact: What clients need beside the model to build the space.
         step_policy: Says how many local steps each client takes in a round.
         gradient: With which every local step is compared (GradIP), float32 [n] in wire order; None where there is none.
+        label_counts: Training rows by label of every client, where the server knows them without being told.
         sink: Where metric records go.
         elapsed: Seconds since the run started.
     """
@@ -82,6 +83,7 @@ class Server:
     sink: Sink
     elapsed: Callable[[], float]
     gradient: torch.Tensor | None = None
+    label_counts: Mapping[int, Mapping[str, int]] | None = None
     shuffle_replies: bool = False
     _used: dict[int, int] = field(default_factory=dict)
     _followed: dict[int, int] = field(default_factory=dict)
@@ -195,6 +197,10 @@ class Server:
         self._commit(record, audit)
         return record
 
+    def label_counts_of(self, client: int) -> Mapping[str, int]:
+        """Training rows of a client by label, as far as the server knows them."""
+        return self.client_registry.label_counts(client) if self.label_counts is None else self.label_counts[client]
+
     def tell_step_policy(self) -> None:
         """After the last round: tell what a calibration found that no round has followed; again after a kill."""
         if self._told is None:
@@ -279,7 +285,7 @@ class Server:
 
     def _plan(self) -> Plan:
         """What the coming round asks of each client; a new decision is told."""
-        labels = {client: self.client_registry.label_counts(client) for client in sorted(self.client_registry.hellos)}
+        labels = {client: self.label_counts_of(client) for client in sorted(self.client_registry.hellos)}
         plan = self.step_policy.plan(self.store.audit, labels)
         last = self.round + 1 == self.fl.rounds
         record = news(

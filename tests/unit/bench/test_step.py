@@ -28,7 +28,7 @@ def default_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The same contestants on every machine."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    monkeypatch.setattr("fedzo.run.site.choose_product", lambda device: False)
+    monkeypatch.setattr("fedzo.run.peer.choose_product", lambda device: False)
     yield
     torch.set_float32_matmul_precision(before)
 

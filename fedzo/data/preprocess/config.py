@@ -1,0 +1,15 @@
+"""What a user can say about the stages that prepare training rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True, slots=True)
+class StageConfig:
+    """A stage that may change one column of a client's training rows."""
+
+
+@dataclass(kw_only=True, slots=True)
+class IdentityConfig(StageConfig):
+    """Changes nothing: shows where a stage works."""

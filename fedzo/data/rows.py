@@ -1,0 +1,104 @@
+"""Which rows a client has: from a partition of one set (a simulation), or from the client's own files.
+
+A row's way: source -> rows of a client -> holdout -> preprocess stages (training rows only) -> tokens.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+from fedzo.data.config import DataConfig, PartitionConfig, TaskConfig, TaskKind
+from fedzo.data.files import Row
+from fedzo.data.partition import holdout, partition
+from fedzo.data.preprocess import Stage, preprocess
+from fedzo.data.sources import Splits, load_own, load_splits
+from fedzo.data.tasks import label_index, render
+
+
+class RowSource(Protocol):
+    """Where the rows of clients come from."""
+
+    def rows_for(self, client: int) -> list[Row]:
+        """All rows of a client, those that it will hold out among them."""
+        ...
+
+
+@dataclass
+class SimulatedRows:
+    """One set of rows, parted into train, dev and test, whose training rows are dealt to all clients of a run."""
+
+    data: DataConfig
+    task: TaskConfig
+    partition: PartitionConfig
+    num_clients: int
+    seed: int
+
+    @cached_property
+    def splits(self) -> Splits:
+        """Train, dev and test rows."""
+        return load_splits(self.data, self.task)
+
+    @cached_property
+    def parts(self) -> list[list[int]]:
+        """Numbers of the training rows of each client."""
+        return partition(
+            self.splits.train, self.partition, num_clients=self.num_clients, seed=self.seed, task=self.task
+        )
+
+    def rows_for(self, client: int) -> list[Row]:
+        return [self.splits.train[row] for row in self.parts[client]]
+
+    def prompts(self) -> list[str]:
+        """The prompts of all training rows, without labels."""
+        return [render(row, self.task).prompt for row in self.splits.train]
+
+
+@dataclass(frozen=True, slots=True)
+class OwnRows:
+    """The rows of a site's own file. A path with ``{client}`` names a file a client."""
+
+    path: str
+    task: TaskConfig
+
+    def rows_for(self, client: int) -> list[Row]:
+        return load_own(Path(self.path.replace("{client}", str(client))), self.task)
+
+
+@dataclass(frozen=True, slots=True)
+class ClientRows:
+    """A client's rows: what it trains on after all stages, and what it is scored on."""
+
+    train: list[Row]
+    heldout: list[Row]
+
+    def label_counts(self, task: TaskConfig) -> Mapping[str, int]:
+        """Number of training rows of each label; empty for a task without labels."""
+        if task.kind is not TaskKind.candidates:
+            return {}
+        counts = Counter(label_index(row, task) for row in self.train)
+        return {str(label): counts[label] for label in sorted(counts)}
+
+
+def client_rows(
+    source: RowSource, client: int, *, share: float, seed: int, stages: Mapping[str, Stage] | None = None
+) -> ClientRows:
+    """A client's rows, parted and prepared.
+
+    Args:
+        source: Gives all its rows.
+        client: Index of the client.
+        share: Share that is held out (``partition.holdout``).
+        seed: Run seed.
+        stages: What may change its training rows, in order.
+    """
+    rows = source.rows_for(client)
+    train, heldout = holdout(range(len(rows)), share, seed=seed, client=client)
+    return ClientRows(
+        train=preprocess([rows[row] for row in train], stages or {}, client=client),
+        heldout=[rows[row] for row in heldout],
+    )

@@ -1,0 +1,72 @@
+"""What a process needs to answer for clients: the peer's model, the clients' rows and a worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from fedzo.data.preprocess import STAGES
+from fedzo.data.rows import ClientRows, RowSource, client_rows
+from fedzo.fl.client.local_update import LocalSteps, Workspace
+from fedzo.fl.client.worker import ClientData, ClientWorker, parse_absent
+from fedzo.fl.config import Aggregation
+from fedzo.run.peer import Peer
+
+
+@dataclass
+class ClientContext:
+    """The clients that one process plays.
+
+    Attributes:
+        peer: The model and the space.
+        source: Where the clients' rows come from.
+    """
+
+    peer: Peer
+    source: RowSource
+    _data: dict[int, ClientData] = field(default_factory=dict)
+
+    @cached_property
+    def worker(self) -> ClientWorker:
+        """Answers for the clients."""
+        config = self.peer.config
+        steps = LocalSteps(
+            run_seed=config.seed,
+            task=config.task,
+            fl=config.fl,
+            estimator=self.peer.estimator,
+            num_probes=config.estimator.num_probes,
+            train_rows=lambda client: self.data(client).train,
+            signs=config.strategy.aggregation is Aggregation.majority_sign,
+        )
+        return ClientWorker(
+            self.peer.identity,
+            steps,
+            task=config.task,
+            data_of=self.data,
+            build=self._workspace,
+            absent=parse_absent(config.faults.absent),
+        )
+
+    def data(self, client: int) -> ClientData:
+        """A client's rows as token ids; read once."""
+        if client not in self._data:
+            rows = self.rows(client)
+            counts = rows.label_counts(self.peer.config.task) if self.peer.config.fl.label_counts else {}
+            self._data[client] = ClientData(self.peer.encode(rows.train), self.peer.encode(rows.heldout), counts)
+        return self._data[client]
+
+    def rows(self, client: int) -> ClientRows:
+        """A client's rows, its held-out ones apart, its training rows through all stages."""
+        config = self.peer.config
+        stages = {name: STAGES.build(stage) for name, stage in config.preprocess.items()}
+        return client_rows(self.source, client, share=config.partition.holdout, seed=config.seed, stages=stages)
+
+    def _workspace(self, artifact: bytes) -> Workspace:
+        """By the first batch of whichever client was asked first, ``model.dtype=auto`` is decided."""
+
+        def first_rows() -> list[dict[str, object]]:
+            client = next(iter(self._data), 0)
+            return self.rows(client).train[: self.peer.config.fl.batch_size]
+
+        return self.peer.workspace(artifact, trial_rows=first_rows)

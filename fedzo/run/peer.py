@@ -1,0 +1,163 @@
+"""What server and client have alike: the model of a run on this machine, and the space that the run trains on it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numba
+import torch
+
+from fedzo.config.schema import RunConfig
+from fedzo.config.travel import config_hash
+from fedzo.data.encode import encode, task_digest
+from fedzo.data.example import Example
+from fedzo.data.files import Row
+from fedzo.fl.client.local_update import Workspace
+from fedzo.fl.client.worker import Identity, space_id
+from fedzo.fl.replica import Replica
+from fedzo.fl.server.step_policy import most_steps
+from fedzo.models.config import DType
+from fedzo.models.fidelity import NUM_DIRECTIONS, choose_dtype, coarseness_warning, try_out
+from fedzo.models.load import LoadedModel, load_model, resolve_device
+from fedzo.models.plan import forward_cost
+from fedzo.models.products import choose_product
+from fedzo.models.scoring import mean_loss
+from fedzo.models.virtual_tokens import longest_sequence
+from fedzo.run.estimate import fitting_tokens_per_batch, is_full
+from fedzo.system import default_threads
+from fedzo.trainers import TRAINERS, Built, Trainer
+from fedzo.zo.directions import stream_key
+from fedzo.zo.estimator import Estimator, LossFn
+from fedzo.zo.frozen_routing import build_estimator
+from fedzo.zo.server_optimizer import SERVER_OPTIMIZERS
+
+log = logging.getLogger(__name__)
+TrialRows = Callable[[], list[Row]]
+"""Some training rows of this machine, on which ``model.dtype=auto`` measures."""
+
+
+@dataclass
+class Peer:
+    """The model of one process, and the space on it. One a process, also where it plays server and clients.
+
+    Attributes:
+        config: The run's configuration.
+        loaded: The model on this machine's device.
+        built: The trainer's part on that model, once ``workspace`` has made it.
+        undecided: Whether the dtype is still to be chosen, when the trainer's part is built.
+    """
+
+    config: RunConfig
+    loaded: LoadedModel
+    built: Built | None = None
+    undecided: bool = False
+    _workspace: tuple[str, Workspace] | None = None
+
+    @cached_property
+    def trainer(self) -> Trainer:
+        """The run's trainer plugin."""
+        return TRAINERS.build(self.config.trainer)
+
+    @cached_property
+    def estimator(self) -> Estimator:
+        """The run's estimator plugin."""
+        return build_estimator(self.config.estimator)
+
+    @cached_property
+    def identity(self) -> Identity:
+        """Digests of what all peers must hold alike."""
+        return Identity(
+            config_hash=config_hash(self.config),
+            base_digest=self.loaded.base_digest,
+            tokenizer_digest=self.loaded.tokenizer_digest,
+            task_digest=task_digest(self.config.task),
+        )
+
+    def encode(self, rows: list[Row]) -> list[Example]:
+        """Rows as token ids."""
+        return encode(rows, self.config.task, tokenizer=self.loaded.tokenizer, max_length=self.config.model.max_length)
+
+    def workspace(self, artifact: bytes, *, trial_rows: TrialRows | None = None) -> Workspace:
+        """The model with the space that an artifact describes; made once, also where server and clients ask for it.
+
+        Args:
+            artifact: What the trainer prepared at the server.
+            trial_rows: What ``model.dtype=auto`` is decided on; without any the model stays in float32.
+        """
+        if self._workspace is None or self._workspace[0] != space_id(artifact):
+            if self._workspace is not None:
+                self._workspace[1].replica.reset()  # another space starts from the base weights, too
+            self._workspace = space_id(artifact), self._make_workspace(artifact, trial_rows)
+        return self._workspace[1]
+
+    def _make_workspace(self, artifact: bytes, trial_rows: TrialRows | None) -> Workspace:
+        built = self._build(self.loaded, artifact)
+        if self.undecided and trial_rows is not None:
+            built, self.undecided = self._choose_dtype(built, artifact, trial_rows()), False
+        self.built = built
+        config, num_clients = self.config, self.config.fl.num_clients
+        rule = SERVER_OPTIMIZERS.build(config.server_optimizer)
+        full = is_full(self.loaded, built.space)
+        if full and (warning := coarseness_warning(self.loaded.model, config.estimator.eps)):
+            log.warning(warning)
+        return Workspace(
+            loaded=self.loaded,
+            replica=Replica(built.space, rule=rule, reset=built.reset, run_seed=config.seed, num_clients=num_clients),
+            tokens_per_batch=fitting_tokens_per_batch(
+                self.loaded,
+                built.space,
+                wanted=config.model.tokens_per_batch,
+                longest=longest_sequence(self.loaded.model, config.model.max_length),
+                local_steps=most_steps(config.step_policy, config.fl),
+                num_moments=rule.num_moments(num_clients),
+            ),
+            forward_cost_tokens=forward_cost(self.loaded.device, perturbs_weights=full),
+        )
+
+    def _build(self, loaded: LoadedModel, artifact: bytes) -> Built:
+        return self.trainer.build(loaded, artifact, distribution=self.config.estimator.distribution)
+
+    def _choose_dtype(self, wide: Built, artifact: bytes, rows: list[Row]) -> Built:
+        """Take a bfloat16 model in the place of the float32 one if it measures the same scalars in less time.
+
+        The trained values start from float32's in both, so peers agree however each of them decides.
+        """
+        config = self.config
+        loaded = load_model(replace(config.model, dtype=DType.bfloat16), device=config.device)
+        narrow, base = self._build(loaded, artifact), wide.space.values()
+        narrow.space.load(base)
+        examples = self.encode(rows)
+        keys = [stream_key(config.seed, round=0, probe=probe) for probe in range(NUM_DIRECTIONS)]
+
+        def loss_fn_of(loaded: LoadedModel) -> LossFn:
+            return lambda: mean_loss(
+                loaded, examples, loss=config.task.loss, tokens_per_batch=config.model.tokens_per_batch
+            )
+
+        choice = choose_dtype(
+            wide=try_out(wide.space, self.estimator, loss_fn_of(self.loaded), keys),
+            narrow=try_out(narrow.space, self.estimator, loss_fn_of(loaded), keys),
+        )
+        log.warning("%s", choice)  # no less, or the command line would not show it
+        if choice.dtype is DType.float32:
+            return wide
+        self.loaded = loaded
+        return replace(narrow, reset=lambda: narrow.space.load(base))
+
+
+def open_peer(config: RunConfig) -> Peer:
+    """Set this process up for the run and load the model."""
+    set_up_process(config.threads, config.device)
+    loaded = load_model(config.model, device=config.device)
+    return Peer(config, loaded, undecided=config.model.dtype is DType.auto)
+
+
+def set_up_process(threads: int, device: str) -> None:
+    """What the speed and the last bits of a forward depend on: threads (0: as many as fit), and who multiplies."""
+    threads = threads or default_threads()
+    torch.set_num_threads(threads)
+    numba.set_num_threads(min(threads, int(getattr(numba.config, "NUMBA_NUM_THREADS", threads))))
+    choose_product(resolve_device(device))

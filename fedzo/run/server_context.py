@@ -1,0 +1,75 @@
+"""What the server of a run needs: the peer's model, dev and test rows if it has any, and never a training row.
+
+In a simulation the server's machine holds all rows. What only a simulation can know (who has which labels, training
+prompts, a run's cost) is asked of ``simulation``; a real federation has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from fedzo.data.example import Example
+from fedzo.data.rows import SimulatedRows, client_rows
+from fedzo.errors import ConfigError
+from fedzo.fl.server.step_policy import STEP_POLICIES, StepPolicy
+from fedzo.run.peer import Peer
+
+
+@dataclass
+class ServerContext:
+    """The server's part of a run.
+
+    Attributes:
+        peer: The model and the space.
+        simulation: All rows, where this is a simulation.
+    """
+
+    peer: Peer
+    simulation: SimulatedRows | None = None
+    _encoded: dict[str, list[Example]] = field(default_factory=dict)
+
+    @cached_property
+    def step_policy(self) -> StepPolicy:
+        """The run's step policy plugin."""
+        config = self.peer.config
+        return STEP_POLICIES.build(
+            config.step_policy,
+            num_clients=config.fl.num_clients,
+            local_steps=config.fl.local_steps,
+            run_seed=config.seed,
+        )
+
+    def examples(self, split: str) -> list[Example]:
+        """The server's own ``dev`` or ``test`` rows as token ids; read once."""
+        if split not in self._encoded:
+            rows = getattr(self.simulation.splits, split) if self.simulation else []
+            self._encoded[split] = self.peer.encode(rows)
+        return self._encoded[split]
+
+    def training_prompts(self) -> list[str]:
+        """The prompts of all clients' training rows, for a trainer that is calibrated on them (a simulation only).
+
+        Raises:
+            ConfigError: The server has no training rows.
+        """
+        if self.simulation is None:
+            raise ConfigError(
+                "trainer.calibration=train: the server must have training rows, but they are the clients' own. "
+                "Calibrate on other text (trainer.calibration=file or imdb), or give a mask."
+            )
+        return self.simulation.prompts()
+
+    @cached_property
+    def label_counts(self) -> Mapping[int, Mapping[str, int]] | None:
+        """Training rows by label of each client, as a simulation knows them; None where only clients know."""
+        if self.simulation is None:
+            return None
+        config = self.peer.config
+        return {
+            client: client_rows(self.simulation, client, share=config.partition.holdout, seed=config.seed).label_counts(
+                config.task
+            )
+            for client in range(config.fl.num_clients)
+        }

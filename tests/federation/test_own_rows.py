@@ -1,0 +1,118 @@
+"""Clients with files of their own, and a server without any row; stages between a client's rows and its tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedzo.commands.runs import replay_run
+from fedzo.config.load import load
+from fedzo.data import sources
+from fedzo.errors import ConfigError
+from fedzo.run.process import open_process
+
+Run = Callable[..., Path]
+Lines = Callable[[Path, str], list[dict[str, Any]]]
+Overrides = Callable[..., list[str]]
+SETTINGS = ("partition=own", "trainer.calibration=imdb", "evaluation.central=false")
+
+
+@pytest.fixture
+def sites(tmp_path: Path) -> str:
+    """A file for each of four clients, of 5, 6, 7 and 8 rows."""
+    for client in range(4):
+        rows = [{"text": f"site {client} says {['bad', 'good'][i % 2]} {i}", "label": i % 2} for i in range(5 + client)]
+        (tmp_path / f"site{client}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"data.path='{tmp_path}/site{{client}}.jsonl'"
+
+
+@pytest.mark.parametrize("runtime", ["runtime=inline", pytest.param("runtime=local", marks=pytest.mark.net)])
+def test_clients_with_own_files_train_and_the_server_reads_no_row(
+    run: Run, lines: Lines, sites: str, runtime: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any) -> Any:
+        raise AssertionError("the server read the rows of a simulation")
+
+    monkeypatch.setattr(sources, "load_splits", refuse)
+    monkeypatch.setattr("fedzo.data.rows.load_splits", refuse)
+
+    folder = run(*SETTINGS, sites, runtime)
+
+    setup, *_ = lines(folder, "metrics.jsonl")
+    assert [client["num_train"] for client in setup["clients"]] == [4, 5, 6, 7]  # one of each is held out
+    assert [client["label_counts"] for client in setup["clients"]] == [{}] * 4  # nobody asked for them
+    assert setup["estimate"] is None
+    assert len(lines(folder, "public.jsonl")) == 3
+    assert replay_run(folder)["digest"] == lines(folder, "public.jsonl")[-1]["digest"]
+
+
+def test_label_counts_travel_where_the_run_asks_for_them(run: Run, lines: Lines, sites: str) -> None:
+    folder = run(*SETTINGS, sites, "fl.label_counts=true", "step_policy=oracle", "fl.local_steps=2")
+
+    setup, *_ = lines(folder, "metrics.jsonl")
+    assert [sum(client["label_counts"].values()) for client in setup["clients"]] == [4, 5, 6, 7]
+
+
+def test_what_needs_rows_at_the_server_is_refused_by_name(overrides: Overrides, sites: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        load(overrides("partition=own", sites, "step_policy=oracle"))
+
+    for key in ("trainer.calibration", "fl.label_counts", "evaluation.central"):
+        assert f"{key} must be" in str(refusal.value)
+    with pytest.raises(ConfigError, match=r"data\.path must be given for partition=own"):
+        load(overrides(*SETTINGS, "data.path=null"))
+
+
+def test_a_file_that_a_client_lacks_is_named(overrides: Overrides, sites: str, tmp_path: Path) -> None:
+    (tmp_path / "site2.jsonl").unlink()
+
+    with pytest.raises(ConfigError, match=r"data\.path must name something that exists, got '.*site2\.jsonl'"):
+        load(overrides(*SETTINGS, sites))
+
+
+def test_a_stage_that_changes_nothing_leaves_the_run_as_it_is(run: Run) -> None:
+    plain, staged = run(), run("preprocess=[identity]")
+
+    assert (plain / "public.jsonl").read_bytes() == (staged / "public.jsonl").read_bytes()
+
+
+def test_stages_see_training_rows_only_and_in_the_order_of_the_command_line(overrides: Overrides) -> None:
+    from fedzo.data.preprocess import preprocess
+    from fedzo.data.rows import client_rows
+
+    class Mark:
+        column: str | None = "text"
+
+        def __init__(self, mark: str) -> None:
+            self.mark = mark
+
+        def apply(self, rows: list[dict[str, Any]], *, client: int) -> list[dict[str, Any]]:
+            return [{**row, "text": row["text"] + self.mark} for row in rows]
+
+    process = open_process(load(overrides()))
+    stages = {"first": Mark("1"), "second": Mark("2")}
+    before = process.client.rows(0)
+    after = client_rows(process.source, 0, share=0.1, seed=0, stages=stages)
+
+    assert [row["text"] for row in after.train] == [f"{row['text']}12" for row in before.train]
+    assert after.heldout == before.heldout
+    assert [row["label"] for row in after.train] == [row["label"] for row in before.train]
+
+    class Drop(Mark):
+        def apply(self, rows: list[dict[str, Any]], *, client: int) -> list[dict[str, Any]]:
+            return rows[1:]
+
+    class Relabel(Mark):
+        def apply(self, rows: list[dict[str, Any]], *, client: int) -> list[dict[str, Any]]:
+            return [{**row, "label": 1 - row["label"]} for row in rows]
+
+    for stage, text in (
+        (Drop(""), r"preprocess\.bad: a stage must give as many rows"),
+        (Relabel(""), "label in row 0"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            preprocess(before.train, {"bad": stage}, client=0)
