@@ -108,7 +108,7 @@ def test_its_command_line_writes_what_the_run_found(
 
     results = json.loads(out.read_text())
     assert (results["overrides"][-1], results["local_optimizer"]) == ("fl.rounds=1", "sgd")
-    assert results["lr"] == load(overrides()).optimizer.lr
+    assert results["lr"] == load(overrides()).server_optimizer.lr
     assert {"before", "after", "best_round", "payload_up_bytes", "payload_down_bytes"} <= set(results["summary"])
 
 

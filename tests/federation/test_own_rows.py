@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fedzo.commands.runs import replay_run
@@ -116,3 +117,29 @@ def test_stages_see_training_rows_only_and_in_the_order_of_the_command_line(over
     ):
         with pytest.raises(ConfigError, match=text):
             preprocess(before.train, {"bad": stage}, client=0)
+
+
+def test_another_space_is_built_on_the_base_weights_and_not_where_the_last_one_left_them(
+    overrides: Overrides, tmp_path: Path
+) -> None:
+    from dataclasses import replace
+
+    from fedzo.masks.mask_file import decode_mask, encode_mask
+    from fedzo.trainers import Workplace
+    from fedzo.zo.log import RoundRecord
+
+    process = open_process(load(overrides()))
+    texts = process.server.training_prompts
+    workplace = Workplace(folder=tmp_path, seed=0, texts=texts, advance=lambda done, total: None)
+    one = process.peer.trainer.prepare(process.peer.loaded, workplace).artifact
+    mask = decode_mask(one)
+    other = encode_mask(replace(mask, indices={name: flat[:1] for name, flat in mask.indices.items()}, gradient=None))
+    fresh = open_process(load(overrides())).peer.workspace(other).replica.space.values()
+
+    first = process.peer.workspace(one)
+    first.replica.advance(
+        [RoundRecord(round=0, lr=0.5, owners=(0xFFFFFFFF,), coefficients=np.ones((1, 1, 1), np.float32))]
+    )
+
+    assert process.peer.workspace(one) is first
+    assert np.array_equal(process.peer.workspace(other).replica.space.values(), fresh)
