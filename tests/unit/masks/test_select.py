@@ -452,3 +452,19 @@ def test_unknown_settings_are_refused() -> None:
 def test_a_window_that_is_not_one_document_is_refused(window: torch.Tensor) -> None:
     with pytest.raises(ConfigError, match=r"window must be int64 \[num_tokens >= 2\] \(one document\), got torch"):
         select_mask(tiny_model(), density=0.1, windows=[window])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_cuda_draws_the_cpus_random_mask(granularity: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3001, 777), nn.Linear(777, 1000)
+
+    model = Model()
+    settings = {"density": 0.003, "selector": "random", "granularity": granularity, "seed": 2**63 + 1}
+    here, there = select_mask(model, **settings), select_mask(model.cuda(), **settings)
+
+    assert here.indices.keys() == there.indices.keys()
+    assert all(torch.equal(flat, there.indices[name]) for name, flat in here.indices.items())
