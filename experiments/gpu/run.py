@@ -26,12 +26,12 @@ import torch
 
 from fedzo.bench.claims import Claims
 from fedzo.bench.shapes import random_model
-from fedzo.system import environment
 from fedzo.masks.select import select_mask
+from fedzo.system import environment
 from fedzo.zo.config import Distribution, Rounding
 from fedzo.zo.directions import add_direction, lots, stream_key
-from fedzo.zo.spaces.full import FullSpace
 from fedzo.zo.rounding import add_direction_stochastically, is_rounded
+from fedzo.zo.spaces.full import FullSpace
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -455,16 +455,11 @@ def test_a_window_that_is_not_one_document_is_refused(window: torch.Tensor) -> N
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", ["per_tensor", "everywhere"])
 def test_cuda_draws_the_cpus_random_mask(granularity: str) -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.Linear(3001, 777), nn.Linear(777, 1000)
+    settings: dict[str, Any] = {"density": 0.03, "selector": "random", "granularity": granularity, "seed": 2**63 + 1}
 
-    model = Model()
-    settings = {"density": 0.003, "selector": "random", "granularity": granularity, "seed": 2**63 + 1}
-    here, there = select_mask(model, **settings), select_mask(model.cuda(), **settings)
+    here = select_mask(tiny_model(), **settings)
+    there = select_mask(tiny_model().cuda(), **settings)
 
-    assert here.indices.keys() == there.indices.keys()
-    assert all(torch.equal(flat, there.indices[name]) for name, flat in here.indices.items())
+    assert here.digest() == there.digest()

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from fedzo.zo.config import Distribution, Rounding
+from fedzo.zo.spaces.base import Space
 from fedzo.zo.spaces.dense import DenseSpace
 from fedzo.zo.spaces.full import FullSpace
 from fedzo.zo.spaces.masked import MaskedSpace
-from fedzo.zo.spaces.base import Space
 
 LAW = Distribution.gaussian
 
