@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -24,7 +23,7 @@ from fedzo.masks.eligible import eligible_parameters
 from fedzo.masks.mask import Mask
 from fedzo.masks.ranking import ScoreFn, largest
 from fedzo.masks.sensitivity import GradientSums, LossFn, accumulate_gradients, next_token_loss
-from fedzo.zo.directions import PURPOSE_MASK, philox_words, stream_key
+from fedzo.zo.directions import lots, stream_key
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +78,11 @@ def select_mask(
         chosen = _choose(lambda name: _magnitude(parameters[name]), list(parameters), budget)
     else:
         numbers = {name: number for number, name in enumerate(parameters)}
-        chosen = _choose(lambda name: _lots(seed, numbers[name], parameters[name].numel()), list(parameters), budget)
+
+        def score(name: str) -> torch.Tensor:
+            return lots(stream_key(seed, round=numbers[name]), parameters[name].numel(), parameters[name].device)
+
+        chosen = _choose(score, list(parameters), budget)
     manifest = {
         "selector": str(selector),
         "density": repr(float(density)),
@@ -149,13 +152,6 @@ def _budget(sizes: list[int], *, density: float, granularity: str) -> list[int]:
 
 def _magnitude(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.detach().reshape(-1).float().abs()
-
-
-def _lots(seed: int, number: int, numel: int) -> torch.Tensor:
-    """A 64-bit word a coordinate, of the tensor's own stream, as an int64 that is larger for a smaller word."""
-    words = philox_words(stream_key(seed, round=number), purpose=PURPOSE_MASK, num_words=2 * numel)
-    word = words[0::2].astype(np.uint64) | words[1::2].astype(np.uint64) << np.uint64(32)
-    return torch.from_numpy(~(word ^ np.uint64(1 << 63)).view(np.int64))
 
 
 def _choose(score: ScoreFn, names: list[str], budget: list[int]) -> dict[str, torch.Tensor]:

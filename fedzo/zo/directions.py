@@ -3,14 +3,13 @@
 Every random number of a run comes from Philox4x32-10 (Salmon et al., SC 2011) at a position that is written down: no
 state, no order, no device. ``docs/explanation-randomness.md`` is the specification; the golden vectors in the tests
 come from an implementation that is not this one. There are three implementations, equal bit for bit: Numba kernels for
-the CPU (``fedzo.zo.kernels``), a Triton kernel for CUDA (``fedzo.zo.directions_triton``), and plain integer torch,
-here, for every other device.
+the CPU (``fedzo.zo.kernels``), CUDA C++ (``fedzo.zo.directions_cuda``), and plain integer torch, here, for every
+other device.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
 
@@ -19,7 +18,8 @@ import numpy.typing as npt
 import torch
 
 from fedzo.zo.config import Distribution
-from fedzo.zo.kernels import SPAN, add_kernel, add_rows_kernel, dot_kernel, halves_kernel, make_words
+from fedzo.zo.directions_cuda import CudaDirections, cuda_directions
+from fedzo.zo.kernels import SPAN, add_kernel, add_rows_kernel, dot_kernel, halves_kernel, lots_kernel, make_words
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +89,18 @@ def philox_words(key: int, *, purpose: int, num_words: int) -> Words:
     return np.ascontiguousarray(words.T).reshape(-1)[:num_words]
 
 
+def lots(key: int, n: int, device: torch.device) -> torch.Tensor:
+    """``n`` 64-bit draws of a stream for random masks, int64 [n]: larger where the draw, taken unsigned, is smaller.
+
+    Draw i is word 2 i and, above it, word 2 i + 1. On ``device`` where that has fused kernels, else on the CPU.
+    """
+    if n and (kernels := fused(device)) is not None:
+        return kernels.lots(key, n)
+    draws = np.empty(n, np.uint64)
+    lots_kernel(draws, PURPOSE_MASK, *_key_words(key))
+    return torch.from_numpy(~(draws ^ np.uint64(1 << 63)).view(np.int64))
+
+
 def gaussians(key: int, n: int, *, purpose: int) -> npt.NDArray[np.float32]:
     """The first ``n`` Gaussian draws of a stream for ``purpose``, float32: 16-bit halves of its words, low half first.
 
@@ -147,25 +159,26 @@ def direction_at(
     return (1 - 2 * (word >> j % 32 & 1)).to(torch.float32)
 
 
+def fused(device: torch.device) -> CudaDirections | None:
+    """The CUDA kernels of a device, where they compile and make these bits; None on any other."""
+    return _checked_kernels(device) if device.type == "cuda" else None
+
+
 @cache
-def _fused(device: torch.device) -> Callable[..., None] | None:
-    """The CUDA kernel, where triton is installed, can compile (it asks for a C compiler) and makes these bits."""
-    try:
-        from fedzo.zo.directions_triton import add_direction_fused
-    except ImportError:
-        return None
+def _checked_kernels(device: torch.device) -> CudaDirections | None:
     base, key, start, scale = torch.linspace(-1, 1, 4099, device=device), 5, 2**35 - 1001, 2.0**-9 + 2.0**-20
     coordinates = torch.arange(start, start + base.numel(), device=device)
     try:
+        kernels = cuda_directions(device, gaussian_table())
         for law in Distribution:
             out = torch.empty_like(base)
-            add_direction_fused(base, key, scale=scale, start=start, out=out, table=_table_on(device), distribution=law)
+            kernels.add(base, key, scale=scale, start=start, out=out, distribution=law)
             if not torch.equal(out, base + direction_at(key, coordinates, distribution=law) * scale):
                 raise RuntimeError(f"its {law} directions are not the specified ones")
     except Exception as error:  # whatever a compiler or driver raises: the integer path is slower, not wrong
-        log.warning("triton's kernel for directions cannot be used on %s: %s", device, error)
+        log.warning("the CUDA kernels for directions cannot be used on %s: %s", device, error)
         return None
-    return add_direction_fused
+    return kernels
 
 
 def add_direction(
@@ -197,6 +210,9 @@ def add_direction(
     scale32 = np.float32(scale)
     if flat_base.numel() == 0:
         return out
+    if (kernels := fused(base.device)) is not None:
+        kernels.add(base, key, scale=float(scale32), start=start, out=out, distribution=distribution)
+        return out
     if base.device.type == "cpu" and base.dtype == torch.float32:
         add_kernel(
             flat_base.numpy(),
@@ -207,10 +223,6 @@ def add_direction(
             _width(distribution),
             *_key_words(key),
         )
-        return out
-    if base.device.type == "cuda" and (fused := _fused(base.device)) is not None:
-        table = _table_on(base.device)
-        fused(base, key, scale=float(scale32), start=start, out=out, table=table, distribution=distribution)
         return out
     for low in range(0, flat_base.numel(), _CHUNK):
         part = flat_base[low : low + _CHUNK]
@@ -243,9 +255,14 @@ def add_direction_rows(
 ) -> torch.Tensor:
     """As ``add_direction`` for rows [R, C] of a larger tensor; ``starts`` [R]: coordinates of their first elements."""
     scale32 = np.float32(scale)
-    wide = rows.detach().float().contiguous()
-    if wide.numel() == 0:
+    if rows.numel() == 0:
         return rows.clone()
+    if (kernels := fused(rows.device)) is not None:
+        rows, starts = rows.detach().contiguous(), starts.contiguous()
+        moved = torch.empty_like(rows)
+        kernels.add_rows(rows, key, scale=float(scale32), starts=starts, out=moved, distribution=distribution)
+        return moved
+    wide = rows.detach().float().contiguous()
     if rows.device.type == "cpu":
         out = torch.empty_like(wide)
         add_rows_kernel(

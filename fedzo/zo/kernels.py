@@ -131,6 +131,28 @@ def halves_kernel(out: Any, start: Any, purpose: Any, k0: Any, k1: Any) -> None:
 
 
 @nb.njit(cache=True)
+def _lots_span(out: Any, first: Any, purpose: Any, k0: Any, k1: Any) -> None:
+    words = np.empty((4, _TILE // 8), np.uint32)
+    words0, words1, words2, words3 = words[0], words[1], words[2], words[3]
+    for low in range(0, out.size, _TILE // 4):
+        part = out[low : low + _TILE // 4]
+        make_words(words, first + low // 2, (part.size + 1) // 2, purpose, k0, k1)
+        for i in range(part.size // 2):
+            part[2 * i] = nb.uint64(words0[i]) | nb.uint64(words1[i]) << nb.uint64(32)
+            part[2 * i + 1] = nb.uint64(words2[i]) | nb.uint64(words3[i]) << nb.uint64(32)
+        if part.size % 2:
+            i = part.size // 2
+            part[2 * i] = nb.uint64(words0[i]) | nb.uint64(words1[i]) << nb.uint64(32)
+
+
+@nb.njit(parallel=True, cache=True)
+def lots_kernel(out: Any, purpose: Any, k0: Any, k1: Any) -> None:
+    """Words 2 i and 2 i + 1 of a stream, low one first, into ``out[i]`` (uint64)."""
+    for i in nb.prange((out.size + SPAN - 1) // SPAN):
+        _lots_span(out[i * SPAN : (i + 1) * SPAN], i * (SPAN // 2), purpose, k0, k1)
+
+
+@nb.njit(cache=True)
 def _dot_span(vector: Any, table: Any, start: Any, width: Any, k0: Any, k1: Any) -> Any:
     """The inner product of ``vector`` with z from the coordinate ``start`` on: a sum a block, summed in their order."""
     z, words = np.empty(_TILE, np.float32), np.empty((4, _TILE // 8), np.uint32)

@@ -11,7 +11,8 @@ only those rows: a direction's coordinates can be made one by one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,10 +21,12 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from fedzo.zo.config import Distribution
-from fedzo.zo.directions import add_direction, add_direction_rows
+from fedzo.zo.directions import add_direction, add_direction_rows, fused
+from fedzo.zo.together import Together
 
 Function = Callable[..., Any]
 
+_GROUPS_KEPT = 2
 _VIEWS = {"T", "mT", "H", "mH", "data", "real"}  # properties whose value carries the weight's numbers
 _METADATA = {
     torch.Tensor.size,
@@ -55,14 +58,32 @@ class PerturbedWeights(TorchFunctionMode):
         scale: Factor of the direction, float32.
         key: Stream key of the direction.
         distribution: Law of the direction.
+        groups: Parameters that are made together when the first of them is read, by ``id(parameter)``.
     """
 
-    def __init__(self, starts: Mapping[int, int], *, scale: float, key: int, distribution: Distribution) -> None:
+    def __init__(
+        self,
+        starts: Mapping[int, int],
+        *,
+        scale: float,
+        key: int,
+        distribution: Distribution,
+        groups: Mapping[int, Together] | None = None,
+    ) -> None:
         super().__init__()
         self._starts = starts
         self._scale = scale
         self._key = key
         self._distribution = distribution
+        self._groups = groups or {}
+        self._spent: set[Together] = set()
+        self._made: dict[int, torch.Tensor] = {}
+        self._recent: deque[dict[int, torch.Tensor]] = deque()
+
+    def make(self, tensors: Iterable[Together]) -> None:
+        """Make perturbed values now and keep them."""
+        for together in tensors:
+            self._made |= together.moved(self._key, scale=self._scale, distribution=self._distribution)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -75,6 +96,8 @@ class PerturbedWeights(TorchFunctionMode):
     ) -> Any:
         """Call ``func`` with trained parameters replaced by their perturbed values."""
         kwargs = kwargs or {}
+        if not self._holds_trained(args) and not self._holds_trained(tuple(kwargs.values())):
+            return func(*args, **kwargs)
         if reads_metadata_only(func):
             return func(*args, **kwargs)
         if func is F.embedding and self._is_trained(weight := _argument(args, kwargs, 1, "weight")):
@@ -85,6 +108,14 @@ class PerturbedWeights(TorchFunctionMode):
             *(self._perturbed(arg) for arg in args), **{name: self._perturbed(arg) for name, arg in kwargs.items()}
         )
 
+    def _holds_trained(self, values: Any) -> bool:
+        for value in values:
+            if id(value) in self._starts:
+                return True
+            if isinstance(value, list | tuple) and self._holds_trained(value):
+                return True
+        return False
+
     def _is_trained(self, value: Any) -> bool:
         return isinstance(value, torch.Tensor) and id(value) in self._starts
 
@@ -93,9 +124,28 @@ class PerturbedWeights(TorchFunctionMode):
             return type(value)(self._perturbed(item) for item in value)
         if not self._is_trained(value):
             return value
+        if (made := self._among_made(value)) is not None:
+            return made
         return add_direction(
             value.detach(), self._key, scale=self._scale, start=self._starts[id(value)], distribution=self._distribution
         )
+
+    def _among_made(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """Its perturbed value, if that is there or is made with its neighbours' now: once, and two groups are kept.
+
+        Who reads in another order than that of the parameters gets single weights the second time.
+        """
+        for made in (self._made, *self._recent):
+            if id(weight) in made:
+                return made[id(weight)]
+        group = self._groups.get(id(weight))
+        if group is None or group in self._spent:
+            return None
+        self._spent.add(group)
+        if len(self._recent) == _GROUPS_KEPT:
+            self._recent.popleft()
+        self._recent.append(group.moved(self._key, scale=self._scale, distribution=self._distribution))
+        return self._recent[-1][id(weight)]
 
     def _rows(self, weight: torch.Tensor, index: int | torch.Tensor) -> torch.Tensor:
         """``weight[index]`` of the perturbed weight, making only the rows that ``index`` selects."""
@@ -110,6 +160,8 @@ class PerturbedWeights(TorchFunctionMode):
         if _argument(args, kwargs, 3, "max_norm") is not None:
             raise NotImplementedError("embedding with max_norm writes to its weight and cannot be perturbed on the fly")
         ids = _argument(args, kwargs, 0, "input")
+        if fused(ids.device):  # to wait for the number of different rows is dearer than to make some of them twice
+            return self._rows(weight, ids)
         unique, inverse = torch.unique(ids, return_inverse=True)
         return self._rows(weight, unique)[inverse]
 

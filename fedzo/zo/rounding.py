@@ -8,10 +8,11 @@ purpose 1, under the step's own key.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from fedzo.zo.config import Distribution
-from fedzo.zo.directions import PURPOSE_ROUNDING, add_direction, halves, halves_at
+from fedzo.zo.directions import PURPOSE_ROUNDING, add_direction, fused, halves, halves_at
 
 _CHUNK = 1 << 20  # values that are widened to float32 at a time
 _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}  # of float32's 23 in the significand
@@ -63,6 +64,10 @@ def add_direction_stochastically(
         distribution: Law of z.
     """
     flat = weight.detach().view(-1)
+    if flat.numel() and (kernels := fused(weight.device)) is not None:
+        scale32 = float(np.float32(scale))
+        kernels.add(flat, key, scale=scale32, start=start, out=flat, distribution=distribution, stochastic=True)
+        return
     for low in range(0, flat.numel(), _CHUNK):
         part = flat[low : low + _CHUNK]
         wide = part.float()

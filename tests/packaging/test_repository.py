@@ -163,7 +163,7 @@ def test_declared_dependencies_are_what_the_library_imports() -> None:
     }
     by_another = {"accelerate", "gguf", "tensorboard"}  # transformers and torch.utils.tensorboard import them for us
     # behind extras, for those who test a plugin, or brought by CUDA builds of torch
-    optional = {"ray", "joblib", "pytest", "torchao", "triton"}
+    optional = {"ray", "joblib", "pytest", "torchao", "cuda"}
 
     assert third_party - optional == declared - by_another
 

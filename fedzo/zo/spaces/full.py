@@ -11,10 +11,9 @@ from torch import nn
 
 from fedzo.errors import ConfigError
 from fedzo.zo.config import Distribution, Rounding
-from fedzo.zo.directions import add_direction
 from fedzo.zo.perturb import PerturbedWeights
-from fedzo.zo.rounding import add_direction_stochastically, is_rounded
 from fedzo.zo.spaces.base import Values, as_values
+from fedzo.zo.together import all_together, reading_order
 
 _CHUNK = 1 << 20  # values that are widened to float32 at a time
 
@@ -26,7 +25,8 @@ class FullSpace:
     (``fedzo.zo.perturb``), made when needed and dropped after. Deviation from MeZO's code: no +eps, -2 eps, +eps walk,
     which does not come back to the same bits.
 
-    Memory: one perturbed weight at a time; ``mark`` keeps a copy of all weights, since subtracting steps is not exact.
+    Memory: one perturbed weight at a time (on CUDA two groups of up to 128 MiB, and what is small, to save launches);
+    ``mark`` keeps a copy of all weights, since subtracting steps is not exact.
 
     Args:
         model: The model whose parameters are trained, in the order of ``named_parameters``.
@@ -55,6 +55,8 @@ class FullSpace:
         sizes = [parameter.numel() for parameter in self._parameters]
         self._starts = [sum(sizes[:i]) for i in range(len(sizes))]
         self._size = sum(sizes)
+        self._all = all_together(self._parameters, self._starts)
+        self._small, self._groups = reading_order(model, self._starts)
         self._marked: list[torch.Tensor] | None = None
 
     @property
@@ -63,15 +65,14 @@ class FullSpace:
 
     def probe(self, scale: float, key: int) -> AbstractContextManager[None]:
         starts = {id(parameter): start for parameter, start in zip(self._parameters, self._starts, strict=True)}
-        return PerturbedWeights(starts, scale=scale, key=key, distribution=self.distribution).active()
+        mode = PerturbedWeights(starts, scale=scale, key=key, distribution=self.distribution, groups=self._groups)
+        mode.make(self._small)
+        return mode.active()
 
     def step(self, s: float, key: int) -> None:
-        for parameter, start in zip(self._parameters, self._starts, strict=True):
-            weight = parameter.detach()
-            if self._rounding is Rounding.stochastic and is_rounded(weight.dtype):
-                add_direction_stochastically(weight, key, scale=-s, start=start, distribution=self.distribution)
-            else:
-                add_direction(weight, key, scale=-s, start=start, out=weight, distribution=self.distribution)
+        stochastic = self._rounding is Rounding.stochastic
+        for tensors in self._all:
+            tensors.add(key, scale=-s, distribution=self.distribution, stochastic=stochastic)
 
     def scale_by(self, factor: float) -> None:
         for parameter in self._parameters:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import nn
 
 from fedzo.errors import ConfigError
 from fedzo.zo.config import Distribution
+from fedzo.zo.directions import fused
 from fedzo.zo.spaces.base import MasterSpace
 
 
@@ -46,11 +48,48 @@ class MaskedSpace(MasterSpace):
         super().__init__(
             torch.cat([_take(weight.detach(), flat).float() for weight, flat in self.places]), distribution
         )
+        self._addresses = torch.empty(0, dtype=torch.int64)
+        self._seen: list[int] = []
+
+    def step(self, s: float, key: int) -> None:
+        if not self._launch(self._master, key, -s, update=True):
+            super().step(s, key)
+
+    def _write_moved(self, scale: float, key: int) -> None:
+        if not self._launch(self._master, key, scale):
+            super()._write_moved(scale, key)
 
     def _write(self, values: torch.Tensor) -> None:
+        if self._launch(values):
+            return
         with torch.no_grad():
             for (weight, flat), part in zip(self.places, torch.split(values, self._sizes), strict=True):
                 _put(weight.detach(), flat, part.to(weight.dtype))
+
+    def _launch(
+        self, values: torch.Tensor, key: int | None = None, scale: float = 0.0, *, update: bool = False
+    ) -> bool:
+        """Write all weights in one launch, where there are fused kernels and the weights are of one dtype."""
+        dtype = self.places[0][0].dtype
+        if (kernels := fused(values.device)) is None or any(weight.dtype != dtype for weight, _ in self.places):
+            return False
+        seen = [weight.data_ptr() for weight, _ in self.places]
+        if seen != self._seen:  # what is assigned to a parameter's data lies elsewhere
+            parts = [weight.data_ptr() + dtype.itemsize * _offsets(weight, flat) for weight, flat in self.places]
+            self._addresses, self._seen = torch.cat(parts), seen
+        scale32 = float(np.float32(scale))
+        kernels.scatter(
+            values, self._addresses, dtype, key, scale=scale32, distribution=self.distribution, update=update
+        )
+        return True
+
+
+def _offsets(weight: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+    """Where values lie, counted in elements from the first."""
+    if weight.is_contiguous():
+        return flat
+    index = torch.unravel_index(flat, weight.shape)
+    return sum((i * stride for i, stride in zip(index, weight.stride(), strict=True)), torch.zeros_like(flat))
 
 
 def _take(weight: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:

@@ -452,3 +452,14 @@ def test_unknown_settings_are_refused() -> None:
 def test_a_window_that_is_not_one_document_is_refused(window: torch.Tensor) -> None:
     with pytest.raises(ConfigError, match=r"window must be int64 \[num_tokens >= 2\] \(one document\), got torch"):
         select_mask(tiny_model(), density=0.1, windows=[window])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("granularity", ["per_tensor", "everywhere"])
+def test_cuda_draws_the_cpus_random_mask(granularity: str) -> None:
+    settings: dict[str, Any] = {"density": 0.03, "selector": "random", "granularity": granularity, "seed": 2**63 + 1}
+
+    here = select_mask(tiny_model(), **settings)
+    there = select_mask(tiny_model().cuda(), **settings)
+
+    assert here.digest() == there.digest()
