@@ -14,6 +14,7 @@ from fedzo.config.load import load
 from fedzo.errors import ConfigError
 from fedzo.fl.client.local_update import LocalSteps
 from fedzo.fl.client.worker import ClientWorker
+from fedzo.run import process
 from fedzo.testing.tiny_models import save_tiny_model
 from fedzo.zo.spaces.own_weights import OwnWeights
 
@@ -72,15 +73,18 @@ def test_one_round_of_many_clients_takes_as_many_forwards_as_its_tokens_need(
     spent: list[int] = []
     ahead, train = ClientWorker.look_ahead, ClientWorker.train
 
+    def counter() -> Any:
+        return process._open[0][1].peer.loaded.counter
+
     def counting_ahead(self: ClientWorker, requests: Any) -> None:
-        before = self.steps.loaded.counter.num_forwards
+        before = counter().num_forwards
         ahead(self, requests)
-        spent.append(self.steps.loaded.counter.num_forwards - before)
+        spent.append(counter().num_forwards - before)
 
     def counting_train(self: ClientWorker, request: Any, *, client: int) -> Any:
-        before = self.steps.loaded.counter.num_forwards
+        before = counter().num_forwards
         reply = train(self, request, client=client)
-        assert self.steps.loaded.counter.num_forwards == before  # everything was there already
+        assert counter().num_forwards == before  # everything was there already
         return reply
 
     monkeypatch.setattr(ClientWorker, "look_ahead", counting_ahead)
