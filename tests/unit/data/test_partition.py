@@ -83,7 +83,8 @@ def test_every_partitioner_has_a_yaml_and_a_test() -> None:
     shipped = {path.stem for path in (conf_dir() / "partition").glob("*.yaml")}
 
     assert shipped == {name for name, _ in PARTITIONERS}
-    assert {type(config) for config in WAYS} == {config_class for _, config_class in PARTITIONERS}
+    dealt = {config_class for name, config_class in PARTITIONERS if name != "own"}  # whose rows are not dealt
+    assert {type(config) for config in WAYS} == dealt
 
 
 GOLDEN = {
