@@ -24,7 +24,12 @@ from fedzo.zo.config import SgdConfig, TwoPointConfig
 
 CONF = paths.conf_dir()
 FILES = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml"))
-NEEDS = {"data=files": ["data.path=."], "partition=natural": ["partition.column=site"], "model=hf": ["model.name=gpt2"]}
+NEEDS = {
+    "data=files": ["data.path=."],
+    "partition=natural": ["partition.column=site"],
+    "partition=own": ["data.path=.", "evaluation.central=false"],
+    "model=hf": ["model.name=gpt2"],
+}
 """What a user must add to an option that cannot stand alone."""
 CUSTOM = ["task.template='{text}'", "task.candidates=[' no',' yes']", "data.path=."]
 

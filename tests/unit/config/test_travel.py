@@ -46,7 +46,9 @@ def configs(draw: st.DrawFn) -> RunConfig:
     dtypes = [dtype for dtype in DType if dtype is not DType.auto or isinstance(config.trainer, MeerkatConfig)]
     config.model.dtype = draw(st.sampled_from(dtypes))
     classes = plugin_classes()
-    config.partition = draw(st.sampled_from([cls for name, cls in classes["partition"].items() if name != "natural"]))()
+    config.partition = draw(
+        st.sampled_from([cls for name, cls in classes["partition"].items() if name not in ("natural", "own")])
+    )()
     config.runtime = draw(st.sampled_from(list(classes["runtime"].values())))()
     return config
 

@@ -214,7 +214,7 @@ def test_a_value_on_the_edge_is_allowed(key: str, value: object) -> None:
         ),
         (
             PartitionConfig(),
-            "partition must be one of dirichlet, dirichlet_equal, extreme, iid, natural, shards, "
+            "partition must be one of dirichlet, dirichlet_equal, extreme, iid, natural, own, shards, "
             "got 'PartitionConfig'.",
         ),
     ],
