@@ -39,6 +39,7 @@ from fedzo.fl.server.aggregate import client_weights, sampling_order
 from fedzo.fl.server.step_policy.config import NoStepPolicyConfig
 from fedzo.masks.mask_file import decode_mask
 from fedzo.models.config import DType
+from fedzo.records.decode import encode
 from fedzo.run.process import Process, open_process
 from fedzo.system import environment
 from fedzo.trainers import Workplace
@@ -104,11 +105,9 @@ def run(config: RunConfig, folder: Path, *, adam: bool = False) -> Record:
 
     def score(split: str, rounds: int) -> Record:
         rows = process.server.examples(split)
-        found = evaluate(
-            process.peer.loaded, rows, config.task, tokens_per_batch=config.model.tokens_per_batch
-        ).to_record()
+        found = evaluate(process.peer.loaded, rows, config.task, tokens_per_batch=config.model.tokens_per_batch)
         scores.append(
-            {"kind": "score", "seconds": time.monotonic() - started, "split": split, "round": rounds, **found}
+            {"kind": "score", "seconds": time.monotonic() - started, "split": split, "round": rounds, **encode(found)}
         )
         return scores[-1]
 
@@ -178,7 +177,7 @@ def score_clients(process: Process, config: RunConfig) -> list[Record]:
     for client in range(config.fl.num_clients):
         if rows := process.client.data(client).heldout[: config.evaluation.federated_max_rows]:
             score = evaluate(process.peer.loaded, rows, config.task, tokens_per_batch=config.model.tokens_per_batch)
-            found.append({"client": client, "round": config.fl.rounds, **score.to_record()})
+            found.append({"client": client, "round": config.fl.rounds, **encode(score)})
     return found
 
 

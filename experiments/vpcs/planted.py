@@ -13,7 +13,6 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fedzo.bench.claims import Claims
+from fedzo.errors import RunFolderError
 from fedzo.evaluate.metrics import auc
 from fedzo.fl.server.step_policy.config import Combine, Statistic, VpcsConfig, VpcsTest
 from fedzo.fl.server.step_policy.statistics import magnitudes
 from fedzo.fl.server.step_policy.vpcs import judge
+from fedzo.records.decode import decode_json
+from fedzo.records.log import AuditLine
 
 HERE = Path(__file__).parent
 PHASES = {10: 5, 20: 5, 50: 10, 100: 20}
@@ -80,9 +82,10 @@ def run(data: Path, seed: int) -> Path:
     return folder
 
 
-def read(folder: Path) -> tuple[dict[str, Any], set[int]]:
+def read(folder: Path) -> tuple[AuditLine, set[int]]:
     """The audit line of the calibration, and the clients that declared a single label."""
-    line = json.loads((folder / "audit.jsonl").read_text().splitlines()[0])
+    text = (folder / "audit.jsonl").read_text().splitlines()[0]
+    line = decode_json(AuditLine, text, where=str(folder / "audit.jsonl"), error=RunFolderError)
     metrics = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
     (setup,) = [record for record in metrics if record["kind"] == "setup"]
     return line, {client["client"] for client in setup["clients"] if len(client["label_counts"]) == 1}
@@ -91,7 +94,7 @@ def read(folder: Path) -> tuple[dict[str, Any], set[int]]:
 # --- what the audit log says
 
 
-def analyse(line: Mapping[str, Any], planted: set[int]) -> dict[str, Any]:
+def analyse(line: AuditLine, planted: set[int]) -> dict[str, Any]:
     """AUC and verdicts of every rule after the first T steps, for both statistics.
 
     Args:
@@ -124,14 +127,14 @@ def analyse(line: Mapping[str, Any], planted: set[int]) -> dict[str, Any]:
         "planted": sorted(planted),
         "clients": [
             {
-                "client": entry["client"],
-                "planted": entry["client"] in planted,
-                "abs_g": paths[Statistic.abs_g][entry["client"]].tolist(),
-                "grad_ip": paths[Statistic.gradip][entry["client"]].tolist(),
-                "loss": np.asarray(entry["loss"], float).mean(axis=1).tolist(),
-                **default[entry["client"]].statistics,
+                "client": entry.client,
+                "planted": entry.client in planted,
+                "abs_g": paths[Statistic.abs_g][entry.client].tolist(),
+                "grad_ip": paths[Statistic.gradip][entry.client].tolist(),
+                "loss": entry.loss.astype(float).mean(axis=1).tolist(),
+                **default[entry.client].statistics,
             }
-            for entry in line["clients"]
+            for entry in line.clients
         ],
         "tests": found,
     }

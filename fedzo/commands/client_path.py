@@ -22,6 +22,7 @@ from fedzo.errors import ConfigError, ProtocolError, RunFolderError
 from fedzo.fl.config import directions_of
 from fedzo.fl.log_store import RunStore
 from fedzo.fl.server.aggregate import ClientResult, aggregate
+from fedzo.records.log import AuditLine, ClientAudit
 from fedzo.zo.log import Drift, RoundRecord, Scalars, local_step, probe_shares
 from fedzo.zo.seeds import step_keys
 from fedzo.zo.spaces.base import Space, Values
@@ -81,24 +82,19 @@ def replay_client(run_dir: Path, *, client: int, round: int, out: Path | None = 
     with RunStore(run_dir) as store:
         line, entry = _find(store.audit, client=client, round=round)
         record = store.records[round]
-    g = np.asarray(entry["g"], np.float64).astype(np.float32)
-    if len(g) != entry["steps"]:
-        raise ProtocolError(
-            f"audit log, round {round}: client {client} must have {entry['steps']} steps, got {len(g)} rows of g. "
-            "Restore the file from a copy."
-        )
+    g = entry.g
     replica = rebuild(run_dir, rounds=round).replica
     space, drift = replica.space, replica.drift(client)
     checked = len(g) > 1
     if not checked:
         _check_sum(line, record, config, own_columns=replica.walks_clients)
     checks = []
-    about = {"client": str(client), "round": str(round), "lr": repr(line["lr"])}
+    about = {"client": str(client), "round": str(round), "lr": repr(line.lr)}
     with vector_file(out, steps=len(g), size=space.size, about=about) as write:
         steps = local_steps(
             space,
             g,
-            lr=line["lr"],
+            lr=line.lr,
             run_seed=config.seed,
             round=round,
             client=client,
@@ -108,35 +104,30 @@ def replay_client(run_dir: Path, *, client: int, round: int, out: Path | None = 
         for _ in steps:
             checks.append(space.check())
             write(space)
-        if checked and checks[-1] != entry["end_check"]:
+        if checked and checks[-1] != entry.end_check:
             raise ProtocolError(
-                f"client {client}, round {round}: its local steps must lead to the check {entry['end_check']:08x} "
+                f"client {client}, round {round}: its local steps must lead to the check {entry.end_check:08x} "
                 f"that it sent, but they lead to {checks[-1]:08x}. It did not step as it said, or the audit log is "
                 "not the run's."
             )
-    loss = np.asarray(entry["loss"], np.float64)
-    return ClientPath(client, round, line["lr"], tuple(checks), g, loss, checked)
+    return ClientPath(client, round, line.lr, tuple(checks), g, entry.loss.astype(np.float64), checked)
 
 
-def _check_sum(line: Mapping[str, Any], record: RoundRecord, config: RunConfig, *, own_columns: bool) -> None:
+def _check_sum(line: AuditLine, record: RoundRecord, config: RunConfig, *, own_columns: bool) -> None:
     """Compare a round's public scalars with those that the audit log's make.
 
     Raises:
         ProtocolError: They differ, so one of the logs is not the run's.
     """
     results = {
-        entry["client"]: ClientResult(
-            g=np.asarray(entry["g"], np.float64).astype(np.float32),
-            loss=np.asarray(entry["loss"], np.float64).astype(np.float32),
-            dropped=np.asarray(entry["dropped"], bool),
-            num_examples=0,
-            end_check=entry["end_check"],
+        entry.client: ClientResult(
+            g=entry.g, loss=entry.loss, dropped=entry.dropped, num_examples=0, end_check=entry.end_check
         )
-        for entry in line["clients"]
+        for entry in line.clients
     }
     made = aggregate(
         results,
-        {entry["client"]: entry["weight"] for entry in line["clients"]},
+        {entry.client: entry.weight for entry in line.clients},
         round=record.round,
         lr=record.lr,
         steps=record.coefficients.shape[0],
@@ -182,17 +173,17 @@ def local_steps(
         yield step
 
 
-def _find(audit: list[dict[str, Any]], *, client: int, round: int) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+def _find(audit: list[AuditLine], *, client: int, round: int) -> tuple[AuditLine, ClientAudit]:
     if round >= len(audit):
         raise ConfigError(
             f"--round must be below {len(audit)}, the number of rounds in the log, got {round}. They count from 0."
         )
-    line = next(line for line in audit if line["round"] == round)
-    for entry in line["clients"]:
-        if entry["client"] == client:
+    line = next(line for line in audit if line.round == round)
+    for entry in line.clients:
+        if entry.client == client:
             return line, entry
-    present = ", ".join(str(entry["client"]) for entry in line["clients"])
-    why = "sent nothing usable" if client in line["refused"] else "was not asked"
+    present = ", ".join(str(entry.client) for entry in line.clients)
+    why = "sent nothing usable" if client in line.refused else "was not asked"
     raise ConfigError(
         f"--client must have taken part in round {round} (clients {present}), but client {client} {why}. "
         "Choose another client or round."

@@ -18,6 +18,9 @@ from fedzo.evaluate.answers import evaluate
 from fedzo.fl.log_store import PUBLIC, RunStore, best_round
 from fedzo.fl.replica import Replica
 from fedzo.models.generate import generate
+from fedzo.records.decode import encode
+from fedzo.records.log import PublicLine
+from fedzo.records.metrics import Summary
 from fedzo.run.process import Process, forget_process, open_process
 from fedzo.runtime.launch import launch
 from fedzo.system import PACKAGES, default_threads, environment, package_version
@@ -65,7 +68,7 @@ def start_or_resume_run(config: RunConfig, run_dir: Path, *, overrides: list[str
             f"run folder {run_dir}: it holds a run of other settings. Choose another with hydra.sweep.dir=..."
         )
     with RunStore(run_dir) as store:
-        finished = any(line["kind"] == "summary" for line in store.metrics)
+        finished = bool(store.told(Summary))
     if not finished:
         resume_run(run_dir)
 
@@ -98,7 +101,7 @@ class Rebuilt:
 
     process: Process
     replica: Replica
-    rounds: list[dict[str, Any]]
+    rounds: list[PublicLine]
 
 
 def rebuild(run_dir: Path, *, rounds: int | None = None) -> Rebuilt:
@@ -163,7 +166,7 @@ def evaluate_run(run_dir: Path, *, split: str) -> dict[str, Any]:
         config.task,
         tokens_per_batch=config.model.tokens_per_batch,
     )
-    return score.to_record()
+    return dict(encode(score))
 
 
 def generate_run(run_dir: Path, prompts: list[str], *, max_new_tokens: int) -> list[str]:

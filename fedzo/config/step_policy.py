@@ -18,6 +18,7 @@ from fedzo.fl.server.step_policy.config import (
     VpcsTest,
 )
 from fedzo.fl.server.step_policy.statistics import FEWEST
+from fedzo.records.fields import MOST_STEPS
 from fedzo.trainers.config import (
     Ia3TrainerConfig,
     LoraTrainerConfig,
@@ -28,7 +29,6 @@ from fedzo.trainers.config import (
     Selector,
 )
 from fedzo.zo.config import FzooConfig
-from fedzo.zo.log import MOST_STEPS
 
 _REMEDY = "Leave it out for the default."
 _WITHOUT_GRADIENT = (MezoConfig, LoraTrainerConfig, Ia3TrainerConfig, PrefixTrainerConfig, PromptTrainerConfig)

@@ -27,10 +27,10 @@ from fedzo.data.config import (
 from fedzo.fl.config import FaultsConfig, FlConfig, Seeds
 from fedzo.fl.server.step_policy.config import OracleConfig
 from fedzo.models.config import DType, Quantization
+from fedzo.records.fields import MOST_OWNERS, MOST_ROUNDS, MOST_STEPS
 from fedzo.runtime.config import InlineConfig, LocalConfig, RayConfig
 from fedzo.trainers.config import Calibration, MeerkatConfig, MezoConfig
 from fedzo.zo.config import FedDynConfig, ScaffoldConfig
-from fedzo.zo.log import MOST_OWNERS, MOST_ROUNDS, MOST_STEPS
 
 EMBEDDED_TASKS = ("rotten_tomatoes",)
 """Tasks whose rows come with fedzo, so that they need no ``data.path``."""

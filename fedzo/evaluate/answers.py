@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,86 +16,34 @@ from fedzo.models.generate import generate
 from fedzo.models.load import LoadedModel
 from fedzo.models.plan import forward_cost
 from fedzo.models.scoring import candidate_scores, choice_losses, mean_loss
+from fedzo.records.decode import decode, parse_json
+from fedzo.records.metrics import Score, known
 
 
-@dataclass(frozen=True, slots=True)
-class Score:
-    """How a model did.
+def score_of_peer(text: str, *, metric: str, most_examples: int, num_labels: int) -> Score | None:
+    """The score that a peer sent as JSON; None for the empty object of a peer without rows.
 
-    Attributes:
-        metric: ``accuracy``, ``token_f1`` or ``rouge_l``.
-        value: The metric's mean over examples, 0 to 1.
-        loss: The task's loss, mean over examples.
-        num_examples: How many.
-        per_class: Of each label: right answers and examples (candidates only).
-        auc: Area under the ROC curve (two candidates and both labels there only).
-        best_threshold_accuracy: Accuracy at the threshold that suits these examples best (two candidates only).
+    Args:
+        text: The JSON; nothing in it is trusted.
+        metric: What the peer was asked for (``metric_of``).
+        most_examples: How many rows it was asked to score at most.
+        num_labels: How many labels the task has; 0 where it has none.
+
+    Raises:
+        ProtocolError: It is no score, or none of what the peer was asked for.
     """
-
-    metric: str
-    value: float
-    loss: float
-    num_examples: int
-    per_class: Mapping[int, tuple[int, int]] = field(default_factory=dict)
-    auc: float | None = None
-    best_threshold_accuracy: float | None = None
-
-    def to_record(self) -> dict[str, Any]:
-        """Plain values for JSON; a number that is not finite becomes null."""
-        return {
-            "metric": self.metric,
-            "value": _finite(self.value),
-            "loss": _finite(self.loss),
-            "num_examples": self.num_examples,
-            "per_class": {str(label): list(counts) for label, counts in sorted(self.per_class.items())},
-            "auc": _finite(self.auc),
-            "best_threshold_accuracy": _finite(self.best_threshold_accuracy),
-        }
-
-    @classmethod
-    def from_json(cls, text: str, *, metric: str, most_examples: int, num_labels: int) -> Score | None:
-        """The score that a peer sent as the JSON of a record; None for the empty record of a peer without rows.
-
-        Args:
-            text: The JSON; nothing in it is trusted.
-            metric: What the peer was asked for (``metric_of``).
-            most_examples: How many rows it was asked to score at most.
-            num_labels: How many labels the task has; 0 where it has none.
-
-        Raises:
-            ProtocolError: It is not such a record, or its numbers are not those of a score.
-        """
-        try:
-            record = json.loads(text)
-            if record == {}:
-                return None
-            score = cls(
-                metric=str(record["metric"]),
-                value=float(record["value"]),
-                loss=float("nan") if record["loss"] is None else float(record["loss"]),
-                num_examples=int(record["num_examples"]),
-                per_class={int(k): (int(right), int(total)) for k, (right, total) in record["per_class"].items()},
-            )
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-            raise ProtocolError(
-                f"a score must hold metric, value, loss, num_examples and per_class, got {text!r:.200}"
-            ) from error
-        if score.metric != metric or not 0 <= score.value <= 1 or not 1 <= score.num_examples <= most_examples:
-            raise ProtocolError(
-                f"a score must be of {metric}, between 0 and 1 of 1 to {most_examples} examples, got {text!r:.200}"
-            )
-        if record["loss"] is not None and not np.isfinite(score.loss):
-            raise ProtocolError(f"a score's loss must be finite, or null where there is none, got {text!r:.200}")
-        counts = score.per_class.values()
-        if (
-            any(not 0 <= right <= total for right, total in counts)
-            or sum(total for _, total in counts) > score.num_examples
-            or any(not 0 <= label < num_labels for label in score.per_class)
-        ):
-            raise ProtocolError(
-                f"a score's classes must hold right answers and examples of {num_labels} labels, got {text!r:.200}"
-            )
-        return score
+    record = parse_json(text, where="a score", error=ProtocolError)
+    if record == {}:
+        return None
+    score = decode(Score, record, where="a score", error=ProtocolError)
+    if score.metric != metric or score.num_examples > most_examples:
+        raise ProtocolError(
+            f"a score must be of {metric} of 1 to {most_examples} examples, got {score.metric:.80} of "
+            f"{score.num_examples}"
+        )
+    if stray := [label for label in score.per_class if label >= num_labels]:
+        raise ProtocolError(f"a score's classes must be of {num_labels} labels, got {stray[0]}")
+    return score
 
 
 def metric_of(kind: TaskKind) -> str:
@@ -156,7 +101,7 @@ def score_candidates(scores: npt.NDArray[np.float32], labels: Sequence[int], *, 
     return Score(
         metric=metric_of(TaskKind.candidates),
         value=float(right.mean()),
-        loss=float(losses.mean(dtype=np.float64)),
+        loss=known(float(losses.mean(dtype=np.float64))),
         num_examples=len(wanted),
         per_class={int(c): (int(right[wanted == c].sum()), int((wanted == c).sum())) for c in np.unique(wanted)},
         auc=None if margin is None else auc(margin, wanted),
@@ -176,8 +121,7 @@ def merge_scores(scores: Sequence[Score]) -> Score:
     if len(metrics) != 1:
         raise ConfigError(f"scores to merge must share one metric, got {sorted(metrics) or 'none'}.")
     weights = np.array([score.num_examples for score in scores], dtype=np.float64)
-    losses = np.array([score.loss for score in scores])
-    known = np.isfinite(losses)
+    losses = [(score.loss, score.num_examples) for score in scores if score.loss is not None]
     per_class: dict[int, tuple[int, int]] = {}
     for score in scores:
         for label, (right, total) in score.per_class.items():
@@ -186,10 +130,17 @@ def merge_scores(scores: Sequence[Score]) -> Score:
     return Score(
         metric=metrics.pop(),
         value=float(np.dot(weights, [score.value for score in scores]) / weights.sum()),
-        loss=float(np.dot(weights[known], losses[known]) / weights[known].sum()) if known.any() else float("nan"),
+        loss=_mean(losses),
         num_examples=int(weights.sum()),
-        per_class=per_class,
+        per_class=dict(sorted(per_class.items())),
     )
+
+
+def _mean(losses: Sequence[tuple[float, int]]) -> float | None:
+    if not losses:
+        return None
+    values, weights = np.array(losses, dtype=np.float64).T.copy()
+    return float(np.dot(weights, values) / weights.sum())
 
 
 def _score_answers(
@@ -213,8 +164,6 @@ def _score_answers(
     values = [judge(answer, example.reference) for answer, example in zip(answers, examples, strict=True)]
     cost = forward_cost(loaded.device)
     loss = mean_loss(loaded, examples, loss=Loss.lm, tokens_per_batch=tokens_per_batch, forward_cost_tokens=cost)
-    return Score(metric=metric_of(task.kind), value=float(np.mean(values)), loss=loss, num_examples=len(examples))
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and np.isfinite(value) else None
+    return Score(
+        metric=metric_of(task.kind), value=float(np.mean(values)), loss=known(loss), num_examples=len(examples)
+    )

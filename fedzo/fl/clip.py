@@ -6,19 +6,17 @@ server refuses what lies beyond the announced bound and clips nothing itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
+from fedzo.records.log import AuditLine
 from fedzo.zo.log import RoundRecord, Scalars
 
 NO_BOUND = 0.0
 
 
-def announced_bound(
-    audit: Sequence[Mapping[str, Any]], records: Sequence[RoundRecord], *, factor: float, rounds: int
-) -> float:
+def announced_bound(audit: Sequence[AuditLine], records: Sequence[RoundRecord], *, factor: float, rounds: int) -> float:
     """``factor`` times the median |g| over all clients' scalars of the last ``rounds`` rounds.
 
     A function of the logs alone, so a resumed run announces what an unbroken one would. Dropped probes measured
@@ -36,10 +34,10 @@ def announced_bound(
     if factor == 0:
         return NO_BOUND
     measured = [
-        np.abs(np.asarray(entry["g"], np.float64))[~np.asarray(entry["dropped"], bool)]
+        np.abs(entry.g.astype(np.float64))[~entry.dropped]
         for line, record in zip(audit[-rounds:], records[-rounds:], strict=True)
-        if line["lr"] == record.lr  # a calibration's record has 0 instead
-        for entry in line["clients"]
+        if line.lr == record.lr  # a calibration's record has 0 instead
+        for entry in line.clients
     ]
     scalars = np.concatenate(measured) if measured else np.empty(0)
     if scalars.size == 0:

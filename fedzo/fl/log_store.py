@@ -8,17 +8,24 @@ round.
 from __future__ import annotations
 
 import fcntl
-import json
 import math
 import os
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from fedzo.errors import RunFolderError
 from fedzo.fl.config import BestBy
+from fedzo.records.decode import decode, parse_json, to_json
+from fedzo.records.log import AuditLine, Proof, PublicLine
+from fedzo.records.metrics import CentralScore, MetricRecord, Round, Setup, Summary, decode_metric
 from fedzo.zo.log import RoundRecord
 
+L = TypeVar("L")
+M = TypeVar("M")
 PUBLIC, AUDIT, METRICS = "public.jsonl", "audit.jsonl", "metrics.jsonl"
 
 
@@ -29,19 +36,19 @@ class RunStore:
         folder: The run folder; made if it is not there.
 
     Raises:
-        RunFolderError: The folder cannot be written, or another process is using it.
+        RunFolderError: The folder cannot be written, another process is using it, or a line is not what a run writes.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         with ExitStack() as opened, _Explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            self._public = opened.enter_context(_Lines(folder / PUBLIC, lock=True))
-            self._audit = opened.enter_context(_Lines(folder / AUDIT))
-            self._metrics = opened.enter_context(_Lines(folder / METRICS))
-            self.records = [RoundRecord.from_json(line) for line in self._public.lines]
+            self._public = opened.enter_context(_Lines(folder / PUBLIC, partial(decode, PublicLine), lock=True))
+            self._audit = opened.enter_context(_Lines(folder / AUDIT, partial(decode, AuditLine)))
+            self._metrics = opened.enter_context(_Lines(folder / METRICS, decode_metric))
+            self.records = [RoundRecord.from_line(line) for line in self._public.lines]
             done = len(self.records)
-            self._audit.keep(lambda line: line["round"] < done)
+            self._audit.keep(lambda line: line.round < done)
             self._metrics.keep(lambda line: _belongs(line, done))
             self._metrics.lines = [_light(line) for line in self._metrics.lines]
             self._files = opened.pop_all()
@@ -53,12 +60,12 @@ class RunStore:
         self.close()
 
     @property
-    def rounds(self) -> list[dict[str, Any]]:
+    def rounds(self) -> list[PublicLine]:
         """Public lines of the committed rounds."""
         return self._public.lines
 
     @property
-    def audit(self) -> list[dict[str, Any]]:
+    def audit(self) -> list[AuditLine]:
         """Audit lines of the committed rounds."""
         if len(self._audit.lines) != len(self.records):
             raise RunFolderError(
@@ -68,19 +75,29 @@ class RunStore:
         return self._audit.lines
 
     @property
-    def metrics(self) -> list[dict[str, Any]]:
+    def metrics(self) -> list[MetricRecord]:
         """Metric records so far; what a round says of each client is in the file alone, since it fills the memory."""
         return self._metrics.lines
 
-    def commit(self, record: RoundRecord, *, proof: dict[str, Any], audit: dict[str, Any]) -> None:
-        """Make a round part of the run. ``proof`` joins the public line (check, digest, chain, attendance)."""
-        line = {**record.to_json(), **proof}
+    def told(self, kind: type[M]) -> list[M]:
+        """The metric records of one kind so far."""
+        return [record for record in self._metrics.lines if isinstance(record, kind)]
+
+    def commit(self, record: RoundRecord, *, attendance: Sequence[int], proof: Proof, audit: AuditLine) -> None:
+        """Make a round part of the run.
+
+        Args:
+            record: What the round did.
+            attendance: The clients that it was made of.
+            proof: What holds after it.
+            audit: What it was made of.
+        """
         with _Explained(self.folder):
             self._audit.append(audit, durable=True)
-            self._public.append(line, durable=True)
+            self._public.append(record.to_line(attendance=attendance, proof=proof), durable=True)
         self.records.append(record)
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: MetricRecord) -> None:
         """Append a metric record (a sink)."""
         with _Explained(self.folder):
             self._metrics.append(record, durable=False)
@@ -93,16 +110,15 @@ class RunStore:
 
 def best_round(store: RunStore, *, by: BestBy) -> int:
     """The round with the best dev score, of equal ones the earliest; without dev scores the last round."""
-    scores = [line for line in store.metrics if line["kind"] == "score" and line["split"] == "dev"]
+    scores = [score for score in store.told(CentralScore) if score.split == "dev"]
     if not scores:
         return len(store.records)
 
-    def rank(line: dict[str, Any]) -> tuple[float, float, int]:
-        value, loss = line["value"] or 0.0, math.inf if line["loss"] is None else line["loss"]
-        return (value, -loss, -line["round"]) if by is BestBy.value else (-loss, value, -line["round"])
+    def rank(score: CentralScore) -> tuple[float, float, int]:
+        loss = math.inf if score.loss is None else score.loss
+        return (score.value, -loss, -score.round) if by is BestBy.value else (-loss, score.value, -score.round)
 
-    best = max(scores, key=rank)
-    return int(best["round"])
+    return max(scores, key=rank).round
 
 
 class _Explained:
@@ -122,14 +138,17 @@ class _Explained:
             ) from error
 
 
-class _Lines:
-    """A JSON-lines file open for appending; an unfinished last line is cut off when it is opened.
+class _Lines(Generic[L]):
+    """A file of records, one a line, open for appending; an unfinished last line is cut off when it is opened.
 
-    With ``lock`` the file is this process's alone before it is read: a line that its writer is just writing is not
-    unfinished.
+    Args:
+        path: The file.
+        decode: Makes a record of a line's plain values.
+        lock: Whether the file is this process's alone before it is read: a line that its writer is just writing is not
+            unfinished.
     """
 
-    def __init__(self, path: Path, *, lock: bool = False) -> None:
+    def __init__(self, path: Path, decode: Callable[..., L], *, lock: bool = False) -> None:
         self._path = path
         self._file = path.open("a+b", buffering=0)  # a failed write must not come back at close
         if lock:
@@ -140,10 +159,18 @@ class _Lines:
         if whole != data:
             self._file.truncate(len(whole))
         try:
-            self.lines: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
-        except json.JSONDecodeError as error:
+            self.lines = [self._read(decode, line, number) for number, line in enumerate(whole.splitlines(), start=1)]
+        except RunFolderError:
             self._file.close()
-            raise RunFolderError(f"{path}: not a log of JSON lines ({error}). Restore the file from a copy.") from error
+            raise
+
+    def _read(self, decode: Callable[..., L], line: bytes, number: int) -> L:
+        told: dict[str, Any] = {
+            "where": f"{self._path}, line {number}",
+            "error": RunFolderError,
+            "remedy": "It was edited, or another version of fedzo wrote it. Restore the file from a copy.",
+        }
+        return decode(parse_json(line, **told), **told)
 
     def fileno(self) -> int:
         return self._file.fileno()
@@ -157,16 +184,15 @@ class _Lines:
                 f"run folder {self._path.parent}: another process is using it. Wait for it, or end it."
             ) from error
 
-    def append(self, line: dict[str, Any], *, durable: bool) -> None:
-        text = json.dumps(_without_nan(line), allow_nan=False, separators=(",", ":"))
-        rest = text.encode() + b"\n"
+    def append(self, line: L, *, durable: bool) -> None:
+        rest = to_json(line).encode() + b"\n"
         while rest:
             rest = rest[self._file.write(rest) :]
         if durable:
             os.fsync(self._file.fileno())
         self.lines.append(line)
 
-    def keep(self, wanted: Any) -> None:
+    def keep(self, wanted: Callable[[L], bool]) -> None:
         """Drop the lines that are not wanted; those before the first of them are not touched, so no kill loses them."""
         first = next((number for number, line in enumerate(self.lines) if not wanted(line)), None)
         if first is None:
@@ -177,33 +203,25 @@ class _Lines:
         for line in filter(wanted, rest):
             self.append(line, durable=False)
 
-    def __enter__(self) -> _Lines:
+    def __enter__(self) -> _Lines[L]:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
 
 
-def _belongs(line: dict[str, Any], done: int) -> bool:
+def _belongs(record: MetricRecord, done: int) -> bool:
     """Whether a metric record is about the committed part of the run."""
-    kind = line.get("kind")
-    if kind == "round":
-        return bool(line["round"] < done)
-    if kind in ("score", "federated_score", "step_policy"):  # a step policy is told before its round
-        return bool(line["round"] <= done)
-    return kind != "summary" or bool(line["rounds"] == done)
+    match record:
+        case Round():
+            return record.round < done
+        case Summary():
+            return record.rounds == done
+        case Setup():
+            return True
+        case _:  # a step policy is told before its round
+            return record.round <= done
 
 
-def _light(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key != "clients"} if record["kind"] == "round" else record
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no nan: it becomes null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return value
+def _light(record: MetricRecord) -> MetricRecord:
+    return replace(record, clients=()) if isinstance(record, Round) else record

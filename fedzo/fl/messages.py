@@ -6,19 +6,42 @@ Every message is one Flower ``ConfigRecord`` of plain numbers, strings and bytes
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 
 from fedzo.errors import ProtocolError
+from fedzo.records import decode as records
+from fedzo.records.fields import (
+    Check,
+    Client,
+    Count,
+    LearningRate,
+    Length,
+    Magnitude,
+    Matching,
+    RoundNumber,
+    Steps,
+    Within,
+)
 from fedzo.zo.log import Scalars
 
 PROTOCOL = 2
 RECORD = "fedzo"
 M = TypeVar("M")
+
+Digest = Annotated[str, Length(0, 128)]
+"""A hash or what a peer says in its place; it is only compared."""
+Hash = Annotated[str, Matching(re.compile("[0-9a-f]{64}|"), "64 hexadecimal digits")]
+JsonText = Annotated[str, Length(0, 1 << 22)]
+StepBytes = Annotated[bytes, Length(0, 1 << 30)]
+"""A reply's numbers; their count is compared with the round's steps and probes."""
+StateBytes = Annotated[bytes, Length(0, 1 << 38)]
+"""A mask, a log or trained values; what they must measure is compared with what the process holds."""
 
 
 class Status(StrEnum):
@@ -37,44 +60,44 @@ class Status(StrEnum):
 class Hello:
     """Server to client, once: who are you, and do we mean the same run?"""
 
-    protocol: int = PROTOCOL
-    config_hash: str = ""
+    protocol: Annotated[int, Within(0, 1 << 16)] = PROTOCOL
+    config_hash: Digest = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HelloReply:
     """A client's registration. ``label_counts`` is JSON; digests are of what the client itself holds."""
 
-    protocol: int = PROTOCOL
-    version: str = ""
-    client: int = 0
-    num_train: int = 0
-    num_heldout: int = 0
-    label_counts: str = "{}"
-    config_hash: str = ""
-    base_digest: str = ""
-    tokenizer_digest: str = ""
-    task_digest: str = ""
+    protocol: Annotated[int, Within(0, 1 << 16)] = PROTOCOL
+    version: Annotated[str, Length(0, 64)] = ""
+    client: Client = 0
+    num_train: Count = 0
+    num_heldout: Count = 0
+    label_counts: JsonText = "{}"
+    config_hash: Digest = ""
+    base_digest: Digest = ""
+    tokenizer_digest: Digest = ""
+    task_digest: Digest = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sync:
     """How a client reaches the server's state: log records from ``from_round`` on, or the values themselves."""
 
-    config_hash: str = ""
-    space_id: str = ""
-    artifact: bytes = b""
+    config_hash: Digest = ""
+    space_id: Hash = ""
+    artifact: StateBytes = b""
     """What is needed beside the model to build the space (a mask); sent with a client's first request."""
-    round: int = 0
-    from_round: int = 0
-    log: bytes = b""
-    values: bytes = b""
+    round: RoundNumber = 0
+    from_round: RoundNumber = 0
+    log: StateBytes = b""
+    values: StateBytes = b""
     """theta, then what the server optimizer remembers: float32 [n * (1 + num_moments)], little endian."""
-    chain: str = ""
+    chain: Hash = ""
     """Hash chain of the log up to ``round``, hexadecimal."""
-    check: int = 0
+    check: Check = 0
     """32-bit check of theta and of what the server optimizer remembers, at ``round``."""
-    digest: str = ""
+    digest: Hash = ""
     """SHA-256 of theta at ``round``, every ``fl.hash_every`` rounds."""
 
 
@@ -82,11 +105,11 @@ class Sync:
 class TrainRequest(Sync):
     """One round's work."""
 
-    steps: int = 1
-    used: int = 0
+    steps: Steps = 1
+    used: Count = 0
     """Steps this client has used before: its position in its data."""
-    lr: float = 0.0
-    max_abs_g: float = 0.0
+    lr: LearningRate = 0.0
+    max_abs_g: Magnitude = 0.0
     """Bound to which the client clips every g before it steps and answers; 0 = none."""
 
 
@@ -95,12 +118,12 @@ class TrainReply:
     """What a client answers: its scalars. ``g`` and ``loss`` are float32 [T, P], little endian."""
 
     status: Status = Status.ok
-    position: int = 0
-    g: bytes = b""
-    loss: bytes = b""
-    dropped: bytes = b""
-    num_examples: int = 0
-    end_check: int = 0
+    position: RoundNumber = 0
+    g: StepBytes = b""
+    loss: StepBytes = b""
+    dropped: StepBytes = b""
+    num_examples: Count = 0
+    end_check: Check = 0
     """32-bit check of theta after the local steps (T > 1); proves the virtual path."""
 
 
@@ -108,7 +131,7 @@ class TrainReply:
 class EvaluateRequest(Sync):
     """Score the model on the client's own held-out rows."""
 
-    max_rows: int = 0
+    max_rows: Count = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,8 +139,8 @@ class EvaluateReply:
     """Counts and losses only, as JSON."""
 
     status: Status = Status.ok
-    position: int = 0
-    score: str = "{}"
+    position: RoundNumber = 0
+    score: JsonText = "{}"
 
 
 def encode(message: Any) -> RecordDict:
@@ -130,21 +153,13 @@ def encode(message: Any) -> RecordDict:
 def decode(kind: type[M], content: RecordDict) -> M:
     """The message in Flower content; ``ProtocolError`` for anything that is not exactly one."""
     if list(content) != [RECORD] or not isinstance(content[RECORD], ConfigRecord):
-        raise ProtocolError(f"{kind.__name__}: expected one record {RECORD!r}, got {sorted(content)}")
+        names = sorted(name[:40] for name in content)[:4]
+        raise ProtocolError(f"{kind.__name__}: expected one record {RECORD!r}, got {names}")
     given = dict(content[RECORD])
-    defaults = {f.name: f.default for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    if stray := sorted(set(given) - set(defaults)):
-        raise ProtocolError(f"{kind.__name__}: unknown fields {stray}. Do both sides run the same fedzo?")
-    for name, value in given.items():
-        want = type(defaults[name])
-        if issubclass(want, StrEnum):
-            if value not in list(want):
-                raise ProtocolError(f"{kind.__name__}.{name} must be one of {[str(m) for m in want]}, got {value!r}")
-            given[name] = want(str(value))
-        elif type(value) is not want or value in ("", b""):  # nothing is said by leaving it out
-            got = type(value).__name__ if type(value) is not want else "an empty one"
-            raise ProtocolError(f"{kind.__name__}.{name} must be {want.__name__}, got {got}")
-    return kind(**given)
+    if empty := [name for name, value in given.items() if value in ("", b"")]:
+        raise ProtocolError(f"{kind.__name__}: {empty[0]:.40} must be left out where it is empty")
+    remedy = "Do both sides run the same fedzo?"
+    return records.decode(kind, given, where=kind.__name__, error=ProtocolError, remedy=remedy)
 
 
 def message_bytes(content: RecordDict) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
 import numpy as np
 
 from fedzo.errors import ProtocolError
 from fedzo.fl.messages import Status, Sync
+from fedzo.records.log import Proof, PublicLine
 from fedzo.zo.log import EMPTY_CHAIN, Drift, RoundRecord, extend_chain, unpack
 from fedzo.zo.server_optimizer import ControlVariates, ServerOptimizer
 from fedzo.zo.spaces.base import Space
@@ -81,24 +82,21 @@ class Replica:
         """A 32-bit check of theta and of what the rule remembers; that of theta alone where it remembers nothing."""
         return zlib.crc32(self.moments.data, self.space.check())
 
-    def proof(self, *, digest: bool) -> dict[str, Any]:
+    def proof(self, *, digest: bool) -> Proof:
         """What a line of the log says of the state after it; the SHA-256 of theta only where ``digest`` asks for it."""
-        return {
-            "chain": self.chain.hex(),
-            "check": self.check(),
-            "digest": self.space.digest() if digest else None,
-        }
+        return Proof(chain=self.chain.hex(), check=self.check(), digest=self.space.digest() if digest else None)
 
-    def verify(self, line: Mapping[str, Any]) -> None:
+    def verify(self, line: PublicLine) -> None:
         """Compare the state with the proof in the line of the log that was applied last.
 
         Raises:
             ProtocolError: The log does not lead to the state that it claims.
         """
-        for what, value in self.proof(digest=line["digest"] is not None).items():
-            if line[what] != value:
+        claimed, found = asdict(line.proof), asdict(self.proof(digest=line.digest is not None))
+        for what, value in found.items():
+            if claimed[what] != value:
                 raise ProtocolError(
-                    f"log, round {line['round']}: {what} must be {line[what]}, but replaying gives {value}. "
+                    f"log, round {line.round}: {what} must be {claimed[what]}, but replaying gives {value}. "
                     "The base model, the mask or the log is not the run's."
                 )
 

@@ -111,18 +111,16 @@ def draw_abs_g(run: RunData) -> Picture | None:
 
 def draw_federated(run: RunData) -> Picture | None:
     """Each client's score on its own held-out rows."""
-    if not run.federated or not run.federated[-1].clients:
+    if not run.federated:
         return None
     first, last = run.federated[0], run.federated[-1]
     earlier = {client.client: client.value for client in first.clients} if first.round < last.round else {}
-    scored = sorted((c for c in last.clients if c.value is not None), key=lambda c: c.value or 0.0)
-    if not scored:
-        return None
+    scored = sorted(last.clients, key=lambda score: score.value)
     figure, axes = new_axes(height=2.7)
     places = list(range(len(scored)))
     few = len(scored) <= 40
     colours = [ORANGE] + [BLUE] * (len(scored) - 1)
-    axes.bar(places, [c.value or 0.0 for c in scored], 0.66 if few else 1.0, color=colours)
+    axes.bar(places, [c.value for c in scored], 0.66 if few else 1.0, color=colours)
     if earlier:
         marks = [(place, earlier.get(c.client)) for place, c in zip(places, scored, strict=True)]
         axes.plot(

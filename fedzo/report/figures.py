@@ -141,7 +141,7 @@ def _bytes(run: RunData) -> Picture | None:
         return None
     rounds = [record.round + 1 for record in run.rounds]
     num_clients = max(len(run.setup.clients) if run.setup else 1, 1)
-    lines: list[tuple[str, list[int | None], str, str]] = [
+    lines = [
         ("messages down", [r.message_down_bytes for r in run.rounds], ORANGE, "--"),
         ("messages up", [r.message_up_bytes for r in run.rounds], ORANGE, "-"),
         ("payload down", [r.payload_down_bytes for r in run.rounds], BLUE, "--"),
@@ -150,9 +150,7 @@ def _bytes(run: RunData) -> Picture | None:
     figure, axes = new_axes()
     ends = []
     for name, amounts, colour, dash in lines:
-        if any(amount is None for amount in amounts):
-            continue
-        totals = list(accumulate((amount or 0) / num_clients for amount in amounts))
+        totals = list(accumulate(amount / num_clients for amount in amounts))
         if totals[-1] > 0:
             axes.plot(rounds, totals, color=colour, linestyle=dash, marker=lone(rounds))
             ends.append((rounds[-1], totals[-1], f"{name} {bytes_text(totals[-1])}", colour))

@@ -135,7 +135,7 @@ def _numbers(run: RunData) -> Table:
         ("scalars a client", "payload_up_bytes", "payload_down_bytes"),
         ("messages a client", "message_up_bytes", "message_down_bytes"),
     ):
-        totals = [sum(getattr(line, name) or 0 for line in run.rounds) / clients for name in (up, down)]
+        totals = [sum(getattr(line, name) for line in run.rounds) / clients for name in (up, down)]
         rows.append([f"{what}, whole run", f"{bytes_text(totals[0])} up, {bytes_text(totals[1])} down"])
     if run.trained:
         ends = [number_text(line.loss) for line in (run.trained[0], run.trained[-1])]
@@ -144,7 +144,7 @@ def _numbers(run: RunData) -> Table:
         flagged = ", ".join(str(verdict.client) for verdict in run.step_policy.clients if verdict.flagged)
         rows.append(["flagged clients", flagged or "none"])
     if run.summary:
-        rows.append(["SHA-256 of the trained values", run.summary.final_digest])
+        rows.append(["SHA-256 of the trained values", run.summary.final_digest or "n/a"])
     return "Numbers", rows
 
 
@@ -200,7 +200,7 @@ def _lost(run: RunData) -> Table:
     for line in run.rounds:
         for client in line.absent:
             absent[client] = absent.get(client, 0) + 1
-        reasons.update(line.refused)
+        reasons.update(line.reasons)
     rows = [["probes dropped (loss not finite)", str(dropped)]] if dropped else []
     for client, count in sorted(absent.items()):
         last = f"; last: {reasons[client]}" if client in reasons else ""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from matplotlib.axes import Axes
 
+from fedzo.records.metrics import ClientVerdict
 from fedzo.report.format import number_text
 from fedzo.report.panels import (
     MAX_PANELS,
@@ -17,7 +18,6 @@ from fedzo.report.panels import (
     mean_window,
     round_starts,
 )
-from fedzo.report.records import ClientVerdict
 from fedzo.report.run_data import RunData
 from fedzo.report.style import GRID, INK, Picture
 
@@ -33,7 +33,8 @@ def draw_local_steps(run: RunData) -> Picture | None:
     if not traces:
         return None
     verdicts = {verdict.client: verdict for verdict in run.step_policy.clients} if run.step_policy else {}
-    windows, starts, unit = run.step_policy.windows if run.step_policy else {}, round_starts(run), _unit(traces)
+    windows = (run.step_policy.windows if run.step_policy else None) or {}
+    starts, unit = round_starts(run), _unit(traces)
     figure, grid = client_panels(run, traces, height=1.6 if verdicts else 1.4)
     window, peaks = mean_window(traces), list[float]()
     for client, axes in grid.items():

@@ -97,14 +97,11 @@ def client_traces(run: RunData) -> dict[int, Trace]:
     for record in run.rounds:
         start = starts[record.round]
         for client in record.clients:
-            if client.signals is None:
-                continue
-            steps = len(client.signals.abs_g)
             trace = traces.setdefault(client.client, Trace())
-            trace.at.extend(range(start, start + steps))
+            trace.at.extend(range(start, start + client.steps))
             trace.abs_g.extend(client.signals.abs_g)
             trace.grad_ip.extend(None if value is None else abs(value) for value in client.signals.grad_ip)
-            trace.loss.extend(client.signals.loss or [None] * steps)
+            trace.loss.extend(client.signals.loss)
         for absent in set(record.absent) & set(traces):
             traces[absent].at.append(start)
             traces[absent].abs_g.append(None)
@@ -118,7 +115,7 @@ def round_starts(run: RunData) -> dict[int, int]:
     starts, start = {}, 0
     for record in run.rounds:
         starts[record.round] = start
-        start += max((len(client.signals.abs_g) for client in record.clients if client.signals), default=0)
+        start += max((client.steps for client in record.clients), default=0)
     return starts
 
 

@@ -11,10 +11,21 @@ from typing import Any
 import yaml
 
 from fedzo.errors import RunFolderError
-from fedzo.report.parse import parse_record
-from fedzo.report.records import FederatedScore, Record, Round, Score, Setup, StepDecision, Summary
+from fedzo.records.decode import parse_json
+from fedzo.records.metrics import (
+    METRIC_KINDS,
+    CentralScore,
+    FederatedScore,
+    MetricRecord,
+    Round,
+    Setup,
+    StepDecision,
+    Summary,
+    decode_metric,
+)
 
 METRICS_FILE = "metrics.jsonl"
+_REMEDY = "It was edited, or another version of fedzo wrote it. Restore it, or delete the line to report without it."
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +42,7 @@ class RunData:
     environment: dict[str, Any]
     setup: Setup | None
     rounds: tuple[Round, ...]
-    scores: tuple[Score, ...]
+    scores: tuple[CentralScore, ...]
     federated: tuple[FederatedScore, ...]
     step_policy: StepDecision | None
     flagged_from: dict[int, int]
@@ -56,7 +67,7 @@ class RunData:
         return tuple(record for record in self.rounds if not record.calibration)
 
     @property
-    def test_scores(self) -> tuple[Score | None, Score | None]:
+    def test_scores(self) -> tuple[CentralScore | None, CentralScore | None]:
         """The score before training and after it (None for what is not measured yet)."""
         if self.summary:
             return self.summary.before, self.summary.after
@@ -64,9 +75,9 @@ class RunData:
         before = next((score for score in test if score.round == 0), None)
         return before, next((score for score in reversed(test) if score.round > 0), None)
 
-    def class_name(self, label: str) -> str:
+    def class_name(self, label: str | int) -> str:
         """The answer text of a label where the task names one, else the label itself."""
-        candidates = self.setting("task", "candidates")
+        label, candidates = str(label), self.setting("task", "candidates")
         if isinstance(candidates, list) and label.isdecimal() and int(label) < len(candidates):
             text = str(candidates[int(label)]).strip()
             if text and "{" not in text:
@@ -86,7 +97,7 @@ def load_run(run_dir: Path) -> RunData:
     config_text, config, config_notes = _read_mapping(run_dir / "config.yaml", yaml.safe_load)
     _, environment, environment_notes = _read_mapping(run_dir / "environment.json", json.loads)
     rounds = {record.round: record for record in records if isinstance(record, Round)}
-    scores = {(record.split, record.round): record for record in records if isinstance(record, Score)}
+    scores = {(record.split, record.round): record for record in records if isinstance(record, CentralScore)}
     federated = {record.round: record for record in records if isinstance(record, FederatedScore)}
     setups = [record for record in records if isinstance(record, Setup)]
     step_policies = [record for record in records if isinstance(record, StepDecision)]
@@ -113,7 +124,7 @@ def load_run(run_dir: Path) -> RunData:
     )
 
 
-def _read_metrics(path: Path) -> tuple[list[Record], list[str]]:
+def _read_metrics(path: Path) -> tuple[list[MetricRecord], list[str]]:
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
@@ -121,35 +132,28 @@ def _read_metrics(path: Path) -> tuple[list[Record], list[str]]:
             f"{path}: a run folder must hold a readable {METRICS_FILE}, got {error.strerror or error}. "
             "Give the folder that fedzo train printed."
         ) from error
-    records, notes = [], []
+    records: list[MetricRecord] = []
+    notes = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
-            record = json.loads(line.decode(), parse_constant=_refuse_constant)
-            if not isinstance(record, dict):
-                raise ValueError(f"a {type(record).__name__}")
-        except ValueError as error:
-            if number == len(lines):  # no newline after it: the writer was stopped inside this line
-                notes.append(f"The last line of {METRICS_FILE} is torn (the run was stopped in it) and left out.")
-                break
-            raise RunFolderError(
-                f"{where}: every line must be a JSON object, got {str(error)[:120]}. "
-                "Restore the file, or delete this line to report without it."
-            ) from error
-        parsed = parse_record(record, where=where)
-        if parsed is not None:
-            records.append(parsed)
+            value = parse_json(line, where=where, error=RunFolderError, remedy=_REMEDY)
+        except RunFolderError:
+            if number < len(lines):
+                raise
+            # no newline after it: the writer was stopped inside this line
+            notes.append(f"The last line of {METRICS_FILE} is torn (the run was stopped in it) and left out.")
+            break
+        if isinstance(value, dict) and isinstance(value.get("kind"), str) and value["kind"] not in METRIC_KINDS:
+            continue  # of a later version
+        records.append(decode_metric(value, where=where, error=RunFolderError, remedy=_REMEDY))
     if not records:
         raise RunFolderError(
             f"{path}: must hold at least one record, got none. The run stopped before it began; start it again."
         )
     return records, notes
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name}, which is not JSON (missing numbers are null)")
 
 
 def _read_mapping(path: Path, parse: Callable[[str], Any]) -> tuple[str, dict[str, Any], list[str]]:

@@ -12,10 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fedzo.records.metrics import CentralScore, FederatedScore, MetricRecord, Round, Setup, Summary
 from fedzo.report.ending import ending
 from fedzo.report.format import bytes_text, seconds_text
 
-Record = dict[str, Any]
 Advance = Callable[[int, int], None]
 PLAIN_EVERY_S = 10.0
 
@@ -33,18 +33,19 @@ class TensorBoardSink:
 
         self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=completed + 1)
 
-    def write(self, record: Record) -> None:
+    def write(self, record: MetricRecord) -> None:
         """Write the record's numbers."""
-        if record["kind"] == "round":
-            for name in ("loss", "mean_abs_g", "payload_up_bytes", "payload_down_bytes", "round_seconds"):
-                self._add(f"round/{name}", record[name], record["round"] + 1)
-        elif record["kind"] == "score":
-            for name in ("value", "loss", "auc", "best_threshold_accuracy"):
-                tag = record["metric"] if name == "value" else name
-                self._add(f"{record['split']}/{tag}", record[name], record["round"])
-        elif record["kind"] == "federated_score":
-            self._add(f"federated/{record['metric']}", record["value"], record["round"])
-            self._add("federated/worst_client", record["worst_client"], record["round"])
+        match record:
+            case Round():
+                for name in ("loss", "mean_abs_g", "payload_up_bytes", "payload_down_bytes", "round_seconds"):
+                    self._add(f"round/{name}", getattr(record, name), record.round + 1)
+            case CentralScore():
+                for name in ("value", "loss", "auc", "best_threshold_accuracy"):
+                    tag = record.metric if name == "value" else name
+                    self._add(f"{record.split}/{tag}", getattr(record, name), record.round)
+            case FederatedScore():
+                self._add(f"federated/{record.metric}", record.value, record.round)
+                self._add("federated/worst_client", record.worst_client, record.round)
 
     def close(self) -> None:
         """Flush and close the event file."""
@@ -88,16 +89,19 @@ class ProgressSink:
         self._task = self._progress.add_task("rounds", total=rounds, completed=completed, note="", visible=False)
         self._progress.start()
 
-    def write(self, record: Record) -> None:
+    def write(self, record: MetricRecord) -> None:
         """Show the record."""
-        show = {
-            "setup": self._setup,
-            "round": self._round,
-            "score": self._scored,
-            "federated_score": self._count_bytes,
-            "summary": self._summary,
-        }
-        show.get(record["kind"], lambda _: None)(record)
+        match record:
+            case Setup():
+                self._setup(record)
+            case Round():
+                self._round(record)
+            case CentralScore():
+                self._scored(record)
+            case FederatedScore():
+                self._count_bytes(record)
+            case Summary():
+                self._console.print("\n" + "\n".join(ending(record)))
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -116,46 +120,38 @@ class ProgressSink:
         finally:
             self._progress.remove_task(task)
 
-    def _setup(self, record: Record) -> None:
-        share = 100 * record["space_size"] / record["num_params"]
+    def _setup(self, setup: Setup) -> None:
+        share = 100 * setup.space_size / setup.num_params
         self._console.print(
-            f"{record['trainer']}: {record['space_size']:,} of {record['num_params']:,} weights trained ({share:.2g} %)"
-            f", {len(record['clients'])} clients, {sum(c['num_train'] for c in record['clients']):,} training rows"
+            f"{setup.trainer}: {setup.space_size:,} of {setup.num_params:,} weights trained ({share:.2g} %)"
+            f", {len(setup.clients)} clients, {sum(client.num_train for client in setup.clients):,} training rows"
         )
-        if estimate := record["estimate"]:
+        if estimate := setup.estimate:
             self._console.print(
-                f"estimate: {bytes_text(estimate['memory_bytes'])} of memory for a step, "
-                f"{seconds_text(estimate['seconds'])} for the run's forwards in one process"
+                f"estimate: {bytes_text(estimate.memory_bytes)} of memory for a step, "
+                f"{seconds_text(estimate.seconds)} for the run's forwards in one process"
             )
 
-    def _round(self, record: Record) -> None:
+    def _round(self, record: Round) -> None:
         self._count_bytes(record)
-        if not record["calibration"]:  # it says nothing of how long the others take
-            self._rate = [*self._rate[-19:], record["round_seconds"]]
-        loss = "-" if record["loss"] is None else f"{record['loss']:.3f}"
+        if not record.calibration:  # it says nothing of how long the others take
+            self._rate = [*self._rate[-19:], record.round_seconds]
+        loss = "-" if record.loss is None else f"{record.loss:.3f}"
         note = f"loss {loss}  {self._score}up {bytes_text(self._up)}  down {bytes_text(self._down)}"
-        done = record["round"] + 1
+        done = record.round + 1
         self._progress.update(self._task, completed=done, note=note, visible=True)
         now = time.monotonic()
         if not self._live and (now - self._last_print > PLAIN_EVERY_S or done == self._rounds):
             left = (self._rounds - done) * sum(self._rate) / len(self._rate) if self._rate else None
-            what = "  (calibration)" if record["calibration"] else ""
+            what = "  (calibration)" if record.calibration else ""
             self._console.print(f"round {done}/{self._rounds}{what}  {note}  left {seconds_text(left)}")
             self._last_print = now
 
-    def _count_bytes(self, record: Record) -> None:
-        self._up += record["message_up_bytes"]
-        self._down += record["message_down_bytes"]
+    def _count_bytes(self, record: Round | FederatedScore) -> None:
+        self._up += record.message_up_bytes
+        self._down += record.message_down_bytes
 
-    def _scored(self, record: Record) -> None:
-        self._score = f"{record['split']} {_percent(record['value'])}  "
-        self._console.print(
-            f"{record['split']} after {record['round']} rounds: {record['metric']} {_percent(record['value'])}"
-        )
-
-    def _summary(self, record: Record) -> None:
-        self._console.print("\n" + "\n".join(ending(record)))
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
+    def _scored(self, score: CentralScore) -> None:
+        percent = f"{100 * score.value:.1f} %"
+        self._score = f"{score.split} {percent}  "
+        self._console.print(f"{score.split} after {score.round} rounds: {score.metric} {percent}")

@@ -10,9 +10,9 @@ import yaml
 from matplotlib.ticker import PercentFormatter
 
 from fedzo.errors import RunFolderError
+from fedzo.records.metrics import CentralScore, Summary
 from fedzo.report.format import bytes_text, score_text, seconds_text
 from fedzo.report.html import render_page, write_page
-from fedzo.report.records import Score, Summary
 from fedzo.report.run_data import RunData, load_run
 from fedzo.report.style import (
     BLUE,
@@ -48,13 +48,13 @@ class Job:
         """How the run ended; None while it has not."""
         return self.run.summary if self.run else None
 
-    def scores(self, split: str) -> tuple[Score, Score] | None:
+    def scores(self, split: str) -> tuple[CentralScore, CentralScore] | None:
         """The score of a finished run on these rows before it, and that of its best round."""
         if self.run is None or self.summary is None:
             return None
         rounds = {score.round: score for score in self.run.scores if score.split == split}
         before, after = self.run.test_scores if split == "test" else (rounds.get(0), None)
-        if split == "dev" and self.summary.best_round is not None:
+        if split == "dev":
             after = rounds.get(self.summary.best_round)
         return (before, after) if before and after else None
 
@@ -125,13 +125,13 @@ def _table(jobs: list[Job], keys: list[str]) -> tuple[list[str], list[list[str]]
     for job in jobs:
         row = [job.folder.name, *(job.settings.get(key, "") for key in keys), job.state]
         if job.run and (summary := job.summary):
-            dev, test = job.scores("dev"), job.scores("test")
+            dev, test, worst = job.scores("dev"), job.scores("test"), summary.worst_client
             row += [
-                "" if summary.best_round is None or dev is None else str(summary.best_round),
+                "" if dev is None else str(summary.best_round),
                 "" if dev is None or dev[1].loss is None else f"{dev[1].loss:.3f}",
                 "" if dev is None else score_text(dev[1].metric, dev[1].value),
                 *([score_text(score.metric, score.value) for score in test] if test else ("", "")),
-                "" if summary.worst_client is None else score_text(_metric(job), summary.worst_client),
+                "" if worst is None else score_text(worst.metric, worst.value),
                 _flagged(summary),
                 bytes_text(summary.payload_up_bytes),
                 seconds_text(job.run.seconds),
@@ -140,16 +140,11 @@ def _table(jobs: list[Job], keys: list[str]) -> tuple[list[str], list[list[str]]
     return header, rows
 
 
-def _metric(job: Job) -> str:
-    """What its clients are scored by."""
-    return job.run.federated[-1].metric if job.run and job.run.federated else ""
-
-
 def _flagged(summary: Summary) -> str:
     """The clients of the last decision on who stops early; nothing where there was none."""
-    if summary.flagged is None:
+    if summary.step_policy is None:
         return ""
-    return " ".join(map(str, summary.flagged)) or "none"
+    return " ".join(str(row.client) for row in summary.step_policy.flagged) or "none"
 
 
 def _numbers(jobs: list[Job], keys: list[str]) -> list[list[object]]:
@@ -167,7 +162,7 @@ def _numbers(jobs: list[Job], keys: list[str]) -> list[list[object]]:
             dev, test = job.scores("dev"), job.scores("test")
             row += [summary.best_round if dev else None, *((dev[1].loss, dev[1].value) if dev else (None, None))]
             row += [score.value for score in test] if test else [None, None]
-            row += [summary.worst_client, _flagged(summary)]
+            row += [summary.worst_client.value if summary.worst_client else None, _flagged(summary)]
             row += [summary.payload_up_bytes, summary.payload_down_bytes, summary.seconds]
         rows.append(row)
     return rows
@@ -186,7 +181,7 @@ def _pictures(jobs: list[Job], keys: list[str]) -> list[Picture]:
     return pictures
 
 
-def _before_after(jobs: list[tuple[str, Score, Score]], keys: list[str]) -> Picture:
+def _before_after(jobs: list[tuple[str, CentralScore, CentralScore]], keys: list[str]) -> Picture:
     figure, axes = new_axes(height=0.9 + 0.32 * len(jobs))
     split, metric = jobs[0][1].split, jobs[0][1].metric
     for row, (_, before, after) in enumerate(reversed(jobs)):
@@ -206,7 +201,7 @@ def _before_after(jobs: list[tuple[str, Score, Score]], keys: list[str]) -> Pict
     return Picture("sweep", f"{split.capitalize()} score of every job", caption, figure)
 
 
-def _score_by_bytes(jobs: list[tuple[str, Score, int]]) -> Picture:
+def _score_by_bytes(jobs: list[tuple[str, CentralScore, int]]) -> Picture:
     figure, axes = new_axes()
     for name, score, payload_bytes in jobs:
         at = (payload_bytes, score.value)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from fedzo.data.example import Example
@@ -17,20 +15,8 @@ from fedzo.models.memory import (
     rule_bytes,
 )
 from fedzo.models.memory import seconds_per_token as time_a_token
+from fedzo.records.metrics import Estimate
 from fedzo.zo.spaces.base import Space
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """Estimated needs of a run.
-
-    Attributes:
-        memory_bytes: Peak of one step, weights included.
-        seconds: All forwards of rounds and scores, one process.
-    """
-
-    memory_bytes: int
-    seconds: float
 
 
 def fitting_tokens_per_batch(

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,25 @@ from fedzo.fl.log_store import RunStore, best_round
 from fedzo.fl.server.client_registry import ClientRegistry
 from fedzo.fl.server.rounds import Server, Sink
 from fedzo.fl.server.step_policy import check_step_policy, most_steps
+from fedzo.records.metrics import (
+    ClientSetup,
+    Estimate,
+    FederatedScore,
+    Flagged,
+    FlaggedClient,
+    MetricRecord,
+    Round,
+    Setup,
+    StepDecision,
+    Summary,
+)
 from fedzo.report.sinks import ProgressSink, TensorBoardSink
-from fedzo.run.estimate import Estimate, estimate_run
+from fedzo.run.estimate import estimate_run
 from fedzo.run.peer import TrialRows
 from fedzo.run.process import this_process
 from fedzo.run.scores import Scores
 from fedzo.run.server_context import ServerContext
 from fedzo.trainers import Prepared, Workplace
-
-Record = dict[str, Any]
 
 
 class Sinks:
@@ -35,7 +45,7 @@ class Sinks:
     def __init__(self, sinks: list[Sink]) -> None:
         self._sinks = sinks
 
-    def write(self, record: Record) -> None:
+    def write(self, record: MetricRecord) -> None:
         """Give the record to every sink."""
         for sink in self._sinks:
             sink.write(record)
@@ -66,7 +76,7 @@ class Federation:
         self._context = context
         self._config = config
         self._store = store
-        started, before = time.monotonic(), max((line["seconds"] for line in store.metrics), default=0.0)
+        started, before = time.monotonic(), max((line.seconds for line in store.metrics), default=0.0)
         self._elapsed: Callable[[], float] = lambda: before + time.monotonic() - started
         self._progress = ProgressSink(
             config.fl.rounds,
@@ -89,7 +99,7 @@ class Federation:
         """Scores before, rounds, scores after."""
         config, server, scores = self._config, self._server, self._scores
         if setup := self._setup():
-            server.client_registry.recall(setup["clients"])
+            server.client_registry.recall(setup.clients)
         fewest = config.strategy.min_replies if setup else None
         server.client_registry.wait(server.grid, timeout_s=config.strategy.startup_s, fewest=fewest)
         server.warn_of_cut_sizes()
@@ -160,29 +170,28 @@ class Federation:
             return
         server = self._server
         self._sinks.write(
-            {
-                "kind": "setup",
-                "seconds": self._elapsed(),
-                "trainer": plugin_name("trainer", self._config.trainer),
-                "num_params": sum(p.numel() for p in self._at.loaded.model.parameters()),
-                "space_size": server.replica.space.size,
-                "setup_down_bytes": len(server.artifact),
-                "estimate": asdict(estimate) if (estimate := self._estimate()) else None,
-                "clients": [
-                    {
-                        "client": client,
-                        "num_train": hello.num_train,
-                        "num_heldout": hello.num_heldout,
-                        "label_counts": dict(server.label_counts_of(client)),
-                    }
+            Setup(
+                seconds=self._elapsed(),
+                trainer=str(plugin_name("trainer", self._config.trainer)),
+                num_params=sum(p.numel() for p in self._at.loaded.model.parameters()),
+                space_size=server.replica.space.size,
+                setup_down_bytes=len(server.artifact),
+                estimate=self._estimate(),
+                clients=tuple(
+                    ClientSetup(
+                        client=client,
+                        num_train=hello.num_train,
+                        num_heldout=hello.num_heldout,
+                        label_counts=dict(server.label_counts_of(client)),
+                    )
                     for client, hello in sorted(server.client_registry.hellos.items())
-                ],
-            }
+                ),
+            )
         )
 
-    def _setup(self) -> Record | None:
+    def _setup(self) -> Setup | None:
         """What was written before the first round, in a run that is resumed."""
-        return next((line for line in self._store.metrics if line["kind"] == "setup"), None)
+        return next(iter(self._store.told(Setup)), None)
 
     def _estimate(self) -> Estimate | None:
         """Memory of a step and seconds of the whole run, if one process did all its forwards: of a simulation only."""
@@ -208,45 +217,38 @@ class Federation:
     # --- end
 
     def _write_summary(self, best: int) -> None:
-        if any(line["kind"] == "summary" for line in self._store.metrics):
+        if self._store.told(Summary):
             return  # resumed after its end
-        totals = {
-            name: _total(self._store, name)
-            for name in (
-                "dropped_probes",
-                "payload_up_bytes",
-                "payload_down_bytes",
-                "message_up_bytes",
-                "message_down_bytes",
-            )
-        }
         self._sinks.write(
-            {
-                "kind": "summary",
-                "seconds": self._elapsed(),
-                "rounds": self._server.round,
-                "best_round": best,
-                "before": self._scores.find("test", 0),
-                "after": self._scores.find("test", best),
-                "worst_client": self._scores.worst_client(),
-                "step_policy": self._step_policy(),
-                "final_digest": self._store.rounds[-1]["digest"],
-                **totals,
-            }
+            Summary(
+                seconds=self._elapsed(),
+                rounds=self._server.round,
+                best_round=best,
+                before=self._scores.find("test", 0),
+                after=self._scores.find("test", best),
+                worst_client=self._scores.worst_client(),
+                step_policy=self._flagged(),
+                final_digest=self._store.rounds[-1].digest,
+                dropped_probes=_total(self._store, "dropped_probes"),
+                payload_up_bytes=_total(self._store, "payload_up_bytes"),
+                payload_down_bytes=_total(self._store, "payload_down_bytes"),
+                message_up_bytes=_total(self._store, "message_up_bytes"),
+                message_down_bytes=_total(self._store, "message_down_bytes"),
+            )
         )
 
-    def _step_policy(self) -> Record | None:
+    def _flagged(self) -> Flagged | None:
         """Whom the last decision flagged; None without a step_policy."""
-        told = [line for line in self._store.metrics if line["kind"] == "step_policy"]
+        told = self._store.told(StepDecision)
         if not told:
             return None
-        flagged = [{"client": row["client"], "steps": row["steps"]} for row in told[-1]["clients"] if row["flagged"]]
-        return {"flagged": flagged, "fallback": told[-1]["fallback"]}
+        flagged = (FlaggedClient(client=row.client, steps=row.steps) for row in told[-1].clients if row.flagged)
+        return Flagged(flagged=tuple(flagged), fallback=told[-1].fallback)
 
 
 def _total(store: RunStore, name: str) -> int:
     """Over the rounds, and over the scores of clients where these have such a number."""
-    return sum(line.get(name, 0) for line in store.metrics if line["kind"] in ("round", "federated_score"))
+    return sum(getattr(record, name, 0) for record in store.metrics if isinstance(record, Round | FederatedScore))
 
 
 def _strategy(config: RunConfig) -> StrategyConfig:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from fedzo.data.example import Example
 from fedzo.data.tasks import num_labels
 from fedzo.errors import ProtocolError
-from fedzo.evaluate.answers import Score, evaluate, merge_scores, metric_of
+from fedzo.evaluate.answers import evaluate, merge_scores, metric_of, score_of_peer
 from fedzo.fl.client.local_update import Workspace
 from fedzo.fl.exchange import Traffic
 from fedzo.fl.log_store import RunStore
 from fedzo.fl.server.rounds import Server, Sink
+from fedzo.records.metrics import CentralScore, ClientScore, FederatedScore, Score, Split, WorstClient
 from fedzo.report.sinks import ProgressSink
 from fedzo.run.server_context import ServerContext
 
-Record = dict[str, Any]
 log = logging.getLogger(__name__)
 
 
@@ -51,7 +50,7 @@ class Scores:
         )
         return [(1 + dev, self.context.examples("dev")), (2, self.context.examples("test"))]
 
-    def take(self, split: str, *, rounds: int) -> None:
+    def take(self, split: Split, *, rounds: int) -> None:
         """Score the server's model, which must be at ``rounds``, on the server's rows, if there are any."""
         config = self.context.peer.config
         if not config.evaluation.central or self.find(split, rounds):
@@ -66,8 +65,7 @@ class Scores:
                 tokens_per_batch=self.at.tokens_per_batch,
                 on_batch=advance,
             )
-        head = {"kind": "score", "seconds": self.elapsed(), "split": split, "round": rounds}
-        self.sink.write({**head, **score.to_record()})
+        self.sink.write(CentralScore(seconds=self.elapsed(), split=split, round=rounds, **score.numbers()))
 
     def take_due(self, server: Server) -> None:
         """Take the scores that the rounds until now call for, by ``evaluation``."""
@@ -78,32 +76,30 @@ class Scores:
         if evaluation.federated_every_rounds >= 0 and _is_due(done, evaluation.federated_every_rounds, total):
             self._ask_clients(server)
 
-    def find(self, split: str, rounds: int) -> Record | None:
+    def find(self, split: Split, rounds: int) -> CentralScore | None:
         """The score of a split after so many rounds; None where there is none."""
-        return next(
-            (line for line in self._lines("score") if line["split"] == split and line["round"] == rounds),
-            None,
-        )
+        taken = self.store.told(CentralScore)
+        return next((score for score in taken if score.split == split and score.round == rounds), None)
 
-    def worst_client(self) -> Record | None:
+    def worst_client(self) -> WorstClient | None:
         """The client with the lowest score on its own held-out rows, when they were scored last."""
-        last = max(self._lines("federated_score"), key=lambda line: line["round"], default=None)
+        last = max(self.store.told(FederatedScore), key=lambda score: score.round, default=None)
         if last is None:
             return None
-        worst = min(last["clients"], key=lambda entry: entry["value"])
-        return {name: worst[name] for name in ("client", "metric", "value")} | {"round": last["round"]}
+        worst = min(last.clients, key=lambda score: score.value)
+        return WorstClient(client=worst.client, metric=worst.metric, value=worst.value, round=last.round)
 
     def _ask_clients(self, server: Server) -> None:
         """Every connected client scores the present model on its own held-out rows."""
         config = self.context.peer.config
-        if any(line["round"] == server.round for line in self._lines("federated_score")):
+        if any(score.round == server.round for score in self.store.told(FederatedScore)):
             return
         most = config.evaluation.federated_max_rows
         scored: dict[int, Score] = {}
         traffic = Traffic()
         for client, reply in sorted(server.federated_scores(max_rows=most, traffic=traffic).items()):
             try:
-                score = Score.from_json(
+                score = score_of_peer(
                     reply.score,
                     metric=metric_of(config.task.kind),
                     most_examples=most,
@@ -116,15 +112,17 @@ class Scores:
                 scored[client] = score
         if not scored:
             return
-        head = {"kind": "federated_score", "seconds": self.elapsed(), "round": server.round}
-        clients = [{"client": client, **score.to_record()} for client, score in scored.items()]
-        worst = min(score.value for score in scored.values())
-        merged = merge_scores(list(scored.values())).to_record()
-        sent = {"message_up_bytes": traffic.up_bytes, "message_down_bytes": traffic.down_bytes}
-        self.sink.write({**head, **merged, **sent, "worst_client": worst, "clients": clients})
-
-    def _lines(self, kind: str) -> Iterator[Record]:
-        return (line for line in self.store.metrics if line["kind"] == kind)
+        self.sink.write(
+            FederatedScore(
+                seconds=self.elapsed(),
+                round=server.round,
+                **merge_scores(list(scored.values())).numbers(),
+                message_up_bytes=traffic.up_bytes,
+                message_down_bytes=traffic.down_bytes,
+                worst_client=min(score.value for score in scored.values()),
+                clients=tuple(ClientScore(client=client, **score.numbers()) for client, score in scored.items()),
+            )
+        )
 
 
 def _is_due(done: int, every: int, rounds: int) -> bool:

@@ -10,21 +10,21 @@ import hashlib
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from fedzo.errors import ProtocolError
+from fedzo.records.fields import MOST_OWNERS
+from fedzo.records.log import Proof, PublicLine
 from fedzo.zo.directions import SHARED
 from fedzo.zo.seeds import OWN, step_key
 from fedzo.zo.spaces.base import Space, Values
 
 Scalars = npt.NDArray[np.float32]
 _HEADER = struct.Struct("<IfHHH")  # round, lr, T, P, owners and the flag
-_HAS_DIRECTIONS = 0x8000  # a word that says whose directions they are follows the header
-MOST_ROUNDS, MOST_STEPS, MOST_OWNERS = 0xFFFFFFFF, 0xFFFF, 0x7FFF
-"""The most rounds, steps (and probes), and owners, that a record's header can count."""
+_HAS_DIRECTIONS = MOST_OWNERS + 1  # a word that says whose directions they are follows the header
 EMPTY_CHAIN = hashlib.sha256(b"fedzo log 1").digest()
 """The chain before the first record."""
 
@@ -66,34 +66,38 @@ class RoundRecord:
             head += self.directions.to_bytes(4, "little")
         return head + np.asarray(self.owners, "<u4").tobytes() + self.coefficients.astype("<f4").tobytes()
 
-    def to_json(self) -> dict[str, Any]:
-        """The record as plain JSON values; decimal floats that read back to the same float32."""
-        return {
-            "round": self.round,
-            "lr": float(self.lr),
-            "owners": [_word(owner) for owner in self.owners],
-            **({} if self.directions == OWN else {"directions": _word(self.directions)}),
-            "c": self.coefficients.astype(float).tolist(),
-        }
+    def to_line(self, *, attendance: Sequence[int], proof: Proof) -> PublicLine:
+        """The record as a line of the public log; decimal floats that read back to the same float32."""
+        return PublicLine(
+            round=self.round,
+            lr=float(self.lr),
+            owners=tuple(_word(owner) for owner in self.owners),
+            directions=_word(self.directions),
+            c=self.coefficients,
+            attendance=tuple(attendance),
+            chain=proof.chain,
+            check=proof.check,
+            digest=proof.digest,
+        )
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> RoundRecord:
-        """The inverse of ``to_json``."""
+    def from_line(cls, line: PublicLine) -> RoundRecord:
+        """The inverse of ``to_line``."""
         return cls(
-            round=int(data["round"]),
-            lr=float(data["lr"]),
-            owners=tuple(_number(owner) for owner in data["owners"]),
-            coefficients=np.asarray(data["c"], np.float64).astype(np.float32),
-            directions=_number(data.get("directions", OWN)),
+            round=line.round,
+            lr=line.lr,
+            owners=tuple(_number(owner) for owner in line.owners),
+            coefficients=line.c,
+            directions=_number(line.directions),
         )
 
 
-def _word(owner: int) -> int | str:
+def _word(owner: int) -> int | Literal["shared"]:
     return "shared" if owner == SHARED else owner
 
 
-def _number(owner: int | str) -> int:
-    return SHARED if owner == "shared" else int(owner)
+def _number(owner: int | Literal["shared"]) -> int:
+    return SHARED if owner == "shared" else owner
 
 
 def pack(records: Iterable[RoundRecord]) -> bytes:
@@ -102,27 +106,38 @@ def pack(records: Iterable[RoundRecord]) -> bytes:
 
 
 def unpack(data: bytes) -> Iterator[RoundRecord]:
-    """The inverse of ``pack``; raises ``ProtocolError`` on bytes that are no whole records."""
+    """The inverse of ``pack``; raises ``ProtocolError`` on bytes that are no whole records.
+
+    What a header announces is compared with the bytes that are there before an array is made.
+    """
     at = 0
     while at < len(data):
-        try:
-            round, lr, steps, probes, count = _HEADER.unpack_from(data, at)
-            at += _HEADER.size
-            directions = OWN
-            if count & _HAS_DIRECTIONS:
-                count ^= _HAS_DIRECTIONS
-                (directions,) = np.frombuffer(data, "<u4", 1, at).tolist()
-                at += 4
-            owners = np.frombuffer(data, "<u4", count, at)
-            at += 4 * count
-            scalars = np.frombuffer(data, "<f4", steps * probes * count, at)
-            at += 4 * scalars.size
-        except (struct.error, ValueError) as error:
-            raise ProtocolError(f"log: {len(data)} bytes do not end with a whole record ({error})") from error
-        if not np.isfinite(scalars).all() or not np.isfinite(lr):
+        if len(data) - at < _HEADER.size:
+            raise _cut(data)
+        round, lr, steps, probes, count = _HEADER.unpack_from(data, at)
+        at += _HEADER.size
+        words = int(count > MOST_OWNERS)
+        count %= _HAS_DIRECTIONS
+        if not (steps and probes and count and np.isfinite(lr) and lr >= 0):
+            raise ProtocolError(
+                f"log: the record of round {round} must hold at least one step, probe and owner and a learning rate of "
+                f"0 or more, got {steps}, {probes}, {count} and {lr:g}"
+            )
+        num_scalars = steps * probes * count
+        if len(data) - at < 4 * (words + count + num_scalars):
+            raise _cut(data)
+        directions = int.from_bytes(data[at : at + 4], "little") if words else OWN
+        owners = np.frombuffer(data, "<u4", count, at + 4 * words)
+        scalars = np.frombuffer(data, "<f4", num_scalars, at + 4 * (words + count))
+        at += 4 * (words + count + num_scalars)
+        if not np.isfinite(scalars).all():
             raise ProtocolError(f"log: the record of round {round} holds a number that is not finite")
         shaped = scalars.reshape(steps, probes, count).astype(np.float32)
         yield RoundRecord(round=round, lr=lr, owners=tuple(owners.tolist()), coefficients=shaped, directions=directions)
+
+
+def _cut(data: bytes) -> ProtocolError:
+    return ProtocolError(f"log: {len(data)} bytes do not end with a whole record")
 
 
 def extend_chain(chain: bytes, record: RoundRecord) -> bytes:

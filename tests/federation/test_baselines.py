@@ -117,7 +117,7 @@ def test_feddyn_s_default_goes_by_lr_and_local_steps(
 
 
 def test_a_pool_of_seeds_replays_and_holds_no_more_directions_than_its_size(run: Run, lines: Lines) -> None:
-    from fedzo.zo.log import RoundRecord, scalars_and_keys
+    from fedzo.zo.log import scalars_and_keys
 
     folder = run(
         "fl.seeds=pool", "fl.pool_size=5", "fl.local_steps=3", "estimator.num_probes=2", "server_optimizer.lr=0.01"
@@ -125,7 +125,8 @@ def test_a_pool_of_seeds_replays_and_holds_no_more_directions_than_its_size(run:
 
     result, public = replay_run(folder), lines(folder, "public.jsonl")
     assert result["digest"] == public[-1]["digest"]
-    records = [RoundRecord.from_json(line) for line in public]
+    with RunStore(folder) as store:
+        records = store.records
     keys = [key for record in records for _, key in scalars_and_keys(record, run_seed=0)]
     assert len(keys) == 3 * 3 * 2 * 4
     assert len(set(keys)) == 5

@@ -171,7 +171,7 @@ def test_clients_step_with_the_clipped_scalar_that_they_send(
     sent = [(a["round"], e["client"], g[0]) for a in audit for e in a["clients"] for g in e["g"]]
     assert sent == stepped
     with RunStore(folder) as store:
-        bounds = [announced_bound(audit[:r], store.records[:r], factor=1.0, rounds=2) for r in range(4)]
+        bounds = [announced_bound(store.audit[:r], store.records[:r], factor=1.0, rounds=2) for r in range(4)]
     assert bounds[0] == 0
     for round, _, g in sent:
         assert round == 0 or abs(g) <= bounds[round]

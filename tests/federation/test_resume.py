@@ -29,6 +29,9 @@ from fedzo.fl.client import local_update as local_steps
 from fedzo.fl.server import rounds as server
 from fedzo.zo import log as path
 
+def is_public(line):
+    return isinstance(line, store.PublicLine)
+
 def die_before(owner, name, when):
     original = getattr(owner, name)
     def wrapped(*args, **kwargs):
@@ -40,11 +43,11 @@ def die_before(owner, name, when):
 if point == "between the metrics and the log":
     die_before(store.RunStore, "commit", lambda self, record, **kw: record.round == at_round)
 elif point == "between audit and public line":
-    die_before(store._Lines, "append", lambda self, line, durable: "c" in line and line["round"] == at_round)
+    die_before(store._Lines, "append", lambda self, line, durable: is_public(line) and line.round == at_round)
 elif point == "in a half written public line":
     def torn(self, line, *, durable, original=store._Lines.append):
-        if "c" in line and line["round"] == at_round:
-            self._file.write(json.dumps(line).encode()[:20]); os.fsync(self._file.fileno())
+        if is_public(line) and line.round == at_round:
+            self._file.write(store.to_json(line).encode()[:20]); os.fsync(self._file.fileno())
             os.kill(os.getpid(), signal.SIGKILL)
         original(self, line, durable=durable)
     store._Lines.append = torn

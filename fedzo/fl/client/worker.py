@@ -28,6 +28,7 @@ from fedzo.fl.messages import (
     scalars_to_bytes,
     signs_to_bytes,
 )
+from fedzo.records.decode import encode
 
 
 class PlannedAbsence(FedzoError):
@@ -157,7 +158,7 @@ class ClientWorker:
         if not rows:
             return EvaluateReply(position=at.replica.position)
         score = evaluate(at.loaded, rows, self._task, tokens_per_batch=at.tokens_per_batch)
-        record = {name: value for name, value in score.to_record().items() if _is_count_or_loss(name)}
+        record = {name: value for name, value in encode(score).items() if _is_count_or_loss(name)}
         return EvaluateReply(position=at.replica.position, score=json.dumps(record))
 
     def _reach(self, request: Sync) -> tuple[Workspace | None, Status]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from fedzo.errors import ProtocolError
 from fedzo.fl.client.worker import Identity
 from fedzo.fl.exchange import Grid, Traffic, ask
 from fedzo.fl.messages import PROTOCOL, Hello, HelloReply
+from fedzo.records.decode import decode_json
+from fedzo.records.fields import LabelCounts
+from fedzo.records.metrics import ClientSetup
 
 log = logging.getLogger(__name__)
 RETRY_S = 10.0  # after which a node that could not register is asked again, at the soonest
@@ -37,14 +39,14 @@ class ClientRegistry:
     _rejected: set[int] = field(default_factory=set)
     _failed: dict[int, tuple[float, str]] = field(default_factory=dict)
 
-    def recall(self, clients: Sequence[Mapping[str, Any]]) -> None:
+    def recall(self, clients: Sequence[ClientSetup]) -> None:
         """Take the registrations of a run that is resumed from its record: they hold to its end."""
         for row in clients:
-            self.hellos[row["client"]] = HelloReply(
-                client=row["client"],
-                num_train=row["num_train"],
-                num_heldout=row["num_heldout"],
-                label_counts=json.dumps(row["label_counts"] if self.num_labels else {}),  # else a simulation's own
+            self.hellos[row.client] = HelloReply(
+                client=row.client,
+                num_train=row.num_train,
+                num_heldout=row.num_heldout,
+                label_counts=json.dumps(row.label_counts if self.num_labels else {}),  # else a simulation's own
             )
 
     def wait(self, grid: Grid, *, timeout_s: float, fewest: int | None = None) -> None:
@@ -151,7 +153,7 @@ class ClientRegistry:
             return f"client {reply.client}: it must have at least one training row, got {reply.num_train}."
         try:
             counts = _label_counts(reply.label_counts)
-        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        except ProtocolError:
             return (
                 f"client {reply.client}: label_counts must be a JSON object of counts, got {reply.label_counts!r:.80}."
             )
@@ -173,9 +175,7 @@ class ClientRegistry:
 
 
 def _label_counts(text: str) -> dict[str, int]:
-    counts = {str(label): int(count) for label, count in json.loads(text).items()}
-    if min(counts.values(), default=0) < 0:
-        raise ValueError("a negative count")
+    counts: dict[str, int] = decode_json(LabelCounts, text, where="label_counts", error=ProtocolError)
     return counts
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fedzo.fl.exchange import Traffic
 from fedzo.fl.server.aggregate import ClientResult
+from fedzo.records.fields import MOST_TEXT
+from fedzo.records.log import AuditLine, ClientAudit
+from fedzo.records.metrics import ClientRound, Round, StepSignals, known
 from fedzo.zo.log import RoundRecord
 
 
@@ -17,11 +20,11 @@ def audit_line(
     results: Mapping[int, ClientResult],
     *,
     lr: float,
-    xi: list[Any] | None,
+    xi: npt.NDArray[np.float64] | None,
     used: Mapping[int, int],
     weights: Mapping[int, float],
     refused: Mapping[int, str],
-) -> dict[str, Any]:
+) -> AuditLine:
     """The audit line of a round: whatever its record was made of.
 
     Args:
@@ -33,25 +36,25 @@ def audit_line(
         weights: Of the clients in the mean.
         refused: The other sampled clients. Why is in the metrics: its words differ between runtimes, the log may not.
     """
-    return {
-        "round": record.round,
-        "lr": lr,
-        "xi": xi,
-        "clients": [
-            {
-                "client": client,
-                "g": results[client].g.astype(float).tolist(),
-                "loss": results[client].loss.astype(float).tolist(),
-                "dropped": results[client].dropped.tolist(),
-                "steps": len(results[client].g),
-                "used": used.get(client, 0),
-                "weight": weights[client],
-                "end_check": results[client].end_check,
-            }
+    return AuditLine(
+        round=record.round,
+        lr=lr,
+        xi=xi,
+        clients=tuple(
+            ClientAudit(
+                client=client,
+                g=results[client].g,
+                loss=results[client].loss,
+                dropped=results[client].dropped,
+                steps=len(results[client].g),
+                used=used.get(client, 0),
+                weight=weights[client],
+                end_check=results[client].end_check,
+            )
             for client in sorted(results)
-        ],
-        "refused": sorted(refused),
-    }
+        ),
+        refused=tuple(sorted(refused)),
+    )
 
 
 def round_metrics(
@@ -59,14 +62,14 @@ def round_metrics(
     results: Mapping[int, ClientResult],
     *,
     calibration: bool,
-    signals: Mapping[int, Mapping[str, Any]],
+    signals: Mapping[int, StepSignals],
     refused: Mapping[int, str],
     traffic: Traffic,
     down_bytes: int,
     bound: float,
     seconds: float,
     round_seconds: float,
-) -> dict[str, Any]:
+) -> Round:
     """The metrics record of a round.
 
     Args:
@@ -84,34 +87,33 @@ def round_metrics(
     clients = sorted(results)
     losses = {client: finite_mean(results[client].loss) for client in clients}
     abs_g = {client: float(np.abs(results[client].g).mean()) for client in clients}
-    return {
-        "kind": "round",
-        "seconds": seconds,
-        "round": record.round,
-        "calibration": calibration,
-        "loss": finite_mean(np.array(list(losses.values()))),
-        "mean_abs_g": float(np.mean(list(abs_g.values()))),
-        "payload_up_bytes": sum(result.payload_bytes for result in results.values()),
-        "payload_down_bytes": down_bytes,
-        "message_up_bytes": traffic.up_bytes,
-        "message_down_bytes": traffic.down_bytes,
-        "round_seconds": round_seconds,
-        "dropped_probes": int(sum(result.dropped.sum() for result in results.values())),
-        "clip_bound": bound or None,
-        "clipped": int(sum((np.abs(result.g) == bound).sum() for result in results.values())) if bound else 0,
-        "absent": sorted(refused),
-        "reasons": {str(client): reason for client, reason in sorted(refused.items())},
-        "clients": [
-            {
-                "client": client,
-                "loss": losses[client],
-                "abs_g": abs_g[client],
-                "steps": len(results[client].g),
-                "signals": dict(signals[client]),
-            }
+    return Round(
+        seconds=seconds,
+        round=record.round,
+        calibration=calibration,
+        loss=known(finite_mean(np.array(list(losses.values())))),
+        mean_abs_g=known(float(np.mean(list(abs_g.values())))),
+        payload_up_bytes=sum(result.payload_bytes for result in results.values()),
+        payload_down_bytes=down_bytes,
+        message_up_bytes=traffic.up_bytes,
+        message_down_bytes=traffic.down_bytes,
+        round_seconds=round_seconds,
+        dropped_probes=int(sum(result.dropped.sum() for result in results.values())),
+        clip_bound=bound or None,
+        clipped=int(sum((np.abs(result.g) == bound).sum() for result in results.values())) if bound else 0,
+        absent=tuple(sorted(refused)),
+        reasons={client: reason[:MOST_TEXT] for client, reason in sorted(refused.items())},
+        clients=tuple(
+            ClientRound(
+                client=client,
+                loss=known(losses[client]),
+                abs_g=known(abs_g[client]),
+                steps=len(results[client].g),
+                signals=signals[client],
+            )
             for client in clients
-        ],
-    }
+        ),
+    )
 
 
 def finite_mean(values: np.ndarray) -> float:

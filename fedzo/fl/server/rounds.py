@@ -18,7 +18,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ from fedzo.fl.server.metrics import audit_line, round_metrics
 from fedzo.fl.server.signals import Signals
 from fedzo.fl.server.step_policy.plan import Plan, StepPolicy, news
 from fedzo.fl.server.sync import StateSync
+from fedzo.records.log import AuditLine
+from fedzo.records.metrics import MetricRecord, StepDecision
 from fedzo.zo.config import ServerOptimizerConfig
 from fedzo.zo.log import RoundRecord
 from fedzo.zo.schedule import learning_rate
@@ -51,7 +53,7 @@ class FederationError(FedzoError):
 class Sink(Protocol):
     """Takes metric records."""
 
-    def write(self, record: dict[str, Any]) -> None: ...
+    def write(self, record: MetricRecord) -> None: ...
     def close(self) -> None: ...
 
 
@@ -87,7 +89,7 @@ class Server:
     shuffle_replies: bool = False
     _used: dict[int, int] = field(default_factory=dict)
     _followed: dict[int, int] = field(default_factory=dict)
-    _told: Mapping[str, Any] | None = None
+    _told: StepDecision | None = None
     _lost: bool = False
     _signals: Signals = field(init=False)
     _state_sync: StateSync = field(init=False)
@@ -107,7 +109,7 @@ class Server:
         )
         for line in self.store.audit:
             self._count_steps(line)
-        self._told = next((line for line in reversed(self.store.metrics) if line["kind"] == "step_policy"), None)
+        self._told = next(reversed(self.store.told(StepDecision)), None)
 
     @property
     def round(self) -> int:
@@ -307,14 +309,13 @@ class Server:
         rows = {client: hello.num_train for client, hello in self.client_registry.hellos.items()}
         return client_weights(rows, self.strategy.weighting, size_cap=self.strategy.size_cap)
 
-    def _commit(self, record: RoundRecord, audit: dict[str, Any]) -> None:
+    def _commit(self, record: RoundRecord, audit: AuditLine) -> None:
         # the replica moves first, since the line carries its check; it is rebuilt from the log if the line is not
         # written
         self.replica.advance([record])
         last = record.round + 1 == self.fl.rounds
         proof = self.replica.proof(digest=last or (record.round + 1) % self.fl.hash_every == 0)
-        attendance = [entry["client"] for entry in audit["clients"]]
-        self.store.commit(record, proof={"attendance": attendance, **proof}, audit=audit)
+        self.store.commit(record, attendance=[entry.client for entry in audit.clients], proof=proof, audit=audit)
         self._count_steps(audit)
 
     def _down_bytes(self, record: RoundRecord, clients: Collection[int]) -> int:
@@ -324,7 +325,7 @@ class Server:
         missed = (part for client in clients for part in self.store.records[self._followed.get(client, 0) :])
         return record.coefficients.nbytes * len(clients) + sum(part.coefficients.nbytes for part in missed)
 
-    def _count_steps(self, audit: Mapping[str, Any]) -> None:
-        for entry in audit["clients"]:
-            self._used[entry["client"]] = entry["used"] + entry["steps"]
-            self._followed[entry["client"]] = audit["round"] + 1
+    def _count_steps(self, audit: AuditLine) -> None:
+        for entry in audit.clients:
+            self._used[entry.client] = entry.used + entry.steps
+            self._followed[entry.client] = audit.round + 1

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
 
 import numpy as np
 import torch
 
 from fedzo.fl.server.aggregate import ClientResult
 from fedzo.fl.server.metrics import finite_mean
+from fedzo.records.log import AuditLine
+from fedzo.records.metrics import StepSignals
 from fedzo.zo.config import Distribution
 from fedzo.zo.log import RoundRecord
 from fedzo.zo.virtual_path import Numbers, round_products, step_products, virtual_paths
@@ -42,7 +43,7 @@ class Signals:
     def __init__(
         self,
         gradient: torch.Tensor | None,
-        audit: Iterable[Mapping[str, Any]],
+        audit: Iterable[AuditLine],
         *,
         run_seed: int,
         distribution: Distribution,
@@ -54,31 +55,29 @@ class Signals:
         for line in audit:
             self._note(line)
 
-    def products(self, record: RoundRecord) -> list[Any] | None:
+    def products(self, record: RoundRecord) -> Numbers | None:
         """Xi for the audit log: <gradient, z> by step, probe and owner of the direction; None without a gradient."""
         if self._gradient is None:
             return None
-        xi = round_products(self._gradient, record, run_seed=self._run_seed, distribution=self._distribution)
-        return cast(list[Any], xi.tolist())
+        return round_products(self._gradient, record, run_seed=self._run_seed, distribution=self._distribution)
 
-    def _note(self, line: Mapping[str, Any]) -> None:
+    def _note(self, line: AuditLine) -> None:
         """Count the steps of a line of the audit log."""
-        xi = _products_of(line)
-        for index, entry in enumerate(line["clients"]):
-            tally = self._tallies.setdefault(entry["client"], _Tally())
-            g, known = np.asarray(entry["g"]), ~np.asarray(entry["dropped"]).all(axis=1)
-            tally.steps += int(known.sum())
-            tally.abs_g += float(np.abs(g).mean(axis=1)[known].sum())
-            if xi is not None:
-                column = 0 if xi.shape[2] == 1 else index  # shared directions, or a column a client
-                tally.abs_grad_ip += float(np.abs(step_products(g, xi, column))[known].sum())
+        for index, entry in enumerate(line.clients):
+            tally = self._tallies.setdefault(entry.client, _Tally())
+            g, measured = entry.g.astype(np.float64), ~entry.dropped.all(axis=1)
+            tally.steps += int(measured.sum())
+            tally.abs_g += float(np.abs(g).mean(axis=1)[measured].sum())
+            if line.xi is not None:
+                column = 0 if line.xi.shape[2] == 1 else index  # shared directions, or a column a client
+                tally.abs_grad_ip += float(np.abs(step_products(g, line.xi, column))[measured].sum())
 
     def of_round(
-        self, record: RoundRecord, results: Mapping[int, ClientResult], line: Mapping[str, Any]
-    ) -> dict[int, dict[str, Any]]:
-        """Per client: ``grad_ip``, ``abs_g``, ``loss`` and ``cosine`` of each step, and the means so far.
+        self, record: RoundRecord, results: Mapping[int, ClientResult], line: AuditLine
+    ) -> dict[int, StepSignals]:
+        """Per client the signals of each step, and the means so far.
 
-        Each round once, in their order. Six digits; null where unknown: a step without a finite loss, or no gradient to
+        Each round once, in their order. Six digits; None where unknown: a step without a finite loss, or no gradient to
         compare with.
 
         Args:
@@ -87,40 +86,37 @@ class Signals:
             line: What the audit log holds of it.
         """
         self._note(line)
-        xi = _products_of(line)
         scalars = {client: results[client].g for client in sorted(results)}
         paths = {}
-        if self._gradient is not None and xi is not None:
+        if self._gradient is not None and line.xi is not None:
             paths = virtual_paths(
-                self._gradient, scalars, record, xi, run_seed=self._run_seed, distribution=self._distribution
+                self._gradient, scalars, record, line.xi, run_seed=self._run_seed, distribution=self._distribution
             )
         found = {}
         for client, g in scalars.items():
             unknown, path = np.all(results[client].dropped, axis=1), paths.get(client)
-            found[client] = {
-                "grad_ip": _list(path.grad_ip, unknown) if path else [None] * len(g),
-                "abs_g": _list(np.abs(g.astype(np.float64)).mean(axis=1), unknown),
-                "loss": [_short(finite_mean(step)) for step in results[client].loss],
-                "cosine": _list(path.cosine, unknown) if path else [None] * len(g),
-                **self._means(client),
-            }
+            mean_abs_grad_ip, mean_abs_g = self._means(client)
+            found[client] = StepSignals(
+                grad_ip=_list(path.grad_ip, unknown) if path else (None,) * len(g),
+                abs_g=_list(np.abs(g.astype(np.float64)).mean(axis=1), unknown),
+                loss=tuple(_short(finite_mean(step)) for step in results[client].loss),
+                cosine=_list(path.cosine, unknown) if path else (None,) * len(g),
+                mean_abs_grad_ip=mean_abs_grad_ip,
+                mean_abs_g=mean_abs_g,
+            )
         return found
 
-    def _means(self, client: int) -> dict[str, float | None]:
-        """Means over all the steps of a client that the log holds."""
+    def _means(self, client: int) -> tuple[float | None, float | None]:
+        """Means of |GradIP| and |g| over all the steps of a client that the log holds."""
         tally = self._tallies.get(client, _Tally())
         if not tally.steps:
-            return {"mean_abs_grad_ip": None, "mean_abs_g": None}
+            return None, None
         grad_ip = None if self._gradient is None else _short(tally.abs_grad_ip / tally.steps)
-        return {"mean_abs_grad_ip": grad_ip, "mean_abs_g": _short(tally.abs_g / tally.steps)}
+        return grad_ip, _short(tally.abs_g / tally.steps)
 
 
-def _products_of(line: Mapping[str, Any]) -> Numbers | None:
-    return None if line["xi"] is None else np.asarray(line["xi"])
-
-
-def _list(values: Numbers, unknown: np.ndarray) -> list[float | None]:
-    return [None if lost else _short(value) for value, lost in zip(values, unknown, strict=True)]
+def _list(values: Numbers, unknown: np.ndarray) -> tuple[float | None, ...]:
+    return tuple(None if lost else _short(value) for value, lost in zip(values, unknown, strict=True))
 
 
 def _short(value: float) -> float | None:

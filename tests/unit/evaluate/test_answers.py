@@ -11,9 +11,11 @@ import pytest
 from fedzo.data.config import Loss, TaskConfig, TaskKind
 from fedzo.data.example import Example
 from fedzo.errors import ConfigError, ProtocolError
-from fedzo.evaluate.answers import Score, evaluate, merge_scores, score_candidates
+from fedzo.evaluate.answers import evaluate, merge_scores, score_candidates, score_of_peer
 from fedzo.models.generate import generate
 from fedzo.models.scoring import candidate_scores, mean_loss
+from fedzo.records.decode import encode
+from fedzo.records.metrics import Score
 from fedzo.testing.tiny_models import FAMILIES, tiny_loaded
 
 CHOICES = [Example((1 + i, 5, 9), ((7,), (8 + i,)), i % 2) for i in range(6)]
@@ -45,7 +47,7 @@ def test_the_lm_loss_is_that_of_the_right_answer() -> None:
 def test_numbers_that_are_not_finite_are_never_right_and_travel_as_null() -> None:
     scores = np.full((2, 2), np.nan, dtype=np.float32)
 
-    record = score_candidates(scores, [0, 1], loss=Loss.candidates).to_record()
+    record = encode(score_candidates(scores, [0, 1], loss=Loss.candidates))
 
     assert record == json.loads(json.dumps(record, allow_nan=False))
     assert (record["value"], record["loss"], record["auc"]) == (0.0, None, None)
@@ -98,7 +100,7 @@ def test_scores_of_clients_merge_to_the_score_of_all_examples() -> None:
 
 
 def test_a_record_is_what_the_run_folder_holds() -> None:
-    record = Score("accuracy", 0.5, 0.7, 4, {1: (1, 2), 0: (1, 2)}, 0.625, 0.75).to_record()
+    record = encode(Score("accuracy", 0.5, 0.7, 4, {0: (1, 2), 1: (1, 2)}, 0.625, 0.75))
 
     assert record == {
         "metric": "accuracy",
@@ -112,10 +114,10 @@ def test_a_record_is_what_the_run_folder_holds() -> None:
 
 
 def test_a_part_without_a_loss_leaves_that_of_the_others() -> None:
-    parts = [Score("accuracy", 0.5, 2.0, 4), Score("accuracy", 1.0, float("nan"), 4), Score("accuracy", 0.5, 1.0, 2)]
+    parts = [Score("accuracy", 0.5, 2.0, 4), Score("accuracy", 1.0, None, 4), Score("accuracy", 0.5, 1.0, 2)]
 
     assert merge_scores(parts).loss == pytest.approx((2.0 * 4 + 1.0 * 2) / 6)
-    assert np.isnan(merge_scores(parts[1:2]).loss)
+    assert merge_scores(parts[1:2]).loss is None
 
 
 @pytest.mark.parametrize(
@@ -132,17 +134,20 @@ def test_a_part_without_a_loss_leaves_that_of_the_others() -> None:
         {"per_class": {"0": [2, 1]}},
         {"per_class": [1]},
         {"value": None},
+        {"num_examples": 0},
+        {"num_examples": 2},
+        {"surprise": 1},
     ],
 )
 def test_what_a_peer_sends_must_be_a_score(changes: dict[str, object]) -> None:
     def read(**changed: object) -> Score | None:
-        text = json.dumps({**Score("accuracy", 0.5, 0.7, 4, {0: (1, 2), 1: (1, 2)}).to_record(), **changed})
-        return Score.from_json(text, metric="accuracy", most_examples=8, num_labels=2)
+        text = json.dumps({**encode(Score("accuracy", 0.5, 0.7, 4, {0: (1, 2), 1: (1, 2)})), **changed})
+        return score_of_peer(text, metric="accuracy", most_examples=8, num_labels=2)
 
     good = read(loss=None)
 
     assert good is not None
-    assert np.isnan(good.loss)
+    assert good.loss is None
     with pytest.raises(ProtocolError, match="a score"):
         read(**changes)
 
@@ -153,7 +158,7 @@ def test_what_cannot_be_scored_is_refused() -> None:
     with pytest.raises(ConfigError, match="must share one metric, got none"):
         merge_scores([])
     with pytest.raises(ConfigError, match=r"must share one metric, got \['accuracy', 'rouge_l'\]"):
-        merge_scores([Score("accuracy", 0, 0, 1), Score("rouge_l", 0, 0, 1)])
+        merge_scores([Score("accuracy", 0.0, 0.0, 1), Score("rouge_l", 0.0, 0.0, 1)])
 
 
 def test_progress_reaches_the_end() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,18 @@ import pytest
 from fedzo.errors import RunFolderError
 from fedzo.fl.config import BestBy
 from fedzo.fl.log_store import AUDIT, METRICS, PUBLIC, RunStore, best_round
+from fedzo.records.decode import encode, to_json
+from fedzo.records.log import AuditLine, Proof
+from fedzo.records.metrics import (
+    CentralScore,
+    ClientRound,
+    ClientVerdict,
+    Round,
+    StepDecision,
+    StepSignals,
+    Summary,
+)
+from fedzo.testing.logs import audit_line
 from fedzo.zo.directions import SHARED
 from fedzo.zo.log import RoundRecord
 
@@ -21,8 +34,47 @@ def record(round: int) -> RoundRecord:
     return RoundRecord(round=round, lr=0.5, owners=(SHARED,), coefficients=c)
 
 
+def audit(round: int) -> AuditLine:
+    return audit_line({0: [[0.5]]}, round=round)
+
+
+def told(round: int, *, loss: float | None = 1.0) -> Round:
+    signals = StepSignals(
+        grad_ip=(None,), abs_g=(0.5,), loss=(1.0,), cosine=(None,), mean_abs_grad_ip=None, mean_abs_g=0.5
+    )
+    return Round(
+        seconds=1.0,
+        round=round,
+        calibration=False,
+        loss=loss,
+        mean_abs_g=0.5,
+        payload_up_bytes=4,
+        payload_down_bytes=4,
+        message_up_bytes=90,
+        message_down_bytes=90,
+        round_seconds=0.5,
+        dropped_probes=0,
+        clip_bound=None,
+        clipped=0,
+        absent=(1,),
+        reasons={1: "no reply"},
+        clients=(ClientRound(client=0, loss=loss, abs_g=0.5, steps=1, signals=signals),),
+    )
+
+
+def scored(round: int, value: float, loss: float | None, *, split: str = "dev") -> CentralScore:
+    return CentralScore("accuracy", value, loss, 9, seconds=1.0, split=split, round=round)
+
+
+def ended(rounds: int) -> Summary:
+    nothing = dict.fromkeys(("before", "after", "worst_client", "step_policy", "final_digest"))
+    sums = ("dropped_probes", "payload_up_bytes", "payload_down_bytes", "message_up_bytes", "message_down_bytes")
+    return Summary(seconds=1.0, rounds=rounds, best_round=rounds, **nothing, **dict.fromkeys(sums, 0))
+
+
 def commit(store: RunStore, round: int) -> None:
-    store.commit(record(round), proof={"check": round}, audit={"round": round, "clients": []})
+    proof = Proof(chain="0" * 64, check=round, digest=None)
+    store.commit(record(round), attendance=[0], proof=proof, audit=audit(round))
 
 
 def opened(folder: Path) -> RunStore:
@@ -35,7 +87,7 @@ def open_with(folder: Path, rounds: int) -> RunStore:
     store = RunStore(folder)
     for round in range(rounds):
         commit(store, round)
-        store.write({"kind": "round", "round": round})
+        store.write(told(round))
     return store
 
 
@@ -45,8 +97,8 @@ def test_what_is_committed_is_read_back_bit_for_bit(tmp_path: Path) -> None:
     again = opened(tmp_path)
 
     assert [r.to_bytes() for r in again.records] == [record(i).to_bytes() for i in range(3)]
-    assert [line["check"] for line in again.rounds] == [0, 1, 2]
-    assert [line["round"] for line in again.metrics] == [0, 1, 2]
+    assert [line.check for line in again.rounds] == [0, 1, 2]
+    assert [line.round for line in again.metrics] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("torn", ['{"round":3,"c', '{"round":3', "x"])
@@ -65,17 +117,15 @@ def test_a_half_written_line_is_dropped(tmp_path: Path, torn: str) -> None:
 def test_audit_and_metrics_of_a_round_that_was_not_committed_are_dropped(tmp_path: Path) -> None:
     open_with(tmp_path, 2).close()
     with (tmp_path / AUDIT).open("a") as file:
-        file.write(json.dumps({"round": 2, "clients": []}) + "\n")
+        file.write(to_json(audit(2)) + "\n")
     with (tmp_path / METRICS).open("a") as file:
-        file.write(json.dumps({"kind": "round", "round": 2}) + "\n")
-        file.write(json.dumps({"kind": "score", "split": "dev", "round": 2}) + "\n")
-        file.write(json.dumps({"kind": "score", "split": "dev", "round": 3}) + "\n")
-        file.write(json.dumps({"kind": "summary", "rounds": 3}) + "\n")
+        for line in (told(2), scored(2, 0.5, 1.0), scored(3, 0.5, 1.0), ended(3)):
+            file.write(to_json(line) + "\n")
 
     store = opened(tmp_path)
 
-    assert [line["round"] for line in store.audit] == [0, 1]
-    assert [(line["kind"], line["round"]) for line in store.metrics] == [("round", 0), ("round", 1), ("score", 2)]
+    assert [line.round for line in store.audit] == [0, 1]
+    assert [(line.kind, line.round) for line in store.metrics] == [("round", 0), ("round", 1), ("score", 2)]
 
 
 def test_two_processes_cannot_use_one_folder(tmp_path: Path) -> None:
@@ -105,8 +155,8 @@ def test_a_kill_while_an_uncommitted_round_is_dropped_loses_no_other(
 ) -> None:
     """The process dies before it has written anything: what it had to keep must not depend on that."""
     store = open_with(tmp_path, 3)
-    store._audit.append({"round": 3, "clients": []}, durable=True)
-    store.write({"kind": "round", "round": 3})
+    store._audit.append(audit(3), durable=True)
+    store.write(told(3))
     store.close()
 
     def killed(*args: object, **kwargs: object) -> None:
@@ -117,8 +167,8 @@ def test_a_kill_while_an_uncommitted_round_is_dropped_loses_no_other(
         RunStore(tmp_path).close()
 
     again = opened(tmp_path)
-    assert [line["round"] for line in again.audit] == [0, 1, 2]
-    assert [line["round"] for line in again.metrics] == [0, 1, 2]
+    assert [line.round for line in again.audit] == [0, 1, 2]
+    assert [line.round for line in again.metrics] == [0, 1, 2]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
@@ -145,19 +195,76 @@ def test_a_folder_that_cannot_be_made_says_what_to_do(tmp_path: Path) -> None:
 def test_a_damaged_log_is_named(tmp_path: Path) -> None:
     (tmp_path / PUBLIC).write_text("not json\n")
 
-    with pytest.raises(RunFolderError, match=r"public\.jsonl: not a log of JSON lines"):
+    with pytest.raises(RunFolderError, match=r"public\.jsonl, line 1: must be JSON, got Expecting value.*Restore"):
         RunStore(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (PUBLIC, {"round": -1}, r"public\.jsonl, line 2: round must be a whole number of 0 to 4294967295, got -1"),
+        (PUBLIC, {"owners": ["all"]}, r"line 2: owners\[0\] must be a whole number .* or 'shared', got 'all'"),
+        (PUBLIC, {"owners": [0, 1]}, "line 2: must hold a column of c for each of 2 owners, not 1, got {'round'"),
+        (PUBLIC, {"chain": "0" * 63}, "line 2: chain must be 64 hexadecimal digits, got '000"),
+        (
+            AUDIT,
+            {"surprise": 1},
+            r"audit\.jsonl, line 2: surprise must be left out: AuditLine has no such field, got 1",
+        ),
+        (AUDIT, {"lr": True}, "line 2: lr must be a float of 0 to .*, got True"),
+        (AUDIT, {"xi": [[["x"]]]}, "line 2: xi must be 3 levels of lists, .* or null, got"),
+        (AUDIT, {"xi": [[[1.0], [1.0]]]}, "line 2: must hold xi of 1 steps, 1 probes and"),
+        (METRICS, {"absent": [0.5]}, r"metrics\.jsonl, line 2: absent\[0\] must be a whole number of .*, got 0\.5"),
+        (METRICS, {"kind": "rounds"}, "line 2: kind must be one of setup, round, .*, got 'rounds'"),
+        (METRICS, {"clients": [{"client": 0}]}, r"line 2: clients\[0\]\.loss must be a float .* or null, got nothing"),
+    ],
+)
+def test_a_line_that_no_run_writes_is_refused_by_file_line_and_field(
+    tmp_path: Path, name: str, change: dict[str, object], message: str
+) -> None:
+    open_with(tmp_path, 3).close()
+    lines = (tmp_path / name).read_text().splitlines()
+    lines[1] = json.dumps({**json.loads(lines[1]), **change})
+    (tmp_path / name).write_text("".join(line + "\n" for line in lines))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    with pytest.raises(RunFolderError, match=message) as caught:
+        RunStore(tmp_path)
+
+    assert "Restore the file from a copy" in str(caught.value)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("owners", [("shared",), (0, 7)])
+def test_every_kind_of_line_comes_back_as_it_was_written(tmp_path: Path, owners: tuple[int | str, ...]) -> None:
+    lines = [audit_line({0: [[0.5], [-1.0]], 7: [[2.0]]}, dropped={7: [[True]]}, xi=[[[1.0]], [[np.nan]]])]
+    with RunStore(tmp_path) as store:
+        numbers = tuple(SHARED if owner == "shared" else owner for owner in owners)
+        c = np.arange(2 * len(owners), dtype=np.float32).reshape(1, 2, len(owners)) / 3
+        written = RoundRecord(round=0, lr=0.1, owners=numbers, coefficients=c, directions=5)
+        proof = Proof(chain="ab" * 32, check=3, digest="cd" * 32)
+        store.commit(written, attendance=[0, 7], proof=proof, audit=lines[0])
+        public, kept = store.rounds[0], store.audit[0]
+
+    with RunStore(tmp_path) as again:
+        assert encode(again.rounds[0]) == encode(public)
+        assert again.records[0].to_bytes() == written.to_bytes()
+        assert again.rounds[0].proof == proof
+        assert encode(again.audit[0]) == encode(kept)
+        (first, second) = again.audit[0].clients
+    assert (first.g.dtype, first.dropped.dtype, first.g.tolist()) == (np.float32, bool, [[0.5], [-1.0]])
+    assert np.isnan(second.loss).all()
 
 
 def test_nan_becomes_null(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
 
-    store.write({"kind": "round", "round": 0, "loss": float("nan"), "clients": [{"loss": float("inf")}]})
+    store.write(told(0, loss=float("nan")))
     store.close()
 
     line = json.loads((tmp_path / METRICS).read_text())
     assert line["loss"] is None
-    assert line["clients"] == [{"loss": None}]
+    assert line["clients"][0]["loss"] is None
 
 
 @pytest.mark.parametrize(
@@ -176,17 +283,17 @@ def test_the_best_round_is_that_of_the_best_dev_score(
     assert best_round(store, by=by) == 4
 
     for round, (value, loss) in enumerate(zip([0.5, 0.7, 0.7, 0.7, 0.6], losses, strict=True)):
-        store.write({"kind": "score", "split": "dev", "round": round, "value": value, "loss": loss})
-    store.write({"kind": "score", "split": "test", "round": 3, "value": 0.9, "loss": 0.0})
+        store.write(scored(round, value, loss))
+    store.write(scored(3, 0.9, 0.0, split="test"))
 
     assert best_round(store, by=by) == best
     store.close()
 
 
 def test_what_a_round_says_of_each_client_is_kept_in_the_file_and_not_in_memory(tmp_path: Path) -> None:
-    written = {"kind": "round", "round": 0, "loss": 1.0, "clients": [{"client": 0, "loss": 1.0}]}
-    others = {"kind": "step_policy", "round": 0, "clients": [{"client": 0, "flagged": False}]}
-    light = {"kind": "round", "round": 0, "loss": 1.0}
+    written, light = told(0), replace(told(0), clients=())
+    verdict = ClientVerdict(client=0, flagged=False, steps=1, statistics={"cusum": 0.5})
+    others = StepDecision(seconds=1.0, round=0, windows={"later": (1, 2)}, clients=(verdict,), fallback=False)
     with RunStore(tmp_path) as store:
         commit(store, 0)
         for record in (written, others):
@@ -196,4 +303,4 @@ def test_what_a_round_says_of_each_client_is_kept_in_the_file_and_not_in_memory(
     with RunStore(tmp_path) as again:
         assert again.metrics == [light, others]
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [written, others]
+    assert [json.loads(line) for line in lines] == [encode(written), encode(others)]

@@ -37,6 +37,8 @@ from fedzo.fl.server.client_registry import ClientRegistry
 from fedzo.fl.server.rounds import FederationError, Server
 from fedzo.fl.server.step_policy import STEP_POLICIES
 from fedzo.fl.server.step_policy.config import CusumConfig, NoStepPolicyConfig, StepPolicyConfig, VpcsConfig
+from fedzo.records.decode import encode as encode_record
+from fedzo.records.metrics import ClientVerdict, MetricRecord, Round, StepDecision
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.config import AdamConfig, Schedule, ServerOptimizerConfig, SgdConfig
 from fedzo.zo.directions import SHARED, direction, stream_key
@@ -176,17 +178,17 @@ class _Kept:
     """A sink that keeps what it is given."""
 
     def __init__(self) -> None:
-        self.records: list[dict[str, Any]] = []
+        self.records: list[MetricRecord] = []
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: MetricRecord) -> None:
         self.records.append(record)
 
     def close(self) -> None: ...
 
 
 def reason_for(server: Server, round: int, client: int) -> str:
-    assert client in server.store.audit[round]["refused"]
-    return server.sink.records[round]["reasons"][str(client)]
+    assert client in server.store.audit[round].refused
+    return server.sink.records[round].reasons[client]
 
 
 def means(server: Server) -> list[float]:
@@ -215,7 +217,7 @@ def test_the_round_closes_at_its_deadline_with_those_who_answered(federation: An
     server.run_round()
 
     assert means(server) == [1.5]
-    assert server.store.rounds[0]["attendance"] == [0, 1]
+    assert server.store.rounds[0].attendance == (0, 1)
     assert "no reply within 0.2 s" in reason_for(server, 0, 2)
 
 
@@ -223,11 +225,11 @@ def test_the_round_closes_at_its_deadline_with_those_who_answered(federation: An
     ("bad", "reason"),
     [
         (RecordDict({"else": ConfigRecord()}), "expected one record"),
-        (RecordDict({RECORD: ConfigRecord({"g": 7})}), "g must be bytes"),
+        (RecordDict({RECORD: ConfigRecord({"g": 7})}), "g must be 0 to 1073741824 bytes, got 7"),
         # Flower cannot count these
-        (RecordDict({RECORD: ConfigRecord({"g": b""})}), "g must be bytes, got an empty one"),
-        (RecordDict({RECORD: ConfigRecord({"status": ""})}), "status must be one of"),
-        (RecordDict({RECORD: ConfigRecord({"g": []})}), "g must be bytes, got list"),
+        (RecordDict({RECORD: ConfigRecord({"g": b""})}), "g must be left out where it is empty"),
+        (RecordDict({RECORD: ConfigRecord({"status": ""})}), "status must be left out where it is empty"),
+        (RecordDict({RECORD: ConfigRecord({"g": []})}), "g must be 0 to 1073741824 bytes, got []"),
         (TrainReply(g=b"123", loss=b"", dropped=b""), "g must hold 8 bytes"),
         (
             TrainReply(
@@ -282,7 +284,7 @@ def test_a_message_that_nobody_asked_for_and_one_that_cannot_be_sent_end_nothing
 
     server.run_round()
 
-    assert server.store.rounds[1]["attendance"] == [2]
+    assert server.store.rounds[1].attendance == (2,)
     assert [reason_for(server, 1, client) for client in (0, 1)] == ["not connected"] * 2
 
 
@@ -295,7 +297,7 @@ def test_a_sample_that_fails_or_is_not_there_is_made_up_by_other_clients(federat
 
     server.run_round()
 
-    assert server.store.rounds[0]["attendance"] == sorted(order[2:5])  # 0 and 2 were asked, then 3 and 4
+    assert server.store.rounds[0].attendance == tuple(sorted(order[2:5]))  # 0 and 2 were asked, then 3 and 4
     assert [len(clients[k].requests) for k in order] == [1, 0, 1, 1, 1, 0]
 
 
@@ -425,7 +427,7 @@ def test_a_client_cannot_come_back_with_another_weight(federation: Any, caplog: 
 
     server.run_round()
 
-    first, second = ([entry["weight"] for entry in line["clients"]] for line in server.store.audit)
+    first, second = ([entry.weight for entry in line.clients] for line in server.store.audit)
     assert second == first
     assert "client 0: it must hold the rows that it registered with" in caplog.text
 
@@ -443,7 +445,7 @@ def test_what_a_client_declares_counts_within_the_cap_and_the_server_says_so(
 
     assert "strategy.size_cap: the rows of clients [4] count as 2 times the median" in caplog.text
 
-    weights = [entry["weight"] for entry in server.store.audit[0]["clients"]]
+    weights = [entry.weight for entry in server.store.audit[0].clients]
     assert weights == [10, 20, 30, 40, 60]  # twice the median
 
 
@@ -483,7 +485,7 @@ def test_a_client_that_was_not_let_in_may_come_back_mended(federation: Any) -> N
 
     server.run_round()
 
-    assert [line["attendance"] for line in server.store.rounds] == [[0, 2]] * 3 + [[0, 1, 2]]
+    assert [line.attendance for line in server.store.rounds] == [(0, 2)] * 3 + [(0, 1, 2)]
 
 
 def test_a_newcomer_of_another_run_is_not_let_in(federation: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -512,7 +514,7 @@ def test_a_newcomer_of_another_run_is_not_let_in(federation: Any, caplog: pytest
         ({"label_counts": '{"0": -1}'}, "label_counts must be a JSON object of counts, got"),
         ({"label_counts": '{"0": 9}'}, r"label_counts must count its 10 training rows by label \(0 to 1\)"),
         ({"label_counts": '{"2": 10}'}, "label_counts must count its 10 training rows by label"),
-        ({"label_counts": '{"\\ud800": 10}'}, "label_counts must count its 10 training rows by label"),
+        ({"label_counts": '{"\\ud800": 10}'}, "label_counts must be a JSON object of counts, got"),
     ],
 )
 def test_clients_that_do_not_mean_the_same_run_stop_it_before_any_work(hello: dict[str, Any], match: str) -> None:
@@ -579,14 +581,14 @@ def test_what_a_client_missed_counts_where_it_is_sent(federation: Any, seeds: Se
     told += server.sink.records
 
     sizes = [record.coefficients.nbytes for record in server.store.records]
-    last = {client: r for r, line in enumerate(server.store.audit) for client in [line["clients"][0]["client"]]}
+    last = {client: r for r, line in enumerate(server.store.audit) for client in [line.clients[0].client]}
     received = {
         client: {record.round for one in (clients, others) for q in one[client].requests for record in unpack(q.log)}
         for client in last
     }
     assert len(set(last.values())) == 3, "a test of nothing"
     assert received == {client: set(range(rounds)) for client, rounds in last.items()}
-    assert sum(line["payload_down_bytes"] for line in told) == sum(sum(sizes[: r + 1]) for r in last.values())
+    assert sum(line.payload_down_bytes for line in told) == sum(sum(sizes[: r + 1]) for r in last.values())
 
 
 # --- server optimizers and the clip ---
@@ -603,7 +605,7 @@ def test_clients_follow_a_rule_that_remembers_by_log_and_by_values(federation: A
     assert [len(request.values) for request in clients[0].requests] == (
         [0] * 4 if transport is Transport.scalars else [0, 108, 108, 108]
     )
-    assert server.sink.records[1]["payload_down_bytes"] == 3 * (108 if transport is Transport.values else 4 * 2)
+    assert server.sink.records[1].payload_down_bytes == 3 * (108 if transport is Transport.values else 4 * 2)
     clients[0].replica.goto(0, [])
     clients[0].replica.goto(4, server.store.records)
     assert clients[0].replica.snapshot() == server.replica.snapshot()
@@ -646,9 +648,9 @@ def test_the_bound_is_announced_from_the_second_round_on_and_what_exceeds_it_is_
     # median 2; then of 1 and 2 alone
     assert [request.max_abs_g for request in clients[0].requests] == [0.0, 2.5, 1.875]
     assert "|g| must be at most the announced bound 2.5, got 3" in reason_for(server, 1, 2)
-    assert server.store.rounds[1]["attendance"] == [0, 1]
-    assert server.store.rounds[2]["attendance"] == [0]
-    assert [record["clip_bound"] for record in server.sink.records] == [None, 2.5, 1.875]
+    assert server.store.rounds[1].attendance == (0, 1)
+    assert server.store.rounds[2].attendance == (0,)
+    assert [record.clip_bound for record in server.sink.records] == [None, 2.5, 1.875]
 
 
 def test_a_resumed_server_announces_the_bound_of_an_unbroken_one(federation: Any) -> None:
@@ -683,9 +685,9 @@ def test_the_audit_line_holds_the_gradient_along_every_direction_and_the_lr(fede
             [[float(gradient.astype(float) @ direction(key, len(BASE)).astype(float)) for key in p] for p in step]
             for step in keys
         ]
-        assert np.shape(line["xi"]) == server.store.records[round].coefficients.shape
-        assert np.allclose(line["xi"], expected, rtol=1e-14)
-        assert line["lr"] == server.store.records[round].lr == 0.5
+        assert line.xi.shape == server.store.records[round].coefficients.shape
+        assert np.allclose(line.xi, expected, rtol=1e-14)
+        assert line.lr == server.store.records[round].lr == 0.5
 
 
 def test_without_a_gradient_the_audit_line_says_so(federation: Any) -> None:
@@ -693,7 +695,7 @@ def test_without_a_gradient_the_audit_line_says_so(federation: Any) -> None:
 
     server.run_round()
 
-    assert server.store.audit[0]["xi"] is None
+    assert server.store.audit[0].xi is None
 
 
 # --- step policies ---
@@ -730,12 +732,12 @@ def test_the_calibration_round_measures_and_leaves_the_model_where_it_was(
     assert server.replica.space.theta.tobytes() == BASE.tobytes()
     assert not server.replica.moments.any()
     (line,) = server.store.audit
-    assert line["lr"] == 0.5
-    assert [entry["client"] for entry in line["clients"]] == [0, 1, 2, 3]  # all of them, whoever a round samples
-    assert np.array(line["clients"][3]["g"])[:, 0].tolist() == falling(clients[3].requests[0]).tolist()
+    assert line.lr == 0.5
+    assert [entry.client for entry in line.clients] == [0, 1, 2, 3]  # all of them, whoever a round samples
+    assert line.clients[3].g[:, 0].tolist() == falling(clients[3].requests[0]).tolist()
     assert [(request.steps, request.lr) for request in clients[0].requests] == [(9, 0.5)]
     server.run_round()
-    assert server.store.audit[1]["refused"] == []  # clients arrive at the same state by the log and by values
+    assert server.store.audit[1].refused == ()  # clients arrive at the same state by the log and by values
 
 
 def test_a_calibration_steps_at_the_full_learning_rate_whatever_the_warm_up(federation: Any) -> None:
@@ -759,9 +761,9 @@ def test_a_flagged_client_stops_early_and_goes_on_in_its_own_rows(federation: An
     assert [request.used for request in clients[3].requests] == [0, 9, 10, 11]
     record = server.store.records[1]
     assert record.coefficients[:, 0, 0].tolist() == [(1 + 2 + 3 + 4) / 4, (1 + 2 + 3) / 4]
-    rounds = [record for record in server.sink.records if record["kind"] == "round"]
-    assert [row["steps"] for row in rounds[1]["clients"]] == [2, 2, 2, 1]
-    assert rounds[1]["payload_up_bytes"] == 4 * 7
+    rounds = [record for record in server.sink.records if isinstance(record, Round)]
+    assert [row.steps for row in rounds[1].clients] == [2, 2, 2, 1]
+    assert rounds[1].payload_up_bytes == 4 * 7
 
 
 def test_a_decision_is_told_once_with_what_it_rests_on(federation: Any) -> None:
@@ -770,13 +772,13 @@ def test_a_decision_is_told_once_with_what_it_rests_on(federation: Any) -> None:
     for _ in range(5):
         server.run_round()
 
-    (told,) = [record for record in server.sink.records if record["kind"] == "step_policy"]
-    assert (told["round"], told["fallback"], told["windows"]) == (1, False, {"initial": [0, 3], "later": [6, 9]})
-    assert [row["flagged"] for row in told["clients"]] == [False, False, False, True]
-    assert [row["steps"] for row in told["clients"]] == [2, 2, 2, 1]
-    assert [row["statistics"]["ratio"] for row in told["clients"]] == [1.0, 1.0, 1.0, 4.0**6]
+    (told,) = [record for record in server.sink.records if isinstance(record, StepDecision)]
+    assert (told.round, told.fallback, told.windows) == (1, False, {"initial": (0, 3), "later": (6, 9)})
+    assert [row.flagged for row in told.clients] == [False, False, False, True]
+    assert [row.steps for row in told.clients] == [2, 2, 2, 1]
+    assert [row.statistics["ratio"] for row in told.clients] == [1.0, 1.0, 1.0, 4.0**6]
     later = 4 * (4.0**-6 + 4.0**-7 + 4.0**-8) / 3
-    assert told["clients"][3]["statistics"]["level"] == pytest.approx(2 / later)
+    assert told.clients[3].statistics["level"] == pytest.approx(2 / later)
 
 
 def test_where_too_many_are_flagged_all_take_fewer_steps(federation: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -788,7 +790,7 @@ def test_where_too_many_are_flagged_all_take_fewer_steps(federation: Any, caplog
     server.run_round()
 
     assert [client.requests[1].steps for client in clients] == [1, 1, 1, 1]
-    assert [record["fallback"] for record in server.sink.records if record["kind"] == "step_policy"] == [True]
+    assert [record.fallback for record in server.sink.records if isinstance(record, StepDecision)] == [True]
     assert "flagged: 1, 2, 3; more than step_policy.max_share allows, so all clients take 1 of 2 steps" in caplog.text
 
 
@@ -801,8 +803,8 @@ def test_a_client_that_was_absent_from_the_calibration_is_not_judged(federation:
     server.run_round()
 
     assert clients[3].requests[-1].steps == 2
-    (told,) = [record for record in server.sink.records if record["kind"] == "step_policy"]
-    assert told["clients"][3] == {"client": 3, "flagged": False, "steps": 2, "statistics": {}}
+    (told,) = [record for record in server.sink.records if isinstance(record, StepDecision)]
+    assert told.clients[3] == ClientVerdict(client=3, flagged=False, steps=2, statistics={})
 
 
 @pytest.mark.parametrize("step_policy", [VPCS, CusumConfig(threshold=2.0)], ids=["vpcs", "cusum"])
@@ -821,7 +823,7 @@ def test_a_resumed_server_selects_as_an_unbroken_one(
     unbroken, asked = play(5)
     expected = [request.steps for request in asked[3].requests]
     assert expected == ([9, 1, 1, 1, 1] if step_policy is VPCS else [2, 2, 1, 1, 1])
-    lines, digest = unbroken.store.rounds, unbroken.replica.space.digest()
+    lines, digest = list(map(encode_record, unbroken.store.rounds)), unbroken.replica.space.digest()
     unbroken.store.close()
     for file in tmp_path.iterdir():
         file.unlink()
@@ -831,5 +833,5 @@ def test_a_resumed_server_selects_as_an_unbroken_one(
     resumed, then = play(5 - after)
 
     assert [request.steps for client in (first, then) for request in client[3].requests] == expected
-    assert resumed.store.rounds == lines
+    assert list(map(encode_record, resumed.store.rounds)) == lines
     assert resumed.replica.space.digest() == digest

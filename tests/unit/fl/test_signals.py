@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from fedzo.errors import RunFolderError
 from fedzo.fl.server.aggregate import ClientResult, aggregate
 from fedzo.fl.server.signals import Signals
+from fedzo.records.decode import decode_json, to_json
+from fedzo.records.log import AuditLine
+from fedzo.records.metrics import StepSignals
+from fedzo.testing.logs import audit_line
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import SHARED, direction
+from fedzo.zo.log import RoundRecord
 from fedzo.zo.seeds import OWN, step_key
 
 N, SEED = 50, 11
@@ -58,17 +64,30 @@ def oracle(
     return rows
 
 
-def play(signals: Signals, round: int, directions: int, audit: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+def play(signals: Signals, round: int, directions: int, audit: list[AuditLine]) -> dict[int, dict[str, Any]]:
     """One round as the server plays it."""
     results = replies(round)
     record = aggregate(results, {2: 1, 4: 2, 7: 3}, round=round, lr=0.1, steps=5, probes=2, directions=directions)
-    entries = [{"client": k, "g": r.g.tolist(), "dropped": r.dropped.tolist()} for k, r in sorted(results.items())]
-    line = {"round": round, "xi": signals.products(record), "clients": entries}
-    audit.append(json.loads(json.dumps(line)))
-    return signals.of_round(record, results, line)
+    line = line_of(record, results, signals)
+    audit.append(decode_json(AuditLine, to_json(line), where="audit", error=RunFolderError))
+    found = signals.of_round(record, results, line)
+    return {client: listed(signals) for client, signals in found.items()}
 
 
-def new_signals(law: Distribution, audit: list[dict[str, Any]], *, known: bool = True) -> Signals:
+def line_of(record: RoundRecord, results: dict[int, ClientResult], signals: Signals) -> AuditLine:
+    return audit_line(
+        {client: result.g for client, result in sorted(results.items())},
+        dropped={client: result.dropped for client, result in results.items()},
+        xi=signals.products(record),
+        round=record.round,
+    )
+
+
+def listed(signals: StepSignals) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(signals).items()}
+
+
+def new_signals(law: Distribution, audit: list[AuditLine], *, known: bool = True) -> Signals:
     return Signals(torch.from_numpy(GRADIENT) if known else None, audit, run_seed=SEED, distribution=law)
 
 
@@ -77,7 +96,7 @@ def new_signals(law: Distribution, audit: list[dict[str, Any]], *, known: bool =
 def test_signals_are_those_of_whole_vectors_and_their_means_go_over_all_rounds(
     law: Distribution, directions: int
 ) -> None:
-    audit: list[dict[str, Any]] = []
+    audit: list[AuditLine] = []
     signals, seen = new_signals(law, audit), {2: [], 4: [], 7: []}
 
     for round in range(3):
@@ -104,7 +123,7 @@ def test_without_a_gradient_only_what_needs_none_is_known() -> None:
     found = play(new_signals(LAWS[0], [], known=False), 0, SHARED, without)
     full = play(new_signals(LAWS[0], []), 0, SHARED, with_one)
 
-    assert without[0]["xi"] is None
+    assert without[0].xi is None
     for client, signals in found.items():
         assert signals["grad_ip"] == signals["cosine"] == [None] * len(replies(0)[client].g)
         assert signals["mean_abs_grad_ip"] is None
@@ -118,10 +137,9 @@ def test_a_client_whose_every_step_was_lost_has_no_means() -> None:
                           num_examples=1, end_check=0)  # fmt: skip
     signals = new_signals(LAWS[0], [])
     record = aggregate({0: result}, {0: 1}, round=0, lr=0.1, steps=2, probes=1, directions=SHARED)
-    entry = {"client": 0, "g": result.g.tolist(), "dropped": lost.tolist()}
-    line = {"xi": signals.products(record), "clients": [entry]}
+    line = line_of(record, {0: result}, signals)
 
-    assert signals.of_round(record, {0: result}, line)[0] == {
+    assert listed(signals.of_round(record, {0: result}, line)[0]) == {
         **{name: [None, None] for name in ("grad_ip", "abs_g", "loss", "cosine")},
         **dict.fromkeys(("mean_abs_grad_ip", "mean_abs_g")),
     }

@@ -33,6 +33,19 @@ def score(split: str, round: int, value: float) -> dict[str, Any]:
     }
 
 
+def client_line(client: int, *, abs_g: float) -> dict[str, Any]:
+    """One local step of a client, compared with no gradient."""
+    signals = {
+        "grad_ip": [None],
+        "abs_g": [abs_g],
+        "loss": [0.7],
+        "cosine": [None],
+        "mean_abs_grad_ip": None,
+        "mean_abs_g": abs_g,
+    }
+    return {"client": client, "loss": 0.7, "abs_g": abs_g, "steps": 1, "signals": signals}
+
+
 def round_line(number: int) -> dict[str, Any]:
     return {
         "kind": "round",
@@ -47,9 +60,11 @@ def round_line(number: int) -> dict[str, Any]:
         "message_down_bytes": 900,
         "round_seconds": 1.0,
         "dropped_probes": 1 if number == 4 else 0,
+        "clip_bound": None,
+        "clipped": 0,
         "absent": [2] if number == 6 else [],
         "reasons": {},
-        "clients": [{"client": c, "loss": 0.7, "abs_g": 9.0 + c, "steps": 1} for c in range(3)],
+        "clients": [client_line(c, abs_g=9.0 + c) for c in range(3)],
     }
 
 
@@ -61,7 +76,7 @@ def records() -> list[dict[str, Any]]:
         "num_params": 134_515_008,
         "space_size": 106_020,
         "setup_down_bytes": 459_000,
-        "estimate": {"memory_bytes": 5e8, "seconds": 100.0},
+        "estimate": {"memory_bytes": 500_000_000, "seconds": 100.0},
         "clients": CLIENTS,
     }
     before, after = score("test", 0, 0.555), score("test", 10, 0.765)
@@ -77,7 +92,10 @@ def records() -> list[dict[str, Any]]:
         "message_down_bytes": 900,
         "worst_client": 0.5,
         "per_class": {"0": [4, 5], "1": [2, 4]},
-        "clients": [{"client": c, "value": 0.5 + c / 10, "loss": 0.5, "num_examples": 3} for c in range(3)],
+        "clients": [
+            {"client": c, "metric": "accuracy", "value": 0.5 + c / 10, "loss": 0.5, "num_examples": 3, "per_class": {}}
+            for c in range(3)
+        ],
     }
     summary = {
         "kind": "summary",

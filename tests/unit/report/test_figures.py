@@ -9,6 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from fedzo.errors import RunFolderError
+from fedzo.report.client_figures import draw_abs_g
 from fedzo.report.figures import draw_figures
 from fedzo.report.run_data import load_run
 from fedzo.report.series import label_shares, label_skew, running_mean
@@ -19,6 +20,14 @@ MakeRun = Callable[..., Path]
 
 def picture(pictures: list[Picture], name: str) -> Picture:
     return next(picture for picture in pictures if picture.name == name)
+
+
+def slopes(folder: Path) -> Picture:
+    """The figure that stands for the panels where there are too many clients for these."""
+    with house_style():
+        drawn = draw_abs_g(load_run(folder))
+    assert drawn is not None
+    return drawn
 
 
 def curves(figure: Figure) -> list[list[float]]:
@@ -41,7 +50,15 @@ def test_the_share_of_the_commonest_label(make_run: MakeRun) -> None:
 def test_a_finished_run_has_every_figure_with_the_numbers_of_its_metrics(make_run: MakeRun) -> None:
     pictures = draw_figures(load_run(make_run()))
 
-    assert [picture.name for picture in pictures] == ["score", "loss", "bytes", "labels", "abs_g", "federated"]
+    assert [picture.name for picture in pictures] == [
+        "score",
+        "loss",
+        "bytes",
+        "labels",
+        "local_steps",
+        "local_losses",
+        "federated",
+    ]
     raw = curves(picture(pictures, "loss").figure)[0]
     assert raw[:4] == pytest.approx([0.8, 0.77, 0.74, 0.71])
     assert raw[4] != raw[4]  # the round whose loss is missing is a gap, not a zero
@@ -89,9 +106,9 @@ def test_the_slopes_of_all_clients_leave_a_calibration_out_and_show_who_is_flagg
     lines = _records(make_run)
     next(line for line in lines if line["kind"] == "round")["calibration"] = True
     verdicts = [{"client": c, "flagged": c == 1, "steps": 1, "statistics": {}} for c in range(3)]
-    lines.append({"kind": "step_policy", "round": 1, "windows": None, "fallback": False, "clients": verdicts})
+    told = {"kind": "step_policy", "seconds": 7.0, "round": 1, "windows": None, "fallback": False, "clients": verdicts}
 
-    drawn = picture(draw_figures(load_run(make_run("run", lines=lines))), "abs_g")
+    drawn = slopes(make_run("run", lines=[*lines, told]))
 
     axes = drawn.figure.axes[0]
     heights = {float(line.get_ydata()[-1]): line.get_color() for line in axes.lines}
@@ -113,7 +130,8 @@ def test_equal_clients_are_not_called_unlike(make_run: MakeRun) -> None:
 def test_of_a_single_round_there_are_points(make_run: MakeRun) -> None:
     lines = [line for line in _records(make_run) if line["kind"] == "setup" or line.get("round") == 0]
 
-    pictures = draw_figures(load_run(make_run("short", lines=lines)))
+    folder = make_run("short", lines=lines)
+    pictures = [*draw_figures(load_run(folder)), slopes(folder)]
 
     for name in ("loss", "bytes", "abs_g"):
         assert any(drawn.get_marker() == "o" for drawn in picture(pictures, name).figure.axes[0].lines), name

@@ -69,10 +69,10 @@ def test_the_page_needs_nothing_from_outside(make_run: MakeRun) -> None:
 
     text = write_report(folder).read_text()
 
-    assert text.count("<svg") == 6
+    assert text.count("<svg") == 7
     assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!#)""", text)
     assert "@import" not in text
-    assert len(list((folder / "figures").glob("*.png"))) == 6
+    assert len(list((folder / "figures").glob("*.png"))) == 7
 
 
 def test_hostile_text_stays_text(make_run: MakeRun) -> None:

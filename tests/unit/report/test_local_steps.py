@@ -29,11 +29,19 @@ def with_signals(records: Records, steps: Callable[[int, int], int], *, grad_ip:
         for client in record["clients"]:
             k, r = client["client"], record["round"]
             g = [10 * k + r + t / 10 for t in range(steps(k, r))]
-            client["signals"] = {
+            client["steps"] = len(g)
+            client["signals"] |= {
                 "abs_g": [None if (k, r) == (1, 4) else value for value in g],
                 "grad_ip": [-3 * value if grad_ip and (k, r) != (1, 4) else None for value in g],
+                "loss": [None] * len(g),
+                "cosine": [None] * len(g),
             }
     return records
+
+
+def many(one: dict[str, Any], number: int) -> Records:
+    """As many clients as told, each like the one."""
+    return [{**one, "client": k, "signals": dict(one["signals"])} for k in range(number)]
 
 
 def whole(make_run: MakeRun) -> Records:
@@ -93,19 +101,23 @@ def test_flagged_clients_are_framed_with_their_statistics_and_the_compared_steps
     records = with_signals(whole(make_run), lambda k, r: 100 if r == 0 else 1 if k == 2 else 5)
     older = {
         "kind": "step_policy",
+        "seconds": 7.0,
         "round": 1,
         "windows": None,
-        "clients": [{"client": 0, "flagged": True, "steps": 1}],
+        "clients": [{"client": 0, "flagged": True, "steps": 1, "statistics": {}}],
+        "fallback": False,
     }
     statistics = {"ratio": 6.31, "quiet": 0.85, "level": None, "cusum": 12.0}
     newest = {
         "kind": "step_policy",
+        "seconds": 8.0,
         "round": 2,
         "windows": {"initial": [0, 20], "later": [80, 100]},
         "clients": [
             {"client": 0, "flagged": False, "steps": 5, "statistics": {"ratio": 1.1}},
             {"client": 2, "flagged": True, "steps": 1, "statistics": statistics},
         ],
+        "fallback": False,
     }
     figure, caption = figure_of(make_run("run", lines=[*records, older, newest]))
 
@@ -137,14 +149,15 @@ def test_of_many_clients_the_flagged_are_drawn_and_a_sequential_decision_has_its
     one = records[0]["clients"][0]
     records[0]["clients"] = [{**one, "client": k, "label_counts": {"0": 50 + k, "1": 50 - k}} for k in range(number)]
     for record in (record for record in records if record["kind"] == "round"):
-        record["clients"] = [{"client": k, "loss": 0.7, "abs_g": 1.0} for k in range(number)]
+        record["clients"] = many(record["clients"][0], number)
     records = with_signals(records, lambda k, r: 2)
 
     def told(round_: int, flagged: set[int]) -> dict[str, Any]:
         clients = [
             {"client": k, "flagged": k in flagged, "steps": 1, "statistics": {"cusum": float(k)}} for k in range(number)
         ]
-        return {"kind": "step_policy", "round": round_, "windows": None, "fallback": False, "clients": clients}
+        told = {"kind": "step_policy", "seconds": 7.0, "round": round_, "windows": None}
+        return {**told, "fallback": False, "clients": clients}
 
     figure, caption = figure_of(make_run("run", lines=[*records, told(0, set()), told(3, {2}), told(7, {2, 5})]))
 
@@ -159,7 +172,7 @@ def test_of_many_clients_the_flagged_are_drawn_and_a_sequential_decision_has_its
 
 def test_the_losses_have_panels_of_their_own(make_run: MakeRun) -> None:
     records = with_signals(whole(make_run), lambda k, r: 1)
-    assert "local_losses" not in [picture.name for picture in draw_figures(load_run(make_run("old", lines=records)))]
+    assert "local_losses" not in [picture.name for picture in draw_figures(load_run(make_run("lost", lines=records)))]
     for record in (record for record in records if record["kind"] == "round"):
         for client in record["clients"]:
             client["signals"]["loss"] = [client["client"] + record["round"] / 100]
@@ -183,7 +196,7 @@ def test_many_clients_and_steps_stay_small_and_the_panel_of_all_is_kept(make_run
         {**one, "client": k, "label_counts": {"0": 50 + k, "1": 50 - k}} for k in range(2 * MAX_PANELS)
     ]
     for record in (record for record in records if record["kind"] == "round"):
-        record["clients"] = [{"client": k, "loss": 0.7, "abs_g": 1.0} for k in range(2 * MAX_PANELS)]
+        record["clients"] = many(record["clients"][0], 2 * MAX_PANELS)
     folder = make_run("run", lines=with_signals(records, lambda k, r: 100))
     figure, caption = figure_of(folder)
 
@@ -212,22 +225,30 @@ def test_a_class_name_stays_text_and_within_its_panel(make_run: MakeRun) -> None
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"windows": {"initial": [0, "x"]}}, r"windows: initial must be \[first, end\] in whole numbers"),
-        ({"windows": [0, 20]}, "windows must be an object or null"),
-        ({"clients": [{"client": 1, "steps": 1}]}, r"clients\[0\]: flagged must be true or false"),
+        ({"windows": {"initial": [0, "x"]}}, r"windows\['initial'\]\[1\] must be a whole number of .*, got 'x'"),
+        ({"windows": {"initial": [0]}}, r"windows\['initial'\] must be \[a whole number of .*\], got \[0\]"),
+        ({"windows": [0, 20]}, r"windows must be an object of 0 to 100 entries or null, got \[0, 20\]"),
+        ({"clients": [{"client": 1, "steps": 1}]}, r"clients\[0\]\.flagged must be true or false, got nothing"),
     ],
 )
 def test_a_selection_that_is_none_is_refused(make_run: MakeRun, record: dict[str, Any], message: str) -> None:
-    folder = make_run("run", lines=[{"kind": "step_policy", "round": 1, "windows": None, "clients": [], **record}])
+    told = {"kind": "step_policy", "seconds": 1.0, "round": 1, "windows": None, "clients": [], "fallback": False}
+    folder = make_run("run", lines=[{**told, **record}])
 
     with pytest.raises(RunFolderError, match=message):
         load_run(folder)
 
 
-@pytest.mark.parametrize("signals", [{"abs_g": [1.0]}, {"abs_g": [1.0], "grad_ip": ["x"]}])
-def test_signals_that_are_no_numbers_are_refused(make_run: MakeRun, signals: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("signals", "message"),
+    [
+        ({"grad_ip": ["x"]}, r"clients\[1\]\.signals\.grad_ip\[0\] must be a float of .* or null, got 'x'"),
+        ({"grad_ip": [1.0, 2.0]}, r"clients\[1\]\.signals must hold as many numbers in grad_ip, abs_g"),
+    ],
+)
+def test_signals_that_are_no_numbers_are_refused(make_run: MakeRun, signals: dict[str, Any], message: str) -> None:
     records = whole(make_run)
-    next(record for record in records if record["kind"] == "round")["clients"][1]["signals"] = signals
+    next(record for record in records if record["kind"] == "round")["clients"][1]["signals"] |= signals
 
-    with pytest.raises(RunFolderError, match=r"clients\[1\], signals: grad_ip must be a list of numbers and nulls"):
+    with pytest.raises(RunFolderError, match=message):
         load_run(make_run("run", lines=records))

@@ -18,11 +18,17 @@ def round_line(number: int, **changes: object) -> dict[str, object]:
         "kind": "round",
         "seconds": 1.0 + number,
         "round": number,
+        "calibration": False,
         "loss": 0.7,
+        "mean_abs_g": 1.0,
         "payload_up_bytes": 8,
         "payload_down_bytes": 8,
         "message_up_bytes": 90,
         "message_down_bytes": 90,
+        "round_seconds": 1.0,
+        "dropped_probes": 0,
+        "clip_bound": None,
+        "clipped": 0,
         "absent": [],
         "reasons": {},
         "clients": [],
@@ -33,7 +39,7 @@ def round_line(number: int, **changes: object) -> dict[str, object]:
 def test_a_refused_reply_keeps_its_reason_and_the_report_is_written(make_run: MakeRun) -> None:
     folder = make_run(lines=[round_line(0, absent=[2], reasons={"2": "no reply by the deadline"})])
 
-    assert load_run(folder).rounds[0].refused == {2: "no reply by the deadline"}
+    assert load_run(folder).rounds[0].reasons == {2: "no reply by the deadline"}
     assert write_report(folder).is_file()
 
 
@@ -62,19 +68,28 @@ def test_a_last_line_without_newline_that_is_whole_counts(make_run: MakeRun) -> 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"kind": "round"\n{"kind": "x"}\n', r"metrics\.jsonl, line 1: every line must be a JSON object"),
-        ('{"kind": "round", "loss": NaN}\n', r"line 1: .* got NaN, which is not JSON"),
-        ("[1]\n", r"line 1: every line must be a JSON object, got a list"),
+        ('{"kind": "round"\n{"kind": "x"}\n', r"metrics\.jsonl, line 1: must be JSON, got Expecting ','"),
+        ('{"kind": "round", "loss": NaN}\n', r"line 1: must be JSON, got NaN, which is not JSON"),
+        ("[1]\n", r"line 1: kind must be one of setup, round, .*, got None"),
         ("\n", r"metrics\.jsonl: must hold at least one record, got none"),
-        (json.dumps(round_line(0, loss="low")) + "\n", r"line 1: loss must be a number or null, got 'low'"),
-        (json.dumps(round_line(0, payload_up_bytes=None)) + "\n", r"payload_up_bytes must be a whole number, got None"),
-        (json.dumps(round_line(0, round=True)) + "\n", r"line 1: round must be a number or null, got True"),
-        (json.dumps(round_line(0, reasons=[1])) + "\n", r"reasons must be an object of client and reason, got \[1\]"),
+        ("[" * 100_000 + "\n", "line 1: must be JSON, got maximum recursion"),
+        ('{"kind": "round", "loss": 1' + "0" * 5000 + "}\n", "line 1: must be JSON, got Exceeds the limit"),
+        ('{"kind": "round", "loss": "\udcff"}\n', "line 1: must be JSON, got 'utf-8' codec"),
+        (json.dumps(round_line(0, loss="low")) + "\n", r"line 1: loss must be a float of .* or null, got 'low'"),
+        (json.dumps(round_line(0, loss=1)) + "\n", r"line 1: loss must be a float of .* or null, got 1\."),
+        (json.dumps(round_line(0)).replace("0.7", "1e999") + "\n", "line 1: loss must be a float of .*, got inf"),
+        (
+            json.dumps(round_line(0, payload_up_bytes=None)) + "\n",
+            "payload_up_bytes must be a whole number .* got None",
+        ),
+        (json.dumps(round_line(0, round=True)) + "\n", "line 1: round must be a whole number of .*, got True"),
+        (json.dumps(round_line(0, reasons=[1])) + "\n", r"reasons must be an object of .*, got \[1\]"),
+        (json.dumps(round_line(0, reasons={"x": "y"})) + "\n", "reasons must have keys that be a whole number"),
     ],
 )
 def test_damaged_metrics_name_line_rule_and_value(make_run: MakeRun, text: str, message: str) -> None:
     folder = make_run()
-    (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
+    (folder / "metrics.jsonl").write_bytes(text.encode("utf-8", "surrogateescape"))
 
     with pytest.raises(RunFolderError, match=message):
         load_run(folder)

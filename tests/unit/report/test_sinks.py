@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fedzo.errors import RunFolderError
+from fedzo.records.metrics import (
+    CentralScore,
+    Flagged,
+    FlaggedClient,
+    MetricRecord,
+    Round,
+    Summary,
+    decode_metric,
+)
 from fedzo.report.ending import ending
 from fedzo.report.sinks import ProgressSink, TensorBoardSink
 
 MakeRun = Callable[..., Path]
 
 
-def records(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def records(folder: Path) -> list[MetricRecord]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [decode_metric(json.loads(line), where="metrics", error=RunFolderError) for line in lines]
 
 
 def test_tensorboard_reads_back_what_was_written(make_run: MakeRun) -> None:
@@ -41,10 +53,10 @@ def test_tensorboard_of_a_resumed_run_keeps_what_was_before_and_drops_what_a_kil
     for completed in (0, 6):
         sink = TensorBoardSink(folder, completed=completed)
         for record in told:
-            if record["kind"] == "round" and (record["round"] < 8 if completed == 0 else record["round"] >= completed):
+            if isinstance(record, Round) and (record.round < 8 if completed == 0 else record.round >= completed):
                 sink.write(record)
         if completed == 0:
-            sink.write({**next(r for r in told if r["kind"] == "score" and r["split"] == "dev"), "round": 6})
+            sink.write(replace(next(r for r in told if isinstance(r, CentralScore) and r.split == "dev"), round=6))
         sink.close()
 
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
@@ -58,7 +70,7 @@ def test_tensorboard_drops_a_first_round_that_a_kill_left_uncommitted(make_run: 
     told = records(folder)
     for _ in range(2):  # its metrics are written before its log line
         sink = TensorBoardSink(folder, completed=0)
-        sink.write(next(record for record in told if record["kind"] == "round"))
+        sink.write(next(record for record in told if isinstance(record, Round)))
         sink.close()
 
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
@@ -90,8 +102,8 @@ def test_a_calibration_is_named_and_no_measure_of_the_time_that_is_left(
 ) -> None:
     monkeypatch.setattr("fedzo.report.sinks.PLAIN_EVERY_S", -1.0)
     sink = ProgressSink(10)
-    first, second, *_ = (line for line in records(make_run()) if line["kind"] == "round")
-    sink.write({**first, "calibration": True, "round_seconds": 1000.0})
+    first, second, *_ = (line for line in records(make_run()) if isinstance(line, Round))
+    sink.write(replace(first, calibration=True, round_seconds=1000.0))
     sink.write(second)
     sink.close()
 
@@ -104,20 +116,21 @@ def test_a_calibration_is_named_and_no_measure_of_the_time_that_is_left(
 @pytest.mark.parametrize(
     ("step_policy", "words"),
     [
-        ({"flagged": [], "fallback": False}, "none"),
-        ({"flagged": [{"client": 1, "steps": 2}], "fallback": False}, "1 (T_k = 2)"),
+        (Flagged(flagged=(), fallback=False), "none"),
+        (Flagged(flagged=(FlaggedClient(client=1, steps=2),), fallback=False), "1 (T_k = 2)"),
         (
-            {"flagged": [{"client": k, "steps": 4} for k in (1, 3)], "fallback": True},
+            Flagged(flagged=tuple(FlaggedClient(client=k, steps=4) for k in (1, 3)), fallback=True),
             "1, 3; too many to be stopped early",
         ),
     ],
 )
 def test_a_run_without_test_rows_ends_with_its_worst_client_whom_it_flagged_and_bytes(
-    make_run: MakeRun, step_policy: dict, words: str
+    make_run: MakeRun, step_policy: Flagged, words: str
 ) -> None:
     summary = records(make_run())[-1]
+    assert isinstance(summary, Summary)
 
-    lines = ending({**summary, "before": None, "after": None, "step_policy": step_policy})
+    lines = ending(replace(summary, before=None, after=None, step_policy=step_policy))
 
     assert lines[0] == "after 10 rounds:"
     assert [line[2:34].rstrip() for line in lines[1:]] == [

@@ -11,7 +11,7 @@ from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.config import FedDynConfig, MomentumConfig, ScaffoldConfig, ServerOptimizerConfig, SgdConfig
 from fedzo.zo.control_variates import end_models
 from fedzo.zo.directions import SHARED, direction, stream_key
-from fedzo.zo.log import RoundRecord, local_step
+from fedzo.zo.log import RoundRecord, local_step, unpack
 from fedzo.zo.server_optimizer import SERVER_OPTIMIZERS, ControlVariates, ServerOptimizer
 
 SEED = 5
@@ -193,7 +193,7 @@ def test_replay_and_every_client_s_end_have_the_bits_of_the_live_run(config: Ser
     space, moments = VectorSpace(problem.theta0), np.zeros_like(kept)
 
     for record in log:
-        again = RoundRecord.from_json(record.to_json())
+        (again,) = unpack(record.to_bytes())
         before = space.values()
         ends = dict(end_models(rule, VectorSpace(before), moments, again, run_seed=SEED))
         assert list(ends) == list(record.owners)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import struct
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedzo.errors import ProtocolError
+from fedzo.errors import ProtocolError, RunFolderError
+from fedzo.records.decode import decode_json, to_json
+from fedzo.records.log import Proof, PublicLine
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.directions import SHARED, direction, stream_key
 from fedzo.zo.log import EMPTY_CHAIN, RoundRecord, apply_record, apply_step, extend_chain, pack, unpack
@@ -28,7 +30,7 @@ finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 @given(
     round=st.integers(0, 2**32 - 1),
-    lr=finite,
+    lr=st.floats(0, width=32, allow_infinity=False),
     owners=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=3),
     shape=st.tuples(st.integers(1, 4), st.integers(1, 3)),
     directions=st.sampled_from([OWN, SHARED, 1, 4096]),
@@ -44,7 +46,9 @@ def test_records_survive_bytes_and_json_bit_for_bit(
     original = replace(record(round, coefficients, lr=lr, owners=tuple(owners)), directions=directions)
 
     (by_wire,) = unpack(original.to_bytes())
-    by_json = RoundRecord.from_json(json.loads(json.dumps(original.to_json())))
+    proof = Proof(chain="a" * 64, check=1, digest=None)
+    text = to_json(original.to_line(attendance=[0], proof=proof))
+    by_json = RoundRecord.from_line(decode_json(PublicLine, text, where="line", error=RunFolderError))
 
     assert by_wire.directions == by_json.directions == directions
     assert by_wire.owners == by_json.owners == tuple(owners)
@@ -112,3 +116,31 @@ def test_bytes_that_end_within_a_record_are_refused(cut: int) -> None:
 def test_a_scalar_that_is_not_finite_is_refused() -> None:
     with pytest.raises(ProtocolError, match="round 3 holds a number that is not finite"):
         list(unpack(record(3, [[[np.inf]]]).to_bytes()))
+
+
+@pytest.mark.parametrize(("lr", "steps", "probes", "owners"), [
+    (0.5, 0, 1, 1), (0.5, 1, 0, 1), (0.5, 0xFFFF, 0xFFFF, 0), (-0.5, 1, 1, 1), (np.inf, 1, 1, 1), (np.nan, 1, 1, 1),
+])  # fmt: skip
+def test_a_header_that_announces_nothing_or_no_learning_rate_is_refused(
+    lr: float, steps: int, probes: int, owners: int
+) -> None:
+    data = struct.pack("<IfHHH", 7, lr, steps, probes, owners) + bytes(100)
+
+    with pytest.raises(ProtocolError, match="record of round 7 must hold at least one step"):
+        list(unpack(data))
+
+
+def test_what_a_header_announces_takes_no_memory_before_it_is_there() -> None:
+    data = struct.pack("<IfHHH", 0, 0.5, 0xFFFF, 0xFFFF, 0xFFFF) + bytes(100)  # 562 TB
+
+    with pytest.raises(ProtocolError, match="114 bytes do not end with a whole record"):
+        list(unpack(data))
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_are_records_or_refused(data: bytes) -> None:
+    try:
+        records = list(unpack(data))
+    except ProtocolError:
+        return
+    assert all(record.coefficients.size for record in records)

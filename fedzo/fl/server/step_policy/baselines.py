@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedzo.fl.server.step_policy.config import NoStepPolicyConfig, OracleConfig, RandomConfig
-from fedzo.fl.server.step_policy.plan import STEP_POLICIES, AuditLine, EarlyStop, Plan, Verdict
+from fedzo.fl.server.step_policy.plan import STEP_POLICIES, EarlyStop, Plan, Verdict
+from fedzo.records.log import AuditLine
 from fedzo.zo.directions import PURPOSE_SELECTION, permutation, stream_key
 
 

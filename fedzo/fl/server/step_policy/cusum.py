@@ -23,8 +23,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedzo.fl.server.step_policy.config import CusumConfig, Statistic
-from fedzo.fl.server.step_policy.plan import STEP_POLICIES, AuditLine, EarlyStop, Plan, Verdict
+from fedzo.fl.server.step_policy.plan import STEP_POLICIES, EarlyStop, Plan, Verdict
 from fedzo.fl.server.step_policy.statistics import Numbers, cusum, magnitudes, shortfall
+from fedzo.records.log import AuditLine
 
 
 @dataclass(slots=True)

@@ -6,12 +6,13 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from fedzo.fl.server.step_policy.config import EarlyStopConfig, StepPolicyConfig
+from fedzo.records.log import AuditLine
+from fedzo.records.metrics import ClientVerdict, StepDecision, known
 from fedzo.registry import Registry
 
-AuditLine = Mapping[str, Any]
 log = logging.getLogger(__name__)
 
 
@@ -110,8 +111,8 @@ class EarlyStop:
 
 
 def news(
-    plan: Plan, told: Mapping[str, Any] | None, *, round: int, last: bool, seconds: float, local_steps: int
-) -> dict[str, Any] | None:
+    plan: Plan, told: StepDecision | None, *, round: int, last: bool, seconds: float, local_steps: int
+) -> StepDecision | None:
     """The plan as a metrics record, if it decides otherwise than the last one told, which is also logged.
 
     In the last round it is also told if only its statistics differ.
@@ -127,28 +128,27 @@ def news(
     if not plan.verdicts:
         return None
     flagged = set(plan.flagged)
-    record = {
-        "kind": "step_policy",
-        "seconds": seconds,
-        "round": round,
-        "windows": None if plan.windows is None else {name: list(ends) for name, ends in plan.windows.items()},
-        "clients": [
-            {
-                "client": client,
-                "flagged": client in flagged,
-                "steps": steps,
-                "statistics": _plain(plan.verdicts[client].statistics) if client in plan.verdicts else {},
-            }
+    record = StepDecision(
+        seconds=seconds,
+        round=round,
+        windows=None if plan.windows is None else dict(plan.windows),
+        clients=tuple(
+            ClientVerdict(
+                client=client,
+                flagged=client in flagged,
+                steps=steps,
+                statistics=_plain(plan.verdicts[client].statistics) if client in plan.verdicts else {},
+            )
             for client, steps in sorted(plan.steps.items())
-        ],
-        "fallback": plan.fallback,
-    }
+        ),
+        fallback=plan.fallback,
+    )
     if told is None or _decision(record) != _decision(told):
         # a decision against nobody at the start is no news: most step policies begin so
         if flagged or told is not None or plan.windows is not None:
             log.warning("from round %d on: %s", round, describe(plan, local_steps=local_steps))
         return record
-    return record if last and record["clients"] != told["clients"] else None
+    return record if last and record.clients != told.clients else None
 
 
 def describe(plan: Plan, *, local_steps: int) -> str:
@@ -173,8 +173,8 @@ def _reasons(verdict: Verdict) -> str:
 
 
 def _plain(statistics: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in statistics.items()}
+    return {name: known(value) for name, value in statistics.items()}
 
 
-def _decision(record: Mapping[str, Any]) -> object:
-    return record["fallback"], [(row["client"], row["flagged"], row["steps"]) for row in record["clients"]]
+def _decision(record: StepDecision) -> object:
+    return record.fallback, [(row.client, row.flagged, row.steps) for row in record.clients]

@@ -8,13 +8,11 @@ dropped is nan and is left out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
 from fedzo.fl.server.step_policy.config import Statistic
+from fedzo.records.log import AuditLine
 
 Numbers = npt.NDArray[np.float64]
 TINY = 1e-30
@@ -23,7 +21,7 @@ FEWEST = 3
 _MOST_BELOW = 2.0  # of one step in a CUSUM, in natural logarithms: even a |g| of 0 counts as e**-2 of the others'
 
 
-def magnitudes(line: Mapping[str, Any], statistic: Statistic) -> dict[int, Numbers]:
+def magnitudes(line: AuditLine, statistic: Statistic) -> dict[int, Numbers]:
     """The size of every local step of one round, float64 [T_k] of each client.
 
     ``abs_g``: mean over the probes p of |g[p]|. ``gradip``: |mean over p of g[p] xi[p]|, the paper's statistic; xi is
@@ -34,16 +32,18 @@ def magnitudes(line: Mapping[str, Any], statistic: Statistic) -> dict[int, Numbe
         line: An audit line; for ``gradip`` its ``xi`` must be there.
         statistic: Which.
     """
-    xi = np.asarray(line["xi"], np.float64) if statistic is Statistic.gradip else None
+    xi = line.xi
+    if xi is None and statistic is Statistic.gradip:
+        raise ValueError(f"gradip needs the server's gradient along each direction, but round {line.round} has none")
     found = {}
-    for column, entry in enumerate(line["clients"]):
-        g = np.asarray(entry["g"], np.float64)
-        kept = (~np.asarray(entry["dropped"], bool)).sum(axis=1)
-        if xi is None:
+    for column, entry in enumerate(line.clients):
+        g = entry.g.astype(np.float64)
+        kept = (~entry.dropped).sum(axis=1)
+        if xi is None or statistic is Statistic.abs_g:
             total = np.abs(g).sum(axis=1)
         else:
             total = np.abs((g * xi[: len(g), :, column if xi.shape[2] > 1 else 0]).sum(axis=1))
-        found[entry["client"]] = np.where(kept > 0, total / np.maximum(kept, 1), np.nan)
+        found[entry.client] = np.where(kept > 0, total / np.maximum(kept, 1), np.nan)
     return found
 
 

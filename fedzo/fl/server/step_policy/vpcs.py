@@ -16,8 +16,9 @@ import numpy as np
 
 from fedzo.errors import ConfigError
 from fedzo.fl.server.step_policy.config import Combine, Statistic, VpcsConfig, VpcsTest
-from fedzo.fl.server.step_policy.plan import STEP_POLICIES, AuditLine, EarlyStop, Plan, Verdict
+from fedzo.fl.server.step_policy.plan import STEP_POLICIES, EarlyStop, Plan, Verdict
 from fedzo.fl.server.step_policy.statistics import Numbers, level, magnitudes, mean, quiet_share, ratio
+from fedzo.records.log import AuditLine
 
 log = logging.getLogger(__name__)
 NO_GRADIENT = (
@@ -44,7 +45,7 @@ class Vpcs:
 
     def _decide(self, calibration: AuditLine) -> Plan:
         config = self.config
-        if config.statistic is Statistic.gradip and calibration["xi"] is None:
+        if config.statistic is Statistic.gradip and calibration.xi is None:
             raise ConfigError(NO_GRADIENT)
         ends = config.calibration_steps
         windows = {"initial": (0, config.initial_steps), "later": (ends - config.later_steps, ends)}

@@ -10,6 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedzo.records.decode import encode, to_json
+from fedzo.records.log import AuditLine
+from fedzo.testing.logs import audit_line
+
 FOLDER = Path(__file__).parents[4] / "experiments" / "vpcs"
 
 
@@ -84,17 +88,17 @@ def test_wilson_holds_the_textbook_interval(experiment: Any) -> None:
     assert experiment("simulate").wilson(0, 100)[0] == pytest.approx(0.0, abs=1e-12)
 
 
-def synthetic_line(*, planted: set[int], seed: int = 3) -> dict[str, Any]:
+def synthetic_line(*, planted: set[int], seed: int = 3) -> AuditLine:
     """Twelve clients; of the planted ones the even fall and the odd are soft from the start."""
     rng = np.random.default_rng(seed)
-    clients = []
+    clients = {}
     for client in range(12):
         scale = np.full(100, 10.0)
         if client in planted:
             scale = 20.0 * np.exp(-np.arange(100) / 15) + 0.2 if client % 2 == 0 else np.full(100, 1.5)
         g = scale * rng.standard_normal(100)
-        clients.append({"client": client, "g": g[:, None].tolist(), "loss": [[1.0]] * 100, "dropped": [[False]] * 100})
-    return {"round": 0, "lr": 2e-4, "xi": rng.standard_normal((100, 1, 1)).tolist(), "clients": clients}
+        clients[client] = g[:, None]
+    return audit_line(clients, xi=rng.standard_normal((100, 1, 1)), lr=2e-4)
 
 
 def test_planted_clients_are_found_in_a_log_that_was_made_up(experiment: Any, tmp_path: Path) -> None:
@@ -129,8 +133,10 @@ def test_nobody_planted_is_told_apart_where_all_are_alike(experiment: Any) -> No
 
 
 def test_the_planted_are_read_from_what_clients_declared(experiment: Any, tmp_path: Path) -> None:
-    (tmp_path / "audit.jsonl").write_text('{"round": 0}\n{"round": 1}\n')
+    lines = [audit_line({0: [[0.5]]}, round=round) for round in range(2)]
+    (tmp_path / "audit.jsonl").write_text("".join(to_json(line) + "\n" for line in lines))
     counts = ['{"client": 0, "label_counts": {"0": 4}}', '{"client": 1, "label_counts": {"0": 4, "1": 1}}']
     (tmp_path / "metrics.jsonl").write_text('{"kind": "setup", "clients": [' + ", ".join(counts) + "]}\n")
 
-    assert experiment("planted").read(tmp_path) == ({"round": 0}, {0})
+    line, planted = experiment("planted").read(tmp_path)
+    assert (encode(line), planted) == (encode(lines[0]), {0})

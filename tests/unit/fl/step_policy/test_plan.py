@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fedzo.errors import ConfigError
+from fedzo.errors import ConfigError, RunFolderError
 from fedzo.fl.config import FlConfig
 from fedzo.fl.server.step_policy import STEP_POLICIES, check_step_policy, most_steps
 from fedzo.fl.server.step_policy.config import (
@@ -25,6 +24,10 @@ from fedzo.fl.server.step_policy.config import (
 )
 from fedzo.fl.server.step_policy.plan import EarlyStop, Plan, Verdict, describe, news
 from fedzo.fl.server.step_policy.vpcs import evidence, judge
+from fedzo.records.decode import decode_json, to_json
+from fedzo.records.log import AuditLine
+from fedzo.records.metrics import StepDecision
+from fedzo.testing.logs import audit_line
 
 PHASES = {"calibration_steps": 4, "initial_steps": 2, "later_steps": 2}
 
@@ -33,9 +36,13 @@ def build(config: StepPolicyConfig, *, num_clients: int = 4, local_steps: int = 
     return STEP_POLICIES.build(config, num_clients=num_clients, local_steps=local_steps, run_seed=run_seed)
 
 
-def line(paths: dict[int, list[float]], *, round: int = 0) -> dict[str, Any]:
-    entry = {k: {"client": k, "g": [[x] for x in v], "dropped": [[False] for _ in v]} for k, v in paths.items()}
-    return {"round": round, "xi": None, "clients": list(entry.values())}
+def line(paths: dict[int, list[float]], *, round: int = 0, lost: int | None = None) -> AuditLine:
+    dropped = {k: [[k == lost]] * len(v) for k, v in paths.items()}
+    return audit_line({k: [[x] for x in v] for k, v in paths.items()}, dropped=dropped, round=round)
+
+
+def read_back(log: list[AuditLine]) -> list[AuditLine]:
+    return [decode_json(AuditLine, to_json(each), where="audit", error=RunFolderError) for each in log]
 
 
 # --- steps
@@ -102,7 +109,7 @@ def test_the_first_round_calibrates_and_the_others_follow_from_it_alone() -> Non
 
     first = step_policy.plan([], {})
     second = step_policy.plan([calibration], {})
-    later = step_policy.plan(json.loads(json.dumps([calibration, line({0: SOFT, 1: SOFT}, round=1)])), {})
+    later = step_policy.plan(read_back([calibration, line({0: SOFT, 1: SOFT}, round=1)]), {})
 
     assert (first.calibration, first.steps, first.verdicts) == (True, dict.fromkeys(range(4), 4), {})
     assert (second.calibration, second.flagged) == (False, [2, 3])
@@ -162,16 +169,14 @@ def test_evidence_is_in_units_of_the_threshold() -> None:
 
 
 def test_a_client_whose_probes_were_all_dropped_is_not_judged() -> None:
-    calibration = line({0: LOUD, 1: LOUD, 2: LOUD})
-    calibration["clients"][1] |= {"g": [[0.0]] * 4, "dropped": [[True]] * 4}
+    calibration = line({0: LOUD, 1: [0.0] * 4, 2: LOUD}, lost=1)
 
     plan = build(VpcsConfig(**PHASES), num_clients=3).plan([calibration], {})
 
     assert plan.flagged == []
     record = news(plan, None, round=1, last=False, seconds=0.0, local_steps=8)
     assert record is not None
-    assert record["clients"][1]["statistics"] == {"ratio": None, "quiet": None, "level": None}
-    json.dumps(record, allow_nan=False)
+    assert record.clients[1].statistics == {"ratio": None, "quiet": None, "level": None}
 
 
 def test_gradip_needs_a_gradient() -> None:
@@ -214,7 +219,7 @@ def test_the_most_steps_of_a_round_are_those_of_the_calibration() -> None:
 # --- cusum
 
 
-def rounds(count: int, *, quiet: int = 3, by: float = 1e-9, steps: int = 1) -> list[dict[str, Any]]:
+def rounds(count: int, *, quiet: int = 3, by: float = 1e-9, steps: int = 1) -> list[AuditLine]:
     return [line({k: [by if k == quiet else 1.0] * steps for k in range(4)}, round=round) for round in range(count)]
 
 
@@ -237,13 +242,13 @@ def test_a_round_of_many_steps_counts_as_as_many_rounds_of_one() -> None:
 
 def test_the_sums_kept_between_rounds_are_those_of_the_whole_log() -> None:
     rng = np.random.default_rng(0)
-    log: list[dict[str, Any]] = []
+    log: list[AuditLine] = []
     kept = build(CusumConfig(drift=0.2, threshold=2.0))
     for round in range(40):
         took = {k: int(rng.integers(1, 4)) for k in rng.permutation(5)[:4].tolist()}
         log.append(line({k: rng.normal(size=n).tolist() for k, n in took.items() if k < 4}, round=round))
         fresh = build(CusumConfig(drift=0.2, threshold=2.0))
-        assert kept.plan(log, {}) == fresh.plan(json.loads(json.dumps(log)), {})
+        assert kept.plan(log, {}) == fresh.plan(read_back(log), {})
     assert kept.plan(log, {}).flagged
     assert kept.plan([], {}).flagged == []
     assert kept.plan(log[:7], {}) == build(CusumConfig(drift=0.2, threshold=2.0)).plan(log[:7], {})
@@ -308,11 +313,11 @@ def test_only_what_changed_is_told_and_in_the_last_round_the_statistics(caplog: 
     assert first is not None
     assert tell(5, first) is None
     final = tell(5, first, last=True)
-    assert [row["statistics"]["cusum"] for row in final["clients"]] == [0.0, 0.0, 0.0, 5.0]
+    assert [row.statistics["cusum"] for row in final.clients] == [0.0, 0.0, 0.0, 5.0]
     assert tell(5, final, last=True) is None
     flagged = tell(9, first)
-    assert flagged == json.loads(json.dumps(flagged))
-    assert [row["flagged"] for row in flagged["clients"]] == [False, False, False, True]
+    assert flagged == decode_json(StepDecision, to_json(flagged), where="metrics", error=RunFolderError)
+    assert [row.flagged for row in flagged.clients] == [False, False, False, True]
     assert tell(10, flagged) is None
     tell(12, tell(10, first), last=True)  # its peak has grown: told in the metrics, but no decision
     words = "from round {} on: stopped early: client 3 after step 1 (cusum {})"

@@ -22,20 +22,14 @@ from fedzo.fl.server.step_policy.statistics import (
     ratio,
     shortfall,
 )
+from fedzo.records.log import AuditLine
+from fedzo.testing.logs import audit_line
 
 
 def line(
     *gs: list[list[float]], dropped: dict[int, list[list[bool]]] | None = None, xi: Any = None, first: int = 0
-) -> dict[str, Any]:
-    clients = [
-        {
-            "client": first + index,
-            "g": g,
-            "dropped": (dropped or {}).get(first + index, [[False] * len(row) for row in g]),
-        }
-        for index, g in enumerate(gs)
-    ]
-    return {"clients": clients, "xi": xi}
+) -> AuditLine:
+    return audit_line(dict(enumerate(gs, start=first)), dropped=dropped, xi=xi)
 
 
 def test_the_size_of_a_step_is_the_mean_over_its_probes() -> None:
@@ -65,6 +59,11 @@ def test_gradip_takes_the_products_of_its_own_step_probe_and_owner() -> None:
 
     assert {client: steps.tolist() for client, steps in own.items()} == {7: [0.5, 3.5], 8: [25.0]}
     assert {client: steps.tolist() for client, steps in one.items()} == {7: [0.5, 3.5], 8: [2.5]}
+
+
+def test_gradip_of_a_line_without_a_gradient_is_refused() -> None:
+    with pytest.raises(ValueError, match="round 0 has none"):
+        magnitudes(line([[3.0]]), Statistic.gradip)
 
 
 def test_ratio_quiet_and_level_by_hand() -> None:

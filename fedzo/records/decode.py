@@ -1,0 +1,64 @@
+"""From JSON to a record and back. What is read is trusted in nothing: a bad value is an error that names its field."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, TypeVar
+
+from fedzo.errors import FedzoError
+from fedzo.records.codec import codec_of
+from fedzo.records.mismatch import MismatchError
+
+T = TypeVar("T")
+
+
+def decode(kind: type[T], value: object, *, where: str, error: type[FedzoError], remedy: str = "") -> T:
+    """A record of plain values; nothing but what its fields declare passes.
+
+    Args:
+        kind: The record's dataclass, or another hint that a field may have.
+        value: Plain values, of JSON or of a ``ConfigRecord`` as a dict.
+        where: Where they come from; begins the message.
+        error: Raised for everything else.
+        remedy: What to do; ends the message.
+    """
+    try:
+        record: T = codec_of(kind).read(value)
+    except MismatchError as mismatch:
+        raise error(f"{where}: {mismatch}. {remedy}".rstrip()) from None
+    return record
+
+
+def decode_json(kind: Any, text: str | bytes, *, where: str, error: type[FedzoError], remedy: str = "") -> Any:
+    """``decode`` of what a text of JSON holds."""
+    value = parse_json(text, where=where, error=error, remedy=remedy)
+    return decode(kind, value, where=where, error=error, remedy=remedy)
+
+
+def encode(record: object) -> Any:
+    """The inverse: plain values for JSON. A number that is not finite becomes null where its field knows null.
+
+    Raises:
+        ValueError: The record breaks a range of its own.
+    """
+    try:
+        return codec_of(type(record)).write(record)
+    except MismatchError as mismatch:
+        raise ValueError(f"{type(record).__name__}: {mismatch}") from mismatch
+
+
+def to_json(record: object) -> str:
+    """A record as one line of compact JSON."""
+    return json.dumps(encode(record), allow_nan=False, separators=(",", ":"))
+
+
+def parse_json(text: str | bytes, *, where: str, error: type[FedzoError], remedy: str = "") -> Any:
+    """Plain values of JSON, and of nothing else: nan and infinity are none."""
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError) as problem:  # also text that is not UTF-8, and digits without end
+        raise error(f"{where}: must be JSON, got {str(problem)[:120]}. {remedy}".rstrip()) from problem
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name}, which is not JSON (unknown numbers are null)")

@@ -1,0 +1,100 @@
+"""How a record's field declares its range: markers for ``typing.Annotated``, and the ranges that many records share.
+
+``fedzo.records.codec`` reads them. A number, text, list or table without one is an error of the programmer.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, slots=True)
+class Within:
+    """A number's range, both ends included."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Length:
+    """How long a text, a list or a table is: characters, bytes or entries, both ends included."""
+
+    least: int
+    most: int
+
+
+@dataclass(frozen=True, slots=True)
+class Matching:
+    """A text that the pattern matches as a whole; ``says`` tells a person."""
+
+    pattern: re.Pattern[str]
+    says: str
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """An array: nested lists of equal lengths in JSON.
+
+    Attributes:
+        dtype: ``float32``, ``float64`` or ``bool``.
+        most: The longest that each axis may be; the shortest is 1.
+        unknown: Whether a number may be unknown: null in JSON, nan in the array.
+    """
+
+    dtype: Literal["float32", "float64", "bool"]
+    most: tuple[int, ...]
+    unknown: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class OmitDefault:
+    """A field that is left out where it has its default."""
+
+
+MOST_ROUNDS, MOST_STEPS, MOST_OWNERS = 0xFFFFFFFF, 0xFFFF, 0x7FFF
+"""The most rounds, steps (and probes), and owners, that a record of the log can count."""
+MOST_CLIENTS = 1 << 20
+"""The most clients that a line tells of."""
+MOST_TEXT = 1000
+"""The longest text that a peer's words or a file bring along, in characters."""
+_LARGEST = sys.float_info.max
+
+Client = Annotated[int, Within(0, 0xFFFFFFFD)]
+"""A client's index; the two numbers above it stand for all clients and for a pool of directions."""
+RoundNumber = Annotated[int, Within(0, MOST_ROUNDS)]
+"""A round, from 0, or how many are done."""
+Steps = Annotated[int, Within(1, MOST_STEPS)]
+Count = Annotated[int, Within(0, 1 << 53)]
+"""Bytes, rows or weights."""
+Check = Annotated[int, Within(0, 0xFFFFFFFF)]
+"""A 32-bit check of trained values."""
+Real = Annotated[float, Within(-_LARGEST, _LARGEST)]
+"""Any finite number."""
+Magnitude = Annotated[float, Within(0.0, _LARGEST)]
+Seconds = Annotated[float, Within(0.0, 1e12)]
+Share = Annotated[float, Within(0.0, 1.0)]
+LearningRate = Annotated[float, Within(0.0, float(np.finfo(np.float32).max))]
+Hash = Annotated[str, Matching(re.compile("[0-9a-f]{64}"), "64 hexadecimal digits")]
+Name = Annotated[str, Length(1, 200)]
+Words = Annotated[str, Length(0, MOST_TEXT)]
+Clients = Annotated[tuple[Client, ...], Length(0, MOST_CLIENTS)]
+Series = Annotated[tuple[Real | None, ...], Length(1, MOST_STEPS)]
+"""One number a local step; None where unknown."""
+LabelCounts = Annotated[dict[Annotated[str, Length(0, 200)], Count], Length(0, 1 << 16)]
+"""Rows by label."""
+Scalars = Annotated[npt.NDArray[np.float32], Grid("float32", (MOST_STEPS, MOST_STEPS))]
+"""One number a step and probe, [T, P]."""
+MeasuredScalars = Annotated[npt.NDArray[np.float32], Grid("float32", (MOST_STEPS, MOST_STEPS), unknown=True)]
+"""As ``Scalars``; nan where nothing finite was measured."""
+Flags = Annotated[npt.NDArray[np.bool_], Grid("bool", (MOST_STEPS, MOST_STEPS))]
+Columns = Annotated[npt.NDArray[np.float32], Grid("float32", (MOST_STEPS, MOST_STEPS, MOST_OWNERS))]
+"""One number a step, probe and owner, [T, P, owners]."""
+Products = Annotated[npt.NDArray[np.float64], Grid("float64", (MOST_STEPS, MOST_STEPS, MOST_OWNERS), unknown=True)]
+"""Inner products by step, probe and owner (or 1 for all of them); nan where not finite."""

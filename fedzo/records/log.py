@@ -1,0 +1,135 @@
+"""The lines of the two logs: ``public.jsonl`` rebuilds the model, ``audit.jsonl`` every client's local steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from fedzo.records.fields import (
+    MOST_CLIENTS,
+    MOST_OWNERS,
+    Check,
+    Client,
+    Clients,
+    Columns,
+    Count,
+    Flags,
+    Hash,
+    LearningRate,
+    Length,
+    Magnitude,
+    MeasuredScalars,
+    OmitDefault,
+    Products,
+    RoundNumber,
+    Scalars,
+    Steps,
+    Within,
+)
+
+Directions = Annotated[int, Within(0, 0xFFFFFFFE)] | Literal["shared"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """What a line of the public log says of the state after its round.
+
+    Attributes:
+        chain: Hash chain of the log up to there.
+        check: 32-bit check of theta and of what the server optimizer remembers.
+        digest: SHA-256 of theta, every ``fl.hash_every`` rounds.
+    """
+
+    chain: Hash
+    check: Check
+    digest: Hash | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PublicLine:
+    """A committed round (``fedzo.zo.log.RoundRecord``), who took part in it, and the proof of the state after it.
+
+    Attributes:
+        owners: Owners of the columns of ``c``: ``("shared",)`` for an aggregate, or client indices.
+        directions: Along which directions the columns lie (``fedzo.zo.seeds``).
+        c: Scalars by step, probe and owner, float32 [T, P, owners].
+    """
+
+    round: RoundNumber
+    lr: LearningRate
+    owners: Annotated[tuple[Annotated[int, Within(0, 0xFFFFFFFE)] | Literal["shared"], ...], Length(1, MOST_OWNERS)]
+    directions: Annotated[Directions, OmitDefault()] = 0
+    c: Columns
+    attendance: Clients
+    chain: Hash
+    check: Check
+    digest: Hash | None
+
+    def __post_init__(self) -> None:
+        if self.c.shape[2] != len(self.owners):
+            raise ValueError(f"hold a column of c for each of {len(self.owners)} owners, not {self.c.shape[2]}")
+
+    @property
+    def proof(self) -> Proof:
+        """What the line says of the state after it."""
+        return Proof(chain=self.chain, check=self.check, digest=self.digest)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ClientAudit:
+    """One client's reply of a round.
+
+    Attributes:
+        g: Projected gradients, float32 [T_k, P]; 0 where dropped.
+        loss: Each probe's view of the loss before the step, float32 [T_k, P]; nan where it was not finite.
+        dropped: Probes without a finite loss, bool [T_k, P].
+        steps: T_k.
+        used: Steps that the client had used before the round: its position in its data.
+        weight: In the mean.
+        end_check: The client's check of theta after its local steps, where it took more than one.
+    """
+
+    client: Client
+    g: Scalars
+    loss: MeasuredScalars
+    dropped: Flags
+    steps: Steps
+    used: Count
+    weight: Magnitude
+    end_check: Check
+
+    def __post_init__(self) -> None:
+        shapes = [self.g.shape, self.loss.shape, self.dropped.shape]
+        if len(set(shapes)) > 1 or len(self.g) != self.steps:
+            told = ", ".join(str(list(shape)) for shape in shapes)
+            raise ValueError(f"hold g, loss and dropped of steps = {self.steps} rows each, not {told}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AuditLine:
+    """Whatever the record of a round was made of.
+
+    Attributes:
+        lr: Learning rate of the local steps; that of the record is 0 where the round only measured.
+        xi: The server's gradient along every direction, float64 [T, P, clients or 1]; None without a gradient.
+        clients: Those that sent a usable reply, ascending.
+        refused: The others that were asked. Why is in the metrics: its words differ between runtimes, the log may not.
+    """
+
+    round: RoundNumber
+    lr: LearningRate
+    xi: Products | None
+    clients: Annotated[tuple[ClientAudit, ...], Length(0, MOST_CLIENTS)]
+    refused: Clients
+
+    def __post_init__(self) -> None:
+        probes = {client.g.shape[1] for client in self.clients}
+        if len(probes) > 1:
+            raise ValueError(f"hold as many probes of each client, not {sorted(probes)}")
+        if self.xi is None or not self.clients:
+            return
+        steps = max(client.steps for client in self.clients)
+        columns = {1, len(self.clients)}
+        if self.xi.shape[:2] != (steps, *probes) or self.xi.shape[2] not in columns:
+            told = f"{steps} steps, {min(probes)} probes and {sorted(columns)} columns"
+            raise ValueError(f"hold xi of {told}, not of the shape {list(self.xi.shape)}")

@@ -1,0 +1,293 @@
+"""The lines of ``metrics.jsonl``: what a run measured, in the order in which it happened.
+
+Whoever writes a line makes one of these records, and whoever reads one gets the same: the store, the sinks, the report
+and the table of a sweep.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, ClassVar, Literal
+
+from fedzo.errors import FedzoError
+from fedzo.records.decode import decode
+from fedzo.records.fields import (
+    MOST_CLIENTS,
+    Client,
+    Clients,
+    Count,
+    Hash,
+    LabelCounts,
+    Length,
+    Magnitude,
+    Name,
+    Real,
+    RoundNumber,
+    Seconds,
+    Series,
+    Share,
+    Steps,
+    Within,
+    Words,
+)
+
+Split = Literal["dev", "test"]
+Label = Annotated[int, Within(0, 1 << 16)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientSetup:
+    """One client's rows."""
+
+    client: Client
+    num_train: Count
+    num_heldout: Count
+    label_counts: LabelCounts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """Estimated needs of a run.
+
+    Attributes:
+        memory_bytes: Peak of one step, weights included.
+        seconds: All forwards of rounds and scores, one process.
+    """
+
+    memory_bytes: Count
+    seconds: Seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What is known before the first round.
+
+    Attributes:
+        setup_down_bytes: What each client needs beside the model.
+        estimate: Of a simulation; None where the server has no rows to estimate from.
+    """
+
+    kind: ClassVar[str] = "setup"
+    seconds: Seconds
+    trainer: Name
+    num_params: Count
+    space_size: Count
+    setup_down_bytes: Count
+    estimate: Estimate | None
+    clients: Annotated[tuple[ClientSetup, ...], Length(0, MOST_CLIENTS)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSignals:
+    """One client's local steps of a round, one number a step, and means over all its steps so far."""
+
+    grad_ip: Series
+    abs_g: Series
+    loss: Series
+    cosine: Series
+    mean_abs_grad_ip: Magnitude | None
+    mean_abs_g: Magnitude | None
+
+    def __post_init__(self) -> None:
+        if len({len(self.grad_ip), len(self.abs_g), len(self.loss), len(self.cosine)}) > 1:
+            raise ValueError("hold as many numbers in grad_ip, abs_g, loss and cosine")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientRound:
+    """What one client measured in one round: means over its ``steps`` local steps, and each of these."""
+
+    client: Client
+    loss: Real | None
+    abs_g: Magnitude | None
+    steps: Steps
+    signals: StepSignals
+
+    def __post_init__(self) -> None:
+        if len(self.signals.abs_g) != self.steps:
+            raise ValueError(f"hold signals of steps = {self.steps} steps, not of {len(self.signals.abs_g)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """One round; ``round`` counts from 0, bytes are sums over the clients.
+
+    Attributes:
+        seconds: Since the run started.
+        calibration: Whether the round only measured; its losses are of paths that were given up.
+        clip_bound: The announced bound of |g|; None = none.
+        clipped: Scalars that lie on the bound.
+        absent: Clients that were asked and sent nothing usable; ``reasons`` says why.
+        clients: Empty where the store holds the record: the file alone has them.
+    """
+
+    kind: ClassVar[str] = "round"
+    seconds: Seconds
+    round: RoundNumber
+    calibration: bool
+    loss: Real | None
+    mean_abs_g: Magnitude | None
+    payload_up_bytes: Count
+    payload_down_bytes: Count
+    message_up_bytes: Count
+    message_down_bytes: Count
+    round_seconds: Seconds
+    dropped_probes: Count
+    clip_bound: Magnitude | None
+    clipped: Count
+    absent: Clients
+    reasons: Annotated[dict[Client, Words], Length(0, MOST_CLIENTS)]
+    clients: Annotated[tuple[ClientRound, ...], Length(0, MOST_CLIENTS)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientVerdict:
+    """Whether one client is taken for extreme, what that rests on, and its local steps a round from then on."""
+
+    client: Client
+    flagged: bool
+    steps: Steps
+    statistics: Annotated[dict[Name, Real | None], Length(0, 100)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepDecision:
+    """A decision on who stops early; ``windows`` are the steps [first, end) of the first round that were compared."""
+
+    kind: ClassVar[str] = "step_policy"
+    seconds: Seconds
+    round: RoundNumber
+    windows: Annotated[dict[Name, tuple[Count, Count]], Length(0, 100)] | None
+    clients: Annotated[tuple[ClientVerdict, ...], Length(0, MOST_CLIENTS)]
+    fallback: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How a model did on rows.
+
+    Attributes:
+        metric: ``accuracy``, ``token_f1`` or ``rouge_l``.
+        value: The metric's mean over examples, 0 to 1.
+        loss: The task's loss, mean over examples; None where it is not finite.
+        num_examples: How many.
+        per_class: Of each label: right answers and examples (candidates only).
+        auc: Area under the ROC curve (two candidates and both labels there only).
+        best_threshold_accuracy: Accuracy at the threshold that suits these examples best (two candidates only).
+    """
+
+    metric: Name
+    value: Share
+    loss: Real | None
+    num_examples: Annotated[int, Within(1, 1 << 53)]
+    per_class: Annotated[dict[Label, tuple[Count, Count]], Length(0, 1 << 16)] = field(default_factory=dict)
+    auc: Share | None = None
+    best_threshold_accuracy: Share | None = None
+
+    def __post_init__(self) -> None:
+        counts = self.per_class.values()
+        if any(right > total for right, total in counts) or sum(total for _, total in counts) > self.num_examples:
+            raise ValueError("hold no more right answers than examples, and no more of a class than of all")
+
+    def numbers(self) -> dict[str, Any]:
+        """The score's fields, for a record that is a score and more."""
+        return {each.name: getattr(self, each.name) for each in fields(Score)}
+
+
+@dataclass(frozen=True, slots=True)
+class CentralScore(Score):
+    """The score of the whole model on the server's rows after ``round`` rounds (0 = before training)."""
+
+    kind: ClassVar[str] = "score"
+    first: ClassVar[tuple[str, ...]] = ("seconds", "split", "round")
+    seconds: Seconds = field(kw_only=True)
+    split: Split = field(kw_only=True)
+    round: RoundNumber = field(kw_only=True)
+
+
+@dataclass(frozen=True, slots=True)
+class ClientScore(Score):
+    """One client's score on its own held-out rows."""
+
+    first: ClassVar[tuple[str, ...]] = ("client",)
+    client: Client = field(kw_only=True)
+
+
+@dataclass(frozen=True, slots=True)
+class FederatedScore(Score):
+    """The score of all clients' held-out rows together after ``round`` rounds, and of each client's."""
+
+    kind: ClassVar[str] = "federated_score"
+    first: ClassVar[tuple[str, ...]] = ("seconds", "round")
+    seconds: Seconds = field(kw_only=True)
+    round: RoundNumber = field(kw_only=True)
+    message_up_bytes: Count = field(default=0, kw_only=True)
+    message_down_bytes: Count = field(default=0, kw_only=True)
+    worst_client: Share = field(kw_only=True)
+    clients: Annotated[tuple[ClientScore, ...], Length(1, MOST_CLIENTS)] = field(kw_only=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorstClient:
+    """The lowest score of a client on its own held-out rows, when they were last scored."""
+
+    client: Client
+    metric: Name
+    value: Share
+    round: RoundNumber
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlaggedClient:
+    """A client that the last decision flagged, and its local steps a round."""
+
+    client: Client
+    steps: Steps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flagged:
+    """Whom the last decision on who stops early flagged; ``fallback``: too many, so that none of them does."""
+
+    flagged: Annotated[tuple[FlaggedClient, ...], Length(0, MOST_CLIENTS)]
+    fallback: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """The end of a finished run; bytes are sums over rounds and clients."""
+
+    kind: ClassVar[str] = "summary"
+    seconds: Seconds
+    rounds: RoundNumber
+    best_round: RoundNumber
+    before: CentralScore | None
+    after: CentralScore | None
+    worst_client: WorstClient | None
+    step_policy: Flagged | None
+    final_digest: Hash | None
+    dropped_probes: Count
+    payload_up_bytes: Count
+    payload_down_bytes: Count
+    message_up_bytes: Count
+    message_down_bytes: Count
+
+
+MetricRecord = Setup | Round | StepDecision | CentralScore | FederatedScore | Summary
+METRIC_KINDS: dict[str, type[MetricRecord]] = {
+    each.kind: each for each in (Setup, Round, StepDecision, CentralScore, FederatedScore, Summary)
+}
+
+
+def decode_metric(value: object, *, where: str, error: type[FedzoError], remedy: str = "") -> MetricRecord:
+    """A line of ``metrics.jsonl`` as the record of its kind."""
+    kind = value.get("kind") if isinstance(value, dict) else None
+    if not isinstance(kind, str) or kind not in METRIC_KINDS:
+        raise error(f"{where}: kind must be one of {', '.join(METRIC_KINDS)}, got {kind!r:.80}. {remedy}".rstrip())
+    return decode(METRIC_KINDS[kind], value, where=where, error=error, remedy=remedy)
+
+
+def known(value: float) -> float | None:
+    """None for a number that is not finite."""
+    return float(value) if math.isfinite(value) else None
