@@ -153,8 +153,7 @@ def encode(message: Any) -> RecordDict:
 def decode(kind: type[M], content: RecordDict) -> M:
     """The message in Flower content; ``ProtocolError`` for anything that is not exactly one."""
     if list(content) != [RECORD] or not isinstance(content[RECORD], ConfigRecord):
-        names = sorted(name[:40] for name in content)[:4]
-        raise ProtocolError(f"{kind.__name__}: expected one record {RECORD!r}, got {names}")
+        raise ProtocolError(f"{kind.__name__}: expected one record {RECORD!r}, got {sorted(content)}")
     given = dict(content[RECORD])
     if empty := [name for name, value in given.items() if value in ("", b"")]:
         raise ProtocolError(f"{kind.__name__}: {empty[0]:.40} must be left out where it is empty")

@@ -276,7 +276,7 @@ class _Table:
                 number = isinstance(self.key, _Number) and type(key) is str and _DECIMAL.fullmatch(key)
                 name = self.key.read(int(key) if number else key)
             except MismatchError as error:
-                raise MismatchError(f"have keys that {error.rule}", key) from None
+                raise MismatchError(f"have keys that are {error.rule.removeprefix('be ')}", key) from None
             try:
                 found[name] = self.value.read(item)
             except MismatchError as error:
@@ -308,8 +308,10 @@ class _Record:
         return "be an object" + (f" of the kind {self._kind!r}" if self._kind else "")
 
     def read(self, value: Any) -> Any:
-        if type(value) is not dict or (self._kind is not None and value.get("kind") != self._kind):
+        if type(value) is not dict:
             raise MismatchError(self.rule, value)
+        if self._kind is not None and value.get("kind") != self._kind:
+            raise MismatchError(f"be {self._kind!r}", value.get("kind", NOTHING)).within("kind")
         found = {}
         for name, codec in self._codecs.items():
             if name in value:

@@ -130,6 +130,6 @@ class AuditLine:
             return
         steps = max(client.steps for client in self.clients)
         columns = {1, len(self.clients)}
-        if self.xi.shape[:2] != (steps, *probes) or self.xi.shape[2] not in columns:
-            told = f"{steps} steps, {min(probes)} probes and {sorted(columns)} columns"
+        if self.xi.shape[0] < steps or {self.xi.shape[1]} != probes or self.xi.shape[2] not in columns:
+            told = f"{steps} steps or more, {min(probes)} probes and {sorted(columns)} columns"
             raise ValueError(f"hold xi of {told}, not of the shape {list(self.xi.shape)}")

@@ -204,7 +204,7 @@ def test_a_damaged_log_is_named(tmp_path: Path) -> None:
     [
         (PUBLIC, {"round": -1}, r"public\.jsonl, line 2: round must be a whole number of 0 to 4294967295, got -1"),
         (PUBLIC, {"owners": ["all"]}, r"line 2: owners\[0\] must be a whole number .* or 'shared', got 'all'"),
-        (PUBLIC, {"owners": [0, 1]}, "line 2: must hold a column of c for each of 2 owners, not 1, got {'round'"),
+        (PUBLIC, {"owners": [0, 1]}, "line 2: must hold a column of c for each of 2 owners, not 1, got {'attendance'"),
         (PUBLIC, {"chain": "0" * 63}, "line 2: chain must be 64 hexadecimal digits, got '000"),
         (
             AUDIT,
@@ -213,7 +213,7 @@ def test_a_damaged_log_is_named(tmp_path: Path) -> None:
         ),
         (AUDIT, {"lr": True}, "line 2: lr must be a float of 0 to .*, got True"),
         (AUDIT, {"xi": [[["x"]]]}, "line 2: xi must be 3 levels of lists, .* or null, got"),
-        (AUDIT, {"xi": [[[1.0], [1.0]]]}, "line 2: must hold xi of 1 steps, 1 probes and"),
+        (AUDIT, {"xi": [[[1.0], [1.0]]]}, "line 2: must hold xi of 1 steps or more, 1 probes and"),
         (METRICS, {"absent": [0.5]}, r"metrics\.jsonl, line 2: absent\[0\] must be a whole number of .*, got 0\.5"),
         (METRICS, {"kind": "rounds"}, "line 2: kind must be one of setup, round, .*, got 'rounds'"),
         (METRICS, {"clients": [{"client": 0}]}, r"line 2: clients\[0\]\.loss must be a float .* or null, got nothing"),

@@ -38,7 +38,7 @@ from fedzo.fl.server.rounds import FederationError, Server
 from fedzo.fl.server.step_policy import STEP_POLICIES
 from fedzo.fl.server.step_policy.config import CusumConfig, NoStepPolicyConfig, StepPolicyConfig, VpcsConfig
 from fedzo.records.decode import encode as encode_record
-from fedzo.records.metrics import ClientVerdict, MetricRecord, Round, StepDecision
+from fedzo.records.metrics import ClientSetup, ClientVerdict, MetricRecord, Round, StepDecision
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.config import AdamConfig, Schedule, ServerOptimizerConfig, SgdConfig
 from fedzo.zo.directions import SHARED, direction, stream_key
@@ -453,9 +453,7 @@ def test_a_resumed_run_goes_on_with_the_registrations_of_its_record(
     federation: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, clients, _ = federation()
-    record = [
-        {"client": c.index, "num_train": c.hello.num_train, "num_heldout": 0, "label_counts": {}} for c in clients
-    ]
+    record = [ClientSetup(client=c.index, num_train=c.hello.num_train, num_heldout=0, label_counts={}) for c in clients]
     again = ClientRegistry(num_clients=3, identity=IDENTITY)
     again.recall(record)
     clients[1].hello = replace(clients[1].hello, num_train=7)  # its rows are others now

@@ -84,7 +84,7 @@ def test_a_last_line_without_newline_that_is_whole_counts(make_run: MakeRun) -> 
         ),
         (json.dumps(round_line(0, round=True)) + "\n", "line 1: round must be a whole number of .*, got True"),
         (json.dumps(round_line(0, reasons=[1])) + "\n", r"reasons must be an object of .*, got \[1\]"),
-        (json.dumps(round_line(0, reasons={"x": "y"})) + "\n", "reasons must have keys that be a whole number"),
+        (json.dumps(round_line(0, reasons={"x": "y"})) + "\n", "reasons must have keys that are a whole number"),
     ],
 )
 def test_damaged_metrics_name_line_rule_and_value(make_run: MakeRun, text: str, message: str) -> None:
