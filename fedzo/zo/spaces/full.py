@@ -64,10 +64,16 @@ class FullSpace:
         return self._size
 
     def probe(self, scale: float, key: int) -> AbstractContextManager[None]:
-        starts = {id(parameter): start for parameter, start in zip(self._parameters, self._starts, strict=True)}
-        mode = PerturbedWeights(starts, scale=scale, key=key, distribution=self.distribution, groups=self._groups)
-        mode.make(self._small)
-        return mode.active()
+        moved = PerturbedWeights(
+            self._parameters,
+            self._starts,
+            scale=scale,
+            key=key,
+            distribution=self.distribution,
+            groups=self._groups,
+        )
+        moved.make(self._small)
+        return moved.active()
 
     def step(self, s: float, key: int) -> None:
         stochastic = self._rounding is Rounding.stochastic
