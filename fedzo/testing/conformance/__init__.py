@@ -1,0 +1,1 @@
+"""Checks that a plugin keeps the contract of its kind (``docs/how-to-test-a-plugin.md``)."""

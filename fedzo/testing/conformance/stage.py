@@ -1,0 +1,85 @@
+"""What every stage between a client's rows and its tokens must do."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from fedzo.data.files import Row
+from fedzo.testing.conformance.bits import global_generators, must
+
+
+class Stage(Protocol):
+    """May change the values of one column of a client's training rows."""
+
+    @property
+    def column(self) -> str | None:
+        """The only column that may change; None where none does."""
+        ...
+
+    def apply(self, rows: list[Row], *, client: int) -> list[Row]:
+        """As many rows in the same order; ``rows`` stay as they are."""
+        ...
+
+
+def check_stage(make: Callable[[], Stage], rows: Sequence[Row]) -> None:
+    """Check that a stage keeps its contract.
+
+    - It gives as many rows in the same order, and changes no value but that of ``column``, which keeps its type.
+    - It does not change the rows that it is given.
+    - The same rows of the same client give the same result, whatever it did before, and in a new stage.
+    - No rows give no rows.
+    - The global random generators are neither used nor needed.
+
+    Args:
+        make: Makes the stage.
+        rows: Rows that differ in another column than the stage's, or their order cannot be seen; at least two.
+
+    Raises:
+        AssertionError: The first rule that does not hold, with what was seen.
+    """
+    must(len(rows) >= 2, f"rows must be at least two, or their order cannot be seen, got {len(rows)}")
+    given = copy.deepcopy(list(rows))
+    with global_generators(1):
+        stage = make()
+        first = _apply(stage, given, client=0)
+        second = _apply(stage, given[::-1], client=1)
+        _must_agree(_apply(stage, given, client=0), first, "must not depend on what the stage did before")
+        must(stage.apply([], client=0) == [], "no rows must give no rows")
+    with global_generators(2):
+        fresh = make()  # which meets the clients in the other order
+        _must_agree(_apply(fresh, given[::-1], client=1), second, "of a new stage must be the same")
+        _must_agree(_apply(fresh, given, client=0), first, "of a new stage must be the same")
+
+
+def _apply(stage: Stage, rows: list[Row], *, client: int) -> list[Row]:
+    before = copy.deepcopy(rows)
+    after = copy.deepcopy(stage.apply(rows, client=client))
+    must(rows == before, "apply must not change the rows that it is given")
+    must(len(after) == len(rows), f"apply must give as many rows as it gets, {len(rows)}, got {len(after)}")
+    column = stage.column
+    for i, (old, new) in enumerate(zip(before, after, strict=True)):
+        changed = sorted(key for key in old.keys() | new.keys() if key != column and _differs(old, new, key))
+        must(
+            not changed,
+            f"apply must keep the order and change nothing but {column!r}; row {i} differs in {changed}: {old}, {new}",
+        )
+        if column is not None:
+            must(column in old, f"rows must have the stage's column {column!r}, row {i} has {sorted(old)}")
+            kinds = type(old[column]).__name__, type(new.get(column)).__name__
+            must(kinds[0] == kinds[1], f"apply must keep the type of {column!r}, {kinds[0]}; row {i} got {kinds[1]}")
+    return after
+
+
+def _differs(old: Row, new: Row, key: str) -> bool:
+    return key not in old or key not in new or bool(old[key] != new[key])
+
+
+def _must_agree(found: list[Row], expected: list[Row], rule: str) -> None:
+    differ = [i for i, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1]]
+    must(
+        not differ,
+        f"the result for the same rows of the same client {rule}; row {differ[:1]} of {len(expected)} first: "
+        f"{[(expected[i], found[i]) for i in differ[:1]]}",
+    )

@@ -1,0 +1,229 @@
+"""Our own plugins keep the contracts of their kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedzo.testing import check_estimator, check_server_optimizer, check_space, check_trainer
+from fedzo.testing.tiny_models import tiny_loaded, tiny_model
+from fedzo.testing.vector_space import VectorSpace
+from fedzo.trainers import TRAINERS
+from fedzo.zo.config import Baseline, Distribution
+from fedzo.zo.directions import direction
+from fedzo.zo.estimator import ESTIMATORS
+from fedzo.zo.server_optimizer import SERVER_OPTIMIZERS
+from fedzo.zo.spaces.base import MasterSpace, Space
+from fedzo.zo.spaces.dense import DenseSpace
+from fedzo.zo.spaces.full import FullSpace
+from fedzo.zo.spaces.masked import MaskedSpace
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+IDS = torch.arange(24).reshape(2, 12) * 7 % 256
+CONFIGS: dict[str, dict[str, Any]] = {
+    registry.kind: dict(registry) for registry in (TRAINERS, ESTIMATORS, SERVER_OPTIMIZERS)
+}
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=IDS, use_cache=False).logits
+
+
+# --- spaces -----------------------------------------------------------------------------------------------------------
+
+
+def masked(model: nn.Module, law: Distribution) -> Space:
+    indices = {
+        name: torch.arange(3, parameter.numel(), 17)
+        for name, parameter in model.named_parameters()
+        if parameter.ndim >= 2 and "embed" not in name and "wte" not in name
+    }
+    return MaskedSpace(model, indices, distribution=law)
+
+
+def full(model: nn.Module, law: Distribution) -> Space:
+    return FullSpace(model, distribution=law)
+
+
+def dense(model: nn.Module, law: Distribution) -> Space:
+    return DenseSpace([p for name, p in model.named_parameters() if "norm" in name or "ln_" in name], distribution=law)
+
+
+@pytest.mark.parametrize("law", list(Distribution))
+@pytest.mark.parametrize(
+    ("make", "dtype"),
+    [*((masked, dtype) for dtype in DTYPES), *((full, dtype) for dtype in DTYPES), (dense, torch.float32)],
+    ids=lambda value: value.__name__ if callable(value) else str(value),
+)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_spaces_of_a_model(
+    family: str, make: Callable[[nn.Module, Distribution], Space], dtype: torch.dtype, law: Distribution
+) -> None:
+    check_space(
+        lambda model: make(model, law),
+        lambda: tiny_model(family, dtype=dtype),
+        outputs=logits,
+        held_in=dtype if make is full else torch.float32,
+        distribution=law,
+    )
+
+
+class Weights(nn.Module):
+    """Holds a space that has no model of its own."""
+
+    space: Any
+
+    def make(self, space: Space) -> Space:
+        self.space = space
+        return space
+
+
+class Written(MasterSpace):
+    """The bare master, whose values enter a tensor."""
+
+    def _write(self, values: torch.Tensor) -> None:
+        self.theta = values.clone()
+
+
+@pytest.mark.parametrize("law", list(Distribution))
+def test_spaces_of_no_model(law: Distribution) -> None:
+    start = direction(3, 300)
+
+    def vector(model: nn.Module) -> Space:
+        return model.make(VectorSpace(start, distribution=law))  # type: ignore[operator]
+
+    def master(model: nn.Module) -> Space:
+        return model.make(Written(torch.from_numpy(start.copy()), law))  # type: ignore[operator]
+
+    for make in (vector, master):
+        check_space(
+            make,
+            Weights,
+            outputs=lambda model: torch.as_tensor(getattr(model.space, "theta", start)),  # type: ignore[union-attr]
+            distribution=law,
+        )
+
+
+# --- trainers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # by PEFT, of transformers
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CONFIGS["trainer"])
+def test_trainers(name: str, dtype: torch.dtype) -> None:
+    config_class = CONFIGS["trainer"][name]
+
+    check_trainer(
+        lambda: TRAINERS.build(config_class()),
+        lambda: tiny_loaded(dtype=dtype),
+        held_in=dtype if name == "mezo" else torch.float32,
+    )
+
+
+# --- estimators -------------------------------------------------------------------------------------------------------
+
+Numbers = np.ndarray
+
+
+def less_the_mean(slopes: Numbers) -> Numbers:
+    return slopes - slopes.mean()
+
+
+def less_the_others(slopes: Numbers) -> Numbers:
+    return np.array([own - np.delete(slopes, p).mean() for p, own in enumerate(slopes)])
+
+
+def over_the_deviation(slopes: Numbers) -> Numbers:
+    return slopes / np.std(slopes, ddof=1)
+
+
+ESTIMATES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("two_point", {}, {"order": 2}),
+    ("one_sided", {"baseline": Baseline.center}, {"order": 1}),
+    ("one_sided", {"baseline": Baseline.mean}, {"order": 1, "on_linear": less_the_mean, "share": 3 / 4}),
+    ("one_sided", {"baseline": Baseline.leave_one_out}, {"order": 1, "on_linear": less_the_others}),
+    ("fzoo", {}, {"order": 1, "on_linear": over_the_deviation, "share": None}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "promises"), ESTIMATES, ids=str)
+def test_estimators(name: str, settings: dict[str, Any], promises: dict[str, Any]) -> None:
+    check_estimator(
+        lambda eps: ESTIMATORS.build(CONFIGS["estimator"][name](eps=eps, **settings)), num_probes=4, **promises
+    )
+
+
+# --- server optimizers ------------------------------------------------------------------------------------------------
+
+Rounds = Sequence[tuple[float, Numbers]]
+
+
+def sgd(theta: Numbers, rounds: Rounds, *, weight_decay: float = 0.0) -> Numbers:
+    for lr, u in rounds:
+        theta = theta * (1 - lr * weight_decay) - lr * u
+    return theta
+
+
+def momentum(
+    theta: Numbers, rounds: Rounds, *, momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 0.0
+) -> Numbers:
+    m = np.zeros_like(theta)
+    for lr, u in rounds:
+        m = momentum * m + u
+        theta = theta * (1 - lr * weight_decay) - lr * (u + momentum * m if nesterov else m)
+    return theta
+
+
+def adam(
+    theta: Numbers,
+    rounds: Rounds,
+    *,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> Numbers:
+    m, v = np.zeros_like(theta), np.zeros_like(theta)
+    for t, (lr, u) in enumerate(rounds, start=1):
+        m, v = beta1 * m + (1 - beta1) * u, beta2 * v + (1 - beta2) * u * u
+        step = (m / (1 - beta1**t)) / (np.sqrt(v / (1 - beta2**t)) + eps)
+        theta = theta * (1 - lr * weight_decay) - lr * step
+    return theta
+
+
+FORMULAS = {"sgd": sgd, "momentum": momentum, "adam": adam}
+RULES: list[tuple[str, dict[str, Any]]] = [
+    ("sgd", {}),
+    ("sgd", {"weight_decay": 0.3}),
+    ("momentum", {"momentum": 0.75}),
+    ("momentum", {"momentum": 0.6, "nesterov": True, "weight_decay": 0.2}),
+    ("momentum", {"momentum": 0.0}),
+    ("adam", {}),
+    ("adam", {"beta1": 0.5, "beta2": 0.75, "eps": 1e-2, "weight_decay": 0.4}),
+    ("scaffold", {}),
+    ("feddyn", {"alpha": 2.0}),
+    ("feddyn", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), RULES, ids=str)
+def test_server_optimizers(name: str, settings: dict[str, Any]) -> None:
+    config = CONFIGS["server_optimizer"][name](**settings)
+    formula = FORMULAS.get(name)
+
+    check_server_optimizer(
+        lambda: SERVER_OPTIMIZERS.build(config),
+        formula=formula and (lambda theta, rounds: formula(theta, rounds, **settings)),
+        rests_at_zero="weight_decay" not in settings,
+    )
+
+
+def test_every_plugin_is_checked() -> None:
+    assert {name for name, *_ in ESTIMATES} == set(CONFIGS["estimator"])
+    assert {name for name, _ in RULES} == set(CONFIGS["server_optimizer"])
