@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -84,6 +85,32 @@ def test_estimator_and_rule_of_the_how_to_are_working_plugins(tmp_path: Path, nu
     done = subprocess.run([sys.executable, str(program)], cwd=ROOT, capture_output=True, text=True, check=False)
 
     assert done.returncode == 0, done.stderr
+
+
+def test_plugins_of_the_how_tos_pass_the_checks_as_their_page_calls_them(tmp_path: Path) -> None:
+    package = tmp_path / "my_package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    blocks = {
+        "norms": ("how-to-add-a-trainer.md", 0),
+        "four_point": ("how-to-add-an-estimator.md", 0),
+        "sign": ("how-to-add-an-estimator.md", 1),
+    }
+    for name, (page, number) in blocks.items():
+        (package / f"{name}.py").write_text(code(page, "python", number=number), encoding="utf-8")
+    (tmp_path / "test_plugins.py").write_text(code("how-to-test-a-plugin.md", "python"), encoding="utf-8")
+
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "5 passed" in done.stdout
 
 
 def test_task_of_the_how_to_composes(tmp_path: Path) -> None:

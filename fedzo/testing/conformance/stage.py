@@ -4,27 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from fedzo.data.files import Row
+from fedzo.data.preprocess import Stage
 from fedzo.testing.conformance.bits import global_generators, must
 
 
-class Stage(Protocol):
-    """May change the values of one column of a client's training rows."""
-
-    @property
-    def column(self) -> str | None:
-        """The only column that may change; None where none does."""
-        ...
-
-    def apply(self, rows: list[Row], *, client: int) -> list[Row]:
-        """As many rows in the same order; ``rows`` stay as they are."""
-        ...
-
-
 def check_stage(make: Callable[[], Stage], rows: Sequence[Row]) -> None:
-    """Check that a stage keeps its contract.
+    """Check that a stage keeps the contract of ``fedzo.data.preprocess.Stage``.
 
     - It gives as many rows in the same order, and changes no value but that of ``column``, which keeps its type.
     - It does not change the rows that it is given.

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedzo.testing import check_estimator, check_server_optimizer, check_space, check_trainer
+from fedzo.data.preprocess import STAGES
+from fedzo.testing import check_estimator, check_server_optimizer, check_space, check_stage, check_trainer
 from fedzo.testing.tiny_models import tiny_loaded, tiny_model
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.trainers import TRAINERS
@@ -26,7 +27,7 @@ from fedzo.zo.spaces.masked import MaskedSpace
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IDS = torch.arange(24).reshape(2, 12) * 7 % 256
 CONFIGS: dict[str, dict[str, Any]] = {
-    registry.kind: dict(registry) for registry in (TRAINERS, ESTIMATORS, SERVER_OPTIMIZERS)
+    registry.kind: dict(registry) for registry in (TRAINERS, ESTIMATORS, SERVER_OPTIMIZERS, STAGES)
 }
 
 
@@ -222,6 +223,16 @@ def test_server_optimizers(name: str, settings: dict[str, Any]) -> None:
         formula=formula and (lambda theta, rounds: formula(theta, rounds, **settings)),
         rests_at_zero="weight_decay" not in settings,
     )
+
+
+# --- stages -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS["preprocess"])
+def test_stages(name: str) -> None:
+    rows = [{"text": f"Review {i}", "label": i % 2, "id": i} for i in range(5)]
+
+    check_stage(lambda: STAGES.build(CONFIGS["preprocess"][name]()), rows)
 
 
 def test_every_plugin_is_checked() -> None:

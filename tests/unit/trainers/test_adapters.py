@@ -178,18 +178,6 @@ def test_a_step_with_lr_0_leaves_every_parameter_bit_identical(dtype: torch.dtyp
     assert projection.g != 0
 
 
-@pytest.mark.parametrize("config", EVERY, ids=name_of)
-def test_peers_with_other_torch_seeds_build_the_same_bits_and_keep_their_generator(config: TrainerConfig) -> None:
-    spaces = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        state = torch.random.get_rng_state()
-        spaces.append(build(tiny_loaded(), config).space)
-        assert torch.equal(state, torch.random.get_rng_state())
-
-    assert spaces[0].digest() == spaces[1].digest()
-
-
 def test_another_run_seed_gives_other_values_of_a_and_the_law_of_peft() -> None:
     loaded = tiny_loaded()
     first = build(loaded, LoraTrainerConfig(rank=64)).space.values()

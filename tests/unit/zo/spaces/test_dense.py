@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -39,39 +38,6 @@ def test_a_probe_is_one_product_and_one_sum_and_leaves_every_bit(law: Distributi
     assert torch.equal(during, before + z * torch.tensor(0.3))
     assert torch.equal(flat(trained), before)
     assert [tuple(tensor.shape) for tensor in trained] == SHAPES
-
-
-def test_steps_move_the_parameters_by_one_product_and_one_difference() -> None:
-    trained = parameters()
-    expected = flat(trained)
-    space = DenseSpace(trained)
-    for key in (3, 4):
-        expected.sub_(torch.from_numpy(direction(key, SIZE)) * torch.tensor(1.7e-3))
-
-    space.step(1.7e-3, key=3)
-    space.step(1.7e-3, key=4)
-
-    assert torch.equal(flat(trained), expected)
-    assert np.array_equal(space.values(), expected.numpy())
-
-
-def test_mark_rewind_and_load_bring_every_bit_back() -> None:
-    trained = parameters()
-    space = DenseSpace(trained)
-    before, values, digest, check = flat(trained), space.values(), space.digest(), space.check()
-
-    space.mark()
-    space.step(0.1, key=1)
-    moved = space.digest(), space.check()
-    space.rewind()
-    assert torch.equal(flat(trained), before)
-    assert (space.digest(), space.check()) == (digest, check)
-    space.step(0.1, key=1)
-    assert (space.digest(), space.check()) == moved
-    space.load(values)
-
-    assert torch.equal(flat(trained), before)
-    assert moved != (digest, check)
 
 
 def test_only_float32_parameters_are_taken() -> None:

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from fedzo.errors import ConfigError
 from fedzo.testing.tiny_models import FAMILIES, tiny_model
-from fedzo.zo.config import Distribution
 from fedzo.zo.directions import direction
 from fedzo.zo.spaces.base import Space
 from fedzo.zo.spaces.full import FullSpace
@@ -143,46 +142,6 @@ def make_space(request: pytest.FixtureRequest) -> Iterator[Callable[[nn.Module],
         yield lambda model: MaskedSpace(model, some_indices(model))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_thousand_probes_leave_every_weight_bit_identical(
-    make_space: Callable[..., Space], dtype: torch.dtype
-) -> None:
-    model = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 8)).to(dtype)
-    before = bits(model)
-    space = make_space(model)
-
-    for key in range(1000):
-        with space.probe(1e-3, key):
-            pass
-
-    assert_same_bits(model, before)
-
-
-def test_an_exception_in_a_probe_leaves_the_bits(make_space: Callable[..., Space]) -> None:
-    model = tiny_model("llama").to(torch.bfloat16)
-    before = bits(model)
-
-    with pytest.raises(RuntimeError, match="boom"), make_space(model).probe(0.5, key=1):
-        raise RuntimeError("boom")
-
-    assert_same_bits(model, before)
-
-
-@pytest.mark.parametrize("law", list(Distribution))
-def test_a_step_is_one_product_and_one_difference_on_the_master(law: Distribution) -> None:
-    model = tiny_model("llama")
-    indices = some_indices(model)
-    space = MaskedSpace(model, indices, distribution=law)
-    expected = torch.from_numpy(space.values())
-    for key in (3, 4):
-        expected.sub_(torch.from_numpy(direction(key, space.size, distribution=law)) * torch.tensor(1.7e-3))
-
-    space.step(1.7e-3, key=3)
-    space.step(1.7e-3, key=4)
-
-    assert np.array_equal(space.values(), expected.numpy())
-
-
 def test_small_steps_do_not_vanish_in_a_masked_bfloat16_model() -> None:
     model = tiny_model("llama").to(torch.bfloat16)
     space = MaskedSpace(model, some_indices(model))
@@ -204,23 +163,6 @@ def test_full_steps_move_all_weights_as_a_dense_twin() -> None:
 
     for (name, mine), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert torch.equal(mine, theirs), name
-
-
-def test_mark_and_rewind_undo_steps_bit_for_bit(make_space: Callable[..., Space]) -> None:
-    model = tiny_model("opt").to(torch.float16)
-    space = make_space(model)
-    before, digest, check = bits(model), space.digest(), space.check()
-
-    space.mark()
-    for key in range(5):
-        space.step(0.01, key)
-    changed = space.digest(), space.check()
-    space.rewind()
-
-    assert changed[0] != digest
-    assert changed[1] != check
-    assert_same_bits(model, before)
-    assert (space.digest(), space.check()) == (digest, check)
 
 
 def test_values_load_round_trip(make_space: Callable[..., Space]) -> None:
@@ -269,26 +211,6 @@ def test_full_space_refuses_quantised_weights() -> None:
 
     with pytest.raises(ConfigError, match=r"'packed' is torch\.int8"):
         FullSpace(model)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_scaling_is_one_rounded_product_a_value_and_one_cast(
-    make_space: Callable[..., Space], dtype: torch.dtype
-) -> None:
-    model = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 8)).to(dtype)
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    space = make_space(model)
-    indices = some_indices(model) if isinstance(space, MaskedSpace) else None
-    factor = float(np.float32(0.7001))
-
-    space.scale_by(factor)
-
-    for name, parameter in model.named_parameters():
-        expected = before[name].clone().view(-1)
-        picked = slice(None) if indices is None else indices.get(name, torch.empty(0, dtype=torch.int64))
-        product = expected[picked].float().numpy() * np.float32(factor)
-        expected[picked] = torch.from_numpy(product).to(dtype)
-        assert torch.equal(parameter.detach().view(-1), expected), name
 
 
 def test_scaling_a_masked_16_bit_model_moves_the_float32_master() -> None:

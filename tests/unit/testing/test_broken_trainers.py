@@ -1,0 +1,141 @@
+"""The check of trainers refuses broken ones, each by the rule that it breaks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedzo.errors import ConfigError
+from fedzo.models.load import LoadedModel
+from fedzo.testing import check_trainer
+from fedzo.testing.tiny_models import tiny_loaded
+from fedzo.trainers import Built, Prepared, Workplace
+from fedzo.zo.config import Distribution
+from fedzo.zo.directions import direction
+from fedzo.zo.spaces.dense import DenseSpace
+
+
+class Norms:
+    """The one-dimensional weights, from a seed of 4 bytes."""
+
+    def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
+        return Prepared(workplace.seed.to_bytes(4, "little"))
+
+    def build(self, loaded: LoadedModel, artifact: bytes, *, distribution: Distribution) -> Built:
+        if len(artifact) != 4:
+            raise ConfigError(f"the artifact must be a seed of 4 bytes, got {len(artifact)}")
+        return self.built(loaded, int.from_bytes(artifact, "little"), distribution)
+
+    def built(self, loaded: LoadedModel, seed: int, distribution: Distribution) -> Built:
+        weights = [weight for weight in loaded.model.parameters() if weight.dim() == 1]
+        space = DenseSpace(weights, distribution=distribution)
+        base = direction(seed, space.size)
+        space.load(base)
+        return Built(space, lambda: space.load(base))
+
+
+class BuildsFromMemory(Norms):
+    kept = 0
+
+    def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
+        self.kept = workplace.seed
+        return super().prepare(loaded, workplace)
+
+    def built(self, loaded: LoadedModel, seed: int, distribution: Distribution) -> Built:
+        return super().built(loaded, self.kept or id(self) % 2**32, distribution)
+
+
+class DrawsItsStart(Norms):
+    def built(self, loaded: LoadedModel, seed: int, distribution: Distribution) -> Built:
+        with torch.random.fork_rng():
+            return super().built(loaded, int(torch.randint(2**31, ())), distribution)
+
+
+class PreparesAnew(Norms):
+    calls = 0
+
+    def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
+        PreparesAnew.calls += 1
+        return Prepared((workplace.seed + self.calls).to_bytes(4, "little"))
+
+
+class TrainsWhilePreparing(Norms):
+    def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
+        next(loaded.model.parameters()).data.mul_(1.5)
+        return super().prepare(loaded, workplace)
+
+
+class ForgetsToReset(Norms):
+    def built(self, loaded: LoadedModel, seed: int, distribution: Distribution) -> Built:
+        return replace(super().built(loaded, seed, distribution), reset=lambda: None)
+
+
+class ResetsToWhatItLoaded(Norms):
+    """Steps in place of a copy."""
+
+    def built(self, loaded: LoadedModel, seed: int, distribution: Distribution) -> Built:
+        built = super().built(loaded, seed, distribution)
+        return replace(built, reset=lambda: built.space.step(-0.25, 3))
+
+
+class TakesAnything(Norms):
+    def build(self, loaded: LoadedModel, artifact: bytes, *, distribution: Distribution) -> Built:
+        return self.built(loaded, int.from_bytes(artifact[:4], "little"), distribution)
+
+
+class RaisesWhatPythonRaises(Norms):
+    def build(self, loaded: LoadedModel, artifact: bytes, *, distribution: Distribution) -> Built:
+        return self.built(loaded, sum(artifact[i] << 8 * i for i in range(4)), distribution)
+
+
+class SpoilsTheModelFirst(Norms):
+    def build(self, loaded: LoadedModel, artifact: bytes, *, distribution: Distribution) -> Built:
+        if len(artifact) != 4:
+            next(loaded.model.parameters()).data.zero_()
+        return super().build(loaded, artifact, distribution=distribution)
+
+
+class SavesNothing(Norms):
+    def built(self, loaded: LoadedModel, seed: int, distribution: Distribution) -> Built:
+        return replace(super().built(loaded, seed, distribution), save=Path.mkdir)
+
+
+class IgnoresTheLaw(Norms):
+    def built(self, loaded: LoadedModel, seed: int, distribution: Distribution) -> Built:
+        return super().built(loaded, seed, Distribution.gaussian)
+
+
+class GivesADoubleGradient(Norms):
+    def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
+        return replace(super().prepare(loaded, workplace), gradient=torch.ones(3, dtype=torch.float64))
+
+
+def test_without_a_fault_it_passes() -> None:
+    check_trainer(Norms, lambda: tiny_loaded("opt"))
+
+
+@pytest.mark.parametrize(
+    ("make", "rule"),
+    [
+        (BuildsFromMemory, r"two peers must build the same values from one artifact"),
+        (DrawsItsStart, r"two peers must build the same values from one artifact"),
+        (PreparesAnew, r"prepare called again in its folder must give the same artifact"),
+        (TrainsWhilePreparing, r"prepare must leave the model as it was: 1 of \d+ tensors differ"),
+        (GivesADoubleGradient, r"prepare's gradient must be float32 \[160\] on the CPU, got torch\.float64 \[3\]"),
+        (ForgetsToReset, r"reset must bring the base values back"),
+        (ResetsToWhatItLoaded, r"reset must bring the base values back"),
+        (TakesAnything, r"build must refuse an artifact that is empty by a FedzoError, but it took it"),
+        (RaisesWhatPythonRaises, r"refuse an artifact that is empty by a FedzoError.*it raised IndexError"),
+        (SpoilsTheModelFirst, r"after an artifact that is empty was refused, the model: 1 of \d+ tensors differ"),
+        (SavesNothing, r"save must write what was trained into the folder it is given"),
+        (IgnoresTheLaw, r"distribution must be the law that the space was made with"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_broken_trainers(make: Callable[[], Norms], rule: str) -> None:
+    with pytest.raises(AssertionError, match=rule):
+        check_trainer(make)
