@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 GLOSSARY = ROOT / "docs" / "glossary.md"
 GENERATED = ROOT / "docs" / "ref-config.md"  # its text is that of docstrings, which hold no links
 DOCS = (ROOT / "README.md", *(page for page in sorted((ROOT / "docs").glob("*.md")) if page != GLOSSARY))
-PAGES = (*DOCS, GLOSSARY, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "experiments").rglob("README.md")))
+PAGES = (*DOCS, GLOSSARY, ROOT / "CONTRIBUTING.md", *(ROOT / side / "README.md" for side in ("clients", "server")), *sorted((ROOT / "experiments").rglob("README.md")))
 
 MAX_WORDS = 30
 TABLE = re.compile(r"<!-- table: .*?<!-- /table -->", re.DOTALL)  # docs/tables.py writes these
