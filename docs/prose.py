@@ -22,7 +22,13 @@ ROOT = Path(__file__).parent.parent
 GLOSSARY = ROOT / "docs" / "glossary.md"
 GENERATED = ROOT / "docs" / "ref-config.md"  # its text is that of docstrings, which hold no links
 DOCS = (ROOT / "README.md", *(page for page in sorted((ROOT / "docs").glob("*.md")) if page != GLOSSARY))
-PAGES = (*DOCS, GLOSSARY, ROOT / "CONTRIBUTING.md", *(ROOT / side / "README.md" for side in ("clients", "server")), *sorted((ROOT / "experiments").rglob("README.md")))
+PAGES = (
+    *DOCS,
+    GLOSSARY,
+    ROOT / "CONTRIBUTING.md",
+    *(ROOT / side / "README.md" for side in ("clients", "server")),
+    *sorted((ROOT / "experiments").rglob("README.md")),
+)
 
 MAX_WORDS = 30
 TABLE = re.compile(r"<!-- table: .*?<!-- /table -->", re.DOTALL)  # docs/tables.py writes these
@@ -31,7 +37,8 @@ VERB = (
     "needs?|holds?|costs?|keeps?|says?|shows?|works?|applies|apply|leaves?|lets?|happens?|goes|go|gets?"
 )
 SUBJECT_BEFORE = re.compile(
-    rf"(?:(?:And|But|So|Then|Here|There|Otherwise),? )?(?:(?:it|they|both|neither)\b|(?:this|that|these|those|each|none) (?:{VERB})\b)",
+    r"((And|But|So|Then|Here|There|Otherwise),? )?"
+    rf"((it|they|both|neither)\b|(this|that|these|those|each|none) ({VERB})\b)",
     re.IGNORECASE,
 )
 
@@ -48,7 +55,9 @@ class Block:
     def text(self) -> str:
         """Its words; a piece of code counts as one, a picture as none."""
         words = {"softbreak": " ", "hardbreak": " ", "code_inline": "Code"}
-        return "".join(words.get(child.type, child.content) for child in self.token.children or [] if child.type != "image")
+        return "".join(
+            words.get(child.type, child.content) for child in self.token.children or [] if child.type != "image"
+        )
 
 
 def blocks(text: str) -> Iterator[Block]:
