@@ -74,7 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_rounds(own, "rounds to replay (default: all)")
     own.add_argument("--client", type=_count, help="rebuild this client's local steps of --round instead")
     own.add_argument("--round", type=_count, help="round of --client, from 0")
-    own.add_argument("--out", metavar="FILE", help="with --client: write the trained values after each step (safetensors)")
+    own.add_argument("--out", metavar="FILE", help="with --client: write the values after each step (safetensors)")
 
     own = command("evaluate", commands.evaluate, "score a run's model on its test or dev rows")
     _add_run(own)
@@ -109,7 +109,7 @@ def make_parser() -> argparse.ArgumentParser:
     own.add_argument("--tokens", type=_positive, default=32, help="tokens of a row (default: 32)")
     own.add_argument("--repeats", type=_positive, default=15, help="timed repeats (default: 15)")
     own.add_argument("--out", metavar="FILE", help="also write the results as JSON")
-    own.add_argument("--no-memory", action="store_true", help="do not measure peak memory, which needs a process for each case")
+    own.add_argument("--no-memory", action="store_true", help="do not measure peak memory, which needs more processes")
     own.add_argument("--peak-of", help=argparse.SUPPRESS)
     own.add_argument("--config-dir", metavar="DIR", help="folder of your own YAML files")
     own.set_defaults(takes_overrides=True)

@@ -184,7 +184,7 @@ def test_the_command_writes_the_values_after_each_step(
     assert printed[0] == "client 1, round 2: T = 2, lr = 0.01"
     assert [line.split()[-1] for line in printed[2:4]] == [f"{g:.6g}" for (g,) in entry["g"]]
     assert printed[3].split()[1] == f"{entry['end_check']:08x}" == printed[4].split()[1].rstrip(",")
-    assert "the check that the client sent" in printed[4]
+    assert "the checksum that the client sent" in printed[4]
 
     # T = 1: the step that the client left to the log, c z of its own scalar
     assert replay("--client", "0", "--round", "1", "--out", str(out)) == 0
@@ -254,7 +254,7 @@ def test_a_changed_scalar_of_a_single_step_is_found_by_the_public_log(train: Any
     (folder / "audit.jsonl").write_text(json.dumps(first) + "\n" + json.dumps(second) + "\n")
 
     assert not replay_client(folder, client=1, round=0).checked
-    with pytest.raises(ProtocolError, match="round 1: the clients' scalars of the audit log must make those"):
+    with pytest.raises(ProtocolError, match="round 1: the clients' scalars of the audit log must give those"):
         replay_client(folder, client=1, round=1)
 
 

@@ -103,7 +103,7 @@ def test_a_sound_config_has_no_problem() -> None:
         ("server_optimizer.lr", -1.0, "be >= 0 and finite in float32, got -1.0. 0 trains nothing."),
         ("server_optimizer.lr", 1e39, "be >= 0 and finite in float32, got 1e+39."),
         ("server_optimizer.lr", float("nan"), "be >= 0 and finite in float32, got nan."),
-        ("fl.rounds", 2**32, "be at most 4294967295, all that a record of the log can count, got 4294967296."),
+        ("fl.rounds", 2**32, "be at most 4294967295, the maximum of a record of the log, got 4294967296."),
         ("server_optimizer.final_lr_share", 1.1, "be between 0 and 1, got 1.1."),
         ("server_optimizer.final_lr_share", float("nan"), "be between 0 and 1"),
         ("server_optimizer.warmup_rounds", 75, "be >= 0 and below fl.rounds (75), got 75. Lower it, or train longer."),
@@ -122,8 +122,8 @@ def test_a_sound_config_has_no_problem() -> None:
         ("fl.num_clients", 0, "be >= 1, got 0. A federation needs a client."),
         ("fl.rounds", 0, "be >= 1, got 0. A run needs a round."),
         ("fl.local_steps", 0, "be >= 1, got 0."),
-        ("fl.local_steps", 65536, "be at most 65535, all that a record of the log can count, got 65536. Lower it."),
-        ("estimator.num_probes", 65536, "be at most 65535, all that a record of the log can count, got 65536."),
+        ("fl.local_steps", 65536, "be at most 65535, the maximum of a record of the log, got 65536. Lower it."),
+        ("estimator.num_probes", 65536, "be at most 65535, the maximum of a record of the log, got 65536."),
         ("fl.batch_size", 0, "be >= 1, got 0."),
         ("fl.hash_every", 0, "be >= 1, got 0."),
         ("strategy.clients_per_round", 9, "be between 0 (all) and fl.num_clients (8), got 9. Lower it"),
@@ -426,7 +426,7 @@ def test_a_dtype_that_peers_choose_for_themselves_is_refused_where_values_are_he
     (problem,) = problems(config)
 
     assert problem.text.startswith("model.dtype must be float32, bfloat16 or float16 for trainer=mezo")
-    assert problem.text.endswith("got 'auto'. Name it; float32 loses nothing.")
+    assert problem.text.endswith("got 'auto'. Write model.dtype=float32 if in doubt.")
 
 
 @pytest.mark.parametrize(

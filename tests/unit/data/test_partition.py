@@ -225,7 +225,7 @@ def test_a_task_without_labels_can_be_dealt(config: PartitionConfig) -> None:
 @pytest.mark.parametrize("config", WAYS[1:5], ids=["dirichlet", "dirichlet_equal", "shards", "extreme"])
 def test_a_task_without_labels_has_no_label_skew(config: PartitionConfig) -> None:
     with pytest.raises(
-        ConfigError, match=r"goes by labels and task 'squad' \(kind=generation\) has none. Use partition=iid or"
+        ConfigError, match=r"needs labels and task 'squad' \(kind=generation\) has none. Use partition=iid or"
     ):
         partition(ROWS, config, num_clients=4, seed=0, task=WRITTEN)
 
