@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import sentencex
 from markdown_it import MarkdownIt
@@ -43,9 +43,8 @@ SUBJECT_BEFORE = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """One paragraph, list item, table cell or heading: where it stands, what it is and its text."""
+class Block(NamedTuple):
+    """One paragraph, list item, table cell, heading or fence: where it stands, what it is and its text."""
 
     line: int
     kind: str  # the token that opened it, "paragraph_open" for list items too
@@ -66,8 +65,8 @@ def blocks(text: str) -> Iterator[Block]:
     opened, line = "", 0
     for token in MarkdownIt("commonmark").enable("table").parse(text):
         line = token.map[0] + 1 if token.map else line
-        if token.type == "inline":
-            yield Block(line, opened, token)
+        if token.type in ("inline", "fence"):
+            yield Block(line, opened if token.type == "inline" else "fence", token)
         elif token.nesting == 1:
             opened = token.type
 

@@ -134,7 +134,7 @@ class _Explained:
         if isinstance(error, OSError) and not isinstance(error, RunFolderError):
             raise RunFolderError(
                 f"run folder {self._folder}: cannot write ({error.strerror or error}). Committed rounds are safe. "
-                "Free space or correct the permissions, then `fedzo resume` it, or choose another with hydra.run.dir."
+                "Free space or correct permissions, then `fedzo resume` it, or choose another with hydra.run.dir=..."
             ) from error
 
 

@@ -188,7 +188,7 @@ def test_the_command_writes_the_values_after_each_step(
 
     # T = 1: the step that the client left to the log, c z of its own scalar
     assert replay("--client", "0", "--round", "1", "--out", str(out)) == 0
-    assert "left its only step to the log" in capsys.readouterr().out.splitlines()[-1]
+    assert "one step, checked by the public scalars" in capsys.readouterr().out.splitlines()[-1]
     (written,) = load_file(out).values()
     start = rebuild(folder, rounds=1).replica.space.values()
     moved = np.float32(0.01) * np.float32(audit[1]["clients"][0]["g"][0][0])
@@ -199,8 +199,11 @@ def test_the_command_writes_the_values_after_each_step(
         (("--client", "1", "--round", "1"), "but client 1 sent nothing usable"),
         (("--client", "9", "--round", "1"), "(clients 0, 2, 3), but client 9 was not asked"),
         (("--client", "0", "--round", "3"), "--round must be below 3, the number of rounds in the log, got 3"),
-        (("--client", "0", "--round", "0", "--out", str(tmp_path / "no" / "x")), "must be a file in a folder"),
-        (("--client", "0", "--round", "0", "--out", str(tmp_path)), "must be a file in a folder"),
+        (
+            ("--client", "0", "--round", "0", "--out", str(tmp_path / "no" / "x")),
+            "must be a file in an existing folder",
+        ),
+        (("--client", "0", "--round", "0", "--out", str(tmp_path)), "must be a file in an existing folder"),
     ):
         assert replay(*options) == 2
         assert message in capsys.readouterr().err
@@ -271,7 +274,7 @@ def test_a_mask_that_is_gone_is_not_chosen_again_without_the_texts_that_it_was_c
     folder, _ = train("fl.rounds=1", "trainer.calibration=train", "trainer.calibration_tokens=8", steps=[1])
     (folder / "mask.safetensors").unlink()
 
-    with pytest.raises(RunFolderError, match=r"\(mask\.safetensors\) must be there"):
+    with pytest.raises(RunFolderError, match=r"mask\.safetensors must exist"):
         replay_client(folder, client=0, round=0)
 
 

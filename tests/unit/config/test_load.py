@@ -24,7 +24,7 @@ from fedzo.trainers.config import TrainerConfig
         ("trainer=meerkt", r"^trainer must be one of .*meerkat, mezo.*, got 'meerkt'\. Did you mean meerkat\?$"),
         ("trainer=null", r"^trainer must be one of .*meerkat, mezo.*, got None\.$"),
         ("~trainer", r"^trainer must be one of .*meerkat, mezo.*, got 'TrainerConfig'\. Write trainer=<option>\.$"),
-        ("+trainer=mezo", r"trainer has a choice already\. Write it without the \+\."),
+        ("+trainer=mezo", r"trainer already has a choice\. Leave out the \+\."),
         ("trainr=mezo", r"trainr is not a setting\. Did you mean trainer\?"),
         ("trainer=meerkat,mezo", r"one run must have one value per key, got several\. Add -m"),
         ("experiment=quick", r"experiment must be one of .*quickstart.*, got 'quick'\. Did you mean quickstart\?"),

@@ -135,7 +135,7 @@ def test_a_sound_config_has_no_problem() -> None:
         ("strategy.max_abs_g", float("inf"), "be > 0 and finite"),
         ("strategy.clip_factor", 0.5, "be 0 (off) or >= 1 and finite, got 0.5. Below 1 the bound would shrink"),
         ("strategy.clip_factor", -1.0, "be 0 (off) or >= 1"),
-        ("strategy.size_cap", 0.5, "be 0 (no cap) or >= 1 and finite, got 0.5. Below 1 most clients would be cut"),
+        ("strategy.size_cap", 0.5, "be 0 (no cap) or >= 1 and finite, got 0.5. Below 1, most clients would have"),
         ("strategy.size_cap", float("nan"), "be 0 (no cap) or >= 1"),
         ("strategy.clip_factor", float("inf"), "be 0 (off) or >= 1"),
         ("strategy.clip_rounds", 0, "be >= 1, got 0."),
@@ -238,7 +238,7 @@ def test_partition_rules(partition: PartitionConfig, message: str) -> None:
             (
                 OneSidedConfig(baseline=baseline),
                 [
-                    "estimator.num_probes must be >= 2, got 1. One loss has no other to be compared with; or write "
+                    "estimator.num_probes must be >= 2, got 1. One loss has no other loss for comparison. Or write "
                     "estimator.baseline=center."
                 ],
             )
@@ -291,7 +291,7 @@ def test_rules_that_remember_are_refused_where_every_weight_is_trained(server_op
 
     assert problem.key == "server_optimizer"
     assert problem.text.startswith(
-        "server_optimizer must be sgd for trainer=mezo: other rules keep float32 numbers beside"
+        "server_optimizer must be sgd for trainer=mezo: the others keep float32 numbers for every"
     )
     config.server_optimizer = SgdConfig(weight_decay=0.1)
     assert problems(config) == []
@@ -356,8 +356,8 @@ def test_a_trimmed_mean_trims(asked: int, share: float, remedy: str) -> None:
     (problem,) = problems(config)
 
     assert problem.text == (
-        f"strategy.trim_share must cut at least one of the {asked} clients of a round off at each end, or nothing is "
-        f"trimmed, got {share}. {remedy}"
+        f"strategy.trim_share must cut at least one of the {asked} clients of a round off at each end, "
+        f"so that values are trimmed, got {share}. {remedy}"
     )
     if asked > 2:
         config.strategy.trim_share = float(remedy.split()[0])
