@@ -51,7 +51,7 @@ class ClientPath:
     def table(self) -> Iterator[str]:
         """Lines of text, one a step."""
         yield f"client {self.client}, round {self.round}: T = {len(self.g)}, lr = {self.lr:g}"
-        yield f"{'step':>5}  {'check':>8}  {'loss':>10}  g"
+        yield f"{'step':>5}  {'checksum':>8}  {'loss':>10}  g"
         for t, check in enumerate(self.checks):
             known = self.loss[t][np.isfinite(self.loss[t])]
             loss = f"{known.mean():10.6f}" if known.size else f"{'dropped':>10}"
