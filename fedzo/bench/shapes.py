@@ -92,4 +92,4 @@ def random_model(shape: str, *, device: str, dtype: torch.dtype) -> LoadedModel:
 
 
 def _nothing_stored() -> NoReturn:
-    raise ConfigError("a model of random weights has no stored weights to go back to.")
+    raise ConfigError("a model of random weights has no stored weights to restore.")

@@ -137,8 +137,8 @@ def open_bench(config: RunConfig, *, shape: str | None, rows: int, tokens: int) 
     """
     if config.model.quantization is not Quantization.none:
         raise ConfigError(
-            f"fedzo bench step: model.quantization must be none, got {config.model.quantization}: the steps beside "
-            "fedzo's train all weights. Write model.quantization=none."
+            f"fedzo bench step: model.quantization must be none, got {config.model.quantization}: the steps "
+            "that fedzo is compared with train all weights. Write model.quantization=none."
         )
     set_up_process(config.threads, config.device)
     loaded = (

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         run = getattr(arguments, "run", None)
         command = stop.args[0] if stop.args else f"fedzo resume {run}" if run else ""
-        hint = f" Go on with: {command}" if arguments.resumable and command else ""
+        hint = f" Continue with: {command}" if arguments.resumable and command else ""
         print(f"\nfedzo: interrupted.{hint}", file=sys.stderr)
         return INTERRUPTED
 
@@ -65,16 +65,16 @@ def make_parser() -> argparse.ArgumentParser:
     )
     own.set_defaults(takes_overrides=True, takes_flags=True, resumable=True)
 
-    own = command("resume", commands.resume, "go on with a run that was stopped")
+    own = command("resume", commands.resume, "continue a run that was stopped")
     _add_run(own)
     own.set_defaults(resumable=True)
 
-    own = command("replay", commands.replay, "verify a run's log: rebuild its model and compare every hash")
+    own = command("replay", commands.replay, "verify the log of a run: rebuild its model and compare every hash")
     _add_run(own)
     _add_rounds(own, "rounds to replay (default: all)")
     own.add_argument("--client", type=_count, help="rebuild this client's local steps of --round instead")
     own.add_argument("--round", type=_count, help="round of --client, from 0")
-    own.add_argument("--out", metavar="FILE", help="with --client: write its values after each step (safetensors)")
+    own.add_argument("--out", metavar="FILE", help="with --client: write the values after each step (safetensors)")
 
     own = command("evaluate", commands.evaluate, "score a run's model on its test or dev rows")
     _add_run(own)
@@ -102,19 +102,19 @@ def make_parser() -> argparse.ArgumentParser:
     own.set_defaults(takes_overrides=True)
 
     usage = "fedzo bench step [overrides] [--shape SHAPE] [--rows N] [--tokens N] [--repeats N] [--out FILE]"
-    own = command("bench", commands.bench, "time a step beside the bare forwards that it is made of", usage=usage)
+    own = command("bench", commands.bench, "time a step and the forwards that it consists of", usage=usage)
     own.add_argument("what", choices=("step",), help="what to measure")
     own.add_argument("--shape", metavar="SHAPE", help="random weights of a published shape, such as opt-1.3b")
     own.add_argument("--rows", type=_positive, default=16, help="rows of a batch (default: 16)")
     own.add_argument("--tokens", type=_positive, default=32, help="tokens of a row (default: 32)")
     own.add_argument("--repeats", type=_positive, default=15, help="timed repeats (default: 15)")
-    own.add_argument("--out", metavar="FILE", help="write the figures as JSON, too")
-    own.add_argument("--no-memory", action="store_true", help="leave out peak memory, which takes a process each")
+    own.add_argument("--out", metavar="FILE", help="also write the results as JSON")
+    own.add_argument("--no-memory", action="store_true", help="do not measure peak memory, which needs more processes")
     own.add_argument("--peak-of", help=argparse.SUPPRESS)
     own.add_argument("--config-dir", metavar="DIR", help="folder of your own YAML files")
     own.set_defaults(takes_overrides=True)
 
-    own = command("list", commands.list_options, "list the configuration groups and their options")
+    own = command("list", commands.list_options, "list the config groups and their options")
     own.add_argument("group", metavar="GROUP", nargs="?", help="only this group")
 
     command("doctor", commands.doctor, "check this machine: versions, devices, golden vectors")

@@ -32,7 +32,7 @@ def step(arguments: Namespace) -> None:
         print(json.dumps(peak_bytes(config, arguments.peak_of, **sizes)))
         return
     if arguments.out is not None and not Path(arguments.out).absolute().parent.is_dir():
-        raise ConfigError(f"--out must lie in a folder that is there, got {arguments.out!r}. Make the folder first.")
+        raise ConfigError(f"--out must lie in an existing folder, got {arguments.out!r}. Make the folder first.")
     bench = open_bench(config, **sizes)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))

@@ -36,13 +36,13 @@ def replay(arguments: Namespace) -> int:
     """``fedzo replay``: the whole log, or with ``--client`` one client's local steps of a round."""
     if arguments.client is None:
         if arguments.round is not None or arguments.out is not None:
-            raise ConfigError("--round and --out are about one client's local steps. Add --client K.")
+            raise ConfigError("--round and --out belong to --client. Add --client K.")
         from fedzo.commands.runs import replay_run
 
         _print_json(replay_run(_folder(arguments.run), rounds=arguments.rounds))
         return 0
     if arguments.round is None or arguments.rounds is not None:
-        raise ConfigError("--client needs the round whose local steps are meant, and it alone. Write --round R.")
+        raise ConfigError("--client needs one round. Write --round R.")
     from fedzo.commands.client_path import replay_client
 
     out = None if arguments.out is None else Path(arguments.out)

@@ -51,15 +51,15 @@ class ClientPath:
     def table(self) -> Iterator[str]:
         """Lines of text, one a step."""
         yield f"client {self.client}, round {self.round}: T = {len(self.g)}, lr = {self.lr:g}"
-        yield f"{'step':>5}  {'check':>8}  {'loss':>10}  g"
+        yield f"{'step':>5}  {'checksum':>8}  {'loss':>10}  g"
         for t, check in enumerate(self.checks):
             known = self.loss[t][np.isfinite(self.loss[t])]
             loss = f"{known.mean():10.6f}" if known.size else f"{'dropped':>10}"
             yield f"{t + 1:>5}  {check:08x}  {loss}  " + " ".join(f"{g:.6g}" for g in self.g[t])
         if self.checked:
-            yield f"end: {self.checks[-1]:08x}, the check that the client sent"
+            yield f"end: {self.checks[-1]:08x}, the checksum that the client sent"
         else:
-            yield "end: the client left its only step to the log, whose scalars are made of these"
+            yield "end: one step, checked by the public scalars of the round"
 
 
 def replay_client(run_dir: Path, *, client: int, round: int, out: Path | None = None) -> ClientPath:
@@ -73,12 +73,12 @@ def replay_client(run_dir: Path, *, client: int, round: int, out: Path | None = 
 
     Raises:
         ConfigError: The round is beyond the log, the client did not take part in it, or ``out`` is no place for a file.
-        ProtocolError: The logs do not lead to the check that the client sent.
+        ProtocolError: The logs do not lead to the checksum that the client sent.
         RunFolderError: ``out`` cannot be written.
     """
     config = read_config(run_dir)
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise ConfigError(f"--out must be a file in a folder that is there, got {str(out)!r}. Choose another.")
+        raise ConfigError(f"--out must be a file in an existing folder, got {str(out)!r}. Choose another.")
     with RunStore(run_dir) as store:
         line, entry = _find(store.audit, client=client, round=round)
         record = store.records[round]
@@ -106,9 +106,9 @@ def replay_client(run_dir: Path, *, client: int, round: int, out: Path | None = 
             write(space)
         if checked and checks[-1] != entry.end_check:
             raise ProtocolError(
-                f"client {client}, round {round}: its local steps must lead to the check {entry.end_check:08x} "
-                f"that it sent, but they lead to {checks[-1]:08x}. It did not step as it said, or the audit log is "
-                "not the run's."
+                f"client {client}, round {round}: its local steps must lead to the checksum {entry.end_check:08x} "
+                f"that it sent, but they lead to {checks[-1]:08x}. The client did other steps than it "
+                "reported, or the audit log is from another run."
             )
     return ClientPath(client, round, line.lr, tuple(checks), g, entry.loss.astype(np.float64), checked)
 
@@ -139,8 +139,8 @@ def _check_sum(line: AuditLine, record: RoundRecord, config: RunConfig, *, own_c
     )
     if not np.array_equal(made.coefficients, record.coefficients):
         raise ProtocolError(
-            f"round {record.round}: the clients' scalars of the audit log must make those of the public log, but do "
-            "not. One of the two is not the run's: restore it from a copy."
+            f"round {record.round}: the clients' scalars of the audit log must give those of the public log, but do "
+            "not. One of the logs is from another run. Restore it from a copy."
         )
 
 
@@ -176,7 +176,7 @@ def local_steps(
 def _find(audit: list[AuditLine], *, client: int, round: int) -> tuple[AuditLine, ClientAudit]:
     if round >= len(audit):
         raise ConfigError(
-            f"--round must be below {len(audit)}, the number of rounds in the log, got {round}. They count from 0."
+            f"--round must be below {len(audit)}, the number of rounds in the log, got {round}. Rounds count from 0."
         )
     line = next(line for line in audit if line.round == round)
     for entry in line.clients:
@@ -207,7 +207,7 @@ def vector_file(
             part.replace(path)
         except OSError as error:
             raise RunFolderError(
-                f"--out {path}: it must be possible to write it, got {error.strerror or error}. Choose another place."
+                f"--out {path}: it must be writable, got {error.strerror or error}. Choose another place."
             ) from error
     finally:
         part.unlink(missing_ok=True)

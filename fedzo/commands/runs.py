@@ -37,9 +37,9 @@ def start_run(config: RunConfig, run_dir: Path, *, overrides: list[str]) -> None
     """
     if (run_dir / PUBLIC).exists():
         begun = (run_dir / PUBLIC).stat().st_size > 0
-        start_again = "" if begun else "; it has no round yet, so you may also remove it and start again"
+        start_again = "" if begun else "; the run has no round yet, so you may also remove the folder and start again"
         raise RunFolderError(
-            f"run folder {run_dir}: it holds a run already. `fedzo resume {run_dir}`, or choose another{start_again}."
+            f"run folder {run_dir}: it already holds a run. `fedzo resume {run_dir}`, or choose another{start_again}."
         )
     config = _with_absolute_paths(config)
     try:
@@ -240,8 +240,8 @@ def _quiet_workplace(folder: Path, config: RunConfig, process: Process | None = 
 
 def _no_texts(folder: Path) -> list[str]:
     raise RunFolderError(
-        f"run folder {folder}: what the trainer chose before the first round (mask.safetensors) must be there: it "
-        "was chosen on the clients' texts and cannot be chosen again. Restore the file from a copy."
+        f"run folder {folder}: mask.safetensors must exist. The mask "
+        "was chosen on the clients' texts and cannot be made again. Restore the file from a copy."
     )
 
 

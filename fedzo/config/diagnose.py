@@ -77,13 +77,13 @@ def _explain(override: Override, error: Exception, kept: Sequence[str]) -> str:
     key, text = override.key_or_group, cast(str, override.input_line)
     for old, new in RENAMED.items():
         if key == old or key.startswith(f"{old}."):
-            return f"{text}: {old} is called {new} now. Write {text.replace(old, new, 1)}."
+            return f"{text}: {old} has the new name {new}. Write {text.replace(old, new, 1)}."
     if override.is_sweep_override():
         return f"{text}: one run must have one value per key, got several. Add -m to run them all, or quote the value."
     options = option_names(key, kept)
     value = override.value()
     if options and override.is_add() and value in options:
-        return f"{text}: {key} has a choice already. Write it without the +."
+        return f"{text}: {key} already has a choice. Leave out the +."
     if options and (value is None or (isinstance(value, str) and value not in options)):
         near = difflib.get_close_matches(str(value), options, n=1)
         return f"{key} must be one of {', '.join(options)}, got {value!r}.{f' Did you mean {near[0]}?' if near else ''}"

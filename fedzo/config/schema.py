@@ -24,7 +24,8 @@ class RunConfig:
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
     threads: int = 0
-    """CPU threads of torch and Numba; 0: OMP_NUM_THREADS, or else all CPUs. Same threads, same bits."""
+    """CPU threads of torch and Numba. 0 = OMP_NUM_THREADS, or else all CPUs. The number of threads changes the last
+    bits of losses."""
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     data: DataConfig = field(default_factory=DataConfig)

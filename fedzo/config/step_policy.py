@@ -43,7 +43,7 @@ def step_policy_problems(config: RunConfig) -> Iterator[Problem]:
         rule = "be two_point or one_sided for a step policy by |g|: fzoo divides |g| by the spread of its losses"
         yield problem("estimator", rule, "fzoo", "Choose another estimator, or step_policy=none.")
     if isinstance(step_policy, VpcsConfig | CusumConfig) and config.strategy.aggregation is Aggregation.majority_sign:
-        rule = "be another than majority_sign for a step policy by |g|: the clients send the sign of g alone"
+        rule = "be another than majority_sign for a step policy by |g|: the clients send only the sign of g"
         yield problem("strategy.aggregation", rule, "majority_sign", "Choose another, or step_policy=none.")
     match step_policy:
         case VpcsConfig():
@@ -80,7 +80,7 @@ def _early_stop(step_policy: EarlyStopConfig, *, local_steps: int) -> Iterator[P
             "step_policy.fallback_steps", rule, step_policy.fallback_steps, "Lower it, or raise fl.local_steps."
         )
     if not 0 <= step_policy.max_share <= 1:
-        remedy = "It is the largest share of flagged clients; 1 sets no limit."
+        remedy = "The largest share of flagged clients. 1 sets no limit."
         yield problem("step_policy.max_share", "be between 0 and 1", step_policy.max_share, remedy)
 
 
@@ -95,10 +95,10 @@ def _vpcs(step_policy: VpcsConfig, *, num_clients: int) -> Iterator[Problem]:
     for key in ("ratio_threshold", "quiet_threshold", "sigma_share", "level_threshold"):
         yield from positive(f"step_policy.{key}", getattr(step_policy, key), _REMEDY)
     if step_policy.quiet_threshold >= 1:
-        remedy = "It is a share of steps that has to be exceeded."
+        remedy = "A client is flagged above this share of steps."
         yield problem("step_policy.quiet_threshold", "be below 1", step_policy.quiet_threshold, remedy)
     if not step_policy.tests:
-        yield problem("step_policy.tests", "name a test", [], "ratio, quiet and level are there.")
+        yield problem("step_policy.tests", "name a test", [], "Choose among ratio, quiet and level.")
     if set(step_policy.tests) == {VpcsTest.level} and num_clients < FEWEST:
         rule = f"be at least {FEWEST} for step_policy.tests=[level], which compares each client with the others"
         yield problem("fl.num_clients", rule, num_clients, "Add clients, or another test.")

@@ -50,9 +50,7 @@ def plan_sweep(overrides: Sequence[str]) -> Sweep:
         folder = Path(str(own.sweep.dir))
         pinned = [*overrides, f"hydra.sweep.dir={quoted(str(folder))}"]
         if not str(own.sweeper.get("_target_")).endswith(".BasicSweeper"):
-            log.warning(
-                "hydra/sweeper: only the basic sweeper's jobs can be checked beforehand; these are when they start."
-            )
+            log.warning("hydra/sweeper: jobs of this sweeper are checked only when they start.")
             return Sweep(folder, pinned, [])
         presets, _ = parse_overrides([f"{key}={value}" for key, value in (own.sweeper.params or {}).items()])
         return Sweep(folder, pinned, _check_jobs(_split([*presets, *parsed]), known=[*unreadable, *wrong]))
@@ -71,7 +69,7 @@ def _hydra_node(overrides: Sequence[str]) -> tuple[DictConfig, list[Problem]]:
     except FAILURES as error:
         kept, found = diagnose(overrides)
         if not found:
-            raise ConfigError(f"The sweep cannot be made: {reason(error)}") from error
+            raise ConfigError(f"The sweep is not valid: {reason(error)}") from error
         return cast(DictConfig, compose_run(kept, hydra=True).hydra), found
 
 
@@ -79,7 +77,7 @@ def _split(parsed: list[Override]) -> list[list[str]]:
     try:
         (jobs,) = BasicSweeper.split_arguments(parsed, None)
     except HydraException as error:
-        raise ConfigError(f"The sweep cannot be made: {reason(error)}") from error
+        raise ConfigError(f"The sweep is not valid: {reason(error)}") from error
     if not jobs:
         raise ConfigError("The sweep must have at least one job, got none: an override has an empty choice.")
     return jobs

@@ -57,7 +57,7 @@ def _meerkat(trainer: MeerkatConfig) -> Iterator[Problem]:
     if not 0 < trainer.density <= 1:
         yield problem("trainer.density", "be > 0 and <= 1", trainer.density, "0.001 trains one weight in a thousand.")
     yield from at_least("trainer.calibration_docs", trainer.calibration_docs, 1, "It counts documents.")
-    yield from at_least("trainer.calibration_tokens", trainer.calibration_tokens, 1, "It counts tokens a document.")
+    yield from at_least("trainer.calibration_tokens", trainer.calibration_tokens, 1, "Number of tokens of a document.")
     if trainer.calibration is Calibration.file and trainer.calibration_path is None:
         remedy = "Write trainer.calibration_path=<text file>, or choose another trainer.calibration."
         yield problem("trainer.calibration_path", "be given for trainer.calibration=file", None, remedy)
@@ -72,7 +72,7 @@ def estimator_problems(config: RunConfig) -> Iterator[Problem]:
         case FzooConfig():
             least, remedy = 2, "One loss has no standard deviation."
         case OneSidedConfig(baseline=Baseline.mean | Baseline.leave_one_out):
-            least, remedy = 2, "One loss has no other to be compared with; or write estimator.baseline=center."
+            least, remedy = 2, "One loss has no other loss for comparison. Or write estimator.baseline=center."
     yield from at_least("estimator.num_probes", estimator.num_probes, least, remedy)
 
 
@@ -82,7 +82,7 @@ def server_optimizer_problems(config: RunConfig) -> Iterator[Problem]:
     if not 0 <= server_optimizer.lr < 2.0**128:  # it travels and is logged as a float32
         yield problem("server_optimizer.lr", "be >= 0 and finite in float32", server_optimizer.lr, "0 trains nothing.")
     if not 0 <= server_optimizer.final_lr_share <= 1:
-        remedy = "It is the last round's share of server_optimizer.lr."
+        remedy = "The value is the share of server_optimizer.lr in the last round."
         yield problem("server_optimizer.final_lr_share", "be between 0 and 1", server_optimizer.final_lr_share, remedy)
     if not 0 <= server_optimizer.warmup_rounds < max(config.fl.rounds, 1):
         rule = f"be >= 0 and below fl.rounds ({config.fl.rounds})"
@@ -92,7 +92,7 @@ def server_optimizer_problems(config: RunConfig) -> Iterator[Problem]:
     yield from not_negative("server_optimizer.weight_decay", server_optimizer.weight_decay, "0 switches it off.")
     shrink = server_optimizer.lr * server_optimizer.weight_decay
     if shrink > 0 and not _SMALLEST_DECAY <= shrink < 1:
-        rule = "make server_optimizer.lr * weight_decay 0, or at least 6e-8 (float32 sees no less) and below 1"
+        rule = "make server_optimizer.lr * weight_decay 0, or at least 6e-8 (float32's smallest change) and below 1"
         yield problem("server_optimizer.weight_decay", rule, server_optimizer.weight_decay, "Change it, or write 0.")
     match server_optimizer:
         case MomentumConfig():
@@ -107,7 +107,5 @@ def server_optimizer_problems(config: RunConfig) -> Iterator[Problem]:
             return
     if isinstance(config.trainer, MezoConfig):
         remedy = "Write server_optimizer=sgd, or train fewer values, as trainer=meerkat does."
-        rule = (
-            "be sgd for trainer=mezo: other rules keep float32 numbers beside every weight of the model on every peer"
-        )
+        rule = "be sgd for trainer=mezo: the others keep float32 numbers for every weight of the model on every peer"
         yield problem("server_optimizer", rule, plugin_name("server_optimizer", server_optimizer), remedy)

@@ -90,7 +90,7 @@ def _run(config: RunConfig) -> Iterator[Problem]:
     yield from unsigned_64("seed", config.seed)
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?|mps", config.device):
         yield problem(
-            "device", "be auto, cpu, cuda, cuda:<index> or mps", config.device, "auto takes the best there is."
+            "device", "be auto, cpu, cuda, cuda:<index> or mps", config.device, "auto chooses the best device."
         )
     yield from at_least("threads", config.threads, 0, "0 means OMP_NUM_THREADS, or all CPUs.")
 
@@ -109,7 +109,7 @@ def _model(config: RunConfig) -> Iterator[Problem]:
         )
     if model.dtype is DType.auto and isinstance(config.trainer, MezoConfig):
         rule = "be float32, bfloat16 or float16 for trainer=mezo, whose trained values have this dtype on all peers"
-        yield problem("model.dtype", rule, "auto", "Name it; float32 loses nothing.")
+        yield problem("model.dtype", rule, "auto", "Write model.dtype=float32 if in doubt.")
     if model.quantization is not Quantization.none:
         if isinstance(config.trainer, MezoConfig | MeerkatConfig):
             rule = "be none where the model's own weights are trained"
@@ -165,7 +165,7 @@ def _partition(config: RunConfig) -> Iterator[Problem]:
     partition = config.partition
     yield from at_least("partition.min_rows", partition.min_rows, 1, "Every client needs a row.")
     if not 0 <= partition.holdout < 1:
-        remedy = "It is the share of rows kept from training; 0 keeps none."
+        remedy = "The share of rows that are not trained on. 0 keeps none."
         yield problem("partition.holdout", "be >= 0 and < 1", partition.holdout, remedy)
     num_extreme = getattr(partition, "num_extreme", 0)
     if not 0 <= num_extreme <= config.fl.num_clients:
@@ -175,7 +175,7 @@ def _partition(config: RunConfig) -> Iterator[Problem]:
         case OwnConfig():
             yield from _own_rows(config)
         case DirichletConfig() | DirichletEqualConfig():
-            yield from positive("partition.alpha", partition.alpha, "Smaller is less IID; 0.5 is usual.")
+            yield from positive("partition.alpha", partition.alpha, "Smaller makes clients less alike. 0.5 is usual.")
         case ShardsConfig():
             yield from at_least("partition.shards_per_client", partition.shards_per_client, 1, "2 is usual.")
         case NaturalConfig() if not partition.column:
@@ -210,12 +210,12 @@ def _fl(config: RunConfig) -> Iterator[Problem]:
         ("estimator.num_probes", config.estimator.num_probes, MOST_STEPS),
     ):
         if count > most:
-            yield problem(key, f"be at most {most}, all that a record of the log can count", count, "Lower it.")
+            yield problem(key, f"be at most {most}, the maximum of a record of the log", count, "Lower it.")
     own_columns = fl.seeds is not Seeds.shared or isinstance(config.server_optimizer, ScaffoldConfig | FedDynConfig)
     if own_columns and fl.num_clients > MOST_OWNERS:
         rule = f"be at most {MOST_OWNERS} where the log keeps each client's own scalars"
         yield problem("fl.num_clients", rule, fl.num_clients, "Write fl.seeds=shared and server_optimizer=sgd.")
-    yield from at_least("fl.batch_size", fl.batch_size, 1, "It counts a client's rows of a step.")
+    yield from at_least("fl.batch_size", fl.batch_size, 1, "The key counts the rows of a client in a step.")
     if not 2 <= fl.pool_size < 2**31:
         yield problem("fl.pool_size", "be between 2 and 2**31 - 1", fl.pool_size, "4096 is FedKSeed's.")
     yield from at_least("fl.hash_every", fl.hash_every, 1, "1 compares the full hash every round.")
@@ -246,7 +246,7 @@ def _strategy(config: RunConfig) -> Iterator[Problem]:
         rule = f"be between 1 and the clients of a round ({sampled})"
         yield problem("strategy.min_replies", rule, strategy.min_replies, "Lower it, or sample more clients.")
     if strategy.size_cap != 0 and not (math.isfinite(strategy.size_cap) and strategy.size_cap >= 1):
-        remedy = "Below 1 most clients would be cut to one size: strategy.weighting=uniform says so."
+        remedy = "Below 1, most clients would have equal weight. Write strategy.weighting=uniform for that."
         yield problem("strategy.size_cap", "be 0 (no cap) or >= 1 and finite", strategy.size_cap, remedy)
     yield from positive("strategy.deadline_s", strategy.deadline_s, "It counts seconds.")
     yield from positive("strategy.startup_s", strategy.startup_s, "It counts seconds.")
@@ -262,7 +262,9 @@ def _evaluation(config: RunConfig) -> Iterator[Problem]:
     yield from at_least("evaluation.every_rounds", evaluation.every_rounds, 0, "0 scores only at the end.")
     every = evaluation.federated_every_rounds
     yield from at_least("evaluation.federated_every_rounds", every, -1, "0 scores only at the end, -1 never.")
-    yield from at_least("evaluation.federated_max_rows", evaluation.federated_max_rows, 1, "It counts rows a client.")
+    yield from at_least(
+        "evaluation.federated_max_rows", evaluation.federated_max_rows, 1, "It counts rows of a client."
+    )
 
 
 def _runtime(config: RunConfig) -> Iterator[Problem]:
@@ -272,7 +274,7 @@ def _runtime(config: RunConfig) -> Iterator[Problem]:
             yield problem("runtime.batch_clients", f"be false for fl.seeds={config.fl.seeds}", True, remedy)
         case RayConfig() as ray:
             yield from positive("runtime.num_cpus_per_client", ray.num_cpus_per_client, "1 is usual.")
-            yield from not_negative("runtime.num_gpus_per_client", ray.num_gpus_per_client, "0 shares what is there.")
+            yield from not_negative("runtime.num_gpus_per_client", ray.num_gpus_per_client, "0 reserves no GPU.")
             yield from at_least("runtime.num_actors", ray.num_actors, 1, "It counts processes.")
         case LocalConfig() as local:
             yield from positive("runtime.startup_s", local.startup_s, "It counts seconds.")

@@ -31,17 +31,17 @@ class TaskConfig:
     """A task as data: templates with ``{column}`` fields, filled from each row."""
 
     name: str = "custom"
-    """What reports call it."""
+    """The name of the task in reports."""
     kind: TaskKind = TaskKind.candidates
     loss: Loss = Loss.candidates
     template: str = ""
-    """The prompt; ``{column}`` is replaced by the row's value, stripped of outer white space."""
+    """The prompt. ``{column}`` is replaced by the value of the row, without outer whitespace."""
     candidates: list[str] = field(default_factory=list)
-    """The answers, in the order of the labels; templates too (``{choice1}``)."""
+    """The answers, in the order of the labels. Answers may hold columns (``{choice1}``)."""
     label: str = "label"
     """Column of the right answer: index of a candidate, or a value of ``labels``."""
     labels: list[str] = field(default_factory=list)
-    """Values of the label column in the order of ``candidates``; empty when the column holds indices."""
+    """Values of the label column in the order of ``candidates``. Empty if the column holds indices."""
     answer: str = ""
     """Template of the reference answer (generation, instruction)."""
     prepare: str | None = None
@@ -69,7 +69,7 @@ class DataConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PartitionConfig:
-    """How the training rows are dealt to clients."""
+    """How the training rows are split among the clients."""
 
     min_rows: int = 1
     """Fewest rows a client may have."""
@@ -79,7 +79,7 @@ class PartitionConfig:
 
 @dataclass(kw_only=True, slots=True)
 class IidConfig(PartitionConfig):
-    """Rows dealt uniformly."""
+    """Rows are split among the clients uniformly."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -89,28 +89,28 @@ class OwnConfig(PartitionConfig):
 
 @dataclass(kw_only=True, slots=True)
 class DirichletConfig(PartitionConfig):
-    """Per class, shares over clients drawn from Dirichlet(alpha)."""
+    """The rows of each class are split among the clients by shares drawn from Dirichlet(alpha)."""
 
     alpha: float = 0.5
-    """Concentration; smaller is less IID."""
+    """Concentration. A smaller value makes clients less alike."""
 
 
 @dataclass(kw_only=True, slots=True)
 class DirichletEqualConfig(PartitionConfig):
-    """Clients of equal size; each client's mix of labels drawn from Dirichlet(alpha)."""
+    """Clients have equal sizes. The label mix of each client is drawn from Dirichlet(alpha)."""
 
     alpha: float = 0.5
     """Concentration; smaller is less IID."""
     num_extreme: int = 0
-    """How many clients (the last indices) hold rows of one label only."""
+    """Number of clients (the last indices) with rows of a single label."""
 
 
 @dataclass(kw_only=True, slots=True)
 class ShardsConfig(PartitionConfig):
-    """Rows sorted by label, cut into shards, each client given some."""
+    """Rows are sorted by label and cut into shards. Each client gets some shards."""
 
     shards_per_client: int = 2
-    """How many shards a client gets."""
+    """Number of shards of a client."""
 
 
 @dataclass(kw_only=True, slots=True)

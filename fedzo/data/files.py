@@ -65,7 +65,7 @@ def _json(path: Path) -> Iterator[Located]:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise ConfigError(
-            f"{path}:{error.lineno}: not valid JSON ({error.msg}). One object a line? Name it .jsonl."
+            f"{path}:{error.lineno}: not valid JSON ({error.msg}). If the file has one object a line, name it .jsonl."
         ) from error
     if not isinstance(rows, list):
         raise ConfigError(f"{path}: must hold a list of objects, got {type(rows).__name__}.")

@@ -56,7 +56,7 @@ def dirichlet(config: DirichletConfig, *, rows: Sequence[Row], num_clients: int,
     client gets fewer than ``min_rows`` rows, all shares are drawn again, at most ten times.
     """
     if not config.alpha > 0:
-        raise ConfigError(f"partition.alpha must be > 0, got {config.alpha}. Smaller is less IID; 0.5 is usual.")
+        raise ConfigError(f"partition.alpha must be > 0, got {config.alpha}. 0.5 is usual.")
     from flwr_datasets.partitioner import DirichletPartitioner
 
     order = _shuffled(len(rows), seed)
@@ -80,7 +80,7 @@ def dirichlet(config: DirichletConfig, *, rows: Sequence[Row], num_clients: int,
         sizes = [len(part) for part in deal(0)]  # the first draw, to name the clients
         short = {client: size for client, size in enumerate(sizes) if size < config.min_rows}
         advice = "Raise partition.alpha or data.num_train, lower fl.num_clients, or try another seed."
-        raise ConfigError(f"{too_few(short, config)} It stayed so in ten more draws. {advice}") from error
+        raise ConfigError(f"{too_few(short, config)} Ten more draws gave the same result. {advice}") from error
 
 
 @PARTITIONERS.register("dirichlet_equal", DirichletEqualConfig)
@@ -95,7 +95,7 @@ def dirichlet_equal(
     one label each, chosen before the others' as by ``extreme``.
     """
     if not config.alpha > 0:
-        raise ConfigError(f"partition.alpha must be > 0, got {config.alpha}. Smaller is less IID; 0.5 is usual.")
+        raise ConfigError(f"partition.alpha must be > 0, got {config.alpha}. 0.5 is usual.")
     from flwr_datasets.partitioner import InnerDirichletPartitioner
 
     single, rest = _single_label(rows, config, num_clients=num_clients, seed=seed, task=task, way="dirichlet_equal")
@@ -112,7 +112,7 @@ def dirichlet_equal(
         return _deal(partitioner, rest, num_clients=num_mixed, keys=[numbers[label] for label in labels]) + single
     except ValueError as error:  # a mix is zero, to float64's precision, for every class that is left
         raise ConfigError(
-            f"partition.alpha = {config.alpha} is too small to deal all rows in mixes of labels. Raise it, or use "
+            f"partition.alpha = {config.alpha} is too small to split all rows into label mixes. Raise it, or use "
             "partition=extreme for clients of one label."
         ) from error
 
@@ -187,7 +187,7 @@ def natural(config: NaturalConfig, *, rows: Sequence[Row], num_clients: int, see
 @PARTITIONERS.register("own", OwnConfig)
 def own(config: OwnConfig, *, rows: Sequence[Row], num_clients: int, seed: int, task: TaskConfig) -> Parts:
     """Nothing to deal: every client reads its own rows."""
-    raise ConfigError("partition=own: every client must read its own rows, and none are dealt. Choose a partition.")
+    raise ConfigError("partition=own: every client must read its own rows, and no rows are split. Choose a partition.")
 
 
 def _single_label(
@@ -249,7 +249,7 @@ def _deal(
 def _label(row: Row, number: int, task: TaskConfig, way: str) -> int:
     if task.kind is not TaskKind.candidates:
         raise ConfigError(
-            f"partition={way} goes by labels and task {task.name!r} (kind={task.kind}) has none. "
+            f"partition={way} needs labels and task {task.name!r} (kind={task.kind}) has none. "
             "Use partition=iid or natural."
         )
     try:

@@ -139,7 +139,7 @@ def _file(folder: Path, name: str) -> Path | None:
     there = [path for path in there if path.is_file()]
     if len(there) > 1:
         names = ", ".join(path.name for path in there)
-        raise ConfigError(f"{folder}: one {name} file is wanted, got {names}. Remove all but one.")
+        raise ConfigError(f"{folder}: one {name} file must exist, got {names}. Remove all but one.")
     return there[0] if there else None
 
 

@@ -13,20 +13,20 @@ class Seeds(StrEnum):
     """Who shares a step's directions."""
 
     shared = "shared"
-    """All clients of a round: one direction a step, tiny downlink."""
+    """All clients of a round use the same direction for a step. The downlink is smallest."""
     per_client = "per_client"
-    """Each client its own: K directions a step, K times the downlink scalars."""
+    """Each client has directions of its own: K directions a step, and K times as many scalars down."""
     pool = "pool"
-    """As per_client, but each is drawn from ``fl.pool_size`` directions that serve the whole run (FedKSeed)."""
+    """As per_client, but each direction is drawn from the ``fl.pool_size`` directions of the run (FedKSeed)."""
 
 
 class Transport(StrEnum):
     """What brings a client from the end of its last round to that of the next."""
 
     scalars = "scalars"
-    """The log in between, which it replays."""
+    """A client gets the log records that it lacks and replays them."""
     values = "values"
-    """The trained values themselves, float32: every client in every round."""
+    """Every client gets the trained values in every round, as float32."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -34,21 +34,22 @@ class FlConfig:
     """The federation's rounds."""
 
     num_clients: int = 8
-    """K: clients of the run, each with an index of its own."""
+    """K: number of clients of the run."""
     rounds: int = 75
-    """Synchronisations of the whole run."""
+    """Number of synchronisations of the run."""
     local_steps: int = 1
-    """T: steps a client makes between two synchronisations."""
+    """T: local steps of a client between two synchronisations."""
     batch_size: int = 2
     """Rows a client uses for one step."""
     seeds: Seeds = Seeds.shared
     pool_size: int = 4096
-    """Directions that there are for ``fl.seeds=pool``."""
+    """Number of directions for ``fl.seeds=pool``."""
     transport: Transport = Transport.scalars
     label_counts: bool = False
-    """Clients say at registration how many training rows of each label they have."""
+    """At registration, clients declare their number of training rows of each label."""
     hash_every: int = 25
-    """Every so many rounds the full SHA-256 of the trained values is compared, a 4-byte check in between."""
+    """Number of rounds after which the SHA-256 of the trained values is compared. In between, a 4-byte checksum is
+    compared."""
 
 
 def directions_of(fl: FlConfig) -> int:
@@ -61,20 +62,21 @@ class Weighting(StrEnum):
 
     uniform = "uniform"
     size = "size"
-    """By the number of training rows declared at registration, within ``strategy.size_cap``."""
+    """By the number of training rows declared at registration, up to ``strategy.size_cap``."""
 
 
 class Aggregation(StrEnum):
     """How the clients' scalars of a probe become one."""
 
     mean = "mean"
-    """Weighted by ``strategy.weighting``."""
+    """Mean weighted by ``strategy.weighting``."""
     median = "median"
-    """Unweighted; fewer than half of the clients that took a step cannot move it beyond what the others sent."""
+    """Unweighted median. The result stays within the honest scalars while fewer than half of the clients that took a
+    step are hostile."""
     trimmed_mean = "trimmed_mean"
     """Unweighted mean without the ``strategy.trim_share`` largest and smallest."""
     majority_sign = "majority_sign"
-    """A client sends and steps with the sign of g alone, one bit a probe; the majority wins (FeedSign)."""
+    """A client sends and steps with the sign of g, one bit a probe. The majority decides (FeedSign)."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -83,31 +85,32 @@ class StrategyConfig:
 
     weighting: Weighting = Weighting.uniform
     size_cap: float = 10.0
-    """A client's rows count at most so many times the median of all clients' rows, whatever it declares; 0 = no cap."""
+    """Upper limit of a client's rows in the weights, as a multiple of the median over clients. 0 = no limit."""
     aggregation: Aggregation = Aggregation.mean
     trim_share: float = 0.2
     """Share of the round's clients that the trimmed mean cuts off at each end, rounded down to at least one client."""
     clients_per_round: int = 0
-    """Clients sampled a round, 0 = all; those that are not connected give their place to others."""
+    """Clients sampled a round. 0 = all. Other clients replace sampled clients that are not connected."""
     min_replies: int = 1
-    """Fewest good replies for a round to count; with fewer, clients that were not sampled are asked too."""
+    """Minimum of usable replies in a round. With fewer, the server also asks clients that were not sampled."""
     deadline_s: float = 600.0
-    """Clients that are asked answer within this time; without end with ``runtime=inline``, where they take turns."""
+    """Time in which clients must reply. There is no limit with ``runtime=inline``, where clients run one after
+    another."""
     startup_s: float = 300.0
     """How long the server waits for ``fl.num_clients`` clients to register."""
     max_abs_g: float = 1e6
     """A reply with a larger |g| is refused."""
     clip_factor: float = 0.0
-    """Clients clip |g| to this many medians of the |g| of the last rounds; 0 = off."""
+    """Clients clip |g| to this multiple of the median |g| of the last rounds. 0 = off."""
     clip_rounds: int = 10
-    """Rounds whose scalars the clip's median is taken over."""
+    """Number of rounds over whose scalars the median for clipping is taken."""
 
 
 class BestBy(StrEnum):
     """What makes a round the best."""
 
     loss = "loss"
-    """The lowest dev loss: steadier than a share of a few hundred rows."""
+    """The lowest dev loss, which has less noise than an accuracy over a few hundred rows."""
     value = "value"
     """The highest dev accuracy, F1 or ROUGE-L."""
 
@@ -117,20 +120,20 @@ class EvaluationConfig:
     """What is scored, how often, and which round is the best."""
 
     every_rounds: int = 25
-    """Central score on the dev rows every so many rounds, 0 = only at the end."""
+    """Number of rounds between two scores on the dev rows. 0 = only at the end."""
     best_by: BestBy = BestBy.loss
-    """Which dev score chooses the round that is tested, exported and used."""
+    """The dev score that chooses the best round, whose model is tested and exported."""
     central: bool = True
     """Whether the server holds dev and test rows (a real federation's server may hold none)."""
     federated_every_rounds: int = 0
-    """Clients score their own held-out rows every so many rounds; 0 = only at the end, -1 = never."""
+    """Number of rounds between two scores of clients on their held-out rows. 0 = only at the end, -1 = never."""
     federated_max_rows: int = 64
-    """Most held-out rows a client scores."""
+    """Maximum of held-out rows that a client scores."""
 
 
 @dataclass(kw_only=True, slots=True)
 class FaultsConfig:
-    """Planned faults, to rehearse a federation before it is real. They are part of the run's identity."""
+    """Planned faults, for tests of a federation. Faults are part of the hash of the configuration."""
 
     absent: list[str] = field(default_factory=list)
     """``"<client>@<round>"``: this client fails in this round."""

@@ -133,8 +133,8 @@ class _Explained:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError) and not isinstance(error, RunFolderError):
             raise RunFolderError(
-                f"run folder {self._folder}: cannot write ({error.strerror or error}). What was committed is kept: "
-                "free space or mend the permissions, then `fedzo resume` it, or choose another with hydra.run.dir=..."
+                f"run folder {self._folder}: cannot write ({error.strerror or error}). Committed rounds are safe. "
+                "Free space or correct permissions, then `fedzo resume` it, or choose another with hydra.run.dir=..."
             ) from error
 
 

@@ -97,7 +97,7 @@ class Replica:
             if claimed[what] != value:
                 raise ProtocolError(
                     f"log, round {line.round}: {what} must be {claimed[what]}, but replaying gives {value}. "
-                    "The base model, the mask or the log is not the run's."
+                    "The base model, the mask or the log is from another run."
                 )
 
     @property

@@ -95,7 +95,7 @@ def save_mask(mask: Mask, path: Path) -> None:
             with contextlib.suppress(OSError):
                 temporary.unlink()
         raise RunFolderError(
-            f"mask file {path}: it must be possible to write it, got {error.strerror!r}. Choose another place."
+            f"mask file {path}: it must be writable, got {error.strerror!r}. Choose another place."
         ) from error
 
 

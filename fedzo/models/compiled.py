@@ -57,7 +57,7 @@ def compile_decoder(model: nn.Module, *, longest: int) -> CompiledDecoder:
     """
     if cast(Any, torch)._inductor.config.freezing:
         raise _refused(
-            model, "TORCHINDUCTOR_FREEZING=1 copies the weights into the graphs, where training does not reach"
+            model, "TORCHINDUCTOR_FREEZING=1 copies the weights into the graphs, so training does not change them"
         )
     decoder = cast(Any, model).get_decoder()
     device = next(model.parameters()).device

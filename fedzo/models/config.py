@@ -13,8 +13,8 @@ class DType(StrEnum):
     bfloat16 = "bfloat16"
     float16 = "float16"
     auto = "auto"
-    """bfloat16 where a measurement on this site finds its scalars within 10 % of float32's and its time 10 % less, else
-    float32. A resumed run measures again."""
+    """bfloat16 where a measurement on this site finds its scalars within 10 % of float32's and its time 10 % less,
+    else float32. A resumed run measures again."""
 
 
 class Quantization(StrEnum):
@@ -44,9 +44,10 @@ class ModelConfig:
     quantization: Quantization = Quantization.none
     """Packs the frozen weights under an adapter; a site's own choice, like the dtype. Install ``fedzo[quantized]``."""
     max_length: int = 512
-    """Longest sequence in tokens; a longer prompt loses its beginning."""
+    """Longest sequence in tokens. A longer prompt loses its beginning."""
     tokens_per_batch: int = 4096
     """Most tokens (padding included) in one forward; larger batches are split."""
     compile: bool = False
-    """Forwards through ``torch.compile``, on CUDA as CUDA graphs, at few shapes that batches are padded to; a shape's
-    first forward waits for the compiler. Needs a C++ compiler; losses differ from the eager ones in their last bits."""
+    """Forwards through ``torch.compile``, on CUDA as CUDA graphs, at few shapes that batches are padded to; a
+    shape's first forward waits for the compiler. Needs a C++ compiler; losses differ from the eager ones in their
+    last bits."""

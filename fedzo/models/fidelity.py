@@ -62,8 +62,8 @@ class Choice:
 
     def __str__(self) -> str:
         return (
-            f"model.dtype=auto: {self.dtype} is taken. Along {NUM_DIRECTIONS} directions bfloat16's scalars are off by "
-            f"{self.error:.1%} of float32's (rms; at most {_LARGEST_ERROR:.0%}), in {self.time:.2f} of the time "
+            f"model.dtype=auto: {self.dtype} is chosen. Along {NUM_DIRECTIONS} directions bfloat16's scalars are off "
+            f"by {self.error:.1%} of float32's (rms; at most {_LARGEST_ERROR:.0%}), in {self.time:.2f} of the time "
             f"(at most {_LARGEST_TIME:.2f})."
         )
 

@@ -77,14 +77,16 @@ def check_head(model: nn.Module) -> bool:
         ours = project(model, hidden_at(model, ids, rows, columns))
     except (AttributeError, TypeError, RuntimeError) as error:
         logger.warning(
-            "%s: its LM head cannot be applied apart (%s); all positions pay for it", type(model).__name__, error
+            "%s: its LM head cannot be applied separately (%s); it is applied at all positions",
+            type(model).__name__,
+            error,
         )
         return False
     limit = TOLERANCE.get(next(model.parameters()).dtype, 4e-2) * float(own.abs().max())
     if ours.shape == own.shape and bool(((ours - own).abs() <= limit).all()):
         return True
     logger.warning(
-        "%s does something to its logits that fedzo does not know; all positions pay for the head", type(model).__name__
+        "%s changes its logits in an unknown way; its LM head is applied at all positions", type(model).__name__
     )
     return False
 

@@ -143,7 +143,7 @@ def load_model(config: ModelConfig, *, device: str = "auto") -> LoadedModel:
 
 def _cannot_pack(config: ModelConfig, device: torch.device, error: RuntimeError) -> ConfigError:
     return ConfigError(
-        f"model.quantization={config.quantization} must be a packing that {config.name!r} can compute with on "
+        f"model.quantization={config.quantization} must be a quantization that {config.name!r} can compute with on "
         f"{device}, but that fails: {' '.join(str(error).split())[:300]}. Write model.quantization=none, or another."
     )
 
@@ -158,8 +158,8 @@ def compile_loaded(loaded: LoadedModel, *, longest: int) -> LoadedModel:
     """
     if not loaded.direct_head:
         raise ConfigError(
-            f"model.compile must be false for {loaded.source!r}: its LM head cannot be applied apart from its decoder, "
-            "which is what is compiled. Write model.compile=false."
+            f"model.compile must be false for {loaded.source!r}: its LM head cannot be applied without its decoder, "
+            "and only the decoder is compiled. Write model.compile=false."
         )
     return replace(loaded, compiled=compile_decoder(loaded.model, longest=longest))
 

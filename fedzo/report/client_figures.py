@@ -69,7 +69,7 @@ def draw_labels(run: RunData) -> Picture | None:
     caption = f"Rows per client and label: {min(sizes):,} to {max(sizes):,} rows a client."
     if len(ranked) > 1 and max(skew.values(), default=0.0) > 0:
         worst = max(skew, key=lambda client: skew[client])
-        caption += f" Client {worst} differs most from all rows together; uneven colours make a federation non-IID."
+        caption += f" Client {worst} differs most from all rows together. Different colours mean non-IID clients."
     return Picture("labels", "Who holds which labels", caption, figure)
 
 
@@ -101,11 +101,11 @@ def draw_abs_g(run: RunData) -> Picture | None:
     if norm:
         colour_scale(figure, [axes], norm)
     caption = f"Size of each client's measured slope, the mean of its local steps in the last {window} rounds. "
-    caption += "A client far above the others pulls the mean hardest; one that takes fewer steps is noisier."
+    caption += "A client far above the others moves the mean most. A client with fewer steps has a noisier mean."
     if flagged & {*lines}:
         caption += " Flagged clients are dark."
     if len(lines) < len(ids):
-        caption += f" {MAX_LINES} of {len(ids)} clients are drawn, the flagged ones first, the others evenly."
+        caption += f" {MAX_LINES} of {len(ids)} clients are shown: the flagged clients first, then others evenly."
     return Picture("abs_g", "Projected gradient per client", caption, figure)
 
 
@@ -167,8 +167,8 @@ def draw_federated(run: RunData) -> Picture | None:
     percent_axis(axes, last.metric)
     rows = [client.num_examples for client in scored]
     caption = (
-        f"After {last.round} rounds, each client on rows it never trained on ({min(rows)} to {max(rows)} rows: "
-        f"small numbers, wide error). Worst: client {scored[0].client} with "
+        f"After {last.round} rounds, each client on rows it never trained on ({min(rows)} to {max(rows)} rows, "
+        f"so errors are large). Worst: client {scored[0].client} with "
         f"{score_text(last.metric, scored[0].value)} (orange)."
     )
     return Picture("federated", f"{last.metric.capitalize()} per client", caption, figure)

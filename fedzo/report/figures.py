@@ -67,10 +67,10 @@ def _loss(run: RunData) -> Picture | None:
     head, tail = statistics.fmean(measured[:window]), statistics.fmean(measured[-window:])
     caption = (
         f"Mean loss of the clients' batches before each step: {number_text(head)} over the first {window} rounds, "
-        f"{number_text(tail)} over the last {window}. Single rounds are noisy; follow the thick line."
+        f"{number_text(tail)} over the last {window}. Single rounds are noisy. The thick line shows the trend."
     )
     if len(run.trained) < len(run.rounds):
-        caption += " The calibration is left out: it did not move the model."
+        caption += " The calibration round is left out, because it did not move the model."
     return Picture("loss", "Training loss", caption, figure)
 
 
@@ -129,7 +129,7 @@ def _scores(run: RunData) -> Picture | None:
     caption = "The test rows were scored only at the diamonds." if before else "No test rows were scored."
     if dev:
         by = {"loss": "lowest dev loss", "value": f"highest dev {metric}"}.get(run.setting("evaluation", "best_by"))
-        chosen = f"; the {by} chose the round to keep" if by else ""
+        chosen = f"; the {by} chose the best round" if by else ""
         caption = f"The line is dev {metric}{chosen}. {caption}"
     if before and after:
         caption = f"{caption} Test: {change_text(metric, before.value, after.value)}."
@@ -169,7 +169,7 @@ def _bytes(run: RunData) -> Picture | None:
     up = sum(record.payload_up_bytes for record in run.rounds) / num_clients
     caption = (
         f"A client sent {bytes_text(up)} of payload in {len(rounds)} rounds (mean over {num_clients} clients). "
-        "Payload is the numbers that the algorithm needs; messages are those with Flower's envelope around them."
+        "Payload is the bytes of the algorithm's numbers. Messages are payload with the message format of Flower."
     )
     return Picture("bytes", "Bytes on the wire, per client", caption, figure)
 

@@ -97,7 +97,7 @@ def _headline_note(run: RunData) -> str:
     parts = [f"{before.metric} on {count_text(after.num_examples)} test rows, before and after training"]
     if before.best_threshold_accuracy is not None and after.best_threshold_accuracy is not None:
         shift = _from_to("accuracy", before.best_threshold_accuracy, after.best_threshold_accuracy)
-        parts.append(f"at the best threshold {shift}: the rest is a matter of where it lies")
+        parts.append(f"at the best threshold {shift}: the rest of the gain is calibration")
     if before.auc is not None and after.auc is not None:
         parts.append(f"AUC {before.auc:.3f} to {after.auc:.3f}")
     return "; ".join(parts) + "."
@@ -110,13 +110,11 @@ def _from_to(metric: str, before: float | None, after: float | None) -> str:
 def _notes(run: RunData) -> list[str]:
     notes = list(run.notes)
     if run.summary is None:
-        notes.insert(
-            0, f"This run is not finished: {len(run.rounds)} rounds are shown. `fedzo resume` goes on with it."
-        )
+        notes.insert(0, f"This run is not finished: {len(run.rounds)} rounds are shown. `fedzo resume` continues it.")
         return notes
     if run.test_scores[1]:
         notes.append(
-            "The test rows were scored once before training and once after the round to keep; they chose nothing."
+            "The test rows were scored once before training and once at the best round. Test rows chose nothing."
         )
     notes.append("Message bytes are contents as Flower counts them, without HTTP and TLS.")
     return notes

@@ -68,8 +68,8 @@ def draw_local_losses(run: RunData) -> Picture | None:
     names = [f"mean of the last {window}", "loss of a batch"]
     label_panels(run, figure, grid, top=max(peaks), unit="loss (nats)", names=names)
     caption = (
-        "The loss of each client's batch before every local step. A client whose loss is nothing has learned its rows; "
-        "one whose loss grows is hurt by what the others learn."
+        "The loss of each client's batch before every local step. A loss near 0 means that the client has learned "
+        "its rows. A rising loss means that the steps of other clients hurt this client."
     )
     return Picture("local_losses", "Loss per client", caption, figure)
 

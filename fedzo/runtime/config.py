@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(kw_only=True, slots=True)
 class RuntimeConfig:
-    """Where clients run; changes a result in its last bits alone, by ``batch_clients`` or where ``threads`` is open."""
+    """Where clients run. At most the last bits of a result change, by ``batch_clients`` or where ``threads`` is 0."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -37,4 +37,4 @@ class LocalConfig(RuntimeConfig):
     startup_s: float = 120.0
     """How long to wait for SuperLink and SuperNodes to be ready."""
     step_limit_s: float = 3600.0
-    """A client that works longer on one message (loading the model included) is given up and started again."""
+    """A client that works longer on one message (loading the model included) is stopped and started again."""

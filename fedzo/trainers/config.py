@@ -24,7 +24,7 @@ class MezoConfig(TrainerConfig):
 
     lr: float = 1e-6
     rounding: Rounding = Rounding.nearest
-    """How steps round where ``model.dtype`` has 16 bits: nearest loses steps that stochastic keeps in the mean."""
+    """How steps are rounded where ``model.dtype`` has 16 bits."""
 
 
 class Selector(StrEnum):
@@ -55,7 +55,7 @@ class Calibration(StrEnum):
     train = "train"
     """The task's own training prompts."""
     file = "file"
-    """``calibration_path``: a text file (one document a line) or a table with a ``text`` column."""
+    """The file ``calibration_path``: a text file (one document a line) or a table with a ``text`` column."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -111,7 +111,7 @@ class PrefixTrainerConfig(TrainerConfig):
     lr: float = 1e-3  # this and eps: MeZO's for prefixes
     eps: float = 1e-1
     num_virtual_tokens: int = 5
-    """Length of the prefix; it takes as many of the model's positions. MeZO uses 5."""
+    """Length of the prefix, which takes as many of the model's positions. MeZO uses 5."""
     init_std: float = 0.02
     """Standard deviation of the initial values."""
 
@@ -123,6 +123,6 @@ class PromptTrainerConfig(TrainerConfig):
     lr: float = 1e-3
     eps: float = 1e-2
     num_virtual_tokens: int = 5
-    """Length of the prompt; it takes as many of the model's positions."""
+    """Length of the prompt, which takes as many of the model's positions."""
     init_std: float = 0.02
     """Standard deviation of the initial values."""

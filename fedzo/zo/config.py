@@ -17,9 +17,9 @@ class Rounding(StrEnum):
     """How an updated weight is rounded where the model holds 16-bit weights and there is no float32 master."""
 
     nearest = "nearest"
-    """To the nearest value: a step of less than half the spacing of the weight's neighbours moves nothing."""
+    """To the nearest value. A step of less than half the spacing of the weight's neighbours moves nothing."""
     stochastic = "stochastic"
-    """Up or down with the probabilities that keep the mean, drawn from the run seed: small steps add up."""
+    """Up or down with probabilities that keep the mean, drawn from the run seed. Small steps add up."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -29,11 +29,11 @@ class EstimatorConfig:
     eps: float = 1e-3
     """How far along a direction a loss is evaluated."""
     num_probes: int = 1
-    """Directions a step; the step is their mean."""
+    """Number of directions in a step. The step is their mean."""
     distribution: Distribution = Distribution.gaussian
     freeze_routing: bool = False
-    """Hold hard choices (the experts that a router takes) still in a step's probes; one more forward a step, unless
-    the estimator has the loss at the centre anyway."""
+    """Fix hard choices (the experts that a router takes) in the probes of a step. One more forward a step, unless
+    the estimator evaluates the loss at theta."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,7 +45,7 @@ class Baseline(Enum):  # no StrEnum: a string has a method ``center``
     """What a one-sided estimate subtracts from a perturbed loss."""
 
     center = "center"
-    """The loss at the weights themselves: one more forward a step."""
+    """The loss at theta: one more forward a step."""
     mean = "mean"
     """The mean of the step's perturbed losses: no more forwards, but the estimate is (P - 1) / P of the gradient."""
     leave_one_out = "leave_one_out"
@@ -77,13 +77,14 @@ class Schedule(StrEnum):
 
 @dataclass(kw_only=True, slots=True)
 class ServerOptimizerConfig:
-    """How aggregated projected gradients move the weights."""
+    """How aggregated projected gradients move the trained values."""
 
     lr: float = 1e-4
-    """Learning rate; every option that is shipped takes ``trainer.lr``."""
+    """Learning rate. The presets take ``trainer.lr``."""
     schedule: Schedule = Schedule.constant
     final_lr_share: float = 0.1
-    """Share of ``lr`` in the last round, where the schedule is linear or cosine; 0 wastes that round."""
+    """Share of ``lr`` in the last round, where the schedule is linear or cosine. With 0, the last round does not
+    move the model."""
     warmup_rounds: int = 0
     """Rounds over which the learning rate rises linearly before it is reached."""
     weight_decay: float = 0.0
@@ -92,12 +93,12 @@ class ServerOptimizerConfig:
 
 @dataclass(kw_only=True, slots=True)
 class SgdConfig(ServerOptimizerConfig):
-    """Plain SGD: theta -= lr * c * z."""
+    """Plain SGD: ``theta -= lr * c * z``."""
 
 
 @dataclass(kw_only=True, slots=True)
 class MomentumConfig(ServerOptimizerConfig):
-    """Heavy ball over rounds: m = momentum * m + u, theta -= lr * m; u is the round's sum of c * z."""
+    """Heavy ball over rounds: ``m = momentum * m + u``, ``theta -= lr * m``. u is the sum of c z."""
 
     momentum: float = 0.9
     """Share of m that a round keeps."""
@@ -127,10 +128,11 @@ class FedDynConfig(ServerOptimizerConfig):
     """FedDyn: a dynamic regulariser lets local optima agree with the global one (arXiv 2111.04263)."""
 
     alpha: float = 0.0
-    """Strength of the pull to the round's start; 0 = 0.5 / (lr * T). What all clients agree on moves theta by its
-    gradient / alpha a round, where the other rules go lr * T: a smaller alpha makes longer steps."""
+    """Strength of the pull to the start of the round. 0 = 0.5 / (lr T). A gradient that all clients share moves
+    theta by gradient / alpha a round, with other server optimizers by gradient times lr T. A smaller alpha makes
+    longer steps."""
     local_steps: int = 1
-    """T, which the option takes from ``fl.local_steps``; read for alpha = 0 alone."""
+    """T, set to ``fl.local_steps``. Used for alpha = 0 only."""
 
     @property
     def pull(self) -> float:

@@ -184,11 +184,11 @@ def test_the_command_writes_the_values_after_each_step(
     assert printed[0] == "client 1, round 2: T = 2, lr = 0.01"
     assert [line.split()[-1] for line in printed[2:4]] == [f"{g:.6g}" for (g,) in entry["g"]]
     assert printed[3].split()[1] == f"{entry['end_check']:08x}" == printed[4].split()[1].rstrip(",")
-    assert "the check that the client sent" in printed[4]
+    assert "the checksum that the client sent" in printed[4]
 
     # T = 1: the step that the client left to the log, c z of its own scalar
     assert replay("--client", "0", "--round", "1", "--out", str(out)) == 0
-    assert "left its only step to the log" in capsys.readouterr().out.splitlines()[-1]
+    assert "one step, checked by the public scalars" in capsys.readouterr().out.splitlines()[-1]
     (written,) = load_file(out).values()
     start = rebuild(folder, rounds=1).replica.space.values()
     moved = np.float32(0.01) * np.float32(audit[1]["clients"][0]["g"][0][0])
@@ -199,8 +199,11 @@ def test_the_command_writes_the_values_after_each_step(
         (("--client", "1", "--round", "1"), "but client 1 sent nothing usable"),
         (("--client", "9", "--round", "1"), "(clients 0, 2, 3), but client 9 was not asked"),
         (("--client", "0", "--round", "3"), "--round must be below 3, the number of rounds in the log, got 3"),
-        (("--client", "0", "--round", "0", "--out", str(tmp_path / "no" / "x")), "must be a file in a folder"),
-        (("--client", "0", "--round", "0", "--out", str(tmp_path)), "must be a file in a folder"),
+        (
+            ("--client", "0", "--round", "0", "--out", str(tmp_path / "no" / "x")),
+            "must be a file in an existing folder",
+        ),
+        (("--client", "0", "--round", "0", "--out", str(tmp_path)), "must be a file in an existing folder"),
     ):
         assert replay(*options) == 2
         assert message in capsys.readouterr().err
@@ -254,7 +257,7 @@ def test_a_changed_scalar_of_a_single_step_is_found_by_the_public_log(train: Any
     (folder / "audit.jsonl").write_text(json.dumps(first) + "\n" + json.dumps(second) + "\n")
 
     assert not replay_client(folder, client=1, round=0).checked
-    with pytest.raises(ProtocolError, match="round 1: the clients' scalars of the audit log must make those"):
+    with pytest.raises(ProtocolError, match="round 1: the clients' scalars of the audit log must give those"):
         replay_client(folder, client=1, round=1)
 
 
@@ -271,7 +274,7 @@ def test_a_mask_that_is_gone_is_not_chosen_again_without_the_texts_that_it_was_c
     folder, _ = train("fl.rounds=1", "trainer.calibration=train", "trainer.calibration_tokens=8", steps=[1])
     (folder / "mask.safetensors").unlink()
 
-    with pytest.raises(RunFolderError, match=r"\(mask\.safetensors\) must be there"):
+    with pytest.raises(RunFolderError, match=r"mask\.safetensors must exist"):
         replay_client(folder, client=0, round=0)
 
 

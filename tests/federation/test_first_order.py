@@ -142,7 +142,7 @@ def test_its_results_are_a_row_of_the_study(
     [
         (["fl.foo=3"], "results.json", "fl.foo"),
         (["trainer=mezo"], "results.json", "trainer must be meerkat or lora"),
-        ([], "nowhere/results.json", "--out must be a file in a folder that is there"),
+        ([], "nowhere/results.json", "--out must be a file in an existing folder"),
     ],
 )
 def test_its_command_line_says_what_is_wrong_before_it_trains(

@@ -197,7 +197,7 @@ def test_moments_for_all_weights_are_refused_before_any_work(overrides: Callable
 
     text = str(caught.value)
     for part in (
-        "server_optimizer must be sgd for trainer=mezo: other rules keep float32 numbers beside every weight",
+        "server_optimizer must be sgd for trainer=mezo: the others keep float32 numbers for every weight",
         "got 'adam'. Write server_optimizer=sgd, or train fewer values",
         "server_optimizer.beta1 must be >= 0 and < 1, got 1.0",
         "estimator.num_probes must be >= 2, got 1",

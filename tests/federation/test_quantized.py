@@ -93,7 +93,7 @@ def test_packed_weights_that_cannot_be_computed_with_are_told(
         raise RuntimeError("blocks of 64 do not fit")
 
     monkeypatch.setattr(loading, "check_head", fail)
-    with pytest.raises(ConfigError, match=r"model\.quantization=nf4 must be a packing that .* blocks of 64 do not fit"):
+    with pytest.raises(ConfigError, match=r"model\.quantization=nf4 must be a quantization .* blocks of 64 do not fit"):
         open_peer(load(overrides(*SMALL, "model.quantization=nf4")))
     with pytest.raises(RuntimeError, match=r"^blocks of 64 do not fit$"):
         open_peer(load(overrides(*SMALL)))

@@ -75,7 +75,7 @@ def check_reply(
     if announced != NO_BOUND and worst > announced:
         raise ProtocolError(f"|g| must be at most the announced bound {announced:g}, got {worst:g}")
     if dropped.all() and not all_may_drop:
-        raise ProtocolError("no probe had a finite loss, and the server optimizer would remember that as a measurement")
+        raise ProtocolError("no probe had a finite loss, which this server optimizer cannot use")
     if (g[dropped] != 0).any():
         raise ProtocolError("a dropped probe must carry g = 0")
     return ClientResult(

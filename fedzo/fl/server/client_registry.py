@@ -69,7 +69,7 @@ class ClientRegistry:
                 reasons = "; ".join(sorted({reason for _, reason in self._failed.values()}))
                 who = f"clients {missing} did not{f' ({reasons})' if reasons else ''}"
                 if fewest is not None and len(self.nodes) >= fewest:
-                    log.warning("the run goes on although %s register within %g s", who, timeout_s)
+                    log.warning("the run continues although %s register within %g s", who, timeout_s)
                     return
                 lower = ", raise strategy.startup_s, or lower fl.num_clients" if fewest is None else ""
                 raise ProtocolError(
@@ -114,7 +114,7 @@ class ClientRegistry:
             if problem and strict:
                 raise ProtocolError(problem)
             if problem:
-                log.warning("node %d is not let in: %s", node, problem)
+                log.warning("node %d is refused: %s", node, problem)
                 self._rejected.add(node)
                 continue
             if reply.client in self.nodes:  # its old node stays listed for a while after it died
@@ -167,7 +167,7 @@ class ClientRegistry:
         if (reply.num_train, counts) != (first.num_train, _label_counts(first.label_counts)):
             return (
                 f"client {reply.client}: it must hold the rows that it registered with ({first.num_train} to train), "
-                f"got {reply.num_train}. Its weight and its place in its data go by them."
+                f"got {reply.num_train}. Its weight and its data position depend on them."
             )
         if taken:
             return f"client index {reply.client} is taken twice. Give each site its own partition-id."

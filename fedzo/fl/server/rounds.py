@@ -130,7 +130,7 @@ class Server:
             if cut:
                 log.warning(
                     "strategy.size_cap: the rows of clients %s count as %g times the median of all clients' rows; "
-                    "0 lifts the cap, where all clients are trusted.",
+                    "Write 0 to remove the cap if all clients are trusted.",
                     cut,
                     self.strategy.size_cap,
                 )
@@ -249,7 +249,7 @@ class Server:
         why = "; ".join(f"client {client}: {reason}" for client, reason in sorted(refused.items()))
         raise FederationError(
             f"round {self.round}: strategy.min_replies = {self.strategy.min_replies} usable replies are needed, got "
-            f"{len(results)} ({why}). The log is kept: mend the clients and `fedzo resume` the run."
+            f"{len(results)} ({why}). The log is kept. Repair the clients and continue with `fedzo resume`."
         )
 
     def _usable(
@@ -277,11 +277,11 @@ class Server:
         """A run that has diverged goes on without learning anything: say so in the first of such rounds."""
         lost = all(result.dropped.all() for result in results.values())
         if lost and not self._lost:
-            what = "no client had a finite loss, so that nothing is learnt. The model has probably diverged: lower "
+            what = "no client had a finite loss, so the round changes nothing. The model has probably diverged: lower "
             what += "trainer.lr, or bound the scalars with strategy.clip_factor, and start again."
             if any(np.isfinite(result.loss).any() for result in results.values()):  # signs: 0 has none
-                what = "no probe of any client changed its loss, so that nothing is learnt. Raise estimator.eps, or "
-                what += "hold the model in a finer model.dtype, and start again."
+                what = "no probe of any client changed its loss, so the round changes nothing. Raise estimator.eps, or "
+                what += "use a model.dtype of higher precision, and start again."
             log.warning("round %d: %s", self.round, what)
         self._lost = lost
 

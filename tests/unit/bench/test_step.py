@@ -172,7 +172,7 @@ def test_the_command_prints_a_table_and_writes_json(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--out", "nowhere/bench.json"], "--out must lie in a folder that is there"),
+        (["--out", "nowhere/bench.json"], "--out must lie in an existing folder"),
         (["--tokens", "513"], "--tokens must be at most 512"),
     ],
 )

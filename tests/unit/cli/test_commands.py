@@ -136,7 +136,7 @@ def test_an_error_of_a_service_is_one_line_and_an_exit_code(
     assert capsys.readouterr().err == f"fedzo: {error}\n"
 
 
-@pytest.mark.parametrize(("command", "hint"), [("resume", " Go on with: fedzo resume ."), ("replay", "")])
+@pytest.mark.parametrize(("command", "hint"), [("resume", " Continue with: fedzo resume ."), ("replay", "")])
 def test_ctrl_c_says_how_to_go_on(
     command: str, hint: str, calls: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -69,7 +69,7 @@ def test_a_bug_keeps_its_traceback(calls: Calls) -> None:
 def test_ctrl_c_names_the_run_to_resume(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", f"seed={INTERRUPTED}"]) == 130
 
-    assert capsys.readouterr().err == f"\nfedzo: interrupted. Go on with: fedzo resume {calls[0][2]}\n"
+    assert capsys.readouterr().err == f"\nfedzo: interrupted. Continue with: fedzo resume {calls[0][2]}\n"
 
 
 def test_a_run_folder_that_cannot_be_made_is_named(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ from fedzo.trainers.config import TrainerConfig
         ("trainer=meerkt", r"^trainer must be one of .*meerkat, mezo.*, got 'meerkt'\. Did you mean meerkat\?$"),
         ("trainer=null", r"^trainer must be one of .*meerkat, mezo.*, got None\.$"),
         ("~trainer", r"^trainer must be one of .*meerkat, mezo.*, got 'TrainerConfig'\. Write trainer=<option>\.$"),
-        ("+trainer=mezo", r"trainer has a choice already\. Write it without the \+\."),
+        ("+trainer=mezo", r"trainer already has a choice\. Leave out the \+\."),
         ("trainr=mezo", r"trainr is not a setting\. Did you mean trainer\?"),
         ("trainer=meerkat,mezo", r"one run must have one value per key, got several\. Add -m"),
         ("experiment=quick", r"experiment must be one of .*quickstart.*, got 'quick'\. Did you mean quickstart\?"),
@@ -204,7 +204,7 @@ def test_a_sweep_names_the_jobs_that_are_wrong() -> None:
 
     assert str(caught.value).splitlines()[1:] == [
         "  - job 1 (fl.rounds=1 fl.batch_size=0) and 2 more: fl.batch_size must be >= 1, got 0. "
-        "It counts a client's rows of a step.",
+        "The key counts the rows of a client in a step.",
         "  - job 2 (fl.rounds=0 fl.batch_size=1) and 3 more: fl.rounds must be >= 1, got 0. A run needs a round.",
     ]
 
@@ -227,8 +227,8 @@ def test_a_sweep_names_a_problem_of_all_jobs_once_beside_those_of_one() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["seed=interval(0,1)"], "The sweep cannot be made: .*INTERVAL_SWEEP"),
-        (["hydra.sweep.dir=${nope}"], "The sweep cannot be made: .*nope"),
+        (["seed=interval(0,1)"], "The sweep is not valid: .*INTERVAL_SWEEP"),
+        (["hydra.sweep.dir=${nope}"], "The sweep is not valid: .*nope"),
         (["hydra.sweep.dir=x,y"], "hydra.sweep.dir=x,y: a setting of Hydra itself must have one value"),
         (["experiment=x", "seed=1,2"], "^experiment must be one of"),
     ],

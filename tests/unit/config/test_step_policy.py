@@ -31,7 +31,10 @@ def complaint(*overrides: str) -> str:
         (["vpcs", "ratio_threshold=0"], "step_policy.ratio_threshold must be > 0 and finite, got 0.0."),
         (["vpcs", "level_threshold=inf"], "step_policy.level_threshold must be > 0 and finite, got inf."),
         (["vpcs", "sigma_share=-1"], "step_policy.sigma_share must be > 0 and finite, got -1.0."),
-        (["vpcs", "quiet_threshold=1"], "step_policy.quiet_threshold must be below 1, got 1.0. It is a share"),
+        (
+            ["vpcs", "quiet_threshold=1"],
+            "step_policy.quiet_threshold must be below 1, got 1.0. A client is flagged above this share",
+        ),
         (["vpcs", "tests=[]"], "step_policy.tests must name a test, got []."),
         (["cusum", "drift=-0.1"], "step_policy.drift must be >= 0 and finite, got -0.1."),
         (["cusum", "threshold=0"], "step_policy.threshold must be > 0 and finite, got 0.0."),
@@ -125,5 +128,8 @@ def test_signs_have_no_size_to_select_by(step_policy: str) -> None:
 def test_rules_that_walk_every_client_know_of_no_early_stop(server_optimizer: str) -> None:
     text = complaint("step_policy=random", "step_policy.num_flagged=1", f"server_optimizer={server_optimizer}")
 
-    assert f"step_policy must be none for server_optimizer={server_optimizer}, which walks every client's path" in text
+    assert (
+        f"step_policy must be none for server_optimizer={server_optimizer}, which needs all local steps of every client"
+        in text
+    )
     assert "got 'random'" in text

@@ -103,7 +103,7 @@ def test_a_sound_config_has_no_problem() -> None:
         ("server_optimizer.lr", -1.0, "be >= 0 and finite in float32, got -1.0. 0 trains nothing."),
         ("server_optimizer.lr", 1e39, "be >= 0 and finite in float32, got 1e+39."),
         ("server_optimizer.lr", float("nan"), "be >= 0 and finite in float32, got nan."),
-        ("fl.rounds", 2**32, "be at most 4294967295, all that a record of the log can count, got 4294967296."),
+        ("fl.rounds", 2**32, "be at most 4294967295, the maximum of a record of the log, got 4294967296."),
         ("server_optimizer.final_lr_share", 1.1, "be between 0 and 1, got 1.1."),
         ("server_optimizer.final_lr_share", float("nan"), "be between 0 and 1"),
         ("server_optimizer.warmup_rounds", 75, "be >= 0 and below fl.rounds (75), got 75. Lower it, or train longer."),
@@ -122,8 +122,8 @@ def test_a_sound_config_has_no_problem() -> None:
         ("fl.num_clients", 0, "be >= 1, got 0. A federation needs a client."),
         ("fl.rounds", 0, "be >= 1, got 0. A run needs a round."),
         ("fl.local_steps", 0, "be >= 1, got 0."),
-        ("fl.local_steps", 65536, "be at most 65535, all that a record of the log can count, got 65536. Lower it."),
-        ("estimator.num_probes", 65536, "be at most 65535, all that a record of the log can count, got 65536."),
+        ("fl.local_steps", 65536, "be at most 65535, the maximum of a record of the log, got 65536. Lower it."),
+        ("estimator.num_probes", 65536, "be at most 65535, the maximum of a record of the log, got 65536."),
         ("fl.batch_size", 0, "be >= 1, got 0."),
         ("fl.hash_every", 0, "be >= 1, got 0."),
         ("strategy.clients_per_round", 9, "be between 0 (all) and fl.num_clients (8), got 9. Lower it"),
@@ -135,7 +135,7 @@ def test_a_sound_config_has_no_problem() -> None:
         ("strategy.max_abs_g", float("inf"), "be > 0 and finite"),
         ("strategy.clip_factor", 0.5, "be 0 (off) or >= 1 and finite, got 0.5. Below 1 the bound would shrink"),
         ("strategy.clip_factor", -1.0, "be 0 (off) or >= 1"),
-        ("strategy.size_cap", 0.5, "be 0 (no cap) or >= 1 and finite, got 0.5. Below 1 most clients would be cut"),
+        ("strategy.size_cap", 0.5, "be 0 (no cap) or >= 1 and finite, got 0.5. Below 1, most clients would have"),
         ("strategy.size_cap", float("nan"), "be 0 (no cap) or >= 1"),
         ("strategy.clip_factor", float("inf"), "be 0 (off) or >= 1"),
         ("strategy.clip_rounds", 0, "be >= 1, got 0."),
@@ -238,7 +238,7 @@ def test_partition_rules(partition: PartitionConfig, message: str) -> None:
             (
                 OneSidedConfig(baseline=baseline),
                 [
-                    "estimator.num_probes must be >= 2, got 1. One loss has no other to be compared with; or write "
+                    "estimator.num_probes must be >= 2, got 1. One loss has no other loss for comparison. Or write "
                     "estimator.baseline=center."
                 ],
             )
@@ -291,7 +291,7 @@ def test_rules_that_remember_are_refused_where_every_weight_is_trained(server_op
 
     assert problem.key == "server_optimizer"
     assert problem.text.startswith(
-        "server_optimizer must be sgd for trainer=mezo: other rules keep float32 numbers beside"
+        "server_optimizer must be sgd for trainer=mezo: the others keep float32 numbers for every"
     )
     config.server_optimizer = SgdConfig(weight_decay=0.1)
     assert problems(config) == []
@@ -356,8 +356,8 @@ def test_a_trimmed_mean_trims(asked: int, share: float, remedy: str) -> None:
     (problem,) = problems(config)
 
     assert problem.text == (
-        f"strategy.trim_share must cut at least one of the {asked} clients of a round off at each end, or nothing is "
-        f"trimmed, got {share}. {remedy}"
+        f"strategy.trim_share must cut at least one of the {asked} clients of a round off at each end, "
+        f"so that values are trimmed, got {share}. {remedy}"
     )
     if asked > 2:
         config.strategy.trim_share = float(remedy.split()[0])
@@ -426,7 +426,7 @@ def test_a_dtype_that_peers_choose_for_themselves_is_refused_where_values_are_he
     (problem,) = problems(config)
 
     assert problem.text.startswith("model.dtype must be float32, bfloat16 or float16 for trainer=mezo")
-    assert problem.text.endswith("got 'auto'. Name it; float32 loses nothing.")
+    assert problem.text.endswith("got 'auto'. Write model.dtype=float32 if in doubt.")
 
 
 @pytest.mark.parametrize(

@@ -225,7 +225,7 @@ def test_a_task_without_labels_can_be_dealt(config: PartitionConfig) -> None:
 @pytest.mark.parametrize("config", WAYS[1:5], ids=["dirichlet", "dirichlet_equal", "shards", "extreme"])
 def test_a_task_without_labels_has_no_label_skew(config: PartitionConfig) -> None:
     with pytest.raises(
-        ConfigError, match=r"goes by labels and task 'squad' \(kind=generation\) has none. Use partition=iid or"
+        ConfigError, match=r"needs labels and task 'squad' \(kind=generation\) has none. Use partition=iid or"
     ):
         partition(ROWS, config, num_clients=4, seed=0, task=WRITTEN)
 
@@ -278,7 +278,7 @@ def test_dirichlet_draws_again_until_no_client_is_short() -> None:
         (DirichletConfig(alpha=0.0), 4, "partition.alpha must be > 0, got 0.0"),
         (DirichletConfig(alpha=float("nan")), 4, "partition.alpha must be > 0, got nan"),
         (DirichletEqualConfig(alpha=0.0), 4, "partition.alpha must be > 0, got 0.0"),
-        (DirichletEqualConfig(alpha=1e-9), 4, "partition.alpha = 1e-09 is too small to deal all rows"),
+        (DirichletEqualConfig(alpha=1e-9), 4, "partition.alpha = 1e-09 is too small to split all rows"),
         (ShardsConfig(shards_per_client=0), 4, "partition.shards_per_client must be >= 1, got 0"),
         (ShardsConfig(shards_per_client=1), 100, "120 rows do not make a shard for each of 100 clients"),
         (ExtremeConfig(num_extreme=5), 4, r"num_extreme must be between 0 and fl.num_clients \(4\), got 5"),

@@ -177,7 +177,7 @@ def test_two_files_for_one_split_are_refused(folder: Path) -> None:
     write(folder / "dev.jsonl", rows(0, 2))
     write(folder / "validation.jsonl", rows(2, 4))
 
-    with pytest.raises(ConfigError, match=r"one dev file is wanted, got dev.jsonl, validation.jsonl"):
+    with pytest.raises(ConfigError, match=r"one dev file must exist, got dev.jsonl, validation.jsonl"):
         load_splits(DataConfig(path=str(folder)), TASK)
 
 

@@ -465,7 +465,7 @@ def test_a_resumed_run_goes_on_with_the_registrations_of_its_record(
     assert sorted(again.nodes) == [0]
     assert [again.hellos[k].num_train for k in range(3)] == [10, 20, 30]
     assert "client 1: it must hold the rows that it registered with (20 to train), got 7" in caplog.text
-    assert "the run goes on although clients [1, 2] did not register within 0.2 s" in caplog.text
+    assert "the run continues although clients [1, 2] did not register within 0.2 s" in caplog.text
     with pytest.raises(ProtocolError, match=r"clients \[0, 1, 2\] did not\. Start them\.$"):
         ClientRegistry(num_clients=3, identity=IDENTITY).wait(Grid([]), timeout_s=0.2, fewest=1)
 
@@ -789,7 +789,7 @@ def test_where_too_many_are_flagged_all_take_fewer_steps(federation: Any, caplog
 
     assert [client.requests[1].steps for client in clients] == [1, 1, 1, 1]
     assert [record.fallback for record in server.sink.records if isinstance(record, StepDecision)] == [True]
-    assert "flagged: 1, 2, 3; more than step_policy.max_share allows, so all clients take 1 of 2 steps" in caplog.text
+    assert "flagged: 1, 2, 3; this is more than step_policy.max_share, so all clients take 1 of 2 steps" in caplog.text
 
 
 def test_a_client_that_was_absent_from_the_calibration_is_not_judged(federation: Any) -> None:

@@ -127,7 +127,7 @@ def test_saving_replaces_a_file_and_leaves_it_whole_when_it_cannot(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(RunFolderError, match=r"mask: it must be possible to write it, got 'No space left on device'"):
+    with pytest.raises(RunFolderError, match=r"mask: it must be writable, got 'No space left on device'"):
         save_mask(make(manifest={}), path)
     monkeypatch.undo()
 

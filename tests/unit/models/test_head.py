@@ -58,7 +58,7 @@ def test_a_habit_that_is_not_known_is_found_out(caplog: pytest.LogCaptureFixture
 
     with caplog.at_level(logging.WARNING):
         assert not check_head(model)
-    assert "all positions pay for the head" in caplog.text
+    assert "its LM head is applied at all positions" in caplog.text
 
 
 def test_a_model_without_a_named_head_is_found_out(caplog: pytest.LogCaptureFixture) -> None:

@@ -71,8 +71,8 @@ def test_a_finished_run_has_every_figure_with_the_numbers_of_its_metrics(make_ru
 @pytest.mark.parametrize(
     ("by", "text"),
     [
-        ("loss", "The line is dev accuracy; the lowest dev loss chose the round to keep. The test rows"),
-        ("value", "The line is dev accuracy; the highest dev accuracy chose the round to keep. The test rows"),
+        ("loss", "The line is dev accuracy; the lowest dev loss chose the best round. The test rows"),
+        ("value", "The line is dev accuracy; the highest dev accuracy chose the best round. The test rows"),
         (None, "The line is dev accuracy. The test rows"),
     ],
 )
@@ -99,7 +99,7 @@ def test_the_losses_of_a_calibration_are_no_training_losses(make_run: MakeRun) -
     line = drawn.figure.axes[0].lines[0]
     assert [float(x) for x in line.get_xdata()] == list(range(2, 11))
     assert float(line.get_ydata()[0]) == pytest.approx(0.77)
-    assert "calibration is left out" in drawn.caption
+    assert "calibration round is left out" in drawn.caption
 
 
 def test_the_slopes_of_all_clients_leave_a_calibration_out_and_show_who_is_flagged(make_run: MakeRun) -> None:

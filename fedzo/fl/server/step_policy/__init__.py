@@ -32,6 +32,6 @@ def check_step_policy(step_policy: StepPolicyConfig, fl: FlConfig, *, has_gradie
         log.warning("fl.rounds is 1, and the first round is the calibration: the model will not move. Raise fl.rounds.")
     if isinstance(step_policy, EarlyStopConfig) and fl.local_steps == 1:
         log.warning(
-            "fl.local_steps is 1, so nobody can stop earlier: the step policy only reports what it finds. "
+            "fl.local_steps is 1, so no client can stop earlier. The step policy only reports its findings. "
             "Raise fl.local_steps to let it act."
         )

@@ -30,7 +30,7 @@ class Combine(StrEnum):
     """How ratio and quiet are combined; level, where it is chosen, flags alone."""
 
     both = "both"
-    """Both must speak for it; one that is not made is not asked."""
+    """Both tests must flag the client. A test that is not in ``tests`` is ignored."""
     either = "either"
 
 
@@ -49,11 +49,12 @@ class EarlyStopConfig(StepPolicyConfig):
     """What happens to flagged clients."""
 
     early_steps: int = 1
-    """Local steps a round of a flagged client; its data pointer stays, so all its rows are used."""
+    """Local steps a round of a flagged client. Its next round continues with its next rows."""
     max_share: float = 0.5
-    """Largest share of flagged clients; above it nobody is stopped early and all clients take ``fallback_steps``."""
+    """Largest share of flagged clients. Above it, no client is stopped early and all clients take
+    ``fallback_steps``."""
     fallback_steps: int = 0
-    """Local steps a round of all clients then; 0 = half of ``fl.local_steps``."""
+    """Local steps a round of all clients above ``max_share``. 0 = half of ``fl.local_steps``."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -71,15 +72,16 @@ class VpcsConfig(EarlyStopConfig):
     """Which tests are made; flagged = (ratio ``combine`` quiet) or level."""
     combine: Combine = Combine.both
     ratio_threshold: float = 3.0
-    """Of the initial phase's mean over the later phase's; a client above it speaks for the test ``ratio``."""
+    """The test ``ratio`` flags a client whose initial mean over its later mean is above."""
     quiet_threshold: float = 0.5
-    """Of the share of quiet steps, for the test ``quiet``."""
+    """The test ``quiet`` flags a client whose share of steps below sigma is above."""
     sigma_share: float = 0.1
     """sigma is this share of the median over clients of the initial phase's mean."""
     level_threshold: float = 2.0
-    """Of the others' median over the client's own mean, for the test ``level``."""
+    """The test ``level`` flags a client for which the others' median over its own mean is above."""
     graded: bool = False
-    """Stop by strength: T/2 from the threshold on, T/4 from twice the threshold on, ...; at least ``early_steps``."""
+    """Set the steps by the strength of the finding: T/2 from the threshold on, T/4 from twice the threshold on, and
+    so on. The minimum is ``early_steps``."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -87,24 +89,24 @@ class CusumConfig(EarlyStopConfig):
     """A sequential test before every round: a CUSUM of how far log |g| lies below the others' median."""
 
     drift: float = 1.0
-    """Shortfall in natural logarithms that every step forgives."""
+    """Difference in natural logarithms that is subtracted at every step."""
     threshold: float = 8.0
-    """A client is flagged for good once its CUSUM has been above."""
+    """A client whose CUSUM has once been above is flagged for the rest of the run."""
     graded: bool = False
     """Stop by strength: T/2 from the threshold on, T/4 from twice the threshold on, ...; at least ``early_steps``."""
 
 
 @dataclass(kw_only=True, slots=True)
 class RandomConfig(EarlyStopConfig):
-    """A baseline: clients drawn at random once."""
+    """A baseline that flags clients drawn at random once."""
 
     num_flagged: int = 1
-    """How many, for example as many as another step policy flagged."""
+    """Number of flagged clients, for example as many as another step policy flagged."""
 
 
 @dataclass(kw_only=True, slots=True)
 class OracleConfig(EarlyStopConfig):
-    """A baseline that knows the labels: clients with (nearly) one label, by the counts of their registration."""
+    """A baseline that flags clients with (nearly) one label, by the label counts that they declared."""
 
     label_share: float = 0.9
-    """A client is flagged whose commonest label has at least this share of its rows."""
+    """A client is flagged if its most frequent label has at least this share of its rows."""

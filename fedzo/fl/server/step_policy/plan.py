@@ -159,7 +159,7 @@ def describe(plan: Plan, *, local_steps: int) -> str:
     if plan.fallback:
         most = max(plan.steps.values())
         fewer = f"all clients take {most} of {local_steps} steps" if most < local_steps else "nobody takes fewer steps"
-        return f"{flagged}; more than step_policy.max_share allows, so {fewer}"
+        return f"{flagged}; this is more than step_policy.max_share, so {fewer}"
     if all(plan.steps[client] == local_steps for client in plan.flagged):
         return f"{flagged}; they take as many steps as the others"
     return "stopped early: " + ", ".join(

@@ -59,8 +59,8 @@ class Vpcs:
             made = {client for client, found in verdicts.items() if not np.isnan(found.statistics[test])}
             if missing := sorted({*range(self.stop.num_clients)} - made):
                 log.warning(
-                    "step_policy=vpcs: the test %s could not be made of %s: too little came of the calibration, of the "
-                    "client or of those it is compared with. What is not measured flags nobody.",
+                    "step_policy=vpcs: the test %s could not be made of %s: the calibration has too few values, of "
+                    "the client or of the clients that it is compared with. A test that was not made flags no client.",
                     test,
                     "any client" if not made else "client " + ", ".join(map(str, missing)),
                 )

@@ -350,12 +350,12 @@ def test_who_could_not_be_judged_is_named(caplog: pytest.LogCaptureFixture) -> N
         (
             {0: 4, 1: 4, 2: 4},
             True,
-            "flagged: 1, 2; more than step_policy.max_share allows, so all clients take 4 of 8 steps",
+            "flagged: 1, 2; this is more than step_policy.max_share, so all clients take 4 of 8 steps",
         ),
         (
             {0: 8, 1: 8, 2: 8},
             True,
-            "flagged: 1, 2; more than step_policy.max_share allows, so nobody takes fewer steps",
+            "flagged: 1, 2; this is more than step_policy.max_share, so nobody takes fewer steps",
         ),
     ],
 )
