@@ -28,7 +28,7 @@ class Status(StrEnum):
     behind = "behind"
     """Its log position is before the request's ``from_round``: send more of the log."""
     bare = "bare"
-    """It does not hold the space: send the artifact."""
+    """It does not hold the space's artifact: send it."""
     mismatch = "mismatch"
     """After replaying, its hash is not the server's: send the values themselves."""
 
@@ -63,8 +63,7 @@ class Sync:
 
     config_hash: str = ""
     space_id: str = ""
-    artifact: bytes = b""
-    """What is needed beside the model to build the space (a mask); sent with a client's first request."""
+    """SHA-256 of what is needed beside the model to build the space (``fedzo.trainers.artifacts``)."""
     round: int = 0
     from_round: int = 0
     log: bytes = b""
@@ -118,6 +117,28 @@ class EvaluateReply:
     status: Status = Status.ok
     position: int = 0
     score: str = "{}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactPiece:
+    """A part of what a space needs beside the model. Without ``data`` it asks how much the client holds."""
+
+    digest: str = ""
+    """SHA-256 of the whole artifact, hexadecimal."""
+    size: int = 0
+    """Bytes of the whole artifact."""
+    offset: int = 0
+    data: bytes = b""
+    piece_digest: str = ""
+    """SHA-256 of ``data``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactReply:
+    """How many bytes of the artifact a client holds, from the start; and why it did not take the piece, if so."""
+
+    held: int = 0
+    problem: str = ""
 
 
 def encode(message: Any) -> RecordDict:
