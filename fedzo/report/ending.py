@@ -30,7 +30,7 @@ def ending(summary: Record) -> list[str]:
         rows.append(("flagged clients", _flagged(step_policy)))
     payload = summary["payload_up_bytes"] + summary["payload_down_bytes"]
     messages = summary["message_up_bytes"] + summary["message_down_bytes"]
-    sent = f"{bytes_text(payload)} ({bytes_text(messages)} as messages, with set-up)"
+    sent = f"{bytes_text(payload)} ({bytes_text(messages)} as messages)"
     return [head, *(f"  {title:<32} {text}" for title, text in [*rows, ("scalars, all clients, both ways", sent)])]
 
 

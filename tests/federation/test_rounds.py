@@ -229,7 +229,7 @@ def test_the_number_of_losses_is_the_budget_and_not_one_more(
     from fedzo.trainers import Workplace
     from fedzo.zo.log import EMPTY_CHAIN
 
-    process = open_process(load(overrides()))
+    process = open_process(load(overrides()), artifacts=tmp_path / "artifacts")
     workplace = Workplace(
         folder=tmp_path, seed=0, texts=process.server.training_prompts, advance=lambda done, total: None
     )

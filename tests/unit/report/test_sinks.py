@@ -82,7 +82,7 @@ def test_without_a_terminal_plain_lines_tell_rounds_bytes_time_and_the_result(
     assert "0.555 -> 0.765" in out
     assert "worst client's accuracy          0.500 (client 0, on its own rows after round 10)" in out
     assert "flagged" not in out
-    assert "240 B (11 kB as messages, with set-up)" in out
+    assert "240 B (11 kB as messages)" in out
 
 
 def test_a_calibration_is_named_and_no_measure_of_the_time_that_is_left(
