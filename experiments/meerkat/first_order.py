@@ -215,7 +215,9 @@ def open_space(config: RunConfig, folder: Path) -> tuple[Process, Space, Gradien
     model = peer.loaded.model
     if isinstance(config.trainer, MeerkatConfig):
         named = dict(model.named_parameters())
-        slots = [(named[name], flat.to(peer.loaded.device)) for name, flat in decode_mask(artifact).indices.items()]
+        slots = [
+            (named[name], flat.to(peer.loaded.device)) for name, flat in decode_mask(artifact.read()).indices.items()
+        ]
     else:
         adapter = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
         slots = [(parameter, torch.arange(parameter.numel(), device=peer.loaded.device)) for parameter in adapter]

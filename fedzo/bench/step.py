@@ -158,8 +158,8 @@ def open_bench(config: RunConfig, *, shape: str | None, rows: int, tokens: int) 
     with tempfile.TemporaryDirectory() as folder:
         workplace = Workplace(folder=Path(folder), seed=0, texts=list, advance=lambda done, total: None)
         artifact = trainer.prepare(loaded, workplace).artifact
+        built = trainer.build(loaded, artifact, distribution=config.estimator.distribution)
     estimator = config.estimator
-    built = trainer.build(loaded, artifact, distribution=estimator.distribution)
     vocabulary = len(loaded.tokenizer)
     order = permutation(stream_key(0, round=0), vocabulary, purpose=PURPOSE_DATA).tolist()
     prompts = [tuple(order[(row * tokens + i) % vocabulary] for i in range(tokens)) for row in range(rows)]

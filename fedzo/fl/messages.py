@@ -28,6 +28,7 @@ from fedzo.records.fields import (
     Steps,
     Within,
 )
+from fedzo.trainers.artifacts import PIECE_BYTES
 from fedzo.zo.log import Scalars
 
 PROTOCOL = 2
@@ -41,7 +42,9 @@ JsonText = Annotated[str, Length(0, 1 << 22)]
 StepBytes = Annotated[bytes, Length(0, 1 << 30)]
 """A reply's numbers; their count is compared with the round's steps and probes."""
 StateBytes = Annotated[bytes, Length(0, 1 << 38)]
-"""A mask, a log or trained values; what they must measure is compared with what the process holds."""
+"""A log or trained values; what they must measure is compared with what the process holds."""
+PieceBytes = Annotated[bytes, Length(0, PIECE_BYTES)]
+Size = Annotated[int, Within(0, 1 << 40)]
 
 
 class Status(StrEnum):
@@ -51,7 +54,7 @@ class Status(StrEnum):
     behind = "behind"
     """Its log position is before the request's ``from_round``: send more of the log."""
     bare = "bare"
-    """It does not hold the space: send the artifact."""
+    """It does not hold the space's artifact: send it."""
     mismatch = "mismatch"
     """After replaying, its hash is not the server's: send the values themselves."""
 
@@ -86,8 +89,7 @@ class Sync:
 
     config_hash: Digest = ""
     space_id: Hash = ""
-    artifact: StateBytes = b""
-    """What is needed beside the model to build the space (a mask); sent with a client's first request."""
+    """SHA-256 of what is needed beside the model to build the space (``fedzo.trainers.artifacts``)."""
     round: RoundNumber = 0
     from_round: RoundNumber = 0
     log: StateBytes = b""
@@ -141,6 +143,28 @@ class EvaluateReply:
     status: Status = Status.ok
     position: RoundNumber = 0
     score: JsonText = "{}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactPiece:
+    """A part of what a space needs beside the model. Without ``data`` it asks how much the client holds."""
+
+    digest: Hash = ""
+    """SHA-256 of the whole artifact, hexadecimal."""
+    size: Size = 0
+    """Bytes of the whole artifact."""
+    offset: Size = 0
+    data: PieceBytes = b""
+    piece_digest: Hash = ""
+    """SHA-256 of ``data``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactReply:
+    """How many bytes of the artifact a client holds, from the start; and why it did not take the piece, if so."""
+
+    held: Size = 0
+    problem: Annotated[str, Length(0, 1 << 12)] = ""
 
 
 def encode(message: Any) -> RecordDict:

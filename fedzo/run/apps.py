@@ -15,7 +15,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedzo.errors import ConfigError
-from fedzo.fl.messages import EvaluateRequest, Hello, TrainRequest, decode, encode
+from fedzo.fl.messages import ArtifactPiece, EvaluateRequest, Hello, TrainRequest, decode, encode
+from fedzo.trainers.artifacts import ARTIFACTS
 
 CONFIG_KEY, RUN_DIR_KEY = "config", "run-dir"
 CONFIG_ENV, RUN_DIR_ENV = "FEDZO_CONFIG", "FEDZO_RUN_DIR"
@@ -29,6 +30,10 @@ def make_client_app() -> ClientApp:
     @app.query("hello")
     def hello(message: Message, context: Context) -> Message:
         return _reply(message, _worker(context).hello(decode(Hello, message.content), client=_client(context)))
+
+    @app.query("artifact")
+    def artifact(message: Message, context: Context) -> Message:
+        return _reply(message, _worker(context).receive(decode(ArtifactPiece, message.content)))
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -71,7 +76,10 @@ def make_server_app() -> ServerApp:
 def _worker(context: Context) -> Any:
     from fedzo.run.process import this_process
 
-    return this_process(_setting(context, CONFIG_KEY, CONFIG_ENV)).client.worker
+    # only Ray's actors, which work on the server's machine, find the run folder in the environment
+    run_dir = os.environ.get(RUN_DIR_ENV)
+    artifacts = Path(run_dir) / ARTIFACTS if run_dir else None
+    return this_process(_setting(context, CONFIG_KEY, CONFIG_ENV), artifacts=artifacts).client.worker
 
 
 def _client(context: Context) -> int:

@@ -11,6 +11,7 @@ from fedzo.fl.client.local_update import LocalSteps, Workspace
 from fedzo.fl.client.worker import ClientData, ClientWorker, parse_absent
 from fedzo.fl.config import Aggregation
 from fedzo.run.peer import Peer
+from fedzo.trainers.artifacts import Artifact, ArtifactStore
 
 
 @dataclass
@@ -20,10 +21,12 @@ class ClientContext:
     Attributes:
         peer: The model and the space.
         source: Where the clients' rows come from.
+        artifacts: Where what the space needs beside the model is found, or kept when it comes.
     """
 
     peer: Peer
     source: RowSource
+    artifacts: ArtifactStore
     _data: dict[int, ClientData] = field(default_factory=dict)
 
     @cached_property
@@ -45,6 +48,7 @@ class ClientContext:
             task=config.task,
             data_of=self.data,
             build=self._workspace,
+            artifacts=self.artifacts,
             absent=parse_absent(config.faults.absent),
         )
 
@@ -62,7 +66,7 @@ class ClientContext:
         stages = {name: STAGES.build(stage) for name, stage in config.preprocess.items()}
         return client_rows(self.source, client, share=config.partition.holdout, seed=config.seed, stages=stages)
 
-    def _workspace(self, artifact: bytes) -> Workspace:
+    def _workspace(self, artifact: Artifact) -> Workspace:
         """By the first batch of whichever client was asked first, ``model.dtype=auto`` is decided."""
 
         def first_rows() -> list[dict[str, object]]:

@@ -37,6 +37,7 @@ from fedzo.run.process import this_process
 from fedzo.run.scores import Scores
 from fedzo.run.server_context import ServerContext
 from fedzo.trainers import Prepared, Workplace
+from fedzo.trainers.artifacts import ARTIFACTS
 
 
 class Sinks:
@@ -58,7 +59,7 @@ class Sinks:
 
 def run_federation(grid: Any, config_json: str, run_dir: Path) -> None:
     """Run, or go on with, the federation of a configuration; everything it leaves is in ``run_dir``."""
-    context = this_process(config_json).server
+    context = this_process(config_json, artifacts=run_dir / ARTIFACTS).server
     with ExitStack() as stack:
         store = stack.enter_context(RunStore(run_dir))
         Federation(grid, context, store, stack).run()
@@ -175,7 +176,7 @@ class Federation:
                 trainer=str(plugin_name("trainer", self._config.trainer)),
                 num_params=sum(p.numel() for p in self._at.loaded.model.parameters()),
                 space_size=server.replica.space.size,
-                setup_down_bytes=len(server.artifact),
+                setup_down_bytes=server.artifact.size,
                 estimate=self._estimate(),
                 clients=tuple(
                     ClientSetup(

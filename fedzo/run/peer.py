@@ -16,7 +16,7 @@ from fedzo.data.encode import encode, task_digest
 from fedzo.data.example import Example
 from fedzo.data.files import Row
 from fedzo.fl.client.local_update import Workspace
-from fedzo.fl.client.worker import Identity, space_id
+from fedzo.fl.client.worker import Identity
 from fedzo.fl.replica import Replica
 from fedzo.fl.server.step_policy import most_steps
 from fedzo.models.config import DType
@@ -29,6 +29,7 @@ from fedzo.models.virtual_tokens import longest_sequence
 from fedzo.run.estimate import fitting_tokens_per_batch, is_full
 from fedzo.system import default_threads
 from fedzo.trainers import TRAINERS, Built, Trainer
+from fedzo.trainers.artifacts import Artifact
 from fedzo.zo.directions import stream_key
 from fedzo.zo.estimator import Estimator, LossFn
 from fedzo.zo.frozen_routing import build_estimator
@@ -80,20 +81,20 @@ class Peer:
         """Rows as token ids."""
         return encode(rows, self.config.task, tokenizer=self.loaded.tokenizer, max_length=self.config.model.max_length)
 
-    def workspace(self, artifact: bytes, *, trial_rows: TrialRows | None = None) -> Workspace:
+    def workspace(self, artifact: Artifact, *, trial_rows: TrialRows | None = None) -> Workspace:
         """The model with the space that an artifact describes; made once, also where server and clients ask for it.
 
         Args:
             artifact: What the trainer prepared at the server.
             trial_rows: What ``model.dtype=auto`` is decided on; without any the model stays in float32.
         """
-        if self._workspace is None or self._workspace[0] != space_id(artifact):
+        if self._workspace is None or self._workspace[0] != artifact.digest:
             if self._workspace is not None:
                 self._workspace[1].replica.reset()  # another space starts from the base weights, too
-            self._workspace = space_id(artifact), self._make_workspace(artifact, trial_rows)
+            self._workspace = artifact.digest, self._make_workspace(artifact, trial_rows)
         return self._workspace[1]
 
-    def _make_workspace(self, artifact: bytes, trial_rows: TrialRows | None) -> Workspace:
+    def _make_workspace(self, artifact: Artifact, trial_rows: TrialRows | None) -> Workspace:
         built = self._build(self.loaded, artifact)
         if self.undecided and trial_rows is not None:
             built, self.undecided = self._choose_dtype(built, artifact, trial_rows()), False
@@ -117,10 +118,10 @@ class Peer:
             forward_cost_tokens=forward_cost(self.loaded.device, perturbs_weights=full),
         )
 
-    def _build(self, loaded: LoadedModel, artifact: bytes) -> Built:
+    def _build(self, loaded: LoadedModel, artifact: Artifact) -> Built:
         return self.trainer.build(loaded, artifact, distribution=self.config.estimator.distribution)
 
-    def _choose_dtype(self, wide: Built, artifact: bytes, rows: list[Row]) -> Built:
+    def _choose_dtype(self, wide: Built, artifact: Artifact, rows: list[Row]) -> Built:
         """Take a bfloat16 model in the place of the float32 one if it measures the same scalars in less time.
 
         The trained values start from float32's in both, so peers agree however each of them decides.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from fedzo.registry import Registry
+from fedzo.trainers.artifacts import ARTIFACTS, EMPTY, Artifact, ArtifactStore
 from fedzo.trainers.config import (
     Ia3TrainerConfig,
     LoraTrainerConfig,
@@ -45,18 +46,23 @@ class Workplace:
     texts: Callable[[], list[str]]
     advance: Advance
 
+    @property
+    def artifacts(self) -> ArtifactStore:
+        """Where what clients need is put."""
+        return ArtifactStore(self.folder / ARTIFACTS)
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """What a trainer made on the server before the first round.
 
     Attributes:
-        artifact: What a client needs beside the model to build the space (sent once), b"" if nothing.
+        artifact: What a client needs beside the model to build the space, kept with ``Workplace.artifacts``.
         gradient: A gradient of the trained values, float32 [n] in wire order on the CPU, with which the server compares
             every local step (GradIP, ``fedzo.zo.virtual_path``). It stays on the server. None where there is none.
     """
 
-    artifact: bytes = b""
+    artifact: Artifact = EMPTY
     gradient: torch.Tensor | None = None
 
 
@@ -82,7 +88,7 @@ class Trainer(Protocol):
         """Once, on the server: what clients need beside the model, and what the server keeps."""
         ...
 
-    def build(self, loaded: LoadedModel, artifact: bytes, *, distribution: Distribution) -> Built:
+    def build(self, loaded: LoadedModel, artifact: Artifact, *, distribution: Distribution) -> Built:
         """On every peer: the space, from the model and the artifact of ``prepare``."""
         ...
 

@@ -29,6 +29,7 @@ from fedzo.models.adapters import (
 )
 from fedzo.models.load import LoadedModel
 from fedzo.trainers import Built, Prepared, Workplace
+from fedzo.trainers.artifacts import Artifact
 from fedzo.trainers.config import Ia3TrainerConfig, LoraTrainerConfig, PrefixTrainerConfig, PromptTrainerConfig
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import PURPOSE_INIT, gaussians, stream_key
@@ -52,18 +53,18 @@ class AdapterTrainer:
 
     def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
         """The run seed, 8 bytes: all that the initial values depend on."""
-        return Prepared(workplace.seed.to_bytes(8, "little"))
+        return Prepared(workplace.artifacts.put(workplace.seed.to_bytes(8, "little")))
 
-    def build(self, loaded: LoadedModel, artifact: bytes, *, distribution: Distribution) -> Built:
+    def build(self, loaded: LoadedModel, artifact: Artifact, *, distribution: Distribution) -> Built:
         """The adapter on ``loaded.model``, in place of an earlier one, at its initial values."""
-        if len(artifact) != 8:
-            raise ConfigError(f"an adapter's artifact must be a seed of 8 bytes, got {len(artifact)}.")
+        if artifact.size != 8:
+            raise ConfigError(f"an adapter's artifact must be a seed of 8 bytes, got {artifact.size}.")
         peft_model = inject(loaded, self.configure(loaded.model))
         named = trained_parameters(peft_model)
         peft_model.requires_grad_(False)
         space = DenseSpace([parameter for _, parameter in named], distribution=distribution)
         laws = [(self.law(name, parameter), parameter.numel()) for name, parameter in named]
-        base = _initial_values(laws, seed=int.from_bytes(artifact, "little"))
+        base = _initial_values(laws, seed=int.from_bytes(artifact.read(), "little"))
         space.load(base)
 
         def save(folder: Path) -> None:

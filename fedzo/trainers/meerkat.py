@@ -18,10 +18,11 @@ from fedzo.data.embedded import imdb_texts
 from fedzo.data.texts import read_texts
 from fedzo.masks.calibration import windows_from_texts
 from fedzo.masks.mask import Mask, check_fits
-from fedzo.masks.mask_file import decode_mask, encode_mask, load_mask, save_mask
+from fedzo.masks.mask_file import encode_mask, load_mask, save_mask
 from fedzo.masks.select import select_mask
 from fedzo.models.load import LoadedModel
 from fedzo.trainers import Built, Prepared, Workplace
+from fedzo.trainers.artifacts import Artifact
 from fedzo.trainers.config import Calibration, MeerkatConfig, Selector
 from fedzo.zo.config import Distribution
 from fedzo.zo.spaces.masked import MaskedSpace
@@ -56,11 +57,11 @@ class Meerkat:
             save_mask(mask, kept)
         check_fits(mask, loaded.model)
         gradient = None if mask.gradient is None else torch.cat(list(mask.gradient.values()))
-        return Prepared(encode_mask(mask), gradient)
+        return Prepared(workplace.artifacts.put(encode_mask(mask)), gradient)
 
-    def build(self, loaded: LoadedModel, artifact: bytes, *, distribution: Distribution) -> Built:
+    def build(self, loaded: LoadedModel, artifact: Artifact, *, distribution: Distribution) -> Built:
         """The masked space over ``loaded.model``; its base values are kept for the way back."""
-        mask = decode_mask(artifact)
+        mask = load_mask(artifact.path)
         check_fits(mask, loaded.model)
         space = MaskedSpace(loaded.model, mask.indices, distribution=distribution)
         base = space.values()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fedzo.models.load import LoadedModel
 from fedzo.trainers import Built, Prepared, Workplace
+from fedzo.trainers.artifacts import Artifact
 from fedzo.trainers.config import MezoConfig
 from fedzo.zo.config import Distribution, Rounding
 from fedzo.zo.rounding import is_rounded
@@ -25,7 +26,7 @@ class Mezo:
         """Nothing beside the model is needed."""
         return Prepared()
 
-    def build(self, loaded: LoadedModel, artifact: bytes, *, distribution: Distribution) -> Built:
+    def build(self, loaded: LoadedModel, artifact: Artifact, *, distribution: Distribution) -> Built:
         """The full space over ``loaded.model``."""
         narrow = sorted({str(p.dtype).removeprefix("torch.") for p in loaded.model.parameters() if is_rounded(p.dtype)})
         if narrow and self.config.rounding is Rounding.nearest:

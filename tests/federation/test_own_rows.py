@@ -124,7 +124,7 @@ def test_another_space_is_built_on_the_base_weights_and_not_where_the_last_one_l
 ) -> None:
     from dataclasses import replace
 
-    from fedzo.masks.mask_file import decode_mask, encode_mask
+    from fedzo.masks.mask_file import encode_mask, load_mask
     from fedzo.trainers import Workplace
     from fedzo.zo.log import RoundRecord
 
@@ -132,8 +132,9 @@ def test_another_space_is_built_on_the_base_weights_and_not_where_the_last_one_l
     texts = process.server.training_prompts
     workplace = Workplace(folder=tmp_path, seed=0, texts=texts, advance=lambda done, total: None)
     one = process.peer.trainer.prepare(process.peer.loaded, workplace).artifact
-    mask = decode_mask(one)
-    other = encode_mask(replace(mask, indices={name: flat[:1] for name, flat in mask.indices.items()}, gradient=None))
+    mask = load_mask(one.path)
+    without = replace(mask, indices={name: flat[:1] for name, flat in mask.indices.items()}, gradient=None)
+    other = workplace.artifacts.put(encode_mask(without))
     fresh = open_process(load(overrides())).peer.workspace(other).replica.space.values()
 
     first = process.peer.workspace(one)

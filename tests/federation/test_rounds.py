@@ -225,12 +225,11 @@ def test_the_number_of_losses_is_the_budget_and_not_one_more(
     overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fedzo.fl.client import local_update as local_steps
-    from fedzo.fl.client.worker import space_id
     from fedzo.fl.messages import TrainRequest
     from fedzo.trainers import Workplace
     from fedzo.zo.log import EMPTY_CHAIN
 
-    process = open_process(load(overrides()))
+    process = open_process(load(overrides()), artifacts=tmp_path / "artifacts")
     workplace = Workplace(
         folder=tmp_path, seed=0, texts=process.server.training_prompts, advance=lambda done, total: None
     )
@@ -243,8 +242,7 @@ def test_the_number_of_losses_is_the_budget_and_not_one_more(
     worker.train(
         TrainRequest(
             config_hash=worker.identity.config_hash,
-            space_id=space_id(artifact),
-            artifact=artifact,
+            space_id=artifact.digest,
             chain=EMPTY_CHAIN.hex(),
             check=replica.space.check(),
             steps=3,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -15,8 +14,11 @@ from fedzo.data.config import TaskConfig
 from fedzo.data.example import Example
 from fedzo.errors import FedzoError, ProtocolError
 from fedzo.evaluate.answers import evaluate
+from fedzo.fl.artifact_transfer import receive
 from fedzo.fl.client.local_update import LocalSteps, Workspace
 from fedzo.fl.messages import (
+    ArtifactPiece,
+    ArtifactReply,
     EvaluateReply,
     EvaluateRequest,
     Hello,
@@ -29,6 +31,7 @@ from fedzo.fl.messages import (
     signs_to_bytes,
 )
 from fedzo.records.decode import encode
+from fedzo.trainers.artifacts import Artifact, ArtifactStore
 
 
 class PlannedAbsence(FedzoError):
@@ -62,7 +65,8 @@ class ClientWorker:
         steps: Takes local steps.
         task: How examples are judged.
         data_of: Rows of a client, by its index.
-        build: Makes the model with the space on it from the artifact that the server sends.
+        build: Makes the model with the space on it from the artifact of the run.
+        artifacts: Where this process finds the artifact, or keeps it when the server sends it.
         absent: Planned faults: (client, round) pairs.
     """
 
@@ -73,7 +77,8 @@ class ClientWorker:
         *,
         task: TaskConfig,
         data_of: Callable[[int], ClientData],
-        build: Callable[[bytes], Workspace],
+        build: Callable[[Artifact], Workspace],
+        artifacts: ArtifactStore,
         absent: frozenset[tuple[int, int]] = frozenset(),
     ) -> None:
         self.identity = identity
@@ -83,6 +88,7 @@ class ClientWorker:
         self._task = task
         self._data_of = data_of
         self._build = build
+        self._artifacts = artifacts
         self._absent = absent
 
     def hello(self, request: Hello, *, client: int) -> HelloReply:
@@ -99,6 +105,10 @@ class ClientWorker:
             tokenizer_digest=self.identity.tokenizer_digest,
             task_digest=self.identity.task_digest,
         )
+
+    def receive(self, piece: ArtifactPiece) -> ArtifactReply:
+        """Keep a piece of the artifact that this process lacks."""
+        return receive(piece, self._artifacts)
 
     def train(self, request: TrainRequest, *, client: int) -> TrainReply:
         """Take ``steps`` local steps and answer with their scalars; the model is left at the round's start."""
@@ -169,16 +179,12 @@ class ClientWorker:
                 "Start server and clients with the same configuration."
             )
         if request.space_id != self.space_id:
-            if request.space_id != space_id(request.artifact):
+            artifact = self._artifacts.get(request.space_id)
+            if artifact is None:
                 return None, Status.bare
-            self._workspace, self.space_id = self._build(request.artifact), request.space_id
+            self._workspace, self.space_id = self._build(artifact), request.space_id
         assert self._workspace is not None
         return self._workspace, self._workspace.replica.sync(request)
-
-
-def space_id(artifact: bytes) -> str:
-    """Names a space by what builds it; an empty artifact is a space that the model alone defines."""
-    return hashlib.sha256(b"fedzo space 1" + artifact).hexdigest()
 
 
 def _is_count_or_loss(name: str) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from fedzo.errors import ProtocolError
 from fedzo.fl.client.worker import Identity
-from fedzo.fl.exchange import Grid, Traffic, ask
+from fedzo.fl.exchange import Grid, Question, Traffic, ask
 from fedzo.fl.messages import PROTOCOL, Hello, HelloReply
 from fedzo.records.decode import decode_json
 from fedzo.records.fields import LabelCounts
@@ -101,10 +101,8 @@ class ClientRegistry:
         # before a node has said who it is, its node id stands in for its index
         answers = ask(
             grid,
-            dict.fromkeys(new, Hello(config_hash=self.identity.config_hash)),
+            dict.fromkeys(new, Question("query.hello", Hello(config_hash=self.identity.config_hash), HelloReply)),
             nodes={node: node for node in new},
-            message_type="query.hello",
-            reply_type=HelloReply,
             deadline_s=timeout_s,
             traffic=Traffic(),
         )

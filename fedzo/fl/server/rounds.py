@@ -6,7 +6,7 @@
     ------                                                   --------
     sample clients of round r
     TrainRequest {r, T, lr, used rows, log suffix,       ->  replay the suffix, compare hashes
-                  hash chain, check, [artifact]}             T times: estimate and clip g on the next rows
+                  hash chain, check}                         T times: estimate and clip g on the next rows
                                                          <-  TrainReply {T x P scalars, losses, flags}
     refuse what cannot be used; c = weighted mean of g
     commit to the log (fsync); move theta by the server optimizer
@@ -38,6 +38,7 @@ from fedzo.fl.server.step_policy.plan import Plan, StepPolicy, news
 from fedzo.fl.server.sync import StateSync
 from fedzo.records.log import AuditLine
 from fedzo.records.metrics import MetricRecord, StepDecision
+from fedzo.trainers.artifacts import Artifact
 from fedzo.zo.config import ServerOptimizerConfig
 from fedzo.zo.log import RoundRecord
 from fedzo.zo.schedule import learning_rate
@@ -75,7 +76,7 @@ class Server:
     client_registry: ClientRegistry
     replica: Replica
     store: RunStore
-    artifact: bytes
+    artifact: Artifact
     run_seed: int
     fl: FlConfig
     strategy: StrategyConfig

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar, cast
 
-from fedzo.fl.client.worker import space_id
+from fedzo.errors import ProtocolError
+from fedzo.fl.artifact_transfer import deliver
 from fedzo.fl.config import FlConfig, Transport
-from fedzo.fl.exchange import Grid, Traffic, ask
+from fedzo.fl.exchange import Grid, Question, Talk, Traffic, converse
 from fedzo.fl.log_store import RunStore
 from fedzo.fl.messages import EvaluateReply, Status, Sync, TrainReply
 from fedzo.fl.replica import Replica
 from fedzo.fl.server.client_registry import ClientRegistry
+from fedzo.trainers.artifacts import Artifact
 from fedzo.zo.directions import PURPOSE_SAMPLING, permutation, stream_key
 from fedzo.zo.log import pack
 
@@ -28,7 +29,6 @@ Reply = TypeVar("Reply", TrainReply, EvaluateReply)
 class Remedy(TypedDict, total=False):
     """What a request carries beyond the log since its client's last round."""
 
-    artifact: bool
     from_round: int
     values: bool
 
@@ -47,12 +47,11 @@ class StateSync:
     client_registry: ClientRegistry
     replica: Replica
     store: RunStore
-    artifact: bytes
+    artifact: Artifact
     fl: FlConfig
     deadline_s: float
     shuffle_seed: int | None = None
     _acked: dict[int, int] = field(default_factory=dict)
-    _equipped: set[int] = field(default_factory=set)
     _digests: dict[int, str] = field(default_factory=dict)
 
     def ask(
@@ -65,43 +64,42 @@ class StateSync:
         Returns:
             Replies by client, and why the others have none.
         """
-        replies: dict[int, Reply] = {}
-        refused: dict[int, str] = {}
-        remedies: dict[int, Remedy] = {client: {} for client in requests}
-        state, ends = self._state(), time.monotonic() + self.deadline_s
-        for _ in range(ATTEMPTS):
-            answers = ask(
-                self.grid,
-                {client: self._fill(requests[client], client, state, **remedy) for client, remedy in remedies.items()},
-                nodes=self.client_registry.nodes,
-                message_type=message_type,
-                reply_type=reply_type,
-                deadline_s=ends - time.monotonic(),
-                traffic=traffic,
-            )
-            refused.update(answers.refused)
-            again: dict[int, Remedy] = {}
-            for client, reply in answers.replies.items():
-                if reply.status is Status.ok:
-                    replies[client] = reply
-                    self._acked[client] = self._round
-                    self._equipped.add(client)
-                else:
-                    again[client] = self._remedy(client, reply, remedies[client])
-            remedies = again
-            if not remedies or time.monotonic() >= ends:
-                break
-        refused.update(dict.fromkeys(remedies, "could not reach the server's state"))
+        state = self._state()
+        answers = converse(
+            self.grid,
+            {
+                client: self._talk(client, request, state, reply_type, message_type)
+                for client, request in requests.items()
+            },
+            nodes=self.client_registry.nodes,
+            deadline_s=self.deadline_s,
+            traffic=traffic,
+        )
+        replies = answers.replies
         ordered = sorted(replies)
         if self.shuffle_seed is not None:
             key = stream_key(self.shuffle_seed, round=self._round, owner=0)
             ordered = [ordered[i] for i in permutation(key, len(ordered), purpose=PURPOSE_SAMPLING)]
-        return {client: replies[client] for client in ordered}, refused
+        return {client: replies[client] for client in ordered}, answers.refused
+
+    def _talk(
+        self, client: int, request: Request, state: Mapping[str, Any], reply_type: type[Reply], message_type: str
+    ) -> Talk[Reply]:
+        """Ask one client, and help it to the server's state until it can answer."""
+        remedy: Remedy = {}
+        for _ in range(ATTEMPTS):
+            reply = yield Question(message_type, self._fill(request, client, state, **remedy), reply_type)
+            if reply.status is Status.ok:
+                self._acked[client] = self._round
+                return cast(Reply, reply)
+            if reply.status is Status.bare:
+                yield from deliver(self.artifact, client=client)
+            remedy = self._remedy(client, reply, remedy)
+        raise ProtocolError("could not reach the server's state")
 
     def forget(self, client: int) -> None:
         """A client came back as a new process: it starts from its base model."""
         self._acked.pop(client, None)
-        self._equipped.discard(client)
 
     @property
     def _round(self) -> int:
@@ -109,7 +107,7 @@ class StateSync:
 
     def _remedy(self, client: int, reply: TrainReply | EvaluateReply, before: Remedy) -> Remedy:
         if reply.status is Status.bare:
-            return {**before, "artifact": True, "from_round": 0}
+            return {**before, "from_round": 0}
         if reply.status is Status.behind:
             return {**before, "from_round": 0 if "from_round" in before else reply.position}
         log.warning("round %d, client %d: its state is not the server's; sending it the values", self._round, client)
@@ -121,7 +119,6 @@ class StateSync:
         client: int,
         state: Mapping[str, Any],
         *,
-        artifact: bool = False,
         from_round: int | None = None,
         values: bool = False,
     ) -> Request:
@@ -132,7 +129,6 @@ class StateSync:
         return replace(
             request,
             **state,
-            artifact=self.artifact if artifact or client not in self._equipped else b"",
             from_round=number if values else start,
             log=b"" if values else pack(self.store.records[start:]),
             values=self.replica.snapshot() if values else b"",
@@ -142,7 +138,7 @@ class StateSync:
         """What every request of the round says of the state that it is about."""
         return {
             "config_hash": self.client_registry.identity.config_hash,
-            "space_id": space_id(self.artifact),
+            "space_id": self.artifact.digest,
             "round": self._round,
             "chain": self.replica.chain.hex(),
             "check": self.replica.check(),

@@ -15,6 +15,7 @@ from fedzo.errors import FedzoError
 from fedzo.testing.conformance.bits import global_generators, model_bits, must, must_be_same_model
 from fedzo.testing.conformance.space import check_space
 from fedzo.trainers import Built, Prepared, Trainer, Workplace
+from fedzo.trainers.artifacts import Artifact, ArtifactStore
 from fedzo.zo.config import Distribution
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def check_trainer(
         for law in Distribution:
             _check_built_space(make, load, prepared.artifact, law, held_in)
         _check_reset_and_save(make, load, prepared.artifact, Path(temporary) / "saved")
-        _check_refusals(make, load, prepared.artifact)
+        _check_refusals(make, load, prepared.artifact, ArtifactStore(Path(temporary) / "wrong"))
 
 
 def _tiny_llama() -> LoadedModel:
@@ -69,7 +70,7 @@ def _tiny_llama() -> LoadedModel:
     return tiny_loaded()
 
 
-def _build(trainer: Trainer, loaded: LoadedModel, artifact: bytes) -> Built:
+def _build(trainer: Trainer, loaded: LoadedModel, artifact: Artifact) -> Built:
     return trainer.build(loaded, artifact, distribution=Distribution.gaussian)
 
 
@@ -83,9 +84,9 @@ def _check_prepare(make: Callable[[], Trainer], load: Callable[[], LoadedModel],
     with global_generators(2):
         again = make().prepare(load(), place)
     must(
-        again.artifact == first.artifact,
-        f"prepare called again in its folder must give the same artifact; it gave {len(first.artifact)} bytes, then "
-        f"{len(again.artifact)} bytes, which differ",
+        again.artifact.digest == first.artifact.digest,
+        f"prepare called again in its folder must give the same artifact; it gave {first.artifact.size} bytes, then "
+        f"{again.artifact.size} bytes, which differ",
     )
     same = (first.gradient is None and again.gradient is None) or (
         first.gradient is not None and again.gradient is not None and torch.equal(first.gradient, again.gradient)
@@ -112,7 +113,7 @@ def _check_peers(make: Callable[[], Trainer], load: Callable[[], LoadedModel], p
 def _check_built_space(
     make: Callable[[], Trainer],
     load: Callable[[], LoadedModel],
-    artifact: bytes,
+    artifact: Artifact,
     law: Distribution,
     held_in: torch.dtype,
 ) -> None:
@@ -140,7 +141,7 @@ def _logits(model: nn.Module) -> torch.Tensor:
 
 
 def _check_reset_and_save(
-    make: Callable[[], Trainer], load: Callable[[], LoadedModel], artifact: bytes, folder: Path
+    make: Callable[[], Trainer], load: Callable[[], LoadedModel], artifact: Artifact, folder: Path
 ) -> None:
     loaded = load()
     built = _build(make(), loaded, artifact)
@@ -160,27 +161,29 @@ def _check_reset_and_save(
         must_be_same_model(model_bits(loaded.model), bits, "reset must bring the base model back")
 
 
-def _check_refusals(make: Callable[[], Trainer], load: Callable[[], LoadedModel], artifact: bytes) -> None:
+def _check_refusals(
+    make: Callable[[], Trainer], load: Callable[[], LoadedModel], artifact: Artifact, store: ArtifactStore
+) -> None:
     loaded = load()
     bits = model_bits(loaded.model)
-    if artifact:
+    if content := artifact.read():
         wrong = {
             "empty": b"",
-            "cut short by a byte": artifact[:-1],
-            "cut in half": artifact[: len(artifact) // 2],
-            "longer by a byte": artifact + b"\0",
+            "cut short by a byte": content[:-1],
+            "cut in half": content[: len(content) // 2],
+            "longer by a byte": content + b"\0",
             "foreign": _FOREIGN,
         }
         for what, data in wrong.items():
             with _only_fedzo_errors(what) as refused:
-                _build(make(), loaded, data)
+                _build(make(), loaded, store.put(data))
             must(bool(refused), f"build must refuse an artifact that is {what} by a FedzoError, but it took it")
             must_be_same_model(
                 model_bits(loaded.model), bits, f"after an artifact that is {what} was refused, the model"
             )
     else:
         with _only_fedzo_errors("foreign"):
-            _build(make(), loaded, _FOREIGN)
+            _build(make(), loaded, store.put(_FOREIGN))
     expected = _build(make(), load(), artifact).space.digest()
     found = _build(make(), loaded, artifact).space.digest()
     must(found == expected, f"after wrong artifacts the right one must build the same space, {expected}, got {found}")

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from fedzo.errors import ProtocolError
 from fedzo.fl.messages import (
     RECORD,
+    ArtifactPiece,
+    ArtifactReply,
     EvaluateReply,
     EvaluateRequest,
     Hello,
@@ -25,7 +27,7 @@ from fedzo.fl.messages import (
     message_bytes,
 )
 
-KINDS = [Hello, HelloReply, TrainRequest, TrainReply, EvaluateRequest, EvaluateReply]
+KINDS = [Hello, HelloReply, TrainRequest, TrainReply, EvaluateRequest, EvaluateReply, ArtifactPiece, ArtifactReply]
 
 
 @given(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,11 +17,13 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.app.message.message import make_message
 
 from fedzo.errors import ProtocolError
-from fedzo.fl.client.worker import Identity, space_id
+from fedzo.fl.client.worker import Identity
 from fedzo.fl.config import FlConfig, Seeds, StrategyConfig, Transport, Weighting
 from fedzo.fl.log_store import RunStore
 from fedzo.fl.messages import (
     RECORD,
+    ArtifactPiece,
+    ArtifactReply,
     Hello,
     HelloReply,
     Status,
@@ -40,6 +43,7 @@ from fedzo.fl.server.step_policy.config import CusumConfig, NoStepPolicyConfig, 
 from fedzo.records.decode import encode as encode_record
 from fedzo.records.metrics import ClientSetup, ClientVerdict, MetricRecord, Round, StepDecision
 from fedzo.testing.vector_space import VectorSpace
+from fedzo.trainers.artifacts import ArtifactStore
 from fedzo.zo.config import AdamConfig, Schedule, ServerOptimizerConfig, SgdConfig
 from fedzo.zo.directions import SHARED, direction, stream_key
 from fedzo.zo.log import unpack
@@ -73,6 +77,8 @@ class Client:
         self.rule = rule
         self.replica: Replica | None = None
         self.requests: list[TrainRequest] = []
+        self.pieces: list[ArtifactPiece] = []
+        self.artifact = ARTIFACT
         self.bend: Callable[[TrainReply], Any] = lambda reply: reply
         self.g_of: Callable[[TrainRequest], Any] = lambda request: np.full(request.steps, index + 1)
         self.hello = HelloReply(
@@ -84,13 +90,17 @@ class Client:
             task_digest="k",
         )
 
+    def receive(self, piece: ArtifactPiece) -> Any:
+        self.pieces.append(piece)
+        if piece.offset == len(self.artifact):
+            self.artifact += piece.data
+        return ArtifactReply(held=len(self.artifact))
+
     def train(self, request: TrainRequest) -> Any:
         self.requests.append(request)
-        if request.artifact:
-            assert request.space_id == space_id(request.artifact)
-            self.replica = self.replica or new_replica(self.rule)
-        if self.replica is None:
+        if request.space_id != hashlib.sha256(self.artifact).hexdigest():
             return TrainReply(status=Status.bare)
+        self.replica = self.replica or new_replica(self.rule)
         status = self.replica.sync(request)
         if status is not Status.ok:
             return TrainReply(status=status, position=self.replica.position)
@@ -127,6 +137,8 @@ class Grid:
                 decode(Hello, message.content)
                 self.hellos.append(message.metadata.dst_node_id)
                 content: Any = client.hello
+            elif message.metadata.message_type == "query.artifact":
+                content = client.receive(decode(ArtifactPiece, message.content))
             else:
                 content = client.train(decode(TrainRequest, message.content))
             if content is None:
@@ -138,8 +150,11 @@ class Grid:
 
 
 @pytest.fixture
-def federation(tmp_path: Path) -> Iterator[Callable[..., tuple[Server, list[Client], Grid]]]:
+def federation(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., tuple[Server, list[Client], Grid]]]:
     stores = []
+    artifact = ArtifactStore(tmp_path_factory.mktemp("artifacts")).put(ARTIFACT)
 
     def make(num_clients: int = 3, **strategy: Any) -> tuple[Server, list[Client], Grid]:
         server_optimizer: ServerOptimizerConfig = strategy.pop("server_optimizer", SgdConfig(lr=0.5))
@@ -155,7 +170,7 @@ def federation(tmp_path: Path) -> Iterator[Callable[..., tuple[Server, list[Clie
             client_registry=ClientRegistry(num_clients=num_clients, identity=IDENTITY),
             replica=new_replica(rule),
             store=stores[-1],
-            artifact=ARTIFACT,
+            artifact=artifact,
             run_seed=1,
             fl=FlConfig(num_clients=num_clients, rounds=5, local_steps=2, hash_every=2, **settings),
             strategy=StrategyConfig(**{"deadline_s": 0.2, "startup_s": 1.0, **strategy}),
@@ -204,10 +219,47 @@ def test_honest_clients_follow_the_server_round_by_round(federation: Any) -> Non
     assert means(server) == [2.0] * 5
     assert [len(client.requests) for client in clients] == [5, 5, 5]
     assert clients[0].replica.position == 4  # it learns of the last round from no later request
-    assert [bool(request.artifact) for request in clients[0].requests] == [True, False, False, False, False]
     assert [len(request.log) for request in clients[0].requests] == [0, 26, 26, 26, 26]
     assert [bool(request.digest) for request in clients[0].requests] == [True, False, True, False, True]
     assert [request.used for request in clients[0].requests] == [0, 2, 4, 6, 8]
+    assert clients[0].pieces == []  # they have the artifact
+
+
+def test_a_client_without_the_artifact_gets_it_once(federation: Any) -> None:
+    server, clients, _ = federation(deadline_s=10.0)
+    clients[1].artifact = b""
+
+    for _ in range(3):
+        server.run_round()
+
+    assert means(server) == [2.0] * 3
+    assert [len(client.requests) for client in clients] == [3, 4, 3]
+    assert [[piece.data for piece in client.pieces] for client in clients] == [[], [b"", ARTIFACT], []]
+    assert server.sink.records[0].message_down_bytes > server.sink.records[1].message_down_bytes
+
+
+def test_a_client_that_refuses_the_artifact_is_named_and_the_round_goes_on(federation: Any) -> None:
+    server, clients, _ = federation(deadline_s=10.0)
+    clients[1].artifact = b""
+    clients[1].receive = lambda piece: ArtifactReply(held=0)
+
+    server.run_round()
+
+    assert means(server) == [2.0]
+    assert server.store.rounds[0].attendance == (0, 2)
+    assert "piece 1 of 1 (bytes 0 to 3) was sent 2 times: it was not taken" in reason_for(server, 0, 1)
+
+
+def test_a_client_that_falls_silent_amid_its_artifact_holds_up_nobody_else(federation: Any) -> None:
+    server, clients, _ = federation()
+    clients[0].artifact = clients[1].artifact = b""
+    clients[0].receive = lambda piece: None
+
+    server.run_round()
+
+    assert means(server) == [2.5]
+    assert server.store.rounds[0].attendance == (1, 2)
+    assert reason_for(server, 0, 0) == "not done within 0.2 s"
 
 
 def test_the_round_closes_at_its_deadline_with_those_who_answered(federation: Any) -> None:
@@ -302,10 +354,10 @@ def test_a_sample_that_fails_or_is_not_there_is_made_up_by_other_clients(federat
 
 
 def test_a_client_that_lost_its_space_and_log_gets_both_again(federation: Any) -> None:
-    server, clients, _ = federation()
+    server, clients, _ = federation(deadline_s=10.0)
     for _ in range(3):
         server.run_round()
-    clients[1].replica = None
+    clients[1].replica, clients[1].artifact = None, b""
 
     server.run_round()
 
@@ -314,7 +366,7 @@ def test_a_client_that_lost_its_space_and_log_gets_both_again(federation: Any) -
 
 
 def test_a_damaged_client_is_resynchronised_by_values_once(federation: Any, caplog: pytest.LogCaptureFixture) -> None:
-    server, clients, _ = federation()
+    server, clients, _ = federation(deadline_s=10.0)
     for _ in range(2):
         server.run_round()
     clients[0].replica.space.theta[3] += 1
@@ -327,7 +379,7 @@ def test_a_damaged_client_is_resynchronised_by_values_once(federation: Any, capl
 
 
 def test_a_client_that_never_reaches_the_state_is_left_out_after_a_few_tries(federation: Any) -> None:
-    server, clients, _ = federation()
+    server, clients, _ = federation(deadline_s=10.0)
     server.run_round()
     clients[0].bend = lambda reply: TrainReply(status=Status.mismatch)
 
@@ -345,13 +397,13 @@ def test_helping_a_slow_client_ends_at_the_rounds_deadline(federation: Any) -> N
     def slow(request: TrainRequest) -> TrainReply:
         asked.append(request)
         time.sleep(0.2)
-        return TrainReply(status=Status.bare)
+        return TrainReply(status=Status.mismatch)
 
     clients[1].train = slow
     server.run_round()
 
     assert len(asked) == 2  # the second answer comes after the deadline
-    assert reason_for(server, 0, 1) == "could not reach the server's state"
+    assert reason_for(server, 0, 1) == "not done within 0.3 s"
     assert means(server) == [2.0]
 
 
@@ -612,7 +664,7 @@ def test_clients_follow_a_rule_that_remembers_by_log_and_by_values(federation: A
 def test_a_client_whose_moments_are_wrong_is_found_in_the_next_round_and_healed(
     federation: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    server, clients, _ = federation(server_optimizer=AdamConfig(lr=0.5))
+    server, clients, _ = federation(deadline_s=10.0, server_optimizer=AdamConfig(lr=0.5))
     for _ in range(2):
         server.run_round()
     clients[0].replica.moments[1, 3] *= 2

@@ -14,6 +14,7 @@ from fedzo.models.load import LoadedModel
 from fedzo.testing import check_trainer
 from fedzo.testing.tiny_models import tiny_loaded
 from fedzo.trainers import Built, Prepared, Workplace
+from fedzo.trainers.artifacts import Artifact
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import direction
 from fedzo.zo.spaces.dense import DenseSpace
@@ -23,12 +24,12 @@ class Norms:
     """The one-dimensional weights, from a seed of 4 bytes."""
 
     def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
-        return Prepared(workplace.seed.to_bytes(4, "little"))
+        return Prepared(workplace.artifacts.put(workplace.seed.to_bytes(4, "little")))
 
-    def build(self, loaded: LoadedModel, artifact: bytes, *, distribution: Distribution) -> Built:
-        if len(artifact) != 4:
-            raise ConfigError(f"the artifact must be a seed of 4 bytes, got {len(artifact)}")
-        return self.built(loaded, int.from_bytes(artifact, "little"), distribution)
+    def build(self, loaded: LoadedModel, artifact: Artifact, *, distribution: Distribution) -> Built:
+        if artifact.size != 4:
+            raise ConfigError(f"the artifact must be a seed of 4 bytes, got {artifact.size}")
+        return self.built(loaded, int.from_bytes(artifact.read(), "little"), distribution)
 
     def built(self, loaded: LoadedModel, seed: int, distribution: Distribution) -> Built:
         weights = [weight for weight in loaded.model.parameters() if weight.dim() == 1]
@@ -60,7 +61,7 @@ class PreparesAnew(Norms):
 
     def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
         PreparesAnew.calls += 1
-        return Prepared((workplace.seed + self.calls).to_bytes(4, "little"))
+        return Prepared(workplace.artifacts.put((workplace.seed + self.calls).to_bytes(4, "little")))
 
 
 class TrainsWhilePreparing(Norms):
@@ -83,18 +84,18 @@ class ResetsToWhatItLoaded(Norms):
 
 
 class TakesAnything(Norms):
-    def build(self, loaded: LoadedModel, artifact: bytes, *, distribution: Distribution) -> Built:
-        return self.built(loaded, int.from_bytes(artifact[:4], "little"), distribution)
+    def build(self, loaded: LoadedModel, artifact: Artifact, *, distribution: Distribution) -> Built:
+        return self.built(loaded, int.from_bytes(artifact.read()[:4], "little"), distribution)
 
 
 class RaisesWhatPythonRaises(Norms):
-    def build(self, loaded: LoadedModel, artifact: bytes, *, distribution: Distribution) -> Built:
-        return self.built(loaded, sum(artifact[i] << 8 * i for i in range(4)), distribution)
+    def build(self, loaded: LoadedModel, artifact: Artifact, *, distribution: Distribution) -> Built:
+        return self.built(loaded, sum(artifact.read()[i] << 8 * i for i in range(4)), distribution)
 
 
 class SpoilsTheModelFirst(Norms):
-    def build(self, loaded: LoadedModel, artifact: bytes, *, distribution: Distribution) -> Built:
-        if len(artifact) != 4:
+    def build(self, loaded: LoadedModel, artifact: Artifact, *, distribution: Distribution) -> Built:
+        if artifact.size != 4:
             next(loaded.model.parameters()).data.zero_()
         return super().build(loaded, artifact, distribution=distribution)
 

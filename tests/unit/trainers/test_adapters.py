@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from fedzo.models.scoring import mean_loss
 from fedzo.models.virtual_tokens import longest_sequence
 from fedzo.testing.tiny_models import FAMILIES, tiny_loaded, tiny_model
 from fedzo.trainers import TRAINERS, Built, Workplace
+from fedzo.trainers.artifacts import ArtifactStore
 from fedzo.trainers.config import (
     Ia3TrainerConfig,
     LoraTrainerConfig,
@@ -71,8 +73,9 @@ def name_of(config: TrainerConfig) -> str:
 
 def build(loaded: LoadedModel, config: TrainerConfig, *, seed: int = 7) -> Built:
     trainer = TRAINERS.build(config)
-    place = Workplace(folder=Path("nowhere"), seed=seed, texts=list, advance=lambda done, total: None)
-    return trainer.build(loaded, trainer.prepare(loaded, place).artifact, distribution=Distribution.gaussian)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Workplace(folder=Path(folder), seed=seed, texts=list, advance=lambda done, total: None)
+        return trainer.build(loaded, trainer.prepare(loaded, place).artifact, distribution=Distribution.gaussian)
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -370,9 +373,11 @@ def test_layers_that_are_not_there_are_named_with_those_that_are() -> None:
         build(odd, LoraTrainerConfig())
 
 
-def test_an_artifact_that_is_no_seed_is_refused() -> None:
+def test_an_artifact_that_is_no_seed_is_refused(tmp_path: Path) -> None:
+    artifact = ArtifactStore(tmp_path).put(b"abc")
+
     with pytest.raises(ConfigError, match="seed of 8 bytes, got 3"):
-        TRAINERS.build(LoraTrainerConfig()).build(tiny_loaded(), b"abc", distribution=Distribution.gaussian)
+        TRAINERS.build(LoraTrainerConfig()).build(tiny_loaded(), artifact, distribution=Distribution.gaussian)
 
 
 def test_peft_is_imported_only_where_an_adapter_is_built() -> None:

@@ -1,0 +1,175 @@
+"""What a space needs beside the model, as files that are named by their SHA-256: Meerkat's mask, an adapter's seed.
+
+A file gets its name only when all of it is on the disk and its digest is right. A file that an earlier process left is
+hashed once, when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedzo.errors import ProtocolError
+
+log = logging.getLogger(__name__)
+ARTIFACTS = "artifacts"
+"""The store's name within a run folder."""
+PIECE_BYTES = 4 << 20
+"""What travels at a time; the last piece of an artifact may be shorter."""
+MAX_BYTES = 2 << 30
+_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A checked file of a store.
+
+    Attributes:
+        digest: SHA-256 of the content, hexadecimal.
+        size: Bytes.
+        path: The file, which never changes. Map it into memory where a copy would be too large.
+    """
+
+    digest: str
+    size: int
+    path: Path
+
+    def read(self) -> bytes:
+        """The whole content."""
+        return self.path.read_bytes()
+
+    def __str__(self) -> str:
+        return name_of(self.digest)
+
+
+EMPTY = Artifact(digest=hashlib.sha256().hexdigest(), size=0, path=Path(os.devnull))
+"""Of a space that the model alone defines. Every store holds it."""
+
+
+@dataclass(slots=True)
+class ArtifactStore:
+    """A folder of artifacts. Several processes may use it at the same time.
+
+    Attributes:
+        folder: Made when the first artifact comes.
+        max_bytes: Size of the largest artifact that is taken from a peer.
+    """
+
+    folder: Path
+    max_bytes: int = MAX_BYTES
+    _checked: dict[str, Artifact] = field(default_factory=lambda: {EMPTY.digest: EMPTY})
+
+    def get(self, digest: str) -> Artifact | None:
+        """The artifact with this digest, if it is here and whole.
+
+        Raises:
+            ProtocolError: No digest; a peer may have sent it, and it must not become a path.
+        """
+        if not re.fullmatch("[0-9a-f]{64}", digest):
+            raise ProtocolError(f"artifact: its digest must be 64 hexadecimal digits, got {digest!r:.80}.")
+        path = self.folder / digest
+        if digest not in self._checked and path.is_file():
+            if (found := _digest(path)) != digest:
+                log.warning("%s: its SHA-256 must be its name, got %s. It is removed.", path, found)
+                path.unlink(missing_ok=True)
+                return None
+            self._checked[digest] = Artifact(digest, path.stat().st_size, path)
+        return self._checked.get(digest)
+
+    def put(self, content: bytes | Path) -> Artifact:
+        """Keep bytes, or a copy of a file."""
+        if not content:
+            return EMPTY
+        self.folder.mkdir(parents=True, exist_ok=True)
+        digest, size = hashlib.sha256(), 0
+        with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".part", delete=False) as file:
+            try:
+                for block in _blocks(content):
+                    digest.update(block)
+                    size += file.write(block)
+                file.flush()
+                return self._complete(Path(file.name), digest.hexdigest())
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+
+    def append(self, digest: str, size: int, *, offset: int, data: bytes) -> int:
+        """Take the next piece of an artifact from a peer, or none; what was taken stays when the process ends.
+
+        Args:
+            digest: Of the whole artifact.
+            size: Of the whole artifact.
+            offset: Place of the piece. A piece that is not the next one is not taken.
+            data: ``PIECE_BYTES``, or less at the artifact's end; empty asks how much is here.
+
+        Returns:
+            Bytes from the start that are here now; ``size`` once the artifact is whole.
+
+        Raises:
+            ProtocolError: It is too large, or all of it is here and is not what its digest names.
+        """
+        if self.get(digest):
+            return size
+        if not 0 < size <= self.max_bytes:
+            raise ProtocolError(
+                f"{name_of(digest)}: it must have 1 to {self.max_bytes} bytes, the limit of this site, got {size}. "
+                "Raise the limit, or train fewer values."
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = self.folder / f"{digest}.part"
+        with part.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if self.get(digest):  # another process was faster
+                part.unlink(missing_ok=True)
+                return size
+            held = file.seek(0, os.SEEK_END)
+            held = 0 if held > size else held - held % PIECE_BYTES  # a kill may have torn the last piece
+            file.truncate(held)
+            if data and offset == held:
+                held += file.write(data)
+                file.flush()
+            if held < size:
+                return held
+            try:
+                if (found := _digest(part)) != digest:
+                    raise ProtocolError(f"{name_of(digest)}: its SHA-256 must be {digest}, got {found}. Send it again.")
+                self._complete(part, digest)
+            except BaseException:
+                part.unlink(missing_ok=True)
+                raise
+        return size
+
+    def _complete(self, part: Path, digest: str) -> Artifact:
+        """Give a file with the right content its name, once it is on the disk."""
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        path = part.replace(self.folder / digest)
+        path.chmod(0o644)  # temporary files are private
+        self._checked[digest] = Artifact(digest, path.stat().st_size, path)
+        return self._checked[digest]
+
+
+def name_of(digest: str) -> str:
+    """An artifact in a message to a person."""
+    return f"artifact {digest[:12]}"
+
+
+def _blocks(content: bytes | Path) -> Iterator[bytes]:
+    if isinstance(content, bytes):
+        yield content
+        return
+    with content.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            yield block
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

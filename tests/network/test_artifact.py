@@ -1,0 +1,54 @@
+"""A large artifact over a real SuperLink and SuperNode: once, in pieces, in bounded memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedzo.trainers.artifacts import PIECE_BYTES
+
+SIZE = 200_000_000
+PROGRAM = Path(__file__).with_name("toy_artifact.py")
+pytestmark = [pytest.mark.net, pytest.mark.timeout(400)]
+
+
+def test_200_mb_travel_once_a_wrong_byte_is_named_and_no_process_holds_three_times_as_much(tmp_path: Path) -> None:
+    generator, digest, file = np.random.default_rng(0), hashlib.sha256(), tmp_path / "artifact"
+    with file.open("wb") as out:
+        for _ in range(SIZE // 10**6):
+            block = generator.bytes(10**6)
+            digest.update(block)
+            out.write(block)
+    config = json.dumps({"file": str(file), "spoiled": 17 * PIECE_BYTES})
+
+    subprocess.run(
+        [sys.executable, str(PROGRAM), "run", str(tmp_path), config],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        check=True,
+        timeout=380,
+    )
+
+    result = json.loads((tmp_path / "result.json").read_text())
+    received = Path(result["path"])
+    with received.open("rb") as data:
+        assert hashlib.file_digest(data, "sha256").hexdigest() == digest.hexdigest() == result["digest"]
+    shutil.rmtree(received.parent)
+    assert result["refused"] == [{}, {}]
+    places = list(range(0, SIZE, PIECE_BYTES))
+    assert result["sent"] == [*places[:18], *places[17:]]  # the second time nothing is sent
+    (said,) = result["said"]
+    assert said.startswith(
+        f"client 0: artifact {digest.hexdigest()[:12]}: piece 18 of 48 (bytes 71303168 to 75497471) "
+    )
+    assert sorted(result["peak_bytes"]) == ["executor", "server", "superlink", "supernode"]
+    assert max(result["peak_bytes"].values()) < 3 * SIZE, result["peak_bytes"]
+    assert result["seconds"][0] < 300
+    assert result["seconds"][1] < 10

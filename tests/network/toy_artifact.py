@@ -1,0 +1,125 @@
+"""A federation of one client that only receives an artifact, as two programs that tests start.
+
+``toy_artifact.py run RUN_DIR CONFIG_JSON`` is the server, anything else the executor of the client.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fedzo.fl import artifact_transfer
+from fedzo.fl.artifact_transfer import deliver, receive
+from fedzo.fl.exchange import Traffic, converse
+from fedzo.fl.messages import ArtifactPiece, decode, encode
+from fedzo.trainers.artifacts import Artifact, ArtifactStore
+
+client_app = ClientApp()
+server_app = ServerApp()
+store = ArtifactStore(Path(tempfile.mkdtemp(prefix="toy-artifact-")))
+
+
+@client_app.query("artifact")
+def artifact(message: Message, context: Context) -> Message:
+    return Message(encode(receive(decode(ArtifactPiece, message.content), store)), reply_to=message)
+
+
+@client_app.train()
+def train(message: Message, context: Context) -> Message:
+    """Where the artifact with the digest of the request lies."""
+    found = store.get(str(message.content.config_records["request"]["digest"]))
+    answer = ConfigRecord({"path": str(found.path) if found else "none"})
+    return Message(RecordDict({"answer": answer}), reply_to=message)
+
+
+@server_app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Send the artifact twice over; result in ``result.json``."""
+    run_dir, config = Path(str(context.run_config["run-dir"])), json.loads(str(context.run_config["config"]))
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    artifact_transfer.log.addHandler(handler)
+    sent = _spoil(config["spoiled"])
+    held = ArtifactStore(run_dir / "artifacts").put(Path(config["file"]))
+    (node,) = grid.get_node_ids()
+    seconds, refused = [], []
+    for _ in range(2):
+        started = time.monotonic()
+        talks = {0: deliver(held, client=0)}
+        answers = converse(grid, talks, nodes={0: node}, deadline_s=300.0, traffic=Traffic())
+        seconds.append(time.monotonic() - started)
+        refused.append(answers.refused)
+    request = RecordDict({"request": ConfigRecord({"digest": held.digest})})
+    (reply,) = grid.send_and_receive([Message(request, dst_node_id=node, message_type="train")], timeout=60)
+    result = {
+        "digest": held.digest,
+        "seconds": seconds,
+        "refused": refused,
+        "said": said,
+        "sent": sent,
+        "path": reply.content.config_records["answer"]["path"],
+        "peak_bytes": {_name(process): _peak_bytes(process.pid) for process in _processes()},
+    }
+    (run_dir / "result.json").write_text(json.dumps(result))
+
+
+def _spoil(spoiled: int) -> list[int]:
+    """Flip a bit of the piece that starts at ``spoiled`` when it is sent first; the places of all pieces sent."""
+    original, sent = artifact_transfer._piece, []
+
+    def piece(artifact: Artifact, offset: int) -> ArtifactPiece:
+        made = original(artifact, offset)
+        if offset == spoiled and offset not in sent:
+            made = dataclasses.replace(made, data=made.data[:-1] + bytes([made.data[-1] ^ 1]))
+        sent.append(offset)
+        return made
+
+    artifact_transfer._piece = piece
+    return sent
+
+
+def _processes() -> list[psutil.Process]:
+    return [psutil.Process(), *psutil.Process().children(recursive=True)]
+
+
+def _name(process: psutil.Process) -> str:
+    words = " ".join(process.cmdline())
+    names = {"daemons superlink": "superlink", "daemons supernode": "supernode", "--step-limit-s": "executor"}
+    return next((name for mark, name in names.items() if mark in words), "server")
+
+
+def _peak_bytes(pid: int) -> int:
+    """Largest resident size that a process has had."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("VmHWM:")]
+    return int(line.split()[1]) * 1024
+
+
+def _run(run_dir: str, config: str) -> None:
+    from fedzo.runtime.config import LocalConfig
+    from fedzo.runtime.local import run_local
+
+    executor = [sys.executable, __file__]
+    settings: Any = {"run-dir": run_dir, "config": config}
+    run_local(server_app, num_clients=1, run_config=settings, config=LocalConfig(), executor=executor)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "run":
+        _run(sys.argv[2], sys.argv[3])
+    else:
+        from fedzo.runtime.net.executor import main as serve
+
+        serve(app=client_app)

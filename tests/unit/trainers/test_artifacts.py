@@ -1,0 +1,182 @@
+"""The store of artifacts: a file has its name only when it is whole, whatever was there before."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedzo.errors import ProtocolError
+from fedzo.trainers import artifacts
+from fedzo.trainers.artifacts import EMPTY, PIECE_BYTES, ArtifactStore
+
+CONTENT = np.random.default_rng(0).bytes(2 * PIECE_BYTES + 5)
+SIZE = len(CONTENT)
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ArtifactStore:
+    return ArtifactStore(tmp_path / "store")
+
+
+def names(store: ArtifactStore) -> list[str]:
+    return sorted(path.name for path in store.folder.iterdir())
+
+
+def append(store: ArtifactStore, number: int, content: bytes = CONTENT) -> int:
+    offset = number * PIECE_BYTES
+    return store.append(DIGEST, SIZE, offset=offset, data=content[offset : offset + PIECE_BYTES])
+
+
+def test_bytes_and_a_file_of_the_same_content_are_one_artifact(store: ArtifactStore, tmp_path: Path) -> None:
+    (tmp_path / "given").write_bytes(CONTENT)
+
+    first, second = store.put(CONTENT), store.put(tmp_path / "given")
+
+    assert first == second == ArtifactStore(store.folder).get(DIGEST)
+    assert (first.digest, first.size, first.read()) == (DIGEST, SIZE, CONTENT)
+    assert names(store) == [DIGEST]
+
+
+def test_the_empty_artifact_is_in_every_store_and_takes_no_file(store: ArtifactStore) -> None:
+    assert store.put(b"") == store.get(hashlib.sha256(b"").hexdigest()) == EMPTY
+    assert EMPTY.read() == b""
+    assert not store.folder.exists()
+
+
+def test_a_file_with_another_content_is_removed_and_named(
+    store: ArtifactStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.put(CONTENT)
+    (store.folder / DIGEST).write_bytes(CONTENT[:-1])  # of the right name, and torn
+
+    assert ArtifactStore(store.folder).get(DIGEST) is None
+
+    assert DIGEST in caplog.text
+    assert "its SHA-256 must be its name, got" in caplog.text
+    assert names(store) == []
+
+
+def test_a_file_is_hashed_once_a_process_and_not_when_it_has_just_been_written(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Path] = []
+    original = artifacts._digest
+    monkeypatch.setattr(artifacts, "_digest", lambda path: hashed.append(path) or original(path))
+    store.put(CONTENT)
+    another = ArtifactStore(store.folder)
+
+    for _ in range(3):
+        assert store.get(DIGEST)
+        assert another.get(DIGEST)
+
+    assert hashed == [store.folder / DIGEST]
+
+
+def test_a_failed_write_leaves_nothing(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+
+    with pytest.raises(OSError, match="No space"):
+        store.put(CONTENT)
+
+    assert names(store) == []
+    assert store.get(DIGEST) is None
+
+
+def test_writers_of_the_same_content_do_not_disturb_each_other(store: ArtifactStore) -> None:
+    stores = [ArtifactStore(store.folder) for _ in range(8)]
+
+    with ThreadPoolExecutor(8) as pool:
+        put = list(pool.map(lambda each: each.put(CONTENT).digest, stores))
+
+    assert put == [DIGEST] * 8
+    assert names(store) == [DIGEST]
+    assert (store.folder / DIGEST).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("digest", ["", "../../etc/passwd", DIGEST.upper(), DIGEST + "\n", DIGEST[:-1], "é" * 64])
+def test_what_is_no_digest_never_becomes_a_path(store: ArtifactStore, digest: str) -> None:
+    with pytest.raises(ProtocolError, match="its digest must be 64 hexadecimal digits"):
+        store.append(digest, SIZE, offset=0, data=b"1")
+
+    assert not store.folder.exists()
+
+
+# --- pieces ---
+
+
+def test_pieces_become_the_artifact_with_the_last_of_them(store: ArtifactStore) -> None:
+    assert store.append(DIGEST, SIZE, offset=0, data=b"") == 0
+    assert [append(store, 0), append(store, 1)] == [PIECE_BYTES, 2 * PIECE_BYTES]
+    assert store.get(DIGEST) is None
+
+    assert append(store, 2) == SIZE
+
+    artifact = store.get(DIGEST)
+    assert artifact is not None
+    assert artifact.read() == CONTENT
+    assert names(store) == [DIGEST]
+    assert append(store, 0) == SIZE  # nothing more is needed
+
+
+def test_a_piece_that_is_not_the_next_one_is_not_taken(store: ArtifactStore) -> None:
+    assert append(store, 1) == 0
+    assert append(store, 0) == append(store, 0) == PIECE_BYTES
+
+
+def test_another_process_goes_on_after_the_last_whole_piece(store: ArtifactStore) -> None:
+    append(store, 0)
+    with (store.folder / f"{DIGEST}.part").open("ab") as part:
+        part.write(b"torn by a kill")
+    after = ArtifactStore(store.folder)
+
+    assert after.append(DIGEST, SIZE, offset=0, data=b"") == PIECE_BYTES
+    assert [append(after, 1), append(after, 2)] == [2 * PIECE_BYTES, SIZE]
+    assert (store.folder / DIGEST).read_bytes() == CONTENT
+
+
+def test_processes_that_receive_the_same_artifact_at_the_same_time_share_its_pieces(store: ArtifactStore) -> None:
+    stores = [ArtifactStore(store.folder) for _ in range(4)]
+
+    def receive(each: ArtifactStore) -> int:
+        held, messages = each.append(DIGEST, SIZE, offset=0, data=b""), 0
+        while held < SIZE:
+            held, messages = append(each, held // PIECE_BYTES), messages + 1
+        return messages
+
+    with ThreadPoolExecutor(4) as pool:
+        messages = list(pool.map(receive, stores))
+
+    assert 3 <= sum(messages) <= 4 * 3
+    assert names(store) == [DIGEST]
+    assert (store.folder / DIGEST).read_bytes() == CONTENT
+
+
+def test_a_whole_that_is_not_what_its_digest_names_is_dropped(store: ArtifactStore) -> None:
+    wrong = bytearray(CONTENT)
+    wrong[PIECE_BYTES + 7] ^= 1
+    append(store, 0)
+    append(store, 1, bytes(wrong))
+
+    with pytest.raises(ProtocolError, match=rf"artifact {DIGEST[:12]}: its SHA-256 must be {DIGEST}, got "):
+        append(store, 2)
+
+    assert names(store) == []
+    assert [append(store, number) for number in range(3)][-1] == SIZE
+
+
+@pytest.mark.parametrize("size", [-1, 0, SIZE + 1, 2**62])
+def test_a_size_over_the_limit_is_refused_before_anything_is_written(store: ArtifactStore, size: int) -> None:
+    small = ArtifactStore(store.folder, max_bytes=SIZE)
+
+    with pytest.raises(ProtocolError, match=rf"must have 1 to {SIZE} bytes, the limit of this site, got {size}"):
+        small.append(DIGEST, size, offset=0, data=CONTENT[:PIECE_BYTES])
+
+    assert not store.folder.exists()
