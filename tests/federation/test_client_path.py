@@ -79,25 +79,25 @@ def rebuild_all(folder: Path) -> Hashes:
     replica, hashes = rebuild(folder, rounds=0).replica, {}
     space = replica.space
     for line in audit:
-        for entry in line["clients"]:
+        for entry in line.clients:
             space.mark()
-            client, drift = entry["client"], replica.drift(entry["client"])
-            g = np.array(entry["g"], np.float32)
+            client, drift = entry.client, replica.drift(entry.client)
+            g = entry.g
             walk = local_steps(
                 space,
                 g,
-                lr=line["lr"],
+                lr=line.lr,
                 run_seed=config.seed,
-                round=line["round"],
+                round=line.round,
                 client=client,
                 directions=directions_of(config.fl),
                 drift=drift,
             )
             digests = [hashlib.sha256(space.values().tobytes()).hexdigest() for _ in walk]
-            hashes[f"{entry['client']}@{line['round']}"] = digests
-            assert entry["end_check"] == (space.check() if len(g) > 1 else 0)
+            hashes[f"{entry.client}@{line.round}"] = digests
+            assert entry.end_check == (space.check() if len(g) > 1 else 0)
             space.rewind()
-        replica.advance([records[line["round"]]])
+        replica.advance([records[line.round]])
     return hashes
 
 

@@ -119,7 +119,7 @@ def test_a_folder_with_a_run_is_not_overwritten_and_one_without_is_named(
 ) -> None:
     folder = run()
 
-    with pytest.raises(RunFolderError, match="holds a run already"):
+    with pytest.raises(RunFolderError, match="already holds a run"):
         start_run(load(overrides()), folder, overrides=[])
     with pytest.raises(RunFolderError, match="not a run folder"):
         rebuild(tmp_path)

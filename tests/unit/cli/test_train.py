@@ -136,7 +136,7 @@ def test_ctrl_c_in_a_multirun_says_how_the_sweep_goes_on(calls: Calls, capsys: p
     assert main(["train", "-m", f"seed=1,{INTERRUPTED},3", "hydra.sweep.dir=all"]) == 130
 
     assert [call[0] for call in calls] == ["start", "start"]
-    assert capsys.readouterr().err.endswith("Go on with: the same command with hydra.sweep.dir=all\n")
+    assert capsys.readouterr().err.endswith("Continue with: the same command with hydra.sweep.dir=all\n")
 
 
 def test_a_users_own_yaml_is_used_by_runs_and_sweeps(calls: Calls, tmp_path: Path) -> None:

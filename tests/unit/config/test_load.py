@@ -259,5 +259,5 @@ def test_job_folders_are_the_same_each_time_short_and_safe() -> None:
     ],
 )
 def test_an_old_name_gets_an_error_that_names_the_new_one(old: str, new: str) -> None:
-    with pytest.raises(ConfigError, match=f"is called .* now. Write {new}"):
+    with pytest.raises(ConfigError, match=f"has the new name .* Write {new}"):
         load([old])

@@ -370,7 +370,9 @@ def test_signs_are_not_clipped() -> None:
 
     (problem,) = problems(config)
 
-    assert problem.text.startswith("strategy.clip_factor must be 0 for strategy.aggregation=majority_sign, whose signs")
+    assert problem.text.startswith(
+        "strategy.clip_factor must be 0 for strategy.aggregation=majority_sign, which sends only signs"
+    )
 
 
 def test_min_replies_is_compared_with_the_sampled_clients() -> None:
