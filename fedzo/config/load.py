@@ -10,10 +10,9 @@ from omegaconf import DictConfig
 from fedzo.config.compose import FAILURES, compose_run, option_names, session, to_config
 from fedzo.config.diagnose import diagnose, reason
 from fedzo.config.overrides import rewrite_model
-from fedzo.config.problem import Problem
+from fedzo.config.rules import missing_files, problems
 from fedzo.config.schema import RunConfig
-from fedzo.config.validate import missing_files, problems
-from fedzo.errors import ConfigError
+from fedzo.errors import ConfigError, Problem
 
 
 def load(overrides: Sequence[str]) -> RunConfig:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 from fedzo.data.config import DataConfig, TaskConfig
 from fedzo.fl.config import StrategyConfig
 from fedzo.models.config import ModelConfig
-from fedzo.registry import load_plugins
+from fedzo.registry import PluginConfig, load_plugins
 from fedzo.report.config import ReportConfig
 from fedzo.runtime.config import InlineConfig, LocalConfig, RayConfig
+
+if TYPE_CHECKING:
+    from fedzo.config.schema import RunConfig
 
 PLAIN: dict[str, type] = {
     "model": ModelConfig,
@@ -48,6 +54,15 @@ def plugin_classes() -> dict[str, dict[str, type]]:
         "step_policy": dict(STEP_POLICIES),
         **_CLOSED,
     }
+
+
+def chosen_plugins(config: RunConfig) -> Iterator[tuple[str, PluginConfig]]:
+    """The plugins of a run, each with the prefix of its keys (``trainer``, ``preprocess.identity``)."""
+    for group in plugin_classes():
+        yield group, getattr(config, group)
+    for group in list_classes():
+        for name, plugin in getattr(config, group).items():
+            yield f"{group}.{name}", plugin
 
 
 def plugin_name(group: str, config: object) -> str | None:

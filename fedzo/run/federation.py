@@ -253,5 +253,5 @@ def _total(store: RunStore, name: str) -> int:
 
 def _strategy(config: RunConfig) -> StrategyConfig:
     """Where one process plays all clients one after another, how long that takes is not theirs: no deadline."""
-    inline = plugin_name("runtime", config.runtime) == "inline"
-    return replace(config.strategy, deadline_s=math.inf) if inline else config.strategy
+    takes_turns = config.runtime.traits.takes_turns
+    return replace(config.strategy, deadline_s=math.inf) if takes_turns else config.strategy

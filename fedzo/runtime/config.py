@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fedzo.errors import Problem, at_least, not_negative, positive, problem
+from fedzo.fl.config import Seeds
+from fedzo.registry import PluginConfig
+
+if TYPE_CHECKING:
+    from fedzo.config.schema import RunConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeTraits:
+    """What other parts of a run must know of a runtime.
+
+    Attributes:
+        takes_turns: Whether clients work one after another, so that a round takes long by no fault of theirs and no
+            deadline applies.
+    """
+
+    takes_turns: bool = False
 
 
 @dataclass(kw_only=True, slots=True)
-class RuntimeConfig:
+class RuntimeConfig(PluginConfig):
     """Where clients run; changes a result in its last bits alone, by ``batch_clients`` or where ``threads`` is open."""
+
+    @property
+    def traits(self) -> RuntimeTraits:
+        """What other parts of a run must know of this runtime."""
+        return RuntimeTraits()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -16,6 +42,15 @@ class InlineConfig(RuntimeConfig):
 
     batch_clients: bool = False
     """Evaluate all clients of a round in joint forwards; without a mask only their first steps. Last bits differ."""
+
+    @property
+    def traits(self) -> RuntimeTraits:
+        return RuntimeTraits(takes_turns=True)
+
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        if self.batch_clients and run.fl.seeds is not Seeds.shared:
+            remedy = "Clients with directions of their own cannot share a forward."
+            yield problem("runtime.batch_clients", f"be false for fl.seeds={run.fl.seeds}", True, remedy)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -29,6 +64,11 @@ class RayConfig(RuntimeConfig):
     num_actors: int = 2
     """Actors (processes) that share the clients."""
 
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        yield from positive("runtime.num_cpus_per_client", self.num_cpus_per_client, "1 is usual.")
+        yield from not_negative("runtime.num_gpus_per_client", self.num_gpus_per_client, "0 shares what is there.")
+        yield from at_least("runtime.num_actors", self.num_actors, 1, "It counts processes.")
+
 
 @dataclass(kw_only=True, slots=True)
 class LocalConfig(RuntimeConfig):
@@ -38,3 +78,7 @@ class LocalConfig(RuntimeConfig):
     """How long to wait for SuperLink and SuperNodes to be ready."""
     step_limit_s: float = 3600.0
     """A client that works longer on one message (loading the model included) is given up and started again."""
+
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        yield from positive("runtime.startup_s", self.startup_s, "It counts seconds.")
+        yield from positive("runtime.step_limit_s", self.step_limit_s, "It counts seconds.")

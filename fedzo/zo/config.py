@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, StrEnum
+from typing import TYPE_CHECKING
+
+from fedzo.errors import Problem, at_least, not_negative, positive_float32, problem, share_below_1
+from fedzo.registry import PluginConfig
+
+if TYPE_CHECKING:
+    from fedzo.config.schema import RunConfig
+
+_SMALLEST_DECAY = 2.0**-24  # a smaller one leaves 1 - lr * decay at 1 in float32
 
 
 class Distribution(StrEnum):
@@ -22,8 +32,20 @@ class Rounding(StrEnum):
     """Up or down with the probabilities that keep the mean, drawn from the run seed: small steps add up."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EstimatorTraits:
+    """What the rules on other parts of a run must know of an estimator.
+
+    Attributes:
+        incomparable_g: Why |g| of different steps or clients cannot be compared, as half a sentence; empty where it
+            can.
+    """
+
+    incomparable_g: str = ""
+
+
 @dataclass(kw_only=True, slots=True)
-class EstimatorConfig:
+class EstimatorConfig(PluginConfig):
     """How a loss is turned into projected gradients."""
 
     eps: float = 1e-3
@@ -34,6 +56,15 @@ class EstimatorConfig:
     freeze_routing: bool = False
     """Hold hard choices (the experts that a router takes) still in a step's probes; one more forward a step, unless
     the estimator has the loss at the centre anyway."""
+
+    @property
+    def traits(self) -> EstimatorTraits:
+        """What other parts of a run must know of this estimator."""
+        return EstimatorTraits()
+
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        yield from positive_float32("estimator.eps", self.eps, "1e-3 is usual.")
+        yield from at_least("estimator.num_probes", self.num_probes, 1, "A step needs a direction.")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -58,6 +89,11 @@ class OneSidedConfig(EstimatorConfig):
 
     baseline: Baseline = Baseline.center
 
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        if self.num_probes == 1 and self.baseline is not Baseline.center:
+            remedy = "One loss has no other to be compared with; or write estimator.baseline=center."
+            yield problem("estimator.num_probes", "be >= 2", 1, remedy)
+
 
 @dataclass(kw_only=True, slots=True)
 class FzooConfig(EstimatorConfig):
@@ -65,6 +101,14 @@ class FzooConfig(EstimatorConfig):
 
     num_probes: int = 8
     distribution: Distribution = Distribution.rademacher
+
+    @property
+    def traits(self) -> EstimatorTraits:
+        return EstimatorTraits(incomparable_g="fzoo divides |g| by the spread of its losses")
+
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        if self.num_probes == 1:
+            yield problem("estimator.num_probes", "be >= 2", 1, "One loss has no standard deviation.")
 
 
 class Schedule(StrEnum):
@@ -75,8 +119,22 @@ class Schedule(StrEnum):
     cosine = "cosine"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptimizerTraits:
+    """What the rules on other parts of a run must know of a server optimizer.
+
+    Attributes:
+        keeps_moments: Whether it keeps float32 vectors of the trained values' size between rounds (``num_moments``).
+        walks_clients: Whether it walks every client's local steps, and so needs each client's own scalars along shared
+            directions (``ControlVariates``).
+    """
+
+    keeps_moments: bool = False
+    walks_clients: bool = False
+
+
 @dataclass(kw_only=True, slots=True)
-class ServerOptimizerConfig:
+class ServerOptimizerConfig(PluginConfig):
     """How aggregated projected gradients move the weights."""
 
     lr: float = 1e-4
@@ -88,6 +146,26 @@ class ServerOptimizerConfig:
     """Rounds over which the learning rate rises linearly before it is reached."""
     weight_decay: float = 0.0
     """Decoupled: the trained values are multiplied by 1 - lr * weight_decay once a round."""
+
+    @property
+    def traits(self) -> ServerOptimizerTraits:
+        """What other parts of a run must know of this server optimizer."""
+        return ServerOptimizerTraits()
+
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        if not 0 <= self.lr < 2.0**128:  # it travels and is logged as a float32
+            yield problem("server_optimizer.lr", "be >= 0 and finite in float32", self.lr, "0 trains nothing.")
+        if not 0 <= self.final_lr_share <= 1:
+            remedy = "It is the last round's share of server_optimizer.lr."
+            yield problem("server_optimizer.final_lr_share", "be between 0 and 1", self.final_lr_share, remedy)
+        if not 0 <= self.warmup_rounds < max(run.fl.rounds, 1):
+            rule = f"be >= 0 and below fl.rounds ({run.fl.rounds})"
+            yield problem("server_optimizer.warmup_rounds", rule, self.warmup_rounds, "Lower it, or train longer.")
+        yield from not_negative("server_optimizer.weight_decay", self.weight_decay, "0 switches it off.")
+        shrink = self.lr * self.weight_decay
+        if shrink > 0 and not _SMALLEST_DECAY <= shrink < 1:
+            rule = "make server_optimizer.lr * weight_decay 0, or at least 6e-8 (float32 sees no less) and below 1"
+            yield problem("server_optimizer.weight_decay", rule, self.weight_decay, "Change it, or write 0.")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -104,6 +182,13 @@ class MomentumConfig(ServerOptimizerConfig):
     nesterov: bool = False
     """Step along u + momentum * m instead of m."""
 
+    @property
+    def traits(self) -> ServerOptimizerTraits:
+        return ServerOptimizerTraits(keeps_moments=True)
+
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        yield from share_below_1("server_optimizer.momentum", self.momentum, "0.9 is usual.")
+
 
 @dataclass(kw_only=True, slots=True)
 class AdamConfig(ServerOptimizerConfig):
@@ -116,10 +201,23 @@ class AdamConfig(ServerOptimizerConfig):
     eps: float = 1e-8
     """Added to the root of the second moment."""
 
+    @property
+    def traits(self) -> ServerOptimizerTraits:
+        return ServerOptimizerTraits(keeps_moments=True)
+
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        yield from share_below_1("server_optimizer.beta1", self.beta1, "0.9 is usual.")
+        yield from share_below_1("server_optimizer.beta2", self.beta2, "0.999 is usual.")
+        yield from positive_float32("server_optimizer.eps", self.eps, "1e-8 is usual.")
+
 
 @dataclass(kw_only=True, slots=True)
 class ScaffoldConfig(ServerOptimizerConfig):
     """SCAFFOLD: control variates take each client's drift out of its local steps (arXiv 1910.06378)."""
+
+    @property
+    def traits(self) -> ServerOptimizerTraits:
+        return ServerOptimizerTraits(keeps_moments=True, walks_clients=True)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -131,6 +229,16 @@ class FedDynConfig(ServerOptimizerConfig):
     gradient / alpha a round, where the other rules go lr * T: a smaller alpha makes longer steps."""
     local_steps: int = 1
     """T, which the option takes from ``fl.local_steps``; read for alpha = 0 alone."""
+
+    @property
+    def traits(self) -> ServerOptimizerTraits:
+        return ServerOptimizerTraits(keeps_moments=True, walks_clients=True)
+
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        if not (self.pull >= 2.0**-126 and self.lr * self.pull < 1):
+            rule = "be >= 0 and make server_optimizer.lr * alpha less than 1, or the pull overshoots the round's start"
+            remedy = "Write 0, which chooses 0.5 / (lr * local steps)."
+            yield problem("server_optimizer.alpha", rule, self.alpha, remedy)
 
     @property
     def pull(self) -> float:

@@ -15,8 +15,9 @@ from fedzo.config.compose import compose_run, session, to_config
 from fedzo.config.listing import list_groups
 from fedzo.config.load import load
 from fedzo.config.plugins import plugin_classes, plugin_name
+from fedzo.config.rules import problems
 from fedzo.config.schema import RunConfig
-from fedzo.config.validate import EMBEDDED_TASKS, problems
+from fedzo.data.sources import EMBEDDED
 from fedzo.errors import ConfigError
 from fedzo.runtime.config import LocalConfig
 from fedzo.trainers.config import LoraTrainerConfig, MeerkatConfig, MezoConfig, TrainerConfig
@@ -31,6 +32,8 @@ NEEDS = {
     "model=hf": ["model.name=gpt2"],
 }
 """What a user must add to an option that cannot stand alone."""
+WRITTEN = {"alpaca", "instruct", "squad"}
+"""Tasks without labels, by which the default partition would deal."""
 CUSTOM = ["task.template='{text}'", "task.candidates=[' no',' yes']", "data.path=."]
 
 
@@ -38,8 +41,10 @@ CUSTOM = ["task.template='{text}'", "task.candidates=[' no',' yes']", "data.path
 def test_every_option_composes_to_a_sound_run(file: Path) -> None:
     choice = f"{file.parent}={file.stem}"
     more = NEEDS.get(choice, [])
-    if file.parent.name == "task" and file.stem not in EMBEDDED_TASKS:
+    if file.parent.name == "task" and file.stem not in EMBEDDED:
         more = CUSTOM if file.stem == "custom" else ["data.path=."]
+        if file.stem in WRITTEN:
+            more = [*more, "partition=iid"]
 
     config = load([choice, *more])
 

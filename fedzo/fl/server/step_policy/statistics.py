@@ -11,13 +11,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fedzo.fl.server.step_policy.config import Statistic
+from fedzo.fl.server.step_policy.config import FEWEST, Statistic
 from fedzo.records.log import AuditLine
 
 Numbers = npt.NDArray[np.float64]
 TINY = 1e-30
-FEWEST = 3
-"""Clients that must have measured a step for "the others" to have a median."""
 _MOST_BELOW = 2.0  # of one step in a CUSUM, in natural logarithms: even a |g| of 0 counts as e**-2 of the others'
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from fedzo.config.plugins import plugin_classes
+from fedzo.config.rules import missing_files, problems
 from fedzo.config.schema import RunConfig
-from fedzo.config.validate import missing_files, problems
 from fedzo.data.config import (
     DirichletConfig,
     DirichletEqualConfig,
@@ -393,6 +394,21 @@ def test_written_answers_need_an_answer_template_and_the_lm_loss(kind: TaskKind)
     ]
     config.task.answer, config.task.loss = "{answer}", Loss.lm
     assert problems(config) == []
+
+
+def test_a_partition_by_labels_needs_labels() -> None:
+    config = sound()
+    config.task = TaskConfig(name="rotten_tomatoes", kind=TaskKind.generation, template="{text}", answer="a")
+    config.task.loss = Loss.lm
+    for name, option in plugin_classes()["partition"].items():
+        config.partition = NaturalConfig(column="site") if name == "natural" else option()
+
+        found = [problem.text for problem in problems(config)]
+
+        text = (
+            f"partition must go by something else than labels for task.kind=generation, which has none, got '{name}'."
+        )
+        assert found == ([] if name in {"iid", "natural"} else [f"{text} Use partition=iid or natural."])
 
 
 def test_only_an_embedded_task_goes_without_a_path() -> None:

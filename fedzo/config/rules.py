@@ -1,4 +1,8 @@
-"""The rules that types cannot say. Every broken rule is reported, never only the first."""
+"""The rules that types cannot say. Every broken rule is reported, never only the first.
+
+A plugin's rules are in its config class, and what its traits allow is in ``fedzo.config.traits``. Here are those of
+the parts that are no plugins.
+"""
 
 from __future__ import annotations
 
@@ -7,67 +11,66 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedzo.config.aggregation import aggregation_problems
-from fedzo.config.compiling import compile_problems
-from fedzo.config.plugins import plugin_classes, plugin_name
-from fedzo.config.problem import Problem, at_least, not_negative, positive, problem, unsigned_64
+from fedzo.config import traits
+from fedzo.config.plugins import chosen_plugins, plugin_classes, plugin_name
 from fedzo.config.schema import RunConfig
-from fedzo.config.step_policy import step_policy_problems
-from fedzo.config.training import estimator_problems, server_optimizer_problems, trainer_problems
-from fedzo.data.config import (
-    DirichletConfig,
-    DirichletEqualConfig,
-    Loss,
-    NaturalConfig,
-    OwnConfig,
-    ShardsConfig,
-    TaskConfig,
-    TaskKind,
-)
-from fedzo.fl.config import FaultsConfig, FlConfig, Seeds
-from fedzo.fl.server.step_policy.config import OracleConfig
-from fedzo.models.config import DType, Quantization
+from fedzo.data.config import Loss, TaskConfig, TaskKind
+from fedzo.data.sources import EMBEDDED
+from fedzo.errors import Problem, at_least, positive, problem, unsigned_64
+from fedzo.fl.config import Aggregation, FaultsConfig, FlConfig, Seeds, Weighting
+from fedzo.fl.server.aggregate import num_trimmed
 from fedzo.records.fields import MOST_OWNERS, MOST_ROUNDS, MOST_STEPS
-from fedzo.runtime.config import InlineConfig, LocalConfig, RayConfig
-from fedzo.trainers.config import Calibration, MeerkatConfig, MezoConfig
-from fedzo.zo.config import FedDynConfig, ScaffoldConfig
-
-EMBEDDED_TASKS = ("rotten_tomatoes",)
-"""Tasks whose rows come with fedzo, so that they need no ``data.path``."""
+from fedzo.registry import broken_rules
 
 
 def problems(config: RunConfig) -> list[Problem]:
     """Every broken rule that shows in the settings alone, on any machine."""
-    sections = (
-        _run,
-        _model,
-        compile_problems,
-        _task,
-        _data,
-        _partition,
-        trainer_problems,
-        estimator_problems,
-        server_optimizer_problems,
-        _fl,
-        _strategy,
-        step_policy_problems,
-        aggregation_problems,
-        _evaluation,
-        _runtime,
-    )
-    return [broken for section in sections for broken in section(config)]
+    return [*site_problems(config), *run_problems(config)]
+
+
+def site_problems(config: RunConfig) -> Iterator[Problem]:
+    """Broken rules on how one machine holds and runs the model."""
+    yield from _machine(config)
+    yield from _memory(config)
+    yield from traits.dtype_problems(config)
+    yield from traits.quantization_problems(config)
+    yield from traits.compile_problems(config)
+
+
+def run_problems(config: RunConfig) -> Iterator[Problem]:
+    """Broken rules on what all peers of a run agree on."""
+    yield from _groups(config)
+    yield from unsigned_64("seed", config.seed)
+    yield from _model(config)
+    yield from _task(config)
+    yield from _data(config)
+    yield from broken_rules(config.partition, config)
+    yield from traits.partition_problems(config)
+    yield from broken_rules(config.trainer, config)
+    for stage in config.preprocess.values():
+        yield from broken_rules(stage, config)
+    yield from broken_rules(config.estimator, config)
+    yield from broken_rules(config.server_optimizer, config)
+    yield from traits.server_optimizer_problems(config)
+    yield from _fl(config)
+    yield from _faults(config.faults, config.fl)
+    yield from _strategy(config)
+    yield from broken_rules(config.step_policy, config)
+    yield from traits.step_policy_problems(config)
+    yield from _aggregation(config)
+    yield from _evaluation(config)
+    yield from broken_rules(config.runtime, config)
 
 
 def missing_files(config: RunConfig) -> list[Problem]:
     """Files that the settings name and this machine does not have."""
-    own = isinstance(config.partition, OwnConfig) and config.data.path is not None
+    own = config.partition.traits.own_rows and config.data.path is not None
     paths = own_paths(config.data.path or "", config.fl.num_clients) if own else [config.data.path]
     named = [("data.path", path, "Give the folder or file with the rows.") for path in paths]
     if config.model.name.startswith(("/", "./", "../", "~")):
         named.append(("model.name", config.model.name, "Give a model folder, or a hub name."))
-    if isinstance(config.trainer, MeerkatConfig):
-        named.append(("trainer.mask_path", config.trainer.mask_path, "Make one with `fedzo mask --out FILE`."))
-        named.append(("trainer.calibration_path", config.trainer.calibration_path, "Give the calibration text."))
+    for where, plugin in chosen_plugins(config):
+        named += [(f"{where}.{key}", getattr(plugin, key), remedy) for key, remedy in plugin.paths.items()]
     return [
         problem(key, "name something that exists", path, remedy)
         for key, path, remedy in named
@@ -81,13 +84,10 @@ def own_paths(path: str, num_clients: int) -> list[str]:
     return [path.replace("{client}", str(client)) for client in clients]
 
 
-def _run(config: RunConfig) -> Iterator[Problem]:
-    for group, options in plugin_classes().items():
-        chosen = getattr(config, group)
-        if plugin_name(group, chosen) is None:
-            names = ", ".join(sorted(options))
-            yield problem(group, f"be one of {names}", type(chosen).__name__, f"Write {group}=<option>.")
-    yield from unsigned_64("seed", config.seed)
+# --- of the site
+
+
+def _machine(config: RunConfig) -> Iterator[Problem]:
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?|mps", config.device):
         yield problem(
             "device", "be auto, cpu, cuda, cuda:<index> or mps", config.device, "auto takes the best there is."
@@ -95,11 +95,8 @@ def _run(config: RunConfig) -> Iterator[Problem]:
     yield from at_least("threads", config.threads, 0, "0 means OMP_NUM_THREADS, or all CPUs.")
 
 
-def _model(config: RunConfig) -> Iterator[Problem]:
+def _memory(config: RunConfig) -> Iterator[Problem]:
     model = config.model
-    if not model.name.strip():
-        yield problem("model.name", "be a hub name or a local folder", model.name, "Write model=<name or folder>.")
-    yield from at_least("model.max_length", model.max_length, 1, "It counts tokens.")
     if model.tokens_per_batch < model.max_length:
         yield problem(
             "model.tokens_per_batch",
@@ -107,16 +104,24 @@ def _model(config: RunConfig) -> Iterator[Problem]:
             model.tokens_per_batch,
             "Raise it, or lower model.max_length.",
         )
-    if model.dtype is DType.auto and isinstance(config.trainer, MezoConfig):
-        rule = "be float32, bfloat16 or float16 for trainer=mezo, whose trained values have this dtype on all peers"
-        yield problem("model.dtype", rule, "auto", "Name it; float32 loses nothing.")
-    if model.quantization is not Quantization.none:
-        if isinstance(config.trainer, MezoConfig | MeerkatConfig):
-            rule = "be none where the model's own weights are trained"
-            yield problem("model.quantization", rule, model.quantization, "Train an adapter, as trainer=lora does.")
-        if model.gguf_file is not None:
-            rule = "be none with model.gguf_file, whose weights are packed in their own way and unpacked when read"
-            yield problem("model.quantization", rule, model.quantization, "Name a folder of safetensors.")
+
+
+# --- of the run
+
+
+def _groups(config: RunConfig) -> Iterator[Problem]:
+    for group, options in plugin_classes().items():
+        chosen = getattr(config, group)
+        if plugin_name(group, chosen) is None:
+            names = ", ".join(sorted(options))
+            yield problem(group, f"be one of {names}", type(chosen).__name__, f"Write {group}=<option>.")
+
+
+def _model(config: RunConfig) -> Iterator[Problem]:
+    model = config.model
+    if not model.name.strip():
+        yield problem("model.name", "be a hub name or a local folder", model.name, "Write model=<name or folder>.")
+    yield from at_least("model.max_length", model.max_length, 1, "It counts tokens.")
 
 
 def _task(config: RunConfig) -> Iterator[Problem]:
@@ -152,51 +157,13 @@ def _candidates(task: TaskConfig) -> Iterator[Problem]:
 
 def _data(config: RunConfig) -> Iterator[Problem]:
     data = config.data
-    if data.path is None and config.task.name not in EMBEDDED_TASKS:
-        rule = f"be given for the task {config.task.name!r} (only {', '.join(EMBEDDED_TASKS)} is embedded)"
+    if data.path is None and config.task.name not in EMBEDDED:
+        rule = f"be given for the task {config.task.name!r} (only {', '.join(EMBEDDED)} is embedded)"
         yield problem("data.path", rule, None, "Write data.path=<folder or file with the rows>.")
     yield from at_least("data.num_train", data.num_train, 0, "0 means all rows.")
     yield from at_least("data.num_dev", data.num_dev, 0, "It counts rows.")
     yield from at_least("data.num_test", data.num_test, 0, "It counts rows.")
     yield from unsigned_64("data.split_seed", data.split_seed)
-
-
-def _partition(config: RunConfig) -> Iterator[Problem]:
-    partition = config.partition
-    yield from at_least("partition.min_rows", partition.min_rows, 1, "Every client needs a row.")
-    if not 0 <= partition.holdout < 1:
-        remedy = "It is the share of rows kept from training; 0 keeps none."
-        yield problem("partition.holdout", "be >= 0 and < 1", partition.holdout, remedy)
-    num_extreme = getattr(partition, "num_extreme", 0)
-    if not 0 <= num_extreme <= config.fl.num_clients:
-        rule = f"be between 0 and fl.num_clients ({config.fl.num_clients})"
-        yield problem("partition.num_extreme", rule, num_extreme, "Lower it or add clients.")
-    match partition:
-        case OwnConfig():
-            yield from _own_rows(config)
-        case DirichletConfig() | DirichletEqualConfig():
-            yield from positive("partition.alpha", partition.alpha, "Smaller is less IID; 0.5 is usual.")
-        case ShardsConfig():
-            yield from at_least("partition.shards_per_client", partition.shards_per_client, 1, "2 is usual.")
-        case NaturalConfig() if not partition.column:
-            remedy = "Write partition.column=<column>."
-            yield problem("partition.column", "name the column that tells clients apart", partition.column, remedy)
-
-
-def _own_rows(config: RunConfig) -> Iterator[Problem]:
-    """What a server without rows cannot do."""
-    if config.data.path is None:
-        remedy = "Write data.path=<file or folder>, in which {client} stands for the client's index."
-        yield problem("data.path", "be given for partition=own", None, remedy)
-    if isinstance(config.trainer, MeerkatConfig) and config.trainer.calibration is Calibration.train:
-        rule = "be imdb or file for partition=own, where the server has no training rows"
-        yield problem("trainer.calibration", rule, "train", "Choose another text, or give trainer.mask_path.")
-    if isinstance(config.step_policy, OracleConfig) and not config.fl.label_counts:
-        rule = "be true for step_policy=oracle with partition=own, where the server does not know the labels"
-        yield problem("fl.label_counts", rule, False, "Or choose another step policy.")
-    if config.evaluation.central:
-        rule = "be false for partition=own, where the server has no dev and test rows"
-        yield problem("evaluation.central", rule, True, "The clients score their held-out rows.")
 
 
 def _fl(config: RunConfig) -> Iterator[Problem]:
@@ -211,7 +178,7 @@ def _fl(config: RunConfig) -> Iterator[Problem]:
     ):
         if count > most:
             yield problem(key, f"be at most {most}, all that a record of the log can count", count, "Lower it.")
-    own_columns = fl.seeds is not Seeds.shared or isinstance(config.server_optimizer, ScaffoldConfig | FedDynConfig)
+    own_columns = fl.seeds is not Seeds.shared or config.server_optimizer.traits.walks_clients
     if own_columns and fl.num_clients > MOST_OWNERS:
         rule = f"be at most {MOST_OWNERS} where the log keeps each client's own scalars"
         yield problem("fl.num_clients", rule, fl.num_clients, "Write fl.seeds=shared and server_optimizer=sgd.")
@@ -219,7 +186,6 @@ def _fl(config: RunConfig) -> Iterator[Problem]:
     if not 2 <= fl.pool_size < 2**31:
         yield problem("fl.pool_size", "be between 2 and 2**31 - 1", fl.pool_size, "4096 is FedKSeed's.")
     yield from at_least("fl.hash_every", fl.hash_every, 1, "1 compares the full hash every round.")
-    yield from _faults(config.faults, fl)
 
 
 def _faults(faults: FaultsConfig, fl: FlConfig) -> Iterator[Problem]:
@@ -257,23 +223,32 @@ def _strategy(config: RunConfig) -> Iterator[Problem]:
     yield from at_least("strategy.clip_rounds", strategy.clip_rounds, 1, "10 is usual.")
 
 
+def _aggregation(config: RunConfig) -> Iterator[Problem]:
+    strategy, asked = config.strategy, config.strategy.clients_per_round or config.fl.num_clients
+    if not 0 <= strategy.trim_share < 0.5:
+        yield problem("strategy.trim_share", "be >= 0 and < 0.5", strategy.trim_share, "It is cut off at both ends.")
+    elif strategy.aggregation is Aggregation.trimmed_mean and num_trimmed(strategy.trim_share, asked) == 0:
+        rule = f"cut at least one of the {asked} clients of a round off at each end, or nothing is trimmed"
+        remedy = "Ask at least 3 clients." if asked < 3 else f"{math.ceil(1000 / asked) / 1000:g} cuts one."
+        yield problem("strategy.trim_share", rule, strategy.trim_share, remedy)
+    if strategy.aggregation is Aggregation.mean:
+        return
+    chosen = f"strategy.aggregation={strategy.aggregation}"
+    if config.fl.seeds is not Seeds.shared:
+        rule = f"be shared for {chosen}, which compares scalars along the same direction"
+        yield problem("fl.seeds", rule, config.fl.seeds, "Write fl.seeds=shared, or strategy.aggregation=mean.")
+    if strategy.weighting is not Weighting.uniform:
+        rule = f"be uniform for {chosen}, where every client has one voice"
+        remedy = "Write strategy.weighting=uniform, or strategy.aggregation=mean."
+        yield problem("strategy.weighting", rule, strategy.weighting, remedy)
+    if strategy.aggregation is Aggregation.majority_sign and strategy.clip_factor != 0:
+        rule = f"be 0 for {chosen}, whose signs leave nothing to clip"
+        yield problem("strategy.clip_factor", rule, strategy.clip_factor, "Write strategy.clip_factor=0.")
+
+
 def _evaluation(config: RunConfig) -> Iterator[Problem]:
     evaluation = config.evaluation
     yield from at_least("evaluation.every_rounds", evaluation.every_rounds, 0, "0 scores only at the end.")
     every = evaluation.federated_every_rounds
     yield from at_least("evaluation.federated_every_rounds", every, -1, "0 scores only at the end, -1 never.")
     yield from at_least("evaluation.federated_max_rows", evaluation.federated_max_rows, 1, "It counts rows a client.")
-
-
-def _runtime(config: RunConfig) -> Iterator[Problem]:
-    match config.runtime:
-        case InlineConfig(batch_clients=True) if config.fl.seeds is not Seeds.shared:
-            remedy = "Clients with directions of their own cannot share a forward."
-            yield problem("runtime.batch_clients", f"be false for fl.seeds={config.fl.seeds}", True, remedy)
-        case RayConfig() as ray:
-            yield from positive("runtime.num_cpus_per_client", ray.num_cpus_per_client, "1 is usual.")
-            yield from not_negative("runtime.num_gpus_per_client", ray.num_gpus_per_client, "0 shares what is there.")
-            yield from at_least("runtime.num_actors", ray.num_actors, 1, "It counts processes.")
-        case LocalConfig() as local:
-            yield from positive("runtime.startup_s", local.startup_s, "It counts seconds.")
-            yield from positive("runtime.step_limit_s", local.step_limit_s, "It counts seconds.")
