@@ -187,8 +187,7 @@ def _uncompiled(config: RunConfig) -> RunConfig:
 def make_mask(config: RunConfig, out: Path) -> dict[str, Any]:
     """Choose a mask as ``trainer=meerkat`` would and write it to a file."""
     from fedzo.masks.mask_file import save_mask
-    from fedzo.trainers.config import MeerkatConfig
-    from fedzo.trainers.meerkat import choose_mask
+    from fedzo.trainers.meerkat import MeerkatConfig, choose_mask
 
     if not isinstance(config.trainer, MeerkatConfig):
         raise ConfigError("fedzo mask: trainer must be meerkat. Only a masked trainer has a mask.")

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fedzo.data.config import DataConfig, IidConfig, PartitionConfig, TaskConfig
+from fedzo.data.config import DataConfig, TaskConfig
+from fedzo.data.partition import PartitionConfig
+from fedzo.data.partition.plain import IidConfig
 from fedzo.data.preprocess.config import StageConfig
 from fedzo.fl.config import EvaluationConfig, FaultsConfig, FlConfig, StrategyConfig
-from fedzo.fl.server.step_policy.config import NoStepPolicyConfig, StepPolicyConfig
+from fedzo.fl.server.step_policy.baselines import NoStepPolicyConfig
+from fedzo.fl.server.step_policy.plan import StepPolicyConfig
 from fedzo.models.config import ModelConfig
 from fedzo.report.config import ReportConfig
 from fedzo.runtime.config import InlineConfig, RuntimeConfig
-from fedzo.trainers.config import MeerkatConfig, TrainerConfig
-from fedzo.zo.config import EstimatorConfig, ServerOptimizerConfig, SgdConfig, TwoPointConfig
+from fedzo.trainers.base import TrainerConfig
+from fedzo.trainers.meerkat import MeerkatConfig
+from fedzo.zo.estimator import EstimatorConfig, TwoPointConfig
+from fedzo.zo.server_optimizer import ServerOptimizerConfig, SgdConfig
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""What a user can say about where a federation runs."""
+"""Where a federation runs: what a user can say about it, and how it is started."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from fedzo.errors import Problem, at_least, not_negative, positive, problem
 from fedzo.fl.config import Seeds
-from fedzo.registry import PluginConfig
+from fedzo.registry import PluginConfig, Registry
 
 if TYPE_CHECKING:
+    from flwr.clientapp import ClientApp
+
     from fedzo.config.schema import RunConfig
 
 
@@ -36,6 +38,11 @@ class RuntimeConfig(PluginConfig):
         return RuntimeTraits()
 
 
+RUNTIMES: Registry[None] = Registry("runtime", base=RuntimeConfig)
+"""Factories ``(config, *, num_clients, run_config)`` that return when the federation has ended; each imports what it
+needs only then."""
+
+
 @dataclass(kw_only=True, slots=True)
 class InlineConfig(RuntimeConfig):
     """All clients in this process, one after another, on one copy of the model."""
@@ -51,6 +58,15 @@ class InlineConfig(RuntimeConfig):
         if self.batch_clients and run.fl.seeds is not Seeds.shared:
             remedy = "Clients with directions of their own cannot share a forward."
             yield problem("runtime.batch_clients", f"be false for fl.seeds={run.fl.seeds}", True, remedy)
+
+
+@RUNTIMES.register("inline", InlineConfig)
+def _inline(config: InlineConfig, *, num_clients: int, run_config: dict[str, str]) -> None:
+    from fedzo.run.apps import client_app, look_ahead, server_app
+    from fedzo.runtime.inline import run_inline
+
+    ahead = look_ahead if config.batch_clients else None
+    run_inline(server_app, client_app, num_clients=num_clients, run_config=run_config, look_ahead=ahead)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -70,6 +86,20 @@ class RayConfig(RuntimeConfig):
         yield from at_least("runtime.num_actors", self.num_actors, 1, "It counts processes.")
 
 
+@RUNTIMES.register("ray", RayConfig)
+def _ray(config: RayConfig, *, num_clients: int, run_config: dict[str, str]) -> None:
+    from fedzo.run.apps import server_app
+    from fedzo.runtime.ray import run_ray
+
+    run_ray(server_app, _installed_client_app, num_clients=num_clients, run_config=run_config, config=config)
+
+
+def _installed_client_app() -> ClientApp:
+    from fedzo.run.apps import client_app
+
+    return client_app
+
+
 @dataclass(kw_only=True, slots=True)
 class LocalConfig(RuntimeConfig):
     """A real SuperLink and one SuperNode a client on this machine, loopback only."""
@@ -82,3 +112,11 @@ class LocalConfig(RuntimeConfig):
     def problems(self, run: RunConfig) -> Iterator[Problem]:
         yield from positive("runtime.startup_s", self.startup_s, "It counts seconds.")
         yield from positive("runtime.step_limit_s", self.step_limit_s, "It counts seconds.")
+
+
+@RUNTIMES.register("local", LocalConfig)
+def _local(config: LocalConfig, *, num_clients: int, run_config: dict[str, str]) -> None:
+    from fedzo.run.apps import server_app
+    from fedzo.runtime.local import run_local
+
+    run_local(server_app, num_clients=num_clients, run_config=run_config, config=config)

@@ -13,10 +13,9 @@ from fedzo.commands.runs import rebuild, replay_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
 from fedzo.fl.log_store import RunStore
-from fedzo.zo.config import FedDynConfig
-from fedzo.zo.control_variates import end_models
 from fedzo.zo.directions import stream_key
-from fedzo.zo.server_optimizer import SERVER_OPTIMIZERS
+from fedzo.zo.server_optimizer import SERVER_OPTIMIZERS, FedDynConfig
+from fedzo.zo.server_optimizer.control_variates import end_models
 
 Run = Callable[..., Path]
 Lines = Callable[[Path, str], list[dict[str, Any]]]

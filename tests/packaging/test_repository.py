@@ -178,7 +178,7 @@ def test_generator_reads_the_literal_under_a_field() -> None:
     assert spec.loader is not None
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
-    from fedzo.zo.config import TwoPointConfig
+    from fedzo.zo.estimator import TwoPointConfig
 
     rows = generate.table(TwoPointConfig, "estimator.")
 

@@ -38,9 +38,8 @@ from fedzo.fl.server.step_policy.plan import Plan, StepPolicy, news
 from fedzo.fl.server.sync import StateSync
 from fedzo.records.log import AuditLine
 from fedzo.records.metrics import MetricRecord, StepDecision
-from fedzo.zo.config import ServerOptimizerConfig
 from fedzo.zo.log import RoundRecord
-from fedzo.zo.schedule import learning_rate
+from fedzo.zo.server_optimizer import ServerOptimizerConfig, learning_rate
 
 log = logging.getLogger(__name__)
 REGISTER_S = 60.0  # how long a round may wait for a newcomer's registration

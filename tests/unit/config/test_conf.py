@@ -20,8 +20,12 @@ from fedzo.config.schema import RunConfig
 from fedzo.data.sources import EMBEDDED
 from fedzo.errors import ConfigError
 from fedzo.runtime.config import LocalConfig
-from fedzo.trainers.config import LoraTrainerConfig, MeerkatConfig, MezoConfig, TrainerConfig
-from fedzo.zo.config import SgdConfig, TwoPointConfig
+from fedzo.trainers.adapters import LoraTrainerConfig
+from fedzo.trainers.base import TrainerConfig
+from fedzo.trainers.meerkat import MeerkatConfig
+from fedzo.trainers.mezo import MezoConfig
+from fedzo.zo.estimator import TwoPointConfig
+from fedzo.zo.server_optimizer import SgdConfig
 
 CONF = paths.conf_dir()
 FILES = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml"))

@@ -15,7 +15,7 @@ from fedzo.config.overrides import rewrite_model, with_config_dir
 from fedzo.config.store import job_folder
 from fedzo.config.sweep import plan_sweep
 from fedzo.errors import ConfigError
-from fedzo.trainers.config import TrainerConfig
+from fedzo.trainers.base import TrainerConfig
 
 
 @pytest.mark.parametrize(

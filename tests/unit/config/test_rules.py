@@ -12,40 +12,19 @@ import pytest
 from fedzo.config.plugins import plugin_classes
 from fedzo.config.rules import missing_files, problems
 from fedzo.config.schema import RunConfig
-from fedzo.data.config import (
-    DirichletConfig,
-    DirichletEqualConfig,
-    ExtremeConfig,
-    Loss,
-    NaturalConfig,
-    PartitionConfig,
-    ShardsConfig,
-    TaskConfig,
-    TaskKind,
-)
+from fedzo.data.config import Loss, TaskConfig, TaskKind
+from fedzo.data.partition import PartitionConfig
+from fedzo.data.partition.by_label import DirichletConfig, DirichletEqualConfig, ExtremeConfig, ShardsConfig
+from fedzo.data.partition.plain import NaturalConfig
 from fedzo.fl.config import Aggregation, Seeds, Weighting
 from fedzo.models.config import DType
 from fedzo.runtime.config import LocalConfig, RayConfig
-from fedzo.trainers.config import (
-    Calibration,
-    Ia3TrainerConfig,
-    LoraTrainerConfig,
-    MeerkatConfig,
-    MezoConfig,
-    PrefixTrainerConfig,
-    PromptTrainerConfig,
-    TrainerConfig,
-)
-from fedzo.zo.config import (
-    AdamConfig,
-    Baseline,
-    EstimatorConfig,
-    FzooConfig,
-    MomentumConfig,
-    OneSidedConfig,
-    ServerOptimizerConfig,
-    SgdConfig,
-)
+from fedzo.trainers.adapters import Ia3TrainerConfig, LoraTrainerConfig, PrefixTrainerConfig, PromptTrainerConfig
+from fedzo.trainers.base import TrainerConfig
+from fedzo.trainers.meerkat import Calibration, MeerkatConfig
+from fedzo.trainers.mezo import MezoConfig
+from fedzo.zo.estimator import Baseline, EstimatorConfig, FzooConfig, OneSidedConfig
+from fedzo.zo.server_optimizer import AdamConfig, MomentumConfig, ServerOptimizerConfig, SgdConfig
 
 
 def sound() -> RunConfig:

@@ -8,7 +8,8 @@ from fedzo.config.load import load
 from fedzo.config.rules import problems
 from fedzo.config.travel import from_json, to_json
 from fedzo.errors import ConfigError
-from fedzo.fl.server.step_policy.config import Combine, Statistic, VpcsConfig, VpcsTest
+from fedzo.fl.server.step_policy.statistics import Statistic
+from fedzo.fl.server.step_policy.vpcs import Combine, VpcsConfig, VpcsTest
 
 
 def complaint(*overrides: str) -> str:

@@ -19,19 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedzo.config.paths import conf_dir
-from fedzo.data.config import (
-    DirichletConfig,
-    DirichletEqualConfig,
-    ExtremeConfig,
-    IidConfig,
-    NaturalConfig,
-    PartitionConfig,
-    ShardsConfig,
-    TaskConfig,
-    TaskKind,
-)
-from fedzo.data.partition import holdout, partition
-from fedzo.data.partitioners import PARTITIONERS
+from fedzo.data.config import TaskConfig, TaskKind
+from fedzo.data.partition import PARTITIONERS, PartitionConfig, holdout, partition
+from fedzo.data.partition.by_label import DirichletConfig, DirichletEqualConfig, ExtremeConfig, ShardsConfig
+from fedzo.data.partition.plain import IidConfig, NaturalConfig
 from fedzo.errors import ConfigError
 
 TASK = TaskConfig(name="mine", template="{text}", candidates=["a", "b", "c"])
@@ -318,7 +309,9 @@ def test_dealing_writes_no_file_prints_nothing_and_is_imported_lazily(tmp_path: 
         "import sys\n"
         "from fedzo.data import partition as p\n"
         "assert not {'flwr_datasets', 'datasets'} & set(sys.modules)\n"
-        "from fedzo.data.config import *\n"
+        "from fedzo.data.config import TaskConfig\n"
+        "from fedzo.data.partition.by_label import DirichletConfig, ExtremeConfig, ShardsConfig\n"
+        "from fedzo.data.partition.plain import IidConfig, NaturalConfig\n"
         "task = TaskConfig(template='{text}', candidates=['a', 'b'])\n"
         "rows = [{'text': 'x', 'label': i % 2, 'site': i % 4} for i in range(40)]\n"
         "site = NaturalConfig(column='site')\n"

@@ -14,11 +14,10 @@ from fedzo.fl.config import Aggregation
 from fedzo.fl.messages import TrainReply, scalars_to_bytes, signs_from_bytes, signs_to_bytes
 from fedzo.fl.server.aggregate import ClientResult, aggregate, check_reply, num_trimmed, sampling_order, unmoved
 from fedzo.testing.vector_space import VectorSpace
-from fedzo.zo.config import AdamConfig, MomentumConfig, ServerOptimizerConfig, SgdConfig
 from fedzo.zo.directions import SHARED, direction
 from fedzo.zo.log import apply_record
 from fedzo.zo.seeds import OWN, step_key
-from fedzo.zo.server_optimizer import SERVER_OPTIMIZERS
+from fedzo.zo.server_optimizer import SERVER_OPTIMIZERS, AdamConfig, MomentumConfig, ServerOptimizerConfig, SgdConfig
 
 
 def result(g: object) -> ClientResult:

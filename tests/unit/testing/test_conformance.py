@@ -15,9 +15,9 @@ from fedzo.testing import check_estimator, check_server_optimizer, check_space, 
 from fedzo.testing.tiny_models import tiny_loaded, tiny_model
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.trainers import TRAINERS
-from fedzo.zo.config import Baseline, Distribution
+from fedzo.zo.config import Distribution
 from fedzo.zo.directions import direction
-from fedzo.zo.estimator import ESTIMATORS
+from fedzo.zo.estimator import ESTIMATORS, Baseline
 from fedzo.zo.server_optimizer import SERVER_OPTIMIZERS
 from fedzo.zo.spaces.base import MasterSpace, Space
 from fedzo.zo.spaces.dense import DenseSpace

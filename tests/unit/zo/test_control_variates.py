@@ -8,11 +8,19 @@ import numpy as np
 import pytest
 
 from fedzo.testing.vector_space import VectorSpace
-from fedzo.zo.config import FedDynConfig, MomentumConfig, ScaffoldConfig, ServerOptimizerConfig, SgdConfig
-from fedzo.zo.control_variates import end_models
 from fedzo.zo.directions import SHARED, direction, stream_key
 from fedzo.zo.log import RoundRecord, local_step, unpack
-from fedzo.zo.server_optimizer import SERVER_OPTIMIZERS, ControlVariates, ServerOptimizer
+from fedzo.zo.server_optimizer import (
+    SERVER_OPTIMIZERS,
+    ControlVariates,
+    FedDynConfig,
+    MomentumConfig,
+    ScaffoldConfig,
+    ServerOptimizer,
+    ServerOptimizerConfig,
+    SgdConfig,
+)
+from fedzo.zo.server_optimizer.control_variates import end_models
 
 SEED = 5
 Batch = np.ndarray

@@ -10,9 +10,21 @@ import pytest
 
 from fedzo.errors import ConfigError
 from fedzo.testing.vector_space import VectorSpace
-from fedzo.zo.config import Baseline, Distribution, FzooConfig, OneSidedConfig, TwoPointConfig
+from fedzo.zo.config import Distribution
 from fedzo.zo.directions import direction
-from fedzo.zo.estimator import ESTIMATORS, Estimator, Fzoo, OneSided, Projection, TwoPoint, two_point
+from fedzo.zo.estimator import (
+    ESTIMATORS,
+    Baseline,
+    Estimator,
+    Fzoo,
+    FzooConfig,
+    OneSided,
+    OneSidedConfig,
+    Projection,
+    TwoPoint,
+    TwoPointConfig,
+    two_point,
+)
 
 GRADIENT = np.array([0.5, -2.0, 4.0, 1.0, -0.25])
 KEYS = [7, 8, 9, 10]

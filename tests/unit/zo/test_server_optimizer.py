@@ -10,10 +10,20 @@ import pytest
 import torch
 
 from fedzo.testing.vector_space import VectorSpace
-from fedzo.zo.config import AdamConfig, MomentumConfig, ServerOptimizerConfig
 from fedzo.zo.directions import SHARED, direction, stream_key
 from fedzo.zo.log import RoundRecord, apply_record
-from fedzo.zo.server_optimizer import SERVER_OPTIMIZERS, Adam, Momentum, ServerOptimizer, Sgd, _power, round_direction
+from fedzo.zo.server_optimizer import (
+    SERVER_OPTIMIZERS,
+    Adam,
+    AdamConfig,
+    Momentum,
+    MomentumConfig,
+    ServerOptimizer,
+    ServerOptimizerConfig,
+    Sgd,
+    round_direction,
+)
+from fedzo.zo.server_optimizer.adam import _power
 
 SEED, N = 11, 5
 THETA = np.array([1.0, -2.0, 0.5, 3.0, -0.25], np.float32)

@@ -15,25 +15,21 @@ import numpy as np
 import pytest
 
 from fedzo.testing.vector_space import VectorSpace
-from fedzo.zo.config import (
+from fedzo.zo.directions import SHARED, stream_key
+from fedzo.zo.estimator import ESTIMATORS, Baseline, EstimatorConfig, FzooConfig, OneSidedConfig, TwoPointConfig
+from fedzo.zo.log import RoundRecord, local_step
+from fedzo.zo.server_optimizer import (
+    SERVER_OPTIMIZERS,
     AdamConfig,
-    Baseline,
-    EstimatorConfig,
+    ControlVariates,
     FedDynConfig,
-    FzooConfig,
     MomentumConfig,
-    OneSidedConfig,
     ScaffoldConfig,
     Schedule,
     ServerOptimizerConfig,
     SgdConfig,
-    TwoPointConfig,
+    learning_rate,
 )
-from fedzo.zo.directions import SHARED, stream_key
-from fedzo.zo.estimator import ESTIMATORS
-from fedzo.zo.log import RoundRecord, local_step
-from fedzo.zo.schedule import learning_rate
-from fedzo.zo.server_optimizer import SERVER_OPTIMIZERS, ControlVariates
 
 GOLDEN = Path(__file__).with_name("trajectories_golden.json")
 SEED, ROUNDS, PROBES = 5, 5, 3

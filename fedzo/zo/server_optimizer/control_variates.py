@@ -17,13 +17,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from fedzo.errors import Problem, problem
 from fedzo.zo.log import Drift, RoundRecord, local_step
 from fedzo.zo.seeds import step_keys
+from fedzo.zo.server_optimizer.base import (
+    SERVER_OPTIMIZERS,
+    ServerOptimizer,
+    ServerOptimizerConfig,
+    ServerOptimizerTraits,
+)
 from fedzo.zo.spaces.base import Space, Values
+
+if TYPE_CHECKING:
+    from fedzo.config.schema import RunConfig
 
 
 class _Drifts(Protocol):
@@ -48,6 +58,15 @@ def end_models(
             )
             local_step(space, lr=record.lr, c=record.coefficients[t, :, column], keys=keys, drift=drift)
         yield client, space.values()
+
+
+@dataclass(kw_only=True, slots=True)
+class ScaffoldConfig(ServerOptimizerConfig):
+    """SCAFFOLD: control variates take each client's drift out of its local steps (arXiv 1910.06378)."""
+
+    @property
+    def traits(self) -> ServerOptimizerTraits:
+        return ServerOptimizerTraits(keeps_moments=True, walks_clients=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +99,39 @@ class Scaffold:
             space.load((total / len(record.owners)).astype(np.float32))
 
 
+@SERVER_OPTIMIZERS.register("scaffold", ScaffoldConfig)
+def scaffold(config: ScaffoldConfig) -> ServerOptimizer:
+    """Build SCAFFOLD."""
+    return Scaffold()
+
+
+@dataclass(kw_only=True, slots=True)
+class FedDynConfig(ServerOptimizerConfig):
+    """FedDyn: a dynamic regulariser lets local optima agree with the global one (arXiv 2111.04263)."""
+
+    alpha: float = 0.0
+    """Strength of the pull to the round's start; 0 = 0.5 / (lr * T). What all clients agree on moves theta by its
+    gradient / alpha a round, where the other rules go lr * T: a smaller alpha makes longer steps."""
+    local_steps: int = 1
+    """T, which the option takes from ``fl.local_steps``; read for alpha = 0 alone."""
+
+    @property
+    def traits(self) -> ServerOptimizerTraits:
+        return ServerOptimizerTraits(keeps_moments=True, walks_clients=True)
+
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        if not (self.pull >= 2.0**-126 and self.lr * self.pull < 1):
+            rule = "be >= 0 and make server_optimizer.lr * alpha less than 1, or the pull overshoots the round's start"
+            remedy = "Write 0, which chooses 0.5 / (lr * local steps)."
+            yield problem("server_optimizer.alpha", rule, self.alpha, remedy)
+
+    @property
+    def pull(self) -> float:
+        """``alpha``, or what 0 stands for: FedDyn's step is then twice as long as that of the other rules."""
+        reach = self.lr * self.local_steps
+        return self.alpha or (0.5 / reach if reach > 0 else 1.0)
+
+
 @dataclass(frozen=True, slots=True)
 class FedDyn:
     """FedDyn (arXiv 2111.04263): local steps y <- y - lr (ghat - h_k + alpha (y - theta)), h_k the client's gradient.
@@ -107,6 +159,12 @@ class FedDyn:
                 total += end
             moments[0] = _mean_row(moments[1:])
             space.load((total / len(record.owners)).astype(np.float32) - moments[0] / alpha)
+
+
+@SERVER_OPTIMIZERS.register("feddyn", FedDynConfig)
+def feddyn(config: FedDynConfig) -> ServerOptimizer:
+    """Build FedDyn."""
+    return FedDyn(alpha=config.pull)
 
 
 def _mean_row(rows: Values) -> Values:

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import math
+from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedzo.zo.config import Schedule, ServerOptimizerConfig
+if TYPE_CHECKING:
+    from fedzo.zo.server_optimizer.base import ServerOptimizerConfig
+
+
+class Schedule(StrEnum):
+    """Course of the learning rate after its warm-up."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
 
 
 def learning_rate(config: ServerOptimizerConfig, *, round: int, rounds: int) -> float:

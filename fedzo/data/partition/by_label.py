@@ -1,49 +1,39 @@
-"""The ways to deal rows to clients.
-
-flwr-datasets does the dealing where its partitioners fit, on a table of labels and row numbers in memory. They cut rows
-in the order in which they find them, so the rows are shuffled first, by Philox words: the same on every machine.
-"""
+"""Partitions by label: clients differ in the mix of labels that they see."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import warnings
-from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from fedzo.data.config import (
-    DirichletConfig,
-    DirichletEqualConfig,
-    ExtremeConfig,
-    IidConfig,
-    NaturalConfig,
-    OwnConfig,
-    PartitionConfig,
-    ShardsConfig,
-    TaskConfig,
-    TaskKind,
-)
+from fedzo.data.config import TaskConfig, TaskKind
 from fedzo.data.files import Row
+from fedzo.data.partition.base import PARTITIONERS, PartitionConfig, PartitionTraits, Parts, deal, shuffled, too_few
 from fedzo.data.tasks import label_index
-from fedzo.errors import ConfigError
-from fedzo.registry import Registry
-from fedzo.zo.directions import PURPOSE_DEAL, permutation, stream_key
+from fedzo.errors import ConfigError, Problem, at_least, positive, problem
 
-Parts = list[list[int]]
-PARTITIONERS: Registry[Parts] = Registry("partition", base=PartitionConfig)
-"""Factories ``(config, *, rows, num_clients, seed, task) -> row numbers of each client``."""
-
-_MOST_NAMED = 8  # clients or values named in a message
+if TYPE_CHECKING:
+    from fedzo.config.schema import RunConfig
 
 
-@PARTITIONERS.register("iid", IidConfig)
-def iid(config: IidConfig, *, rows: Sequence[Row], num_clients: int, seed: int, task: TaskConfig) -> Parts:
-    """Shuffled rows in equal parts (sizes differ by at most one)."""
-    from flwr_datasets.partitioner import IidPartitioner
+@dataclass(kw_only=True, slots=True)
+class ByLabelConfig(PartitionConfig):
+    """A partition that goes by the rows' labels."""
 
-    return _deal(IidPartitioner(num_partitions=num_clients), _shuffled(len(rows), seed), num_clients=num_clients)
+    @property
+    def traits(self) -> PartitionTraits:
+        return PartitionTraits(by_label=True)
+
+
+@dataclass(kw_only=True, slots=True)
+class DirichletConfig(ByLabelConfig):
+    """Per class, shares over clients drawn from Dirichlet(alpha)."""
+
+    alpha: float = 0.5
+    """Concentration; smaller is less IID."""
+
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        yield from positive("partition.alpha", self.alpha, "Smaller is less IID; 0.5 is usual.")
 
 
 @PARTITIONERS.register("dirichlet", DirichletConfig)
@@ -59,10 +49,10 @@ def dirichlet(config: DirichletConfig, *, rows: Sequence[Row], num_clients: int,
         raise ConfigError(f"partition.alpha must be > 0, got {config.alpha}. Smaller is less IID; 0.5 is usual.")
     from flwr_datasets.partitioner import DirichletPartitioner
 
-    order = _shuffled(len(rows), seed)
+    order = shuffled(len(rows), seed)
     labels = [_label(rows[row], row, task, "dirichlet") for row in order]
 
-    def deal(min_rows: int) -> Parts:
+    def draw(min_rows: int) -> Parts:
         partitioner = DirichletPartitioner(
             num_partitions=num_clients,
             partition_by="key",
@@ -72,15 +62,29 @@ def dirichlet(config: DirichletConfig, *, rows: Sequence[Row], num_clients: int,
             shuffle=False,
             seed=seed,
         )
-        return _deal(partitioner, order, num_clients=num_clients, keys=labels)
+        return deal(partitioner, order, num_clients=num_clients, keys=labels)
 
     try:
-        return deal(config.min_rows)
+        return draw(config.min_rows)
     except ValueError as error:
-        sizes = [len(part) for part in deal(0)]  # the first draw, to name the clients
+        sizes = [len(part) for part in draw(0)]  # the first draw, to name the clients
         short = {client: size for client, size in enumerate(sizes) if size < config.min_rows}
         advice = "Raise partition.alpha or data.num_train, lower fl.num_clients, or try another seed."
         raise ConfigError(f"{too_few(short, config)} It stayed so in ten more draws. {advice}") from error
+
+
+@dataclass(kw_only=True, slots=True)
+class DirichletEqualConfig(ByLabelConfig):
+    """Clients of equal size; each client's mix of labels drawn from Dirichlet(alpha)."""
+
+    alpha: float = 0.5
+    """Concentration; smaller is less IID."""
+    num_extreme: int = 0
+    """How many clients (the last indices) hold rows of one label only."""
+
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        yield from _num_extreme(self.num_extreme, run)
+        yield from positive("partition.alpha", self.alpha, "Smaller is less IID; 0.5 is usual.")
 
 
 @PARTITIONERS.register("dirichlet_equal", DirichletEqualConfig)
@@ -109,12 +113,23 @@ def dirichlet_equal(
         partition_sizes=sizes, partition_by="key", alpha=float(config.alpha), shuffle=False, seed=seed
     )
     try:
-        return _deal(partitioner, rest, num_clients=num_mixed, keys=[numbers[label] for label in labels]) + single
+        return deal(partitioner, rest, num_clients=num_mixed, keys=[numbers[label] for label in labels]) + single
     except ValueError as error:  # a mix is zero, to float64's precision, for every class that is left
         raise ConfigError(
             f"partition.alpha = {config.alpha} is too small to deal all rows in mixes of labels. Raise it, or use "
             "partition=extreme for clients of one label."
         ) from error
+
+
+@dataclass(kw_only=True, slots=True)
+class ShardsConfig(ByLabelConfig):
+    """Rows sorted by label, cut into shards, each client given some."""
+
+    shards_per_client: int = 2
+    """How many shards a client gets."""
+
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        yield from at_least("partition.shards_per_client", self.shards_per_client, 1, "2 is usual.")
 
 
 @PARTITIONERS.register("shards", ShardsConfig)
@@ -129,7 +144,7 @@ def shards(config: ShardsConfig, *, rows: Sequence[Row], num_clients: int, seed:
     from flwr_datasets.partitioner import ShardPartitioner
 
     labels = [_label(row, number, task, "shards") for number, row in enumerate(rows)]
-    order = sorted(_shuffled(len(rows), seed), key=labels.__getitem__)
+    order = sorted(shuffled(len(rows), seed), key=labels.__getitem__)
     partitioner = ShardPartitioner(
         num_partitions=num_clients,
         partition_by="key",
@@ -139,12 +154,23 @@ def shards(config: ShardsConfig, *, rows: Sequence[Row], num_clients: int, seed:
         seed=seed,
     )
     try:
-        return _deal(partitioner, order, num_clients=num_clients, keys=[labels[row] for row in order])
+        return deal(partitioner, order, num_clients=num_clients, keys=[labels[row] for row in order])
     except ValueError as error:
         raise ConfigError(
             f"partition=shards: {len(rows)} rows do not make a shard for each of {num_clients} clients. "
             "Lower fl.num_clients, raise partition.shards_per_client, or give more rows."
         ) from error
+
+
+@dataclass(kw_only=True, slots=True)
+class ExtremeConfig(ByLabelConfig):
+    """Some clients hold a single label, the others are IID."""
+
+    num_extreme: int = 2
+    """How many clients (the last indices) hold rows of one label only."""
+
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        yield from _num_extreme(self.num_extreme, run)
 
 
 @PARTITIONERS.register("extreme", ExtremeConfig)
@@ -160,34 +186,10 @@ def extreme(config: ExtremeConfig, *, rows: Sequence[Row], num_clients: int, see
     return [rest[client::num_iid] for client in range(num_iid)] + single
 
 
-@PARTITIONERS.register("natural", NaturalConfig)
-def natural(config: NaturalConfig, *, rows: Sequence[Row], num_clients: int, seed: int, task: TaskConfig) -> Parts:
-    """One client per value of a column, in the order of the sorted values (as text)."""
-    from flwr_datasets.partitioner import NaturalIdPartitioner
-
-    for number, row in enumerate(rows):
-        if row.get(config.column) is None:
-            there = ", ".join(map(str, row))
-            raise ConfigError(
-                f"partition.column must name a column that every training row has, got {config.column!r}; "
-                f"row {number} has: {there}."
-            )
-    keys = [str(row[config.column]) for row in rows]
-    values = Counter(keys)
-    if len(values) != num_clients:
-        shown = ", ".join(f"{value!r} ({count} rows)" for value, count in sorted(values.items())[:_MOST_NAMED])
-        raise ConfigError(
-            f"partition.column={config.column!r} has {len(values)} values and fl.num_clients is {num_clients}, "
-            f"they must be equal: {shown}{', ...' if len(values) > _MOST_NAMED else ''}. "
-            f"Write fl.num_clients={len(values)}, or choose another column."
-        )
-    return _deal(NaturalIdPartitioner(partition_by="key"), list(range(len(rows))), num_clients=num_clients, keys=keys)
-
-
-@PARTITIONERS.register("own", OwnConfig)
-def own(config: OwnConfig, *, rows: Sequence[Row], num_clients: int, seed: int, task: TaskConfig) -> Parts:
-    """Nothing to deal: every client reads its own rows."""
-    raise ConfigError("partition=own: every client must read its own rows, and none are dealt. Choose a partition.")
+def _num_extreme(num_extreme: int, run: RunConfig) -> Iterator[Problem]:
+    if not 0 <= num_extreme <= run.fl.num_clients:
+        rule = f"be between 0 and fl.num_clients ({run.fl.num_clients})"
+        yield problem("partition.num_extreme", rule, num_extreme, "Lower it or add clients.")
 
 
 def _single_label(
@@ -205,7 +207,7 @@ def _single_label(
         raise ConfigError(
             f"partition.num_extreme must be between 0 and fl.num_clients ({num_clients}), got {num_extreme}."
         )
-    order = _shuffled(len(rows), seed)
+    order = shuffled(len(rows), seed)
     left: dict[int, list[int]] = {}
     for row in order:
         left.setdefault(_label(rows[row], row, task, way), []).append(row)
@@ -228,24 +230,6 @@ def _single_label(
     return single, [row for row in order if row in rest]
 
 
-def _shuffled(num_rows: int, seed: int) -> list[int]:
-    order: list[int] = permutation(stream_key(seed, round=0), num_rows, purpose=PURPOSE_DEAL).tolist()
-    return order
-
-
-def _deal(
-    partitioner: Any, order: Sequence[int], *, num_clients: int, keys: Sequence[int] | Sequence[str] = ()
-) -> Parts:
-    """Run a partitioner of flwr-datasets on rows in an order, without its warnings and progress bars."""
-    from datasets import Dataset
-
-    table = {"row": list(order), "key": list(keys) or [0] * len(order)}
-    partitioner.dataset = Dataset.from_dict(table)
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        return [list(partitioner.load_partition(client)["row"]) for client in range(num_clients)]
-
-
 def _label(row: Row, number: int, task: TaskConfig, way: str) -> int:
     if task.kind is not TaskKind.candidates:
         raise ConfigError(
@@ -256,13 +240,3 @@ def _label(row: Row, number: int, task: TaskConfig, way: str) -> int:
         return label_index(row, task)
     except ConfigError as error:
         raise ConfigError(f"row {number}: {error}") from error
-
-
-def too_few(short: dict[int, int], config: PartitionConfig) -> str:
-    """Says which clients got fewer than ``min_rows`` rows, by their numbers of rows."""
-    shown = ", ".join(f"{client} ({size} rows)" for client, size in sorted(short.items())[:_MOST_NAMED])
-    return (
-        f"partition: every client must have at least partition.min_rows={config.min_rows} rows, these have fewer: "
-        f"client {shown}{', ...' if len(short) > _MOST_NAMED else ''}. "
-        "Give more rows (data.num_train), or lower fl.num_clients or partition.min_rows."
-    )
