@@ -161,7 +161,7 @@ def open_bench(config: RunConfig, *, shape: str | None, rows: int, tokens: int) 
     prompts = [tuple(order[(row * tokens + i) % vocabulary] for i in range(tokens)) for row in range(rows)]
     candidates = ((order[0],), (order[1],))
     examples = [Example(prompt=prompt, candidates=candidates, label=0) for prompt in prompts]
-    return Bench(loaded, built.space, build_estimator(estimator), examples, estimator.eps, estimator.num_probes)
+    return Bench(loaded, built.space, build_estimator(estimator), examples, estimator.float32_eps, estimator.num_probes)
 
 
 def bench_step(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fedzo.data.config import DataConfig, TaskConfig
 from fedzo.data.partition import PartitionConfig
-from fedzo.data.partition.plain import IidConfig
+from fedzo.data.partition.by_label import DirichletEqualConfig
 from fedzo.data.preprocess.config import StageConfig
 from fedzo.fl.config import EvaluationConfig, FaultsConfig, FlConfig, StrategyConfig
 from fedzo.fl.server.step_policy.baselines import NoStepPolicyConfig
@@ -33,7 +33,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    partition: PartitionConfig = field(default_factory=IidConfig)
+    partition: PartitionConfig = field(default_factory=DirichletEqualConfig)
     trainer: TrainerConfig = field(default_factory=MeerkatConfig)
     preprocess: dict[str, StageConfig] = field(default_factory=dict)
     estimator: EstimatorConfig = field(default_factory=TwoPointConfig)
@@ -45,3 +45,13 @@ class RunConfig:
     faults: FaultsConfig = field(default_factory=FaultsConfig)
     runtime: RuntimeConfig = field(default_factory=InlineConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+
+
+def filled(config: RunConfig) -> RunConfig:
+    """The config with the numbers that were left to the trainer: ``server_optimizer.lr`` and ``estimator.eps``."""
+    trainer, optimizer, estimator = config.trainer, config.server_optimizer, config.estimator
+    return replace(
+        config,
+        server_optimizer=replace(optimizer, lr=trainer.lr if optimizer.lr is None else optimizer.lr),
+        estimator=replace(estimator, eps=trainer.eps if estimator.eps is None else estimator.eps),
+    )

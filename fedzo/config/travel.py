@@ -20,7 +20,7 @@ import yaml
 
 from fedzo.config.plugins import chosen_plugins, list_classes, plugin_classes, plugin_name
 from fedzo.config.rules import problems
-from fedzo.config.schema import RunConfig
+from fedzo.config.schema import RunConfig, filled
 from fedzo.errors import ConfigError
 
 SITE_LOCAL = (
@@ -101,7 +101,7 @@ def _without(plain: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
 
 
 def _to_plain(config: RunConfig) -> dict[str, Any]:
-    plain = cast(dict[str, Any], _encode(config))
+    plain = cast(dict[str, Any], _encode(filled(config)))
     for group, options in plugin_classes().items():
         plugin = getattr(config, group)
         name = plugin_name(group, plugin)
@@ -132,7 +132,7 @@ def _from_plain(plain: object) -> RunConfig:
     config = cast(RunConfig, _decode_class(RunConfig, plain, "configuration"))
     if found := problems(config):
         raise ConfigError("; ".join(problem.text for problem in found))
-    return config
+    return filled(config)
 
 
 def _decode_class(config_class: type, plain: object, where: str) -> object:

@@ -98,9 +98,9 @@ class Peer:
             built, self.undecided = self._choose_dtype(built, artifact, trial_rows()), False
         self.built = built
         config, num_clients = self.config, self.config.fl.num_clients
-        rule = SERVER_OPTIMIZERS.build(config.server_optimizer)
+        rule = SERVER_OPTIMIZERS.build(config.server_optimizer, local_steps=config.fl.local_steps)
         in_model_dtype = not config.trainer.traits.float32_master
-        if in_model_dtype and (warning := coarseness_warning(self.loaded.model, config.estimator.eps)):
+        if in_model_dtype and (warning := coarseness_warning(self.loaded.model, config.estimator.float32_eps)):
             log.warning(warning)
         return Workspace(
             loaded=self.loaded,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
-from fedzo.errors import ConfigError, Problem, at_least, positive_float32, problem
+from fedzo.errors import ConfigError, Problem, at_least, positive, positive_float32, problem
 from fedzo.registry import PluginConfig, Registry
 from fedzo.zo.config import Distribution
 from fedzo.zo.spaces.base import Space
@@ -57,8 +57,8 @@ class EstimatorTraits:
 class EstimatorConfig(PluginConfig):
     """How a loss is turned into projected gradients."""
 
-    eps: float = 1e-3
-    """How far along a direction a loss is evaluated."""
+    eps: float | None = None
+    """How far along a direction a loss is evaluated; null takes ``trainer.eps``, when the configuration is loaded."""
     num_probes: int = 1
     """Directions a step; the step is their mean."""
     distribution: Distribution = Distribution.gaussian
@@ -71,8 +71,26 @@ class EstimatorConfig(PluginConfig):
         """What other parts of a run must know of this estimator."""
         return EstimatorTraits()
 
+    @property
+    def float32_eps(self) -> float:
+        """``eps`` of a loaded configuration as it is applied: a space scales directions by a float32.
+
+        Raises:
+            ConfigError: It is no positive float32.
+        """
+        with np.errstate(over="ignore"):
+            eps = float(np.float32(self.eps or 0))
+        if not (eps > 0 and math.isfinite(eps)):
+            raise ConfigError(
+                f"estimator.eps must be > 0 and finite in float32, got {self.eps}. 1e-3 suits most language models."
+            )
+        return eps
+
     def problems(self, run: RunConfig) -> Iterator[Problem]:
-        yield from positive_float32("estimator.eps", self.eps, "1e-3 is usual.")
+        if self.eps is not None:
+            yield from positive_float32("estimator.eps", self.eps, "1e-3 is usual.")
+        elif not any(positive("", run.trainer.eps, "")):
+            yield from positive_float32("estimator.eps", run.trainer.eps, "1e-3 is usual.")
         yield from at_least("estimator.num_probes", self.num_probes, 1, "A step needs a direction.")
 
 
@@ -278,30 +296,19 @@ def _all_dropped(count: int) -> list[Projection]:
     return [_DROPPED] * count
 
 
-def _float32_eps(config: EstimatorConfig) -> float:
-    """Eps as it is applied: a space scales directions by a float32."""
-    with np.errstate(over="ignore"):
-        eps = float(np.float32(config.eps))
-    if not (eps > 0 and math.isfinite(eps)):
-        raise ConfigError(
-            f"estimator.eps must be > 0 and finite in float32, got {config.eps}. 1e-3 suits most language models."
-        )
-    return eps
-
-
 @ESTIMATORS.register("two_point", TwoPointConfig)
 def two_point(config: TwoPointConfig) -> Estimator:
     """Build the two-point estimator."""
-    return TwoPoint(eps=_float32_eps(config))
+    return TwoPoint(eps=config.float32_eps)
 
 
 @ESTIMATORS.register("one_sided", OneSidedConfig)
 def one_sided(config: OneSidedConfig) -> Estimator:
     """Build the one-sided estimator."""
-    return OneSided(eps=_float32_eps(config), baseline=config.baseline)
+    return OneSided(eps=config.float32_eps, baseline=config.baseline)
 
 
 @ESTIMATORS.register("fzoo", FzooConfig)
 def fzoo(config: FzooConfig) -> Estimator:
     """Build the FZOO estimator."""
-    return Fzoo(eps=_float32_eps(config))
+    return Fzoo(eps=config.float32_eps)

@@ -147,7 +147,7 @@ class Server:
         plan = self._plan()
         lr = learning_rate(self.server_optimizer, round=number, rounds=self.fl.rounds)
         if plan.calibration:
-            lr = float(np.float32(self.server_optimizer.lr))  # a warm-up would leave nothing to see
+            lr = float(np.float32(self.server_optimizer.base_lr))  # a warm-up would leave nothing to see
         bound = announced_bound(
             self.store.audit,
             self.store.records,

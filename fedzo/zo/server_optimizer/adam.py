@@ -87,6 +87,6 @@ def _power(base: float, exponent: int) -> float:
 
 
 @SERVER_OPTIMIZERS.register("adam", AdamConfig)
-def adam(config: AdamConfig) -> ServerOptimizer:
+def adam(config: AdamConfig, *, local_steps: int) -> ServerOptimizer:
     """Build Adam."""
     return Adam(beta1=config.beta1, beta2=config.beta2, eps=config.eps, weight_decay=config.weight_decay)

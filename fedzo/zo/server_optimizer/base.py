@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from fedzo.errors import Problem, not_negative, problem
+from fedzo.errors import ConfigError, Problem, not_negative, problem
 from fedzo.registry import PluginConfig, Registry
 from fedzo.zo.directions import add_direction
 from fedzo.zo.log import Drift, RoundRecord, scalars_and_keys
@@ -48,8 +48,8 @@ class ServerOptimizerTraits:
 class ServerOptimizerConfig(PluginConfig):
     """How aggregated projected gradients move the weights."""
 
-    lr: float = 1e-4
-    """Learning rate; every option that is shipped takes ``trainer.lr``."""
+    lr: float | None = None
+    """Learning rate; null takes ``trainer.lr``, when the configuration is loaded."""
     schedule: Schedule = Schedule.constant
     final_lr_share: float = 0.1
     """Share of ``lr`` in the last round, where the schedule is linear or cosine; 0 wastes that round."""
@@ -63,9 +63,17 @@ class ServerOptimizerConfig(PluginConfig):
         """What other parts of a run must know of this server optimizer."""
         return ServerOptimizerTraits()
 
+    @property
+    def base_lr(self) -> float:
+        """``lr`` of a loaded configuration: the learning rate before its schedule."""
+        if self.lr is None:
+            raise ConfigError("server_optimizer.lr must be a number once the configuration is loaded, got None.")
+        return self.lr
+
     def problems(self, run: RunConfig) -> Iterator[Problem]:
-        if not 0 <= self.lr < 2.0**128:  # it travels and is logged as a float32
-            yield problem("server_optimizer.lr", "be >= 0 and finite in float32", self.lr, "0 trains nothing.")
+        lr, trainers = (run.trainer.lr, not_negative("", run.trainer.lr, "")) if self.lr is None else (self.lr, ())
+        if not 0 <= lr < 2.0**128 and not any(trainers):  # it travels and is logged as a float32
+            yield problem("server_optimizer.lr", "be >= 0 and finite in float32", lr, "0 trains nothing.")
         if not 0 <= self.final_lr_share <= 1:
             remedy = "It is the last round's share of server_optimizer.lr."
             yield problem("server_optimizer.final_lr_share", "be between 0 and 1", self.final_lr_share, remedy)
@@ -73,7 +81,7 @@ class ServerOptimizerConfig(PluginConfig):
             rule = f"be >= 0 and below fl.rounds ({run.fl.rounds})"
             yield problem("server_optimizer.warmup_rounds", rule, self.warmup_rounds, "Lower it, or train longer.")
         yield from not_negative("server_optimizer.weight_decay", self.weight_decay, "0 switches it off.")
-        shrink = self.lr * self.weight_decay
+        shrink = lr * self.weight_decay
         if shrink > 0 and not _SMALLEST_DECAY <= shrink < 1:
             rule = "make server_optimizer.lr * weight_decay 0, or at least 6e-8 (float32 sees no less) and below 1"
             yield problem("server_optimizer.weight_decay", rule, self.weight_decay, "Change it, or write 0.")
@@ -108,6 +116,7 @@ class ControlVariates(ServerOptimizer, Protocol):
 
 
 SERVER_OPTIMIZERS: Registry[ServerOptimizer] = Registry("server_optimizer", base=ServerOptimizerConfig)
+"""Factories ``(config, *, local_steps) -> ServerOptimizer``; ``local_steps`` is T of the run."""
 
 
 def round_direction(space: Space, record: RoundRecord, *, run_seed: int) -> Values:

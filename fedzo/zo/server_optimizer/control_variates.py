@@ -100,7 +100,7 @@ class Scaffold:
 
 
 @SERVER_OPTIMIZERS.register("scaffold", ScaffoldConfig)
-def scaffold(config: ScaffoldConfig) -> ServerOptimizer:
+def scaffold(config: ScaffoldConfig, *, local_steps: int) -> ServerOptimizer:
     """Build SCAFFOLD."""
     return Scaffold()
 
@@ -112,23 +112,22 @@ class FedDynConfig(ServerOptimizerConfig):
     alpha: float = 0.0
     """Strength of the pull to the round's start; 0 = 0.5 / (lr * T). What all clients agree on moves theta by its
     gradient / alpha a round, where the other rules go lr * T: a smaller alpha makes longer steps."""
-    local_steps: int = 1
-    """T, which the option takes from ``fl.local_steps``; read for alpha = 0 alone."""
 
     @property
     def traits(self) -> ServerOptimizerTraits:
         return ServerOptimizerTraits(keeps_moments=True, walks_clients=True)
 
     def problems(self, run: RunConfig) -> Iterator[Problem]:
-        if not (self.pull >= 2.0**-126 and self.lr * self.pull < 1):
+        lr = run.trainer.lr if self.lr is None else self.lr
+        pull = self.pull(lr=lr, local_steps=run.fl.local_steps)
+        if not (pull >= 2.0**-126 and lr * pull < 1):
             rule = "be >= 0 and make server_optimizer.lr * alpha less than 1, or the pull overshoots the round's start"
             remedy = "Write 0, which chooses 0.5 / (lr * local steps)."
             yield problem("server_optimizer.alpha", rule, self.alpha, remedy)
 
-    @property
-    def pull(self) -> float:
+    def pull(self, *, lr: float, local_steps: int) -> float:
         """``alpha``, or what 0 stands for: FedDyn's step is then twice as long as that of the other rules."""
-        reach = self.lr * self.local_steps
+        reach = lr * local_steps
         return self.alpha or (0.5 / reach if reach > 0 else 1.0)
 
 
@@ -162,9 +161,9 @@ class FedDyn:
 
 
 @SERVER_OPTIMIZERS.register("feddyn", FedDynConfig)
-def feddyn(config: FedDynConfig) -> ServerOptimizer:
+def feddyn(config: FedDynConfig, *, local_steps: int) -> ServerOptimizer:
     """Build FedDyn."""
-    return FedDyn(alpha=config.pull)
+    return FedDyn(alpha=config.alpha or config.pull(lr=config.base_lr, local_steps=local_steps))
 
 
 def _mean_row(rows: Values) -> Values:

@@ -47,4 +47,4 @@ def learning_rate(config: ServerOptimizerConfig, *, round: int, rounds: int) -> 
         progress = (round - config.warmup_rounds) / max(1, rounds - 1 - config.warmup_rounds)
         falling = 1 - progress if config.schedule is Schedule.linear else (1 + math.cos(math.pi * progress)) / 2
         share = config.final_lr_share + (1 - config.final_lr_share) * falling
-    return float(np.float32(config.lr * share))
+    return float(np.float32(config.base_lr * share))

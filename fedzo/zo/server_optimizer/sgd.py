@@ -45,7 +45,7 @@ class Sgd:
 
 
 @SERVER_OPTIMIZERS.register("sgd", SgdConfig)
-def sgd(config: SgdConfig) -> ServerOptimizer:
+def sgd(config: SgdConfig, *, local_steps: int) -> ServerOptimizer:
     """Build plain SGD."""
     return Sgd(weight_decay=config.weight_decay)
 
@@ -93,6 +93,6 @@ class Momentum:
 
 
 @SERVER_OPTIMIZERS.register("momentum", MomentumConfig)
-def momentum(config: MomentumConfig) -> ServerOptimizer:
+def momentum(config: MomentumConfig, *, local_steps: int) -> ServerOptimizer:
     """Build the heavy ball."""
     return Momentum(momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay)

@@ -153,7 +153,7 @@ def federation(tmp_path: Path) -> Iterator[Callable[..., tuple[Server, list[Clie
 
     def make(num_clients: int = 3, **strategy: Any) -> tuple[Server, list[Client], Grid]:
         server_optimizer: ServerOptimizerConfig = strategy.pop("server_optimizer", SgdConfig(lr=0.5))
-        rule = SERVER_OPTIMIZERS.build(server_optimizer)
+        rule = SERVER_OPTIMIZERS.build(server_optimizer, local_steps=1)
         clients = [Client(index, rule) for index in range(num_clients)]
         grid = Grid(clients)
         settings = {name: strategy.pop(name) for name in ("transport", "seeds") if name in strategy}

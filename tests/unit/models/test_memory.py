@@ -72,7 +72,7 @@ def test_the_formula_by_hand() -> None:
     ],
 )
 def test_what_a_rule_takes_is_not_more_than_estimated(config: ServerOptimizerConfig, moments: int) -> None:
-    n, num_clients, rule = 100_000, 3, SERVER_OPTIMIZERS.build(config)
+    n, num_clients, rule = 100_000, 3, SERVER_OPTIMIZERS.build(config, local_steps=1)
     own = isinstance(config, ScaffoldConfig | FedDynConfig)
     owners = tuple(range(num_clients)) if own else (SHARED,)
     c = np.ones((2, 1, len(owners)), np.float32)
