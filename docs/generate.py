@@ -28,6 +28,9 @@ This page lists every key of a run, as written on the command line: `fedzo train
 
 `fedzo list` prints the presets. `fedzo train --help` prints the values of a command line. fedzo reports all unknown
 keys, values of a wrong type and impossible combinations together, before any work is done.
+
+An option has the keys of its group and keys of its own. An option that repeats a key of its group has another default
+for the key.
 """
 
 
@@ -83,10 +86,15 @@ def default_of(field: dataclasses.Field[Any]) -> str:
     return value.name if isinstance(value, Enum) else json.dumps(value)
 
 
+def own_fields(cls: type) -> list[dataclasses.Field[Any]]:
+    """Fields that the class itself states: new ones, and inherited ones with another default."""
+    return [field for field in dataclasses.fields(cls) if field.name in vars(cls).get("__annotations__", {})]
+
+
 def table(cls: type, prefix: str) -> list[str]:
-    """Rows of the class's own plain keys; nested dataclasses get sections of their own."""
+    """Rows of the plain keys that the class itself states; nested dataclasses get sections of their own."""
     hints, docs, rows = get_type_hints(cls), field_docs(cls), []
-    for field in dataclasses.fields(cls):
+    for field in own_fields(cls):
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint):
             continue
@@ -105,6 +113,22 @@ def summary(cls: type) -> str:
     return markdown(" ".join((cls.__doc__ or "").split()))
 
 
+def group_page(name: str, base: type, options: dict[str, type]) -> list[str]:
+    """The options of a group: the keys of all first, then those that some share, then each option's own."""
+    shared: dict[type, list[str]] = {}
+    for option, cls in sorted(options.items()):
+        for parent in cls.__mro__[1:]:
+            if issubclass(parent, base) and parent is not base and own_fields(parent):
+                shared.setdefault(parent, []).append(option)
+    lines = ["Keys of every option:", "", *rows] if (rows := table(base, f"{name}.")) else []
+    for parent, users in shared.items():
+        which = ", ".join(f"`{user}`" for user in users)
+        lines += [f"### Keys that {which} share", "", summary(parent), "", *table(parent, f"{name}.")]
+    for option, cls in sorted(options.items()):
+        lines += [f"### `{name}={option}`", "", summary(cls), "", *table(cls, f"{name}.")]
+    return lines
+
+
 def page() -> str:
     """The whole page."""
     plugins = plugin_classes()
@@ -119,8 +143,7 @@ def page() -> str:
             chosen = f"A config group: `{name}=<preset>` takes `conf/{name}/<preset>.yaml`." if name in PLAIN else ""
             lines += [*([chosen, ""] if chosen else []), *table(cls, f"{name}.")]
             continue
-        for option, option_class in sorted(plugins[name].items()):
-            lines += [f"### `{name}={option}`", "", summary(option_class), "", *table(option_class, f"{name}.")]
+        lines += group_page(name, cls, plugins[name])
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -1,4 +1,14 @@
-"""The errors a user can meet. Each message says where, what must hold, what was got, and what to do."""
+"""The errors a user can meet, and how a broken rule of a configuration is reported.
+
+Each message says where, what must hold, what was got, and what to do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from enum import StrEnum
+from typing import NamedTuple
 
 
 class FedzoError(Exception):
@@ -19,3 +29,52 @@ class NumericsError(FedzoError, ArithmeticError):
 
 class RunFolderError(FedzoError, OSError):
     """The run folder cannot be read or written."""
+
+
+class Problem(NamedTuple):
+    """One broken rule; ``key`` is the setting to change."""
+
+    key: str
+    text: str
+
+
+def problem(key: str, rule: str, value: object, remedy: str) -> Problem:
+    """The report that ``key`` must ``rule``, that it is ``value``, and what to do."""
+    shown = repr(str(value)) if isinstance(value, StrEnum) else repr(value)
+    return Problem(key, f"{key} must {rule}, got {shown}. {remedy}")
+
+
+def at_least(key: str, value: int, least: int, remedy: str) -> Iterator[Problem]:
+    """A problem where a count is below ``least``."""
+    if value < least:
+        yield problem(key, f"be >= {least}", value, remedy)
+
+
+def positive(key: str, value: float, remedy: str) -> Iterator[Problem]:
+    """A problem where a number is not above 0."""
+    if not (math.isfinite(value) and value > 0):
+        yield problem(key, "be > 0 and finite", value, remedy)
+
+
+def positive_float32(key: str, value: float, remedy: str) -> Iterator[Problem]:
+    """A problem where a number is not above 0 in float32, as which it travels."""
+    if not 2.0**-126 <= value < 2.0**128:
+        yield problem(key, "be > 0 and finite in float32", value, remedy)
+
+
+def not_negative(key: str, value: float, remedy: str) -> Iterator[Problem]:
+    """A problem where a number is below 0."""
+    if not (math.isfinite(value) and value >= 0):
+        yield problem(key, "be >= 0 and finite", value, remedy)
+
+
+def unsigned_64(key: str, value: int) -> Iterator[Problem]:
+    """A problem where a seed does not fit 64 bits."""
+    if not 0 <= value < 2**64:
+        yield problem(key, "be an unsigned 64-bit integer (0 to 2**64 - 1)", value, "Choose a smaller seed.")
+
+
+def share_below_1(key: str, value: float, remedy: str) -> Iterator[Problem]:
+    """A problem where a share is not in [0, 1)."""
+    if not 0 <= value < 1:
+        yield problem(key, "be >= 0 and < 1", value, remedy)

@@ -7,14 +7,43 @@ registers its parts.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from fedzo.errors import ConfigError
+from fedzo.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from fedzo.config.schema import RunConfig
 
 T = TypeVar("T")
 ENTRY_POINT_GROUP = "fedzo.plugins"
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class PluginConfig:
+    """Base of every plugin's config: its keys, and beside them the rules on these and what the plugin can do.
+
+    What a plugin can do is told by ``traits``, a property of each kind's base class: rules of other parts read that and
+    never a plugin's name.
+    """
+
+    paths: ClassVar[Mapping[str, str]] = {}
+    """Keys that name a file of the machine, each with what to do where there is none."""
+
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        """Broken rules on the keys that this very class adds, alone and beside the rest of the run.
+
+        Each base class is asked for its own (``broken_rules``), so no class calls or replaces those of another.
+        """
+        return iter(())
+
+
+def broken_rules(config: PluginConfig, run: RunConfig) -> Iterator[Problem]:
+    """The problems of a plugin's config by the rules of its class and of all base classes, these first."""
+    for config_class in reversed(type(config).__mro__):
+        if rules := vars(config_class).get("problems"):
+            yield from rules(config, run)
 
 
 class Registry(Generic[T]):
@@ -65,6 +94,10 @@ class Registry(Generic[T]):
             known = ", ".join(sorted(self._configs)) or "none"
             raise ConfigError(f"{self.kind}: nothing is registered for {type(config).__name__}. Registered: {known}.")
         return factory(config, **runtime)
+
+    def name_of(self, config: object) -> str | None:
+        """Name of the option that a config belongs to, ``None`` if its class is not registered."""
+        return next((name for name, config_class in self._configs.items() if config_class is type(config)), None)
 
     def __iter__(self) -> Iterator[tuple[str, type]]:
         return iter(sorted(self._configs.items()))

@@ -36,16 +36,16 @@ from fedzo.errors import ConfigError, FedzoError
 from fedzo.evaluate.answers import evaluate
 from fedzo.fl.config import Aggregation, BestBy
 from fedzo.fl.server.aggregate import client_weights, sampling_order
-from fedzo.fl.server.step_policy.config import NoStepPolicyConfig
+from fedzo.fl.server.step_policy.baselines import NoStepPolicyConfig
 from fedzo.masks.mask_file import decode_mask
 from fedzo.models.config import DType
 from fedzo.records.decode import encode
 from fedzo.run.process import Process, open_process
 from fedzo.system import environment
 from fedzo.trainers import Workplace
-from fedzo.trainers.config import LoraTrainerConfig, MeerkatConfig
-from fedzo.zo.config import SgdConfig
-from fedzo.zo.schedule import learning_rate
+from fedzo.trainers.adapters import LoraTrainerConfig
+from fedzo.trainers.meerkat import MeerkatConfig
+from fedzo.zo.server_optimizer import SgdConfig, learning_rate
 from fedzo.zo.spaces.base import Space
 
 Record = dict[str, Any]

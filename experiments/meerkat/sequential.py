@@ -8,7 +8,7 @@ import numpy as np
 from collect import PANELS, Row
 from pieces import TASKS
 
-from fedzo.fl.server.step_policy.config import CusumConfig
+from fedzo.fl.server.step_policy.cusum import CusumConfig
 from fedzo.fl.server.step_policy.statistics import cusum, shortfall
 from fedzo.report.panels import client_traces
 from fedzo.report.run_data import load_run

@@ -23,9 +23,8 @@ from matplotlib.figure import Figure
 from fedzo.bench.claims import Claims
 from fedzo.errors import RunFolderError
 from fedzo.evaluate.metrics import auc
-from fedzo.fl.server.step_policy.config import Combine, Statistic, VpcsConfig, VpcsTest
-from fedzo.fl.server.step_policy.statistics import magnitudes
-from fedzo.fl.server.step_policy.vpcs import judge
+from fedzo.fl.server.step_policy.statistics import Statistic, magnitudes
+from fedzo.fl.server.step_policy.vpcs import Combine, VpcsConfig, VpcsTest, judge
 from fedzo.records.decode import decode_json
 from fedzo.records.log import AuditLine
 

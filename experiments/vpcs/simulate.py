@@ -19,9 +19,9 @@ import numpy.typing as npt
 
 from fedzo.bench.claims import Claims
 from fedzo.evaluate.metrics import auc
-from fedzo.fl.server.step_policy.config import Combine, CusumConfig, VpcsConfig, VpcsTest
+from fedzo.fl.server.step_policy.cusum import CusumConfig
 from fedzo.fl.server.step_policy.statistics import cusum, ratio, shortfall
-from fedzo.fl.server.step_policy.vpcs import judge
+from fedzo.fl.server.step_policy.vpcs import Combine, VpcsConfig, VpcsTest, judge
 
 HERE = Path(__file__).parent
 COMMAND = "python experiments/vpcs/simulate.py"

@@ -28,7 +28,6 @@ from fedzo.models.scoring import mean_loss
 from fedzo.run.peer import set_up_process
 from fedzo.system import environment
 from fedzo.trainers import TRAINERS, Workplace
-from fedzo.trainers.config import MeerkatConfig, Selector
 from fedzo.zo.directions import PURPOSE_DATA, add_direction, permutation, stream_key
 from fedzo.zo.estimator import Estimator
 from fedzo.zo.frozen_routing import build_estimator
@@ -151,10 +150,7 @@ def open_bench(config: RunConfig, *, shape: str | None, rows: int, tokens: int) 
     longest = getattr(loaded.model.config, "max_position_embeddings", None)
     if isinstance(longest, int) and tokens > longest:
         raise ConfigError(f"--tokens must be at most {longest} for {loaded.source!r}, got {tokens}. Lower it.")
-    trainer_config = config.trainer
-    if isinstance(trainer_config, MeerkatConfig) and trainer_config.mask_path is None:
-        trainer_config = replace(trainer_config, selector=Selector.random)
-    trainer = TRAINERS.build(trainer_config)
+    trainer = TRAINERS.build(config.trainer.for_timing())
     with tempfile.TemporaryDirectory() as folder:
         workplace = Workplace(folder=Path(folder), seed=0, texts=list, advance=lambda done, total: None)
         artifact = trainer.prepare(loaded, workplace).artifact
@@ -165,7 +161,7 @@ def open_bench(config: RunConfig, *, shape: str | None, rows: int, tokens: int) 
     prompts = [tuple(order[(row * tokens + i) % vocabulary] for i in range(tokens)) for row in range(rows)]
     candidates = ((order[0],), (order[1],))
     examples = [Example(prompt=prompt, candidates=candidates, label=0) for prompt in prompts]
-    return Bench(loaded, built.space, build_estimator(estimator), examples, estimator.eps, estimator.num_probes)
+    return Bench(loaded, built.space, build_estimator(estimator), examples, estimator.float32_eps, estimator.num_probes)
 
 
 def bench_step(

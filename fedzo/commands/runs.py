@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fedzo.config.plugins import chosen_plugins
 from fedzo.config.schema import RunConfig
 from fedzo.config.travel import config_hash, from_json, is_same_run, save_yaml, to_json
 from fedzo.errors import ConfigError, RunFolderError
@@ -186,8 +187,7 @@ def _uncompiled(config: RunConfig) -> RunConfig:
 def make_mask(config: RunConfig, out: Path) -> dict[str, Any]:
     """Choose a mask as ``trainer=meerkat`` would and write it to a file."""
     from fedzo.masks.mask_file import save_mask
-    from fedzo.trainers.config import MeerkatConfig
-    from fedzo.trainers.meerkat import choose_mask
+    from fedzo.trainers.meerkat import MeerkatConfig, choose_mask
 
     if not isinstance(config.trainer, MeerkatConfig):
         raise ConfigError("fedzo mask: trainer must be meerkat. Only a masked trainer has a mask.")
@@ -221,9 +221,10 @@ def doctor() -> list[tuple[str, bool, str]]:
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
     """Paths that every process of the run, and a later resume, can follow from anywhere."""
     config = deepcopy(config)
-    for section, key in ((config.data, "path"), (config.trainer, "mask_path"), (config.trainer, "calibration_path")):
-        if getattr(section, key, None):
-            setattr(section, key, str(Path(getattr(section, key)).expanduser().resolve()))
+    for section, keys in [(config.data, ["path"]), *((plugin, plugin.paths) for _, plugin in chosen_plugins(config))]:
+        for key in keys:
+            if path := getattr(section, key):
+                setattr(section, key, str(Path(path).expanduser().resolve()))
     if Path(config.model.name).expanduser().is_dir():
         config.model.name = str(Path(config.model.name).expanduser().resolve())
     return config

@@ -16,7 +16,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from fedzo.config.compose import FAILURES, StrayKeyError, compose_run, group_names, option_names
 from fedzo.config.plugins import plugin_classes
-from fedzo.config.problem import Problem
+from fedzo.errors import Problem
 
 RENAMED = {
     "selection": "step_policy",

@@ -10,10 +10,9 @@ from omegaconf import DictConfig
 from fedzo.config.compose import FAILURES, compose_run, option_names, session, to_config
 from fedzo.config.diagnose import diagnose, reason
 from fedzo.config.overrides import rewrite_model
-from fedzo.config.problem import Problem
-from fedzo.config.schema import RunConfig
-from fedzo.config.validate import missing_files, problems
-from fedzo.errors import ConfigError
+from fedzo.config.rules import missing_files, problems
+from fedzo.config.schema import RunConfig, filled
+from fedzo.errors import ConfigError, Problem
 
 
 def load(overrides: Sequence[str]) -> RunConfig:
@@ -45,7 +44,7 @@ def checked(composed: DictConfig) -> RunConfig:
         raise ConfigError(reason(error)) from error
     if found := problems(config) + missing_files(config):
         raise ConfigError(message([problem.text for problem in found]))
-    return config
+    return filled(config)
 
 
 def check(overrides: Sequence[str]) -> tuple[RunConfig | None, list[Problem]]:
@@ -54,7 +53,7 @@ def check(overrides: Sequence[str]) -> tuple[RunConfig | None, list[Problem]]:
         config = to_config(compose_run(overrides))
     except FAILURES as error:
         return None, _all_problems(overrides, error)
-    return config, problems(config) + missing_files(config)
+    return filled(config), problems(config) + missing_files(config)
 
 
 def _all_problems(overrides: Sequence[str], first: Exception) -> list[Problem]:

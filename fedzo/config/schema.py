@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from fedzo.data.config import DataConfig, IidConfig, PartitionConfig, TaskConfig
+from fedzo.data.config import DataConfig, TaskConfig
+from fedzo.data.partition import PartitionConfig
+from fedzo.data.partition.by_label import DirichletEqualConfig
 from fedzo.data.preprocess.config import StageConfig
 from fedzo.fl.config import EvaluationConfig, FaultsConfig, FlConfig, StrategyConfig
-from fedzo.fl.server.step_policy.config import NoStepPolicyConfig, StepPolicyConfig
+from fedzo.fl.server.step_policy.baselines import NoStepPolicyConfig
+from fedzo.fl.server.step_policy.plan import StepPolicyConfig
 from fedzo.models.config import ModelConfig
 from fedzo.report.config import ReportConfig
 from fedzo.runtime.config import InlineConfig, RuntimeConfig
-from fedzo.trainers.config import MeerkatConfig, TrainerConfig
-from fedzo.zo.config import EstimatorConfig, ServerOptimizerConfig, SgdConfig, TwoPointConfig
+from fedzo.trainers.base import TrainerConfig
+from fedzo.trainers.meerkat import MeerkatConfig
+from fedzo.zo.estimator import EstimatorConfig, TwoPointConfig
+from fedzo.zo.server_optimizer import ServerOptimizerConfig, SgdConfig
 
 
 @dataclass(kw_only=True, slots=True)
@@ -29,7 +34,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    partition: PartitionConfig = field(default_factory=IidConfig)
+    partition: PartitionConfig = field(default_factory=DirichletEqualConfig)
     trainer: TrainerConfig = field(default_factory=MeerkatConfig)
     preprocess: dict[str, StageConfig] = field(default_factory=dict)
     estimator: EstimatorConfig = field(default_factory=TwoPointConfig)
@@ -41,3 +46,13 @@ class RunConfig:
     faults: FaultsConfig = field(default_factory=FaultsConfig)
     runtime: RuntimeConfig = field(default_factory=InlineConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+
+
+def filled(config: RunConfig) -> RunConfig:
+    """The config with the numbers that were left to the trainer: ``server_optimizer.lr`` and ``estimator.eps``."""
+    trainer, optimizer, estimator = config.trainer, config.server_optimizer, config.estimator
+    return replace(
+        config,
+        server_optimizer=replace(optimizer, lr=trainer.lr if optimizer.lr is None else optimizer.lr),
+        estimator=replace(estimator, eps=trainer.eps if estimator.eps is None else estimator.eps),
+    )

@@ -9,13 +9,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from fedzo.config.paths import conf_dir
-from fedzo.config.plugins import PLAIN, list_classes, plugin_classes
+from fedzo.config.plugins import PLAIN, REGISTRIES, list_classes, plugin_classes
 from fedzo.config.schema import RunConfig
-from fedzo.data.config import PartitionConfig
-from fedzo.fl.server.step_policy.config import StepPolicyConfig
-from fedzo.runtime.config import RuntimeConfig
-from fedzo.trainers.config import TrainerConfig
-from fedzo.zo.config import EstimatorConfig, ServerOptimizerConfig
 
 _MAX_FOLDER_CHARS = 80
 
@@ -24,14 +19,7 @@ def register_schemas() -> None:
     """Store ``schema`` (a whole run) and ``<option>_schema`` per group; safe to repeat."""
     store = ConfigStore.instance()
     # Plugin groups start at their base class: merging one plugin onto another would keep the first one's keys.
-    bases = RunConfig(
-        partition=PartitionConfig(),
-        trainer=TrainerConfig(),
-        estimator=EstimatorConfig(),
-        server_optimizer=ServerOptimizerConfig(),
-        step_policy=StepPolicyConfig(),
-        runtime=RuntimeConfig(),
-    )
+    bases = RunConfig(**{group: registry.base() for group, registry in REGISTRIES.items()})
     store.store(name="schema", node=bases)
     for group, config_class in PLAIN.items():
         store.store(group=group, name=f"{group}_schema", node=config_class)

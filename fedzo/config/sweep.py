@@ -16,9 +16,8 @@ from fedzo.config.compose import FAILURES, compose_run, option_names, session
 from fedzo.config.diagnose import diagnose, parse_overrides, reason
 from fedzo.config.load import check, message
 from fedzo.config.overrides import quoted, rewrite_model
-from fedzo.config.problem import Problem
 from fedzo.config.schema import RunConfig
-from fedzo.errors import ConfigError
+from fedzo.errors import ConfigError, Problem
 
 log = logging.getLogger(__name__)
 

@@ -18,9 +18,9 @@ from typing import Any, Literal, NoReturn, Union, cast, get_args, get_origin, ge
 
 import yaml
 
-from fedzo.config.plugins import list_classes, plugin_classes, plugin_name
-from fedzo.config.schema import RunConfig
-from fedzo.config.validate import problems
+from fedzo.config.plugins import chosen_plugins, list_classes, plugin_classes, plugin_name
+from fedzo.config.rules import problems
+from fedzo.config.schema import RunConfig, filled
 from fedzo.errors import ConfigError
 
 SITE_LOCAL = (
@@ -32,10 +32,9 @@ SITE_LOCAL = (
     "runtime",
     "report",
     "data.path",
-    "trainer.mask_path",
-    "trainer.calibration_path",
 )
-"""Keys that may differ between the peers of a run; the contents behind the paths have digests of their own."""
+"""Keys that may differ between the peers of a run; so may the files that plugins name (``paths``), whose
+contents have digests of their own."""
 MACHINE = ("device", "threads", "runtime", "report")
 """Keys of where a run is computed and how it is told of."""
 
@@ -78,7 +77,8 @@ def config_hash(config: RunConfig) -> str:
     Of ``model.name`` only the last component counts, so that a site may hold the model in a folder; the weights have
     a digest of their own.
     """
-    plain = _without(_to_plain(config), SITE_LOCAL)
+    files = [f"{where}.{key}" for where, plugin in chosen_plugins(config) for key in plugin.paths]
+    plain = _without(_to_plain(config), [*SITE_LOCAL, *files])
     name = plain["model"]["name"].replace("\\", "/").rstrip("/")
     plain["model"]["name"] = name.rpartition("/")[2]
     canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -101,7 +101,7 @@ def _without(plain: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
 
 
 def _to_plain(config: RunConfig) -> dict[str, Any]:
-    plain = cast(dict[str, Any], _encode(config))
+    plain = cast(dict[str, Any], _encode(filled(config)))
     for group, options in plugin_classes().items():
         plugin = getattr(config, group)
         name = plugin_name(group, plugin)
@@ -132,7 +132,7 @@ def _from_plain(plain: object) -> RunConfig:
     config = cast(RunConfig, _decode_class(RunConfig, plain, "configuration"))
     if found := problems(config):
         raise ConfigError("; ".join(problem.text for problem in found))
-    return config
+    return filled(config)
 
 
 def _decode_class(config_class: type, plain: object, where: str) -> object:

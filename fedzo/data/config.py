@@ -1,4 +1,4 @@
-"""What a user can say about tasks, files and partitions."""
+"""What a user can say about tasks and files."""
 
 from __future__ import annotations
 
@@ -65,65 +65,3 @@ class DataConfig:
     """Rows of the final score, 0 = none; without a test file drawn from train (a quarter of it at most)."""
     split_seed: int = 0
     """Seed of the split; apart from the run seed, so that runs share their test rows."""
-
-
-@dataclass(kw_only=True, slots=True)
-class PartitionConfig:
-    """How the training rows are split among the clients."""
-
-    min_rows: int = 1
-    """Fewest rows a client may have."""
-    holdout: float = 0.1
-    """Share of each client's rows kept for federated evaluation, never trained on."""
-
-
-@dataclass(kw_only=True, slots=True)
-class IidConfig(PartitionConfig):
-    """Rows are split among the clients uniformly."""
-
-
-@dataclass(kw_only=True, slots=True)
-class OwnConfig(PartitionConfig):
-    """No partition: every client reads its own file (``data.path``, in which ``{client}`` is the client's index)."""
-
-
-@dataclass(kw_only=True, slots=True)
-class DirichletConfig(PartitionConfig):
-    """The rows of each class are split among the clients by shares drawn from Dirichlet(alpha)."""
-
-    alpha: float = 0.5
-    """Concentration. A smaller value makes clients less alike."""
-
-
-@dataclass(kw_only=True, slots=True)
-class DirichletEqualConfig(PartitionConfig):
-    """Clients have equal sizes. The label mix of each client is drawn from Dirichlet(alpha)."""
-
-    alpha: float = 0.5
-    """Concentration; smaller is less IID."""
-    num_extreme: int = 0
-    """Number of clients (the last indices) with rows of a single label."""
-
-
-@dataclass(kw_only=True, slots=True)
-class ShardsConfig(PartitionConfig):
-    """Rows are sorted by label and cut into shards. Each client gets some shards."""
-
-    shards_per_client: int = 2
-    """Number of shards of a client."""
-
-
-@dataclass(kw_only=True, slots=True)
-class ExtremeConfig(PartitionConfig):
-    """Some clients hold a single label, the others are IID."""
-
-    num_extreme: int = 2
-    """How many clients (the last indices) hold rows of one label only."""
-
-
-@dataclass(kw_only=True, slots=True)
-class NaturalConfig(PartitionConfig):
-    """One client per value of a column (a site, an author, a domain)."""
-
-    column: str = ""
-    """Name of the column; its number of values must be ``fl.num_clients``."""

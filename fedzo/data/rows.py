@@ -12,9 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from fedzo.data.config import DataConfig, PartitionConfig, TaskConfig, TaskKind
+from fedzo.data.config import DataConfig, TaskConfig, TaskKind
 from fedzo.data.files import Row
-from fedzo.data.partition import holdout, partition
+from fedzo.data.partition import PartitionConfig, holdout, partition
 from fedzo.data.preprocess import Stage, preprocess
 from fedzo.data.sources import Splits, load_own, load_splits
 from fedzo.data.tasks import label_index, render

@@ -7,8 +7,7 @@ The memory of a forward-only step, in bytes (w = bytes of a weight):
     attention    2 * heads * 512 * tokens * 4, only where attention writes its scores down ("eager", as Gemma 2)
     head         head_rows * vocabulary * (4 + w), the logits and their float32 copy, at most 256 MiB of the float32
     cache        keys and values of shared prompts: counted in ``tokens_per_batch`` when forwards are planned
-    masked       space_size * 20           master, index, direction and two scratch values of each trained number
-    full         3 * the largest weight in float32 (perturbed copy, scratch); a copy of the weights if local_steps > 1
+    trained      what the space says (``Space.step_bytes``): masters, directions, scratch, marks
     rule         space_size * 4 * (num_moments + 10) in the machine's memory, if the server optimizer remembers any:
                  its numbers, and what a round's update holds beside them for a while (3 vectors of n, 10 with a drift)
 
@@ -18,7 +17,7 @@ It is meant to be an upper estimate; sequences are taken to be 512 tokens at mos
 from __future__ import annotations
 
 import time
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import psutil
 import torch
@@ -28,10 +27,7 @@ from fedzo.errors import ConfigError
 from fedzo.models.head import hidden_at
 from fedzo.models.load import LoadedModel
 
-SpaceKind = Literal["masked", "full"]
-
 _LOGITS_BYTES = 256 << 20
-_MASKED_BYTES = 20
 _RULE_VECTORS = 10
 _SEQUENCE_TOKENS = 512
 _SHARE = 0.9  # of what is available: allocators keep some
@@ -51,27 +47,20 @@ def estimate_step_memory_bytes(
     model: nn.Module,
     *,
     batch_tokens: int,
-    space: SpaceKind,
-    local_steps: int = 1,
-    space_size: int = 0,
+    trained_bytes: int,
     head_rows: int = 0,
-    num_moments: int = 0,
 ) -> int:
     """Peak bytes of a step, weights included, by the formula above.
 
     Args:
         model: A causal language model, loaded or on the meta device.
         batch_tokens: Padded tokens of one forward.
-        space: What is trained.
-        local_steps: Steps between two synchronisations.
-        space_size: Trained numbers (masked).
+        trained_bytes: What a step takes for the trained values (``Space.step_bytes``), and what is kept beside them.
         head_rows: Positions that pay for the whole LM head; 0 where candidates are single tokens.
-        num_moments: Numbers that the server optimizer remembers for each trained one.
 
     Returns:
         Bytes.
     """
-    largest = max(parameter.numel() for parameter in model.parameters())
     width = next(model.parameters()).element_size()
     config = _text_config(model)
     activations = batch_tokens * width * (6 * _hidden(config) + 3 * _intermediate(config))
@@ -79,11 +68,7 @@ def estimate_step_memory_bytes(
         activations += 2 * 4 * _SEQUENCE_TOKENS * batch_tokens * int(config.num_attention_heads)
     logits = head_rows * int(getattr(config, "vocab_size", 0))
     head = min(4 * logits, _LOGITS_BYTES) * (4 + width) // 4
-    if space == "masked":
-        trained = _MASKED_BYTES * space_size
-    else:
-        trained = 3 * 4 * largest + (weights_bytes(model) if local_steps > 1 else 0)
-    return weights_bytes(model) + activations + head + trained + rule_bytes(space_size, num_moments)
+    return weights_bytes(model) + activations + head + trained_bytes
 
 
 def available_memory_bytes(device: torch.device) -> int:
@@ -108,9 +93,7 @@ def fit_tokens_per_batch(
     wanted: int,
     longest: int,
     available_bytes: int,
-    space: SpaceKind,
-    local_steps: int = 1,
-    space_size: int = 0,
+    trained_bytes: int,
     head_share: float = 0.0,
 ) -> int:
     """The largest ``wanted / 2**k`` tokens a forward whose step fits beside the weights that are there already.
@@ -120,9 +103,7 @@ def fit_tokens_per_batch(
         wanted: ``model.tokens_per_batch``.
         longest: Tokens of the longest sequence, which cannot be split.
         available_bytes: What can still be taken; nine tenths of it are used.
-        space: What is trained.
-        local_steps: Steps between two synchronisations.
-        space_size: Trained numbers (masked).
+        trained_bytes: What a step takes for the trained values.
         head_share: Share of the tokens that pay for the whole LM head.
 
     Returns:
@@ -136,9 +117,7 @@ def fit_tokens_per_batch(
         needed = estimate_step_memory_bytes(
             model,
             batch_tokens=max(tokens, min(wanted, longest)),
-            space=space,
-            local_steps=local_steps,
-            space_size=space_size,
+            trained_bytes=trained_bytes,
             head_rows=int(tokens * head_share),
         )
         needed -= weights_bytes(model)

@@ -8,7 +8,6 @@ from fedzo.data.example import Example
 from fedzo.errors import ConfigError
 from fedzo.models.load import LoadedModel
 from fedzo.models.memory import (
-    SpaceKind,
     available_memory_bytes,
     estimate_step_memory_bytes,
     fit_tokens_per_batch,
@@ -40,9 +39,7 @@ def fitting_tokens_per_batch(
         wanted=wanted,
         longest=longest,
         available_bytes=available,
-        space=_kind(loaded, space),
-        local_steps=local_steps,
-        space_size=space.size,
+        trained_bytes=space.step_bytes(local_steps),
     )
 
 
@@ -79,21 +76,9 @@ def estimate_run(
     memory = estimate_step_memory_bytes(
         loaded.model,
         batch_tokens=min(tokens_per_batch, rows_per_step * longest),
-        space=_kind(loaded, space),
-        local_steps=local_steps,
-        space_size=space.size,
-        num_moments=num_moments,
+        trained_bytes=space.step_bytes(local_steps) + rule_bytes(space.size, num_moments),
     )
     return Estimate(memory_bytes=memory, seconds=tokens * time_a_token(loaded))
-
-
-def is_full(loaded: LoadedModel, space: Space) -> bool:
-    """Whether the space is all of the model's weights."""
-    return space.size == sum(parameter.numel() for parameter in loaded.model.parameters())
-
-
-def _kind(loaded: LoadedModel, space: Space) -> SpaceKind:
-    return "full" if is_full(loaded, space) else "masked"
 
 
 def _num_tokens(example: Example) -> int:

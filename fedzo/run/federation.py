@@ -17,7 +17,6 @@ from fedzo.fl.config import StrategyConfig
 from fedzo.fl.log_store import RunStore, best_round
 from fedzo.fl.server.client_registry import ClientRegistry
 from fedzo.fl.server.rounds import Server, Sink
-from fedzo.fl.server.step_policy import check_step_policy, most_steps
 from fedzo.records.metrics import (
     ClientSetup,
     Estimate,
@@ -132,7 +131,7 @@ class Federation:
                 folder=self._store.folder, seed=config.seed, texts=context.training_prompts, advance=advance
             )
             prepared = context.peer.trainer.prepare(context.peer.loaded, workplace)
-        check_step_policy(config.step_policy, config.fl, has_gradient=prepared.gradient is not None)
+        config.step_policy.check_start(config.fl, has_gradient=prepared.gradient is not None)
         return prepared
 
     def _trial_rows(self) -> TrialRows | None:
@@ -210,7 +209,7 @@ class Federation:
             rows_per_step=config.fl.batch_size,
             steps=(config.fl.rounds - 1) * config.fl.local_steps * clients + first,
             forwards_per_step=context.peer.estimator.forwards_per_step(config.estimator.num_probes),
-            local_steps=most_steps(config.step_policy, config.fl),
+            local_steps=config.step_policy.most_steps(config.fl),
             tokens_per_batch=at.tokens_per_batch,
             num_moments=len(at.replica.moments),
         )
@@ -254,5 +253,5 @@ def _total(store: RunStore, name: str) -> int:
 
 def _strategy(config: RunConfig) -> StrategyConfig:
     """Where one process plays all clients one after another, how long that takes is not theirs: no deadline."""
-    inline = plugin_name("runtime", config.runtime) == "inline"
-    return replace(config.strategy, deadline_s=math.inf) if inline else config.strategy
+    takes_turns = config.runtime.traits.takes_turns
+    return replace(config.strategy, deadline_s=math.inf) if takes_turns else config.strategy

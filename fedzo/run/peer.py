@@ -18,7 +18,6 @@ from fedzo.data.files import Row
 from fedzo.fl.client.local_update import Workspace
 from fedzo.fl.client.worker import Identity
 from fedzo.fl.replica import Replica
-from fedzo.fl.server.step_policy import most_steps
 from fedzo.models.config import DType
 from fedzo.models.fidelity import NUM_DIRECTIONS, choose_dtype, coarseness_warning, try_out
 from fedzo.models.load import LoadedModel, load_model, resolve_device
@@ -26,7 +25,7 @@ from fedzo.models.plan import forward_cost
 from fedzo.models.products import choose_product
 from fedzo.models.scoring import mean_loss
 from fedzo.models.virtual_tokens import longest_sequence
-from fedzo.run.estimate import fitting_tokens_per_batch, is_full
+from fedzo.run.estimate import fitting_tokens_per_batch
 from fedzo.system import default_threads
 from fedzo.trainers import TRAINERS, Built, Trainer
 from fedzo.trainers.artifacts import Artifact
@@ -100,9 +99,9 @@ class Peer:
             built, self.undecided = self._choose_dtype(built, artifact, trial_rows()), False
         self.built = built
         config, num_clients = self.config, self.config.fl.num_clients
-        rule = SERVER_OPTIMIZERS.build(config.server_optimizer)
-        full = is_full(self.loaded, built.space)
-        if full and (warning := coarseness_warning(self.loaded.model, config.estimator.eps)):
+        rule = SERVER_OPTIMIZERS.build(config.server_optimizer, local_steps=config.fl.local_steps)
+        in_model_dtype = not config.trainer.traits.float32_master
+        if in_model_dtype and (warning := coarseness_warning(self.loaded.model, config.estimator.float32_eps)):
             log.warning(warning)
         return Workspace(
             loaded=self.loaded,
@@ -112,10 +111,10 @@ class Peer:
                 built.space,
                 wanted=config.model.tokens_per_batch,
                 longest=longest_sequence(self.loaded.model, config.model.max_length),
-                local_steps=most_steps(config.step_policy, config.fl),
+                local_steps=config.step_policy.most_steps(config.fl),
                 num_moments=rule.num_moments(num_clients),
             ),
-            forward_cost_tokens=forward_cost(self.loaded.device, perturbs_weights=full),
+            forward_cost_tokens=forward_cost(self.loaded.device, perturbs_weights=built.space.perturbs_weights),
         )
 
     def _build(self, loaded: LoadedModel, artifact: Artifact) -> Built:

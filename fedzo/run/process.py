@@ -11,7 +11,6 @@ from pathlib import Path
 
 from fedzo.config.schema import RunConfig
 from fedzo.config.travel import from_json
-from fedzo.data.config import OwnConfig
 from fedzo.data.rows import OwnRows, RowSource, SimulatedRows
 from fedzo.run.client_context import ClientContext
 from fedzo.run.peer import Peer, open_peer
@@ -55,7 +54,7 @@ def open_process(config: RunConfig, *, artifacts: Path | None = None) -> Process
 
 def row_source(config: RunConfig) -> RowSource:
     """Where this machine's clients have their rows from."""
-    if isinstance(config.partition, OwnConfig):
+    if config.partition.traits.own_rows:
         return OwnRows(config.data.path or "", config.task)
     return SimulatedRows(config.data, config.task, config.partition, config.fl.num_clients, config.seed)
 

@@ -1,13 +1,46 @@
-"""What a user can say about where a federation runs."""
+"""Where a federation runs: what a user can say about it, and how it is started."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fedzo.errors import Problem, at_least, not_negative, positive, problem
+from fedzo.fl.config import Seeds
+from fedzo.registry import PluginConfig, Registry
+
+if TYPE_CHECKING:
+    from flwr.clientapp import ClientApp
+
+    from fedzo.config.schema import RunConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeTraits:
+    """What other parts of a run must know of a runtime.
+
+    Attributes:
+        takes_turns: Whether clients work one after another, so that a round takes long by no fault of theirs and no
+            deadline applies.
+    """
+
+    takes_turns: bool = False
 
 
 @dataclass(kw_only=True, slots=True)
-class RuntimeConfig:
+class RuntimeConfig(PluginConfig):
     """Where clients run. At most the last bits of a result change, by ``batch_clients`` or where ``threads`` is 0."""
+
+    @property
+    def traits(self) -> RuntimeTraits:
+        """What other parts of a run must know of this runtime."""
+        return RuntimeTraits()
+
+
+RUNTIMES: Registry[None] = Registry("runtime", base=RuntimeConfig)
+"""Factories ``(config, *, num_clients, run_config)`` that return when the federation has ended; each imports what it
+needs only then."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -16,6 +49,24 @@ class InlineConfig(RuntimeConfig):
 
     batch_clients: bool = False
     """Evaluate all clients of a round in joint forwards; without a mask only their first steps. Last bits differ."""
+
+    @property
+    def traits(self) -> RuntimeTraits:
+        return RuntimeTraits(takes_turns=True)
+
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        if self.batch_clients and run.fl.seeds is not Seeds.shared:
+            remedy = "Clients with directions of their own cannot share a forward."
+            yield problem("runtime.batch_clients", f"be false for fl.seeds={run.fl.seeds}", True, remedy)
+
+
+@RUNTIMES.register("inline", InlineConfig)
+def _inline(config: InlineConfig, *, num_clients: int, run_config: dict[str, str]) -> None:
+    from fedzo.run.apps import client_app, look_ahead, server_app
+    from fedzo.runtime.inline import run_inline
+
+    ahead = look_ahead if config.batch_clients else None
+    run_inline(server_app, client_app, num_clients=num_clients, run_config=run_config, look_ahead=ahead)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -29,6 +80,25 @@ class RayConfig(RuntimeConfig):
     num_actors: int = 2
     """Actors (processes) that share the clients."""
 
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        yield from positive("runtime.num_cpus_per_client", self.num_cpus_per_client, "1 is usual.")
+        yield from not_negative("runtime.num_gpus_per_client", self.num_gpus_per_client, "0 reserves no GPU.")
+        yield from at_least("runtime.num_actors", self.num_actors, 1, "It counts processes.")
+
+
+@RUNTIMES.register("ray", RayConfig)
+def _ray(config: RayConfig, *, num_clients: int, run_config: dict[str, str]) -> None:
+    from fedzo.run.apps import server_app
+    from fedzo.runtime.ray import run_ray
+
+    run_ray(server_app, _installed_client_app, num_clients=num_clients, run_config=run_config, config=config)
+
+
+def _installed_client_app() -> ClientApp:
+    from fedzo.run.apps import client_app
+
+    return client_app
+
 
 @dataclass(kw_only=True, slots=True)
 class LocalConfig(RuntimeConfig):
@@ -38,3 +108,15 @@ class LocalConfig(RuntimeConfig):
     """How long to wait for SuperLink and SuperNodes to be ready."""
     step_limit_s: float = 3600.0
     """A client that works longer on one message (loading the model included) is stopped and started again."""
+
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        yield from positive("runtime.startup_s", self.startup_s, "It counts seconds.")
+        yield from positive("runtime.step_limit_s", self.step_limit_s, "It counts seconds.")
+
+
+@RUNTIMES.register("local", LocalConfig)
+def _local(config: LocalConfig, *, num_clients: int, run_config: dict[str, str]) -> None:
+    from fedzo.run.apps import server_app
+    from fedzo.runtime.local import run_local
+
+    run_local(server_app, num_clients=num_clients, run_config=run_config, config=config)

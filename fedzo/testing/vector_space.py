@@ -8,14 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
+from torch import nn
 
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import direction
-from fedzo.zo.spaces.base import Values
+from fedzo.zo.spaces.base import RowWeights, Values
 
 
 class VectorSpace:
     """theta is ``self.theta`` (float32 [n]); a probe writes to it and puts a copy back."""
+
+    perturbs_weights = False
 
     def __init__(self, theta: Values, *, distribution: Distribution = Distribution.gaussian) -> None:
         self.distribution = distribution
@@ -59,6 +62,12 @@ class VectorSpace:
 
     def digest(self) -> str:
         return hashlib.sha256(self.theta.tobytes()).hexdigest()
+
+    def step_bytes(self, local_steps: int) -> int:
+        return 5 * 4 * self.size  # theta, its copy, a direction and two values on the way
+
+    def row_weights(self, model: nn.Module) -> RowWeights | None:
+        return None
 
     def _direction(self, key: int) -> Values:
         return direction(key, self.size, distribution=self.distribution)

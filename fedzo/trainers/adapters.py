@@ -2,41 +2,44 @@
 
 PEFT's own classes make and compute the adapter; fedzo numbers its values, redraws their initial values from the run
 seed (``docs/explanation-randomness.md``), and moves them. So every peer builds the same bits, and nothing but the seed
-has to travel.
+has to travel. PEFT is imported where an adapter is built: it takes seconds.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import peft
 from torch import nn
 
-from fedzo.errors import ConfigError
-from fedzo.models.adapters import (
-    FEED_FORWARD,
-    KEY_VALUE,
-    QUERY_VALUE,
-    are_transposed,
-    find_layers,
-    inject,
-    trained_parameters,
-)
-from fedzo.models.load import LoadedModel
-from fedzo.trainers import Built, Prepared, Workplace
+from fedzo.errors import ConfigError, Problem, at_least, not_negative
 from fedzo.trainers.artifacts import Artifact
-from fedzo.trainers.config import Ia3TrainerConfig, LoraTrainerConfig, PrefixTrainerConfig, PromptTrainerConfig
+from fedzo.trainers.base import TRAINERS, Built, Prepared, TrainerConfig, TrainerTraits, Workplace
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import PURPOSE_INIT, gaussians, stream_key
 from fedzo.zo.spaces.dense import DenseSpace
 
+if TYPE_CHECKING:
+    import peft
+
+    from fedzo.config.schema import RunConfig
+    from fedzo.models.load import LoadedModel
+
 Law = tuple[float, float]
 """Mean and standard deviation of a tensor's initial values."""
+
+
+@dataclass(kw_only=True, slots=True)
+class AdapterConfig(TrainerConfig):
+    """A trainer of float32 adapters over a model that stays as it was loaded."""
+
+    @property
+    def traits(self) -> TrainerTraits:
+        return TrainerTraits(trains_base_weights=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,8 @@ class AdapterTrainer:
 
     def build(self, loaded: LoadedModel, artifact: Artifact, *, distribution: Distribution) -> Built:
         """The adapter on ``loaded.model``, in place of an earlier one, at its initial values."""
+        from fedzo.models.adapters import inject, trained_parameters
+
         if artifact.size != 8:
             raise ConfigError(f"an adapter's artifact must be a seed of 8 bytes, got {artifact.size}.")
         peft_model = inject(loaded, self.configure(loaded.model))
@@ -74,6 +79,25 @@ class AdapterTrainer:
         return Built(space, lambda: space.load(base), save)
 
 
+@dataclass(kw_only=True, slots=True)
+class LoraTrainerConfig(AdapterConfig):
+    """LoRA-MeZO: PEFT's low-rank adapters, in float32 over a base of any dtype (arXiv 2106.09685, 2305.17333)."""
+
+    lr: float = 5e-5  # this and eps: MeZO's for LoRA
+    eps: float = 1e-2
+    rank: int = 8
+    """r: columns of B and rows of A. MeZO uses 8."""
+    alpha: int = 16
+    """The update B A is scaled by alpha / rank. MeZO uses 16."""
+    target_modules: list[str] = field(default_factory=list)
+    """Ends of the names of the linear layers to adapt; empty: the query and value projections of the attention."""
+
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        yield from at_least("trainer.rank", self.rank, 1, "8 is usual.")
+        yield from at_least("trainer.alpha", self.alpha, 1, "Twice the rank is usual.")
+
+
+@TRAINERS.register("lora", LoraTrainerConfig)
 def lora_trainer(config: LoraTrainerConfig) -> AdapterTrainer:
     """Low-rank updates (alpha / rank) B A of linear layers (arXiv 2106.09685), as in MeZO's LoRA runs.
 
@@ -81,6 +105,10 @@ def lora_trainer(config: LoraTrainerConfig) -> AdapterTrainer:
     """
 
     def configure(model: nn.Module) -> peft.PeftConfig:
+        import peft
+
+        from fedzo.models.adapters import QUERY_VALUE, are_transposed, find_layers
+
         layers = find_layers(model, config.target_modules, known=QUERY_VALUE, key="trainer.target_modules")
         return peft.LoraConfig(
             task_type="CAUSAL_LM",
@@ -96,6 +124,19 @@ def lora_trainer(config: LoraTrainerConfig) -> AdapterTrainer:
     return AdapterTrainer(configure, law)
 
 
+@dataclass(kw_only=True, slots=True)
+class Ia3TrainerConfig(AdapterConfig):
+    """IA3: PEFT's learned rescaling of keys, values and feed-forward activations (arXiv 2205.05638)."""
+
+    lr: float = 1e-3
+    eps: float = 1e-2
+    target_modules: list[str] = field(default_factory=list)
+    """Ends of the names of the linear layers whose output is scaled; empty: the key and value projections."""
+    feedforward_modules: list[str] = field(default_factory=list)
+    """Ends of the names of the linear layers whose input is scaled; empty: the last layer of each MLP."""
+
+
+@TRAINERS.register("ia3", Ia3TrainerConfig)
 def ia3_trainer(config: Ia3TrainerConfig) -> AdapterTrainer:
     """One factor a key, a value and a feed-forward activation, 1 at first (arXiv 2205.05638).
 
@@ -103,6 +144,10 @@ def ia3_trainer(config: Ia3TrainerConfig) -> AdapterTrainer:
     """
 
     def configure(model: nn.Module) -> peft.PeftConfig:
+        import peft
+
+        from fedzo.models.adapters import FEED_FORWARD, KEY_VALUE, are_transposed, find_layers
+
         outputs = find_layers(model, config.target_modules, known=KEY_VALUE, key="trainer.target_modules")
         inputs = find_layers(
             model, config.feedforward_modules, known=(*FEED_FORWARD, ()), key="trainer.feedforward_modules"
@@ -118,6 +163,29 @@ def ia3_trainer(config: Ia3TrainerConfig) -> AdapterTrainer:
     return AdapterTrainer(configure, lambda name, parameter: (1.0, 0.0))
 
 
+@dataclass(kw_only=True, slots=True)
+class VirtualTokensConfig(AdapterConfig):
+    """A trainer of virtual tokens before every text."""
+
+    lr: float = 1e-3
+    num_virtual_tokens: int = 5
+    """Virtual tokens before every text; each takes one of the model's positions. MeZO uses 5."""
+    init_std: float = 0.02
+    """Standard deviation of the initial values."""
+
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        yield from at_least("trainer.num_virtual_tokens", self.num_virtual_tokens, 1, "5 is usual.")
+        yield from not_negative("trainer.init_std", self.init_std, "0.02 is usual.")
+
+
+@dataclass(kw_only=True, slots=True)
+class PrefixTrainerConfig(VirtualTokensConfig):
+    """Prefix tuning: PEFT's learned keys and values before every text, in every layer (arXiv 2101.00190)."""
+
+    eps: float = 1e-1  # this and lr: MeZO's for prefixes
+
+
+@TRAINERS.register("prefix", PrefixTrainerConfig)
 def prefix_trainer(config: PrefixTrainerConfig) -> AdapterTrainer:
     """Keys and values of virtual tokens in every layer, trained as such (arXiv 2101.00190).
 
@@ -126,15 +194,27 @@ def prefix_trainer(config: PrefixTrainerConfig) -> AdapterTrainer:
     """
 
     def configure(model: nn.Module) -> peft.PeftConfig:
+        import peft
+
         return peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=config.num_virtual_tokens)
 
     return AdapterTrainer(configure, lambda name, parameter: (0.0, config.init_std))
 
 
+@dataclass(kw_only=True, slots=True)
+class PromptTrainerConfig(VirtualTokensConfig):
+    """Prompt tuning: PEFT's learned embeddings before every text (arXiv 2104.08691)."""
+
+    eps: float = 1e-2
+
+
+@TRAINERS.register("prompt", PromptTrainerConfig)
 def prompt_trainer(config: PromptTrainerConfig) -> AdapterTrainer:
     """Embeddings of virtual tokens (arXiv 2104.08691), Gaussian at first."""
 
     def configure(model: nn.Module) -> peft.PeftConfig:
+        import peft
+
         return peft.PromptTuningConfig(
             task_type="CAUSAL_LM",
             num_virtual_tokens=config.num_virtual_tokens,

@@ -8,29 +8,112 @@ the paper uses C4. The signed mean gradient is kept beside the mask at the serve
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 import fedzo
 from fedzo.data.embedded import imdb_texts
 from fedzo.data.texts import read_texts
+from fedzo.errors import Problem, at_least, problem
 from fedzo.masks.calibration import windows_from_texts
 from fedzo.masks.mask import Mask, check_fits
 from fedzo.masks.mask_file import encode_mask, load_mask, save_mask
 from fedzo.masks.select import select_mask
-from fedzo.models.load import LoadedModel
-from fedzo.trainers import Built, Prepared, Workplace
 from fedzo.trainers.artifacts import Artifact
-from fedzo.trainers.config import Calibration, MeerkatConfig, Selector
+from fedzo.trainers.base import TRAINERS, Built, Prepared, TrainerConfig, TrainerTraits, Workplace
 from fedzo.zo.config import Distribution
 from fedzo.zo.spaces.masked import MaskedSpace
+
+if TYPE_CHECKING:
+    from fedzo.config.schema import RunConfig
+    from fedzo.models.load import LoadedModel
 
 log = logging.getLogger(__name__)
 MASK_FILE = "mask.safetensors"
 
 
+class Selector(StrEnum):
+    """How a mask ranks the weights."""
+
+    sensitivity = "sensitivity"
+    """Squared gradient on calibration text."""
+    magnitude = "magnitude"
+    """Absolute value: the largest weights."""
+    random = "random"
+    """A uniform draw, from the run seed."""
+
+
+class Granularity(StrEnum):
+    """Where the top share is taken."""
+
+    per_tensor = "per_tensor"
+    """``density`` of each tensor."""
+    everywhere = "everywhere"
+    """``density`` of all eligible weights together."""
+
+
+class Calibration(StrEnum):
+    """Source of the unlabelled calibration text."""
+
+    imdb = "imdb"
+    """The embedded data package's IMDB reviews, labels dropped."""
+    train = "train"
+    """The task's own training prompts."""
+    file = "file"
+    """The file ``calibration_path``: a text file (one document a line) or a table with a ``text`` column."""
+
+
+@dataclass(kw_only=True, slots=True)
+class MeerkatConfig(TrainerConfig):
+    """Meerkat: a static mask chosen once from pre-training gradients (arXiv 2506.03337)."""
+
+    lr: float = 2e-4
+    density: float = 1e-3
+    """Share of the eligible weights that is trained."""
+    selector: Selector = Selector.sensitivity
+    granularity: Granularity = Granularity.per_tensor
+    mask_path: str | None = None
+    """A mask made by ``fedzo mask``; without it the mask is computed when the run starts."""
+    calibration: Calibration = Calibration.imdb
+    calibration_path: str | None = None
+    """The text of ``calibration=file``."""
+    calibration_docs: int = 16
+    """Number of calibration documents (100 x 512 tokens of C4 in SensZOQ's tool)."""
+    calibration_tokens: int = 128
+    """Length of each document's window in tokens."""
+
+    paths: ClassVar[Mapping[str, str]] = {
+        "mask_path": "Make one with `fedzo mask --out FILE`.",
+        "calibration_path": "Give the calibration text.",
+    }
+
+    @property
+    def traits(self) -> TrainerTraits:
+        # of a given mask it shows when it is read
+        return TrainerTraits(gradient=self.selector is Selector.sensitivity or self.mask_path is not None)
+
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        if not 0 < self.density <= 1:
+            yield problem("trainer.density", "be > 0 and <= 1", self.density, "0.001 trains one weight in a thousand.")
+        yield from at_least("trainer.calibration_docs", self.calibration_docs, 1, "It counts documents.")
+        yield from at_least("trainer.calibration_tokens", self.calibration_tokens, 1, "Number of tokens of a document.")
+        if self.calibration is Calibration.file and self.calibration_path is None:
+            remedy = "Write trainer.calibration_path=<text file>, or choose another trainer.calibration."
+            yield problem("trainer.calibration_path", "be given for trainer.calibration=file", None, remedy)
+        if self.calibration is Calibration.train and self.mask_path is None and run.partition.traits.own_rows:
+            rule = "be imdb or file for partition=own, where the server has no training rows"
+            yield problem("trainer.calibration", rule, "train", "Choose another text, or give trainer.mask_path.")
+
+    def for_timing(self) -> MeerkatConfig:
+        return self if self.mask_path else replace(self, selector=Selector.random)
+
+
+@TRAINERS.register("meerkat", MeerkatConfig)
 @dataclass(frozen=True, slots=True)
 class Meerkat:
     """The masked space."""

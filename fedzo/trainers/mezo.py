@@ -4,18 +4,38 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from fedzo.models.load import LoadedModel
-from fedzo.trainers import Built, Prepared, Workplace
 from fedzo.trainers.artifacts import Artifact
-from fedzo.trainers.config import MezoConfig
+from fedzo.trainers.base import TRAINERS, Built, Prepared, TrainerConfig, TrainerTraits, Workplace
 from fedzo.zo.config import Distribution, Rounding
 from fedzo.zo.rounding import is_rounded
 from fedzo.zo.spaces.full import FullSpace
 
+if TYPE_CHECKING:
+    from fedzo.models.load import LoadedModel
+
 log = logging.getLogger(__name__)
 
 
+@dataclass(kw_only=True, slots=True)
+class MezoConfig(TrainerConfig):
+    """MeZO: all weights are trained (arXiv 2305.17333)."""
+
+    lr: float = 1e-6
+    rounding: Rounding = Rounding.nearest
+    """How steps are rounded where ``model.dtype`` has 16 bits."""
+
+    @property
+    def traits(self) -> TrainerTraits:
+        return TrainerTraits(
+            float32_master=False,
+            cannot_compile="its probes hand each operation a perturbed weight, made by kernels outside of torch, which "
+            "cannot be traced",
+        )
+
+
+@TRAINERS.register("mezo", MezoConfig)
 @dataclass(frozen=True, slots=True)
 class Mezo:
     """The full space; a model that has moved is brought back by reading its weights again."""

@@ -7,18 +7,22 @@ theta + eps z_p. A step is the mean of g_p z_p over its probes, dropped ones cou
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol, cast
+from enum import Enum
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from fedzo.errors import ConfigError
-from fedzo.registry import Registry
-from fedzo.zo.config import Baseline, EstimatorConfig, FzooConfig, OneSidedConfig, TwoPointConfig
+from fedzo.errors import ConfigError, Problem, at_least, positive, positive_float32, problem
+from fedzo.registry import PluginConfig, Registry
+from fedzo.zo.config import Distribution
 from fedzo.zo.spaces.base import Space
+
+if TYPE_CHECKING:
+    from fedzo.config.schema import RunConfig
 
 LossFn = Callable[[], float]
 """The mean loss of one batch at the model's present weights."""
@@ -35,6 +39,59 @@ class Projection:
     """The loss at theta as the probe saw it: mean of two sides, l0 if evaluated, else l_p; nan if dropped."""
     dropped: bool
     """A loss was not finite, or there was nothing to compare it with: g = 0, and it is reported."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EstimatorTraits:
+    """What the rules on other parts of a run must know of an estimator.
+
+    Attributes:
+        incomparable_g: Why |g| of different steps or clients cannot be compared, as half a sentence; empty where it
+            can.
+    """
+
+    incomparable_g: str = ""
+
+
+@dataclass(kw_only=True, slots=True)
+class EstimatorConfig(PluginConfig):
+    """How a loss is turned into projected gradients."""
+
+    eps: float | None = None
+    """How far along a direction a loss is evaluated; null takes ``trainer.eps``, when the configuration is loaded."""
+    num_probes: int = 1
+    """Number of directions in a step. The step is their mean."""
+    distribution: Distribution = Distribution.gaussian
+    freeze_routing: bool = False
+    """Fix hard choices (the experts that a router takes) in the probes of a step. One more forward a step, unless
+    the estimator evaluates the loss at theta."""
+
+    @property
+    def traits(self) -> EstimatorTraits:
+        """What other parts of a run must know of this estimator."""
+        return EstimatorTraits()
+
+    @property
+    def float32_eps(self) -> float:
+        """``eps`` of a loaded configuration as it is applied: a space scales directions by a float32.
+
+        Raises:
+            ConfigError: It is no positive float32.
+        """
+        with np.errstate(over="ignore"):
+            eps = float(np.float32(self.eps or 0))
+        if not (eps > 0 and math.isfinite(eps)):
+            raise ConfigError(
+                f"estimator.eps must be > 0 and finite in float32, got {self.eps}. 1e-3 suits most language models."
+            )
+        return eps
+
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        if self.eps is not None:
+            yield from positive_float32("estimator.eps", self.eps, "1e-3 is usual.")
+        elif not any(positive("", run.trainer.eps, "")):
+            yield from positive_float32("estimator.eps", run.trainer.eps, "1e-3 is usual.")
+        yield from at_least("estimator.num_probes", self.num_probes, 1, "A step needs a direction.")
 
 
 class Estimator(Protocol):
@@ -97,6 +154,11 @@ def projections(g: Losses, losses: Losses) -> list[Projection]:
     ]
 
 
+@dataclass(kw_only=True, slots=True)
+class TwoPointConfig(EstimatorConfig):
+    """Central difference along ``num_probes`` random directions a step (SPSA; MeZO, arXiv 2305.17333)."""
+
+
 @dataclass(frozen=True, slots=True)
 class TwoPoint:
     """Central difference g = (l(theta + eps z) - l(theta - eps z)) / 2 eps (SPSA; MeZO, arXiv 2305.17333).
@@ -118,6 +180,29 @@ class TwoPoint:
 
     def forwards_per_step(self, num_probes: int) -> int:
         return 2 * num_probes
+
+
+class Baseline(Enum):  # no StrEnum: a string has a method ``center``
+    """What a one-sided estimate subtracts from a perturbed loss."""
+
+    center = "center"
+    """The loss at theta: one more forward a step."""
+    mean = "mean"
+    """The mean of the step's perturbed losses: no more forwards, but the estimate is (P - 1) / P of the gradient."""
+    leave_one_out = "leave_one_out"
+    """The mean of the step's other perturbed losses: no more forwards, unbiased."""
+
+
+@dataclass(kw_only=True, slots=True)
+class OneSidedConfig(EstimatorConfig):
+    """Forward difference: one forward a probe, and one for all where the baseline is the centre."""
+
+    baseline: Baseline = Baseline.center
+
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        if self.num_probes == 1 and self.baseline is not Baseline.center:
+            remedy = "One loss has no other loss for comparison. Or write estimator.baseline=center."
+            yield problem("estimator.num_probes", "be >= 2", 1, remedy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +236,22 @@ class OneSided:
 
     def forwards_per_step(self, num_probes: int) -> int:
         return num_probes + (self.baseline is Baseline.center)
+
+
+@dataclass(kw_only=True, slots=True)
+class FzooConfig(EstimatorConfig):
+    """Forward differences over the standard deviation of their losses (FZOO, arXiv 2506.09034); lr is scale-free."""
+
+    num_probes: int = 8
+    distribution: Distribution = Distribution.rademacher
+
+    @property
+    def traits(self) -> EstimatorTraits:
+        return EstimatorTraits(incomparable_g="fzoo divides |g| by the spread of its losses")
+
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        if self.num_probes == 1:
+            yield problem("estimator.num_probes", "be >= 2", 1, "One loss has no standard deviation.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,30 +296,19 @@ def _all_dropped(count: int) -> list[Projection]:
     return [_DROPPED] * count
 
 
-def _float32_eps(config: EstimatorConfig) -> float:
-    """Eps as it is applied: a space scales directions by a float32."""
-    with np.errstate(over="ignore"):
-        eps = float(np.float32(config.eps))
-    if not (eps > 0 and math.isfinite(eps)):
-        raise ConfigError(
-            f"estimator.eps must be > 0 and finite in float32, got {config.eps}. 1e-3 suits most language models."
-        )
-    return eps
-
-
 @ESTIMATORS.register("two_point", TwoPointConfig)
 def two_point(config: TwoPointConfig) -> Estimator:
     """Build the two-point estimator."""
-    return TwoPoint(eps=_float32_eps(config))
+    return TwoPoint(eps=config.float32_eps)
 
 
 @ESTIMATORS.register("one_sided", OneSidedConfig)
 def one_sided(config: OneSidedConfig) -> Estimator:
     """Build the one-sided estimator."""
-    return OneSided(eps=_float32_eps(config), baseline=config.baseline)
+    return OneSided(eps=config.float32_eps, baseline=config.baseline)
 
 
 @ESTIMATORS.register("fzoo", FzooConfig)
 def fzoo(config: FzooConfig) -> Estimator:
     """Build the FZOO estimator."""
-    return Fzoo(eps=_float32_eps(config))
+    return Fzoo(eps=config.float32_eps)

@@ -20,8 +20,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from fedzo.errors import NumericsError
-from fedzo.zo.config import EstimatorConfig
-from fedzo.zo.estimator import ESTIMATORS, Estimator, LossFn, Projection, Still
+from fedzo.zo.estimator import ESTIMATORS, Estimator, EstimatorConfig, LossFn, Projection, Still
 from fedzo.zo.spaces.base import Space
 
 _SELECTORS = {torch.topk, torch.Tensor.topk, torch.argmax, torch.Tensor.argmax}

@@ -13,10 +13,9 @@ from fedzo.commands.runs import rebuild, replay_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
 from fedzo.fl.log_store import RunStore
-from fedzo.zo.config import FedDynConfig
-from fedzo.zo.control_variates import end_models
 from fedzo.zo.directions import stream_key
-from fedzo.zo.server_optimizer import SERVER_OPTIMIZERS
+from fedzo.zo.server_optimizer import SERVER_OPTIMIZERS, FedDyn, FedDynConfig
+from fedzo.zo.server_optimizer.control_variates import end_models
 
 Run = Callable[..., Path]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
@@ -66,7 +65,7 @@ def test_each_client_s_end_is_what_the_public_log_says(run: Run, lines: Lines, r
         built = rebuild(folder, rounds=record.round)
         replica = built.replica
         corrected += bool(replica.moments.any())
-        server_optimizer = SERVER_OPTIMIZERS.build(built.process.peer.config.server_optimizer)
+        server_optimizer = SERVER_OPTIMIZERS.build(built.process.peer.config.server_optimizer, local_steps=3)
         checks = {
             client: replica.space.check()
             for client, _ in end_models(server_optimizer, replica.space, replica.moments, record, run_seed=0)
@@ -110,7 +109,8 @@ def test_feddyn_s_default_goes_by_lr_and_local_steps(
     )
 
     assert isinstance(config.server_optimizer, FedDynConfig)
-    assert config.server_optimizer.pull == pytest.approx(0.5 / (0.002 * 10))
+    rule = SERVER_OPTIMIZERS.build(config.server_optimizer, local_steps=config.fl.local_steps)
+    assert rule == FedDyn(alpha=pytest.approx(0.5 / (0.002 * 10)))
 
 
 # --- a pool of seeds --------------------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def test_a_model_that_multiplies_otherwise_shares_the_first_step_alone(
     gpt2 = save_tiny_model(tmp_path / "gpt2", "gpt2")
     known = run("fl.local_steps=2", "model.max_length=128", f"model.name={gpt2}", TOGETHER)
     assert "cannot share" not in caplog.text
-    monkeypatch.setattr(OwnWeights, "supports", lambda space, model: True)
+    monkeypatch.setattr(OwnWeights, "supports", lambda places, model: True)
     found = run("fl.local_steps=2", "model.max_length=128", f"model.name={gpt2}", TOGETHER)
 
     np.testing.assert_array_equal(*(scalars(lines(folder, "audit.jsonl"), 0) for folder in (known, found)))

@@ -178,9 +178,13 @@ def test_generator_reads_the_literal_under_a_field() -> None:
     assert spec.loader is not None
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
-    from fedzo.zo.config import TwoPointConfig
+    from fedzo.zo.estimator import EstimatorConfig, FzooConfig
 
-    rows = generate.table(TwoPointConfig, "estimator.")
+    rows = generate.table(EstimatorConfig, "estimator.")
 
-    assert "| `estimator.eps` | float | `0.001` | How far along a direction a loss is evaluated. |" in rows
+    assert "| `estimator.num_probes` | int | `1` | Directions a step; the step is their mean. |" in rows
     assert "| `estimator.distribution` | choice | `gaussian` | One of `gaussian`, `rademacher`. |" in rows
+    assert generate.table(FzooConfig, "estimator.")[2:-1] == [  # what it inherits as it is stands with the base alone
+        "| `estimator.num_probes` | int | `8` | Directions a step; the step is their mean. |",
+        "| `estimator.distribution` | choice | `rademacher` | One of `gaussian`, `rademacher`. |",
+    ]

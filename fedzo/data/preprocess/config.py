@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedzo.registry import PluginConfig
+
 
 @dataclass(kw_only=True, slots=True)
-class StageConfig:
+class StageConfig(PluginConfig):
     """A stage that may change one column of a client's training rows."""
 
 

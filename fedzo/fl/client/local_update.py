@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import cast
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +24,7 @@ from fedzo.models.scoring import example_losses
 from fedzo.zo.estimator import Estimator, Losses, Projection, estimate_together
 from fedzo.zo.log import Drift, Scalars, local_step, probe_shares
 from fedzo.zo.seeds import step_keys
-from fedzo.zo.spaces.base import MasterSpace, Space, Values
-from fedzo.zo.spaces.masked import MaskedSpace
-from fedzo.zo.spaces.own_weights import OwnWeights
+from fedzo.zo.spaces.base import MasterSpace, RowWeights, Space, Values
 
 log = logging.getLogger(__name__)
 
@@ -111,17 +108,20 @@ class LocalSteps:
         """Evaluate local steps of these clients in joint forwards; ``estimate`` then takes the results from here.
 
         Clients that share seeds are at the same theta with the same directions in a round's first step, so their rows
-        can share forwards. In later steps (T > 1) each is somewhere else, and only masked weights allow it
-        (``fedzo.zo.spaces.own_weights``); in other spaces those steps are each client's own. The losses differ from
-        those of separate forwards in their last bits only: a product's rounding depends on the number of its rows.
+        can share forwards. In later steps (T > 1) each is somewhere else, and the space must have a way to compute
+        rows with weights of their own (``row_weights``); without one those steps are each client's own. The losses
+        differ from those of separate forwards in their last bits only: a product's rounding depends on the number of
+        its rows.
 
         Args:
             at: The model, at the round's start.
             requests: Requests of one round, by client.
         """
         self._ahead.clear()
-        space, model = at.replica.space, at.loaded
-        all_steps = self._walks_together and model.compiled is None and OwnWeights.supports(space, model.model)
+        space = at.replica.space
+        later = any(request.steps > 1 for request in requests.values())
+        shareable = later and self._walks_together and at.loaded.compiled is None
+        own = space.row_weights(at.loaded.model) if shareable else None
         sent: dict[int, list[Scalars]] = {client: [] for client in requests}
 
         def offset_of(client: int) -> Values:
@@ -135,7 +135,9 @@ class LocalSteps:
         step, walking = 0, requests
         while walking:
             try:
-                estimates = self._estimate_together(at, walking, step=step, offset_of=offset_of)
+                estimates = self._estimate_together(
+                    at, walking, step=step, own=own if step else None, offset_of=offset_of
+                )
             except NotImplementedError as error:
                 if step == 0:
                     raise
@@ -146,31 +148,38 @@ class LocalSteps:
                 self._ahead[client, request.round, step] = projections
                 sent[client].append(self.as_sent(projections, request)[0])
             step += 1
-            walking = {c: request for c, request in walking.items() if all_steps and request.steps > step}
+            walking = {c: request for c, request in walking.items() if own and request.steps > step}
 
     def _estimate_together(
-        self, at: Workspace, requests: Mapping[int, TrainRequest], *, step: int, offset_of: Callable[[int], Values]
+        self,
+        at: Workspace,
+        requests: Mapping[int, TrainRequest],
+        *,
+        step: int,
+        own: RowWeights | None,
+        offset_of: Callable[[int], Values],
     ) -> list[list[Projection]]:
-        """What ``estimate`` gives each client where it is on its path: in the first step, at the round's start."""
+        """What ``estimate`` gives each client where it is on its path; without ``own``, at the round's start."""
         batches = {client: self._batch(request, client=client, step=step) for client, request in requests.items()}
         rows = [example for batch in batches.values() for example in batch]
         owners = [client for client, batch in batches.items() for _ in batch]
         ends = np.cumsum([len(batch) for batch in batches.values()])[:-1]
-        space = at.replica.space
-        own = OwnWeights(cast(MaskedSpace, space)) if step > 0 else None
-
-        def follow(batch: list[int]) -> None:
-            clients, index = np.unique([owners[row] for row in batch], return_inverse=True)
-            cast(OwnWeights, own).follow((offset_of(int(client)) for client in clients), index)
 
         def losses_fn() -> Losses:
-            with own or nullcontext():
-                losses = self._losses(at, rows, before=follow if own else None)
+            if own is None:
+                losses = self._losses(at, rows)
+            else:
+                with own:
+                    losses = self._losses(at, rows, before=partial(follow, own))
             return np.array([part.mean() for part in np.split(losses, ends)])
+
+        def follow(weights: RowWeights, batch: list[int]) -> None:
+            clients, index = np.unique([owners[row] for row in batch], return_inverse=True)
+            weights.follow((offset_of(int(client)) for client in clients), index)
 
         client, request = next(iter(requests.items()))
         keys = self._keys(request, client=client, step=step)
-        return estimate_together(self._estimator, space, losses_fn, keys, count=len(requests))
+        return estimate_together(self._estimator, at.replica.space, losses_fn, keys, count=len(requests))
 
     def _keys(self, request: TrainRequest, *, client: int, step: int) -> list[int]:
         return step_keys(

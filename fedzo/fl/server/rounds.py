@@ -39,9 +39,8 @@ from fedzo.fl.server.sync import StateSync
 from fedzo.records.log import AuditLine
 from fedzo.records.metrics import MetricRecord, StepDecision
 from fedzo.trainers.artifacts import Artifact
-from fedzo.zo.config import ServerOptimizerConfig
 from fedzo.zo.log import RoundRecord
-from fedzo.zo.schedule import learning_rate
+from fedzo.zo.server_optimizer import ServerOptimizerConfig, learning_rate
 
 log = logging.getLogger(__name__)
 REGISTER_S = 60.0  # how long a round may wait for a newcomer's registration
@@ -149,7 +148,7 @@ class Server:
         plan = self._plan()
         lr = learning_rate(self.server_optimizer, round=number, rounds=self.fl.rounds)
         if plan.calibration:
-            lr = float(np.float32(self.server_optimizer.lr))  # a warm-up would leave nothing to see
+            lr = float(np.float32(self.server_optimizer.base_lr))  # a warm-up would leave nothing to see
         bound = announced_bound(
             self.store.audit,
             self.store.records,

@@ -8,18 +8,36 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import add_direction
 
 Values = npt.NDArray[np.float32]
+_STEP_BYTES = 20  # master, index, direction and two scratch values of a trained value
+
+
+class RowWeights(Protocol):
+    """Within the context each row of a forward computes with trained values of its own, which ``follow`` tells."""
+
+    def __enter__(self) -> object: ...
+    def __exit__(self, kind: Any, error: Any, traceback: Any, /) -> object: ...
+
+    def follow(self, offsets: Iterable[Values], index: npt.NDArray[np.intp]) -> None:
+        """Row i of the forwards from now on is computed at theta + ``offsets[index[i]]``.
+
+        Args:
+            offsets: float32 [n] each; those of the rows before are let go first.
+            index: Integers [B].
+        """
+        ...
 
 
 class Space(Protocol):
@@ -74,12 +92,33 @@ class Space(Protocol):
         """SHA-256 of theta's bits."""
         ...
 
+    @property
+    def perturbs_weights(self) -> bool:
+        """Whether each forward of a probe passes over all weights once more, so that few large ones are cheaper."""
+        ...
+
+    def step_bytes(self, local_steps: int) -> int:
+        """Bytes that a step takes beside the model's weights and activations, with ``local_steps`` steps a round."""
+        ...
+
+    def row_weights(self, model: nn.Module) -> RowWeights | None:
+        """How rows of one forward get trained values of their own; None where the space or the model has no way.
+
+        Only for values that ``step`` moves as a ``MasterSpace`` does: where a client's steps lead is followed there.
+
+        Raises:
+            NotImplementedError: In the forward, where the model uses its weights in a way that is not known.
+        """
+        ...
+
 
 class MasterSpace:
     """What spaces with a float32 master share; a subclass says how values enter the model (``_write``).
 
     By itself it is values of no model: where steps lead can be followed without any forward.
     """
+
+    perturbs_weights = False
 
     def __init__(self, master: torch.Tensor, distribution: Distribution) -> None:
         self._master = master
@@ -127,6 +166,12 @@ class MasterSpace:
 
     def digest(self) -> str:
         return hashlib.sha256(self._master.cpu().numpy().data).hexdigest()
+
+    def step_bytes(self, local_steps: int) -> int:
+        return _STEP_BYTES * self.size
+
+    def row_weights(self, model: nn.Module) -> RowWeights | None:
+        return None
 
     def _write_moved(self, scale: float, key: int) -> None:
         self._write(add_direction(self._master, key, scale=scale, distribution=self.distribution))

@@ -12,7 +12,7 @@ from torch import nn
 from fedzo.errors import ConfigError
 from fedzo.zo.config import Distribution, Rounding
 from fedzo.zo.perturb import PerturbedWeights
-from fedzo.zo.spaces.base import Values, as_values
+from fedzo.zo.spaces.base import RowWeights, Values, as_values
 from fedzo.zo.together import all_together, reading_order
 
 _CHUNK = 1 << 20  # values that are widened to float32 at a time
@@ -33,6 +33,8 @@ class FullSpace:
         distribution: Law of the directions.
         rounding: How a step rounds a 16-bit weight; a float32 one it does not concern.
     """
+
+    perturbs_weights = True
 
     def __init__(
         self,
@@ -118,6 +120,15 @@ class FullSpace:
         for parameter in self._parameters:
             sha.update(_raw(parameter.detach()))
         return sha.hexdigest()
+
+    def step_bytes(self, local_steps: int) -> int:
+        """The largest weight three times in float32 (perturbed copy, scratch); a mark copies all weights."""
+        largest = max(parameter.numel() for parameter in self._parameters)
+        mark = sum(parameter.numel() * parameter.element_size() for parameter in self._parameters)
+        return 3 * 4 * largest + (mark if local_steps > 1 else 0)
+
+    def row_weights(self, model: nn.Module) -> RowWeights | None:
+        return None
 
 
 def _raw(tensor: torch.Tensor) -> memoryview:

@@ -11,7 +11,8 @@ from torch import nn
 from fedzo.errors import ConfigError
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import fused
-from fedzo.zo.spaces.base import MasterSpace
+from fedzo.zo.spaces.base import MasterSpace, RowWeights
+from fedzo.zo.spaces.own_weights import OwnWeights
 
 
 class MaskedSpace(MasterSpace):
@@ -65,6 +66,9 @@ class MaskedSpace(MasterSpace):
         with torch.no_grad():
             for (weight, flat), part in zip(self.places, torch.split(values, self._sizes), strict=True):
                 _put(weight.detach(), flat, part.to(weight.dtype))
+
+    def row_weights(self, model: nn.Module) -> RowWeights | None:
+        return OwnWeights(self.places) if OwnWeights.supports(self.places, model) else None
 
     def _launch(
         self, values: torch.Tensor, key: int | None = None, scale: float = 0.0, *, update: bool = False

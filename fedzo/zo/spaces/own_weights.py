@@ -10,7 +10,7 @@ function mode does that wherever the model multiplies with a masked matrix, as i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numba as nb
@@ -22,43 +22,44 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fedzo.zo.perturb import reads_metadata_only
-from fedzo.zo.spaces.base import Space, Values
-from fedzo.zo.spaces.masked import MaskedSpace
+from fedzo.zo.spaces.base import Values
 
 Integers = npt.NDArray[np.intp]
+Places = Sequence[tuple[nn.Parameter, torch.Tensor]]
+"""Each masked parameter with the flat indices (int64) of its trained values, in wire order."""
 
 
 class OwnWeights(TorchFunctionMode):
     """Within the mode each row of a forward has weights of its own, which ``follow`` tells before it.
 
     Args:
-        space: One that ``supports`` accepts.
+        places: Such that ``supports`` accepts them.
 
     Raises:
         NotImplementedError: A masked matrix is used for anything but the product of all rows, batch first.
     """
 
-    def __init__(self, space: MaskedSpace) -> None:
+    def __init__(self, places: Places) -> None:
         super().__init__()
         self._places = {}
         start = 0
-        for weight, flat in space.places:
+        for weight, flat in places:
             rows, columns = np.divmod(flat.numpy().astype(np.uint32), np.uint32(weight.shape[1]))
             self._places[id(weight)] = rows, columns, start
             start += len(rows)
-        self._size = space.size
+        self._size = start
         self._offsets, self._index = np.empty((0, 0), np.float32), np.empty(0, np.intp)
 
     @staticmethod
-    def supports(space: Space, model: nn.Module) -> bool:
+    def supports(places: Places, model: nn.Module) -> bool:
         """Whether all trained values lie in float32 weights of linear layers on a CPU.
 
         Elsewhere than on a CPU the few products would be added in an order that changes from time to time.
         """
         linear = {id(module.weight) for module in model.modules() if type(module) is nn.Linear}
-        return isinstance(space, MaskedSpace) and all(
+        return all(
             id(weight) in linear and weight.dtype == torch.float32 and weight.device.type == "cpu"
-            for weight, _ in space.places
+            for weight, _ in places
         )
 
     def follow(self, offsets: Iterable[Values], index: Integers) -> None:

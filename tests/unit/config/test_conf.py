@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import get_type_hints
@@ -15,15 +16,23 @@ from fedzo.config.compose import compose_run, session, to_config
 from fedzo.config.listing import list_groups
 from fedzo.config.load import load
 from fedzo.config.plugins import plugin_classes, plugin_name
+from fedzo.config.rules import problems
 from fedzo.config.schema import RunConfig
-from fedzo.config.validate import EMBEDDED_TASKS, problems
+from fedzo.config.travel import from_json, to_json
+from fedzo.data.partition.by_label import DirichletEqualConfig
+from fedzo.data.sources import EMBEDDED
 from fedzo.errors import ConfigError
 from fedzo.runtime.config import LocalConfig
-from fedzo.trainers.config import LoraTrainerConfig, MeerkatConfig, MezoConfig, TrainerConfig
-from fedzo.zo.config import SgdConfig, TwoPointConfig
+from fedzo.trainers.adapters import LoraTrainerConfig
+from fedzo.trainers.base import TrainerConfig
+from fedzo.trainers.meerkat import MeerkatConfig
+from fedzo.trainers.mezo import MezoConfig
+from fedzo.zo.estimator import TwoPointConfig
+from fedzo.zo.server_optimizer import SgdConfig
 
 CONF = paths.conf_dir()
 FILES = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml"))
+OPTIONS = [(group, option) for group, options in list_groups().items() for option in options]
 NEEDS = {
     "data=files": ["data.path=."],
     "partition=natural": ["partition.column=site"],
@@ -31,19 +40,28 @@ NEEDS = {
     "model=hf": ["model.name=gpt2"],
 }
 """What a user must add to an option that cannot stand alone."""
+WRITTEN = {"alpaca", "instruct", "squad"}
+"""Tasks without labels, by which the default partition would deal."""
 CUSTOM = ["task.template='{text}'", "task.candidates=[' no',' yes']", "data.path=."]
 
 
-@pytest.mark.parametrize("file", FILES, ids=str)
-def test_every_option_composes_to_a_sound_run(file: Path) -> None:
-    choice = f"{file.parent}={file.stem}"
-    more = NEEDS.get(choice, [])
-    if file.parent.name == "task" and file.stem not in EMBEDDED_TASKS:
-        more = CUSTOM if file.stem == "custom" else ["data.path=."]
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes_to_a_sound_run(group: str, option: str) -> None:
+    more = NEEDS.get(f"{group}={option}", [])
+    if group == "task" and option not in EMBEDDED:
+        more = CUSTOM if option == "custom" else ["data.path=."]
+        if option in WRITTEN:
+            more = [*more, "partition=iid"]
 
-    config = load([choice, *more])
+    config = load([f"{group}={option}", *more])
 
     assert problems(config) == []
+
+
+def test_a_plugin_with_nothing_but_the_codes_defaults_has_no_file() -> None:
+    plugins = {file for file in FILES if file.parent.name in plugin_classes()}
+
+    assert plugins == {Path("runtime/inline_batched.yaml")}
 
 
 def test_every_option_has_its_schema_and_a_summary() -> None:
@@ -124,6 +142,32 @@ def test_every_estimator_and_rule_takes_the_trainers_step_sizes(estimator: str, 
     )
 
     assert (config.estimator.eps, config.server_optimizer.lr) == (0.25, 0.5)
+
+
+def test_null_takes_the_trainers_step_sizes_and_what_travels_holds_numbers() -> None:
+    config = load(["trainer.eps=0.25", "trainer.lr=0.5", "estimator.eps=null", "server_optimizer.lr=null"])
+
+    assert (config.estimator.eps, config.server_optimizer.lr) == (0.25, 0.5)
+    by_hand = json.loads(to_json(RunConfig(trainer=MezoConfig(lr=0.125, eps=0.5), task=config.task)))
+    assert (by_hand["estimator"]["eps"], by_hand["server_optimizer"]["lr"]) == (0.5, 0.125)
+    by_hand["estimator"]["eps"] = None
+    assert from_json(json.dumps(by_hand)).estimator.eps == 0.5
+
+
+def test_a_wrong_step_size_of_the_trainer_is_told_once() -> None:
+    with pytest.raises(ConfigError, match=r"^trainer\.eps must be > 0 and finite, got 0\.0\. 1e-3 is usual\.$"):
+        load(["trainer.eps=0"])
+    with pytest.raises(ConfigError, match=r"^estimator\.eps must be > 0 and finite in float32, got 1e-60\."):
+        load(["trainer.eps=1e-60"])
+    with pytest.raises(ConfigError, match=r"^server_optimizer\.lr must be >= 0 and finite in float32, got 1e\+39\."):
+        load(["trainer.lr=1e39"])
+
+
+def test_the_default_partition_gives_the_default_mean_clients_of_equal_size() -> None:
+    config = load([])
+
+    assert type(config.partition) is type(RunConfig().partition) is DirichletEqualConfig
+    assert (config.strategy.weighting, config.strategy.aggregation) == ("uniform", "mean")
 
 
 def test_step_sizes_can_be_set_apart_from_the_trainer() -> None:

@@ -15,7 +15,7 @@ from fedzo.config.overrides import rewrite_model, with_config_dir
 from fedzo.config.store import job_folder
 from fedzo.config.sweep import plan_sweep
 from fedzo.errors import ConfigError
-from fedzo.trainers.config import TrainerConfig
+from fedzo.trainers.base import TrainerConfig
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,10 @@ from fedzo.trainers.config import TrainerConfig
         ("hydra/launcher=none", r"hydra/launcher must be one of basic.*, got 'none'"),
         ("fl.num_client=3", r"fl\.num_client is not a setting\. Did you mean fl\.num_clients\?"),
         ("num_clients=3", r"num_clients is not a setting\. Did you mean fl\.num_clients\?"),
+        (
+            "server_optimizer.local_steps=3",
+            r"server_optimizer\.local_steps is not a setting\. Did you mean fl\.local_steps",
+        ),
         ("+fl.bogus=3", r"fl\.bogus is not a setting\. Known there: batch_size, .*transport\."),
         ("+bogus=3", r"bogus is not a setting\. Known there: data, device, "),
         ("++fl.bogus=3", r"fl\.bogus is not a setting"),

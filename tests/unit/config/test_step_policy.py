@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from fedzo.config.load import load
+from fedzo.config.rules import problems
 from fedzo.config.travel import from_json, to_json
-from fedzo.config.validate import problems
 from fedzo.errors import ConfigError
-from fedzo.fl.server.step_policy.config import Combine, Statistic, VpcsConfig, VpcsTest
+from fedzo.fl.server.step_policy.statistics import Statistic
+from fedzo.fl.server.step_policy.vpcs import Combine, VpcsConfig, VpcsTest
 
 
 def complaint(*overrides: str) -> str:
@@ -74,7 +75,7 @@ def test_gradip_is_left_to_the_start_where_a_mask_is_given(tmp_path: object) -> 
 def test_a_selection_by_the_size_of_g_refuses_an_estimator_that_divides_it_away(step_policy: str) -> None:
     text = complaint(f"step_policy={step_policy}", "estimator=fzoo")
 
-    assert "estimator must be two_point or one_sided for a step policy by |g|: fzoo divides |g|" in text
+    assert "estimator must be another than fzoo for a step policy by |g|: fzoo divides |g| by the spread" in text
     load(["step_policy=random", "estimator=fzoo"])
 
 

@@ -15,14 +15,17 @@ from hypothesis import strategies as st
 
 from fedzo.config.load import load
 from fedzo.config.plugins import plugin_classes
-from fedzo.config.schema import RunConfig
+from fedzo.config.schema import RunConfig, filled
 from fedzo.config.travel import config_hash, from_json, is_same_run, save_yaml, to_json
-from fedzo.data.config import NaturalConfig, PartitionConfig, TaskConfig
+from fedzo.data.config import TaskConfig
+from fedzo.data.partition import PartitionConfig
+from fedzo.data.partition.plain import NaturalConfig
 from fedzo.errors import ConfigError
 from fedzo.fl.config import Seeds
 from fedzo.models.config import DType
 from fedzo.runtime.config import LocalConfig
-from fedzo.trainers.config import MeerkatConfig, MezoConfig
+from fedzo.trainers.meerkat import MeerkatConfig
+from fedzo.trainers.mezo import MezoConfig
 
 texts = st.text(st.characters(codec="utf-8"), max_size=20)
 positive = st.floats(min_value=1e-300, max_value=1e300)
@@ -30,7 +33,7 @@ positive = st.floats(min_value=1e-300, max_value=1e300)
 
 def sound() -> RunConfig:
     task = TaskConfig(name="rotten_tomatoes", template="{text}", candidates=[" bad", " good"])
-    return RunConfig(task=task)
+    return filled(RunConfig(task=task))
 
 
 @st.composite

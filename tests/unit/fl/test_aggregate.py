@@ -14,11 +14,10 @@ from fedzo.fl.config import Aggregation
 from fedzo.fl.messages import TrainReply, scalars_to_bytes, signs_from_bytes, signs_to_bytes
 from fedzo.fl.server.aggregate import ClientResult, aggregate, check_reply, num_trimmed, sampling_order, unmoved
 from fedzo.testing.vector_space import VectorSpace
-from fedzo.zo.config import AdamConfig, MomentumConfig, ServerOptimizerConfig, SgdConfig
 from fedzo.zo.directions import SHARED, direction
 from fedzo.zo.log import apply_record
 from fedzo.zo.seeds import OWN, step_key
-from fedzo.zo.server_optimizer import SERVER_OPTIMIZERS
+from fedzo.zo.server_optimizer import SERVER_OPTIMIZERS, AdamConfig, MomentumConfig, ServerOptimizerConfig, SgdConfig
 
 
 def result(g: object) -> ClientResult:
@@ -148,7 +147,7 @@ def test_no_rule_moves_anything_by_the_record_of_a_first_round_that_only_measure
 ) -> None:
     measured = aggregate({0: result([[3.0], [-4.0]])}, {0: 1.0}, round=0, lr=0.5, steps=2, probes=1, directions=SHARED)
     theta = np.array([0.0, -0.0, 1e-45, -1e-45, 3.5, np.inf], np.float32)
-    space, rule = VectorSpace(theta), SERVER_OPTIMIZERS.build(server_optimizer)
+    space, rule = VectorSpace(theta), SERVER_OPTIMIZERS.build(server_optimizer, local_steps=1)
     moments = np.zeros((rule.num_moments(1), theta.size), np.float32)
 
     rule.apply(space, moments, unmoved(measured), run_seed=1)

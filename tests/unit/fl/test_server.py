@@ -39,15 +39,25 @@ from fedzo.fl.server.aggregate import sampling_order
 from fedzo.fl.server.client_registry import ClientRegistry
 from fedzo.fl.server.rounds import FederationError, Server
 from fedzo.fl.server.step_policy import STEP_POLICIES
-from fedzo.fl.server.step_policy.config import CusumConfig, NoStepPolicyConfig, StepPolicyConfig, VpcsConfig
+from fedzo.fl.server.step_policy.baselines import NoStepPolicyConfig
+from fedzo.fl.server.step_policy.cusum import CusumConfig
+from fedzo.fl.server.step_policy.plan import StepPolicyConfig
+from fedzo.fl.server.step_policy.vpcs import VpcsConfig
 from fedzo.records.decode import encode as encode_record
 from fedzo.records.metrics import ClientSetup, ClientVerdict, MetricRecord, Round, StepDecision
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.trainers.artifacts import ArtifactStore
-from fedzo.zo.config import AdamConfig, Schedule, ServerOptimizerConfig, SgdConfig
 from fedzo.zo.directions import SHARED, direction, stream_key
 from fedzo.zo.log import unpack
-from fedzo.zo.server_optimizer import SERVER_OPTIMIZERS, ServerOptimizer, Sgd
+from fedzo.zo.server_optimizer import (
+    SERVER_OPTIMIZERS,
+    AdamConfig,
+    Schedule,
+    ServerOptimizer,
+    ServerOptimizerConfig,
+    Sgd,
+    SgdConfig,
+)
 
 SGD = Sgd()
 BASE = np.linspace(-1, 1, 9).astype(np.float32)
@@ -158,7 +168,7 @@ def federation(
 
     def make(num_clients: int = 3, **strategy: Any) -> tuple[Server, list[Client], Grid]:
         server_optimizer: ServerOptimizerConfig = strategy.pop("server_optimizer", SgdConfig(lr=0.5))
-        rule = SERVER_OPTIMIZERS.build(server_optimizer)
+        rule = SERVER_OPTIMIZERS.build(server_optimizer, local_steps=1)
         clients = [Client(index, rule) for index in range(num_clients)]
         grid = Grid(clients)
         settings = {name: strategy.pop(name) for name in ("transport", "seeds") if name in strategy}

@@ -21,11 +21,21 @@ from fedzo.models.memory import (
 from fedzo.run import estimate
 from fedzo.testing.tiny_models import FAMILIES, tiny_loaded, tiny_model
 from fedzo.testing.vector_space import VectorSpace
-from fedzo.zo.config import AdamConfig, FedDynConfig, MomentumConfig, ScaffoldConfig, ServerOptimizerConfig, SgdConfig
 from fedzo.zo.directions import SHARED
 from fedzo.zo.log import RoundRecord
 from fedzo.zo.seeds import OWN
-from fedzo.zo.server_optimizer import SERVER_OPTIMIZERS
+from fedzo.zo.server_optimizer import (
+    SERVER_OPTIMIZERS,
+    AdamConfig,
+    FedDynConfig,
+    MomentumConfig,
+    ScaffoldConfig,
+    ServerOptimizerConfig,
+    SgdConfig,
+)
+from fedzo.zo.spaces.base import Space
+from fedzo.zo.spaces.full import FullSpace
+from fedzo.zo.spaces.masked import MaskedSpace
 
 
 def test_tied_weights_count_once() -> None:
@@ -37,16 +47,18 @@ def test_the_formula_by_hand() -> None:
     model = tiny_model("llama")
     weights, activations = 34_976 * 4, 100 * 4 * (6 * 32 + 3 * 64)
 
-    masked = estimate_step_memory_bytes(model, batch_tokens=100, space="masked", space_size=35, head_rows=7)
-    full = estimate_step_memory_bytes(model, batch_tokens=100, space="full")
-    longer = estimate_step_memory_bytes(model, batch_tokens=100, space="full", local_steps=2)
+    def estimated(space: Space, *, local_steps: int = 1, head_rows: int = 0) -> int:
+        trained = space.step_bytes(local_steps)
+        return estimate_step_memory_bytes(model, batch_tokens=100, trained_bytes=trained, head_rows=head_rows)
 
-    ruled = estimate_step_memory_bytes(model, batch_tokens=100, space="masked", space_size=35, num_moments=2)
+    masked = MaskedSpace(model, {"model.norm.weight": torch.arange(32)})
+    full = FullSpace(model)
 
-    assert masked == weights + activations + 7 * 512 * 8 + 35 * 20
-    assert ruled == weights + activations + 35 * 20 + 35 * 4 * 12
-    assert full == weights + activations + 3 * 4 * 512 * 32
-    assert longer == full + weights
+    assert estimated(masked, head_rows=7) == weights + activations + 7 * 512 * 8 + 32 * 20
+    assert estimated(masked, local_steps=2) == weights + activations + 32 * 20
+    assert estimated(full) == weights + activations + 3 * 4 * 512 * 32
+    assert estimated(full, local_steps=2) == estimated(full) + weights
+    assert rule_bytes(35, 2) == 35 * 4 * 12
 
 
 @pytest.mark.parametrize(
@@ -60,7 +72,7 @@ def test_the_formula_by_hand() -> None:
     ],
 )
 def test_what_a_rule_takes_is_not_more_than_estimated(config: ServerOptimizerConfig, moments: int) -> None:
-    n, num_clients, rule = 100_000, 3, SERVER_OPTIMIZERS.build(config)
+    n, num_clients, rule = 100_000, 3, SERVER_OPTIMIZERS.build(config, local_steps=1)
     own = isinstance(config, ScaffoldConfig | FedDynConfig)
     owners = tuple(range(num_clients)) if own else (SHARED,)
     c = np.ones((2, 1, len(owners)), np.float32)
@@ -101,7 +113,7 @@ def test_a_rule_whose_memory_is_not_there_is_named(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_an_estimate_that_grows_with_the_batch(family: str) -> None:
     model = tiny_model(family)
-    small, large = (estimate_step_memory_bytes(model, batch_tokens=n, space="masked") for n in (64, 640))
+    small, large = (estimate_step_memory_bytes(model, batch_tokens=n, trained_bytes=0) for n in (64, 640))
 
     assert weights_bytes(model) < small < large
 
@@ -110,10 +122,10 @@ def test_batches_are_halved_until_they_fit() -> None:
     model = tiny_model("llama")
 
     def fit(available: int) -> int:
-        return fit_tokens_per_batch(model, wanted=4096, longest=100, available_bytes=available, space="masked")
+        return fit_tokens_per_batch(model, wanted=4096, longest=100, available_bytes=available, trained_bytes=0)
 
     def needed(tokens: int) -> int:
-        return estimate_step_memory_bytes(model, batch_tokens=tokens, space="masked") - weights_bytes(model)
+        return estimate_step_memory_bytes(model, batch_tokens=tokens, trained_bytes=0) - weights_bytes(model)
 
     assert fit(1 << 40) == 4096
     assert fit(int(needed(1024) / 0.9) + 1) == 1024
@@ -123,7 +135,7 @@ def test_batches_are_halved_until_they_fit() -> None:
 
 def test_a_sequence_that_does_not_fit_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"one sequence of 100 tokens needs .* Lower model\.max_length"):
-        fit_tokens_per_batch(tiny_model("llama"), wanted=4096, longest=100, available_bytes=1000, space="full")
+        fit_tokens_per_batch(tiny_model("llama"), wanted=4096, longest=100, available_bytes=1000, trained_bytes=0)
 
 
 def test_the_machine_has_some_memory_and_a_token_takes_some_time() -> None:

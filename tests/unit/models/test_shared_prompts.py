@@ -24,7 +24,7 @@ from fedzo.models.plan import FEW_FORWARDS, plan_batches, plan_shared
 from fedzo.models.scoring import candidate_scores, example_losses
 from fedzo.testing.tiny_models import FAMILIES, tiny_loaded, tiny_model, tiny_model_from
 from fedzo.trainers import TRAINERS
-from fedzo.trainers.config import PrefixTrainerConfig, PromptTrainerConfig
+from fedzo.trainers.adapters import PrefixTrainerConfig, PromptTrainerConfig
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import direction
 from fedzo.zo.spaces.full import FullSpace

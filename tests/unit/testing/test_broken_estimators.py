@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from fedzo.testing import check_estimator
-from fedzo.zo.config import Baseline
-from fedzo.zo.estimator import Estimator, LossFn, OneSided, Projection, TwoPoint, projections
+from fedzo.zo.estimator import Baseline, Estimator, LossFn, OneSided, Projection, TwoPoint, projections
 from fedzo.zo.spaces.base import Space
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from fedzo.testing import check_server_optimizer
-from fedzo.zo.control_variates import Scaffold
 from fedzo.zo.log import Drift, RoundRecord
 from fedzo.zo.server_optimizer import ServerOptimizer, Sgd, round_direction, step_along
+from fedzo.zo.server_optimizer.control_variates import Scaffold
 from fedzo.zo.spaces.base import Space, Values
 
 

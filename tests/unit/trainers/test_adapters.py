@@ -27,14 +27,9 @@ from fedzo.models.scoring import mean_loss
 from fedzo.models.virtual_tokens import longest_sequence
 from fedzo.testing.tiny_models import FAMILIES, tiny_loaded, tiny_model
 from fedzo.trainers import TRAINERS, Built, Workplace
+from fedzo.trainers.adapters import Ia3TrainerConfig, LoraTrainerConfig, PrefixTrainerConfig, PromptTrainerConfig
 from fedzo.trainers.artifacts import ArtifactStore
-from fedzo.trainers.config import (
-    Ia3TrainerConfig,
-    LoraTrainerConfig,
-    PrefixTrainerConfig,
-    PromptTrainerConfig,
-    TrainerConfig,
-)
+from fedzo.trainers.base import TrainerConfig
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import direction
 from fedzo.zo.estimator import TwoPoint

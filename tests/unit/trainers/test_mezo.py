@@ -7,7 +7,7 @@ import torch
 
 from fedzo.testing.tiny_models import tiny_loaded
 from fedzo.trainers import TRAINERS
-from fedzo.trainers.config import MezoConfig
+from fedzo.trainers.mezo import MezoConfig
 from fedzo.zo.config import Distribution, Rounding
 
 

@@ -13,9 +13,18 @@ from torch.nn import functional as F
 
 from fedzo.errors import NumericsError
 from fedzo.testing.tiny_models import tiny_model
-from fedzo.zo.config import Baseline, FzooConfig, OneSidedConfig, TwoPointConfig
 from fedzo.zo.directions import direction
-from fedzo.zo.estimator import Estimator, Fzoo, OneSided, TwoPoint, estimate_together
+from fedzo.zo.estimator import (
+    Baseline,
+    Estimator,
+    Fzoo,
+    FzooConfig,
+    OneSided,
+    OneSidedConfig,
+    TwoPoint,
+    TwoPointConfig,
+    estimate_together,
+)
 from fedzo.zo.frozen_routing import Frozen, Record, Replay, build_estimator
 from fedzo.zo.spaces.full import FullSpace
 from fedzo.zo.spaces.masked import MaskedSpace

@@ -7,8 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from fedzo.zo.config import Schedule, ServerOptimizerConfig
-from fedzo.zo.schedule import learning_rate
+from fedzo.zo.server_optimizer import Schedule, ServerOptimizerConfig, learning_rate
 
 
 def course(rounds: int, **settings: object) -> list[float]:

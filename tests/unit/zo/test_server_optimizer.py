@@ -10,10 +10,21 @@ import pytest
 import torch
 
 from fedzo.testing.vector_space import VectorSpace
-from fedzo.zo.config import AdamConfig, MomentumConfig, ServerOptimizerConfig
 from fedzo.zo.directions import SHARED, direction, stream_key
 from fedzo.zo.log import RoundRecord, apply_record
-from fedzo.zo.server_optimizer import SERVER_OPTIMIZERS, Adam, Momentum, ServerOptimizer, Sgd, _power, round_direction
+from fedzo.zo.server_optimizer import (
+    SERVER_OPTIMIZERS,
+    Adam,
+    AdamConfig,
+    ControlVariates,
+    Momentum,
+    MomentumConfig,
+    ServerOptimizer,
+    ServerOptimizerConfig,
+    Sgd,
+    round_direction,
+)
+from fedzo.zo.server_optimizer.adam import _power
 
 SEED, N = 11, 5
 THETA = np.array([1.0, -2.0, 0.5, 3.0, -0.25], np.float32)
@@ -99,7 +110,7 @@ def test_a_rule_is_torch_s_optimizer_with_u_for_the_gradient(config: ServerOptim
         parameter.grad = torch.tensor(u, dtype=torch.float32)
         reference.step()
 
-    space = play(SERVER_OPTIMIZERS.build(config), log)
+    space = play(SERVER_OPTIMIZERS.build(config, local_steps=1), log)
 
     assert space.theta == pytest.approx(parameter.detach().numpy(), rel=1e-5, abs=1e-5)
 
@@ -161,3 +172,12 @@ def test_powers_are_right_and_made_of_products_only() -> None:
     for base in (0.9, 0.999, 0.5, 0.0):
         for exponent in (1, 2, 3, 17, 1000):
             assert _power(base, exponent) == pytest.approx(base**exponent, rel=1e-14)
+
+
+@pytest.mark.parametrize(("name", "config_class"), list(SERVER_OPTIMIZERS))
+def test_traits_tell_what_the_rule_is(name: str, config_class: type[ServerOptimizerConfig]) -> None:
+    config = config_class(lr=0.1)
+    rule = SERVER_OPTIMIZERS.build(config, local_steps=1)
+
+    assert config.traits.keeps_moments == (rule.num_moments(3) > 0), name
+    assert config.traits.walks_clients == isinstance(rule, ControlVariates), name

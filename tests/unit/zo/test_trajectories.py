@@ -15,25 +15,21 @@ import numpy as np
 import pytest
 
 from fedzo.testing.vector_space import VectorSpace
-from fedzo.zo.config import (
+from fedzo.zo.directions import SHARED, stream_key
+from fedzo.zo.estimator import ESTIMATORS, Baseline, EstimatorConfig, FzooConfig, OneSidedConfig, TwoPointConfig
+from fedzo.zo.log import RoundRecord, local_step
+from fedzo.zo.server_optimizer import (
+    SERVER_OPTIMIZERS,
     AdamConfig,
-    Baseline,
-    EstimatorConfig,
+    ControlVariates,
     FedDynConfig,
-    FzooConfig,
     MomentumConfig,
-    OneSidedConfig,
     ScaffoldConfig,
     Schedule,
     ServerOptimizerConfig,
     SgdConfig,
-    TwoPointConfig,
+    learning_rate,
 )
-from fedzo.zo.directions import SHARED, stream_key
-from fedzo.zo.estimator import ESTIMATORS
-from fedzo.zo.log import RoundRecord, local_step
-from fedzo.zo.schedule import learning_rate
-from fedzo.zo.server_optimizer import SERVER_OPTIMIZERS, ControlVariates
 
 GOLDEN = Path(__file__).with_name("trajectories_golden.json")
 SEED, ROUNDS, PROBES = 5, 5, 3
@@ -73,7 +69,7 @@ def loss(theta: np.ndarray, side: float = 1.0) -> float:
 
 def trajectory(estimator_config: EstimatorConfig, rule_config: ServerOptimizerConfig) -> list[str]:
     """theta after each round, as the hexadecimal of its float32 bits, most significant byte first."""
-    estimator, rule = ESTIMATORS.build(estimator_config), SERVER_OPTIMIZERS.build(rule_config)
+    estimator, rule = ESTIMATORS.build(estimator_config), SERVER_OPTIMIZERS.build(rule_config, local_steps=1)
     space = VectorSpace(np.zeros(4), distribution=estimator_config.distribution)
     moments = np.zeros((rule.num_moments(1), 4), np.float32)
     rounds = []
@@ -90,7 +86,7 @@ def trajectory(estimator_config: EstimatorConfig, rule_config: ServerOptimizerCo
 
 def walked_trajectory(rule_config: ServerOptimizerConfig) -> list[str]:
     """As ``trajectory``, with the two-point estimator."""
-    estimator, rule = ESTIMATORS.build(CONFIGS["two_point"]), SERVER_OPTIMIZERS.build(rule_config)
+    estimator, rule = ESTIMATORS.build(CONFIGS["two_point"]), SERVER_OPTIMIZERS.build(rule_config, local_steps=1)
     assert isinstance(rule, ControlVariates)
     space, moments = VectorSpace(np.zeros(4)), np.zeros((rule.num_moments(2), 4), np.float32)
     rounds = []

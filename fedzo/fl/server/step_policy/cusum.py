@@ -17,15 +17,51 @@ its own path decays. What is found then is the client whose label the common mod
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedzo.fl.server.step_policy.config import CusumConfig, Statistic
-from fedzo.fl.server.step_policy.plan import STEP_POLICIES, EarlyStop, Plan, Verdict
-from fedzo.fl.server.step_policy.statistics import Numbers, cusum, magnitudes, shortfall
+from fedzo.errors import Problem, not_negative, positive, problem
+from fedzo.fl.server.step_policy.plan import (
+    STEP_POLICIES,
+    EarlyStop,
+    EarlyStopConfig,
+    Plan,
+    StepPolicyTraits,
+    Verdict,
+)
+from fedzo.fl.server.step_policy.statistics import FEWEST, Numbers, Statistic, cusum, magnitudes, shortfall
 from fedzo.records.log import AuditLine
+
+if TYPE_CHECKING:
+    from fedzo.config.schema import RunConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class CusumConfig(EarlyStopConfig):
+    """A sequential test before every round: a CUSUM of how far log |g| lies below the others' median."""
+
+    drift: float = 1.0
+    """Difference in natural logarithms that is subtracted at every step."""
+    threshold: float = 8.0
+    """A client whose CUSUM has once been above is flagged for the rest of the run."""
+    graded: bool = False
+    """Set the steps by the strength of the finding: T/2 from the threshold on, T/4 from twice the threshold on, and
+    so on. The minimum is ``early_steps``."""
+
+    @property
+    def traits(self) -> StepPolicyTraits:
+        return StepPolicyTraits(compares_abs_g=True)
+
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        yield from not_negative("step_policy.drift", self.drift, "1 is the default.")
+        yield from positive("step_policy.threshold", self.threshold, "8 is the default.")
+        asked = run.strategy.clients_per_round or run.fl.num_clients
+        if asked < FEWEST:
+            rule = f"give at least {FEWEST} clients a round for step_policy=cusum, which compares each with the others"
+            yield problem("fl.num_clients", rule, asked, "Add clients, or choose another step_policy.")
 
 
 @dataclass(slots=True)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from fedzo.fl.server.step_policy.config import EarlyStopConfig, StepPolicyConfig
+from fedzo.errors import Problem, problem
+from fedzo.fl.config import FlConfig
 from fedzo.records.log import AuditLine
 from fedzo.records.metrics import ClientVerdict, StepDecision, known
-from fedzo.registry import Registry
+from fedzo.registry import PluginConfig, Registry
+
+if TYPE_CHECKING:
+    from fedzo.config.schema import RunConfig
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +59,46 @@ class Plan:
         return [client for client, verdict in sorted(self.verdicts.items()) if verdict.flagged]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPolicyTraits:
+    """What the rules on other parts of a run must know of a step policy.
+
+    Attributes:
+        stops_clients: Whether some clients may take fewer steps than others.
+        compares_abs_g: Whether it compares |g| of steps and clients.
+        needs_labels: Whether it reads how many rows of each label a client declared.
+    """
+
+    stops_clients: bool = True
+    compares_abs_g: bool = False
+    needs_labels: bool = False
+
+
+@dataclass(kw_only=True, slots=True)
+class StepPolicyConfig(PluginConfig):
+    """Which clients stop early in every round."""
+
+    @property
+    def traits(self) -> StepPolicyTraits:
+        """What other parts of a run must know of this step policy."""
+        return StepPolicyTraits()
+
+    def most_steps(self, fl: FlConfig) -> int:
+        """The most local steps that a client takes in one round."""
+        return fl.local_steps
+
+    def check_start(self, fl: FlConfig, *, has_gradient: bool) -> None:
+        """Look at what shows only once the trainer is prepared.
+
+        Args:
+            fl: The federation's settings.
+            has_gradient: Whether the server has a gradient of the trained values.
+
+        Raises:
+            ConfigError: The policy cannot work with that.
+        """
+
+
 class StepPolicy(Protocol):
     """Decides before every round how many local steps each client takes."""
 
@@ -70,6 +114,39 @@ class StepPolicy(Protocol):
 
 STEP_POLICIES: Registry[StepPolicy] = Registry("step_policy", base=StepPolicyConfig)
 """Factories ``(config, *, num_clients, local_steps, run_seed) -> StepPolicy``."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EarlyStopConfig(StepPolicyConfig):
+    """What happens to flagged clients."""
+
+    early_steps: int = 1
+    """Local steps a round of a flagged client. Its next round continues with its next rows."""
+    max_share: float = 0.5
+    """Largest share of flagged clients. Above it, no client is stopped early and all clients take
+    ``fallback_steps``."""
+    fallback_steps: int = 0
+    """Local steps a round of all clients above ``max_share``. 0 = half of ``fl.local_steps``."""
+
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        most = max(run.fl.local_steps, 1)
+        if not 1 <= self.early_steps <= most:
+            rule = f"be between 1 and fl.local_steps ({run.fl.local_steps})"
+            yield problem("step_policy.early_steps", rule, self.early_steps, "1 is the paper's.")
+        if not 0 <= self.fallback_steps <= most:
+            rule = f"be between 0 (half) and fl.local_steps ({run.fl.local_steps})"
+            remedy = "Lower it, or raise fl.local_steps."
+            yield problem("step_policy.fallback_steps", rule, self.fallback_steps, remedy)
+        if not 0 <= self.max_share <= 1:
+            remedy = "The largest share of flagged clients. 1 sets no limit."
+            yield problem("step_policy.max_share", "be between 0 and 1", self.max_share, remedy)
+
+    def check_start(self, fl: FlConfig, *, has_gradient: bool) -> None:
+        if fl.local_steps == 1:
+            log.warning(
+                "fl.local_steps is 1, so no client can stop earlier. The step policy only reports its findings. "
+                "Raise fl.local_steps to let it act."
+            )
 
 
 @dataclass(frozen=True, slots=True)

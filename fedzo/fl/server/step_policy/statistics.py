@@ -8,10 +8,11 @@ dropped is nan and is left out.
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 import numpy as np
 import numpy.typing as npt
 
-from fedzo.fl.server.step_policy.config import Statistic
 from fedzo.records.log import AuditLine
 
 Numbers = npt.NDArray[np.float64]
@@ -19,6 +20,15 @@ TINY = 1e-30
 FEWEST = 3
 """Clients that must have measured a step for "the others" to have a median."""
 _MOST_BELOW = 2.0  # of one step in a CUSUM, in natural logarithms: even a |g| of 0 counts as e**-2 of the others'
+
+
+class Statistic(StrEnum):
+    """What is measured of a client's local step."""
+
+    abs_g = "abs_g"
+    """|g|, the projected gradient itself; any trainer."""
+    gradip = "gradip"
+    """|g xi|, the paper's GradIP: |g| times a factor of the seed; the trainer must have a gradient."""
 
 
 def magnitudes(line: AuditLine, statistic: Statistic) -> dict[int, Numbers]:

@@ -9,22 +9,130 @@ a number that depends on the seed alone, so that it adds noise and nothing of th
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedzo.errors import ConfigError
-from fedzo.fl.server.step_policy.config import Combine, Statistic, VpcsConfig, VpcsTest
-from fedzo.fl.server.step_policy.plan import STEP_POLICIES, EarlyStop, Plan, Verdict
-from fedzo.fl.server.step_policy.statistics import Numbers, level, magnitudes, mean, quiet_share, ratio
+from fedzo.errors import ConfigError, Problem, positive, problem
+from fedzo.fl.config import FlConfig
+from fedzo.fl.server.step_policy.plan import (
+    STEP_POLICIES,
+    EarlyStop,
+    EarlyStopConfig,
+    Plan,
+    StepPolicyTraits,
+    Verdict,
+)
+from fedzo.fl.server.step_policy.statistics import (
+    FEWEST,
+    Numbers,
+    Statistic,
+    level,
+    magnitudes,
+    mean,
+    quiet_share,
+    ratio,
+)
+from fedzo.records.fields import MOST_STEPS
 from fedzo.records.log import AuditLine
+
+if TYPE_CHECKING:
+    from fedzo.config.schema import RunConfig
+
 
 log = logging.getLogger(__name__)
 NO_GRADIENT = (
     "step_policy.statistic=gradip must find a gradient at the server to compare with, but the trainer made none. Use "
     "trainer=meerkat with a mask of trainer.selector=sensitivity, or step_policy.statistic=abs_g."
 )
+
+
+class VpcsTest(StrEnum):
+    """What speaks for a client being extreme."""
+
+    ratio = "ratio"
+    """The mean of the initial phase over that of the later phase is above ``ratio_threshold``."""
+    quiet = "quiet"
+    """The share of the later phase's steps below sigma is above ``quiet_threshold``."""
+    level = "level"
+    """The others' median of the later phase over the client's own mean is above ``level_threshold``."""
+
+
+class Combine(StrEnum):
+    """How ratio and quiet are combined; level, where it is chosen, flags alone."""
+
+    both = "both"
+    """Both tests must flag the client. A test that is not in ``tests`` is ignored."""
+    either = "either"
+
+
+@dataclass(kw_only=True, slots=True)
+class VpcsConfig(EarlyStopConfig):
+    """VPCS: round 0 is a calibration that does not move the model (Meerkat-vp, arXiv 2506.03337)."""
+
+    calibration_steps: int = 100
+    """Local steps of every client in round 0, at ``server_optimizer.lr``."""
+    initial_steps: int = 20
+    """Length of the initial phase."""
+    later_steps: int = 20
+    """Length of the later phase, at the end."""
+    statistic: Statistic = Statistic.abs_g
+    tests: list[VpcsTest] = field(default_factory=lambda: list(VpcsTest))
+    """Which tests are made; flagged = (ratio ``combine`` quiet) or level."""
+    combine: Combine = Combine.both
+    ratio_threshold: float = 3.0
+    """The test ``ratio`` flags a client whose initial mean over its later mean is above."""
+    quiet_threshold: float = 0.5
+    """The test ``quiet`` flags a client whose share of steps below sigma is above."""
+    sigma_share: float = 0.1
+    """sigma is this share of the median over clients of the initial phase's mean."""
+    level_threshold: float = 2.0
+    """The test ``level`` flags a client for which the others' median over its own mean is above."""
+    graded: bool = False
+    """Set the steps by the strength of the finding: T/2 from the threshold on, T/4 from twice the threshold on, and
+    so on. The minimum is ``early_steps``."""
+
+    @property
+    def traits(self) -> StepPolicyTraits:
+        return StepPolicyTraits(compares_abs_g=True)
+
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        for key in ("initial_steps", "later_steps"):
+            if getattr(self, key) < 1:
+                yield problem(f"step_policy.{key}", "be >= 1", getattr(self, key), "20 is the default.")
+        least = max(self.initial_steps, 1) + max(self.later_steps, 1)
+        if not least <= self.calibration_steps <= MOST_STEPS:
+            rule = f"be between initial_steps + later_steps ({least}) and {MOST_STEPS}"
+            yield problem("step_policy.calibration_steps", rule, self.calibration_steps, "100 is the default.")
+        for key in ("ratio_threshold", "quiet_threshold", "sigma_share", "level_threshold"):
+            yield from positive(f"step_policy.{key}", getattr(self, key), "Leave it out for the default.")
+        if self.quiet_threshold >= 1:
+            remedy = "A client is flagged above this share of steps."
+            yield problem("step_policy.quiet_threshold", "be below 1", self.quiet_threshold, remedy)
+        if not self.tests:
+            yield problem("step_policy.tests", "name a test", [], "Choose among ratio, quiet and level.")
+        if set(self.tests) == {VpcsTest.level} and run.fl.num_clients < FEWEST:
+            rule = f"be at least {FEWEST} for step_policy.tests=[level], which compares each client with the others"
+            yield problem("fl.num_clients", rule, run.fl.num_clients, "Add clients, or another test.")
+        if self.statistic is Statistic.gradip and not run.trainer.traits.gradient:
+            rule = "be abs_g for a trainer that has no gradient to compare with"
+            remedy = "Use trainer=meerkat with trainer.selector=sensitivity, or step_policy.statistic=abs_g."
+            yield problem("step_policy.statistic", rule, self.statistic, remedy)
+
+    def most_steps(self, fl: FlConfig) -> int:
+        return max(fl.local_steps, self.calibration_steps)
+
+    def check_start(self, fl: FlConfig, *, has_gradient: bool) -> None:
+        EarlyStopConfig.check_start(self, fl, has_gradient=has_gradient)
+        if self.statistic is Statistic.gradip and not has_gradient:
+            raise ConfigError(NO_GRADIENT)
+        if fl.rounds == 1:
+            log.warning(
+                "fl.rounds is 1, and the first round is the calibration: the model will not move. Raise fl.rounds."
+            )
 
 
 @dataclass(slots=True)

@@ -9,21 +9,12 @@ import pytest
 
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.fl.config import FlConfig
-from fedzo.fl.server.step_policy import STEP_POLICIES, check_step_policy, most_steps
-from fedzo.fl.server.step_policy.config import (
-    Combine,
-    CusumConfig,
-    EarlyStopConfig,
-    NoStepPolicyConfig,
-    OracleConfig,
-    RandomConfig,
-    Statistic,
-    StepPolicyConfig,
-    VpcsConfig,
-    VpcsTest,
-)
-from fedzo.fl.server.step_policy.plan import EarlyStop, Plan, Verdict, describe, news
-from fedzo.fl.server.step_policy.vpcs import evidence, judge
+from fedzo.fl.server.step_policy import STEP_POLICIES
+from fedzo.fl.server.step_policy.baselines import NoStepPolicyConfig, OracleConfig, RandomConfig
+from fedzo.fl.server.step_policy.cusum import CusumConfig
+from fedzo.fl.server.step_policy.plan import EarlyStop, EarlyStopConfig, Plan, StepPolicyConfig, Verdict, describe, news
+from fedzo.fl.server.step_policy.statistics import Statistic
+from fedzo.fl.server.step_policy.vpcs import Combine, VpcsConfig, VpcsTest, evidence, judge
 from fedzo.records.decode import decode_json, to_json
 from fedzo.records.log import AuditLine
 from fedzo.records.metrics import StepDecision
@@ -185,35 +176,35 @@ def test_gradip_needs_a_gradient() -> None:
     with pytest.raises(ConfigError, match=r"step_policy\.statistic=gradip must find a gradient .* trainer=meerkat"):
         build(config).plan([line({0: LOUD})], {})
     with pytest.raises(ConfigError, match="must find a gradient"):
-        check_step_policy(config, FlConfig(local_steps=2), has_gradient=False)
-    check_step_policy(config, FlConfig(local_steps=2), has_gradient=True)
+        config.check_start(FlConfig(local_steps=2), has_gradient=False)
+    config.check_start(FlConfig(local_steps=2), has_gradient=True)
 
 
 def test_one_local_step_leaves_nothing_to_stop_and_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    check_step_policy(NoStepPolicyConfig(), FlConfig(local_steps=1), has_gradient=False)
-    check_step_policy(CusumConfig(), FlConfig(local_steps=2), has_gradient=False)
+    NoStepPolicyConfig().check_start(FlConfig(local_steps=1), has_gradient=False)
+    CusumConfig().check_start(FlConfig(local_steps=2), has_gradient=False)
     assert caplog.text == ""
 
-    check_step_policy(CusumConfig(), FlConfig(local_steps=1), has_gradient=False)
+    CusumConfig().check_start(FlConfig(local_steps=1), has_gradient=False)
 
     assert "fl.local_steps is 1" in caplog.text
     assert "Raise fl.local_steps" in caplog.text
 
 
 def test_a_run_of_nothing_but_the_calibration_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    check_step_policy(VpcsConfig(), FlConfig(local_steps=2, rounds=2), has_gradient=False)
-    check_step_policy(CusumConfig(), FlConfig(local_steps=2, rounds=1), has_gradient=False)
+    VpcsConfig().check_start(FlConfig(local_steps=2, rounds=2), has_gradient=False)
+    CusumConfig().check_start(FlConfig(local_steps=2, rounds=1), has_gradient=False)
     assert caplog.text == ""
 
-    check_step_policy(VpcsConfig(), FlConfig(local_steps=2, rounds=1), has_gradient=False)
+    VpcsConfig().check_start(FlConfig(local_steps=2, rounds=1), has_gradient=False)
 
     assert "the model will not move. Raise fl.rounds." in caplog.text
 
 
 def test_the_most_steps_of_a_round_are_those_of_the_calibration() -> None:
-    assert most_steps(VpcsConfig(), FlConfig(local_steps=1)) == 100
-    assert most_steps(VpcsConfig(), FlConfig(local_steps=200)) == 200
-    assert most_steps(CusumConfig(), FlConfig(local_steps=3)) == 3
+    assert VpcsConfig().most_steps(FlConfig(local_steps=1)) == 100
+    assert VpcsConfig().most_steps(FlConfig(local_steps=200)) == 200
+    assert CusumConfig().most_steps(FlConfig(local_steps=3)) == 3
 
 
 # --- cusum

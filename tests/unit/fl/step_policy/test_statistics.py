@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedzo.fl.server.step_policy.config import Statistic
 from fedzo.fl.server.step_policy.statistics import (
+    Statistic,
     cusum,
     level,
     magnitudes,

@@ -40,14 +40,15 @@ def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 def test_each_row_computes_what_a_model_with_its_weights_computes(family: str) -> None:
     model = tiny_model(family)
     space = masked(model)
-    if not OwnWeights.supports(space, model):
+    own = space.row_weights(model)
+    if own is None:
         assert family not in SUPPORTED
         return
     start, offsets = space.values(), offsets_of(space, 2)
 
     with space.probe(0.0625, key=5):
         unmoved = logits(model, IDS)
-        with OwnWeights(space) as own:
+        with own:
             own.follow(offsets, np.array([0, 1, 0]))
             together = logits(model, IDS)
             own.follow(offsets[:1], np.zeros(3, int))
@@ -63,17 +64,17 @@ def test_each_row_computes_what_a_model_with_its_weights_computes(family: str) -
 
 def test_what_is_supported() -> None:
     """Float32 matrices of linear layers; GPT-2 multiplies otherwise, and a full space has no places."""
-    assert {family for family in FAMILIES if OwnWeights.supports(masked(m := tiny_model(family)), m)} == SUPPORTED
+    assert {family for family in FAMILIES if masked(m := tiny_model(family)).row_weights(m)} == SUPPORTED
     gpt2, half = tiny_model("gpt2"), tiny_model("llama").bfloat16()
-    assert not OwnWeights.supports(masked(gpt2), gpt2)
-    assert not OwnWeights.supports(masked(half), half)
-    assert not OwnWeights.supports(FullSpace(model := tiny_model("llama")), model)
+    assert masked(gpt2).row_weights(gpt2) is None
+    assert masked(half).row_weights(half) is None
+    assert FullSpace(model := tiny_model("llama")).row_weights(model) is None
 
 
 def test_other_uses_of_a_masked_matrix_are_refused() -> None:
     layer = nn.Linear(6, 4)
     space = MaskedSpace(layer, {"weight": torch.arange(0, 24, 5)})
-    with torch.inference_mode(), OwnWeights(space) as own:
+    with torch.inference_mode(), OwnWeights(space.places) as own:
         own.follow(offsets_of(space, 2), np.arange(2))
         assert layer.weight.shape == (4, 6)
         with pytest.raises(NotImplementedError, match="of a masked matrix is not known"):

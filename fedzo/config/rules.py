@@ -1,0 +1,256 @@
+"""The rules that types cannot say. Every broken rule is reported, never only the first.
+
+A plugin's rules are in its config class, and what its traits allow is in ``fedzo.config.traits``. Here are those of
+the parts that are no plugins.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedzo.config import traits
+from fedzo.config.plugins import chosen_plugins, plugin_classes, plugin_name
+from fedzo.config.schema import RunConfig
+from fedzo.data.config import Loss, TaskConfig, TaskKind
+from fedzo.data.sources import EMBEDDED
+from fedzo.errors import Problem, at_least, positive, problem, unsigned_64
+from fedzo.fl.config import Aggregation, FaultsConfig, FlConfig, Seeds, Weighting
+from fedzo.fl.server.aggregate import num_trimmed
+from fedzo.records.fields import MOST_OWNERS, MOST_ROUNDS, MOST_STEPS
+from fedzo.registry import broken_rules
+
+
+def problems(config: RunConfig) -> list[Problem]:
+    """Every broken rule that shows in the settings alone, on any machine."""
+    return [*site_problems(config), *run_problems(config)]
+
+
+def site_problems(config: RunConfig) -> Iterator[Problem]:
+    """Broken rules on how one machine holds and runs the model."""
+    yield from _machine(config)
+    yield from _memory(config)
+    yield from traits.dtype_problems(config)
+    yield from traits.quantization_problems(config)
+    yield from traits.compile_problems(config)
+
+
+def run_problems(config: RunConfig) -> Iterator[Problem]:
+    """Broken rules on what all peers of a run agree on."""
+    yield from _groups(config)
+    yield from unsigned_64("seed", config.seed)
+    yield from _model(config)
+    yield from _task(config)
+    yield from _data(config)
+    yield from broken_rules(config.partition, config)
+    yield from traits.partition_problems(config)
+    yield from broken_rules(config.trainer, config)
+    for stage in config.preprocess.values():
+        yield from broken_rules(stage, config)
+    yield from broken_rules(config.estimator, config)
+    yield from broken_rules(config.server_optimizer, config)
+    yield from traits.server_optimizer_problems(config)
+    yield from _fl(config)
+    yield from _faults(config.faults, config.fl)
+    yield from _strategy(config)
+    yield from broken_rules(config.step_policy, config)
+    yield from traits.step_policy_problems(config)
+    yield from _aggregation(config)
+    yield from _evaluation(config)
+    yield from broken_rules(config.runtime, config)
+
+
+def missing_files(config: RunConfig) -> list[Problem]:
+    """Files that the settings name and this machine does not have."""
+    own = config.partition.traits.own_rows and config.data.path is not None
+    paths = own_paths(config.data.path or "", config.fl.num_clients) if own else [config.data.path]
+    named = [("data.path", path, "Give the folder or file with the rows.") for path in paths]
+    if config.model.name.startswith(("/", "./", "../", "~")):
+        named.append(("model.name", config.model.name, "Give a model folder, or a hub name."))
+    for where, plugin in chosen_plugins(config):
+        named += [(f"{where}.{key}", getattr(plugin, key), remedy) for key, remedy in plugin.paths.items()]
+    return [
+        problem(key, "name something that exists", path, remedy)
+        for key, path, remedy in named
+        if path is not None and not Path(path).expanduser().exists()
+    ]
+
+
+def own_paths(path: str, num_clients: int) -> list[str]:
+    """Where each client's own rows lie; one path where all have the same."""
+    clients = range(num_clients) if "{client}" in path else range(1)
+    return [path.replace("{client}", str(client)) for client in clients]
+
+
+# --- of the site
+
+
+def _machine(config: RunConfig) -> Iterator[Problem]:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?|mps", config.device):
+        yield problem(
+            "device", "be auto, cpu, cuda, cuda:<index> or mps", config.device, "auto chooses the best device."
+        )
+    yield from at_least("threads", config.threads, 0, "0 means OMP_NUM_THREADS, or all CPUs.")
+
+
+def _memory(config: RunConfig) -> Iterator[Problem]:
+    model = config.model
+    if model.tokens_per_batch < model.max_length:
+        yield problem(
+            "model.tokens_per_batch",
+            f"be >= model.max_length ({model.max_length}), so that one sequence fits",
+            model.tokens_per_batch,
+            "Raise it, or lower model.max_length.",
+        )
+
+
+# --- of the run
+
+
+def _groups(config: RunConfig) -> Iterator[Problem]:
+    for group, options in plugin_classes().items():
+        chosen = getattr(config, group)
+        if plugin_name(group, chosen) is None:
+            names = ", ".join(sorted(options))
+            yield problem(group, f"be one of {names}", type(chosen).__name__, f"Write {group}=<option>.")
+
+
+def _model(config: RunConfig) -> Iterator[Problem]:
+    model = config.model
+    if not model.name.strip():
+        yield problem("model.name", "be a hub name or a local folder", model.name, "Write model=<name or folder>.")
+    yield from at_least("model.max_length", model.max_length, 1, "It counts tokens.")
+
+
+def _task(config: RunConfig) -> Iterator[Problem]:
+    task = config.task
+    if not task.template:
+        yield problem("task.template", "not be empty", task.template, "Choose a task=<option>, or write a template.")
+    if task.kind is TaskKind.candidates:
+        yield from _candidates(task)
+    else:
+        if not task.answer:
+            remedy = "Name the answer's column, as in task.answer='{answer}'."
+            yield problem("task.answer", f"not be empty for task.kind={task.kind}", task.answer, remedy)
+        if task.loss is Loss.candidates:
+            remedy = "Write task.loss=lm."
+            yield problem(
+                "task.loss", f"be lm for task.kind={task.kind}, which has no candidates", "candidates", remedy
+            )
+    yield from at_least("task.max_new_tokens", task.max_new_tokens, 1, "It counts generated tokens.")
+
+
+def _candidates(task: TaskConfig) -> Iterator[Problem]:
+    if len(task.candidates) < 2:
+        rule = "hold at least 2 answers for task.kind=candidates"
+        yield problem("task.candidates", rule, task.candidates, "List the answers in the order of the labels.")
+    if task.labels and len(task.labels) != len(task.candidates):
+        rule = f"hold one value per candidate ({len(task.candidates)})"
+        yield problem("task.labels", rule, task.labels, "Or leave it empty when the column holds indices.")
+    if not task.label:
+        yield problem(
+            "task.label", "name the column of the right answer", task.label, "Set it to a column of the rows."
+        )
+
+
+def _data(config: RunConfig) -> Iterator[Problem]:
+    data = config.data
+    if data.path is None and config.task.name not in EMBEDDED:
+        rule = f"be given for the task {config.task.name!r} (only {', '.join(EMBEDDED)} is embedded)"
+        yield problem("data.path", rule, None, "Write data.path=<folder or file with the rows>.")
+    yield from at_least("data.num_train", data.num_train, 0, "0 means all rows.")
+    yield from at_least("data.num_dev", data.num_dev, 0, "It counts rows.")
+    yield from at_least("data.num_test", data.num_test, 0, "It counts rows.")
+    yield from unsigned_64("data.split_seed", data.split_seed)
+
+
+def _fl(config: RunConfig) -> Iterator[Problem]:
+    fl = config.fl
+    yield from at_least("fl.num_clients", fl.num_clients, 1, "A federation needs a client.")
+    yield from at_least("fl.rounds", fl.rounds, 1, "A run needs a round.")
+    yield from at_least("fl.local_steps", fl.local_steps, 1, "1 synchronises after every step.")
+    for key, count, most in (
+        ("fl.rounds", fl.rounds, MOST_ROUNDS),
+        ("fl.local_steps", fl.local_steps, MOST_STEPS),
+        ("estimator.num_probes", config.estimator.num_probes, MOST_STEPS),
+    ):
+        if count > most:
+            yield problem(key, f"be at most {most}, the maximum of a record of the log", count, "Lower it.")
+    own_columns = fl.seeds is not Seeds.shared or config.server_optimizer.traits.walks_clients
+    if own_columns and fl.num_clients > MOST_OWNERS:
+        rule = f"be at most {MOST_OWNERS} where the log keeps each client's own scalars"
+        yield problem("fl.num_clients", rule, fl.num_clients, "Write fl.seeds=shared and server_optimizer=sgd.")
+    yield from at_least("fl.batch_size", fl.batch_size, 1, "The key counts the rows of a client in a step.")
+    if not 2 <= fl.pool_size < 2**31:
+        yield problem("fl.pool_size", "be between 2 and 2**31 - 1", fl.pool_size, "4096 is FedKSeed's.")
+    yield from at_least("fl.hash_every", fl.hash_every, 1, "1 compares the full hash every round.")
+
+
+def _faults(faults: FaultsConfig, fl: FlConfig) -> Iterator[Problem]:
+    for entry in faults.absent:
+        match = re.fullmatch(r"(\d{1,9})@(\d{1,9})", entry)
+        if match is None:
+            yield problem(
+                "faults.absent", "hold entries '<client>@<round>'", entry, "For example faults.absent=['3@1']."
+            )
+        elif int(match[1]) >= fl.num_clients or int(match[2]) >= fl.rounds:
+            rule = f"name a client below fl.num_clients ({fl.num_clients}) and a round below fl.rounds ({fl.rounds})"
+            yield problem("faults.absent", rule, entry, "Both count from 0.")
+
+
+def _strategy(config: RunConfig) -> Iterator[Problem]:
+    strategy, num_clients = config.strategy, config.fl.num_clients
+    if not 0 <= strategy.clients_per_round <= num_clients:
+        rule = f"be between 0 (all) and fl.num_clients ({num_clients})"
+        yield problem(
+            "strategy.clients_per_round", rule, strategy.clients_per_round, "Lower it or raise fl.num_clients."
+        )
+    sampled = strategy.clients_per_round or num_clients
+    if not 1 <= strategy.min_replies <= max(sampled, 1):
+        rule = f"be between 1 and the clients of a round ({sampled})"
+        yield problem("strategy.min_replies", rule, strategy.min_replies, "Lower it, or sample more clients.")
+    if strategy.size_cap != 0 and not (math.isfinite(strategy.size_cap) and strategy.size_cap >= 1):
+        remedy = "Below 1, most clients would have equal weight. Write strategy.weighting=uniform for that."
+        yield problem("strategy.size_cap", "be 0 (no cap) or >= 1 and finite", strategy.size_cap, remedy)
+    yield from positive("strategy.deadline_s", strategy.deadline_s, "It counts seconds.")
+    yield from positive("strategy.startup_s", strategy.startup_s, "It counts seconds.")
+    yield from positive("strategy.max_abs_g", strategy.max_abs_g, "Choose a large number to refuse nothing.")
+    if strategy.clip_factor != 0 and not (math.isfinite(strategy.clip_factor) and strategy.clip_factor >= 1):
+        remedy = "Below 1 the bound would shrink from round to round."
+        yield problem("strategy.clip_factor", "be 0 (off) or >= 1 and finite", strategy.clip_factor, remedy)
+    yield from at_least("strategy.clip_rounds", strategy.clip_rounds, 1, "10 is usual.")
+
+
+def _aggregation(config: RunConfig) -> Iterator[Problem]:
+    strategy, asked = config.strategy, config.strategy.clients_per_round or config.fl.num_clients
+    if not 0 <= strategy.trim_share < 0.5:
+        yield problem("strategy.trim_share", "be >= 0 and < 0.5", strategy.trim_share, "It is cut off at both ends.")
+    elif strategy.aggregation is Aggregation.trimmed_mean and num_trimmed(strategy.trim_share, asked) == 0:
+        rule = f"cut at least one of the {asked} clients of a round off at each end, so that values are trimmed"
+        remedy = "Ask at least 3 clients." if asked < 3 else f"{math.ceil(1000 / asked) / 1000:g} cuts one."
+        yield problem("strategy.trim_share", rule, strategy.trim_share, remedy)
+    if strategy.aggregation is Aggregation.mean:
+        return
+    chosen = f"strategy.aggregation={strategy.aggregation}"
+    if config.fl.seeds is not Seeds.shared:
+        rule = f"be shared for {chosen}, which compares scalars along the same direction"
+        yield problem("fl.seeds", rule, config.fl.seeds, "Write fl.seeds=shared, or strategy.aggregation=mean.")
+    if strategy.weighting is not Weighting.uniform:
+        rule = f"be uniform for {chosen}, which gives every client equal weight"
+        remedy = "Write strategy.weighting=uniform, or strategy.aggregation=mean."
+        yield problem("strategy.weighting", rule, strategy.weighting, remedy)
+    if strategy.aggregation is Aggregation.majority_sign and strategy.clip_factor != 0:
+        rule = f"be 0 for {chosen}, which sends only signs"
+        yield problem("strategy.clip_factor", rule, strategy.clip_factor, "Write strategy.clip_factor=0.")
+
+
+def _evaluation(config: RunConfig) -> Iterator[Problem]:
+    evaluation = config.evaluation
+    yield from at_least("evaluation.every_rounds", evaluation.every_rounds, 0, "0 scores only at the end.")
+    every = evaluation.federated_every_rounds
+    yield from at_least("evaluation.federated_every_rounds", every, -1, "0 scores only at the end, -1 never.")
+    yield from at_least(
+        "evaluation.federated_max_rows", evaluation.federated_max_rows, 1, "It counts rows of a client."
+    )

@@ -1,0 +1,129 @@
+"""Rules that plugins are under because of what they can do: they read traits, never a plugin's name or class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fedzo.config.plugins import plugin_name
+from fedzo.config.schema import RunConfig
+from fedzo.data.config import TaskKind
+from fedzo.errors import Problem, problem
+from fedzo.fl.config import Aggregation, Seeds, Weighting
+from fedzo.models.config import DType, Quantization
+
+# --- of the site: how this machine holds and runs the model
+
+
+def compile_problems(config: RunConfig) -> Iterator[Problem]:
+    """What a compiled forward cannot do."""
+    if not config.model.compile:
+        return
+    remedy = "Write model.compile=false"
+    if reason := config.trainer.traits.cannot_compile:
+        rule = f"be false for trainer={plugin_name('trainer', config.trainer)}: {reason}"
+        yield problem("model.compile", rule, True, f"{remedy}, or train fewer values, as trainer=meerkat does.")
+    if config.estimator.freeze_routing:
+        rule = (
+            "be false with estimator.freeze_routing: the choices of one forward would lie in memory that the next "
+            "replay of its CUDA graph overwrites"
+        )
+        yield problem("model.compile", rule, True, f"{remedy}.")
+
+
+def quantization_problems(config: RunConfig) -> Iterator[Problem]:
+    """Whose weights may be packed."""
+    model = config.model
+    if model.quantization is Quantization.none:
+        return
+    if config.trainer.traits.trains_base_weights:
+        rule = "be none where the model's own weights are trained"
+        yield problem("model.quantization", rule, model.quantization, "Train an adapter, as trainer=lora does.")
+    if model.gguf_file is not None:
+        rule = "be none with model.gguf_file, whose weights are packed in their own way and unpacked when read"
+        yield problem("model.quantization", rule, model.quantization, "Name a folder of safetensors.")
+
+
+def dtype_problems(config: RunConfig) -> Iterator[Problem]:
+    """Where peers may choose the dtype for themselves."""
+    if config.model.dtype is DType.auto and not config.trainer.traits.float32_master:
+        name = plugin_name("trainer", config.trainer)
+        rule = f"be float32, bfloat16 or float16 for trainer={name}, whose trained values have this dtype on all peers"
+        yield problem("model.dtype", rule, "auto", "Write model.dtype=float32 if in doubt.")
+
+
+# --- of the run: what its parts are to each other
+
+
+def partition_problems(config: RunConfig) -> Iterator[Problem]:
+    """What rows must have to be dealt."""
+    if config.partition.traits.by_label and config.task.kind is not TaskKind.candidates:
+        rule = f"go by something else than labels for task.kind={config.task.kind}, which has none"
+        yield problem("partition", rule, plugin_name("partition", config.partition), "Use partition=iid or natural.")
+    if config.partition.traits.own_rows:
+        yield from _own_rows(config, f"partition={plugin_name('partition', config.partition)}")
+
+
+def _own_rows(config: RunConfig, chosen: str) -> Iterator[Problem]:
+    """What a server without rows cannot do."""
+    if config.step_policy.traits.needs_labels and not config.fl.label_counts:
+        name = plugin_name("step_policy", config.step_policy)
+        rule = f"be true for step_policy={name} with {chosen}, where the server does not know the labels"
+        yield problem("fl.label_counts", rule, False, "Or choose another step policy.")
+    if config.evaluation.central:
+        rule = f"be false for {chosen}, where the server has no dev and test rows"
+        yield problem("evaluation.central", rule, True, "The clients score their held-out rows.")
+
+
+def server_optimizer_problems(config: RunConfig) -> Iterator[Problem]:
+    """What the memory of a server optimizer needs of the trained values, and its walks of the clients."""
+    traits, name = config.server_optimizer.traits, plugin_name("server_optimizer", config.server_optimizer)
+    if traits.keeps_moments and not config.trainer.traits.float32_master:
+        rule = (
+            f"be sgd for trainer={plugin_name('trainer', config.trainer)}: other rules keep float32 numbers beside "
+            "every weight of the model on every peer"
+        )
+        remedy = "Write server_optimizer=sgd, or train fewer values, as trainer=meerkat does."
+        yield problem("server_optimizer", rule, name, remedy)
+    if traits.walks_clients:
+        yield from _walks(config, f"server_optimizer={name}")
+
+
+def _walks(config: RunConfig, chosen: str) -> Iterator[Problem]:
+    other = "or another server_optimizer."
+    if config.fl.seeds is not Seeds.shared:
+        rule = f"be shared for {chosen}, whose log keeps each client's own scalars along shared directions"
+        yield problem("fl.seeds", rule, config.fl.seeds, f"Write fl.seeds=shared, {other}")
+    if config.strategy.weighting is not Weighting.uniform:
+        rule = f"be uniform for {chosen}, whose state is an unweighted mean over the clients"
+        yield problem(
+            "strategy.weighting", rule, config.strategy.weighting, f"Write strategy.weighting=uniform, {other}"
+        )
+    if config.strategy.aggregation is not Aggregation.mean:
+        rule = f"be mean for {chosen}, which averages the clients' models and not their scalars"
+        yield problem(
+            "strategy.aggregation", rule, config.strategy.aggregation, f"Write strategy.aggregation=mean, {other}"
+        )
+    if config.step_policy.traits.stops_clients:
+        rule = f"be none for {chosen}, which needs all local steps of every client"
+        got = plugin_name("step_policy", config.step_policy)
+        yield problem("step_policy", rule, got, f"Write step_policy=none, {other}")
+    if config.server_optimizer.weight_decay != 0:
+        rule = f"be 0 for {chosen}, whose corrections do not include decay"
+        remedy = "Write server_optimizer.weight_decay=0."
+        yield problem("server_optimizer.weight_decay", rule, config.server_optimizer.weight_decay, remedy)
+
+
+def step_policy_problems(config: RunConfig) -> Iterator[Problem]:
+    """What a step policy must be able to read off a round."""
+    traits = config.step_policy.traits
+    if traits.compares_abs_g and (reason := config.estimator.traits.incomparable_g):
+        got = plugin_name("estimator", config.estimator)
+        remedy = "Choose another, such as two_point, or step_policy=none."
+        yield problem("estimator", f"be another than {got} for a step policy by |g|: {reason}", got, remedy)
+    if traits.compares_abs_g and config.strategy.aggregation is Aggregation.majority_sign:
+        rule = "be another than majority_sign for a step policy by |g|: the clients send only the sign of g"
+        yield problem("strategy.aggregation", rule, "majority_sign", "Choose another, or step_policy=none.")
+    if traits.needs_labels and config.task.kind is not TaskKind.candidates:
+        got = plugin_name("step_policy", config.step_policy)
+        rule = f"not be {got} for a task without labels"
+        yield problem("step_policy", rule, got, "Choose a task with candidates, or another step_policy.")

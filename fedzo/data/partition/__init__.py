@@ -1,0 +1,6 @@
+"""Which client holds which training rows, and which of its rows a client keeps for scoring."""
+
+from fedzo.data.partition import by_label, plain
+from fedzo.data.partition.base import PARTITIONERS, PartitionConfig, PartitionTraits, holdout, partition
+
+__all__ = ["PARTITIONERS", "PartitionConfig", "PartitionTraits", "partition", "holdout", "by_label", "plain"]

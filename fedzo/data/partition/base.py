@@ -1,0 +1,155 @@
+"""Which client holds which training rows, and which of its rows a client keeps for scoring."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fedzo.data.config import TaskConfig
+from fedzo.data.files import Row
+from fedzo.errors import ConfigError, Problem, at_least, problem
+from fedzo.registry import PluginConfig, Registry
+from fedzo.zo.directions import PURPOSE_DEAL, PURPOSE_HOLDOUT, permutation, stream_key
+
+if TYPE_CHECKING:
+    from fedzo.config.schema import RunConfig
+
+Parts = list[list[int]]
+MOST_NAMED = 8
+"""Clients or values that a message names."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartitionTraits:
+    """What the rules on other parts of a run must know of a partition.
+
+    Attributes:
+        by_label: Whether rows are dealt by their labels, which a task of written answers does not have.
+        own_rows: Whether clients read rows of their own, so that the server has none.
+    """
+
+    by_label: bool = False
+    own_rows: bool = False
+
+
+@dataclass(kw_only=True, slots=True)
+class PartitionConfig(PluginConfig):
+    """How the training rows are split among the clients."""
+
+    min_rows: int = 1
+    """Fewest rows a client may have."""
+    holdout: float = 0.1
+    """Share of each client's rows kept for federated evaluation, never trained on."""
+
+    @property
+    def traits(self) -> PartitionTraits:
+        """What other parts of a run must know of this partition."""
+        return PartitionTraits()
+
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        yield from at_least("partition.min_rows", self.min_rows, 1, "Every client needs a row.")
+        if not 0 <= self.holdout < 1:
+            remedy = "The share of rows that are not trained on. 0 keeps none."
+            yield problem("partition.holdout", "be >= 0 and < 1", self.holdout, remedy)
+
+
+PARTITIONERS: Registry[Parts] = Registry("partition", base=PartitionConfig)
+"""Factories ``(config, *, rows, num_clients, seed, task) -> row numbers of each client``."""
+
+
+def partition(
+    rows: Sequence[Row], config: PartitionConfig, *, num_clients: int, seed: int, task: TaskConfig
+) -> list[list[int]]:
+    """Deal rows to clients.
+
+    Args:
+        rows: The training rows.
+        config: Chooses the way; see ``PARTITIONERS``.
+        num_clients: How many clients.
+        seed: Run seed (unsigned 64 bit); the same seed gives the same parts on every machine.
+        task: Says which column is the label.
+
+    Returns:
+        Row numbers of each client: sorted, disjoint, together all rows.
+
+    Raises:
+        ConfigError: There are more clients than rows, a client gets fewer than ``config.min_rows``, or a column is
+            missing.
+    """
+    if not 1 <= num_clients <= len(rows):
+        raise ConfigError(
+            f"fl.num_clients must be between 1 and the number of training rows ({len(rows)}), got {num_clients}. "
+            "Lower it, or give more rows (data.num_train)."
+        )
+    parts = PARTITIONERS.build(config, rows=rows, num_clients=num_clients, seed=seed, task=task)
+    short = {client: len(part) for client, part in enumerate(parts) if len(part) < config.min_rows}
+    if short:
+        raise ConfigError(too_few(short, config))
+    return [sorted(part) for part in parts]
+
+
+def holdout(indices: Sequence[int], share: float, *, seed: int, client: int) -> tuple[list[int], list[int]]:
+    """Part a client's rows into those for training and those for scoring only.
+
+    Args:
+        indices: The client's row numbers.
+        share: Share held out, rounded to whole rows; at least one row is held out unless it is 0 or the client has one
+            row.
+        seed: Run seed.
+        client: Index of the client.
+
+    Returns:
+        Row numbers for training (never empty) and held out, both sorted.
+
+    Raises:
+        ConfigError: ``share`` is not in [0, 1).
+    """
+    if not 0 <= share < 1:
+        raise ConfigError(
+            f"partition.holdout must be >= 0 and < 1, got {share}. It is the share of rows kept from training."
+        )
+    wanted = max(1, round(share * len(indices))) if share > 0 else 0
+    num_held = max(0, min(wanted, len(indices) - 1))
+    ranked = permutation(stream_key(seed, round=0, owner=client), len(indices), purpose=PURPOSE_HOLDOUT).tolist()
+    held = set(ranked[:num_held])
+    return (
+        sorted(row for at, row in enumerate(indices) if at not in held),
+        sorted(indices[at] for at in held),
+    )
+
+
+def shuffled(num_rows: int, seed: int) -> list[int]:
+    """Row numbers in an order that the run seed draws, by Philox words: the same on every machine."""
+    order: list[int] = permutation(stream_key(seed, round=0), num_rows, purpose=PURPOSE_DEAL).tolist()
+    return order
+
+
+def deal(
+    partitioner: Any, order: Sequence[int], *, num_clients: int, keys: Sequence[int] | Sequence[str] = ()
+) -> Parts:
+    """Run a partitioner of flwr-datasets on rows in an order, without its warnings and progress bars.
+
+    It works on a table of row numbers and keys in memory, and cuts rows in the order in which it finds them: shuffle
+    them first.
+    """
+    from datasets import Dataset
+
+    table = {"row": list(order), "key": list(keys) or [0] * len(order)}
+    partitioner.dataset = Dataset.from_dict(table)
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        return [list(partitioner.load_partition(client)["row"]) for client in range(num_clients)]
+
+
+def too_few(short: dict[int, int], config: PartitionConfig) -> str:
+    """Says which clients got fewer than ``min_rows`` rows, by their numbers of rows."""
+    shown = ", ".join(f"{client} ({size} rows)" for client, size in sorted(short.items())[:MOST_NAMED])
+    return (
+        f"partition: every client must have at least partition.min_rows={config.min_rows} rows, these have fewer: "
+        f"client {shown}{', ...' if len(short) > MOST_NAMED else ''}. "
+        "Give more rows (data.num_train), or lower fl.num_clients or partition.min_rows."
+    )

@@ -1,0 +1,86 @@
+"""Partitions that do not look at labels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fedzo.data.config import TaskConfig
+from fedzo.data.files import Row
+from fedzo.data.partition.base import MOST_NAMED, PARTITIONERS, PartitionConfig, PartitionTraits, Parts, deal, shuffled
+from fedzo.errors import ConfigError, Problem, problem
+
+if TYPE_CHECKING:
+    from fedzo.config.schema import RunConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class IidConfig(PartitionConfig):
+    """Rows are split among the clients uniformly."""
+
+
+@PARTITIONERS.register("iid", IidConfig)
+def iid(config: IidConfig, *, rows: Sequence[Row], num_clients: int, seed: int, task: TaskConfig) -> Parts:
+    """Shuffled rows in equal parts (sizes differ by at most one)."""
+    from flwr_datasets.partitioner import IidPartitioner
+
+    return deal(IidPartitioner(num_partitions=num_clients), shuffled(len(rows), seed), num_clients=num_clients)
+
+
+@dataclass(kw_only=True, slots=True)
+class NaturalConfig(PartitionConfig):
+    """One client per value of a column (a site, an author, a domain)."""
+
+    column: str = ""
+    """Name of the column; its number of values must be ``fl.num_clients``."""
+
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        if not self.column:
+            remedy = "Write partition.column=<column>."
+            yield problem("partition.column", "name the column that tells clients apart", self.column, remedy)
+
+
+@PARTITIONERS.register("natural", NaturalConfig)
+def natural(config: NaturalConfig, *, rows: Sequence[Row], num_clients: int, seed: int, task: TaskConfig) -> Parts:
+    """One client per value of a column, in the order of the sorted values (as text)."""
+    from flwr_datasets.partitioner import NaturalIdPartitioner
+
+    for number, row in enumerate(rows):
+        if row.get(config.column) is None:
+            there = ", ".join(map(str, row))
+            raise ConfigError(
+                f"partition.column must name a column that every training row has, got {config.column!r}; "
+                f"row {number} has: {there}."
+            )
+    keys = [str(row[config.column]) for row in rows]
+    values = Counter(keys)
+    if len(values) != num_clients:
+        shown = ", ".join(f"{value!r} ({count} rows)" for value, count in sorted(values.items())[:MOST_NAMED])
+        raise ConfigError(
+            f"partition.column={config.column!r} has {len(values)} values and fl.num_clients is {num_clients}, "
+            f"they must be equal: {shown}{', ...' if len(values) > MOST_NAMED else ''}. "
+            f"Write fl.num_clients={len(values)}, or choose another column."
+        )
+    return deal(NaturalIdPartitioner(partition_by="key"), list(range(len(rows))), num_clients=num_clients, keys=keys)
+
+
+@dataclass(kw_only=True, slots=True)
+class OwnConfig(PartitionConfig):
+    """No partition: every client reads its own file (``data.path``, in which ``{client}`` is the client's index)."""
+
+    @property
+    def traits(self) -> PartitionTraits:
+        return PartitionTraits(own_rows=True)
+
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        if run.data.path is None:
+            remedy = "Write data.path=<file or folder>, in which {client} stands for the client's index."
+            yield problem("data.path", "be given for partition=own", None, remedy)
+
+
+@PARTITIONERS.register("own", OwnConfig)
+def own(config: OwnConfig, *, rows: Sequence[Row], num_clients: int, seed: int, task: TaskConfig) -> Parts:
+    """Nothing to deal: every client reads its own rows."""
+    raise ConfigError("partition=own: every client must read its own rows, and no rows are split. Choose a partition.")

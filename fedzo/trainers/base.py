@@ -1,0 +1,132 @@
+"""What a trainer plugin is: its config, the traits that other parts read, and its work on server and clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from fedzo.errors import Problem, not_negative, positive
+from fedzo.registry import PluginConfig, Registry
+from fedzo.trainers.artifacts import ARTIFACTS, EMPTY, Artifact, ArtifactStore
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedzo.config.schema import RunConfig
+    from fedzo.models.load import LoadedModel
+    from fedzo.zo.config import Distribution
+    from fedzo.zo.spaces.base import Space
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerTraits:
+    """What the rules on other parts of a run must know of a trainer.
+
+    Attributes:
+        trains_base_weights: Whether weights of the model itself are trained, so that nobody may pack them.
+        float32_master: Whether the trained values are held in float32 whatever the model's dtype. Without it they are
+            the model's weights themselves, in its dtype, and too many for float32 vectors beside them.
+        cannot_compile: Why its forwards cannot go through ``torch.compile``, as half a sentence; empty where they can.
+        gradient: Whether ``prepare`` can find a gradient of the trained values, for GradIP.
+    """
+
+    trains_base_weights: bool = True
+    float32_master: bool = True
+    cannot_compile: str = ""
+    gradient: bool = False
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainerConfig(PluginConfig):
+    """Which numbers are trained, and the step sizes that suit them."""
+
+    lr: float = 1e-4
+    """Learning rate that suits this space; ``server_optimizer.lr`` defaults to it."""
+    eps: float = 1e-3
+    """Probe size that suits this space; ``estimator.eps`` defaults to it."""
+
+    @property
+    def traits(self) -> TrainerTraits:
+        """What other parts of a run must know of this trainer."""
+        return TrainerTraits()
+
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        yield from not_negative("trainer.lr", self.lr, "0 trains nothing.")
+        yield from positive("trainer.eps", self.eps, "1e-3 is usual.")
+
+    def for_timing(self) -> TrainerConfig:
+        """The trainer for whoever only times its steps: where it learns from data what to train, it draws lots."""
+        return self
+
+
+Advance = Callable[[int, int], None]
+"""Progress: (done, total)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workplace:
+    """What a trainer may use to prepare itself on the server.
+
+    Attributes:
+        folder: The run folder; what is prepared is kept there and found again by a resumed run.
+        seed: The run seed.
+        texts: Gives the unlabelled calibration documents.
+        advance: Progress of long work.
+    """
+
+    folder: Path
+    seed: int
+    texts: Callable[[], list[str]]
+    advance: Advance
+
+    @property
+    def artifacts(self) -> ArtifactStore:
+        """Where what clients need is put."""
+        return ArtifactStore(self.folder / ARTIFACTS)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a trainer made on the server before the first round.
+
+    Attributes:
+        artifact: What a client needs beside the model to build the space, kept with ``Workplace.artifacts``.
+        gradient: A gradient of the trained values, float32 [n] in wire order on the CPU, with which the server compares
+            every local step (GradIP, ``fedzo.zo.virtual_path``). It stays on the server. None where there is none.
+    """
+
+    artifact: Artifact = EMPTY
+    gradient: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A space on a loaded model.
+
+    Attributes:
+        space: What is trained.
+        reset: Brings the space back to the base weights.
+        save: Writes what was trained into a new folder, where that is not the model itself (an adapter).
+    """
+
+    space: Space
+    reset: Callable[[], None]
+    save: Callable[[Path], None] | None = None
+
+
+class Trainer(Protocol):
+    """What a trainer plugin offers."""
+
+    def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
+        """Once, on the server: what clients need beside the model, and what the server keeps."""
+        ...
+
+    def build(self, loaded: LoadedModel, artifact: Artifact, *, distribution: Distribution) -> Built:
+        """On every peer: the space, from the model and the artifact of ``prepare``."""
+        ...
+
+
+TRAINERS: Registry[Trainer] = Registry("trainer", base=TrainerConfig)
+"""Factories ``(config) -> Trainer``."""

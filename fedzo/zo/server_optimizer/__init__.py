@@ -1,0 +1,39 @@
+"""Server optimizers: how a round of the log moves the trained values, at the server and at clients that replay it."""
+
+from fedzo.zo.server_optimizer.adam import Adam, AdamConfig
+from fedzo.zo.server_optimizer.base import (
+    SERVER_OPTIMIZERS,
+    ControlVariates,
+    ServerOptimizer,
+    ServerOptimizerConfig,
+    ServerOptimizerTraits,
+    decay,
+    round_direction,
+    step_along,
+)
+from fedzo.zo.server_optimizer.control_variates import FedDyn, FedDynConfig, Scaffold, ScaffoldConfig
+from fedzo.zo.server_optimizer.schedule import Schedule, learning_rate
+from fedzo.zo.server_optimizer.sgd import Momentum, MomentumConfig, Sgd, SgdConfig
+
+__all__ = [
+    "SERVER_OPTIMIZERS",
+    "ServerOptimizer",
+    "ServerOptimizerConfig",
+    "ServerOptimizerTraits",
+    "ControlVariates",
+    "decay",
+    "round_direction",
+    "step_along",
+    "Schedule",
+    "learning_rate",
+    "Sgd",
+    "SgdConfig",
+    "Momentum",
+    "MomentumConfig",
+    "Adam",
+    "AdamConfig",
+    "Scaffold",
+    "ScaffoldConfig",
+    "FedDyn",
+    "FedDynConfig",
+]

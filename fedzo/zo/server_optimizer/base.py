@@ -1,0 +1,141 @@
+"""Server optimizers: how a round of the log moves the trained values, at the server and at clients that replay it.
+
+Legend: theta float32 [n]; u = sum of c z over the round's (step, probe, owner), float32 [n]; lr of the record; lambda
+the weight decay. Before the step of any rule, theta <- theta * float32(1 - lr lambda), once a round.
+
+A rule is a pure function of (theta, state, record). Its arithmetic is the correctly rounded IEEE float32 sum, product,
+quotient and square root, one operation after another in numpy on the CPU, whatever holds theta: the same bits on every
+machine. Numbers that all coordinates share (1 - beta^t) are evaluated in float64 products and rounded to float32 once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+from fedzo.errors import ConfigError, Problem, not_negative, problem
+from fedzo.registry import PluginConfig, Registry
+from fedzo.zo.directions import add_direction
+from fedzo.zo.log import Drift, RoundRecord, scalars_and_keys
+from fedzo.zo.server_optimizer.schedule import Schedule
+from fedzo.zo.spaces.base import Space, Values
+
+if TYPE_CHECKING:
+    from fedzo.config.schema import RunConfig
+
+_SMALLEST_DECAY = 2.0**-24  # a smaller one leaves 1 - lr * decay at 1 in float32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptimizerTraits:
+    """What the rules on other parts of a run must know of a server optimizer.
+
+    Attributes:
+        keeps_moments: Whether it keeps float32 vectors of the trained values' size between rounds (``num_moments``).
+        walks_clients: Whether it walks every client's local steps, and so needs each client's own scalars along shared
+            directions (``ControlVariates``).
+    """
+
+    keeps_moments: bool = False
+    walks_clients: bool = False
+
+
+@dataclass(kw_only=True, slots=True)
+class ServerOptimizerConfig(PluginConfig):
+    """How aggregated projected gradients move the trained values."""
+
+    lr: float | None = None
+    """Learning rate; null takes ``trainer.lr``, when the configuration is loaded."""
+    schedule: Schedule = Schedule.constant
+    final_lr_share: float = 0.1
+    """Share of ``lr`` in the last round, where the schedule is linear or cosine. With 0, the last round does not
+    move the model."""
+    warmup_rounds: int = 0
+    """Rounds over which the learning rate rises linearly before it is reached."""
+    weight_decay: float = 0.0
+    """Decoupled: the trained values are multiplied by 1 - lr * weight_decay once a round."""
+
+    @property
+    def traits(self) -> ServerOptimizerTraits:
+        """What other parts of a run must know of this server optimizer."""
+        return ServerOptimizerTraits()
+
+    @property
+    def base_lr(self) -> float:
+        """``lr`` of a loaded configuration: the learning rate before its schedule."""
+        if self.lr is None:
+            raise ConfigError("server_optimizer.lr must be a number once the configuration is loaded, got None.")
+        return self.lr
+
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        lr, trainers = (run.trainer.lr, not_negative("", run.trainer.lr, "")) if self.lr is None else (self.lr, ())
+        if not 0 <= lr < 2.0**128 and not any(trainers):  # it travels and is logged as a float32
+            yield problem("server_optimizer.lr", "be >= 0 and finite in float32", lr, "0 trains nothing.")
+        if not 0 <= self.final_lr_share <= 1:
+            remedy = "The value is the share of server_optimizer.lr in the last round."
+            yield problem("server_optimizer.final_lr_share", "be between 0 and 1", self.final_lr_share, remedy)
+        if not 0 <= self.warmup_rounds < max(run.fl.rounds, 1):
+            rule = f"be >= 0 and below fl.rounds ({run.fl.rounds})"
+            yield problem("server_optimizer.warmup_rounds", rule, self.warmup_rounds, "Lower it, or train longer.")
+        yield from not_negative("server_optimizer.weight_decay", self.weight_decay, "0 switches it off.")
+        shrink = lr * self.weight_decay
+        if shrink > 0 and not _SMALLEST_DECAY <= shrink < 1:
+            rule = "make server_optimizer.lr * weight_decay 0, or at least 6e-8 (float32's smallest change) and below 1"
+            yield problem("server_optimizer.weight_decay", rule, self.weight_decay, "Change it, or write 0.")
+
+
+class ServerOptimizer(Protocol):
+    """Moves a space along the log, one round a call."""
+
+    def num_moments(self, num_clients: int) -> int:
+        """Numbers that the rule remembers for each trained value, in a run of so many clients."""
+        ...
+
+    def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
+        """Move theta, and ``moments`` in place, by one round.
+
+        Args:
+            space: At the state before the round.
+            moments: float32 [num_moments, n]; zero before the first round.
+            record: The round.
+            run_seed: Seed of the run's directions.
+        """
+        ...
+
+
+@runtime_checkable
+class ControlVariates(ServerOptimizer, Protocol):
+    """Corrects each client's local steps by what it remembers; its records keep every client's own scalars."""
+
+    def drift(self, start: Values, moments: Values, client: int) -> Drift:
+        """The correction of a client's local steps in the coming round; ``start`` is theta now, float32 [n]."""
+        ...
+
+
+SERVER_OPTIMIZERS: Registry[ServerOptimizer] = Registry("server_optimizer", base=ServerOptimizerConfig)
+"""Factories ``(config, *, local_steps) -> ServerOptimizer``; ``local_steps`` is T of the run."""
+
+
+def round_direction(space: Space, record: RoundRecord, *, run_seed: int) -> Values:
+    """U of a round: float32 [n], one rounded product and one rounded sum for each scalar in the log's order."""
+    u = torch.zeros(space.size)
+    for c, key in scalars_and_keys(record, run_seed=run_seed):
+        if c != 0:  # a dropped probe
+            add_direction(u, key, scale=float(c), out=u, distribution=space.distribution)
+    return u.numpy()
+
+
+def step_along(space: Space, along: Values, record: RoundRecord) -> None:
+    """theta <- theta - lr * along: one rounded product, one rounded difference."""
+    space.load(space.values() - np.float32(record.lr) * along)
+
+
+def decay(space: Space, record: RoundRecord, weight_decay: float) -> None:
+    """theta <- theta * float32(1 - lr * weight_decay); a factor of 1 touches nothing."""
+    factor = np.float32(1 - record.lr * weight_decay)
+    if factor != 1:
+        space.scale_by(float(factor))

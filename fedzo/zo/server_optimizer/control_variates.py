@@ -1,0 +1,175 @@
+"""Server optimizers that correct what pulls a client's local steps towards its own optimum, in a restricted space.
+
+A correction is a function of the log, so no vector travels: a record of these rules keeps every client's own scalars
+(along shared directions), and every peer walks each client's local steps again - K T P directions a round, where the
+other rules have T P. The collapse of all clients' steps into one mean scalar a direction does not hold here, since a
+correction is not along a direction. A step without any scalar measured nothing and is not taken at all: the correction
+alone would lead uphill.
+
+Legend: theta float32 [n] the round's start; y_k client k's end; K clients of the run, S those that answered; T local
+steps; ghat the estimate of a local step. ``moments`` [K + 1, n]: row 1 + k remembers client k, row 0 the mean of these.
+
+Arithmetic: every elementwise operation is one rounded float32 operation in numpy; means are float64 sums in the order
+of client index, divided, and rounded to float32 once. A round with lr = 0 changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from fedzo.errors import Problem, problem
+from fedzo.zo.log import Drift, RoundRecord, local_step
+from fedzo.zo.seeds import step_keys
+from fedzo.zo.server_optimizer.base import (
+    SERVER_OPTIMIZERS,
+    ServerOptimizer,
+    ServerOptimizerConfig,
+    ServerOptimizerTraits,
+)
+from fedzo.zo.spaces.base import Space, Values
+
+if TYPE_CHECKING:
+    from fedzo.config.schema import RunConfig
+
+
+class _Drifts(Protocol):
+    def drift(self, start: Values, moments: Values, client: int) -> Drift: ...
+
+
+def end_models(
+    rule: _Drifts, space: Space, moments: Values, record: RoundRecord, *, run_seed: int
+) -> Iterator[tuple[int, Values]]:
+    """Each client of a record with its model after its local steps, float32 [n]; the space is left at the last one's.
+
+    The bits are those that the client itself had: it takes its steps by the same ``local_step``.
+    """
+    start = space.values()
+    steps, probes, _ = record.coefficients.shape
+    for column, client in enumerate(record.owners):
+        space.load(start)
+        drift = rule.drift(start, moments, client)
+        for t in range(steps):
+            keys = step_keys(
+                run_seed, round=record.round, step=t, probes=probes, owner=client, directions=record.directions
+            )
+            local_step(space, lr=record.lr, c=record.coefficients[t, :, column], keys=keys, drift=drift)
+        yield client, space.values()
+
+
+@dataclass(kw_only=True, slots=True)
+class ScaffoldConfig(ServerOptimizerConfig):
+    """SCAFFOLD: control variates take each client's drift out of its local steps (arXiv 1910.06378)."""
+
+    @property
+    def traits(self) -> ServerOptimizerTraits:
+        return ServerOptimizerTraits(keeps_moments=True, walks_clients=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Scaffold:
+    """SCAFFOLD (arXiv 1910.06378): local steps y <- y - lr (ghat - c_k + c), c_k the client's mean gradient, c theirs.
+
+    theta <- mean over S of y_k; c_k <- c_k - c + (theta - y_k) / (T lr) for k in S (the paper's option II), c <- the
+    mean of c_k over all K. Deviations: the server's step size is 1; c is averaged anew, which equals the paper's
+    increments since all begin at 0; T counts the steps that were taken.
+    """
+
+    def num_moments(self, num_clients: int) -> int:
+        return num_clients + 1
+
+    def drift(self, start: Values, moments: Values, client: int) -> Drift:
+        return Drift(moments[0] - moments[1 + client])
+
+    def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
+        if record.lr == 0:
+            return
+        start, total = space.values(), np.zeros(space.size, np.float64)
+        measured = np.any(record.coefficients, axis=1).sum(axis=0)  # steps of each client that were taken
+        with np.errstate(all="ignore"):
+            ends = end_models(self, space, moments, record, run_seed=run_seed)
+            for (client, end), taken in zip(ends, measured.tolist(), strict=True):
+                if taken:
+                    moments[1 + client] += (start - end) / np.float32(record.lr * taken) - moments[0]
+                total += end
+            moments[0] = _mean_row(moments[1:])
+            space.load((total / len(record.owners)).astype(np.float32))
+
+
+@SERVER_OPTIMIZERS.register("scaffold", ScaffoldConfig)
+def scaffold(config: ScaffoldConfig, *, local_steps: int) -> ServerOptimizer:
+    """Build SCAFFOLD."""
+    return Scaffold()
+
+
+@dataclass(kw_only=True, slots=True)
+class FedDynConfig(ServerOptimizerConfig):
+    """FedDyn: a dynamic regulariser lets local optima agree with the global one (arXiv 2111.04263)."""
+
+    alpha: float = 0.0
+    """Strength of the pull to the start of the round. 0 = 0.5 / (lr T). A gradient that all clients share moves
+    theta by gradient / alpha a round, with other server optimizers by gradient times lr T. A smaller alpha makes
+    longer steps."""
+
+    @property
+    def traits(self) -> ServerOptimizerTraits:
+        return ServerOptimizerTraits(keeps_moments=True, walks_clients=True)
+
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        lr = run.trainer.lr if self.lr is None else self.lr
+        pull = self.pull(lr=lr, local_steps=run.fl.local_steps)
+        if not (pull >= 2.0**-126 and lr * pull < 1):
+            rule = "be >= 0 and make server_optimizer.lr * alpha less than 1, or a step overshoots the round's start"
+            remedy = "Write 0, which chooses 0.5 / (lr * local steps)."
+            yield problem("server_optimizer.alpha", rule, self.alpha, remedy)
+
+    def pull(self, *, lr: float, local_steps: int) -> float:
+        """``alpha``, or what 0 stands for: FedDyn's step is then twice as long as that of the other rules."""
+        reach = lr * local_steps
+        return self.alpha or (0.5 / reach if reach > 0 else 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class FedDyn:
+    """FedDyn (arXiv 2111.04263): local steps y <- y - lr (ghat - h_k + alpha (y - theta)), h_k the client's gradient.
+
+    h_k <- h_k - alpha (y_k - theta) for k in S, h <- the mean of h_k over all K; theta <- mean over S of y_k, minus
+    h / alpha. Deviations: the local problem is not solved but followed for T steps, as the paper's experiments do; h is
+    averaged anew, which equals the paper's increments since all begin at 0.
+    """
+
+    alpha: float
+
+    def num_moments(self, num_clients: int) -> int:
+        return num_clients + 1
+
+    def drift(self, start: Values, moments: Values, client: int) -> Drift:
+        return Drift(-moments[1 + client], start=start, pull=self.alpha)
+
+    def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
+        if record.lr == 0:
+            return
+        start, total, alpha = space.values(), np.zeros(space.size, np.float64), np.float32(self.alpha)
+        with np.errstate(all="ignore"):
+            for client, end in end_models(self, space, moments, record, run_seed=run_seed):
+                moments[1 + client] -= alpha * (end - start)
+                total += end
+            moments[0] = _mean_row(moments[1:])
+            space.load((total / len(record.owners)).astype(np.float32) - moments[0] / alpha)
+
+
+@SERVER_OPTIMIZERS.register("feddyn", FedDynConfig)
+def feddyn(config: FedDynConfig, *, local_steps: int) -> ServerOptimizer:
+    """Build FedDyn."""
+    return FedDyn(alpha=config.alpha or config.pull(lr=config.base_lr, local_steps=local_steps))
+
+
+def _mean_row(rows: Values) -> Values:
+    total = np.zeros(rows.shape[1], np.float64)
+    for row in rows:  # one after another: the order of numpy's own sums is not promised
+        total += row
+    mean: Values = (total / len(rows)).astype(np.float32)
+    return mean

@@ -1,0 +1,98 @@
+"""Plain SGD and the heavy ball over rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedzo.errors import Problem, share_below_1
+from fedzo.zo.log import RoundRecord, apply_record
+from fedzo.zo.server_optimizer.base import (
+    SERVER_OPTIMIZERS,
+    ServerOptimizer,
+    ServerOptimizerConfig,
+    ServerOptimizerTraits,
+    decay,
+    round_direction,
+    step_along,
+)
+from fedzo.zo.spaces.base import Space, Values
+
+if TYPE_CHECKING:
+    from fedzo.config.schema import RunConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class SgdConfig(ServerOptimizerConfig):
+    """Plain SGD: ``theta -= lr * c * z``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sgd:
+    """theta <- theta - (lr c) z for each scalar, one after another; nothing is remembered."""
+
+    weight_decay: float = 0.0
+
+    def num_moments(self, num_clients: int) -> int:
+        return 0
+
+    def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
+        decay(space, record, self.weight_decay)
+        apply_record(space, record, run_seed=run_seed)
+
+
+@SERVER_OPTIMIZERS.register("sgd", SgdConfig)
+def sgd(config: SgdConfig, *, local_steps: int) -> ServerOptimizer:
+    """Build plain SGD."""
+    return Sgd(weight_decay=config.weight_decay)
+
+
+@dataclass(kw_only=True, slots=True)
+class MomentumConfig(ServerOptimizerConfig):
+    """Heavy ball over rounds: ``m = momentum * m + u``, ``theta -= lr * m``. u is the sum of c z."""
+
+    momentum: float = 0.9
+    """Share of m that a round keeps."""
+    nesterov: bool = False
+    """Step along u + momentum * m instead of m."""
+
+    @property
+    def traits(self) -> ServerOptimizerTraits:
+        return ServerOptimizerTraits(keeps_moments=True)
+
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        yield from share_below_1("server_optimizer.momentum", self.momentum, "0.9 is usual.")
+
+
+@dataclass(frozen=True, slots=True)
+class Momentum:
+    """Heavy ball: m <- mu m + u, theta <- theta - lr m; with Nesterov theta <- theta - lr (u + mu m).
+
+    As torch.optim.SGD with dampening 0 and u for the gradient, but for the decay, which is decoupled.
+    """
+
+    momentum: float
+    nesterov: bool
+    weight_decay: float = 0.0
+
+    def num_moments(self, num_clients: int) -> int:
+        return 1
+
+    def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
+        decay(space, record, self.weight_decay)
+        u = round_direction(space, record, run_seed=run_seed)
+        (m,) = moments
+        mu = np.float32(self.momentum)
+        with np.errstate(all="ignore"):
+            m *= mu
+            m += u
+            step_along(space, u + mu * m if self.nesterov else m, record)
+
+
+@SERVER_OPTIMIZERS.register("momentum", MomentumConfig)
+def momentum(config: MomentumConfig, *, local_steps: int) -> ServerOptimizer:
+    """Build the heavy ball."""
+    return Momentum(momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay)

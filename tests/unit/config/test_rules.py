@@ -1,0 +1,505 @@
+"""Each rule is broken once, and its message must name key, rule, value and remedy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedzo.config.plugins import plugin_classes
+from fedzo.config.rules import missing_files, problems
+from fedzo.config.schema import RunConfig
+from fedzo.data.config import Loss, TaskConfig, TaskKind
+from fedzo.data.partition import PartitionConfig
+from fedzo.data.partition.by_label import DirichletConfig, DirichletEqualConfig, ExtremeConfig, ShardsConfig
+from fedzo.data.partition.plain import NaturalConfig
+from fedzo.fl.config import Aggregation, Seeds, Weighting
+from fedzo.models.config import DType
+from fedzo.runtime.config import LocalConfig, RayConfig
+from fedzo.trainers.adapters import Ia3TrainerConfig, LoraTrainerConfig, PrefixTrainerConfig, PromptTrainerConfig
+from fedzo.trainers.base import TrainerConfig
+from fedzo.trainers.meerkat import Calibration, MeerkatConfig
+from fedzo.trainers.mezo import MezoConfig
+from fedzo.zo.estimator import Baseline, EstimatorConfig, FzooConfig, OneSidedConfig
+from fedzo.zo.server_optimizer import AdamConfig, MomentumConfig, ServerOptimizerConfig, SgdConfig
+
+
+def sound() -> RunConfig:
+    task = TaskConfig(name="rotten_tomatoes", template="{text}", candidates=[" bad", " good"])
+    return RunConfig(task=task)
+
+
+def set_key(config: RunConfig, key: str, value: Any) -> None:
+    *sections, leaf = key.split(".")
+    node: Any = config
+    for section in sections:
+        node = getattr(node, section)
+    setattr(node, leaf, value)
+
+
+def test_a_sound_config_has_no_problem() -> None:
+    assert problems(sound()) == []
+    assert missing_files(sound()) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("seed", -1, "be an unsigned 64-bit integer (0 to 2**64 - 1), got -1."),
+        ("seed", 2**64, "be an unsigned 64-bit integer"),
+        ("data.split_seed", -1, "be an unsigned 64-bit integer"),
+        ("device", "gpu", "be auto, cpu, cuda, cuda:<index> or mps, got 'gpu'."),
+        ("device", "cuda:x", "be auto, cpu"),
+        ("threads", -1, "be >= 0, got -1. 0 means OMP_NUM_THREADS, or all CPUs."),
+        ("model.name", " ", "be a hub name or a local folder, got ' '."),
+        ("model.max_length", 0, "be >= 1, got 0."),
+        ("model.tokens_per_batch", 511, "be >= model.max_length (512), so that one sequence fits, got 511. Raise it"),
+        ("task.template", "", "not be empty, got ''. Choose a task=<option>"),
+        ("task.candidates", [" one"], "hold at least 2 answers for task.kind=candidates, got [' one']."),
+        ("task.labels", ["neg"], "hold one value per candidate (2), got ['neg']."),
+        ("task.label", "", "name the column of the right answer, got ''."),
+        ("task.max_new_tokens", 0, "be >= 1, got 0."),
+        ("data.num_train", -1, "be >= 0, got -1. 0 means all rows."),
+        ("data.num_dev", -1, "be >= 0"),
+        ("data.num_test", -1, "be >= 0"),
+        ("partition.min_rows", 0, "be >= 1, got 0."),
+        ("partition.holdout", 1.0, "be >= 0 and < 1, got 1.0."),
+        ("partition.holdout", -0.1, "be >= 0 and < 1"),
+        ("trainer.lr", -1e-4, "be >= 0 and finite, got -0.0001. 0 trains nothing."),
+        ("trainer.lr", float("inf"), "be >= 0 and finite, got inf."),
+        ("trainer.eps", 0.0, "be > 0 and finite, got 0.0. 1e-3 is usual."),
+        ("trainer.eps", float("nan"), "be > 0 and finite, got nan."),
+        ("trainer.density", 0.0, "be > 0 and <= 1, got 0.0. 0.001 trains one weight in a thousand."),
+        ("trainer.density", 1.01, "be > 0 and <= 1"),
+        ("trainer.density", float("nan"), "be > 0 and <= 1"),
+        ("trainer.calibration_docs", 0, "be >= 1"),
+        ("trainer.calibration_tokens", 0, "be >= 1"),
+        ("estimator.eps", 0.0, "be > 0 and finite"),
+        ("estimator.num_probes", 0, "be >= 1, got 0. A step needs a direction."),
+        ("estimator.eps", 1e-60, "be > 0 and finite in float32, got 1e-60. 1e-3 is usual."),
+        ("server_optimizer.lr", -1.0, "be >= 0 and finite in float32, got -1.0. 0 trains nothing."),
+        ("server_optimizer.lr", 1e39, "be >= 0 and finite in float32, got 1e+39."),
+        ("server_optimizer.lr", float("nan"), "be >= 0 and finite in float32, got nan."),
+        ("fl.rounds", 2**32, "be at most 4294967295, the maximum of a record of the log, got 4294967296."),
+        ("server_optimizer.final_lr_share", 1.1, "be between 0 and 1, got 1.1."),
+        ("server_optimizer.final_lr_share", float("nan"), "be between 0 and 1"),
+        ("server_optimizer.warmup_rounds", 75, "be >= 0 and below fl.rounds (75), got 75. Lower it, or train longer."),
+        ("server_optimizer.warmup_rounds", -1, "be >= 0 and below fl.rounds"),
+        ("server_optimizer.weight_decay", -0.1, "be >= 0 and finite, got -0.1. 0 switches it off."),
+        (
+            "server_optimizer.weight_decay",
+            1e-5,
+            "make server_optimizer.lr * weight_decay 0, or at least 6e-8",
+        ),
+        (
+            "server_optimizer.weight_decay",
+            1e4,
+            "make server_optimizer.lr * weight_decay 0, or at least 6e-8",
+        ),
+        ("fl.num_clients", 0, "be >= 1, got 0. A federation needs a client."),
+        ("fl.rounds", 0, "be >= 1, got 0. A run needs a round."),
+        ("fl.local_steps", 0, "be >= 1, got 0."),
+        ("fl.local_steps", 65536, "be at most 65535, the maximum of a record of the log, got 65536. Lower it."),
+        ("estimator.num_probes", 65536, "be at most 65535, the maximum of a record of the log, got 65536."),
+        ("fl.batch_size", 0, "be >= 1, got 0."),
+        ("fl.hash_every", 0, "be >= 1, got 0."),
+        ("strategy.clients_per_round", 9, "be between 0 (all) and fl.num_clients (8), got 9. Lower it"),
+        ("strategy.clients_per_round", -1, "be between 0 (all)"),
+        ("strategy.min_replies", 9, "be between 1 and the clients of a round (8), got 9. Lower it"),
+        ("strategy.min_replies", 0, "be between 1"),
+        ("strategy.deadline_s", 0.0, "be > 0 and finite"),
+        ("strategy.startup_s", -1.0, "be > 0 and finite"),
+        ("strategy.max_abs_g", float("inf"), "be > 0 and finite"),
+        ("strategy.clip_factor", 0.5, "be 0 (off) or >= 1 and finite, got 0.5. Below 1 the bound would shrink"),
+        ("strategy.clip_factor", -1.0, "be 0 (off) or >= 1"),
+        ("strategy.size_cap", 0.5, "be 0 (no cap) or >= 1 and finite, got 0.5. Below 1, most clients would have"),
+        ("strategy.size_cap", float("nan"), "be 0 (no cap) or >= 1"),
+        ("strategy.clip_factor", float("inf"), "be 0 (off) or >= 1"),
+        ("strategy.clip_rounds", 0, "be >= 1, got 0."),
+        ("strategy.trim_share", 0.5, "be >= 0 and < 0.5, got 0.5. It is cut off at both ends."),
+        ("strategy.trim_share", -0.1, "be >= 0 and < 0.5"),
+        ("evaluation.every_rounds", -1, "be >= 0"),
+        ("evaluation.federated_every_rounds", -2, "be >= -1, got -2. 0 scores only at the end, -1 never."),
+        ("evaluation.federated_max_rows", 0, "be >= 1"),
+        (
+            "faults.absent",
+            ["one@2"],
+            "hold entries '<client>@<round>', got 'one@2'. For example faults.absent=['3@1'].",
+        ),
+        (
+            "faults.absent",
+            ["1@2", "8@0"],
+            "name a client below fl.num_clients (8) and a round below fl.rounds (75), got '8@0'.",
+        ),
+        ("faults.absent", ["0@75"], "name a client below"),
+    ],
+)
+def test_a_broken_rule_is_named(key: str, value: object, rule: str) -> None:
+    config = sound()
+
+    set_key(config, key, value)
+
+    assert [(problem.key, problem.text.startswith(f"{key} must {rule}")) for problem in problems(config)] == [
+        (key, True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 2**64 - 1),
+        ("device", "cuda:1"),
+        ("device", "mps"),
+        ("server_optimizer.lr", 0.0),
+        ("trainer.density", 1.0),
+        ("partition.holdout", 0.0),
+        ("strategy.clients_per_round", 8),
+        ("strategy.min_replies", 8),
+        ("model.tokens_per_batch", 512),
+        ("faults.absent", ["0@0", "7@74"]),
+        ("evaluation.federated_every_rounds", -1),
+        ("fl.seeds", Seeds.per_client),
+        ("task.labels", ["neg", "pos"]),
+        ("estimator.eps", 0.5),  # may differ from trainer.eps
+        ("server_optimizer.final_lr_share", 0.0),
+        ("server_optimizer.final_lr_share", 1.0),
+        ("server_optimizer.warmup_rounds", 74),
+        ("server_optimizer.weight_decay", 3e-4),  # lr is the trainer's, 2e-4: 6e-8, the least that float32 sees
+        ("strategy.clip_factor", 1.0),
+        ("strategy.size_cap", 0.0),
+        ("strategy.size_cap", 1.0),
+    ],
+)
+def test_a_value_on_the_edge_is_allowed(key: str, value: object) -> None:
+    config = sound()
+
+    set_key(config, key, value)
+
+    assert problems(config) == []
+
+
+@pytest.mark.parametrize(
+    ("partition", "message"),
+    [
+        (DirichletConfig(alpha=0.0), "partition.alpha must be > 0 and finite, got 0.0."),
+        (DirichletEqualConfig(alpha=-1.0), "partition.alpha must be > 0 and finite, got -1.0."),
+        (ShardsConfig(shards_per_client=0), "partition.shards_per_client must be >= 1, got 0."),
+        (ExtremeConfig(num_extreme=9), "partition.num_extreme must be between 0 and fl.num_clients (8), got 9."),
+        (
+            NaturalConfig(),
+            "partition.column must name the column that tells clients apart, got ''. Write partition.column",
+        ),
+        (
+            PartitionConfig(),
+            "partition must be one of dirichlet, dirichlet_equal, extreme, iid, natural, own, shards, "
+            "got 'PartitionConfig'.",
+        ),
+    ],
+)
+def test_partition_rules(partition: PartitionConfig, message: str) -> None:
+    config = sound()
+    config.partition = partition
+
+    (problem,) = problems(config)
+
+    assert problem.text.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "messages"),
+    [
+        (OneSidedConfig(), []),
+        (OneSidedConfig(num_probes=0), ["estimator.num_probes must be >= 1, got 0. A step needs a direction."]),
+        (OneSidedConfig(baseline=Baseline.mean, num_probes=2), []),
+        *(
+            (
+                OneSidedConfig(baseline=baseline),
+                [
+                    "estimator.num_probes must be >= 2, got 1. One loss has no other loss for comparison. Or write "
+                    "estimator.baseline=center."
+                ],
+            )
+            for baseline in (Baseline.mean, Baseline.leave_one_out)
+        ),
+        (FzooConfig(), []),
+        (FzooConfig(num_probes=1), ["estimator.num_probes must be >= 2, got 1. One loss has no standard deviation."]),
+    ],
+    ids=str,
+)
+def test_estimator_rules(estimator: EstimatorConfig, messages: list[str]) -> None:
+    config = sound()
+    config.estimator = estimator
+
+    assert [problem.text for problem in problems(config)] == messages
+
+
+@pytest.mark.parametrize(
+    ("server_optimizer", "messages"),
+    [
+        (MomentumConfig(momentum=0.0), []),
+        (MomentumConfig(momentum=1.0), ["server_optimizer.momentum must be >= 0 and < 1, got 1.0."]),
+        (AdamConfig(beta1=0.0, beta2=0.0), []),
+        (
+            AdamConfig(beta1=-0.1, beta2=1.0, eps=0.0),
+            [
+                "server_optimizer.beta1 must be >= 0 and < 1, got -0.1.",
+                "server_optimizer.beta2 must be >= 0 and < 1, got 1.0.",
+                "server_optimizer.eps must be > 0 and finite in float32, got 0.0.",
+            ],
+        ),
+    ],
+    ids=str,
+)
+def test_update_rule_rules(server_optimizer: ServerOptimizerConfig, messages: list[str]) -> None:
+    config = sound()
+    config.server_optimizer = server_optimizer
+
+    found = [problem.text for problem in problems(config)]
+
+    assert [text.startswith(message) for text, message in zip(found, messages, strict=True)] == [True] * len(messages)
+
+
+@pytest.mark.parametrize("server_optimizer", [MomentumConfig(), AdamConfig()], ids=str)
+def test_rules_that_remember_are_refused_where_every_weight_is_trained(server_optimizer: ServerOptimizerConfig) -> None:
+    config = sound()
+    config.trainer, config.server_optimizer = MezoConfig(), server_optimizer
+
+    (problem,) = problems(config)
+
+    assert problem.key == "server_optimizer"
+    assert problem.text.startswith(
+        "server_optimizer must be sgd for trainer=mezo: the others keep float32 numbers for every"
+    )
+    config.server_optimizer = SgdConfig(weight_decay=0.1)
+    assert problems(config) == []
+
+
+@pytest.mark.parametrize(
+    ("runtime", "keys"),
+    [
+        (
+            RayConfig(num_cpus_per_client=0, num_gpus_per_client=-1, num_actors=0),
+            ["runtime.num_cpus_per_client", "runtime.num_gpus_per_client", "runtime.num_actors"],
+        ),
+        (LocalConfig(startup_s=0, step_limit_s=0), ["runtime.startup_s", "runtime.step_limit_s"]),
+        (RayConfig(), []),
+        (LocalConfig(), []),
+    ],
+)
+def test_runtime_rules(runtime: RayConfig | LocalConfig, keys: list[str]) -> None:
+    config = sound()
+    config.runtime = runtime
+
+    assert [problem.key for problem in problems(config)] == keys
+
+
+@pytest.mark.parametrize("aggregation", [each for each in Aggregation if each is not Aggregation.mean])
+def test_an_aggregation_that_compares_scalars_wants_equal_clients_along_the_same_directions(
+    aggregation: Aggregation,
+) -> None:
+    config = sound()
+    config.strategy.aggregation = aggregation
+
+    assert problems(config) == []
+    config.fl.seeds, config.strategy.weighting = Seeds.per_client, Weighting.size
+    texts = [problem.text for problem in problems(config)]
+
+    assert texts[0] == (
+        f"fl.seeds must be shared for strategy.aggregation={aggregation}, which compares scalars along the same "
+        "direction, got 'per_client'. Write fl.seeds=shared, or strategy.aggregation=mean."
+    )
+    assert texts[1].startswith(f"strategy.weighting must be uniform for strategy.aggregation={aggregation}")
+
+
+def test_as_many_clients_as_a_record_has_columns() -> None:
+    config = sound()
+    config.fl.num_clients = 32768
+
+    assert problems(config) == []
+    config.fl.seeds = Seeds.per_client
+    (problem,) = problems(config)
+    assert problem.text.startswith("fl.num_clients must be at most 32767 where the log keeps each client's own scalars")
+
+
+@pytest.mark.parametrize(
+    ("asked", "share", "remedy"),
+    [(8, 0.12, "0.125 cuts one."), (3, 0.3, "0.334 cuts one."), (2, 0.4, "Ask at least 3 clients.")],
+)
+def test_a_trimmed_mean_trims(asked: int, share: float, remedy: str) -> None:
+    config = sound()
+    config.strategy.aggregation, config.strategy.trim_share = Aggregation.trimmed_mean, share
+    config.strategy.clients_per_round = asked
+
+    (problem,) = problems(config)
+
+    assert problem.text == (
+        f"strategy.trim_share must cut at least one of the {asked} clients of a round off at each end, "
+        f"so that values are trimmed, got {share}. {remedy}"
+    )
+    if asked > 2:
+        config.strategy.trim_share = float(remedy.split()[0])
+        assert problems(config) == []
+
+
+def test_signs_are_not_clipped() -> None:
+    config = sound()
+    config.strategy.aggregation, config.strategy.clip_factor = Aggregation.majority_sign, 2.0
+
+    (problem,) = problems(config)
+
+    assert problem.text.startswith(
+        "strategy.clip_factor must be 0 for strategy.aggregation=majority_sign, which sends only signs"
+    )
+
+
+def test_min_replies_is_compared_with_the_sampled_clients() -> None:
+    config = sound()
+    config.strategy.clients_per_round, config.strategy.min_replies = 2, 3
+
+    (problem,) = problems(config)
+
+    assert re.match(r"strategy\.min_replies must be between 1 and the clients of a round \(2\), got 3", problem.text)
+
+
+@pytest.mark.parametrize("kind", [TaskKind.generation, TaskKind.instruction])
+def test_written_answers_need_an_answer_template_and_the_lm_loss(kind: TaskKind) -> None:
+    config = sound()
+    config.task.kind = kind
+
+    assert [problem.text.split(",")[0] for problem in problems(config)] == [
+        f"task.answer must not be empty for task.kind={kind}",
+        f"task.loss must be lm for task.kind={kind}",
+    ]
+    config.task.answer, config.task.loss = "{answer}", Loss.lm
+    assert problems(config) == []
+
+
+def test_a_partition_by_labels_needs_labels() -> None:
+    config = sound()
+    config.task = TaskConfig(name="rotten_tomatoes", kind=TaskKind.generation, template="{text}", answer="a")
+    config.task.loss = Loss.lm
+    for name, option in plugin_classes()["partition"].items():
+        config.partition = NaturalConfig(column="site") if name == "natural" else option()
+
+        found = [problem.text for problem in problems(config)]
+
+        text = (
+            f"partition must go by something else than labels for task.kind=generation, which has none, got '{name}'."
+        )
+        assert found == ([] if name in {"iid", "natural"} else [f"{text} Use partition=iid or natural."])
+
+
+def test_only_an_embedded_task_goes_without_a_path() -> None:
+    config = sound()
+    config.task.name = "sst2"
+
+    (problem,) = problems(config)
+
+    assert problem.text.startswith(
+        "data.path must be given for the task 'sst2' (only rotten_tomatoes is embedded), got None."
+    )
+
+
+def test_calibration_by_file_needs_the_file() -> None:
+    config = sound()
+    set_key(config, "trainer.calibration", Calibration.file)
+
+    (problem,) = problems(config)
+
+    assert problem.text.startswith("trainer.calibration_path must be given for trainer.calibration=file, got None.")
+    config.trainer = MezoConfig()
+    assert problems(config) == []
+
+
+def test_a_dtype_that_peers_choose_for_themselves_is_refused_where_values_are_held_in_it() -> None:
+    config = sound()
+    config.model.dtype = DType.auto
+    assert problems(config) == []
+
+    config.trainer = MezoConfig()
+    (problem,) = problems(config)
+
+    assert problem.text.startswith("model.dtype must be float32, bfloat16 or float16 for trainer=mezo")
+    assert problem.text.endswith("got 'auto'. Write model.dtype=float32 if in doubt.")
+
+
+@pytest.mark.parametrize(
+    "trainer", [MeerkatConfig, LoraTrainerConfig, Ia3TrainerConfig, PrefixTrainerConfig, PromptTrainerConfig]
+)
+def test_compiled_forwards_serve_every_trainer_that_writes_its_values(trainer: type) -> None:
+    config = sound()
+    config.model.compile = True
+    config.trainer = trainer()
+
+    assert problems(config) == []
+
+
+def test_compiled_forwards_are_refused_where_probes_cannot_be_traced_or_kept() -> None:
+    config = sound()
+    config.trainer = MezoConfig()
+    config.estimator.freeze_routing = True
+    assert problems(config) == []
+
+    config.model.compile = True
+    perturbed, frozen = [problem.text for problem in problems(config)]
+
+    assert perturbed.startswith("model.compile must be false for trainer=mezo: its probes hand each operation")
+    assert frozen.startswith("model.compile must be false with estimator.freeze_routing: the choices of one")
+
+
+@pytest.mark.parametrize("key", ["data.path", "trainer.mask_path", "trainer.calibration_path", "model.name"])
+def test_a_file_that_is_not_there_is_named(key: str, tmp_path: Path) -> None:
+    config = sound()
+    set_key(config, key, str(tmp_path / "no"))
+
+    (problem,) = missing_files(config)
+
+    assert problem.text.startswith(f"{key} must name something that exists, got '{tmp_path}/no'.")
+    set_key(config, key, str(tmp_path))
+    assert missing_files(config) == []
+
+
+def test_a_hub_name_is_no_file() -> None:
+    config = sound()
+    config.model.name = "facebook/opt-125m"
+
+    assert missing_files(config) == []
+
+
+def test_all_broken_rules_are_reported() -> None:
+    config = sound()
+    broken: list[Callable[[], None]] = [
+        lambda: set_key(config, "fl.rounds", 0),
+        lambda: set_key(config, "seed", -1),
+        lambda: set_key(config, "trainer.density", 2.0),
+    ]
+    for break_it in broken:
+        break_it()
+
+    assert [problem.key for problem in problems(config)] == ["seed", "trainer.density", "fl.rounds"]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "rules"),
+    [
+        (
+            LoraTrainerConfig(rank=0, alpha=0),
+            ["trainer.rank must be >= 1, got 0.", "trainer.alpha must be >= 1, got 0."],
+        ),
+        (PrefixTrainerConfig(num_virtual_tokens=0), ["trainer.num_virtual_tokens must be >= 1, got 0."]),
+        (PromptTrainerConfig(init_std=-1.0), ["trainer.init_std must be >= 0 and finite, got -1.0."]),
+        (LoraTrainerConfig(rank=1, alpha=1), []),
+        (PromptTrainerConfig(num_virtual_tokens=1, init_std=0.0), []),
+    ],
+)
+def test_rules_of_adapters(trainer: TrainerConfig, rules: list[str]) -> None:
+    config = sound()
+    config.trainer = trainer
+
+    found = [problem.text for problem in problems(config)]
+
+    assert len(found) == len(rules)
+    assert all(text.startswith(rule) for text, rule in zip(found, rules, strict=True))
