@@ -79,7 +79,7 @@ def server_optimizer_problems(config: RunConfig) -> Iterator[Problem]:
     traits, name = config.server_optimizer.traits, plugin_name("server_optimizer", config.server_optimizer)
     if traits.keeps_moments and not config.trainer.traits.float32_master:
         rule = (
-            f"be sgd for trainer={plugin_name('trainer', config.trainer)}: other rules keep float32 numbers beside "
+            f"be sgd for trainer={plugin_name('trainer', config.trainer)}: the others keep float32 numbers for "
             "every weight of the model on every peer"
         )
         remedy = "Write server_optimizer=sgd, or train fewer values, as trainer=meerkat does."
