@@ -46,7 +46,7 @@ def test_an_unfaithful_bfloat16_leaves_the_run_of_float32(
     (line,) = said(caplog)
     plain = run("model.dtype=float32")
 
-    assert "float32 is taken" in line
+    assert "float32 is chosen" in line
     assert dtypes == [torch.float32, torch.float32]
     assert (auto / "public.jsonl").read_bytes() == (plain / "public.jsonl").read_bytes()
 
@@ -66,7 +66,7 @@ def test_where_bfloat16_is_taken_the_trained_values_start_from_float32s(
 
     auto, plain = run("model.dtype=auto", *settings), run("model.dtype=float32", *settings)
 
-    assert [line for line in said(caplog) if "bfloat16 is taken" in line] == said(caplog)
+    assert [line for line in said(caplog) if "bfloat16 is chosen" in line] == said(caplog)
     assert len(said(caplog)) == 1
     assert dtypes == [torch.bfloat16, torch.float32]
     scalars = [[line["c"] for line in lines(folder, "public.jsonl")] for folder in (auto, plain)]

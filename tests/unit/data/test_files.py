@@ -94,7 +94,7 @@ def test_a_row_knows_its_place(suffix: str, places: list[str], tmp_path: Path) -
     [
         ("a.jsonl", '{"text": "x"}\n{"text": \n', r"a.jsonl:2: not valid JSON"),
         ("a.jsonl", '{"text": "x"}\n[1]\n', r"a.jsonl:2: a row must be an object .*, got list"),
-        ("a.json", '[{"text": 1},\n oops]', r"a.json:2: not valid JSON .*Name it .jsonl"),
+        ("a.json", '[{"text": 1},\n oops]', r"a.json:2: not valid JSON .*name it .jsonl"),
         ("a.json", '{"text": 1}', r"a.json: must hold a list of objects, got dict"),
         ("a.json", "[1]", r"a.json, row 1: a row must be an object"),
         ("a.csv", "text,label\nx,1\nhello, world,1\n", r"a.csv:3: must have 2 fields \(text, label\), got 3. Quote"),
