@@ -107,7 +107,7 @@ def test_fidelity_comes_before_speed(narrow: list[float], seconds: float, error:
     assert choice.error == pytest.approx(error)
     assert choice.time == pytest.approx(seconds)
     assert choice.dtype is dtype
-    assert f"{dtype} is taken" in str(choice)
+    assert f"{dtype} is chosen" in str(choice)
     assert f"{choice.time:.2f} of the time" in str(choice)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from fedzo.models.scoring import candidate_scores, example_losses
 from fedzo.testing.tiny_models import FAMILIES, tiny_loaded, tiny_model, tiny_model_from
 from fedzo.trainers import TRAINERS
 from fedzo.trainers.adapters import PrefixTrainerConfig, PromptTrainerConfig
+from fedzo.trainers.artifacts import ArtifactStore
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import direction
 from fedzo.zo.spaces.full import FullSpace
@@ -169,9 +171,10 @@ def test_a_full_space_probe_reaches_both_forwards() -> None:
 
 @pytest.mark.parametrize("config", VIRTUAL, ids=["prefix", "prompt"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_virtual_tokens_come_before_a_shared_prompt_once(family: str, config: Any) -> None:
+def test_virtual_tokens_come_before_a_shared_prompt_once(family: str, config: Any, tmp_path: Path) -> None:
     loaded = tiny_loaded(family)
-    TRAINERS.build(config).build(loaded, (7).to_bytes(8, "little"), distribution=Distribution.gaussian)
+    artifact = ArtifactStore(tmp_path).put((7).to_bytes(8, "little"))
+    TRAINERS.build(config).build(loaded, artifact, distribution=Distribution.gaussian)
     rows = EQUAL + UNEQUAL
     apart = candidate_scores(dataclasses.replace(loaded, shared_prompts=False), rows, tokens_per_batch=MANY)
     before = loaded.counter.num_tokens
