@@ -6,7 +6,7 @@ import inspect
 from pathlib import Path
 
 from fedzo.config.paths import conf_dir
-from fedzo.config.plugins import plugin_classes
+from fedzo.config.plugins import list_classes, plugin_classes
 
 
 def list_groups() -> dict[str, dict[str, str]]:
@@ -17,10 +17,16 @@ def list_groups() -> dict[str, dict[str, str]]:
         for folder in sorted(conf.iterdir())
         if folder.is_dir() and folder.name != "hydra"
     }
-    for group, options in plugin_classes().items():
-        summaries = {name: (inspect.getdoc(cls) or "").split("\n")[0] for name, cls in options.items()}
+    for group, options in {**plugin_classes(), **list_classes()}.items():
+        summaries = {
+            name: (inspect.getdoc(cls) or "").split("\n")[0].replace("``", "") for name, cls in options.items()
+        }
         groups[group] = dict(sorted({**groups.get(group, {}), **summaries}.items()))
     return dict(sorted(groups.items()))
+
+
+def _first_line(config_class: type) -> str:
+    return (inspect.getdoc(config_class) or "").split("\n")[0].replace("``", "")
 
 
 def _first_comment(path: Path) -> str:

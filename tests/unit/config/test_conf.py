@@ -77,6 +77,7 @@ def test_every_option_has_its_schema_and_a_summary() -> None:
     summaries = {f"{group}={name}": text for group, options in list_groups().items() for name, text in options.items()}
 
     assert [name for name, text in summaries.items() if not text] == []
+    assert {"preprocess=identity", "partition=own", "trainer=meerkat"} <= set(summaries)
 
 
 def test_every_registered_plugin_can_be_chosen() -> None:
