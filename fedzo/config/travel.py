@@ -35,6 +35,8 @@ SITE_LOCAL = (
 )
 """Keys that may differ between the peers of a run; so may the files that plugins name (``paths``), whose
 contents have digests of their own."""
+VERSION = 2
+"""Of the text, and so of a run folder: another version has other keys and other records."""
 MACHINE = ("device", "threads", "runtime", "report")
 """Keys of where a run is computed and how it is told of."""
 
@@ -101,7 +103,7 @@ def _without(plain: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
 
 
 def _to_plain(config: RunConfig) -> dict[str, Any]:
-    plain = cast(dict[str, Any], _encode(filled(config)))
+    plain = {"version": VERSION, **cast(dict[str, Any], _encode(filled(config)))}
     for group, options in plugin_classes().items():
         plugin = getattr(config, group)
         name = plugin_name(group, plugin)
@@ -129,7 +131,14 @@ def _encode(value: object) -> object:
 
 
 def _from_plain(plain: object) -> RunConfig:
-    config = cast(RunConfig, _decode_class(RunConfig, plain, "configuration"))
+    version = plain.get("version") if isinstance(plain, dict) else None
+    if isinstance(plain, dict) and version != VERSION:
+        got = "none, as fedzo 0.1 wrote it" if version is None else f"{version!r:.40}"
+        raise ConfigError(
+            f"configuration must be of version {VERSION}, got {got}. A run folder is read by the fedzo that made it."
+        )
+    rest = {key: value for key, value in plain.items() if key != "version"} if isinstance(plain, dict) else plain
+    config = cast(RunConfig, _decode_class(RunConfig, rest, "configuration"))
     if found := problems(config):
         raise ConfigError("; ".join(problem.text for problem in found))
     return filled(config)

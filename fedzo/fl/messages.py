@@ -1,6 +1,6 @@
 """The messages of a federation: typed records, strictly read. Nothing in them is imported, evaluated or unpickled.
 
-Every message is one Flower ``ConfigRecord`` of plain numbers, strings and bytes. Protocol number 2.
+Every message is one Flower ``ConfigRecord`` of plain numbers, strings and bytes. Protocol number 3.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fedzo.records.fields import (
 from fedzo.trainers.artifacts import PIECE_BYTES
 from fedzo.zo.log import Scalars
 
-PROTOCOL = 2
+PROTOCOL = 3
 RECORD = "fedzo"
 M = TypeVar("M")
 

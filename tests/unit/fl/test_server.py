@@ -566,7 +566,7 @@ def test_a_newcomer_of_another_run_is_not_let_in(federation: Any, caplog: pytest
         ({"base_digest": "x"}, r"client 0: its base weights must be the server's \(b\), got x"),
         ({"tokenizer_digest": "x"}, "its tokenizer must be"),
         ({"task_digest": "x"}, "its task must be"),
-        ({"protocol": 99}, r"its protocol must be the server's \(2\), got 99"),
+        ({"protocol": 99}, r"its protocol must be the server's \(3\), got 99"),
         ({"client": 7}, r"client index must be in 0\.\.0, got 7"),
         ({"num_train": 0}, "at least one training row, got 0"),
         ({"label_counts": "[1"}, r"label_counts must be a JSON object of counts, got '\[1'"),
