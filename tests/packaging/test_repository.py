@@ -182,9 +182,9 @@ def test_generator_reads_the_literal_under_a_field() -> None:
 
     rows = generate.table(EstimatorConfig, "estimator.")
 
-    assert "| `estimator.num_probes` | int | `1` | Directions a step; the step is their mean. |" in rows
+    assert "| `estimator.num_probes` | int | `1` | Number of directions in a step. The step is their mean. |" in rows
     assert "| `estimator.distribution` | choice | `gaussian` | One of `gaussian`, `rademacher`. |" in rows
     assert generate.table(FzooConfig, "estimator.")[2:-1] == [  # what it inherits as it is stands with the base alone
-        "| `estimator.num_probes` | int | `8` | Directions a step; the step is their mean. |",
+        "| `estimator.num_probes` | int | `8` | Number of directions in a step. The step is their mean. |",
         "| `estimator.distribution` | choice | `rademacher` | One of `gaussian`, `rademacher`. |",
     ]
