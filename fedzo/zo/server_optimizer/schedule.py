@@ -35,6 +35,7 @@ def learning_rate(config: ServerOptimizerConfig, *, round: int, rounds: int) -> 
         A float32 value.
 
     Example:
+        >>> from fedzo.zo.server_optimizer import ServerOptimizerConfig
         >>> config = ServerOptimizerConfig(lr=1.0, schedule=Schedule.linear, final_lr_share=0.0, warmup_rounds=1)
         >>> [learning_rate(config, round=r, rounds=6) for r in range(6)]
         [0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
