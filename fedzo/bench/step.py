@@ -29,7 +29,7 @@ from fedzo.run.peer import set_up_process
 from fedzo.system import environment
 from fedzo.trainers import TRAINERS, Workplace
 from fedzo.zo.directions import PURPOSE_DATA, add_direction, permutation, stream_key
-from fedzo.zo.estimator import Estimator
+from fedzo.zo.estimator import Estimator, ZerothOrderConfig
 from fedzo.zo.frozen_routing import build_estimator
 from fedzo.zo.log import apply_step
 from fedzo.zo.spaces.base import Space
@@ -139,6 +139,12 @@ def open_bench(config: RunConfig, *, shape: str | None, rows: int, tokens: int) 
             f"fedzo bench step: model.quantization must be none, got {config.model.quantization}: the steps "
             "that fedzo is compared with train all weights. Write model.quantization=none."
         )
+    estimator = config.estimator
+    if not isinstance(estimator, ZerothOrderConfig):
+        raise ConfigError(
+            "fedzo bench step: estimator must make scalars, got one that computes gradients. A first-order step is "
+            "measured beside ours in any case. Write estimator=two_point."
+        )
     set_up_process(config.threads, config.device)
     loaded = (
         load_model(config.model, device=config.device)
@@ -154,8 +160,7 @@ def open_bench(config: RunConfig, *, shape: str | None, rows: int, tokens: int) 
     with tempfile.TemporaryDirectory() as folder:
         workplace = Workplace(folder=Path(folder), seed=0, texts=list, advance=lambda done, total: None)
         artifact = trainer.prepare(loaded, workplace).artifact
-        built = trainer.build(loaded, artifact, distribution=config.estimator.distribution)
-    estimator = config.estimator
+        built = trainer.build(loaded, artifact, distribution=estimator.distribution)
     vocabulary = len(loaded.tokenizer)
     order = permutation(stream_key(0, round=0), vocabulary, purpose=PURPOSE_DATA).tolist()
     prompts = [tuple(order[(row * tokens + i) % vocabulary] for i in range(tokens)) for row in range(rows)]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -77,11 +77,16 @@ def replay_client(run_dir: Path, *, client: int, round: int, out: Path | None = 
         RunFolderError: ``out`` cannot be written.
     """
     config = read_config(run_dir)
+    if config.estimator.traits.makes == "gradient":
+        raise ConfigError(
+            f"--client: the run must have clients that send scalars, but those of {run_dir} send vectors, of which the "
+            "log keeps the round's mean only. Leave out --client, which replays the whole run."
+        )
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise ConfigError(f"--out must be a file in an existing folder, got {str(out)!r}. Choose another.")
     with RunStore(run_dir) as store:
-        line, entry = _find(store.audit, client=client, round=round)
-        record = store.records[round]
+        line, entry = _find(cast(list[AuditLine], store.audit), client=client, round=round)
+        record = cast(RoundRecord, store.records[round])
     g = entry.g
     replica = rebuild(run_dir, rounds=round).replica
     space, drift = replica.space, replica.drift(client)

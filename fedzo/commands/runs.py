@@ -20,7 +20,7 @@ from fedzo.fl.log_store import PUBLIC, RunStore, best_round
 from fedzo.fl.replica import Replica
 from fedzo.models.generate import generate
 from fedzo.records.decode import encode
-from fedzo.records.log import PublicLine
+from fedzo.records.log import CommittedLine
 from fedzo.records.metrics import Summary
 from fedzo.run.process import Process, forget_process, open_process
 from fedzo.runtime.launch import launch
@@ -102,7 +102,7 @@ class Rebuilt:
 
     process: Process
     replica: Replica
-    rounds: list[PublicLine]
+    rounds: list[CommittedLine]
 
 
 def rebuild(run_dir: Path, *, rounds: int | None = None) -> Rebuilt:

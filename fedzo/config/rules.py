@@ -50,6 +50,7 @@ def run_problems(config: RunConfig) -> Iterator[Problem]:
     for stage in config.preprocess.values():
         yield from broken_rules(stage, config)
     yield from broken_rules(config.estimator, config)
+    yield from traits.gradient_problems(config)
     yield from broken_rules(config.server_optimizer, config)
     yield from traits.server_optimizer_problems(config)
     yield from _fl(config)
@@ -174,7 +175,6 @@ def _fl(config: RunConfig) -> Iterator[Problem]:
     for key, count, most in (
         ("fl.rounds", fl.rounds, MOST_ROUNDS),
         ("fl.local_steps", fl.local_steps, MOST_STEPS),
-        ("estimator.num_probes", config.estimator.num_probes, MOST_STEPS),
     ):
         if count > most:
             yield problem(key, f"be at most {most}, the maximum of a record of the log", count, "Lower it.")

@@ -16,7 +16,7 @@ from fedzo.report.config import ReportConfig
 from fedzo.runtime.config import InlineConfig, RuntimeConfig
 from fedzo.trainers.base import TrainerConfig
 from fedzo.trainers.meerkat import MeerkatConfig
-from fedzo.zo.estimator import EstimatorConfig, TwoPointConfig
+from fedzo.zo.estimator import EstimatorConfig, TwoPointConfig, ZerothOrderConfig
 from fedzo.zo.server_optimizer import ServerOptimizerConfig, SgdConfig
 
 
@@ -51,8 +51,7 @@ class RunConfig:
 def filled(config: RunConfig) -> RunConfig:
     """The config with the numbers that were left to the trainer: ``server_optimizer.lr`` and ``estimator.eps``."""
     trainer, optimizer, estimator = config.trainer, config.server_optimizer, config.estimator
-    return replace(
-        config,
-        server_optimizer=replace(optimizer, lr=trainer.lr if optimizer.lr is None else optimizer.lr),
-        estimator=replace(estimator, eps=trainer.eps if estimator.eps is None else estimator.eps),
-    )
+    if isinstance(estimator, ZerothOrderConfig):
+        estimator = replace(estimator, eps=trainer.eps if estimator.eps is None else estimator.eps)
+    optimizer = replace(optimizer, lr=trainer.lr if optimizer.lr is None else optimizer.lr)
+    return replace(config, server_optimizer=optimizer, estimator=estimator)

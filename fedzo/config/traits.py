@@ -10,6 +10,7 @@ from fedzo.data.config import TaskKind
 from fedzo.errors import Problem, problem
 from fedzo.fl.config import Aggregation, Seeds, Weighting
 from fedzo.models.config import DType, Quantization
+from fedzo.zo.estimator import ZerothOrderConfig
 
 # --- of the site: how this machine holds and runs the model
 
@@ -22,7 +23,7 @@ def compile_problems(config: RunConfig) -> Iterator[Problem]:
     if reason := config.trainer.traits.cannot_compile:
         rule = f"be false for trainer={plugin_name('trainer', config.trainer)}: {reason}"
         yield problem("model.compile", rule, True, f"{remedy}, or train fewer values, as trainer=meerkat does.")
-    if config.estimator.freeze_routing:
+    if isinstance(config.estimator, ZerothOrderConfig) and config.estimator.freeze_routing:
         rule = (
             "be false with estimator.freeze_routing: the choices of one forward would lie in memory that the next "
             "replay of its CUDA graph overwrites"
@@ -111,6 +112,41 @@ def _walks(config: RunConfig, chosen: str) -> Iterator[Problem]:
         rule = f"be 0 for {chosen}, whose corrections do not include decay"
         remedy = "Write server_optimizer.weight_decay=0."
         yield problem("server_optimizer.weight_decay", rule, config.server_optimizer.weight_decay, remedy)
+
+
+def gradient_problems(config: RunConfig) -> Iterator[Problem]:
+    """What needs scalars along directions, where clients compute gradients and send vectors."""
+    if config.estimator.traits.makes != "gradient":
+        return
+    chosen = f"estimator={plugin_name('estimator', config.estimator)}"
+    other = "or choose another estimator."
+    if config.fl.seeds is not Seeds.shared:
+        rule = f"be shared for {chosen}, which has no directions"
+        yield problem("fl.seeds", rule, config.fl.seeds, f"Write fl.seeds=shared, {other}")
+    if not config.server_optimizer.traits.takes_vectors:
+        name = plugin_name("server_optimizer", config.server_optimizer)
+        rule = f"be one that moves the model by a vector for {chosen}, such as sgd"
+        yield problem("server_optimizer", rule, name, f"Write server_optimizer=sgd, {other}")
+    if config.step_policy.traits.compares_abs_g:
+        rule = f"not read scalars g for {chosen}, whose clients send none"
+        got = plugin_name("step_policy", config.step_policy)
+        yield problem("step_policy", rule, got, f"Write step_policy=none, {other}")
+    if config.strategy.aggregation is Aggregation.majority_sign:
+        rule = f"be mean, median or trimmed_mean for {chosen}: a vector is not a vote"
+        yield problem("strategy.aggregation", rule, "majority_sign", f"Write strategy.aggregation=mean, {other}")
+    if config.strategy.clip_factor != 0:
+        rule = f"be 0 for {chosen}, which has no |g| to clip; strategy.max_abs_g bounds the norm of a vector"
+        yield problem("strategy.clip_factor", rule, config.strategy.clip_factor, "Write strategy.clip_factor=0.")
+    if config.runtime.traits.joins_forwards:
+        rule = f"be false for {chosen}: the forwards of several clients would give one gradient"
+        yield problem("runtime.batch_clients", rule, True, "Write runtime=inline.")
+    if config.model.compile:
+        rule = f"be false for {chosen}: only the forward pass is compiled"
+        yield problem("model.compile", rule, True, "Write model.compile=false.")
+    if not config.trainer.traits.float32_master and config.model.dtype is not DType.float32:
+        name = plugin_name("trainer", config.trainer)
+        rule = f"be float32 for {chosen} with trainer={name}, which has no float32 values beside the model's weights"
+        yield problem("model.dtype", rule, config.model.dtype, "Write model.dtype=float32.")
 
 
 def step_policy_problems(config: RunConfig) -> Iterator[Problem]:

@@ -2,7 +2,8 @@
 
 ``public.jsonl`` rebuilds the model and is what clients download; ``audit.jsonl`` also holds every client's scalars. A
 round is committed by its public line, written (fsync) after its audit line and before anything else is done with the
-round.
+round. Where clients send vectors, the mean of a round's is a file in ``vectors/``, named by its digest, which the
+public line names; it is written before that line.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from fedzo.errors import RunFolderError
+from fedzo.errors import ProtocolError, RunFolderError
 from fedzo.fl.config import BestBy
-from fedzo.records.decode import decode, parse_json, to_json
-from fedzo.records.log import AuditLine, Proof, PublicLine
+from fedzo.records.decode import parse_json, to_json
+from fedzo.records.log import CommittedLine, Proof, PublicLine, RoundAudit, decode_audit, decode_public
 from fedzo.records.metrics import CentralScore, MetricRecord, Round, Setup, Summary, decode_metric
-from fedzo.zo.log import RoundRecord
+from fedzo.zo.log import LogRecord, RoundRecord, VectorRecord, checked_vector
+from fedzo.zo.spaces.base import Values
 
 L = TypeVar("L")
 M = TypeVar("M")
-PUBLIC, AUDIT, METRICS = "public.jsonl", "audit.jsonl", "metrics.jsonl"
+PUBLIC, AUDIT, METRICS, VECTORS = "public.jsonl", "audit.jsonl", "metrics.jsonl", "vectors"
 
 
 class RunStore:
@@ -43,10 +45,11 @@ class RunStore:
         self.folder = folder
         with ExitStack() as opened, _Explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            self._public = opened.enter_context(_Lines(folder / PUBLIC, partial(decode, PublicLine), lock=True))
-            self._audit = opened.enter_context(_Lines(folder / AUDIT, partial(decode, AuditLine)))
+            self._public = opened.enter_context(_Lines(folder / PUBLIC, decode_public, lock=True))
+            self._audit = opened.enter_context(_Lines(folder / AUDIT, decode_audit))
             self._metrics = opened.enter_context(_Lines(folder / METRICS, decode_metric))
-            self.records = [RoundRecord.from_line(line) for line in self._public.lines]
+            self._vectors = _Vectors(folder / VECTORS)
+            self.records = [self._record(line) for line in self._public.lines]
             done = len(self.records)
             self._audit.keep(lambda line: line.round < done)
             self._metrics.keep(lambda line: _belongs(line, done))
@@ -60,12 +63,12 @@ class RunStore:
         self.close()
 
     @property
-    def rounds(self) -> list[PublicLine]:
+    def rounds(self) -> list[CommittedLine]:
         """Public lines of the committed rounds."""
         return self._public.lines
 
     @property
-    def audit(self) -> list[AuditLine]:
+    def audit(self) -> list[RoundAudit]:
         """Audit lines of the committed rounds."""
         if len(self._audit.lines) != len(self.records):
             raise RunFolderError(
@@ -83,7 +86,7 @@ class RunStore:
         """The metric records of one kind so far."""
         return [record for record in self._metrics.lines if isinstance(record, kind)]
 
-    def commit(self, record: RoundRecord, *, attendance: Sequence[int], proof: Proof, audit: AuditLine) -> None:
+    def commit(self, record: LogRecord, *, attendance: Sequence[int], proof: Proof, audit: RoundAudit) -> None:
         """Make a round part of the run.
 
         Args:
@@ -92,10 +95,19 @@ class RunStore:
             proof: What holds after it.
             audit: What it was made of.
         """
+        line = record.to_line(attendance=attendance, proof=proof)
         with _Explained(self.folder):
+            if isinstance(record, VectorRecord):
+                self._vectors.write(record)
             self._audit.append(audit, durable=True)
-            self._public.append(record.to_line(attendance=attendance, proof=proof), durable=True)
-        self.records.append(record)
+            self._public.append(line, durable=True)
+        self.records.append(self._record(line))
+
+    def _record(self, line: CommittedLine) -> LogRecord:
+        """What a line says; a vector stays in its file until it is read."""
+        if isinstance(line, PublicLine):
+            return RoundRecord.from_line(line)
+        return VectorRecord.from_line(line, partial(self._vectors.read, line.vector, round=line.round, size=line.size))
 
     def write(self, record: MetricRecord) -> None:
         """Append a metric record (a sink)."""
@@ -119,6 +131,41 @@ def best_round(store: RunStore, *, by: BestBy) -> int:
         return (score.value, -loss, -score.round) if by is BestBy.value else (-loss, score.value, -score.round)
 
     return max(scores, key=rank).round
+
+
+class _Vectors:
+    """Files of float32 numbers, little endian, each named by its SHA-256."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def write(self, record: VectorRecord) -> None:
+        """Keep a round's vector on the disk; one that is there already is left alone."""
+        self._folder.mkdir(exist_ok=True)
+        path = self._folder / record.digest
+        part = path.with_suffix(".part")
+        with part.open("wb") as file:
+            file.write(record.read().astype("<f4").data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+
+    def read(self, digest: str, *, round: int, size: int) -> Values:
+        """A round's vector.
+
+        Raises:
+            RunFolderError: Its file is not there, or is not what its name says.
+        """
+        path = self._folder / digest
+        try:
+            if (found := path.stat().st_size) != 4 * size:
+                raise ProtocolError(f"it must hold {4 * size} bytes, got {found}")
+            return checked_vector(path.read_bytes(), digest=digest, what="it")
+        except (OSError, ProtocolError) as error:
+            what = error.strerror if isinstance(error, OSError) else error
+            raise RunFolderError(
+                f"{path}: the vector of round {round} must be there and whole: {what}. Restore the file from a copy."
+            ) from error
 
 
 class _Explained:

@@ -41,6 +41,8 @@ Hash = Annotated[str, Matching(re.compile("[0-9a-f]{64}|"), "64 hexadecimal digi
 JsonText = Annotated[str, Length(0, 1 << 22)]
 StepBytes = Annotated[bytes, Length(0, 1 << 30)]
 """A reply's numbers; their count is compared with the round's steps and probes."""
+VectorBytes = Annotated[bytes, Length(0, 1 << 38)]
+"""A reply's vector; its length is compared with the space's size."""
 StateBytes = Annotated[bytes, Length(0, 1 << 38)]
 """A log or trained values; what they must measure is compared with what the process holds."""
 PieceBytes = Annotated[bytes, Length(0, PIECE_BYTES)]
@@ -127,6 +129,19 @@ class TrainReply:
     num_examples: Count = 0
     end_check: Check = 0
     """32-bit check of theta after the local steps (T > 1); proves the virtual path."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VectorReply:
+    """What a client answers that computes gradients: where its steps led."""
+
+    status: Status = Status.ok
+    position: RoundNumber = 0
+    change: VectorBytes = b""
+    """The round's start minus the client's end, float32 [n] in wire order, little endian."""
+    loss: StepBytes = b""
+    """float32 [T], little endian; nan for a step that was not taken, since a number in it was not finite."""
+    num_examples: Count = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

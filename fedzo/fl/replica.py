@@ -10,9 +10,9 @@ import numpy as np
 
 from fedzo.errors import ProtocolError
 from fedzo.fl.messages import Status, Sync
-from fedzo.records.log import Proof, PublicLine
-from fedzo.zo.log import EMPTY_CHAIN, Drift, RoundRecord, extend_chain, unpack
-from fedzo.zo.server_optimizer import ControlVariates, ServerOptimizer
+from fedzo.records.log import CommittedLine, Proof
+from fedzo.zo.log import EMPTY_CHAIN, Drift, LogRecord, RoundRecord, extend_chain, unpack
+from fedzo.zo.server_optimizer import ControlVariates, ServerOptimizer, VectorOptimizer
 from fedzo.zo.spaces.base import Space
 
 
@@ -55,16 +55,27 @@ class Replica:
             return self._rule.drift(self.space.values(), self.moments, client)
         return None
 
-    def advance(self, records: Sequence[RoundRecord]) -> None:
+    def advance(self, records: Sequence[LogRecord]) -> None:
         """Apply the records that come next; those already applied are skipped."""
         for record in records:
             if record.round < self.position:
                 continue
             if record.round > self.position:
                 raise ProtocolError(f"log: the next record must be round {self.position}, got round {record.round}")
-            self._rule.apply(self.space, self.moments, record, run_seed=self._run_seed)
+            self._apply(record)
             self.chain = extend_chain(self.chain, record)
             self.position += 1
+
+    def _apply(self, record: LogRecord) -> None:
+        if isinstance(record, RoundRecord):
+            self._rule.apply(self.space, self.moments, record, run_seed=self._run_seed)
+            return
+        if not isinstance(self._rule, VectorOptimizer) or record.size != self.space.size:
+            raise ProtocolError(
+                f"log: round {record.round} must hold what this run's server optimizer and its {self.space.size} "
+                f"trained values take, got a vector of {record.size} numbers. Is the log of another run?"
+            )
+        self._rule.displace(self.space, self.moments, record)
 
     def reset(self) -> None:
         """Back to the base weights."""
@@ -72,7 +83,7 @@ class Replica:
         self.moments.fill(0)
         self.position, self.chain = 0, EMPTY_CHAIN
 
-    def goto(self, position: int, records: Sequence[RoundRecord]) -> None:
+    def goto(self, position: int, records: Sequence[LogRecord]) -> None:
         """The state after the first ``position`` records of the whole log."""
         if position < self.position:
             self.reset()
@@ -86,7 +97,7 @@ class Replica:
         """What a line of the log says of the state after it; the SHA-256 of theta only where ``digest`` asks for it."""
         return Proof(chain=self.chain.hex(), check=self.check(), digest=self.space.digest() if digest else None)
 
-    def verify(self, line: PublicLine) -> None:
+    def verify(self, line: CommittedLine) -> None:
         """Compare the state with the proof in the line of the log that was applied last.
 
         Raises:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from fedzo.data.example import Example
+from fedzo.models.arithmetic import MEASURED, Arithmetic
 from fedzo.models.cache import run_answers, run_prompts
 from fedzo.models.head import hidden_at, own_logits_at
 from fedzo.models.load import LoadedModel
@@ -46,6 +47,8 @@ class Planning:
     """Whether candidates may go on from one run of their prompt: right for scores, whose last bits do not matter."""
     before: OnRows | None = None
     """Called before each forward with the indices of its texts, one a row."""
+    arithmetic: Arithmetic = MEASURED
+    """What becomes of the log-probabilities."""
 
     def of(self, owners: Sequence[int]) -> Planning:
         """The same, where text i belongs to ``owners[i]``, which is what ``before`` knows."""
@@ -96,7 +99,7 @@ def run_texts(
         at = partial(hidden_at, decoder=compiled) if loaded.direct_head else own_logits_at
         if planning.before is not None:
             planning.before(batch)
-        with torch.inference_mode():
+        with planning.arithmetic.forwards():
             hidden = at(loaded.model, *on_device)
         _count(
             loaded, ids, used=sum(lengths[i] for i in batch), head_rows=len(rows) if loaded.direct_head else ids.size

@@ -9,6 +9,7 @@ values of their prompt, if that saves tokens (``fedzo.models.plan``).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,14 +19,13 @@ import torch.nn.functional as F
 from fedzo.data.config import Loss
 from fedzo.data.example import Example
 from fedzo.errors import ConfigError
+from fedzo.models.arithmetic import MEASURED, Differentiable, Scores
 from fedzo.models.forwards import OnBatch, OnRows, Planning, Text, run_shared, run_texts
 from fedzo.models.head import project
 from fedzo.models.load import LoadedModel
 from fedzo.models.memory import cache_tokens
 from fedzo.models.plan import FEW_FORWARDS, Shared, plan_shared
 from fedzo.models.virtual_tokens import num_virtual_tokens
-
-Scores = npt.NDArray[np.float64]
 
 _CHUNK_LOGITS = 1 << 26  # logits made at once: 256 MiB in float32
 
@@ -43,6 +43,13 @@ def mean_loss(
         loaded, examples, loss=loss, tokens_per_batch=tokens_per_batch, forward_cost_tokens=forward_cost_tokens
     )
     return float(np.mean(losses))
+
+
+def graph_loss(loaded: LoadedModel, examples: Sequence[Example], *, loss: Loss, tokens_per_batch: int) -> torch.Tensor:
+    """As ``mean_loss``, a float64 scalar with its graph: of the model's parameters that require a gradient."""
+    planning = Planning(tokens_per_batch, FEW_FORWARDS, arithmetic=Differentiable(loaded.device))
+    losses: torch.Tensor = _losses(loaded, examples, loss, planning)
+    return losses.mean()
 
 
 def example_losses(
@@ -75,13 +82,8 @@ def example_losses(
     Raises:
         ConfigError: There is no example, or one has an empty prompt or answer.
     """
-    if not examples:
-        raise ConfigError("a loss needs at least one example, got none. Check the batch size and the client's rows.")
-    planning = Planning(tokens_per_batch, forward_cost_tokens, before=before)
-    if loss is Loss.lm:
-        return -_mean_logprobs(loaded, [_answer(example, example.label) for example in examples], planning)
-    scores = _candidate_scores(loaded, examples, planning, full_vocabulary=False)
-    return choice_losses(scores, [example.label for example in examples])
+    losses: Scores = _losses(loaded, examples, loss, Planning(tokens_per_batch, forward_cost_tokens, before=before))
+    return losses
 
 
 def candidate_scores(
@@ -110,29 +112,44 @@ def candidate_scores(
         float32 [num_examples, most candidates], ``-inf`` where an example has fewer.
     """
     planning = Planning(tokens_per_batch, forward_cost_tokens, on_batch, share_prompts=True)
-    return _candidate_scores(loaded, examples, planning, full_vocabulary=full_vocabulary).astype(np.float32)
+    scores: Scores = _candidate_scores(loaded, examples, planning, full_vocabulary=full_vocabulary)
+    return scores.astype(np.float32)
 
 
 def choice_losses(scores: npt.NDArray[np.floating], labels: Sequence[int]) -> Scores:
     """Cross-entropy of the right candidate, float64 [num_examples], from scores [num_examples, candidates]."""
-    return -_log_softmax(scores.astype(np.float64))[np.arange(len(labels)), labels]
+    losses: Scores = -MEASURED.log_softmax(scores.astype(np.float64))[range(len(labels)), labels]
+    return losses
+
+
+def _losses(loaded: LoadedModel, examples: Sequence[Example], loss: Loss, planning: Planning) -> Any:
+    """What the loss of an example is, [num_examples] in the planning's arithmetic."""
+    if not examples:
+        raise ConfigError("a loss needs at least one example, got none. Check the batch size and the client's rows.")
+    labels = [example.label for example in examples]
+    if loss is Loss.lm:
+        answers = [_answer(example, label) for example, label in zip(examples, labels, strict=True)]
+        return -_mean_logprobs(loaded, answers, planning)
+    scores = _candidate_scores(loaded, examples, planning, full_vocabulary=False)
+    return -planning.arithmetic.log_softmax(scores)[range(len(labels)), labels]
 
 
 def _candidate_scores(
     loaded: LoadedModel, examples: Sequence[Example], planning: Planning, *, full_vocabulary: bool
-) -> Scores:
-    scores = np.full((len(examples), max((len(e.candidates) for e in examples), default=0)), -np.inf)
+) -> Any:
+    width = max((len(example.candidates) for example in examples), default=0)
+    scores = planning.arithmetic.empty_scores(len(examples), width)
     short = [i for i, e in enumerate(examples) if all(len(candidate) == 1 for candidate in e.candidates)]
     if short:
         chosen = [examples[i] for i in short]
         scores[short] = _single_token_scores(
-            loaded, chosen, planning.of(short), width=scores.shape[1], full_vocabulary=full_vocabulary
+            loaded, chosen, planning.of(short), width=width, full_vocabulary=full_vocabulary
         )
     taken = set(short)
     long = [i for i in range(len(examples)) if i not in taken]
     shared = _plan_shared(loaded, [examples[i] for i in long], planning)
     if shared.batches:
-        scores[long] = _shared_scores(loaded, [examples[i] for i in long], shared, planning, width=scores.shape[1])
+        scores[long] = _shared_scores(loaded, [examples[i] for i in long], shared, planning, width=width)
     cells = [(long[i], j) for i in shared.others for j in range(len(examples[long[i]].candidates))]
     if cells:
         means = _mean_logprobs(loaded, [_answer(examples[i], j) for i, j in cells], planning.of([i for i, _ in cells]))
@@ -143,7 +160,7 @@ def _candidate_scores(
 
 def _single_token_scores(
     loaded: LoadedModel, examples: Sequence[Example], planning: Planning, *, width: int, full_vocabulary: bool
-) -> Scores:
+) -> Any:
     """Log-probabilities [num_examples, width] of single-token candidates from one forward of the prompts."""
     sequences = [Text(_prompt(example), ()) for example in examples]
     tokens = np.empty((len(examples), width), dtype=np.int64)
@@ -157,18 +174,19 @@ def _single_token_scores(
     for batch, hidden in run_texts(loaded, sequences, planning):
         vocabulary, column = np.unique(tokens[batch], return_inverse=True)
         columns = torch.from_numpy(column.reshape(len(batch), width)).to(loaded.device)
-        if full_vocabulary:
-            parts = [_logits(loaded, part).log_softmax(-1) for part in _chunks(loaded, hidden)]
-            columns = torch.from_numpy(tokens[batch]).to(loaded.device)
-            logits = torch.cat(parts)
-        else:
-            logits = _logits(loaded, hidden, torch.from_numpy(vocabulary).to(loaded.device))
-        picked.append(logits.gather(1, columns))
+        with planning.arithmetic.forwards():
+            if full_vocabulary:
+                parts = [_logits(loaded, part).log_softmax(-1) for part in _chunks(loaded, hidden)]
+                columns = torch.from_numpy(tokens[batch]).to(loaded.device)
+                logits = torch.cat(parts)
+            else:
+                logits = _logits(loaded, hidden, torch.from_numpy(vocabulary).to(loaded.device))
+            picked.append(logits.gather(1, columns))
         order.extend(batch)
-    scores = np.full(tokens.shape, -np.inf)
-    scores[order] = torch.cat(picked).cpu().numpy()
-    scores = np.where(there, scores, -np.inf)
-    return scores if full_vocabulary else _log_softmax(scores)
+    scores = planning.arithmetic.empty_scores(*tokens.shape)
+    scores[order] = planning.arithmetic.taken(torch.cat(picked))
+    scores[~there] = -np.inf
+    return scores if full_vocabulary else planning.arithmetic.log_softmax(scores)
 
 
 def _plan_shared(loaded: LoadedModel, examples: Sequence[Example], planning: Planning) -> Shared:
@@ -198,39 +216,39 @@ def _shared_scores(
             counts[row, : len(examples[i].candidates)] = [len(candidate) for candidate in examples[i].candidates]
         columns = torch.from_numpy(firsts).to(loaded.device)
         parts = zip(_chunks(loaded, ends), _chunks(loaded, columns), strict=True)
-        picked = torch.cat([_logits(loaded, part).log_softmax(-1).gather(1, wanted) for part, wanted in parts])
-        sums = picked.cpu().numpy().astype(np.float64)
+        with MEASURED.forwards():
+            picked = torch.cat([_logits(loaded, part).log_softmax(-1).gather(1, wanted) for part, wanted in parts])
+        sums = MEASURED.taken(picked)
         if cells:
             further = [examples[batch[row]].candidates[j][1:] for row, j in cells]
-            logprobs = _token_logprobs(loaded, rest, [token for tokens in further for token in tokens])
+            logprobs = _token_logprobs(loaded, rest, [token for tokens in further for token in tokens], planning)
             sums[tuple(np.transpose(cells))] += np.add.reduceat(logprobs, np.cumsum([0, *map(len, further[:-1])]))
         scores[batch] = np.where(counts > 0, sums / np.maximum(counts, 1), -np.inf)
     return scores
 
 
-def _mean_logprobs(loaded: LoadedModel, sequences: Sequence[Text], planning: Planning) -> Scores:
+def _mean_logprobs(loaded: LoadedModel, sequences: Sequence[Text], planning: Planning) -> Any:
     """Mean log-probability of each sequence's targets over the whole vocabulary, float64 [num_sequences]."""
-    means = np.empty(len(sequences))
+    means = planning.arithmetic.empty_scores(len(sequences))
     for batch, hidden in run_texts(loaded, sequences, planning):
-        logprobs = _token_logprobs(loaded, hidden, [token for i in batch for token in sequences[i].targets])
-        counts = np.array([len(sequences[i].targets) for i in batch])
-        means[batch] = np.add.reduceat(logprobs, np.cumsum(counts) - counts) / counts
+        logprobs = _token_logprobs(loaded, hidden, [token for i in batch for token in sequences[i].targets], planning)
+        means[batch] = planning.arithmetic.means(logprobs, [len(sequences[i].targets) for i in batch])
     return means
 
 
-def _token_logprobs(loaded: LoadedModel, hidden: torch.Tensor, targets: Sequence[int]) -> Scores:
+def _token_logprobs(loaded: LoadedModel, hidden: torch.Tensor, targets: Sequence[int], planning: Planning) -> Any:
     """Log-probability of each position's target, float64 [N]: float32 numbers, ready to be summed."""
     wanted = torch.tensor(targets, device=loaded.device)
     parts = zip(_chunks(loaded, hidden), _chunks(loaded, wanted), strict=True)
-    logprobs = [-F.cross_entropy(_logits(loaded, part), tokens, reduction="none") for part, tokens in parts]
-    return torch.cat(logprobs).cpu().numpy().astype(np.float64)
+    with planning.arithmetic.forwards():
+        logprobs = [-F.cross_entropy(_logits(loaded, part), tokens, reduction="none") for part, tokens in parts]
+        return planning.arithmetic.taken(torch.cat(logprobs))
 
 
 def _logits(loaded: LoadedModel, hidden: torch.Tensor, vocabulary: torch.Tensor | None = None) -> torch.Tensor:
-    with torch.inference_mode():
-        if loaded.direct_head:
-            return project(loaded.model, hidden, vocabulary=vocabulary)
-        return hidden if vocabulary is None else hidden[:, vocabulary]
+    if loaded.direct_head:
+        return project(loaded.model, hidden, vocabulary=vocabulary)
+    return hidden if vocabulary is None else hidden[:, vocabulary]
 
 
 def _chunks(loaded: LoadedModel, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -251,9 +269,3 @@ def _prompt(example: Example) -> tuple[int, ...]:
     if not example.prompt:
         raise ConfigError("every prompt must have at least one token, got an empty one. Check the task's template.")
     return example.prompt
-
-
-def _log_softmax(scores: Scores) -> Scores:
-    with np.errstate(invalid="ignore"):  # infinities give NaN, as they should
-        shifted = scores - scores.max(axis=1, keepdims=True)
-        return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))

@@ -93,6 +93,8 @@ Scalars = Annotated[npt.NDArray[np.float32], Grid("float32", (MOST_STEPS, MOST_S
 """One number a step and probe, [T, P]."""
 MeasuredScalars = Annotated[npt.NDArray[np.float32], Grid("float32", (MOST_STEPS, MOST_STEPS), unknown=True)]
 """As ``Scalars``; nan where nothing finite was measured."""
+MeasuredSteps = Annotated[npt.NDArray[np.float32], Grid("float32", (MOST_STEPS,), unknown=True)]
+"""One number a local step, [T]; nan where nothing finite was measured."""
 Flags = Annotated[npt.NDArray[np.bool_], Grid("bool", (MOST_STEPS, MOST_STEPS))]
 Columns = Annotated[npt.NDArray[np.float32], Grid("float32", (MOST_STEPS, MOST_STEPS, MOST_OWNERS))]
 """One number a step, probe and owner, [T, P, owners]."""

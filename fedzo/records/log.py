@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
+from fedzo.errors import FedzoError
+from fedzo.records.decode import decode
 from fedzo.records.fields import (
     MOST_CLIENTS,
     MOST_OWNERS,
@@ -19,6 +21,7 @@ from fedzo.records.fields import (
     Length,
     Magnitude,
     MeasuredScalars,
+    MeasuredSteps,
     OmitDefault,
     Products,
     RoundNumber,
@@ -73,6 +76,41 @@ class PublicLine:
     def proof(self) -> Proof:
         """What the line says of the state after it."""
         return Proof(chain=self.chain, check=self.check, digest=self.digest)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VectorLine:
+    """A committed round whose clients sent vectors (``fedzo.zo.log.VectorRecord``); the rest as in ``PublicLine``.
+
+    Attributes:
+        size: n.
+        vector: SHA-256 of the mean of the vectors, which is kept beside the log.
+    """
+
+    kind: ClassVar[str] = "vector"
+    round: RoundNumber
+    lr: LearningRate
+    size: Annotated[int, Within(1, 1 << 36)]
+    vector: Hash
+    attendance: Clients
+    chain: Hash
+    check: Check
+    digest: Hash | None
+
+    @property
+    def proof(self) -> Proof:
+        """What the line says of the state after it."""
+        return Proof(chain=self.chain, check=self.check, digest=self.digest)
+
+
+CommittedLine = PublicLine | VectorLine
+
+
+def decode_public(value: object, *, where: str, error: type[FedzoError], remedy: str = "") -> CommittedLine:
+    """A line of the public log as the record of its kind."""
+    if _kind(value) == VectorLine.kind:
+        return decode(VectorLine, value, where=where, error=error, remedy=remedy)
+    return decode(PublicLine, value, where=where, error=error, remedy=remedy)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -133,3 +171,51 @@ class AuditLine:
         if self.xi.shape[0] < steps or {self.xi.shape[1]} != probes or self.xi.shape[2] not in columns:
             told = f"{steps} steps or more, {min(probes)} probes and {sorted(columns)} columns"
             raise ValueError(f"hold xi of {told}, not of the shape {list(self.xi.shape)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class VectorAudit:
+    """One client's vector of a round, which itself is not kept.
+
+    Attributes:
+        vector: SHA-256 of what the client sent.
+        norm: Its Euclidean norm over lr and steps, which is of a gradient's size; 0 where lr is 0.
+        loss: Before each step, float32 [T_k]; nan where a step was not taken.
+    """
+
+    client: Client
+    vector: Hash
+    norm: Magnitude
+    loss: MeasuredSteps
+    steps: Steps
+    used: Count
+    weight: Magnitude
+
+    def __post_init__(self) -> None:
+        if len(self.loss) != self.steps:
+            raise ValueError(f"hold a loss of each of steps = {self.steps}, not {len(self.loss)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class VectorAuditLine:
+    """Whatever the record of a round of vectors was made of; fields as in ``AuditLine``."""
+
+    kind: ClassVar[str] = "vectors"
+    round: RoundNumber
+    lr: LearningRate
+    clients: Annotated[tuple[VectorAudit, ...], Length(0, MOST_CLIENTS)]
+    refused: Clients
+
+
+RoundAudit = AuditLine | VectorAuditLine
+
+
+def decode_audit(value: object, *, where: str, error: type[FedzoError], remedy: str = "") -> RoundAudit:
+    """A line of the audit log as the record of its kind."""
+    if _kind(value) == VectorAuditLine.kind:
+        return decode(VectorAuditLine, value, where=where, error=error, remedy=remedy)
+    return decode(AuditLine, value, where=where, error=error, remedy=remedy)
+
+
+def _kind(value: object) -> object:
+    return value.get("kind") if isinstance(value, dict) else None

@@ -7,11 +7,15 @@ from functools import cached_property
 
 from fedzo.data.preprocess import STAGES
 from fedzo.data.rows import ClientRows, RowSource, client_rows
-from fedzo.fl.client.local_update import LocalSteps, Workspace
+from fedzo.fl.client.local_update import Batches, LocalUpdate, Workspace
+from fedzo.fl.client.scalar_update import ScalarUpdate
+from fedzo.fl.client.vector_update import VectorUpdate
 from fedzo.fl.client.worker import ClientData, ClientWorker, parse_absent
 from fedzo.fl.config import Aggregation
 from fedzo.run.peer import Peer
 from fedzo.trainers.artifacts import Artifact, ArtifactStore
+from fedzo.zo.estimator import ZerothOrderConfig, build_gradient_estimator
+from fedzo.zo.frozen_routing import build_estimator
 
 
 @dataclass
@@ -33,23 +37,28 @@ class ClientContext:
     def worker(self) -> ClientWorker:
         """Answers for the clients."""
         config = self.peer.config
-        steps = LocalSteps(
-            run_seed=config.seed,
-            task=config.task,
-            fl=config.fl,
-            estimator=self.peer.estimator,
-            num_probes=config.estimator.num_probes,
-            train_rows=lambda client: self.data(client).train,
-            signs=config.strategy.aggregation is Aggregation.majority_sign,
-        )
         return ClientWorker(
             self.peer.identity,
-            steps,
+            self._local_update(),
             task=config.task,
             data_of=self.data,
             build=self._workspace,
             artifacts=self.artifacts,
             absent=parse_absent(config.faults.absent),
+        )
+
+    def _local_update(self) -> LocalUpdate:
+        config, estimator = self.peer.config, self.peer.config.estimator
+        batches = Batches(config.seed, config.fl.batch_size, lambda client: self.data(client).train)
+        if not isinstance(estimator, ZerothOrderConfig):
+            return VectorUpdate(batches, config.task, build_gradient_estimator(estimator))
+        return ScalarUpdate(
+            batches=batches,
+            task=config.task,
+            fl=config.fl,
+            estimator=build_estimator(estimator),
+            num_probes=estimator.num_probes,
+            signs=config.strategy.aggregation is Aggregation.majority_sign,
         )
 
     def data(self, client: int) -> ClientData:

@@ -17,6 +17,8 @@ from fedzo.fl.config import StrategyConfig
 from fedzo.fl.log_store import RunStore, best_round
 from fedzo.fl.server.client_registry import ClientRegistry
 from fedzo.fl.server.rounds import Server, Sink
+from fedzo.fl.server.updates import ScalarUpdates, Updates
+from fedzo.fl.server.vectors import VectorUpdates
 from fedzo.records.metrics import (
     ClientSetup,
     Estimate,
@@ -37,6 +39,7 @@ from fedzo.run.scores import Scores
 from fedzo.run.server_context import ServerContext
 from fedzo.trainers import Prepared, Workplace
 from fedzo.trainers.artifacts import ARTIFACTS
+from fedzo.zo.estimator import ZerothOrderConfig
 
 
 class Sinks:
@@ -152,17 +155,30 @@ class Federation:
             replica=self._at.replica,
             store=self._store,
             artifact=prepared.artifact,
-            gradient=prepared.gradient,
             run_seed=config.seed,
             fl=config.fl,
             strategy=_strategy(config),
             server_optimizer=config.server_optimizer,
-            num_probes=config.estimator.num_probes,
+            updates=self._updates(prepared),
             step_policy=context.step_policy,
             label_counts=context.label_counts,
             sink=self._sinks,
             elapsed=self._elapsed,
             shuffle_replies=config.faults.shuffle_replies,
+        )
+
+    def _updates(self, prepared: Prepared) -> Updates[Any]:
+        config, estimator, replica = self._config, self._config.estimator, self._at.replica
+        if not isinstance(estimator, ZerothOrderConfig):
+            return VectorUpdates(size=replica.space.size, strategy=config.strategy)
+        return ScalarUpdates(
+            store=self._store,
+            replica=replica,
+            run_seed=config.seed,
+            fl=config.fl,
+            strategy=config.strategy,
+            num_probes=estimator.num_probes,
+            gradient=prepared.gradient,
         )
 
     def _write_setup(self) -> None:
@@ -208,7 +224,7 @@ class Federation:
             scored=self._scores.planned(),
             rows_per_step=config.fl.batch_size,
             steps=(config.fl.rounds - 1) * config.fl.local_steps * clients + first,
-            forwards_per_step=context.peer.estimator.forwards_per_step(config.estimator.num_probes),
+            forwards_per_step=context.peer.forwards_per_step,
             local_steps=config.step_policy.most_steps(config.fl),
             tokens_per_batch=at.tokens_per_batch,
             num_moments=len(at.replica.moments),

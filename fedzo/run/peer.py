@@ -10,11 +10,13 @@ from functools import cached_property
 import numba
 import torch
 
+from fedzo.config.plugins import plugin_name
 from fedzo.config.schema import RunConfig
 from fedzo.config.travel import config_hash
 from fedzo.data.encode import encode, task_digest
 from fedzo.data.example import Example
 from fedzo.data.files import Row
+from fedzo.errors import ConfigError
 from fedzo.fl.client.local_update import Workspace
 from fedzo.fl.client.worker import Identity
 from fedzo.fl.replica import Replica
@@ -29,10 +31,12 @@ from fedzo.run.estimate import fitting_tokens_per_batch
 from fedzo.system import default_threads
 from fedzo.trainers import TRAINERS, Built, Trainer
 from fedzo.trainers.artifacts import Artifact
+from fedzo.zo.config import Distribution
 from fedzo.zo.directions import stream_key
-from fedzo.zo.estimator import Estimator, LossFn
+from fedzo.zo.estimator import LossFn, ZerothOrderConfig
 from fedzo.zo.frozen_routing import build_estimator
 from fedzo.zo.server_optimizer import SERVER_OPTIMIZERS
+from fedzo.zo.spaces.base import DifferentiableSpace
 
 log = logging.getLogger(__name__)
 TrialRows = Callable[[], list[Row]]
@@ -61,10 +65,13 @@ class Peer:
         """The run's trainer plugin."""
         return TRAINERS.build(self.config.trainer)
 
-    @cached_property
-    def estimator(self) -> Estimator:
-        """The run's estimator plugin."""
-        return build_estimator(self.config.estimator)
+    @property
+    def forwards_per_step(self) -> int:
+        """What a local step costs, in forwards; the two products of a layer's backward pass count as two."""
+        estimator = self.config.estimator
+        if not isinstance(estimator, ZerothOrderConfig):
+            return 3
+        return build_estimator(estimator).forwards_per_step(estimator.num_probes)
 
     @cached_property
     def identity(self) -> Identity:
@@ -94,15 +101,22 @@ class Peer:
         return self._workspace[1]
 
     def _make_workspace(self, artifact: Artifact, trial_rows: TrialRows | None) -> Workspace:
+        config, num_clients, estimator = self.config, self.config.fl.num_clients, self.config.estimator
         built = self._build(self.loaded, artifact)
-        if self.undecided and trial_rows is not None:
-            built, self.undecided = self._choose_dtype(built, artifact, trial_rows()), False
+        if isinstance(estimator, ZerothOrderConfig):
+            if self.undecided and trial_rows is not None:
+                built, self.undecided = self._choose_dtype(built, artifact, trial_rows(), estimator), False
+            in_model_dtype = not config.trainer.traits.float32_master
+            if in_model_dtype and (warning := coarseness_warning(self.loaded.model, estimator.float32_eps)):
+                log.warning(warning)
+        elif not isinstance(built.space, DifferentiableSpace):
+            trainer, name = plugin_name("trainer", config.trainer), plugin_name("estimator", estimator)
+            raise ConfigError(
+                f"trainer={trainer}: its space must have a method gradient for estimator={name}, but has none. "
+                "Choose another trainer, or an estimator that needs forwards only."
+            )
         self.built = built
-        config, num_clients = self.config, self.config.fl.num_clients
         rule = SERVER_OPTIMIZERS.build(config.server_optimizer, local_steps=config.fl.local_steps)
-        in_model_dtype = not config.trainer.traits.float32_master
-        if in_model_dtype and (warning := coarseness_warning(self.loaded.model, config.estimator.float32_eps)):
-            log.warning(warning)
         return Workspace(
             loaded=self.loaded,
             replica=Replica(built.space, rule=rule, reset=built.reset, run_seed=config.seed, num_clients=num_clients),
@@ -118,14 +132,16 @@ class Peer:
         )
 
     def _build(self, loaded: LoadedModel, artifact: Artifact) -> Built:
-        return self.trainer.build(loaded, artifact, distribution=self.config.estimator.distribution)
+        estimator = self.config.estimator  # without directions their law says nothing
+        law = estimator.distribution if isinstance(estimator, ZerothOrderConfig) else Distribution.gaussian
+        return self.trainer.build(loaded, artifact, distribution=law)
 
-    def _choose_dtype(self, wide: Built, artifact: Artifact, rows: list[Row]) -> Built:
+    def _choose_dtype(self, wide: Built, artifact: Artifact, rows: list[Row], settings: ZerothOrderConfig) -> Built:
         """Take a bfloat16 model in the place of the float32 one if it measures the same scalars in less time.
 
         The trained values start from float32's in both, so peers agree however each of them decides.
         """
-        config = self.config
+        config, estimator = self.config, build_estimator(settings)
         loaded = load_model(replace(config.model, dtype=DType.bfloat16), device=config.device)
         narrow, base = self._build(loaded, artifact), wide.space.values()
         narrow.space.load(base)
@@ -138,8 +154,8 @@ class Peer:
             )
 
         choice = choose_dtype(
-            wide=try_out(wide.space, self.estimator, loss_fn_of(self.loaded), keys),
-            narrow=try_out(narrow.space, self.estimator, loss_fn_of(loaded), keys),
+            wide=try_out(wide.space, estimator, loss_fn_of(self.loaded), keys),
+            narrow=try_out(narrow.space, estimator, loss_fn_of(loaded), keys),
         )
         log.warning("%s", choice)  # no less, or the command line would not show it
         if choice.dtype is DType.float32:

@@ -23,9 +23,11 @@ class RuntimeTraits:
     Attributes:
         takes_turns: Whether clients work one after another, so that a round takes long by no fault of theirs and no
             deadline applies.
+        joins_forwards: Whether the clients of a round share forwards.
     """
 
     takes_turns: bool = False
+    joins_forwards: bool = False
 
 
 @dataclass(kw_only=True, slots=True)
@@ -52,7 +54,7 @@ class InlineConfig(RuntimeConfig):
 
     @property
     def traits(self) -> RuntimeTraits:
-        return RuntimeTraits(takes_turns=True)
+        return RuntimeTraits(takes_turns=True, joins_forwards=self.batch_clients)
 
     def problems(self, run: RunConfig) -> Iterator[Problem]:
         if self.batch_clients and run.fl.seeds is not Seeds.shared:

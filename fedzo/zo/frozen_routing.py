@@ -20,7 +20,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from fedzo.errors import NumericsError
-from fedzo.zo.estimator import ESTIMATORS, Estimator, EstimatorConfig, LossFn, Projection, Still
+from fedzo.zo.estimator import ESTIMATORS, Estimator, LossFn, Projection, Still, ZerothOrderConfig
 from fedzo.zo.spaces.base import Space
 
 _SELECTORS = {torch.topk, torch.Tensor.topk, torch.argmax, torch.Tensor.argmax}
@@ -149,9 +149,9 @@ class _Watched:
                 self.probing = False
 
 
-def build_estimator(config: EstimatorConfig) -> Estimator:
+def build_estimator(config: ZerothOrderConfig) -> Estimator:
     """The estimator plugin of a configuration, frozen where it says so."""
-    estimator = ESTIMATORS.build(config)
+    estimator = cast(Estimator, ESTIMATORS.build(config))
     return Frozen(estimator) if config.freeze_routing else estimator
 
 

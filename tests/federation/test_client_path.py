@@ -40,7 +40,7 @@ TRAIN = """
 import hashlib, json, sys
 from pathlib import Path
 from fedzo.config.load import load
-from fedzo.fl.client.local_update import LocalSteps
+from fedzo.fl.client.scalar_update import ScalarUpdate
 from fedzo.fl.server.step_policy.plan import Plan
 from fedzo.fl.server.rounds import Server
 from fedzo.commands.runs import start_run
@@ -49,7 +49,7 @@ from fedzo.zo.spaces.base import MasterSpace
 folder, steps, overrides = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
 hashes = {}
 
-def local_step(self, space, request, g, *, client, step, drift, original=LocalSteps.take):
+def local_step(self, space, request, g, *, client, step, drift, original=ScalarUpdate.take):
     original(self, space, request, g, client=client, step=step, drift=drift)
     if type(space) is MasterSpace:
         return  # where joint forwards of later steps are to be: not yet the client's own step
@@ -65,7 +65,7 @@ def run_round(self, original=Server.run_round):
     self.step_policy = Script()
     return original(self)
 
-LocalSteps.take, Server.run_round = local_step, run_round
+ScalarUpdate.take, Server.run_round = local_step, run_round
 start_run(load(overrides), folder, overrides=[])
 Path(f"{folder}.hashes").write_text(json.dumps(hashes))
 """

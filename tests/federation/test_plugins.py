@@ -12,7 +12,7 @@ import pytest
 from fedzo.commands.runs import rebuild, replay_run, resume_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
-from fedzo.fl.client import local_update as local_steps
+from fedzo.fl.client import scalar_update
 from fedzo.fl.clip import announced_bound
 from fedzo.fl.log_store import RunStore
 from fedzo.testing.tiny_models import save_tiny_model
@@ -124,8 +124,8 @@ def test_every_estimator_runs_within_its_budget_and_replays(
     run: Run, lines: Lines, overrides: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, estimator: Any
 ) -> None:
     calls: list[int] = []
-    original = local_steps.example_losses
-    monkeypatch.setattr(local_steps, "example_losses", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = scalar_update.example_losses
+    monkeypatch.setattr(scalar_update, "example_losses", lambda *a, **k: calls.append(1) or original(*a, **k))
 
     folder = run(*estimator, "fl.rounds=2", "evaluation.central=false", "evaluation.federated_every_rounds=-1")
 
@@ -157,13 +157,13 @@ def test_clients_step_with_the_clipped_scalar_that_they_send(
     run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stepped: list[tuple[int, int, float]] = []
-    original = local_steps.LocalSteps.take
+    original = scalar_update.ScalarUpdate.take
 
     def spy(self: Any, space: Any, request: Any, g: Any, **rest: Any) -> None:
         stepped.append((request.round, rest["client"], float(g[0])))
         original(self, space, request, g, **rest)
 
-    monkeypatch.setattr(local_steps.LocalSteps, "take", spy)
+    monkeypatch.setattr(scalar_update.ScalarUpdate, "take", spy)
 
     folder = run("strategy.clip_factor=1.0", "strategy.clip_rounds=2", "fl.rounds=4", "fl.local_steps=2")
 

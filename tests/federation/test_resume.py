@@ -25,7 +25,7 @@ import json, os, signal, sys
 point, at_round = sys.argv[1], int(sys.argv[2])
 from fedzo.fl import log_store as store
 from fedzo.fl import replica
-from fedzo.fl.client import local_update as local_steps
+from fedzo.fl.client import scalar_update
 from fedzo.fl.server import rounds as server
 from fedzo.zo import log as path
 
@@ -52,7 +52,7 @@ elif point == "in a half written public line":
         original(self, line, durable=durable)
     store._Lines.append = torn
 elif point == "in a probe":
-    die_before(local_steps, "example_losses", lambda *a, **kw: at_round == len(server_rounds()))
+    die_before(scalar_update, "example_losses", lambda *a, **kw: at_round == len(server_rounds()))
 elif point == "before the metrics":
     die_before(server, "round_metrics", lambda record, *a, **kw: record.round == at_round)
 elif point == "before a dev score":

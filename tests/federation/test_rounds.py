@@ -224,7 +224,7 @@ def test_directions_are_distinct_over_clients_rounds_and_steps(run: Run, lines: 
 def test_the_number_of_losses_is_the_budget_and_not_one_more(
     overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedzo.fl.client import local_update as local_steps
+    from fedzo.fl.client import scalar_update
     from fedzo.fl.messages import TrainRequest
     from fedzo.trainers import Workplace
     from fedzo.zo.log import EMPTY_CHAIN
@@ -236,8 +236,8 @@ def test_the_number_of_losses_is_the_budget_and_not_one_more(
     peer, worker = process.peer, process.client.worker
     artifact = peer.trainer.prepare(peer.loaded, workplace).artifact
     replica = peer.workspace(artifact).replica
-    original, asked = local_steps.example_losses, []
-    monkeypatch.setattr(local_steps, "example_losses", lambda *a, **k: asked.append(a) or original(*a, **k))
+    original, asked = scalar_update.example_losses, []
+    monkeypatch.setattr(scalar_update, "example_losses", lambda *a, **k: asked.append(a) or original(*a, **k))
 
     worker.train(
         TrainRequest(
@@ -339,14 +339,14 @@ def test_bytes_are_the_formula(run: Run, lines: Lines) -> None:
 def test_a_loss_that_is_not_finite_drops_the_probe_is_counted_and_never_averaged(
     run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch, bad: float
 ) -> None:
-    from fedzo.fl.client import local_update as local_steps
+    from fedzo.fl.client import scalar_update
 
     healthy = run("fl.rounds=1")
     calls = iter(range(10**6))
-    original = local_steps.example_losses
+    original = scalar_update.example_losses
     # the first two losses are client 0's two sides
     monkeypatch.setattr(
-        local_steps, "example_losses", lambda *a, **k: np.full(2, bad) if next(calls) == 1 else original(*a, **k)
+        scalar_update, "example_losses", lambda *a, **k: np.full(2, bad) if next(calls) == 1 else original(*a, **k)
     )
     folder = run("fl.rounds=1")
 

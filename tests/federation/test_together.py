@@ -12,7 +12,7 @@ import pytest
 from fedzo.commands.runs import replay_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
-from fedzo.fl.client.local_update import LocalSteps
+from fedzo.fl.client.local_update import Batches
 from fedzo.fl.client.worker import ClientWorker
 from fedzo.run import process
 from fedzo.testing.tiny_models import save_tiny_model
@@ -116,14 +116,14 @@ def test_a_model_that_multiplies_otherwise_shares_the_first_step_alone(
 
 
 def test_one_client_at_fault_fails_alone(run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = LocalSteps._batch
+    batch = Batches.of
 
-    def broken(self: LocalSteps, request: Any, *, client: int, step: int) -> Any:
+    def broken(self: Batches, request: Any, *, client: int, step: int) -> Any:
         if client == 2:
             raise ValueError("rows that cannot be read")
         return batch(self, request, client=client, step=step)
 
-    monkeypatch.setattr(LocalSteps, "_batch", broken)
+    monkeypatch.setattr(Batches, "of", broken)
     folder = run("fl.rounds=2", "fl.num_clients=4", TOGETHER)
 
     assert [sorted(e["client"] for e in line["clients"]) for line in lines(folder, "audit.jsonl")] == [[0, 1, 3]] * 2

@@ -1,32 +1,20 @@
-"""What a client measures and does between a request to train and its reply, alone or together with others."""
+"""What a client measures and does between a request to train and its reply.
+
+A local update is of one of two kinds: ``ScalarUpdate`` (``fedzo.fl.client.scalar_update``) or ``VectorUpdate``
+(``fedzo.fl.client.vector_update``). Their other halves at the server are in ``fedzo.fl.server.updates``.
+"""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from typing import Any, ClassVar, Protocol
 
-import numpy as np
-import numpy.typing as npt
-import torch
-
-from fedzo.data.config import TaskConfig
 from fedzo.data.example import Example
 from fedzo.data.order import batch_rows
-from fedzo.fl.clip import clip
-from fedzo.fl.config import FlConfig, directions_of
 from fedzo.fl.messages import TrainRequest
 from fedzo.fl.replica import Replica
-from fedzo.models.forwards import OnRows
 from fedzo.models.load import LoadedModel
-from fedzo.models.scoring import example_losses
-from fedzo.zo.estimator import Estimator, Losses, Projection, estimate_together
-from fedzo.zo.log import Drift, Scalars, local_step, probe_shares
-from fedzo.zo.seeds import step_keys
-from fedzo.zo.spaces.base import MasterSpace, RowWeights, Space, Values
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -46,168 +34,46 @@ class Workspace:
     forward_cost_tokens: int
 
 
-class LocalSteps:
-    """Local steps of the clients that a process plays, on one model.
+@dataclass(frozen=True, slots=True)
+class Batches:
+    """The rows of every local step, a function of (run seed, client, steps used).
 
-    Args:
+    Attributes:
         run_seed: Seed of the run.
-        task: How examples are judged.
-        fl: The federation's settings.
-        estimator: Turns losses into scalars.
-        num_probes: Probes a step.
+        batch_size: Rows of a step.
         train_rows: Training rows of a client, by its index.
-        signs: Whether clients step with and send the signs of their scalars alone.
     """
 
-    def __init__(
-        self,
-        *,
-        run_seed: int,
-        task: TaskConfig,
-        fl: FlConfig,
-        estimator: Estimator,
-        num_probes: int,
-        train_rows: Callable[[int], list[Example]],
-        signs: bool = False,
-    ) -> None:
-        self.num_probes = num_probes
-        self.signs = signs
-        self._run_seed = run_seed
-        self._task = task
-        self._fl = fl
-        self._estimator = estimator
-        self._train_rows = train_rows
-        self._ahead: dict[tuple[int, int, int], list[Projection]] = {}  # by client, round and step
-        self._walks_together = True
+    run_seed: int
+    batch_size: int
+    train_rows: Callable[[int], list[Example]]
 
-    def estimate(self, at: Workspace, request: TrainRequest, *, client: int, step: int) -> list[Projection]:
-        """The projections of one step at the present theta; taken from ``look_ahead`` where it has them."""
-        if (client, request.round, step) in self._ahead:
-            return self._ahead.pop((client, request.round, step))
-        batch = self._batch(request, client=client, step=step)
-        keys = self._keys(request, client=client, step=step)
-        return self._estimator.estimate(at.replica.space, lambda: float(self._losses(at, batch).mean()), keys)
-
-    def as_sent(self, projections: list[Projection], request: TrainRequest) -> tuple[Scalars, npt.NDArray[np.bool_]]:
-        """The scalars that the step is taken with and the server is sent, and which of them were dropped; [P] each."""
-        g = clip(np.array([projection.g for projection in projections], np.float32), request.max_abs_g)
-        dropped = np.array([projection.dropped for projection in projections])
-        if self.signs:
-            g = np.sign(g)
-            dropped |= g == 0  # without a sign: there is no bit for it
-        return g, dropped
-
-    def take(
-        self, space: Space, request: TrainRequest, g: Scalars, *, client: int, step: int, drift: Drift | None
-    ) -> None:
-        """Move by exactly the scalars that are sent, a mean over probes."""
-        keys = self._keys(request, client=client, step=step)
-        local_step(space, lr=request.lr, c=probe_shares(g), keys=keys, drift=drift)
-
-    def look_ahead(self, at: Workspace, requests: Mapping[int, TrainRequest]) -> None:
-        """Evaluate local steps of these clients in joint forwards; ``estimate`` then takes the results from here.
-
-        Clients that share seeds are at the same theta with the same directions in a round's first step, so their rows
-        can share forwards. In later steps (T > 1) each is somewhere else, and the space must have a way to compute
-        rows with weights of their own (``row_weights``); without one those steps are each client's own. The losses
-        differ from those of separate forwards in their last bits only: a product's rounding depends on the number of
-        its rows.
-
-        Args:
-            at: The model, at the round's start.
-            requests: Requests of one round, by client.
-        """
-        self._ahead.clear()
-        space = at.replica.space
-        later = any(request.steps > 1 for request in requests.values())
-        shareable = later and self._walks_together and at.loaded.compiled is None
-        own = space.row_weights(at.loaded.model) if shareable else None
-        sent: dict[int, list[Scalars]] = {client: [] for client in requests}
-
-        def offset_of(client: int) -> Values:
-            """How far a client has come: walked anew when it is needed, since scalars take no memory."""
-            start, drift = space.values(), at.replica.drift(client)
-            place = MasterSpace(torch.from_numpy(start.copy()), space.distribution)
-            for step, g in enumerate(sent[client]):
-                self.take(place, requests[client], g, client=client, step=step, drift=drift)
-            return place.values() - start
-
-        step, walking = 0, requests
-        while walking:
-            try:
-                estimates = self._estimate_together(
-                    at, walking, step=step, own=own if step else None, offset_of=offset_of
-                )
-            except NotImplementedError as error:
-                if step == 0:
-                    raise
-                log.warning("clients cannot share the forwards of later local steps with this model: %s", error)
-                self._walks_together = False
-                return
-            for (client, request), projections in zip(walking.items(), estimates, strict=True):
-                self._ahead[client, request.round, step] = projections
-                sent[client].append(self.as_sent(projections, request)[0])
-            step += 1
-            walking = {c: request for c, request in walking.items() if own and request.steps > step}
-
-    def _estimate_together(
-        self,
-        at: Workspace,
-        requests: Mapping[int, TrainRequest],
-        *,
-        step: int,
-        own: RowWeights | None,
-        offset_of: Callable[[int], Values],
-    ) -> list[list[Projection]]:
-        """What ``estimate`` gives each client where it is on its path; without ``own``, at the round's start."""
-        batches = {client: self._batch(request, client=client, step=step) for client, request in requests.items()}
-        rows = [example for batch in batches.values() for example in batch]
-        owners = [client for client, batch in batches.items() for _ in batch]
-        ends = np.cumsum([len(batch) for batch in batches.values()])[:-1]
-
-        def losses_fn() -> Losses:
-            if own is None:
-                losses = self._losses(at, rows)
-            else:
-                with own:
-                    losses = self._losses(at, rows, before=partial(follow, own))
-            return np.array([part.mean() for part in np.split(losses, ends)])
-
-        def follow(weights: RowWeights, batch: list[int]) -> None:
-            clients, index = np.unique([owners[row] for row in batch], return_inverse=True)
-            weights.follow((offset_of(int(client)) for client in clients), index)
-
-        client, request = next(iter(requests.items()))
-        keys = self._keys(request, client=client, step=step)
-        return estimate_together(self._estimator, at.replica.space, losses_fn, keys, count=len(requests))
-
-    def _keys(self, request: TrainRequest, *, client: int, step: int) -> list[int]:
-        return step_keys(
-            self._run_seed,
-            round=request.round,
-            step=step,
-            probes=self.num_probes,
-            owner=client,
-            directions=directions_of(self._fl),
-        )
-
-    def _batch(self, request: TrainRequest, *, client: int, step: int) -> list[Example]:
-        train = self._train_rows(client)
+    def of(self, request: TrainRequest, *, client: int, step: int) -> list[Example]:
+        """The rows of one local step of a request."""
+        train = self.train_rows(client)
         rows = batch_rows(
-            run_seed=self._run_seed,
+            run_seed=self.run_seed,
             client=client,
             used=request.used + step,
-            batch_size=self._fl.batch_size,
+            batch_size=self.batch_size,
             num_rows=len(train),
         )
         return [train[row] for row in rows]
 
-    def _losses(self, at: Workspace, rows: list[Example], *, before: OnRows | None = None) -> Losses:
-        return example_losses(
-            at.loaded,
-            rows,
-            loss=self._task.loss,
-            tokens_per_batch=at.tokens_per_batch,
-            forward_cost_tokens=at.forward_cost_tokens,
-            before=before,
-        )
+
+class LocalUpdate(Protocol):
+    """Takes the local steps of the clients that a process plays, on one model.
+
+    Attributes:
+        reply_type: Class of its replies, which also say that a client could not reach the server's state.
+    """
+
+    reply_type: ClassVar[type[Any]]
+
+    def make(self, at: Workspace, request: TrainRequest, *, client: int) -> Any:
+        """Take the steps of a request from the round's start; the model is left there. Returns the reply."""
+        ...
+
+    def look_ahead(self, at: Workspace, requests: Mapping[int, TrainRequest]) -> None:
+        """Compute ahead what clients of one round can share (joint forwards); ``make`` then finds it."""
+        ...

@@ -6,8 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-
-import numpy as np
+from typing import Any
 
 import fedzo
 from fedzo.data.config import TaskConfig
@@ -15,7 +14,7 @@ from fedzo.data.example import Example
 from fedzo.errors import FedzoError, ProtocolError
 from fedzo.evaluate.answers import evaluate
 from fedzo.fl.artifact_transfer import receive
-from fedzo.fl.client.local_update import LocalSteps, Workspace
+from fedzo.fl.client.local_update import LocalUpdate, Workspace
 from fedzo.fl.messages import (
     ArtifactPiece,
     ArtifactReply,
@@ -25,10 +24,7 @@ from fedzo.fl.messages import (
     HelloReply,
     Status,
     Sync,
-    TrainReply,
     TrainRequest,
-    scalars_to_bytes,
-    signs_to_bytes,
 )
 from fedzo.records.decode import encode
 from fedzo.trainers.artifacts import Artifact, ArtifactStore
@@ -62,7 +58,7 @@ class ClientWorker:
 
     Args:
         identity: Digests of what this process holds.
-        steps: Takes local steps.
+        update: Takes local steps.
         task: How examples are judged.
         data_of: Rows of a client, by its index.
         build: Makes the model with the space on it from the artifact of the run.
@@ -73,7 +69,7 @@ class ClientWorker:
     def __init__(
         self,
         identity: Identity,
-        steps: LocalSteps,
+        update: LocalUpdate,
         *,
         task: TaskConfig,
         data_of: Callable[[int], ClientData],
@@ -82,7 +78,7 @@ class ClientWorker:
         absent: frozenset[tuple[int, int]] = frozenset(),
     ) -> None:
         self.identity = identity
-        self.steps = steps
+        self.update = update
         self.space_id = ""
         self._workspace: Workspace | None = None
         self._task = task
@@ -110,44 +106,17 @@ class ClientWorker:
         """Keep a piece of the artifact that this process lacks."""
         return receive(piece, self._artifacts)
 
-    def train(self, request: TrainRequest, *, client: int) -> TrainReply:
-        """Take ``steps`` local steps and answer with their scalars; the model is left at the round's start."""
+    def train(self, request: TrainRequest, *, client: int) -> Any:
+        """Take the local steps of a request and answer with what they make; the model is left at the round's start."""
         if (client, request.round) in self._absent:
             raise PlannedAbsence(f"client {client} is absent in round {request.round}, as faults.absent asks")
         at, status = self._reach(request)
         if at is None or status is not Status.ok:
-            return TrainReply(status=status, position=at.replica.position if at else 0)
-        replica = at.replica
-        g = np.zeros((request.steps, self.steps.num_probes), np.float32)
-        loss = np.zeros_like(g)
-        dropped = np.zeros(g.shape, np.uint8)
-        end_check = 0
-        walks = request.steps > 1
-        drift = replica.drift(client) if walks else None
-        if walks:
-            replica.space.mark()
-        try:
-            for t in range(request.steps):
-                projections = self.steps.estimate(at, request, client=client, step=t)
-                g[t], dropped[t] = self.steps.as_sent(projections, request)
-                loss[t] = [projection.loss for projection in projections]
-                if walks:
-                    self.steps.take(replica.space, request, g[t], client=client, step=t, drift=drift)
-            end_check = replica.space.check() if walks else 0
-        finally:
-            if walks:
-                replica.space.rewind()
-        return TrainReply(
-            position=replica.position,
-            g=signs_to_bytes(g) if self.steps.signs else scalars_to_bytes(g),
-            loss=scalars_to_bytes(loss),
-            dropped=dropped.tobytes(),
-            num_examples=len(self._data_of(client).train),
-            end_check=end_check,
-        )
+            return self.update.reply_type(status=status, position=at.replica.position if at else 0)
+        return self.update.make(at, request, client=client)
 
     def look_ahead(self, requests: Mapping[int, TrainRequest]) -> None:
-        """Let these clients take the steps of one round together (``LocalSteps.look_ahead``), before ``train``.
+        """Let these clients take the steps of one round together (``LocalUpdate.look_ahead``), before ``train``.
 
         Requests that cannot be met are left for ``train`` to answer.
         """
@@ -157,7 +126,7 @@ class ClientWorker:
                 if (client, request.round) not in self._absent and self._reach(request)[1] is Status.ok:
                     able[client] = request
         if self._workspace is not None:
-            self.steps.look_ahead(self._workspace, able)
+            self.update.look_ahead(self._workspace, able)
 
     def evaluate(self, request: EvaluateRequest, *, client: int) -> EvaluateReply:
         """Score the model of the request's round on the client's held-out rows."""

@@ -12,7 +12,7 @@ from fedzo.fl.server.aggregate import ClientResult
 from fedzo.records.fields import MOST_TEXT
 from fedzo.records.log import AuditLine, ClientAudit
 from fedzo.records.metrics import ClientRound, Round, StepSignals, known
-from fedzo.zo.log import RoundRecord
+from fedzo.zo.log import LogRecord, RoundRecord
 
 
 def audit_line(
@@ -57,12 +57,28 @@ def audit_line(
     )
 
 
+def client_rounds(results: Mapping[int, ClientResult], signals: Mapping[int, StepSignals]) -> tuple[ClientRound, ...]:
+    """What each client measured, ascending; ``signals`` of its local steps come from ``fedzo.fl.server.signals``."""
+    return tuple(
+        ClientRound(
+            client=client,
+            loss=known(finite_mean(results[client].loss)),
+            abs_g=known(float(np.abs(results[client].g).mean())),
+            steps=len(results[client].g),
+            signals=signals[client],
+        )
+        for client in sorted(results)
+    )
+
+
 def round_metrics(
-    record: RoundRecord,
-    results: Mapping[int, ClientResult],
+    record: LogRecord,
+    clients: tuple[ClientRound, ...],
     *,
     calibration: bool,
-    signals: Mapping[int, StepSignals],
+    up_bytes: int,
+    dropped: int,
+    clipped: int,
     refused: Mapping[int, str],
     traffic: Traffic,
     down_bytes: int,
@@ -74,9 +90,11 @@ def round_metrics(
 
     Args:
         record: What was committed.
-        results: The usable replies.
+        clients: What each client measured.
         calibration: Whether the round only measured; its losses are of paths that were given up.
-        signals: Of each client's local steps (``fedzo.fl.server.signals``).
+        up_bytes: Payload of the usable replies.
+        dropped: What was measured in vain.
+        clipped: Scalars on the announced bound.
         refused: Why the other sampled clients are not among them.
         traffic: Bytes of the round's messages as Flower counts them.
         down_bytes: Payload that brings the clients that answered to the round's end: scalars, or values.
@@ -84,36 +102,28 @@ def round_metrics(
         seconds: Since the run started.
         round_seconds: What the round took.
     """
-    clients = sorted(results)
-    losses = {client: finite_mean(results[client].loss) for client in clients}
-    abs_g = {client: float(np.abs(results[client].g).mean()) for client in clients}
     return Round(
         seconds=seconds,
         round=record.round,
         calibration=calibration,
-        loss=known(finite_mean(np.array(list(losses.values())))),
-        mean_abs_g=known(float(np.mean(list(abs_g.values())))),
-        payload_up_bytes=sum(result.payload_bytes for result in results.values()),
+        loss=_mean_of_known([each.loss for each in clients]),
+        mean_abs_g=_mean_of_known([each.abs_g for each in clients]),
+        payload_up_bytes=up_bytes,
         payload_down_bytes=down_bytes,
         message_up_bytes=traffic.up_bytes,
         message_down_bytes=traffic.down_bytes,
         round_seconds=round_seconds,
-        dropped_probes=int(sum(result.dropped.sum() for result in results.values())),
+        dropped_probes=dropped,
         clip_bound=bound or None,
-        clipped=int(sum((np.abs(result.g) == bound).sum() for result in results.values())) if bound else 0,
+        clipped=clipped,
         absent=tuple(sorted(refused)),
         reasons={client: reason[:MOST_TEXT] for client, reason in sorted(refused.items())},
-        clients=tuple(
-            ClientRound(
-                client=client,
-                loss=known(losses[client]),
-                abs_g=known(abs_g[client]),
-                steps=len(results[client].g),
-                signals=signals[client],
-            )
-            for client in clients
-        ),
+        clients=clients,
     )
+
+
+def _mean_of_known(values: list[float | None]) -> float | None:
+    return known(finite_mean(np.array([value for value in values if value is not None])))
 
 
 def finite_mean(values: np.ndarray) -> float:

@@ -10,6 +10,8 @@
                                                          <-  TrainReply {T x P scalars, losses, flags}
     refuse what cannot be used; c = weighted mean of g
     commit to the log (fsync); move theta by the server optimizer
+
+Where clients compute gradients, a VectorReply holds n numbers instead. ``Updates`` is all that knows of the difference.
 """
 
 from __future__ import annotations
@@ -18,28 +20,26 @@ import logging
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
-import torch
 
 from fedzo.errors import FedzoError, ProtocolError
-from fedzo.fl.clip import announced_bound
-from fedzo.fl.config import Aggregation, FlConfig, StrategyConfig, Transport, Weighting, directions_of
+from fedzo.fl.config import FlConfig, StrategyConfig, Transport, Weighting
 from fedzo.fl.exchange import Grid, Traffic
 from fedzo.fl.log_store import RunStore
-from fedzo.fl.messages import EvaluateReply, EvaluateRequest, TrainReply, TrainRequest
+from fedzo.fl.messages import EvaluateReply, EvaluateRequest, TrainRequest
 from fedzo.fl.replica import Replica
-from fedzo.fl.server.aggregate import ClientResult, aggregate, check_reply, client_weights, sampling_order, unmoved
+from fedzo.fl.server.aggregate import client_weights, sampling_order
 from fedzo.fl.server.client_registry import ClientRegistry
-from fedzo.fl.server.metrics import audit_line, round_metrics
-from fedzo.fl.server.signals import Signals
+from fedzo.fl.server.metrics import round_metrics
 from fedzo.fl.server.step_policy.plan import Plan, StepPolicy, news
 from fedzo.fl.server.sync import StateSync
-from fedzo.records.log import AuditLine
+from fedzo.fl.server.updates import Result, Updates
+from fedzo.records.log import AuditLine, RoundAudit
 from fedzo.records.metrics import MetricRecord, StepDecision
 from fedzo.trainers.artifacts import Artifact
-from fedzo.zo.log import RoundRecord
+from fedzo.zo.log import LogRecord
 from fedzo.zo.server_optimizer import ServerOptimizerConfig, learning_rate
 
 log = logging.getLogger(__name__)
@@ -64,8 +64,8 @@ class Server:
     Attributes:
         replica: The server's own copy of the model, always at the end of the log between rounds.
         artifact: What clients need beside the model to build the space.
+        updates: What is done with replies, by the kind of local update.
         step_policy: Says how many local steps each client takes in a round.
-        gradient: With which every local step is compared (GradIP), float32 [n] in wire order; None where there is none.
         label_counts: Training rows by label of every client, where the server knows them without being told.
         sink: Where metric records go.
         elapsed: Seconds since the run started.
@@ -80,23 +80,19 @@ class Server:
     fl: FlConfig
     strategy: StrategyConfig
     server_optimizer: ServerOptimizerConfig
-    num_probes: int
+    updates: Updates[Any]
     step_policy: StepPolicy
     sink: Sink
     elapsed: Callable[[], float]
-    gradient: torch.Tensor | None = None
     label_counts: Mapping[int, Mapping[str, int]] | None = None
     shuffle_replies: bool = False
     _used: dict[int, int] = field(default_factory=dict)
     _followed: dict[int, int] = field(default_factory=dict)
     _told: StepDecision | None = None
     _lost: bool = False
-    _signals: Signals = field(init=False)
     _state_sync: StateSync = field(init=False)
 
     def __post_init__(self) -> None:
-        law = self.replica.space.distribution
-        self._signals = Signals(self.gradient, self.store.audit, run_seed=self.run_seed, distribution=law)
         self._state_sync = StateSync(
             grid=self.grid,
             client_registry=self.client_registry,
@@ -135,7 +131,7 @@ class Server:
                     self.strategy.size_cap,
                 )
 
-    def run_round(self) -> RoundRecord:
+    def run_round(self) -> LogRecord:
         """One round, from sampling to the committed record.
 
         Raises:
@@ -149,45 +145,20 @@ class Server:
         lr = learning_rate(self.server_optimizer, round=number, rounds=self.fl.rounds)
         if plan.calibration:
             lr = float(np.float32(self.server_optimizer.base_lr))  # a warm-up would leave nothing to see
-        bound = announced_bound(
-            self.store.audit,
-            self.store.records,
-            factor=self.strategy.clip_factor,
-            rounds=self.strategy.clip_rounds,
-        )
-        traffic = Traffic()
+        bound, traffic, weights = self.updates.bound(), Traffic(), self._weights
         results, refused = self._ask(plan, lr=lr, bound=bound, traffic=traffic)
-        record = aggregate(
-            results,
-            self._weights,
-            round=number,
-            lr=lr,
-            steps=max(len(result.g) for result in results.values()),
-            probes=self.num_probes,
-            directions=directions_of(self.fl),
-            own_columns=self.replica.walks_clients,
-            aggregation=self.strategy.aggregation,
-            trim_share=self.strategy.trim_share,
-        )
+        record = self.updates.combine(results, weights, round=number, lr=lr, measures_only=plan.calibration)
         self._warn_if_lost(results)
-        if plan.calibration:
-            record = unmoved(record)
-        audit = audit_line(
-            record,
-            results,
-            lr=lr,
-            xi=self._signals.products(record),
-            used=self._used,
-            weights=self._weights,
-            refused=refused,
-        )
+        audit = self.updates.audit(record, results, lr=lr, used=self._used, weights=weights, refused=refused)
         # before the log, which alone makes a round count: what is told of a round that a kill prevents is dropped
         self.sink.write(
             round_metrics(
                 record,
-                results,
+                self.updates.clients(record, results, audit),
                 calibration=plan.calibration,
-                signals=self._signals.of_round(record, results, audit),
+                up_bytes=sum(result.payload_bytes for result in results.values()),
+                dropped=int(sum(result.dropped.sum() for result in results.values())),
+                clipped=self.updates.num_clipped(results, bound),
                 refused=refused,
                 traffic=traffic,
                 down_bytes=self._down_bytes(record, results),
@@ -218,7 +189,7 @@ class Server:
 
     def _ask(
         self, plan: Plan, *, lr: float, bound: float, traffic: Traffic
-    ) -> tuple[dict[int, ClientResult], dict[int, str]]:
+    ) -> tuple[dict[int, Result], dict[int, str]]:
         """The usable replies of the round's clients, and why others have none.
 
         Where too few are usable, the next of the sampling order are asked, too: the same sample would fail again.
@@ -234,14 +205,16 @@ class Server:
                 connected=self.client_registry.nodes,
             )
             groups = [sorted(order[first : first + size]) for first in range(0, len(order), size)]
-        results: dict[int, ClientResult] = {}
+        results: dict[int, Result] = {}
         refused: dict[int, str] = {}
         for group in groups:
             requests = {
                 client: TrainRequest(steps=plan.steps[client], used=self._used.get(client, 0), lr=lr, max_abs_g=bound)
                 for client in group
             }
-            replies, silent = self._state_sync.ask(requests, TrainReply, message_type="train", traffic=traffic)
+            replies, silent = self._state_sync.ask(
+                requests, self.updates.reply_type, message_type="train", traffic=traffic
+            )
             refused |= silent
             results |= self._usable(replies, requests, refused)
             if len(results) >= self.strategy.min_replies:
@@ -253,27 +226,19 @@ class Server:
         )
 
     def _usable(
-        self, replies: Mapping[int, TrainReply], requests: Mapping[int, TrainRequest], refused: dict[int, str]
-    ) -> dict[int, ClientResult]:
+        self, replies: Mapping[int, Any], requests: Mapping[int, TrainRequest], refused: dict[int, str]
+    ) -> dict[int, Result]:
         """The replies as numbers; why one cannot be used is added to ``refused``."""
-        results: dict[int, ClientResult] = {}
+        results: dict[int, Result] = {}
         for client, reply in replies.items():
             try:
-                results[client] = check_reply(
-                    reply,
-                    steps=requests[client].steps,
-                    probes=self.num_probes,
-                    max_abs_g=self.strategy.max_abs_g,
-                    announced=requests[client].max_abs_g,
-                    signs=self.strategy.aggregation is Aggregation.majority_sign,
-                    all_may_drop=not self.replica.walks_clients,
-                )
+                results[client] = self.updates.check(reply, requests[client])
             except ProtocolError as error:
                 refused[client] = str(error)
                 log.warning("round %d, client %d: reply refused: %s", self.round, client, error)
         return results
 
-    def _warn_if_lost(self, results: Mapping[int, ClientResult]) -> None:
+    def _warn_if_lost(self, results: Mapping[int, Result]) -> None:
         """A run that has diverged goes on without learning anything: say so in the first of such rounds."""
         lost = all(result.dropped.all() for result in results.values())
         if lost and not self._lost:
@@ -288,7 +253,8 @@ class Server:
     def _plan(self) -> Plan:
         """What the coming round asks of each client; a new decision is told."""
         labels = {client: self.label_counts_of(client) for client in sorted(self.client_registry.hellos)}
-        plan = self.step_policy.plan(self.store.audit, labels)
+        audit = cast(list[AuditLine], self.store.audit)  # whoever reads scalars is refused where there are none
+        plan = self.step_policy.plan(audit, labels)
         last = self.round + 1 == self.fl.rounds
         record = news(
             plan,
@@ -309,7 +275,7 @@ class Server:
         rows = {client: hello.num_train for client, hello in self.client_registry.hellos.items()}
         return client_weights(rows, self.strategy.weighting, size_cap=self.strategy.size_cap)
 
-    def _commit(self, record: RoundRecord, audit: AuditLine) -> None:
+    def _commit(self, record: LogRecord, audit: RoundAudit) -> None:
         # the replica moves first, since the line carries its check; it is rebuilt from the log if the line is not
         # written
         self.replica.advance([record])
@@ -318,14 +284,14 @@ class Server:
         self.store.commit(record, attendance=[entry.client for entry in audit.clients], proof=proof, audit=audit)
         self._count_steps(audit)
 
-    def _down_bytes(self, record: RoundRecord, clients: Collection[int]) -> int:
-        """Payload that brings clients from the end of their last round to that of a new one: scalars, or values."""
+    def _down_bytes(self, record: LogRecord, clients: Collection[int]) -> int:
+        """Payload that brings clients from the end of their last round to that of a new one: records, or values."""
         if self.fl.transport is Transport.values:
             return self.replica.snapshot_bytes * len(clients)
         missed = (part for client in clients for part in self.store.records[self._followed.get(client, 0) :])
-        return record.coefficients.nbytes * len(clients) + sum(part.coefficients.nbytes for part in missed)
+        return record.payload_bytes * len(clients) + sum(part.payload_bytes for part in missed)
 
-    def _count_steps(self, audit: AuditLine) -> None:
+    def _count_steps(self, audit: RoundAudit) -> None:
         for entry in audit.clients:
             self._used[entry.client] = entry.used + entry.steps
             self._followed[entry.client] = audit.round + 1

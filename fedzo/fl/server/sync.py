@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypedDict, TypeVar, cast
+from typing import Any, Protocol, TypedDict, TypeVar, cast
 
 from fedzo.errors import ProtocolError
 from fedzo.fl.artifact_transfer import deliver
 from fedzo.fl.config import FlConfig, Transport
 from fedzo.fl.exchange import Grid, Question, Talk, Traffic, converse
 from fedzo.fl.log_store import RunStore
-from fedzo.fl.messages import EvaluateReply, Status, Sync, TrainReply
+from fedzo.fl.messages import Status, Sync
 from fedzo.fl.replica import Replica
 from fedzo.fl.server.client_registry import ClientRegistry
 from fedzo.trainers.artifacts import Artifact
@@ -22,8 +22,18 @@ from fedzo.zo.log import pack
 log = logging.getLogger(__name__)
 ATTEMPTS = 4  # a first request, and one each for a missing space, a gap in the log and a wrong hash
 
+
+class Answer(Protocol):
+    """A reply to a request that names the server's state."""
+
+    @property
+    def status(self) -> Status: ...
+    @property
+    def position(self) -> int: ...
+
+
 Request = TypeVar("Request", bound=Sync)
-Reply = TypeVar("Reply", TrainReply, EvaluateReply)
+Reply = TypeVar("Reply", bound=Answer)
 
 
 class Remedy(TypedDict, total=False):
@@ -105,7 +115,7 @@ class StateSync:
     def _round(self) -> int:
         return len(self.store.records)
 
-    def _remedy(self, client: int, reply: TrainReply | EvaluateReply, before: Remedy) -> Remedy:
+    def _remedy(self, client: int, reply: Answer, before: Remedy) -> Remedy:
         if reply.status is Status.bare:
             return {**before, "from_round": 0}
         if reply.status is Status.behind:

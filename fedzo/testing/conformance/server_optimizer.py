@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -152,7 +153,7 @@ def _play(
     space = _Float32Space(theta, distribution=law)
     kept = _moments(rule) if moments is None else moments.copy()
     for record in unpack(pack(log)):
-        _apply(rule, space, kept, record)
+        _apply(rule, space, kept, cast(RoundRecord, record))
     return space.values(), kept
 
 

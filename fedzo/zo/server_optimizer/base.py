@@ -20,7 +20,7 @@ import torch
 from fedzo.errors import ConfigError, Problem, not_negative, problem
 from fedzo.registry import PluginConfig, Registry
 from fedzo.zo.directions import add_direction
-from fedzo.zo.log import Drift, RoundRecord, scalars_and_keys
+from fedzo.zo.log import Drift, LogRecord, RoundRecord, VectorRecord, scalars_and_keys
 from fedzo.zo.server_optimizer.schedule import Schedule
 from fedzo.zo.spaces.base import Space, Values
 
@@ -38,10 +38,13 @@ class ServerOptimizerTraits:
         keeps_moments: Whether it keeps float32 vectors of the trained values' size between rounds (``num_moments``).
         walks_clients: Whether it walks every client's local steps, and so needs each client's own scalars along shared
             directions (``ControlVariates``).
+        takes_vectors: Whether it can also move theta by the vectors of clients that compute gradients
+            (``VectorOptimizer``).
     """
 
     keeps_moments: bool = False
     walks_clients: bool = False
+    takes_vectors: bool = False
 
 
 @dataclass(kw_only=True, slots=True)
@@ -116,6 +119,15 @@ class ControlVariates(ServerOptimizer, Protocol):
         ...
 
 
+@runtime_checkable
+class VectorOptimizer(ServerOptimizer, Protocol):
+    """Also moves theta by a vector, where clients compute gradients."""
+
+    def displace(self, space: Space, moments: Values, record: VectorRecord) -> None:
+        """Move theta, and ``moments`` in place, by one round; arguments as in ``apply``."""
+        ...
+
+
 SERVER_OPTIMIZERS: Registry[ServerOptimizer] = Registry("server_optimizer", base=ServerOptimizerConfig)
 """Factories ``(config, *, local_steps) -> ServerOptimizer``; ``local_steps`` is T of the run."""
 
@@ -134,7 +146,7 @@ def step_along(space: Space, along: Values, record: RoundRecord) -> None:
     space.load(space.values() - np.float32(record.lr) * along)
 
 
-def decay(space: Space, record: RoundRecord, weight_decay: float) -> None:
+def decay(space: Space, record: LogRecord, weight_decay: float) -> None:
     """theta <- theta * float32(1 - lr * weight_decay); a factor of 1 touches nothing."""
     factor = np.float32(1 - record.lr * weight_decay)
     if factor != 1:

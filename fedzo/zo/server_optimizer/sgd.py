@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedzo.errors import Problem, share_below_1
-from fedzo.zo.log import RoundRecord, apply_record
+from fedzo.zo.log import RoundRecord, VectorRecord, apply_record
 from fedzo.zo.server_optimizer.base import (
     SERVER_OPTIMIZERS,
     ServerOptimizer,
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 class SgdConfig(ServerOptimizerConfig):
     """Plain SGD: ``theta -= lr * c * z``."""
 
+    @property
+    def traits(self) -> ServerOptimizerTraits:
+        return ServerOptimizerTraits(takes_vectors=True)
+
 
 @dataclass(frozen=True, slots=True)
 class Sgd:
@@ -42,6 +46,11 @@ class Sgd:
     def apply(self, space: Space, moments: Values, record: RoundRecord, *, run_seed: int) -> None:
         decay(space, record, self.weight_decay)
         apply_record(space, record, run_seed=run_seed)
+
+    def displace(self, space: Space, moments: Values, record: VectorRecord) -> None:
+        """The mean of the clients' ends (FedAvg), as their mean displacement from the round's start."""
+        decay(space, record, self.weight_decay)
+        space.load(space.values() - record.read())
 
 
 @SERVER_OPTIMIZERS.register("sgd", SgdConfig)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,8 @@ from fedzo.zo.config import Distribution
 from fedzo.zo.directions import add_direction
 
 Values = npt.NDArray[np.float32]
+GraphLossFn = Callable[[], torch.Tensor]
+"""The mean loss of one batch at the model's present weights, a scalar with its graph."""
 _STEP_BYTES = 20  # master, index, direction and two scratch values of a trained value
 
 
@@ -110,6 +112,29 @@ class Space(Protocol):
             NotImplementedError: In the forward, where the model uses its weights in a way that is not known.
         """
         ...
+
+
+@runtime_checkable
+class DifferentiableSpace(Space, Protocol):
+    """A space that the loss can be differentiated in: a capability that a space has by having the method."""
+
+    def gradient(self, loss_fn: GraphLossFn) -> tuple[float, torch.Tensor]:
+        """The loss at theta and its gradient in theta, float32 [n] in wire order, on the model's device."""
+        ...
+
+
+def differentiate(loss_fn: GraphLossFn, parameters: Sequence[nn.Parameter]) -> tuple[float, tuple[torch.Tensor, ...]]:
+    """The loss and its gradient in parameters of a frozen model, in their shapes and dtypes; they are frozen again."""
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            loss = loss_fn()
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        return float(loss.detach()), gradients
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
 
 
 class MasterSpace:

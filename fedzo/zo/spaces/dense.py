@@ -9,7 +9,7 @@ from torch import nn
 
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import add_direction
-from fedzo.zo.spaces.base import MasterSpace
+from fedzo.zo.spaces.base import GraphLossFn, MasterSpace, differentiate
 
 
 class DenseSpace(MasterSpace):
@@ -33,10 +33,15 @@ class DenseSpace(MasterSpace):
             dtypes = sorted({str(parameter.dtype) for parameter in parameters})
             raise ValueError(f"a dense space needs float32 parameters, got {dtypes or 'none'}")
         self._buffer = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
+        self._parameters = parameters
         parts = torch.split(self._buffer, [parameter.numel() for parameter in parameters])
         for parameter, part in zip(parameters, parts, strict=True):
             parameter.data = part.view(parameter.shape)
         super().__init__(self._buffer.clone(), distribution)
+
+    def gradient(self, loss_fn: GraphLossFn) -> tuple[float, torch.Tensor]:
+        loss, gradients = differentiate(loss_fn, self._parameters)
+        return loss, torch.cat([each.reshape(-1) for each in gradients])
 
     def _write_moved(self, scale: float, key: int) -> None:
         add_direction(self._master, key, scale=scale, out=self._buffer, distribution=self.distribution)

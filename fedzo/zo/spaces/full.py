@@ -12,7 +12,7 @@ from torch import nn
 from fedzo.errors import ConfigError
 from fedzo.zo.config import Distribution, Rounding
 from fedzo.zo.perturb import PerturbedWeights
-from fedzo.zo.spaces.base import RowWeights, Values, as_values
+from fedzo.zo.spaces.base import GraphLossFn, RowWeights, Values, as_values, differentiate
 from fedzo.zo.together import all_together, reading_order
 
 _CHUNK = 1 << 20  # values that are widened to float32 at a time
@@ -126,6 +126,10 @@ class FullSpace:
         largest = max(parameter.numel() for parameter in self._parameters)
         mark = sum(parameter.numel() * parameter.element_size() for parameter in self._parameters)
         return 3 * 4 * largest + (mark if local_steps > 1 else 0)
+
+    def gradient(self, loss_fn: GraphLossFn) -> tuple[float, torch.Tensor]:
+        loss, gradients = differentiate(loss_fn, self._parameters)
+        return loss, torch.cat([each.float().reshape(-1) for each in gradients])
 
     def row_weights(self, model: nn.Module) -> RowWeights | None:
         return None

@@ -11,7 +11,7 @@ from torch import nn
 from fedzo.errors import ConfigError
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import fused
-from fedzo.zo.spaces.base import MasterSpace, RowWeights
+from fedzo.zo.spaces.base import GraphLossFn, MasterSpace, RowWeights, differentiate
 from fedzo.zo.spaces.own_weights import OwnWeights
 
 
@@ -55,6 +55,12 @@ class MaskedSpace(MasterSpace):
     def step(self, s: float, key: int) -> None:
         if not self._launch(self._master, key, -s, update=True):
             super().step(s, key)
+
+    def gradient(self, loss_fn: GraphLossFn) -> tuple[float, torch.Tensor]:
+        """The gradients of whole weights are made, and only the trained values' kept."""
+        loss, gradients = differentiate(loss_fn, [weight for weight, _ in self.places])
+        picked = [_take(each, flat).float() for each, (_, flat) in zip(gradients, self.places, strict=True)]
+        return loss, torch.cat(picked)
 
     def _write_moved(self, scale: float, key: int) -> None:
         if not self._launch(self._master, key, scale):

@@ -43,6 +43,7 @@ from fedzo.fl.server.step_policy.baselines import NoStepPolicyConfig
 from fedzo.fl.server.step_policy.cusum import CusumConfig
 from fedzo.fl.server.step_policy.plan import StepPolicyConfig
 from fedzo.fl.server.step_policy.vpcs import VpcsConfig
+from fedzo.fl.server.updates import ScalarUpdates
 from fedzo.records.decode import encode as encode_record
 from fedzo.records.metrics import ClientSetup, ClientVerdict, MetricRecord, Round, StepDecision
 from fedzo.testing.vector_space import VectorSpace
@@ -175,21 +176,31 @@ def federation(
         gradient = strategy.pop("gradient", None)
         step_policy: StepPolicyConfig = strategy.pop("step_policy", NoStepPolicyConfig())
         stores.append(RunStore(tmp_path))
+        replica = new_replica(rule)
+        fl = FlConfig(num_clients=num_clients, rounds=5, local_steps=2, hash_every=2, **settings)
+        settings_of_strategy = StrategyConfig(**{"deadline_s": 0.2, "startup_s": 1.0, **strategy})
         server = Server(
             grid=grid,
             client_registry=ClientRegistry(num_clients=num_clients, identity=IDENTITY),
-            replica=new_replica(rule),
+            replica=replica,
             store=stores[-1],
             artifact=artifact,
             run_seed=1,
-            fl=FlConfig(num_clients=num_clients, rounds=5, local_steps=2, hash_every=2, **settings),
-            strategy=StrategyConfig(**{"deadline_s": 0.2, "startup_s": 1.0, **strategy}),
+            fl=fl,
+            strategy=settings_of_strategy,
             server_optimizer=server_optimizer,
-            num_probes=1,
+            updates=ScalarUpdates(
+                store=stores[-1],
+                replica=replica,
+                run_seed=1,
+                fl=fl,
+                strategy=settings_of_strategy,
+                num_probes=1,
+                gradient=gradient,
+            ),
             step_policy=STEP_POLICIES.build(step_policy, num_clients=num_clients, local_steps=2, run_seed=1),
             sink=_Kept(),
             elapsed=lambda: 0.0,
-            gradient=gradient,
         )
         server.client_registry.wait(grid, timeout_s=1.0)
         return server, clients, grid

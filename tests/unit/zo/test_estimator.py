@@ -23,8 +23,8 @@ from fedzo.zo.estimator import (
     Projection,
     TwoPoint,
     TwoPointConfig,
-    two_point,
 )
+from fedzo.zo.estimator.differences import two_point
 
 GRADIENT = np.array([0.5, -2.0, 4.0, 1.0, -0.25])
 KEYS = [7, 8, 9, 10]

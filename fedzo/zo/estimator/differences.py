@@ -1,4 +1,4 @@
-"""Estimators turn losses into projected gradients: scalars g such that g * z estimates the gradient along z.
+"""Estimators from differences of losses.
 
 Legend: theta the trained values, z a direction, P the probes of a step, l0 the loss at theta, l_p the loss at
 theta + eps z_p. A step is the mean of g_p z_p over its probes, dropped ones counting as 0.
@@ -6,156 +6,34 @@ theta + eps z_p. A step is the mean of g_p z_p over its probes, dropped ones cou
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-from fedzo.errors import ConfigError, Problem, at_least, positive, positive_float32, problem
-from fedzo.registry import PluginConfig, Registry
+from fedzo.errors import Problem, problem
 from fedzo.zo.config import Distribution
+from fedzo.zo.estimator.base import (
+    DROPPED,
+    ESTIMATORS,
+    Estimator,
+    EstimatorTraits,
+    Losses,
+    LossFn,
+    Projection,
+    ZerothOrderConfig,
+    projections,
+)
 from fedzo.zo.spaces.base import Space
 
 if TYPE_CHECKING:
     from fedzo.config.schema import RunConfig
 
-LossFn = Callable[[], float]
-"""The mean loss of one batch at the model's present weights."""
-Losses = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class Projection:
-    """One probe: the gradient seen along one direction."""
-
-    g: np.float32
-    """The projected gradient, rounded to float32 once; 0 if dropped."""
-    loss: float
-    """The loss at theta as the probe saw it: mean of two sides, l0 if evaluated, else l_p; nan if dropped."""
-    dropped: bool
-    """A loss was not finite, or there was nothing to compare it with: g = 0, and it is reported."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EstimatorTraits:
-    """What the rules on other parts of a run must know of an estimator.
-
-    Attributes:
-        incomparable_g: Why |g| of different steps or clients cannot be compared, as half a sentence; empty where it
-            can.
-    """
-
-    incomparable_g: str = ""
-
 
 @dataclass(kw_only=True, slots=True)
-class EstimatorConfig(PluginConfig):
-    """How a loss is turned into projected gradients."""
-
-    eps: float | None = None
-    """How far along a direction a loss is evaluated; null takes ``trainer.eps``, when the configuration is loaded."""
-    num_probes: int = 1
-    """Number of directions in a step. The step is their mean."""
-    distribution: Distribution = Distribution.gaussian
-    freeze_routing: bool = False
-    """Fix hard choices (the experts that a router takes) in the probes of a step. One more forward a step, unless
-    the estimator evaluates the loss at theta."""
-
-    @property
-    def traits(self) -> EstimatorTraits:
-        """What other parts of a run must know of this estimator."""
-        return EstimatorTraits()
-
-    @property
-    def float32_eps(self) -> float:
-        """``eps`` of a loaded configuration as it is applied: a space scales directions by a float32.
-
-        Raises:
-            ConfigError: It is no positive float32.
-        """
-        with np.errstate(over="ignore"):
-            eps = float(np.float32(self.eps or 0))
-        if not (eps > 0 and math.isfinite(eps)):
-            raise ConfigError(
-                f"estimator.eps must be > 0 and finite in float32, got {self.eps}. 1e-3 suits most language models."
-            )
-        return eps
-
-    def problems(self, run: RunConfig) -> Iterator[Problem]:
-        if self.eps is not None:
-            yield from positive_float32("estimator.eps", self.eps, "1e-3 is usual.")
-        elif not any(positive("", run.trainer.eps, "")):
-            yield from positive_float32("estimator.eps", run.trainer.eps, "1e-3 is usual.")
-        yield from at_least("estimator.num_probes", self.num_probes, 1, "A step needs a direction.")
-
-
-class Estimator(Protocol):
-    """Estimates projected gradients by nothing but a space's ``probe``; leaves the model's bits as they were."""
-
-    def estimate(self, space: Space, loss_fn: LossFn, keys: Sequence[int]) -> list[Projection]:
-        """One projection for each stream key, all at the same theta and on the same batch.
-
-        When the loss is asked for, and how often, depends on the keys alone and never on a loss: so many clients'
-        losses can be evaluated together and handed out afterwards (``estimate_together``).
-        """
-        ...
-
-    def forwards_per_step(self, num_probes: int) -> int:
-        """How often ``estimate`` asks for the loss, given ``num_probes`` keys."""
-        ...
-
-
-class Still:
-    """Stands for a space whose losses are known already: a probe of it moves nothing."""
-
-    def probe(self, scale: float, key: int) -> AbstractContextManager[None]:
-        return nullcontext()
-
-
-def estimate_together(
-    estimator: Estimator, space: Space, losses_fn: Callable[[], Losses], keys: Sequence[int], *, count: int
-) -> list[list[Projection]]:
-    """What ``estimate`` gives for each of ``count`` loss functions that are evaluated together.
-
-    Args:
-        estimator: The estimator.
-        space: The model's space.
-        losses_fn: All losses at the model's present weights, float64 [count].
-        keys: Stream keys, which the loss functions share.
-        count: Number of loss functions.
-    """
-    asked: list[Losses] = []
-
-    def joint() -> float:
-        asked.append(losses_fn())
-        return 0.0
-
-    estimator.estimate(space, joint, keys)
-    answers = [iter([float(losses[i]) for losses in asked]) for i in range(count)]
-    return [estimator.estimate(cast(Space, Still()), answer.__next__, keys) for answer in answers]
-
-
-ESTIMATORS: Registry[Estimator] = Registry("estimator", base=EstimatorConfig)
-_DROPPED = Projection(g=np.float32(0), loss=math.nan, dropped=True)
-
-
-def projections(g: Losses, losses: Losses) -> list[Projection]:
-    """The probes of a step from float64 [P] each: g is rounded to float32 once, what is not finite is dropped."""
-    with np.errstate(all="ignore"):
-        rounded = g.astype(np.float32)
-    good = np.isfinite(rounded) & np.isfinite(losses)
-    return [
-        Projection(g=rounded[p], loss=float(losses[p]), dropped=False) if good[p] else _DROPPED for p in range(g.size)
-    ]
-
-
-@dataclass(kw_only=True, slots=True)
-class TwoPointConfig(EstimatorConfig):
+class TwoPointConfig(ZerothOrderConfig):
     """Central difference along ``num_probes`` random directions a step (SPSA; MeZO, arXiv 2305.17333)."""
 
 
@@ -194,7 +72,7 @@ class Baseline(Enum):  # no StrEnum: a string has a method ``center``
 
 
 @dataclass(kw_only=True, slots=True)
-class OneSidedConfig(EstimatorConfig):
+class OneSidedConfig(ZerothOrderConfig):
     """Forward difference: one forward a probe, and one for all where the baseline is the centre."""
 
     baseline: Baseline = Baseline.center
@@ -239,7 +117,7 @@ class OneSided:
 
 
 @dataclass(kw_only=True, slots=True)
-class FzooConfig(EstimatorConfig):
+class FzooConfig(ZerothOrderConfig):
     """Forward differences over the standard deviation of their losses (FZOO, arXiv 2506.09034); lr is scale-free."""
 
     num_probes: int = 8
@@ -293,7 +171,7 @@ def _perturbed_losses(space: Space, loss_fn: LossFn, keys: Sequence[int], *, eps
 
 
 def _all_dropped(count: int) -> list[Projection]:
-    return [_DROPPED] * count
+    return [DROPPED] * count
 
 
 @ESTIMATORS.register("two_point", TwoPointConfig)

@@ -1,0 +1,212 @@
+"""Local updates that are scalars along known directions, of one client or of several together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedzo.data.config import TaskConfig
+from fedzo.data.example import Example
+from fedzo.fl.client.local_update import Batches, Workspace
+from fedzo.fl.clip import clip
+from fedzo.fl.config import FlConfig, directions_of
+from fedzo.fl.messages import TrainReply, TrainRequest, scalars_to_bytes, signs_to_bytes
+from fedzo.models.forwards import OnRows
+from fedzo.models.scoring import example_losses
+from fedzo.zo.estimator import Estimator, Losses, Projection, estimate_together
+from fedzo.zo.log import Drift, Scalars, local_step, probe_shares
+from fedzo.zo.seeds import step_keys
+from fedzo.zo.spaces.base import MasterSpace, RowWeights, Space, Values
+
+log = logging.getLogger(__name__)
+
+
+class ScalarUpdate:
+    """Steps along directions that all peers know, by scalars: a client sends these, and keeps no vector.
+
+    Args:
+        batches: The rows of each step.
+        task: How examples are judged.
+        fl: The federation's settings.
+        estimator: Turns losses into scalars.
+        num_probes: Probes a step.
+        signs: Whether clients step with and send the signs of their scalars alone.
+    """
+
+    reply_type: ClassVar[type[TrainReply]] = TrainReply
+
+    def __init__(
+        self,
+        *,
+        batches: Batches,
+        task: TaskConfig,
+        fl: FlConfig,
+        estimator: Estimator,
+        num_probes: int,
+        signs: bool = False,
+    ) -> None:
+        self.num_probes = num_probes
+        self.signs = signs
+        self._batches = batches
+        self._task = task
+        self._fl = fl
+        self._estimator = estimator
+        self._ahead: dict[tuple[int, int, int], list[Projection]] = {}  # by client, round and step
+        self._walks_together = True
+
+    def make(self, at: Workspace, request: TrainRequest, *, client: int) -> TrainReply:
+        replica = at.replica
+        g = np.zeros((request.steps, self.num_probes), np.float32)
+        loss = np.zeros_like(g)
+        dropped = np.zeros(g.shape, np.uint8)
+        end_check = 0
+        walks = request.steps > 1
+        drift = replica.drift(client) if walks else None
+        if walks:
+            replica.space.mark()
+        try:
+            for t in range(request.steps):
+                projections = self.estimate(at, request, client=client, step=t)
+                g[t], dropped[t] = self.as_sent(projections, request)
+                loss[t] = [projection.loss for projection in projections]
+                if walks:
+                    self.take(replica.space, request, g[t], client=client, step=t, drift=drift)
+            end_check = replica.space.check() if walks else 0
+        finally:
+            if walks:
+                replica.space.rewind()
+        return TrainReply(
+            position=replica.position,
+            g=signs_to_bytes(g) if self.signs else scalars_to_bytes(g),
+            loss=scalars_to_bytes(loss),
+            dropped=dropped.tobytes(),
+            num_examples=len(self._batches.train_rows(client)),
+            end_check=end_check,
+        )
+
+    def estimate(self, at: Workspace, request: TrainRequest, *, client: int, step: int) -> list[Projection]:
+        """The projections of one step at the present theta; taken from ``look_ahead`` where it has them."""
+        if (client, request.round, step) in self._ahead:
+            return self._ahead.pop((client, request.round, step))
+        batch = self._batches.of(request, client=client, step=step)
+        keys = self._keys(request, client=client, step=step)
+        return self._estimator.estimate(at.replica.space, lambda: float(self._losses(at, batch).mean()), keys)
+
+    def as_sent(self, projections: list[Projection], request: TrainRequest) -> tuple[Scalars, npt.NDArray[np.bool_]]:
+        """The scalars that the step is taken with and the server is sent, and which of them were dropped; [P] each."""
+        g = clip(np.array([projection.g for projection in projections], np.float32), request.max_abs_g)
+        dropped = np.array([projection.dropped for projection in projections])
+        if self.signs:
+            g = np.sign(g)
+            dropped |= g == 0  # without a sign: there is no bit for it
+        return g, dropped
+
+    def take(
+        self, space: Space, request: TrainRequest, g: Scalars, *, client: int, step: int, drift: Drift | None
+    ) -> None:
+        """Move by exactly the scalars that are sent, a mean over probes."""
+        keys = self._keys(request, client=client, step=step)
+        local_step(space, lr=request.lr, c=probe_shares(g), keys=keys, drift=drift)
+
+    def look_ahead(self, at: Workspace, requests: Mapping[int, TrainRequest]) -> None:
+        """Evaluate local steps of these clients in joint forwards; ``estimate`` then takes the results from here.
+
+        Clients that share seeds are at the same theta with the same directions in a round's first step, so their rows
+        can share forwards. In later steps (T > 1) each is somewhere else, and the space must have a way to compute
+        rows with weights of their own (``row_weights``); without one those steps are each client's own. The losses
+        differ from those of separate forwards in their last bits only: a product's rounding depends on the number of
+        its rows.
+
+        Args:
+            at: The model, at the round's start.
+            requests: Requests of one round, by client.
+        """
+        self._ahead.clear()
+        space = at.replica.space
+        later = any(request.steps > 1 for request in requests.values())
+        shareable = later and self._walks_together and at.loaded.compiled is None
+        own = space.row_weights(at.loaded.model) if shareable else None
+        sent: dict[int, list[Scalars]] = {client: [] for client in requests}
+
+        def offset_of(client: int) -> Values:
+            """How far a client has come: walked anew when it is needed, since scalars take no memory."""
+            start, drift = space.values(), at.replica.drift(client)
+            place = MasterSpace(torch.from_numpy(start.copy()), space.distribution)
+            for step, g in enumerate(sent[client]):
+                self.take(place, requests[client], g, client=client, step=step, drift=drift)
+            return place.values() - start
+
+        step, walking = 0, requests
+        while walking:
+            try:
+                estimates = self._estimate_together(
+                    at, walking, step=step, own=own if step else None, offset_of=offset_of
+                )
+            except NotImplementedError as error:
+                if step == 0:
+                    raise
+                log.warning("clients cannot share the forwards of later local steps with this model: %s", error)
+                self._walks_together = False
+                return
+            for (client, request), projections in zip(walking.items(), estimates, strict=True):
+                self._ahead[client, request.round, step] = projections
+                sent[client].append(self.as_sent(projections, request)[0])
+            step += 1
+            walking = {c: request for c, request in walking.items() if own and request.steps > step}
+
+    def _estimate_together(
+        self,
+        at: Workspace,
+        requests: Mapping[int, TrainRequest],
+        *,
+        step: int,
+        own: RowWeights | None,
+        offset_of: Callable[[int], Values],
+    ) -> list[list[Projection]]:
+        """What ``estimate`` gives each client where it is on its path; without ``own``, at the round's start."""
+        batches = {client: self._batches.of(request, client=client, step=step) for client, request in requests.items()}
+        rows = [example for batch in batches.values() for example in batch]
+        owners = [client for client, batch in batches.items() for _ in batch]
+        ends = np.cumsum([len(batch) for batch in batches.values()])[:-1]
+
+        def losses_fn() -> Losses:
+            if own is None:
+                losses = self._losses(at, rows)
+            else:
+                with own:
+                    losses = self._losses(at, rows, before=partial(follow, own))
+            return np.array([part.mean() for part in np.split(losses, ends)])
+
+        def follow(weights: RowWeights, batch: list[int]) -> None:
+            clients, index = np.unique([owners[row] for row in batch], return_inverse=True)
+            weights.follow((offset_of(int(client)) for client in clients), index)
+
+        client, request = next(iter(requests.items()))
+        keys = self._keys(request, client=client, step=step)
+        return estimate_together(self._estimator, at.replica.space, losses_fn, keys, count=len(requests))
+
+    def _keys(self, request: TrainRequest, *, client: int, step: int) -> list[int]:
+        return step_keys(
+            self._batches.run_seed,
+            round=request.round,
+            step=step,
+            probes=self.num_probes,
+            owner=client,
+            directions=directions_of(self._fl),
+        )
+
+    def _losses(self, at: Workspace, rows: list[Example], *, before: OnRows | None = None) -> Losses:
+        return example_losses(
+            at.loaded,
+            rows,
+            loss=self._task.loss,
+            tokens_per_batch=at.tokens_per_batch,
+            forward_cost_tokens=at.forward_cost_tokens,
+            before=before,
+        )

@@ -1,0 +1,56 @@
+"""Local updates that are vectors: where a client's local steps along gradients led, in the space's coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, cast
+
+import numpy as np
+
+from fedzo.data.config import TaskConfig
+from fedzo.fl.client.local_update import Batches, Workspace
+from fedzo.fl.messages import TrainRequest, VectorReply, scalars_to_bytes
+from fedzo.models.scoring import graph_loss
+from fedzo.zo.estimator import GradientEstimator
+from fedzo.zo.spaces.base import DifferentiableSpace, GraphLossFn
+
+
+@dataclass(frozen=True, slots=True)
+class VectorUpdate:
+    """Steps along gradients: a client sends the round's start minus its end, n float32 numbers.
+
+    Attributes:
+        batches: The rows of each step.
+        task: How examples are judged.
+        estimator: Takes the steps; it remembers nothing from round to round.
+    """
+
+    reply_type: ClassVar[type[VectorReply]] = VectorReply
+    batches: Batches
+    task: TaskConfig
+    estimator: GradientEstimator
+
+    def make(self, at: Workspace, request: TrainRequest, *, client: int) -> VectorReply:
+        space = cast(DifferentiableSpace, at.replica.space)  # a run on any other is refused when the space is made
+        start = space.values()
+        try:
+            losses = self.estimator.descend(space, self._losses(at, request, client=client), lr=request.lr)
+            change = start - space.values()
+        finally:
+            space.load(start)
+        return VectorReply(
+            position=at.replica.position,
+            change=scalars_to_bytes(change),
+            loss=scalars_to_bytes(np.array(losses, np.float32)),
+            num_examples=len(self.batches.train_rows(client)),
+        )
+
+    def look_ahead(self, at: Workspace, requests: Mapping[int, TrainRequest]) -> None:
+        """Nothing is shared: each client's gradient is its own."""
+
+    def _losses(self, at: Workspace, request: TrainRequest, *, client: int) -> Iterator[GraphLossFn]:
+        for step in range(request.steps):
+            rows = self.batches.of(request, client=client, step=step)
+            yield partial(graph_loss, at.loaded, rows, loss=self.task.loss, tokens_per_batch=at.tokens_per_batch)

@@ -1,0 +1,169 @@
+"""The server's half of local updates that are vectors: checked, averaged, and told of in log and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import numpy as np
+
+from fedzo.errors import ProtocolError
+from fedzo.fl.clip import NO_BOUND
+from fedzo.fl.config import Aggregation, StrategyConfig
+from fedzo.fl.messages import TrainRequest, VectorReply, scalars_from_bytes
+from fedzo.fl.server.aggregate import num_trimmed, trimmed_mean
+from fedzo.fl.server.metrics import finite_mean
+from fedzo.records.log import RoundAudit, VectorAudit, VectorAuditLine
+from fedzo.records.metrics import ClientRound, StepSignals, known
+from fedzo.zo.log import LogRecord, Scalars, VectorRecord, vector_digest
+from fedzo.zo.spaces.base import Values
+
+_PIECE = 1 << 16  # coordinates whose robust mean is taken at a time
+
+
+@dataclass(frozen=True, slots=True)
+class VectorResult:
+    """A client's checked vector.
+
+    Attributes:
+        change: The round's start minus the client's end, float32 [n].
+        loss: Before each step, float32 [T]; nan for a step that was not taken.
+        norm: Euclidean norm of ``change`` over lr and steps; 0 where lr is 0.
+    """
+
+    change: Values
+    loss: Scalars
+    norm: float
+
+    @property
+    def dropped(self) -> np.ndarray:
+        return ~np.isfinite(self.loss)
+
+    @property
+    def payload_bytes(self) -> int:
+        return self.change.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class VectorUpdates:
+    """Vectors of clients that compute gradients. Single ones are not kept: the audit log holds their digests.
+
+    Attributes:
+        size: n.
+        strategy: How vectors are bounded and become one.
+    """
+
+    reply_type: ClassVar[type[VectorReply]] = VectorReply
+    size: int
+    strategy: StrategyConfig
+
+    def bound(self) -> float:
+        return NO_BOUND
+
+    def check(self, reply: VectorReply, request: TrainRequest) -> VectorResult:
+        change = scalars_from_bytes(reply.change, shape=(self.size,), what="change")
+        loss = scalars_from_bytes(reply.loss, shape=(request.steps,), what="loss")
+        if not np.isfinite(change).all():
+            raise ProtocolError("change must be finite; has the client's model diverged?")
+        reach, length = request.lr * request.steps, float(np.linalg.norm(change.astype(np.float64)))
+        if length > self.strategy.max_abs_g * reach:
+            raise ProtocolError(
+                f"the norm of change must be at most strategy.max_abs_g = {self.strategy.max_abs_g:g} times the "
+                f"learning rate and the steps, {self.strategy.max_abs_g * reach:g}, got {length:g}"
+            )
+        if length and not np.isfinite(loss).any():
+            raise ProtocolError("a client that took no step must send a change of zeros")
+        return VectorResult(change=change, loss=loss, norm=length / reach if reach else 0.0)
+
+    def combine(
+        self,
+        results: Mapping[int, VectorResult],
+        weights: Mapping[int, float],
+        *,
+        round: int,
+        lr: float,
+        measures_only: bool,
+    ) -> VectorRecord:
+        """The mean (or robust mean, coordinate by coordinate) of the changes: float64 in the order of client index."""
+        assert not measures_only, "validation refuses step policies that calibrate"
+        clients = sorted(results)
+        changes = [results[client].change for client in clients]
+        strategy = self.strategy
+        match strategy.aggregation:
+            case Aggregation.mean:
+                total, mean = sum(weights[client] for client in clients), np.zeros(self.size)
+                for client, change in zip(clients, changes, strict=True):
+                    mean += weights[client] / total * change.astype(np.float64)
+            case Aggregation.median:
+                mean = _by_coordinate(changes, partial(np.median, axis=1))
+            case Aggregation.trimmed_mean:
+                cut = max(1, num_trimmed(strategy.trim_share, len(clients)))
+                mean = _by_coordinate(changes, partial(trimmed_mean, cut=cut))
+            case other:
+                raise AssertionError(f"validation refuses {other} of vectors")
+        return VectorRecord.of(mean.astype(np.float32), round=round, lr=lr)
+
+    def audit(
+        self,
+        record: LogRecord,
+        results: Mapping[int, VectorResult],
+        *,
+        lr: float,
+        used: Mapping[int, int],
+        weights: Mapping[int, float],
+        refused: Mapping[int, str],
+    ) -> VectorAuditLine:
+        return VectorAuditLine(
+            round=record.round,
+            lr=lr,
+            clients=tuple(
+                VectorAudit(
+                    client=client,
+                    vector=vector_digest(result.change),
+                    norm=result.norm,
+                    loss=result.loss,
+                    steps=len(result.loss),
+                    used=used.get(client, 0),
+                    weight=weights[client],
+                )
+                for client, result in sorted(results.items())
+            ),
+            refused=tuple(sorted(refused)),
+        )
+
+    def clients(
+        self, record: LogRecord, results: Mapping[int, VectorResult], audit: RoundAudit
+    ) -> tuple[ClientRound, ...]:
+        return tuple(
+            ClientRound(
+                client=client,
+                loss=known(finite_mean(result.loss)),
+                abs_g=None,
+                steps=len(result.loss),
+                signals=_signals(result.loss),
+            )
+            for client, result in sorted(results.items())
+        )
+
+    def num_clipped(self, results: Mapping[int, VectorResult], bound: float) -> int:
+        return 0
+
+
+def _by_coordinate(changes: list[Values], middle: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """``middle`` of [coordinates, clients] in float64, piece by piece."""
+    mean = np.empty(changes[0].size)
+    for first in range(0, mean.size, _PIECE):
+        part = slice(first, first + _PIECE)
+        mean[part] = middle(np.stack([change[part].astype(np.float64) for change in changes], axis=1))
+    return mean
+
+
+def _signals(loss: Scalars) -> StepSignals:
+    """Losses alone: there is no scalar g, and no direction to compare with a gradient of the server's."""
+    unknown = (None,) * len(loss)
+    losses = tuple(known(float(f"{value:.6g}")) for value in loss)
+    return StepSignals(
+        grad_ip=unknown, abs_g=unknown, loss=losses, cosine=unknown, mean_abs_grad_ip=None, mean_abs_g=None
+    )

@@ -1,0 +1,94 @@
+"""Numbers between a forward and a loss: measured ones, of which a float is left, and ones that can be differentiated.
+
+What a task's loss is (``fedzo.models.scoring``) is written once, for both. Measured numbers are float64 arrays of numpy
+on the host, whose operations keep their order and so their last bits; differentiable ones are float64 tensors with
+their graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Scores = npt.NDArray[np.float64]
+
+
+class Arithmetic(Protocol):
+    """What a loss is made with; arrays are numpy's or torch's, which are indexed and assigned alike."""
+
+    def forwards(self) -> AbstractContextManager[Any]:
+        """What forwards run in."""
+        ...
+
+    def empty_scores(self, *shape: int) -> Any:
+        """Float64, all of them -inf, which stands for no score."""
+        ...
+
+    def taken(self, logprobs: torch.Tensor) -> Any:
+        """Log-probabilities of a forward, float32 of any shape, as float64."""
+        ...
+
+    def means(self, logprobs: Any, counts: Sequence[int]) -> Any:
+        """Means of consecutive parts, [len(counts)], from [sum(counts)]."""
+        ...
+
+    def log_softmax(self, scores: Any) -> Any:
+        """Over the last axis of [N, C]."""
+        ...
+
+
+class Measured:
+    """Arrays of numpy; a forward keeps nothing for a gradient."""
+
+    def forwards(self) -> AbstractContextManager[Any]:
+        return torch.inference_mode()
+
+    def empty_scores(self, *shape: int) -> Scores:
+        return np.full(shape, -np.inf)
+
+    def taken(self, logprobs: torch.Tensor) -> Scores:
+        return logprobs.cpu().numpy().astype(np.float64)
+
+    def means(self, logprobs: Scores, counts: Sequence[int]) -> Scores:
+        sizes = np.array(counts)
+        means: Scores = np.add.reduceat(logprobs, np.cumsum(sizes) - sizes) / sizes
+        return means
+
+    def log_softmax(self, scores: Scores) -> Scores:
+        with np.errstate(invalid="ignore"):  # infinities give NaN, as they should
+            shifted = scores - scores.max(axis=1, keepdims=True)
+            return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
+
+
+class Differentiable:
+    """Tensors with their graph: all activations of a batch are kept until the gradient is taken.
+
+    Args:
+        device: The model's.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def forwards(self) -> AbstractContextManager[Any]:
+        return torch.enable_grad()
+
+    def empty_scores(self, *shape: int) -> torch.Tensor:
+        return torch.full(shape, -torch.inf, dtype=torch.float64, device=self._device)
+
+    def taken(self, logprobs: torch.Tensor) -> torch.Tensor:
+        return logprobs.double()
+
+    def means(self, logprobs: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        return torch.stack([part.mean() for part in torch.split(logprobs, list(counts))])
+
+    def log_softmax(self, scores: torch.Tensor) -> torch.Tensor:
+        return scores.log_softmax(-1)
+
+
+MEASURED = Measured()

@@ -1,0 +1,53 @@
+"""Estimators: what a client's local step goes by, scalars along directions or the gradient itself."""
+
+from fedzo.zo.estimator.backprop import Backprop, BackpropConfig, LocalOptimizer
+from fedzo.zo.estimator.base import (
+    ESTIMATORS,
+    Estimator,
+    EstimatorConfig,
+    EstimatorTraits,
+    GradientEstimator,
+    Losses,
+    LossFn,
+    Projection,
+    Still,
+    ZerothOrderConfig,
+    build_gradient_estimator,
+    estimate_together,
+    projections,
+)
+from fedzo.zo.estimator.differences import (
+    Baseline,
+    Fzoo,
+    FzooConfig,
+    OneSided,
+    OneSidedConfig,
+    TwoPoint,
+    TwoPointConfig,
+)
+
+__all__ = [
+    "ESTIMATORS",
+    "Estimator",
+    "EstimatorConfig",
+    "EstimatorTraits",
+    "GradientEstimator",
+    "ZerothOrderConfig",
+    "Losses",
+    "LossFn",
+    "Projection",
+    "Still",
+    "build_gradient_estimator",
+    "estimate_together",
+    "projections",
+    "TwoPoint",
+    "TwoPointConfig",
+    "OneSided",
+    "OneSidedConfig",
+    "Baseline",
+    "Fzoo",
+    "FzooConfig",
+    "Backprop",
+    "BackpropConfig",
+    "LocalOptimizer",
+]
