@@ -11,7 +11,7 @@ import numpy as np
 from fedzo.errors import ProtocolError
 from fedzo.fl.messages import Status, Sync
 from fedzo.records.log import CommittedLine, Proof
-from fedzo.zo.log import EMPTY_CHAIN, Drift, LogRecord, RoundRecord, extend_chain, unpack
+from fedzo.zo.log import EMPTY_CHAIN, Drift, LogRecord, RoundRecord, VectorRecord, extend_chain, unpack
 from fedzo.zo.server_optimizer import ControlVariates, ServerOptimizer, VectorOptimizer
 from fedzo.zo.spaces.base import Space
 
@@ -115,6 +115,10 @@ class Replica:
     def snapshot_bytes(self) -> int:
         """Length of ``snapshot``."""
         return 4 * (self.space.size + self.moments.size)
+
+    def is_shorter_than(self, records: Sequence[LogRecord]) -> bool:
+        """Whether a snapshot is fewer bytes than these records' vectors; logs of scalars are always replayed."""
+        return sum(each.payload_bytes for each in records if isinstance(each, VectorRecord)) > self.snapshot_bytes
 
     def snapshot(self) -> bytes:
         """The whole state, for a peer that cannot replay: theta, then the moments, float32, little endian."""

@@ -178,9 +178,9 @@ def test_generator_reads_the_literal_under_a_field() -> None:
     assert spec.loader is not None
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
-    from fedzo.zo.estimator import EstimatorConfig, FzooConfig
+    from fedzo.zo.estimator import FzooConfig, ZerothOrderConfig
 
-    rows = generate.table(EstimatorConfig, "estimator.")
+    rows = generate.table(ZerothOrderConfig, "estimator.")
 
     assert "| `estimator.num_probes` | int | `1` | Number of directions in a step. The step is their mean. |" in rows
     assert "| `estimator.distribution` | choice | `gaussian` | One of `gaussian`, `rademacher`. |" in rows

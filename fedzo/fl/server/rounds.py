@@ -288,8 +288,12 @@ class Server:
         """Payload that brings clients from the end of their last round to that of a new one: records, or values."""
         if self.fl.transport is Transport.values:
             return self.replica.snapshot_bytes * len(clients)
-        missed = (part for client in clients for part in self.store.records[self._followed.get(client, 0) :])
-        return record.payload_bytes * len(clients) + sum(part.payload_bytes for part in missed)
+        total = record.payload_bytes * len(clients)
+        for client in clients:
+            missed = self.store.records[self._followed.get(client, 0) :]
+            shorter = self.replica.is_shorter_than(missed)
+            total += self.replica.snapshot_bytes if shorter else sum(part.payload_bytes for part in missed)
+        return total
 
     def _count_steps(self, audit: RoundAudit) -> None:
         for entry in audit.clients:

@@ -134,8 +134,9 @@ class StateSync:
     ) -> Request:
         """Add to a request what state its client must reach, and how it gets there."""
         number = self._round
-        values = values or (self.fl.transport is Transport.values and number > 0)
         start = self._acked.get(client, 0) if from_round is None else from_round
+        values = values or (self.fl.transport is Transport.values and number > 0)
+        values = values or self.replica.is_shorter_than(self.store.records[start:])
         return replace(
             request,
             **state,

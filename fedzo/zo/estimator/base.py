@@ -61,7 +61,7 @@ class EstimatorTraits:
 
 @dataclass(kw_only=True, slots=True)
 class EstimatorConfig(PluginConfig):
-    """What a client's local step goes by: base of ``ZerothOrderConfig``, and of those that compute gradients."""
+    """What a client's local step goes by: scalars of the loss along directions, or its gradient."""
 
     @property
     def traits(self) -> EstimatorTraits:
