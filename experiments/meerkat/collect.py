@@ -18,8 +18,6 @@ PANELS = RESULTS / "panels"
 """Records of single runs, whose clients are drawn step by step: a folder a run."""
 ROUNDS = ("fl.rounds", "evaluation.every_rounds")
 """What a run with a calibration has one of more, or has scored at other rounds."""
-FIRST_ORDER = "first_order.json"
-"""What ``first_order.py`` writes into the folder of one of its runs."""
 KEPT = ("value", "loss", "auc", "best_threshold_accuracy", "per_class", "num_examples")
 
 
@@ -68,8 +66,6 @@ def best_dev_loss(row: Row) -> float:
 
 
 def _row(folder: Path) -> Iterator[Row]:
-    if (folder / FIRST_ORDER).exists():
-        yield _first_order_row(json.loads((folder / FIRST_ORDER).read_text()))
     if not (folder / "metrics.jsonl").exists():
         return
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -102,33 +98,6 @@ def _row(folder: Path) -> Iterator[Row]:
         "seconds": round(summary["seconds"], 1),
         "final_digest": summary["final_digest"],
         "git_commit": json.loads((folder / "environment.json").read_text())["git_commit"],
-    }
-
-
-def _first_order_row(results: Row) -> Row:
-    """A run by backpropagation, which sends values and has no scalars to tell of."""
-    summary, clients = results["summary"], results["clients"]
-    dev = [line for line in results["scores"] if line["split"] == "dev"]
-    return {
-        **_identity(results["overrides"]),
-        "lr": results["lr"],
-        "before": _score(summary["before"]),
-        "after": _score(summary["after"]),
-        "best_round": summary["best_round"],
-        "rounds": summary["rounds"],
-        "dev": [[score["round"], score["value"], score["loss"]] for score in dev],
-        "federated": {"worst_client": summary["worst_client"]["value"]} if clients else None,
-        "clients": [],
-        "flagged": [],
-        "fallback": False,
-        "num_clients": len(clients),
-        "space_size": summary["space_size"],
-        "setup_down_bytes": 0,
-        "payload_up_bytes": summary["payload_up_bytes"],
-        "payload_down_bytes": summary["payload_down_bytes"],
-        "seconds": round(summary["seconds"], 1),
-        "final_digest": summary["final_digest"],
-        "git_commit": results["environment"]["git_commit"],
     }
 
 

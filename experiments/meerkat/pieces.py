@@ -71,7 +71,10 @@ PIECES: dict[str, list[Part]] = {
         Part("full", ["+budget=T1", _SEEDS, "strategy.aggregation=majority_sign"], (2.5, 5.0, 10.0)),
     ],
     # the upper bound by backpropagation; exact gradients bear longer steps
-    "first_order": [Part(method, ["+budget=T1,T10", _SEEDS], (1.0, 3.0, 10.0)) for method in ("meerkat", "lora")],
+    "first_order": [
+        Part(method, ["+budget=T1,T10", _SEEDS, "estimator=backprop", "runtime=inline"], (1.0, 3.0, 10.0))
+        for method in ("meerkat", "lora")
+    ],
     "T50": [Part("all", ["+budget=T50", _SEEDS])],
     "long": [Part("all", ["+budget=T10", _SEEDS, "fl.rounds=100", "evaluation.every_rounds=25"])],
 }

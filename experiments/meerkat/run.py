@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import tables
-from collect import FIRST_ORDER, Row, best_dev_loss, keep, known, name_of
+from collect import Row, best_dev_loss, keep, known, name_of
 from pieces import CORE_TASKS, METHODS, PIECES, RUNS, SEEDS, TASKS, combinations, corpus_of, jobs_of
 
 CONF = Path(__file__).parent / "conf"
@@ -147,26 +147,17 @@ def run(piece: str, words: list[str]) -> None:
         return
     print(f"{piece}: {name}", flush=True)
     folder, settings = RUNS / piece, ["--config-dir", str(CONF), "experiment=study", *words]
-    if piece == "first_order":
-        own = folder / re.sub(r"\W+", "-", name)
-        own.mkdir(parents=True, exist_ok=True)
-        python(str(Path(__file__).with_name("first_order.py")), *settings, "--out", str(own / FIRST_ORDER))
-    else:
-        fedzo("train", "-m", *settings, f"hydra.sweep.dir={folder}")
+    fedzo("train", "-m", *settings, f"hydra.sweep.dir={folder}")
     with STORE:
         keep(piece, folder)
 
 
 def fedzo(*words: str) -> None:
-    python("-m", "fedzo", *words)
-
-
-def python(*words: str) -> None:
     RUNS.mkdir(parents=True, exist_ok=True)
     log = RUNS / "log.txt"
     with log.open("a") as out:
-        if code := subprocess.run([sys.executable, *words], stdout=out, stderr=out).returncode:
-            sys.exit(f"`python {' '.join(words)}` ended with {code}: see the end of {log}.")
+        if code := subprocess.run([sys.executable, "-m", "fedzo", *words], stdout=out, stderr=out).returncode:
+            sys.exit(f"`fedzo {' '.join(words)}` ended with {code}: see the end of {log}.")
 
 
 if __name__ == "__main__":

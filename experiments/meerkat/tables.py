@@ -40,6 +40,7 @@ SELECTED_BY = (
     "fl.rounds",
     "evaluation.every_rounds",
     "trainer.lr",
+    "runtime",
 )
 """Keys that follow from others, or that are told in a column of their own."""
 
@@ -249,5 +250,5 @@ def _changed(piece: str, row: Row) -> str:
     changed = {key: value for key, value in row["changed"].items() if key not in SELECTED_BY}
     changed = {key: Path(value).stem if key == "trainer.mask_path" else value for key, value in changed.items()}
     shown = [f"{SHOWN_KEYS.get(key, key)}={value}" for key, value in sorted(changed.items())]
-    title = {"long": "1,000 steps", "first_order": "backpropagation"}.get(piece, "")
+    title = {"long": "1,000 steps"}.get(piece, "")
     return ", ".join(filter(None, [title, *shown]))

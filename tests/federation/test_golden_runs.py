@@ -53,6 +53,11 @@ RUNS: dict[str, list[str]] = {
     "decomfl": ["experiment=decomfl", "trainer=mezo"],
     "fedkseed": ["experiment=fedkseed", "trainer=mezo"],
     "feedsign": ["experiment=feedsign", "trainer=mezo"],
+    "backprop": ["estimator=backprop", "server_optimizer.lr=0.1", T2],
+    "backprop, lora, adamw, sampled": ["estimator=backprop", "estimator.local_optimizer=adamw", "trainer=lora",
+                                       "server_optimizer.lr=0.01", "strategy.clients_per_round=3", T2],
+    "backprop, all weights, trimmed mean": ["estimator=backprop", "trainer=mezo", "server_optimizer.lr=0.01",
+                                            "strategy=trimmed_mean", "strategy.trim_share=0.3"],
 }  # fmt: skip
 
 

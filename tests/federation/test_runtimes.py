@@ -23,8 +23,9 @@ def assert_same_logs(first: Path, second: Path) -> None:
 
 @pytest.mark.sim
 @pytest.mark.timeout(300)
-def test_ray_gives_the_log_of_inline(run: Run) -> None:
-    settings = ("fl.rounds=2", "fl.local_steps=2", "server_optimizer.lr=0.02")
+@pytest.mark.parametrize("estimator", ["two_point", "backprop"])
+def test_ray_gives_the_log_of_inline(run: Run, estimator: str) -> None:
+    settings = ("fl.rounds=2", "fl.local_steps=2", "server_optimizer.lr=0.02", f"estimator={estimator}")
 
     inline = run(*settings)
     ray = run(*settings, "runtime=ray")
@@ -64,8 +65,10 @@ def test_ray_gives_the_log_of_inline_with_smollm2_shuffled_replies_and_an_absent
 
 @pytest.mark.net
 @pytest.mark.timeout(600)
-def test_a_real_superlink_with_two_supernodes_gives_the_log_of_inline(run: Run) -> None:
+@pytest.mark.parametrize("estimator", ["two_point", "backprop"])
+def test_a_real_superlink_with_two_supernodes_gives_the_log_of_inline(run: Run, estimator: str) -> None:
     settings = ("fl.rounds=2", "fl.num_clients=2", "fl.local_steps=2", "server_optimizer.lr=0.02")
+    settings += (f"estimator={estimator}",)
 
     inline = run(*settings)
     local = run(*settings, "runtime=local")
