@@ -22,12 +22,23 @@ from fedzo.fl.messages import (
     Status,
     TrainReply,
     TrainRequest,
+    VectorReply,
     decode,
     encode,
     message_bytes,
 )
 
-KINDS = [Hello, HelloReply, TrainRequest, TrainReply, EvaluateRequest, EvaluateReply, ArtifactPiece, ArtifactReply]
+KINDS = [
+    Hello,
+    HelloReply,
+    TrainRequest,
+    TrainReply,
+    VectorReply,
+    EvaluateRequest,
+    EvaluateReply,
+    ArtifactPiece,
+    ArtifactReply,
+]
 
 
 @given(

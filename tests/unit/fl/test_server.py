@@ -7,6 +7,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from fedzo.fl.messages import (
     Status,
     TrainReply,
     TrainRequest,
+    VectorReply,
     decode,
     encode,
     scalars_to_bytes,
@@ -44,6 +46,7 @@ from fedzo.fl.server.step_policy.cusum import CusumConfig
 from fedzo.fl.server.step_policy.plan import StepPolicyConfig
 from fedzo.fl.server.step_policy.vpcs import VpcsConfig
 from fedzo.fl.server.updates import ScalarUpdates
+from fedzo.fl.server.vectors import VectorUpdates
 from fedzo.records.decode import encode as encode_record
 from fedzo.records.metrics import ClientSetup, ClientVerdict, MetricRecord, Round, StepDecision
 from fedzo.testing.vector_space import VectorSpace
@@ -473,6 +476,63 @@ def test_value_transport_sends_the_values_each_round_and_no_log(federation: Any)
 
     assert [len(request.values) for request in clients[0].requests] == [0, 36, 36]
     assert [len(request.log) for request in clients[0].requests] == [0, 0, 0]
+
+
+def make_vectors(server: Server, clients: list[Client]) -> None:
+    """Let all send vectors: a client moves each value by its index plus one, a step."""
+
+    def train(client: Client, request: TrainRequest) -> Any:
+        client.requests.append(request)
+        client.replica = client.replica or new_replica()
+        status = client.replica.sync(request)
+        change = np.full(len(BASE), (client.index + 1) * request.steps, np.float32)
+        loss = np.ones(request.steps, np.float32)
+        return VectorReply(
+            status=status,
+            position=client.replica.position,
+            change=scalars_to_bytes(change),
+            loss=scalars_to_bytes(loss),
+        )
+
+    server.updates = VectorUpdates(size=len(BASE), strategy=server.strategy)
+    for client in clients:
+        client.train = partial(train, client)  # type: ignore[method-assign]
+
+
+def test_vectors_are_followed_record_by_record_and_a_late_client_gets_the_values(federation: Any) -> None:
+    server, clients, grid = federation()
+    make_vectors(server, clients)
+    node = next(name for name, client in grid.nodes.items() if client is clients[2])
+    grid.nodes[node] = None  # listed, but it does not answer
+    for _ in range(3):
+        server.run_round()
+    grid.nodes[node] = clients[2]
+    clients[1].replica = None  # a process that was started again, and that the server does not know of
+
+    server.run_round()
+
+    vector = 4 * len(BASE)
+    assert [len(request.log) for request in clients[0].requests] == [0, *[54 + vector] * 3]
+    assert {len(request.values) for request in clients[0].requests} == {0}
+    late = clients[2].requests[-1]
+    assert (len(late.log), len(late.values), late.from_round) == (0, vector, 3)
+    assert [len(request.values) for request in clients[1].requests[-2:]] == [0, vector]  # first behind, then helped
+    expected = BASE - np.float32(3 * 2 * (1 + 2) / 2 + 2 * (1 + 2 + 3) / 3)
+    assert server.replica.space.values() == pytest.approx(expected, rel=1e-6)
+    rounds = [record for record in server.sink.records if isinstance(record, Round)]
+    assert [record.payload_up_bytes for record in rounds] == [2 * vector] * 3 + [3 * vector]
+    assert [record.payload_down_bytes for record in rounds] == [2 * vector] * 3 + [(1 + 1 + 2) * vector]
+
+
+def test_a_vector_that_cannot_be_used_is_excluded_and_named(federation: Any) -> None:
+    server, clients, _ = federation()
+    make_vectors(server, clients)
+    clients[1].train = lambda request: VectorReply(change=b"1234", loss=bytes(8))
+
+    server.run_round()
+
+    assert reason_for(server, 0, 1) == "change must hold 36 bytes (float32 [9]), got 4"
+    assert server.replica.space.values() == pytest.approx(BASE - np.float32(2 * (1 + 3) / 2), rel=1e-6)
 
 
 def test_a_client_that_comes_back_as_another_node_takes_its_own_place(federation: Any) -> None:

@@ -21,7 +21,7 @@ from fedzo.errors import ProtocolError, RunFolderError
 from fedzo.records.codec import codec_of
 from fedzo.records.decode import decode, decode_json, encode, parse_json, to_json
 from fedzo.records.fields import Grid, LabelCounts, Length, Matching, OmitDefault, Within
-from fedzo.records.log import AuditLine, PublicLine
+from fedzo.records.log import VectorLine, decode_audit, decode_public
 from fedzo.records.metrics import METRIC_KINDS, Score, decode_metric
 from fedzo.testing.logs import audit_line
 
@@ -277,8 +277,8 @@ JSON = st.recursive(
 READERS: dict[str, Callable[[Any], object]] = {
     "outer": lambda value: decode(Outer, value, where="x", error=RunFolderError),
     "arrays": lambda value: decode(Arrays, value, where="x", error=RunFolderError),
-    "public": lambda value: decode(PublicLine, value, where="x", error=RunFolderError),
-    "audit": lambda value: decode(AuditLine, value, where="x", error=RunFolderError),
+    "public": lambda value: decode_public(value, where="x", error=RunFolderError),
+    "audit": lambda value: decode_audit(value, where="x", error=RunFolderError),
     "metrics": lambda value: decode_metric(value, where="x", error=RunFolderError),
     "score": lambda value: decode(Score, value, where="x", error=RunFolderError),
     "labels": lambda value: decode(LabelCounts, value, where="x", error=RunFolderError),
@@ -294,10 +294,14 @@ def test_any_json_is_a_record_or_the_callers_error(name: str, value: Any) -> Non
         assert len(str(error)) < 1000  # noqa: PT017
 
 
+HASH = "ab" * 32
 GOOD: dict[str, Any] = {
     "outer": PLAIN,
     "audit": encode(audit_line({0: [[0.5], [1.0]], 3: [[2.0]]}, xi=[[[1.0]], [[None]]])),
     "score": encode(Score("accuracy", 0.5, None, 4, {0: (1, 2), 1: (1, 2)})),
+    "public": encode(
+        VectorLine(round=1, lr=0.5, size=3, vector=HASH, attendance=(0, 2), chain=HASH, check=7, digest=None)
+    ),
 }
 
 

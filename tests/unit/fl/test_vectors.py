@@ -1,0 +1,181 @@
+"""Vectors at the server: what is refused, their means against slow twins, and what log and metrics tell."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedzo.errors import ProtocolError, RunFolderError
+from fedzo.fl.config import Aggregation, StrategyConfig
+from fedzo.fl.messages import TrainRequest, VectorReply, scalars_to_bytes
+from fedzo.fl.server import vectors
+from fedzo.fl.server.vectors import VectorResult, VectorUpdates
+from fedzo.records.decode import parse_json, to_json
+from fedzo.records.log import VectorAuditLine, decode_audit
+
+SIZE = 5
+REQUEST = TrainRequest(steps=2, lr=0.5)
+
+
+def updates(**strategy: Any) -> VectorUpdates:
+    return VectorUpdates(size=SIZE, strategy=StrategyConfig(**strategy))
+
+
+def reply(change: Any = (3, 4, 0, 0, 0), loss: Any = (0.5, 0.25)) -> VectorReply:
+    numbers = [scalars_to_bytes(np.array(each, np.float32)) for each in (change, loss)]
+    return VectorReply(change=numbers[0], loss=numbers[1], num_examples=9)
+
+
+def test_a_good_reply_is_its_numbers() -> None:
+    result = updates().check(reply(loss=[0.5, np.nan]), REQUEST)
+
+    assert result.change.tolist() == [3, 4, 0, 0, 0]
+    assert result.dropped.tolist() == [False, True]
+    assert result.payload_bytes == 4 * SIZE
+    assert result.norm == 5.0 / (0.5 * 2)
+
+
+@pytest.mark.parametrize(
+    ("bad", "match"),
+    [
+        (reply(change=[1, 2, 3]), r"change must hold 20 bytes \(float32 \[5\]\), got 12"),
+        (reply(change=[1] * 6), "change must hold 20 bytes"),
+        (reply(loss=[1, 2, 3]), r"loss must hold 8 bytes \(float32 \[2\]\), got 12"),
+        (reply(change=[np.nan, 0, 0, 0, 0]), "change must be finite"),
+        (reply(change=[0, np.inf, 0, 0, 0]), "change must be finite"),
+        (reply(change=[30, 40, 0, 0, 0]), r"the norm of change must be at most .* = 10 times .*, 10, got 50"),
+        (reply(change=[3e38] * 5), "the norm of change must be at most"),
+        (reply(loss=[np.nan, np.inf]), "a client that took no step must send a change of zeros"),
+    ],
+)
+def test_a_reply_that_cannot_be_used_is_refused_with_the_reason(bad: VectorReply, match: str) -> None:
+    with pytest.raises(ProtocolError, match=match):
+        updates(max_abs_g=10.0).check(bad, REQUEST)
+
+
+def test_a_client_that_took_no_step_counts_as_one_that_did_not_move() -> None:
+    still = updates().check(reply(change=[0] * 5, loss=[np.nan, np.nan]), REQUEST)
+
+    assert still.dropped.all()
+    assert still.norm == 0
+
+
+def drawn(count: int, size: int) -> dict[int, VectorResult]:
+    draw = np.random.default_rng(3)
+    return {
+        client: VectorResult(draw.standard_normal(size).astype(np.float32), np.ones(2, np.float32), 1.0)
+        for client in draw.permutation(count).tolist()
+    }
+
+
+def trimmed(values: list[float], cut: int) -> float:
+    kept = sorted(values)[cut : len(values) - cut]
+    return sum(kept) / len(kept)
+
+
+@pytest.mark.parametrize("piece", [2, 1 << 16])
+@pytest.mark.parametrize("count", [1, 2, 5, 6])
+@pytest.mark.parametrize("aggregation", [Aggregation.mean, Aggregation.median, Aggregation.trimmed_mean])
+def test_a_mean_is_its_slow_twin(
+    monkeypatch: pytest.MonkeyPatch, aggregation: Aggregation, count: int, piece: int
+) -> None:
+    monkeypatch.setattr(vectors, "_PIECE", piece)
+    results, weights = drawn(count, SIZE), {client: 1.0 + client for client in range(9)}
+    cut = min(max(1, int(0.34 * count)), (count - 1) // 2)
+    twin = {
+        Aggregation.mean: lambda at: (
+            sum(weights[c] * float(r.change[at]) for c, r in results.items()) / sum(weights[c] for c in results)
+        ),
+        Aggregation.median: lambda at: median(float(r.change[at]) for r in results.values()),
+        Aggregation.trimmed_mean: lambda at: trimmed([float(r.change[at]) for r in results.values()], cut),
+    }[aggregation]
+
+    record = updates(aggregation=aggregation, trim_share=0.34).combine(
+        results, weights, round=4, lr=0.5, measures_only=False
+    )
+
+    assert record.read() == pytest.approx([twin(at) for at in range(SIZE)], rel=1e-6)
+    assert (record.round, record.lr, record.size) == (4, 0.5, SIZE)
+
+
+def test_one_hostile_client_cannot_leave_the_range_of_the_honest() -> None:
+    results = drawn(5, SIZE)
+    results[2] = VectorResult(np.full(SIZE, 1e30, np.float32), np.ones(2, np.float32), 1.0)
+    honest = np.stack([result.change for client, result in results.items() if client != 2])
+    for aggregation in (Aggregation.median, Aggregation.trimmed_mean):
+        record = updates(aggregation=aggregation).combine(
+            results, dict.fromkeys(range(5), 1.0), round=0, lr=1.0, measures_only=False
+        )
+        assert (record.read() >= honest.min(0)).all()
+        assert (record.read() <= honest.max(0)).all()
+
+
+def test_the_order_of_arrival_changes_no_bit_and_equal_vectors_give_themselves() -> None:
+    results, weights = drawn(6, SIZE), {client: 0.1 * (client + 1) for client in range(6)}
+    made = [
+        updates().combine(dict(order), weights, round=0, lr=1.0, measures_only=False).digest
+        for order in (results.items(), sorted(results.items()))
+    ]
+    same = dict.fromkeys(range(3), results[0])
+
+    assert made[0] == made[1]
+    assert updates().combine(same, weights, round=0, lr=1.0, measures_only=False).read() == pytest.approx(
+        results[0].change, rel=1e-7
+    )
+
+
+def line() -> VectorAuditLine:
+    results = {3: updates().check(reply(loss=[0.5, np.nan]), REQUEST), 1: updates().check(reply(), REQUEST)}
+    record = updates().combine(results, {1: 1.0, 3: 2.0}, round=6, lr=0.5, measures_only=False)
+    return updates().audit(record, results, lr=0.5, used={3: 8}, weights={1: 1.0, 3: 2.0}, refused={2: "late"})
+
+
+def test_the_audit_line_holds_digests_norms_and_losses() -> None:
+    told = json.loads(to_json(line()))
+
+    sent = hashlib.sha256(np.array([3, 4, 0, 0, 0], "<f4").tobytes()).hexdigest()
+    assert told == {
+        "kind": "vectors",
+        "round": 6,
+        "lr": 0.5,
+        "clients": [
+            {"client": 1, "vector": sent, "norm": 5.0, "loss": [0.5, 0.25], "steps": 2, "used": 0, "weight": 1.0},
+            {"client": 3, "vector": sent, "norm": 5.0, "loss": [0.5, None], "steps": 2, "used": 8, "weight": 2.0},
+        ],
+        "refused": [2],
+    }
+    back = decode_audit(parse_json(to_json(line()), where="x", error=RunFolderError), where="x", error=RunFolderError)
+    assert to_json(back) == to_json(line())
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"steps": 3}, r"clients\[0\] must hold a loss of each of steps = 3, not 2"),
+        ({"vector": "00"}, r"clients\[0\].vector must be 64 hexadecimal digits"),
+        ({"norm": -1.0}, r"clients\[0\].norm must be a float of 0 to"),
+        ({"g": [[1.0]]}, r"clients\[0\].g must be left out"),
+    ],
+)
+def test_an_audit_line_out_of_its_ranges_is_refused(change: dict[str, Any], match: str) -> None:
+    told = json.loads(to_json(line()))
+    told["clients"][0].update(change)
+
+    with pytest.raises(RunFolderError, match=match):
+        decode_audit(told, where="x", error=RunFolderError)
+
+
+def test_metrics_tell_losses_and_no_g() -> None:
+    results = {1: updates().check(reply(loss=[0.5, np.nan]), REQUEST)}
+    record = updates().combine(results, {1: 1.0}, round=6, lr=0.5, measures_only=False)
+
+    (client,) = updates().clients(record, results, line())
+
+    assert (client.client, client.loss, client.abs_g, client.steps) == (1, 0.5, None, 2)
+    assert client.signals.loss == (0.5, None)
+    assert client.signals.grad_ip == client.signals.abs_g == (None, None)
