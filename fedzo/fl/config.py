@@ -99,7 +99,7 @@ class StrategyConfig:
     startup_s: float = 300.0
     """How long the server waits for ``fl.num_clients`` clients to register."""
     max_abs_g: float = 1e6
-    """A reply with a larger |g| is refused."""
+    """A reply with a larger |g| is refused. A vector is refused if its norm over learning rate and steps is larger."""
     clip_factor: float = 0.0
     """Clients clip |g| to this multiple of the median |g| of the last rounds. 0 = off."""
     clip_rounds: int = 10

@@ -8,6 +8,8 @@ The memory of a forward-only step, in bytes (w = bytes of a weight):
     head         head_rows * vocabulary * (4 + w), the logits and their float32 copy, at most 256 MiB of the float32
     cache        keys and values of shared prompts: counted in ``tokens_per_batch`` when forwards are planned
     trained      what the space says (``Space.step_bytes``): masters, directions, scratch, marks
+    gradient     where a backward pass is taken: activations and attention of all layers at a time; all weights once
+                 more where they are trained; and 8 float32 vectors of the trained values
     rule         space_size * 4 * (num_moments + 10) in the machine's memory, if the server optimizer remembers any:
                  its numbers, and what a round's update holds beside them for a while (3 vectors of n, 10 with a drift)
 
@@ -29,6 +31,7 @@ from fedzo.models.load import LoadedModel
 
 _LOGITS_BYTES = 256 << 20
 _RULE_VECTORS = 10
+_GRADIENT_VECTORS = 8  # start, theta, gradient, change, the local optimizer's two moments and scratch
 _SEQUENCE_TOKENS = 512
 _SHARE = 0.9  # of what is available: allocators keep some
 
@@ -43,12 +46,18 @@ def rule_bytes(space_size: int, num_moments: int) -> int:
     return 4 * space_size * (num_moments + _RULE_VECTORS) if num_moments else 0
 
 
+def gradient_bytes(model: nn.Module, space_size: int, *, trains_base_weights: bool) -> int:
+    """Bytes that a step by backpropagation takes for gradients and the local optimizer."""
+    return 4 * _GRADIENT_VECTORS * space_size + (weights_bytes(model) if trains_base_weights else 0)
+
+
 def estimate_step_memory_bytes(
     model: nn.Module,
     *,
     batch_tokens: int,
     trained_bytes: int,
     head_rows: int = 0,
+    backward: bool = False,
 ) -> int:
     """Peak bytes of a step, weights included, by the formula above.
 
@@ -57,6 +66,7 @@ def estimate_step_memory_bytes(
         batch_tokens: Padded tokens of one forward.
         trained_bytes: What a step takes for the trained values (``Space.step_bytes``), and what is kept beside them.
         head_rows: Positions that pay for the whole LM head; 0 where candidates are single tokens.
+        backward: Whether activations are kept for a backward pass.
 
     Returns:
         Bytes.
@@ -66,6 +76,7 @@ def estimate_step_memory_bytes(
     activations = batch_tokens * width * (6 * _hidden(config) + 3 * _intermediate(config))
     if getattr(config, "_attn_implementation", None) == "eager":
         activations += 2 * 4 * _SEQUENCE_TOKENS * batch_tokens * int(config.num_attention_heads)
+    activations *= int(config.num_hidden_layers) if backward else 1
     logits = head_rows * int(getattr(config, "vocab_size", 0))
     head = min(4 * logits, _LOGITS_BYTES) * (4 + width) // 4
     return weights_bytes(model) + activations + head + trained_bytes

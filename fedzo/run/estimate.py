@@ -55,6 +55,7 @@ def estimate_run(
     local_steps: int,
     tokens_per_batch: int,
     num_moments: int,
+    gradient_bytes: int = 0,
 ) -> Estimate:
     """Estimate from one timed forward.
 
@@ -69,14 +70,16 @@ def estimate_run(
         local_steps: T.
         tokens_per_batch: Most tokens in one forward.
         num_moments: Numbers that the server optimizer remembers for each trained one.
+        gradient_bytes: What gradients take (``fedzo.models.memory``), in a run that computes them; 0 in others.
     """
     rows = steps * forwards_per_step * rows_per_step
     tokens = rows * _mean_tokens(train) + sum(times * len(part) * _mean_tokens(part) for times, part in scored)
     longest = max((_num_tokens(example) for example in train), default=0)
     memory = estimate_step_memory_bytes(
         loaded.model,
-        batch_tokens=min(tokens_per_batch, rows_per_step * longest),
-        trained_bytes=space.step_bytes(local_steps) + rule_bytes(space.size, num_moments),
+        batch_tokens=rows_per_step * longest if gradient_bytes else min(tokens_per_batch, rows_per_step * longest),
+        trained_bytes=space.step_bytes(local_steps) + rule_bytes(space.size, num_moments) + gradient_bytes,
+        backward=gradient_bytes > 0,
     )
     return Estimate(memory_bytes=memory, seconds=tokens * time_a_token(loaded))
 

@@ -19,6 +19,7 @@ from fedzo.fl.server.client_registry import ClientRegistry
 from fedzo.fl.server.rounds import Server, Sink
 from fedzo.fl.server.updates import ScalarUpdates, Updates
 from fedzo.fl.server.vectors import VectorUpdates
+from fedzo.models.memory import gradient_bytes
 from fedzo.records.metrics import (
     ClientSetup,
     Estimate,
@@ -228,7 +229,15 @@ class Federation:
             local_steps=config.step_policy.most_steps(config.fl),
             tokens_per_batch=at.tokens_per_batch,
             num_moments=len(at.replica.moments),
+            gradient_bytes=self._gradient_bytes(),
         )
+
+    def _gradient_bytes(self) -> int:
+        if self._config.estimator.traits.makes == "scalars":
+            return 0
+        trains_base_weights = self._config.trainer.traits.trains_base_weights
+        size = self._at.replica.space.size
+        return gradient_bytes(self._at.loaded.model, size, trains_base_weights=trains_base_weights)
 
     # --- end
 
