@@ -115,8 +115,11 @@ def _walks(config: RunConfig, chosen: str) -> Iterator[Problem]:
 
 
 def gradient_problems(config: RunConfig) -> Iterator[Problem]:
-    """What needs scalars along directions, where clients compute gradients and send vectors."""
-    if config.estimator.traits.makes != "gradient":
+    """What cannot be where clients compute gradients and send vectors."""
+    if config.estimator.traits.makes == "scalars":
+        if not isinstance(config.estimator, ZerothOrderConfig):
+            rule = "be configured by a class of ZerothOrderConfig, since it makes scalars"
+            yield problem("estimator", rule, type(config.estimator).__name__, "Mend the plugin.")
         return
     chosen = f"estimator={plugin_name('estimator', config.estimator)}"
     other = "or choose another estimator."

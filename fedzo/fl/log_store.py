@@ -140,7 +140,7 @@ class _Vectors:
         self._folder = folder
 
     def write(self, record: VectorRecord) -> None:
-        """Keep a round's vector on the disk; one that is there already is left alone."""
+        """Keep a round's vector; when this returns it is on the disk."""
         self._folder.mkdir(exist_ok=True)
         path = self._folder / record.digest
         part = path.with_suffix(".part")
@@ -149,6 +149,11 @@ class _Vectors:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
+        folder = os.open(self._folder, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the name, too
+        finally:
+            os.close(folder)
 
     def read(self, digest: str, *, round: int, size: int) -> Values:
         """A round's vector.

@@ -119,12 +119,15 @@ def test_the_gradient_is_autograd_s_of_the_loss_written_once_more(
     assert np.abs(g.numpy()).max() > 1e-3
 
 
-@pytest.mark.parametrize("trainer", ["lora", "ia3", "prefix", "prompt"])
+@pytest.mark.parametrize("trainer", ["lora", "ia3", "prefix", "prompt", "lora over packed weights"])
 def test_the_gradient_of_an_adapter_is_the_slope_of_the_loss(
     overrides: Overrides, tmp_path: Path, trainer: str
 ) -> None:
     """By central differences of the loss as rounds without backpropagation measure it, in float64."""
-    config = load(overrides(BACKPROP, f"trainer={trainer}", "model.max_length=64"))
+    packed = [] if trainer != "lora over packed weights" else ["model.quantization=torchao_int8"]
+    if packed:
+        pytest.importorskip("torchao")
+    config = load(overrides(BACKPROP, f"trainer={trainer.split()[0]}", "model.max_length=64", *packed))
     process, at = opened(config, tmp_path)
     space, rows = at.replica.space, process.client.data(1).train[:3]
     draw = np.random.default_rng(5)
@@ -263,6 +266,17 @@ def test_a_step_whose_loss_is_not_finite_is_not_taken_and_a_lost_run_says_so(
     assert caplog.text.count("no client had a finite loss") == 1
     digests = [line["check"] for line in lines(folder, "public.jsonl")]
     assert digests[0] == digests[1] == digests[2]
+
+
+def test_clients_that_stop_early_send_what_their_steps_made(run: Run, lines: Lines) -> None:
+    folder = run(BACKPROP, "fl.local_steps=3", "server_optimizer.lr=0.1", "step_policy=random", "fl.rounds=2")
+
+    taken = [[client["steps"] for client in line["clients"]] for line in lines(folder, "audit.jsonl")]
+    assert sorted(taken[0]) == [1, 3, 3, 3]
+    assert taken[0] == taken[1]
+    assert [[len(client["loss"]) for client in line["clients"]] for line in lines(folder, "audit.jsonl")] == taken
+    positions = [client["used"] for client in lines(folder, "audit.jsonl")[1]["clients"]]
+    assert positions == taken[0]
 
 
 # --- the log ----------------------------------------------------------------------------------------------------------

@@ -174,6 +174,7 @@ def test_the_command_prints_a_table_and_writes_json(
     [
         (["--out", "nowhere/bench.json"], "--out must lie in an existing folder"),
         (["--tokens", "513"], "--tokens must be at most 512"),
+        (["estimator=backprop"], "estimator must make scalars"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_measured(
