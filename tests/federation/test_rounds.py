@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -107,6 +107,8 @@ def test_k_clients_with_one_probe_equal_one_client_with_the_joint_batch(
     from fedzo.data.order import batch_rows
     from fedzo.models.scoring import mean_loss
     from fedzo.trainers import Workplace
+    from fedzo.zo.estimator import ZerothOrderConfig
+    from fedzo.zo.frozen_routing import build_estimator
 
     workplace = Workplace(folder=folder, seed=0, texts=list, advance=lambda done, total: None)
     peer = process.peer
@@ -117,7 +119,8 @@ def test_k_clients_with_one_probe_equal_one_client_with_the_joint_batch(
         picked = batch_rows(run_seed=0, client=client, used=0, batch_size=2, num_rows=len(train))
         joint += [train[row] for row in picked]
 
-    (projection,) = peer.estimator.estimate(
+    estimator = build_estimator(cast(ZerothOrderConfig, peer.config.estimator))
+    (projection,) = estimator.estimate(
         space,
         lambda: mean_loss(peer.loaded, joint, loss=peer.config.task.loss, tokens_per_batch=4096),
         [stream_key(0, round=0)],
