@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from fedzo.config.plugins import PLAIN, plugin_classes
-from fedzo.config.schema import RunConfig
+from fedzo.config.schema import LaunchConfig, RunSettings, SiteConfig
 
 PAGE = Path(__file__).parent / "ref-config.md"
 HEAD = """\
@@ -132,9 +132,12 @@ def group_page(name: str, base: type, options: dict[str, type]) -> list[str]:
 def page() -> str:
     """The whole page."""
     plugins = plugin_classes()
-    lines = [HEAD, "## The run", "", summary(RunConfig), "", *table(RunConfig, "")]
-    for field in dataclasses.fields(RunConfig):
-        cls = get_type_hints(RunConfig)[field.name]
+    lines = [HEAD, "## The run", "", summary(RunSettings), "", *table(RunSettings, "")]
+    lines += ["## The machine", "", summary(SiteConfig), "", *table(SiteConfig, "")]
+    of_run, of_site, of_launch = map(dataclasses.fields, (RunSettings, SiteConfig, LaunchConfig))
+    before = {field.name for field in (*of_run, *of_site)}
+    for field in (*of_run, *of_site, *(field for field in of_launch if field.name not in before)):
+        cls = get_type_hints(LaunchConfig)[field.name]
         if not dataclasses.is_dataclass(cls):
             continue
         name = field.name

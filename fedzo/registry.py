@@ -7,14 +7,14 @@ registers its parts.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from fedzo.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
-    from fedzo.config.schema import RunConfig
+    from fedzo.config.schema import RunSettings
 
 T = TypeVar("T")
 ENTRY_POINT_GROUP = "fedzo.plugins"
@@ -28,10 +28,7 @@ class PluginConfig:
     never a plugin's name.
     """
 
-    paths: ClassVar[Mapping[str, str]] = {}
-    """Keys that name a file of the machine, each with what to do where there is none."""
-
-    def problems(self, run: RunConfig) -> Iterator[Problem]:
+    def problems(self, run: RunSettings) -> Iterator[Problem]:
         """Broken rules on the keys that this very class adds, alone and beside the rest of the run.
 
         Each base class is asked for its own (``broken_rules``), so no class calls or replaces those of another.
@@ -39,7 +36,7 @@ class PluginConfig:
         return iter(())
 
 
-def broken_rules(config: PluginConfig, run: RunConfig) -> Iterator[Problem]:
+def broken_rules(config: PluginConfig, run: RunSettings) -> Iterator[Problem]:
     """The problems of a plugin's config by the rules of its class and of all base classes, these first."""
     for config_class in reversed(type(config).__mro__):
         if rules := vars(config_class).get("problems"):

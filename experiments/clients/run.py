@@ -94,7 +94,7 @@ def tree_bytes(pid: int) -> int:
 def one(runtime: str, clients: int, steps: int, folder: str) -> None:
     """One point, in this process."""
     import fedzo.fl.client.local_update as local_steps
-    from fedzo.commands.runs import start_run
+    from fedzo.commands.train import start_run
     from fedzo.config.load import load
     from fedzo.system import environment
 

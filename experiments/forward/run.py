@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from fedzo.bench.claims import Claims
-from fedzo.data.config import DataConfig, TaskConfig
+from fedzo.data.config import DataConfig, SplitConfig, TaskConfig
 from fedzo.data.encode import encode
 from fedzo.data.example import Example
 from fedzo.data.sources import load_splits
@@ -62,7 +62,7 @@ def measure_task(loaded: LoadedModel, name: str, candidates: list[str], claims: 
     task = TaskConfig(
         name="rotten_tomatoes", template="Review: {text}\nSentiment: The movie was", candidates=candidates
     )
-    splits = load_splits(DataConfig(num_test=ROWS, num_dev=0), task)
+    splits = load_splits(DataConfig(), SplitConfig(num_test=ROWS, num_dev=0), task)
     examples = encode(splits.test, task, tokenizer=loaded.tokenizer, max_length=512)
     apart = dataclasses.replace(loaded, shared_prompts=False, counter=type(loaded.counter)())
     long = any(len(candidate) > 1 for candidate in examples[0].candidates)

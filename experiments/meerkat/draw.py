@@ -158,7 +158,7 @@ def _masks(axes: Axes, results: Results, task: str) -> None:
     ways = {"1e-4": ("masks", "c4-1e-4"), "1e-3": ("core", ""), "1e-2": ("masks", "c4-1e-2")}
     ways |= {"C4": ("masks", "mask-c4-60"), "WikiText": ("masks", "wikitext2-60"), "task": ("masks", f"{task}-60")}
     for at, (piece, mask) in enumerate(ways.values()):
-        changed = {"trainer__mask_path": f"{mask}.safetensors"} if mask else {}
+        changed = {"inputs__artifact": f"{mask}.safetensors"} if mask else {}
         rows = best_rate(results.rows(piece, task, budget="T1", **changed))
         _with_interval(axes, at, [row["after"]["value"] for row in rows], BLUE)
     axes.axvline(2.5, color=MUTED, linewidth=0.8, linestyle=":")

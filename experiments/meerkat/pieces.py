@@ -45,7 +45,7 @@ PIECES: dict[str, list[Part]] = {
     "random_step_policy": [],  # for each run of VPCS one that stops as many clients, by lot
     "iid": [Part("meerkat", ["+budget=T1,T10", _SEEDS, *_IID])],
     "masks": [
-        Part("meerkat", ["+budget=T1", _SEEDS, f"trainer.mask_path={RUNS}/mask-{name}.safetensors"], rates)
+        Part("meerkat", ["+budget=T1", _SEEDS, f"inputs.artifact={RUNS}/mask-{name}.safetensors"], rates)
         for name, rates in (
             ("c4-1e-4", (1.0, 2.0, 4.0)),
             ("c4-1e-2", (0.25, 0.5, 1.0)),

@@ -83,7 +83,7 @@ def choose_mask(data: Path, name: str) -> None:
         sys.exit(f"--data must hold {corpus.file}, which the mask {name} is chosen on; it is not in {data}.")
     if path.parent.name in TASKS:
         path = documents_of(path, number=corpus.docs)
-    calibration = ["trainer.calibration=file", f"trainer.calibration_path={path}", "trainer.calibration_tokens=256"]
+    calibration = ["trainer.calibration=file", f"inputs.calibration={path}", "trainer.calibration_tokens=256"]
     size = [f"trainer.density={corpus.density}", f"trainer.calibration_docs={corpus.docs}"]
     fedzo("mask", "model=smollm2", "trainer=meerkat", *size, *calibration, "--out", str(RUNS / name))
 
@@ -124,7 +124,7 @@ def tune(cell: str) -> None:
     first = FIRST[cell.partition("-")[2]]
     rates = [first / LADDER, first, first * LADDER]
     while not is_tuned(cell):
-        fixed = ["+budget=T1", "seed=0", "data.num_test=0", "evaluation.federated_every_rounds=-1"]
+        fixed = ["+budget=T1", "seed=0", "split.num_test=0", "evaluation.federated_every_rounds=-1"]
         for words in combinations([*fixed, "trainer.lr=" + ",".join(f"{rate:.4g}" for rate in rates)]):
             run("tune", [f"+cell={cell}", *words])
         losses = tried(cell)

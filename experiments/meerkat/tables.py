@@ -33,7 +33,7 @@ from fedzo.bench.claims import Claims
 
 HERE = Path(__file__).parent
 COMMAND = "python experiments/meerkat/run.py --data DIR"
-SHOWN_KEYS = {"trainer.mask_path": "mask", "strategy.aggregation": "aggregation", "partition.alpha": "alpha"}
+SHOWN_KEYS = {"inputs.artifact": "mask", "strategy.aggregation": "aggregation", "partition.alpha": "alpha"}
 SELECTED_BY = (
     "step_policy.num_flagged",
     "step_policy.label_share",
@@ -248,7 +248,7 @@ def _worst(rows: Sequence[Row]) -> str:
 
 def _changed(piece: str, row: Row) -> str:
     changed = {key: value for key, value in row["changed"].items() if key not in SELECTED_BY}
-    changed = {key: Path(value).stem if key == "trainer.mask_path" else value for key, value in changed.items()}
+    changed = {key: Path(value).stem if key == "inputs.artifact" else value for key, value in changed.items()}
     shown = [f"{SHOWN_KEYS.get(key, key)}={value}" for key, value in sorted(changed.items())]
     title = {"long": "1,000 steps"}.get(piece, "")
     return ", ".join(filter(None, [title, *shown]))

@@ -182,9 +182,9 @@ def _of_the_paper(results: Results, task: str, measure: Measure) -> Iterable[Ver
     yield line("Meerkat is better off with T = 1 than with T = 10", meerkat["T1"], meerkat["T10"])
     claim = "T = 1: unlike clients do as well as clients with the same mix of labels"
     yield line(claim, meerkat["T1"], find("iid"), as_good)
-    sparse = find("masks", trainer__mask_path="c4-1e-4.safetensors")
+    sparse = find("masks", inputs__artifact="c4-1e-4.safetensors")
     yield line("T = 1: a density of 1e-4 does as well as 1e-3", sparse, meerkat["T1"], as_good)
-    wiki, c4 = (find("masks", trainer__mask_path=f"mask-{corpus}-60.safetensors") for corpus in ("wikitext2", "c4"))
+    wiki, c4 = (find("masks", inputs__artifact=f"mask-{corpus}-60.safetensors") for corpus in ("wikitext2", "c4"))
     yield line("T = 1: a mask of WikiText does as well as one of C4", wiki, c4, as_good)
     vpcs = find("step_policy", budget="T10", step_policy="vpcs")
     who = "T = 10: VPCS (by our tests of |g|) is ahead of"
@@ -208,7 +208,7 @@ def _our_own(results: Results, task: str, measure: Measure) -> Iterable[Verdict]
         yield line(f"T = 1: Meerkat is ahead of {METHODS[method]}", reached("meerkat", "T1"), reached(method, "T1"))
     yield line(f"T = 10: Meerkat is ahead of {METHODS['random']}", reached("meerkat", "T10"), reached("random", "T10"))
     masks = (f"mask-{corpus}-60.safetensors" for corpus in (task, "c4"))
-    own, c4 = (results.rows("masks", task, budget="T1", trainer__mask_path=mask) for mask in masks)
+    own, c4 = (results.rows("masks", task, budget="T1", inputs__artifact=mask) for mask in masks)
     yield line("T = 1: a mask of the task's own rows does as well as one of C4", own, c4, as_good)
     for method in ("full", "lora", "magnitude", "random"):
         claim = f"{METHODS[method]} is better off with T = 1 than with T = 10"

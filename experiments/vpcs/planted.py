@@ -63,7 +63,7 @@ def main() -> None:
 def run(data: Path, seed: int) -> Path:
     """One calibration round, in a process of its own; nothing is scored."""
     folder = Path("runs") / f"planted-seed{seed}"
-    settings = [f"seed={seed}", "task=sst2", "data=files", f"data.path={data}", "data.num_dev=0", "data.num_test=0"]
+    settings = [f"seed={seed}", "task=sst2", "data=files", f"data.path={data}", "split.num_dev=0", "split.num_test=0"]
     settings += ["partition=extreme", "partition.num_extreme=4", "partition.holdout=0", "trainer=meerkat"]
     settings += ["step_policy=vpcs", "fl.num_clients=12", "fl.rounds=1", "fl.local_steps=10", "fl.batch_size=8"]
     settings += [

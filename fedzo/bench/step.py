@@ -16,7 +16,7 @@ from fedzo.bench.baselines import first_order_step, mezo_walk_step
 from fedzo.bench.memory import measure_peak_bytes, resident_bytes
 from fedzo.bench.shapes import random_model
 from fedzo.bench.timing import interleaved
-from fedzo.config.schema import RunConfig
+from fedzo.config.schema import LaunchConfig
 from fedzo.data.config import Loss
 from fedzo.data.example import Example
 from fedzo.errors import ConfigError
@@ -129,7 +129,7 @@ class Bench:
         }
 
 
-def open_bench(config: RunConfig, *, shape: str | None, rows: int, tokens: int) -> Bench:
+def open_bench(config: LaunchConfig, *, shape: str | None, rows: int, tokens: int) -> Bench:
     """Load the model (or make one of a published ``shape``), build the trainer's space and the rows.
 
     A mask that would be chosen by gradients is drawn at random instead: a step costs the same.
@@ -147,18 +147,20 @@ def open_bench(config: RunConfig, *, shape: str | None, rows: int, tokens: int) 
         )
     set_up_process(config.threads, config.device)
     loaded = (
-        load_model(config.model, device=config.device)
+        load_model(config.model, device=config.device, max_length=config.task.max_length)
         if shape is None
         else random_model(shape, device=config.device, dtype=TORCH_DTYPES[config.model.dtype])
     )
     if shape is not None and config.model.compile:
-        loaded = compile_loaded(loaded, longest=config.model.max_length)
+        loaded = compile_loaded(loaded, longest=config.task.max_length)
     longest = getattr(loaded.model.config, "max_position_embeddings", None)
     if isinstance(longest, int) and tokens > longest:
         raise ConfigError(f"--tokens must be at most {longest} for {loaded.source!r}, got {tokens}. Lower it.")
-    trainer = TRAINERS.build(config.trainer.for_timing())
+    trainer = TRAINERS.build(config.trainer if config.inputs.artifact else config.trainer.for_timing())
     with tempfile.TemporaryDirectory() as folder:
-        workplace = Workplace(folder=Path(folder), seed=0, texts=list, advance=lambda done, total: None)
+        workplace = Workplace(
+            folder=Path(folder), seed=0, texts=list, advance=lambda done, total: None, inputs=config.inputs
+        )
         artifact = trainer.prepare(loaded, workplace).artifact
         built = trainer.build(loaded, artifact, distribution=estimator.distribution)
     vocabulary = len(loaded.tokenizer)
@@ -206,7 +208,7 @@ def bench_step(
     }
 
 
-def peak_bytes(config: RunConfig, name: str, *, shape: str | None, rows: int, tokens: int) -> int | None:
+def peak_bytes(config: LaunchConfig, name: str, *, shape: str | None, rows: int, tokens: int) -> int | None:
     """Most memory of one step of a contestant, weights included and what the process held before them left out.
 
     Call it in a fresh process: what earlier work left in the allocator would hide the peak.

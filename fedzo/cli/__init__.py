@@ -97,7 +97,7 @@ def make_parser() -> argparse.ArgumentParser:
     own = command(
         "mask", commands.mask, "choose the weights that trainer=meerkat trains, once for many runs", usage=usage
     )
-    own.add_argument("--out", metavar="FILE", required=True, help="safetensors file to write; use as trainer.mask_path")
+    own.add_argument("--out", metavar="FILE", required=True, help="safetensors file to write; use as inputs.artifact")
     own.add_argument("--config-dir", metavar="DIR", help="folder of your own YAML files")
     own.set_defaults(takes_overrides=True)
 

@@ -23,7 +23,7 @@ def train(arguments: Namespace) -> int:
 def resume(arguments: Namespace) -> int:
     """``fedzo resume``."""
     from fedzo.cli.train import log_to, show_result
-    from fedzo.commands.runs import resume_run
+    from fedzo.commands.train import resume_run
 
     folder = _folder(arguments.run)
     log_to(folder)
@@ -37,7 +37,7 @@ def replay(arguments: Namespace) -> int:
     if arguments.client is None:
         if arguments.round is not None or arguments.out is not None:
             raise ConfigError("--round and --out belong to --client. Add --client K.")
-        from fedzo.commands.runs import replay_run
+        from fedzo.commands.trained import replay_run
 
         _print_json(replay_run(_folder(arguments.run), rounds=arguments.rounds))
         return 0
@@ -53,7 +53,7 @@ def replay(arguments: Namespace) -> int:
 
 def evaluate(arguments: Namespace) -> int:
     """``fedzo evaluate``."""
-    from fedzo.commands.runs import evaluate_run
+    from fedzo.commands.trained import evaluate_run
 
     _print_json(evaluate_run(_folder(arguments.run), split=arguments.split))
     return 0
@@ -61,7 +61,7 @@ def evaluate(arguments: Namespace) -> int:
 
 def generate(arguments: Namespace) -> int:
     """``fedzo generate``."""
-    from fedzo.commands.runs import generate_run
+    from fedzo.commands.trained import generate_run
 
     for text in generate_run(_folder(arguments.run), arguments.prompts, max_new_tokens=arguments.max_new_tokens):
         print(text)
@@ -70,7 +70,7 @@ def generate(arguments: Namespace) -> int:
 
 def export(arguments: Namespace) -> int:
     """``fedzo export``."""
-    from fedzo.commands.runs import export_run
+    from fedzo.commands.trained import export_run
 
     print(export_run(_folder(arguments.run), Path(arguments.out), rounds=arguments.rounds))
     return 0
@@ -96,7 +96,7 @@ def mask(arguments: Namespace) -> int:
     from fedzo.config.overrides import with_config_dir
 
     config = load(with_config_dir(arguments.overrides, arguments.config_dir))
-    from fedzo.commands.runs import make_mask
+    from fedzo.commands.mask import make_mask
 
     _print_json(make_mask(config, Path(arguments.out)))
     return 0
@@ -130,7 +130,7 @@ def list_options(arguments: Namespace) -> int:
 
 def doctor(arguments: Namespace) -> int:
     """``fedzo doctor``; 1 when a check failed."""
-    from fedzo.commands.runs import doctor as run_checks
+    from fedzo.commands.doctor import doctor as run_checks
 
     checks = run_checks()
     for name, good, detail in checks:

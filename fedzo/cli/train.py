@@ -60,7 +60,7 @@ def train(arguments: Sequence[str]) -> None:
 
 def job(composed: DictConfig) -> None:
     """One run, in the folder that Hydra made for it; in a worker process for the joblib launcher."""
-    from fedzo.commands.runs import start_or_resume_run, start_run
+    from fedzo.commands.train import start_or_resume_run, start_run
 
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from fedzo.commands.runs import read_config, rebuild
+from fedzo.commands.run_folder import read_run, rebuild
 from fedzo.config.schema import RunConfig
 from fedzo.errors import ConfigError, ProtocolError, RunFolderError
 from fedzo.fl.config import directions_of
@@ -76,7 +76,7 @@ def replay_client(run_dir: Path, *, client: int, round: int, out: Path | None = 
         ProtocolError: The logs do not lead to the checksum that the client sent.
         RunFolderError: ``out`` cannot be written.
     """
-    config = read_config(run_dir)
+    config = read_run(run_dir)
     if config.estimator.traits.makes == "gradient":
         raise ConfigError(
             f"--client: the run must have clients that send scalars, but those of {run_dir} send vectors, of which the "

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from fedzo.config.paths import conf_dir
-from fedzo.config.schema import RunConfig
+from fedzo.config.schema import LaunchConfig
 from fedzo.config.store import register_schemas
 from fedzo.errors import ConfigError
 
@@ -69,7 +69,7 @@ def _refuse_stray_keys(node: DictConfig, prefix: str) -> None:
             _refuse_stray_keys(child, f"{prefix}{key}.")
 
 
-def to_config(composed: DictConfig) -> RunConfig:
+def to_config(composed: DictConfig) -> LaunchConfig:
     """The typed config of a composed one.
 
     Raises:
@@ -80,7 +80,7 @@ def to_config(composed: DictConfig) -> RunConfig:
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise ConfigError(f"{', '.join(missing)} must be given, got nothing. Write {missing[0]}=<value>.")
-    return cast(RunConfig, OmegaConf.to_object(composed))
+    return cast(LaunchConfig, OmegaConf.to_object(composed))
 
 
 def group_names(overrides: Sequence[str] = ()) -> list[str]:

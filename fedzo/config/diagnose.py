@@ -22,6 +22,13 @@ RENAMED = {
     "selection": "step_policy",
     "optimizer": "server_optimizer",
     "estimator.freeze_selection": "estimator.freeze_routing",
+    "model.max_length": "task.max_length",
+    "data.num_train": "split.num_train",
+    "data.num_dev": "split.num_dev",
+    "data.num_test": "split.num_test",
+    "data.split_seed": "split.seed",
+    "trainer.mask_path": "inputs.artifact",
+    "trainer.calibration_path": "inputs.calibration",
 }
 """Groups and keys of fedzo 0.1 and what they are called now."""
 

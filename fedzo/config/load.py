@@ -1,21 +1,23 @@
-"""From overrides to a checked ``RunConfig``. The only door: strict, and every problem in one message."""
+"""From overrides to a checked ``LaunchConfig``. The only door: strict, and every problem in one message."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from omegaconf import DictConfig
 
 from fedzo.config.compose import FAILURES, compose_run, option_names, session, to_config
 from fedzo.config.diagnose import diagnose, reason
 from fedzo.config.overrides import rewrite_model
-from fedzo.config.rules import missing_files, problems
-from fedzo.config.schema import RunConfig, filled
+from fedzo.config.rules import launch_problems, missing_files
+from fedzo.config.schema import LaunchConfig, filled
 from fedzo.errors import ConfigError, Problem
 
 
-def load(overrides: Sequence[str]) -> RunConfig:
+def load(overrides: Sequence[str]) -> LaunchConfig:
     """Compose, resolve and check one run.
 
     Args:
@@ -32,7 +34,7 @@ def load(overrides: Sequence[str]) -> RunConfig:
     return config
 
 
-def checked(composed: DictConfig) -> RunConfig:
+def checked(composed: DictConfig) -> LaunchConfig:
     """The typed config of what ``hydra.main`` composed, which may come from a sweeper that nobody checked before.
 
     Raises:
@@ -42,18 +44,31 @@ def checked(composed: DictConfig) -> RunConfig:
         config = to_config(composed)
     except FAILURES as error:
         raise ConfigError(reason(error)) from error
-    if found := problems(config) + missing_files(config):
+    config, found = _ruled(config)
+    if found:
         raise ConfigError(message([problem.text for problem in found]))
-    return filled(config)
+    return config
 
 
-def check(overrides: Sequence[str]) -> tuple[RunConfig | None, list[Problem]]:
+def check(overrides: Sequence[str]) -> tuple[LaunchConfig | None, list[Problem]]:
     """The config, ``None`` if it cannot be composed, and its problems; needs a ``session``."""
     try:
         config = to_config(compose_run(overrides))
     except FAILURES as error:
         return None, _all_problems(overrides, error)
-    return filled(config), problems(config) + missing_files(config)
+    return _ruled(config)
+
+
+def _ruled(config: LaunchConfig) -> tuple[LaunchConfig, list[Problem]]:
+    """The config with what was left to the trainer, and its broken rules."""
+    missing, unread = missing_files(config), []
+    if config.inputs.artifact is not None and not any(each.key == "inputs.artifact" for each in missing):
+        try:
+            recipe = config.trainer.recipe_of(Path(config.inputs.artifact).expanduser())
+            config = replace(config, trainer=recipe)
+        except ConfigError as error:
+            unread = [Problem("inputs.artifact", str(error))]
+    return filled(config), [*launch_problems(config), *missing, *unread]
 
 
 def _all_problems(overrides: Sequence[str], first: Exception) -> list[Problem]:
@@ -61,7 +76,7 @@ def _all_problems(overrides: Sequence[str], first: Exception) -> list[Problem]:
     kept, found = diagnose(overrides)
     try:
         config = to_config(compose_run(kept))
-        rest = problems(config) + missing_files(config)
+        rest = _ruled(config)[1]
     except FAILURES as error:
         rest = [Problem("", reason(error))]
     # What reads a setting that was refused just now would report the default in its place.

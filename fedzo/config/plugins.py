@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedzo.data.config import DataConfig, TaskConfig
 from fedzo.data.partition import PARTITIONERS
@@ -11,15 +10,12 @@ from fedzo.data.preprocess import STAGES
 from fedzo.fl.config import StrategyConfig
 from fedzo.fl.server.step_policy import STEP_POLICIES
 from fedzo.models.config import ModelConfig
-from fedzo.registry import PluginConfig, Registry, load_plugins
+from fedzo.registry import Registry, load_plugins
 from fedzo.report.config import ReportConfig
 from fedzo.runtime.config import RUNTIMES
 from fedzo.trainers import TRAINERS
 from fedzo.zo.estimator import ESTIMATORS
 from fedzo.zo.server_optimizer import SERVER_OPTIMIZERS
-
-if TYPE_CHECKING:
-    from fedzo.config.schema import RunConfig
 
 PLAIN: dict[str, type] = {
     "model": ModelConfig,
@@ -54,15 +50,6 @@ def list_classes() -> dict[str, dict[str, type]]:
     """Per group of which a run takes a list: option name -> config class, with installed third parties' plugins."""
     load_plugins()
     return {group: dict(registry) for group, registry in LISTS.items()}
-
-
-def chosen_plugins(config: RunConfig) -> Iterator[tuple[str, PluginConfig]]:
-    """The plugins of a run, each with the prefix of its keys (``trainer``, ``preprocess.identity``)."""
-    for group in REGISTRIES:
-        yield group, getattr(config, group)
-    for group in LISTS:
-        for name, plugin in getattr(config, group).items():
-            yield f"{group}.{name}", plugin
 
 
 def plugin_name(group: str, config: object) -> str | None:

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedzo.config import traits
-from fedzo.config.plugins import chosen_plugins, plugin_classes, plugin_name
-from fedzo.config.schema import RunConfig
-from fedzo.data.config import Loss, TaskConfig, TaskKind
+from fedzo.config.plugins import plugin_classes, plugin_name
+from fedzo.config.schema import LaunchConfig, RunConfig, RunSettings, SiteConfig
+from fedzo.data.config import Loss, SplitConfig, TaskConfig, TaskKind
 from fedzo.data.sources import EMBEDDED
 from fedzo.errors import Problem, at_least, positive, problem, unsigned_64
 from fedzo.fl.config import Aggregation, FaultsConfig, FlConfig, Seeds, Weighting
@@ -23,27 +23,33 @@ from fedzo.records.fields import MOST_OWNERS, MOST_ROUNDS, MOST_STEPS
 from fedzo.registry import broken_rules
 
 
-def problems(config: RunConfig) -> list[Problem]:
-    """Every broken rule that shows in the settings alone, on any machine."""
-    return [*site_problems(config), *run_problems(config)]
+def launch_problems(config: LaunchConfig) -> list[Problem]:
+    """Every broken rule that shows in a command line alone, on any machine."""
+    return [
+        *site_problems(config, config),
+        *run_problems(config),
+        *config.trainer.input_problems(config.inputs, config),
+        *broken_rules(config.runtime, config),
+        *traits.runtime_problems(config),
+    ]
 
 
-def site_problems(config: RunConfig) -> Iterator[Problem]:
-    """Broken rules on how one machine holds and runs the model."""
-    yield from _machine(config)
-    yield from _memory(config)
-    yield from traits.dtype_problems(config)
-    yield from traits.quantization_problems(config)
-    yield from traits.compile_problems(config)
+def site_problems(site: SiteConfig, run: RunSettings) -> Iterator[Problem]:
+    """Broken rules on how one machine takes part in a run."""
+    yield from _machine(site)
+    yield from _model(site, run)
+    yield from _rows(site, run)
+    yield from traits.dtype_problems(site, run)
+    yield from traits.quantization_problems(site, run)
+    yield from traits.compile_problems(site, run)
 
 
-def run_problems(config: RunConfig) -> Iterator[Problem]:
+def run_problems(config: RunSettings) -> Iterator[Problem]:
     """Broken rules on what all peers of a run agree on."""
     yield from _groups(config)
     yield from unsigned_64("seed", config.seed)
-    yield from _model(config)
     yield from _task(config)
-    yield from _data(config)
+    yield from _split(config.split)
     yield from broken_rules(config.partition, config)
     yield from traits.partition_problems(config)
     yield from broken_rules(config.trainer, config)
@@ -60,18 +66,19 @@ def run_problems(config: RunConfig) -> Iterator[Problem]:
     yield from traits.step_policy_problems(config)
     yield from _aggregation(config)
     yield from _evaluation(config)
-    yield from broken_rules(config.runtime, config)
+    if isinstance(config, RunConfig):
+        yield from _digests(config)
 
 
-def missing_files(config: RunConfig) -> list[Problem]:
-    """Files that the settings name and this machine does not have."""
+def missing_files(config: LaunchConfig) -> list[Problem]:
+    """Files that a command line names and this machine does not have."""
     own = config.partition.traits.own_rows and config.data.path is not None
     paths = own_paths(config.data.path or "", config.fl.num_clients) if own else [config.data.path]
     named = [("data.path", path, "Give the folder or file with the rows.") for path in paths]
     if config.model.name.startswith(("/", "./", "../", "~")):
         named.append(("model.name", config.model.name, "Give a model folder, or a hub name."))
-    for where, plugin in chosen_plugins(config):
-        named += [(f"{where}.{key}", getattr(plugin, key), remedy) for key, remedy in plugin.paths.items()]
+    named.append(("inputs.artifact", config.inputs.artifact, "Make a mask with `fedzo mask --out FILE`."))
+    named.append(("inputs.calibration", config.inputs.calibration, "Give the calibration text."))
     return [
         problem(key, "name something that exists", path, remedy)
         for key, path, remedy in named
@@ -88,44 +95,60 @@ def own_paths(path: str, num_clients: int) -> list[str]:
 # --- of the site
 
 
-def _machine(config: RunConfig) -> Iterator[Problem]:
+def _machine(config: SiteConfig) -> Iterator[Problem]:
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?|mps", config.device):
         yield problem(
             "device", "be auto, cpu, cuda, cuda:<index> or mps", config.device, "auto chooses the best device."
         )
     yield from at_least("threads", config.threads, 0, "0 means OMP_NUM_THREADS, or all CPUs.")
+    yield from at_least("artifact_max_bytes", config.artifact_max_bytes, 1, "2147483648 (2 GiB) is usual.")
 
 
-def _memory(config: RunConfig) -> Iterator[Problem]:
-    model = config.model
-    if model.tokens_per_batch < model.max_length:
-        yield problem(
-            "model.tokens_per_batch",
-            f"be >= model.max_length ({model.max_length}), so that one sequence fits",
-            model.tokens_per_batch,
-            "Raise it, or lower model.max_length.",
-        )
+def _model(site: SiteConfig, run: RunSettings) -> Iterator[Problem]:
+    model, longest = site.model, run.task.max_length
+    if not model.name.strip():
+        yield problem("model.name", "be a hub name or a local folder", model.name, "Write model=<name or folder>.")
+    if model.tokens_per_batch < longest:
+        rule = f"be >= task.max_length ({longest}), so that one sequence fits"
+        yield problem("model.tokens_per_batch", rule, model.tokens_per_batch, "Raise it, or lower task.max_length.")
+
+
+def _rows(site: SiteConfig, run: RunSettings) -> Iterator[Problem]:
+    if site.data.path is not None:
+        return
+    if run.partition.traits.own_rows:
+        remedy = "Write data.path=<file or folder>, in which {client} stands for the client's index."
+        yield problem("data.path", f"be given for partition={plugin_name('partition', run.partition)}", None, remedy)
+    elif run.task.name not in EMBEDDED:
+        rule = f"be given for the task {run.task.name!r} (only {', '.join(EMBEDDED)} is embedded)"
+        yield problem("data.path", rule, None, "Write data.path=<folder or file with the rows>.")
 
 
 # --- of the run
 
 
-def _groups(config: RunConfig) -> Iterator[Problem]:
+def _digests(config: RunConfig) -> Iterator[Problem]:
+    digests = {
+        "base.weights_digest": config.base.weights_digest,
+        "base.tokenizer_digest": config.base.tokenizer_digest,
+        "artifact": config.artifact,
+    }
+    for key, digest in digests.items():
+        if not re.fullmatch("[0-9a-f]{64}", digest):
+            yield problem(key, "be a SHA-256 of 64 hexadecimal digits", digest, "Only fedzo writes it.")
+
+
+def _groups(config: RunSettings) -> Iterator[Problem]:
     for group, options in plugin_classes().items():
+        if not hasattr(config, group):
+            continue  # of the launch alone
         chosen = getattr(config, group)
         if plugin_name(group, chosen) is None:
             names = ", ".join(sorted(options))
             yield problem(group, f"be one of {names}", type(chosen).__name__, f"Write {group}=<option>.")
 
 
-def _model(config: RunConfig) -> Iterator[Problem]:
-    model = config.model
-    if not model.name.strip():
-        yield problem("model.name", "be a hub name or a local folder", model.name, "Write model=<name or folder>.")
-    yield from at_least("model.max_length", model.max_length, 1, "It counts tokens.")
-
-
-def _task(config: RunConfig) -> Iterator[Problem]:
+def _task(config: RunSettings) -> Iterator[Problem]:
     task = config.task
     if not task.template:
         yield problem("task.template", "not be empty", task.template, "Choose a task=<option>, or write a template.")
@@ -140,6 +163,7 @@ def _task(config: RunConfig) -> Iterator[Problem]:
             yield problem(
                 "task.loss", f"be lm for task.kind={task.kind}, which has no candidates", "candidates", remedy
             )
+    yield from at_least("task.max_length", task.max_length, 1, "It counts tokens.")
     yield from at_least("task.max_new_tokens", task.max_new_tokens, 1, "It counts generated tokens.")
 
 
@@ -156,18 +180,14 @@ def _candidates(task: TaskConfig) -> Iterator[Problem]:
         )
 
 
-def _data(config: RunConfig) -> Iterator[Problem]:
-    data = config.data
-    if data.path is None and config.task.name not in EMBEDDED:
-        rule = f"be given for the task {config.task.name!r} (only {', '.join(EMBEDDED)} is embedded)"
-        yield problem("data.path", rule, None, "Write data.path=<folder or file with the rows>.")
-    yield from at_least("data.num_train", data.num_train, 0, "0 means all rows.")
-    yield from at_least("data.num_dev", data.num_dev, 0, "It counts rows.")
-    yield from at_least("data.num_test", data.num_test, 0, "It counts rows.")
-    yield from unsigned_64("data.split_seed", data.split_seed)
+def _split(split: SplitConfig) -> Iterator[Problem]:
+    yield from at_least("split.num_train", split.num_train, 0, "0 means all rows.")
+    yield from at_least("split.num_dev", split.num_dev, 0, "It counts rows.")
+    yield from at_least("split.num_test", split.num_test, 0, "It counts rows.")
+    yield from unsigned_64("split.seed", split.seed)
 
 
-def _fl(config: RunConfig) -> Iterator[Problem]:
+def _fl(config: RunSettings) -> Iterator[Problem]:
     fl = config.fl
     yield from at_least("fl.num_clients", fl.num_clients, 1, "A federation needs a client.")
     yield from at_least("fl.rounds", fl.rounds, 1, "A run needs a round.")
@@ -200,7 +220,7 @@ def _faults(faults: FaultsConfig, fl: FlConfig) -> Iterator[Problem]:
             yield problem("faults.absent", rule, entry, "Both count from 0.")
 
 
-def _strategy(config: RunConfig) -> Iterator[Problem]:
+def _strategy(config: RunSettings) -> Iterator[Problem]:
     strategy, num_clients = config.strategy, config.fl.num_clients
     if not 0 <= strategy.clients_per_round <= num_clients:
         rule = f"be between 0 (all) and fl.num_clients ({num_clients})"
@@ -223,7 +243,7 @@ def _strategy(config: RunConfig) -> Iterator[Problem]:
     yield from at_least("strategy.clip_rounds", strategy.clip_rounds, 1, "10 is usual.")
 
 
-def _aggregation(config: RunConfig) -> Iterator[Problem]:
+def _aggregation(config: RunSettings) -> Iterator[Problem]:
     strategy, asked = config.strategy, config.strategy.clients_per_round or config.fl.num_clients
     if not 0 <= strategy.trim_share < 0.5:
         yield problem("strategy.trim_share", "be >= 0 and < 0.5", strategy.trim_share, "It is cut off at both ends.")
@@ -246,7 +266,7 @@ def _aggregation(config: RunConfig) -> Iterator[Problem]:
         yield problem("strategy.clip_factor", rule, strategy.clip_factor, "Write strategy.clip_factor=0.")
 
 
-def _evaluation(config: RunConfig) -> Iterator[Problem]:
+def _evaluation(config: RunSettings) -> Iterator[Problem]:
     evaluation = config.evaluation
     yield from at_least("evaluation.every_rounds", evaluation.every_rounds, 0, "0 scores only at the end.")
     every = evaluation.federated_every_rounds

@@ -1,39 +1,38 @@
-"""The whole configuration of a run, assembled from its owners' dataclasses."""
+"""The three configurations, assembled from their owners' dataclasses.
+
+What all peers of a run agree on (``RunConfig``), what is one machine's own (``SiteConfig``), and what a command line
+gives: both, and how the run is started and shown (``LaunchConfig``).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import TypeVar
 
-from fedzo.data.config import DataConfig, TaskConfig
+from fedzo.data.config import DataConfig, SplitConfig, TaskConfig
 from fedzo.data.partition import PartitionConfig
 from fedzo.data.partition.by_label import DirichletEqualConfig
 from fedzo.data.preprocess.config import StageConfig
 from fedzo.fl.config import EvaluationConfig, FaultsConfig, FlConfig, StrategyConfig
 from fedzo.fl.server.step_policy.baselines import NoStepPolicyConfig
 from fedzo.fl.server.step_policy.plan import StepPolicyConfig
-from fedzo.models.config import ModelConfig
+from fedzo.models.config import BaseConfig, ModelConfig
 from fedzo.report.config import ReportConfig
 from fedzo.runtime.config import InlineConfig, RuntimeConfig
-from fedzo.trainers.base import TrainerConfig
+from fedzo.trainers.base import InputsConfig, TrainerConfig
 from fedzo.trainers.meerkat import MeerkatConfig
 from fedzo.zo.estimator import EstimatorConfig, TwoPointConfig, ZerothOrderConfig
 from fedzo.zo.server_optimizer import ServerOptimizerConfig, SgdConfig
 
 
-@dataclass(kw_only=True, slots=True)
-class RunConfig:
-    """One run. The site-local keys (device, threads, paths, runtime, report) do not enter its hash."""
+@dataclass(kw_only=True)
+class RunSettings:
+    """Everything that a user decides about the course of a run: no path, device or credential of a machine."""
 
     seed: int = 0
     """The run seed (unsigned 64 bit): directions, data order and client sampling follow from it."""
-    device: str = "auto"
-    """``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
-    threads: int = 0
-    """CPU threads of torch and Numba. 0 = OMP_NUM_THREADS, or else all CPUs. The number of threads changes the last
-    bits of losses."""
-    model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    split: SplitConfig = field(default_factory=SplitConfig)
     partition: PartitionConfig = field(default_factory=DirichletEqualConfig)
     trainer: TrainerConfig = field(default_factory=MeerkatConfig)
     preprocess: dict[str, StageConfig] = field(default_factory=dict)
@@ -44,11 +43,57 @@ class RunConfig:
     step_policy: StepPolicyConfig = field(default_factory=NoStepPolicyConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
+
+
+@dataclass(kw_only=True)
+class RunConfig(RunSettings):
+    """What all peers of a run agree on: the settings, the base model and the trainer's artifact by digest.
+
+    It travels, and its hash is in every message.
+    """
+
+    base: BaseConfig
+    artifact: str
+    """SHA-256 of what the space needs beside the model; ``trainer`` is its recipe."""
+
+
+@dataclass(kw_only=True)
+class SiteConfig:
+    """One machine's own: it never travels and enters no hash."""
+
+    device: str = "auto"
+    """``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
+    threads: int = 0
+    """CPU threads of torch and Numba. 0 = OMP_NUM_THREADS, or else all CPUs. The number of threads changes the last
+    bits of losses."""
+    artifact_max_bytes: int = 2 << 30
+    """Size of the largest artifact that a client of this machine takes from a server."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+@dataclass(kw_only=True)
+class LaunchConfig(RunSettings, SiteConfig):
+    """One command line: a run's settings, this machine, and how the run is started and shown."""
+
+    inputs: InputsConfig = field(default_factory=InputsConfig)
     runtime: RuntimeConfig = field(default_factory=InlineConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
 
+    def run(self, base: BaseConfig, artifact: str) -> RunConfig:
+        """What the peers agree on, now that the base and the artifact are known."""
+        settings = {each.name: getattr(self, each.name) for each in fields(RunSettings)}
+        return RunConfig(**settings, base=base, artifact=artifact)
 
-def filled(config: RunConfig) -> RunConfig:
+    def site(self) -> SiteConfig:
+        """This machine's part."""
+        return SiteConfig(**{each.name: getattr(self, each.name) for each in fields(SiteConfig)})
+
+
+Settings = TypeVar("Settings", bound=RunSettings)
+
+
+def filled(config: Settings) -> Settings:
     """The config with the numbers that were left to the trainer: ``server_optimizer.lr`` and ``estimator.eps``."""
     trainer, optimizer, estimator = config.trainer, config.server_optimizer, config.estimator
     if isinstance(estimator, ZerothOrderConfig):

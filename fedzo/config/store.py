@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from fedzo.config.paths import conf_dir
 from fedzo.config.plugins import PLAIN, REGISTRIES, list_classes, plugin_classes
-from fedzo.config.schema import RunConfig
+from fedzo.config.schema import LaunchConfig
 
 _MAX_FOLDER_CHARS = 80
 
@@ -19,7 +19,7 @@ def register_schemas() -> None:
     """Store ``schema`` (a whole run) and ``<option>_schema`` per group; safe to repeat."""
     store = ConfigStore.instance()
     # Plugin groups start at their base class: merging one plugin onto another would keep the first one's keys.
-    bases = RunConfig(**{group: registry.base() for group, registry in REGISTRIES.items()})
+    bases = LaunchConfig(**{group: registry.base() for group, registry in REGISTRIES.items()})
     store.store(name="schema", node=bases)
     for group, config_class in PLAIN.items():
         store.store(group=group, name=f"{group}_schema", node=config_class)

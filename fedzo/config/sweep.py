@@ -16,7 +16,7 @@ from fedzo.config.compose import FAILURES, compose_run, option_names, session
 from fedzo.config.diagnose import diagnose, parse_overrides, reason
 from fedzo.config.load import check, message
 from fedzo.config.overrides import quoted, rewrite_model
-from fedzo.config.schema import RunConfig
+from fedzo.config.schema import LaunchConfig
 from fedzo.errors import ConfigError, Problem
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class Sweep(NamedTuple):
     """Holds one folder a job."""
     overrides: list[str]
     """What to give to Hydra; the folder is fixed in it."""
-    configs: list[RunConfig]
+    configs: list[LaunchConfig]
     """One per job, in Hydra's order."""
 
 
@@ -82,7 +82,7 @@ def _split(parsed: list[Override]) -> list[list[str]]:
     return jobs
 
 
-def _check_jobs(jobs: Sequence[Sequence[str]], *, known: Sequence[Problem]) -> list[RunConfig]:
+def _check_jobs(jobs: Sequence[Sequence[str]], *, known: Sequence[Problem]) -> list[LaunchConfig]:
     checked = [check(job) for job in jobs]
     lines = [problem.text for problem in known]
     for text in dict.fromkeys(problem.text for _, found in checked for problem in found if problem not in known):

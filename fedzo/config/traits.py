@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fedzo.config.plugins import plugin_name
-from fedzo.config.schema import RunConfig
+from fedzo.config.schema import LaunchConfig, RunConfig, RunSettings, SiteConfig
 from fedzo.data.config import TaskKind
 from fedzo.errors import Problem, problem
 from fedzo.fl.config import Aggregation, Seeds, Weighting
@@ -15,14 +15,17 @@ from fedzo.zo.estimator import ZerothOrderConfig
 # --- of the site: how this machine holds and runs the model
 
 
-def compile_problems(config: RunConfig) -> Iterator[Problem]:
+def compile_problems(site: SiteConfig, config: RunSettings) -> Iterator[Problem]:
     """What a compiled forward cannot do."""
-    if not config.model.compile:
+    if not site.model.compile:
         return
     remedy = "Write model.compile=false"
     if reason := config.trainer.traits.cannot_compile:
         rule = f"be false for trainer={plugin_name('trainer', config.trainer)}: {reason}"
         yield problem("model.compile", rule, True, f"{remedy}, or train fewer values, as trainer=meerkat does.")
+    if config.estimator.traits.makes == "gradient":
+        chosen = f"estimator={plugin_name('estimator', config.estimator)}"
+        yield problem("model.compile", f"be false for {chosen}: only the forward pass is compiled", True, f"{remedy}.")
     if isinstance(config.estimator, ZerothOrderConfig) and config.estimator.freeze_routing:
         rule = (
             "be false with estimator.freeze_routing: the choices of one forward would lie in memory that the next "
@@ -31,9 +34,9 @@ def compile_problems(config: RunConfig) -> Iterator[Problem]:
         yield problem("model.compile", rule, True, f"{remedy}.")
 
 
-def quantization_problems(config: RunConfig) -> Iterator[Problem]:
+def quantization_problems(site: SiteConfig, config: RunSettings) -> Iterator[Problem]:
     """Whose weights may be packed."""
-    model = config.model
+    model = site.model
     if model.quantization is Quantization.none:
         return
     if config.trainer.traits.trains_base_weights:
@@ -44,18 +47,39 @@ def quantization_problems(config: RunConfig) -> Iterator[Problem]:
         yield problem("model.quantization", rule, model.quantization, "Name a folder of safetensors.")
 
 
-def dtype_problems(config: RunConfig) -> Iterator[Problem]:
+def dtype_problems(site: SiteConfig, config: RunSettings) -> Iterator[Problem]:
     """Where peers may choose the dtype for themselves."""
-    if config.model.dtype is DType.auto and not config.trainer.traits.float32_master:
-        name = plugin_name("trainer", config.trainer)
-        rule = f"be float32, bfloat16 or float16 for trainer={name}, whose trained values have this dtype on all peers"
+    dtype = site.model.dtype
+    if config.trainer.traits.float32_master:
+        return
+    trainer = f"trainer={plugin_name('trainer', config.trainer)}"
+    if dtype is DType.auto:
+        rule = f"be float32, bfloat16 or float16 for {trainer}, whose trained values have this dtype on all peers"
         yield problem("model.dtype", rule, "auto", "Write model.dtype=float32 if in doubt.")
+    elif isinstance(config, RunConfig) and dtype is not config.base.dtype:
+        rule = f"be {config.base.dtype} in this run of {trainer}, whose trained values have this dtype on all peers"
+        yield problem("model.dtype", rule, dtype, f"Write model.dtype={config.base.dtype}.")
+    if config.estimator.traits.makes == "gradient" and dtype is not DType.float32:
+        chosen = f"estimator={plugin_name('estimator', config.estimator)}"
+        rule = f"be float32 for {chosen} with {trainer}, which has no float32 values beside the model's weights"
+        yield problem("model.dtype", rule, dtype, "Write model.dtype=float32.")
+
+
+# --- of the launch: how the clients run
+
+
+def runtime_problems(config: LaunchConfig) -> Iterator[Problem]:
+    """What clients that share forwards cannot compute."""
+    if config.runtime.traits.joins_forwards and config.estimator.traits.makes == "gradient":
+        chosen = f"estimator={plugin_name('estimator', config.estimator)}"
+        rule = f"be false for {chosen}: the forwards of several clients would give one gradient"
+        yield problem("runtime.batch_clients", rule, True, "Write runtime=inline.")
 
 
 # --- of the run: what its parts are to each other
 
 
-def partition_problems(config: RunConfig) -> Iterator[Problem]:
+def partition_problems(config: RunSettings) -> Iterator[Problem]:
     """What rows must have to be dealt."""
     if config.partition.traits.by_label and config.task.kind is not TaskKind.candidates:
         rule = f"go by something else than labels for task.kind={config.task.kind}, which has none"
@@ -64,7 +88,7 @@ def partition_problems(config: RunConfig) -> Iterator[Problem]:
         yield from _own_rows(config, f"partition={plugin_name('partition', config.partition)}")
 
 
-def _own_rows(config: RunConfig, chosen: str) -> Iterator[Problem]:
+def _own_rows(config: RunSettings, chosen: str) -> Iterator[Problem]:
     """What a server without rows cannot do."""
     if config.step_policy.traits.needs_labels and not config.fl.label_counts:
         name = plugin_name("step_policy", config.step_policy)
@@ -75,7 +99,7 @@ def _own_rows(config: RunConfig, chosen: str) -> Iterator[Problem]:
         yield problem("evaluation.central", rule, True, "The clients score their held-out rows.")
 
 
-def server_optimizer_problems(config: RunConfig) -> Iterator[Problem]:
+def server_optimizer_problems(config: RunSettings) -> Iterator[Problem]:
     """What the memory of a server optimizer needs of the trained values, and its walks of the clients."""
     traits, name = config.server_optimizer.traits, plugin_name("server_optimizer", config.server_optimizer)
     if traits.keeps_moments and not config.trainer.traits.float32_master:
@@ -89,7 +113,7 @@ def server_optimizer_problems(config: RunConfig) -> Iterator[Problem]:
         yield from _walks(config, f"server_optimizer={name}")
 
 
-def _walks(config: RunConfig, chosen: str) -> Iterator[Problem]:
+def _walks(config: RunSettings, chosen: str) -> Iterator[Problem]:
     other = "or another server_optimizer."
     if config.fl.seeds is not Seeds.shared:
         rule = f"be shared for {chosen}, whose log keeps each client's own scalars along shared directions"
@@ -114,7 +138,7 @@ def _walks(config: RunConfig, chosen: str) -> Iterator[Problem]:
         yield problem("server_optimizer.weight_decay", rule, config.server_optimizer.weight_decay, remedy)
 
 
-def gradient_problems(config: RunConfig) -> Iterator[Problem]:
+def gradient_problems(config: RunSettings) -> Iterator[Problem]:
     """What cannot be where clients compute gradients and send vectors."""
     if config.estimator.traits.makes == "scalars":
         if not isinstance(config.estimator, ZerothOrderConfig):
@@ -140,19 +164,9 @@ def gradient_problems(config: RunConfig) -> Iterator[Problem]:
     if config.strategy.clip_factor != 0:
         rule = f"be 0 for {chosen}, which has no |g| to clip; strategy.max_abs_g bounds the norm of a vector"
         yield problem("strategy.clip_factor", rule, config.strategy.clip_factor, "Write strategy.clip_factor=0.")
-    if config.runtime.traits.joins_forwards:
-        rule = f"be false for {chosen}: the forwards of several clients would give one gradient"
-        yield problem("runtime.batch_clients", rule, True, "Write runtime=inline.")
-    if config.model.compile:
-        rule = f"be false for {chosen}: only the forward pass is compiled"
-        yield problem("model.compile", rule, True, "Write model.compile=false.")
-    if not config.trainer.traits.float32_master and config.model.dtype is not DType.float32:
-        name = plugin_name("trainer", config.trainer)
-        rule = f"be float32 for {chosen} with trainer={name}, which has no float32 values beside the model's weights"
-        yield problem("model.dtype", rule, config.model.dtype, "Write model.dtype=float32.")
 
 
-def step_policy_problems(config: RunConfig) -> Iterator[Problem]:
+def step_policy_problems(config: RunSettings) -> Iterator[Problem]:
     """What a step policy must be able to read off a round."""
     traits = config.step_policy.traits
     if traits.compares_abs_g and (reason := config.estimator.traits.incomparable_g):

@@ -1,4 +1,4 @@
-"""A config as text: one JSON string between peers, a YAML file in the run folder, a hash in every message.
+"""A config as text: one JSON string between peers, files in the run folder and on a site, a hash in every message.
 
 A plugin is named by its option (``"trainer": {"plugin": "meerkat", ...}``) and looked up in the table of installed
 plugins, so nothing in the text is imported, evaluated or interpolated.
@@ -10,38 +10,27 @@ import hashlib
 import json
 import math
 import types
-from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 
-from fedzo.config.plugins import chosen_plugins, list_classes, plugin_classes, plugin_name
-from fedzo.config.rules import problems
-from fedzo.config.schema import RunConfig, filled
+from fedzo.config.plugins import list_classes, plugin_classes, plugin_name
+from fedzo.config.rules import launch_problems, run_problems
+from fedzo.config.schema import LaunchConfig, RunConfig, RunSettings, SiteConfig, filled
 from fedzo.errors import ConfigError
 
-SITE_LOCAL = (
-    "device",
-    "threads",
-    "model.dtype",
-    "model.quantization",
-    "model.compile",
-    "runtime",
-    "report",
-    "data.path",
-)
-"""Keys that may differ between the peers of a run; so may the files that plugins name (``paths``), whose
-contents have digests of their own."""
+_TOP = "configuration"
 VERSION = 2
 """Of the text, and so of a run folder: another version has other keys and other records."""
-MACHINE = ("device", "threads", "runtime", "report")
+_MACHINE = ("device", "threads", "artifact_max_bytes", "runtime", "report")
 """Keys of where a run is computed and how it is told of."""
+Config = TypeVar("Config", RunConfig, LaunchConfig)
 
 
-def to_json(config: RunConfig) -> str:
+def to_json(config: RunConfig | SiteConfig | LaunchConfig) -> str:
     """The config as JSON text; ``from_json`` gives an equal config back.
 
     Raises:
@@ -53,7 +42,7 @@ def to_json(config: RunConfig) -> str:
         raise ConfigError(f"The configuration must hold finite numbers to travel: {error}.") from error
 
 
-def from_json(text: str) -> RunConfig:
+def from_json(text: str, config_class: type[Config]) -> Config:
     """The config of ``to_json``'s text, with every key there, known, of its type and within its rules.
 
     Files that it names need not exist here.
@@ -65,52 +54,87 @@ def from_json(text: str) -> RunConfig:
         plain = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"The configuration must be JSON as fedzo writes it, got: {error}.") from error
-    return _from_plain(plain)
+    version = plain.get("version") if isinstance(plain, dict) else None
+    if isinstance(plain, dict) and version != VERSION:
+        got = "none, as fedzo 0.1 wrote it" if version is None else f"{version!r:.40}"
+        raise ConfigError(
+            f"configuration must be of version {VERSION}, got {got}. A run folder is read by the fedzo that made it."
+        )
+    rest = {key: value for key, value in plain.items() if key != "version"} if isinstance(plain, dict) else plain
+    config = cast(Config, _decode_class(config_class, rest, _TOP))
+    found = launch_problems(config) if isinstance(config, LaunchConfig) else run_problems(config)
+    if texts := [problem.text for problem in found]:
+        raise ConfigError("; ".join(texts))
+    return filled(config)
 
 
-def save_yaml(config: RunConfig, path: Path) -> None:
+def load_site(path: Path) -> SiteConfig:
+    """A machine's own configuration from its YAML (or JSON) file; keys that are not there have their defaults.
+
+    ``~`` is the home folder, and paths that begin with a dot are relative to the file.
+
+    Raises:
+        ConfigError: The file cannot be read, or holds something else.
+    """
+    try:
+        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"site configuration {path}: it must be a readable YAML file. {reason}.") from error
+    given = {key: value for key, value in (plain or {}).items() if key != "version"} if _is_mapping(plain) else plain
+    try:
+        site = cast(SiteConfig, _decode_class(SiteConfig, given or {}, _TOP, partial=True))
+    except ConfigError as error:
+        raise ConfigError(f"site configuration {path}: {error}") from error
+    site.model.name = _located(site.model.name, path.parent)
+    if site.data.path is not None:
+        site.data.path = _located(site.data.path, path.parent)
+    return site
+
+
+def _located(name: str, folder: Path) -> str:
+    if name.startswith("."):
+        return str((folder / name).resolve())
+    return str(Path(name).expanduser()) if name.startswith("~") else name
+
+
+def _is_mapping(plain: object) -> bool:
+    return plain is None or isinstance(plain, dict)
+
+
+def save_yaml(config: LaunchConfig, path: Path) -> None:
     """Write the config for people; a run reads its JSON."""
     path.write_text(yaml.safe_dump(_to_plain(config), sort_keys=False, allow_unicode=False), encoding="utf-8")
 
 
 def config_hash(config: RunConfig) -> str:
-    """SHA-256 (hex) of what all peers of a run must agree on.
-
-    Of ``model.name`` only the last component counts, so that a site may hold the model in a folder; the weights have
-    a digest of their own.
-    """
-    files = [f"{where}.{key}" for where, plugin in chosen_plugins(config) for key in plugin.paths]
-    plain = _without(_to_plain(config), [*SITE_LOCAL, *files])
-    name = plain["model"]["name"].replace("\\", "/").rstrip("/")
-    plain["model"]["name"] = name.rpartition("/")[2]
-    canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    """SHA-256 (hex) of what all peers of a run must agree on: of all that travels."""
+    canonical = json.dumps(_to_plain(config), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def is_same_run(one: RunConfig, other: RunConfig) -> bool:
-    """Whether two configs mean the same run at one site: files, dtype and all, wherever it is computed and reported."""
-    return _without(_to_plain(one), MACHINE) == _without(_to_plain(other), MACHINE)
+def is_same_run(one: LaunchConfig, other: LaunchConfig) -> bool:
+    """Whether two command lines mean the same run: files, dtype and all, wherever it is computed and reported."""
+    plain = [_to_plain(config) for config in (one, other)]
+    first, second = ({key: value for key, value in each.items() if key not in _MACHINE} for each in plain)
+    return first == second
 
 
-def _without(plain: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    for key in keys:
-        *sections, leaf = key.split(".")
-        node = plain
-        for section in sections:
-            node = node[section]
-        node.pop(leaf, None)
-    return plain
-
-
-def _to_plain(config: RunConfig) -> dict[str, Any]:
-    plain = {"version": VERSION, **cast(dict[str, Any], _encode(filled(config)))}
+def _to_plain(config: RunConfig | SiteConfig | LaunchConfig) -> dict[str, Any]:
+    if isinstance(config, RunSettings):
+        config = filled(config)
+    plain = {"version": VERSION, **cast(dict[str, Any], _encode(config))}
     for group, options in plugin_classes().items():
+        if group not in plain:
+            continue
         plugin = getattr(config, group)
         name = plugin_name(group, plugin)
         if name is None:
             raise ConfigError(f"{group} must be one of {', '.join(sorted(options))}, got {type(plugin).__name__}.")
         plain[group] = {"plugin": name, **plain[group]}
     for group, options in list_classes().items():
+        if group not in plain:
+            continue
         chosen = getattr(config, group)
         if wrong := [name for name, each in chosen.items() if options.get(name) is not type(each)]:
             raise ConfigError(f"{group} must hold {', '.join(sorted(options))}, got {', '.join(wrong)}.")
@@ -130,41 +154,30 @@ def _encode(value: object) -> object:
     return value
 
 
-def _from_plain(plain: object) -> RunConfig:
-    version = plain.get("version") if isinstance(plain, dict) else None
-    if isinstance(plain, dict) and version != VERSION:
-        got = "none, as fedzo 0.1 wrote it" if version is None else f"{version!r:.40}"
-        raise ConfigError(
-            f"configuration must be of version {VERSION}, got {got}. A run folder is read by the fedzo that made it."
-        )
-    rest = {key: value for key, value in plain.items() if key != "version"} if isinstance(plain, dict) else plain
-    config = cast(RunConfig, _decode_class(RunConfig, rest, "configuration"))
-    if found := problems(config):
-        raise ConfigError("; ".join(problem.text for problem in found))
-    return filled(config)
-
-
-def _decode_class(config_class: type, plain: object, where: str) -> object:
+def _decode_class(config_class: type, plain: object, where: str, *, partial: bool = False) -> object:
     if not isinstance(plain, dict):
         _refuse(where, f"be a mapping for {config_class.__name__}", plain)
     hints = get_type_hints(config_class)
     names = [field.name for field in fields(config_class)]
     stray = sorted(str(key) for key in plain if key not in names)
     absent = [name for name in names if name not in plain]
-    if stray or absent:
+    if stray or (absent and not partial):
         got = f"unknown {stray}, missing {absent}. Do all peers have the same fedzo?"
         raise ConfigError(f"{where} must hold exactly the keys of {config_class.__name__}, got {got}")
-    groups = plugin_classes() if config_class is RunConfig else {}
-    lists = list_classes() if config_class is RunConfig else {}
+    top = where == _TOP
+    groups = plugin_classes() if top else {}
+    lists = list_classes() if top else {}
     values = {}
     for name in names:
-        path = name if config_class is RunConfig else f"{where}.{name}"
+        if name not in plain:
+            continue
+        path = name if top else f"{where}.{name}"
         if name in lists:
             values[name] = _decode_list(lists[name], plain[name], path)
         elif name in groups:
             values[name] = _decode_plugin(groups[name], plain[name], path)
         else:
-            values[name] = _decode(hints[name], plain[name], path)
+            values[name] = _decode(hints[name], plain[name], path, partial=partial)
     return config_class(**values)
 
 
@@ -189,7 +202,7 @@ def _decode_plugin(options: dict[str, type], plain: object, where: str) -> objec
     return _decode_class(options[name], rest, where)
 
 
-def _decode(hint: Any, plain: object, where: str) -> object:
+def _decode(hint: Any, plain: object, where: str, *, partial: bool = False) -> object:
     """``plain`` as the annotated type; only types that a config class may have."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
@@ -205,7 +218,7 @@ def _decode(hint: Any, plain: object, where: str) -> object:
         return plain
     if isinstance(hint, type):
         if is_dataclass(hint):
-            return _decode_class(hint, plain, where)
+            return _decode_class(hint, plain, where, partial=partial)
         if issubclass(hint, Enum) and plain in [member.value for member in hint]:
             return hint(plain)
         if hint is float and type(plain) in (int, float) and _is_finite(plain):

@@ -46,22 +46,30 @@ class TaskConfig:
     """Template of the reference answer (generation, instruction)."""
     prepare: str | None = None
     """A built-in row preparation (``alpaca``, ``boolq``, ``copa``, ``wsc``), for what a template cannot express."""
+    max_length: int = 512
+    """Longest sequence in tokens. A longer prompt loses its beginning."""
     max_new_tokens: int = 32
     """Longest generated answer in tokens."""
 
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
-    """Where the rows are and how many are used. Train, dev and test rows never overlap."""
+    """Where this machine's rows are."""
 
     path: str | None = None
     """A folder with ``train.*`` and optionally ``dev.*``/``validation.*`` and ``test.*`` (jsonl, json, csv, tsv,
     parquet), or one file; ``None`` is the embedded set of the task (Rotten Tomatoes)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SplitConfig:
+    """How many rows are used for what. Train, dev and test rows never overlap."""
+
     num_train: int = 0
     """Rows kept for training, 0 = all."""
     num_dev: int = 256
     """Rows for choosing the best round, 0 = none; without a dev file drawn from train (a quarter of it at most)."""
     num_test: int = 1024
     """Rows of the final score, 0 = none; without a test file drawn from train (a quarter of it at most)."""
-    split_seed: int = 0
+    seed: int = 0
     """Seed of the split; apart from the run seed, so that runs share their test rows."""

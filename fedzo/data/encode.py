@@ -74,8 +74,8 @@ def encode(rows: Sequence[Row], task: TaskConfig, *, tokenizer: Tokenizer, max_l
         head = _shortened(prompt[:cut], max_length - max(map(len, answers)), bos=bos)
         if not head:
             raise ConfigError(
-                f"row {number}: the longest candidate has {max(map(len, answers))} tokens and model.max_length is "
-                f"{max_length}, no room is left for the prompt. Raise model.max_length or shorten the candidates."
+                f"row {number}: the longest candidate has {max(map(len, answers))} tokens and task.max_length is "
+                f"{max_length}, no room is left for the prompt. Raise task.max_length or shorten the candidates."
             )
         examples.append(Example(head, answers, row.label, row.reference))
     return examples

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from fedzo.data.config import DataConfig, TaskConfig, TaskKind
+from fedzo.data.config import DataConfig, SplitConfig, TaskConfig, TaskKind
 from fedzo.data.files import Row
 from fedzo.data.partition import PartitionConfig, holdout, partition
 from fedzo.data.preprocess import Stage, preprocess
@@ -33,6 +33,7 @@ class SimulatedRows:
     """One set of rows, parted into train, dev and test, whose training rows are dealt to all clients of a run."""
 
     data: DataConfig
+    split: SplitConfig
     task: TaskConfig
     partition: PartitionConfig
     num_clients: int
@@ -41,7 +42,7 @@ class SimulatedRows:
     @cached_property
     def splits(self) -> Splits:
         """Train, dev and test rows."""
-        return load_splits(self.data, self.task)
+        return load_splits(self.data, self.split, self.task)
 
     @cached_property
     def parts(self) -> list[list[int]]:

@@ -1,6 +1,6 @@
 """Train, dev and test rows of a task: from the embedded set, from one file, or from a folder.
 
-Which rows are used depends on the files and ``data.split_seed`` only (positions ranked by Philox words): the same on
+Which rows are used depends on the files and ``split.seed`` only (positions ranked by Philox words): the same on
 every machine, and under every template that tells the same rows apart.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedzo.data.config import DataConfig, TaskConfig
+from fedzo.data.config import DataConfig, SplitConfig, TaskConfig
 from fedzo.data.embedded import rotten_tomatoes
 from fedzo.data.files import SUFFIXES, Located, Row, read_located, read_rows
 from fedzo.data.tasks import render
@@ -44,7 +44,7 @@ class _Item:
     prompt: str
 
 
-def load_splits(config: DataConfig, task: TaskConfig) -> Splits:
+def load_splits(data: DataConfig, split: SplitConfig, task: TaskConfig) -> Splits:
     """Read a task's rows, check each against the task, and set dev and test apart from train.
 
     A folder may hold ``train``, ``dev`` (or ``validation``, ``valid``, ``val``) and ``test`` files. A missing dev or
@@ -53,16 +53,15 @@ def load_splits(config: DataConfig, task: TaskConfig) -> Splits:
     their file.
 
     Args:
-        config: Where the rows are and how many are wanted; ``num_dev=0`` or ``num_test=0`` leaves that split empty.
+        data: Where the rows are.
+        split: How many are wanted; ``num_dev=0`` or ``num_test=0`` leaves that split empty.
         task: Its templates say which columns must be there.
 
     Raises:
         ConfigError: A file or column is missing, a line is malformed, a label is not among the candidates, a split is
             empty.
     """
-    files = {
-        name: _shuffled(rows, task, name=name, seed=config.split_seed) for name, rows in _read(config, task).items()
-    }
+    files = {name: _shuffled(rows, task, name=name, seed=split.seed) for name, rows in _read(data, task).items()}
     taken: set[str] = set()
 
     def take(name: str, wanted: int | None) -> list[Row]:
@@ -70,17 +69,17 @@ def load_splits(config: DataConfig, task: TaskConfig) -> Splits:
         if wanted and name not in files and wanted > len(items) // _DRAWN_PART:
             most = len(items) // _DRAWN_PART
             logger.warning(
-                "data.num_%s=%d: there is no %s file, %d rows are drawn from train", name, wanted, name, most
+                "split.num_%s=%d: there is no %s file, %d rows are drawn from train", name, wanted, name, most
             )
         chosen = [item for item in items if item.prompt not in taken][:most]
         if not chosen and wanted != 0:
-            raise ConfigError(_empty_split(name, config))
+            raise ConfigError(_empty_split(name, data))
         taken.update(item.prompt for item in chosen)
         return [item.row for item in sorted(chosen, key=lambda item: item.at)]
 
-    test = take("test", config.num_test)
-    dev = take("dev", config.num_dev)
-    return Splits(test=test, dev=dev, train=take("train", config.num_train or None))
+    test = take("test", split.num_test)
+    dev = take("dev", split.num_dev)
+    return Splits(test=test, dev=dev, train=take("train", split.num_train or None))
 
 
 def load_own(path: Path, task: TaskConfig) -> list[Row]:
@@ -159,5 +158,5 @@ def _prompt(where: str, row: Row, task: TaskConfig) -> str:
 def _empty_split(name: str, config: DataConfig) -> str:
     return (
         f"data: the {name} split is empty ({config.path or 'embedded'}); rows with the prompt of a test or dev row do "
-        "not count. Give more rows, a file of its own, or lower data.num_dev and data.num_test (0 = none)."
+        "not count. Give more rows, a file of its own, or lower split.num_dev and split.num_test (0 = none)."
     )

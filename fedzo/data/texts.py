@@ -14,7 +14,7 @@ def read_texts(path: Path) -> list[str]:
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except OSError as error:
-            raise ConfigError(f"trainer.calibration_path: cannot read {path} ({error.strerror}).") from error
+            raise ConfigError(f"inputs.calibration: cannot read {path} ({error.strerror}).") from error
         return [line for line in lines if line.strip()]
     rows = read_rows(path)
     if rows and "text" not in rows[0]:

@@ -30,6 +30,21 @@ class Quantization(StrEnum):
 
 
 @dataclass(kw_only=True, slots=True)
+class BaseConfig:
+    """The model that all peers of a run hold, by its digests; where it lies is each site's own."""
+
+    label: str
+    """What people call it: the last part of the name or folder that it was launched with."""
+    weights_digest: str
+    """SHA-256 of the weights, the same for every dtype and folder."""
+    tokenizer_digest: str
+    """SHA-256 of the tokenizer's behaviour."""
+    dtype: DType | None = None
+    """The dtype of the trained values, where these are the model's own weights; None where they have a float32 master,
+    so that each site may choose."""
+
+
+@dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """A causal language model that transformers can load."""
 
@@ -43,8 +58,6 @@ class ModelConfig:
     """Dtype of the weights in a forward; trained values have a float32 master, unless all weights are trained."""
     quantization: Quantization = Quantization.none
     """Packs the frozen weights under an adapter; a site's own choice, like the dtype. Install ``fedzo[quantized]``."""
-    max_length: int = 512
-    """Longest sequence in tokens. A longer prompt loses its beginning."""
     tokens_per_batch: int = 4096
     """Most tokens (padding included) in one forward; larger batches are split."""
     compile: bool = False

@@ -87,12 +87,13 @@ class LoadedModel:
                 parameter.copy_(weights[name])
 
 
-def load_model(config: ModelConfig, *, device: str = "auto") -> LoadedModel:
+def load_model(config: ModelConfig, *, device: str = "auto", max_length: int = 1) -> LoadedModel:
     """Load the model that ``config`` names: the embedded one, a local folder, or a hub name.
 
     Args:
         config: Which model, and in which dtype.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        max_length: Tokens of the longest text that it must take.
 
     Returns:
         The model in evaluation mode, without gradients or cache.
@@ -118,10 +119,8 @@ def load_model(config: ModelConfig, *, device: str = "auto") -> LoadedModel:
             f"It says: {reason}"
         ) from error
     longest = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(longest, int) and config.max_length > longest:
-        raise ConfigError(
-            f"model.max_length must be <= {longest} for {config.name!r}, got {config.max_length}. Lower it."
-        )
+    if isinstance(longest, int) and max_length > longest:
+        raise ConfigError(f"task.max_length must be <= {longest} for {config.name!r}, got {max_length}. Lower it.")
     if not packed:  # packed weights are where they belong already
         model.to(where)
     if source.gguf_file is None:
@@ -138,7 +137,7 @@ def load_model(config: ModelConfig, *, device: str = "auto") -> LoadedModel:
         if config.quantization is Quantization.none:
             raise
         raise _cannot_pack(config, where, error) from error
-    return compile_loaded(loaded, longest=config.max_length) if config.compile else loaded
+    return compile_loaded(loaded, longest=max_length) if config.compile else loaded
 
 
 def _cannot_pack(config: ModelConfig, device: torch.device, error: RuntimeError) -> ConfigError:

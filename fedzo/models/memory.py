@@ -137,7 +137,7 @@ def fit_tokens_per_batch(
         if tokens <= longest:
             raise ConfigError(
                 f"a step must fit in memory: one sequence of {longest} tokens needs {needed / 2**20:.0f} MiB beside "
-                f"the weights, available are {available_bytes / 2**20:.0f} MiB. Lower model.max_length, use a smaller "
+                f"the weights, available are {available_bytes / 2**20:.0f} MiB. Lower task.max_length, use a smaller "
                 "model.dtype or a masked trainer."
             )
         tokens //= 2

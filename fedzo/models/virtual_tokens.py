@@ -71,7 +71,7 @@ def longest_sequence(model: nn.Module, max_length: int) -> int:
     virtual = num_virtual_tokens(model)
     if virtual and isinstance(there, int) and max_length + virtual > there:
         raise ConfigError(
-            f"model.max_length must be <= {there - virtual}, since {virtual} of {there} positions are virtual tokens, "
+            f"task.max_length must be <= {there - virtual}, since {virtual} of {there} positions are virtual tokens, "
             f"got {max_length}. Lower it, or trainer.num_virtual_tokens."
         )
     return max_length + virtual

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fedzo.config.plugins import plugin_name
-from fedzo.config.schema import RunConfig
 from fedzo.data.tasks import num_labels
+from fedzo.errors import ConfigError
 from fedzo.fl.config import StrategyConfig
 from fedzo.fl.log_store import RunStore, best_round
 from fedzo.fl.server.client_registry import ClientRegistry
@@ -38,7 +38,7 @@ from fedzo.run.peer import TrialRows
 from fedzo.run.process import this_process
 from fedzo.run.scores import Scores
 from fedzo.run.server_context import ServerContext
-from fedzo.trainers import Prepared, Workplace
+from fedzo.trainers import Prepared
 from fedzo.trainers.artifacts import ARTIFACTS
 from fedzo.zo.estimator import ZerothOrderConfig
 
@@ -60,13 +60,13 @@ class Sinks:
             sink.close()
 
 
-def run_federation(grid: Any, config_json: str, run_dir: Path) -> None:
+def run_federation(grid: Any, run_json: str, run_dir: Path) -> None:
     """Run, or go on with, the federation of a configuration; everything it leaves is in ``run_dir``."""
-    context = this_process(config_json, artifacts=run_dir / ARTIFACTS).server
+    context = this_process(run_json, artifacts=run_dir / ARTIFACTS).server
     with ExitStack() as stack:
         store = stack.enter_context(RunStore(run_dir))
         Federation(grid, context, store, stack).run()
-    if context.peer.config.report.html:
+    if context.report.html:
         from fedzo.report.html import write_report
 
         write_report(run_dir)
@@ -86,15 +86,16 @@ class Federation:
             config.fl.rounds,
             completed=len(store.records),
             sent_bytes=(_total(store, "message_up_bytes"), _total(store, "message_down_bytes")),
-            enabled=config.report.progress,
+            enabled=context.report.progress,
         )
         sinks: list[Sink] = [self._progress]
-        if config.report.tensorboard:
+        if context.report.tensorboard:
             sinks.append(TensorBoardSink(store.folder, completed=len(store.records)))
         self._sinks = Sinks([store, *sinks])
         for sink in sinks:
             stack.callback(sink.close)
-        prepared = self._prepare()
+        if (prepared := context.prepared) is None:
+            raise ConfigError("run: its launcher must have prepared it, but nothing is prepared. Use `fedzo train`.")
         self._at = context.peer.workspace(prepared.artifact, trial_rows=self._trial_rows())
         self._scores = Scores(context, self._at, store, self._sinks, self._progress, self._elapsed)
         self._server = self._make_server(grid, prepared)
@@ -125,19 +126,6 @@ class Federation:
 
     # --- beginning
 
-    def _prepare(self) -> Prepared:
-        """What clients need beside the model, and the server's gradient."""
-        config, context = self._config, self._context
-        if context.simulation:
-            _ = context.simulation.parts  # rows that cannot be dealt are refused here, before a client fails for it
-        with self._progress.phase(f"preparing {plugin_name('trainer', config.trainer)}") as advance:
-            workplace = Workplace(
-                folder=self._store.folder, seed=config.seed, texts=context.training_prompts, advance=advance
-            )
-            prepared = context.peer.trainer.prepare(context.peer.loaded, workplace)
-        config.step_policy.check_start(config.fl, has_gradient=prepared.gradient is not None)
-        return prepared
-
     def _trial_rows(self) -> TrialRows | None:
         """Some rows of a simulation; a server without rows does not measure."""
         simulation, size = self._context.simulation, self._config.fl.batch_size
@@ -158,7 +146,7 @@ class Federation:
             artifact=prepared.artifact,
             run_seed=config.seed,
             fl=config.fl,
-            strategy=_strategy(config),
+            strategy=_strategy(context),
             server_optimizer=config.server_optimizer,
             updates=self._updates(prepared),
             step_policy=context.step_policy,
@@ -276,7 +264,7 @@ def _total(store: RunStore, name: str) -> int:
     return sum(getattr(record, name, 0) for record in store.metrics if isinstance(record, Round | FederatedScore))
 
 
-def _strategy(config: RunConfig) -> StrategyConfig:
+def _strategy(context: ServerContext) -> StrategyConfig:
     """Where one process plays all clients one after another, how long that takes is not theirs: no deadline."""
-    takes_turns = config.runtime.traits.takes_turns
-    return replace(config.strategy, deadline_s=math.inf) if takes_turns else config.strategy
+    strategy = context.peer.config.strategy
+    return replace(strategy, deadline_s=math.inf) if context.takes_turns else strategy

@@ -11,7 +11,7 @@ import numba
 import torch
 
 from fedzo.config.plugins import plugin_name
-from fedzo.config.schema import RunConfig
+from fedzo.config.schema import RunConfig, SiteConfig
 from fedzo.config.travel import config_hash
 from fedzo.data.encode import encode, task_digest
 from fedzo.data.example import Example
@@ -48,17 +48,24 @@ class Peer:
     """The model of one process, and the space on it. One a process, also where it plays server and clients.
 
     Attributes:
-        config: The run's configuration.
+        config: What all peers agree on.
+        site: This machine's own configuration.
         loaded: The model on this machine's device.
         built: The trainer's part on that model, once ``workspace`` has made it.
         undecided: Whether the dtype is still to be chosen, when the trainer's part is built.
     """
 
     config: RunConfig
+    site: SiteConfig
     loaded: LoadedModel
     built: Built | None = None
     undecided: bool = False
     _workspace: tuple[str, Workspace] | None = None
+
+    @classmethod
+    def of(cls, config: RunConfig, site: SiteConfig, loaded: LoadedModel) -> Peer:
+        """A peer with a model that is loaded already."""
+        return cls(config, site, loaded, undecided=site.model.dtype is DType.auto)
 
     @cached_property
     def trainer(self) -> Trainer:
@@ -85,7 +92,7 @@ class Peer:
 
     def encode(self, rows: list[Row]) -> list[Example]:
         """Rows as token ids."""
-        return encode(rows, self.config.task, tokenizer=self.loaded.tokenizer, max_length=self.config.model.max_length)
+        return encode(rows, self.config.task, tokenizer=self.loaded.tokenizer, max_length=self.config.task.max_length)
 
     def workspace(self, artifact: Artifact, *, trial_rows: TrialRows | None = None) -> Workspace:
         """The model with the space that an artifact describes; made once, also where server and clients ask for it.
@@ -123,8 +130,8 @@ class Peer:
             tokens_per_batch=fitting_tokens_per_batch(
                 self.loaded,
                 built.space,
-                wanted=config.model.tokens_per_batch,
-                longest=longest_sequence(self.loaded.model, config.model.max_length),
+                wanted=self.site.model.tokens_per_batch,
+                longest=longest_sequence(self.loaded.model, config.task.max_length),
                 local_steps=config.step_policy.most_steps(config.fl),
                 num_moments=rule.num_moments(num_clients),
             ),
@@ -142,16 +149,16 @@ class Peer:
         The trained values start from float32's in both, so peers agree however each of them decides.
         """
         config, estimator = self.config, build_estimator(settings)
-        loaded = load_model(replace(config.model, dtype=DType.bfloat16), device=config.device)
+        model = replace(self.site.model, dtype=DType.bfloat16)
+        loaded = load_model(model, device=self.site.device, max_length=config.task.max_length)
         narrow, base = self._build(loaded, artifact), wide.space.values()
         narrow.space.load(base)
         examples = self.encode(rows)
         keys = [stream_key(config.seed, round=0, probe=probe) for probe in range(NUM_DIRECTIONS)]
 
         def loss_fn_of(loaded: LoadedModel) -> LossFn:
-            return lambda: mean_loss(
-                loaded, examples, loss=config.task.loss, tokens_per_batch=config.model.tokens_per_batch
-            )
+            tokens = self.site.model.tokens_per_batch
+            return lambda: mean_loss(loaded, examples, loss=config.task.loss, tokens_per_batch=tokens)
 
         choice = choose_dtype(
             wide=try_out(wide.space, estimator, loss_fn_of(self.loaded), keys),
@@ -164,11 +171,10 @@ class Peer:
         return replace(narrow, reset=lambda: narrow.space.load(base))
 
 
-def open_peer(config: RunConfig) -> Peer:
-    """Set this process up for the run and load the model."""
-    set_up_process(config.threads, config.device)
-    loaded = load_model(config.model, device=config.device)
-    return Peer(config, loaded, undecided=config.model.dtype is DType.auto)
+def open_model(site: SiteConfig, max_length: int) -> LoadedModel:
+    """Set this process up as its site says and load the site's model, for texts of at most ``max_length`` tokens."""
+    set_up_process(site.threads, site.device)
+    return load_model(site.model, device=site.device, max_length=max_length)
 
 
 def set_up_process(threads: int, device: str) -> None:

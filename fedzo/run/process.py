@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import atexit
+import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from fedzo.config.schema import RunConfig
-from fedzo.config.travel import from_json
+from fedzo.config.rules import site_problems
+from fedzo.config.schema import RunConfig, RunSettings, SiteConfig
+from fedzo.config.travel import from_json, load_site, to_json
 from fedzo.data.rows import OwnRows, RowSource, SimulatedRows
+from fedzo.errors import ConfigError
+from fedzo.report.config import ReportConfig
 from fedzo.run.client_context import ClientContext
-from fedzo.run.peer import Peer, open_peer
+from fedzo.run.peer import Peer, open_model
 from fedzo.run.server_context import ServerContext
+from fedzo.trainers import Prepared
 from fedzo.trainers.artifacts import ArtifactStore
+
+SITE_ENV = "FEDZO_SITE"
+"""Environment variable with the path of a client site's own configuration (YAML)."""
 
 
 @dataclass
@@ -26,11 +34,17 @@ class Process:
         peer: The model.
         source: Where rows of clients come from.
         artifacts: Folder of artifacts that clients have or receive; None for one that ends with the process.
+        prepared: What the trainer prepared, where this process launched the run.
+        report: How it tells of a run that it serves.
+        takes_turns: Whether its clients work one after another.
     """
 
     peer: Peer
     source: RowSource
     artifacts: Path | None = None
+    prepared: Prepared | None = None
+    report: ReportConfig = field(default_factory=ReportConfig)
+    takes_turns: bool = False
 
     @cached_property
     def client(self) -> ClientContext:
@@ -39,35 +53,61 @@ class Process:
         if folder is None:
             folder = Path(tempfile.mkdtemp(prefix="fedzo-artifacts-"))
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        return ClientContext(self.peer, self.source, ArtifactStore(folder))
+        return ClientContext(self.peer, self.source, ArtifactStore(folder, self.peer.site.artifact_max_bytes))
 
     @cached_property
     def server(self) -> ServerContext:
         """For the server, if this process plays it. Clients' own rows are no business of it."""
-        return ServerContext(self.peer, self.source if isinstance(self.source, SimulatedRows) else None)
+        simulation = self.source if isinstance(self.source, SimulatedRows) else None
+        return ServerContext(self.peer, simulation, self.prepared, self.report, self.takes_turns)
 
 
-def open_process(config: RunConfig, *, artifacts: Path | None = None) -> Process:
-    """Load the model of a run; rows are read when they are first asked for."""
-    return Process(open_peer(config), row_source(config), artifacts)
+def open_process(run: RunConfig, site: SiteConfig, *, artifacts: Path | None = None) -> Process:
+    """Load this site's model for a run; rows are read when they are first asked for.
+
+    Raises:
+        ConfigError: The site cannot take part in this run, or its model cannot be loaded.
+    """
+    if texts := [problem.text for problem in site_problems(site, run)]:
+        raise ConfigError("; ".join(texts))
+    loaded = open_model(site, run.task.max_length)
+    return Process(Peer.of(run, site, loaded), row_source(run, site), artifacts)
 
 
-def row_source(config: RunConfig) -> RowSource:
+def row_source(run: RunSettings, site: SiteConfig) -> RowSource:
     """Where this machine's clients have their rows from."""
-    if config.partition.traits.own_rows:
-        return OwnRows(config.data.path or "", config.task)
-    return SimulatedRows(config.data, config.task, config.partition, config.fl.num_clients, config.seed)
+    if run.partition.traits.own_rows:
+        return OwnRows(site.data.path or "", run.task)
+    return SimulatedRows(site.data, run.split, run.task, run.partition, run.fl.num_clients, run.seed)
 
 
 _open: list[tuple[str, Process]] = []
 
 
-def this_process(config_json: str, *, artifacts: Path | None = None) -> Process:
-    """What this process holds of the run with this configuration; the run before it is let go."""
-    if not _open or _open[0][0] != config_json:
+def keep_process(process: Process) -> str:
+    """Let this process's apps find a run that is open already; returns what travels of it."""
+    forget_process()
+    text = to_json(process.peer.config)
+    _open.append((text, process))
+    return text
+
+
+def this_process(run_json: str, *, artifacts: Path | None = None) -> Process:
+    """What this process holds of the run; the run before it is let go.
+
+    A run that is not open is opened with the site's own file, whose path is in ``FEDZO_SITE``.
+    """
+    if not _open or _open[0][0] != run_json:
         _open.clear()  # let the old model go before a new one is loaded
-        _open.append((config_json, open_process(from_json(config_json), artifacts=artifacts)))
+        site = load_site(Path(_site_file()))
+        _open.append((run_json, open_process(from_json(run_json, RunConfig), site, artifacts=artifacts)))
     return _open[0][1]
+
+
+def _site_file() -> str:
+    if not (file := os.environ.get(SITE_ENV)):
+        raise ConfigError(f"{SITE_ENV} must name the file with this site's configuration, got nothing. Set it.")
+    return file
 
 
 def forget_process() -> None:

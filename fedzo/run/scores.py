@@ -56,7 +56,7 @@ class Scores:
         if not config.evaluation.central or self.find(split, rounds):
             return
         if not (examples := self.context.examples(split)):
-            return  # data.num_dev = 0, or data.num_test = 0
+            return  # split.num_dev = 0, or split.num_test = 0
         with self.progress.phase(f"scoring {split}", len(examples)) as advance:
             score = evaluate(
                 self.at.loaded,

@@ -12,9 +12,10 @@ from functools import cached_property
 
 from fedzo.data.example import Example
 from fedzo.data.rows import SimulatedRows, client_rows
-from fedzo.errors import ConfigError
 from fedzo.fl.server.step_policy import STEP_POLICIES, StepPolicy
+from fedzo.report.config import ReportConfig
 from fedzo.run.peer import Peer
+from fedzo.trainers import Prepared
 
 
 @dataclass
@@ -24,10 +25,16 @@ class ServerContext:
     Attributes:
         peer: The model and the space.
         simulation: All rows, where this is a simulation.
+        prepared: What the trainer prepared when the run was launched.
+        report: How the run is told of.
+        takes_turns: Whether the clients work one after another, so that no deadline applies.
     """
 
     peer: Peer
     simulation: SimulatedRows | None = None
+    prepared: Prepared | None = None
+    report: ReportConfig = field(default_factory=ReportConfig)
+    takes_turns: bool = False
     _encoded: dict[str, list[Example]] = field(default_factory=dict)
 
     @cached_property
@@ -47,19 +54,6 @@ class ServerContext:
             rows = getattr(self.simulation.splits, split) if self.simulation else []
             self._encoded[split] = self.peer.encode(rows)
         return self._encoded[split]
-
-    def training_prompts(self) -> list[str]:
-        """The prompts of all clients' training rows, for a trainer that is calibrated on them (a simulation only).
-
-        Raises:
-            ConfigError: The server has no training rows.
-        """
-        if self.simulation is None:
-            raise ConfigError(
-                "trainer.calibration=train: the server must have training rows, but they are the clients' own. "
-                "Calibrate on other text (trainer.calibration=file or imdb), or give a mask."
-            )
-        return self.simulation.prompts()
 
     @cached_property
     def label_counts(self) -> Mapping[int, Mapping[str, int]] | None:

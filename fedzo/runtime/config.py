@@ -13,7 +13,7 @@ from fedzo.registry import PluginConfig, Registry
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
 
-    from fedzo.config.schema import RunConfig
+    from fedzo.config.schema import RunSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +56,7 @@ class InlineConfig(RuntimeConfig):
     def traits(self) -> RuntimeTraits:
         return RuntimeTraits(takes_turns=True, joins_forwards=self.batch_clients)
 
-    def problems(self, run: RunConfig) -> Iterator[Problem]:
+    def problems(self, run: RunSettings) -> Iterator[Problem]:
         if self.batch_clients and run.fl.seeds is not Seeds.shared:
             remedy = "Clients with directions of their own cannot share a forward."
             yield problem("runtime.batch_clients", f"be false for fl.seeds={run.fl.seeds}", True, remedy)
@@ -82,7 +82,7 @@ class RayConfig(RuntimeConfig):
     num_actors: int = 2
     """Actors (processes) that share the clients."""
 
-    def problems(self, run: RunConfig) -> Iterator[Problem]:
+    def problems(self, run: RunSettings) -> Iterator[Problem]:
         yield from positive("runtime.num_cpus_per_client", self.num_cpus_per_client, "1 is usual.")
         yield from not_negative("runtime.num_gpus_per_client", self.num_gpus_per_client, "0 reserves no GPU.")
         yield from at_least("runtime.num_actors", self.num_actors, 1, "It counts processes.")
@@ -111,7 +111,7 @@ class LocalConfig(RuntimeConfig):
     step_limit_s: float = 3600.0
     """A client that works longer on one message (loading the model included) is stopped and started again."""
 
-    def problems(self, run: RunConfig) -> Iterator[Problem]:
+    def problems(self, run: RunSettings) -> Iterator[Problem]:
         yield from positive("runtime.startup_s", self.startup_s, "It counts seconds.")
         yield from positive("runtime.step_limit_s", self.step_limit_s, "It counts seconds.")
 

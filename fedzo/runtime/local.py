@@ -21,6 +21,7 @@ from flwr.serverapp import Grid, ServerApp
 
 import fedzo
 from fedzo.errors import ProtocolError
+from fedzo.run.apps import RUN_DIR_KEY
 from fedzo.runtime._flower import ENVIRONMENT, GuardedGrid, one_federation, quiet_flower
 from fedzo.runtime.config import LocalConfig
 from fedzo.runtime.net._flower_http import RunNotRunningException, RuntimeApi, TaskType, server_task
@@ -67,7 +68,8 @@ def run_local(
         secret_file = folder / "secret"
         secret_file.write_text(secrets.token_hex(32), encoding="ascii")  # in a folder that only this user can enter
         _start(processes, superlink, nodes, secret_file=secret_file, config=config, executor=executor)
-        _submit(processes, folder, superlink, run_config, timeout_s=config.startup_s)
+        travels = {key: value for key, value in run_config.items() if key != RUN_DIR_KEY}
+        _submit(processes, folder, superlink, travels, timeout_s=config.startup_s)
         with RuntimeApi(superlink, secret_file.read_bytes()).tasks(TaskType.SERVER_APP) as take:
             token = take()
         if token is None:

@@ -1,10 +1,20 @@
 """Trainer plugins: each is a space with the step sizes that suit it (``docs/how-to-add-a-trainer.md``)."""
 
 from fedzo.trainers import adapters, meerkat, mezo
-from fedzo.trainers.base import TRAINERS, Built, Prepared, Trainer, TrainerConfig, TrainerTraits, Workplace
+from fedzo.trainers.base import (
+    TRAINERS,
+    Built,
+    InputsConfig,
+    Prepared,
+    Trainer,
+    TrainerConfig,
+    TrainerTraits,
+    Workplace,
+)
 
 __all__ = [
     "TRAINERS",
+    "InputsConfig",
     "Trainer",
     "TrainerConfig",
     "TrainerTraits",

@@ -26,7 +26,7 @@ from fedzo.zo.spaces.dense import DenseSpace
 if TYPE_CHECKING:
     import peft
 
-    from fedzo.config.schema import RunConfig
+    from fedzo.config.schema import RunSettings
     from fedzo.models.load import LoadedModel
 
 Law = tuple[float, float]
@@ -92,7 +92,7 @@ class LoraTrainerConfig(AdapterConfig):
     target_modules: list[str] = field(default_factory=list)
     """Ends of the names of the linear layers to adapt; empty: the query and value projections of the attention."""
 
-    def problems(self, run: RunConfig) -> Iterator[Problem]:
+    def problems(self, run: RunSettings) -> Iterator[Problem]:
         yield from at_least("trainer.rank", self.rank, 1, "8 is usual.")
         yield from at_least("trainer.alpha", self.alpha, 1, "Twice the rank is usual.")
 
@@ -173,7 +173,7 @@ class VirtualTokensConfig(AdapterConfig):
     init_std: float = 0.02
     """Standard deviation of the initial values."""
 
-    def problems(self, run: RunConfig) -> Iterator[Problem]:
+    def problems(self, run: RunSettings) -> Iterator[Problem]:
         yield from at_least("trainer.num_virtual_tokens", self.num_virtual_tokens, 1, "5 is usual.")
         yield from not_negative("trainer.init_std", self.init_std, "0.02 is usual.")
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from fedzo.errors import Problem, not_negative, positive
+from fedzo.errors import Problem, not_negative, positive, problem
 from fedzo.registry import PluginConfig, Registry
 from fedzo.trainers.artifacts import ARTIFACTS, EMPTY, Artifact, ArtifactStore
 
 if TYPE_CHECKING:
     import torch
 
-    from fedzo.config.schema import RunConfig
+    from fedzo.config.schema import RunSettings
     from fedzo.models.load import LoadedModel
     from fedzo.zo.config import Distribution
     from fedzo.zo.spaces.base import Space
@@ -39,6 +39,18 @@ class TrainerTraits:
 
 
 @dataclass(kw_only=True, slots=True)
+class InputsConfig:
+    """Files that a launch gives to its trainer. Only what the trainer makes of them travels."""
+
+    artifact: str | None = None
+    """What the trainer would else make when the run starts, made before: for ``trainer=meerkat`` a mask of
+    ``fedzo mask``."""
+    calibration: str | None = None
+    """Text without labels to prepare the trainer on (``trainer.calibration=file``): a text file, one document a line,
+    or a table with a ``text`` column."""
+
+
+@dataclass(kw_only=True, slots=True)
 class TrainerConfig(PluginConfig):
     """Which numbers are trained, and the step sizes that suit them."""
 
@@ -52,9 +64,23 @@ class TrainerConfig(PluginConfig):
         """What other parts of a run must know of this trainer."""
         return TrainerTraits()
 
-    def problems(self, run: RunConfig) -> Iterator[Problem]:
+    def problems(self, run: RunSettings) -> Iterator[Problem]:
         yield from not_negative("trainer.lr", self.lr, "0 trains nothing.")
         yield from positive("trainer.eps", self.eps, "1e-3 is usual.")
+
+    def input_problems(self, inputs: InputsConfig, run: RunSettings) -> Iterator[Problem]:
+        """Broken rules on the files that a launch gives. A trainer that takes some replaces this."""
+        for each in fields(inputs):
+            if (path := getattr(inputs, each.name)) is not None:
+                yield problem(f"inputs.{each.name}", "be null for this trainer, which takes no such file", path, "")
+
+    def recipe_of(self, artifact: Path) -> TrainerConfig:
+        """This config as it would be if the given artifact had been made by it, for the peers to know.
+
+        Raises:
+            ConfigError: The file is no artifact of this trainer.
+        """
+        return self
 
     def for_timing(self) -> TrainerConfig:
         """The trainer for whoever only times its steps: where it learns from data what to train, it draws lots."""
@@ -74,12 +100,14 @@ class Workplace:
         seed: The run seed.
         texts: Gives the unlabelled calibration documents.
         advance: Progress of long work.
+        inputs: Files that the user gave.
     """
 
     folder: Path
     seed: int
     texts: Callable[[], list[str]]
     advance: Advance
+    inputs: InputsConfig = field(default_factory=InputsConfig)
 
     @property
     def artifacts(self) -> ArtifactStore:

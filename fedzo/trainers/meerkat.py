@@ -8,29 +8,29 @@ the paper uses C4. The signed mean gradient is kept beside the mask at the serve
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import fedzo
 from fedzo.data.embedded import imdb_texts
 from fedzo.data.texts import read_texts
-from fedzo.errors import Problem, at_least, problem
+from fedzo.errors import ConfigError, Problem, at_least, problem
 from fedzo.masks.calibration import windows_from_texts
 from fedzo.masks.mask import Mask, check_fits
 from fedzo.masks.mask_file import encode_mask, load_mask, save_mask
 from fedzo.masks.select import select_mask
 from fedzo.trainers.artifacts import Artifact
-from fedzo.trainers.base import TRAINERS, Built, Prepared, TrainerConfig, TrainerTraits, Workplace
+from fedzo.trainers.base import TRAINERS, Built, InputsConfig, Prepared, TrainerConfig, TrainerTraits, Workplace
 from fedzo.zo.config import Distribution
 from fedzo.zo.spaces.masked import MaskedSpace
 
 if TYPE_CHECKING:
-    from fedzo.config.schema import RunConfig
+    from fedzo.config.schema import RunSettings
     from fedzo.models.load import LoadedModel
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class Calibration(StrEnum):
     train = "train"
     """The task's own training prompts."""
     file = "file"
-    """The file ``calibration_path``: a text file (one document a line) or a table with a ``text`` column."""
+    """The file ``inputs.calibration``."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -77,40 +77,62 @@ class MeerkatConfig(TrainerConfig):
     """Share of the eligible weights that is trained."""
     selector: Selector = Selector.sensitivity
     granularity: Granularity = Granularity.per_tensor
-    mask_path: str | None = None
-    """A mask made by ``fedzo mask``; without it the mask is computed when the run starts."""
     calibration: Calibration = Calibration.imdb
-    calibration_path: str | None = None
-    """The text of ``calibration=file``."""
     calibration_docs: int = 16
     """Number of calibration documents (100 x 512 tokens of C4 in SensZOQ's tool)."""
     calibration_tokens: int = 128
     """Length of each document's window in tokens."""
 
-    paths: ClassVar[Mapping[str, str]] = {
-        "mask_path": "Make one with `fedzo mask --out FILE`.",
-        "calibration_path": "Give the calibration text.",
-    }
-
     @property
     def traits(self) -> TrainerTraits:
-        # of a given mask it shows when it is read
-        return TrainerTraits(gradient=self.selector is Selector.sensitivity or self.mask_path is not None)
+        return TrainerTraits(gradient=self.selector is Selector.sensitivity)
 
-    def problems(self, run: RunConfig) -> Iterator[Problem]:
+    def problems(self, run: RunSettings) -> Iterator[Problem]:
         if not 0 < self.density <= 1:
             yield problem("trainer.density", "be > 0 and <= 1", self.density, "0.001 trains one weight in a thousand.")
         yield from at_least("trainer.calibration_docs", self.calibration_docs, 1, "It counts documents.")
         yield from at_least("trainer.calibration_tokens", self.calibration_tokens, 1, "Number of tokens of a document.")
-        if self.calibration is Calibration.file and self.calibration_path is None:
-            remedy = "Write trainer.calibration_path=<text file>, or choose another trainer.calibration."
-            yield problem("trainer.calibration_path", "be given for trainer.calibration=file", None, remedy)
-        if self.calibration is Calibration.train and self.mask_path is None and run.partition.traits.own_rows:
+
+    def input_problems(self, inputs: InputsConfig, run: RunSettings) -> Iterator[Problem]:
+        if inputs.artifact is not None:
+            return
+        if self.calibration is Calibration.file and inputs.calibration is None:
+            remedy = "Write inputs.calibration=<text file>, or choose another trainer.calibration."
+            yield problem("inputs.calibration", "be given for trainer.calibration=file", None, remedy)
+        if self.calibration is Calibration.train and run.partition.traits.own_rows:
             rule = "be imdb or file for partition=own, where the server has no training rows"
-            yield problem("trainer.calibration", rule, "train", "Choose another text, or give trainer.mask_path.")
+            yield problem("trainer.calibration", rule, "train", "Choose another text, or give inputs.artifact.")
+
+    def recipe_of(self, artifact: Path) -> MeerkatConfig:
+        """As the mask's manifest tells; what it does not tell stays as it is.
+
+        Raises:
+            ConfigError: The file is no mask, or a setting is neither the mask's nor the default.
+        """
+        manifest = load_mask(artifact).manifest
+        told: dict[str, Any] = {key: read(manifest[key]) for key, read in _RECIPE.items() if key in manifest}
+        default = MeerkatConfig()
+        for key, value in told.items():
+            own = getattr(self, key)
+            if own not in (value, getattr(default, key)):
+                raise ConfigError(
+                    f"trainer.{key} must be {value} as for the mask {artifact}, got {own}. Leave it out, or give "
+                    "another mask."
+                )
+        return replace(self, **told)
 
     def for_timing(self) -> MeerkatConfig:
-        return self if self.mask_path else replace(self, selector=Selector.random)
+        return replace(self, selector=Selector.random)
+
+
+_RECIPE: Mapping[str, Callable[[str], object]] = {
+    "density": float,
+    "selector": Selector,
+    "granularity": Granularity,
+    "calibration": Calibration,
+    "calibration_docs": int,
+}
+"""What a mask's manifest tells of the settings that it was made with."""
 
 
 @TRAINERS.register("meerkat", MeerkatConfig)
@@ -121,12 +143,12 @@ class Meerkat:
     config: MeerkatConfig
 
     def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
-        """The mask's indices and its gradient: from the run folder, from ``trainer.mask_path``, or chosen now."""
+        """The mask's indices and its gradient: from the run folder, from ``inputs.artifact``, or chosen now."""
         kept = workplace.folder / MASK_FILE
         if kept.exists():
             mask = load_mask(kept)
         else:
-            given = self.config.mask_path
+            given = workplace.inputs.artifact
             mask = load_mask(Path(given)) if given else choose_mask(self.config, loaded, workplace)
             check_fits(mask, loaded.model)
             if (base := mask.manifest.get("base_digest")) not in (None, loaded.base_digest):
@@ -182,4 +204,4 @@ def _texts(config: MeerkatConfig, workplace: Workplace) -> list[str]:
         return imdb_texts()
     if config.calibration is Calibration.train:
         return workplace.texts()
-    return read_texts(Path(config.calibration_path or ""))
+    return read_texts(Path(workplace.inputs.calibration or ""))

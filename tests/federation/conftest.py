@@ -71,7 +71,7 @@ def overrides(tiny_model_dir: Path, data_dir: Path) -> Callable[..., list[str]]:
 @pytest.fixture
 def run(tmp_path: Path, overrides: Callable[..., list[str]]) -> Callable[..., Path]:
     """Run a federation and return its folder."""
-    from fedzo.commands.runs import start_run
+    from fedzo.commands.train import start_run
     from fedzo.config.load import load
 
     count = iter(range(100))

@@ -11,14 +11,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fedzo.commands.runs import evaluate_run, export_run, generate_run, rebuild, replay_run, resume_run, start_run
+from fedzo.commands.run_folder import rebuild
+from fedzo.commands.train import resume_run, start_run
+from fedzo.commands.trained import evaluate_run, export_run, generate_run, replay_run
 from fedzo.config.load import load
 from fedzo.fl.server.rounds import Server
 
 Run = Callable[..., Path]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
 TRAINERS = ["lora", "ia3", "prefix", "prompt"]
-ROOM = "model.max_length=256"  # the tiny model has 512 positions, of which virtual tokens take some
+ROOM = "task.max_length=256"  # the tiny model has 512 positions, of which virtual tokens take some
 IDS = torch.arange(24).reshape(2, 12)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # by PEFT, of transformers

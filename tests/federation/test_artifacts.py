@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedzo.commands.runs import resume_run
+from fedzo.commands.train import resume_run
 from fedzo.fl.client.worker import ClientWorker
 from fedzo.fl.messages import ArtifactPiece, ArtifactReply
 from fedzo.run import apps
@@ -42,7 +42,8 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     def worker(context: Any) -> ClientWorker:
         config_json = str(context.run_config["config"])
         if config_json not in opened:
-            opened[config_json] = open_process(this_process(config_json).peer.config).client
+            peer = this_process(config_json).peer
+            opened[config_json] = open_process(peer.config, peer.site).client
             folders.append(opened[config_json].artifacts.folder)
         return opened[config_json].worker
 

@@ -15,7 +15,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from fedzo.commands.client_path import replay_client
-from fedzo.commands.runs import evaluate_run, export_run, rebuild, replay_run, resume_run, start_run
+from fedzo.commands.run_folder import rebuild
+from fedzo.commands.train import resume_run, start_run
+from fedzo.commands.trained import evaluate_run, export_run, replay_run
 from fedzo.config.load import load
 from fedzo.data.config import Loss
 from fedzo.data.example import Example
@@ -26,7 +28,8 @@ from fedzo.fl.server.rounds import Server
 from fedzo.masks.mask_file import load_mask
 from fedzo.models.scoring import graph_loss, mean_loss
 from fedzo.records.log import VectorLine
-from fedzo.run.process import Process, open_process
+from fedzo.run.process import Process
+from fedzo.run.start import open_run
 from fedzo.trainers import Workplace
 
 Overrides = Callable[..., list[str]]
@@ -68,8 +71,8 @@ def batch_loss(model: nn.Module, examples: Sequence[Example], *, loss: Loss) -> 
 
 def opened(config: Any, folder: Path) -> tuple[Process, Workspace]:
     """A process and its model with the run's space on it."""
-    process = open_process(config)
-    texts = process.server.training_prompts
+    process = open_run(config, folder)
+    texts = list
     workplace = Workplace(folder=folder, seed=config.seed, texts=texts, advance=lambda done, total: None)
     return process, process.peer.workspace(process.peer.trainer.prepare(process.peer.loaded, workplace).artifact)
 
@@ -127,7 +130,7 @@ def test_the_gradient_of_an_adapter_is_the_slope_of_the_loss(
     packed = [] if trainer != "lora over packed weights" else ["model.quantization=torchao_int8"]
     if packed:
         pytest.importorskip("torchao")
-    config = load(overrides(BACKPROP, f"trainer={trainer.split()[0]}", "model.max_length=64", *packed))
+    config = load(overrides(BACKPROP, f"trainer={trainer.split()[0]}", "task.max_length=64", *packed))
     process, at = opened(config, tmp_path)
     space, rows = at.replica.space, process.client.data(1).train[:3]
     draw = np.random.default_rng(5)
@@ -195,7 +198,7 @@ def test_a_run_is_fedavg_of_torch_s_own_optimizer_on_the_plain_model(
     if local == "adamw":
         settings += ["estimator.beta1=0.8", "estimator.beta2=0.9", "estimator.eps=1e-3", "estimator.weight_decay=0.1"]
     config = load(overrides(*settings))
-    process = open_process(config)
+    process = open_run(config, tmp_path)
     rows = [process.client.data(client).train for client in range(2)]
     assert len(rows[0]) != len(rows[1])
     weights = [len(own) / (len(rows[0]) + len(rows[1])) for own in rows]

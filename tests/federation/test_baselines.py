@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedzo.commands.runs import rebuild, replay_run
+from fedzo.commands.run_folder import rebuild
+from fedzo.commands.trained import replay_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
 from fedzo.fl.log_store import RunStore
@@ -146,13 +147,13 @@ def test_clients_that_draw_from_a_pool_cannot_share_forwards(overrides: Callable
 
 
 def test_a_round_of_decomfl_is_its_algorithm_written_out(
-    run: Run, lines: Lines, overrides: Callable[..., list[str]]
+    run: Run, lines: Lines, overrides: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     """Algorithms 3 and 4 of arXiv 2405.15861 in plain torch: K local steps, P forward differences, scalars averaged."""
     import torch
 
     from fedzo.data.order import batch_rows
-    from fedzo.run.process import open_process
+    from fedzo.run.start import open_run
     from fedzo.zo.directions import direction
 
     eps, lr, steps, probes = 1e-2, 1e-3, 2, 3
@@ -167,7 +168,7 @@ def test_a_round_of_decomfl_is_its_algorithm_written_out(
     folder = run(*settings)
     (public,), (audit,) = lines(folder, "public.jsonl"), lines(folder, "audit.jsonl")
 
-    process = open_process(load(overrides(*settings)))
+    process = open_run(load(overrides(*settings)), tmp_path)
     model = process.peer.loaded.model.double()
     x0 = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
 

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 
 from fedzo.cli import main
 from fedzo.commands.client_path import local_steps, replay_client, vector_file
-from fedzo.commands.runs import read_config, rebuild
+from fedzo.commands.run_folder import read_run, rebuild
 from fedzo.errors import ConfigError, ProtocolError, RunFolderError
 from fedzo.fl.config import directions_of
 from fedzo.fl.log_store import RunStore
@@ -34,7 +34,7 @@ Overrides = Callable[..., list[str]]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
 Hashes = dict[str, list[str]]
 pytestmark = pytest.mark.slow  # a process is started for each
-ROOM = "model.max_length=256"  # the tiny model has 512 positions
+ROOM = "task.max_length=256"  # the tiny model has 512 positions
 
 TRAIN = """
 import hashlib, json, sys
@@ -43,7 +43,7 @@ from fedzo.config.load import load
 from fedzo.fl.client.scalar_update import ScalarUpdate
 from fedzo.fl.server.step_policy.plan import Plan
 from fedzo.fl.server.rounds import Server
-from fedzo.commands.runs import start_run
+from fedzo.commands.train import start_run
 from fedzo.zo.spaces.base import MasterSpace
 
 folder, steps, overrides = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
@@ -73,7 +73,7 @@ Path(f"{folder}.hashes").write_text(json.dumps(hashes))
 
 def rebuild_all(folder: Path) -> Hashes:
     """Every client's hashes of every round, from the run folder and the base model."""
-    config = read_config(folder)
+    config = read_run(folder)
     with RunStore(folder) as store:
         audit, records = list(store.audit), list(store.records)
     replica, hashes = rebuild(folder, rounds=0).replica, {}

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from fedzo.commands.runs import replay_run
+from fedzo.commands.trained import replay_run
 
 Run = Callable[..., Path]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
 
-FEW_SHAPES = ("model.max_length=24", "partition.holdout=0", "data.num_dev=0", "data.num_test=2")
+FEW_SHAPES = ("task.max_length=24", "partition.holdout=0", "split.num_dev=0", "split.num_test=2")
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedzo.commands.runs import rebuild, replay_run
+from fedzo.commands.run_folder import rebuild
+from fedzo.commands.trained import replay_run
 from fedzo.models import fidelity
 from fedzo.run.peer import Peer
 

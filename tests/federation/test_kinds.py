@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedzo.commands.runs import replay_run
+from fedzo.commands.trained import replay_run
 from fedzo.testing.tiny_models import FAMILIES, save_tiny_model
 
 Run = Callable[..., Path]

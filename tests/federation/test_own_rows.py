@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedzo.commands.runs import replay_run
+from fedzo.commands.trained import replay_run
 from fedzo.config.load import load
 from fedzo.data import sources
 from fedzo.errors import ConfigError
-from fedzo.run.process import open_process
+from fedzo.run.start import open_run
 
 Run = Callable[..., Path]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
@@ -81,7 +81,9 @@ def test_a_stage_that_changes_nothing_leaves_the_run_as_it_is(run: Run) -> None:
     assert (plain / "public.jsonl").read_bytes() == (staged / "public.jsonl").read_bytes()
 
 
-def test_stages_see_training_rows_only_and_in_the_order_of_the_command_line(overrides: Overrides) -> None:
+def test_stages_see_training_rows_only_and_in_the_order_of_the_command_line(
+    overrides: Overrides, tmp_path: Path
+) -> None:
     from fedzo.data.preprocess import preprocess
     from fedzo.data.rows import client_rows
 
@@ -94,7 +96,7 @@ def test_stages_see_training_rows_only_and_in_the_order_of_the_command_line(over
         def apply(self, rows: list[dict[str, Any]], *, client: int) -> list[dict[str, Any]]:
             return [{**row, "text": row["text"] + self.mark} for row in rows]
 
-    process = open_process(load(overrides()))
+    process = open_run(load(overrides()), tmp_path)
     stages = {"first": Mark("1"), "second": Mark("2")}
     before = process.client.rows(0)
     after = client_rows(process.source, 0, share=0.1, seed=0, stages=stages)
@@ -128,14 +130,15 @@ def test_another_space_is_built_on_the_base_weights_and_not_where_the_last_one_l
     from fedzo.trainers import Workplace
     from fedzo.zo.log import RoundRecord
 
-    process = open_process(load(overrides()))
-    texts = process.server.training_prompts
+    process = open_run(load(overrides()), tmp_path)
+    texts = list
     workplace = Workplace(folder=tmp_path, seed=0, texts=texts, advance=lambda done, total: None)
     one = process.peer.trainer.prepare(process.peer.loaded, workplace).artifact
     mask = load_mask(one.path)
     without = replace(mask, indices={name: flat[:1] for name, flat in mask.indices.items()}, gradient=None)
     other = workplace.artifacts.put(encode_mask(without))
-    fresh = open_process(load(overrides())).peer.workspace(other).replica.space.values()
+    (tmp_path / "fresh").mkdir()
+    fresh = open_run(load(overrides()), tmp_path / "fresh").peer.workspace(other).replica.space.values()
 
     first = process.peer.workspace(one)
     first.replica.advance(

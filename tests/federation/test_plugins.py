@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedzo.commands.runs import rebuild, replay_run, resume_run
+from fedzo.commands.run_folder import rebuild
+from fedzo.commands.train import resume_run
+from fedzo.commands.trained import replay_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
 from fedzo.fl.client import scalar_update

@@ -11,13 +11,14 @@ import pytest
 from transformers import LlamaConfig
 
 from fedzo.bench.step import open_bench
-from fedzo.commands.runs import replay_run, start_run
+from fedzo.commands.train import start_run
+from fedzo.commands.trained import replay_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
 from fedzo.models import load as loading
 from fedzo.models import source
 from fedzo.models.config import Quantization
-from fedzo.run.peer import open_peer
+from fedzo.run.start import open_run
 from fedzo.testing.tiny_models import tiny_model_from
 from fedzo.testing.tokenizer import byte_tokenizer
 
@@ -25,7 +26,7 @@ Lines = Callable[[Path, str], list[dict[str, Any]]]
 Overrides = Callable[..., list[str]]
 Run = Callable[..., Path]
 PACKED = [kind for kind in Quantization if kind is not Quantization.none]
-SMALL = ["trainer=lora", "fl.rounds=2", "fl.local_steps=2", "model.max_length=256"]
+SMALL = ["trainer=lora", "fl.rounds=2", "fl.local_steps=2", "task.max_length=256"]
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
 
 
@@ -62,20 +63,24 @@ def test_an_adapter_is_trained_over_packed_weights_and_replayed(kind: Quantizati
 
 
 @pytest.mark.parametrize("kind", PACKED)
-def test_packed_weights_take_less_memory(kind: Quantization, overrides: Overrides) -> None:
-    plain, packed = (
-        open_peer(load(overrides("trainer=lora", f"model.quantization={each}"))).loaded for each in ("none", kind)
-    )
+def test_packed_weights_take_less_memory(kind: Quantization, overrides: Overrides, tmp_path: Path) -> None:
+    launches = (load(overrides("trainer=lora", f"model.quantization={each}")) for each in ("none", kind))
+    plain, packed = (open_run(launch, tmp_path).peer.loaded for launch in launches)
 
     assert packed.base_digest == plain.base_digest
     linear = [site.model.model.layers[0].mlp.up_proj.weight for site in (plain, packed)]
     assert num_bytes(linear[1]) < 0.3 * num_bytes(linear[0])
 
 
-def test_a_site_that_packs_its_weights_belongs_to_the_same_run(overrides: Overrides) -> None:
-    from fedzo.config.travel import config_hash
+def test_a_site_that_packs_its_weights_belongs_to_the_same_run(overrides: Overrides, tmp_path: Path) -> None:
+    from fedzo.config.travel import to_json
 
-    assert config_hash(load(overrides(*SMALL))) == config_hash(load(overrides(*SMALL, "model.quantization=nf4")))
+    runs = []
+    for number, site in enumerate([[], ["model.quantization=nf4"]]):
+        (tmp_path / str(number)).mkdir()
+        runs.append(to_json(open_run(load(overrides(*SMALL, *site)), tmp_path / str(number)).peer.config))
+
+    assert runs[0] == runs[1]
 
 
 @pytest.mark.parametrize("trainer", ["mezo", "meerkat"])
@@ -87,16 +92,16 @@ def test_weights_that_are_trained_cannot_be_packed(trainer: str, overrides: Over
 
 
 def test_packed_weights_that_cannot_be_computed_with_are_told(
-    overrides: Overrides, monkeypatch: pytest.MonkeyPatch
+    overrides: Overrides, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fail(model: Any) -> bool:
         raise RuntimeError("blocks of 64 do not fit")
 
     monkeypatch.setattr(loading, "check_head", fail)
     with pytest.raises(ConfigError, match=r"model\.quantization=nf4 must be a quantization .* blocks of 64 do not fit"):
-        open_peer(load(overrides(*SMALL, "model.quantization=nf4")))
+        open_run(load(overrides(*SMALL, "model.quantization=nf4")), tmp_path)
     with pytest.raises(RuntimeError, match=r"^blocks of 64 do not fit$"):
-        open_peer(load(overrides(*SMALL)))
+        open_run(load(overrides(*SMALL)), tmp_path)
 
 
 def test_a_bench_of_packed_weights_is_refused(overrides: Overrides) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from fedzo.commands.runs import replay_run, resume_run
+from fedzo.commands.train import resume_run
+from fedzo.commands.trained import replay_run
 
 ROUNDS = 12
 

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from fedzo.commands.runs import rebuild, replay_run
+from fedzo.commands.run_folder import rebuild
+from fedzo.commands.trained import replay_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
 from fedzo.fl.server.rounds import FederationError
 from fedzo.masks.mask_file import load_mask
-from fedzo.run.process import open_process
+from fedzo.run.start import open_run
 from fedzo.zo.directions import direction, stream_key
 
 Run = Callable[..., Path]
@@ -39,9 +40,11 @@ def one_row_each(folder: Path, num_sites: int) -> Path:
     return folder
 
 
-def test_scalars_equal_those_of_a_plain_loop_over_a_dense_model(run: Run, lines: Lines, overrides: Overrides) -> None:
+def test_scalars_equal_those_of_a_plain_loop_over_a_dense_model(
+    run: Run, lines: Lines, overrides: Overrides, tmp_path: Path
+) -> None:
     folder = run("fl.rounds=2", "server_optimizer.lr=0.05")
-    process = open_process(load(overrides("fl.rounds=2", "server_optimizer.lr=0.05")))
+    process = open_run(load(overrides("fl.rounds=2", "server_optimizer.lr=0.05")), tmp_path)
     model = process.peer.loaded.model.double()
     mask = load_mask(folder / "mask.safetensors")
     parameters = dict(model.named_parameters())
@@ -93,17 +96,17 @@ def test_identical_clients_equal_one_client_bit_for_bit(run: Run, lines: Lines, 
     settings = ("partition=natural", "partition.column=site", "partition.holdout=0", "fl.local_steps=2")
     small = ("trainer.calibration_docs=2",)
     five = run(f"data.path={one_row_each(tmp_path / 'five', 5)}", "fl.num_clients=5", *settings, *small)
-    same_mask = f"trainer.mask_path={five / 'mask.safetensors'}"
+    same_mask = f"inputs.artifact={five / 'mask.safetensors'}"
     one = run(f"data.path={one_row_each(tmp_path / 'one', 1)}", "fl.num_clients=1", *settings, same_mask)
 
     assert np.array_equal(coefficients(lines(five, "public.jsonl")), coefficients(lines(one, "public.jsonl")))
 
 
 def test_k_clients_with_one_probe_equal_one_client_with_the_joint_batch(
-    run: Run, lines: Lines, overrides: Overrides
+    run: Run, lines: Lines, overrides: Overrides, tmp_path: Path
 ) -> None:
     folder = run("fl.rounds=1")
-    process = open_process(load(overrides("fl.rounds=1")))
+    process = open_run(load(overrides("fl.rounds=1")), tmp_path)
     from fedzo.data.order import batch_rows
     from fedzo.models.scoring import mean_loss
     from fedzo.trainers import Workplace
@@ -232,10 +235,8 @@ def test_the_number_of_losses_is_the_budget_and_not_one_more(
     from fedzo.trainers import Workplace
     from fedzo.zo.log import EMPTY_CHAIN
 
-    process = open_process(load(overrides()), artifacts=tmp_path / "artifacts")
-    workplace = Workplace(
-        folder=tmp_path, seed=0, texts=process.server.training_prompts, advance=lambda done, total: None
-    )
+    process = open_run(load(overrides()), tmp_path)
+    workplace = Workplace(folder=tmp_path, seed=0, texts=list, advance=lambda done, total: None)
     peer, worker = process.peer, process.client.worker
     artifact = peer.trainer.prepare(peer.loaded, workplace).artifact
     replica = peer.workspace(artifact).replica
@@ -308,7 +309,7 @@ def test_the_test_split_is_touched_once_before_and_once_at_the_best_dev_round(ru
 
 
 def test_a_split_without_rows_is_not_scored(run: Run, lines: Lines) -> None:
-    folder = run("data.num_dev=0", "data.num_test=0")
+    folder = run("split.num_dev=0", "split.num_test=0")
 
     records = lines(folder, "metrics.jsonl")
     assert [line for line in records if line["kind"] == "score"] == []
@@ -436,10 +437,8 @@ def test_batches_are_split_where_the_padding_costs_more_than_a_forward(
     from fedzo.models.plan import plan_batches
     from fedzo.trainers import Workplace
 
-    process = open_process(load(overrides(f"trainer={trainer}", "device=cpu")))
-    workplace = Workplace(
-        folder=tmp_path, seed=0, texts=process.server.training_prompts, advance=lambda done, total: None
-    )
+    process = open_run(load(overrides(f"trainer={trainer}", "device=cpu")), tmp_path)
+    workplace = Workplace(folder=tmp_path, seed=0, texts=list, advance=lambda done, total: None)
     peer = process.peer
     cost = peer.workspace(peer.trainer.prepare(peer.loaded, workplace).artifact).forward_cost_tokens
 

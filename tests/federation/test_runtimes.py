@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedzo.commands.runs import start_run
+from fedzo.commands.train import start_run
 from fedzo.config.load import load
 
 Run = Callable[..., Path]
@@ -44,9 +44,9 @@ def test_ray_gives_the_log_of_inline_with_smollm2_shuffled_replies_and_an_absent
         "fl.local_steps=3",
         "fl.batch_size=1",
         "partition=iid",
-        "data.num_train=120",
-        "data.num_dev=8",
-        "data.num_test=8",
+        "split.num_train=120",
+        "split.num_dev=8",
+        "split.num_test=8",
         "evaluation.federated_every_rounds=-1",
         "trainer.calibration_docs=2",
         "trainer.calibration_tokens=32",

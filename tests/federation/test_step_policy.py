@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from fedzo.commands.client_path import replay_client
-from fedzo.commands.runs import make_mask, replay_run, resume_run
+from fedzo.commands.mask import make_mask
+from fedzo.commands.train import resume_run
+from fedzo.commands.trained import replay_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
 from fedzo.fl.server.rounds import Server
@@ -166,4 +168,4 @@ def test_gradip_with_a_mask_that_holds_no_gradient_ends_before_any_round(
     make_mask(load(overrides("trainer.selector=random")), mask)
 
     with pytest.raises(ConfigError, match=r"step_policy\.statistic=gradip must find a gradient at the server"):
-        run(*COMMON, *KINDS["vpcs graded by GradIP"], f"trainer.mask_path={mask}")
+        run(*COMMON, *KINDS["vpcs graded by GradIP"], f"inputs.artifact={mask}")

@@ -35,7 +35,8 @@ print(json.dumps([told(overrides) for overrides in json.loads(sys.argv[1])]))
 RUN = """
 import json, sys
 from pathlib import Path
-from fedzo.commands.runs import replay_run, start_run
+from fedzo.commands.train import start_run
+from fedzo.commands.trained import replay_run
 from fedzo.config.load import load
 from fedzo.zo.spaces.own_weights import OwnWeights
 

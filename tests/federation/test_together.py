@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedzo.commands.runs import replay_run
+from fedzo.commands.trained import replay_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
 from fedzo.fl.client.local_update import Batches
@@ -104,10 +104,10 @@ def test_a_model_that_multiplies_otherwise_shares_the_first_step_alone(
 ) -> None:
     """GPT-2 is known to; of others it shows in the first forward of a later step."""
     gpt2 = save_tiny_model(tmp_path / "gpt2", "gpt2")
-    known = run("fl.local_steps=2", "model.max_length=128", f"model.name={gpt2}", TOGETHER)
+    known = run("fl.local_steps=2", "task.max_length=128", f"model.name={gpt2}", TOGETHER)
     assert "cannot share" not in caplog.text
     monkeypatch.setattr(OwnWeights, "supports", lambda places, model: True)
-    found = run("fl.local_steps=2", "model.max_length=128", f"model.name={gpt2}", TOGETHER)
+    found = run("fl.local_steps=2", "task.max_length=128", f"model.name={gpt2}", TOGETHER)
 
     np.testing.assert_array_equal(*(scalars(lines(folder, "audit.jsonl"), 0) for folder in (known, found)))
     told = [record.message for record in caplog.records if "cannot share" in record.message]

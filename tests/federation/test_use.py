@@ -13,16 +13,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedzo.commands.runs import (
-    doctor,
-    evaluate_run,
-    export_run,
-    generate_run,
-    make_mask,
-    read_config,
-    rebuild,
-    start_run,
-)
+from fedzo.commands.doctor import doctor
+from fedzo.commands.mask import make_mask
+from fedzo.commands.run_folder import read_run, rebuild
+from fedzo.commands.train import start_run
+from fedzo.commands.trained import evaluate_run, export_run, generate_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.masks.mask_file import load_mask, save_mask
@@ -81,7 +76,7 @@ def test_a_mask_made_beforehand_is_the_one_that_the_run_would_make(
 ) -> None:
     made = make_mask(load(overrides()), tmp_path / "mask.safetensors")
     folder = run()
-    given = run(f"trainer.mask_path={tmp_path / 'mask.safetensors'}")
+    given = run(f"inputs.artifact={tmp_path / 'mask.safetensors'}")
 
     kept = (folder / "mask.safetensors").read_bytes()
     assert hashlib.sha256(kept).digest() == hashlib.sha256((tmp_path / "mask.safetensors").read_bytes()).digest()
@@ -96,9 +91,9 @@ def test_a_mask_that_was_chosen_on_other_weights_is_used_with_a_warning(
     own = load_mask(tmp_path / "own.safetensors")
     save_mask(replace(own, manifest={**own.manifest, "base_digest": "f" * 64}), tmp_path / "other.safetensors")
 
-    run(f"trainer.mask_path={tmp_path / 'own.safetensors'}", "fl.rounds=1")
+    run(f"inputs.artifact={tmp_path / 'own.safetensors'}", "fl.rounds=1")
     assert not [record for record in caplog.records if "other weights" in record.getMessage()]
-    run(f"trainer.mask_path={tmp_path / 'other.safetensors'}", "fl.rounds=1")
+    run(f"inputs.artifact={tmp_path / 'other.safetensors'}", "fl.rounds=1")
 
     (warned,) = [record.getMessage() for record in caplog.records if "other weights" in record.getMessage()]
     assert "other.safetensors: it was chosen on other weights (ffffffffffff...)" in warned
@@ -108,7 +103,7 @@ def test_the_run_folder_holds_what_made_the_run(run: Run) -> None:
     folder = run("seed=7")
 
     environment = json.loads((folder / "environment.json").read_text())
-    assert read_config(folder).seed == 7
+    assert read_run(folder).seed == 7
     assert (folder / "overrides.yaml").read_text() == '- "seed=7"\n'
     assert environment["packages"]["flwr"].startswith("1.41.")
     assert len(environment["config_hash"]) == 64

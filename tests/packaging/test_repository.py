@@ -117,10 +117,10 @@ def keys(cls: type, prefix: str = "") -> Iterator[str]:
 
 def test_reference_names_every_key_of_a_run() -> None:
     from fedzo.config.plugins import plugin_classes
-    from fedzo.config.schema import RunConfig
+    from fedzo.config.schema import LaunchConfig
 
     page = (ROOT / "docs" / "ref-config.md").read_text(encoding="utf-8")
-    expected = set(keys(RunConfig))
+    expected = set(keys(LaunchConfig))
     for group, options in plugin_classes().items():
         expected |= {key for cls in options.values() for key in keys(cls, f"{group}.")}
 

@@ -15,7 +15,7 @@ from fedzo.zo.config import Distribution
 from fedzo.zo.spaces.masked import MaskedSpace
 
 if TYPE_CHECKING:
-    from fedzo.config.schema import RunConfig
+    from fedzo.config.schema import RunSettings
     from fedzo.models.load import LoadedModel
 
 
@@ -31,7 +31,7 @@ class StripesConfig(TrainerConfig):
     def traits(self) -> TrainerTraits:
         return TrainerTraits(trains_base_weights=True, cannot_compile="its author says so")
 
-    def problems(self, run: RunConfig) -> Iterator[Problem]:
+    def problems(self, run: RunSettings) -> Iterator[Problem]:
         yield from at_least("trainer.stride", self.stride, 1, "1 trains them all.")
 
 

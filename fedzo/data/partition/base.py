@@ -16,7 +16,7 @@ from fedzo.registry import PluginConfig, Registry
 from fedzo.zo.directions import PURPOSE_DEAL, PURPOSE_HOLDOUT, permutation, stream_key
 
 if TYPE_CHECKING:
-    from fedzo.config.schema import RunConfig
+    from fedzo.config.schema import RunSettings
 
 Parts = list[list[int]]
 MOST_NAMED = 8
@@ -50,7 +50,7 @@ class PartitionConfig(PluginConfig):
         """What other parts of a run must know of this partition."""
         return PartitionTraits()
 
-    def problems(self, run: RunConfig) -> Iterator[Problem]:
+    def problems(self, run: RunSettings) -> Iterator[Problem]:
         yield from at_least("partition.min_rows", self.min_rows, 1, "Every client needs a row.")
         if not 0 <= self.holdout < 1:
             remedy = "The share of rows that are not trained on. 0 keeps none."
@@ -83,7 +83,7 @@ def partition(
     if not 1 <= num_clients <= len(rows):
         raise ConfigError(
             f"fl.num_clients must be between 1 and the number of training rows ({len(rows)}), got {num_clients}. "
-            "Lower it, or give more rows (data.num_train)."
+            "Lower it, or give more rows (split.num_train)."
         )
     parts = PARTITIONERS.build(config, rows=rows, num_clients=num_clients, seed=seed, task=task)
     short = {client: len(part) for client, part in enumerate(parts) if len(part) < config.min_rows}
@@ -151,5 +151,5 @@ def too_few(short: dict[int, int], config: PartitionConfig) -> str:
     return (
         f"partition: every client must have at least partition.min_rows={config.min_rows} rows, these have fewer: "
         f"client {shown}{', ...' if len(short) > MOST_NAMED else ''}. "
-        "Give more rows (data.num_train), or lower fl.num_clients or partition.min_rows."
+        "Give more rows (split.num_train), or lower fl.num_clients or partition.min_rows."
     )

@@ -13,7 +13,7 @@ from fedzo.data.tasks import label_index
 from fedzo.errors import ConfigError, Problem, at_least, positive, problem
 
 if TYPE_CHECKING:
-    from fedzo.config.schema import RunConfig
+    from fedzo.config.schema import RunSettings
 
 
 @dataclass(kw_only=True, slots=True)
@@ -32,7 +32,7 @@ class DirichletConfig(ByLabelConfig):
     alpha: float = 0.5
     """Concentration. A smaller value makes clients less alike."""
 
-    def problems(self, run: RunConfig) -> Iterator[Problem]:
+    def problems(self, run: RunSettings) -> Iterator[Problem]:
         yield from positive("partition.alpha", self.alpha, "Smaller makes clients less alike. 0.5 is usual.")
 
 
@@ -69,7 +69,7 @@ def dirichlet(config: DirichletConfig, *, rows: Sequence[Row], num_clients: int,
     except ValueError as error:
         sizes = [len(part) for part in draw(0)]  # the first draw, to name the clients
         short = {client: size for client, size in enumerate(sizes) if size < config.min_rows}
-        advice = "Raise partition.alpha or data.num_train, lower fl.num_clients, or try another seed."
+        advice = "Raise partition.alpha or split.num_train, lower fl.num_clients, or try another seed."
         raise ConfigError(f"{too_few(short, config)} Ten more draws gave the same result. {advice}") from error
 
 
@@ -82,7 +82,7 @@ class DirichletEqualConfig(ByLabelConfig):
     num_extreme: int = 0
     """Number of clients (the last indices) with rows of a single label."""
 
-    def problems(self, run: RunConfig) -> Iterator[Problem]:
+    def problems(self, run: RunSettings) -> Iterator[Problem]:
         yield from _num_extreme(self.num_extreme, run)
         yield from positive("partition.alpha", self.alpha, "Smaller makes clients less alike. 0.5 is usual.")
 
@@ -128,7 +128,7 @@ class ShardsConfig(ByLabelConfig):
     shards_per_client: int = 2
     """Number of shards of a client."""
 
-    def problems(self, run: RunConfig) -> Iterator[Problem]:
+    def problems(self, run: RunSettings) -> Iterator[Problem]:
         yield from at_least("partition.shards_per_client", self.shards_per_client, 1, "2 is usual.")
 
 
@@ -169,7 +169,7 @@ class ExtremeConfig(ByLabelConfig):
     num_extreme: int = 2
     """How many clients (the last indices) hold rows of one label only."""
 
-    def problems(self, run: RunConfig) -> Iterator[Problem]:
+    def problems(self, run: RunSettings) -> Iterator[Problem]:
         yield from _num_extreme(self.num_extreme, run)
 
 
@@ -186,7 +186,7 @@ def extreme(config: ExtremeConfig, *, rows: Sequence[Row], num_clients: int, see
     return [rest[client::num_iid] for client in range(num_iid)] + single
 
 
-def _num_extreme(num_extreme: int, run: RunConfig) -> Iterator[Problem]:
+def _num_extreme(num_extreme: int, run: RunSettings) -> Iterator[Problem]:
     if not 0 <= num_extreme <= run.fl.num_clients:
         rule = f"be between 0 and fl.num_clients ({run.fl.num_clients})"
         yield problem("partition.num_extreme", rule, num_extreme, "Lower it or add clients.")

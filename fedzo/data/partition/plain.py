@@ -13,7 +13,7 @@ from fedzo.data.partition.base import MOST_NAMED, PARTITIONERS, PartitionConfig,
 from fedzo.errors import ConfigError, Problem, problem
 
 if TYPE_CHECKING:
-    from fedzo.config.schema import RunConfig
+    from fedzo.config.schema import RunSettings
 
 
 @dataclass(kw_only=True, slots=True)
@@ -36,7 +36,7 @@ class NaturalConfig(PartitionConfig):
     column: str = ""
     """Name of the column; its number of values must be ``fl.num_clients``."""
 
-    def problems(self, run: RunConfig) -> Iterator[Problem]:
+    def problems(self, run: RunSettings) -> Iterator[Problem]:
         if not self.column:
             remedy = "Write partition.column=<column>."
             yield problem("partition.column", "name the column that tells clients apart", self.column, remedy)
@@ -73,11 +73,6 @@ class OwnConfig(PartitionConfig):
     @property
     def traits(self) -> PartitionTraits:
         return PartitionTraits(own_rows=True)
-
-    def problems(self, run: RunConfig) -> Iterator[Problem]:
-        if run.data.path is None:
-            remedy = "Write data.path=<file or folder>, in which {client} stands for the client's index."
-            yield problem("data.path", "be given for partition=own", None, remedy)
 
 
 @PARTITIONERS.register("own", OwnConfig)

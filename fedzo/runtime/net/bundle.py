@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import fedzo
-from fedzo.run.apps import CONFIG_KEY, RUN_DIR_KEY
+from fedzo.run.apps import CONFIG_KEY
 
 CLIENT_SHIM = '''"""Flower ClientApp entry point."""
 
@@ -33,13 +33,12 @@ FILES = {
 
 def write_bundle(folder: Path) -> None:
     """Write the bundle's source tree into a new folder, ready for ``flwr run``."""
-    keys = "".join(f'{key} = ""\n' for key in (CONFIG_KEY, RUN_DIR_KEY))  # Flower takes only declared keys
     project = (
         f'[project]\nname = "fedzo"\nversion = "{fedzo.__version__}"\n'
         'description = "Entry points of fedzo for Flower"\nlicense = "Apache-2.0"\ndependencies = []\n\n'
         '[tool.flwr.app]\npublisher = "fedzo"\n\n'
         '[tool.flwr.app.components]\nserverapp = "server.app:app"\nclientapp = "clients.app:app"\n\n'
-        f"[tool.flwr.app.config]\n{keys}"
+        f'[tool.flwr.app.config]\n{CONFIG_KEY} = ""\n'  # Flower takes only declared keys
     )
     for name, text in {**FILES, "pyproject.toml": project}.items():
         path = folder / name

@@ -20,7 +20,7 @@ from fedzo.zo.estimator.base import ESTIMATORS, EstimatorConfig, EstimatorTraits
 from fedzo.zo.spaces.base import DifferentiableSpace, GraphLossFn
 
 if TYPE_CHECKING:
-    from fedzo.config.schema import RunConfig
+    from fedzo.config.schema import RunSettings
 
 
 class LocalOptimizer(StrEnum):
@@ -50,7 +50,7 @@ class BackpropConfig(EstimatorConfig):
     def traits(self) -> EstimatorTraits:
         return EstimatorTraits(makes="gradient")
 
-    def problems(self, run: RunConfig) -> Iterator[Problem]:
+    def problems(self, run: RunSettings) -> Iterator[Problem]:
         yield from share_below_1("estimator.beta1", self.beta1, "0.9 is usual.")
         yield from share_below_1("estimator.beta2", self.beta2, "0.999 is usual.")
         yield from positive_float32("estimator.eps", self.eps, "1e-8 is usual.")

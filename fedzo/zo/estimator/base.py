@@ -25,7 +25,7 @@ from fedzo.zo.config import Distribution
 from fedzo.zo.spaces.base import DifferentiableSpace, GraphLossFn, Space
 
 if TYPE_CHECKING:
-    from fedzo.config.schema import RunConfig
+    from fedzo.config.schema import RunSettings
 
 LossFn = Callable[[], float]
 """The mean loss of one batch at the model's present weights."""
@@ -97,7 +97,7 @@ class ZerothOrderConfig(EstimatorConfig):
             )
         return eps
 
-    def problems(self, run: RunConfig) -> Iterator[Problem]:
+    def problems(self, run: RunSettings) -> Iterator[Problem]:
         if self.eps is not None:
             yield from positive_float32("estimator.eps", self.eps, "1e-3 is usual.")
         elif not any(positive("", run.trainer.eps, "")):

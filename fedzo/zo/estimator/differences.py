@@ -29,7 +29,7 @@ from fedzo.zo.estimator.base import (
 from fedzo.zo.spaces.base import Space
 
 if TYPE_CHECKING:
-    from fedzo.config.schema import RunConfig
+    from fedzo.config.schema import RunSettings
 
 
 @dataclass(kw_only=True, slots=True)
@@ -77,7 +77,7 @@ class OneSidedConfig(ZerothOrderConfig):
 
     baseline: Baseline = Baseline.center
 
-    def problems(self, run: RunConfig) -> Iterator[Problem]:
+    def problems(self, run: RunSettings) -> Iterator[Problem]:
         if self.num_probes == 1 and self.baseline is not Baseline.center:
             remedy = "One loss has no other loss for comparison. Or write estimator.baseline=center."
             yield problem("estimator.num_probes", "be >= 2", 1, remedy)
@@ -127,7 +127,7 @@ class FzooConfig(ZerothOrderConfig):
     def traits(self) -> EstimatorTraits:
         return EstimatorTraits(incomparable_g="fzoo divides |g| by the spread of its losses")
 
-    def problems(self, run: RunConfig) -> Iterator[Problem]:
+    def problems(self, run: RunSettings) -> Iterator[Problem]:
         if self.num_probes == 1:
             yield problem("estimator.num_probes", "be >= 2", 1, "One loss has no standard deviation.")
 

@@ -22,7 +22,7 @@ from fedzo.zo.server_optimizer.base import (
 from fedzo.zo.spaces.base import Space, Values
 
 if TYPE_CHECKING:
-    from fedzo.config.schema import RunConfig
+    from fedzo.config.schema import RunSettings
 
 
 @dataclass(kw_only=True, slots=True)
@@ -40,7 +40,7 @@ class AdamConfig(ServerOptimizerConfig):
     def traits(self) -> ServerOptimizerTraits:
         return ServerOptimizerTraits(keeps_moments=True)
 
-    def problems(self, run: RunConfig) -> Iterator[Problem]:
+    def problems(self, run: RunSettings) -> Iterator[Problem]:
         yield from share_below_1("server_optimizer.beta1", self.beta1, "0.9 is usual.")
         yield from share_below_1("server_optimizer.beta2", self.beta2, "0.999 is usual.")
         yield from positive_float32("server_optimizer.eps", self.eps, "1e-8 is usual.")

@@ -25,7 +25,7 @@ from fedzo.zo.server_optimizer.schedule import Schedule
 from fedzo.zo.spaces.base import Space, Values
 
 if TYPE_CHECKING:
-    from fedzo.config.schema import RunConfig
+    from fedzo.config.schema import RunSettings
 
 _SMALLEST_DECAY = 2.0**-24  # a smaller one leaves 1 - lr * decay at 1 in float32
 
@@ -74,7 +74,7 @@ class ServerOptimizerConfig(PluginConfig):
             raise ConfigError("server_optimizer.lr must be a number once the configuration is loaded, got None.")
         return self.lr
 
-    def problems(self, run: RunConfig) -> Iterator[Problem]:
+    def problems(self, run: RunSettings) -> Iterator[Problem]:
         lr, trainers = (run.trainer.lr, not_negative("", run.trainer.lr, "")) if self.lr is None else (self.lr, ())
         if not 0 <= lr < 2.0**128 and not any(trainers):  # it travels and is logged as a float32
             yield problem("server_optimizer.lr", "be >= 0 and finite in float32", lr, "0 trains nothing.")

@@ -33,7 +33,7 @@ from fedzo.zo.server_optimizer.base import (
 from fedzo.zo.spaces.base import Space, Values
 
 if TYPE_CHECKING:
-    from fedzo.config.schema import RunConfig
+    from fedzo.config.schema import RunSettings
 
 
 class _Drifts(Protocol):
@@ -118,7 +118,7 @@ class FedDynConfig(ServerOptimizerConfig):
     def traits(self) -> ServerOptimizerTraits:
         return ServerOptimizerTraits(keeps_moments=True, walks_clients=True)
 
-    def problems(self, run: RunConfig) -> Iterator[Problem]:
+    def problems(self, run: RunSettings) -> Iterator[Problem]:
         lr = run.trainer.lr if self.lr is None else self.lr
         pull = self.pull(lr=lr, local_steps=run.fl.local_steps)
         if not (pull >= 2.0**-126 and lr * pull < 1):

@@ -22,7 +22,7 @@ from fedzo.zo.server_optimizer.base import (
 from fedzo.zo.spaces.base import Space, Values
 
 if TYPE_CHECKING:
-    from fedzo.config.schema import RunConfig
+    from fedzo.config.schema import RunSettings
 
 
 @dataclass(kw_only=True, slots=True)
@@ -72,7 +72,7 @@ class MomentumConfig(ServerOptimizerConfig):
     def traits(self) -> ServerOptimizerTraits:
         return ServerOptimizerTraits(keeps_moments=True)
 
-    def problems(self, run: RunConfig) -> Iterator[Problem]:
+    def problems(self, run: RunSettings) -> Iterator[Problem]:
         yield from share_below_1("server_optimizer.momentum", self.momentum, "0.9 is usual.")
 
 

@@ -14,7 +14,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
-from fedzo.config.schema import RunConfig
+from fedzo.config.schema import LaunchConfig
 from fedzo.errors import NumericsError
 
 Calls = list[tuple[Any, ...]]
@@ -49,10 +49,11 @@ class _Table:
 def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     """What the commands asked of the services, in order; the working folder is ``tmp_path``."""
     made: Calls = []
-    names = ("fedzo.commands.runs", "fedzo.report.html", "fedzo.report.sweep", "fedzo.commands.client_path")
-    runs, html, sweep, client_path = (ModuleType(name) for name in names)
+    names = ("train", "trained", "mask", "doctor", "client_path")
+    modules = {name: ModuleType(f"fedzo.commands.{name}") for name in names}
+    modules |= {name: ModuleType(f"fedzo.report.{name}") for name in ("html", "sweep")}
 
-    def start_run(config: RunConfig, run_dir: Path, *, overrides: list[str]) -> None:
+    def start_run(config: LaunchConfig, run_dir: Path, *, overrides: list[str]) -> None:
         assert run_dir.is_dir()
         made.append(("start", config, run_dir, overrides))
         logging.getLogger("fedzo.somewhere").info("a line of the run")
@@ -71,22 +72,22 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
         return service
 
     services = {
-        "start_run": start_run,
-        "start_or_resume_run": start_run,
-        "resume_run": note("resume"),
-        "replay_run": note("replay", {"rounds": 3, "digest": "ab"}),
-        "export_run": note("export", Path("out")),
-        "evaluate_run": note("evaluate", {"value": 0.75}),
-        "generate_run": note("generate", ["one", "two"]),
-        "make_mask": note("mask", {"size": 7}),
-        "doctor": note("doctor", [("python", True, "3.11"), ("directions", False, "differs")]),
+        ("train", "start_run"): start_run,
+        ("train", "start_or_resume_run"): start_run,
+        ("train", "resume_run"): note("resume"),
+        ("trained", "replay_run"): note("replay", {"rounds": 3, "digest": "ab"}),
+        ("trained", "export_run"): note("export", Path("out")),
+        ("trained", "evaluate_run"): note("evaluate", {"value": 0.75}),
+        ("trained", "generate_run"): note("generate", ["one", "two"]),
+        ("mask", "make_mask"): note("mask", {"size": 7}),
+        ("doctor", "doctor"): note("doctor", [("python", True, "3.11"), ("directions", False, "differs")]),
+        ("html", "write_report"): note("report", Path("report.html")),
+        ("sweep", "write_sweep_report"): note("sweep report", Path("report.html")),
+        ("client_path", "replay_client"): note("replay client", _Table()),
     }
-    for name, service in services.items():
-        setattr(runs, name, service)
-    setattr(html, "write_report", note("report", Path("report.html")))  # noqa: B010
-    setattr(sweep, "write_sweep_report", note("sweep report", Path("report.html")))  # noqa: B010
-    setattr(client_path, "replay_client", note("replay client", _Table()))  # noqa: B010
-    for module in (runs, html, sweep, client_path):
+    for (room, name), service in services.items():
+        setattr(modules[room], name, service)
+    for module in modules.values():
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)

@@ -62,7 +62,7 @@ def test_a_resumed_run_logs_where_its_first_part_did(
         logging.getLogger("fedzo.somewhere").warning("client 3 is gone")
         logging.getLogger("flwr").info("a line of Flower")
 
-    monkeypatch.setattr(sys.modules["fedzo.commands.runs"], "resume_run", warn)
+    monkeypatch.setattr(sys.modules["fedzo.commands.train"], "resume_run", warn)
     (tmp_path / "fedzo.log").write_text("before\n")
 
     assert main(["resume", "."]) == 0
@@ -130,7 +130,7 @@ def test_an_error_of_a_service_is_one_line_and_an_exit_code(
     def fail(*arguments: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr(sys.modules["fedzo.commands.runs"], "replay_run", fail)
+    monkeypatch.setattr(sys.modules["fedzo.commands.trained"], "replay_run", fail)
 
     assert main(["replay", "."]) == code
     assert capsys.readouterr().err == f"fedzo: {error}\n"
@@ -143,7 +143,8 @@ def test_ctrl_c_says_how_to_go_on(
     def stop(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["fedzo.commands.runs"], f"{command}_run", stop)
+    module = "fedzo.commands.train" if command == "resume" else "fedzo.commands.trained"
+    monkeypatch.setattr(sys.modules[module], f"{command}_run", stop)
 
     assert main([command, "."]) == 130
     assert capsys.readouterr().err == f"\nfedzo: interrupted.{hint}\n"

@@ -200,7 +200,7 @@ def test_joblib_runs_the_jobs_in_processes_of_their_own(seeds: str, code: int, t
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     stand_in = """
         import json, os, sys, types
-        runs, sweep = types.ModuleType("fedzo.commands.runs"), types.ModuleType("fedzo.report.sweep")
+        runs, sweep = types.ModuleType("fedzo.commands.train"), types.ModuleType("fedzo.report.sweep")
         def start_run(config, run_dir, *, overrides):
             (run_dir / "run.json").write_text(json.dumps([config.seed, os.getppid(), os.getpid()]))
             if config.seed == 13:
@@ -208,7 +208,7 @@ def test_joblib_runs_the_jobs_in_processes_of_their_own(seeds: str, code: int, t
                 raise NumericsError("not finite.")
         runs.start_run = runs.start_or_resume_run = start_run
         sweep.write_sweep_report = lambda folder: (folder / "table.txt").touch()
-        sys.modules.update({"fedzo.commands.runs": runs, "fedzo.report.sweep": sweep})
+        sys.modules.update({"fedzo.commands.train": runs, "fedzo.report.sweep": sweep})
     """
     (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(stand_in), encoding="utf-8")  # also in the workers
     source = Path(__file__).resolve().parents[3]

@@ -16,8 +16,8 @@ from fedzo.config.compose import compose_run, session, to_config
 from fedzo.config.listing import list_groups
 from fedzo.config.load import load
 from fedzo.config.plugins import plugin_classes, plugin_name
-from fedzo.config.rules import problems
-from fedzo.config.schema import RunConfig
+from fedzo.config.rules import launch_problems
+from fedzo.config.schema import LaunchConfig
 from fedzo.config.travel import from_json, to_json
 from fedzo.data.partition.by_label import DirichletEqualConfig
 from fedzo.data.sources import EMBEDDED
@@ -55,7 +55,7 @@ def test_every_option_composes_to_a_sound_run(group: str, option: str) -> None:
 
     config = load([f"{group}={option}", *more])
 
-    assert problems(config) == []
+    assert launch_problems(config) == []
 
 
 def test_a_plugin_with_nothing_but_the_codes_defaults_has_no_file() -> None:
@@ -93,14 +93,14 @@ def test_every_registered_plugin_can_be_chosen() -> None:
 def test_set_of_keys_is_pinned() -> None:
     golden = Path(__file__).with_name("keys.txt")
 
-    found = "\n".join(_keys(RunConfig, "")) + "\n"
+    found = "\n".join(_keys(LaunchConfig, "")) + "\n"
 
     assert found == golden.read_text(encoding="utf-8"), f"a key was added or renamed on purpose? Then edit {golden}"
 
 
 def _keys(config_class: type, prefix: str) -> list[str]:
     hints = get_type_hints(config_class)
-    plugins = plugin_classes() if config_class is RunConfig else {}
+    plugins = plugin_classes() if config_class is LaunchConfig else {}
     found = []
     for field in fields(config_class):
         if field.name in plugins:
@@ -149,10 +149,10 @@ def test_null_takes_the_trainers_step_sizes_and_what_travels_holds_numbers() -> 
     config = load(["trainer.eps=0.25", "trainer.lr=0.5", "estimator.eps=null", "server_optimizer.lr=null"])
 
     assert (config.estimator.eps, config.server_optimizer.lr) == (0.25, 0.5)
-    by_hand = json.loads(to_json(RunConfig(trainer=MezoConfig(lr=0.125, eps=0.5), task=config.task)))
+    by_hand = json.loads(to_json(LaunchConfig(trainer=MezoConfig(lr=0.125, eps=0.5), task=config.task)))
     assert (by_hand["estimator"]["eps"], by_hand["server_optimizer"]["lr"]) == (0.5, 0.125)
     by_hand["estimator"]["eps"] = None
-    assert from_json(json.dumps(by_hand)).estimator.eps == 0.5
+    assert from_json(json.dumps(by_hand), LaunchConfig).estimator.eps == 0.5
 
 
 def test_a_wrong_step_size_of_the_trainer_is_told_once() -> None:
@@ -167,7 +167,7 @@ def test_a_wrong_step_size_of_the_trainer_is_told_once() -> None:
 def test_the_default_partition_gives_the_default_mean_clients_of_equal_size() -> None:
     config = load([])
 
-    assert type(config.partition) is type(RunConfig().partition) is DirichletEqualConfig
+    assert type(config.partition) is type(LaunchConfig().partition) is DirichletEqualConfig
     assert (config.strategy.weighting, config.strategy.aggregation) == ("uniform", "mean")
 
 

@@ -36,7 +36,7 @@ from fedzo.trainers.base import TrainerConfig
             r"server_optimizer\.local_steps is not a setting\. Did you mean fl\.local_steps",
         ),
         ("+fl.bogus=3", r"fl\.bogus is not a setting\. Known there: batch_size, .*transport\."),
-        ("+bogus=3", r"bogus is not a setting\. Known there: data, device, "),
+        ("+bogus=3", r"bogus is not a setting\. Known there: artifact_max_bytes, data, device, "),
         ("++fl.bogus=3", r"fl\.bogus is not a setting"),
         ("+trainer._target_=os.system", r"trainer\._target_ is not a setting"),
         ("trainer._target_=os.system", r"trainer\._target_ is not a setting"),

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from fedzo.config.plugins import plugin_classes
-from fedzo.config.rules import missing_files, problems
-from fedzo.config.schema import RunConfig
+from fedzo.config.rules import launch_problems, missing_files
+from fedzo.config.schema import LaunchConfig
 from fedzo.config.traits import gradient_problems
 from fedzo.data.config import Loss, TaskConfig, TaskKind
 from fedzo.data.partition import PartitionConfig
@@ -29,12 +29,12 @@ from fedzo.zo.estimator import Baseline, EstimatorConfig, FzooConfig, OneSidedCo
 from fedzo.zo.server_optimizer import AdamConfig, MomentumConfig, ServerOptimizerConfig, SgdConfig
 
 
-def sound() -> RunConfig:
+def sound() -> LaunchConfig:
     task = TaskConfig(name="rotten_tomatoes", template="{text}", candidates=[" bad", " good"])
-    return RunConfig(task=task)
+    return LaunchConfig(task=task)
 
 
-def set_key(config: RunConfig, key: str, value: Any) -> None:
+def set_key(config: LaunchConfig, key: str, value: Any) -> None:
     *sections, leaf = key.split(".")
     node: Any = config
     for section in sections:
@@ -43,7 +43,7 @@ def set_key(config: RunConfig, key: str, value: Any) -> None:
 
 
 def test_a_sound_config_has_no_problem() -> None:
-    assert problems(sound()) == []
+    assert launch_problems(sound()) == []
     assert missing_files(sound()) == []
 
 
@@ -52,21 +52,21 @@ def test_a_sound_config_has_no_problem() -> None:
     [
         ("seed", -1, "be an unsigned 64-bit integer (0 to 2**64 - 1), got -1."),
         ("seed", 2**64, "be an unsigned 64-bit integer"),
-        ("data.split_seed", -1, "be an unsigned 64-bit integer"),
+        ("split.seed", -1, "be an unsigned 64-bit integer"),
         ("device", "gpu", "be auto, cpu, cuda, cuda:<index> or mps, got 'gpu'."),
         ("device", "cuda:x", "be auto, cpu"),
         ("threads", -1, "be >= 0, got -1. 0 means OMP_NUM_THREADS, or all CPUs."),
         ("model.name", " ", "be a hub name or a local folder, got ' '."),
-        ("model.max_length", 0, "be >= 1, got 0."),
-        ("model.tokens_per_batch", 511, "be >= model.max_length (512), so that one sequence fits, got 511. Raise it"),
+        ("task.max_length", 0, "be >= 1, got 0."),
+        ("model.tokens_per_batch", 511, "be >= task.max_length (512), so that one sequence fits, got 511. Raise it"),
         ("task.template", "", "not be empty, got ''. Choose a task=<option>"),
         ("task.candidates", [" one"], "hold at least 2 answers for task.kind=candidates, got [' one']."),
         ("task.labels", ["neg"], "hold one value per candidate (2), got ['neg']."),
         ("task.label", "", "name the column of the right answer, got ''."),
         ("task.max_new_tokens", 0, "be >= 1, got 0."),
-        ("data.num_train", -1, "be >= 0, got -1. 0 means all rows."),
-        ("data.num_dev", -1, "be >= 0"),
-        ("data.num_test", -1, "be >= 0"),
+        ("split.num_train", -1, "be >= 0, got -1. 0 means all rows."),
+        ("split.num_dev", -1, "be >= 0"),
+        ("split.num_test", -1, "be >= 0"),
         ("partition.min_rows", 0, "be >= 1, got 0."),
         ("partition.holdout", 1.0, "be >= 0 and < 1, got 1.0."),
         ("partition.holdout", -0.1, "be >= 0 and < 1"),
@@ -144,7 +144,7 @@ def test_a_broken_rule_is_named(key: str, value: object, rule: str) -> None:
 
     set_key(config, key, value)
 
-    assert [(problem.key, problem.text.startswith(f"{key} must {rule}")) for problem in problems(config)] == [
+    assert [(problem.key, problem.text.startswith(f"{key} must {rule}")) for problem in launch_problems(config)] == [
         (key, True)
     ]
 
@@ -180,7 +180,7 @@ def test_a_value_on_the_edge_is_allowed(key: str, value: object) -> None:
 
     set_key(config, key, value)
 
-    assert problems(config) == []
+    assert launch_problems(config) == []
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_partition_rules(partition: PartitionConfig, message: str) -> None:
     config = sound()
     config.partition = partition
 
-    (problem,) = problems(config)
+    (problem,) = launch_problems(config)
 
     assert problem.text.startswith(message)
 
@@ -235,7 +235,7 @@ def test_estimator_rules(estimator: EstimatorConfig, messages: list[str]) -> Non
     config = sound()
     config.estimator = estimator
 
-    assert [problem.text for problem in problems(config)] == messages
+    assert [problem.text for problem in launch_problems(config)] == messages
 
 
 @dataclass(kw_only=True, slots=True)
@@ -244,7 +244,7 @@ class BareEstimatorConfig(EstimatorConfig):
 
 
 def test_an_estimator_that_makes_scalars_has_the_keys_of_the_zeroth_order() -> None:
-    (found,) = gradient_problems(RunConfig(estimator=BareEstimatorConfig()))
+    (found,) = gradient_problems(LaunchConfig(estimator=BareEstimatorConfig()))
 
     assert found.text == (
         "estimator must be configured by a class of ZerothOrderConfig, since it makes scalars, got "
@@ -273,7 +273,7 @@ def test_update_rule_rules(server_optimizer: ServerOptimizerConfig, messages: li
     config = sound()
     config.server_optimizer = server_optimizer
 
-    found = [problem.text for problem in problems(config)]
+    found = [problem.text for problem in launch_problems(config)]
 
     assert [text.startswith(message) for text, message in zip(found, messages, strict=True)] == [True] * len(messages)
 
@@ -283,14 +283,14 @@ def test_rules_that_remember_are_refused_where_every_weight_is_trained(server_op
     config = sound()
     config.trainer, config.server_optimizer = MezoConfig(), server_optimizer
 
-    (problem,) = problems(config)
+    (problem,) = launch_problems(config)
 
     assert problem.key == "server_optimizer"
     assert problem.text.startswith(
         "server_optimizer must be sgd for trainer=mezo: the others keep float32 numbers for every"
     )
     config.server_optimizer = SgdConfig(weight_decay=0.1)
-    assert problems(config) == []
+    assert launch_problems(config) == []
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_runtime_rules(runtime: RayConfig | LocalConfig, keys: list[str]) -> Non
     config = sound()
     config.runtime = runtime
 
-    assert [problem.key for problem in problems(config)] == keys
+    assert [problem.key for problem in launch_problems(config)] == keys
 
 
 @pytest.mark.parametrize("aggregation", [each for each in Aggregation if each is not Aggregation.mean])
@@ -319,9 +319,9 @@ def test_an_aggregation_that_compares_scalars_wants_equal_clients_along_the_same
     config = sound()
     config.strategy.aggregation = aggregation
 
-    assert problems(config) == []
+    assert launch_problems(config) == []
     config.fl.seeds, config.strategy.weighting = Seeds.per_client, Weighting.size
-    texts = [problem.text for problem in problems(config)]
+    texts = [problem.text for problem in launch_problems(config)]
 
     assert texts[0] == (
         f"fl.seeds must be shared for strategy.aggregation={aggregation}, which compares scalars along the same "
@@ -334,9 +334,9 @@ def test_as_many_clients_as_a_record_has_columns() -> None:
     config = sound()
     config.fl.num_clients = 32768
 
-    assert problems(config) == []
+    assert launch_problems(config) == []
     config.fl.seeds = Seeds.per_client
-    (problem,) = problems(config)
+    (problem,) = launch_problems(config)
     assert problem.text.startswith("fl.num_clients must be at most 32767 where the log keeps each client's own scalars")
 
 
@@ -349,7 +349,7 @@ def test_a_trimmed_mean_trims(asked: int, share: float, remedy: str) -> None:
     config.strategy.aggregation, config.strategy.trim_share = Aggregation.trimmed_mean, share
     config.strategy.clients_per_round = asked
 
-    (problem,) = problems(config)
+    (problem,) = launch_problems(config)
 
     assert problem.text == (
         f"strategy.trim_share must cut at least one of the {asked} clients of a round off at each end, "
@@ -357,14 +357,14 @@ def test_a_trimmed_mean_trims(asked: int, share: float, remedy: str) -> None:
     )
     if asked > 2:
         config.strategy.trim_share = float(remedy.split()[0])
-        assert problems(config) == []
+        assert launch_problems(config) == []
 
 
 def test_signs_are_not_clipped() -> None:
     config = sound()
     config.strategy.aggregation, config.strategy.clip_factor = Aggregation.majority_sign, 2.0
 
-    (problem,) = problems(config)
+    (problem,) = launch_problems(config)
 
     assert problem.text.startswith(
         "strategy.clip_factor must be 0 for strategy.aggregation=majority_sign, which sends only signs"
@@ -375,7 +375,7 @@ def test_min_replies_is_compared_with_the_sampled_clients() -> None:
     config = sound()
     config.strategy.clients_per_round, config.strategy.min_replies = 2, 3
 
-    (problem,) = problems(config)
+    (problem,) = launch_problems(config)
 
     assert re.match(r"strategy\.min_replies must be between 1 and the clients of a round \(2\), got 3", problem.text)
 
@@ -385,12 +385,12 @@ def test_written_answers_need_an_answer_template_and_the_lm_loss(kind: TaskKind)
     config = sound()
     config.task.kind, config.partition = kind, plugin_classes()["partition"]["iid"]()
 
-    assert [problem.text.split(",")[0] for problem in problems(config)] == [
+    assert [problem.text.split(",")[0] for problem in launch_problems(config)] == [
         f"task.answer must not be empty for task.kind={kind}",
         f"task.loss must be lm for task.kind={kind}",
     ]
     config.task.answer, config.task.loss = "{answer}", Loss.lm
-    assert problems(config) == []
+    assert launch_problems(config) == []
 
 
 def test_a_partition_by_labels_needs_labels() -> None:
@@ -402,7 +402,7 @@ def test_a_partition_by_labels_needs_labels() -> None:
             continue  # whose rows are nobody's to split
         config.partition = NaturalConfig(column="site") if name == "natural" else option()
 
-        found = [problem.text for problem in problems(config)]
+        found = [problem.text for problem in launch_problems(config)]
 
         text = (
             f"partition must go by something else than labels for task.kind=generation, which has none, got '{name}'."
@@ -414,7 +414,7 @@ def test_only_an_embedded_task_goes_without_a_path() -> None:
     config = sound()
     config.task.name = "sst2"
 
-    (problem,) = problems(config)
+    (problem,) = launch_problems(config)
 
     assert problem.text.startswith(
         "data.path must be given for the task 'sst2' (only rotten_tomatoes is embedded), got None."
@@ -425,20 +425,20 @@ def test_calibration_by_file_needs_the_file() -> None:
     config = sound()
     set_key(config, "trainer.calibration", Calibration.file)
 
-    (problem,) = problems(config)
+    (problem,) = launch_problems(config)
 
-    assert problem.text.startswith("trainer.calibration_path must be given for trainer.calibration=file, got None.")
+    assert problem.text.startswith("inputs.calibration must be given for trainer.calibration=file, got None.")
     config.trainer = MezoConfig()
-    assert problems(config) == []
+    assert launch_problems(config) == []
 
 
 def test_a_dtype_that_peers_choose_for_themselves_is_refused_where_values_are_held_in_it() -> None:
     config = sound()
     config.model.dtype = DType.auto
-    assert problems(config) == []
+    assert launch_problems(config) == []
 
     config.trainer = MezoConfig()
-    (problem,) = problems(config)
+    (problem,) = launch_problems(config)
 
     assert problem.text.startswith("model.dtype must be float32, bfloat16 or float16 for trainer=mezo")
     assert problem.text.endswith("got 'auto'. Write model.dtype=float32 if in doubt.")
@@ -452,23 +452,23 @@ def test_compiled_forwards_serve_every_trainer_that_writes_its_values(trainer: t
     config.model.compile = True
     config.trainer = trainer()
 
-    assert problems(config) == []
+    assert launch_problems(config) == []
 
 
 def test_compiled_forwards_are_refused_where_probes_cannot_be_traced_or_kept() -> None:
     config = sound()
     config.trainer = MezoConfig()
     config.estimator.freeze_routing = True
-    assert problems(config) == []
+    assert launch_problems(config) == []
 
     config.model.compile = True
-    perturbed, frozen = [problem.text for problem in problems(config)]
+    perturbed, frozen = [problem.text for problem in launch_problems(config)]
 
     assert perturbed.startswith("model.compile must be false for trainer=mezo: its probes hand each operation")
     assert frozen.startswith("model.compile must be false with estimator.freeze_routing: the choices of one")
 
 
-@pytest.mark.parametrize("key", ["data.path", "trainer.mask_path", "trainer.calibration_path", "model.name"])
+@pytest.mark.parametrize("key", ["data.path", "inputs.artifact", "inputs.calibration", "model.name"])
 def test_a_file_that_is_not_there_is_named(key: str, tmp_path: Path) -> None:
     config = sound()
     set_key(config, key, str(tmp_path / "no"))
@@ -497,7 +497,7 @@ def test_all_broken_rules_are_reported() -> None:
     for break_it in broken:
         break_it()
 
-    assert [problem.key for problem in problems(config)] == ["seed", "trainer.density", "fl.rounds"]
+    assert [problem.key for problem in launch_problems(config)] == ["seed", "trainer.density", "fl.rounds"]
 
 
 @pytest.mark.parametrize(
@@ -517,7 +517,7 @@ def test_rules_of_adapters(trainer: TrainerConfig, rules: list[str]) -> None:
     config = sound()
     config.trainer = trainer
 
-    found = [problem.text for problem in problems(config)]
+    found = [problem.text for problem in launch_problems(config)]
 
     assert len(found) == len(rules)
     assert all(text.startswith(rule) for text, rule in zip(found, rules, strict=True))

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 
 from fedzo.config.load import load
-from fedzo.config.rules import problems
+from fedzo.config.rules import launch_problems
+from fedzo.config.schema import LaunchConfig
 from fedzo.config.travel import from_json, to_json
 from fedzo.errors import ConfigError
 from fedzo.fl.server.step_policy.statistics import Statistic
 from fedzo.fl.server.step_policy.vpcs import Combine, VpcsConfig, VpcsTest
+from fedzo.masks.mask import Mask
+from fedzo.masks.mask_file import save_mask
 
 
 def complaint(*overrides: str) -> str:
@@ -64,11 +70,16 @@ def test_gradip_asks_for_a_trainer_that_can_have_a_gradient(trainer: str) -> Non
     load(["step_policy=vpcs", *chosen])
 
 
-def test_gradip_is_left_to_the_start_where_a_mask_is_given(tmp_path: object) -> None:
-    load(["step_policy=vpcs", "step_policy.statistic=gradip"])
-    load(
-        ["step_policy=vpcs", "step_policy.statistic=gradip", "trainer.selector=random", f"trainer.mask_path={tmp_path}"]
-    )
+@pytest.mark.parametrize("selector", ["sensitivity", "random"])
+def test_gradip_goes_by_the_recipe_of_a_mask_that_is_given(selector: str, tmp_path: Path) -> None:
+    mask = Mask({"w": torch.tensor([0, 2])}, {"w": (2, 2)}, gradient=None, manifest={"selector": selector})
+    save_mask(mask, tmp_path / "mask.safetensors")
+    given = ["step_policy=vpcs", "step_policy.statistic=gradip", f"inputs.artifact={tmp_path / 'mask.safetensors'}"]
+
+    if selector == "sensitivity":
+        load(given)
+    else:
+        assert "step_policy.statistic must be abs_g for a trainer that has no gradient" in complaint(*given)
 
 
 @pytest.mark.parametrize("step_policy", ["vpcs", "cusum"])
@@ -99,7 +110,7 @@ def test_an_oracle_needs_labels() -> None:
 
 def test_one_local_step_is_no_error() -> None:
     for option in ("vpcs", "cusum", "random", "oracle"):
-        assert problems(load([f"step_policy={option}", "fl.local_steps=1"])) == []
+        assert launch_problems(load([f"step_policy={option}", "fl.local_steps=1"])) == []
 
 
 def test_lists_and_choices_travel() -> None:
@@ -115,7 +126,7 @@ def test_lists_and_choices_travel() -> None:
     assert config.step_policy == VpcsConfig(
         tests=[VpcsTest.level, VpcsTest.ratio], combine=Combine.either, statistic=Statistic.gradip
     )
-    assert from_json(to_json(config)) == config
+    assert from_json(to_json(config), LaunchConfig) == config
 
 
 @pytest.mark.parametrize("step_policy", ["vpcs", "cusum"])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,15 +16,16 @@ from hypothesis import strategies as st
 
 from fedzo.config.load import load
 from fedzo.config.plugins import plugin_classes
-from fedzo.config.schema import RunConfig, filled
-from fedzo.config.travel import config_hash, from_json, is_same_run, save_yaml, to_json
-from fedzo.data.config import TaskConfig
+from fedzo.config.schema import LaunchConfig, RunConfig, SiteConfig, filled
+from fedzo.config.travel import config_hash, from_json, is_same_run, load_site, save_yaml, to_json
+from fedzo.data.config import DataConfig, TaskConfig
 from fedzo.data.partition import PartitionConfig
 from fedzo.data.partition.plain import NaturalConfig
 from fedzo.errors import ConfigError
 from fedzo.fl.config import Seeds
-from fedzo.models.config import DType
+from fedzo.models.config import BaseConfig, DType, ModelConfig
 from fedzo.runtime.config import LocalConfig
+from fedzo.trainers.base import InputsConfig
 from fedzo.trainers.meerkat import MeerkatConfig
 from fedzo.trainers.mezo import MezoConfig
 
@@ -31,13 +33,22 @@ texts = st.text(st.characters(codec="utf-8"), max_size=20)
 positive = st.floats(min_value=1e-300, max_value=1e300)
 
 
-def sound() -> RunConfig:
+DIGEST = "ab" * 32
+
+
+def agreed(launch: LaunchConfig) -> RunConfig:
+    """What peers would agree on for a model and an artifact of some digest."""
+    base = BaseConfig(label="opt", weights_digest=DIGEST, tokenizer_digest=DIGEST)
+    return launch.run(base, artifact=DIGEST)
+
+
+def sound() -> LaunchConfig:
     task = TaskConfig(name="rotten_tomatoes", template="{text}", candidates=[" bad", " good"])
-    return filled(RunConfig(task=task))
+    return filled(LaunchConfig(task=task))
 
 
 @st.composite
-def configs(draw: st.DrawFn) -> RunConfig:
+def configs(draw: st.DrawFn) -> LaunchConfig:
     config = sound()
     config.seed = draw(st.integers(0, 2**64 - 1))
     config.task.template = "{text}" + draw(texts)
@@ -57,12 +68,12 @@ def configs(draw: st.DrawFn) -> RunConfig:
 
 
 @given(configs())
-def test_json_gives_an_equal_config_back(config: RunConfig) -> None:
-    assert from_json(to_json(config)) == config
+def test_json_gives_an_equal_config_back(config: LaunchConfig) -> None:
+    assert from_json(to_json(config), LaunchConfig) == config
 
 
 @given(configs())
-def test_yaml_holds_what_json_holds(tmp_path_factory: pytest.TempPathFactory, config: RunConfig) -> None:
+def test_yaml_holds_what_json_holds(tmp_path_factory: pytest.TempPathFactory, config: LaunchConfig) -> None:
     path = tmp_path_factory.mktemp("run") / "config.yaml"
 
     save_yaml(config, path)
@@ -73,7 +84,7 @@ def test_yaml_holds_what_json_holds(tmp_path_factory: pytest.TempPathFactory, co
 def test_a_loaded_experiment_travels() -> None:
     config = load(["experiment=quickstart", "partition=natural", "partition.column=site"])
 
-    assert from_json(to_json(config)) == config
+    assert from_json(to_json(config), LaunchConfig) == config
     assert config.partition == NaturalConfig(column="site")
 
 
@@ -92,7 +103,7 @@ def test_plugins_are_named_by_their_option() -> None:
     [
         (
             lambda plain: plain.update(x=1),
-            r"configuration must hold exactly the keys of RunConfig, got unknown \['x'\]",
+            r"configuration must hold exactly the keys of LaunchConfig, got unknown \['x'\]",
         ),
         (
             lambda plain: plain["fl"].pop("rounds"),
@@ -131,13 +142,13 @@ def test_a_changed_text_is_refused(change: Callable[[dict[str, Any]], object], m
     change(plain)
 
     with pytest.raises(ConfigError, match=message):
-        from_json(json.dumps(plain))
+        from_json(json.dumps(plain), LaunchConfig)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "NaN", "[" * 100_000, "1" * 5000])
 def test_text_that_is_no_config_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"configuration must be"):
-        from_json(text)
+        from_json(text, LaunchConfig)
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
@@ -145,7 +156,7 @@ def test_numbers_that_are_not_finite_are_refused(number: str) -> None:
     text = to_json(sound()).replace('"eps": 0.001', f'"eps": {number}', 1)
 
     with pytest.raises(ConfigError, match=r"not a finite number|must be float, got inf"):
-        from_json(text)
+        from_json(text, LaunchConfig)
 
 
 def test_what_cannot_travel_is_refused_before_it_does() -> None:
@@ -162,23 +173,61 @@ def test_interpolations_in_a_text_stay_text() -> None:
     config = sound()
     config.task.template = "${oc.env:HOME} {text}"
 
-    assert from_json(to_json(config)).task.template == "${oc.env:HOME} {text}"
+    assert from_json(to_json(config), LaunchConfig).task.template == "${oc.env:HOME} {text}"
 
 
-def test_hash_is_of_the_canonical_text_without_what_is_local_to_a_site() -> None:
-    config = sound()
-    plain = json.loads(to_json(config))
-    for key in ("device", "threads", "runtime", "report"):
-        del plain[key]
-    del plain["model"]["dtype"], plain["model"]["compile"], plain["model"]["quantization"], plain["data"]["path"]
-    del plain["trainer"]["mask_path"], plain["trainer"]["calibration_path"]
+def test_hash_is_of_the_canonical_text() -> None:
+    config = agreed(sound())
 
-    canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    canonical = json.dumps(json.loads(to_json(config)), sort_keys=True, separators=(",", ":"))
 
     assert config_hash(config) == hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def test_what_travels_names_no_place_of_the_machine_that_launched_it() -> None:
+    launch = sound()
+    launch.device, launch.threads = "cuda:77", 77
+    launch.model = ModelConfig(name="/secret/opt", revision="secret", gguf_file="secret", tokens_per_batch=7777)
+    launch.data.path = "/secret"
+    launch.inputs = InputsConfig(artifact="/secret", calibration="/secret")
+
+    text = to_json(agreed(launch))
+
+    assert "secret" not in text
+    assert "77" not in text.replace(DIGEST, "")
+    assert from_json(text, RunConfig) == agreed(launch)
+
+
+@pytest.mark.parametrize("key", [field.name for field in fields(SiteConfig)])
+def test_a_key_of_a_machine_is_refused_where_a_run_travels(key: str) -> None:
+    plain = json.loads(to_json(agreed(sound())))
+    plain[key] = json.loads(to_json(SiteConfig()))[key]
+
+    with pytest.raises(ConfigError, match=rf"exactly the keys of RunConfig, got unknown \['{key}'\]"):
+        from_json(json.dumps(plain), RunConfig)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda plain: plain.update(artifact="../../etc/passwd"),
+        lambda plain: plain["base"].update(weights_digest="ab"),
+        lambda plain: plain["base"].update(tokenizer_digest="Z" * 64),
+    ],
+)
+def test_a_digest_that_is_none_is_refused(change: Callable[[dict[str, Any]], object]) -> None:
+    plain = json.loads(to_json(agreed(sound())))
+
+    change(plain)
+
+    with pytest.raises(ConfigError, match="must be a SHA-256 of 64 hexadecimal digits"):
+        from_json(json.dumps(plain), RunConfig)
+
+
 LOCAL = [
+    ["model.tokens_per_batch=8192"],
+    ["model.revision=v2"],
+    ["artifact_max_bytes=1000"],
     ["device=cpu"],
     ["threads=3"],
     ["model.dtype=bfloat16"],
@@ -187,14 +236,10 @@ LOCAL = [
     ["runtime=local"],
     ["runtime=ray", "runtime.num_actors=3"],
     ["report=none"],
-    ["trainer.mask_path=."],
-    ["trainer.calibration_path=."],
+    ["inputs.calibration=."],
 ]
 SHARED = [
     ["seed=1"],
-    ["model=gpt2"],
-    ["model.tokens_per_batch=8192"],
-    ["model.revision=v2"],
     ["trainer=mezo"],
     ["trainer.density=0.01"],
     ["partition=iid"],
@@ -206,7 +251,7 @@ SHARED = [
     ["fl.rounds=3"],
     ["strategy=size"],
     ["task.candidates=[' no',' yes']"],
-    ["data.num_dev=3"],
+    ["split.num_dev=3"],
     ["evaluation.every_rounds=5"],
     ["faults.absent=['1@1']"],
 ]
@@ -214,12 +259,12 @@ SHARED = [
 
 @pytest.mark.parametrize("overrides", LOCAL, ids=" ".join)
 def test_hash_ignores_what_is_local_to_a_site(overrides: list[str]) -> None:
-    assert config_hash(load(overrides)) == config_hash(load([]))
+    assert config_hash(agreed(load(overrides))) == config_hash(agreed(load([])))
 
 
 @pytest.mark.parametrize("overrides", SHARED, ids=" ".join)
 def test_hash_depends_on_what_peers_must_share(overrides: list[str]) -> None:
-    assert config_hash(load(overrides)) != config_hash(load([]))
+    assert config_hash(agreed(load(overrides))) != config_hash(agreed(load([])))
 
 
 @pytest.mark.parametrize(
@@ -245,15 +290,46 @@ def test_another_file_makes_another_run_of_a_sweep() -> None:
     one, other = load([]), load([])
     other.data.path = "/elsewhere"
 
-    assert config_hash(one) == config_hash(other)
+    assert config_hash(agreed(one)) == config_hash(agreed(other))
     assert not is_same_run(one, other)
 
 
-@pytest.mark.parametrize(
-    "name", ["facebook/opt-125m", "/models/opt-125m", "./opt-125m/", "C:\\models\\opt-125m", "opt-125m"]
-)
-def test_hash_takes_the_last_component_of_the_models_name(name: str) -> None:
-    config, other = sound(), sound()
-    config.model.name, other.model.name = name, "opt-125m"
+def test_another_base_or_artifact_makes_another_run() -> None:
+    run, other = agreed(sound()), "0" * 64
 
-    assert config_hash(config) == config_hash(other)
+    for change in (replace(run, artifact=other), replace(run, base=replace(run.base, weights_digest=other))):
+        assert config_hash(change) != config_hash(run)
+
+
+def test_a_site_file_gives_the_keys_that_differ_from_the_defaults(tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text("device: cpu\nmodel: {name: ./opt, dtype: bfloat16}\ndata: {path: ./rows}\n")
+
+    site = load_site(tmp_path / "site.yaml")
+
+    model = ModelConfig(name=str(tmp_path / "opt"), dtype=DType.bfloat16)
+    assert site == SiteConfig(device="cpu", model=model, data=DataConfig(path=str(tmp_path / "rows")))
+
+
+def test_a_site_in_full_is_read_back(tmp_path: Path) -> None:
+    site = SiteConfig(device="cpu", threads=3, artifact_max_bytes=5, data=DataConfig(path="/rows"))
+    (tmp_path / "site.json").write_text(to_json(site))
+
+    assert load_site(tmp_path / "site.json") == site
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("device: [", "must be a readable YAML file"),
+        ("- device", "must be a mapping for SiteConfig"),
+        ("seed: 1", r"unknown \['seed'\]"),
+        ("model: {dtype: int3}", "model.dtype must be one of float32"),
+        ("model: {max_length: 3}", r"unknown \['max_length'\]"),
+        ("device: !!python/object/apply:os.getcwd []", "must be a readable YAML file"),
+    ],
+)
+def test_another_text_is_no_site(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text(text)
+
+    with pytest.raises(ConfigError, match=rf"site configuration .*site\.yaml: .*{message}"):
+        load_site(tmp_path / "site.yaml")

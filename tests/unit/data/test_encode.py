@@ -151,7 +151,7 @@ def test_a_shortened_prompt_is_the_end_of_the_whole_one(text: str, max_length: i
 
 def test_candidates_that_leave_no_room_for_the_prompt_are_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"row 0: the longest candidate has 6 tokens and model.max_length is 6, no room"
+        ConfigError, match=r"row 0: the longest candidate has 6 tokens and task.max_length is 6, no room"
     ):
         encode([{"text": "x", "label": 0}], CHOICE, tokenizer=byte_tokenizer(), max_length=6)
 

@@ -244,7 +244,7 @@ def test_extreme_clients_can_stand_among_dirichlet_ones() -> None:
 
 def test_a_dirichlet_draw_that_leaves_clients_empty_is_refused_by_client() -> None:
     with pytest.raises(
-        ConfigError, match=r"these have fewer: client \d+ \(0 rows\), .*Raise partition.alpha or data.num_train"
+        ConfigError, match=r"these have fewer: client \d+ \(0 rows\), .*Raise partition.alpha or split.num_train"
     ):
         deal(DirichletConfig(alpha=0.001), num_clients=12)
 

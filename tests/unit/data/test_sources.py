@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedzo.data import sources
-from fedzo.data.config import DataConfig, TaskConfig
+from fedzo.data.config import DataConfig, SplitConfig, TaskConfig
 from fedzo.data.sources import Splits, load_splits
 from fedzo.errors import ConfigError
 
@@ -44,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_missing_dev_and_test_are_drawn_from_train_and_nothing_is_lost(folder: Path) -> None:
-    splits = load_splits(DataConfig(path=str(folder), num_dev=6, num_test=9), TASK)
+    splits = load_splits(DataConfig(path=str(folder)), SplitConfig(num_dev=6, num_test=9), TASK)
 
     assert [len(part) for part in (splits.train, splits.dev, splits.test)] == [25, 6, 9]
     assert sorted(texts(splits.train + splits.dev + splits.test)) == sorted(texts(rows(0, 40)))
@@ -52,19 +52,19 @@ def test_missing_dev_and_test_are_drawn_from_train_and_nothing_is_lost(folder: P
 
 
 def test_the_drawn_rows_are_the_same_on_every_machine(folder: Path) -> None:
-    splits = load_splits(DataConfig(path=str(folder), num_dev=3, num_test=4), TASK)
+    splits = load_splits(DataConfig(path=str(folder)), SplitConfig(num_dev=3, num_test=4), TASK)
 
     assert texts(splits.dev) == ["text 7", "text 9", "text 27"]
     assert texts(splits.test) == ["text 11", "text 15", "text 17", "text 22"]
 
 
 def test_the_split_seed_changes_the_split_and_the_template_does_not(folder: Path) -> None:
-    config = DataConfig(path=str(folder), num_dev=6, num_test=9)
+    data, split = DataConfig(path=str(folder)), SplitConfig(num_dev=6, num_test=9)
 
     first, again, other = (
-        load_splits(config, TASK),
-        load_splits(config, replace(TASK, template="Q: {text}")),
-        load_splits(replace(config, split_seed=1), TASK),
+        load_splits(data, split, TASK),
+        load_splits(data, split, replace(TASK, template="Q: {text}")),
+        load_splits(data, replace(split, seed=1), TASK),
     )
 
     assert first == again
@@ -72,7 +72,7 @@ def test_the_split_seed_changes_the_split_and_the_template_does_not(folder: Path
 
 
 def test_a_larger_test_split_keeps_the_rows_of_a_smaller_one(folder: Path) -> None:
-    small, large = (load_splits(DataConfig(path=str(folder), num_test=n, num_dev=0), TASK) for n in (4, 9))
+    small, large = (load_splits(DataConfig(path=str(folder)), SplitConfig(num_test=n, num_dev=0), TASK) for n in (4, 9))
 
     assert set(texts(small.test)) < set(texts(large.test))
 
@@ -82,7 +82,7 @@ def test_files_of_their_own_are_used_and_cut_to_the_wanted_number(dev: str, fold
     write(folder / f"{dev}.jsonl", rows(100, 120))
     write(folder / "test.jsonl", rows(200, 230))
 
-    splits = load_splits(DataConfig(path=str(folder), num_train=10, num_dev=5, num_test=7), TASK)
+    splits = load_splits(DataConfig(path=str(folder)), SplitConfig(num_train=10, num_dev=5, num_test=7), TASK)
 
     assert [len(part) for part in (splits.train, splits.dev, splits.test)] == [10, 5, 7]
     assert set(texts(splits.train)) < set(texts(rows(0, 40)))
@@ -91,7 +91,7 @@ def test_files_of_their_own_are_used_and_cut_to_the_wanted_number(dev: str, fold
 
 
 def test_rows_keep_the_order_of_their_file(folder: Path) -> None:
-    splits = load_splits(DataConfig(path=str(folder), num_train=12, num_dev=6, num_test=9), TASK)
+    splits = load_splits(DataConfig(path=str(folder)), SplitConfig(num_train=12, num_dev=6, num_test=9), TASK)
 
     for part in (splits.train, splits.dev, splits.test):
         assert texts(part) == sorted(texts(part), key=lambda text: int(text.split()[1]))
@@ -101,7 +101,7 @@ def test_train_rows_with_the_text_of_a_test_or_dev_row_are_dropped(folder: Path)
     write(folder / "dev.jsonl", [{"text": " text 1 ", "label": 0}, {"text": "text 2", "label": 0}])
     write(folder / "test.jsonl", [{"text": "text 2", "label": 1}, {"text": "text 3", "label": 1}])
 
-    splits = load_splits(DataConfig(path=str(folder)), TASK)
+    splits = load_splits(DataConfig(path=str(folder)), SplitConfig(), TASK)
 
     assert texts(splits.dev) == [" text 1 "]  # text 2 is a test row
     assert len(splits.train) == 37
@@ -116,8 +116,7 @@ def test_splits_are_apart_for_any_repeated_rows(numbers: list[int], seed: int) -
     located = [(f"x:{i}", {"text": f"t{n}", "label": 0}) for i, n in enumerate(numbers)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "read_located", lambda path: located)
-        config = DataConfig(path=__file__, num_dev=2, num_test=2, split_seed=seed)
-        splits = load_splits(config, TASK)
+        splits = load_splits(DataConfig(path=__file__), SplitConfig(num_dev=2, num_test=2, seed=seed), TASK)
 
     assert_apart(splits)
     assert all((splits.train, splits.dev, splits.test))
@@ -126,7 +125,7 @@ def test_splits_are_apart_for_any_repeated_rows(numbers: list[int], seed: int) -
 def test_one_file_is_enough(tmp_path: Path) -> None:
     write(tmp_path / "mine.jsonl", rows(0, 20))
 
-    splits = load_splits(DataConfig(path=str(tmp_path / "mine.jsonl"), num_dev=2, num_test=2), TASK)
+    splits = load_splits(DataConfig(path=str(tmp_path / "mine.jsonl")), SplitConfig(num_dev=2, num_test=2), TASK)
 
     assert len(splits.train) == 16
 
@@ -134,43 +133,43 @@ def test_one_file_is_enough(tmp_path: Path) -> None:
 def test_zero_wanted_rows_leave_a_split_empty(folder: Path) -> None:
     write(folder / "test.jsonl", rows(200, 230))
 
-    splits = load_splits(DataConfig(path=str(folder), num_dev=0, num_test=0), TASK)
+    splits = load_splits(DataConfig(path=str(folder)), SplitConfig(num_dev=0, num_test=0), TASK)
 
     assert (len(splits.train), splits.dev, splits.test) == (40, [], [])
 
 
 def test_a_draw_takes_a_quarter_of_train_at_most_and_says_so(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        splits = load_splits(DataConfig(path=str(folder), num_dev=4), TASK)
+        splits = load_splits(DataConfig(path=str(folder)), SplitConfig(num_dev=4), TASK)
 
     assert [len(part) for part in (splits.train, splits.dev, splits.test)] == [26, 4, 10]
-    assert caplog.messages == ["data.num_test=1024: there is no test file, 10 rows are drawn from train"]
+    assert caplog.messages == ["split.num_test=1024: there is no test file, 10 rows are drawn from train"]
 
 
 def test_without_a_path_only_the_embedded_task_has_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sources.EMBEDDED, "rotten_tomatoes", lambda: rows(0, 20))
 
-    embedded = load_splits(DataConfig(num_dev=2, num_test=2), replace(TASK, name="rotten_tomatoes"))
+    embedded = load_splits(DataConfig(), SplitConfig(num_dev=2, num_test=2), replace(TASK, name="rotten_tomatoes"))
 
     assert len(embedded.train) == 16
     with pytest.raises(
         ConfigError, match=r"data.path must be given for task 'mine' \(embedded: rotten_tomatoes\), got null"
     ):
-        load_splits(DataConfig(), TASK)
+        load_splits(DataConfig(), SplitConfig(), TASK)
 
 
 def test_a_missing_file_or_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nothing.jsonl: there is no such file or folder. Check data.path"):
-        load_splits(DataConfig(path=str(tmp_path / "nothing.jsonl")), TASK)
+        load_splits(DataConfig(path=str(tmp_path / "nothing.jsonl")), SplitConfig(), TASK)
     with pytest.raises(ConfigError, match=r"nowhere: there is no such file or folder"):
-        load_splits(DataConfig(path=str(tmp_path / "nowhere")), TASK)
+        load_splits(DataConfig(path=str(tmp_path / "nowhere")), SplitConfig(), TASK)
 
 
 def test_a_folder_without_train_lists_what_it_holds(tmp_path: Path) -> None:
     write(tmp_path / "test.jsonl", rows(0, 2))
 
     with pytest.raises(ConfigError, match=r"must hold a file train.\* .*, it holds test.jsonl. Check data.path"):
-        load_splits(DataConfig(path=str(tmp_path)), TASK)
+        load_splits(DataConfig(path=str(tmp_path)), SplitConfig(), TASK)
 
 
 def test_two_files_for_one_split_are_refused(folder: Path) -> None:
@@ -178,7 +177,7 @@ def test_two_files_for_one_split_are_refused(folder: Path) -> None:
     write(folder / "validation.jsonl", rows(2, 4))
 
     with pytest.raises(ConfigError, match=r"one dev file must exist, got dev.jsonl, validation.jsonl"):
-        load_splits(DataConfig(path=str(folder)), TASK)
+        load_splits(DataConfig(path=str(folder)), SplitConfig(), TASK)
 
 
 def test_a_missing_column_names_file_line_and_columns(folder: Path) -> None:
@@ -187,14 +186,14 @@ def test_a_missing_column_names_file_line_and_columns(folder: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"test.jsonl:2: .*needs a column 'text', the columns there are: sentence, label"
     ):
-        load_splits(DataConfig(path=str(folder)), TASK)
+        load_splits(DataConfig(path=str(folder)), SplitConfig(), TASK)
 
 
 def test_a_label_that_is_no_candidate_names_file_and_line(folder: Path) -> None:
     write(folder / "train.jsonl", [*rows(0, 4), {"text": "x", "label": 2}])
 
     with pytest.raises(ConfigError, match=r"train.jsonl:5: column 'label' .*\[' bad', ' good'\], got 2"):
-        load_splits(DataConfig(path=str(folder)), TASK)
+        load_splits(DataConfig(path=str(folder)), SplitConfig(), TASK)
 
 
 @pytest.mark.parametrize("name", ["train", "dev", "test"])
@@ -202,20 +201,20 @@ def test_an_empty_file_is_refused(name: str, folder: Path) -> None:
     write(folder / f"{name}.jsonl", [])
 
     with pytest.raises(ConfigError, match=rf"{name}.jsonl: the file must hold at least one row, got none"):
-        load_splits(DataConfig(path=str(folder)), TASK)
+        load_splits(DataConfig(path=str(folder)), SplitConfig(), TASK)
 
 
 def test_a_train_split_that_other_rows_leave_empty_is_refused(folder: Path) -> None:
     write(folder / "test.jsonl", rows(0, 40))
 
     with pytest.raises(
-        ConfigError, match=r"the train split is empty .*lower data.num_dev and data.num_test \(0 = none\)"
+        ConfigError, match=r"the train split is empty .*lower split.num_dev and split.num_test \(0 = none\)"
     ):
-        load_splits(DataConfig(path=str(folder), num_dev=0), TASK)
+        load_splits(DataConfig(path=str(folder)), SplitConfig(num_dev=0), TASK)
 
 
 def test_too_few_rows_to_draw_from_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", rows(0, 3))
 
     with pytest.raises(ConfigError, match="the test split is empty"):
-        load_splits(DataConfig(path=str(tmp_path)), TASK)
+        load_splits(DataConfig(path=str(tmp_path)), SplitConfig(), TASK)

@@ -134,11 +134,11 @@ def test_of_several_learning_rates_the_one_of_the_best_dev_loss_is_shown(study: 
 
 
 def test_results_are_found_by_what_was_changed(study: Any) -> None:
-    rows = [row(0, 0.5, server_optimizer="feddyn"), row(0, 0.6, trainer__mask_path="runs/mask-c4-60.safetensors")]
+    rows = [row(0, 0.5, server_optimizer="feddyn"), row(0, 0.6, inputs__artifact="runs/mask-c4-60.safetensors")]
     results = study["verdicts"].Results({"servers": rows})
 
     assert [r["after"]["value"] for r in results.rows("servers", "sst2", server_optimizer="feddyn")] == [0.5]
-    assert len(results.rows("servers", "sst2", trainer__mask_path="c4-60.safetensors")) == 1
+    assert len(results.rows("servers", "sst2", inputs__artifact="c4-60.safetensors")) == 1
     assert not results.rows("servers", "sst2", "full")
 
 

@@ -231,8 +231,8 @@ def test_a_gguf_file_that_is_not_there_is_named(folder: Path) -> None:
 
 
 def test_sequences_longer_than_the_models_positions_are_refused(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model\.max_length must be <= 512 .* got 513"):
-        load_model(ModelConfig(name=str(folder), max_length=513), device="cpu")
+    with pytest.raises(ConfigError, match=r"task\.max_length must be <= 512 .* got 513"):
+        load_model(ModelConfig(name=str(folder)), device="cpu", max_length=513)
 
 
 def test_auto_takes_a_device_that_is_there() -> None:

@@ -134,7 +134,7 @@ def test_batches_are_halved_until_they_fit() -> None:
 
 
 def test_a_sequence_that_does_not_fit_is_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"one sequence of 100 tokens needs .* Lower model\.max_length"):
+    with pytest.raises(ConfigError, match=r"one sequence of 100 tokens needs .* Lower task\.max_length"):
         fit_tokens_per_batch(tiny_model("llama"), wanted=4096, longest=100, available_bytes=1000, trained_bytes=0)
 
 

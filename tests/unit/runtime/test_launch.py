@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import fedzo.runtime.inline
-from fedzo.config.schema import RunConfig
+from fedzo.config.schema import LaunchConfig, RunConfig
+from fedzo.config.travel import to_json
 from fedzo.errors import ConfigError
 from fedzo.fl.config import FlConfig
+from fedzo.models.config import BaseConfig
 from fedzo.run.apps import client_app, look_ahead, server_app
 from fedzo.runtime.config import InlineConfig, RuntimeConfig
 from fedzo.runtime.launch import RUNTIMES, launch
@@ -27,14 +31,38 @@ def test_inline_runs_the_installed_apps_with_text_and_folder(
     calls: list[Any] = []
     monkeypatch.setattr(fedzo.runtime.inline, "run_inline", lambda *args, **kwargs: calls.append((args, kwargs)))
 
-    config = RunConfig(fl=FlConfig(num_clients=5), runtime=InlineConfig(batch_clients=batch_clients))
-    launch(config, tmp_path, config_json='{"seed": 1}')
+    config = LaunchConfig(fl=FlConfig(num_clients=5), runtime=InlineConfig(batch_clients=batch_clients))
+    launch(config, opened(config), tmp_path, site_file=tmp_path / "site.json")
 
-    run_config = {"config": '{"seed": 1}', "run-dir": str(tmp_path)}
+    run_config = {"config": to_json(agreed(config)), "run-dir": str(tmp_path)}
     ahead = look_ahead if batch_clients else None
     assert calls == [((server_app, client_app), {"num_clients": 5, "run_config": run_config, "look_ahead": ahead})]
 
 
+def test_processes_that_start_meanwhile_find_the_site(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found: list[str | None] = []
+    monkeypatch.setattr(
+        fedzo.runtime.inline, "run_inline", lambda *args, **kwargs: found.append(os.environ.get("FEDZO_SITE"))
+    )
+    monkeypatch.delenv("FEDZO_SITE", raising=False)
+
+    launch(LaunchConfig(), opened(LaunchConfig()), tmp_path, site_file=tmp_path / "site.json")
+
+    assert [*found, os.environ.get("FEDZO_SITE")] == [str(tmp_path / "site.json"), None]
+
+
 def test_unknown_runtime_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    config = LaunchConfig(runtime=RuntimeConfig())
+
     with pytest.raises(ConfigError, match=r"runtime: .* Registered: inline, local, ray"):
-        launch(RunConfig(runtime=RuntimeConfig()), tmp_path, config_json="{}")
+        launch(config, opened(config), tmp_path, site_file=tmp_path / "site.json")
+
+
+def agreed(config: LaunchConfig) -> RunConfig:
+    base = BaseConfig(label="tiny", weights_digest="0" * 64, tokenizer_digest="0" * 64)
+    return config.run(base, artifact="0" * 64)
+
+
+def opened(config: LaunchConfig) -> Any:
+    """A process as far as launching looks at it."""
+    return SimpleNamespace(peer=SimpleNamespace(config=agreed(config)))

@@ -294,7 +294,7 @@ def test_virtual_tokens_take_positions() -> None:
     build(loaded, PromptTrainerConfig())
 
     assert longest_sequence(loaded.model, 507) == 512
-    with pytest.raises(ConfigError, match=r"model\.max_length must be <= 507, since 5 of 512 positions"):
+    with pytest.raises(ConfigError, match=r"task\.max_length must be <= 507, since 5 of 512 positions"):
         longest_sequence(loaded.model, 508)
     assert generate(loaded, [[i % 250 for i in range(600)]], max_new_tokens=4, tokens_per_batch=600) == generate(
         loaded, [[i % 250 for i in range(97, 600)]], max_new_tokens=4, tokens_per_batch=600
@@ -376,7 +376,7 @@ def test_an_artifact_that_is_no_seed_is_refused(tmp_path: Path) -> None:
 
 
 def test_peft_is_imported_only_where_an_adapter_is_built() -> None:
-    listing = "import sys, fedzo.commands.runs; from fedzo.config.listing import list_groups; list_groups()"
+    listing = "import sys, fedzo.commands.train; from fedzo.config.listing import list_groups; list_groups()"
     code = f"{listing}; print('peft' in sys.modules)"
 
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -20,7 +20,7 @@ from fedzo.records.log import AuditLine
 from fedzo.zo.directions import PURPOSE_SELECTION, permutation, stream_key
 
 if TYPE_CHECKING:
-    from fedzo.config.schema import RunConfig
+    from fedzo.config.schema import RunSettings
 
 
 @dataclass(kw_only=True, slots=True)
@@ -50,7 +50,7 @@ class RandomConfig(EarlyStopConfig):
     num_flagged: int = 1
     """Number of flagged clients, for example as many as another step policy flagged."""
 
-    def problems(self, run: RunConfig) -> Iterator[Problem]:
+    def problems(self, run: RunSettings) -> Iterator[Problem]:
         if not 1 <= self.num_flagged <= run.fl.num_clients:
             rule = f"be between 1 and fl.num_clients ({run.fl.num_clients})"
             yield problem("step_policy.num_flagged", rule, self.num_flagged, "Lower it or add clients.")
@@ -78,7 +78,7 @@ class OracleConfig(EarlyStopConfig):
     def traits(self) -> StepPolicyTraits:
         return StepPolicyTraits(needs_labels=True)
 
-    def problems(self, run: RunConfig) -> Iterator[Problem]:
+    def problems(self, run: RunSettings) -> Iterator[Problem]:
         if not 0 < self.label_share <= 1:
             remedy = "1 flags clients with a single label only."
             yield problem("step_policy.label_share", "be > 0 and <= 1", self.label_share, remedy)

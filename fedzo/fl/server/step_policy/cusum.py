@@ -36,7 +36,7 @@ from fedzo.fl.server.step_policy.statistics import FEWEST, Numbers, Statistic, c
 from fedzo.records.log import AuditLine
 
 if TYPE_CHECKING:
-    from fedzo.config.schema import RunConfig
+    from fedzo.config.schema import RunSettings
 
 
 @dataclass(kw_only=True, slots=True)
@@ -55,7 +55,7 @@ class CusumConfig(EarlyStopConfig):
     def traits(self) -> StepPolicyTraits:
         return StepPolicyTraits(compares_abs_g=True)
 
-    def problems(self, run: RunConfig) -> Iterator[Problem]:
+    def problems(self, run: RunSettings) -> Iterator[Problem]:
         yield from not_negative("step_policy.drift", self.drift, "1 is the default.")
         yield from positive("step_policy.threshold", self.threshold, "8 is the default.")
         asked = run.strategy.clients_per_round or run.fl.num_clients

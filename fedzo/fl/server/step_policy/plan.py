@@ -15,7 +15,7 @@ from fedzo.records.metrics import ClientVerdict, StepDecision, known
 from fedzo.registry import PluginConfig, Registry
 
 if TYPE_CHECKING:
-    from fedzo.config.schema import RunConfig
+    from fedzo.config.schema import RunSettings
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class EarlyStopConfig(StepPolicyConfig):
     fallback_steps: int = 0
     """Local steps a round of all clients above ``max_share``. 0 = half of ``fl.local_steps``."""
 
-    def problems(self, run: RunConfig) -> Iterator[Problem]:
+    def problems(self, run: RunSettings) -> Iterator[Problem]:
         most = max(run.fl.local_steps, 1)
         if not 1 <= self.early_steps <= most:
             rule = f"be between 1 and fl.local_steps ({run.fl.local_steps})"

@@ -40,7 +40,7 @@ from fedzo.records.fields import MOST_STEPS
 from fedzo.records.log import AuditLine
 
 if TYPE_CHECKING:
-    from fedzo.config.schema import RunConfig
+    from fedzo.config.schema import RunSettings
 
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class VpcsConfig(EarlyStopConfig):
     def traits(self) -> StepPolicyTraits:
         return StepPolicyTraits(compares_abs_g=True)
 
-    def problems(self, run: RunConfig) -> Iterator[Problem]:
+    def problems(self, run: RunSettings) -> Iterator[Problem]:
         for key in ("initial_steps", "later_steps"):
             if getattr(self, key) < 1:
                 yield problem(f"step_policy.{key}", "be >= 1", getattr(self, key), "20 is the default.")

@@ -1,0 +1,33 @@
+"""``fedzo mask``: choose Meerkat's mask once, for runs to come."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fedzo.config.schema import LaunchConfig
+from fedzo.errors import ConfigError
+from fedzo.masks.mask_file import save_mask
+from fedzo.run.peer import open_model
+from fedzo.run.process import row_source
+from fedzo.run.start import calibration_texts
+from fedzo.trainers import Workplace
+from fedzo.trainers.meerkat import MeerkatConfig, choose_mask
+
+
+def make_mask(config: LaunchConfig, out: Path) -> dict[str, Any]:
+    """Choose a mask as ``trainer=meerkat`` would and write it to a file."""
+    if not isinstance(config.trainer, MeerkatConfig):
+        raise ConfigError("fedzo mask: trainer must be meerkat. Only a masked trainer has a mask.")
+    site = config.site()
+    site.model.compile = False  # a mask does not repay a compiler's minutes
+    workplace = Workplace(
+        folder=out.parent,
+        seed=config.seed,
+        texts=calibration_texts(row_source(config, site)),
+        advance=lambda done, total: None,
+        inputs=config.inputs,
+    )
+    mask = choose_mask(config.trainer, open_model(site, config.task.max_length), workplace)
+    save_mask(mask, out)
+    return {"path": str(out), "size": mask.size, "digest": mask.digest(), **mask.manifest}

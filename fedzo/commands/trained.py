@@ -1,0 +1,65 @@
+"""What a run's folder is good for after it: verify the log, export the model, score it, let it write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fedzo.commands.run_folder import read_run, rebuild
+from fedzo.config.travel import config_hash
+from fedzo.errors import ConfigError
+from fedzo.evaluate.answers import evaluate
+from fedzo.fl.log_store import RunStore
+from fedzo.models.generate import generate
+from fedzo.records.decode import encode
+
+
+def replay_run(run_dir: Path, *, rounds: int | None = None) -> dict[str, object]:
+    """Verify a log: rebuild every state from the base weights and compare it with the log's own hashes."""
+    config = read_run(run_dir)
+    if rounds is None:
+        with RunStore(run_dir) as store:
+            rounds = len(store.records)
+    rebuilt = rebuild(run_dir, rounds=rounds)
+    return {
+        "rounds": len(rebuilt.rounds),
+        "space_size": rebuilt.replica.space.size,
+        "digest": rebuilt.replica.space.digest(),
+        "chain": rebuilt.replica.chain.hex(),
+        "config_hash": config_hash(config),
+    }
+
+
+def export_run(run_dir: Path, out_dir: Path, *, rounds: int | None = None) -> Path:
+    """Write what a run made: a folder that plain transformers loads, or an adapter folder that plain PEFT loads."""
+    if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
+        raise ConfigError(f"OUT must be a new or empty folder, got {str(out_dir)!r}. Choose another.")
+    rebuilt = rebuild(run_dir, rounds=rounds)
+    loaded, built = rebuilt.process.peer.loaded, rebuilt.process.peer.built
+    if built is not None and built.save is not None:
+        built.save(out_dir)
+        return out_dir
+    model: Any = loaded.model
+    model.save_pretrained(out_dir)
+    loaded.tokenizer.save_pretrained(out_dir)
+    return out_dir
+
+
+def evaluate_run(run_dir: Path, *, split: str) -> dict[str, Any]:
+    """Score the run's model (its best round) on the dev or test rows."""
+    process = rebuild(run_dir).process
+    peer, config = process.peer, process.peer.config
+    score = evaluate(
+        peer.loaded,
+        process.server.examples(split),
+        config.task,
+        tokens_per_batch=peer.site.model.tokens_per_batch,
+    )
+    return dict(encode(score))
+
+
+def generate_run(run_dir: Path, prompts: list[str], *, max_new_tokens: int) -> list[str]:
+    """Greedy continuations by the run's model (its best round)."""
+    peer = rebuild(run_dir).process.peer
+    ids = [tuple(peer.loaded.tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    return generate(peer.loaded, ids, max_new_tokens=max_new_tokens, tokens_per_batch=peer.site.model.tokens_per_batch)

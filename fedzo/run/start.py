@@ -1,0 +1,105 @@
+"""What comes before a run's first round: load the model, prepare the trainer, and fix what all peers agree on.
+
+From then on ``run.json`` of the run folder holds that agreement, and nothing of it changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from fedzo.config.plugins import plugin_name
+from fedzo.config.schema import LaunchConfig, RunConfig
+from fedzo.config.travel import from_json, to_json
+from fedzo.data.rows import RowSource, SimulatedRows
+from fedzo.errors import ConfigError
+from fedzo.models.config import BaseConfig
+from fedzo.models.load import LoadedModel
+from fedzo.report.sinks import ProgressSink
+from fedzo.run.peer import Peer, open_model
+from fedzo.run.process import Process, row_source
+from fedzo.trainers import TRAINERS, Prepared, Workplace
+from fedzo.trainers.artifacts import ARTIFACTS
+
+RUN_FILE, SITE_FILE = "run.json", "site.json"
+
+
+def open_run(launch: LaunchConfig, run_dir: Path) -> Process:
+    """A run on this machine, new or to be gone on with, in its folder.
+
+    Raises:
+        ConfigError: The model, the rows or the inputs are not what the run needs, or not those that it began with.
+    """
+    loaded = open_model(launch.site(), launch.task.max_length)
+    source = row_source(launch, launch.site())
+    if isinstance(source, SimulatedRows):
+        _ = source.parts  # rows that cannot be dealt are refused here, before a client fails for it
+    prepared = _prepare(launch, loaded, source, run_dir)
+    launch.step_policy.check_start(launch.fl, has_gradient=prepared.gradient is not None)
+    run = launch.run(_base_of(launch, loaded), prepared.artifact.digest)
+    file = run_dir / RUN_FILE
+    if file.exists():
+        _must_be(from_json(file.read_text(encoding="utf-8"), RunConfig), run, run_dir)
+    else:
+        file.write_text(to_json(run), encoding="utf-8")
+    return Process(
+        Peer.of(run, launch.site(), loaded),
+        source,
+        artifacts=run_dir / ARTIFACTS,
+        prepared=prepared,
+        report=launch.report,
+        takes_turns=launch.runtime.traits.takes_turns,
+    )
+
+
+def calibration_texts(source: RowSource) -> Callable[[], list[str]]:
+    """Gives the prompts of all clients' training rows, for a trainer that is calibrated on them (a simulation only)."""
+
+    def texts() -> list[str]:
+        if not isinstance(source, SimulatedRows):
+            raise ConfigError(
+                "trainer.calibration=train: the server must have training rows, but they are the clients' own. "
+                "Calibrate on other text (trainer.calibration=file or imdb), or give a mask."
+            )
+        return source.prompts()
+
+    return texts
+
+
+def _prepare(launch: LaunchConfig, loaded: LoadedModel, source: RowSource, run_dir: Path) -> Prepared:
+    progress = ProgressSink(launch.fl.rounds, enabled=launch.report.progress)
+    try:
+        with progress.phase(f"preparing {plugin_name('trainer', launch.trainer)}") as advance:
+            workplace = Workplace(
+                folder=run_dir,
+                seed=launch.seed,
+                texts=calibration_texts(source),
+                advance=advance,
+                inputs=launch.inputs,
+            )
+            return TRAINERS.build(launch.trainer).prepare(loaded, workplace)
+    finally:
+        progress.close()
+
+
+def _base_of(launch: LaunchConfig, loaded: LoadedModel) -> BaseConfig:
+    name = launch.model.name.replace("\\", "/").rstrip("/")
+    return BaseConfig(
+        label=name.rpartition("/")[2],
+        weights_digest=loaded.base_digest,
+        tokenizer_digest=loaded.tokenizer_digest,
+        dtype=None if launch.trainer.traits.float32_master else launch.model.dtype,
+    )
+
+
+def _must_be(begun: RunConfig, now: RunConfig, run_dir: Path) -> None:
+    for what, before, after in (
+        ("the model's weights", begun.base.weights_digest, now.base.weights_digest),
+        ("its tokenizer", begun.base.tokenizer_digest, now.base.tokenizer_digest),
+        ("the trainer's artifact", begun.artifact, now.artifact),
+    ):
+        if before != after:
+            raise ConfigError(
+                f"run folder {run_dir}: {what} must have the SHA-256 {before[:12]}..., with which the run began, got "
+                f"{after[:12]}... Put the files of that time back, or start a new run."
+            )

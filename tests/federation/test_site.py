@@ -1,0 +1,101 @@
+"""A machine's own configuration beside the run's: what may differ between peers, and what may not."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedzo.commands.train import resume_run, start_run
+from fedzo.commands.trained import replay_run
+from fedzo.config.load import load
+from fedzo.errors import ConfigError, RunFolderError
+from fedzo.run.process import Process, forget_process, this_process
+from fedzo.testing.tiny_models import save_tiny_model
+
+Run = Callable[..., Path]
+Lines = Callable[[Path, str], list[dict[str, Any]]]
+Overrides = Callable[..., list[str]]
+
+
+@pytest.fixture
+def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path, str], Process]]:
+    """Open the run of a folder as a client process does that has a site file with this text."""
+
+    def open_at(folder: Path, site: str) -> Process:
+        (tmp_path / "site.yaml").write_text(site)
+        monkeypatch.setenv("FEDZO_SITE", str(tmp_path / "site.yaml"))
+        return this_process((folder / "run.json").read_text())
+
+    forget_process()
+    yield open_at
+    forget_process()
+
+
+def test_a_site_holds_model_and_rows_where_and_how_it_likes(
+    run: Run, opened: Callable[[Path, str], Process], tiny_model_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    folder = run("fl.rounds=1")
+    shutil.copytree(tiny_model_dir, tmp_path / "elsewhere")
+    shutil.copytree(data_dir, tmp_path / "rows")
+
+    site = "device: cpu\nthreads: 1\nmodel: {name: ./elsewhere, dtype: bfloat16}\ndata: {path: ./rows}\n"
+    peer = opened(folder, site).peer
+
+    assert peer.loaded.model.dtype.itemsize == 2
+    assert peer.identity.config_hash == replay_run(folder)["config_hash"]
+    assert peer.identity.base_digest == peer.config.base.weights_digest
+    assert len(this_process((folder / "run.json").read_text()).client.data(0).train) > 0
+
+
+@pytest.mark.parametrize(
+    ("trainer", "site", "message"),
+    [
+        ("meerkat", "model: {quantization: int8}", r"model\.quantization must be none where the model's own weights"),
+        ("mezo", "model: {dtype: bfloat16}", r"model\.dtype must be float32 in this run of trainer=mezo"),
+        ("meerkat", "model: {tokens_per_batch: 8}", r"model\.tokens_per_batch must be >= task\.max_length"),
+        ("meerkat", "device: gpu", r"device must be auto, cpu, cuda"),
+    ],
+)
+def test_a_site_that_cannot_take_part_is_refused_by_the_rule(
+    trainer: str, site: str, message: str, run: Run, opened: Callable[[Path, str], Process], data_dir: Path
+) -> None:
+    folder = run("fl.rounds=1", f"trainer={trainer}")
+
+    with pytest.raises(ConfigError, match=message):
+        opened(folder, f"data: {{path: {data_dir}}}\n{site}\n")
+
+
+def test_a_process_without_a_site_file_says_what_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run("fl.rounds=1")
+    monkeypatch.delenv("FEDZO_SITE", raising=False)
+
+    with pytest.raises(ConfigError, match="FEDZO_SITE must name the file with this site's configuration"):
+        this_process((folder / "run.json").read_text())
+
+
+def test_a_run_does_not_go_on_with_another_model(overrides: Overrides, tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "model", "llama")
+    config = load([*overrides("fl.rounds=1"), f"model.name={tmp_path / 'model'}"])
+    start_run(config, tmp_path / "run", overrides=[])
+    shutil.rmtree(tmp_path / "model")
+    save_tiny_model(tmp_path / "model", "llama", seed=1)
+
+    with pytest.raises(ConfigError, match=r"the model's weights must have the SHA-256 .* with which the run began"):
+        resume_run(tmp_path / "run")
+
+
+def test_a_run_that_was_killed_before_its_agreement_begins_with_resume(run: Run, tmp_path: Path, lines: Lines) -> None:
+    whole = run("fl.rounds=1")
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    shutil.copy(whole / "config.json", begun)
+
+    with pytest.raises(RunFolderError, match=r"no run\.json.*`fedzo resume .*begun` begins it"):
+        replay_run(begun)
+    resume_run(begun)
+
+    assert lines(begun, "public.jsonl") == lines(whole, "public.jsonl")
