@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from fedzo.config.plugins import PLAIN, plugin_classes
+from fedzo.config.plugins import LISTS, PLAIN, list_classes, plugin_classes
 from fedzo.config.schema import LaunchConfig, RunSettings, SiteConfig
 
 PAGE = Path(__file__).parent / "ref-config.md"
@@ -24,7 +24,9 @@ HEAD = """\
 
 This page lists every key of a run, as written on the command line: `fedzo train fl.rounds=100 trainer=mezo`. The
 [glossary](glossary.md) defines the terms. A config group is chosen by name (`trainer=mezo`) and has keys
-`trainer.<key>`. The defaults on this page are those of the code. Presets, the YAML files in `conf/`, may have others.
+`trainer.<key>`. A list of plugins is chosen in its order (`preprocess=[a,b]`), and plugin `a` has keys
+`preprocess.a.<key>`. The defaults on this page are those of the code. Presets, the YAML files in `conf/`, may have
+others.
 
 `fedzo list` prints the presets. `fedzo train --help` prints the values of a command line. fedzo reports all unknown
 keys, values of a wrong type and impossible combinations together, before any work is done.
@@ -96,7 +98,7 @@ def table(cls: type, prefix: str) -> list[str]:
     hints, docs, rows = get_type_hints(cls), field_docs(cls), []
     for field in own_fields(cls):
         hint = hints[field.name]
-        if dataclasses.is_dataclass(hint):
+        if dataclasses.is_dataclass(hint) or (cls is RunSettings and field.name in LISTS):
             continue
         text = docs.get(field.name, "")
         if choice := enum_of(hint):
@@ -129,15 +131,26 @@ def group_page(name: str, base: type, options: dict[str, type]) -> list[str]:
     return lines
 
 
+def list_page(name: str, options: dict[str, type]) -> list[str]:
+    """The plugins that a list may hold, each with its keys."""
+    chosen = json.dumps(list(getattr(LaunchConfig(), name))).replace('"', "")
+    lines = [f"## `{name}`", "", f"A list of plugins, by default `{name}={chosen}`.", ""]
+    for option, cls in sorted(options.items()):
+        lines += [f"### `{name}=[{option}]`", "", summary(cls), "", *table(cls, f"{name}.{option}.")]
+    return lines
+
+
 def page() -> str:
     """The whole page."""
-    plugins = plugin_classes()
+    plugins, lists = plugin_classes(), list_classes()
     lines = [HEAD, "## The run", "", summary(RunSettings), "", *table(RunSettings, "")]
     lines += ["## The machine", "", summary(SiteConfig), "", *table(SiteConfig, "")]
     of_run, of_site, of_launch = map(dataclasses.fields, (RunSettings, SiteConfig, LaunchConfig))
     before = {field.name for field in (*of_run, *of_site)}
     for field in (*of_run, *of_site, *(field for field in of_launch if field.name not in before)):
         cls = get_type_hints(LaunchConfig)[field.name]
+        if field.name in lists:
+            lines += list_page(field.name, lists[field.name])
         if not dataclasses.is_dataclass(cls):
             continue
         name = field.name

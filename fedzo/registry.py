@@ -7,6 +7,7 @@ registers its parts.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -65,7 +66,9 @@ class Registry(Generic[T]):
         self._configs: dict[str, type] = {}
 
     def register(self, name: str, config_class: type) -> Callable[[Callable[..., T]], Callable[..., T]]:
-        """Decorate the factory of ``config_class`` under ``name`` (the Hydra option)."""
+        """Decorate the factory of ``config_class`` under ``name`` (the Hydra option, and a part of keys)."""
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_-]{0,99}", name):
+            raise ValueError(f"{self.kind} {name!r}: a name must hold letters, digits, _ and - only, 100 at most")
         if not dataclasses.is_dataclass(config_class) or not issubclass(config_class, self.base):
             raise TypeError(
                 f"{self.kind} {name!r}: {config_class.__name__} must be a dataclass of {self.base.__name__}"

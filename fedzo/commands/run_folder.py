@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from fedzo.config.schema import LaunchConfig, RunConfig
+from fedzo.config.schema import LaunchConfig, RunConfig, first_evaluator
 from fedzo.config.travel import from_json
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.fl.log_store import RunStore, best_round
@@ -55,7 +55,8 @@ def rebuild(run_dir: Path, *, rounds: int | None = None) -> Rebuilt:
     """
     config, site = read_run(run_dir), read_launch(run_dir).site()
     with RunStore(run_dir) as store:
-        wanted = best_round(store, by=config.evaluation.best_by) if rounds is None else rounds
+        best = best_round(store, by=config.evaluation.best_by, evaluator=first_evaluator(config))
+        wanted = best if rounds is None else rounds
         if not 0 <= wanted <= len(store.records):
             raise ConfigError(f"rounds must be in 0..{len(store.records)} (the log's length), got {wanted}.")
         site = replace(site, model=replace(site.model, compile=False))  # this does not repay a compiler's minutes

@@ -8,7 +8,7 @@ from typing import Any
 from fedzo.commands.run_folder import read_run, rebuild
 from fedzo.config.travel import config_hash
 from fedzo.errors import ConfigError
-from fedzo.evaluate.answers import evaluate
+from fedzo.evaluate import evaluate
 from fedzo.fl.log_store import RunStore
 from fedzo.models.generate import generate
 from fedzo.records.decode import encode
@@ -46,16 +46,18 @@ def export_run(run_dir: Path, out_dir: Path, *, rounds: int | None = None) -> Pa
 
 
 def evaluate_run(run_dir: Path, *, split: str) -> dict[str, Any]:
-    """Score the run's model (its best round) on the dev or test rows."""
+    """Score the run's model (its best round) on the dev or test rows, by each evaluator of the run.
+
+    Returns:
+        The scores by the evaluators' names.
+    """
     process = rebuild(run_dir).process
-    peer, config = process.peer, process.peer.config
-    score = evaluate(
-        peer.loaded,
-        process.server.examples(split),
-        config.task,
-        tokens_per_batch=peer.site.model.tokens_per_batch,
-    )
-    return dict(encode(score))
+    peer, examples = process.peer, process.server.examples(split)
+    task, tokens_per_batch = peer.config.task, peer.site.model.tokens_per_batch
+    return {
+        name: encode(evaluate(name, evaluator, peer.loaded, examples, task, tokens_per_batch=tokens_per_batch))
+        for name, evaluator in peer.evaluators.items()
+    }
 
 
 def generate_run(run_dir: Path, prompts: list[str], *, max_new_tokens: int) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 from fedzo.data.config import DataConfig, TaskConfig
 from fedzo.data.partition import PARTITIONERS
 from fedzo.data.preprocess import STAGES
+from fedzo.evaluate import EVALUATORS
 from fedzo.fl.config import StrategyConfig
 from fedzo.fl.server.step_policy import STEP_POLICIES
 from fedzo.models.config import ModelConfig
@@ -36,7 +37,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
 }
 """Groups of which a run takes one plugin."""
 
-LISTS: dict[str, Registry[Any]] = {"preprocess": STAGES}
+LISTS: dict[str, Registry[Any]] = {"preprocess": STAGES, "evaluators": EVALUATORS}
 """Groups of which a run takes a list of plugins (``preprocess=[a,b]``)."""
 
 

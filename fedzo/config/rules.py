@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedzo.config import traits
-from fedzo.config.plugins import plugin_classes, plugin_name
+from fedzo.config.plugins import LISTS, plugin_classes, plugin_name
 from fedzo.config.schema import LaunchConfig, RunConfig, RunSettings, SiteConfig
 from fedzo.data.config import Loss, SplitConfig, TaskConfig, TaskKind
 from fedzo.data.sources import EMBEDDED
@@ -53,8 +53,9 @@ def run_problems(config: RunSettings) -> Iterator[Problem]:
     yield from broken_rules(config.partition, config)
     yield from traits.partition_problems(config)
     yield from broken_rules(config.trainer, config)
-    for stage in config.preprocess.values():
-        yield from broken_rules(stage, config)
+    for group in LISTS:
+        for plugin in getattr(config, group).values():
+            yield from broken_rules(plugin, config)
     yield from broken_rules(config.estimator, config)
     yield from traits.gradient_problems(config)
     yield from broken_rules(config.server_optimizer, config)

@@ -13,6 +13,7 @@ from fedzo.data.config import DataConfig, SplitConfig, TaskConfig
 from fedzo.data.partition import PartitionConfig
 from fedzo.data.partition.by_label import DirichletEqualConfig
 from fedzo.data.preprocess.config import StageConfig
+from fedzo.evaluate import AnswersConfig, EvaluatorConfig
 from fedzo.fl.config import EvaluationConfig, FaultsConfig, FlConfig, StrategyConfig
 from fedzo.fl.server.step_policy.baselines import NoStepPolicyConfig
 from fedzo.fl.server.step_policy.plan import StepPolicyConfig
@@ -41,6 +42,7 @@ class RunSettings:
     fl: FlConfig = field(default_factory=FlConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     step_policy: StepPolicyConfig = field(default_factory=NoStepPolicyConfig)
+    evaluators: dict[str, EvaluatorConfig] = field(default_factory=lambda: {"answers": AnswersConfig()})
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
 
@@ -88,6 +90,11 @@ class LaunchConfig(RunSettings, SiteConfig):
     def site(self) -> SiteConfig:
         """This machine's part."""
         return SiteConfig(**{each.name: getattr(self, each.name) for each in fields(SiteConfig)})
+
+
+def first_evaluator(config: RunSettings) -> str | None:
+    """The evaluator whose dev score chooses the best round; None where nothing is scored."""
+    return next(iter(config.evaluators), None)
 
 
 Settings = TypeVar("Settings", bound=RunSettings)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from fedzo.config.paths import conf_dir
-from fedzo.config.plugins import PLAIN, REGISTRIES, list_classes, plugin_classes
+from fedzo.config.plugins import LISTS, PLAIN, REGISTRIES, list_classes, plugin_classes
 from fedzo.config.schema import LaunchConfig
 
 _MAX_FOLDER_CHARS = 80
@@ -18,9 +19,11 @@ _MAX_FOLDER_CHARS = 80
 def register_schemas() -> None:
     """Store ``schema`` (a whole run) and ``<option>_schema`` per group; safe to repeat."""
     store = ConfigStore.instance()
-    # Plugin groups start at their base class: merging one plugin onto another would keep the first one's keys.
-    bases = LaunchConfig(**{group: registry.base() for group, registry in REGISTRIES.items()})
-    store.store(name="schema", node=bases)
+    # Plugin groups start at their base class, and lists empty: merging one plugin onto another would keep the first
+    # one's keys.
+    bases = {group: registry.base() for group, registry in REGISTRIES.items()}
+    empty: dict[str, Any] = {group: {} for group in LISTS}
+    store.store(name="schema", node=LaunchConfig(**bases, **empty))
     for group, config_class in PLAIN.items():
         store.store(group=group, name=f"{group}_schema", node=config_class)
     for group, options in plugin_classes().items():

@@ -112,7 +112,7 @@ class BestBy(StrEnum):
     loss = "loss"
     """The lowest dev loss, which has less noise than an accuracy over a few hundred rows."""
     value = "value"
-    """The highest dev accuracy, F1 or ROUGE-L."""
+    """The best dev value: the highest accuracy, F1 or ROUGE-L."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -122,7 +122,8 @@ class EvaluationConfig:
     every_rounds: int = 25
     """Number of rounds between two scores on the dev rows. 0 = only at the end."""
     best_by: BestBy = BestBy.loss
-    """The dev score that chooses the best round, whose model is tested and exported."""
+    """The dev score that chooses the best round, whose model is tested and exported. The score is that of the first
+    evaluator in ``evaluators``."""
     central: bool = True
     """Whether the server holds dev and test rows (a real federation's server may hold none)."""
     federated_every_rounds: int = 0

@@ -120,15 +120,16 @@ class RunStore:
         self._files.close()
 
 
-def best_round(store: RunStore, *, by: BestBy) -> int:
-    """The round with the best dev score, of equal ones the earliest; without dev scores the last round."""
-    scores = [score for score in store.told(CentralScore) if score.split == "dev"]
+def best_round(store: RunStore, *, by: BestBy, evaluator: str | None) -> int:
+    """The round with an evaluator's best dev score, of equal ones the earliest; without any the last round."""
+    told = store.told(CentralScore)
+    scores = [score for score in told if score.split == "dev" and score.evaluator == evaluator]
     if not scores:
         return len(store.records)
 
     def rank(score: CentralScore) -> tuple[float, float, int]:
         loss = math.inf if score.loss is None else score.loss
-        return (score.value, -loss, -score.round) if by is BestBy.value else (-loss, score.value, -score.round)
+        return (score.merit, -loss, -score.round) if by is BestBy.value else (-loss, score.merit, -score.round)
 
     return max(scores, key=rank).round
 

@@ -153,11 +153,11 @@ class EvaluateRequest(Sync):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateReply:
-    """Counts and losses only, as JSON."""
+    """Counts and means only, as JSON: a score of each evaluator, or none without held-out rows."""
 
     status: Status = Status.ok
     position: RoundNumber = 0
-    score: JsonText = "{}"
+    scores: JsonText = "{}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Callable, Iterable
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from enum import StrEnum
 from functools import cache
 from math import isfinite
@@ -287,6 +287,10 @@ class _Table:
         return {str(self.key.write(key)): self.value.write(item) for key, item in value.items()}
 
 
+def _default(each: Field[Any]) -> Any:
+    return each.default if each.default_factory is MISSING else each.default_factory()
+
+
 class _Record:
     """A dataclass as an object of JSON; ``kind``, where the class has one, is the object's first entry."""
 
@@ -301,7 +305,7 @@ class _Record:
         self._required = {
             name for name, each in own.items() if each.default is MISSING and each.default_factory is MISSING
         }
-        self._omitted = {name: own[name].default for name in own if OmitDefault() in get_args(hints[name])}
+        self._omitted = {name: _default(own[name]) for name in own if OmitDefault() in get_args(hints[name])}
 
     @property
     def rule(self) -> str:

@@ -78,11 +78,15 @@ Check = Annotated[int, Within(0, 0xFFFFFFFF)]
 Real = Annotated[float, Within(-_LARGEST, _LARGEST)]
 """Any finite number."""
 Magnitude = Annotated[float, Within(0.0, _LARGEST)]
+MOST_READING = 1e15
+Reading = Annotated[float, Within(-MOST_READING, MOST_READING)]
+"""What an evaluator reads off a model: so far from the largest float that no mean or sum overflows."""
 Seconds = Annotated[float, Within(0.0, 1e12)]
 Share = Annotated[float, Within(0.0, 1.0)]
 LearningRate = Annotated[float, Within(0.0, float(np.finfo(np.float32).max))]
 Hash = Annotated[str, Matching(re.compile("[0-9a-f]{64}"), "64 hexadecimal digits")]
 Name = Annotated[str, Length(1, 200)]
+PluginName = Annotated[str, Matching(re.compile("[A-Za-z_][A-Za-z0-9_-]{0,99}"), "a plugin's name")]
 Words = Annotated[str, Length(0, MOST_TEXT)]
 Clients = Annotated[tuple[Client, ...], Length(0, MOST_CLIENTS)]
 Series = Annotated[tuple[Real | None, ...], Length(1, MOST_STEPS)]

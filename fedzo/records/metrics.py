@@ -22,6 +22,9 @@ from fedzo.records.fields import (
     Length,
     Magnitude,
     Name,
+    OmitDefault,
+    PluginName,
+    Reading,
     Real,
     RoundNumber,
     Seconds,
@@ -34,6 +37,10 @@ from fedzo.records.fields import (
 
 Split = Literal["dev", "test"]
 Label = Annotated[int, Within(0, 1 << 16)]
+ANSWERS = "answers"
+"""The evaluator of records from before a run had several."""
+MOST_NUMBERS = 100
+"""Numbers that an evaluator may report beside its value."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,43 +172,53 @@ class StepDecision:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How a model did on rows.
+    """How a model did on rows, by one evaluator.
 
     Attributes:
-        metric: ``accuracy``, ``token_f1`` or ``rouge_l``.
-        value: The metric's mean over examples, 0 to 1.
-        loss: The task's loss, mean over examples; None where it is not finite.
+        metric: What the value measures, such as ``accuracy``, ``token_f1`` or ``rouge_l``.
+        value: The metric's mean over examples.
+        loss: The task's loss, mean over examples; None where it is not finite or the evaluator has none.
         num_examples: How many.
         per_class: Of each label: right answers and examples (candidates only).
         auc: Area under the ROC curve (two candidates and both labels there only).
         best_threshold_accuracy: Accuracy at the threshold that suits these examples best (two candidates only).
+        numbers: Other means over examples that the evaluator reports, by name.
+        lower_is_better: Of the value.
     """
 
     metric: Name
-    value: Share
+    value: Reading
     loss: Real | None
     num_examples: Annotated[int, Within(1, 1 << 53)]
     per_class: Annotated[dict[Label, tuple[Count, Count]], Length(0, 1 << 16)] = field(default_factory=dict)
     auc: Share | None = None
     best_threshold_accuracy: Share | None = None
+    numbers: Annotated[dict[Name, Reading], Length(0, MOST_NUMBERS), OmitDefault()] = field(default_factory=dict)
+    lower_is_better: Annotated[bool, OmitDefault()] = False
 
     def __post_init__(self) -> None:
         counts = self.per_class.values()
         if any(right > total for right, total in counts) or sum(total for _, total in counts) > self.num_examples:
             raise ValueError("hold no more right answers than examples, and no more of a class than of all")
 
-    def numbers(self) -> dict[str, Any]:
+    def as_fields(self) -> dict[str, Any]:
         """The score's fields, for a record that is a score and more."""
         return {each.name: getattr(self, each.name) for each in fields(Score)}
+
+    @property
+    def merit(self) -> float:
+        """The value, or its negative where lower is better: the higher the better."""
+        return -self.value if self.lower_is_better else self.value
 
 
 @dataclass(frozen=True, slots=True)
 class CentralScore(Score):
-    """The score of the whole model on the server's rows after ``round`` rounds (0 = before training)."""
+    """An evaluator's score of the model on the server's rows after ``round`` rounds (0 = before training)."""
 
     kind: ClassVar[str] = "score"
-    first: ClassVar[tuple[str, ...]] = ("seconds", "split", "round")
+    first: ClassVar[tuple[str, ...]] = ("seconds", "evaluator", "split", "round")
     seconds: Seconds = field(kw_only=True)
+    evaluator: PluginName = field(default=ANSWERS, kw_only=True)
     split: Split = field(kw_only=True)
     round: RoundNumber = field(kw_only=True)
 
@@ -216,25 +233,32 @@ class ClientScore(Score):
 
 @dataclass(frozen=True, slots=True)
 class FederatedScore(Score):
-    """The score of all clients' held-out rows together after ``round`` rounds, and of each client's."""
+    """An evaluator's score of all clients' held-out rows together after ``round`` rounds, and of each client's.
+
+    Attributes:
+        message_up_bytes: Of the messages that brought it; 0 where another evaluator's record counts these.
+        message_down_bytes: As ``message_up_bytes``.
+        worst_client: The value of the client that did worst.
+    """
 
     kind: ClassVar[str] = "federated_score"
-    first: ClassVar[tuple[str, ...]] = ("seconds", "round")
+    first: ClassVar[tuple[str, ...]] = ("seconds", "evaluator", "round")
     seconds: Seconds = field(kw_only=True)
+    evaluator: PluginName = field(default=ANSWERS, kw_only=True)
     round: RoundNumber = field(kw_only=True)
     message_up_bytes: Count = field(default=0, kw_only=True)
     message_down_bytes: Count = field(default=0, kw_only=True)
-    worst_client: Share = field(kw_only=True)
+    worst_client: Reading = field(kw_only=True)
     clients: Annotated[tuple[ClientScore, ...], Length(1, MOST_CLIENTS)] = field(kw_only=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorstClient:
-    """The lowest score of a client on its own held-out rows, when they were last scored."""
+    """The worst score of a client on its own held-out rows by the first evaluator, when they were last scored."""
 
     client: Client
     metric: Name
-    value: Share
+    value: Reading
     round: RoundNumber
 
 
@@ -256,7 +280,12 @@ class Flagged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """The end of a finished run; bytes are sums over rounds and clients."""
+    """The end of a finished run; bytes are sums over rounds and clients.
+
+    Attributes:
+        before: The first evaluator's score of the test rows before training.
+        after: Its score of the test rows at the best round.
+    """
 
     kind: ClassVar[str] = "summary"
     seconds: Seconds

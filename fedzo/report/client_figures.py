@@ -6,7 +6,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fedzo.report.format import percent_text, score_text
 from fedzo.report.panels import colour_scale, flagged_clients, label_colours, some_of
-from fedzo.report.run_data import RunData
+from fedzo.report.run_data import RunData, Scored
 from fedzo.report.series import gaps, label_shares, label_skew, running_mean
 from fedzo.report.style import (
     BLUE,
@@ -109,13 +109,13 @@ def draw_abs_g(run: RunData) -> Picture | None:
     return Picture("abs_g", "Projected gradient per client", caption, figure)
 
 
-def draw_federated(run: RunData) -> Picture | None:
-    """Each client's score on its own held-out rows."""
-    if not run.federated:
+def draw_federated(found: Scored, *, name: str) -> Picture | None:
+    """Each client's score on its own held-out rows by one evaluator."""
+    if not found.federated:
         return None
-    first, last = run.federated[0], run.federated[-1]
+    first, last = found.federated[0], found.federated[-1]
     earlier = {client.client: client.value for client in first.clients} if first.round < last.round else {}
-    scored = sorted(last.clients, key=lambda score: score.value)
+    scored = sorted(last.clients, key=lambda score: score.merit)
     figure, axes = new_axes(height=2.7)
     places = list(range(len(scored)))
     few = len(scored) <= 40
@@ -161,7 +161,9 @@ def draw_federated(run: RunData) -> Picture | None:
         axes.set_xticks([])
     axes.set_xlabel("client, worst first")
     axes.set_ylabel(f"{last.metric} on own held-out rows")
-    axes.set_ylim(0, 1.0)
+    values = [client.value for score in (first, last) for client in score.clients]
+    if min(values) >= 0 and max(values) <= 1:
+        axes.set_ylim(0, 1.0)
     axes.tick_params(axis="x", length=0)
     axes.spines["bottom"].set_color(GRID)
     percent_axis(axes, last.metric)
@@ -171,4 +173,4 @@ def draw_federated(run: RunData) -> Picture | None:
         f"so errors are large). Worst: client {scored[0].client} with "
         f"{score_text(last.metric, scored[0].value)} (orange)."
     )
-    return Picture("federated", f"{last.metric.capitalize()} per client", caption, figure)
+    return Picture(name, f"{last.metric.capitalize()} per client", caption, figure)

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from fedzo.report.client_figures import draw_abs_g, draw_federated, draw_labels
 from fedzo.report.format import bytes_text, change_text, number_text, score_text
 from fedzo.report.local_steps import draw_local_losses, draw_local_steps, shows_everyone
-from fedzo.report.run_data import RunData
+from fedzo.report.run_data import RunData, Scored
 from fedzo.report.series import gaps, running_mean
 from fedzo.report.style import (
     BLUE,
@@ -33,15 +33,18 @@ def draw_figures(run: RunData) -> list[Picture]:
     with house_style():
         slopes = None if shows_everyone(run) else draw_abs_g(run)
         drawn = [
-            _scores(run),
+            _scores(run, run.first, name="score"),
             _loss(run),
             _bytes(run),
             draw_labels(run),
             draw_local_steps(run),
             draw_local_losses(run),
             slopes,
-            draw_federated(run),
+            draw_federated(run.first, name="federated"),
         ]
+        for other in run.scored[1:]:
+            drawn.append(_scores(run, other, name=f"score-{other.evaluator}"))
+            drawn.append(draw_federated(other, name=f"federated-{other.evaluator}"))
     return [picture for picture in drawn if picture is not None]
 
 
@@ -74,9 +77,8 @@ def _loss(run: RunData) -> Picture | None:
     return Picture("loss", "Training loss", caption, figure)
 
 
-def _scores(run: RunData) -> Picture | None:
-    dev = [score for score in run.scores if score.split == "dev"]
-    before, after = run.test_scores
+def _scores(run: RunData, scored: Scored, *, name: str) -> Picture | None:
+    dev, (before, after) = scored.dev, scored.test
     if not dev and not before:
         return None
     metric = (dev or [score for score in (before,) if score])[0].metric
@@ -106,7 +108,9 @@ def _scores(run: RunData) -> Picture | None:
     _rounds_axis(axes, last)
     values = [s.value for s in dev] + [s.value for s in (before, after) if s]
     margin = max(0.06 * (max(values) - min(values)), 0.02)
-    axes.set_ylim(max(0.0, min(values) - 2 * margin), min(1.0, max(values) + 2 * margin))
+    low, high = min(values) - 2 * margin, max(values) + 2 * margin
+    share = min(values) >= 0 and max(values) <= 1
+    axes.set_ylim(max(0.0, low) if share else low, min(1.0, high) if share else high)
     for round_index, score, filled in marks:
         if score is None:
             continue
@@ -128,12 +132,13 @@ def _scores(run: RunData) -> Picture | None:
     direct_labels(axes, ends)
     caption = "The test rows were scored only at the diamonds." if before else "No test rows were scored."
     if dev:
-        by = {"loss": "lowest dev loss", "value": f"highest dev {metric}"}.get(run.setting("evaluation", "best_by"))
-        chosen = f"; the {by} chose the best round" if by else ""
+        best_value = f"{'lowest' if dev[0].lower_is_better else 'highest'} dev {metric}"
+        by = {"loss": "lowest dev loss", "value": best_value}.get(run.setting("evaluation", "best_by"))
+        chosen = f"; the {by} chose the best round" if by and scored == run.first else ""
         caption = f"The line is dev {metric}{chosen}. {caption}"
     if before and after:
         caption = f"{caption} Test: {change_text(metric, before.value, after.value)}."
-    return Picture("score", f"{metric.capitalize()} over rounds", caption, figure)
+    return Picture(name, f"{metric.capitalize()} over rounds", caption, figure)
 
 
 def _bytes(run: RunData) -> Picture | None:

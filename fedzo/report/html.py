@@ -33,14 +33,14 @@ def write_report(run_dir: Path) -> Path:
     run = load_run(run_dir)
     pictures = draw_figures(run)
     save_pictures(pictures, run_dir / "figures")
-    before, after = run.test_scores
+    before, after = run.first.test
     text = render_page(
         title=f"{run.setting('trainer', 'plugin') or 'a run'} on {run.setting('task', 'name') or 'its task'}",
         subtitle=f"{run.setting('model', 'name')}, {run.setting('fl', 'num_clients')} clients, folder {run_dir.name}",
         headline=_from_to(before.metric, before.value, after.value) if before and after else "",
         headline_note=_headline_note(run),
         notes=_notes(run),
-        tables=[table for table in (_numbers(run), _classes(run), _own_classes(run), _lost(run)) if table[1]],
+        tables=[t for t in (_numbers(run), _evaluators(run), _classes(run), _own_classes(run), _lost(run)) if t[1]],
         long_tables=[table for table in (_clients(run),) if table[1]],
         pictures=pictures,
         details=[
@@ -91,7 +91,7 @@ def write_page(path: Path, text: str) -> Path:
 
 
 def _headline_note(run: RunData) -> str:
-    before, after = run.test_scores
+    before, after = run.first.test
     if not before or not after:
         return ""
     parts = [f"{before.metric} on {count_text(after.num_examples)} test rows, before and after training"]
@@ -112,7 +112,7 @@ def _notes(run: RunData) -> list[str]:
     if run.summary is None:
         notes.insert(0, f"This run is not finished: {len(run.rounds)} rounds are shown. `fedzo resume` continues it.")
         return notes
-    if run.test_scores[1]:
+    if run.first.test[1]:
         notes.append(
             "The test rows were scored once before training and once at the best round. Test rows chose nothing."
         )
@@ -123,7 +123,7 @@ def _notes(run: RunData) -> list[str]:
 def _numbers(run: RunData) -> Table:
     clients = max(1, len(run.setup.clients) if run.setup else 1)
     rows = [["rounds", str(len(run.rounds))], ["time", seconds_text(run.seconds)]]
-    if run.summary and any(score.split == "dev" for score in run.scores):
+    if run.summary and run.first.dev:
         rows.append(["best dev round", str(run.summary.best_round)])
     if run.setup:
         trained = f"{count_text(run.setup.space_size)} of {count_text(run.setup.num_params)}"
@@ -146,8 +146,27 @@ def _numbers(run: RunData) -> Table:
     return "Numbers", rows
 
 
+def _evaluators(run: RunData) -> Table:
+    """What each evaluator found; nothing where the headline and the figures say it all."""
+    title, rows = (
+        "Scores by evaluator",
+        [["evaluator", "measure", "test before", "test after", "own rows", "worst client"]],
+    )
+    for scored in run.scored:
+        (before, after), own = scored.test, scored.federated[-1] if scored.federated else None
+        if not (score := after or before or own):
+            continue
+        ends = [None if found is None else found.value for found in (before, after, own)]
+        worst = own.worst_client if own else None
+        rows.append([scored.evaluator, score.metric, *(score_text(score.metric, value) for value in (*ends, worst))])
+        for name in score.numbers:
+            values = [None if found is None else found.numbers[name] for found in (before, after, own)]
+            rows.append(["", name, *map(number_text, values), ""])
+    return title, rows if len(rows) > 2 else []
+
+
 def _classes(run: RunData) -> Table:
-    before, after = run.test_scores
+    before, after = run.first.test
     if not before or not after or not after.per_class:
         return "Test rows by class", []
     rows = [["class", "rows", "right before", "right after"]]
@@ -159,7 +178,8 @@ def _classes(run: RunData) -> Table:
 
 def _own_classes(run: RunData) -> Table:
     title = "Clients' own held-out rows by class"
-    scored = run.federated[:1] + run.federated[1:][-1:]  # the first and the last, which may be one
+    told = run.first.federated
+    scored = told[:1] + told[1:][-1:]  # the first and the last, which may be one
     if not scored or not scored[-1].per_class:
         return title, []
     rows = [["class", "rows", *(f"right after round {score.round}" for score in scored)]]
@@ -172,7 +192,7 @@ def _own_classes(run: RunData) -> Table:
 def _clients(run: RunData) -> Table:
     if not run.setup:
         return "Clients", []
-    last = run.federated[-1] if run.federated else None
+    last = run.first.federated[-1] if run.first.federated else None
     scores = {entry.client: entry for entry in last.clients} if last else {}
     steps = {verdict.client: verdict for verdict in run.step_policy.clients} if run.step_policy else {}
     selected = ["local steps a round"] if steps else []

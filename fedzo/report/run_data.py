@@ -29,8 +29,40 @@ _REMEDY = "It was edited, or another version of fedzo wrote it. Restore it, or d
 
 
 @dataclass(frozen=True, slots=True)
+class Scored:
+    """What one evaluator found, by round.
+
+    Attributes:
+        evaluator: Its name.
+        central: Scores of the server's dev and test rows.
+        federated: Scores of the clients' own held-out rows.
+        best_round: After which the test rows were scored for the last time; None in an unfinished run.
+    """
+
+    evaluator: str
+    central: tuple[CentralScore, ...] = ()
+    federated: tuple[FederatedScore, ...] = ()
+    best_round: int | None = None
+
+    @property
+    def dev(self) -> tuple[CentralScore, ...]:
+        """Of the dev rows."""
+        return tuple(score for score in self.central if score.split == "dev")
+
+    @property
+    def test(self) -> tuple[CentralScore | None, CentralScore | None]:
+        """Of the test rows before training and after it (None for what is not measured yet)."""
+        test = {score.round: score for score in self.central if score.split == "test"}
+        if self.best_round is not None:
+            return test.get(0), test.get(self.best_round)
+        return test.get(0), next((test[done] for done in reversed(test) if done > 0), None)
+
+
+@dataclass(frozen=True, slots=True)
 class RunData:
     """A run folder in memory. ``notes`` says what was missing or damaged; ``summary`` is None for an unfinished run.
+
+    ``scored`` has the evaluators in the run's order: by the first of them the best round is chosen.
 
     ``step_policy`` is the newest decision on who stops early, None where there was none; ``flagged_from`` has the round
     from which each client has been flagged.
@@ -42,8 +74,7 @@ class RunData:
     environment: dict[str, Any]
     setup: Setup | None
     rounds: tuple[Round, ...]
-    scores: tuple[CentralScore, ...]
-    federated: tuple[FederatedScore, ...]
+    scored: tuple[Scored, ...]
     step_policy: StepDecision | None
     flagged_from: dict[int, int]
     summary: Summary | None
@@ -67,13 +98,9 @@ class RunData:
         return tuple(record for record in self.rounds if not record.calibration)
 
     @property
-    def test_scores(self) -> tuple[CentralScore | None, CentralScore | None]:
-        """The score before training and after it (None for what is not measured yet)."""
-        if self.summary:
-            return self.summary.before, self.summary.after
-        test = [score for score in self.scores if score.split == "test"]
-        before = next((score for score in test if score.round == 0), None)
-        return before, next((score for score in reversed(test) if score.round > 0), None)
+    def first(self) -> Scored:
+        """The first evaluator, which chooses the best round; one that found nothing where there is none."""
+        return self.scored[0] if self.scored else Scored("")
 
     def class_name(self, label: str | int) -> str:
         """The answer text of a label where the task names one, else the label itself."""
@@ -97,8 +124,6 @@ def load_run(run_dir: Path) -> RunData:
     config_text, config, config_notes = _read_mapping(run_dir / "config.yaml", yaml.safe_load)
     _, environment, environment_notes = _read_mapping(run_dir / "environment.json", json.loads)
     rounds = {record.round: record for record in records if isinstance(record, Round)}
-    scores = {(record.split, record.round): record for record in records if isinstance(record, CentralScore)}
-    federated = {record.round: record for record in records if isinstance(record, FederatedScore)}
     setups = [record for record in records if isinstance(record, Setup)]
     step_policies = [record for record in records if isinstance(record, StepDecision)]
     summaries = [record for record in records if isinstance(record, Summary)]
@@ -110,8 +135,7 @@ def load_run(run_dir: Path) -> RunData:
         environment=environment,
         setup=setups[-1] if setups else None,
         rounds=tuple(rounds[index] for index in sorted(rounds)),
-        scores=tuple(sorted(scores.values(), key=lambda score: score.round)),
-        federated=tuple(federated[index] for index in sorted(federated)),
+        scored=_scored(records, config, best_round=ended.best_round if ended else None),
         step_policy=step_policies[-1] if step_policies else None,
         flagged_from={
             verdict.client: decision.round
@@ -121,6 +145,25 @@ def load_run(run_dir: Path) -> RunData:
         },
         summary=ended,
         notes=(*notes, *config_notes, *environment_notes),
+    )
+
+
+def _scored(records: list[MetricRecord], config: dict[str, Any], *, best_round: int | None) -> tuple[Scored, ...]:
+    """The scores of each evaluator, in the order in which the configuration names these."""
+    central = {(r.evaluator, r.round, r.split): r for r in records if isinstance(r, CentralScore)}
+    federated = {(r.evaluator, r.round): r for r in records if isinstance(r, FederatedScore)}
+    told = {score.evaluator for score in central.values()} | {score.evaluator for score in federated.values()}
+    entries = config.get("evaluators")
+    plugins = [entry.get("plugin") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    chosen = dict.fromkeys(name for name in plugins if isinstance(name, str) and name in told)
+    return tuple(
+        Scored(
+            name,
+            tuple(sorted((r for r in central.values() if r.evaluator == name), key=lambda score: score.round)),
+            tuple(sorted((r for r in federated.values() if r.evaluator == name), key=lambda score: score.round)),
+            best_round,
+        )
+        for name in [*chosen, *sorted(told.difference(chosen))]
     )
 
 

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fedzo.records.metrics import CentralScore, FederatedScore, MetricRecord, Round, Setup, Summary
 from fedzo.report.ending import ending
-from fedzo.report.format import bytes_text, seconds_text
+from fedzo.report.format import bytes_text, score_text, seconds_text
 
 Advance = Callable[[int, int], None]
 PLAIN_EVERY_S = 10.0
@@ -42,10 +42,12 @@ class TensorBoardSink:
             case CentralScore():
                 for name in ("value", "loss", "auc", "best_threshold_accuracy"):
                     tag = record.metric if name == "value" else name
-                    self._add(f"{record.split}/{tag}", getattr(record, name), record.round)
+                    self._add(f"{record.split}/{record.evaluator}/{tag}", getattr(record, name), record.round)
+                for name, number in record.numbers.items():
+                    self._add(f"{record.split}/{record.evaluator}/{name}", number, record.round)
             case FederatedScore():
-                self._add(f"federated/{record.metric}", record.value, record.round)
-                self._add("federated/worst_client", record.worst_client, record.round)
+                self._add(f"federated/{record.evaluator}/{record.metric}", record.value, record.round)
+                self._add(f"federated/{record.evaluator}/worst_client", record.worst_client, record.round)
 
     def close(self) -> None:
         """Flush and close the event file."""
@@ -63,16 +65,24 @@ class ProgressSink:
         rounds: Rounds of the whole run.
         completed: Rounds that were done before it was resumed.
         sent_bytes: Message bytes up and down of those rounds.
+        evaluator: Whose scores the live line shows.
         enabled: Whether to print at all.
     """
 
     def __init__(
-        self, rounds: int, *, completed: int = 0, sent_bytes: tuple[int, int] = (0, 0), enabled: bool = True
+        self,
+        rounds: int,
+        *,
+        completed: int = 0,
+        sent_bytes: tuple[int, int] = (0, 0),
+        evaluator: str | None = None,
+        enabled: bool = True,
     ) -> None:
         self._console = Console(file=sys.stdout, highlight=False, quiet=not enabled, soft_wrap=True)
         self._live = enabled and self._console.is_terminal
         self._rounds = rounds
         self._up, self._down = sent_bytes
+        self._evaluator = evaluator
         self._score = ""
         self._last_print = 0.0
         self._rate: list[float] = []
@@ -152,6 +162,7 @@ class ProgressSink:
         self._down += record.message_down_bytes
 
     def _scored(self, score: CentralScore) -> None:
-        percent = f"{100 * score.value:.1f} %"
-        self._score = f"{score.split} {percent}  "
-        self._console.print(f"{score.split} after {score.round} rounds: {score.metric} {percent}")
+        text = score_text(score.metric, score.value)
+        if score.evaluator == self._evaluator:
+            self._score = f"{score.split} {text}  "
+        self._console.print(f"{score.split} after {score.round} rounds: {score.metric} {text}")

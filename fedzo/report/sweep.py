@@ -49,13 +49,11 @@ class Job:
         return self.run.summary if self.run else None
 
     def scores(self, split: str) -> tuple[CentralScore, CentralScore] | None:
-        """The score of a finished run on these rows before it, and that of its best round."""
+        """The first evaluator's score of a finished run on these rows before it, and that of its best round."""
         if self.run is None or self.summary is None:
             return None
-        rounds = {score.round: score for score in self.run.scores if score.split == split}
-        before, after = self.run.test_scores if split == "test" else (rounds.get(0), None)
-        if split == "dev":
-            after = rounds.get(self.summary.best_round)
+        dev = {score.round: score for score in self.run.first.dev}
+        before, after = self.run.first.test if split == "test" else (dev.get(0), dev.get(self.summary.best_round))
         return (before, after) if before and after else None
 
 

@@ -41,6 +41,7 @@ class ClientContext:
             self.peer.identity,
             self._local_update(),
             task=config.task,
+            evaluators=self.peer.evaluators,
             data_of=self.data,
             build=self._workspace,
             artifacts=self.artifacts,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedzo.config.plugins import plugin_name
+from fedzo.config.schema import first_evaluator
 from fedzo.data.tasks import num_labels
 from fedzo.errors import ConfigError
 from fedzo.fl.config import StrategyConfig
@@ -86,6 +87,7 @@ class Federation:
             config.fl.rounds,
             completed=len(store.records),
             sent_bytes=(_total(store, "message_up_bytes"), _total(store, "message_down_bytes")),
+            evaluator=first_evaluator(config),
             enabled=context.report.progress,
         )
         sinks: list[Sink] = [self._progress]
@@ -119,7 +121,7 @@ class Federation:
             server.run_round()
             scores.take_due(server)
         server.tell_step_policy()
-        best = best_round(self._store, by=config.evaluation.best_by)
+        best = best_round(self._store, by=config.evaluation.best_by, evaluator=first_evaluator(config))
         server.replica.goto(best, self._store.records)
         scores.take("test", rounds=best)
         self._write_summary(best)
@@ -232,14 +234,15 @@ class Federation:
     def _write_summary(self, best: int) -> None:
         if self._store.told(Summary):
             return  # resumed after its end
+        first = first_evaluator(self._config)
         self._sinks.write(
             Summary(
                 seconds=self._elapsed(),
                 rounds=self._server.round,
                 best_round=best,
-                before=self._scores.find("test", 0),
-                after=self._scores.find("test", best),
-                worst_client=self._scores.worst_client(),
+                before=self._scores.find("test", 0, evaluator=first),
+                after=self._scores.find("test", best, evaluator=first),
+                worst_client=self._scores.worst_client(evaluator=first),
                 step_policy=self._flagged(),
                 final_digest=self._store.rounds[-1].digest,
                 dropped_probes=_total(self._store, "dropped_probes"),

@@ -17,6 +17,7 @@ from fedzo.data.encode import encode, task_digest
 from fedzo.data.example import Example
 from fedzo.data.files import Row
 from fedzo.errors import ConfigError
+from fedzo.evaluate import EVALUATORS, Evaluator
 from fedzo.fl.client.local_update import Workspace
 from fedzo.fl.client.worker import Identity
 from fedzo.fl.replica import Replica
@@ -79,6 +80,11 @@ class Peer:
         if not isinstance(estimator, ZerothOrderConfig):
             return 3
         return build_estimator(estimator).forwards_per_step(estimator.num_probes)
+
+    @cached_property
+    def evaluators(self) -> dict[str, Evaluator]:
+        """The run's evaluator plugins by name, in their order."""
+        return {name: EVALUATORS.build(evaluator) for name, evaluator in self.config.evaluators.items()}
 
     @cached_property
     def identity(self) -> Identity:

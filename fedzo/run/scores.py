@@ -1,15 +1,14 @@
-"""What is scored at the server, after which rounds, and each of it once, also in a run that is resumed."""
+"""What is scored, by which evaluators, after which rounds, and each of it once, also in a run that is resumed."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from fedzo.data.example import Example
-from fedzo.data.tasks import num_labels
 from fedzo.errors import ProtocolError
-from fedzo.evaluate.answers import evaluate, merge_scores, metric_of, score_of_peer
+from fedzo.evaluate import evaluate, merge_scores, scores_of_peer
 from fedzo.fl.client.local_update import Workspace
 from fedzo.fl.exchange import Traffic
 from fedzo.fl.log_store import RunStore
@@ -42,30 +41,36 @@ class Scores:
 
     def planned(self) -> list[tuple[int, list[Example]]]:
         """How often which examples will be scored at the server in the whole run."""
-        config = self.context.peer.config
-        if not config.evaluation.central:
+        config, times = self.context.peer.config, len(self.context.peer.evaluators)
+        if not config.evaluation.central or not times:
             return []
         dev = sum(
             _is_due(done, config.evaluation.every_rounds, config.fl.rounds) for done in range(1, config.fl.rounds + 1)
         )
-        return [(1 + dev, self.context.examples("dev")), (2, self.context.examples("test"))]
+        return [(times * (1 + dev), self.context.examples("dev")), (times * 2, self.context.examples("test"))]
 
     def take(self, split: Split, *, rounds: int) -> None:
         """Score the server's model, which must be at ``rounds``, on the server's rows, if there are any."""
         config = self.context.peer.config
-        if not config.evaluation.central or self.find(split, rounds):
-            return
-        if not (examples := self.context.examples(split)):
-            return  # split.num_dev = 0, or split.num_test = 0
-        with self.progress.phase(f"scoring {split}", len(examples)) as advance:
-            score = evaluate(
-                self.at.loaded,
-                examples,
-                config.task,
-                tokens_per_batch=self.at.tokens_per_batch,
-                on_batch=advance,
+        if not config.evaluation.central or not (examples := self.context.examples(split)):
+            return  # with split.num_dev = 0 or split.num_test = 0 there are none
+        for name, evaluator in self.context.peer.evaluators.items():
+            if self.find(split, rounds, evaluator=name):
+                continue
+            with self.progress.phase(f"scoring {split} ({name})", len(examples)) as advance:
+                score = evaluate(
+                    name,
+                    evaluator,
+                    self.at.loaded,
+                    examples,
+                    config.task,
+                    tokens_per_batch=self.at.tokens_per_batch,
+                    on_batch=advance,
+                )
+            seconds = self.elapsed()
+            self.sink.write(
+                CentralScore(seconds=seconds, evaluator=name, split=split, round=rounds, **score.as_fields())
             )
-        self.sink.write(CentralScore(seconds=self.elapsed(), split=split, round=rounds, **score.numbers()))
 
     def take_due(self, server: Server) -> None:
         """Take the scores that the rounds until now call for, by ``evaluation``."""
@@ -76,51 +81,54 @@ class Scores:
         if evaluation.federated_every_rounds >= 0 and _is_due(done, evaluation.federated_every_rounds, total):
             self._ask_clients(server)
 
-    def find(self, split: Split, rounds: int) -> CentralScore | None:
-        """The score of a split after so many rounds; None where there is none."""
+    def find(self, split: Split, rounds: int, *, evaluator: str | None) -> CentralScore | None:
+        """An evaluator's score of a split after so many rounds; None where there is none."""
+        wanted = (evaluator, split, rounds)
         taken = self.store.told(CentralScore)
-        return next((score for score in taken if score.split == split and score.round == rounds), None)
+        return next((score for score in taken if (score.evaluator, score.split, score.round) == wanted), None)
 
-    def worst_client(self) -> WorstClient | None:
-        """The client with the lowest score on its own held-out rows, when they were scored last."""
-        last = max(self.store.told(FederatedScore), key=lambda score: score.round, default=None)
+    def worst_client(self, *, evaluator: str | None) -> WorstClient | None:
+        """The client that an evaluator found worst on its own held-out rows, when they were scored last."""
+        told = [score for score in self.store.told(FederatedScore) if score.evaluator == evaluator]
+        last = max(told, key=lambda score: score.round, default=None)
         if last is None:
             return None
-        worst = min(last.clients, key=lambda score: score.value)
+        worst = min(last.clients, key=lambda score: score.merit)
         return WorstClient(client=worst.client, metric=worst.metric, value=worst.value, round=last.round)
 
     def _ask_clients(self, server: Server) -> None:
-        """Every connected client scores the present model on its own held-out rows."""
-        config = self.context.peer.config
-        if any(score.round == server.round for score in self.store.told(FederatedScore)):
+        """Every connected client scores the present model on its own held-out rows, by each evaluator."""
+        peer = self.context.peer
+        taken = {score.evaluator for score in self.store.told(FederatedScore) if score.round == server.round}
+        due = [name for name in peer.evaluators if name not in taken]
+        if not due:
             return
-        most = config.evaluation.federated_max_rows
-        scored: dict[int, Score] = {}
-        traffic = Traffic()
+        most, traffic = peer.config.evaluation.federated_max_rows, Traffic()
+        scored: dict[str, dict[int, Score]] = {name: {} for name in peer.evaluators}
         for client, reply in sorted(server.federated_scores(max_rows=most, traffic=traffic).items()):
             try:
-                score = score_of_peer(
-                    reply.score,
-                    metric=metric_of(config.task.kind),
-                    most_examples=most,
-                    num_labels=num_labels(config.task),
-                )
+                scores = scores_of_peer(reply.scores, peer.evaluators, peer.config.task, most_examples=most)
             except ProtocolError as error:  # a bad reply never ends a run
                 log.warning("client %d was not scored: %s", client, error)
                 continue
-            if score is not None:
-                scored[client] = score
-        if not scored:
-            return
+            for name, score in scores.items():
+                scored[name][client] = score
+        for name in due:
+            if scored[name]:
+                self._write(name, scored[name], server.round, traffic)
+                traffic = Traffic()  # the first record counts the messages, which the evaluators share
+
+    def _write(self, evaluator: str, scored: Mapping[int, Score], rounds: int, traffic: Traffic) -> None:
         self.sink.write(
             FederatedScore(
                 seconds=self.elapsed(),
-                round=server.round,
-                **merge_scores(list(scored.values())).numbers(),
+                evaluator=evaluator,
+                round=rounds,
+                **merge_scores([*scored.values()]).as_fields(),
                 message_up_bytes=traffic.up_bytes,
                 message_down_bytes=traffic.down_bytes,
-                worst_client=min(score.value for score in scored.values()),
-                clients=tuple(ClientScore(client=client, **score.numbers()) for client, score in scored.items()),
+                worst_client=min(scored.values(), key=lambda score: score.merit).value,
+                clients=tuple(ClientScore(client=client, **score.as_fields()) for client, score in scored.items()),
             )
         )
 

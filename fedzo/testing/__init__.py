@@ -5,9 +5,17 @@ A check takes a function that makes a fresh plugin, so that nothing a plugin kee
 """
 
 from fedzo.testing.conformance.estimator import check_estimator
+from fedzo.testing.conformance.evaluator import check_evaluator
 from fedzo.testing.conformance.server_optimizer import check_server_optimizer
 from fedzo.testing.conformance.space import check_space
 from fedzo.testing.conformance.stage import check_stage
 from fedzo.testing.conformance.trainer import check_trainer
 
-__all__ = ["check_space", "check_estimator", "check_trainer", "check_server_optimizer", "check_stage"]
+__all__ = [
+    "check_space",
+    "check_estimator",
+    "check_trainer",
+    "check_server_optimizer",
+    "check_stage",
+    "check_evaluator",
+]

@@ -91,7 +91,7 @@ def test_scores_and_text_are_those_of_the_tuned_model(run: Run, lines: Lines, tr
     (text,) = generate_run(folder, ["Text: a thing\nVerdict:"], max_new_tokens=5)
 
     after = lines(folder, "metrics.jsonl")[-1]["after"]
-    assert again == {name: after[name] for name in again}
+    assert again == {"answers": {name: after[name] for name in again["answers"]}}
     loaded = rebuild(folder).process.peer.loaded
     ids = list(loaded.tokenizer("Text: a thing\nVerdict:")["input_ids"])
     prompt = len(ids)

@@ -366,9 +366,9 @@ def test_a_loss_that_is_not_finite_drops_the_probe_is_counted_and_never_averaged
 
 
 def a_score(**changes: object) -> str:
-    """A record that could be a client's, but for the changes."""
+    """A reply that could be a client's, but for the changes."""
     sound = {"metric": "accuracy", "value": 0.5, "loss": 0.7, "num_examples": 2, "per_class": {"0": [1, 2]}}
-    return json.dumps({**sound, **changes})
+    return json.dumps({"answers": {**sound, **changes}})
 
 
 @pytest.mark.parametrize(
@@ -376,8 +376,9 @@ def a_score(**changes: object) -> str:
     [
         "not json",
         "[]",
-        '{"metric": "accuracy"}',
-        '{"value": null}',
+        '{"answers": {"metric": "accuracy"}}',
+        '{"lengths": {}}',
+        a_score(numbers={"rows": 1e14}),
         a_score(metric="token_f1"),
         a_score(value=1.5),
         a_score(num_examples=float("inf")),
@@ -385,7 +386,7 @@ def a_score(**changes: object) -> str:
         a_score(num_examples=65),  # more than it was asked for, to weigh more
         a_score(per_class={"0": [3, 2]}),
     ],
-    ids=range(10),
+    ids=range(11),
 )
 def test_a_score_that_cannot_be_used_is_left_out_and_ends_nothing(
     run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, bad: str
@@ -397,7 +398,7 @@ def test_a_score_that_cannot_be_used_is_left_out_and_ends_nothing(
 
     def evaluate(self: ClientWorker, request: Any, *, client: int) -> EvaluateReply:
         reply = honest(self, request, client=client)
-        return EvaluateReply(position=reply.position, score=bad) if client == 0 else reply
+        return EvaluateReply(position=reply.position, scores=bad) if client == 0 else reply
 
     monkeypatch.setattr(ClientWorker, "evaluate", evaluate)
 

@@ -12,7 +12,7 @@ import fedzo
 from fedzo.data.config import TaskConfig
 from fedzo.data.example import Example
 from fedzo.errors import FedzoError, ProtocolError
-from fedzo.evaluate.answers import evaluate
+from fedzo.evaluate import Evaluator, evaluate
 from fedzo.fl.artifact_transfer import receive
 from fedzo.fl.client.local_update import LocalUpdate, Workspace
 from fedzo.fl.messages import (
@@ -59,7 +59,8 @@ class ClientWorker:
     Args:
         identity: Digests of what this process holds.
         update: Takes local steps.
-        task: How examples are judged.
+        task: What examples are made by.
+        evaluators: How the model is scored on held-out rows, by name.
         data_of: Rows of a client, by its index.
         build: Makes the model with the space on it from the artifact of the run.
         artifacts: Where this process finds the artifact, or keeps it when the server sends it.
@@ -72,6 +73,7 @@ class ClientWorker:
         update: LocalUpdate,
         *,
         task: TaskConfig,
+        evaluators: Mapping[str, Evaluator],
         data_of: Callable[[int], ClientData],
         build: Callable[[Artifact], Workspace],
         artifacts: ArtifactStore,
@@ -82,6 +84,7 @@ class ClientWorker:
         self.space_id = ""
         self._workspace: Workspace | None = None
         self._task = task
+        self._evaluators = evaluators
         self._data_of = data_of
         self._build = build
         self._artifacts = artifacts
@@ -136,9 +139,12 @@ class ClientWorker:
         rows = self._data_of(client).heldout[: request.max_rows]
         if not rows:
             return EvaluateReply(position=at.replica.position)
-        score = evaluate(at.loaded, rows, self._task, tokens_per_batch=at.tokens_per_batch)
-        record = {name: value for name, value in encode(score).items() if _is_count_or_loss(name)}
-        return EvaluateReply(position=at.replica.position, score=json.dumps(record))
+        scores = {
+            name: evaluate(name, evaluator, at.loaded, rows, self._task, tokens_per_batch=at.tokens_per_batch)
+            for name, evaluator in self._evaluators.items()
+        }
+        plain = {name: _averageable(encode(score)) for name, score in scores.items()}
+        return EvaluateReply(position=at.replica.position, scores=json.dumps(plain))
 
     def _reach(self, request: Sync) -> tuple[Workspace | None, Status]:
         """Bring this process to the state that the request names."""
@@ -156,8 +162,9 @@ class ClientWorker:
         return self._workspace, self._workspace.replica.sync(request)
 
 
-def _is_count_or_loss(name: str) -> bool:
-    return name in {"metric", "value", "loss", "num_examples", "per_class"}
+def _averageable(score: dict[str, Any]) -> dict[str, Any]:
+    """Counts and means alone: what the score of all clients together is made of."""
+    return {name: value for name, value in score.items() if name not in {"auc", "best_threshold_accuracy"}}
 
 
 def parse_absent(entries: list[str]) -> frozenset[tuple[int, int]]:

@@ -10,14 +10,14 @@ import pytest
 
 from fedzo.data.config import Loss, TaskConfig, TaskKind
 from fedzo.data.example import Example
-from fedzo.errors import ConfigError, ProtocolError
-from fedzo.evaluate.answers import evaluate, merge_scores, score_candidates, score_of_peer
+from fedzo.evaluate.answers import Answers, AnswersConfig, score_candidates
+from fedzo.evaluate.base import merge_scores
 from fedzo.models.generate import generate
 from fedzo.models.scoring import candidate_scores, mean_loss
 from fedzo.records.decode import encode
-from fedzo.records.metrics import Score
 from fedzo.testing.tiny_models import FAMILIES, tiny_loaded
 
+ANSWERS = Answers(AnswersConfig())
 CHOICES = [Example((1 + i, 5, 9), ((7,), (8 + i,)), i % 2) for i in range(6)]
 TEXTS = [Example((65 + i, 66, 67), ((70, 71),), 0, reference="fg") for i in range(3)]
 
@@ -59,7 +59,7 @@ def test_evaluation_agrees_with_scores_and_training_loss(family: str, loss: Loss
     loaded = tiny_loaded(family)
     best = candidate_scores(loaded, CHOICES, tokens_per_batch=256).argmax(axis=1)
 
-    score = evaluate(loaded, CHOICES, TaskConfig(loss=loss), tokens_per_batch=16)
+    score = ANSWERS.evaluate(loaded, CHOICES, TaskConfig(loss=loss), tokens_per_batch=16)
 
     assert score.value == np.mean(best == [example.label for example in CHOICES])
     assert score.loss == pytest.approx(mean_loss(loaded, CHOICES, loss=loss, tokens_per_batch=256), abs=1e-5)
@@ -76,21 +76,23 @@ def test_written_answers_are_compared_with_the_reference(kind: TaskKind, metric:
     told = [Example(e.prompt, e.candidates, 0, reference=a) for e, a in zip(TEXTS, answers, strict=True)]
     task = TaskConfig(kind=kind, loss=Loss.lm, max_new_tokens=5)
 
-    score = evaluate(loaded, [*told[:1], *TEXTS[1:]], task, tokens_per_batch=64)
-    alone = evaluate(loaded, TEXTS[1:], task, tokens_per_batch=64)
+    score = ANSWERS.evaluate(loaded, [*told[:1], *TEXTS[1:]], task, tokens_per_batch=64)
+    alone = ANSWERS.evaluate(loaded, TEXTS[1:], task, tokens_per_batch=64)
 
     assert score.metric == metric
     assert score.loss == pytest.approx(mean_loss(loaded, TEXTS, loss=Loss.lm, tokens_per_batch=64), abs=1e-5)
-    own = evaluate(loaded, told[:1], task, tokens_per_batch=64).value
+    own = ANSWERS.evaluate(loaded, told[:1], task, tokens_per_batch=64).value
     assert score.value == pytest.approx((own + 2 * alone.value) / 3)
 
 
 def test_scores_of_clients_merge_to_the_score_of_all_examples() -> None:
     loaded = tiny_loaded()
     task = TaskConfig()
-    whole = evaluate(loaded, CHOICES, task, tokens_per_batch=64)
+    whole = ANSWERS.evaluate(loaded, CHOICES, task, tokens_per_batch=64)
 
-    parts = [evaluate(loaded, part, task, tokens_per_batch=64) for part in (CHOICES[:1], CHOICES[1:4], CHOICES[4:])]
+    parts = [
+        ANSWERS.evaluate(loaded, part, task, tokens_per_batch=64) for part in (CHOICES[:1], CHOICES[1:4], CHOICES[4:])
+    ]
     merged = merge_scores(parts)
 
     assert merged.value == pytest.approx(whole.value)
@@ -99,72 +101,10 @@ def test_scores_of_clients_merge_to_the_score_of_all_examples() -> None:
     assert (merged.auc, merged.best_threshold_accuracy) == (None, None)
 
 
-def test_a_record_is_what_the_run_folder_holds() -> None:
-    record = encode(Score("accuracy", 0.5, 0.7, 4, {0: (1, 2), 1: (1, 2)}, 0.625, 0.75))
-
-    assert record == {
-        "metric": "accuracy",
-        "value": 0.5,
-        "loss": 0.7,
-        "num_examples": 4,
-        "per_class": {"0": [1, 2], "1": [1, 2]},
-        "auc": 0.625,
-        "best_threshold_accuracy": 0.75,
-    }
-
-
-def test_a_part_without_a_loss_leaves_that_of_the_others() -> None:
-    parts = [Score("accuracy", 0.5, 2.0, 4), Score("accuracy", 1.0, None, 4), Score("accuracy", 0.5, 1.0, 2)]
-
-    assert merge_scores(parts).loss == pytest.approx((2.0 * 4 + 1.0 * 2) / 6)
-    assert merge_scores(parts[1:2]).loss is None
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"loss": "inf"},
-        {"loss": float("nan")},
-        {"value": 1.5},
-        {"num_examples": 9},
-        {"metric": "rouge_l"},
-        {"per_class": {"2": [0, 1]}},
-        {"per_class": {"-1": [0, 1]}},
-        {"per_class": {"0": [1, 4], "1": [0, 1]}},
-        {"per_class": {"0": [2, 1]}},
-        {"per_class": [1]},
-        {"value": None},
-        {"num_examples": 0},
-        {"num_examples": 2},
-        {"surprise": 1},
-    ],
-)
-def test_what_a_peer_sends_must_be_a_score(changes: dict[str, object]) -> None:
-    def read(**changed: object) -> Score | None:
-        text = json.dumps({**encode(Score("accuracy", 0.5, 0.7, 4, {0: (1, 2), 1: (1, 2)})), **changed})
-        return score_of_peer(text, metric="accuracy", most_examples=8, num_labels=2)
-
-    good = read(loss=None)
-
-    assert good is not None
-    assert good.loss is None
-    with pytest.raises(ProtocolError, match="a score"):
-        read(**changes)
-
-
-def test_what_cannot_be_scored_is_refused() -> None:
-    with pytest.raises(ConfigError, match="evaluate needs at least one example, got none"):
-        evaluate(tiny_loaded(), [], TaskConfig(), tokens_per_batch=8)
-    with pytest.raises(ConfigError, match="must share one metric, got none"):
-        merge_scores([])
-    with pytest.raises(ConfigError, match=r"must share one metric, got \['accuracy', 'rouge_l'\]"):
-        merge_scores([Score("accuracy", 0.0, 0.0, 1), Score("rouge_l", 0.0, 0.0, 1)])
-
-
 def test_progress_reaches_the_end() -> None:
     calls: list[tuple[int, int]] = []
 
-    evaluate(tiny_loaded(), CHOICES, TaskConfig(), tokens_per_batch=6, on_batch=lambda *at: calls.append(at))
+    ANSWERS.evaluate(tiny_loaded(), CHOICES, TaskConfig(), tokens_per_batch=6, on_batch=lambda *at: calls.append(at))
 
     assert calls[-1] == (6, 6)
     assert len(calls) >= 3

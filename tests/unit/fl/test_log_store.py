@@ -63,7 +63,7 @@ def told(round: int, *, loss: float | None = 1.0) -> Round:
 
 
 def scored(round: int, value: float, loss: float | None, *, split: str = "dev") -> CentralScore:
-    return CentralScore("accuracy", value, loss, 9, seconds=1.0, split=split, round=round)
+    return CentralScore("accuracy", value, loss, 9, seconds=1.0, evaluator="answers", split=split, round=round)
 
 
 def ended(rounds: int) -> Summary:
@@ -280,13 +280,17 @@ def test_the_best_round_is_that_of_the_best_dev_score(
     tmp_path: Path, by: BestBy, losses: list[float | None], best: int
 ) -> None:
     store = open_with(tmp_path, 4)
-    assert best_round(store, by=by) == 4
+    assert best_round(store, by=by, evaluator="answers") == 4
 
     for round, (value, loss) in enumerate(zip([0.5, 0.7, 0.7, 0.7, 0.6], losses, strict=True)):
         store.write(scored(round, value, loss))
     store.write(scored(3, 0.9, 0.0, split="test"))
+    for round, value in enumerate([9.0, 7.0, 5.0, 3.0, 3.0]):
+        store.write(replace(scored(round, value, None), evaluator="errors", metric="errors", lower_is_better=True))
 
-    assert best_round(store, by=by) == best
+    assert best_round(store, by=by, evaluator="answers") == best
+    assert best_round(store, by=by, evaluator="errors") == 3
+    assert best_round(store, by=by, evaluator=None) == 4  # nothing is scored
     store.close()
 
 

@@ -21,6 +21,7 @@ def score(split: str, round: int, value: float) -> dict[str, Any]:
     return {
         "kind": "score",
         "seconds": 5.0 + round,
+        "evaluator": "answers",
         "split": split,
         "round": round,
         "metric": "accuracy",
@@ -83,6 +84,7 @@ def records() -> list[dict[str, Any]]:
     federated = {
         "kind": "federated_score",
         "seconds": 20.0,
+        "evaluator": "answers",
         "round": 10,
         "metric": "accuracy",
         "value": 0.7,

@@ -44,7 +44,7 @@ def test_tensorboard_reads_back_what_was_written(make_run: MakeRun) -> None:
     wanted = [(r + 1, 0.8 - 0.03 * r) for r in range(10) if r != 4]  # a loss that was not finite is left out
     assert [step for step, _ in losses] == [step for step, _ in wanted]
     assert [value for _, value in losses] == pytest.approx([value for _, value in wanted])
-    assert [(e.step, round(e.value, 5)) for e in events.Scalars("dev/accuracy")] == [(0, 0.54), (10, 0.75)]
+    assert [(e.step, round(e.value, 5)) for e in events.Scalars("dev/answers/accuracy")] == [(0, 0.54), (10, 0.75)]
 
 
 def test_tensorboard_of_a_resumed_run_keeps_what_was_before_and_drops_what_a_kill_left(make_run: MakeRun) -> None:
@@ -62,7 +62,7 @@ def test_tensorboard_of_a_resumed_run_keeps_what_was_before_and_drops_what_a_kil
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
 
     assert [event.step for event in events.Scalars("round/payload_up_bytes")] == list(range(1, 11))
-    assert [event.step for event in events.Scalars("dev/accuracy")] == [6]
+    assert [event.step for event in events.Scalars("dev/answers/accuracy")] == [6]
 
 
 def test_tensorboard_drops_a_first_round_that_a_kill_left_uncommitted(make_run: MakeRun) -> None:

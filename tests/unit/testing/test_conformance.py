@@ -10,8 +10,18 @@ import pytest
 import torch
 from torch import nn
 
+from fedzo.data.config import Loss, TaskConfig, TaskKind
+from fedzo.data.example import Example
 from fedzo.data.preprocess import STAGES
-from fedzo.testing import check_estimator, check_server_optimizer, check_space, check_stage, check_trainer
+from fedzo.evaluate import EVALUATORS
+from fedzo.testing import (
+    check_estimator,
+    check_evaluator,
+    check_server_optimizer,
+    check_space,
+    check_stage,
+    check_trainer,
+)
 from fedzo.testing.tiny_models import tiny_loaded, tiny_model
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.trainers import TRAINERS
@@ -27,7 +37,7 @@ from fedzo.zo.spaces.masked import MaskedSpace
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IDS = torch.arange(24).reshape(2, 12) * 7 % 256
 CONFIGS: dict[str, dict[str, Any]] = {
-    registry.kind: dict(registry) for registry in (TRAINERS, ESTIMATORS, SERVER_OPTIMIZERS, STAGES)
+    registry.kind: dict(registry) for registry in (TRAINERS, ESTIMATORS, SERVER_OPTIMIZERS, STAGES, EVALUATORS)
 }
 
 
@@ -233,6 +243,25 @@ def test_stages(name: str) -> None:
     rows = [{"text": f"Review {i}", "label": i % 2, "id": i} for i in range(5)]
 
     check_stage(lambda: STAGES.build(CONFIGS["preprocess"][name]()), rows)
+
+
+# --- evaluators -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", list(TaskKind))
+@pytest.mark.parametrize("name", CONFIGS["evaluators"])
+def test_evaluators(name: str, kind: TaskKind) -> None:
+    choices = [Example((65 + i, 5, 9), ((70, 71), (72 + i,)), i % 2) for i in range(5)]
+    texts = [Example((65 + i, 66, 67), ((70, 71),), 0, reference="fg") for i in range(5)]
+    loss = Loss.candidates if kind is TaskKind.candidates else Loss.lm
+    task = TaskConfig(kind=kind, loss=loss, candidates=["a", "b"], max_new_tokens=4)
+
+    check_evaluator(
+        lambda: EVALUATORS.build(CONFIGS["evaluators"][name]()),
+        tiny_loaded(),
+        choices if kind is TaskKind.candidates else texts,
+        task,
+    )
 
 
 def test_every_plugin_is_checked() -> None:

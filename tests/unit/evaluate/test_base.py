@@ -1,0 +1,168 @@
+"""What is asked of scores, whoever gives them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from fedzo.data.config import TaskConfig
+from fedzo.data.example import Example
+from fedzo.errors import ConfigError, ProtocolError
+from fedzo.evaluate import AnswersConfig, Evaluator, Measure, evaluate, merge_scores, scores_of_peer
+from fedzo.evaluate.answers import Answers
+from fedzo.records.decode import encode
+from fedzo.records.metrics import Score
+from fedzo.testing.tiny_models import tiny_loaded
+
+TASK = TaskConfig(candidates=[" bad", " good"])
+ROWS = [Example((1 + i, 5), ((7,), (8,)), i % 2) for i in range(6)]
+LENGTHS = Measure(metric="length", low=0, high=100, lower_is_better=True, numbers=("empty",))
+
+
+class Lengths:
+    """Gives whatever score it is told to."""
+
+    def __init__(self, score: Score | None = None) -> None:
+        self.score = score
+
+    def measure(self, task: TaskConfig) -> Measure:
+        return LENGTHS
+
+    def evaluate(self, loaded: Any, examples: Sequence[Example], task: TaskConfig, **limits: Any) -> Score:
+        assert self.score is not None
+        return self.score
+
+
+EVALUATORS: dict[str, Evaluator] = {"answers": Answers(AnswersConfig()), "lengths": Lengths()}
+RIGHT: dict[str, Any] = {
+    "answers": encode(Score("accuracy", 0.5, 0.7, 4, {0: (1, 2), 1: (1, 2)})),
+    "lengths": encode(LENGTHS.score(3.5, num_examples=4, numbers={"empty": 0.25})),
+}
+
+
+def test_a_record_is_what_the_run_folder_holds() -> None:
+    record = encode(Score("accuracy", 0.5, 0.7, 4, {0: (1, 2), 1: (1, 2)}, 0.625, 0.75))
+
+    assert record == {
+        "metric": "accuracy",
+        "value": 0.5,
+        "loss": 0.7,
+        "num_examples": 4,
+        "per_class": {"0": [1, 2], "1": [1, 2]},
+        "auc": 0.625,
+        "best_threshold_accuracy": 0.75,
+    }
+    assert RIGHT["lengths"] == {
+        "metric": "length",
+        "value": 3.5,
+        "loss": None,
+        "num_examples": 4,
+        "per_class": {},
+        "auc": None,
+        "best_threshold_accuracy": None,
+        "numbers": {"empty": 0.25},
+        "lower_is_better": True,
+    }
+
+
+def test_a_part_without_a_loss_leaves_that_of_the_others() -> None:
+    parts = [Score("accuracy", 0.5, 2.0, 4), Score("accuracy", 1.0, None, 4), Score("accuracy", 0.5, 1.0, 2)]
+
+    assert merge_scores(parts).loss == pytest.approx((2.0 * 4 + 1.0 * 2) / 6)
+    assert merge_scores(parts[1:2]).loss is None
+
+
+def test_numbers_are_averaged_over_examples() -> None:
+    parts = [LENGTHS.score(v, num_examples=n, numbers={"empty": e}) for v, n, e in ((1.0, 1, 0.0), (4.0, 3, 1.0))]
+
+    merged = merge_scores(parts)
+
+    assert (merged.value, merged.numbers, merged.num_examples) == (13 / 4, {"empty": 3 / 4}, 4)
+    assert merged.lower_is_better
+
+
+def test_scores_to_merge_are_of_one_metric() -> None:
+    with pytest.raises(ConfigError, match="must share one metric, got none"):
+        merge_scores([])
+    with pytest.raises(ConfigError, match=r"must share one metric, got \['accuracy', 'rouge_l'\]"):
+        merge_scores([Score("accuracy", 0.0, 0.0, 1), Score("rouge_l", 0.0, 0.0, 1)])
+
+
+@pytest.mark.parametrize(
+    ("evaluator", "changes"),
+    [
+        ("answers", {"loss": "inf"}),
+        ("answers", {"loss": float("nan")}),
+        ("answers", {"value": 1.5}),
+        ("answers", {"num_examples": 9}),
+        ("answers", {"metric": "rouge_l"}),
+        ("answers", {"per_class": {"2": [0, 1]}}),
+        ("answers", {"per_class": {"-1": [0, 1]}}),
+        ("answers", {"per_class": {"0": [1, 4], "1": [0, 1]}}),
+        ("answers", {"per_class": {"0": [2, 1]}}),
+        ("answers", {"per_class": [1]}),
+        ("answers", {"value": None}),
+        ("answers", {"num_examples": 0}),
+        ("answers", {"num_examples": 2}),
+        ("answers", {"surprise": 1}),
+        ("answers", {"numbers": {"empty": 0.5}}),
+        ("answers", {"lower_is_better": True}),
+        ("lengths", {"value": -0.5}),
+        ("lengths", {"value": 100.5}),
+        ("lengths", {"numbers": {}}),
+        ("lengths", {"numbers": {"empty": 0.5, "full": 0.5}}),
+        ("lengths", {"numbers": {"empty": 1e300}}),
+        ("lengths", {"numbers": {"empty": "0.5"}}),
+        ("lengths", {"lower_is_better": False}),
+    ],
+)
+def test_what_a_peer_sends_must_be_a_score_of_each_evaluator(evaluator: str, changes: dict[str, object]) -> None:
+    def read(**changed: object) -> dict[str, Score]:
+        text = json.dumps({**RIGHT, evaluator: {**RIGHT[evaluator], **changed}})
+        return scores_of_peer(text, EVALUATORS, TASK, most_examples=8)
+
+    good = read(loss=None)
+
+    assert list(good) == ["answers", "lengths"]
+    assert good[evaluator].loss is None
+    with pytest.raises(ProtocolError, match=f"a score of {evaluator}|scores: must be JSON"):
+        read(**changes)
+
+
+@pytest.mark.parametrize("text", ["[]", '{"answers": {}}', json.dumps({**RIGHT, "more": RIGHT["answers"]}), "nan"])
+def test_a_peer_sends_a_score_of_every_evaluator_and_of_no_other(text: str) -> None:
+    assert scores_of_peer("{}", EVALUATORS, TASK, most_examples=8) == {}  # a peer without rows
+    with pytest.raises(ProtocolError, match="scores"):
+        scores_of_peer(text, EVALUATORS, TASK, most_examples=8)
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        (LENGTHS.score(float("nan"), num_examples=6, numbers={"empty": 0}), "a value of 0 to 100, got nan"),
+        (
+            LENGTHS.score(1.0, num_examples=6, numbers={"empty": float("inf")}),
+            "a finite empty of at most 1e15, got inf",
+        ),
+        (LENGTHS.score(1.0, num_examples=6), "report the numbers empty, got none"),
+        (LENGTHS.score(1.0, num_examples=7, numbers={"empty": 0}), "be of 1 to 6 examples, got 7"),
+        (Measure(metric="size").score(1.0, num_examples=6), "be of length, got size"),
+    ],
+)
+def test_an_evaluator_is_held_to_its_measure(score: Score, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"evaluators.lengths must (have )?{message}"):
+        evaluate("lengths", Lengths(score), tiny_loaded(), ROWS, TASK, tokens_per_batch=8)
+
+
+def test_nothing_to_score_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"evaluators\.lengths needs at least one example, got none"):
+        evaluate("lengths", Lengths(), tiny_loaded(), [], TASK, tokens_per_batch=8)
+
+
+@pytest.mark.parametrize("wrong", [{"low": 1.0}, {"high": float("inf")}, {"numbers": ("a", "a")}])
+def test_a_measure_is_bounded(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="a measure must"):
+        Measure(metric="size", **wrong)
