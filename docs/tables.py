@@ -18,7 +18,7 @@ from typing import Any
 from fedzo.errors import RunFolderError
 from fedzo.records.decode import decode
 from fedzo.records.metrics import Summary
-from fedzo.report.ending import ending as last_words
+from fedzo.report.sinks import ending as last_words
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "experiments").glob("*/*.md")))

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from fedzo.bench.claims import Claims
-from fedzo.bench.timing import interleaved
+from fedzo.bench.measure import interleaved
 from fedzo.models.config import ModelConfig
 from fedzo.models.head import hidden_at
 from fedzo.models.load import load_model

@@ -24,8 +24,7 @@ import torch
 
 from fedzo.bench.claims import Claims
 from fedzo.data.config import DataConfig, SplitConfig, TaskConfig
-from fedzo.data.encode import encode
-from fedzo.data.example import Example
+from fedzo.data.encode import Example, encode
 from fedzo.data.sources import load_splits
 from fedzo.models.config import ModelConfig
 from fedzo.models.head import project

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fedzo.bench.claims import Claims
+from fedzo.bench.measure import interleaved
 from fedzo.bench.step import Bench, open_bench
-from fedzo.bench.timing import interleaved
 from fedzo.config.load import load
 from fedzo.models.products import default_product, product_is_chosen
 from fedzo.zo.directions import stream_key

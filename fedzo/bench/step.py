@@ -13,12 +13,11 @@ from typing import Any
 import torch
 
 from fedzo.bench.baselines import first_order_step, mezo_walk_step
-from fedzo.bench.memory import measure_peak_bytes, resident_bytes
+from fedzo.bench.measure import interleaved, measure_peak_bytes, resident_bytes
 from fedzo.bench.shapes import random_model
-from fedzo.bench.timing import interleaved
 from fedzo.config.schema import LaunchConfig
 from fedzo.data.config import Loss
-from fedzo.data.example import Example
+from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
 from fedzo.models.adapters import base_model, has_adapter
 from fedzo.models.config import Quantization

@@ -12,7 +12,7 @@ from typing import TypeVar
 from fedzo.data.config import DataConfig, SplitConfig, TaskConfig
 from fedzo.data.partition import PartitionConfig
 from fedzo.data.partition.by_label import DirichletEqualConfig
-from fedzo.data.preprocess.config import StageConfig
+from fedzo.data.preprocess import StageConfig
 from fedzo.evaluate import AnswersConfig, EvaluatorConfig
 from fedzo.fl.config import EvaluationConfig, FaultsConfig, FlConfig, StrategyConfig
 from fedzo.fl.server.step_policy.baselines import NoStepPolicyConfig

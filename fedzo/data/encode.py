@@ -8,15 +8,33 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fedzo.data.config import TaskConfig, TaskKind
-from fedzo.data.example import Example
 from fedzo.data.files import Row
 from fedzo.data.tasks import Rendered, render
 from fedzo.errors import ConfigError
 
 _FORMAT = "fedzo-prompt/1"  # change it when rendering or preparations change, so that old and new sites do not mix
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A row as the model sees it: token ids.
+
+    Attributes:
+        prompt: Token ids of the prompt; never empty.
+        candidates: Token ids of each answer that may follow it; one entry, the right answer, for generation and
+            instruction.
+        label: Index of the right candidate.
+        reference: The right answer as text (generation, instruction).
+    """
+
+    prompt: tuple[int, ...]
+    candidates: tuple[tuple[int, ...], ...]
+    label: int
+    reference: str = ""
 
 
 class Tokenizer(Protocol):

@@ -1,4 +1,4 @@
-"""Rows from files: jsonl, json, csv, tsv, parquet."""
+"""Rows from files (jsonl, json, csv, tsv, parquet), and unlabelled documents."""
 
 from __future__ import annotations
 
@@ -129,3 +129,17 @@ _READERS: dict[str, Callable[[Path], Iterator[Located]]] = {
 }
 SUFFIXES = tuple(_READERS)
 """The file endings that can be read."""
+
+
+def read_texts(path: Path) -> list[str]:
+    """The documents of a ``.txt`` file (one a line), or the ``text`` column of any data file."""
+    if path.suffix == ".txt":
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise ConfigError(f"inputs.calibration: cannot read {path} ({error.strerror}).") from error
+        return [line for line in lines if line.strip()]
+    rows = read_rows(path)
+    if rows and "text" not in rows[0]:
+        raise ConfigError(f"{path}: a column 'text' is needed for calibration, got columns {sorted(rows[0])}.")
+    return [str(row["text"]) for row in rows]

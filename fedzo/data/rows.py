@@ -1,6 +1,6 @@
-"""Which rows a client has: from a partition of one set (a simulation), or from the client's own files.
+"""Which rows a client has, from a partition of one set (a simulation) or from its own files; and which a step uses.
 
-A row's way: source -> rows of a client -> holdout -> preprocess stages (training rows only) -> tokens.
+A row's way: source -> rows of a client -> holdout -> preprocess stages (training rows only) -> tokens -> batches.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fedzo.data.partition import PartitionConfig, holdout, partition
 from fedzo.data.preprocess import Stage, preprocess
 from fedzo.data.sources import Splits, load_own, load_splits
 from fedzo.data.tasks import label_index, render
+from fedzo.zo.directions import PURPOSE_DATA, permutation, stream_key
 
 
 class RowSource(Protocol):
@@ -103,3 +104,21 @@ def client_rows(
         train=preprocess([rows[row] for row in train], stages or {}, client=client),
         heldout=[rows[row] for row in heldout],
     )
+
+
+def batch_rows(*, run_seed: int, client: int, used: int, batch_size: int, num_rows: int) -> list[int]:
+    """Row numbers (0..num_rows-1) of a client's step number ``used``: resume and absence change nothing.
+
+    The client's rows are read one permutation (epoch) after another; a batch may span two of them. Each epoch's
+    permutation is drawn from the client's own stream, so no two clients share an order.
+    """
+    first = used * batch_size
+    orders: dict[int, list[int]] = {}
+    rows = []
+    for at in range(first, first + batch_size):
+        epoch, offset = divmod(at, num_rows)
+        if epoch not in orders:
+            key = stream_key(run_seed, round=epoch, owner=client)
+            orders[epoch] = permutation(key, num_rows, purpose=PURPOSE_DATA).tolist()
+        rows.append(orders[epoch][offset])
+    return rows

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedzo.data.config import Loss, TaskConfig, TaskKind
-from fedzo.data.example import Example
+from fedzo.data.encode import Example
 from fedzo.evaluate.base import EVALUATORS, EvaluatorConfig, Measure
 from fedzo.evaluate.metrics import auc, best_threshold_accuracy, rouge_l, token_f1
 from fedzo.models.forwards import OnBatch

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from fedzo.data.config import TaskConfig
-from fedzo.data.example import Example
+from fedzo.data.encode import Example
 from fedzo.data.tasks import num_labels
 from fedzo.errors import ConfigError, FedzoError, ProtocolError
 from fedzo.models.forwards import OnBatch

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedzo.data.example import Example
+from fedzo.data.encode import Example
 from fedzo.models.arithmetic import MEASURED, Arithmetic
 from fedzo.models.cache import run_answers, run_prompts
 from fedzo.models.head import hidden_at, own_logits_at

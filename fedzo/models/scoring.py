@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from fedzo.data.config import Loss
-from fedzo.data.example import Example
+from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
 from fedzo.models.arithmetic import MEASURED, Differentiable, Scores
 from fedzo.models.forwards import OnBatch, OnRows, Planning, Text, run_shared, run_texts

@@ -5,9 +5,8 @@ from __future__ import annotations
 from matplotlib.ticker import MaxNLocator
 
 from fedzo.report.format import percent_text, score_text
-from fedzo.report.panels import colour_scale, flagged_clients, label_colours, some_of
+from fedzo.report.panels import colour_scale, flagged_clients, label_colours, label_shares, some_of
 from fedzo.report.run_data import RunData, Scored
-from fedzo.report.series import gaps, label_shares, label_skew, running_mean
 from fedzo.report.style import (
     BLUE,
     GREEN,
@@ -18,9 +17,11 @@ from fedzo.report.style import (
     SERIES,
     SKEW,
     Picture,
+    gaps,
     lone,
     new_axes,
     percent_axis,
+    running_mean,
 )
 
 MAX_LINES = 60
@@ -174,3 +175,20 @@ def draw_federated(found: Scored, *, name: str) -> Picture | None:
         f"{score_text(last.metric, scored[0].value)} (orange)."
     )
     return Picture(name, f"{last.metric.capitalize()} per client", caption, figure)
+
+
+def label_skew(run: RunData) -> dict[int, float]:
+    """Per client, total variation distance of its labels from the federation's: 0 = alike, towards 1 = one-sided."""
+    clients = run.setup.clients if run.setup else ()
+    totals: dict[str, int] = {}
+    for client in clients:
+        for label, count in client.label_counts.items():
+            totals[label] = totals.get(label, 0) + count
+    whole = sum(totals.values())
+    skew = {}
+    for client in clients:
+        own = sum(client.label_counts.values())
+        if own and whole:
+            counts = client.label_counts
+            skew[client.client] = sum(abs(counts.get(k, 0) / own - n / whole) for k, n in totals.items()) / 2
+    return skew

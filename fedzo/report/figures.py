@@ -13,7 +13,6 @@ from fedzo.report.client_figures import draw_abs_g, draw_federated, draw_labels
 from fedzo.report.format import bytes_text, change_text, number_text, score_text
 from fedzo.report.local_steps import draw_local_losses, draw_local_steps, shows_everyone
 from fedzo.report.run_data import RunData, Scored
-from fedzo.report.series import gaps, running_mean
 from fedzo.report.style import (
     BLUE,
     ORANGE,
@@ -21,10 +20,12 @@ from fedzo.report.style import (
     Picture,
     bytes_axis,
     direct_labels,
+    gaps,
     house_style,
     lone,
     new_axes,
     percent_axis,
+    running_mean,
 )
 
 

@@ -15,8 +15,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fedzo.report.format import percent_text
 from fedzo.report.run_data import RunData
-from fedzo.report.series import label_shares, running_mean
-from fedzo.report.style import BLUE, INK, MUTED, SKEW, lone, panel_grid
+from fedzo.report.style import BLUE, INK, MUTED, SKEW, lone, panel_grid, running_mean
 
 MAX_PANELS = 16
 MAX_POINTS = 150  # of a line; a page must stay small
@@ -146,6 +145,16 @@ def _usual_peak(values: Sequence[float]) -> float:
     """The height that all but one value in fifty stay below."""
     known = [value for value in values if value == value]
     return quantiles(known, n=50, method="inclusive")[-1] if len(known) > 1 else max(known, default=0.0)
+
+
+def label_shares(run: RunData) -> dict[int, tuple[float, str]]:
+    """Per client, the share of its commonest label and that label; clients without labels are left out."""
+    shares = {}
+    for client in run.setup.clients if run.setup else ():
+        if own := sum(client.label_counts.values()):
+            label = max(client.label_counts, key=lambda label: (client.label_counts[label], label))
+            shares[client.client] = (client.label_counts[label] / own, label)
+    return shares
 
 
 def label_colours(run: RunData) -> BoundaryNorm | None:

@@ -12,8 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fedzo.records.metrics import CentralScore, FederatedScore, MetricRecord, Round, Setup, Summary
-from fedzo.report.ending import ending
+from fedzo.records.metrics import CentralScore, FederatedScore, Flagged, MetricRecord, Round, Setup, Summary
 from fedzo.report.format import bytes_text, score_text, seconds_text
 
 Advance = Callable[[int, int], None]
@@ -166,3 +165,34 @@ class ProgressSink:
         if score.evaluator == self._evaluator:
             self._score = f"{score.split} {text}  "
         self._console.print(f"{score.split} after {score.round} rounds: {score.metric} {text}")
+
+
+def ending(summary: Summary) -> list[str]:
+    """What a run says last: test scores, the worst client, whom a step policy flagged, and bytes."""
+    before, after, rows = summary.before, summary.after, []
+    head = f"after {summary.rounds} rounds:"
+    if before and after:
+        head = f"test, before -> after (best dev round {summary.best_round} of {summary.rounds}):"
+        for title, first, last in (
+            (before.metric, before.value, after.value),
+            ("accuracy at the best threshold", before.best_threshold_accuracy, after.best_threshold_accuracy),
+            ("AUC", before.auc, after.auc),
+        ):
+            if first is not None and last is not None:
+                rows.append((title, f"{first:.3f} -> {last:.3f}"))
+    if worst := summary.worst_client:
+        where = f"client {worst.client}, on its own rows after round {worst.round}"
+        rows.append((f"worst client's {worst.metric}", f"{worst.value:.3f} ({where})"))
+    if summary.step_policy:
+        rows.append(("flagged clients", _flagged(summary.step_policy)))
+    payload = summary.payload_up_bytes + summary.payload_down_bytes
+    messages = summary.message_up_bytes + summary.message_down_bytes
+    sent = f"{bytes_text(payload)} ({bytes_text(messages)} as messages, with set-up)"
+    return [head, *(f"  {title:<32} {text}" for title, text in [*rows, ("scalars, all clients, both ways", sent)])]
+
+
+def _flagged(step_policy: Flagged) -> str:
+    """Those of the last decision with their local steps a round, T_k."""
+    if step_policy.fallback:
+        return f"{', '.join(str(row.client) for row in step_policy.flagged)}; too many to be stopped early"
+    return ", ".join(f"{row.client} (T_k = {row.steps})" for row in step_policy.flagged) or "none"

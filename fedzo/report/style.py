@@ -125,6 +125,20 @@ def bytes_axis(axis: Axis) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: bytes_text(value).replace(".0 ", " ")))
 
 
+def running_mean(values: Sequence[float | None], *, window: int) -> list[float | None]:
+    """Mean of the last ``window`` values that are there, at each position (None where there is none)."""
+    means: list[float | None] = []
+    for end in range(1, len(values) + 1):
+        recent = [value for value in values[max(0, end - window) : end] if value is not None]
+        means.append(sum(recent) / len(recent) if recent else None)
+    return means
+
+
+def gaps(values: Sequence[float | None]) -> list[float]:
+    """What is missing as nan, which matplotlib leaves out."""
+    return [float("nan") if value is None else value for value in values]
+
+
 def percent_axis(axes: Axes, metric: str) -> None:
     """Write the y axis in percent where the metric is accuracy."""
     if metric == "accuracy":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fedzo.data.example import Example
+from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
 from fedzo.models.load import LoadedModel
 from fedzo.models.memory import (

@@ -13,8 +13,7 @@ import torch
 from fedzo.config.plugins import plugin_name
 from fedzo.config.schema import RunConfig, SiteConfig
 from fedzo.config.travel import config_hash
-from fedzo.data.encode import encode, task_digest
-from fedzo.data.example import Example
+from fedzo.data.encode import Example, encode, task_digest
 from fedzo.data.files import Row
 from fedzo.errors import ConfigError
 from fedzo.evaluate import EVALUATORS, Evaluator

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from fedzo.data.example import Example
+from fedzo.data.encode import Example
 from fedzo.errors import ProtocolError
 from fedzo.evaluate import evaluate, merge_scores, scores_of_peer
 from fedzo.fl.client.local_update import Workspace

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from fedzo.data.example import Example
+from fedzo.data.encode import Example
 from fedzo.data.rows import SimulatedRows, client_rows
 from fedzo.fl.server.step_policy import STEP_POLICIES, StepPolicy
 from fedzo.report.config import ReportConfig

@@ -18,7 +18,7 @@ import torch
 
 import fedzo
 from fedzo.data.embedded import imdb_texts
-from fedzo.data.texts import read_texts
+from fedzo.data.files import read_texts
 from fedzo.errors import ConfigError, Problem, at_least, problem
 from fedzo.masks.calibration import windows_from_texts
 from fedzo.masks.mask import Mask, check_fits

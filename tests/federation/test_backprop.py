@@ -20,8 +20,8 @@ from fedzo.commands.train import resume_run, start_run
 from fedzo.commands.trained import evaluate_run, export_run, replay_run
 from fedzo.config.load import load
 from fedzo.data.config import Loss
-from fedzo.data.example import Example
-from fedzo.data.order import batch_rows
+from fedzo.data.encode import Example
+from fedzo.data.rows import batch_rows
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.fl.client.local_update import Workspace
 from fedzo.fl.server.rounds import Server

@@ -152,7 +152,7 @@ def test_a_round_of_decomfl_is_its_algorithm_written_out(
     """Algorithms 3 and 4 of arXiv 2405.15861 in plain torch: K local steps, P forward differences, scalars averaged."""
     import torch
 
-    from fedzo.data.order import batch_rows
+    from fedzo.data.rows import batch_rows
     from fedzo.run.start import open_run
     from fedzo.zo.directions import direction
 

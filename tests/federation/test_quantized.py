@@ -19,8 +19,7 @@ from fedzo.models import load as loading
 from fedzo.models import source
 from fedzo.models.config import Quantization
 from fedzo.run.start import open_run
-from fedzo.testing.tiny_models import tiny_model_from
-from fedzo.testing.tokenizer import byte_tokenizer
+from fedzo.testing.tiny_models import byte_tokenizer, tiny_model_from
 
 Lines = Callable[[Path, str], list[dict[str, Any]]]
 Overrides = Callable[..., list[str]]

@@ -70,7 +70,7 @@ def test_scalars_equal_those_of_a_plain_loop_over_a_dense_model(
             )
         return float(np.mean(values))
 
-    from fedzo.data.order import batch_rows
+    from fedzo.data.rows import batch_rows
 
     data = [process.client.data(client).train for client in range(4)]
     expected = []
@@ -107,7 +107,7 @@ def test_k_clients_with_one_probe_equal_one_client_with_the_joint_batch(
 ) -> None:
     folder = run("fl.rounds=1")
     process = open_run(load(overrides("fl.rounds=1")), tmp_path)
-    from fedzo.data.order import batch_rows
+    from fedzo.data.rows import batch_rows
     from fedzo.models.scoring import mean_loss
     from fedzo.trainers import Workplace
     from fedzo.zo.estimator import ZerothOrderConfig

@@ -15,7 +15,7 @@ from fedzo.models.generate import generate
 if TYPE_CHECKING:
     from fedzo.config.schema import RunSettings
     from fedzo.data.config import TaskConfig
-    from fedzo.data.example import Example
+    from fedzo.data.encode import Example
     from fedzo.models.forwards import OnBatch
     from fedzo.models.load import LoadedModel
     from fedzo.records.metrics import Score

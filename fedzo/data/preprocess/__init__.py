@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fedzo.data.files import Row
-from fedzo.data.preprocess.config import IdentityConfig, StageConfig
 from fedzo.errors import ConfigError
-from fedzo.registry import Registry
+from fedzo.registry import PluginConfig, Registry
+
+
+@dataclass(kw_only=True, slots=True)
+class StageConfig(PluginConfig):
+    """A stage that may change one column of a client's training rows."""
 
 
 class Stage(Protocol):
@@ -32,6 +36,11 @@ class Stage(Protocol):
 
 STAGES: Registry[Stage] = Registry("preprocess", base=StageConfig)
 """Factories ``(config) -> Stage``."""
+
+
+@dataclass(kw_only=True, slots=True)
+class IdentityConfig(StageConfig):
+    """Changes nothing: shows where a stage works."""
 
 
 @STAGES.register("identity", IdentityConfig)

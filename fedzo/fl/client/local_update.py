@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-from fedzo.data.example import Example
-from fedzo.data.order import batch_rows
+from fedzo.data.encode import Example
+from fedzo.data.rows import batch_rows
 from fedzo.fl.messages import TrainRequest
 from fedzo.fl.replica import Replica
 from fedzo.models.load import LoadedModel

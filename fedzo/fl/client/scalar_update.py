@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from fedzo.data.config import TaskConfig
-from fedzo.data.example import Example
+from fedzo.data.encode import Example
 from fedzo.fl.client.local_update import Batches, Workspace
 from fedzo.fl.clip import clip
 from fedzo.fl.config import FlConfig, directions_of

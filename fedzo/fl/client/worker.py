@@ -10,7 +10,7 @@ from typing import Any
 
 import fedzo
 from fedzo.data.config import TaskConfig
-from fedzo.data.example import Example
+from fedzo.data.encode import Example
 from fedzo.errors import FedzoError, ProtocolError
 from fedzo.evaluate import Evaluator, evaluate
 from fedzo.fl.artifact_transfer import receive

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fedzo.data.config import TaskConfig
-from fedzo.data.example import Example
+from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
 from fedzo.evaluate.base import Evaluator, evaluate, merge_scores
 from fedzo.models.load import LoadedModel

@@ -4,16 +4,17 @@ from fedzo.zo.server_optimizer.adam import Adam, AdamConfig
 from fedzo.zo.server_optimizer.base import (
     SERVER_OPTIMIZERS,
     ControlVariates,
+    Schedule,
     ServerOptimizer,
     ServerOptimizerConfig,
     ServerOptimizerTraits,
     VectorOptimizer,
     decay,
+    learning_rate,
     round_direction,
     step_along,
 )
 from fedzo.zo.server_optimizer.control_variates import FedDyn, FedDynConfig, Scaffold, ScaffoldConfig
-from fedzo.zo.server_optimizer.schedule import Schedule, learning_rate
 from fedzo.zo.server_optimizer.sgd import Momentum, MomentumConfig, Sgd, SgdConfig
 
 __all__ = [

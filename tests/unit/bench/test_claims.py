@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedzo.bench.claims import Claims
-from fedzo.bench.timing import interleaved
+from fedzo.bench.measure import interleaved
 
 
 @pytest.mark.parametrize(

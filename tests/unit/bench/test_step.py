@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fedzo.bench.step
-from fedzo.bench.memory import measure_peak_bytes, resident_bytes
+from fedzo.bench.measure import measure_peak_bytes, resident_bytes
 from fedzo.bench.shapes import SHAPES, random_model
 from fedzo.bench.step import BARE, BASE, DEFAULT, EAGER, FIRST_ORDER, OURS, WALK, bench_step, open_bench
 from fedzo.cli import main

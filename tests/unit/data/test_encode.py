@@ -17,7 +17,7 @@ from fedzo.data.config import Loss, TaskConfig, TaskKind
 from fedzo.data.encode import encode, task_digest
 from fedzo.data.tasks import columns_used
 from fedzo.errors import ConfigError
-from fedzo.testing.tokenizer import byte_tokenizer
+from fedzo.testing.tiny_models import byte_tokenizer
 
 CHOICE = TaskConfig(name="mine", template="{text}:", candidates=[" no", " maybe"])
 WRITTEN = TaskConfig(name="mine", kind=TaskKind.generation, loss=Loss.lm, template="{q}?", answer=" {a}\n")

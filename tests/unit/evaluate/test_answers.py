@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedzo.data.config import Loss, TaskConfig, TaskKind
-from fedzo.data.example import Example
+from fedzo.data.encode import Example
 from fedzo.evaluate.answers import Answers, AnswersConfig, score_candidates
 from fedzo.evaluate.base import merge_scores
 from fedzo.models.generate import generate

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedzo.data.config import TaskConfig
-from fedzo.data.example import Example
+from fedzo.data.encode import Example
 from fedzo.errors import ConfigError, ProtocolError
 from fedzo.evaluate import AnswersConfig, Evaluator, Measure, evaluate, merge_scores, scores_of_peer
 from fedzo.evaluate.answers import Answers

@@ -20,7 +20,7 @@ from torch._dynamo.utils import counters
 
 from fedzo.config.load import load
 from fedzo.data.config import Loss
-from fedzo.data.example import Example
+from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
 from fedzo.models.forwards import Planning, Text, run_texts
 from fedzo.models.load import LoadedModel, compile_loaded

@@ -18,14 +18,13 @@ from torch.overrides import TorchFunctionMode
 from transformers import CohereConfig, GraniteConfig
 
 from fedzo.data.config import Loss
-from fedzo.data.example import Example
+from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
 from fedzo.models import scoring
 from fedzo.models.load import LoadedModel, wrap_model
 from fedzo.models.plan import plan_batches
 from fedzo.models.scoring import candidate_scores, mean_loss
-from fedzo.testing.tiny_models import FAMILIES, tiny_loaded, tiny_model_from
-from fedzo.testing.tokenizer import byte_tokenizer
+from fedzo.testing.tiny_models import FAMILIES, byte_tokenizer, tiny_loaded, tiny_model_from
 from fedzo.zo.directions import direction
 from fedzo.zo.spaces.full import FullSpace
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import MambaConfig
 
 from fedzo.data.config import Loss
-from fedzo.data.example import Example
+from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
 from fedzo.models.cache import check_cache, run_answers, run_prompts
 from fedzo.models.load import LoadedModel

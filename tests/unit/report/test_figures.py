@@ -6,13 +6,13 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from fedzo.report.series import label_shares, label_skew, running_mean
 from matplotlib.figure import Figure
 
 from fedzo.errors import RunFolderError
 from fedzo.report.client_figures import draw_abs_g
 from fedzo.report.figures import draw_figures
 from fedzo.report.run_data import load_run
-from fedzo.report.series import label_shares, label_skew, running_mean
 from fedzo.report.style import INK, Picture, house_style, new_axes, page_svg, save_pictures
 
 MakeRun = Callable[..., Path]

@@ -20,8 +20,7 @@ from fedzo.records.metrics import (
     Summary,
     decode_metric,
 )
-from fedzo.report.ending import ending
-from fedzo.report.sinks import ProgressSink, TensorBoardSink
+from fedzo.report.sinks import ProgressSink, TensorBoardSink, ending
 
 MakeRun = Callable[..., Path]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fedzo.data.config import TaskConfig
-from fedzo.data.example import Example
+from fedzo.data.encode import Example
 from fedzo.evaluate import Measure
 from fedzo.models.load import LoadedModel
 from fedzo.records.metrics import Score

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fedzo.data.config import Loss, TaskConfig, TaskKind
-from fedzo.data.example import Example
+from fedzo.data.encode import Example
 from fedzo.data.preprocess import STAGES
 from fedzo.evaluate import EVALUATORS
 from fedzo.testing import (

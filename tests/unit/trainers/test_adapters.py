@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from fedzo.data.config import Loss
-from fedzo.data.example import Example
+from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
 from fedzo.models.adapters import remove
 from fedzo.models.generate import generate

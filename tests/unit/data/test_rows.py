@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedzo.data.order import batch_rows
+from fedzo.data.rows import batch_rows
 
 
 def rows(client: int, used: int, *, batch_size: int = 3, num_rows: int = 10, run_seed: int = 5) -> list[int]:

@@ -1,0 +1,68 @@
+"""Time and peak memory of pieces of work.
+
+Pieces are timed in turn, so that what slows the machine slows all of them. Memory is the allocator's own count on a
+GPU, and the kernel's count of resident pages on Linux.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+import torch
+
+Key = TypeVar("Key", bound=Hashable)
+_WARM_UPS = 2
+_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+def interleaved(
+    work: Mapping[Key, Callable[[], object]],
+    *,
+    repeats: int,
+    on_repeat: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[Key, list[float]]:
+    """Seconds of each repeat of each piece, after two rounds that warm up caches and compilers.
+
+    Args:
+        work: What to time; a piece that leaves work on a GPU must wait for it.
+        repeats: Timed rounds.
+        on_repeat: Progress: (done, total).
+    """
+    seconds: dict[Key, list[float]] = {name: [] for name in work}
+    for repeat in range(_WARM_UPS + repeats):
+        for name, run in work.items():
+            begin = time.perf_counter()
+            run()
+            if repeat >= _WARM_UPS:
+                seconds[name].append(time.perf_counter() - begin)
+        on_repeat(max(0, repeat + 1 - _WARM_UPS), repeats)
+    return seconds
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def measure_peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
+    """Most memory in use while ``work`` runs; None where the machine cannot tell.
+
+    On the CPU it is all of the process, in steps of pages; set ``MALLOC_MMAP_THRESHOLD_`` low before the process
+    starts, so that freed tensors go back to the system at once.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        torch.cuda.synchronize(device)
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        _CLEAR.write_text("5")  # the peak becomes the present size
+    except OSError:
+        return None
+    work()
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
