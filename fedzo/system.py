@@ -1,4 +1,4 @@
-"""What a figure was measured with: versions, machine, commit."""
+"""What numbers and times depend on beside the code: versions, machine, commit, threads."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import numba
+import torch
 
 import fedzo
 
@@ -38,6 +41,13 @@ def default_threads() -> int:
     """
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     return int(first) if first.isdecimal() and int(first) > 0 else usable_cpus()
+
+
+def use_threads(count: int) -> None:
+    """Let torch and Numba compute with so many threads; 0 takes ``default_threads``."""
+    count = count or default_threads()
+    torch.set_num_threads(count)
+    numba.set_num_threads(min(count, int(getattr(numba.config, "NUMBA_NUM_THREADS", count))))
 
 
 def package_version(name: str) -> str | None:

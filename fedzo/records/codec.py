@@ -13,22 +13,12 @@ from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from enum import StrEnum
 from functools import cache
 from math import isfinite
-from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from fedzo.records.array import ArrayCodec
 from fedzo.records.fields import Grid, Length, Matching, OmitDefault, Within
-from fedzo.records.mismatch import NOTHING, MismatchError
-
-
-class Codec(Protocol):
-    """Reads and writes one kind of value; ``rule`` says what the value must do."""
-
-    @property
-    def rule(self) -> str: ...
-    def read(self, value: Any) -> Any: ...
-    def write(self, value: Any) -> Any: ...
+from fedzo.records.values import NOTHING, ArrayCodec, Choice, Codec, Flag, MismatchError, Number, Pattern, Text
 
 
 def codec_of(hint: Any) -> Codec:
@@ -50,18 +40,18 @@ def _made(hint: Any) -> Codec:
     if is_dataclass(hint):
         return _Record(hint)  # type: ignore[arg-type]
     if hint is bool:
-        return _Flag()
+        return Flag()
     if hint in (int, float):
         within = _mark(hint, marks, Within)
-        return _Number(hint, within.low, within.high)
+        return Number(hint, within.low, within.high)
     if hint is str and any(isinstance(mark, Matching) for mark in marks):
-        return _Pattern(_mark(hint, marks, Matching))
+        return Pattern(_mark(hint, marks, Matching))
     if hint in (str, bytes):
-        return _Text(hint, _mark(hint, marks, Length))
+        return Text(hint, _mark(hint, marks, Length))
     if isinstance(hint, type) and issubclass(hint, StrEnum):
-        return _Choice({str(member): member for member in hint})
+        return Choice({str(member): member for member in hint})
     if origin is Literal:
-        return _Choice({word: word for word in inner})
+        return Choice({word: word for word in inner})
     if origin in (Union, types.UnionType):
         options = tuple(codec_of(option) for option in inner if option is not types.NoneType)
         return _Either(options, nullable=types.NoneType in inner)
@@ -81,100 +71,6 @@ def _mark(hint: Any, marks: tuple[Any, ...], kind: type[Any]) -> Any:
     if len(found) != 1:
         raise TypeError(f"a field of type {hint} must be annotated with one {kind.__name__}, got {marks}")
     return found[0]
-
-
-@dataclass(frozen=True, slots=True)
-class _Flag:
-    rule: str = "be true or false"
-
-    def read(self, value: Any) -> bool:
-        if type(value) is not bool:
-            raise MismatchError(self.rule, value)
-        return value
-
-    def write(self, value: Any) -> bool:
-        return self.read(value)
-
-
-@dataclass(frozen=True, slots=True)
-class _Number:
-    kind: type[int] | type[float]
-    low: float
-    high: float
-
-    @property
-    def rule(self) -> str:
-        what, digits = ("a whole number", "") if self.kind is int else ("a float", "g")
-        return f"be {what} of {self.low:{digits}} to {self.high:{digits}}"
-
-    def read(self, value: Any) -> Any:
-        if type(value) is not self.kind or not self.low <= value <= self.high:  # nan is in no range
-            raise MismatchError(self.rule, value)
-        return value
-
-    def write(self, value: Any) -> Any:
-        if not isinstance(value, int | float | np.number):
-            raise MismatchError(self.rule, value)
-        return self.read(self.kind(value))
-
-
-_SURROGATE = re.compile("[\ud800-\udfff]")  # half a UTF-16 pair, which no file in UTF-8 can hold
-
-
-@dataclass(frozen=True, slots=True)
-class _Text:
-    kind: type[str] | type[bytes]
-    length: Length
-
-    @property
-    def rule(self) -> str:
-        what = "text of {} to {} characters" if self.kind is str else "{} to {} bytes"
-        return "be " + what.format(self.length.least, self.length.most)
-
-    def read(self, value: Any) -> Any:
-        if type(value) is not self.kind or not self.length.least <= len(value) <= self.length.most:
-            raise MismatchError(self.rule, value)
-        if isinstance(value, str) and _SURROGATE.search(value):
-            raise MismatchError("be text that UTF-8 can hold", value)
-        return value
-
-    def write(self, value: Any) -> Any:
-        return self.read(value)
-
-
-@dataclass(frozen=True, slots=True)
-class _Pattern:
-    matching: Matching
-
-    @property
-    def rule(self) -> str:
-        return f"be {self.matching.says}"
-
-    def read(self, value: Any) -> str:
-        if type(value) is not str or not self.matching.pattern.fullmatch(value):
-            raise MismatchError(self.rule, value)
-        return value
-
-    def write(self, value: Any) -> str:
-        return self.read(value)
-
-
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    members: dict[str, Any]
-
-    @property
-    def rule(self) -> str:
-        return f"be {' or '.join(map(repr, self.members))}"
-
-    def read(self, value: Any) -> Any:
-        if type(value) is not str or value not in self.members:
-            raise MismatchError(self.rule, value)
-        return self.members[value]
-
-    def write(self, value: Any) -> str:
-        self.read(str(value))
-        return str(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +169,7 @@ class _Table:
         found = {}
         for key, item in value.items():
             try:
-                number = isinstance(self.key, _Number) and type(key) is str and _DECIMAL.fullmatch(key)
+                number = isinstance(self.key, Number) and type(key) is str and _DECIMAL.fullmatch(key)
                 name = self.key.read(int(key) if number else key)
             except MismatchError as error:
                 raise MismatchError(f"have keys that are {error.rule.removeprefix('be ')}", key) from None

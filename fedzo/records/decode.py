@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from fedzo.errors import FedzoError
 from fedzo.records.codec import codec_of
-from fedzo.records.mismatch import MismatchError
+from fedzo.records.values import MismatchError
 
 T = TypeVar("T")
 

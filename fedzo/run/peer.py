@@ -7,9 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import numba
-import torch
-
 from fedzo.config.plugins import plugin_name
 from fedzo.config.schema import RunConfig, SiteConfig
 from fedzo.config.travel import config_hash
@@ -28,7 +25,7 @@ from fedzo.models.products import choose_product
 from fedzo.models.scoring import mean_loss
 from fedzo.models.virtual_tokens import longest_sequence
 from fedzo.run.estimate import fitting_tokens_per_batch
-from fedzo.system import default_threads
+from fedzo.system import use_threads
 from fedzo.trainers import TRAINERS, Built, Trainer
 from fedzo.trainers.artifacts import Artifact
 from fedzo.zo.config import Distribution
@@ -184,7 +181,5 @@ def open_model(site: SiteConfig, max_length: int) -> LoadedModel:
 
 def set_up_process(threads: int, device: str) -> None:
     """What the speed and the last bits of a forward depend on: threads (0: as many as fit), and who multiplies."""
-    threads = threads or default_threads()
-    torch.set_num_threads(threads)
-    numba.set_num_threads(min(threads, int(getattr(numba.config, "NUMBA_NUM_THREADS", threads))))
+    use_threads(threads)
     choose_product(resolve_device(device))

@@ -6,14 +6,14 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from fedzo.report.series import label_shares, label_skew, running_mean
 from matplotlib.figure import Figure
 
 from fedzo.errors import RunFolderError
-from fedzo.report.client_figures import draw_abs_g
+from fedzo.report.client_figures import draw_abs_g, label_skew
 from fedzo.report.figures import draw_figures
+from fedzo.report.panels import label_shares
 from fedzo.report.run_data import load_run
-from fedzo.report.style import INK, Picture, house_style, new_axes, page_svg, save_pictures
+from fedzo.report.style import INK, Picture, house_style, new_axes, page_svg, running_mean, save_pictures
 
 MakeRun = Callable[..., Path]
 
