@@ -112,7 +112,7 @@ def bench(arguments: Namespace) -> int:
 
 def list_options(arguments: Namespace) -> int:
     """``fedzo list``."""
-    from fedzo.config.listing import list_groups
+    from fedzo.config.plugins import list_groups
 
     groups = list_groups()
     if arguments.group is not None:

@@ -20,12 +20,11 @@ from hydra.types import RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedzo.config.compose import CONFIG_NAME, VERSION_BASE, option_names, session
+from fedzo.config.compose import CONFIG_NAME, VERSION_BASE, option_names, register_schemas, session
 from fedzo.config.diagnose import reason
 from fedzo.config.load import checked, load
 from fedzo.config.overrides import rewrite_model, with_config_dir
-from fedzo.config.paths import conf_dir
-from fedzo.config.store import register_schemas
+from fedzo.config.plugins import conf_dir
 from fedzo.config.sweep import plan_sweep
 from fedzo.errors import ConfigError, FedzoError, RunFolderError
 

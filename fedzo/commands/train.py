@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,10 @@ from fedzo.config.travel import config_hash, is_same_run, save_yaml, to_json
 from fedzo.errors import RunFolderError
 from fedzo.fl.log_store import PUBLIC, RunStore
 from fedzo.records.metrics import Summary
-from fedzo.run.process import Process, forget_process
+from fedzo.run.apps import CONFIG_KEY, RUN_DIR_KEY
+from fedzo.run.process import SITE_ENV, Process, forget_process, keep_process
 from fedzo.run.start import SITE_FILE, open_run
-from fedzo.runtime.launch import launch
+from fedzo.runtime.config import RUNTIMES
 from fedzo.system import environment
 
 
@@ -79,6 +83,38 @@ def _run(config: LaunchConfig, run_dir: Path) -> None:
         launch(config, process, run_dir, site_file=run_dir / SITE_FILE)
     finally:
         forget_process()
+
+
+def launch(config: LaunchConfig, process: Process, run_dir: Path, *, site_file: Path) -> None:
+    """Run a federation to its end on the runtime of its command line.
+
+    Args:
+        config: The command line.
+        process: The run, opened in this process, which plays the server.
+        run_dir: The run folder, where the server writes.
+        site_file: This machine's own configuration, for clients in processes of their own.
+
+    Raises:
+        ConfigError: The runtime cannot be used here.
+        ProtocolError: Clients or the parts in between failed.
+    """
+    run_config = {CONFIG_KEY: keep_process(process), RUN_DIR_KEY: str(run_dir)}
+    with _inherited(SITE_ENV, str(site_file)):
+        RUNTIMES.build(config.runtime, num_clients=config.fl.num_clients, run_config=run_config)
+
+
+@contextmanager
+def _inherited(variable: str, value: str) -> Iterator[None]:
+    """Set for the processes that start meanwhile."""
+    before = os.environ.get(variable)
+    os.environ[variable] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
 
 
 def _environment(process: Process) -> dict[str, Any]:

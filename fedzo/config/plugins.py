@@ -1,22 +1,27 @@
-"""Which config class stands behind each option of a group: the one table that loading, travel and listing read."""
+"""What can be chosen: the config class behind each option of a group, and the presets."""
 
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
 from typing import Any
 
 from fedzo.data.config import DataConfig, TaskConfig
 from fedzo.data.partition import PARTITIONERS
 from fedzo.data.preprocess import STAGES
+from fedzo.errors import ConfigError
 from fedzo.evaluate import EVALUATORS
 from fedzo.fl.config import StrategyConfig
 from fedzo.fl.server.step_policy import STEP_POLICIES
 from fedzo.models.config import ModelConfig
 from fedzo.registry import Registry, load_plugins
-from fedzo.report.config import ReportConfig
+from fedzo.report import ReportConfig
 from fedzo.runtime.config import RUNTIMES
 from fedzo.trainers import TRAINERS
 from fedzo.zo.estimator import ESTIMATORS
 from fedzo.zo.server_optimizer import SERVER_OPTIMIZERS
+
+_PACKAGE = Path(__file__).resolve().parent.parent
 
 PLAIN: dict[str, type] = {
     "model": ModelConfig,
@@ -56,3 +61,40 @@ def list_classes() -> dict[str, dict[str, type]]:
 def plugin_name(group: str, config: object) -> str | None:
     """Option name of a plugin's config, ``None`` if its class is not registered in this group."""
     return REGISTRIES[group].name_of(config)
+
+
+def conf_dir() -> Path:
+    """The folder with ``config.yaml``: ``fedzo/_conf`` of a wheel, ``conf`` of a checkout.
+
+    Raises:
+        ConfigError: neither folder is there.
+    """
+    candidates = (_PACKAGE / "_conf", _PACKAGE.parent / "conf")
+    for folder in candidates:
+        if (folder / "config.yaml").is_file():
+            return folder
+    looked = " or ".join(str(folder) for folder in candidates)
+    raise ConfigError(f"conf must hold config.yaml, found none in {looked}. Reinstall fedzo.")
+
+
+def list_groups() -> dict[str, dict[str, str]]:
+    """Per group: option name -> summary, from a plugin's docstring or the first comment of its YAML file."""
+    conf = conf_dir()
+    groups = {
+        folder.name: {path.stem: _first_comment(path) for path in sorted(folder.glob("*.yaml"))}
+        for folder in sorted(conf.iterdir())
+        if folder.is_dir() and folder.name != "hydra"
+    }
+    for group, options in {**plugin_classes(), **list_classes()}.items():
+        summaries = {
+            name: (inspect.getdoc(cls) or "").split("\n")[0].replace("``", "") for name, cls in options.items()
+        }
+        groups[group] = dict(sorted({**groups.get(group, {}), **summaries}.items()))
+    return dict(sorted(groups.items()))
+
+
+def _first_comment(path: Path) -> str:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#") and "@package" not in line:
+            return line.lstrip("# ")
+    return ""

@@ -18,7 +18,7 @@ from fedzo.fl.config import EvaluationConfig, FaultsConfig, FlConfig, StrategyCo
 from fedzo.fl.server.step_policy.baselines import NoStepPolicyConfig
 from fedzo.fl.server.step_policy.plan import StepPolicyConfig
 from fedzo.models.config import BaseConfig, ModelConfig
-from fedzo.report.config import ReportConfig
+from fedzo.report import ReportConfig
 from fedzo.runtime.config import InlineConfig, RuntimeConfig
 from fedzo.trainers.base import InputsConfig, TrainerConfig
 from fedzo.trainers.meerkat import MeerkatConfig

@@ -15,7 +15,7 @@ from fedzo.config.schema import RunConfig, RunSettings, SiteConfig
 from fedzo.config.travel import from_json, load_site, to_json
 from fedzo.data.rows import OwnRows, RowSource, SimulatedRows
 from fedzo.errors import ConfigError
-from fedzo.report.config import ReportConfig
+from fedzo.report import ReportConfig
 from fedzo.run.client_context import ClientContext
 from fedzo.run.peer import Peer, open_model
 from fedzo.run.server_context import ServerContext

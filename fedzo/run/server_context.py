@@ -13,7 +13,7 @@ from functools import cached_property
 from fedzo.data.encode import Example
 from fedzo.data.rows import SimulatedRows, client_rows
 from fedzo.fl.server.step_policy import STEP_POLICIES, StepPolicy
-from fedzo.report.config import ReportConfig
+from fedzo.report import ReportConfig
 from fedzo.run.peer import Peer
 from fedzo.trainers import Prepared
 

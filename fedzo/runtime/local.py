@@ -21,17 +21,36 @@ from flwr.serverapp import Grid, ServerApp
 
 import fedzo
 from fedzo.errors import ProtocolError
-from fedzo.run.apps import RUN_DIR_KEY
+from fedzo.run.apps import CONFIG_KEY, RUN_DIR_KEY
 from fedzo.runtime._flower import ENVIRONMENT, GuardedGrid, one_federation, quiet_flower
 from fedzo.runtime.config import LocalConfig
 from fedzo.runtime.net._flower_http import RunNotRunningException, RuntimeApi, TaskType, server_task
-from fedzo.runtime.net.bundle import write_bundle
 from fedzo.runtime.net.processes import Processes, accepts, free_ports
 from fedzo.system import usable_cpus
 
 PYTHON = (sys.executable, "-P")  # -P: no module is taken from the folder that the user happens to be in
 EXECUTOR = (*PYTHON, "-m", "fedzo.runtime.net.executor")
 RESTARTS = 3
+CLIENT_SHIM = '''"""Flower ClientApp entry point."""
+
+from fedzo.run.apps import make_client_app
+
+app = make_client_app()
+'''
+SERVER_SHIM = '''"""Flower ServerApp entry point."""
+
+from fedzo.run.apps import make_server_app
+
+app = make_server_app()
+'''
+FILES = {
+    "clients/__init__.py": '"""What Flower loads on a client site."""\n',
+    "clients/app.py": CLIENT_SHIM,
+    "server/__init__.py": '"""What Flower loads on the server."""\n',
+    "server/app.py": SERVER_SHIM,
+}
+"""The bundle that ``flwr run`` ships beside a project file: two shims, nothing of the library. A site runs the fedzo that
+it installed itself. ``clients/app.py`` and ``server/app.py`` of the repository hold the same text."""
 
 
 def run_local(
@@ -166,3 +185,18 @@ def _daemon(kind: str) -> list[str]:
 def _listen(address: str) -> list[str]:
     host, port = address.rsplit(":", 1)
     return ["--host", host, "--port", port]
+
+
+def write_bundle(folder: Path) -> None:
+    """Write the bundle's source tree into a new folder, ready for ``flwr run``."""
+    project = (
+        f'[project]\nname = "fedzo"\nversion = "{fedzo.__version__}"\n'
+        'description = "Entry points of fedzo for Flower"\nlicense = "Apache-2.0"\ndependencies = []\n\n'
+        '[tool.flwr.app]\npublisher = "fedzo"\n\n'
+        '[tool.flwr.app.components]\nserverapp = "server.app:app"\nclientapp = "clients.app:app"\n\n'
+        f'[tool.flwr.app.config]\n{CONFIG_KEY} = ""\n'  # Flower takes only declared keys
+    )
+    for name, text in {**FILES, "pyproject.toml": project}.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")

@@ -47,7 +47,10 @@ class Mezo:
         return Prepared()
 
     def build(self, loaded: LoadedModel, artifact: Artifact, *, distribution: Distribution) -> Built:
-        """The full space over ``loaded.model``."""
+        """The full space over ``loaded.model``, trained in the dtype of its weights.
+
+        Warns where 16-bit weights are rounded to nearest, which loses small steps.
+        """
         narrow = sorted({str(p.dtype).removeprefix("torch.") for p in loaded.model.parameters() if is_rounded(p.dtype)})
         if narrow and self.config.rounding is Rounding.nearest:
             log.warning(

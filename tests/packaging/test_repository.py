@@ -188,3 +188,14 @@ def test_generator_reads_the_literal_under_a_field() -> None:
         "| `estimator.num_probes` | int | `8` | Number of directions in a step. The step is their mean. |",
         "| `estimator.distribution` | choice | `rademacher` | One of `gaussian`, `rademacher`. |",
     ]
+
+
+def test_few_modules_are_too_small_to_be_found_and_none_too_large() -> None:
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
+        for path in (ROOT / "fedzo").rglob("*.py")
+        if path.name != "__init__.py"
+    }
+
+    assert len([name for name, length in lengths.items() if length < 60]) <= 10
+    assert {name: length for name, length in lengths.items() if length > 350} == {}

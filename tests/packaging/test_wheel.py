@@ -67,7 +67,7 @@ def test_wheel_alone_composes_the_quickstart(wheel: Path, tmp_path: Path) -> Non
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     program = (
-        "import fedzo, fedzo.config.paths as paths; from fedzo.config.load import load\n"
+        "import fedzo, fedzo.config.plugins as paths; from fedzo.config.load import load\n"
         "print(fedzo.__file__); print(paths.conf_dir()); load(['experiment=quickstart'])"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}

@@ -11,11 +11,10 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from fedzo.config import paths
+from fedzo.config import plugins as paths
 from fedzo.config.compose import compose_run, session, to_config
-from fedzo.config.listing import list_groups
 from fedzo.config.load import load
-from fedzo.config.plugins import plugin_classes, plugin_name
+from fedzo.config.plugins import list_groups, plugin_classes, plugin_name
 from fedzo.config.rules import launch_problems
 from fedzo.config.schema import LaunchConfig
 from fedzo.config.travel import from_json, to_json

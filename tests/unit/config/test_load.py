@@ -9,10 +9,9 @@ import pytest
 from hydra.core.config_store import ConfigStore
 
 from fedzo import trainers
-from fedzo.config.compose import option_names, session
+from fedzo.config.compose import job_folder, option_names, session
 from fedzo.config.load import load
 from fedzo.config.overrides import rewrite_model, with_config_dir
-from fedzo.config.store import job_folder
 from fedzo.config.sweep import plan_sweep
 from fedzo.errors import ConfigError
 from fedzo.trainers.base import TrainerConfig

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from fedzo.config.paths import conf_dir
+from fedzo.config.plugins import conf_dir
 from fedzo.data.config import TaskConfig
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedzo.config.paths import conf_dir
+from fedzo.config.plugins import conf_dir
 from fedzo.data.config import Loss, TaskConfig, TaskKind
 from fedzo.data.tasks import columns_used, label_index, render
 from fedzo.errors import ConfigError

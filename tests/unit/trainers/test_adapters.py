@@ -376,7 +376,7 @@ def test_an_artifact_that_is_no_seed_is_refused(tmp_path: Path) -> None:
 
 
 def test_peft_is_imported_only_where_an_adapter_is_built() -> None:
-    listing = "import sys, fedzo.commands.train; from fedzo.config.listing import list_groups; list_groups()"
+    listing = "import sys, fedzo.commands.train; from fedzo.config.plugins import list_groups; list_groups()"
     code = f"{listing}; print('peft' in sys.modules)"
 
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

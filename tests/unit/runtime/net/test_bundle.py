@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fedzo.runtime.net.bundle import FILES, write_bundle
+from fedzo.runtime.local import FILES, write_bundle
 
 ROOT = Path(__file__).resolve().parents[4]
 

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 import fedzo.runtime.inline
+from fedzo.commands.train import launch
 from fedzo.config.schema import LaunchConfig, RunConfig
 from fedzo.config.travel import to_json
 from fedzo.errors import ConfigError
 from fedzo.fl.config import FlConfig
 from fedzo.models.config import BaseConfig
 from fedzo.run.apps import client_app, look_ahead, server_app
-from fedzo.runtime.config import InlineConfig, RuntimeConfig
-from fedzo.runtime.launch import RUNTIMES, launch
+from fedzo.runtime.config import RUNTIMES, InlineConfig, RuntimeConfig
 
 
 def test_every_runtime_of_the_configuration_can_be_launched() -> None:
