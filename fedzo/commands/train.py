@@ -19,7 +19,7 @@ from fedzo.fl.log_store import PUBLIC, RunStore
 from fedzo.records.metrics import Summary
 from fedzo.run.apps import CONFIG_KEY, RUN_DIR_KEY
 from fedzo.run.process import SITE_ENV, Process, forget_process, keep_process
-from fedzo.run.start import SITE_FILE, open_run
+from fedzo.run.start import RUN_FILE, SITE_FILE, open_run
 from fedzo.runtime.config import RUNTIMES
 from fedzo.system import environment
 
@@ -39,6 +39,7 @@ def start_run(config: LaunchConfig, run_dir: Path, *, overrides: list[str]) -> N
     config = _with_absolute_paths(config)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / RUN_FILE).unlink(missing_ok=True)  # of a start that came to nothing, perhaps by other settings
         (run_dir / CONFIG).write_text(to_json(config), encoding="utf-8")
         save_yaml(config, run_dir / "config.yaml")
         (run_dir / OVERRIDES).write_text("".join(f"- {json.dumps(item)}\n" for item in overrides), encoding="utf-8")

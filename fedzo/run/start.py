@@ -34,10 +34,10 @@ def open_run(launch: LaunchConfig, run_dir: Path) -> Process:
     source = row_source(launch, launch.site())
     if isinstance(source, SimulatedRows):
         _ = source.parts  # rows that cannot be dealt are refused here, before a client fails for it
-    prepared = _prepare(launch, loaded, source, run_dir)
+    file = run_dir / RUN_FILE
+    prepared = _prepare(launch, loaded, source, run_dir, resumed=file.exists())
     launch.step_policy.check_start(launch.fl, has_gradient=prepared.gradient is not None)
     run = launch.run(_base_of(launch, loaded), prepared.artifact.digest)
-    file = run_dir / RUN_FILE
     if file.exists():
         _must_be(from_json(file.read_text(encoding="utf-8"), RunConfig), run, run_dir)
     else:
@@ -66,7 +66,7 @@ def calibration_texts(source: RowSource) -> Callable[[], list[str]]:
     return texts
 
 
-def _prepare(launch: LaunchConfig, loaded: LoadedModel, source: RowSource, run_dir: Path) -> Prepared:
+def _prepare(launch: LaunchConfig, loaded: LoadedModel, source: RowSource, run_dir: Path, *, resumed: bool) -> Prepared:
     progress = ProgressSink(launch.fl.rounds, enabled=launch.report.progress)
     try:
         with progress.phase(f"preparing {plugin_name('trainer', launch.trainer)}") as advance:
@@ -76,6 +76,7 @@ def _prepare(launch: LaunchConfig, loaded: LoadedModel, source: RowSource, run_d
                 texts=calibration_texts(source),
                 advance=advance,
                 inputs=launch.inputs,
+                resumed=resumed,
             )
             return TRAINERS.build(launch.trainer).prepare(loaded, workplace)
     finally:

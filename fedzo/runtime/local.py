@@ -49,8 +49,8 @@ FILES = {
     "server/__init__.py": '"""What Flower loads on the server."""\n',
     "server/app.py": SERVER_SHIM,
 }
-"""The bundle that ``flwr run`` ships beside a project file: two shims, nothing of the library. A site runs the fedzo that
-it installed itself. ``clients/app.py`` and ``server/app.py`` of the repository hold the same text."""
+"""What ``flwr run`` ships beside a project file: two shims, nothing of the library. A site runs the fedzo that it
+installed itself. ``clients/app.py`` and ``server/app.py`` of the repository hold the same text."""
 
 
 def run_local(

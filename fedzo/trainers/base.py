@@ -101,6 +101,7 @@ class Workplace:
         texts: Gives the unlabelled calibration documents.
         advance: Progress of long work.
         inputs: Files that the user gave.
+        resumed: Whether an earlier start of this run prepared it here. Else a file in the folder is of other settings.
     """
 
     folder: Path
@@ -108,6 +109,7 @@ class Workplace:
     texts: Callable[[], list[str]]
     advance: Advance
     inputs: InputsConfig = field(default_factory=InputsConfig)
+    resumed: bool = True
 
     @property
     def artifacts(self) -> ArtifactStore:

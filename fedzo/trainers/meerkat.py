@@ -145,7 +145,7 @@ class Meerkat:
     def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
         """The mask's indices and its gradient: from the run folder, from ``inputs.artifact``, or chosen now."""
         kept = workplace.folder / MASK_FILE
-        if kept.exists():
+        if workplace.resumed and kept.exists():
             mask = load_mask(kept)
         else:
             given = workplace.inputs.artifact

@@ -337,7 +337,7 @@ def test_replay_export_and_evaluation_rebuild_the_run(run: Run, lines: Lines, tm
     (summary,) = [line for line in lines(folder, "metrics.jsonl") if line["kind"] == "summary"]
     public = lines(folder, "public.jsonl")
     assert (told["digest"], told["chain"]) == (summary["final_digest"], public[-1]["chain"])
-    assert score["loss"] == summary["after"]["loss"]
+    assert score["answers"]["loss"] == summary["after"]["loss"]
     assert any((tmp_path / "out").iterdir())
     assert len({line["vector"] for line in public}) == 4
 

@@ -13,6 +13,7 @@ from fedzo.commands.train import resume_run, start_run
 from fedzo.commands.trained import replay_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError, RunFolderError
+from fedzo.fl.server.step_policy.statistics import Statistic
 from fedzo.run.process import Process, forget_process, this_process
 from fedzo.testing.tiny_models import save_tiny_model
 
@@ -99,3 +100,20 @@ def test_a_run_that_was_killed_before_its_agreement_begins_with_resume(run: Run,
     resume_run(begun)
 
     assert lines(begun, "public.jsonl") == lines(whole, "public.jsonl")
+
+
+def test_a_start_that_came_to_nothing_leaves_nothing_to_the_next(
+    overrides: Overrides, run: Run, tmp_path: Path, lines: Lines
+) -> None:
+    """The first start chooses a random mask and is refused then, since that has no gradient for GradIP."""
+    folder, settings = tmp_path / "again", ["step_policy=vpcs", "fl.local_steps=2", "fl.rounds=1"]
+    folder.mkdir()
+    config = load(overrides("trainer.selector=random", *settings))
+    config.step_policy.statistic = Statistic.gradip  # past the rules, as a plugin's trait may be wrong
+    with pytest.raises(ConfigError, match="gradient"):
+        start_run(config, folder, overrides=[])
+    assert (folder / "mask.safetensors").exists()
+
+    start_run(load(overrides(*settings)), folder, overrides=[])
+
+    assert lines(folder, "public.jsonl") == lines(run(*settings), "public.jsonl")
