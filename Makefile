@@ -28,7 +28,7 @@ demo: $(VENV)/.installed $(VENV)/.embedded
 	$(BIN)/fedzo train experiment=quickstart
 
 test: $(VENV)/.installed-dev $(VENV)/.embedded
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "third_party"
 LOAD = """
 import json, sys
 from fedzo.config.load import load
+from fedzo.config.schema import LaunchConfig
 from fedzo.config.travel import from_json, to_json
 from fedzo.errors import ConfigError
 
@@ -30,7 +31,7 @@ def told(overrides):
         config = load(overrides)
     except ConfigError as error:
         return str(error)
-    assert from_json(to_json(config)) == config
+    assert from_json(to_json(config), LaunchConfig) == config
     return [*config.evaluators]
 
 print(json.dumps([told(overrides) for overrides in json.loads(sys.argv[1])]))

@@ -11,9 +11,12 @@ from statistics import median
 from typing import Any
 
 import pytest
+import torch
 
 from fedzo.config.load import load
 from fedzo.config.overrides import with_config_dir
+from fedzo.masks.mask import Mask
+from fedzo.masks.mask_file import save_mask
 
 FOLDER = Path(__file__).parents[3] / "experiments" / "meerkat"
 MODULES = ("collect", "pieces", "verdicts", "draw", "costs", "sequential", "tables", "run")
@@ -349,7 +352,7 @@ def test_every_piece_names_settings_that_exist(study: Any, monkeypatch: pytest.M
     ]:
         (tmp_path / cell.partition("-")[0]).mkdir(exist_ok=True)
         for mask in ["mask-c4.safetensors", *re.findall(r"mask-[^/]*safetensors", " ".join(job))]:
-            (pieces.RUNS / mask).touch()
+            save_mask(Mask({"w": torch.tensor([0])}, {"w": (2,)}, None, manifest={}), pieces.RUNS / mask)
             assert study["pieces"].corpus_of(mask.removesuffix(".safetensors")).docs in (60, 100)
         config = load(with_config_dir(["experiment=study", *job], str(FOLDER / "conf")))
         assert config.fl.num_clients == 8
