@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import fedzo
 from fedzo.cli import commands
@@ -27,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"fedzo {arguments.command}: unknown option {flags[0]!r}")
     arguments.overrides = rest
     try:
-        return int(arguments.handler(arguments))
+        with stopped_by_signals():
+            return int(arguments.handler(arguments))
     except FedzoError as error:
         print(f"fedzo: {error}", file=sys.stderr)
         return BAD_INPUT if isinstance(error, ConfigError) else RUN_FAILED
@@ -37,6 +41,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f" Continue with: {command}" if arguments.resumable and command else ""
         print(f"\nfedzo: interrupted.{hint}", file=sys.stderr)
         return INTERRUPTED
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP do what Ctrl-C does, unless whoever started the process made it deaf to them (``nohup``)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may change how signals are taken
+        return
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler == signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from fedzo.errors import ConfigError
 from fedzo.models.cache import check_cache
@@ -17,7 +18,14 @@ from fedzo.models.compiled import CompiledDecoder, compile_decoder
 from fedzo.models.config import DType, ModelConfig, Quantization
 from fedzo.models.digest import file_digest, parameters_digest, tokenizer_digest, weights_digest
 from fedzo.models.head import check_head
-from fedzo.models.source import Source, find_source, quantization_arguments, read_gguf, without_progress_bars
+from fedzo.models.source import (
+    Source,
+    find_source,
+    quantization_arguments,
+    read_gguf,
+    read_model,
+    without_progress_bars,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -108,10 +116,18 @@ def load_model(config: ModelConfig, *, device: str = "auto", max_length: int = 1
         packed = quantization_arguments(config.quantization, device=where, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(source.name, **source.arguments())
         model = _read(source, dtype, **packed)
-    except RuntimeError as error:
-        if config.quantization is Quantization.none:
+    except ConfigError:
+        raise
+    except (RuntimeError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise _cannot_pack(config, where, error) from error
+        if config.quantization is not Quantization.none:
+            raise _cannot_pack(config, where, error) from error
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"model.name {config.name!r} must hold whole safetensors files with the shapes of its config.json. Reading "
+            f"them fails: {reason}. Copy the files again (`git lfs pull` where they are pointers of git-lfs)."
+        ) from error
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = " ".join(str(error).split())[:400]
         raise ConfigError(
@@ -140,7 +156,7 @@ def load_model(config: ModelConfig, *, device: str = "auto", max_length: int = 1
     return compile_loaded(loaded, longest=max_length) if config.compile else loaded
 
 
-def _cannot_pack(config: ModelConfig, device: torch.device, error: RuntimeError) -> ConfigError:
+def _cannot_pack(config: ModelConfig, device: torch.device, error: Exception) -> ConfigError:
     return ConfigError(
         f"model.quantization={config.quantization} must be a quantization that {config.name!r} can compute with on "
         f"{device}, but that fails: {' '.join(str(error).split())[:300]}. Write model.quantization=none, or another."
@@ -198,9 +214,7 @@ def _read(source: Source, dtype: torch.dtype, **packed: Any) -> Any:
     with without_progress_bars():
         if source.gguf_file is not None:
             return read_gguf(source.name, dtype=dtype, **source.arguments())
-        return AutoModelForCausalLM.from_pretrained(
-            source.name, dtype=dtype, use_safetensors=True, **source.arguments(), **packed
-        )
+        return read_model(source.name, dtype=dtype, use_safetensors=True, **source.arguments(), **packed)
 
 
 def _wrap(

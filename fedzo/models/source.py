@@ -159,10 +159,39 @@ def embedded_folder() -> Path:
     return folder
 
 
+def read_model(name: str | Path, **arguments: Any) -> Any:
+    """A causal language model, every parameter of which comes from its files or is tied to one that does.
+
+    Raises:
+        ConfigError: A parameter is in no file: transformers would draw it at random, anew at every load.
+    """
+    loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **arguments)
+    model, told = loaded
+    parameters = {own for own, _ in model.named_parameters(remove_duplicate=False)}
+    if absent := sorted(parameters & set(told["missing_keys"])):
+        unused = sorted(told["unexpected_keys"])
+        cause = (
+            f"The files hold {_some(unused)} instead, which the model does not use: they are of another architecture, "
+            "or their names have another prefix."
+            if unused
+            else "The checkpoint is not complete, or it is a base model without its LM head."
+        )
+        raise ConfigError(
+            f"model.name {str(name)!r} must hold every parameter of {type(model).__name__}, but {_some(absent)} is in "
+            f"no file. {cause}"
+        )
+    return model
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
 def read_gguf(name: str | Path, **arguments: Any) -> Any:
     """The model of a GGUF file as an ordinary one of dense weights, which can be saved."""
     # dequantize: left to itself, transformers may keep the blocks packed and compute on those
-    model = AutoModelForCausalLM.from_pretrained(name, quantization_config=GgufConfig(dequantize=True), **arguments)
+    model = read_model(name, quantization_config=GgufConfig(dequantize=True), **arguments)
     for holder, attribute in ((model, "hf_quantizer"), (model.config, "quantization_config")):
         if hasattr(holder, attribute):
             delattr(holder, attribute)
@@ -188,6 +217,8 @@ def _convert(gguf: Path, folder: Path) -> None:
             model = read_gguf(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+    except ConfigError:
+        raise
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{gguf.name} cannot be read: {error}. Run: pip install gguf accelerate") from error
 

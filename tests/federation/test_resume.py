@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,51 @@ def test_a_changed_log_is_found_out_by_replay(run: Callable[..., Path]) -> None:
 
 
 @pytest.mark.slow
+def _hears() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may have been started with nohup
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_is_told_to_end_says_how_it_goes_on(
+    number: signal.Signals, overrides: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    words = overrides("fl.rounds=100000", f"hydra.run.dir={tmp_path / 'run'}")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "fedzo", "train", *words],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=_hears,
+    ) as run:
+        ends = time.monotonic() + 200
+        while not (tmp_path / "run" / "public.jsonl").exists() or not (tmp_path / "run" / "public.jsonl").read_bytes():
+            assert time.monotonic() < ends
+            time.sleep(0.05)
+        run.send_signal(number)
+        assert run.stderr is not None
+        said = run.stderr.read()
+        assert run.wait(60) == 130
+
+    assert f"fedzo: interrupted. Continue with: fedzo resume {tmp_path / 'run'}" in said
+    assert replay_run(tmp_path / "run")["rounds"] > 0
+
+
+def test_a_process_that_is_deaf_to_a_hang_up_stays_so() -> None:
+    program = "import signal; from fedzo.cli import stopped_by_signals\nwith stopped_by_signals(): "
+    program += (
+        "print([signal.getsignal(each) is signal.default_int_handler for each in (signal.SIGHUP, signal.SIGTERM)])"
+    )
+    deaf = subprocess.run(
+        [sys.executable, "-c", program],
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+        capture_output=True,
+        text=True,
+    )
+
+    assert deaf.stdout.strip() == "[False, True]"
+
+
 def test_an_interrupted_sweep_goes_on_and_leaves_finished_runs_alone(
     overrides: Callable[..., list[str]], tmp_path: Path
 ) -> None:

@@ -225,6 +225,73 @@ def test_code_in_a_folder_is_not_run(copied: Path) -> None:
     assert not flag.exists()
 
 
+def without(*parts: str) -> Any:
+    """Take every tensor away whose name holds one of these."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if any(part in name for part in parts)]:
+            del tensors[name]
+
+    return change
+
+
+def prefixed(tensors: dict[str, torch.Tensor]) -> None:
+    for name in list(tensors):
+        tensors[f"other.{name}"] = tensors.pop(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("layers.1."), r"model\.layers\.1\.[a-z_.]+, .* and \d+ more is in no file\. The checkpoint is not"),
+        (without("layers.0.mlp.up_proj"), r"model\.layers\.0\.mlp\.up_proj\.weight is in no file"),
+        (prefixed, r"is in no file\. The files hold other\..* instead, .* their names have another prefix"),
+    ],
+    ids=["layer", "tensor", "names"],
+)
+def test_a_parameter_that_no_file_fills_is_named(copied: Path, change: Any, message: str) -> None:
+    rewrite(copied / "model.safetensors", change)
+
+    with pytest.raises(ConfigError, match=rf"must hold every parameter of \w+, but .*{message}"):
+        load_model(ModelConfig(name=str(copied)), device="cpu")
+
+
+def test_a_base_model_without_its_head_is_refused(copied: Path) -> None:
+    rewrite(copied / "model.safetensors", without("lm_head"))
+    settings = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": False}))
+
+    with pytest.raises(ConfigError, match=r"lm_head\.weight is in no file\. .* a base model without its LM head"):
+        load_model(ModelConfig(name=str(copied)), device="cpu")
+
+
+def test_a_head_that_is_tied_to_the_embedding_needs_no_file(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path, "gpt2")
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+
+    model = load_model(ModelConfig(name=str(tmp_path)), device="cpu").model
+
+    assert torch.equal(model.lm_head.weight, model.transformer.wte.weight)
+
+
+def test_weights_of_another_shape_than_the_configs_are_refused(copied: Path) -> None:
+    settings = json.loads((copied / "config.json").read_text())
+    settings["intermediate_size"] *= 2
+    (copied / "config.json").write_text(json.dumps(settings))
+
+    with pytest.raises(ConfigError, match=r"must hold whole safetensors files with the shapes of its config\.json"):
+        load_model(ModelConfig(name=str(copied)), device="cpu")
+
+
+@pytest.mark.parametrize("kept", [b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", 1000, 20_000])
+def test_weights_that_are_cut_or_a_pointer_are_refused(copied: Path, kept: bytes | int) -> None:
+    file = copied / "model.safetensors"
+    file.write_bytes(kept if isinstance(kept, bytes) else file.read_bytes()[:kept])
+
+    with pytest.raises(ConfigError, match=r"whole safetensors files .* \(`git lfs pull` where"):
+        load_model(ModelConfig(name=str(copied)), device="cpu")
+
+
 def test_a_gguf_file_that_is_not_there_is_named(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.gguf_file must name a file in .*, got 'x\.gguf'"):
         load_model(ModelConfig(name=str(folder), gguf_file="x.gguf"), device="cpu")
