@@ -163,7 +163,7 @@ ESTIMATES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "settings", "promises"), ESTIMATES, ids=str)
+@pytest.mark.parametrize(("name", "settings", "promises"), ESTIMATES)
 def test_estimators(name: str, settings: dict[str, Any], promises: dict[str, Any]) -> None:
     check_estimator(
         lambda eps: ESTIMATORS.build(CONFIGS["estimator"][name](eps=eps, **settings)), num_probes=4, **promises

@@ -99,7 +99,6 @@ def test_two_rounds_of_adam_by_hand() -> None:
         (AdamConfig(beta1=0.8, beta2=0.9, eps=1e-3), lambda p: torch.optim.Adam([p], betas=(0.8, 0.9), eps=1e-3)),
         (AdamConfig(weight_decay=0.5), lambda p: torch.optim.AdamW([p], weight_decay=0.5)),
     ],
-    ids=str,
 )
 def test_a_rule_is_torch_s_optimizer_with_u_for_the_gradient(config: ServerOptimizerConfig, make: object) -> None:
     log = [record(r, [[[math.sin(7 * r) * 2]]], lr=0.05 * (1 + r % 3)) for r in range(30)]
