@@ -26,7 +26,7 @@ def read_launch(run_dir: Path) -> LaunchConfig:
 
 def read_run(run_dir: Path) -> RunConfig:
     """What the peers of a run agreed on when it began."""
-    _text(run_dir, CONFIG, "Give the folder that `fedzo train` printed.")
+    read_launch(run_dir)  # says what is wrong with a folder of another version
     remedy = f"It ended before its first round; `fedzo resume {run_dir}` begins it."
     return from_json(_text(run_dir, RUN_FILE, remedy), RunConfig)
 

@@ -39,7 +39,8 @@ def start_run(config: LaunchConfig, run_dir: Path, *, overrides: list[str]) -> N
     config = _with_absolute_paths(config)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / RUN_FILE).unlink(missing_ok=True)  # of a start that came to nothing, perhaps by other settings
+        for left in (RUN_FILE, ENVIRONMENT):  # of a start that came to nothing, perhaps by other settings
+            (run_dir / left).unlink(missing_ok=True)
         (run_dir / CONFIG).write_text(to_json(config), encoding="utf-8")
         save_yaml(config, run_dir / "config.yaml")
         (run_dir / OVERRIDES).write_text("".join(f"- {json.dumps(item)}\n" for item in overrides), encoding="utf-8")

@@ -130,7 +130,6 @@ _RECIPE: Mapping[str, Callable[[str], object]] = {
     "selector": Selector,
     "granularity": Granularity,
     "calibration": Calibration,
-    "calibration_docs": int,
 }
 """What a mask's manifest tells of the settings that it was made with."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -117,3 +118,15 @@ def test_a_start_that_came_to_nothing_leaves_nothing_to_the_next(
     start_run(load(overrides(*settings)), folder, overrides=[])
 
     assert lines(folder, "public.jsonl") == lines(run(*settings), "public.jsonl")
+
+
+def test_a_folder_of_an_older_version_is_refused_for_its_version(run: Run) -> None:
+    folder = run("fl.rounds=1")
+    plain = json.loads((folder / "config.json").read_text())
+    del plain["version"]
+    (folder / "config.json").write_text(json.dumps(plain))
+    (folder / "run.json").unlink()
+
+    for use in (replay_run, resume_run):
+        with pytest.raises(ConfigError, match=r"must be of version 2, got none, as fedzo 0\.1 wrote it"):
+            use(folder)

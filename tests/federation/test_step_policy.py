@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fedzo.commands.trained import replay_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
 from fedzo.fl.server.rounds import Server
+from fedzo.masks.mask_file import load_mask, save_mask
 
 Run = Callable[..., Path]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
@@ -167,5 +169,10 @@ def test_gradip_with_a_mask_that_holds_no_gradient_ends_before_any_round(
     mask = tmp_path / "mask.safetensors"
     make_mask(load(overrides("trainer.selector=random")), mask)
 
+    with pytest.raises(ConfigError, match=r"step_policy\.statistic must be abs_g for a trainer that has no gradient"):
+        run(*COMMON, *KINDS["vpcs graded by GradIP"], f"inputs.artifact={mask}")
+
+    told = load_mask(mask)  # one whose recipe says nothing is looked at when the run is opened
+    save_mask(replace(told, manifest={}), mask)
     with pytest.raises(ConfigError, match=r"step_policy\.statistic=gradip must find a gradient at the server"):
         run(*COMMON, *KINDS["vpcs graded by GradIP"], f"inputs.artifact={mask}")

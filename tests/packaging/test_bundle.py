@@ -50,12 +50,12 @@ def test_bundle_holds_the_project_file_and_the_two_shims_only(bundle: Path) -> N
     }
 
 
-def test_run_config_keys_are_the_two_that_the_apps_read() -> None:
+def test_the_only_key_that_travels_is_what_all_peers_agree_on() -> None:
     from fedzo.run import apps
 
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["flwr"]["app"]["config"]
 
-    assert declared == {apps.CONFIG_KEY: "", apps.RUN_DIR_KEY: ""}
+    assert declared == {apps.CONFIG_KEY: ""}
 
 
 @pytest.mark.parametrize("side", ["clients", "server"])
