@@ -72,7 +72,9 @@ class TrainerConfig(PluginConfig):
         """Broken rules on the files that a launch gives. A trainer that takes some replaces this."""
         for each in fields(inputs):
             if (path := getattr(inputs, each.name)) is not None:
-                yield problem(f"inputs.{each.name}", "be null for this trainer, which takes no such file", path, "")
+                yield problem(
+                    f"inputs.{each.name}", "be null for this trainer, which takes no such file", path, "Leave it out."
+                )
 
     def recipe_of(self, artifact: Path) -> TrainerConfig:
         """This config as it would be if the given artifact had been made by it, for the peers to know.

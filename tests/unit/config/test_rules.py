@@ -521,3 +521,14 @@ def test_rules_of_adapters(trainer: TrainerConfig, rules: list[str]) -> None:
 
     assert len(found) == len(rules)
     assert all(text.startswith(rule) for text, rule in zip(found, rules, strict=True))
+
+
+def test_a_file_that_the_trainer_does_not_take_is_refused() -> None:
+    config = sound()
+    config.trainer, config.inputs.artifact = MezoConfig(), "mask.safetensors"
+
+    (found,) = launch_problems(config)
+
+    assert found.text == (
+        "inputs.artifact must be null for this trainer, which takes no such file, got 'mask.safetensors'. Leave it out."
+    )
