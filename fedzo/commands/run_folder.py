@@ -13,7 +13,7 @@ from fedzo.fl.log_store import RunStore, best_round
 from fedzo.fl.replica import Replica
 from fedzo.records.log import CommittedLine
 from fedzo.run.process import Process, open_process
-from fedzo.run.start import RUN_FILE
+from fedzo.run.start import RUN_FILE, check_base
 from fedzo.trainers import Workplace
 
 CONFIG, OVERRIDES, ENVIRONMENT = "config.json", "overrides.yaml", "environment.json"
@@ -51,6 +51,7 @@ def rebuild(run_dir: Path, *, rounds: int | None = None) -> Rebuilt:
     """Rebuild the model after ``rounds`` rounds (by default the best round, or the last of an unfinished run).
 
     Raises:
+        ConfigError: The model is not the one that the run began with.
         ProtocolError: The log does not lead to the states that it claims.
     """
     config, site = read_run(run_dir), read_launch(run_dir).site()
@@ -61,6 +62,7 @@ def rebuild(run_dir: Path, *, rounds: int | None = None) -> Rebuilt:
             raise ConfigError(f"rounds must be in 0..{len(store.records)} (the log's length), got {wanted}.")
         site = replace(site, model=replace(site.model, compile=False))  # this does not repay a compiler's minutes
         process = open_process(config, site)
+        check_base(config, process.peer.loaded, run_dir)
         peer = process.peer  # without rows to measure on: a rebuilt model is held in float32 where the choice was open
         workplace = Workplace(
             folder=run_dir, seed=config.seed, texts=partial(_no_texts, run_dir), advance=lambda done, total: None

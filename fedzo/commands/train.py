@@ -19,7 +19,7 @@ from fedzo.fl.log_store import PUBLIC, RunStore
 from fedzo.records.metrics import Summary
 from fedzo.run.apps import CONFIG_KEY, RUN_DIR_KEY
 from fedzo.run.process import SITE_ENV, Process, forget_process, keep_process
-from fedzo.run.start import RUN_FILE, SITE_FILE, open_run
+from fedzo.run.start import RUN_FILE, SITE_FILE, open_run, write_whole
 from fedzo.runtime.config import RUNTIMES
 from fedzo.system import environment
 
@@ -79,9 +79,9 @@ def _run(config: LaunchConfig, run_dir: Path) -> None:
     forget_process()  # before another model is loaded
     try:
         process = open_run(config, run_dir)
-        (run_dir / SITE_FILE).write_text(to_json(config.site()), encoding="utf-8")
+        write_whole(run_dir / SITE_FILE, to_json(config.site()))
         if not (run_dir / ENVIRONMENT).exists():
-            (run_dir / ENVIRONMENT).write_text(json.dumps(_environment(process), indent=2), encoding="utf-8")
+            write_whole(run_dir / ENVIRONMENT, json.dumps(_environment(process), indent=2))
         launch(config, process, run_dir, site_file=run_dir / SITE_FILE)
     finally:
         forget_process()

@@ -20,6 +20,7 @@ from fedzo.fl.server.step_policy.plan import StepPolicyConfig
 from fedzo.models.config import BaseConfig, ModelConfig
 from fedzo.report import ReportConfig
 from fedzo.runtime.config import InlineConfig, RuntimeConfig
+from fedzo.trainers.artifacts import MAX_BYTES
 from fedzo.trainers.base import InputsConfig, TrainerConfig
 from fedzo.trainers.meerkat import MeerkatConfig
 from fedzo.zo.estimator import EstimatorConfig, TwoPointConfig, ZerothOrderConfig
@@ -68,7 +69,7 @@ class SiteConfig:
     threads: int = 0
     """CPU threads of torch and Numba. 0 = OMP_NUM_THREADS, or else all CPUs. The number of threads changes the last
     bits of losses."""
-    artifact_max_bytes: int = 2 << 30
+    artifact_max_bytes: int = MAX_BYTES
     """Size of the largest artifact that a client of this machine takes from a server."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -81,9 +81,11 @@ def load_site(path: Path) -> SiteConfig:
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"site configuration {path}: it must be a readable YAML file. {reason}.") from error
-    given = {key: value for key, value in (plain or {}).items() if key != "version"} if _is_mapping(plain) else plain
+    given = {} if plain is None else plain  # an empty file
+    if isinstance(given, dict):
+        given = {key: value for key, value in given.items() if key != "version"}
     try:
-        site = cast(SiteConfig, _decode_class(SiteConfig, given or {}, _TOP, partial=True))
+        site = cast(SiteConfig, _decode_class(SiteConfig, given, _TOP, partial=True))
     except ConfigError as error:
         raise ConfigError(f"site configuration {path}: {error}") from error
     site.model.name = _located(site.model.name, path.parent)
@@ -96,10 +98,6 @@ def _located(name: str, folder: Path) -> str:
     if name.startswith("."):
         return str((folder / name).resolve())
     return str(Path(name).expanduser()) if name.startswith("~") else name
-
-
-def _is_mapping(plain: object) -> bool:
-    return plain is None or isinstance(plain, dict)
 
 
 def save_yaml(config: LaunchConfig, path: Path) -> None:
@@ -161,6 +159,10 @@ def _decode_class(config_class: type, plain: object, where: str, *, partial: boo
     names = [field.name for field in fields(config_class)]
     stray = sorted(str(key) for key in plain if key not in names)
     absent = [name for name in names if name not in plain]
+    if stray and partial:
+        raise ConfigError(
+            f"{where} must hold keys of {config_class.__name__} only, got unknown {stray}. Leave them out."
+        )
     if stray or (absent and not partial):
         got = f"unknown {stray}, missing {absent}. Do all peers have the same fedzo?"
         raise ConfigError(f"{where} must hold exactly the keys of {config_class.__name__}, got {got}")

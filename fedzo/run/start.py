@@ -12,7 +12,7 @@ from fedzo.config.plugins import plugin_name
 from fedzo.config.schema import LaunchConfig, RunConfig
 from fedzo.config.travel import from_json, to_json
 from fedzo.data.rows import RowSource, SimulatedRows
-from fedzo.errors import ConfigError
+from fedzo.errors import ConfigError, RunFolderError
 from fedzo.models.config import BaseConfig
 from fedzo.models.load import LoadedModel
 from fedzo.report.sinks import ProgressSink
@@ -39,9 +39,11 @@ def open_run(launch: LaunchConfig, run_dir: Path) -> Process:
     launch.step_policy.check_start(launch.fl, has_gradient=prepared.gradient is not None)
     run = launch.run(_base_of(launch, loaded), prepared.artifact.digest)
     if file.exists():
-        _must_be(from_json(file.read_text(encoding="utf-8"), RunConfig), run, run_dir)
+        begun = from_json(file.read_text(encoding="utf-8"), RunConfig)
+        check_base(begun, loaded, run_dir)
+        _must_be("the trainer's artifact", begun.artifact, run.artifact, run_dir)
     else:
-        file.write_text(to_json(run), encoding="utf-8")
+        write_whole(file, to_json(run))
     return Process(
         Peer.of(run, launch.site(), loaded),
         source,
@@ -50,6 +52,32 @@ def open_run(launch: LaunchConfig, run_dir: Path) -> Process:
         report=launch.report,
         takes_turns=launch.runtime.traits.takes_turns,
     )
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file of a run folder: all of it, or what was there stays.
+
+    Raises:
+        RunFolderError: It cannot be written.
+    """
+    part = file.with_name(file.name + ".part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(file)
+    except OSError as error:
+        raise RunFolderError(
+            f"run folder {file.parent}: cannot write {file.name} ({error.strerror}). Choose another folder."
+        ) from error
+
+
+def check_base(run: RunConfig, loaded: LoadedModel, run_dir: Path) -> None:
+    """Refuse another model than the run's. Trained values alone may have the digest of the log on any base.
+
+    Raises:
+        ConfigError: Weights or tokenizer have another digest.
+    """
+    _must_be("the model's weights", run.base.weights_digest, loaded.base_digest, run_dir)
+    _must_be("the model's tokenizer", run.base.tokenizer_digest, loaded.tokenizer_digest, run_dir)
 
 
 def calibration_texts(source: RowSource) -> Callable[[], list[str]]:
@@ -93,14 +121,9 @@ def _base_of(launch: LaunchConfig, loaded: LoadedModel) -> BaseConfig:
     )
 
 
-def _must_be(begun: RunConfig, now: RunConfig, run_dir: Path) -> None:
-    for what, before, after in (
-        ("the model's weights", begun.base.weights_digest, now.base.weights_digest),
-        ("its tokenizer", begun.base.tokenizer_digest, now.base.tokenizer_digest),
-        ("the trainer's artifact", begun.artifact, now.artifact),
-    ):
-        if before != after:
-            raise ConfigError(
-                f"run folder {run_dir}: {what} must have the SHA-256 {before[:12]}..., with which the run began, got "
-                f"{after[:12]}... Put the files of that time back, or start a new run."
-            )
+def _must_be(what: str, begun: str, now: str, run_dir: Path) -> None:
+    if begun != now:
+        raise ConfigError(
+            f"run folder {run_dir}: {what} must have the SHA-256 {begun[:12]}..., with which the run began, got "
+            f"{now[:12]}... Put the files of that time back, or start a new run."
+        )

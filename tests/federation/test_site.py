@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from fedzo.commands.train import resume_run, start_run
-from fedzo.commands.trained import replay_run
+from fedzo.commands.trained import evaluate_run, export_run, replay_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.fl.server.step_policy.statistics import Statistic
@@ -130,3 +132,27 @@ def test_a_folder_of_an_older_version_is_refused_for_its_version(run: Run) -> No
     for use in (replay_run, resume_run):
         with pytest.raises(ConfigError, match=r"must be of version 2, got none, as fedzo 0\.1 wrote it"):
             use(folder)
+
+
+@pytest.mark.parametrize("trainer", ["lora", "meerkat"])
+def test_no_model_is_rebuilt_on_another_base(trainer: str, overrides: Overrides, tmp_path: Path) -> None:
+    """An adapter's values have the digest of the log on every base, and so has a mask where only others differ."""
+    save_tiny_model(tmp_path / "model", "llama")
+    config = load([*overrides("fl.rounds=1", f"trainer={trainer}"), f"model.name={tmp_path / 'model'}"])
+    start_run(config, tmp_path / "run", overrides=[])
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.norm.weight"][0] += 1  # neither masked nor adapted
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+
+    for use in (replay_run, partial(export_run, out_dir=tmp_path / "out"), partial(evaluate_run, split="test")):
+        with pytest.raises(ConfigError, match=r"the model's weights must have the SHA-256 .* with which the run began"):
+            use(tmp_path / "run")
+
+
+def test_a_folder_that_cannot_be_written_says_so(run: Run) -> None:
+    folder = run("fl.rounds=1")
+    (folder / "site.json").unlink()
+    (folder / "site.json").mkdir()
+
+    with pytest.raises(RunFolderError, match=r"cannot write site\.json"):
+        resume_run(folder)

@@ -322,7 +322,9 @@ def test_a_site_in_full_is_read_back(tmp_path: Path) -> None:
     [
         ("device: [", "must be a readable YAML file"),
         ("- device", "must be a mapping for SiteConfig"),
-        ("seed: 1", r"unknown \['seed'\]"),
+        ("[]", "must be a mapping for SiteConfig"),
+        ("false", "must be a mapping for SiteConfig"),
+        ("seed: 1", r"must hold keys of SiteConfig only, got unknown \['seed'\]"),
         ("model: {dtype: int3}", "model.dtype must be one of float32"),
         ("model: {max_length: 3}", r"unknown \['max_length'\]"),
         ("device: !!python/object/apply:os.getcwd []", "must be a readable YAML file"),
