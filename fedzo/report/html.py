@@ -130,7 +130,7 @@ def _numbers(run: RunData) -> Table:
         rows.append(["trained weights", f"{trained} ({share_text(run.setup.space_size, run.setup.num_params)})"])
         rows.append(["set-up of a client", bytes_text(run.setup.setup_down_bytes)])
     for what, up, down in (
-        ("scalars a client", "payload_up_bytes", "payload_down_bytes"),
+        ("payload a client", "payload_up_bytes", "payload_down_bytes"),
         ("messages a client", "message_up_bytes", "message_down_bytes"),
     ):
         totals = [sum(getattr(line, name) for line in run.rounds) / clients for name in (up, down)]

@@ -30,8 +30,8 @@ def shows_everyone(run: RunData) -> bool:
 def draw_local_steps(run: RunData) -> Picture | None:
     """|GradIP| and |g| of every client, or of ``MAX_PANELS``, the flagged among them; call in house style."""
     traces = client_traces(run)
-    if not traces:
-        return None
+    if all(value is None for trace in traces.values() for value in trace.abs_g):
+        return None  # clients that send vectors measure no g
     verdicts = {verdict.client: verdict for verdict in run.step_policy.clients} if run.step_policy else {}
     windows = (run.step_policy.windows if run.step_policy else None) or {}
     starts, unit = round_starts(run), _unit(traces)

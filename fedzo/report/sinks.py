@@ -65,6 +65,7 @@ class ProgressSink:
         completed: Rounds that were done before it was resumed.
         sent_bytes: Message bytes up and down of those rounds.
         evaluator: Whose scores the live line shows.
+        payload: What clients send, ``scalars`` or ``vectors``.
         enabled: Whether to print at all.
     """
 
@@ -75,6 +76,7 @@ class ProgressSink:
         completed: int = 0,
         sent_bytes: tuple[int, int] = (0, 0),
         evaluator: str | None = None,
+        payload: str = "scalars",
         enabled: bool = True,
     ) -> None:
         self._console = Console(file=sys.stdout, highlight=False, quiet=not enabled, soft_wrap=True)
@@ -82,6 +84,7 @@ class ProgressSink:
         self._rounds = rounds
         self._up, self._down = sent_bytes
         self._evaluator = evaluator
+        self._payload = payload
         self._score = ""
         self._last_print = 0.0
         self._rate: list[float] = []
@@ -110,7 +113,7 @@ class ProgressSink:
             case FederatedScore():
                 self._count_bytes(record)
             case Summary():
-                self._console.print("\n" + "\n".join(ending(record)))
+                self._console.print("\n" + "\n".join(ending(record, payload=self._payload)))
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -167,8 +170,8 @@ class ProgressSink:
         self._console.print(f"{score.split} after {score.round} rounds: {score.metric} {text}")
 
 
-def ending(summary: Summary) -> list[str]:
-    """What a run says last: test scores, the worst client, whom a step policy flagged, and bytes."""
+def ending(summary: Summary, *, payload: str = "scalars") -> list[str]:
+    """What a run says last: test scores, the worst client, whom a step policy flagged, and bytes of the payload."""
     before, after, rows = summary.before, summary.after, []
     head = f"after {summary.rounds} rounds:"
     if before and after:
@@ -185,10 +188,10 @@ def ending(summary: Summary) -> list[str]:
         rows.append((f"worst client's {worst.metric}", f"{worst.value:.3f} ({where})"))
     if summary.step_policy:
         rows.append(("flagged clients", _flagged(summary.step_policy)))
-    payload = summary.payload_up_bytes + summary.payload_down_bytes
+    carried = summary.payload_up_bytes + summary.payload_down_bytes
     messages = summary.message_up_bytes + summary.message_down_bytes
-    sent = f"{bytes_text(payload)} ({bytes_text(messages)} as messages, with set-up)"
-    return [head, *(f"  {title:<32} {text}" for title, text in [*rows, ("scalars, all clients, both ways", sent)])]
+    sent = f"{bytes_text(carried)} ({bytes_text(messages)} as messages, with set-up)"
+    return [head, *(f"  {title:<32} {text}" for title, text in [*rows, (f"{payload}, all clients, both ways", sent)])]
 
 
 def _flagged(step_policy: Flagged) -> str:

@@ -117,7 +117,7 @@ def _name(job: Job, keys: list[str]) -> str:
 def _table(jobs: list[Job], keys: list[str]) -> tuple[list[str], list[list[str]]]:
     header = [
         *("job", *keys, "state", "best round", "dev loss", "dev", "test before", "test after"),
-        *("worst client", "flagged", "scalars up, all clients", "time"),
+        *("worst client", "flagged", "payload up, all clients", "time"),
     ]
     rows = []
     for job in jobs:
@@ -210,8 +210,8 @@ def _score_by_bytes(jobs: list[tuple[str, CentralScore, int]]) -> Picture:
         axes.set_xscale("log")
         axes.minorticks_off()
     bytes_axis(axes.xaxis)
-    axes.set_xlabel("scalars up, all clients")
+    axes.set_xlabel("payload up, all clients")
     axes.set_ylabel(f"{split} {metric}")
     percent_axis(axes, metric)
-    title = f"{split.capitalize()} score against scalars sent"
+    title = f"{split.capitalize()} score against payload sent"
     return Picture("bytes", title, "Up and to the left is better.", figure)

@@ -88,6 +88,7 @@ class Federation:
             completed=len(store.records),
             sent_bytes=(_total(store, "message_up_bytes"), _total(store, "message_down_bytes")),
             evaluator=first_evaluator(config),
+            payload="scalars" if config.estimator.traits.makes == "scalars" else "vectors",
             enabled=context.report.progress,
         )
         sinks: list[Sink] = [self._progress]

@@ -57,7 +57,8 @@ class Scores:
         for name, evaluator in self.context.peer.evaluators.items():
             if self.find(split, rounds, evaluator=name):
                 continue
-            with self.progress.phase(f"scoring {split} ({name})", len(examples)) as advance:
+            by = f" by {name}" if len(self.context.peer.evaluators) > 1 else ""
+            with self.progress.phase(f"scoring {split}{by}", len(examples)) as advance:
                 score = evaluate(
                     name,
                     evaluator,

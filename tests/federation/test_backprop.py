@@ -404,13 +404,19 @@ def test_the_path_of_one_client_cannot_be_replayed(run: Run) -> None:
         replay_client(folder, client=0, round=0)
 
 
-def test_the_report_shows_a_run_without_scalars(run: Run) -> None:
+def test_report_and_terminal_of_a_run_without_scalars(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     from fedzo.report.html import write_report
 
-    folder = run(*SETTINGS)
+    folder = run(*SETTINGS, "report.progress=true")
     write_report(folder)
 
-    assert "<html" in (folder / "report.html").read_text()
+    assert "  vectors, all clients, both ways " in capsys.readouterr().out
+    drawn = {figure.stem for figure in (folder / "figures").glob("*.png")}
+    assert {"loss", "score", "bytes", "local_losses"} <= drawn
+    assert not drawn & {"local_steps", "abs_g"}  # they would be empty: there is no g
+    text = (folder / "report.html").read_text()
+    assert "payload a client, whole run" in text
+    assert "Local steps per client" not in text
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

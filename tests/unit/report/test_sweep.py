@@ -46,7 +46,7 @@ def test_a_sweep_without_test_rows_is_judged_by_its_dev_rows(make_run: MakeRun, 
     assert "| 0.1 | finished | 10 | 0.250 | 75.0 % |  |  | 50.0 % |" in table[2]
     text = page.read_text()
     assert "Dev score of every job" in text
-    assert "Dev score against scalars sent" in text
+    assert "Dev score against payload sent" in text
 
 
 def test_a_folder_without_jobs_has_no_report(tmp_path: Path) -> None:
