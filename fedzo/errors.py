@@ -31,6 +31,17 @@ class RunFolderError(FedzoError, OSError):
     """The run folder cannot be read or written."""
 
 
+def quoted(words: str, *, most: int = 300) -> str:
+    r"""Words of another machine as a log, a terminal or a report may show them: one line, in quotes, cut, no escapes.
+
+    Example:
+        >>> quoted("all is well\n\x1b[2Jround 7: done")
+        '"all is well  [2Jround 7: done"'
+    """
+    plain = "".join(character if character.isprintable() else " " for character in words[:most].replace('"', "'"))
+    return f'"{plain}{"..." if len(words) > most else ""}"'
+
+
 class Problem(NamedTuple):
     """One broken rule; ``key`` is the setting to change."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -18,10 +19,15 @@ from fedzo.errors import RunFolderError
 from fedzo.fl.log_store import PUBLIC, RunStore
 from fedzo.records.metrics import Summary
 from fedzo.run.apps import CONFIG_KEY, RUN_DIR_KEY
-from fedzo.run.process import SITE_ENV, Process, forget_process, keep_process
+from fedzo.run.process import SITE_ENV, SITE_LOG_ENV, Process, forget_process, keep_process
 from fedzo.run.start import RUN_FILE, SITE_FILE, open_run, write_whole
 from fedzo.runtime.config import RUNTIMES
 from fedzo.system import environment
+
+log = logging.getLogger(__name__)
+CLIENTS_LOG = "logs/clients.log"
+"""Where clients in processes of their own write their failures, in a run folder."""
+MOST_TOLD = 8  # of these at the end of a run
 
 
 def start_run(config: LaunchConfig, run_dir: Path, *, overrides: list[str]) -> None:
@@ -101,8 +107,25 @@ def launch(config: LaunchConfig, process: Process, run_dir: Path, *, site_file: 
         ProtocolError: Clients or the parts in between failed.
     """
     run_config = {CONFIG_KEY: keep_process(process), RUN_DIR_KEY: str(run_dir)}
-    with _inherited(SITE_ENV, str(site_file)):
-        RUNTIMES.build(config.runtime, num_clients=config.fl.num_clients, run_config=run_config)
+    site_log = run_dir / CLIENTS_LOG
+    site_log.parent.mkdir(exist_ok=True)
+    size = site_log.stat().st_size if site_log.exists() else 0
+    with _inherited(SITE_ENV, str(site_file)), _inherited(SITE_LOG_ENV, str(site_log)):
+        try:
+            RUNTIMES.build(config.runtime, num_clients=config.fl.num_clients, run_config=run_config)
+        finally:
+            _tell_of_clients(site_log, after=size)
+
+
+def _tell_of_clients(site_log: Path, *, after: int) -> None:
+    """What clients in processes of their own, on this machine, wrote of failures: the server was told a sentence."""
+    if not site_log.exists():
+        return
+    with site_log.open(encoding="utf-8", errors="replace") as file:
+        file.seek(after)
+        told = dict.fromkeys(line for line in file.read().splitlines() if line.startswith("client "))
+    for line in list(told)[-MOST_TOLD:]:
+        log.error("%s (%s)", line, site_log)
 
 
 @contextmanager

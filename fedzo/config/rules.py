@@ -262,9 +262,6 @@ def _aggregation(config: RunSettings) -> Iterator[Problem]:
         rule = f"be uniform for {chosen}, which gives every client equal weight"
         remedy = "Write strategy.weighting=uniform, or strategy.aggregation=mean."
         yield problem("strategy.weighting", rule, strategy.weighting, remedy)
-    if strategy.aggregation is Aggregation.majority_sign and strategy.clip_factor != 0:
-        rule = f"be 0 for {chosen}, which sends only signs"
-        yield problem("strategy.clip_factor", rule, strategy.clip_factor, "Write strategy.clip_factor=0.")
 
 
 def _evaluation(config: RunSettings) -> Iterator[Problem]:

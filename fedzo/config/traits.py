@@ -161,9 +161,6 @@ def gradient_problems(config: RunSettings) -> Iterator[Problem]:
     if config.strategy.aggregation is Aggregation.majority_sign:
         rule = f"be mean, median or trimmed_mean for {chosen}: a vector is not a vote"
         yield problem("strategy.aggregation", rule, "majority_sign", f"Write strategy.aggregation=mean, {other}")
-    if config.strategy.clip_factor != 0:
-        rule = f"be 0 for {chosen}, which has no |g| to clip; strategy.max_abs_g bounds the norm of a vector"
-        yield problem("strategy.clip_factor", rule, config.strategy.clip_factor, "Write strategy.clip_factor=0.")
 
 
 def step_policy_problems(config: RunSettings) -> Iterator[Problem]:

@@ -73,8 +73,7 @@ def encode(rows: Sequence[Row], task: TaskConfig, *, tokenizer: Tokenizer, max_l
     """
     rendered = [_render(number, row, task) for number, row in enumerate(rows)]
     texts, add_special_tokens = _texts(rendered, task, tokenizer)
-    flat = [text for group in texts for text in group]
-    ids = tokenizer(flat, add_special_tokens=add_special_tokens, verbose=False)["input_ids"] if flat else []
+    ids = _ids(texts, tokenizer, add_special_tokens=add_special_tokens)
     bos = tokenizer.bos_token_id
     examples, start = [], 0
     for number, (group, row) in enumerate(zip(texts, rendered, strict=True)):
@@ -121,7 +120,39 @@ def _texts(rendered: list[Rendered], task: TaskConfig, tokenizer: Tokenizer) -> 
             f"task {task.name!r} (kind=instruction) needs a tokenizer with a chat template, this model's has none. "
             "Choose an instruction-tuned model, or task.kind=generation with a template of your own."
         )
-    return [_chat(row, tokenizer) for row in rendered], False  # a chat template writes its special tokens itself
+    texts = []
+    for number, row in enumerate(rendered):
+        try:
+            texts.append(_chat(row, tokenizer))
+        except Exception as error:  # whatever the template's own code raises
+            raise _unencodable(number, row.prompt, "chat template", error) from error
+    return texts, False  # a chat template writes its special tokens itself
+
+
+def _ids(texts: list[list[str]], tokenizer: Tokenizer, *, add_special_tokens: bool) -> list[list[int]]:
+    """Token ids of all texts, one after another."""
+    flat = [text for group in texts for text in group]
+    if not flat:
+        return []
+    try:
+        ids: list[list[int]] = tokenizer(flat, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+    except Exception as error:  # each tokenizer has errors of its own; whose text is it?
+        for number, group in enumerate(texts):
+            try:
+                tokenizer(group, add_special_tokens=add_special_tokens, verbose=False)
+            except Exception as own:
+                raise _unencodable(number, group[0], "tokenizer", own) from own
+        raise ConfigError(f"the tokenizer cannot encode these rows: {type(error).__name__}: {error}") from error
+    return ids
+
+
+def _unencodable(number: int, text: str, what: str, error: Exception) -> ConfigError:
+    shown = repr(text if len(text) <= 80 else text[:77] + "...")
+    return ConfigError(
+        f"row {number}: the model's {what} must take its text, {shown}, but raises "
+        f"{type(error).__name__}: {' '.join(str(error).split())[:200]}. "
+        "Correct or remove the row, or choose another model."
+    )
 
 
 def _chat(row: Rendered, tokenizer: Tokenizer) -> list[str]:

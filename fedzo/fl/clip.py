@@ -1,19 +1,26 @@
-"""The relative clip: a bound on |g| that follows what clients have measured, announced with every request.
+"""Bounds that follow what clients measure, so that no client's extreme numbers decide a round or a mean.
 
-A client clips before its local step and sends what it stepped with, so the server's picture of its path stays true; the
-server refuses what lies beyond the announced bound and clips nothing itself.
+The relative clip is a bound on |g| from the scalars of earlier rounds, announced with every request. A client clips
+before its local step and sends what it stepped with, so the server's picture of its path stays true; the server refuses
+what lies beyond the announced bound and clips nothing itself. Where no earlier round tells (the first one, losses,
+vectors), a reply is compared with the other replies of its round. A median bounds these as long as fewer than half of a
+round's clients are hostile, which takes three clients at least.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from fedzo.records.log import AuditLine
 from fedzo.zo.log import RoundRecord, Scalars
 
 NO_BOUND = 0.0
+FAR_OFF = 100.0  # times the median of a round's clients; SmolLM2's scalars on non-IID clients come to a fifth of it
+MOST_LOSS = 1e6  # nats: a client sends no larger loss, and a reply with one is refused
+LARGE_LOSS = 100.0  # nats: no loss below it is far off, however small the others' are
 
 
 def announced_bound(audit: Sequence[AuditLine], records: Sequence[RoundRecord], *, factor: float, rounds: int) -> float:
@@ -45,6 +52,28 @@ def announced_bound(audit: Sequence[AuditLine], records: Sequence[RoundRecord], 
     return float(np.float32(min(factor * float(np.median(scalars)), float(np.finfo(np.float32).max))))
 
 
+def far_off(sizes: Mapping[int, float], *, factor: float = FAR_OFF, least: float = 0.0) -> dict[int, float]:
+    """The bound of each client whose number lies beyond it: ``factor`` times the median over the clients of a round.
+
+    Args:
+        sizes: A number of at least 0 by client; nan where it measured nothing.
+        factor: How far is far.
+        least: What is never beyond the bound.
+
+    Example:
+        >>> far_off({0: 1.0, 1: 3.0, 2: 2.0, 3: 1e6}), far_off({0: 1.0, 1: 1e6})
+        ({3: 250.0}, {})
+    """
+    known = [size for size in sizes.values() if np.isfinite(size)]
+    bound = max(least, factor * float(np.median(known))) if known else 0.0
+    return {client: bound for client, size in sizes.items() if bound > 0 and size > bound}
+
+
 def clip(g: Scalars, bound: float) -> Scalars:
     """Each scalar within [-bound, bound], float32 as it came; unchanged without a bound."""
     return g if bound == NO_BOUND else np.clip(g, np.float32(-bound), np.float32(bound))
+
+
+def sent_losses(losses: npt.ArrayLike) -> Scalars:
+    """Losses as a client sends them, float32: within ``MOST_LOSS``, which a model that has diverged may exceed."""
+    return np.clip(np.asarray(losses, np.float64), -MOST_LOSS, MOST_LOSS).astype(np.float32)

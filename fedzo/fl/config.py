@@ -100,8 +100,10 @@ class StrategyConfig:
     """How long the server waits for ``fl.num_clients`` clients to register."""
     max_abs_g: float = 1e6
     """A reply with a larger |g| is refused. A vector is refused if its norm over learning rate and steps is larger."""
-    clip_factor: float = 0.0
-    """Clients clip |g| to this multiple of the median |g| of the last rounds. 0 = off."""
+    clip_factor: float = 100.0
+    """Clients clip |g| to this multiple of the median |g| of the last rounds, and a reply beyond it is refused. Replies
+    whose |g|, loss or vector is 100 times the median of the round's are refused, too: this holds from the first round
+    on, against fewer than half of a round's clients. 0 = off."""
     clip_rounds: int = 10
     """Number of rounds over whose scalars the median for clipping is taken."""
 

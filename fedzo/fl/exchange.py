@@ -1,22 +1,28 @@
-"""Talking to clients and waiting for them: push, short polls, a deadline. Bad answers are named, never fatal."""
+"""Talking to clients and waiting for them: push, short polls, a deadline. Bad answers are named, never fatal.
+
+Words of a client (the reason of a failure) reach logs and records only as ``quoted`` gives them.
+"""
 
 from __future__ import annotations
 
 import logging
 import re
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
 from flwr.app import Message, RecordDict
 
-from fedzo.errors import ProtocolError
+from fedzo.errors import ProtocolError, quoted
 from fedzo.fl.messages import decode, encode, message_bytes
 
 log = logging.getLogger(__name__)
 R = TypeVar("R")
+K = TypeVar("K")
 POLL_S = 0.05
+NAMES_A_PULL = 64  # handed over at most: waiting for n messages then costs n, not n * n, where they come one by one
 LONGEST_REASON = 400  # characters
 
 
@@ -53,31 +59,61 @@ Talk = Generator[Question, Any, R]
 
 @dataclass(slots=True)
 class Answers(Generic[R]):
-    """What came of the talks by client index, and why the others have nothing."""
+    """What came of the talks by client index, and why the others have nothing.
+
+    Attributes:
+        replies: What each talk returned.
+        refused: Why a client has none.
+        mute: Those among ``refused`` that let the deadline pass.
+    """
 
     replies: dict[int, R] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
+    mute: set[int] = field(default_factory=set)
 
 
-def ask(
+@dataclass(slots=True)
+class Outbox(Generic[K]):
+    """Messages that were sent and have no reply yet, each known by whom it was sent for."""
+
+    _names: dict[str, K] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def push(self, grid: Grid, messages: Mapping[K, Message]) -> list[K]:
+        """Send messages; returns whose could not be delivered, to which Flower gives no name."""
+        names = grid.push_messages([*messages.values()]) if messages else ()
+        told = dict(zip(messages, names, strict=True))  # type: ignore[call-overload]
+        self._names.update({str(name): key for key, name in told.items() if name})
+        return [key for key, name in told.items() if not name]
+
+    def pull(self, grid: Grid) -> list[tuple[K, Message]]:
+        """The replies that are there, of the oldest messages that have any; none where there are no replies at all."""
+        for _ in range(-(-len(self._names) // NAMES_A_PULL)):
+            asked = list(islice(self._names, NAMES_A_PULL))
+            got: list[Message] = list(grid.pull_messages(asked))  # type: ignore[call-overload]
+            # a reply to what nobody was asked is left out
+            known = [message for message in got if message.metadata.reply_to_message_id in self._names]
+            if known:
+                return [(self._names.pop(message.metadata.reply_to_message_id), message) for message in known]
+            for name in asked:  # to the end: the others come first in the next pull
+                self._names[name] = self._names.pop(name)
+        return []
+
+    def forget(self, gone: Callable[[K], bool]) -> None:
+        """Wait no longer for these."""
+        self._names = {name: key for name, key in self._names.items() if not gone(key)}
+
+
+def converse(
     grid: Grid,
-    questions: Mapping[int, Question],
+    talks: Mapping[int, Talk[R]],
     *,
     nodes: Mapping[int, int],
     deadline_s: float,
     traffic: Traffic,
-) -> Answers[Any]:
-    """Ask each client one question and collect the replies that come before the deadline; arguments as ``converse``."""
-
-    def talk(question: Question) -> Talk[Any]:
-        return (yield question)
-
-    talks = {client: talk(question) for client, question in questions.items()}
-    return converse(grid, talks, nodes=nodes, deadline_s=deadline_s, traffic=traffic)
-
-
-def converse(
-    grid: Grid, talks: Mapping[int, Talk[R]], *, nodes: Mapping[int, int], deadline_s: float, traffic: Traffic
+    beside: Callable[[], None] = lambda: None,
 ) -> Answers[R]:
     """Talk to all clients at once, until each talk has ended or time is up. No talk waits for another client's reply.
 
@@ -87,63 +123,70 @@ def converse(
         nodes: Flower node id by client index.
         deadline_s: Seconds that all of it may take.
         traffic: Where bytes are counted.
+        beside: Called again and again while no reply is there.
     """
     answers: Answers[R] = Answers()
-    pending: dict[str, tuple[int, type[Any]]] = {}  # client and class of its reply, by the message's name
+    outbox: Outbox[int] = Outbox()
+    reply_types: dict[int, type[Any]] = {}
     heard: set[int] = set()
     ends = time.monotonic() + deadline_s
 
     def push(questions: Mapping[int, Question]) -> None:
-        messages = []
+        messages = {}
         for client, question in questions.items():
-            content = encode(question.request)
-            traffic.down_bytes += message_bytes(content)
-            messages.append(Message(content, dst_node_id=nodes[client], message_type=question.message_type))
-        names = grid.push_messages(messages) if messages else ()
-        for name, client in zip(names, questions, strict=True):  # type: ignore[call-overload]
-            if name:
-                pending[str(name)] = (client, questions[client].reply_type)
-            else:  # Flower gives no name to a message that it cannot deliver
-                answers.refused[client] = "not connected"
+            messages[client] = message_of(question, node=nodes[client], traffic=traffic)
+            reply_types[client] = question.reply_type
+        answers.refused.update(dict.fromkeys(outbox.push(grid, messages), "not connected"))
 
     answers.refused.update(dict.fromkeys(set(talks) - set(nodes), "not connected"))
     push({client: next(talk) for client, talk in talks.items() if client in nodes})
-    while pending and time.monotonic() < ends:
+    while outbox and time.monotonic() < ends:
         further: dict[int, Question] = {}
-        got = list(grid.pull_messages(list(pending)))  # type: ignore[call-overload]
-        for message in got:
-            if message.metadata.reply_to_message_id not in pending:
-                continue  # nobody was asked for it
-            client, reply_type = pending.pop(message.metadata.reply_to_message_id)
+        got = outbox.pull(grid)
+        for client, message in got:
             heard.add(client)
             try:
-                further[client] = talks[client].send(_read(message, reply_type, traffic))
+                further[client] = talks[client].send(read(message, reply_types[client], traffic))
             except StopIteration as done:
                 answers.replies[client] = done.value
             except ProtocolError as error:
-                answers.refused[client] = why = _shortened(str(error))
+                answers.refused[client] = why = shortened(str(error))
                 log.warning("client %d: reply refused: %s", client, why)
         if time.monotonic() < ends:
             push(further)
         if not got:
+            beside()
             time.sleep(POLL_S)
     for client in sorted(set(talks) - set(answers.replies) - set(answers.refused)):
+        answers.mute.add(client)
         answers.refused[client] = f"{'not done' if client in heard else 'no reply'} within {deadline_s:.3g} s"
         log.warning("client %d: %s", client, answers.refused[client])
     return answers
 
 
-def _read(message: Message, reply_type: type[R], traffic: Traffic) -> R:
+def message_of(question: Question, *, node: int, traffic: Traffic) -> Message:
+    """A question as Flower's message to a node; its bytes are counted."""
+    content = encode(question.request)
+    traffic.down_bytes += message_bytes(content)
+    return Message(content, dst_node_id=node, message_type=question.message_type)
+
+
+def read(message: Message, reply_type: type[R], traffic: Traffic) -> R:
+    """The reply in a message; its bytes are counted.
+
+    Raises:
+        ProtocolError: It tells of a failure, or is not such a reply.
+    """
     if message.has_error():
         reason = str(message.error.reason or message.error.code)
         own_words = re.fullmatch(r"<class '[^']*'>:<'(.*)'>", reason, re.DOTALL)  # Flower's form of an exception
-        raise ProtocolError(f"client failed: {own_words[1] if own_words else reason}")
+        raise ProtocolError(f"it failed and says {quoted(own_words[1] if own_words else reason)}")
     content: RecordDict = message.content
     reply = decode(reply_type, content)
     traffic.up_bytes += message_bytes(content)
     return reply
 
 
-def _shortened(text: str) -> str:
-    """A client's own words may be long, and go into every log."""
+def shortened(text: str) -> str:
+    """A reason as it goes into every log: what a client sent may make it long."""
     return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 3] + "..."

@@ -1,6 +1,6 @@
 """The messages of a federation: typed records, strictly read. Nothing in them is imported, evaluated or unpickled.
 
-Every message is one Flower ``ConfigRecord`` of plain numbers, strings and bytes. Protocol number 3.
+Every message is one Flower ``ConfigRecord`` of plain numbers, strings and bytes. Protocol number 4.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from fedzo.records.fields import (
 from fedzo.trainers.artifacts import PIECE_BYTES
 from fedzo.zo.log import Scalars
 
-PROTOCOL = 3
+PROTOCOL = 4
 RECORD = "fedzo"
 M = TypeVar("M")
 
-Digest = Annotated[str, Length(0, 128)]
-"""A hash or what a peer says in its place; it is only compared."""
+Digest = Annotated[str, Matching(re.compile("[0-9A-Za-z]{0,128}"), "at most 128 digits and letters")]
+"""A hash or what a peer says in its place; it is only compared and shown."""
 Hash = Annotated[str, Matching(re.compile("[0-9a-f]{64}|"), "64 hexadecimal digits")]
 JsonText = Annotated[str, Length(0, 1 << 22)]
 StepBytes = Annotated[bytes, Length(0, 1 << 30)]
@@ -46,6 +46,7 @@ VectorBytes = Annotated[bytes, Length(0, 1 << 38)]
 StateBytes = Annotated[bytes, Length(0, 1 << 38)]
 """A log or trained values; what they must measure is compared with what the process holds."""
 PieceBytes = Annotated[bytes, Length(0, PIECE_BYTES)]
+Rows = Annotated[int, Within(0, 1 << 32)]
 Size = Annotated[int, Within(0, 1 << 40)]
 
 
@@ -61,6 +62,23 @@ class Status(StrEnum):
     """After replaying, its hash is not the server's: send the values themselves."""
 
 
+class Refusal(StrEnum):
+    """Why a client cannot take part, for good: a code and a sentence. Details stay in the site's own log."""
+
+    none = ""
+    rows = "rows"
+    site = "site"
+
+    @property
+    def sentence(self) -> str:
+        """For the server's log: the same words whatever the site holds."""
+        return {
+            Refusal.none: "",
+            Refusal.rows: "its rows cannot be read or encoded. Its own log says which and why",
+            Refusal.site: "its site cannot take this run. Its own log says why",
+        }[self]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
     """Server to client, once: who are you, and do we mean the same run?"""
@@ -74,10 +92,12 @@ class HelloReply:
     """A client's registration. ``label_counts`` is JSON; digests are of what the client itself holds."""
 
     protocol: Annotated[int, Within(0, 1 << 16)] = PROTOCOL
-    version: Annotated[str, Length(0, 64)] = ""
+    version: Annotated[str, Matching(re.compile("[0-9A-Za-z.+-]{0,64}"), "a version")] = ""
     client: Client = 0
-    num_train: Count = 0
-    num_heldout: Count = 0
+    refusal: Refusal = Refusal.none
+    """Other than none: the client cannot take part, and the fields below say nothing."""
+    num_train: Rows = 0
+    num_heldout: Rows = 0
     label_counts: JsonText = "{}"
     config_hash: Digest = ""
     base_digest: Digest = ""
@@ -126,7 +146,6 @@ class TrainReply:
     g: StepBytes = b""
     loss: StepBytes = b""
     dropped: StepBytes = b""
-    num_examples: Count = 0
     end_check: Check = 0
     """32-bit check of theta after the local steps (T > 1); proves the virtual path."""
 
@@ -141,14 +160,11 @@ class VectorReply:
     """The round's start minus the client's end, float32 [n] in wire order, little endian."""
     loss: StepBytes = b""
     """float32 [T], little endian; nan for a step that was not taken, since a number in it was not finite."""
-    num_examples: Count = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateRequest(Sync):
-    """Score the model on the client's own held-out rows."""
-
-    max_rows: Count = 0
+    """Score the model on the client's own held-out rows, as many as the run's configuration says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,8 @@ the environment where it does not (Ray's clients).
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,8 +16,18 @@ from flwr.app import Context, Message, MessageType
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedzo.errors import ConfigError
-from fedzo.fl.messages import ArtifactPiece, EvaluateRequest, Hello, TrainRequest, decode, encode
+from fedzo.errors import ConfigError, ProtocolError
+from fedzo.fl.client.worker import SiteError, log_failure
+from fedzo.fl.messages import (
+    ArtifactPiece,
+    EvaluateRequest,
+    Hello,
+    HelloReply,
+    Refusal,
+    TrainRequest,
+    decode,
+    encode,
+)
 from fedzo.trainers.artifacts import ARTIFACTS
 
 CONFIG_KEY, RUN_DIR_KEY = "config", "run-dir"
@@ -29,22 +41,50 @@ def make_client_app() -> ClientApp:
 
     @app.query("hello")
     def hello(message: Message, context: Context) -> Message:
-        return _reply(message, _worker(context).hello(decode(Hello, message.content), client=_client(context)))
+        request = decode(Hello, message.content)
+        with _private(context):
+            try:
+                worker = _worker(context)
+            except ConfigError as error:  # of its model, its device, its own files: asking again changes nothing
+                log_failure(_client(context), error)
+                refusal = HelloReply(client=_client(context), config_hash=request.config_hash, refusal=Refusal.site)
+                return _reply(message, refusal)
+            return _reply(message, worker.hello(request, client=_client(context)))
 
     @app.query("artifact")
     def artifact(message: Message, context: Context) -> Message:
-        return _reply(message, _worker(context).receive(decode(ArtifactPiece, message.content)))
+        piece = decode(ArtifactPiece, message.content)
+        with _private(context):
+            return _reply(message, _worker(context).receive(piece))
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return _reply(message, _worker(context).train(decode(TrainRequest, message.content), client=_client(context)))
+        request = decode(TrainRequest, message.content)
+        with _private(context):
+            return _reply(message, _worker(context).train(request, client=_client(context)))
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         request = decode(EvaluateRequest, message.content)
-        return _reply(message, _worker(context).evaluate(request, client=_client(context)))
+        with _private(context):
+            return _reply(message, _worker(context).evaluate(request, client=_client(context)))
 
     return app
+
+
+@contextmanager
+def _private(context: Context) -> Iterator[None]:
+    """What fails at a site is told there in full, and to the server in a sentence that holds nothing of the site's.
+
+    A ``ProtocolError`` is about what the server sent, so the server gets its words.
+    """
+    try:
+        yield
+    except (ProtocolError, SiteError):
+        raise
+    except Exception as error:
+        log_failure(_client(context), error)
+        raise SiteError("the client could not do what it was asked. Its own log says why") from None
 
 
 def look_ahead(messages: list[tuple[Message, Context]]) -> None:

@@ -11,7 +11,8 @@ from fedzo.fl.client.local_update import Batches, LocalUpdate, Workspace
 from fedzo.fl.client.scalar_update import ScalarUpdate
 from fedzo.fl.client.vector_update import VectorUpdate
 from fedzo.fl.client.worker import ClientData, ClientWorker, parse_absent
-from fedzo.fl.config import Aggregation
+from fedzo.fl.config import Aggregation, directions_of
+from fedzo.fl.limits import Limits
 from fedzo.run.peer import Peer
 from fedzo.trainers.artifacts import Artifact, ArtifactStore
 from fedzo.zo.estimator import ZerothOrderConfig, build_gradient_estimator
@@ -40,12 +41,27 @@ class ClientContext:
         return ClientWorker(
             self.peer.identity,
             self._local_update(),
+            limits=self._limits(),
             task=config.task,
             evaluators=self.peer.evaluators,
+            scored_rows=config.evaluation.federated_max_rows,
             data_of=self.data,
             build=self._workspace,
             artifacts=self.artifacts,
             absent=parse_absent(config.faults.absent),
+        )
+
+    def _limits(self) -> Limits:
+        config, estimator = self.peer.config, self.peer.config.estimator
+        return Limits(
+            rounds=config.fl.rounds,
+            most_steps=config.step_policy.most_steps(config.fl),
+            num_clients=config.fl.num_clients,
+            num_probes=estimator.num_probes if isinstance(estimator, ZerothOrderConfig) else 0,
+            directions=directions_of(config.fl),
+            lr=config.server_optimizer.base_lr,
+            max_abs_g=config.strategy.max_abs_g,
+            artifact=config.artifact,
         )
 
     def _local_update(self) -> LocalUpdate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import shutil
 import tempfile
@@ -24,6 +25,8 @@ from fedzo.trainers.artifacts import ArtifactStore
 
 SITE_ENV = "FEDZO_SITE"
 """Environment variable with the path of a client site's own configuration (YAML)."""
+SITE_LOG_ENV = "FEDZO_SITE_LOG"
+"""Environment variable with the path of a file to which a client's process also writes its errors."""
 
 
 @dataclass
@@ -99,9 +102,19 @@ def this_process(run_json: str, *, artifacts: Path | None = None) -> Process:
     """
     if not _open or _open[0][0] != run_json:
         _open.clear()  # let the old model go before a new one is loaded
+        _write_errors()
         site = load_site(Path(_site_file()))
         _open.append((run_json, open_process(from_json(run_json, RunConfig), site, artifacts=artifacts)))
     return _open[0][1]
+
+
+def _write_errors() -> None:
+    """Write this process's errors to the site's log, too, if it has one: other output may be kept elsewhere."""
+    file, logger = os.environ.get(SITE_LOG_ENV), logging.getLogger("fedzo")
+    if file and not any(isinstance(handler, logging.FileHandler) for handler in logger.handlers):
+        handler = logging.FileHandler(file, encoding="utf-8", delay=True)
+        handler.setLevel(logging.ERROR)
+        logger.addHandler(handler)
 
 
 def _site_file() -> str:

@@ -106,9 +106,11 @@ class Scores:
             return
         most, traffic = peer.config.evaluation.federated_max_rows, Traffic()
         scored: dict[str, dict[int, Score]] = {name: {} for name in peer.evaluators}
-        for client, reply in sorted(server.federated_scores(max_rows=most, traffic=traffic).items()):
+        hellos = server.client_registry.hellos
+        for client, reply in sorted(server.federated_scores(traffic=traffic).items()):
+            held = min(most, hellos[client].num_heldout)
             try:
-                scores = scores_of_peer(reply.scores, peer.evaluators, peer.config.task, most_examples=most)
+                scores = scores_of_peer(reply.scores, peer.evaluators, peer.config.task, most_examples=held)
             except ProtocolError as error:  # a bad reply never ends a run
                 log.warning("client %d was not scored: %s", client, error)
                 continue

@@ -435,7 +435,6 @@ def test_report_and_terminal_of_a_run_without_scalars(run: Run, capsys: pytest.C
         (["server_optimizer=momentum"], "server_optimizer must be one that moves the model by a vector"),
         (["server_optimizer=adam"], "server_optimizer must be one that moves the model by a vector"),
         (["strategy=majority_sign"], r"strategy\.aggregation must be mean, median or trimmed_mean"),
-        (["strategy.clip_factor=2"], r"strategy\.clip_factor must be 0 for estimator=backprop"),
         (["runtime=inline_batched"], r"runtime\.batch_clients must be false for estimator=backprop"),
         (["model.compile=true"], r"model\.compile must be false for estimator=backprop"),
         (["trainer=mezo", "model.dtype=bfloat16"], r"model\.dtype must be float32 for estimator=backprop"),

@@ -235,7 +235,7 @@ def test_the_number_of_losses_is_the_budget_and_not_one_more(
     from fedzo.trainers import Workplace
     from fedzo.zo.log import EMPTY_CHAIN
 
-    process = open_run(load(overrides()), tmp_path)
+    process = open_run(load(overrides("fl.local_steps=3", "trainer.lr=0.1")), tmp_path)
     workplace = Workplace(folder=tmp_path, seed=0, texts=list, advance=lambda done, total: None)
     peer, worker = process.peer, process.client.worker
     artifact = peer.trainer.prepare(peer.loaded, workplace).artifact
@@ -250,7 +250,7 @@ def test_the_number_of_losses_is_the_budget_and_not_one_more(
             chain=EMPTY_CHAIN.hex(),
             check=replica.space.check(),
             steps=3,
-            lr=0.1,
+            lr=float(np.float32(0.1)),
         ),
         client=0,
     )

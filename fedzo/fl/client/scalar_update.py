@@ -14,7 +14,7 @@ import torch
 from fedzo.data.config import TaskConfig
 from fedzo.data.encode import Example
 from fedzo.fl.client.local_update import Batches, Workspace
-from fedzo.fl.clip import clip
+from fedzo.fl.clip import clip, sent_losses
 from fedzo.fl.config import FlConfig, directions_of
 from fedzo.fl.messages import TrainReply, TrainRequest, scalars_to_bytes, signs_to_bytes
 from fedzo.models.forwards import OnRows
@@ -74,7 +74,7 @@ class ScalarUpdate:
             for t in range(request.steps):
                 projections = self.estimate(at, request, client=client, step=t)
                 g[t], dropped[t] = self.as_sent(projections, request)
-                loss[t] = [projection.loss for projection in projections]
+                loss[t] = sent_losses([projection.loss for projection in projections])
                 if walks:
                     self.take(replica.space, request, g[t], client=client, step=t, drift=drift)
             end_check = replica.space.check() if walks else 0
@@ -86,7 +86,6 @@ class ScalarUpdate:
             g=signs_to_bytes(g) if self.signs else scalars_to_bytes(g),
             loss=scalars_to_bytes(loss),
             dropped=dropped.tobytes(),
-            num_examples=len(self._batches.train_rows(client)),
             end_check=end_check,
         )
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, cast
 
-import numpy as np
-
 from fedzo.data.config import TaskConfig
 from fedzo.fl.client.local_update import Batches, Workspace
+from fedzo.fl.clip import sent_losses
 from fedzo.fl.messages import TrainRequest, VectorReply, scalars_to_bytes
 from fedzo.models.scoring import graph_loss
 from fedzo.zo.estimator import GradientEstimator
@@ -43,8 +42,7 @@ class VectorUpdate:
         return VectorReply(
             position=at.replica.position,
             change=scalars_to_bytes(change),
-            loss=scalars_to_bytes(np.array(losses, np.float32)),
-            num_examples=len(self.batches.train_rows(client)),
+            loss=scalars_to_bytes(sent_losses(losses)),
         )
 
     def look_ahead(self, at: Workspace, requests: Mapping[int, TrainRequest]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from fedzo.errors import FedzoError, ProtocolError
 from fedzo.evaluate import Evaluator, evaluate
 from fedzo.fl.artifact_transfer import receive
 from fedzo.fl.client.local_update import LocalUpdate, Workspace
+from fedzo.fl.limits import Limits
 from fedzo.fl.messages import (
     ArtifactPiece,
     ArtifactReply,
@@ -22,6 +24,7 @@ from fedzo.fl.messages import (
     EvaluateRequest,
     Hello,
     HelloReply,
+    Refusal,
     Status,
     Sync,
     TrainRequest,
@@ -29,8 +32,14 @@ from fedzo.fl.messages import (
 from fedzo.records.decode import encode
 from fedzo.trainers.artifacts import Artifact, ArtifactStore
 
+log = logging.getLogger(__name__)
 
-class PlannedAbsence(FedzoError):
+
+class SiteError(FedzoError):
+    """What a client tells the server of a failure of its own: a fixed sentence, and nothing of what the site holds."""
+
+
+class PlannedAbsence(SiteError):
     """A rehearsed fault: the client does not answer this round."""
 
 
@@ -59,8 +68,10 @@ class ClientWorker:
     Args:
         identity: Digests of what this process holds.
         update: Takes local steps.
+        limits: What a server may ask in this run.
         task: What examples are made by.
         evaluators: How the model is scored on held-out rows, by name.
+        scored_rows: Most held-out rows that are scored.
         data_of: Rows of a client, by its index.
         build: Makes the model with the space on it from the artifact of the run.
         artifacts: Where this process finds the artifact, or keeps it when the server sends it.
@@ -72,8 +83,10 @@ class ClientWorker:
         identity: Identity,
         update: LocalUpdate,
         *,
+        limits: Limits,
         task: TaskConfig,
         evaluators: Mapping[str, Evaluator],
+        scored_rows: int,
         data_of: Callable[[int], ClientData],
         build: Callable[[Artifact], Workspace],
         artifacts: ArtifactStore,
@@ -83,16 +96,22 @@ class ClientWorker:
         self.update = update
         self.space_id = ""
         self._workspace: Workspace | None = None
+        self._limits = limits
         self._task = task
         self._evaluators = evaluators
+        self._scored_rows = scored_rows
         self._data_of = data_of
         self._build = build
         self._artifacts = artifacts
         self._absent = absent
 
     def hello(self, request: Hello, *, client: int) -> HelloReply:
-        """Register: digests, sizes and label counts of this client."""
-        data = self._data_of(client)
+        """Register: digests, sizes and label counts of this client. Rows that cannot be used are told of for good."""
+        try:
+            data = self._data_of(client)
+        except Exception as error:  # whatever a reader, a template or a tokenizer raises, the rows stay as they are
+            log_failure(client, error)
+            return HelloReply(client=client, config_hash=self.identity.config_hash, refusal=Refusal.rows)
         return HelloReply(
             version=fedzo.__version__,
             client=client,
@@ -107,12 +126,14 @@ class ClientWorker:
 
     def receive(self, piece: ArtifactPiece) -> ArtifactReply:
         """Keep a piece of the artifact that this process lacks."""
+        self._limits.check_artifact(piece.digest)
         return receive(piece, self._artifacts)
 
     def train(self, request: TrainRequest, *, client: int) -> Any:
         """Take the local steps of a request and answer with what they make; the model is left at the round's start."""
         if (client, request.round) in self._absent:
             raise PlannedAbsence(f"client {client} is absent in round {request.round}, as faults.absent asks")
+        self._limits.check_steps(request)
         at, status = self._reach(request)
         if at is None or status is not Status.ok:
             return self.update.reply_type(status=status, position=at.replica.position if at else 0)
@@ -126,6 +147,7 @@ class ClientWorker:
         able: dict[int, TrainRequest] = {}
         for client, request in requests.items():
             with suppress(ProtocolError):
+                self._limits.check_steps(request)
                 if (client, request.round) not in self._absent and self._reach(request)[1] is Status.ok:
                     able[client] = request
         if self._workspace is not None:
@@ -136,7 +158,7 @@ class ClientWorker:
         at, status = self._reach(request)
         if at is None or status is not Status.ok:
             return EvaluateReply(status=status, position=at.replica.position if at else 0)
-        rows = self._data_of(client).heldout[: request.max_rows]
+        rows = self._data_of(client).heldout[: self._scored_rows]
         if not rows:
             return EvaluateReply(position=at.replica.position)
         scores = {
@@ -153,6 +175,7 @@ class ClientWorker:
                 f"config hash must be {self.identity.config_hash[:12]}, got {request.config_hash[:12]}. "
                 "Start server and clients with the same configuration."
             )
+        self._limits.check_state(request)
         if request.space_id != self.space_id:
             artifact = self._artifacts.get(request.space_id)
             if artifact is None:
@@ -160,6 +183,13 @@ class ClientWorker:
             self._workspace, self.space_id = self._build(artifact), request.space_id
         assert self._workspace is not None
         return self._workspace, self._workspace.replica.sync(request)
+
+
+def log_failure(client: int, error: BaseException) -> None:
+    """Tell the site in full what the server is told in a sentence; a traceback only of what nobody foresaw."""
+    foreseen = isinstance(error, FedzoError)
+    what = str(error) if foreseen else f"{type(error).__name__}: {error}"
+    log.error("client %d: %s", client, what, exc_info=None if foreseen else error)
 
 
 def _averageable(score: dict[str, Any]) -> dict[str, Any]:

@@ -7,15 +7,23 @@ from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
+from typing import Protocol
 
 import numpy as np
 
 from fedzo.errors import ProtocolError
-from fedzo.fl.clip import NO_BOUND
+from fedzo.fl.clip import LARGE_LOSS, MOST_LOSS, NO_BOUND, far_off
 from fedzo.fl.config import Aggregation, Weighting
 from fedzo.fl.messages import TrainReply, scalars_from_bytes, signs_from_bytes
 from fedzo.zo.directions import PURPOSE_SAMPLING, SHARED, permutation, stream_key
 from fedzo.zo.log import RoundRecord, Scalars
+
+
+class Measured(Protocol):
+    """A client's checked reply, as far as its losses go."""
+
+    @property
+    def loss(self) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +34,6 @@ class ClientResult:
         g: Projected gradients, float32 [T, P]; 0 where dropped. Their signs where only these are sent.
         loss: Each probe's view of the loss at theta, float32 [T, P]; nan where dropped.
         dropped: Probes without a finite loss, bool [T, P].
-        num_examples: Training rows the client says it has; reported, never used as a weight.
         end_check: Check of the client's theta after its local steps (T > 1), for its virtual path.
         payload_bytes: Length of its scalars, or of its signs, on the wire.
     """
@@ -34,7 +41,6 @@ class ClientResult:
     g: Scalars
     loss: Scalars
     dropped: np.ndarray
-    num_examples: int
     end_check: int
     payload_bytes: int = 0
 
@@ -62,7 +68,7 @@ def check_reply(
     """
     shape = (steps, probes)
     g = (signs_from_bytes if signs else scalars_from_bytes)(reply.g, shape=shape, what="g")
-    loss = scalars_from_bytes(reply.loss, shape=shape, what="loss")
+    loss = checked_losses(reply.loss, shape=shape)
     if len(reply.dropped) != g.size:
         raise ProtocolError(f"dropped must hold {g.size} flags, got {len(reply.dropped)}")
     dropped = np.frombuffer(reply.dropped, np.uint8).reshape(shape) != 0
@@ -82,10 +88,26 @@ def check_reply(
         g=g,
         loss=loss,
         dropped=dropped,
-        num_examples=reply.num_examples,
         end_check=reply.end_check,
         payload_bytes=len(reply.g),
     )
+
+
+def checked_losses(data: bytes, *, shape: tuple[int, ...]) -> Scalars:
+    """Losses as numbers, nan where none was measured; ``ProtocolError`` where one is none."""
+    loss = scalars_from_bytes(data, shape=shape, what="loss")
+    if (worst := float(np.nanmax(np.abs(loss), initial=0.0))) > MOST_LOSS:
+        raise ProtocolError(f"|loss| must be at most {MOST_LOSS:g}, and nan where it is not finite, got {worst:g}")
+    return loss
+
+
+def losses_far_off(results: Mapping[int, Measured]) -> dict[int, str]:
+    """Whose losses are so large that they would decide the mean of the round, and why they cannot be used."""
+    largest = {client: float(np.nanmax(np.abs(result.loss), initial=0.0)) for client, result in results.items()}
+    return {
+        client: f"|loss| must be at most {most:g}, by the round's other clients, got {largest[client]:g}"
+        for client, most in far_off(largest, least=LARGE_LOSS).items()
+    }
 
 
 def aggregate(

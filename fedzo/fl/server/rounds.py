@@ -43,7 +43,7 @@ from fedzo.zo.log import LogRecord
 from fedzo.zo.server_optimizer import ServerOptimizerConfig, learning_rate
 
 log = logging.getLogger(__name__)
-REGISTER_S = 60.0  # how long a round may wait for a newcomer's registration
+REGISTER_S = 60.0  # how long a round that has too few clients waits for newcomers
 
 
 class FederationError(FedzoError):
@@ -139,7 +139,8 @@ class Server:
         """
         started = time.monotonic()
         number = self.round
-        for client in self.client_registry.refresh(self.grid, timeout_s=min(REGISTER_S, self.strategy.deadline_s)):
+        wait_s = min(REGISTER_S, self.strategy.deadline_s)
+        for client in self.client_registry.refresh(self.grid, fewest=self.strategy.min_replies, timeout_s=wait_s):
             self._state_sync.forget(client)
         plan = self._plan()
         lr = learning_rate(self.server_optimizer, round=number, rounds=self.fl.rounds)
@@ -179,9 +180,10 @@ class Server:
         if self._told is None:
             self._plan()
 
-    def federated_scores(self, *, max_rows: int, traffic: Traffic) -> Mapping[int, EvaluateReply]:
+    def federated_scores(self, *, traffic: Traffic) -> Mapping[int, EvaluateReply]:
         """Every connected client's score of the present model on its own held-out rows; bytes go to ``traffic``."""
-        requests = {client: EvaluateRequest(max_rows=max_rows) for client in sorted(self.client_registry.nodes)}
+        awake = set(self.client_registry.nodes) - set(self.client_registry.resting(self.round))
+        requests = {client: EvaluateRequest() for client in sorted(awake)}
         replies, refused = self._state_sync.ask(requests, EvaluateReply, message_type="evaluate", traffic=traffic)
         for client, reason in refused.items():
             log.warning("client %d was not scored: %s", client, reason)
@@ -193,21 +195,24 @@ class Server:
         """The usable replies of the round's clients, and why others have none.
 
         Where too few are usable, the next of the sampling order are asked, too: the same sample would fail again.
+        Clients that did not answer before are asked when their time has come, or when the others are too few.
         """
         size = self.strategy.clients_per_round or self.fl.num_clients
+        resting = self.client_registry.resting(self.round)
+        refused: dict[int, str] = {}
         if plan.calibration or size == self.fl.num_clients:
-            groups = [list(range(self.fl.num_clients))]
+            groups = [[client for client in range(self.fl.num_clients) if client not in resting], sorted(resting)]
+            refused |= resting
         else:
             order = sampling_order(
                 run_seed=self.run_seed,
                 round=self.round,
                 num_clients=self.fl.num_clients,
-                connected=self.client_registry.nodes,
+                connected=set(self.client_registry.nodes) - set(resting),
             )
             groups = [sorted(order[first : first + size]) for first in range(0, len(order), size)]
         results: dict[int, Result] = {}
-        refused: dict[int, str] = {}
-        for group in groups:
+        for group in filter(None, groups):
             requests = {
                 client: TrainRequest(steps=plan.steps[client], used=self._used.get(client, 0), lr=lr, max_abs_g=bound)
                 for client in group
@@ -215,8 +220,11 @@ class Server:
             replies, silent = self._state_sync.ask(
                 requests, self.updates.reply_type, message_type="train", traffic=traffic
             )
-            refused |= silent
+            refused = {client: why for client, why in refused.items() if client not in replies} | silent
             results |= self._usable(replies, requests, refused)
+            for client, reason in self.updates.far_off(results).items():
+                self._refuse(client, reason, refused)
+                del results[client]
             if len(results) >= self.strategy.min_replies:
                 return results, refused
         why = "; ".join(f"client {client}: {reason}" for client, reason in sorted(refused.items()))
@@ -234,9 +242,12 @@ class Server:
             try:
                 results[client] = self.updates.check(reply, requests[client])
             except ProtocolError as error:
-                refused[client] = str(error)
-                log.warning("round %d, client %d: reply refused: %s", self.round, client, error)
+                self._refuse(client, str(error), refused)
         return results
+
+    def _refuse(self, client: int, reason: str, refused: dict[int, str]) -> None:
+        refused[client] = reason
+        log.warning("round %d, client %d: reply refused: %s", self.round, client, reason)
 
     def _warn_if_lost(self, results: Mapping[int, Result]) -> None:
         """A run that has diverged goes on without learning anything: say so in the first of such rounds."""

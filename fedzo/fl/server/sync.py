@@ -84,8 +84,11 @@ class StateSync:
             nodes=self.client_registry.nodes,
             deadline_s=self.deadline_s,
             traffic=traffic,
+            beside=lambda: self.client_registry.beside(self.grid),
         )
         replies = answers.replies
+        heard = set(replies) | (set(answers.refused) - answers.mute)
+        self.client_registry.note(mute=answers.mute, heard=heard, round=self._round)
         ordered = sorted(replies)
         if self.shuffle_seed is not None:
             key = stream_key(self.shuffle_seed, round=self._round, owner=0)

@@ -13,12 +13,12 @@ from typing import Any, ClassVar, Protocol, TypeVar, cast
 import numpy as np
 import torch
 
-from fedzo.fl.clip import announced_bound
+from fedzo.fl.clip import FAR_OFF, NO_BOUND, announced_bound, far_off
 from fedzo.fl.config import Aggregation, FlConfig, StrategyConfig, directions_of
 from fedzo.fl.log_store import RunStore
 from fedzo.fl.messages import TrainReply, TrainRequest
 from fedzo.fl.replica import Replica
-from fedzo.fl.server.aggregate import ClientResult, aggregate, check_reply, unmoved
+from fedzo.fl.server.aggregate import ClientResult, aggregate, check_reply, losses_far_off, unmoved
 from fedzo.fl.server.metrics import audit_line, client_rounds
 from fedzo.fl.server.signals import Signals
 from fedzo.records.log import AuditLine, RoundAudit
@@ -63,6 +63,10 @@ class Updates(Protocol[R]):
 
     def check(self, reply: Any, request: TrainRequest) -> R:
         """A reply as numbers, or ``ProtocolError`` saying why it cannot be used."""
+        ...
+
+    def far_off(self, results: Mapping[int, R]) -> dict[int, str]:
+        """Whose numbers lie so far beyond those of the round's other clients that they cannot be used, and why."""
         ...
 
     def combine(
@@ -126,12 +130,25 @@ class ScalarUpdates:
         return cast(Sequence[AuditLine], self.store.audit)  # of a run of scalars
 
     def bound(self) -> float:
-        return announced_bound(
+        if self.strategy.aggregation is Aggregation.majority_sign:
+            return NO_BOUND  # a sign has no length
+        bound = announced_bound(
             self._audit,
             cast(Sequence[RoundRecord], self.store.records),
             factor=self.strategy.clip_factor,
             rounds=self.strategy.clip_rounds,
         )
+        return min(bound, float(np.float32(self.strategy.max_abs_g)))
+
+    def far_off(self, results: Mapping[int, ClientResult]) -> dict[int, str]:
+        if self.strategy.clip_factor == 0:
+            return {}
+        reasons = losses_far_off(results)
+        if self.bound() == NO_BOUND:  # with one a reply has been compared with it
+            largest = {client: float(np.abs(result.g).max()) for client, result in results.items()}
+            for client, most in far_off(largest, factor=max(FAR_OFF, self.strategy.clip_factor)).items():
+                reasons[client] = f"|g| must be at most {most:g}, by the round's other clients, got {largest[client]:g}"
+        return reasons
 
     def check(self, reply: TrainReply, request: TrainRequest) -> ClientResult:
         return check_reply(

@@ -10,10 +10,10 @@ from typing import ClassVar
 import numpy as np
 
 from fedzo.errors import ProtocolError
-from fedzo.fl.clip import NO_BOUND
+from fedzo.fl.clip import FAR_OFF, NO_BOUND, far_off
 from fedzo.fl.config import Aggregation, StrategyConfig
 from fedzo.fl.messages import TrainRequest, VectorReply, scalars_from_bytes
-from fedzo.fl.server.aggregate import num_trimmed, trimmed_mean
+from fedzo.fl.server.aggregate import checked_losses, losses_far_off, num_trimmed, trimmed_mean
 from fedzo.fl.server.metrics import finite_mean
 from fedzo.records.log import RoundAudit, VectorAudit, VectorAuditLine
 from fedzo.records.metrics import ClientRound, StepSignals, known
@@ -64,7 +64,7 @@ class VectorUpdates:
 
     def check(self, reply: VectorReply, request: TrainRequest) -> VectorResult:
         change = scalars_from_bytes(reply.change, shape=(self.size,), what="change")
-        loss = scalars_from_bytes(reply.loss, shape=(request.steps,), what="loss")
+        loss = checked_losses(reply.loss, shape=(request.steps,))
         if not np.isfinite(change).all():
             raise ProtocolError("change must be finite; has the client's model diverged?")
         reach, length = request.lr * request.steps, float(np.linalg.norm(change.astype(np.float64)))
@@ -76,6 +76,18 @@ class VectorUpdates:
         if length and not np.isfinite(loss).any():
             raise ProtocolError("a client that took no step must send a change of zeros")
         return VectorResult(change=change, loss=loss, norm=length / reach if reach else 0.0)
+
+    def far_off(self, results: Mapping[int, VectorResult]) -> dict[int, str]:
+        if self.strategy.clip_factor == 0:
+            return {}
+        reasons = losses_far_off(results)
+        norms = {client: result.norm for client, result in results.items()}
+        for client, most in far_off(norms, factor=max(FAR_OFF, self.strategy.clip_factor)).items():
+            reasons[client] = (
+                f"the norm of change over learning rate and steps must be at most {most:g}, by the round's other "
+                f"clients, got {norms[client]:g}"
+            )
+        return reasons
 
     def combine(
         self,

@@ -360,17 +360,6 @@ def test_a_trimmed_mean_trims(asked: int, share: float, remedy: str) -> None:
         assert launch_problems(config) == []
 
 
-def test_signs_are_not_clipped() -> None:
-    config = sound()
-    config.strategy.aggregation, config.strategy.clip_factor = Aggregation.majority_sign, 2.0
-
-    (problem,) = launch_problems(config)
-
-    assert problem.text.startswith(
-        "strategy.clip_factor must be 0 for strategy.aggregation=majority_sign, which sends only signs"
-    )
-
-
 def test_min_replies_is_compared_with_the_sampled_clients() -> None:
     config = sound()
     config.strategy.clients_per_round, config.strategy.min_replies = 2, 3

@@ -93,7 +93,8 @@ def test_a_status_travels_as_its_name() -> None:
         ({"max_abs_g": -1.0}, "max_abs_g must be a float"),
         ({"max_abs_g": math.inf}, "max_abs_g must be a float"),
         ({"chain": "0" * 63 + "g"}, "chain must be 64 hexadecimal digits"),
-        ({"config_hash": "x" * 129}, "config_hash must be text of 0 to 128 characters, got 'xxx"),
+        ({"config_hash": "x" * 129}, "config_hash must be at most 128 digits and letters, got 'xxx"),
+        ({"config_hash": "\x1b[2J"}, r"config_hash must be at most 128 digits and letters, got '\\x1b\[2J'"),
     ],
 )
 def test_a_field_of_the_wrong_kind_is_named(fields: dict[str, Any], match: str) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.app.message.message import make_message
 
-from fedzo.errors import ProtocolError
+from fedzo.errors import ConfigError, ProtocolError
 from fedzo.fl.client.worker import Identity
 from fedzo.fl.config import FlConfig, Seeds, StrategyConfig, Transport, Weighting
 from fedzo.fl.log_store import RunStore
@@ -27,6 +27,7 @@ from fedzo.fl.messages import (
     ArtifactReply,
     Hello,
     HelloReply,
+    Refusal,
     Status,
     TrainReply,
     TrainRequest,
@@ -120,7 +121,7 @@ class Client:
             return TrainReply(status=status, position=self.replica.position)
         g = np.asarray(self.g_of(request), np.float32).reshape(request.steps, 1)
         ones = scalars_to_bytes(np.ones_like(g))
-        return self.bend(TrainReply(g=scalars_to_bytes(g), loss=ones, dropped=bytes(len(g)), num_examples=1))
+        return self.bend(TrainReply(g=scalars_to_bytes(g), loss=ones, dropped=bytes(len(g))))
 
 
 class Grid:
@@ -327,6 +328,67 @@ def test_a_reply_that_cannot_be_used_is_excluded_and_named(federation: Any, bad:
     assert reason in reason_for(server, 0, 0)
 
 
+def test_one_clients_extreme_numbers_move_nothing_from_the_first_round_on(federation: Any) -> None:
+    """Under the defaults; what it measures is in no mean either."""
+    server, clients, _ = federation(4)
+    clients[3].g_of = lambda request: np.full(request.steps, 1e6 if request.round % 2 == 0 else -3e5)
+
+    for _ in range(3):
+        server.run_round()
+
+    assert means(server) == [2.0] * 3
+    assert reason_for(server, 0, 3) == "|g| must be at most 250, by the round's other clients, got 1e+06"
+    assert reason_for(server, 1, 3) == "|g| must be at most the announced bound 200, got 300000"
+    assert [request.max_abs_g for request in clients[0].requests] == [0.0, 200.0, 200.0]
+    assert all(line.mean_abs_g == 2.0 for line in server.sink.records)
+
+
+def test_one_clients_extreme_loss_is_in_no_mean(federation: Any) -> None:
+    server, clients, _ = federation(4)
+    for client, loss in ((clients[2], 3e38), (clients[3], 2e5)):
+        told = scalars_to_bytes(np.full((2, 1), loss, np.float32))
+        client.bend = lambda reply, told=told: replace(reply, loss=told)
+
+    server.run_round()
+
+    assert server.sink.records[0].loss == 1.0
+    assert "|loss| must be at most 1e+06" in reason_for(server, 0, 2)
+    assert reason_for(server, 0, 3) == "|loss| must be at most 100, by the round's other clients, got 200000"
+
+
+def test_losses_of_all_clients_alike_are_no_lie(federation: Any) -> None:
+    """A model that has diverged is told of as such."""
+    server, clients, _ = federation()
+    for client in clients:
+        client.bend = lambda reply: replace(reply, loss=scalars_to_bytes(np.full((2, 1), 9e5, np.float32)))
+
+    server.run_round()
+
+    assert server.store.rounds[0].attendance == (0, 1, 2)
+
+
+def test_two_clients_cannot_be_told_apart(federation: Any) -> None:
+    """No median tells which of two lies: the default bound takes three clients."""
+    server, clients, _ = federation(2)
+    clients[1].g_of = lambda request: np.full(request.steps, 1e5)
+
+    server.run_round()
+
+    assert server.store.rounds[0].attendance == (0, 1)
+
+
+def test_vectors_far_beyond_the_others_are_refused(federation: Any) -> None:
+    server, clients, _ = federation()
+    make_vectors(server, clients)
+    honest = clients[2].train
+    clients[2].train = lambda request: replace(honest(request), change=scalars_to_bytes(np.full(9, 3e5, np.float32)))
+
+    server.run_round()
+
+    assert server.store.rounds[0].attendance == (0, 1)
+    assert "the norm of change over learning rate and steps must be at most" in reason_for(server, 0, 2)
+
+
 def test_a_client_cannot_fill_the_logs_with_its_words(federation: Any) -> None:
     server, clients, _ = federation()
     clients[0].bend = lambda reply: RecordDict({"x" * 10**6: ConfigRecord()})
@@ -334,6 +396,32 @@ def test_a_client_cannot_fill_the_logs_with_its_words(federation: Any) -> None:
     server.run_round()
 
     assert len(reason_for(server, 0, 0)) == 400
+
+
+def test_words_of_a_client_are_quoted_cut_and_on_one_line(federation: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """No forged line, no escape, neither in the log nor in the metrics; they are marked as the client's."""
+    server, _, grid = federation()
+    pull = grid.pull_messages
+    words = 'well\n\x1b[2J\u202e2026-01-01 WARNING round 7: all "done"\u2028\x9b31m' + "x" * 5000
+
+    def failing(names: list[str]) -> list[Message]:
+        replies = pull(names)
+        for at, reply in enumerate(replies):
+            if reply.metadata.src_node_id == 100:
+                error = Error(code=1, reason=f"<class 'E'>:<'{words}'>")
+                replies[at] = make_message(metadata=reply.metadata, error=error)
+        return replies
+
+    grid.pull_messages = failing
+    server.run_round()
+
+    told = reason_for(server, 0, 0)
+    assert told.startswith("it failed and says \"well  [2J 2026-01-01 WARNING round 7: all 'done'  31mxxx")
+    assert told.endswith('..."')
+    assert len(told) < 400
+    logged = [record.getMessage() for record in caplog.records]
+    assert logged == [f"client 0: reply refused: {told}"]
+    assert all(each.isprintable() for each in logged)
 
 
 def test_a_message_that_nobody_asked_for_and_one_that_cannot_be_sent_end_nothing(
@@ -535,19 +623,158 @@ def test_a_vector_that_cannot_be_used_is_excluded_and_named(federation: Any) -> 
     assert server.replica.space.values() == pytest.approx(BASE - np.float32(2 * (1 + 3) / 2), rel=1e-6)
 
 
-def test_a_client_that_comes_back_as_another_node_takes_its_own_place(federation: Any) -> None:
+def test_a_client_that_comes_back_as_another_node_takes_its_place_once_the_old_one_was_silent(federation: Any) -> None:
     server, clients, grid = federation()
     server.run_round()
     grid.nodes[100] = None  # killed, but still listed
     again = Client(0)
     grid.nodes[777] = again
 
+    for _ in range(3):
+        server.run_round()
+
+    assert means(server) == [2.0, 2.5, 2.0, 2.0]
+    assert grid.hellos == [100, 101, 102, 777]
+    assert np.array_equal(again.replica.space.theta, clients[1].replica.space.theta)
+
+
+def test_a_client_whose_old_node_has_left_comes_back_at_once(federation: Any) -> None:
+    server, _, grid = federation()
+    server.run_round()
+    del grid.nodes[100]
+    grid.nodes[777] = Client(0)
+
+    server.run_round()
+
+    assert means(server) == [2.0] * 2
+
+
+def test_nobody_takes_the_place_of_a_client_that_answers(federation: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever repeats another client's index and sizes waits, and is told of once."""
+    server, clients, grid = federation()
+    server.run_round()
+    thief = Client(0)
+    thief.g_of = lambda request: np.full(request.steps, 1000.0)
+    grid.nodes[50] = thief
+
+    for _ in range(4):
+        server.run_round()
+
+    assert means(server) == [2.0] * 5
+    assert thief.requests == []
+    assert len(clients[0].requests) == 5
+    told = [record.getMessage() for record in caplog.records]
+    waits = "node 50 says that it is client 0, which node 100 is; it waits until that one leaves or does not answer"
+    assert told == [waits]
+
+
+def test_whoever_lost_its_place_gets_it_back_when_the_other_falls_silent(federation: Any) -> None:
+    server, clients, grid = federation()
+    other = Client(0)
+    clients[0].bend = lambda reply: None
+    grid.nodes[50] = other
+    server.run_round()
+    clients[0].bend = lambda reply: reply
+    server.run_round()  # by node 50
+    grid.nodes[50] = None
     server.run_round()
     server.run_round()
 
-    assert means(server) == [2.0] * 3
-    assert grid.hellos == [100, 101, 102, 777]
-    assert np.array_equal(again.replica.space.theta, clients[1].replica.space.theta)
+    assert means(server) == [2.5, 2.0, 2.5, 2.0]
+    assert len(other.requests) == 1
+
+
+def test_a_mute_client_costs_a_deadline_after_1_2_4_rounds_only(federation: Any) -> None:
+    server, clients, _ = federation()
+    asked: list[int] = []
+    clients[1].train = lambda request: asked.append(request.round)
+
+    took = []
+    for _ in range(9):
+        began = time.monotonic()
+        server.run_round()
+        took.append(time.monotonic() - began >= server.strategy.deadline_s)
+
+    assert sorted(set(asked)) == [0, 1, 3, 7]
+    assert [number for number, late in enumerate(took) if late] == [0, 1, 3, 7]
+    assert {line.refused for line in server.store.audit} == {(1,)}
+    assert reason_for(server, 4, 1) == "no reply since round 0; it is asked again in round 7"
+
+
+def test_a_client_that_answers_again_is_asked_in_every_round(federation: Any) -> None:
+    server, clients, _ = federation()
+    clients[1].bend = lambda reply: None
+    server.run_round()
+    server.run_round()  # silent twice: asked again in round 3
+    clients[1].bend = lambda reply: reply
+
+    for _ in range(4):
+        server.run_round()
+
+    assert [line.attendance for line in server.store.rounds] == [(0, 2)] * 3 + [(0, 1, 2)] * 3
+
+
+def test_clients_that_were_silent_are_asked_early_where_the_others_are_too_few(federation: Any) -> None:
+    server, clients, _ = federation(min_replies=2)
+    clients[0].bend = lambda reply: None
+    server.run_round()
+    server.run_round()  # silent twice: asked again in round 3
+    clients[0].bend = lambda reply: reply
+    clients[1].bend = lambda reply: TrainReply(g=b"1")
+
+    server.run_round()
+
+    assert server.store.rounds[2].attendance == (0, 2)
+
+
+def test_a_node_that_never_answers_its_greeting_holds_up_nobody(federation: Any) -> None:
+    """Also one that comes as a new node in every round."""
+    server, _, grid = federation(deadline_s=5.0)
+    began = time.monotonic()
+
+    for number in range(5):
+        grid.nodes[600 + number] = None
+        server.run_round()
+
+    assert means(server) == [2.0] * 5
+    assert time.monotonic() - began < 4.0  # no deadline was waited for
+
+
+def test_who_registers_while_a_round_waits_takes_part_in_the_next(federation: Any) -> None:
+    server, clients, grid = federation(deadline_s=1.5)
+    del grid.nodes[101]
+    server.run_round()
+
+    def late(request: TrainRequest) -> Any:
+        grid.nodes.setdefault(777, Client(1))
+        return None if request.round == 1 else Client.train(clients[0], request)
+
+    clients[0].train = late  # type: ignore[method-assign]
+    server.run_round()
+
+    assert 777 in grid.hellos
+    assert [line.attendance for line in server.store.rounds] == [(0, 2), (2,)]
+    server.run_round()
+    assert server.store.rounds[2].attendance == (0, 1, 2)
+
+
+def test_too_few_clients_are_waited_for(federation: Any) -> None:
+    """All sites may be restarted at the same time."""
+    server, _, grid = federation(deadline_s=5.0, min_replies=3)
+    server.run_round()
+    back = {777 + index: Client(index) for index in range(3)}
+    looks = iter([{}, {}, back])
+    grid.get_node_ids = lambda: list(grid.nodes)  # type: ignore[method-assign]
+    seen = grid.get_node_ids
+
+    def look() -> list[int]:
+        grid.nodes = next(looks, back)
+        return seen()
+
+    grid.get_node_ids = look  # type: ignore[method-assign]
+    server.run_round()
+
+    assert server.store.rounds[1].attendance == (0, 1, 2)
 
 
 def test_a_client_cannot_come_back_with_another_weight(federation: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -637,7 +864,7 @@ def test_a_newcomer_of_another_run_is_not_let_in(federation: Any, caplog: pytest
         ({"base_digest": "x"}, r"client 0: its base weights must be the server's \(b\), got x"),
         ({"tokenizer_digest": "x"}, "its tokenizer must be"),
         ({"task_digest": "x"}, "its task must be"),
-        ({"protocol": 99}, r"its protocol must be the server's \(3\), got 99"),
+        ({"protocol": 99}, r"its protocol must be the server's \(4\), got 99"),
         ({"client": 7}, r"client index must be in 0\.\.0, got 7"),
         ({"num_train": 0}, "at least one training row, got 0"),
         ({"label_counts": "[1"}, r"label_counts must be a JSON object of counts, got '\[1'"),
@@ -648,40 +875,90 @@ def test_a_newcomer_of_another_run_is_not_let_in(federation: Any, caplog: pytest
         ({"label_counts": '{"\\ud800": 10}'}, "label_counts must be a JSON object of counts, got"),
     ],
 )
-def test_clients_that_do_not_mean_the_same_run_stop_it_before_any_work(hello: dict[str, Any], match: str) -> None:
-    client = Client(0)
-    fields = {name: getattr(client.hello, name) for name in HelloReply.__dataclass_fields__}
-    client.hello = HelloReply(**{**fields, **hello})
+def test_a_node_that_does_not_belong_to_the_run_is_named_and_ends_nothing(
+    hello: dict[str, Any], match: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At its start, too; when time is up its reason is told."""
+    stranger = Client(0)
+    stranger.hello = replace(stranger.hello, **hello)
+    grid = Grid([stranger])
+    registry = ClientRegistry(num_clients=1, identity=IDENTITY, num_labels=2)
+    with pytest.raises(ProtocolError, match=rf"clients \[0\] did not \(node 100 is refused: .*{match}"):
+        registry.wait(grid, timeout_s=0.2)
+    assert grid.hellos == [100]
+    assert len(caplog.records) == 1
 
-    with pytest.raises(ProtocolError, match=match):
-        ClientRegistry(num_clients=1, identity=IDENTITY, num_labels=2).wait(Grid([client]), timeout_s=0.5)
+    honest = Client(0)
+    honest.hello = replace(honest.hello, label_counts='{"0": 4, "1": 6}')
+    grid.nodes[101] = honest
+    registry.wait(grid, timeout_s=5.0)
+
+    assert registry.nodes == {0: 101}
 
 
 def test_two_clients_of_one_index_and_missing_clients_are_named() -> None:
     grid = Grid([Client(0)])
     grid.nodes[555] = Client(0)
 
-    with pytest.raises(ProtocolError, match="client index 0 is taken twice"):
+    with pytest.raises(
+        ProtocolError, match=r"clients \[1\] did not \(node 555 says that it is client 0, which node 100"
+    ):
         ClientRegistry(num_clients=2, identity=IDENTITY).wait(grid, timeout_s=0.5)
     with pytest.raises(ProtocolError, match=r"clients \[1, 2\] did not. Start them"):
         ClientRegistry(num_clients=3, identity=IDENTITY).wait(Grid([Client(0)]), timeout_s=0.3)
 
 
+def test_reasons_without_end_are_cut() -> None:
+    grid = Grid([])
+    for node in range(30):
+        grid.nodes[node] = stranger = Client(0)
+        stranger.hello = replace(stranger.hello, base_digest="x" * 128)
+
+    with pytest.raises(ProtocolError, match=r"and 22 more\)\. Start them") as caught:
+        ClientRegistry(num_clients=1, identity=IDENTITY).wait(grid, timeout_s=0.2)
+
+    assert len(str(caught.value)) < 2500
+
+
+def test_a_client_that_cannot_take_part_ends_the_start_at_once_and_a_run_goes_on_without_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Nobody waits for what no retry can mend. An index that another node has is none of its business."""
+    clients = [Client(0), Client(1)]
+    unable = HelloReply(client=1, config_hash=IDENTITY.config_hash, refusal=Refusal.rows)
+    clients[1].hello = unable
+    why = "client 1 cannot take part: its rows cannot be read or encoded. Its own log says which and why"
+    began = time.monotonic()
+
+    with pytest.raises(ConfigError, match=why):
+        ClientRegistry(num_clients=2, identity=IDENTITY).wait(Grid(clients), timeout_s=60.0)
+    again = ClientRegistry(num_clients=2, identity=IDENTITY)
+    again.wait(Grid(clients), timeout_s=60.0, fewest=1)
+
+    assert time.monotonic() - began < 5.0
+    assert sorted(again.nodes) == [0]
+    grid = Grid([Client(0), Client(1)])
+    grid.nodes[50] = stranger = Client(0)
+    stranger.hello = replace(unable, client=0)
+    ClientRegistry(num_clients=2, identity=IDENTITY).wait(grid, timeout_s=5.0)
+    assert why in caplog.text
+
+
 def test_a_client_that_cannot_register_is_asked_now_and_then_and_its_reason_is_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(client_registry, "RETRY_S", 0.4)
-    monkeypatch.setattr(client_registry, "REST", 0)
+    monkeypatch.setattr(client_registry, "RETRY_S", 0.2)
     client = Client(0)
     client.hello = RecordDict()  # type: ignore[assignment]
     grid = Grid([client])
 
     with pytest.raises(
-        ProtocolError, match=r"clients \[0\] did not \(HelloReply: expected one record .*\)\. Start them"
+        ProtocolError,
+        match=r"clients \[0\] did not \(node 100 did not register: HelloReply: expected one record .*\)\. Start them",
     ):
         ClientRegistry(num_clients=1, identity=IDENTITY).wait(grid, timeout_s=1.0)
 
-    assert 2 <= len(grid.hellos) <= 4
+    assert len(grid.hellos) == 3  # at once, after 0.2 s and after 0.4 s more
 
 
 def test_all_replies_bad_ends_the_run_and_keeps_the_log(federation: Any) -> None:

@@ -39,7 +39,7 @@ def replies(round: int) -> dict[int, ClientResult]:
         if client == 2:
             dropped[0, 1], dropped[1] = True, True
             g[dropped], loss[dropped] = 0, np.nan
-        made[client] = ClientResult(g=g, loss=loss, dropped=dropped, num_examples=1, end_check=0)
+        made[client] = ClientResult(g=g, loss=loss, dropped=dropped, end_check=0)
     return made
 
 
@@ -134,7 +134,7 @@ def test_without_a_gradient_only_what_needs_none_is_known() -> None:
 def test_a_client_whose_every_step_was_lost_has_no_means() -> None:
     lost = np.ones((2, 1), bool)
     result = ClientResult(g=np.zeros((2, 1), np.float32), loss=np.full((2, 1), np.nan, np.float32), dropped=lost,
-                          num_examples=1, end_check=0)  # fmt: skip
+                          end_check=0)  # fmt: skip
     signals = new_signals(LAWS[0], [])
     record = aggregate({0: result}, {0: 1}, round=0, lr=0.1, steps=2, probes=1, directions=SHARED)
     line = line_of(record, {0: result}, signals)

@@ -28,7 +28,7 @@ def updates(**strategy: Any) -> VectorUpdates:
 
 def reply(change: Any = (3, 4, 0, 0, 0), loss: Any = (0.5, 0.25)) -> VectorReply:
     numbers = [scalars_to_bytes(np.array(each, np.float32)) for each in (change, loss)]
-    return VectorReply(change=numbers[0], loss=numbers[1], num_examples=9)
+    return VectorReply(change=numbers[0], loss=numbers[1])
 
 
 def test_a_good_reply_is_its_numbers() -> None:
@@ -49,8 +49,10 @@ def test_a_good_reply_is_its_numbers() -> None:
         (reply(change=[np.nan, 0, 0, 0, 0]), "change must be finite"),
         (reply(change=[0, np.inf, 0, 0, 0]), "change must be finite"),
         (reply(change=[30, 40, 0, 0, 0]), r"the norm of change must be at most .* = 10 times .*, 10, got 50"),
+        (reply(loss=[3e38, 0]), r"\|loss\| must be at most 1e\+06, and nan where it is not finite, got 3e\+38"),
+        (reply(loss=[np.inf, 0]), r"\|loss\| must be at most 1e\+06"),
         (reply(change=[3e38] * 5), "the norm of change must be at most"),
-        (reply(loss=[np.nan, np.inf]), "a client that took no step must send a change of zeros"),
+        (reply(loss=[np.nan, np.nan]), "a client that took no step must send a change of zeros"),
     ],
 )
 def test_a_reply_that_cannot_be_used_is_refused_with_the_reason(bad: VectorReply, match: str) -> None:
