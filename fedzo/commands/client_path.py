@@ -125,9 +125,7 @@ def _check_sum(line: AuditLine, record: RoundRecord, config: RunConfig, *, own_c
         ProtocolError: They differ, so one of the logs is not the run's.
     """
     results = {
-        entry.client: ClientResult(
-            g=entry.g, loss=entry.loss, dropped=entry.dropped, num_examples=0, end_check=entry.end_check
-        )
+        entry.client: ClientResult(g=entry.g, loss=entry.loss, dropped=entry.dropped, end_check=entry.end_check)
         for entry in line.clients
     }
     made = aggregate(

@@ -67,6 +67,7 @@ class Refusal(StrEnum):
 
     none = ""
     rows = "rows"
+    changed = "changed"
     site = "site"
 
     @property
@@ -75,6 +76,7 @@ class Refusal(StrEnum):
         return {
             Refusal.none: "",
             Refusal.rows: "its rows cannot be read or encoded. Its own log says which and why",
+            Refusal.changed: "its rows are not those that it began the run with. Its own log says which",
             Refusal.site: "its site cannot take this run. Its own log says why",
         }[self]
 
@@ -85,6 +87,8 @@ class Hello:
 
     protocol: Annotated[int, Within(0, 1 << 16)] = PROTOCOL
     config_hash: Digest = ""
+    begun: bool = False
+    """Whether the run has begun: then a client's rows must be those that it began with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +102,8 @@ class HelloReply:
     """Other than none: the client cannot take part, and the fields below say nothing."""
     num_train: Rows = 0
     num_heldout: Rows = 0
+    rows_digest: Hash = ""
+    """Of its rows, keyed by a secret of the site: it can be compared, and nothing can be read off it."""
     label_counts: JsonText = "{}"
     config_hash: Digest = ""
     base_digest: Digest = ""

@@ -7,6 +7,7 @@ and the table of a sweep.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -21,6 +22,7 @@ from fedzo.records.fields import (
     LabelCounts,
     Length,
     Magnitude,
+    Matching,
     Name,
     OmitDefault,
     PluginName,
@@ -45,12 +47,13 @@ MOST_NUMBERS = 100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientSetup:
-    """One client's rows."""
+    """One client's rows; ``rows_digest`` is keyed by a secret of its site."""
 
     client: Client
     num_train: Count
     num_heldout: Count
     label_counts: LabelCounts
+    rows_digest: Annotated[str, Matching(re.compile("[0-9a-f]{64}|"), "64 hexadecimal digits"), OmitDefault()] = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from fedzo.data.kept_digests import KeptDigests
 from fedzo.data.preprocess import STAGES
 from fedzo.data.rows import ClientRows, RowSource, client_rows
 from fedzo.fl.client.local_update import Batches, LocalUpdate, Workspace
@@ -27,11 +28,13 @@ class ClientContext:
         peer: The model and the space.
         source: Where the clients' rows come from.
         artifacts: Where what the space needs beside the model is found, or kept when it comes.
+        kept: What the site remembers of its rows.
     """
 
     peer: Peer
     source: RowSource
     artifacts: ArtifactStore
+    kept: KeptDigests
     _data: dict[int, ClientData] = field(default_factory=dict)
 
     @cached_property
@@ -46,6 +49,7 @@ class ClientContext:
             evaluators=self.peer.evaluators,
             scored_rows=config.evaluation.federated_max_rows,
             data_of=self.data,
+            rows_digest=self._rows_digest,
             build=self._workspace,
             artifacts=self.artifacts,
             absent=parse_absent(config.faults.absent),
@@ -91,6 +95,10 @@ class ClientContext:
         config = self.peer.config
         stages = {name: STAGES.build(stage) for name, stage in config.preprocess.items()}
         return client_rows(self.source, client, share=config.partition.holdout, seed=config.seed, stages=stages)
+
+    def _rows_digest(self, client: int, begun: bool) -> str:
+        rows, run = self.source.rows_for(client), self.peer.identity.config_hash
+        return self.kept.register(rows, whose=f"client {client}", run=run, begun=begun)
 
     def _workspace(self, artifact: Artifact) -> Workspace:
         """By the first batch of whichever client was asked first, ``model.dtype=auto`` is decided."""

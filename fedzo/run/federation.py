@@ -108,7 +108,9 @@ class Federation:
         config, server, scores = self._config, self._server, self._scores
         if setup := self._setup():
             server.client_registry.recall(setup.clients)
-        fewest = config.strategy.min_replies if setup else None
+        self._context.check_rows(begun=setup is not None)
+        # where one process plays all clients, one that is missing was lost on this very machine
+        fewest = config.strategy.min_replies if setup and not self._context.takes_turns else None
         server.client_registry.wait(server.grid, timeout_s=config.strategy.startup_s, fewest=fewest)
         server.warn_of_cut_sizes()
         server.catch_up()
@@ -190,6 +192,7 @@ class Federation:
                         client=client,
                         num_train=hello.num_train,
                         num_heldout=hello.num_heldout,
+                        rows_digest=hello.rows_digest,
                         label_counts=dict(server.label_counts_of(client)),
                     )
                     for client, hello in sorted(server.client_registry.hellos.items())

@@ -14,6 +14,7 @@ from pathlib import Path
 from fedzo.config.rules import site_problems
 from fedzo.config.schema import RunConfig, RunSettings, SiteConfig
 from fedzo.config.travel import from_json, load_site, to_json
+from fedzo.data.kept_digests import KEPT_ROWS, KeptDigests
 from fedzo.data.rows import OwnRows, RowSource, SimulatedRows
 from fedzo.errors import ConfigError
 from fedzo.report import ReportConfig
@@ -40,6 +41,7 @@ class Process:
         prepared: What the trainer prepared, where this process launched the run.
         report: How it tells of a run that it serves.
         takes_turns: Whether its clients work one after another.
+        site_folder: Where this machine keeps what it must remember of a run.
     """
 
     peer: Peer
@@ -48,24 +50,37 @@ class Process:
     prepared: Prepared | None = None
     report: ReportConfig = field(default_factory=ReportConfig)
     takes_turns: bool = False
+    site_folder: Path | None = None
+
+    @cached_property
+    def kept(self) -> KeptDigests:
+        """What this site remembers of its rows."""
+        return KeptDigests((self.site_folder or _temporary("rows")) / KEPT_ROWS)
 
     @cached_property
     def client(self) -> ClientContext:
         """For the clients of this process."""
-        folder = self.artifacts
-        if folder is None:
-            folder = Path(tempfile.mkdtemp(prefix="fedzo-artifacts-"))
-            atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        return ClientContext(self.peer, self.source, ArtifactStore(folder, self.peer.site.artifact_max_bytes))
+        folder = self.artifacts or _temporary("artifacts")
+        store = ArtifactStore(folder, self.peer.site.artifact_max_bytes)
+        return ClientContext(self.peer, self.source, store, self.kept)
 
     @cached_property
     def server(self) -> ServerContext:
         """For the server, if this process plays it. Clients' own rows are no business of it."""
         simulation = self.source if isinstance(self.source, SimulatedRows) else None
-        return ServerContext(self.peer, simulation, self.prepared, self.report, self.takes_turns)
+        return ServerContext(self.peer, simulation, self.prepared, self.report, self.takes_turns, self.kept)
 
 
-def open_process(run: RunConfig, site: SiteConfig, *, artifacts: Path | None = None) -> Process:
+def _temporary(what: str) -> Path:
+    """A folder that goes with this process."""
+    folder = Path(tempfile.mkdtemp(prefix=f"fedzo-{what}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def open_process(
+    run: RunConfig, site: SiteConfig, *, artifacts: Path | None = None, site_folder: Path | None = None
+) -> Process:
     """Load this site's model for a run; rows are read when they are first asked for.
 
     Raises:
@@ -74,7 +89,7 @@ def open_process(run: RunConfig, site: SiteConfig, *, artifacts: Path | None = N
     if texts := [problem.text for problem in site_problems(site, run)]:
         raise ConfigError("; ".join(texts))
     loaded = open_model(site, run.task.max_length)
-    return Process(Peer.of(run, site, loaded), row_source(run, site), artifacts)
+    return Process(Peer.of(run, site, loaded), row_source(run, site), artifacts, site_folder=site_folder)
 
 
 def row_source(run: RunSettings, site: SiteConfig) -> RowSource:
@@ -103,8 +118,9 @@ def this_process(run_json: str, *, artifacts: Path | None = None) -> Process:
     if not _open or _open[0][0] != run_json:
         _open.clear()  # let the old model go before a new one is loaded
         _write_errors()
-        site = load_site(Path(_site_file()))
-        _open.append((run_json, open_process(from_json(run_json, RunConfig), site, artifacts=artifacts)))
+        file = Path(_site_file())
+        run, site = from_json(run_json, RunConfig), load_site(file)
+        _open.append((run_json, open_process(run, site, artifacts=artifacts, site_folder=file.parent)))
     return _open[0][1]
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from fedzo.data.encode import Example
+from fedzo.data.kept_digests import KeptDigests
 from fedzo.data.rows import SimulatedRows, client_rows
 from fedzo.fl.server.step_policy import STEP_POLICIES, StepPolicy
 from fedzo.report import ReportConfig
@@ -28,6 +29,7 @@ class ServerContext:
         prepared: What the trainer prepared when the run was launched.
         report: How the run is told of.
         takes_turns: Whether the clients work one after another, so that no deadline applies.
+        kept: What this machine remembers of its rows.
     """
 
     peer: Peer
@@ -35,6 +37,7 @@ class ServerContext:
     prepared: Prepared | None = None
     report: ReportConfig = field(default_factory=ReportConfig)
     takes_turns: bool = False
+    kept: KeptDigests | None = None
     _encoded: dict[str, list[Example]] = field(default_factory=dict)
 
     @cached_property
@@ -47,6 +50,18 @@ class ServerContext:
             local_steps=config.fl.local_steps,
             run_seed=config.seed,
         )
+
+    def check_rows(self, *, begun: bool) -> None:
+        """Remember dev and test rows when a run begins; when it goes on they must be the same.
+
+        Raises:
+            RowsChangedError: They are others; says which.
+        """
+        if self.simulation is None or self.kept is None:
+            return
+        for split in ("dev", "test"):
+            rows, run = getattr(self.simulation.splits, split), self.peer.identity.config_hash
+            self.kept.register(rows, whose=split, run=run, begun=begun)
 
     def examples(self, split: str) -> list[Example]:
         """The server's own ``dev`` or ``test`` rows as token ids; read once."""

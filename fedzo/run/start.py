@@ -51,6 +51,7 @@ def open_run(launch: LaunchConfig, run_dir: Path) -> Process:
         prepared=prepared,
         report=launch.report,
         takes_turns=launch.runtime.traits.takes_turns,
+        site_folder=run_dir,
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedzo.commands.train import resume_run
 from fedzo.commands.trained import replay_run
 from fedzo.config.load import load
 from fedzo.data import sources
@@ -147,3 +150,66 @@ def test_another_space_is_built_on_the_base_weights_and_not_where_the_last_one_l
 
     assert process.peer.workspace(one) is first
     assert np.array_equal(process.peer.workspace(other).replica.space.values(), fresh)
+
+
+@pytest.mark.parametrize("runtime", ["runtime=inline", pytest.param("runtime=local", marks=pytest.mark.net)])
+def test_rows_that_cannot_be_encoded_end_the_start_at_once_and_only_the_site_says_which(
+    run: Run, sites: str, tmp_path: Path, runtime: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No retry mends them. A lone surrogate passes JSON, and no tokenizer takes it."""
+    file = tmp_path / "site2.jsonl"
+    file.write_text(file.read_text() + json.dumps({"text": "bad \ud800 secret", "label": 0}) + "\n")
+    began = time.monotonic()
+
+    with pytest.raises(ConfigError) as error:
+        run(*SETTINGS, sites, runtime, "strategy.startup_s=600")
+
+    assert time.monotonic() - began < 120
+    assert str(error.value) == (
+        "client 2 cannot take part: its rows cannot be read or encoded. Its own log says which and why"
+    )
+    told = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    (own,) = [text for text in told if "secret" in text]
+    assert "client 2: row " in own
+    assert "the model's tokenizer must take its text" in own
+
+
+def test_a_run_goes_on_with_the_rows_that_it_began_with_or_not_at_all(
+    run: Run, sites: str, tmp_path: Path, lines: Lines, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their number is not enough. Where one process plays all clients none can be missing."""
+    folder = run(*SETTINGS, sites)
+    expected = (folder / "public.jsonl").read_bytes()
+    setup, *_ = lines(folder, "metrics.jsonl")
+    assert all(len(client["rows_digest"]) == 64 for client in setup["clients"])
+    public = folder / "public.jsonl"
+    public.write_text("".join(line + "\n" for line in public.read_text().splitlines()[:1]))
+    file = tmp_path / "site1.jsonl"
+    before = file.read_text()
+    file.write_text(before.replace("bad 2", "bad 7").replace('good 3", "label": 1', 'good 3", "label": 0'))
+
+    with pytest.raises(ConfigError, match="client 1 cannot take part: its rows are not those that it began the run"):
+        resume_run(folder)
+
+    assert "rows of client 1: they must be the 6 rows that the run began with, got 6; others now (from 0): 2, 3." in (
+        caplog.text
+    )
+    assert len(lines(folder, "public.jsonl")) == 1
+    file.write_text(before)
+    resume_run(folder)
+    assert public.read_bytes() == expected
+
+
+def test_a_simulation_goes_on_with_the_dev_rows_that_it_began_with(run: Run, tmp_path: Path, data_dir: Path) -> None:
+    """They choose the best round."""
+    mine = shutil.copytree(data_dir, tmp_path / "mine")
+    folder = run(f"data.path={mine}")
+    public = folder / "public.jsonl"
+    public.write_text("".join(line + "\n" for line in public.read_text().splitlines()[:1]))
+    dev = mine / "dev.jsonl"
+    dev.write_text(dev.read_text().replace("item 103", "item 999"))
+
+    with pytest.raises(
+        ConfigError, match="rows of dev: they must be the 8 rows that the run began with, got 8; oth"
+    ):
+        resume_run(folder)

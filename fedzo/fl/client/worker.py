@@ -12,6 +12,7 @@ from typing import Any
 import fedzo
 from fedzo.data.config import TaskConfig
 from fedzo.data.encode import Example
+from fedzo.data.kept_digests import RowsChangedError
 from fedzo.errors import FedzoError, ProtocolError
 from fedzo.evaluate import Evaluator, evaluate
 from fedzo.fl.artifact_transfer import receive
@@ -73,6 +74,7 @@ class ClientWorker:
         evaluators: How the model is scored on held-out rows, by name.
         scored_rows: Most held-out rows that are scored.
         data_of: Rows of a client, by its index.
+        rows_digest: Digest of all rows of a client, by its index and whether the run has begun (``KeptDigests``).
         build: Makes the model with the space on it from the artifact of the run.
         artifacts: Where this process finds the artifact, or keeps it when the server sends it.
         absent: Planned faults: (client, round) pairs.
@@ -88,6 +90,7 @@ class ClientWorker:
         evaluators: Mapping[str, Evaluator],
         scored_rows: int,
         data_of: Callable[[int], ClientData],
+        rows_digest: Callable[[int, bool], str],
         build: Callable[[Artifact], Workspace],
         artifacts: ArtifactStore,
         absent: frozenset[tuple[int, int]] = frozenset(),
@@ -101,6 +104,7 @@ class ClientWorker:
         self._evaluators = evaluators
         self._scored_rows = scored_rows
         self._data_of = data_of
+        self._rows_digest = rows_digest
         self._build = build
         self._artifacts = artifacts
         self._absent = absent
@@ -108,15 +112,18 @@ class ClientWorker:
     def hello(self, request: Hello, *, client: int) -> HelloReply:
         """Register: digests, sizes and label counts of this client. Rows that cannot be used are told of for good."""
         try:
+            digest = self._rows_digest(client, request.begun)
             data = self._data_of(client)
         except Exception as error:  # whatever a reader, a template or a tokenizer raises, the rows stay as they are
             log_failure(client, error)
-            return HelloReply(client=client, config_hash=self.identity.config_hash, refusal=Refusal.rows)
+            refusal = Refusal.changed if isinstance(error, RowsChangedError) else Refusal.rows
+            return HelloReply(client=client, config_hash=self.identity.config_hash, refusal=refusal)
         return HelloReply(
             version=fedzo.__version__,
             client=client,
             num_train=len(data.train),
             num_heldout=len(data.heldout),
+            rows_digest=digest,
             label_counts=json.dumps(dict(data.label_counts)),
             config_hash=self.identity.config_hash,
             base_digest=self.identity.base_digest,

@@ -62,14 +62,17 @@ class ClientRegistry:
     _retries: dict[int, tuple[float, float]] = field(default_factory=dict)
     _mute: dict[int, _Mute] = field(default_factory=dict)
     _next_look: float = 0.0
+    _begun: bool = False
 
     def recall(self, clients: Sequence[ClientSetup]) -> None:
         """Take the registrations of a run that is resumed from its record: they hold to its end."""
+        self._begun = True
         for row in clients:
             self.hellos[row.client] = HelloReply(
                 client=row.client,
                 num_train=row.num_train,
                 num_heldout=row.num_heldout,
+                rows_digest=row.rows_digest,
                 label_counts=json.dumps(row.label_counts if self.num_labels else {}),  # else a simulation's own
             )
 
@@ -90,6 +93,7 @@ class ClientRegistry:
             self.refresh(grid)
             missing = sorted(set(range(self.num_clients)) - set(self.nodes))
             if not missing:
+                self._begun = True
                 return
             hopeless = set(missing) <= set(self._unable)
             if not hopeless and time.monotonic() <= ends:
@@ -162,7 +166,10 @@ class ClientRegistry:
         now = time.monotonic()
         due = {node for node, (when, _) in self._retries.items() if when <= now}
         new = sorted(self._present - self._greeted | due)
-        question, traffic = Question("query.hello", Hello(config_hash=self.identity.config_hash), HelloReply), Traffic()
+        question, traffic = (
+            Question("query.hello", Hello(config_hash=self.identity.config_hash, begun=self._begun), HelloReply),
+            Traffic(),
+        )
         self._greeted.update(new)
         for node in due:
             self._retries[node] = (float("inf"), self._retries[node][1])
@@ -282,6 +289,11 @@ class ClientRegistry:
             return (
                 f"client {reply.client}: it must hold the rows that it registered with ({first.num_train} to train), "
                 f"got {reply.num_train}. Its weight and its data position depend on them."
+            )
+        if first.rows_digest != reply.rows_digest:
+            return (
+                f"client {reply.client}: the digest of its rows must be the one that it registered with, got another. "
+                "Put its rows, and the secret with which its site makes the digest, back."
             )
         return ""
 

@@ -1,0 +1,111 @@
+"""What a site remembers of its rows, so that a run goes on with the rows that it began with.
+
+A row's digest is keyed by a secret that never leaves the site: a server can compare what a client registers with what
+it registered before, but cannot guess the rows, however few or short they are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+from fedzo.data.files import Row
+from fedzo.errors import ConfigError
+
+KEPT_ROWS = "rows"
+"""Folder of the digests, beside a site's configuration or in a run folder."""
+_SECRET = "secret"
+_MOST_NAMED = 20
+
+
+class RowsChangedError(ConfigError):
+    """Rows are not those that a run began with."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeptDigests:
+    """The digests of one site.
+
+    Attributes:
+        folder: Where they are kept; made when rows are first registered. Its ``secret`` is this user's alone.
+    """
+
+    folder: Path
+
+    def register(self, rows: Sequence[Row], *, whose: str, run: str, begun: bool) -> str:
+        """Remember rows when a run begins, and prove them when it goes on.
+
+        Args:
+            rows: As they were read, before any stage.
+            whose: Names them: a client and its part.
+            run: Names the run.
+            begun: Whether the run has begun, so that the rows must be those that are remembered.
+
+        Returns:
+            Digest of all rows in their order, 64 hexadecimal digits, keyed by the site's secret.
+
+        Raises:
+            RowsChangedError: The run began with other rows; says which.
+            ConfigError: The folder cannot be used.
+        """
+        try:
+            secret = self._secret()
+            digests = [_digest(row, secret) for row in rows]
+            file = self.folder / f"{whose.replace(' ', '-')}-{run[:16]}.json"
+            if not begun:
+                _write(file, json.dumps(digests).encode())
+            elif file.exists():
+                self._compare(json.loads(file.read_bytes()), digests, whose)
+        except (OSError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(
+                f"{self.folder}: digests of the rows must be kept there, but: {error}. Make the folder writable."
+            ) from error
+        return blake2b("".join(digests).encode(), key=secret, digest_size=32).hexdigest()
+
+    def _compare(self, before: list[str], now: list[str], whose: str) -> None:
+        if before == now:
+            return
+        changed = [number for number, pair in enumerate(zip(before, now, strict=False)) if pair[0] != pair[1]]
+        named = ", ".join(map(str, changed[:_MOST_NAMED])) + (", ..." if len(changed) > _MOST_NAMED else "")
+        which = f"; others now (from 0): {named}" if changed else ""
+        raise RowsChangedError(
+            f"rows of {whose}: they must be the {len(before)} rows that the run began with, got {len(now)}{which}. "
+            "Put the files of that time back, or start a new run."
+        )
+
+    def _secret(self) -> bytes:
+        """The site's secret; whoever asks first makes it."""
+        file = self.folder / _SECRET
+        if not file.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            own = file.with_name(f"{_SECRET}.{os.getpid()}.part")
+            own.touch(mode=0o600)
+            own.write_bytes(secrets.token_bytes(32))
+            try:
+                os.link(own, file)  # of processes that start together, one is first
+            except FileExistsError:
+                pass
+            finally:
+                own.unlink()
+        secret = file.read_bytes()
+        if len(secret) != 32:
+            raise ConfigError(f"{file}: it must hold 32 bytes, got {len(secret)}. Restore the file from a copy.")
+        return secret
+
+
+def _digest(row: Row, secret: bytes) -> str:
+    plain = json.dumps(row, sort_keys=True, separators=(",", ":"), default=str)
+    return blake2b(plain.encode(), key=secret, digest_size=16).hexdigest()
+
+
+def _write(file: Path, data: bytes) -> None:
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    part.write_bytes(data)
+    part.replace(file)

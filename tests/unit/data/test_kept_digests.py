@@ -1,0 +1,71 @@
+"""What a site remembers of its rows: the same rows prove themselves, others are named, and nothing can be guessed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedzo.data.kept_digests import KeptDigests, RowsChangedError
+from fedzo.errors import ConfigError
+
+RUN = "c" * 64
+ROWS: list[dict[str, Any]] = [{"text": f"row {n}", "label": n % 2} for n in range(30)]
+
+
+def register(folder: Path, rows: list[dict[str, Any]], *, begun: bool, whose: str = "client 3") -> str:
+    return KeptDigests(folder).register(rows, whose=whose, run=RUN, begun=begun)
+
+
+def test_the_same_rows_give_the_same_digest_when_the_run_goes_on(tmp_path: Path) -> None:
+    first = register(tmp_path, ROWS, begun=False)
+
+    assert register(tmp_path, [dict(reversed(row.items())) for row in ROWS], begun=True) == first
+    assert len(first) == 64
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ([{**ROWS[0], "text": "else"}, *ROWS[1:]], "the 30 rows that the run began with, got 30; others now .* 0. Put"),
+        ([*ROWS[:4], {**ROWS[4], "label": 1}, *ROWS[5:]], r"others now \(from 0\): 4\. "),
+        ([*ROWS[:4], {"text": "row 4"}, *ROWS[5:]], r"others now \(from 0\): 4\. "),
+        (ROWS[:-1], r"got 29\. Put"),
+        ([*ROWS, ROWS[0]], r"got 31\. Put"),
+        ([*ROWS[:7], ROWS[8], ROWS[7], *ROWS[9:]], r"others now \(from 0\): 7, 8\. "),
+        (ROWS[::-1], r"0, 1, 2, .*, 19, \.\.\.\. Put"),
+    ],
+)
+def test_other_rows_are_named(tmp_path: Path, rows: list[dict[str, Any]], told: str) -> None:
+    """Counts alone would not tell."""
+    register(tmp_path, ROWS, begun=False)
+
+    with pytest.raises(RowsChangedError, match=f"rows of client 3: they must be .*{told}"):
+        register(tmp_path, rows, begun=True)
+    assert register(tmp_path, rows, begun=False)  # another run may have them
+
+
+def test_without_the_sites_secret_the_digest_tells_nothing(tmp_path: Path) -> None:
+    """Two sites with the same rows register unlike digests, so a dictionary of rows is of no use to a server."""
+    one, other = (register(tmp_path / name, ROWS[:1], begun=False) for name in ("a", "b"))
+
+    assert one != other
+    plain = json.dumps(ROWS[0], sort_keys=True, separators=(",", ":")).encode()
+    assert hashlib.blake2b(plain, digest_size=32).hexdigest() not in (one, other)
+    secret = tmp_path / "a" / "secret"
+    assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+    assert len(secret.read_bytes()) == 32
+
+
+def test_a_folder_that_cannot_be_used_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"digests of the rows must be kept there, but: .*Make the folder writable"):
+        register(tmp_path / "file", ROWS, begun=False)
+    register(tmp_path, ROWS, begun=False)
+    (tmp_path / "secret").write_bytes(b"short")
+    with pytest.raises(ConfigError, match="it must hold 32 bytes, got 5"):
+        register(tmp_path, ROWS, begun=True)
