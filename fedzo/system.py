@@ -14,6 +14,7 @@ import torch
 
 import fedzo
 
+MOST_THREADS = 1024  # with very many OpenMP ends the process without a word
 PACKAGES = ("torch", "transformers", "peft", "flwr", "numpy", "numba", "hydra-core")
 
 
@@ -40,7 +41,7 @@ def default_threads() -> int:
     Ray tells its actors so how many CPUs they were given, and ``runtime=local`` tells its clients.
     """
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    return int(first) if first.isdecimal() and int(first) > 0 else usable_cpus()
+    return min(int(first), MOST_THREADS) if first.isdecimal() and int(first) > 0 else usable_cpus()
 
 
 def use_threads(count: int) -> None:

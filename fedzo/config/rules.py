@@ -19,8 +19,13 @@ from fedzo.data.sources import EMBEDDED
 from fedzo.errors import Problem, at_least, positive, problem, unsigned_64
 from fedzo.fl.config import Aggregation, FaultsConfig, FlConfig, Seeds, Weighting
 from fedzo.fl.server.aggregate import num_trimmed
-from fedzo.records.fields import MOST_OWNERS, MOST_ROUNDS, MOST_STEPS
+from fedzo.records.fields import MOST_CLIENTS, MOST_OWNERS, MOST_ROUNDS, MOST_STEPS
 from fedzo.registry import broken_rules
+from fedzo.system import MOST_THREADS
+from fedzo.zo.estimator import ZerothOrderConfig
+
+MOST_ROWS, MOST_SCALARS = 1 << 16, 1 << 20
+"""Rows of a step, and scalars of a client in a round: what a configuration from elsewhere may ask memory for."""
 
 
 def launch_problems(config: LaunchConfig) -> list[Problem]:
@@ -101,7 +106,9 @@ def _machine(config: SiteConfig) -> Iterator[Problem]:
         yield problem(
             "device", "be auto, cpu, cuda, cuda:<index> or mps", config.device, "auto chooses the best device."
         )
-    yield from at_least("threads", config.threads, 0, "0 means OMP_NUM_THREADS, or all CPUs.")
+    if not 0 <= config.threads <= MOST_THREADS:
+        remedy = "0 means OMP_NUM_THREADS, or all CPUs."
+        yield problem("threads", f"be between 0 and {MOST_THREADS}", config.threads, remedy)
     yield from at_least("artifact_max_bytes", config.artifact_max_bytes, 1, "2147483648 (2 GiB) is usual.")
 
 
@@ -204,6 +211,16 @@ def _fl(config: RunSettings) -> Iterator[Problem]:
         rule = f"be at most {MOST_OWNERS} where the log keeps each client's own scalars"
         yield problem("fl.num_clients", rule, fl.num_clients, "Write fl.seeds=shared and server_optimizer=sgd.")
     yield from at_least("fl.batch_size", fl.batch_size, 1, "The key counts the rows of a client in a step.")
+    most_steps = config.step_policy.most_steps(fl)
+    probes = config.estimator.num_probes if isinstance(config.estimator, ZerothOrderConfig) else 1
+    for key, count, most in (
+        ("fl.num_clients", fl.num_clients, MOST_CLIENTS),
+        ("fl.batch_size", fl.batch_size, MOST_ROWS),
+        ("fl.local_steps", most_steps * probes, MOST_SCALARS),
+    ):
+        if count > most:
+            what = "make at most {} scalars of a client in a round" if key == "fl.local_steps" else "be at most {}"
+            yield problem(key, what.format(most), count, "Lower it.")
     if not 2 <= fl.pool_size < 2**31:
         yield problem("fl.pool_size", "be between 2 and 2**31 - 1", fl.pool_size, "4096 is FedKSeed's.")
     yield from at_least("fl.hash_every", fl.hash_every, 1, "1 compares the full hash every round.")

@@ -209,7 +209,5 @@ def test_a_simulation_goes_on_with_the_dev_rows_that_it_began_with(run: Run, tmp
     dev = mine / "dev.jsonl"
     dev.write_text(dev.read_text().replace("item 103", "item 999"))
 
-    with pytest.raises(
-        ConfigError, match="rows of dev: they must be the 8 rows that the run began with, got 8; oth"
-    ):
+    with pytest.raises(ConfigError, match="rows of dev: they must be the 8 rows that the run began with, got 8; oth"):
         resume_run(folder)

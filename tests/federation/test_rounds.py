@@ -14,7 +14,7 @@ import torch
 from fedzo.commands.run_folder import rebuild
 from fedzo.commands.trained import replay_run
 from fedzo.config.load import load
-from fedzo.errors import ConfigError
+from fedzo.errors import ConfigError, ProtocolError
 from fedzo.fl.server.rounds import FederationError
 from fedzo.masks.mask_file import load_mask
 from fedzo.run.start import open_run
@@ -257,6 +257,32 @@ def test_the_number_of_losses_is_the_budget_and_not_one_more(
 
     assert len(asked) == 2 * 3
     assert replica.space.digest() == peer.workspace(artifact).replica.space.digest()
+
+
+def test_a_client_does_nothing_that_its_run_did_not_announce(overrides: Overrides, tmp_path: Path) -> None:
+    from fedzo.fl.messages import ArtifactPiece, EvaluateRequest, TrainRequest
+    from fedzo.zo.log import EMPTY_CHAIN
+
+    process = open_run(load(overrides("fl.local_steps=2", "trainer.lr=0.1")), tmp_path)
+    worker = process.client.worker
+    sound = {
+        "config_hash": worker.identity.config_hash,
+        "space_id": process.peer.config.artifact,
+        "chain": EMPTY_CHAIN.hex(),
+    }
+
+    for request, told in (
+        (TrainRequest(**sound, steps=3, lr=0.1), "steps must be 1 to 2 in this run, got 3"),
+        (TrainRequest(**sound, steps=2, lr=0.2), "lr must be 0 to 0.1 in this run, got 0.2"),
+        (TrainRequest(**sound, steps=2, used=1), "used must be 0 to 0 in this run, got 1"),
+        (TrainRequest(**{**sound, "space_id": "0" * 64}, steps=2), "artifact: it must be the run's"),
+    ):
+        with pytest.raises(ProtocolError, match=told):
+            worker.train(request, client=0)
+    with pytest.raises(ProtocolError, match="round must be 0 to 3 in this run, got 4"):
+        worker.evaluate(EvaluateRequest(**sound, round=4), client=0)
+    with pytest.raises(ProtocolError, match="artifact: it must be the run's"):
+        worker.receive(ArtifactPiece(digest="0" * 64, size=1 << 20))
 
 
 def test_every_local_step_is_compared_with_the_masks_gradient(run: Run, lines: Lines) -> None:

@@ -254,7 +254,7 @@ class Server:
         lost = all(result.dropped.all() for result in results.values())
         if lost and not self._lost:
             what = "no client had a finite loss, so the round changes nothing. The model has probably diverged: lower "
-            what += "trainer.lr, or bound scalars with strategy.clip_factor, and start again."
+            what += "trainer.lr or strategy.clip_factor, and start again."
             if any(np.isfinite(result.loss).any() for result in results.values()):  # signs: 0 has none
                 what = "no probe of any client changed its loss, so the round changes nothing. Raise estimator.eps, or "
                 what += "use a model.dtype of higher precision, and start again."

@@ -961,6 +961,37 @@ def test_a_client_that_cannot_register_is_asked_now_and_then_and_its_reason_is_t
     assert len(grid.hellos) == 3  # at once, after 0.2 s and after 0.4 s more
 
 
+@pytest.mark.parametrize("num_clients", [30, 300])
+def test_what_is_handed_over_while_waiting_grows_with_the_clients_and_not_with_their_square(
+    federation: Any, num_clients: int
+) -> None:
+    """Where replies come one a pull, as in one process. Names of all that are pending would be 45,150 for 300."""
+    server, _, grid = federation(num_clients)
+    pull, handed = grid.pull_messages, []
+
+    def one_at_a_time(names: list[str]) -> list[Message]:
+        handed.append(len(names))
+        return pull(names[:1])
+
+    grid.pull_messages = one_at_a_time
+    server.strategy.deadline_s = server._state_sync.deadline_s = 60.0
+    server.run_round()
+
+    assert len(server.store.rounds[0].attendance) == num_clients
+    assert sum(handed) <= 64 * num_clients
+
+
+def test_replies_are_found_wherever_they_stand_among_those_that_wait(federation: Any) -> None:
+    """More messages are under way than one pull asks for, and the first ones are never answered."""
+    server, clients, _ = federation(200, deadline_s=1.0)
+    for client in clients[:150]:
+        client.bend = lambda reply: None
+
+    server.run_round()
+
+    assert server.store.rounds[0].attendance == tuple(range(150, 200))
+
+
 def test_all_replies_bad_ends_the_run_and_keeps_the_log(federation: Any) -> None:
     server, clients, _ = federation()
     server.run_round()

@@ -1,0 +1,97 @@
+"""What a client refuses to be asked: every number of a request outside of what the run announced."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedzo.errors import ProtocolError
+from fedzo.fl.limits import Limits
+from fedzo.fl.messages import TrainRequest
+from fedzo.zo.directions import SHARED
+from fedzo.zo.log import EMPTY_CHAIN, RoundRecord, pack
+from fedzo.zo.seeds import OWN
+
+LIMITS = Limits(
+    rounds=6,
+    most_steps=5,
+    num_clients=3,
+    num_probes=2,
+    directions=SHARED,
+    lr=0.1,
+    max_abs_g=1e6,
+    artifact="a" * 64,
+)
+REQUEST = TrainRequest(
+    space_id="a" * 64, round=2, from_round=1, chain=EMPTY_CHAIN.hex(), steps=5, used=10, lr=float(np.float32(0.1))
+)
+
+
+def record(**fields: Any) -> RoundRecord:
+    shape = fields.pop("shape", (5, 2, 1))
+    sound = {"round": 1, "lr": 0.05, "owners": (SHARED,), "coefficients": np.ones(shape, np.float32)}
+    return RoundRecord(**{**sound, **fields})
+
+
+def test_what_the_run_announced_passes() -> None:
+    own = replace(record(shape=(5, 2, 3)), owners=(0, 1, 2), directions=SHARED)
+    for each in (record(), own, record(lr=0.0, shape=(1, 2, 1))):
+        LIMITS.check_state(replace(REQUEST, log=pack([each])))
+    LIMITS.check_steps(REQUEST)
+    LIMITS.check_state(replace(REQUEST, round=6, from_round=6))  # scores after the last round
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"steps": 6}, "steps must be 1 to 5 in this run, got 6"),
+        ({"steps": 65535}, "steps must be 1 to 5"),
+        ({"used": 11}, "used must be 0 to 10 in this run, got 11"),
+        ({"used": 1 << 53}, "used must be 0 to 10"),
+        ({"round": 6}, "round must be 0 to 5 in this run, got 6"),
+        ({"lr": 0.1001}, "lr must be 0 to 0.1 in this run, got 0.1001"),
+        ({"lr": math.nan}, "lr must be 0 to 0.1 in this run, got nan"),
+        ({"lr": -0.1}, "lr must be"),
+        ({"max_abs_g": 1e7}, r"max_abs_g must be 0 to 1e\+06 in this run, got 1e\+07"),
+        ({"max_abs_g": math.inf}, "max_abs_g must be"),
+    ],
+)
+def test_work_beyond_what_the_run_announced_is_refused(fields: dict[str, Any], match: str) -> None:
+    with pytest.raises(ProtocolError, match=match):
+        LIMITS.check_steps(replace(REQUEST, **fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"round": 7}, "round must be 0 to 6 in this run, got 7"),
+        ({"from_round": 3}, "from_round must be 0 to 2 in this run, got 3"),
+        ({"chain": ""}, "chain must be 64 hexadecimal digits, got none"),
+        ({"space_id": "b" * 64}, r"artifact: it must be the run's \(aaaaaaaaaaaa\), got bbbbbbbbbbbb"),
+        ({"space_id": ""}, "artifact: it must be the run's .*, got none"),
+        ({"log": pack([record(round=0)])}, "the round of a record must be 1 to 1 in this run, got 0"),
+        ({"log": pack([record(), record()])}, "the round of a record must be 2 to 2 in this run, got 1"),
+        ({"log": pack([record(lr=0.2)])}, "log, round 1: lr must be 0 to 0.1 in this run, got 0.2"),
+        ({"log": pack([record(shape=(6, 2, 1))])}, "the number of steps must be 1 to 5 in this run, got 6"),
+        ({"log": pack([record(shape=(5, 3, 1))])}, "the number of probes must be 2 to 2 in this run, got 3"),
+        ({"log": pack([record(shape=(5, 2, 4), owners=(0, 1, 2, 3))])}, "the number of owners must be 1 to 3"),
+        ({"log": pack([record(shape=(5, 2, 2), owners=(1, 1))])}, "owners must be clients of 0 to 2, ascending"),
+        ({"log": pack([record(shape=(5, 2, 1), owners=(3,))])}, "owners must be clients of 0 to 2"),
+        ({"log": pack([record(owners=(1,), directions=OWN)])}, "directions must be 4294967295, got 0"),
+    ],
+)
+def test_a_state_that_the_run_cannot_have_is_refused(fields: dict[str, Any], match: str) -> None:
+    with pytest.raises(ProtocolError, match=match):
+        LIMITS.check_state(replace(REQUEST, **fields))
+
+
+def test_records_without_numbers_are_refused() -> None:
+    """14 bytes may declare 65,535 steps and probes; without an owner they would be walked for seconds."""
+    header = (1).to_bytes(4, "little") + np.float32(0.1).tobytes() + b"\xff\xff\xff\xff\x00\x00"
+
+    with pytest.raises(ProtocolError, match="the record of round 1 must hold at least one step, probe and owner"):
+        LIMITS.check_state(replace(REQUEST, log=header))
