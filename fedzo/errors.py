@@ -31,15 +31,20 @@ class RunFolderError(FedzoError, OSError):
     """The run folder cannot be read or written."""
 
 
-def quoted(words: str, *, most: int = 300) -> str:
-    r"""Words of another machine as a log, a terminal or a report may show them: one line, in quotes, cut, no escapes.
+def printable(text: str, *, most: int = 400) -> str:
+    r"""A text that holds words of another machine, as a log, a terminal or a report may show it: one line, no escapes.
 
     Example:
-        >>> quoted("all is well\n\x1b[2Jround 7: done")
-        '"all is well  [2Jround 7: done"'
+        >>> printable("all is well\n\x1b[2Jround 7: done")
+        'all is well  [2Jround 7: done'
     """
-    plain = "".join(character if character.isprintable() else " " for character in words[:most].replace('"', "'"))
-    return f'"{plain}{"..." if len(words) > most else ""}"'
+    cut = text if len(text) <= most else text[: most - 3] + "..."
+    return "".join(character if character.isprintable() else " " for character in cut)
+
+
+def quoted(words: str) -> str:
+    """Words of another machine, marked as such."""
+    return '"' + printable(words.replace('"', "'"), most=300) + '"'
 
 
 class Problem(NamedTuple):

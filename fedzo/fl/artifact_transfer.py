@@ -10,7 +10,7 @@ import hashlib
 import logging
 from collections import Counter
 
-from fedzo.errors import ProtocolError
+from fedzo.errors import ProtocolError, quoted
 from fedzo.fl.exchange import Question, Talk
 from fedzo.fl.messages import ArtifactPiece, ArtifactReply
 from fedzo.trainers.artifacts import PIECE_BYTES, Artifact, ArtifactStore, name_of
@@ -36,11 +36,11 @@ def deliver(artifact: Artifact, *, client: int) -> Talk[None]:
             )
         sent[held] += 1
         if sent[held] > TRIES:
-            why = reply.problem or "it was not taken"
+            why = f"it says {quoted(reply.problem)}" if reply.problem else "it was not taken"
             raise ProtocolError(f"{artifact}: {place(held, artifact.size)} was sent {TRIES} times: {why}.")
         reply = yield Question(MESSAGE_TYPE, _piece(artifact, held), ArtifactReply)
         if reply.problem:
-            log.warning("client %d: %s", client, reply.problem)
+            log.warning("client %d says %s", client, quoted(reply.problem))
 
 
 def receive(piece: ArtifactPiece, store: ArtifactStore) -> ArtifactReply:

@@ -101,9 +101,9 @@ class StrategyConfig:
     max_abs_g: float = 1e6
     """A reply with a larger |g| is refused. A vector is refused if its norm over learning rate and steps is larger."""
     clip_factor: float = 100.0
-    """Clients clip |g| to this multiple of the median |g| of the last rounds. A reply beyond it is refused. Replies whose
-    |g|, loss or vector is 100 times the median of the round are refused, too. This protects rounds of three or more
-    clients, of which fewer than half are hostile. 0 = off."""
+    """Clients clip |g| to this multiple of the median |g| of the last rounds. A reply beyond it is refused. Replies
+    whose |g|, loss or vector is 100 times the median of the round are refused, too. This protects rounds of three or
+    more clients, of which fewer than half are hostile. 0 = off."""
     clip_rounds: int = 10
     """Number of rounds over whose scalars the median for clipping is taken."""
 

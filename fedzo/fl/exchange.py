@@ -1,6 +1,6 @@
 """Talking to clients and waiting for them: push, short polls, a deadline. Bad answers are named, never fatal.
 
-Words of a client (the reason of a failure) reach logs and records only as ``quoted`` gives them.
+Words of a client (the reason of a failure, names of fields) reach logs and records only as ``printable`` leaves them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from flwr.app import Message, RecordDict
 
-from fedzo.errors import ProtocolError, quoted
+from fedzo.errors import ProtocolError, printable, quoted
 from fedzo.fl.messages import decode, encode, message_bytes
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,6 @@ R = TypeVar("R")
 K = TypeVar("K")
 POLL_S = 0.05
 NAMES_A_PULL = 64  # handed over at most: waiting for n messages then costs n, not n * n, where they come one by one
-LONGEST_REASON = 400  # characters
 
 
 class Grid(Protocol):
@@ -150,7 +149,7 @@ def converse(
             except StopIteration as done:
                 answers.replies[client] = done.value
             except ProtocolError as error:
-                answers.refused[client] = why = shortened(str(error))
+                answers.refused[client] = why = printable(str(error))
                 log.warning("client %d: reply refused: %s", client, why)
         if time.monotonic() < ends:
             push(further)
@@ -185,8 +184,3 @@ def read(message: Message, reply_type: type[R], traffic: Traffic) -> R:
     reply = decode(reply_type, content)
     traffic.up_bytes += message_bytes(content)
     return reply
-
-
-def shortened(text: str) -> str:
-    """A reason as it goes into every log: what a client sent may make it long."""
-    return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 3] + "..."

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from fedzo.data.encode import Example
-from fedzo.errors import ProtocolError
+from fedzo.errors import ProtocolError, printable
 from fedzo.evaluate import evaluate, merge_scores, scores_of_peer
 from fedzo.fl.client.local_update import Workspace
 from fedzo.fl.exchange import Traffic
@@ -112,7 +112,7 @@ class Scores:
             try:
                 scores = scores_of_peer(reply.scores, peer.evaluators, peer.config.task, most_examples=held)
             except ProtocolError as error:  # a bad reply never ends a run
-                log.warning("client %d was not scored: %s", client, error)
+                log.warning("client %d was not scored: %s", client, printable(str(error)))
                 continue
             for name, score in scores.items():
                 scored[name][client] = score

@@ -14,9 +14,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fedzo.errors import ConfigError, ProtocolError
+from fedzo.errors import ConfigError, ProtocolError, printable
 from fedzo.fl.client.worker import Identity
-from fedzo.fl.exchange import Grid, Outbox, Question, Traffic, message_of, read, shortened
+from fedzo.fl.exchange import Grid, Outbox, Question, Traffic, message_of, read
 from fedzo.fl.messages import PROTOCOL, Hello, HelloReply
 from fedzo.records.decode import decode_json
 from fedzo.records.fields import LabelCounts
@@ -181,7 +181,7 @@ class ClientRegistry:
                 try:
                     self._arrived[node] = read(message, HelloReply, traffic)
                 except ProtocolError as error:
-                    self._failed(node, shortened(str(error)))
+                    self._failed(node, str(error))
 
     def _look(self, grid: Grid) -> None:
         """See who is there; of a node that left nothing is kept, so that it may come back mended."""
@@ -205,8 +205,8 @@ class ClientRegistry:
         self._refuse(node, f"node {node} did not register: {reason}")
 
     def _refuse(self, node: int, reason: str) -> None:
-        self._reasons[node] = reason
-        log.warning("%s", reason)
+        self._reasons[node] = printable(reason)
+        log.warning("%s", self._reasons[node])
 
     def _let_in(self) -> list[int]:
         """Give every index that is free to the first node that claims it."""

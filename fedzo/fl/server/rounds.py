@@ -24,7 +24,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from fedzo.errors import FedzoError, ProtocolError
+from fedzo.errors import FedzoError, ProtocolError, printable
 from fedzo.fl.config import FlConfig, StrategyConfig, Transport, Weighting
 from fedzo.fl.exchange import Grid, Traffic
 from fedzo.fl.log_store import RunStore
@@ -246,8 +246,8 @@ class Server:
         return results
 
     def _refuse(self, client: int, reason: str, refused: dict[int, str]) -> None:
-        refused[client] = reason
-        log.warning("round %d, client %d: reply refused: %s", self.round, client, reason)
+        refused[client] = printable(reason)
+        log.warning("round %d, client %d: reply refused: %s", self.round, client, refused[client])
 
     def _warn_if_lost(self, results: Mapping[int, Result]) -> None:
         """A run that has diverged goes on without learning anything: say so in the first of such rounds."""

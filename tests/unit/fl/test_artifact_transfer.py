@@ -90,7 +90,9 @@ def test_a_wrong_byte_is_named_with_its_piece_which_is_sent_once_more(
     assert (store.folder / artifact.digest).read_bytes() == CONTENT
     (said,) = [record.getMessage() for record in caplog.records]
     right = hashlib.sha256(CONTENT[PIECE_BYTES : 2 * PIECE_BYTES]).hexdigest()
-    assert said.startswith(f"client 4: artifact {artifact.digest[:12]}: piece 2 of 3 (bytes 4194304 to 8388607) must")
+    assert said.startswith(
+        f'client 4 says "artifact {artifact.digest[:12]}: piece 2 of 3 (bytes 4194304 to 8388607) must'
+    )
     assert f"must have the SHA-256 {right}, got " in said
 
 
