@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from fedzo.errors import ConfigError
 from fedzo.models.cache import check_cache
+from fedzo.models.checks import check_causal, check_finite, check_tokens
 from fedzo.models.compiled import CompiledDecoder, compile_decoder
 from fedzo.models.config import DType, ModelConfig, Quantization
 from fedzo.models.digest import file_digest, parameters_digest, tokenizer_digest, weights_digest
@@ -112,28 +113,15 @@ def load_model(config: ModelConfig, *, device: str = "auto", max_length: int = 1
     where = resolve_device(device)
     source = find_source(config)
     dtype = TORCH_DTYPES[DType(config.dtype)]
+    packed = quantization_arguments(config.quantization, device=where, dtype=dtype)
     try:
-        packed = quantization_arguments(config.quantization, device=where, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(source.name, **source.arguments())
         model = _read(source, dtype, **packed)
-    except ConfigError:
+    except (ConfigError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (RuntimeError, SafetensorError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        if config.quantization is not Quantization.none:
-            raise _cannot_pack(config, where, error) from error
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(
-            f"model.name {config.name!r} must hold whole safetensors files with the shapes of its config.json. Reading "
-            f"them fails: {reason}. Copy the files again (`git lfs pull` where they are pointers of git-lfs)."
-        ) from error
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = " ".join(str(error).split())[:400]
-        raise ConfigError(
-            f"model.name {config.name!r} must hold a causal language model and a tokenizer that transformers can load. "
-            f"It says: {reason}"
-        ) from error
+    except Exception as error:  # files from anywhere make transformers raise anything
+        raise _cannot_read(config, where, error) from error
+    check_finite(model, source.files, name=config.name)
     longest = getattr(model.config, "max_position_embeddings", None)
     if isinstance(longest, int) and max_length > longest:
         raise ConfigError(f"task.max_length must be <= {longest} for {config.name!r}, got {max_length}. Lower it.")
@@ -149,18 +137,43 @@ def load_model(config: ModelConfig, *, device: str = "auto", max_length: int = 1
 
     try:
         loaded = _wrap(model, tokenizer, device=where, digest=digest, source=config.name, read_weights=read_weights)
-    except RuntimeError as error:
-        if config.quantization is Quantization.none:
-            raise
-        raise _cannot_pack(config, where, error) from error
+    except (ConfigError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # and their model may do anything in its first forward
+        if config.quantization is not Quantization.none:
+            raise _cannot_pack(config, where, error) from error
+        raise ConfigError(
+            f"model.name {config.name!r} must be a causal language model that runs on token ids alone, but a forward "
+            f"of {type(model).__name__} fails: {_line(error)}. Take another model, or correct its config.json."
+        ) from error
     return compile_loaded(loaded, longest=max_length) if config.compile else loaded
+
+
+def _cannot_read(config: ModelConfig, device: torch.device, error: Exception) -> ConfigError:
+    if isinstance(error, RuntimeError | SafetensorError):
+        if config.quantization is not Quantization.none:
+            return _cannot_pack(config, device, error)
+        return ConfigError(
+            f"model.name {config.name!r} must hold whole safetensors files with the shapes of its config.json. Reading "
+            f"them fails: {_line(error)}. Copy the files again (`git lfs pull` where they are pointers of git-lfs)."
+        )
+    return ConfigError(
+        f"model.name {config.name!r} must hold a causal language model and a tokenizer that transformers can load. "
+        f"It says: {_line(error)}"
+    )
 
 
 def _cannot_pack(config: ModelConfig, device: torch.device, error: Exception) -> ConfigError:
     return ConfigError(
         f"model.quantization={config.quantization} must be a quantization that {config.name!r} can compute with on "
-        f"{device}, but that fails: {' '.join(str(error).split())[:300]}. Write model.quantization=none, or another."
+        f"{device}, but that fails: {_line(error)}. Write model.quantization=none, or another."
     )
+
+
+def _line(error: Exception) -> str:
+    """An error's words in one line, after its kind where they are few (a KeyError's are a key alone)."""
+    words = " ".join(str(error).split())[:400]
+    return words if len(words.split()) > 3 else f"{type(error).__name__}: {words}"
 
 
 def compile_loaded(loaded: LoadedModel, *, longest: int) -> LoadedModel:
@@ -229,8 +242,12 @@ def _wrap(
     model.eval()
     model.requires_grad_(False)
     model.config.use_cache = False
+    if hasattr(model.config, "rescale_every"):
+        model.config.rescale_every = 0  # or RWKV divides its weights, in place, in its first forward
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
+    check_tokens(model, tokenizer, name=source)
+    check_causal(model, name=source)
     direct_head = check_head(model)
     return LoadedModel(
         model=model,

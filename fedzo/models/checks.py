@@ -1,0 +1,176 @@
+"""What must hold of a model before a run trains it: finite weights, rows for all tokens, and causality.
+
+A model that breaks one of these trains all the same, or fails rounds later with an error about something else. So each
+is measured on the loaded model, in a few forwards, whatever its files claim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from fedzo.errors import ConfigError
+
+NUM_TOKENS = 8
+_NUM_TEXTS = 3
+_MOST_NAMES = 3
+_MASKED = 1e4  # some families write a lowest number in place of the logits of tokens that they never say
+BOUNDS = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
+PACKED_BOUND = 3e-2
+"""How far another last token may move earlier logits, as a share of the largest |logit|.
+
+Causal families move by nothing, or by 4e-7 in float32 where experts get batches of another size; the others move by 4e-2
+or more at the same weights. 16 bits hold 3 digits at most. Packed weights (8 or 4 bits) may round a column of
+activations in another way for one more token.
+"""
+
+
+def check_finite(model: nn.Module, files: Iterable[Path], *, name: str) -> None:
+    """Every weight is a finite number: one that is not makes each loss NaN, whatever the learning rate.
+
+    Args:
+        model: The model as it is held.
+        files: What it was read from, to tell where the weight stands.
+        name: ``model.name``, for the error.
+
+    Raises:
+        ConfigError: A weight is NaN or infinite, in the files or as held.
+    """
+    parameters = list(model.named_parameters())
+    packed = any(type(each.data) is not torch.Tensor or not each.is_floating_point() for _, each in parameters)
+    bad = [] if packed else [(own, each) for own, each in parameters if not _is_finite(each)]
+    if not (bad or packed):
+        return
+    stored = [
+        f"{key} in {file.name}" for file in files if file.suffix == ".safetensors" for key in _not_finite_in(file)
+    ]
+    if not (stored or bad):
+        return
+    if stored:
+        raise ConfigError(
+            f"model.name {name!r} must hold finite weights, but NaN or infinity stands in {_some(stored)}. Copy the "
+            "files again, or take another checkpoint: this one was damaged or diverged."
+        )
+    held = str(bad[0][1].dtype).removeprefix("torch.")
+    raise ConfigError(
+        f"model.name {name!r} must hold finite weights, but {_some([own for own, _ in bad])} holds NaN or infinity "
+        f"in {held}. Write model.dtype=float32 if the files hold numbers that {held} cannot; else copy them again."
+    )
+
+
+def check_tokens(model: nn.Module, tokenizer: Any, *, name: str) -> None:
+    """Every token of the vocabulary, and every special one in use, has a row of the embedding.
+
+    An added token without a role may lack one, as in checkpoints that are a part of a larger model; a text that holds
+    it is refused when it is encoded (``check_ids``).
+
+    Raises:
+        ConfigError: Tokens have ids beyond the embedding.
+    """
+    rows = num_rows(model)
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    if not beyond:
+        return
+    added = set(tokenizer.get_added_vocab())
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    roles = {str(token) for token in tokenizer.special_tokens_map.values() if isinstance(token, str)}
+    used = [token for token in beyond if token not in added or token in roles or token in template]
+    if used:
+        shown = [f"{token!r} (id {beyond[token]})" for token in sorted(used, key=beyond.__getitem__)]
+        raise ConfigError(
+            f"model.name {name!r}: the tokenizer has {len(tokenizer)} tokens and the embedding {rows} rows, so "
+            f"{_some(shown)} has none. Take the tokenizer that belongs to the weights, or save the model after "
+            "model.resize_token_embeddings(len(tokenizer))."
+        )
+
+
+def check_ids(model: nn.Module, ids: Iterable[int], *, where: str) -> None:
+    """Every token of a text has a row of the embedding.
+
+    Raises:
+        ConfigError: One has not.
+    """
+    rows, most = num_rows(model), max(ids, default=0)
+    if most >= rows:
+        raise ConfigError(
+            f"{where}: every token must have a row of the model's embedding, which has {rows}, but the text holds the "
+            f"token with id {most}. Change the text, or take the tokenizer that belongs to the weights."
+        )
+
+
+@torch.inference_mode()
+def check_causal(model: nn.Module, *, name: str) -> None:
+    """Another last token moves no earlier logit by more than rounding, and a forward writes to no weight.
+
+    Where a token sees those after it, an answer sees itself: losses fall and accuracy rises without any learning.
+    Texts run one at a time. A model must pass on one of three texts: experts that are chosen by a hair may change with
+    the last bits of a 16-bit forward, but hardly in every text, while a model that looks ahead does so in each.
+
+    Raises:
+        ConfigError: The model looks ahead, or changes its weights as it runs.
+    """
+    versions = [parameter._version for parameter in model.parameters()]
+    bound, moved = _bound(model), math.inf
+    for text in range(_NUM_TEXTS):
+        moved = min(moved, _moved(model, text))
+        if moved <= bound:
+            break
+    else:
+        raise ConfigError(
+            f"model.name {name!r} must be a causal language model, but a {type(model).__name__} is none as it is "
+            f"configured: another last token moves the logits before it by {moved:.1%} of the largest (at most "
+            f"{bound:g}), so that an answer sees itself. Take a decoder model such as Llama, Qwen or GPT-2 (where "
+            "this one was trained as a decoder, its config.json must say is_decoder=true)."
+        )
+    if versions != [parameter._version for parameter in model.parameters()]:
+        raise ConfigError(
+            f"model.name {name!r}: a forward of {type(model).__name__} must leave the weights as they are, but writes "
+            "to them. Take another model."
+        )
+
+
+def num_rows(model: nn.Module) -> int:
+    """Tokens that the model's embedding has a row for."""
+    return int(cast(Any, model).get_input_embeddings().weight.shape[0])
+
+
+def _moved(model: nn.Module, text: int) -> float:
+    """How far the logits before the last token move with it, as a share of the largest |logit|."""
+    rows = num_rows(model)
+    low, device = rows // 4, next(model.parameters()).device  # special tokens stand at the ends of a vocabulary
+    numbers = torch.arange(NUM_TOKENS + 1, device=device) * 7 + 11 * text
+    ids = low + numbers % max(1, rows // 2 - low)
+    texts = ids[:-1], torch.cat([ids[:-2], ids[-1:]])
+    one, other = (cast(Any, model)(input_ids=tokens[None]).logits[0, : NUM_TOKENS - 1].float() for tokens in texts)
+    said = (one.abs() < _MASKED) & (other.abs() < _MASKED)
+    one, other = one[said], other[said]
+    return float((one - other).abs().max() / one.abs().max().clamp(min=1e-30)) if len(one) else 0.0
+
+
+def _bound(model: nn.Module) -> float:
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    return max(BOUNDS.get(dtype, PACKED_BOUND) for dtype in dtypes)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    wide = tensor.detach().float() if tensor.itemsize < 2 else tensor.detach()
+    low, high = torch.aminmax(wide)  # one pass that keeps nothing; a NaN is both
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _not_finite_in(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as stored:
+        return [key for key in stored.keys() if not _is_finite(stored.get_tensor(key))]  # noqa: SIM118
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + more
