@@ -7,6 +7,7 @@ from typing import Any
 
 from fedzo.commands.run_folder import read_run, rebuild
 from fedzo.config.travel import config_hash
+from fedzo.data.encode import encode_prompts
 from fedzo.errors import ConfigError
 from fedzo.evaluate import evaluate
 from fedzo.fl.log_store import RunStore
@@ -63,5 +64,5 @@ def evaluate_run(run_dir: Path, *, split: str) -> dict[str, Any]:
 def generate_run(run_dir: Path, prompts: list[str], *, max_new_tokens: int) -> list[str]:
     """Greedy continuations by the run's model (its best round)."""
     peer = rebuild(run_dir).process.peer
-    ids = [tuple(peer.loaded.tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    ids = encode_prompts(prompts, peer.loaded.tokenizer)
     return generate(peer.loaded, ids, max_new_tokens=max_new_tokens, tokens_per_batch=peer.site.model.tokens_per_batch)

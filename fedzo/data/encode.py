@@ -17,6 +17,7 @@ from fedzo.data.tasks import Rendered, render
 from fedzo.errors import ConfigError
 
 _FORMAT = "fedzo-prompt/1"  # change it when rendering or preparations change, so that old and new sites do not mix
+_SAMPLE = "a"  # a text on which is seen what the tokenizer puts before and after one
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,28 @@ def encode(rows: Sequence[Row], task: TaskConfig, *, tokenizer: Tokenizer, max_l
             )
         examples.append(Example(head, answers, row.label, row.reference))
     return examples
+
+
+def encode_prompts(texts: Sequence[str], tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+    """Token ids of texts that the model is to go on from: what the tokenizer puts after a text is left out.
+
+    Some tokenizers end every text with an end-of-text token, after which a model begins another text. The prompts of
+    rows never have it, since the answer follows in the same text (``encode``).
+
+    Args:
+        texts: The texts.
+        tokenizer: A transformers tokenizer.
+
+    Returns:
+        Token ids of each text, with what the tokenizer puts before it.
+    """
+    plain, whole = (
+        tokenizer([_SAMPLE], add_special_tokens=special, verbose=False)["input_ids"][0] for special in (False, True)
+    )
+    starts = [at for at in range(len(whole)) if whole[at : at + len(plain)] == plain]
+    num_after = len(whole) - starts[0] - len(plain) if plain and starts else 0
+    ids = tokenizer(list(texts), add_special_tokens=True, verbose=False)["input_ids"] if texts else []
+    return [tuple(tokens[: len(tokens) - num_after]) for tokens in ids]
 
 
 def task_digest(task: TaskConfig) -> str:

@@ -16,19 +16,20 @@ from safetensors import safe_open
 from torch import nn
 
 from fedzo.errors import ConfigError
+from fedzo.models.source import some
 
 NUM_TOKENS = 8
 _NUM_TEXTS = 3
-_MOST_NAMES = 3
 _MASKED = 1e4  # some families write a lowest number in place of the logits of tokens that they never say
-BOUNDS = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
-PACKED_BOUND = 3e-2
+BOUND, EXPERTS_16_BITS_BOUND, PACKED_BOUND = 1e-5, 1e-2, 3e-2
 """How far another last token may move earlier logits, as a share of the largest |logit|.
 
-Causal families move by nothing, or by 4e-7 in float32 where experts get batches of another size; the others move by 4e-2
-or more at the same weights. 16 bits hold 3 digits at most. Packed weights (8 or 4 bits) may round a column of
-activations in another way for one more token.
+A token's numbers are computed from its own and those before it, in the same order whatever comes after: causal families
+move by nothing, in 16 bits as well. Experts get batches of another size, which moves last bits: by 4e-7 in float32, by
+some of three digits in 16 bits. Packed weights (8 or 4 bits) may round a column of activations in another way for one
+more token. Models that look ahead moved by 4e-2 and more, and by 1e-3 with weights so small that they say nothing.
 """
+_EXPERTS = ("expert", "moe", "router")
 
 
 def check_finite(model: nn.Module, files: Iterable[Path], *, name: str) -> None:
@@ -43,7 +44,7 @@ def check_finite(model: nn.Module, files: Iterable[Path], *, name: str) -> None:
         ConfigError: A weight is NaN or infinite, in the files or as held.
     """
     parameters = list(model.named_parameters())
-    packed = any(type(each.data) is not torch.Tensor or not each.is_floating_point() for _, each in parameters)
+    packed = any(_is_packed(each) for _, each in parameters)
     bad = [] if packed else [(own, each) for own, each in parameters if not _is_finite(each)]
     if not (bad or packed):
         return
@@ -54,12 +55,12 @@ def check_finite(model: nn.Module, files: Iterable[Path], *, name: str) -> None:
         return
     if stored:
         raise ConfigError(
-            f"model.name {name!r} must hold finite weights, but NaN or infinity stands in {_some(stored)}. Copy the "
+            f"model.name {name!r} must hold finite weights, but NaN or infinity stands in {some(stored)}. Copy the "
             "files again, or take another checkpoint: this one was damaged or diverged."
         )
     held = str(bad[0][1].dtype).removeprefix("torch.")
     raise ConfigError(
-        f"model.name {name!r} must hold finite weights, but {_some([own for own, _ in bad])} holds NaN or infinity "
+        f"model.name {name!r} must hold finite weights, but {some([own for own, _ in bad])} holds NaN or infinity "
         f"in {held}. Write model.dtype=float32 if the files hold numbers that {held} cannot; else copy them again."
     )
 
@@ -85,7 +86,7 @@ def check_tokens(model: nn.Module, tokenizer: Any, *, name: str) -> None:
         shown = [f"{token!r} (id {beyond[token]})" for token in sorted(used, key=beyond.__getitem__)]
         raise ConfigError(
             f"model.name {name!r}: the tokenizer has {len(tokenizer)} tokens and the embedding {rows} rows, so "
-            f"{_some(shown)} has none. Take the tokenizer that belongs to the weights, or save the model after "
+            f"{some(shown)} has none. Take the tokenizer that belongs to the weights, or save the model after "
             "model.resize_token_embeddings(len(tokenizer))."
         )
 
@@ -113,12 +114,19 @@ def check_causal(model: nn.Module, *, name: str) -> None:
     the last bits of a 16-bit forward, but hardly in every text, while a model that looks ahead does so in each.
 
     Raises:
-        ConfigError: The model looks ahead, or changes its weights as it runs.
+        ConfigError: The model looks ahead, gives no numbers, or changes its weights as it runs.
     """
     versions = [parameter._version for parameter in model.parameters()]
     bound, moved = _bound(model), math.inf
     for text in range(_NUM_TEXTS):
-        moved = min(moved, _moved(model, text))
+        this = _moved(model, text)
+        if math.isnan(this):
+            dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"model.name {name!r}: the logits of a {type(model).__name__} must be finite, but are not in {dtype}, "
+                "while its weights are. Write model.dtype=float32 if it is another, or correct its config.json."
+            )
+        moved = min(moved, this)
         if moved <= bound:
             break
     else:
@@ -135,27 +143,42 @@ def check_causal(model: nn.Module, *, name: str) -> None:
         )
 
 
+def num_positions(model: nn.Module) -> int | None:
+    """Tokens of the longest text that the model has positions for; None where there is no limit."""
+    there = getattr(cast(Any, model).config, "max_position_embeddings", None)
+    return there if isinstance(there, int) and there > 0 else None
+
+
 def num_rows(model: nn.Module) -> int:
     """Tokens that the model's embedding has a row for."""
     return int(cast(Any, model).get_input_embeddings().weight.shape[0])
 
 
 def _moved(model: nn.Module, text: int) -> float:
-    """How far the logits before the last token move with it, as a share of the largest |logit|."""
+    """How far the logits before the last token move with it, as a share of the largest |logit|; NaN if one is."""
     rows = num_rows(model)
     low, device = rows // 4, next(model.parameters()).device  # special tokens stand at the ends of a vocabulary
     numbers = torch.arange(NUM_TOKENS + 1, device=device) * 7 + 11 * text
     ids = low + numbers % max(1, rows // 2 - low)
     texts = ids[:-1], torch.cat([ids[:-2], ids[-1:]])
     one, other = (cast(Any, model)(input_ids=tokens[None]).logits[0, : NUM_TOKENS - 1].float() for tokens in texts)
+    if bool((one.isnan() | one.isposinf()).any()):
+        return math.nan
     said = (one.abs() < _MASKED) & (other.abs() < _MASKED)
     one, other = one[said], other[said]
     return float((one - other).abs().max() / one.abs().max().clamp(min=1e-30)) if len(one) else 0.0
 
 
 def _bound(model: nn.Module) -> float:
-    dtypes = {parameter.dtype for parameter in model.parameters()}
-    return max(BOUNDS.get(dtype, PACKED_BOUND) for dtype in dtypes)
+    held = dict(model.named_parameters())
+    if any(_is_packed(parameter) for parameter in held.values()):
+        return PACKED_BOUND
+    has_experts = any(part in name for name in held for part in _EXPERTS)
+    return EXPERTS_16_BITS_BOUND if has_experts and any(each.itemsize == 2 for each in held.values()) else BOUND
+
+
+def _is_packed(parameter: nn.Parameter) -> bool:
+    return type(parameter.data) is not torch.Tensor or not parameter.is_floating_point()
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
@@ -169,8 +192,3 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 def _not_finite_in(file: Path) -> list[str]:
     with safe_open(file, framework="pt") as stored:
         return [key for key in stored.keys() if not _is_finite(stored.get_tensor(key))]  # noqa: SIM118
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    return ", ".join(names[:_MOST_NAMES]) + more

@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from fedzo.errors import ConfigError
+from fedzo.models.checks import check_ids, num_positions
 from fedzo.models.load import LoadedModel
 from fedzo.models.plan import FEW_FORWARDS, plan_batches
 from fedzo.models.virtual_tokens import num_virtual_tokens
@@ -38,10 +39,12 @@ def generate(
         The answers in the order of the prompts, without special tokens and outer white space.
 
     Raises:
-        ConfigError: A prompt is empty.
+        ConfigError: A prompt is empty, or holds a token without a row of the embedding.
     """
     if not all(prompts):
         raise ConfigError("every prompt must have at least one token, got an empty one. Check the task's template.")
+    for prompt in prompts:
+        check_ids(loaded.model, prompt, where="prompt")
     tokenizer = loaded.tokenizer
     ends = _end_tokens(loaded)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
@@ -53,9 +56,8 @@ def generate(
         eos_token_id=sorted(ends | (_newline(tokenizer) if stop_at_newline else set())) or None,
         pad_token_id=pad,
     )
-    longest = getattr(cast(Any, loaded.model).config, "max_position_embeddings", None)
-    virtual = num_virtual_tokens(loaded.model)
-    if isinstance(longest, int):
+    longest, virtual = num_positions(loaded.model), num_virtual_tokens(loaded.model)
+    if longest is not None:
         prompts = [prompt[-max(1, longest - max_new_tokens - virtual) :] for prompt in prompts]
     answers = [""] * len(prompts)
     num_done = 0

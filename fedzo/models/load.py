@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from fedzo.errors import ConfigError
 from fedzo.models.cache import check_cache
-from fedzo.models.checks import check_causal, check_finite, check_tokens
+from fedzo.models.checks import check_causal, check_finite, check_tokens, num_positions
 from fedzo.models.compiled import CompiledDecoder, compile_decoder
 from fedzo.models.config import DType, ModelConfig, Quantization
 from fedzo.models.digest import file_digest, parameters_digest, tokenizer_digest, weights_digest
@@ -122,8 +122,8 @@ def load_model(config: ModelConfig, *, device: str = "auto", max_length: int = 1
     except Exception as error:  # files from anywhere make transformers raise anything
         raise _cannot_read(config, where, error) from error
     check_finite(model, source.files, name=config.name)
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(longest, int) and max_length > longest:
+    longest = num_positions(model)
+    if longest is not None and max_length > longest:
         raise ConfigError(f"task.max_length must be <= {longest} for {config.name!r}, got {max_length}. Lower it.")
     if not packed:  # packed weights are where they belong already
         model.to(where)
@@ -172,7 +172,7 @@ def _cannot_pack(config: ModelConfig, device: torch.device, error: Exception) ->
 
 def _line(error: Exception) -> str:
     """An error's words in one line, after its kind where they are few (a KeyError's are a key alone)."""
-    words = " ".join(str(error).split())[:400]
+    words = " ".join(str(error).split()).partition(" Model type should be one of")[0][:400]
     return words if len(words.split()) > 3 else f"{type(error).__name__}: {words}"
 
 

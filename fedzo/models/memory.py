@@ -5,6 +5,7 @@ The memory of a forward-only step, in bytes (w = bytes of a weight):
     weights      every parameter once
     activations  tokens * w * (6 * hidden + 3 * intermediate), one layer's at a time: there is no backward pass
     attention    2 * heads * 512 * tokens * 4, only where attention writes its scores down ("eager", as Gemma 2)
+    states       tokens * 4 * (4 * inner * state) for a state space model, 2 * chunk * heads * state in chunks (Mamba 2)
     head         head_rows * vocabulary * (4 + w), the logits and their float32 copy, at most 256 MiB of the float32
     cache        keys and values of shared prompts: counted in ``tokens_per_batch`` when forwards are planned
     trained      what the space says (``Space.step_bytes``): masters, directions, scratch, marks
@@ -75,7 +76,8 @@ def estimate_step_memory_bytes(
     config = _text_config(model)
     activations = batch_tokens * width * (6 * _hidden(config) + 3 * _intermediate(config))
     if getattr(config, "_attn_implementation", None) == "eager":
-        activations += 2 * 4 * _SEQUENCE_TOKENS * batch_tokens * int(config.num_attention_heads)
+        activations += 2 * 4 * _SEQUENCE_TOKENS * batch_tokens * _heads(config)
+    activations += 4 * batch_tokens * _states(config)
     activations *= int(config.num_hidden_layers) if backward else 1
     logits = head_rows * int(getattr(config, "vocab_size", 0))
     head = min(4 * logits, _LOGITS_BYTES) * (4 + width) // 4
@@ -92,7 +94,7 @@ def available_memory_bytes(device: torch.device) -> int:
 def cache_tokens(model: nn.Module) -> float:
     """Memory of one position's keys and values in all layers, in tokens of a forward without cache (same dtype)."""
     config = _text_config(model)
-    heads = int(config.num_attention_heads)
+    heads = max(1, _heads(config))
     keys = int(getattr(config, "num_key_value_heads", None) or heads)
     width = int(getattr(config, "head_dim", None) or _hidden(config) // heads)
     return 2 * int(config.num_hidden_layers) * keys * width / (6 * _hidden(config) + 3 * _intermediate(config))
@@ -158,6 +160,21 @@ def seconds_per_token(loaded: LoadedModel, *, num_tokens: int = 256) -> float:
 
 def _text_config(model: nn.Module) -> Any:
     return cast(Any, model.config).get_text_config()
+
+
+def _heads(config: Any) -> int:
+    """Attention heads; 0 in a model without attention (Mamba, RWKV)."""
+    return int(getattr(config, "num_attention_heads", None) or 0)
+
+
+def _states(config: Any) -> int:
+    """Float32 numbers a token that the scan of a state space model writes down without a kernel of its own."""
+    size = getattr(config, "state_size", None)
+    if not isinstance(size, int):
+        return 0
+    if isinstance(chunk := getattr(config, "chunk_size", None), int):  # Mamba 2 pairs the tokens of a chunk
+        return 2 * min(chunk, _SEQUENCE_TOKENS) * int(config.num_heads) * size
+    return 4 * _intermediate(config) * size
 
 
 def _hidden(config: Any) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig, TorchAoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig, TorchAoConfig
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
@@ -33,6 +34,7 @@ EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _CONVERSION = "1"  # raise it when the conversion changes what it writes
 _STALE_S = 3600.0
+_NUMBER = re.compile(r"\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,27 +165,54 @@ def read_model(name: str | Path, **arguments: Any) -> Any:
     """A causal language model, every parameter of which comes from its files or is tied to one that does.
 
     Raises:
-        ConfigError: A parameter is in no file: transformers would draw it at random, anew at every load.
+        ConfigError: A parameter is in no file, or in another shape there: transformers would draw it at random, anew
+            at every load. A layer of the files is used by none. The model is an encoder with a decoder.
     """
-    loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **arguments)
+    if "gguf_file" not in arguments:
+        where = {key: arguments[key] for key in ("revision", "trust_remote_code") if key in arguments}
+        config: Any = AutoConfig.from_pretrained(name, **where)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ConfigError(
+                f"model.name {str(name)!r} must be a causal language model, but config.json says that it is an encoder "
+                f"with a decoder (model_type={config.model_type}): its decoder alone is another model. Take a decoder "
+                "model such as Llama, Qwen or GPT-2."
+            )
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        name, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+    )
     model, told = loaded
+    if told["mismatched_keys"]:
+        shapes = [f"{own} {list(held)} (config: {list(said)})" for own, held, said in sorted(told["mismatched_keys"])]
+        raise ConfigError(
+            f"model.name {str(name)!r} must hold whole safetensors files with the shapes of its config.json, but they "
+            f"hold {some(shapes)}. Take the config.json that belongs to the weights."
+        )
     parameters = {own for own, _ in model.named_parameters(remove_duplicate=False)}
+    unused = sorted(told["unexpected_keys"])
     if absent := sorted(parameters & set(told["missing_keys"])):
-        unused = sorted(told["unexpected_keys"])
         cause = (
-            f"The files hold {_some(unused)} instead, which the model does not use: they are of another architecture, "
+            f"The files hold {some(unused)} instead, which the model does not use: they are of another architecture, "
             "or their names have another prefix."
             if unused
             else "The checkpoint is not complete, or it is a base model without its LM head."
         )
         raise ConfigError(
-            f"model.name {str(name)!r} must hold every parameter of {type(model).__name__}, but {_some(absent)} is in "
+            f"model.name {str(name)!r} must hold every parameter of {type(model).__name__}, but {some(absent)} is in "
             f"no file. {cause}"
         )
+    used = {_NUMBER.sub("*", own) for own in parameters}
+    if beyond := [own for own in unused if _NUMBER.sub("*", own) in used]:
+        raise ConfigError(
+            f"model.name {str(name)!r}: every layer of the files must be used, but {some(beyond)} is beyond what "
+            "config.json describes. Take the config.json that belongs to the weights."
+        )
+    if unused:
+        logger.warning("model.name %r: %s in its files is not used", str(name), some(unused))
     return model
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first three, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 
@@ -233,7 +262,16 @@ def _sweep(parent: Path) -> None:
 def _safetensors(name: str, revision: str | None) -> tuple[Path, ...]:
     index = _file(name, "model.safetensors.index.json", revision)
     if index is not None:
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            inside = all(Path(shard).name == shard for shard in shards)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            shards, inside = [], False
+        if not (shards and inside):
+            raise ConfigError(
+                f"model.name {name!r}: {index.name} must be JSON whose weight_map gives each weight the name of a file "
+                "beside it, but is not. Copy or download it again."
+            )
         found = [(shard, _file(name, shard, revision)) for shard in shards]
         if missing := [shard for shard, path in found if path is None]:
             raise ConfigError(

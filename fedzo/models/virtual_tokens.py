@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fedzo.errors import ConfigError
 from fedzo.models.cache import read_only
+from fedzo.models.checks import num_positions
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -67,9 +68,8 @@ def longest_sequence(model: nn.Module, max_length: int) -> int:
     Raises:
         ConfigError: The model has fewer.
     """
-    there = getattr(cast(Any, model).config, "max_position_embeddings", None)
-    virtual = num_virtual_tokens(model)
-    if virtual and isinstance(there, int) and max_length + virtual > there:
+    there, virtual = num_positions(model), num_virtual_tokens(model)
+    if virtual and there is not None and max_length + virtual > there:
         raise ConfigError(
             f"task.max_length must be <= {there - virtual}, since {virtual} of {there} positions are virtual tokens, "
             f"got {max_length}. Lower it, or trainer.num_virtual_tokens."

@@ -17,6 +17,7 @@ from fedzo.evaluate import EVALUATORS, Evaluator
 from fedzo.fl.client.local_update import Workspace
 from fedzo.fl.client.worker import Identity
 from fedzo.fl.replica import Replica
+from fedzo.models.checks import check_ids
 from fedzo.models.config import DType
 from fedzo.models.fidelity import NUM_DIRECTIONS, choose_dtype, coarseness_warning, try_out
 from fedzo.models.load import LoadedModel, load_model, resolve_device
@@ -94,7 +95,12 @@ class Peer:
 
     def encode(self, rows: list[Row]) -> list[Example]:
         """Rows as token ids."""
-        return encode(rows, self.config.task, tokenizer=self.loaded.tokenizer, max_length=self.config.task.max_length)
+        task = self.config.task
+        examples = encode(rows, task, tokenizer=self.loaded.tokenizer, max_length=task.max_length)
+        for number, example in enumerate(examples):
+            for ids in (example.prompt, *example.candidates):
+                check_ids(self.loaded.model, ids, where=f"row {number}")
+        return examples
 
     def workspace(self, artifact: Artifact, *, trial_rows: TrialRows | None = None) -> Workspace:
         """The model with the space that an artifact describes; made once, also where server and clients ask for it.

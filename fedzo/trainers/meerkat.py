@@ -178,7 +178,7 @@ def choose_mask(config: MeerkatConfig, loaded: LoadedModel, workplace: Workplace
     if config.selector is Selector.sensitivity:
         windows = windows_from_texts(
             _texts(config, workplace),
-            tokenize=lambda text: list(loaded.tokenizer(text)["input_ids"]),
+            tokenize=lambda text: list(loaded.tokenizer(text, verbose=False)["input_ids"]),
             num_docs=config.calibration_docs,
             num_tokens=config.calibration_tokens,
             seed=workplace.seed,
