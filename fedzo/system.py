@@ -1,7 +1,8 @@
-"""What numbers and times depend on beside the code: versions, machine, commit, threads."""
+"""What a process depends on beside the code: versions, machine, commit, threads, and what its libraries say."""
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import subprocess
@@ -9,13 +10,30 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numba
-import torch
-
 import fedzo
 
 MOST_THREADS = 1024  # with very many OpenMP ends the process without a word
 PACKAGES = ("torch", "transformers", "peft", "flwr", "numpy", "numba", "hydra-core")
+
+_LIBRARIES = (
+    *("accelerate", "bitsandbytes", "datasets", "filelock", "fsspec", "httpx", "huggingface_hub", "matplotlib"),
+    *("numba", "numexpr", "peft", "tensorflow", "torch.utils._pytree", "torchao", "transformers", "triton", "urllib3"),
+)
+_VERBOSITY_VARIABLES = ("DATASETS_VERBOSITY", "HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY")
+
+
+def quiet_libraries() -> None:
+    """Let the libraries below fedzo say only what went wrong, before they are imported.
+
+    Terminal and fedzo.log are for lines that a user can act on: fedzo's own, Flower's, a plugin's, and any library's
+    errors. What libraries warn of (kernels that are not installed, calls that will change) is for who writes code;
+    what of it matters to a run, such as weights that were not used, fedzo says itself. A variable such as
+    ``TRANSFORMERS_VERBOSITY=warning`` brings a library's warnings back.
+    """
+    for variable in _VERBOSITY_VARIABLES:  # these libraries set their level again when they are imported
+        os.environ.setdefault(variable, "error")
+    for name in _LIBRARIES:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def environment() -> dict[str, Any]:
@@ -46,6 +64,9 @@ def default_threads() -> int:
 
 def use_threads(count: int) -> None:
     """Let torch and Numba compute with so many threads; 0 takes ``default_threads``."""
+    import numba  # here: a command that computes nothing waits for neither
+    import torch
+
     count = count or default_threads()
     torch.set_num_threads(count)
     numba.set_num_threads(min(count, int(getattr(numba.config, "NUMBA_NUM_THREADS", count))))

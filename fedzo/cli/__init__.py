@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import fedzo
 from fedzo.cli import commands
 from fedzo.errors import ConfigError, FedzoError
+from fedzo.system import quiet_libraries
 
 RUN_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags and not arguments.takes_flags:
         parser.error(f"fedzo {arguments.command}: unknown option {flags[0]!r}")
     arguments.overrides = rest
+    quiet_libraries()
     try:
         with stopped_by_signals():
             return int(arguments.handler(arguments))

@@ -27,6 +27,7 @@ from fedzo.config.overrides import rewrite_model, with_config_dir
 from fedzo.config.plugins import conf_dir
 from fedzo.config.sweep import plan_sweep
 from fedzo.errors import ConfigError, FedzoError, RunFolderError
+from fedzo.system import quiet_libraries
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ def train(arguments: Sequence[str]) -> None:
 
 def job(composed: DictConfig) -> None:
     """One run, in the folder that Hydra made for it; in a worker process for the joblib launcher."""
+    quiet_libraries()  # in a worker process, too
     from fedzo.commands.train import start_or_resume_run, start_run
 
     hydra = HydraConfig.get()

@@ -11,6 +11,7 @@ from fedzo.data.encode import encode_prompts
 from fedzo.errors import ConfigError
 from fedzo.evaluate import evaluate
 from fedzo.fl.log_store import RunStore
+from fedzo.models.checks import check_ids
 from fedzo.models.generate import generate
 from fedzo.records.decode import encode
 
@@ -65,4 +66,6 @@ def generate_run(run_dir: Path, prompts: list[str], *, max_new_tokens: int) -> l
     """Greedy continuations by the run's model (its best round)."""
     peer = rebuild(run_dir).process.peer
     ids = encode_prompts(prompts, peer.loaded.tokenizer)
+    for number, tokens in enumerate(ids):
+        check_ids(peer.loaded.model, tokens, where=f"prompt {number}")
     return generate(peer.loaded, ids, max_new_tokens=max_new_tokens, tokens_per_batch=peer.site.model.tokens_per_batch)

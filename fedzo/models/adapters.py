@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedzo.errors import ConfigError
 from fedzo.models.load import LoadedModel
-from fedzo.models.virtual_tokens import attach, detach, num_virtual_tokens, paused
+from fedzo.models.virtual_tokens import are_seen, attach, detach, num_virtual_tokens, paused
 
 Names = tuple[str, ...]
 _FUSED: tuple[Names, ...] = (("c_attn",), ("query_key_value",), ("qkv_proj",), ("Wqkv",))
@@ -82,18 +82,27 @@ def inject(loaded: LoadedModel, config: PeftConfig) -> PeftModel:
 
     Returns:
         PEFT's view of the model; its trained parameters (``trained_parameters``) are float32.
+
+    Raises:
+        ConfigError: PEFT has no such adapter for this model, or the model would not read it.
     """
     remove(loaded.model)
     devices = [loaded.device] if loaded.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # by PEFT
         commit = getattr(loaded.model.config, "_commit_hash", None)
-        peft_model = cast(PeftModel, get_peft_model(loaded.model, config, revision=commit))
+        try:
+            peft_model = cast(PeftModel, get_peft_model(loaded.model, config, revision=commit))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise _unsuitable(loaded, config, " ".join(str(error).split())[:300]) from error
     for _, parameter in trained_parameters(peft_model):
         parameter.data = parameter.data.float()
     if config.is_prompt_learning:
         attach(loaded.model, peft_model)
     peft_model.eval()
+    if config.is_prompt_learning and not are_seen(loaded.model):
+        detach(loaded.model)
+        raise _unsuitable(loaded, config, "its layers do not read the virtual tokens")
     return peft_model
 
 
@@ -133,6 +142,13 @@ def base_model(model: nn.Module) -> Iterator[None]:
         model.requires_grad_(False)
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+def _unsuitable(loaded: LoadedModel, config: PeftConfig, reason: str) -> ConfigError:
+    return ConfigError(
+        f"trainer: a {type(loaded.model).__name__} must be a model that can have an adapter of the kind "
+        f"{config.peft_type}, but cannot: {reason}. Choose another trainer, such as meerkat or lora."
+    )
 
 
 def _base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -9,7 +9,8 @@ import torch
 from transformers import GenerationConfig
 
 from fedzo.errors import ConfigError
-from fedzo.models.checks import check_ids, num_positions
+from fedzo.models.checks import num_positions, num_rows
+from fedzo.models.head import TOLERANCE
 from fedzo.models.load import LoadedModel
 from fedzo.models.plan import FEW_FORWARDS, plan_batches
 from fedzo.models.virtual_tokens import num_virtual_tokens
@@ -39,12 +40,10 @@ def generate(
         The answers in the order of the prompts, without special tokens and outer white space.
 
     Raises:
-        ConfigError: A prompt is empty, or holds a token without a row of the embedding.
+        ConfigError: A prompt is empty.
     """
     if not all(prompts):
         raise ConfigError("every prompt must have at least one token, got an empty one. Check the task's template.")
-    for prompt in prompts:
-        check_ids(loaded.model, prompt, where="prompt")
     tokenizer = loaded.tokenizer
     ends = _end_tokens(loaded)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
@@ -63,7 +62,8 @@ def generate(
     num_done = 0
     lengths = [virtual + len(prompt) + max_new_tokens for prompt in prompts]
     # padding would lie between virtual tokens and text, and use up a sliding window: then no batch has any
-    for batch in _batches(lengths, tokens_per_batch=tokens_per_batch, padded=virtual == 0):
+    padded = virtual == 0 and len(set(lengths)) > 1 and _ignores_padding(loaded, pad)
+    for batch in _batches(lengths, tokens_per_batch=tokens_per_batch, padded=padded):
         width = max(len(prompts[i]) for i in batch)
         ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in batch])
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
@@ -77,6 +77,31 @@ def generate(
         if on_batch is not None:
             on_batch(num_done, len(prompts))
     return answers
+
+
+def _ignores_padding(loaded: LoadedModel, pad: int) -> bool:
+    """Whether a prompt with padding before it gives the logits that it gives alone.
+
+    It does not where positions are counted from the first column, or where a state goes through the padding (RWKV).
+    """
+    ids = torch.arange(4, device=loaded.device)[None] + num_rows(loaded.model) // 4
+    settings = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=pad, output_logits=True
+    )
+    logits = []
+    for num_pads in (0, 3):
+        before = ids.new_zeros(1, num_pads)
+        output = cast(Any, loaded.model).generate(
+            torch.cat([before + pad, ids], dim=1),
+            attention_mask=torch.cat([before, torch.ones_like(ids)], dim=1),
+            generation_config=settings,
+            return_dict_in_generate=True,
+        )
+        logits.append(torch.stack(output.logits).float())
+    alone, padded = logits
+    said = (alone.abs() < 1e4) & (padded.abs() < 1e4)
+    limit = TOLERANCE.get(next(loaded.model.parameters()).dtype, 4e-2) * float(alone[said].abs().max())
+    return bool(((padded - alone)[said].abs() <= limit).all())
 
 
 def _batches(lengths: Sequence[int], *, tokens_per_batch: int, padded: bool) -> Iterator[list[int]]:

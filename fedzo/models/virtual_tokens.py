@@ -56,6 +56,19 @@ def paused(model: nn.Module) -> Iterator[None]:
         attach(model, tokens.peft_model)
 
 
+@torch.inference_mode()
+def are_seen(model: nn.Module) -> bool:
+    """Whether the output at a text's tokens depends on the virtual tokens before it: not so where no layer attends."""
+    ids = torch.arange(4, device=next(model.parameters()).device)[None]
+    decoder = cast(Any, model).get_decoder()
+    try:
+        seen = decoder(input_ids=ids).last_hidden_state
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False
+    with paused(model):
+        return not torch.equal(seen, decoder(input_ids=ids).last_hidden_state)
+
+
 def num_virtual_tokens(model: nn.Module) -> int:
     """Positions that virtual tokens take before every text, 0 without any."""
     tokens: VirtualTokens | None = vars(model).get(_ATTACHED)

@@ -16,11 +16,14 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
+    Mamba2Config,
+    MambaConfig,
     MixtralConfig,
     OPTConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
+    RwkvConfig,
 )
 
 from fedzo.models.load import LoadedModel, wrap_model
@@ -85,13 +88,35 @@ _CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
 FAMILIES = tuple(_CONFIGS)
 
 
+def _mamba(**common: Any) -> PreTrainedConfig:
+    return MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=8, initializer_range=0.1, **common)
+
+
+def _mamba2(**common: Any) -> PreTrainedConfig:
+    return Mamba2Config(
+        hidden_size=32, num_hidden_layers=2, state_size=8, num_heads=8, head_dim=8, n_groups=2, chunk_size=32, **common
+    )
+
+
+def _rwkv(**common: Any) -> PreTrainedConfig:
+    """With more layers than it would leave unscaled by itself."""
+    return RwkvConfig(hidden_size=32, num_hidden_layers=7, rescale_every=6, **common)
+
+
+_WITHOUT_ATTENTION: dict[str, Callable[..., PreTrainedConfig]] = {"mamba": _mamba, "mamba2": _mamba2, "rwkv": _rwkv}
+WITHOUT_ATTENTION = tuple(_WITHOUT_ATTENTION)
+
+
 def tiny_model(
     family: str = "llama", *, vocab_size: int = 512, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> Any:
-    """A random model of one of ``FAMILIES``; ``llama`` has 34,976 parameters. The global generator is left alone."""
+    """A random model of one of ``FAMILIES`` or ``WITHOUT_ATTENTION``; the global generator is left alone.
+
+    ``llama`` has 34,976 parameters.
+    """
     tokenizer = byte_tokenizer()
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = _CONFIGS[family](vocab_size=vocab_size, **ids)
+    config = {**_CONFIGS, **_WITHOUT_ATTENTION}[family](vocab_size=vocab_size, **ids)
     return tiny_model_from(config, seed=seed, dtype=dtype)
 
 
@@ -131,19 +156,23 @@ _CHAT = (
 )
 
 
-def byte_tokenizer(*, add_bos: bool = False, chat: bool = True) -> PreTrainedTokenizerFast:
+def byte_tokenizer(*, add_bos: bool = False, add_eos: bool = False, chat: bool = True) -> PreTrainedTokenizerFast:
     """259 tokens: three special ones and the 256 bytes of UTF-8 text.
 
     Args:
         add_bos: Put ``<bos>`` before every text, as Llama and Gemma do.
+        add_eos: Put ``<eos>`` after every text, as ``add_eos_token=True`` asks of Llama's.
         chat: Give it a chat template.
     """
     vocabulary = {token: number for number, token in enumerate((*SPECIALS, *_byte_letters()))}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    if add_bos:
-        backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    if add_bos or add_eos:
+        around = f"{'<bos> ' if add_bos else ''}$A{' <eos>' if add_eos else ''}"
+        backend.post_processor = processors.TemplateProcessing(
+            single=around, special_tokens=[("<bos>", 1), ("<eos>", 2)]
+        )
     pad, bos, eos = SPECIALS
     tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend, pad_token=pad, bos_token=bos, eos_token=eos

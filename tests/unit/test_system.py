@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,3 +45,41 @@ def test_local_clients_share_the_cpus(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert _environment(tmp_path, num_clients=4 * cpus)["OMP_NUM_THREADS"] == "5"
+
+
+LISTENING = """
+import logging, sys
+from fedzo.system import quiet_libraries
+logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(name)s %(levelname)s")
+quiet_libraries()
+import datasets, peft, transformers
+from transformers import TorchAoConfig
+import fedzo.models.source
+for name in ("torchao.x", "transformers.x", "datasets.x", "torch.utils._pytree", "plugin", "fedzo.x", "flwr"):
+    logging.getLogger(name).warning("w")
+    logging.getLogger(name).error("e")
+"""
+
+
+def said_by(**environment: str) -> list[str]:
+    """Lines that a fresh process writes to its error output."""
+    inherited = {name: value for name, value in os.environ.items() if not name.endswith("_VERBOSITY")}
+    done = subprocess.run(
+        [sys.executable, "-c", LISTENING], env={**inherited, **environment}, capture_output=True, text=True, check=True
+    )
+    return done.stderr.splitlines()
+
+
+def test_of_libraries_errors_alone_are_heard_and_of_all_others_warnings_too() -> None:
+    said = said_by()
+
+    assert [line for line in said if "WARNING" in line] == ["plugin WARNING", "fedzo.x WARNING", "flwr WARNING"]
+    assert {"torchao.x ERROR", "datasets.x ERROR", "plugin ERROR", "fedzo.x ERROR"} <= set(said)
+    assert not [line for line in said if "pytree.py" in line or "Failed to load" in line or "triton" in line]
+
+
+def test_a_librarys_own_variable_brings_its_warnings_back() -> None:
+    said = said_by(DATASETS_VERBOSITY="warning")
+
+    assert "datasets.x WARNING" in said
+    assert "torchao.x WARNING" not in said

@@ -21,6 +21,7 @@ from flwr.clientapp import ClientApp
 from fedzo.runtime._flower import failure_reason
 from fedzo.runtime.net._flower_http import ClientTask, RunNotRunningException, RuntimeApi, TaskType, client_task
 from fedzo.runtime.net.processes import accepts, watch_parent
+from fedzo.system import quiet_libraries
 
 log = logging.getLogger(__name__)
 POLL_S = 0.05
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None, *, app: ClientApp | None = None
     parser.add_argument("--parent-pid", type=int, help="end when this process has ended")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    quiet_libraries()
     signal.signal(signal.SIGTERM, _exit)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Flower raises it in a process whose task is over, as after each run
     if options.parent_pid is not None:

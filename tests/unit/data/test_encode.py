@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from fedzo.data.config import Loss, TaskConfig, TaskKind
-from fedzo.data.encode import encode, task_digest
+from fedzo.data.encode import encode, encode_prompts, task_digest
 from fedzo.data.tasks import columns_used
 from fedzo.errors import ConfigError
 from fedzo.testing.tiny_models import byte_tokenizer
@@ -235,3 +236,34 @@ def test_the_digest_does_not_change_with_names_and_scores() -> None:
 
     assert task_digest(other) == task_digest(CHOICE)
     assert task_digest(CHOICE) == "5fe4a4cae4cfb2ba8d50f72831f43d3a760d89109122516ba4cbb80d03192e23"
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+@pytest.mark.parametrize("add_eos", [False, True])
+@pytest.mark.parametrize("text", ["it is", "a", "aa", "<eos>", "<eos><eos>", "ends with <eos>"])
+def test_a_prompt_to_go_on_from_has_no_end_token_that_its_text_has_not(add_bos: bool, add_eos: bool, text: str) -> None:
+    tokenizer = byte_tokenizer(add_bos=add_bos, add_eos=add_eos)
+    counted: tuple[int, ...] = ()
+    for part in re.split("(<eos>)", text):
+        counted += (EOS,) if part == "<eos>" else ids(part)
+
+    [prompt] = encode_prompts([text], tokenizer)
+
+    assert prompt == (BOS,) * add_bos + counted
+
+
+@pytest.mark.parametrize("add_eos", [False, True])
+def test_the_prompt_of_a_row_is_the_prompt_that_is_generated_from(add_eos: bool) -> None:
+    tokenizer = byte_tokenizer(add_bos=True, add_eos=add_eos)
+
+    [example] = encode([{"q": "why", "a": "so"}], WRITTEN, tokenizer=tokenizer, max_length=64)
+
+    assert [example.prompt] == encode_prompts(["why?"], tokenizer)
+
+
+def test_prompts_keep_their_order_and_may_be_none() -> None:
+    tokenizer = byte_tokenizer(add_eos=True)
+
+    assert encode_prompts(["b", "a"], tokenizer) == [ids("b"), ids("a")]
+    assert encode_prompts([], tokenizer) == []
+    assert encode_prompts(["ab: c"], MergingTokenizer()) == [(1001, 1000, ord("c"))]

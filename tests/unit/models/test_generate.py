@@ -9,7 +9,7 @@ import torch
 
 from fedzo.errors import ConfigError
 from fedzo.models.generate import generate
-from fedzo.testing.tiny_models import FAMILIES, tiny_loaded
+from fedzo.testing.tiny_models import FAMILIES, WITHOUT_ATTENTION, tiny_loaded
 
 PROMPTS = [[65, 66, 67], [70], list(range(80, 97))]
 
@@ -22,7 +22,7 @@ def slow_tokens(model: Any, prompt: list[int], num: int) -> list[int]:
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *WITHOUT_ATTENTION])
 @pytest.mark.parametrize("tokens_per_batch", [1, 4096])
 def test_answers_equal_the_slow_loop_for_every_batching(family: str, tokens_per_batch: int) -> None:
     loaded = tiny_loaded(family, seed=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from fedzo.models.memory import (
     weights_bytes,
 )
 from fedzo.run import estimate
-from fedzo.testing.tiny_models import FAMILIES, tiny_loaded, tiny_model
+from fedzo.testing.tiny_models import FAMILIES, WITHOUT_ATTENTION, tiny_loaded, tiny_model
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.directions import SHARED
 from fedzo.zo.log import RoundRecord
@@ -110,12 +111,24 @@ def test_a_rule_whose_memory_is_not_there_is_named(monkeypatch: pytest.MonkeyPat
         fit(17)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *WITHOUT_ATTENTION])
 def test_every_family_has_an_estimate_that_grows_with_the_batch(family: str) -> None:
     model = tiny_model(family)
     small, large = (estimate_step_memory_bytes(model, batch_tokens=n, trained_bytes=0) for n in (64, 640))
 
     assert weights_bytes(model) < small < large
+
+
+def test_the_states_of_a_scan_count_by_hand() -> None:
+    mamba, mamba2 = tiny_model("mamba"), tiny_model("mamba2")
+
+    def of_a_token(model: Any) -> int:
+        small, large = (estimate_step_memory_bytes(model, batch_tokens=n, trained_bytes=0) for n in (1, 2))
+        return large - small
+
+    # both: hidden 32, inner 64, state 8; Mamba 2: chunks of 32 tokens, 8 heads
+    assert of_a_token(mamba) == 4 * (6 * 32 + 3 * 64) + 4 * (4 * 64 * 8)
+    assert of_a_token(mamba2) == 4 * (6 * 32 + 3 * 128) + 4 * (2 * 32 * 8 * 8)
 
 
 def test_batches_are_halved_until_they_fit() -> None:
