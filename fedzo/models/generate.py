@@ -86,7 +86,7 @@ def _ignores_padding(loaded: LoadedModel, pad: int) -> bool:
     """
     ids = torch.arange(4, device=loaded.device)[None] + num_rows(loaded.model) // 4
     settings = GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=pad, output_logits=True
+        max_new_tokens=2, do_sample=False, pad_token_id=pad, output_logits=True, return_dict_in_generate=True
     )
     logits = []
     for num_pads in (0, 3):
@@ -95,7 +95,6 @@ def _ignores_padding(loaded: LoadedModel, pad: int) -> bool:
             torch.cat([before + pad, ids], dim=1),
             attention_mask=torch.cat([before, torch.ones_like(ids)], dim=1),
             generation_config=settings,
-            return_dict_in_generate=True,
         )
         logits.append(torch.stack(output.logits).float())
     alone, padded = logits

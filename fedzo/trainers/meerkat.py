@@ -24,6 +24,7 @@ from fedzo.masks.calibration import windows_from_texts
 from fedzo.masks.mask import Mask, check_fits
 from fedzo.masks.mask_file import encode_mask, load_mask, save_mask
 from fedzo.masks.select import select_mask
+from fedzo.models.checks import check_ids
 from fedzo.trainers.artifacts import Artifact
 from fedzo.trainers.base import TRAINERS, Built, InputsConfig, Prepared, TrainerConfig, TrainerTraits, Workplace
 from fedzo.zo.config import Distribution
@@ -174,11 +175,17 @@ class Meerkat:
 
 def choose_mask(config: MeerkatConfig, loaded: LoadedModel, workplace: Workplace) -> Mask:
     """Choose a mask as the configuration says."""
+
+    def tokenize(text: str) -> list[int]:
+        ids = list(loaded.tokenizer(text, verbose=False)["input_ids"])
+        check_ids(loaded.model, ids, where="calibration text")
+        return ids
+
     windows = []
     if config.selector is Selector.sensitivity:
         windows = windows_from_texts(
             _texts(config, workplace),
-            tokenize=lambda text: list(loaded.tokenizer(text, verbose=False)["input_ids"]),
+            tokenize=tokenize,
             num_docs=config.calibration_docs,
             num_tokens=config.calibration_tokens,
             seed=workplace.seed,
