@@ -108,7 +108,8 @@ def train(tmp_path: Path, overrides: Overrides, data_dir: Path) -> Callable[...,
     def start(*settings: str, steps: list[int | list[int]]) -> tuple[Path, Hashes]:
         data, folder = tmp_path / "data", tmp_path / "run"
         shutil.copytree(data_dir, data)
-        settings = ("fl.local_steps=2", *settings, f"data.path={data}")
+        most = max(max(each) if isinstance(each, list) else each for each in steps)  # clients take no more
+        settings = (f"fl.local_steps={most}", *settings, f"data.path={data}")
         child = subprocess.run(
             [sys.executable, "-c", TRAIN, folder, json.dumps(steps), *overrides(*settings)],
             env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
