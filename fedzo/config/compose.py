@@ -20,6 +20,7 @@ from yaml import YAMLError
 
 from fedzo.config.plugins import LISTS, PLAIN, REGISTRIES, conf_dir, list_classes, plugin_classes
 from fedzo.config.schema import LaunchConfig
+from fedzo.config.yaml_files import check_users_files
 from fedzo.errors import ConfigError
 
 CONFIG_NAME = "config"
@@ -108,7 +109,8 @@ def _look(group: str | None, overrides: Sequence[str], *, kind: ObjectType) -> l
 
 
 def register_schemas() -> None:
-    """Store ``schema`` (a whole run) and ``<option>_schema`` per group; safe to repeat."""
+    """Store ``schema`` (a whole run) and ``<option>_schema`` per group, and check users' files; safe to repeat."""
+    check_users_files()
     store = ConfigStore.instance()
     # Plugin groups start at their base class, and lists empty: merging one plugin onto another would keep the first
     # one's keys.

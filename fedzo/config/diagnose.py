@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import cast
@@ -15,7 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from fedzo.config.compose import FAILURES, StrayKeyError, compose_run, group_names, option_names
+from fedzo.config.overrides import quoted
 from fedzo.config.plugins import plugin_classes
+from fedzo.config.yaml_files import TEXTS
 from fedzo.errors import Problem
 
 RENAMED = {
@@ -43,9 +47,35 @@ def parse_overrides(overrides: Sequence[str]) -> tuple[list[Override], list[Prob
             parsed += OverridesParser.create(config_loader=loader).parse_overrides([text])
         except HydraException as error:
             key, first_line = text.partition("=")[0], str(error).splitlines()[0]
-            advice = " A value with braces inside must be in quotes of its own: 'key=\"...\"'." if "{" in text else ""
-            found.append(Problem(key, f"{text!r} must be an override key=value. {first_line}.{advice}"))
+            found.append(Problem(key, f"{text!r} must be an override key=value. {first_line}.{_in_quotes(text)}"))
     return parsed, found
+
+
+def _in_quotes(text: str) -> str:
+    """How to write an override whose value Hydra's grammar takes for something else, as a shell must be given it."""
+    key, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"[+~]*[\w@./-]+", key):
+        return " Quote the whole override for the shell if its value holds spaces."
+    inner = f'{key}="{value}"' if "'" in value and not {'"', "\\"} & {*value} else f"{key}={quoted(value)}"
+    shell = shlex.quote(inner) if "!" in inner else '"' + re.sub(r'(["\\$`])', r"\\\1", inner) + '"'
+    if value[:1] in {"[", "'", '"'} or re.match(r"\{\w+:", value):
+        return f" Close its brackets and quotes and quote the texts in it; or, where it is one text, write {shell}"
+    return f" A value of more than letters, digits and ./:_- must be in quotes of its own: write {shell}"
+
+
+def respelled(overrides: Sequence[str]) -> list[Problem]:
+    """Texts of a task that Hydra reads as another value, whose own text is another one: ``true`` would be ``True``."""
+    found = []
+    for override in parse_overrides(overrides)[0]:
+        section, _, name = override.key_or_group.partition(".")
+        if section != "task" or name not in TEXTS or override.is_sweep_override():
+            continue
+        value, text = override.value(), cast(str, override.input_line)
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, bool | int | float) and str(each) not in text:
+                rule = f"{override.key_or_group} must be text, but {text} is read as {each!r}"
+                found.append(Problem(override.key_or_group, f"{rule}. Put the text in quotes of its own."))
+    return found
 
 
 def diagnose(overrides: Sequence[str]) -> tuple[list[str], list[Problem]]:
@@ -86,7 +116,7 @@ def _explain(override: Override, error: Exception, kept: Sequence[str]) -> str:
         if key == old or key.startswith(f"{old}."):
             return f"{text}: {old} has the new name {new}. Write {text.replace(old, new, 1)}."
     if override.is_sweep_override():
-        return f"{text}: one run must have one value per key, got several. Add -m to run them all, or quote the value."
+        return f"{text}: one run must have one value per key, got several. Add -m to run them all.{_in_quotes(text)}"
     options = option_names(key, kept)
     value = override.value()
     if options and override.is_add() and value in options:

@@ -10,7 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from fedzo.config.compose import FAILURES, compose_run, option_names, session, to_config
-from fedzo.config.diagnose import diagnose, reason
+from fedzo.config.diagnose import diagnose, reason, respelled
 from fedzo.config.overrides import rewrite_model
 from fedzo.config.rules import launch_problems, missing_files
 from fedzo.config.schema import LaunchConfig, filled
@@ -56,7 +56,8 @@ def check(overrides: Sequence[str]) -> tuple[LaunchConfig | None, list[Problem]]
         config = to_config(compose_run(overrides))
     except FAILURES as error:
         return None, _all_problems(overrides, error)
-    return _ruled(config)
+    config, found = _ruled(config)
+    return config, [*respelled(overrides), *found]
 
 
 def _ruled(config: LaunchConfig) -> tuple[LaunchConfig, list[Problem]]:

@@ -16,6 +16,7 @@ from fedzo.config.plugins import LISTS, plugin_classes, plugin_name
 from fedzo.config.schema import LaunchConfig, RunConfig, RunSettings, SiteConfig
 from fedzo.data.config import Loss, SplitConfig, TaskConfig, TaskKind
 from fedzo.data.sources import EMBEDDED
+from fedzo.data.tasks import template_faults
 from fedzo.errors import Problem, at_least, positive, problem, unsigned_64
 from fedzo.fl.config import Aggregation, FaultsConfig, FlConfig, Seeds, Weighting
 from fedzo.fl.server.aggregate import num_trimmed
@@ -160,12 +161,16 @@ def _task(config: RunSettings) -> Iterator[Problem]:
     task = config.task
     if not task.template:
         yield problem("task.template", "not be empty", task.template, "Choose a task=<option>, or write a template.")
+    else:
+        yield from _template("task.template", task.template)
     if task.kind is TaskKind.candidates:
         yield from _candidates(task)
     else:
         if not task.answer:
             remedy = "Name the answer's column, as in task.answer='{answer}'."
             yield problem("task.answer", f"not be empty for task.kind={task.kind}", task.answer, remedy)
+        else:
+            yield from _template("task.answer", task.answer)
         if task.loss is Loss.candidates:
             remedy = "Write task.loss=lm."
             yield problem(
@@ -175,10 +180,20 @@ def _task(config: RunSettings) -> Iterator[Problem]:
     yield from at_least("task.max_new_tokens", task.max_new_tokens, 1, "It counts generated tokens.")
 
 
+def _template(key: str, template: str, *, constant: bool = False) -> Iterator[Problem]:
+    for rule in template_faults(template, constant=constant):
+        yield problem(key, rule, template, "Each {column} stands for a row's value.")
+
+
 def _candidates(task: TaskConfig) -> Iterator[Problem]:
     if len(task.candidates) < 2:
         rule = "hold at least 2 answers for task.kind=candidates"
         yield problem("task.candidates", rule, task.candidates, "List the answers in the order of the labels.")
+    for key, texts in (("task.candidates", task.candidates), ("task.labels", task.labels)):
+        if len(set(texts)) < len(texts):
+            yield problem(key, "differ from one another", texts, "Each answer has one label and one text.")
+    for candidate in task.candidates:
+        yield from _template("task.candidates", candidate, constant=True)
     if task.labels and len(task.labels) != len(task.candidates):
         rule = f"hold one value per candidate ({len(task.candidates)})"
         yield problem("task.labels", rule, task.labels, "Or leave it empty when the column holds indices.")

@@ -20,6 +20,7 @@ import yaml
 from fedzo.config.plugins import list_classes, plugin_classes, plugin_name
 from fedzo.config.rules import launch_problems, run_problems
 from fedzo.config.schema import LaunchConfig, RunConfig, RunSettings, SiteConfig, filled
+from fedzo.config.yaml_files import read_yaml
 from fedzo.errors import ConfigError
 
 _TOP = "configuration"
@@ -77,9 +78,9 @@ def load_site(path: Path) -> SiteConfig:
         ConfigError: The file cannot be read, or holds something else.
     """
     try:
-        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+        plain = read_yaml(path)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:300].rstrip(".")
         raise ConfigError(f"site configuration {path}: it must be a readable YAML file. {reason}.") from error
     given = {} if plain is None else plain  # an empty file
     if isinstance(given, dict):

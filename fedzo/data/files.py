@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from fedzo.errors import ConfigError
 Row = dict[str, Any]
 Located = tuple[str, Row]
 """Where a row stands (``path:line``, or ``path, row n`` where there are no lines), and the row."""
+MOST_CELL_CHARS = 1 << 24
+"""Longest cell of a csv or tsv; a quote that nobody closes would swallow the rest of any file."""
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -34,44 +37,110 @@ def read_located(path: Path) -> list[Located]:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise ConfigError(f"{path}: a data file must end in {', '.join(SUFFIXES)}, got {path.suffix or 'no ending'!r}.")
+    return list(reader(path, _bytes_of(path)))
+
+
+def _bytes_of(path: Path) -> bytes:
     try:
-        return list(reader(path))
+        data = path.read_bytes()
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: there is no such file. Check data.path.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path}: text must be UTF-8, got {error.reason} at byte {error.start}. Convert the file."
-        ) from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    if data.startswith(b"version https://git-lfs"):
+        raise ConfigError(f"{path}: must hold data, got a pointer of git-lfs. Run `git lfs pull` in its repository.")
+    return data
 
 
-def _jsonl(path: Path) -> Iterator[Located]:
-    # not str.splitlines: it also breaks at characters that JSON text may hold
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"{where}: not valid JSON ({error.msg} at character {error.pos + 1}).") from error
-            yield where, _checked(row, where)
+def text_of(path: Path, data: bytes) -> str:
+    """A file's bytes as text without a byte order mark.
 
-
-def _json(path: Path) -> Iterator[Located]:
+    Raises:
+        ConfigError: They are no UTF-8; the message has the place and how to convert the file.
+    """
+    wide = data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:64]
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        if not wide:
+            return data.decode("utf-8-sig")
+        at, name = 0, "UTF-16"
+        got = f"0x{data[0]:02x} at byte 0, as in UTF-16"
+    except UnicodeDecodeError:
+        try:
+            data.decode("utf-8")
+        except UnicodeDecodeError as error:  # that of utf-8-sig counts without the mark
+            at = error.start
+        name = "WINDOWS-1252"
+        got = f"0x{data[at]:02x} at byte {at}, perhaps Windows-1252"
+    line = data.count(b"\n", 0, at) + 1
+    raise ConfigError(
+        f"{path}:{line}: text must be UTF-8, got {got}. Convert the file, as with `iconv -f {name} -t UTF-8`."
+    )
+
+
+def _lines(path: Path, data: bytes) -> io.StringIO:
+    # not str.splitlines: it also breaks at characters that JSON text may hold
+    return io.StringIO(text_of(path, data), newline=None)
+
+
+def _jsonl(path: Path, data: bytes) -> Iterator[Located]:
+    for number, line in enumerate(_lines(path, data), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = _parsed(line, where)
+        except json.JSONDecodeError as error:
+            what = line.strip()
+            if what[0] == "[":
+                advice = "If the file is one list of rows, name it .json."
+            elif what == "{":
+                advice = "A row must be an object on one line."
+            else:
+                advice = 'A row must be an object on one line, as in {"text": ..., "label": ...}.'
+            raise ConfigError(
+                f"{where}: not valid JSON ({error.msg} at character {error.pos + 1}). {advice}"
+            ) from error
+        if isinstance(row, list):
+            raise ConfigError(f"{where}: a row must be an object on its line, got list. Name one list of rows .json.")
+        yield where, _checked(row, where)
+
+
+def _json(path: Path, data: bytes) -> Iterator[Located]:
+    try:
+        rows = _parsed(text_of(path, data), str(path))
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"{path}:{error.lineno}: not valid JSON ({error.msg}). If the file has one object a line, name it .jsonl."
         ) from error
+    if isinstance(rows, dict):
+        keys = ", ".join(map(repr, list(rows)[:10])) or "no keys"
+        raise ConfigError(
+            f"{path}: must hold a list of objects, got dict with {keys}. "
+            "Save its list of rows alone, or name a file of one row .jsonl."
+        )
     if not isinstance(rows, list):
         raise ConfigError(f"{path}: must hold a list of objects, got {type(rows).__name__}.")
     for number, row in enumerate(rows, start=1):
         where = f"{path}, row {number}"
         yield where, _checked(row, where)
+
+
+def _parsed(text: str, where: str) -> Any:
+    """JSON in which no object has a key twice: which of two values counts, nobody could tell."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> Row:
+        row = dict(pairs)
+        if len(row) < len(pairs):
+            twice = next(key for key in row if sum(key == other for other, _ in pairs) > 1)
+            raise ConfigError(f"{where}: a key must stand once in an object, got {twice!r} twice. Remove one.")
+        return row
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except (ConfigError, json.JSONDecodeError):
+        raise
+    except (ValueError, RecursionError) as error:  # digits or brackets without end
+        raise ConfigError(f"{where}: not valid JSON ({error}). Correct the file.") from error
 
 
 def _checked(row: Any, where: str) -> Row:
@@ -82,45 +151,67 @@ def _checked(row: Any, where: str) -> Row:
     return row
 
 
-def _csv(path: Path) -> Iterator[Located]:
-    return _delimited(path, delimiter=",", quoting=csv.QUOTE_MINIMAL)
+def _csv(path: Path, data: bytes) -> Iterator[Located]:
+    return _delimited(path, data, delimiter=",", quoting=csv.QUOTE_MINIMAL)
 
 
-def _tsv(path: Path) -> Iterator[Located]:
-    return _delimited(path, delimiter="\t", quoting=csv.QUOTE_NONE)
+def _tsv(path: Path, data: bytes) -> Iterator[Located]:
+    return _delimited(path, data, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-def _delimited(path: Path, *, delimiter: str, quoting: Any) -> Iterator[Located]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
-        try:
-            columns = next(lines, [])
-            if len(set(columns)) < len(columns):
-                raise ConfigError(f"{path}:1: column names must differ, got {columns}.")
-            for values in lines:
-                where = f"{path}:{lines.line_num}"
-                if not values:
-                    continue
-                if len(values) != len(columns):
-                    raise ConfigError(
-                        f"{where}: must have {len(columns)} fields ({', '.join(columns)}), got {len(values)}. "
-                        f"{'Quote fields that hold a comma.' if delimiter == ',' else 'Fields must not hold a tab.'}"
-                    )
-                yield where, dict(zip(columns, values, strict=True))
-        except csv.Error as error:
-            raise ConfigError(f"{path}:{lines.line_num}: malformed line ({error}).") from error
-
-
-def _parquet(path: Path) -> Iterator[Located]:
+def _delimited(path: Path, data: bytes, *, delimiter: str, quoting: Any) -> Iterator[Located]:
+    file = io.StringIO(text_of(path, data), newline="")
+    lines = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
+    before = csv.field_size_limit(MOST_CELL_CHARS)  # of the whole process
+    began = 1
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise ConfigError(f"{path}: not a parquet file ({error}).") from error
+        columns = next(lines, [])
+        _check_columns(f"{path}:1", columns)
+        while True:
+            began = lines.line_num + 1
+            if (values := next(lines, None)) is None:
+                return
+            if not values:
+                continue
+            where = f"{path}:{began}"
+            if len(values) != len(columns):
+                raise ConfigError(
+                    f"{where}: must have {len(columns)} fields ({', '.join(columns)}), got {len(values)}. "
+                    f"{'Quote fields that hold a comma.' if delimiter == ',' else 'Fields must not hold a tab.'}"
+                )
+            yield where, dict(zip(columns, values, strict=True))
+    except csv.Error as error:
+        if "field limit" in str(error):
+            size = sum(map(len, text_of(path, data).split("\n")[began - 1 :]))
+            raise ConfigError(
+                f"{path}:{began}: a field must have at most {MOST_CELL_CHARS:,} characters, the row that begins here "
+                f"has more (up to {size:,}). Close its quotes, or shorten it."
+            ) from error
+        raise ConfigError(f"{path}:{began}: malformed line ({error}). Correct it or its quotes.") from error
+    finally:
+        csv.field_size_limit(before)
+
+
+def _check_columns(where: str, columns: Sequence[str]) -> None:
+    if len(set(columns)) < len(columns):
+        raise ConfigError(f"{where}: column names must differ, got {list(columns)}. Rename or remove one of two.")
+
+
+def _parquet(path: Path, data: bytes) -> Iterator[Located]:
+    try:
+        table = pyarrow.parquet.ParquetFile(io.BytesIO(data))
+        _check_columns(str(path), table.schema_arrow.names)
+        rows = table.read().to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{path}: not a parquet file that can be read ({reason}). Save it again.") from error
     for number, row in enumerate(rows, start=1):
         yield f"{path}, row {number}", row
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Located]]] = {
+_READERS: dict[str, Callable[[Path, bytes], Iterator[Located]]] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,
@@ -132,14 +223,17 @@ SUFFIXES = tuple(_READERS)
 
 
 def read_texts(path: Path) -> list[str]:
-    """The documents of a ``.txt`` file (one a line), or the ``text`` column of any data file."""
+    """The documents of a ``.txt`` file (one a line), or the ``text`` column of any data file.
+
+    Raises:
+        ConfigError: The file cannot be read, or a row has no text.
+    """
     if path.suffix == ".txt":
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise ConfigError(f"inputs.calibration: cannot read {path} ({error.strerror}).") from error
-        return [line for line in lines if line.strip()]
-    rows = read_rows(path)
-    if rows and "text" not in rows[0]:
-        raise ConfigError(f"{path}: a column 'text' is needed for calibration, got columns {sorted(rows[0])}.")
-    return [str(row["text"]) for row in rows]
+        return [line for line in text_of(path, _bytes_of(path)).splitlines() if line.strip()]
+    located = read_located(path)
+    for where, row in located:
+        if "text" not in row:
+            raise ConfigError(f"{where}: a column 'text' is needed for calibration, got columns {sorted(row)}.")
+        if not isinstance(row["text"], str):
+            raise ConfigError(f"{where}: column 'text' must hold text, got {row['text']!r}. Correct or remove the row.")
+    return [row["text"] for _, row in located]

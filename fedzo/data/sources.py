@@ -7,14 +7,14 @@ every machine, and under every template that tells the same rows apart.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedzo.data.config import DataConfig, SplitConfig, TaskConfig
 from fedzo.data.embedded import rotten_tomatoes
 from fedzo.data.files import SUFFIXES, Located, Row, read_located, read_rows
-from fedzo.data.tasks import render
+from fedzo.data.tasks import has_answer, render
 from fedzo.errors import ConfigError
 from fedzo.zo.directions import PURPOSE_SPLIT, permutation, stream_key
 
@@ -54,14 +54,16 @@ def load_splits(data: DataConfig, split: SplitConfig, task: TaskConfig) -> Split
 
     Args:
         data: Where the rows are.
-        split: How many are wanted; ``num_dev=0`` or ``num_test=0`` leaves that split empty.
+        split: How many are wanted; ``num_dev=0`` or ``num_test=0`` leaves that split empty, and its file unread.
         task: Its templates say which columns must be there.
 
     Raises:
         ConfigError: A file or column is missing, a line is malformed, a label is not among the candidates, a split is
             empty.
     """
-    files = {name: _shuffled(rows, task, name=name, seed=split.seed) for name, rows in _read(data, task).items()}
+    unused = {name for name, wanted in (("dev", split.num_dev), ("test", split.num_test)) if wanted == 0}
+    read = _read(data, task, unused=unused)
+    files = {name: _shuffled(rows, task, name=name, seed=split.seed) for name, rows in read.items()}
     taken: set[str] = set()
 
     def take(name: str, wanted: int | None) -> list[Row]:
@@ -93,7 +95,7 @@ def load_own(path: Path, task: TaskConfig) -> list[Row]:
     if not located:
         raise ConfigError(f"{file}: the file must hold at least one row, got none.")
     for where, row in located:
-        _prompt(where, row, task)
+        _prompt(where, row, task, name="train")
     return [row for _, row in located]
 
 
@@ -104,7 +106,7 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _read(config: DataConfig, task: TaskConfig) -> dict[str, list[Located]]:
+def _read(config: DataConfig, task: TaskConfig, *, unused: Set[str]) -> dict[str, list[Located]]:
     if config.path is None:
         if task.name not in EMBEDDED:
             raise ConfigError(
@@ -115,7 +117,7 @@ def _read(config: DataConfig, task: TaskConfig) -> dict[str, list[Located]]:
         return {"train": [(f"{task.name}, row {number}", row) for number, row in enumerate(embedded, start=1)]}
     path = _existing(Path(config.path))
     files = _files(path) if path.is_dir() else {"train": path}
-    located = {name: read_located(file) for name, file in files.items()}
+    located = {name: read_located(file) for name, file in files.items() if name not in unused}
     for name, rows in located.items():
         if not rows:
             raise ConfigError(f"{files[name]}: the file must hold at least one row, got none.")
@@ -143,16 +145,22 @@ def _file(folder: Path, name: str) -> Path | None:
 
 
 def _shuffled(rows: list[Located], task: TaskConfig, *, name: str, seed: int) -> list[_Item]:
-    items = [_Item(at, row, _prompt(where, row, task)) for at, (where, row) in enumerate(rows)]
+    items = [_Item(at, row, _prompt(where, row, task, name=name)) for at, (where, row) in enumerate(rows)]
     key = stream_key(seed, round=list(_STEMS).index(name))
     return [items[at] for at in permutation(key, len(items), purpose=PURPOSE_SPLIT)]
 
 
-def _prompt(where: str, row: Row, task: TaskConfig) -> str:
+def _prompt(where: str, row: Row, task: TaskConfig, *, name: str) -> str:
     try:
         return render(row, task).prompt
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
+        if name == "train" or has_answer(row, task):
+            raise ConfigError(f"{where}: {error}") from error
+        raise ConfigError(
+            f"{where}: the row must have a right answer, but its file hides them, as public test sets do. "
+            f"Name a file with answers {name}.*, or remove this one: {name} rows are then drawn from train. "
+            f"Or write split.num_{name}=0. ({error})"
+        ) from error
 
 
 def _empty_split(name: str, config: DataConfig) -> str:

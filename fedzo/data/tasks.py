@@ -2,12 +2,16 @@
 
 A template is text in which ``{column}`` stands for a row's value. It is filled by one regular-expression pass and
 nothing else (no format specs, no attributes), so a template or a row from elsewhere can read nothing but the row.
+
+No prompt is without its row: a template has a column, every brace before a name is a column's, and what fills a column
+is a value that somebody wrote, neither blank nor what a table puts in the place of one that is missing.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from fedzo.data.config import TaskConfig, TaskKind
@@ -15,6 +19,9 @@ from fedzo.data.files import Row
 from fedzo.errors import ConfigError
 
 _FIELD = re.compile(r"\{(\w[\w .-]*)\}")  # other braces are plain text
+_NO_VALUE = {"nan", "nat", "<na>", "\\n"}
+"""How tables and dumps write a missing value as text, in lower case; an answer may be one of the words below."""
+_NO_WORD = {"null", "none"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,33 +64,63 @@ def render(row: Row, task: TaskConfig) -> Rendered:
     return rendered
 
 
+def template_faults(template: str, *, constant: bool = False) -> Iterator[str]:
+    """The rules that a template breaks whatever the rows are; ``constant`` is one that needs no column."""
+    rest = _FIELD.sub("\0", template)
+    if opened := re.search(r"(?<!\$)\{[ \t]*(\w[\w .-]*)", rest):
+        yield f"close the brace of {opened[0]!r} right after the column's name, as in {{{opened[1].strip()}}}"
+    elif rest.count("{") < rest.count("}") and (closed := re.search(r"(\w+)[ \t]*\}", rest)):
+        yield f"open the brace of {closed[0]!r} right before the column's name, as in {{{closed[1]}}}"
+    elif "\0" not in rest and not constant:
+        yield "hold a {column} of the rows, or every row has the same text"
+
+
+def has_answer(row: Row, task: TaskConfig) -> bool:
+    """Whether a row says what is right; files without answers leave the column out or empty, or put -1 there."""
+    columns = {task.label} if task.kind is TaskKind.candidates else {*_FIELD.findall(task.answer)}
+    if task.prepare is not None:
+        columns -= {*_preparation(task.prepare).makes}
+    return not any(row.get(column) is None or str(row[column]).strip() in {"", "-1", "-1.0"} for column in columns)
+
+
 def num_labels(task: TaskConfig) -> int:
     """Labels that rows of the task may have; 0 where answers are written."""
     return len(task.candidates) if task.kind is TaskKind.candidates else 0
 
 
 def label_index(row: Row, task: TaskConfig) -> int:
-    """Which candidate is right: an index (int, bool, numeric text), or a value of ``task.labels`` if there are any.
+    """Which candidate is right: an index (a number, or one as text), or a value of ``task.labels`` if there are any.
 
     Raises:
-        ConfigError: The column is missing or its value names no candidate.
+        ConfigError: The column is missing or its value names no candidate. A boolean is no index: which of two answers
+            is the true one, only ``task.labels`` can say.
     """
     value = _value(row, task.label, "task.label")
+    shown = f"{value!r}"
+    if isinstance(value, bool):
+        shown = f"{str(value).lower()}, a boolean"
     if task.labels:
-        if str(value).strip() in task.labels:
-            return task.labels.index(str(value).strip())
+        spelled = {str(value).strip(), *([str(value).lower()] if isinstance(value, bool) else [])}
+        if found := [index for index, label in enumerate(task.labels) if label in spelled]:
+            return found[0]
         raise ConfigError(
-            f"column {task.label!r} must hold one of task.labels {task.labels}, got {value!r}. "
+            f"column {task.label!r} must hold one of task.labels {task.labels}, got {shown}. "
             "Correct the row or task.labels."
         )
     try:
-        index = float(str(int(value) if isinstance(value, bool) else value))
+        index = -1.0 if isinstance(value, bool) else float(str(value))
     except ValueError:
         index = -1.0
     if not (index.is_integer() and 0 <= index < len(task.candidates)):
+        if isinstance(value, bool):
+            advice = "Name the values in the order of task.candidates: task.labels=['false','true'], or the other way."
+        elif str(value).strip() in {"-1", "-1.0"}:
+            advice = "-1 stands for a label that nobody gave: remove the row."
+        else:
+            advice = "Correct the row, or list the column's values in task.labels."
         raise ConfigError(
             f"column {task.label!r} must hold an index (0 to {len(task.candidates) - 1}) of task.candidates "
-            f"{task.candidates}, got {value!r}. Correct the row, or list the column's values in task.labels."
+            f"{task.candidates}, got {shown}. {advice}"
         )
     return int(index)
 
@@ -108,7 +145,10 @@ def prepared(row: Row, task: TaskConfig) -> Row:
     if task.prepare is None:
         return row
     preparation = _preparation(task.prepare)
-    fields = {column: _text(row, column, f"task.prepare={task.prepare}") for column in preparation.reads}
+    key = f"task.prepare={task.prepare}"
+    fields = {
+        column: _text(row, column, key, may_be_blank=column in preparation.may_be_blank) for column in preparation.reads
+    }
     return row | preparation.make(fields)
 
 
@@ -116,13 +156,23 @@ def _fill(template: str, row: Row, key: str) -> str:
     return _FIELD.sub(lambda match: _text(row, match[1], key), template)
 
 
-def _text(row: Row, column: str, key: str) -> str:
+def _text(row: Row, column: str, key: str, *, may_be_blank: bool = False) -> str:
+    if may_be_blank and column in row and row[column] is None:
+        return ""
     value = _value(row, column, key)
     if not isinstance(value, str | int | float):
         raise ConfigError(
             f"column {column!r} ({key}) must hold text or a number, got {type(value).__name__}. Flatten it first."
         )
-    return str(value).strip()
+    text = str(value).strip()
+    missing = _NO_VALUE | _NO_WORD if key == "task.template" else _NO_VALUE
+    if text.casefold() in missing or (isinstance(value, float) and not math.isfinite(value)):
+        raise ConfigError(
+            f"column {column!r} ({key}) holds {value!r}, which stands for a missing value. Fill it or remove the row."
+        )
+    if not text and not may_be_blank:
+        raise ConfigError(f"column {column!r} ({key}) is blank: {value!r}. Fill it or remove the row.")
+    return text
 
 
 def _value(row: Row, column: str, key: str) -> object:
@@ -146,6 +196,7 @@ class Preparation:
     reads: tuple[str, ...]
     makes: tuple[str, ...]
     make: Callable[[dict[str, str]], dict[str, str]]
+    may_be_blank: tuple[str, ...] = ()
 
 
 def _boolq(row: dict[str, str]) -> dict[str, str]:
@@ -179,7 +230,7 @@ def _alpaca(row: dict[str, str]) -> dict[str, str]:
 
 
 PREPARATIONS = {
-    "alpaca": Preparation(("instruction", "input", "output"), ("prompt", "response"), _alpaca),
+    "alpaca": Preparation(("instruction", "input", "output"), ("prompt", "response"), _alpaca, ("input",)),
     "boolq": Preparation(("question",), ("question",), _boolq),
     "copa": Preparation(
         ("premise", "question", "choice1", "choice2"), ("premise", "conjunction", "choice1", "choice2"), _copa

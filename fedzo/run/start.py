@@ -30,10 +30,10 @@ def open_run(launch: LaunchConfig, run_dir: Path) -> Process:
     Raises:
         ConfigError: The model, the rows or the inputs are not what the run needs, or not those that it began with.
     """
-    loaded = open_model(launch.site(), launch.task.max_length)
     source = row_source(launch, launch.site())
     if isinstance(source, SimulatedRows):
-        _ = source.parts  # rows that cannot be dealt are refused here, before a client fails for it
+        _ = source.parts  # rows that cannot be used or dealt are refused here, before the model is loaded
+    loaded = open_model(launch.site(), launch.task.max_length)
     file = run_dir / RUN_FILE
     prepared = _prepare(launch, loaded, source, run_dir, resumed=file.exists())
     launch.step_policy.check_start(launch.fl, has_gradient=prepared.gradient is not None)

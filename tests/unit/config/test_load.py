@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 from pathlib import Path
 
 import pytest
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from fedzo import trainers
 from fedzo.config.compose import job_folder, option_names, session
@@ -54,7 +56,7 @@ from fedzo.trainers.base import TrainerConfig
         ("server_optimizer.lr=${trainer.foo}", r"Interpolation key 'trainer\.foo' not found"),
         ("fl.rounds=[1", r"'fl\.rounds=\[1' must be an override key=value"),
         ("fl.rounds", r"'fl\.rounds' must be an override key=value"),
-        ("task.template={text} It was", r"must be in quotes of its own: 'key=\"\.\.\.\"'\.$"),
+        ("task.template={text} It was", r"quotes of its own: write \"task\.template='\{text\} It was'\"$"),
         ("model=hf", r"model\.name must be a hub name or a local folder, got ''\. Write model=<name or folder>\."),
         ("hydra.searchpath=3", r"hydra\.searchpath must be a list of folders"),
     ],
@@ -264,3 +266,32 @@ def test_job_folders_are_the_same_each_time_short_and_safe() -> None:
 def test_an_old_name_gets_an_error_that_names_the_new_one(old: str, new: str) -> None:
     with pytest.raises(ConfigError, match=f"has the new name .* Write {new}"):
         load([old])
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/a=b",
+        "/a(b)",
+        "/a#b",
+        "#",
+        "/it's",
+        '/a"b',
+        "/a,b",
+        "/a {client}",
+        "~/b",
+        "/\u00e9 x",
+        "/$(ls)=`ls`",
+        '/it\'s "x"=',
+        "/a!=",
+    ],
+)
+def test_what_an_error_says_to_write_is_what_was_meant(path: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load([f"data.path={path}"])
+    shell = str(caught.value).rpartition("write ")[2]
+    given = subprocess.run(["sh", "-c", f"printf %s {shell}"], capture_output=True, text=True, check=True).stdout
+
+    assert OverridesParser.create().parse_override(given).value() == path
+    with pytest.raises(ConfigError, match="data.path must name something that exists, got "):
+        load([given])

@@ -62,6 +62,11 @@ def test_a_sound_config_has_no_problem() -> None:
         ("task.max_length", 0, "be >= 1, got 0."),
         ("model.tokens_per_batch", 511, "be >= task.max_length (512), so that one sequence fits, got 511. Raise it"),
         ("task.template", "", "not be empty, got ''. Choose a task=<option>"),
+        ("task.template", "It was", "hold a {column} of the rows, or every row has the same text, got 'It was'."),
+        ("task.template", "{text It was", "close the brace of '{text It was' right after the column's name"),
+        ("task.candidates", [" a", " {b"], "close the brace of '{b' right after the column's name, as in {b}"),
+        ("task.candidates", [" a", " a"], "differ from one another, got [' a', ' a']."),
+        ("task.labels", ["a", "a"], "differ from one another, got ['a', 'a']."),
         ("task.candidates", [" one"], "hold at least 2 answers for task.kind=candidates, got [' one']."),
         ("task.labels", ["neg"], "hold one value per candidate (2), got ['neg']."),
         ("task.label", "", "name the column of the right answer, got ''."),
@@ -386,7 +391,7 @@ def test_written_answers_need_an_answer_template_and_the_lm_loss(kind: TaskKind)
 
 def test_a_partition_by_labels_needs_labels() -> None:
     config = sound()
-    config.task = TaskConfig(name="rotten_tomatoes", kind=TaskKind.generation, template="{text}", answer="a")
+    config.task = TaskConfig(name="rotten_tomatoes", kind=TaskKind.generation, template="{text}", answer="{a}")
     config.task.loss = Loss.lm
     for name, option in plugin_classes()["partition"].items():
         if name == "own":

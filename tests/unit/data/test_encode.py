@@ -61,7 +61,7 @@ def test_prompt_and_candidates_are_parted_at_the_border() -> None:
 
 
 def test_rows_do_not_influence_each_other() -> None:
-    rows = [{"text": "one", "label": 0}, {"text": "", "label": 1}, {"text": "a longer one", "label": 0}]
+    rows = [{"text": "one", "label": 0}, {"text": "b", "label": 1}, {"text": "a longer one", "label": 0}]
     tokenizer = byte_tokenizer()
 
     together = encode(rows, CHOICE, tokenizer=tokenizer, max_length=64)
@@ -134,7 +134,7 @@ def test_a_long_prompt_keeps_its_bos_token() -> None:
     assert example.prompt == (BOS, *ids("gh:"))
 
 
-@given(st.text(alphabet=string.ascii_letters, max_size=40), st.integers(7, 60), st.booleans())
+@given(st.text(alphabet=string.ascii_letters, min_size=1, max_size=40), st.integers(7, 60), st.booleans())
 def test_a_shortened_prompt_is_the_end_of_the_whole_one(text: str, max_length: int, add_bos: bool) -> None:
     tokenizer = byte_tokenizer(add_bos=add_bos)
     row = {"text": text, "label": 0}
@@ -172,11 +172,13 @@ def test_a_long_answer_to_a_short_prompt_takes_the_rest() -> None:
     assert (example.prompt, example.candidates) == (ids("ab?"), (ids(" 012345"),))
 
 
-def test_an_empty_prompt_is_refused() -> None:
+def test_a_prompt_that_its_answer_swallows_is_refused() -> None:
+    task = replace(CHOICE, template="{text}", candidates=["b", "c"])  # "ab" is one token
+
     with pytest.raises(
-        ConfigError, match=r"row 0: the prompt must have at least one token, got ''. Extend task.template"
+        ConfigError, match=r"row 0: the prompt must have at least one token, got 'a'. Extend task.template"
     ):
-        encode([{"text": "", "label": 0}], replace(CHOICE, template="{text}"), tokenizer=byte_tokenizer(), max_length=9)
+        encode([{"text": "a", "label": 0}], task, tokenizer=MergingTokenizer(), max_length=9)
 
 
 def test_a_bad_row_is_numbered() -> None:

@@ -10,7 +10,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fedzo.data.files import read_located, read_rows
+from fedzo.data import files
+from fedzo.data.files import read_located, read_rows, read_texts
 from fedzo.errors import ConfigError
 
 ROWS = [
@@ -93,9 +94,17 @@ def test_a_row_knows_its_place(suffix: str, places: list[str], tmp_path: Path) -
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"text": "x"}\n{"text": \n', r"a.jsonl:2: not valid JSON"),
-        ("a.jsonl", '{"text": "x"}\n[1]\n', r"a.jsonl:2: a row must be an object .*, got list"),
+        (
+            "a.jsonl",
+            '{"text": "x"}\n[1]\n',
+            r"a.jsonl:2: a row must be an object .*, got list. Name one list of rows .json",
+        ),
         ("a.json", '[{"text": 1},\n oops]', r"a.json:2: not valid JSON .*name it .jsonl"),
-        ("a.json", '{"text": 1}', r"a.json: must hold a list of objects, got dict"),
+        (
+            "a.json",
+            '{"text": 1}',
+            r"a.json: must hold a list of objects, got dict with 'text'. Save its list of rows alone",
+        ),
         ("a.json", "[1]", r"a.json, row 1: a row must be an object"),
         ("a.csv", "text,label\nx,1\nhello, world,1\n", r"a.csv:3: must have 2 fields \(text, label\), got 3. Quote"),
         ("a.csv", 'text,label\n"x" y,1\n', r"a.csv:2: malformed line"),
@@ -122,7 +131,10 @@ def test_text_in_another_encoding_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes("text\ncaf\u00e9\n".encode("latin-1"))
 
-    with pytest.raises(ConfigError, match=r"a.csv: text must be UTF-8, got .* at byte 8"):
+    with pytest.raises(
+        ConfigError,
+        match=r"a.csv:2: text must be UTF-8, got 0xe9 at byte 8, perhaps Windows-1252. .*-f WINDOWS-1252 -t UTF-8`",
+    ):
         read_rows(path)
 
 
@@ -137,3 +149,94 @@ def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match=r"a.jsonl: cannot be read"):
         read_rows(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '[{"text": "x"},\n{"text": "y"}]', r"a.jsonl:1: .*If the file is one list of rows, name it .json"),
+        ("a.jsonl", '[{"text": "x"}]', r"a.jsonl:1: .*got list. Name one list of rows .json"),
+        ("a.jsonl", '{\n "text": "x"\n}', r"a.jsonl:1: not valid JSON .*A row must be an object on one line"),
+        ("a.json", '{"text": "x"}\n{"text": "y"}', r"a.json:2: .*If the file has one object a line, name it .jsonl"),
+        ("a.jsonl", '{"a": 1}\n{"text": "x", "label": 0, "text": "y"}', r"a.jsonl:2: .*got 'text' twice. Remove one"),
+        ("a.json", '[{"text": "x", "more": {"b": 1, "b": 2}}]', r"a.json: a key must stand once .*got 'b' twice"),
+        ("a.jsonl", "[" * 100_000, r"a.jsonl:1: not valid JSON"),
+        ("a.jsonl", '{"text": ' + "1" * 5000 + "}", r"a.jsonl:1: not valid JSON"),
+        ("a.csv", 'text,label\n"x\n\ny",1\n"open,1\nz,0\n', r"a.csv:5: malformed line"),
+        (
+            "a.csv",
+            "version https://git-lfs.github.com/spec/v1\noid sha256:1\n",
+            r"a.csv: .*pointer of git-lfs. Run `git",
+        ),
+        ("a.parquet", "version https://git-lfs.github.com/spec/v1\noid sha256:1\n", r"a.parquet: .*pointer of git-lfs"),
+    ],
+)
+def test_an_unlucky_file_says_what_to_do(name: str, content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+
+    with pytest.raises(ConfigError, match=message):
+        read_rows(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"text\nx\nit\x92s\n", r":3: text must be UTF-8, got 0x92 at byte 9, perhaps Windows-1252. .*-f WINDOWS-1252"),
+        (b"\xef\xbb\xbftext\ncaf\xe9\n", r":2: text must be UTF-8, got 0xe9 at byte 11,"),
+        (b"text\n" + b"x" * 20_000 + b"\n\x92\n", r":3: .*got 0x92 at byte 20006,"),
+        ("text\nx\n".encode("utf-16"), r":1: text must be UTF-8, got 0xff at byte 0, as in UTF-16. .*-f UTF-16 "),
+        ("text\nx\n".encode("utf-16-le"), r":1: text must be UTF-8, got .*, as in UTF-16"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "jsonl", "txt"])
+def test_another_encoding_is_named_with_its_place_and_a_remedy(
+    data: bytes, message: str, suffix: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(data)
+
+    with pytest.raises(ConfigError, match=message):
+        read_texts(path) if suffix == "txt" else read_rows(path)
+
+
+def test_a_parquet_column_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    table = pyarrow.Table.from_arrays([pyarrow.array(["x"]), pyarrow.array(["y"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+
+    with pytest.raises(ConfigError, match=r"a.parquet: column names must differ, got \['text', 'text'\]"):
+        read_rows(tmp_path / "a.parquet")
+
+
+def test_a_truncated_parquet_file_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", ROWS)
+    path.write_bytes(path.read_bytes()[:-20])
+
+    with pytest.raises(ConfigError, match=r"a.parquet: not a parquet file that can be read"):
+        read_rows(path)
+
+
+def test_a_cell_may_be_longer_than_the_limit_of_csv_but_not_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, long = csv.field_size_limit(), "x" * 200_000
+    path = write(tmp_path / "a.csv", [ROWS[0], {"text": long, "label": "1"}])
+
+    assert before < len(long)
+    assert read_rows(path)[1]["text"] == long
+    monkeypatch.setattr(files, "MOST_CELL_CHARS", 150_000)
+    with pytest.raises(ConfigError, match=r"a.csv:3: a field must have at most 150,000 characters, .*up to 200,0"):
+        read_rows(path)
+    assert csv.field_size_limit() == before
+
+
+def test_a_document_without_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "x"}\n{"body": "y"}\n', encoding="utf-8")
+    with pytest.raises(
+        ConfigError, match=r"a.jsonl:2: a column 'text' is needed for calibration, got columns \['body'"
+    ):
+        read_texts(path)
+    path.write_text('{"text": null}\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"a.jsonl:1: column 'text' must hold text, got None"):
+        read_texts(path)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedzo.data import sources
-from fedzo.data.config import DataConfig, SplitConfig, TaskConfig
+from fedzo.data.config import DataConfig, SplitConfig, TaskConfig, TaskKind
 from fedzo.data.sources import Splits, load_splits
 from fedzo.errors import ConfigError
 
@@ -218,3 +218,40 @@ def test_too_few_rows_to_draw_from_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="the test split is empty"):
         load_splits(DataConfig(path=str(tmp_path)), SplitConfig(), TASK)
+
+
+@pytest.mark.parametrize("hidden", [{"label": -1}, {"label": "-1"}, {"label": ""}, {"label": None}, {}])
+@pytest.mark.parametrize("name", ["test", "dev"])
+def test_hidden_labels_say_what_to_do_about_the_file(name: str, hidden: dict[str, Any], folder: Path) -> None:
+    write(folder / f"{name}.jsonl", [{"text": "x", **hidden}])
+
+    with pytest.raises(
+        ConfigError,
+        match=rf"{name}.jsonl:1: the row must have a right answer, but its file hides them, .*split.num_{name}=0",
+    ):
+        load_splits(DataConfig(path=str(folder)), SplitConfig(), TASK)
+
+
+def test_hidden_answers_are_told_of_too(folder: Path) -> None:
+    task = TaskConfig(name="mine", kind=TaskKind.generation, template="{text}", answer="{label}")
+    write(folder / "test.jsonl", [{"text": "x", "label": ""}])
+
+    with pytest.raises(ConfigError, match=r"test.jsonl:1: .*its file hides them"):
+        load_splits(DataConfig(path=str(folder)), SplitConfig(), task)
+
+
+def test_a_row_for_training_without_a_label_is_no_hidden_one(folder: Path) -> None:
+    write(folder / "train.jsonl", [*rows(0, 4), {"text": "x", "label": -1}])
+
+    with pytest.raises(ConfigError, match=r"train.jsonl:5: column 'label' .*remove the row"):
+        load_splits(DataConfig(path=str(folder)), SplitConfig(), TASK)
+
+
+@pytest.mark.parametrize("content", ['{"text": "x", "label": -1}', "no JSON", ""])
+def test_a_split_that_nobody_wants_is_not_read(content: str, folder: Path) -> None:
+    for name in ("dev", "test"):
+        (folder / f"{name}.jsonl").write_text(content, encoding="utf-8")
+
+    splits = load_splits(DataConfig(path=str(folder)), SplitConfig(num_dev=0, num_test=0), TASK)
+
+    assert (len(splits.train), splits.dev, splits.test) == (40, [], [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from fedzo.config.plugins import conf_dir
 from fedzo.data.config import Loss, TaskConfig, TaskKind
-from fedzo.data.tasks import columns_used, label_index, render
+from fedzo.data.tasks import columns_used, label_index, render, template_faults
 from fedzo.errors import ConfigError
 
 Shipped = Callable[[str], TaskConfig]
@@ -132,7 +133,7 @@ def test_the_custom_task_waits_for_a_template(shipped_task: Shipped) -> None:
 
 def test_copa_effects_use_so_and_a_question_with_its_mark_keeps_one(shipped_task: Shipped) -> None:
     effect = {"premise": "He ran", "choice1": "He Won.", "choice2": "I won.", "question": "effect", "label": "1"}
-    asked = {"passage": "P.", "question": "Is it?", "label": False}
+    asked = {"passage": "P.", "question": "Is it?", "label": 0}
 
     copa, boolq = render(effect, shipped_task("copa")), render(asked, shipped_task("boolq"))
 
@@ -153,10 +154,8 @@ def test_the_reference_is_the_answer_without_outer_white_space(shipped_task: Shi
 CHOICE = TaskConfig(name="mine", template="{text}:", candidates=[" no", " yes"])
 
 
-@pytest.mark.parametrize(
-    ("value", "index"), [(0, 0), (1, 1), (True, 1), (False, 0), ("1", 1), (" 0 ", 0), (1.0, 1), ("1.0", 1)]
-)
-def test_an_index_may_be_a_number_a_bool_or_numeric_text(value: object, index: int) -> None:
+@pytest.mark.parametrize(("value", "index"), [(0, 0), (1, 1), ("1", 1), (" 0 ", 0), (1.0, 1), ("1.0", 1)])
+def test_an_index_may_be_a_number_or_numeric_text(value: object, index: int) -> None:
     assert label_index({"label": value}, CHOICE) == index
 
 
@@ -223,10 +222,8 @@ def test_a_row_that_does_not_fit_is_refused(row: dict[str, Any], message: str) -
 
 
 def test_a_blank_answer_is_refused() -> None:
-    task = TaskConfig(name="mine", kind=TaskKind.generation, template="{q}", answer=" {a}\n")
-
-    with pytest.raises(ConfigError, match=r"an answer of task 'mine' is blank: ' \\n'"):
-        render({"q": "x", "a": " "}, task)
+    with pytest.raises(ConfigError, match=r"an answer of task 'mine' is blank: ' '"):
+        render({"text": "x", "label": 0}, replace(CHOICE, candidates=["yes", " "]))
 
 
 def test_an_unknown_preparation_lists_those_there_are() -> None:
@@ -244,3 +241,92 @@ def test_a_copa_question_of_another_kind_is_refused(shipped_task: Shipped) -> No
 def test_a_column_that_a_preparation_reads_must_be_there(shipped_task: Shipped) -> None:
     with pytest.raises(ConfigError, match=r"task.prepare=copa needs a column 'premise', the columns there are: label"):
         render({"label": 0}, shipped_task("copa"))
+
+
+WRITTEN = TaskConfig(name="mine", kind=TaskKind.generation, template="{q}", answer=" {a}\n")
+
+
+@pytest.mark.parametrize("value", ["", " \n", "nan", "NaN", "<NA>", " nat ", "\\N", float("nan"), float("inf"), None])
+@pytest.mark.parametrize(
+    ("task", "row", "column", "key"),
+    [
+        (CHOICE, {"text": "x", "label": 0}, "text", "task.template"),
+        (replace(CHOICE, candidates=["{text}", "{b}"]), {"text": "x", "b": "y", "label": 0}, "b", "task.candidates"),
+        (WRITTEN, {"q": "x", "a": "y"}, "a", "task.answer"),
+        (
+            replace(WRITTEN, answer="{response}", prepare="alpaca"),
+            {"input": "i", "output": "o"},
+            "instruction",
+            "alpaca",
+        ),
+    ],
+)
+def test_a_value_that_nobody_wrote_is_refused_wherever_it_fills_a_text(
+    task: TaskConfig, row: dict[str, Any], column: str, key: str, value: object
+) -> None:
+    with pytest.raises(ConfigError, match=rf"column '{column}' \([\w.=]*{key}\) .*(Fill it|fill it|remove the row)"):
+        render(row | {column: value}, task)
+
+
+@pytest.mark.parametrize("word", ["None", "null"])
+def test_a_word_for_nothing_may_be_an_answer_but_no_prompt(word: str) -> None:
+    assert render({"q": "How many?", "a": word}, WRITTEN).reference == word
+    with pytest.raises(ConfigError, match=rf"column 'q' \(task.template\) holds '{word}', which stands for a missing"):
+        render({"q": word, "a": "x"}, WRITTEN)
+
+
+@pytest.mark.parametrize("value", ["", None])
+def test_the_input_of_alpaca_may_be_missing_but_is_no_nan(value: object, shipped_task: Shipped) -> None:
+    row = {"instruction": "Sing.", "input": value, "output": "La."}
+
+    assert render(row, shipped_task("alpaca")).prompt == "Sing."
+    with pytest.raises(ConfigError, match=r"column 'input' \(task.prepare=alpaca\) holds nan, which stands for"):
+        render(row | {"input": float("nan")}, shipped_task("alpaca"))
+
+
+def test_a_boolean_is_no_index_but_may_be_a_listed_value() -> None:
+    with pytest.raises(ConfigError, match=r"got true, a boolean. .*task.labels=\['false','true'\]"):
+        label_index({"label": True}, CHOICE)
+    for labels in (["true", "false"], ["True", "False"]):
+        assert label_index({"label": False}, replace(CHOICE, labels=labels)) == 1
+
+
+@pytest.mark.parametrize("value", [-1, "-1", -1.0])
+def test_a_label_that_nobody_gave_is_told_from_a_wrong_one(value: object) -> None:
+    with pytest.raises(ConfigError, match="-1 stands for a label that nobody gave: remove the row"):
+        label_index({"label": value}, CHOICE)
+
+
+@pytest.mark.parametrize(
+    ("template", "fault"),
+    [
+        ("It was", r"hold a \{column\} of the rows, or every row has the same text"),
+        ("{} was", r"hold a \{column\}"),
+        ('{"a": 1}', r"hold a \{column\}"),
+        ("{text It was", r"close the brace of '\{text It was' right after the column's name, as in \{text It was\}"),
+        ("{a} {text", r"close the brace of '\{text'"),
+        ("{text\n{a}", r"close the brace of '\{text'"),
+        ("{ text }", r"close the brace of '\{ text ' .*, as in \{text\}"),
+        ("{{ text }}", r"close the brace of"),
+        ("{text!r} {a}", r"close the brace of '\{text'"),
+        ("{text:>9}", r"close the brace of '\{text'"),
+        ("text} It was", r"open the brace of 'text\}' right before the column's name, as in \{text\}"),
+        ("{a} text }", r"open the brace of 'text \}'"),
+    ],
+)
+def test_a_template_that_loses_its_column_is_faulty(template: str, fault: str) -> None:
+    [found] = template_faults(template)
+    assert re.match(fault, found)
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{text}", "{{text}}", '{"a": "{text}", "b": {}}', "int main() {\n{text}\n}", "{a b} :-} {", "${x:y} {a}"],
+)
+def test_other_braces_are_plain_text(template: str) -> None:
+    assert not [*template_faults(template)]
+
+
+def test_an_answer_may_be_the_same_for_all_rows_where_it_is_one_of_several() -> None:
+    assert not [*template_faults(" yes", constant=True)]
+    assert [*template_faults(" {choice", constant=True)]

@@ -1,0 +1,109 @@
+"""Users' YAML files, broken in the ways in which editors and YAML itself break them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedzo.config.load import load
+from fedzo.config.travel import load_site
+from fedzo.errors import ConfigError
+
+TASK = b'defaults:\n  - task_schema\n  - _self_\nname: mine\ntemplate: "{text} ="\ncandidates: [" a", " b"]\n'
+
+
+def loaded(folder: Path, data: bytes, *overrides: str) -> object:
+    (folder / "task").mkdir(exist_ok=True)
+    (folder / "task" / "mine.yaml").write_bytes(data)
+    return load([f"hydra.searchpath=['file://{folder}']", "task=mine", "data.path=.", *overrides])
+
+
+@pytest.mark.parametrize("change", [lambda data: data, lambda data: b"\xef\xbb\xbf" + data])
+def test_a_byte_order_mark_changes_nothing(change: object, tmp_path: Path) -> None:
+    task = loaded(tmp_path, change(TASK)).task  # type: ignore[operator, attr-defined]
+
+    assert (task.name, task.candidates) == ("mine", [" a", " b"])
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_a_package_line_counts_after_a_byte_order_mark(mark: bytes, end: bytes, tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    text = mark + end.join([b"# @package _global_", b"fl:", b"  rounds: 7", b""])
+    (tmp_path / "experiment" / "mine.yaml").write_bytes(text)
+
+    config = load([f"hydra.searchpath=['file://{tmp_path}']", "experiment=mine"])
+
+    assert config.fl.rounds == 7
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            TASK.replace(b"  - task", b"\t- task"),
+            r"mine.yaml:2: not valid YAML .*Indent with spaces: YAML takes no tab",
+        ),
+        (TASK + b"answer: it\x92s\n", r"mine.yaml:7: text must be UTF-8, got 0x92 at byte 104, perhaps Windows-1252"),
+        (TASK.decode().encode("utf-16"), r"mine.yaml:1: text must be UTF-8, got 0xff at byte 0, as in UTF-16"),
+        (TASK + b"answer: \x07\n", r"mine.yaml:7: not valid YAML \(the character U\+0007\)"),
+        (TASK + b"answer: a: b\n", r"mine.yaml:7: not valid YAML \(mapping values are not allowed here\). Quote texts"),
+        (TASK + b"label: x\nlabel: y\n", r"mine.yaml:8: a key must stand once, got 'label' twice. Remove one"),
+        (TASK.replace(b'" a", " b"', b"no, yes"), r"mine.yaml:6: candidates .* reads no as False. Quote it: \"no\""),
+        (TASK + b"labels: [on, off]\n", r"mine.yaml:7: labels must be text, but YAML reads on as True"),
+        (TASK + b"labels:\n- 'x'\n- 1e3\n", r"mine.yaml:9: labels must be text, but YAML reads 1e3 as 1000.0"),
+        (TASK + b"labels: [01, 2]\n", r"mine.yaml:7: labels must be text, but YAML reads 01 as 1. Quote it"),
+        (TASK + b"label: yes\n", r"mine.yaml:7: label must be text, but YAML reads yes as True"),
+        (TASK + b"x: " + b"[" * 5000, r"mine.yaml: not valid YAML \(too many brackets"),
+    ],
+)
+def test_a_broken_file_is_named_with_its_line(data: bytes, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        loaded(tmp_path, data)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_text_that_yaml_does_not_change_needs_no_quotes(tmp_path: Path) -> None:
+    task = loaded(tmp_path, TASK + b"labels: [0, 1]\n").task  # type: ignore[attr-defined]
+
+    assert task.labels == ["0", "1"]
+
+
+def test_a_broken_file_that_nothing_names_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "other.yaml").write_bytes(b"\xff\t")
+
+    loaded(tmp_path, TASK)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "task.candidates=[true,maybe]",
+            r"task.candidates must be text, but .* is read as True. Put the text in quotes",
+        ),
+        ("task.labels=[1e3,x]", r"task.labels must be text, but .* is read as 1000.0"),
+        ("task.label=true", r"task.label must be text, but .* is read as True"),
+    ],
+)
+def test_a_text_on_the_command_line_stays_what_was_written(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load([override])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"device: cpu\ndevice: cuda\n", r"site.yaml:2: a key must stand once, got 'device' twice"),
+        (b"data:\n  path: a\n  path: b\n", r"site.yaml:3: a key must stand once, got 'path' twice"),
+        (b"data:\n\tpath: a\n", r"site.yaml:2: not valid YAML .*Indent with spaces"),
+        (b"data:\n  path: caf\xe9\n", r"site.yaml:2: text must be UTF-8, got 0xe9 at byte 17"),
+    ],
+)
+def test_the_file_of_a_site_is_read_as_strictly(data: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_bytes(data)
+
+    with pytest.raises(ConfigError, match=rf"site configuration .*{message}"):
+        load_site(tmp_path / "site.yaml")
