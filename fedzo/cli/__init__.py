@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import fedzo
 from fedzo.cli import commands
@@ -19,6 +23,12 @@ RUN_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 failed, 2 bad input (nothing was started), 130 interrupted."""
+    with forgiving_output() as output:
+        code = _run(argv)
+    return code or (RUN_FAILED if output.lost else 0)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = make_parser()
     arguments, rest = parser.parse_known_args(argv)
     flags = [text for text in rest if text.startswith("-")]
@@ -43,6 +53,63 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f" Continue with: {command}" if arguments.resumable and command else ""
         print(f"\nfedzo: interrupted.{hint}", file=sys.stderr)
         return INTERRUPTED
+
+
+class Output:
+    """Standard output that no command fails for: what a terminal cannot show is replaced, what nobody reads is lost.
+
+    A run goes on when its output ends in a pipe that was closed (``| head``). Other failures, such as a full disk, are
+    told once, and the command ends with 1.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.lost = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As a stream's."""
+        try:
+            self._stream.write(text)
+        except OSError as error:
+            self._drop(error)
+        return len(text)
+
+    def flush(self) -> None:
+        """As a stream's."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._drop(error)
+
+    def _drop(self, error: OSError) -> None:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), self._stream.fileno())
+        if not isinstance(error, BrokenPipeError):
+            self.lost = True
+            print(f"fedzo: standard output must be writable, got {error.strerror}. Write elsewhere.", file=sys.stderr)
+
+
+@contextmanager
+def forgiving_output() -> Iterator[Output]:
+    """Let ``Output`` stand for standard output."""
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+        given = sys.stdout
+        stream = given or nowhere  # None where it was closed before the start
+        output, before = Output(stream), getattr(stream, "errors", None)
+        strict = before in {"strict", "surrogateescape"} and isinstance(stream, io.TextIOWrapper)
+        if strict:
+            stream.reconfigure(errors="replace")
+        sys.stdout = output  # type: ignore[assignment]
+        try:
+            yield output
+        finally:
+            output.flush()
+            sys.stdout = given
+            if strict:
+                stream.reconfigure(errors=before)
 
 
 @contextmanager

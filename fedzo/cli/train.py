@@ -92,7 +92,12 @@ def log_to(folder: Path) -> None:
     settings: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "hydra" / "job_logging" / "fedzo.yaml"))
     console = logging.StreamHandler(sys.stderr)
     console.setLevel(logging.WARNING)
-    file = logging.FileHandler(folder / "fedzo.log", delay=True)  # no file without a line
+    file = logging.FileHandler(
+        folder / "fedzo.log",
+        encoding="utf-8",
+        errors="backslashreplace",
+        delay=True,  # no file without a line
+    )
     for handler, form in ((console, "plain"), (file, "full")):
         handler.setFormatter(logging.Formatter(settings["formatters"][form]["format"]))
     root, flower = logging.getLogger(), logging.getLogger("flwr")

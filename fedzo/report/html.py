@@ -84,7 +84,7 @@ def render_page(
 def write_page(path: Path, text: str) -> Path:
     """Write a page; ``RunFolderError`` if it cannot be."""
     try:
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", errors="replace")  # a folder may have bytes for a name
     except OSError as error:
         raise unwritable(path, error) from error
     return path

@@ -79,7 +79,9 @@ class ProgressSink:
         payload: str = "scalars",
         enabled: bool = True,
     ) -> None:
-        self._console = Console(file=sys.stdout, highlight=False, quiet=not enabled, soft_wrap=True)
+        self._console = Console(
+            file=sys.stdout, highlight=False, markup=False, emoji=False, quiet=not enabled, soft_wrap=True
+        )
         self._live = enabled and self._console.is_terminal
         self._rounds = rounds
         self._up, self._down = sent_bytes
@@ -89,10 +91,10 @@ class ProgressSink:
         self._last_print = 0.0
         self._rate: list[float] = []
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),

@@ -293,5 +293,5 @@ def test_what_an_error_says_to_write_is_what_was_meant(path: str) -> None:
     given = subprocess.run(["sh", "-c", f"printf %s {shell}"], capture_output=True, text=True, check=True).stdout
 
     assert OverridesParser.create().parse_override(given).value() == path
-    with pytest.raises(ConfigError, match="data.path must name something that exists, got "):
+    with pytest.raises(ConfigError, match=r"data.path must name something that exists, got "):
         load([given])

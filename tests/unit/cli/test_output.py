@@ -1,0 +1,106 @@
+"""Output that nobody reads, that has no room, or whose terminal lacks a character."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fedzo.cli import main
+from fedzo.cli.train import log_to
+from fedzo.records.metrics import Setup
+from fedzo.report.sinks import ProgressSink
+
+
+@pytest.fixture
+def unread(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Standard output is a pipe whose reader is gone; every write reaches it."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with io.TextIOWrapper(os.fdopen(writer, "wb", buffering=0), encoding="utf-8", write_through=True) as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with pytest.raises(BrokenPipeError):
+            print("nobody")
+        yield
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize("command", [["list"], ["list", "task"], ["--help"], ["train", "--cfg", "all"]])
+def test_a_command_ends_well_whose_output_nobody_reads(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = main(command)
+    except SystemExit as end:
+        code = int(end.code or 0)
+
+    assert (code, capsys.readouterr().err) == (0, "")
+
+
+@pytest.mark.usefixtures("unread")
+def test_a_command_that_fails_says_so_though_nobody_reads_its_output(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "nothing"]) == 2
+    assert "GROUP must be one of" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_without_room_is_an_error_told_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+
+        assert main(["list"]) == 1
+    assert capsys.readouterr().err.count("fedzo: standard output must be writable, got No space left on device") == 1
+
+
+def test_output_that_was_closed_before_the_start_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+
+    assert main(["list"]) == 0
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_what_a_terminal_cannot_show_is_replaced(
+    encoding: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "multirun.yaml").touch()
+    shown = io.BytesIO()
+    stream = io.TextIOWrapper(shown, encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr("fedzo.report.sweep.write_sweep_report", lambda folder: "a \u2192 \u00e9 \udc80 page")
+
+    assert main(["report", str(tmp_path)]) == 0
+    stream.flush()
+
+    whole = "a \u2192 \u00e9 \udc80 page\n"
+    assert shown.getvalue() == whole.encode(encoding, errors="replace")
+    assert stream.errors == "strict"
+
+
+def test_progress_takes_names_for_no_markup_and_shows_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="cp1252", errors="replace"))
+    sink = ProgressSink(1)
+    setup = {"seconds": 0.0, "num_params": 9, "space_size": 3, "setup_down_bytes": 0, "estimate": None, "clients": ()}
+
+    sink.write(Setup(trainer="[/red] \u2192 :smile:", **setup))  # type: ignore[arg-type]
+    with sink.phase("scoring [/b]"):
+        pass
+    sink.close()
+    sys.stdout.flush()
+
+    assert b"[/red] ? :smile:: 3 of 9 weights" in shown.getvalue()
+    assert b"scoring [/b] ..." in shown.getvalue()
+
+
+def test_the_log_of_a_run_takes_every_character(tmp_path: Path) -> None:
+    log_to(tmp_path)
+    logging.getLogger("fedzo.somewhere").warning("caf\u00e9 \u2192 %s", "\udc80")
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+
+    assert "caf\u00e9 \u2192 \\udc80" in (tmp_path / "fedzo.log").read_text(encoding="utf-8")
