@@ -30,12 +30,14 @@ class Example:
             instruction.
         label: Index of the right candidate.
         reference: The right answer as text (generation, instruction).
+        cut: Whether the prompt or the right answer lost tokens, so that all of it fits ``task.max_length``.
     """
 
     prompt: tuple[int, ...]
     candidates: tuple[tuple[int, ...], ...]
     label: int
     reference: str = ""
+    cut: bool = False
 
 
 class Tokenizer(Protocol):
@@ -60,7 +62,7 @@ def encode(rows: Sequence[Row], task: TaskConfig, *, tokenizer: Tokenizer, max_l
     The answer's tokens are those after the prompt's; where a token spans the border, the parting moves left to the
     longest prefix that the prompt and all candidates share, so that each answer has a token. An ``instruction`` goes
     through the tokenizer's chat template. A longer prompt loses its beginning, but not its BOS token; a longer
-    reference answer loses its end, so that half of ``max_length`` is left for the prompt.
+    reference answer loses its end, so that half of ``max_length`` is left for the prompt. ``Example.cut`` tells.
 
     Args:
         rows: The rows.
@@ -81,21 +83,22 @@ def encode(rows: Sequence[Row], task: TaskConfig, *, tokenizer: Tokenizer, max_l
         prompt, *joint = (tuple(tokens) for tokens in ids[start : start + len(group)])
         start += len(group)
         cut = min(_common(prompt, joint), min(map(len, joint)) - 1)
-        answers = tuple(tokens[cut:] for tokens in joint)
+        whole = answers = tuple(tokens[cut:] for tokens in joint)
         if cut < 1:
             raise ConfigError(
                 f"row {number}: the prompt must have at least one token, got {row.prompt!r}. Extend task.template."
             )
         if task.kind is not TaskKind.candidates:
             room = max(max_length - cut, max_length // 2)
-            answers = tuple(answer[:room] for answer in answers)
+            whole, answers = answers, tuple(answer[:room] for answer in answers)
         head = _shortened(prompt[:cut], max_length - max(map(len, answers)), bos=bos)
         if not head:
             raise ConfigError(
                 f"row {number}: the longest candidate has {max(map(len, answers))} tokens and task.max_length is "
                 f"{max_length}, no room is left for the prompt. Raise task.max_length or shorten the candidates."
             )
-        examples.append(Example(head, answers, row.label, row.reference))
+        is_cut = len(head) < cut or answers != whole
+        examples.append(Example(head, answers, row.label, row.reference, is_cut))
     return examples
 
 

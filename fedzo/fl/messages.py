@@ -102,6 +102,9 @@ class HelloReply:
     """Other than none: the client cannot take part, and the fields below say nothing."""
     num_train: Rows = 0
     num_heldout: Rows = 0
+    num_train_cut: Rows = 0
+    num_heldout_cut: Rows = 0
+    """Those of ``num_train`` and ``num_heldout`` that ``task.max_length`` cuts."""
     rows_digest: Hash = ""
     """Of its rows, keyed by a secret of the site: it can be compared, and nothing can be read off it."""
     label_counts: JsonText = "{}"

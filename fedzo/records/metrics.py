@@ -76,6 +76,8 @@ class Setup:
     Attributes:
         setup_down_bytes: What each client needs beside the model.
         estimate: Of a simulation; None where the server has no rows to estimate from.
+        cut_rows: By split (``train`` and ``heldout`` of all clients, ``dev``, ``test``): rows that ``task.max_length``
+            cuts, and all rows.
     """
 
     kind: ClassVar[str] = "setup"
@@ -86,6 +88,7 @@ class Setup:
     setup_down_bytes: Count
     estimate: Estimate | None
     clients: Annotated[tuple[ClientSetup, ...], Length(0, MOST_CLIENTS)]
+    cut_rows: Annotated[dict[Name, tuple[Count, Count]], Length(0, 4), OmitDefault()] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

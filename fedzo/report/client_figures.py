@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from matplotlib.ticker import MaxNLocator
 
-from fedzo.report.format import percent_text, score_text
+from fedzo.report.format import counted, last, percent_text, score_text, span
 from fedzo.report.panels import colour_scale, flagged_clients, label_colours, label_shares, some_of
 from fedzo.report.run_data import RunData, Scored
 from fedzo.report.style import (
@@ -67,7 +67,7 @@ def draw_labels(run: RunData) -> Picture | None:
         figure.legend(loc="outside upper left", ncols=min(len(series), 5), handlelength=1, handleheight=1)
     skew = label_skew(run)
     sizes = [client.num_train for client in clients]
-    caption = f"Rows per client and label: {min(sizes):,} to {max(sizes):,} rows a client."
+    caption = f"Rows per client and label: {span(sizes, 'row')} a client."
     if len(ranked) > 1 and max(skew.values(), default=0.0) > 0:
         worst = max(skew, key=lambda client: skew[client])
         caption += f" Client {worst} differs most from all rows together. Different colours mean non-IID clients."
@@ -101,7 +101,7 @@ def draw_abs_g(run: RunData) -> Picture | None:
     axes.set_ylabel("|g|, loss per unit step")
     if norm:
         colour_scale(figure, [axes], norm)
-    caption = f"Size of each client's measured slope, the mean of its local steps in the last {window} rounds. "
+    caption = f"Size of each client's measured slope, the mean of its local steps in {last(window, 'round')}. "
     caption += "A client far above the others moves the mean most. A client with fewer steps has a noisier mean."
     if flagged & {*lines}:
         caption += " Flagged clients are dark."
@@ -114,9 +114,9 @@ def draw_federated(found: Scored, *, name: str) -> Picture | None:
     """Each client's score on its own held-out rows by one evaluator."""
     if not found.federated:
         return None
-    first, last = found.federated[0], found.federated[-1]
-    earlier = {client.client: client.value for client in first.clients} if first.round < last.round else {}
-    scored = sorted(last.clients, key=lambda score: score.merit)
+    first, final = found.federated[0], found.federated[-1]
+    earlier = {client.client: client.value for client in first.clients} if first.round < final.round else {}
+    scored = sorted(final.clients, key=lambda score: score.merit)
     figure, axes = new_axes(height=2.7)
     places = list(range(len(scored)))
     few = len(scored) <= 40
@@ -132,13 +132,13 @@ def draw_federated(found: Scored, *, name: str) -> Picture | None:
             marker="_",
             markersize=14 if few else 3,
             markeredgewidth=2,
-            label=f"after {first.round} rounds" if first.round else "before training",
+            label=f"after {counted(first.round, 'round')}" if first.round else "before training",
         )
         axes.legend(loc="upper left", bbox_to_anchor=(0, 1.13), handletextpad=0.4)
-    axes.axhline(last.value, color=GREEN, linewidth=1.2, linestyle="--")
+    axes.axhline(final.value, color=GREEN, linewidth=1.2, linestyle="--")
     axes.annotate(
-        f"all rows {score_text(last.metric, last.value)}",
-        (1, last.value),
+        f"all rows {score_text(final.metric, final.value)}",
+        (1, final.value),
         xycoords=("axes fraction", "data"),
         xytext=(6, 0),
         textcoords="offset points",
@@ -150,7 +150,7 @@ def draw_federated(found: Scored, *, name: str) -> Picture | None:
         axes.set_xticks(places, [str(c.client) for c in scored])
         for place, client in zip(places, scored, strict=True) if len(scored) <= 16 else ():
             axes.annotate(
-                percent_text(client.value, digits=0) if last.metric == "accuracy" else f"{client.value:.2f}",
+                percent_text(client.value, digits=0) if final.metric == "accuracy" else f"{client.value:.2f}",
                 (place, 0),
                 xytext=(0, 5),
                 textcoords="offset points",
@@ -161,20 +161,20 @@ def draw_federated(found: Scored, *, name: str) -> Picture | None:
     else:
         axes.set_xticks([])
     axes.set_xlabel("client, worst first")
-    axes.set_ylabel(f"{last.metric} on own held-out rows")
-    values = [client.value for score in (first, last) for client in score.clients]
+    axes.set_ylabel(f"{final.metric} on own held-out rows")
+    values = [client.value for score in (first, final) for client in score.clients]
     if min(values) >= 0 and max(values) <= 1:
         axes.set_ylim(0, 1.0)
     axes.tick_params(axis="x", length=0)
     axes.spines["bottom"].set_color(GRID)
-    percent_axis(axes, last.metric)
+    percent_axis(axes, final.metric)
     rows = [client.num_examples for client in scored]
     caption = (
-        f"After {last.round} rounds, each client on rows it never trained on ({min(rows)} to {max(rows)} rows, "
+        f"After {counted(final.round, 'round')}, each client on rows it never trained on ({span(rows, 'row')}, "
         f"so errors are large). Worst: client {scored[0].client} with "
-        f"{score_text(last.metric, scored[0].value)} (orange)."
+        f"{score_text(final.metric, scored[0].value)} (orange)."
     )
-    return Picture(name, f"{last.metric.capitalize()} per client", caption, figure)
+    return Picture(name, f"{final.metric.capitalize()} per client", caption, figure)
 
 
 def label_skew(run: RunData) -> dict[int, float]:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from fedzo.report.client_figures import draw_abs_g, draw_federated, draw_labels
-from fedzo.report.format import bytes_text, change_text, number_text, score_text
+from fedzo.report.format import bytes_text, change_text, counted, first, last, number_text, score_text
 from fedzo.report.local_steps import draw_local_losses, draw_local_steps, shows_everyone
 from fedzo.report.run_data import RunData, Scored
 from fedzo.report.style import (
@@ -64,14 +64,14 @@ def _loss(run: RunData) -> Picture | None:
     rounds, means = [record.round + 1 for record in run.trained], running_mean(losses, window=window)
     figure, axes = new_axes()
     axes.plot(rounds, gaps(losses), color=BLUE, alpha=0.3, linewidth=1, label="each round")
-    axes.plot(rounds, gaps(means), color=BLUE, label=f"mean of the last {window}", marker=lone(rounds))
+    axes.plot(rounds, gaps(means), color=BLUE, label=f"mean of {last(window)}", marker=lone(rounds))
     axes.set_ylabel("training loss (nats)")
     _rounds_axis(axes, rounds[-1])
     axes.legend(loc="upper right", ncols=2)
     head, tail = statistics.fmean(measured[:window]), statistics.fmean(measured[-window:])
     caption = (
-        f"Mean loss of the clients' batches before each step: {number_text(head)} over the first {window} rounds, "
-        f"{number_text(tail)} over the last {window}. Single rounds are noisy. The thick line shows the trend."
+        f"Mean loss of the clients' batches before each step: {number_text(head)} over {first(window, 'round')}, "
+        f"{number_text(tail)} over {last(window)}. Single rounds are noisy. The thick line shows the trend."
     )
     if len(run.trained) < len(run.rounds):
         caption += " The calibration round is left out, because it did not move the model."
@@ -174,7 +174,7 @@ def _bytes(run: RunData) -> Picture | None:
     _label_bytes(axes, ends)
     up = sum(record.payload_up_bytes for record in run.rounds) / num_clients
     caption = (
-        f"A client sent {bytes_text(up)} of payload in {len(rounds)} rounds (mean over {num_clients} clients). "
+        f"A client sent {bytes_text(up)} of payload in {counted(len(rounds), 'round')} (mean over {counted(num_clients, 'client')}). "
         "Payload is the bytes of the algorithm's numbers. Messages are payload with the message format of Flower."
     )
     return Picture("bytes", "Bytes on the wire, per client", caption, figure)

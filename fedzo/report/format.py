@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 MISSING = "n/a"
 
 
@@ -52,6 +54,44 @@ def percent_text(share: float | None, *, digits: int = 1) -> str:
 def share_text(part: int, whole: int) -> str:
     """A small share of a whole with two significant digits: ``0.10 %``."""
     return MISSING if whole <= 0 else f"{100 * part / whole:#.2g} %" if part < whole else "100 %"
+
+
+def counted(number: int, what: str) -> str:
+    """A count with its noun: ``1 round``, ``2 rounds``."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def span(numbers: Sequence[int], what: str) -> str:
+    """From the least to the most: ``3 to 9 rows``, or one of them where they are equal."""
+    low, high = min(numbers), max(numbers)
+    return counted(low, what) if low == high else f"{low:,} to {counted(high, what)}"
+
+
+def first(number: int, what: str = "") -> str:
+    """``the first 5 rounds``, ``the first round``."""
+    return _some("the first", number, what)
+
+
+def last(number: int, what: str = "") -> str:
+    """``the last 5 rounds``, ``the last round``; without a noun ``the last one``."""
+    return _some("the last", number, what)
+
+
+def _some(which: str, number: int, what: str) -> str:
+    if number == 1:
+        return f"{which} {what or 'one'}"
+    return f"{which} {counted(number, what) if what else f'{number:,}'}"
+
+
+def cut_text(cut_rows: Mapping[str, tuple[int, int]], max_length: object) -> str:
+    """Which share of each split's rows is cut; empty where no row is."""
+    if not any(cut for cut, _ in cut_rows.values()):
+        return ""
+    parts = [f"{split} {cut:,} of {whole:,} ({share_text(cut, whole)})" for split, (cut, whole) in cut_rows.items()]
+    return (
+        f"task.max_length={max_length} cuts rows, which lose the beginning of their prompt or the end of their answer: "
+        f"{', '.join(parts)}. Raise task.max_length to use them whole."
+    )
 
 
 def score_text(metric: str, value: float | None) -> str:

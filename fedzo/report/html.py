@@ -13,6 +13,8 @@ from fedzo.report.format import (
     bytes_text,
     change_text,
     count_text,
+    counted,
+    cut_text,
     number_text,
     score_text,
     seconds_text,
@@ -36,7 +38,7 @@ def write_report(run_dir: Path) -> Path:
     before, after = run.first.test
     text = render_page(
         title=f"{run.setting('trainer', 'plugin') or 'a run'} on {run.setting('task', 'name') or 'its task'}",
-        subtitle=f"{run.setting('model', 'name')}, {run.setting('fl', 'num_clients')} clients, folder {run_dir.name}",
+        subtitle=f"{run.setting('model', 'name')}, {_num_clients(run)}, folder {run_dir.name}",
         headline=_from_to(before.metric, before.value, after.value) if before and after else "",
         headline_note=_headline_note(run),
         notes=_notes(run),
@@ -90,6 +92,11 @@ def write_page(path: Path, text: str) -> Path:
     return path
 
 
+def _num_clients(run: RunData) -> str:
+    number = run.setting("fl", "num_clients")
+    return counted(number, "client") if isinstance(number, int) else f"{number} clients"
+
+
 def _headline_note(run: RunData) -> str:
     before, after = run.first.test
     if not before or not after:
@@ -109,8 +116,11 @@ def _from_to(metric: str, before: float | None, after: float | None) -> str:
 
 def _notes(run: RunData) -> list[str]:
     notes = list(run.notes)
+    if run.setup and (cut := cut_text(run.setup.cut_rows, run.setting("task", "max_length"))):
+        notes.append(cut)
     if run.summary is None:
-        notes.insert(0, f"This run is not finished: {len(run.rounds)} rounds are shown. `fedzo resume` continues it.")
+        shown = f"{counted(len(run.rounds), 'round')} {'is' if len(run.rounds) == 1 else 'are'} shown"
+        notes.insert(0, f"This run is not finished: {shown}. `fedzo resume` continues it.")
         return notes
     if run.first.test[1]:
         notes.append(
@@ -222,5 +232,5 @@ def _lost(run: RunData) -> Table:
     rows = [["probes dropped (loss not finite)", str(dropped)]] if dropped else []
     for client, count in sorted(absent.items()):
         last = f"; last: {reasons[client]}" if client in reasons else ""
-        rows.append([f"client {client} without a usable reply", f"{count} rounds{last}"])
+        rows.append([f"client {client} without a usable reply", f"{counted(count, 'round')}{last}"])
     return "Dropped and absent", rows

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedzo.records.metrics import CentralScore, FederatedScore, Flagged, MetricRecord, Round, Setup, Summary
-from fedzo.report.format import bytes_text, score_text, seconds_text
+from fedzo.report.format import bytes_text, counted, score_text, seconds_text
 
 Advance = Callable[[int, int], None]
 PLAIN_EVERY_S = 10.0
@@ -138,7 +138,8 @@ class ProgressSink:
         share = 100 * setup.space_size / setup.num_params
         self._console.print(
             f"{setup.trainer}: {setup.space_size:,} of {setup.num_params:,} weights trained ({share:.2g} %)"
-            f", {len(setup.clients)} clients, {sum(client.num_train for client in setup.clients):,} training rows"
+            f", {counted(len(setup.clients), 'client')}"
+                f", {counted(sum(client.num_train for client in setup.clients), 'training row')}"
         )
         if estimate := setup.estimate:
             self._console.print(
@@ -169,13 +170,13 @@ class ProgressSink:
         text = score_text(score.metric, score.value)
         if score.evaluator == self._evaluator:
             self._score = f"{score.split} {text}  "
-        self._console.print(f"{score.split} after {score.round} rounds: {score.metric} {text}")
+        self._console.print(f"{score.split} after {counted(score.round, 'round')}: {score.metric} {text}")
 
 
 def ending(summary: Summary, *, payload: str = "scalars") -> list[str]:
     """What a run says last: test scores, the worst client, whom a step policy flagged, and bytes of the payload."""
     before, after, rows = summary.before, summary.after, []
-    head = f"after {summary.rounds} rounds:"
+    head = f"after {counted(summary.rounds, 'round')}:"
     if before and after:
         head = f"test, before -> after (best dev round {summary.best_round} of {summary.rounds}):"
         for title, first, last in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from fedzo.records.metrics import (
     StepDecision,
     Summary,
 )
+from fedzo.report.format import cut_text
 from fedzo.report.sinks import ProgressSink, TensorBoardSink
 from fedzo.run.estimate import estimate_run
 from fedzo.run.peer import TrialRows
@@ -42,6 +44,9 @@ from fedzo.run.server_context import ServerContext
 from fedzo.trainers import Prepared
 from fedzo.trainers.artifacts import ARTIFACTS
 from fedzo.zo.estimator import ZerothOrderConfig
+
+
+log = logging.getLogger(__name__)
 
 
 class Sinks:
@@ -178,7 +183,9 @@ class Federation:
     def _write_setup(self) -> None:
         if self._setup():
             return
-        server = self._server
+        server, cut_rows = self._server, self._cut_rows()
+        if text := cut_text(cut_rows, self._config.task.max_length):
+            log.warning("%s", text)
         self._sinks.write(
             Setup(
                 seconds=self._elapsed(),
@@ -197,8 +204,21 @@ class Federation:
                     )
                     for client, hello in sorted(server.client_registry.hellos.items())
                 ),
+                cut_rows=cut_rows,
             )
         )
+
+    def _cut_rows(self) -> dict[str, tuple[int, int]]:
+        """By split, the rows that are cut at ``task.max_length``, and all rows; as clients tell of theirs."""
+        hellos, rows = self._server.client_registry.hellos.values(), {}
+        for split in ("train", "heldout"):
+            counts = [(getattr(hello, f"num_{split}_cut"), getattr(hello, f"num_{split}")) for hello in hellos]
+            rows[split] = sum(min(cut, whole) for cut, whole in counts), sum(whole for _, whole in counts)
+        if self._config.evaluation.central:
+            for split in ("dev", "test"):
+                examples = self._context.examples(split)
+                rows[split] = sum(example.cut for example in examples), len(examples)
+        return {split: (cut, whole) for split, (cut, whole) in rows.items() if whole}
 
     def _setup(self) -> Setup | None:
         """What was written before the first round, in a run that is resumed."""

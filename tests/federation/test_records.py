@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from fedzo.errors import RunFolderError
 from fedzo.records.decode import decode, parse_json, to_json
@@ -33,3 +37,37 @@ def test_every_kind_of_record_comes_back_byte_for_byte(run: Callable[..., Path])
             seen.add(type(record))
 
     assert seen == {PublicLine, AuditLine, *METRIC_KINDS.values()}
+
+
+def test_rows_that_are_cut_are_counted_and_told_before_the_first_round(
+    run: Callable[..., Path],
+    lines: Callable[[Path, str], list[dict[str, Any]]],
+    data_dir: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    longest = 36  # tokens, which are bytes here: "Text: ", the text, "\\nVerdict:" (no line end), " good"
+    with caplog.at_level(logging.WARNING):
+        folder = run(f"task.max_length={longest}", "fl.rounds=1", "partition.holdout=0.2")
+
+    setup = lines(folder, "metrics.jsonl")[0]
+    expected = {
+        name: [6 + len(row["text"]) + 10 + 5 > longest for row in lines(data_dir, f"{name}.jsonl")]
+        for name in ("train", "dev", "test")
+    }
+    told = setup["cut_rows"]
+    assert all(0 < sum(cut) < len(cut) for cut in expected.values())
+    for name in ("dev", "test"):
+        assert told[name] == [sum(expected[name]), len(expected[name])]
+    assert [sum(pair) for pair in zip(told["train"], told["heldout"], strict=True)] == [sum(expected["train"]), 64]
+    assert told["heldout"][1] == sum(client["num_heldout"] for client in setup["clients"])
+    [message] = [text for text in caplog.messages if "cuts rows" in text]
+    cut, whole = told["dev"]
+    assert f"task.max_length={longest} cuts rows" in message
+    assert f"dev {cut} of {whole} (" in message
+
+
+def test_a_run_without_a_cut_row_is_told_nothing(run: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        run("task.max_length=64", "fl.rounds=1")
+
+    assert not [text for text in caplog.messages if "cuts rows" in text]

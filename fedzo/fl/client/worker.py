@@ -123,6 +123,8 @@ class ClientWorker:
             client=client,
             num_train=len(data.train),
             num_heldout=len(data.heldout),
+            num_train_cut=sum(example.cut for example in data.train),
+            num_heldout_cut=sum(example.cut for example in data.heldout),
             rows_digest=digest,
             label_counts=json.dumps(dict(data.label_counts)),
             config_hash=self.identity.config_hash,

@@ -123,6 +123,7 @@ def test_a_long_prompt_loses_its_beginning() -> None:
     [example] = encode([{"text": "abcdefgh", "label": 0}], CHOICE, tokenizer=byte_tokenizer(), max_length=10)
 
     assert example.prompt == ids("fgh:")
+    assert example.cut
     assert example.candidates == (ids(" no"), ids(" maybe"))
 
 
@@ -145,6 +146,7 @@ def test_a_shortened_prompt_is_the_end_of_the_whole_one(text: str, max_length: i
     longest = max(len(candidate) for candidate in whole.candidates)
     assert short.candidates == whole.candidates
     assert len(short.prompt) == min(len(whole.prompt), max_length - longest)
+    assert (short.cut, whole.cut) == (len(short.prompt) < len(whole.prompt), False)
     body = short.prompt[1:] if add_bos and len(short.prompt) > 1 else short.prompt
     assert whole.prompt[len(whole.prompt) - len(body) :] == body
     assert not add_bos or len(short.prompt) == 1 or short.prompt[0] == BOS
@@ -163,6 +165,7 @@ def test_a_long_reference_answer_leaves_half_of_the_room_to_the_prompt() -> None
     [example] = encode([row], WRITTEN, tokenizer=byte_tokenizer(), max_length=10)
 
     assert (example.prompt, example.candidates) == (ids("hijk?"), (ids(" 0123"),))
+    assert example.cut
     assert example.reference == "0123456789"
 
 
@@ -170,6 +173,7 @@ def test_a_long_answer_to_a_short_prompt_takes_the_rest() -> None:
     [example] = encode([{"q": "ab", "a": "0123456789"}], WRITTEN, tokenizer=byte_tokenizer(), max_length=10)
 
     assert (example.prompt, example.candidates) == (ids("ab?"), (ids(" 012345"),))
+    assert example.cut  # the answer is
 
 
 def test_a_prompt_that_its_answer_swallows_is_refused() -> None:
