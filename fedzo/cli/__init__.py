@@ -97,12 +97,12 @@ def forgiving_output() -> Iterator[Output]:
     """Let ``Output`` stand for standard output."""
     with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
         given = sys.stdout
-        stream = given or nowhere  # None where it was closed before the start
+        stream: Any = given or nowhere  # None where it was closed before the start
         output, before = Output(stream), getattr(stream, "errors", None)
         strict = before in {"strict", "surrogateescape"} and isinstance(stream, io.TextIOWrapper)
         if strict:
             stream.reconfigure(errors="replace")
-        sys.stdout = output  # type: ignore[assignment]
+        sys.stdout = output
         try:
             yield output
         finally:

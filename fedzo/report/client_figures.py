@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from matplotlib.ticker import MaxNLocator
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
 
 from fedzo.report.format import counted, last, percent_text, score_text, span
 from fedzo.report.panels import colour_scale, flagged_clients, label_colours, label_shares, some_of
@@ -22,11 +24,13 @@ from fedzo.report.style import (
     new_axes,
     percent_axis,
     running_mean,
+    whole_numbers,
 )
 
 MAX_LINES = 60
 MAX_POINTS = 400  # of a running mean; a page must stay small
 MAX_CLASSES = len(SERIES)
+MAX_TICK_LETTERS = 70  # that fit below an axis
 
 
 def draw_labels(run: RunData) -> Picture | None:
@@ -57,6 +61,7 @@ def draw_labels(run: RunData) -> Picture | None:
         draw(places, counts, 1.0 if many else 0.7, base, color=colour, label=name)
         base = [low + count for low, count in zip(base, counts, strict=True)]
     (axes.set_ylabel if many else axes.set_xlabel)("training rows")
+    (axes.yaxis if many else axes.xaxis).set_major_locator(whole_numbers(8))
     if many:
         axes.set_xlabel(f"{len(order)} clients, largest first")
         axes.set_xticks([])
@@ -96,7 +101,7 @@ def draw_abs_g(run: RunData) -> Picture | None:
         axes.plot(rounds[::thin], gaps(means[::thin]), color=colour, linewidth=width, marker=lone(rounds))
     axes.set_xlim(0, rounds[-1])
     axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(whole_numbers(8))
     axes.set_xlabel("rounds")
     axes.set_ylabel("|g|, loss per unit step")
     if norm:
@@ -147,17 +152,9 @@ def draw_federated(found: Scored, *, name: str) -> Picture | None:
         annotation_clip=False,
     )
     if few:
-        axes.set_xticks(places, [str(c.client) for c in scored])
-        for place, client in zip(places, scored, strict=True) if len(scored) <= 16 else ():
-            axes.annotate(
-                percent_text(client.value, digits=0) if final.metric == "accuracy" else f"{client.value:.2f}",
-                (place, 0),
-                xytext=(0, 5),
-                textcoords="offset points",
-                ha="center",
-                va="bottom",
-                color=PAPER,
-            )
+        names = [str(c.client) for c in scored]
+        fits = sum(len(name) + 1 for name in names) <= MAX_TICK_LETTERS
+        axes.set_xticks(places, names if fits else [""] * len(names))
     else:
         axes.set_xticks([])
     axes.set_xlabel("client, worst first")
@@ -168,6 +165,8 @@ def draw_federated(found: Scored, *, name: str) -> Picture | None:
     axes.tick_params(axis="x", length=0)
     axes.spines["bottom"].set_color(GRID)
     percent_axis(axes, final.metric)
+    if len(scored) <= 16:
+        _label_bars(axes, final.metric, [client.value for client in scored])
     rows = [client.num_examples for client in scored]
     caption = (
         f"After {counted(final.round, 'round')}, each client on rows it never trained on ({span(rows, 'row')}, "
@@ -175,6 +174,22 @@ def draw_federated(found: Scored, *, name: str) -> Picture | None:
         f"{score_text(final.metric, scored[0].value)} (orange)."
     )
     return Picture(name, f"{final.metric.capitalize()} per client", caption, figure)
+
+
+def _label_bars(axes: Axes, metric: str, values: Sequence[float]) -> None:
+    """Each bar's value at its foot, or above it where the bar is too short to hold it."""
+    low, high = axes.get_ylim()
+    for place, value in enumerate(values):
+        short = value < low + 0.12 * (high - low)
+        axes.annotate(
+            percent_text(value, digits=0) if metric == "accuracy" else f"{value:.2f}",
+            (place, max(value, low) if short else low),
+            xytext=(0, 5),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            color=INK if short else PAPER,
+        )
 
 
 def label_skew(run: RunData) -> dict[int, float]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 from itertools import accumulate
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
 from fedzo.report.client_figures import draw_abs_g, draw_federated, draw_labels
 from fedzo.report.format import bytes_text, change_text, counted, first, last, number_text, score_text
@@ -19,13 +17,15 @@ from fedzo.report.style import (
     PAPER,
     Picture,
     bytes_axis,
-    direct_labels,
     gaps,
     house_style,
+    keep_apart,
+    label_at,
     lone,
     new_axes,
     percent_axis,
     running_mean,
+    whole_numbers,
 )
 
 
@@ -52,7 +52,7 @@ def draw_figures(run: RunData) -> list[Picture]:
 def _rounds_axis(axes: Axes, num_rounds: int) -> None:
     axes.set_xlim(-0.02 * num_rounds, max(num_rounds, 1))
     axes.set_xlabel("rounds")
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(whole_numbers(8))
 
 
 def _loss(run: RunData) -> Picture | None:
@@ -63,16 +63,21 @@ def _loss(run: RunData) -> Picture | None:
     window = max(1, min(25, len(losses) // 8))
     rounds, means = [record.round + 1 for record in run.trained], running_mean(losses, window=window)
     figure, axes = new_axes()
-    axes.plot(rounds, gaps(losses), color=BLUE, alpha=0.3, linewidth=1, label="each round")
-    axes.plot(rounds, gaps(means), color=BLUE, label=f"mean of {last(window)}", marker=lone(rounds))
+    if window > 1:
+        axes.plot(rounds, gaps(losses), color=BLUE, alpha=0.3, linewidth=1, label="each round")
+        axes.plot(rounds, gaps(means), color=BLUE, label=f"mean of {last(window)}")
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)  # above the lines
+    else:
+        axes.plot(rounds, gaps(losses), color=BLUE, marker="o", markersize=4, clip_on=False)
     axes.set_ylabel("training loss (nats)")
     _rounds_axis(axes, rounds[-1])
-    axes.legend(loc="upper right", ncols=2)
     head, tail = statistics.fmean(measured[:window]), statistics.fmean(measured[-window:])
     caption = (
         f"Mean loss of the clients' batches before each step: {number_text(head)} over {first(window, 'round')}, "
-        f"{number_text(tail)} over {last(window)}. Single rounds are noisy. The thick line shows the trend."
+        f"{number_text(tail)} over {last(window)}. Single rounds are noisy."
     )
+    if window > 1:
+        caption += " The thick line shows the trend."
     if len(run.trained) < len(run.rounds):
         caption += " The calibration round is left out, because it did not move the model."
     return Picture("loss", "Training loss", caption, figure)
@@ -84,10 +89,10 @@ def _scores(run: RunData, scored: Scored, *, name: str) -> Picture | None:
         return None
     metric = (dev or [score for score in (before,) if score])[0].metric
     figure, axes = new_axes()
-    ends = []
+    labels = []
     if dev:
-        axes.plot([s.round for s in dev], [s.value for s in dev], color=BLUE, marker="o", markersize=4)
-        ends.append((dev[-1].round, dev[-1].value, "dev", BLUE))
+        axes.plot([s.round for s in dev], [s.value for s in dev], color=BLUE, marker="o", markersize=4, clip_on=False)
+        labels.append(label_at(axes, dev[-1].round, dev[-1].value, "dev", color=BLUE))
     best = run.summary.best_round if run.summary else None
     marks = [(0, before, False), (best if best is not None else after.round if after else 0, after, True)]
     for round_index, score, filled in marks:
@@ -105,8 +110,8 @@ def _scores(run: RunData, scored: Scored, *, name: str) -> Picture | None:
             markerfacecolor=ORANGE if filled else PAPER,
             markeredgewidth=1.8,
         )
-    last = max([record.round + 1 for record in run.rounds] + [s.round for s in dev], default=0)
-    _rounds_axis(axes, last)
+    end = max([record.round + 1 for record in run.rounds] + [s.round for s in dev], default=0)
+    _rounds_axis(axes, end)
     values = [s.value for s in dev] + [s.value for s in (before, after) if s]
     margin = max(0.06 * (max(values) - min(values)), 0.02)
     low, high = min(values) - 2 * margin, max(values) + 2 * margin
@@ -116,21 +121,25 @@ def _scores(run: RunData, scored: Scored, *, name: str) -> Picture | None:
         if score is None:
             continue
         text = f"test {'after' if filled else 'before'}  {score_text(metric, score.value)}"
-        left = filled and round_index > 0.5 * last
-        below = any(s.value > score.value for s in dev if abs(s.round - round_index) < 0.2 * max(last, 1))
-        axes.annotate(
+        left = filled and round_index > 0.5 * end
+        below = any(s.value > score.value for s in dev if abs(s.round - round_index) < 0.2 * max(end, 1))
+        floor, top = axes.get_ylim()
+        below = below and score.value > floor + 0.12 * (top - floor)  # the axis has its own labels below
+        label = label_at(
+            axes,
+            round_index,
+            score.value,
             text,
-            (round_index, score.value),
             xytext=(-12 if left else 12, -3 if below else 3),
-            textcoords="offset points",
             color=ORANGE,
             ha="right" if left else "left",
             va="top" if below else "bottom",
             fontweight="bold",
         )
+        labels.append(label)
     axes.set_ylabel(metric)
     percent_axis(axes, metric)
-    direct_labels(axes, ends)
+    keep_apart(figure, labels)
     caption = "The test rows were scored only at the diamonds." if before else "No test rows were scored."
     if dev:
         best_value = f"{'lowest' if dev[0].lower_is_better else 'highest'} dev {metric}"
@@ -158,7 +167,7 @@ def _bytes(run: RunData) -> Picture | None:
     for name, amounts, colour, dash in lines:
         totals = list(accumulate(amount / num_clients for amount in amounts))
         if totals[-1] > 0:
-            axes.plot(rounds, totals, color=colour, linestyle=dash, marker=lone(rounds))
+            axes.plot(rounds, totals, color=colour, linestyle=dash, marker=lone(rounds), clip_on=len(rounds) > 1)
             ends.append((rounds[-1], totals[-1], f"{name} {bytes_text(totals[-1])}", colour))
     if not ends:
         return None
@@ -171,30 +180,11 @@ def _bytes(run: RunData) -> Picture | None:
     bytes_axis(axes.yaxis)
     axes.set_ylabel("bytes per client, so far" + (" (log scale)" if high > 20 * low else ""))
     _rounds_axis(axes, rounds[-1])
-    _label_bytes(axes, ends)
+    keep_apart(figure, [label_at(axes, x, y, text, color=colour) for x, y, text, colour in ends])
     up = sum(record.payload_up_bytes for record in run.rounds) / num_clients
     caption = (
-        f"A client sent {bytes_text(up)} of payload in {counted(len(rounds), 'round')} (mean over {counted(num_clients, 'client')}). "
+        f"A client sent {bytes_text(up)} of payload in {counted(len(rounds), 'round')} "
+        f"(mean over {counted(num_clients, 'client')}). "
         "Payload is the bytes of the algorithm's numbers. Messages are payload with the message format of Flower."
     )
     return Picture("bytes", "Bytes on the wire, per client", caption, figure)
-
-
-def _label_bytes(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Direct labels that stay apart on a linear or logarithmic axis: placed in display space."""
-    order = sorted(ends, key=lambda end: end[1])
-    points = [float(axes.transData.transform((end[0], end[1]))[1]) for end in order]
-    scale = axes.figure.dpi / 72
-    shift, previous = 0.0, -1e9
-    for (x, y, text, colour), point in zip(order, points, strict=True):
-        place = max(point, previous + 12.5 * scale)
-        previous, shift = place, (place - point) / scale
-        axes.annotate(
-            text,
-            (x, y),
-            xytext=(7, shift),
-            textcoords="offset points",
-            va="center",
-            color=colour,
-            annotation_clip=False,
-        )

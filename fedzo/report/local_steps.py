@@ -49,7 +49,8 @@ def draw_local_steps(run: RunData) -> Picture | None:
             if since:
                 axes.axvline(since, color=INK, linewidth=1, linestyle="--")
         _shade(axes, windows)
-    names = [f"|g|, mean of {last(window)}", f"|GradIP|, divided by {number_text(unit)}" if unit else "|g|"]
+    thin_name = f"|GradIP|, divided by {number_text(unit)}" if unit else "|g|"
+    names = [f"|g|, mean of {last(window)}" if window > 1 else "|g|", thin_name]
     label_panels(run, figure, grid, top=max(peaks), unit="|g|, loss per unit step", names=names)
     caption = _caption(run, drawn=len(grid), total=len(traces), unit=unit)
     return Picture("local_steps", "Local steps per client", caption, figure)
@@ -65,7 +66,7 @@ def draw_local_losses(run: RunData) -> Picture | None:
     for client, axes in grid.items():
         trace = traces[client]
         peaks += draw_client(run, axes, trace.at, trace.loss, trace.loss, client=client, window=window)
-    names = [f"mean of {last(window)}", "loss of a batch"]
+    names = [f"mean of {last(window)}" if window > 1 else "loss of a batch", "loss of a batch"]
     label_panels(run, figure, grid, top=max(peaks), unit="loss (nats)", names=names)
     caption = (
         "The loss of each client's batch before every local step. A loss near 0 means that the client has learned "

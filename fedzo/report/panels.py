@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fedzo.report.format import percent_text
 from fedzo.report.run_data import RunData
-from fedzo.report.style import BLUE, INK, MUTED, SKEW, lone, panel_grid, running_mean
+from fedzo.report.style import BLUE, INK, MUTED, SKEW, lone, panel_grid, running_mean, whole_numbers
 
 MAX_PANELS = 16
 MAX_POINTS = 150  # of a line; a page must stay small
@@ -45,7 +45,7 @@ def client_panels(run: RunData, traces: Mapping[int, Trace], *, height: float) -
         labels = f": {percent_text(share, digits=0)} {run.class_name(label)}" if label else ""
         axes.set_title(_shortened(f"client {client}{labels}"), color=INK, pad=3, fontsize=8)
         axes.set_xlim(0, end)
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10], prune="upper"))  # panels touch
+        axes.xaxis.set_major_locator(whole_numbers(4, prune="upper"))  # panels touch
         axes.yaxis.set_major_locator(MaxNLocator(3))
     return figure, dict(zip(clients, grid, strict=True))
 
@@ -65,21 +65,22 @@ def draw_client(
     colour = SKEW(norm(share)) if norm else BLUE
     means = running_mean(values, window=window)
     thinned = _thinned(at, thin)
-    axes.plot(*thinned, color=colour, alpha=0.45, linewidth=0.7, marker=lone(at))
+    axes.plot(*thinned, color=colour, alpha=0.45, linewidth=0.7, marker=lone(at), clip_on=len(at) > 1)
     there = [mean if value is not None else None for mean, value in zip(means, values, strict=True)]
-    axes.plot(*_thinned(at, there), color=colour, linewidth=1.9, marker=lone(at))
+    axes.plot(*_thinned(at, there), color=colour, linewidth=1.9, marker=lone(at), clip_on=len(at) > 1)
     return [_usual_peak(thinned[1]), max((mean for mean in means if mean is not None), default=0.0)]
 
 
 def label_panels(
     run: RunData, figure: Figure, grid: Mapping[int, Axes], *, top: float, unit: str, names: Sequence[str]
 ) -> None:
-    """Axes' names, the legend of the thick and the thin line, and the scale of colours."""
+    """Axes' names, the legend of the thick and the thin line (one where both are the same), the scale of colours."""
     next(iter(grid.values())).set_ylim(0, 1.1 * top or 1.0)  # the panels share it
     figure.supxlabel("local steps, rounds one after another", color=MUTED, fontsize=9)
     figure.supylabel(unit, color=MUTED, fontsize=9)
     lines = [Line2D([], [], color=INK, linewidth=1.9), Line2D([], [], color=INK, alpha=0.5, linewidth=0.8)]
-    figure.legend(lines, names, loc="outside upper left", ncols=2)
+    told = dict(zip(names, lines, strict=True)) if len({*names}) > 1 else {names[0]: lines[0]}
+    figure.legend([*told.values()], [*told], loc="outside upper left", ncols=2)
     if norm := label_colours(run):
         colour_scale(figure, list(grid.values()), norm)
 

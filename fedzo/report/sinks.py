@@ -139,7 +139,7 @@ class ProgressSink:
         self._console.print(
             f"{setup.trainer}: {setup.space_size:,} of {setup.num_params:,} weights trained ({share:.2g} %)"
             f", {counted(len(setup.clients), 'client')}"
-                f", {counted(sum(client.num_train for client in setup.clients), 'training row')}"
+            f", {counted(sum(client.num_train for client in setup.clients), 'training row')}"
         )
         if estimate := setup.estimate:
             self._console.print(

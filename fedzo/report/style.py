@@ -12,9 +12,8 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -22,7 +21,9 @@ from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.text import Annotation
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.transforms import Bbox
 
 from fedzo.errors import RunFolderError
 from fedzo.report.format import bytes_text
@@ -30,6 +31,7 @@ from fedzo.report.format import bytes_text
 INK, MUTED, GRID, PAPER = "#1f2430", "#6b7280", "#e2e5ea", "#ffffff"
 # Okabe and Ito's colours: apart for all common kinds of colour blindness. The yellow is left out (too light on white).
 BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER = "#0072b2", "#d55e00", "#009e73", "#b5659a", "#56b4e9", "#e69f00"
+GAP_PX = 1.5  # between two labels
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER, "#8c8c8c", "#4d4d4d")
 # Five steps from even (blue) to one-sided (vermilion) for how far a client's labels are from the federation's.
 SKEW = ListedColormap([BLUE, "#4a94a8", "#a3a07a", "#d98f3f", ORANGE], name="skew")
@@ -115,6 +117,11 @@ def panel_grid(count: int, *, height: float) -> tuple[Figure, list[Axes]]:
     return figure, flat[:count]
 
 
+def whole_numbers(most: int, *, prune: Literal["upper"] | None = None) -> MaxNLocator:
+    """At most so many marks, at whole numbers only: an axis of rounds, steps or rows has no others."""
+    return MaxNLocator(most, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10], prune=prune)
+
+
 def lone(points: Sequence[object]) -> str:
     """The marker of a line: one of a single point would not be seen without."""
     return "o" if len(points) == 1 else ""
@@ -145,30 +152,27 @@ def percent_axis(axes: Axes, metric: str) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
 
 
-def apart(values: Sequence[float], *, gap: float) -> list[float]:
-    """Positions of labels near ``values`` with at least ``gap`` between neighbours, in the order given."""
-    order = sorted(range(len(values)), key=lambda index: values[index])
-    placed = [float(value) for value in values]
-    for low, high in pairwise(order):
-        placed[high] = max(placed[high], placed[low] + gap)
-    excess = sum(placed) - sum(values)
-    return [value - excess / max(len(values), 1) for value in placed]
+def label_at(axes: Axes, x: float, y: float, text: str, **how: Any) -> Annotation:
+    """A label beside a point of the data, also outside the axes; by default to its right."""
+    places: dict[str, Any] = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
+    return axes.annotate(text, (x, y), **(places | how), annotation_clip=False)
 
 
-def direct_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Name each line at its right end; ``ends`` holds (x, y, text, colour)."""
-    low, high = axes.get_ylim()
-    heights = apart([end[1] for end in ends], gap=(high - low) * 0.085)
-    for (x, _, text, colour), height in zip(ends, heights, strict=True):
-        axes.annotate(
-            text,
-            (x, height),
-            xytext=(7, 0),
-            textcoords="offset points",
-            va="center",
-            color=colour,
-            annotation_clip=False,
-        )
+def keep_apart(figure: Figure, labels: Sequence[Annotation]) -> None:
+    """Move labels up, the lowest first, until none covers another, as measured on the drawn figure."""
+    for _ in range(2):  # where labels leave the axes, the layout gives them room and changes the places
+        figure.canvas.draw()
+        placed: list[Bbox] = []
+        for label in sorted(labels, key=lambda label: label.get_window_extent().y0):
+            box = label.get_window_extent()
+            for other in placed:  # from the lowest up
+                if box.x0 < other.x1 and other.x0 < box.x1 and box.y0 < other.y1 + GAP_PX and other.y0 < box.y1:
+                    up = other.y1 + GAP_PX - box.y0
+                    box = box.translated(0, up)
+                    x, y = label.xyann
+                    label.xyann = (x, y + up * 72 / figure.dpi)
+            placed.append(box)
+            placed.sort(key=lambda box: box.y0)
 
 
 def page_svg(picture: Picture) -> str:

@@ -20,6 +20,8 @@ from fedzo.report.style import (
     Picture,
     bytes_axis,
     house_style,
+    keep_apart,
+    label_at,
     new_axes,
     percent_axis,
     save_pictures,
@@ -201,10 +203,8 @@ def _before_after(jobs: list[tuple[str, CentralScore, CentralScore]], keys: list
 
 def _score_by_bytes(jobs: list[tuple[str, CentralScore, int]]) -> Picture:
     figure, axes = new_axes()
-    for name, score, payload_bytes in jobs:
-        at = (payload_bytes, score.value)
-        axes.plot(*at, "o", color=BLUE, markersize=7)
-        axes.annotate(name, at, xytext=(6, 4), textcoords="offset points", annotation_clip=False)
+    for _, score, payload_bytes in jobs:
+        axes.plot(payload_bytes, score.value, "o", color=BLUE, markersize=7)
     split, metric, sent = jobs[0][1].split, jobs[0][1].metric, [payload_bytes for _, _, payload_bytes in jobs]
     if min(sent) > 0 and max(sent) > 20 * min(sent):
         axes.set_xscale("log")
@@ -213,5 +213,6 @@ def _score_by_bytes(jobs: list[tuple[str, CentralScore, int]]) -> Picture:
     axes.set_xlabel("payload up, all clients")
     axes.set_ylabel(f"{split} {metric}")
     percent_axis(axes, metric)
+    keep_apart(figure, [label_at(axes, payload_bytes, score.value, name) for name, score, payload_bytes in jobs])
     title = f"{split.capitalize()} score against payload sent"
     return Picture("bytes", title, "Up and to the left is better.", figure)

@@ -45,7 +45,6 @@ from fedzo.trainers import Prepared
 from fedzo.trainers.artifacts import ARTIFACTS
 from fedzo.zo.estimator import ZerothOrderConfig
 
-
 log = logging.getLogger(__name__)
 
 

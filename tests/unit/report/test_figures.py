@@ -1,19 +1,34 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
 from fedzo.errors import RunFolderError
 from fedzo.report.client_figures import draw_abs_g, label_skew
 from fedzo.report.figures import draw_figures
 from fedzo.report.panels import label_shares
 from fedzo.report.run_data import load_run
-from fedzo.report.style import INK, Picture, house_style, new_axes, page_svg, running_mean, save_pictures
+from fedzo.report.style import (
+    INK,
+    Picture,
+    house_style,
+    keep_apart,
+    label_at,
+    new_axes,
+    page_svg,
+    running_mean,
+    save_pictures,
+)
 
 MakeRun = Callable[..., Path]
 
@@ -164,5 +179,123 @@ def test_figures_that_cannot_be_written_say_where(make_run: MakeRun, tmp_path: P
         save_pictures([], tmp_path / "taken")
 
 
-def _records(make_run: MakeRun) -> list[dict[str, object]]:
+def _records(make_run: MakeRun) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (make_run("whole") / "metrics.jsonl").read_text().splitlines()]
+
+
+def texts_on(figure: Figure) -> list[tuple[str, Bbox]]:
+    """Every text that is drawn, with the box that it takes; marks beyond the ends of an axis are not drawn."""
+    figure.canvas.draw()
+    hidden: set[int] = set()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            slack = 1e-6 * (high - low)
+            for tick in [*axis.get_major_ticks(), *axis.get_minor_ticks()]:
+                if not (axes.get_visible() and low - slack <= tick.get_loc() <= high + slack):
+                    hidden |= {id(tick.label1), id(tick.label2)}
+    drawn = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    return [(text.get_text(), text.get_window_extent()) for text in drawn if id(text) not in hidden]
+
+
+def collisions(figure: Figure) -> list[tuple[str, str]]:
+    """Texts that cover one another, and texts that leave the figure."""
+    boxes = texts_on(figure)
+    found = [
+        (one, other)
+        for (one, a), (other, b) in combinations(boxes, 2)
+        if min(a.x1, b.x1) - max(a.x0, b.x0) > 0.5 and min(a.y1, b.y1) - max(a.y0, b.y0) > 0.5
+    ]
+    edge = figure.bbox
+    found += [
+        (text, "the edge")
+        for text, box in boxes
+        if box.x0 < -1 or box.y0 < -1 or box.x1 > edge.x1 + 1 or box.y1 > edge.y1 + 1
+    ]
+    return found
+
+
+def short_run(make_run: MakeRun, *, rounds: int, best: int, scores: tuple[float, float], dev: float) -> Path:
+    """A run of so few rounds, whose best round may be that before training, and whose scores may be alike."""
+    whole = _records(make_run)
+    lines = [line for line in whole if line["kind"] != "score" and line.get("round", 0) < rounds]
+    for line in lines:
+        if line["kind"] == "summary":
+            line.update(rounds=rounds, best_round=best)
+    template = next(line for line in whole if line["kind"] == "score")
+    for split, at, value in [
+        ("test", 0, scores[0]),
+        *(("dev", at, dev) for at in range(rounds + 1)),
+        *([("test", best, scores[1])] if best else []),
+    ]:
+        lines.insert(-1, {**template, "split": split, "round": at, "value": value})
+    federated = next(line for line in whole if line["kind"] == "federated_score")
+    lines.insert(-1, {**federated, "round": rounds})
+    return make_run(f"short-{rounds}-{best}-{scores}-{dev}", lines=lines)
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 8])
+@pytest.mark.parametrize("best", [0, 1])
+@pytest.mark.parametrize("scores", [(0.5, 0.505), (0.0, 1.0)])
+def test_no_label_of_a_short_run_covers_another(
+    make_run: MakeRun, rounds: int, best: int, scores: tuple[float, float]
+) -> None:
+    run = load_run(short_run(make_run, rounds=rounds, best=best, scores=scores, dev=scores[1]))
+
+    for drawn in draw_figures(run):
+        assert (drawn.name, collisions(drawn.figure)) == (drawn.name, [])
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3, 10])
+def test_axes_of_rounds_steps_and_rows_are_marked_at_whole_numbers(make_run: MakeRun, rounds: int) -> None:
+    run = load_run(short_run(make_run, rounds=rounds, best=1, scores=(0.5, 0.6), dev=0.5))
+    pictures = [*draw_figures(run), *([drawn] if (drawn := draw_abs_g(run)) else [])]
+
+    seen = set()
+    for drawn in pictures:
+        for axes in drawn.figure.axes:
+            name = axes.get_xlabel() or (drawn.figure._supxlabel.get_text() if drawn.figure._supxlabel else "")
+            if name in {"rounds", "training rows", "local steps, rounds one after another"} and axes.get_subplotspec():
+                seen.add(name)
+                marks = [float(mark) for mark in axes.xaxis.get_majorticklocs()]
+                assert marks == [round(mark) for mark in marks], (drawn.name, marks)
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("count", [3, 16, 17, 27, 40])
+def test_many_clients_that_are_nearly_equal_have_labels_apart(make_run: MakeRun, count: int) -> None:
+    lines = _records(make_run)
+    federated = next(line for line in lines if line["kind"] == "federated_score")
+    federated["clients"] = [
+        {"client": 100 + c, "metric": "accuracy", "value": 0.02 + c / 1000, "loss": 0.5, "num_examples": 3}
+        | {"per_class": {}}
+        for c in range(count)
+    ]
+    lines[0]["clients"] = [{**lines[0]["clients"][0], "client": 100 + c} for c in range(count)]
+
+    pictures = draw_figures(load_run(make_run("many", lines=lines)))
+
+    for name in ("federated", "labels"):
+        assert (name, collisions(picture(pictures, name).figure)) == (name, [])
+
+
+def test_labels_of_one_place_are_stacked() -> None:
+    with house_style():
+        figure, axes = new_axes()
+        axes.plot([0, 1], [0, 1])
+        labels = [label_at(axes, 1, 1, f"line {number}") for number in range(8)]
+        keep_apart(figure, labels)
+
+    assert collisions(figure) == []
+    assert len({round(label.get_window_extent().x0) for label in labels}) == 1
+
+
+def test_a_count_of_one_has_a_singular(make_run: MakeRun) -> None:
+    run = load_run(short_run(make_run, rounds=1, best=1, scores=(0.5, 0.6), dev=0.5))
+
+    captions = " ".join(drawn.caption for drawn in draw_figures(run))
+
+    assert "over the first round, " in captions
+    assert "in 1 round (mean over 3 clients)" in captions
+    assert "After 1 round, each client" in captions
+    assert not re.search(r"\b1 (rounds|rows|clients)\b", captions)

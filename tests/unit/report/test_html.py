@@ -30,7 +30,7 @@ def test_the_numbers_of_the_page_are_those_of_the_metrics(make_run: MakeRun) -> 
     ):
         assert wanted in text, wanted
     assert re.search(r"probes dropped[^\n]*</th><td>1</td>", text)
-    assert re.search(r"client 2 without a usable reply</th><td>1 rounds</td>", text)
+    assert re.search(r"client 2 without a usable reply</th><td>1 round</td>", text)
 
 
 def test_whom_a_selection_holds_back_and_what_that_costs_show_by_class_and_by_client(make_run: MakeRun) -> None:
