@@ -272,6 +272,8 @@ class ClientRegistry:
             return ""
         if reply.num_train < 1:
             return f"client {reply.client}: it must have at least one training row, got {reply.num_train}."
+        if reply.num_train_cut > reply.num_train or reply.num_heldout_cut > reply.num_heldout:
+            return f"client {reply.client}: no more of its rows can be cut than it has."
         try:
             counts = _label_counts(reply.label_counts)
         except ProtocolError:

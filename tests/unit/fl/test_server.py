@@ -867,6 +867,7 @@ def test_a_newcomer_of_another_run_is_not_let_in(federation: Any, caplog: pytest
         ({"protocol": 99}, r"its protocol must be the server's \(4\), got 99"),
         ({"client": 7}, r"client index must be in 0\.\.0, got 7"),
         ({"num_train": 0}, "at least one training row, got 0"),
+        ({"num_train_cut": 11}, "no more of its rows can be cut than it has"),
         ({"label_counts": "[1"}, r"label_counts must be a JSON object of counts, got '\[1'"),
         ({"label_counts": '{"0": Infinity}'}, "label_counts must be a JSON object of counts, got"),
         ({"label_counts": '{"0": -1}'}, "label_counts must be a JSON object of counts, got"),
