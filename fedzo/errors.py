@@ -47,6 +47,10 @@ def quoted(words: str) -> str:
     return '"' + printable(words.replace('"', "'"), most=300) + '"'
 
 
+class FolderInUseError(RunFolderError):
+    """Another process writes to the run folder."""
+
+
 class Problem(NamedTuple):
     """One broken rule; ``key`` is the setting to change."""
 

@@ -155,8 +155,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     own.set_defaults(takes_overrides=True, takes_flags=True, resumable=True)
 
-    own = command("resume", commands.resume, "continue a run that was stopped")
+    own = command("resume", commands.resume, "continue a run that was stopped, or make it longer")
     _add_run(own)
+    more = "go on to this many rounds, more than the run was begun with; no other setting of a run can change"
+    own.add_argument("rounds", metavar="fl.rounds=N", nargs="?", type=_total, help=more)
     own.set_defaults(resumable=True)
 
     own = command("replay", commands.replay, "verify the log of a run: rebuild its model and compare every hash")
@@ -182,6 +184,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     own = command("report", commands.report, "write report.html again, of runs or sweeps")
     own.add_argument("runs", metavar="RUN", nargs="+", help="run or sweep folder")
+    own.add_argument("--out", metavar="DIR", help="write into this folder instead (default: RUN)")
 
     usage = "fedzo mask [overrides] --out FILE [--config-dir DIR]"
     own = command(
@@ -221,6 +224,15 @@ def _add_rounds(parser: argparse.ArgumentParser, text: str) -> None:
 
 def _count(text: str) -> int:
     return _at_least(0, text)
+
+
+def _total(text: str) -> int:
+    key, _, number = text.partition("=")
+    if key != "fl.rounds":
+        raise argparse.ArgumentTypeError(
+            f"a run keeps the settings that it began with; only fl.rounds=N can make it longer, got {text!r}"
+        )
+    return _positive(number)
 
 
 def _positive(text: str) -> int:

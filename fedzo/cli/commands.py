@@ -27,7 +27,7 @@ def resume(arguments: Namespace) -> int:
 
     folder = _folder(arguments.run)
     log_to(folder)
-    resume_run(folder)
+    resume_run(folder, rounds=arguments.rounds)
     show_result(folder)
     return 0
 
@@ -81,9 +81,12 @@ def report(arguments: Namespace) -> int:
     from fedzo.report.html import write_report
     from fedzo.report.sweep import write_sweep_report
 
+    if arguments.out is not None and len(arguments.runs) > 1:
+        raise ConfigError(f"--out must be given with one RUN, got {len(arguments.runs)}. Call fedzo report for each.")
+    out = None if arguments.out is None else Path(arguments.out)
     for folder in [_folder(name) for name in arguments.runs]:
         is_sweep = (folder / "multirun.yaml").exists()
-        page = write_sweep_report(folder) if is_sweep else write_report(folder)
+        page = write_sweep_report(folder, out_dir=out) if is_sweep else write_report(folder, out_dir=out)
         if page is None:
             raise RunFolderError(f"{folder}: no job of this sweep has begun. Start it, or give another folder.")
         print(page)

@@ -26,7 +26,7 @@ from fedzo.config.load import checked, load
 from fedzo.config.overrides import rewrite_model, with_config_dir
 from fedzo.config.plugins import conf_dir
 from fedzo.config.sweep import plan_sweep
-from fedzo.errors import ConfigError, FedzoError, RunFolderError
+from fedzo.errors import ConfigError, FedzoError, FolderInUseError, RunFolderError
 from fedzo.system import quiet_libraries
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,10 @@ def job(composed: DictConfig) -> None:
         raise KeyboardInterrupt(f"fedzo resume {folder}") from None
     except FedzoError as error:
         if hydra.mode == RunMode.MULTIRUN:  # Hydra raises the first job's error only, when all have run
-            log.error("%s: %s", folder, error)
+            if isinstance(error, FolderInUseError):
+                print(f"fedzo: {error}", file=sys.stderr)  # the folder's log belongs to the process that has it
+            else:
+                log.error("%s: %s", folder, error)
         raise
 
 
@@ -128,23 +131,25 @@ def _single(flags: Namespace) -> None:
 
 
 def _sweep(flags: Namespace) -> None:
+    from fedzo.records.folder import folder_of_one_process
     from fedzo.report.sweep import write_sweep_report
 
     sweep = plan_sweep(flags.overrides)
     flags.overrides, flags.multirun = sweep.overrides, True
     with _folder_errors("hydra.sweep.dir"):
         sweep.folder.mkdir(parents=True, exist_ok=True)
-    try:
-        _hydra(flags, job)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"the same command with hydra.sweep.dir={sweep.folder}") from None
-    except Exception:  # the other jobs have run: show what they found
+    with folder_of_one_process(sweep.folder):
         try:
-            write_sweep_report(sweep.folder)
-        except FedzoError as error:
-            log.warning("%s: no sweep report: %s", sweep.folder, error)
-        raise
-    write_sweep_report(sweep.folder)
+            _hydra(flags, job)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"the same command with hydra.sweep.dir={sweep.folder}") from None
+        except Exception:  # the other jobs have run: show what they found
+            try:
+                write_sweep_report(sweep.folder)
+            except FedzoError as error:
+                log.warning("%s: no sweep report: %s", sweep.folder, error)
+            raise
+        write_sweep_report(sweep.folder)
 
 
 def _hydra(flags: Namespace, task: TaskFunction) -> None:

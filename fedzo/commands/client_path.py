@@ -20,7 +20,7 @@ from fedzo.commands.run_folder import read_run, rebuild
 from fedzo.config.schema import RunConfig
 from fedzo.errors import ConfigError, ProtocolError, RunFolderError
 from fedzo.fl.config import directions_of
-from fedzo.fl.log_store import RunStore
+from fedzo.fl.log_store import RunLog
 from fedzo.fl.server.aggregate import ClientResult, aggregate
 from fedzo.records.log import AuditLine, ClientAudit
 from fedzo.zo.log import Drift, RoundRecord, Scalars, local_step, probe_shares
@@ -84,9 +84,9 @@ def replay_client(run_dir: Path, *, client: int, round: int, out: Path | None = 
         )
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise ConfigError(f"--out must be a file in an existing folder, got {str(out)!r}. Choose another.")
-    with RunStore(run_dir) as store:
-        line, entry = _find(cast(list[AuditLine], store.audit), client=client, round=round)
-        record = cast(RoundRecord, store.records[round])
+    log = RunLog(run_dir)
+    line, entry = _find(cast(list[AuditLine], log.audit), client=client, round=round)
+    record = cast(RoundRecord, log.records[round])
     g = entry.g
     replica = rebuild(run_dir, rounds=round).replica
     space, drift = replica.space, replica.drift(client)

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import yaml
+
 from fedzo.config.schema import LaunchConfig, RunConfig, first_evaluator
 from fedzo.config.travel import from_json
 from fedzo.errors import ConfigError, RunFolderError
-from fedzo.fl.log_store import RunStore, best_round
+from fedzo.fl.log_files import RESTORE
+from fedzo.fl.log_store import RunLog, best_round
 from fedzo.fl.replica import Replica
+from fedzo.records.folder import read_file
 from fedzo.records.log import CommittedLine
+from fedzo.run.peer import Peer
 from fedzo.run.process import Process, open_process
-from fedzo.run.start import RUN_FILE, check_base
+from fedzo.run.start import RUN_FILE, check_artifact, check_base
 from fedzo.trainers import Workplace
+from fedzo.trainers.artifacts import ARTIFACTS, Artifact, ArtifactStore
 
 CONFIG, OVERRIDES, ENVIRONMENT = "config.json", "overrides.yaml", "environment.json"
 
@@ -31,11 +40,23 @@ def read_run(run_dir: Path) -> RunConfig:
     return from_json(_text(run_dir, RUN_FILE, remedy), RunConfig)
 
 
+def read_overrides(run_dir: Path) -> list[str]:
+    """The overrides of the command line that began a run; none where the file is not there."""
+    if not (run_dir / OVERRIDES).exists():
+        return []
+    return [str(item) for item in yaml.safe_load(_text(run_dir, OVERRIDES, "")) or ()]
+
+
 def _text(run_dir: Path, name: str, remedy: str) -> str:
     try:
-        return (run_dir / name).read_text(encoding="utf-8")
-    except OSError as error:
+        return read_file(run_dir, name).decode()
+    except FileNotFoundError as error:
         raise RunFolderError(f"{run_dir}: not a run folder (no {name}). {remedy}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        if isinstance(error, RunFolderError):
+            raise
+        why = error.strerror if isinstance(error, OSError) else "other bytes"
+        raise RunFolderError(f"{run_dir / name}: it must be a readable text, got {why!r}. {RESTORE}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,24 +76,37 @@ def rebuild(run_dir: Path, *, rounds: int | None = None) -> Rebuilt:
         ProtocolError: The log does not lead to the states that it claims.
     """
     config, site = read_run(run_dir), read_launch(run_dir).site()
-    with RunStore(run_dir) as store:
-        best = best_round(store, by=config.evaluation.best_by, evaluator=first_evaluator(config))
-        wanted = best if rounds is None else rounds
-        if not 0 <= wanted <= len(store.records):
-            raise ConfigError(f"rounds must be in 0..{len(store.records)} (the log's length), got {wanted}.")
-        site = replace(site, model=replace(site.model, compile=False))  # this does not repay a compiler's minutes
-        process = open_process(config, site)
-        check_base(config, process.peer.loaded, run_dir)
-        peer = process.peer  # without rows to measure on: a rebuilt model is held in float32 where the choice was open
-        workplace = Workplace(
-            folder=run_dir, seed=config.seed, texts=partial(_no_texts, run_dir), advance=lambda done, total: None
-        )
-        artifact = peer.trainer.prepare(peer.loaded, workplace).artifact
-        replica = peer.workspace(artifact).replica
-        for done in range(wanted):
-            replica.advance([store.records[done]])
-            replica.verify(store.rounds[done])
-        return Rebuilt(process, replica, store.rounds[:wanted])
+    log = RunLog(run_dir)
+    if rounds is None:
+        rounds = best_round(log, by=config.evaluation.best_by, evaluator=first_evaluator(config))
+    if not 0 <= rounds <= len(log.records):
+        raise ConfigError(f"rounds must be in 0..{len(log.records)} (the log's length), got {rounds}.")
+    site = replace(site, model=replace(site.model, compile=False))  # this does not repay a compiler's minutes
+    process = open_process(config, site)
+    check_base(config, process.peer.loaded, run_dir)
+    # without rows to measure on: a rebuilt model is held in float32 where the choice was open
+    replica = process.peer.workspace(_artifact(config, process.peer, run_dir)).replica
+    for done in range(rounds):
+        replica.advance([log.records[done]])
+        replica.verify(log.rounds[done])
+    return Rebuilt(process, replica, log.rounds[:rounds])
+
+
+def _artifact(config: RunConfig, peer: Peer, run_dir: Path) -> Artifact:
+    """The run's artifact: from the folder, or prepared again elsewhere from what the trainer kept there."""
+    if kept := ArtifactStore(run_dir / ARTIFACTS).find(config.artifact):
+        return kept
+    folder = Path(tempfile.mkdtemp(prefix="fedzo-artifacts-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for file in run_dir.iterdir():
+        if file.is_file() and file.suffix not in (".jsonl", ".log"):
+            (folder / file.name).write_bytes(read_file(run_dir, file.name))
+    workplace = Workplace(
+        folder=folder, seed=config.seed, texts=partial(_no_texts, run_dir), advance=lambda done, total: None
+    )
+    artifact = peer.trainer.prepare(peer.loaded, workplace).artifact
+    check_artifact(config, artifact, run_dir)
+    return artifact
 
 
 def _no_texts(folder: Path) -> list[str]:

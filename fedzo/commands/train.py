@@ -12,17 +12,19 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from fedzo.commands.run_folder import CONFIG, ENVIRONMENT, OVERRIDES, read_launch
-from fedzo.config.schema import LaunchConfig
-from fedzo.config.travel import config_hash, is_same_run, save_yaml, to_json
-from fedzo.errors import RunFolderError
-from fedzo.fl.log_store import PUBLIC, RunStore
-from fedzo.records.metrics import Summary
+from fedzo.commands.run_folder import CONFIG, ENVIRONMENT, OVERRIDES, read_launch, read_overrides, read_run
+from fedzo.config.rules import launch_problems
+from fedzo.config.schema import LaunchConfig, with_rounds
+from fedzo.config.travel import config_hash, is_same_run, to_json, to_yaml
+from fedzo.errors import ConfigError, RunFolderError
+from fedzo.fl.log_store import RunLog, RunStore, has_begun
+from fedzo.records.metrics import Extension, Summary
 from fedzo.run.apps import CONFIG_KEY, RUN_DIR_KEY
 from fedzo.run.process import SITE_ENV, SITE_LOG_ENV, Process, forget_process, keep_process
 from fedzo.run.start import RUN_FILE, SITE_FILE, open_run, write_whole
 from fedzo.runtime.config import RUNTIMES
 from fedzo.system import environment
+from fedzo.zo.server_optimizer import Schedule
 
 log = logging.getLogger(__name__)
 CLIENTS_LOG = "logs/clients.log"
@@ -36,25 +38,18 @@ def start_run(config: LaunchConfig, run_dir: Path, *, overrides: list[str]) -> N
     Raises:
         RunFolderError: The folder holds a run already, or cannot be written.
     """
-    if (run_dir / PUBLIC).exists():
-        begun = (run_dir / PUBLIC).stat().st_size > 0
-        start_again = "" if begun else "; the run has no round yet, so you may also remove the folder and start again"
-        raise RunFolderError(
-            f"run folder {run_dir}: it already holds a run. `fedzo resume {run_dir}`, or choose another{start_again}."
-        )
-    config = _with_absolute_paths(config)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        for left in (RUN_FILE, ENVIRONMENT):  # of a start that came to nothing, perhaps by other settings
+    with RunStore(run_dir) as store:
+        if has_begun(run_dir):
+            start_again = "" if store.rounds else "; it has no round yet, so you may also remove the folder"
+            raise RunFolderError(
+                f"run folder {run_dir}: it already holds a run. `fedzo resume {run_dir}`, or choose another"
+                f"{start_again}."
+            )
+        for left in (CONFIG, RUN_FILE, ENVIRONMENT):  # of a start that came to nothing, perhaps by other settings
             (run_dir / left).unlink(missing_ok=True)
-        (run_dir / CONFIG).write_text(to_json(config), encoding="utf-8")
-        save_yaml(config, run_dir / "config.yaml")
-        (run_dir / OVERRIDES).write_text("".join(f"- {json.dumps(item)}\n" for item in overrides), encoding="utf-8")
-    except OSError as error:
-        raise RunFolderError(
-            f"run folder {run_dir}: cannot write ({error.strerror}). Choose another with hydra.run.dir=..."
-        ) from error
-    _run(config, run_dir)
+        config = _with_absolute_paths(config)
+        _write_settings(config, run_dir, overrides)
+        _run(config, store)
 
 
 def start_or_resume_run(config: LaunchConfig, run_dir: Path, *, overrides: list[str]) -> None:
@@ -63,28 +58,83 @@ def start_or_resume_run(config: LaunchConfig, run_dir: Path, *, overrides: list[
     Raises:
         RunFolderError: The folder holds a run of other settings.
     """
-    if not (run_dir / PUBLIC).exists():
+    if not has_begun(run_dir):
         return start_run(config, run_dir, overrides=overrides)
-    if not is_same_run(read_launch(run_dir), _with_absolute_paths(config)):
+    begun = read_launch(run_dir)
+    if not is_same_run(begun, _with_absolute_paths(config)):
         raise RunFolderError(
             f"run folder {run_dir}: it holds a run of other settings. Choose another with hydra.sweep.dir=..."
         )
-    with RunStore(run_dir) as store:
-        finished = bool(store.told(Summary))
-    if not finished:
+    if not any(ended.rounds == begun.fl.rounds for ended in RunLog(run_dir).told(Summary)):
         resume_run(run_dir)
 
 
-def resume_run(run_dir: Path) -> None:
-    """Go on with a run that was stopped; it ends as if it had never been."""
-    _run(read_launch(run_dir), run_dir)
+def resume_run(run_dir: Path, *, rounds: int | None = None) -> None:
+    """Go on with a run that was stopped, or make it longer; it ends as if it had been so from its beginning.
+
+    Args:
+        run_dir: The run folder.
+        rounds: Another total, ``fl.rounds``, which makes the run longer; None for the present one.
+
+    Raises:
+        ConfigError: The run cannot be made so long.
+        RunFolderError: The folder cannot be written, or another process writes to it.
+    """
+    read_launch(run_dir)  # no run folder is made of another
+    with RunStore(run_dir) as store:
+        _run(_extended(read_launch(run_dir), store, rounds), store)
 
 
-def _run(config: LaunchConfig, run_dir: Path) -> None:
-    run_dir = run_dir.resolve()
+def _extended(config: LaunchConfig, store: RunStore, rounds: int | None) -> LaunchConfig:
+    """The run's settings with its newest total. The record in the log comes first, the files that tell of it follow."""
+    told = [config.fl.rounds, *(extension.rounds for extension in store.told(Extension))]
+    if rounds is not None and rounds != max(told):
+        _check_extension(config, rounds, before=max(told))
+        read_run(store.folder)  # only what has begun can be made longer
+        seconds = max((record.seconds for record in store.metrics), default=0.0)
+        store.write(Extension(seconds=seconds, round=len(store.records), before=max(told), rounds=rounds))
+        told.append(rounds)
+    if max(told) == config.fl.rounds:
+        return config
+    longer = with_rounds(config, max(told))
+    write_whole(store.folder / RUN_FILE, to_json(with_rounds(read_run(store.folder), max(told))))
+    overrides = [text for text in read_overrides(store.folder) if not text.startswith("fl.rounds=")]
+    _write_settings(longer, store.folder, [*overrides, f"fl.rounds={max(told)}"])
+    return longer
+
+
+def _check_extension(config: LaunchConfig, rounds: int, *, before: int) -> None:
+    """Refuse a total that would have made the committed rounds otherwise: they must be those of the longer run, too.
+
+    Of a run's parts only the schedule of the learning rate is told ``fl.rounds``.
+    """
+    if rounds < before:
+        raise ConfigError(
+            f"fl.rounds must be at least {before}, the run's present total, got {rounds}. A run can only be made "
+            "longer. `fedzo export --rounds` gives an earlier state."
+        )
+    schedule = config.server_optimizer.schedule
+    if schedule is not Schedule.constant:
+        raise ConfigError(
+            f"server_optimizer.schedule must be constant for a run to be made longer, got {schedule.value!r}: the "
+            "learning rate of every round depends on fl.rounds. Start a new run."
+        )
+    if texts := [problem.text for problem in launch_problems(with_rounds(config, rounds))]:
+        raise ConfigError("; ".join(texts))
+
+
+def _write_settings(config: LaunchConfig, run_dir: Path, overrides: list[str]) -> None:
+    write_whole(run_dir / OVERRIDES, "".join(f"- {json.dumps(item)}\n" for item in overrides))
+    write_whole(run_dir / "config.yaml", to_yaml(config))
+    write_whole(run_dir / CONFIG, to_json(config))  # the last: without it the folder holds no run
+
+
+def _run(config: LaunchConfig, store: RunStore) -> None:
+    run_dir = store.folder.resolve()
     forget_process()  # before another model is loaded
     try:
         process = open_run(config, run_dir)
+        process.store = store
         write_whole(run_dir / SITE_FILE, to_json(config.site()))
         if not (run_dir / ENVIRONMENT).exists():
             write_whole(run_dir / ENVIRONMENT, json.dumps(_environment(process), indent=2))

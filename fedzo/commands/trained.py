@@ -10,25 +10,30 @@ from fedzo.config.travel import config_hash
 from fedzo.data.encode import encode_prompts
 from fedzo.errors import ConfigError
 from fedzo.evaluate import evaluate
-from fedzo.fl.log_store import RunStore
+from fedzo.fl.log_store import METRICS, RunLog
 from fedzo.models.checks import check_ids
 from fedzo.models.generate import generate
 from fedzo.records.decode import encode
+from fedzo.records.metrics import Extension
 
 
 def replay_run(run_dir: Path, *, rounds: int | None = None) -> dict[str, object]:
-    """Verify a log: rebuild every state from the base weights and compare it with the log's own hashes."""
-    config = read_run(run_dir)
-    if rounds is None:
-        with RunStore(run_dir) as store:
-            rounds = len(store.records)
-    rebuilt = rebuild(run_dir, rounds=rounds)
+    """Verify a log: rebuild every state from the base weights and compare it with the log's own hashes.
+
+    Returns:
+        What was found; ``extended`` says where the run was made longer, as far as the metrics are there to tell.
+    """
+    config, log = read_run(run_dir), RunLog(run_dir)
+    longer = log.told(Extension) if (run_dir / METRICS).exists() else []
+    extended = [{"round": each.round, "before": each.before, "rounds": each.rounds} for each in longer]
+    rebuilt = rebuild(run_dir, rounds=len(log.records) if rounds is None else rounds)
     return {
         "rounds": len(rebuilt.rounds),
         "space_size": rebuilt.replica.space.size,
         "digest": rebuilt.replica.space.digest(),
         "chain": rebuilt.replica.chain.hex(),
         "config_hash": config_hash(config),
+        **({"extended": extended} if extended else {}),
     }
 
 

@@ -93,12 +93,17 @@ class LaunchConfig(RunSettings, SiteConfig):
         return SiteConfig(**{each.name: getattr(self, each.name) for each in fields(SiteConfig)})
 
 
+Settings = TypeVar("Settings", bound=RunSettings)
+
+
+def with_rounds(config: Settings, rounds: int) -> Settings:
+    """The config with another ``fl.rounds``."""
+    return replace(config, fl=replace(config.fl, rounds=rounds))
+
+
 def first_evaluator(config: RunSettings) -> str | None:
     """The evaluator whose dev score chooses the best round; None where nothing is scored."""
     return next(iter(config.evaluators), None)
-
-
-Settings = TypeVar("Settings", bound=RunSettings)
 
 
 def filled(config: Settings) -> Settings:

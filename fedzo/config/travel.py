@@ -101,9 +101,9 @@ def _located(name: str, folder: Path) -> str:
     return str(Path(name).expanduser()) if name.startswith("~") else name
 
 
-def save_yaml(config: LaunchConfig, path: Path) -> None:
-    """Write the config for people; a run reads its JSON."""
-    path.write_text(yaml.safe_dump(_to_plain(config), sort_keys=False, allow_unicode=False), encoding="utf-8")
+def to_yaml(config: LaunchConfig) -> str:
+    """The config for people; a run reads its JSON."""
+    return str(yaml.safe_dump(_to_plain(config), sort_keys=False, allow_unicode=False))
 
 
 def config_hash(config: RunConfig) -> str:

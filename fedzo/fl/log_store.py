@@ -4,53 +4,142 @@
 round is committed by its public line, written (fsync) after its audit line and before anything else is done with the
 round. Where clients send vectors, the mean of a round's is a file in ``vectors/``, named by its digest, which the
 public line names; it is written before that line.
+
+``RunLog`` reads and changes nothing. ``RunStore`` writes: it has the folder to itself before it looks at it, cuts only
+what a kill leaves (an unfinished last line, and what was told of the one round after the last), and says what it cut.
 """
 
 from __future__ import annotations
 
-import fcntl
 import math
-import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
-from fedzo.errors import ProtocolError, RunFolderError
+from fedzo.errors import RunFolderError
 from fedzo.fl.config import BestBy
-from fedzo.records.decode import parse_json, to_json
+from fedzo.fl.log_files import RESTORE, VECTORS, Explained, Lines, decoded, read_vector, whole_lines, write_vector
+from fedzo.records.folder import read_file, refuse_link
 from fedzo.records.log import CommittedLine, Proof, PublicLine, RoundAudit, decode_audit, decode_public
-from fedzo.records.metrics import CentralScore, MetricRecord, Round, Setup, Summary, decode_metric
-from fedzo.zo.log import LogRecord, RoundRecord, VectorRecord, checked_vector
-from fedzo.zo.spaces.base import Values
+from fedzo.records.metrics import CentralScore, Extension, MetricRecord, Round, Setup, Summary, decode_metric
+from fedzo.zo.log import LogRecord, RoundRecord, VectorRecord
 
 L = TypeVar("L")
 M = TypeVar("M")
-PUBLIC, AUDIT, METRICS, VECTORS = "public.jsonl", "audit.jsonl", "metrics.jsonl", "vectors"
+PUBLIC, AUDIT, METRICS = "public.jsonl", "audit.jsonl", "metrics.jsonl"
 
 
-class RunStore:
-    """Append-only logs of one run. Opening it drops what a killed process left half written.
+def has_begun(folder: Path) -> bool:
+    """Whether a folder holds a run: the first line of a log is its beginning."""
+    files = [folder / name for name in (PUBLIC, AUDIT, METRICS)]
+    return any(file.is_symlink() or (file.exists() and file.stat().st_size > 0) for file in files)
+
+
+class RunLog:
+    """The logs of a run as they lie on the disk. Reading makes, locks, repairs and changes nothing.
+
+    A last line that a killed process left unfinished, or that another process is just writing, is no line. One that
+    lacks nothing but its newline (an editor took it) is. Audit and metrics are read when they are first asked for.
+
+    Args:
+        folder: The run folder.
+
+    Raises:
+        RunFolderError: A log is not there or a link, or a line is not what a run writes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._rounds = self._read(PUBLIC, decode_public)
+        self.records = [self._record(line) for line in self._rounds]
+        self._told: dict[str, list[Any]] = {}
+
+    @property
+    def rounds(self) -> list[CommittedLine]:
+        """Public lines of the committed rounds."""
+        return self._rounds
+
+    @property
+    def audit(self) -> list[RoundAudit]:
+        """Audit lines of the committed rounds."""
+        if AUDIT not in self._told:
+            self._told[AUDIT] = self._of_committed(self._read(AUDIT, decode_audit))
+        return self._told[AUDIT]
+
+    @property
+    def metrics(self) -> list[MetricRecord]:
+        """Metric records so far; what a round says of each client is in the file alone, since it fills the memory."""
+        if METRICS not in self._told:
+            told = self._read(METRICS, decode_metric)
+            self._told[METRICS] = [_light(line) for line in told if _belongs(line, len(self.records))]
+        return self._told[METRICS]
+
+    def told(self, kind: type[M]) -> list[M]:
+        """The metric records of one kind so far."""
+        return [record for record in self.metrics if isinstance(record, kind)]
+
+    def _read(self, name: str, decode: Callable[..., L]) -> list[L]:
+        try:
+            return decoded(self.folder / name, whole_lines(read_file(self.folder, name)), decode)
+        except OSError as error:
+            if isinstance(error, RunFolderError):
+                raise
+            raise RunFolderError(
+                f"{self.folder / name}: it must be there and readable, got {error.strerror!r}. {RESTORE}"
+            ) from error
+
+    def _of_committed(self, audit: list[RoundAudit]) -> list[RoundAudit]:
+        lines = [line for line in audit if line.round < len(self.records)]
+        if len(lines) != len(self.records):
+            raise RunFolderError(
+                f"{self.folder / AUDIT}: it must hold every one of the {len(self.records)} committed rounds, got "
+                f"{len(lines)}. {RESTORE}"
+            )
+        return lines
+
+    def _record(self, line: CommittedLine) -> LogRecord:
+        """What a line says; a vector stays in its file until it is read."""
+        if isinstance(line, PublicLine):
+            return RoundRecord.from_line(line)
+        return VectorRecord.from_line(line, partial(read_vector, self.folder, line.vector, line.round, line.size))
+
+
+class RunStore(RunLog):
+    """Append-only logs of one run, which this process has to itself until they are closed.
 
     Args:
         folder: The run folder; made if it is not there.
 
     Raises:
-        RunFolderError: The folder cannot be written, another process is using it, or a line is not what a run writes.
+        FolderInUseError: Another process writes to it; nothing was changed.
+        RunFolderError: The folder cannot be written or holds a link, a line is not what a run writes, or the logs do
+            not belong together; nothing was cut.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        with ExitStack() as opened, _Explained(folder):
+        with ExitStack() as opened, Explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            self._public = opened.enter_context(_Lines(folder / PUBLIC, decode_public, lock=True))
-            self._audit = opened.enter_context(_Lines(folder / AUDIT, decode_audit))
-            self._metrics = opened.enter_context(_Lines(folder / METRICS, decode_metric))
-            self._vectors = _Vectors(folder / VECTORS)
+            for each in folder.iterdir():
+                refuse_link(each)
+            if not (folder / PUBLIC).exists() and has_begun(folder):
+                raise self._other_logs("none")
+            self._public = opened.enter_context(Lines(folder, PUBLIC, decode_public, lock=True))
+            self._audit = opened.enter_context(Lines(folder, AUDIT, decode_audit))
+            self._metrics = opened.enter_context(Lines(folder, METRICS, decode_metric))
             self.records = [self._record(line) for line in self._public.lines]
             done = len(self.records)
+            self._of_committed(self._audit.lines)
+            told = [*self._audit.lines, *(line for line in self._metrics.lines if isinstance(line, Round))]
+            if (last := max((line.round for line in told), default=-1)) > done:  # a kill leaves one round more
+                raise self._other_logs(f"{done} of {last + 1}")
+            for lines in (self._public, self._audit, self._metrics):
+                lines.repair()
+            for left in (folder / VECTORS).glob(".*.part"):
+                left.unlink()
             self._audit.keep(lambda line: line.round < done)
             self._metrics.keep(lambda line: _belongs(line, done))
             self._metrics.lines = [_light(line) for line in self._metrics.lines]
@@ -70,21 +159,12 @@ class RunStore:
     @property
     def audit(self) -> list[RoundAudit]:
         """Audit lines of the committed rounds."""
-        if len(self._audit.lines) != len(self.records):
-            raise RunFolderError(
-                f"{self.folder / AUDIT}: it must hold every one of the {len(self.records)} committed rounds, got "
-                f"{len(self._audit.lines)}. Restore the file from a copy."
-            )
         return self._audit.lines
 
     @property
     def metrics(self) -> list[MetricRecord]:
-        """Metric records so far; what a round says of each client is in the file alone, since it fills the memory."""
+        """Metric records so far, without what a round says of each client."""
         return self._metrics.lines
-
-    def told(self, kind: type[M]) -> list[M]:
-        """The metric records of one kind so far."""
-        return [record for record in self._metrics.lines if isinstance(record, kind)]
 
     def commit(self, record: LogRecord, *, attendance: Sequence[int], proof: Proof, audit: RoundAudit) -> None:
         """Make a round part of the run.
@@ -96,31 +176,31 @@ class RunStore:
             audit: What it was made of.
         """
         line = record.to_line(attendance=attendance, proof=proof)
-        with _Explained(self.folder):
+        with Explained(self.folder):
             if isinstance(record, VectorRecord):
-                self._vectors.write(record)
+                write_vector(self.folder, record)
             self._audit.append(audit, durable=True)
             self._public.append(line, durable=True)
         self.records.append(self._record(line))
 
-    def _record(self, line: CommittedLine) -> LogRecord:
-        """What a line says; a vector stays in its file until it is read."""
-        if isinstance(line, PublicLine):
-            return RoundRecord.from_line(line)
-        return VectorRecord.from_line(line, partial(self._vectors.read, line.vector, round=line.round, size=line.size))
-
     def write(self, record: MetricRecord) -> None:
         """Append a metric record (a sink)."""
-        with _Explained(self.folder):
-            self._metrics.append(record, durable=False)
+        with Explained(self.folder):
+            self._metrics.append(record, durable=isinstance(record, Extension))
             self._metrics.lines[-1] = _light(record)
 
     def close(self) -> None:
         """Close the files; the lock goes with them."""
         self._files.close()
 
+    def _other_logs(self, found: str) -> RunFolderError:
+        return RunFolderError(
+            f"{self.folder / PUBLIC}: it must hold the rounds that the other logs tell of, got {found}. Nothing was "
+            f"changed. {RESTORE}"
+        )
 
-def best_round(store: RunStore, *, by: BestBy, evaluator: str | None) -> int:
+
+def best_round(store: RunLog, *, by: BestBy, evaluator: str | None) -> int:
     """The round with an evaluator's best dev score, of equal ones the earliest; without any the last round."""
     told = store.told(CentralScore)
     scores = [score for score in told if score.split == "dev" and score.evaluator == evaluator]
@@ -134,143 +214,14 @@ def best_round(store: RunStore, *, by: BestBy, evaluator: str | None) -> int:
     return max(scores, key=rank).round
 
 
-class _Vectors:
-    """Files of float32 numbers, little endian, each named by its SHA-256."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def write(self, record: VectorRecord) -> None:
-        """Keep a round's vector; when this returns it is on the disk."""
-        self._folder.mkdir(exist_ok=True)
-        path = self._folder / record.digest
-        part = path.with_suffix(".part")
-        with part.open("wb") as file:
-            file.write(record.read().astype("<f4").data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        folder = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the name, too
-        finally:
-            os.close(folder)
-
-    def read(self, digest: str, *, round: int, size: int) -> Values:
-        """A round's vector.
-
-        Raises:
-            RunFolderError: Its file is not there, or is not what its name says.
-        """
-        path = self._folder / digest
-        try:
-            if (found := path.stat().st_size) != 4 * size:
-                raise ProtocolError(f"it must hold {4 * size} bytes, got {found}")
-            return checked_vector(path.read_bytes(), digest=digest, what="it")
-        except (OSError, ProtocolError) as error:
-            what = error.strerror if isinstance(error, OSError) else error
-            raise RunFolderError(
-                f"{path}: the vector of round {round} must be there and whole: {what}. Restore the file from a copy."
-            ) from error
-
-
-class _Explained:
-    """Turns an OSError on the run folder into one that says what to do."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError) and not isinstance(error, RunFolderError):
-            raise RunFolderError(
-                f"run folder {self._folder}: cannot write ({error.strerror or error}). Committed rounds are safe. "
-                "Free space or correct permissions, then `fedzo resume` it, or choose another with hydra.run.dir=..."
-            ) from error
-
-
-class _Lines(Generic[L]):
-    """A file of records, one a line, open for appending; an unfinished last line is cut off when it is opened.
-
-    Args:
-        path: The file.
-        decode: Makes a record of a line's plain values.
-        lock: Whether the file is this process's alone before it is read: a line that its writer is just writing is not
-            unfinished.
-    """
-
-    def __init__(self, path: Path, decode: Callable[..., L], *, lock: bool = False) -> None:
-        self._path = path
-        self._file = path.open("a+b", buffering=0)  # a failed write must not come back at close
-        if lock:
-            self._lock()
-        self._file.seek(0)
-        data = self._file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        if whole != data:
-            self._file.truncate(len(whole))
-        try:
-            self.lines = [self._read(decode, line, number) for number, line in enumerate(whole.splitlines(), start=1)]
-        except RunFolderError:
-            self._file.close()
-            raise
-
-    def _read(self, decode: Callable[..., L], line: bytes, number: int) -> L:
-        told: dict[str, Any] = {
-            "where": f"{self._path}, line {number}",
-            "error": RunFolderError,
-            "remedy": "It was edited, or another version of fedzo wrote it. Restore the file from a copy.",
-        }
-        return decode(parse_json(line, **told), **told)
-
-    def fileno(self) -> int:
-        return self._file.fileno()
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._file.close()
-            raise RunFolderError(
-                f"run folder {self._path.parent}: another process is using it. Wait for it, or end it."
-            ) from error
-
-    def append(self, line: L, *, durable: bool) -> None:
-        rest = to_json(line).encode() + b"\n"
-        while rest:
-            rest = rest[self._file.write(rest) :]
-        if durable:
-            os.fsync(self._file.fileno())
-        self.lines.append(line)
-
-    def keep(self, wanted: Callable[[L], bool]) -> None:
-        """Drop the lines that are not wanted; those before the first of them are not touched, so no kill loses them."""
-        first = next((number for number, line in enumerate(self.lines) if not wanted(line)), None)
-        if first is None:
-            return
-        self._file.seek(0)
-        self._file.truncate(sum(len(line) for line in self._file.read().splitlines(keepends=True)[:first]))
-        rest, self.lines = self.lines[first:], self.lines[:first]
-        for line in filter(wanted, rest):
-            self.append(line, durable=False)
-
-    def __enter__(self) -> _Lines[L]:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
-
-
 def _belongs(record: MetricRecord, done: int) -> bool:
     """Whether a metric record is about the committed part of the run."""
     match record:
         case Round():
             return record.round < done
         case Summary():
-            return record.rounds == done
-        case Setup():
+            return record.rounds <= done
+        case Setup() | Extension():
             return True
         case _:  # a step policy is told before its round
             return record.round <= done

@@ -309,9 +309,26 @@ class Summary:
     message_down_bytes: Count
 
 
-MetricRecord = Setup | Round | StepDecision | CentralScore | FederatedScore | Summary
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extension:
+    """A run is made longer than it was begun: the rounds from ``round`` on belong to another total.
+
+    Attributes:
+        round: Rounds that were committed by then.
+        before: ``fl.rounds`` until then.
+        rounds: ``fl.rounds`` from then on.
+    """
+
+    kind: ClassVar[str] = "extension"
+    seconds: Seconds
+    round: RoundNumber
+    before: RoundNumber
+    rounds: RoundNumber
+
+
+MetricRecord = Setup | Extension | Round | StepDecision | CentralScore | FederatedScore | Summary
 METRIC_KINDS: dict[str, type[MetricRecord]] = {
-    each.kind: each for each in (Setup, Round, StepDecision, CentralScore, FederatedScore, Summary)
+    each.kind: each for each in (Setup, Extension, Round, StepDecision, CentralScore, FederatedScore, Summary)
 }
 
 

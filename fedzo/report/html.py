@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from fedzo.records.folder import replace_file
 from fedzo.report.figures import draw_figures
 from fedzo.report.format import (
     bytes_text,
@@ -26,15 +27,17 @@ from fedzo.report.style import Picture, page_svg, save_pictures, unwritable
 Table = tuple[str, list[list[str]]]
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write ``RUN/report.html`` and the figures under ``RUN/figures``; an unfinished run is shown as far as it went.
+def write_report(run_dir: Path, *, out_dir: Path | None = None) -> Path:
+    """Write ``report.html`` and the folder ``figures`` into the run folder, or into another folder.
+
+    An unfinished run is shown as far as it went.
 
     Raises:
         RunFolderError: The folder is no run folder, a file in it is damaged, or it cannot be written.
     """
     run = load_run(run_dir)
     pictures = draw_figures(run)
-    save_pictures(pictures, run_dir / "figures")
+    save_pictures(pictures, (out_dir or run_dir) / "figures")
     before, after = run.first.test
     text = render_page(
         title=f"{run.setting('trainer', 'plugin') or 'a run'} on {run.setting('task', 'name') or 'its task'}",
@@ -50,7 +53,7 @@ def write_report(run_dir: Path) -> Path:
             ("Environment", json.dumps(run.environment, indent=2)),
         ],
     )
-    return write_page(run_dir / "report.html", text)
+    return write_page((out_dir or run_dir) / "report.html", text)
 
 
 def render_page(
@@ -86,7 +89,8 @@ def render_page(
 def write_page(path: Path, text: str) -> Path:
     """Write a page; ``RunFolderError`` if it cannot be."""
     try:
-        path.write_text(text, encoding="utf-8", errors="replace")  # a folder may have bytes for a name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, text.encode(errors="replace"))  # a folder may have bytes for a name
     except OSError as error:
         raise unwritable(path, error) from error
     return path
@@ -118,14 +122,18 @@ def _notes(run: RunData) -> list[str]:
     notes = list(run.notes)
     if run.setup and (cut := cut_text(run.setup.cut_rows, run.setting("task", "max_length"))):
         notes.append(cut)
+    for longer in run.extensions:
+        notes.append(
+            f"The run was made longer after round {longer.round}: from {longer.before} to {longer.rounds} rounds."
+        )
     if run.summary is None:
         shown = f"{counted(len(run.rounds), 'round')} {'is' if len(run.rounds) == 1 else 'are'} shown"
         notes.insert(0, f"This run is not finished: {shown}. `fedzo resume` continues it.")
         return notes
     if run.first.test[1]:
-        notes.append(
-            "The test rows were scored once before training and once at the best round. Test rows chose nothing."
-        )
+        again = " of each total" if run.extensions else ""
+        notes.append(f"The test rows were scored once before training and once at the best round{again}.")
+        notes[-1] += " Test rows chose nothing."
     notes.append("Message bytes are contents as Flower counts them, without HTTP and TLS.")
     return notes
 

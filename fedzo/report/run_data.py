@@ -12,9 +12,11 @@ import yaml
 
 from fedzo.errors import RunFolderError
 from fedzo.records.decode import parse_json
+from fedzo.records.folder import read_file
 from fedzo.records.metrics import (
     METRIC_KINDS,
     CentralScore,
+    Extension,
     FederatedScore,
     MetricRecord,
     Round,
@@ -78,6 +80,7 @@ class RunData:
     step_policy: StepDecision | None
     flagged_from: dict[int, int]
     summary: Summary | None
+    extensions: tuple[Extension, ...]
     notes: tuple[str, ...]
 
     def setting(self, *path: str) -> Any:
@@ -127,7 +130,9 @@ def load_run(run_dir: Path) -> RunData:
     setups = [record for record in records if isinstance(record, Setup)]
     step_policies = [record for record in records if isinstance(record, StepDecision)]
     summaries = [record for record in records if isinstance(record, Summary)]
-    ended = summaries[-1] if summaries and max(rounds, default=-1) < summaries[-1].rounds else None
+    extensions = tuple(record for record in records if isinstance(record, Extension))
+    total = max([max(rounds, default=-1) + 1, *(longer.rounds for longer in extensions)])
+    ended = summaries[-1] if summaries and total <= summaries[-1].rounds else None
     return RunData(
         run_dir=run_dir,
         config=config,
@@ -144,6 +149,7 @@ def load_run(run_dir: Path) -> RunData:
             if verdict.flagged
         },
         summary=ended,
+        extensions=extensions,
         notes=(*notes, *config_notes, *environment_notes),
     )
 
@@ -169,8 +175,10 @@ def _scored(records: list[MetricRecord], config: dict[str, Any], *, best_round: 
 
 def _read_metrics(path: Path) -> tuple[list[MetricRecord], list[str]]:
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = read_file(path.parent, path.name).split(b"\n")
     except OSError as error:
+        if isinstance(error, RunFolderError):
+            raise
         raise RunFolderError(
             f"{path}: a run folder must hold a readable {METRICS_FILE}, got {error.strerror or error}. "
             "Give the folder that fedzo train printed."
@@ -203,10 +211,12 @@ def _read_mapping(path: Path, parse: Callable[[str], Any]) -> tuple[str, dict[st
     if not path.is_file():
         return "", {}, [f"{path.name} is missing from the run folder."]
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path.parent, path.name).decode()
         value = parse(text)
         if not isinstance(value, dict):
             raise ValueError(f"a {type(value).__name__}")
+    except RunFolderError:
+        raise
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RunFolderError(
             f"{path}: must hold a mapping, got {str(error)[:160]}. Restore the file or delete it to report without it."

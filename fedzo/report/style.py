@@ -26,6 +26,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import Bbox
 
 from fedzo.errors import RunFolderError
+from fedzo.records.folder import make_folder, replace_file
 from fedzo.report.format import bytes_text
 
 INK, MUTED, GRID, PAPER = "#1f2430", "#6b7280", "#e2e5ea", "#ffffff"
@@ -196,11 +197,11 @@ def save_pictures(pictures: Sequence[Picture], folder: Path) -> list[Path]:
     """
     written = []
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for picture in pictures:
             for kind in ("png", "svg"):
                 path = folder / f"{picture.name}.{kind}"
-                path.write_bytes(_render(picture, kind, facecolor=PAPER))
+                replace_file(path, _render(picture, kind, facecolor=PAPER))
                 written.append(path)
     except OSError as error:
         raise unwritable(folder, error) from error
@@ -209,9 +210,11 @@ def save_pictures(pictures: Sequence[Picture], folder: Path) -> list[Path]:
 
 def unwritable(path: Path, error: OSError) -> RunFolderError:
     """The error of a report that cannot be written at ``path``."""
+    if isinstance(error, RunFolderError):
+        return error
     return RunFolderError(
         f"{path}: the report must be writable here, got {error.strerror or error}. "
-        "Free disk space or change the folder's permissions, then run fedzo report again."
+        "Free disk space, change the folder's permissions, or choose another: fedzo report RUN --out DIR."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import yaml
 from matplotlib.ticker import PercentFormatter
 
 from fedzo.errors import RunFolderError
+from fedzo.records.folder import read_file, replace_file
 from fedzo.records.metrics import CentralScore, Summary
 from fedzo.report.format import bytes_text, score_text, seconds_text
 from fedzo.report.html import render_page, write_page
@@ -59,8 +61,10 @@ class Job:
         return (before, after) if before and after else None
 
 
-def write_sweep_report(sweep_dir: Path) -> Path | None:
+def write_sweep_report(sweep_dir: Path, *, out_dir: Path | None = None) -> Path | None:
     """Write ``sweep.csv`` (plain numbers), ``sweep.md`` and ``report.html`` over the jobs; None if there is no job.
+
+    They go into the sweep's folder, or into another.
 
     Raises:
         RunFolderError: The folder cannot be written.
@@ -70,15 +74,17 @@ def write_sweep_report(sweep_dir: Path) -> Path | None:
         return None
     keys = _varied(jobs)
     header, rows = _table(jobs, keys)
-    pictures = _pictures(jobs, keys)
+    pictures, folder = _pictures(jobs, keys), out_dir or sweep_dir
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows(_numbers(jobs, keys))
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in (header, ["---"] * len(header), *rows)]
     try:
-        with (sweep_dir / "sweep.csv").open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows(_numbers(jobs, keys))
-        lines = [[cell.replace("|", "\\|") for cell in line] for line in (header, ["---"] * len(header), *rows)]
-        (sweep_dir / "sweep.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines), encoding="utf-8")
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / "sweep.csv", table.getvalue())
+        replace_file(folder / "sweep.md", "".join(f"| {' | '.join(line)} |\n" for line in lines))
     except OSError as error:
-        raise unwritable(sweep_dir, error) from error
-    save_pictures(pictures, sweep_dir / "figures")
+        raise unwritable(folder, error) from error
+    save_pictures(pictures, folder / "figures")
     page = render_page(
         title=f"Sweep of {len(jobs)} jobs",
         subtitle=sweep_dir.name,
@@ -90,14 +96,14 @@ def write_sweep_report(sweep_dir: Path) -> Path | None:
         pictures=pictures,
         details=[],
     )
-    return write_page(sweep_dir / "report.html", page)
+    return write_page(folder / "report.html", page)
 
 
 def _jobs(sweep_dir: Path) -> list[Job]:
     paths = sorted(sweep_dir.glob("*/overrides.yaml"), key=lambda path: (len(path.parent.name), path.parent.name))
     jobs = []
     for path in paths:
-        overrides = [str(item) for item in yaml.safe_load(path.read_text(encoding="utf-8")) or ()]
+        overrides = [str(item) for item in yaml.safe_load(read_file(path.parent, path.name)) or ()]
         settings = dict(override.partition("=")[::2] for override in overrides)
         try:
             jobs.append(Job(path.parent, settings, load_run(path.parent)))

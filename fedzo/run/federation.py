@@ -68,8 +68,9 @@ class Sinks:
 def run_federation(grid: Any, run_json: str, run_dir: Path) -> None:
     """Run, or go on with, the federation of a configuration; everything it leaves is in ``run_dir``."""
     context = this_process(run_json, artifacts=run_dir / ARTIFACTS).server
+    if (store := context.store) is None:
+        raise ConfigError("run: its launcher must have opened its logs, but nothing is open. Use `fedzo train`.")
     with ExitStack() as stack:
-        store = stack.enter_context(RunStore(run_dir))
         Federation(grid, context, store, stack).run()
     if context.report.html:
         from fedzo.report.html import write_report
@@ -255,7 +256,7 @@ class Federation:
     # --- end
 
     def _write_summary(self, best: int) -> None:
-        if self._store.told(Summary):
+        if any(told.rounds == self._server.round for told in self._store.told(Summary)):
             return  # resumed after its end
         first = first_evaluator(self._config)
         self._sinks.write(

@@ -17,6 +17,7 @@ from fedzo.config.travel import from_json, load_site, to_json
 from fedzo.data.kept_digests import KEPT_ROWS, KeptDigests
 from fedzo.data.rows import OwnRows, RowSource, SimulatedRows
 from fedzo.errors import ConfigError
+from fedzo.fl.log_store import RunStore
 from fedzo.report import ReportConfig
 from fedzo.run.client_context import ClientContext
 from fedzo.run.peer import Peer, open_model
@@ -42,6 +43,7 @@ class Process:
         report: How it tells of a run that it serves.
         takes_turns: Whether its clients work one after another.
         site_folder: Where this machine keeps what it must remember of a run.
+        store: The run's logs, where this process launched the run and has its folder to itself.
     """
 
     peer: Peer
@@ -51,6 +53,7 @@ class Process:
     report: ReportConfig = field(default_factory=ReportConfig)
     takes_turns: bool = False
     site_folder: Path | None = None
+    store: RunStore | None = None
 
     @cached_property
     def kept(self) -> KeptDigests:
@@ -68,7 +71,7 @@ class Process:
     def server(self) -> ServerContext:
         """For the server, if this process plays it. Clients' own rows are no business of it."""
         simulation = self.source if isinstance(self.source, SimulatedRows) else None
-        return ServerContext(self.peer, simulation, self.prepared, self.report, self.takes_turns, self.kept)
+        return ServerContext(self.peer, simulation, self.prepared, self.report, self.takes_turns, self.kept, self.store)
 
 
 def _temporary(what: str) -> Path:

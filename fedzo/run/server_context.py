@@ -13,6 +13,7 @@ from functools import cached_property
 from fedzo.data.encode import Example
 from fedzo.data.kept_digests import KeptDigests
 from fedzo.data.rows import SimulatedRows, client_rows
+from fedzo.fl.log_store import RunStore
 from fedzo.fl.server.step_policy import STEP_POLICIES, StepPolicy
 from fedzo.report import ReportConfig
 from fedzo.run.peer import Peer
@@ -30,6 +31,7 @@ class ServerContext:
         report: How the run is told of.
         takes_turns: Whether the clients work one after another, so that no deadline applies.
         kept: What this machine remembers of its rows.
+        store: The run's logs, which the launcher opened and closes.
     """
 
     peer: Peer
@@ -38,6 +40,7 @@ class ServerContext:
     report: ReportConfig = field(default_factory=ReportConfig)
     takes_turns: bool = False
     kept: KeptDigests | None = None
+    store: RunStore | None = None
     _encoded: dict[str, list[Example]] = field(default_factory=dict)
 
     @cached_property

@@ -6,20 +6,22 @@ From then on ``run.json`` of the run folder holds that agreement, and nothing of
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 from fedzo.config.plugins import plugin_name
-from fedzo.config.schema import LaunchConfig, RunConfig
+from fedzo.config.schema import LaunchConfig, RunConfig, RunSettings
 from fedzo.config.travel import from_json, to_json
 from fedzo.data.rows import RowSource, SimulatedRows
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.models.config import BaseConfig
 from fedzo.models.load import LoadedModel
+from fedzo.records.folder import read_file, replace_file
 from fedzo.report.sinks import ProgressSink
 from fedzo.run.peer import Peer, open_model
 from fedzo.run.process import Process, row_source
 from fedzo.trainers import TRAINERS, Prepared, Workplace
-from fedzo.trainers.artifacts import ARTIFACTS
+from fedzo.trainers.artifacts import ARTIFACTS, Artifact
 
 RUN_FILE, SITE_FILE = "run.json", "site.json"
 
@@ -30,22 +32,23 @@ def open_run(launch: LaunchConfig, run_dir: Path) -> Process:
     Raises:
         ConfigError: The model, the rows or the inputs are not what the run needs, or not those that it began with.
     """
+    begun = read_begun(run_dir) if (run_dir / RUN_FILE).exists() else None
+    if begun is not None:
+        _check_settings(begun, launch, run_dir)
     source = row_source(launch, launch.site())
     if isinstance(source, SimulatedRows):
         _ = source.parts  # rows that cannot be used or dealt are refused here, before the model is loaded
     loaded = open_model(launch.site(), launch.task.max_length)
-    file = run_dir / RUN_FILE
-    prepared = _prepare(launch, loaded, source, run_dir, resumed=file.exists())
+    prepared = _prepare(launch, loaded, source, run_dir, resumed=begun is not None)
     launch.step_policy.check_start(launch.fl, has_gradient=prepared.gradient is not None)
     run = launch.run(_base_of(launch, loaded), prepared.artifact.digest)
-    if file.exists():
-        begun = from_json(file.read_text(encoding="utf-8"), RunConfig)
-        check_base(begun, loaded, run_dir)
-        _must_be("the trainer's artifact", begun.artifact, run.artifact, run_dir)
+    if begun is None:
+        write_whole(run_dir / RUN_FILE, to_json(run))
     else:
-        write_whole(file, to_json(run))
+        check_base(begun, loaded, run_dir)
+        check_artifact(begun, prepared.artifact, run_dir)
     return Process(
-        Peer.of(run, launch.site(), loaded),
+        Peer.of(begun or run, launch.site(), loaded),
         source,
         artifacts=run_dir / ARTIFACTS,
         prepared=prepared,
@@ -56,15 +59,14 @@ def open_run(launch: LaunchConfig, run_dir: Path) -> Process:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a file of a run folder: all of it, or what was there stays.
+    """Write a file of a run folder: all of it, or what was there stays. One that says so already is left alone.
 
     Raises:
         RunFolderError: It cannot be written.
     """
-    part = file.with_name(file.name + ".part")
     try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(file)
+        if not (file.exists() and read_file(file.parent, file.name) == text.encode()):
+            replace_file(file, text)
     except OSError as error:
         raise RunFolderError(
             f"run folder {file.parent}: cannot write {file.name} ({error.strerror}). Choose another folder."
@@ -79,6 +81,29 @@ def check_base(run: RunConfig, loaded: LoadedModel, run_dir: Path) -> None:
     """
     _must_be("the model's weights", run.base.weights_digest, loaded.base_digest, run_dir)
     _must_be("the model's tokenizer", run.base.tokenizer_digest, loaded.tokenizer_digest, run_dir)
+
+
+def check_artifact(run: RunConfig, artifact: Artifact, run_dir: Path) -> None:
+    """Refuse another artifact than the run's.
+
+    Raises:
+        ConfigError: It has another digest.
+    """
+    _must_be("the trainer's artifact", run.artifact, artifact.digest, run_dir)
+
+
+def read_begun(run_dir: Path) -> RunConfig:
+    """What the peers agreed on when the run began; ``OSError`` if it has not."""
+    return from_json(read_file(run_dir, RUN_FILE).decode(), RunConfig)
+
+
+def _check_settings(begun: RunConfig, launch: LaunchConfig, run_dir: Path) -> None:
+    names = [each.name for each in fields(RunSettings) if getattr(begun, each.name) != getattr(launch, each.name)]
+    if names:
+        raise ConfigError(
+            f"run folder {run_dir}: config.json must have the settings with which the run began ({RUN_FILE}), but "
+            f"differs in {', '.join(names)}. It was edited. Restore the file from a copy, or start a new run."
+        )
 
 
 def calibration_texts(source: RowSource) -> Callable[[], list[str]]:

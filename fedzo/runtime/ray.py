@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import queue
+import signal
 import subprocess
 import threading
 import warnings
@@ -86,7 +87,8 @@ def run_ray(
 
     engine = threading.Thread(target=simulate, name="flower-simulation", daemon=True)
 
-    def check() -> None:
+    def check() -> None:  # before every use of the grid: the engine starts Ray whenever it likes
+        _take_sigterm_back()
         if not engine.is_alive():
             cause = crashes[0] if crashes else None
             raise ProtocolError(
@@ -129,6 +131,12 @@ def _wait_for(grids: queue.Queue[tuple[Grid, Context]], check: Callable[[], None
             return grids.get(timeout=0.1)
         except queue.Empty:
             check()
+
+
+def _take_sigterm_back() -> None:
+    """Let Python alone handle SIGTERM: Ray's core puts a handler before it that aborts the process after 3 seconds."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 def _backend_config(config: RayConfig) -> Any:

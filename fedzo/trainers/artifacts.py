@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedzo.errors import ProtocolError
+from fedzo.records.folder import refuse_link
 
 log = logging.getLogger(__name__)
 ARTIFACTS = "artifacts"
@@ -66,22 +67,30 @@ class ArtifactStore:
     max_bytes: int = MAX_BYTES
     _checked: dict[str, Artifact] = field(default_factory=lambda: {EMPTY.digest: EMPTY})
 
-    def get(self, digest: str) -> Artifact | None:
-        """The artifact with this digest, if it is here and whole.
+    def find(self, digest: str) -> Artifact | None:
+        """The artifact with this digest, if it is here and whole; looking for it changes nothing.
 
         Raises:
             ProtocolError: No digest; a peer may have sent it, and it must not become a path.
+            RunFolderError: It is a link.
         """
         if not re.fullmatch("[0-9a-f]{64}", digest):
             raise ProtocolError(f"artifact: its digest must be 64 hexadecimal digits, got {digest!r:.80}.")
         path = self.folder / digest
         if digest not in self._checked and path.is_file():
-            if (found := _digest(path)) != digest:
-                log.warning("%s: its SHA-256 must be its name, got %s. It is removed.", path, found)
-                path.unlink(missing_ok=True)
-                return None
-            self._checked[digest] = Artifact(digest, path.stat().st_size, path)
+            refuse_link(self.folder)
+            refuse_link(path)
+            if _digest(path) == digest:
+                self._checked[digest] = Artifact(digest, path.stat().st_size, path)
         return self._checked.get(digest)
+
+    def get(self, digest: str) -> Artifact | None:
+        """As ``find``; what is not whole is removed, so that it can come again."""
+        artifact, path = self.find(digest), self.folder / digest
+        if artifact is None and path.is_file():
+            log.warning("%s: its SHA-256 must be its name, got another. It is removed.", path)
+            path.unlink(missing_ok=True)
+        return artifact
 
     def put(self, content: bytes | Path) -> Artifact:
         """Keep bytes, or a copy of a file."""

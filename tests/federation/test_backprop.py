@@ -301,11 +301,11 @@ def vectors(folder: Path) -> list[Path]:
 def test_a_run_that_stops_in_the_middle_and_is_resumed_ends_as_the_unbroken_one(
     run: Run, overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instant: str, adamw: bool
 ) -> None:
-    from fedzo.fl import log_store
+    from fedzo.fl import log_files
 
     settings = [*SETTINGS, *(["estimator.local_optimizer=adamw", "server_optimizer.lr=0.01"] if adamw else [])]
     whole, folder = run(*settings), tmp_path / "broken"
-    owner, name = (Server, "run_round") if instant == "before the round" else (log_store._Lines, "append")
+    owner, name = (Server, "run_round") if instant == "before the round" else (log_files.Lines, "append")
     original = getattr(owner, name)
 
     def stop(self: Any, *args: Any, **kwargs: Any) -> Any:

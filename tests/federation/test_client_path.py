@@ -274,6 +274,8 @@ def test_a_log_that_lacks_a_round_is_refused(train: Any, lines: Lines) -> None:
 def test_a_mask_that_is_gone_is_not_chosen_again_without_the_texts_that_it_was_chosen_on(train: Any) -> None:
     folder, _ = train("fl.rounds=1", "trainer.calibration=train", "trainer.calibration_tokens=8", steps=[1])
     (folder / "mask.safetensors").unlink()
+    replay_client(folder, client=0, round=0)  # the artifact holds it, too
+    shutil.rmtree(folder / "artifacts")
 
     with pytest.raises(RunFolderError, match=r"mask\.safetensors must exist"):
         replay_client(folder, client=0, round=0)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from fedzo.commands.train import resume_run
 from fedzo.errors import RunFolderError
 from fedzo.records.decode import decode, parse_json, to_json
 from fedzo.records.log import AuditLine, PublicLine
@@ -27,6 +28,7 @@ def test_every_kind_of_record_comes_back_byte_for_byte(run: Callable[..., Path])
         *[*vpcs, "step_policy.later_steps=2", "fl.local_steps=2", "faults.absent=['1@1']", "fl.seeds=pool"],
         "partition.holdout=0.2",
     )
+    resume_run(folder, rounds=4)
 
     seen = set()
     for name, read in READ.items():

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from fedzo.commands.train import resume_run
@@ -25,7 +26,7 @@ ROUNDS = 12
 CHILD = """
 import json, os, signal, sys
 point, at_round = sys.argv[1], int(sys.argv[2])
-from fedzo.fl import log_store as store
+from fedzo.fl import log_files as files, log_store as store
 from fedzo.fl import replica
 from fedzo.fl.client import scalar_update
 from fedzo.fl.server import rounds as server
@@ -45,14 +46,14 @@ def die_before(owner, name, when):
 if point == "between the metrics and the log":
     die_before(store.RunStore, "commit", lambda self, record, **kw: record.round == at_round)
 elif point == "between audit and public line":
-    die_before(store._Lines, "append", lambda self, line, durable: is_public(line) and line.round == at_round)
+    die_before(files.Lines, "append", lambda self, line, durable: is_public(line) and line.round == at_round)
 elif point == "in a half written public line":
-    def torn(self, line, *, durable, original=store._Lines.append):
+    def torn(self, line, *, durable, original=files.Lines.append):
         if is_public(line) and line.round == at_round:
-            self._file.write(store.to_json(line).encode()[:20]); os.fsync(self._file.fileno())
+            self._file.write(files.to_json(line).encode()[:20]); os.fsync(self._file.fileno())
             os.kill(os.getpid(), signal.SIGKILL)
         original(self, line, durable=durable)
-    store._Lines.append = torn
+    files.Lines.append = torn
 elif point == "in a probe":
     die_before(scalar_update, "example_losses", lambda *a, **kw: at_round == len(server_rounds()))
 elif point == "before the metrics":
@@ -176,11 +177,17 @@ def _hears() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may have been started with nohup
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "runtime",
+    ["inline", pytest.param("local", marks=pytest.mark.net), pytest.param("ray", marks=pytest.mark.sim)],
+)
 def test_a_run_that_is_told_to_end_says_how_it_goes_on(
-    number: signal.Signals, overrides: Callable[..., list[str]], tmp_path: Path
+    runtime: str, number: signal.Signals, overrides: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    words = overrides("fl.rounds=100000", f"hydra.run.dir={tmp_path / 'run'}")
+    few = [f"runtime={runtime}", "fl.num_clients=2", "fl.rounds=100000"]
+    words = overrides(*few, f"hydra.run.dir={tmp_path / 'run'}")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(
         [sys.executable, "-m", "fedzo", "train", *words],
@@ -193,11 +200,15 @@ def test_a_run_that_is_told_to_end_says_how_it_goes_on(
         while not (tmp_path / "run" / "public.jsonl").exists() or not (tmp_path / "run" / "public.jsonl").read_bytes():
             assert time.monotonic() < ends
             time.sleep(0.05)
+        started = psutil.Process(run.pid).children(recursive=True)
         run.send_signal(number)
         assert run.stderr is not None
         said = run.stderr.read()
         assert run.wait(60) == 130
 
+    _, left = psutil.wait_procs(started, timeout=15)
+    assert (left, bool(started)) == ([], runtime != "inline")
+    assert "Traceback" not in said
     assert f"fedzo: interrupted. Continue with: fedzo resume {tmp_path / 'run'}" in said
     assert replay_run(tmp_path / "run")["rounds"] > 0
 
@@ -230,7 +241,11 @@ def test_an_interrupted_sweep_goes_on_and_leaves_finished_runs_alone(
     assert sweep().returncode == 0
     first, second = sorted(path.parent for path in tmp_path.glob("*/public.jsonl"))
     whole = (second / "public.jsonl").read_bytes()
-    (second / "public.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:1]))
+    for name in ("public.jsonl", "audit.jsonl"):
+        (second / name).write_bytes((second / name).read_bytes().splitlines(keepends=True)[0])
+    told = (second / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    ends = next(number for number, line in enumerate(told) if b'"kind":"round"' in line and b'"round":1,' in line)
+    (second / "metrics.jsonl").write_bytes(b"".join(told[: ends + 1]))
     finished = (first / "metrics.jsonl").stat().st_mtime_ns
 
     assert sweep().returncode == 0

@@ -19,7 +19,8 @@ Calls = list[tuple[object, ...]]
 @pytest.mark.parametrize(
     ("arguments", "call", "printed"),
     [
-        (["resume", "."], ("resume", Path(), {}), ""),
+        (["resume", "."], ("resume", Path(), {"rounds": None}), ""),
+        (["resume", ".", "fl.rounds=500"], ("resume", Path(), {"rounds": 500}), ""),
         (["replay", "."], ("replay", Path(), {"rounds": None}), '"digest": "ab"'),
         (["replay", ".", "--rounds", "2"], ("replay", Path(), {"rounds": 2}), '"rounds": 3'),
         (
@@ -42,7 +43,8 @@ Calls = list[tuple[object, ...]]
         ),
         (["export", ".", "out"], ("export", Path(), Path("out"), {"rounds": None}), "out\n"),
         (["export", ".", "out", "--rounds", "0"], ("export", Path(), Path("out"), {"rounds": 0}), "out\n"),
-        (["report", "."], ("report", Path(), {}), "report.html\n"),
+        (["report", "."], ("report", Path(), {"out_dir": None}), "report.html\n"),
+        (["report", ".", "--out", "x"], ("report", Path(), {"out_dir": Path("x")}), "report.html\n"),
     ],
 )
 def test_a_command_calls_its_service(
@@ -58,7 +60,7 @@ def test_a_command_calls_its_service(
 def test_a_resumed_run_logs_where_its_first_part_did(
     calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def warn(folder: Path) -> None:
+    def warn(folder: Path, *, rounds: int | None) -> None:
         logging.getLogger("fedzo.somewhere").warning("client 3 is gone")
         logging.getLogger("flwr").info("a line of Flower")
 
@@ -75,7 +77,7 @@ def test_a_resumed_run_logs_where_its_first_part_did(
 def test_a_sweep_that_has_not_begun_has_no_report(
     calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys.modules["fedzo.report.sweep"], "write_sweep_report", lambda folder: None)
+    monkeypatch.setattr(sys.modules["fedzo.report.sweep"], "write_sweep_report", lambda folder, out_dir: None)
     (tmp_path / "multirun.yaml").touch()
 
     assert main(["report", "."]) == 1
@@ -89,7 +91,7 @@ def test_report_knows_a_sweep_by_its_multirun_file(calls: Calls, tmp_path: Path)
 
     assert main(["report", "run", "sweep"]) == 0
 
-    assert calls == [("report", Path("run"), {}), ("sweep report", Path("sweep"), {})]
+    assert calls == [("report", Path("run"), {"out_dir": None}), ("sweep report", Path("sweep"), {"out_dir": None})]
 
 
 def test_mask_composes_the_config_of_a_run(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,7 +155,9 @@ def test_ctrl_c_says_how_to_go_on(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["resume", ".", "x"], "fedzo resume: unknown argument 'x'"),
+        (["resume", ".", "x"], "only fl.rounds=N can make it longer, got 'x'"),
+        (["resume", ".", "fl.rounds=5", "x"], "fedzo resume: unknown argument 'x'"),
+        (["resume", ".", "fl.rounds=many"], "must be a whole number >= 1, got 'many'"),
         (["mask", "--out", "x", "--bogus"], "fedzo mask: unknown option '--bogus'"),
         (["mask"], "the following arguments are required: --out"),
         (["replay", ".", "--rounds", "-1"], "must be a whole number >= 0, got '-1'"),

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from fedzo.config.load import load
 from fedzo.config.plugins import plugin_classes
 from fedzo.config.schema import LaunchConfig, RunConfig, SiteConfig, filled
-from fedzo.config.travel import config_hash, from_json, is_same_run, load_site, save_yaml, to_json
+from fedzo.config.travel import config_hash, from_json, is_same_run, load_site, to_json, to_yaml
 from fedzo.data.config import DataConfig, TaskConfig
 from fedzo.data.partition import PartitionConfig
 from fedzo.data.partition.plain import NaturalConfig
@@ -77,7 +77,7 @@ def test_json_gives_an_equal_config_back(config: LaunchConfig) -> None:
 def test_yaml_holds_what_json_holds(tmp_path_factory: pytest.TempPathFactory, config: LaunchConfig) -> None:
     path = tmp_path_factory.mktemp("run") / "config.yaml"
 
-    save_yaml(config, path)
+    path.write_text(to_yaml(config), encoding="utf-8")
 
     assert yaml.safe_load(path.read_text(encoding="utf-8")) == json.loads(to_json(config))
 

@@ -12,7 +12,7 @@ import pytest
 
 from fedzo.errors import RunFolderError
 from fedzo.fl.config import BestBy
-from fedzo.fl.log_store import AUDIT, METRICS, PUBLIC, RunStore, best_round
+from fedzo.fl.log_store import AUDIT, METRICS, PUBLIC, RunLog, RunStore, best_round
 from fedzo.records.decode import encode, to_json
 from fedzo.records.log import AuditLine, Proof
 from fedzo.records.metrics import (
@@ -114,6 +114,63 @@ def test_a_half_written_line_is_dropped(tmp_path: Path, torn: str) -> None:
     assert len(opened(tmp_path).records) == 4
 
 
+def test_the_writer_says_what_it_cuts_and_the_reader_cuts_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    open_with(tmp_path, 3).close()
+    with (tmp_path / PUBLIC).open("a") as file:
+        file.write('{"round":3')
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    assert len(RunLog(tmp_path).records) == 3
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert caplog.messages == []
+    opened(tmp_path)
+
+    assert caplog.messages == [f"{tmp_path / PUBLIC}: its last line was unfinished; 10 bytes are cut off"]
+    assert (tmp_path / PUBLIC).read_bytes() == before[PUBLIC][:-10]
+
+
+def test_a_whole_last_line_counts_without_its_newline(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    open_with(tmp_path, 3).close()
+    whole = {name: (tmp_path / name).read_bytes() for name in (PUBLIC, AUDIT, METRICS)}
+    for name, data in whole.items():
+        (tmp_path / name).write_bytes(data.removesuffix(b"\n"))
+
+    log = RunLog(tmp_path)
+    assert (len(log.records), len(log.audit), len(log.metrics)) == (3, 3, 3)
+    opened(tmp_path)
+
+    assert {name: (tmp_path / name).read_bytes() for name in whole} == whole
+    assert [message.rpartition(": ")[2] for message in caplog.messages] == [
+        "its last line had no newline; it is added"
+    ] * 3
+
+
+def test_a_log_that_is_a_link_a_pipe_or_another_folders_too_is_refused(tmp_path: Path) -> None:
+    outside, folder = tmp_path / "outside", tmp_path / "run"
+    open_with(folder, 2).close()
+    (folder / PUBLIC).rename(outside)
+    outside.write_bytes(outside.read_bytes() + b"torn")
+    held = outside.read_bytes()
+
+    (folder / PUBLIC).symlink_to(outside)
+    for reader in (RunLog, RunStore):
+        with pytest.raises(RunFolderError, match=r"public\.jsonl: it must lie in the run folder itself, got a link to"):
+            reader(folder)
+    (folder / PUBLIC).unlink()
+    os.mkfifo(folder / PUBLIC)
+    for reader in (RunLog, RunStore):
+        with pytest.raises(RunFolderError, match=r"public\.jsonl: it must be a regular file"):
+            reader(folder)
+    (folder / PUBLIC).unlink()
+    os.link(outside, folder / PUBLIC)
+    assert len(RunLog(folder).records) == 2
+    with pytest.raises(RunFolderError, match="hard links"):
+        RunStore(folder)
+    assert outside.read_bytes() == held
+
+
 def test_audit_and_metrics_of_a_round_that_was_not_committed_are_dropped(tmp_path: Path) -> None:
     open_with(tmp_path, 2).close()
     with (tmp_path / AUDIT).open("a") as file:
@@ -163,7 +220,7 @@ def test_a_kill_while_an_uncommitted_round_is_dropped_loses_no_other(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedzo.fl.log_store._Lines.append", killed)
+        patch.setattr("fedzo.fl.log_files.Lines.append", killed)
         RunStore(tmp_path).close()
 
     again = opened(tmp_path)
@@ -215,7 +272,7 @@ def test_a_damaged_log_is_named(tmp_path: Path) -> None:
         (AUDIT, {"xi": [[["x"]]]}, "line 2: xi must be 3 levels of lists, .* or null, got"),
         (AUDIT, {"xi": [[[1.0], [1.0]]]}, "line 2: must hold xi of 1 steps or more, 1 probes and"),
         (METRICS, {"absent": [0.5]}, r"metrics\.jsonl, line 2: absent\[0\] must be a whole number of .*, got 0\.5"),
-        (METRICS, {"kind": "rounds"}, "line 2: kind must be one of setup, round, .*, got 'rounds'"),
+        (METRICS, {"kind": "rounds"}, "line 2: kind must be one of setup, extension, round, .*, got 'rounds'"),
         (METRICS, {"clients": [{"client": 0}]}, r"line 2: clients\[0\]\.loss must be a float .* or null, got nothing"),
     ],
 )

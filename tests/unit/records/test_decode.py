@@ -333,7 +333,7 @@ def test_any_text_is_json_or_the_callers_error(text: str | bytes) -> None:
 
 def test_a_metric_record_of_no_kind_names_the_kinds() -> None:
     with pytest.raises(
-        RunFolderError, match="kind must be one of setup, round, step_policy, score, federated_score, su"
+        RunFolderError, match="kind must be one of setup, extension, round, step_policy, score, federated_score, su"
     ):
         decode_metric({"kind": ["round"]}, where="x", error=RunFolderError)
-    assert list(METRIC_KINDS) == ["setup", "round", "step_policy", "score", "federated_score", "summary"]
+    assert list(METRIC_KINDS) == ["setup", "extension", "round", "step_policy", "score", "federated_score", "summary"]

@@ -70,7 +70,7 @@ def test_a_last_line_without_newline_that_is_whole_counts(make_run: MakeRun) -> 
     [
         ('{"kind": "round"\n{"kind": "x"}\n', r"metrics\.jsonl, line 1: must be JSON, got Expecting ','"),
         ('{"kind": "round", "loss": NaN}\n', r"line 1: must be JSON, got NaN, which is not JSON"),
-        ("[1]\n", r"line 1: kind must be one of setup, round, .*, got None"),
+        ("[1]\n", r"line 1: kind must be one of setup, extension, round, .*, got None"),
         ("\n", r"metrics\.jsonl: must hold at least one record, got none"),
         ("[" * 100_000 + "\n", "line 1: must be JSON, got maximum recursion"),
         ('{"kind": "round", "loss": 1' + "0" * 5000 + "}\n", "line 1: must be JSON, got Exceeds the limit"),

@@ -1,0 +1,137 @@
+"""Files of a run folder: none is read or written through a link, and a file is replaced whole or not at all.
+
+A run folder may come from somebody else. What lies in it must not lead a command to files elsewhere.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedzo.errors import FolderInUseError, RunFolderError
+
+
+def open_file(folder: Path, name: str, flags: int = os.O_RDONLY) -> int:
+    """A descriptor of a regular file below a folder; the folder itself may be reached by a link.
+
+    Args:
+        folder: The run folder.
+        name: Of the file in it, such as ``vectors/ab12``.
+        flags: As for ``os.open``.
+
+    Raises:
+        RunFolderError: The file, or a folder on the way to it, is a link, or it is no regular file.
+        OSError: It cannot be opened.
+    """
+    *rooms, last = Path(name).parts
+    room = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for inner in rooms:
+            outer, room = room, os.open(inner, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=room)
+            os.close(outer)
+        # without waiting: a pipe would never open
+        opened = os.open(last, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666, dir_fd=room)
+    except OSError:
+        for depth in range(len(rooms) + 1):
+            refuse_link(folder.joinpath(*rooms[:depth], [*rooms, last][depth]))
+        raise
+    finally:
+        os.close(room)
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise RunFolderError(f"{folder / name}: it must be a regular file, but is none. Restore the file from a copy.")
+    return opened
+
+
+def read_file(folder: Path, name: str) -> bytes:
+    """All of a file of a run folder; errors as in ``open_file``."""
+    with os.fdopen(open_file(folder, name), "rb") as file:
+        return file.read()
+
+
+def replace_file(path: Path, content: str | bytes, *, durable: bool = False) -> None:
+    """Write a file: all of it, or what was there stays. A link in its place is replaced, not followed.
+
+    Args:
+        path: The file.
+        content: A text is written as UTF-8.
+        durable: Return only when it is on the disk.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.unlink(missing_ok=True)
+        with part.open("xb") as file:  # never what lies there already
+            file.write(content.encode() if isinstance(content, str) else content)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        if part.exists():
+            part.unlink()
+    if durable:
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names of a folder's files on the disk, too."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def make_folder(folder: Path) -> Path:
+    """A folder to write into, made if it is not there.
+
+    Raises:
+        RunFolderError: It is a link.
+        OSError: It cannot be made.
+    """
+    refuse_link(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def folder_of_one_process(folder: Path) -> Iterator[None]:
+    """Have a folder to oneself, among those who ask by this; file systems that lock no folders let everybody in.
+
+    Raises:
+        FolderInUseError: Another process has it.
+    """
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            lock_file(opened, folder)
+        except OSError as error:
+            if isinstance(error, FolderInUseError):
+                raise
+        yield
+    finally:
+        os.close(opened)
+
+
+def lock_file(opened: int, folder: Path) -> None:
+    """Lock an open file, for as long as it is open; ``FolderInUseError`` if another process has it."""
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise FolderInUseError(f"run folder {folder}: another process is using it. Wait for it, or end it.") from error
+
+
+def refuse_link(path: Path) -> None:
+    """Raise ``RunFolderError`` where a path is a link."""
+    if path.is_symlink():
+        raise RunFolderError(
+            f"{path}: it must lie in the run folder itself, got a link to {path.readlink()}. Links in a run folder "
+            "are not followed. Put a copy of what it leads to in its place."
+        )

@@ -1,0 +1,349 @@
+"""What a run folder says is of the run that ran: reading changes nothing, and one process at a time writes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedzo.cli import main
+from fedzo.commands import train
+from fedzo.commands.train import resume_run, start_or_resume_run, start_run
+from fedzo.commands.trained import replay_run
+from fedzo.config.load import load
+from fedzo.errors import ConfigError, FolderInUseError, RunFolderError
+from fedzo.fl.log_store import RunStore
+
+Run = Callable[..., Path]
+Overrides = Callable[..., list[str]]
+Lines = Callable[[Path, str], list[dict[str, Any]]]
+LOGS = ("public.jsonl", "audit.jsonl")
+VECTORS = ("estimator=backprop", "trainer=meerkat")
+
+
+@pytest.fixture(autouse=True)
+def logging_is_left_as_it_was() -> Iterator[None]:
+    """``fedzo resume`` logs into its folder."""
+    loggers = [logging.getLogger(), logging.getLogger("flwr")]
+    before = [(list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
+
+    yield
+
+    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        for handler in set(logger.handlers) - set(handlers):
+            handler.close()
+        logger.handlers[:], logger.level, logger.propagate = handlers, level, propagate
+
+
+def snapshot(folder: Path) -> dict[str, object]:
+    """Everything below a folder; the times of folders show files that came and went."""
+    return {
+        str(path.relative_to(folder)): (
+            path.lstat().st_ino,
+            path.lstat().st_mtime_ns,
+            path.lstat().st_ctime_ns,
+            path.lstat().st_size,
+            path.read_bytes() if path.is_file() else b"",
+        )
+        for path in [folder, *folder.rglob("*")]
+    }
+
+
+def read_all(folder: Path, out: Path) -> list[int]:
+    """Every command that reads a run; their exit codes."""
+    name = str(folder)
+    commands = [
+        ["replay", name],
+        ["replay", name, "--rounds", "1"],
+        ["evaluate", name],
+        ["evaluate", name, "--split", "dev"],
+        ["generate", name, "Text: a thing", "--max-new-tokens", "2"],
+        ["export", name, str(out / "model")],
+        ["report", name, "--out", str(out / "report")],
+    ]
+    if not list(folder.glob("vectors")):
+        commands.append(["replay", name, "--client", "0", "--round", "1", "--out", str(out / "path.safetensors")])
+    return [main(command) for command in commands]
+
+
+@pytest.mark.parametrize("settings", [(), ("trainer=lora",), ("trainer=mezo",), VECTORS], ids=" ".join)
+@pytest.mark.parametrize("artifacts", ["there", "gone"])
+def test_reading_a_run_changes_nothing_in_its_folder(
+    run: Run, tmp_path: Path, settings: tuple[str, ...], artifacts: str
+) -> None:
+    folder = run(*settings, "server_optimizer.lr=0.01")
+    if artifacts == "gone":
+        shutil.rmtree(folder / "artifacts", ignore_errors=True)
+    for name in (*LOGS, "metrics.jsonl"):  # an editor took the last newline
+        (folder / name).write_bytes((folder / name).read_bytes().rstrip(b"\n"))
+    before = snapshot(folder)
+
+    codes = read_all(folder, tmp_path)
+
+    assert set(codes) == {0}
+    assert snapshot(folder) == before
+    assert replay_run(folder)["rounds"] == 3
+    assert (tmp_path / "report" / "report.html").is_file()
+    assert list((tmp_path / "report" / "figures").iterdir())
+
+
+def test_reading_a_run_that_goes_on_leaves_its_unfinished_line_alone(run: Run, tmp_path: Path) -> None:
+    folder = run()
+    for name in (*LOGS, "metrics.jsonl"):
+        with (folder / name).open("ab") as file:
+            file.write(b'{"round":3,"l')
+    before = snapshot(folder)
+
+    assert set(read_all(folder, tmp_path)) == {0}
+
+    assert snapshot(folder) == before
+
+
+def test_a_log_is_missed_only_where_it_is_needed(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run()
+    for name in ("audit.jsonl", "metrics.jsonl"):
+        (folder / name).unlink()
+    before = snapshot(folder)
+
+    assert main(["replay", str(folder)]) == 0
+    for command in (["evaluate", str(folder)], ["report", str(folder)]):
+        assert main(command) == 1
+        assert "metrics.jsonl" in capsys.readouterr().err
+    assert main(["replay", str(folder), "--client", "0", "--round", "0"]) == 1
+    assert "audit.jsonl: it must be there and readable, got 'No such file" in capsys.readouterr().err
+    (folder / "public.jsonl").unlink()
+    assert main(["replay", str(folder)]) == 1
+    assert "public.jsonl: it must be there" in capsys.readouterr().err
+    assert set(before) - set(snapshot(folder)) == {"public.jsonl"}
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "run.json", "public.jsonl", "audit.jsonl", "metrics.jsonl", "artifacts", "artifacts/*"]
+)
+def test_no_command_follows_a_link_out_of_a_run_folder(
+    run: Run, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, outside = run(), tmp_path / "outside"
+    (linked,) = folder.glob(name)
+    shutil.move(linked, outside)
+    if outside.is_file() and name.endswith(".jsonl"):
+        outside.write_bytes(outside.read_bytes() + b"torn")
+    linked.symlink_to(outside)
+    before, there = snapshot(folder), snapshot(outside) if outside.is_dir() else outside.read_bytes()
+
+    client = ["--client", "0", "--round", "0"] if name == "audit.jsonl" else []
+    reader = ["evaluate", str(folder)] if name == "metrics.jsonl" else ["replay", str(folder), *client]
+    for command in (reader, ["resume", str(folder)]):
+        code = main(command)
+        error = capsys.readouterr().err
+        if command[0] == "resume" and name == "artifacts/*":
+            continue  # put in its place anew, which leaves the file outside alone
+        assert code == 1
+        assert f"{linked}: it must lie in the run folder itself, got a link to {outside}" in error
+        assert snapshot(folder) == before
+
+    assert (snapshot(outside) if outside.is_dir() else outside.read_bytes()) == there
+
+
+def test_a_report_replaces_a_link_and_leaves_the_file_behind_it(run: Run, tmp_path: Path) -> None:
+    folder = run()
+    (tmp_path / "precious").write_text("mine")
+    (folder / "report.html").symlink_to(tmp_path / "precious")
+
+    assert main(["report", str(folder)]) == 0
+
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert "<html" in (folder / "report.html").read_text()
+
+
+def test_the_second_process_leaves_nothing_in_a_folder(run: Run, overrides: Overrides, tmp_path: Path) -> None:
+    folder, empty = run("fl.rounds=2"), tmp_path / "empty"
+    for taken in (folder, empty):
+        with RunStore(taken):
+            before = snapshot(taken)
+
+            for rounds in (2, 5):
+                config = load(overrides(f"fl.rounds={rounds}"))
+                with pytest.raises(FolderInUseError, match="another process is using it"):
+                    start_run(config, taken, overrides=[])
+            if taken == folder:
+                with pytest.raises(FolderInUseError):
+                    resume_run(taken)
+                with pytest.raises(FolderInUseError):
+                    resume_run(taken, rounds=9)
+
+            assert snapshot(taken) == before
+
+
+def test_a_finished_job_of_a_sweep_is_only_read(run: Run, overrides: Overrides) -> None:
+    folder = run("fl.rounds=2")
+    (folder / "metrics.jsonl").write_bytes((folder / "metrics.jsonl").read_bytes().rstrip(b"\n"))
+    before = snapshot(folder)
+
+    start_or_resume_run(load(overrides("fl.rounds=2")), folder, overrides=[])
+
+    assert snapshot(folder) == before
+
+
+def test_the_settings_of_a_run_cannot_be_edited(run: Run) -> None:
+    folder = run("fl.rounds=2")
+    config = json.loads((folder / "config.json").read_text())
+    config["server_optimizer"]["lr"] = 0.5
+    (folder / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(ConfigError, match=r"config\.json must have the settings .* differs in server_optimizer\."):
+        resume_run(folder)
+
+
+def test_an_audit_log_without_its_public_log_is_not_emptied(run: Run) -> None:
+    folder = run("fl.rounds=2")
+    whole = (folder / "public.jsonl").read_bytes()
+    for left in (None, b"", whole.splitlines(keepends=True)[0][:-9]):
+        (folder / "public.jsonl").unlink()
+        if left is not None:
+            (folder / "public.jsonl").write_bytes(left)
+        before = snapshot(folder)
+
+        with pytest.raises(RunFolderError, match=r"public\.jsonl: it must hold the rounds that the other logs tell of"):
+            resume_run(folder)
+
+        after = snapshot(folder)
+        assert before == after
+        (folder / "public.jsonl").write_bytes(whole)
+
+
+# --- a run that is made longer
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        ("server_optimizer.lr=0.02", "server_optimizer.warmup_rounds=1", "strategy.clients_per_round=2"),
+        ("server_optimizer=adam", "server_optimizer.lr=0.01", "fl.local_steps=2"),
+        (*VECTORS, "server_optimizer.lr=0.02"),
+        ("step_policy=cusum", "fl.local_steps=2", "strategy.clip_factor=1.5", "server_optimizer.lr=0.02"),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("stopped", [False, True], ids=["finished", "stopped"])
+def test_a_run_that_is_made_longer_is_the_run_that_was_begun_so_long(
+    run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch, rule: tuple[str, ...], stopped: bool
+) -> None:
+    settings = (*rule, "fl.hash_every=2", "evaluation.every_rounds=2")
+    long = run(*settings, "fl.rounds=6")
+    if stopped:
+        dies(monkeypatch, at_round=2)
+        with pytest.raises(KeyboardInterrupt):
+            run(*settings, "fl.rounds=4")
+        monkeypatch.undo()
+        folder = long.with_name("run1")
+    else:
+        folder = run(*settings, "fl.rounds=4")
+
+    resume_run(folder, rounds=6)
+
+    for name in LOGS:
+        assert (folder / name).read_bytes() == (long / name).read_bytes()
+    mine, other = replay_run(folder), replay_run(long)
+    assert {**mine, "extended": None} == {**other, "extended": None}
+    done = 2 if stopped else 4
+    assert mine["extended"] == [{"round": done, "before": 4, "rounds": 6}]
+    kept = [
+        [(line["round"], line["split"], line["value"]) for line in lines(each, "metrics.jsonl") if "split" in line]
+        for each in (folder, long)
+    ]
+    assert set(kept[1]) <= set(kept[0])
+    totals = [line["rounds"] for line in lines(folder, "metrics.jsonl") if line["kind"] == "summary"]
+    assert totals == ([6] if stopped else [4, 6])
+    for name in ("run.json", "config.json", "config.yaml"):
+        assert (folder / name).read_text() == (long / name).read_text()
+    assert '"fl.rounds=6"' in (folder / "overrides.yaml").read_text()
+    before = (folder / "metrics.jsonl").read_bytes()
+    resume_run(folder, rounds=6)  # the same command again
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_kill_while_a_run_is_made_longer_is_made_up_for(
+    run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run("fl.rounds=2")
+    written: list[str] = []
+    original = train.write_whole
+
+    def killed(file: Path, text: str) -> None:
+        written.append(file.name)
+        if len(written) > 1:
+            raise KeyboardInterrupt
+        original(file, text)
+
+    monkeypatch.setattr(train, "write_whole", killed)
+    with pytest.raises(KeyboardInterrupt):
+        resume_run(folder, rounds=3)
+    monkeypatch.undo()
+    assert replay_run(folder)["rounds"] == 2  # it can be read at any time
+
+    resume_run(folder)
+
+    assert len(lines(folder, "public.jsonl")) == 3
+    assert json.loads((folder / "config.json").read_text())["fl"]["rounds"] == 3
+    assert len([line for line in lines(folder, "metrics.jsonl") if line["kind"] == "extension"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "rounds", "message"),
+    [
+        (("server_optimizer.schedule=linear",), 9, r"server_optimizer\.schedule must be constant .* got 'linear'"),
+        (("server_optimizer.schedule=cosine",), 9, r"server_optimizer\.schedule must be constant .* got 'cosine'"),
+        ((), 1, r"fl\.rounds must be at least 2, the run's present total, got 1"),
+        ((), 1 << 40, r"fl\.rounds must be"),
+    ],
+)
+def test_a_run_that_cannot_be_made_longer_says_why_and_is_left_alone(
+    run: Run, settings: tuple[str, ...], rounds: int, message: str
+) -> None:
+    folder = run("fl.rounds=2", *settings)
+    before = snapshot(folder)
+
+    with pytest.raises(ConfigError, match=message):
+        resume_run(folder, rounds=rounds)
+
+    assert snapshot(folder) == before
+
+
+def test_a_report_knows_which_rounds_belong_to_which_total(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedzo.report.run_data import load_run
+
+    folder = run("fl.rounds=2")
+    dies(monkeypatch, at_round=3)
+    with pytest.raises(KeyboardInterrupt):
+        resume_run(folder, rounds=4)
+    monkeypatch.undo()
+
+    assert load_run(folder).summary is None
+    resume_run(folder)
+    told = load_run(folder)
+    assert told.summary is not None
+    assert (told.summary.rounds, [(each.round, each.before, each.rounds) for each in told.extensions]) == (
+        4,
+        [(2, 2, 4)],
+    )
+    assert main(["report", str(folder)]) == 0
+    text = (folder / "report.html").read_text()
+    assert "The run was made longer after round 2: from 2 to 4 rounds." in text
+
+
+def dies(monkeypatch: pytest.MonkeyPatch, *, at_round: int) -> None:
+    """Stop before this round is committed."""
+    original = RunStore.commit
+
+    def stop(self: RunStore, record: Any, **rest: Any) -> None:
+        if record.round == at_round:
+            raise KeyboardInterrupt
+        original(self, record, **rest)
+
+    monkeypatch.setattr(RunStore, "commit", stop)
