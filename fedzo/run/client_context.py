@@ -97,8 +97,8 @@ class ClientContext:
         return client_rows(self.source, client, share=config.partition.holdout, seed=config.seed, stages=stages)
 
     def _rows_digest(self, client: int, begun: bool) -> str:
-        rows, run = self.source.rows_for(client), self.peer.identity.config_hash
-        return self.kept.register(rows, whose=f"client {client}", run=run, begun=begun)
+        rows = self.source.rows_for(client)
+        return self.kept.register(rows, whose=f"client {client}", run=self.peer.run_id, begun=begun)
 
     def _workspace(self, artifact: Artifact) -> Workspace:
         """By the first batch of whichever client was asked first, ``model.dtype=auto`` is decided."""

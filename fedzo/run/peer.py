@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from fedzo.config.plugins import plugin_name
-from fedzo.config.schema import RunConfig, SiteConfig
+from fedzo.config.schema import RunConfig, SiteConfig, with_rounds
 from fedzo.config.travel import config_hash
 from fedzo.data.encode import Example, encode, task_digest
 from fedzo.data.files import Row
@@ -92,6 +92,11 @@ class Peer:
             tokenizer_digest=self.loaded.tokenizer_digest,
             task_digest=task_digest(self.config.task),
         )
+
+    @cached_property
+    def run_id(self) -> str:
+        """Names the run where this machine keeps things of it: a hash that holds however long the run becomes."""
+        return config_hash(with_rounds(self.config, 1))
 
     def encode(self, rows: list[Row]) -> list[Example]:
         """Rows as token ids."""

@@ -63,8 +63,7 @@ class ServerContext:
         if self.simulation is None or self.kept is None:
             return
         for split in ("dev", "test"):
-            rows, run = getattr(self.simulation.splits, split), self.peer.identity.config_hash
-            self.kept.register(rows, whose=split, run=run, begun=begun)
+            self.kept.register(getattr(self.simulation.splits, split), whose=split, run=self.peer.run_id, begun=begun)
 
     def examples(self, split: str) -> list[Example]:
         """The server's own ``dev`` or ``test`` rows as token ids; read once."""

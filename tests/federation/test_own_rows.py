@@ -178,18 +178,16 @@ def test_a_run_goes_on_with_the_rows_that_it_began_with_or_not_at_all(
     run: Run, sites: str, tmp_path: Path, lines: Lines, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Their number is not enough. Where one process plays all clients none can be missing."""
-    folder = run(*SETTINGS, sites)
-    expected = (folder / "public.jsonl").read_bytes()
+    unbroken = run(*SETTINGS, sites)
+    folder = run(*SETTINGS, sites, "fl.rounds=1")
     setup, *_ = lines(folder, "metrics.jsonl")
     assert all(len(client["rows_digest"]) == 64 for client in setup["clients"])
-    public = folder / "public.jsonl"
-    public.write_text("".join(line + "\n" for line in public.read_text().splitlines()[:1]))
     file = tmp_path / "site1.jsonl"
     before = file.read_text()
     file.write_text(before.replace("bad 2", "bad 7").replace('good 3", "label": 1', 'good 3", "label": 0'))
 
     with pytest.raises(ConfigError, match="client 1 cannot take part: its rows are not those that it began the run"):
-        resume_run(folder)
+        resume_run(folder, rounds=3)
 
     assert "rows of client 1: they must be the 6 rows that the run began with, got 6; others now (from 0): 2, 3." in (
         caplog.text
@@ -197,17 +195,16 @@ def test_a_run_goes_on_with_the_rows_that_it_began_with_or_not_at_all(
     assert len(lines(folder, "public.jsonl")) == 1
     file.write_text(before)
     resume_run(folder)
-    assert public.read_bytes() == expected
+    chains = [[line["chain"] for line in lines(each, "public.jsonl")] for each in (unbroken, folder)]
+    assert chains[0] == chains[1]
 
 
 def test_a_simulation_goes_on_with_the_dev_rows_that_it_began_with(run: Run, tmp_path: Path, data_dir: Path) -> None:
     """They choose the best round."""
     mine = shutil.copytree(data_dir, tmp_path / "mine")
-    folder = run(f"data.path={mine}")
-    public = folder / "public.jsonl"
-    public.write_text("".join(line + "\n" for line in public.read_text().splitlines()[:1]))
+    folder = run(f"data.path={mine}", "fl.rounds=1")
     dev = mine / "dev.jsonl"
     dev.write_text(dev.read_text().replace("item 103", "item 999"))
 
     with pytest.raises(ConfigError, match="rows of dev: they must be the 8 rows that the run began with, got 8; oth"):
-        resume_run(folder)
+        resume_run(folder, rounds=2)
