@@ -71,7 +71,7 @@ def test_what_a_terminal_cannot_show_is_replaced(
     shown = io.BytesIO()
     stream = io.TextIOWrapper(shown, encoding=encoding)
     monkeypatch.setattr(sys, "stdout", stream)
-    monkeypatch.setattr("fedzo.report.sweep.write_sweep_report", lambda folder: "a \u2192 \u00e9 \udc80 page")
+    monkeypatch.setattr("fedzo.report.sweep.write_sweep_report", lambda folder, out_dir: "a \u2192 \u00e9 \udc80 page")
 
     assert main(["report", str(tmp_path)]) == 0
     stream.flush()
