@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import logging
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from fedzo.cli import main
-from fedzo.cli.train import log_to
 from fedzo.records.metrics import Setup
 from fedzo.report.sinks import ProgressSink
 
@@ -98,9 +97,11 @@ def test_progress_takes_names_for_no_markup_and_shows_what_it_can(monkeypatch: p
 
 
 def test_the_log_of_a_run_takes_every_character(tmp_path: Path) -> None:
-    log_to(tmp_path)
-    logging.getLogger("fedzo.somewhere").warning("caf\u00e9 \u2192 %s", "\udc80")
-    for handler in logging.getLogger().handlers:
-        handler.flush()
+    """In a process of its own: what tests log is sent on as UTF-8, which a lone surrogate is not."""
+    code = (
+        "import logging, sys; from pathlib import Path; from fedzo.cli.train import log_to; log_to(Path(sys.argv[1]));"
+        "logging.getLogger('fedzo.somewhere').warning('caf\\u00e9 \\u2192 %s', '\\udc80')"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True)
 
     assert "caf\u00e9 \u2192 \\udc80" in (tmp_path / "fedzo.log").read_text(encoding="utf-8")
