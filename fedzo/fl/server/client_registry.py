@@ -166,10 +166,8 @@ class ClientRegistry:
         now = time.monotonic()
         due = {node for node, (when, _) in self._retries.items() if when <= now}
         new = sorted(self._present - self._greeted | due)
-        question, traffic = (
-            Question("query.hello", Hello(config_hash=self.identity.config_hash, begun=self._begun), HelloReply),
-            Traffic(),
-        )
+        hello, traffic = Hello(config_hash=self.identity.config_hash, begun=self._begun), Traffic()
+        question = Question("query.hello", hello, HelloReply)
         self._greeted.update(new)
         for node in due:
             self._retries[node] = (float("inf"), self._retries[node][1])
@@ -224,6 +222,10 @@ class ClientRegistry:
             else:
                 self._claims.setdefault(reply.client, {})[node] = reply
         for client, claims in sorted(self._claims.items()):
+            for node, reply in list(claims.items()):
+                if problem := self._problem(reply):  # another has registered since it came
+                    self._refuse(node, f"node {node} is refused: {problem}")
+                    del claims[node]
             owner = self.nodes.get(client)
             if not claims or (owner is not None and client not in self._mute):
                 continue

@@ -668,6 +668,20 @@ def test_nobody_takes_the_place_of_a_client_that_answers(federation: Any, caplog
     assert told == [waits]
 
 
+def test_who_waits_for_a_place_must_hold_the_rows_that_its_owner_registered() -> None:
+    """Also where both came at the same time."""
+    grid = Grid([Client(0), Client(1)])
+    grid.nodes[500] = heavy = Client(0)
+    heavy.hello = replace(heavy.hello, num_train=9)
+    registry = ClientRegistry(num_clients=2, identity=IDENTITY)
+    registry.wait(grid, timeout_s=5.0)
+    registry.note(mute={0}, heard=set(), round=0)
+
+    registry.refresh(grid)
+
+    assert (registry.nodes[0], registry.hellos[0].num_train) == (100, 10)
+
+
 def test_whoever_lost_its_place_gets_it_back_when_the_other_falls_silent(federation: Any) -> None:
     server, clients, grid = federation()
     other = Client(0)
