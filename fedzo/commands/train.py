@@ -158,22 +158,22 @@ def launch(config: LaunchConfig, process: Process, run_dir: Path, *, site_file: 
     """
     run_config = {CONFIG_KEY: keep_process(process), RUN_DIR_KEY: str(run_dir)}
     site_log = run_dir / CLIENTS_LOG
-    site_log.parent.mkdir(exist_ok=True)
-    size = site_log.stat().st_size if site_log.exists() else 0
+    if not config.runtime.traits.takes_turns:  # else clients are in this very process
+        site_log.parent.mkdir(exist_ok=True)
+    site_log.unlink(missing_ok=True)  # of an earlier start
     with _inherited(SITE_ENV, str(site_file)), _inherited(SITE_LOG_ENV, str(site_log)):
         try:
             RUNTIMES.build(config.runtime, num_clients=config.fl.num_clients, run_config=run_config)
         finally:
-            _tell_of_clients(site_log, after=size)
+            _tell_of_clients(site_log)
 
 
-def _tell_of_clients(site_log: Path, *, after: int) -> None:
+def _tell_of_clients(site_log: Path) -> None:
     """What clients in processes of their own, on this machine, wrote of failures: the server was told a sentence."""
     if not site_log.exists():
         return
-    with site_log.open(encoding="utf-8", errors="replace") as file:
-        file.seek(after)
-        told = dict.fromkeys(line for line in file.read().splitlines() if line.startswith("client "))
+    text = site_log.read_text(encoding="utf-8", errors="replace")
+    told = dict.fromkeys(line for line in text.splitlines() if line.startswith("client "))
     for line in list(told)[-MOST_TOLD:]:
         log.error("%s (%s)", line, site_log)
 
