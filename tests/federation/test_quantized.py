@@ -99,7 +99,9 @@ def test_packed_weights_that_cannot_be_computed_with_are_told(
     monkeypatch.setattr(loading, "check_head", fail)
     with pytest.raises(ConfigError, match=r"model\.quantization=nf4 must be a quantization .* blocks of 64 do not fit"):
         open_run(load(overrides(*SMALL, "model.quantization=nf4")), tmp_path)
-    with pytest.raises(RuntimeError, match=r"^blocks of 64 do not fit$"):
+    with pytest.raises(
+        ConfigError, match=r"a forward of LlamaForCausalLM fails: blocks of 64 do not fit\. Take another"
+    ):
         open_run(load(overrides(*SMALL)), tmp_path)
 
 
