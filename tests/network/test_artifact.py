@@ -46,7 +46,7 @@ def test_200_mb_travel_once_a_wrong_byte_is_named_and_no_process_holds_three_tim
     assert result["sent"] == [*places[:18], *places[17:]]  # the second time nothing is sent
     (said,) = result["said"]
     assert said.startswith(
-        f"client 0: artifact {digest.hexdigest()[:12]}: piece 18 of 48 (bytes 71303168 to 75497471) "
+        f'client 0 says "artifact {digest.hexdigest()[:12]}: piece 18 of 48 (bytes 71303168 to 75497471) '
     )
     assert sorted(result["peak_bytes"]) == ["executor", "server", "superlink", "supernode"]
     assert max(result["peak_bytes"].values()) < 3 * SIZE, result["peak_bytes"]
