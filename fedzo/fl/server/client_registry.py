@@ -54,6 +54,7 @@ class ClientRegistry:
     hellos: dict[int, HelloReply] = field(default_factory=dict)
     _present: set[int] = field(default_factory=set)
     _greeted: set[int] = field(default_factory=set)
+    _seen: set[int] = field(default_factory=set)
     _outbox: Outbox[int] = field(default_factory=Outbox)
     _arrived: dict[int, HelloReply] = field(default_factory=dict)
     _claims: dict[int, dict[int, HelloReply]] = field(default_factory=dict)
@@ -234,12 +235,13 @@ class ClientRegistry:
             if owner is not None:
                 claims[owner] = self.hellos[client]  # it may be back when the other falls silent
                 self._refuse(owner, f"client {client} did not answer as node {owner}; node {node} takes its place")
-            elif client in self.hellos:
+            elif client in self._seen:
                 log.warning("client %d came back as another node", client)
             self._reasons.pop(node, None)
             self._unable.pop(client, None)
             self._mute.pop(client, None)
             self.hellos[client], self.nodes[client] = reply, node
+            self._seen.add(client)
             joined.append(client)
         for node, reply in arrived:
             if node in self._claims.get(reply.client, {}):

@@ -840,6 +840,7 @@ def test_a_resumed_run_goes_on_with_the_registrations_of_its_record(
     assert [again.hellos[k].num_train for k in range(3)] == [10, 20, 30]
     assert "client 1: it must hold the rows that it registered with (20 to train), got 7" in caplog.text
     assert "the run continues although clients [1, 2] did not register within 0.2 s" in caplog.text
+    assert "came back" not in caplog.text  # it was not here before
     with pytest.raises(ProtocolError, match=r"clients \[0, 1, 2\] did not\. Start them\.$"):
         ClientRegistry(num_clients=3, identity=IDENTITY).wait(Grid([]), timeout_s=0.2, fewest=1)
 
