@@ -27,7 +27,8 @@ def deliver(artifact: Artifact, *, client: int) -> Talk[None]:
     Raises:
         ProtocolError: The client did not take a piece.
     """
-    reply = yield Question(MESSAGE_TYPE, ArtifactPiece(digest=artifact.digest, size=artifact.size), ArtifactReply)
+    ask = ArtifactPiece(client=client, digest=artifact.digest, size=artifact.size)
+    reply = yield Question(MESSAGE_TYPE, ask, ArtifactReply)
     sent: Counter[int] = Counter()
     while (held := reply.held) != artifact.size:
         if held % PIECE_BYTES or not 0 <= held < artifact.size:
@@ -38,7 +39,7 @@ def deliver(artifact: Artifact, *, client: int) -> Talk[None]:
         if sent[held] > TRIES:
             why = f"it says {quoted(reply.problem)}" if reply.problem else "it was not taken"
             raise ProtocolError(f"{artifact}: {place(held, artifact.size)} was sent {TRIES} times: {why}.")
-        reply = yield Question(MESSAGE_TYPE, _piece(artifact, held), ArtifactReply)
+        reply = yield Question(MESSAGE_TYPE, _piece(artifact, held, client=client), ArtifactReply)
         if reply.problem:
             log.warning("client %d says %s", client, quoted(reply.problem))
 
@@ -70,9 +71,15 @@ def place(offset: int, size: int) -> str:
     return f"piece {offset // PIECE_BYTES + 1} of {-(-size // PIECE_BYTES)} (bytes {offset} to {last})"
 
 
-def _piece(artifact: Artifact, offset: int) -> ArtifactPiece:
+def _piece(artifact: Artifact, offset: int, *, client: int) -> ArtifactPiece:
     with artifact.path.open("rb") as file:
         file.seek(offset)
         data = file.read(PIECE_BYTES)
-    digest = hashlib.sha256(data).hexdigest()
-    return ArtifactPiece(digest=artifact.digest, size=artifact.size, offset=offset, data=data, piece_digest=digest)
+    return ArtifactPiece(
+        client=client,
+        digest=artifact.digest,
+        size=artifact.size,
+        offset=offset,
+        data=data,
+        piece_digest=hashlib.sha256(data).hexdigest(),
+    )

@@ -26,11 +26,14 @@ NAMES_A_PULL = 64  # handed over at most: waiting for n messages then costs n, n
 
 
 class Grid(Protocol):
-    """The part of Flower's Grid that a federation needs."""
+    """The part of Flower's Grid that a federation needs, and who its nodes are."""
 
     def get_node_ids(self) -> object: ...
     def push_messages(self, messages: list[Message]) -> object: ...
     def pull_messages(self, message_ids: list[str]) -> object: ...
+    def client_of(self, node: int) -> int | None:
+        """Index of the client that a node plays, as the server registered it; None for a node it does not know."""
+        ...
 
 
 @dataclass(slots=True)

@@ -40,6 +40,10 @@ class Limits:
     max_abs_g: float
     artifact: str
 
+    def check_client(self, client: int) -> None:
+        """Refuse to be a client that the run does not have."""
+        _within("client", client, 0, self.num_clients - 1)
+
     def check_artifact(self, digest: str) -> None:
         """Refuse any artifact but the run's, so that no server fills a site's disk."""
         if digest != self.artifact:

@@ -1,6 +1,8 @@
 """The messages of a federation: typed records, strictly read. Nothing in them is imported, evaluated or unpickled.
 
-Every message is one Flower ``ConfigRecord`` of plain numbers, strings and bytes. Protocol number 4.
+Every message is one Flower ``ConfigRecord`` of plain numbers, strings and bytes. Protocol number 5.
+
+Every request names the client that it is for: a process may play several, and none of them says itself which it is.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Annotated, Any, TypeVar
 import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 
+import fedzo
 from fedzo.errors import ProtocolError
 from fedzo.records import decode as records
 from fedzo.records.fields import (
@@ -31,13 +34,14 @@ from fedzo.records.fields import (
 from fedzo.trainers.artifacts import PIECE_BYTES
 from fedzo.zo.log import Scalars
 
-PROTOCOL = 4
+PROTOCOL = 5
 RECORD = "fedzo"
 M = TypeVar("M")
 
 Digest = Annotated[str, Matching(re.compile("[0-9A-Za-z]{0,128}"), "at most 128 digits and letters")]
 """A hash or what a peer says in its place; it is only compared and shown."""
 Hash = Annotated[str, Matching(re.compile("[0-9a-f]{64}|"), "64 hexadecimal digits")]
+Version = Annotated[str, Matching(re.compile("[0-9A-Za-z.+-]{0,64}"), "a version")]
 JsonText = Annotated[str, Length(0, 1 << 22)]
 StepBytes = Annotated[bytes, Length(0, 1 << 30)]
 """A reply's numbers; their count is compared with the round's steps and probes."""
@@ -83,9 +87,11 @@ class Refusal(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
-    """Server to client, once: who are you, and do we mean the same run?"""
+    """Server to client, once: you are this client. What do you hold, and do we mean the same run?"""
 
-    protocol: Annotated[int, Within(0, 1 << 16)] = PROTOCOL
+    client: Client
+    protocol: Annotated[int, Within(PROTOCOL, PROTOCOL)] = PROTOCOL
+    version: Version = fedzo.__version__
     config_hash: Digest = ""
     begun: bool = False
     """Whether the run has begun: then a client's rows must be those that it began with."""
@@ -95,9 +101,8 @@ class Hello:
 class HelloReply:
     """A client's registration. ``label_counts`` is JSON; digests are of what the client itself holds."""
 
-    protocol: Annotated[int, Within(0, 1 << 16)] = PROTOCOL
-    version: Annotated[str, Matching(re.compile("[0-9A-Za-z.+-]{0,64}"), "a version")] = ""
-    client: Client = 0
+    protocol: Annotated[int, Within(PROTOCOL, PROTOCOL)] = PROTOCOL
+    version: Version = fedzo.__version__
     refusal: Refusal = Refusal.none
     """Other than none: the client cannot take part, and the fields below say nothing."""
     num_train: Rows = 0
@@ -118,6 +123,7 @@ class HelloReply:
 class Sync:
     """How a client reaches the server's state: log records from ``from_round`` on, or the values themselves."""
 
+    client: Client
     config_hash: Digest = ""
     space_id: Hash = ""
     """SHA-256 of what is needed beside the model to build the space (``fedzo.trainers.artifacts``)."""
@@ -189,6 +195,7 @@ class EvaluateReply:
 class ArtifactPiece:
     """A part of what a space needs beside the model. Without ``data`` it asks how much the client holds."""
 
+    client: Client
     digest: Hash = ""
     """SHA-256 of the whole artifact, hexadecimal."""
     size: Size = 0
@@ -221,6 +228,11 @@ def decode(kind: type[M], content: RecordDict) -> M:
     given = dict(content[RECORD])
     if empty := [name for name, value in given.items() if value in ("", b"")]:
         raise ProtocolError(f"{kind.__name__}: {empty[0]:.40} must be left out where it is empty")
+    if (protocol := given.get("protocol", PROTOCOL)) != PROTOCOL:  # before fields that one of the two does not know
+        raise ProtocolError(
+            f"{kind.__name__}: protocol must be {PROTOCOL}, that of fedzo {fedzo.__version__}, got {protocol!r:.20}, "
+            f"that of fedzo {given.get('version', 'unknown')!s:.40}. Install the same fedzo on both sides."
+        )
     remedy = "Do both sides run the same fedzo?"
     return records.decode(kind, given, where=kind.__name__, error=ProtocolError, remedy=remedy)
 

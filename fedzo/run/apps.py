@@ -42,38 +42,37 @@ def make_client_app() -> ClientApp:
     @app.query("hello")
     def hello(message: Message, context: Context) -> Message:
         request = decode(Hello, message.content)
-        with _private(context):
+        with _private(request.client):
             try:
                 worker = _worker(context)
             except ConfigError as error:  # of its model, its device, its own files: asking again changes nothing
-                log_failure(_client(context), error)
-                refusal = HelloReply(client=_client(context), config_hash=request.config_hash, refusal=Refusal.site)
-                return _reply(message, refusal)
-            return _reply(message, worker.hello(request, client=_client(context)))
+                log_failure(request.client, error)
+                return _reply(message, HelloReply(config_hash=request.config_hash, refusal=Refusal.site))
+            return _reply(message, worker.hello(request))
 
     @app.query("artifact")
     def artifact(message: Message, context: Context) -> Message:
         piece = decode(ArtifactPiece, message.content)
-        with _private(context):
+        with _private(piece.client):
             return _reply(message, _worker(context).receive(piece))
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         request = decode(TrainRequest, message.content)
-        with _private(context):
-            return _reply(message, _worker(context).train(request, client=_client(context)))
+        with _private(request.client):
+            return _reply(message, _worker(context).train(request))
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         request = decode(EvaluateRequest, message.content)
-        with _private(context):
-            return _reply(message, _worker(context).evaluate(request, client=_client(context)))
+        with _private(request.client):
+            return _reply(message, _worker(context).evaluate(request))
 
     return app
 
 
 @contextmanager
-def _private(context: Context) -> Iterator[None]:
+def _private(client: int) -> Iterator[None]:
     """What fails at a site is told there in full, and to the server in a sentence that holds nothing of the site's.
 
     A ``ProtocolError`` is about what the server sent, so the server gets its words.
@@ -83,19 +82,19 @@ def _private(context: Context) -> Iterator[None]:
     except (ProtocolError, SiteError):
         raise
     except Exception as error:
-        log_failure(_client(context), error)
+        log_failure(client, error)
         raise SiteError("the client could not do what it was asked. Its own log says why") from None
 
 
 def look_ahead(messages: list[tuple[Message, Context]]) -> None:
     """Let this process's worker take the steps of all clients that are asked to train together."""
-    requests = {
-        _client(context): decode(TrainRequest, message.content)
-        for message, context in messages
+    requests = [
+        decode(TrainRequest, message.content)
+        for message, _ in messages
         if message.metadata.message_type == MessageType.TRAIN
-    }
+    ]
     if requests:
-        _worker(messages[0][1]).look_ahead(requests)
+        _worker(messages[0][1]).look_ahead({request.client: request for request in requests})
 
 
 def make_server_app() -> ServerApp:
@@ -120,11 +119,6 @@ def _worker(context: Context) -> Any:
     run_dir = os.environ.get(RUN_DIR_ENV)
     artifacts = Path(run_dir) / ARTIFACTS if run_dir else None
     return this_process(_setting(context, CONFIG_KEY, CONFIG_ENV), artifacts=artifacts).client.worker
-
-
-def _client(context: Context) -> int:
-    """A client's index in the run is its partition, never Flower's random node id."""
-    return int(context.node_config["partition-id"])
 
 
 def _reply(message: Message, answer: object) -> Message:

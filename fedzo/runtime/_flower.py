@@ -36,10 +36,12 @@ __all__ = [
     "SUPERLINK_NODE_ID",
     "ErrorCode",
     "GuardedGrid",
+    "RegisteredGrid",
     "Run",
     "TaskIdentity",
     "check_version",
     "failure_reason",
+    "in_order",
     "one_federation",
     "quiet_flower",
     "set_message_id",
@@ -123,3 +125,39 @@ class GuardedGrid:
     def __getattr__(self, name: str) -> Any:
         self._check()
         return getattr(self._grid, name)
+
+
+class RegisteredGrid:
+    """A grid whose server knows which client each node is (``fedzo.fl.exchange.Grid``).
+
+    Args:
+        grid: Flower's grid.
+        client_of: Index of the client that a node plays, by the node's id; None for a node that is not registered.
+    """
+
+    def __init__(self, grid: Grid, client_of: Callable[[int], int | None]) -> None:
+        self._grid = grid
+        self.client_of = client_of
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._grid, name)
+
+
+def in_order(grid: Grid, num_clients: int) -> Callable[[int], int | None]:
+    """Indices for the nodes of a simulation, which are all alike and registered nowhere.
+
+    A node keeps the index that it got when it was first asked about. Nodes get the free ones by ascending node id; one
+    that takes the place of a node that has left gets that one's.
+    """
+    clients: dict[int, int] = {}
+
+    def client_of(node: int) -> int | None:
+        if node not in clients:
+            nodes = sorted(grid.get_node_ids())
+            for gone in set(clients) - set(nodes):
+                del clients[gone]
+            free = sorted(set(range(num_clients)) - set(clients.values()))
+            clients.update(zip([new for new in nodes if new not in clients], free, strict=False))
+        return clients.get(node)
+
+    return client_of

@@ -25,9 +25,9 @@ FIRST_NODE_ID = SUPERLINK_NODE_ID + 1
 class InlineGrid(Grid):
     """Flower's grid without a network.
 
-    Node ids are fixed and messages are answered in the order they were pushed, so two runs are alike. A message is
-    worked on when its reply is pulled, one a call: between two clients the server can show progress and be
-    interrupted.
+    Node ids are fixed, one a client, and messages are answered in the order they were pushed, so two runs are alike.
+    A message is worked on when its reply is pulled, one a call: between two clients the server can show progress and
+    be interrupted.
 
     Args:
         client_app: Answers for every client.
@@ -49,15 +49,10 @@ class InlineGrid(Grid):
         self._look_ahead = look_ahead
         self._unseen: list[tuple[Message, Context]] = []
         self._run = Run.create_empty(run_id=RUN_ID)
+        self._clients = {FIRST_NODE_ID + client: client for client in range(num_clients)}
         self._contexts = {
-            FIRST_NODE_ID + client: Context(
-                run_id=RUN_ID,
-                node_id=FIRST_NODE_ID + client,
-                node_config={"partition-id": client, "num-partitions": num_clients},
-                state=RecordDict(),
-                run_config=dict(run_config),
-            )
-            for client in range(num_clients)
+            node: Context(run_id=RUN_ID, node_id=node, node_config={}, state=RecordDict(), run_config=dict(run_config))
+            for node in self._clients
         }
         self._pending: dict[str, Message] = {}
         self._numbers = itertools.count()
@@ -79,7 +74,11 @@ class InlineGrid(Grid):
 
     def get_node_ids(self) -> list[int]:
         """Node ids by client index."""
-        return list(self._contexts)
+        return list(self._clients)
+
+    def client_of(self, node: int) -> int | None:
+        """Index of the client that a node plays."""
+        return self._clients.get(node)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Take messages; each is copied, so that neither side can see what the other does to it later."""
@@ -126,7 +125,7 @@ class InlineGrid(Grid):
             reply = self._client_app(message=message, context=context)
         except Exception as raised:  # a client's failure is a reply, as on every other runtime
             if not isinstance(raised, FedzoError):  # which the refusal of the reply tells in full
-                log.warning("client %s failed", context.node_config["partition-id"], exc_info=raised)
+                log.warning("client %d failed", self._clients[node_id], exc_info=raised)
             error = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=failure_reason(raised))
             reply = Message(error, reply_to=message)
         return copy.deepcopy(self._number(reply))
@@ -149,7 +148,7 @@ def run_inline(
     Args:
         server_app: The server.
         client_app: Answers for every client.
-        num_clients: Number of clients, indexed from 0 by ``partition-id``.
+        num_clients: Number of clients, indexed from 0.
         run_config: Given to both apps.
         look_ahead: As for ``InlineGrid``.
 

@@ -22,7 +22,7 @@ from flwr.serverapp import Grid, ServerApp
 import fedzo
 from fedzo.errors import ProtocolError
 from fedzo.run.apps import CONFIG_KEY, RUN_DIR_KEY
-from fedzo.runtime._flower import ENVIRONMENT, GuardedGrid, one_federation, quiet_flower
+from fedzo.runtime._flower import ENVIRONMENT, GuardedGrid, RegisteredGrid, in_order, one_federation, quiet_flower
 from fedzo.runtime.config import LocalConfig
 from fedzo.runtime.net._flower_http import RunNotRunningException, RuntimeApi, TaskType, server_task
 from fedzo.runtime.net.processes import Processes, accepts, free_ports
@@ -65,7 +65,7 @@ def run_local(
 
     Args:
         server_app: Runs in this process.
-        num_clients: Number of clients, indexed from 0 by ``partition-id``.
+        num_clients: Number of clients, indexed from 0.
         run_config: Given to both apps; ``run-dir`` is also where ``logs/`` goes.
         config: Time limits.
         executor: Program that serves a SuperNode; only tests give another.
@@ -102,7 +102,9 @@ def run_local(
                     log_of="supernode-0",
                 )
                 context.run_config = dict(run_config)
-                server_app(grid=cast(Grid, GuardedGrid(grid, processes.check)), context=context)
+                guarded = cast(Grid, GuardedGrid(grid, processes.check))
+                registered = RegisteredGrid(guarded, in_order(guarded, num_clients))
+                server_app(grid=cast(Grid, registered), context=context)
         except httpx.HTTPError as error:
             processes.check()
             raise ProtocolError(f"SuperLink: it must answer, but: {error}.\n{processes.tail('superlink')}") from error

@@ -29,7 +29,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedzo.errors import ConfigError, ProtocolError
 from fedzo.run.apps import CONFIG_ENV, CONFIG_KEY, RUN_DIR_ENV, RUN_DIR_KEY
-from fedzo.runtime._flower import GuardedGrid, one_federation, quiet_flower
+from fedzo.runtime._flower import GuardedGrid, RegisteredGrid, in_order, one_federation, quiet_flower
 from fedzo.runtime.config import RayConfig
 
 STRAGGLER_S, END_S = 3.0, 10.0
@@ -49,7 +49,7 @@ def run_ray(
         server_app: Runs in this process and thread.
         load_client_app: A function of an importable module that gives an actor its ClientApp. Only its name travels: an
             app sent by value would lose its process's model with every message.
-        num_clients: Number of clients, indexed from 0 by ``partition-id``.
+        num_clients: Number of clients, indexed from 0.
         run_config: Given to the server; Flower gives clients none here, so they read ``config`` and ``run-dir`` from
             the environment variables ``FEDZO_CONFIG`` and ``FEDZO_RUN_DIR``.
         config: Actors and their share of the machine.
@@ -101,7 +101,9 @@ def run_ray(
         try:
             grid, context = _wait_for(grids, check)
             context.run_config = dict(run_config)
-            server_app(grid=cast(Grid, GuardedGrid(grid, check)), context=context)
+            guarded = cast(Grid, GuardedGrid(grid, check))
+            registered = RegisteredGrid(guarded, in_order(guarded, num_clients))
+            server_app(grid=cast(Grid, registered), context=context)
         finally:
             daemons = _daemons()
             done.set()

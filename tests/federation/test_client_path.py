@@ -49,12 +49,12 @@ from fedzo.zo.spaces.base import MasterSpace
 folder, steps, overrides = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
 hashes = {}
 
-def local_step(self, space, request, g, *, client, step, drift, original=ScalarUpdate.take):
-    original(self, space, request, g, client=client, step=step, drift=drift)
+def local_step(self, space, request, g, *, step, drift, original=ScalarUpdate.take):
+    original(self, space, request, g, step=step, drift=drift)
     if type(space) is MasterSpace:
         return  # where joint forwards of later steps are to be: not yet the client's own step
     digest = hashlib.sha256(space.values().tobytes()).hexdigest()
-    hashes.setdefault(f"{client}@{request.round}", []).append(digest)
+    hashes.setdefault(f"{request.client}@{request.round}", []).append(digest)
 
 class Script:  # the steps of each round, for all clients or for each
     def plan(self, audit, labels):

@@ -162,7 +162,7 @@ def test_clients_step_with_the_clipped_scalar_that_they_send(
     original = scalar_update.ScalarUpdate.take
 
     def spy(self: Any, space: Any, request: Any, g: Any, **rest: Any) -> None:
-        stepped.append((request.round, rest["client"], float(g[0])))
+        stepped.append((request.round, request.client, float(g[0])))
         original(self, space, request, g, **rest)
 
     monkeypatch.setattr(scalar_update.ScalarUpdate, "take", spy)

@@ -245,14 +245,14 @@ def test_the_number_of_losses_is_the_budget_and_not_one_more(
 
     worker.train(
         TrainRequest(
+            client=0,
             config_hash=worker.identity.config_hash,
             space_id=artifact.digest,
             chain=EMPTY_CHAIN.hex(),
             check=replica.space.check(),
             steps=3,
             lr=float(np.float32(0.1)),
-        ),
-        client=0,
+        )
     )
 
     assert len(asked) == 2 * 3
@@ -260,12 +260,13 @@ def test_the_number_of_losses_is_the_budget_and_not_one_more(
 
 
 def test_a_client_does_nothing_that_its_run_did_not_announce(overrides: Overrides, tmp_path: Path) -> None:
-    from fedzo.fl.messages import ArtifactPiece, EvaluateRequest, TrainRequest
+    from fedzo.fl.messages import ArtifactPiece, EvaluateRequest, Hello, TrainRequest
     from fedzo.zo.log import EMPTY_CHAIN
 
     process = open_run(load(overrides("fl.local_steps=2", "trainer.lr=0.1")), tmp_path)
     worker = process.client.worker
     sound = {
+        "client": 3,
         "config_hash": worker.identity.config_hash,
         "space_id": process.peer.config.artifact,
         "chain": EMPTY_CHAIN.hex(),
@@ -276,13 +277,21 @@ def test_a_client_does_nothing_that_its_run_did_not_announce(overrides: Override
         (TrainRequest(**sound, steps=2, lr=0.2), "lr must be 0 to 0.1 in this run, got 0.2"),
         (TrainRequest(**sound, steps=2, used=1), "used must be 0 to 0 in this run, got 1"),
         (TrainRequest(**{**sound, "space_id": "0" * 64}, steps=2), "artifact: it must be the run's"),
+        (TrainRequest(**{**sound, "client": 4}, steps=2), "client must be 0 to 3 in this run, got 4"),
     ):
         with pytest.raises(ProtocolError, match=told):
-            worker.train(request, client=0)
+            worker.train(request)
     with pytest.raises(ProtocolError, match="round must be 0 to 3 in this run, got 4"):
-        worker.evaluate(EvaluateRequest(**sound, round=4), client=0)
+        worker.evaluate(EvaluateRequest(**sound, round=4))
     with pytest.raises(ProtocolError, match="artifact: it must be the run's"):
-        worker.receive(ArtifactPiece(digest="0" * 64, size=1 << 20))
+        worker.receive(ArtifactPiece(client=0, digest="0" * 64, size=1 << 20))
+    for work, request in (
+        (worker.hello, Hello(client=4)),
+        (worker.evaluate, EvaluateRequest(**{**sound, "client": 4})),
+        (worker.receive, ArtifactPiece(client=4, digest=process.peer.config.artifact)),
+    ):
+        with pytest.raises(ProtocolError, match="client must be 0 to 3 in this run, got 4"):
+            work(request)
 
 
 def test_every_local_step_is_compared_with_the_masks_gradient(run: Run, lines: Lines) -> None:
@@ -422,9 +431,9 @@ def test_a_score_that_cannot_be_used_is_left_out_and_ends_nothing(
 
     honest = ClientWorker.evaluate
 
-    def evaluate(self: ClientWorker, request: Any, *, client: int) -> EvaluateReply:
-        reply = honest(self, request, client=client)
-        return EvaluateReply(position=reply.position, scores=bad) if client == 0 else reply
+    def evaluate(self: ClientWorker, request: Any) -> EvaluateReply:
+        reply = honest(self, request)
+        return EvaluateReply(position=reply.position, scores=bad) if request.client == 0 else reply
 
     monkeypatch.setattr(ClientWorker, "evaluate", evaluate)
 

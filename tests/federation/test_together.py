@@ -81,9 +81,9 @@ def test_one_round_of_many_clients_takes_as_many_forwards_as_its_tokens_need(
         ahead(self, requests)
         spent.append(counter().num_forwards - before)
 
-    def counting_train(self: ClientWorker, request: Any, *, client: int) -> Any:
+    def counting_train(self: ClientWorker, request: Any) -> Any:
         before = counter().num_forwards
-        reply = train(self, request, client=client)
+        reply = train(self, request)
         assert counter().num_forwards == before  # everything was there already
         return reply
 
@@ -118,10 +118,10 @@ def test_a_model_that_multiplies_otherwise_shares_the_first_step_alone(
 def test_one_client_at_fault_fails_alone(run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = Batches.of
 
-    def broken(self: Batches, request: Any, *, client: int, step: int) -> Any:
-        if client == 2:
+    def broken(self: Batches, request: Any, *, step: int) -> Any:
+        if request.client == 2:
             raise ValueError("rows that cannot be read")
-        return batch(self, request, client=client, step=step)
+        return batch(self, request, step=step)
 
     monkeypatch.setattr(Batches, "of", broken)
     folder = run("fl.rounds=2", "fl.num_clients=4", TOGETHER)

@@ -79,8 +79,8 @@ def _spoil(spoiled: int) -> list[int]:
     """Flip a bit of the piece that starts at ``spoiled`` when it is sent first; the places of all pieces sent."""
     original, sent = artifact_transfer._piece, []
 
-    def piece(artifact: Artifact, offset: int) -> ArtifactPiece:
-        made = original(artifact, offset)
+    def piece(artifact: Artifact, offset: int, *, client: int) -> ArtifactPiece:
+        made = original(artifact, offset, client=client)
         if offset == spoiled and offset not in sent:
             made = dataclasses.replace(made, data=made.data[:-1] + bytes([made.data[-1] ^ 1]))
         sent.append(offset)

@@ -48,12 +48,12 @@ class Batches:
     batch_size: int
     train_rows: Callable[[int], list[Example]]
 
-    def of(self, request: TrainRequest, *, client: int, step: int) -> list[Example]:
+    def of(self, request: TrainRequest, *, step: int) -> list[Example]:
         """The rows of one local step of a request."""
-        train = self.train_rows(client)
+        train = self.train_rows(request.client)
         rows = batch_rows(
             run_seed=self.run_seed,
-            client=client,
+            client=request.client,
             used=request.used + step,
             batch_size=self.batch_size,
             num_rows=len(train),
@@ -70,7 +70,7 @@ class LocalUpdate(Protocol):
 
     reply_type: ClassVar[type[Any]]
 
-    def make(self, at: Workspace, request: TrainRequest, *, client: int) -> Any:
+    def make(self, at: Workspace, request: TrainRequest) -> Any:
         """Take the steps of a request from the round's start; the model is left there. Returns the reply."""
         ...
 

@@ -60,23 +60,23 @@ class ScalarUpdate:
         self._ahead: dict[tuple[int, int, int], list[Projection]] = {}  # by client, round and step
         self._walks_together = True
 
-    def make(self, at: Workspace, request: TrainRequest, *, client: int) -> TrainReply:
+    def make(self, at: Workspace, request: TrainRequest) -> TrainReply:
         replica = at.replica
         g = np.zeros((request.steps, self.num_probes), np.float32)
         loss = np.zeros_like(g)
         dropped = np.zeros(g.shape, np.uint8)
         end_check = 0
         walks = request.steps > 1
-        drift = replica.drift(client) if walks else None
+        drift = replica.drift(request.client) if walks else None
         if walks:
             replica.space.mark()
         try:
             for t in range(request.steps):
-                projections = self.estimate(at, request, client=client, step=t)
+                projections = self.estimate(at, request, step=t)
                 g[t], dropped[t] = self.as_sent(projections, request)
                 loss[t] = sent_losses([projection.loss for projection in projections])
                 if walks:
-                    self.take(replica.space, request, g[t], client=client, step=t, drift=drift)
+                    self.take(replica.space, request, g[t], step=t, drift=drift)
             end_check = replica.space.check() if walks else 0
         finally:
             if walks:
@@ -89,12 +89,12 @@ class ScalarUpdate:
             end_check=end_check,
         )
 
-    def estimate(self, at: Workspace, request: TrainRequest, *, client: int, step: int) -> list[Projection]:
+    def estimate(self, at: Workspace, request: TrainRequest, *, step: int) -> list[Projection]:
         """The projections of one step at the present theta; taken from ``look_ahead`` where it has them."""
-        if (client, request.round, step) in self._ahead:
-            return self._ahead.pop((client, request.round, step))
-        batch = self._batches.of(request, client=client, step=step)
-        keys = self._keys(request, client=client, step=step)
+        if (request.client, request.round, step) in self._ahead:
+            return self._ahead.pop((request.client, request.round, step))
+        batch = self._batches.of(request, step=step)
+        keys = self._keys(request, step=step)
         return self._estimator.estimate(at.replica.space, lambda: float(self._losses(at, batch).mean()), keys)
 
     def as_sent(self, projections: list[Projection], request: TrainRequest) -> tuple[Scalars, npt.NDArray[np.bool_]]:
@@ -106,11 +106,9 @@ class ScalarUpdate:
             dropped |= g == 0  # without a sign: there is no bit for it
         return g, dropped
 
-    def take(
-        self, space: Space, request: TrainRequest, g: Scalars, *, client: int, step: int, drift: Drift | None
-    ) -> None:
+    def take(self, space: Space, request: TrainRequest, g: Scalars, *, step: int, drift: Drift | None) -> None:
         """Move by exactly the scalars that are sent, a mean over probes."""
-        keys = self._keys(request, client=client, step=step)
+        keys = self._keys(request, step=step)
         local_step(space, lr=request.lr, c=probe_shares(g), keys=keys, drift=drift)
 
     def look_ahead(self, at: Workspace, requests: Mapping[int, TrainRequest]) -> None:
@@ -138,7 +136,7 @@ class ScalarUpdate:
             start, drift = space.values(), at.replica.drift(client)
             place = MasterSpace(torch.from_numpy(start.copy()), space.distribution)
             for step, g in enumerate(sent[client]):
-                self.take(place, requests[client], g, client=client, step=step, drift=drift)
+                self.take(place, requests[client], g, step=step, drift=drift)
             return place.values() - start
 
         step, walking = 0, requests
@@ -169,7 +167,7 @@ class ScalarUpdate:
         offset_of: Callable[[int], Values],
     ) -> list[list[Projection]]:
         """What ``estimate`` gives each client where it is on its path; without ``own``, at the round's start."""
-        batches = {client: self._batches.of(request, client=client, step=step) for client, request in requests.items()}
+        batches = {client: self._batches.of(request, step=step) for client, request in requests.items()}
         rows = [example for batch in batches.values() for example in batch]
         owners = [client for client, batch in batches.items() for _ in batch]
         ends = np.cumsum([len(batch) for batch in batches.values()])[:-1]
@@ -186,17 +184,16 @@ class ScalarUpdate:
             clients, index = np.unique([owners[row] for row in batch], return_inverse=True)
             weights.follow((offset_of(int(client)) for client in clients), index)
 
-        client, request = next(iter(requests.items()))
-        keys = self._keys(request, client=client, step=step)
+        keys = self._keys(next(iter(requests.values())), step=step)
         return estimate_together(self._estimator, at.replica.space, losses_fn, keys, count=len(requests))
 
-    def _keys(self, request: TrainRequest, *, client: int, step: int) -> list[int]:
+    def _keys(self, request: TrainRequest, *, step: int) -> list[int]:
         return step_keys(
             self._batches.run_seed,
             round=request.round,
             step=step,
             probes=self.num_probes,
-            owner=client,
+            owner=request.client,
             directions=directions_of(self._fl),
         )
 

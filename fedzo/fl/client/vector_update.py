@@ -31,11 +31,11 @@ class VectorUpdate:
     task: TaskConfig
     estimator: GradientEstimator
 
-    def make(self, at: Workspace, request: TrainRequest, *, client: int) -> VectorReply:
+    def make(self, at: Workspace, request: TrainRequest) -> VectorReply:
         space = cast(DifferentiableSpace, at.replica.space)  # a run on any other is refused when the space is made
         start = space.values()
         try:
-            losses = self.estimator.descend(space, self._losses(at, request, client=client), lr=request.lr)
+            losses = self.estimator.descend(space, self._losses(at, request), lr=request.lr)
             change = start - space.values()
         finally:
             space.load(start)
@@ -48,7 +48,7 @@ class VectorUpdate:
     def look_ahead(self, at: Workspace, requests: Mapping[int, TrainRequest]) -> None:
         """Nothing is shared: each client's gradient is its own."""
 
-    def _losses(self, at: Workspace, request: TrainRequest, *, client: int) -> Iterator[GraphLossFn]:
+    def _losses(self, at: Workspace, request: TrainRequest) -> Iterator[GraphLossFn]:
         for step in range(request.steps):
-            rows = self.batches.of(request, client=client, step=step)
+            rows = self.batches.of(request, step=step)
             yield partial(graph_loss, at.loaded, rows, loss=self.task.loss, tokens_per_batch=at.tokens_per_batch)

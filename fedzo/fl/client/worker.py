@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import fedzo
 from fedzo.data.config import TaskConfig
 from fedzo.data.encode import Example
 from fedzo.data.kept_digests import RowsChangedError
@@ -109,18 +108,17 @@ class ClientWorker:
         self._artifacts = artifacts
         self._absent = absent
 
-    def hello(self, request: Hello, *, client: int) -> HelloReply:
+    def hello(self, request: Hello) -> HelloReply:
         """Register: digests, sizes and label counts of this client. Rows that cannot be used are told of for good."""
+        self._limits.check_client(request.client)
         try:
-            digest = self._rows_digest(client, request.begun)
-            data = self._data_of(client)
+            digest = self._rows_digest(request.client, request.begun)
+            data = self._data_of(request.client)
         except Exception as error:  # whatever a reader, a template or a tokenizer raises, the rows stay as they are
-            log_failure(client, error)
+            log_failure(request.client, error)
             refusal = Refusal.changed if isinstance(error, RowsChangedError) else Refusal.rows
-            return HelloReply(client=client, config_hash=self.identity.config_hash, refusal=refusal)
+            return HelloReply(config_hash=self.identity.config_hash, refusal=refusal)
         return HelloReply(
-            version=fedzo.__version__,
-            client=client,
             num_train=len(data.train),
             num_heldout=len(data.heldout),
             num_train_cut=sum(example.cut for example in data.train),
@@ -135,18 +133,20 @@ class ClientWorker:
 
     def receive(self, piece: ArtifactPiece) -> ArtifactReply:
         """Keep a piece of the artifact that this process lacks."""
+        self._limits.check_client(piece.client)
         self._limits.check_artifact(piece.digest)
         return receive(piece, self._artifacts)
 
-    def train(self, request: TrainRequest, *, client: int) -> Any:
+    def train(self, request: TrainRequest) -> Any:
         """Take the local steps of a request and answer with what they make; the model is left at the round's start."""
-        if (client, request.round) in self._absent:
-            raise PlannedAbsence(f"client {client} is absent in round {request.round}, as faults.absent asks")
+        self._limits.check_client(request.client)
+        if (request.client, request.round) in self._absent:
+            raise PlannedAbsence(f"client {request.client} is absent in round {request.round}, as faults.absent asks")
         self._limits.check_steps(request)
         at, status = self._reach(request)
         if at is None or status is not Status.ok:
             return self.update.reply_type(status=status, position=at.replica.position if at else 0)
-        return self.update.make(at, request, client=client)
+        return self.update.make(at, request)
 
     def look_ahead(self, requests: Mapping[int, TrainRequest]) -> None:
         """Let these clients take the steps of one round together (``LocalUpdate.look_ahead``), before ``train``.
@@ -156,18 +156,20 @@ class ClientWorker:
         able: dict[int, TrainRequest] = {}
         for client, request in requests.items():
             with suppress(ProtocolError):
+                self._limits.check_client(client)
                 self._limits.check_steps(request)
                 if (client, request.round) not in self._absent and self._reach(request)[1] is Status.ok:
                     able[client] = request
         if self._workspace is not None:
             self.update.look_ahead(self._workspace, able)
 
-    def evaluate(self, request: EvaluateRequest, *, client: int) -> EvaluateReply:
+    def evaluate(self, request: EvaluateRequest) -> EvaluateReply:
         """Score the model of the request's round on the client's held-out rows."""
+        self._limits.check_client(request.client)
         at, status = self._reach(request)
         if at is None or status is not Status.ok:
             return EvaluateReply(status=status, position=at.replica.position if at else 0)
-        rows = self._data_of(client).heldout[: self._scored_rows]
+        rows = self._data_of(request.client).heldout[: self._scored_rows]
         if not rows:
             return EvaluateReply(position=at.replica.position)
         scores = {

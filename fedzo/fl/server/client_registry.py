@@ -1,9 +1,9 @@
-"""Who takes part: registration of clients by their index, never by Flower's random node ids.
+"""Who takes part: which connected node is which client of the run, and what each client registered.
 
-The rules: a node that does not belong to the run is named and ignored, and ends nothing. An index belongs to the first
-node that registers for it, until that node leaves or lets a deadline pass; only then the next that claims it takes its
-place. Nobody waits for a node that does not answer: greetings are under way beside the rounds, and a client that let a
-deadline pass is asked again after 1, 2, 4, ... rounds.
+The rules: the server's grid says which client a node is (``Grid.client_of``), never the node itself. A node that the
+grid does not know, or that does not belong to the run, is named and ignored, and ends nothing. Of two connected nodes
+of one index the first keeps it until it leaves. Nobody waits for a node that does not answer: greetings are under way
+beside the rounds, and a client that let a deadline pass is asked again after 1, 2, 4, ... rounds.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 from fedzo.errors import ConfigError, ProtocolError, printable
 from fedzo.fl.client.worker import Identity
 from fedzo.fl.exchange import Grid, Outbox, Question, Traffic, message_of, read
-from fedzo.fl.messages import PROTOCOL, Hello, HelloReply
+from fedzo.fl.messages import Hello, HelloReply
 from fedzo.records.decode import decode_json
 from fedzo.records.fields import LabelCounts
 from fedzo.records.metrics import ClientSetup
 
 log = logging.getLogger(__name__)
-RETRY_S = 10.0  # after which a node whose greeting failed is greeted again; twice as long after each further failure
+RETRY_S = 10.0  # after which a node that was not let in is greeted again; twice as long after each further greeting
+SILENT_S = 300.0  # the same for a node that has said nothing: it may load its model, or has lost the greeting
 LOOK_S = 1.0  # how often new nodes are looked for beside a round
 MOST_REASONS = 8  # told of in one error
 
@@ -35,6 +36,18 @@ class _Mute:
     since: int
     times: int
     again: int
+
+
+@dataclass(slots=True)
+class _Place:
+    """The connected node that is a client, and how far its registration is. Nothing of it outlasts the connection."""
+
+    node: int
+    due: float = 0.0  # when it is greeted, by time.monotonic
+    greetings: int = 0
+    reply: HelloReply | None = None  # until refresh judges it
+    unable: bool = False  # it has said that it cannot take part
+    registered: bool = False
 
 
 @dataclass(slots=True)
@@ -52,15 +65,10 @@ class ClientRegistry:
     num_labels: int = 0
     nodes: dict[int, int] = field(default_factory=dict)
     hellos: dict[int, HelloReply] = field(default_factory=dict)
-    _present: set[int] = field(default_factory=set)
-    _greeted: set[int] = field(default_factory=set)
-    _seen: set[int] = field(default_factory=set)
+    _places: dict[int, _Place] = field(default_factory=dict)
     _outbox: Outbox[int] = field(default_factory=Outbox)
-    _arrived: dict[int, HelloReply] = field(default_factory=dict)
-    _claims: dict[int, dict[int, HelloReply]] = field(default_factory=dict)
-    _unable: dict[int, tuple[int, str]] = field(default_factory=dict)
     _reasons: dict[int, str] = field(default_factory=dict)
-    _retries: dict[int, tuple[float, float]] = field(default_factory=dict)
+    _seen: set[int] = field(default_factory=set)
     _mute: dict[int, _Mute] = field(default_factory=dict)
     _next_look: float = 0.0
     _begun: bool = False
@@ -70,7 +78,6 @@ class ClientRegistry:
         self._begun = True
         for row in clients:
             self.hellos[row.client] = HelloReply(
-                client=row.client,
                 num_train=row.num_train,
                 num_heldout=row.num_heldout,
                 rows_digest=row.rows_digest,
@@ -96,7 +103,7 @@ class ClientRegistry:
             if not missing:
                 self._begun = True
                 return
-            hopeless = set(missing) <= set(self._unable)
+            hopeless = all(client in self._places and self._places[client].unable for client in missing)
             if not hopeless and time.monotonic() <= ends:
                 time.sleep(0.1)
                 continue
@@ -104,7 +111,7 @@ class ClientRegistry:
                 log.warning("the run continues although clients %s did not register within %g s", missing, timeout_s)
                 return
             if hopeless:
-                raise ConfigError("; ".join(self._unable[client][1] for client in missing[:MOST_REASONS]))
+                raise ConfigError("; ".join(self._reasons[self._places[k].node] for k in missing[:MOST_REASONS]))
             told = [self._reasons[node] for node in sorted(self._reasons)]
             more = [f"and {len(told) - MOST_REASONS} more"] if len(told) > MOST_REASONS else []
             reasons = "; ".join([*told[:MOST_REASONS], *more])
@@ -115,7 +122,7 @@ class ClientRegistry:
             )
 
     def refresh(self, grid: Grid, *, fewest: int = 0, timeout_s: float = 0.0) -> list[int]:
-        """Between rounds: forget nodes that left, let in those that have answered (who comes back has a new node id).
+        """Between rounds: forget nodes that left, let in those that have answered.
 
         Args:
             grid: Flower's grid.
@@ -128,8 +135,8 @@ class ClientRegistry:
         ends, joined = time.monotonic() + timeout_s, []
         while True:
             self._greet(grid)
-            self.nodes = {client: node for client, node in self.nodes.items() if node in self._present}
             joined += self._let_in()
+            self.nodes = {client: place.node for client, place in self._places.items() if place.registered}
             if len(self.nodes) >= fewest or time.monotonic() >= ends:
                 return joined
             time.sleep(0.1)
@@ -162,143 +169,129 @@ class ClientRegistry:
         return _label_counts(self.hellos[client].label_counts)
 
     def _greet(self, grid: Grid) -> None:
-        """Ask nodes that have not been asked who they are, and take the answers that are there."""
+        """Ask the nodes whose time has come what they hold, and take the answers that are there."""
         self._look(grid)
-        now = time.monotonic()
-        due = {node for node, (when, _) in self._retries.items() if when <= now}
-        new = sorted(self._present - self._greeted | due)
-        hello, traffic = Hello(config_hash=self.identity.config_hash, begun=self._begun), Traffic()
-        question = Question("query.hello", hello, HelloReply)
-        self._greeted.update(new)
-        for node in due:
-            self._retries[node] = (float("inf"), self._retries[node][1])
-        messages = {node: message_of(question, node=node, traffic=traffic) for node in new}
-        for node in self._outbox.push(grid, messages):
-            self._failed(node, "not connected")
+        now, traffic = time.monotonic(), Traffic()
+        messages = {}
+        for client, place in sorted(self._places.items()):
+            if place.registered or now < place.due:
+                continue
+            hello = Hello(client=client, config_hash=self.identity.config_hash, begun=self._begun)
+            question = Question("query.hello", hello, HelloReply)
+            messages[client] = message_of(question, node=place.node, traffic=traffic)
+            place.due = now + SILENT_S * 2**place.greetings
+            place.greetings += 1
+        for client in self._outbox.push(grid, messages):
+            self._failed(client, f"node {self._places[client].node} did not register: not connected")
         while got := self._outbox.pull(grid):
-            for node, message in got:
+            for client, message in got:
                 try:
-                    self._arrived[node] = read(message, HelloReply, traffic)
+                    self._places[client].reply = read(message, HelloReply, traffic)
                 except ProtocolError as error:
-                    self._failed(node, str(error))
+                    self._failed(client, f"node {self._places[client].node} did not register: {error}")
 
     def _look(self, grid: Grid) -> None:
         """See who is there; of a node that left nothing is kept, so that it may come back mended."""
-        self._present = {int(node) for node in grid.get_node_ids()}  # type: ignore[attr-defined]
-        gone = {*self._greeted, *self._reasons} - self._present
-        if not gone:
-            return
-        self._greeted -= gone
-        self._outbox.forget(gone.__contains__)
-        self._arrived = {node: reply for node, reply in self._arrived.items() if node not in gone}
-        self._reasons = {node: reason for node, reason in self._reasons.items() if node not in gone}
-        self._retries = {node: retry for node, retry in self._retries.items() if node not in gone}
-        for client, claims in self._claims.items():
-            self._claims[client] = {node: reply for node, reply in claims.items() if node not in gone}
-        self._unable = {client: why for client, why in self._unable.items() if why[0] not in gone}
+        nodes = sorted(int(node) for node in grid.get_node_ids())  # type: ignore[attr-defined]
+        self._reasons = {node: self._reasons[node] for node in nodes if node in self._reasons}
+        clients: dict[int, int] = {}
+        for node in nodes:
+            client = grid.client_of(node)
+            if client is None:
+                self._tell(node, f"node {node} is not registered with this server: it is ignored")
+            elif not 0 <= client < self.num_clients:
+                last = self.num_clients - 1
+                self._tell(node, f"node {node} is client {client}, and the run has clients 0 to {last}: it is ignored")
+            else:
+                clients[node] = client
+        gone = {client for client, place in self._places.items() if clients.get(place.node) != client}
+        for client in gone:
+            del self._places[client]
+        if gone:
+            self._outbox.forget(gone.__contains__)
+        for node, client in clients.items():
+            if client not in self._places:
+                self._places[client] = _Place(node)
+                self._reasons.pop(node, None)
+            elif (first := self._places[client].node) != node:
+                self._tell(
+                    node, f"node {node} is client {client}, as node {first} is: it is ignored until that one leaves"
+                )
 
-    def _failed(self, node: int, reason: str) -> None:
-        """A greeting that came to nothing is repeated, less and less often."""
-        pause = 2 * self._retries[node][1] if node in self._retries else RETRY_S
-        self._retries[node] = (time.monotonic() + pause, pause)
-        self._refuse(node, f"node {node} did not register: {reason}")
+    def _failed(self, client: int, reason: str, *, unable: bool = False) -> None:
+        """A greeting that did not let a node in is repeated, less and less often."""
+        place = self._places[client]
+        place.due = time.monotonic() + RETRY_S * 2 ** (place.greetings - 1)
+        place.unable = unable
+        self._tell(place.node, reason)
 
-    def _refuse(self, node: int, reason: str) -> None:
-        self._reasons[node] = printable(reason)
-        log.warning("%s", self._reasons[node])
+    def _tell(self, node: int, reason: str) -> None:
+        """Why a node does not take part: once in the log, as long as the reason stays the same."""
+        reason = printable(reason)
+        if self._reasons.get(node) != reason:
+            self._reasons[node] = reason
+            log.warning("%s", reason)
 
     def _let_in(self) -> list[int]:
-        """Give every index that is free to the first node that claims it."""
+        """Judge what has been answered."""
         joined = []
-        arrived, self._arrived = sorted(self._arrived.items(), key=lambda item: (item[1].client, item[0])), {}
-        for node, reply in arrived:
-            self._retries.pop(node, None)
-            self._reasons.pop(node, None)
-            if problem := self._problem(reply):
-                self._refuse(node, f"node {node} is refused: {problem}")
-            elif reply.refusal:
-                why = f"client {reply.client} cannot take part: {reply.refusal.sentence}"
-                self._unable[reply.client] = (node, why)
-                self._refuse(node, why)
-            else:
-                self._claims.setdefault(reply.client, {})[node] = reply
-        for client, claims in sorted(self._claims.items()):
-            for node, reply in list(claims.items()):
-                if problem := self._problem(reply):  # another has registered since it came
-                    self._refuse(node, f"node {node} is refused: {problem}")
-                    del claims[node]
-            owner = self.nodes.get(client)
-            if not claims or (owner is not None and client not in self._mute):
+        for client, place in sorted(self._places.items()):
+            reply, place.reply = place.reply, None
+            if reply is None or place.registered:
                 continue
-            node, reply = next(iter(claims.items()))
-            del claims[node]
-            if owner is not None:
-                claims[owner] = self.hellos[client]  # it may be back when the other falls silent
-                self._refuse(owner, f"client {client} did not answer as node {owner}; node {node} takes its place")
-            elif client in self._seen:
-                log.warning("client %d came back as another node", client)
-            self._reasons.pop(node, None)
-            self._unable.pop(client, None)
-            self._mute.pop(client, None)
-            self.hellos[client], self.nodes[client] = reply, node
-            self._seen.add(client)
-            joined.append(client)
-        for node, reply in arrived:
-            if node in self._claims.get(reply.client, {}):
-                told = f"node {node} says that it is client {reply.client}, which node {self.nodes[reply.client]} is"
-                self._refuse(node, f"{told}; it waits until that one leaves or does not answer")
+            if problem := self._problem(client, reply):
+                self._failed(client, f"node {place.node} is refused: client {client}: {problem}")
+            elif reply.refusal:
+                self._failed(client, f"client {client} cannot take part: {reply.refusal.sentence}", unable=True)
+            else:
+                if client in self._seen:
+                    log.warning("client %d came back", client)
+                self._reasons.pop(place.node, None)
+                self._mute.pop(client, None)
+                self.hellos[client], place.registered = reply, True
+                self._seen.add(client)
+                joined.append(client)
         return joined
 
-    def _problem(self, reply: HelloReply) -> str:
+    def _problem(self, client: int, reply: HelloReply) -> str:
         """Why this node does not belong to the run, or an empty string: all peers must mean the same run."""
         mine = self.identity
-        peers = [
-            ("protocol", str(PROTOCOL), str(reply.protocol)),
-            ("configuration", mine.config_hash, reply.config_hash),
-        ]
+        peers = {"configuration": (mine.config_hash, reply.config_hash)}
         if not reply.refusal:  # which says nothing of what the client holds
-            peers += [
-                ("base weights", mine.base_digest, reply.base_digest),
-                ("tokenizer", mine.tokenizer_digest, reply.tokenizer_digest),
-                ("task", mine.task_digest, reply.task_digest),
-            ]
-        for what, ours, theirs in peers:
+            peers |= {
+                "base weights": (mine.base_digest, reply.base_digest),
+                "tokenizer": (mine.tokenizer_digest, reply.tokenizer_digest),
+                "task": (mine.task_digest, reply.task_digest),
+            }
+        for what, (ours, theirs) in peers.items():
             if ours != theirs:
-                return (
-                    f"client {reply.client}: its {what} must be the server's ({ours[:12]}), got {theirs[:12]}. "
-                    "Give both sides the same model, task and configuration."
-                )
-        if not 0 <= reply.client < self.num_clients:
-            return (
-                f"client index must be in 0..{self.num_clients - 1}, got {reply.client}. Check the site's partition-id."
-            )
+                told = f"its {what} must be the server's ({ours[:12]}), got {theirs[:12]}"
+                return f"{told}. Give both sides the same model, task and configuration."
         if reply.refusal:
             return ""
         if reply.num_train < 1:
-            return f"client {reply.client}: it must have at least one training row, got {reply.num_train}."
+            return f"it must have at least one training row, got {reply.num_train}."
         if reply.num_train_cut > reply.num_train or reply.num_heldout_cut > reply.num_heldout:
-            return f"client {reply.client}: no more of its rows can be cut than it has."
+            return "no more of its rows can be cut than it has."
         try:
             counts = _label_counts(reply.label_counts)
         except ProtocolError:
-            return (
-                f"client {reply.client}: label_counts must be a JSON object of counts, got {reply.label_counts!r:.80}."
-            )
+            return f"label_counts must be a JSON object of counts, got {reply.label_counts!r:.80}."
         labels = {str(label) for label in range(self.num_labels)}
         if not labels.issuperset(counts) or sum(counts.values()) != (reply.num_train if labels else 0):
             return (
-                f"client {reply.client}: label_counts must count its {reply.num_train} training rows by label (0 to "
+                f"label_counts must count its {reply.num_train} training rows by label (0 to "
                 f"{self.num_labels - 1}), or be empty where the task has none, got {reply.label_counts!r:.80}."
             )
-        first = self.hellos.get(reply.client, reply)
+        first = self.hellos.get(client, reply)
         if (reply.num_train, counts) != (first.num_train, _label_counts(first.label_counts)):
             return (
-                f"client {reply.client}: it must hold the rows that it registered with ({first.num_train} to train), "
+                f"it must hold the rows that it registered with ({first.num_train} to train), "
                 f"got {reply.num_train}. Its weight and its data position depend on them."
             )
         if first.rows_digest != reply.rows_digest:
             return (
-                f"client {reply.client}: the digest of its rows must be the one that it registered with, got another. "
+                "the digest of its rows must be the one that it registered with, got another. "
                 "Put its rows, and the secret with which its site makes the digest, back."
             )
         return ""

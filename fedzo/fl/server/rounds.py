@@ -183,7 +183,7 @@ class Server:
     def federated_scores(self, *, traffic: Traffic) -> Mapping[int, EvaluateReply]:
         """Every connected client's score of the present model on its own held-out rows; bytes go to ``traffic``."""
         awake = set(self.client_registry.nodes) - set(self.client_registry.resting(self.round))
-        requests = {client: EvaluateRequest() for client in sorted(awake)}
+        requests = {client: EvaluateRequest(client=client) for client in sorted(awake)}
         replies, refused = self._state_sync.ask(requests, EvaluateReply, message_type="evaluate", traffic=traffic)
         for client, reason in refused.items():
             log.warning("client %d was not scored: %s", client, reason)
@@ -214,7 +214,13 @@ class Server:
         results: dict[int, Result] = {}
         for group in filter(None, groups):
             requests = {
-                client: TrainRequest(steps=plan.steps[client], used=self._used.get(client, 0), lr=lr, max_abs_g=bound)
+                client: TrainRequest(
+                    client=client,
+                    steps=plan.steps[client],
+                    used=self._used.get(client, 0),
+                    lr=lr,
+                    max_abs_g=bound,
+                )
                 for client in group
             }
             replies, silent = self._state_sync.ask(

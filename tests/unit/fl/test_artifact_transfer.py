@@ -64,6 +64,7 @@ def test_an_artifact_arrives_in_pieces_and_is_not_sent_again(artifact: Artifact,
     sent = play(artifact, lambda piece: receive(piece, store))
 
     assert [len(piece.data) for piece in sent] == [0, PIECE_BYTES, PIECE_BYTES, 5]
+    assert {piece.client for piece in sent} == {4}
     assert b"".join(piece.data for piece in sent) == CONTENT
     assert [piece.piece_digest for piece in sent[1:]] == [hashlib.sha256(p.data).hexdigest() for p in sent[1:]]
     held = store.get(hashlib.sha256(CONTENT).hexdigest())
@@ -138,7 +139,7 @@ def test_a_piece_without_a_place_is_refused_by_the_client(store: ArtifactStore, 
     fields: dict[str, Any] = {"digest": "a" * 64, "size": SIZE, "data": data, "piece_digest": digest, **change}
 
     with pytest.raises(ProtocolError, match=rf"artifact aaaaaaaaaaaa: a piece must hold .* got {len(data)} bytes from"):
-        receive(ArtifactPiece(**fields), store)
+        receive(ArtifactPiece(client=4, **fields), store)
 
     assert not store.folder.exists()
 

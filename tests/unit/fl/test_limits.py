@@ -27,7 +27,14 @@ LIMITS = Limits(
     artifact="a" * 64,
 )
 REQUEST = TrainRequest(
-    space_id="a" * 64, round=2, from_round=1, chain=EMPTY_CHAIN.hex(), steps=5, used=10, lr=float(np.float32(0.1))
+    client=2,
+    space_id="a" * 64,
+    round=2,
+    from_round=1,
+    chain=EMPTY_CHAIN.hex(),
+    steps=5,
+    used=10,
+    lr=float(np.float32(0.1)),
 )
 
 
@@ -87,6 +94,12 @@ def test_work_beyond_what_the_run_announced_is_refused(fields: dict[str, Any], m
 def test_a_state_that_the_run_cannot_have_is_refused(fields: dict[str, Any], match: str) -> None:
     with pytest.raises(ProtocolError, match=match):
         LIMITS.check_state(replace(REQUEST, **fields))
+
+
+def test_a_client_that_the_run_does_not_have_is_nobody() -> None:
+    LIMITS.check_client(2)
+    with pytest.raises(ProtocolError, match="client must be 0 to 2 in this run, got 3"):
+        LIMITS.check_client(3)
 
 
 def test_records_without_numbers_are_refused() -> None:

@@ -10,6 +10,7 @@ from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fedzo
 from fedzo.errors import ProtocolError
 from fedzo.fl.messages import (
     RECORD,
@@ -39,6 +40,7 @@ KINDS = [
     ArtifactPiece,
     ArtifactReply,
 ]
+REQUESTS = [Hello, TrainRequest, EvaluateRequest, ArtifactPiece]
 
 
 @given(
@@ -49,17 +51,25 @@ KINDS = [
 )
 @settings(max_examples=50, deadline=None)
 def test_a_request_survives_the_wire(round: int, log: bytes, lr: float, chain: str) -> None:
-    request = TrainRequest(round=round, log=log, lr=lr, chain=chain, steps=3)
+    request = TrainRequest(client=7, round=round, log=log, lr=lr, chain=chain, steps=3)
 
     assert decode(TrainRequest, encode(request)) == request
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_message_has_defaults_that_survive_the_wire_and_can_be_counted(kind: Any) -> None:
-    content = encode(kind())
+    """All but whom it is for: that is in every request, and in no reply."""
+    whom = {"client": 3} if kind in REQUESTS else {}
+    content = encode(kind(**whom))
 
-    assert decode(kind, content) == kind()
+    assert decode(kind, content) == kind(**whom)
     assert message_bytes(content) >= 0
+
+
+@pytest.mark.parametrize("kind", REQUESTS)
+def test_a_request_that_does_not_say_whom_it_is_for_is_refused(kind: Any) -> None:
+    with pytest.raises(ProtocolError, match=f"{kind.__name__}: client must be .*, got nothing"):
+        decode(kind, RecordDict({RECORD: ConfigRecord({})}))
 
 
 def test_a_status_travels_as_its_name() -> None:
@@ -73,6 +83,7 @@ def test_a_status_travels_as_its_name() -> None:
             {"surprise": 1},
             "surprise must be left out: TrainRequest has no such field, got 1. Do both sides run the same",
         ),
+        ({"client": -1}, "client must be a whole number of 0 to 4294967293, got -1"),
         ({"round": "1"}, "round must be a whole number of 0 to 4294967295, got '1'"),
         ({"round": True}, "round must be a whole number of 0 to 4294967295, got True"),
         ({"log": "text"}, "log must be 0 to 274877906944 bytes, got 'text'"),
@@ -99,7 +110,20 @@ def test_a_status_travels_as_its_name() -> None:
 )
 def test_a_field_of_the_wrong_kind_is_named(fields: dict[str, Any], match: str) -> None:
     with pytest.raises(ProtocolError, match=match):
-        decode(TrainRequest, RecordDict({RECORD: ConfigRecord(fields)}))
+        decode(TrainRequest, RecordDict({RECORD: ConfigRecord({"client": 0, **fields})}))
+
+
+@pytest.mark.parametrize("kind", [Hello, HelloReply])
+def test_a_peer_of_another_protocol_is_told_both_versions(kind: Any) -> None:
+    """Whatever else it sends; words of a peer are cut."""
+    fields = {"client": 0, "protocol": 99, "version": "9.9.0" + "x" * 10**6, "of": "another fedzo"}
+
+    with pytest.raises(ProtocolError) as caught:
+        decode(kind, RecordDict({RECORD: ConfigRecord(fields)}))
+
+    told = f"{kind.__name__}: protocol must be 5, that of fedzo {fedzo.__version__}, got 99, that of fedzo 9.9.0x"
+    assert str(caught.value).startswith(told)
+    assert len(str(caught.value)) < 200
 
 
 def test_an_unknown_status_is_named() -> None:

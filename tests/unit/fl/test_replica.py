@@ -40,6 +40,7 @@ def server_at(position: int, rule: ServerOptimizer = SGD) -> Replica:
 def request(position: int, from_round: int, rule: ServerOptimizer = SGD, **changes: object) -> Sync:
     server = server_at(position, rule)
     fields = {
+        "client": 0,
         "round": position,
         "from_round": from_round,
         "log": pack(LOG[from_round:position]),

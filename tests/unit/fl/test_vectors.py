@@ -19,7 +19,7 @@ from fedzo.records.decode import parse_json, to_json
 from fedzo.records.log import VectorAuditLine, decode_audit
 
 SIZE = 5
-REQUEST = TrainRequest(steps=2, lr=0.5)
+REQUEST = TrainRequest(client=0, steps=2, lr=0.5)
 
 
 def updates(**strategy: Any) -> VectorUpdates:

@@ -37,19 +37,15 @@ def reply(message: Message, **values: Any) -> Message:
 
 
 def echo(message: Message, context: Context) -> Message:
-    return reply(message, client=context.node_config["partition-id"], asked=message.content["values"]["number"])
+    return reply(message, asked=message.content["values"]["number"])
 
 
-def test_clients_are_numbered_from_zero_and_know_how_many_they_are() -> None:
-    seen: list[tuple[object, object]] = []
+def test_the_grid_says_which_client_a_node_is() -> None:
+    def main(grid: Any, context: Context) -> None:
+        assert [grid.client_of(node) for node in grid.get_node_ids()] == [0, 1, 2]
+        assert grid.client_of(99) is None
 
-    def client(message: Message, context: Context) -> Message:
-        seen.append((context.node_config["partition-id"], context.node_config["num-partitions"]))
-        return reply(message)
-
-    play(client, lambda grid, context: list(grid.send_and_receive([request(node) for node in grid.get_node_ids()])))
-
-    assert seen == [(0, 3), (1, 3), (2, 3)]
+    play(echo, main)
 
 
 def test_one_client_works_at_each_pull_in_the_order_of_pushing() -> None:
@@ -57,7 +53,7 @@ def test_one_client_works_at_each_pull_in_the_order_of_pushing() -> None:
     pulled: list[list[int]] = []
 
     def client(message: Message, context: Context) -> Message:
-        worked.append(int(context.node_config["partition-id"]))
+        worked.append(int(message.content["values"]["number"]))
         return echo(message, context)
 
     def main(grid: Grid, context: Context) -> None:
@@ -86,12 +82,13 @@ def test_reply_names_the_message_that_it_answers() -> None:
 
 def test_error_of_a_client_is_a_reply_in_flowers_form_and_the_others_go_on() -> None:
     def client(message: Message, context: Context) -> Message:
-        if context.node_config["partition-id"] == 1:
+        if message.content["values"]["number"] == 1:
             raise ZeroDivisionError("on purpose")
         return reply(message)
 
     def main(grid: Grid, context: Context) -> None:
-        answers = list(grid.send_and_receive([request(node) for node in grid.get_node_ids()]))
+        asked = [request(node, number=number) for number, node in enumerate(grid.get_node_ids())]
+        answers = list(grid.send_and_receive(asked))
         assert [answer.has_error() for answer in answers] == [False, True, False]
         assert answers[1].error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
         assert answers[1].error.reason == "<class 'ZeroDivisionError'>:<'on purpose'>"

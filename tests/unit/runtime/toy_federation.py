@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp import ServerApp
 
 client_app = ClientApp()
 server_app = ServerApp()
@@ -38,13 +38,14 @@ def _config(context: Context) -> dict[str, Any]:
 
 @client_app.query("hello")
 def hello(message: Message, context: Context) -> Message:
-    me = {"client": int(context.node_config["partition-id"]), "text": _config(context)["text"], "pid": os.getpid()}
+    me = {"text": _config(context)["text"], "pid": os.getpid()}
     return Message(RecordDict({"me": ConfigRecord(me)}), reply_to=message)
 
 
 @client_app.train()
 def train(message: Message, context: Context) -> Message:
-    client, config = int(context.node_config["partition-id"]), _config(context)
+    request, config = message.content["request"], _config(context)
+    client = int(request["client"])
     if config.get("fails") == client:
         raise ValueError(f"client {client} fails on purpose")
     if config.get("hangs") == client and not Path(config["hung"]).exists():
@@ -53,13 +54,13 @@ def train(message: Message, context: Context) -> Message:
     seen = context.state.metric_records.get("seen", MetricRecord({"rounds": 0}))
     context.state["seen"] = MetricRecord({"rounds": int(seen["rounds"]) + 1})
     _used["count"] += 1
-    value = float(message.content["request"]["value"]) / (client + 3) + 0.1 * int(seen["rounds"])
+    value = float(request["value"]) / (client + 3) + 0.1 * int(seen["rounds"])
     answer = {"value": value, "pid": os.getpid(), "used": _used["count"]}
     return Message(RecordDict({"answer": MetricRecord(answer)}), reply_to=message)
 
 
 @server_app.main()
-def main(grid: Grid, context: Context) -> None:
+def main(grid: Any, context: Context) -> None:
     """Result in ``result.json``: the value after each round, and who answered."""
     config, run_dir = _config(context), Path(str(context.run_config["run-dir"]))
     ends = time.monotonic() + 60
@@ -67,9 +68,8 @@ def main(grid: Grid, context: Context) -> None:
         assert time.monotonic() < ends
         time.sleep(0.1)
     greetings = [reply.content["me"] for reply in ask(grid, "query.hello", dict.fromkeys(grid.get_node_ids(), 0.0))]
-    nodes = {}
-    for node, me in zip(grid.get_node_ids(), greetings, strict=True):
-        nodes[int(me["client"])] = node
+    nodes = {grid.client_of(node): node for node in grid.get_node_ids()}
+    assert sorted(nodes) == list(range(config["clients"]))
     value, history, replies, seconds = 1.0, [], [], []
     descendants = {process.pid: process.cmdline() for process in psutil.Process().children(recursive=True)}
     (run_dir / "descendants.json").write_text(json.dumps(descendants))
@@ -109,12 +109,12 @@ def kill(words: str) -> None:
     raise AssertionError(f"no process with {words!r}")
 
 
-def ask(grid: Grid, message_type: str, values: dict[int, float], *, deadline_s: float = 60.0) -> list[Any]:
+def ask(grid: Any, message_type: str, values: dict[int, float], *, deadline_s: float = 60.0) -> list[Any]:
     """Replies in the order of ``values``, ``None`` for those that are late."""
-    messages = [
-        Message(RecordDict({"request": MetricRecord({"value": value})}), dst_node_id=node, message_type=message_type)
-        for node, value in values.items()
-    ]
+    messages = []
+    for node, value in values.items():
+        request = MetricRecord({"client": grid.client_of(node), "value": value})
+        messages.append(Message(RecordDict({"request": request}), dst_node_id=node, message_type=message_type))
     ids = list(grid.push_messages(messages))
     got: dict[str, Message] = {}
     ends = time.monotonic() + deadline_s
