@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import platform
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from typing import Any
 import fedzo
 
 MOST_THREADS = 1024  # with very many OpenMP ends the process without a word
+COMMAND_ENV = "FEDZO_COMMAND"
+"""Environment variable with the user's command (a JSON list), for processes that it starts."""
 PACKAGES = ("torch", "transformers", "peft", "flwr", "numpy", "numba", "hydra-core")
 
 _LIBRARIES = (
@@ -46,6 +50,12 @@ def environment() -> dict[str, Any]:
         "packages": {name: package_version(name) for name in PACKAGES},
         "git_commit": _git_commit(),
     }
+
+
+def command() -> list[str]:
+    """The command that the user gave, also in a process that it started."""
+    given = os.environ.get(COMMAND_ENV)
+    return list(json.loads(given)) if given else [Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
 def usable_cpus() -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -21,14 +20,12 @@ from fedzo.fl.log_store import RunLog, RunStore, has_begun
 from fedzo.records.metrics import Extension, Summary
 from fedzo.run.apps import CONFIG_KEY, RUN_DIR_KEY
 from fedzo.run.process import SITE_ENV, SITE_LOG_ENV, Process, forget_process, keep_process
-from fedzo.run.start import RUN_FILE, SITE_FILE, open_run, write_whole
+from fedzo.run.start import CLIENTS_LOG, RUN_FILE, SITE_FILE, open_run, write_whole
 from fedzo.runtime.config import RUNTIMES
-from fedzo.system import environment
+from fedzo.system import command, environment
 from fedzo.zo.server_optimizer import Schedule
 
 log = logging.getLogger(__name__)
-CLIENTS_LOG = "logs/clients.log"
-"""Where clients in processes of their own write their failures, in a run folder."""
 MOST_TOLD = 8  # of these at the end of a run
 
 
@@ -49,7 +46,9 @@ def start_run(config: LaunchConfig, run_dir: Path, *, overrides: list[str]) -> N
             (run_dir / left).unlink(missing_ok=True)
         config = _with_absolute_paths(config)
         _write_settings(config, run_dir, overrides)
-        _run(config, store)
+        if not config.runtime.traits.server_process:
+            return _run(config, store)
+    _deploy(config, run_dir)
 
 
 def start_or_resume_run(config: LaunchConfig, run_dir: Path, *, overrides: list[str]) -> None:
@@ -82,7 +81,27 @@ def resume_run(run_dir: Path, *, rounds: int | None = None) -> None:
     """
     read_launch(run_dir)  # no run folder is made of another
     with RunStore(run_dir) as store:
-        _run(_extended(read_launch(run_dir), store, rounds), store)
+        config = _extended(read_launch(run_dir), store, rounds)
+        if not config.runtime.traits.server_process:
+            return _run(config, store)
+    _deploy(config, run_dir)
+
+
+def serve_run(run_dir: Path, server_dir: Path) -> None:
+    """Be the server of a run in a process of its own: open the run, and go on with it at a SuperLink of this machine.
+
+    Args:
+        run_dir: The run folder, whose settings whoever started this process has written.
+        server_dir: The server's folder.
+    """
+    from fedzo.run.apps import server_app
+    from fedzo.runtime.net.serve import serve
+    from fedzo.runtime.net.server_folder import ServerFolder
+
+    folder = ServerFolder(server_dir)
+    with RunStore(run_dir) as store, _opened(read_launch(run_dir), store) as process:
+        run_config = {CONFIG_KEY: keep_process(process), RUN_DIR_KEY: str(store.folder.resolve())}
+        serve(server_app, folder=folder, run_config=run_config)
 
 
 def _extended(config: LaunchConfig, store: RunStore, rounds: int | None) -> LaunchConfig:
@@ -130,6 +149,22 @@ def _write_settings(config: LaunchConfig, run_dir: Path, overrides: list[str]) -
 
 
 def _run(config: LaunchConfig, store: RunStore) -> None:
+    """Run a federation whose server is this process."""
+    run_dir = store.folder.resolve()
+    with _opened(config, store) as process:
+        launch(config, process, run_dir, site_file=run_dir / SITE_FILE)
+
+
+def _deploy(config: LaunchConfig, run_dir: Path) -> None:
+    """Run a federation whose server is a process of its own, which opens the run."""
+    run_dir = run_dir.resolve()
+    write_whole(run_dir / SITE_FILE, to_json(config.site()))
+    with _told_of_clients(run_dir):
+        RUNTIMES.build(config.runtime, num_clients=config.fl.num_clients, run_config={RUN_DIR_KEY: str(run_dir)})
+
+
+@contextmanager
+def _opened(config: LaunchConfig, store: RunStore) -> Iterator[Process]:
     run_dir = store.folder.resolve()
     forget_process()  # before another model is loaded
     try:
@@ -138,7 +173,7 @@ def _run(config: LaunchConfig, store: RunStore) -> None:
         write_whole(run_dir / SITE_FILE, to_json(config.site()))
         if not (run_dir / ENVIRONMENT).exists():
             write_whole(run_dir / ENVIRONMENT, json.dumps(_environment(process), indent=2))
-        launch(config, process, run_dir, site_file=run_dir / SITE_FILE)
+        yield process
     finally:
         forget_process()
 
@@ -157,25 +192,27 @@ def launch(config: LaunchConfig, process: Process, run_dir: Path, *, site_file: 
         ProtocolError: Clients or the parts in between failed.
     """
     run_config = {CONFIG_KEY: keep_process(process), RUN_DIR_KEY: str(run_dir)}
+    with (
+        _told_of_clients(run_dir) as site_log,
+        _inherited(SITE_ENV, str(site_file)),
+        _inherited(SITE_LOG_ENV, str(site_log)),
+    ):
+        RUNTIMES.build(config.runtime, num_clients=config.fl.num_clients, run_config=run_config)
+
+
+@contextmanager
+def _told_of_clients(run_dir: Path) -> Iterator[Path]:
+    """At the end, what clients in processes of their own, on this machine, wrote of failures into their log."""
     site_log = run_dir / CLIENTS_LOG
-    if not config.runtime.traits.takes_turns:  # else clients are in this very process
-        site_log.parent.mkdir(exist_ok=True)
     site_log.unlink(missing_ok=True)  # of an earlier start
-    with _inherited(SITE_ENV, str(site_file)), _inherited(SITE_LOG_ENV, str(site_log)):
-        try:
-            RUNTIMES.build(config.runtime, num_clients=config.fl.num_clients, run_config=run_config)
-        finally:
-            _tell_of_clients(site_log)
-
-
-def _tell_of_clients(site_log: Path) -> None:
-    """What clients in processes of their own, on this machine, wrote of failures: the server was told a sentence."""
-    if not site_log.exists():
-        return
-    text = site_log.read_text(encoding="utf-8", errors="replace")
-    told = dict.fromkeys(line for line in text.splitlines() if line.startswith("client "))
-    for line in list(told)[-MOST_TOLD:]:
-        log.error("%s (%s)", line, site_log)
+    try:
+        yield site_log
+    finally:
+        if site_log.exists():
+            text = site_log.read_text(encoding="utf-8", errors="replace")
+            told = dict.fromkeys(line for line in text.splitlines() if line.startswith("client "))
+            for line in list(told)[-MOST_TOLD:]:
+                log.error("%s (%s)", line, site_log)
 
 
 @contextmanager
@@ -193,8 +230,7 @@ def _inherited(variable: str, value: str) -> Iterator[None]:
 
 
 def _environment(process: Process) -> dict[str, Any]:
-    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    return {**environment(), "config_hash": config_hash(process.peer.config), "command": command}
+    return {**environment(), "config_hash": config_hash(process.peer.config), "command": command()}
 
 
 def _with_absolute_paths(config: LaunchConfig) -> LaunchConfig:

@@ -53,13 +53,14 @@ def read_file(folder: Path, name: str) -> bytes:
         return file.read()
 
 
-def replace_file(path: Path, content: str | bytes, *, durable: bool = False) -> None:
+def replace_file(path: Path, content: str | bytes, *, durable: bool = False, mode: int = 0o666) -> None:
     """Write a file: all of it, or what was there stays. A link in its place is replaced, not followed.
 
     Args:
         path: The file.
         content: A text is written as UTF-8.
         durable: Return only when it is on the disk.
+        mode: Who may do what with it, less what the process's umask takes away.
 
     Raises:
         OSError: It cannot be written.
@@ -67,7 +68,8 @@ def replace_file(path: Path, content: str | bytes, *, durable: bool = False) -> 
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.unlink(missing_ok=True)
-        with part.open("xb") as file:  # never what lies there already
+        opened = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)  # never what lies there already
+        with os.fdopen(opened, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             if durable:
                 file.flush()

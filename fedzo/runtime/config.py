@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedzo.errors import Problem, at_least, not_negative, positive, problem
@@ -24,9 +25,11 @@ class RuntimeTraits:
         takes_turns: Whether clients work one after another, so that a round takes long by no fault of theirs and no
             deadline applies.
         joins_forwards: Whether the clients of a round share forwards.
+        server_process: Whether the server is a process of its own, which opens the run, and not this one.
     """
 
     takes_turns: bool = False
+    server_process: bool = False
     joins_forwards: bool = False
 
 
@@ -42,7 +45,7 @@ class RuntimeConfig(PluginConfig):
 
 RUNTIMES: Registry[None] = Registry("runtime", base=RuntimeConfig)
 """Factories ``(config, *, num_clients, run_config)`` that return when the federation has ended; each imports what it
-needs only then."""
+needs only then. Where the server is a process of its own, ``run_config`` holds the run folder alone."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -104,12 +107,16 @@ def _installed_client_app() -> ClientApp:
 
 @dataclass(kw_only=True, slots=True)
 class LocalConfig(RuntimeConfig):
-    """A real SuperLink and one SuperNode a client on this machine, loopback only."""
+    """A real SuperLink and one SuperNode a client on this machine, loopback only, with TLS and keys."""
 
     startup_s: float = 120.0
     """How long to wait for SuperLink and SuperNodes to be ready."""
     step_limit_s: float = 3600.0
     """A client that works longer on one message (loading the model included) is stopped and started again."""
+
+    @property
+    def traits(self) -> RuntimeTraits:
+        return RuntimeTraits(server_process=True)
 
     def problems(self, run: RunSettings) -> Iterator[Problem]:
         yield from positive("runtime.startup_s", self.startup_s, "It counts seconds.")
@@ -118,7 +125,6 @@ class LocalConfig(RuntimeConfig):
 
 @RUNTIMES.register("local", LocalConfig)
 def _local(config: LocalConfig, *, num_clients: int, run_config: dict[str, str]) -> None:
-    from fedzo.run.apps import server_app
     from fedzo.runtime.local import run_local
 
-    run_local(server_app, num_clients=num_clients, run_config=run_config, config=config)
+    run_local(num_clients=num_clients, run_dir=Path(run_config["run-dir"]), config=config)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fedzo.runtime.config import LocalConfig
+from fedzo.runtime.local import run_local
 from fedzo.trainers.artifacts import PIECE_BYTES
 
 SIZE = 200_000_000
@@ -20,20 +20,24 @@ PROGRAM = Path(__file__).with_name("toy_artifact.py")
 pytestmark = [pytest.mark.net, pytest.mark.timeout(400)]
 
 
-def test_200_mb_travel_once_a_wrong_byte_is_named_and_no_process_holds_three_times_as_much(tmp_path: Path) -> None:
+def test_200_mb_travel_once_a_wrong_byte_is_named_and_no_process_holds_three_times_as_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator, digest, file = np.random.default_rng(0), hashlib.sha256(), tmp_path / "artifact"
     with file.open("wb") as out:
         for _ in range(SIZE // 10**6):
             block = generator.bytes(10**6)
             digest.update(block)
             out.write(block)
-    config = json.dumps({"file": str(file), "spoiled": 17 * PIECE_BYTES})
+    (tmp_path / "toy.json").write_text(json.dumps({"file": str(file), "spoiled": 17 * PIECE_BYTES}))
+    monkeypatch.setenv("TOY_SERVER", PROGRAM.stem)
 
-    subprocess.run(
-        [sys.executable, str(PROGRAM), "run", str(tmp_path), config],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        check=True,
-        timeout=380,
+    run_local(
+        num_clients=1,
+        run_dir=tmp_path,
+        config=LocalConfig(),
+        serve=[sys.executable, str(PROGRAM.with_name("toy_serve.py"))],
+        executor=[sys.executable, str(PROGRAM)],
     )
 
     result = json.loads((tmp_path / "result.json").read_text())

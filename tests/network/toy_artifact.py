@@ -1,6 +1,6 @@
 """A federation of one client that only receives an artifact, as two programs that tests start.
 
-``toy_artifact.py run RUN_DIR CONFIG_JSON`` is the server, anything else the executor of the client.
+As ``toy_serve.py``'s module it is the server, as a program the executor of the client.
 """
 
 from __future__ import annotations
@@ -8,11 +8,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import sys
+import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -91,7 +90,7 @@ def _spoil(spoiled: int) -> list[int]:
 
 
 def _processes() -> list[psutil.Process]:
-    return [psutil.Process(), *psutil.Process().children(recursive=True)]
+    return psutil.Process(int(os.environ["TOY_ROOT"])).children(recursive=True)
 
 
 def _name(process: psutil.Process) -> str:
@@ -107,19 +106,7 @@ def _peak_bytes(pid: int) -> int:
     return int(line.split()[1]) * 1024
 
 
-def _run(run_dir: str, config: str) -> None:
-    from fedzo.runtime.config import LocalConfig
-    from fedzo.runtime.local import run_local
-
-    executor = [sys.executable, __file__]
-    settings: Any = {"run-dir": run_dir, "config": config}
-    run_local(server_app, num_clients=1, run_config=settings, config=LocalConfig(), executor=executor)
-
-
 if __name__ == "__main__":
-    if sys.argv[1] == "run":
-        _run(sys.argv[2], sys.argv[3])
-    else:
-        from fedzo.runtime.net.executor import main as serve
+    from fedzo.runtime.net.executor import main as serve
 
-        serve(app=client_app)
+    serve(app=client_app)

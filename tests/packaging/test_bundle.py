@@ -78,7 +78,7 @@ def test_shim_folder_is_a_regular_package_so_that_no_stranger_on_the_path_wins(s
     assert (ROOT / side / "__init__.py").is_file()
 
 
-def test_shims_of_the_checkout_are_those_that_runtime_local_ships() -> None:
-    from fedzo.runtime.local import FILES
+def test_shims_of_the_checkout_are_those_that_travel_with_a_run() -> None:
+    from fedzo.runtime.net.bundle import FILES
 
     assert {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES} == FILES

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedzo.runtime.local import _environment
+from fedzo.runtime.local import share_of_cpus
 from fedzo.system import default_threads, usable_cpus
 
 
@@ -37,14 +37,14 @@ def test_local_clients_share_the_cpus(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cpus = usable_cpus()
 
-    assert [_environment(tmp_path, num_clients=n)["OMP_NUM_THREADS"] for n in (1, cpus, 4 * cpus)] == [
+    assert [share_of_cpus(n)["OMP_NUM_THREADS"] for n in (1, cpus, 4 * cpus)] == [
         str(cpus),
         "1",
         "1",
     ]
 
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert _environment(tmp_path, num_clients=4 * cpus)["OMP_NUM_THREADS"] == "5"
+    assert share_of_cpus(4 * cpus)["OMP_NUM_THREADS"] == "5"
 
 
 LISTENING = """

@@ -11,19 +11,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any, cast
 
 import httpx
 from flwr.app import Context, Error, Message
-from flwr.common.constant import SubStatus
+from flwr.common.constant import HEARTBEAT_CALL_TIMEOUT, HEARTBEAT_MIN_INTERVAL, SubStatus
 from flwr.common.serde import context_from_proto, run_from_proto
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
     PullTaskInputRequest,
     PushTaskOutputRequest,
 )
-from flwr.serverapp import Grid
+from flwr.supercore import heartbeat
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
 from flwr.supercore.interceptors import (
@@ -35,32 +36,48 @@ from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid import HttpGrid
-from flwr.supernode import start_client_internal
+from flwr.supernode import fleet_http_connection, start_client_internal
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
 from fedzo.runtime._flower import ErrorCode, TaskIdentity, failure_reason
+from fedzo.runtime.net.credentials import Endpoint
 
 __all__ = [
     "ClientTask",
+    "HttpGrid",
     "RunNotRunningException",
     "RuntimeApi",
     "TaskType",
     "client_task",
-    "poll_often",
+    "quicken",
     "server_task",
+    "superlink",
 ]
 log = logging.getLogger(__name__)
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
-MAX_TRIES = 5
-"""Of the server's end for a SuperLink that does not answer, with pauses of 1, 2, 4 and 8 s."""
+MAX_TIME_S = 120.0
+"""How long the server's end tries to reach a SuperLink that does not answer, which is started again meanwhile."""
 
 
-def poll_often(poll_s: float) -> None:
-    """Shorten the pauses of the SuperNode in this process, which are 3 s when idle and 0.5 s while a client works.
+def quicken(poll_s: float) -> None:
+    """Shorten the pauses of the SuperNode in this process, and the time after which it counts as gone if it dies.
 
-    They are constants in its loop, so the module's name ``time``, of which it uses nothing but ``sleep``, is replaced.
+    It asks for work every 3 s when idle and every 0.5 s while a client works; these are constants in its loop, so the
+    module's name ``time``, of which it uses nothing but ``sleep``, is replaced. It says every 20 s that it lives, and
+    is missed after 60 s, for which it cannot come back; here every 6 s and after 20 s, the least that Flower allows.
     """
+    logging.getLogger("flwr").setLevel(logging.WARNING)  # it would write some lines for each message
     cast(Any, start_client_internal).time = SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, poll_s)))
+    cast(Any, fleet_http_connection).HEARTBEAT_DEFAULT_INTERVAL = HEARTBEAT_MIN_INTERVAL
+    cast(Any, heartbeat).HEARTBEAT_DEFAULT_INTERVAL = HEARTBEAT_MIN_INTERVAL / 2 + HEARTBEAT_CALL_TIMEOUT + 2.5
+
+
+def superlink(serve: Callable[..., None]) -> None:
+    """Run Flower's SuperLink by ``sys.argv``; its app is served by ``serve`` instead of ``uvicorn.run``."""
+    module: Any = import_module("flwr.superlink.cli.flower_superlink")
+    logging.getLogger("flwr").setLevel(logging.WARNING)  # it would write some lines for each message
+    module.uvicorn = SimpleNamespace(run=serve)
+    module.flower_superlink()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,19 +85,22 @@ class RuntimeApi:
     """Where tasks come from.
 
     Attributes:
-        address: ``host:port`` on the loopback interface, so without TLS.
+        address: ``host:port`` on the loopback interface.
         secret: Shared with whoever started the SuperLink or SuperNode with ``--superexec-auth-secret-file``. Without it
             any local user could take the task, and the token that comes with it.
+        authority: Certificate (PEM) that signs a SuperLink's own; None for a SuperNode, which has none.
     """
 
     address: str
     secret: bytes
+    authority: bytes | None = None
 
     @contextmanager
     def tasks(self, task_type: TaskType) -> Iterator[Callable[[], str | None]]:
         """A function that takes the next task and returns its token, ``None`` when there is none."""
         client = _client(
             self.address,
+            self.authority,
             RuntimeVersionHttpInterceptor(component_name="SuperExec"),
             SuperExecAuthHttpInterceptor(master_secret=self.secret, protected_methods={_ACQUIRE}),
         )
@@ -100,23 +120,27 @@ class RuntimeApi:
 def client_task(address: str, token: str) -> Iterator[ClientTask]:
     """Pull one message and keep its task alive while it is worked on."""
     client = _client(
-        address, RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"), RuntimeTokenHttpInterceptor(token)
+        address,
+        None,
+        RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"),
+        RuntimeTokenHttpInterceptor(token),
     )
     with _heartbeat(client):
         try:
-            message, context, _, _ = pull_task_input(client)  # the bundle comes along and is not looked at
+            message, context, _, bundle = pull_task_input(client)
         except Exception as error:
             push_task_output(client, None, SubStatus.FAILED, failure_reason(error))
             raise
-        yield ClientTask(client, message, context)
+        yield ClientTask(client, message, context, bundle.content)
 
 
 class ClientTask:
-    """One message for the ClientApp."""
+    """One message for the ClientApp, and the bundle that came with its run."""
 
-    def __init__(self, client: RuntimeHttpClient, message: Message, context: Context) -> None:
+    def __init__(self, client: RuntimeHttpClient, message: Message, context: Context, bundle: bytes) -> None:
         self.message = message
         self.context = context
+        self.bundle = bundle
         self._client = client
 
     def finish(self, reply: Message) -> None:
@@ -132,10 +156,10 @@ class ClientTask:
 
 
 @contextmanager
-def server_task(address: str, token: str) -> Iterator[tuple[Grid, Context]]:
+def server_task(server: Endpoint, token: str) -> Iterator[tuple[HttpGrid, Context]]:
     """Play the ServerApp's process in this one: grid and context of the run, whose end Flower learns."""
-    grid = HttpGrid(address, insecure=True, token=token)
-    grid._retry_invoker.max_tries = MAX_TRIES  # it would retry for ever
+    grid = HttpGrid(server.address, root_certificates=server.authority.read_bytes(), token=token)
+    grid._retry_invoker.max_time = MAX_TIME_S  # it would retry for ever
     client = grid._runtime_client
     with _heartbeat(client):
         task = client.PullTaskInput(PullTaskInputRequest())
@@ -169,11 +193,11 @@ def _heartbeat(client: RuntimeHttpClient) -> Iterator[None]:
         client.close()
 
 
-def _client(address: str, *interceptors: Any) -> RuntimeHttpClient:
+def _client(address: str, authority: bytes | None, *interceptors: Any) -> RuntimeHttpClient:
     return RuntimeHttpClient.from_server_address(
         server_address=address,
-        insecure=True,
-        root_certificates=None,
+        insecure=authority is None,
+        root_certificates=authority,
         interceptors=list(interceptors),
         retry_invoker=make_simple_http_retry_invoker(),
     )

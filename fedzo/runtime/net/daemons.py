@@ -1,33 +1,110 @@
 """Flower's SuperLink or SuperNode as a child of fedzo: ``python -m fedzo.runtime.net.daemons KIND PARENT_PID ...``.
 
-The program is Flower's own. Added is that it ends with its parent, and that a SuperNode asks for work every 0.1 s.
+The programs are Flower's own. Added is that they end with their parent, that a SuperNode asks for work every 0.1 s, and
+that a SuperLink listens twice: for this machine with all APIs, and for sites behind the gate.
 """
 
 from __future__ import annotations
 
+import logging
+import socket
 import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from fedzo.runtime.net.processes import watch_parent
+from fedzo.runtime.net.server_folder import ServerFolder, split_address
 
 SUPERNODE_POLL_S = 0.1
+LOOK_S = 2.0
+"""How often a SuperLink looks whether its certificate was renewed."""
+log = logging.getLogger(__name__)
 
 
 def main() -> None:
     """Become the daemon that the command line names."""
     kind, parent_pid, *arguments = sys.argv[1:]
     watch_parent(int(parent_pid))
-    sys.argv = [f"flower-{kind}", *arguments]
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger("fedzo").addHandler(handler)
     if kind == "superlink":
-        from flwr.superlink.cli.flower_superlink import flower_superlink
-
-        flower_superlink()
+        _superlink(ServerFolder(Path(arguments[0])))
     else:
         from flwr.supernode.cli.flower_supernode import flower_supernode
 
-        from fedzo.runtime.net._flower_http import poll_often
+        from fedzo.runtime.net._flower_http import quicken
 
-        poll_often(SUPERNODE_POLL_S)
+        quicken(SUPERNODE_POLL_S)
+        sys.argv = ["flower-supernode", *arguments]
         flower_supernode()
+
+
+def _superlink(folder: ServerFolder) -> None:
+    from fedzo.runtime.net._flower_http import superlink
+
+    host, port = split_address(folder.listening.control)
+    sys.argv = [
+        "flower-superlink",
+        *("--host", host, "--port", str(port), "--database", str(folder.file("superlink.db"))),
+        *("--ssl-ca-certfile", str(folder.file("ca.crt")), "--ssl-certfile", str(folder.file("server.crt"))),
+        *("--ssl-keyfile", str(folder.file("server.key")), "--enable-supernode-auth"),
+        *("--isolation", "process", "--superexec-auth-secret-file", str(folder.file("secret"))),
+    ]
+    superlink(lambda app, **settings: _serve(folder, app, **settings))
+
+
+def _serve(folder: ServerFolder, app: Any, **settings: Any) -> None:
+    """Serve Flower's app on both addresses, which is what Flower's own call would do on one."""
+    import uvicorn
+
+    from fedzo.runtime.net.gate import Gate
+
+    listening = folder.listening
+    _, public_port = split_address(listening.listen)
+    config = uvicorn.Config(
+        Gate(app, public_port=public_port, folder=folder),
+        ssl_certfile=settings["ssl_certfile"],
+        ssl_keyfile=settings["ssl_keyfile"],
+        log_config=settings["log_config"],
+        access_log=False,
+        server_header=False,
+        workers=1,
+    )
+    config.load()
+    watch = threading.Thread(target=_renew, args=(folder, config), name="renew-certificate", daemon=True)
+    watch.start()
+    sockets = [_bound(listening.control), _bound(listening.listen)]
+    uvicorn.Server(config).run(sockets=sockets)
+
+
+def _bound(address: str) -> socket.socket:
+    """A socket that listens soon; IPv4 or IPv6 as the host is."""
+    host, port = split_address(address)
+    family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.bind(place)
+    return made
+
+
+def _renew(folder: ServerFolder, config: Any) -> None:
+    """Take a renewed certificate up, for the connections that begin from then on."""
+    files: Sequence[Path] = [folder.file("server.crt"), folder.file("server.key")]
+    before = [file.stat().st_mtime_ns for file in files]
+    while True:
+        time.sleep(LOOK_S)
+        try:
+            now = [file.stat().st_mtime_ns for file in files]
+            if now != before:
+                config.ssl.load_cert_chain(*files)
+                before = now
+                log.warning("the certificate was renewed")
+        except OSError as error:  # the certificate is written after its key: the next look finds both
+            log.warning("the certificate cannot be renewed yet: %s", error)
 
 
 if __name__ == "__main__":

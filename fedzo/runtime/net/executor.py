@@ -1,7 +1,7 @@
 """The warm executor: one process that answers every message of a SuperNode and keeps its model loaded.
 
 Takes the place of ``flower-superexec``, which starts a Python process a message. It runs the fedzo that is installed
-here; the bundle that the server ships is not looked at.
+here. The bundle that the server ships is compared with this fedzo's own, and nothing in it is imported.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from types import FrameType
 
 from flwr.clientapp import ClientApp
 
+from fedzo.errors import ProtocolError
 from fedzo.runtime._flower import failure_reason
 from fedzo.runtime.net._flower_http import ClientTask, RunNotRunningException, RuntimeApi, TaskType, client_task
+from fedzo.runtime.net.bundle import check_bundle
 from fedzo.runtime.net.processes import accepts, watch_parent
 from fedzo.system import quiet_libraries
 
@@ -59,7 +61,8 @@ def main(arguments: Sequence[str] | None = None, *, app: ClientApp | None = None
 
 
 def serve(app: ClientApp, api: RuntimeApi, *, step_limit_s: float) -> None:
-    """Answer messages for ever."""
+    """Answer messages for ever, those of runs with another bundle by an error."""
+    known: bytes | None = None
     with api.tasks(TaskType.CLIENT_APP) as take:
         while True:
             token = take()
@@ -68,6 +71,14 @@ def serve(app: ClientApp, api: RuntimeApi, *, step_limit_s: float) -> None:
                 continue
             try:
                 with client_task(api.address, token) as task:
+                    try:
+                        if task.bundle != known:
+                            check_bundle(task.bundle)
+                            known = task.bundle
+                    except ProtocolError as error:
+                        log.error("%s", error)
+                        task.fail(failure_reason(error))
+                        continue
                     answer(app, task, step_limit_s=step_limit_s)
             except RunNotRunningException:
                 log.info("the run ended while a message was worked on")

@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,13 +27,22 @@ TAIL_LINES = 15
 COLOURS = re.compile("\x1b\\[[0-9;]*m")
 
 
+LONGEST_PAUSE_S = 30.0
+STEADY_S = 60.0
+"""Whoever lived so long is started again at once, and with all its restarts."""
+
+
 @dataclass(slots=True)
 class _Child:
     name: str
     command: Sequence[str]
-    restarts: int
+    environment: Mapping[str, str]
+    restarts: int | None
     ends_last: bool
     process: subprocess.Popen[bytes]
+    started: float
+    failures: int = 0
+    due: float | None = None
 
 
 class Processes:
@@ -48,36 +58,55 @@ class Processes:
         self._children: list[_Child] = []
         log_dir.mkdir(parents=True, exist_ok=True)
 
-    def start(self, name: str, command: Sequence[str], *, restarts: int = 0, ends_last: bool = False) -> None:
+    def start(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        environment: Mapping[str, str] | None = None,
+        restarts: int | None = 0,
+        ends_last: bool = False,
+    ) -> None:
         """Start a process.
 
         Args:
             name: Of its log file and in messages.
             command: Program and arguments.
-            restarts: How often ``check`` may start it again when it has ended.
+            environment: Variables of its own.
+            restarts: How often in a row ``check`` may start it again when it has ended soon; None for ever.
             ends_last: End it only when the others are gone.
         """
         self.log_path(name).unlink(missing_ok=True)
-        self._children.append(_Child(name, command, restarts, ends_last, self._spawn(name, command)))
+        own = {**self._environment, **(environment or {})}
+        process = self._spawn(name, command, own)
+        self._children.append(_Child(name, command, own, restarts, ends_last, process, time.monotonic()))
 
     def check(self) -> None:
-        """Start again what has ended.
+        """Start again what has ended: the first time at once, then after 1, 2, 4, ... s.
 
         Raises:
             ProtocolError: A process has ended once too often; the end of its log is in the message.
         """
+        now = time.monotonic()
         for child in self._children:
             code = child.process.poll()
             if code is None:
                 continue
-            if child.restarts == 0:
-                raise ProtocolError(
-                    f"{child.name}: it must run as long as the federation, but ended with status {code}. "
-                    f"The end of {self.log_path(child.name)}:\n{self.tail(child.name)}"
-                )
-            child.restarts -= 1
-            log.warning("%s ended with status %d: starting it again", child.name, code)
-            child.process = self._spawn(child.name, child.command)
+            if child.due is None:
+                if now - child.started > STEADY_S:
+                    child.failures = 0
+                if child.restarts is not None and child.failures >= child.restarts:
+                    raise ProtocolError(
+                        f"{child.name}: it must run as long as the federation, but ended with status {code}. "
+                        f"The end of {self.log_path(child.name)}:\n{self.tail(child.name)}"
+                    )
+                pause = min(LONGEST_PAUSE_S, 2.0 ** (child.failures - 1)) if child.failures else 0.0
+                child.due, child.failures = now + pause, child.failures + 1
+                told = f" in {pause:g} s" if pause else ""
+                log.warning("%s ended with status %d: starting it again%s", child.name, code, told)
+            if now >= child.due:
+                child.due, child.started = None, now
+                child.process = self._spawn(child.name, child.command, child.environment)
 
     def wait_until(self, ready: Callable[[], bool], *, what: str, timeout_s: float, log_of: str) -> None:
         """Poll until ``ready()``.
@@ -130,11 +159,11 @@ class Processes:
                 process.kill()  # does nothing to one that has been waited for
                 process.wait()
 
-    def _spawn(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
+    def _spawn(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         with self.log_path(name).open("ab") as output:
             return subprocess.Popen(
                 command,
-                env=self._environment,
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -153,6 +182,11 @@ def watch_parent(parent_pid: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="watch-parent", daemon=True).start()
+
+
+def python(module: str) -> list[str]:
+    """The command that runs a module of fedzo; of the folder that the user happens to be in nothing is imported."""
+    return [sys.executable, "-P", "-m", module]
 
 
 def free_ports(count: int) -> list[int]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 from typing import Any, cast
 
 import flwr
 import pytest
 from flwr.app import Message, RecordDict
+from flwr.common import constant
+from flwr.common.constant import HEARTBEAT_CALL_TIMEOUT, HEARTBEAT_MIN_INTERVAL, HEARTBEAT_PATIENCE
+from flwr.supercore import constant as supercore_constant
 
 from fedzo.errors import ConfigError
 from fedzo.runtime import _flower
@@ -107,19 +111,29 @@ def test_supernode_pauses_by_the_name_that_is_replaced() -> None:
 
 @pytest.mark.slow
 def test_supernode_pauses_shorter_once_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flwr.supernode import start_client_internal
+    from flwr.supercore import heartbeat
+    from flwr.supernode import fleet_http_connection, start_client_internal
 
     from fedzo.runtime.net import _flower_http
 
     slept: list[float] = []
     monkeypatch.setattr(start_client_internal, "time", start_client_internal.time)  # put back at the end
+    for module in (heartbeat, fleet_http_connection):
+        assert module.HEARTBEAT_DEFAULT_INTERVAL == 30
+        monkeypatch.setattr(module, "HEARTBEAT_DEFAULT_INTERVAL", 30)
+        assert "HEARTBEAT_DEFAULT_INTERVAL" in inspect.getsource(module)
     monkeypatch.setattr(_flower_http.time, "sleep", slept.append)
 
-    _flower_http.poll_often(0.1)
+    _flower_http.quicken(0.1)
     start_client_internal.time.sleep(3)
     start_client_internal.time.sleep(0.05)
 
     assert slept == [0.1, 0.05]
+    assert fleet_http_connection.HEARTBEAT_DEFAULT_INTERVAL == HEARTBEAT_MIN_INTERVAL
+    sender = inspect.getsource(heartbeat.HeartbeatSender._run)  # how long it pauses, at most
+    assert "HEARTBEAT_DEFAULT_INTERVAL - HEARTBEAT_CALL_TIMEOUT" in sender
+    longest = (heartbeat.HEARTBEAT_DEFAULT_INTERVAL - HEARTBEAT_CALL_TIMEOUT) * (0.8 + 0.1)
+    assert 2 * longest < HEARTBEAT_PATIENCE * HEARTBEAT_MIN_INTERVAL  # one may be late
 
 
 @pytest.mark.slow
@@ -144,3 +158,38 @@ def test_names_of_the_network_parts_have_the_shape_that_is_used() -> None:
     assert {"start", "stop", "is_running"} <= set(dir(_flower_http.HeartbeatSender))
     assert {"server_app", "client_app", "num_supernodes", "backend_config"} <= set(parameters(run_simulation))
     assert parameters(flower_superlink) == parameters(flower_supernode) == []
+    assert "get_nodes" in dir(_flower_http.HttpGrid)
+
+
+@pytest.mark.slow
+def test_superlink_serves_its_app_by_the_name_that_is_replaced() -> None:
+    module = importlib.import_module("flwr.superlink.cli.flower_superlink")
+
+    calls = [
+        node
+        for node in ast.walk(ast.parse(inspect.getsource(module)))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "uvicorn"
+    ]
+    assert [call.attr for call in calls] == ["run"]
+    source = inspect.getsource(module._run_superlink_http_api)
+    assert all(f"{name}=" in source for name in ("app", "ssl_keyfile", "ssl_certfile", "log_config"))
+
+
+@pytest.mark.slow
+def test_names_of_the_control_api_have_the_shape_that_is_used() -> None:
+    from flwr.proto.node_pb2 import NodeInfo
+    from flwr.superlink.routers.fleet import router
+
+    from fedzo.runtime.net import _flower_control
+    from fedzo.runtime.net.gate import CLOCK_AHEAD_S, CLOCK_BEHIND_S, FLEET
+
+    used = {"ListNodes", "ListRuns", "RegisterNode", "StartRun", "StopRun", "UnregisterNode"}
+    assert used <= set(dir(_flower_control.ControlHttpClient))
+    assert {"node_id", "public_key", "status", "online_until"} <= set(NodeInfo.DESCRIPTOR.fields_by_name)
+    assert router.router.prefix + "/" == FLEET
+    assert (constant.SYSTEM_TIME_TOLERANCE, constant.TIMESTAMP_TOLERANCE + constant.SYSTEM_TIME_TOLERANCE) == (
+        CLOCK_AHEAD_S,
+        CLOCK_BEHIND_S,
+    )
+    assert constant.TIMESTAMP_HEADER == "flwr-timestamp"
+    assert supercore_constant.FLEET_HTTP_PUBLIC_KEY_HEADER == "flwr-public-key"

@@ -71,7 +71,7 @@ def main(grid: Any, context: Context) -> None:
     nodes = {grid.client_of(node): node for node in grid.get_node_ids()}
     assert sorted(nodes) == list(range(config["clients"]))
     value, history, replies, seconds = 1.0, [], [], []
-    descendants = {process.pid: process.cmdline() for process in psutil.Process().children(recursive=True)}
+    descendants = {process.pid: process.cmdline() for process in processes()}
     (run_dir / "descendants.json").write_text(json.dumps(descendants))
     if "waits_s" in config:
         time.sleep(config["waits_s"])
@@ -100,9 +100,14 @@ def main(grid: Any, context: Context) -> None:
     (run_dir / "result.json").write_text(json.dumps(result))
 
 
+def processes() -> list[psutil.Process]:
+    """The processes of this federation: those of this process, or where a server has one of its own, of its parent."""
+    return psutil.Process(int(os.environ.get("TOY_ROOT", os.getpid()))).children(recursive=True)
+
+
 def kill(words: str) -> None:
-    """Kill the descendant of this process with these words in its command line."""
-    for process in psutil.Process().children(recursive=True):
+    """Kill the process of this federation with these words in its command line."""
+    for process in processes():
         if words in " ".join(process.cmdline()):
             process.send_signal(signal.SIGKILL)
             return

@@ -1,0 +1,167 @@
+"""The folder of a client site: which server it takes part with, its key, and what the site says of itself."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from fedzo.errors import ConfigError
+from fedzo.records.decode import decode_json, encode
+from fedzo.records.fields import Length
+from fedzo.records.folder import make_folder, replace_file
+from fedzo.runtime.net.credentials import (
+    Endpoint,
+    make_key,
+    make_secret,
+    public_key_of,
+    read_certificate,
+    write_private,
+)
+from fedzo.runtime.net.server_folder import Address, split_address
+
+SITE = "site.yaml"
+KEY, PUBLIC_KEY, AUTHORITY, SERVER, SECRET = "key", "key.pub", "ca.crt", "server.json", "secret"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """The content of ``server.json``: where the site connects to."""
+
+    address: Address
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Invitation:
+    """What a server hands a site, as one file: all that the site needs to connect.
+
+    Attributes:
+        address: Where the site connects to.
+        authority: Certificate (PEM) that signs the server's own.
+        key: Private key, where the server made it; empty where the site has its own.
+    """
+
+    address: Address
+    authority: Annotated[str, Length(1, 1 << 16)]
+    key: Annotated[str, Length(0, 1 << 14)] = ""
+
+
+def read_invitation(file: Path) -> Invitation:
+    """An invitation's file.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    try:
+        text = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"invitation {file}: it must be a readable file, got {error.strerror!r}.") from error
+    remedy = "Give the file that `fedzo server add-client` wrote."
+    invitation: Invitation = decode_json(Invitation, text, where=f"invitation {file}", error=ConfigError, remedy=remedy)
+    return invitation
+
+
+def write_invitation(file: Path, invitation: Invitation) -> None:
+    """Write an invitation, for this user only: it may hold a private key."""
+    write_private(file, (json.dumps(encode(invitation), indent=2) + "\n").encode())
+
+
+class ClientFolder:
+    """A site's folder.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def make(cls, path: Path, *, address: str, site: str, invitation: Invitation | None = None) -> ClientFolder:
+        """Write what is missing of a site's folder; what is there stays.
+
+        Args:
+            path: The folder; made if it is not there, for this user only.
+            address: The server, ``host:port``.
+            site: Text of the site file, where there is none yet.
+            invitation: What the server handed over, if anything.
+
+        Raises:
+            ConfigError: The folder is another server's, or holds another key than the invitation.
+        """
+        split_address(address)
+        if not path.exists():
+            path.mkdir(parents=True, mode=0o700)
+        make_folder(path / "logs")
+        folder = cls(path)
+        if folder.file(SERVER).exists() and folder.address != address:
+            raise ConfigError(
+                f"client folder {path}: it must be of one server, but it is of {folder.address}, and you gave "
+                f"{address}. Choose another folder, or edit {folder.file(SERVER)}."
+            )
+        replace_file(folder.file(SERVER), json.dumps(encode(Server(address=address)), indent=2) + "\n")
+        if invitation is not None:
+            folder._take(invitation)
+        if not folder.file(KEY).exists():
+            make_key(folder.file(KEY))
+        replace_file(folder.file(PUBLIC_KEY), folder.public_key + "\n")
+        if not folder.file(SECRET).exists():
+            make_secret(folder.file(SECRET))
+        if not folder.file(SITE).exists():
+            replace_file(folder.file(SITE), site)
+        return folder
+
+    def file(self, name: str) -> Path:
+        """Where a file of the folder lies."""
+        return self.path / name
+
+    def check(self) -> None:
+        """Refuse a folder from which a site cannot be started.
+
+        Raises:
+            ConfigError: It is no site's folder, or the server's certificate is missing.
+        """
+        missing = [name for name in (SERVER, KEY, SECRET, SITE) if not self.file(name).is_file()]
+        if missing:
+            raise ConfigError(
+                f"client folder {self.path}: it must hold what `fedzo client init` writes, but has no "
+                f"{', '.join(missing)}. Call `fedzo client init {self.path} --server HOST:PORT`."
+            )
+        if not self.file(AUTHORITY).is_file():
+            raise ConfigError(
+                f"client folder {self.path}: {AUTHORITY} must be the server's certificate authority, but is missing. "
+                "Copy ca.crt of the server's folder here: without it anybody could play the server."
+            )
+        read_certificate(self.file(AUTHORITY))
+        public_key_of(self.file(KEY))
+
+    @property
+    def address(self) -> str:
+        """The server, ``host:port``."""
+        text = self.file(SERVER).read_bytes()
+        found: Server = decode_json(Server, text, where=str(self.file(SERVER)), error=ConfigError)
+        return found.address
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """The server's SuperLink for this site's SuperNode."""
+        return Endpoint(self.address, self.file(AUTHORITY))
+
+    @property
+    def public_key(self) -> str:
+        """What the server registers, one line."""
+        return public_key_of(self.file(KEY))
+
+    def _take(self, invitation: Invitation) -> None:
+        if self.file(AUTHORITY).exists() and self.file(AUTHORITY).read_text() != invitation.authority:
+            raise ConfigError(f"client folder {self.path}: its {AUTHORITY} is another server's. Choose another folder.")
+        replace_file(self.file(AUTHORITY), invitation.authority)
+        if not invitation.key:
+            return
+        if self.file(KEY).exists() and self.file(KEY).read_text() != invitation.key:
+            raise ConfigError(
+                f"client folder {self.path}: it has a key of its own already. Have that one registered "
+                f"({PUBLIC_KEY}), or choose another folder."
+            )
+        write_private(self.file(KEY), invitation.key.encode())

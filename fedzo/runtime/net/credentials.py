@@ -1,0 +1,260 @@
+"""Keys, certificates and secrets of a federation's machines: made here, kept in files of mode 0600.
+
+The server has a certificate authority of its own, whose certificate each site gets, and a certificate for its names. A
+site has a key: its public half is what the server registers. Each machine has a secret for the processes that work
+beside its SuperLink or SuperNode.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import ipaddress
+import os
+import secrets
+from base64 import b64decode, b64encode
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedzo.errors import ConfigError
+from fedzo.records.folder import replace_file
+
+AUTHORITY_DAYS, CERTIFICATE_DAYS = 3650, 365
+_EARLIER = datetime.timedelta(hours=1)  # a certificate is valid at once where a clock is a little slow
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A SuperLink as somebody who speaks with it knows it.
+
+    Attributes:
+        address: ``host:port``.
+        authority: File with the certificate that signs the SuperLink's own.
+        secret: What a process must know to be given tasks of runs; None for one that only controls.
+    """
+
+    address: str
+    authority: Path
+    secret: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """What a certificate says.
+
+    Attributes:
+        names: Host names and addresses that it is for.
+        ends: When it ceases to be valid (UTC).
+    """
+
+    names: tuple[str, ...]
+    ends: datetime.datetime
+
+    @property
+    def days_left(self) -> float:
+        """Days from now to its end; negative when it is over."""
+        return (self.ends - datetime.datetime.now(datetime.UTC)).total_seconds() / 86400
+
+
+def make_authority(certificate: Path, key: Path, *, days: int = AUTHORITY_DAYS) -> None:
+    """Write a new certificate authority."""
+    private = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"fedzo authority {secrets.token_hex(4)}")])
+    usage = x509.KeyUsage(
+        digital_signature=False, content_commitment=False, key_encipherment=False, data_encipherment=False,
+        key_agreement=False, key_cert_sign=True, crl_sign=True, encipher_only=False, decipher_only=False,
+    )  # fmt: skip
+    made = (
+        _builder(name, name, private.public_key(), private.public_key(), days)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+        .sign(private, hashes.SHA256())
+    )
+    write_private(key, _private_pem(private))
+    replace_file(certificate, made.public_bytes(serialization.Encoding.PEM))
+
+
+def make_certificate(
+    certificate: Path,
+    key: Path,
+    *,
+    authority: Path,
+    authority_key: Path,
+    names: Sequence[str],
+    days: int = CERTIFICATE_DAYS,
+) -> None:
+    """Write a new certificate of a server, and its key.
+
+    Args:
+        certificate: File to write.
+        key: File to write.
+        authority: Certificate of who signs.
+        authority_key: Key of who signs.
+        names: Host names and IP addresses that the server is reached at.
+        days: How long it is valid, from now.
+    """
+    signer = x509.load_pem_x509_certificate(authority.read_bytes())
+    signing = serialization.load_pem_private_key(authority_key.read_bytes(), None)
+    if not isinstance(signing, ec.EllipticCurvePrivateKey):
+        raise ConfigError(f"{authority_key}: it must be an elliptic curve key. Restore the file from a copy.")
+    private = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0][:64])])
+    made = (
+        _builder(name, signer.subject, private.public_key(), signing.public_key(), days)
+        .add_extension(x509.SubjectAlternativeName([_general_name(each) for each in names]), critical=False)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .sign(signing, hashes.SHA256())
+    )
+    write_private(key, _private_pem(private))
+    replace_file(certificate, made.public_bytes(serialization.Encoding.PEM))
+
+
+def read_certificate(file: Path) -> Certificate:
+    """What a certificate file says.
+
+    Raises:
+        ConfigError: It is no certificate.
+    """
+    found = _load_certificate(file)
+    try:
+        extension = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        names = tuple(
+            str(each) for kind in (x509.DNSName, x509.IPAddress) for each in extension.get_values_for_type(kind)
+        )
+    except x509.ExtensionNotFound:
+        names = ()
+    return Certificate(names, found.not_valid_after_utc)
+
+
+def is_signed_by(certificate: Path, authority: Path) -> bool:
+    """Whether a certificate is an authority's."""
+    try:
+        _load_certificate(certificate).verify_directly_issued_by(_load_certificate(authority))
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
+
+
+def make_key(file: Path) -> str:
+    """Write a SuperNode's private key, in the form that Flower reads; returns the public key as one line of text."""
+    private = ec.generate_private_key(ec.SECP384R1())
+    form = serialization.PrivateFormat.OpenSSH
+    write_private(file, private.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()))
+    return _line(private.public_key())
+
+
+def public_key_of(file: Path) -> str:
+    """The public half of a private key's file, as one line of text.
+
+    Raises:
+        ConfigError: It is no such key.
+    """
+    try:
+        private = serialization.load_ssh_private_key(file.read_bytes(), None)
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
+        raise ConfigError(f"{file}: it must be a private key as `fedzo client init` writes it ({error}).") from error
+    if not isinstance(private, ec.EllipticCurvePrivateKey):
+        raise ConfigError(f"{file}: it must be an elliptic curve key. Make one with `fedzo client init`.")
+    return _line(private.public_key())
+
+
+def read_public_key(text: str) -> str:
+    """A public key's line without its comment.
+
+    Raises:
+        ConfigError: It is no public key of a SuperNode.
+    """
+    try:
+        public = serialization.load_ssh_public_key(text.strip().encode())
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise ConfigError(
+            "the public key must be one line as `fedzo client init` prints it (ecdsa-sha2-nistp384 AAAA...), got "
+            f"{text[:60]!r}. Give the line, or the file key.pub of the site."
+        ) from error
+    if not isinstance(public, ec.EllipticCurvePublicKey):
+        raise ConfigError("the public key must be one of an elliptic curve. Make one with `fedzo client init`.")
+    return _line(public)
+
+
+def pem_of(public_key: str) -> bytes:
+    """A public key's line in the form in which Flower sends and keeps it."""
+    public = serialization.load_ssh_public_key(public_key.encode())
+    return public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+def fingerprint(pem: bytes) -> str:
+    """Names a public key for people, as OpenSSH does; for bytes that are no key, says so."""
+    try:
+        public = serialization.load_pem_public_key(pem)
+        if not isinstance(public, ec.EllipticCurvePublicKey):
+            return "no elliptic curve key"
+        blob = public.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).split()[1]
+    except (ValueError, UnsupportedAlgorithm):
+        return "no key"
+    return "SHA256:" + b64encode(hashlib.sha256(b64decode(blob)).digest()).decode().rstrip("=")
+
+
+def make_secret(file: Path) -> None:
+    """Write a new secret, 64 hexadecimal digits."""
+    write_private(file, secrets.token_hex(32).encode())
+
+
+def write_private(file: Path, content: bytes) -> None:
+    """Write a file that only this user may read, all of it or nothing."""
+    replace_file(file, content, mode=0o600)
+
+
+def is_private(file: Path) -> bool:
+    """Whether only this user may read a file."""
+    return file.stat().st_mode & 0o077 == 0 and file.stat().st_uid == os.getuid()
+
+
+def _builder(
+    subject: x509.Name,
+    issuer: x509.Name,
+    public: ec.EllipticCurvePublicKey,
+    signer: ec.EllipticCurvePublicKey,
+    days: int,
+) -> x509.CertificateBuilder:
+    now = datetime.datetime.now(datetime.UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(public)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _EARLIER)
+        .not_valid_after(now + datetime.timedelta(days=days))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer), critical=False)
+    )
+
+
+def _general_name(name: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        return x509.DNSName(name)
+
+
+def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    form = serialization.PrivateFormat.PKCS8
+    return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+
+
+def _line(public: ec.EllipticCurvePublicKey) -> str:
+    return public.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
+
+
+def _load_certificate(file: Path) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: it must be a certificate (PEM), but is not ({error}). Restore it.") from error

@@ -1,0 +1,179 @@
+"""What a SuperLink's port for sites lets through: the Fleet API, in pieces of bounded size, at a bounded rate a node.
+
+Flower serves three APIs on one port, and asks nobody who he is on the one that starts and stops runs. So fedzo's
+SuperLink listens twice: on the loopback interface with all of them, and for sites behind this gate. The gate also names
+the nodes that the SuperLink refuses, with the likely reason, since Flower itself does not.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import time
+from base64 import b64decode
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedzo.errors import printable
+from fedzo.runtime.net.credentials import fingerprint
+from fedzo.runtime.net.server_folder import ServerFolder
+
+log = logging.getLogger(__name__)
+FLEET = "/v1/fleet/"
+MAX_BODY_BYTES = 16 << 20
+"""Of one request; Flower cuts what is longer into chunks of 5 MB."""
+REQUESTS_PER_S, BURST = 200.0, 2000.0
+"""Of a registered client. One that is busy makes some 30 a second, and 100 while an artifact is on its way."""
+STRANGER_REQUESTS_PER_S, STRANGER_BURST = 5.0, 50.0
+"""Of all other nodes of one host together."""
+MOST_NODES = 100_000
+QUIET_S = 60.0
+"""How long the gate does not repeat itself about one node."""
+CLOCK_BEHIND_S, CLOCK_AHEAD_S = 305.0, 5.0
+"""How old a signature may be, and how far ahead of this clock: Flower's limits."""
+
+Scope = MutableMapping[str, Any]
+Event = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Event]]
+Send = Callable[[Event], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class TooLargeError(Exception):
+    """A request's body is longer than the gate lets through."""
+
+
+class Gate:
+    """An ASGI app around the SuperLink's own.
+
+    Args:
+        app: The SuperLink's.
+        public_port: The port that sites reach; others pass.
+        folder: The server's, for the names of clients.
+        clock: Seconds, for the rate.
+    """
+
+    def __init__(
+        self, app: App, *, public_port: int, folder: ServerFolder, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._app = app
+        self._port = public_port
+        self._folder = folder
+        self._clock = clock
+        self._budgets: dict[str, tuple[float, float]] = {}
+        self._told: dict[tuple[str, str], float] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer it here."""
+        if scope["type"] == "lifespan" or scope["server"][1] != self._port:
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http" or not scope["path"].startswith(FLEET):
+            await _answer(send, 404, "not found")
+            return
+        asker = self._asker(scope)
+        if not self._within_rate(asker):
+            self._tell(asker, "it asks too often")
+            await _answer(send, 429, "too many requests")
+            return
+        declared = _header(scope, b"content-length") or b"0"
+        if not declared.isdigit() or int(declared) > MAX_BODY_BYTES:
+            await _answer(send, 413, "too large")
+            return
+        taken = 0
+
+        async def bounded() -> Event:
+            nonlocal taken
+            event = await receive()
+            taken += len(event.get("body", b""))
+            if taken > MAX_BODY_BYTES:  # of a length that was not declared; the app answers with an error
+                raise TooLargeError
+            return event
+
+        async def watched(event: Event) -> None:
+            if event["type"] == "http.response.start" and event["status"] >= 400:
+                self._explain(asker, scope, event["status"])
+            await send(event)
+
+        await self._app(scope, bounded, watched)
+
+    def _asker(self, scope: Scope) -> _Asker:
+        try:
+            key = b64decode(_header(scope, b"flwr-public-key"), validate=True)[:1000]
+        except ValueError:
+            key = b""
+        client = self._folder.by_key().get(key)
+        return _Asker((scope.get("client") or ("?",))[0], key, client.name if client else None)
+
+    def _within_rate(self, asker: _Asker) -> bool:
+        """Take one from the asker's budget, which fills again with time."""
+        rate, burst = (STRANGER_REQUESTS_PER_S, STRANGER_BURST) if asker.name is None else (REQUESTS_PER_S, BURST)
+        now, who = self._clock(), asker.name or asker.host
+        left, since = self._budgets.get(who, (burst, now))
+        left = min(burst, left + (now - since) * rate)
+        if len(self._budgets) >= MOST_NODES and who not in self._budgets:
+            self._budgets.clear()
+        self._budgets[who] = max(0.0, left - 1.0), now
+        return left >= 1.0
+
+    def _explain(self, asker: _Asker, scope: Scope, status: int) -> None:
+        """Say in the log which node was refused, and why as far as this can be seen here."""
+        behind_s = _behind_s(_header(scope, b"flwr-timestamp"))
+        if behind_s is not None and not -CLOCK_AHEAD_S < behind_s < CLOCK_BEHIND_S:
+            side = "behind" if behind_s > 0 else "ahead of"
+            self._tell(
+                asker,
+                f"its clock is {abs(behind_s):.0f} s {side} this server's, and may be at most {CLOCK_AHEAD_S:.0f} s "
+                f"ahead or {CLOCK_BEHIND_S:.0f} s behind. Set its clock",
+            )
+        elif asker.name is None:
+            self._tell(asker, "its key is not registered here. `fedzo server add-client` registers it")
+        elif scope["path"] == f"{FLEET}activate-node":
+            self._tell(asker, "another node with its key is connected. If that one has ended, wait for a minute")
+        else:
+            self._tell(asker, f"{scope['path'].removeprefix(FLEET)} was answered with status {status}")
+
+    def _tell(self, asker: _Asker, why: str) -> None:
+        """Write a line, unless the same was written a short time ago."""
+        now, what = self._clock(), (asker.words, why[:20])
+        if now - self._told.get(what, -QUIET_S) < QUIET_S:
+            return
+        if len(self._told) >= MOST_NODES:
+            self._told.clear()
+        self._told[what] = now
+        log.warning("%s", printable(f"refused: {asker.words}: {why}."))
+
+
+@dataclass(frozen=True, slots=True)
+class _Asker:
+    """Who makes a request, as far as he says it; the SuperLink checks the signature."""
+
+    host: str
+    key: bytes
+    name: str | None
+
+    @property
+    def words(self) -> str:
+        who = f"client {self.name}" if self.name else f"a node with the key {fingerprint(self.key)}"
+        return f"{who} at {self.host}"
+
+
+def _header(scope: Scope, name: bytes) -> bytes:
+    return next((bytes(value) for key, value in scope["headers"] if key.lower() == name), b"")
+
+
+def _behind_s(timestamp: bytes) -> float | None:
+    """Seconds from when a request was signed, by its node's clock, to now by this one."""
+    try:
+        signed = datetime.datetime.fromisoformat(timestamp.decode("ascii"))
+        return (datetime.datetime.now(datetime.UTC) - signed).total_seconds()
+    except (ValueError, TypeError):
+        return None
+
+
+async def _answer(send: Send, status: int, text: str) -> None:
+    body = text.encode()
+    headers = [(b"content-type", b"text/plain"), (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,129 @@
+"""The processes of a federation: how a server's SuperLink, and a site's SuperNode and executor, are started.
+
+``runtime=local`` starts them all on one machine; ``fedzo server up`` and ``fedzo client up`` start one side each.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import fedzo
+from fedzo.errors import ProtocolError
+from fedzo.run.process import SITE_ENV, SITE_LOG_ENV
+from fedzo.runtime._flower import ENVIRONMENT
+from fedzo.runtime.net._flower_control import control
+from fedzo.runtime.net.client_folder import KEY, SECRET, ClientFolder
+from fedzo.runtime.net.processes import Processes, accepts, free_ports, python
+from fedzo.runtime.net.server_folder import ServerFolder, split_address
+
+log = logging.getLogger(__name__)
+DAEMONS = "fedzo.runtime.net.daemons"
+EXECUTOR = python("fedzo.runtime.net.executor")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """One client's site.
+
+    Attributes:
+        folder: Its key and server.
+        site_file: Its configuration.
+        log_file: Where its executor writes its errors.
+        step_limit_s: A message that takes longer is given up, and the executor started again.
+        restarts: How often in a row its processes are started again; None for ever.
+        name: Ends the names of its processes; empty where the machine has one site.
+        environment: Variables for its executor.
+        executor: Program that answers; only tests give another.
+    """
+
+    folder: ClientFolder
+    site_file: Path
+    log_file: Path
+    step_limit_s: float
+    restarts: int | None = None
+    name: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
+    executor: Sequence[str] = tuple(EXECUTOR)
+
+
+def environment() -> dict[str, str]:
+    """This process's environment for others: this very fedzo first on the path, and no word of Flower to anyone."""
+    package = str(Path(fedzo.__file__).resolve().parents[1])
+    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
+    return {**os.environ, **ENVIRONMENT, "PYTHONPATH": path}
+
+
+def start_superlink(processes: Processes, folder: ServerFolder, *, restarts: int | None) -> None:
+    """Start a server's SuperLink."""
+    command = [*python(DAEMONS), "superlink", str(os.getpid()), str(folder.path)]
+    processes.start("superlink", command, restarts=restarts, ends_last=True)
+
+
+def start_site(processes: Processes, site: Site) -> None:
+    """Start a site's executor, which takes longest, and its SuperNode."""
+    folder, parent = site.folder, str(os.getpid())
+    (port,) = free_ports(1)
+    suffix = f"-{site.name}" if site.name else ""
+    processes.start(
+        f"executor{suffix}",
+        [
+            *(*site.executor, "--runtime-api-address", f"127.0.0.1:{port}"),
+            *("--secret-file", str(folder.file(SECRET)), "--parent-pid", parent),
+            *("--step-limit-s", str(site.step_limit_s)),
+        ],
+        environment={SITE_ENV: str(site.site_file), SITE_LOG_ENV: str(site.log_file), **site.environment},
+        restarts=site.restarts,
+    )
+    server = folder.endpoint
+    processes.start(
+        f"supernode{suffix}",
+        [
+            *(*python(DAEMONS), "supernode", parent),
+            *("--superlink", server.address, "--root-certificates", str(server.authority)),
+            *("--auth-supernode-private-key", str(folder.file(KEY)), "--host", "127.0.0.1", "--port", str(port)),
+            *("--isolation", "process", "--superexec-auth-secret-file", str(folder.file(SECRET))),
+        ],
+        restarts=None,  # for as long as the server takes an old connection of it for alive it is sent away
+    )
+
+
+def wait_for_superlink(processes: Processes, folder: ServerFolder, *, timeout_s: float) -> None:
+    """Wait until a SuperLink listens.
+
+    Raises:
+        ProtocolError: It does not, or it ended.
+    """
+    address = folder.listening.control
+    processes.wait_until(
+        lambda: accepts(address), what="the SuperLink listening", timeout_s=timeout_s, log_of="superlink"
+    )
+
+
+def register_clients(folder: ServerFolder) -> None:
+    """Have the SuperLink let in the keys of the registry, and no others; for a key that it refuses, say so."""
+    with control(folder.endpoint) as flower:
+        nodes, clients = {node.public_key: node for node in flower.nodes()}, folder.by_key()
+        for key, node in nodes.items():
+            if key not in clients:
+                flower.unregister(node.node_id)
+                log.warning("a key that is not in the registry any more was revoked (node %d)", node.node_id)
+        for key, client in clients.items():
+            if key not in nodes:
+                try:
+                    flower.register(key, client.name)
+                except ProtocolError as error:
+                    log.warning("%s A key that was revoked is taken again when the server starts anew.", error)
+
+
+def listening_problem(folder: ServerFolder) -> str:
+    """Why a SuperLink cannot listen where its folder says, or an empty string."""
+    for key in ("control", "listen"):
+        address = getattr(folder.listening, key)
+        host, port = split_address(address)
+        if accepts(f"{host if host not in ('0.0.0.0', '::') else '127.0.0.1'}:{port}"):
+            return f"{address}: somebody listens there already. End it, or choose another port in server.json."
+    return ""

@@ -1,0 +1,109 @@
+"""A run's server at a SuperLink of this machine: it submits the run and plays its ServerApp in this process."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any, cast
+
+import httpx
+from flwr.serverapp import Grid, ServerApp
+
+from fedzo.errors import ProtocolError
+from fedzo.run.apps import RUN_DIR_KEY
+from fedzo.runtime._flower import one_federation, quiet_flower
+from fedzo.runtime.net._flower_control import control
+from fedzo.runtime.net._flower_http import HttpGrid, RunNotRunningException, RuntimeApi, TaskType, server_task
+from fedzo.runtime.net.bundle import build_bundle
+from fedzo.runtime.net.processes import accepts
+from fedzo.runtime.net.server_folder import ServerFolder
+
+log = logging.getLogger(__name__)
+POLL_S = 0.1
+STARTUP_S = 120.0
+TASK_S = 30.0
+"""How long the SuperLink may take to hand out the task of a run that it has accepted."""
+
+
+def serve(
+    server_app: ServerApp, *, folder: ServerFolder, run_config: Mapping[str, str], startup_s: float = STARTUP_S
+) -> None:
+    """Run a federation with the nodes that are registered at a server; what the server raises, this raises.
+
+    Runs that an ended process of this server left behind are ended first: a server serves one run at a time.
+
+    Args:
+        server_app: Runs in this process.
+        folder: The server's, whose SuperLink is up or starting.
+        run_config: Given to both apps; the run folder stays here.
+        startup_s: How long to wait for the SuperLink.
+
+    Raises:
+        ConfigError: Another federation runs in this process, or at this server.
+        ProtocolError: The SuperLink does not answer, or somebody has stopped the run.
+    """
+    run_dir, server = run_config[RUN_DIR_KEY], folder.endpoint
+    with one_federation(), quiet_flower(), folder.serving(run_dir):
+        _wait_for(server.address, startup_s)
+        try:
+            with control(server) as flower:
+                for left in flower.running():
+                    flower.stop_run(left)
+                travels = {key: value for key, value in run_config.items() if key != RUN_DIR_KEY}
+                flower.start_run(build_bundle(), travels)
+            with server_task(server, _take_task(folder)) as (grid, context):
+                context.run_config = dict(run_config)
+                server_app(grid=cast(Grid, KeyedGrid(grid, folder)), context=context)
+        except httpx.HTTPError as error:
+            raise ProtocolError(
+                f"SuperLink {server.address}: it must answer, but: {error}. Is `fedzo server up` running? "
+                f"Its log is in {folder.file('logs')}."
+            ) from error
+        except RunNotRunningException as error:
+            raise ProtocolError("SuperLink: the run must be running, but somebody has stopped it.") from error
+
+
+class KeyedGrid:
+    """Flower's grid, with the clients of the server's registry by their keys."""
+
+    def __init__(self, grid: HttpGrid, folder: ServerFolder) -> None:
+        self._grid = grid
+        self._folder = folder
+        self._clients: dict[int, int] = {}
+
+    def get_node_ids(self) -> list[int]:
+        """Nodes that are connected, also such that the registry does not know any more."""
+        nodes, known = list(self._grid.get_nodes()), self._folder.by_key()
+        self._clients = {node.node_id: known[node.public_key].index for node in nodes if node.public_key in known}
+        return [node.node_id for node in nodes]
+
+    def client_of(self, node: int) -> int | None:
+        """The index of the client that a node of ``get_node_ids`` plays; None where none is registered for its key."""
+        return self._clients.get(node)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._grid, name)
+
+
+def _wait_for(address: str, startup_s: float) -> None:
+    ends = time.monotonic() + startup_s
+    while not accepts(address):
+        if time.monotonic() > ends:
+            raise ProtocolError(
+                f"SuperLink {address}: it must listen within {startup_s:g} s, but does not. "
+                "Start it with `fedzo server up`, or see its log."
+            )
+        time.sleep(POLL_S)
+
+
+def _take_task(folder: ServerFolder) -> str:
+    server = folder.endpoint
+    api = RuntimeApi(server.address, server.secret or b"", server.authority.read_bytes())
+    ends = time.monotonic() + TASK_S
+    with api.tasks(TaskType.SERVER_APP) as take:
+        while (token := take()) is None:
+            if time.monotonic() > ends:
+                raise ProtocolError(f"SuperLink {server.address}: it must have a task for the run, but has none.")
+            time.sleep(POLL_S)
+    return token

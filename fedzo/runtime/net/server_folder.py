@@ -1,0 +1,316 @@
+"""The folder of a federation's server: where it listens, its credentials, and the registry of its clients.
+
+The registry says which SuperNode key is which client. It is the only thing that does: what a node says of itself
+counts for nothing.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+
+from fedzo.errors import ConfigError, FolderInUseError
+from fedzo.records.decode import decode_json, encode
+from fedzo.records.fields import MOST_CLIENTS, Client, Length, Matching, Name, Within
+from fedzo.records.folder import folder_of_one_process, lock_file, make_folder, replace_file
+from fedzo.runtime.net.credentials import (
+    CERTIFICATE_DAYS,
+    Endpoint,
+    make_authority,
+    make_certificate,
+    make_secret,
+    pem_of,
+    read_public_key,
+)
+
+FILES = ("server.json", "clients.json", "ca.crt", "ca.key", "server.crt", "server.key", "secret")
+Address = Annotated[str, Matching(re.compile(r"[^\s/]{1,253}:[0-9]{1,5}"), "host:port")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listening:
+    """Where a server is reached, the content of ``server.json``.
+
+    Attributes:
+        address: Where sites connect to; its host is a name of the certificate.
+        listen: Where the SuperLink listens for sites; only the Fleet API answers there.
+        control: Where it listens for this machine, all APIs; on the loopback interface.
+    """
+
+    address: Address
+    listen: Address
+    control: Address
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegisteredClient:
+    """A client of the registry.
+
+    Attributes:
+        index: Of the client in a run, from 0.
+        name: For people.
+        key: Public key of its SuperNode, one line.
+        added: Date of its registration.
+    """
+
+    index: Client
+    name: Annotated[str, Matching(re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,62}"), "letters, digits and . _ -")]
+    key: Annotated[str, Length(1, 500)]
+    added: Name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serving:
+    """The run that a server serves.
+
+    Attributes:
+        run: Its folder.
+        pid: The process that serves it.
+    """
+
+    run: Annotated[str, Length(1, 4096)]
+    pid: Annotated[int, Within(1, 1 << 31)]
+
+    def __str__(self) -> str:
+        return f"{self.run} (process {self.pid})"
+
+
+class ServerFolder:
+    """A server's folder; its files are read when they are asked for, since other commands change them meanwhile.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._by_key: tuple[tuple[int, int], Mapping[bytes, RegisteredClient]] | None = None
+
+    @classmethod
+    def make(
+        cls, path: Path, listening: Listening, *, names: Sequence[str], days: int = CERTIFICATE_DAYS
+    ) -> ServerFolder:
+        """Write what is missing of a server's folder; what is there stays.
+
+        Args:
+            path: The folder; made if it is not there, for this user only.
+            listening: Where the server is reached.
+            names: Host names and addresses for its certificate.
+            days: How long the certificate is valid.
+        """
+        if not path.exists():
+            path.mkdir(parents=True, mode=0o700)
+        make_folder(path / "logs")
+        folder = cls(path)
+        if not (folder.file("ca.crt").exists() and folder.file("ca.key").exists()):
+            make_authority(folder.file("ca.crt"), folder.file("ca.key"))
+        if not (folder.file("server.crt").exists() and folder.file("server.key").exists()):
+            folder.renew(names=names, days=days)
+        if not folder.file("secret").exists():
+            make_secret(folder.file("secret"))
+        if not folder.file("clients.json").exists():
+            folder._write_clients([])
+        if not folder.file("server.json").exists():
+            replace_file(folder.file("server.json"), json.dumps(encode(listening), indent=2) + "\n")
+        return folder
+
+    def file(self, name: str) -> Path:
+        """Where a file of the folder lies."""
+        return self.path / name
+
+    def check(self) -> None:
+        """Refuse a folder in which something is missing.
+
+        Raises:
+            ConfigError: It is no server's folder, or not whole.
+        """
+        if missing := [name for name in FILES if not self.file(name).is_file()]:
+            raise ConfigError(
+                f"server folder {self.path}: it must hold what `fedzo server init` writes, but has no "
+                f"{', '.join(missing)}. Call `fedzo server init {self.path}`, which keeps what is there."
+            )
+        _ = self.listening, self.clients
+
+    @property
+    def listening(self) -> Listening:
+        """Where the server is reached."""
+        found: Listening = self._read("server.json", Listening)
+        for key in ("listen", "control"):
+            host, port = split_address(getattr(found, key))
+            if not 1 <= port <= 65535:
+                raise ConfigError(f"{self.file('server.json')}: {key} must have a port of 1 to 65535, got {port}.")
+            if key == "control" and not is_loopback(host):
+                raise ConfigError(
+                    f"{self.file('server.json')}: control must be on the loopback interface (127.0.0.1:PORT), since "
+                    f"Flower asks nobody there who he is, got {found.control!r}."
+                )
+        return found
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """The SuperLink for processes of this machine."""
+        return Endpoint(self.listening.control, self.file("ca.crt"), self.file("secret").read_bytes())
+
+    @contextmanager
+    def serving(self, run_dir: str) -> Iterator[None]:
+        """Serve one run at a time: a site holds the model and the space of one.
+
+        Raises:
+            ConfigError: Another run is served.
+        """
+        file = self.file("serving.json")
+        opened = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            lock_file(opened, self.path)
+        except FolderInUseError as error:
+            raise ConfigError(
+                f"server folder {self.path}: it serves one run at a time, and serves {self.served} now. Wait for it, "
+                "or end it with `fedzo stop`."
+            ) from error
+        try:
+            os.truncate(opened, 0)
+            os.write(opened, json.dumps(encode(Serving(run=run_dir, pid=os.getpid()))).encode())
+            yield
+        finally:
+            os.truncate(opened, 0)
+            os.close(opened)
+
+    @property
+    def served(self) -> Serving | None:
+        """The run that is served; None where there is none."""
+        try:
+            text = self.file("serving.json").read_bytes()
+        except FileNotFoundError:
+            return None
+        if not text:
+            return None
+        found: Serving = decode_json(Serving, text, where=str(self.file("serving.json")), error=ConfigError)
+        return found if psutil.pid_exists(found.pid) else None
+
+    # --- the registry
+
+    @property
+    def clients(self) -> list[RegisteredClient]:
+        """All registered clients, by index."""
+        found: tuple[RegisteredClient, ...] = self._read(
+            "clients.json", Annotated[tuple[RegisteredClient, ...], Length(0, MOST_CLIENTS)]
+        )
+        for what in ("index", "name", "key"):
+            seen = [getattr(client, what) for client in found]
+            if twice := {each for each in seen if seen.count(each) > 1}:
+                raise ConfigError(
+                    f"{self.file('clients.json')}: no two clients may have the {what} {twice.pop()!s:.60}."
+                )
+        return sorted(found, key=lambda client: client.index)
+
+    def by_key(self) -> Mapping[bytes, RegisteredClient]:
+        """Clients by public key, in the form in which Flower keeps it; read again only when the file is another."""
+        state = self.file("clients.json").stat()
+        version = (state.st_mtime_ns, state.st_ino)
+        if self._by_key is None or self._by_key[0] != version:
+            self._by_key = version, {pem_of(client.key): client for client in self.clients}
+        return self._by_key[1]
+
+    def add_client(self, name: str, *, index: int | None, key: str) -> RegisteredClient:
+        """Register a client; one that is registered so already is left alone.
+
+        Args:
+            name: For people.
+            index: Of the client; None for the lowest that is free.
+            key: Its public key, one line.
+
+        Raises:
+            ConfigError: Name, index or key belong to another.
+        """
+        with folder_of_one_process(self.path):
+            clients, key = self.clients, read_public_key(key)
+            taken = {client.index for client in clients}
+            if index is None:
+                index = next((client.index for client in clients if client.key == key), None)
+            if index is None:
+                index = next(number for number in range(len(clients) + 1) if number not in taken)
+            new = RegisteredClient(index=index, name=name, key=key, added=datetime.date.today().isoformat())
+            for client in clients:
+                alike = [what for what in ("index", "name", "key") if getattr(client, what) == getattr(new, what)]
+                if len(alike) == 3:
+                    return client
+                if alike:
+                    raise ConfigError(
+                        f"client {name}: its {alike[0]} must be its own, but client {client.name} has it (index "
+                        f"{client.index}). Choose another, or remove that client: "
+                        f"`fedzo server remove-client {self.path} {client.name}`."
+                    )
+            self._write_clients([*clients, new])
+        return new
+
+    def remove_client(self, name: str) -> RegisteredClient:
+        """Take a client out of the registry; its key opens nothing any more.
+
+        Raises:
+            ConfigError: There is none of this name.
+        """
+        with folder_of_one_process(self.path):
+            clients = self.clients
+            found = next((client for client in clients if client.name == name), None)
+            if found is None:
+                known = ", ".join(client.name for client in clients) or "none"
+                raise ConfigError(f"client {name}: it must be registered ({known}). Check the name.")
+            self._write_clients([client for client in clients if client is not found])
+        return found
+
+    def renew(self, *, names: Sequence[str], days: int = CERTIFICATE_DAYS) -> None:
+        """Write a new certificate; a SuperLink that runs takes it up, and sites need nothing new."""
+        make_certificate(
+            self.file("server.crt"),
+            self.file("server.key"),
+            authority=self.file("ca.crt"),
+            authority_key=self.file("ca.key"),
+            names=list(dict.fromkeys([*names, "localhost", "127.0.0.1"])),
+            days=days,
+        )
+
+    def _write_clients(self, clients: Sequence[RegisteredClient]) -> None:
+        plain = [encode(client) for client in sorted(clients, key=lambda client: client.index)]
+        replace_file(self.file("clients.json"), json.dumps(plain, indent=2) + "\n", durable=True, mode=0o600)
+
+    def _read(self, name: str, kind: object) -> Any:
+        try:
+            text = self.file(name).read_bytes()
+        except OSError as error:
+            raise ConfigError(
+                f"server folder {self.path}: {name} must be a readable file, got {error.strerror!r}. "
+                f"Call `fedzo server init {self.path}`."
+            ) from error
+        remedy = "Restore the file from a copy."
+        return decode_json(kind, text, where=str(self.file(name)), error=ConfigError, remedy=remedy)
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of ``host:port``; an IPv6 address stands in brackets.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    host, colon, port = address.rpartition(":")
+    if not (colon and host and port.isascii() and port.isdigit() and int(port) <= 65535):
+        raise ConfigError(f"an address must be HOST:PORT, got {address!r}.")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a host."""
+    try:
+        found = socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    return all(entry[4][0] == "::1" or str(entry[4][0]).startswith("127.") for entry in found)

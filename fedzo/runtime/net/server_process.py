@@ -1,0 +1,131 @@
+"""The server of a run as a process of its own, and how it tells whoever started it how it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from fedzo import errors
+from fedzo.errors import FedzoError, ProtocolError
+from fedzo.records.decode import decode_json, encode
+from fedzo.records.fields import Length
+from fedzo.records.folder import read_file, replace_file
+from fedzo.runtime.net.parts import environment
+from fedzo.runtime.net.processes import python
+from fedzo.system import COMMAND_ENV, command
+
+SERVE = python("fedzo.cli.serve")
+OUTCOME = "logs/outcome.json"
+SERVER_LOG = "logs/server.log"
+INTERRUPTED = 130
+POLL_S, CLOSE_S = 0.1, 60.0
+"""How often to look whether it ended, and how long it may take to close its files when it is interrupted."""
+_KINDS = {
+    kind.__name__: kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, FedzoError)
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """Why a server ended before its run did.
+
+    Attributes:
+        error: Name of its class.
+        text: Its message.
+    """
+
+    error: Annotated[str, Length(1, 100)]
+    text: Annotated[str, Length(0, 1 << 20)]
+
+
+def write_outcome(run_dir: Path, error: BaseException) -> None:
+    """Leave word of an error for whoever started this process."""
+    outcome = Outcome(error=type(error).__name__, text=str(error)[: 1 << 20])
+    replace_file(run_dir / OUTCOME, json.dumps(encode(outcome)))
+
+
+class ServerProcess:
+    """A run's server that this process has started.
+
+    Args:
+        run_dir: The run folder, which says what the run is.
+        server_dir: The server's folder.
+        serve: Program; only tests give another.
+        detached: Let it go on when this process ends, with its output in a file of the run folder.
+    """
+
+    def __init__(
+        self, run_dir: Path, server_dir: Path, *, serve: Sequence[str] = SERVE, detached: bool = False
+    ) -> None:
+        self._run_dir = run_dir
+        (run_dir / "logs").mkdir(exist_ok=True)
+        (run_dir / OUTCOME).unlink(missing_ok=True)
+        arguments = [*serve, str(server_dir), str(run_dir), "0" if detached else str(os.getpid())]
+        output = (run_dir / SERVER_LOG).open("ab") if detached else None
+        try:
+            self._process = subprocess.Popen(
+                arguments,
+                env={**environment(), COMMAND_ENV: json.dumps(command())},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=None if output is None else subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C in a terminal reaches this process alone, which passes it on
+            )
+        finally:
+            if output is not None:
+                output.close()
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def wait(self, meanwhile: Callable[[], None]) -> None:
+        """Wait until it ends; what it raises, this raises.
+
+        Args:
+            meanwhile: Called again and again; what it raises ends the server, too.
+
+        Raises:
+            KeyboardInterrupt: This process, or the server, was interrupted; the server has closed its files.
+        """
+        try:
+            while self._process.poll() is None:
+                meanwhile()
+                time.sleep(POLL_S)
+        except BaseException:
+            self.interrupt()
+            raise
+        code = self._process.returncode
+        if code == INTERRUPTED or -code in (signal.SIGINT, signal.SIGTERM):
+            raise KeyboardInterrupt
+        if code != 0:
+            raise self._error(code)
+
+    def interrupt(self) -> None:
+        """Have it end as by Ctrl-C; by force if it does not."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+        try:
+            self._process.wait(CLOSE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _error(self, code: int) -> FedzoError:
+        try:
+            text = read_file(self._run_dir, OUTCOME)
+        except OSError:
+            return ProtocolError(
+                f"the run's server ended with status {code} and left no word. See {self._run_dir / 'fedzo.log'}, and "
+                f"go on with `fedzo resume {self._run_dir}`."
+            )
+        outcome: Outcome = decode_json(Outcome, text, where=str(self._run_dir / OUTCOME), error=ProtocolError)
+        return _KINDS.get(outcome.error, ProtocolError)(outcome.text)

@@ -1,0 +1,231 @@
+"""Keys, certificates and folders of a server and its sites; compared with what OpenSSL and OpenSSH say of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import ssl
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fedzo.errors import ConfigError
+from fedzo.runtime.net.client_folder import ClientFolder, Invitation, read_invitation, write_invitation
+from fedzo.runtime.net.credentials import (
+    fingerprint,
+    is_private,
+    is_signed_by,
+    make_key,
+    pem_of,
+    public_key_of,
+    read_certificate,
+    read_public_key,
+)
+from fedzo.runtime.net.server_folder import Listening, ServerFolder, is_loopback, split_address
+
+LISTENING = Listening(address="fed.example.org:8443", listen="0.0.0.0:8443", control="127.0.0.1:8444")
+needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl here")
+needs_ssh_keygen = pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="no ssh-keygen here")
+
+
+def server(path: Path) -> ServerFolder:
+    return ServerFolder.make(path, LISTENING, names=["fed.example.org", "10.1.2.3"])
+
+
+@needs_openssl
+def test_the_certificate_is_what_openssl_takes_for_these_names_and_no_others(tmp_path: Path) -> None:
+    folder = server(tmp_path / "s")
+
+    for name, good in [("fed.example.org", True), ("localhost", True), ("other.example.org", False)]:
+        command = ["openssl", "verify", "-CAfile", "ca.crt", "-x509_strict", "-purpose", "sslserver"]
+        done = subprocess.run([*command, "-verify_hostname", name, "server.crt"], cwd=folder.path, check=False)
+        assert (done.returncode == 0) is good
+    ssl.create_default_context(cafile=str(folder.file("ca.crt"))).load_cert_chain(
+        folder.file("server.crt"), folder.file("server.key")
+    )
+
+
+def test_a_certificate_says_names_and_days_and_who_signed_it(tmp_path: Path) -> None:
+    one, other = server(tmp_path / "one"), server(tmp_path / "other")
+
+    certificate = read_certificate(one.file("server.crt"))
+    assert certificate.names == ("fed.example.org", "localhost", "10.1.2.3", "127.0.0.1")
+    assert 364.9 < certificate.days_left <= 365
+    assert is_signed_by(one.file("server.crt"), one.file("ca.crt"))
+    assert not is_signed_by(one.file("server.crt"), other.file("ca.crt"))
+
+
+def test_only_this_user_reads_what_is_secret(tmp_path: Path) -> None:
+    folder = server(tmp_path / "s")
+    client = ClientFolder.make(tmp_path / "c", address="fed.example.org:8443", site="")
+
+    for file in (folder.file("ca.key"), folder.file("server.key"), folder.file("secret"), folder.file("clients.json")):
+        assert is_private(file), file
+    assert all(is_private(client.file(name)) for name in ("key", "secret"))
+    assert [path.stat().st_mode & 0o777 for path in (folder.path, client.path)] == [0o700, 0o700]
+
+
+def test_making_a_folder_again_keeps_all_that_is_there(tmp_path: Path) -> None:
+    before = {path.name: path.read_bytes() for path in server(tmp_path / "s").path.iterdir() if path.is_file()}
+
+    assert {path.name: path.read_bytes() for path in server(tmp_path / "s").path.iterdir() if path.is_file()} == before
+
+
+def test_a_renewed_certificate_is_another_of_the_same_authority(tmp_path: Path) -> None:
+    folder = server(tmp_path / "s")
+    authority, before = folder.file("ca.crt").read_bytes(), folder.file("server.crt").read_bytes()
+
+    folder.renew(names=["new.example.org"], days=10)
+
+    assert folder.file("ca.crt").read_bytes() == authority
+    assert folder.file("server.crt").read_bytes() != before
+    assert read_certificate(folder.file("server.crt")).names[0] == "new.example.org"
+    assert is_signed_by(folder.file("server.crt"), folder.file("ca.crt"))
+
+
+@needs_ssh_keygen
+def test_a_key_and_its_fingerprint_are_those_of_openssh(tmp_path: Path) -> None:
+    line = make_key(tmp_path / "key")
+
+    said = subprocess.run(["ssh-keygen", "-y", "-f", str(tmp_path / "key")], capture_output=True, text=True, check=True)
+    assert read_public_key(said.stdout) == line == public_key_of(tmp_path / "key")
+    (tmp_path / "key.pub").write_text(line)
+    said = subprocess.run(["ssh-keygen", "-lf", str(tmp_path / "key.pub")], capture_output=True, text=True, check=True)
+    assert fingerprint(pem_of(line)) == said.stdout.split()[1]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "no key", "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJmfYdqyXyWHCWfnpBDpDQNpUVcXAe5zRsPKjZuq0KGe"]
+)
+def test_what_is_no_key_of_a_supernode_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="the public key must be"):
+        read_public_key(text)
+
+
+# --- the registry
+
+
+def keys(tmp_path: Path, count: int) -> list[str]:
+    return [make_key(tmp_path / f"key{number}") for number in range(count)]
+
+
+def test_a_client_is_registered_once_with_an_index_a_name_and_a_key_of_its_own(tmp_path: Path) -> None:
+    folder, (first, second, third) = server(tmp_path / "s"), keys(tmp_path, 3)
+
+    folder.add_client("a", index=3, key=first)
+    assert folder.add_client("a", index=3, key=first + " comment").index == 3  # again: nothing changes
+    assert folder.add_client("b", index=None, key=second).index == 0  # the lowest that is free
+
+    for name, index, key, what in [("a", 5, third, "name"), ("c", 3, third, "index"), ("c", 5, first, "key")]:
+        with pytest.raises(ConfigError, match=rf"its {what} must be its own, but client"):
+            folder.add_client(name, index=index, key=key)
+    assert [(client.index, client.name) for client in folder.clients] == [(0, "b"), (3, "a")]
+    assert {key: client.index for key, client in folder.by_key().items()} == {pem_of(first): 3, pem_of(second): 0}
+
+
+def test_a_removed_client_is_nobody_and_its_index_is_free(tmp_path: Path) -> None:
+    folder, (first, second) = server(tmp_path / "s"), keys(tmp_path, 2)
+    folder.add_client("a", index=0, key=first)
+    assert set(folder.by_key()) == {pem_of(first)}
+
+    folder.remove_client("a")
+
+    assert folder.by_key() == {}
+    assert folder.add_client("a", index=0, key=second).key == second
+    with pytest.raises(ConfigError, match=r"client c: it must be registered \(a\)"):
+        folder.remove_client("c")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"index": -1}, "index"),
+        ({"name": "../x"}, "name"),
+        ({"added": 7}, "added"),
+        ({"more": 1}, "more"),
+    ],
+)
+def test_a_registry_that_somebody_spoiled_is_refused(tmp_path: Path, change: dict[str, object], says: str) -> None:
+    folder = server(tmp_path / "s")
+    folder.add_client("a", index=0, key=make_key(tmp_path / "key"))
+    (row,) = json.loads(folder.file("clients.json").read_text())
+    folder.file("clients.json").write_text(json.dumps([{**row, **change}]))
+
+    with pytest.raises(ConfigError, match=rf"clients\.json: .*{says}"):
+        _ = folder.clients
+
+
+def test_the_control_api_stays_on_the_loopback_interface(tmp_path: Path) -> None:
+    folder = server(tmp_path / "s")
+    text = folder.file("server.json").read_text()
+    folder.file("server.json").write_text(text.replace("127.0.0.1:8444", "0.0.0.0:8444"))
+
+    with pytest.raises(ConfigError, match="control must be on the loopback interface"):
+        folder.check()
+
+
+def test_a_server_serves_one_run_at_a_time(tmp_path: Path) -> None:
+    folder = server(tmp_path / "s")
+    assert folder.served is None
+
+    with folder.serving("/runs/one"):
+        assert folder.served is not None
+        assert folder.served.run == "/runs/one"
+        with (
+            pytest.raises(ConfigError, match=r"one run at a time, and serves /runs/one \(process \d+\)"),
+            folder.serving("x"),
+        ):
+            pass
+    assert folder.served is None
+
+
+@pytest.mark.parametrize(("address", "parts"), [("a:1", ("a", 1)), ("[::1]:8443", ("::1", 8443))])
+def test_an_address_is_host_and_port(address: str, parts: tuple[str, int]) -> None:
+    assert split_address(address) == parts
+
+
+@pytest.mark.parametrize("address", ["", "host", ":1", "host:", "host:x", "host:99999", "host:-1"])
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match="must be HOST:PORT"):
+        split_address(address)
+
+
+def test_loopback_is_told_from_the_rest() -> None:
+    assert [is_loopback(host) for host in ("127.0.0.1", "::1", "0.0.0.0", "10.1.2.3")] == [True, True, False, False]
+
+
+# --- a site
+
+
+def test_a_site_that_is_invited_has_all_that_it_needs(tmp_path: Path) -> None:
+    folder = server(tmp_path / "s")
+    make_key(tmp_path / "key")
+    authority, key = folder.file("ca.crt").read_text(), (tmp_path / "key").read_text()
+    write_invitation(tmp_path / "i.json", Invitation(address=LISTENING.address, authority=authority, key=key))
+    assert is_private(tmp_path / "i.json")
+
+    invitation = read_invitation(tmp_path / "i.json")
+    client = ClientFolder.make(tmp_path / "c", address=invitation.address, site="x: 1\n", invitation=invitation)
+
+    client.check()
+    assert client.public_key == public_key_of(tmp_path / "key")
+    assert client.file("site.yaml").read_text() == "x: 1\n"
+    assert (client.endpoint.address, client.endpoint.secret) == (LISTENING.address, None)
+
+
+def test_a_site_without_the_servers_authority_is_told_what_to_copy(tmp_path: Path) -> None:
+    client = ClientFolder.make(tmp_path / "c", address="h:1", site="")
+
+    with pytest.raises(ConfigError, match=r"ca\.crt must be the server's certificate authority, but is missing"):
+        client.check()
+
+
+def test_making_a_site_again_keeps_its_key_and_its_file_and_another_server_is_refused(tmp_path: Path) -> None:
+    client = ClientFolder.make(tmp_path / "c", address="h:1", site="one\n")
+    key = client.public_key
+
+    assert ClientFolder.make(tmp_path / "c", address="h:1", site="two\n").public_key == key
+    assert client.file("site.yaml").read_text() == "one\n"
+    with pytest.raises(ConfigError, match=r"it is of h:1, and you gave h:2"):
+        ClientFolder.make(tmp_path / "c", address="h:2", site="")

@@ -1,0 +1,147 @@
+"""What the port for sites lets through, request by request, without a network."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import logging
+import re
+from base64 import b64encode
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedzo.runtime.net.credentials import make_key, pem_of
+from fedzo.runtime.net.gate import BURST, MAX_BODY_BYTES, STRANGER_BURST, Gate
+from fedzo.runtime.net.server_folder import Listening, ServerFolder
+
+PUBLIC, CONTROL = 8443, 8444
+PULL, ACTIVATE = "/v1/fleet/pull-messages", "/v1/fleet/activate-node"
+
+
+class Place:
+    """A gate before an app that reads the whole body and answers with a status."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        listening = Listening(address="h:1", listen="0.0.0.0:8443", control="127.0.0.1:8444")
+        folder = ServerFolder.make(tmp_path / "s", listening, names=["h"])
+        self.key = pem_of(make_key(tmp_path / "key"))
+        folder.add_client("hospital", index=0, key=make_key(tmp_path / "key"))
+        self.key = next(iter(folder.by_key()))
+        self.stranger = pem_of(make_key(tmp_path / "other"))
+        self.seen: list[str] = []
+        self.status = 200
+        self.now = 0.0
+        self.gate = Gate(self._app, public_port=PUBLIC, folder=folder, clock=lambda: self.now)
+
+    async def _app(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            while (await receive()).get("more_body"):
+                pass
+            status = self.status
+        except Exception:
+            status = 500  # as Flower's own app answers
+        else:
+            self.seen.append(scope["path"])
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    def ask(
+        self, path: str, *, port: int = PUBLIC, key: bytes | None = None, parts: list[bytes] | None = None,
+        headers: dict[bytes, bytes] | None = None, behind_s: float = 0.0, host: str = "10.0.0.9",
+    ) -> int:  # fmt: skip
+        signed = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=behind_s)
+        given = {b"flwr-timestamp": signed.isoformat().encode(), **(headers or {})}
+        if key is not None:
+            given[b"flwr-public-key"] = b64encode(key)
+        scope = {"type": "http", "server": ("10.0.0.1", port), "client": (host, 5), "path": path}
+        scope["headers"] = list(given.items())
+        events = [{"type": "http.request", "body": part, "more_body": True} for part in parts or []]
+        events.append({"type": "http.request", "body": b"", "more_body": False})
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            return events.pop(0)
+
+        async def send(event: Any) -> None:
+            sent.append(event)
+
+        asyncio.run(self.gate(scope, receive, send))
+        return int(sent[0]["status"])
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def test_sites_reach_the_fleet_api_and_nothing_else(place: Place) -> None:
+    assert place.ask(PULL, key=place.key) == 200
+    shut = [
+        "/", "/docs", "/openapi.json", "/health", "/v1/control/start-run", "/v1/control/list-nodes",
+        "/v1/runtime/acquire-task", "/v1/runtime/pull-messages", "//v1/control/start-run", "/V1/FLEET/pull-messages",
+        "/v1/fleet", "/x/v1/fleet/pull-messages",
+    ]  # fmt: skip
+    assert {place.ask(path, key=place.key) for path in shut} == {404}
+    assert place.seen == [PULL]
+
+
+def test_this_machine_reaches_every_api_at_its_own_port(place: Place) -> None:
+    assert [place.ask(path, port=CONTROL) for path in ("/v1/control/start-run", PULL)] == [200, 200]
+
+
+def test_a_long_body_is_refused_whether_its_length_is_declared_or_not(place: Place) -> None:
+    long = str(MAX_BODY_BYTES + 1).encode()
+    assert place.ask(PULL, key=place.key, headers={b"content-length": long}) == 413
+    assert place.ask(PULL, key=place.key, headers={b"content-length": b"-1"}) == 413
+    assert place.ask(PULL, key=place.key, parts=[bytes(MAX_BODY_BYTES), b"x"]) == 500
+    assert place.seen == []
+    assert place.ask(PULL, key=place.key, parts=[bytes(MAX_BODY_BYTES)]) == 200
+
+
+def test_a_client_has_a_budget_of_its_own_and_all_strangers_of_a_host_share_a_small_one(place: Place) -> None:
+    place.status = 401
+    for number in range(int(STRANGER_BURST)):
+        assert place.ask(ACTIVATE, key=place.stranger + b"%d" % number) == 401  # another key each time does not help
+    assert place.ask(ACTIVATE, key=place.stranger) == 429
+    assert place.ask(ACTIVATE, key=place.stranger, host="10.0.0.8") == 401
+
+    place.status = 200
+    assert {place.ask(PULL, key=place.key) for _ in range(int(BURST))} == {200}
+    assert place.ask(PULL, key=place.key) == 429
+    place.now += 1.0
+    assert place.ask(PULL, key=place.key) == 200
+
+
+@pytest.mark.parametrize(
+    ("who", "path", "behind_s", "says"),
+    [
+        ("stranger", ACTIVATE, 0.0, r"a node with the key SHA256:\S+ at 10\.0\.0\.9: its key is not registered here"),
+        ("client", ACTIVATE, 0.0, "client hospital at 10.0.0.9: another node with its key is connected"),
+        ("client", PULL, 3600.0, r"client hospital .*: its clock is 3600 s behind this server's, .* Set its clock"),
+        ("client", PULL, -3600.0, "its clock is 3600 s ahead of this server's"),
+        ("nobody", PULL, 0.0, "a node with the key no key at 10.0.0.9: its key is not registered"),
+    ],
+)
+def test_a_node_that_the_superlink_refuses_is_named_with_the_reason(
+    place: Place, caplog: pytest.LogCaptureFixture, who: str, path: str, behind_s: float, says: str
+) -> None:
+    place.status = 401
+    key = {"stranger": place.stranger, "client": place.key, "nobody": None}[who]
+
+    with caplog.at_level(logging.WARNING, logger="fedzo"):
+        for _ in range(3):
+            place.ask(path, key=key, behind_s=behind_s)
+
+    (line,) = [record.getMessage() for record in caplog.records]  # once a minute
+    assert re.search(says, line)
+
+
+def test_words_of_a_stranger_do_not_reach_the_log(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    place.status = 401
+
+    place.ask(ACTIVATE, key=b"\x1b[2J evil\n" * 50)
+
+    assert "evil" not in caplog.text
+    assert "\x1b" not in caplog.text
