@@ -15,6 +15,7 @@ from typing import Any
 
 import fedzo
 from fedzo.cli import commands
+from fedzo.cli.sites import add_client, add_server
 from fedzo.errors import ConfigError, FedzoError
 from fedzo.system import quiet_libraries
 
@@ -211,6 +212,13 @@ def make_parser() -> argparse.ArgumentParser:
     own.add_argument("group", metavar="GROUP", nargs="?", help="only this group")
 
     command("doctor", commands.doctor, "check this machine: versions, devices, golden vectors")
+
+    add_server(command("server", commands.server, "the server of a federation of sites: its folder and its SuperLink"))
+    add_client(command("client", commands.client, "a site of a federation: its folder and its processes"))
+    own = command("status", commands.status, "a server, its clients and its run, or one run")
+    own.add_argument("dir", metavar="DIR", nargs="?", default=".", help="server or run folder (default: this folder)")
+    own = command("stop", commands.stop, "end a run that is going on, between two rounds")
+    _add_run(own)
     return parser
 
 

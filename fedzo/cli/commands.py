@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from fedzo.errors import ConfigError, RunFolderError
@@ -139,6 +139,71 @@ def doctor(arguments: Namespace) -> int:
     for name, good, detail in checks:
         print(f"{'ok  ' if good else 'BAD '} {name}: {detail}")
     return 0 if all(good for _, good, _ in checks) else 1
+
+
+def server(arguments: Namespace) -> int:
+    """``fedzo server``."""
+    import socket
+
+    from fedzo.commands import server as commands
+    from fedzo.runtime.net.server_folder import ServerFolder
+
+    folder = ServerFolder(Path(arguments.dir))
+    match arguments.what:
+        case "init":
+            hosts = arguments.host or [socket.gethostname()]
+            ports = {"port": arguments.port, "control_port": arguments.control_port}
+            lines = commands.init(Path(arguments.dir), hosts=hosts, days=arguments.days, **ports)
+        case "add-client":
+            lines = commands.add_client(folder, arguments.name, index=arguments.index, key=arguments.key)
+        case "remove-client":
+            lines = commands.remove_client(folder, arguments.name)
+        case "renew":
+            lines = commands.renew(folder, hosts=arguments.host or [], days=arguments.days)
+        case _:
+            return _keep(commands.up(folder))
+    return _print(lines)
+
+
+def client(arguments: Namespace) -> int:
+    """``fedzo client``."""
+    from fedzo.commands import client as commands
+    from fedzo.runtime.net.client_folder import ClientFolder
+
+    path = Path(arguments.dir)
+    if arguments.what == "up":
+        return _keep(commands.up(ClientFolder(path)))
+    files = [Path(name) if name else None for name in (arguments.invitation, arguments.ca)]
+    return _print(commands.init(path, server=arguments.server, invitation=files[0], authority=files[1]))
+
+
+def status(arguments: Namespace) -> int:
+    """``fedzo status``."""
+    from fedzo.commands.status import status as lines_of
+
+    return _print(lines_of(Path(arguments.dir)))
+
+
+def stop(arguments: Namespace) -> int:
+    """``fedzo stop``."""
+    from fedzo.commands.status import stop as stop_run
+
+    return _print(stop_run(_folder(arguments.run)))
+
+
+def _keep(lines: Iterable[str]) -> int:
+    """Show what a service says until it is told to end, which is no failure."""
+    try:
+        return _print(lines)
+    except KeyboardInterrupt:
+        print("ended", flush=True)
+        return 0
+
+
+def _print(lines: Iterable[str]) -> int:
+    for line in lines:
+        print(line, flush=True)
+    return 0
 
 
 def _folder(name: str) -> Path:

@@ -93,13 +93,20 @@ def serve_run(run_dir: Path, server_dir: Path) -> None:
     Args:
         run_dir: The run folder, whose settings whoever started this process has written.
         server_dir: The server's folder.
+
+    Raises:
+        ConfigError: The server serves another run.
     """
     from fedzo.run.apps import server_app
     from fedzo.runtime.net.serve import serve
     from fedzo.runtime.net.server_folder import ServerFolder
 
     folder = ServerFolder(server_dir)
-    with RunStore(run_dir) as store, _opened(read_launch(run_dir), store) as process:
+    with (
+        folder.serving(str(run_dir.resolve())),
+        RunStore(run_dir) as store,
+        _opened(read_launch(run_dir), store) as process,
+    ):
         run_config = {CONFIG_KEY: keep_process(process), RUN_DIR_KEY: str(store.folder.resolve())}
         serve(server_app, folder=folder, run_config=run_config)
 
@@ -236,8 +243,9 @@ def _environment(process: Process) -> dict[str, Any]:
 def _with_absolute_paths(config: LaunchConfig) -> LaunchConfig:
     """Paths that every process of the run, and a later resume, can follow from anywhere."""
     config = deepcopy(config)
-    for section, key in ((config.data, "path"), (config.inputs, "artifact"), (config.inputs, "calibration")):
-        if path := getattr(section, key):
+    paths: list[tuple[Any, str]] = [(config.data, "path"), (config.inputs, "artifact"), (config.inputs, "calibration")]
+    for section, key in [*paths, (config.runtime, "server")]:
+        if path := getattr(section, key, None):
             setattr(section, key, str(Path(path).expanduser().resolve()))
     if Path(config.model.name).expanduser().is_dir():
         config.model.name = str(Path(config.model.name).expanduser().resolve())

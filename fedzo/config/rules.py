@@ -33,6 +33,7 @@ def launch_problems(config: LaunchConfig) -> list[Problem]:
     """Every broken rule that shows in a command line alone, on any machine."""
     return [
         *site_problems(config, config),
+        *([] if config.runtime.traits.has_sites else rows_problems(config, config)),
         *run_problems(config),
         *config.trainer.input_problems(config.inputs, config),
         *broken_rules(config.runtime, config),
@@ -44,10 +45,21 @@ def site_problems(site: SiteConfig, run: RunSettings) -> Iterator[Problem]:
     """Broken rules on how one machine takes part in a run."""
     yield from _machine(site)
     yield from _model(site, run)
-    yield from _rows(site, run)
     yield from traits.dtype_problems(site, run)
     yield from traits.quantization_problems(site, run)
     yield from traits.compile_problems(site, run)
+
+
+def rows_problems(site: SiteConfig, run: RunSettings) -> Iterator[Problem]:
+    """Broken rules on where a machine that plays clients has their rows from."""
+    if site.data.path is not None:
+        return
+    if run.partition.traits.own_rows:
+        remedy = "Write data.path=<file or folder>, in which {client} stands for the client's index."
+        yield problem("data.path", f"be given for partition={plugin_name('partition', run.partition)}", None, remedy)
+    elif run.task.name not in EMBEDDED:
+        rule = f"be given for the task {run.task.name!r} (only {', '.join(EMBEDDED)} is embedded)"
+        yield problem("data.path", rule, None, "Write data.path=<folder or file with the rows>.")
 
 
 def run_problems(config: RunSettings) -> Iterator[Problem]:
@@ -120,17 +132,6 @@ def _model(site: SiteConfig, run: RunSettings) -> Iterator[Problem]:
     if model.tokens_per_batch < longest:
         rule = f"be >= task.max_length ({longest}), so that one sequence fits"
         yield problem("model.tokens_per_batch", rule, model.tokens_per_batch, "Raise it, or lower task.max_length.")
-
-
-def _rows(site: SiteConfig, run: RunSettings) -> Iterator[Problem]:
-    if site.data.path is not None:
-        return
-    if run.partition.traits.own_rows:
-        remedy = "Write data.path=<file or folder>, in which {client} stands for the client's index."
-        yield problem("data.path", f"be given for partition={plugin_name('partition', run.partition)}", None, remedy)
-    elif run.task.name not in EMBEDDED:
-        rule = f"be given for the task {run.task.name!r} (only {', '.join(EMBEDDED)} is embedded)"
-        yield problem("data.path", rule, None, "Write data.path=<folder or file with the rows>.")
 
 
 # --- of the run

@@ -130,6 +130,21 @@ def lock_file(opened: int, folder: Path) -> None:
         raise FolderInUseError(f"run folder {folder}: another process is using it. Wait for it, or end it.") from error
 
 
+def is_locked(file: Path) -> bool:
+    """Whether another process has locked a file; one that is not there is not."""
+    try:
+        opened = os.open(file, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        lock_file(opened, file.parent)
+    except FolderInUseError:
+        return True
+    finally:
+        os.close(opened)
+    return False
+
+
 def refuse_link(path: Path) -> None:
     """Raise ``RunFolderError`` where a path is a link."""
     if path.is_symlink():

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from fedzo.fl.server.rounds import Server, Sink
 from fedzo.fl.server.updates import ScalarUpdates, Updates
 from fedzo.fl.server.vectors import VectorUpdates
 from fedzo.models.memory import gradient_bytes
+from fedzo.records.decode import to_json
+from fedzo.records.folder import replace_file
 from fedzo.records.metrics import (
     ClientSetup,
     Estimate,
@@ -41,11 +43,14 @@ from fedzo.run.peer import TrialRows
 from fedzo.run.process import this_process
 from fedzo.run.scores import Scores
 from fedzo.run.server_context import ServerContext
+from fedzo.run.start import STOP
 from fedzo.trainers import Prepared
 from fedzo.trainers.artifacts import ARTIFACTS
 from fedzo.zo.estimator import ZerothOrderConfig
 
 log = logging.getLogger(__name__)
+PRESENCE = "clients.json"
+PRESENCE_S = 2.0
 
 
 class Sinks:
@@ -86,6 +91,7 @@ class Federation:
         self._context = context
         self._config = config
         self._store = store
+        self._next_presence = 0.0
         started, before = time.monotonic(), max((line.seconds for line in store.metrics), default=0.0)
         self._elapsed: Callable[[], float] = lambda: before + time.monotonic() - started
         self._progress = ProgressSink(
@@ -120,13 +126,19 @@ class Federation:
         server.warn_of_cut_sizes()
         server.catch_up()
         self._write_setup()
+        self._write_presence()
         if server.round == 0:
             scores.take("test", rounds=0)
             scores.take("dev", rounds=0)
         else:
             scores.take_due(server)  # those that a killed run still owed
+        (self._store.folder / STOP).unlink(missing_ok=True)  # of an earlier start
         while server.round < config.fl.rounds:
+            if (self._store.folder / STOP).exists():
+                (self._store.folder / STOP).unlink()
+                raise KeyboardInterrupt
             server.run_round()
+            self._write_presence()
             scores.take_due(server)
         server.tell_step_policy()
         best = best_round(self._store, by=config.evaluation.best_by, evaluator=first_evaluator(config))
@@ -252,6 +264,17 @@ class Federation:
         trains_base_weights = self._config.trainer.traits.trains_base_weights
         size = self._at.replica.space.size
         return gradient_bytes(self._at.loaded.model, size, trains_base_weights=trains_base_weights)
+
+    def _write_presence(self) -> None:
+        """For ``fedzo status``, where clients come and go: who is here, at most every few seconds."""
+        now = time.monotonic()
+        if self._context.takes_turns or now < self._next_presence:
+            return
+        self._next_presence = now + PRESENCE_S
+        server = self._server
+        text = to_json(server.client_registry.presence(server.round))
+        with suppress(OSError):  # a full disk ends the run where the log cannot be written, and not here
+            replace_file(self._store.folder / PRESENCE, text)
 
     # --- end
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from fedzo.config.rules import site_problems
+from fedzo.config.rules import rows_problems, site_problems
 from fedzo.config.schema import RunConfig, RunSettings, SiteConfig
 from fedzo.config.travel import from_json, load_site, to_json
 from fedzo.data.kept_digests import KEPT_ROWS, KeptDigests
@@ -82,14 +82,27 @@ def _temporary(what: str) -> Path:
 
 
 def open_process(
-    run: RunConfig, site: SiteConfig, *, artifacts: Path | None = None, site_folder: Path | None = None
+    run: RunConfig,
+    site: SiteConfig,
+    *,
+    artifacts: Path | None = None,
+    site_folder: Path | None = None,
+    plays_clients: bool = False,
 ) -> Process:
     """Load this site's model for a run; rows are read when they are first asked for.
+
+    Args:
+        run: What the peers of the run agree on.
+        site: This machine's own.
+        artifacts: Folder of artifacts that clients have or receive; None for one that ends with the process.
+        site_folder: Where this machine keeps what it must remember of a run.
+        plays_clients: Whether it needs rows.
 
     Raises:
         ConfigError: The site cannot take part in this run, or its model cannot be loaded.
     """
-    if texts := [problem.text for problem in site_problems(site, run)]:
+    rows = rows_problems(site, run) if plays_clients else ()
+    if texts := [problem.text for problem in (*site_problems(site, run), *rows)]:
         raise ConfigError("; ".join(texts))
     loaded = open_model(site, run.task.max_length)
     return Process(Peer.of(run, site, loaded), row_source(run, site), artifacts, site_folder=site_folder)
@@ -123,7 +136,8 @@ def this_process(run_json: str, *, artifacts: Path | None = None) -> Process:
         _write_errors()
         file = Path(_site_file())
         run, site = from_json(run_json, RunConfig), load_site(file)
-        _open.append((run_json, open_process(run, site, artifacts=artifacts, site_folder=file.parent)))
+        process = open_process(run, site, artifacts=artifacts, site_folder=file.parent, plays_clients=True)
+        _open.append((run_json, process))
     return _open[0][1]
 
 

@@ -26,10 +26,12 @@ class RuntimeTraits:
             deadline applies.
         joins_forwards: Whether the clients of a round share forwards.
         server_process: Whether the server is a process of its own, which opens the run, and not this one.
+        has_sites: Whether clients are sites of their own, so that this machine needs no rows.
     """
 
     takes_turns: bool = False
     server_process: bool = False
+    has_sites: bool = False
     joins_forwards: bool = False
 
 
@@ -128,3 +130,30 @@ def _local(config: LocalConfig, *, num_clients: int, run_config: dict[str, str])
     from fedzo.runtime.local import run_local
 
     run_local(num_clients=num_clients, run_dir=Path(run_config["run-dir"]), config=config)
+
+
+@dataclass(kw_only=True, slots=True)
+class RemoteConfig(RuntimeConfig):
+    """Sites on machines of their own, through the SuperLink that ``fedzo server up`` keeps here."""
+
+    server: str = ""
+    """The server's folder, which ``fedzo server init`` makes."""
+
+    @property
+    def traits(self) -> RuntimeTraits:
+        return RuntimeTraits(server_process=True, has_sites=True)
+
+    def problems(self, run: RunSettings) -> Iterator[Problem]:
+        if not self.server:
+            remedy = "Write runtime.server=DIR, the folder that `fedzo server init DIR` made."
+            yield problem("runtime.server", "be given for runtime=remote", self.server, remedy)
+        if not run.partition.traits.own_rows:
+            rule = "be own for runtime=remote: each site has rows of its own, and the server has none"
+            yield problem("partition", rule, type(run.partition).__name__, "Write experiment=sites.")
+
+
+@RUNTIMES.register("remote", RemoteConfig)
+def _remote(config: RemoteConfig, *, num_clients: int, run_config: dict[str, str]) -> None:
+    from fedzo.runtime.remote import run_remote
+
+    run_remote(num_clients=num_clients, run_dir=Path(run_config["run-dir"]), config=config)

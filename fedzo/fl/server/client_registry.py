@@ -21,6 +21,7 @@ from fedzo.fl.messages import Hello, HelloReply
 from fedzo.records.decode import decode_json
 from fedzo.records.fields import LabelCounts
 from fedzo.records.metrics import ClientSetup
+from fedzo.records.presence import ClientPresence, Presence
 
 log = logging.getLogger(__name__)
 RETRY_S = 10.0  # after which a node that was not let in is greeted again; twice as long after each further greeting
@@ -163,6 +164,21 @@ class ClientRegistry:
             for client, mute in self._mute.items()
             if round < mute.again and client in self.nodes
         }
+
+    def presence(self, round: int) -> Presence:
+        """Who is here before a round, and what is known of the others."""
+        resting, rows = self.resting(round), []
+        for client in range(self.num_clients):
+            place, hello = self._places.get(client), self.hellos.get(client)
+            if client in resting:
+                state, why = "silent", resting[client]
+            elif client in self.nodes:
+                state, why = "ready", ""
+            else:
+                state = "refused" if place and place.node in self._reasons else "connected" if place else "away"
+                why = self._reasons.get(place.node, "") if place else ""
+            rows.append(ClientPresence(client=client, state=state, why=why, version=hello.version if hello else ""))
+        return Presence(round=round, clients=tuple(rows))
 
     def label_counts(self, client: int) -> dict[str, int]:
         """Label counts that a client declared."""

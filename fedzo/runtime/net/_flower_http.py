@@ -66,10 +66,22 @@ def quicken(poll_s: float) -> None:
     module's name ``time``, of which it uses nothing but ``sleep``, is replaced. It says every 20 s that it lives, and
     is missed after 60 s, for which it cannot come back; here every 6 s and after 20 s, the least that Flower allows.
     """
-    logging.getLogger("flwr").setLevel(logging.WARNING)  # it would write some lines for each message
+    flower = logging.getLogger("flwr")
+    flower.setLevel(logging.INFO)
+    for handler in flower.handlers:
+        handler.setLevel(logging.WARNING)  # it would write some lines for each message
+    flower.addHandler(_Connected())
     cast(Any, start_client_internal).time = SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, poll_s)))
     cast(Any, fleet_http_connection).HEARTBEAT_DEFAULT_INTERVAL = HEARTBEAT_MIN_INTERVAL
     cast(Any, heartbeat).HEARTBEAT_DEFAULT_INTERVAL = HEARTBEAT_MIN_INTERVAL / 2 + HEARTBEAT_CALL_TIMEOUT + 2.5
+
+
+class _Connected(logging.Handler):
+    """Tells when this SuperNode has connected, of all that Flower has to tell."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if str(record.msg).startswith("SuperNode ID"):
+            log.warning("connected as node %s", record.getMessage().rpartition(" ")[2])
 
 
 def superlink(serve: Callable[..., None]) -> None:

@@ -15,11 +15,23 @@ import fedzo
 from fedzo.errors import ProtocolError
 from fedzo.run.process import SITE_ENV, SITE_LOG_ENV
 from fedzo.runtime._flower import ENVIRONMENT
-from fedzo.runtime.net._flower_control import control
+from fedzo.runtime.net._flower_control import Node, control
 from fedzo.runtime.net.client_folder import KEY, SECRET, ClientFolder
 from fedzo.runtime.net.processes import Processes, accepts, free_ports, python
 from fedzo.runtime.net.server_folder import ServerFolder, split_address
 
+__all__ = [
+    "EXECUTOR",
+    "Node",
+    "Site",
+    "control",
+    "environment",
+    "listening_problem",
+    "register_clients",
+    "start_site",
+    "start_superlink",
+    "wait_for_superlink",
+]
 log = logging.getLogger(__name__)
 DAEMONS = "fedzo.runtime.net.daemons"
 EXECUTOR = python("fedzo.runtime.net.executor")

@@ -171,6 +171,26 @@ class Processes:
             )
 
 
+class Tail:
+    """The lines that are added to a log file, from now on."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._read = file.stat().st_size if file.exists() else 0
+
+    def new(self) -> list[str]:
+        """Those since the last call."""
+        try:
+            with self._file.open("rb") as text:
+                text.seek(self._read)
+                said = text.read(1 << 20)
+        except FileNotFoundError:
+            return []
+        whole = said[: said.rfind(b"\n") + 1]
+        self._read += len(whole)
+        return COLOURS.sub("", whole.decode("utf-8", "replace")).splitlines()
+
+
 def watch_parent(parent_pid: int) -> None:
     """End this process soon after its parent has: by SIGTERM, and without asking if that does not help."""
 

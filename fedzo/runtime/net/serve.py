@@ -35,16 +35,16 @@ def serve(
 
     Args:
         server_app: Runs in this process.
-        folder: The server's, whose SuperLink is up or starting.
+        folder: The server's, whose SuperLink is up or starting; ``folder.serving`` is held by whoever calls this.
         run_config: Given to both apps; the run folder stays here.
         startup_s: How long to wait for the SuperLink.
 
     Raises:
-        ConfigError: Another federation runs in this process, or at this server.
+        ConfigError: Another federation runs in this process.
         ProtocolError: The SuperLink does not answer, or somebody has stopped the run.
     """
-    run_dir, server = run_config[RUN_DIR_KEY], folder.endpoint
-    with one_federation(), quiet_flower(), folder.serving(run_dir):
+    server = folder.endpoint
+    with one_federation(), quiet_flower():
         _wait_for(server.address, startup_s)
         try:
             with control(server) as flower:

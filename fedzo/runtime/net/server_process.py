@@ -94,12 +94,15 @@ class ServerProcess:
             meanwhile: Called again and again; what it raises ends the server, too.
 
         Raises:
+            SystemExit: By ``meanwhile`` or a signal's handler; the server goes on.
             KeyboardInterrupt: This process, or the server, was interrupted; the server has closed its files.
         """
         try:
             while self._process.poll() is None:
                 meanwhile()
                 time.sleep(POLL_S)
+        except SystemExit:  # this process is to end, and not the run
+            raise
         except BaseException:
             self.interrupt()
             raise

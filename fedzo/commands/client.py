@@ -1,0 +1,70 @@
+"""``fedzo client``: a site's folder, and its SuperNode and executor as long as they are up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+from fedzo.config.travel import load_site
+from fedzo.errors import ConfigError
+from fedzo.runtime.net.client_folder import AUTHORITY, PUBLIC_KEY, SITE, ClientFolder, read_invitation
+from fedzo.runtime.net.parts import Site, environment, start_site
+from fedzo.runtime.net.processes import Processes, Tail
+
+LOOK_S = 0.5
+STEP_LIMIT_S = 3600.0
+CONNECTED = "connected as node"
+
+
+def init(path: Path, *, server: str | None, invitation: Path | None, authority: Path | None) -> Iterator[str]:
+    """Make a site's folder, or what is missing of it; yields lines for people.
+
+    Args:
+        path: The folder.
+        server: ``host:port`` of the server; an invitation holds it, too.
+        invitation: File that the server handed over.
+        authority: File with the server's certificate authority, where there is no invitation.
+    """
+    invited = read_invitation(invitation) if invitation else None
+    address = server or (invited.address if invited else None)
+    if address is None:
+        raise ConfigError("--server must be given, or --invitation FILE, which holds it. Write --server HOST:PORT.")
+    template = resources.files("fedzo.commands").joinpath("templates", SITE).read_text(encoding="utf-8")
+    folder = ClientFolder.make(path, address=address, site=template, invitation=invited)
+    if authority is not None:
+        folder.file(AUTHORITY).write_bytes(authority.read_bytes())
+    yield f"client folder: {path}, of the server {folder.address}"
+    if not (invited and invited.key):
+        yield f"public key, for `fedzo server add-client NAME --index K --key ...`: {folder.public_key}"
+        yield f"(the same in {folder.file(PUBLIC_KEY)})"
+    if not folder.file(AUTHORITY).exists():
+        yield f"still needed: the server's ca.crt, as {folder.file(AUTHORITY)}"
+    yield f"next: edit {folder.file(SITE)} (rows, model, limits), and fedzo client up {path}"
+
+
+def up(folder: ClientFolder) -> Iterator[str]:
+    """Keep a site's SuperNode and executor until this process is told to end; yields lines for people.
+
+    Raises:
+        ConfigError: The folder is not whole, or the site file is wrong.
+    """
+    folder.check()
+    load_site(folder.file(SITE))
+    variables = {**environment(), "FLWR_HOME": str(folder.file("flower").resolve())}
+    log_file = folder.file("logs").resolve() / "site.log"
+    with Processes(folder.file("logs"), environment=variables) as processes:
+        site_file = folder.file(SITE).resolve()
+        start_site(processes, Site(folder=folder, site_file=site_file, log_file=log_file, step_limit_s=STEP_LIMIT_S))
+        yield f"SuperNode and executor started for {folder.address}, logs in {folder.file('logs')}"
+        watched = {"supernode": Tail(processes.log_path("supernode")), "site": Tail(log_file)}
+        while True:
+            processes.check()
+            for line in watched["supernode"].new():
+                if CONNECTED in line:
+                    yield f"connected to {folder.address}"
+                elif "Failed to initialize" in line or "[code:" in line:
+                    yield f"the server refused: {line.strip()}"
+            yield from watched["site"].new()
+            time.sleep(LOOK_S)

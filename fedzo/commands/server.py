@@ -1,0 +1,137 @@
+"""``fedzo server``: a server's folder and registry, and its SuperLink as long as it is up."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from fedzo.errors import ConfigError
+from fedzo.runtime.net.client_folder import Invitation, read_invitation, write_invitation
+from fedzo.runtime.net.credentials import fingerprint, make_key, pem_of, public_key_of, read_certificate, write_private
+from fedzo.runtime.net.parts import (
+    environment,
+    listening_problem,
+    register_clients,
+    start_superlink,
+    wait_for_superlink,
+)
+from fedzo.runtime.net.processes import Processes, Tail
+from fedzo.runtime.net.server_folder import Listening, RegisteredClient, ServerFolder
+
+log = logging.getLogger(__name__)
+INVITATIONS = "invitations"
+LOOK_S, STARTUP_S = 1.0, 120.0
+
+
+def init(path: Path, *, hosts: Sequence[str], port: int, control_port: int, days: int) -> Iterator[str]:
+    """Make a server's folder, or what is missing of it; yields lines for people.
+
+    Args:
+        path: The folder.
+        hosts: Names and addresses at which sites reach this machine; the first is told to them.
+        port: For sites.
+        control_port: For this machine.
+        days: How long the certificate is valid.
+    """
+    if port == control_port:
+        raise ConfigError(f"--port must be another than --control-port, got {port} for both.")
+    bracketed = [f"[{host}]" if ":" in host else host for host in hosts]
+    listening = Listening(
+        address=f"{bracketed[0]}:{port}", listen=f"0.0.0.0:{port}", control=f"127.0.0.1:{control_port}"
+    )
+    folder = ServerFolder.make(path, listening, names=hosts, days=days)
+    folder.check()
+    certificate = read_certificate(folder.file("server.crt"))
+    yield f"server folder: {path}"
+    yield f"sites connect to {folder.listening.address}; change server.json for another address or port"
+    yield f"certificate for {', '.join(certificate.names)}, valid for {certificate.days_left:.0f} days"
+    yield f"next: fedzo server add-client NAME --index 0 --dir {path}, and fedzo server up {path}"
+
+
+def add_client(folder: ServerFolder, name: str, *, index: int | None, key: str | None) -> Iterator[str]:
+    """Register a client; without a key of its own, make one and an invitation that holds it.
+
+    Args:
+        folder: The server's.
+        name: Of the client, for people.
+        index: Of the client in a run; None for the lowest that is free.
+        key: Its public key, or a file with it.
+    """
+    folder.check()
+    if key is not None:
+        line = Path(key).read_text(encoding="utf-8") if Path(key).is_file() else key
+        client = folder.add_client(name, index=index, key=line)
+        yield _registered(client)
+        yield f"the site needs {folder.file('ca.crt')}: it copies the file into its folder as ca.crt"
+        return
+    room = folder.file(INVITATIONS)
+    room.mkdir(mode=0o700, exist_ok=True)
+    file, private = room / f"{name}.json", room / f"{name}.key"
+    if file.exists():  # the command is repeated
+        write_private(private, read_invitation(file).key.encode())
+    else:
+        make_key(private)
+    try:
+        client = folder.add_client(name, index=index, key=public_key_of(private))
+        authority, text = folder.file("ca.crt").read_text(encoding="ascii"), private.read_text(encoding="ascii")
+    finally:
+        private.unlink()
+    write_invitation(file, Invitation(address=folder.listening.address, authority=authority, key=text))
+    yield _registered(client)
+    yield f"invitation: {file}. It holds the site's key: hand it over on a safe way, then remove it here"
+    yield f"on the site: fedzo client init DIR --server {folder.listening.address} --invitation {name}.json"
+
+
+def remove_client(folder: ServerFolder, name: str) -> Iterator[str]:
+    """Revoke a client's key; a SuperLink that is up forgets it within seconds."""
+    folder.check()
+    client = folder.remove_client(name)
+    (folder.file(INVITATIONS) / f"{name}.json").unlink(missing_ok=True)
+    yield f"client {client.index} ({client.name}) is not registered any more: its key opens nothing"
+
+
+def renew(folder: ServerFolder, *, hosts: Sequence[str], days: int) -> Iterator[str]:
+    """Write a new certificate, by default for the names of the old one; sites need nothing new."""
+    folder.check()
+    folder.renew(names=hosts or read_certificate(folder.file("server.crt")).names, days=days)
+    certificate = read_certificate(folder.file("server.crt"))
+    yield f"certificate for {', '.join(certificate.names)}, valid for {certificate.days_left:.0f} days"
+    yield "a SuperLink that is up takes it within seconds"
+
+
+def up(folder: ServerFolder) -> Iterator[str]:
+    """Keep the SuperLink until this process is told to end; yields lines for people.
+
+    Raises:
+        ConfigError: The folder is not whole, or somebody listens at its ports.
+        ProtocolError: The SuperLink does not start.
+    """
+    folder.check()
+    if text := listening_problem(folder):
+        raise ConfigError(text)
+    if folder.served is None:  # no run needs what Flower remembers
+        for left in folder.path.glob("superlink.db*"):
+            left.unlink()
+    variables = {**environment(), "FLWR_HOME": str(folder.file("flower"))}
+    with Processes(folder.file("logs"), environment=variables) as processes:
+        start_superlink(processes, folder, restarts=None)
+        wait_for_superlink(processes, folder, timeout_s=STARTUP_S)
+        listening = folder.listening
+        yield f"SuperLink up: sites at {listening.address} (listening at {listening.listen})"
+        yield f"log: {processes.log_path('superlink')}"
+        registered: object = None
+        said = Tail(processes.log_path("superlink"))
+        while True:
+            processes.check()
+            if folder.by_key() is not registered:
+                registered = folder.by_key()
+                register_clients(folder)
+                yield f"{len(folder.clients)} clients are registered"
+            yield from (line for line in said.new() if " WARNING refused: " in line)
+            time.sleep(LOOK_S)
+
+
+def _registered(client: RegisteredClient) -> str:
+    return f"client {client.index}: {client.name}, key {fingerprint(pem_of(client.key))}, registered {client.added}"

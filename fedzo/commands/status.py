@@ -1,0 +1,147 @@
+"""``fedzo status`` and ``fedzo stop``: what a server, its clients and its run are at, and how to end the run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import httpx
+
+from fedzo.commands.run_folder import read_launch
+from fedzo.errors import ConfigError, ProtocolError, RunFolderError
+from fedzo.fl.log_store import PUBLIC, RunLog
+from fedzo.records.decode import decode_json
+from fedzo.records.folder import is_locked, read_file, replace_file
+from fedzo.records.metrics import Round
+from fedzo.records.presence import Presence
+from fedzo.report.format import seconds_text
+from fedzo.run.federation import PRESENCE
+from fedzo.run.start import STOP
+from fedzo.runtime.net.credentials import pem_of, read_certificate
+from fedzo.runtime.net.parts import Node, control
+from fedzo.runtime.net.processes import accepts
+from fedzo.runtime.net.server_folder import ServerFolder
+
+LEASE_S = 20.0
+"""How long after its last word a SuperNode counts as connected."""
+POLL_S = 0.3
+
+
+def status(path: Path) -> Iterator[str]:
+    """What a server's folder, or a run's, is at; yields lines for people.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    if (path / "server.json").is_file() and (path / "clients.json").is_file():
+        yield from _server(ServerFolder(path))
+    elif (path / "config.json").is_file():
+        yield from _run(path)
+        if presence := _presence(path):
+            yield from _table(
+                ["client", "state", "last round", "fedzo"],
+                [
+                    [str(row.client), row.state, _last_round(path).get(row.client, "-"), row.version or "-", row.why]
+                    for row in presence.clients
+                ],
+            )
+    else:
+        raise ConfigError(f"{path}: it must be a server's folder or a run's, but is neither. Check the path.")
+
+
+def stop(run_dir: Path) -> Iterator[str]:
+    """Ask whoever runs a run to end it between two rounds, and wait until it has.
+
+    Raises:
+        RunFolderError: Nobody runs it.
+    """
+    if not is_locked(run_dir / PUBLIC):
+        raise RunFolderError(f"run folder {run_dir}: no process of this machine works on it. Nothing is to be stopped.")
+    replace_file(run_dir / STOP, "")
+    yield "asked to stop; the round that is under way is finished first"
+    while is_locked(run_dir / PUBLIC):
+        time.sleep(POLL_S)
+    rounds = len(RunLog(run_dir).rounds)
+    yield f"stopped after {rounds} rounds. Continue with: fedzo resume {run_dir}"
+
+
+def _server(folder: ServerFolder) -> Iterator[str]:
+    folder.check()
+    listening = folder.listening
+    is_up = accepts(listening.control)
+    days = read_certificate(folder.file("server.crt")).days_left
+    yield f"server {listening.address}: SuperLink {'up' if is_up else 'down'}, certificate valid for {days:.0f} days"
+    served, presence, last = folder.served, None, dict[int, str]()
+    if served is None:
+        yield "run: none"
+    else:
+        yield from _run(Path(served.run))
+        presence, last = _presence(Path(served.run)), _last_round(Path(served.run))
+    nodes = _nodes(folder) if is_up else {}
+    rows = []
+    for client in folder.clients:
+        node = nodes.get(pem_of(client.key))
+        here = next((row for row in presence.clients if row.client == client.index), None) if presence else None
+        state = "unknown" if not is_up else "connected" if node and node.online else "away"
+        if state == "connected" and here and here.state in ("ready", "silent", "refused"):
+            state = {"ready": "ready (model loaded)"}.get(here.state, here.state)
+        rows.append(
+            [
+                *(str(client.index), client.name, state, _seen(node), last.get(client.index, "-")),
+                *((here.version or "-", here.why) if here else ("-", "")),
+            ]
+        )
+    yield from _table(["client", "name", "state", "last seen", "last round", "fedzo"], rows)
+
+
+def _run(run_dir: Path) -> Iterator[str]:
+    try:
+        total, log = read_launch(run_dir).fl.rounds, RunLog(run_dir)
+    except RunFolderError as error:
+        yield f"run {run_dir}: not begun ({error})"
+        return
+    going = "going on" if is_locked(run_dir / PUBLIC) else "not running"
+    told = [record for record in log.metrics if isinstance(record, Round)]
+    pace = f", {seconds_text(told[-1].round_seconds)} for the last" if told else ""
+    yield f"run {run_dir}: {len(log.rounds)} of {total} rounds{pace}, {going}"
+
+
+def _presence(run_dir: Path) -> Presence | None:
+    try:
+        text = read_file(run_dir, PRESENCE)
+    except OSError:
+        return None
+    found: Presence = decode_json(Presence, text, where=str(run_dir / PRESENCE), error=RunFolderError)
+    return found
+
+
+def _last_round(run_dir: Path) -> dict[int, str]:
+    """By client, the last round that it took part in."""
+    try:
+        rounds = RunLog(run_dir).rounds
+    except RunFolderError:
+        return {}
+    return {client: str(line.round) for line in rounds for client in line.attendance}
+
+
+def _nodes(folder: ServerFolder) -> Mapping[bytes, Node]:
+    try:
+        with control(folder.endpoint) as flower:
+            return {node.public_key: node for node in flower.nodes()}
+    except httpx.HTTPError as error:
+        raise ProtocolError(f"SuperLink {folder.listening.control}: it must answer, but: {error}.") from error
+
+
+def _seen(node: Node | None) -> str:
+    if node is None or not node.online_until:
+        return "never"
+    return f"{seconds_text(max(0.0, time.time() - (node.online_until - LEASE_S)))} ago"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Columns as wide as they must be; what a row has more than the head stands at its end."""
+    wide = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    for row in [head, *rows]:
+        cells = "  ".join(f"{cell:<{width}}" for cell, width in zip(row, wide, strict=False))
+        yield "  ".join([cells, *row[len(head) :]]).rstrip()

@@ -1,0 +1,89 @@
+"""A federation with sites on machines of their own: its server joins the SuperLink that ``fedzo server up`` keeps.
+
+The run's server is a process of its own, which goes on when the terminal that started it closes. The command that
+started it shows what it says until it ends.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+from fedzo.errors import ConfigError
+from fedzo.runtime.config import RemoteConfig
+from fedzo.runtime.net.processes import accepts
+from fedzo.runtime.net.server_folder import ServerFolder
+from fedzo.runtime.net.server_process import SERVE, SERVER_LOG, ServerProcess
+
+
+def run_remote(*, num_clients: int, run_dir: Path, config: RemoteConfig, serve: Sequence[str] = SERVE) -> None:
+    """Run a federation with the sites of a server; what its server raises, this raises.
+
+    Args:
+        num_clients: Number of clients; those with the indices below it must be registered.
+        run_dir: The run folder, which says what the run is.
+        config: Names the server's folder.
+        serve: Program that serves a run; only tests give another.
+
+    Raises:
+        ConfigError: The server is not up or serves another run, or a client is not registered.
+        SystemExit: The terminal was closed; the run goes on.
+    """
+    server = ServerFolder(Path(config.server))
+    server.check()
+    registered = {client.index for client in server.clients}
+    if missing := sorted(set(range(num_clients)) - registered):
+        raise ConfigError(
+            f"fl.num_clients={num_clients}: clients 0 to {num_clients - 1} must be registered in {server.path}, but "
+            f"{missing} are not. Register them with `fedzo server add-client`, or lower fl.num_clients."
+        )
+    if served := server.served:
+        raise ConfigError(f"server folder {server.path}: it serves one run at a time, and serves {served} now.")
+    if not accepts(server.listening.control):
+        raise ConfigError(
+            f"server folder {server.path}: its SuperLink must be up, but nobody listens at {server.listening.control}. "
+            f"Start it: `fedzo server up {server.path}`."
+        )
+    (run_dir / "logs").mkdir(exist_ok=True)
+    with (run_dir / SERVER_LOG).open("a+", encoding="utf-8", errors="replace") as said, _left_by_hangup():
+        said.seek(0, 2)
+        process = ServerProcess(run_dir, server.path, serve=serve, detached=True)
+        print(
+            f"The run's server is process {process.pid}. It goes on when this terminal closes.\n"
+            f"`fedzo status {run_dir}` shows it, `fedzo stop {run_dir}` ends it between rounds.",
+            flush=True,
+        )
+        try:
+            process.wait(lambda: _show(said))
+        finally:
+            _show(said)
+
+
+def _show(said: TextIO) -> None:
+    """Pass on what the server has written since."""
+    if text := said.read():
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+@contextmanager
+def _left_by_hangup() -> Iterator[None]:
+    """End this process, and not the run, when its terminal closes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(0)
+
+    before = signal.signal(signal.SIGHUP, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)

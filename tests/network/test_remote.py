@@ -1,0 +1,204 @@
+"""A federation of sites as its people run it: all commands of a server and of two sites, and who does not belong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from flwr.proto.control_pb2 import ListRunsRequest
+from flwr.proto.fleet_pb2 import PullMessagesRequest
+from flwr.proto.node_pb2 import Node
+from flwr.proto.runtime_pb2 import AcquireTaskRequest
+
+from fedzo.commands.trained import replay_run
+from fedzo.runtime.net.processes import free_ports
+from fedzo.testing.tiny_models import save_tiny_model
+
+pytestmark = [pytest.mark.net, pytest.mark.timeout(400)]
+FEDZO = [sys.executable, "-m", "fedzo"]
+
+
+class Machine:
+    """What people type, in one folder; services are ended when it is left."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.services: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, name: str, *command: str) -> None:
+        with (self.folder / f"{name}.txt").open("wb") as out:
+            popen = subprocess.Popen([*FEDZO, *command], cwd=self.folder, stdout=out, stderr=subprocess.STDOUT)
+        self.services[name] = popen
+
+    def said(self, name: str) -> str:
+        return (self.folder / f"{name}.txt").read_text()
+
+    def end(self, name: str) -> int:
+        self.services[name].terminate()
+        return self.services[name].wait(30)
+
+    def call(self, *command: str, status: int = 0) -> str:
+        done = subprocess.run(
+            [*FEDZO, *command], cwd=self.folder, capture_output=True, text=True, timeout=240, check=False
+        )
+        assert done.returncode == status, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    made = Machine(tmp_path)
+    try:
+        yield made
+    finally:
+        for name in made.services:
+            made.end(name)
+
+
+def wait_for(ready: Callable[[], object], *, seconds: float = 60.0) -> None:
+    ends = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < ends
+        time.sleep(0.2)
+
+
+def test_a_server_and_two_sites_train_stop_resume_and_let_nobody_in(machine: Machine) -> None:
+    public, control = (str(port) for port in free_ports(2))
+    save_tiny_model(machine.folder / "model", "llama")
+
+    # --- the server's and the sites' folders; a command that is repeated does no harm
+    init = ["server", "init", "server", "--host", "localhost", "--port", public, "--control-port", control]
+    first = machine.call(*init)
+    assert "certificate for localhost, 127.0.0.1, valid for 365 days" in first
+    assert machine.call(*init) == first
+    add = ["server", "add-client", "hospital", "--index", "0", "--dir", "server"]
+    assert machine.call(*add) == machine.call(*add)
+    machine.call("client", "init", "hospital", "--invitation", "server/invitations/hospital.json")
+    for name in ("clinic", "stranger"):
+        machine.call("client", "init", name, "--server", f"localhost:{public}", "--ca", "server/ca.crt")
+    machine.call("server", "add-client", "clinic", "--index", "1", "--key", "clinic/key.pub", "--dir", "server")
+    second = ["server", "add-client", "x", "--index", "1", "--key", "stranger/key.pub", "--dir", "server"]
+    taken = machine.call(*second, status=2)
+    assert "client x: its index must be its own, but client clinic has it (index 1)" in taken
+    for site, count in (("hospital", 12), ("clinic", 9), ("stranger", 9)):
+        write_site(machine.folder / site, count)
+
+    # --- before the SuperLink is up, a run is refused at once
+    settings = [
+        "experiment=[tiny,sites]", "runtime=remote", "runtime.server=server", "model=./model", "task=custom",
+        "task.template='Text: {text} Verdict:'", "task.candidates=[' bad',' good']", "fl.batch_size=2",
+        "trainer.calibration_docs=4", "trainer.calibration_tokens=16", "trainer.density=0.05", "report=default",
+        "fl.rounds=40", "strategy.deadline_s=20",
+    ]  # fmt: skip
+    down = machine.call("train", *settings, "hydra.run.dir=early", status=2)
+    assert f"its SuperLink must be up, but nobody listens at 127.0.0.1:{control}" in down
+
+    # --- up; those who do not belong are named and nothing happens to them
+    machine.start("up", "server", "up", "server")
+    wait_for(lambda: "2 clients are registered" in machine.said("up"))
+    outsiders_reach_nothing(machine.folder / "server", int(public))
+    for site in ("hospital", "clinic", "stranger"):
+        machine.start(site, "client", "up", site)
+    wait_for(lambda: all("connected to" in machine.said(site) for site in ("hospital", "clinic")))
+    wait_for(lambda: "its key is not registered here" in machine.said("up"))
+    assert "connected to" not in machine.said("stranger")
+    shutil.copytree(machine.folder / "clinic", machine.folder / "twin")
+    machine.start("twin", "client", "up", "twin")
+    wait_for(lambda: "client clinic at 127.0.0.1: another node with its key is connected" in machine.said("up"))
+    assert [machine.end(name) for name in ("stranger", "twin")] == [0, 0]
+
+    # --- a run goes on when its terminal closes, is seen from outside, and is ended between two rounds
+    machine.start("train", "train", *settings, "hydra.run.dir=run")
+    log = machine.folder / "run" / "public.jsonl"
+
+    def rounds() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+    wait_for(lambda: len(rounds()) >= 3, seconds=120)
+    machine.services["train"].send_signal(signal.SIGHUP)
+    assert machine.services["train"].wait(20) == 0
+    status = machine.call("status", "server")
+    assert re.search(r"run \S*/run: \d+ of 40 rounds, .*, going on", status)
+    assert re.search(r"0 +hospital +ready \(model loaded\) +\S+ s ago +\d+ +0\.1\.0", status)
+    assert "one run at a time" in machine.call("train", *settings, "hydra.run.dir=other", status=2)
+    assert "Continue with: fedzo resume run" in machine.call("stop", "run")
+    stopped = len(rounds())
+    assert stopped < 40
+    assert "Nothing is to be stopped" in machine.call("stop", "run", status=1)
+
+    # --- while it goes on, the certificate is renewed and the SuperLink killed: both sites stay in it
+    machine.start("resume", "resume", "run")
+    machine.call("server", "renew", "--dir", "server", "--days", "30")
+    wait_for(lambda: days_of_certificate(machine.folder / "server", int(public)) <= 30)
+    wait_for(lambda: len(rounds()) > stopped, seconds=120)
+    (superlink,) = pids("daemons superlink", machine)
+    os.kill(superlink, signal.SIGKILL)
+    killed = len(rounds())
+    wait_for(lambda: len(rounds()) > killed + 2)
+    assert rounds()[-1]["attendance"] == [0, 1]
+
+    # --- a key is revoked: its site is out, and the run goes on without it to its end
+    machine.call("server", "remove-client", "clinic", "--dir", "server")
+    assert machine.services["resume"].wait(150) == 0
+    assert rounds()[-1]["attendance"] == [0]
+    assert "client clinic" not in machine.said("up").split("revoked")[-1]
+    assert "report:" in machine.said("resume")
+    assert [machine.end(name) for name in ("hospital", "clinic", "up")] == [0, 0, 0]
+    assert replay_run(machine.folder / "run")["rounds"] == 40
+
+
+def write_site(folder: Path, count: int) -> None:
+    rows = [{"text": f"{folder.name} item {i} is {['bad', 'good'][i % 2]}", "label": i % 2} for i in range(count)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    site = {"device": "cpu", "threads": 1, "model": {"name": "../model"}, "data": {"path": "./rows.jsonl"}}
+    (folder / "site.yaml").write_text(json.dumps(site))
+
+
+def outsiders_reach_nothing(server: Path, port: int) -> None:
+    """Whoever reaches the port for sites, even with the certificate authority, gets no task, log, run or control."""
+    context = ssl.create_default_context(cafile=str(server / "ca.crt"))
+    requests: Mapping[str, bytes] = {
+        "/v1/runtime/acquire-task": AcquireTaskRequest(supported_task_types=["flwr-serverapp"]).SerializeToString(),
+        "/v1/control/list-runs": ListRunsRequest().SerializeToString(),
+        "/v1/control/stream-logs": b"",
+        "/v1/control/start-run": b"",
+        "/v1/control/register-node": b"",
+        "/docs": b"",
+        "/health": b"",
+    }
+    with httpx.Client(verify=context, base_url=f"https://localhost:{port}") as client:
+        for path, body in requests.items():
+            assert client.post(path, content=body).status_code == 404, path
+        pull = PullMessagesRequest(node=Node(node_id=1)).SerializeToString()
+        headers = {"content-type": "application/protobuf"}
+        assert client.post("/v1/fleet/pull-messages", content=pull, headers=headers).status_code >= 400
+    with pytest.raises(httpx.ConnectError):  # without TLS nobody answers
+        httpx.get(f"https://localhost:{port}/")
+
+
+def days_of_certificate(server: Path, port: int) -> float:
+    context = ssl.create_default_context(cafile=str(server / "ca.crt"))
+    raw = socket.create_connection(("localhost", port))
+    with context.wrap_socket(raw, server_hostname="localhost") as secured:
+        certificate = secured.getpeercert()
+    assert certificate
+    return (ssl.cert_time_to_seconds(str(certificate["notAfter"])) - time.time()) / 86400
+
+
+def pids(words: str, machine: Machine) -> list[int]:
+    children = psutil.Process(machine.services["up"].pid).children(recursive=True)
+    return [child.pid for child in children if words in " ".join(child.cmdline())]
