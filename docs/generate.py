@@ -1,4 +1,7 @@
-"""Writes ``docs/ref-config.md`` from the dataclasses: ``python docs/generate.py`` (``--check`` only compares)."""
+"""Writes ``docs/ref-config.md`` and ``docs/ref-site.md`` from the code: ``python docs/generate.py``.
+
+``--check`` only compares.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,10 @@ from typing import Any, get_args, get_type_hints
 
 from fedzo.config.plugins import LISTS, PLAIN, list_classes, plugin_classes
 from fedzo.config.schema import LaunchConfig, RunSettings, SiteConfig
+from fedzo.fl.config import SiteLimitsConfig
+from fedzo.fl.messages import Refusal
 
-PAGE = Path(__file__).parent / "ref-config.md"
+FOLDER = Path(__file__).parent
 HEAD = """\
 # Configuration keys
 
@@ -33,6 +38,49 @@ keys, values of a wrong type and impossible combinations together, before any wo
 
 An option has the keys of its group and keys of its own. An option that repeats a key of its group has another default
 for the key.
+"""
+
+
+SITE_HEAD = """\
+# The site file
+
+<!-- Written by docs/generate.py from the config dataclasses and the refusals; do not edit. -->
+
+A real client [site](glossary.md#site) has one YAML file of its own. The file holds the keys of the machine (`device`,
+`threads`, `artifact_max_bytes`), of [`model`](ref-config.md#model) and of [`data`](ref-config.md#data), and the limits
+below. All keys have defaults. An unknown key, a wrong value and an unknown name are errors, and the message lists what
+is allowed.
+
+Only the site writes this file, and nothing in it leaves the site. A command line has no limits, since a simulation
+needs none against itself.
+"""
+REFUSALS = """\
+## Refusals
+
+A site checks its limits when it registers for a run, before it loads the model, and again at each request. What the
+server asks beyond them is refused with a number and a fixed sentence. The server's log and its error message show them:
+`client 2 cannot take part: refusal 12, its site does not take part in this trainer. Its own log says why`. The site's
+log says which key and which value of the file caused it. A number never changes its meaning.
+
+| number | sentence |
+|---|---|
+"""
+NUMBERS = """\
+## Numbers that stay at the site
+
+`limits.answers` and `limits.min_rows` decide which numbers leave the site.
+
+- A score over fewer rows than `min_rows` does not leave. A score leaves without the numbers that `answers` does not
+  name.
+- The table of classes (`per_class`) leaves as a whole or not at all. The table stays where one class has fewer than
+  `min_rows` rows.
+- The number of [held-out rows](glossary.md#held-out-row) is told as 0 where it is below `min_rows`.
+- A site with fewer training rows than `min_rows` refuses to register (18). The same holds where a run asks for
+  label counts (`fl.label_counts`) and one label has fewer rows than that.
+- A site whose `answers` do not name `label_counts` refuses a run that asks for them (19).
+
+The server takes the mean of each number over the clients that tell it. The report says how many did. The
+[scalars](glossary.md#scalar) of training steps are what the method sends: no limit withholds them.
 """
 
 
@@ -163,16 +211,24 @@ def page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def site_page() -> str:
+    """The page of the site file: its limits, and the numbers of refusals."""
+    limits = ["## `limits`", "", summary(SiteLimitsConfig), "", *table(SiteLimitsConfig, "limits.")]
+    refusals = [f"| {refusal} | {refusal.sentence} |" for refusal in Refusal if refusal]
+    return "\n".join([SITE_HEAD, *limits, NUMBERS, REFUSALS + "\n".join(refusals)]) + "\n"
+
+
 def main() -> int:
-    """Write the page, or with ``--check`` return 1 where it is not up to date."""
-    text = page()
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(text, encoding="utf-8")
-        return 0
-    if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text:
-        return 0
-    sys.stderr.write(f"{PAGE.name} is not what the config dataclasses say. Run: python docs/generate.py\n")
-    return 1
+    """Write the pages, or with ``--check`` return 1 where one is not up to date."""
+    stale = 0
+    for name, text in (("ref-config.md", page()), ("ref-site.md", site_page())):
+        file = FOLDER / name
+        if "--check" not in sys.argv[1:]:
+            file.write_text(text, encoding="utf-8")
+        elif not file.is_file() or file.read_text(encoding="utf-8") != text:
+            sys.stderr.write(f"{name} is not what the code says. Run: python docs/generate.py\n")
+            stale = 1
+    return stale
 
 
 if __name__ == "__main__":

@@ -12,14 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedzo.config import traits
-from fedzo.config.plugins import LISTS, plugin_classes, plugin_name
-from fedzo.config.schema import LaunchConfig, RunConfig, RunSettings, SiteConfig
+from fedzo.config.plugins import LISTS, list_classes, plugin_classes, plugin_name
+from fedzo.config.schema import LaunchConfig, RunConfig, RunSettings, SiteConfig, SiteFile
 from fedzo.data.config import Loss, SplitConfig, TaskConfig, TaskKind
 from fedzo.data.sources import EMBEDDED
 from fedzo.data.tasks import template_faults
 from fedzo.errors import Problem, at_least, positive, problem, unsigned_64
-from fedzo.fl.config import Aggregation, FaultsConfig, FlConfig, Seeds, Weighting
+from fedzo.evaluate.base import metric_names
+from fedzo.fl.config import Aggregation, FaultsConfig, FlConfig, Seeds, SiteLimitsConfig, Weighting
 from fedzo.fl.server.aggregate import num_trimmed
+from fedzo.fl.site_limits import LABEL_COUNTS, LOSS, NONE, PER_CLASS
 from fedzo.records.fields import MOST_CLIENTS, MOST_OWNERS, MOST_ROUNDS, MOST_STEPS
 from fedzo.registry import broken_rules
 from fedzo.system import MOST_THREADS
@@ -48,6 +50,12 @@ def site_problems(site: SiteConfig, run: RunSettings) -> Iterator[Problem]:
     yield from traits.dtype_problems(site, run)
     yield from traits.quantization_problems(site, run)
     yield from traits.compile_problems(site, run)
+
+
+def site_file_problems(site: SiteFile) -> Iterator[Problem]:
+    """Every broken rule that shows in a site's file alone, whatever the run."""
+    yield from _machine(site)
+    yield from _limits(site.limits)
 
 
 def rows_problems(site: SiteConfig, run: RunSettings) -> Iterator[Problem]:
@@ -123,6 +131,26 @@ def _machine(config: SiteConfig) -> Iterator[Problem]:
         remedy = "0 means OMP_NUM_THREADS, or all CPUs."
         yield problem("threads", f"be between 0 and {MOST_THREADS}", config.threads, remedy)
     yield from at_least("artifact_max_bytes", config.artifact_max_bytes, 1, "2147483648 (2 GiB) is usual.")
+
+
+def _limits(limits: SiteLimitsConfig) -> Iterator[Problem]:
+    numbers = [NONE, LOSS, *metric_names(), PER_CLASS, LABEL_COUNTS]
+    for key, known in (
+        ("trainers", sorted(plugin_classes()["trainer"])),
+        ("stages", sorted(list_classes()["preprocess"])),
+        ("answers", numbers),
+    ):
+        for name in getattr(limits, key):
+            if name not in known:
+                remedy = "Correct the name, or install the plugin that has it."
+                yield problem(f"limits.{key}", f"hold names of {', '.join(known)} only", name, remedy)
+    if NONE in limits.answers and len(limits.answers) > 1:
+        yield problem("limits.answers", f"hold {NONE} alone", limits.answers, f"Leave {NONE} out, or all others.")
+    if limits.base_digest and not re.fullmatch("[0-9a-f]{64}", limits.base_digest):
+        remedy = "Copy base.weights_digest of the run, or leave it empty."
+        yield problem("limits.base_digest", "be a SHA-256 of 64 hexadecimal digits", limits.base_digest, remedy)
+    for key in ("most_steps", "most_rows", "min_rows"):
+        yield from at_least(f"limits.{key}", getattr(limits, key), 0, "0 means no limit.")
 
 
 def _model(site: SiteConfig, run: RunSettings) -> Iterator[Problem]:

@@ -1,7 +1,7 @@
 """The three configurations, assembled from their owners' dataclasses.
 
-What all peers of a run agree on (``RunConfig``), what is one machine's own (``SiteConfig``), and what a command line
-gives: both, and how the run is started and shown (``LaunchConfig``).
+What all peers of a run agree on (``RunConfig``), what is one machine's own (``SiteConfig``; with limits, in a file of
+its own, ``SiteFile``), and what a command line gives: both, and how the run is started and shown (``LaunchConfig``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fedzo.data.partition import PartitionConfig
 from fedzo.data.partition.by_label import DirichletEqualConfig
 from fedzo.data.preprocess import StageConfig
 from fedzo.evaluate import AnswersConfig, EvaluatorConfig
-from fedzo.fl.config import EvaluationConfig, FaultsConfig, FlConfig, StrategyConfig
+from fedzo.fl.config import EvaluationConfig, FaultsConfig, FlConfig, SiteLimitsConfig, StrategyConfig
 from fedzo.fl.server.step_policy.baselines import NoStepPolicyConfig
 from fedzo.fl.server.step_policy.plan import StepPolicyConfig
 from fedzo.models.config import BaseConfig, ModelConfig
@@ -76,6 +76,13 @@ class SiteConfig:
 
 
 @dataclass(kw_only=True)
+class SiteFile(SiteConfig):
+    """A site's own file: its machine, and what it refuses whoever asks. Only the site writes it."""
+
+    limits: SiteLimitsConfig = field(default_factory=SiteLimitsConfig)
+
+
+@dataclass(kw_only=True)
 class LaunchConfig(RunSettings, SiteConfig):
     """One command line: a run's settings, this machine, and how the run is started and shown."""
 
@@ -88,9 +95,10 @@ class LaunchConfig(RunSettings, SiteConfig):
         settings = {each.name: getattr(self, each.name) for each in fields(RunSettings)}
         return RunConfig(**settings, base=base, artifact=artifact)
 
-    def site(self) -> SiteConfig:
-        """This machine's part."""
-        return SiteConfig(**{each.name: getattr(self, each.name) for each in fields(SiteConfig)})
+    def site(self) -> SiteFile:
+        """This machine's part. A simulation has no limits against itself."""
+        machine = {each.name: getattr(self, each.name) for each in fields(SiteConfig)}
+        return SiteFile(**machine, limits=SiteLimitsConfig(several_clients=True))
 
 
 Settings = TypeVar("Settings", bound=RunSettings)

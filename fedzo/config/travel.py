@@ -18,8 +18,8 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_o
 import yaml
 
 from fedzo.config.plugins import list_classes, plugin_classes, plugin_name
-from fedzo.config.rules import launch_problems, run_problems
-from fedzo.config.schema import LaunchConfig, RunConfig, RunSettings, SiteConfig, filled
+from fedzo.config.rules import launch_problems, run_problems, site_file_problems
+from fedzo.config.schema import LaunchConfig, RunConfig, RunSettings, SiteConfig, SiteFile, filled
 from fedzo.config.yaml_files import read_yaml
 from fedzo.errors import ConfigError
 
@@ -69,13 +69,13 @@ def from_json(text: str, config_class: type[Config]) -> Config:
     return filled(config)
 
 
-def load_site(path: Path) -> SiteConfig:
+def load_site(path: Path) -> SiteFile:
     """A machine's own configuration from its YAML (or JSON) file; keys that are not there have their defaults.
 
     ``~`` is the home folder, and paths that begin with a dot are relative to the file.
 
     Raises:
-        ConfigError: The file cannot be read, or holds something else.
+        ConfigError: The file cannot be read, or holds something else; all broken rules together.
     """
     try:
         plain = read_yaml(path)
@@ -86,7 +86,9 @@ def load_site(path: Path) -> SiteConfig:
     if isinstance(given, dict):
         given = {key: value for key, value in given.items() if key != "version"}
     try:
-        site = cast(SiteConfig, _decode_class(SiteConfig, given, _TOP, partial=True))
+        site = cast(SiteFile, _decode_class(SiteFile, given, _TOP, partial=True))
+        if texts := [problem.text for problem in site_file_problems(site)]:
+            raise ConfigError("; ".join(texts))
     except ConfigError as error:
         raise ConfigError(f"site configuration {path}: {error}") from error
     site.model.name = _located(site.model.name, path.parent)

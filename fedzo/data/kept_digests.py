@@ -1,4 +1,4 @@
-"""What a site remembers of its rows, so that a run goes on with the rows that it began with.
+"""What a site remembers of its rows and of whose they are, so that a run goes on with those that it began with.
 
 A row's digest is keyed by a secret that never leaves the site: a server can compare what a client registers with what
 it registered before, but cannot guess the rows, however few or short they are.
@@ -69,6 +69,30 @@ class KeptDigests:
             ) from error
         return blake2b("".join(digests).encode(), key=secret, digest_size=32).hexdigest()
 
+    def claim(self, client: int, *, run: str) -> int:
+        """Remember which client of a run the site is.
+
+        Args:
+            client: Index that the server gives it now.
+            run: Names the run.
+
+        Returns:
+            The first index that it was given in the run, by whichever of its processes.
+
+        Raises:
+            ConfigError: The folder cannot be used.
+        """
+        file = self.folder / f"client-of-{run[:16]}"
+        try:
+            if not file.exists():
+                self._make(file, str(client).encode())
+            return int(file.read_bytes())
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{file}: the site's index in the run must be kept there, but: {error}. Make the folder writable, and "
+                "delete the file if it is damaged."
+            ) from error
+
     def _compare(self, before: list[str], now: list[str], whose: str) -> None:
         if before == now:
             return
@@ -84,20 +108,24 @@ class KeptDigests:
         """The site's secret; whoever asks first makes it."""
         file = self.folder / _SECRET
         if not file.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            own = file.with_name(f"{_SECRET}.{os.getpid()}.part")
-            own.touch(mode=0o600)
-            own.write_bytes(secrets.token_bytes(32))
-            try:
-                os.link(own, file)  # of processes that start together, one is first
-            except FileExistsError:
-                pass
-            finally:
-                own.unlink()
+            self._make(file, secrets.token_bytes(32))
         secret = file.read_bytes()
         if len(secret) != 32:
             raise ConfigError(f"{file}: it must hold 32 bytes, got {len(secret)}. Restore the file from a copy.")
         return secret
+
+    def _make(self, file: Path, data: bytes) -> None:
+        """Write a file of this user's alone, once: of processes that do it together, the first one's stays."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        own = file.with_name(f"{file.name}.{os.getpid()}.part")
+        own.touch(mode=0o600)
+        own.write_bytes(data)
+        try:
+            os.link(own, file)
+        except FileExistsError:
+            pass
+        finally:
+            own.unlink()
 
 
 def _digest(row: Row, secret: bytes) -> str:

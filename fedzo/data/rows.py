@@ -67,6 +67,11 @@ class OwnRows:
     path: str
     task: TaskConfig
 
+    @property
+    def is_one_set(self) -> bool:
+        """Whether every client that the site plays would have the same rows."""
+        return "{client}" not in self.path
+
     def rows_for(self, client: int) -> list[Row]:
         return load_own(Path(self.path.replace("{client}", str(client))), self.task)
 

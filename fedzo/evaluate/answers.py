@@ -17,7 +17,7 @@ from fedzo.models.generate import generate
 from fedzo.models.load import LoadedModel
 from fedzo.models.plan import forward_cost
 from fedzo.models.scoring import candidate_scores, choice_losses, mean_loss
-from fedzo.records.metrics import Score, known
+from fedzo.records.scores import Score, known
 
 _METRICS = {TaskKind.candidates: "accuracy", TaskKind.generation: "token_f1", TaskKind.instruction: "rouge_l"}
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fedzo.data.config import TaskConfig
+from fedzo.data.config import TaskConfig, TaskKind
 from fedzo.data.encode import Example
 from fedzo.data.tasks import num_labels
 from fedzo.errors import ConfigError, FedzoError, ProtocolError
@@ -16,7 +16,7 @@ from fedzo.models.forwards import OnBatch
 from fedzo.models.load import LoadedModel
 from fedzo.records.decode import decode, parse_json
 from fedzo.records.fields import MOST_READING
-from fedzo.records.metrics import MOST_NUMBERS, Score, known
+from fedzo.records.scores import MOST_NUMBERS, PartialScore, Score, known
 from fedzo.registry import PluginConfig, Registry
 
 
@@ -118,13 +118,16 @@ def evaluate(
         raise ConfigError(f"{where} needs at least one example, got none. Check the split's size.")
     score = evaluator.evaluate(loaded, examples, task, tokens_per_batch=tokens_per_batch, on_batch=on_batch)
     _check(score, evaluator, task, most_examples=len(examples), where=where, error=ConfigError)
+    if score.numbers.keys() != {*(wanted := evaluator.measure(task).numbers)}:
+        got = ", ".join(score.numbers)[:80]
+        raise ConfigError(f"{where} must report the numbers {', '.join(wanted) or 'none'}, got {got or 'none'}")
     return score
 
 
 def scores_of_peer(
     text: str, evaluators: Mapping[str, Evaluator], task: TaskConfig, *, most_examples: int
-) -> dict[str, Score]:
-    """The scores that a peer sent as JSON, one an evaluator; none for the empty object of a peer without rows.
+) -> dict[str, PartialScore]:
+    """What a peer told of its scores, as JSON by evaluator: perhaps not of all, and not all of each.
 
     Args:
         text: The JSON; nothing in it is trusted.
@@ -136,21 +139,25 @@ def scores_of_peer(
         ProtocolError: These are no scores, or none of what the peer was asked for.
     """
     plain = parse_json(text, where="scores", error=ProtocolError)
-    if plain == {}:
-        return {}
-    if not isinstance(plain, dict) or plain.keys() != evaluators.keys():
+    if not isinstance(plain, dict) or not plain.keys() <= evaluators.keys():
         got = ", ".join(map(str, plain))[:80] if isinstance(plain, dict) else type(plain).__name__
-        raise ProtocolError(f"scores must be of {', '.join(evaluators)}, got {got}")
+        raise ProtocolError(f"scores must be of {', '.join(evaluators) or 'nothing'}, got {got}")
     scores = {}
-    for name, evaluator in evaluators.items():
+    for name, evaluator in ((name, evaluator) for name, evaluator in evaluators.items() if name in plain):
         where = f"a score of {name}"
-        scores[name] = decode(Score, plain[name], where=where, error=ProtocolError)
+        scores[name] = decode(PartialScore, plain[name], where=where, error=ProtocolError)
         _check(scores[name], evaluator, task, most_examples=most_examples, where=where, error=ProtocolError)
     return scores
 
 
 def _check(
-    score: Score, evaluator: Evaluator, task: TaskConfig, *, most_examples: int, where: str, error: type[FedzoError]
+    score: PartialScore,
+    evaluator: Evaluator,
+    task: TaskConfig,
+    *,
+    most_examples: int,
+    where: str,
+    error: type[FedzoError],
 ) -> None:
     """Refuse what is not of the evaluator's measure, and so what could not be averaged or written."""
     measure = evaluator.measure(task)
@@ -158,11 +165,11 @@ def _check(
         raise error(f"{where} must be of {measure.metric}, got {score.metric:.80}")
     if not 1 <= score.num_examples <= most_examples:
         raise error(f"{where} must be of 1 to {most_examples} examples, got {score.num_examples}")
-    if not measure.low <= score.value <= measure.high:
+    if score.value is not None and not measure.low <= score.value <= measure.high:
         raise error(f"{where} must have a value of {measure.low:g} to {measure.high:g}, got {score.value}")
-    if score.numbers.keys() != {*measure.numbers}:
-        got = ", ".join(score.numbers)[:80]
-        raise error(f"{where} must report the numbers {', '.join(measure.numbers) or 'none'}, got {got or 'none'}")
+    if stray_numbers := [name for name in score.numbers if name not in measure.numbers]:
+        got = ", ".join(stray_numbers)[:80]
+        raise error(f"{where} must report the numbers {', '.join(measure.numbers) or 'none'}, got {got}")
     for name, number in score.numbers.items():
         if not abs(number) <= MOST_READING:  # nan is in no range
             raise error(f"{where} must have a finite {name} of at most 1e15, got {number}")
@@ -170,10 +177,10 @@ def _check(
         raise error(f"{where} must have classes of {num_labels(task)} labels, got {stray[0]}")
 
 
-def merge_scores(scores: Sequence[Score]) -> Score:
+def merge_scores(scores: Sequence[PartialScore]) -> PartialScore:
     """The score of all examples together, from the parts that clients report; AUC and best threshold are ``None``.
 
-    The loss is that of the parts that have one.
+    Each number is the mean over the examples of the parts that have it, and None or missing where none has.
 
     Raises:
         ConfigError: There is no score, or they are of different metrics.
@@ -181,24 +188,35 @@ def merge_scores(scores: Sequence[Score]) -> Score:
     metrics = {score.metric for score in scores}
     if len(metrics) != 1:
         raise ConfigError(f"scores to merge must share one metric, got {sorted(metrics) or 'none'}.")
-    counts = [score.num_examples for score in scores]
-    losses = {index: score.loss for index, score in enumerate(scores) if score.loss is not None}
     per_class: dict[int, tuple[int, int]] = {}
     for score in scores:
         for label, (right, total) in score.per_class.items():
             before = per_class.get(label, (0, 0))
             per_class[label] = (before[0] + right, before[1] + total)
-    return Score(
+    names = dict.fromkeys(name for score in scores for name in score.numbers)
+    means = {name: _mean([(score.numbers.get(name), score.num_examples) for score in scores]) for name in names}
+    return PartialScore(
         metric=metrics.pop(),
-        value=_mean([score.value for score in scores], counts),
-        loss=_mean([*losses.values()], [counts[index] for index in losses]) if losses else None,
-        num_examples=sum(counts),
+        value=_mean([(score.value, score.num_examples) for score in scores]),
+        loss=_mean([(score.loss, score.num_examples) for score in scores]),
+        num_examples=sum(score.num_examples for score in scores),
         per_class=dict(sorted(per_class.items())),
-        numbers={name: _mean([score.numbers[name] for score in scores], counts) for name in scores[0].numbers},
+        numbers={name: mean for name, mean in means.items() if mean is not None},
         lower_is_better=scores[0].lower_is_better,
     )
 
 
-def _mean(values: Sequence[float], counts: Sequence[int]) -> float:
-    weights = np.asarray(counts, dtype=np.float64)
-    return float(np.dot(weights, np.asarray(values, dtype=np.float64)) / weights.sum())
+def _mean(parts: Sequence[tuple[float | None, int]]) -> float | None:
+    """Of the values that are told, each weighted by its examples."""
+    told = [(value, count) for value, count in parts if value is not None]
+    if not told:
+        return None
+    values, weights = (np.asarray(column, dtype=np.float64) for column in zip(*told, strict=True))
+    return float(np.dot(weights, values) / weights.sum())
+
+
+def metric_names() -> list[str]:
+    """What evaluators, with their defaults, call the numbers that they report on tasks of any kind."""
+    tasks = [TaskConfig(kind=kind) for kind in TaskKind]
+    measures = [EVALUATORS.build(make()).measure(task) for _, make in EVALUATORS for task in tasks]
+    return sorted({name for measure in measures for name in (measure.metric, *measure.numbers)})

@@ -135,6 +135,33 @@ class EvaluationConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class SiteLimitsConfig:
+    """What a site takes part in, how much it does at once, and which numbers leave it. The limits stay at the site."""
+
+    tasks: list[str] = field(default_factory=list)
+    """Values of ``task.name`` that the site takes part in. Empty = any."""
+    trainers: list[str] = field(default_factory=list)
+    """Trainers that the site takes part in, by name. Empty = any."""
+    stages: list[str] = field(default_factory=list)
+    """Preprocess stages that may change the site's training rows, by name. Empty = any."""
+    base_digest: str = ""
+    """SHA-256 of the base weights that the site accepts: ``base.weights_digest`` of the run. The site's model folder
+    must have it, too. Empty = any."""
+    most_steps: int = 0
+    """Maximum of local steps in a round. 0 = no limit."""
+    most_rows: int = 0
+    """Maximum of training rows that a request uses: local steps times rows of a step. 0 = no limit."""
+    answers: list[str] = field(default_factory=list)
+    """Numbers that may leave the site: ``loss``, an evaluator's metric or other number by its name, ``per_class``,
+    ``label_counts``. Empty = all, ``[none]`` = none of them."""
+    min_rows: int = 0
+    """Minimum of rows behind a score or a count that leaves the site. The scalars of training steps are no scores."""
+    several_clients: bool = False
+    """Whether the site may be several clients of one run on the same rows, as in a simulation. Otherwise the site
+    refuses another client's index than the first that it was given."""
+
+
+@dataclass(kw_only=True, slots=True)
 class FaultsConfig:
     """Planned faults, for tests of a federation. Faults are part of the hash of the configuration."""
 

@@ -1,17 +1,22 @@
-"""What a server may ask of a client: what the run's configuration announced, and nothing beyond it.
+"""What a server may ask of a client: what the run's configuration announced and the site allows, nothing beyond it.
 
 A client knows the run's settings, so every number of a request has a range that follows from them. Outside of it the
-request is a ``ProtocolError``, before memory or time is spent on it.
+request is a ``ProtocolError``, before memory or time is spent on it. What the site's own file rules out is a
+``SiteError``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from fedzo.errors import ProtocolError
-from fedzo.fl.messages import Sync, TrainRequest
+from fedzo.fl.config import SiteLimitsConfig
+from fedzo.fl.messages import Refusal, Sync, TrainRequest
+from fedzo.fl.site_limits import SiteError, check_work
+from fedzo.trainers.artifacts import MAX_BYTES
 from fedzo.zo.directions import SHARED
 from fedzo.zo.log import LogRecord, RoundRecord, unpack
 
@@ -29,6 +34,11 @@ class Limits:
         lr: The highest learning rate of a round.
         max_abs_g: The highest bound that a request may announce.
         artifact: SHA-256 of the run's artifact, hexadecimal.
+        step_rows: Rows of a local step.
+        site: The site's own limits.
+        artifact_max_bytes: Of the largest artifact that the site takes.
+        own_client: Gives the index that the site has in the run, by the one that is asked; None where it may have
+            several.
     """
 
     rounds: int
@@ -39,10 +49,16 @@ class Limits:
     lr: float
     max_abs_g: float
     artifact: str
+    step_rows: int = 0
+    site: SiteLimitsConfig = field(default_factory=SiteLimitsConfig)
+    artifact_max_bytes: int = MAX_BYTES
+    own_client: Callable[[int], int] | None = None
 
     def check_client(self, client: int) -> None:
-        """Refuse to be a client that the run does not have."""
+        """Refuse to be a client that the run does not have, or another one than before."""
         _within("client", client, 0, self.num_clients - 1)
+        if self.own_client is not None and (own := self.own_client(client)) != client:
+            raise SiteError(Refusal.client, f"the site is client {own} of this run, and client {client} is asked")
 
     def check_artifact(self, digest: str) -> None:
         """Refuse any artifact but the run's, so that no server fills a site's disk."""
@@ -50,6 +66,13 @@ class Limits:
             raise ProtocolError(
                 f"artifact: it must be the run's ({self.artifact[:12]}), got {digest[:12] or 'none'}. "
                 "Start server and clients with the same configuration."
+            )
+
+    def check_artifact_size(self, size: int) -> None:
+        """Refuse an artifact that is too large for the site."""
+        if size > self.artifact_max_bytes:
+            raise SiteError(
+                Refusal.artifact, f"artifact_max_bytes is {self.artifact_max_bytes}, and the artifact has {size}"
             )
 
     def check_state(self, request: Sync) -> None:
@@ -65,6 +88,7 @@ class Limits:
 
     def check_steps(self, request: TrainRequest) -> None:
         """Refuse work that the run did not announce."""
+        check_work(self.site, steps=request.steps, step_rows=self.step_rows)
         _within("round", request.round, 0, self.rounds - 1)
         _within("steps", request.steps, 1, self.most_steps)
         _within("used", request.used, 0, request.round * self.most_steps)

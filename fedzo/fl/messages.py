@@ -67,22 +67,41 @@ class Status(StrEnum):
 
 
 class Refusal(StrEnum):
-    """Why a client cannot take part, for good: a code and a sentence. Details stay in the site's own log."""
+    """Why a client does not take part, or does not answer: a number, which travels, and a sentence.
 
-    none = ""
-    rows = "rows"
-    changed = "changed"
-    site = "site"
+    The sentence is the same whatever the site holds. A number never changes its meaning.
+    """
+
+    sentence: str
+
+    none = "", ""
+    rows = "1", "its rows cannot be read or encoded"
+    changed = "2", "its rows are not those that it began the run with"
+    site = "3", "its site cannot take this run"
+    task = "11", "its site does not take part in this task"
+    trainer = "12", "its site does not take part in this trainer"
+    stage = "13", "its site does not take part in a preprocess stage of this run"
+    steps = "14", "its site does not take so many local steps a round"
+    step_rows = "15", "its site does not use so many rows a request"
+    base = "16", "its site does not accept this base model"
+    artifact = "17", "its site does not take an artifact of this size"
+    few_rows = "18", "a number that the run needs stands for fewer rows than its site allows"
+    label_counts = "19", "its site does not tell its label counts"
+    client = "20", "its site is another client of this run"
+    failed = "31", "the client could not do what it was asked"
+    foreign = "32", "what it was asked does not belong to this run"
+    absent = "33", "the client is absent in this round, as faults.absent asks"
+
+    def __new__(cls, number: str, sentence: str) -> Refusal:
+        """A member that is its number as text."""
+        member = str.__new__(cls, number)
+        member._value_, member.sentence = number, sentence
+        return member
 
     @property
-    def sentence(self) -> str:
-        """For the server's log: the same words whatever the site holds."""
-        return {
-            Refusal.none: "",
-            Refusal.rows: "its rows cannot be read or encoded. Its own log says which and why",
-            Refusal.changed: "its rows are not those that it began the run with. Its own log says which",
-            Refusal.site: "its site cannot take this run. Its own log says why",
-        }[self]
+    def text(self) -> str:
+        """For the server's log: all that it is told."""
+        return f"refusal {self}, {self.sentence}" if self else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +114,8 @@ class Hello:
     config_hash: Digest = ""
     begun: bool = False
     """Whether the run has begun: then a client's rows must be those that it began with."""
+    artifact_bytes: Size = 0
+    """Of what the space needs beside the model: a client that would not take it says so now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +128,7 @@ class HelloReply:
     """Other than none: the client cannot take part, and the fields below say nothing."""
     num_train: Rows = 0
     num_heldout: Rows = 0
+    """0 also where they are fewer than the site tells of."""
     num_train_cut: Rows = 0
     num_heldout_cut: Rows = 0
     """Those of ``num_train`` and ``num_heldout`` that ``task.max_length`` cuts."""
@@ -184,7 +206,7 @@ class EvaluateRequest(Sync):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateReply:
-    """Counts and means only, as JSON: a score of each evaluator, or none without held-out rows."""
+    """Counts and means only, as JSON: of each evaluator's score what may leave the site, perhaps nothing."""
 
     status: Status = Status.ok
     position: RoundNumber = 0

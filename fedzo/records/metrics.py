@@ -6,10 +6,9 @@ and the table of a sweep.
 
 from __future__ import annotations
 
-import math
 import re
-from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
 
 from fedzo.errors import FedzoError
 from fedzo.records.decode import decode
@@ -31,18 +30,14 @@ from fedzo.records.fields import (
     RoundNumber,
     Seconds,
     Series,
-    Share,
     Steps,
-    Within,
     Words,
 )
+from fedzo.records.scores import PartialScore, Score
 
 Split = Literal["dev", "test"]
-Label = Annotated[int, Within(0, 1 << 16)]
 ANSWERS = "answers"
 """The evaluator of records from before a run had several."""
-MOST_NUMBERS = 100
-"""Numbers that an evaluator may report beside its value."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,47 +172,6 @@ class StepDecision:
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
-    """How a model did on rows, by one evaluator.
-
-    Attributes:
-        metric: What the value measures, such as ``accuracy``, ``token_f1`` or ``rouge_l``.
-        value: The metric's mean over examples.
-        loss: The task's loss, mean over examples; None where it is not finite or the evaluator has none.
-        num_examples: How many.
-        per_class: Of each label: right answers and examples (candidates only).
-        auc: Area under the ROC curve (two candidates and both labels there only).
-        best_threshold_accuracy: Accuracy at the threshold that suits these examples best (two candidates only).
-        numbers: Other means over examples that the evaluator reports, by name.
-        lower_is_better: Of the value.
-    """
-
-    metric: Name
-    value: Reading
-    loss: Real | None
-    num_examples: Annotated[int, Within(1, 1 << 53)]
-    per_class: Annotated[dict[Label, tuple[Count, Count]], Length(0, 1 << 16)] = field(default_factory=dict)
-    auc: Share | None = None
-    best_threshold_accuracy: Share | None = None
-    numbers: Annotated[dict[Name, Reading], Length(0, MOST_NUMBERS), OmitDefault()] = field(default_factory=dict)
-    lower_is_better: Annotated[bool, OmitDefault()] = False
-
-    def __post_init__(self) -> None:
-        counts = self.per_class.values()
-        if any(right > total for right, total in counts) or sum(total for _, total in counts) > self.num_examples:
-            raise ValueError("hold no more right answers than examples, and no more of a class than of all")
-
-    def as_fields(self) -> dict[str, Any]:
-        """The score's fields, for a record that is a score and more."""
-        return {each.name: getattr(self, each.name) for each in fields(Score)}
-
-    @property
-    def merit(self) -> float:
-        """The value, or its negative where lower is better: the higher the better."""
-        return -self.value if self.lower_is_better else self.value
-
-
-@dataclass(frozen=True, slots=True)
 class CentralScore(Score):
     """An evaluator's score of the model on the server's rows after ``round`` rounds (0 = before training)."""
 
@@ -230,21 +184,23 @@ class CentralScore(Score):
 
 
 @dataclass(frozen=True, slots=True)
-class ClientScore(Score):
-    """One client's score on its own held-out rows."""
+class ClientScore(PartialScore):
+    """What one client tells of its score on its own held-out rows."""
 
     first: ClassVar[tuple[str, ...]] = ("client",)
     client: Client = field(kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
-class FederatedScore(Score):
+class FederatedScore(PartialScore):
     """An evaluator's score of all clients' held-out rows together after ``round`` rounds, and of each client's.
+
+    Each number is that of the clients that tell it; ``clients`` has those that tell any.
 
     Attributes:
         message_up_bytes: Of the messages that brought it; 0 where another evaluator's record counts these.
         message_down_bytes: As ``message_up_bytes``.
-        worst_client: The value of the client that did worst.
+        worst_client: The value of the client that did worst; None where no client tells its value.
     """
 
     kind: ClassVar[str] = "federated_score"
@@ -254,8 +210,18 @@ class FederatedScore(Score):
     round: RoundNumber = field(kw_only=True)
     message_up_bytes: Count = field(default=0, kw_only=True)
     message_down_bytes: Count = field(default=0, kw_only=True)
-    worst_client: Reading = field(kw_only=True)
+    worst_client: Reading | None = field(kw_only=True)
     clients: Annotated[tuple[ClientScore, ...], Length(1, MOST_CLIENTS)] = field(kw_only=True)
+
+    @property
+    def worst_first(self) -> tuple[tuple[int, float], ...]:
+        """The clients that tell their value, and it, from the worst to the best."""
+        told = [(score.client, score.value) for score in self.clients if score.value is not None]
+        return tuple(sorted(told, key=lambda entry: entry[1], reverse=self.lower_is_better))
+
+    def num_told(self, number: Literal["value", "loss"]) -> int:
+        """How many clients tell a number."""
+        return sum(getattr(score, number) is not None for score in self.clients)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -338,8 +304,3 @@ def decode_metric(value: object, *, where: str, error: type[FedzoError], remedy:
     if not isinstance(kind, str) or kind not in METRIC_KINDS:
         raise error(f"{where}: kind must be one of {', '.join(METRIC_KINDS)}, got {kind!r:.80}. {remedy}".rstrip())
     return decode(METRIC_KINDS[kind], value, where=where, error=error, remedy=remedy)
-
-
-def known(value: float) -> float | None:
-    """None for a number that is not finite."""
-    return float(value) if math.isfinite(value) else None

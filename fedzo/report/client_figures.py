@@ -115,20 +115,22 @@ def draw_abs_g(run: RunData) -> Picture | None:
     return Picture("abs_g", "Projected gradient per client", caption, figure)
 
 
-def draw_federated(found: Scored, *, name: str) -> Picture | None:
-    """Each client's score on its own held-out rows by one evaluator."""
-    if not found.federated:
+def draw_federated(found: Scored, *, name: str, num_clients: int) -> Picture | None:
+    """The score of each of ``num_clients`` clients on its own held-out rows by one evaluator, where it is told."""
+    told = [score for score in found.federated if score.worst_first]
+    if not told:
         return None
-    first, final = found.federated[0], found.federated[-1]
-    earlier = {client.client: client.value for client in first.clients} if first.round < final.round else {}
-    scored = sorted(final.clients, key=lambda score: score.merit)
+    first, final = told[0], told[-1]
+    earlier = dict(first.worst_first) if first.round < final.round else {}
+    scored, whole = final.worst_first, final.value
+    assert whole is not None  # the mean of what clients tell
     figure, axes = new_axes(height=2.7)
     places = list(range(len(scored)))
     few = len(scored) <= 40
     colours = [ORANGE] + [BLUE] * (len(scored) - 1)
-    axes.bar(places, [c.value for c in scored], 0.66 if few else 1.0, color=colours)
+    axes.bar(places, [value for _, value in scored], 0.66 if few else 1.0, color=colours)
     if earlier:
-        marks = [(place, earlier.get(c.client)) for place, c in zip(places, scored, strict=True)]
+        marks = [(place, earlier.get(client)) for place, (client, _) in zip(places, scored, strict=True)]
         axes.plot(
             [place for place, _ in marks],
             gaps([value for _, value in marks]),
@@ -140,10 +142,10 @@ def draw_federated(found: Scored, *, name: str) -> Picture | None:
             label=f"after {counted(first.round, 'round')}" if first.round else "before training",
         )
         axes.legend(loc="upper left", bbox_to_anchor=(0, 1.13), handletextpad=0.4)
-    axes.axhline(final.value, color=GREEN, linewidth=1.2, linestyle="--")
+    axes.axhline(whole, color=GREEN, linewidth=1.2, linestyle="--")
     axes.annotate(
-        f"all rows {score_text(final.metric, final.value)}",
-        (1, final.value),
+        f"all rows {score_text(final.metric, whole)}",
+        (1, whole),
         xycoords=("axes fraction", "data"),
         xytext=(6, 0),
         textcoords="offset points",
@@ -152,27 +154,29 @@ def draw_federated(found: Scored, *, name: str) -> Picture | None:
         annotation_clip=False,
     )
     if few:
-        names = [str(c.client) for c in scored]
+        names = [str(client) for client, _ in scored]
         fits = sum(len(name) + 1 for name in names) <= MAX_TICK_LETTERS
         axes.set_xticks(places, names if fits else [""] * len(names))
     else:
         axes.set_xticks([])
     axes.set_xlabel("client, worst first")
     axes.set_ylabel(f"{final.metric} on own held-out rows")
-    values = [client.value for score in (first, final) for client in score.clients]
+    values = [value for score in (first, final) for _, value in score.worst_first]
     if min(values) >= 0 and max(values) <= 1:
         axes.set_ylim(0, 1.0)
     axes.tick_params(axis="x", length=0)
     axes.spines["bottom"].set_color(GRID)
     percent_axis(axes, final.metric)
     if len(scored) <= 16:
-        _label_bars(axes, final.metric, [client.value for client in scored])
-    rows = [client.num_examples for client in scored]
+        _label_bars(axes, final.metric, [value for _, value in scored])
+    rows = [client.num_examples for client in final.clients if client.value is not None]
     caption = (
         f"After {counted(final.round, 'round')}, each client on rows it never trained on ({span(rows, 'row')}, "
-        f"so errors are large). Worst: client {scored[0].client} with "
-        f"{score_text(final.metric, scored[0].value)} (orange)."
+        f"so errors are large). Worst: client {scored[0][0]} with "
+        f"{score_text(final.metric, scored[0][1])} (orange)."
     )
+    if num_clients > len(scored):
+        caption += f" {len(scored)} of {num_clients} clients told their {final.metric}."
     return Picture(name, f"{final.metric.capitalize()} per client", caption, figure)
 
 

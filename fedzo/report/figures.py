@@ -31,6 +31,7 @@ from fedzo.report.style import (
 
 def draw_figures(run: RunData) -> list[Picture]:
     """Draw every figure that the run's records allow, in the order of the page."""
+    num_clients = len(run.setup.clients) if run.setup else 0
     with house_style():
         slopes = None if shows_everyone(run) else draw_abs_g(run)
         drawn = [
@@ -41,11 +42,11 @@ def draw_figures(run: RunData) -> list[Picture]:
             draw_local_steps(run),
             draw_local_losses(run),
             slopes,
-            draw_federated(run.first, name="federated"),
+            draw_federated(run.first, name="federated", num_clients=num_clients),
         ]
         for other in run.scored[1:]:
             drawn.append(_scores(run, other, name=f"score-{other.evaluator}"))
-            drawn.append(draw_federated(other, name=f"federated-{other.evaluator}"))
+            drawn.append(draw_federated(other, name=f"federated-{other.evaluator}", num_clients=num_clients))
     return [picture for picture in drawn if picture is not None]
 
 

@@ -159,6 +159,11 @@ def _numbers(run: RunData) -> Table:
     if run.step_policy:
         flagged = ", ".join(str(verdict.client) for verdict in run.step_policy.clients if verdict.flagged)
         rows.append(["flagged clients", flagged or "none"])
+    for last in (scored.federated[-1] for scored in run.scored if scored.federated):
+        value, loss = last.num_told("value"), last.num_told("loss")
+        if min(value, loss) < clients:
+            told = f"{value} and {loss} of {counted(clients, 'client')}"
+            rows.append([f"own held-out rows: {last.metric} and loss are told by", told])
     if run.summary:
         rows.append(["SHA-256 of the trained values", run.summary.final_digest or "n/a"])
     return "Numbers", rows
@@ -178,7 +183,7 @@ def _evaluators(run: RunData) -> Table:
         worst = own.worst_client if own else None
         rows.append([scored.evaluator, score.metric, *(score_text(score.metric, value) for value in (*ends, worst))])
         for name in score.numbers:
-            values = [None if found is None else found.numbers[name] for found in (before, after, own)]
+            values = [None if found is None else found.numbers.get(name) for found in (before, after, own)]
             rows.append(["", name, *map(number_text, values), ""])
     return title, rows if len(rows) > 2 else []
 

@@ -17,7 +17,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedzo.errors import ConfigError, ProtocolError
-from fedzo.fl.client.worker import SiteError, log_failure
+from fedzo.fl.client.worker import log_failure
 from fedzo.fl.messages import (
     ArtifactPiece,
     EvaluateRequest,
@@ -28,6 +28,7 @@ from fedzo.fl.messages import (
     decode,
     encode,
 )
+from fedzo.fl.site_limits import SiteError
 from fedzo.trainers.artifacts import ARTIFACTS
 
 CONFIG_KEY, RUN_DIR_KEY = "config", "run-dir"
@@ -44,11 +45,11 @@ def make_client_app() -> ClientApp:
         request = decode(Hello, message.content)
         with _private(request.client):
             try:
-                worker = _worker(context)
-            except ConfigError as error:  # of its model, its device, its own files: asking again changes nothing
+                return _reply(message, _worker(context).hello(request))
+            except (ConfigError, SiteError) as error:  # of its limits, its model, its files: to ask again is no use
                 log_failure(request.client, error)
-                return _reply(message, HelloReply(config_hash=request.config_hash, refusal=Refusal.site))
-            return _reply(message, worker.hello(request))
+                refusal = error.refusal if isinstance(error, SiteError) else Refusal.site
+                return _reply(message, HelloReply(config_hash=request.config_hash, refusal=refusal))
 
     @app.query("artifact")
     def artifact(message: Message, context: Context) -> Message:
@@ -73,17 +74,17 @@ def make_client_app() -> ClientApp:
 
 @contextmanager
 def _private(client: int) -> Iterator[None]:
-    """What fails at a site is told there in full, and to the server in a sentence that holds nothing of the site's.
-
-    A ``ProtocolError`` is about what the server sent, so the server gets its words.
-    """
+    """What fails at a site is told there in full, and to the server as a number and a sentence (``Refusal``)."""
     try:
         yield
-    except (ProtocolError, SiteError):
-        raise
     except Exception as error:
-        log_failure(client, error)
-        raise SiteError("the client could not do what it was asked. Its own log says why") from None
+        told = error if isinstance(error, SiteError) else None
+        if told is None:
+            foreign = isinstance(error, ProtocolError)
+            told = SiteError(Refusal.foreign if foreign else Refusal.failed, str(error) or type(error).__name__)
+        if told.details:
+            log_failure(client, error)
+        raise told from None
 
 
 def look_ahead(messages: list[tuple[Message, Context]]) -> None:

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from fedzo.data.kept_digests import KeptDigests
 from fedzo.data.preprocess import STAGES
-from fedzo.data.rows import ClientRows, RowSource, client_rows
+from fedzo.data.rows import ClientRows, OwnRows, RowSource, client_rows
 from fedzo.fl.client.local_update import Batches, LocalUpdate, Workspace
 from fedzo.fl.client.scalar_update import ScalarUpdate
 from fedzo.fl.client.vector_update import VectorUpdate
@@ -36,6 +36,7 @@ class ClientContext:
     artifacts: ArtifactStore
     kept: KeptDigests
     _data: dict[int, ClientData] = field(default_factory=dict)
+    _index: int | None = None
 
     @cached_property
     def worker(self) -> ClientWorker:
@@ -66,7 +67,23 @@ class ClientContext:
             lr=config.server_optimizer.base_lr,
             max_abs_g=config.strategy.max_abs_g,
             artifact=config.artifact,
+            step_rows=config.fl.batch_size,
+            site=self.peer.site.limits,
+            artifact_max_bytes=self.peer.site.artifact_max_bytes,
+            own_client=self._own_client if self._is_one_client else None,
         )
+
+    @property
+    def _is_one_client(self) -> bool:
+        """Whether its rows are one client's: a site with one set of its own."""
+        one_set = isinstance(self.source, OwnRows) and self.source.is_one_set
+        return one_set and not self.peer.site.limits.several_clients
+
+    def _own_client(self, client: int) -> int:
+        """The first index that the server gave this site in the run; this one, if it is the first."""
+        if self._index is None:
+            self._index = self.kept.claim(client, run=self.peer.run_id)
+        return self._index
 
     def _local_update(self) -> LocalUpdate:
         config, estimator = self.peer.config, self.peer.config.estimator

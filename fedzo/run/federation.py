@@ -162,6 +162,7 @@ class Federation:
                 num_clients=config.fl.num_clients,
                 identity=context.peer.identity,
                 num_labels=num_labels(config.task) if config.fl.label_counts else 0,
+                artifact_bytes=prepared.artifact.size,
             ),
             replica=self._at.replica,
             store=self._store,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from fedzo.config.plugins import plugin_name
-from fedzo.config.schema import RunConfig, SiteConfig, with_rounds
+from fedzo.config.schema import RunConfig, SiteConfig, SiteFile, with_rounds
 from fedzo.config.travel import config_hash
 from fedzo.data.encode import Example, encode, task_digest
 from fedzo.data.files import Row
@@ -54,14 +54,14 @@ class Peer:
     """
 
     config: RunConfig
-    site: SiteConfig
+    site: SiteFile
     loaded: LoadedModel
     built: Built | None = None
     undecided: bool = False
     _workspace: tuple[str, Workspace] | None = None
 
     @classmethod
-    def of(cls, config: RunConfig, site: SiteConfig, loaded: LoadedModel) -> Peer:
+    def of(cls, config: RunConfig, site: SiteFile, loaded: LoadedModel) -> Peer:
         """A peer with a model that is loaded already."""
         return cls(config, site, loaded, undecided=site.model.dtype is DType.auto)
 

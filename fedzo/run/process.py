@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from fedzo.config.plugins import plugin_name
 from fedzo.config.rules import rows_problems, site_problems
-from fedzo.config.schema import RunConfig, RunSettings, SiteConfig
+from fedzo.config.schema import RunConfig, RunSettings, SiteConfig, SiteFile
 from fedzo.config.travel import from_json, load_site, to_json
 from fedzo.data.kept_digests import KEPT_ROWS, KeptDigests
 from fedzo.data.rows import OwnRows, RowSource, SimulatedRows
 from fedzo.errors import ConfigError
 from fedzo.fl.log_store import RunStore
+from fedzo.fl.site_limits import check_base, check_run, check_work
 from fedzo.report import ReportConfig
 from fedzo.run.client_context import ClientContext
 from fedzo.run.peer import Peer, open_model
@@ -64,8 +66,7 @@ class Process:
     def client(self) -> ClientContext:
         """For the clients of this process."""
         folder = self.artifacts or _temporary("artifacts")
-        store = ArtifactStore(folder, self.peer.site.artifact_max_bytes)
-        return ClientContext(self.peer, self.source, store, self.kept)
+        return ClientContext(self.peer, self.source, ArtifactStore(folder), self.kept)
 
     @cached_property
     def server(self) -> ServerContext:
@@ -83,7 +84,7 @@ def _temporary(what: str) -> Path:
 
 def open_process(
     run: RunConfig,
-    site: SiteConfig,
+    site: SiteFile,
     *,
     artifacts: Path | None = None,
     site_folder: Path | None = None,
@@ -99,12 +100,23 @@ def open_process(
         plays_clients: Whether it needs rows.
 
     Raises:
+        SiteError: The site's limits rule the run out.
         ConfigError: The site cannot take part in this run, or its model cannot be loaded.
     """
+    check_run(
+        site.limits,
+        task=run.task.name,
+        trainer=plugin_name("trainer", run.trainer),
+        stages=run.preprocess,
+        base_digest=run.base.weights_digest,
+        label_counts=run.fl.label_counts,
+    )
+    check_work(site.limits, steps=run.step_policy.most_steps(run.fl), step_rows=run.fl.batch_size)
     rows = rows_problems(site, run) if plays_clients else ()
     if texts := [problem.text for problem in (*site_problems(site, run), *rows)]:
         raise ConfigError("; ".join(texts))
     loaded = open_model(site, run.task.max_length)
+    check_base(site.limits, loaded.base_digest, whose=f"the model {site.model.name}")
     return Process(Peer.of(run, site, loaded), row_source(run, site), artifacts, site_folder=site_folder)
 
 

@@ -13,7 +13,8 @@ from fedzo.fl.client.local_update import Workspace
 from fedzo.fl.exchange import Traffic
 from fedzo.fl.log_store import RunStore
 from fedzo.fl.server.rounds import Server, Sink
-from fedzo.records.metrics import CentralScore, ClientScore, FederatedScore, Score, Split, WorstClient
+from fedzo.records.metrics import CentralScore, ClientScore, FederatedScore, Split, WorstClient
+from fedzo.records.scores import PartialScore
 from fedzo.report.sinks import ProgressSink
 from fedzo.run.server_context import ServerContext
 
@@ -94,8 +95,13 @@ class Scores:
         last = max(told, key=lambda score: score.round, default=None)
         if last is None:
             return None
-        worst = min(last.clients, key=lambda score: score.merit)
-        return WorstClient(client=worst.client, metric=worst.metric, value=worst.value, round=last.round)
+        return next(
+            (
+                WorstClient(client=client, metric=last.metric, value=value, round=last.round)
+                for client, value in last.worst_first
+            ),
+            None,
+        )
 
     def _ask_clients(self, server: Server) -> None:
         """Every connected client scores the present model on its own held-out rows, by each evaluator."""
@@ -105,7 +111,7 @@ class Scores:
         if not due:
             return
         most, traffic = peer.config.evaluation.federated_max_rows, Traffic()
-        scored: dict[str, dict[int, Score]] = {name: {} for name in peer.evaluators}
+        scored: dict[str, dict[int, PartialScore]] = {name: {} for name in peer.evaluators}
         hellos = server.client_registry.hellos
         for client, reply in sorted(server.federated_scores(traffic=traffic).items()):
             held = min(most, hellos[client].num_heldout)
@@ -121,16 +127,18 @@ class Scores:
                 self._write(name, scored[name], server.round, traffic)
                 traffic = Traffic()  # the first record counts the messages, which the evaluators share
 
-    def _write(self, evaluator: str, scored: Mapping[int, Score], rounds: int, traffic: Traffic) -> None:
+    def _write(self, evaluator: str, scored: Mapping[int, PartialScore], rounds: int, traffic: Traffic) -> None:
+        merged = merge_scores([*scored.values()])
+        values = [score.value for score in scored.values() if score.value is not None]
         self.sink.write(
             FederatedScore(
                 seconds=self.elapsed(),
                 evaluator=evaluator,
                 round=rounds,
-                **merge_scores([*scored.values()]).as_fields(),
+                **merged.as_fields(),
                 message_up_bytes=traffic.up_bytes,
                 message_down_bytes=traffic.down_bytes,
-                worst_client=min(scored.values(), key=lambda score: score.merit).value,
+                worst_client=(max if merged.lower_is_better else min)(values, default=None),
                 clients=tuple(ClientScore(client=client, **score.as_fields()) for client, score in scored.items()),
             )
         )

@@ -25,6 +25,7 @@ ARTIFACTS = "artifacts"
 PIECE_BYTES = 4 << 20
 """What travels at a time; the last piece of an artifact may be shorter."""
 MAX_BYTES = 2 << 30
+"""Of an artifact that a site takes from a peer, where it does not say otherwise."""
 _BLOCK_BYTES = 1 << 20
 
 
@@ -60,11 +61,9 @@ class ArtifactStore:
 
     Attributes:
         folder: Made when the first artifact comes.
-        max_bytes: Size of the largest artifact that is taken from a peer.
     """
 
     folder: Path
-    max_bytes: int = MAX_BYTES
     _checked: dict[str, Artifact] = field(default_factory=lambda: {EMPTY.digest: EMPTY})
 
     def find(self, digest: str) -> Artifact | None:
@@ -122,15 +121,12 @@ class ArtifactStore:
             Bytes from the start that are here now; ``size`` once the artifact is whole.
 
         Raises:
-            ProtocolError: It is too large, or all of it is here and is not what its digest names.
+            ProtocolError: All of it is here and is not what its digest names.
         """
         if self.get(digest):
             return size
-        if not 0 < size <= self.max_bytes:
-            raise ProtocolError(
-                f"{name_of(digest)}: it must have 1 to {self.max_bytes} bytes, the limit of this site, got {size}. "
-                "Raise the limit, or train fewer values."
-            )
+        if size < 1:
+            raise ProtocolError(f"{name_of(digest)}: it must have at least 1 byte, got {size}.")
         self.folder.mkdir(parents=True, exist_ok=True)
         part = self.folder / f"{digest}.part"
         with part.open("a+b") as file:

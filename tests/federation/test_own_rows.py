@@ -166,7 +166,7 @@ def test_rows_that_cannot_be_encoded_end_the_start_at_once_and_only_the_site_say
 
     assert time.monotonic() - began < 120
     assert str(error.value) == (
-        "client 2 cannot take part: its rows cannot be read or encoded. Its own log says which and why"
+        "client 2 cannot take part: refusal 1, its rows cannot be read or encoded. Its own log says why"
     )
     told = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     (own,) = [text for text in told if "secret" in text]
@@ -186,7 +186,9 @@ def test_a_run_goes_on_with_the_rows_that_it_began_with_or_not_at_all(
     before = file.read_text()
     file.write_text(before.replace("bad 2", "bad 7").replace('good 3", "label": 1', 'good 3", "label": 0'))
 
-    with pytest.raises(ConfigError, match="client 1 cannot take part: its rows are not those that it began the run"):
+    with pytest.raises(
+        ConfigError, match="client 1 cannot take part: refusal 2, its rows are not those that it began the run"
+    ):
         resume_run(folder, rounds=3)
 
     assert "rows of client 1: they must be the 6 rows that the run began with, got 6; others now (from 0): 2, 3." in (

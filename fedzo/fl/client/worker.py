@@ -29,18 +29,11 @@ from fedzo.fl.messages import (
     Sync,
     TrainRequest,
 )
+from fedzo.fl.site_limits import LOSS, PER_CLASS, SiteError, answers_any, check_rows, leaving
 from fedzo.records.decode import encode
 from fedzo.trainers.artifacts import Artifact, ArtifactStore
 
 log = logging.getLogger(__name__)
-
-
-class SiteError(FedzoError):
-    """What a client tells the server of a failure of its own: a fixed sentence, and nothing of what the site holds."""
-
-
-class PlannedAbsence(SiteError):
-    """A rehearsed fault: the client does not answer this round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +102,14 @@ class ClientWorker:
         self._absent = absent
 
     def hello(self, request: Hello) -> HelloReply:
-        """Register: digests, sizes and label counts of this client. Rows that cannot be used are told of for good."""
+        """Register: digests, sizes and label counts of this client. Rows that cannot be used are told of for good.
+
+        Raises:
+            SiteError: The site's limits rule it out.
+        """
         self._limits.check_client(request.client)
+        if self._artifacts.find(self._limits.artifact) is None:
+            self._limits.check_artifact_size(request.artifact_bytes)
         try:
             digest = self._rows_digest(request.client, request.begun)
             data = self._data_of(request.client)
@@ -118,11 +117,14 @@ class ClientWorker:
             log_failure(request.client, error)
             refusal = Refusal.changed if isinstance(error, RowsChangedError) else Refusal.rows
             return HelloReply(config_hash=self.identity.config_hash, refusal=refusal)
+        site = self._limits.site
+        check_rows(site, num_train=len(data.train), label_counts=data.label_counts)
+        told = data.heldout if len(data.heldout) >= site.min_rows else []
         return HelloReply(
             num_train=len(data.train),
-            num_heldout=len(data.heldout),
+            num_heldout=len(told),
             num_train_cut=sum(example.cut for example in data.train),
-            num_heldout_cut=sum(example.cut for example in data.heldout),
+            num_heldout_cut=sum(example.cut for example in told),
             rows_digest=digest,
             label_counts=json.dumps(dict(data.label_counts)),
             config_hash=self.identity.config_hash,
@@ -135,13 +137,15 @@ class ClientWorker:
         """Keep a piece of the artifact that this process lacks."""
         self._limits.check_client(piece.client)
         self._limits.check_artifact(piece.digest)
+        if self._artifacts.find(piece.digest) is None:
+            self._limits.check_artifact_size(piece.size)
         return receive(piece, self._artifacts)
 
     def train(self, request: TrainRequest) -> Any:
         """Take the local steps of a request and answer with what they make; the model is left at the round's start."""
         self._limits.check_client(request.client)
         if (request.client, request.round) in self._absent:
-            raise PlannedAbsence(f"client {request.client} is absent in round {request.round}, as faults.absent asks")
+            raise SiteError(Refusal.absent)
         self._limits.check_steps(request)
         at, status = self._reach(request)
         if at is None or status is not Status.ok:
@@ -155,7 +159,7 @@ class ClientWorker:
         """
         able: dict[int, TrainRequest] = {}
         for client, request in requests.items():
-            with suppress(ProtocolError):
+            with suppress(ProtocolError, SiteError):
                 self._limits.check_client(client)
                 self._limits.check_steps(request)
                 if (client, request.round) not in self._absent and self._reach(request)[1] is Status.ok:
@@ -164,19 +168,18 @@ class ClientWorker:
             self.update.look_ahead(self._workspace, able)
 
     def evaluate(self, request: EvaluateRequest) -> EvaluateReply:
-        """Score the model of the request's round on the client's held-out rows."""
+        """Score the model of the request's round on the client's held-out rows, and tell what the site lets out."""
         self._limits.check_client(request.client)
         at, status = self._reach(request)
         if at is None or status is not Status.ok:
             return EvaluateReply(status=status, position=at.replica.position if at else 0)
-        rows = self._data_of(request.client).heldout[: self._scored_rows]
-        if not rows:
-            return EvaluateReply(position=at.replica.position)
-        scores = {
-            name: evaluate(name, evaluator, at.loaded, rows, self._task, tokens_per_batch=at.tokens_per_batch)
-            for name, evaluator in self._evaluators.items()
-        }
-        plain = {name: _averageable(encode(score)) for name, score in scores.items()}
+        rows, site, plain = self._data_of(request.client).heldout[: self._scored_rows], self._limits.site, {}
+        for name, evaluator in self._evaluators.items():
+            measure = evaluator.measure(self._task)
+            if rows and answers_any(site, [measure.metric, LOSS, PER_CLASS, *measure.numbers], num_rows=len(rows)):
+                score = evaluate(name, evaluator, at.loaded, rows, self._task, tokens_per_batch=at.tokens_per_batch)
+                if (told := leaving(site, score)) is not None:
+                    plain[name] = _averageable(encode(told))
         return EvaluateReply(position=at.replica.position, scores=json.dumps(plain))
 
     def _reach(self, request: Sync) -> tuple[Workspace | None, Status]:
@@ -200,6 +203,8 @@ def log_failure(client: int, error: BaseException) -> None:
     """Tell the site in full what the server is told in a sentence; a traceback only of what nobody foresaw."""
     foreseen = isinstance(error, FedzoError)
     what = str(error) if foreseen else f"{type(error).__name__}: {error}"
+    if isinstance(error, SiteError):
+        what = f"refusal {error.refusal}, {error.refusal.sentence}: {error.details}"
     log.error("client %d: %s", client, what, exc_info=None if foreseen else error)
 
 

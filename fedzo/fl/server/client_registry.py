@@ -59,11 +59,13 @@ class ClientRegistry:
         nodes: Flower node id of each client that is connected; it changes only in ``wait`` and ``refresh``.
         hellos: Registration of each client, also of those that left.
         num_labels: Labels of the task; 0 where it has none.
+        artifact_bytes: Of what the space needs beside the model.
     """
 
     num_clients: int
     identity: Identity
     num_labels: int = 0
+    artifact_bytes: int = 0
     nodes: dict[int, int] = field(default_factory=dict)
     hellos: dict[int, HelloReply] = field(default_factory=dict)
     _places: dict[int, _Place] = field(default_factory=dict)
@@ -192,7 +194,12 @@ class ClientRegistry:
         for client, place in sorted(self._places.items()):
             if place.registered or now < place.due:
                 continue
-            hello = Hello(client=client, config_hash=self.identity.config_hash, begun=self._begun)
+            hello = Hello(
+                client=client,
+                config_hash=self.identity.config_hash,
+                begun=self._begun,
+                artifact_bytes=self.artifact_bytes,
+            )
             question = Question("query.hello", hello, HelloReply)
             messages[client] = message_of(question, node=place.node, traffic=traffic)
             place.due = now + SILENT_S * 2**place.greetings
@@ -258,7 +265,8 @@ class ClientRegistry:
             if problem := self._problem(client, reply):
                 self._failed(client, f"node {place.node} is refused: client {client}: {problem}")
             elif reply.refusal:
-                self._failed(client, f"client {client} cannot take part: {reply.refusal.sentence}", unable=True)
+                why = f"client {client} cannot take part: {reply.refusal.text}. Its own log says why"
+                self._failed(client, why, unable=True)
             else:
                 if client in self._seen:
                     log.warning("client %d came back", client)

@@ -11,7 +11,8 @@ from fedzo.fl.exchange import Traffic
 from fedzo.fl.server.aggregate import ClientResult
 from fedzo.records.fields import MOST_TEXT
 from fedzo.records.log import AuditLine, ClientAudit
-from fedzo.records.metrics import ClientRound, Round, StepSignals, known
+from fedzo.records.metrics import ClientRound, Round, StepSignals
+from fedzo.records.scores import known
 from fedzo.zo.log import LogRecord, RoundRecord
 
 

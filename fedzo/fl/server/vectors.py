@@ -16,7 +16,8 @@ from fedzo.fl.messages import TrainRequest, VectorReply, scalars_from_bytes
 from fedzo.fl.server.aggregate import checked_losses, losses_far_off, num_trimmed, trimmed_mean
 from fedzo.fl.server.metrics import finite_mean
 from fedzo.records.log import RoundAudit, VectorAudit, VectorAuditLine
-from fedzo.records.metrics import ClientRound, StepSignals, known
+from fedzo.records.metrics import ClientRound, StepSignals
+from fedzo.records.scores import known
 from fedzo.zo.log import LogRecord, Scalars, VectorRecord, vector_digest
 from fedzo.zo.spaces.base import Values
 

@@ -36,6 +36,8 @@ NEEDS = {
     "data=files": ["data.path=."],
     "partition=natural": ["partition.column=site"],
     "partition=own": ["data.path=.", "evaluation.central=false"],
+    "experiment=sites": ["data.path=."],
+    "runtime=remote": ["runtime.server=.", "partition=own", "evaluation.central=false"],
     "model=hf": ["model.name=gpt2"],
 }
 """What a user must add to an option that cannot stand alone."""

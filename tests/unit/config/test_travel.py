@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 
 from fedzo.config.load import load
 from fedzo.config.plugins import plugin_classes
-from fedzo.config.schema import LaunchConfig, RunConfig, SiteConfig, filled
+from fedzo.config.schema import LaunchConfig, RunConfig, SiteConfig, SiteFile, filled
 from fedzo.config.travel import config_hash, from_json, is_same_run, load_site, to_json, to_yaml
 from fedzo.data.config import DataConfig, TaskConfig
 from fedzo.data.partition import PartitionConfig
 from fedzo.data.partition.plain import NaturalConfig
 from fedzo.errors import ConfigError
-from fedzo.fl.config import Seeds
+from fedzo.fl.config import Seeds, SiteLimitsConfig
 from fedzo.models.config import BaseConfig, DType, ModelConfig
 from fedzo.runtime.config import LocalConfig
 from fedzo.trainers.base import InputsConfig
@@ -308,11 +308,12 @@ def test_a_site_file_gives_the_keys_that_differ_from_the_defaults(tmp_path: Path
     site = load_site(tmp_path / "site.yaml")
 
     model = ModelConfig(name=str(tmp_path / "opt"), dtype=DType.bfloat16)
-    assert site == SiteConfig(device="cpu", model=model, data=DataConfig(path=str(tmp_path / "rows")))
+    assert site == SiteFile(device="cpu", model=model, data=DataConfig(path=str(tmp_path / "rows")))
 
 
 def test_a_site_in_full_is_read_back(tmp_path: Path) -> None:
-    site = SiteConfig(device="cpu", threads=3, artifact_max_bytes=5, data=DataConfig(path="/rows"))
+    limits = SiteLimitsConfig(trainers=["mezo"], answers=["loss"], min_rows=5)
+    site = SiteFile(device="cpu", threads=3, artifact_max_bytes=5, data=DataConfig(path="/rows"), limits=limits)
     (tmp_path / "site.json").write_text(to_json(site))
 
     assert load_site(tmp_path / "site.json") == site
@@ -322,10 +323,10 @@ def test_a_site_in_full_is_read_back(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("device: [", "must be a readable YAML file"),
-        ("- device", "must be a mapping for SiteConfig"),
-        ("[]", "must be a mapping for SiteConfig"),
-        ("false", "must be a mapping for SiteConfig"),
-        ("seed: 1", r"must hold keys of SiteConfig only, got unknown \['seed'\]"),
+        ("- device", "must be a mapping for SiteFile"),
+        ("[]", "must be a mapping for SiteFile"),
+        ("false", "must be a mapping for SiteFile"),
+        ("seed: 1", r"must hold keys of SiteFile only, got unknown \['seed'\]"),
         ("model: {dtype: int3}", "model.dtype must be one of float32"),
         ("model: {max_length: 3}", r"unknown \['max_length'\]"),
         ("device: !!python/object/apply:os.getcwd []", "must be a readable YAML file"),

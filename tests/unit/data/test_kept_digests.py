@@ -69,3 +69,16 @@ def test_a_folder_that_cannot_be_used_says_so(tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(b"short")
     with pytest.raises(ConfigError, match="it must hold 32 bytes, got 5"):
         register(tmp_path, ROWS, begun=True)
+
+
+def test_a_site_stays_the_client_of_a_run_that_it_was_first(tmp_path: Path) -> None:
+    """Also for a process that starts later; another run has another index."""
+    assert KeptDigests(tmp_path / "rows").claim(3, run="a" * 64) == 3
+    assert KeptDigests(tmp_path / "rows").claim(1, run="a" * 64) == 3
+    assert KeptDigests(tmp_path / "rows").claim(1, run="b" * 64) == 1
+    (file,) = (tmp_path / "rows").glob(f"*{'a' * 16}")
+
+    file.write_text("three")
+
+    with pytest.raises(ConfigError, match=r"client-of-a{16}: the site's index in the run must be kept there"):
+        KeptDigests(tmp_path / "rows").claim(3, run="a" * 64)

@@ -14,7 +14,7 @@ from fedzo.errors import ConfigError, ProtocolError
 from fedzo.evaluate import AnswersConfig, Evaluator, Measure, evaluate, merge_scores, scores_of_peer
 from fedzo.evaluate.answers import Answers
 from fedzo.records.decode import encode
-from fedzo.records.metrics import Score
+from fedzo.records.scores import PartialScore, Score
 from fedzo.testing.tiny_models import tiny_loaded
 
 TASK = TaskConfig(candidates=[" bad", " good"])
@@ -75,6 +75,21 @@ def test_a_part_without_a_loss_leaves_that_of_the_others() -> None:
     assert merge_scores(parts[1:2]).loss is None
 
 
+def test_each_number_is_averaged_over_the_parts_that_tell_it() -> None:
+    parts = [
+        PartialScore("length", None, 2.0, 4, numbers={"empty": 0.5}),
+        PartialScore("length", 3.0, None, 2),
+        PartialScore("length", 6.0, None, 1),
+    ]
+
+    merged = merge_scores(parts)
+
+    assert merged.value == pytest.approx((3.0 * 2 + 6.0) / 3)
+    assert (merged.loss, merged.numbers, merged.num_examples) == (2.0, {"empty": 0.5}, 7)
+    nothing = merge_scores(parts[:1])
+    assert (nothing.value, nothing.loss) == (None, 2.0)
+
+
 def test_numbers_are_averaged_over_examples() -> None:
     parts = [LENGTHS.score(v, num_examples=n, numbers={"empty": e}) for v, n, e in ((1.0, 1, 0.0), (4.0, 3, 1.0))]
 
@@ -104,7 +119,6 @@ def test_scores_to_merge_are_of_one_metric() -> None:
         ("answers", {"per_class": {"0": [1, 4], "1": [0, 1]}}),
         ("answers", {"per_class": {"0": [2, 1]}}),
         ("answers", {"per_class": [1]}),
-        ("answers", {"value": None}),
         ("answers", {"num_examples": 0}),
         ("answers", {"num_examples": 2}),
         ("answers", {"surprise": 1}),
@@ -112,7 +126,6 @@ def test_scores_to_merge_are_of_one_metric() -> None:
         ("answers", {"lower_is_better": True}),
         ("lengths", {"value": -0.5}),
         ("lengths", {"value": 100.5}),
-        ("lengths", {"numbers": {}}),
         ("lengths", {"numbers": {"empty": 0.5, "full": 0.5}}),
         ("lengths", {"numbers": {"empty": 1e300}}),
         ("lengths", {"numbers": {"empty": "0.5"}}),
@@ -133,9 +146,11 @@ def test_what_a_peer_sends_must_be_a_score_of_each_evaluator(evaluator: str, cha
 
 
 @pytest.mark.parametrize("text", ["[]", '{"answers": {}}', json.dumps({**RIGHT, "more": RIGHT["answers"]}), "nan"])
-def test_a_peer_sends_a_score_of_every_evaluator_and_of_no_other(text: str) -> None:
+def test_a_peer_sends_scores_of_the_evaluators_that_it_answers_and_of_no_other(text: str) -> None:
     assert scores_of_peer("{}", EVALUATORS, TASK, most_examples=8) == {}  # a peer without rows
-    with pytest.raises(ProtocolError, match="scores"):
+    told = scores_of_peer(json.dumps({"lengths": RIGHT["lengths"]}), EVALUATORS, TASK, most_examples=8)
+    assert list(told) == ["lengths"]
+    with pytest.raises(ProtocolError, match="score"):
         scores_of_peer(text, EVALUATORS, TASK, most_examples=8)
 
 

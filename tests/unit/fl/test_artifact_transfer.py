@@ -144,16 +144,5 @@ def test_a_piece_without_a_place_is_refused_by_the_client(store: ArtifactStore, 
     assert not store.folder.exists()
 
 
-def test_an_artifact_over_the_clients_limit_is_refused_before_any_piece(artifact: Artifact, tmp_path: Path) -> None:
-    small = ArtifactStore(tmp_path / "client", max_bytes=SIZE - 1)
-    sent: list[ArtifactPiece] = []
-
-    with pytest.raises(ProtocolError, match=f"must have 1 to {SIZE - 1} bytes, the limit of this site, got {SIZE}"):
-        play(artifact, lambda piece: sent.append(piece) or receive(piece, small))
-
-    assert [len(piece.data) for piece in sent] == [0]
-    assert not small.folder.exists()
-
-
 def test_a_space_that_needs_nothing_is_held_by_every_client(store: ArtifactStore) -> None:
     assert store.get(EMPTY.digest) == EMPTY

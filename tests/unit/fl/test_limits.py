@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from fedzo.errors import ProtocolError
+from fedzo.fl.config import SiteLimitsConfig
 from fedzo.fl.limits import Limits
-from fedzo.fl.messages import TrainRequest
+from fedzo.fl.messages import Refusal, TrainRequest
+from fedzo.fl.site_limits import SiteError
 from fedzo.zo.directions import SHARED
 from fedzo.zo.log import EMPTY_CHAIN, RoundRecord, pack
 from fedzo.zo.seeds import OWN
@@ -94,6 +96,31 @@ def test_work_beyond_what_the_run_announced_is_refused(fields: dict[str, Any], m
 def test_a_state_that_the_run_cannot_have_is_refused(fields: dict[str, Any], match: str) -> None:
     with pytest.raises(ProtocolError, match=match):
         LIMITS.check_state(replace(REQUEST, **fields))
+
+
+def test_the_sites_own_limits_hold_at_each_request() -> None:
+    """Also against a server that never asked whether the site takes part."""
+    site = replace(LIMITS, step_rows=4, site=SiteLimitsConfig(most_steps=4, most_rows=12), artifact_max_bytes=100)
+
+    site.check_steps(replace(REQUEST, steps=3))
+    site.check_artifact_size(100)
+    for refused, refusal in (
+        (lambda: site.check_steps(replace(REQUEST, steps=5)), Refusal.steps),
+        (lambda: site.check_steps(replace(REQUEST, steps=4)), Refusal.step_rows),
+        (lambda: site.check_artifact_size(101), Refusal.artifact),
+    ):
+        with pytest.raises(SiteError) as caught:
+            refused()
+        assert caught.value.refusal is refusal
+
+
+def test_a_site_is_one_client_of_a_run_and_no_other() -> None:
+    site = replace(LIMITS, own_client=lambda client: 1)
+
+    site.check_client(1)
+    with pytest.raises(SiteError, match="refusal 20, its site is another client of this run") as caught:
+        site.check_client(2)
+    assert caught.value.details == "the site is client 1 of this run, and client 2 is asked"
 
 
 def test_a_client_that_the_run_does_not_have_is_nobody() -> None:

@@ -974,7 +974,7 @@ def test_a_client_that_cannot_take_part_ends_the_start_at_once_and_a_run_goes_on
     """Nobody waits for what no retry can mend."""
     clients = [Client(0), Client(1)]
     clients[1].hello = HelloReply(config_hash=IDENTITY.config_hash, refusal=Refusal.rows)
-    why = "client 1 cannot take part: its rows cannot be read or encoded. Its own log says which and why"
+    why = "client 1 cannot take part: refusal 1, its rows cannot be read or encoded. Its own log says why"
     began = time.monotonic()
 
     with pytest.raises(ConfigError, match=why):

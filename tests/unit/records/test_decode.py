@@ -22,7 +22,8 @@ from fedzo.records.codec import codec_of
 from fedzo.records.decode import decode, decode_json, encode, parse_json, to_json
 from fedzo.records.fields import Grid, LabelCounts, Length, Matching, OmitDefault, Within
 from fedzo.records.log import VectorLine, decode_audit, decode_public
-from fedzo.records.metrics import METRIC_KINDS, Score, decode_metric
+from fedzo.records.metrics import METRIC_KINDS, decode_metric
+from fedzo.records.scores import Score
 from fedzo.testing.logs import audit_line
 
 

@@ -55,6 +55,26 @@ def test_whom_a_selection_holds_back_and_what_that_costs_show_by_class_and_by_cl
     assert re.findall(r">([^<>]+)</td>", flagged) == ["20", "great 20", "1 (flagged)", "2", "70.0 %"]
 
 
+def test_the_page_says_how_many_clients_told_their_scores(make_run: MakeRun) -> None:
+    lines = [json.loads(line) for line in (make_run("whole") / "metrics.jsonl").read_text().splitlines()]
+    assert "are told by" not in write_report(make_run("all", lines=lines)).read_text()
+    (scored,) = (line for line in lines if line["kind"] == "federated_score")
+    scored["clients"] = scored["clients"][:2]
+    scored["clients"][1]["value"] = None
+
+    some = write_report(make_run("some", lines=lines)).read_text()
+    scored |= {"value": None, "worst_client": None, "clients": scored["clients"][1:]}
+    none = write_report(make_run("none", lines=lines)).read_text()
+
+    row = "<th>own held-out rows: accuracy and loss are told by</th><td>{} of 3 clients</td>"
+    assert row.format("1 and 2") in some
+    assert "1 of 3 clients told their accuracy." in some
+    assert re.findall(r"<tr><th>1</th>.*?>([^<>]+)</td></tr>", some) == ["n/a"]
+    assert row.format("0 and 1") in none
+    assert "Accuracy per client" in some
+    assert "Accuracy per client" not in none
+
+
 def test_test_rows_are_spoken_of_where_there_are_any(make_run: MakeRun) -> None:
     lines = [json.loads(line) for line in (make_run("whole") / "metrics.jsonl").read_text().splitlines()]
     assert "The test rows were scored once before" in write_report(make_run("with")).read_text()

@@ -172,11 +172,9 @@ def test_a_whole_that_is_not_what_its_digest_names_is_dropped(store: ArtifactSto
     assert [append(store, number) for number in range(3)][-1] == SIZE
 
 
-@pytest.mark.parametrize("size", [-1, 0, SIZE + 1, 2**62])
-def test_a_size_over_the_limit_is_refused_before_anything_is_written(store: ArtifactStore, size: int) -> None:
-    small = ArtifactStore(store.folder, max_bytes=SIZE)
-
-    with pytest.raises(ProtocolError, match=rf"must have 1 to {SIZE} bytes, the limit of this site, got {size}"):
-        small.append(DIGEST, size, offset=0, data=CONTENT[:PIECE_BYTES])
+@pytest.mark.parametrize("size", [-1, 0])
+def test_a_size_that_is_none_is_refused_before_anything_is_written(store: ArtifactStore, size: int) -> None:
+    with pytest.raises(ProtocolError, match=rf"must have at least 1 byte, got {size}"):
+        store.append(DIGEST, size, offset=0, data=CONTENT[:PIECE_BYTES])
 
     assert not store.folder.exists()

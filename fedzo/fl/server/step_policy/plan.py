@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 from fedzo.errors import Problem, problem
 from fedzo.fl.config import FlConfig
 from fedzo.records.log import AuditLine
-from fedzo.records.metrics import ClientVerdict, StepDecision, known
+from fedzo.records.metrics import ClientVerdict, StepDecision
+from fedzo.records.scores import known
 from fedzo.registry import PluginConfig, Registry
 
 if TYPE_CHECKING:

@@ -1,0 +1,110 @@
+"""What a site refuses, and which of its numbers leave it, whoever asks.
+
+The server is told a number and the sentence that belongs to it (``Refusal``). What the site's file says and what it
+holds stay in the site's own log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+from fedzo.errors import FedzoError
+from fedzo.fl.config import SiteLimitsConfig
+from fedzo.fl.messages import Refusal
+from fedzo.records.scores import PartialScore, Score
+
+LOSS, PER_CLASS, LABEL_COUNTS, NONE = "loss", "per_class", "label_counts", "none"
+"""Names in ``limits.answers`` that are no evaluator's own."""
+
+
+class SiteError(FedzoError):
+    """What a client refuses, or cannot do. Its text is all that the server is told: a fixed sentence and a number.
+
+    Attributes:
+        refusal: The number.
+        details: For the site's own log.
+    """
+
+    def __init__(self, refusal: Refusal, details: str = "") -> None:
+        super().__init__(refusal.text + (". Its own log says why" if details else ""))
+        self.refusal = refusal
+        self.details = details
+
+
+def check_run(
+    limits: SiteLimitsConfig,
+    *,
+    task: str,
+    trainer: str | None,
+    stages: Iterable[str],
+    base_digest: str,
+    label_counts: bool,
+) -> None:
+    """Refuse a run that its settings alone rule out, before a model is loaded for it.
+
+    Raises:
+        SiteError: The run has a task, trainer, stage or base that the site does not take part in, or needs label
+            counts that do not leave the site.
+    """
+    for key, allowed, asked, refusal in (
+        ("tasks", limits.tasks, [task], Refusal.task),
+        ("trainers", limits.trainers, [trainer], Refusal.trainer),
+        ("stages", limits.stages, [*stages], Refusal.stage),
+    ):
+        if allowed and (stray := [name for name in asked if name not in allowed]):
+            raise SiteError(refusal, f"limits.{key} allows {', '.join(allowed)}, and the run has {stray[0]}")
+    check_base(limits, base_digest, whose="the run's base")
+    if label_counts and not leaves(limits, LABEL_COUNTS):
+        raise SiteError(Refusal.label_counts, f"limits.answers lacks {LABEL_COUNTS}, and the run has fl.label_counts")
+
+
+def check_base(limits: SiteLimitsConfig, digest: str, *, whose: str) -> None:
+    """Refuse other base weights than the site accepts; ``SiteError``."""
+    if limits.base_digest and digest != limits.base_digest:
+        raise SiteError(Refusal.base, f"limits.base_digest is {limits.base_digest}, and {whose} has {digest}")
+
+
+def check_work(limits: SiteLimitsConfig, *, steps: int, step_rows: int) -> None:
+    """Refuse more local steps, or more rows, than the site takes in one request; ``SiteError``."""
+    if limits.most_steps and steps > limits.most_steps:
+        raise SiteError(Refusal.steps, f"limits.most_steps is {limits.most_steps}, and {steps} are asked")
+    if limits.most_rows and steps * step_rows > limits.most_rows:
+        asked = f"{steps} steps of {step_rows} rows are asked"
+        raise SiteError(Refusal.step_rows, f"limits.most_rows is {limits.most_rows}, and {asked}")
+
+
+def check_rows(limits: SiteLimitsConfig, *, num_train: int, label_counts: Mapping[str, int]) -> None:
+    """Refuse to register with counts that stand for too few rows; ``SiteError``."""
+    counts = {"training rows": num_train, **{f"rows of label {label}": count for label, count in label_counts.items()}}
+    if few := [f"{count} {what}" for what, count in counts.items() if count < limits.min_rows]:
+        raise SiteError(Refusal.few_rows, f"limits.min_rows is {limits.min_rows}, and there are {', '.join(few)}")
+
+
+def leaves(limits: SiteLimitsConfig, name: str) -> bool:
+    """Whether a number of this name may leave the site."""
+    return not limits.answers or name in limits.answers
+
+
+def answers_any(limits: SiteLimitsConfig, names: Collection[str], *, num_rows: int) -> bool:
+    """Whether any number of an evaluator may leave the site: else it need not score."""
+    return num_rows >= limits.min_rows and any(leaves(limits, name) for name in names)
+
+
+def leaving(limits: SiteLimitsConfig, score: Score) -> PartialScore | None:
+    """What of a score may leave the site; None where that is nothing.
+
+    The table of classes leaves as a whole or not at all: a single class could be told from the others.
+    """
+    if score.num_examples < limits.min_rows:
+        return None
+    many = all(total >= limits.min_rows for _, total in score.per_class.values())
+    part = PartialScore(
+        metric=score.metric,
+        value=score.value if leaves(limits, score.metric) else None,
+        loss=score.loss if leaves(limits, LOSS) else None,
+        num_examples=score.num_examples,
+        per_class=score.per_class if many and leaves(limits, PER_CLASS) else {},
+        numbers={name: number for name, number in score.numbers.items() if leaves(limits, name)},
+        lower_is_better=score.lower_is_better,
+    )
+    return part if part.value is not None or part.loss is not None or part.per_class or part.numbers else None

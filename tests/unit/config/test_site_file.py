@@ -1,0 +1,95 @@
+"""The file that only a site writes: its keys, its rules, and the template that `fedzo client init` copies."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+import yaml
+
+from fedzo.config.load import load
+from fedzo.config.schema import LaunchConfig, SiteFile
+from fedzo.config.travel import load_site
+from fedzo.errors import ConfigError
+
+TEMPLATE = files("fedzo.commands") / "templates" / "site.yaml"
+
+
+def keys_of(config_class: type, prefix: str = "") -> set[str]:
+    hints, found = get_type_hints(config_class), set()
+    for field in fields(config_class):
+        name = f"{prefix}{field.name}"
+        found |= keys_of(hints[field.name], f"{name}.") if is_dataclass(hints[field.name]) else {name}
+    return found
+
+
+def keys_in(plain: dict[str, Any], prefix: str = "") -> set[str]:
+    return {
+        key
+        for name, value in plain.items()
+        for key in (keys_in(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}"})
+    }
+
+
+def test_the_template_holds_every_key_with_its_default_but_for_the_two_places(tmp_path: Path) -> None:
+    text = TEMPLATE.read_text(encoding="utf-8")
+    (tmp_path / "site.yaml").write_text(text)
+
+    site, expected = load_site(tmp_path / "site.yaml"), SiteFile()
+
+    assert keys_in(yaml.safe_load(text)) == keys_of(SiteFile)
+    expected.model.name, expected.data.path = str(tmp_path / "model"), str(tmp_path / "rows")
+    assert site == expected
+
+
+def test_every_key_of_the_template_has_a_comment_above_it() -> None:
+    lines = TEMPLATE.read_text(encoding="utf-8").splitlines()
+
+    keys = [number for number, line in enumerate(lines) if line.lstrip()[:1] not in ("", "#") and line[-1:] != ":"]
+
+    assert len(keys) == len(keys_of(SiteFile))
+    assert [lines[number] for number in keys if not lines[number - 1].lstrip().startswith("# ")] == []
+    assert max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{most_steps: -1}", r"limits\.most_steps must be >= 0, got -1"),
+        ("{most_rows: -5}", r"limits\.most_rows must be >= 0, got -5"),
+        ("{min_rows: -1}", r"limits\.min_rows must be >= 0, got -1"),
+        ("{min_rows: many}", r"limits\.min_rows must be int, got 'many'"),
+        ("{trainers: [meerkt]}", r"limits\.trainers must hold names of .*lora, meerkat, .* only, got 'meerkt'"),
+        ("{stages: [rewrite]}", r"limits\.stages must hold names of .*identity.* only, got 'rewrite'"),
+        ("{answers: [acuracy]}", r"limits\.answers must hold names of none, loss, accuracy, .*rouge_l.* got 'acuracy'"),
+        ("{answers: [none, loss]}", r"limits\.answers must hold none alone"),
+        ("{answers: loss}", r"limits\.answers must be list\[str\], got 'loss'"),
+        ("{base_digest: abc}", r"limits\.base_digest must be a SHA-256 of 64 hexadecimal digits, got 'abc'"),
+        ("{steps: 3}", r"limits must hold keys of SiteLimitsConfig only, got unknown \['steps'\]"),
+        ("{min_rows: -1, most_rows: -1}", r"limits\.most_rows must be >= 0.*limits\.min_rows must be >= 0"),
+    ],
+)
+def test_what_a_site_cannot_mean_is_refused_with_what_it_could(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text(f"limits: {text}\n")
+
+    with pytest.raises(ConfigError, match=rf"site configuration .*site\.yaml: .*{message}"):
+        load_site(tmp_path / "site.yaml")
+
+
+def test_every_name_that_the_messages_list_is_taken(tmp_path: Path) -> None:
+    names = "[loss, accuracy, token_f1, rouge_l, per_class, label_counts]"
+    (tmp_path / "site.yaml").write_text(f"limits: {{trainers: [mezo, lora], stages: [identity], answers: {names}}}\n")
+
+    assert load_site(tmp_path / "site.yaml").limits.trainers == ["mezo", "lora"]
+
+
+def test_limits_are_no_setting_of_a_command_line() -> None:
+    """A simulation has no limits against itself, and plays several clients."""
+    assert "limits" not in {field.name for field in fields(LaunchConfig)}
+    with pytest.raises(ConfigError, match="limits"):
+        load(["+limits.most_steps=1"])
+
+    assert load([]).site().limits.several_clients

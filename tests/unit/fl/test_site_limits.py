@@ -1,0 +1,143 @@
+"""What a site refuses by its own file, what leaves it, and the numbers that the server is told."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fedzo.fl.config import SiteLimitsConfig
+from fedzo.fl.messages import Refusal
+from fedzo.fl.site_limits import SiteError, answers_any, check_base, check_rows, check_run, check_work, leaving
+from fedzo.records.scores import PartialScore, Score
+
+RUN: dict[str, Any] = {
+    "task": "sst2",
+    "trainer": "meerkat",
+    "stages": ["identity", "rewrite"],
+    "base_digest": "b" * 64,
+    "label_counts": True,
+}
+SCORE = Score(
+    "accuracy", 0.75, 0.5, 8, per_class={0: (3, 3), 1: (3, 5)}, auc=0.9, numbers={"calibration": 0.125, "length": 7.0}
+)
+
+
+def limits(**keys: Any) -> SiteLimitsConfig:
+    return replace(SiteLimitsConfig(), **keys)
+
+
+def test_the_numbers_of_refusals_keep_their_meaning() -> None:
+    """Sites and servers of two releases must mean the same by them."""
+    assert {int(refusal): refusal.name for refusal in Refusal if refusal} == {
+        1: "rows",
+        2: "changed",
+        3: "site",
+        11: "task",
+        12: "trainer",
+        13: "stage",
+        14: "steps",
+        15: "step_rows",
+        16: "base",
+        17: "artifact",
+        18: "few_rows",
+        19: "label_counts",
+        20: "client",
+        31: "failed",
+        32: "foreign",
+        33: "absent",
+    }
+    assert len({refusal.sentence for refusal in Refusal}) == len(Refusal)
+
+
+def test_a_file_without_limits_refuses_and_withholds_nothing() -> None:
+    check_run(limits(), **RUN)
+    check_work(limits(), steps=10**6, step_rows=10**6)
+    check_base(limits(), "c" * 64, whose="the model")
+    check_rows(limits(), num_train=1, label_counts={"0": 1})
+
+    assert leaving(limits(), SCORE) == PartialScore(
+        "accuracy", 0.75, 0.5, 8, per_class=SCORE.per_class, numbers=SCORE.numbers
+    )
+
+
+def test_a_run_that_stays_within_every_limit_is_accepted() -> None:
+    """Each number at its very bound."""
+    site = limits(
+        tasks=["sst2", "rte"],
+        trainers=["meerkat"],
+        stages=["rewrite", "identity", "other"],
+        base_digest="b" * 64,
+        most_steps=5,
+        most_rows=10,
+        answers=["label_counts"],
+        min_rows=3,
+    )
+
+    check_run(site, **RUN)
+    check_work(site, steps=5, step_rows=2)
+    check_rows(site, num_train=3, label_counts={"0": 3})
+
+
+@pytest.mark.parametrize(
+    ("check", "number", "details"),
+    [
+        (lambda: check_run(limits(tasks=["rte", "boolq"]), **RUN), 11, "limits.tasks allows rte, boolq, .* has sst2"),
+        (lambda: check_run(limits(trainers=["lora"]), **RUN), 12, "limits.trainers allows lora, .* has meerkat"),
+        (lambda: check_run(limits(stages=["identity"]), **RUN), 13, "limits.stages allows identity, .* has rewrite"),
+        (lambda: check_work(limits(most_steps=4), steps=5, step_rows=1), 14, "limits.most_steps is 4, and 5 are"),
+        (lambda: check_work(limits(most_rows=9), steps=5, step_rows=2), 15, "most_rows is 9, and 5 steps of 2 rows"),
+        (lambda: check_run(limits(base_digest="a" * 64), **RUN), 16, "limits.base_digest is a{64}, .* has b{64}"),
+        (lambda: check_base(limits(base_digest="a" * 64), "c", whose="model m"), 16, "and model m has c"),
+        (lambda: check_rows(limits(min_rows=9), num_train=8, label_counts={}), 18, "is 9, .* are 8 training rows"),
+        (lambda: check_rows(limits(min_rows=3), num_train=8, label_counts={"0": 6, "1": 2}), 18, "2 rows of label 1"),
+        (lambda: check_run(limits(answers=["loss"]), **RUN), 19, "limits.answers lacks label_counts"),
+        (lambda: check_run(limits(answers=["none"]), **RUN), 19, "limits.answers lacks label_counts"),
+    ],
+)
+def test_each_limit_has_its_number_and_only_the_site_learns_more(
+    check: Callable[[], None], number: int, details: str
+) -> None:
+    with pytest.raises(SiteError) as caught:
+        check()
+
+    refusal = Refusal(str(number))
+    assert caught.value.refusal is refusal
+    assert str(caught.value) == f"refusal {number}, {refusal.sentence}. Its own log says why"
+    assert re.search(details, caught.value.details)
+
+
+@pytest.mark.parametrize(
+    ("answers", "kept"),
+    [
+        (["accuracy"], {"value": 0.75}),
+        (["loss"], {"loss": 0.5}),
+        (["loss", "accuracy"], {"value": 0.75, "loss": 0.5}),
+        (["per_class"], {"per_class": {0: (3, 3), 1: (3, 5)}}),
+        (["length"], {"numbers": {"length": 7.0}}),
+        (["none"], None),
+        (["rouge_l", "label_counts"], None),
+    ],
+)
+def test_only_the_numbers_that_the_file_names_leave(answers: list[str], kept: dict[str, Any] | None) -> None:
+    told = leaving(limits(answers=answers), SCORE)
+
+    bare: dict[str, Any] = {"value": None, "loss": None, "per_class": {}, "numbers": {}}
+    assert told == (None if kept is None else PartialScore("accuracy", num_examples=8, **{**bare, **kept}))
+    names = ["accuracy", "loss", "per_class", "calibration", "length"]
+    assert answers_any(limits(answers=answers), names, num_rows=8) is (kept is not None)
+
+
+def test_no_number_leaves_that_stands_for_fewer_rows_than_the_file_says() -> None:
+    """A table in which one class is missing would tell it: its rows are those of all less those of the others."""
+    assert leaving(limits(min_rows=8), SCORE) == replace(
+        PartialScore("accuracy", 0.75, 0.5, 8, numbers=SCORE.numbers), per_class={}
+    )
+    assert leaving(limits(min_rows=9), SCORE) is None
+    three = leaving(limits(min_rows=3), SCORE)
+    assert three is not None
+    assert three.per_class == SCORE.per_class
+    assert not answers_any(limits(min_rows=9), ["loss"], num_rows=8)
