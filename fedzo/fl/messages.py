@@ -88,6 +88,7 @@ class Refusal(StrEnum):
     few_rows = "18", "a number that the run needs stands for fewer rows than its site allows"
     label_counts = "19", "its site does not tell its label counts"
     client = "20", "its site is another client of this run"
+    losses = "21", "its site does not tell the losses of its local steps, which this run needs"
     failed = "31", "the client could not do what it was asked"
     foreign = "32", "what it was asked does not belong to this run"
     absent = "33", "the client is absent in this round, as faults.absent asks"

@@ -39,12 +39,13 @@ def check_run(
     stages: Iterable[str],
     base_digest: str,
     label_counts: bool,
+    losses: bool,
 ) -> None:
     """Refuse a run that its settings alone rule out, before a model is loaded for it.
 
     Raises:
         SiteError: The run has a task, trainer, stage or base that the site does not take part in, or needs label
-            counts that do not leave the site.
+            counts or the losses of local steps, and these do not leave the site.
     """
     for key, allowed, asked, refusal in (
         ("tasks", limits.tasks, [task], Refusal.task),
@@ -56,6 +57,8 @@ def check_run(
     check_base(limits, base_digest, whose="the run's base")
     if label_counts and not leaves(limits, LABEL_COUNTS):
         raise SiteError(Refusal.label_counts, f"limits.answers lacks {LABEL_COUNTS}, and the run has fl.label_counts")
+    if losses and not leaves(limits, LOSS):
+        raise SiteError(Refusal.losses, f"limits.answers lacks {LOSS}, and the run's clients send vectors with it")
 
 
 def check_base(limits: SiteLimitsConfig, digest: str, *, whose: str) -> None:
@@ -73,9 +76,11 @@ def check_work(limits: SiteLimitsConfig, *, steps: int, step_rows: int) -> None:
         raise SiteError(Refusal.step_rows, f"limits.most_rows is {limits.most_rows}, and {asked}")
 
 
-def check_rows(limits: SiteLimitsConfig, *, num_train: int, label_counts: Mapping[str, int]) -> None:
-    """Refuse to register with counts that stand for too few rows; ``SiteError``."""
-    counts = {"training rows": num_train, **{f"rows of label {label}": count for label, count in label_counts.items()}}
+def check_rows(limits: SiteLimitsConfig, *, num_train: int, label_counts: Mapping[str, int], num_labels: int) -> None:
+    """Refuse to register with counts that stand for too few rows; ``SiteError``. A label without rows counts 0."""
+    counts = {"training rows": num_train}
+    if label_counts:
+        counts |= {f"rows of label {label}": label_counts.get(str(label), 0) for label in range(num_labels)}
     if few := [f"{count} {what}" for what, count in counts.items() if count < limits.min_rows]:
         raise SiteError(Refusal.few_rows, f"limits.min_rows is {limits.min_rows}, and there are {', '.join(few)}")
 
@@ -90,20 +95,22 @@ def answers_any(limits: SiteLimitsConfig, names: Collection[str], *, num_rows: i
     return num_rows >= limits.min_rows and any(leaves(limits, name) for name in names)
 
 
-def leaving(limits: SiteLimitsConfig, score: Score) -> PartialScore | None:
+def leaving(limits: SiteLimitsConfig, score: Score, *, num_labels: int) -> PartialScore | None:
     """What of a score may leave the site; None where that is nothing.
 
-    The table of classes leaves as a whole or not at all: a single class could be told from the others.
+    The table of classes leaves as a whole or not at all: a single class could be told from the others, and a missing
+    one has no rows. It holds the metric, so it leaves along with that only.
     """
     if score.num_examples < limits.min_rows:
         return None
-    many = all(total >= limits.min_rows for _, total in score.per_class.values())
+    many = all(score.per_class.get(label, (0, 0))[1] >= limits.min_rows for label in range(num_labels))
+    classes = many and leaves(limits, PER_CLASS) and leaves(limits, score.metric)
     part = PartialScore(
         metric=score.metric,
         value=score.value if leaves(limits, score.metric) else None,
         loss=score.loss if leaves(limits, LOSS) else None,
         num_examples=score.num_examples,
-        per_class=score.per_class if many and leaves(limits, PER_CLASS) else {},
+        per_class=score.per_class if classes else {},
         numbers={name: number for name, number in score.numbers.items() if leaves(limits, name)},
         lower_is_better=score.lower_is_better,
     )

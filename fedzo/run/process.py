@@ -26,6 +26,7 @@ from fedzo.run.peer import Peer, open_model
 from fedzo.run.server_context import ServerContext
 from fedzo.trainers import Prepared
 from fedzo.trainers.artifacts import ArtifactStore
+from fedzo.zo.estimator import ZerothOrderConfig
 
 SITE_ENV = "FEDZO_SITE"
 """Environment variable with the path of a client site's own configuration (YAML)."""
@@ -110,6 +111,7 @@ def open_process(
         stages=run.preprocess,
         base_digest=run.base.weights_digest,
         label_counts=run.fl.label_counts,
+        losses=not isinstance(run.estimator, ZerothOrderConfig),
     )
     check_work(site.limits, steps=run.step_policy.most_steps(run.fl), step_rows=run.fl.batch_size)
     rows = rows_problems(site, run) if plays_clients else ()

@@ -5,18 +5,25 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
 from fedzo.commands.train import resume_run, start_run
 from fedzo.commands.trained import evaluate_run, export_run, replay_run
 from fedzo.config.load import load
+from fedzo.config.schema import LaunchConfig
 from fedzo.errors import ConfigError, RunFolderError
+from fedzo.fl.config import SiteLimitsConfig
+from fedzo.fl.messages import EvaluateReply, TrainReply, encode
 from fedzo.fl.server.step_policy.statistics import Statistic
+from fedzo.fl.site_limits import SiteError
+from fedzo.run import apps
 from fedzo.run.process import Process, forget_process, this_process
 from fedzo.testing.tiny_models import save_tiny_model
 
@@ -156,3 +163,49 @@ def test_a_folder_that_cannot_be_written_says_so(run: Run) -> None:
 
     with pytest.raises(RunFolderError, match=r"cannot write site\.json"):
         resume_run(folder)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_losses_that_a_site_keeps_are_in_no_reply_and_the_run_is_the_same(
+    run: Run, lines: Lines, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes of every reply are searched for the losses that the same run tells without the limit."""
+    replies: list[Any] = []
+    monkeypatch.setattr(apps, "encode", lambda message: [replies.append(message), encode(message)][1])
+    settings = (f"fl.local_steps={steps}", "fl.rounds=2", "partition.holdout=0.25")
+    told = run(*settings)
+    of_steps = [reply.loss for reply in replies if isinstance(reply, TrainReply)]
+    losses = [data[at : at + 4] for data in of_steps for at in range(0, len(data), 4)]
+    scores = [json.loads(reply.scores)["answers"] for reply in replies if isinstance(reply, EvaluateReply)]
+    replies.clear()
+    limits, site = SiteLimitsConfig(answers=["accuracy"], several_clients=True), LaunchConfig.site
+    monkeypatch.setattr(LaunchConfig, "site", lambda self: replace(site(self), limits=limits))
+
+    kept = run(*settings)
+
+    sent = [value for reply in replies for value in vars_of(reply) if isinstance(value, str | bytes)]
+    sent_bytes = b"\n".join(value.encode() if isinstance(value, str) else value for value in sent)
+    assert (len(losses), len(scores)) == (4 * 2 * steps, 4)
+    assert any(str(score["value"]).encode() in sent_bytes for score in scores)  # the search finds what did leave
+    assert [loss for loss in losses if loss in sent_bytes] == []
+    assert [score["loss"] for score in scores if str(score["loss"]).encode() in sent_bytes] == []
+    chains = [[line["chain"] for line in lines(folder, "public.jsonl")] for folder in (told, kept)]
+    assert chains[0] == chains[1]
+    metrics = lines(kept, "metrics.jsonl")
+    assert [line["loss"] for line in metrics if line["kind"] == "round"] == [None, None]
+    (score,) = [line for line in metrics if line["kind"] == "federated_score"]
+    assert score["loss"] is None
+    assert score["value"] == pytest.approx(np.mean([each["value"] for each in scores]))  # of 4 rows each
+
+
+def vars_of(message: Any) -> list[Any]:
+    return [getattr(message, field.name) for field in fields(message)]
+
+
+def test_clients_that_send_vectors_need_to_tell_their_losses(
+    run: Run, opened: Callable[[Path, str], Process], data_dir: Path
+) -> None:
+    folder = run("fl.rounds=1", "estimator=backprop", "trainer=lora")
+
+    with pytest.raises(SiteError, match="refusal 21, "):
+        opened(folder, f"data: {{path: {data_dir}}}\nlimits: {{answers: [accuracy]}}\n")

@@ -59,7 +59,9 @@ class Sites:
         if client not in self._open:
             file = self.folder / f"site{client}" / "site.yaml"
             site = load_site(file)
-            self._open[client] = open_process(from_json(run, RunConfig), site, site_folder=file.parent)
+            self._open[client] = open_process(
+                from_json(run, RunConfig), site, site_folder=file.parent, plays_clients=True
+            )
             self.before.get(client, bool)(self._open[client])
         return self._open[client].client.worker
 

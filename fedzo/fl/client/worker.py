@@ -6,12 +6,15 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from fedzo.data.config import TaskConfig
 from fedzo.data.encode import Example
 from fedzo.data.kept_digests import RowsChangedError
+from fedzo.data.tasks import num_labels
 from fedzo.errors import FedzoError, ProtocolError
 from fedzo.evaluate import Evaluator, evaluate
 from fedzo.fl.artifact_transfer import receive
@@ -28,8 +31,9 @@ from fedzo.fl.messages import (
     Status,
     Sync,
     TrainRequest,
+    scalars_to_bytes,
 )
-from fedzo.fl.site_limits import LOSS, PER_CLASS, SiteError, answers_any, check_rows, leaving
+from fedzo.fl.site_limits import LOSS, SiteError, answers_any, check_rows, leaves, leaving
 from fedzo.records.decode import encode
 from fedzo.trainers.artifacts import Artifact, ArtifactStore
 
@@ -118,7 +122,8 @@ class ClientWorker:
             refusal = Refusal.changed if isinstance(error, RowsChangedError) else Refusal.rows
             return HelloReply(config_hash=self.identity.config_hash, refusal=refusal)
         site = self._limits.site
-        check_rows(site, num_train=len(data.train), label_counts=data.label_counts)
+        labels = num_labels(self._task)
+        check_rows(site, num_train=len(data.train), label_counts=data.label_counts, num_labels=labels)
         told = data.heldout if len(data.heldout) >= site.min_rows else []
         return HelloReply(
             num_train=len(data.train),
@@ -150,7 +155,11 @@ class ClientWorker:
         at, status = self._reach(request)
         if at is None or status is not Status.ok:
             return self.update.reply_type(status=status, position=at.replica.position if at else 0)
-        return self.update.make(at, request)
+        reply = self.update.make(at, request)
+        if leaves(self._limits.site, LOSS):
+            return reply
+        unknown = np.full(len(reply.loss) // 4, np.nan, np.float32)  # as many, and none of them a number
+        return replace(reply, loss=scalars_to_bytes(unknown))
 
     def look_ahead(self, requests: Mapping[int, TrainRequest]) -> None:
         """Let these clients take the steps of one round together (``LocalUpdate.look_ahead``), before ``train``.
@@ -176,9 +185,9 @@ class ClientWorker:
         rows, site, plain = self._data_of(request.client).heldout[: self._scored_rows], self._limits.site, {}
         for name, evaluator in self._evaluators.items():
             measure = evaluator.measure(self._task)
-            if rows and answers_any(site, [measure.metric, LOSS, PER_CLASS, *measure.numbers], num_rows=len(rows)):
+            if rows and answers_any(site, [measure.metric, LOSS, *measure.numbers], num_rows=len(rows)):
                 score = evaluate(name, evaluator, at.loaded, rows, self._task, tokens_per_batch=at.tokens_per_batch)
-                if (told := leaving(site, score)) is not None:
+                if (told := leaving(site, score, num_labels=num_labels(self._task))) is not None:
                     plain[name] = _averageable(encode(told))
         return EvaluateReply(position=at.replica.position, scores=json.dumps(plain))
 

@@ -20,6 +20,7 @@ RUN: dict[str, Any] = {
     "stages": ["identity", "rewrite"],
     "base_digest": "b" * 64,
     "label_counts": True,
+    "losses": False,
 }
 SCORE = Score(
     "accuracy", 0.75, 0.5, 8, per_class={0: (3, 3), 1: (3, 5)}, auc=0.9, numbers={"calibration": 0.125, "length": 7.0}
@@ -28,6 +29,10 @@ SCORE = Score(
 
 def limits(**keys: Any) -> SiteLimitsConfig:
     return replace(SiteLimitsConfig(), **keys)
+
+
+def register(label_counts: dict[str, int] | None = None, *, min_rows: int) -> None:
+    check_rows(limits(min_rows=min_rows), num_train=8, label_counts=label_counts or {}, num_labels=2)
 
 
 def test_the_numbers_of_refusals_keep_their_meaning() -> None:
@@ -46,6 +51,7 @@ def test_the_numbers_of_refusals_keep_their_meaning() -> None:
         18: "few_rows",
         19: "label_counts",
         20: "client",
+        21: "losses",
         31: "failed",
         32: "foreign",
         33: "absent",
@@ -57,9 +63,9 @@ def test_a_file_without_limits_refuses_and_withholds_nothing() -> None:
     check_run(limits(), **RUN)
     check_work(limits(), steps=10**6, step_rows=10**6)
     check_base(limits(), "c" * 64, whose="the model")
-    check_rows(limits(), num_train=1, label_counts={"0": 1})
+    check_rows(limits(), num_train=1, label_counts={"0": 1}, num_labels=2)
 
-    assert leaving(limits(), SCORE) == PartialScore(
+    assert leaving(limits(), SCORE, num_labels=2) == PartialScore(
         "accuracy", 0.75, 0.5, 8, per_class=SCORE.per_class, numbers=SCORE.numbers
     )
 
@@ -79,7 +85,7 @@ def test_a_run_that_stays_within_every_limit_is_accepted() -> None:
 
     check_run(site, **RUN)
     check_work(site, steps=5, step_rows=2)
-    check_rows(site, num_train=3, label_counts={"0": 3})
+    check_rows(site, num_train=6, label_counts={"0": 3, "1": 3}, num_labels=2)
 
 
 @pytest.mark.parametrize(
@@ -92,8 +98,16 @@ def test_a_run_that_stays_within_every_limit_is_accepted() -> None:
         (lambda: check_work(limits(most_rows=9), steps=5, step_rows=2), 15, "most_rows is 9, and 5 steps of 2 rows"),
         (lambda: check_run(limits(base_digest="a" * 64), **RUN), 16, "limits.base_digest is a{64}, .* has b{64}"),
         (lambda: check_base(limits(base_digest="a" * 64), "c", whose="model m"), 16, "and model m has c"),
-        (lambda: check_rows(limits(min_rows=9), num_train=8, label_counts={}), 18, "is 9, .* are 8 training rows"),
-        (lambda: check_rows(limits(min_rows=3), num_train=8, label_counts={"0": 6, "1": 2}), 18, "2 rows of label 1"),
+        (
+            lambda: check_rows(limits(min_rows=9), num_train=8, label_counts={}, num_labels=2),
+            18,
+            "is 9, .* are 8 training rows",
+        ),
+        (
+            lambda: check_rows(limits(min_rows=3), num_train=8, label_counts={"0": 6, "1": 2}, num_labels=2),
+            18,
+            "2 rows of label 1",
+        ),
         (lambda: check_run(limits(answers=["loss"]), **RUN), 19, "limits.answers lacks label_counts"),
         (lambda: check_run(limits(answers=["none"]), **RUN), 19, "limits.answers lacks label_counts"),
     ],
@@ -116,28 +130,29 @@ def test_each_limit_has_its_number_and_only_the_site_learns_more(
         (["accuracy"], {"value": 0.75}),
         (["loss"], {"loss": 0.5}),
         (["loss", "accuracy"], {"value": 0.75, "loss": 0.5}),
-        (["per_class"], {"per_class": {0: (3, 3), 1: (3, 5)}}),
+        (["per_class"], None),  # the classes give the accuracy away
+        (["per_class", "accuracy"], {"value": 0.75, "per_class": {0: (3, 3), 1: (3, 5)}}),
         (["length"], {"numbers": {"length": 7.0}}),
         (["none"], None),
         (["rouge_l", "label_counts"], None),
     ],
 )
 def test_only_the_numbers_that_the_file_names_leave(answers: list[str], kept: dict[str, Any] | None) -> None:
-    told = leaving(limits(answers=answers), SCORE)
+    told = leaving(limits(answers=answers), SCORE, num_labels=2)
 
     bare: dict[str, Any] = {"value": None, "loss": None, "per_class": {}, "numbers": {}}
     assert told == (None if kept is None else PartialScore("accuracy", num_examples=8, **{**bare, **kept}))
-    names = ["accuracy", "loss", "per_class", "calibration", "length"]
+    names = ["accuracy", "loss", "calibration", "length"]
     assert answers_any(limits(answers=answers), names, num_rows=8) is (kept is not None)
 
 
 def test_no_number_leaves_that_stands_for_fewer_rows_than_the_file_says() -> None:
     """A table in which one class is missing would tell it: its rows are those of all less those of the others."""
-    assert leaving(limits(min_rows=8), SCORE) == replace(
+    assert leaving(limits(min_rows=8), SCORE, num_labels=2) == replace(
         PartialScore("accuracy", 0.75, 0.5, 8, numbers=SCORE.numbers), per_class={}
     )
-    assert leaving(limits(min_rows=9), SCORE) is None
-    three = leaving(limits(min_rows=3), SCORE)
+    assert leaving(limits(min_rows=9), SCORE, num_labels=2) is None
+    three = leaving(limits(min_rows=3), SCORE, num_labels=2)
     assert three is not None
     assert three.per_class == SCORE.per_class
     assert not answers_any(limits(min_rows=9), ["loss"], num_rows=8)
