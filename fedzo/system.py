@@ -20,8 +20,9 @@ COMMAND_ENV = "FEDZO_COMMAND"
 PACKAGES = ("torch", "transformers", "peft", "flwr", "numpy", "numba", "hydra-core")
 
 _LIBRARIES = (
-    *("accelerate", "bitsandbytes", "datasets", "filelock", "fsspec", "httpx", "huggingface_hub", "matplotlib"),
-    *("numba", "numexpr", "peft", "tensorflow", "torch.utils._pytree", "torchao", "transformers", "triton", "urllib3"),
+    *("accelerate", "alembic", "bitsandbytes", "datasets", "filelock", "fsspec", "httpx", "huggingface_hub"),
+    *("matplotlib", "numba", "numexpr", "peft", "tensorflow", "torch.utils._pytree", "torchao", "transformers"),
+    *("triton", "urllib3"),
 )
 _VERBOSITY_VARIABLES = ("DATASETS_VERBOSITY", "HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY")
 

@@ -58,10 +58,14 @@ def train(arguments: Sequence[str]) -> None:
         _single(flags)
 
 
-def job(composed: DictConfig) -> None:
-    """One run, in the folder that Hydra made for it; in a worker process for the joblib launcher."""
+def job(composed: DictConfig) -> float:
+    """One run, in the folder that Hydra made for it; in a worker process for the joblib launcher.
+
+    Returns:
+        What a sweeper that searches optimises.
+    """
     quiet_libraries()  # in a worker process, too
-    from fedzo.commands.train import start_or_resume_run, start_run
+    from fedzo.commands.train import dev_objective, start_or_resume_run, start_run
 
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
@@ -69,6 +73,7 @@ def job(composed: DictConfig) -> None:
     try:
         start(checked(composed), folder, overrides=list(hydra.overrides.task))
         show_result(folder)
+        return dev_objective(folder)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"fedzo resume {folder}") from None
     except FedzoError as error:
@@ -118,11 +123,12 @@ def _single(flags: Namespace) -> None:
     failures: list[Exception] = []
 
     @functools.wraps(job)
-    def keep_failure(composed: DictConfig) -> None:
+    def keep_failure(composed: DictConfig) -> float | None:
         try:
-            job(composed)
+            return job(composed)
         except Exception as error:  # raised below, without Hydra's lines around it
             failures.append(error)
+            return None
 
     with _folder_errors("hydra.run.dir"):
         _hydra(flags, keep_failure)
@@ -132,7 +138,7 @@ def _single(flags: Namespace) -> None:
 
 def _sweep(flags: Namespace) -> None:
     from fedzo.records.folder import folder_of_one_process
-    from fedzo.report.sweep import write_sweep_report
+    from fedzo.report.sweep import unfinished_jobs, write_sweep_report
 
     sweep = plan_sweep(flags.overrides)
     flags.overrides, flags.multirun = sweep.overrides, True
@@ -143,13 +149,17 @@ def _sweep(flags: Namespace) -> None:
             _hydra(flags, job)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"the same command with hydra.sweep.dir={sweep.folder}") from None
-        except Exception:  # the other jobs have run: show what they found
+        except Exception as failure:  # the other jobs have run: show what they found
             try:
                 write_sweep_report(sweep.folder)
             except FedzoError as error:
                 log.warning("%s: no sweep report: %s", sweep.folder, error)
+            if sweep.searches and not isinstance(failure, FedzoError):  # such as that no job has a score
+                raise FedzoError(f"sweep {sweep.folder}: the search failed: {failure}") from failure
             raise
         write_sweep_report(sweep.folder)
+        if sweep.searches and (failed := unfinished_jobs(sweep.folder)):  # the search went on without them
+            raise FedzoError(f"sweep {sweep.folder}: {len(failed)} jobs failed, the others ran: {', '.join(failed)}")
 
 
 def _hydra(flags: Namespace, task: TaskFunction) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +14,13 @@ from typing import Any
 
 from fedzo.commands.run_folder import CONFIG, ENVIRONMENT, OVERRIDES, read_launch, read_overrides, read_run
 from fedzo.config.rules import launch_problems
-from fedzo.config.schema import LaunchConfig, with_rounds
+from fedzo.config.schema import LaunchConfig, first_evaluator, with_rounds
 from fedzo.config.travel import config_hash, is_same_run, to_json, to_yaml
 from fedzo.errors import ConfigError, RunFolderError
-from fedzo.fl.log_store import RunLog, RunStore, has_begun
+from fedzo.fl.config import BestBy
+from fedzo.fl.log_store import RunLog, RunStore, best_dev_score, has_begun
 from fedzo.records.metrics import Extension, Summary
+from fedzo.report.trackers import missing_libraries
 from fedzo.run.apps import CONFIG_KEY, RUN_DIR_KEY
 from fedzo.run.process import SITE_ENV, SITE_LOG_ENV, Process, forget_process, keep_process
 from fedzo.run.start import CLIENTS_LOG, RUN_FILE, SITE_FILE, open_run, write_whole
@@ -66,6 +69,18 @@ def start_or_resume_run(config: LaunchConfig, run_dir: Path, *, overrides: list[
         )
     if not any(ended.rounds == begun.fl.rounds for ended in RunLog(run_dir).told(Summary)):
         resume_run(run_dir)
+
+
+def dev_objective(run_dir: Path) -> float:
+    """What a search over runs optimises: the dev score by which the best round was chosen, at that round.
+
+    It is a loss or the evaluator's value, by ``evaluation.best_by``; not a number where there is none.
+    """
+    config = read_launch(run_dir)
+    by = config.evaluation.best_by
+    score = best_dev_score(RunLog(run_dir), by=by, evaluator=first_evaluator(config))
+    number = None if score is None else score.loss if by is BestBy.loss else score.value
+    return math.nan if number is None else number
 
 
 def resume_run(run_dir: Path, *, rounds: int | None = None) -> None:
@@ -173,6 +188,8 @@ def _deploy(config: LaunchConfig, run_dir: Path) -> None:
 @contextmanager
 def _opened(config: LaunchConfig, store: RunStore) -> Iterator[Process]:
     run_dir = store.folder.resolve()
+    if missing := missing_libraries(config.trackers):
+        raise ConfigError("\n".join(problem.text for problem in missing))
     forget_process()  # before another model is loaded
     try:
         process = open_run(config, run_dir)

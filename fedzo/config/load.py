@@ -15,6 +15,7 @@ from fedzo.config.overrides import rewrite_model
 from fedzo.config.rules import launch_problems, missing_files
 from fedzo.config.schema import LaunchConfig, filled
 from fedzo.errors import ConfigError, Problem
+from fedzo.report.trackers import missing_libraries
 
 
 def load(overrides: Sequence[str]) -> LaunchConfig:
@@ -69,7 +70,7 @@ def _ruled(config: LaunchConfig) -> tuple[LaunchConfig, list[Problem]]:
             config = replace(config, trainer=recipe)
         except ConfigError as error:
             unread = [Problem("inputs.artifact", str(error))]
-    return filled(config), [*launch_problems(config), *missing, *unread]
+    return filled(config), [*launch_problems(config), *missing, *missing_libraries(config.trackers), *unread]
 
 
 def _all_problems(overrides: Sequence[str], first: Exception) -> list[Problem]:

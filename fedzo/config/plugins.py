@@ -16,6 +16,7 @@ from fedzo.fl.server.step_policy import STEP_POLICIES
 from fedzo.models.config import ModelConfig
 from fedzo.registry import Registry, load_plugins
 from fedzo.report import ReportConfig
+from fedzo.report.trackers import TRACKERS
 from fedzo.runtime.config import RUNTIMES
 from fedzo.trainers import TRAINERS
 from fedzo.zo.estimator import ESTIMATORS
@@ -42,7 +43,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
 }
 """Groups of which a run takes one plugin."""
 
-LISTS: dict[str, Registry[Any]] = {"preprocess": STAGES, "evaluators": EVALUATORS}
+LISTS: dict[str, Registry[Any]] = {"preprocess": STAGES, "evaluators": EVALUATORS, "trackers": TRACKERS}
 """Groups of which a run takes a list of plugins (``preprocess=[a,b]``)."""
 
 

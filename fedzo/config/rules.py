@@ -80,7 +80,7 @@ def run_problems(config: RunSettings) -> Iterator[Problem]:
     yield from traits.partition_problems(config)
     yield from broken_rules(config.trainer, config)
     for group in LISTS:
-        for plugin in getattr(config, group).values():
+        for plugin in getattr(config, group, {}).values():  # trackers are of the launch alone
             yield from broken_rules(plugin, config)
     yield from broken_rules(config.estimator, config)
     yield from traits.gradient_problems(config)

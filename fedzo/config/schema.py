@@ -19,6 +19,7 @@ from fedzo.fl.server.step_policy.baselines import NoStepPolicyConfig
 from fedzo.fl.server.step_policy.plan import StepPolicyConfig
 from fedzo.models.config import BaseConfig, ModelConfig
 from fedzo.report import ReportConfig
+from fedzo.report.trackers import TensorBoardConfig, TrackerConfig
 from fedzo.runtime.config import InlineConfig, RuntimeConfig
 from fedzo.trainers.artifacts import MAX_BYTES
 from fedzo.trainers.base import InputsConfig, TrainerConfig
@@ -89,6 +90,7 @@ class LaunchConfig(RunSettings, SiteConfig):
     inputs: InputsConfig = field(default_factory=InputsConfig)
     runtime: RuntimeConfig = field(default_factory=InlineConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    trackers: dict[str, TrackerConfig] = field(default_factory=lambda: {"tensorboard": TensorBoardConfig()})
 
     def run(self, base: BaseConfig, artifact: str) -> RunConfig:
         """What the peers agree on, now that the base and the artifact are known."""

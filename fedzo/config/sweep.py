@@ -1,14 +1,14 @@
-"""A sweep before it starts: its folder, and every job composed and checked."""
+"""A sweep before it starts: its folder, and every job composed and checked; of a search, what it optimises."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
@@ -16,8 +16,11 @@ from fedzo.config.compose import FAILURES, compose_run, option_names, session
 from fedzo.config.diagnose import diagnose, parse_overrides, reason
 from fedzo.config.load import check, message
 from fedzo.config.overrides import quoted, rewrite_model
-from fedzo.config.schema import LaunchConfig
+from fedzo.config.schema import LaunchConfig, first_evaluator
 from fedzo.errors import ConfigError, Problem
+from fedzo.evaluate import EVALUATORS
+from fedzo.fl.config import BestBy
+from fedzo.system import package_version
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +33,9 @@ class Sweep(NamedTuple):
     overrides: list[str]
     """What to give to Hydra; the folder is fixed in it."""
     configs: list[LaunchConfig]
-    """One per job, in Hydra's order."""
+    """One per job, in Hydra's order; of a search, those of its corners."""
+    searches: bool = False
+    """Whether each job's settings follow from the scores of those before it."""
 
 
 def plan_sweep(overrides: Sequence[str]) -> Sweep:
@@ -39,6 +44,11 @@ def plan_sweep(overrides: Sequence[str]) -> Sweep:
     Raises:
         ConfigError: the problems of all jobs; a problem that several jobs share is named once.
     """
+    if "hydra/sweeper=optuna" in overrides and package_version("hydra-optuna-sweeper") is None:
+        raise ConfigError(
+            "hydra/sweeper=optuna: Hydra's Optuna sweeper must be installed, but is not. Install it with: "
+            "pip install 'fedzo[optuna]'"
+        )
     with session():
         overrides = rewrite_model(overrides, option_names("model", overrides))
         parsed, unreadable = parse_overrides(overrides)
@@ -48,11 +58,16 @@ def plan_sweep(overrides: Sequence[str]) -> Sweep:
         own, wrong = _hydra_node([str(each.input_line) for each in parsed if _concerns_hydra(each)])
         folder = Path(str(own.sweep.dir))
         pinned = [*overrides, f"hydra.sweep.dir={quoted(str(folder))}"]
-        if not str(own.sweeper.get("_target_")).endswith(".BasicSweeper"):
+        sweeper = str(own.sweeper.get("_target_")).rpartition(".")[2]
+        if sweeper not in ("BasicSweeper", "OptunaSweeper"):
             log.warning("hydra/sweeper: jobs of this sweeper are checked only when they start.")
             return Sweep(folder, pinned, [])
         presets, _ = parse_overrides([f"{key}={value}" for key, value in (own.sweeper.params or {}).items()])
-        return Sweep(folder, pinned, _check_jobs(_split([*presets, *parsed]), known=[*unreadable, *wrong]))
+        known = [*unreadable, *wrong]
+        if sweeper == "BasicSweeper":
+            return Sweep(folder, pinned, _check_jobs(_split([*presets, *parsed]), known=known))
+        configs = _check_jobs(_corners([*presets, *parsed]), known=known)
+        return Sweep(folder, [*pinned, *_search(own, configs, given=parsed)], configs, searches=True)
 
 
 def _concerns_hydra(override: Override) -> bool:
@@ -80,6 +95,75 @@ def _split(parsed: list[Override]) -> list[list[str]]:
     if not jobs:
         raise ConfigError("The sweep must have at least one job, got none: an override has an empty choice.")
     return jobs
+
+
+def _corners(parsed: Iterable[Override]) -> list[list[str]]:
+    """Two jobs of a search: with the first value of everything that it varies, and with the last."""
+    jobs: list[list[str]] = [[], []]
+    for each in parsed:
+        if not each.is_sweep_override():
+            values = [str(each.input_line)]
+        elif isinstance(interval := each.value(), IntervalSweep):
+            values = [f"{each.get_key_element()}={end}" for end in (interval.start, interval.end)]
+        else:
+            values = [f"{each.get_key_element()}={value}" for value in each.sweep_string_iterator()]
+        if not values:
+            raise ConfigError(f"{each.input_line}: it must have a choice, got none. Write at least one value.")
+        jobs[0].append(values[0])
+        jobs[1].append(values[-1])
+    return jobs
+
+
+def _search(own: DictConfig, configs: Sequence[LaunchConfig], *, given: Sequence[Override]) -> list[str]:
+    """What a search of Optuna needs beside what its user gave: the direction, and that a failed job does not end it.
+
+    The sampler has a seed, so that a repeated command asks for the same jobs and goes on with those that are there.
+
+    Raises:
+        ConfigError: The jobs have no dev score, or the sweeper's own settings do not fit.
+    """
+    from optuna.logging import set_verbosity
+
+    set_verbosity(logging.WARNING)  # Hydra's plugin tells of the study, too
+    directions = {_direction(config) for config in configs}
+    if len(directions) > 1:
+        raise ConfigError("hydra/sweeper=optuna: all jobs must be compared by one dev score, got both directions.")
+    (direction,) = directions
+    typed = {str(each.key_or_group): each.value() for each in given if each.is_hydra_override()}
+    if str(typed.get("hydra.sweeper.direction", direction)) != direction:
+        raise ConfigError(
+            f"hydra.sweeper.direction must be {direction} for this dev score, got "
+            f"{typed['hydra.sweeper.direction']}. Leave it out."
+        )
+    if own.sweeper.storage is not None:
+        raise ConfigError(
+            f"hydra.sweeper.storage must be null, got {own.sweeper.storage!r}: Optuna 2 keeps no study with the "
+            "SQLAlchemy that Flower needs. To go on with a search, repeat its command with the same hydra.sweep.dir."
+        )
+    defaults: dict[str, Any] = {"hydra.sweeper.max_failure_rate": 1.0}
+    if "seed" in own.sweeper.sampler and own.sweeper.sampler.seed is None:
+        defaults["hydra.sweeper.sampler.seed"] = 0
+    if str(own.launcher.get("_target_")).endswith(".BasicLauncher"):  # one job at a time, so each knows all before it
+        defaults["hydra.sweeper.n_jobs"] = 1
+    # Optuna repeats in each job what is the same in all: leave it out of their folders' names
+    fixed = [each.key_or_group for each in given if not each.is_hydra_override() and not each.is_sweep_override()]
+    defaults["hydra.job.config.override_dirname.exclude_keys"] = f"[{','.join(fixed)}]"
+    defaults = {key: value for key, value in defaults.items() if key not in typed}
+    return [f"{key}={value}" for key, value in {"hydra.sweeper.direction": direction, **defaults}.items()]
+
+
+def _direction(config: LaunchConfig) -> str:
+    """Of the dev score by which a run's best round is chosen."""
+    name = first_evaluator(config)
+    if name is None or not config.evaluation.central or config.split.num_dev == 0:
+        raise ConfigError(
+            "hydra/sweeper=optuna: a job must have dev scores, but has none. It needs evaluators, "
+            "evaluation.central=true and split.num_dev > 0."
+        )
+    if config.evaluation.best_by is BestBy.loss:
+        return "minimize"
+    measure = EVALUATORS.build(config.evaluators[name]).measure(config.task)
+    return "minimize" if measure.lower_is_better else "maximize"
 
 
 def _check_jobs(jobs: Sequence[Sequence[str]], *, known: Sequence[Problem]) -> list[LaunchConfig]:

@@ -26,7 +26,7 @@ from fedzo.errors import ConfigError
 _TOP = "configuration"
 VERSION = 2
 """Of the text, and so of a run folder: another version has other keys and other records."""
-_MACHINE = ("device", "threads", "artifact_max_bytes", "runtime", "report")
+_MACHINE = ("device", "threads", "artifact_max_bytes", "runtime", "report", "trackers")
 """Keys of where a run is computed and how it is told of."""
 Config = TypeVar("Config", RunConfig, LaunchConfig)
 

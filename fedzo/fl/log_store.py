@@ -202,16 +202,20 @@ class RunStore(RunLog):
 
 def best_round(store: RunLog, *, by: BestBy, evaluator: str | None) -> int:
     """The round with an evaluator's best dev score, of equal ones the earliest; without any the last round."""
+    score = best_dev_score(store, by=by, evaluator=evaluator)
+    return len(store.records) if score is None else score.round
+
+
+def best_dev_score(store: RunLog, *, by: BestBy, evaluator: str | None) -> CentralScore | None:
+    """An evaluator's best dev score, of equal ones the earliest."""
     told = store.told(CentralScore)
     scores = [score for score in told if score.split == "dev" and score.evaluator == evaluator]
-    if not scores:
-        return len(store.records)
 
     def rank(score: CentralScore) -> tuple[float, float, int]:
         loss = math.inf if score.loss is None else score.loss
         return (score.merit, -loss, -score.round) if by is BestBy.value else (-loss, score.merit, -score.round)
 
-    return max(scores, key=rank).round
+    return max(scores, key=rank, default=None)
 
 
 def _belongs(record: MetricRecord, done: int) -> bool:

@@ -11,7 +11,5 @@ class ReportConfig:
 
     html: bool = True
     """``report.html`` and its figures."""
-    tensorboard: bool = True
-    """Write TensorBoard events into the run folder."""
     progress: bool = True
     """Progress bars on the terminal."""

@@ -1,4 +1,4 @@
-"""Where metric records go while a run goes on: TensorBoard, and the terminal."""
+"""What a person at the terminal sees of a run while it goes on, from its metric records."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -17,44 +15,6 @@ from fedzo.report.format import bytes_text, counted, score_text, seconds_text
 
 Advance = Callable[[int, int], None]
 PLAIN_EVERY_S = 10.0
-
-
-class TensorBoardSink:
-    """Scalars of rounds and scores as TensorBoard events under ``RUN/tensorboard``; steps are rounds done.
-
-    Args:
-        run_dir: The run folder.
-        completed: Rounds that were done before the run was resumed; what was written of later ones is forgotten.
-    """
-
-    def __init__(self, run_dir: Path, *, completed: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=completed + 1)
-
-    def write(self, record: MetricRecord) -> None:
-        """Write the record's numbers."""
-        match record:
-            case Round():
-                for name in ("loss", "mean_abs_g", "payload_up_bytes", "payload_down_bytes", "round_seconds"):
-                    self._add(f"round/{name}", getattr(record, name), record.round + 1)
-            case CentralScore():
-                for name in ("value", "loss", "auc", "best_threshold_accuracy"):
-                    tag = record.metric if name == "value" else name
-                    self._add(f"{record.split}/{record.evaluator}/{tag}", getattr(record, name), record.round)
-                for name, number in record.numbers.items():
-                    self._add(f"{record.split}/{record.evaluator}/{name}", number, record.round)
-            case FederatedScore():
-                self._add(f"federated/{record.evaluator}/{record.metric}", record.value, record.round)
-                self._add(f"federated/{record.evaluator}/worst_client", record.worst_client, record.round)
-
-    def close(self) -> None:
-        """Flush and close the event file."""
-        self._writer.close()
-
-    def _add(self, tag: str, value: float | None, step: int) -> None:
-        if value is not None:
-            self._writer.add_scalar(tag, value, step)
 
 
 class ProgressSink:

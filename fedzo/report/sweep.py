@@ -99,6 +99,11 @@ def write_sweep_report(sweep_dir: Path, *, out_dir: Path | None = None) -> Path 
     return write_page(folder / "report.html", page)
 
 
+def unfinished_jobs(sweep_dir: Path) -> list[str]:
+    """Folder names of the jobs that have not come to their end."""
+    return [job.folder.name for job in _jobs(sweep_dir) if job.state != "finished"]
+
+
 def _jobs(sweep_dir: Path) -> list[Job]:
     paths = sorted(sweep_dir.glob("*/overrides.yaml"), key=lambda path: (len(path.parent.name), path.parent.name))
     jobs = []

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fedzo.config.plugins import plugin_name
 from fedzo.config.schema import first_evaluator
+from fedzo.config.travel import to_json
 from fedzo.data.tasks import num_labels
 from fedzo.errors import ConfigError
 from fedzo.fl.config import StrategyConfig
@@ -22,7 +25,7 @@ from fedzo.fl.server.rounds import Server, Sink
 from fedzo.fl.server.updates import ScalarUpdates, Updates
 from fedzo.fl.server.vectors import VectorUpdates
 from fedzo.models.memory import gradient_bytes
-from fedzo.records.decode import to_json
+from fedzo.records import decode as records
 from fedzo.records.folder import replace_file
 from fedzo.records.metrics import (
     ClientSetup,
@@ -37,7 +40,8 @@ from fedzo.records.metrics import (
     Summary,
 )
 from fedzo.report.format import cut_text
-from fedzo.report.sinks import ProgressSink, TensorBoardSink
+from fedzo.report.sinks import ProgressSink
+from fedzo.report.trackers import TRACKERS, TrackerSink
 from fedzo.run.estimate import estimate_run
 from fedzo.run.peer import TrialRows
 from fedzo.run.process import this_process
@@ -102,9 +106,7 @@ class Federation:
             payload="scalars" if config.estimator.traits.makes == "scalars" else "vectors",
             enabled=context.report.progress,
         )
-        sinks: list[Sink] = [self._progress]
-        if context.report.tensorboard:
-            sinks.append(TensorBoardSink(store.folder, completed=len(store.records)))
+        sinks: list[Sink] = [self._progress, *self._trackers()]
         self._sinks = Sinks([store, *sinks])
         for sink in sinks:
             stack.callback(sink.close)
@@ -147,6 +149,19 @@ class Federation:
         self._write_summary(best)
 
     # --- beginning
+
+    def _trackers(self) -> list[Sink]:
+        """The trackers that the command line named, each with what it lacks of the run so far."""
+        folder, completed = self._store.folder, len(self._store.records)
+        return [
+            TrackerSink(
+                name,
+                partial(TRACKERS.build, config, folder=folder, completed=completed),
+                settings=json.loads(to_json(self._config)),
+                told=self._store.metrics,
+            )
+            for name, config in self._context.trackers.items()
+        ]
 
     def _trial_rows(self) -> TrialRows | None:
         """Some rows of a simulation; a server without rows does not measure."""
@@ -273,7 +288,7 @@ class Federation:
             return
         self._next_presence = now + PRESENCE_S
         server = self._server
-        text = to_json(server.client_registry.presence(server.round))
+        text = records.to_json(server.client_registry.presence(server.round))
         with suppress(OSError):  # a full disk ends the run where the log cannot be written, and not here
             replace_file(self._store.folder / PRESENCE, text)
 

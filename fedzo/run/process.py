@@ -21,6 +21,7 @@ from fedzo.errors import ConfigError
 from fedzo.fl.log_store import RunStore
 from fedzo.fl.site_limits import check_base, check_run, check_work
 from fedzo.report import ReportConfig
+from fedzo.report.trackers import TrackerConfig
 from fedzo.run.client_context import ClientContext
 from fedzo.run.peer import Peer, open_model
 from fedzo.run.server_context import ServerContext
@@ -44,6 +45,7 @@ class Process:
         artifacts: Folder of artifacts that clients have or receive; None for one that ends with the process.
         prepared: What the trainer prepared, where this process launched the run.
         report: How it tells of a run that it serves.
+        trackers: Where else it tells of it.
         takes_turns: Whether its clients work one after another.
         site_folder: Where this machine keeps what it must remember of a run.
         store: The run's logs, where this process launched the run and has its folder to itself.
@@ -54,6 +56,7 @@ class Process:
     artifacts: Path | None = None
     prepared: Prepared | None = None
     report: ReportConfig = field(default_factory=ReportConfig)
+    trackers: dict[str, TrackerConfig] = field(default_factory=dict)
     takes_turns: bool = False
     site_folder: Path | None = None
     store: RunStore | None = None
@@ -73,7 +76,16 @@ class Process:
     def server(self) -> ServerContext:
         """For the server, if this process plays it. Clients' own rows are no business of it."""
         simulation = self.source if isinstance(self.source, SimulatedRows) else None
-        return ServerContext(self.peer, simulation, self.prepared, self.report, self.takes_turns, self.kept, self.store)
+        return ServerContext(
+            self.peer,
+            simulation=simulation,
+            prepared=self.prepared,
+            report=self.report,
+            trackers=self.trackers,
+            takes_turns=self.takes_turns,
+            kept=self.kept,
+            store=self.store,
+        )
 
 
 def _temporary(what: str) -> Path:

@@ -16,6 +16,7 @@ from fedzo.data.rows import SimulatedRows, client_rows
 from fedzo.fl.log_store import RunStore
 from fedzo.fl.server.step_policy import STEP_POLICIES, StepPolicy
 from fedzo.report import ReportConfig
+from fedzo.report.trackers import TrackerConfig
 from fedzo.run.peer import Peer
 from fedzo.trainers import Prepared
 
@@ -29,6 +30,7 @@ class ServerContext:
         simulation: All rows, where this is a simulation.
         prepared: What the trainer prepared when the run was launched.
         report: How the run is told of.
+        trackers: Where else the run is told of.
         takes_turns: Whether the clients work one after another, so that no deadline applies.
         kept: What this machine remembers of its rows.
         store: The run's logs, which the launcher opened and closes.
@@ -38,6 +40,7 @@ class ServerContext:
     simulation: SimulatedRows | None = None
     prepared: Prepared | None = None
     report: ReportConfig = field(default_factory=ReportConfig)
+    trackers: dict[str, TrackerConfig] = field(default_factory=dict)
     takes_turns: bool = False
     kept: KeptDigests | None = None
     store: RunStore | None = None

@@ -57,6 +57,7 @@ def open_run(launch: LaunchConfig, run_dir: Path) -> Process:
         artifacts=run_dir / ARTIFACTS,
         prepared=prepared,
         report=launch.report,
+        trackers=launch.trackers,
         takes_turns=launch.runtime.traits.takes_turns,
         site_folder=run_dir,
     )

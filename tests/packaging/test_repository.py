@@ -161,9 +161,9 @@ def test_declared_dependencies_are_what_the_library_imports() -> None:
         normal({"hydra": "hydra-core", "yaml": "pyyaml"}.get(name, name))
         for name in imported - sys.stdlib_module_names - {"fedzo"}
     }
-    by_another = {"accelerate", "gguf", "tensorboard"}  # transformers and torch.utils.tensorboard import them for us
+    by_another = {"accelerate", "gguf"}  # transformers imports them for us
     # behind extras, for those who test a plugin, or brought by CUDA builds of torch
-    optional = {"ray", "joblib", "pytest", "torchao", "cuda"}
+    optional = {"ray", "joblib", "pytest", "torchao", "cuda", "optuna", "wandb", "mlflow"}
 
     assert third_party - optional == declared - by_another
 

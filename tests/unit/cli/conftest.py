@@ -75,6 +75,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
         ("train", "start_run"): start_run,
         ("train", "start_or_resume_run"): start_run,
         ("train", "resume_run"): note("resume"),
+        ("train", "dev_objective"): lambda folder: 0.5,
         ("trained", "replay_run"): note("replay", {"rounds": 3, "digest": "ab"}),
         ("trained", "export_run"): note("export", Path("out")),
         ("trained", "evaluate_run"): note("evaluate", {"value": 0.75}),
@@ -83,6 +84,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
         ("doctor", "doctor"): note("doctor", [("python", True, "3.11"), ("directions", False, "differs")]),
         ("html", "write_report"): note("report", Path("report.html")),
         ("sweep", "write_sweep_report"): note("sweep report", Path("report.html")),
+        ("sweep", "unfinished_jobs"): lambda folder: [],
         ("client_path", "replay_client"): note("replay client", _Table()),
     }
     for (room, name), service in services.items():

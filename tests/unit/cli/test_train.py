@@ -207,7 +207,9 @@ def test_joblib_runs_the_jobs_in_processes_of_their_own(seeds: str, code: int, t
                 from fedzo.errors import NumericsError
                 raise NumericsError("not finite.")
         runs.start_run = runs.start_or_resume_run = start_run
+        runs.dev_objective = lambda folder: 0.5
         sweep.write_sweep_report = lambda folder: (folder / "table.txt").touch()
+        sweep.unfinished_jobs = lambda folder: []
         sys.modules.update({"fedzo.commands.train": runs, "fedzo.report.sweep": sweep})
     """
     (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(stand_in), encoding="utf-8")  # also in the workers

@@ -1,4 +1,4 @@
-"""Sinks: TensorBoard events read back, and what a person sees without a terminal."""
+"""What a person sees of a run without a terminal."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fedzo.errors import RunFolderError
 from fedzo.records.metrics import (
-    CentralScore,
     Flagged,
     FlaggedClient,
     MetricRecord,
@@ -20,7 +18,7 @@ from fedzo.records.metrics import (
     Summary,
     decode_metric,
 )
-from fedzo.report.sinks import ProgressSink, TensorBoardSink, ending
+from fedzo.report.sinks import ProgressSink, ending
 
 MakeRun = Callable[..., Path]
 
@@ -28,53 +26,6 @@ MakeRun = Callable[..., Path]
 def records(folder: Path) -> list[MetricRecord]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [decode_metric(json.loads(line), where="metrics", error=RunFolderError) for line in lines]
-
-
-def test_tensorboard_reads_back_what_was_written(make_run: MakeRun) -> None:
-    folder = make_run()
-    sink = TensorBoardSink(folder)
-    for record in records(folder):
-        sink.write(record)
-    sink.close()
-
-    events = EventAccumulator(str(folder / "tensorboard")).Reload()
-
-    losses = [(event.step, event.value) for event in events.Scalars("round/loss")]
-    wanted = [(r + 1, 0.8 - 0.03 * r) for r in range(10) if r != 4]  # a loss that was not finite is left out
-    assert [step for step, _ in losses] == [step for step, _ in wanted]
-    assert [value for _, value in losses] == pytest.approx([value for _, value in wanted])
-    assert [(e.step, round(e.value, 5)) for e in events.Scalars("dev/answers/accuracy")] == [(0, 0.54), (10, 0.75)]
-
-
-def test_tensorboard_of_a_resumed_run_keeps_what_was_before_and_drops_what_a_kill_left(make_run: MakeRun) -> None:
-    folder = make_run()
-    told = records(folder)
-    for completed in (0, 6):
-        sink = TensorBoardSink(folder, completed=completed)
-        for record in told:
-            if isinstance(record, Round) and (record.round < 8 if completed == 0 else record.round >= completed):
-                sink.write(record)
-        if completed == 0:
-            sink.write(replace(next(r for r in told if isinstance(r, CentralScore) and r.split == "dev"), round=6))
-        sink.close()
-
-    events = EventAccumulator(str(folder / "tensorboard")).Reload()
-
-    assert [event.step for event in events.Scalars("round/payload_up_bytes")] == list(range(1, 11))
-    assert [event.step for event in events.Scalars("dev/answers/accuracy")] == [6]
-
-
-def test_tensorboard_drops_a_first_round_that_a_kill_left_uncommitted(make_run: MakeRun) -> None:
-    folder = make_run()
-    told = records(folder)
-    for _ in range(2):  # its metrics are written before its log line
-        sink = TensorBoardSink(folder, completed=0)
-        sink.write(next(record for record in told if isinstance(record, Round)))
-        sink.close()
-
-    events = EventAccumulator(str(folder / "tensorboard")).Reload()
-
-    assert [event.step for event in events.Scalars("round/payload_up_bytes")] == [1]
 
 
 def test_without_a_terminal_plain_lines_tell_rounds_bytes_time_and_the_result(

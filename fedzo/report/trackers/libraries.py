@@ -1,0 +1,208 @@
+"""TensorBoard, Weights & Biases and MLflow as trackers, each by its own library.
+
+A library is imported when a run opens its tracker. Nothing is sent to another machine unless the library's own
+environment variable asks for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from fedzo.records.folder import replace_file
+from fedzo.report.trackers.base import TRACKERS, TrackerConfig
+
+NOTE = "fedzo.json"
+"""In a tracker's folder: which of its runs this is."""
+
+
+def _read_note(folder: Path) -> dict[str, Any]:
+    """What a tracker noted in its folder; empty for a new run."""
+    try:
+        note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return note if isinstance(note, dict) else {}
+
+
+@dataclass(kw_only=True, slots=True)
+class TensorBoardConfig(TrackerConfig):
+    """TensorBoard: scalars and hyperparameters as event files in ``RUN/tensorboard``."""
+
+    library: ClassVar[str] = "tensorboard"
+
+
+@TRACKERS.register("tensorboard", TensorBoardConfig)
+class TensorBoard:
+    """Event files, of which TensorBoard forgets the steps after the committed rounds when a run is resumed."""
+
+    def __init__(self, config: TensorBoardConfig, *, folder: Path, completed: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._folder, self._completed = folder / "tensorboard", completed
+        self._before = self._last_steps() if any(self._folder.glob("events.*")) else {}
+        self._writer: Any = SummaryWriter(str(self._folder), purge_step=completed + 1)
+
+    def _last_steps(self) -> dict[str, int]:
+        from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+        events = EventAccumulator(str(self._folder), size_guidance={SCALARS: 1}).Reload()  # the last one is kept
+        return {tag: min(events.Scalars(tag)[-1].step, self._completed) for tag in events.Tags()[SCALARS]}
+
+    def last_step(self, tag: str) -> int:
+        return self._before.get(tag, -1)
+
+    def settings(self, settings: Mapping[str, Any]) -> None:
+        from torch.utils.tensorboard import summary
+
+        plain = {
+            key: value if isinstance(value, bool | int | float | str) else json.dumps(value)
+            for key, value in settings.items()
+        }
+        hparams: Any = summary.hparams
+        for each in hparams(plain, {"summary/test_after": 0.0, "summary/best_round": 0.0}):
+            self._writer.file_writer.add_summary(each)
+
+    def write(self, numbers: Mapping[str, float], step: int) -> None:
+        for tag, number in numbers.items():
+            self._writer.add_scalar(tag, number, step)
+
+    def close(self, *, finished: bool) -> None:
+        self._writer.close()
+
+
+@dataclass(kw_only=True, slots=True)
+class WandbConfig(TrackerConfig):
+    """Weights & Biases: offline in ``RUN/wandb``, unless ``WANDB_MODE`` says otherwise."""
+
+    library: ClassVar[str] = "wandb"
+    extra: ClassVar[str | None] = "wandb"
+
+
+@TRACKERS.register("wandb", WandbConfig)
+class Wandb:
+    """A run of W&B with a row for each record, over the axis ``round``.
+
+    W&B writes its files late, so a killed process leaves an unknown part of them. The note in ``RUN/wandb`` knows what
+    whole sessions wrote. What another session left is removed, and its rows are written again.
+    """
+
+    def __init__(self, config: WandbConfig, *, folder: Path, completed: int) -> None:
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        import wandb
+
+        self._folder = folder / "wandb"
+        self._folder.mkdir(exist_ok=True)
+        new: dict[str, Any] = {"run": uuid.uuid4().hex[:16], "sessions": [], "rows": 0, "steps": {}}
+        self._note: dict[str, Any] = new | _read_note(self._folder)
+        replace_file(self._folder / NOTE, json.dumps(self._note))
+        for session in self._folder.glob(f"offline-run-*-{self._note['run']}"):
+            if session.name not in self._note["sessions"]:
+                shutil.rmtree(session)
+        init: Any = wandb.init  # mypy knows its modes, the variable is the user's
+        self._run: Any = init(
+            project=os.environ.get("WANDB_PROJECT") or "fedzo",
+            id=self._note["run"],
+            name=os.environ.get("WANDB_NAME") or folder.name,
+            dir=str(folder),
+            mode=os.environ.get("WANDB_MODE") or "offline",
+            resume="allow",
+            reinit="create_new",
+            settings=wandb.Settings(silent=True, console="off", symlink=False),
+        )
+        self._run.define_metric("round")
+        self._run.define_metric("*", step_metric="round")
+
+    def last_step(self, tag: str) -> int:
+        return int(self._note["steps"].get(tag, -1))
+
+    def settings(self, settings: Mapping[str, Any]) -> None:
+        self._run.config.update(dict(settings), allow_val_change=True)
+
+    def write(self, numbers: Mapping[str, float], step: int) -> None:
+        self._run.log({"round": step, **numbers}, step=self._note["rows"], commit=True)
+        self._note["rows"] += 1
+        self._note["steps"] |= dict.fromkeys(numbers, step)
+
+    def close(self, *, finished: bool) -> None:
+        self._run.finish(exit_code=0 if finished else 1)
+        self._note["sessions"] = sorted({*self._note["sessions"], Path(self._run.dir).parent.name})
+        replace_file(self._folder / NOTE, json.dumps(self._note))
+
+
+@dataclass(kw_only=True, slots=True)
+class MlflowConfig(TrackerConfig):
+    """MLflow: in the database ``RUN/mlflow/mlflow.db``, unless ``MLFLOW_TRACKING_URI`` is set."""
+
+    library: ClassVar[str] = "mlflow"
+    extra: ClassVar[str | None] = "mlflow"
+
+
+@TRACKERS.register("mlflow", MlflowConfig)
+class Mlflow:
+    """A run of MLflow: settings as parameters, numbers as metrics."""
+
+    def __init__(self, config: MlflowConfig, *, folder: Path, completed: int) -> None:
+        for variable, value in (
+            ("MLFLOW_DISABLE_TELEMETRY", "true"),
+            ("MLFLOW_LOGGING_LEVEL", "ERROR"),
+            ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"),  # a server that is away must not hold up the rounds
+            ("MLFLOW_HTTP_REQUEST_TIMEOUT", "20"),
+        ):
+            os.environ.setdefault(variable, value)
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+
+        own = folder / "mlflow"
+        own.mkdir(exist_ok=True)
+        elsewhere = os.environ.get("MLFLOW_TRACKING_URI")
+        self._client = MlflowClient(tracking_uri=elsewhere or f"sqlite:///{own.resolve() / 'mlflow.db'}")
+        note = _read_note(own)
+        try:
+            self._run: Any = self._client.get_run(note["run"]) if note else None
+        except MlflowException:  # it is not in the place that the variable names now
+            self._run = None
+        if self._run is None:
+            name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "fedzo"
+            experiment = self._client.get_experiment_by_name(name)
+            artifacts = None if elsewhere else (own.resolve() / "artifacts").as_uri()
+            where = experiment.experiment_id if experiment else self._client.create_experiment(name, artifacts)
+            self._run = self._client.create_run(where, run_name=folder.name)
+            replace_file(own / NOTE, json.dumps({"run": self._run.info.run_id}))
+        self._id = self._run.info.run_id
+        self._client.update_run(self._id, status="RUNNING")
+
+    def last_step(self, tag: str) -> int:
+        if tag not in self._run.data.metrics:
+            return -1
+        return max(int(metric.step) for metric in self._client.get_metric_history(self._id, tag))
+
+    def settings(self, settings: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param, RunTag
+
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
+        texts = {key: text[:6000] for key, text in texts.items()}  # the longest that MLflow takes
+        before = self._run.data.params
+        new = [Param(key, text) for key, text in texts.items() if key not in before]
+        for start in range(0, len(new), 100):  # as many as it takes at once
+            self._client.log_batch(self._id, params=new[start : start + 100])
+        # a parameter cannot be changed: of a run that was made longer, a tag has the new rounds
+        self._client.log_batch(
+            self._id, tags=[RunTag(key, text) for key, text in texts.items() if before.get(key, text) != text]
+        )
+
+    def write(self, numbers: Mapping[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        now_ms = int(time.time() * 1000)
+        self._client.log_batch(self._id, metrics=[Metric(tag, value, now_ms, step) for tag, value in numbers.items()])
+
+    def close(self, *, finished: bool) -> None:
+        self._client.set_terminated(self._id, status="FINISHED" if finished else "KILLED")

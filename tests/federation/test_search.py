@@ -1,0 +1,118 @@
+"""Hydra's Optuna sweeper over real runs: it optimises the jobs' own dev scores, and goes on when it is repeated."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra.core.hydra_config import HydraConfig
+
+from fedzo.cli import main
+
+SEARCHED = "server_optimizer.lr=tag(log,interval(1e-3,1e-1))"
+Search = Callable[..., int]
+
+
+@pytest.fixture(autouse=True)
+def logging_is_put_back() -> Iterator[None]:
+    """Hydra sets the handlers of the whole process."""
+    loggers = (logging.getLogger(), logging.getLogger("flwr"))
+    before = [(logger, list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
+    yield
+    for logger, handlers, level, propagate in before:
+        for handler in set(logger.handlers) - set(handlers):
+            handler.close()
+        logger.handlers[:], logger.level, logger.propagate = handlers, level, propagate
+
+
+@pytest.fixture
+def search(tmp_path: Path, overrides: Callable[..., list[str]]) -> Search:
+    def start(*extra: str) -> int:
+        words = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", f"hydra.sweep.dir={tmp_path}", *extra]
+        return main(["train", "-m", *overrides("trainer=mezo", "fl.rounds=2", "evaluation.every_rounds=1", *words)])
+
+    return start
+
+
+def dev_scores(folder: Path, key: str) -> dict[str, list[float]]:
+    """By job, from its own lines."""
+    found: dict[str, list[float]] = {}
+    for file in folder.glob("*/metrics.jsonl"):
+        lines: list[dict[str, Any]] = [json.loads(line) for line in file.read_text().splitlines()]
+        found[file.parent.name] = [line[key] for line in lines if line.get("split") == "dev"]
+    return found
+
+
+def test_a_search_optimises_the_dev_score_that_chooses_the_best_round(
+    search: Search, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert search(SEARCHED, "evaluation.best_by=value") == 0
+
+    scores = {name: max(each) for name, each in dev_scores(tmp_path, "value").items()}
+    result = yaml.safe_load((tmp_path / "optimization_results.yaml").read_text())
+    assert len(scores) == 3
+    assert result["best_value"] == max(scores.values())
+    lr = result["best_params"]["server_optimizer.lr"]
+    assert 1e-3 <= lr <= 1e-1
+    (job,) = [name for name in scores if name.endswith(f"_server_optimizer.lr-{lr}")]
+    assert scores[job] == result["best_value"]
+    with (tmp_path / "sweep.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {float(row["server_optimizer.lr"]) for row in rows} >= {lr}
+    assert [row["state"] for row in rows] == ["finished"] * 3
+    assert "alembic" not in capsys.readouterr().out
+
+
+def test_a_search_survives_a_job_that_fails_and_goes_on_when_it_is_repeated(
+    search: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fedzo.commands import train
+    from fedzo.errors import NumericsError
+
+    start, failing = train.start_or_resume_run, {"job": 1}
+
+    def sometimes(config: Any, run_dir: Path, *, overrides: list[str]) -> None:
+        start(config, run_dir, overrides=overrides)
+        if HydraConfig.get().job.num == failing["job"]:
+            (run_dir / "metrics.jsonl").write_text("")  # it ended before anything was told
+            raise NumericsError("round 1: the loss must be finite, got nan.")
+
+    monkeypatch.setattr(train, "start_or_resume_run", sometimes)
+    assert search(SEARCHED) == 1
+
+    told = capsys.readouterr()
+    assert "1 jobs failed, the others ran: 1_server_optimizer.lr-" in told.err
+    scores = {name: each for name, each in dev_scores(tmp_path, "loss").items() if each}
+    first = yaml.safe_load((tmp_path / "optimization_results.yaml").read_text())
+    assert len(scores) == 2
+    assert first["best_value"] == min(min(each) for each in scores.values())
+
+    times = {name: (tmp_path / name / "public.jsonl").stat().st_mtime_ns for name in scores}
+    assert search(SEARCHED) == 1
+    again = dev_scores(tmp_path, "loss")
+    assert again.keys() >= scores.keys()
+    assert len(again) == 3  # the same jobs
+    assert {name: (tmp_path / name / "public.jsonl").stat().st_mtime_ns for name in scores} == times
+
+
+def test_a_search_is_checked_before_any_work(
+    search: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words, text in (
+        (["server_optimizer.lr=interval(-1.0,0.1)"], "server_optimizer.lr must be >= 0 and finite"),
+        ([SEARCHED, "hydra.sweeper.direction=maximize"], "hydra.sweeper.direction must be minimize for this dev score"),
+        ([SEARCHED, "split.num_dev=0"], "a job must have dev scores, but has none"),
+        ([SEARCHED, "hydra.sweeper.storage='sqlite:///study.db'"], "hydra.sweeper.storage must be null"),
+    ):
+        assert search(*words) == 2
+        assert text in capsys.readouterr().err
+    monkeypatch.setattr("fedzo.config.sweep.package_version", lambda name: None)
+    assert search(SEARCHED) == 2
+    assert "pip install 'fedzo[optuna]'" in capsys.readouterr().err
+    assert list(tmp_path.glob("*/public.jsonl")) == []
