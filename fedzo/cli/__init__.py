@@ -211,7 +211,8 @@ def make_parser() -> argparse.ArgumentParser:
     own = command("list", commands.list_options, "list the config groups and their options")
     own.add_argument("group", metavar="GROUP", nargs="?", help="only this group")
 
-    command("doctor", commands.doctor, "check this machine: versions, devices, golden vectors")
+    own = command("doctor", commands.doctor, "check this machine, or a server's or a site's folder")
+    own.add_argument("dir", metavar="DIR", nargs="?", help="server or client folder to check, too")
 
     add_server(command("server", commands.server, "the server of a federation of sites: its folder and its SuperLink"))
     add_client(command("client", commands.client, "a site of a federation: its folder and its processes"))

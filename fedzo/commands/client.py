@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
 
+from fedzo.commands.server import filled_template, template
 from fedzo.config.travel import load_site
 from fedzo.errors import ConfigError
+from fedzo.records.folder import replace_file
 from fedzo.runtime.net.client_folder import AUTHORITY, PUBLIC_KEY, SITE, ClientFolder, read_invitation
 from fedzo.runtime.net.parts import Site, environment, start_site
 from fedzo.runtime.net.processes import Processes, Tail
 
+SERVICES = ("fedzo-client.service", "client.sbatch")
 LOOK_S = 0.5
 STEP_LIMIT_S = 3600.0
 CONNECTED = "connected as node"
@@ -31,8 +33,7 @@ def init(path: Path, *, server: str | None, invitation: Path | None, authority: 
     address = server or (invited.address if invited else None)
     if address is None:
         raise ConfigError("--server must be given, or --invitation FILE, which holds it. Write --server HOST:PORT.")
-    template = resources.files("fedzo.commands").joinpath("templates", SITE).read_text(encoding="utf-8")
-    folder = ClientFolder.make(path, address=address, site=template, invitation=invited)
+    folder = ClientFolder.make(path, address=address, site=template(SITE), invitation=invited)
     if authority is not None:
         folder.file(AUTHORITY).write_bytes(authority.read_bytes())
     yield f"client folder: {path}, of the server {folder.address}"
@@ -41,6 +42,10 @@ def init(path: Path, *, server: str | None, invitation: Path | None, authority: 
         yield f"(the same in {folder.file(PUBLIC_KEY)})"
     if not folder.file(AUTHORITY).exists():
         yield f"still needed: the server's ca.crt, as {folder.file(AUTHORITY)}"
+    for name in SERVICES:
+        if not folder.file(name).exists():
+            replace_file(folder.file(name), filled_template(name, folder.path))
+    yield f"as a service: {' or '.join(str(folder.file(name)) for name in SERVICES)}"
     yield f"next: edit {folder.file(SITE)} (rows, model, limits), and fedzo client up {path}"
 
 

@@ -1,11 +1,123 @@
-"""``fedzo doctor``: whether this machine can take part."""
+"""``fedzo doctor``: whether this machine can take part, and whether a server's or a site's folder is in order."""
 
 from __future__ import annotations
 
+import email.utils
+import os
 import platform
+import ssl
 import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
+import httpx
+
+from fedzo.config.travel import load_site
+from fedzo.errors import ConfigError, FedzoError
+from fedzo.models.load import resolve_device
+from fedzo.runtime._flower import SUPPORTED
+from fedzo.runtime.net.client_folder import AUTHORITY, KEY, SECRET, SITE, ClientFolder
+from fedzo.runtime.net.credentials import is_private, is_signed_by, read_certificate
+from fedzo.runtime.net.processes import accepts
+from fedzo.runtime.net.server_folder import ServerFolder, split_address
 from fedzo.system import PACKAGES, default_threads, package_version
+
+Check = tuple[str, bool, str]
+FEW_DAYS = 14
+PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+
+
+def folder_checks(path: Path) -> Iterator[Check]:
+    """Whether a server's or a site's folder is in order: what is checked, whether it is good, and what to do.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    if (path / "ca.key").exists() or (path / "clients.json").exists():
+        yield from _server_checks(ServerFolder(path))
+    elif (path / SITE).exists():
+        yield from _client_checks(ClientFolder(path))
+    else:
+        raise ConfigError(f"{path}: it must be a server's folder or a site's, but is neither. Check the path.")
+
+
+def _server_checks(folder: ServerFolder) -> Iterator[Check]:
+    try:
+        folder.check()
+    except FedzoError as error:
+        yield "folder", False, str(error)
+        return
+    yield from _private([folder.file(name) for name in ("ca.key", "server.key", "secret")])
+    listening, certificate = folder.listening, read_certificate(folder.file("server.crt"))
+    good = certificate.days_left > FEW_DAYS
+    yield (
+        "certificate",
+        good,
+        f"valid for {certificate.days_left:.0f} days" + ("" if good else ". `fedzo server renew`"),
+    )
+    host = split_address(listening.address)[0]
+    good = host in certificate.names
+    names = ", ".join(certificate.names)
+    yield "name", good, f"{host}" + ("" if good else f" is none of {names}. `fedzo server renew --host {host}`")
+    signed = is_signed_by(folder.file("server.crt"), folder.file("ca.crt"))
+    yield "authority", signed, "signs the certificate" if signed else "does not sign it. `fedzo server renew`"
+    up = accepts(listening.control)
+    yield "SuperLink", up, f"{listening.control}" + ("" if up else " is silent. `fedzo server up`")
+    count = len(folder.clients)
+    yield "clients", count > 0, f"{count} registered" + ("" if count else ". `fedzo server add-client`")
+    yield from _proxies()
+
+
+def _client_checks(folder: ClientFolder) -> Iterator[Check]:
+    try:
+        folder.check()
+        site = load_site(folder.file(SITE))
+    except FedzoError as error:
+        yield "folder", False, str(error)
+        return
+    yield from _private([folder.file(KEY), folder.file(SECRET)])
+    days = read_certificate(folder.file(AUTHORITY)).days_left
+    yield "authority", days > FEW_DAYS, f"valid for {days:.0f} days"
+    rows = Path(site.data.path or "")
+    yield "rows", site.data.path is not None and rows.exists(), f"{site.data.path} (data.path of {SITE})"
+    if site.model.name.startswith(("/", ".", "~")):
+        yield "model", Path(site.model.name).is_dir(), f"{site.model.name} (model.name of {SITE})"
+    try:
+        yield "device", True, str(resolve_device(site.device))
+    except FedzoError as error:
+        yield "device", False, str(error)
+    yield from _server_seen(folder)
+    yield from _proxies()
+
+
+def _server_seen(folder: ClientFolder) -> Iterator[Check]:
+    """Whether the site reaches its server, the certificate is the server's, and the clocks agree."""
+    context = ssl.create_default_context(cafile=str(folder.file(AUTHORITY)))
+    try:
+        answer = httpx.get(f"https://{folder.address}/", verify=context, timeout=10.0)
+    except httpx.HTTPError as error:
+        remedy = "Is `fedzo server up` running there, and is its port open? Is ca.crt this server's?"
+        yield "server", False, f"{folder.address}: {error}. {remedy}"
+        return
+    yield "server", True, f"{folder.address} answers, with a certificate of {AUTHORITY}"
+    told = email.utils.parsedate_to_datetime(answer.headers["date"]).timestamp() if "date" in answer.headers else None
+    if told is not None:
+        behind = told - time.time()
+        good = -4.0 < behind < 300.0
+        yield "clock", good, f"{abs(behind):.0f} s off the server's" + ("" if good else ". Set this machine's clock")
+
+
+def _private(files: list[Path]) -> Iterator[Check]:
+    readable = [file.name for file in files if not is_private(file)]
+    told = f"others may read {', '.join(readable)}: chmod 600" if readable else "only this user reads them"
+    yield "secrets", not readable, told
+
+
+def _proxies() -> Iterator[Check]:
+    found = [name for name in PROXIES if os.environ.get(name)]
+    told = f"{', '.join(found)}: Flower's connections go through it" if found else "none in the environment"
+    yield "proxy", True, told
 
 
 def doctor() -> list[tuple[str, bool, str]]:
@@ -18,9 +130,8 @@ def doctor() -> list[tuple[str, bool, str]]:
     for name in PACKAGES:
         found = package_version(name)
         checks.append((name, found is not None, found or "not installed"))
-    checks.append(
-        ("flwr is 1.41", (package_version("flwr") or "").startswith("1.41."), "the runtimes use private names of it")
-    )
+    flower = (package_version("flwr") or "").startswith(SUPPORTED)
+    checks.append(("flwr is 1.41 or 1.42", flower, "the runtimes use private names of it"))
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     checks.append(("device", True, f"{device}, {default_threads()} CPU threads"))
     bits = [f"{word:08x}" for word in direction(stream_key(0, round=0), 4).view("uint32")]

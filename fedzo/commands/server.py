@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import getpass
 import logging
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from importlib import resources
 from pathlib import Path
+from string import Template
 
 from fedzo.errors import ConfigError
+from fedzo.records.folder import replace_file
 from fedzo.runtime.net.client_folder import Invitation, read_invitation, write_invitation
 from fedzo.runtime.net.credentials import fingerprint, make_key, pem_of, public_key_of, read_certificate, write_private
 from fedzo.runtime.net.parts import (
@@ -21,7 +26,7 @@ from fedzo.runtime.net.processes import Processes, Tail
 from fedzo.runtime.net.server_folder import Listening, RegisteredClient, ServerFolder
 
 log = logging.getLogger(__name__)
-INVITATIONS = "invitations"
+INVITATIONS, SERVICE = "invitations", "fedzo-server.service"
 LOOK_S, STARTUP_S = 1.0, 120.0
 
 
@@ -47,6 +52,9 @@ def init(path: Path, *, hosts: Sequence[str], port: int, control_port: int, days
     yield f"server folder: {path}"
     yield f"sites connect to {folder.listening.address}; change server.json for another address or port"
     yield f"certificate for {', '.join(certificate.names)}, valid for {certificate.days_left:.0f} days"
+    if not folder.file(SERVICE).exists():
+        replace_file(folder.file(SERVICE), filled_template(SERVICE, path))
+    yield f"as a service: {folder.file(SERVICE)}"
     yield f"next: fedzo server add-client NAME --index 0 --dir {path}, and fedzo server up {path}"
 
 
@@ -131,6 +139,17 @@ def up(folder: ServerFolder) -> Iterator[str]:
                 yield f"{len(folder.clients)} clients are registered"
             yield from (line for line in said.new() if " WARNING refused: " in line)
             time.sleep(LOOK_S)
+
+
+def template(name: str) -> str:
+    """The text of a file that a folder gets."""
+    return resources.files("fedzo.commands").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+def filled_template(name: str, folder: Path) -> str:
+    """The text of a service's file, for this machine, this Python and this user."""
+    values = {"folder": str(folder.resolve()), "python": sys.executable, "user": getpass.getuser()}
+    return Template(template(name)).substitute(values)
 
 
 def _registered(client: RegisteredClient) -> str:

@@ -22,7 +22,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedzo.errors import ConfigError
 
-SUPPORTED = "1.41."
+SUPPORTED = ("1.41.", "1.42.")
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -52,12 +52,12 @@ def check_version(version: str) -> None:
     """Refuse a Flower whose private names nobody has looked at.
 
     Raises:
-        ConfigError: it is not a 1.41.
+        ConfigError: it is not a 1.41 or 1.42.
     """
     if not version.startswith(SUPPORTED):
         raise ConfigError(
-            f"flwr: fedzo's runtimes need version {SUPPORTED}*, got {version}. "
-            "Install it with: pip install 'flwr>=1.41,<1.42'"
+            f"flwr: fedzo's runtimes need version {' or '.join(f'{each}*' for each in SUPPORTED)}, got {version}. "
+            "Install it with: pip install 'flwr>=1.41,<1.43'"
         )
 
 

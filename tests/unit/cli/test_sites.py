@@ -1,0 +1,133 @@
+"""The commands of a server and of a site that start nothing; the rest is walked through over the network."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fedzo.cli import BAD_INPUT, RUN_FAILED, main
+from fedzo.commands.doctor import folder_checks
+from fedzo.config.travel import load_site
+from fedzo.runtime.net.client_folder import ClientFolder
+from fedzo.runtime.net.server_folder import ServerFolder
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Path:
+    assert main(["server", "init", str(tmp_path / "server"), "--host", "fed.example.org", "--port", "9443"]) == 0
+    return tmp_path / "server"
+
+
+def test_init_says_where_sites_connect_and_for_which_names(server: Path, capsys: Capture) -> None:
+    said = capsys.readouterr().out
+
+    assert "sites connect to fed.example.org:9443" in said
+    assert "certificate for fed.example.org, localhost, 127.0.0.1, valid for 365 days" in said
+
+
+def test_a_client_is_added_by_invitation_and_again_without_harm(server: Path, tmp_path: Path, capsys: Capture) -> None:
+    command = ["server", "add-client", "hospital", "--index", "2", "--dir", str(server)]
+    assert [main(command), main(command)] == [0, 0]
+
+    invitation = server / "invitations" / "hospital.json"
+    assert main(["client", "init", str(tmp_path / "site"), "--invitation", str(invitation)]) == 0
+    (client,) = ServerFolder(server).clients
+    site = ClientFolder(tmp_path / "site")
+    site.check()
+    assert (client.index, client.key) == (2, site.public_key)
+    assert site.address == "fed.example.org:9443"
+    assert load_site(site.file("site.yaml")).limits.tasks == []
+    assert capsys.readouterr().out.count("client 2: hospital, key SHA256:") == 2
+
+
+def test_a_site_with_a_key_of_its_own_is_told_what_to_send_and_what_it_lacks(tmp_path: Path, capsys: Capture) -> None:
+    assert main(["client", "init", str(tmp_path / "site"), "--server", "h:1"]) == 0
+
+    said = capsys.readouterr().out
+    assert (tmp_path / "site" / "key.pub").read_text().strip() in said
+    assert "still needed: the server's ca.crt" in said
+    assert main(["client", "up", str(tmp_path / "site")]) == BAD_INPUT
+    assert "ca.crt must be the server's certificate authority, but is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["server", "up", "."], "it must hold what `fedzo server init` writes"),
+        (["client", "up", "."], "it must hold what `fedzo client init` writes"),
+        (["client", "init", "site"], "--server must be given, or --invitation FILE"),
+        (["client", "init", "site", "--server", "nowhere"], "an address must be HOST:PORT"),
+        (["server", "remove-client", "x"], "it must hold what `fedzo server init` writes"),
+        (["status", "."], "it must be a server's folder or a run's, but is neither"),
+        (["doctor", "."], "it must be a server's folder or a site's, but is neither"),
+        (["server", "init", "s", "--port", "7", "--control-port", "7"], "--port must be another than --control-port"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(
+    command: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    assert main(command) == BAD_INPUT
+    assert says in capsys.readouterr().err
+
+
+def test_a_run_that_nobody_runs_is_not_stopped(tmp_path: Path, capsys: Capture) -> None:
+    assert main(["stop", str(tmp_path)]) == RUN_FAILED
+
+    assert "no process of this machine works on it" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_services_are_filled_in_for_this_folder_and_python(server: Path, tmp_path: Path) -> None:
+    main(["client", "init", str(tmp_path / "site"), "--server", "h:1"])
+
+    for file, words in (
+        (server / "fedzo-server.service", f"-m fedzo server up {server}"),
+        (tmp_path / "site" / "fedzo-client.service", f"-m fedzo client up {tmp_path / 'site'}"),
+    ):
+        unit = configparser.RawConfigParser()
+        unit.read(file)
+        assert unit["Service"]["ExecStart"].endswith(words)
+    script = tmp_path / "site" / "client.sbatch"
+    assert "$SLURM_CPUS_PER_TASK" in script.read_text()
+    assert f"-m fedzo client up {tmp_path / 'site'}" in script.read_text()
+    subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def bad(folder: Path) -> dict[str, str]:
+    return {name: told for name, good, told in folder_checks(folder) if not good}
+
+
+def test_doctor_names_what_is_wrong_with_a_server_and_what_to_do(server: Path) -> None:
+    main(["server", "add-client", "a", "--dir", str(server)])
+    assert set(bad(server)) == {"SuperLink"}  # which nobody has started
+
+    (server / "server.key").chmod(0o644)
+    main(["server", "renew", "--dir", str(server), "--host", "other.example.org", "--days", "5"])
+    (server / "ca.key").chmod(0o640)
+    found = bad(server)
+
+    assert "chmod 600" in found["secrets"]
+    assert "ca.key" in found["secrets"]
+    assert "valid for 5 days. `fedzo server renew`" in found["certificate"]
+    assert "`fedzo server renew --host fed.example.org`" in found["name"]
+
+
+def test_doctor_names_what_is_wrong_with_a_site(server: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    main(["client", "init", str(site), "--server", "127.0.0.1:9", "--ca", str(server / "ca.crt")])
+    (site / "site.yaml").write_text(json.dumps({"data": {"path": "./rows.jsonl"}, "model": {"name": "./model"}}))
+
+    found = bad(site)
+
+    assert set(found) == {"rows", "model", "server"}
+    assert "Is `fedzo server up` running there" in found["server"]
+    (site / "site.yaml").write_text("threads: [1]")
+    assert set(bad(site)) == {"folder"}
