@@ -134,10 +134,11 @@ def list_options(arguments: Namespace) -> int:
 def doctor(arguments: Namespace) -> int:
     """``fedzo doctor``; 1 when a check failed."""
     from fedzo.commands.doctor import doctor as run_checks
-    from fedzo.commands.doctor import folder_checks
 
     checks = run_checks()
     if arguments.dir is not None:
+        from fedzo.commands.doctor import folder_checks
+
         checks += folder_checks(Path(arguments.dir))
     for name, good, detail in checks:
         print(f"{'ok  ' if good else 'BAD '} {name}: {detail}")

@@ -34,9 +34,8 @@ def sites(tmp_path: Path) -> str:
     return f"data.path='{tmp_path}/site{{client}}.jsonl'"
 
 
-@pytest.mark.parametrize("runtime", ["runtime=inline", pytest.param("runtime=local", marks=pytest.mark.net)])
 def test_clients_with_own_files_train_and_the_server_reads_no_row(
-    run: Run, lines: Lines, sites: str, runtime: str, monkeypatch: pytest.MonkeyPatch
+    run: Run, lines: Lines, sites: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*arguments: Any) -> Any:
         raise AssertionError("the server read the rows of a simulation")
@@ -44,7 +43,7 @@ def test_clients_with_own_files_train_and_the_server_reads_no_row(
     monkeypatch.setattr(sources, "load_splits", refuse)
     monkeypatch.setattr("fedzo.data.rows.load_splits", refuse)
 
-    folder = run(*SETTINGS, sites, runtime)
+    folder = run(*SETTINGS, sites)
 
     setup, *_ = lines(folder, "metrics.jsonl")
     assert [client["num_train"] for client in setup["clients"]] == [4, 5, 6, 7]  # one of each is held out
