@@ -21,8 +21,8 @@ PACKAGES = ("torch", "transformers", "peft", "flwr", "numpy", "numba", "hydra-co
 
 _LIBRARIES = (
     *("accelerate", "alembic", "bitsandbytes", "datasets", "filelock", "fsspec", "httpx", "huggingface_hub"),
-    *("matplotlib", "numba", "numexpr", "peft", "tensorflow", "torch.utils._pytree", "torchao", "transformers"),
-    *("triton", "urllib3"),
+    *("matplotlib", "numba", "numexpr", "peft", "tensorboard", "tensorflow", "torch.utils._pytree", "torchao"),
+    *("transformers", "triton", "urllib3"),
 )
 _VERBOSITY_VARIABLES = ("DATASETS_VERBOSITY", "HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY")
 

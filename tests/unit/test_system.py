@@ -55,7 +55,8 @@ quiet_libraries()
 import datasets, peft, transformers
 from transformers import TorchAoConfig
 import fedzo.models.source
-for name in ("torchao.x", "transformers.x", "datasets.x", "torch.utils._pytree", "plugin", "fedzo.x", "flwr"):
+libraries = ("torchao.x", "transformers.x", "datasets.x", "tensorboard", "torch.utils._pytree")
+for name in (*libraries, "plugin", "fedzo.x", "flwr"):
     logging.getLogger(name).warning("w")
     logging.getLogger(name).error("e")
 """

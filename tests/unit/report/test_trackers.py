@@ -202,6 +202,8 @@ def test_a_resumed_run_goes_on_in_the_same_run_with_no_step_twice_or_missing(
         sink.close()
     elif name == "wandb":
         sink._tracker._run.finish()  # type: ignore[union-attr]  # this very process still has it
+    elif name == "tensorboard":
+        sink._tracker._writer.flush()  # type: ignore[union-attr]  # its thread would write on, later
 
     if name == "wandb":
         wandb_files(folder)  # this very process must have let go of it
