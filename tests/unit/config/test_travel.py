@@ -20,11 +20,11 @@ from fedzo.config.schema import LaunchConfig, RunConfig, SiteConfig, SiteFile, f
 from fedzo.config.travel import config_hash, from_json, is_same_run, load_site, to_json, to_yaml
 from fedzo.data.config import DataConfig, TaskConfig
 from fedzo.data.partition import PartitionConfig
-from fedzo.data.partition.plain import NaturalConfig
+from fedzo.data.partition.plain import NaturalConfig, OwnConfig
 from fedzo.errors import ConfigError
 from fedzo.fl.config import Seeds, SiteLimitsConfig
 from fedzo.models.config import BaseConfig, DType, ModelConfig
-from fedzo.runtime.config import LocalConfig
+from fedzo.runtime.config import LocalConfig, RemoteConfig
 from fedzo.trainers.base import InputsConfig
 from fedzo.trainers.meerkat import MeerkatConfig
 from fedzo.trainers.mezo import MezoConfig
@@ -65,6 +65,8 @@ def configs(draw: st.DrawFn) -> LaunchConfig:
         st.sampled_from([cls for name, cls in classes["partition"].items() if name not in ("natural", "own")])
     )()
     config.runtime = draw(st.sampled_from(list(classes["runtime"].values())))()
+    if isinstance(config.runtime, RemoteConfig):  # sites have rows of their own
+        config.runtime.server, config.partition, config.evaluation.central = "server", OwnConfig(), False
     return config
 
 
