@@ -17,12 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import psutil
-
 from fedzo.errors import ConfigError, FolderInUseError
 from fedzo.records.decode import decode_json, encode
 from fedzo.records.fields import MOST_CLIENTS, Client, Length, Matching, Name, Within
-from fedzo.records.folder import folder_of_one_process, lock_file, make_folder, replace_file
+from fedzo.records.folder import folder_of_one_process, is_locked, lock_file, make_folder, replace_file
 from fedzo.runtime.net.credentials import (
     CERTIFICATE_DAYS,
     Endpoint,
@@ -188,14 +186,11 @@ class ServerFolder:
     @property
     def served(self) -> Serving | None:
         """The run that is served; None where there is none."""
-        try:
-            text = self.file("serving.json").read_bytes()
-        except FileNotFoundError:
+        file = self.file("serving.json")
+        if not is_locked(file) or not (text := file.read_bytes()):
             return None
-        if not text:
-            return None
-        found: Serving = decode_json(Serving, text, where=str(self.file("serving.json")), error=ConfigError)
-        return found if psutil.pid_exists(found.pid) else None
+        found: Serving = decode_json(Serving, text, where=str(file), error=ConfigError)
+        return found
 
     # --- the registry
 
