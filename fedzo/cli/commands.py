@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from fedzo.errors import ConfigError, RunFolderError
+from fedzo.errors import ConfigError, FedzoError, RunFolderError
 
 Handler = Callable[[Namespace], int]
 
@@ -205,8 +205,14 @@ def _keep(lines: Iterable[str]) -> int:
 
 
 def _print(lines: Iterable[str]) -> int:
-    for line in lines:
-        print(line, flush=True)
+    """Show lines as they come; a file that cannot be read or written is named."""
+    try:
+        for line in lines:
+            print(line, flush=True)
+    except OSError as error:
+        if isinstance(error, FedzoError):
+            raise
+        raise ConfigError(f"{error.filename}: it must be readable and writable, got {error.strerror!r}.") from error
     return 0
 
 

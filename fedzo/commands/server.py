@@ -69,7 +69,7 @@ def add_client(folder: ServerFolder, name: str, *, index: int | None, key: str |
     """
     folder.check()
     if key is not None:
-        line = Path(key).read_text(encoding="utf-8") if Path(key).is_file() else key
+        line = key if " " in key.strip() else Path(key).read_text(encoding="utf-8", errors="replace")
         client = folder.add_client(name, index=index, key=line)
         yield _registered(client)
         yield f"the site needs {folder.file('ca.crt')}: it copies the file into its folder as ca.crt"

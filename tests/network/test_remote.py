@@ -110,7 +110,7 @@ def test_a_server_and_two_sites_train_stop_resume_and_let_nobody_in(machine: Mac
     # --- up; those who do not belong are named and nothing happens to them
     machine.start("up", "server", "up", "server")
     wait_for(lambda: "2 clients are registered" in machine.said("up"))
-    outsiders_reach_nothing(machine.folder / "server", int(public))
+    outsiders_reach_nothing(machine.folder / "server", int(public), int(control))
     for site in ("hospital", "clinic", "stranger"):
         machine.start(site, "client", "up", site)
     wait_for(lambda: all("connected to" in machine.said(site) for site in ("hospital", "clinic")))
@@ -168,7 +168,7 @@ def write_site(folder: Path, count: int) -> None:
     (folder / "site.yaml").write_text(json.dumps(site))
 
 
-def outsiders_reach_nothing(server: Path, port: int) -> None:
+def outsiders_reach_nothing(server: Path, port: int, control: int) -> None:
     """Whoever reaches the port for sites, even with the certificate authority, gets no task, log, run or control."""
     context = ssl.create_default_context(cafile=str(server / "ca.crt"))
     requests: Mapping[str, bytes] = {
@@ -186,6 +186,9 @@ def outsiders_reach_nothing(server: Path, port: int) -> None:
         pull = PullMessagesRequest(node=Node(node_id=1)).SerializeToString()
         headers = {"content-type": "application/protobuf"}
         assert client.post("/v1/fleet/pull-messages", content=pull, headers=headers).status_code >= 400
+    with httpx.Client(verify=context) as client:  # nor does a local user without the server's secret get a task
+        task = f"https://localhost:{control}/v1/runtime/acquire-task"
+        assert client.post(task, content=requests["/v1/runtime/acquire-task"], headers=headers).status_code == 401
     with pytest.raises(httpx.ConnectError):  # without TLS nobody answers
         httpx.get(f"https://localhost:{port}/")
 

@@ -47,6 +47,16 @@ def test_a_client_is_added_by_invitation_and_again_without_harm(server: Path, tm
     assert capsys.readouterr().out.count("client 2: hospital, key SHA256:") == 2
 
 
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [("none.pub", "none.pub: it must be readable"), ("ssh-rsa " + "A" * 5000, "the public key must be one line")],
+)
+def test_a_key_that_cannot_be_read_is_named(server: Path, key: str, says: str, capsys: Capture) -> None:
+    assert main(["server", "add-client", "a", "--key", key, "--dir", str(server)]) == BAD_INPUT
+    assert says in capsys.readouterr().err
+    assert ServerFolder(server).clients == []
+
+
 def test_a_site_with_a_key_of_its_own_is_told_what_to_send_and_what_it_lacks(tmp_path: Path, capsys: Capture) -> None:
     assert main(["client", "init", str(tmp_path / "site"), "--server", "h:1"]) == 0
 
@@ -67,6 +77,9 @@ def test_a_site_with_a_key_of_its_own_is_told_what_to_send_and_what_it_lacks(tmp
         (["server", "remove-client", "x"], "it must hold what `fedzo server init` writes"),
         (["status", "."], "it must be a server's folder or a run's, but is neither"),
         (["doctor", "."], "it must be a server's folder or a site's, but is neither"),
+        (["client", "init", "site", "--server", "h:1", "--ca", "none.crt"], "none.crt: it must be readable"),
+        (["client", "init", "site", "--invitation", "none.json"], "invitation none.json: it must be a readable file"),
+        (["server", "init", "file/server"], "it must be readable and writable, got 'Not a directory'"),
         (["server", "init", "s", "--port", "7", "--control-port", "7"], "--port must be another than --control-port"),
     ],
 )
@@ -74,6 +87,7 @@ def test_what_cannot_be_done_is_said_in_one_line(
     command: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
 
     assert main(command) == BAD_INPUT
     assert says in capsys.readouterr().err
