@@ -139,7 +139,13 @@ def test_a_late_client_reaches_the_state_by_records_or_by_values() -> None:
     log = [VectorRecord.of(CHANGE * np.float32(r + 1), round=r, lr=0.5) for r in range(3)]
     server = replica_with(Sgd(), start)
     server.advance(log)
-    named = {"round": 3, "chain": server.chain.hex(), "check": server.check(), "digest": server.space.digest()}
+    named: dict[str, Any] = {
+        "client": 0,
+        "round": 3,
+        "chain": server.chain.hex(),
+        "check": server.check(),
+        "digest": server.space.digest(),
+    }
     by_log, by_values, damaged = (replica_with(Sgd(), start) for _ in range(3))
     wrong = bytearray(pack(log))
     wrong[-1] ^= 1

@@ -1,0 +1,82 @@
+"""What a federation over a real network costs beside one in a process: ``python experiments/network/run.py``.
+
+Runs of ``experiment=tiny`` (SmolLM2-135M, two clients, one local step a round) by turns with ``runtime=inline`` and
+``runtime=local``, which has TLS, keys and a process a client, with the same threads; medians over the rounds after the
+first. Clients of ``local`` work at the same time, so its rounds can be the shorter ones. About five minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from fedzo.bench.claims import Claims
+
+HERE = Path(__file__).parent
+OVERHEAD_S, FIRST_S = 0.5, 20.0
+
+
+def main() -> None:
+    """Measure, print and write the claims."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=30, help="rounds of a run (default: 30)")
+    parser.add_argument("--turns", type=int, default=2, help="runs of each runtime (default: 2)")
+    options = parser.parse_args()
+    told: dict[str, list[dict[str, float]]] = {"inline": [], "local": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(options.turns):
+            for runtime, runs in told.items():
+                runs.append(run(Path(folder) / f"{runtime}{turn}", runtime, options.rounds))
+    inline, local = (
+        {name: statistics.median(each[name] for each in runs) for name in runs[0]} for runs in told.values()
+    )
+    claims = Claims(command="python experiments/network/run.py")
+    what = "two clients, T = 1, one thread each"
+    claims.add(f"runtime=inline, {what}: median seconds a round", inline["round"], "s")
+    claims.add(f"runtime=local, {what}: median seconds a round", local["round"], "s")
+    over = local["round"] - inline["round"]
+    claims.add(f"runtime=local, {what}: its round less inline's", over, "s", at_most=OVERHEAD_S)
+    claims.add(
+        "runtime=local: seconds from the command to the first round's end, less those of inline",
+        local["start"] - inline["start"],
+        "s",
+        at_most=FIRST_S,
+    )
+    claims.add("runtime=local: SuperLink's database, bytes a round", local["database"], "B")
+    claims.show()
+    claims.write(HERE / "claims.json")
+
+
+def run(folder: Path, runtime: str, rounds: int) -> dict[str, float]:
+    """One run: median seconds of its rounds but the first, seconds to the end of the first, and bytes kept a round."""
+    command = [
+        *(sys.executable, "-m", "fedzo", "train", "experiment=tiny", f"runtime={runtime}", f"fl.rounds={rounds}"),
+        *("evaluation.every_rounds=1000", f"hydra.run.dir={folder}"),
+    ]
+    sizes: list[int] = []
+    began = time.monotonic()
+    process = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL)
+    first = None
+    while process.poll() is None:
+        time.sleep(0.05)
+        log = folder / "public.jsonl"
+        if first is None and log.exists() and log.stat().st_size:
+            first = time.monotonic() - began
+        sizes.append(sum(file.stat().st_size for file in (folder / "network" / "server").glob("superlink.db*")))
+    assert process.returncode == 0, command
+    lines: list[dict[str, Any]] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    seconds = [line["round_seconds"] for line in lines if line["kind"] == "round"]
+    assert first is not None
+    return {"round": statistics.median(seconds[1:]), "start": first, "database": max(sizes) / rounds}
+
+
+if __name__ == "__main__":
+    main()
