@@ -172,16 +172,20 @@ def test_a_changed_log_is_found_out_by_replay(run: Callable[..., Path]) -> None:
         replay_run(folder)
 
 
-@pytest.mark.slow
 def _hears() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may have been started with nohup
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize(
-    "runtime",
-    ["inline", pytest.param("local", marks=pytest.mark.net), pytest.param("ray", marks=pytest.mark.sim)],
+    ("runtime", "number"),
+    [
+        ("inline", signal.SIGTERM),
+        ("inline", signal.SIGHUP),
+        pytest.param("local", signal.SIGTERM, marks=pytest.mark.net),
+        pytest.param("ray", signal.SIGTERM, marks=pytest.mark.sim),
+    ],
 )
 def test_a_run_that_is_told_to_end_says_how_it_goes_on(
     runtime: str, number: signal.Signals, overrides: Callable[..., list[str]], tmp_path: Path

@@ -115,7 +115,7 @@ class ServerProcess:
     def interrupt(self) -> None:
         """Have it end as by Ctrl-C; by force if it does not."""
         if self._process.poll() is None:
-            self._process.send_signal(signal.SIGINT)
+            self._process.terminate()  # which it takes as Ctrl-C; a shell's background jobs are deaf to that itself
         try:
             self._process.wait(CLOSE_S)
         except subprocess.TimeoutExpired:
