@@ -62,8 +62,12 @@ def stop(run_dir: Path) -> Iterator[str]:
     yield "asked to stop; the round that is under way is finished first"
     while is_locked(run_dir / PUBLIC):
         time.sleep(POLL_S)
-    rounds = len(RunLog(run_dir).rounds)
-    yield f"stopped after {rounds} rounds. Continue with: fedzo resume {run_dir}"
+    (run_dir / STOP).unlink(missing_ok=True)  # the run ended by itself
+    rounds, total = len(RunLog(run_dir).rounds), read_launch(run_dir).fl.rounds
+    if rounds == total:
+        yield f"the run has ended, after all its {rounds} rounds"
+    else:
+        yield f"stopped after {rounds} of {total} rounds. Continue with: fedzo resume {run_dir}"
 
 
 def _server(folder: ServerFolder) -> Iterator[str]:

@@ -23,7 +23,7 @@ from fedzo.records.metrics import Extension, Summary
 from fedzo.report.trackers import missing_libraries
 from fedzo.run.apps import CONFIG_KEY, RUN_DIR_KEY
 from fedzo.run.process import SITE_ENV, SITE_LOG_ENV, Process, forget_process, keep_process
-from fedzo.run.start import CLIENTS_LOG, RUN_FILE, SITE_FILE, open_run, write_whole
+from fedzo.run.start import CLIENTS_LOG, RUN_FILE, SITE_FILE, STOP, open_run, write_whole
 from fedzo.runtime.config import RUNTIMES
 from fedzo.system import command, environment
 from fedzo.zo.server_optimizer import Schedule
@@ -190,6 +190,7 @@ def _opened(config: LaunchConfig, store: RunStore) -> Iterator[Process]:
     run_dir = store.folder.resolve()
     if missing := missing_libraries(config.trackers):
         raise ConfigError("\n".join(problem.text for problem in missing))
+    (store.folder / STOP).unlink(missing_ok=True)  # of an earlier start; from here on `fedzo stop` is heard
     forget_process()  # before another model is loaded
     try:
         process = open_run(config, run_dir)

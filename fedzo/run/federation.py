@@ -134,7 +134,6 @@ class Federation:
             scores.take("dev", rounds=0)
         else:
             scores.take_due(server)  # those that a killed run still owed
-        (self._store.folder / STOP).unlink(missing_ok=True)  # of an earlier start
         while server.round < config.fl.rounds:
             if (self._store.folder / STOP).exists():
                 (self._store.folder / STOP).unlink()

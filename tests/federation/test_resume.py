@@ -18,6 +18,8 @@ import pytest
 
 from fedzo.commands.train import resume_run
 from fedzo.commands.trained import replay_run
+from fedzo.run.scores import Scores
+from fedzo.run.start import STOP
 
 ROUNDS = 12
 
@@ -258,3 +260,24 @@ def test_an_interrupted_sweep_goes_on_and_leaves_finished_runs_alone(
     other = sweep("fl.batch_size=3")
     assert other.returncode == 1
     assert "holds a run of other settings" in other.stderr
+
+
+def test_a_run_that_is_asked_to_stop_while_it_starts_stops_before_its_next_round_and_goes_on(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder, taken = tmp_path / "run0", Scores.take
+
+    def take_and_stop(scores: Scores, split: Any, *, rounds: int) -> None:
+        (folder / STOP).touch()
+        taken(scores, split, rounds=rounds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Scores, "take", take_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            run("runtime=inline")
+
+    assert (folder / "public.jsonl").read_bytes() == b""
+    assert not (folder / STOP).exists()
+    (folder / STOP).touch()  # as a process that was killed would leave it
+    resume_run(folder)
+    assert replay_run(folder)["rounds"] == 3
