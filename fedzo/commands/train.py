@@ -217,6 +217,8 @@ def launch(config: LaunchConfig, process: Process, run_dir: Path, *, site_file: 
         ProtocolError: Clients or the parts in between failed.
     """
     run_config = {CONFIG_KEY: keep_process(process), RUN_DIR_KEY: str(run_dir)}
+    if not config.runtime.traits.takes_turns:  # else clients are in this very process
+        (run_dir / CLIENTS_LOG).parent.mkdir(exist_ok=True)
     with (
         _told_of_clients(run_dir) as site_log,
         _inherited(SITE_ENV, str(site_file)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
@@ -209,3 +210,18 @@ def test_clients_that_send_vectors_need_to_tell_their_losses(
 
     with pytest.raises(SiteError, match="refusal 21, "):
         opened(folder, f"data: {{path: {data_dir}}}\nlimits: {{answers: [accuracy]}}\n")
+
+
+def test_clients_in_processes_of_their_own_find_a_folder_for_their_log(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen = []
+
+    def build(config: object, *, num_clients: int, run_config: dict[str, str]) -> None:
+        seen.append(Path(os.environ["FEDZO_SITE_LOG"]))
+        assert seen[0].parent.is_dir()
+
+    monkeypatch.setattr("fedzo.commands.train.RUNTIMES.build", build)
+    folder = run("runtime=ray")
+
+    assert seen == [folder / "logs" / "clients.log"]
