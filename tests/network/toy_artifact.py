@@ -52,7 +52,11 @@ def main(grid: Grid, context: Context) -> None:
     artifact_transfer.log.addHandler(handler)
     sent = _spoil(config["spoiled"])
     held = ArtifactStore(run_dir / "artifacts").put(Path(config["file"]))
-    (node,) = grid.get_node_ids()
+    ends = time.monotonic() + 60
+    while not (nodes := list(grid.get_node_ids())):  # the server may be up before the client is
+        assert time.monotonic() < ends
+        time.sleep(0.1)
+    (node,) = nodes
     seconds, refused = [], []
     for _ in range(2):
         started = time.monotonic()
