@@ -27,6 +27,7 @@ from flwr.proto.runtime_pb2 import (
 from flwr.supercore import heartbeat
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -57,6 +58,11 @@ log = logging.getLogger(__name__)
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 MAX_TIME_S = 120.0
 """How long the server's end tries to reach a SuperLink that does not answer, which is started again meanwhile."""
+PULL_PAUSE_S = 0.02
+"""Before a part of a message that is still under way is asked for again, at first; 1 s in Flower, which doubles it."""
+
+for _pull in (inflatable_utils.pull_objects, inflatable_utils.pull_and_inflate_object_from_tree):
+    cast(Any, _pull).__kwdefaults__["initial_backoff"] = PULL_PAUSE_S
 
 
 def quicken(poll_s: float) -> None:
