@@ -122,9 +122,7 @@ def load_model(config: ModelConfig, *, device: str = "auto", max_length: int = 1
     except Exception as error:  # files from anywhere make transformers raise anything
         raise _cannot_read(config, where, error) from error
     check_finite(model, source.files, name=config.name)
-    longest = num_positions(model)
-    if longest is not None and max_length > longest:
-        raise ConfigError(f"task.max_length must be <= {longest} for {config.name!r}, got {max_length}. Lower it.")
+    check_length(model, max_length, name=config.name)
     if not packed:  # packed weights are where they belong already
         model.to(where)
     if source.gguf_file is None:
@@ -147,6 +145,17 @@ def load_model(config: ModelConfig, *, device: str = "auto", max_length: int = 1
             f"of {type(model).__name__} fails: {_line(error)}. Take another model, or correct its config.json."
         ) from error
     return compile_loaded(loaded, longest=max_length) if config.compile else loaded
+
+
+def check_length(model: nn.Module, max_length: int, *, name: str) -> None:
+    """Refuse texts that are longer than the model's positions.
+
+    Raises:
+        ConfigError: It has fewer than ``max_length``.
+    """
+    longest = num_positions(model)
+    if longest is not None and max_length > longest:
+        raise ConfigError(f"task.max_length must be <= {longest} for {name!r}, got {max_length}. Lower it.")
 
 
 def _cannot_read(config: ModelConfig, device: torch.device, error: Exception) -> ConfigError:

@@ -120,6 +120,15 @@ class Peer:
             self._workspace = artifact.digest, self._make_workspace(artifact, trial_rows)
         return self._workspace[1]
 
+    def reset(self) -> None:
+        """Give the model its base weights back, and take what the trainer added to it out of it."""
+        if self._workspace is not None:
+            self._workspace[1].replica.reset()
+        from fedzo.models.adapters import remove  # slow to import
+
+        remove(self.loaded.model)
+        self.loaded.model.requires_grad_(False)
+
     def _make_workspace(self, artifact: Artifact, trial_rows: TrialRows | None) -> Workspace:
         config, num_clients, estimator = self.config, self.config.fl.num_clients, self.config.estimator
         built = self._build(self.loaded, artifact)

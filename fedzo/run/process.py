@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,11 +22,13 @@ from fedzo.data.rows import OwnRows, RowSource, SimulatedRows
 from fedzo.errors import ConfigError
 from fedzo.fl.log_store import RunStore
 from fedzo.fl.site_limits import check_base, check_run, check_work
+from fedzo.models.load import LoadedModel
 from fedzo.report import ReportConfig
 from fedzo.report.trackers import TrackerConfig
 from fedzo.run.client_context import ClientContext
 from fedzo.run.peer import Peer, open_model
 from fedzo.run.server_context import ServerContext
+from fedzo.run.site_model import SiteModel
 from fedzo.trainers import Prepared
 from fedzo.trainers.artifacts import ArtifactStore
 from fedzo.zo.estimator import ZerothOrderConfig
@@ -102,6 +106,7 @@ def open_process(
     artifacts: Path | None = None,
     site_folder: Path | None = None,
     plays_clients: bool = False,
+    load: Callable[[SiteConfig, int], LoadedModel] = open_model,
 ) -> Process:
     """Load this site's model for a run; rows are read when they are first asked for.
 
@@ -111,6 +116,7 @@ def open_process(
         artifacts: Folder of artifacts that clients have or receive; None for one that ends with the process.
         site_folder: Where this machine keeps what it must remember of a run.
         plays_clients: Whether it needs rows.
+        load: Gives the site's model, for texts of at most so many tokens.
 
     Raises:
         SiteError: The site's limits rule the run out.
@@ -129,7 +135,7 @@ def open_process(
     rows = rows_problems(site, run) if plays_clients else ()
     if texts := [problem.text for problem in (*site_problems(site, run), *rows)]:
         raise ConfigError("; ".join(texts))
-    loaded = open_model(site, run.task.max_length)
+    loaded = load(site, run.task.max_length)
     check_base(site.limits, loaded.base_digest, whose=f"the model {site.model.name}")
     return Process(Peer.of(run, site, loaded), row_source(run, site), artifacts, site_folder=site_folder)
 
@@ -142,6 +148,14 @@ def row_source(run: RunSettings, site: SiteConfig) -> RowSource:
 
 
 _open: list[tuple[str, Process]] = []
+_model = SiteModel()
+
+
+def load_ahead() -> None:
+    """Load the model of this process's site before a run asks for it."""
+    _write_errors()
+    with contextlib.suppress(ConfigError):  # it is told to the run that asks
+        _model.load_ahead(load_site(Path(_site_file())))
 
 
 def keep_process(process: Process) -> str:
@@ -153,16 +167,20 @@ def keep_process(process: Process) -> str:
 
 
 def this_process(run_json: str, *, artifacts: Path | None = None) -> Process:
-    """What this process holds of the run; the run before it is let go.
+    """What this process holds of the run; the run before it is let go, its model kept if it is this run's, too.
 
     A run that is not open is opened with the site's own file, whose path is in ``FEDZO_SITE``.
     """
     if not _open or _open[0][0] != run_json:
-        _open.clear()  # let the old model go before a new one is loaded
+        if _open:
+            _model.take_back(_open.pop()[1].peer)
         _write_errors()
         file = Path(_site_file())
         run, site = from_json(run_json, RunConfig), load_site(file)
-        process = open_process(run, site, artifacts=artifacts, site_folder=file.parent, plays_clients=True)
+        process = open_process(
+            run, site, artifacts=artifacts, site_folder=file.parent, plays_clients=True, load=_model.open
+        )
+        _model.lend()
         _open.append((run_json, process))
     return _open[0][1]
 

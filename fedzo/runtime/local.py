@@ -20,8 +20,9 @@ from fedzo.runtime.net.parts import (
     Site,
     environment,
     register_clients,
-    start_site,
+    start_executor,
     start_superlink,
+    start_supernode,
     wait_for_superlink,
 )
 from fedzo.runtime.net.processes import Processes, free_ports
@@ -59,22 +60,27 @@ def run_local(
         Processes(run_dir / "logs", environment=environment()) as processes,
     ):
         start_superlink(processes, server, restarts=RESTARTS)
-        for index, folder in enumerate(clients):
-            site = Site(
-                folder=folder,
-                site_file=run_dir / SITE_FILE,
-                log_file=run_dir / CLIENTS_LOG,
-                step_limit_s=config.step_limit_s,
-                restarts=RESTARTS,
-                name=str(index),
-                environment=share_of_cpus(num_clients),
-                executor=executor,
-            )
-            start_site(processes, site)
         server_process = ServerProcess(run_dir, server.path, serve=serve)
         try:
+            sites = [
+                Site(
+                    folder=folder,
+                    site_file=run_dir / SITE_FILE,
+                    log_file=run_dir / CLIENTS_LOG,
+                    step_limit_s=config.step_limit_s,
+                    restarts=RESTARTS,
+                    name=str(index),
+                    environment=share_of_cpus(num_clients),
+                    executor=executor,
+                )
+                for index, folder in enumerate(clients)
+            ]
+            for site in sites:
+                start_executor(processes, site)
             wait_for_superlink(processes, server, timeout_s=config.startup_s)
             register_clients(server)
+            for site in sites:  # not before their keys are known
+                start_supernode(processes, site)
         except BaseException:
             server_process.interrupt()
             raise

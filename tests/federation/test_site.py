@@ -21,12 +21,18 @@ from fedzo.config.load import load
 from fedzo.config.schema import LaunchConfig
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.fl.config import SiteLimitsConfig
+from fedzo.fl.log_store import RunLog
 from fedzo.fl.messages import EvaluateReply, TrainReply, encode
 from fedzo.fl.server.step_policy.statistics import Statistic
 from fedzo.fl.site_limits import SiteError
-from fedzo.run import apps
+from fedzo.models.config import ModelConfig
+from fedzo.models.digest import parameters_digest
+from fedzo.models.load import LoadedModel, load_model
+from fedzo.run import apps, site_model
+from fedzo.run.peer import open_model
 from fedzo.run.process import Process, forget_process, this_process
 from fedzo.testing.tiny_models import save_tiny_model
+from fedzo.trainers.artifacts import ARTIFACTS, ArtifactStore
 
 Run = Callable[..., Path]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
@@ -225,3 +231,40 @@ def test_clients_in_processes_of_their_own_find_a_folder_for_their_log(
     folder = run("runtime=ray")
 
     assert seen == [folder / "logs" / "clients.log"]
+
+
+def test_a_site_loads_its_model_once_and_each_run_begins_with_the_base(
+    run: Run,
+    opened: Callable[[Path, str], Process],
+    tiny_model_dir: Path,
+    data_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Weights are trained, a mask, an adapter, virtual tokens: what one run left is not the next one's."""
+    loads = []
+
+    def counted(*of: Any) -> LoadedModel:
+        loads.append(of)
+        return open_model(*of)
+
+    monkeypatch.setattr(site_model, "open_model", counted)
+    trainers = ("mezo", "meerkat", "lora", "prompt", "meerkat")
+    folders = [run("fl.rounds=2", "task.max_length=64", f"trainer={trainer}") for trainer in trainers]
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    site = f"device: cpu\nthreads: 1\nmodel: {{name: {tmp_path / 'model'}}}\ndata: {{path: {data_dir}}}\n"
+    base = parameters_digest(load_model(ModelConfig(name=str(tiny_model_dir))).model.named_parameters())
+
+    for folder in folders:
+        peer = opened(folder, site).peer
+        assert parameters_digest(peer.loaded.model.named_parameters()) == base
+        log, artifact = RunLog(folder), ArtifactStore(folder / ARTIFACTS).find(peer.config.artifact)
+        assert artifact is not None
+        replica = peer.workspace(artifact).replica
+        replica.advance(log.records)
+        replica.verify(log.rounds[-1])  # it has the trained values of the run
+    assert len(loads) == 1
+
+    save_tiny_model(tmp_path / "model", "llama")  # the same once more, but who knows
+    opened(folders[0], site)
+    assert len(loads) == 2

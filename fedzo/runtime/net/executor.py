@@ -52,8 +52,10 @@ def main(arguments: Sequence[str] | None = None, *, app: ClientApp | None = None
         watch_parent(options.parent_pid)
     if app is None:
         from fedzo.run.apps import client_app
+        from fedzo.run.process import load_ahead
 
         app = client_app
+        load_ahead()
     while not accepts(options.runtime_api_address):
         time.sleep(POLL_S)
     api = RuntimeApi(options.runtime_api_address, options.secret_file.read_bytes())

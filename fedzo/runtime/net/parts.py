@@ -28,7 +28,9 @@ __all__ = [
     "environment",
     "listening_problem",
     "register_clients",
+    "start_executor",
     "start_site",
+    "start_supernode",
     "start_superlink",
     "wait_for_superlink",
 ]
@@ -50,6 +52,7 @@ class Site:
         name: Ends the names of its processes; empty where the machine has one site.
         environment: Variables for its executor.
         executor: Program that answers; only tests give another.
+        port: Of the loopback interface, where the two meet.
     """
 
     folder: ClientFolder
@@ -60,6 +63,11 @@ class Site:
     name: str = ""
     environment: dict[str, str] = field(default_factory=dict)
     executor: Sequence[str] = tuple(EXECUTOR)
+    port: int = field(default_factory=lambda: free_ports(1)[0])
+
+    def process(self, kind: str) -> str:
+        """The name of one of its processes."""
+        return f"{kind}-{self.name}" if self.name else kind
 
 
 def environment() -> dict[str, str]:
@@ -76,27 +84,35 @@ def start_superlink(processes: Processes, folder: ServerFolder, *, restarts: int
 
 
 def start_site(processes: Processes, site: Site) -> None:
-    """Start a site's executor, which takes longest, and its SuperNode."""
-    folder, parent = site.folder, str(os.getpid())
-    (port,) = free_ports(1)
-    suffix = f"-{site.name}" if site.name else ""
+    """Start a site's executor and its SuperNode."""
+    start_executor(processes, site)
+    start_supernode(processes, site)
+
+
+def start_executor(processes: Processes, site: Site) -> None:
+    """Start a site's executor, which loads the site's model meanwhile and waits for its SuperNode."""
+    folder = site.folder
     processes.start(
-        f"executor{suffix}",
+        site.process("executor"),
         [
-            *(*site.executor, "--runtime-api-address", f"127.0.0.1:{port}"),
-            *("--secret-file", str(folder.file(SECRET)), "--parent-pid", parent),
+            *(*site.executor, "--runtime-api-address", f"127.0.0.1:{site.port}"),
+            *("--secret-file", str(folder.file(SECRET)), "--parent-pid", str(os.getpid())),
             *("--step-limit-s", str(site.step_limit_s)),
         ],
         environment={SITE_ENV: str(site.site_file), SITE_LOG_ENV: str(site.log_file), **site.environment},
         restarts=site.restarts,
     )
-    server = folder.endpoint
+
+
+def start_supernode(processes: Processes, site: Site) -> None:
+    """Start a site's SuperNode, which ends, and is started again, as long as its server does not let it in."""
+    folder, server = site.folder, site.folder.endpoint
     processes.start(
-        f"supernode{suffix}",
+        site.process("supernode"),
         [
-            *(*python(DAEMONS), "supernode", parent),
+            *(*python(DAEMONS), "supernode", str(os.getpid())),
             *("--superlink", server.address, "--root-certificates", str(server.authority)),
-            *("--auth-supernode-private-key", str(folder.file(KEY)), "--host", "127.0.0.1", "--port", str(port)),
+            *("--auth-supernode-private-key", str(folder.file(KEY)), "--host", "127.0.0.1", "--port", str(site.port)),
             *("--isolation", "process", "--superexec-auth-secret-file", str(folder.file(SECRET))),
         ],
         restarts=None,  # for as long as the server takes an old connection of it for alive it is sent away
