@@ -7,6 +7,7 @@ registers its parts.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
@@ -103,8 +104,9 @@ class Registry(Generic[T]):
         return iter(sorted(self._configs.items()))
 
 
+@functools.cache
 def load_plugins() -> list[str]:
-    """Import the modules that installed packages name under ``fedzo.plugins``; returns their names."""
+    """Import the modules that installed packages name under ``fedzo.plugins``, once a process; returns their names."""
     found = sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name)
     for point in found:
         point.load()

@@ -11,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-from fedzo.cli import INTERRUPTED, RUN_FAILED
+from fedzo.cli import INTERRUPTED
 from fedzo.cli.train import log_to
 from fedzo.errors import FedzoError
 from fedzo.system import quiet_libraries
@@ -38,12 +38,10 @@ def main() -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except FedzoError as error:
-        write_outcome(run_dir, error)
-        return RUN_FAILED
+        return write_outcome(run_dir, error)
     except Exception as error:
         log.exception("the server failed")
-        write_outcome(run_dir, error)
-        return RUN_FAILED
+        return write_outcome(run_dir, error)
     return 0
 
 

@@ -33,8 +33,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
-        write_outcome(run_dir, error)
-        return 1
+        return write_outcome(run_dir, error)
     return 0
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 from fedzo import errors
-from fedzo.errors import FedzoError, ProtocolError
+from fedzo.errors import FedzoError, ProtocolError, RunFolderError
 from fedzo.records.decode import decode_json, encode
 from fedzo.records.fields import Length
 from fedzo.records.folder import read_file, replace_file
@@ -24,7 +24,8 @@ from fedzo.system import COMMAND_ENV, command
 SERVE = python("fedzo.cli.serve")
 OUTCOME = "logs/outcome.json"
 SERVER_LOG = "logs/server.log"
-INTERRUPTED = 130
+FAILED, UNWRITABLE, INTERRUPTED = 1, os.EX_IOERR, 130
+"""Exit statuses of a server; with the second it could not even leave word, as on a full disk."""
 POLL_S, CLOSE_S = 0.1, 60.0
 """How often to look whether it ended, and how long it may take to close its files when it is interrupted."""
 _KINDS = {
@@ -45,10 +46,14 @@ class Outcome:
     text: Annotated[str, Length(0, 1 << 20)]
 
 
-def write_outcome(run_dir: Path, error: BaseException) -> None:
-    """Leave word of an error for whoever started this process."""
+def write_outcome(run_dir: Path, error: BaseException) -> int:
+    """Leave word of an error for whoever started this process; returns the status to exit with."""
     outcome = Outcome(error=type(error).__name__, text=str(error)[: 1 << 20])
-    replace_file(run_dir / OUTCOME, json.dumps(encode(outcome)))
+    try:
+        replace_file(run_dir / OUTCOME, json.dumps(encode(outcome)))
+    except OSError:
+        return UNWRITABLE
+    return FAILED
 
 
 class ServerProcess:
@@ -123,6 +128,11 @@ class ServerProcess:
             self._process.wait()
 
     def _error(self, code: int) -> FedzoError:
+        if code == UNWRITABLE:
+            return RunFolderError(
+                f"run folder {self._run_dir}: it must be writable, but the run's server could not write. Is its disk "
+                f"full? Make room, and continue with `fedzo resume {self._run_dir}`."
+            )
         try:
             text = read_file(self._run_dir, OUTCOME)
         except OSError:

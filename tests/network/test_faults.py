@@ -1,0 +1,198 @@
+"""Faults of real processes, machines and links in the middle of a run: it goes on, and nothing acknowledged is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedzo.commands import doctor
+from fedzo.commands.trained import replay_run
+
+CLOCK = Path(__file__).with_name("toy_clock.py")
+AHEAD_S = 3600.0
+NODE_LEASE_S = 20.0
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+def test_sites_that_freeze_die_come_late_or_never_answer_do_not_stop_a_run(
+    federation: Callable[..., Any],
+) -> None:
+    """Every reply proves by a hash of the trained values that its site holds the server's model."""
+    at = federation(4)
+    for site in at.sites:
+        site.start()
+    training = at.train("run", "fl.num_clients=4", "fl.rounds=1000", "strategy.deadline_s=10")
+    at.wait_for_round("run", 2, seconds=120)
+
+    # --- one is connected and says nothing, not even to the greeting: nobody waits for it
+    at.sites[3].end()
+    at.sites[3].start(answers=False)
+    mute = at.wait_for_attendance("run", [0, 1, 2])
+    at.wait_for_round("run", mute + 6)
+    assert max(at.round_seconds("run")[mute + 1 :]) < 10
+
+    # --- its executor comes at last, with nothing: it is helped over all rounds so far
+    at.sites[3].end()
+    at.sites[3].start()
+    at.wait_for_attendance("run", [0, 1, 2, 3])
+
+    # --- one freezes past the deadline, and later it is there again; what it answers late is not taken
+    at.sites[1].freeze()
+    missing = at.wait_for_attendance("run", [0, 2, 3])
+    at.wait_for_round("run", missing + 4)
+    at.sites[1].thaw()
+    at.wait_for_attendance("run", [0, 1, 2, 3])
+
+    # --- an executor is killed at work and started again
+    at.sites[2].signal(signal.SIGKILL, "executor")
+    killed = len(at.rounds("run"))
+    at.wait_for_round("run", killed + 1)
+    at.wait_for_attendance("run", [0, 1, 2, 3])
+
+    # --- one is away for twenty rounds
+    at.sites[0].end()
+    away = at.wait_for_attendance("run", [1, 2, 3])
+    at.wait_for_round("run", away + 20)
+    at.sites[0].start()
+    at.wait_for_attendance("run", [0, 1, 2, 3])
+
+    assert at.fedzo("stop", str(at.folder / "run"), output="stop").wait(60) == 0
+    training.wait(60)
+    assert at.rounds("run")[-1]["attendance"] == [0, 1, 2, 3]
+    assert replay_run(at.folder / "run")["rounds"] == len(at.rounds("run"))
+
+
+@pytest.mark.net
+@pytest.mark.timeout(120)
+def test_a_site_whose_clock_is_an_hour_off_is_refused_and_named_at_both_ends(
+    federation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = federation(1, prefix={0: [sys.executable, str(CLOCK), str(AHEAD_S)]})
+    at.sites[0].start(answers=False)
+
+    log = at.folder / "logs" / "superlink.log"
+    at.wait_for(lambda: "client site-0 at 127.0.0.1: its clock is 3600 s ahead of this server's" in log.read_text())
+
+    assert dict(told[:2] for told in doctor.folder_checks(at.sites[0].folder.path))["clock"]
+    now = time.time
+    monkeypatch.setattr(doctor.time, "time", lambda: now() + AHEAD_S)
+    (clock,) = [told for told in doctor.folder_checks(at.sites[0].folder.path) if told[0] == "clock"]
+    assert not clock[1]
+    assert re.match(r"360\d s off the server's\. Set this machine's clock", clock[2])
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(300)
+def test_a_full_disk_at_the_server_ends_the_run_and_loses_nothing(federation: Callable[..., Any]) -> None:
+    at = federation(2)
+    for site in at.sites:
+        site.start()
+    (at.folder / "run").mkdir()
+    with _small_disk(at.folder / "run") as disk:
+        training = at.train("run", "fl.num_clients=2", "fl.rounds=30", "strategy.deadline_s=30")
+        done = len(at.wait_for_round("run", 3, seconds=120))
+        ballast = disk / "ballast"
+        _fill(ballast)
+
+        assert training.wait(120) == 1
+        kept = at.rounds("run")
+        assert done <= len(kept) < 30
+        assert "Is its disk full? Make room, and continue with `fedzo resume" in at.said("run")
+
+        ballast.unlink()
+        assert at.fedzo("resume", str(at.folder / "run"), output="resume").wait(120) == 0, at.said("resume")
+        assert at.rounds("run")[: len(kept)] == kept
+        assert replay_run(at.folder / "run")["rounds"] == 30
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(300)
+def test_a_slow_and_flapping_link_costs_nobody_and_one_that_breaks_costs_a_site_its_rounds(
+    federation: Callable[..., Any],
+) -> None:
+    with _other_host() as (namespace, device, host):
+        at = federation(2, host=host, prefix={1: ["ip", "netns", "exec", namespace]})
+        for site in at.sites:
+            site.start()
+        training = at.train("run", "fl.num_clients=2", "fl.rounds=1000", "strategy.deadline_s=15")
+        at.wait_for_round("run", 2, seconds=120)
+
+        # --- 8 kB/s, and then a link that breaks for a moment again and again: slower, and nobody is missed
+        slow = len(at.rounds("run"))
+        _ip("tc", "qdisc", "add", "dev", device, "root", "tbf", "rate", "64kbit", "burst", "2kb", "limit", "3kb")
+        at.wait_for_round("run", slow + 3)
+        told = subprocess.run(["tc", "-s", "qdisc", "show", "dev", device], capture_output=True, text=True, check=True)
+        assert "overlimits 0 " not in told.stdout
+        _ip("tc", "qdisc", "del", "dev", device, "root")
+        for _ in range(6):
+            _ip("ip", "link", "set", device, "down")
+            time.sleep(0.4)
+            _ip("ip", "link", "set", device, "up")
+            time.sleep(1.0)
+        lines = at.wait_for_round("run", len(at.rounds("run")) + 1)
+        assert [line["attendance"] for line in lines[slow:]] == [[0, 1]] * len(lines[slow:])
+
+        # --- nothing passes for longer than a node is waited for; then it comes back by itself
+        _ip("ip", "link", "set", device, "down")
+        cut = at.wait_for_attendance("run", [0])
+        at.wait_for_round("run", cut + 3)
+        time.sleep(NODE_LEASE_S)
+        _ip("ip", "link", "set", device, "up")
+        at.wait_for_attendance("run", [0, 1], seconds=120)
+
+        assert at.fedzo("stop", str(at.folder / "run"), output="stop").wait(60) == 0
+        training.wait(60)
+        assert replay_run(at.folder / "run")["rounds"] == len(at.rounds("run"))
+
+
+@contextlib.contextmanager
+def _small_disk(folder: Path) -> Iterator[Path]:
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], check=False)
+    if mounted.returncode != 0:
+        pytest.skip("needs a disk of its own, and mount is not allowed here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def _fill(file: Path) -> None:
+    """Write until the disk is full."""
+    with contextlib.suppress(OSError), file.open("wb", buffering=0) as out:
+        while out.write(b"0" * 4096):
+            pass
+
+
+@contextlib.contextmanager
+def _other_host() -> Iterator[tuple[str, str, str]]:
+    """A network namespace that reaches this one by one link: its name, this end of the link, this end's address."""
+    name, octet = f"fz{os.getpid()}", os.getpid() % 200 + 20
+    try:
+        _ip("ip", "netns", "add", name)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("needs a network namespace, and `ip netns add` is not allowed here")
+    try:
+        _ip("ip", "link", "add", f"{name}a", "type", "veth", "peer", "name", f"{name}b", "netns", name)
+        _ip("ip", "addr", "add", f"10.77.{octet}.1/24", "dev", f"{name}a")
+        _ip("ip", "link", "set", f"{name}a", "up")
+        _ip("ip", "-n", name, "addr", "add", f"10.77.{octet}.2/24", "dev", f"{name}b")
+        for device in ("lo", f"{name}b"):
+            _ip("ip", "-n", name, "link", "set", device, "up")
+        yield name, f"{name}a", f"10.77.{octet}.1"
+    finally:
+        _ip("ip", "netns", "del", name)
+
+
+def _ip(*command: str) -> None:
+    subprocess.run(command, check=True)
