@@ -6,15 +6,18 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedzo.commands.server import filled_template, template
+from fedzo.commands.server import IMAGE, fill, template
 from fedzo.config.travel import load_site
 from fedzo.errors import ConfigError
-from fedzo.records.folder import replace_file
 from fedzo.runtime.net.client_folder import AUTHORITY, PUBLIC_KEY, SITE, ClientFolder, read_invitation
 from fedzo.runtime.net.parts import Site, environment, start_site
 from fedzo.runtime.net.processes import Processes, Tail
 
-SERVICES = ("fedzo-client.service", "client.sbatch")
+SERVICES = {
+    "fedzo-client.service": "fedzo-client.service",
+    "client.sbatch": "client.sbatch",
+    "compose.yaml": "client-compose.yaml",
+} | IMAGE
 LOOK_S = 0.5
 STEP_LIMIT_S = 3600.0
 CONNECTED = "connected as node"
@@ -42,10 +45,7 @@ def init(path: Path, *, server: str | None, invitation: Path | None, authority: 
         yield f"(the same in {folder.file(PUBLIC_KEY)})"
     if not folder.file(AUTHORITY).exists():
         yield f"still needed: the server's ca.crt, as {folder.file(AUTHORITY)}"
-    for name in SERVICES:
-        if not folder.file(name).exists():
-            replace_file(folder.file(name), filled_template(name, folder.path))
-    yield f"as a service: {' or '.join(str(folder.file(name)) for name in SERVICES)}"
+    yield fill(folder.path, SERVICES)
     yield f"next: edit {folder.file(SITE)} (rows, model, limits), and fedzo client up {path}"
 
 

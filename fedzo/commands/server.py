@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import getpass
 import logging
+import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
 
+import fedzo
 from fedzo.errors import ConfigError
 from fedzo.records.folder import replace_file
 from fedzo.runtime.net.client_folder import Invitation, read_invitation, write_invitation
@@ -23,10 +25,16 @@ from fedzo.runtime.net.parts import (
     wait_for_superlink,
 )
 from fedzo.runtime.net.processes import Processes, Tail
-from fedzo.runtime.net.server_folder import Listening, RegisteredClient, ServerFolder
+from fedzo.runtime.net.server_folder import Listening, RegisteredClient, ServerFolder, split_address
 
 log = logging.getLogger(__name__)
-INVITATIONS, SERVICE = "invitations", "fedzo-server.service"
+INVITATIONS, IMAGE = "invitations", {"image/Containerfile": "Containerfile"}
+SERVICES = {
+    "fedzo-server.service": "fedzo-server.service",
+    "compose.yaml": "server-compose.yaml",
+    "nginx.conf": "nginx.conf",
+} | IMAGE
+"""Files for those who run it, and the templates that they are made of."""
 LOOK_S, STARTUP_S = 1.0, 120.0
 
 
@@ -52,9 +60,8 @@ def init(path: Path, *, hosts: Sequence[str], port: int, control_port: int, days
     yield f"server folder: {path}"
     yield f"sites connect to {folder.listening.address}; change server.json for another address or port"
     yield f"certificate for {', '.join(certificate.names)}, valid for {certificate.days_left:.0f} days"
-    if not folder.file(SERVICE).exists():
-        replace_file(folder.file(SERVICE), filled_template(SERVICE, path))
-    yield f"as a service: {folder.file(SERVICE)}"
+    (*_, listening_port) = split_address(folder.listening.listen)
+    yield fill(folder.path, SERVICES, port=listening_port, public_port=443)
     yield f"next: fedzo server add-client NAME --index 0 --dir {path}, and fedzo server up {path}"
 
 
@@ -146,10 +153,29 @@ def template(name: str) -> str:
     return resources.files("fedzo.commands").joinpath("templates", name).read_text(encoding="utf-8")
 
 
-def filled_template(name: str, folder: Path) -> str:
-    """The text of a service's file, for this machine, this Python and this user."""
-    values = {"folder": str(folder.resolve()), "python": sys.executable, "user": getpass.getuser()}
-    return Template(template(name)).substitute(values)
+def fill(folder: Path, files: Mapping[str, str], **more: object) -> str:
+    """Write what is missing of a folder's service files, for this machine, Python and user; a line for people.
+
+    Args:
+        folder: The folder.
+        files: Names of templates by those of the files.
+        more: Further values.
+    """
+    values = {
+        **more,
+        "folder": str(folder.resolve()),
+        "python": sys.executable,
+        "user": getpass.getuser(),
+        "uid": os.getuid(),
+        "gid": os.getgid(),
+        "version": fedzo.__version__,
+    }
+    for name, source in files.items():
+        file = folder / name
+        file.parent.mkdir(exist_ok=True)
+        if not file.exists():
+            replace_file(file, Template(template(source)).substitute(values))
+    return f"as a service: one of {', '.join(files)}"
 
 
 def _registered(client: RegisteredClient) -> str:

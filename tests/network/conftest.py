@@ -130,15 +130,23 @@ class Federation:
         num_clients: Sites that are registered; none of them is started.
         host: Address at which sites reach the server.
         prefix: What the sites' processes are started by, by client.
+        gateway: Port at which sites reach it, if it is not the SuperLink's own.
     """
 
     def __init__(
-        self, folder: Path, num_clients: int, *, host: str = "127.0.0.1", prefix: dict[int, list[str]] | None = None
+        self,
+        folder: Path,
+        num_clients: int,
+        *,
+        host: str = "127.0.0.1",
+        prefix: dict[int, list[str]] | None = None,
+        gateway: int | None = None,
     ) -> None:
         self.folder = folder
         public, control = free_ports(2)
-        listening = Listening(address=f"{host}:{public}", listen=f"0.0.0.0:{public}", control=f"127.0.0.1:{control}")
-        self.server = ServerFolder.make(folder / "server", listening, names=[host, "127.0.0.1"], days=30)
+        address = f"{host}:{gateway or public}"
+        listening = Listening(address=address, listen=f"0.0.0.0:{public}", control=f"127.0.0.1:{control}")
+        self.server = ServerFolder.make(folder / "server", listening, names=[host, "localhost", "127.0.0.1"], days=30)
         save_tiny_model(folder / "model", "llama")
         self.sites = [self._site(index, (prefix or {}).get(index, [])) for index in range(num_clients)]
         self.processes = Processes(folder / "logs", environment=environment() | {"FLWR_HOME": str(folder / "flower")})

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import configparser
 import json
+import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
+import fedzo
 from fedzo.cli import BAD_INPUT, RUN_FAILED, main
 from fedzo.commands.doctor import folder_checks
 from fedzo.config.travel import load_site
@@ -114,6 +118,42 @@ def test_services_are_filled_in_for_this_folder_and_python(server: Path, tmp_pat
     assert "$SLURM_CPUS_PER_TASK" in script.read_text()
     assert f"-m fedzo client up {tmp_path / 'site'}" in script.read_text()
     subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+@pytest.mark.parametrize(("side", "mounted"), [("server", [".:/fedzo"]), ("client", [".:/fedzo"])])
+def test_a_container_runs_one_side_with_its_folder_and_holds_nothing_of_it(
+    server: Path, tmp_path: Path, side: str, mounted: list[str]
+) -> None:
+    main(["client", "init", str(tmp_path / "site"), "--server", "h:1"])
+    folder = server if side == "server" else tmp_path / "site"
+
+    compose = yaml.safe_load((folder / "compose.yaml").read_text())
+    (name, service), image = *compose["services"].items(), (folder / "image" / "Containerfile").read_text()
+
+    assert (name, service["command"]) == (side, [side, "up", "/fedzo"])
+    assert service["volumes"] == mounted
+    assert service["user"] == f"{os.getuid()}:{os.getgid()}"
+    listens = json.loads((server / "server.json").read_text())["listen"].rpartition(":")[2]
+    assert service.get("ports", []) == ([f"{listens}:{listens}"] if side == "server" else [])  # no control port
+    assert 'ENTRYPOINT ["fedzo"]' in image
+    assert f'"fedzo=={fedzo.__version__}"' in image
+    assert not [line for line in image.splitlines() if line.startswith(("COPY", "ADD"))]
+    assert list((folder / "image").iterdir()) == [folder / "image" / "Containerfile"]  # all that a build is sent
+
+
+def test_the_manifest_of_the_docs_runs_commands_that_exist() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "how-to-deploy.md").read_text()
+    parts = [part for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) for part in yaml.safe_load_all(block)]
+
+    assert [part["kind"] for part in parts] == ["StatefulSet", "Service", "Deployment"]
+    for part in parts:
+        for container in part["spec"].get("template", {}).get("spec", {}).get("containers", []):
+            side, *_ = container["args"]
+            mounts = {mount["name"] for mount in container["volumeMounts"]}
+            assert mounts == {volume["name"] for volume in part["spec"]["template"]["spec"]["volumes"]}
+            assert container["args"][1] == "up"
+            with pytest.raises(SystemExit):  # argparse knows the command
+                main([side, "up", "--help"])
 
 
 def bad(folder: Path) -> dict[str, str]:
