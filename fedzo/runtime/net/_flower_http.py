@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any, cast
@@ -58,11 +59,12 @@ log = logging.getLogger(__name__)
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 MAX_TIME_S = 120.0
 """How long the server's end tries to reach a SuperLink that does not answer, which is started again meanwhile."""
-PULL_PAUSE_S = 0.02
-"""Before a part of a message that is still under way is asked for again, at first; 1 s in Flower, which doubles it."""
+PULL_PAUSES = {"initial_backoff": 0.02, "backoff_cap": 1.0, "max_tries_per_object": None}
+"""Seconds before a part of a message that is still under way is asked for again: doubled each time, to at most the cap.
+Flower begins with 1 s and gives up after 500 times; here time alone counts, of which it gives two hours."""
 
 for _pull in (inflatable_utils.pull_objects, inflatable_utils.pull_and_inflate_object_from_tree):
-    cast(Any, _pull).__kwdefaults__["initial_backoff"] = PULL_PAUSE_S
+    cast(Any, _pull).__kwdefaults__.update(PULL_PAUSES)
 
 
 def quicken(poll_s: float) -> None:
@@ -77,9 +79,31 @@ def quicken(poll_s: float) -> None:
     for handler in flower.handlers:
         handler.setLevel(logging.WARNING)  # it would write some lines for each message
     flower.addHandler(_Connected())
-    cast(Any, start_client_internal).time = SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, poll_s)))
+    loop: Any = start_client_internal
+    loop._pull_and_store_message = partial(_without_remains, loop._pull_and_store_message)
+    loop.time = SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, poll_s)))
     cast(Any, fleet_http_connection).HEARTBEAT_DEFAULT_INTERVAL = HEARTBEAT_MIN_INTERVAL
     cast(Any, heartbeat).HEARTBEAT_DEFAULT_INTERVAL = HEARTBEAT_MIN_INTERVAL / 2 + HEARTBEAT_CALL_TIMEOUT + 2.5
+
+
+def _without_remains(pull: Callable[..., int | None], **settings: Any) -> int | None:
+    """Pull a message, and leave nothing of one whose run ended meanwhile, as Flower does.
+
+    Where the server was killed between a message and its parts, an executor would wait for them for two hours.
+    """
+    received: list[Message] = []
+
+    def receive() -> Any:
+        if (got := settings["receive"]()) is not None:
+            received.append(got[0])
+        return got
+
+    run_id = pull(**{**settings, "receive": receive})
+    if run_id is None:
+        for message in received:
+            settings["state"].delete_messages(message_ids=[message.metadata.message_id])
+            settings["object_store"].delete(message.metadata.message_id)
+    return run_id
 
 
 class _Connected(logging.Handler):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+from types import SimpleNamespace
 from typing import Any, cast
 
 import flwr
@@ -117,7 +118,8 @@ def test_supernode_pauses_shorter_once_told_so(monkeypatch: pytest.MonkeyPatch) 
     from fedzo.runtime.net import _flower_http
 
     slept: list[float] = []
-    monkeypatch.setattr(start_client_internal, "time", start_client_internal.time)  # put back at the end
+    for name in ("time", "_pull_and_store_message"):  # put back at the end
+        monkeypatch.setattr(start_client_internal, name, getattr(start_client_internal, name))
     for module in (heartbeat, fleet_http_connection):
         assert module.HEARTBEAT_DEFAULT_INTERVAL == 30
         monkeypatch.setattr(module, "HEARTBEAT_DEFAULT_INTERVAL", 30)
@@ -134,6 +136,39 @@ def test_supernode_pauses_shorter_once_told_so(monkeypatch: pytest.MonkeyPatch) 
     assert "HEARTBEAT_DEFAULT_INTERVAL - HEARTBEAT_CALL_TIMEOUT" in sender
     longest = (heartbeat.HEARTBEAT_DEFAULT_INTERVAL - HEARTBEAT_CALL_TIMEOUT) * (0.8 + 0.1)
     assert 2 * longest < HEARTBEAT_PATIENCE * HEARTBEAT_MIN_INTERVAL  # one may be late
+
+
+@pytest.mark.slow
+def test_parts_under_way_are_asked_for_soon_and_a_message_of_a_run_that_ended_leaves_nothing() -> None:
+    from flwr.supercore.inflatable import inflatable_utils
+    from flwr.supercore.run import RunNotRunningException
+    from flwr.supernode import start_client_internal
+
+    from fedzo.runtime.net import _flower_http
+
+    for pull in (inflatable_utils.pull_objects, inflatable_utils.pull_and_inflate_object_from_tree):
+        defaults = {name: each.default for name, each in inspect.signature(pull).parameters.items()}
+        assert _flower_http.PULL_PAUSES.items() <= defaults.items()
+    assert {"state", "object_store", "receive"} <= set(parameters(start_client_internal._pull_and_store_message))
+    assert not issubclass(RunNotRunningException, Exception)  # so Flower's own clean-up passes it by
+    store, done = _Store(), SimpleNamespace(metadata=SimpleNamespace(message_id="done"))
+    settings = {"state": store, "object_store": store, "receive": lambda: (done, None)}
+
+    assert _flower_http._without_remains(lambda **given: given["receive"]() and None, **settings) is None
+    assert _flower_http._without_remains(lambda **given: given["receive"]() and 7, **settings) == 7
+
+    assert store.deleted == ["done", "done"]  # once the message, once its parts, and nothing of the second
+
+
+class _Store:
+    def __init__(self) -> None:
+        self.deleted: list[str] = []
+
+    def delete_messages(self, *, message_ids: list[str]) -> None:
+        self.deleted += message_ids
+
+    def delete(self, object_id: str) -> None:
+        self.deleted.append(object_id)
 
 
 @pytest.mark.slow
