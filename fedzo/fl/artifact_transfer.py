@@ -10,7 +10,7 @@ import hashlib
 import logging
 from collections import Counter
 
-from fedzo.errors import ProtocolError, quoted
+from fedzo.errors import ProtocolError
 from fedzo.fl.exchange import Question, Talk
 from fedzo.fl.messages import ArtifactPiece, ArtifactReply
 from fedzo.trainers.artifacts import PIECE_BYTES, Artifact, ArtifactStore, name_of
@@ -37,11 +37,11 @@ def deliver(artifact: Artifact, *, client: int) -> Talk[None]:
             )
         sent[held] += 1
         if sent[held] > TRIES:
-            why = f"it says {quoted(reply.problem)}" if reply.problem else "it was not taken"
+            why = "it was not taken" if reply.intact else "it came with other bytes"
             raise ProtocolError(f"{artifact}: {place(held, artifact.size)} was sent {TRIES} times: {why}.")
         reply = yield Question(MESSAGE_TYPE, _piece(artifact, held, client=client), ArtifactReply)
-        if reply.problem:
-            log.warning("client %d says %s", client, quoted(reply.problem))
+        if not reply.intact:
+            log.warning("client %d: %s: %s came with other bytes", client, artifact, place(held, artifact.size))
 
 
 def receive(piece: ArtifactPiece, store: ArtifactStore) -> ArtifactReply:
@@ -56,13 +56,11 @@ def receive(piece: ArtifactPiece, store: ArtifactStore) -> ArtifactReply:
             f"{name_of(piece.digest)}: a piece must hold {PIECE_BYTES} bytes from a multiple of that on, or the rest "
             f"of the {size} bytes, got {len(data)} bytes from {offset} on. Do both sides run the same fedzo?"
         )
-    problem = ""
-    if data and (found := hashlib.sha256(data).hexdigest()) != piece.piece_digest:
-        problem = (
-            f"{name_of(piece.digest)}: {place(offset, size)} must have the SHA-256 {piece.piece_digest}, got {found}"
-        )
-        data = b""
-    return ArtifactReply(held=store.append(piece.digest, size, offset=offset, data=data), problem=problem)
+    intact = not data or hashlib.sha256(data).hexdigest() == piece.piece_digest
+    if not intact:
+        log.error("%s: %s must have its SHA-256, got other bytes", name_of(piece.digest), place(offset, size))
+    held = store.append(piece.digest, size, offset=offset, data=data if intact else b"")
+    return ArtifactReply(held=held, intact=intact)
 
 
 def place(offset: int, size: int) -> str:

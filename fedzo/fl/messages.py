@@ -92,6 +92,7 @@ class Refusal(StrEnum):
     failed = "31", "the client could not do what it was asked"
     foreign = "32", "what it was asked does not belong to this run"
     absent = "33", "the client is absent in this round, as faults.absent asks"
+    slow = "34", "a step took longer than its site allows"
 
     def __new__(cls, number: str, sentence: str) -> Refusal:
         """A member that is its number as text."""
@@ -231,10 +232,10 @@ class ArtifactPiece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArtifactReply:
-    """How many bytes of the artifact a client holds, from the start; and why it did not take the piece, if so."""
+    """How many bytes of the artifact a client holds, from the start; and whether the piece came as it was sent."""
 
     held: Size = 0
-    problem: Annotated[str, Length(0, 1 << 12)] = ""
+    intact: bool = True
 
 
 def encode(message: Any) -> RecordDict:

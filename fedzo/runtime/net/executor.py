@@ -19,6 +19,8 @@ from types import FrameType
 from flwr.clientapp import ClientApp
 
 from fedzo.errors import ProtocolError
+from fedzo.fl.messages import Refusal
+from fedzo.fl.site_limits import SiteError
 from fedzo.runtime._flower import failure_reason
 from fedzo.runtime.net._flower_http import ClientTask, RunNotRunningException, RuntimeApi, TaskType, client_task
 from fedzo.runtime.net.bundle import check_bundle
@@ -99,7 +101,7 @@ def answer(app: ClientApp, task: ClientTask, *, step_limit_s: float) -> None:
     def give_up() -> None:
         if turn.acquire(blocking=False):
             log.error("a message took longer than %g s: giving it up and ending", step_limit_s)
-            task.fail(f"step took longer than runtime.step_limit_s = {step_limit_s:g}")
+            task.fail(failure_reason(SiteError(Refusal.slow, "it is in the log of this process")))
             os._exit(HUNG)
 
     watchdog = threading.Timer(step_limit_s, give_up)
