@@ -236,11 +236,26 @@ def vpcs_cusum(results: Any) -> Lines:
     return lines
 
 
+def hostile(results: Any) -> Lines:
+    """Loss and accuracy on test rows after each attack, by what the server makes of the scalars."""
+    rules = sorted({run["rule"] for run in results}, key=lambda rule: ("mean" not in rule, rule))
+    lines = [f"| two of ten clients send | {' | '.join(rules)} |", "|---" * (1 + len(rules)) + "|"]
+    for attack in dict.fromkeys(run["attack"] for run in results):
+        cells = []
+        for rule in rules:
+            found = [run["after"] for run in results if (run["attack"], run["rule"]) == (attack, rule)]
+            cells.append(f"{found[0]['loss']:.3f}, {100 * found[0]['accuracy']:.1f} %" if found else "")
+        lines.append(f"| {'true scalars' if attack == 'none' else attack} | {' | '.join(cells)} |")
+    before = results[0]["before"]
+    return [*lines, "", f"Before training: {before['loss']:.3f}, {100 * before['accuracy']:.1f} %."]
+
+
 RENDERERS: dict[str, Callable[[Any], Lines]] = {
     "experiments/quickstart/results.json": quickstart,
     "experiments/quickstart/results.json#ending": ending,
     "experiments/bench/claims.json": bench,
     "experiments/clients/results.json": clients,
+    "experiments/network/hostile.json": hostile,
     **{
         f"experiments/meerkat/tables.json#{part}": itemgetter(part)
         for part in ("state", "tuning", "accuracy", "verdicts", "holm", "others", "hours", "sequential")

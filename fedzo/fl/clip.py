@@ -40,13 +40,16 @@ def announced_bound(audit: Sequence[AuditLine], records: Sequence[RoundRecord], 
     """
     if factor == 0:
         return NO_BOUND
-    measured = [
-        np.abs(entry.g.astype(np.float64))[~entry.dropped]
+    entries = [
+        entry
         for line, record in zip(audit[-rounds:], records[-rounds:], strict=True)
         if line.lr == record.lr  # a calibration's record has 0 instead
         for entry in line.clients
     ]
-    scalars = np.concatenate(measured) if measured else np.empty(0)
+    if not entries:
+        return NO_BOUND
+    dropped = np.concatenate([entry.dropped.ravel() for entry in entries])
+    scalars = np.abs(np.concatenate([entry.g.ravel() for entry in entries]).astype(np.float64))[~dropped]
     if scalars.size == 0:
         return NO_BOUND
     return float(np.float32(min(factor * float(np.median(scalars)), float(np.finfo(np.float32).max))))

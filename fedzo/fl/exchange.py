@@ -35,6 +35,10 @@ class Grid(Protocol):
         """Index of the client that a node plays, as the server registered it; None for a node it does not know."""
         ...
 
+    def wire_bytes(self) -> tuple[int, int] | None:
+        """Bytes that clients have sent and got so far, HTTP and all; None where nothing goes over a network."""
+        ...
+
 
 @dataclass(slots=True)
 class Traffic:

@@ -11,7 +11,7 @@ import numpy as np
 from fedzo.errors import ProtocolError
 from fedzo.fl.messages import Status, Sync
 from fedzo.records.log import CommittedLine, Proof
-from fedzo.zo.log import EMPTY_CHAIN, Drift, LogRecord, RoundRecord, VectorRecord, extend_chain, unpack
+from fedzo.zo.log import EMPTY_CHAIN, Drift, LogRecord, RoundRecord, extend_chain, unpack
 from fedzo.zo.server_optimizer import ControlVariates, ServerOptimizer, VectorOptimizer
 from fedzo.zo.spaces.base import Space
 
@@ -24,6 +24,8 @@ class Replica:
         moments: What the server optimizer remembers, float32 [num_moments, n]; like theta a function of the log.
         position: Rounds applied.
         chain: Hash chain of the log up to there.
+        walks_clients: Whether the rule walks every client's local steps, and so needs each client's own scalars in the
+            log.
 
     Args:
         space: At the base weights.
@@ -40,14 +42,10 @@ class Replica:
         self.moments = np.zeros((rule.num_moments(num_clients), space.size), np.float32)
         self.position = 0
         self.chain = EMPTY_CHAIN
+        self.walks_clients = isinstance(rule, ControlVariates)
         self._rule = rule
         self._reset = reset
         self._run_seed = run_seed
-
-    @property
-    def walks_clients(self) -> bool:
-        """Whether the rule walks every client's local steps, and so needs each client's own scalars in the log."""
-        return isinstance(self._rule, ControlVariates)
 
     def drift(self, client: int) -> Drift | None:
         """The correction of a client's local steps in the coming round; None where they are plain SGD."""
@@ -118,7 +116,9 @@ class Replica:
 
     def is_shorter_than(self, records: Sequence[LogRecord]) -> bool:
         """Whether a snapshot is fewer bytes than these records' vectors; logs of scalars are always replayed."""
-        return sum(each.payload_bytes for each in records if isinstance(each, VectorRecord)) > self.snapshot_bytes
+        if not records or isinstance(records[-1], RoundRecord):  # a log holds one kind
+            return False
+        return sum(each.payload_bytes for each in records) > self.snapshot_bytes
 
     def snapshot(self) -> bytes:
         """The whole state, for a peer that cannot replay: theta, then the moments, float32, little endian."""

@@ -36,6 +36,8 @@ from fedzo.records.fields import (
 from fedzo.records.scores import PartialScore, Score
 
 Split = Literal["dev", "test"]
+WireCount = Annotated[Count | None, OmitDefault()]
+"""Bytes; None where nothing went over a network."""
 ANSWERS = "answers"
 """The evaluator of records from before a run had several."""
 
@@ -121,6 +123,9 @@ class ClientRound:
 class Round:
     """One round; ``round`` counts from 0, bytes are sums over the clients.
 
+    Payload is the algorithm's numbers, message bytes are contents as Flower counts them, and wire bytes are all HTTP
+    within TLS since the round before, also what clients send to ask for work.
+
     Attributes:
         seconds: Since the run started.
         calibration: Whether the round only measured; its losses are of paths that were given up.
@@ -147,6 +152,8 @@ class Round:
     absent: Clients
     reasons: Annotated[dict[Client, Words], Length(0, MOST_CLIENTS)]
     clients: Annotated[tuple[ClientRound, ...], Length(0, MOST_CLIENTS)]
+    wire_up_bytes: WireCount = None
+    wire_down_bytes: WireCount = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,6 +280,8 @@ class Summary:
     payload_down_bytes: Count
     message_up_bytes: Count
     message_down_bytes: Count
+    wire_up_bytes: WireCount = None
+    wire_down_bytes: WireCount = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

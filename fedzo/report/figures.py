@@ -13,6 +13,7 @@ from fedzo.report.local_steps import draw_local_losses, draw_local_steps, shows_
 from fedzo.report.run_data import RunData, Scored
 from fedzo.report.style import (
     BLUE,
+    GREEN,
     ORANGE,
     PAPER,
     Picture,
@@ -158,6 +159,8 @@ def _bytes(run: RunData) -> Picture | None:
     rounds = [record.round + 1 for record in run.rounds]
     num_clients = max(len(run.setup.clients) if run.setup else 1, 1)
     lines = [
+        ("wire down", [r.wire_down_bytes or 0 for r in run.rounds], GREEN, "--"),
+        ("wire up", [r.wire_up_bytes or 0 for r in run.rounds], GREEN, "-"),
         ("messages down", [r.message_down_bytes for r in run.rounds], ORANGE, "--"),
         ("messages up", [r.message_up_bytes for r in run.rounds], ORANGE, "-"),
         ("payload down", [r.payload_down_bytes for r in run.rounds], BLUE, "--"),
@@ -188,4 +191,6 @@ def _bytes(run: RunData) -> Picture | None:
         f"(mean over {counted(num_clients, 'client')}). "
         "Payload is the bytes of the algorithm's numbers. Messages are payload with the message format of Flower."
     )
+    if any(record.wire_up_bytes for record in run.rounds):
+        caption += " The wire carries these in HTTP, and clients' requests for work."
     return Picture("bytes", "Bytes on the wire, per client", caption, figure)

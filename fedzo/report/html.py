@@ -135,6 +135,8 @@ def _notes(run: RunData) -> list[str]:
         notes.append(f"The test rows were scored once before training and once at the best round{again}.")
         notes[-1] += " Test rows chose nothing."
     notes.append("Message bytes are contents as Flower counts them, without HTTP and TLS.")
+    if any(line.wire_up_bytes for line in run.rounds):
+        notes.append("Bytes on the wire are all HTTP within TLS, also of clients that ask for work while they wait.")
     return notes
 
 
@@ -150,8 +152,11 @@ def _numbers(run: RunData) -> Table:
     for what, up, down in (
         ("payload a client", "payload_up_bytes", "payload_down_bytes"),
         ("messages a client", "message_up_bytes", "message_down_bytes"),
+        ("on the wire a client", "wire_up_bytes", "wire_down_bytes"),
     ):
-        totals = [sum(getattr(line, name) for line in run.rounds) / clients for name in (up, down)]
+        totals = [sum(getattr(line, name) or 0 for line in run.rounds) / clients for name in (up, down)]
+        if up == "wire_up_bytes" and not sum(totals):
+            continue
         rows.append([f"{what}, whole run", f"{bytes_text(totals[0])} up, {bytes_text(totals[1])} down"])
     if run.trained:
         ends = [number_text(line.loss) for line in (run.trained[0], run.trained[-1])]

@@ -153,7 +153,9 @@ def ending(summary: Summary, *, payload: str = "scalars") -> list[str]:
         rows.append(("flagged clients", _flagged(summary.step_policy)))
     carried = summary.payload_up_bytes + summary.payload_down_bytes
     messages = summary.message_up_bytes + summary.message_down_bytes
-    sent = f"{bytes_text(carried)} ({bytes_text(messages)} as messages, with set-up)"
+    wire = (summary.wire_up_bytes or 0) + (summary.wire_down_bytes or 0)
+    on_wire = f", {bytes_text(wire)} on the wire" if wire else ""
+    sent = f"{bytes_text(carried)} ({bytes_text(messages)} as messages, with set-up{on_wire})"
     return [head, *(f"  {title:<32} {text}" for title, text in [*rows, (f"{payload}, all clients, both ways", sent)])]
 
 

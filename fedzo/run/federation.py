@@ -227,7 +227,7 @@ class Federation:
                         num_train=hello.num_train,
                         num_heldout=hello.num_heldout,
                         rows_digest=hello.rows_digest,
-                        label_counts=dict(server.label_counts_of(client)),
+                        label_counts=dict(server.known_label_counts[client]),
                     )
                     for client, hello in sorted(server.client_registry.hellos.items())
                 ),
@@ -312,6 +312,8 @@ class Federation:
                 payload_down_bytes=_total(self._store, "payload_down_bytes"),
                 message_up_bytes=_total(self._store, "message_up_bytes"),
                 message_down_bytes=_total(self._store, "message_down_bytes"),
+                wire_up_bytes=_total(self._store, "wire_up_bytes") or None,
+                wire_down_bytes=_total(self._store, "wire_down_bytes") or None,
             )
         )
 
@@ -326,7 +328,8 @@ class Federation:
 
 def _total(store: RunStore, name: str) -> int:
     """Over the rounds, and over the scores of clients where these have such a number."""
-    return sum(getattr(record, name, 0) for record in store.metrics if isinstance(record, Round | FederatedScore))
+    counted = [record for record in store.metrics if isinstance(record, Round | FederatedScore)]
+    return sum(getattr(record, name, None) or 0 for record in counted)
 
 
 def _strategy(context: ServerContext) -> StrategyConfig:

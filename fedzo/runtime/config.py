@@ -78,14 +78,17 @@ def _inline(config: InlineConfig, *, num_clients: int, run_config: dict[str, str
 
 @dataclass(kw_only=True, slots=True)
 class RayConfig(RuntimeConfig):
-    """Flower's simulation engine on Ray: one model per actor."""
+    """Flower's simulation engine on Ray: one model per actor. An actor that dies is started again."""
 
+    address: str = ""
+    """A Ray cluster that is up, as ``host:port``, or ``auto`` for that of this machine. All nodes must see the run
+    folder, the model and the rows under the same paths. Empty = Ray is started on this machine for the run."""
     num_cpus_per_client: float = 1.0
     """CPUs that Ray reserves for an actor."""
     num_gpus_per_client: float = 0.0
     """GPUs that Ray reserves for an actor; 0.5 puts two on one."""
     num_actors: int = 2
-    """Actors (processes) that share the clients."""
+    """Actors (processes) that share the clients. On a cluster (``address``) as many are started as fit."""
 
     def problems(self, run: RunSettings) -> Iterator[Problem]:
         yield from positive("runtime.num_cpus_per_client", self.num_cpus_per_client, "1 is usual.")

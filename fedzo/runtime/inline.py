@@ -80,6 +80,9 @@ class InlineGrid(Grid):
         """Index of the client that a node plays."""
         return self._clients.get(node)
 
+    def wire_bytes(self) -> None:
+        """Nothing goes over a network."""
+
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Take messages; each is copied, so that neither side can see what the other does to it later."""
         pushed = []

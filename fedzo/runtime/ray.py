@@ -16,7 +16,9 @@ import os
 import queue
 import signal
 import subprocess
+import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,10 +31,12 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedzo.errors import ConfigError, ProtocolError
 from fedzo.run.apps import CONFIG_ENV, CONFIG_KEY, RUN_DIR_ENV, RUN_DIR_KEY
-from fedzo.runtime._flower import GuardedGrid, RegisteredGrid, in_order, one_federation, quiet_flower
+from fedzo.runtime._flower import ENVIRONMENT, GuardedGrid, RegisteredGrid, in_order, one_federation, quiet_flower
 from fedzo.runtime.config import RayConfig
 
 STRAGGLER_S, END_S = 3.0, 10.0
+PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "OMP_NUM_THREADS", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO")
+"""Variables that actors on other nodes get, too, beside fedzo's and Flower's."""
 
 
 def run_ray(
@@ -43,7 +47,7 @@ def run_ray(
     run_config: Mapping[str, str],
     config: RayConfig,
 ) -> None:
-    """Run a federation on Ray on this machine; what the server raises, this raises.
+    """Run a federation on Ray, on this machine or on a cluster; what the server raises, this raises.
 
     Args:
         server_app: Runs in this process and thread.
@@ -55,7 +59,7 @@ def run_ray(
         config: Actors and their share of the machine.
 
     Raises:
-        ConfigError: Ray is missing, or another federation runs in this process.
+        ConfigError: Ray is missing, its cluster cannot be reached, or another federation runs in this process.
         ProtocolError: The engine ended before the server.
     """
     if importlib.util.find_spec("ray") is None:
@@ -97,6 +101,8 @@ def run_ray(
             ) from cause
 
     with one_federation(), quiet_flower(), _quiet_ray(), _environment(run_config):
+        if config.address:
+            _join_cluster(config.address)
         engine.start()
         try:
             grid, context = _wait_for(grids, check)
@@ -108,9 +114,10 @@ def run_ray(
             daemons = _daemons()
             done.set()
             engine.join(STRAGGLER_S)
-            if engine.is_alive():  # it waits for actors that still work, which nobody needs any more
-                _kill_actors(daemons)
-                engine.join(END_S)
+            ends = time.monotonic() + END_S
+            while engine.is_alive() and time.monotonic() < ends:  # it waits for actors that still work, for nobody
+                _kill_actors(daemons)  # again and again, since Ray starts them again
+                engine.join(0.5)
             ray.shutdown()
             for daemon in daemons:  # Ray has ended them but waits for none
                 daemon.wait(END_S)
@@ -141,8 +148,31 @@ def _take_sigterm_back() -> None:
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
+def _join_cluster(address: str) -> None:
+    """Become a driver of a cluster before the engine would start a Ray of its own; its actors get this environment.
+
+    Raises:
+        ConfigError: There is none at the address.
+    """
+    import ray
+
+    names = (*PASSED_ON, *ENVIRONMENT, *(name for name in os.environ if name.startswith("FEDZO_")))
+    passed_on = {name: os.environ[name] for name in names if name in os.environ}
+    passed_on["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    try:
+        ray.init(address, runtime_env={"env_vars": passed_on}, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"runtime.address: a Ray cluster must be up at {address!r}, but: {error}. Start it with `ray start --head`."
+        ) from error
+
+
 def _backend_config(config: RayConfig) -> Any:
-    """Ray makes as many actors as fit, so it is told of no more of the machine than ``num_actors`` need."""
+    """Ray makes as many actors as fit, so its own is told of no more of the machine than ``num_actors`` need."""
+    # what a client does is a function of its message: it may be asked again while its actor is started again
+    per_client = {"num_gpus": config.num_gpus_per_client, "max_restarts": -1, "max_task_retries": 1}
+    if config.address:
+        return {"client_resources": {"num_cpus": config.num_cpus_per_client, **per_client}}
     num_cpus = math.ceil(config.num_actors * config.num_cpus_per_client)
     num_gpus = math.ceil(config.num_actors * config.num_gpus_per_client)
     share = math.floor(num_cpus / config.num_actors * 1e4) / 1e4  # Ray counts in 1/10,000
@@ -154,7 +184,7 @@ def _backend_config(config: RayConfig) -> Any:
             "log_to_driver": False,
             "logging_level": logging.ERROR,
         },
-        "client_resources": {"num_cpus": share, "num_gpus": config.num_gpus_per_client},
+        "client_resources": {"num_cpus": share, **per_client},
     }
 
 

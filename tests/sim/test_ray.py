@@ -100,6 +100,45 @@ def test_missing_ray_is_named_with_the_command_that_installs_it(
         play_on_ray()
 
 
+def test_two_nodes_of_a_cluster_share_the_clients_and_a_dead_actor_is_replaced(
+    toy: ModuleType, play_inline: Play, tmp_path: Path
+) -> None:
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 1 << 27}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    try:
+        cluster.add_node(**node)
+        run_config = {
+            "config": toy.config_json(clients=4, rounds=3, kills="ray::ClientAppActor"),
+            "run-dir": str(tmp_path),
+        }
+        config = RayConfig(address=cluster.address)
+        run_ray(toy.server_app, toy.load_client_app, num_clients=4, run_config=run_config, config=config)
+        assert len(cluster.list_all_nodes()) == 2  # the run leaves the cluster as it is
+    finally:
+        cluster.shutdown()
+
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["values"] == play_inline(clients=4, rounds=3)["values"]
+    before, _, after = ({answer["pid"] for answer in answers} for answers in result["by"])
+    assert len({answer["parent"] for answer in result["by"][0]}) == 2  # an actor's parent is its node
+    assert len(after - before) == 1
+    assert len(after) == 2
+
+
+def test_cluster_that_is_not_up_is_named(toy: ModuleType, tmp_path: Path) -> None:
+    run_config = {"config": toy.config_json(), "run-dir": str(tmp_path)}
+    with pytest.raises(ConfigError, match=r"runtime\.address: a Ray cluster must be up at 'auto'.*ray start --head"):
+        run_ray(
+            toy.server_app,
+            toy.load_client_app,
+            num_clients=2,
+            run_config=run_config,
+            config=RayConfig(address="auto"),
+        )
+
+
 def _assert_gone(pids: set[int]) -> None:
     ends = time.monotonic() + 10
     while alive := [pid for pid in pids if psutil.pid_exists(pid)]:

@@ -229,4 +229,5 @@ def sampling_order(*, run_seed: int, round: int, num_clients: int, connected: Co
     While all are connected it is a function of run seed and round alone.
     """
     order: list[int] = permutation(stream_key(run_seed, round=round), num_clients, purpose=PURPOSE_SAMPLING).tolist()
-    return sorted(order, key=lambda client: client not in connected)
+    away = [client for client in order if client not in connected]
+    return [client for client in order if client in connected] + away

@@ -8,7 +8,6 @@ beside the rounds, and a client that let a deadline pass is asked again after 1,
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -58,6 +57,7 @@ class ClientRegistry:
     Attributes:
         nodes: Flower node id of each client that is connected; it changes only in ``wait`` and ``refresh``.
         hellos: Registration of each client, also of those that left.
+        label_counts: The training rows by label that each of these declared.
         num_labels: Labels of the task; 0 where it has none.
         artifact_bytes: Of what the space needs beside the model.
     """
@@ -68,11 +68,13 @@ class ClientRegistry:
     artifact_bytes: int = 0
     nodes: dict[int, int] = field(default_factory=dict)
     hellos: dict[int, HelloReply] = field(default_factory=dict)
+    label_counts: dict[int, Mapping[str, int]] = field(default_factory=dict)
     _places: dict[int, _Place] = field(default_factory=dict)
     _outbox: Outbox[int] = field(default_factory=Outbox)
     _reasons: dict[int, str] = field(default_factory=dict)
     _seen: set[int] = field(default_factory=set)
     _mute: dict[int, _Mute] = field(default_factory=dict)
+    _last_seen: dict[int, int | None] = field(default_factory=dict)
     _next_look: float = 0.0
     _begun: bool = False
 
@@ -81,11 +83,9 @@ class ClientRegistry:
         self._begun = True
         for row in clients:
             self.hellos[row.client] = HelloReply(
-                num_train=row.num_train,
-                num_heldout=row.num_heldout,
-                rows_digest=row.rows_digest,
-                label_counts=json.dumps(row.label_counts if self.num_labels else {}),  # else a simulation's own
+                num_train=row.num_train, num_heldout=row.num_heldout, rows_digest=row.rows_digest
             )
+            self.label_counts[row.client] = row.label_counts if self.num_labels else {}  # else a simulation's own
 
     def wait(self, grid: Grid, *, timeout_s: float, fewest: int | None = None) -> None:
         """Register until all clients are here.
@@ -182,18 +182,14 @@ class ClientRegistry:
             rows.append(ClientPresence(client=client, state=state, why=why, version=hello.version if hello else ""))
         return Presence(round=round, clients=tuple(rows))
 
-    def label_counts(self, client: int) -> dict[str, int]:
-        """Label counts that a client declared."""
-        return _label_counts(self.hellos[client].label_counts)
-
     def _greet(self, grid: Grid) -> None:
         """Ask the nodes whose time has come what they hold, and take the answers that are there."""
         self._look(grid)
         now, traffic = time.monotonic(), Traffic()
         messages = {}
-        for client, place in sorted(self._places.items()):
-            if place.registered or now < place.due:
-                continue
+        due = [client for client, place in self._places.items() if not place.registered and now >= place.due]
+        for client in sorted(due):
+            place = self._places[client]
             hello = Hello(
                 client=client,
                 config_hash=self.identity.config_hash,
@@ -216,10 +212,13 @@ class ClientRegistry:
     def _look(self, grid: Grid) -> None:
         """See who is there; of a node that left nothing is kept, so that it may come back mended."""
         nodes = sorted(int(node) for node in grid.get_node_ids())  # type: ignore[attr-defined]
-        self._reasons = {node: self._reasons[node] for node in nodes if node in self._reasons}
+        seen = {node: grid.client_of(node) for node in nodes}
+        if seen == self._last_seen:
+            return
+        self._last_seen = seen
+        self._reasons = {node: reason for node, reason in self._reasons.items() if node in seen}
         clients: dict[int, int] = {}
-        for node in nodes:
-            client = grid.client_of(node)
+        for node, client in seen.items():
             if client is None:
                 self._tell(node, f"node {node} is not registered with this server: it is ignored")
             elif not 0 <= client < self.num_clients:
@@ -258,7 +257,8 @@ class ClientRegistry:
     def _let_in(self) -> list[int]:
         """Judge what has been answered."""
         joined = []
-        for client, place in sorted(self._places.items()):
+        for client in sorted(client for client, place in self._places.items() if place.reply):
+            place = self._places[client]
             reply, place.reply = place.reply, None
             if reply is None or place.registered:
                 continue
@@ -273,6 +273,7 @@ class ClientRegistry:
                 self._reasons.pop(place.node, None)
                 self._mute.pop(client, None)
                 self.hellos[client], place.registered = reply, True
+                self.label_counts[client] = _label_counts(reply.label_counts)
                 self._seen.add(client)
                 joined.append(client)
         return joined
@@ -308,7 +309,7 @@ class ClientRegistry:
                 f"{self.num_labels - 1}), or be empty where the task has none, got {reply.label_counts!r:.80}."
             )
         first = self.hellos.get(client, reply)
-        if (reply.num_train, counts) != (first.num_train, _label_counts(first.label_counts)):
+        if (reply.num_train, counts) != (first.num_train, self.label_counts.get(client, counts)):
             return (
                 f"it must hold the rows that it registered with ({first.num_train} to train), "
                 f"got {reply.num_train}. Its weight and its data position depend on them."

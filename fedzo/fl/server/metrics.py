@@ -82,6 +82,7 @@ def round_metrics(
     clipped: int,
     refused: Mapping[int, str],
     traffic: Traffic,
+    wire: Traffic | None,
     down_bytes: int,
     bound: float,
     seconds: float,
@@ -98,6 +99,7 @@ def round_metrics(
         clipped: Scalars on the announced bound.
         refused: Why the other sampled clients are not among them.
         traffic: Bytes of the round's messages as Flower counts them.
+        wire: All bytes since the round before; None where there is no network.
         down_bytes: Payload that brings the clients that answered to the round's end: scalars, or values.
         bound: The announced clip of |g|; 0 = none.
         seconds: Since the run started.
@@ -120,6 +122,8 @@ def round_metrics(
         absent=tuple(sorted(refused)),
         reasons={client: reason[:MOST_TEXT] for client, reason in sorted(refused.items())},
         clients=clients,
+        wire_up_bytes=wire.up_bytes if wire else None,
+        wire_down_bytes=wire.down_bytes if wire else None,
     )
 
 

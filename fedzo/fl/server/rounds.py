@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -88,6 +89,8 @@ class Server:
     shuffle_replies: bool = False
     _used: dict[int, int] = field(default_factory=dict)
     _followed: dict[int, int] = field(default_factory=dict)
+    _payload_bytes: list[int] = field(default_factory=list)  # of the first 0, 1, 2, ... records together
+    _wire: tuple[int, int] | None = None
     _told: StepDecision | None = None
     _lost: bool = False
     _state_sync: StateSync = field(init=False)
@@ -103,8 +106,10 @@ class Server:
             deadline_s=self.strategy.deadline_s,
             shuffle_seed=self.run_seed if self.shuffle_replies else None,
         )
+        self._wire = self.grid.wire_bytes()
         for line in self.store.audit:
             self._count_steps(line)
+        self._payload_bytes = [*accumulate((record.payload_bytes for record in self.store.records), initial=0)]
         self._told = next(reversed(self.store.told(StepDecision)), None)
 
     @property
@@ -162,6 +167,7 @@ class Server:
                 clipped=self.updates.num_clipped(results, bound),
                 refused=refused,
                 traffic=traffic,
+                wire=self._wire_since(),
                 down_bytes=self._down_bytes(record, results),
                 bound=bound,
                 seconds=self.elapsed(),
@@ -171,9 +177,10 @@ class Server:
         self._commit(record, audit)
         return record
 
-    def label_counts_of(self, client: int) -> Mapping[str, int]:
-        """Training rows of a client by label, as far as the server knows them."""
-        return self.client_registry.label_counts(client) if self.label_counts is None else self.label_counts[client]
+    @property
+    def known_label_counts(self) -> Mapping[int, Mapping[str, int]]:
+        """Training rows of the clients by label, as far as the server knows them."""
+        return self.client_registry.label_counts if self.label_counts is None else self.label_counts
 
     def tell_step_policy(self) -> None:
         """After the last round: tell what a calibration found that no round has followed; again after a kill."""
@@ -200,6 +207,7 @@ class Server:
         size = self.strategy.clients_per_round or self.fl.num_clients
         resting = self.client_registry.resting(self.round)
         refused: dict[int, str] = {}
+        groups: Iterable[list[int]]
         if plan.calibration or size == self.fl.num_clients:
             groups = [[client for client in range(self.fl.num_clients) if client not in resting], sorted(resting)]
             refused |= resting
@@ -210,7 +218,7 @@ class Server:
                 num_clients=self.fl.num_clients,
                 connected=set(self.client_registry.nodes) - set(resting),
             )
-            groups = [sorted(order[first : first + size]) for first in range(0, len(order), size)]
+            groups = (sorted(order[first : first + size]) for first in range(0, len(order), size))
         results: dict[int, Result] = {}
         for group in filter(None, groups):
             requests = {
@@ -269,9 +277,8 @@ class Server:
 
     def _plan(self) -> Plan:
         """What the coming round asks of each client; a new decision is told."""
-        labels = {client: self.label_counts_of(client) for client in sorted(self.client_registry.hellos)}
         audit = cast(list[AuditLine], self.store.audit)  # whoever reads scalars is refused where there are none
-        plan = self.step_policy.plan(audit, labels)
+        plan = self.step_policy.plan(audit, self.known_label_counts)
         last = self.round + 1 == self.fl.rounds
         record = news(
             plan,
@@ -300,6 +307,14 @@ class Server:
         proof = self.replica.proof(digest=last or (record.round + 1) % self.fl.hash_every == 0)
         self.store.commit(record, attendance=[entry.client for entry in audit.clients], proof=proof, audit=audit)
         self._count_steps(audit)
+        self._payload_bytes.append(self._payload_bytes[-1] + record.payload_bytes)
+
+    def _wire_since(self) -> Traffic | None:
+        """What went over the wire since this was asked last, or since the server began."""
+        before, self._wire = self._wire, self.grid.wire_bytes()
+        if before is None or self._wire is None:
+            return None
+        return Traffic(self._wire[0] - before[0], self._wire[1] - before[1])
 
     def _down_bytes(self, record: LogRecord, clients: Collection[int]) -> int:
         """Payload that brings clients from the end of their last round to that of a new one: records, or values."""
@@ -307,9 +322,9 @@ class Server:
             return self.replica.snapshot_bytes * len(clients)
         total = record.payload_bytes * len(clients)
         for client in clients:
-            missed = self.store.records[self._followed.get(client, 0) :]
-            shorter = self.replica.is_shorter_than(missed)
-            total += self.replica.snapshot_bytes if shorter else sum(part.payload_bytes for part in missed)
+            first = self._followed.get(client, 0)
+            shorter = self.replica.is_shorter_than(self.store.records[first:])
+            total += self.replica.snapshot_bytes if shorter else self._payload_bytes[-1] - self._payload_bytes[first]
         return total
 
     def _count_steps(self, audit: RoundAudit) -> None:

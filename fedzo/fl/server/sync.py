@@ -17,7 +17,7 @@ from fedzo.fl.replica import Replica
 from fedzo.fl.server.client_registry import ClientRegistry
 from fedzo.trainers.artifacts import Artifact
 from fedzo.zo.directions import PURPOSE_SAMPLING, permutation, stream_key
-from fedzo.zo.log import pack
+from fedzo.zo.log import RoundRecord, pack
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 4  # a first request, and one each for a missing space, a gap in the log and a wrong hash
@@ -63,6 +63,8 @@ class StateSync:
     shuffle_seed: int | None = None
     _acked: dict[int, int] = field(default_factory=dict)
     _digests: dict[int, str] = field(default_factory=dict)
+    _packed: bytearray = field(default_factory=bytearray)
+    _ends: list[int] = field(default_factory=lambda: [0])  # of the first so many records in _packed
 
     def ask(
         self, requests: Mapping[int, Request], reply_type: type[Reply], *, message_type: str, traffic: Traffic
@@ -144,9 +146,19 @@ class StateSync:
             request,
             **state,
             from_round=number if values else start,
-            log=b"" if values else pack(self.store.records[start:]),
+            log=b"" if values else self._log_from(start),
             values=self.replica.snapshot() if values else b"",
         )
+
+    def _log_from(self, start: int) -> bytes:
+        """The records from a round on, as they travel; those of scalars are packed once for all clients."""
+        records = self.store.records
+        if records and not isinstance(records[0], RoundRecord):
+            return pack(records[start:])  # of vectors, which stay in their files
+        for record in records[len(self._ends) - 1 :]:
+            self._packed += record.to_bytes()
+            self._ends.append(len(self._packed))
+        return bytes(self._packed[self._ends[start] :])
 
     def _state(self) -> dict[str, Any]:
         """What every request of the round says of the state that it is about."""

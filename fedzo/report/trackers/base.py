@@ -15,11 +15,11 @@ from fedzo.registry import PluginConfig, Registry
 log = logging.getLogger(__name__)
 _ROUND = (
     *("loss", "mean_abs_g", "payload_up_bytes", "payload_down_bytes", "message_up_bytes", "message_down_bytes"),
-    *("round_seconds", "dropped_probes", "clip_bound", "clipped"),
+    *("wire_up_bytes", "wire_down_bytes", "round_seconds", "dropped_probes", "clip_bound", "clipped"),
 )
 _SUMMARY = (
     *("rounds", "best_round", "seconds", "dropped_probes", "payload_up_bytes", "payload_down_bytes"),
-    *("message_up_bytes", "message_down_bytes"),
+    *("message_up_bytes", "message_down_bytes", "wire_up_bytes", "wire_down_bytes"),
 )
 
 

@@ -2,17 +2,20 @@
 
 Flower serves three APIs on one port, and asks nobody who he is on the one that starts and stops runs. So fedzo's
 SuperLink listens twice: on the loopback interface with all of them, and for sites behind this gate. The gate also names
-the nodes that the SuperLink refuses, with the likely reason, since Flower itself does not.
+the nodes that the SuperLink refuses, with the likely reason, since Flower itself does not. And it counts the bytes of
+registered clients: request lines, headers and bodies, as they are within TLS.
 """
 
 from __future__ import annotations
 
 import datetime
+import json
 import logging
 import time
 from base64 import b64decode
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 from fedzo.errors import printable
@@ -21,6 +24,8 @@ from fedzo.runtime.net.server_folder import ServerFolder
 
 log = logging.getLogger(__name__)
 FLEET = "/v1/fleet/"
+WIRE = "/fedzo/wire"
+"""Of this machine alone: the bytes that registered clients sent and got so far, up and down, as JSON."""
 MAX_BODY_BYTES = 16 << 20
 """Of one request; Flower cuts what is longer into chunks of 5 MB."""
 REQUESTS_PER_S, BURST = 200.0, 2000.0
@@ -63,11 +68,15 @@ class Gate:
         self._clock = clock
         self._budgets: dict[str, tuple[float, float]] = {}
         self._told: dict[tuple[str, str], float] = {}
+        self._up_bytes = self._down_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it here."""
         if scope["type"] == "lifespan" or scope["server"][1] != self._port:
-            await self._app(scope, receive, send)
+            if scope["type"] == "http" and scope["path"] == WIRE:
+                await _answer(send, 200, json.dumps([self._up_bytes, self._down_bytes]))
+            else:
+                await self._app(scope, receive, send)
             return
         if scope["type"] != "http" or not scope["path"].startswith(FLEET):
             await _answer(send, 404, "not found")
@@ -81,12 +90,14 @@ class Gate:
         if not declared.isdigit() or int(declared) > MAX_BODY_BYTES:
             await _answer(send, 413, "too large")
             return
-        taken = 0
+        taken, known = 0, asker.name is not None
+        self._up_bytes += known * _request_bytes(scope)
 
         async def bounded() -> Event:
             nonlocal taken
             event = await receive()
             taken += len(event.get("body", b""))
+            self._up_bytes += known * len(event.get("body", b""))
             if taken > MAX_BODY_BYTES:  # of a length that was not declared; the app answers with an error
                 raise TooLargeError
             return event
@@ -94,6 +105,7 @@ class Gate:
         async def watched(event: Event) -> None:
             if event["type"] == "http.response.start" and event["status"] >= 400:
                 self._explain(asker, scope, event["status"])
+            self._down_bytes += known * _response_bytes(event)
             await send(event)
 
         await self._app(scope, bounded, watched)
@@ -161,6 +173,21 @@ class _Asker:
 
 def _header(scope: Scope, name: bytes) -> bytes:
     return next((bytes(value) for key, value in scope["headers"] if key.lower() == name), b"")
+
+
+def _request_bytes(scope: Scope) -> int:
+    """Length of a request's line and headers."""
+    line = len(f"{scope['method']} {scope['path']} HTTP/1.1\r\n\r\n")
+    return line + sum(len(key) + len(value) + len(": \r\n") for key, value in scope["headers"])
+
+
+def _response_bytes(event: Event) -> int:
+    """Length of a part of an answer: its line and headers, the web server's date among them, or some of its body."""
+    if event["type"] != "http.response.start":
+        return len(event.get("body", b""))
+    said = f"{event['status']} {HTTPStatus(event['status']).phrase}"
+    line = len(f"HTTP/1.1 {said}\r\ndate: Thu, 01 Jan 1970 00:00:00 GMT\r\n\r\n")
+    return line + sum(len(key) + len(value) + len(": \r\n") for key, value in event.get("headers", ()))
 
 
 def _behind_s(timestamp: bytes) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import ssl
 import time
 from collections.abc import Mapping
 from typing import Any, cast
@@ -16,6 +17,7 @@ from fedzo.runtime._flower import one_federation, quiet_flower
 from fedzo.runtime.net._flower_control import control
 from fedzo.runtime.net._flower_http import HttpGrid, RunNotRunningException, RuntimeApi, TaskType, server_task
 from fedzo.runtime.net.bundle import build_bundle
+from fedzo.runtime.net.gate import WIRE
 from fedzo.runtime.net.processes import accepts
 from fedzo.runtime.net.server_folder import ServerFolder
 
@@ -71,6 +73,12 @@ class KeyedGrid:
         self._grid = grid
         self._folder = folder
         self._clients: dict[int, int] = {}
+        self._link = httpx.Client(
+            base_url=f"https://{folder.endpoint.address}",
+            verify=ssl.create_default_context(cafile=folder.endpoint.authority),
+            trust_env=False,
+        )
+        self._counted, self._before = (0, 0), (0, 0)
 
     def get_node_ids(self) -> list[int]:
         """Nodes that are connected, also such that the registry does not know any more."""
@@ -81,6 +89,17 @@ class KeyedGrid:
     def client_of(self, node: int) -> int | None:
         """The index of the client that a node of ``get_node_ids`` plays; None where none is registered for its key."""
         return self._clients.get(node)
+
+    def wire_bytes(self) -> tuple[int, int]:
+        """Bytes that registered clients sent and got, by the SuperLink's gate, which counts anew after a restart."""
+        try:
+            up, down = self._link.get(WIRE).raise_for_status().json()
+        except httpx.HTTPError:  # it is being started again: what it carries until then is told later, or lost
+            up, down = self._counted
+        if up < self._counted[0]:
+            self._before = self._before[0] + self._counted[0], self._before[1] + self._counted[1]
+        self._counted = int(up), int(down)
+        return self._before[0] + self._counted[0], self._before[1] + self._counted[1]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._grid, name)

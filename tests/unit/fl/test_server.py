@@ -131,12 +131,16 @@ class Grid:
         self.registered = {100 + client.index: client.index for client in clients}
         self._waiting: dict[str, Message] = {}
         self.hellos: list[int] = []
+        self.wire: tuple[int, int] | None = None
 
     def get_node_ids(self) -> list[int]:
         return list(self.nodes)
 
     def client_of(self, node: int) -> int | None:
         return self.registered.get(node)
+
+    def wire_bytes(self) -> tuple[int, int] | None:
+        return self.wire
 
     def connect(self, node: int, client: Client | None, *, index: int | None = None) -> None:
         """A node comes that the server has registered; it never answers without a client."""
@@ -1343,3 +1347,16 @@ def test_a_resumed_server_selects_as_an_unbroken_one(
     assert [request.steps for client in (first, then) for request in client[3].requests] == expected
     assert list(map(encode_record, resumed.store.rounds)) == lines
     assert resumed.replica.space.digest() == digest
+
+
+def test_wire_bytes_of_a_round_are_those_since_the_round_before(federation: Any) -> None:
+    server, _, grid = federation()
+    server.run_round()
+    grid.wire = (1000, 5000)
+    server.run_round()  # the count begins here
+    grid.wire = (1700, 5100)
+    server.run_round()
+
+    told = [(line.wire_up_bytes, line.wire_down_bytes) for line in server.sink.records]
+    assert told == [(None, None), (None, None), (700, 100)]
+    assert "wire_up_bytes" not in encode_record(server.sink.records[0])

@@ -55,7 +55,7 @@ def train(message: Message, context: Context) -> Message:
     context.state["seen"] = MetricRecord({"rounds": int(seen["rounds"]) + 1})
     _used["count"] += 1
     value = float(request["value"]) / (client + 3) + 0.1 * int(seen["rounds"])
-    answer = {"value": value, "pid": os.getpid(), "used": _used["count"]}
+    answer = {"value": value, "pid": os.getpid(), "parent": os.getppid(), "used": _used["count"]}
     return Message(RecordDict({"answer": MetricRecord(answer)}), reply_to=message)
 
 

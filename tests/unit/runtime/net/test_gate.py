@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import json
 import logging
 import re
+import socket
+import threading
 from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 
 from fedzo.runtime.net.credentials import make_key, pem_of
-from fedzo.runtime.net.gate import BURST, MAX_BODY_BYTES, STRANGER_BURST, Gate
+from fedzo.runtime.net.gate import BURST, MAX_BODY_BYTES, STRANGER_BURST, WIRE, Gate
 from fedzo.runtime.net.server_folder import Listening, ServerFolder
 
 PUBLIC, CONTROL = 8443, 8444
@@ -55,7 +59,7 @@ class Place:
         given = {b"flwr-timestamp": signed.isoformat().encode(), **(headers or {})}
         if key is not None:
             given[b"flwr-public-key"] = b64encode(key)
-        scope = {"type": "http", "server": ("10.0.0.1", port), "client": (host, 5), "path": path}
+        scope = {"type": "http", "server": ("10.0.0.1", port), "client": (host, 5), "path": path, "method": "POST"}
         scope["headers"] = list(given.items())
         events = [{"type": "http.request", "body": part, "more_body": True} for part in parts or []]
         events.append({"type": "http.request", "body": b"", "more_body": False})
@@ -145,3 +149,47 @@ def test_words_of_a_stranger_do_not_reach_the_log(place: Place, caplog: pytest.L
 
     assert "evil" not in caplog.text
     assert "\x1b" not in caplog.text
+
+
+def test_bytes_of_clients_are_counted_as_a_socket_carries_them_and_told_to_this_machine_alone(tmp_path: Path) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        headers = [(b"content-type", b"application/x"), (b"content-length", b"300")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"r" * 100, "more_body": True})
+        await send({"type": "http.response.body", "body": b"r" * 200})
+
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+    public, control = (each.getsockname()[1] for each in sockets)
+    folder = ServerFolder.make(
+        tmp_path / "s", Listening(address="h:1", listen=f"h:{public}", control=f"h:{control}"), names=["h"]
+    )
+    folder.add_client("hospital", index=0, key=make_key(tmp_path / "key"))
+    (key,) = folder.by_key()
+    gate = Gate(app, public_port=public, folder=folder)
+    server = uvicorn.Server(uvicorn.Config(gate, server_header=False, lifespan="off", log_level="error"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": sockets})
+    thread.start()
+    try:
+        up = down = 0
+        with socket.create_connection(("127.0.0.1", public)) as connection:
+            for name, body in ((key, b"b" * 5000), (b"a stranger", b"x"), (key, b"")):
+                lines = [f"POST {PULL} HTTP/1.1", "Host: h", f"Content-Length: {len(body)}"]
+                lines.append(f"Flwr-Public-Key: {b64encode(name).decode()}")
+                request = "\r\n".join([*lines, "", ""]).encode() + body
+                connection.sendall(request)
+                answer = b""
+                while answer.count(b"r" * 300) == 0:
+                    answer += connection.recv(65536)
+                if name == key:
+                    up, down = up + len(request), down + len(answer)
+        with socket.create_connection(("127.0.0.1", control)) as connection:
+            connection.sendall(f"GET {WIRE} HTTP/1.1\r\nHost: h\r\n\r\n".encode())
+            told = b"".join(iter(lambda: connection.recv(65536), b"")).partition(b"\r\n\r\n")[2]
+    finally:
+        server.should_exit = True
+        thread.join()
+
+    assert json.loads(told) == [up, down]
+    assert Place(tmp_path / "other").ask(WIRE) == 404

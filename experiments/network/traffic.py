@@ -1,0 +1,114 @@
+"""Bytes of a client and round over a real network: ``python experiments/network/traffic.py``.
+
+Short runs of ``runtime=local`` with two clients and a tiny model, with T = 1, 10 and 100 local steps of scalars, and
+with vectors (``estimator=backprop``). Payload and wire bytes are those of the run's metrics: the wire is all HTTP
+within TLS, also what a SuperNode sends ten times a second to ask for work, so it grows with the length of a round. The
+kernel's count of the same TCP connections (``ss``) stands beside it. About five minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedzo.bench.claims import Claims
+from fedzo.testing.tiny_models import save_tiny_model
+
+HERE = Path(__file__).parent
+ROUNDS, CLIENTS = 20, 2
+CASES = {
+    **{f"scalars, T = {steps}": [f"fl.local_steps={steps}"] for steps in (1, 10, 100)},
+    **{f"vectors, T = {steps}": [f"fl.local_steps={steps}", "estimator=backprop"] for steps in (1, 10)},
+}
+
+
+def main() -> None:
+    """Measure, print and write the claims."""
+    claims = Claims(command="python experiments/network/traffic.py")
+    with tempfile.TemporaryDirectory() as folder:
+        shares = []
+        for number, (case, settings) in enumerate(CASES.items()):
+            run, sockets = Path(folder) / f"run{number}", Sockets()
+            lines = tiny_run(run, [*settings, f"fl.rounds={ROUNDS}"], watch=sockets.look)
+            rounds = [line for line in lines if line["kind"] == "round"][2:]
+            size = next(line["space_size"] for line in lines if line["kind"] == "setup")
+            what = case if "scalars" in case else f"{case}, {size:,} numbers"
+            for kind in ("payload", "wire"):
+                for way in ("up", "down"):
+                    found = statistics.median(line[f"{kind}_{way}_bytes"] for line in rounds) / CLIENTS
+                    claims.add(f"{what}: {kind} {way}, bytes a client and round", found, "bytes")
+            claims.add(f"{what}: median seconds a round", statistics.median(r["round_seconds"] for r in rounds), "s")
+            wire = sum(line[f"wire_{way}_bytes"] for line in lines if line["kind"] == "round" for way in ("up", "down"))
+            shares.append(sockets.total / wire)
+        claims.add(
+            "TCP payload with TLS by the kernel / wire bytes by the metrics, least of the runs", min(shares), "ratio"
+        )
+        claims.add("the same, most of the runs", max(shares), "ratio")
+    claims.show()
+    claims.write(HERE / "claims.json")
+
+
+def tiny_run(folder: Path, settings: list[str], *, watch: Callable[[Path, int], None]) -> list[dict[str, Any]]:
+    """A run over the network with a tiny model; returns its metrics.
+
+    Args:
+        folder: Of the run.
+        settings: Beside the usual ones.
+        watch: Called again and again with the folder and the pid of the process that started all others.
+    """
+    made = folder.parent / f"{folder.name}-made"
+    save_tiny_model(made / "model", "llama")
+    for name, first, count in (("train", 0, 64), ("dev", 100, 8), ("test", 200, 8)):
+        rows = [{"text": f"item {i} is {('bad', 'good')[i % 2]}", "label": i % 2} for i in range(first, first + count)]
+        (made / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [
+        *(sys.executable, "-m", "fedzo", "train", "runtime=local", f"model={made / 'model'}", "task=custom"),
+        *("task.template='Text: {text}\\nVerdict:'", "task.candidates=[' bad',' good']", f"data.path={made}"),
+        *("partition=iid", f"fl.num_clients={CLIENTS}", "trainer.density=0.05", "trainer.selector=random", "threads=1"),
+        *("report=none", "evaluation.every_rounds=0", "evaluation.federated_every_rounds=-1"),
+        *(*settings, f"hydra.run.dir={folder}"),
+    ]
+    process = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        time.sleep(0.5)
+        watch(folder, process.pid)
+    if process.returncode:
+        raise SystemExit(f"the run failed: {' '.join(command)}")
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+class Sockets:
+    """The kernel's count of TCP payload, both ways, at the port that sites reach, while a run goes on."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, int] = {}
+
+    @property
+    def total(self) -> int:
+        """Of all connections, those that are closed among them."""
+        return sum(self._seen.values())
+
+    def look(self, folder: Path, pid: int) -> None:
+        """Take the counters of the connections that are there."""
+        settings = folder / "network" / "server" / "server.json"
+        if not settings.exists():
+            return
+        port = json.loads(settings.read_text())["listen"].rpartition(":")[2]
+        told = subprocess.run(["ss", "-tinHO", f"sport = :{port}"], capture_output=True, text=True, check=True).stdout
+        for line in told.splitlines():
+            counts = [int(number) for number in re.findall(r" bytes_(?:sent|received):(\d+)", line)]
+            if counts:
+                self._seen[line.split()[4]] = sum(counts)
+
+
+if __name__ == "__main__":
+    main()
