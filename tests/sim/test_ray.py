@@ -16,7 +16,7 @@ import pytest
 
 from fedzo.errors import ConfigError, ProtocolError
 from fedzo.runtime.config import RayConfig
-from fedzo.runtime.ray import run_ray
+from fedzo.runtime.ray import _quiet_ray, run_ray
 
 pytest.importorskip("ray")  # its import sets an environment variable for good
 Play = Callable[..., dict[str, Any]]
@@ -106,18 +106,18 @@ def test_two_nodes_of_a_cluster_share_the_clients_and_a_dead_actor_is_replaced(
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 1 << 27}
-    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-    try:
-        cluster.add_node(**node)
-        run_config = {
-            "config": toy.config_json(clients=4, rounds=3, kills="ray::ClientAppActor"),
-            "run-dir": str(tmp_path),
-        }
-        config = RayConfig(address=cluster.address)
-        run_ray(toy.server_app, toy.load_client_app, num_clients=4, run_config=run_config, config=config)
-        assert len(cluster.list_all_nodes()) == 2  # the run leaves the cluster as it is
-    finally:
-        cluster.shutdown()
+    settings = toy.config_json(clients=4, rounds=3, kills="ray::ClientAppActor")
+    run_config = {"config": settings, "run-dir": str(tmp_path)}
+    with _quiet_ray():
+        cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+        try:
+            cluster.add_node(**node)
+            config = RayConfig(address=cluster.address)
+            run_ray(toy.server_app, toy.load_client_app, num_clients=4, run_config=run_config, config=config)
+            assert len(cluster.list_all_nodes()) == 2  # the run leaves the cluster as it is
+        finally:
+            cluster.shutdown()
+            del cluster
 
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["values"] == play_inline(clients=4, rounds=3)["values"]
