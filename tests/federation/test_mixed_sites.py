@@ -55,7 +55,7 @@ def mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[int, ClientCo
 
 
 @pytest.mark.parametrize("trainer", ["meerkat", "lora"])
-def test_float32_and_bfloat16_sites_of_one_run_reach_the_same_hash_by_different_losses(
+def test_float32_and_bfloat16_sites_of_one_run_reach_the_same_hash(
     run: Run, lines: Lines, mixed: dict[int, ClientContext], trainer: str
 ) -> None:
     folder = run(f"trainer={trainer}", "model.dtype=float32", "fl.rounds=4", "fl.hash_every=1", "fl.local_steps=2")

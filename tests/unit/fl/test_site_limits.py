@@ -55,6 +55,7 @@ def test_the_numbers_of_refusals_keep_their_meaning() -> None:
         31: "failed",
         32: "foreign",
         33: "absent",
+        34: "slow",
     }
     assert len({refusal.sentence for refusal in Refusal}) == len(Refusal)
 
