@@ -23,6 +23,10 @@ class ProtocolError(FedzoError, RuntimeError):
     """A peer sent something that cannot be used, or two peers do not hold the same state."""
 
 
+class OtherVersionError(ProtocolError):
+    """A peer runs another fedzo. The text names both versions, and holds nothing else of this machine."""
+
+
 class NumericsError(FedzoError, ArithmeticError):
     """A computation left the finite numbers and there is nothing sound to continue with."""
 

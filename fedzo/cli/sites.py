@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable
 
 Parser = argparse.ArgumentParser
-DAYS = 365
+CERTIFICATE_DAYS = 365
 
 
 def add_server(parser: Parser) -> None:
@@ -66,7 +66,8 @@ def _add_dir(parser: Parser) -> None:
 
 
 def _add_days(parser: Parser) -> None:
-    parser.add_argument("--days", type=_days, default=DAYS, help=f"how long the certificate is valid (default: {DAYS})")
+    text = f"how long the certificate is valid (default: {CERTIFICATE_DAYS})"
+    parser.add_argument("--days", type=_days, default=CERTIFICATE_DAYS, help=text)
 
 
 def _port(text: str) -> int:

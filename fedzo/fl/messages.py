@@ -17,7 +17,7 @@ import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 
 import fedzo
-from fedzo.errors import ProtocolError
+from fedzo.errors import OtherVersionError, ProtocolError
 from fedzo.records import decode as records
 from fedzo.records.fields import (
     Check,
@@ -93,6 +93,7 @@ class Refusal(StrEnum):
     foreign = "32", "what it was asked does not belong to this run"
     absent = "33", "the client is absent in this round, as faults.absent asks"
     slow = "34", "a step took longer than its site allows"
+    version = "35", "its site runs another fedzo than the server"
 
     def __new__(cls, number: str, sentence: str) -> Refusal:
         """A member that is its number as text."""
@@ -253,7 +254,7 @@ def decode(kind: type[M], content: RecordDict) -> M:
     if empty := [name for name, value in given.items() if value in ("", b"")]:
         raise ProtocolError(f"{kind.__name__}: {empty[0]:.40} must be left out where it is empty")
     if (protocol := given.get("protocol", PROTOCOL)) != PROTOCOL:  # before fields that one of the two does not know
-        raise ProtocolError(
+        raise OtherVersionError(
             f"{kind.__name__}: protocol must be {PROTOCOL}, that of fedzo {fedzo.__version__}, got {protocol!r:.20}, "
             f"that of fedzo {given.get('version', 'unknown')!s:.40}. Install the same fedzo on both sides."
         )

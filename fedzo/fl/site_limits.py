@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
-from fedzo.errors import FedzoError
+from fedzo.errors import FedzoError, OtherVersionError, ProtocolError
 from fedzo.fl.config import SiteLimitsConfig
 from fedzo.fl.messages import Refusal
 from fedzo.records.scores import PartialScore, Score
@@ -23,12 +23,24 @@ class SiteError(FedzoError):
     Attributes:
         refusal: The number.
         details: For the site's own log.
+        versions: Which fedzo is at either side, the one thing that is told in words.
     """
 
-    def __init__(self, refusal: Refusal, details: str = "") -> None:
-        super().__init__(refusal.text + (". Its own log says why" if details else ""))
+    def __init__(self, refusal: Refusal, details: str = "", *, versions: str = "") -> None:
+        text = f"{refusal.text}: {versions}" if versions else refusal.text
+        super().__init__(text + (". Its own log says why" if details else ""))
         self.refusal = refusal
         self.details = details
+
+
+def told(error: Exception) -> SiteError:
+    """What the server is told of an error, whatever it says of the site."""
+    if isinstance(error, SiteError):
+        return error
+    if isinstance(error, OtherVersionError):
+        return SiteError(Refusal.version, versions=str(error))
+    refusal = Refusal.foreign if isinstance(error, ProtocolError) else Refusal.failed
+    return SiteError(refusal, str(error) or type(error).__name__)
 
 
 def check_run(

@@ -16,7 +16,7 @@ from flwr.app import Context, Message, MessageType
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedzo.errors import ConfigError, ProtocolError
+from fedzo.errors import ConfigError
 from fedzo.fl.client.worker import log_failure
 from fedzo.fl.messages import (
     ArtifactPiece,
@@ -28,7 +28,7 @@ from fedzo.fl.messages import (
     decode,
     encode,
 )
-from fedzo.fl.site_limits import SiteError
+from fedzo.fl.site_limits import SiteError, told
 from fedzo.trainers.artifacts import ARTIFACTS
 
 CONFIG_KEY, RUN_DIR_KEY = "config", "run-dir"
@@ -42,8 +42,7 @@ def make_client_app() -> ClientApp:
 
     @app.query("hello")
     def hello(message: Message, context: Context) -> Message:
-        request = decode(Hello, message.content)
-        with _private(request.client):
+        with _asked(Hello, message) as request:
             try:
                 return _reply(message, _worker(context).hello(request))
             except (ConfigError, SiteError) as error:  # of its limits, its model, its files: to ask again is no use
@@ -53,38 +52,35 @@ def make_client_app() -> ClientApp:
 
     @app.query("artifact")
     def artifact(message: Message, context: Context) -> Message:
-        piece = decode(ArtifactPiece, message.content)
-        with _private(piece.client):
+        with _asked(ArtifactPiece, message) as piece:
             return _reply(message, _worker(context).receive(piece))
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        request = decode(TrainRequest, message.content)
-        with _private(request.client):
+        with _asked(TrainRequest, message) as request:
             return _reply(message, _worker(context).train(request))
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        request = decode(EvaluateRequest, message.content)
-        with _private(request.client):
+        with _asked(EvaluateRequest, message) as request:
             return _reply(message, _worker(context).evaluate(request))
 
     return app
 
 
 @contextmanager
-def _private(client: int) -> Iterator[None]:
-    """What fails at a site is told there in full, and to the server as a number and a sentence (``Refusal``)."""
+def _asked(kind: type[R], message: Message) -> Iterator[R]:
+    """A request. What fails is told at the site in full, and to the server as a number and a sentence (``Refusal``)."""
+    client = None
     try:
-        yield
+        request: Any = decode(kind, message.content)
+        client = request.client
+        yield request
     except Exception as error:
-        told = error if isinstance(error, SiteError) else None
-        if told is None:
-            foreign = isinstance(error, ProtocolError)
-            told = SiteError(Refusal.foreign if foreign else Refusal.failed, str(error) or type(error).__name__)
-        if told.details:
+        refused = told(error)
+        if refused.details or error is not refused:
             log_failure(client, error)
-        raise told from None
+        raise refused from None
 
 
 def look_ahead(messages: list[tuple[Message, Context]]) -> None:

@@ -70,7 +70,8 @@ def test_failing_client_is_an_error_reply_and_a_hung_one_is_given_up_and_started
 ) -> None:
     result = play_local(rounds=2, fails=0, hangs=1, hung=str(tmp_path / "hung"), config=LocalConfig(step_limit_s=2.0))
 
-    assert "client 0 fails on purpose" in result["errors"][0][0]
+    assert "refusal 31, the client could not do what it was asked" in result["errors"][0][0]
+    assert "client 0 fails on purpose" in (tmp_path / "logs" / "executor-0.log").read_text()
     assert "refusal 34, a step took longer than its site allows" in result["errors"][0][1]
     assert result["answers"] == [0, 1]
     assert result["by"][1][0]["used"] == 1  # a new process

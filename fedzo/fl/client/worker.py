@@ -208,13 +208,18 @@ class ClientWorker:
         return self._workspace, self._workspace.replica.sync(request)
 
 
-def log_failure(client: int, error: BaseException) -> None:
-    """Tell the site in full what the server is told in a sentence; a traceback only of what nobody foresaw."""
+def log_failure(client: int | None, error: BaseException) -> None:
+    """Tell the site in full what the server is told in a sentence; a traceback only of what nobody foresaw.
+
+    Args:
+        client: Who was asked; None where the request does not say so.
+        error: What came of it.
+    """
     foreseen = isinstance(error, FedzoError)
     what = str(error) if foreseen else f"{type(error).__name__}: {error}"
     if isinstance(error, SiteError):
         what = f"refusal {error.refusal}, {error.refusal.sentence}: {error.details}"
-    log.error("client %d: %s", client, what, exc_info=None if foreseen else error)
+    log.error("client %s: %s", "?" if client is None else client, what, exc_info=None if foreseen else error)
 
 
 def _averageable(score: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Mapping
 
 import fedzo
-from fedzo.errors import ProtocolError, printable
+from fedzo.errors import OtherVersionError, printable
 from fedzo.run.apps import CONFIG_KEY
 from fedzo.runtime.net._flower_control import build_fab_from_files
 
@@ -59,12 +59,12 @@ def check_bundle(packed: bytes) -> None:
     """Refuse a bundle that this fedzo would not have made. Packing may differ between machines, files may not.
 
     Raises:
-        ProtocolError: It is another; names both versions where it says its own.
+        OtherVersionError: It is another; names both versions where it says its own.
     """
     theirs, ours = _contents(packed), _contents(build_bundle())
     if theirs != ours:
         version = _version(theirs)
-        raise ProtocolError(
+        raise OtherVersionError(
             f"bundle: it must be that of fedzo {fedzo.__version__}, which is installed here, got "
             f"{'that of fedzo ' + version if version else 'another'}. Install the same fedzo at server and sites."
         )

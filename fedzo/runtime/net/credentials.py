@@ -26,7 +26,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedzo.errors import ConfigError
 from fedzo.records.folder import replace_file
 
-AUTHORITY_DAYS, CERTIFICATE_DAYS = 3650, 365
+AUTHORITY_DAYS = 3650
 _EARLIER = datetime.timedelta(hours=1)  # a certificate is valid at once where a clock is a little slow
 
 
@@ -88,7 +88,7 @@ def make_certificate(
     authority: Path,
     authority_key: Path,
     names: Sequence[str],
-    days: int = CERTIFICATE_DAYS,
+    days: int,
 ) -> None:
     """Write a new certificate of a server, and its key.
 

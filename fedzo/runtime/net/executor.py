@@ -18,9 +18,9 @@ from types import FrameType
 
 from flwr.clientapp import ClientApp
 
-from fedzo.errors import ProtocolError
+from fedzo.errors import OtherVersionError
 from fedzo.fl.messages import Refusal
-from fedzo.fl.site_limits import SiteError
+from fedzo.fl.site_limits import SiteError, told
 from fedzo.runtime._flower import failure_reason
 from fedzo.runtime.net._flower_http import ClientTask, RunNotRunningException, RuntimeApi, TaskType, client_task
 from fedzo.runtime.net.bundle import check_bundle
@@ -79,9 +79,9 @@ def serve(app: ClientApp, api: RuntimeApi, *, step_limit_s: float) -> None:
                         if task.bundle != known:
                             check_bundle(task.bundle)
                             known = task.bundle
-                    except ProtocolError as error:
+                    except OtherVersionError as error:
                         log.error("%s", error)
-                        task.fail(failure_reason(error))
+                        task.fail(failure_reason(told(error)))
                         continue
                     answer(app, task, step_limit_s=step_limit_s)
             except RunNotRunningException:
@@ -111,7 +111,7 @@ def answer(app: ClientApp, task: ClientTask, *, step_limit_s: float) -> None:
         reply, failure = app(message=task.message, context=task.context), ""
     except Exception as error:
         log.exception("the ClientApp failed")
-        failure = failure_reason(error)
+        failure = failure_reason(told(error))
     finally:
         watchdog.cancel()
     with turn:

@@ -22,7 +22,6 @@ from fedzo.records.decode import decode_json, encode
 from fedzo.records.fields import MOST_CLIENTS, Client, Length, Matching, Name, Within
 from fedzo.records.folder import folder_of_one_process, is_locked, lock_file, make_folder, replace_file
 from fedzo.runtime.net.credentials import (
-    CERTIFICATE_DAYS,
     Endpoint,
     make_authority,
     make_certificate,
@@ -95,9 +94,7 @@ class ServerFolder:
         self._by_key: tuple[tuple[int, int], Mapping[bytes, RegisteredClient]] | None = None
 
     @classmethod
-    def make(
-        cls, path: Path, listening: Listening, *, names: Sequence[str], days: int = CERTIFICATE_DAYS
-    ) -> ServerFolder:
+    def make(cls, path: Path, listening: Listening, *, names: Sequence[str], days: int) -> ServerFolder:
         """Write what is missing of a server's folder; what is there stays.
 
         Args:
@@ -263,7 +260,7 @@ class ServerFolder:
             self._write_clients([client for client in clients if client is not found])
         return found
 
-    def renew(self, *, names: Sequence[str], days: int = CERTIFICATE_DAYS) -> None:
+    def renew(self, *, names: Sequence[str], days: int) -> None:
         """Write a new certificate; a SuperLink that runs takes it up, and sites need nothing new."""
         make_certificate(
             self.file("server.crt"),

@@ -56,6 +56,7 @@ def test_the_numbers_of_refusals_keep_their_meaning() -> None:
         32: "foreign",
         33: "absent",
         34: "slow",
+        35: "version",
     }
     assert len({refusal.sentence for refusal in Refusal}) == len(Refusal)
 

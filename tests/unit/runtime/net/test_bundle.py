@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fedzo
-from fedzo.errors import ProtocolError
+from fedzo.errors import OtherVersionError
 from fedzo.runtime.net.bundle import FILES, MAX_BUNDLE_BYTES, PROJECT, build_bundle, bundle_files, check_bundle
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -39,14 +39,14 @@ def test_a_site_takes_its_own_bundle_however_it_is_packed() -> None:
 
 @pytest.mark.parametrize("name", ["clients/app.py", "extra.py"])
 def test_another_bundle_is_refused(name: str) -> None:
-    with pytest.raises(ProtocolError, match=rf"that of fedzo {fedzo.__version__}, which .* got that of fedzo"):
+    with pytest.raises(OtherVersionError, match=rf"that of fedzo {fedzo.__version__}, which .* got that of fedzo"):
         check_bundle(packed({**bundle_files(), name: "import os"}))
 
 
 def test_the_bundle_of_another_version_is_refused_with_both_versions_named() -> None:
     other = bundle_files()[PROJECT].replace(f'"{fedzo.__version__}"', '"9.9.9"')
 
-    with pytest.raises(ProtocolError, match=rf"fedzo {fedzo.__version__}, .* got that of fedzo 9\.9\.9\. Install"):
+    with pytest.raises(OtherVersionError, match=rf"fedzo {fedzo.__version__}, .* got that of fedzo 9\.9\.9\. Install"):
         check_bundle(packed({**bundle_files(), PROJECT: other}))
 
 
@@ -62,7 +62,7 @@ def test_the_bundle_of_another_version_is_refused_with_both_versions_named() -> 
     ],
 )
 def test_what_is_no_bundle_is_refused_without_unpacking_it(data: Any) -> None:
-    with pytest.raises(ProtocolError, match="got another"):
+    with pytest.raises(OtherVersionError, match="got another"):
         check_bundle(data() if callable(data) else data)
 
 
@@ -72,7 +72,7 @@ def test_no_bytes_end_a_site(noise: bytes, place: int) -> None:
     spoiled = bundle[:place] + noise + bundle[place + len(noise) :]
     try:
         check_bundle(spoiled)
-    except ProtocolError:
+    except OtherVersionError:
         return
     assert _same_files(spoiled)
 

@@ -30,7 +30,7 @@ needs_ssh_keygen = pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason
 
 
 def server(path: Path) -> ServerFolder:
-    return ServerFolder.make(path, LISTENING, names=["fed.example.org", "10.1.2.3"])
+    return ServerFolder.make(path, LISTENING, names=["fed.example.org", "10.1.2.3"], days=365)
 
 
 @needs_openssl

@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 
+from fedzo.errors import OtherVersionError, ProtocolError
+from fedzo.fl.messages import Refusal
+from fedzo.fl.site_limits import SiteError
+
 pytestmark = pytest.mark.slow  # the import of Flower's network parts alone takes two seconds
 
 
@@ -37,11 +41,27 @@ def test_reply_of_the_app_is_sent() -> None:
     assert answer(lambda message, context: (message, context)) == [("reply", ("message", "context"))]
 
 
-def test_failure_of_the_app_is_sent_as_an_error_in_flowers_form() -> None:
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ZeroDivisionError("/home/me/rows"), "refusal 31, the client could not do what it was asked. Its own log says"),
+        (ProtocolError("/home/me/rows"), "refusal 32, what it was asked does not belong to this run. Its own log says"),
+        (SiteError(Refusal.task, "/home/me/rows"), "refusal 11, its site does not take part in this task. Its own log"),
+        (
+            OtherVersionError("fedzo 1, got 2"),
+            "refusal 35, its site runs another fedzo than the server: fedzo 1, got 2",
+        ),
+    ],
+)
+def test_failure_of_the_app_is_sent_as_a_number_and_a_sentence_in_flowers_form(error: Exception, told: str) -> None:
     def app(message: object, context: object) -> object:
-        raise ZeroDivisionError("on purpose")
+        raise error
 
-    assert answer(app) == [("error", "<class 'ZeroDivisionError'>:<'on purpose'>")]
+    ((kind, said),) = answer(app)
+
+    assert kind == "error"
+    assert said.startswith(f"<class 'fedzo.fl.site_limits.SiteError'>:<'{told}")  # type: ignore[attr-defined]
+    assert "rows" not in said  # type: ignore[operator]
 
 
 def test_finished_step_stops_its_watchdog() -> None:

@@ -29,7 +29,7 @@ class Place:
 
     def __init__(self, tmp_path: Path) -> None:
         listening = Listening(address="h:1", listen="0.0.0.0:8443", control="127.0.0.1:8444")
-        folder = ServerFolder.make(tmp_path / "s", listening, names=["h"])
+        folder = ServerFolder.make(tmp_path / "s", listening, names=["h"], days=30)
         self.key = pem_of(make_key(tmp_path / "key"))
         folder.add_client("hospital", index=0, key=make_key(tmp_path / "key"))
         self.key = next(iter(folder.by_key()))
