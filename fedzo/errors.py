@@ -65,7 +65,7 @@ class Problem(NamedTuple):
 def problem(key: str, rule: str, value: object, remedy: str) -> Problem:
     """The report that ``key`` must ``rule``, that it is ``value``, and what to do."""
     shown = repr(str(value)) if isinstance(value, StrEnum) else repr(value)
-    return Problem(key, f"{key} must {rule}, got {shown}. {remedy}")
+    return Problem(key, f"{key} must {rule}, got {printable(shown)}. {remedy}")
 
 
 def at_least(key: str, value: int, least: int, remedy: str) -> Iterator[Problem]:

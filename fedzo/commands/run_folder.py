@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import yaml
-
 from fedzo.config.schema import LaunchConfig, RunConfig, first_evaluator
 from fedzo.config.travel import from_json
 from fedzo.errors import ConfigError, RunFolderError
@@ -25,7 +23,7 @@ from fedzo.run.start import RUN_FILE, check_artifact, check_base
 from fedzo.trainers import Workplace
 from fedzo.trainers.artifacts import ARTIFACTS, Artifact, ArtifactStore
 
-CONFIG, OVERRIDES, ENVIRONMENT = "config.json", "overrides.yaml", "environment.json"
+CONFIG, ENVIRONMENT = "config.json", "environment.json"
 
 
 def read_launch(run_dir: Path) -> LaunchConfig:
@@ -38,13 +36,6 @@ def read_run(run_dir: Path) -> RunConfig:
     read_launch(run_dir)  # says what is wrong with a folder of another version
     remedy = f"It ended before its first round; `fedzo resume {run_dir}` begins it."
     return from_json(_text(run_dir, RUN_FILE, remedy), RunConfig)
-
-
-def read_overrides(run_dir: Path) -> list[str]:
-    """The overrides of the command line that began a run; none where the file is not there."""
-    if not (run_dir / OVERRIDES).exists():
-        return []
-    return [str(item) for item in yaml.safe_load(_text(run_dir, OVERRIDES, "")) or ()]
 
 
 def _text(run_dir: Path, name: str, remedy: str) -> str:

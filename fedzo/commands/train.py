@@ -12,7 +12,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from fedzo.commands.run_folder import CONFIG, ENVIRONMENT, OVERRIDES, read_launch, read_overrides, read_run
+from fedzo.commands.run_folder import CONFIG, ENVIRONMENT, read_launch, read_run
 from fedzo.config.rules import launch_problems
 from fedzo.config.schema import LaunchConfig, first_evaluator, with_rounds
 from fedzo.config.travel import config_hash, is_same_run, to_json, to_yaml
@@ -20,6 +20,7 @@ from fedzo.errors import ConfigError, RunFolderError
 from fedzo.fl.config import BestBy
 from fedzo.fl.log_store import RunLog, RunStore, best_dev_score, has_begun
 from fedzo.records.metrics import Extension, Summary
+from fedzo.report.run_data import OVERRIDES, read_overrides
 from fedzo.report.trackers import missing_libraries
 from fedzo.run.apps import CONFIG_KEY, RUN_DIR_KEY
 from fedzo.run.process import SITE_ENV, SITE_LOG_ENV, Process, forget_process, keep_process

@@ -29,7 +29,8 @@ from fedzo.masks.mask import Mask, canonical, little_endian
 
 FORMAT = 1
 _KEY = "fedzo_mask"
-_MAX_INT32 = 2**31 - 1
+_MAX_INT32, _MAX_INT64 = 2**31 - 1, 2**63 - 1
+_MOST_AXES = 64  # of a tensor in torch
 _STORED_DTYPES = {"I32", "I64", "F32"}
 Layout = list[tuple[str, tuple[int, ...]]]
 
@@ -149,7 +150,7 @@ def _header(data: bytes, source: str) -> tuple[Layout, str, dict[str, str]]:
             raise ConfigError(f"{source}: its format must be {FORMAT}, got {version!r}. Make the mask again.")
         if not {entry["dtype"] for entry in header.values()} <= _STORED_DTYPES:
             raise ConfigError(not_a_mask)
-        layout = [(_text(name), tuple(_positive(size) for size in shape)) for name, shape in held["layout"]]
+        layout = [(_text(name), _shape(sizes)) for name, sizes in held["layout"]]
         manifest = {_text(key): _text(value) for key, value in held["manifest"].items()}
         return layout, _text(held["sha256"]), manifest
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -164,8 +165,14 @@ def _text(value: object) -> str:
     return value
 
 
-def _positive(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+def _shape(sizes: list[object]) -> tuple[int, ...]:
+    if len(sizes) > _MOST_AXES:
+        raise TypeError("too many axes")
+    return tuple(_size(value) for value in sizes)
+
+
+def _size(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MAX_INT64:
         raise TypeError("not a positive integer")
     return value
 

@@ -26,7 +26,7 @@ from fedzo.records.metrics import (
     decode_metric,
 )
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, OVERRIDES = "metrics.jsonl", "overrides.yaml"
 _REMEDY = "It was edited, or another version of fedzo wrote it. Restore it, or delete the line to report without it."
 
 
@@ -154,6 +154,21 @@ def load_run(run_dir: Path) -> RunData:
     )
 
 
+def read_overrides(run_dir: Path) -> list[str]:
+    """The overrides of the command line that began a run; none where the file is not there.
+
+    Raises:
+        RunFolderError: The file holds something else.
+    """
+    path = run_dir / OVERRIDES
+    if not path.exists():
+        return []
+    items: list[str] = _read_value(path, lambda text: yaml.safe_load(text) or [], list)[1]
+    if not all(isinstance(item, str) for item in items):
+        raise RunFolderError(f"{path}: must hold a list of texts such as fl.rounds=3. Restore the file from a copy.")
+    return items
+
+
 def _scored(records: list[MetricRecord], config: dict[str, Any], *, best_round: int | None) -> tuple[Scored, ...]:
     """The scores of each evaluator, in the order in which the configuration names these."""
     central = {(r.evaluator, r.round, r.split): r for r in records if isinstance(r, CentralScore)}
@@ -210,15 +225,20 @@ def _read_metrics(path: Path) -> tuple[list[MetricRecord], list[str]]:
 def _read_mapping(path: Path, parse: Callable[[str], Any]) -> tuple[str, dict[str, Any], list[str]]:
     if not path.is_file():
         return "", {}, [f"{path.name} is missing from the run folder."]
+    return *_read_value(path, parse, dict), []
+
+
+def _read_value(path: Path, parse: Callable[[str], Any], kind: type) -> tuple[str, Any]:
     try:
         text = read_file(path.parent, path.name).decode()
         value = parse(text)
-        if not isinstance(value, dict):
+        if not isinstance(value, kind):
             raise ValueError(f"a {type(value).__name__}")
     except RunFolderError:
         raise
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        what = "a mapping" if kind is dict else f"a {kind.__name__}"
         raise RunFolderError(
-            f"{path}: must hold a mapping, got {str(error)[:160]}. Restore the file or delete it to report without it."
+            f"{path}: must hold {what}, got {str(error)[:160]}. Restore the file or delete it to report without it."
         ) from error
-    return text, value, []
+    return text, value

@@ -7,15 +7,14 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from matplotlib.ticker import PercentFormatter
 
 from fedzo.errors import RunFolderError
-from fedzo.records.folder import read_file, replace_file
+from fedzo.records.folder import replace_file
 from fedzo.records.metrics import CentralScore, Summary
 from fedzo.report.format import bytes_text, score_text, seconds_text
 from fedzo.report.html import render_page, write_page
-from fedzo.report.run_data import RunData, load_run
+from fedzo.report.run_data import OVERRIDES, RunData, load_run, read_overrides
 from fedzo.report.style import (
     BLUE,
     MUTED,
@@ -105,12 +104,12 @@ def unfinished_jobs(sweep_dir: Path) -> list[str]:
 
 
 def _jobs(sweep_dir: Path) -> list[Job]:
-    paths = sorted(sweep_dir.glob("*/overrides.yaml"), key=lambda path: (len(path.parent.name), path.parent.name))
+    paths = sorted(sweep_dir.glob(f"*/{OVERRIDES}"), key=lambda path: (len(path.parent.name), path.parent.name))
     jobs = []
     for path in paths:
-        overrides = [str(item) for item in yaml.safe_load(read_file(path.parent, path.name)) or ()]
-        settings = dict(override.partition("=")[::2] for override in overrides)
+        settings: dict[str, str] = {}
         try:
+            settings = dict(override.partition("=")[::2] for override in read_overrides(path.parent))
             jobs.append(Job(path.parent, settings, load_run(path.parent)))
         except RunFolderError as error:
             jobs.append(Job(path.parent, settings, None, str(error)))

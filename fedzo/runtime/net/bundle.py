@@ -16,8 +16,8 @@ from fedzo.errors import OtherVersionError, printable
 from fedzo.run.apps import CONFIG_KEY
 from fedzo.runtime.net._flower_control import build_fab_from_files
 
-MAX_BUNDLE_BYTES = 100_000
-PROJECT = "pyproject.toml"
+MAX_BUNDLE_BYTES = 20_000
+PROJECT, CHECKSUMS = "pyproject.toml", ".info/CONTENT"
 FILES = {
     "clients/__init__.py": '"""What Flower loads on a client site."""\n',
     "clients/app.py": '''"""Flower ClientApp entry point."""
@@ -79,10 +79,18 @@ def _contents(packed: bytes) -> Mapping[str, object]:
             entries = archive.infolist()
             if sum(entry.file_size for entry in entries) > MAX_BUNDLE_BYTES:
                 return {}
-            files = {entry.filename: archive.read(entry) for entry in entries if entry.filename != ".info/CONTENT"}
+            if any(entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for entry in entries):
+                return {}  # the others are not unpacked piece by piece
+            files = {entry.filename: _unpacked(archive, entry) for entry in entries if entry.filename != CHECKSUMS}
         return {**files, PROJECT: tomllib.loads(files[PROJECT].decode())}
-    except (zipfile.BadZipFile, KeyError, ValueError, NotImplementedError, RuntimeError, EOFError):
+    except Exception:  # whatever zipfile, zlib and tomllib raise, it is no bundle
         return {}
+
+
+def _unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    """No more than a bundle may have, whatever the entry says of its size."""
+    with archive.open(entry) as file:
+        return file.read(MAX_BUNDLE_BYTES)
 
 
 def _version(contents: Mapping[str, object]) -> str:

@@ -13,7 +13,7 @@ import ipaddress
 import os
 import secrets
 from base64 import b64decode, b64encode
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +23,14 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fedzo.errors import ConfigError
+from fedzo.errors import ConfigError, printable
 from fedzo.records.folder import replace_file
 
 AUTHORITY_DAYS = 3650
+_MALFORMED = (
+    *(OSError, ValueError, TypeError, NotImplementedError, UnsupportedAlgorithm),
+    *(x509.InvalidVersion, x509.DuplicateExtension, x509.UnsupportedGeneralNameType),
+)  # what reading bad keys and certificates raises
 _EARLIER = datetime.timedelta(hours=1)  # a certificate is valid at once where a clock is a little slow
 
 
@@ -122,22 +126,20 @@ def read_certificate(file: Path) -> Certificate:
     Raises:
         ConfigError: It is no certificate.
     """
-    found = _load_certificate(file)
     try:
-        extension = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        names = tuple(
-            str(each) for kind in (x509.DNSName, x509.IPAddress) for each in extension.get_values_for_type(kind)
-        )
-    except x509.ExtensionNotFound:
-        names = ()
-    return Certificate(names, found.not_valid_after_utc)
+        found = x509.load_pem_x509_certificate(file.read_bytes())
+        return Certificate(tuple(_names_of(found)), found.not_valid_after_utc)
+    except _MALFORMED as error:
+        why = printable(str(error), most=120)
+        raise ConfigError(f"{file}: it must be a certificate (PEM), but is not ({why}). Restore it.") from error
 
 
 def is_signed_by(certificate: Path, authority: Path) -> bool:
     """Whether a certificate is an authority's."""
     try:
-        _load_certificate(certificate).verify_directly_issued_by(_load_certificate(authority))
-    except (ValueError, TypeError, InvalidSignature):
+        one, other = (x509.load_pem_x509_certificate(file.read_bytes()) for file in (certificate, authority))
+        one.verify_directly_issued_by(other)
+    except (*_MALFORMED, InvalidSignature):
         return False
     return True
 
@@ -158,8 +160,9 @@ def public_key_of(file: Path) -> str:
     """
     try:
         private = serialization.load_ssh_private_key(file.read_bytes(), None)
-    except (OSError, ValueError, UnsupportedAlgorithm) as error:
-        raise ConfigError(f"{file}: it must be a private key as `fedzo client init` writes it ({error}).") from error
+    except _MALFORMED as error:
+        why = printable(str(error), most=120)
+        raise ConfigError(f"{file}: it must be a private key as `fedzo client init` writes it ({why}).") from error
     if not isinstance(private, ec.EllipticCurvePrivateKey):
         raise ConfigError(f"{file}: it must be an elliptic curve key. Make one with `fedzo client init`.")
     return _line(private.public_key())
@@ -171,21 +174,25 @@ def read_public_key(text: str) -> str:
     Raises:
         ConfigError: It is no public key of a SuperNode.
     """
+    return _line(_public_key(text))
+
+
+def _public_key(text: str) -> ec.EllipticCurvePublicKey:
     try:
         public = serialization.load_ssh_public_key(text.strip().encode())
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except _MALFORMED as error:
         raise ConfigError(
             "the public key must be one line as `fedzo client init` prints it (ecdsa-sha2-nistp384 AAAA...), got "
             f"{text[:60]!r}. Give the line, or the file key.pub of the site."
         ) from error
     if not isinstance(public, ec.EllipticCurvePublicKey):
         raise ConfigError("the public key must be one of an elliptic curve. Make one with `fedzo client init`.")
-    return _line(public)
+    return public
 
 
 def pem_of(public_key: str) -> bytes:
-    """A public key's line in the form in which Flower sends and keeps it."""
-    public = serialization.load_ssh_public_key(public_key.encode())
+    """A public key's line in the form in which Flower sends and keeps it; errors as in ``read_public_key``."""
+    public = _public_key(public_key)
     return public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
@@ -196,7 +203,7 @@ def fingerprint(pem: bytes) -> str:
         if not isinstance(public, ec.EllipticCurvePublicKey):
             return "no elliptic curve key"
         blob = public.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).split()[1]
-    except (ValueError, UnsupportedAlgorithm):
+    except _MALFORMED:
         return "no key"
     return "SHA256:" + b64encode(hashlib.sha256(b64decode(blob)).digest()).decode().rstrip("=")
 
@@ -253,8 +260,10 @@ def _line(public: ec.EllipticCurvePublicKey) -> str:
     return public.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
 
 
-def _load_certificate(file: Path) -> x509.Certificate:
+def _names_of(certificate: x509.Certificate) -> Iterator[str]:
     try:
-        return x509.load_pem_x509_certificate(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: it must be a certificate (PEM), but is not ({error}). Restore it.") from error
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return
+    for kind in (x509.DNSName, x509.IPAddress):
+        yield from map(str, names.get_values_for_type(kind))

@@ -87,7 +87,7 @@ class Gate:
             await _answer(send, 429, "too many requests")
             return
         declared = _header(scope, b"content-length") or b"0"
-        if not declared.isdigit() or int(declared) > MAX_BODY_BYTES:
+        if not declared.isdigit() or len(declared) > 20 or int(declared) > MAX_BODY_BYTES:
             await _answer(send, 413, "too large")
             return
         taken, known = 0, asker.name is not None

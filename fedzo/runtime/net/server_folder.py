@@ -11,6 +11,7 @@ import json
 import os
 import re
 import socket
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -198,11 +199,9 @@ class ServerFolder:
             "clients.json", Annotated[tuple[RegisteredClient, ...], Length(0, MOST_CLIENTS)]
         )
         for what in ("index", "name", "key"):
-            seen = [getattr(client, what) for client in found]
-            if twice := {each for each in seen if seen.count(each) > 1}:
-                raise ConfigError(
-                    f"{self.file('clients.json')}: no two clients may have the {what} {twice.pop()!s:.60}."
-                )
+            (most, times), *_ = Counter(getattr(client, what) for client in found).most_common(1) or [(None, 0)]
+            if times > 1:
+                raise ConfigError(f"{self.file('clients.json')}: no two clients may have the {what} {most!s:.60}.")
         return sorted(found, key=lambda client: client.index)
 
     def by_key(self) -> Mapping[bytes, RegisteredClient]:
@@ -210,7 +209,10 @@ class ServerFolder:
         state = self.file("clients.json").stat()
         version = (state.st_mtime_ns, state.st_ino)
         if self._by_key is None or self._by_key[0] != version:
-            self._by_key = version, {pem_of(client.key): client for client in self.clients}
+            try:
+                self._by_key = version, {pem_of(client.key): client for client in self.clients}
+            except ConfigError as error:
+                raise ConfigError(f"{self.file('clients.json')}: {error}") from error
         return self._by_key[1]
 
     def add_client(self, name: str, *, index: int | None, key: str) -> RegisteredClient:

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import configparser
+import fcntl
 import json
 import os
 import re
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 import fedzo
 from fedzo.cli import BAD_INPUT, RUN_FAILED, main
 from fedzo.commands.doctor import folder_checks
-from fedzo.config.travel import load_site
+from fedzo.config.schema import LaunchConfig, filled
+from fedzo.config.travel import load_site, to_json
+from fedzo.data.config import TaskConfig
+from fedzo.fl.config import FlConfig
+from fedzo.records.decode import to_json as to_line
+from fedzo.records.log import Proof
 from fedzo.runtime.net.client_folder import ClientFolder
 from fedzo.runtime.net.server_folder import ServerFolder
+from fedzo.zo.log import RoundRecord
 
 Capture = pytest.CaptureFixture[str]
 
@@ -102,6 +110,38 @@ def test_a_run_that_nobody_runs_is_not_stopped(tmp_path: Path, capsys: Capture) 
 
     assert "no process of this machine works on it" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("rounds", "says"),
+    [
+        (2, "the run has ended, after all its 2 rounds\n"),
+        (1, "stopped after 1 of 2 rounds. Continue with: fedzo resume {run}\n"),
+    ],
+)
+def test_a_run_that_ends_by_itself_is_not_called_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, rounds: int, says: str
+) -> None:
+    task = TaskConfig(name="rotten_tomatoes", template="{text}", candidates=[" bad", " good"])
+    (tmp_path / "config.json").write_text(to_json(filled(LaunchConfig(task=task, fl=FlConfig(rounds=2)))))
+    proof = Proof(chain="a" * 64, check=1, digest=None)
+    each = [RoundRecord(round=i, lr=0.5, owners=(0,), coefficients=np.ones((1, 1, 1), np.float32)) for i in range(2)]
+    lines = [to_line(record.to_line(attendance=[0], proof=proof)) + "\n" for record in each]
+    (tmp_path / "public.jsonl").write_text("".join(lines[:rounds]))
+    asked = []
+    with (tmp_path / "public.jsonl").open() as run:  # whoever runs it
+        fcntl.flock(run, fcntl.LOCK_EX)
+
+        def end(seconds: float) -> None:
+            asked.append((tmp_path / "stop").exists())
+            fcntl.flock(run, fcntl.LOCK_UN)
+
+        monkeypatch.setattr("fedzo.commands.status.time.sleep", end)
+        assert main(["stop", str(tmp_path)]) == 0
+
+    assert asked == [True]
+    assert not (tmp_path / "stop").exists()
+    assert capsys.readouterr().out.endswith(says.format(run=tmp_path))
 
 
 def test_services_are_filled_in_for_this_folder_and_python(server: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -267,6 +268,8 @@ def test_altered_metadata_is_refused(changes: dict[str, Any], message: str) -> N
         ({"layout": [["z.weight", [2, 3]], ["z.weight", [2, 3]], ["a.weight", [3, 4]]]}, "those of its layout"),
         ({"layout": [["z.weight", [2, -3]], ["a.weight", [3, 4]]]}, "must be a mask that fedzo wrote"),
         ({"layout": [["z.weight", 6], ["a.weight", [3, 4]]]}, "must be a mask that fedzo wrote"),
+        ({"layout": [["z.weight", [2**63]], ["a.weight", [3, 4]]]}, "must be a mask that fedzo wrote"),
+        ({"layout": [["z.weight", [2**40] * 65], ["a.weight", [3, 4]]]}, "must be a mask that fedzo wrote"),
         ({"manifest": {"selector": 1}}, "must be a mask that fedzo wrote"),
         ({"tensors": {"index/z.weight": torch.zeros(3)}}, "those of its layout"),
         ({"tensors": {"index/z.weight": torch.zeros(3, dtype=torch.bfloat16).view(torch.int16)}}, "that fedzo wrote"),
@@ -288,6 +291,26 @@ def test_damaged_bytes_give_a_config_error_or_the_same_mask(data: st.DataObject)
     except ConfigError:
         return
     assert mask.digest() == make().digest()
+
+
+@given(st.data())
+def test_a_signed_file_of_any_shapes_and_indices_is_a_sound_mask_or_refused(data: st.DataObject) -> None:
+    sizes = st.integers(-2, 9) | st.sampled_from([2**31, 2**40, 2**63, 10**400])
+    layout = [[name, data.draw(st.lists(sizes, max_size=3))] for name in ("z.weight", "a.weight")]
+    tensors = {}
+    for name, _ in layout:
+        dtype = data.draw(st.sampled_from([torch.int32, torch.int64]))
+        ends = torch.iinfo(dtype)
+        indices = st.lists(st.integers(-1, 9) | st.sampled_from([ends.min, ends.max]), max_size=4)
+        tensors[f"index/{name}"] = torch.tensor(data.draw(indices), dtype=dtype)
+
+    try:
+        mask = decode_mask(rewritten(encode_mask(make()), layout=layout, tensors=tensors))
+    except ConfigError:
+        return
+    for name, flat in mask.indices.items():
+        assert flat.tolist() == sorted(set(flat.tolist()))
+        assert 0 <= int(flat[0]) <= int(flat[-1]) < math.prod(mask.shapes[name])
 
 
 # --- fit and overlap --------------------------------------------------------------------------------------------------

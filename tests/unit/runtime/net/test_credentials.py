@@ -6,6 +6,7 @@ import json
 import shutil
 import ssl
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,25 @@ def test_a_client_is_registered_once_with_an_index_a_name_and_a_key_of_its_own(t
             folder.add_client(name, index=index, key=key)
     assert [(client.index, client.name) for client in folder.clients] == [(0, "b"), (3, "a")]
     assert {key: client.index for key, client in folder.by_key().items()} == {pem_of(first): 3, pem_of(second): 0}
+
+
+@needs_ssh_keygen
+def test_a_key_with_a_passphrase_is_refused_as_no_key_of_a_site(tmp_path: Path) -> None:
+    command = ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "word five", "-f", str(tmp_path / "key")]
+    subprocess.run(command, check=True)
+
+    with pytest.raises(ConfigError, match=r"key: it must be a private key as `fedzo client init` writes it \("):
+        public_key_of(tmp_path / "key")
+
+
+def test_a_registry_of_many_clients_is_read_in_a_moment(tmp_path: Path) -> None:
+    folder = server(tmp_path / "s")
+    rows = [{"index": i, "name": f"n{i}", "key": f"k{i}", "added": "2026-01-01"} for i in range(10_000)]
+    folder.file("clients.json").write_text(json.dumps(rows))
+    begun = time.process_time()
+
+    assert len(folder.clients) == 10_000
+    assert time.process_time() - begun < 2.0
 
 
 def test_a_removed_client_is_nobody_and_its_index_is_free(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import uvicorn
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedzo.runtime.net.credentials import make_key, pem_of
 from fedzo.runtime.net.gate import BURST, MAX_BODY_BYTES, STRANGER_BURST, WIRE, Gate
@@ -102,6 +104,22 @@ def test_a_long_body_is_refused_whether_its_length_is_declared_or_not(place: Pla
     assert place.ask(PULL, key=place.key, parts=[bytes(MAX_BODY_BYTES), b"x"]) == 500
     assert place.seen == []
     assert place.ask(PULL, key=place.key, parts=[bytes(MAX_BODY_BYTES)]) == 200
+
+
+HEADER = st.binary(max_size=20) | st.sampled_from(
+    [b"9" * 30, b"9" * 5000, b"-1", b"1e9", b"2026-01-01", b"0001-01-01T00:00:00+23:59", b"9999-12-31T23:59:59-23:59"]
+)
+
+
+@given(length=HEADER, key=HEADER | HEADER.map(b64encode), signed=HEADER)
+def test_headers_of_any_bytes_are_answered(
+    tmp_path_factory: pytest.TempPathFactory, length: bytes, key: bytes, signed: bytes
+) -> None:
+    place = Place(tmp_path_factory.mktemp("gate"))
+    place.status = 401  # and the gate says who it was
+    headers = {b"content-length": length, b"flwr-public-key": key, b"flwr-timestamp": signed}
+
+    assert place.ask(PULL, headers=headers) in (401, 413)
 
 
 def test_a_client_has_a_budget_of_its_own_and_all_strangers_of_a_host_share_a_small_one(place: Place) -> None:
