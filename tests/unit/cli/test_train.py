@@ -195,9 +195,18 @@ def test_help_shows_groups_and_keys(calls: Calls, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("seeds", "code"), [("1,2", 0), ("1,13", 1)])
-def test_joblib_runs_the_jobs_in_processes_of_their_own(seeds: str, code: int, tmp_path: Path) -> None:
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+@pytest.mark.parametrize(
+    ("launcher", "seeds", "code"),
+    [
+        (["joblib", "hydra.launcher.n_jobs=2"], "1,2", 0),
+        (["joblib", "hydra.launcher.n_jobs=2"], "1,13", 1),
+        (["submitit_local"], "1,2", 0),  # Slurm's launcher, with processes in place of Slurm
+    ],
+)
+def test_launchers_run_the_jobs_in_processes_of_their_own(
+    launcher: list[str], seeds: str, code: int, tmp_path: Path
+) -> None:
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher[0].partition('_')[0]}_launcher")
     stand_in = """
         import json, os, sys, types
         runs, sweep = types.ModuleType("fedzo.commands.train"), types.ModuleType("fedzo.report.sweep")
@@ -215,7 +224,7 @@ def test_joblib_runs_the_jobs_in_processes_of_their_own(seeds: str, code: int, t
     (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(stand_in), encoding="utf-8")  # also in the workers
     source = Path(__file__).resolve().parents[3]
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH"), str(source)])])
-    command = [sys.executable, "-m", "fedzo", "train", "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    command = [sys.executable, "-m", "fedzo", "train", "-m", f"hydra/launcher={launcher[0]}", *launcher[1:]]
 
     result = subprocess.run(
         [*command, f"seed={seeds}", "hydra.sweep.dir=all"],

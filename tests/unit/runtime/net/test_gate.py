@@ -181,7 +181,7 @@ def test_bytes_of_clients_are_counted_as_a_socket_carries_them_and_told_to_this_
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
     public, control = (each.getsockname()[1] for each in sockets)
     folder = ServerFolder.make(
-        tmp_path / "s", Listening(address="h:1", listen=f"h:{public}", control=f"h:{control}"), names=["h"]
+        tmp_path / "s", Listening(address="h:1", listen=f"h:{public}", control=f"h:{control}"), names=["h"], days=30
     )
     folder.add_client("hospital", index=0, key=make_key(tmp_path / "key"))
     (key,) = folder.by_key()
