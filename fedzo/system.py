@@ -17,6 +17,10 @@ import fedzo
 MOST_THREADS = 1024  # with very many OpenMP ends the process without a word
 COMMAND_ENV = "FEDZO_COMMAND"
 """Environment variable with the user's command (a JSON list), for processes that it starts."""
+SITE_ENV = "FEDZO_SITE"
+"""Environment variable with the path of a client site's own configuration (YAML)."""
+SITE_LOG_ENV = "FEDZO_SITE_LOG"
+"""Environment variable with the path of a file to which a client's process also writes its errors."""
 PACKAGES = ("torch", "transformers", "peft", "flwr", "numpy", "numba", "hydra-core")
 
 _LIBRARIES = (

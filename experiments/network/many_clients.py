@@ -71,6 +71,14 @@ class AnsweringGrid:
     def wire_bytes(self) -> None:
         """There is no network."""
 
+    def restarts(self) -> int:
+        """Nothing is lost here."""
+        return 0
+
+    def lost(self, reply: Message) -> bool:
+        """Never."""
+        return False
+
     def push_messages(self, messages: list[Message]) -> list[str]:
         """Take questions; each is answered here."""
         began, began_cpu, names = time.perf_counter(), time.process_time(), []

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedzo.commands.server import IMAGE, fill, template
-from fedzo.config.travel import load_site
 from fedzo.errors import ConfigError
 from fedzo.runtime.net.client_folder import AUTHORITY, PUBLIC_KEY, SITE, ClientFolder, read_invitation
 from fedzo.runtime.net.parts import Site, environment, start_site
@@ -55,6 +54,8 @@ def up(folder: ClientFolder) -> Iterator[str]:
     Raises:
         ConfigError: The folder is not whole, or the site file is wrong.
     """
+    from fedzo.config.travel import load_site  # here, since it takes seconds that `fedzo client init` need not take
+
     folder.check()
     load_site(folder.file(SITE))
     variables = {**environment(), "FLWR_HOME": str(folder.file("flower").resolve())}

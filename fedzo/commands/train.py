@@ -23,10 +23,10 @@ from fedzo.records.metrics import Extension, Summary
 from fedzo.report.run_data import OVERRIDES, read_overrides
 from fedzo.report.trackers import missing_libraries
 from fedzo.run.apps import CONFIG_KEY, RUN_DIR_KEY
-from fedzo.run.process import SITE_ENV, SITE_LOG_ENV, Process, forget_process, keep_process
+from fedzo.run.process import Process, forget_process, keep_process
 from fedzo.run.start import CLIENTS_LOG, RUN_FILE, SITE_FILE, STOP, open_run, write_whole
 from fedzo.runtime.config import RUNTIMES
-from fedzo.system import command, environment
+from fedzo.system import SITE_ENV, SITE_LOG_ENV, command, environment
 from fedzo.zo.server_optimizer import Schedule
 
 log = logging.getLogger(__name__)

@@ -39,6 +39,14 @@ class Grid(Protocol):
         """Bytes that clients have sent and got so far, HTTP and all; None where nothing goes over a network."""
         ...
 
+    def restarts(self) -> int:
+        """How often what carries messages was started again so far; what was under way then may be lost."""
+        ...
+
+    def lost(self, reply: Message) -> bool:
+        """Whether a reply is no client's, but says that a question, or the reply to it, was lost."""
+        ...
+
 
 @dataclass(slots=True)
 class Traffic:
@@ -80,36 +88,72 @@ class Answers(Generic[R]):
 
 @dataclass(slots=True)
 class Outbox(Generic[K]):
-    """Messages that were sent and have no reply yet, each known by whom it was sent for."""
+    """Messages that were sent and have no reply yet, each known by whom it was sent for.
 
-    _names: dict[str, K] = field(default_factory=dict)
+    Flower hands a message over once: a SuperLink that dies at a bad instant takes it, or the reply, with it. So after a
+    restart all that is under way is sent again, and the first reply counts. Clients answer by what a request says
+    alone, so being asked twice costs one of them time and nothing else.
+    """
+
+    _sent: dict[str, tuple[K, Message]] = field(default_factory=dict)  # by the name that Flower gave the message
+    _repeated: set[K] = field(default_factory=set)
+    _restarts: int = 0
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._sent)
 
     def push(self, grid: Grid, messages: Mapping[K, Message]) -> list[K]:
         """Send messages; returns whose could not be delivered, to which Flower gives no name."""
-        names = grid.push_messages([*messages.values()]) if messages else ()
-        told = dict(zip(messages, names, strict=True))  # type: ignore[call-overload]
-        self._names.update({str(name): key for key, name in told.items() if name})
-        return [key for key, name in told.items() if not name]
+        self._repeat(grid)
+        return self._push(grid, messages)
 
     def pull(self, grid: Grid) -> list[tuple[K, Message]]:
         """The replies that are there, of the oldest messages that have any; none where there are no replies at all."""
-        for _ in range(-(-len(self._names) // NAMES_A_PULL)):
-            asked = list(islice(self._names, NAMES_A_PULL))
+        self._repeat(grid)
+        for _ in range(-(-len(self._sent) // NAMES_A_PULL)):
+            asked = list(islice(self._sent, NAMES_A_PULL))
             got: list[Message] = list(grid.pull_messages(asked))  # type: ignore[call-overload]
-            # a reply to what nobody was asked is left out
-            known = [message for message in got if message.metadata.reply_to_message_id in self._names]
-            if known:
-                return [(self._names.pop(message.metadata.reply_to_message_id), message) for message in known]
+            replies: dict[K, Message] = {}
+            for message in got:
+                sent = self._sent.pop(message.metadata.reply_to_message_id, None)
+                if sent is None:
+                    continue  # it replies to what nobody was asked
+                key, question = sent
+                if not grid.lost(message) or self._again(grid, {key: question}):
+                    replies.setdefault(key, message)
+            if replies:
+                if not self._repeated.isdisjoint(replies):
+                    self.forget(replies.__contains__)
+                return [*replies.items()]
             for name in asked:  # to the end: the others come first in the next pull
-                self._names[name] = self._names.pop(name)
+                if name in self._sent:
+                    self._sent[name] = self._sent.pop(name)
         return []
 
     def forget(self, gone: Callable[[K], bool]) -> None:
         """Wait no longer for these."""
-        self._names = {name: key for name, key in self._names.items() if not gone(key)}
+        self._sent = {name: sent for name, sent in self._sent.items() if not gone(sent[0])}
+        self._repeated = {key for key in self._repeated if not gone(key)}
+
+    def _push(self, grid: Grid, messages: Mapping[K, Message]) -> list[K]:
+        names = grid.push_messages([*messages.values()]) if messages else ()
+        told = dict(zip(messages, names, strict=True))  # type: ignore[call-overload]
+        self._sent.update({str(name): (key, messages[key]) for key, name in told.items() if name})
+        return [key for key, name in told.items() if not name]
+
+    def _repeat(self, grid: Grid) -> None:
+        if (restarts := grid.restarts()) != self._restarts:
+            self._restarts = restarts
+            self._again(grid, dict(self._sent.values()))
+
+    def _again(self, grid: Grid, messages: Mapping[K, Message]) -> list[K]:
+        self._repeated.update(messages)
+        return self._push(grid, {key: _copy(message) for key, message in messages.items()})
+
+
+def _copy(message: Message) -> Message:
+    told = message.metadata
+    return Message(message.content, dst_node_id=told.dst_node_id, message_type=told.message_type)
 
 
 def converse(

@@ -29,14 +29,10 @@ from fedzo.run.client_context import ClientContext
 from fedzo.run.peer import Peer, open_model
 from fedzo.run.server_context import ServerContext
 from fedzo.run.site_model import SiteModel
+from fedzo.system import SITE_ENV, SITE_LOG_ENV
 from fedzo.trainers import Prepared
 from fedzo.trainers.artifacts import ArtifactStore
 from fedzo.zo.estimator import ZerothOrderConfig
-
-SITE_ENV = "FEDZO_SITE"
-"""Environment variable with the path of a client site's own configuration (YAML)."""
-SITE_LOG_ENV = "FEDZO_SITE_LOG"
-"""Environment variable with the path of a file to which a client's process also writes its errors."""
 
 
 @dataclass

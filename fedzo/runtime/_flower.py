@@ -1,7 +1,7 @@
 """Private names of Flower that every runtime needs, and the proof that this is the Flower they were read in.
 
-All private names of flwr that fedzo uses stand here and in ``_flower_http`` (apart, because importing those takes two
-seconds). ``tests/unit/runtime/test_flower_contract.py`` fails when one of them is gone or has changed its shape.
+All private names of flwr that fedzo uses stand here and in ``fedzo.runtime.net._flower_*`` (apart, because importing
+those takes two seconds). ``tests/unit/runtime/test_flower_contract.py`` fails when one of them is gone or has changed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import flwr
+from flwr.app import Message
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore import telemetry
@@ -141,6 +142,14 @@ class RegisteredGrid:
 
     def wire_bytes(self) -> None:
         """What goes between a simulation's processes is not counted."""
+
+    def restarts(self) -> int:
+        """A simulation whose carrier ends is not started again."""
+        return 0
+
+    def lost(self, reply: Message) -> bool:
+        """Never."""
+        return False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._grid, name)

@@ -83,6 +83,14 @@ class InlineGrid(Grid):
     def wire_bytes(self) -> None:
         """Nothing goes over a network."""
 
+    def restarts(self) -> int:
+        """Nothing is lost between calls of one process."""
+        return 0
+
+    def lost(self, reply: Message) -> bool:
+        """Never."""
+        return False
+
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Take messages; each is copied, so that neither side can see what the other does to it later."""
         pushed = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import signal
 import subprocess
@@ -70,6 +71,37 @@ def test_sites_that_freeze_die_come_late_or_never_answer_do_not_stop_a_run(
     assert at.fedzo("stop", str(at.folder / "run"), output="stop").wait(60) == 0
     training.wait(60)
     assert at.rounds("run")[-1]["attendance"] == [0, 1, 2, 3]
+    assert replay_run(at.folder / "run")["rounds"] == len(at.rounds("run"))
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+def test_a_third_of_the_sites_away_at_random_loses_no_round_and_no_site(federation: Callable[..., Any]) -> None:
+    """Frozen for as long as their round takes, each with a chance of 0.3; who is thawed attends again."""
+    at, chance = federation(4), random.Random(30)
+    for site in at.sites:
+        site.start()
+    training = at.train("run", "fl.num_clients=4", "fl.rounds=1000", "strategy.deadline_s=8")
+    at.wait_for_round("run", 2, seconds=120)
+    away_at: list[tuple[int, list[int]]] = []
+    while len(away_at) < 15:
+        away = [index for index in range(4) if chance.random() < 0.3]
+        if not 0 < len(away) < 4:
+            continue
+        for index in away:
+            at.sites[index].freeze()
+        away_at.append((len(at.rounds("run")) + 1, away))
+        lines = at.wait_for_round("run", len(at.rounds("run")) + 2)
+        assert not set(lines[-1]["attendance"]) & set(away)
+        assert lines[-1]["attendance"]
+        for index in away:
+            at.sites[index].thaw()
+    at.wait_for_attendance("run", [0, 1, 2, 3], seconds=120)
+
+    assert at.fedzo("stop", str(at.folder / "run"), output="stop").wait(60) == 0
+    training.wait(60)
+    share = 1 - sum(len(line["attendance"]) for line in at.rounds("run")) / (4 * len(at.rounds("run")))
+    assert 0.2 < share < 0.8, (share, away_at)
     assert replay_run(at.folder / "run")["rounds"] == len(at.rounds("run"))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from fedzo.commands.trained import replay_run
+from fedzo.runtime.net import processes
 
 KILLS, ROUNDS, SEED = 20, 40, 18
 
@@ -55,3 +56,30 @@ def test_a_run_whose_server_is_killed_ends_as_one_that_never_was(
     assert len(at.rounds("broken")) == ROUNDS
     assert [site.pids for site in at.sites] == before
     assert replay_run(at.folder / "broken") == replay_run(at.folder / "whole")
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(900)
+def test_a_superlink_that_is_killed_takes_no_answer_with_it(
+    federation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it carried at that instant is asked again, so that each round has both clients and none its deadline."""
+    monkeypatch.setattr(processes, "STEADY_S", 0.0)  # started again at once each time
+    at, chance = federation(2), random.Random(SEED)
+    for site in at.sites:
+        site.start()
+    training = at.train("run", "fl.num_clients=2", "fl.rounds=10000", "strategy.deadline_s=60")
+    at.wait_for_round("run", 2, seconds=120)
+    round_s = statistics.median(at.round_seconds("run")[1:])
+
+    for _ in range(KILLS):
+        done = len(at.wait_for_round("run", len(at.rounds("run")) + 1, seconds=100))
+        time.sleep(chance.random() * round_s)
+        os.kill(at.processes.pids["superlink"], signal.SIGKILL)
+        at.wait_for_round("run", done + 2, seconds=100)
+
+    assert at.fedzo("stop", str(at.folder / "run"), output="stop").wait(60) == 0
+    training.wait(60)
+    assert [line["attendance"] for line in at.rounds("run")] == [[0, 1]] * len(at.rounds("run"))
+    assert max(at.round_seconds("run")) < 30
+    assert replay_run(at.folder / "run")["rounds"] == len(at.rounds("run"))

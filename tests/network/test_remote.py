@@ -102,7 +102,7 @@ def test_a_server_and_two_sites_train_stop_resume_and_let_nobody_in(machine: Mac
         "experiment=[tiny,sites]", "runtime=remote", "runtime.server=server", "model=./model", "task=custom",
         "task.template='Text: {text} Verdict:'", "task.candidates=[' bad',' good']", "fl.batch_size=2",
         "trainer.calibration_docs=4", "trainer.calibration_tokens=16", "trainer.density=0.05", "report=default",
-        "fl.rounds=40", "strategy.deadline_s=20",
+        "fl.rounds=100000", "strategy.deadline_s=60",
     ]  # fmt: skip
     down = machine.call("train", *settings, "hydra.run.dir=early", status=2)
     assert f"its SuperLink must be up, but nobody listens at 127.0.0.1:{control}" in down
@@ -132,12 +132,11 @@ def test_a_server_and_two_sites_train_stop_resume_and_let_nobody_in(machine: Mac
     machine.services["train"].send_signal(signal.SIGHUP)
     assert machine.services["train"].wait(20) == 0
     status = machine.call("status", "server")
-    assert re.search(r"run \S*/run: \d+ of 40 rounds, .*, going on", status)
+    assert re.search(r"run \S*/run: \d+ of 100000 rounds, .*, going on", status)
     assert re.search(r"0 +hospital +ready \(model loaded\) +\S+ s ago +\d+ +0\.1\.0", status)
     assert "one run at a time" in machine.call("train", *settings, "hydra.run.dir=other", status=2)
     assert "Continue with: fedzo resume run" in machine.call("stop", "run")
     stopped = len(rounds())
-    assert stopped < 40
     assert "Nothing is to be stopped" in machine.call("stop", "run", status=1)
 
     # --- while it goes on, the certificate is renewed and the SuperLink killed: both sites stay in it
@@ -148,23 +147,20 @@ def test_a_server_and_two_sites_train_stop_resume_and_let_nobody_in(machine: Mac
     (superlink,) = pids("daemons superlink", machine)
     os.kill(superlink, signal.SIGKILL)
     killed = len(rounds())
-    serving = "resume"
-    wait_for(lambda: len(rounds()) > killed + 2 or machine.services["resume"].poll() is not None)
-    if machine.services["resume"].poll() is not None:  # at a bad instant it takes the answers of a round with it
-        assert "The log is kept" in machine.said("resume")
-        serving = "again"
-        machine.start(serving, "resume", "run")
-        wait_for(lambda: len(rounds()) > killed + 2, seconds=120)
-    assert rounds()[-1]["attendance"] == [0, 1]
+    wait_for(lambda: len(rounds()) > killed + 2)
+    assert [line["attendance"] for line in rounds()[killed:]] == [[0, 1]] * len(rounds()[killed:])
 
-    # --- a key is revoked: its site is out, and the run goes on without it to its end
+    # --- a key is revoked: its site is out, and the run goes on without it until it is stopped
     machine.call("server", "remove-client", "clinic", "--dir", "server")
-    assert machine.services[serving].wait(150) == 0
-    assert rounds()[-1]["attendance"] == [0]
+    wait_for(lambda: rounds()[-1]["attendance"] == [0])
+    alone = len(rounds())
+    wait_for(lambda: len(rounds()) > alone + 2)
+    assert "Continue with: fedzo resume run" in machine.call("stop", "run")
+    assert machine.services["resume"].wait(30) == 130
+    assert [line["attendance"] for line in rounds()[alone:]] == [[0]] * len(rounds()[alone:])
     assert "client clinic" not in machine.said("up").split("revoked")[-1]
-    assert "report:" in machine.said(serving)
     assert [machine.end(name) for name in ("hospital", "clinic", "up")] == [0, 0, 0]
-    assert replay_run(machine.folder / "run")["rounds"] == 40
+    assert replay_run(machine.folder / "run")["rounds"] == len(rounds())
 
 
 def write_site(folder: Path, count: int) -> None:

@@ -37,16 +37,15 @@ from flwr.supercore.interceptors import (
 from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.runtime import RuntimeHttpClient
-from flwr.superlink.grid import HttpGrid
 from flwr.supernode import fleet_http_connection, start_client_internal
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
 from fedzo.runtime._flower import ErrorCode, TaskIdentity, failure_reason
+from fedzo.runtime.net._flower_grid import ServerGrid
 from fedzo.runtime.net.credentials import Endpoint
 
 __all__ = [
     "ClientTask",
-    "HttpGrid",
     "RunNotRunningException",
     "RuntimeApi",
     "TaskType",
@@ -65,6 +64,9 @@ Flower begins with 1 s and gives up after 500 times; here time alone counts, of 
 
 for _pull in (inflatable_utils.pull_objects, inflatable_utils.pull_and_inflate_object_from_tree):
     cast(Any, _pull).__kwdefaults__.update(PULL_PAUSES)
+cast(Any, heartbeat).HEARTBEAT_DEFAULT_INTERVAL = HEARTBEAT_MIN_INTERVAL / 2 + HEARTBEAT_CALL_TIMEOUT + 2.5
+"""Nodes and tasks say every 6 s that they live. Flower would wait 20 s, and a task is given up after 60 s: a SuperLink
+that is started again twice could miss them all."""
 
 
 def quicken(poll_s: float) -> None:
@@ -72,7 +74,7 @@ def quicken(poll_s: float) -> None:
 
     It asks for work every 3 s when idle and every 0.5 s while a client works; these are constants in its loop, so the
     module's name ``time``, of which it uses nothing but ``sleep``, is replaced. It says every 20 s that it lives, and
-    is missed after 60 s, for which it cannot come back; here every 6 s and after 20 s, the least that Flower allows.
+    is missed after 60 s, for which it cannot come back; here after 20 s, the least that Flower allows.
     """
     flower = logging.getLogger("flwr")
     flower.setLevel(logging.INFO)
@@ -83,7 +85,6 @@ def quicken(poll_s: float) -> None:
     loop._pull_and_store_message = partial(_without_remains, loop._pull_and_store_message)
     loop.time = SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, poll_s)))
     cast(Any, fleet_http_connection).HEARTBEAT_DEFAULT_INTERVAL = HEARTBEAT_MIN_INTERVAL
-    cast(Any, heartbeat).HEARTBEAT_DEFAULT_INTERVAL = HEARTBEAT_MIN_INTERVAL / 2 + HEARTBEAT_CALL_TIMEOUT + 2.5
 
 
 def _without_remains(pull: Callable[..., int | None], **settings: Any) -> int | None:
@@ -198,9 +199,9 @@ class ClientTask:
 
 
 @contextmanager
-def server_task(server: Endpoint, token: str) -> Iterator[tuple[HttpGrid, Context]]:
+def server_task(server: Endpoint, token: str) -> Iterator[tuple[ServerGrid, Context]]:
     """Play the ServerApp's process in this one: grid and context of the run, whose end Flower learns."""
-    grid = HttpGrid(server.address, root_certificates=server.authority.read_bytes(), token=token)
+    grid = ServerGrid(server.address, root_certificates=server.authority.read_bytes(), token=token)
     grid._retry_invoker.max_time = MAX_TIME_S  # it would retry for ever
     client = grid._runtime_client
     with _heartbeat(client):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import secrets
 import time
 from base64 import b64decode
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -25,7 +26,8 @@ from fedzo.runtime.net.server_folder import ServerFolder
 log = logging.getLogger(__name__)
 FLEET = "/v1/fleet/"
 WIRE = "/fedzo/wire"
-"""Of this machine alone: the bytes that registered clients sent and got so far, up and down, as JSON."""
+"""Of this machine alone, as JSON: a name of this start of the SuperLink, and the bytes that registered clients sent and
+got since then, up and down."""
 MAX_BODY_BYTES = 16 << 20
 """Of one request; Flower cuts what is longer into chunks of 5 MB."""
 REQUESTS_PER_S, BURST = 200.0, 2000.0
@@ -68,13 +70,14 @@ class Gate:
         self._clock = clock
         self._budgets: dict[str, tuple[float, float]] = {}
         self._told: dict[tuple[str, str], float] = {}
+        self._start = secrets.token_hex(8)
         self._up_bytes = self._down_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it here."""
         if scope["type"] == "lifespan" or scope["server"][1] != self._port:
             if scope["type"] == "http" and scope["path"] == WIRE:
-                await _answer(send, 200, json.dumps([self._up_bytes, self._down_bytes]))
+                await _answer(send, 200, json.dumps([self._start, self._up_bytes, self._down_bytes]))
             else:
                 await self._app(scope, receive, send)
             return

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import fedzo
 from fedzo.errors import ProtocolError
-from fedzo.run.process import SITE_ENV, SITE_LOG_ENV
 from fedzo.runtime._flower import ENVIRONMENT
 from fedzo.runtime.net._flower_control import Node, control
 from fedzo.runtime.net.client_folder import KEY, SECRET, ClientFolder
 from fedzo.runtime.net.processes import Processes, accepts, free_ports, python
 from fedzo.runtime.net.server_folder import ServerFolder, split_address
+from fedzo.system import SITE_ENV, SITE_LOG_ENV
 
 __all__ = [
     "EXECUTOR",

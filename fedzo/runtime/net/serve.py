@@ -9,13 +9,15 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import httpx
+from flwr.app import Message
 from flwr.serverapp import Grid, ServerApp
 
 from fedzo.errors import ProtocolError
 from fedzo.run.apps import RUN_DIR_KEY
-from fedzo.runtime._flower import one_federation, quiet_flower
+from fedzo.runtime._flower import ErrorCode, one_federation, quiet_flower
 from fedzo.runtime.net._flower_control import control
-from fedzo.runtime.net._flower_http import HttpGrid, RunNotRunningException, RuntimeApi, TaskType, server_task
+from fedzo.runtime.net._flower_grid import ServerGrid
+from fedzo.runtime.net._flower_http import RunNotRunningException, RuntimeApi, TaskType, server_task
 from fedzo.runtime.net.bundle import build_bundle
 from fedzo.runtime.net.gate import WIRE
 from fedzo.runtime.net.processes import accepts
@@ -23,6 +25,8 @@ from fedzo.runtime.net.server_folder import ServerFolder
 
 log = logging.getLogger(__name__)
 POLL_S = 0.1
+LOOK_S = 1.0
+"""How often the server looks whether its SuperLink was started again."""
 STARTUP_S = 120.0
 TASK_S = 30.0
 """How long the SuperLink may take to hand out the task of a run that it has accepted."""
@@ -69,7 +73,7 @@ def serve(
 class KeyedGrid:
     """Flower's grid, with the clients of the server's registry by their keys."""
 
-    def __init__(self, grid: HttpGrid, folder: ServerFolder) -> None:
+    def __init__(self, grid: ServerGrid, folder: ServerFolder) -> None:
         self._grid = grid
         self._folder = folder
         self._clients: dict[int, int] = {}
@@ -78,7 +82,9 @@ class KeyedGrid:
             verify=ssl.create_default_context(cafile=folder.endpoint.authority),
             trust_env=False,
         )
+        self._start, self._restarts, self._next_look = "", 0, 0.0
         self._counted, self._before = (0, 0), (0, 0)
+        self._look()
 
     def get_node_ids(self) -> list[int]:
         """Nodes that are connected, also such that the registry does not know any more."""
@@ -92,14 +98,31 @@ class KeyedGrid:
 
     def wire_bytes(self) -> tuple[int, int]:
         """Bytes that registered clients sent and got, by the SuperLink's gate, which counts anew after a restart."""
-        try:
-            up, down = self._link.get(WIRE).raise_for_status().json()
-        except httpx.HTTPError:  # it is being started again: what it carries until then is told later, or lost
-            up, down = self._counted
-        if up < self._counted[0]:
-            self._before = self._before[0] + self._counted[0], self._before[1] + self._counted[1]
-        self._counted = int(up), int(down)
+        self._look()
         return self._before[0] + self._counted[0], self._before[1] + self._counted[1]
+
+    def restarts(self) -> int:
+        """How often the SuperLink was started again, as of a second ago."""
+        if time.monotonic() >= self._next_look:
+            self._look()
+        return self._restarts
+
+    def lost(self, reply: Message) -> bool:
+        """Whether the SuperLink does not know a question any more, whose reply it has handed to nobody."""
+        return bool(reply.has_error() and reply.error.code == ErrorCode.MESSAGE_UNAVAILABLE)
+
+    def _look(self) -> None:
+        """Ask the gate."""
+        self._next_look = time.monotonic() + LOOK_S
+        try:
+            start, up, down = self._link.get(WIRE).raise_for_status().json()
+        except httpx.HTTPError:  # it is being started again: what it carries until then is told later, or lost
+            return
+        if self._start not in ("", start):
+            self._restarts += 1
+            self._before = self._before[0] + self._counted[0], self._before[1] + self._counted[1]
+            log.warning("the SuperLink was started again: what was under way is asked again")
+        self._start, self._counted = start, (int(up), int(down))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._grid, name)

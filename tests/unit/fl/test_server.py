@@ -75,15 +75,6 @@ def new_replica(rule: ServerOptimizer = SGD) -> Replica:
     return Replica(space, rule=rule, reset=lambda: space.load(BASE), run_seed=1)
 
 
-@pytest.fixture(autouse=True)
-def server_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flower wants to know whose messages these are."""
-    from flwr.supercore.task_identity import TaskIdentity
-
-    for name, value in (("_task_id", 1), ("_run_id", 1), ("_node_id", 1)):
-        monkeypatch.setattr(TaskIdentity, name, value)
-
-
 class Client:
     """An honest client whose g is its index plus one; tests bend it."""
 
@@ -141,6 +132,12 @@ class Grid:
 
     def wire_bytes(self) -> tuple[int, int] | None:
         return self.wire
+
+    def restarts(self) -> int:
+        return 0
+
+    def lost(self, reply: Message) -> bool:
+        return False
 
     def connect(self, node: int, client: Client | None, *, index: int | None = None) -> None:
         """A node comes that the server has registered; it never answers without a client."""

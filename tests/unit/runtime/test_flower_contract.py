@@ -120,10 +120,9 @@ def test_supernode_pauses_shorter_once_told_so(monkeypatch: pytest.MonkeyPatch) 
     slept: list[float] = []
     for name in ("time", "_pull_and_store_message"):  # put back at the end
         monkeypatch.setattr(start_client_internal, name, getattr(start_client_internal, name))
-    for module in (heartbeat, fleet_http_connection):
-        assert module.HEARTBEAT_DEFAULT_INTERVAL == 30
-        monkeypatch.setattr(module, "HEARTBEAT_DEFAULT_INTERVAL", 30)
-        assert "HEARTBEAT_DEFAULT_INTERVAL" in inspect.getsource(module)
+    assert fleet_http_connection.HEARTBEAT_DEFAULT_INTERVAL == 30
+    monkeypatch.setattr(fleet_http_connection, "HEARTBEAT_DEFAULT_INTERVAL", 30)
+    assert "HEARTBEAT_DEFAULT_INTERVAL" in inspect.getsource(fleet_http_connection)
     monkeypatch.setattr(_flower_http.time, "sleep", slept.append)
 
     _flower_http.quicken(0.1)
@@ -177,23 +176,26 @@ def test_names_of_the_network_parts_have_the_shape_that_is_used() -> None:
     from flwr.supercore.retry import make_simple_http_retry_invoker
     from flwr.supercore.superexec import run_superexec
     from flwr.superlink.cli.flower_superlink import flower_superlink
+    from flwr.superlink.grid import HttpGrid
     from flwr.supernode.cli.flower_supernode import flower_supernode
 
     from fedzo.runtime.net import _flower_http
+    from fedzo.runtime.net._flower_grid import ServerGrid
 
     assert {_flower_http._ACQUIRE} == run_superexec._SUPEREXEC_AUTH_METHODS
     assert parameters(_flower_http.pull_task_input) == ["client"]
     assert parameters(_flower_http.push_message) == ["client", "message", "context"]
     assert parameters(_flower_http.push_task_output) == ["client", "context", "sub_status", "details"]
-    assert {"runtime_api_address", "insecure", "token"} <= set(parameters(_flower_http.HttpGrid))
-    assert isinstance(inspect.getattr_static(_flower_http.HttpGrid, "_runtime_client"), property)
-    grid = _flower_http.HttpGrid("127.0.0.1:1", insecure=True, token="x")
+    assert parameters(HttpGrid)[:3] == ["runtime_api_address", "insecure", "root_certificates"]
+    assert isinstance(inspect.getattr_static(HttpGrid, "_runtime_client"), property)
+    grid = ServerGrid("127.0.0.1:1", root_certificates=b"", token="x")
+    assert {"node", "_run"} <= vars(grid).keys()
     assert {"max_tries", "max_time"} <= vars(grid._retry_invoker).keys()
     assert vars(make_simple_http_retry_invoker()).keys() == vars(grid._retry_invoker).keys()
     assert {"start", "stop", "is_running"} <= set(dir(_flower_http.HeartbeatSender))
     assert {"server_app", "client_app", "num_supernodes", "backend_config"} <= set(parameters(run_simulation))
     assert parameters(flower_superlink) == parameters(flower_supernode) == []
-    assert "get_nodes" in dir(_flower_http.HttpGrid)
+    assert "get_nodes" in dir(ServerGrid)
 
 
 @pytest.mark.slow

@@ -44,9 +44,9 @@ def test_reply_of_the_app_is_sent() -> None:
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (ZeroDivisionError("/home/me/rows"), "refusal 31, the client could not do what it was asked. Its own log says"),
-        (ProtocolError("/home/me/rows"), "refusal 32, what it was asked does not belong to this run. Its own log says"),
-        (SiteError(Refusal.task, "/home/me/rows"), "refusal 11, its site does not take part in this task. Its own log"),
+        (ZeroDivisionError("/data/rows"), "refusal 31, the client could not do what it was asked. Its own log says"),
+        (ProtocolError("/data/rows"), "refusal 32, what it was asked does not belong to this run. Its own log says"),
+        (SiteError(Refusal.task, "/data/rows"), "refusal 11, its site does not take part in this task. Its own log"),
         (
             OtherVersionError("fedzo 1, got 2"),
             "refusal 35, its site runs another fedzo than the server: fedzo 1, got 2",

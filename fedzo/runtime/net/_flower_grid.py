@@ -1,0 +1,108 @@
+"""The server's end of Flower's messages, which waits for nobody and outlives a SuperLink that is started again."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import cast
+
+from flwr.app import Message
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest
+from flwr.supercore.constant import OBJECT_PUSH_SESSION_TTL_SECONDS
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectPushError,
+    ObjectUnavailableError,
+    inflate_object_from_contents,
+)
+from flwr.supercore.run import Run
+from flwr.superlink.grid import HttpGrid
+
+__all__ = ["ServerGrid"]
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Arriving:
+    """A reply whose parts come one by one, each named by its hash."""
+
+    reply_to: str
+    missing: list[str]
+    parts: dict[str, bytes] = field(default_factory=dict)
+    since: float = 0.0  # when the last part came, by time.monotonic
+
+
+class ServerGrid(HttpGrid):
+    """Flower's grid, which would wait for the parts of a reply, up to two hours, and die of a part that is sent twice.
+
+    Here a reply is there when all of its parts are; until then the others are heard, and the deadline runs.
+    """
+
+    def __init__(self, address: str, *, root_certificates: bytes, token: str) -> None:
+        super().__init__(address, root_certificates=root_certificates, token=token)
+        self._arriving: dict[str, _Arriving] = {}
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """The whole replies to these messages."""
+        asked, now = set(message_ids), time.monotonic()
+        told = {reply.reply_to for reply in self._arriving.values()}  # the SuperLink has forgotten their questions
+        if asked - told:
+            self._look(asked - told, now)
+        whole = []
+        for name, reply in list(self._arriving.items()):
+            if reply.reply_to in asked and self._take_parts(name, reply, now):
+                whole.append(self._open(name, reply))
+            elif now - reply.since > OBJECT_PUSH_SESSION_TTL_SECONDS:  # the SuperLink gives it up, too
+                del self._arriving[name]
+        return whole
+
+    def _look(self, message_ids: set[str], now: float) -> None:
+        """Hear of new replies."""
+        response = self._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=message_ids))
+        for message, tree in zip(response.messages_list, response.message_object_trees, strict=True):
+            parts = list(dict.fromkeys(part.object_id for part in iterate_object_tree(tree)))
+            told = message.metadata
+            self._arriving[told.message_id] = _Arriving(told.reply_to_message_id, parts, since=now)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages; the names by which their replies are asked for."""
+        sent = list(messages)
+        try:
+            return super().push_messages(sent)
+        except ObjectPushError as error:
+            log.warning("messages are sent again: %s", error)
+            return super().push_messages(sent)  # of the same names: what has arrived is not sent twice
+
+    def _take_parts(self, name: str, reply: _Arriving, now: float) -> bool:
+        """Take the parts that are there; whether these were the last."""
+        pull = make_pull_object_fn_protobuf(self._runtime_client.PullObject, self.node, self._run_id)
+        try:
+            while reply.missing:
+                reply.parts[reply.missing[-1]] = pull(reply.missing[-1])
+                reply.missing.pop()
+                reply.since = now
+        except ObjectUnavailableError:
+            return False
+        except ObjectPullError as error:
+            log.warning("a reply is lost: %s", error)
+            del self._arriving[name]
+            return False
+        return True
+
+    @property
+    def _run_id(self) -> int:
+        return cast(Run, self._run).run_id
+
+    def _open(self, name: str, reply: _Arriving) -> Message:
+        del self._arriving[name]
+        self._runtime_client.ConfirmMessageReceived(
+            ConfirmMessageReceivedRequest(node=self.node, run_id=self._run_id, message_object_id=name)
+        )
+        message = cast(Message, inflate_object_from_contents(name, reply.parts))
+        message.metadata.__dict__["_message_id"] = name
+        return message

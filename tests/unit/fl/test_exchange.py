@@ -1,0 +1,115 @@
+"""Messages that a carrier loses when it is started again: they are sent anew, and each is answered once."""
+
+from __future__ import annotations
+
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+
+from fedzo.fl.exchange import Outbox
+
+
+class Carrier:
+    """A grid that keeps what it is given until it is started again, and numbers replies as they are made."""
+
+    def __init__(self) -> None:
+        self.under_way: dict[str, Message] = {}
+        self.pushed: list[str] = []
+        self.starts = 0
+        self.forgotten: dict[str, Message] = {}
+        self.gone: set[int] = set()
+
+    def restarts(self) -> int:
+        return self.starts
+
+    def lost(self, reply: Message) -> bool:
+        return bool(reply.has_error())
+
+    def get_node_ids(self) -> list[int]:
+        return []
+
+    def client_of(self, node: int) -> int:
+        return node
+
+    def wire_bytes(self) -> None: ...
+
+    def push_messages(self, messages: list[Message]) -> list[str]:
+        names = []
+        for message in messages:
+            if message.metadata.dst_node_id in self.gone:
+                names.append("")
+                continue
+            names.append(f"m{len(self.pushed)}")
+            message.metadata.__dict__["_message_id"] = names[-1]
+            self.under_way[names[-1]] = message
+            self.pushed.append(str(message.content["c"]["text"]))
+        return names
+
+    def pull_messages(self, names: list[str]) -> list[Message]:
+        told = [reply(self.under_way.pop(name)) for name in names if name in self.under_way]
+        return told + [Message(Error(4), reply_to=self.forgotten.pop(name)) for name in names if name in self.forgotten]
+
+
+def question(text: str, node: int = 0) -> Message:
+    return Message(RecordDict({"c": ConfigRecord({"text": text})}), dst_node_id=node, message_type="train")
+
+
+def reply(message: Message) -> Message:
+    return Message(RecordDict({"c": ConfigRecord({"text": f"re {message.content['c']['text']}"})}), reply_to=message)
+
+
+def told(outbox: Outbox[int], carrier: Carrier) -> list[tuple[int, str]]:
+    return [(key, str(message.content["c"]["text"])) for key, message in outbox.pull(carrier)]
+
+
+def test_what_a_carrier_lost_is_asked_again_and_answered_once() -> None:
+    carrier, outbox = Carrier(), Outbox[int]()
+    assert outbox.push(carrier, {0: question("a"), 1: question("b")}) == []
+    del carrier.under_way["m0"]  # lost on its way; the other is only late
+
+    carrier.starts = 1
+    assert sorted(told(outbox, carrier)) == [(0, "re a"), (1, "re b")]
+    assert carrier.pushed == ["a", "b", "a", "b"]
+    assert len(outbox) == 0
+    assert told(outbox, carrier) == []
+
+
+def test_a_second_answer_to_an_earlier_question_is_not_taken_for_one_to_the_next() -> None:
+    carrier, outbox = Carrier(), Outbox[int]()
+    outbox.push(carrier, {0: question("first")})
+    carrier.starts = 1
+    late = carrier.under_way.pop("m0")
+    assert told(outbox, carrier) == [(0, "re first")]
+
+    carrier.under_way["m0"] = late
+    outbox.push(carrier, {0: question("second")})
+    assert told(outbox, carrier) == [(0, "re second")]
+    assert carrier.pushed == ["first", "first", "second"]
+
+
+def test_nothing_is_asked_again_while_a_carrier_stays_up_and_once_for_each_restart() -> None:
+    carrier, outbox = Carrier(), Outbox[int]()
+    outbox.push(carrier, {0: question("a")})
+    carrier.under_way.clear()
+    assert [told(outbox, carrier) for _ in range(3)] == [[], [], []]
+    assert carrier.pushed == ["a"]
+
+    carrier.starts = 1
+    outbox.push(carrier, {1: question("b")})
+    assert carrier.pushed == ["a", "a", "b"]
+    carrier.starts = 3
+    assert sorted(told(outbox, carrier)) == [(0, "re a"), (1, "re b")]
+    assert carrier.pushed == ["a", "a", "b", "a", "b"]
+
+
+def test_what_a_carrier_says_that_it_lost_is_asked_again_unless_its_node_is_gone() -> None:
+    carrier, outbox = Carrier(), Outbox[int]()
+    outbox.push(carrier, {0: question("a", 1), 1: question("b", 2)})
+    carrier.forgotten = {"m0": carrier.under_way.pop("m0")}
+    late = carrier.under_way.pop("m1")
+
+    assert outbox.pull(carrier) == []
+    assert carrier.pushed == ["a", "b", "a"]
+    carrier.forgotten, carrier.gone = {"m1": late}, {2}
+    replies = dict(outbox.pull(carrier))
+    assert replies[0].content["c"]["text"] == "re a"
+    assert replies[1].has_error()
+    assert len(outbox) == 0
