@@ -2,7 +2,7 @@
 
 Short runs of ``runtime=local`` with two clients and a tiny model, with T = 1, 10 and 100 local steps of scalars, and
 with vectors (``estimator=backprop``). Payload and wire bytes are those of the run's metrics: the wire is all HTTP
-within TLS, also what a SuperNode sends ten times a second to ask for work, so it grows with the length of a round. The
+within TLS, also what a SuperNode sends to ask for work, ten times a second after its last and then less often. The
 kernel's count of the same TCP connections (``ss``) stands beside it. About five minutes.
 """
 

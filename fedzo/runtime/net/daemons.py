@@ -1,6 +1,6 @@
 """Flower's SuperLink or SuperNode as a child of fedzo: ``python -m fedzo.runtime.net.daemons KIND PARENT_PID ...``.
 
-The programs are Flower's own. Added is that they end with their parent, that a SuperNode asks for work every 0.1 s, and
+The programs are Flower's own. Added is that they end with their parent, that a SuperNode asks for work sooner, and
 that a SuperLink listens twice: for this machine with all APIs, and for sites behind the gate.
 """
 

@@ -31,7 +31,7 @@ got since then, up and down."""
 MAX_BODY_BYTES = 16 << 20
 """Of one request; Flower cuts what is longer into chunks of 5 MB."""
 REQUESTS_PER_S, BURST = 200.0, 2000.0
-"""Of a registered client; its SuperNode asks ten times a second for work, and moves each object by a request."""
+"""Of a registered client; its SuperNode asks for work ten times a second, and moves each object by a request."""
 STRANGER_REQUESTS_PER_S, STRANGER_BURST = 5.0, 50.0
 """Of all other nodes of one host together."""
 MOST_NODES = 100_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import re
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -125,11 +126,17 @@ def test_supernode_pauses_shorter_once_told_so(monkeypatch: pytest.MonkeyPatch) 
     assert "HEARTBEAT_DEFAULT_INTERVAL" in inspect.getsource(fleet_http_connection)
     monkeypatch.setattr(_flower_http.time, "sleep", slept.append)
 
-    _flower_http.quicken(0.1)
-    start_client_internal.time.sleep(3)
-    start_client_internal.time.sleep(0.05)
+    now = [100.0]
+    monkeypatch.setattr(_flower_http.time, "monotonic", lambda: now[0])
 
-    assert slept == [0.1, 0.05]
+    _flower_http.quicken(0.1)
+    for after_s, asked_s in ((0.0, 3), (0.5, 0.5), (1.0, 3), (9.0, 3), (40.0, 3), (1000.0, 3), (0.0, 0.05), (0.0, 3)):
+        now[0] += after_s
+        start_client_internal.time.sleep(asked_s)
+
+    assert slept == pytest.approx([0.1, 0.1, 0.1, 0.5, 2.5, 3, 0.05, 0.1])
+    pauses = re.findall(r"time\.sleep\(([\d.]+)\)", inspect.getsource(start_client_internal))
+    assert sorted(pauses) == ["0.5", "0.5", "3"]
     assert fleet_http_connection.HEARTBEAT_DEFAULT_INTERVAL == HEARTBEAT_MIN_INTERVAL
     sender = inspect.getsource(heartbeat.HeartbeatSender._run)  # how long it pauses, at most
     assert "HEARTBEAT_DEFAULT_INTERVAL - HEARTBEAT_CALL_TIMEOUT" in sender

@@ -1,0 +1,44 @@
+"""Which faults a federation of real processes survives: ``python experiments/network/faults.py``.
+
+The tests marked ``faults`` and those of single processes that are killed, as rows of claims: each fault that was
+survived, and the seconds that its test took. A test that cannot run here (no network namespace, no mount) is left out
+and named. About twenty minutes.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from xml.etree import ElementTree
+
+from fedzo.bench.claims import Claims
+
+HERE = Path(__file__).parent
+TESTS = ["tests/network/test_faults.py", "tests/network/test_killed_server.py", "tests/network/test_local.py"]
+
+
+def main() -> None:
+    """Run the tests, print and write the claims; exit status 1 where a fault was not survived."""
+    claims = Claims(command="python experiments/network/faults.py")
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "junit.xml"
+        command = [sys.executable, "-m", "pytest", "-m", "faults or net", *TESTS, f"--junitxml={told}"]
+        subprocess.run(command, cwd=HERE.parents[1], check=False)
+        cases = list(ElementTree.parse(told).iter("testcase"))
+    for case in cases:
+        name = case.attrib["name"].removeprefix("test_").replace("_", " ")
+        if case.find("skipped") is not None:
+            print(f"not run here: {name}")
+            continue
+        survived = case.find("failure") is None and case.find("error") is None
+        claims.add(f"survived: {name}", float(survived), f"of 1, in {float(case.attrib['time']):.0f} s", at_least=1)
+    claims.show()
+    claims.write(HERE / "claims.json")
+    if not all(row["holds"] for row in claims.rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
