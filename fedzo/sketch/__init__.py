@@ -1,3 +1,10 @@
 """SpaLLM's mathematics: a matrix sketched into lookup tables and codes. It sees matrices only."""
 
+from fedzo.sketch.build import Sketch as Sketch
+from fedzo.sketch.build import SketchSettings as SketchSettings
+from fedzo.sketch.build import sketch_matrix as sketch_matrix
+from fedzo.sketch.packing import decode as decode
+from fedzo.sketch.packing import pack as pack
+from fedzo.sketch.packing import packed_width as packed_width
+from fedzo.sketch.packing import unpack as unpack
 from fedzo.sketch.tables import kmeans_1d as kmeans_1d

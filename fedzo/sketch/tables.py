@@ -23,7 +23,7 @@ from fedzo.errors import ConfigError
 Floats = npt.NDArray[np.float64]
 
 
-def kmeans_1d(values: npt.NDArray[np.float32], weights: Floats, num_levels: int, *, name: str = "values") -> Floats:
+def kmeans_1d(values: npt.NDArray[np.float32], weights: Floats, num_levels: int, *, name: str = "weight") -> Floats:
     """For each row the levels with the least sum of ``weights[i] * (values[i] - nearest level)**2``.
 
     Exact up to the rounding of float64 sums. Equal values share a level; a value of weight 0 has no say. Rows are
@@ -33,7 +33,7 @@ def kmeans_1d(values: npt.NDArray[np.float32], weights: Floats, num_levels: int,
         values: float32 [R, n].
         weights: float64 [n], >= 0, shared by all rows; their scale changes nothing.
         num_levels: k, at least 1.
-        name: What to call the values in an error.
+        name: The matrix that the values are of, for errors.
 
     Returns:
         The levels, float64 [R, k], ascending. A row with fewer distinct values than k repeats its last one.
@@ -45,28 +45,28 @@ def kmeans_1d(values: npt.NDArray[np.float32], weights: Floats, num_levels: int,
         >>> kmeans_1d(np.float32([[0, 1, 10, 12]]), np.array([1.0, 3.0, 1.0, 1.0]), 2)
         array([[ 0.75, 11.  ]])
     """
-    check_finite(values, name)
+    check_finite(values, f"the weights of {name!r}")
     if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
         raise ConfigError(
             f"sketch: the importance of the columns of {name!r} must be >= 0, finite and not 0 everywhere, got "
-            f"{weights.min(initial=np.inf)} to {weights.max(initial=-np.inf)}. Check the Hessian, or lower the power."
+            f"{weights.min(initial=np.inf)} to {weights.max(initial=-np.inf)}. Check the calibration text."
         )
     levels = np.empty((len(values), num_levels))
     _fit_rows(np.ascontiguousarray(values), weights / weights.max(), levels)
     return levels
 
 
-def check_finite(values: npt.NDArray[Any], name: str) -> None:
-    """Refuse a matrix that holds NaN or infinity.
+def check_finite(values: npt.NDArray[Any], what: str) -> None:
+    """Refuse numbers that hold NaN or infinity.
 
     Raises:
-        ConfigError: Naming the matrix, with the number of these.
+        ConfigError: Saying of what, and how many these are.
     """
     bad = values.size - int(np.isfinite(values).sum())
     if bad:
         raise ConfigError(
-            f"sketch: every number of {name!r} must be finite, got {bad} of {values.size} that are NaN or infinite. "
-            "Check the model's weights and the calibration text, or load the model in float32."
+            f"sketch: {what} must be finite, got {bad} of {values.size} that are NaN or infinite. "
+            "Check the model's files, or load the model in float32."
         )
 
 
