@@ -3,6 +3,8 @@
 from fedzo.sketch.build import Sketch as Sketch
 from fedzo.sketch.build import SketchSettings as SketchSettings
 from fedzo.sketch.build import sketch_matrix as sketch_matrix
+from fedzo.sketch.linear import SketchLinear as SketchLinear
+from fedzo.sketch.linear import sketched_linear as sketched_linear
 from fedzo.sketch.packing import decode as decode
 from fedzo.sketch.packing import pack as pack
 from fedzo.sketch.packing import packed_width as packed_width

@@ -93,6 +93,30 @@ def decode(packed: torch.Tensor, tables: torch.Tensor, out: torch.Tensor) -> tor
     return out
 
 
+def sum_by_code(packed: torch.Tensor, matrix: torch.Tensor, groups_per_row: int, bits: int) -> torch.Tensor:
+    """The transpose of ``decode``: for each value of a table, the sum over the places that hold its code.
+
+    It makes the gradient of the tables from that of the matrix: a sum, in SpaLLM's released code too. float32 is summed
+    in float64, so that wide rows lose nothing, and no sum depends on the number of threads.
+
+    Args:
+        packed: uint8 [R, packed_width(d, bits)].
+        matrix: [R, d], float32 or float64.
+        groups_per_row: G.
+        bits: Of a code.
+
+    Returns:
+        [R, G, 2^bits], of the matrix's dtype.
+    """
+    codes = unpack(packed, bits, matrix.shape[1])
+    parts, codes = (t.contiguous().view(len(packed), groups_per_row, -1) for t in (matrix, codes))
+    if matrix.device.type == "cpu" and matrix.dtype == torch.float32:
+        sums = torch.zeros(*parts.shape[:2], 1 << bits, dtype=torch.float64)
+        _sum_rows(codes.numpy(), parts.numpy(), sums.numpy())
+        return sums.float()
+    return torch.stack([parts.masked_fill(codes != code, 0).sum(dim=2) for code in range(1 << bits)], dim=2)
+
+
 def _gather_rows(packed: torch.Tensor, values: torch.Tensor, places: torch.Tensor, bits: int) -> None:
     """``decode`` by torch alone, for any device and dtype."""
     rows, groups, _ = values.shape
@@ -145,3 +169,12 @@ def _code(packed: Any, column: Any, bits: Any) -> Any:
     last = (end - 1) // 8
     word = nb.uint32(packed[last]) | nb.uint32(packed[last - 1]) << 8 if last else nb.uint32(packed[last])
     return word >> (8 * (last + 1) - end) & ((1 << bits) - 1)
+
+
+@nb.njit(parallel=True, cache=True)
+def _sum_rows(codes: Any, matrix: Any, sums: Any) -> None:
+    for row in nb.prange(codes.shape[0]):
+        for group in range(codes.shape[1]):
+            own, values, names = sums[row, group], matrix[row, group], codes[row, group]
+            for i in range(values.size):
+                own[names[i]] += values[i]

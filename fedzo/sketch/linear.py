@@ -1,0 +1,183 @@
+"""A linear layer whose weight exists only while it multiplies.
+
+    y = x W^T + b,   W[r, c] = tables[r, group of c, codes[r, c]]
+
+(SpaLLM, arXiv 2410.06364). Forward and backward decode W into a scratch that all layers share, multiply, and forget it,
+so a model's memory is its codes and tables and one decoded layer. The tables are float32 whatever the model's dtype: a
+step of training is below the spacing of 16-bit floats, and would be lost.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from fedzo.sketch.build import Sketch
+from fedzo.sketch.packing import check_bits, columns_per_group, decode, packed_width, sum_by_code
+
+
+class SketchLinear(nn.Module):
+    """A linear layer of codes and tables; only the tables are trained.
+
+    ``.to(dtype)`` and its kin cast the bias and leave the tables float32 and the codes as they are.
+
+    Args:
+        in_features: d.
+        out_features: R.
+        bits: Of a code: 2, 3 or 4.
+        groups_per_row: G, divides d.
+        bias: Whether there is one; it is not trained.
+        device: Of all of it.
+        dtype: Of the bias.
+
+    Raises:
+        ConfigError: ``bits`` or ``groups_per_row`` cannot be.
+    """
+
+    codes: torch.Tensor
+    """uint8 [R, ceil(d * bits / 8)], a buffer; packed as ``fedzo.sketch.packing`` says."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bits: int,
+        groups_per_row: int = 1,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_bits(bits)
+        columns_per_group(in_features, groups_per_row, name="SketchLinear")
+        self.in_features, self.out_features = in_features, out_features
+        self.bits, self.groups_per_row = bits, groups_per_row
+        codes = torch.zeros(out_features, packed_width(in_features, bits), dtype=torch.uint8, device=device)
+        self.register_buffer("codes", codes)
+        shape = out_features, groups_per_row, 1 << bits
+        self.tables = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))
+        self.bias = None
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), requires_grad=False)
+
+    @classmethod
+    def from_sketch(cls, sketch: Sketch, bias: torch.Tensor | None = None) -> SketchLinear:
+        """The layer of a sketch that was just built, with a copy of the dense layer's bias [R]."""
+        layer = cls(
+            sketch.num_columns,
+            len(sketch.codes),
+            bits=sketch.settings.bits,
+            groups_per_row=sketch.settings.groups_per_row,
+            bias=bias is not None,
+            dtype=None if bias is None else bias.dtype,
+        )
+        with torch.no_grad():
+            layer.codes.copy_(sketch.codes)
+            layer.tables.copy_(sketch.tables)
+            if layer.bias is not None and bias is not None:
+                layer.bias.copy_(bias)
+        return layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., d] to [..., R], of x's dtype."""
+        return sketched_linear(x, self.tables, self.codes, self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
+            f"groups_per_row={self.groups_per_row}, bias={self.bias is not None}"
+        )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SketchLinear:
+        """What ``.to``, ``.half``, ``.cuda`` and their kin call: of codes and tables they change the device alone."""
+        kept = self.codes, self.tables, self.tables.grad
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            new = fn(tensor)
+            if any(tensor is one for one in kept) and new.dtype != tensor.dtype:
+                return tensor.to(new.device)
+            return new
+
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+def sketched_linear(
+    x: torch.Tensor, tables: torch.Tensor, codes: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The product of ``SketchLinear`` with any tables: one decoding and one product.
+
+    For a backward it keeps x, tables and codes. The gradient of the tables is summed in their own dtype or wider.
+
+    Args:
+        x: [..., d], floating point.
+        tables: [R, G, 2^bits], floating point.
+        codes: Packed, uint8 [R, ceil(d * bits / 8)].
+        bias: [R], of x's dtype.
+
+    Returns:
+        [..., R], of x's dtype.
+    """
+    y: torch.Tensor = _SketchedProduct.apply(x, tables, codes, bias)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _SketchedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, tables: torch.Tensor, codes: torch.Tensor, bias: Any) -> torch.Tensor:
+        ctx.save_for_backward(x, tables, codes)
+        return F.linear(x, _decoded(codes, tables, x), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, tables, codes = ctx.saved_tensors
+        grad_x = grad_tables = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_y @ _decoded(codes, tables, x)
+        if ctx.needs_input_grad[1]:
+            rows, groups, k = tables.shape
+            wide = torch.promote_types(x.dtype, tables.dtype)
+            grad_weight = _scratch((rows, x.shape[-1]), wide, x.device)
+            by_token = grad_y.reshape(-1, rows).to(wide), x.reshape(-1, x.shape[-1]).to(wide)
+            torch.mm(by_token[0].T, by_token[1], out=grad_weight)
+            grad_tables = sum_by_code(codes, grad_weight, groups, k.bit_length() - 1).to(tables.dtype)
+        if ctx.needs_input_grad[3]:
+            grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(dim=0)
+        return grad_x, grad_tables, None, grad_bias
+
+
+# --- the scratch ------------------------------------------------------------------------------------------------------
+
+
+class _Held(threading.local):
+    """Of each thread: one buffer of bytes a device, as large as the largest layer yet. Layers run one after another."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[torch.device, torch.Tensor] = {}
+
+
+_held = _Held()
+
+
+def _decoded(codes: torch.Tensor, tables: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The weight [R, d] in x's dtype; good until the next layer's."""
+    return decode(codes, tables, _scratch((len(codes), x.shape[-1]), x.dtype, x.device))
+
+
+def _scratch(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Contiguous room on the device, with whatever was there before."""
+    num_bytes = shape[0] * shape[1] * dtype.itemsize
+    buffers = _held.buffers
+    if device not in buffers or buffers[device].numel() < num_bytes:
+        buffers.pop(device, None)
+        with torch.inference_mode(False):  # a tensor made within it could not be written to outside
+            buffers[device] = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    return buffers[device][:num_bytes].view(dtype).view(shape)
