@@ -5,6 +5,7 @@ from fedzo.sketch.build import SketchSettings as SketchSettings
 from fedzo.sketch.build import sketch_matrix as sketch_matrix
 from fedzo.sketch.linear import SketchLinear as SketchLinear
 from fedzo.sketch.linear import sketched_linear as sketched_linear
+from fedzo.sketch.packing import check_shapes as check_shapes
 from fedzo.sketch.packing import decode as decode
 from fedzo.sketch.packing import pack as pack
 from fedzo.sketch.packing import packed_width as packed_width

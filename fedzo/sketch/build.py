@@ -92,7 +92,7 @@ def sketch_matrix(
         ConfigError: The groups do not divide d; the weights or the Hessian are not finite, or the Hessian is not
             positive definite after damping.
     """
-    matrix = weight.detach().float()
+    matrix = weight.detach().float().contiguous()
     width = columns_per_group(matrix.shape[1], settings.groups_per_row, name=name)
     factor = factor_hessian(hessian, damping=settings.damping, act_order=settings.act_order, name=name)
     importance = factor.importance(settings.importance_power)

@@ -48,6 +48,27 @@ def check_bits(bits: int) -> None:
         raise ConfigError(f"sketch: bits must be 2, 3 or 4, got {bits}. Write --bits 4 for the best quality.")
 
 
+def check_shapes(codes: torch.Tensor, tables: torch.Tensor, num_columns: int, *, name: str = "weight") -> None:
+    """Refuse codes and tables that are not of one matrix with so many columns.
+
+    Raises:
+        ConfigError: Naming the matrix ``name``: its codes are cut short, resized or packed otherwise, or its tables are
+            of another sketch.
+    """
+    rows, groups, k = tables.shape if tables.dim() == 3 else (0, 0, 0)
+    if k not in (1 << bits for bits in BITS) or groups < 1 or num_columns % groups or not tables.is_floating_point():
+        raise ConfigError(
+            f"sketch: the tables of {name!r} must be floating point [rows, groups, 4, 8 or 16] with groups that divide "
+            f"{num_columns} columns, got {tables.dtype} {list(tables.shape)}. Copy or build the sketch again."
+        )
+    expected = [rows, packed_width(num_columns, k.bit_length() - 1)]
+    if codes.dtype != torch.uint8 or list(codes.shape) != expected:
+        raise ConfigError(
+            f"sketch: the codes of {name!r} must be uint8 {expected} for {num_columns} columns and {k} values a table, "
+            f"got {codes.dtype} {list(codes.shape)}. Copy or build the sketch again."
+        )
+
+
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack codes, uint8 [R, d] below 2^bits, into uint8 [R, ceil(d * bits / 8)]."""
     rows, columns = codes.shape
@@ -82,7 +103,11 @@ def decode(packed: torch.Tensor, tables: torch.Tensor, out: torch.Tensor) -> tor
 
     Returns:
         ``out``.
+
+    Raises:
+        ConfigError: The codes or the tables do not fit one another or ``out``.
     """
+    check_shapes(packed, tables, out.shape[1])
     values = tables.detach().to(out.dtype).contiguous().view(_LANES[out.element_size()])
     places = out.view(values.dtype)
     bits = tables.shape[2].bit_length() - 1

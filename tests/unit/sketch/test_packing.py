@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from fedzo.errors import ConfigError
-from fedzo.sketch.packing import _gather_rows, check_bits, columns_per_group, decode, pack, packed_width, unpack
+from fedzo.sketch.packing import (
+    _gather_rows,
+    check_bits,
+    check_shapes,
+    columns_per_group,
+    decode,
+    pack,
+    packed_width,
+    unpack,
+)
 
 WIDTHS = [1, 2, 5, 7, 8, 9, 16, 23, 64, 100]
 
@@ -85,3 +94,41 @@ def test_groups_that_do_not_divide_a_width_are_refused_with_the_layer() -> None:
 def test_other_numbers_of_bits_are_refused(bits: int) -> None:
     with pytest.raises(ConfigError, match=rf"bits must be 2, 3 or 4, got {bits}"):
         check_bits(bits)
+
+
+@pytest.mark.parametrize(
+    ("codes", "tables", "message"),
+    [
+        (
+            torch.zeros(4, 11, dtype=torch.uint8),
+            torch.zeros(4, 1, 16),
+            r"codes of 'q' must be uint8 \[4, 12\] .* \[4, 11\]",
+        ),
+        (
+            torch.zeros(3, 12, dtype=torch.uint8),
+            torch.zeros(4, 1, 16),
+            r"codes of 'q' must be uint8 \[4, 12\] .* \[3, 12\]",
+        ),
+        (torch.zeros(4, 12, dtype=torch.int8), torch.zeros(4, 1, 16), r"codes of 'q' must be uint8 .* got torch.int8"),
+        (
+            torch.zeros(4, 12, dtype=torch.uint8),
+            torch.zeros(4, 1, 8),
+            r"codes of 'q' must be uint8 \[4, 9\] .* 8 values",
+        ),
+        (
+            torch.zeros(4, 12, dtype=torch.uint8),
+            torch.zeros(4, 16),
+            r"tables of 'q' must be .* got torch.float32 \[4, 16\]",
+        ),
+        (torch.zeros(4, 12, dtype=torch.uint8), torch.zeros(4, 1, 15), r"tables of 'q' must be floating point"),
+        (torch.zeros(4, 12, dtype=torch.uint8), torch.zeros(4, 5, 16), r"tables of 'q' must be .* divide 24 columns"),
+        (torch.zeros(4, 12, dtype=torch.uint8), torch.zeros(4, 1, 16).int(), r"tables of 'q' must be floating point"),
+    ],
+)
+def test_codes_and_tables_that_do_not_fit_are_refused(codes: torch.Tensor, tables: torch.Tensor, message: str) -> None:
+    check_shapes(torch.zeros(4, 12, dtype=torch.uint8), torch.zeros(4, 3, 16), 24, name="q")
+
+    with pytest.raises(ConfigError, match=message):
+        check_shapes(codes, tables, 24, name="q")
+    with pytest.raises(ConfigError, match="must be"):
+        decode(codes, tables, torch.empty(4, 24))

@@ -82,24 +82,36 @@ def test_no_cut_into_intervals_costs_less_whatever_the_values_are(k: int) -> Non
         assert cost(row, weights, of_row) == pytest.approx(least_over_intervals(row, weights, k), rel=1e-6, abs=1e-9)
 
 
-def test_a_wide_row_costs_no_more_than_lloyd_reaches_from_many_starts() -> None:
-    rng = np.random.default_rng(0)
-    values, weights = rng.standard_t(4, size=300).astype(np.float32), rng.uniform(0.2, 1, 300) ** 4
-    levels = kmeans_1d(values[None], weights, 16)[0]
-    best = np.inf
-    for _ in range(20):
-        lloyd = np.sort(rng.choice(values, 16, replace=False)).astype(np.float64)
-        for _ in range(50):
-            nearest = np.abs(values[:, None] - lloyd).argmin(axis=1)
-            for j in np.unique(nearest):
-                lloyd[j] = np.average(values[nearest == j], weights=weights[nearest == j])
-        best = min(best, cost(values, weights, lloyd))
+def least_by_plain_recurrence(values: Any, weights: Any, k: int) -> float:
+    """C[m][j] as the recurrence says, over all i; the cost of an interval by Welford's update, without prefix sums."""
+    order = np.argsort(values)
+    x, w = values[order].astype(np.float64), weights[order]
+    n = len(x)
+    cost_of = np.full((n, n), np.inf)
+    for i in range(n):
+        mean, mass, total = 0.0, 0.0, 0.0
+        for j in range(i, n):
+            mass += w[j]
+            step = x[j] - mean
+            mean += step * w[j] / mass
+            total += w[j] * step * (x[j] - mean)
+            cost_of[i, j] = total
+    least = cost_of[0]
+    for _ in range(1, k):
+        least = np.minimum(least, np.min(np.append(np.inf, least[:-1])[:, None] + cost_of, axis=0))
+    return float(least[-1])
 
+
+@pytest.mark.parametrize(("n", "k"), [(127, 8), (128, 16), (200, 16)])
+def test_a_wide_row_costs_what_the_plain_recurrence_finds_and_leaves_no_level_empty(n: int, k: int) -> None:
+    rng = np.random.default_rng(n)
+    values, weights = rng.standard_t(4, size=n).astype(np.float32), rng.uniform(0.2, 1, n) ** 4
+
+    levels = kmeans_1d(values[None], weights, k)[0]
+
+    assert cost(values, weights, levels) == pytest.approx(least_by_plain_recurrence(values, weights, k), rel=1e-9)
     nearest = np.abs(values[:, None] - levels).argmin(axis=1)
-
-    assert cost(values, weights, levels) <= best
-    assert set(nearest) == set(range(16))  # no level is left without a value
-    means = [np.average(values[nearest == j].astype(float), weights=weights[nearest == j]) for j in range(16)]
+    means = [np.average(values[nearest == j].astype(float), weights=weights[nearest == j]) for j in range(k)]
     np.testing.assert_allclose(levels, means, rtol=1e-12)
 
 
