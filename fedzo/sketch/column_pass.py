@@ -67,8 +67,8 @@ def factor_hessian(hessian: torch.Tensor, *, damping: float, act_order: bool, na
     damped = damped[order][:, order]
     damped.diagonal().copy_(diagonal[order] + damping * diagonal.mean())
     lower, minor = torch.linalg.cholesky_ex(damped.flip(0, 1))
-    noise = len(order) * torch.finfo(torch.float64).eps * float(damped.diagonal().max())
-    if int(minor) or float(lower.diagonal().min()) ** 2 <= noise:
+    noise = len(order) * torch.finfo(torch.float64).eps * damped.diagonal().flip(0)
+    if int(minor) or bool((lower.diagonal() ** 2 <= noise).any()):  # what rounding alone leaves of a 0 is no pivot
         raise ConfigError(
             f"sketch: the Hessian of {name!r} must be positive definite after damping, got one that is not with a "
             f"damping of {damping:g}. Raise the damping, or give more calibration text."

@@ -178,6 +178,5 @@ def _scratch(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -
     buffers = _held.buffers
     if device not in buffers or buffers[device].numel() < num_bytes:
         buffers.pop(device, None)
-        with torch.inference_mode(False):  # a tensor made within it could not be written to outside
-            buffers[device] = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        buffers[device] = torch.empty(num_bytes, dtype=torch.uint8, device=device)
     return buffers[device][:num_bytes].view(dtype).view(shape)

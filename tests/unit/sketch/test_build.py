@@ -213,8 +213,9 @@ def test_a_hessian_that_is_not_positive_definite_after_damping_is_refused() -> N
     weight, hessian = example(2, 6)
     indefinite = hessian - 0.9 * torch.linalg.eigvalsh(hessian)[-1] * torch.eye(6)
     few = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    twins = 2 * (torch.eye(6) + torch.eye(6).flip(0))  # of rank 3; rounding leaves a pivot of 4e-16 in place of 0
 
-    for bad, damping in ((indefinite, 0.1), (hessian_of(few), 0.0)):
+    for bad, damping in ((indefinite, 0.1), (hessian_of(few), 0.0), (twins, 0.0)):
         with pytest.raises(
             ConfigError, match=rf"Hessian of 'layers\.0\.o' must be positive .* damping of {damping:g}\."
         ):
