@@ -23,9 +23,8 @@ def assert_same_logs(first: Path, second: Path) -> None:
 
 @pytest.mark.sim
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("estimator", ["two_point", "backprop"])
-def test_ray_gives_the_log_of_inline(run: Run, estimator: str) -> None:
-    settings = ("fl.rounds=2", "fl.local_steps=2", "server_optimizer.lr=0.02", f"estimator={estimator}")
+def test_ray_gives_the_log_of_inline(run: Run) -> None:
+    settings = ("fl.rounds=2", "fl.local_steps=2", "server_optimizer.lr=0.02")
 
     inline = run(*settings)
     ray = run(*settings, "runtime=ray")

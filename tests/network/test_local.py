@@ -100,7 +100,7 @@ def test_executor_that_cannot_start_ends_the_run_with_the_end_of_its_log(toy: Mo
         run_local(num_clients=1, run_dir=tmp_path, config=LocalConfig(), serve=SERVE, executor=broken)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_nothing_outlives_a_run_that_is_stopped(toy: ModuleType, tmp_path: Path, number: signal.Signals) -> None:
     (tmp_path / "toy.json").write_text(toy.config_json(waits_s=100.0))
     command = [sys.executable, str(HERE / "toy_run.py"), str(tmp_path), "2"]
