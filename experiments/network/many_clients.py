@@ -23,6 +23,7 @@ from flwr.app.message.message import make_message
 from fedzo.bench.claims import Claims
 from fedzo.fl.client.worker import Identity
 from fedzo.fl.config import FlConfig, StrategyConfig
+from fedzo.fl.exchange import Grid
 from fedzo.fl.log_store import RunStore
 from fedzo.fl.messages import HelloReply, TrainReply, TrainRequest, decode, encode, scalars_to_bytes
 from fedzo.fl.replica import Replica
@@ -45,7 +46,7 @@ MOST_S = 0.05
 
 @dataclass(slots=True)
 class AnsweringGrid:
-    """A grid whose clients answer at once, with scalars as small as a model's.
+    """A grid whose clients answer at once.
 
     Attributes:
         num_clients: All are connected.
@@ -84,7 +85,7 @@ class AnsweringGrid:
         began, began_cpu, names = time.perf_counter(), time.process_time(), []
         for message in messages:
             set_message_id(message, name := str(next(self._numbers)))
-            content = encode(self._answer(message))
+            content = encode(answer(message, self._random))
             metadata = Message(content, reply_to=message).metadata
             self._replies[name] = make_message(metadata=metadata, content=content)
             names.append(name)
@@ -96,18 +97,20 @@ class AnsweringGrid:
         """The replies to these."""
         return [self._replies.pop(name) for name in names if name in self._replies]
 
-    def _answer(self, message: Message) -> HelloReply | TrainReply:
-        if message.metadata.message_type == "query.hello":
-            return HelloReply(
-                num_train=100,
-                config_hash=IDENTITY.config_hash,
-                base_digest=IDENTITY.base_digest,
-                tokenizer_digest=IDENTITY.tokenizer_digest,
-                task_digest=IDENTITY.task_digest,
-            )
-        steps = decode(TrainRequest, message.content).steps
-        g, loss = self._random.standard_normal((2, steps, 1)).astype(np.float32)
-        return TrainReply(g=scalars_to_bytes(g), loss=scalars_to_bytes(np.abs(loss)), dropped=bytes(steps))
+
+def answer(message: Message, random: np.random.Generator) -> HelloReply | TrainReply:
+    """What a client answers, with scalars as small as a model's."""
+    if message.metadata.message_type == "query.hello":
+        return HelloReply(
+            num_train=100,
+            config_hash=IDENTITY.config_hash,
+            base_digest=IDENTITY.base_digest,
+            tokenizer_digest=IDENTITY.tokenizer_digest,
+            task_digest=IDENTITY.task_digest,
+        )
+    steps = decode(TrainRequest, message.content).steps
+    g, loss = random.standard_normal((2, steps, 1)).astype(np.float32)
+    return TrainReply(g=scalars_to_bytes(g), loss=scalars_to_bytes(np.abs(loss)), dropped=bytes(steps))
 
 
 def main() -> None:
@@ -121,7 +124,9 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, one_federation(1), RunStore(Path(folder) / "run") as store:
         grid = AnsweringGrid(options.clients)
-        server = make_server(grid, store, Path(folder), options.sampled, options.rounds)
+        server = make_server(
+            grid, store, Path(folder), clients=options.clients, sampled=options.sampled, rounds=options.rounds
+        )
         began = time.perf_counter()
         server.client_registry.wait(grid, timeout_s=600)
         register_s = time.perf_counter() - began
@@ -140,16 +145,16 @@ def main() -> None:
     claims.write(HERE / "claims.json")
 
 
-def make_server(grid: AnsweringGrid, store: RunStore, folder: Path, sampled: int, rounds: int) -> Server:
+def make_server(grid: Grid, store: RunStore, folder: Path, *, clients: int, sampled: int, rounds: int) -> Server:
     """The real server of a toy model."""
-    fl = FlConfig(num_clients=grid.num_clients, rounds=rounds)
+    fl = FlConfig(num_clients=clients, rounds=rounds)
     strategy = StrategyConfig(clients_per_round=sampled)
     base = np.zeros(SIZE, np.float32)
     space = VectorSpace(base)
     replica = Replica(space, rule=Sgd(), reset=lambda: space.load(base), run_seed=1)
     return Server(
         grid=grid,
-        client_registry=ClientRegistry(num_clients=grid.num_clients, identity=IDENTITY),
+        client_registry=ClientRegistry(num_clients=clients, identity=IDENTITY),
         replica=replica,
         store=store,
         artifact=ArtifactStore(folder / "artifacts").put(b"mask"),
@@ -161,7 +166,7 @@ def make_server(grid: AnsweringGrid, store: RunStore, folder: Path, sampled: int
             store=store, replica=replica, run_seed=1, fl=fl, strategy=strategy, num_probes=1, gradient=None
         ),
         step_policy=STEP_POLICIES.build(
-            NoStepPolicyConfig(), num_clients=grid.num_clients, local_steps=fl.local_steps, run_seed=1
+            NoStepPolicyConfig(), num_clients=clients, local_steps=fl.local_steps, run_seed=1
         ),
         sink=store,
         elapsed=lambda: 0.0,
