@@ -1,3 +1,12 @@
 """Federated fine-tuning of language models with forward passes only."""
 
+from typing import Any
+
+from wrapt import when_imported
+
 __version__ = "0.1.0"
+
+
+@when_imported("transformers.quantizers.auto")
+def _let_transformers_read_sketches(_: Any) -> None:
+    from fedzo.models.sketched import registry  # noqa: F401  # it registers itself

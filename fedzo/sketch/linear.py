@@ -35,6 +35,7 @@ class SketchLinear(nn.Module):
         bias: Whether there is one; it is not trained.
         device: Of all of it.
         dtype: Of the bias.
+        name: The layer, for errors.
 
     Raises:
         ConfigError: ``bits`` or ``groups_per_row`` cannot be.
@@ -53,10 +54,11 @@ class SketchLinear(nn.Module):
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        name: str = "SketchLinear",
     ) -> None:
         super().__init__()
         check_bits(bits)
-        columns_per_group(in_features, groups_per_row, name="SketchLinear")
+        columns_per_group(in_features, groups_per_row, name=name)
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.groups_per_row = bits, groups_per_row
         codes = torch.zeros(out_features, packed_width(in_features, bits), dtype=torch.uint8, device=device)
@@ -84,6 +86,13 @@ class SketchLinear(nn.Module):
             if layer.bias is not None and bias is not None:
                 layer.bias.copy_(bias)
         return layer
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dense weight [R, d] of the tables as they are, a new float32 tensor: for a look, or to export it."""
+        shape, device = (self.out_features, self.in_features), self.codes.device
+        out = torch.empty(shape, dtype=torch.float32, device=device)
+        return out if device.type == "meta" else decode(self.codes, self.tables, out)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., d] to [..., R], of x's dtype."""

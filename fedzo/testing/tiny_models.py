@@ -27,6 +27,9 @@ from transformers import (
 )
 
 from fedzo.models.load import LoadedModel, wrap_model
+from fedzo.models.sketched.layers import dense_layers, weight_of
+from fedzo.models.sketched.registry import SketchFormat, mark_as_sketch
+from fedzo.sketch import SketchLinear, SketchSettings, sketch_matrix
 
 _SHAPE: dict[str, Any] = {
     "hidden_size": 32,
@@ -128,6 +131,21 @@ def tiny_model_from(config: PreTrainedConfig, *, seed: int = 0, dtype: torch.dty
     return model.to(dtype).eval().requires_grad_(False)
 
 
+def tiny_sketch(
+    family: str = "llama", *, bits: int = 4, groups_per_row: int = 1, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Any:
+    """A random model whose linear layers are sketched, its head left out, as if each input were independent."""
+    model = tiny_model(family, seed=seed)
+    settings = SketchSettings(bits=bits, groups_per_row=groups_per_row)
+    for name, layer in dense_layers(model).items():
+        if name != "lm_head":
+            weight = weight_of(layer)
+            sketch = sketch_matrix(weight, torch.eye(weight.shape[1]), settings, name=name)
+            model.set_submodule(name, SketchLinear.from_sketch(sketch, layer.bias))
+    mark_as_sketch(model, SketchFormat(bits, groups_per_row, ["lm_head"]))
+    return model.to(dtype).eval().requires_grad_(False)
+
+
 def tiny_loaded(
     family: str = "llama",
     *,
@@ -144,6 +162,13 @@ def tiny_loaded(
 def save_tiny_model(folder: Path, family: str = "llama", *, vocab_size: int = 512, seed: int = 0) -> Path:
     """Write a random float32 model and the byte tokenizer to a folder that ``load_model`` reads without a network."""
     tiny_model(family, vocab_size=vocab_size, seed=seed).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_tiny_sketch(folder: Path, family: str = "llama", *, bits: int = 4, groups_per_row: int = 1) -> Path:
+    """Write a random sketch and the byte tokenizer to a folder that ``load_model`` reads without a network."""
+    tiny_sketch(family, bits=bits, groups_per_row=groups_per_row).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 

@@ -237,3 +237,24 @@ def test_names_of_the_control_api_have_the_shape_that_is_used() -> None:
     )
     assert constant.TIMESTAMP_HEADER == "flwr-timestamp"
     assert supercore_constant.FLEET_HTTP_PUBLIC_KEY_HEADER == "flwr-public-key"
+
+
+@pytest.mark.slow
+def test_a_superlink_looks_for_tasks_that_ended_once_a_second_and_checks_each_token_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
+    from flwr.supercore.corestate.sql_corestate import SqlCoreState
+
+    from fedzo.runtime.net import _flower_http
+
+    assert "_cleanup_expired_task_tokens" in vars(SqlCoreState)
+    assert "_cleanup_expired_task_tokens" not in vars(SqlLinkState)  # it inherits what is replaced
+    assert "active_until < current" in inspect.getsource(SqlCoreState.get_task_by_token)
+    now, looks = [50.0], []
+    monkeypatch.setattr(_flower_http.time, "monotonic", lambda: now[0])
+    clean_up = _flower_http._sparing(looks.append)
+    for after_s in (0.0, 0.5, 0.4, 0.2, 0.1, 5.0):
+        now[0] += after_s
+        clean_up(now[0])
+    assert looks == pytest.approx([50.0, 51.1, 56.2])

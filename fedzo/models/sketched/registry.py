@@ -1,0 +1,73 @@
+"""How transformers reads and writes a sketch: ``quant_method: fedzo_sketch`` in its registry.
+
+``import fedzo`` has this module imported when transformers' registry is. Then ``from_pretrained`` puts ``SketchLinear``
+in the place of linear layers before it reads their codes and tables; no code of the folder runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+METHOD = "fedzo_sketch"
+"""``quant_method`` in the ``quantization_config`` of a config.json."""
+
+
+@register_quantization_config(METHOD)
+class SketchFormat(QuantizationConfigMixin):  # type: ignore[no-untyped-call]
+    """What ``quantization_config`` says of a sketch.
+
+    Attributes:
+        bits: Of a code.
+        groups_per_row: Tables a row.
+        modules_to_not_convert: Full names of the linear layers that are dense.
+    """
+
+    def __init__(
+        self,
+        bits: int,
+        groups_per_row: int = 1,
+        modules_to_not_convert: Sequence[str] = (),
+        quant_method: str = METHOD,
+    ) -> None:
+        self.quant_method = quant_method
+        self.bits, self.groups_per_row = bits, groups_per_row
+        self.modules_to_not_convert = list(modules_to_not_convert)
+
+
+@register_quantizer(METHOD)
+class SketchQuantizer(HfQuantizer):
+    """Replaces layers before weights are read; tables are float32 in a model of any dtype."""
+
+    requires_calibration = True
+    quantization_config: SketchFormat
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        from fedzo.models.sketched.layers import replace_layers
+
+        form = self.quantization_config
+        replace_layers(model, bits=form.bits, groups_per_row=form.groups_per_row, keep=form.modules_to_not_convert)
+        model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "tables"}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def mark_as_sketch(model: PreTrainedModel, form: SketchFormat) -> None:
+    """Let ``save_pretrained`` write a model whose layers were replaced in memory as one that was read would be."""
+    quantizer = SketchQuantizer(form, pre_quantized=True)
+    model.hf_quantizer = quantizer
+    quantizer.postprocess_model(model)
+    model.is_quantized = True
+    model.quantization_method = METHOD
