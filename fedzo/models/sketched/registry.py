@@ -21,7 +21,7 @@ METHOD = "fedzo_sketch"
 
 
 @register_quantization_config(METHOD)
-class SketchFormat(QuantizationConfigMixin):  # type: ignore[no-untyped-call]
+class SketchFormat(QuantizationConfigMixin):
     """What ``quantization_config`` says of a sketch.
 
     Attributes:
@@ -37,7 +37,7 @@ class SketchFormat(QuantizationConfigMixin):  # type: ignore[no-untyped-call]
         modules_to_not_convert: Sequence[str] = (),
         quant_method: str = METHOD,
     ) -> None:
-        self.quant_method = quant_method
+        self.quant_method: Any = quant_method
         self.bits, self.groups_per_row = bits, groups_per_row
         self.modules_to_not_convert = list(modules_to_not_convert)
 
@@ -64,7 +64,7 @@ class SketchQuantizer(HfQuantizer):
         return True
 
 
-def mark_as_sketch(model: PreTrainedModel, form: SketchFormat) -> None:
+def mark_as_sketch(model: Any, form: SketchFormat) -> None:
     """Let ``save_pretrained`` write a model whose layers were replaced in memory as one that was read would be."""
     quantizer = SketchQuantizer(form, pre_quantized=True)
     model.hf_quantizer = quantizer
