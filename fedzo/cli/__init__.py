@@ -195,6 +195,30 @@ def make_parser() -> argparse.ArgumentParser:
     own.add_argument("--config-dir", metavar="DIR", help="folder of your own YAML files")
     own.set_defaults(takes_overrides=True)
 
+    usage = "fedzo sketch [overrides] --out DIR --calibration FILE [--bits B] [--groups-per-row G] [more options]"
+    summary = "write a model as lookup tables and codes of 2 to 4 bits, for trainer=tables"
+    own = command("sketch", commands.sketch, summary, usage=usage)
+    own.add_argument("--out", metavar="DIR", required=True, help="new model folder; use as model=DIR")
+    own.add_argument("--calibration", metavar="FILE", required=True, help="text without labels, as for trainer=meerkat")
+    own.add_argument("--bits", type=int, default=4, metavar="B", help="bits of a code: 2, 3 or 4 (default: 4)")
+    own.add_argument("--groups-per-row", type=_positive, default=1, metavar="G", help="tables a row (default: 1)")
+    own.add_argument("--windows", type=_positive, default=128, metavar="N", help="most windows of text (default: 128)")
+    own.add_argument("--tokens", type=_positive, default=512, metavar="N", help="tokens of a window (default: 512)")
+    own.add_argument(
+        "--skip", action="append", default=[], metavar="NAME", help="end of a layer's name that stays dense; repeatable"
+    )
+    own.add_argument(
+        "--text", metavar="FILE", help="text for the perplexity before and after (default: the calibration)"
+    )
+    own.add_argument(
+        "--importance-power", type=float, default=4.0, metavar="P", help="weight of outliers in a table (default: 4)"
+    )
+    own.add_argument(
+        "--damping", type=float, default=0.1, metavar="SHARE", help="share added to a Hessian's diagonal (default: 0.1)"
+    )
+    own.add_argument("--config-dir", metavar="DIR", help="folder of your own YAML files")
+    own.set_defaults(takes_overrides=True)
+
     usage = "fedzo bench step [overrides] [--shape SHAPE] [--rows N] [--tokens N] [--repeats N] [--out FILE]"
     own = command("bench", commands.bench, "time a step and the forwards that it consists of", usage=usage)
     own.add_argument("what", choices=("step",), help="what to measure")

@@ -105,6 +105,33 @@ def mask(arguments: Namespace) -> int:
     return 0
 
 
+def sketch(arguments: Namespace) -> int:
+    """``fedzo sketch``."""
+    from fedzo.config.load import load
+    from fedzo.config.overrides import with_config_dir
+
+    config = load(with_config_dir(arguments.overrides, arguments.config_dir))
+    from fedzo.commands.sketch import SketchRequest, make_sketch
+    from fedzo.sketch import SketchSettings
+
+    settings = SketchSettings(
+        bits=arguments.bits,
+        groups_per_row=arguments.groups_per_row,
+        importance_power=arguments.importance_power,
+        damping=arguments.damping,
+    )
+    request = SketchRequest(
+        out=Path(arguments.out),
+        settings=settings,
+        calibration=Path(arguments.calibration),
+        windows=arguments.windows,
+        tokens=arguments.tokens,
+        skip=arguments.skip,
+        text=None if arguments.text is None else Path(arguments.text),
+    )
+    return _print(make_sketch(config, request))
+
+
 def bench(arguments: Namespace) -> int:
     """``fedzo bench step``."""
     from fedzo.cli.bench import step

@@ -20,17 +20,21 @@ Entry = tuple[str, str, tuple[int, ...], str]
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
 
-def weights_digest(files: Iterable[Path], *, tied: Mapping[str, str] | None = None) -> str:
-    """SHA-256 over the tensors of safetensors files, whatever their order and sharding, before any cast.
+def stored_entries(files: Iterable[Path]) -> dict[str, Entry]:
+    """The tensors of safetensors files by name, whatever their order and sharding, before any cast."""
+    return {entry[0]: entry for file in files for entry in _stored(file)}
+
+
+def weights_digest(entries: Mapping[str, Entry], *, tied: Mapping[str, str] | None = None) -> str:
+    """SHA-256 over stored tensors.
 
     Args:
-        files: All shards.
+        entries: Of all shards, as ``stored_entries`` gives them.
         tied: Names that the model takes from another tensor, and that tensor's name; they do not count if it is stored.
 
     Returns:
         Hex digest over the sorted lines ``name dtype shape sha256(bytes)``.
     """
-    entries = {entry[0]: entry for file in files for entry in _stored(file)}
     return _digest([entry for name, entry in entries.items() if (tied or {}).get(name) not in entries])
 
 

@@ -17,10 +17,13 @@ from fedzo.models.cache import check_cache
 from fedzo.models.checks import check_causal, check_finite, check_tokens, num_positions
 from fedzo.models.compiled import CompiledDecoder, compile_decoder
 from fedzo.models.config import DType, ModelConfig, Quantization
-from fedzo.models.digest import file_digest, parameters_digest, tokenizer_digest, weights_digest
+from fedzo.models.digest import file_digest, parameters_digest, stored_entries, tokenizer_digest, weights_digest
 from fedzo.models.head import check_head
+from fedzo.models.sketched.folder import MANIFEST, check_tensors, read_manifest
+from fedzo.models.sketched.layers import sketched_layers
 from fedzo.models.source import (
     Source,
+    find_file,
     find_source,
     quantization_arguments,
     read_gguf,
@@ -126,7 +129,10 @@ def load_model(config: ModelConfig, *, device: str = "auto", max_length: int = 1
     if not packed:  # packed weights are where they belong already
         model.to(where)
     if source.gguf_file is None:
-        digest = weights_digest(source.files, tied=model.all_tied_weights_keys)
+        entries = stored_entries(source.files)
+        if sketched_layers(model) and (file := find_file(source.name, MANIFEST, source.revision)):
+            check_tensors(read_manifest(file), entries, name=config.name)
+        digest = weights_digest(entries, tied=model.all_tied_weights_keys)
     else:
         digest = file_digest(source.files[0])
 

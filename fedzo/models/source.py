@@ -79,10 +79,10 @@ def find_source(config: ModelConfig) -> Source:
             "not a folder. Check the path."
         )
     name = name if Path(name).is_dir() else config.name
-    if config.gguf_file is None and _file(name, "config.json", config.revision, required=True) is None:
+    if config.gguf_file is None and find_file(name, "config.json", config.revision, required=True) is None:
         raise ConfigError(f"model.name {name!r}: the folder must hold config.json, which is not there. Check the path.")
     if config.gguf_file is not None:
-        found = _file(name, config.gguf_file, config.revision)
+        found = find_file(name, config.gguf_file, config.revision)
         if found is None:
             raise ConfigError(
                 f"model.gguf_file must name a file in {config.name!r}, got {config.gguf_file!r}. Check the name."
@@ -260,7 +260,7 @@ def _sweep(parent: Path) -> None:
 
 
 def _safetensors(name: str, revision: str | None) -> tuple[Path, ...]:
-    index = _file(name, "model.safetensors.index.json", revision)
+    index = find_file(name, "model.safetensors.index.json", revision)
     if index is not None:
         try:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -272,13 +272,13 @@ def _safetensors(name: str, revision: str | None) -> tuple[Path, ...]:
                 f"model.name {name!r}: {index.name} must be JSON whose weight_map gives each weight the name of a file "
                 "beside it, but is not. Copy or download it again."
             )
-        found = [(shard, _file(name, shard, revision)) for shard in shards]
+        found = [(shard, find_file(name, shard, revision)) for shard in shards]
         if missing := [shard for shard, path in found if path is None]:
             raise ConfigError(
                 f"model.name {name!r}: the weight files {missing} must be there. Copy or download them again."
             )
         return tuple(path for _, path in found if path is not None)
-    single = _file(name, "model.safetensors", revision)
+    single = find_file(name, "model.safetensors", revision)
     if single is None:
         raise ConfigError(
             f"model.name {name!r}: weights must be in safetensors (model.safetensors), which are not there; pickled "
@@ -288,7 +288,7 @@ def _safetensors(name: str, revision: str | None) -> tuple[Path, ...]:
     return (single,)
 
 
-def _file(name: str, filename: str, revision: str | None, *, required: bool = False) -> Path | None:
+def find_file(name: str, filename: str, revision: str | None, *, required: bool = False) -> Path | None:
     """A file of a folder or of the hub; ``None`` if it is not there, unless it is required."""
     try:
         found = cached_file(name, filename, revision=revision, _raise_exceptions_for_missing_entries=required)

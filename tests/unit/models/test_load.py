@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from fedzo.errors import ConfigError
 from fedzo.models import source
 from fedzo.models.config import DType, ModelConfig
-from fedzo.models.digest import weights_digest
+from fedzo.models.digest import stored_entries, weights_digest
 from fedzo.models.generate import generate
 from fedzo.models.load import load_model, resolve_device
 from fedzo.testing.tiny_models import FAMILIES, save_tiny_model, tiny_loaded, tiny_model
@@ -80,7 +80,7 @@ def test_a_forward_of_a_loaded_model_keeps_no_cache(folder: Path) -> None:
 def test_the_digest_changes_with_one_weight_one_name_one_shape_and_one_dtype(copied: Path) -> None:
     path = copied / "model.safetensors"
     name = "model.layers.0.mlp.up_proj.weight"
-    seen = [weights_digest([path])]
+    seen = [weights_digest(stored_entries([path]))]
 
     def nudge(tensors: dict[str, torch.Tensor]) -> None:
         tensors[name][3, 5] = torch.nextafter(tensors[name][3, 5], torch.tensor(9.0))
@@ -96,7 +96,7 @@ def test_the_digest_changes_with_one_weight_one_name_one_shape_and_one_dtype(cop
 
     for change in (nudge, reshape, rename, retype):
         rewrite(path, change)
-        seen.append(weights_digest([path]))
+        seen.append(weights_digest(stored_entries([path])))
 
     assert len(set(seen)) == 5
 
@@ -111,11 +111,12 @@ def test_the_digest_does_not_depend_on_sharding_or_on_a_second_copy_of_tied_weig
     save_file(rest, tmp_path / "b.safetensors")
 
     sharded = weights_digest(
-        [tmp_path / "b.safetensors", tmp_path / "a.safetensors"], tied={"lm_head.weight": "model.embed_tokens.weight"}
+        stored_entries([tmp_path / "b.safetensors", tmp_path / "a.safetensors"]),
+        tied={"lm_head.weight": "model.embed_tokens.weight"},
     )
 
     assert "lm_head.weight" not in tensors
-    assert sharded == weights_digest([folder / "model.safetensors"])
+    assert sharded == weights_digest(stored_entries([folder / "model.safetensors"]))
 
 
 def test_a_model_in_memory_has_the_digest_of_its_file(folder: Path) -> None:

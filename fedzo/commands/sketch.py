@@ -1,0 +1,181 @@
+"""``fedzo sketch``: replace a model's linear layers by lookup tables and codes, once, for runs to come."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from fedzo.config.schema import LaunchConfig
+from fedzo.data.files import read_texts
+from fedzo.errors import ConfigError, RunFolderError
+from fedzo.evaluate.perplexity import perplexity, text_windows
+from fedzo.masks.calibration import windows_digest
+from fedzo.models.config import Quantization
+from fedzo.models.load import LoadedModel
+from fedzo.models.sketched.builder import layers_to_sketch, left_dense, sketch_model
+from fedzo.models.sketched.folder import write_sketch
+from fedzo.models.sketched.layers import sketched_layers
+from fedzo.records.decode import to_json
+from fedzo.records.folder import folder_of_one_process, replace_file, sync_folder
+from fedzo.records.sketch import SketchedLayer, SketchRecipe
+from fedzo.report.format import bytes_text, seconds_text
+from fedzo.report.sinks import ProgressSink
+from fedzo.run.peer import open_model
+from fedzo.sketch import SketchSettings
+
+_RECIPE, _LAYERS, _WHOLE = "recipe.json", "layers", "sketch"  # in the folder of a build that is under way
+_MEASURED_WINDOWS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SketchRequest:
+    """What a sketch is to be.
+
+    Attributes:
+        out: New folder.
+        settings: How matrices are sketched.
+        calibration: File of text without labels.
+        windows: Most windows of it that are used.
+        tokens: Tokens of a window.
+        skip: Ends of names of layers that stay dense.
+        text: File of text whose perplexity is measured before and after; None for the calibration's own.
+    """
+
+    out: Path
+    settings: SketchSettings
+    calibration: Path
+    windows: int = 128
+    tokens: int = 512
+    skip: list[str] = field(default_factory=list)
+    text: Path | None = None
+
+
+def make_sketch(config: LaunchConfig, request: SketchRequest) -> Iterator[str]:
+    """Build a sketch of ``config.model`` in a new folder; yields what to tell people, line by line.
+
+    The folder appears whole or not at all. What is finished stays in a folder beside it until then, and the same
+    command goes on from there.
+
+    Raises:
+        ConfigError: The model, the text or the settings cannot be used.
+        RunFolderError: The folder cannot be written, or another process builds it.
+    """
+    if request.out.exists():
+        raise ConfigError(f"--out: {str(request.out)!r} must not exist, but does. Choose another, or remove it.")
+    site = config.site()
+    if site.model.quantization is not Quantization.none:
+        raise ConfigError(
+            f"model.quantization must be none for a sketch, which packs the weights itself, got "
+            f"{site.model.quantization}. Leave it out."
+        )
+    site.model.compile = False
+    texts = [read_texts(path) for path in (request.calibration, request.text or request.calibration)]
+    loaded = open_model(site, request.tokens)
+    every = text_windows(loaded, texts[0], num_tokens=request.tokens, source=str(request.calibration))
+    windows = every[: request.windows]
+    measured = text_windows(
+        loaded, texts[1], num_tokens=request.tokens, source=str(request.text or request.calibration)
+    )[:_MEASURED_WINDOWS]
+    recipe = _recipe(loaded, request, windows)
+    layers_to_sketch(loaded.model, request.settings.groups_per_row, request.skip)  # what is wrong with it, at once
+    part = request.out.with_name(f"{request.out.name}.part")
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        with folder_of_one_process(part):
+            yield from _build(loaded, request, recipe, windows, measured, part)
+    except OSError as error:
+        if isinstance(error, RunFolderError):
+            raise
+        raise RunFolderError(
+            f"{request.out}: it must be possible to write it, got {error.strerror!r}. Make room or choose another "
+            f"folder, and call the same command again: it goes on with what is in {part.name}."
+        ) from error
+
+
+def _build(
+    loaded: LoadedModel,
+    request: SketchRequest,
+    recipe: SketchRecipe,
+    windows: torch.Tensor,
+    measured: torch.Tensor,
+    part: Path,
+) -> Iterator[str]:
+    _check_recipe(part / _RECIPE, recipe, request.out)
+    what = f"{len(measured)} windows of {'--text' if request.text else 'the calibration text itself'}"
+    yield f"calibration: {len(windows)} windows of {request.tokens} tokens"
+    before = perplexity(loaded, measured).value
+    yield f"perplexity on {what}: {before:.2f} before"
+    started = time.perf_counter()
+    progress = ProgressSink(0)
+    try:
+        with progress.phase("sketching layers") as advance:
+            layers = sketch_model(
+                loaded.model,
+                list(windows),
+                request.settings,
+                skip=request.skip,
+                kept=part / _LAYERS,
+                advance=advance,
+            )
+    finally:
+        progress.close()
+    yield f"sketched {len(layers)} layers in {seconds_text(time.perf_counter() - started)}"
+    after = perplexity(loaded, measured).value
+    yield f"perplexity on {what}: {after:.2f} after ({after / before:.3f} times)"
+    yield from _facts(loaded, layers)
+    whole = part / _WHOLE
+    shutil.rmtree(whole, ignore_errors=True)
+    manifest = write_sketch(loaded.model, loaded.tokenizer, recipe, layers, whole)
+    whole.rename(request.out)
+    sync_folder(request.out.parent)
+    shutil.rmtree(part, ignore_errors=True)
+    yield f"{request.out}: {bytes_text(_stored_bytes(request.out))}, {len(manifest.tensors)} tensors"
+
+
+def _recipe(loaded: LoadedModel, request: SketchRequest, windows: torch.Tensor) -> SketchRecipe:
+    return SketchRecipe(
+        **asdict(request.settings),
+        sequential=True,
+        source=loaded.source.rstrip("/").rpartition("/")[2],
+        source_digest=loaded.base_digest,
+        calibration_digest=windows_digest(list(windows)),
+        num_windows=len(windows),
+        num_tokens=request.tokens,
+        skipped=tuple(request.skip),
+    )
+
+
+def _check_recipe(file: Path, recipe: SketchRecipe, out: Path) -> None:
+    """A build that was killed goes on only with what it began with."""
+    said = to_json(recipe) + "\n"
+    if file.exists() and file.read_text(encoding="utf-8") != said:
+        raise ConfigError(
+            f"{file.parent}: a build with other settings, another model or other text has begun there, and must be "
+            f"ended with those. Call that command again, remove the folder, or choose another --out than {str(out)!r}."
+        )
+    replace_file(file, said, durable=True)
+
+
+def _facts(loaded: LoadedModel, layers: dict[str, SketchedLayer]) -> Iterator[str]:
+    """What was lost, what it takes, and what stays dense."""
+    worst = max(layers, key=lambda name: layers[name].relative_error)
+    mean = sum(layer.relative_error for layer in layers.values()) / len(layers)
+    yield f"relative error of the layers' outputs: {mean:.4f} on average, {layers[worst].relative_error:.4f} in {worst}"
+    sketched = sketched_layers(loaded.model).values()
+    weights = sum(layer.out_features * layer.in_features for layer in sketched)
+    entries = sum(layer.tables.numel() for layer in sketched)
+    bits = 8 * sum(layer.codes.numel() for layer in sketched) + 16 * entries
+    yield f"{weights:,} weights are codes now, {bits / weights:.3f} bits each with their {entries:,} table values"
+    dense = ", ".join(
+        f"{name} ({count} x {total // count:,})" for name, (count, total) in left_dense(loaded.model).items()
+    )
+    yield f"left dense: {dense or 'nothing'}"
+
+
+def _stored_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())

@@ -1,0 +1,237 @@
+"""Running a decoder one block at a time, on states that stay in memory between blocks.
+
+A decoder is a list of blocks, each of which takes the hidden states of the one before it. A block is called as the
+model itself calls it: with the arguments that were captured in a forward of the whole model (positions, masks), which
+do not depend on the hidden states. So no family of models is spelled out here. Where the states of such a walk differ
+from those of a forward, the model is refused.
+
+The linear layers of a block are met in stages: those that read one tensor, such as the projections of query, key and
+value, share a stage. Their order is the one in which the block calls them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from fedzo.errors import ConfigError
+from fedzo.models.sketched.layers import dense_layers
+
+_TOLERANCE = 1e-4  # of the largest state, for a walk beside a forward: batches of other sizes move last bits
+_ROWS_AT_ONCE = 4  # windows of a forward
+
+
+class _Reached(Exception):
+    """Ends a forward where all that is asked for was seen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """How a block is called, but for the hidden states.
+
+    Attributes:
+        args: Positional arguments after the hidden states.
+        kwargs: Named arguments.
+        by_name: Whether the hidden states are named, too.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    by_name: bool
+
+    def __call__(self, block: nn.Module, states: torch.Tensor) -> torch.Tensor:
+        """The block's states [rows, tokens, width]."""
+        if self.by_name:
+            out = block(*self.args, hidden_states=states, **self.kwargs)
+        else:
+            out = block(states, *self.args, **self.kwargs)
+        return cast(torch.Tensor, out[0] if isinstance(out, tuple) else out)
+
+
+@dataclass(slots=True)
+class Walk:
+    """The blocks of a model, and the states of the calibration text before the next of them.
+
+    Attributes:
+        name: Of the list of blocks in the model.
+        blocks: In their order.
+        states: One tensor [rows, tokens, width] a batch of windows; replaced as the walk goes on.
+        calls: Of each block, by the number of rows of a batch.
+    """
+
+    name: str
+    blocks: list[nn.Module]
+    states: list[torch.Tensor]
+    calls: list[dict[int, Call]] = field(repr=False)
+
+    def stages(self, block: int) -> list[list[str]]:
+        """Names within the block of its dense linear layers, those that read the same tensor together.
+
+        A layer that the calibration text does not reach (an expert) is in none.
+        """
+        layers = dense_layers(self.blocks[block])
+        stages: list[list[str]] = []
+        for batch in self.states:
+            last = None
+            for name, x in self._all_inputs(block, layers, batch):
+                if any(name in stage for stage in stages):
+                    continue
+                if x is not last:
+                    stages.append([])
+                stages[-1].append(name)
+                last = x
+            if sum(map(len, stages)) == len(layers):
+                break
+        return stages
+
+    def inputs(self, block: int, name: str) -> Iterator[torch.Tensor]:
+        """What one layer of a block reads, [tokens, width] a batch; the rest of the block is not run."""
+        layer = self.blocks[block].get_submodule(name)
+        for batch in self.states:
+            seen: list[torch.Tensor] = []
+
+            def keep(x: torch.Tensor, seen: list[torch.Tensor] = seen) -> None:
+                seen.append(x.reshape(-1, x.shape[-1]))
+                raise _Reached
+
+            with _input_seen(layer, keep):
+                self._call(block, batch)
+            yield from seen
+
+    def advance(self, block: int) -> None:
+        """Put the states after the block in the place of those before it."""
+        for i, batch in enumerate(self.states):
+            self.states[i] = self.calls[block][len(batch)](self.blocks[block], batch)
+
+    def _all_inputs(
+        self, block: int, layers: Mapping[str, nn.Module], batch: torch.Tensor
+    ) -> list[tuple[str, torch.Tensor]]:
+        """What each layer reads, in the order of the calls."""
+        inputs: list[tuple[str, torch.Tensor]] = []
+        with ExitStack() as hooks:
+            for name, layer in layers.items():
+
+                def note(x: torch.Tensor, name: str = name) -> None:
+                    inputs.append((name, x))
+
+                hooks.enter_context(_input_seen(layer, note))
+            self._call(block, batch)
+        return inputs
+
+    def _call(self, block: int, batch: torch.Tensor) -> None:
+        with suppress(_Reached):
+            self.calls[block][len(batch)](self.blocks[block], batch)
+
+
+def start_walk(model: nn.Module, windows: Sequence[torch.Tensor]) -> Walk:
+    """The states of all windows before the first block.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        windows: Token ids, int64 [tokens] each, all of one length.
+
+    Raises:
+        ConfigError: The model's blocks are not found, or cannot be run one after another.
+    """
+    name, blocks = find_blocks(model)
+    device = next(model.parameters()).device
+    walk = Walk(name, blocks, [], [{} for _ in blocks])
+    for low in range(0, len(windows), _ROWS_AT_ONCE):
+        ids = torch.stack(list(windows[low : low + _ROWS_AT_ONCE])).to(device)
+        known = len(ids) in walk.calls[0]
+        states, calls, last = _capture(model, blocks, ids, first_only=known)
+        walk.states.append(states)
+        if not known:
+            for of_block, call in zip(walk.calls, calls, strict=True):
+                of_block[len(ids)] = call
+            _check(model, walk, states, last)
+    return walk
+
+
+def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
+    """A decoder's blocks and their name: the list of modules, in no other list, that holds the most linear layers.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    outer = {
+        name: len(dense_layers(blocks))
+        for name, blocks in lists.items()
+        if not any(name.startswith(f"{other}.") for other in lists)
+    }
+    best = max(outer, key=outer.__getitem__, default=None)
+    if best is None or not outer[best]:
+        raise ConfigError(
+            f"sketch: a {type(model).__name__} must be a decoder whose blocks hold linear layers, but none is found. "
+            "Take another model."
+        )
+    return best, list(lists[best])
+
+
+def _capture(
+    model: nn.Module, blocks: list[nn.Module], ids: torch.Tensor, *, first_only: bool
+) -> tuple[torch.Tensor, list[Call], torch.Tensor]:
+    """The states before the first block, how each block is called, and the states after the last."""
+    before: list[torch.Tensor] = []
+    calls: list[Call] = []
+    after: list[torch.Tensor] = []
+
+    def called(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        by_name = "hidden_states" in kwargs
+        states = kwargs["hidden_states"] if by_name else args[0]
+        if not before:
+            before.append(states)
+        rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+        calls.append(Call(args if by_name else args[1:], rest, by_name))
+        if first_only:
+            raise _Reached
+
+    def done(_: nn.Module, args: Any, out: Any) -> None:
+        after.append(out[0] if isinstance(out, tuple) else out)
+
+    hooks = [block.register_forward_pre_hook(called, with_kwargs=True) for block in blocks]
+    hooks.append(blocks[-1].register_forward_hook(done))
+    try:
+        model(input_ids=ids)
+    except _Reached:
+        return before[0], calls, before[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if len(calls) != len(blocks):
+        raise ConfigError(
+            f"sketch: each block of a {type(model).__name__} must run once a forward, but {len(calls)} calls reached "
+            f"{len(blocks)} blocks. Take another model."
+        )
+    return before[0], calls, after[0]
+
+
+def _check(model: nn.Module, walk: Walk, states: torch.Tensor, expected: torch.Tensor) -> None:
+    """Refuse a model whose blocks, called one after another, do not give what its forward gives."""
+    for block, calls in zip(walk.blocks, walk.calls, strict=True):
+        states = calls[len(states)](block, states)
+    error = float((states - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+    if not error <= _TOLERANCE * (1 if expected.dtype == torch.float32 else 100):
+        raise ConfigError(
+            f"sketch: the blocks of a {type(model).__name__}, run one after another, must give what its forward gives, "
+            f"but differ by {error:.1e} of the largest state: its blocks exchange more than hidden states. Take "
+            "another model."
+        )
+
+
+@contextmanager
+def _input_seen(layer: nn.Module, see: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        see(args[0])
+
+    handle = layer.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
