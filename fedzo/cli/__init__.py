@@ -219,6 +219,15 @@ def make_parser() -> argparse.ArgumentParser:
     own.add_argument("--config-dir", metavar="DIR", help="folder of your own YAML files")
     own.set_defaults(takes_overrides=True)
 
+    usage = "fedzo perplexity [overrides] --text FILE [--windows N] [--tokens N] [--config-dir DIR]"
+    own = command("perplexity", commands.perplexity, "how well a model predicts a text", usage=usage)
+    text = "a .txt file, or a table (.jsonl, .json, .csv, .tsv, .parquet) with a column text, whose texts are joined"
+    own.add_argument("--text", metavar="FILE", required=True, help=text)
+    own.add_argument("--windows", type=_positive, metavar="N", help="windows from the start (default: all)")
+    own.add_argument("--tokens", type=_positive, metavar="N", default=512, help="tokens of a window (default: 512)")
+    own.add_argument("--config-dir", metavar="DIR", help="folder of your own YAML files")
+    own.set_defaults(takes_overrides=True)
+
     usage = "fedzo bench step [overrides] [--shape SHAPE] [--rows N] [--tokens N] [--repeats N] [--out FILE]"
     own = command("bench", commands.bench, "time a step and the forwards that it consists of", usage=usage)
     own.add_argument("what", choices=("step",), help="what to measure")

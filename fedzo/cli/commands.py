@@ -132,6 +132,30 @@ def sketch(arguments: Namespace) -> int:
     return _print(make_sketch(config, request))
 
 
+def perplexity(arguments: Namespace) -> int:
+    """``fedzo perplexity``."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from fedzo.config.load import load
+    from fedzo.config.overrides import with_config_dir
+
+    config = load(with_config_dir(arguments.overrides, arguments.config_dir))
+    from fedzo.commands.perplexity import measure_perplexity
+
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task("windows", total=None)
+        found = measure_perplexity(
+            config,
+            Path(arguments.text),
+            num_tokens=arguments.tokens,
+            num_windows=arguments.windows,
+            on_window=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    _print_json(found)
+    return 0
+
+
 def bench(arguments: Namespace) -> int:
     """``fedzo bench step``."""
     from fedzo.cli.bench import step

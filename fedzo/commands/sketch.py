@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from fedzo.commands.perplexity import read_documents
 from fedzo.config.schema import LaunchConfig
-from fedzo.data.files import read_texts
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.evaluate.perplexity import perplexity, text_windows
 from fedzo.masks.calibration import windows_digest
@@ -74,13 +74,16 @@ def make_sketch(config: LaunchConfig, request: SketchRequest) -> Iterator[str]:
             f"{site.model.quantization}. Leave it out."
         )
     site.model.compile = False
-    texts = [read_texts(path) for path in (request.calibration, request.text or request.calibration)]
-    loaded = open_model(site, request.tokens)
-    every = text_windows(loaded, texts[0], num_tokens=request.tokens, source=str(request.calibration))
-    windows = every[: request.windows]
-    measured = text_windows(
-        loaded, texts[1], num_tokens=request.tokens, source=str(request.text or request.calibration)
-    )[:_MEASURED_WINDOWS]
+    documents = read_documents(request.calibration, "--calibration")
+    measured_on = documents if request.text is None else read_documents(request.text, "--text")
+    loaded = open_model(site, max_length=1)
+    windows, measured = (
+        text_windows(loaded, texts, num_tokens=request.tokens, source=str(file))[:most]
+        for texts, file, most in (
+            (documents, request.calibration, request.windows),
+            (measured_on, request.text or request.calibration, _MEASURED_WINDOWS),
+        )
+    )
     recipe = _recipe(loaded, request, windows)
     layers_to_sketch(loaded.model, request.settings.groups_per_row, request.skip)  # what is wrong with it, at once
     part = request.out.with_name(f"{request.out.name}.part")

@@ -233,7 +233,18 @@ def read_texts(path: Path) -> list[str]:
     located = read_located(path)
     for where, row in located:
         if "text" not in row:
-            raise ConfigError(f"{where}: a column 'text' is needed for calibration, got columns {sorted(row)}.")
+            raise ConfigError(
+                f"{where}: a column 'text' is needed, got columns {sorted(row)}. Rename the one that holds the text."
+            )
         if not isinstance(row["text"], str):
             raise ConfigError(f"{where}: column 'text' must hold text, got {row['text']!r}. Correct or remove the row.")
     return [row["text"] for _, row in located]
+
+
+def read_running_text(path: Path) -> list[str]:
+    """Documents that are read on end: a ``.txt`` file as it stands, as one, or the ``text`` column of any data file.
+
+    Raises:
+        ConfigError: As ``read_texts``.
+    """
+    return [text_of(path, _bytes_of(path))] if path.suffix == ".txt" else read_texts(path)

@@ -200,7 +200,19 @@ def test_without_a_command_the_help_is_printed(capsys: pytest.CaptureFixture[str
     assert main([]) == 2
 
     printed = capsys.readouterr().out
-    names = ["train", "mask", "evaluate", "generate", "export", "resume", "replay", "report", "list", "doctor"]
+    names = [
+        "train",
+        "mask",
+        "perplexity",
+        "evaluate",
+        "generate",
+        "export",
+        "resume",
+        "replay",
+        "report",
+        "list",
+        "doctor",
+    ]
     assert all(f"\n    {name} " in printed for name in names)
     assert printed == make_parser().format_help()
 

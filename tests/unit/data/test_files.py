@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from fedzo.data import files
-from fedzo.data.files import read_located, read_rows, read_texts
+from fedzo.data.files import read_located, read_rows, read_running_text, read_texts
 from fedzo.errors import ConfigError
 
 ROWS = [
@@ -233,10 +233,16 @@ def test_a_cell_may_be_longer_than_the_limit_of_csv_but_not_without_end(
 def test_a_document_without_text_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "x"}\n{"body": "y"}\n', encoding="utf-8")
-    with pytest.raises(
-        ConfigError, match=r"a.jsonl:2: a column 'text' is needed for calibration, got columns \['body'"
-    ):
+    with pytest.raises(ConfigError, match=r"a.jsonl:2: a column 'text' is needed, got columns \['body'"):
         read_texts(path)
     path.write_text('{"text": null}\n', encoding="utf-8")
     with pytest.raises(ConfigError, match=r"a.jsonl:1: column 'text' must hold text, got None"):
         read_texts(path)
+
+
+def test_running_text_keeps_the_lines_of_a_text_file_and_the_documents_of_a_table(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf one\n\n two \r\n")
+    (tmp_path / "a.jsonl").write_text('{"text": " one\\n"}\n{"text": "two"}\n', encoding="utf-8")
+
+    assert read_running_text(tmp_path / "a.txt") == [" one\n\n two \r\n"]
+    assert read_running_text(tmp_path / "a.jsonl") == [" one\n", "two"]
