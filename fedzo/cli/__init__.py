@@ -195,11 +195,11 @@ def make_parser() -> argparse.ArgumentParser:
     own.add_argument("--config-dir", metavar="DIR", help="folder of your own YAML files")
     own.set_defaults(takes_overrides=True)
 
-    usage = "fedzo sketch [overrides] --out DIR --calibration FILE [--bits B] [--groups-per-row G] [more options]"
+    usage = "fedzo sketch [overrides] --out DIR --calibration FILE [--bits B] [more options]"
     summary = "write a model as lookup tables and codes of 2 to 4 bits, for trainer=tables"
     own = command("sketch", commands.sketch, summary, usage=usage)
-    own.add_argument("--out", metavar="DIR", required=True, help="new model folder; use as model=DIR")
-    own.add_argument("--calibration", metavar="FILE", required=True, help="text without labels, as for trainer=meerkat")
+    own.add_argument("--out", metavar="DIR", help="new model folder; use as model=DIR")
+    own.add_argument("--calibration", metavar="FILE", help="text without labels, as for trainer=meerkat")
     own.add_argument("--bits", type=int, default=4, metavar="B", help="bits of a code: 2, 3 or 4 (default: 4)")
     own.add_argument("--groups-per-row", type=_positive, default=1, metavar="G", help="tables a row (default: 1)")
     own.add_argument("--windows", type=_positive, default=128, metavar="N", help="most windows of text (default: 128)")
@@ -215,6 +215,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     own.add_argument(
         "--damping", type=float, default=0.1, metavar="SHARE", help="share added to a Hessian's diagonal (default: 0.1)"
+    )
+    layout = "codes in LeanQuant's layout (safetensors)"
+    own.add_argument("--import", dest="import_from", metavar="FILE", help=f"build it of the dense model and {layout}")
+    own.add_argument(
+        "--export", dest="export_to", metavar="FILE", help=f"write the sketch model=DIR as tables and {layout}"
     )
     own.add_argument("--config-dir", metavar="DIR", help="folder of your own YAML files")
     own.set_defaults(takes_overrides=True)

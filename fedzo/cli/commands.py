@@ -106,14 +106,23 @@ def mask(arguments: Namespace) -> int:
 
 
 def sketch(arguments: Namespace) -> int:
-    """``fedzo sketch``."""
+    """``fedzo sketch``: build one, or read or write one in LeanQuant's layout."""
     from fedzo.config.load import load
     from fedzo.config.overrides import with_config_dir
 
+    sources = [arguments.calibration, arguments.import_from, arguments.export_to]
+    if sum(each is not None for each in sources) != 1 or (arguments.out is None) != (arguments.export_to is not None):
+        raise ConfigError(
+            "fedzo sketch needs --out DIR with --calibration FILE or with --import FILE; or --export FILE alone."
+        )
     config = load(with_config_dir(arguments.overrides, arguments.config_dir))
-    from fedzo.commands.sketch import SketchRequest, make_sketch
+    from fedzo.commands.sketch import SketchRequest, export_sketch, import_sketch, make_sketch
     from fedzo.sketch import SketchSettings
 
+    if arguments.export_to is not None:
+        return _print(export_sketch(config, Path(arguments.export_to)))
+    if arguments.import_from is not None:
+        return _print(import_sketch(config, Path(arguments.import_from), Path(arguments.out)))
     settings = SketchSettings(
         bits=arguments.bits,
         groups_per_row=arguments.groups_per_row,

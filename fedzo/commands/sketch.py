@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from fedzo.models.load import LoadedModel
 from fedzo.models.sketched.builder import layers_to_sketch, left_dense, sketch_model
 from fedzo.models.sketched.folder import write_sketch
 from fedzo.models.sketched.layers import sketched_layers
+from fedzo.models.sketched.leanquant import put_layout, write_layout
 from fedzo.records.decode import to_json
 from fedzo.records.folder import folder_of_one_process, replace_file, sync_folder
 from fedzo.records.sketch import SketchedLayer, SketchRecipe
@@ -65,18 +67,10 @@ def make_sketch(config: LaunchConfig, request: SketchRequest) -> Iterator[str]:
         ConfigError: The model, the text or the settings cannot be used.
         RunFolderError: The folder cannot be written, or another process builds it.
     """
-    if request.out.exists():
-        raise ConfigError(f"--out: {str(request.out)!r} must not exist, but does. Choose another, or remove it.")
-    site = config.site()
-    if site.model.quantization is not Quantization.none:
-        raise ConfigError(
-            f"model.quantization must be none for a sketch, which packs the weights itself, got "
-            f"{site.model.quantization}. Leave it out."
-        )
-    site.model.compile = False
+    _check_out(request.out)
     documents = read_documents(request.calibration, "--calibration")
     measured_on = documents if request.text is None else read_documents(request.text, "--text")
-    loaded = open_model(site, max_length=1)
+    loaded = _open(config)
     windows, measured = (
         text_windows(loaded, texts, num_tokens=request.tokens, source=str(file))[:most]
         for texts, file, most in (
@@ -86,17 +80,58 @@ def make_sketch(config: LaunchConfig, request: SketchRequest) -> Iterator[str]:
     )
     recipe = _recipe(loaded, request, windows)
     layers_to_sketch(loaded.model, request.settings.groups_per_row, request.skip)  # what is wrong with it, at once
-    part = request.out.with_name(f"{request.out.name}.part")
+    with _part_of(request.out) as part:
+        yield from _build(loaded, request, recipe, windows, measured, part)
+
+
+def import_sketch(config: LaunchConfig, file: Path, out: Path) -> Iterator[str]:
+    """Make a sketch's folder of a dense model, and tables and codes in LeanQuant's layout; errors as above."""
+    _check_out(out)
+    loaded = _open(config)
+    put_layout(loaded.model, file)
+    with _part_of(out) as part:
+        yield from _facts(loaded)
+        yield from _write(loaded, None, {}, part, out)
+
+
+def export_sketch(config: LaunchConfig, file: Path) -> Iterator[str]:
+    """Write a sketch's tables and codes in LeanQuant's layout."""
+    try:
+        yield f"{file}: {write_layout(_open(config).model, file)} layers"
+    except OSError as error:
+        raise RunFolderError(f"{file}: it must be possible to write it, got {error.strerror!r}.") from error
+
+
+def _check_out(out: Path) -> None:
+    if out.exists():
+        raise ConfigError(f"--out: {str(out)!r} must not exist, but does. Choose another, or remove it.")
+
+
+def _open(config: LaunchConfig) -> LoadedModel:
+    site = config.site()
+    if site.model.quantization is not Quantization.none:
+        raise ConfigError(
+            f"model.quantization must be none for a sketch, which packs the weights itself, got "
+            f"{site.model.quantization}. Leave it out."
+        )
+    site.model.compile = False
+    return open_model(site, max_length=1)
+
+
+@contextmanager
+def _part_of(out: Path) -> Iterator[Path]:
+    """The folder beside the result in which this process alone works until that is whole."""
+    part = out.with_name(f"{out.name}.part")
     try:
         part.mkdir(parents=True, exist_ok=True)
         with folder_of_one_process(part):
-            yield from _build(loaded, request, recipe, windows, measured, part)
+            yield part
     except OSError as error:
         if isinstance(error, RunFolderError):
             raise
         raise RunFolderError(
-            f"{request.out}: it must be possible to write it, got {error.strerror!r}. Make room or choose another "
-            f"folder, and call the same command again: it goes on with what is in {part.name}."
+            f"{out}: it must be possible to write it, got {error.strerror!r}. Make room or choose another folder, "
+            f"and call the same command again: it goes on with what is in {part.name}."
         ) from error
 
 
@@ -130,14 +165,23 @@ def _build(
     yield f"sketched {len(layers)} layers in {seconds_text(time.perf_counter() - started)}"
     after = perplexity(loaded, measured).value
     yield f"perplexity on {what}: {after:.2f} after ({after / before:.3f} times)"
-    yield from _facts(loaded, layers)
+    worst = max(layers, key=lambda name: layers[name].relative_error)
+    mean = sum(layer.relative_error for layer in layers.values()) / len(layers)
+    yield f"relative error of the layers' outputs: {mean:.4f} on average, {layers[worst].relative_error:.4f} in {worst}"
+    yield from _facts(loaded)
+    yield from _write(loaded, recipe, layers, part, request.out)
+
+
+def _write(
+    loaded: LoadedModel, recipe: SketchRecipe | None, layers: dict[str, SketchedLayer], part: Path, out: Path
+) -> Iterator[str]:
     whole = part / _WHOLE
     shutil.rmtree(whole, ignore_errors=True)
     manifest = write_sketch(loaded.model, loaded.tokenizer, recipe, layers, whole)
-    whole.rename(request.out)
-    sync_folder(request.out.parent)
+    whole.rename(out)
+    sync_folder(out.parent)
     shutil.rmtree(part, ignore_errors=True)
-    yield f"{request.out}: {bytes_text(_stored_bytes(request.out))}, {len(manifest.tensors)} tensors"
+    yield f"{out}: {bytes_text(_stored_bytes(out))}, {len(manifest.tensors)} tensors"
 
 
 def _recipe(loaded: LoadedModel, request: SketchRequest, windows: torch.Tensor) -> SketchRecipe:
@@ -164,11 +208,8 @@ def _check_recipe(file: Path, recipe: SketchRecipe, out: Path) -> None:
     replace_file(file, said, durable=True)
 
 
-def _facts(loaded: LoadedModel, layers: dict[str, SketchedLayer]) -> Iterator[str]:
-    """What was lost, what it takes, and what stays dense."""
-    worst = max(layers, key=lambda name: layers[name].relative_error)
-    mean = sum(layer.relative_error for layer in layers.values()) / len(layers)
-    yield f"relative error of the layers' outputs: {mean:.4f} on average, {layers[worst].relative_error:.4f} in {worst}"
+def _facts(loaded: LoadedModel) -> Iterator[str]:
+    """What the codes and tables take, and what stays dense."""
     sketched = sketched_layers(loaded.model).values()
     weights = sum(layer.out_features * layer.in_features for layer in sketched)
     entries = sum(layer.tables.numel() for layer in sketched)

@@ -25,6 +25,7 @@ from fedzo.data.embedded import package_dir
 from fedzo.errors import ConfigError
 from fedzo.models.config import ModelConfig, Quantization
 from fedzo.models.digest import file_digest
+from fedzo.models.sketched.layers import sketched_layers
 
 logger = logging.getLogger(__name__)
 
@@ -188,6 +189,7 @@ def read_model(name: str | Path, **arguments: Any) -> Any:
             f"hold {some(shapes)}. Take the config.json that belongs to the weights."
         )
     parameters = {own for own, _ in model.named_parameters(remove_duplicate=False)}
+    parameters |= {f"{own}.codes" for own in sketched_layers(model)}
     unused = sorted(told["unexpected_keys"])
     if absent := sorted(parameters & set(told["missing_keys"])):
         cause = (

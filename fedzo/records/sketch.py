@@ -70,13 +70,13 @@ class SketchManifest:
     Attributes:
         version: Of this record.
         fedzo: Version that wrote it.
-        recipe: What it was made of.
-        layers: The sketched layers by name.
+        recipe: What it was made of; None where it came in another layout.
+        layers: How well each layer was sketched, by name; empty where that is not known.
         tensors: What the safetensors files hold.
     """
 
     version: Annotated[int, Within(VERSION, VERSION)] = VERSION
     fedzo: Name
-    recipe: SketchRecipe
-    layers: Annotated[dict[LayerName, SketchedLayer], Length(1, _MOST_TENSORS)]
+    recipe: SketchRecipe | None
+    layers: Annotated[dict[LayerName, SketchedLayer], Length(0, _MOST_TENSORS)]
     tensors: Annotated[dict[LayerName, StoredTensor], Length(1, _MOST_TENSORS)]

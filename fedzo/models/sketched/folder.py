@@ -10,9 +10,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 import fedzo
 from fedzo.errors import ConfigError
 from fedzo.models.digest import Entry, stored_entries
@@ -22,26 +19,26 @@ from fedzo.models.source import without_progress_bars
 from fedzo.records.decode import decode_json, to_json
 from fedzo.records.folder import replace_file, sync_folder
 from fedzo.records.sketch import SketchedLayer, SketchManifest, SketchRecipe, StoredTensor
-from fedzo.sketch.build import TABLE_DTYPE
 
 MANIFEST = "sketch.json"
-_NARROW = (torch.bfloat16, torch.float16)
 
 
 def write_sketch(
-    model: Any, tokenizer: Any, recipe: SketchRecipe, layers: dict[str, SketchedLayer], folder: Path
+    model: Any, tokenizer: Any, recipe: SketchRecipe | None, layers: dict[str, SketchedLayer], folder: Path
 ) -> SketchManifest:
-    """Write a model that was just sketched, its tables in 16 bits, and flush all of it to the disk.
+    """Write a model that was just sketched, and flush all of it to the disk.
 
-    What stays dense is written in 16 bits where no number of it changes.
+    A tensor is written in 16 bits where no number of it changes: tables that were just built, and what stays dense of a
+    model that came in 16 bits. ``recipe`` and ``layers`` are None and empty where the sketch came from elsewhere.
 
     Raises:
         OSError: It cannot be written.
     """
-    form = SketchFormat(recipe.bits, recipe.groups_per_row, sorted(dense_layers(model)))
+    first = next(iter(sketched_layers(model).values()))
+    form = SketchFormat(first.bits, first.groups_per_row, sorted(dense_layers(model)))
     mark_as_sketch(model, form)
     with without_progress_bars():
-        model.save_pretrained(folder, state_dict=_stored_state(model))
+        model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     tensors = {
         name: StoredTensor(dtype=dtype, shape=shape, sha256=digest)
@@ -85,24 +82,3 @@ def check_tensors(manifest: SketchManifest, entries: dict[str, Entry], *, name: 
             f"model.name {name!r}: each tensor must have the SHA-256 that {MANIFEST} names, but {wrong[0]!r} has not "
             f"({len(wrong)} in all): the files were cut, swapped or changed. Copy the sketch again, or build it anew."
         )
-
-
-def _stored_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state to store; tensors that are one stay one."""
-    tables = {f"{name}.tables" for name in sketched_layers(model)}
-    narrowed: dict[int, torch.Tensor] = {}
-    state = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in narrowed:
-            held = tensor.detach()
-            narrowed[id(tensor)] = held.to(TABLE_DTYPE) if name in tables else _narrowest(held)
-        state[name] = narrowed[id(tensor)]
-    return state
-
-
-def _narrowest(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.dtype == torch.float32:
-        for dtype in _NARROW:
-            if torch.equal((narrow := tensor.to(dtype)).float(), tensor):
-                return narrow
-    return tensor

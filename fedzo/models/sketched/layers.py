@@ -48,3 +48,12 @@ def replace_layers(model: nn.Module, *, bits: int, groups_per_row: int, keep: It
             name=name,
         )
         model.set_submodule(name, empty)
+
+
+def narrowest(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in 16 bits, if no number of it changes, else as it is."""
+    if tensor.dtype == torch.float32:
+        for dtype in (torch.bfloat16, torch.float16):
+            if torch.equal((narrow := tensor.to(dtype)).float(), tensor):
+                return narrow
+    return tensor

@@ -1,0 +1,203 @@
+"""``fedzo sketch`` as a person calls it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedzo.cli import main
+from fedzo.commands import sketch as command
+from fedzo.models.config import ModelConfig
+from fedzo.models.load import load_model
+from fedzo.models.sketched.folder import read_manifest
+from fedzo.records.folder import folder_of_one_process
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("\n".join(f"The {i} quick brown foxes jump over {i * i} lazy dogs." for i in range(60)))
+    return file
+
+
+@pytest.fixture
+def ask(tiny_model_dir: Path, text: Path, tmp_path: Path) -> list[str]:
+    out, model = tmp_path / "sk4", tiny_model_dir
+    return [
+        "sketch",
+        "--out",
+        str(out),
+        "--calibration",
+        str(text),
+        "--tokens",
+        "32",
+        "--windows",
+        "6",
+        f"model={model}",
+    ]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_a_sketch_is_built_measured_and_loaded(
+    ask: list[str], tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*ask, "--bits", "3", "--groups-per-row", "2", "--skip", "o_proj"]) == 0
+
+    printed = capsys.readouterr().out
+    dense = load_model(ModelConfig(name=str(tiny_model_dir)))
+    loaded = load_model(ModelConfig(name=str(tmp_path / "sk4")))
+    manifest = read_manifest(tmp_path / "sk4" / "sketch.json")
+    assert "calibration: 6 windows of 32 tokens" in printed
+    assert "sketched 12 layers" in printed
+    bits = re.search(r"([\d,]+) weights are codes now, ([\d.]+) bits each with their ([\d,]+) table values", printed)
+    assert bits is not None
+    weights = 2 * (32 * 32 + 2 * 16 * 32 + 3 * 64 * 32)  # q, k and v, gate, up and down of two blocks
+    entries = 2 * (32 + 2 * 16 + 2 * 64 + 32) * 2 * 8
+    assert bits.groups() == (f"{weights:,}", f"{3 + 16 * entries / weights:.3f}", f"{entries:,}")
+    assert "model.layers.*.self_attn.o_proj.weight (2 x 1,024)" in printed
+    before, after = (float(re.search(rf"([\d.]+) {word}", printed)[1]) for word in ("before", "after"))  # type: ignore[index]
+    ids = torch.tensor(loaded.tokenizer((tmp_path / "text.txt").read_text(), add_special_tokens=False)["input_ids"])
+    windows = ids[: 32 * 16].view(16, 32)
+    for model, said in ((dense.model, before), (loaded.model, after)):
+        with torch.no_grad():
+            losses = [model(input_ids=window[None], labels=window[None]).loss for window in windows]
+        assert torch.stack(losses).mean().exp().item() == pytest.approx(said, abs=0.006)
+    assert (manifest.recipe.bits, manifest.recipe.num_windows, manifest.recipe.skipped) == (3, 6, ("o_proj",))
+    assert manifest.recipe.source_digest == dense.base_digest
+    assert not (tmp_path / "sk4.part").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_build_goes_on_to_the_same_bytes(ask: list[str], tmp_path: Path) -> None:
+    assert main([str(tmp_path / "whole") if each == str(tmp_path / "sk4") else each for each in ask]) == 0
+    layers = tmp_path / "sk4.part" / "layers"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedzo", *ask], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (layers.is_dir() and len(list(layers.glob("*.safetensors"))) >= 3):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "sk4").exists()
+
+    assert main(ask) == 0
+
+    assert files_of(tmp_path / "sk4") == files_of(tmp_path / "whole")
+
+
+def test_a_build_goes_on_only_with_what_it_began_with(
+    ask: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(command, "write_sketch", full)
+        assert main(ask) == 1
+    said = capsys.readouterr().err
+    assert "sk4: it must be possible to write it, got 'No space left on device'" in said
+    assert "call the same command again: it goes on with what is in sk4.part" in said
+    assert not (tmp_path / "sk4").exists()
+
+    assert main([*ask, "--bits", "2"]) == 2
+    assert "a build with other settings, another model or other text has begun there" in capsys.readouterr().err
+    with folder_of_one_process(tmp_path / "sk4.part"):
+        assert main(ask) == 1
+    assert "sk4.part" in capsys.readouterr().err
+
+    assert main(ask) == 0
+    assert main(ask) == 2
+    assert "sk4' must not exist, but does" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (["--bits", "5"], "bits must be 2, 3 or 4, got 5"),
+        (["--groups-per-row", "3"], "'model.layers.0.self_attn.q_proj' must be a multiple of groups_per_row=3, got 32"),
+        (["--tokens", "4096"], "a window must have at least 2 tokens and at most 512"),
+        (["--skip", "nothing"], "--skip must name linear layers (down_proj"),
+        (["--calibration", "absent.txt"], "--calibration must name a file, got no such file at 'absent.txt'"),
+        (["--text", "absent.txt"], "--text must name a file, got no such file at 'absent.txt'"),
+        (["model.quantization=nf4", "trainer=lora"], "model.quantization must be none for a sketch"),
+        (["--damping", "nan"], "damping must be >= 0 and finite, got nan"),
+    ],
+)
+def test_bad_input_is_one_message_before_any_work(
+    change: list[str], expected: str, ask: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*ask, *change]) == 2
+
+    captured = capsys.readouterr()
+    assert expected in captured.err
+    assert "Traceback" not in captured.err
+    assert "before" not in captured.out
+    assert not (tmp_path / "sk4").exists()
+    assert not (tmp_path / "sk4.part").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [("", "must hold text"), ("short\n", "must hold at least 1 x 32 tokens .*, got 6 tokens of 1")],
+)
+def test_calibration_that_is_empty_or_too_short_is_told_with_what_there_is(
+    content: str, expected: str, ask: list[str], text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text.write_text(content)
+
+    assert main(ask) == 2
+
+    assert re.search(expected, capsys.readouterr().err)
+
+
+def test_a_sketch_is_not_sketched_again(ask: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(ask) == 0
+    capsys.readouterr()
+
+    again = [str(tmp_path / "sk5") if each == str(tmp_path / "sk4") else each for each in ask[:-1]]
+    assert main([*again, f"model={tmp_path / 'sk4'}"]) == 2
+
+    assert "must be dense, but is a sketch already (14 layers" in capsys.readouterr().err
+
+
+def test_the_recipe_is_json_that_people_can_read(ask: list[str], tmp_path: Path) -> None:
+    assert main(ask) == 0
+
+    said = json.loads((tmp_path / "sk4" / "sketch.json").read_text())
+
+    assert said["recipe"]["source"] == "tiny"
+    assert said["recipe"]["bits"] == 4
+    assert set(said["layers"]["model.layers.0.mlp.up_proj"]) == {"relative_error", "num_unused"}
+
+
+def test_a_sketch_goes_to_leanquants_layout_and_back(
+    ask: list[str], tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layout, again = tmp_path / "layout.safetensors", tmp_path / "again"
+    assert main(ask) == 0
+
+    assert main(["sketch", "--export", str(layout), f"model={tmp_path / 'sk4'}"]) == 0
+    assert main(["sketch", "--import", str(layout), "--out", str(again), f"model={tiny_model_dir}"]) == 0
+
+    assert "layout.safetensors: 14 layers" in capsys.readouterr().out
+    assert (again / "model.safetensors").read_bytes() == (tmp_path / "sk4" / "model.safetensors").read_bytes()
+    assert load_model(ModelConfig(name=str(again))).base_digest == load_model(ModelConfig(name=ask[2])).base_digest
+    assert main(["sketch", "--import", str(layout), f"model={tiny_model_dir}"]) == 2
+    assert "needs --out DIR with --calibration FILE or with --import FILE" in capsys.readouterr().err
