@@ -1,4 +1,7 @@
-"""``fedzo bench step``: our step beside its bare forwards (two, by default), MeZO's walk and a first-order step."""
+"""``fedzo bench step``: our step beside its bare forwards (two, by default), MeZO's walk and a first-order step.
+
+On a sketch: beside its bare forwards and those of the dense model that it decodes to.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ from fedzo.models.head import hidden_at, project
 from fedzo.models.load import TORCH_DTYPES, LoadedModel, compile_loaded, load_model
 from fedzo.models.products import default_product, product_is_chosen
 from fedzo.models.scoring import mean_loss
+from fedzo.models.sketched.layers import decoded_layers, layers_replaced, sketched_layers
 from fedzo.run.peer import set_up_process
 from fedzo.system import environment
 from fedzo.trainers import TRAINERS, Workplace
@@ -37,6 +41,7 @@ from fedzo.zo.spaces.base import Space
 
 BARE, BASE, OURS = "bare forwards", "base model's forwards", "fedzo step"
 EAGER = "eager forwards"
+DENSE = "dense twin's forwards"
 DEFAULT = "default products' forwards"
 WALK, FIRST_ORDER = "MeZO walk", "first-order step"
 Work = Callable[[], object]
@@ -94,6 +99,9 @@ class Bench:
         Bare forwards are those of the model as it is trained; where that holds an adapter, the base model's are beside,
         where it is compiled, the same forwards without the compiler, and where ``choose_product`` made a choice, those
         with the products that PyTorch makes by itself. The first-order step is never compiled.
+
+        Beside the forwards of a sketch are those of its dense twin, which has the decoded weights. The steps that train
+        all weights are left out there, since a sketch has none that could be trained.
         """
         model, lr = self.loaded.model, 1e-8
         keys = [stream_key(0, round=0, probe=probe) for probe in range(self.num_probes)]
@@ -115,18 +123,29 @@ class Bench:
         def eager_forwards() -> None:
             replace(self, loaded=replace(self.loaded, compiled=None)).contestants()[BARE]()
 
+        def dense_forwards() -> None:
+            if not dense:  # made when they are wanted first, so that no other contestant's memory holds them
+                dense.update(decoded_layers(model))
+            with layers_replaced(model, dense):
+                forwards()
+
         def default_forwards() -> None:
             with default_product():
                 forwards()
 
+        is_sketch, dense = bool(sketched_layers(model)), dict[str, nn.Linear]()
+        train_all_weights: dict[str, Work] = {
+            WALK: lambda: mezo_walk_step(model, self.loss, eps=self.eps, lr=lr, seed=0),
+            FIRST_ORDER: lambda: first_order_step(model, ids, choices, lr=lr),
+        }
         return {
             BARE: forwards,
+            **({DENSE: dense_forwards} if is_sketch else {}),
             **({BASE: base_forwards} if has_adapter(model) else {}),
             **({EAGER: eager_forwards} if self.loaded.compiled else {}),
             **({DEFAULT: default_forwards} if product_is_chosen() else {}),
             OURS: ours,
-            WALK: lambda: mezo_walk_step(model, self.loss, eps=self.eps, lr=lr, seed=0),
-            FIRST_ORDER: lambda: first_order_step(model, ids, choices, lr=lr),
+            **({} if is_sketch else train_all_weights),
         }
 
 
@@ -216,6 +235,10 @@ def peak_bytes(config: LaunchConfig, name: str, *, shape: str | None, rows: int,
     """
     before = resident_bytes()
     bench = open_bench(config, shape=shape, rows=rows, tokens=tokens)
+    if name == DENSE:  # the twin alone: codes would count twice
+        for layer, dense in decoded_layers(bench.loaded.model).items():
+            bench.loaded.model.set_submodule(layer, dense)
+        name = BARE
     contestants = bench.contestants()
     contestants[BARE]()
     add_direction(torch.zeros(8), 0, scale=1.0)  # loads or compiles the CPU kernel, which is no step's memory

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -57,3 +59,32 @@ def narrowest(tensor: torch.Tensor) -> torch.Tensor:
             if torch.equal((narrow := tensor.to(dtype)).float(), tensor):
                 return narrow
     return tensor
+
+
+def decoded_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """For each sketched layer a dense one that computes the same: its weight as decoded now, and its very bias.
+
+    Returns:
+        Layers by name, in the dtype in which the model computes.
+    """
+    dtype = cast(Any, model).get_input_embeddings().weight.dtype
+    dense = {}
+    for name, layer in sketched_layers(model).items():
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(layer.weight.to(dtype), requires_grad=False)
+        linear.bias = cast(nn.Parameter, layer.bias)  # None where there is none
+        dense[name] = linear
+    return dense
+
+
+@contextmanager
+def layers_replaced(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Within the context the model computes with ``layers``, by name, in the place of its own."""
+    own = {name: model.get_submodule(name) for name in layers}
+    try:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
+        yield
+    finally:
+        for name, layer in own.items():
+            model.set_submodule(name, layer)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,27 @@ import torch
 import fedzo.bench.step
 from fedzo.bench.measure import measure_peak_bytes, resident_bytes
 from fedzo.bench.shapes import SHAPES, random_model
-from fedzo.bench.step import BARE, BASE, DEFAULT, EAGER, FIRST_ORDER, OURS, WALK, bench_step, open_bench
+from fedzo.bench.step import (
+    BARE,
+    BASE,
+    DEFAULT,
+    DENSE,
+    EAGER,
+    FIRST_ORDER,
+    OURS,
+    WALK,
+    Bench,
+    bench_step,
+    open_bench,
+    peak_bytes,
+)
 from fedzo.cli import main
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
 from fedzo.models.adapters import base_model
-from fedzo.testing.tiny_models import save_tiny_model
+from fedzo.models.scoring import mean_loss
+from fedzo.sketch import SketchLinear
+from fedzo.testing.tiny_models import save_tiny_model, save_tiny_sketch
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +109,61 @@ def test_with_an_adapter_the_base_models_forwards_are_timed_beside_it(folder: Pa
     assert base == plain.loss() != wrapped == bench.loss()
     assert [p.requires_grad for p in bench.loaded.model.parameters()] == requires
     assert BASE not in plain.contestants()
+
+
+def test_beside_a_sketch_are_the_forwards_of_the_dense_model_that_it_decodes_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no step that trains dense weights."""
+    config = load([f"model={save_tiny_sketch(tmp_path, 'gpt2')}", "trainer=prompt", "device=cpu"])
+    bench = open_bench(config, shape=None, rows=3, tokens=5)
+    model, counter = bench.loaded.model, bench.loaded.counter
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SketchLinear)}
+    losses: list[float] = []
+
+    def loss(*args: Any, **options: Any) -> float:
+        losses.append(mean_loss(*args, **options))
+        return losses[-1]
+
+    monkeypatch.setattr("fedzo.bench.step.mean_loss", loss)
+    contestants, before = bench.contestants(), counter.num_forwards
+    contestants[BARE]()
+    contestants[DENSE]()
+    spent = counter.num_forwards - before
+    for layer in layers.values():
+        layer.tables.zero_()  # of which the twin knows nothing any more
+    contestants[DENSE]()
+    contestants[BARE]()
+
+    assert list(contestants) == [BARE, DENSE, BASE, OURS]
+    assert spent == 4
+    assert len(layers) == 8
+    assert losses[:2] * 3 == losses[:6]
+    assert losses[6] == losses[7] != losses[0]
+    assert {name: model.get_submodule(name) for name in layers} == layers
+
+
+def test_the_peak_of_the_dense_twin_holds_no_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load([f"model={save_tiny_sketch(tmp_path)}", "trainer=prompt", "device=cpu"])
+    layers: list[weakref.ref[torch.nn.Module]] = []
+    held: list[int] = []
+
+    def opened(*args: Any, **options: Any) -> Bench:
+        bench = open_bench(*args, **options)
+        layers[:] = [weakref.ref(each) for each in bench.loaded.model.modules() if isinstance(each, SketchLinear)]
+        return bench
+
+    def measure(work: Callable[[], object], device: torch.device) -> int:
+        work()
+        held.append(sum(layer() is not None for layer in layers))
+        return resident_bytes()
+
+    monkeypatch.setattr("fedzo.bench.step.open_bench", opened)
+    monkeypatch.setattr("fedzo.bench.step.measure_peak_bytes", measure)
+    peaks = [peak_bytes(config, name, shape=None, rows=2, tokens=4) for name in (BARE, DENSE)]
+
+    assert held == [14, 0]
+    assert None not in peaks
 
 
 def test_forwards_with_pytorchs_default_products_are_timed_beside_those_with_chosen_ones(
