@@ -14,7 +14,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,23 @@ from fedzo.sketch import Sketch, SketchLinear, SketchSettings, check_shapes, ske
 from fedzo.sketch.packing import columns_per_group
 
 Advance = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class BuildReport:
+    """What became of the layers, and what it took.
+
+    Attributes:
+        layers: By name. A layer that the calibration text does not reach stays dense and is not among them.
+        matrices_s: Seconds for factors, tables and codes.
+        forwards_s: Seconds for all the rest: the calibration text's way through the model, and its Hessians.
+    """
+
+    layers: dict[str, SketchedLayer]
+    matrices_s: float
+    forwards_s: float
+
+
 _NUMBER = re.compile(r"\d+")
 
 
@@ -44,7 +63,7 @@ def sketch_model(
     sequential: bool = True,
     kept: Path,
     advance: Advance = lambda done, total: None,
-) -> dict[str, SketchedLayer]:
+) -> BuildReport:
     """Replace the linear layers in a model's blocks by sketches, in place.
 
     Args:
@@ -56,15 +75,13 @@ def sketch_model(
         kept: Folder of the finished layers, of this very build. It may not be there yet.
         advance: Told (layers done, layers).
 
-    Returns:
-        What became of each layer, by name. A layer that the calibration text does not reach stays dense.
-
     Raises:
         ConfigError: The model is a sketch already, or no decoder; a name to skip is of no layer; groups do not divide a
             width; a weight or a Hessian cannot be used. Nothing was changed, but in the last case.
     """
     names = layers_to_sketch(model, settings.groups_per_row, skip)
     results: dict[str, SketchedLayer] = {}
+    started, matrices_s = time.perf_counter(), [0.0]
     with torch.no_grad():
         walk = start_walk(model, windows)
         for number in range(len(walk.blocks)):
@@ -73,7 +90,7 @@ def sketch_model(
             finished: dict[str, Sketch] = {}
             for stage in walk.stages(number):
                 chosen = [name for name in stage if f"{block}.{name}" in names]
-                for name, sketch in _sketch_stage(walk, number, chosen, settings, block=block, kept=kept):
+                for name, sketch in _sketch_stage(walk, number, chosen, settings, block, kept, matrices_s):
                     finished[name] = sketch
                     results[f"{block}.{name}"] = SketchedLayer(
                         relative_error=sketch.relative_error, num_unused=sketch.num_unused
@@ -85,7 +102,7 @@ def sketch_model(
             _replace(walk.blocks[number], finished)
             names -= {name for name in names if name.startswith(f"{block}.") and name not in results}
             advance(max(before, len(results)), len(names))
-    return results
+    return BuildReport(results, matrices_s[0], time.perf_counter() - started - matrices_s[0])
 
 
 def layers_to_sketch(model: nn.Module, groups_per_row: int, skip: Iterable[str]) -> set[str]:
@@ -128,9 +145,12 @@ def left_dense(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def _sketch_stage(
-    walk: Walk, number: int, stage: list[str], settings: SketchSettings, *, block: str, kept: Path
+    walk: Walk, number: int, stage: list[str], settings: SketchSettings, block: str, kept: Path, seconds: list[float]
 ) -> Iterable[tuple[str, Sketch]]:
-    """The sketches of layers that read one tensor, whose Hessian is made when the first of them needs it."""
+    """The sketches of layers that read one tensor, whose Hessian is made when the first of them needs it.
+
+    What the matrices take is added to ``seconds[0]``.
+    """
     hessian = None
     for name in stage:
         file = kept / f"{block}.{name}.safetensors"
@@ -140,7 +160,9 @@ def _sketch_stage(
         if sketch is None:
             if hessian is None:
                 hessian = _hessian(walk.inputs(number, name))
+            started = time.perf_counter()
             sketch = sketch_matrix(weight.cpu(), hessian, settings, name=f"{block}.{name}")
+            seconds[0] += time.perf_counter() - started
             _write(file, sketch)
         yield name, sketch
 

@@ -214,6 +214,11 @@ def _capture(
 
 def _check(model: nn.Module, walk: Walk, states: torch.Tensor, expected: torch.Tensor) -> None:
     """Refuse a model whose blocks, called one after another, do not give what its forward gives."""
+    if not bool(torch.isfinite(expected).all()):
+        raise ConfigError(
+            "sketch: the states of the calibration text must be finite, got NaN or infinity. Check the model's weights, "
+            "or load it in float32."
+        )
     for block, calls in zip(walk.blocks, walk.calls, strict=True):
         states = calls[len(states)](block, states)
     error = float((states - expected).abs().max() / expected.abs().max().clamp(min=1e-30))

@@ -53,7 +53,7 @@ def build(folder: Path, family: str = "llama", *, bits: int = 4, groups_per_row:
     model.config.use_cache = False
     windows = [torch.arange(24) + 7 * i for i in range(2)]
     settings = SketchSettings(bits=bits, groups_per_row=groups_per_row)
-    layers = sketch_model(model, windows, settings, kept=folder.with_name("kept"))
+    layers = sketch_model(model, windows, settings, kept=folder.with_name("kept")).layers
     write_sketch(model, byte_tokenizer(), recipe(bits, groups_per_row), layers, folder)
     return model
 
@@ -91,7 +91,7 @@ def test_codes_are_packed_tables_have_16_bits_and_the_rest_is_as_narrow_as_it_wa
     model.config.use_cache = False
     model.lm_head.weight.data = model.lm_head.weight.data.bfloat16().float()
     settings = SketchSettings(bits=3)
-    layers = sketch_model(model, [torch.arange(24)] * 2, settings, kept=tmp_path / "kept")
+    layers = sketch_model(model, [torch.arange(24)] * 2, settings, kept=tmp_path / "kept").layers
     manifest = write_sketch(model, byte_tokenizer(), recipe(3), layers, tmp_path / "sk")
 
     stored = load_file(tmp_path / "sk" / "model.safetensors")
