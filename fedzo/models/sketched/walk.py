@@ -216,8 +216,8 @@ def _check(model: nn.Module, walk: Walk, states: torch.Tensor, expected: torch.T
     """Refuse a model whose blocks, called one after another, do not give what its forward gives."""
     if not bool(torch.isfinite(expected).all()):
         raise ConfigError(
-            "sketch: the states of the calibration text must be finite, got NaN or infinity. Check the model's weights, "
-            "or load it in float32."
+            "sketch: the states of the calibration text must be finite, got NaN or infinity. Check the model's "
+            "weights, or load it in float32."
         )
     for block, calls in zip(walk.blocks, walk.calls, strict=True):
         states = calls[len(states)](block, states)
