@@ -10,4 +10,6 @@ from fedzo.sketch.packing import decode as decode
 from fedzo.sketch.packing import pack as pack
 from fedzo.sketch.packing import packed_width as packed_width
 from fedzo.sketch.packing import unpack as unpack
+from fedzo.sketch.table_space import OwnTables as OwnTables
+from fedzo.sketch.table_space import TableSpace as TableSpace
 from fedzo.sketch.tables import kmeans_1d as kmeans_1d

@@ -43,6 +43,8 @@ class SketchLinear(nn.Module):
 
     codes: torch.Tensor
     """uint8 [R, ceil(d * bits / 8)], a buffer; packed as ``fedzo.sketch.packing`` says."""
+    by_row: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """Computes the product instead, where rows have tables of their own (``fedzo.sketch.table_space``)."""
 
     def __init__(
         self,
@@ -96,6 +98,8 @@ class SketchLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., d] to [..., R], of x's dtype."""
+        if self.by_row is not None:
+            return self.by_row(x)
         return sketched_linear(x, self.tables, self.codes, self.bias)
 
     def extra_repr(self) -> str:
