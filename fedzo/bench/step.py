@@ -26,7 +26,7 @@ from fedzo.models.head import hidden_at, project
 from fedzo.models.load import TORCH_DTYPES, LoadedModel, compile_loaded, load_model
 from fedzo.models.products import default_product, product_is_chosen
 from fedzo.models.scoring import mean_loss
-from fedzo.run.peer import set_up_process
+from fedzo.run.peer import check_format, set_up_process
 from fedzo.system import environment
 from fedzo.trainers import TRAINERS, Workplace
 from fedzo.zo.directions import PURPOSE_DATA, add_direction, permutation, stream_key
@@ -154,6 +154,7 @@ def open_bench(config: LaunchConfig, *, shape: str | None, rows: int, tokens: in
     )
     if shape is not None and config.model.compile:
         loaded = compile_loaded(loaded, longest=config.task.max_length)
+    check_format(config, loaded)
     longest = getattr(loaded.model.config, "max_position_embeddings", None)
     if isinstance(longest, int) and tokens > longest:
         raise ConfigError(f"--tokens must be at most {longest} for {loaded.source!r}, got {tokens}. Lower it.")

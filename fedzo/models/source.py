@@ -91,6 +91,23 @@ def find_source(config: ModelConfig) -> Source:
     return Source(name, config.revision, None, _safetensors(name, config.revision))
 
 
+def check_unpacked(source: Source, config: ModelConfig) -> None:
+    """Refuse to pack weights that are stored packed already, as those of a sketch are.
+
+    Raises:
+        ConfigError: ``model.quantization`` is set, and the model's config.json has a quantization of its own.
+    """
+    if config.quantization is Quantization.none or source.gguf_file is not None:
+        return
+    own = getattr(AutoConfig.from_pretrained(source.name, **source.arguments()), "quantization_config", None)
+    if own is not None:
+        method = own.get("quant_method") if isinstance(own, dict) else own.quant_method
+        raise ConfigError(
+            f"model.quantization must be none for {config.name!r}, whose weights are stored packed "
+            f"(quant_method={method}), got {config.quantization}. Write model.quantization=none."
+        )
+
+
 def quantization_arguments(kind: Quantization, *, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Keyword arguments of ``from_pretrained`` that pack the weights on ``device`` as they are read.
 
@@ -221,10 +238,16 @@ def read_gguf(name: str | Path, **arguments: Any) -> Any:
     """The model of a GGUF file as an ordinary one of dense weights, which can be saved."""
     # dequantize: left to itself, transformers may keep the blocks packed and compute on those
     model = read_model(name, quantization_config=GgufConfig(dequantize=True), **arguments)
-    for holder, attribute in ((model, "hf_quantizer"), (model.config, "quantization_config")):
-        if hasattr(holder, attribute):
-            delattr(holder, attribute)
+    forget_packing(model)
     return model
+
+
+def forget_packing(model: Any) -> None:
+    """Let ``save_pretrained`` write a model whose weights are dense by now as one that never was packed."""
+    for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
+        vars(model).pop(attribute, None)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
 
 
 @contextmanager

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fedzo.models.source import forget_packing
 from fedzo.sketch import SketchLinear
 
 
 def sketched_layers(model: nn.Module) -> dict[str, SketchLinear]:
     """The sketched layers by name, in the order of ``named_modules``; empty for a dense model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SketchLinear)}
+
+
+def tables_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The tables of all sketched layers by name, in the order of ``named_parameters``; empty for a dense model."""
+    return {f"{name}.tables": layer.tables for name, layer in sketched_layers(model).items()}
 
 
 def dense_layers(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
@@ -48,3 +55,24 @@ def replace_layers(model: nn.Module, *, bits: int, groups_per_row: int, keep: It
             name=name,
         )
         model.set_submodule(name, empty)
+
+
+def make_dense(model: Any) -> None:
+    """Put a dense layer that computes the same in the place of each sketched one, layer by layer.
+
+    The weights have the model's dtype, to which a sketched layer would round them, too. The model is then one that
+    ``save_pretrained`` writes for plain transformers.
+
+    Args:
+        model: A sketch; the classes of its dense layers are those that its config describes.
+    """
+    dtype = model.dtype
+    forget_packing(model)
+    with torch.device("meta"):
+        plain = type(model)(model.config)
+    for name, layer in sketched_layers(model).items():
+        dense, weight = plain.get_submodule(name), layer.weight.to(dtype)
+        weight = weight.T.contiguous() if isinstance(dense, Conv1D) else weight
+        dense.weight = nn.Parameter(weight, requires_grad=False)
+        dense.bias = layer.bias
+        model.set_submodule(name, dense)
