@@ -25,6 +25,7 @@ from fedzo.data.embedded import package_dir
 from fedzo.errors import ConfigError
 from fedzo.models.config import ModelConfig, Quantization
 from fedzo.models.digest import file_digest
+from fedzo.sketch import SketchLinear
 
 logger = logging.getLogger(__name__)
 
@@ -205,6 +206,7 @@ def read_model(name: str | Path, **arguments: Any) -> Any:
             f"hold {some(shapes)}. Take the config.json that belongs to the weights."
         )
     parameters = {own for own, _ in model.named_parameters(remove_duplicate=False)}
+    parameters |= {f"{own}.codes" for own, layer in model.named_modules() if isinstance(layer, SketchLinear)}
     unused = sorted(told["unexpected_keys"])
     if absent := sorted(parameters & set(told["missing_keys"])):
         cause = (

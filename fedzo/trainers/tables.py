@@ -6,23 +6,33 @@ of the sketch costs, and nothing but the model has to travel: a peer's codes are
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from fedzo.errors import ConfigError
+from fedzo.errors import ConfigError, Problem
 from fedzo.masks.sensitivity import accumulate_gradients, next_token_loss
 from fedzo.models.sketched.layers import tables_of
 from fedzo.models.sketched.table_file import GRADIENT, read_tables, write_tables
 from fedzo.trainers.artifacts import Artifact
-from fedzo.trainers.base import TRAINERS, Built, Prepared, TrainerTraits, Workplace
+from fedzo.trainers.base import (
+    TRAINERS,
+    Built,
+    InputsConfig,
+    Prepared,
+    TrainerConfig,
+    TrainerTraits,
+    Workplace,
+)
 from fedzo.trainers.calibration import CalibratedConfig, calibration_windows
 from fedzo.zo.config import Distribution
 from fedzo.zo.spaces.dense import DenseSpace
 
 if TYPE_CHECKING:
+    from fedzo.config.schema import RunSettings
     from fedzo.models.load import LoadedModel
 
 GRADIENT_FILE = "table_gradient.safetensors"
@@ -43,6 +53,12 @@ class TablesConfig(CalibratedConfig):
             cannot_train_dense="it has no tables",
             gradient=self.gradient,
         )
+
+    def input_problems(self, inputs: InputsConfig, run: RunSettings) -> Iterator[Problem]:
+        if self.gradient:
+            yield from CalibratedConfig.input_problems(self, inputs, run)
+            inputs = replace(inputs, calibration=None)  # which it takes
+        yield from TrainerConfig.input_problems(self, inputs, run)
 
     def for_timing(self) -> TablesConfig:
         return replace(self, gradient=False)
