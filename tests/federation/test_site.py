@@ -168,7 +168,7 @@ def test_no_model_is_rebuilt_on_another_base(
     weights[changed][0] += 1  # not trained
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
 
-    for use in (replay_run, partial(export_run, out_dir=tmp_path / "out"), partial(evaluate_run, split="test")):
+    for use in (replay_run, partial(export_run, out=tmp_path / "out"), partial(evaluate_run, split="test")):
         with pytest.raises(ConfigError, match=r"the model's weights must have the SHA-256 .* with which the run began"):
             use(tmp_path / "run")
 
@@ -244,7 +244,9 @@ def test_clients_in_processes_of_their_own_find_a_folder_for_their_log(
 
 
 @pytest.mark.parametrize(
-    "trainers", [("mezo", "meerkat", "lora", "prompt", "meerkat"), ("tables", "prompt", "tables")], ids=" ".join
+    "trainers",
+    [("mezo", "meerkat", "lora", "prompt", "meerkat"), ("tables", "prompt", "tables", "prompt")],
+    ids=" ".join,
 )
 def test_a_site_loads_its_model_once_and_each_run_begins_with_the_base(
     trainers: tuple[str, ...],
