@@ -152,8 +152,8 @@ def test_a_dense_model_has_no_tables(overrides: Overrides, tiny_model_dir: Path,
 
     with pytest.raises(
         ConfigError,
-        match=r"trainer must be one for dense models, since '.*' is one: it has no tables, got 'tables'\. Make a sketch "
-        r"with `fedzo sketch --out FOLDER model=.*` and name that folder\.",
+        match=r"trainer must be one for dense models, since '.*' is one: it has no tables, got 'tables'\. Make a "
+        r"sketch with `fedzo sketch --out FOLDER model=.*` and name that folder\.",
     ):
         open_run(config, tmp_path)
 
