@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from fedzo.models.head import hidden_at, project
 from fedzo.models.load import TORCH_DTYPES, LoadedModel, compile_loaded, load_model
 from fedzo.models.products import default_product, product_is_chosen
 from fedzo.models.scoring import mean_loss
+from fedzo.models.sketched.layers import make_dense
 from fedzo.run.peer import check_format, set_up_process
 from fedzo.system import environment
 from fedzo.trainers import TRAINERS, Workplace
@@ -37,6 +39,7 @@ from fedzo.zo.spaces.base import Space
 
 BARE, BASE, OURS = "bare forwards", "base model's forwards", "fedzo step"
 EAGER = "eager forwards"
+DENSE = "dense model's forwards"
 DEFAULT = "default products' forwards"
 WALK, FIRST_ORDER = "MeZO walk", "first-order step"
 Work = Callable[[], object]
@@ -93,7 +96,8 @@ class Bench:
 
         Bare forwards are those of the model as it is trained; where that holds an adapter, the base model's are beside,
         where it is compiled, the same forwards without the compiler, and where ``choose_product`` made a choice, those
-        with the products that PyTorch makes by itself. The first-order step is never compiled.
+        with the products that PyTorch makes by itself. The first-order step is never compiled. Beside a sketch's are
+        those of a dense model that computes the same, and no step that trains dense weights, since there are none.
         """
         model, lr = self.loaded.model, 1e-8
         keys = [stream_key(0, round=0, probe=probe) for probe in range(self.num_probes)]
@@ -119,14 +123,30 @@ class Bench:
             with default_product():
                 forwards()
 
+        @cache
+        def dense() -> Bench:  # made when it is first called, so that the others' memory is without it
+            copied = copy.deepcopy(model)
+            make_dense(copied)
+            return replace(self, loaded=replace(self.loaded, model=copied))
+
+        def dense_forwards() -> None:
+            dense().contestants()[BARE]()
+
+        def walk() -> None:
+            mezo_walk_step(model, self.loss, eps=self.eps, lr=lr, seed=0)
+
+        def first_order() -> None:
+            first_order_step(model, ids, choices, lr=lr)
+
+        sketch, adapter = self.loaded.is_sketch, has_adapter(model)
         return {
             BARE: forwards,
-            **({BASE: base_forwards} if has_adapter(model) else {}),
+            **({BASE: base_forwards} if adapter else {}),
+            **({DENSE: dense_forwards} if sketch and not adapter else {}),
             **({EAGER: eager_forwards} if self.loaded.compiled else {}),
             **({DEFAULT: default_forwards} if product_is_chosen() else {}),
             OURS: ours,
-            WALK: lambda: mezo_walk_step(model, self.loss, eps=self.eps, lr=lr, seed=0),
-            FIRST_ORDER: lambda: first_order_step(model, ids, choices, lr=lr),
+            **({} if sketch else {WALK: walk, FIRST_ORDER: first_order}),
         }
 
 
