@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -109,6 +111,26 @@ def test_other_files_and_places_are_named(loaded: LoadedModel, written: Path, tm
     with pytest.raises(RunFolderError, match=r"table file .*: it must be writable"):
         write_tables(tmp_path / "no" / "folder", tables_of(loaded.model), base_digest="")
     assert not (tmp_path / "no").exists()
+
+
+@given(data=st.data())
+def test_a_damaged_table_file_is_refused_or_gives_the_same_tables(
+    data: st.DataObject, loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "damaged.safetensors"
+    write_tables(file, tables_of(loaded.model), base_digest=loaded.base_digest)
+    content = bytearray(file.read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.one_of(st.integers(0, header - 1), st.integers(header, len(content) - 1)))
+        content[at] ^= 1 << data.draw(st.integers(0, 7))
+    file.write_bytes(content)
+
+    try:
+        tables = read_tables(file, loaded)
+    except ConfigError:
+        return
+    assert all(torch.equal(table, tables_of(loaded.model)[name]) for name, table in tables.items())
 
 
 def test_tables_that_are_not_finite_are_refused(loaded: LoadedModel, tmp_path: Path) -> None:
