@@ -29,8 +29,8 @@ from fedzo.models.head import hidden_at, project
 from fedzo.models.load import TORCH_DTYPES, LoadedModel, compile_loaded, load_model
 from fedzo.models.products import default_product, product_is_chosen
 from fedzo.models.scoring import mean_loss
-from fedzo.models.sketched.layers import decoded_layers, layers_replaced, sketched_layers
-from fedzo.run.peer import set_up_process
+from fedzo.models.sketched.layers import decoded_layers, layers_replaced, make_dense
+from fedzo.run.peer import check_format, set_up_process
 from fedzo.system import environment
 from fedzo.trainers import TRAINERS, Workplace
 from fedzo.zo.directions import PURPOSE_DATA, add_direction, permutation, stream_key
@@ -133,7 +133,7 @@ class Bench:
             with default_product():
                 forwards()
 
-        is_sketch, dense = bool(sketched_layers(model)), dict[str, nn.Linear]()
+        is_sketch, dense = self.loaded.is_sketch, dict[str, nn.Module]()
         train_all_weights: dict[str, Work] = {
             WALK: lambda: mezo_walk_step(model, self.loss, eps=self.eps, lr=lr, seed=0),
             FIRST_ORDER: lambda: first_order_step(model, ids, choices, lr=lr),
@@ -173,6 +173,7 @@ def open_bench(config: LaunchConfig, *, shape: str | None, rows: int, tokens: in
     )
     if shape is not None and config.model.compile:
         loaded = compile_loaded(loaded, longest=config.task.max_length)
+    check_format(config, loaded)
     longest = getattr(loaded.model.config, "max_position_embeddings", None)
     if isinstance(longest, int) and tokens > longest:
         raise ConfigError(f"--tokens must be at most {longest} for {loaded.source!r}, got {tokens}. Lower it.")
@@ -236,8 +237,7 @@ def peak_bytes(config: LaunchConfig, name: str, *, shape: str | None, rows: int,
     before = resident_bytes()
     bench = open_bench(config, shape=shape, rows=rows, tokens=tokens)
     if name == DENSE:  # the twin alone: codes would count twice
-        for layer, dense in decoded_layers(bench.loaded.model).items():
-            bench.loaded.model.set_submodule(layer, dense)
+        make_dense(bench.loaded.model)
         name = BARE
     contestants = bench.contestants()
     contestants[BARE]()

@@ -180,8 +180,16 @@ def make_parser() -> argparse.ArgumentParser:
 
     own = command("export", commands.export, "write a run's model as a Hugging Face folder")
     _add_run(own)
-    own.add_argument("out", metavar="OUT", help="new folder")
+    own.add_argument("out", metavar="OUT", help="new folder, or new file for --tables")
     _add_rounds(own, "rounds to apply (default: up to the best round)")
+    form = own.add_mutually_exclusive_group()
+    form.set_defaults(form="model")
+    form.add_argument(
+        "--tables", dest="form", action="store_const", const="tables", help="of a sketch: its trained tables alone"
+    )
+    form.add_argument(
+        "--dense", dest="form", action="store_const", const="dense", help="of a sketch: an ordinary model of it"
+    )
 
     own = command("report", commands.report, "write report.html again, of runs or sweeps")
     own.add_argument("runs", metavar="RUN", nargs="+", help="run or sweep folder")

@@ -8,7 +8,7 @@ from typing import Any
 from fedzo.config.schema import LaunchConfig
 from fedzo.errors import ConfigError
 from fedzo.masks.mask_file import save_mask
-from fedzo.run.peer import open_model
+from fedzo.run.peer import check_format, open_model
 from fedzo.run.process import row_source
 from fedzo.run.start import calibration_texts
 from fedzo.trainers import Workplace
@@ -28,6 +28,8 @@ def make_mask(config: LaunchConfig, out: Path) -> dict[str, Any]:
         advance=lambda done, total: None,
         inputs=config.inputs,
     )
-    mask = choose_mask(config.trainer, open_model(site, config.task.max_length), workplace)
+    loaded = open_model(site, config.task.max_length)
+    check_format(config, loaded)
+    mask = choose_mask(config.trainer, loaded, workplace)
     save_mask(mask, out)
     return {"path": str(out), "size": mask.size, "digest": mask.digest(), **mask.manifest}

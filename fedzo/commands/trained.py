@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from fedzo.commands.run_folder import read_run, rebuild
+from fedzo.config.plugins import plugin_name
 from fedzo.config.travel import config_hash
 from fedzo.data.encode import encode_prompts
 from fedzo.errors import ConfigError
@@ -13,6 +15,8 @@ from fedzo.evaluate import evaluate
 from fedzo.fl.log_store import METRICS, RunLog
 from fedzo.models.checks import check_ids
 from fedzo.models.generate import generate
+from fedzo.models.sketched.layers import make_dense, tables_of
+from fedzo.models.sketched.table_file import write_tables
 from fedzo.records.decode import encode
 from fedzo.records.metrics import Extension
 
@@ -37,19 +41,52 @@ def replay_run(run_dir: Path, *, rounds: int | None = None) -> dict[str, object]
     }
 
 
-def export_run(run_dir: Path, out_dir: Path, *, rounds: int | None = None) -> Path:
-    """Write what a run made: a folder that plain transformers loads, or an adapter folder that plain PEFT loads."""
-    if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
-        raise ConfigError(f"OUT must be a new or empty folder, got {str(out_dir)!r}. Choose another.")
+class Form(StrEnum):
+    """What is written of a run whose model is a sketch."""
+
+    model = "model"
+    """The model as it is: a sketch with the trained tables. Of other runs an ordinary model, or an adapter."""
+    tables = "tables"
+    """The trained tables alone, in one file."""
+    dense = "dense"
+    """An ordinary model of dense layers that computes the same."""
+
+
+def export_run(run_dir: Path, out: Path, *, rounds: int | None = None, form: Form = Form.model) -> Path:
+    """Write what a run made: a folder that plain transformers loads, or an adapter folder that plain PEFT loads.
+
+    Args:
+        run_dir: The run.
+        out: What is written: a new or empty folder, for tables alone a new file.
+        rounds: Rounds to apply, by default those up to the best one.
+        form: What to write of a sketch.
+
+    Raises:
+        ConfigError: There is something at ``out``, or another form is asked of a run that trained no sketch.
+    """
+    if out.exists() and (form is Form.tables or not (out.is_dir() and not any(out.iterdir()))):
+        new = "file" if form is Form.tables else "or empty folder"
+        raise ConfigError(f"OUT must be a new {new}, got {str(out)!r}. Choose another.")
     rebuilt = rebuild(run_dir, rounds=rounds)
     loaded, built = rebuilt.process.peer.loaded, rebuilt.process.peer.built
-    if built is not None and built.save is not None:
-        built.save(out_dir)
-        return out_dir
+    save = None if built is None else built.save
+    if form is not Form.model and (save is not None or not loaded.is_sketch):
+        raise ConfigError(
+            f"--{form} must be given for a run that trained the tables of a sketch, got {str(run_dir)!r} with "
+            f"trainer={plugin_name('trainer', rebuilt.process.peer.config.trainer)}. Leave it out."
+        )
+    if save is not None:
+        save(out)
+        return out
+    if form is Form.tables:
+        write_tables(out, tables_of(loaded.model), base_digest=loaded.base_digest)
+        return out
+    if form is Form.dense:
+        make_dense(loaded.model)
     model: Any = loaded.model
-    model.save_pretrained(out_dir)
-    loaded.tokenizer.save_pretrained(out_dir)
-    return out_dir
+    model.save_pretrained(out)
+    loaded.tokenizer.save_pretrained(out)
+    return out
 
 
 def evaluate_run(run_dir: Path, *, split: str) -> dict[str, Any]:

@@ -41,7 +41,8 @@ def quantization_problems(site: SiteConfig, config: RunSettings) -> Iterator[Pro
         return
     if config.trainer.traits.trains_base_weights:
         rule = "be none where the model's own weights are trained"
-        yield problem("model.quantization", rule, model.quantization, "Train an adapter, as trainer=lora does.")
+        remedy = "Write model.quantization=none, or train an adapter, as trainer=lora does."
+        yield problem("model.quantization", rule, model.quantization, remedy)
     if model.gguf_file is not None:
         rule = "be none with model.gguf_file, whose weights are packed in their own way and unpacked when read"
         yield problem("model.quantization", rule, model.quantization, "Name a folder of safetensors.")
@@ -63,6 +64,24 @@ def dtype_problems(site: SiteConfig, config: RunSettings) -> Iterator[Problem]:
         chosen = f"estimator={plugin_name('estimator', config.estimator)}"
         rule = f"be float32 for {chosen} with {trainer}, which has no float32 values beside the model's weights"
         yield problem("model.dtype", rule, dtype, "Write model.dtype=float32.")
+
+
+def format_problems(config: RunSettings, *, is_sketch: bool, name: str) -> Iterator[Problem]:
+    """Whether the trainer can train a model in the format in which it was loaded.
+
+    Args:
+        config: The run.
+        is_sketch: Whether the model is a sketch.
+        name: ``model.name``.
+    """
+    traits, trainer = config.trainer.traits, plugin_name("trainer", config.trainer)
+    if is_sketch and traits.cannot_train_sketch:
+        rule = f"be one for sketches, since {name!r} is one: {traits.cannot_train_sketch}"
+        yield problem("trainer", rule, trainer, "Write trainer=tables, or name the dense model.")
+    if not is_sketch and traits.cannot_train_dense:
+        rule = f"be one for dense models, since {name!r} is one: {traits.cannot_train_dense}"
+        remedy = f"Make a sketch with `fedzo sketch --out FOLDER model={name}` and name that folder."
+        yield problem("trainer", rule, trainer, remedy)
 
 
 # --- of the launch: how the clients run

@@ -36,7 +36,7 @@ def eligible_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         first = ", ".join(f"{n} {tuple(p.shape)} {p.dtype}" for n, p in islice(model.named_parameters(), 5))
         raise ConfigError(
             "mask: the model must have an eligible weight (an attention or MLP projection, floating point), got none. "
-            f"Its first parameters: {first or 'none'}. Use trainer=mezo, which trains every weight."
+            f"Its first parameters: {first or 'none'}. Choose another trainer, or a model of dense layers."
         )
     return dict(found.values())
 

@@ -75,8 +75,8 @@ def accumulate_gradients(
                 loss = loss_fn(model, window.to(device).unsqueeze(0))
                 if not bool(loss.isfinite()):
                     raise NumericsError(
-                        f"mask: the loss of calibration window {number} must be finite, got {loss.item()}. "
-                        "Load the model in float32 or bfloat16."
+                        f"trainer.calibration: the loss of calibration window {number} must be finite, got "
+                        f"{loss.item()}. Load the model in float32 or bfloat16."
                     )
                 loss.backward()  # type: ignore[no-untyped-call]
                 if on_window is not None:

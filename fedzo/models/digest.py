@@ -5,19 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fedzo.system import usable_cpus
 
 Entry = tuple[str, str, tuple[int, ...], str]
 """Name, dtype as safetensors writes it, shape, SHA-256 of the little-endian bytes."""
 
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+_DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+    torch.uint8: "U8",
+}
 
 
 def stored_entries(files: Iterable[Path]) -> dict[str, Entry]:
@@ -36,6 +43,13 @@ def weights_digest(entries: Mapping[str, Entry], *, tied: Mapping[str, str] | No
         Hex digest over the sorted lines ``name dtype shape sha256(bytes)``.
     """
     return _digest([entry for name, entry in entries.items() if (tied or {}).get(name) not in entries])
+
+
+def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What the model's files hold: its parameters, and the buffers that belong to its state, as a sketch's codes do."""
+    yield from model.named_parameters()
+    state = model.state_dict()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in state)
 
 
 def parameters_digest(named: Iterable[tuple[str, torch.Tensor]]) -> str:

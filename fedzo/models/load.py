@@ -17,12 +17,20 @@ from fedzo.models.cache import check_cache
 from fedzo.models.checks import check_causal, check_finite, check_tokens, num_positions
 from fedzo.models.compiled import CompiledDecoder, compile_decoder
 from fedzo.models.config import DType, ModelConfig, Quantization
-from fedzo.models.digest import file_digest, parameters_digest, stored_entries, tokenizer_digest, weights_digest
+from fedzo.models.digest import (
+    file_digest,
+    parameters_digest,
+    stored_entries,
+    stored_tensors,
+    tokenizer_digest,
+    weights_digest,
+)
 from fedzo.models.head import check_head
 from fedzo.models.sketched.folder import MANIFEST, check_tensors, read_manifest
 from fedzo.models.sketched.layers import sketched_layers
 from fedzo.models.source import (
     Source,
+    check_unpacked,
     find_file,
     find_source,
     quantization_arguments,
@@ -83,6 +91,11 @@ class LoadedModel:
     compiled: CompiledDecoder | None = None
     counter: ForwardCounter = field(default_factory=ForwardCounter)
 
+    @property
+    def is_sketch(self) -> bool:
+        """Whether linear layers are codes and tables (``fedzo.sketch``)."""
+        return bool(sketched_layers(self.model))
+
     def reload_weights(self) -> None:
         """Write the base weights back into the model, in place.
 
@@ -116,6 +129,7 @@ def load_model(config: ModelConfig, *, device: str = "auto", max_length: int = 1
     where = resolve_device(device)
     source = find_source(config)
     dtype = TORCH_DTYPES[DType(config.dtype)]
+    check_unpacked(source, config)
     packed = quantization_arguments(config.quantization, device=where, dtype=dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.name, **source.arguments())
@@ -204,13 +218,18 @@ def compile_loaded(loaded: LoadedModel, *, longest: int) -> LoadedModel:
             f"model.compile must be false for {loaded.source!r}: its LM head cannot be applied without its decoder, "
             "and only the decoder is compiled. Write model.compile=false."
         )
+    if loaded.is_sketch:
+        raise ConfigError(
+            f"model.compile must be false for {loaded.source!r}, which is a sketch: its layers decode their weights by "
+            "kernels outside of torch, which cannot be traced. Write model.compile=false."
+        )
     return replace(loaded, compiled=compile_decoder(loaded.model, longest=longest))
 
 
 def wrap_model(model: Any, tokenizer: Any, *, source: str = "memory") -> LoadedModel:
     """Make a ``LoadedModel`` of a model built in memory; a copy of its weights serves ``reload_weights``."""
     kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    digest = parameters_digest(model.named_parameters())
+    digest = parameters_digest(stored_tensors(model))
     device = next(model.parameters()).device
     return _wrap(model, tokenizer, device=device, digest=digest, source=source, read_weights=lambda: kept)
 

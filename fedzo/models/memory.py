@@ -2,7 +2,8 @@
 
 The memory of a forward-only step, in bytes (w = bytes of a weight):
 
-    weights      every parameter once
+    weights      every parameter once, and the buffers that belong to the model's state, as a sketch's codes do
+    scratch      of a sketch: one decoded layer, the largest; in float32 where a backward pass is taken
     activations  tokens * w * (6 * hidden + 3 * intermediate), one layer's at a time: there is no backward pass
     attention    2 * heads * 512 * tokens * 4, only where attention writes its scores down ("eager", as Gemma 2)
     states       tokens * 4 * (4 * inner * state) for a state space model, 2 * chunk * heads * state in chunks (Mamba 2)
@@ -10,7 +11,7 @@ The memory of a forward-only step, in bytes (w = bytes of a weight):
     cache        keys and values of shared prompts: counted in ``tokens_per_batch`` when forwards are planned
     trained      what the space says (``Space.step_bytes``): masters, directions, scratch, marks
     gradient     where a backward pass is taken: activations and attention of all layers at a time; all weights once
-                 more where they are trained; and 8 float32 vectors of the trained values
+                 more where dense ones are trained; and 8 float32 vectors of the trained values
     rule         space_size * 4 * (num_moments + 10) in the machine's memory, if the server optimizer remembers any:
                  its numbers, and what a round's update holds beside them for a while (3 vectors of n, 10 with a drift)
 
@@ -27,8 +28,10 @@ import torch
 from torch import nn
 
 from fedzo.errors import ConfigError
+from fedzo.models.digest import stored_tensors
 from fedzo.models.head import hidden_at
 from fedzo.models.load import LoadedModel
+from fedzo.models.sketched.layers import sketched_layers
 
 _LOGITS_BYTES = 256 << 20
 _RULE_VECTORS = 10
@@ -38,8 +41,15 @@ _SHARE = 0.9  # of what is available: allocators keep some
 
 
 def weights_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters, tied ones once; works on the meta device, too."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    """Bytes of all stored tensors, tied ones once, codes as well as tables; works on the meta device, too."""
+    return sum(tensor.numel() * tensor.element_size() for _, tensor in stored_tensors(model))
+
+
+def scratch_bytes(model: nn.Module, *, backward: bool = False) -> int:
+    """Bytes of a sketch's largest layer, decoded; 0 for a dense model."""
+    width = 4 if backward else next(model.parameters()).element_size()
+    sizes = (layer.in_features * layer.out_features for layer in sketched_layers(model).values())
+    return width * max(sizes, default=0)
 
 
 def rule_bytes(space_size: int, num_moments: int) -> int:
@@ -81,7 +91,7 @@ def estimate_step_memory_bytes(
     activations *= int(config.num_hidden_layers) if backward else 1
     logits = head_rows * int(getattr(config, "vocab_size", 0))
     head = min(4 * logits, _LOGITS_BYTES) * (4 + width) // 4
-    return weights_bytes(model) + activations + head + trained_bytes
+    return weights_bytes(model) + scratch_bytes(model, backward=backward) + activations + head + trained_bytes
 
 
 def available_memory_bytes(device: torch.device) -> int:

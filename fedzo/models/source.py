@@ -25,7 +25,7 @@ from fedzo.data.embedded import package_dir
 from fedzo.errors import ConfigError
 from fedzo.models.config import ModelConfig, Quantization
 from fedzo.models.digest import file_digest
-from fedzo.models.sketched.layers import sketched_layers
+from fedzo.sketch import SketchLinear
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,23 @@ def find_source(config: ModelConfig) -> Source:
             )
         return Source(name, config.revision, config.gguf_file, (found,))
     return Source(name, config.revision, None, _safetensors(name, config.revision))
+
+
+def check_unpacked(source: Source, config: ModelConfig) -> None:
+    """Refuse to pack weights that are stored packed already, as those of a sketch are.
+
+    Raises:
+        ConfigError: ``model.quantization`` is set, and the model's config.json has a quantization of its own.
+    """
+    if config.quantization is Quantization.none or source.gguf_file is not None:
+        return
+    own = getattr(AutoConfig.from_pretrained(source.name, **source.arguments()), "quantization_config", None)
+    if own is not None:
+        method = own.get("quant_method") if isinstance(own, dict) else own.quant_method
+        raise ConfigError(
+            f"model.quantization must be none for {config.name!r}, whose weights are stored packed "
+            f"(quant_method={method}), got {config.quantization}. Write model.quantization=none."
+        )
 
 
 def quantization_arguments(kind: Quantization, *, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -189,7 +206,7 @@ def read_model(name: str | Path, **arguments: Any) -> Any:
             f"hold {some(shapes)}. Take the config.json that belongs to the weights."
         )
     parameters = {own for own, _ in model.named_parameters(remove_duplicate=False)}
-    parameters |= {f"{own}.codes" for own in sketched_layers(model)}
+    parameters |= {f"{own}.codes" for own, layer in model.named_modules() if isinstance(layer, SketchLinear)}
     unused = sorted(told["unexpected_keys"])
     if absent := sorted(parameters & set(told["missing_keys"])):
         cause = (
@@ -223,10 +240,16 @@ def read_gguf(name: str | Path, **arguments: Any) -> Any:
     """The model of a GGUF file as an ordinary one of dense weights, which can be saved."""
     # dequantize: left to itself, transformers may keep the blocks packed and compute on those
     model = read_model(name, quantization_config=GgufConfig(dequantize=True), **arguments)
-    for holder, attribute in ((model, "hf_quantizer"), (model.config, "quantization_config")):
-        if hasattr(holder, attribute):
-            delattr(holder, attribute)
+    forget_packing(model)
     return model
+
+
+def forget_packing(model: Any) -> None:
+    """Let ``save_pretrained`` write a model whose weights are dense by now as one that never was packed."""
+    for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
+        vars(model).pop(attribute, None)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from fedzo.config.plugins import plugin_name
-from fedzo.config.schema import RunConfig, SiteConfig, SiteFile, with_rounds
+from fedzo.config.schema import RunConfig, RunSettings, SiteConfig, SiteFile, with_rounds
+from fedzo.config.traits import format_problems
 from fedzo.config.travel import config_hash
 from fedzo.data.encode import Example, encode, task_digest
 from fedzo.data.files import Row
@@ -191,6 +192,17 @@ class Peer:
             return wide
         self.loaded = loaded
         return replace(narrow, reset=lambda: narrow.space.load(base))
+
+
+def check_format(config: RunSettings, loaded: LoadedModel) -> None:
+    """Refuse a model in whose format the run's trainer has nothing to train, or would train something else.
+
+    Raises:
+        ConfigError: A sketch where dense weights are trained, or the other way round.
+    """
+    problems = format_problems(config, is_sketch=loaded.is_sketch, name=loaded.source)
+    if texts := [problem.text for problem in problems]:
+        raise ConfigError("; ".join(texts))
 
 
 def open_model(site: SiteConfig, max_length: int) -> LoadedModel:

@@ -26,7 +26,7 @@ from fedzo.models.load import LoadedModel
 from fedzo.report import ReportConfig
 from fedzo.report.trackers import TrackerConfig
 from fedzo.run.client_context import ClientContext
-from fedzo.run.peer import Peer, open_model
+from fedzo.run.peer import Peer, check_format, open_model
 from fedzo.run.server_context import ServerContext
 from fedzo.run.site_model import SiteModel
 from fedzo.system import SITE_ENV, SITE_LOG_ENV
@@ -133,6 +133,7 @@ def open_process(
         raise ConfigError("; ".join(texts))
     loaded = load(site, run.task.max_length)
     check_base(site.limits, loaded.base_digest, whose=f"the model {site.model.name}")
+    check_format(run, loaded)
     return Process(Peer.of(run, site, loaded), row_source(run, site), artifacts, site_folder=site_folder)
 
 

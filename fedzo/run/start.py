@@ -18,7 +18,7 @@ from fedzo.models.config import BaseConfig
 from fedzo.models.load import LoadedModel
 from fedzo.records.folder import read_file, replace_file
 from fedzo.report.sinks import ProgressSink
-from fedzo.run.peer import Peer, open_model
+from fedzo.run.peer import Peer, check_format, open_model
 from fedzo.run.process import Process, row_source
 from fedzo.trainers import TRAINERS, Prepared, Workplace
 from fedzo.trainers.artifacts import ARTIFACTS, Artifact
@@ -43,6 +43,7 @@ def open_run(launch: LaunchConfig, run_dir: Path) -> Process:
     if isinstance(source, SimulatedRows):
         _ = source.parts  # rows that cannot be used or dealt are refused here, before the model is loaded
     loaded = open_model(launch.site(), launch.task.max_length)
+    check_format(launch, loaded)
     prepared = _prepare(launch, loaded, source, run_dir, resumed=begun is not None)
     launch.step_policy.check_start(launch.fl, has_gradient=prepared.gradient is not None)
     run = launch.run(_base_of(launch, loaded), prepared.artifact.digest)

@@ -153,9 +153,13 @@ def tiny_loaded(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    sketched: bool = False,
 ) -> LoadedModel:
     """A random model with the byte tokenizer, as ``load_model`` would return it."""
-    model = tiny_model(family, vocab_size=vocab_size, seed=seed, dtype=dtype).to(device)
+    if sketched:
+        model = tiny_sketch(family, seed=seed, dtype=dtype).to(device)
+    else:
+        model = tiny_model(family, vocab_size=vocab_size, seed=seed, dtype=dtype).to(device)
     return wrap_model(model, byte_tokenizer(), source=f"tiny-{family}")
 
 

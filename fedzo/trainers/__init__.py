@@ -1,6 +1,6 @@
 """Trainer plugins: each is a space with the step sizes that suit it (``docs/how-to-add-a-trainer.md``)."""
 
-from fedzo.trainers import adapters, meerkat, mezo
+from fedzo.trainers import adapters, meerkat, mezo, tables
 from fedzo.trainers.base import (
     TRAINERS,
     Built,
@@ -24,4 +24,5 @@ __all__ = [
     "adapters",
     "meerkat",
     "mezo",
+    "tables",
 ]

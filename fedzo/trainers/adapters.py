@@ -80,7 +80,19 @@ class AdapterTrainer:
 
 
 @dataclass(kw_only=True, slots=True)
-class LoraTrainerConfig(AdapterConfig):
+class LayerAdapterConfig(AdapterConfig):
+    """A trainer of adapters that sit on dense linear layers."""
+
+    @property
+    def traits(self) -> TrainerTraits:
+        return TrainerTraits(
+            trains_base_weights=False,
+            cannot_train_sketch="PEFT has no adapter of this kind for a layer of codes and tables",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class LoraTrainerConfig(LayerAdapterConfig):
     """LoRA-MeZO: PEFT's low-rank adapters, in float32 over a base of any dtype (arXiv 2106.09685, 2305.17333)."""
 
     lr: float = 5e-5  # this and eps: MeZO's for LoRA
@@ -125,7 +137,7 @@ def lora_trainer(config: LoraTrainerConfig) -> AdapterTrainer:
 
 
 @dataclass(kw_only=True, slots=True)
-class Ia3TrainerConfig(AdapterConfig):
+class Ia3TrainerConfig(LayerAdapterConfig):
     """IA3: PEFT's learned rescaling of keys, values and feed-forward activations (arXiv 2205.05638)."""
 
     lr: float = 1e-3

@@ -25,16 +25,21 @@ class TrainerTraits:
     """What the rules on other parts of a run must know of a trainer.
 
     Attributes:
-        trains_base_weights: Whether weights of the model itself are trained, so that nobody may pack them.
+        trains_base_weights: Whether dense weights of the model itself are trained: nobody may pack them, and a backward
+            pass has a gradient of each. Tables of a sketch are none.
         float32_master: Whether the trained values are held in float32 whatever the model's dtype. Without it they are
             the model's weights themselves, in its dtype, and too many for float32 vectors beside them.
         cannot_compile: Why its forwards cannot go through ``torch.compile``, as half a sentence; empty where they can.
+        cannot_train_dense: Why it cannot train a model of dense layers, as half a sentence; empty where it can.
+        cannot_train_sketch: Why it cannot train a sketch (``fedzo.models.sketched``), in the same way.
         gradient: Whether ``prepare`` can find a gradient of the trained values, for GradIP.
     """
 
     trains_base_weights: bool = True
     float32_master: bool = True
     cannot_compile: str = ""
+    cannot_train_dense: str = ""
+    cannot_train_sketch: str = ""
     gradient: bool = False
 
 

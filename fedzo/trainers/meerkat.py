@@ -17,16 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import fedzo
-from fedzo.data.embedded import imdb_texts
-from fedzo.data.files import read_texts
-from fedzo.errors import ConfigError, Problem, at_least, problem
-from fedzo.masks.calibration import windows_from_texts
+from fedzo.errors import ConfigError, Problem, problem
 from fedzo.masks.mask import Mask, check_fits
 from fedzo.masks.mask_file import encode_mask, load_mask, save_mask
 from fedzo.masks.select import select_mask
-from fedzo.models.checks import check_ids
 from fedzo.trainers.artifacts import Artifact
-from fedzo.trainers.base import TRAINERS, Built, InputsConfig, Prepared, TrainerConfig, TrainerTraits, Workplace
+from fedzo.trainers.base import TRAINERS, Built, InputsConfig, Prepared, TrainerTraits, Workplace
+from fedzo.trainers.calibration import CalibratedConfig, Calibration, calibration_windows
 from fedzo.zo.config import Distribution
 from fedzo.zo.spaces.masked import MaskedSpace
 
@@ -58,19 +55,8 @@ class Granularity(StrEnum):
     """``density`` of all eligible weights together."""
 
 
-class Calibration(StrEnum):
-    """Source of the unlabelled calibration text."""
-
-    imdb = "imdb"
-    """The embedded data package's IMDB reviews, labels dropped."""
-    train = "train"
-    """The task's own training prompts."""
-    file = "file"
-    """The file ``inputs.calibration``."""
-
-
 @dataclass(kw_only=True, slots=True)
-class MeerkatConfig(TrainerConfig):
+class MeerkatConfig(CalibratedConfig):
     """Meerkat: a static mask chosen once from pre-training gradients (arXiv 2506.03337)."""
 
     lr: float = 2e-4
@@ -78,31 +64,21 @@ class MeerkatConfig(TrainerConfig):
     """Share of the eligible weights that is trained."""
     selector: Selector = Selector.sensitivity
     granularity: Granularity = Granularity.per_tensor
-    calibration: Calibration = Calibration.imdb
-    calibration_docs: int = 16
-    """Number of calibration documents (100 x 512 tokens of C4 in SensZOQ's tool)."""
-    calibration_tokens: int = 128
-    """Length of each document's window in tokens."""
 
     @property
     def traits(self) -> TrainerTraits:
-        return TrainerTraits(gradient=self.selector is Selector.sensitivity)
+        return TrainerTraits(
+            gradient=self.selector is Selector.sensitivity,
+            cannot_train_sketch="its mask picks from dense weights, of which a sketch has none left",
+        )
 
     def problems(self, run: RunSettings) -> Iterator[Problem]:
         if not 0 < self.density <= 1:
             yield problem("trainer.density", "be > 0 and <= 1", self.density, "0.001 trains one weight in a thousand.")
-        yield from at_least("trainer.calibration_docs", self.calibration_docs, 1, "It counts documents.")
-        yield from at_least("trainer.calibration_tokens", self.calibration_tokens, 1, "Number of tokens of a document.")
 
     def input_problems(self, inputs: InputsConfig, run: RunSettings) -> Iterator[Problem]:
-        if inputs.artifact is not None:
-            return
-        if self.calibration is Calibration.file and inputs.calibration is None:
-            remedy = "Write inputs.calibration=<text file>, or choose another trainer.calibration."
-            yield problem("inputs.calibration", "be given for trainer.calibration=file", None, remedy)
-        if self.calibration is Calibration.train and run.partition.traits.own_rows:
-            rule = "be imdb or file for partition=own, where the server has no training rows"
-            yield problem("trainer.calibration", rule, "train", "Choose another text, or give inputs.artifact.")
+        if inputs.artifact is None:  # a mask that is given needs no text
+            yield from CalibratedConfig.input_problems(self, inputs, run)
 
     def recipe_of(self, artifact: Path) -> MeerkatConfig:
         """As the mask's manifest tells; what it does not tell stays as it is.
@@ -175,21 +151,9 @@ class Meerkat:
 
 def choose_mask(config: MeerkatConfig, loaded: LoadedModel, workplace: Workplace) -> Mask:
     """Choose a mask as the configuration says."""
-
-    def tokenize(text: str) -> list[int]:
-        ids = list(loaded.tokenizer(text, verbose=False)["input_ids"])
-        check_ids(loaded.model, ids, where="calibration text")
-        return ids
-
     windows = []
     if config.selector is Selector.sensitivity:
-        windows = windows_from_texts(
-            _texts(config, workplace),
-            tokenize=tokenize,
-            num_docs=config.calibration_docs,
-            num_tokens=config.calibration_tokens,
-            seed=workplace.seed,
-        )
+        windows = calibration_windows(config, loaded, workplace)
     mask = select_mask(
         loaded.model,
         density=config.density,
@@ -203,11 +167,3 @@ def choose_mask(config: MeerkatConfig, loaded: LoadedModel, workplace: Workplace
     return replace(
         mask, manifest={**mask.manifest, "calibration": config.calibration.value, "fedzo": fedzo.__version__}
     )
-
-
-def _texts(config: MeerkatConfig, workplace: Workplace) -> list[str]:
-    if config.calibration is Calibration.imdb:
-        return imdb_texts()
-    if config.calibration is Calibration.train:
-        return workplace.texts()
-    return read_texts(Path(workplace.inputs.calibration or ""))

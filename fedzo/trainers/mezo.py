@@ -30,6 +30,7 @@ class MezoConfig(TrainerConfig):
     def traits(self) -> TrainerTraits:
         return TrainerTraits(
             float32_master=False,
+            cannot_train_sketch="it would train tables, embeddings and norms together, at one learning rate",
             cannot_compile="its probes hand each operation a perturbed weight, made by kernels outside of torch, which "
             "cannot be traced",
         )

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from fedzo.testing.tiny_models import save_tiny_model
+from fedzo.config.plugins import plugin_classes
+from fedzo.testing.tiny_models import save_tiny_model, save_tiny_sketch
 
 WORDS = {0: ["bad", "dull", "poor", "weak"], 1: ["good", "bright", "rich", "strong"]}
 
@@ -31,6 +32,25 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_sketch_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_sketch(tmp_path_factory.mktemp("models") / "sketch", "llama")
+
+
+@pytest.fixture
+def save_model_for() -> Callable[..., Path]:
+    """Write a tiny model that a trainer can train: a sketch, where it cannot train a dense one."""
+
+    def save(trainer: str, folder: Path, family: str = "llama") -> Path:
+        return (save_tiny_sketch if needs_sketch(trainer) else save_tiny_model)(folder, family)
+
+    return save
+
+
+def needs_sketch(trainer: str) -> bool:
+    return bool(plugin_classes()["trainer"][trainer]().traits.cannot_train_dense)
+
+
+@pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     for name, part in (("train", rows(64)), ("dev", rows(8, offset=100)), ("test", rows(16, offset=200))):
@@ -39,22 +59,19 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def overrides(tiny_model_dir: Path, data_dir: Path) -> Callable[..., list[str]]:
+def overrides(tiny_model_dir: Path, tiny_sketch_dir: Path, data_dir: Path) -> Callable[..., list[str]]:
     def make(*extra: str) -> list[str]:
-        masked = [
-            "trainer.density=0.05",
-            "trainer.calibration=train",
-            "trainer.calibration_docs=4",
-            "trainer.calibration_tokens=16",
-        ]
+        trainer = next((each[8:] for each in reversed(extra) if each.startswith("trainer=")), "meerkat")
+        calibrated = ["trainer.calibration=train", "trainer.calibration_docs=4", "trainer.calibration_tokens=16"]
+        own = {"meerkat": ["trainer.density=0.05", *calibrated], "tables": calibrated}
         return [
-            f"model={tiny_model_dir}",
+            f"model={tiny_sketch_dir if needs_sketch(trainer) else tiny_model_dir}",
             "task=custom",
             "task.template='Text: {text}\\nVerdict:'",
             "task.candidates=[' bad',' good']",
             f"data.path={data_dir}",
             "partition=iid",
-            *([] if any(each.startswith("trainer=") and each != "trainer=meerkat" for each in extra) else masked),
+            *own.get(trainer, []),
             "fl.num_clients=4",
             "fl.rounds=3",
             "fl.batch_size=2",

@@ -122,8 +122,8 @@ def test_the_gradient_is_autograd_s_of_the_loss_written_once_more(
     assert np.abs(g.numpy()).max() > 1e-3
 
 
-@pytest.mark.parametrize("trainer", ["lora", "ia3", "prefix", "prompt", "lora over packed weights"])
-def test_the_gradient_of_an_adapter_is_the_slope_of_the_loss(
+@pytest.mark.parametrize("trainer", ["lora", "ia3", "prefix", "prompt", "lora over packed weights", "tables"])
+def test_the_gradient_of_a_dense_space_is_the_slope_of_the_loss(
     overrides: Overrides, tmp_path: Path, trainer: str
 ) -> None:
     """By central differences of the loss as rounds without backpropagation measure it, in float64."""
@@ -187,12 +187,16 @@ def test_a_run_gives_the_numbers_that_first_order_py_gave(name: str, run: Run, l
 
 
 @pytest.mark.parametrize("local", ["sgd", "adamw"])
+@pytest.mark.parametrize("trainer", ["mezo", "tables"])
 def test_a_run_is_fedavg_of_torch_s_own_optimizer_on_the_plain_model(
-    local: str, overrides: Overrides, run: Run, tmp_path: Path
+    trainer: str, local: str, overrides: Overrides, run: Run, tmp_path: Path
 ) -> None:
-    """Two rounds of three steps on all weights, clients weighted by their rows; AdamW starts anew in each round."""
+    """Two rounds of three steps on all weights or all tables, clients weighted by their rows.
+
+    AdamW starts anew in each round.
+    """
     lr = 0.02 if local == "sgd" else 1e-3
-    settings = ["trainer=mezo", BACKPROP, f"estimator.local_optimizer={local}", f"server_optimizer.lr={lr}"]
+    settings = [f"trainer={trainer}", BACKPROP, f"estimator.local_optimizer={local}", f"server_optimizer.lr={lr}"]
     settings += ["fl.rounds=2", "fl.local_steps=3", "fl.num_clients=2", "partition=dirichlet", "partition.alpha=0.5"]
     settings += ["strategy=size", "strategy.size_cap=0"]
     if local == "adamw":
@@ -203,7 +207,7 @@ def test_a_run_is_fedavg_of_torch_s_own_optimizer_on_the_plain_model(
     assert len(rows[0]) != len(rows[1])
     weights = [len(own) / (len(rows[0]) + len(rows[1])) for own in rows]
     model = AutoModelForCausalLM.from_pretrained(config.model.name, dtype=torch.float32)
-    parameters = [parameter for _, parameter in model.named_parameters()]
+    parameters = [each for name, each in model.named_parameters() if trainer == "mezo" or name.endswith(".tables")]
     theta = nn.utils.parameters_to_vector(parameters).detach().double()
     for round_ in range(2):
         ends = torch.zeros_like(theta)
@@ -238,8 +242,9 @@ def test_a_run_is_fedavg_of_torch_s_own_optimizer_on_the_plain_model(
         (("server_optimizer.lr=0.01", "estimator.local_optimizer=adamw"), 0.6),
         (("trainer=lora", "trainer.rank=4", "server_optimizer.lr=0.2", "strategy.clients_per_round=3"), 0.85),
         (("trainer=mezo", "server_optimizer.lr=0.05", "strategy=median"), 0.7),
+        (("trainer=tables", "server_optimizer.lr=1e-3", "estimator.local_optimizer=adamw"), 0.7),
     ],
-    ids=["mask sgd", "mask adamw", "lora, sampled", "full, median"],
+    ids=["mask sgd", "mask adamw", "lora, sampled", "full, median", "tables adamw"],
 )
 def test_it_learns_and_counts_its_bytes(run: Run, lines: Lines, extra: tuple[str, ...], share: float) -> None:
     folder = run("fl.rounds=16", "fl.local_steps=4", "fl.batch_size=8", "evaluation.every_rounds=4", BACKPROP, *extra)
@@ -326,7 +331,7 @@ def test_a_run_that_stops_in_the_middle_and_is_resumed_ends_as_the_unbroken_one(
     assert [path.read_bytes() for path in vectors(folder)] == [path.read_bytes() for path in vectors(whole)]
 
 
-@pytest.mark.parametrize("trainer", ["meerkat", "lora", "mezo"])
+@pytest.mark.parametrize("trainer", ["meerkat", "lora", "mezo", "tables"])
 def test_replay_export_and_evaluation_rebuild_the_run(run: Run, lines: Lines, tmp_path: Path, trainer: str) -> None:
     folder = run(*SETTINGS, f"trainer={trainer}", "fl.hash_every=1")
 

@@ -148,6 +148,7 @@ def test_a_thousand_local_steps_are_rebuilt_by_another_process(train: Any, lines
         ("fl.seeds=per_client", "estimator.num_probes=3", "server_optimizer=adam", "server_optimizer.lr=0.001"),
         ("model.dtype=bfloat16", "fl.transport=values", "server_optimizer=momentum", "server_optimizer.lr=0.01"),
         ("trainer=lora", ROOM, "server_optimizer.lr=0.01", "estimator.num_probes=2"),
+        ("trainer=tables", "server_optimizer.lr=0.001", "estimator.num_probes=2"),
         ("trainer=mezo", "server_optimizer.lr=0.001", "strategy.clip_factor=1"),
         ("trainer=mezo", "server_optimizer.lr=0.001", "model.dtype=bfloat16", "trainer.rounding=stochastic"),
         ("server_optimizer=scaffold", "server_optimizer.lr=0.01"),

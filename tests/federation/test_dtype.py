@@ -52,7 +52,7 @@ def test_an_unfaithful_bfloat16_leaves_the_run_of_float32(
     assert (auto / "public.jsonl").read_bytes() == (plain / "public.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("trainer", ["meerkat", "lora"])
+@pytest.mark.parametrize("trainer", ["meerkat", "lora", "tables"])
 def test_where_bfloat16_is_taken_the_trained_values_start_from_float32s(
     run: Run,
     lines: Lines,

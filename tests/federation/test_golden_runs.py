@@ -26,6 +26,7 @@ RUNS: dict[str, list[str]] = {
     "ia3": ["trainer=ia3"],
     "prefix": ["trainer=prefix", "task.max_length=64"],
     "prompt": ["trainer=prompt", "task.max_length=64"],
+    "tables": ["trainer=tables", T2],
     "one_sided": ["estimator=one_sided", "estimator.num_probes=3"],
     "fzoo": ["estimator=fzoo"],
     "two_point, 2 probes, T = 3": ["estimator.num_probes=2", T3],
@@ -56,6 +57,8 @@ RUNS: dict[str, list[str]] = {
     "backprop": ["estimator=backprop", "server_optimizer.lr=0.1", T2],
     "backprop, lora, adamw, sampled": ["estimator=backprop", "estimator.local_optimizer=adamw", "trainer=lora",
                                        "server_optimizer.lr=0.01", "strategy.clients_per_round=3", T2],
+    "backprop, tables, adamw": ["estimator=backprop", "estimator.local_optimizer=adamw", "trainer=tables",
+                                "server_optimizer.lr=1e-3", T2],
     "backprop, all weights, trimmed mean": ["estimator=backprop", "trainer=mezo", "server_optimizer.lr=0.01",
                                             "strategy=trimmed_mean", "strategy.trim_share=0.3"],
 }  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fedzo.commands.trained import replay_run
-from fedzo.testing.tiny_models import FAMILIES, save_tiny_model
+from fedzo.testing.tiny_models import FAMILIES
 
 Run = Callable[..., Path]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
@@ -52,12 +52,12 @@ def test_answers_that_a_model_writes_are_trained_and_scored(
     assert replay_run(folder)["digest"] == summary["final_digest"]
 
 
-@pytest.mark.parametrize("trainer", ["meerkat", "mezo"])
+@pytest.mark.parametrize("trainer", ["meerkat", "mezo", "tables"])
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llama"])
 def test_every_family_of_models_runs_and_replays(
-    run: Run, lines: Lines, tmp_path: Path, family: str, trainer: str
+    run: Run, lines: Lines, tmp_path: Path, family: str, trainer: str, save_model_for: Callable[..., Path]
 ) -> None:
-    model = save_tiny_model(tmp_path / family, family)
+    model = save_model_for(trainer, tmp_path / family, family)
 
     folder = run(f"model={model}", f"trainer={trainer}", "fl.rounds=2", "server_optimizer.lr=1e-3")
 

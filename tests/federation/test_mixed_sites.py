@@ -54,7 +54,7 @@ def mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[int, ClientCo
     return sites
 
 
-@pytest.mark.parametrize("trainer", ["meerkat", "lora"])
+@pytest.mark.parametrize("trainer", ["meerkat", "lora", "tables"])
 def test_float32_and_bfloat16_sites_of_one_run_reach_the_same_hash(
     run: Run, lines: Lines, mixed: dict[int, ClientContext], trainer: str
 ) -> None:

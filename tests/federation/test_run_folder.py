@@ -71,7 +71,9 @@ def read_all(folder: Path, out: Path) -> list[int]:
     return [main(command) for command in commands]
 
 
-@pytest.mark.parametrize("settings", [(), ("trainer=lora",), ("trainer=mezo",), VECTORS], ids=" ".join)
+@pytest.mark.parametrize(
+    "settings", [(), ("trainer=lora",), ("trainer=mezo",), ("trainer=tables",), VECTORS], ids=" ".join
+)
 @pytest.mark.parametrize("artifacts", ["there", "gone"])
 def test_reading_a_run_changes_nothing_in_its_folder(
     run: Run, tmp_path: Path, settings: tuple[str, ...], artifacts: str

@@ -23,8 +23,9 @@ def assert_same_logs(first: Path, second: Path) -> None:
 
 @pytest.mark.sim
 @pytest.mark.timeout(300)
-def test_ray_gives_the_log_of_inline(run: Run) -> None:
-    settings = ("fl.rounds=2", "fl.local_steps=2", "server_optimizer.lr=0.02")
+@pytest.mark.parametrize(("trainer", "lr"), [("meerkat", "0.02"), ("tables", "1e-3")])
+def test_ray_gives_the_log_of_inline(run: Run, trainer: str, lr: str) -> None:
+    settings = ("fl.rounds=2", "fl.local_steps=2", f"trainer={trainer}", f"server_optimizer.lr={lr}")
 
     inline = run(*settings)
     ray = run(*settings, "runtime=ray")
@@ -64,10 +65,11 @@ def test_ray_gives_the_log_of_inline_with_smollm2_shuffled_replies_and_an_absent
 
 @pytest.mark.net
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("estimator", ["two_point", "backprop"])
-def test_a_real_superlink_with_two_supernodes_gives_the_log_of_inline(run: Run, estimator: str) -> None:
-    settings = ("fl.rounds=2", "fl.num_clients=2", "fl.local_steps=2", "server_optimizer.lr=0.02")
-    settings += (f"estimator={estimator}",)
+@pytest.mark.parametrize(
+    "extra", [("server_optimizer.lr=0.02",), ("server_optimizer.lr=0.02", "estimator=backprop"), ("trainer=tables",)]
+)
+def test_a_real_superlink_with_two_supernodes_gives_the_log_of_inline(run: Run, extra: tuple[str, ...]) -> None:
+    settings = ("fl.rounds=2", "fl.num_clients=2", "fl.local_steps=2", *extra)
 
     inline = run(*settings)
     local = run(*settings, "runtime=local")

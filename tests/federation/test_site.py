@@ -148,17 +148,27 @@ def test_a_folder_of_an_older_version_is_refused_for_its_version(run: Run) -> No
             use(folder)
 
 
-@pytest.mark.parametrize("trainer", ["lora", "meerkat"])
-def test_no_model_is_rebuilt_on_another_base(trainer: str, overrides: Overrides, tmp_path: Path) -> None:
-    """An adapter's values have the digest of the log on every base, and so has a mask where only others differ."""
-    save_tiny_model(tmp_path / "model", "llama")
+@pytest.mark.parametrize(
+    ("trainer", "changed"),
+    [
+        ("lora", "model.norm.weight"),
+        ("meerkat", "model.norm.weight"),
+        ("tables", "model.norm.weight"),
+        ("tables", "model.layers.1.mlp.down_proj.codes"),
+    ],
+)
+def test_no_model_is_rebuilt_on_another_base(
+    trainer: str, changed: str, overrides: Overrides, save_model_for: Callable[..., Path], tmp_path: Path
+) -> None:
+    """An adapter's values have the digest of the log on every base, and so has what differs elsewhere alone."""
+    save_model_for(trainer, tmp_path / "model")
     config = load([*overrides("fl.rounds=1", f"trainer={trainer}"), f"model.name={tmp_path / 'model'}"])
     start_run(config, tmp_path / "run", overrides=[])
     weights = load_file(tmp_path / "model" / "model.safetensors")
-    weights["model.norm.weight"][0] += 1  # neither masked nor adapted
+    weights[changed][0] += 1  # not trained
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
 
-    for use in (replay_run, partial(export_run, out_dir=tmp_path / "out"), partial(evaluate_run, split="test")):
+    for use in (replay_run, partial(export_run, out=tmp_path / "out"), partial(evaluate_run, split="test")):
         with pytest.raises(ConfigError, match=r"the model's weights must have the SHA-256 .* with which the run began"):
             use(tmp_path / "run")
 
@@ -233,15 +243,21 @@ def test_clients_in_processes_of_their_own_find_a_folder_for_their_log(
     assert seen == [folder / "logs" / "clients.log"]
 
 
+@pytest.mark.parametrize(
+    "trainers",
+    [("mezo", "meerkat", "lora", "prompt", "meerkat"), ("tables", "prompt", "tables", "prompt")],
+    ids=" ".join,
+)
 def test_a_site_loads_its_model_once_and_each_run_begins_with_the_base(
+    trainers: tuple[str, ...],
     run: Run,
     opened: Callable[[Path, str], Process],
-    tiny_model_dir: Path,
+    save_model_for: Callable[..., Path],
     data_dir: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Weights are trained, a mask, an adapter, virtual tokens: what one run left is not the next one's."""
+    """Weights are trained, a mask, an adapter, tables, virtual tokens: what one run left is not the next one's."""
     loads = []
 
     def counted(*of: Any) -> LoadedModel:
@@ -249,11 +265,10 @@ def test_a_site_loads_its_model_once_and_each_run_begins_with_the_base(
         return open_model(*of)
 
     monkeypatch.setattr(site_model, "open_model", counted)
-    trainers = ("mezo", "meerkat", "lora", "prompt", "meerkat")
-    folders = [run("fl.rounds=2", "task.max_length=64", f"trainer={trainer}") for trainer in trainers]
-    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    model = save_model_for(trainers[0], tmp_path / "model")
+    folders = [run(f"model={model}", "fl.rounds=2", "task.max_length=64", f"trainer={each}") for each in trainers]
     site = f"device: cpu\nthreads: 1\nmodel: {{name: {tmp_path / 'model'}}}\ndata: {{path: {data_dir}}}\n"
-    base = parameters_digest(load_model(ModelConfig(name=str(tiny_model_dir))).model.named_parameters())
+    base = parameters_digest(load_model(ModelConfig(name=str(model))).model.named_parameters())
 
     for folder in folders:
         peer = opened(folder, site).peer
@@ -265,6 +280,6 @@ def test_a_site_loads_its_model_once_and_each_run_begins_with_the_base(
         replica.verify(log.rounds[-1])  # it has the trained values of the run
     assert len(loads) == 1
 
-    save_tiny_model(tmp_path / "model", "llama")  # the same once more, but who knows
+    save_model_for(trainers[0], model)  # the same once more, but who knows
     opened(folders[0], site)
     assert len(loads) == 2

@@ -37,11 +37,25 @@ def scalars(audit: list[dict[str, Any]], client: int) -> np.ndarray:
         ["fl.local_steps=3", "step_policy=random", "step_policy.num_flagged=1", "task.candidates=[b,g]"],
         ["fl.local_steps=2", "task.loss=lm", "strategy.aggregation=majority_sign", "trainer.lr=1e-4"],
         ["fl.local_steps=3", "trainer=mezo", "trainer.lr=1e-4"],
+        ["fl.local_steps=1", "trainer=tables"],
+        ["fl.local_steps=3", "trainer=tables"],
         ["estimator=one_sided", "estimator.num_probes=2", "faults.absent=[1@1]"],
         ["estimator=fzoo", "estimator.num_probes=3", "trainer.lr=1e-5", "strategy.clip_factor=2"],
         ["estimator.freeze_routing=true", "fl.local_steps=2"],
     ],
-    ids=["T=1", "T=3", "T=3 scaffold", "T=3 and 1", "T=2 signs", "T=3 mezo", "one-sided", "fzoo", "frozen"],
+    ids=[
+        "T=1",
+        "T=3",
+        "T=3 scaffold",
+        "T=3 and 1",
+        "T=2 signs",
+        "T=3 mezo",
+        "T=1 tables",
+        "T=3 tables",
+        "one-sided",
+        "fzoo",
+        "frozen",
+    ],
 )
 def test_joint_scalars_equal_separate_ones_but_for_rounding(run: Run, lines: Lines, settings: list[str]) -> None:
     """Losses are float32 numbers near 0.7: an error of 2e-7 each is 2e-4 in g at eps = 1e-3; ten times that is let by.

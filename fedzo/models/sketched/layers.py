@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fedzo.models.source import forget_packing
 from fedzo.sketch import SketchLinear
 
 
 def sketched_layers(model: nn.Module) -> dict[str, SketchLinear]:
     """The sketched layers by name, in the order of ``named_modules``; empty for a dense model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SketchLinear)}
+
+
+def tables_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The tables of all sketched layers by name, in the order of ``named_parameters``; empty for a dense model."""
+    return {f"{name}.tables": layer.tables for name, layer in sketched_layers(model).items()}
 
 
 def dense_layers(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
@@ -61,20 +67,30 @@ def narrowest(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def decoded_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """For each sketched layer a dense one that computes the same: its weight as decoded now, and its very bias.
+def decoded_layers(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """For each sketched layer, by name, a dense one that computes the same: its decoded weight, and its very bias.
 
-    Returns:
-        Layers by name, in the dtype in which the model computes.
+    The weights have the model's dtype, to which a sketched layer would round them, too.
+
+    Args:
+        model: A sketch; the classes of its dense layers are those that its config describes.
     """
-    dtype = cast(Any, model).get_input_embeddings().weight.dtype
-    dense = {}
+    dtype = model.get_input_embeddings().weight.dtype
+    with torch.device("meta"):
+        plain = type(model)(model.config)
     for name, layer in sketched_layers(model).items():
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(layer.weight.to(dtype), requires_grad=False)
-        linear.bias = cast(nn.Parameter, layer.bias)  # None where there is none
-        dense[name] = linear
-    return dense
+        dense, weight = plain.get_submodule(name), layer.weight.to(dtype)
+        weight = weight.T.contiguous() if isinstance(dense, Conv1D) else weight
+        dense.weight = nn.Parameter(weight, requires_grad=False)
+        dense.bias = layer.bias
+        yield name, dense
+
+
+def make_dense(model: Any) -> None:
+    """Put dense layers in the place of the sketched ones, one by one; plain transformers reads what is then saved."""
+    for name, dense in decoded_layers(model):
+        model.set_submodule(name, dense)
+    forget_packing(model)
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from fedzo.config.load import load
 from fedzo.errors import ConfigError
 from fedzo.models.adapters import base_model
 from fedzo.models.scoring import mean_loss
+from fedzo.models.sketched.layers import make_dense
 from fedzo.sketch import SketchLinear
 from fedzo.testing.tiny_models import save_tiny_model, save_tiny_sketch
 
@@ -75,6 +76,27 @@ def test_every_contestant_is_timed_and_leaves_the_model_as_it_was(folder: Path, 
     assert result["figures"][0]["ratio"] == 1
     assert (result["rows"], result["tokens"], result["space_size"]) == (3, 5, bench.space.size)
     assert np.abs(bench.space.values() - before).max() < 1e-6  # the walk does not come back to the same bits
+
+
+def test_beside_a_sketch_stand_a_dense_model_that_computes_the_same_and_no_dense_step(tmp_path: Path) -> None:
+    config = load([f"model={save_tiny_sketch(tmp_path / 'sketch')}", "trainer=tables", "device=cpu"])
+    bench = open_bench(config, shape=None, rows=3, tokens=5)
+    before, counter, loss = bench.space.values(), bench.loaded.counter, bench.loss()
+    contestants, spent = bench.contestants(), {}
+    layers: list[list[type]] = []
+    for name, work in contestants.items():
+        start = counter.num_forwards
+        work()
+        spent[name] = counter.num_forwards - start
+        layers.append([type(each) for each in bench.loaded.model.modules()])
+
+    assert spent == {BARE: 2, DENSE: 2, OURS: 2}
+    assert layers[0] == layers[1] == layers[2]
+    assert SketchLinear in layers[0]
+    assert np.abs(bench.space.values() - before).max() < 1e-6
+    bench.space.load(before)
+    make_dense(bench.loaded.model)
+    assert bench.loss() == loss
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from fedzo.trainers.adapters import LoraTrainerConfig
 from fedzo.trainers.base import TrainerConfig
 from fedzo.trainers.meerkat import MeerkatConfig
 from fedzo.trainers.mezo import MezoConfig
+from fedzo.trainers.tables import TablesConfig
 from fedzo.zo.estimator import TwoPointConfig
 from fedzo.zo.server_optimizer import SgdConfig
 
@@ -127,6 +128,7 @@ def test_defaults_are_the_embedded_meerkat_run() -> None:
         ("meerkat", MeerkatConfig()),
         ("mezo", MezoConfig()),
         ("lora", LoraTrainerConfig(lr=5e-5, eps=1e-2)),  # MeZO's
+        ("tables", TablesConfig(lr=1e-4, eps=1e-3)),
     ],
 )
 def test_trainer_brings_its_step_sizes(trainer: str, expected: TrainerConfig) -> None:

@@ -25,6 +25,7 @@ from fedzo.trainers.adapters import Ia3TrainerConfig, LoraTrainerConfig, PrefixT
 from fedzo.trainers.base import TrainerConfig
 from fedzo.trainers.meerkat import Calibration, MeerkatConfig
 from fedzo.trainers.mezo import MezoConfig
+from fedzo.trainers.tables import TablesConfig
 from fedzo.zo.estimator import Baseline, EstimatorConfig, FzooConfig, OneSidedConfig
 from fedzo.zo.server_optimizer import AdamConfig, MomentumConfig, ServerOptimizerConfig, SgdConfig
 
@@ -417,14 +418,17 @@ def test_only_an_embedded_task_goes_without_a_path() -> None:
     )
 
 
-def test_calibration_by_file_needs_the_file() -> None:
+@pytest.mark.parametrize("trainer", [MeerkatConfig, TablesConfig])
+def test_calibration_by_file_needs_the_file(trainer: type) -> None:
     config = sound()
-    set_key(config, "trainer.calibration", Calibration.file)
+    config.trainer = trainer(calibration=Calibration.file)
 
     (problem,) = launch_problems(config)
 
     assert problem.text.startswith("inputs.calibration must be given for trainer.calibration=file, got None.")
-    config.trainer = MezoConfig()
+    config.inputs.calibration = "text.txt"
+    assert launch_problems(config) == []
+    config.trainer, config.inputs.calibration = MezoConfig(), None
     assert launch_problems(config) == []
 
 
@@ -441,7 +445,8 @@ def test_a_dtype_that_peers_choose_for_themselves_is_refused_where_values_are_he
 
 
 @pytest.mark.parametrize(
-    "trainer", [MeerkatConfig, LoraTrainerConfig, Ia3TrainerConfig, PrefixTrainerConfig, PromptTrainerConfig]
+    "trainer",
+    [MeerkatConfig, LoraTrainerConfig, Ia3TrainerConfig, PrefixTrainerConfig, PromptTrainerConfig, TablesConfig],
 )
 def test_compiled_forwards_serve_every_trainer_that_writes_its_values(trainer: type) -> None:
     config = sound()
@@ -519,12 +524,22 @@ def test_rules_of_adapters(trainer: TrainerConfig, rules: list[str]) -> None:
     assert all(text.startswith(rule) for text, rule in zip(found, rules, strict=True))
 
 
-def test_a_file_that_the_trainer_does_not_take_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("trainer", "key"),
+    [
+        (MezoConfig(), "artifact"),
+        (TablesConfig(), "artifact"),
+        (TablesConfig(gradient=False, calibration=Calibration.file), "calibration"),
+    ],
+    ids=["mezo", "tables", "tables without a gradient"],
+)
+def test_a_file_that_the_trainer_does_not_take_is_refused(trainer: TrainerConfig, key: str) -> None:
     config = sound()
-    config.trainer, config.inputs.artifact = MezoConfig(), "mask.safetensors"
+    config.trainer = trainer
+    setattr(config.inputs, key, "some.file")
 
     (found,) = launch_problems(config)
 
     assert found.text == (
-        "inputs.artifact must be null for this trainer, which takes no such file, got 'mask.safetensors'. Leave it out."
+        f"inputs.{key} must be null for this trainer, which takes no such file, got 'some.file'. Leave it out."
     )

@@ -57,9 +57,10 @@ def test_broken_rules_are_named(overrides: list[str], text: str) -> None:
     assert text in complaint(f"step_policy={option}", *(f"step_policy.{key}" for key in keys))
 
 
-@pytest.mark.parametrize("trainer", ["mezo", "lora", "ia3", "prefix", "prompt", "meerkat"])
+@pytest.mark.parametrize("trainer", ["mezo", "lora", "ia3", "prefix", "prompt", "meerkat", "tables"])
 def test_gradip_asks_for_a_trainer_that_can_have_a_gradient(trainer: str) -> None:
-    chosen = [f"trainer={trainer}", *(["trainer.selector=random"] if trainer == "meerkat" else [])]
+    without = {"meerkat": ["trainer.selector=random"], "tables": ["trainer.gradient=false"]}
+    chosen = [f"trainer={trainer}", *without.get(trainer, [])]
 
     text = complaint("step_policy=vpcs", "step_policy.statistic=gradip", *chosen)
 

@@ -15,13 +15,16 @@ from fedzo.models.memory import (
     available_memory_bytes,
     estimate_step_memory_bytes,
     fit_tokens_per_batch,
+    gradient_bytes,
     rule_bytes,
     seconds_per_token,
     weights_bytes,
 )
+from fedzo.models.sketched.layers import tables_of
 from fedzo.run import estimate
-from fedzo.testing.tiny_models import FAMILIES, WITHOUT_ATTENTION, tiny_loaded, tiny_model
+from fedzo.testing.tiny_models import FAMILIES, WITHOUT_ATTENTION, tiny_loaded, tiny_model, tiny_sketch
 from fedzo.testing.vector_space import VectorSpace
+from fedzo.trainers.tables import TablesConfig
 from fedzo.zo.directions import SHARED
 from fedzo.zo.log import RoundRecord
 from fedzo.zo.seeds import OWN
@@ -35,6 +38,7 @@ from fedzo.zo.server_optimizer import (
     SgdConfig,
 )
 from fedzo.zo.spaces.base import Space
+from fedzo.zo.spaces.dense import DenseSpace
 from fedzo.zo.spaces.full import FullSpace
 from fedzo.zo.spaces.masked import MaskedSpace
 
@@ -60,6 +64,29 @@ def test_the_formula_by_hand() -> None:
     assert estimated(full) == weights + activations + 3 * 4 * 512 * 32
     assert estimated(full, local_steps=2) == estimated(full) + weights
     assert rule_bytes(35, 2) == 35 * 4 * 12
+
+
+def test_a_sketch_counts_codes_tables_and_one_decoded_layer_by_hand() -> None:
+    sketch = tiny_sketch()
+    # of a layer: q, o [32, 32], k, v [16, 32], gate, up [64, 32], down [32, 64]; two codes a byte, 16 entries a row
+    codes = 2 * (32 + 32 + 16 + 16 + 64 + 64 + 2 * 32) * 16
+    tables = 2 * (32 + 32 + 16 + 16 + 64 + 64 + 32) * 16
+    dense = (512 + 5) * 32  # embeddings, which the head shares, and norms
+    largest = 64 * 32
+    activations = 100 * (6 * 32 + 3 * 64)
+
+    def estimated(model: Any, **backward: bool) -> int:
+        return estimate_step_memory_bytes(model, batch_tokens=100, trained_bytes=0, **backward)
+
+    assert weights_bytes(sketch) == codes + 4 * tables + 4 * dense
+    assert estimated(sketch) == weights_bytes(sketch) + 4 * largest + 4 * activations
+    narrow = tiny_sketch(dtype=torch.bfloat16)
+    assert weights_bytes(narrow) == codes + 4 * tables + 2 * dense
+    assert estimated(narrow) == weights_bytes(narrow) + 2 * largest + 2 * activations
+    assert estimated(narrow, backward=True) == weights_bytes(narrow) + 4 * largest + 2 * 2 * activations
+    space = DenseSpace(list(tables_of(sketch).values()))
+    assert (space.size, space.step_bytes(3)) == (tables, 20 * tables)
+    assert gradient_bytes(sketch, tables, trains_base_weights=TablesConfig().traits.trains_base_weights) == 32 * tables
 
 
 @pytest.mark.parametrize(

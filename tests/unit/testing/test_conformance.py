@@ -132,7 +132,7 @@ def test_trainers(name: str, dtype: torch.dtype) -> None:
 
     check_trainer(
         lambda: TRAINERS.build(config),
-        lambda: tiny_loaded(dtype=dtype),
+        lambda: tiny_loaded("llama", dtype=dtype, sketched=bool(config.traits.cannot_train_dense)),
         held_in=torch.float32 if config.traits.float32_master else dtype,
     )
 

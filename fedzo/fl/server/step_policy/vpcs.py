@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 NO_GRADIENT = (
     "step_policy.statistic=gradip must find a gradient at the server to compare with, but the trainer made none. Use "
-    "trainer=meerkat with a mask of trainer.selector=sensitivity, or step_policy.statistic=abs_g."
+    "trainer=meerkat with a mask of trainer.selector=sensitivity, trainer=tables, or step_policy.statistic=abs_g."
 )
 
 
@@ -119,7 +119,10 @@ class VpcsConfig(EarlyStopConfig):
             yield problem("fl.num_clients", rule, run.fl.num_clients, "Add clients, or another test.")
         if self.statistic is Statistic.gradip and not run.trainer.traits.gradient:
             rule = "be abs_g for a trainer that has no gradient to compare with"
-            remedy = "Use trainer=meerkat with trainer.selector=sensitivity, or step_policy.statistic=abs_g."
+            remedy = (
+                "Use trainer=meerkat with trainer.selector=sensitivity, trainer=tables on a sketch, or "
+                "step_policy.statistic=abs_g."
+            )
             yield problem("step_policy.statistic", rule, self.statistic, remedy)
 
     def most_steps(self, fl: FlConfig) -> int:

@@ -1,0 +1,89 @@
+"""Calibration on text without labels: what trainers that learn from a gradient of the base model share.
+
+The server alone calibrates. The gradient is one of the usual loss of the next token on windows of text, from which the
+trained values are chosen (Meerkat's mask), or with which local steps are compared (GradIP).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from fedzo.data.embedded import imdb_texts
+from fedzo.data.files import read_texts
+from fedzo.errors import Problem, at_least, problem
+from fedzo.masks.calibration import windows_from_texts
+from fedzo.models.checks import check_ids
+from fedzo.trainers.base import InputsConfig, TrainerConfig, Workplace
+
+if TYPE_CHECKING:
+    from fedzo.config.schema import RunSettings
+    from fedzo.models.load import LoadedModel
+
+
+class Calibration(StrEnum):
+    """Source of the unlabelled calibration text."""
+
+    imdb = "imdb"
+    """The embedded data package's IMDB reviews, labels dropped."""
+    train = "train"
+    """The task's own training prompts."""
+    file = "file"
+    """The file ``inputs.calibration``."""
+
+
+@dataclass(kw_only=True, slots=True)
+class CalibratedConfig(TrainerConfig):
+    """A trainer that the server prepares on text without labels."""
+
+    calibration: Calibration = Calibration.imdb
+    calibration_docs: int = 16
+    """Number of calibration documents (100 x 512 tokens of C4 in SensZOQ's tool)."""
+    calibration_tokens: int = 128
+    """Length of each document's window in tokens."""
+
+    def problems(self, run: RunSettings) -> Iterator[Problem]:
+        yield from at_least("trainer.calibration_docs", self.calibration_docs, 1, "It counts documents.")
+        yield from at_least("trainer.calibration_tokens", self.calibration_tokens, 1, "Number of tokens of a document.")
+
+    def input_problems(self, inputs: InputsConfig, run: RunSettings) -> Iterator[Problem]:
+        if self.calibration is Calibration.file and inputs.calibration is None:
+            remedy = "Write inputs.calibration=<text file>, or choose another trainer.calibration."
+            yield problem("inputs.calibration", "be given for trainer.calibration=file", None, remedy)
+        if self.calibration is Calibration.train and run.partition.traits.own_rows:
+            rule = "be imdb or file for partition=own, where the server has no training rows"
+            yield problem("trainer.calibration", rule, "train", "Choose another text.")
+
+
+def calibration_windows(config: CalibratedConfig, loaded: LoadedModel, workplace: Workplace) -> list[torch.Tensor]:
+    """Token ids, int64 [calibration_tokens], one window of each document.
+
+    Raises:
+        ConfigError: Too few documents are long enough, or the model has no row for a token.
+    """
+
+    def tokenize(text: str) -> list[int]:
+        ids = list(loaded.tokenizer(text, verbose=False)["input_ids"])
+        check_ids(loaded.model, ids, where="calibration text")
+        return ids
+
+    return windows_from_texts(
+        _texts(config, workplace),
+        tokenize=tokenize,
+        num_docs=config.calibration_docs,
+        num_tokens=config.calibration_tokens,
+        seed=workplace.seed,
+    )
+
+
+def _texts(config: CalibratedConfig, workplace: Workplace) -> list[str]:
+    if config.calibration is Calibration.imdb:
+        return imdb_texts()
+    if config.calibration is Calibration.train:
+        return workplace.texts()
+    return read_texts(Path(workplace.inputs.calibration or ""))

@@ -1,0 +1,108 @@
+"""Tables: the lookup tables of a sketch are trained, over codes that stay as they are (SpaLLM, arXiv 2410.06364).
+
+The tables are float32 parameters of the model itself, so the space is that of the adapters. A step costs what inference
+of the sketch costs, and nothing but the model has to travel: a peer's codes are checked by the base's digest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from fedzo.errors import ConfigError, Problem
+from fedzo.masks.sensitivity import accumulate_gradients, next_token_loss
+from fedzo.models.sketched.layers import sketched_layers, tables_of
+from fedzo.models.sketched.table_file import GRADIENT, read_tables, write_tables
+from fedzo.sketch import TableSpace
+from fedzo.trainers.artifacts import Artifact
+from fedzo.trainers.base import (
+    TRAINERS,
+    Built,
+    InputsConfig,
+    Prepared,
+    TrainerConfig,
+    TrainerTraits,
+    Workplace,
+)
+from fedzo.trainers.calibration import CalibratedConfig, calibration_windows
+from fedzo.zo.config import Distribution
+
+if TYPE_CHECKING:
+    from fedzo.config.schema import RunSettings
+    from fedzo.models.load import LoadedModel
+
+GRADIENT_FILE = "table_gradient.safetensors"
+"""Of the run folder: the gradient that a resumed run goes on with."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TablesConfig(CalibratedConfig):
+    """SpaLLM: the lookup tables of a sketched model are trained, its codes are not (arXiv 2410.06364)."""
+
+    gradient: bool = True
+    """Whether the server takes a gradient of the tables on calibration text, to compare local steps with (GradIP)."""
+
+    @property
+    def traits(self) -> TrainerTraits:
+        return TrainerTraits(
+            trains_base_weights=False,
+            cannot_train_dense="it has no tables",
+            gradient=self.gradient,
+        )
+
+    def input_problems(self, inputs: InputsConfig, run: RunSettings) -> Iterator[Problem]:
+        if self.gradient:
+            yield from CalibratedConfig.input_problems(self, inputs, run)
+            inputs = replace(inputs, calibration=None)  # which it takes
+        yield from TrainerConfig.input_problems(self, inputs, run)
+
+    def for_timing(self) -> TablesConfig:
+        return replace(self, gradient=False)
+
+
+@TRAINERS.register("tables", TablesConfig)
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """The space of the tables of all sketched layers, in the order of ``named_parameters``."""
+
+    config: TablesConfig
+
+    def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
+        """Nothing beside the model is needed. The mean gradient on calibration text stays at the server."""
+        tables = _tables(loaded)
+        if not self.config.gradient:
+            return Prepared()
+        kept = workplace.folder / GRADIENT_FILE
+        if workplace.resumed and kept.exists():
+            gradient = read_tables(kept, loaded, content=GRADIENT)
+        else:
+            gradient = self._gradient(loaded, tables, workplace)
+            write_tables(kept, gradient, base_digest=loaded.base_digest, content=GRADIENT)
+        return Prepared(gradient=torch.cat([gradient[name].reshape(-1) for name in tables]))
+
+    def build(self, loaded: LoadedModel, artifact: Artifact, *, distribution: Distribution) -> Built:
+        """The tables of ``loaded.model``; their base values are kept for the way back."""
+        _tables(loaded)
+        space = TableSpace(list(sketched_layers(loaded.model).values()), distribution=distribution)
+        base = space.values()
+        return Built(space, lambda: space.load(base))
+
+    def _gradient(
+        self, loaded: LoadedModel, tables: dict[str, nn.Parameter], workplace: Workplace
+    ) -> dict[str, torch.Tensor]:
+        windows = calibration_windows(self.config, loaded, workplace)
+        sums = accumulate_gradients(loaded.model, tables, windows, next_token_loss, workplace.advance).signed
+        return {name: (sums[name] / len(windows)).view(table.shape).cpu() for name, table in tables.items()}
+
+
+def _tables(loaded: LoadedModel) -> dict[str, nn.Parameter]:
+    if tables := tables_of(loaded.model):
+        return tables
+    raise ConfigError(
+        f"trainer=tables: {loaded.source!r} must be a sketch, got a model of dense layers. Make one with "
+        "`fedzo sketch --out FOLDER` and name that folder."
+    )
