@@ -173,9 +173,15 @@ def make_parser() -> argparse.ArgumentParser:
     _add_run(own)
     own.add_argument("--split", choices=("test", "dev"), default="test", help="which rows (default: test)")
 
-    own = command("generate", commands.generate, "continue prompts with a run's model")
-    _add_run(own)
-    own.add_argument("prompts", metavar="PROMPT", nargs="+", help="text to continue")
+    usage = "fedzo generate RUN PROMPT... | fedzo generate --model MODEL --prompts FILE [--tables FILE,FILE,...]"
+    own = command("generate", commands.generate, "continue prompts with a run's model, or with a sketch", usage=usage)
+    own.add_argument("run", metavar="RUN", nargs="?", help="run folder")
+    own.add_argument("prompts", metavar="PROMPT", nargs="*", help="text to continue")
+    own.add_argument("--model", metavar="MODEL", help="a model folder or hub name instead of a run")
+    own.add_argument(
+        "--prompts", dest="rows", metavar="FILE", help="rows with a column prompt, and tables of their own"
+    )
+    own.add_argument("--tables", metavar="FILE,...", help="of a sketch: files of fedzo export --tables, one a user")
     own.add_argument("--max-new-tokens", type=_positive, default=32, help="longest continuation (default: 32)")
 
     own = command("export", commands.export, "write a run's model as a Hugging Face folder")

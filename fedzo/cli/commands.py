@@ -60,7 +60,18 @@ def evaluate(arguments: Namespace) -> int:
 
 
 def generate(arguments: Namespace) -> int:
-    """``fedzo generate``."""
+    """``fedzo generate``: by a run's model, or by any model for rows of a file."""
+    if arguments.model is not None:
+        if arguments.run is not None or arguments.rows is None:
+            raise ConfigError("fedzo generate --model MODEL needs --prompts FILE, and neither RUN nor PROMPT.")
+        from fedzo.commands.answer import answer_rows
+        from fedzo.models.config import ModelConfig
+
+        tables = [Path(name) for name in (arguments.tables or "").split(",") if name]
+        rows, model = Path(arguments.rows), ModelConfig(name=arguments.model)
+        return _print(answer_rows(model, tables, rows, max_new_tokens=arguments.max_new_tokens))
+    if arguments.run is None or not arguments.prompts or arguments.rows or arguments.tables:
+        raise ConfigError("fedzo generate needs RUN and at least one PROMPT; --prompts and --tables belong to --model.")
     from fedzo.commands.trained import generate_run
 
     for text in generate_run(_folder(arguments.run), arguments.prompts, max_new_tokens=arguments.max_new_tokens):

@@ -25,6 +25,7 @@ def generate(
     tokens_per_batch: int,
     stop_at_newline: bool = False,
     on_batch: Callable[[int, int], None] | None = None,
+    before: Callable[[list[int]], None] | None = None,
 ) -> list[str]:
     """The most probable next tokens of each prompt, as text; no randomness is drawn.
 
@@ -35,6 +36,7 @@ def generate(
         tokens_per_batch: Most tokens held at once: prompts padded, plus the new ones.
         stop_at_newline: Keep the first line of an answer only.
         on_batch: Called after each batch with prompts done and in total.
+        before: Called before each batch with the numbers of its prompts, where rows have weights of their own.
 
     Returns:
         The answers in the order of the prompts, without special tokens and outer white space.
@@ -62,11 +64,15 @@ def generate(
     num_done = 0
     lengths = [virtual + len(prompt) + max_new_tokens for prompt in prompts]
     # padding would lie between virtual tokens and text, and use up a sliding window: then no batch has any
+    if before is not None and prompts:
+        before([0])
     padded = virtual == 0 and len(set(lengths)) > 1 and _ignores_padding(loaded, pad)
     for batch in _batches(lengths, tokens_per_batch=tokens_per_batch, padded=padded):
         width = max(len(prompts[i]) for i in batch)
         ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in batch])
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
+        if before is not None:
+            before(batch)
         output = cast(Any, loaded.model).generate(
             ids.to(loaded.device), attention_mask=mask.to(loaded.device), generation_config=settings
         )

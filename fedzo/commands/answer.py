@@ -1,0 +1,124 @@
+"""``fedzo generate --model``: prompts of many users answered by one sketch, each with that user's tables.
+
+A user is a table file of ``fedzo export RUN OUT --tables``. The codes and all that is dense are held once; rows of
+several users share a batch, and each layer decodes once for each user in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedzo.data.encode import encode_prompts
+from fedzo.data.files import read_located
+from fedzo.errors import ConfigError
+from fedzo.models.checks import check_ids
+from fedzo.models.config import ModelConfig
+from fedzo.models.generate import generate
+from fedzo.models.load import LoadedModel, load_model
+from fedzo.models.sketched.layers import sketched_layers, tables_of
+from fedzo.models.sketched.table_file import read_tables
+from fedzo.report.format import bytes_text
+from fedzo.run.peer import set_up_process
+from fedzo.sketch import OwnTables
+
+BASE = ""
+"""Whose rows the sketch's own tables answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A prompt, and the name of the tables that answer it."""
+
+    prompt: str
+    tables: str
+
+
+def answer_rows(model: ModelConfig, tables: Sequence[Path], prompts: Path, *, max_new_tokens: int) -> Iterator[str]:
+    """One line of JSON an answer, in the order of the rows; what a user takes comes first.
+
+    Args:
+        model: The sketch.
+        tables: Files of its tables, each known by its name without the ending.
+        prompts: A data file with the columns ``prompt`` and, where there are tables, ``tables``.
+        max_new_tokens: Longest answer.
+
+    Raises:
+        ConfigError: A file cannot be used, or a row names no known tables.
+    """
+    names = [file.stem for file in tables]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--tables must be files of different names, got {', '.join(map(str, tables))}. Rename one.")
+    rows = _read(prompts, names)
+    set_up_process(0, "auto")
+    loaded = load_model(model)
+    if tables and not loaded.is_sketch:
+        raise ConfigError(
+            f"--tables: {model.name!r} must be a sketch, but is dense. Name the sketch whose tables were trained."
+        )
+    users = {name: _offset(loaded, file) for name, file in zip(names, tables, strict=True)}
+    ids = encode_prompts([row.prompt for row in rows], loaded.tokenizer)
+    for number, tokens in enumerate(ids):
+        check_ids(loaded.model, tokens, where=f"{prompts}: prompt {number}")
+    if users:
+        each = next(iter(users.values())).nbytes
+        yield f"{len(users)} users: {bytes_text(each)} each for tables, beside one model of {bytes_text(_held(loaded))}"
+    answers = _answers(loaded, rows, users, ids, max_new_tokens=max_new_tokens, most_tokens=model.tokens_per_batch)
+    for row, answer in zip(rows, answers, strict=True):
+        yield json.dumps({"tables": row.tables or None, "prompt": row.prompt, "answer": answer}, ensure_ascii=False)
+
+
+def _answers(
+    loaded: LoadedModel,
+    rows: Sequence[Asked],
+    users: dict[str, npt.NDArray[np.float32]],
+    ids: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    most_tokens: int,
+) -> list[str]:
+    own = OwnTables(list(sketched_layers(loaded.model).values())) if users else None
+
+    def follow(batch: list[int]) -> None:
+        if own is not None:
+            present, index = np.unique([rows[i].tables for i in batch], return_inverse=True)
+            nothing = np.zeros(next(iter(users.values())).size, np.float32)
+            own.follow((users.get(str(name), nothing) for name in present), index)
+
+    with own or nullcontext():
+        return generate(loaded, ids, max_new_tokens=max_new_tokens, tokens_per_batch=most_tokens, before=follow)
+
+
+def _read(file: Path, names: Sequence[str]) -> list[Asked]:
+    rows = []
+    for where, row in read_located(file):
+        prompt, tables = row.get("prompt"), row.get("tables") or BASE
+        if not (isinstance(prompt, str) and prompt):
+            raise ConfigError(f"{where}: column 'prompt' must hold text, got {prompt!r}. Correct or remove the row.")
+        if tables != BASE and tables not in names:
+            known = ", ".join(names) or "none were given"
+            raise ConfigError(f"{where}: column 'tables' must name a file of --tables ({known}), got {tables!r}.")
+        rows.append(Asked(prompt, tables))
+    if not rows:
+        raise ConfigError(f"{file}: must hold at least one row, got none. Give another file.")
+    return rows
+
+
+def _offset(loaded: LoadedModel, file: Path) -> npt.NDArray[np.float32]:
+    """A user's tables less the sketch's, float32 [n] in wire order."""
+    own = read_tables(file, loaded)
+    return torch.cat(
+        [(own[name] - base.detach().cpu()).reshape(-1) for name, base in tables_of(loaded.model).items()]
+    ).numpy()
+
+
+def _held(loaded: LoadedModel) -> int:
+    tensors = {id(each): each for each in (*loaded.model.parameters(), *loaded.model.buffers())}
+    return sum(each.numel() * each.element_size() for each in tensors.values())

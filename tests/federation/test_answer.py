@@ -1,0 +1,114 @@
+"""``fedzo generate --model``: rows of several users in one batch answer as separate runs would."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedzo.cli import main
+from fedzo.data.encode import encode_prompts
+from fedzo.models.config import ModelConfig
+from fedzo.models.generate import generate
+from fedzo.models.load import LoadedModel, load_model
+from fedzo.models.sketched.layers import tables_of
+from fedzo.models.sketched.table_file import write_tables
+from fedzo.testing.tiny_models import save_tiny_model, save_tiny_sketch
+
+PROMPTS = ["the cat", "a dog sat on", "one", "two and three", "the cat", "what is it"]
+WHOSE = ["a", "b", "", "a", "b", "a"]
+
+
+def moved(loaded: LoadedModel, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: table.detach() + 0.05 * torch.randn(table.shape, generator=generator)
+        for name, table in tables_of(loaded.model).items()
+    }
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def served(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A folder with a sketch, the tables of two users, and rows that ask."""
+    loaded = load_model(ModelConfig(name=str(save_tiny_sketch(tmp_path / "sk", request.param))))
+    for seed, name in enumerate("ab"):
+        write_tables(tmp_path / f"{name}.safetensors", moved(loaded, seed), base_digest=loaded.base_digest)
+    rows = [{"prompt": prompt, "tables": whose or None} for prompt, whose in zip(PROMPTS, WHOSE, strict=True)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def ask(folder: Path, *more: str) -> list[str]:
+    tables = ",".join(str(folder / f"{name}.safetensors") for name in "ab")
+    rows = str(folder / "rows.jsonl")
+    return ["generate", "--model", str(folder / "sk"), "--prompts", rows, "--tables", tables, *more]
+
+
+def test_a_mixed_batch_answers_as_separate_runs_would(served: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(ask(served, "--max-new-tokens", "12")) == 0
+
+    first, *lines = capsys.readouterr().out.splitlines()
+    answers = [json.loads(line) for line in lines]
+    assert [(row["prompt"], row["tables"] or "") for row in answers] == list(zip(PROMPTS, WHOSE, strict=True))
+    for seed, name in ((0, "a"), (1, "b"), (None, "")):
+        alone = load_model(ModelConfig(name=str(served / "sk")))
+        if seed is not None:
+            for own, table in moved(alone, seed).items():
+                tables_of(alone.model)[own].data.copy_(table)
+        for row in answers:
+            if (row["tables"] or "") == name:
+                ids = encode_prompts([row["prompt"]], alone.tokenizer)
+                assert generate(alone, ids, max_new_tokens=12, tokens_per_batch=999) == [row["answer"]]
+    assert answers[0]["answer"] != answers[4]["answer"]  # the same prompt of two users
+    entries = sum(table.numel() for table in tables_of(alone.model).values())
+    assert re.match(rf"2 users: {4 * entries / 1000:.0f}(\.\d)? kB each for tables, beside one model of", first)
+
+
+def test_a_dense_model_answers_rows_without_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_tiny_model(tmp_path / "dense")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "the cat"}\n')
+
+    assert main(["generate", "--model", str(model), "--prompts", str(tmp_path / "rows.jsonl")]) == 0
+
+    assert json.loads(capsys.readouterr().out)["tables"] is None
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "x", "tables": "c"}, r"rows\.jsonl.*'tables' must name a file of --tables \(a, b\), got 'c'"),
+        ({"prompt": "", "tables": "a"}, r"rows\.jsonl.*column 'prompt' must hold text, got ''"),
+        ({"tables": "a"}, r"column 'prompt' must hold text, got None"),
+    ],
+)
+def test_rows_that_cannot_be_answered_are_named(
+    row: dict[str, str], expected: str, served: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (served / "rows.jsonl").write_text(json.dumps(row) + "\n")
+
+    assert main(ask(served)) == 2
+
+    assert re.search(expected, capsys.readouterr().err)
+
+
+def test_tables_need_their_own_sketch(served: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = ask(served)
+    other[2] = str(save_tiny_sketch(tmp_path / "other", "llama", bits=3))
+    assert main(other) == 2
+    assert "Name the sketch on which they were trained" in capsys.readouterr().err
+    other[2] = str(save_tiny_model(tmp_path / "plain"))
+    assert main(other) == 2
+    assert "must be a sketch, but is dense" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["generate"], ["generate", "--model", "m"], ["generate", "run", "hello", "--model", "m"], ["generate", "run"]],
+)
+def test_the_two_ways_are_told_apart(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+
+    assert "fedzo generate" in capsys.readouterr().err
