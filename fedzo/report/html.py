@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedzo.records.folder import replace_file
+from fedzo.records.metrics import Round
 from fedzo.report.figures import draw_figures
 from fedzo.report.format import (
     bytes_text,
@@ -161,6 +163,11 @@ def _numbers(run: RunData) -> Table:
     if run.trained:
         ends = [number_text(line.loss) for line in (run.trained[0], run.trained[-1])]
         rows.append(["loss, first and last round", ", ".join(ends)])
+        if spreads := [spread for line in run.trained if (spread := _spread(line)) is not None]:
+            typical, largest = number_text(statistics.median(spreads)), number_text(max(spreads))
+            rows.append(
+                ["losses of a round's clients, highest less lowest", f"{typical} (median), {largest} (largest)"]
+            )
     if run.step_policy:
         flagged = ", ".join(str(verdict.client) for verdict in run.step_policy.clients if verdict.flagged)
         rows.append(["flagged clients", flagged or "none"])
@@ -172,6 +179,12 @@ def _numbers(run: RunData) -> Table:
     if run.summary:
         rows.append(["SHA-256 of the trained values", run.summary.final_digest or "n/a"])
     return "Numbers", rows
+
+
+def _spread(line: Round) -> float | None:
+    """How far apart the losses of a round's clients are: their rows, and on mixed sites their devices and dtypes."""
+    losses = [client.loss for client in line.clients if client.loss is not None]
+    return max(losses) - min(losses) if len(losses) > 1 else None
 
 
 def _evaluators(run: RunData) -> Table:

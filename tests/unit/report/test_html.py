@@ -117,3 +117,18 @@ def test_an_unfinished_run_is_shown_and_says_so(make_run: MakeRun) -> None:
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"metrics\.jsonl"):
         write_report(tmp_path)
+
+
+def test_the_page_tells_how_far_apart_the_clients_of_a_round_are(make_run: MakeRun) -> None:
+    lines = [json.loads(line) for line in (make_run("whole") / "metrics.jsonl").read_text().splitlines()]
+    rounds = [line for line in lines if line["kind"] == "round"]
+    for number, line in enumerate(rounds):
+        losses = ([0.5, 0.9, 0.7], [0.4, None, None], [0.6, 0.7, 0.65])[number % 3]
+        line["clients"] = [{**each, "loss": loss} for each, loss in zip(line["clients"], losses, strict=True)]
+
+    text = write_report(make_run("run", lines=lines)).read_text()
+
+    # 0.4 in rounds 0, 3, 6, 9 and 0.1 in rounds 2, 5, 8; one loss alone has no spread
+    assert (
+        "<th>losses of a round&#39;s clients, highest less lowest</th><td>0.400 (median), 0.400 (largest)</td>" in text
+    )
