@@ -6,6 +6,8 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,19 @@ def test_tables_are_float32_in_a_model_of_any_dtype(folder: Path, dtype: torch.d
     moved = {name: tensor.clone() for name, tensor in model.to(torch.bfloat16).state_dict().items()}
     assert moved["model.layers.0.mlp.up_proj.tables"].dtype == torch.float32
     assert moved["model.norm.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("imports", ["import fedzo, transformers", "import transformers, fedzo"])
+def test_plain_transformers_reads_a_sketch_once_fedzo_is_imported(imports: str, folder: Path) -> None:
+    load = f"model = transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+    tell = "print(type(model.model.layers[0].mlp.up_proj).__name__, 'fedzo.config' in sys.modules)"
+
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; {imports}; {load}; {tell}"], capture_output=True, text=True, check=True
+    )
+
+    assert done.stdout.split() == ["SketchLinear", "False"]
 
 
 def test_what_save_pretrained_writes_is_read_again_with_float32_tables(folder: Path, tmp_path: Path) -> None:
