@@ -3,7 +3,8 @@
     y = x W^T + b,   W[r, c] = tables[r, group of c, codes[r, c]]
 
 (SpaLLM, arXiv 2410.06364). Forward and backward decode W into a scratch that all layers share, multiply, and forget it,
-so a model's memory is its codes and tables and one decoded layer. The tables are float32 whatever the model's dtype: a
+so a model's memory is its codes and tables and one decoded layer. On a GPU with Triton, up to ``FUSED_TOKENS`` tokens
+are multiplied by tiles of W that never reach memory. The tables are float32 whatever the model's dtype: a
 step of training is below the spacing of 16-bit floats, and would be lost.
 """
 
@@ -19,7 +20,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from fedzo.sketch.build import Sketch
-from fedzo.sketch.packing import check_bits, columns_per_group, decode, packed_width, sum_by_code
+from fedzo.sketch.gpu import FUSED_TOKENS, kernels_for
+from fedzo.sketch.packing import check_bits, check_shapes, columns_per_group, decode, packed_width, sum_by_code
 
 
 class SketchLinear(nn.Module):
@@ -146,7 +148,14 @@ class _SketchedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, tables: torch.Tensor, codes: torch.Tensor, bias: Any) -> torch.Tensor:
         ctx.save_for_backward(x, tables, codes)
-        return F.linear(x, _decoded(codes, tables, x), bias)
+        kernels = kernels_for(x)
+        num_tokens = x.numel() // x.shape[-1]
+        if kernels is None or not 0 < num_tokens <= FUSED_TOKENS:
+            return F.linear(x, _decoded(codes, tables, x), bias)
+        check_shapes(codes, tables, x.shape[-1])
+        by_token = x.reshape(num_tokens, -1).contiguous()
+        values = tables.to(x.dtype).contiguous()
+        return kernels.product(by_token, codes.contiguous(), values, bias).view(*x.shape[:-1], len(codes))
 
     @staticmethod
     @once_differentiable

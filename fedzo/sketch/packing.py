@@ -13,6 +13,7 @@ import numba as nb
 import torch
 
 from fedzo.errors import ConfigError
+from fedzo.sketch.gpu import kernels_for
 
 BITS = (2, 3, 4)
 _DECODED_AT_ONCE = 1 << 22  # weights: bounds the int64 indices of torch's gather
@@ -108,7 +109,10 @@ def decode(packed: torch.Tensor, tables: torch.Tensor, out: torch.Tensor) -> tor
         ConfigError: The codes or the tables do not fit one another or ``out``.
     """
     check_shapes(packed, tables, out.shape[1])
-    values = tables.detach().to(out.dtype).contiguous().view(_LANES[out.element_size()])
+    values = tables.detach().to(out.dtype).contiguous()
+    if (kernels := kernels_for(out)) is not None:
+        return kernels.decode(packed.contiguous(), values, out)
+    values = values.view(_LANES[out.element_size()])
     places = out.view(values.dtype)
     bits = tables.shape[2].bit_length() - 1
     if out.device.type == "cpu" and out.element_size() <= 4:
@@ -133,6 +137,8 @@ def sum_by_code(packed: torch.Tensor, matrix: torch.Tensor, groups_per_row: int,
     Returns:
         [R, G, 2^bits], of the matrix's dtype.
     """
+    if (kernels := kernels_for(matrix)) is not None:
+        return kernels.sum_by_code(packed.contiguous(), matrix.contiguous(), groups_per_row, bits)
     codes = unpack(packed, bits, matrix.shape[1])
     parts, codes = (t.contiguous().view(len(packed), groups_per_row, -1) for t in (matrix, codes))
     if matrix.device.type == "cpu" and matrix.dtype == torch.float32:
