@@ -20,11 +20,12 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from fedzo.bench.claims import Claims
+from fedzo.bench.measure import medians_on_gpu
 from fedzo.bench.shapes import random_model
 from fedzo.masks.select import select_mask
 from fedzo.system import environment
@@ -134,23 +135,9 @@ def mask() -> list[dict[str, Any]]:
     return [{"eligible": eligible, "seconds": seconds, "cpu_seconds_of_lots": on_cpu * 16 * eligible / COORDINATES}]
 
 
-def in_turn(work: dict[str, Callable[[], object]], repeats: int = 15, times: int = 5) -> dict[str, float]:
-    """Milliseconds of each by the card's own clock: medians of repeats in turn, after two rounds of warming up.
-
-    A repeat is several times the work without a pause, so that the first launch's way to the card does not count.
-    """
-    spent: dict[str, list[float]] = {f"{name}_ms": [] for name in work}
-    for repeat in range(2 + repeats):
-        for name, run in work.items():
-            begin, end = (cast(Any, torch.cuda.Event)(enable_timing=True) for _ in range(2))
-            begin.record()
-            for _ in range(times):
-                run()
-            end.record()
-            end.synchronize()
-            if repeat >= 2:
-                spent[f"{name}_ms"].append(begin.elapsed_time(end) / times)
-    return {name: statistics.median(found) for name, found in spent.items()}
+def in_turn(work: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Milliseconds of each."""
+    return {f"{name}_ms": found for name, found in medians_on_gpu(work).items()}
 
 
 # --- claims -----------------------------------------------------------------------------------------------------------
