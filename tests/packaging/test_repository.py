@@ -163,7 +163,7 @@ def test_declared_dependencies_are_what_the_library_imports() -> None:
     }
     by_another = {"accelerate", "gguf"}  # transformers imports them for us
     # behind extras, for those who test a plugin, or brought by CUDA builds of torch
-    optional = {"ray", "joblib", "pytest", "torchao", "cuda", "optuna", "wandb", "mlflow"}
+    optional = {"ray", "joblib", "pytest", "torchao", "cuda", "triton", "optuna", "wandb", "mlflow"}
 
     assert third_party - optional == declared - by_another
 
