@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 from fedzo.errors import ConfigError
 from fedzo.models.sketched.layers import dense_layers
 from fedzo.models.sketched.sizes import SketchSize, sketch_size
-from fedzo.testing.tiny_models import FAMILIES, save_tiny_sketch, tiny_model, tiny_sketch
+from fedzo.testing.tiny_models import FAMILIES, tiny_model, tiny_sketch
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-7b": {},  # LlamaConfig's defaults
@@ -131,14 +131,9 @@ def test_the_embedded_models_sketch_has_the_bytes_that_were_measured() -> None:
 def test_a_folder_has_just_the_bytes_of_the_formula(family: str, bits: int, tmp_path: Path) -> None:
     size = sketch_size(on_meta(tiny_model(family).config), bits=bits, groups_per_row=2, keep=["lm_head"])
 
-    save_tiny_sketch(tmp_path / "float32", family, bits=bits, groups_per_row=2)
-    tiny_sketch(family, bits=bits, groups_per_row=2, dtype=torch.bfloat16).save_pretrained(tmp_path / "bfloat16")
+    tiny_sketch(family, bits=bits, groups_per_row=2, dtype=torch.bfloat16).save_pretrained(tmp_path)
 
-    for dtype, per_weight in (("float32", 4), ("bfloat16", 2)):
-        codes, tables, dense = bytes_in(tmp_path / dtype)
-        assert codes == size.code_bytes
-        assert tables == 2 * size.table_bytes  # float32, as where they are trained
-        assert dense == size.num_dense * per_weight
+    assert bytes_in(tmp_path) == (size.code_bytes, size.table_bytes, size.dense_bytes)
 
 
 def bytes_in(folder: Path) -> tuple[int, int, int]:
