@@ -81,10 +81,9 @@ def generate(arguments: Namespace) -> int:
 
 def export(arguments: Namespace) -> int:
     """``fedzo export``."""
-    from fedzo.commands.trained import Form, export_run
+    from fedzo.commands.trained import export_run
 
-    run, out, form = _folder(arguments.run), Path(arguments.out), Form(arguments.form)
-    print(export_run(run, out, rounds=arguments.rounds, form=form))
+    print(export_run(_folder(arguments.run), Path(arguments.out), rounds=arguments.rounds, form=arguments.form))
     return 0
 
 

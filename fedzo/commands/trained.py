@@ -52,18 +52,19 @@ class Form(StrEnum):
     """An ordinary model of dense layers that computes the same."""
 
 
-def export_run(run_dir: Path, out: Path, *, rounds: int | None = None, form: Form = Form.model) -> Path:
+def export_run(run_dir: Path, out: Path, *, rounds: int | None = None, form: str = Form.model) -> Path:
     """Write what a run made: a folder that plain transformers loads, or an adapter folder that plain PEFT loads.
 
     Args:
         run_dir: The run.
         out: What is written: a new or empty folder, for tables alone a new file.
         rounds: Rounds to apply, by default those up to the best one.
-        form: What to write of a sketch.
+        form: A ``Form``, for a sketch.
 
     Raises:
         ConfigError: There is something at ``out``, or another form is asked of a run that trained no sketch.
     """
+    form = Form(form)
     if out.exists() and (form is Form.tables or not (out.is_dir() and not any(out.iterdir()))):
         new = "file" if form is Form.tables else "or empty folder"
         raise ConfigError(f"OUT must be a new {new}, got {str(out)!r}. Choose another.")
