@@ -23,6 +23,7 @@ from fedzo.models.checks import check_ids
 from fedzo.models.config import ModelConfig
 from fedzo.models.generate import generate
 from fedzo.models.load import LoadedModel, load_model
+from fedzo.models.memory import weights_bytes
 from fedzo.models.sketched.layers import sketched_layers, tables_of
 from fedzo.models.sketched.table_file import read_tables
 from fedzo.report.format import bytes_text
@@ -69,7 +70,8 @@ def answer_rows(model: ModelConfig, tables: Sequence[Path], prompts: Path, *, ma
         check_ids(loaded.model, tokens, where=f"{prompts}: prompt {number}")
     if users:
         each = next(iter(users.values())).nbytes
-        yield f"{len(users)} users: {bytes_text(each)} each for tables, beside one model of {bytes_text(_held(loaded))}"
+        base = bytes_text(weights_bytes(loaded.model))
+        yield f"{len(users)} users: {bytes_text(each)} each for tables, beside one model of {base}"
     answers = _answers(loaded, rows, users, ids, max_new_tokens=max_new_tokens, most_tokens=model.tokens_per_batch)
     for row, answer in zip(rows, answers, strict=True):
         yield json.dumps({"tables": row.tables or None, "prompt": row.prompt, "answer": answer}, ensure_ascii=False)
@@ -117,8 +119,3 @@ def _offset(loaded: LoadedModel, file: Path) -> npt.NDArray[np.float32]:
     return torch.cat(
         [(own[name] - base.detach().cpu()).reshape(-1) for name, base in tables_of(loaded.model).items()]
     ).numpy()
-
-
-def _held(loaded: LoadedModel) -> int:
-    tensors = {id(each): each for each in (*loaded.model.parameters(), *loaded.model.buffers())}
-    return sum(each.numel() * each.element_size() for each in tensors.values())

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from fedzo.system import usable_cpus
 
@@ -45,16 +44,11 @@ def weights_digest(entries: Mapping[str, Entry], *, tied: Mapping[str, str] | No
     return _digest([entry for name, entry in entries.items() if (tied or {}).get(name) not in entries])
 
 
-def stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """What the model's files hold: its parameters, and the buffers that belong to its state, as a sketch's codes do."""
-    yield from model.named_parameters()
-    state = model.state_dict()
-    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in state)
-
-
 def parameters_digest(named: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """As ``weights_digest`` for tensors in memory; a tensor met twice counts once."""
-    unique = {id(tensor): (name, tensor) for name, tensor in named}
+    """As ``weights_digest`` for tensors in memory; a tensor met twice counts once, by its first name."""
+    unique: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, tensor in named:
+        unique.setdefault(id(tensor), (name, tensor))
     return _digest([_entry(name, tensor) for name, tensor in unique.values()])
 
 

@@ -17,17 +17,10 @@ from fedzo.models.cache import check_cache
 from fedzo.models.checks import check_causal, check_finite, check_tokens, num_positions
 from fedzo.models.compiled import CompiledDecoder, compile_decoder
 from fedzo.models.config import DType, ModelConfig, Quantization
-from fedzo.models.digest import (
-    file_digest,
-    parameters_digest,
-    stored_entries,
-    stored_tensors,
-    tokenizer_digest,
-    weights_digest,
-)
+from fedzo.models.digest import file_digest, parameters_digest, stored_entries, tokenizer_digest, weights_digest
 from fedzo.models.head import check_head
 from fedzo.models.sketched.folder import MANIFEST, check_tensors, read_manifest
-from fedzo.models.sketched.layers import sketched_layers
+from fedzo.models.sketched.layers import sketched_layers, stored_state
 from fedzo.models.source import (
     Source,
     check_unpacked,
@@ -229,7 +222,9 @@ def compile_loaded(loaded: LoadedModel, *, longest: int) -> LoadedModel:
 def wrap_model(model: Any, tokenizer: Any, *, source: str = "memory") -> LoadedModel:
     """Make a ``LoadedModel`` of a model built in memory; a copy of its weights serves ``reload_weights``."""
     kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    digest = parameters_digest(stored_tensors(model))
+    digest = parameters_digest(
+        (stored_state(model) if sketched_layers(model) else dict(model.named_parameters())).items()
+    )
     device = next(model.parameters()).device
     return _wrap(model, tokenizer, device=device, digest=digest, source=source, read_weights=lambda: kept)
 

@@ -28,7 +28,6 @@ import torch
 from torch import nn
 
 from fedzo.errors import ConfigError
-from fedzo.models.digest import stored_tensors
 from fedzo.models.head import hidden_at
 from fedzo.models.load import LoadedModel
 from fedzo.models.sketched.layers import sketched_layers
@@ -42,7 +41,9 @@ _SHARE = 0.9  # of what is available: allocators keep some
 
 def weights_bytes(model: nn.Module) -> int:
     """Bytes of all stored tensors, tied ones once, codes as well as tables; works on the meta device, too."""
-    return sum(tensor.numel() * tensor.element_size() for _, tensor in stored_tensors(model))
+    state = model.state_dict()
+    buffers = [buffer for name, buffer in model.named_buffers() if name in state]  # codes, but no positions
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *buffers))
 
 
 def scratch_bytes(model: nn.Module, *, backward: bool = False) -> int:

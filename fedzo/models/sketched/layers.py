@@ -67,6 +67,20 @@ def narrowest(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def stored_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What the files of a sketch hold, by name: a tensor in 16 bits where no number of it changes.
+
+    So trained tables are float32. Tensors that are one stay one.
+    """
+    kept: dict[int, torch.Tensor] = {}
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in kept:
+            kept[id(tensor)] = narrowest(tensor.detach())
+        state[name] = kept[id(tensor)]
+    return state
+
+
 def decoded_layers(model: Any) -> Iterator[tuple[str, nn.Module]]:
     """For each sketched layer, by name, a dense one that computes the same: its decoded weight, and its very bias.
 

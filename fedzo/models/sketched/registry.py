@@ -57,15 +57,10 @@ class SketchQuantizer(HfQuantizer):
         model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "tables"}
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, str]]:
-        """What is stored: a tensor in 16 bits where no number of it changes, so that trained tables stay float32."""
-        from fedzo.models.sketched.layers import narrowest
+        """What is stored (``stored_state``), and nothing to say of it."""
+        from fedzo.models.sketched.layers import stored_state
 
-        kept: dict[int, Any] = {}  # tensors that are one stay one
-        state = {
-            name: kept.setdefault(id(tensor), narrowest(tensor.detach()))
-            for name, tensor in model.state_dict(keep_vars=True).items()
-        }
-        return state, {}
+        return stored_state(model), {}
 
     def is_serializable(self) -> bool:
         return True
