@@ -105,7 +105,7 @@ def test_a_client_whose_codes_differ_is_refused_before_the_first_round(
         return opened[0]
 
     monkeypatch.setattr(apps, "_worker", worker)
-    begin = [load(overrides(TABLES, "fl.rounds=1")), tmp_path / "run"]
+    begin = [load(overrides(TABLES, "fl.rounds=1", "strategy.startup_s=10")), tmp_path / "run"]
 
     if codes == "the same":
         start_run(*begin, overrides=[])
