@@ -50,18 +50,16 @@ def main() -> None:
         "s",
         at_most=FIRST_S,
     )
-    claims.add("runtime=local: SuperLink's database, bytes a round", local["database"], "B")
     claims.show()
     claims.write(HERE / "claims.json")
 
 
 def run(folder: Path, runtime: str, rounds: int) -> dict[str, float]:
-    """One run: median seconds of its rounds but the first, seconds to the end of the first, and bytes kept a round."""
+    """One run: median seconds of its rounds but the first, and seconds to the end of the first."""
     command = [
         *(sys.executable, "-m", "fedzo", "train", "experiment=tiny", f"runtime={runtime}", f"fl.rounds={rounds}"),
         *("evaluation.every_rounds=1000", f"hydra.run.dir={folder}"),
     ]
-    sizes: list[int] = []
     began = time.monotonic()
     process = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL)
     first = None
@@ -70,12 +68,11 @@ def run(folder: Path, runtime: str, rounds: int) -> dict[str, float]:
         log = folder / "public.jsonl"
         if first is None and log.exists() and log.stat().st_size:
             first = time.monotonic() - began
-        sizes.append(sum(file.stat().st_size for file in (folder / "network" / "server").glob("superlink.db*")))
     assert process.returncode == 0, command
     lines: list[dict[str, Any]] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     seconds = [line["round_seconds"] for line in lines if line["kind"] == "round"]
     assert first is not None
-    return {"round": statistics.median(seconds[1:]), "start": first, "database": max(sizes) / rounds}
+    return {"round": statistics.median(seconds[1:]), "start": first}
 
 
 if __name__ == "__main__":
