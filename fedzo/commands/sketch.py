@@ -89,6 +89,11 @@ def import_sketch(config: LaunchConfig, file: Path, out: Path) -> Iterator[str]:
     loaded = _open(config)
     put_layout(loaded.model, file)
     with _part_of(out) as part:
+        if (part / _RECIPE).exists():
+            raise ConfigError(
+                f"{part}: a build has begun there and its finished layers must not be lost. End that build, remove the "
+                "folder, or choose another --out."
+            )
         yield from _facts(loaded)
         yield from _write(loaded, None, {}, part, out)
 

@@ -194,6 +194,11 @@ def test_a_sketch_goes_to_leanquants_layout_and_back(
     assert main(ask) == 0
 
     assert main(["sketch", "--export", str(layout), f"model={tmp_path / 'sk4'}"]) == 0
+    begun = tmp_path / "begun.part"
+    begun.mkdir()
+    (begun / "recipe.json").write_text("of a build that was killed")
+    assert main(["sketch", "--import", str(layout), "--out", str(tmp_path / "begun"), f"model={tiny_model_dir}"]) == 2
+    assert (begun / "recipe.json").exists()
     assert main(["sketch", "--import", str(layout), "--out", str(again), f"model={tiny_model_dir}"]) == 0
 
     assert "layout.safetensors: 14 layers" in capsys.readouterr().out

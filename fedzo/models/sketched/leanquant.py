@@ -14,18 +14,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from fedzo.errors import ConfigError
 from fedzo.models.sketched.layers import dense_layers, narrowest, sketched_layers, weight_of
+from fedzo.records.folder import replace_file
 from fedzo.sketch import SketchLinear, pack, unpack
 
 _VALUES = (4, 8, 16)
 
 
 def write_layout(model: nn.Module, file: Path) -> int:
-    """Write the sketched layers of a model; returns how many.
+    """Write the sketched layers of a model, all or nothing; returns how many.
 
     Raises:
         ConfigError: The model is dense, or a group has an odd number of columns, which nibbles cannot hold.
@@ -48,7 +49,7 @@ def write_layout(model: nn.Module, file: Path) -> int:
         one = groups == 1
         tensors[f"{name}.table"] = (table[:, 0] if one else table).contiguous()
         tensors[f"{name}.codes"] = (halves[:, 0] if one else halves).contiguous()
-    save_file(tensors, file, metadata={"format": "pt"})
+    replace_file(file, save(tensors, metadata={"format": "pt"}), durable=True)
     return len(layers)
 
 

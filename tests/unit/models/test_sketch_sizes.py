@@ -131,9 +131,11 @@ def test_the_embedded_models_sketch_has_the_bytes_that_were_measured() -> None:
 def test_a_folder_has_just_the_bytes_of_the_formula(family: str, bits: int, tmp_path: Path) -> None:
     size = sketch_size(on_meta(tiny_model(family).config), bits=bits, groups_per_row=2, keep=["lm_head"])
 
-    tiny_sketch(family, bits=bits, groups_per_row=2, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        tiny_sketch(family, bits=bits, groups_per_row=2, dtype=dtype).save_pretrained(tmp_path / str(dtype))
 
-    assert bytes_in(tmp_path) == (size.code_bytes, size.table_bytes, size.dense_bytes)
+    assert bytes_in(tmp_path / "torch.bfloat16") == (size.code_bytes, size.table_bytes, size.dense_bytes)
+    assert bytes_in(tmp_path / "torch.float32")[:2] == (size.code_bytes, size.table_bytes)  # tables as built
 
 
 def bytes_in(folder: Path) -> tuple[int, int, int]:
