@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from fedzo.data.kept_digests import KeptDigests
-from fedzo.data.preprocess import STAGES
+from fedzo.data.preprocess import STAGES, StageContext
+from fedzo.data.preprocess.rephrase.backend import NoRewriterConfig
 from fedzo.data.rows import ClientRows, OwnRows, RowSource, client_rows
 from fedzo.fl.client.local_update import Batches, LocalUpdate, Workspace
 from fedzo.fl.client.scalar_update import ScalarUpdate
@@ -110,7 +111,8 @@ class ClientContext:
     def rows(self, client: int) -> ClientRows:
         """A client's rows, its held-out ones apart, its training rows through all stages."""
         config = self.peer.config
-        stages = {name: STAGES.build(stage) for name, stage in config.preprocess.items()}
+        context = StageContext(config.task, NoRewriterConfig(), self.kept.folder)
+        stages = {name: STAGES.build(stage, context=context) for name, stage in config.preprocess.items()}
         return client_rows(self.source, client, share=config.partition.holdout, seed=config.seed, stages=stages)
 
     def _rows_digest(self, client: int, begun: bool) -> str:

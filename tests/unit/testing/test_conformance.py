@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from torch import nn
 
 from fedzo.data.config import Loss, TaskConfig, TaskKind
 from fedzo.data.encode import Example
-from fedzo.data.preprocess import STAGES
+from fedzo.data.preprocess import STAGES, StageContext
+from fedzo.data.preprocess.rephrase.backend import NoRewriterConfig
 from fedzo.evaluate import EVALUATORS
 from fedzo.testing import (
     check_estimator,
@@ -239,10 +241,12 @@ def test_server_optimizers(name: str, settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS["preprocess"])
-def test_stages(name: str) -> None:
+def test_stages(name: str, tmp_path: Path) -> None:
     rows = [{"text": f"Review {i}", "label": i % 2, "id": i} for i in range(5)]
 
-    check_stage(lambda: STAGES.build(CONFIGS["preprocess"][name]()), rows)
+    context = StageContext(TaskConfig(), NoRewriterConfig(), tmp_path)
+
+    check_stage(lambda: STAGES.build(CONFIGS["preprocess"][name](), context=context), rows)
 
 
 # --- evaluators -------------------------------------------------------------------------------------------------------
