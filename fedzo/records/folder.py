@@ -15,13 +15,14 @@ from pathlib import Path
 from fedzo.errors import FolderInUseError, RunFolderError
 
 
-def open_file(folder: Path, name: str, flags: int = os.O_RDONLY) -> int:
+def open_file(folder: Path, name: str, flags: int = os.O_RDONLY, *, mode: int = 0o666) -> int:
     """A descriptor of a regular file below a folder; the folder itself may be reached by a link.
 
     Args:
         folder: The run folder.
         name: Of the file in it, such as ``vectors/ab12``.
         flags: As for ``os.open``.
+        mode: Who may do what with a file that is made, less what the process's umask takes away.
 
     Raises:
         RunFolderError: The file, or a folder on the way to it, is a link, or it is no regular file.
@@ -34,7 +35,7 @@ def open_file(folder: Path, name: str, flags: int = os.O_RDONLY) -> int:
             outer, room = room, os.open(inner, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=room)
             os.close(outer)
         # without waiting: a pipe would never open
-        opened = os.open(last, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666, dir_fd=room)
+        opened = os.open(last, flags | os.O_NOFOLLOW | os.O_NONBLOCK, mode, dir_fd=room)
     except OSError:
         for depth in range(len(rooms) + 1):
             refuse_link(folder.joinpath(*rooms[:depth], [*rooms, last][depth]))

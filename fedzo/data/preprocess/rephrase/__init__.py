@@ -3,3 +3,7 @@
 A row's way: original text -> rewriter -> checks -> judge -> rewritten text; a row that fails anywhere on it keeps its
 text. Source: arXiv 2506.17264; where that is silent, the defaults are ours and say so.
 """
+
+from fedzo.data.preprocess.rephrase import openai_compatible
+
+__all__ = ["openai_compatible"]

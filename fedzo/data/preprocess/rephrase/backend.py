@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from fedzo.errors import FedzoError
+from fedzo.errors import ConfigError, FedzoError, Problem, at_least, not_negative, problem
 from fedzo.registry import PluginConfig, Registry
+
+if TYPE_CHECKING:
+    from fedzo.config.schema import RunSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +110,21 @@ class Backend(Protocol):
         """How many requests ``complete`` should be given at once where that many wait."""
         ...
 
-    def count_tokens(self, messages: Sequence[Message]) -> int:
-        """Tokens of a prompt, exactly or as an estimate."""
+    @property
+    def concurrency(self) -> int:
+        """Most calls of ``complete`` at once."""
+        ...
+
+    def fingerprint(self, model: str) -> str:
+        """What ``Request.model`` stands for: answers of the same are kept and used again.
+
+        Raises:
+            ConfigError: There is no such model.
+        """
+        ...
+
+    def count_tokens(self, request: Request) -> int:
+        """Tokens of a request's prompt, exactly or as an estimate that is rather too high."""
         ...
 
     def complete(self, requests: Sequence[Request]) -> list[Completion | RowFault]:
@@ -125,6 +141,10 @@ class Backend(Protocol):
 class RewriterConfig(PluginConfig):
     """Who rewrites and judges at this site, and how much of it there may be."""
 
+    model: str = ""
+    """The model that rewrites, by the name that its endpoint knows; ``rewriter=transformers``: a folder."""
+    judge_model: str = ""
+    """The model that judges. Empty = ``model``."""
     examples: str | None = None
     """File of accepted rewrites (``fedzo rephrase bootstrap``) that the prompts show. None = no examples."""
     store: str | None = None
@@ -144,10 +164,34 @@ class RewriterConfig(PluginConfig):
     price_answer: float = 0.0
     """Price of a million tokens of answers."""
 
+    def problems(self, run: RunSettings) -> Iterator[Problem]:
+        yield from self.limit_problems()
+
+    def limit_problems(self) -> Iterator[Problem]:
+        """Broken rules on the limits, which no other setting has a part in."""
+        yield from at_least("rewriter.max_tokens", self.max_tokens, 1, "Raise it.")
+        if self.context_tokens <= self.max_tokens:
+            rule = f"be > rewriter.max_tokens ({self.max_tokens})"
+            yield problem("rewriter.context_tokens", rule, self.context_tokens, "Raise it, or lower max_tokens.")
+        yield from at_least("rewriter.most_calls", self.most_calls, 0, "Write 0 for no limit.")
+        yield from at_least("rewriter.most_tokens", self.most_tokens, 0, "Write 0 for no limit.")
+        for name in ("most_cost", "price_prompt", "price_answer"):
+            yield from not_negative(f"rewriter.{name}", getattr(self, name), "Write 0 for none.")
+        if self.most_cost > 0 and self.price_prompt == self.price_answer == 0:
+            rule = "be 0 where no price is set"
+            remedy = "Set rewriter.price_prompt and rewriter.price_answer too, or no most_cost."
+            yield problem("rewriter.most_cost", rule, self.most_cost, remedy)
+
 
 @dataclass(kw_only=True, slots=True)
 class NoRewriterConfig(RewriterConfig):
     """This site rewrites nothing: it refuses a run that asks for it."""
+
+
+def refuse_broken(problems: Iterator[Problem]) -> None:
+    """Raise ``ConfigError`` with the problems, if there are any."""
+    if texts := [found.text for found in problems]:
+        raise ConfigError("\n".join(texts))
 
 
 REWRITERS: Registry[Backend] = Registry("rewriter", base=RewriterConfig)

@@ -1,0 +1,287 @@
+"""Many requests through a store and a backend: at most once each, within budgets, as fast as the endpoint bears."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from fedzo.data.preprocess.rephrase.backend import (
+    Backend,
+    BusyError,
+    Completion,
+    EndpointError,
+    Request,
+    RewriterConfig,
+    RowFault,
+    RowReason,
+)
+from fedzo.data.preprocess.rephrase.store import Store, request_key
+
+MOST_TRIES = 6
+"""How often a request is made to an endpoint that says that it is busy."""
+MOST_BUSY = 10
+"""How often in a row, without an answer between, an endpoint may say that it is busy before it counts as down."""
+FIRST_WAIT_S = 1.0
+"""First wait for a busy endpoint that does not say how long; each further one is twice as long."""
+LONGEST_WAIT_S = 60.0
+"""Longest wait, whatever the endpoint asks for."""
+CALLS_PER_STEP_UP = 10
+"""Answers in a row after which one call more is made at once, up to the backend's own number."""
+MOST_FAULTS, FEWEST_CALLS = 0.2, 20
+"""Share of faults above which nothing more is asked, once there were that many calls. Both are guesses."""
+
+
+@dataclass(slots=True)
+class Totals:
+    """What a caller did so far.
+
+    Attributes:
+        calls: Requests that the backend answered or failed, without those for which it asked for patience.
+        faults: Those that failed.
+        from_store: Requests that an earlier call had answered.
+        busy: How often the backend asked for patience.
+        prompt_tokens: Of all calls; for a call that failed, as estimated.
+        answer_tokens: Of all calls; for a call that failed, the most that it may have made.
+    """
+
+    calls: int = 0
+    faults: int = 0
+    from_store: int = 0
+    busy: int = 0
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+
+
+@dataclass(slots=True)
+class _Job:
+    """A request that waits, with all its places in the sequence."""
+
+    request: Request
+    key: str
+    places: list[int]
+    prompt_tokens: int
+    tries: int = 0
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """What became of a batch that was begun at ``begun``."""
+
+    jobs: list[_Job]
+    begun: float
+    result: list[Completion | RowFault] | Exception
+
+
+class Caller:
+    """Answers requests from the store, and the rest by the backend; for one thread.
+
+    Args:
+        backend: Who answers.
+        store: Where answers are kept; faults are not.
+        config: The budgets: they count from now, and what the store has costs nothing.
+    """
+
+    def __init__(self, backend: Backend, store: Store, config: RewriterConfig) -> None:
+        self.totals = Totals()
+        self._backend = backend
+        self._store = store
+        self._config = config
+        self._limit = backend.concurrency
+        self._in_a_row = 0
+        self._busy_in_a_row = 0
+        self._not_before = 0.0
+        self._eased = 0.0  # when the limit fell last: calls begun before say nothing new
+
+    @property
+    def cost(self) -> float:
+        """What the calls cost by the prices of the config, in their currency."""
+        return self._price(self.totals.prompt_tokens, self.totals.answer_tokens)
+
+    def answer(
+        self, requests: Sequence[Request], on_done: Callable[[int, int], None] = lambda _done, _total: None
+    ) -> list[Completion | RowFault]:
+        """Answers in the order of the requests; equal requests are asked once.
+
+        Args:
+            requests: What is asked.
+            on_done: Called with the requests that are done and their number, in the caller's thread.
+
+        Raises:
+            EndpointError: The endpoint cannot be used, a budget does not hold another call, or too many calls failed.
+                What was answered until then is in the store.
+        """
+        results: list[Completion | RowFault | None] = [None] * len(requests)
+        jobs = self._jobs(requests, results)
+        num_done = sum(result is not None for result in results)
+        self.totals.from_store += num_done
+        on_done(num_done, len(requests))
+        waiting, running, outcomes = deque(jobs), 0, queue.SimpleQueue[_Outcome]()
+        held: dict[int, _Job] = {}  # in flight, with the tokens that they may take
+        stop: EndpointError | None = None
+        while waiting or running:
+            while waiting and stop is None and running < self._limit:
+                batch = self._affordable(waiting, held)
+                if not batch:
+                    if not running:
+                        stop = self._spent(waiting[0])
+                    break
+                self._be_patient()
+                held |= {id(job): job for job in batch}
+                running += 1
+                self._begin(batch, outcomes)
+            if not running:
+                break
+            outcome = outcomes.get()
+            running -= 1
+            for job in outcome.jobs:
+                del held[id(job)]
+            if isinstance(outcome.result, BusyError):
+                again = self._ease(outcome, results)
+                waiting.extendleft(reversed(again))
+                num_done += sum(len(job.places) for job in outcome.jobs if job not in again)
+            elif isinstance(outcome.result, EndpointError):
+                stop = stop or outcome.result
+            elif isinstance(outcome.result, Exception):
+                raise outcome.result
+            else:
+                for job, result in zip(outcome.jobs, outcome.result, strict=True):
+                    self._count(job, result)
+                    num_done += len(job.places)
+                    for place in job.places:
+                        results[place] = result
+            stop = stop or self._no_use()
+            on_done(num_done, len(requests))
+        if stop is not None:
+            raise stop
+        return [result for result in results if result is not None]
+
+    def _jobs(self, requests: Sequence[Request], results: list[Completion | RowFault | None]) -> list[_Job]:
+        """What must be asked for; answers of the store are put into ``results``."""
+        fingerprints = {model: self._backend.fingerprint(model) for model in {request.model for request in requests}}
+        jobs: dict[str, _Job] = {}
+        for place, request in enumerate(requests):
+            key = request_key(request, model=fingerprints[request.model])
+            if (stored := self._store.get(key)) is not None:
+                results[place] = stored
+            elif key in jobs:
+                jobs[key].places.append(place)
+            else:
+                jobs[key] = _Job(request, key, [place], self._backend.count_tokens(request))
+        return list(jobs.values())
+
+    def _begin(self, batch: list[_Job], outcomes: queue.SimpleQueue[_Outcome]) -> None:
+        """Have a batch answered, in a thread of its own where there may be several."""
+        begun = time.monotonic()
+
+        def work() -> None:
+            result: list[Completion | RowFault] | Exception
+            try:
+                result = self._backend.complete([job.request for job in batch])
+                for job, answer in zip(batch, result, strict=True):
+                    if isinstance(answer, Completion):
+                        self._store.put(job.key, answer)  # here: whatever ends the process, it is kept
+            except Exception as error:
+                result = error
+            outcomes.put(_Outcome(batch, begun, result))
+
+        if self._backend.concurrency == 1:
+            work()
+        else:
+            threading.Thread(target=work, name="fedzo-call", daemon=True).start()  # an end does not wait for it
+
+    def _affordable(self, waiting: deque[_Job], held: dict[int, _Job]) -> list[_Job]:
+        """The next batch, out of ``waiting``, as far as the budgets hold it beside what is in flight."""
+        batch: list[_Job] = []
+        while waiting and len(batch) < self._backend.batch_size and self._fits([*held.values(), *batch, waiting[0]]):
+            batch.append(waiting.popleft())
+        return batch
+
+    def _fits(self, jobs: list[_Job]) -> bool:
+        prompt = self.totals.prompt_tokens + sum(job.prompt_tokens for job in jobs)
+        answer = self.totals.answer_tokens + sum(job.request.max_tokens for job in jobs)
+        config, calls = self._config, self.totals.calls + len(jobs)
+        return not (
+            0 < config.most_calls < calls
+            or 0 < config.most_tokens < prompt + answer
+            or 0 < config.most_cost < self._price(prompt, answer)
+        )
+
+    def _spent(self, job: _Job) -> EndpointError:
+        config, totals = self._config, self.totals
+        tokens, most = totals.prompt_tokens + totals.answer_tokens, job.prompt_tokens + job.request.max_tokens
+        spent = f"{totals.calls} calls, {tokens} tokens"
+        budgets = [
+            f"rewriter.{name}={value:g}"
+            for name in ("most_calls", "most_tokens", "most_cost")
+            if (value := getattr(config, name)) > 0
+        ]
+        if config.price_prompt or config.price_answer:
+            spent += f", cost {self.cost:.4g}"
+        return EndpointError(
+            f"The budget ({', '.join(budgets)}) does not hold another call: {spent} are spent, and the next may take "
+            f"{most} tokens. What is done is kept. Raise the budget, or start again to spend it once more."
+        )
+
+    def _price(self, prompt: int, answer: int) -> float:
+        return (prompt * self._config.price_prompt + answer * self._config.price_answer) / 1e6
+
+    def _count(self, job: _Job, result: Completion | RowFault) -> None:
+        self.totals.calls += 1
+        if isinstance(result, Completion):
+            self.totals.prompt_tokens += result.prompt_tokens
+            self.totals.answer_tokens += result.completion_tokens
+        else:
+            self.totals.faults += 1
+            if result.reason is not RowReason.refused:  # else nobody knows what it took
+                self.totals.prompt_tokens += job.prompt_tokens
+                self.totals.answer_tokens += job.request.max_tokens
+        self._busy_in_a_row = 0
+        self._in_a_row += 1
+        if self._in_a_row >= CALLS_PER_STEP_UP and self._limit < self._backend.concurrency:
+            self._limit, self._in_a_row = self._limit + 1, 0
+
+    def _ease(self, outcome: _Outcome, results: list[Completion | RowFault | None]) -> list[_Job]:
+        """Ask for less at once, and later; returns the requests that are made again."""
+        assert isinstance(outcome.result, BusyError)
+        now, asked = time.monotonic(), outcome.result.retry_after_s
+        self.totals.busy += 1
+        self._in_a_row = 0
+        if outcome.begun >= self._eased:
+            self._limit, self._eased = max(1, self._limit // 2), now
+            self._busy_in_a_row += 1
+        wait = FIRST_WAIT_S * 2 ** max(0, self._busy_in_a_row - 1) if asked is None else asked
+        self._not_before = max(self._not_before, now + min(LONGEST_WAIT_S, wait))
+        again = []
+        for job in outcome.jobs:
+            job.tries += 1
+            if job.tries < MOST_TRIES:
+                again.append(job)
+                continue
+            self.totals.calls += 1
+            self.totals.faults += 1
+            for place in job.places:
+                results[place] = RowFault(RowReason.unavailable, f"busy, {MOST_TRIES} times")
+        return again
+
+    def _be_patient(self) -> None:
+        wait = self._not_before - time.monotonic()
+        if wait > 0:
+            time.sleep(wait)
+
+    def _no_use(self) -> EndpointError | None:
+        calls, faults = self.totals.calls, self.totals.faults
+        if self._busy_in_a_row >= MOST_BUSY:
+            return EndpointError(
+                f"The endpoint said {MOST_BUSY} times in a row that it is busy. Its quota may be spent: look there, or "
+                "start again later. What is done is kept."
+            )
+        if calls < FEWEST_CALLS or faults <= MOST_FAULTS * calls:
+            return None
+        return EndpointError(
+            f"{faults} of {calls} calls failed, which is more than {MOST_FAULTS:.0%}. Look at the reasons, and correct "
+            "the endpoint, its model or rewriter.timeout_s. What is done is kept, and what failed is asked again."
+        )
