@@ -1,0 +1,250 @@
+"""What a rewriter's answer must pass before a judge sees it: pure functions of strings and a row."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from fedzo.data.files import Row
+from fedzo.data.preprocess.rephrase.config import Check, OatRephraseConfig
+from fedzo.data.preprocess.rephrase.tasks import RephraseTask
+from fedzo.data.preprocess.rephrase.words import folded, holds, names, numbers, phrases, spaceless, words
+
+_OUTER = " \t\r\n\v\f\u00a0\u200b\ufeff\u2028\u2029\u3000"
+_NOTHING = frozenset({"", "none", "null", "nil", "nan", "n/a", "undefined", "[]", "{}", '""', "''"})
+_QUOTES = {'"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019", "\u00ab": "\u00bb", "\u300c": "\u300d", "`": "`"}
+_DOUBLE = '"\u201c\u201d\u201e\u00ab\u00bb'
+
+_MADE = r"(?:rephras|reword|rewrit|rewrot|paraphras|revis|restat|reformulat)\w*"
+_LEAD_IN = re.compile(
+    r"(?:(?:sure|certainly|of course|absolutely|okay|ok|yes|great)\b[^\w]{0,3})?"
+    rf"(?:(?:here(?:'s| is| are)|below is|this is|the following is)\b[^:\n]{{0,60}}\b(?:{_MADE}|version)"
+    rf"|(?:the |a |my |your )?{_MADE}(?: \w+)?(?= ?[:\n]|\*)"
+    r"|here(?:'s| it is| is(?: the| a)? (?:text|answer|output|premise|passage|sentence|result))(?= ?[:\n]))"
+)
+_OPENER = re.compile(r"(?:sure|certainly|of course|absolutely|okay|ok|great)\b[^\w\n]{0,3}\n")
+_REFUSAL = re.compile(
+    r"(?:i'm|i am) (?:sorry|unable|not able)\b[^\n]{0,40}\b(?:can't|cannot|can not|rephrase|rewrite|assist|help)"
+    r"|i (?:can't|cannot) (?:rephrase|rewrite|assist|help with)|as an ai\b"
+)
+_HEAD = 200
+_LABELS = ("text", "answer", "output", "rewrite", "response")
+
+_ECHOED_WORDS, _ECHOED_SIGNS = 6, 20
+_LOOPED_WORDS, _LOOPED_SIGNS, _LONGEST_PERIOD = 4, 12, 8
+
+_STOP_WORDS = (
+    "a an the this that these those and or but nor so if then than as of at by for with about against between into "
+    "through during before after above below to from up down in out on off over under again once here there when "
+    "where why how all any both each few more most other some such no not only own same too very can could will "
+    "would shall should may might must do does did done doing have has had having be am is are was were been being "
+    "i me my mine we us our ours you your yours he him his she her hers it its they them their theirs who whom whose "
+    "which what myself himself herself itself themselves yourself ourselves while because until since though although "
+    "also just ever never yet upon one get got"
+)
+STOP_WORDS = frozenset(_STOP_WORDS.split())
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What the checks say of an answer.
+
+    Attributes:
+        text: The answer without outer white space, a lead-in and one pair of enclosing quotes.
+        fault: The first check that it fails; None if it passes all.
+        lost_names: Capitalised words inside a sentence that the rewrite lost or brought in: a warning only.
+    """
+
+    text: str
+    fault: Check | None
+    lost_names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """An answer beside its row, with what several checks read."""
+
+    text: str
+    original: str
+    row: Row
+    task: RephraseTask
+    label: int | None
+    prompt: str
+    rules: OatRephraseConfig
+    new: list[str]
+    old: list[str]
+
+
+def check(
+    answer: str,
+    *,
+    truncated: bool,
+    row: Row,
+    task: RephraseTask,
+    column: str,
+    label: int | None,
+    prompt: str,
+    rules: OatRephraseConfig,
+) -> Checked:
+    """Clean an answer and look for its first fault among ``rules.checks``, in the order of ``Check``.
+
+    An answer that is the original is no fault, whatever the original holds. Two rows are unusable all the same,
+    as nothing could be said of any rewrite: an empty original (``empty``), and one in which an anchor does not occur
+    as whole words (``anchors``; WiC's word is often inflected in its sentence).
+
+    Args:
+        answer: As the rewriter gave it.
+        truncated: Whether it was cut off.
+        row: The original's.
+        task: Of the row.
+        column: The one that was rewritten.
+        label: The right answer among the task's; None where the answer is written.
+        prompt: The instructions, without the row's own fields.
+        rules: Which checks, and their bounds.
+    """
+    original = str(row[column]).strip(_OUTER)
+    text, led = _cleaned(answer, original, column)
+    same = text == original
+    faults: dict[Check, Callable[[_Case], bool]] = {
+        Check.empty: lambda _: not original or (not same and folded(text).strip(" .") in _NOTHING),
+        Check.truncated: lambda _: truncated,
+        Check.lead_in: lambda _: not same and led,
+        Check.quotes: _has_stray_quotes,
+        Check.line_break: lambda case: len(case.text.splitlines()) > 1 and len(case.original.splitlines()) < 2,
+        Check.length: _has_wrong_length,
+        Check.loop: _loops,
+        Check.echo: _echoes,
+        Check.numbers: _changes_numbers,
+        Check.anchors: _loses_anchor,
+        Check.leak: _leaks,
+    }
+    case = _Case(text, original, row, task, label, prompt, rules, words(text), words(original))
+    wanted = [each for each in Check if each in rules.checks]
+    fault = next((each for each in wanted if faults[each](case)), None)
+    return Checked(text, fault, () if same else _lost_names(text, original))
+
+
+def _cleaned(answer: str, original: str, column: str) -> tuple[str, bool]:
+    """The answer without what surrounds it, and whether a lead-in stays in it that has no clear end."""
+    text = answer.strip(_OUTER)
+    if text == original:
+        return text, False
+    text, led = _without_lead_in(text, original, column)
+    text = _without_quotes(text, original)
+    return text, led
+
+
+def _without_lead_in(text: str, original: str, column: str) -> tuple[str, bool]:
+    head, known = folded(text[:_HEAD]), folded(original[:_HEAD])
+    opener = _OPENER.match(head)
+    match = _LEAD_IN.match(head.lstrip("*\"'# "))
+    if opener is None and match is None:
+        label = head.lstrip("*# ").partition(":")[0].strip(" *")
+        if ":" in head and label in (*_LABELS, folded(column)) and not known.startswith(label):
+            return text.partition(":")[2].strip(_OUTER + "*"), False
+        return text, _REFUSAL.match(head) is not None and _REFUSAL.match(known) is None
+    if match is not None and known.startswith(match.group()):
+        return text, False
+    end = re.search(r"\n" if opener is not None and match is None else r"[:\n]", text[:_HEAD])
+    if end is None:
+        return text, True
+    return text[end.end() :].strip(_OUTER + "*"), False
+
+
+def _without_quotes(text: str, original: str) -> str:
+    if len(text) < 2 or _QUOTES.get(text[0]) != text[-1] or original[:1] == text[0]:
+        return text
+    inner = text[1:-1]
+    if text[0] == '"' and inner.count('"') not in (0, original.count('"')):
+        return text  # as in: "Yes," he said, "no."
+    return inner.strip(_OUTER)
+
+
+def _has_stray_quotes(case: _Case) -> bool:
+    def balanced(text: str) -> bool:
+        return text.count('"') % 2 == 0 and text.count("\u201c") == text.count("\u201d")
+
+    if not balanced(case.text) and balanced(case.original):
+        return True
+    first = case.text[:1]
+    if first in _DOUBLE and first:
+        return not any(sign in case.original for sign in _DOUBLE)
+    return first in "'\u2018`" and bool(first) and case.original[:1] != first
+
+
+def _has_wrong_length(case: _Case) -> bool:
+    new, old, rules = len(case.new), len(case.old), case.rules
+    return not rules.least_length * old <= new <= max(rules.most_length * old, old + rules.most_more_words)
+
+
+def _loops(case: _Case) -> bool:
+    """A phrase thrice on end (a word four times), or again and again far more often than in the original."""
+    for period in range(1, _LONGEST_PERIOD + 1):
+        run = _longest_run(case.new, period)
+        if run >= max(2 * period, 3) and run > _longest_run(case.old, period):
+            return True
+    size = _LOOPED_SIGNS if spaceless(case.new) else _LOOPED_WORDS
+    known = Counter(phrases(case.old, size))
+    return any(count > 2 + 2 * known[phrase] for phrase, count in Counter(phrases(case.new, size)).items())
+
+
+def _longest_run(tokens: Sequence[str], period: int) -> int:
+    equal = (a == b for a, b in zip(tokens, tokens[period:], strict=False))
+    return max((sum(1 for _ in run) for same, run in groupby(equal) if same), default=0)
+
+
+def _echoes(case: _Case) -> bool:
+    size = _ECHOED_SIGNS if spaceless(case.new) else _ECHOED_WORDS
+    told = set(phrases(words(case.prompt), size)) - set(phrases(case.old, size))
+    return any(phrase in told for phrase in phrases(case.new, size))
+
+
+def _changes_numbers(case: _Case) -> bool:
+    old, old_loose = numbers(case.original)
+    new, new_loose = numbers(case.text)
+    return bool(old - new - new_loose or new - old - old_loose)
+
+
+def _loses_anchor(case: _Case) -> bool:
+    anchors = [words(str(case.row[column])) for column in case.task.anchors]
+    return any(anchor and not (holds(case.new, anchor) and holds(case.old, anchor)) for anchor in anchors)
+
+
+def leaked_words(text: str, original: str, *, row: Row, task: RephraseTask, label: int) -> list[str]:
+    """Words that are new in a rewrite and belong to one answer only: content words of a choice, or its answer words."""
+    if task.choices:
+        telling = [set(words(str(row[choice]))) - STOP_WORDS for choice in task.choices]
+    else:
+        telling = [set(each) for each in task.answer_words]
+    if label >= len(telling):
+        return []
+    others = {word for number, each in enumerate(telling) if number != label for word in each}
+    return sorted((telling[label] - others) & (set(words(text)) - set(words(original))))
+
+
+def _leaks(case: _Case) -> bool:
+    """Whether the right answer's words are new, or the answer itself is written more often, at the begin or the end."""
+    task, label = case.task, case.label
+    if label is None:
+        answers = [str(case.row["answer"])] if "answer" in case.row else []
+    else:
+        if leaked_words(case.text, case.original, row=case.row, task=task, label=label):
+            return True
+        answers = [*(task.answer_words[label] if task.answer_words else ())]
+        answers += [task.labels[label].format_map(case.row)] if task.labels else []
+    for answer in map(words, answers):
+        more = holds(case.new, answer) > holds(case.old, answer)
+        outer = answer in (case.new[: len(answer)], case.new[-len(answer) :])
+        if more and (outer or len(answer) > 1 or label is None):
+            return True
+    return False
+
+
+def _lost_names(text: str, original: str) -> tuple[str, ...]:
+    old, new = words(original), words(text)
+    lost = [name for name in names(original) if folded(name) not in set(new)]
+    brought = [name for name in names(text) if folded(name) not in set(old)]
+    return tuple(dict.fromkeys([*lost, *brought]))
