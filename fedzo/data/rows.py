@@ -16,6 +16,7 @@ from fedzo.data.config import DataConfig, SplitConfig, TaskConfig, TaskKind
 from fedzo.data.files import Row
 from fedzo.data.partition import PartitionConfig, holdout, partition
 from fedzo.data.preprocess import Stage, preprocess
+from fedzo.data.preprocess.rephrase.results import refuse_marked
 from fedzo.data.sources import Splits, load_own, load_splits
 from fedzo.data.tasks import label_index, render
 from fedzo.zo.directions import PURPOSE_DATA, permutation, stream_key
@@ -105,6 +106,7 @@ def client_rows(
     """
     rows = source.rows_for(client)
     train, heldout = holdout(range(len(rows)), share, seed=seed, client=client)
+    refuse_marked((rows[row] for row in heldout), what="rows that a client holds out")
     return ClientRows(
         train=preprocess([rows[row] for row in train], stages or {}, client=client),
         heldout=[rows[row] for row in heldout],

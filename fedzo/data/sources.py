@@ -14,6 +14,7 @@ from pathlib import Path
 from fedzo.data.config import DataConfig, SplitConfig, TaskConfig
 from fedzo.data.embedded import rotten_tomatoes
 from fedzo.data.files import SUFFIXES, Located, Row, read_located, read_rows
+from fedzo.data.preprocess.rephrase.results import refuse_marked
 from fedzo.data.tasks import has_answer, render
 from fedzo.errors import ConfigError
 from fedzo.zo.directions import PURPOSE_SPLIT, permutation, stream_key
@@ -81,6 +82,8 @@ def load_splits(data: DataConfig, split: SplitConfig, task: TaskConfig) -> Split
 
     test = take("test", split.num_test)
     dev = take("dev", split.num_dev)
+    for name, rows in (("test", test), ("dev", dev)):
+        refuse_marked(rows, what=f"{name} rows")
     return Splits(test=test, dev=dev, train=take("train", split.num_train or None))
 
 

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import TYPE_CHECKING, Self
 
+from fedzo.data.config import TaskConfig
+from fedzo.data.preprocess.rephrase.backend import NoRewriterConfig, RewriterConfig
 from fedzo.data.preprocess.stage import StageConfig
+from fedzo.errors import ConfigError, Problem, at_least, problem
+
+if TYPE_CHECKING:
+    from fedzo.config.schema import RunSettings
+
+_KEY = "preprocess.oat_rephrase"
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 class Style(StrEnum):
@@ -45,6 +57,8 @@ class OatRephraseConfig(StageConfig):
     prompt: str = ""
     """SHA-256 of the prompts and their examples, as ``fedzo rephrase --dry-run`` prints it. Empty = those of this fedzo
     without examples."""
+    imported: str = ""
+    """SHA-256 of a set of rewrites from elsewhere, as ``fedzo rephrase import`` prints it. Empty = the rewriter's."""
     checks: list[Check] = field(default_factory=lambda: list(Check))
     """What a rewrite must pass before the judge sees it."""
     least_length: float = 0.4
@@ -65,3 +79,46 @@ class OatRephraseConfig(StageConfig):
     """Most that the share of "same" may change with the order in which the verdicts are named. A guess."""
     gate_pairs: int = 60
     """Fewest pairs of each kind in that test. A guess."""
+
+    def filled(self, task: TaskConfig) -> Self:
+        """The recipe with its column and the digest of its prompts, where the task is known."""
+        from fedzo.data.preprocess.rephrase.rephraser import prompts_of  # here, since prompts know this module's styles
+
+        if self.prompt and self.column:
+            return self
+        try:
+            prompts = prompts_of(self, task)
+        except ConfigError:
+            return self  # told of by ``problems``
+        return replace(self, column=prompts.column, prompt=self.prompt or prompts.digest)
+
+    def problems(self, run: RunSettings) -> Iterator[Problem]:
+        from fedzo.data.preprocess.rephrase.tasks import TASKS
+
+        if run.task.name not in TASKS:
+            remedy = "Leave oat_rephrase out of preprocess."
+            yield problem("task.name", f"be one of {', '.join(sorted(TASKS))} for oat_rephrase", run.task.name, remedy)
+        for key, digest in (("prompt", self.prompt), ("imported", self.imported)):
+            if digest and not _DIGEST.fullmatch(digest):
+                yield problem(
+                    f"{_KEY}.{key}", "be 64 hexadecimal digits, or empty", digest, "Leave it out, or copy it."
+                )
+        yield from at_least(f"{_KEY}.max_attempts", self.max_attempts, 1, "1 is one rewrite a row.")
+        yield from at_least(f"{_KEY}.gate_pairs", self.gate_pairs, 1, "Or leave it out.")
+        yield from at_least(f"{_KEY}.most_more_words", self.most_more_words, 0, "Or leave it out.")
+        for key in ("gate_share", "gate_order_points"):
+            if not 0 <= getattr(self, key) <= 1:
+                yield problem(f"{_KEY}.{key}", "be from 0 to 1", getattr(self, key), "Or leave it out.")
+        if not 0 <= self.least_length <= 1 <= self.most_length:
+            bounds = [self.least_length, self.most_length]
+            yield problem(
+                f"{_KEY}.least_length", "be from 0 to 1, and most_length at least 1", bounds, "Or leave both out."
+            )
+
+    def site_problems(self, rewriter: RewriterConfig) -> Iterator[Problem]:
+        if isinstance(rewriter, NoRewriterConfig) and not self.imported:
+            remedy = (
+                "Set rewriter=openai_compatible with rewriter.base_url and rewriter.model, or rewriter=transformers "
+                "with rewriter.model; a real site does so in its own file."
+            )
+            yield problem("rewriter", "name who rewrites the text at this site", "none", remedy)

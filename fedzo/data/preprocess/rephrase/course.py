@@ -1,0 +1,243 @@
+"""From original text to what stands in its place: rewriter, checks, judge; whatever fails, the row keeps its text."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fedzo.data.config import TaskConfig, TaskKind
+from fedzo.data.files import Row
+from fedzo.data.preprocess.rephrase.backend import Backend, Completion, Request, RowFault
+from fedzo.data.preprocess.rephrase.caller import Caller
+from fedzo.data.preprocess.rephrase.checks import Checked, check
+from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
+from fedzo.data.preprocess.rephrase.judge import Verdict, read_verdict
+from fedzo.data.preprocess.rephrase.prompts import ORDERS, Prompts
+from fedzo.data.preprocess.rephrase.results import row_digest
+from fedzo.data.tasks import label_index
+from fedzo.errors import ConfigError
+from fedzo.records.rephrase import RowOutcome
+
+ROWS_AT_ONCE = 64
+"""Rows that go through rewriter and judge together; what a progress bar moves by."""
+_RAISE_TEMPERATURE = 0.3  # a further attempt at temperature 0 would repeat the first
+_JUDGE_TOKENS = 128
+_IDENTICAL = "identical"
+_UNREAD, _DIFFERENT, _LABEL, _ORIGINAL = "judge_unread", "judge_different", "judge_label", "judge_fails_original"
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(slots=True)
+class Attempt:
+    """What is known of one row.
+
+    Attributes:
+        row: As it was.
+        label: Index of the right answer; None where it is written.
+        outcome: What became of it; None while that is open.
+        refused: The last rewrite that was not accepted, as a person may read it.
+        lost_names: Names that the accepted rewrite may have lost or brought in.
+    """
+
+    row: Row
+    label: int | None
+    outcome: RowOutcome | None = None
+    refused: str = ""
+    lost_names: tuple[str, ...] = ()
+    reason: str = ""
+    checked: Checked | None = None
+    model: str = ""
+
+
+@dataclass(frozen=True)
+class Course:
+    """How the rows of a task are rewritten.
+
+    Attributes:
+        config: The recipe.
+        task: What the rows are for.
+        prompts: What rewriter and judge read.
+        backend: Who they are.
+        caller: Asks them.
+        rewriter: Name of the rewriter's model.
+        judge: Name of the judge's.
+        max_tokens: Most tokens of a rewrite.
+        context_tokens: Most tokens of a prompt and its answer.
+    """
+
+    config: OatRephraseConfig
+    task: TaskConfig
+    prompts: Prompts
+    backend: Backend
+    caller: Caller
+    rewriter: str
+    judge: str
+    max_tokens: int
+    context_tokens: int
+
+    def run(self, rows: Sequence[Row], on_progress: OnProgress = lambda done, total: None) -> list[Attempt]:
+        """Rewrite rows; each has an outcome at the end.
+
+        Raises:
+            ConfigError: A row does not fit the task, or its prompt the context: before the first call.
+            EndpointError: The endpoint cannot be used, or a budget is spent. Its answers so far are kept, so the same
+                call goes on from there.
+        """
+        unique = {row_digest(row): row for row in rows}
+        attempts = {digest: Attempt(row, label_of(row, self.prompts, self.task)) for digest, row in unique.items()}
+        self._check_context(attempts.values())
+        waiting = [*attempts.items()]
+        for first in range(0, len(waiting), ROWS_AT_ONCE):
+            some = dict(waiting[first : first + ROWS_AT_ONCE])
+            done = functools.partial(_tell, on_progress, first / len(waiting), len(some) / len(waiting), len(rows))
+            self._rewrite(some, done)
+        on_progress(len(rows), len(rows))
+        return [attempts[row_digest(row)] for row in rows]
+
+    def requests(self, row: Row) -> tuple[Request, ...]:
+        """What is asked for a row at least: its rewrite, and the judgement of the original beside itself."""
+        label = label_of(row, self.prompts, self.task)
+        asked = [self._rewrite_request(row, label, attempt=0)]
+        return (*asked, *([self.judge_request(row, str(row[self.prompts.column]))] if self.config.judged else []))
+
+    def judge_request(self, row: Row, rewrite: str, order: Sequence[str] = ORDERS[0]) -> Request:
+        """What asks the judge about a row and a text in the place of its column."""
+        messages, schema = self.prompts.judge(row, rewrite, order), self.prompts.judge_schema(order)
+        return Request(messages, self.judge, 0.0, seed=0, max_tokens=_JUDGE_TOKENS, schema=schema)
+
+    def _rewrite(self, attempts: Mapping[str, Attempt], on_share: Callable[[float], None]) -> None:
+        """All attempts at some rows: those that failed are asked again, as often as the recipe says."""
+        for number in range(self.config.max_attempts):
+            open_ones = {digest: each for digest, each in attempts.items() if each.outcome is None}
+            if not open_ones:
+                break
+            asked = [self._rewrite_request(each.row, each.label, attempt=number) for each in open_ones.values()]
+            answers = self.caller.answer(asked, lambda done, total: on_share(done / total / 2))
+            for (digest, each), answer in zip(open_ones.items(), answers, strict=True):
+                self._check(digest, each, answer)
+            if self.config.judged:
+                self._judge(attempts, on_share)
+            for digest, each in attempts.items():
+                if each.outcome is None and each.checked is not None and not each.reason:
+                    each.lost_names = each.checked.lost_names
+                    each.outcome = self._outcome(digest, each.checked.text, "rewritten", "", each.model)
+        for digest, each in attempts.items():
+            if each.outcome is None:
+                self._keep(digest, each, each.reason)
+
+    def _check(self, digest: str, each: Attempt, answer: Completion | RowFault) -> None:
+        each.checked, each.reason = None, ""
+        if isinstance(answer, RowFault):
+            each.reason = f"call_{answer.reason}"
+            return
+        column, original = self.prompts.column, str(each.row[self.prompts.column])
+        each.model = answer.model
+        checked = check(
+            answer.text,
+            truncated=answer.truncated,
+            row=each.row,
+            task=self.prompts.task,
+            column=column,
+            label=each.label,
+            prompt=self.prompts.instructions,
+            rules=self.config,
+        )
+        if checked.fault is not None:
+            each.reason, each.refused = str(checked.fault), answer.text
+        elif checked.text == original.strip():
+            self._keep(digest, each, _IDENTICAL)
+        else:
+            each.checked = checked
+
+    def _judge(self, attempts: Mapping[str, Attempt], on_share: Callable[[float], None]) -> None:
+        """Ask for each rewrite, and for the original beside itself: a judge that fails there says nothing of it."""
+        judged = [each for each in attempts.values() if each.outcome is None and each.checked is not None]
+        if not judged:
+            return
+        column, labels = self.prompts.column, self.prompts.labels
+        asked = [self.judge_request(each.row, str(each.row[column])) for each in judged]
+        asked += [self.judge_request(each.row, each.checked.text) for each in judged if each.checked is not None]
+        answers = [
+            answer if isinstance(answer, RowFault) else read_verdict("" if answer.truncated else answer.text, labels)
+            for answer in self.caller.answer(asked, lambda done, total: on_share(0.5 + done / total / 2))
+        ]
+        for each, own, other in zip(judged, answers[: len(judged)], answers[len(judged) :], strict=True):
+            each.reason = why_not(own, other)
+            if each.reason and each.checked is not None:
+                each.refused = each.checked.text
+
+    def _keep(self, digest: str, each: Attempt, reason: str) -> None:
+        each.outcome = self._outcome(digest, str(each.row[self.prompts.column]), "original", reason, each.model)
+
+    def _outcome(self, digest: str, text: str, status: str, reason: str, model: str) -> RowOutcome:
+        return RowOutcome(
+            row=digest,
+            column=self.prompts.column,
+            text=text,
+            status="rewritten" if status == "rewritten" else "original",
+            reason=reason,
+            model=model,
+        )
+
+    def _rewrite_request(self, row: Row, label: int | None, *, attempt: int) -> Request:
+        temperature = attempt * _RAISE_TEMPERATURE
+        messages = self.prompts.rewriter(row, label)
+        return Request(messages, self.rewriter, temperature, seed=attempt, max_tokens=self.max_tokens)
+
+    def _check_context(self, attempts: Iterable[Attempt]) -> None:
+        for number, each in enumerate(attempts):
+            for request in self.requests(each.row):
+                tokens = self.backend.count_tokens(request)
+                if tokens + request.max_tokens > self.context_tokens:
+                    raise ConfigError(
+                        f"rewriter.context_tokens: a prompt and its answer must have at most {self.context_tokens} "
+                        f"tokens, row {number} has {tokens} and {request.max_tokens}. Raise it if the model can read "
+                        "more, show fewer examples, or leave out rows that long."
+                    )
+
+
+def label_of(row: Row, prompts: Prompts, task: TaskConfig) -> int | None:
+    """Index of the right answer; None where it is written.
+
+    Raises:
+        ConfigError: The row does not fit the task, or lacks what the prompts show.
+    """
+    for column in (prompts.column, *prompts.task.shown, *prompts.task.anchors):
+        if not isinstance(row.get(column), str) or not row[column].strip():
+            told = ", ".join(sorted(map(str, row)))
+            raise ConfigError(
+                f"oat_rephrase: each row must have text in the column {column!r}, got a row with the columns "
+                f"{told}. Name the column that is to be rewritten in preprocess.oat_rephrase.column."
+            )
+    return label_index(row, task) if task.kind is TaskKind.candidates else None
+
+
+def why_not(own: Verdict | RowFault | None, other: Verdict | RowFault | None) -> str:
+    """Why a judge's answers accept no rewrite; empty where they accept it.
+
+    Args:
+        own: What it says of the original beside itself.
+        other: What it says of the rewrite.
+    """
+    for answer in (own, other):
+        if isinstance(answer, RowFault):
+            return f"judge_{answer.reason}"
+    if own is None or other is None:
+        return _UNREAD
+    if not isinstance(own, Verdict) or not own.same:
+        return _ORIGINAL
+    if not isinstance(other, Verdict) or not other.same:
+        return _DIFFERENT
+    return _LABEL if own.label != other.label else ""
+
+
+def counts(outcomes: Iterable[RowOutcome]) -> dict[str, int]:
+    """Rows by what became of them: ``rewritten``, and ``original`` with the reason."""
+    found = Counter(each.status if not each.reason else f"{each.status} {each.reason}" for each in outcomes)
+    return dict(sorted(found.items(), key=lambda item: (item[0] != "rewritten", -item[1], item[0])))
+
+
+def _tell(on_progress: OnProgress, before: float, here: float, total: int, share: float) -> None:
+    on_progress(int((before + share * here) * total), total)

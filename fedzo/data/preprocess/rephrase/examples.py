@@ -1,0 +1,67 @@
+"""Examples that the prompts show: rewrites that a person has accepted in the table of ``fedzo rephrase bootstrap``."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedzo.data.config import TaskConfig, TaskKind
+from fedzo.data.files import Row, read_located
+from fedzo.data.preprocess.rephrase.prompts import Example
+from fedzo.data.preprocess.rephrase.tasks import RephraseTask
+from fedzo.data.tasks import label_index
+from fedzo.errors import ConfigError
+from fedzo.records.folder import replace_file
+
+ACCEPT, REWRITE = "accept", "rewrite"
+"""Columns of the table beside the task's own."""
+MOST_EXAMPLES = 40
+
+
+def columns_of(task: TaskConfig, told: RephraseTask, column: str) -> list[str]:
+    """Columns of the table."""
+    label = [task.label] if task.kind is TaskKind.candidates else []
+    return [ACCEPT, *dict.fromkeys((column, REWRITE, *told.shown, *label))]
+
+
+def write_table(file: Path, columns: Sequence[str], rows: Sequence[tuple[Row, str]]) -> None:
+    """Write rows and what a rewriter made of them as CSV, none of them accepted yet."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    for row, rewrite in rows:
+        table.writerow({**row, ACCEPT: "", REWRITE: rewrite})
+    replace_file(file, text.getvalue(), durable=True, mode=0o600)
+
+
+def read_examples(file: Path, task: TaskConfig, told: RephraseTask, column: str) -> tuple[Example, ...]:
+    """The accepted rows of a table.
+
+    Raises:
+        ConfigError: It cannot be read, lacks a column, none or too many rows are accepted, or a rewrite is empty.
+    """
+    examples = []
+    for where, row in read_located(file):
+        if missing := [name for name in columns_of(task, told, column) if name not in row]:
+            raise ConfigError(
+                f"{where}: a table of examples must have the column {missing[0]!r}, as fedzo rephrase bootstrap writes "
+                "it. Add it."
+            )
+        said = str(row[ACCEPT]).strip().casefold()
+        if said not in {"yes", "no", ""}:
+            raise ConfigError(f"{where}: column {ACCEPT!r} must hold yes, no or nothing, got {row[ACCEPT]!r}.")
+        if said != "yes":
+            continue
+        text = str(row[REWRITE]).strip()
+        if not text:
+            raise ConfigError(f"{where}: an accepted row must have text in the column {REWRITE!r}. Write it, or no.")
+        label = label_index(row, task) if task.kind is TaskKind.candidates else None
+        examples.append(Example({name: row[name] for name in dict.fromkeys((column, *told.shown))}, label, text))
+    if not 1 <= len(examples) <= MOST_EXAMPLES:
+        raise ConfigError(
+            f"{file}: 1 to {MOST_EXAMPLES} rows must be accepted, got {len(examples)}. Write yes into the column "
+            f"{ACCEPT!r} of rows whose rewrite is right."
+        )
+    return tuple(examples)

@@ -1,0 +1,198 @@
+"""Whether a judge can be trusted: its verdicts on pairs whose answer is known, in both orders of the verdicts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from fedzo.data.files import Row
+from fedzo.data.preprocess.rephrase.backend import Completion, EndpointError, Request, RowFault
+from fedzo.data.preprocess.rephrase.caller import Caller
+from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
+from fedzo.data.preprocess.rephrase.judge import Verdict, read_verdict
+from fedzo.data.preprocess.rephrase.pairs import Pair, make_pairs
+from fedzo.data.preprocess.rephrase.prompts import ORDERS, Prompts
+from fedzo.errors import ConfigError
+from fedzo.records.decode import decode_json, to_json
+from fedzo.records.folder import replace_file
+from fedzo.records.rephrase import Calibration, Interval, PairCounts
+
+_FOLDER = "judges"
+_Z = 1.959963984540054  # of a 95 % interval
+Verdicts = tuple[Verdict | RowFault | None, ...]
+
+
+def judge_digest(prompts: Prompts, model: str) -> str:
+    """Digest of what a calibration holds for: the judge's model and all that it reads beside a row."""
+    return hashlib.sha256(json.dumps([model, prompts.judge_digest]).encode()).hexdigest()
+
+
+def calibrate(
+    prompts: Prompts,
+    caller: Caller,
+    rows: Sequence[Row],
+    *,
+    model: str,
+    request: Callable[[Row, str, Sequence[str]], Request],
+    most: int,
+    on_progress: Callable[[int, int], None],
+) -> Calibration:
+    """Test a judge on pairs from real rows.
+
+    Args:
+        prompts: What it reads.
+        caller: Asks it.
+        rows: Rows with text in the prompts' column.
+        model: Its name.
+        request: Asks it about a row and a text, the verdicts named in an order.
+        most: Pairs of each kind.
+        on_progress: Told of calls done and in all.
+
+    Raises:
+        EndpointError: It cannot be asked.
+    """
+    pairs = make_pairs(rows, prompts.column, prompts.examples, most=most)
+    asked = [request(pair.row, pair.text, order) for order in ORDERS for pair in pairs]
+    answers = caller.answer(asked, on_progress)
+    verdicts = [
+        answer if isinstance(answer, RowFault) else read_verdict(answer.text, prompts.labels) for answer in answers
+    ]
+    orders = (tuple(verdicts[: len(pairs)]), tuple(verdicts[len(pairs) :]))
+    called = next((answer.model for answer in answers if isinstance(answer, Completion)), "")
+    return summarise(pairs, orders, judge=judge_digest(prompts, model), model=called)
+
+
+def summarise(pairs: Sequence[Pair], orders: tuple[Verdicts, Verdicts], *, judge: str, model: str) -> Calibration:
+    """Shares and intervals of verdicts.
+
+    Args:
+        pairs: What was judged.
+        orders: The verdicts on them, with the verdicts named in either order. None, or a fault, is no verdict: it
+            accepts nothing.
+        judge: Digest of the judge.
+        model: What its answers say that they are from.
+    """
+    said = [[isinstance(verdict, Verdict) and verdict.same for verdict in verdicts] for verdicts in orders]
+    alike = [number for number, pair in enumerate(pairs) if pair.same]
+    other = [number for number, pair in enumerate(pairs) if not pair.same]
+    sensitivity = min(
+        (_wilson(sum(order[k] for k in alike), len(alike)) for order in said), key=lambda each: each.share
+    )
+    specificity = min(
+        (_wilson(sum(not order[k] for k in other), len(other)) for order in said), key=lambda each: each.share
+    )
+    first = sum(a and not b for a, b in zip(*said, strict=True))
+    second = sum(b and not a for a, b in zip(*said, strict=True))
+    points, high = _paired(first, second, len(pairs))
+    return Calibration(
+        judge=judge,
+        model=model[:1000],
+        sensitivity=sensitivity,
+        specificity=specificity,
+        order_points=points,
+        order_points_high=high,
+        kinds=tuple(_counts(pairs, orders, said)),
+    )
+
+
+def faults(calibration: Calibration, config: OatRephraseConfig) -> Iterator[str]:
+    """Why a judge is not to be used, by a recipe's gate."""
+    alike, other = _numbers(calibration)
+    for what, interval, pairs in (
+        ("sensitivity", calibration.sensitivity, alike),
+        ("specificity", calibration.specificity, other),
+    ):
+        if pairs < config.gate_pairs:
+            yield f"{what} must be seen on at least {config.gate_pairs} pairs, got {pairs}"
+        elif interval.share < config.gate_share:
+            seen = f"{interval.share:.0%} of {pairs} pairs (95 % interval {interval.low:.0%} to {interval.high:.0%})"
+            yield f"{what} must be at least {config.gate_share:.0%}, got {seen}"
+    if calibration.order_points > config.gate_order_points:
+        seen = f"{100 * calibration.order_points:.0f} points"
+        yield (
+            'the share of "same" may change with the order of the verdicts by at most '
+            f"{100 * config.gate_order_points:.0f} points, got {seen}"
+        )
+
+
+def keep(calibration: Calibration, folder: Path) -> Path:
+    """Write a calibration where ``find`` looks for it; returns the file."""
+    file = _file(folder, calibration.judge)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(file, to_json(calibration) + "\n", durable=True, mode=0o600)
+    return file
+
+
+def find(folder: Path, judge: str) -> Calibration | None:
+    """The calibration of a judge at this site; None where there is none."""
+    file = _file(folder, judge)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    remedy = "Remove the file and call fedzo rephrase judge-test again."
+    found: Calibration = decode_json(Calibration, text, where=str(file), error=ConfigError, remedy=remedy)
+    return found
+
+
+def check_gate(folder: Path, judge: str, config: OatRephraseConfig) -> Calibration | None:
+    """The judge's calibration, if the recipe's gate lets it judge; None where the recipe asks for none.
+
+    Raises:
+        EndpointError: There is no calibration, or it does not pass.
+    """
+    if not (config.judged and config.gate):
+        return None
+    calibration = find(folder, judge)
+    if calibration is None:
+        raise EndpointError(
+            "the judge must have passed its test before it judges, got no test of this model with these prompts. Call "
+            "fedzo rephrase judge-test."
+        )
+    if found := [*faults(calibration, config)]:
+        raise EndpointError(
+            f"the judge must pass its test, but: {'; '.join(found)}. Use a stronger model as rewriter.judge_model. "
+            "preprocess.oat_rephrase.gate=false goes on without, and the manifest says so."
+        )
+    return calibration
+
+
+def _file(folder: Path, judge: str) -> Path:
+    return folder / _FOLDER / f"{judge}.json"
+
+
+def _numbers(calibration: Calibration) -> tuple[int, int]:
+    alike = sum(each.pairs for each in calibration.kinds if each.made in ("identical", "paraphrased"))
+    return alike, sum(each.pairs for each in calibration.kinds) - alike
+
+
+def _counts(
+    pairs: Sequence[Pair], orders: tuple[Verdicts, Verdicts], said: Sequence[Sequence[bool]]
+) -> Iterator[PairCounts]:
+    for kind in dict.fromkeys(pair.kind for pair in pairs):
+        at = [number for number, pair in enumerate(pairs) if pair.kind == kind]
+        same = [sum(order[k] for k in at) for order in said]
+        unread = [sum(not isinstance(order[k], Verdict) for k in at) for order in orders]
+        yield PairCounts(made=kind, pairs=len(at), same=(same[0], same[1]), unread=(unread[0], unread[1]))
+
+
+def _wilson(hits: int, total: int) -> Interval:
+    """A share and its 95 % interval (Wilson, 1927)."""
+    if total == 0:
+        return Interval(share=0.0, low=0.0, high=1.0)
+    share, square = hits / total, _Z * _Z
+    middle = (share + square / (2 * total)) / (1 + square / total)
+    half = _Z * math.sqrt(share * (1 - share) / total + square / (4 * total * total)) / (1 + square / total)
+    return Interval(share=share, low=max(0.0, middle - half), high=min(1.0, middle + half))
+
+
+def _paired(first: int, second: int, total: int) -> tuple[float, float]:
+    """By how much two shares of the same pairs differ, and the upper end of the 95 % interval (Wald's, paired)."""
+    if total == 0:
+        return 0.0, 1.0
+    difference = abs(first - second) / total
+    error = math.sqrt(max(0.0, first + second - (first - second) ** 2 / total)) / total
+    return difference, min(1.0, difference + _Z * error)

@@ -1,0 +1,111 @@
+"""Rewrites that a site has made, found by the recipe and the row they belong to.
+
+A site keeps one file a recipe, one line a row. A row that has a line is never rewritten anew, so a run that goes on
+finds the text that it began with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fedzo.data.files import Row
+from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
+from fedzo.errors import ConfigError
+from fedzo.records.decode import decode_json, to_json
+from fedzo.records.folder import folder_of_one_process, replace_file
+from fedzo.records.rephrase import RowOutcome
+
+_FOLDER = "results"
+MARK = "fedzo_status"
+"""Column that marks the rows of a whole file of rewritten text."""
+
+
+def row_digest(row: Row) -> str:
+    """Digest of a row's columns and values, 32 hexadecimal digits, whatever the order of its columns."""
+    plain = json.dumps(row, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.blake2b(plain.encode(), digest_size=16).hexdigest()
+
+
+def recipe_digest(config: OatRephraseConfig) -> str:
+    """Digest of a recipe whose prompts are known: other settings make other results."""
+    if not config.prompt:
+        raise ValueError("the digest of the prompts must be filled in first")
+    plain = json.dumps(asdict(config), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(plain.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """The results of one recipe at one site.
+
+    Attributes:
+        folder: Where the site keeps what rewriting leaves; made when it is needed.
+        recipe: Digest of the recipe.
+    """
+
+    folder: Path
+    recipe: str
+
+    @property
+    def file(self) -> Path:
+        """The file of this recipe."""
+        return self.folder / _FOLDER / f"{self.recipe}.jsonl"
+
+    def read(self) -> dict[str, RowOutcome]:
+        """What is there, by the digest of the row.
+
+        Raises:
+            ConfigError: The file holds something else.
+        """
+        try:
+            lines = self.file.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self.file}: it must be readable, got: {error}.") from error
+        remedy = "Remove the file: the rows are put together anew from the kept answers."
+        outcomes: dict[str, RowOutcome] = {}
+        for number, line in enumerate(lines, start=1):
+            where = f"{self.file}:{number}"
+            outcome = decode_json(RowOutcome, line, where=where, error=ConfigError, remedy=remedy)
+            outcomes[outcome.row] = outcome
+        return outcomes
+
+    def find(self, rows: Iterable[Row]) -> list[RowOutcome] | None:
+        """The outcomes of these rows in their order; None where one of them has none."""
+        there = self.read()
+        found = [there.get(row_digest(row)) for row in rows]
+        return None if any(each is None for each in found) else [each for each in found if each is not None]
+
+    def add(self, outcomes: Mapping[str, RowOutcome]) -> None:
+        """Keep outcomes beside those that are there; a row that has one keeps that.
+
+        Raises:
+            ConfigError: The file cannot be written.
+        """
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with folder_of_one_process(self.file.parent):
+                both = {**outcomes, **self.read()}
+                text = "".join(f"{to_json(outcome)}\n" for outcome in both.values())
+                replace_file(self.file, text, durable=True, mode=0o600)
+        except OSError as error:
+            raise ConfigError(f"{self.file}: it must be possible to write it, got: {error}.") from error
+
+
+def apply_outcomes(rows: Iterable[Row], outcomes: Iterable[RowOutcome]) -> list[Row]:
+    """The rows with the text of their outcomes; all other columns, and the order, stay."""
+    return [{**row, each.column: each.text} for row, each in zip(rows, outcomes, strict=True)]
+
+
+def refuse_marked(rows: Iterable[Row], *, what: str) -> None:
+    """Raise ``ConfigError`` where rows that are to be scored may hold rewritten text."""
+    if any(MARK in row for row in rows):
+        raise ConfigError(
+            f"{what} must hold original text, got rows with the column {MARK!r}: they come from fedzo rephrase --out. "
+            "Give dev and test files of their own, or train on the original file with preprocess=[oat_rephrase]."
+        )

@@ -1,0 +1,321 @@
+"""A row's way through rewriter, checks and judge."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedzo.config.load import load
+from fedzo.data.config import TaskConfig
+from fedzo.data.preprocess.rephrase.backend import (
+    Completion,
+    EndpointError,
+    NoRewriterConfig,
+    Request,
+    RowFault,
+    RowReason,
+)
+from fedzo.data.preprocess.rephrase.caller import Caller
+from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
+from fedzo.data.preprocess.rephrase.course import Course, counts
+from fedzo.data.preprocess.rephrase.rephraser import Rephraser, prompts_of
+from fedzo.data.preprocess.rephrase.results import Results, apply_outcomes, recipe_digest, row_digest
+from fedzo.data.preprocess.rephrase.store import Store
+from fedzo.errors import ConfigError
+from fedzo.records.rephrase import RowOutcome
+
+ROWS = [
+    {"premise": "The man broke his toe.", "choice1": "He got a hole in his sock.", "choice2": "He dropped a hammer.",
+     "question": "cause", "label": 1},
+    {"premise": "It was very cold.", "choice1": "The lake froze over.", "choice2": "Birds sang.", "question": "effect",
+     "label": 0},
+    {"premise": "The girl was hungry.", "choice1": "She made a sandwich.", "choice2": "She ran.", "question": "effect",
+     "label": 0},
+]  # fmt: skip
+REWRITES = {
+    "The man broke his toe.": "A toe of the man got broken.",
+    "It was very cold.": "Temperatures were very low.",
+    "The girl was hungry.": "Hunger had come over the girl.",
+}
+COPA: TaskConfig = load(["task=copa", "data.path=."]).task
+RECIPE = dataclasses.replace(OatRephraseConfig(), gate=False).filled(COPA)
+Reply = Callable[[Request], Any]
+
+
+def is_judge(request: Request) -> bool:
+    return request.schema is not None
+
+
+def original_of(request: Request) -> str:
+    line = [line for line in request.messages[-1].content.splitlines() if line.startswith(("premise: ", "text A: "))][
+        -1
+    ]
+    return str(json.loads(line.split(": ", 1)[1]))
+
+
+def text_b(request: Request) -> str:
+    return str(json.loads(request.messages[-1].content.rsplit("text B: ", 1)[1]))
+
+
+def verdict(same: bool = True, label: str = "choice1") -> str:
+    return json.dumps({"verdict": "same" if same else "different", "predicted_label": label})
+
+
+def honest(request: Request) -> str:
+    return verdict() if is_judge(request) else REWRITES[original_of(request)]
+
+
+class Bench:
+    """A course over a scripted backend."""
+
+    def __init__(self, folder: Path, backend: Any, recipe: OatRephraseConfig = RECIPE) -> None:
+        self.backend, self.recipe = backend, recipe
+        self.store = Store(folder)
+        self.course = Course(
+            recipe,
+            COPA,
+            prompts_of(recipe, COPA),
+            backend,
+            Caller(backend, self.store, NoRewriterConfig()),
+            rewriter="r",
+            judge="j",
+            max_tokens=100,
+            context_tokens=4000,
+        )
+
+    def run(self, rows: list[dict[str, Any]] | None = None) -> list[RowOutcome]:
+        try:
+            attempts = self.course.run(ROWS if rows is None else rows)
+        finally:
+            self.store.close()
+        return [each.outcome for each in attempts if each.outcome is not None]
+
+
+def test_accepted_rewrites_take_the_place_of_one_column(tmp_path: Path, scripted: Any) -> None:
+    backend = scripted(honest)
+
+    outcomes = Bench(tmp_path, backend).run()
+
+    assert apply_outcomes(ROWS, outcomes) == [{**row, "premise": REWRITES[row["premise"]]} for row in ROWS]
+    assert [each.row for each in outcomes] == [row_digest(row) for row in ROWS]
+    assert {each.model for each in outcomes} == {"scripted"}
+    assert counts(outcomes) == {"rewritten": 3}
+    assert len(backend.asked) == 9  # a rewrite, and the judge on the original and on the rewrite
+    assert {(request.model, request.temperature) for request in backend.asked} == {("r", 0.0), ("j", 0.0)}
+
+
+def test_rows_that_are_alike_are_asked_for_once(tmp_path: Path, scripted: Any) -> None:
+    backend = scripted(honest)
+
+    outcomes = Bench(tmp_path, backend).run([*ROWS, *ROWS])
+
+    assert outcomes[:3] == outcomes[3:]
+    assert len(backend.asked) == 9
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        (lambda request: "" if not is_judge(request) else verdict(), "empty"),
+        (lambda request: original_of(request) if not is_judge(request) else verdict(), "identical"),
+        (lambda request: RowFault(RowReason.timeout) if not is_judge(request) else verdict(), "call_timeout"),
+        (lambda request: honest(request) if not is_judge(request) else "They are the same.", "judge_unread"),
+        (
+            lambda request: honest(request) if not is_judge(request) else RowFault(RowReason.malformed),
+            "judge_malformed",
+        ),
+        (
+            lambda request: Completion("A toe of", True, "m", 1, 1) if not is_judge(request) else verdict(),
+            "truncated",
+        ),
+        (
+            lambda request: (
+                honest(request)
+                if not is_judge(request)
+                else verdict(label="choice1" if text_b(request) in REWRITES else "choice2")
+            ),
+            "judge_label",
+        ),
+        (
+            lambda request: honest(request) if not is_judge(request) else verdict(text_b(request) in REWRITES),
+            "judge_different",
+        ),
+        (
+            lambda request: honest(request) if not is_judge(request) else verdict(text_b(request) not in REWRITES),
+            "judge_fails_original",
+        ),
+        (
+            lambda request: honest(request) if not is_judge(request) else Completion(verdict(), True, "m", 1, 1),
+            "judge_unread",
+        ),
+    ],
+)
+def test_whatever_fails_the_row_keeps_its_text(tmp_path: Path, scripted: Any, reply: Reply, reason: str) -> None:
+    outcomes = Bench(tmp_path, scripted(reply)).run()
+
+    assert apply_outcomes(ROWS, outcomes) == ROWS
+    assert [(each.status, each.reason) for each in outcomes] == [("original", reason)] * 3
+
+
+def test_a_rewriter_that_writes_the_answer_is_caught(tmp_path: Path, scripted: Any) -> None:
+    """It adds the right choice, which the judge, who does not know it, cannot see."""
+
+    def tells(request: Request) -> str:
+        if is_judge(request):
+            return verdict()
+        row = next(row for row in ROWS if row["premise"] == original_of(request))
+        return f"{REWRITES[str(row['premise'])][:-1]}: {row['choice1' if row['label'] == 0 else 'choice2']}"
+
+    outcomes = Bench(tmp_path, scripted(tells)).run()
+
+    assert [each.reason for each in outcomes] == ["leak"] * 3
+
+
+def test_further_attempts_are_samples_for_rows_that_failed_alone(tmp_path: Path, scripted: Any) -> None:
+    def second_time(request: Request) -> str:
+        hard = original_of(request) == "It was very cold."
+        return "" if hard and not is_judge(request) and request.temperature == 0 else honest(request)
+
+    backend = scripted(second_time)
+    outcomes = Bench(tmp_path, backend, dataclasses.replace(RECIPE, max_attempts=3)).run()
+
+    assert counts(outcomes) == {"rewritten": 3}
+    rewrites = [request for request in backend.asked if not is_judge(request)]
+    assert [(request.temperature, request.seed) for request in rewrites] == [(0.0, 0)] * 3 + [(0.3, 1)]
+
+
+def test_without_a_judge_the_checks_decide(tmp_path: Path, scripted: Any) -> None:
+    backend = scripted(honest)
+
+    outcomes = Bench(tmp_path, backend, dataclasses.replace(RECIPE, judged=False)).run()
+
+    assert counts(outcomes) == {"rewritten": 3}
+    assert len(backend.asked) == 3
+
+
+def test_a_second_course_makes_no_call_and_ends_alike(tmp_path: Path, scripted: Any) -> None:
+    first = Bench(tmp_path, scripted(honest)).run()
+    backend = scripted(honest)
+
+    assert Bench(tmp_path, backend).run() == first
+    assert backend.asked == []
+
+
+def test_an_outage_keeps_what_is_done(tmp_path: Path, scripted: Any) -> None:
+    def fails_late(request: Request) -> str:
+        if len(backend.asked) > 4:
+            raise EndpointError("gone")
+        return honest(request)
+
+    backend = scripted(fails_late)
+    with pytest.raises(EndpointError, match="gone"):
+        Bench(tmp_path, backend).run()
+    again = scripted(honest)
+
+    assert counts(Bench(tmp_path, again).run()) == {"rewritten": 3}
+    assert len(again.asked) == 9 - 4
+
+
+def test_what_is_wrong_with_rows_is_told_before_the_first_call(tmp_path: Path, scripted: Any) -> None:
+    backend = scripted(honest)
+    for number, (rows, words) in enumerate(
+        [
+            ([*ROWS, {**ROWS[0], "premise": "  "}], r"text in the column 'premise'"),
+            ([*ROWS, {key: value for key, value in ROWS[0].items() if key != "choice2"}], "column 'choice2'"),
+            ([*ROWS, {**ROWS[0], "label": 2}], r"'label' must hold an index \(0 to 1\)"),
+            ([*ROWS, {**ROWS[0], "premise": "word " * 4000}], r"context_tokens: .* at most 4000 tokens, row 3 has \d+"),
+        ]
+    ):
+        with pytest.raises(ConfigError, match=words):
+            Bench(tmp_path / str(number), backend).run(rows)
+    assert backend.asked == []
+
+
+def test_progress_counts_rows_and_never_falls(tmp_path: Path, scripted: Any) -> None:
+    bench, told = Bench(tmp_path, scripted(honest)), []
+    rows = [{**ROWS[0], "choice2": f"He saw {number} hammers."} for number in range(150)]
+    bench.course.run(rows, lambda done, total: told.append((done, total)))
+
+    assert {total for _, total in told} == {150}
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert told[-1] == (150, 150)
+    assert len({done for done, _ in told}) > 50
+
+
+TEXTS = st.one_of(
+    st.text(max_size=60),
+    st.sampled_from(["same", "not the same", verdict(), verdict(False), *REWRITES.values(), "He dropped a hammer."]),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.one_of(TEXTS, st.sampled_from([*RowReason]).map(RowFault)), min_size=1, max_size=12), st.data())
+def test_no_backend_changes_another_column_or_the_order(replies: list[Any], data: st.DataObject) -> None:
+    """Whatever the endpoint says: same rows, same order, one column; and text that is new has passed a judge."""
+    accepted: set[str] = set()
+
+    def reply(request: Request) -> Any:
+        answer = data.draw(st.sampled_from(replies))
+        if is_judge(request) and answer in ("same", verdict()):
+            accepted.add(text_b(request))
+        return answer
+
+    with tempfile.TemporaryDirectory() as folder:
+        from tests.unit.data.rephrase.conftest import Scripted
+
+        try:
+            made = apply_outcomes(ROWS, Bench(Path(folder), Scripted(reply)).run())
+        except EndpointError:
+            return  # too many faults
+
+    assert [{**row, "premise": None} for row in made] == [{**row, "premise": None} for row in ROWS]
+    for before, after in zip(ROWS, made, strict=True):
+        assert after["premise"] == before["premise"] or after["premise"] in accepted
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def test_results_are_found_by_recipe_and_row(tmp_path: Path, scripted: Any) -> None:
+    outcomes = Bench(tmp_path / "calls", scripted(honest)).run()
+    results = Results(tmp_path, recipe_digest(RECIPE))
+    assert results.find(ROWS) is None
+
+    results.add({each.row: each for each in outcomes[:2]})
+    assert results.find(ROWS) is None
+    assert results.find(ROWS[1::-1]) == outcomes[1::-1]
+
+    results.add({each.row: dataclasses.replace(each, text="other") for each in outcomes})
+    assert results.find(ROWS) == [*outcomes[:2], dataclasses.replace(outcomes[2], text="other")]
+    assert Results(tmp_path, recipe_digest(dataclasses.replace(RECIPE, max_attempts=2))).find(ROWS) is None
+    assert results.file.stat().st_mode & 0o077 == 0
+
+
+def test_a_damaged_result_is_named(tmp_path: Path) -> None:
+    results = Results(tmp_path, recipe_digest(RECIPE))
+    results.file.parent.mkdir()
+    results.file.write_text('{"row": "x"}\n')
+
+    with pytest.raises(ConfigError, match=r"jsonl:1: .*Remove the file"):
+        results.read()
+
+
+def test_a_site_with_other_prompts_refuses(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, prompt="a" * 64)
+
+    with pytest.raises(ConfigError, match=r"oat_rephrase.prompt.*got aaaaaaaaaaaa"):
+        _ = Rephraser(recipe, COPA, NoRewriterConfig(), tmp_path).prompts
+
+
+def test_the_recipe_is_filled_once_and_for_all() -> None:
+    assert RECIPE.column == "premise"
+    assert len(RECIPE.prompt) == 64
+    assert RECIPE.filled(COPA) == RECIPE

@@ -1,0 +1,247 @@
+"""What a judge's answer means, and how far a judge can be trusted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+
+from fedzo.data.preprocess.rephrase.backend import EndpointError
+from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
+from fedzo.data.preprocess.rephrase.course import why_not
+from fedzo.data.preprocess.rephrase.gate import check_gate, faults, find, keep, summarise
+from fedzo.data.preprocess.rephrase.judge import Verdict, read_verdict
+from fedzo.data.preprocess.rephrase.pairs import Pair, make_pairs, negated, paraphrased, swapped
+from fedzo.data.preprocess.rephrase.prompts import Example
+from fedzo.errors import ConfigError
+
+LABELS = ("entailment", "neutral")
+
+
+def said(verdict: object = "same", label: object = "neutral", **more: object) -> str:
+    return json.dumps({"verdict": verdict, "predicted_label": label, **more})
+
+
+# --- verdicts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (said(), Verdict(True, "neutral")),
+        (f"  {said('different', 'entailment')}\n", Verdict(False, "entailment")),
+        ("same", Verdict(True, None)),
+        ("Same.", Verdict(True, None)),
+        (" NOT  the same. ", Verdict(False, None)),
+    ],
+)
+def test_a_whole_verdict_is_read(text: str, expected: Verdict) -> None:
+    assert read_verdict(text, LABELS) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "They are the same.",
+        "same meaning",
+        "not the same, I think",
+        "different",
+        "same..",
+        f"Sure! {said()}",
+        f"```json\n{said()}\n```",
+        said() + said(),
+        said("Same"),
+        said(True),
+        said(["same"]),
+        said(label="contradiction"),
+        said(label=None),
+        said(reason="because"),
+        '{"verdict": "same"}',
+        '{"predicted_label": "neutral"}',
+        '{"verdict": "different", "verdict": "same", "predicted_label": "neutral"}',
+        '["same"]',
+        "null",
+        "[" * 5000,
+        '{"verdict": "same", "predicted_label": "neutral", "x": ' + "9" * 5000 + "}",
+    ],
+)
+def test_anything_else_is_no_verdict(text: str) -> None:
+    assert read_verdict(text, LABELS) is None
+
+
+def test_a_task_without_labels_has_a_verdict_alone() -> None:
+    assert read_verdict('{"verdict": "same"}', ()) == Verdict(True, None)
+    assert read_verdict(said(), ()) is None
+
+
+@given(st.text())
+def test_no_text_but_a_verdict_accepts(text: str) -> None:
+    """The words of the two forms are not drawn by chance, so whatever is drawn accepts nothing."""
+    verdict = read_verdict(text, LABELS)
+    assert verdict is None or text.strip().casefold().removesuffix(".") in {"same", "not the same"}
+
+
+SAME, OTHER_LABEL, DIFFERENT = Verdict(True, "a"), Verdict(True, "b"), Verdict(False, "a")
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "reason"),
+    [
+        (SAME, SAME, ""),
+        (Verdict(True, None), Verdict(True, None), ""),
+        (SAME, OTHER_LABEL, "judge_label"),
+        (SAME, Verdict(True, None), "judge_label"),
+        (SAME, DIFFERENT, "judge_different"),
+        (DIFFERENT, SAME, "judge_fails_original"),
+        (None, SAME, "judge_unread"),
+        (SAME, None, "judge_unread"),
+    ],
+)
+def test_a_rewrite_is_accepted_by_two_verdicts_with_one_label(own: Any, other: Any, reason: str) -> None:
+    assert why_not(own, other) == reason
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The man left because the film was dull.", "Because the film was dull, the man left."),
+        ("They do not know.", "They don't know."),
+        ("It's late.", "It is late."),
+        ("Ana lost her keys.", "It is true that Ana lost her keys."),
+        ("The sun rose.", "It is true that the sun rose."),
+    ],
+)
+def test_a_paraphrase_by_rule(text: str, expected: str) -> None:
+    assert paraphrased(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The door was open.", "The door was not open."),
+        ("The door was not open.", "The door was open."),
+        ("They don't know.", "They do know."),
+        ("Ana lost her keys.", "It is not true that Ana lost her keys."),
+    ],
+)
+def test_a_negation_by_rule(text: str, expected: str) -> None:
+    assert negated(text) == expected
+
+
+def test_a_number_or_a_name_is_exchanged() -> None:
+    assert swapped("In 1999 he had 3 dogs.") == "In 2002 he had 3 dogs."
+    assert swapped("They met Anna there.") == "They met Miller there."
+    assert swapped("They met there.") is None
+
+
+def test_pairs_are_as_many_of_a_kind_as_rows_give() -> None:
+    rows = [{"text": f"The guest {i} was late.", "label": i % 2} for i in range(6)]
+    pairs = make_pairs(rows, "text", [Example(rows[0], 0, "Guest 0 came late.")], most=4)
+
+    kinds = {pair.kind: [each for each in pairs if each.kind == pair.kind] for pair in pairs}
+    assert {kind: len(some) for kind, some in kinds.items()} == dict.fromkeys(
+        ("identical", "paraphrased", "negated", "swapped", "other row"), 4
+    )
+    assert all(pair.text == pair.row["text"] for pair in kinds["identical"])
+    assert all(pair.text != pair.row["text"] for pair in pairs if pair.kind != "identical")
+    assert kinds["paraphrased"][0].text == "Guest 0 came late."
+    assert all(pair.same == (pair.kind in ("identical", "paraphrased")) for pair in pairs)
+
+
+# --- the gate ---------------------------------------------------------------------------------------------------------
+
+PAIRS = [Pair("identical" if k < 80 else "negated", {"text": str(k)}, str(k), same=k < 80) for k in range(160)]
+RULES = OatRephraseConfig()
+
+
+def summary(first: list[bool | None], second: list[bool | None]) -> Any:
+    read = [tuple(None if each is None else Verdict(each, None) for each in order) for order in (first, second)]
+    return summarise(PAIRS, (read[0], read[1]), judge="a" * 64, model="m")
+
+
+def test_intervals_are_wilsons() -> None:
+    right = [k < 80 for k in range(160)]
+    right[3] = False
+    found = summary(right, right)
+
+    expected = binomtest(79, 80).proportion_ci(method="wilson")
+    assert found.sensitivity.share == 79 / 80
+    assert math.isclose(found.sensitivity.low, expected.low)
+    assert math.isclose(found.sensitivity.high, expected.high)
+    assert found.specificity.share == 1.0
+    assert math.isclose(found.specificity.high, 1.0)
+    assert found.order_points == 0.0
+
+
+def test_the_lower_of_the_two_orders_counts() -> None:
+    right = [k < 80 for k in range(160)]
+    biased = [k < 120 for k in range(160)]  # calls half of the negated pairs the same
+
+    found = summary(right, biased)
+
+    assert found.sensitivity.share == 1.0
+    assert found.specificity.share == 0.5
+    assert found.order_points == 0.25
+    assert found.order_points_high > 0.25
+    assert [(each.made, each.pairs, each.same) for each in found.kinds] == [
+        ("identical", 80, (80, 80)),
+        ("negated", 80, (0, 40)),
+    ]
+    assert len([*faults(found, RULES)]) == 2
+
+
+def test_a_judge_that_says_the_verdict_named_first_is_refused() -> None:
+    """As the embedded model does (spec 3.13)."""
+    found = summary([True] * 160, [False] * 160)
+
+    assert found.order_points == 1.0
+    assert len([*faults(found, RULES)]) == 3
+
+
+def test_answers_that_are_no_verdict_accept_nothing() -> None:
+    found = summary([None] * 160, [None] * 160)
+
+    assert found.sensitivity.share == 0.0
+    assert found.specificity.share == 1.0
+    assert [each.unread for each in found.kinds] == [(80, 80), (80, 80)]
+    assert [text for text in faults(found, RULES) if "sensitivity" in text]
+
+
+def test_too_few_pairs_prove_nothing() -> None:
+    right: Any = tuple(Verdict(pair.same, None) for pair in PAIRS[70:90])
+    found = summarise(PAIRS[70:90], (right, right), judge="a" * 64, model="m")
+
+    assert all("at least 60 pairs, got 10" in text for text in faults(found, RULES))
+    assert len([*faults(found, RULES)]) == 2
+
+
+def test_the_gate_asks_for_a_test_that_was_passed(tmp_path: Path) -> None:
+    right = [k < 80 for k in range(160)]
+    good, bad = summary(right, right), summary([True] * 160, [True] * 160)
+    with pytest.raises(EndpointError, match="judge-test"):
+        check_gate(tmp_path, "a" * 64, RULES)
+
+    keep(good, tmp_path)
+    assert find(tmp_path, "a" * 64) == good == check_gate(tmp_path, "a" * 64, RULES)
+
+    keep(bad, tmp_path)
+    with pytest.raises(EndpointError, match=r"specificity must be at least 95%, got 0%.*gate=false"):
+        check_gate(tmp_path, "a" * 64, RULES)
+    assert check_gate(tmp_path, "a" * 64, dataclasses.replace(RULES, gate=False)) is None
+
+    file = next((tmp_path / "judges").iterdir())
+    assert file.stat().st_mode & 0o077 == 0
+    file.write_text(file.read_text().replace('"share":1.0', '"share":1.5'))
+    with pytest.raises(ConfigError, match="judge-test again"):
+        find(tmp_path, "a" * 64)
