@@ -16,6 +16,7 @@ from fedzo.data.preprocess.rephrase.words import folded, holds, names, numbers, 
 _OUTER = " \t\r\n\v\f\u00a0\u200b\ufeff\u2028\u2029\u3000"
 _NOTHING = frozenset({"", "none", "null", "nil", "nan", "n/a", "undefined", "[]", "{}", '""', "''"})
 _QUOTES = {'"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019", "\u00ab": "\u00bb", "\u300c": "\u300d", "`": "`"}
+_SINGLE = str.maketrans({"\u2018": "'", "\u2019": "'"})
 _DOUBLE = '"\u201c\u201d\u201e\u00ab\u00bb'
 
 _MADE = r"(?:rephras|reword|rewrit|rewrot|paraphras|revis|restat|reformulat)\w*"
@@ -34,6 +35,7 @@ _HEAD = 200
 _LABELS = ("text", "answer", "output", "rewrite", "response")
 
 _ECHOED_WORDS, _ECHOED_SIGNS = 6, 20
+_STEM = 5
 _LOOPED_WORDS, _LOOPED_SIGNS, _LONGEST_PERIOD = 4, 12, 8
 
 _STOP_WORDS = (
@@ -155,24 +157,35 @@ def _without_lead_in(text: str, original: str, column: str) -> tuple[str, bool]:
 
 
 def _without_quotes(text: str, original: str) -> str:
-    if len(text) < 2 or _QUOTES.get(text[0]) != text[-1] or original[:1] == text[0]:
-        return text
+    if len(text) < 2 or _QUOTES.get(text[0]) != text[-1] or _straight(original)[:1] == text[0]:
+        return _without_outer_quotes(text, original)
     inner = text[1:-1]
-    if text[0] == '"' and inner.count('"') not in (0, original.count('"')):
+    if text[0] == '"' and _straight(inner).count('"') not in (0, _straight(original).count('"')):
         return text  # as in: "Yes," he said, "no."
     return inner.strip(_OUTER)
 
 
-def _has_stray_quotes(case: _Case) -> bool:
-    def balanced(text: str) -> bool:
-        return text.count('"') % 2 == 0 and text.count("\u201c") == text.count("\u201d")
+def _without_outer_quotes(text: str, original: str) -> str:
+    """Also where the original begins with a quotation, if the pair stands around one just like it."""
+    inner = text[1:-1].strip(_OUTER)
+    twice = len(text) > 1 and text[0] in _DOUBLE and text[-1] in _DOUBLE and _straight(inner).startswith('"')
+    return inner if twice and _straight(inner).count('"') == _straight(original).count('"') else text
 
-    if not balanced(case.text) and balanced(case.original):
+
+def _straight(text: str) -> str:
+    """With all double quotes alike, LaTeX's too: corpora of news and books write ``so''."""
+    straight = text.translate(dict.fromkeys(map(ord, _DOUBLE), '"')).translate(_SINGLE)
+    return straight.replace("``", '"').replace("''", '"')
+
+
+def _has_stray_quotes(case: _Case) -> bool:
+    """An odd number of double quotes, or one at the begin of a rewrite of a text without any."""
+    new, old = _straight(case.text), _straight(case.original)
+    if new.count('"') % 2 and not old.count('"') % 2:
         return True
-    first = case.text[:1]
-    if first in _DOUBLE and first:
-        return not any(sign in case.original for sign in _DOUBLE)
-    return first in "'\u2018`" and bool(first) and case.original[:1] != first
+    if new.startswith('"'):
+        return '"' not in old
+    return new.startswith(("'", "`")) and not old.startswith(("'", "`"))
 
 
 def _has_wrong_length(case: _Case) -> bool:
@@ -214,15 +227,23 @@ def _loses_anchor(case: _Case) -> bool:
 
 
 def leaked_words(text: str, original: str, *, row: Row, task: RephraseTask, label: int) -> list[str]:
-    """Words that are new in a rewrite and belong to one answer only: content words of a choice, or its answer words."""
-    if task.choices:
-        telling = [set(words(str(row[choice]))) - STOP_WORDS for choice in task.choices]
-    else:
-        telling = [set(each) for each in task.answer_words]
-    if label >= len(telling):
-        return []
-    others = {word for number, each in enumerate(telling) if number != label for word in each}
-    return sorted((telling[label] - others) & (set(words(text)) - set(words(original))))
+    """Words that are new in a rewrite and belong to one answer only.
+
+    Of a choice these are its content words, by their first five letters: "sneezing" tells as much as "sneezed".
+    """
+    new = set(words(text)) - set(words(original))
+    if not task.choices:
+        told = [set(each) for each in task.answer_words]
+        others = {word for number, each in enumerate(told) if number != label for word in each}
+        return sorted(new & (told[label] - others)) if told else []
+    stems = [_stems(str(row[choice])) for choice in task.choices]
+    others = {stem for number, each in enumerate(stems) if number != label for stem in each}
+    telling = stems[label] - others - _stems(original)
+    return sorted(word for word in new - STOP_WORDS if word[:_STEM] in telling)
+
+
+def _stems(text: str) -> set[str]:
+    return {word[:_STEM] for word in words(text) if word not in STOP_WORDS}
 
 
 def _leaks(case: _Case) -> bool:

@@ -1,0 +1,98 @@
+"""What a whole set of rewrites does to its rows: leaks into the answers, words shared with the other fields, length.
+
+A single rewrite cannot show these: new words of the right choice are leakage only where they outnumber those of the
+wrong ones, and training rows that share fewer words with their hypothesis than dev and test rows are a drift of the
+whole set. Sources: spec 3.11.4 and 3.11.6, counted on published sets.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from statistics import fmean
+
+from fedzo.data.files import Row
+from fedzo.data.preprocess.rephrase.checks import leaked_words
+from fedzo.data.preprocess.rephrase.tasks import RephraseTask
+from fedzo.data.preprocess.rephrase.words import words
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """Mean share of the other field's words that are found in the rewritten column, over rows with one label.
+
+    Attributes:
+        rows: How many.
+        before: With the original text.
+        after: With the rewritten text.
+    """
+
+    rows: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, slots=True)
+class SetFigures:
+    """Figures of a set of rewrites. They tell of labels: for the site's own page, never for the server.
+
+    Attributes:
+        rows: How many rewrites.
+        leaks_right: Rewrites with a new word that belongs to the right answer only.
+        leaks_wrong: Rewrites with a new word that belongs to one wrong answer only.
+        overlap: By label, in the order of labels; empty for tasks without another field or without labels. Where there
+            are several other fields that are no choices, their words are taken together.
+        words_before: Mean words of the original texts.
+        words_after: Mean words of the rewritten texts.
+    """
+
+    rows: int
+    leaks_right: int
+    leaks_wrong: int
+    overlap: dict[int, Overlap]
+    words_before: float
+    words_after: float
+
+    @classmethod
+    def of(
+        cls, pairs: Iterable[tuple[Row, str]], *, task: RephraseTask, column: str, label: str = "label"
+    ) -> SetFigures:
+        """Count.
+
+        Args:
+            pairs: Each original row and its rewritten text; none gives zeros.
+            task: Of the rows.
+            column: The rewritten one.
+            label: The column with the label's number.
+        """
+        right = wrong = 0
+        shares: dict[int, list[tuple[float, float]]] = defaultdict(list)
+        lengths: list[tuple[int, int]] = []
+        for row, text in pairs:
+            original = str(row[column])
+            before, after = words(original), words(text)
+            lengths.append((len(before), len(after)))
+            if label not in row:
+                continue
+            truth = int(row[label])
+            leaking = {
+                answer for answer in _answers(task) if leaked_words(text, original, row=row, task=task, label=answer)
+            }
+            right += truth in leaking
+            wrong += bool(leaking - {truth})
+            other = {word for name in task.shown if name not in task.choices for word in words(str(row[name]))}
+            if other and not task.choices:
+                found = (len(other.intersection(each)) / len(other) for each in (before, after))
+                shares[truth].append((next(found), next(found)))
+        return cls(
+            len(lengths),
+            right,
+            wrong,
+            {truth: Overlap(len(each), *map(fmean, zip(*each, strict=True))) for truth, each in sorted(shares.items())},
+            *(map(fmean, zip(*lengths, strict=True)) if lengths else (0.0, 0.0)),
+        )
+
+
+def _answers(task: RephraseTask) -> Iterator[int]:
+    yield from range(len(task.choices or task.answer_words))
