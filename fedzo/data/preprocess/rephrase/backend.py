@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from fedzo.errors import FedzoError
 from fedzo.registry import PluginConfig, Registry
@@ -124,6 +124,9 @@ class Backend(Protocol):
 @dataclass(kw_only=True, slots=True)
 class RewriterConfig(PluginConfig):
     """Who rewrites and judges at this site, and how much of it there may be."""
+
+    paths: ClassVar[tuple[str, ...]] = ("examples", "store")
+    """Keys that name files or folders of the site."""
 
     examples: str | None = None
     """File of accepted rewrites (``fedzo rephrase bootstrap``) that the prompts show. None = no examples."""
