@@ -16,7 +16,8 @@ class ClientPresence:
     Attributes:
         client: Its index.
         state: ``ready``: it has registered and is asked. ``silent``: it let a deadline pass. ``connected``: it has not
-            registered yet. ``preparing``: its stages work on its rows. ``refused``: it cannot take part. ``away``: no node of it is connected.
+            registered yet. ``preparing``: its stages work on its rows. ``refused``: it cannot take part. ``away``: no
+            node of it is connected.
         why: More on that.
         version: Its fedzo; empty where it has not said.
     """

@@ -299,14 +299,13 @@ def decoders(made: Path) -> Iterator[tuple[str, Decoder]]:
     yield "log", (damaged(LOG), lambda bad, _: [each.to_bytes() for each in unpack(bad)], protocol)
     yield "bundle", (in_zip(build_bundle()), lambda bad, _: check_bundle(bad), (OtherVersionError,))
     counts = {"0": 4, "1": 5}
-    yield (
-        "label counts",
-        (
-            altered(counts),
-            lambda bad, _: label_counts_of(HelloReply(label_counts=bad.decode("utf-8", "replace"))),
-            protocol,
-        ),
-    )
+
+    def hello(field: str, bad: bytes) -> HelloReply:
+        return HelloReply(**{field: bad.decode("utf-8", "replace")})
+
+    yield "label counts", (altered(counts), lambda bad, _: label_counts_of(hello("label_counts", bad)), protocol)
+    figures = {"rewrite.accepted": 4.0, "rewrite.gate share": 0.95}
+    yield "stages", (altered(figures), lambda bad, _: figures_of(hello("stages", bad)), protocol)
 
     def scores(bad: bytes, _: Path) -> object:
         evaluators = {"answers": Answers(AnswersConfig())}

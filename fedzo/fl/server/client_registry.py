@@ -60,8 +60,7 @@ class _Preparing:
     done: int
     total: int
     version: str
-    advanced: float  # when ``done`` was last higher than ever before, by time.monotonic
-    told: float  # when the log was told
+    told: float  # when the log was told, by time.monotonic
 
     def __str__(self) -> str:
         return f"preparing, {self.done} of {self.total} rows"
@@ -91,6 +90,7 @@ class ClientRegistry:
     _places: dict[int, _Place] = field(default_factory=dict)
     _outbox: Outbox[int] = field(default_factory=Outbox)
     _reasons: dict[int, str] = field(default_factory=dict)
+    _most: dict[int, tuple[int, float]] = field(default_factory=dict)  # prepared rows as never before, and since when
     _seen: set[int] = field(default_factory=set)
     _mute: dict[int, _Mute] = field(default_factory=dict)
     _last_seen: dict[int, int | None] = field(default_factory=dict)
@@ -323,23 +323,16 @@ class ClientRegistry:
     def _note_progress(self, client: int, reply: HelloReply) -> None:
         """A client that prepares its rows is no failure: it is greeted again soon, however often."""
         place, now = self._places[client], time.monotonic()
-        before = place.preparing or _Preparing(-1, 0, "", advanced=now, told=now - TELL_S)
         place.due, place.greetings, place.unable = now + PREPARING_S, 0, False
         self._reasons.pop(place.node, None)
-        place.preparing = _Preparing(
-            max(reply.prepared, before.done),
-            reply.preparing,
-            reply.version,
-            advanced=now if reply.prepared > before.done else before.advanced,
-            told=before.told,
-        )
-        if now >= before.told + TELL_S:
+        told = place.preparing.told if place.preparing else now - TELL_S
+        place.preparing = _Preparing(reply.prepared, reply.preparing, reply.version, told)
+        if client not in self._most or reply.prepared > self._most[client][0]:
+            self._most[client] = reply.prepared, now
+        if now >= told + TELL_S:
             place.preparing.told = now
             log.warning("client %d is %s", client, place.preparing)
 
     def _gets_on(self, *, since: float) -> bool:
-        """Whether a client that is not here yet has prepared rows since then."""
-        return any(
-            place.preparing and not place.registered and place.preparing.advanced >= since
-            for place in self._places.values()
-        )
+        """Whether a client that is not here yet has prepared more rows since then, whatever became of its node."""
+        return any(at.preparing and self._most[client][1] >= since for client, at in self._places.items())
