@@ -88,7 +88,7 @@ def _server(folder: ServerFolder) -> Iterator[str]:
         node = nodes.get(pem_of(client.key))
         here = next((row for row in presence.clients if row.client == client.index), None) if presence else None
         state = "unknown" if not is_up else "connected" if node and node.online else "away"
-        if state == "connected" and here and here.state in ("ready", "silent", "refused"):
+        if state == "connected" and here and here.state in ("ready", "silent", "preparing", "refused"):
             state = {"ready": "ready (model loaded)"}.get(here.state, here.state)
         rows.append(
             [

@@ -23,7 +23,7 @@ from fedzo.records.metrics import Extension, Summary
 from fedzo.report.run_data import OVERRIDES, read_overrides
 from fedzo.report.trackers import missing_libraries
 from fedzo.run.apps import CONFIG_KEY, RUN_DIR_KEY
-from fedzo.run.process import Process, forget_process, keep_process
+from fedzo.run.process import STAGE_FOLDER, Process, forget_process, keep_process
 from fedzo.run.start import CLIENTS_LOG, RUN_FILE, SITE_FILE, STOP, open_run, write_whole
 from fedzo.runtime.config import RUNTIMES
 from fedzo.system import SITE_ENV, SITE_LOG_ENV, command, environment
@@ -264,7 +264,10 @@ def _environment(process: Process) -> dict[str, Any]:
 def _with_absolute_paths(config: LaunchConfig) -> LaunchConfig:
     """Paths that every process of the run, and a later resume, can follow from anywhere."""
     config = deepcopy(config)
+    if config.preprocess and config.rewriter.store is None:
+        config.rewriter.store = STAGE_FOLDER  # of the working folder, so that the next run finds it
     paths: list[tuple[Any, str]] = [(config.data, "path"), (config.inputs, "artifact"), (config.inputs, "calibration")]
+    paths += [(config.rewriter, key) for key in config.rewriter.paths]
     for section, key in [*paths, (config.runtime, "server")]:
         if path := getattr(section, key, None):
             setattr(section, key, str(Path(path).expanduser().resolve()))

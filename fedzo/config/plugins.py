@@ -9,6 +9,7 @@ from typing import Any
 from fedzo.data.config import DataConfig, TaskConfig
 from fedzo.data.partition import PARTITIONERS
 from fedzo.data.preprocess import STAGES
+from fedzo.data.preprocess.rephrase.backend import REWRITERS
 from fedzo.errors import ConfigError
 from fedzo.evaluate import EVALUATORS
 from fedzo.fl.config import StrategyConfig
@@ -39,6 +40,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "estimator": ESTIMATORS,
     "server_optimizer": SERVER_OPTIMIZERS,
     "step_policy": STEP_POLICIES,
+    "rewriter": REWRITERS,
     "runtime": RUNTIMES,
 }
 """Groups of which a run takes one plugin."""

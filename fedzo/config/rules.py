@@ -21,7 +21,7 @@ from fedzo.errors import Problem, at_least, positive, problem, unsigned_64
 from fedzo.evaluate.base import metric_names
 from fedzo.fl.config import Aggregation, FaultsConfig, FlConfig, Seeds, SiteLimitsConfig, Weighting
 from fedzo.fl.server.aggregate import num_trimmed
-from fedzo.fl.site_limits import LABEL_COUNTS, LOSS, NONE, PER_CLASS
+from fedzo.fl.site_limits import LABEL_COUNTS, LOSS, NONE, PER_CLASS, STAGE_FIGURES
 from fedzo.records.fields import MOST_CLIENTS, MOST_OWNERS, MOST_ROUNDS, MOST_STEPS
 from fedzo.registry import broken_rules
 from fedzo.system import MOST_THREADS
@@ -36,6 +36,7 @@ def launch_problems(config: LaunchConfig) -> list[Problem]:
     return [
         *site_problems(config, config),
         *([] if config.runtime.traits.has_sites else rows_problems(config, config)),
+        *([] if config.runtime.traits.has_sites else stage_problems(config, config)),
         *run_problems(config),
         *config.trainer.input_problems(config.inputs, config),
         *broken_rules(config.runtime, config),
@@ -47,6 +48,7 @@ def site_problems(site: SiteConfig, run: RunSettings) -> Iterator[Problem]:
     """Broken rules on how one machine takes part in a run."""
     yield from _machine(site)
     yield from _model(site, run)
+    yield from broken_rules(site.rewriter, run)
     yield from traits.dtype_problems(site, run)
     yield from traits.quantization_problems(site, run)
     yield from traits.compile_problems(site, run)
@@ -68,6 +70,12 @@ def rows_problems(site: SiteConfig, run: RunSettings) -> Iterator[Problem]:
     elif run.task.name not in EMBEDDED:
         rule = f"be given for the task {run.task.name!r} (only {', '.join(EMBEDDED)} is embedded)"
         yield problem("data.path", rule, None, "Write data.path=<folder or file with the rows>.")
+
+
+def stage_problems(site: SiteConfig, run: RunSettings) -> Iterator[Problem]:
+    """What a machine that plays clients lacks for the run's stages."""
+    for stage in run.preprocess.values():
+        yield from stage.site_problems(site.rewriter)
 
 
 def run_problems(config: RunSettings) -> Iterator[Problem]:
@@ -104,6 +112,8 @@ def missing_files(config: LaunchConfig) -> list[Problem]:
     named = [("data.path", path, "Give the folder or file with the rows.") for path in paths]
     if config.model.name.startswith(("/", "./", "../", "~")):
         named.append(("model.name", config.model.name, "Give a model folder, or a hub name."))
+    if config.rewriter.examples is not None:
+        named.append(("rewriter.examples", config.rewriter.examples, "Make it with `fedzo rephrase bootstrap`."))
     named.append(("inputs.artifact", config.inputs.artifact, "Make a mask with `fedzo mask --out FILE`."))
     named.append(("inputs.calibration", config.inputs.calibration, "Give the calibration text."))
     return [
@@ -134,7 +144,7 @@ def _machine(config: SiteConfig) -> Iterator[Problem]:
 
 
 def _limits(limits: SiteLimitsConfig) -> Iterator[Problem]:
-    numbers = [NONE, LOSS, *metric_names(), PER_CLASS, LABEL_COUNTS]
+    numbers = [NONE, LOSS, *metric_names(), PER_CLASS, LABEL_COUNTS, STAGE_FIGURES]
     for key, known in (
         ("trainers", sorted(plugin_classes()["trainer"])),
         ("stages", sorted(list_classes()["preprocess"])),

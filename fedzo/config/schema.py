@@ -13,6 +13,7 @@ from fedzo.data.config import DataConfig, SplitConfig, TaskConfig
 from fedzo.data.partition import PartitionConfig
 from fedzo.data.partition.by_label import DirichletEqualConfig
 from fedzo.data.preprocess import StageConfig
+from fedzo.data.preprocess.rephrase.backend import NoRewriterConfig, RewriterConfig
 from fedzo.evaluate import AnswersConfig, EvaluatorConfig
 from fedzo.fl.config import EvaluationConfig, FaultsConfig, FlConfig, SiteLimitsConfig, StrategyConfig
 from fedzo.fl.server.step_policy.baselines import NoStepPolicyConfig
@@ -74,6 +75,7 @@ class SiteConfig:
     """Size of the largest artifact that a client of this machine takes from a server."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    rewriter: RewriterConfig = field(default_factory=NoRewriterConfig)
 
 
 @dataclass(kw_only=True)
@@ -117,9 +119,10 @@ def first_evaluator(config: RunSettings) -> str | None:
 
 
 def filled(config: Settings) -> Settings:
-    """The config with the numbers that were left to the trainer: ``server_optimizer.lr`` and ``estimator.eps``."""
+    """The config with what was left to other parts: ``server_optimizer.lr`` and ``estimator.eps``, keys of stages."""
     trainer, optimizer, estimator = config.trainer, config.server_optimizer, config.estimator
     if isinstance(estimator, ZerothOrderConfig):
         estimator = replace(estimator, eps=trainer.eps if estimator.eps is None else estimator.eps)
     optimizer = replace(optimizer, lr=trainer.lr if optimizer.lr is None else optimizer.lr)
-    return replace(config, server_optimizer=optimizer, estimator=estimator)
+    stages = {name: stage.filled(config.task) for name, stage in config.preprocess.items()}
+    return replace(config, server_optimizer=optimizer, estimator=estimator, preprocess=stages)

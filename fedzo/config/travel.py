@@ -26,8 +26,8 @@ from fedzo.errors import ConfigError
 _TOP = "configuration"
 VERSION = 2
 """Of the text, and so of a run folder: another version has other keys and other records."""
-_MACHINE = ("device", "threads", "artifact_max_bytes", "runtime", "report", "trackers")
-"""Keys of where a run is computed and how it is told of."""
+_MACHINE = ("device", "threads", "artifact_max_bytes", "rewriter", "runtime", "report", "trackers")
+"""Keys of where a run is computed, by whose help, and how it is told of."""
 Config = TypeVar("Config", RunConfig, LaunchConfig)
 
 
@@ -92,8 +92,9 @@ def load_site(path: Path) -> SiteFile:
     except ConfigError as error:
         raise ConfigError(f"site configuration {path}: {error}") from error
     site.model.name = _located(site.model.name, path.parent)
-    if site.data.path is not None:
-        site.data.path = _located(site.data.path, path.parent)
+    for section, key in ((site.data, "path"), *((site.rewriter, key) for key in site.rewriter.paths)):
+        if (named := getattr(section, key)) is not None:
+            setattr(section, key, _located(named, path.parent))
     return site
 
 
@@ -180,7 +181,7 @@ def _decode_class(config_class: type, plain: object, where: str, *, partial: boo
         if name in lists:
             values[name] = _decode_list(lists[name], plain[name], path)
         elif name in groups:
-            values[name] = _decode_plugin(groups[name], plain[name], path)
+            values[name] = _decode_plugin(groups[name], plain[name], path, partial=partial)
         else:
             values[name] = _decode(hints[name], plain[name], path, partial=partial)
     return config_class(**values)
@@ -199,12 +200,12 @@ def _decode_list(options: dict[str, type], plain: object, where: str) -> object:
     return decoded
 
 
-def _decode_plugin(options: dict[str, type], plain: object, where: str) -> object:
+def _decode_plugin(options: dict[str, type], plain: object, where: str, *, partial: bool = False) -> object:
     name = plain.get("plugin") if isinstance(plain, dict) else None
     if not isinstance(plain, dict) or not isinstance(name, str) or name not in options:
         _refuse(f"{where}.plugin", f"be one of {', '.join(sorted(options))}", name)
     rest = {key: value for key, value in plain.items() if key != "plugin"}
-    return _decode_class(options[name], rest, where)
+    return _decode_class(options[name], rest, where, partial=partial)
 
 
 def _decode(hint: Any, plain: object, where: str, *, partial: bool = False) -> object:

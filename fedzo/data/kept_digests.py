@@ -37,14 +37,15 @@ class KeptDigests:
 
     folder: Path
 
-    def register(self, rows: Sequence[Row], *, whose: str, run: str, begun: bool) -> str:
+    def register(self, rows: Sequence[Row], *, whose: str, run: str, begun: bool, stages: Sequence[str] = ()) -> str:
         """Remember rows when a run begins, and prove them when it goes on.
 
         Args:
-            rows: As they were read, before any stage.
+            rows: As they were read, or with ``stages`` as these made them.
             whose: Names them: a client and its part.
             run: Names the run.
             begun: Whether the run has begun, so that the rows must be those that are remembered.
+            stages: What made the rows.
 
         Returns:
             Digest of all rows in their order, 64 hexadecimal digits, keyed by the site's secret.
@@ -56,11 +57,12 @@ class KeptDigests:
         try:
             secret = self._secret()
             digests = [_digest(row, secret) for row in rows]
-            file = self.folder / f"{whose.replace(' ', '-')}-{run[:16]}.json"
+            name = f"{whose} prepared" if stages else whose
+            file = self.folder / f"{name.replace(' ', '-')}-{run[:16]}.json"
             if not begun:
                 _write(file, json.dumps(digests).encode())
             elif file.exists():
-                self._compare(json.loads(file.read_bytes()), digests, whose)
+                self._compare(json.loads(file.read_bytes()), digests, whose, stages)
         except (OSError, ValueError) as error:
             if isinstance(error, ConfigError):
                 raise
@@ -93,12 +95,18 @@ class KeptDigests:
                 "delete the file if it is damaged."
             ) from error
 
-    def _compare(self, before: list[str], now: list[str], whose: str) -> None:
+    def _compare(self, before: list[str], now: list[str], whose: str, stages: Sequence[str]) -> None:
         if before == now:
             return
         changed = [number for number, pair in enumerate(zip(before, now, strict=False)) if pair[0] != pair[1]]
         named = ", ".join(map(str, changed[:_MOST_NAMED])) + (", ..." if len(changed) > _MOST_NAMED else "")
         which = f"; others now (from 0): {named}" if changed else ""
+        if stages:
+            raise RowsChangedError(
+                f"rows of {whose} after preprocess={','.join(stages)}: they must be the {len(before)} rows that the "
+                f"run began with, got {len(now)}{which}. A stage gave other text. Put back what it kept at that time "
+                "(rewriter.store), or start a new run."
+            )
         raise RowsChangedError(
             f"rows of {whose}: they must be the {len(before)} rows that the run began with, got {len(now)}{which}. "
             "Put the files of that time back, or start a new run."

@@ -15,7 +15,7 @@ from typing import Protocol
 from fedzo.data.config import DataConfig, SplitConfig, TaskConfig, TaskKind
 from fedzo.data.files import Row
 from fedzo.data.partition import PartitionConfig, holdout, partition
-from fedzo.data.preprocess import Stage, preprocess
+from fedzo.data.preprocess import OnProgress, Stage, preprocess
 from fedzo.data.preprocess.rephrase.results import refuse_marked
 from fedzo.data.sources import Splits, load_own, load_splits
 from fedzo.data.tasks import label_index, render
@@ -93,7 +93,13 @@ class ClientRows:
 
 
 def client_rows(
-    source: RowSource, client: int, *, share: float, seed: int, stages: Mapping[str, Stage] | None = None
+    source: RowSource,
+    client: int,
+    *,
+    share: float,
+    seed: int,
+    stages: Mapping[str, Stage] | None = None,
+    on_progress: OnProgress = lambda done, total: None,
 ) -> ClientRows:
     """A client's rows, parted and prepared.
 
@@ -103,12 +109,13 @@ def client_rows(
         share: Share that is held out (``partition.holdout``).
         seed: Run seed.
         stages: What may change its training rows, in order.
+        on_progress: Told how far the stages are.
     """
     rows = source.rows_for(client)
     train, heldout = holdout(range(len(rows)), share, seed=seed, client=client)
     refuse_marked((rows[row] for row in heldout), what="rows that a client holds out")
     return ClientRows(
-        train=preprocess([rows[row] for row in train], stages or {}, client=client),
+        train=preprocess([rows[row] for row in train], stages or {}, client=client, on_progress=on_progress),
         heldout=[rows[row] for row in heldout],
     )
 

@@ -153,8 +153,8 @@ class SiteLimitsConfig:
     """Maximum of training rows that a request uses: local steps times rows of a step. 0 = no limit."""
     answers: list[str] = field(default_factory=list)
     """Numbers that may leave the site: ``loss`` (also of local steps), an evaluator's metric or other number by its
-    name, ``per_class``, ``label_counts``. Empty = all, ``[none]`` = none of them. ``per_class`` leaves only along with
-    the metric, which it gives away."""
+    name, ``per_class``, ``label_counts``, ``stages`` (what preprocess stages tell of their work). Empty = all,
+    ``[none]`` = none of them. ``per_class`` leaves only along with the metric, which it gives away."""
     min_rows: int = 0
     """Minimum of rows behind a score or a count that leaves the site. The scalars of training steps are no scores."""
     several_clients: bool = False

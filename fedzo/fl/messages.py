@@ -94,6 +94,7 @@ class Refusal(StrEnum):
     absent = "33", "the client is absent in this round, as faults.absent asks"
     slow = "34", "a step took longer than its site allows"
     version = "35", "its site runs another fedzo than the server"
+    preparing = "36", "its training rows are still being prepared"
 
     def __new__(cls, number: str, sentence: str) -> Refusal:
         """A member that is its number as text."""
@@ -123,12 +124,17 @@ class Hello:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HelloReply:
-    """A client's registration. ``label_counts`` is JSON; digests are of what the client itself holds."""
+    """A client's registration. ``label_counts`` and ``stages`` are JSON; digests are of what the client holds."""
 
     protocol: Annotated[int, Within(PROTOCOL, PROTOCOL)] = PROTOCOL
     version: Version = fedzo.__version__
     refusal: Refusal = Refusal.none
     """Other than none: the client cannot take part, and the fields below say nothing."""
+    preparing: Rows = 0
+    """Other than 0: the client's stages work on its rows, so many of them, and the fields below say nothing yet but
+    for ``prepared`` and what all peers hold alike. It asks to be greeted again."""
+    prepared: Rows = 0
+    """Those of ``preparing`` that are done."""
     num_train: Rows = 0
     num_heldout: Rows = 0
     """0 also where they are fewer than the site tells of."""
@@ -136,8 +142,11 @@ class HelloReply:
     num_heldout_cut: Rows = 0
     """Those of ``num_train`` and ``num_heldout`` that ``task.max_length`` cuts."""
     rows_digest: Hash = ""
-    """Of its rows, keyed by a secret of the site: it can be compared, and nothing can be read off it."""
+    """Of its rows and what its stages made of them, keyed by a secret of the site: it can be compared, and nothing can
+    be read off it."""
     label_counts: JsonText = "{}"
+    stages: JsonText = "{}"
+    """What its stages tell of its rows, by name."""
     config_hash: Digest = ""
     base_digest: Digest = ""
     tokenizer_digest: Digest = ""

@@ -13,7 +13,7 @@ from fedzo.fl.config import SiteLimitsConfig
 from fedzo.fl.messages import Refusal
 from fedzo.records.scores import PartialScore, Score
 
-LOSS, PER_CLASS, LABEL_COUNTS, NONE = "loss", "per_class", "label_counts", "none"
+LOSS, PER_CLASS, LABEL_COUNTS, STAGE_FIGURES, NONE = "loss", "per_class", "label_counts", "stages", "none"
 """Names in ``limits.answers`` that are no evaluator's own."""
 
 
@@ -105,6 +105,32 @@ def leaves(limits: SiteLimitsConfig, name: str) -> bool:
 def answers_any(limits: SiteLimitsConfig, names: Collection[str], *, num_rows: int) -> bool:
     """Whether any number of an evaluator may leave the site: else it need not score."""
     return num_rows >= limits.min_rows and any(leaves(limits, name) for name in names)
+
+
+def leaving_figures(limits: SiteLimitsConfig, figures: Mapping[str, float], *, num_train: int) -> dict[str, float]:
+    """What stages tell of a client's rows, as far as it may leave the site.
+
+    A whole number counts rows. The counts of a stage leave as a whole or not at all: a single one could be told from
+    the others. They stay where one of them, or the other training rows, are fewer rows than the site allows; none at
+    all tells nothing of a row.
+
+    Args:
+        limits: The site's.
+        figures: By name, the stage's before it (``fedzo.data.preprocess.summaries``).
+        num_train: The client's training rows.
+    """
+    if not leaves(limits, STAGE_FIGURES):
+        return {}
+
+    def few(count: float) -> bool:
+        return any(0 < rows < limits.min_rows for rows in (count, num_train - count))
+
+    kept = {name.partition(".")[0] for name, value in figures.items() if isinstance(value, int) and few(value)}
+    return {
+        name: float(value)
+        for name, value in figures.items()
+        if not isinstance(value, int) or name.partition(".")[0] not in kept
+    }
 
 
 def leaving(limits: SiteLimitsConfig, score: Score, *, num_labels: int) -> PartialScore | None:

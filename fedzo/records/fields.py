@@ -93,6 +93,11 @@ Series = Annotated[tuple[Real | None, ...], Length(1, MOST_STEPS)]
 """One number a local step; None where unknown."""
 LabelCounts = Annotated[dict[Annotated[str, Length(0, 200)], Count], Length(0, 1 << 16)]
 """Rows by label."""
+Figures = Annotated[
+    dict[Annotated[str, Matching(re.compile("[A-Za-z0-9_. -]{1,161}"), "letters, digits, spaces and _ . -")], Real],
+    Length(0, 64),
+]
+"""What preprocess stages tell of a client's rows, by name."""
 Scalars = Annotated[npt.NDArray[np.float32], Grid("float32", (MOST_STEPS, MOST_STEPS))]
 """One number a step and probe, [T, P]."""
 MeasuredScalars = Annotated[npt.NDArray[np.float32], Grid("float32", (MOST_STEPS, MOST_STEPS), unknown=True)]

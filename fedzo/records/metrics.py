@@ -17,6 +17,7 @@ from fedzo.records.fields import (
     Client,
     Clients,
     Count,
+    Figures,
     Hash,
     LabelCounts,
     Length,
@@ -44,13 +45,14 @@ ANSWERS = "answers"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientSetup:
-    """One client's rows; ``rows_digest`` is keyed by a secret of its site."""
+    """One client's rows; ``rows_digest`` is keyed by a secret of its site, ``stages`` tell what they did."""
 
     client: Client
     num_train: Count
     num_heldout: Count
     label_counts: LabelCounts
     rows_digest: Annotated[str, Matching(re.compile("[0-9a-f]{64}|"), "64 hexadecimal digits"), OmitDefault()] = ""
+    stages: Annotated[Figures, OmitDefault()] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,13 +16,14 @@ class ClientPresence:
     Attributes:
         client: Its index.
         state: ``ready``: it has registered and is asked. ``silent``: it let a deadline pass. ``connected``: it has not
-            registered yet. ``refused``: it cannot take part. ``away``: no node of it is connected.
+            registered yet. ``preparing``: its stages work on its rows. ``refused``: it cannot take part. ``away``: no
+            node of it is connected.
         why: More on that.
         version: Its fedzo; empty where it has not said.
     """
 
     client: Client
-    state: Annotated[str, Matching(re.compile("ready|silent|connected|refused|away"), "a state")]
+    state: Annotated[str, Matching(re.compile("ready|silent|connected|preparing|refused|away"), "a state")]
     why: Words = ""
     version: Annotated[str, Length(0, 64)] = ""
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
 
 from fedzo.data.kept_digests import KeptDigests
-from fedzo.data.preprocess import STAGES, StageContext
-from fedzo.data.preprocess.rephrase.backend import NoRewriterConfig
-from fedzo.data.rows import ClientRows, OwnRows, RowSource, client_rows
+from fedzo.data.preprocess import Progress, StageContext
+from fedzo.data.rows import ClientRows, OwnRows, RowSource
 from fedzo.fl.client.local_update import Batches, LocalUpdate, Workspace
 from fedzo.fl.client.scalar_update import ScalarUpdate
 from fedzo.fl.client.vector_update import VectorUpdate
@@ -16,6 +18,7 @@ from fedzo.fl.client.worker import ClientData, ClientWorker, parse_absent
 from fedzo.fl.config import Aggregation, directions_of
 from fedzo.fl.limits import Limits
 from fedzo.run.peer import Peer
+from fedzo.run.preparation import Preparations
 from fedzo.trainers.artifacts import Artifact, ArtifactStore
 from fedzo.zo.estimator import ZerothOrderConfig, build_gradient_estimator
 from fedzo.zo.frozen_routing import build_estimator
@@ -30,12 +33,17 @@ class ClientContext:
         source: Where the clients' rows come from.
         artifacts: Where what the space needs beside the model is found, or kept when it comes.
         kept: What the site remembers of its rows.
+        stage_folder: Where the site keeps what stages made of them.
+        to_the_end: Whether a greeting waits until a client's rows are prepared.
     """
 
     peer: Peer
     source: RowSource
     artifacts: ArtifactStore
     kept: KeptDigests
+    stage_folder: Path
+    to_the_end: bool = False
+    _prepared_digests: dict[int, str] = field(default_factory=dict)
     _data: dict[int, ClientData] = field(default_factory=dict)
     _index: int | None = None
 
@@ -51,7 +59,8 @@ class ClientContext:
             evaluators=self.peer.evaluators,
             scored_rows=config.evaluation.federated_max_rows,
             data_of=self.data,
-            rows_digest=self._rows_digest,
+            register=self._register,
+            prepare=self._prepare,
             build=self._workspace,
             artifacts=self.artifacts,
             absent=parse_absent(config.faults.absent),
@@ -103,21 +112,51 @@ class ClientContext:
     def data(self, client: int) -> ClientData:
         """A client's rows as token ids; read once."""
         if client not in self._data:
-            rows = self.rows(client)
-            counts = rows.label_counts(self.peer.config.task) if self.peer.config.fl.label_counts else {}
-            self._data[client] = ClientData(self.peer.encode(rows.train), self.peer.encode(rows.heldout), counts)
+            prepared = self.preparations.rows(client)
+            train, heldout = self.peer.encode(prepared.rows.train), self.peer.encode(prepared.rows.heldout)
+            config = self.peer.config
+            counts = prepared.rows.label_counts(config.task) if config.fl.label_counts else {}
+            self._data[client] = ClientData(train, heldout, counts, prepared.figures)
         return self._data[client]
 
     def rows(self, client: int) -> ClientRows:
         """A client's rows, its held-out ones apart, its training rows through all stages."""
-        config = self.peer.config
-        context = StageContext(config.task, NoRewriterConfig(), self.kept.folder)
-        stages = {name: STAGES.build(stage, context=context) for name, stage in config.preprocess.items()}
-        return client_rows(self.source, client, share=config.partition.holdout, seed=config.seed, stages=stages)
+        return self.preparations.rows(client).rows
 
-    def _rows_digest(self, client: int, begun: bool) -> str:
-        rows = self.source.rows_for(client)
-        return self.kept.register(rows, whose=f"client {client}", run=self.peer.run_id, begun=begun)
+    @cached_property
+    def preparations(self) -> Preparations:
+        """What brings the clients' rows through the stages."""
+        config = self.peer.config
+        context = StageContext(config.task, self.peer.site.rewriter, self.stage_folder)
+        return Preparations(config, self.source, context, to_the_end=self.to_the_end)
+
+    def stop(self) -> None:
+        """Let stages that work on clients' rows end."""
+        if "preparations" in vars(self):
+            self.preparations.stop()
+
+    def _register(self, client: int, begun: bool) -> str | Progress:
+        """The digest of a client's rows, those that its stages made among them, or how far these are."""
+        if not self.peer.config.preprocess:
+            return self._rows_digest(client, begun)
+        if not self.preparations.is_known(client):
+            self._rows_digest(client, begun)  # no hours are spent on rows that are not the run's
+        if progress := self._prepare(client, begun):
+            return progress
+        both = self._rows_digest(client, begun) + self._prepared_digests[client]
+        return blake2b(both.encode(), digest_size=32).hexdigest()
+
+    def _prepare(self, client: int, begun: bool = True) -> Progress | None:
+        """How far the stages are; their first result in a process must be that with which the run began."""
+        if progress := self.preparations.look(client):
+            return progress
+        if (stages := [*self.peer.config.preprocess]) and client not in self._prepared_digests:
+            self._prepared_digests[client] = self._rows_digest(client, begun, stages=stages)
+        return None
+
+    def _rows_digest(self, client: int, begun: bool, *, stages: Sequence[str] = ()) -> str:
+        rows = self.rows(client).train if stages else self.source.rows_for(client)
+        return self.kept.register(rows, whose=f"client {client}", run=self.peer.run_id, begun=begun, stages=stages)
 
     def _workspace(self, artifact: Artifact) -> Workspace:
         """By the first batch of whichever client was asked first, ``model.dtype=auto`` is decided."""

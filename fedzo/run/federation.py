@@ -124,7 +124,8 @@ class Federation:
         self._context.check_rows(begun=setup is not None)
         # where one process plays all clients, one that is missing was lost on this very machine
         fewest = config.strategy.min_replies if setup and not self._context.takes_turns else None
-        server.client_registry.wait(server.grid, timeout_s=config.strategy.startup_s, fewest=fewest)
+        waits = math.inf if self._context.to_the_end and config.preprocess else config.strategy.startup_s
+        server.client_registry.wait(server.grid, timeout_s=waits, fewest=fewest, beside=self._write_presence)
         server.warn_of_cut_sizes()
         server.catch_up()
         self._write_setup()
@@ -228,6 +229,7 @@ class Federation:
                         num_heldout=hello.num_heldout,
                         rows_digest=hello.rows_digest,
                         label_counts=dict(server.known_label_counts[client]),
+                        stages=dict(server.client_registry.figures.get(client, {})),
                     )
                     for client, hello in sorted(server.client_registry.hellos.items())
                 ),

@@ -14,14 +14,15 @@ from functools import cached_property
 from pathlib import Path
 
 from fedzo.config.plugins import plugin_name
-from fedzo.config.rules import rows_problems, site_problems
+from fedzo.config.rules import rows_problems, site_problems, stage_problems
 from fedzo.config.schema import RunConfig, RunSettings, SiteConfig, SiteFile
 from fedzo.config.travel import from_json, load_site, to_json
 from fedzo.data.kept_digests import KEPT_ROWS, KeptDigests
 from fedzo.data.rows import OwnRows, RowSource, SimulatedRows
 from fedzo.errors import ConfigError
 from fedzo.fl.log_store import RunStore
-from fedzo.fl.site_limits import check_base, check_run, check_work
+from fedzo.fl.messages import Refusal
+from fedzo.fl.site_limits import SiteError, check_base, check_run, check_work
 from fedzo.models.load import LoadedModel
 from fedzo.report import ReportConfig
 from fedzo.report.trackers import TrackerConfig
@@ -33,6 +34,10 @@ from fedzo.system import SITE_ENV, SITE_LOG_ENV
 from fedzo.trainers import Prepared
 from fedzo.trainers.artifacts import ArtifactStore
 from fedzo.zo.estimator import ZerothOrderConfig
+
+STAGE_FOLDER = "rephrase"
+"""Where stages keep what they made, unless ``rewriter.store`` says otherwise: a folder beside a site's file, or in the
+folder where a simulation is started."""
 
 
 @dataclass
@@ -47,6 +52,7 @@ class Process:
         report: How it tells of a run that it serves.
         trackers: Where else it tells of it.
         takes_turns: Whether its clients work one after another.
+        to_the_end: Whether greetings of clients wait until the clients' rows are prepared.
         site_folder: Where this machine keeps what it must remember of a run.
         store: The run's logs, where this process launched the run and has its folder to itself.
     """
@@ -58,6 +64,7 @@ class Process:
     report: ReportConfig = field(default_factory=ReportConfig)
     trackers: dict[str, TrackerConfig] = field(default_factory=dict)
     takes_turns: bool = False
+    to_the_end: bool = False
     site_folder: Path | None = None
     store: RunStore | None = None
 
@@ -69,8 +76,15 @@ class Process:
     @cached_property
     def client(self) -> ClientContext:
         """For the clients of this process."""
-        folder = self.artifacts or _temporary("artifacts")
-        return ClientContext(self.peer, self.source, ArtifactStore(folder), self.kept)
+        artifacts, store = self.artifacts or _temporary("artifacts"), self.peer.site.rewriter.store
+        return ClientContext(
+            self.peer,
+            self.source,
+            ArtifactStore(artifacts),
+            self.kept,
+            stage_folder=Path(store) if store else (self.site_folder or _temporary("stages")) / STAGE_FOLDER,
+            to_the_end=self.to_the_end,
+        )
 
     @cached_property
     def server(self) -> ServerContext:
@@ -83,9 +97,15 @@ class Process:
             report=self.report,
             trackers=self.trackers,
             takes_turns=self.takes_turns,
+            to_the_end=self.to_the_end,
             kept=self.kept,
             store=self.store,
         )
+
+    def stop(self) -> None:
+        """Let what works for its clients in the background end."""
+        if "client" in vars(self):
+            self.client.stop()
 
 
 def _temporary(what: str) -> Path:
@@ -102,6 +122,7 @@ def open_process(
     artifacts: Path | None = None,
     site_folder: Path | None = None,
     plays_clients: bool = False,
+    to_the_end: bool = False,
     load: Callable[[SiteConfig, int], LoadedModel] = open_model,
 ) -> Process:
     """Load this site's model for a run; rows are read when they are first asked for.
@@ -112,6 +133,7 @@ def open_process(
         artifacts: Folder of artifacts that clients have or receive; None for one that ends with the process.
         site_folder: Where this machine keeps what it must remember of a run.
         plays_clients: Whether it needs rows.
+        to_the_end: Whether greetings of clients wait until the clients' rows are prepared.
         load: Gives the site's model, for texts of at most so many tokens.
 
     Raises:
@@ -128,13 +150,16 @@ def open_process(
         losses=not isinstance(run.estimator, ZerothOrderConfig),
     )
     check_work(site.limits, steps=run.step_policy.most_steps(run.fl), step_rows=run.fl.batch_size)
+    if plays_clients and (lacks := [problem.text for problem in stage_problems(site, run)]):
+        raise SiteError(Refusal.stage, "; ".join(lacks))
     rows = rows_problems(site, run) if plays_clients else ()
     if texts := [problem.text for problem in (*site_problems(site, run), *rows)]:
         raise ConfigError("; ".join(texts))
     loaded = load(site, run.task.max_length)
     check_base(site.limits, loaded.base_digest, whose=f"the model {site.model.name}")
     check_format(run, loaded)
-    return Process(Peer.of(run, site, loaded), row_source(run, site), artifacts, site_folder=site_folder)
+    source = row_source(run, site)
+    return Process(Peer.of(run, site, loaded), source, artifacts, site_folder=site_folder, to_the_end=to_the_end)
 
 
 def row_source(run: RunSettings, site: SiteConfig) -> RowSource:
@@ -170,12 +195,19 @@ def this_process(run_json: str, *, artifacts: Path | None = None) -> Process:
     """
     if not _open or _open[0][0] != run_json:
         if _open:
+            _open[0][1].stop()
             _model.take_back(_open.pop()[1].peer)
         _write_errors()
         file = Path(_site_file())
         run, site = from_json(run_json, RunConfig), load_site(file)
         process = open_process(
-            run, site, artifacts=artifacts, site_folder=file.parent, plays_clients=True, load=_model.open
+            run,
+            site,
+            artifacts=artifacts,
+            site_folder=file.parent,
+            plays_clients=True,
+            to_the_end=artifacts is not None,  # an actor: the client's next greeting may reach another one
+            load=_model.open,
         )
         _model.lend()
         _open.append((run_json, process))
@@ -199,4 +231,6 @@ def _site_file() -> str:
 
 def forget_process() -> None:
     """Let the process's model go, for example between the jobs of a sweep."""
+    for _, process in _open:
+        process.stop()
     _open.clear()

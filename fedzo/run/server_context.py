@@ -32,6 +32,7 @@ class ServerContext:
         report: How the run is told of.
         trackers: Where else the run is told of.
         takes_turns: Whether the clients work one after another, so that no deadline applies.
+        to_the_end: Whether greetings wait until clients' rows are prepared, however long that takes.
         kept: What this machine remembers of its rows.
         store: The run's logs, which the launcher opened and closes.
     """
@@ -42,6 +43,7 @@ class ServerContext:
     report: ReportConfig = field(default_factory=ReportConfig)
     trackers: dict[str, TrackerConfig] = field(default_factory=dict)
     takes_turns: bool = False
+    to_the_end: bool = False
     kept: KeptDigests | None = None
     store: RunStore | None = None
     _encoded: dict[str, list[Example]] = field(default_factory=dict)

@@ -60,6 +60,7 @@ def open_run(launch: LaunchConfig, run_dir: Path) -> Process:
         report=launch.report,
         trackers=launch.trackers,
         takes_turns=launch.runtime.traits.takes_turns,
+        to_the_end=not launch.runtime.traits.own_processes,
         site_folder=run_dir,
     )
 

@@ -26,11 +26,13 @@ class RuntimeTraits:
             deadline applies.
         joins_forwards: Whether the clients of a round share forwards.
         server_process: Whether the server is a process of its own, which opens the run, and not this one.
+        own_processes: Whether each client has a process of its own, which answers while it prepares rows.
         has_sites: Whether clients are sites of their own, so that this machine needs no rows.
     """
 
     takes_turns: bool = False
     server_process: bool = False
+    own_processes: bool = False
     has_sites: bool = False
     joins_forwards: bool = False
 
@@ -121,7 +123,7 @@ class LocalConfig(RuntimeConfig):
 
     @property
     def traits(self) -> RuntimeTraits:
-        return RuntimeTraits(server_process=True)
+        return RuntimeTraits(server_process=True, own_processes=True)
 
     def problems(self, run: RunSettings) -> Iterator[Problem]:
         yield from positive("runtime.startup_s", self.startup_s, "It counts seconds.")
@@ -144,7 +146,7 @@ class RemoteConfig(RuntimeConfig):
 
     @property
     def traits(self) -> RuntimeTraits:
-        return RuntimeTraits(server_process=True, has_sites=True)
+        return RuntimeTraits(server_process=True, own_processes=True, has_sites=True)
 
     def problems(self, run: RunSettings) -> Iterator[Problem]:
         if not self.server:

@@ -95,8 +95,11 @@ def test_stages_see_training_rows_only_and_in_the_order_of_the_command_line(
         def __init__(self, mark: str) -> None:
             self.mark = mark
 
-        def apply(self, rows: list[dict[str, Any]], *, client: int) -> list[dict[str, Any]]:
+        def apply(self, rows: list[dict[str, Any]], *, client: int, on_progress: Any) -> list[dict[str, Any]]:
             return [{**row, "text": row["text"] + self.mark} for row in rows]
+
+        def summary(self, client: int) -> dict[str, float]:
+            return {}
 
     process = open_run(load(overrides()), tmp_path)
     stages = {"first": Mark("1"), "second": Mark("2")}
@@ -108,11 +111,11 @@ def test_stages_see_training_rows_only_and_in_the_order_of_the_command_line(
     assert [row["label"] for row in after.train] == [row["label"] for row in before.train]
 
     class Drop(Mark):
-        def apply(self, rows: list[dict[str, Any]], *, client: int) -> list[dict[str, Any]]:
+        def apply(self, rows: list[dict[str, Any]], *, client: int, on_progress: Any) -> list[dict[str, Any]]:
             return rows[1:]
 
     class Relabel(Mark):
-        def apply(self, rows: list[dict[str, Any]], *, client: int) -> list[dict[str, Any]]:
+        def apply(self, rows: list[dict[str, Any]], *, client: int, on_progress: Any) -> list[dict[str, Any]]:
             return [{**row, "label": 1 - row["label"]} for row in rows]
 
     for stage, text in (

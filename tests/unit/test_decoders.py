@@ -52,7 +52,7 @@ from fedzo.fl.messages import (
     scalars_to_bytes,
 )
 from fedzo.fl.server.aggregate import check_reply
-from fedzo.fl.server.client_registry import _label_counts
+from fedzo.fl.server.registration import figures_of, label_counts_of
 from fedzo.fl.server.vectors import VectorUpdates
 from fedzo.fl.site_limits import SiteError
 from fedzo.models.config import BaseConfig
@@ -299,7 +299,13 @@ def decoders(made: Path) -> Iterator[tuple[str, Decoder]]:
     yield "log", (damaged(LOG), lambda bad, _: [each.to_bytes() for each in unpack(bad)], protocol)
     yield "bundle", (in_zip(build_bundle()), lambda bad, _: check_bundle(bad), (OtherVersionError,))
     counts = {"0": 4, "1": 5}
-    yield "label counts", (altered(counts), lambda bad, _: _label_counts(bad.decode("utf-8", "replace")), protocol)
+
+    def hello(field: str, bad: bytes) -> HelloReply:
+        return HelloReply(**{field: bad.decode("utf-8", "replace")})
+
+    yield "label counts", (altered(counts), lambda bad, _: label_counts_of(hello("label_counts", bad)), protocol)
+    figures = {"rewrite.accepted": 4.0, "rewrite.gate share": 0.95}
+    yield "stages", (altered(figures), lambda bad, _: figures_of(hello("stages", bad)), protocol)
 
     def scores(bad: bytes, _: Path) -> object:
         evaluators = {"answers": Answers(AnswersConfig())}
@@ -350,6 +356,7 @@ def decoders(made: Path) -> Iterator[tuple[str, Decoder]]:
 NAMES = [
     *("Hello", "HelloReply", "TrainRequest", "TrainReply", "VectorReply", "ArtifactPiece", "EvaluateRequest"),
     *("EvaluateReply", "ArtifactReply", "steps", "scalars", "vector", "piece", "log", "bundle", "label counts"),
+    "stages",
     *("scores", "run", "certificate", "private key", "public key", "key of a node", "invitation"),
     *("client's server.json", "server.json", "clients.json", "presence", "overrides"),
 ]

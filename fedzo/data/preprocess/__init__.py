@@ -1,6 +1,25 @@
 """Stages that may change a client's training rows, at the client, after its held-out rows are set apart."""
 
 from fedzo.data.preprocess.identity import IdentityConfig
-from fedzo.data.preprocess.stage import STAGES, Stage, StageConfig, StageContext, preprocess
+from fedzo.data.preprocess.stage import (
+    STAGES,
+    OnProgress,
+    Progress,
+    Stage,
+    StageConfig,
+    StageContext,
+    preprocess,
+    summaries,
+)
 
-__all__ = ["STAGES", "IdentityConfig", "Stage", "StageConfig", "StageContext", "preprocess"]
+__all__ = [
+    "STAGES",
+    "IdentityConfig",
+    "OnProgress",
+    "Progress",
+    "Stage",
+    "StageConfig",
+    "StageContext",
+    "preprocess",
+    "summaries",
+]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedzo.data.files import Row
-from fedzo.data.preprocess.stage import STAGES, StageConfig, StageContext
+from fedzo.data.preprocess.stage import STAGES, OnProgress, StageConfig, StageContext
 
 
 @dataclass(kw_only=True, slots=True)
@@ -19,9 +20,13 @@ class Identity:
 
     column: str | None = None
 
-    def apply(self, rows: list[Row], *, client: int) -> list[Row]:
+    def apply(self, rows: list[Row], *, client: int, on_progress: OnProgress) -> list[Row]:
         """The rows."""
         return rows
+
+    def summary(self, client: int) -> Mapping[str, float]:
+        """Nothing."""
+        return {}
 
 
 @STAGES.register("identity", IdentityConfig)

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol, Self
 
 from fedzo.data.config import TaskConfig
 from fedzo.data.files import Row
 from fedzo.data.preprocess.rephrase.backend import RewriterConfig
-from fedzo.errors import ConfigError
+from fedzo.errors import ConfigError, Problem
 from fedzo.registry import PluginConfig, Registry
 
 
 @dataclass(kw_only=True, slots=True)
 class StageConfig(PluginConfig):
     """A stage that may change one column of a client's training rows."""
+
+    def site_problems(self, rewriter: RewriterConfig) -> Iterator[Problem]:
+        """What a machine that plays clients lacks for this stage; asked there alone, before any work.
+
+        Args:
+            rewriter: Who rewrites text at that site.
+        """
+        return iter(())
+
+    def filled(self, task: TaskConfig) -> Self:
+        """This config with what was left to the code, as all peers must have it alike; filled twice it is the same."""
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +49,22 @@ class StageContext:
     folder: Path
 
 
+OnProgress = Callable[[int, int], None]
+"""Told of rows that are done and of all rows."""
+
+
+class Progress(NamedTuple):
+    """How far a client's rows are; each row counts once a stage.
+
+    Attributes:
+        done: Rows that are done.
+        total: All rows.
+    """
+
+    done: int
+    total: int
+
+
 class Stage(Protocol):
     """One stage of the preparation of training rows."""
 
@@ -42,12 +73,25 @@ class Stage(Protocol):
         """The only column whose values the stage may change; None where it changes nothing."""
         ...
 
-    def apply(self, rows: list[Row], *, client: int) -> list[Row]:
+    def apply(self, rows: list[Row], *, client: int, on_progress: OnProgress) -> list[Row]:
         """As many rows in the same order; the given ones are left as they are.
+
+        It may take hours, in a thread of its own. What it made it keeps (``StageContext.folder``), so that a client
+        that is started again goes on with it.
 
         Args:
             rows: A client's training rows, after the holdout and the stages before this one.
             client: Its index in the run.
+            on_progress: To be called with the rows done and ``len(rows)`` now and then. What it raises must pass: it
+                stops the stage.
+        """
+        ...
+
+    def summary(self, client: int) -> Mapping[str, float]:
+        """What the server may know of the last ``apply`` for a client: at most 64 finite numbers by name.
+
+        A whole number counts rows (``limits.min_rows`` of the site's file holds for it), a float is another figure. No
+        name stands for a row or a label. Names are of at most 60 lower-case letters, digits, spaces and ``_ . -``.
         """
         ...
 
@@ -56,33 +100,78 @@ STAGES: Registry[Stage] = Registry("preprocess", base=StageConfig)
 """Factories ``(config, context: StageContext) -> Stage``."""
 
 
-def preprocess(rows: list[Row], stages: Mapping[str, Stage], *, client: int) -> list[Row]:
+FIGURE = re.compile("[a-z0-9_. -]{1,60}")
+MOST_FIGURES = 64
+
+
+def preprocess(
+    rows: list[Row],
+    stages: Mapping[str, Stage],
+    *,
+    client: int,
+    on_progress: OnProgress = lambda done, total: None,
+) -> list[Row]:
     """A client's training rows after all stages, in their order.
 
     Args:
         rows: The training rows, without the held-out ones.
         stages: By name; each gets what the one before made.
         client: Index of the client.
+        on_progress: Told of rows done and in all, each row once a stage.
 
     Raises:
         ConfigError: A stage gave more or fewer rows than it got, or changed another column than its own.
     """
-    for name, stage in stages.items():
-        made = stage.apply([dict(row) for row in rows], client=client)
-        if len(made) != len(rows):
-            raise ConfigError(
-                f"preprocess.{name}: a stage must give as many rows as it got ({len(rows)}), got {len(made)}. "
-                "Correct the stage: a row that it cannot change stays as it is."
-            )
-        for number, (before, after) in enumerate(zip(rows, made, strict=True)):
-            if changed := sorted(
-                str(column)
-                for column in {*before, *after} - {stage.column}
-                if column not in before or column not in after or before[column] != after[column]
-            ):
-                raise ConfigError(
-                    f"preprocess.{name}: a stage must leave all columns but {stage.column!r} as they are, got another "
-                    f"{', '.join(changed)} in row {number}. Correct the stage."
-                )
+    if total := len(rows) * len(stages):
+        on_progress(0, total)
+    for number, (name, stage) in enumerate(stages.items()):
+        told = partial(_told_of_all, on_progress, number * len(rows), total)
+        made = stage.apply([dict(row) for row in rows], client=client, on_progress=told)
+        _check(name, stage.column, rows, made)
         rows = made
     return rows
+
+
+def summaries(stages: Mapping[str, Stage], *, client: int) -> dict[str, float]:
+    """What the stages tell of a client's rows, each name with its stage's before it.
+
+    Raises:
+        ConfigError: A stage tells something else than a few finite numbers by simple names.
+    """
+    told: dict[str, float] = {}
+    for name, stage in stages.items():
+        for figure, value in stage.summary(client).items():
+            if not FIGURE.fullmatch(figure) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ConfigError(
+                    f"preprocess.{name}: a summary must hold finite numbers by names of at most 60 of [a-z0-9_. -], "
+                    f"got {figure!r:.80}: {value!r:.40}. Correct the stage."
+                )
+            told[f"{name}.{figure}"] = value
+    if len(told) > MOST_FIGURES:
+        raise ConfigError(
+            f"preprocess: the summaries of all stages must hold at most {MOST_FIGURES} numbers, got {len(told)}. "
+            "Correct the stages, or choose fewer."
+        )
+    return told
+
+
+def _told_of_all(on_progress: OnProgress, before: int, total: int, done: int, of_stage: int) -> None:
+    on_progress(before + done, total)
+
+
+def _check(name: str, column: str | None, rows: list[Row], made: list[Row]) -> None:
+    if len(made) != len(rows):
+        raise ConfigError(
+            f"preprocess.{name}: a stage must give as many rows as it got ({len(rows)}), got {len(made)}. "
+            "Correct the stage: a row that it cannot change stays as it is."
+        )
+    for number, (before, after) in enumerate(zip(rows, made, strict=True)):
+        if changed := sorted(
+            str(key)
+            for key in {*before, *after} - {column}
+            if key not in before or key not in after or before[key] != after[key]
+        ):
+            raise ConfigError(
+                f"preprocess.{name}: a stage must leave all columns but {column!r} as they are, got another "
+                f"{', '.join(changed)} in row {number}. Correct the stage."
+            )

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 from fedzo.data.config import TaskConfig
 from fedzo.data.encode import Example
 from fedzo.data.kept_digests import RowsChangedError
+from fedzo.data.preprocess import Progress
 from fedzo.data.tasks import num_labels
 from fedzo.errors import FedzoError, ProtocolError
 from fedzo.evaluate import Evaluator, evaluate
@@ -33,7 +34,7 @@ from fedzo.fl.messages import (
     TrainRequest,
     scalars_to_bytes,
 )
-from fedzo.fl.site_limits import LOSS, SiteError, answers_any, check_rows, leaves, leaving
+from fedzo.fl.site_limits import LOSS, SiteError, answers_any, check_rows, leaves, leaving, leaving_figures
 from fedzo.records.decode import encode
 from fedzo.trainers.artifacts import Artifact, ArtifactStore
 
@@ -42,11 +43,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ClientData:
-    """One client's rows, encoded."""
+    """One client's rows, encoded.
+
+    Attributes:
+        figures: What the stages tell of its training rows.
+    """
 
     train: list[Example]
     heldout: list[Example]
     label_counts: Mapping[str, int]
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +76,9 @@ class ClientWorker:
         evaluators: How the model is scored on held-out rows, by name.
         scored_rows: Most held-out rows that are scored.
         data_of: Rows of a client, by its index.
-        rows_digest: Digest of all rows of a client, by its index and whether the run has begun (``KeptDigests``).
+        register: Digest of all rows of a client, by its index and whether the run has begun (``KeptDigests``), or how
+            far its stages are.
+        prepare: How far the stages of a client are; None where its rows are ready.
         build: Makes the model with the space on it from the artifact of the run.
         artifacts: Where this process finds the artifact, or keeps it when the server sends it.
         absent: Planned faults: (client, round) pairs.
@@ -86,7 +94,8 @@ class ClientWorker:
         evaluators: Mapping[str, Evaluator],
         scored_rows: int,
         data_of: Callable[[int], ClientData],
-        rows_digest: Callable[[int, bool], str],
+        register: Callable[[int, bool], str | Progress],
+        prepare: Callable[[int], Progress | None],
         build: Callable[[Artifact], Workspace],
         artifacts: ArtifactStore,
         absent: frozenset[tuple[int, int]] = frozenset(),
@@ -100,13 +109,16 @@ class ClientWorker:
         self._evaluators = evaluators
         self._scored_rows = scored_rows
         self._data_of = data_of
-        self._rows_digest = rows_digest
+        self._register = register
+        self._prepare = prepare
         self._build = build
         self._artifacts = artifacts
         self._absent = absent
 
     def hello(self, request: Hello) -> HelloReply:
         """Register: digests, sizes and label counts of this client. Rows that cannot be used are told of for good.
+
+        Stages may work on its rows for hours: until they are done, each greeting is answered by how far they are.
 
         Raises:
             SiteError: The site's limits rule it out.
@@ -115,12 +127,16 @@ class ClientWorker:
         if self._artifacts.find(self._limits.artifact) is None:
             self._limits.check_artifact_size(request.artifact_bytes)
         try:
-            digest = self._rows_digest(request.client, request.begun)
-            data = self._data_of(request.client)
+            digest = self._register(request.client, request.begun)
+            data = None if isinstance(digest, Progress) else self._data_of(request.client)
         except Exception as error:  # whatever a reader, a template or a tokenizer raises, the rows stay as they are
             log_failure(request.client, error)
             refusal = Refusal.changed if isinstance(error, RowsChangedError) else Refusal.rows
             return HelloReply(config_hash=self.identity.config_hash, refusal=refusal)
+        identity = asdict(self.identity)
+        if isinstance(digest, Progress) or data is None:
+            assert isinstance(digest, Progress)
+            return HelloReply(preparing=digest.total, prepared=digest.done, **identity)
         site = self._limits.site
         labels = num_labels(self._task)
         check_rows(site, num_train=len(data.train), label_counts=data.label_counts, num_labels=labels)
@@ -132,10 +148,8 @@ class ClientWorker:
             num_heldout_cut=sum(example.cut for example in told),
             rows_digest=digest,
             label_counts=json.dumps(dict(data.label_counts)),
-            config_hash=self.identity.config_hash,
-            base_digest=self.identity.base_digest,
-            tokenizer_digest=self.identity.tokenizer_digest,
-            task_digest=self.identity.task_digest,
+            stages=json.dumps(leaving_figures(site, data.figures, num_train=len(data.train))),
+            **identity,
         )
 
     def receive(self, piece: ArtifactPiece) -> ArtifactReply:
@@ -152,6 +166,7 @@ class ClientWorker:
         if (request.client, request.round) in self._absent:
             raise SiteError(Refusal.absent)
         self._limits.check_steps(request)
+        self._must_be_prepared(request.client)
         at, status = self._reach(request)
         if at is None or status is not Status.ok:
             return self.update.reply_type(status=status, position=at.replica.position if at else 0)
@@ -179,6 +194,7 @@ class ClientWorker:
     def evaluate(self, request: EvaluateRequest) -> EvaluateReply:
         """Score the model of the request's round on the client's held-out rows, and tell what the site lets out."""
         self._limits.check_client(request.client)
+        self._must_be_prepared(request.client)
         at, status = self._reach(request)
         if at is None or status is not Status.ok:
             return EvaluateReply(status=status, position=at.replica.position if at else 0)
@@ -190,6 +206,11 @@ class ClientWorker:
                 if (told := leaving(site, score, num_labels=num_labels(self._task))) is not None:
                     plain[name] = _averageable(encode(told))
         return EvaluateReply(position=at.replica.position, scores=json.dumps(plain))
+
+    def _must_be_prepared(self, client: int) -> None:
+        """Within a round nobody waits for stages: a process that was started again finds their result, or says so."""
+        if self._prepare(client) is not None:
+            raise SiteError(Refusal.preparing)
 
     def _reach(self, request: Sync) -> tuple[Workspace | None, Status]:
         """Bring this process to the state that the request names."""

@@ -3,28 +3,30 @@
 The rules: the server's grid says which client a node is (``Grid.client_of``), never the node itself. A node that the
 grid does not know, or that does not belong to the run, is named and ignored, and ends nothing. Of two connected nodes
 of one index the first keeps it until it leaves. Nobody waits for a node that does not answer: greetings are under way
-beside the rounds, and a client that let a deadline pass is asked again after 1, 2, 4, ... rounds.
+beside the rounds, and a client that let a deadline pass is asked again after 1, 2, 4, ... rounds. A client whose stages
+work on its rows is greeted again every few seconds, and the start of a run waits for it as long as it gets on.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedzo.errors import ConfigError, ProtocolError, printable
 from fedzo.fl.client.worker import Identity
 from fedzo.fl.exchange import Grid, Outbox, Question, Traffic, message_of, read
 from fedzo.fl.messages import Hello, HelloReply
-from fedzo.records.decode import decode_json
-from fedzo.records.fields import LabelCounts
+from fedzo.fl.server.registration import First, figures_of, label_counts_of, registration_problem
 from fedzo.records.metrics import ClientSetup
 from fedzo.records.presence import ClientPresence, Presence
 
 log = logging.getLogger(__name__)
 RETRY_S = 10.0  # after which a node that was not let in is greeted again; twice as long after each further greeting
 SILENT_S = 300.0  # the same for a node that has said nothing: it may load its model, or has lost the greeting
+PREPARING_S = 5.0  # the same for one that prepares its rows, every time
+TELL_S = 300.0  # how often the log says how far such a client is
 LOOK_S = 1.0  # how often new nodes are looked for beside a round
 MOST_REASONS = 8  # told of in one error
 
@@ -48,6 +50,20 @@ class _Place:
     reply: HelloReply | None = None  # until refresh judges it
     unable: bool = False  # it has said that it cannot take part
     registered: bool = False
+    preparing: _Preparing | None = None
+
+
+@dataclass(slots=True)
+class _Preparing:
+    """How far a client is whose stages work on its rows, by its own words."""
+
+    done: int
+    total: int
+    version: str
+    told: float  # when the log was told, by time.monotonic
+
+    def __str__(self) -> str:
+        return f"preparing, {self.done} of {self.total} rows"
 
 
 @dataclass(slots=True)
@@ -58,6 +74,7 @@ class ClientRegistry:
         nodes: Flower node id of each client that is connected; it changes only in ``wait`` and ``refresh``.
         hellos: Registration of each client, also of those that left.
         label_counts: The training rows by label that each of these declared.
+        figures: What the stages of each of these tell of its rows.
         num_labels: Labels of the task; 0 where it has none.
         artifact_bytes: Of what the space needs beside the model.
     """
@@ -69,9 +86,11 @@ class ClientRegistry:
     nodes: dict[int, int] = field(default_factory=dict)
     hellos: dict[int, HelloReply] = field(default_factory=dict)
     label_counts: dict[int, Mapping[str, int]] = field(default_factory=dict)
+    figures: dict[int, Mapping[str, float]] = field(default_factory=dict)
     _places: dict[int, _Place] = field(default_factory=dict)
     _outbox: Outbox[int] = field(default_factory=Outbox)
     _reasons: dict[int, str] = field(default_factory=dict)
+    _most: dict[int, tuple[int, float]] = field(default_factory=dict)  # prepared rows as never before, and since when
     _seen: set[int] = field(default_factory=set)
     _mute: dict[int, _Mute] = field(default_factory=dict)
     _last_seen: dict[int, int | None] = field(default_factory=dict)
@@ -87,27 +106,43 @@ class ClientRegistry:
             )
             self.label_counts[row.client] = row.label_counts if self.num_labels else {}  # else a simulation's own
 
-    def wait(self, grid: Grid, *, timeout_s: float, fewest: int | None = None) -> None:
+    def wait(
+        self,
+        grid: Grid,
+        *,
+        timeout_s: float,
+        fewest: int | None = None,
+        beside: Callable[[], None] = lambda: None,
+    ) -> None:
         """Register until all clients are here.
+
+        Time in which a missing client prepares its rows does not count, if so many are needed and its count has
+        advanced within the last ``timeout_s``.
 
         Args:
             grid: Flower's grid.
             timeout_s: How long.
             fewest: Of a run that has begun: with so many it goes on when time is up. A run begins with all its clients.
+            beside: Called again and again.
 
         Raises:
             ConfigError: Each client that is missing has said that it cannot take part.
             ProtocolError: Too many are missing when time is up.
         """
-        ends = time.monotonic() + timeout_s
+        now = time.monotonic()
+        ends = now + timeout_s
         while True:
             self.refresh(grid)
+            beside()
+            before, now = now, time.monotonic()
+            if (fewest is None or len(self.nodes) < fewest) and self._gets_on(since=now - timeout_s):
+                ends += now - before
             missing = sorted(set(range(self.num_clients)) - set(self.nodes))
             if not missing:
                 self._begun = True
                 return
             hopeless = all(client in self._places and self._places[client].unable for client in missing)
-            if not hopeless and time.monotonic() <= ends:
+            if not hopeless and now <= ends:
                 time.sleep(0.1)
                 continue
             if fewest is not None and len(self.nodes) >= fewest:
@@ -116,6 +151,7 @@ class ClientRegistry:
             if hopeless:
                 raise ConfigError("; ".join(self._reasons[self._places[k].node] for k in missing[:MOST_REASONS]))
             told = [self._reasons[node] for node in sorted(self._reasons)]
+            told += [f"client {k} is {at.preparing}" for k, at in sorted(self._places.items()) if at.preparing]
             more = [f"and {len(told) - MOST_REASONS} more"] if len(told) > MOST_REASONS else []
             reasons = "; ".join([*told[:MOST_REASONS], *more])
             lower = ", raise strategy.startup_s, or lower fl.num_clients" if fewest is None else ""
@@ -172,14 +208,17 @@ class ClientRegistry:
         resting, rows = self.resting(round), []
         for client in range(self.num_clients):
             place, hello = self._places.get(client), self.hellos.get(client)
+            version = hello.version if hello else ""
             if client in resting:
                 state, why = "silent", resting[client]
             elif client in self.nodes:
                 state, why = "ready", ""
+            elif place and place.preparing:
+                state, why, version = "preparing", str(place.preparing), place.preparing.version
             else:
                 state = "refused" if place and place.node in self._reasons else "connected" if place else "away"
                 why = self._reasons.get(place.node, "") if place else ""
-            rows.append(ClientPresence(client=client, state=state, why=why, version=hello.version if hello else ""))
+            rows.append(ClientPresence(client=client, state=state, why=why, version=version))
         return Presence(round=round, clients=tuple(rows))
 
     def _greet(self, grid: Grid) -> None:
@@ -244,7 +283,7 @@ class ClientRegistry:
         """A greeting that did not let a node in is repeated, less and less often."""
         place = self._places[client]
         place.due = time.monotonic() + RETRY_S * 2 ** (place.greetings - 1)
-        place.unable = unable
+        place.unable, place.preparing = unable, None
         self._tell(place.node, reason)
 
     def _tell(self, node: int, reason: str) -> None:
@@ -262,66 +301,38 @@ class ClientRegistry:
             reply, place.reply = place.reply, None
             if reply is None or place.registered:
                 continue
-            if problem := self._problem(client, reply):
+            first = First(self.hellos[client], self.label_counts.get(client)) if client in self.hellos else None
+            if problem := registration_problem(reply, identity=self.identity, num_labels=self.num_labels, first=first):
                 self._failed(client, f"node {place.node} is refused: client {client}: {problem}")
             elif reply.refusal:
                 why = f"client {client} cannot take part: {reply.refusal.text}. Its own log says why"
                 self._failed(client, why, unable=True)
+            elif reply.preparing:
+                self._note_progress(client, reply)
             else:
                 if client in self._seen:
                     log.warning("client %d came back", client)
                 self._reasons.pop(place.node, None)
                 self._mute.pop(client, None)
-                self.hellos[client], place.registered = reply, True
-                self.label_counts[client] = _label_counts(reply.label_counts)
+                self.hellos[client], place.registered, place.preparing = reply, True, None
+                self.label_counts[client], self.figures[client] = label_counts_of(reply), figures_of(reply)
                 self._seen.add(client)
                 joined.append(client)
         return joined
 
-    def _problem(self, client: int, reply: HelloReply) -> str:
-        """Why this node does not belong to the run, or an empty string: all peers must mean the same run."""
-        mine = self.identity
-        peers = {"configuration": (mine.config_hash, reply.config_hash)}
-        if not reply.refusal:  # which says nothing of what the client holds
-            peers |= {
-                "base weights": (mine.base_digest, reply.base_digest),
-                "tokenizer": (mine.tokenizer_digest, reply.tokenizer_digest),
-                "task": (mine.task_digest, reply.task_digest),
-            }
-        for what, (ours, theirs) in peers.items():
-            if ours != theirs:
-                told = f"its {what} must be the server's ({ours[:12]}), got {theirs[:12]}"
-                return f"{told}. Give both sides the same model, task and configuration."
-        if reply.refusal:
-            return ""
-        if reply.num_train < 1:
-            return f"it must have at least one training row, got {reply.num_train}."
-        if reply.num_train_cut > reply.num_train or reply.num_heldout_cut > reply.num_heldout:
-            return "no more of its rows can be cut than it has."
-        try:
-            counts = _label_counts(reply.label_counts)
-        except ProtocolError:
-            return f"label_counts must be a JSON object of counts, got {reply.label_counts!r:.80}."
-        labels = {str(label) for label in range(self.num_labels)}
-        if not labels.issuperset(counts) or sum(counts.values()) != (reply.num_train if labels else 0):
-            return (
-                f"label_counts must count its {reply.num_train} training rows by label (0 to "
-                f"{self.num_labels - 1}), or be empty where the task has none, got {reply.label_counts!r:.80}."
-            )
-        first = self.hellos.get(client, reply)
-        if (reply.num_train, counts) != (first.num_train, self.label_counts.get(client, counts)):
-            return (
-                f"it must hold the rows that it registered with ({first.num_train} to train), "
-                f"got {reply.num_train}. Its weight and its data position depend on them."
-            )
-        if first.rows_digest != reply.rows_digest:
-            return (
-                "the digest of its rows must be the one that it registered with, got another. "
-                "Put its rows, and the secret with which its site makes the digest, back."
-            )
-        return ""
+    def _note_progress(self, client: int, reply: HelloReply) -> None:
+        """A client that prepares its rows is no failure: it is greeted again soon, however often."""
+        place, now = self._places[client], time.monotonic()
+        place.due, place.greetings, place.unable = now + PREPARING_S, 0, False
+        self._reasons.pop(place.node, None)
+        told = place.preparing.told if place.preparing else now - TELL_S
+        place.preparing = _Preparing(reply.prepared, reply.preparing, reply.version, told)
+        if client not in self._most or reply.prepared > self._most[client][0]:
+            self._most[client] = reply.prepared, now
+        if now >= told + TELL_S:
+            place.preparing.told = now
+            log.warning("client %d is %s", client, place.preparing)
 
-
-def _label_counts(text: str) -> dict[str, int]:
-    counts: dict[str, int] = decode_json(LabelCounts, text, where="label_counts", error=ProtocolError)
-    return counts
+    def _gets_on(self, *, since: float) -> bool:
+        """Whether a client that is not here yet has prepared more rows since then, whatever became of its node."""
+        return any(at.preparing and self._most[client][1] >= since for client, at in self._places.items())

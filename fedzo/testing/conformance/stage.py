@@ -6,7 +6,8 @@ import copy
 from collections.abc import Callable, Sequence
 
 from fedzo.data.files import Row
-from fedzo.data.preprocess import Stage
+from fedzo.data.preprocess import OnProgress, Stage, summaries
+from fedzo.errors import ConfigError
 from fedzo.testing.conformance.bits import global_generators, must
 
 
@@ -17,6 +18,8 @@ def check_stage(make: Callable[[], Stage], rows: Sequence[Row]) -> None:
     - It does not change the rows that it is given.
     - The same rows of the same client give the same result, whatever it did before, and in a new stage.
     - No rows give no rows.
+    - It tells of its progress in counts of at most its rows, and lets pass what is raised there.
+    - Its summary holds a few finite numbers by simple names.
     - The global random generators are neither used nor needed.
 
     Args:
@@ -33,7 +36,8 @@ def check_stage(make: Callable[[], Stage], rows: Sequence[Row]) -> None:
         first = _apply(stage, given, client=0)
         second = _apply(stage, given[::-1], client=1)
         _must_agree(_apply(stage, given, client=0), first, "must not depend on what the stage did before")
-        must(stage.apply([], client=0) == [], "no rows must give no rows")
+        must(stage.apply([], client=0, on_progress=_told(0)) == [], "no rows must give no rows")
+        _must_stop(make(), copy.deepcopy(given))
     with global_generators(2):
         fresh = make()  # which meets the clients in the other order
         _must_agree(_apply(fresh, given[::-1], client=1), second, "of a new stage must be the same")
@@ -42,7 +46,7 @@ def check_stage(make: Callable[[], Stage], rows: Sequence[Row]) -> None:
 
 def _apply(stage: Stage, rows: list[Row], *, client: int) -> list[Row]:
     before = copy.deepcopy(rows)
-    after = copy.deepcopy(stage.apply(rows, client=client))
+    after = copy.deepcopy(stage.apply(rows, client=client, on_progress=_told(len(rows))))
     must(rows == before, "apply must not change the rows that it is given")
     must(len(after) == len(rows), f"apply must give as many rows as it gets, {len(rows)}, got {len(after)}")
     column = stage.column
@@ -56,7 +60,38 @@ def _apply(stage: Stage, rows: list[Row], *, client: int) -> list[Row]:
             must(column in old, f"rows must have the stage's column {column!r}, row {i} has {sorted(old)}")
             kinds = type(old[column]).__name__, type(new.get(column)).__name__
             must(kinds[0] == kinds[1], f"apply must keep the type of {column!r}, {kinds[0]}; row {i} got {kinds[1]}")
+    try:
+        summaries({"stage": stage}, client=client)
+    except ConfigError as error:
+        raise AssertionError(str(error)) from error
     return after
+
+
+class _StoppedError(Exception):
+    """Nothing that a stage could expect."""
+
+
+def _told(most: int) -> OnProgress:
+    def told(done: int, total: int) -> None:
+        must(total == most, f"on_progress must be called with all rows, {most}, got {total}")
+        must(0 <= done <= total, f"on_progress must be called with rows done of {total}, got {done}")
+
+    return told
+
+
+def _must_stop(stage: Stage, rows: list[Row]) -> None:
+    """A stage that tells nothing has nothing to let pass."""
+    calls: list[int] = []
+
+    def stop(done: int, total: int) -> None:
+        calls.append(done)
+        raise _StoppedError
+
+    try:
+        stage.apply(rows, client=0, on_progress=stop)
+    except _StoppedError:
+        return
+    must(not calls, "apply must let pass what on_progress raises, which stops it")
 
 
 def _differs(old: Row, new: Row, key: str) -> bool:

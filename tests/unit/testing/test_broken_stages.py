@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from fedzo.data.files import Row
+from fedzo.data.preprocess import OnProgress
 from fedzo.testing import check_stage
 
 ROWS: list[Row] = [{"text": f"Review {i}", "label": i} for i in range(6)]
@@ -19,38 +21,45 @@ class Upper:
 
     column: str | None = "text"
 
-    def apply(self, rows: list[Row], *, client: int) -> list[Row]:
-        return [{**row, "text": self.text(row["text"], client)} for row in rows]
+    def apply(self, rows: list[Row], *, client: int, on_progress: OnProgress) -> list[Row]:
+        made: list[Row] = []
+        for row in rows:
+            on_progress(len(made), len(rows))
+            made.append({**row, "text": self.text(row["text"], client)})
+        return made
+
+    def summary(self, client: int) -> Mapping[str, Any]:
+        return {"in capitals": 3, "share": 0.5}
 
     def text(self, text: str, client: int) -> str:
         return text.upper()
 
 
 class InPlace(Upper):
-    def apply(self, rows: list[Row], *, client: int) -> list[Row]:
+    def apply(self, rows: list[Row], *, client: int, on_progress: OnProgress) -> list[Row]:
         for row in rows:
             row["text"] = row["text"].upper()
         return rows
 
 
 class DropsARow(Upper):
-    def apply(self, rows: list[Row], *, client: int) -> list[Row]:
-        return super().apply(rows, client=client)[1:]
+    def apply(self, rows: list[Row], *, client: int, on_progress: OnProgress) -> list[Row]:
+        return super().apply(rows, client=client, on_progress=on_progress)[1:]
 
 
 class Sorts(Upper):
-    def apply(self, rows: list[Row], *, client: int) -> list[Row]:
-        return sorted(super().apply(rows, client=client), key=lambda row: -row["label"])
+    def apply(self, rows: list[Row], *, client: int, on_progress: OnProgress) -> list[Row]:
+        return sorted(super().apply(rows, client=client, on_progress=on_progress), key=lambda row: -row["label"])
 
 
 class Relabels(Upper):
-    def apply(self, rows: list[Row], *, client: int) -> list[Row]:
-        return [{**row, "label": 0} for row in super().apply(rows, client=client)]
+    def apply(self, rows: list[Row], *, client: int, on_progress: OnProgress) -> list[Row]:
+        return [{**row, "label": 0} for row in super().apply(rows, client=client, on_progress=on_progress)]
 
 
 class AddsAColumn(Upper):
-    def apply(self, rows: list[Row], *, client: int) -> list[Row]:
-        return [{**row, "original": row["text"]} for row in super().apply(rows, client=client)]
+    def apply(self, rows: list[Row], *, client: int, on_progress: OnProgress) -> list[Row]:
+        return [{**row, "original": row["text"]} for row in super().apply(rows, client=client, on_progress=on_progress)]
 
 
 class LosesTheText(Upper):
@@ -83,12 +92,46 @@ class Shuffles(Upper):
 
 
 class NeedsRows(Upper):
-    def apply(self, rows: list[Row], *, client: int) -> list[Row]:
-        return super().apply(rows, client=client) if rows else [{"text": "", "label": 0}]
+    def apply(self, rows: list[Row], *, client: int, on_progress: OnProgress) -> list[Row]:
+        return super().apply(rows, client=client, on_progress=on_progress) if rows else [{"text": "", "label": 0}]
 
 
 class OtherColumn(Upper):
     column = "prompt"
+
+
+class CountsCharacters(Upper):
+    def apply(self, rows: list[Row], *, client: int, on_progress: OnProgress) -> list[Row]:
+        on_progress(3, sum(len(row["text"]) for row in rows))
+        return super().apply(rows, client=client, on_progress=on_progress)
+
+
+class CountsOn(Upper):
+    def apply(self, rows: list[Row], *, client: int, on_progress: OnProgress) -> list[Row]:
+        on_progress(len(rows) + 1, len(rows))
+        return super().apply(rows, client=client, on_progress=on_progress)
+
+
+class GoesOn(Upper):
+    def apply(self, rows: list[Row], *, client: int, on_progress: OnProgress) -> list[Row]:
+        with suppress(Exception):
+            on_progress(0, len(rows))
+        return super().apply(rows, client=client, on_progress=lambda done, total: None)
+
+
+class TellsARow(Upper):
+    def summary(self, client: int) -> Mapping[str, Any]:
+        return {"Review 3": 1}
+
+
+class TellsText(Upper):
+    def summary(self, client: int) -> Mapping[str, Any]:
+        return {"first": "Review 3"}
+
+
+class TellsNothingFinite(Upper):
+    def summary(self, client: int) -> Mapping[str, Any]:
+        return {"share": float("nan")}
 
 
 def test_without_a_fault_it_passes() -> None:
@@ -112,6 +155,12 @@ def test_without_a_fault_it_passes() -> None:
         (Shuffles, r"must not depend on what the stage did before|global generators must be left alone"),
         (NeedsRows, r"no rows must give no rows"),
         (OtherColumn, r"change nothing but 'prompt'; row 0 differs in \['text'\]"),
+        (CountsCharacters, r"on_progress must be called with all rows, 6, got 48"),
+        (CountsOn, r"on_progress must be called with rows done of 6, got 7"),
+        (GoesOn, r"apply must let pass what on_progress raises"),
+        (TellsARow, r"a summary must hold finite numbers by names of at most 60 of .*, got 'Review 3': 1"),
+        (TellsText, r"a summary must hold finite numbers .*, got 'first': 'Review 3'"),
+        (TellsNothingFinite, r"a summary must hold finite numbers .*, got 'share': nan"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

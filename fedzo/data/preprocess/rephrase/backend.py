@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from fedzo.errors import ConfigError, FedzoError, Problem, at_least, not_negative, problem
 from fedzo.registry import PluginConfig, Registry
@@ -140,6 +140,9 @@ class Backend(Protocol):
 @dataclass(kw_only=True, slots=True)
 class RewriterConfig(PluginConfig):
     """Who rewrites and judges at this site, and how much of it there may be."""
+
+    paths: ClassVar[tuple[str, ...]] = ("examples", "store")
+    """Keys that name files or folders of the site."""
 
     model: str = ""
     """The model that rewrites, by the name that its endpoint knows; ``rewriter=transformers``: a folder."""
