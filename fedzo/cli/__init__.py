@@ -15,6 +15,9 @@ from typing import Any
 
 import fedzo
 from fedzo.cli import commands
+from fedzo.cli.rephrase import SUMMARY as REPHRASE_SUMMARY
+from fedzo.cli.rephrase import USAGE as REPHRASE_USAGE
+from fedzo.cli.rephrase import add_rephrase, rephrase
 from fedzo.cli.sites import add_client, add_server
 from fedzo.errors import ConfigError, FedzoError
 from fedzo.system import quiet_libraries
@@ -237,6 +240,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     own.add_argument("--config-dir", metavar="DIR", help="folder of your own YAML files")
     own.set_defaults(takes_overrides=True)
+
+    add_rephrase(command("rephrase", rephrase, REPHRASE_SUMMARY, usage=REPHRASE_USAGE))
 
     usage = "fedzo perplexity [overrides] --text FILE [--windows N] [--tokens N] [--config-dir DIR]"
     own = command("perplexity", commands.perplexity, "how well a model predicts a text", usage=usage)

@@ -1,6 +1,7 @@
 """Stages that may change a client's training rows, at the client, after its held-out rows are set apart."""
 
 from fedzo.data.preprocess.identity import IdentityConfig
+from fedzo.data.preprocess.rephrase.stage import OatRephrase
 from fedzo.data.preprocess.stage import (
     STAGES,
     OnProgress,
@@ -15,6 +16,7 @@ from fedzo.data.preprocess.stage import (
 __all__ = [
     "STAGES",
     "IdentityConfig",
+    "OatRephrase",
     "OnProgress",
     "Progress",
     "Stage",

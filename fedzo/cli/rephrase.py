@@ -1,0 +1,78 @@
+"""``fedzo rephrase``: what it takes, and what it calls."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+from fedzo.errors import ConfigError
+
+USAGE = "fedzo rephrase [judge-test | bootstrap | import SETS] --task TASK --data FILE [overrides] [more options]"
+SUMMARY = "rewrite training text by a language model, behind checks and a judge (OAT-Rephrase)"
+_PARTS = {"judge-test": 0, "bootstrap": 0, "import": 1}
+"""What follows ``fedzo rephrase``, and how many words belong to it."""
+
+
+def add_rephrase(own: argparse.ArgumentParser) -> None:
+    """The options of ``fedzo rephrase``."""
+    own.add_argument("words", metavar="WHAT", nargs="*", help="judge-test, bootstrap, import SETS, or nothing: rewrite")
+    own.add_argument("--task", metavar="TASK", required=True, help="task of the rows, as in `fedzo list task`")
+    own.add_argument("--data", metavar="FILE", required=True, help="training rows (jsonl, json, csv, tsv, parquet)")
+    own.add_argument("--site", metavar="FILE", help="a site's file, whose rewriter is used")
+    own.add_argument("--dry-run", type=_count, metavar="N", help="show the prompts of N rows and an estimate; no call")
+    own.add_argument("--out", metavar="FILE", help="also write all rows to a file (jsonl), each marked")
+    own.add_argument("--pairs", type=_count, default=60, metavar="N", help="judge-test: pairs of a kind (default: 60)")
+    own.add_argument("--table", metavar="FILE", default="examples.csv", help="bootstrap: table (default: examples.csv)")
+    own.add_argument("--config-dir", metavar="DIR", help="folder of your own YAML files")
+    own.set_defaults(takes_overrides=True)
+
+
+def rephrase(arguments: argparse.Namespace) -> int:
+    """``fedzo rephrase``."""
+    what, words = _what(arguments.words)
+    from fedzo.config.load import load
+    from fedzo.config.overrides import with_config_dir
+
+    stage = ["preprocess=[oat_rephrase]", f"task={arguments.task}", f"data.path={arguments.data}"]
+    if what == "import":
+        stage.append(f"preprocess.oat_rephrase.imported={'0' * 64}")  # so that no rewriter is asked for
+    from fedzo.commands import rephrase as command
+
+    site = [] if arguments.site is None else command.rewriter_of(Path(arguments.site))
+    overrides = [*stage, *site, *words[_PARTS.get(what, 0) :], *arguments.overrides]
+    config = load(with_config_dir(overrides, arguments.config_dir))
+
+    work = command.open_work(config, Path(arguments.data))
+    if what == "judge-test":
+        return _show(command.judge_test(work, pairs=arguments.pairs))
+    if what == "bootstrap":
+        return _show(command.bootstrap(work, Path(arguments.table)))
+    if what == "import":
+        return _show(command.import_sets(work, Path(words[0])))
+    if arguments.dry_run is not None:
+        return _show(command.dry_run(work, arguments.dry_run))
+    return _show(command.rephrase(work, out=None if arguments.out is None else Path(arguments.out)))
+
+
+def _what(words: list[str]) -> tuple[str, list[str]]:
+    first = words[0] if words and "=" not in words[0] else ""
+    if first and first not in _PARTS:
+        raise ConfigError(f"WHAT must be one of {', '.join(_PARTS)}, or left out, got {first!r}.")
+    rest = words[1:] if first else words
+    if first == "import" and (not rest or "=" in rest[0]):
+        raise ConfigError("fedzo rephrase import needs SETS, a file of rewrites. Write its path after import.")
+    return first, rest
+
+
+def _show(lines: Iterable[str]) -> int:
+    for line in lines:
+        print(line, flush=True)
+    return 0
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number

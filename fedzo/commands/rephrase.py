@@ -1,0 +1,323 @@
+"""``fedzo rephrase``: rewrite training text ahead of runs, test the judge, make examples, take in rewrites."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+import fedzo
+from fedzo.config.plugins import plugin_name
+from fedzo.config.schema import LaunchConfig
+from fedzo.config.travel import load_site
+from fedzo.data.config import TaskConfig
+from fedzo.data.files import Row, read_rows
+from fedzo.data.preprocess.rephrase.caller import Caller
+from fedzo.data.preprocess.rephrase.checks import check
+from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
+from fedzo.data.preprocess.rephrase.course import Attempt, counts, label_of
+from fedzo.data.preprocess.rephrase.examples import columns_of, write_table
+from fedzo.data.preprocess.rephrase.gate import faults, keep
+from fedzo.data.preprocess.rephrase.rephraser import Rephraser, prompts_of
+from fedzo.data.preprocess.rephrase.results import MARK, apply_outcomes, row_digest
+from fedzo.errors import ConfigError, FedzoError
+from fedzo.records.decode import to_json
+from fedzo.records.folder import replace_file
+from fedzo.records.rephrase import Manifest, RowOutcome
+from fedzo.report.html import write_page
+from fedzo.report.rephrased import calibration_lines, figures_table, rephrased_page
+from fedzo.run.process import STAGE_FOLDER
+
+STAGE = "oat_rephrase"
+BOOTSTRAP_ROWS = 40
+
+
+@dataclass(frozen=True)
+class Work:
+    """A recipe at this site, and the rows that it is for.
+
+    Attributes:
+        rephraser: The recipe at the site.
+        rows: In the order of their file.
+    """
+
+    rephraser: Rephraser
+    rows: list[Row]
+
+    @property
+    def column(self) -> str:
+        """The column in question."""
+        return self.rephraser.prompts.column
+
+
+def rewriter_of(site_file: Path) -> list[str]:
+    """The rewriter of a site's file, as overrides; what it makes is kept beside that file, as for a run.
+
+    Raises:
+        ConfigError: The file cannot be read.
+    """
+    rewriter = load_site(site_file).rewriter
+    plain = asdict(rewriter)
+    plain["store"] = plain["store"] or str((site_file.parent / STAGE_FOLDER).resolve())
+    keys = [f"rewriter.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in plain.items()]
+    return [f"rewriter={plugin_name('rewriter', rewriter)}", *keys]
+
+
+def open_work(config: LaunchConfig, data: Path) -> Work:
+    """What a command line means: ``preprocess=[oat_rephrase]`` is in it.
+
+    Raises:
+        ConfigError: The rows cannot be read, or fit neither task nor recipe.
+    """
+    recipe = config.preprocess[STAGE]
+    assert isinstance(recipe, OatRephraseConfig)
+    rows = read_rows(data)
+    if not rows:
+        raise ConfigError(f"--data: {data} must hold at least one row, got none.")
+    folder, examples = Path(config.rewriter.store or STAGE_FOLDER).expanduser(), config.rewriter.examples
+    if examples is not None and recipe.prompt == prompts_of(recipe, config.task).digest:
+        recipe = replace(recipe, prompt=prompts_of(recipe, config.task, examples).digest)  # a run needs the key
+    return Work(Rephraser(recipe, config.task, config.rewriter, folder), rows)
+
+
+def dry_run(work: Work, number: int) -> Iterator[str]:
+    """The prompts of the first rows, and what the whole set would take; yields lines for people. Makes no call."""
+    rephraser, prompts = work.rephraser, work.rephraser.prompts
+    with rephraser.course() as course:
+        for row in work.rows[:number]:
+            for request in course.requests(row):
+                yield "\n\n".join(f"[{message.role}]\n{message.content}" for message in request.messages)
+                yield "-" * 60
+        asked = [request for row in work.rows for request in course.requests(row)]
+        tokens = sum(course.backend.count_tokens(request) for request in asked)
+    judged = rephraser.config.judged
+    calls = len(work.rows) * (3 if judged else 1)
+    extra = tokens + (sum_of_judge(tokens, len(asked)) if judged else 0)
+    price = extra * rephraser.rewriter.price_prompt / 1e6
+    yield f"{len(work.rows)} rows, at most {calls} calls, about {extra:,} tokens of prompts ({price:.2f} by the prices)"
+    yield f"prompts: preprocess.{STAGE}.prompt={prompts.digest}"
+
+
+def sum_of_judge(tokens: int, requests: int) -> int:
+    """Tokens of the judge's second prompt a row, taken as long as the mean prompt."""
+    return tokens // max(1, requests) * (requests // 2)
+
+
+def rephrase(work: Work, *, out: Path | None) -> Iterator[str]:
+    """Rewrite the rows, or find them rewritten; yields lines for people.
+
+    Raises:
+        ConfigError: Rows, prompts or settings do not fit.
+        FedzoError: The endpoint cannot be used; what it has answered is kept.
+    """
+    rephraser, attempts = work.rephraser, None
+    before = rephraser.results.find(work.rows)
+    used = (0, 0, 0.0)
+    if before is None:
+        rephraser.check_gate()
+        with rephraser.course() as course, _progress("rows") as told:
+            caller = course.caller
+
+            def on_progress(done: int, total: int) -> None:
+                told(done, total, f"{caller.totals.calls} calls, {_tokens(caller):,} tokens")
+
+            attempts = course.run(work.rows, on_progress)
+            used = (caller.totals.calls, _tokens(caller), caller.cost)
+        rephraser.results.add({each.outcome.row: each.outcome for each in attempts if each.outcome is not None})
+    outcomes = rephraser.results.find(work.rows)
+    assert outcomes is not None
+    yield from _told(work, outcomes, used)
+    if before is not None:
+        yield "all rows were rewritten before: no call was made"
+    yield f"manifest: {_write_manifest(work, outcomes, used)}"
+    yield f"before and after: {_write_page(work, outcomes, attempts)}"
+    if out is not None:
+        _write_rows(out, work.rows, outcomes)
+        yield f"{out}: the whole file, each row marked in the column {MARK!r}"
+    yield f"a run finds this by: preprocess=[{STAGE}]" + "".join(
+        f" {text}" for text in _settings(rephraser.config, rephraser.task)
+    )
+
+
+def judge_test(work: Work, *, pairs: int) -> Iterator[str]:
+    """Test the judge; yields lines for people, and keeps what was found.
+
+    Raises:
+        FedzoError: The judge does not pass the recipe's gate, or cannot be asked.
+    """
+    with _progress("verdicts") as told:
+        found = work.rephraser.test_judge(work.rows, most=pairs, on_progress=lambda done, total: told(done, total, ""))
+    file = keep(found, work.rephraser.folder)
+    yield from calibration_lines(found)
+    yield f"kept in {file}"
+    if reasons := [*faults(found, work.rephraser.config)]:
+        raise FedzoError(
+            f"the judge does not pass: {'; '.join(reasons)}. Use a stronger model as rewriter.judge_model."
+        )
+    yield "the judge passes"
+
+
+def bootstrap(work: Work, table: Path) -> Iterator[str]:
+    """Have the first rows rewritten for a person to read; yields lines for people.
+
+    No judge takes part: the table is what judge and rewriter are to learn from.
+    """
+    if table.exists():
+        raise ConfigError(f"--table: {table} must not exist, but does: somebody may have edited it. Choose another.")
+    recipe = replace(work.rephraser.config, judged=False)
+    rows = work.rows[:BOOTSTRAP_ROWS]
+    with replace(work.rephraser, config=recipe).course() as course, _progress("rows") as told:
+        attempts = course.run(rows, lambda done, total: told(done, total, ""))
+    texts = [each.outcome.text if each.outcome and not each.outcome.reason else each.refused for each in attempts]
+    told_task = work.rephraser.prompts.task
+    write_table(table, columns_of(work.rephraser.task, told_task, work.column), [*zip(rows, texts, strict=True)])
+    page = table.with_suffix(".html")
+    outcomes = [each.outcome for each in attempts if each.outcome is not None]
+    write_page(page, rephrased_page(work.rephraser, rows, outcomes, attempts))
+    yield f"{table}: {len(rows)} rows. Correct the column rewrite where it is wrong, and write yes into accept"
+    yield f"{page}: the same to read"
+    yield f"then: rewriter.examples={table}"
+
+
+def import_sets(work: Work, file: Path) -> Iterator[str]:
+    """Take in rewrites from elsewhere, through the same checks; yields lines for people.
+
+    Args:
+        work: Recipe and rows.
+        file: Table with ``row`` (number in the data, from 0), ``text``, and where it has one ``verdict``: all but
+            ``same`` keeps the original. A ``field`` or ``column`` must be the recipe's.
+    """
+    digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+    sets = read_rows(file)
+    recipe = replace(work.rephraser.config, imported=digest)
+    own = replace(work.rephraser, config=recipe)
+    given = _by_number(sets, file, len(work.rows), work.column)
+    outcomes = [_imported(own, row, given.get(number)) for number, row in enumerate(work.rows)]
+    own.results.add({outcome.row: outcome for outcome in outcomes})
+    found = own.results.find(work.rows) or outcomes
+    mine = Work(own, work.rows)
+    yield from _told(mine, found, (0, 0, 0.0))
+    yield f"manifest: {_write_manifest(mine, found, (0, 0, 0.0))}"
+    yield f"before and after: {_write_page(mine, found, None)}"
+    yield f"a run finds this by: preprocess=[{STAGE}]" + "".join(
+        f" {text}" for text in _settings(recipe, work.rephraser.task)
+    )
+
+
+def _by_number(sets: Iterable[Row], file: Path, num_rows: int, column: str) -> dict[int, Row]:
+    given: dict[int, Row] = {}
+    for line, entry in enumerate(sets, start=1):
+        where = f"{file}, entry {line}"
+        number = str(entry.get("row", "")).strip()
+        if not number.isascii() or not number.isdigit() or int(number) >= num_rows:
+            raise ConfigError(f"{where}: row must be a number from 0 to {num_rows - 1}, got {entry.get('row')!r:.40}.")
+        if int(number) in given:
+            raise ConfigError(f"{where}: row {number} must be there once. Remove one of the two.")
+        named = entry.get("column", entry.get("field", column))
+        if named != column:
+            raise ConfigError(f"{where}: the column must be {column!r}, got {named!r:.40}.")
+        if not isinstance(entry.get("text"), str):
+            raise ConfigError(f"{where}: text must be a text, got {entry.get('text')!r:.40}.")
+        given[int(number)] = entry
+    return given
+
+
+def _imported(rephraser: Rephraser, row: Row, entry: Row | None) -> RowOutcome:
+    prompts, digest, original = rephraser.prompts, row_digest(row), str(row[rephraser.prompts.column])
+    reason, text = "absent", original
+    if entry is not None:
+        checked = check(
+            entry["text"],
+            truncated=False,
+            row=row,
+            task=prompts.task,
+            column=prompts.column,
+            label=label_of(row, prompts, rephraser.task),
+            prompt=prompts.instructions,
+            rules=rephraser.config,
+        )
+        refused = "" if entry.get("verdict", "same") == "same" else "verdict"
+        reason = str(checked.fault or "") or ("identical" if checked.text == original.strip() else refused)
+        text = original if reason else checked.text
+    status: Any = "original" if reason else "rewritten"
+    return RowOutcome(row=digest, column=prompts.column, text=text, status=status, reason=reason, model="imported")
+
+
+def _told(work: Work, outcomes: Sequence[RowOutcome], used: tuple[int, int, float]) -> Iterator[str]:
+    for name, number in counts(outcomes).items():
+        yield f"{number:6d}  {name}"
+    calls, tokens, cost = used
+    if calls:
+        yield f"{calls} calls, {tokens:,} tokens, {cost:.2f} by the prices"
+    yield from (f"{name}: {value}" for name, value in figures_table(work.rephraser, work.rows, outcomes))
+
+
+def _tokens(caller: Caller) -> int:
+    return caller.totals.prompt_tokens + caller.totals.answer_tokens
+
+
+def _settings(recipe: OatRephraseConfig, task: TaskConfig) -> Iterator[str]:
+    """What a command line must say beside the stage's name to mean this recipe."""
+    usual = asdict(OatRephraseConfig().filled(task))
+    usual["prompt"] = prompts_of(recipe, task).digest
+    for name, value in asdict(recipe).items():
+        if value != usual[name]:
+            text = json.dumps(value) if isinstance(value, list | bool) else value
+            yield f"preprocess.{STAGE}.{name}={text}"
+
+
+def _write_rows(out: Path, rows: Sequence[Row], outcomes: Sequence[RowOutcome]) -> None:
+    if out.suffix != ".jsonl":
+        raise ConfigError(f"--out: the file must end in .jsonl, got {str(out)!r}.")
+    marked = [{**row, MARK: each.status} for row, each in zip(apply_outcomes(rows, outcomes), outcomes, strict=True)]
+    replace_file(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in marked), durable=True, mode=0o600)
+
+
+def _write_manifest(work: Work, outcomes: Sequence[RowOutcome], used: tuple[int, int, float]) -> Path:
+    rephraser = work.rephraser
+    recipe, results = rephraser.config, rephraser.results
+    texts = "".join(f"{each.row}{hashlib.sha256(each.text.encode()).hexdigest()}" for each in outcomes)
+    gate = "overridden" if not recipe.gate else "passed"
+    manifest = Manifest(
+        fedzo=fedzo.__version__,
+        recipe=results.recipe,
+        settings=json.dumps(asdict(recipe), sort_keys=True),
+        task=rephraser.task.name,
+        column=work.column,
+        source=hashlib.sha256("".join(each.row for each in outcomes).encode()).hexdigest(),
+        results=hashlib.sha256(texts.encode()).hexdigest(),
+        counts=counts(outcomes),
+        models=tuple(sorted({each.model for each in outcomes if each.model}))[:100],
+        gate=gate if recipe.judged and not recipe.imported else "unjudged",  # type: ignore[arg-type]
+        calibration=rephraser.calibration(),
+        calls=used[0],
+        tokens=used[1],
+        cost=used[2],
+    )
+    file = results.file.with_suffix(".manifest.json")
+    if used[0] or not file.exists():  # a second run makes no call, and the manifest tells of the first
+        replace_file(file, to_json(manifest) + "\n", durable=True, mode=0o600)
+    return file
+
+
+def _write_page(work: Work, outcomes: Sequence[RowOutcome], attempts: Sequence[Attempt] | None) -> Path:
+    page = rephrased_page(work.rephraser, work.rows, outcomes, attempts)
+    return write_page(work.rephraser.results.file.with_suffix(".html"), page)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int, str], None]]:
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task(what, total=None)
+
+        def told(done: int, total: int, more: str) -> None:
+            progress.update(bar, completed=done, total=total, description=f"{what} {more}".strip())
+
+        yield told

@@ -1,0 +1,344 @@
+"""OAT-Rephrase from the command line to the run, by an endpoint on the loopback interface."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedzo.cli import main
+from fedzo.data.files import read_rows
+from fedzo.errors import ConfigError
+from fedzo.records.decode import decode_json
+from fedzo.records.rephrase import Manifest
+
+
+def verdict(text_a: str, text_b: str) -> dict[str, str]:
+    """A judge that knows the texts of these tests: what matters is the number and the last word."""
+
+    def meaning(text: str) -> tuple[list[str], list[str], bool]:
+        words = re.findall(r"[a-z]+", text.casefold())
+        marks = [word for word in words if word in KNOWN]
+        return re.findall(r"\d+", text), marks, bool({"not", "isn"} & {*words})
+
+    label = "negative" if any(word in text_b for word in ("bad", "dull", "poor", "weak")) else "positive"
+    return {"verdict": "same" if meaning(text_a) == meaning(text_b) else "different", "predicted_label": label}
+
+
+KNOWN = {"bad", "dull", "poor", "weak", "good", "bright", "rich", "strong"}
+
+
+def text_of(prompt: str, name: str) -> str:
+    return str(json.loads([line for line in prompt.splitlines() if line.startswith(f"{name}: ")][-1].split(": ", 1)[1]))
+
+
+@dataclass
+class Endpoint:
+    """A real server; what its rewriter and judge say, a test may change."""
+
+    rewrite: Callable[[str], str] = lambda text: text.replace(" is ", " looks ")
+    judge: Callable[[str, str], dict[str, str]] = verdict
+    calls: list[str] = field(default_factory=list)
+    url: str = ""
+
+    def settings(self, store: Path) -> list[str]:
+        return [
+            "rewriter=openai_compatible",
+            f"rewriter.base_url={self.url}",
+            "rewriter.model=tiny",
+            f"rewriter.store={store}",
+        ]
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Endpoint]:
+    served = Endpoint()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            prompt = body["messages"][-1]["content"]
+            served.calls.append(prompt)
+            if "text B" in prompt:
+                text = json.dumps(served.judge(text_of(prompt, "text A"), text_of(prompt, "text B")))
+            else:
+                text = served.rewrite(text_of(prompt, "text"))
+            choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+            usage = {"prompt_tokens": 50, "completion_tokens": 10}
+            answer = json.dumps({"model": "/secret/model.gguf", "choices": [choice], "usage": usage}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: Any) -> None:
+            """Nothing on the terminal."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        served.url = f"http://127.0.0.1:{server.server_port}/v1"
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield served
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def rephrase(endpoint: Endpoint, data_dir: Path, tmp_path: Path) -> Callable[..., int]:
+    """Call ``fedzo rephrase`` on the training rows."""
+
+    def call(*words: str) -> int:
+        data = ["--task", "sst2", "--data", str(data_dir / "train.jsonl")]
+        return main(["rephrase", *words, *data, *endpoint.settings(tmp_path / "store")])
+
+    return call
+
+
+@pytest.fixture
+def run(endpoint: Endpoint, tiny_model_dir: Path, data_dir: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Call ``fedzo train preprocess=[oat_rephrase]``."""
+
+    def call(name: str, *extra: str, code: int = 0) -> Path:
+        folder = tmp_path / name
+        settings = [
+            f"model={tiny_model_dir}",
+            "task=sst2",
+            f"data.path={data_dir}",
+            "partition=iid",
+            "partition.holdout=0",
+            "trainer=mezo",
+            "fl.num_clients=4",
+            "fl.rounds=2",
+            "threads=1",
+            "report=none",
+            "preprocess=[oat_rephrase]",
+            f"hydra.run.dir={folder}",
+        ]
+        assert main(["train", *settings, *endpoint.settings(tmp_path / "store"), *extra]) == code
+        return folder
+
+    return call
+
+
+def rewritten(data_dir: Path) -> list[dict[str, Any]]:
+    return [{**row, "text": row["text"].replace(" is ", " looks ")} for row in read_rows(data_dir / "train.jsonl")]
+
+
+def test_from_the_judges_test_to_a_run(
+    rephrase: Callable[..., int],
+    run: Callable[..., Path],
+    endpoint: Endpoint,
+    data_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert rephrase() == 1
+    assert "fedzo rephrase judge-test" in capsys.readouterr().err
+    assert endpoint.calls == []
+
+    assert rephrase("judge-test") == 0
+    told = capsys.readouterr().out
+    assert "sensitivity 100.0%" in told
+    assert "the judge passes" in told
+
+    before, out = len(endpoint.calls), tmp_path / "whole.jsonl"
+    assert rephrase("--out", str(out)) == 0
+    told = capsys.readouterr().out
+    assert "64  rewritten" in told
+    assert len(endpoint.calls) > before
+
+    results = [*(tmp_path / "store" / "results").iterdir()]
+    manifest = next(file for file in results if file.name.endswith(".manifest.json"))
+    found: Manifest = decode_json(Manifest, manifest.read_text(), where="manifest", error=ConfigError)
+    assert found.gate == "passed"
+    assert found.calibration is not None
+    assert found.counts == {"rewritten": 64}
+    assert found.calls == len(endpoint.calls) - before
+    page = next(file for file in results if file.suffix == ".html").read_text()
+    assert "item 0 looks bad" in page
+    assert [{**row} for row in read_rows(out)] == [{**row, "fedzo_status": "rewritten"} for row in rewritten(data_dir)]
+
+    before = len(endpoint.calls)
+    assert rephrase() == 0
+    assert "no call was made" in capsys.readouterr().out
+    folder = run("run")
+    assert len(endpoint.calls) == before
+    text = "".join(file.read_text() for file in folder.rglob("*.json*"))
+    assert '"oat_rephrase rewritten"' in text or "rewritten" in text
+    assert "looks" not in text.replace("looks at", "")
+    assert "/secret/" not in text
+    assert endpoint.url not in json.dumps(json.loads((folder / "config.json").read_text()).get("preprocess"))
+
+
+def test_a_run_prepares_its_clients_and_trains_on_what_they_made(
+    run: Callable[..., Path], endpoint: Endpoint, data_dir: Path, tmp_path: Path
+) -> None:
+    """The oracle is a run without the stage on a folder whose training rows are the rewritten ones."""
+    folder = run("staged", "preprocess.oat_rephrase.gate=false")
+    assert len(endpoint.calls) == 3 * 64
+
+    other = tmp_path / "data"
+    other.mkdir()
+    (other / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rewritten(data_dir)))
+    for name in ("dev", "test"):
+        (other / f"{name}.jsonl").write_bytes((data_dir / f"{name}.jsonl").read_bytes())
+    plain = run("plain", f"data.path={other}", "preprocess=[]")
+
+    assert losses(folder) == losses(plain)
+    assert losses(folder) != losses(run("original", "preprocess=[]"))
+
+
+def losses(folder: Path) -> list[Any]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line.get("kind") == "round"]
+
+
+def test_held_out_rows_keep_their_text(run: Callable[..., Path], endpoint: Endpoint) -> None:
+    run(
+        "staged", "preprocess.oat_rephrase.gate=false", "partition.holdout=0.25", "preprocess.oat_rephrase.judged=false"
+    )
+
+    assert len(endpoint.calls) == 48
+
+
+def test_a_resumed_run_finds_other_text_refused(
+    run: Callable[..., Path], endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run("staged", "preprocess.oat_rephrase.gate=false")
+    result = next((tmp_path / "store" / "results").glob("*.jsonl"))
+    kept = result.read_text()
+    result.write_text(kept.replace("looks", "seems"))
+
+    assert main(["resume", str(folder), "fl.rounds=3"]) != 0
+    assert "other text" in capsys.readouterr().err
+
+    result.write_text(kept)
+    before = len(endpoint.calls)
+    assert main(["resume", str(folder), "fl.rounds=3"]) == 0
+    assert len(endpoint.calls) == before
+
+
+def test_a_run_without_a_rewriter_says_which_key_to_set(
+    run: Callable[..., Path], endpoint: Endpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    endpoint.settings = lambda store: []  # type: ignore[method-assign]
+    run("staged", code=2)
+
+    assert "rewriter=openai_compatible with rewriter.base_url" in capsys.readouterr().err
+
+
+def test_a_judge_that_agrees_with_everything_stops_it(
+    rephrase: Callable[..., int], endpoint: Endpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    endpoint.judge = lambda a, b: {"verdict": "same", "predicted_label": "positive"}
+
+    assert rephrase("judge-test") == 1
+    assert "specificity must be at least 95%, got 0%" in capsys.readouterr().err
+    assert rephrase() == 1
+    assert "the judge must pass its test" in capsys.readouterr().err
+    assert rephrase("preprocess.oat_rephrase.gate=false") == 0
+
+
+def test_a_rewriter_that_writes_the_label_is_caught(
+    rephrase: Callable[..., int], endpoint: Endpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    endpoint.rewrite = lambda text: (
+        f"{text.replace(' is ', ' looks ')} and "
+        + ("negative" if any(word in text for word in ("bad", "dull", "poor", "weak")) else "positive")
+    )
+
+    assert rephrase("preprocess.oat_rephrase.gate=false") == 0
+
+    assert "64  original leak" in capsys.readouterr().out
+
+
+def test_a_dry_run_shows_prompts_and_makes_no_call(
+    rephrase: Callable[..., int], endpoint: Endpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert rephrase("--dry-run", "2") == 0
+
+    told = capsys.readouterr().out
+    assert told.count('text: "item') == 2
+    assert "64 rows, at most 192 calls" in told
+    assert re.search(r"preprocess.oat_rephrase.prompt=[0-9a-f]{64}", told)
+    assert endpoint.calls == []
+
+
+def test_examples_come_back_from_the_table(
+    rephrase: Callable[..., int], run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "examples.csv"
+    assert rephrase("bootstrap", "--table", str(table)) == 0
+    with table.open(newline="") as file:
+        rows = [*csv.DictReader(file)]
+    assert len(rows) == 40
+    rows[3] |= {"accept": "yes", "rewrite": "The item 3 appears strong."}
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+    capsys.readouterr()
+    assert rephrase("--dry-run", "1", f"rewriter.examples={table}") == 0
+    told = capsys.readouterr().out
+    assert "The item 3 appears strong." in told
+    key = re.search(r"preprocess.oat_rephrase.prompt=[0-9a-f]{64}", told)
+    assert key
+    run("without", f"rewriter.examples={table}", "preprocess.oat_rephrase.gate=false", code=2)
+    assert key[0].partition("=")[2] in capsys.readouterr().err
+    run("with", f"rewriter.examples={table}", "preprocess.oat_rephrase.gate=false", key[0])
+
+    assert rephrase("bootstrap", "--table", str(table)) == 2
+    assert "must not exist" in capsys.readouterr().err
+
+
+def test_rewrites_from_elsewhere_are_checked_and_found_by_a_run(
+    rephrase: Callable[..., int],
+    run: Callable[..., Path],
+    endpoint: Endpoint,
+    data_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sets = [{"row": number, "text": row["text"], "verdict": "same"} for number, row in enumerate(rewritten(data_dir))]
+    sets[0]["text"] = "item 1000 looks bad"
+    sets[1]["verdict"] = "not the same"
+    file = tmp_path / "sets.jsonl"
+    file.write_text("".join(json.dumps(each) + "\n" for each in sets[:-1]))
+
+    assert rephrase("import", str(file)) == 0
+
+    told = capsys.readouterr().out
+    assert "61  rewritten" in told
+    for reason in ("numbers", "verdict", "absent"):
+        assert f"1  original {reason}" in told
+    key = re.search(r"preprocess.oat_rephrase.imported=[0-9a-f]{64}", told)
+    assert key
+    run("imported", key[0])
+    assert endpoint.calls == []
+
+
+def test_marked_rows_are_not_scored(
+    run: Callable[..., Path], data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    marked = tmp_path / "marked.jsonl"
+    marked.write_text("".join(json.dumps({**row, "fedzo_status": "rewritten"}) + "\n" for row in rewritten(data_dir)))
+
+    run("drawn", f"data.path={marked}", "preprocess=[]", code=2)
+    assert "must hold original text" in capsys.readouterr().err
+
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "train.jsonl").write_bytes(marked.read_bytes())
+    for name in ("dev", "test"):
+        (folder / f"{name}.jsonl").write_bytes((data_dir / f"{name}.jsonl").read_bytes())
+    run("heldout", f"data.path={folder}", "preprocess=[]", "partition.holdout=0.25", code=2)
+    run("trained", f"data.path={folder}", "preprocess=[]")
