@@ -162,7 +162,9 @@ def _without_lead_in(text: str, original: str, column: str) -> tuple[str, bool]:
 
 
 def _without_quotes(text: str, original: str) -> str:
-    if len(text) < 2 or _QUOTES.get(text[0]) != text[-1] or _straight(original)[:1] == text[0]:
+    known = _straight(original)
+    whole = known[:1] == known[-1:] == text[:1]  # a quotation, or two: no pair is brought in
+    if len(text) < 2 or _QUOTES.get(text[0]) != text[-1] or whole:
         return _without_outer_quotes(text, original)
     inner = text[1:-1]
     if text[0] == '"' and _straight(inner).count('"') not in (0, _straight(original).count('"')):
