@@ -32,6 +32,7 @@ _REFUSAL = re.compile(
     r"|i (?:can't|cannot) (?:rephrase|rewrite|assist|help with)|as an ai\b"
 )
 _HEAD = 200
+_MOST_TIMES, _MOST_SIGNS = 20, 10_000
 _LABELS = ("text", "answer", "output", "rewrite", "response")
 
 _ECHOED_WORDS, _ECHOED_SIGNS = 6, 20
@@ -97,6 +98,8 @@ def check(
     as nothing could be said of any rewrite: an empty original (``empty``), and one in which an anchor does not occur
     as whole words (``anchors``; WiC's word is often inflected in its sentence).
 
+    An answer far beyond any sane length is not read at all, whatever the rules: an endpoint may send a megabyte.
+
     Args:
         answer: As the rewriter gave it.
         truncated: Whether it was cut off.
@@ -108,6 +111,8 @@ def check(
         rules: Which checks, and their bounds.
     """
     original = str(row[column]).strip(_OUTER)
+    if len(answer) > _MOST_TIMES * len(original) + _MOST_SIGNS:
+        return Checked(answer[:_MOST_SIGNS], Check.truncated if truncated else Check.length)
     text, led = _cleaned(answer, original, column)
     same = text == original
     faults: dict[Check, Callable[[_Case], bool]] = {
@@ -157,7 +162,9 @@ def _without_lead_in(text: str, original: str, column: str) -> tuple[str, bool]:
 
 
 def _without_quotes(text: str, original: str) -> str:
-    if len(text) < 2 or _QUOTES.get(text[0]) != text[-1] or _straight(original)[:1] == text[0]:
+    known = _straight(original)
+    whole = known[:1] == known[-1:] == text[:1]  # a quotation, or two: no pair is brought in
+    if len(text) < 2 or _QUOTES.get(text[0]) != text[-1] or whole:
         return _without_outer_quotes(text, original)
     inner = text[1:-1]
     if text[0] == '"' and _straight(inner).count('"') not in (0, _straight(original).count('"')):

@@ -41,8 +41,8 @@ class SetFigures:
         rows: How many rewrites.
         leaks_right: Rewrites with a new word that belongs to the right answer only.
         leaks_wrong: Rewrites with a new word that belongs to one wrong answer only.
-        overlap: By label, in the order of labels; empty for tasks without another field or without labels. Where there
-            are several other fields that are no choices, their words are taken together.
+        overlap: By label, in the order of labels; empty for tasks of choices, without another field or without labels.
+            Of several other fields the words are taken together.
         words_before: Mean words of the original texts.
         words_after: Mean words of the rewritten texts.
     """
@@ -81,8 +81,10 @@ class SetFigures:
             }
             right += truth in leaking
             wrong += bool(leaking - {truth})
-            other = {word for name in task.shown if name not in task.choices for word in words(str(row[name]))}
-            if other and not task.choices:
+            # The question of a choice is no text beside the rewritten one, so nothing is shared there.
+            fields = () if task.choices else task.shown
+            other = {word for name in fields for word in words(str(row[name]))}
+            if other:
                 found = (len(other.intersection(each)) / len(other) for each in (before, after))
                 shares[truth].append((next(found), next(found)))
         return cls(

@@ -1,0 +1,241 @@
+"""The checks of a rewriter's answer: hand-written answers with the fault that a reader would name, and properties."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedzo.data.preprocess.rephrase.checks import check
+from fedzo.data.preprocess.rephrase.config import Check, OatRephraseConfig
+from fedzo.data.preprocess.rephrase.figures import SetFigures
+from fedzo.data.preprocess.rephrase.tasks import TASKS
+
+PROMPT = "Rewrite the premise so that its meaning stays and nothing is added that hints at the answer."
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60).filter(lambda text: text.strip())
+
+
+def fault(rewrite: str, original: str, task: str = "cb", label: int | None = 0, **row: Any) -> Check | None:
+    column = TASKS[task].column
+    row = {column: original, "hypothesis": "it rained", **row}
+    return check(
+        rewrite,
+        truncated=False,
+        row=row,
+        task=TASKS[task],
+        column=column,
+        label=label,
+        prompt=PROMPT,
+        rules=OatRephraseConfig(),
+    ).fault
+
+
+def cleaned(answer: str, original: str) -> str:
+    found = check(
+        answer,
+        truncated=False,
+        row={"premise": original},
+        task=TASKS["cb"],
+        column="premise",
+        label=0,
+        prompt=PROMPT,
+        rules=OatRephraseConfig(),
+    )
+    assert found.fault is None
+    return found.text
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "  The bus was late today.\n",
+        '"The bus was late today."',
+        "\u201cThe bus was late today.\u201d",
+        "Here is the rephrased premise: The bus was late today.",
+        'Certainly, here\'s the rephrased premise:\n\n"The bus was late today."',
+        "Sure!\nThe bus was late today.",
+        "Premise: The bus was late today.",
+        "**Rewritten premise:** The bus was late today.",
+        "Rephrased: The bus was late today.",
+    ],
+)
+def test_what_surrounds_an_answer_is_taken_off(answer: str) -> None:
+    assert cleaned(answer, "Today the bus came late.") == "The bus was late today."
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["Certainly. The bus was late.", "Here the bus was late.", "Okay, the bus was late.", "She said: late bus."],
+)
+def test_a_word_alone_is_no_lead_in(answer: str) -> None:
+    assert cleaned(answer, "Yeah, the bus came late.") == answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "original", "expected"),
+    [
+        ("", "It rained.", Check.empty),
+        (" None. ", "It rained.", Check.empty),
+        ("N/A", "It rained.", Check.empty),
+        ("Here is the rephrased premise The bus was late.", "Today the bus came late.", Check.lead_in),
+        ("I'm sorry, but I can't help with that.", "Today the bus came very late.", Check.lead_in),
+        ('"The bus was late today.', "Today the bus came late.", Check.quotes),
+        ('"Late," he said, "very late."', "He said it was late, very late.", Check.quotes),
+        ("The bus\nwas late.", "Today the bus came late.", Check.line_break),
+        ("Late.", "Today the bus came late because of the snow.", Check.length),
+        ("a b c d e f g h i j k", "Late bus.", Check.length),
+        ("The bus was late was late was late.", "Today the bus came very late.", Check.loop),
+        ("The bus came late late late late.", "Today the bus came very late.", Check.loop),
+        ("Nothing is added that hints at the answer here.", "Today the bus came very late.", Check.echo),
+        ("The bus had people on it.", "The bus had ten people on it.", Check.numbers),
+        ("The bus had 11 people on it.", "The bus had ten people on it.", Check.numbers),
+        ("The bus had 3 people on it.", "The bus had people on it.", Check.numbers),
+        ("Yes, the bus came late.", "Today the bus came late.", Check.leak),
+    ],
+)
+def test_an_answer_has_the_fault_that_a_reader_names(answer: str, original: str, expected: Check) -> None:
+    assert fault(answer, original) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "original"),
+    [
+        ("The bus had 10 people.", "There were ten people on the bus."),
+        ("Some 21 buses left.", "Twenty-one buses left."),
+        ("It cost 3000 euros.", "It cost 3,000 euros."),
+        ("It cost three thousand euros.", "It cost 3,000 euros."),
+        ("It cost 1,500,000 euros.", "It cost 1.5 million euros."),
+        ("It was the 21st bus.", "It was the twenty-first bus."),
+        ("It fell by ten percent.", "It fell by 10%."),
+        ("It took 105 days.", "It took one hundred and five days."),
+        ("It ended in 1999.", "It ended in nineteen ninety-nine."),
+        ("Nobody knew it.", "No one knew it."),
+        ("Initially it was new.", "At first it was new."),
+        ("I love you very much.", "I do love you \U0001f642 very much."),
+        ("\u6211\u975e\u5e38\u7231\u4f60\u4eec", "\u6211\u5f88\u7231\u4f60\u4eec\u5927\u5bb6"),
+        ("I\u0307stanbul is big.", "\u0130stanbul is large."),
+    ],
+)
+def test_the_same_in_another_form_is_no_fault(answer: str, original: str) -> None:
+    assert fault(answer, original, label=2) is None
+
+
+def test_a_rewrite_may_be_six_words_longer_however_short_the_original() -> None:
+    assert fault("a b c d e f g h", "x y") is None
+    assert fault("a b c d e f g h i", "x y") == Check.length
+
+
+def test_an_anchor_must_stay_as_a_whole_word() -> None:
+    assert fault("They RAN, home fast.", "He ran home fast.", "wic", word="ran") is None
+    assert fault("They ranged home fast.", "He ran home fast.", "wic", word="ran") == Check.anchors
+    assert fault("He ran home fast.", "He ran home fast.", "wic", word="run") == Check.anchors, "an unusable row"
+
+
+def test_new_words_of_the_right_choice_alone_are_a_leak() -> None:
+    row = {"choice1": "He was sneezing.", "choice2": "He fell down."}
+
+    assert fault("Sneezed on, the man got tissues.", "The man got tissues.", "copa", 0, **row) == Check.leak
+    assert fault("Sneezed on, the man got tissues.", "The man got tissues.", "copa", 1, **row) is None
+
+
+@pytest.mark.parametrize("task", ["copa", "cb", "rte", "boolq", "multirc", "wic", "wsc", "sst2", "ag_news"])
+def test_a_rewriter_that_always_writes_the_label_is_caught(task: str) -> None:
+    known = TASKS[task]
+    text = "Alpha beta gamma delta epsilon zeta eta theta"
+    row = {"choice1": "red fox", "choice2": "blue bird", "word": "beta", "span1_text": "alpha", "span2_text": "eta"}
+    for label, name in enumerate(known.labels):
+        told = name.format_map(row)
+        assert fault(f"{text} {told}", text, task, label, **row) == Check.leak
+        known_inside = f"Iota {told} kappa {text}"
+        assert fault(f"{known_inside} {told}", known_inside, task, label, **row) == Check.leak
+
+
+def test_a_written_answer_may_not_be_written_again() -> None:
+    assert fault("The tower is in Paris. Paris", "The tower is in Paris.", "squad", None, answer="Paris") == Check.leak
+
+
+def test_the_first_fault_in_the_order_of_the_checks_is_told_and_only_wanted_ones() -> None:
+    row = {"premise": "The bus had ten people on it."}
+    answer = "The\nbus"
+    known = {"truncated": False, "row": row, "task": TASKS["cb"], "column": "premise", "label": 0, "prompt": PROMPT}
+    found = []
+    left = list(Check)
+    while (result := check(answer, rules=OatRephraseConfig(checks=left), **known).fault) is not None:
+        found.append(result)
+        left.remove(result)
+
+    assert found == [Check.line_break, Check.length, Check.numbers]
+    cut = check(answer, rules=OatRephraseConfig(), **{**known, "truncated": True})
+    assert cut.fault == Check.truncated
+
+
+def test_names_that_changed_are_told_but_are_no_fault() -> None:
+    found = check(
+        "Then Mary met the Queen at noon.",
+        truncated=False,
+        row={"premise": "Later Mary met John at noon."},
+        task=TASKS["cb"],
+        column="premise",
+        label=0,
+        prompt=PROMPT,
+        rules=OatRephraseConfig(),
+    )
+
+    assert (found.fault, found.lost_names) == (None, ("John", "Queen"))
+
+
+@given(TEXT)
+def test_an_untouched_original_has_no_fault(text: str) -> None:
+    rules = OatRephraseConfig()
+    known = {"truncated": False, "column": "premise", "label": 0, "prompt": text, "rules": rules, "task": TASKS["cb"]}
+    found = check(text, row={"premise": text}, **known)
+
+    assert found.lost_names == ()
+    assert found.fault is None or not found.text
+
+
+@given(st.integers(0, 10**9), st.sampled_from(["the cat saw {} dogs", "{} is it", "it was {}"]))
+def test_a_number_that_is_added_or_lost_is_always_caught(number: int, text: str) -> None:
+    with_it, without = text.format(f"{number:,}"), text.format("some")
+
+    assert fault(with_it, without, label=2) == Check.numbers
+    assert fault(without, with_it, label=2) == Check.numbers
+
+
+@given(TEXT, TEXT)
+def test_any_pair_of_texts_is_judged(answer: str, original: str) -> None:
+    assert fault(answer, original) in (None, *Check)
+
+
+@pytest.mark.parametrize(
+    "piece", ["a ", "1,", "1,234", '"', "a'", "hundred ", "x\n", "\u6211", "\u0301", "sure -", "`"]
+)
+def test_a_megabyte_is_read_or_refused_within_seconds(piece: str) -> None:
+    began = time.process_time()
+    fault(piece * (1_000_000 // len(piece)), "The bus had ten people on it.")
+
+    assert time.process_time() - began < 2
+
+
+@settings(max_examples=30)
+@given(st.lists(st.sampled_from(["sneezing", "falling", "he", "ran"]), min_size=1, max_size=5))
+def test_figures_count_leaks_both_ways(added: list[str]) -> None:
+    row = {"premise": "The man got tissues", "choice1": "was sneezing", "choice2": "was falling", "label": 0}
+    found = SetFigures.of([(row, " ".join([row["premise"], *added]))], task=TASKS["copa"], column="premise")
+
+    assert (found.leaks_right, found.leaks_wrong) == ("sneezing" in added, "falling" in added)
+    assert (found.words_before, found.words_after) == (4, 4 + len(added))
+
+
+def test_figures_tell_how_many_words_of_the_other_field_are_found_by_label() -> None:
+    rows = [
+        {"premise": "a b c", "hypothesis": "a b", "label": 0},
+        {"premise": "x y", "hypothesis": "x q r s", "label": 1},
+    ]
+    found = SetFigures.of(zip(rows, ["a z", "x q"], strict=True), task=TASKS["cb"], column="premise")
+
+    assert {k: (v.rows, v.before, v.after) for k, v in found.overlap.items()} == {0: (1, 1, 0.5), 1: (1, 0.25, 0.5)}
+    assert SetFigures.of([], task=TASKS["cb"], column="premise").words_after == 0
