@@ -99,10 +99,11 @@ def test_clients_that_prepare_longer_than_startup_s_take_part_and_status_shows_t
     for client in range(2):
         rows = [{"text": f"site {client} says {['bad', 'good'][i % 2]} {i}", "label": i % 2} for i in range(6)]
         (tmp_path / "data" / f"{client}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows_of_each = f"data.path='{tmp_path}/data/{{client}}.jsonl'"
     settings = [
-        "partition=own", "trainer.calibration=imdb", "evaluation.central=false", f"data.path={tmp_path}/data/{{client}}.jsonl",
-        "fl.num_clients=2", "partition.holdout=0", "strategy.startup_s=60", "runtime=local", "preprocess.marks.seconds=14",
-    ]  # fmt: skip
+        *("partition=own", "partition.holdout=0", "trainer.calibration=imdb", "evaluation.central=false", rows_of_each),
+        *("fl.num_clients=2", "runtime=local", "strategy.startup_s=60", "preprocess.marks.seconds=14"),
+    ]
     path = os.pathsep.join([str(PACKAGE), *sys.path])
     run = tmp_path / "run"
     command = [sys.executable, "-m", "fedzo", "train", *overrides(*STAGE, *settings), f"hydra.run.dir={run}"]
