@@ -47,9 +47,9 @@ SITE_HEAD = """\
 <!-- Written by docs/generate.py from the config dataclasses and the refusals; do not edit. -->
 
 A real client [site](glossary.md#site) has one YAML file of its own. The file holds the keys of the machine (`device`,
-`threads`, `artifact_max_bytes`), of [`model`](ref-config.md#model) and of [`data`](ref-config.md#data), and the limits
-below. All keys have defaults. An unknown key, a wrong value and an unknown name are errors, and the message lists what
-is allowed.
+`threads`, `artifact_max_bytes`), of [`model`](ref-config.md#model), [`data`](ref-config.md#data) and
+[`rewriter`](ref-config.md#rewriter), and the limits below. `rewriter` names its option in the key `plugin`. All keys
+have defaults. An unknown key, a wrong value and an unknown name are errors, and the message lists what is allowed.
 
 Only the site writes this file, and nothing in it leaves the site. A command line has no limits, since a simulation
 needs none against itself.
@@ -61,6 +61,9 @@ A site checks its limits when it registers for a run, before it loads the model,
 server asks beyond them is refused with a number and a fixed sentence. The server's log and its error message show them:
 `client 2 cannot take part: refusal 12, its site does not take part in this trainer. Its own log says why`. The site's
 log says which key and which value of the file caused it. A number never changes its meaning.
+
+A site whose stages fail (1) is asked again after 10, 20, 40, ... seconds, and begins again with what they have kept.
+Restart the site to be asked at once, and after a change of its environment or its file.
 
 | number | sentence |
 |---|---|
@@ -78,6 +81,8 @@ NUMBERS = """\
 - A site with fewer training rows than `min_rows` refuses to register (18). The same holds where a run asks for
   label counts (`fl.label_counts`) and one label has fewer rows than that.
 - A site whose `answers` do not name `label_counts` refuses a run that asks for them (19).
+- What preprocess stages tell leaves where `answers` is empty or names `stages`. The counts of a stage leave as a whole
+  or not at all. All counts stay where one count, or the rest of the training rows, is above 0 and below `min_rows`.
 
 The server takes the mean of each number over the clients that tell it. The report says how many did. The
 [scalars](glossary.md#scalar) of training steps are what the method sends: no limit withholds them.

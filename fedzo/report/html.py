@@ -48,7 +48,7 @@ def write_report(run_dir: Path, *, out_dir: Path | None = None) -> Path:
         headline_note=_headline_note(run),
         notes=_notes(run),
         tables=[t for t in (_numbers(run), _evaluators(run), _classes(run), _own_classes(run), _lost(run)) if t[1]],
-        long_tables=[table for table in (_clients(run),) if table[1]],
+        long_tables=[table for table in (_stages(run), _clients(run)) if table[1]],
         pictures=pictures,
         details=[
             ("Configuration", run.config_text),
@@ -228,6 +228,18 @@ def _own_classes(run: RunData) -> Table:
         rights = [score.per_class.get(label, (0, 0))[0] for score in scored]
         rows.append([run.class_name(label), str(total), *map(str, rights)])
     return title, rows
+
+
+def _stages(run: RunData) -> Table:
+    """What the stages of each client tell of its training rows; a client that keeps a number back has none."""
+    title, clients = "What preprocess stages tell", run.setup.clients if run.setup else ()
+    names = dict.fromkeys(name for client in clients for name in client.stages)
+    rows = [["client", *names]]
+    for client in clients:
+        told = [client.stages.get(name) for name in names]
+        cells = ["n/a" if x is None else count_text(int(x)) if x.is_integer() else number_text(x) for x in told]
+        rows.append([str(client.client), *cells])
+    return title, rows if names else []
 
 
 def _clients(run: RunData) -> Table:

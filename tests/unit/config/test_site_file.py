@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from fedzo.config.load import load
-from fedzo.config.schema import LaunchConfig, SiteFile
-from fedzo.config.travel import load_site
+from fedzo.config.schema import LaunchConfig, RunConfig, SiteFile
+from fedzo.config.travel import from_json, is_same_run, load_site, to_json
 from fedzo.errors import ConfigError
 
 TEMPLATE = files("fedzo.commands") / "templates" / "site.yaml"
@@ -40,7 +40,7 @@ def test_the_template_holds_every_key_with_its_default_but_for_the_two_places(tm
 
     site, expected = load_site(tmp_path / "site.yaml"), SiteFile()
 
-    assert keys_in(yaml.safe_load(text)) == keys_of(SiteFile)
+    assert keys_in(yaml.safe_load(text)) == keys_of(SiteFile) | {"rewriter.plugin"}
     expected.model.name, expected.data.path = str(tmp_path / "model"), str(tmp_path / "rows")
     assert site == expected
 
@@ -50,7 +50,7 @@ def test_every_key_of_the_template_has_a_comment_above_it() -> None:
 
     keys = [number for number, line in enumerate(lines) if line.lstrip()[:1] not in ("", "#") and line[-1:] != ":"]
 
-    assert len(keys) == len(keys_of(SiteFile))
+    assert len(keys) == len(keys_of(SiteFile) | {"rewriter.plugin"})
     assert [lines[number] for number in keys if not lines[number - 1].lstrip().startswith("# ")] == []
     assert max(map(len, lines)) <= 120
 
@@ -68,6 +68,7 @@ def test_every_key_of_the_template_has_a_comment_above_it() -> None:
         ("{answers: [none, loss]}", r"limits\.answers must hold none alone"),
         ("{answers: loss}", r"limits\.answers must be list\[str\], got 'loss'"),
         ("{base_digest: abc}", r"limits\.base_digest must be a SHA-256 of 64 hexadecimal digits, got 'abc'"),
+        ("{stages: [identity], answers: [stagse]}", r"limits\.answers must hold names of .*stages.* got 'stagse'"),
         ("{steps: 3}", r"limits must hold keys of SiteLimitsConfig only, got unknown \['steps'\]"),
         ("{min_rows: -1, most_rows: -1}", r"limits\.most_rows must be >= 0.*limits\.min_rows must be >= 0"),
     ],
@@ -80,7 +81,7 @@ def test_what_a_site_cannot_mean_is_refused_with_what_it_could(text: str, messag
 
 
 def test_every_name_that_the_messages_list_is_taken(tmp_path: Path) -> None:
-    names = "[loss, accuracy, token_f1, rouge_l, per_class, label_counts]"
+    names = "[loss, accuracy, token_f1, rouge_l, per_class, label_counts, stages]"
     (tmp_path / "site.yaml").write_text(f"limits: {{trainers: [mezo, lora], stages: [identity], answers: {names}}}\n")
 
     assert load_site(tmp_path / "site.yaml").limits.trainers == ["mezo", "lora"]
@@ -93,3 +94,31 @@ def test_limits_are_no_setting_of_a_command_line() -> None:
         load(["+limits.most_steps=1"])
 
     assert load([]).site().limits.several_clients
+
+
+def test_a_site_names_its_rewriter_by_the_keys_that_differ_from_the_defaults(tmp_path: Path) -> None:
+    """Where its files lie is said from the site file's place."""
+    file = tmp_path / "site.yaml"
+    file.write_text("rewriter: {plugin: none, most_calls: 7, store: ./kept, examples: ../shown.jsonl}\n")
+
+    rewriter = load_site(file).rewriter
+
+    assert (rewriter.most_calls, rewriter.max_tokens) == (7, 512)
+    assert (rewriter.store, rewriter.examples) == (str(tmp_path / "kept"), str(tmp_path.parent / "shown.jsonl"))
+    file.write_text("rewriter: {most_calls: 7}\n")
+    with pytest.raises(ConfigError, match=r"rewriter\.plugin must be one of .*none.*, got None"):
+        load_site(file)
+    file.write_text("rewriter: {plugin: none, most_cals: 7}\n")
+    with pytest.raises(
+        ConfigError, match=r"rewriter must hold keys of NoRewriterConfig only, got unknown \['most_cals'"
+    ):
+        load_site(file)
+
+
+def test_a_rewriter_is_the_sites_own(tmp_path: Path) -> None:
+    one, other = load([]), load(["rewriter=none", "rewriter.most_calls=9", "rewriter.store=here"])
+
+    assert other.site().rewriter.most_calls == 9
+    assert is_same_run(one, other)
+    assert "rewriter" not in {field.name for field in fields(RunConfig)}
+    assert from_json(to_json(other), LaunchConfig) == other

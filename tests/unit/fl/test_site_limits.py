@@ -11,7 +11,16 @@ import pytest
 
 from fedzo.fl.config import SiteLimitsConfig
 from fedzo.fl.messages import Refusal
-from fedzo.fl.site_limits import SiteError, answers_any, check_base, check_rows, check_run, check_work, leaving
+from fedzo.fl.site_limits import (
+    SiteError,
+    answers_any,
+    check_base,
+    check_rows,
+    check_run,
+    check_work,
+    leaving,
+    leaving_figures,
+)
 from fedzo.records.scores import PartialScore, Score
 
 RUN: dict[str, Any] = {
@@ -57,6 +66,7 @@ def test_the_numbers_of_refusals_keep_their_meaning() -> None:
         33: "absent",
         34: "slow",
         35: "version",
+        36: "preparing",
     }
     assert len({refusal.sentence for refusal in Refusal}) == len(Refusal)
 
@@ -158,3 +168,28 @@ def test_no_number_leaves_that_stands_for_fewer_rows_than_the_file_says() -> Non
     assert three is not None
     assert three.per_class == SCORE.per_class
     assert not answers_any(limits(min_rows=9), ["loss"], num_rows=8)
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({}, {"a.done", "a.kept", "a.share", "b.done"}),
+        ({"answers": ["loss"]}, set()),
+        ({"answers": ["none"]}, set()),
+        ({"answers": ["loss", "stages"]}, {"a.done", "a.kept", "a.share", "b.done"}),
+        ({"min_rows": 5}, {"a.done", "a.kept", "a.share", "b.done"}),
+        ({"min_rows": 6}, {"a.share", "b.done"}),  # 5 rows of a are kept, and the other count would tell them
+    ],
+)
+def test_counts_of_a_stage_leave_together_or_not_at_all(keys: dict[str, Any], told: set[str]) -> None:
+    figures = {"a.done": 95, "a.kept": 5, "a.share": 0.25, "b.done": 100}
+
+    leave = leaving_figures(limits(**keys), figures, num_train=100)
+
+    assert leave == {name: value for name, value in figures.items() if name in told}
+
+
+def test_what_is_left_of_the_rows_counts_as_a_count() -> None:
+    """Of 100 rows 98 are done: two are not."""
+    assert leaving_figures(limits(min_rows=3), {"a.done": 98}, num_train=100) == {}
+    assert leaving_figures(limits(min_rows=3), {"a.done": 0}, num_train=100) == {"a.done": 0}

@@ -1,0 +1,211 @@
+"""Who is waited for, and how long, while clients prepare their rows: on a clock of the test's own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import pytest
+from flwr.app import Message
+from flwr.app.message.message import make_message
+
+from fedzo.errors import ProtocolError
+from fedzo.fl.client.worker import Identity
+from fedzo.fl.messages import HelloReply, Refusal, encode
+from fedzo.fl.server import client_registry
+from fedzo.fl.server.client_registry import ClientRegistry
+from fedzo.records.metrics import ClientSetup
+
+IDENTITY = Identity(config_hash="c" * 64, base_digest="b", tokenizer_digest="t", task_digest="k")
+READY = HelloReply(num_train=9, rows_digest="d" * 64, stages='{"marks.marked": 9.0}', **asdict(IDENTITY))
+STARTUP_S = 300.0
+
+
+def preparing(done: int, total: int = 1000) -> HelloReply:
+    return HelloReply(preparing=total, prepared=done, **asdict(IDENTITY))
+
+
+@dataclass
+class Clock:
+    """Time that passes where the registry sleeps."""
+
+    now: float = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@dataclass
+class Grid:
+    """Nodes 100, 101, ... of clients 0, 1, ..., which answer by the time; None is no answer."""
+
+    clock: Clock
+    answers: list[Callable[[float], HelloReply | None]]
+    greeted: dict[int, list[float]] = field(default_factory=dict)
+    _asked: dict[str, Message] = field(default_factory=dict)
+
+    def get_node_ids(self) -> list[int]:
+        return [100 + client for client in range(len(self.answers))]
+
+    def client_of(self, node: int) -> int:
+        return node - 100
+
+    def restarts(self) -> int:
+        return 0
+
+    def lost(self, reply: Message) -> bool:
+        return False
+
+    def wire_bytes(self) -> None:
+        return None
+
+    def push_messages(self, messages: list[Message]) -> list[str]:
+        for message in messages:
+            self.greeted.setdefault(message.metadata.dst_node_id - 100, []).append(self.clock.now)
+            message.metadata.__dict__["_message_id"] = str(len(self._asked))
+            self._asked[message.metadata.message_id] = message
+        return [message.metadata.message_id for message in messages]
+
+    def pull_messages(self, names: list[str]) -> list[Message]:
+        replies = []
+        for name in names:
+            message = self._asked[name]
+            answer = self.answers[message.metadata.dst_node_id - 100](self.clock.now)
+            if answer is not None:
+                content = encode(answer)
+                metadata = Message(content, reply_to=message).metadata
+                replies.append(make_message(metadata=metadata, content=content))
+        return replies
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(client_registry, "time", made)
+    return made
+
+
+def works(clock: Clock, *, until: float, rows_a_second: float) -> Callable[[float], HelloReply]:
+    """A client that is ready after so many seconds."""
+    began = clock.now
+    return lambda now: READY if now - began >= until else preparing(int(rows_a_second * (now - began)))
+
+
+def test_a_run_begins_when_the_slowest_client_is_ready_however_long_it_prepares(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    grid = Grid(clock, [lambda now: READY, works(clock, until=3000.0, rows_a_second=0.3)])
+    registry, began = ClientRegistry(num_clients=2, identity=IDENTITY), clock.now
+
+    registry.wait(grid, timeout_s=STARTUP_S)
+
+    assert 3000 <= clock.now - began < 3000 + client_registry.PREPARING_S + 1
+    assert sorted(registry.nodes) == [0, 1]
+    assert registry.figures[1] == {"marks.marked": 9.0}
+    gaps = [after - before for before, after in zip(grid.greeted[1], grid.greeted[1][1:], strict=False)]
+    assert min(gaps) >= 4.9  # every few seconds, and not less often from time to time
+    assert max(gaps) <= 5.5
+    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert 9 <= len(told) <= 11  # every 300 s
+    assert told[0] == "client 1 is preparing, 0 of 1000 rows"
+
+
+@pytest.mark.parametrize("of", ["stuck", "counting down", "of another connection each time"])
+def test_a_client_whose_count_stands_still_holds_the_run_no_longer_than_twice_the_time(clock: Clock, of: str) -> None:
+    began = clock.now
+    grid = Grid(clock, [lambda now: preparing(900 if of == "stuck" else 900 - int(now - began) % 900)])
+    if of == "of another connection each time":
+        grid.get_node_ids = lambda: [] if int(clock.now - began) % 100 == 99 else [100]  # type: ignore[method-assign]
+
+    with pytest.raises(ProtocolError, match=r"clients \[0\] did not \(client 0 is preparing, \d+ of 1000 rows\)"):
+        ClientRegistry(num_clients=1, identity=IDENTITY).wait(grid, timeout_s=STARTUP_S)
+
+    assert 2 * STARTUP_S - 10 <= clock.now - began < 2 * STARTUP_S + 2  # an absent one is not waited for
+
+
+def test_it_that_gets_on_too_slowly_holds_the_run_no_longer_either(clock: Clock) -> None:
+    """A row in 290 s is in time, and a row in 310 s is not: each row then costs 10 s of the 300."""
+    began = clock.now
+    grid = Grid(clock, [lambda now: preparing(int((now - began) // 310))])
+
+    with pytest.raises(ProtocolError, match="preparing"):
+        ClientRegistry(num_clients=1, identity=IDENTITY).wait(grid, timeout_s=STARTUP_S)
+
+    assert clock.now - began > 10 * STARTUP_S
+    clock.now, began = 10_000.0, 10_000.0
+    fast = Grid(clock, [lambda now: READY if now - began > 20_000 else preparing(int((now - began) // 290))])
+    ClientRegistry(num_clients=1, identity=IDENTITY).wait(fast, timeout_s=STARTUP_S)
+
+
+def test_a_run_that_has_begun_goes_on_without_a_client_that_prepares_and_lets_it_in_later(clock: Clock) -> None:
+    began = clock.now
+    grid = Grid(clock, [lambda now: READY, works(clock, until=1000.0, rows_a_second=0.9)])
+    registry = ClientRegistry(num_clients=2, identity=IDENTITY)
+    setups = [ClientSetup(client=k, num_train=9, num_heldout=0, label_counts={}, rows_digest="d" * 64) for k in (0, 1)]
+    registry.recall(setups)
+
+    registry.wait(grid, timeout_s=STARTUP_S, fewest=1)
+    assert sorted(registry.nodes) == [0]
+    assert clock.now - began < STARTUP_S + 1  # it does not hold what others can do
+    for _ in range(100):
+        before = clock.now
+        assert registry.refresh(grid, fewest=1, timeout_s=60.0) == []
+        assert clock.now == before
+        registry.beside(grid)  # a round
+        clock.now += 6.0
+    (told,) = (row for row in registry.presence(7).clients if row.client == 1)
+    assert (told.state, told.version) == ("preparing", READY.version)
+    assert told.why == "preparing, 801 of 1000 rows"
+
+    clock.now = began + 1001
+    registry.beside(grid)
+    registry.beside(grid)
+
+    assert registry.refresh(grid) == [1]
+    assert {row.state for row in registry.presence(7).clients} == {"ready"}
+
+
+def test_preparing_is_no_failure_and_an_error_of_a_stage_is_asked_after_again(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The operator mends a key while another client still prepares."""
+    began = clock.now
+    refused = HelloReply(config_hash=IDENTITY.config_hash, refusal=Refusal.rows)
+
+    def mended(now: float) -> HelloReply:
+        return preparing(3) if now - began < 20 else refused if now - began < 100 else READY
+
+    registry = ClientRegistry(num_clients=2, identity=IDENTITY)
+    registry.wait(Grid(clock, [mended, works(clock, until=400.0, rows_a_second=2.0)]), timeout_s=STARTUP_S)
+
+    assert sorted(registry.nodes) == [0, 1]
+    told = [text for text in (record.getMessage() for record in caplog.records) if "cannot take part" in text]
+    assert told == [f"client 0 cannot take part: {Refusal.rows.text}. Its own log says why"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "match"),
+    [
+        (replace(preparing(3), prepared=1001), "no more rows can be prepared than the 1000 that it prepares, got 1001"),
+        (replace(preparing(3), base_digest="x"), r"its base weights must be the server's \(b\), got x"),
+        (replace(READY, stages="[1]"), r"stages must be a JSON object of at most 64 finite numbers by name, got '\[1"),
+        (replace(READY, stages='{"a.b": NaN}'), "stages must be a JSON object"),
+        (replace(READY, stages='{"<b>": 1.0}'), "stages must be a JSON object"),
+    ],
+)
+def test_what_cannot_be_meant_is_named(clock: Clock, answer: HelloReply, match: str) -> None:
+    with pytest.raises(ProtocolError, match=match):
+        ClientRegistry(num_clients=1, identity=IDENTITY).wait(Grid(clock, [lambda now: answer]), timeout_s=1.0)
+
+
+def test_another_result_of_its_stages_is_not_let_in_again(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    registry: Any = ClientRegistry(num_clients=1, identity=IDENTITY)
+    registry.recall([ClientSetup(client=0, num_train=9, num_heldout=0, label_counts={}, rows_digest="e" * 64)])
+
+    with pytest.raises(ProtocolError, match="what its stages made of them"):
+        registry.wait(Grid(clock, [lambda now: READY]), timeout_s=1.0)
