@@ -102,6 +102,9 @@ class LocalChat:
                 results[place] = answer
         return [result for result in results if result is not None]
 
+    def close(self) -> None:
+        self._models.clear()
+
     def _answers(
         self, model: str, max_tokens: int, prompts: list[list[int]], requests: list[Request]
     ) -> list[Completion]:
