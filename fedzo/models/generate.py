@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from fedzo.errors import ConfigError
 from fedzo.models.checks import num_positions, num_rows
@@ -16,7 +16,6 @@ from fedzo.models.plan import FEW_FORWARDS, plan_batches
 from fedzo.models.virtual_tokens import num_virtual_tokens
 
 
-@torch.inference_mode()
 def generate(
     loaded: LoadedModel,
     prompts: Sequence[Sequence[int]],
@@ -44,29 +43,70 @@ def generate(
     Raises:
         ConfigError: A prompt is empty.
     """
+    tokenizer = loaded.tokenizer
+    answers = generate_tokens(
+        loaded,
+        prompts,
+        ends=end_tokens(loaded) | (_newline(tokenizer) if stop_at_newline else set()),
+        max_new_tokens=max_new_tokens,
+        tokens_per_batch=tokens_per_batch,
+        on_batch=on_batch,
+        before=before,
+    )
+    texts = [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
+    return [text.split("\n", 1)[0].rstrip() if stop_at_newline else text for text in texts]
+
+
+@torch.inference_mode()
+def generate_tokens(
+    loaded: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    ends: set[int],
+    max_new_tokens: int,
+    tokens_per_batch: int,
+    on_batch: Callable[[int, int], None] | None = None,
+    before: Callable[[list[int]], None] | None = None,
+    change: LogitsProcessor | None = None,
+) -> list[list[int]]:
+    """The most probable next tokens of each prompt, as they come: behind an answer's end may lie padding.
+
+    Args:
+        loaded: The model.
+        prompts: As in ``generate``.
+        ends: Tokens that end an answer, and belong to it.
+        max_new_tokens: As in ``generate``.
+        tokens_per_batch: As in ``generate``.
+        on_batch: As in ``generate``.
+        before: As in ``generate``.
+        change: Changes a batch's logits before the highest is taken.
+
+    Raises:
+        ConfigError: A prompt is empty.
+    """
     if not all(prompts):
         raise ConfigError("every prompt must have at least one token, got an empty one. Check the task's template.")
     tokenizer = loaded.tokenizer
-    ends = _end_tokens(loaded)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(end_tokens(loaded)), 0)
     settings = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
         use_cache=True,
-        eos_token_id=sorted(ends | (_newline(tokenizer) if stop_at_newline else set())) or None,
+        eos_token_id=sorted(ends) or None,
         pad_token_id=pad,
     )
     longest, virtual = num_positions(loaded.model), num_virtual_tokens(loaded.model)
     if longest is not None:
         prompts = [prompt[-max(1, longest - max_new_tokens - virtual) :] for prompt in prompts]
-    answers = [""] * len(prompts)
+    answers: list[list[int]] = [[] for _ in prompts]
     num_done = 0
     lengths = [virtual + len(prompt) + max_new_tokens for prompt in prompts]
     # padding would lie between virtual tokens and text, and use up a sliding window: then no batch has any
     if before is not None and prompts:
         before([0])
     padded = virtual == 0 and len(set(lengths)) > 1 and _ignores_padding(loaded, pad)
+    changes = {} if change is None else {"logits_processor": LogitsProcessorList([change])}
     for batch in _batches(lengths, tokens_per_batch=tokens_per_batch, padded=padded):
         width = max(len(prompts[i]) for i in batch)
         ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in batch])
@@ -74,11 +114,10 @@ def generate(
         if before is not None:
             before(batch)
         output = cast(Any, loaded.model).generate(
-            ids.to(loaded.device), attention_mask=mask.to(loaded.device), generation_config=settings
+            ids.to(loaded.device), attention_mask=mask.to(loaded.device), generation_config=settings, **changes
         )
         for i, tokens in zip(batch, output[:, width:].tolist(), strict=True):
-            text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-            answers[i] = text.split("\n", 1)[0].rstrip() if stop_at_newline else text
+            answers[i] = tokens
         num_done += len(batch)
         if on_batch is not None:
             on_batch(num_done, len(prompts))
@@ -120,7 +159,7 @@ def _batches(lengths: Sequence[int], *, tokens_per_batch: int, padded: bool) -> 
             yield [group[i] for i in batch]
 
 
-def _end_tokens(loaded: LoadedModel) -> set[int]:
+def end_tokens(loaded: LoadedModel) -> set[int]:
     """What ends an answer: the tokenizer's end, and those of the model (a chat model may have several)."""
     named = getattr(cast(Any, loaded.model).generation_config, "eos_token_id", None)
     ends = {named} if isinstance(named, int) else set(named or ())

@@ -136,6 +136,10 @@ class Backend(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Let go of connections, or of a model; calls in flight are given up."""
+        ...
+
 
 @dataclass(kw_only=True, slots=True)
 class RewriterConfig(PluginConfig):

@@ -57,7 +57,8 @@ class ChatCompletions:
             timeout=httpx.Timeout(None, connect=min(CONNECT_S, config.timeout_s / 2)),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=config.concurrency),
         )
-        threading.Thread(target=self._loop.run_forever, name="fedzo-chat", daemon=True).start()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="fedzo-chat", daemon=True)
+        self._thread.start()
 
     def fingerprint(self, model: str) -> str:
         return model
@@ -70,9 +71,11 @@ class ChatCompletions:
         return [self._answer(request) for request in requests]
 
     def close(self) -> None:
-        """Close the connections."""
-        self._run(self._client.aclose())
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        if not self._loop.is_closed():
+            self._run(self._end())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
@@ -110,6 +113,11 @@ class ChatCompletions:
             schema = {"name": "answer", "strict": True, "schema": dict(request.schema)}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
         return body
+
+    async def _end(self) -> None:
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()  # a call that nobody waits for any more
+        await self._client.aclose()
 
     async def _post(self, body: dict[str, Any]) -> tuple[int, httpx.Headers, bytes]:
         async with (

@@ -1,0 +1,243 @@
+"""Many calls: in order, once each, within budgets, and what is done is kept, whatever ends the process."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedzo.data.preprocess.rephrase import caller as caller_module
+from fedzo.data.preprocess.rephrase.backend import EndpointError, RewriterConfig, RowFault
+from fedzo.data.preprocess.rephrase.caller import Caller
+from fedzo.data.preprocess.rephrase.store import FILE, Store
+from fedzo.errors import FolderInUseError
+
+Make = Callable[..., Any]
+
+CHILD = """
+import sys
+from pathlib import Path
+from fedzo.data.preprocess.rephrase.backend import Message, Request
+from fedzo.data.preprocess.rephrase.caller import Caller
+from fedzo.data.preprocess.rephrase.chat_completions import ChatCompletions
+from fedzo.data.preprocess.rephrase.openai_compatible import OpenAICompatibleConfig
+from fedzo.data.preprocess.rephrase.store import Store
+
+url, folder, concurrency = sys.argv[1:]
+config = OpenAICompatibleConfig(base_url=url, model="m", concurrency=int(concurrency))
+requests = [Request((Message("user", f"row {i}"),), "m", 0.0, 0, 16) for i in range(40)]
+with Store(Path(folder)) as store:
+    Caller(ChatCompletions(config, key=None), store, config).answer(requests)
+"""
+
+
+def _text(body: dict[str, Any]) -> str:
+    return str(body["messages"][0]["content"])
+
+
+@pytest.fixture
+def echo(serve: Make, sent: Make, chat: Make) -> Make:
+    """Starts a server that answers a text by the text in capitals, after a while, with 10 and 5 tokens."""
+
+    def start(seconds: float = 0.0) -> Any:
+        usage = {"prompt_tokens": 10, "completion_tokens": 5}
+
+        def reply(handler: Any, body: dict[str, Any]) -> None:
+            time.sleep(seconds)
+            sent(handler, 200, chat(_text(body).upper(), usage=usage))
+
+        return serve(reply)
+
+    return start
+
+
+def test_answers_come_in_order_and_once(echo: Make, client: Make, ask: Make, tmp_path: Path) -> None:
+    endpoint, seen = echo(), []
+    requests = [ask(f"row {i % 7}") for i in range(20)]
+
+    with Store(tmp_path) as store:
+        caller = Caller(client(endpoint.url), store, RewriterConfig(price_prompt=2.0, price_answer=4.0))
+        answers = caller.answer(requests, lambda done, total: seen.append((done, total)))
+        again = Caller(client("http://127.0.0.1:9/v1"), store, RewriterConfig())
+        assert again.answer(requests) == answers
+
+    assert [answer.text for answer in answers] == [f"ROW {i % 7}" for i in range(20)]
+    assert Counter(map(_text, endpoint.bodies)) == {f"row {i}": 1 for i in range(7)}
+    assert seen[0] == (0, 20)
+    assert seen[-1] == (20, 20)
+    assert sorted(seen) == seen
+    totals = caller.totals
+    assert (totals.calls, totals.prompt_tokens, totals.answer_tokens, totals.faults) == (7, 70, 35, 0)
+    assert caller.cost == pytest.approx((70 * 2 + 35 * 4) / 1e6)
+    assert (again.totals.calls, again.totals.from_store) == (0, 20)
+
+
+def test_faults_keep_their_place_and_are_asked_again(
+    serve: Make, sent: Make, chat: Make, client: Make, ask: Make, tmp_path: Path
+) -> None:
+    endpoint = serve(lambda handler, body: sent(handler, 400 if "3" in _text(body) else 200, chat("fine")))
+    requests = [ask(f"row {i}") for i in range(5)]
+
+    for _ in range(2):
+        with Store(tmp_path) as store:
+            answers = Caller(client(endpoint.url), store, RewriterConfig()).answer(requests)
+        assert [isinstance(answer, RowFault) for answer in answers] == [False, False, False, True, False]
+
+    assert Counter(map(_text, endpoint.bodies)) == {"row 0": 1, "row 1": 1, "row 2": 1, "row 3": 2, "row 4": 1}
+
+
+@pytest.mark.parametrize(
+    ("budget", "calls"),
+    [
+        ({"most_calls": 3}, 3),
+        ({"most_tokens": 76}, 4),  # a call takes 15, and may take 12 + 16 before it is made: 3 * 15 + 28 = 73
+        ({"most_tokens": 72}, 3),
+        ({"most_cost": 76e-6, "price_prompt": 1.0, "price_answer": 1.0}, 4),
+    ],
+)
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_a_budget_stops_before_a_call_that_may_exceed_it(
+    budget: dict[str, Any], calls: int, concurrency: int, echo: Make, client: Make, ask: Make, tmp_path: Path
+) -> None:
+    endpoint, config = echo(), RewriterConfig(**budget)
+    requests = [ask(f"row {i}") for i in range(10)]
+
+    with Store(tmp_path) as store:
+        backend = client(endpoint.url, concurrency=concurrency)
+        with pytest.raises(EndpointError, match=rf"budget \(rewriter.most_.*\) does not hold.*: {calls} calls.*Raise"):
+            Caller(backend, store, config).answer(requests)
+        assert len(endpoint.bodies) == len(store) == calls
+        with pytest.raises(EndpointError):
+            Caller(backend, store, config).answer(requests)  # its budget is new, what is done costs nothing
+        assert len(store) == 2 * calls
+
+
+def test_an_endpoint_that_is_not_there_stops_and_keeps_what_is_done(
+    serve: Make, sent: Make, chat: Make, client: Make, ask: Make, tmp_path: Path
+) -> None:
+    endpoint = serve(lambda handler, body: sent(handler, 401 if "5" in _text(body) else 200, chat("fine")))
+
+    with Store(tmp_path) as store:
+        with pytest.raises(EndpointError, match="answered 401"):
+            Caller(client(endpoint.url, concurrency=2), store, RewriterConfig()).answer(
+                [ask(f"row {i}") for i in range(10)]
+            )
+        assert len(store) in (5, 6)  # a call may be in flight beside the sixth
+
+
+def test_too_many_faults_stop(serve: Make, sent: Make, chat: Make, client: Make, ask: Make, tmp_path: Path) -> None:
+    endpoint = serve(lambda handler, body: sent(handler, 500 if int(_text(body)) % 4 == 0 else 200, chat("fine")))
+
+    with Store(tmp_path) as store, pytest.raises(EndpointError, match=r"5 of 20 calls failed, .* more than 20%"):
+        Caller(client(endpoint.url, concurrency=1), store, RewriterConfig()).answer([ask(str(i)) for i in range(30)])
+
+    assert len(endpoint.bodies) == 20
+
+
+def test_a_busy_endpoint_gets_fewer_calls_at_once_after_the_time_that_it_asks_for(
+    serve: Make, sent: Make, chat: Make, client: Make, ask: Make, tmp_path: Path
+) -> None:
+    lock, at_once, most, refused_at, resumed_at = threading.Lock(), [0], [0], [], []
+
+    def reply(handler: Any, _: object) -> None:
+        with lock:
+            at_once[0] += 1
+            first = not refused_at
+            if first:
+                refused_at.append(time.monotonic())
+            elif time.monotonic() > refused_at[0] + 0.5:
+                resumed_at.append(time.monotonic())
+                most[0] = max(most[0], at_once[0])
+        time.sleep(0.2)
+        with lock:
+            at_once[0] -= 1
+        sent(handler, 429, b"", Retry_After="1") if first else sent(handler, 200, chat("fine"))
+
+    with Store(tmp_path) as store:
+        caller = Caller(client(serve(reply).url, concurrency=8), store, RewriterConfig())
+        answers = caller.answer([ask(f"row {i}") for i in range(16)])
+
+    assert [answer.text for answer in answers] == ["fine"] * 16
+    assert caller.totals.busy == 1
+    assert most[0] == 4
+    assert resumed_at[0] - refused_at[0] >= 1
+
+
+def test_an_endpoint_that_stays_busy_is_asked_a_bounded_number_of_times(
+    serve: Make, sent: Make, client: Make, ask: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(caller_module, "FIRST_WAIT_S", 0.001)
+    endpoint = serve(lambda handler, _: sent(handler, 429, b""))
+
+    with Store(tmp_path) as store:
+        (fault,) = Caller(client(endpoint.url), store, RewriterConfig()).answer([ask()])
+        assert (fault.reason, len(endpoint.bodies)) == ("unavailable", 6)
+        with pytest.raises(EndpointError, match="10 times in a row that it is busy"):
+            Caller(client(endpoint.url, concurrency=1), store, RewriterConfig()).answer([ask("a"), ask("b"), ask("c")])
+
+    assert len(endpoint.bodies) == 6 + 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_a_process_that_is_killed_loses_its_calls_in_flight_only(concurrency: int, echo: Make, tmp_path: Path) -> None:
+    endpoint = echo(0.05)
+    command = [sys.executable, "-c", CHILD, endpoint.url, str(tmp_path), str(concurrency)]
+    process = subprocess.Popen(command)
+    _wait_for(lambda: len(endpoint.bodies) >= 15)
+    process.kill()
+    process.wait()
+    num_before = len(endpoint.bodies)
+    with (tmp_path / FILE).open("rb") as file:
+        kept = file.read().count(b'"key"')
+
+    subprocess.run(command, check=True)
+
+    asked = Counter(map(_text, endpoint.bodies))
+    assert set(asked) == {f"row {i}" for i in range(40)}
+    assert num_before - concurrency <= kept <= num_before
+    assert len(endpoint.bodies) == 40 + num_before - kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_an_interrupt_ends_promptly_and_keeps_what_is_done(concurrency: int, echo: Make, tmp_path: Path) -> None:
+    endpoint = echo(0.05)
+    command = [sys.executable, "-c", CHILD, endpoint.url, str(tmp_path), str(concurrency)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    _wait_for(lambda: len(endpoint.bodies) >= 10)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+
+    assert "KeyboardInterrupt" in errors
+    assert process.returncode == -signal.SIGINT
+    with Store(tmp_path) as store:
+        assert len(endpoint.bodies) - concurrency <= len(store) < 40
+
+
+@pytest.mark.slow
+def test_of_two_processes_on_one_store_the_second_refuses(echo: Make, tmp_path: Path) -> None:
+    endpoint = echo(0.05)
+    first = subprocess.Popen([sys.executable, "-c", CHILD, endpoint.url, str(tmp_path), "1"])
+    _wait_for(lambda: len(endpoint.bodies) >= 1)
+
+    with pytest.raises(FolderInUseError, match=rf"{tmp_path / FILE}: another process is writing to it. Wait for it"):
+        Store(tmp_path)
+
+    assert first.wait() == 0
+    assert len(endpoint.bodies) == 40
+
+
+def _wait_for(happened: Callable[[], bool]) -> None:
+    end = time.monotonic() + 120
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.005)
