@@ -83,10 +83,11 @@ class Caller:
         backend: Who answers.
         store: Where answers are kept; faults are not.
         config: The budgets: they count from now, and what the store has costs nothing.
+        totals: What earlier callers of the same command or run did, for which the budgets hold, too.
     """
 
-    def __init__(self, backend: Backend, store: Store, config: RewriterConfig) -> None:
-        self.totals = Totals()
+    def __init__(self, backend: Backend, store: Store, config: RewriterConfig, *, totals: Totals | None = None) -> None:
+        self.totals = Totals() if totals is None else totals
         self._backend = backend
         self._store = store
         self._config = config

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from fedzo.data.config import TaskConfig
 from fedzo.data.files import Row
 from fedzo.data.preprocess.rephrase.backend import REWRITERS, RewriterConfig
-from fedzo.data.preprocess.rephrase.caller import Caller
+from fedzo.data.preprocess.rephrase.caller import Caller, Totals
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
 from fedzo.data.preprocess.rephrase.course import Attempt, Course
 from fedzo.data.preprocess.rephrase.examples import read_examples
@@ -20,8 +21,10 @@ from fedzo.data.preprocess.rephrase.prompts import Prompts
 from fedzo.data.preprocess.rephrase.results import Results, recipe_digest
 from fedzo.data.preprocess.rephrase.store import Store
 from fedzo.data.preprocess.rephrase.tasks import rephrase_task
-from fedzo.errors import ConfigError
+from fedzo.errors import ConfigError, FolderInUseError
 from fedzo.records.rephrase import Calibration, RowOutcome
+
+_WAIT_S = 1.0  # between two looks at a store that another process has
 
 
 def prompts_of(config: OatRephraseConfig, task: TaskConfig, examples: str | None = None) -> Prompts:
@@ -47,6 +50,7 @@ class Rephraser:
     task: TaskConfig
     rewriter: RewriterConfig
     folder: Path
+    _totals: Totals = field(default_factory=Totals, compare=False)
 
     @cached_property
     def prompts(self) -> Prompts:
@@ -96,13 +100,13 @@ class Rephraser:
         """
         prompts = self.prompts
         backend = REWRITERS.build(self.rewriter)
-        with Store(self.folder / "calls") as store:
+        with closing(backend), Store(self.folder / "calls") as store:
             yield Course(
                 self.config,
                 self.task,
                 prompts,
                 backend,
-                Caller(backend, store, self.rewriter),
+                Caller(backend, store, self.rewriter, totals=self._totals),
                 rewriter=self.rewriter.model,
                 judge=self.judge_model,
                 max_tokens=self.rewriter.max_tokens,
@@ -119,14 +123,17 @@ class Rephraser:
 
     def outcomes(self, rows: Sequence[Row], on_progress: Callable[[int, int], None]) -> list[RowOutcome]:
         """What stands in the place of each row's text: what is kept, or made now where a row has nothing."""
-        found = self.results.find(rows)
-        if found is None:
-            self.rewrite(rows, on_progress)
-            found = self.results.find(rows)
-        if found is None:
-            raise ConfigError(
-                f"{self.results.file}: the rows' results must be there after they were made. Report this."
-            )
+        while (found := self.results.find(rows)) is None:
+            if self.config.imported:
+                raise ConfigError(
+                    f"{self.results.file}: the imported rewrites of all rows must be there. Call fedzo rephrase import "
+                    "on this machine, for these rows and with this recipe."
+                )
+            try:
+                self.rewrite(rows, on_progress)
+            except FolderInUseError:  # another process of this site has the store, and may be making these very rows
+                on_progress(0, len(rows))
+                time.sleep(_WAIT_S)
         return found
 
     def test_judge(self, rows: Sequence[Row], *, most: int, on_progress: Callable[[int, int], None]) -> Calibration:

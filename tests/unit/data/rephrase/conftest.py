@@ -122,6 +122,9 @@ class Scripted:
     batch_size: int = 1
     concurrency: int = 1
 
+    def close(self) -> None:
+        """Nothing to let go."""
+
     def fingerprint(self, model: str) -> str:
         return model
 

@@ -36,9 +36,13 @@ BODY = st.fixed_dictionaries(
 def _read(body: bytes) -> Completion | None:
     try:
         answer = read_answer(body, prompt_tokens=5, completion_tokens=6)
-    except MalformedError as fault:
-        assert len(str(fault)) < 1000
-        assert str(fault).isprintable()
+    except MalformedError as error:
+        fault = str(error)
+    else:
+        fault = None
+    if fault is not None:
+        assert len(fault) < 1000
+        assert fault.isprintable()
         return None
     assert len(answer.text) <= MOST_TEXT
     answer.text.encode()

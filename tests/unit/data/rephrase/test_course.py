@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from fedzo.config.load import load
 from fedzo.data.config import TaskConfig
 from fedzo.data.preprocess.rephrase.backend import (
+    REWRITERS,
     Completion,
     EndpointError,
     NoRewriterConfig,
     Request,
+    RewriterConfig,
     RowFault,
     RowReason,
 )
@@ -279,6 +281,42 @@ def test_no_backend_changes_another_column_or_the_order(replies: list[Any], data
     assert [{**row, "premise": None} for row in made] == [{**row, "premise": None} for row in ROWS]
     for before, after in zip(ROWS, made, strict=True):
         assert after["premise"] == before["premise"] or after["premise"] in accepted
+
+
+def test_the_budgets_hold_for_all_clients_of_a_process(
+    tmp_path: Path, scripted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each client opens the store and the backend anew; what they spend is one sum."""
+    backend = scripted(honest)
+    monkeypatch.setattr(REWRITERS, "build", lambda config: backend)
+    rephraser = Rephraser(RECIPE, COPA, RewriterConfig(most_calls=7), tmp_path)
+
+    rephraser.outcomes(ROWS[:2], lambda done, total: None)
+    with pytest.raises(EndpointError, match="most_calls=7"):
+        rephraser.outcomes(ROWS[2:], lambda done, total: None)
+
+    assert len(backend.asked) == 7
+
+
+def test_a_second_process_waits_for_the_store(tmp_path: Path, scripted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is stopped by its own progress here; the first one lets the store go in the second case."""
+    other = Store(tmp_path / "calls")
+    rephraser = Rephraser(RECIPE, COPA, NoRewriterConfig(), tmp_path)
+
+    class StopError(Exception):
+        pass
+
+    def stop(done: int, total: int) -> None:
+        raise StopError
+
+    backend = scripted(honest)
+    monkeypatch.setattr(REWRITERS, "build", lambda config: backend)
+    with pytest.raises(StopError):
+        rephraser.outcomes(ROWS, stop)
+    assert backend.asked == []
+
+    other.close()
+    assert counts(rephraser.outcomes(ROWS, lambda done, total: None)) == {"rewritten": 3}
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
