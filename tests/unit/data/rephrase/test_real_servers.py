@@ -90,21 +90,21 @@ def test_both_lead_to_answers_of_one_shape(
 ) -> None:
     kind, url, model = server
     given = {"model": model, "max_tokens": 12}
-    long = "word " * 1500  # 1,500 tokens and more: beyond the context of one, and of no matter to the other
     requests = [
         ask("Say hello.", **given),
         ask("Say hello.", **given),
-        ask("Do these mean the same? A dog ran. A dog was running.", schema=SCHEMA, **given),
+        ask("Do these mean the same? A dog ran. A dog was running.", schema=SCHEMA, **(given | {"max_tokens": 24})),
         ask("Write a long story.", temperature=1.0, seed=1, **given),
-        ask(long, **(given | {"max_tokens": 1})),
     ]
+    if kind == "xllamacpp":  # the other takes any length, and minutes
+        requests.append(ask("word " * 1500, **given))
 
     with Store(tmp_path) as store:
         backend = client(url, timeout_s=200.0, concurrency=1)
         caller = Caller(backend, store, RewriterConfig())
         answers = caller.answer(requests)
 
-    hello, again, verdict, story, beyond = answers
+    hello, again, verdict, story, *beyond = answers
     assert isinstance(hello, Completion)
     assert hello == again
     assert hello.text
@@ -116,12 +116,11 @@ def test_both_lead_to_answers_of_one_shape(
     assert len(store) == caller.totals.calls - caller.totals.faults
     if kind == "xllamacpp":
         assert json.loads(verdict.text)["verdict"] in ("same", "different")
-        assert isinstance(beyond, RowFault)
-        assert beyond.reason == "refused"
+        assert isinstance(beyond[0], RowFault)
+        assert beyond[0].reason == "refused"
     else:
         with pytest.raises(ValueError):
             json.loads(verdict.text)  # the schema is ignored without a word
-        assert isinstance(beyond, Completion)
 
 
 def test_an_unknown_model_is_a_fault_or_is_not_noticed(server: tuple[str, str, str], client: Make, ask: Make) -> None:
