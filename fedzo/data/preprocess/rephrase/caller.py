@@ -150,7 +150,7 @@ class Caller:
                 raise outcome.result
             else:
                 for job, result in zip(outcome.jobs, outcome.result, strict=True):
-                    self._count(job, result)
+                    self._count(job, result, outcome.begun)
                     num_done += len(job.places)
                     for place in job.places:
                         results[place] = result
@@ -230,7 +230,7 @@ class Caller:
     def _price(self, prompt: int, answer: int) -> float:
         return (prompt * self._config.price_prompt + answer * self._config.price_answer) / 1e6
 
-    def _count(self, job: _Job, result: Completion | RowFault) -> None:
+    def _count(self, job: _Job, result: Completion | RowFault, begun: float) -> None:
         self.totals.calls += 1
         if isinstance(result, Completion):
             self.totals.prompt_tokens += result.prompt_tokens
@@ -241,7 +241,7 @@ class Caller:
                 self.totals.prompt_tokens += job.prompt_tokens
                 self.totals.answer_tokens += job.request.max_tokens
         self._busy_in_a_row = 0
-        self._in_a_row += 1
+        self._in_a_row += begun >= self._eased
         if self._in_a_row >= CALLS_PER_STEP_UP and self._limit < self._backend.concurrency:
             self._limit, self._in_a_row = self._limit + 1, 0
 

@@ -34,15 +34,14 @@ BODY = st.fixed_dictionaries(
 
 
 def _read(body: bytes) -> Completion | None:
+    said = ""
     try:
         answer = read_answer(body, prompt_tokens=5, completion_tokens=6)
-    except MalformedError as error:
-        fault = str(error)
-    else:
-        fault = None
-    if fault is not None:
-        assert len(fault) < 1000
-        assert fault.isprintable()
+    except MalformedError as fault:
+        said = str(fault)
+    if said:
+        assert len(said) < 1000
+        assert said.isprintable()
         return None
     assert len(answer.text) <= MOST_TEXT
     answer.text.encode()

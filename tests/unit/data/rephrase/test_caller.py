@@ -142,8 +142,18 @@ def test_too_many_faults_stop(serve: Make, sent: Make, chat: Make, client: Make,
     assert len(endpoint.bodies) == 20
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("requests", "fewest", "highest"), [(16, 3, 4), (40, 5, 6)])  # a step up is 10 answers away
 def test_a_busy_endpoint_gets_fewer_calls_at_once_after_the_time_that_it_asks_for(
-    serve: Make, sent: Make, chat: Make, client: Make, ask: Make, tmp_path: Path
+    requests: int,
+    fewest: int,
+    highest: int,
+    serve: Make,
+    sent: Make,
+    chat: Make,
+    client: Make,
+    ask: Make,
+    tmp_path: Path,
 ) -> None:
     lock, at_once, most, refused_at, resumed_at = threading.Lock(), [0], [0], [], []
 
@@ -163,11 +173,11 @@ def test_a_busy_endpoint_gets_fewer_calls_at_once_after_the_time_that_it_asks_fo
 
     with Store(tmp_path) as store:
         caller = Caller(client(serve(reply).url, concurrency=8), store, RewriterConfig())
-        answers = caller.answer([ask(f"row {i}") for i in range(16)])
+        answers = caller.answer([ask(f"row {i}") for i in range(requests)])
 
-    assert [answer.text for answer in answers] == ["fine"] * 16
+    assert [answer.text for answer in answers] == ["fine"] * requests
     assert caller.totals.busy == 1
-    assert most[0] == 4
+    assert fewest <= most[0] <= highest
     assert resumed_at[0] - refused_at[0] >= 1
 
 

@@ -74,7 +74,7 @@ def test_a_file_of_something_else_is_left_alone(content: bytes, tmp_path: Path) 
 def test_a_file_of_another_version_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(b'{"kind":"fedzo_answers","version":2}\n')
 
-    with pytest.raises(RunFolderError, match=r"line 1: version must be 1, got 2\. Use the fedzo that wrote the file"):
+    with pytest.raises(RunFolderError, match=r"line 1: version must be 1, got 2. Use the fedzo that wrote the file"):
         Store(tmp_path)
 
 

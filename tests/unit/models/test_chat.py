@@ -1,0 +1,171 @@
+"""A local chat model against a slow loop, and its samples against the softmax that they are drawn from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedzo.data.preprocess.rephrase.backend import (
+    REWRITERS,
+    Completion,
+    EndpointError,
+    Message,
+    Request,
+    RowFault,
+)
+from fedzo.errors import ConfigError
+from fedzo.models.chat import TransformersConfig
+from fedzo.testing.tiny_models import tiny_loaded
+
+TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'assistant' %}{{ raise_exception('no assistant') }}{% endif %}"
+    "<{{ message.role }}>{{ message.content }}{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+)
+TEXTS = ["a", "a longer one", "and the longest of these three"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Saves a tiny model with a chat template, and returns its folder."""
+
+    def save(*, template: str | None = TEMPLATE, end: int | None = None) -> str:
+        folder = tmp_path_factory.mktemp("chat")
+        tiny = tiny_loaded(seed=1)
+        tiny.tokenizer.chat_template = template
+        tiny.model.generation_config.eos_token_id = end
+        tiny.model.save_pretrained(folder)
+        tiny.tokenizer.save_pretrained(folder)
+        return str(folder)
+
+    return save
+
+
+@pytest.fixture(scope="module")
+def chatty(saved: Callable[..., str]) -> str:
+    """The folder of a tiny chat model."""
+    return saved()
+
+
+def _request(folder: str, text: str, **changes: Any) -> Request:
+    given = {"temperature": 0.0, "seed": 0, "max_tokens": 6} | changes
+    return Request(messages=(Message("user", text),), model=folder, **given)
+
+
+def _prompt(text: str) -> list[int]:
+    return list(tiny_loaded(seed=1).tokenizer(f"<user>{text}:")["input_ids"])
+
+
+def _slow(prompt: list[int], num: int) -> list[int]:
+    ids, model = list(prompt), tiny_loaded(seed=1).model
+    for _ in range(num):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_greedy_answers_equal_the_slow_loop(batch_size: int, chatty: str) -> None:
+    backend = REWRITERS.build(TransformersConfig(model=chatty, batch_size=batch_size))
+    tokenizer = tiny_loaded(seed=1).tokenizer
+
+    answers = backend.complete([_request(chatty, text) for text in TEXTS])
+
+    for text, answer in zip(TEXTS, answers, strict=True):
+        assert isinstance(answer, Completion)
+        assert answer.text == tokenizer.decode(_slow(_prompt(text), 6), skip_special_tokens=True)
+        assert (answer.prompt_tokens, answer.completion_tokens) == (len(_prompt(text)), 6)
+        assert answer.truncated
+        assert backend.count_tokens(_request(chatty, text)) == answer.prompt_tokens
+
+
+def test_an_answer_ends_at_the_end_token(saved: Callable[..., str]) -> None:
+    tokens = _slow(_prompt("a"), 6)
+    folder = saved(end=tokens[2])
+    first = tokens.index(tokens[2])
+
+    (answer,) = REWRITERS.build(TransformersConfig(model=folder)).complete([_request(folder, "a")])
+
+    assert isinstance(answer, Completion)
+    assert answer.text == tiny_loaded(seed=1).tokenizer.decode(tokens[:first], skip_special_tokens=True)
+    assert (answer.truncated, answer.completion_tokens) == (False, first + 1)
+
+
+@pytest.mark.slow
+def test_samples_are_drawn_from_the_softmax(chatty: str) -> None:
+    """Chi-square over the likeliest texts and the rest; its 99.99 % quantile at 10 degrees of freedom is 35.6."""
+    backend, num = REWRITERS.build(TransformersConfig(model=chatty, batch_size=500)), 2000
+    tiny = tiny_loaded(seed=1)
+    with torch.no_grad():
+        logits = tiny.model(torch.tensor([_prompt("a")])).logits[0, -1].double()
+    shares: Counter[str] = Counter()
+    for token, share in enumerate(torch.softmax(logits / 0.7, 0).tolist()):
+        shares[tiny.tokenizer.decode([token], skip_special_tokens=True)] += share
+    likely = dict(shares.most_common(10))
+
+    answers = backend.complete([_request(chatty, "a", temperature=0.7, seed=s, max_tokens=1) for s in range(num)])
+
+    texts = [answer.text for answer in answers if isinstance(answer, Completion)]
+    seen = np.array([texts.count(text) for text in likely], float)
+    expected = np.array(list(likely.values())) * num
+    seen, expected = np.append(seen, num - seen.sum()), np.append(expected, num - expected.sum())
+    assert len(texts) == num
+    assert expected.min() > 5
+    assert float(((seen - expected) ** 2 / expected).sum()) < 35.6
+
+
+def test_a_sample_depends_on_its_own_seed_alone(chatty: str) -> None:
+    backend = REWRITERS.build(TransformersConfig(model=chatty, batch_size=8))
+    requests = [_request(chatty, text, temperature=1.0, seed=seed) for text in TEXTS for seed in (0, 1, 2**64 + 2)]
+
+    together = backend.complete(requests)
+    alone = [backend.complete([request])[0] for request in requests]
+
+    assert together == alone
+    assert len({answer.text for answer in together[:3] if isinstance(answer, Completion)}) == 3
+
+
+def test_a_prompt_beyond_the_context_is_refused_alone(chatty: str) -> None:
+    backend = REWRITERS.build(TransformersConfig(model=chatty, context_tokens=40, max_tokens=6))
+    fits = 40 - 6 - len(_prompt(""))
+
+    answers = backend.complete([_request(chatty, "x" * (fits + 1)), _request(chatty, "x" * fits)])
+
+    assert isinstance(answers[0], RowFault)
+    assert answers[0].reason == "refused"
+    assert "the prompt has 35 tokens, and with 6 of an answer must have 40" in str(answers[0])
+    assert isinstance(answers[1], Completion)
+
+
+def test_models_are_told_apart_by_what_is_in_them(saved: Callable[..., str], chatty: str) -> None:
+    other = saved(template=TEMPLATE + " ")
+    backend = REWRITERS.build(TransformersConfig(model=chatty))
+
+    assert backend.fingerprint(chatty) == backend.fingerprint(saved())
+    assert backend.fingerprint(chatty) != backend.fingerprint(other)
+
+
+def test_a_template_that_refuses_a_role_stops(chatty: str) -> None:
+    request = Request((Message("assistant", "I said"),), chatty, 0.0, 0, 4)
+
+    with pytest.raises(EndpointError, match=r"its chat template must take the roles assistant, but says: no assistant"):
+        REWRITERS.build(TransformersConfig(model=chatty)).complete([request])
+
+
+def test_models_that_cannot_be_used(saved: Callable[..., str], tmp_path: Path) -> None:
+    bare = saved(template=None)
+    with pytest.raises(ConfigError, match=r"must be a chat model, but its tokenizer has no chat template. Take"):
+        REWRITERS.build(TransformersConfig(model=bare)).fingerprint(bare)
+    with pytest.raises(ConfigError, match=r"rewriter.model '/.*': model.name .* must hold config.json"):
+        REWRITERS.build(TransformersConfig(model=str(tmp_path))).fingerprint(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"rewriter.model must be a folder with a chat model, or smollm2-135m, got"):
+        REWRITERS.build(TransformersConfig(model="some/hub-name"))
+    with pytest.raises(ConfigError, match=r"rewriter.judge_model must be a folder"):
+        REWRITERS.build(TransformersConfig(model="smollm2-135m", judge_model="nowhere"))
+    with pytest.raises(ConfigError, match=r"rewriter.batch_size must be >= 1"):
+        REWRITERS.build(TransformersConfig(model="smollm2-135m", batch_size=0))
