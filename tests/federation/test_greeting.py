@@ -1,0 +1,196 @@
+"""What a client answers while a stage works on its rows: greetings at once, requests of a round by a refusal."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedzo.config.load import load
+from fedzo.data.preprocess import STAGES, OnProgress
+from fedzo.errors import ProtocolError
+from fedzo.fl.messages import EvaluateRequest, Hello, Refusal, TrainRequest
+from fedzo.fl.site_limits import SiteError
+from fedzo.run import preparation
+from fedzo.run.process import Process
+from fedzo.run.start import open_run
+
+
+class Gated:
+    """Marks a row as often as it is let."""
+
+    column: str | None = "text"
+
+    def __init__(self) -> None:
+        self.mark = "!"
+        self.fails = ""
+        self.let = threading.Semaphore(0)
+        self.calls: list[int] = []
+        self.told = threading.Semaphore(0)
+
+    def apply(self, rows: list[dict[str, Any]], *, client: int, on_progress: OnProgress) -> list[dict[str, Any]]:
+        self.calls.append(client)
+        if self.fails:
+            raise RuntimeError(self.fails)
+        for number in range(len(rows)):
+            self.let.acquire()
+            on_progress(number + 1, len(rows))
+            self.told.release()
+        return [{**row, "text": row["text"] + self.mark} for row in rows]
+
+    def summary(self, client: int) -> Mapping[str, float]:
+        return {"marked": 3, "share": 0.5}
+
+    def advance(self, rows: int) -> None:
+        """Let so many rows be done, and wait until they are."""
+        for _ in range(rows):
+            self.let.release()
+            assert self.told.acquire(timeout=20)
+
+
+@pytest.fixture
+def stage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gated]:
+    made = Gated()
+    monkeypatch.setattr(STAGES, "build", lambda config, context: made)
+    monkeypatch.setattr(preparation, "PATIENCE_S", 0.05)
+    yield made
+    for _ in range(1000):
+        made.let.release()
+
+
+@pytest.fixture
+def start(overrides: Callable[..., list[str]], tmp_path: Path) -> Callable[[], Process]:
+    """A client's process, started again each time on the same folder."""
+
+    def make() -> Process:
+        process = open_run(load(overrides("preprocess=[identity]")), tmp_path)
+        process.to_the_end = False
+        return process
+
+    return make
+
+
+def greet(process: Process, client: int = 0, *, begun: bool = False) -> Any:
+    return process.client.worker.hello(Hello(client=client, begun=begun))
+
+
+def until_ready(process: Process, *, begun: bool = False) -> Any:
+    """Greet until it no longer prepares."""
+    ends = time.monotonic() + 20
+    while (reply := greet(process, begun=begun)).preparing:
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+    return reply
+
+
+def requests(process: Process) -> Iterator[Callable[[], object]]:
+    worker, config_hash = process.client.worker, process.peer.identity.config_hash
+    yield lambda: worker.train(TrainRequest(client=0, config_hash=config_hash))
+    yield lambda: worker.evaluate(EvaluateRequest(client=0, config_hash=config_hash))
+
+
+def test_a_greeting_is_answered_by_how_far_it_is_and_a_round_by_a_refusal(
+    start: Callable[[], Process], stage: Gated
+) -> None:
+    process = start()
+    first = greet(process)
+    rows = first.preparing
+    assert rows > 3
+    assert (first.prepared, first.refusal, first.rows_digest) == (0, Refusal.none, "")
+    assert first.base_digest == process.peer.identity.base_digest  # another model is found before hours are spent
+    stage.advance(3)
+    assert (greet(process).prepared, greet(process).preparing) == (3, rows)
+    for ask in requests(process):
+        began = time.monotonic()
+        with pytest.raises(SiteError) as refused:
+            ask()
+        assert refused.value.refusal is Refusal.preparing
+        assert time.monotonic() - began < 1.0
+    assert stage.calls == [0]
+
+    stage.advance(rows - 3)
+    reply = until_ready(process)
+
+    assert (reply.num_train, reply.prepared) == (rows, 0)
+    assert json.loads(reply.stages) == {"identity.marked": 3.0, "identity.share": 0.5}
+    assert {row["text"][-1] for row in process.client.rows(0).train} == {"!"}
+    assert greet(process) == reply
+    assert stage.calls == [0]
+    for ask in requests(process):
+        with pytest.raises(ProtocolError, match="artifact"):  # it goes on to what the request lacks
+            ask()
+
+
+def test_clients_of_one_process_are_prepared_one_after_another(start: Callable[[], Process], stage: Gated) -> None:
+    process = start()
+    rows = greet(process, 0).preparing
+    assert greet(process, 1).preparing
+    stage.advance(rows - 1)
+    assert stage.calls == [0]
+
+    stage.advance(2)
+
+    assert until_ready(process).num_train == rows
+    assert greet(process, 1).prepared == 1
+
+
+def test_what_fails_is_told_once_and_begun_again_at_the_next_greeting(
+    start: Callable[[], Process], stage: Gated, caplog: pytest.LogCaptureFixture
+) -> None:
+    process, stage.fails = start(), "the key of the endpoint is secret-7"
+
+    reply = greet(process)
+
+    assert reply.refusal is Refusal.rows
+    assert "secret-7" in caplog.text
+    assert "secret-7" not in repr(reply)
+    stage.fails = ""
+    assert (greet(process).preparing > 0, stage.calls) == (True, [0, 0])
+
+
+def test_a_process_that_was_started_again_must_find_the_result_with_which_the_run_began(
+    start: Callable[[], Process], stage: Gated, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(500):
+        stage.let.release()
+    begun = until_ready(start())
+    same, other = start(), start()
+    assert until_ready(same, begun=True) == begun
+    stage.mark = "?"
+
+    reply = until_ready(other, begun=True)
+
+    assert reply.refusal is Refusal.changed
+    assert "rows of client 0 after preprocess=identity: they must be the" in caplog.text
+    assert "A stage gave other text" in caplog.text
+    for ask in requests(start()):  # within a round, too
+        with pytest.raises(Exception, match="A stage gave other text|still being prepared"):
+            ask()
+
+
+def test_where_nobody_could_ask_again_a_greeting_waits_to_the_end(start: Callable[[], Process], stage: Gated) -> None:
+    process = start()
+    process.to_the_end = True
+    threading.Timer(0.5, lambda: [stage.let.release() for _ in range(500)]).start()
+
+    assert greet(process).num_train > 0
+
+
+def test_a_run_that_is_let_go_stops_its_stages(start: Callable[[], Process], stage: Gated) -> None:
+    process = start()
+    greet(process)
+
+    process.stop()
+    stage.let.release()
+
+    (job,) = process.client.preparations._jobs.values()
+    ends = time.monotonic() + 20
+    while job.wait(0.1):
+        assert time.monotonic() < ends
+    with pytest.raises(preparation.StoppedError):
+        job.result()
