@@ -30,7 +30,7 @@ class OpenAICompatibleConfig(RewriterConfig):
     key_variable: str = ""
     """Name of the environment variable that holds the key. Empty = no key is sent. The key itself stands nowhere."""
     concurrency: int = 4
-    """Most calls at once. It falls while the endpoint says that it is busy."""
+    """Most calls at once. While the endpoint says that it is busy, fewer are made."""
     timeout_s: float = 120.0
     """Longest time for one call, from connection to the last byte, in seconds."""
     trust_env: bool = False
