@@ -209,7 +209,11 @@ class ClientWorker:
 
     def _must_be_prepared(self, client: int) -> None:
         """Within a round nobody waits for stages: a process that was started again finds their result, or says so."""
-        if self._prepare(client) is not None:
+        try:
+            ready = self._prepare(client) is None
+        except RowsChangedError as error:
+            raise SiteError(Refusal.changed, str(error)) from error
+        if not ready:
             raise SiteError(Refusal.preparing)
 
     def _reach(self, request: Sync) -> tuple[Workspace | None, Status]:
