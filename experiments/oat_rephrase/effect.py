@@ -49,7 +49,7 @@ from pathlib import Path
 
 from arms import TASKS, TrainSet, changed, train_sets
 from cells import METHODS, SEEDS, Cells, Place, base_losses, gradients, train
-from verdicts import report
+from findings import report
 
 HERE = Path(__file__).parent
 WORK = Path("runs/oat_rephrase")

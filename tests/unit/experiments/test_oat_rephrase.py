@@ -9,7 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
+
+from fedzo.commands.run_folder import CONFIG, rebuild
+from fedzo.config.load import load
+from fedzo.config.travel import to_json
+from fedzo.data.encode import Example
+from fedzo.run.start import write_whole
+from fedzo.testing.tiny_models import save_tiny_model, tiny_loaded
 
 FOLDER = Path(__file__).parents[3] / "experiments" / "oat_rephrase"
 
@@ -18,6 +26,12 @@ FOLDER = Path(__file__).parents[3] / "experiments" / "oat_rephrase"
 def analysis(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(FOLDER))
     return importlib.import_module("analysis")
+
+
+@pytest.fixture
+def cells(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module("cells")
 
 
 @pytest.fixture
@@ -132,3 +146,50 @@ def test_a_file_of_rows_is_of_the_task_whose_rows_it_has(arms: Any, tmp_path: Pa
     assert [each.name for each in sets] == ["original", "main", "rule", "local"]
     assert sets[-1].rows == [{"premise": "Other text.", "label": 1}]
     assert sets[-1].digest != sets[0].digest
+
+
+def test_the_gradient_is_that_of_finite_differences(cells: Any) -> None:
+    loaded = tiny_loaded()
+    examples = [Example((1, 2, 3), ((4, 5), (6,)), label=0), Example((7, 8), ((9,), (10, 11)), label=1)]
+    assert cells.check_gradient(loaded, examples) == pytest.approx(1, abs=0.01)
+
+
+def test_the_model_of_a_run_is_that_of_its_log(cells: Any, tmp_path: Path) -> None:
+    """A run leaves its model after the last round, as replay rebuilds it from the log."""
+    save_tiny_model(tmp_path / "model")
+    config = load(
+        [
+            "experiment=tiny",
+            "trainer=mezo",
+            "trainer.lr=1e-2",
+            f"model.name={tmp_path / 'model'}",
+            "trackers=[]",
+            "device=cpu",
+            "split.num_dev=0",
+            "split.num_test=0",
+        ]
+    )
+    loaded = cells.run_here(config, tmp_path / "run")
+    write_whole(tmp_path / "run" / CONFIG, to_json(config))
+    rebuilt = rebuild(tmp_path / "run", rounds=2).process.peer.loaded
+    before = rebuild(tmp_path / "run", rounds=0).process.peer.loaded
+    weights = [torch.cat([each.flatten() for each in of.model.parameters()]) for of in (loaded, rebuilt, before)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_a_cell_is_measured_once_and_outlives_a_kill(cells: Any, tmp_path: Path) -> None:
+    file = tmp_path / "effect.json"
+    kept = cells.Cells(file)
+    kept.measure("a", lambda: {"value": 1})
+    (tmp_path / "effect.part").write_text("{torn")  # of a process that was killed
+    assert kept.measure("a", lambda: {"value": 2})["value"] == 1
+    cells.Cells(file).measure("b", lambda: {"value": 3})
+    assert {name: cell["value"] for name, cell in kept.all().items()} == {"a": 1, "b": 3}
+
+
+def test_the_rate_is_that_of_the_least_dev_loss(cells: Any, arms: Any) -> None:
+    each = arms.TrainSet("rule", "rule", [{"premise": "a"}])
+    losses = {4e-6: [0.7, 0.7], 1.6e-5: [0.9, 0.3], 6.4e-5: [0.8, 0.8]}
+    known = {cells.tuning_name("copa", "mezo", each, lr): {"dev": dev} for lr, dev in losses.items()}
+    assert cells.tuned(known, "copa", "mezo", each) == 1.6e-5
