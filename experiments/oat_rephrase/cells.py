@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -32,7 +33,7 @@ from fedzo.run.process import forget_process
 from fedzo.run.start import SITE_FILE, open_run
 from fedzo.system import use_threads
 
-STEPS = {"copa": 200, "cb": 120}
+STEPS = {"copa": 180, "cb": 110}
 SEEDS = {"copa": range(6), "cb": range(4)}
 METHODS = {"mezo": (4e-6, 1.6e-5, 6.4e-5), "meerkat": (1e-4, 4e-4, 1.6e-3)}
 TUNING_SEED = 100
@@ -57,12 +58,15 @@ class Cells:
             return known[name]
         started = time.process_time()
         cell = make() | {"cpu_s": round(time.process_time() - started, 1)}
-        with self.path.with_suffix(".lock").open("w") as lock:
+        lock = os.open(self.path.parent, os.O_RDONLY)
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in (self.all() | {name: cell}).items()]
             part = self.path.with_suffix(".part")
             part.write_text("{\n" + ",\n".join(lines) + "\n}\n")
             part.replace(self.path)
+        finally:
+            os.close(lock)
         print(f"{name}: {cell['cpu_s']} s", flush=True)
         return cell
 

@@ -16,7 +16,7 @@ What is fixed before any run:
   ``--set NAME=FILE`` adds an arm. FILE is what ``fedzo rephrase --out`` writes, of the rows of either task.
 - Rows: ``train.jsonl`` of REWRITES is trained on (COPA 300, CB 150), its ``dev.jsonl`` (100) chooses learning rates,
   and ``test.jsonl`` of DATA (100 and 56) gives every figure. Dev and test are original text.
-- Training: one client, plain SGD, two-point probes, batches of 4 rows, 200 steps (COPA) or 120 (CB), trained on the
+- Training: one client, plain SGD, two-point probes, batches of 4 rows, 180 steps (COPA) or 110 (CB), trained on the
   loss over candidates. ``mezo`` trains all weights, ``meerkat`` one in a thousand, by a mask on C4. The last step's
   model is scored, so no checkpoint is chosen.
 - Learning rate, one rule for every arm: of 4e-6, 1.6e-5 and 6.4e-5 (mezo) or 1e-4, 4e-4 and 1.6e-3 (meerkat) that of
@@ -28,8 +28,9 @@ What is fixed before any run:
 - Second: ``<G_train, G_dev>^2 / (E|G_batch|^2 |G_dev|^2)`` of the base model, relative to the original, by
   backpropagation of the same loss: batches of 10 rows in their order, ``G_dev`` on dev and test rows together.
 - Cost by CPU time of single steps on a busy 2-core machine: a row costs 0.16 s forward and 0.6 s with its gradient
-  (COPA), 0.42 and 1.4 s (CB). COPA: 90 runs of about 340 s; CB: 56 of about 500 s; gradients 2,900 s. In all 61,500 s
-  with ``--local``: 8.6 hours of 2 cores. One process takes one core; do ``--only`` of a task in each of two.
+  (COPA), 0.4 and 1.4 s (CB). A step takes 2.6 s and 4.1 s with mezo, 1.3 s and 2.8 s with meerkat; opening a run 10 s.
+  COPA: 45 runs of 500 s (mezo) and 45 of 280 s; CB: 28 of 520 s and 28 of 380 s; gradients 2,900 s. In all 63,000 s
+  with ``--local``: 8.8 hours of 2 cores. One process takes one core; let each of two do ``--only`` a task.
 
 The same with a strong model behind an endpoint, as arms ``model-oat`` and ``model-plain``, both through fedzo's checks
 (the words are those of ``fedzo rephrase`` for the endpoint):
@@ -48,7 +49,7 @@ from pathlib import Path
 
 from arms import TASKS, TrainSet, changed, train_sets
 from cells import METHODS, SEEDS, Cells, Place, base_losses, gradients, train
-from verdicts import report
+from findings import report
 
 HERE = Path(__file__).parent
 WORK = Path("runs/oat_rephrase")

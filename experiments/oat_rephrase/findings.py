@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from analysis import crossed_effect, relative_gain
 from arms import TrainSet
-from cells import METHODS, SEEDS, Cell, Cells, gradient_name, num_batches, run_name, tuning_name
+from cells import METHODS, SEEDS, Cell, Cells, gradient_name, num_batches, run_name, tuned, tuning_name
 
 from fedzo.bench.claims import Claims
 
@@ -69,18 +69,28 @@ def _training(
         return
     losses = np.array([[known[name]["test"] for name in pair] for pair in pairs])
     _effect(claims, what, losses[:, 0] - losses[:, 1])
-    rows = losses.shape[-1]
-    for name, part in ((of_arm[0].arm, 0), ("the original", 1)):
-        right = float(np.mean([known[pair[part]]["right"] for pair in pairs])) / rows
-        claims.add(f"SmolLM2-135M, {task}, {method}: accuracy on {rows} test rows after training on {name}", right, "")
+    _facts(known, claims, task, method, of_arm[0], [name for name, _ in pairs])
 
 
 def _learned(known: Mapping[str, Cell], claims: Claims, task: str, method: str, original: TrainSet) -> None:
     what = f"SmolLM2-135M, {task}, {method}: loss on test rows after training on the original less untrained"
     names = [run_name(task, method, original, seed) for seed in SEEDS[task]]
-    if _whole(known, [*names, f"untrained/{task}"], what):
+    rates = [tuning_name(task, method, original, lr) for lr in METHODS[method]]
+    if _whole(known, [*names, *rates, f"untrained/{task}"], what):
         base = np.array(known[f"untrained/{task}"]["test"])
         _effect(claims, what, np.array([known[name]["test"] for name in names]) - base)
+        _facts(known, claims, task, method, original, names)
+
+
+def _facts(
+    known: Mapping[str, Cell], claims: Claims, task: str, method: str, of_arm: TrainSet, names: Sequence[str]
+) -> None:
+    """The learning rate that an arm was given, and its accuracy, of which nothing is concluded."""
+    what = f"SmolLM2-135M, {task}, {method}, {of_arm.arm}"
+    claims.add(f"{what}: learning rate by dev loss", tuned(known, task, method, of_arm), "")
+    rows = len(known[names[0]]["test"])
+    right = float(np.mean([known[name]["right"] for name in names])) / rows
+    claims.add(f"{what}: accuracy on {rows} test rows", right, "")
 
 
 def _effect(claims: Claims, what: str, differences: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> None:
