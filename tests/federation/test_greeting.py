@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from fedzo.config.load import load
-from fedzo.data.preprocess import STAGES, OnProgress
-from fedzo.errors import ProtocolError
+from fedzo.data.preprocess import STAGES, IdentityConfig, OnProgress
+from fedzo.errors import ProtocolError, problem
 from fedzo.fl.messages import EvaluateRequest, Hello, Refusal, TrainRequest
 from fedzo.fl.site_limits import SiteError
 from fedzo.run import preparation
-from fedzo.run.process import Process
+from fedzo.run.process import Process, open_process
 from fedzo.run.start import open_run
 
 
@@ -194,3 +194,22 @@ def test_a_run_that_is_let_go_stops_its_stages(start: Callable[[], Process], sta
         assert time.monotonic() < ends
     with pytest.raises(preparation.StoppedError):
         job.result()
+
+
+def test_a_site_that_lacks_what_a_stage_needs_refuses_before_it_loads_its_model(
+    start: Callable[[], Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server plays no clients and is not asked."""
+    peer = start().peer
+    lacks = problem("rewriter", "name who rewrites", "none", "Set rewriter=<option>.")
+    monkeypatch.setattr(IdentityConfig, "site_problems", lambda self, rewriter: iter([lacks]))
+
+    def load(site: object, max_length: int) -> Any:
+        raise AssertionError("it loads")
+
+    with pytest.raises(SiteError) as refused:
+        open_process(peer.config, peer.site, plays_clients=True, load=load)
+    assert (refused.value.refusal, refused.value.details) == (Refusal.stage, lacks.text)
+    assert "rewriter" not in str(refused.value)
+    with pytest.raises(AssertionError, match="it loads"):
+        open_process(peer.config, peer.site, load=load)
