@@ -25,6 +25,7 @@ What is fixed before any run:
   trains on draw s (CB has one draw), so that a seed and its draw are one random effect.
 - Primary outcome: the candidate loss of a test row less that of the original arm on the same row and seed. Runs (seed
   and draw) and rows are crossed random effects (``analysis.crossed_effect``). Accuracy is reported, not judged by.
+  ``oat`` is compared with ``prompt2`` in the same way, since a plain paraphrase may do as much.
 - Second: ``<G_train, G_dev>^2 / (E|G_batch|^2 |G_dev|^2)`` of the base model, relative to the original, by
   backpropagation of the same loss: batches of 10 rows in their order, ``G_dev`` on dev and test rows together.
 - Cost by CPU time of single steps on a busy 2-core machine: a row costs 0.16 s forward and 0.6 s with its gradient

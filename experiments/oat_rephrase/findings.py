@@ -12,21 +12,27 @@ from cells import METHODS, SEEDS, Cell, Cells, gradient_name, num_batches, run_n
 
 from fedzo.bench.claims import Claims
 
+PLAIN = {"oat": "prompt2", "model-oat": "model-plain"}
+"""The arm without the optimiser's wishes, which says whether they do anything."""
 COMMAND = "python experiments/oat_rephrase/effect.py --data DATA --rewrites REWRITES"
 
 
 def report(cells: Cells, sets: Mapping[str, Sequence[TrainSet]], path: Path) -> None:
     """Print every comparison, and write the claims of those that are whole."""
-    known, claims = cells.all(), Claims(command=COMMAND, seeds=list(SEEDS["copa"]))
+    known, claims = cells.all(), Claims(command=COMMAND)
     for task, of_task in sets.items():
-        arms = list(dict.fromkeys(each.arm for each in of_task))
-        for arm in arms[1:]:
-            of_arm = [each for each in of_task if each.arm == arm]
-            _gradients(known, claims, task, of_task[0], of_arm)
-            for method in METHODS:
-                _training(known, claims, task, method, of_task[0], of_arm)
+        claims.seeds = list(SEEDS[task])
+        arms = {each.arm: [other for other in of_task if other.arm == each.arm] for each in of_task}
+        pairs = [("original", arm) for arm in arms if arm != "original"]
+        pairs += [(plain, arm) for arm, plain in PLAIN.items() if {arm, plain} <= arms.keys()]
+        for base, arm in pairs:
+            _gradients(known, claims, task, arms[base][0], arms[arm])
         for method in METHODS:
-            _learned(known, claims, task, method, of_task[0])
+            _learned(known, claims, task, method, arms["original"][0])
+            for arm in arms:
+                _facts(known, claims, task, method, arms[arm])
+            for base, arm in pairs:
+                _training(known, claims, task, method, arms[base][0], arms[arm])
     claims.show()
     if claims.rows:
         claims.write(path)
@@ -52,45 +58,39 @@ def _gradients(
 
 
 def _training(
-    known: Mapping[str, Cell],
-    claims: Claims,
-    task: str,
-    method: str,
-    original: TrainSet,
-    of_arm: Sequence[TrainSet],
+    known: Mapping[str, Cell], claims: Claims, task: str, method: str, other: TrainSet, of_arm: Sequence[TrainSet]
 ) -> None:
-    what = f"SmolLM2-135M, {task}, {method}: loss on test rows after training on {of_arm[0].arm} less on the original"
-    pairs = [
-        (run_name(task, method, of_arm[seed % len(of_arm)], seed), run_name(task, method, original, seed))
-        for seed in SEEDS[task]
-    ]
-    rates = [tuning_name(task, method, each, lr) for each in (of_arm[0], original) for lr in METHODS[method]]
-    if not _whole(known, [*(name for pair in pairs for name in pair), *rates], what):
-        return
-    losses = np.array([[known[name]["test"] for name in pair] for pair in pairs])
-    _effect(claims, what, losses[:, 0] - losses[:, 1])
-    _facts(known, claims, task, method, of_arm[0], [name for name, _ in pairs])
+    what = f"SmolLM2-135M, {task}, {method}: loss on test rows after training on {of_arm[0].arm} less on {other.arm}"
+    names = [*_runs(task, method, of_arm), *_runs(task, method, [other])]
+    if _whole(known, [*names, *_tries(task, method, of_arm[0]), *_tries(task, method, other)], what):
+        losses = np.array([known[name]["test"] for name in names])
+        _effect(claims, what, losses[: len(names) // 2] - losses[len(names) // 2 :])
 
 
 def _learned(known: Mapping[str, Cell], claims: Claims, task: str, method: str, original: TrainSet) -> None:
     what = f"SmolLM2-135M, {task}, {method}: loss on test rows after training on the original less untrained"
-    names = [run_name(task, method, original, seed) for seed in SEEDS[task]]
-    rates = [tuning_name(task, method, original, lr) for lr in METHODS[method]]
-    if _whole(known, [*names, *rates, f"untrained/{task}"], what):
+    names = _runs(task, method, [original])
+    if _whole(known, [*names, *_tries(task, method, original), f"untrained/{task}"], what):
         base = np.array(known[f"untrained/{task}"]["test"])
         _effect(claims, what, np.array([known[name]["test"] for name in names]) - base)
-        _facts(known, claims, task, method, original, names)
 
 
-def _facts(
-    known: Mapping[str, Cell], claims: Claims, task: str, method: str, of_arm: TrainSet, names: Sequence[str]
-) -> None:
+def _facts(known: Mapping[str, Cell], claims: Claims, task: str, method: str, of_arm: Sequence[TrainSet]) -> None:
     """The learning rate that an arm was given, and its accuracy, of which nothing is concluded."""
-    what = f"SmolLM2-135M, {task}, {method}, {of_arm.arm}"
-    claims.add(f"{what}: learning rate by dev loss", tuned(known, task, method, of_arm), "")
-    rows = len(known[names[0]]["test"])
-    right = float(np.mean([known[name]["right"] for name in names])) / rows
-    claims.add(f"{what}: accuracy on {rows} test rows", right, "")
+    what, names = f"SmolLM2-135M, {task}, {method}, {of_arm[0].arm}", _runs(task, method, of_arm)
+    if _whole(known, [*names, *_tries(task, method, of_arm[0])], what):
+        claims.add(f"{what}: learning rate by dev loss", tuned(known, task, method, of_arm[0]), "")
+        rows = len(known[names[0]]["test"])
+        right = float(np.mean([known[name]["right"] for name in names])) / rows
+        claims.add(f"{what}: accuracy on {rows} test rows", right, "")
+
+
+def _runs(task: str, method: str, of_arm: Sequence[TrainSet]) -> list[str]:
+    return [run_name(task, method, of_arm[seed % len(of_arm)], seed) for seed in SEEDS[task]]
+
+
+def _tries(task: str, method: str, each: TrainSet) -> list[str]:
+    return [tuning_name(task, method, each, lr) for lr in METHODS[method]]
 
 
 def _effect(claims: Claims, what: str, differences: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> None:
