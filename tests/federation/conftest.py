@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,12 @@ import pytest
 from fedzo.config.plugins import plugin_classes
 from fedzo.testing.tiny_models import save_tiny_model, save_tiny_sketch
 
+FORKED = """
+import os, sys
+for stream in (1, 2):
+    os.dup2(os.open({said!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+sys.argv = {argv!r}
+"""
 WORDS = {0: ["bad", "dull", "poor", "weak"], 1: ["good", "bright", "rich", "strong"]}
 
 
@@ -109,3 +116,26 @@ def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
 @pytest.fixture
 def lines() -> Callable[[Path, str], list[dict[str, Any]]]:
     return read_lines
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[int, str]]:
+    """Run a program, as ``python -c`` does, in a process of its own; returns its exit status and what it said.
+
+    It is forked off a process that has imported fedzo and done nothing else, so that it need not import all of it.
+    """
+    context, count = multiprocessing.get_context("forkserver"), iter(range(1000))
+    context.set_forkserver_preload(["fedzo.cli.train", "fedzo.commands.train", "fedzo.runtime.inline"])
+
+    def run(program: str, *arguments: str, timeout_s: float = 300.0) -> tuple[int, str]:
+        said = tmp_path_factory.getbasetemp() / f"forked-{next(count)}.txt"
+        before = FORKED.format(said=str(said), argv=["-c", *arguments])
+        child = context.Process(target=exec, args=(before + program, {}))
+        child.start()
+        child.join(timeout_s)
+        code = child.exitcode
+        child.kill()  # does nothing to one that has ended
+        assert code is not None, f"it did not end within {timeout_s:g} s: {said.read_text()}"
+        return code, said.read_text()
+
+    return run

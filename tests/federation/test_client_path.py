@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -102,7 +99,9 @@ def rebuild_all(folder: Path) -> Hashes:
 
 
 @pytest.fixture
-def train(tmp_path: Path, overrides: Overrides, data_dir: Path) -> Callable[..., tuple[Path, Hashes]]:
+def train(
+    tmp_path: Path, overrides: Overrides, data_dir: Path, forked: Callable[..., tuple[int, str]]
+) -> Callable[..., tuple[Path, Hashes]]:
     """Run a federation in a process of its own; returns its folder and the clients' hashes. Its data is gone then."""
 
     def start(*settings: str, steps: list[int | list[int]]) -> tuple[Path, Hashes]:
@@ -110,14 +109,8 @@ def train(tmp_path: Path, overrides: Overrides, data_dir: Path) -> Callable[...,
         shutil.copytree(data_dir, data)
         most = max(max(each) if isinstance(each, list) else each for each in steps)  # clients take no more
         settings = (f"fl.local_steps={most}", *settings, f"data.path={data}")
-        child = subprocess.run(
-            [sys.executable, "-c", TRAIN, folder, json.dumps(steps), *overrides(*settings)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert child.returncode == 0, child.stderr[-3000:]
+        code, said = forked(TRAIN, str(folder), json.dumps(steps), *overrides(*settings))
+        assert code == 0, said[-3000:]
         shutil.rmtree(data)
         return folder, json.loads(Path(f"{folder}.hashes").read_text())
 

@@ -95,19 +95,6 @@ def instants() -> list[tuple[str, int]]:
     ]
 
 
-def run_child(point: str, round: int, *command: str) -> int:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    child = subprocess.run(
-        [sys.executable, "-c", CHILD, point, str(round), *command],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert child.returncode in (0, -signal.SIGKILL), child.stderr[-3000:]
-    return child.returncode
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("runtime", "count"), [("inline", 6), ("inline_batched", 2)])
@@ -118,6 +105,7 @@ def test_a_run_killed_again_and_again_ends_with_the_hash_of_an_unbroken_one(
     tmp_path: Path,
     run: Callable[..., Path],
     lines: Callable[..., list[dict[str, Any]]],
+    forked: Callable[..., tuple[int, str]],
 ) -> None:
     faults = "faults.absent=['1@3','2@7']"
     settings = (f"runtime={runtime}", f"fl.rounds={ROUNDS}", "fl.local_steps=2", faults, "server_optimizer.lr=0.02")
@@ -127,9 +115,13 @@ def test_a_run_killed_again_and_again_ends_with_the_hash_of_an_unbroken_one(
 
     kills = 0
     for point, round in instants()[:count]:
-        kills += run_child(point, round, *command) == -signal.SIGKILL
+        code, said = forked(CHILD, point, str(round), *command)
+        assert code in (0, -signal.SIGKILL), said[-3000:]
+        kills += code == -signal.SIGKILL
         command = ["resume", str(broken)]
-    assert run_child("none", 0, *command) == 0
+    # the last one imports everything itself
+    last = subprocess.run([sys.executable, "-m", "fedzo", *command], capture_output=True, text=True, timeout=300)
+    assert last.returncode == 0, last.stderr[-3000:]
 
     assert kills == count
     assert (broken / "public.jsonl").read_bytes() == (unbroken / "public.jsonl").read_bytes()
