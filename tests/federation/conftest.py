@@ -122,10 +122,11 @@ def lines() -> Callable[[Path, str], list[dict[str, Any]]]:
 def forked(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[int, str]]:
     """Run a program, as ``python -c`` does, in a process of its own; returns its exit status and what it said.
 
-    It is forked off a process that has imported fedzo and done nothing else, so that it need not import all of it.
+    It is forked off a process that has imported fedzo and done nothing else, so that it need not import all of that.
     """
     context, count = multiprocessing.get_context("forkserver"), iter(range(1000))
-    context.set_forkserver_preload(["fedzo.cli.train", "fedzo.commands.train", "fedzo.runtime.inline"])
+    late = ["flwr_datasets", "transformers.models.llama"]  # fedzo imports them when it first needs them
+    context.set_forkserver_preload(["fedzo.cli.train", "fedzo.commands.train", "fedzo.runtime.inline", *late])
 
     def run(program: str, *arguments: str, timeout_s: float = 300.0) -> tuple[int, str]:
         said = tmp_path_factory.getbasetemp() / f"forked-{next(count)}.txt"
