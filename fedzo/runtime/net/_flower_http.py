@@ -214,34 +214,46 @@ def client_task(address: str, token: str) -> Iterator[ClientTask]:
         None,
         RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"),
         RuntimeTokenHttpInterceptor(token),
+        _TaskOver(),
     )
-    with _heartbeat(client):
+    with _heartbeat(client) as fall_silent:
         try:
             message, context, _, bundle = pull_task_input(client)
         except Exception as error:
+            fall_silent()
             push_task_output(client, None, SubStatus.FAILED, failure_reason(error))
             raise
-        yield ClientTask(client, message, context, bundle.content)
+        yield ClientTask(client, message, context, bundle.content, fall_silent)
 
 
 class ClientTask:
     """One message for the ClientApp, and the bundle that came with its run."""
 
-    def __init__(self, client: RuntimeHttpClient, message: Message, context: Context, bundle: bytes) -> None:
+    def __init__(
+        self,
+        client: RuntimeHttpClient,
+        message: Message,
+        context: Context,
+        bundle: bytes,
+        fall_silent: Callable[[], None],
+    ) -> None:
         self.message = message
         self.context = context
         self.bundle = bundle
         self._client = client
+        self._fall_silent = fall_silent
 
     def finish(self, reply: Message) -> None:
         """Send the reply, with the client's state, to the SuperNode."""
         push_message(self._client, reply, self.context)
+        self._fall_silent()
         push_task_output(self._client, self.context, SubStatus.COMPLETED, "")
 
     def fail(self, reason: str) -> None:
         """Send an error reply."""
         error = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason)
         push_message(self._client, Message(error, reply_to=self.message), self.context)
+        self._fall_silent()
         push_task_output(self._client, None, SubStatus.FAILED, reason)
 
 
@@ -251,7 +263,8 @@ def server_task(server: Endpoint, token: str) -> Iterator[tuple[ServerGrid, Cont
     grid = ServerGrid(server.address, root_certificates=server.authority.read_bytes(), token=token)
     grid._retry_invoker.max_time = MAX_TIME_S  # it would retry for ever
     client = grid._runtime_client
-    with _heartbeat(client):
+    client._interceptors += (_TaskOver(),)
+    with _heartbeat(client) as fall_silent:
         task = client.PullTaskInput(PullTaskInputRequest())
         run, context = run_from_proto(task.run), context_from_proto(task.context)
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = task.task_id, run.run_id, context.node_id
@@ -265,21 +278,49 @@ def server_task(server: Endpoint, token: str) -> Iterator[tuple[ServerGrid, Cont
             raise
         finally:
             grid._retry_invoker.max_tries = 1  # the SuperLink may be what failed
+            fall_silent()
             try:
                 client.PushTaskOutput(output)
             except (httpx.HTTPError, RunNotRunningException) as error:
                 log.warning("the SuperLink was not told how the run ended: %s", error)
 
 
+class _TaskOver:
+    """Has a request whose task is over raise ``RunNotRunningException``.
+
+    For a token that is not known any more Flower would interrupt this process as Ctrl-C does, and sleep for 6 s.
+    """
+
+    def intercept(self, context: Any, call_next: Callable[[Any], httpx.Response]) -> httpx.Response:
+        """Look at the answer to a request."""
+        response = call_next(context)
+        if response.status_code == httpx.codes.UNAUTHORIZED:
+            raise RunNotRunningException
+        return response
+
+
 @contextmanager
-def _heartbeat(client: RuntimeHttpClient) -> Iterator[None]:
-    sender = HeartbeatSender(make_task_heartbeat_fn_http(client))
-    sender.start()
-    try:
-        yield
-    finally:
+def _heartbeat(client: RuntimeHttpClient) -> Iterator[Callable[[], None]]:
+    """Say that a task is alive, until the function is called that this gives: before its end is told, not after."""
+    beat = make_task_heartbeat_fn_http(client)
+
+    def beat_or_leave() -> bool:
+        try:
+            return beat()
+        except RunNotRunningException:
+            return True  # whoever works on the task learns it by the next request
+
+    sender = HeartbeatSender(beat_or_leave)
+
+    def fall_silent() -> None:
         if sender.is_running:
             sender.stop()
+
+    sender.start()
+    try:
+        yield fall_silent
+    finally:
+        fall_silent()
         client.close()
 
 

@@ -67,7 +67,10 @@ def serve(
                 f"Its log is in {folder.file('logs')}."
             ) from error
         except RunNotRunningException as error:
-            raise ProtocolError("SuperLink: the run must be running, but somebody has stopped it.") from error
+            raise ProtocolError(
+                "SuperLink: the run must be running, but somebody has stopped it, or its server was not heard of for a "
+                "minute, as where its machine slept."
+            ) from error
 
 
 class KeyedGrid:
