@@ -2,18 +2,22 @@
 
 A real SuperLink with its registry, TLS and keys, and the real server of a toy model. The nodes are threads of one other
 process: each has its own key, connection and heartbeat, signs each request, asks for work as a SuperNode does, and
-makes up its replies. So a round's seconds are those of the SuperLink, the server and the protocol. About five minutes.
+makes up its replies. So a round's seconds are those of the SuperLink, the server and the protocol. About ten minutes.
+Where a process ends early, or nothing happens for long, this ends with the last lines of the SuperLink and the nodes.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,6 +38,7 @@ from flwr.supernode.fleet_http_connection import http_request_response
 from many_clients import answer, make_server
 
 from fedzo.bench.claims import Claims
+from fedzo.errors import ProtocolError
 from fedzo.fl.exchange import Grid
 from fedzo.fl.log_store import RunStore
 from fedzo.fl.messages import encode
@@ -42,13 +47,15 @@ from fedzo.runtime.net._flower_http import Pauses, RunNotRunningException, quick
 from fedzo.runtime.net.client_folder import KEY, ClientFolder, Invitation
 from fedzo.runtime.net.daemons import SUPERNODE_POLL_S
 from fedzo.runtime.net.parts import environment, register_clients, start_superlink, wait_for_superlink
-from fedzo.runtime.net.processes import Processes, free_ports
+from fedzo.runtime.net.processes import Processes, free_ports, watch_parent
 from fedzo.runtime.net.serve import serve
 from fedzo.runtime.net.server_folder import Listening, ServerFolder
 
 HERE = Path(__file__).parent
 SPREAD_S = 0.05
 """Between the starts of two nodes."""
+STALLED_S = 300.0
+"""Without a round that ends, or until all nodes have registered, this gives up."""
 
 
 def main() -> None:
@@ -95,13 +102,15 @@ def run(folder: Path, nodes: int, rounds: int) -> tuple[list[float], int, float,
         with RunStore(folder / "run") as store:
             real = make_server(cast(Grid, grid), store, folder, clients=nodes, sampled=nodes, rounds=rounds)
             began = time.monotonic()
-            real.client_registry.wait(cast(Grid, grid), timeout_s=600)
+            real.client_registry.wait(cast(Grid, grid), timeout_s=STALLED_S)
             told["register"] = time.monotonic() - began
+            print(f"{nodes} nodes have registered in {told['register']:.1f} s", flush=True)
             before = sum(superlink.cpu_times()[:2])
             for _ in range(rounds):
                 began = time.monotonic()
                 real.run_round()
                 seconds.append(time.monotonic() - began)
+                print(f"round {len(seconds)} of {rounds}: {seconds[-1]:.2f} s", flush=True)
             told["superlink"] = (sum(superlink.cpu_times()[:2]) - before) / rounds
             told["attended"] = sum(len(line.attendance) for line in store.rounds)
 
@@ -110,23 +119,60 @@ def run(folder: Path, nodes: int, rounds: int) -> tuple[list[float], int, float,
         wait_for_superlink(processes, server, timeout_s=60)
         register_clients(server)
         command = [sys.executable, __file__, "--play", str(folder), "--nodes", str(nodes)]
-        players = subprocess.Popen(command, env=environment())
-        try:
+        processes.start("nodes", command)
+        with watched(processes, progress=lambda: len(seconds) + len(told)):
             serve(app, folder=server, run_config={})
-        finally:
-            players.kill()
-            players.wait()
     return seconds, int(told["attended"]), told["superlink"], told["register"]
 
 
+@contextmanager
+def watched(processes: Processes, *, progress: Callable[[], int]) -> Iterator[None]:
+    """Ends what this process does when another has ended, or when nothing was done for long, with what they said."""
+    done, since = -1, 0.0
+
+    def look(*_: object) -> None:
+        nonlocal done, since
+        try:
+            processes.check()
+            if progress() != done:
+                done, since = progress(), time.monotonic()
+            elif time.monotonic() - since > STALLED_S + 60.0:
+                raise ProtocolError(f"nothing was done for {STALLED_S:g} s")
+        except ProtocolError:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+            raise
+
+    before = signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
+    try:
+        yield
+    except ProtocolError:
+        for name in processes.pids:
+            print(f"The end of {name}.log:", processes.tail(name), sep="\n", file=sys.stderr)
+        raise
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def play(folder: Path, nodes: int) -> None:
-    """Be all nodes until this process is killed."""
+    """Be all nodes until this process is killed; the first that ends before ends all."""
+    watch_parent(os.getppid())
     quicken(SUPERNODE_POLL_S)
     with one_federation(1):
         for index in range(nodes):
-            threading.Thread(target=be_node, args=(folder / f"node-{index}", index), daemon=True).start()
+            threading.Thread(target=be_node_for_ever, args=(folder / f"node-{index}", index), daemon=True).start()
             time.sleep(SPREAD_S)
         threading.Event().wait()
+
+
+def be_node_for_ever(folder: Path, index: int) -> None:
+    """End this process when a node ends, which says before why it does."""
+    try:
+        be_node(folder, index)
+    finally:
+        print(f"node {index} has ended", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def be_node(folder: Path, index: int) -> None:

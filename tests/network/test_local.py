@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -89,6 +92,30 @@ def test_killed_superlink_is_started_again_and_no_answer_is_lost(play_local: Pla
     result = play_local(rounds=3, kills="daemons superlink", deadline_s=40.0)
 
     assert result["answers"] == [2, 2, 2]
+    _assert_gone(_descendants(tmp_path))
+
+
+def test_superlink_whose_database_is_locked_costs_time_and_nothing_else(play_local: Play, tmp_path: Path) -> None:
+    """SQLite gives up after 5 s; a backup, a slow disk or hundreds of nodes keep it for longer."""
+
+    def lock() -> None:
+        _wait_for((tmp_path / "descendants.json").exists, seconds=90)
+        with closing(sqlite3.connect(tmp_path / "network" / "server" / "superlink.db", timeout=30.0)) as database:
+            database.execute("BEGIN IMMEDIATE")
+            time.sleep(9.0)
+            database.rollback()
+
+    locker = threading.Thread(target=lock)
+    locker.start()
+    try:
+        result = play_local(rounds=2, waits_s=2.0)
+    finally:
+        locker.join()
+
+    assert result["answers"] == [2, 2]
+    assert "database is locked" in (tmp_path / "logs" / "superlink.log").read_text()
+    for index in range(2):
+        assert (tmp_path / "logs" / f"supernode-{index}.log").read_text().count("connected as node") == 1
     _assert_gone(_descendants(tmp_path))
 
 

@@ -4,10 +4,15 @@ Flower serves three APIs on one port, and asks nobody who he is on the one that 
 SuperLink listens twice: on the loopback interface with all of them, and for sites behind this gate. The gate also names
 the nodes that the SuperLink refuses, with the likely reason, since Flower itself does not. And it counts the bytes of
 registered clients: request lines, headers and bodies, as they are within TLS.
+
+Requests of sites take turns, a few at once. A SuperLink answers some hundred requests a second, and a node asks again
+as soon as it has its answer. So each request of hundreds of nodes would be as slow as all of them together, and the
+run's server, which asks one thing after the other, would wait as long for each of its own.
 """
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import json
 import logging
@@ -24,7 +29,7 @@ from fedzo.runtime.net.credentials import fingerprint
 from fedzo.runtime.net.server_folder import ServerFolder
 
 log = logging.getLogger(__name__)
-FLEET = "/v1/fleet/"
+FLEET, RUNTIME = "/v1/fleet/", "/v1/runtime/"
 WIRE = "/fedzo/wire"
 """Of this machine alone, as JSON: a name of this start of the SuperLink, and the bytes that registered clients sent and
 got since then, up and down."""
@@ -34,6 +39,8 @@ REQUESTS_PER_S, BURST = 200.0, 2000.0
 """Of a registered client; its SuperNode asks for work ten times a second, and moves each object by a request."""
 STRANGER_REQUESTS_PER_S, STRANGER_BURST = 5.0, 50.0
 """Of all other nodes of one host together."""
+MOST_AT_ONCE = 4
+"""Requests of sites that the SuperLink works on at once; those of the run's server do not wait for a turn."""
 MOST_NODES = 100_000
 QUIET_S = 60.0
 """How long the gate does not repeat itself about one node."""
@@ -45,10 +52,6 @@ Event = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Event]]
 Send = Callable[[Event], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-
-class TooLargeError(Exception):
-    """A request's body is longer than the gate lets through."""
 
 
 class Gate:
@@ -72,6 +75,7 @@ class Gate:
         self._told: dict[tuple[str, str], float] = {}
         self._start = secrets.token_hex(8)
         self._up_bytes = self._down_bytes = 0
+        self._turns = asyncio.Semaphore(MOST_AT_ONCE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it here."""
@@ -79,7 +83,7 @@ class Gate:
             if scope["type"] == "http" and scope["path"] == WIRE:
                 await _answer(send, 200, json.dumps([self._start, self._up_bytes, self._down_bytes]))
             else:
-                await self._app(scope, receive, send)
+                await self._app(scope, receive, _again_later(scope, send))
             return
         if scope["type"] != "http" or not scope["path"].startswith(FLEET):
             await _answer(send, 404, "not found")
@@ -93,25 +97,56 @@ class Gate:
         if not declared.isdigit() or len(declared) > 20 or int(declared) > MAX_BODY_BYTES:
             await _answer(send, 413, "too large")
             return
-        taken, known = 0, asker.name is not None
-        self._up_bytes += known * _request_bytes(scope)
+        if asker.name is not None:
+            self._up_bytes += _request_bytes(scope)
+        heard = await self._hear(asker, receive)
+        if heard is None:
+            await _answer(send, 413, "too large")
+            return
+        await self._pass_on(asker, scope, heard, receive, send)
 
-        async def bounded() -> Event:
-            nonlocal taken
+    async def _hear(self, asker: _Asker, receive: Receive) -> list[Event] | None:
+        """A request's whole body; None where it breaks off, or is too long, which need not have been declared."""
+        heard: list[Event] = []
+        taken, more = 0, True
+        while more:
             event = await receive()
+            heard.append(event)
             taken += len(event.get("body", b""))
-            self._up_bytes += known * len(event.get("body", b""))
-            if taken > MAX_BODY_BYTES:  # of a length that was not declared; the app answers with an error
-                raise TooLargeError
-            return event
+            if asker.name is not None:
+                self._up_bytes += len(event.get("body", b""))
+            if taken > MAX_BODY_BYTES or event["type"] != "http.request":
+                return None
+            more = bool(event.get("more_body"))
+        return heard
+
+    async def _pass_on(self, asker: _Asker, scope: Scope, heard: list[Event], receive: Receive, send: Send) -> None:
+        """Have the SuperLink answer in turn. A turn is over when the answer begins: a slow line costs nobody else."""
+        await self._turns.acquire()
+        waiting = True
+
+        def leave() -> None:
+            nonlocal waiting
+            if waiting:
+                self._turns.release()
+            waiting = False
+
+        async def told() -> Event:
+            return heard.pop(0) if heard else await receive()
 
         async def watched(event: Event) -> None:
-            if event["type"] == "http.response.start" and event["status"] >= 400:
-                self._explain(asker, scope, event["status"])
-            self._down_bytes += known * _response_bytes(event)
+            if event["type"] == "http.response.start":
+                leave()
+                if event["status"] >= 400:
+                    self._explain(asker, scope, event["status"])
+            if asker.name is not None:
+                self._down_bytes += _response_bytes(event)
             await send(event)
 
-        await self._app(scope, bounded, watched)
+        try:
+            await self._app(scope, told, _again_later(scope, watched))
+        finally:
+            leave()
 
     def _asker(self, scope: Scope) -> _Asker:
         try:
@@ -172,6 +207,21 @@ class _Asker:
     def words(self) -> str:
         who = f"client {self.name}" if self.name else f"a node with the key {fingerprint(self.key)}"
         return f"{who} at {self.host}"
+
+
+def _again_later(scope: Scope, send: Send) -> Send:
+    """Answers "not now" (503) where the SuperLink failed at a message (500), as where its database was locked.
+
+    To Flower's nodes and servers 503 means to ask again, and 500 to give up: a node leaves, or stays and does not say
+    any more that it lives; a run ends.
+    """
+    if not (scope["type"] == "http" and scope["path"].startswith((FLEET, RUNTIME))):
+        return send
+
+    async def translated(event: Event) -> None:
+        await send({**event, "status": 503} if event.get("status") == 500 else event)
+
+    return translated
 
 
 def _header(scope: Scope, name: bytes) -> bytes:

@@ -258,3 +258,30 @@ def test_a_superlink_looks_for_tasks_that_ended_once_a_second_and_checks_each_to
         now[0] += after_s
         clean_up(now[0])
     assert looks == pytest.approx([50.0, 51.1, 56.2])
+
+
+@pytest.mark.slow
+def test_flower_asks_again_after_503_and_gives_up_after_500() -> None:
+    from flwr.supercore import heartbeat
+    from flwr.supercore.retry import http_retry
+    from flwr.supernode import fleet_http_connection
+
+    again = {502, 503, 504}
+    assert {int(code) for code in http_retry._RETRYABLE_STATUS_CODES} == again
+    assert "status_code in (502, 503, 504)" in inspect.getsource(fleet_http_connection)
+    assert "SERVICE_UNAVAILABLE,  # 503" in inspect.getsource(heartbeat.make_task_heartbeat_fn_http)
+
+
+@pytest.mark.slow
+def test_flower_interrupts_a_process_whose_token_is_refused_unless_an_interceptor_speaks_first() -> None:
+    from flwr.supercore.retry import http_retry
+    from flwr.supercore.runtime import RuntimeHttpClient
+
+    from fedzo.runtime.net import _flower_http
+
+    source = inspect.getsource(http_retry)
+    assert "if status_code == httpx.codes.UNAUTHORIZED:" in source
+    assert "os.kill(os.getpid(), signal.SIGINT)" in source
+    client = RuntimeHttpClient("http://127.0.0.1:1")
+    assert client._interceptors == ()
+    assert parameters(_flower_http._TaskOver().intercept) == ["context", "call_next"]

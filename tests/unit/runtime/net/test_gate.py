@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedzo.runtime.net.credentials import make_key, pem_of
-from fedzo.runtime.net.gate import BURST, MAX_BODY_BYTES, STRANGER_BURST, WIRE, Gate
+from fedzo.runtime.net.gate import BURST, MAX_BODY_BYTES, MOST_AT_ONCE, STRANGER_BURST, WIRE, Gate
 from fedzo.runtime.net.server_folder import Listening, ServerFolder
 
 PUBLIC, CONTROL = 8443, 8444
@@ -35,6 +35,7 @@ class Place:
         self.key = pem_of(make_key(tmp_path / "key"))
         folder.add_client("hospital", index=0, key=make_key(tmp_path / "key"))
         self.key = next(iter(folder.by_key()))
+        self.folder = folder
         self.stranger = pem_of(make_key(tmp_path / "other"))
         self.seen: list[str] = []
         self.status = 200
@@ -42,15 +43,10 @@ class Place:
         self.gate = Gate(self._app, public_port=PUBLIC, folder=folder, clock=lambda: self.now)
 
     async def _app(self, scope: Any, receive: Any, send: Any) -> None:
-        try:
-            while (await receive()).get("more_body"):
-                pass
-            status = self.status
-        except Exception:
-            status = 500  # as Flower's own app answers
-        else:
-            self.seen.append(scope["path"])
-        await send({"type": "http.response.start", "status": status, "headers": []})
+        while (await receive()).get("more_body"):
+            pass
+        self.seen.append(scope["path"])
+        await send({"type": "http.response.start", "status": self.status, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
     def ask(
@@ -101,9 +97,117 @@ def test_a_long_body_is_refused_whether_its_length_is_declared_or_not(place: Pla
     long = str(MAX_BODY_BYTES + 1).encode()
     assert place.ask(PULL, key=place.key, headers={b"content-length": long}) == 413
     assert place.ask(PULL, key=place.key, headers={b"content-length": b"-1"}) == 413
-    assert place.ask(PULL, key=place.key, parts=[bytes(MAX_BODY_BYTES), b"x"]) == 500
+    assert place.ask(PULL, key=place.key, parts=[bytes(MAX_BODY_BYTES), b"x"]) == 413
     assert place.seen == []
     assert place.ask(PULL, key=place.key, parts=[bytes(MAX_BODY_BYTES)]) == 200
+
+
+def test_a_superlink_that_failed_at_a_message_is_asked_again(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    """Flower's nodes and servers ask again after 502, 503 and 504 alone."""
+    place.status = 500
+
+    with caplog.at_level(logging.WARNING, logger="fedzo"):
+        assert place.ask(PULL, key=place.key) == 503
+
+    assert place.ask("/v1/runtime/push-messages", port=CONTROL) == 503
+    assert place.ask("/v1/control/start-run", port=CONTROL) == 500
+    assert "client hospital at 10.0.0.9: pull-messages was answered with status 503" in caplog.text
+
+
+class Slow:
+    """Requests to a gate whose app, and whose askers' lines, go on only when they are told."""
+
+    def __init__(self, place: Place) -> None:
+        self.gate = Gate(self._app, public_port=PUBLIC, folder=place.folder)
+        self.working = 0
+        self.done = asyncio.Event()
+        self._key = b64encode(place.key)
+
+    async def _app(self, scope: Any, receive: Any, send: Any) -> None:
+        self.working += 1
+        await self.done.wait()
+        self.working -= 1
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    def ask(self, *, port: int = PUBLIC, heard: asyncio.Event | None = None, taken: asyncio.Event | None = None) -> Any:
+        """A request whose body comes when it is ``heard``, and whose answer goes when it is ``taken``."""
+        scope = {"type": "http", "server": ("h", port), "client": ("c", 5), "path": PULL, "method": "POST"}
+        scope["headers"] = [(b"flwr-public-key", self._key)]
+
+        async def receive() -> Any:
+            if heard:
+                await heard.wait()
+            return {"type": "http.request", "body": b""}
+
+        async def send(event: Any) -> None:
+            if taken:
+                await taken.wait()
+
+        return asyncio.ensure_future(self.gate(scope, receive, send))
+
+
+async def _settle() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def test_requests_of_sites_take_turns_and_those_of_this_machine_do_not_wait(place: Place) -> None:
+    async def play() -> list[int]:
+        slow = Slow(place)
+        tasks = [slow.ask() for _ in range(3 * MOST_AT_ONCE)]
+        await _settle()
+        sites = slow.working
+        tasks.append(slow.ask(port=CONTROL))
+        await _settle()
+        both = slow.working
+        slow.done.set()
+        await asyncio.gather(*tasks)
+        return [sites, both, slow.working]
+
+    assert asyncio.run(play()) == [MOST_AT_ONCE, MOST_AT_ONCE + 1, 0]
+
+
+def test_a_slow_line_takes_no_turn_from_the_others(place: Place) -> None:
+    async def play() -> list[int]:
+        slow, heard, taken = Slow(place), asyncio.Event(), asyncio.Event()
+        slow.done.set()
+        stuck = [slow.ask(heard=heard) for _ in range(MOST_AT_ONCE)]
+        stuck += [slow.ask(taken=taken) for _ in range(MOST_AT_ONCE)]
+        await _settle()
+        slow.done.clear()
+        tasks = [slow.ask() for _ in range(MOST_AT_ONCE)]
+        await _settle()
+        working = slow.working
+        for event in (slow.done, heard, taken):
+            event.set()
+        await asyncio.gather(*stuck, *tasks)
+        return [working, slow.working]
+
+    assert asyncio.run(play()) == [MOST_AT_ONCE, 0]
+
+
+def test_a_request_that_fails_or_breaks_off_gives_its_turn_back(place: Place) -> None:
+    async def broken(scope: Any, receive: Any, send: Any) -> None:
+        raise ZeroDivisionError
+
+    async def play() -> int:
+        slow = Slow(place)
+        slow.gate._app = broken
+        failed = await asyncio.gather(*(slow.ask() for _ in range(2 * MOST_AT_ONCE)), return_exceptions=True)
+        slow.gate._app = slow._app
+        gone = [slow.ask() for _ in range(2 * MOST_AT_ONCE)]
+        await _settle()
+        for task in gone:
+            task.cancel()
+        await asyncio.gather(*gone, return_exceptions=True)
+        slow.working = 0
+        tasks = [slow.ask() for _ in range(MOST_AT_ONCE)]
+        await _settle()
+        slow.done.set()
+        await asyncio.gather(*tasks)
+        return sum(isinstance(error, ZeroDivisionError) for error in failed)
+
+    assert asyncio.run(play()) == 2 * MOST_AT_ONCE
 
 
 HEADER = st.binary(max_size=20) | st.sampled_from(
