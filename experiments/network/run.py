@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from traffic import failure
+
 from fedzo.bench.claims import Claims
 
 HERE = Path(__file__).parent
@@ -68,7 +70,8 @@ def run(folder: Path, runtime: str, rounds: int) -> dict[str, float]:
         log = folder / "public.jsonl"
         if first is None and log.exists() and log.stat().st_size:
             first = time.monotonic() - began
-    assert process.returncode == 0, command
+    if process.returncode:
+        raise failure(f"it ended with status {process.returncode}", folder, command)
     lines: list[dict[str, Any]] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     seconds = [line["round_seconds"] for line in lines if line["kind"] == "round"]
     assert first is not None

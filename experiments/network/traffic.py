@@ -25,6 +25,8 @@ from fedzo.testing.tiny_models import save_tiny_model
 
 HERE = Path(__file__).parent
 ROUNDS, WARM, CLIENTS = 30, 2, 2
+STALLED_S = 300.0
+"""Without a round, or before the first."""
 CASES = {
     **{f"scalars, T = {steps}": [f"fl.local_steps={steps}"] for steps in (1, 10, 100)},
     **{f"vectors, T = {steps}": [f"fl.local_steps={steps}", "estimator=backprop"] for steps in (1, 10)},
@@ -62,6 +64,9 @@ def tiny_run(folder: Path, settings: list[str], *, watch: Callable[[Path, int], 
         folder: Of the run.
         settings: Beside the usual ones.
         watch: Called again and again with the folder and the pid of the process that started all others.
+
+    Raises:
+        SystemExit: The run failed, or had no round for long, with the end of each of its logs.
     """
     made = folder.parent / f"{folder.name}-made"
     save_tiny_model(made / "model", "llama")
@@ -76,12 +81,29 @@ def tiny_run(folder: Path, settings: list[str], *, watch: Callable[[Path, int], 
         *(*settings, f"hydra.run.dir={folder}"),
     ]
     process = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL)
-    while process.poll() is None:
-        time.sleep(0.2)
-        watch(folder, process.pid)
+    metrics, size, since = folder / "metrics.jsonl", 0, time.monotonic()
+    try:
+        while process.poll() is None:
+            time.sleep(0.2)
+            watch(folder, process.pid)
+            if metrics.exists() and metrics.stat().st_size != size:
+                size, since = metrics.stat().st_size, time.monotonic()
+            if time.monotonic() - since > STALLED_S:
+                raise failure(f"no round within {STALLED_S:g} s", folder, command)
+    finally:
+        process.terminate()
+        process.wait(120)
     if process.returncode:
-        raise SystemExit(f"the run failed: {' '.join(command)}")
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        raise failure(f"it ended with status {process.returncode}", folder, command)
+    return [json.loads(line) for line in metrics.read_text().splitlines()]
+
+
+def failure(why: str, folder: Path, command: list[str]) -> SystemExit:
+    """What to end with where a run failed: why, and the last lines of each log of it."""
+    told = [f"the run failed: {why}: {' '.join(command)}"]
+    for log in sorted([*folder.glob("*.log"), *folder.glob("logs/*.log")]):
+        told += [f"The end of {log.relative_to(folder)}:", *log.read_text(errors="replace").splitlines()[-15:]]
+    return SystemExit("\n".join(told))
 
 
 class Sockets:
