@@ -5,9 +5,9 @@ SuperLink listens twice: on the loopback interface with all of them, and for sit
 the nodes that the SuperLink refuses, with the likely reason, since Flower itself does not. And it counts the bytes of
 registered clients: request lines, headers and bodies, as they are within TLS.
 
-Requests of sites take turns, a few at once. A SuperLink answers some hundred requests a second, and a node asks again
-as soon as it has its answer. So each request of hundreds of nodes would be as slow as all of them together, and the
-run's server, which asks one thing after the other, would wait as long for each of its own.
+Requests of sites take turns, a few at once, and of those that only ask for work one at a time. A SuperLink answers some
+hundred requests a second, and a node asks again soon after its answer. So each request of hundreds of nodes would be as
+slow as all of them together, and the run's server, which asks one thing after the other, would wait as long each time.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import secrets
 import time
 from base64 import b64decode
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -30,6 +31,8 @@ from fedzo.runtime.net.server_folder import ServerFolder
 
 log = logging.getLogger(__name__)
 FLEET, RUNTIME = "/v1/fleet/", "/v1/runtime/"
+POLL = f"{FLEET}pull-messages"
+"""What a node asks again and again, mostly in vain."""
 WIRE = "/fedzo/wire"
 """Of this machine alone, as JSON: a name of this start of the SuperLink, and the bytes that registered clients sent and
 got since then, up and down."""
@@ -75,7 +78,7 @@ class Gate:
         self._told: dict[tuple[str, str], float] = {}
         self._start = secrets.token_hex(8)
         self._up_bytes = self._down_bytes = 0
-        self._turns = asyncio.Semaphore(MOST_AT_ONCE)
+        self._turns, self._polls = asyncio.Semaphore(MOST_AT_ONCE), asyncio.Semaphore(1)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it here."""
@@ -122,31 +125,24 @@ class Gate:
 
     async def _pass_on(self, asker: _Asker, scope: Scope, heard: list[Event], receive: Receive, send: Send) -> None:
         """Have the SuperLink answer in turn. A turn is over when the answer begins: a slow line costs nobody else."""
-        await self._turns.acquire()
-        waiting = True
-
-        def leave() -> None:
-            nonlocal waiting
-            if waiting:
-                self._turns.release()
-            waiting = False
 
         async def told() -> Event:
             return heard.pop(0) if heard else await receive()
 
         async def watched(event: Event) -> None:
             if event["type"] == "http.response.start":
-                leave()
+                await turn.aclose()
                 if event["status"] >= 400:
                     self._explain(asker, scope, event["status"])
             if asker.name is not None:
                 self._down_bytes += _response_bytes(event)
             await send(event)
 
-        try:
+        async with AsyncExitStack() as turn:
+            if scope["path"] == POLL:
+                await turn.enter_async_context(self._polls)
+            await turn.enter_async_context(self._turns)
             await self._app(scope, told, _again_later(scope, watched))
-        finally:
-            leave()
 
     def _asker(self, scope: Scope) -> _Asker:
         try:

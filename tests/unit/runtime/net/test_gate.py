@@ -23,7 +23,7 @@ from fedzo.runtime.net.gate import BURST, MAX_BODY_BYTES, MOST_AT_ONCE, STRANGER
 from fedzo.runtime.net.server_folder import Listening, ServerFolder
 
 PUBLIC, CONTROL = 8443, 8444
-PULL, ACTIVATE = "/v1/fleet/pull-messages", "/v1/fleet/activate-node"
+PULL, PUSH, ACTIVATE = "/v1/fleet/pull-messages", "/v1/fleet/push-object", "/v1/fleet/activate-node"
 
 
 class Place:
@@ -129,9 +129,16 @@ class Slow:
         self.working -= 1
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
-    def ask(self, *, port: int = PUBLIC, heard: asyncio.Event | None = None, taken: asyncio.Event | None = None) -> Any:
+    def ask(
+        self,
+        path: str = PUSH,
+        *,
+        port: int = PUBLIC,
+        heard: asyncio.Event | None = None,
+        taken: asyncio.Event | None = None,
+    ) -> Any:
         """A request whose body comes when it is ``heard``, and whose answer goes when it is ``taken``."""
-        scope = {"type": "http", "server": ("h", port), "client": ("c", 5), "path": PULL, "method": "POST"}
+        scope = {"type": "http", "server": ("h", port), "client": ("c", 5), "path": path, "method": "POST"}
         scope["headers"] = [(b"flwr-public-key", self._key)]
 
         async def receive() -> Any:
@@ -167,6 +174,22 @@ def test_requests_of_sites_take_turns_and_those_of_this_machine_do_not_wait(plac
     assert asyncio.run(play()) == [MOST_AT_ONCE, MOST_AT_ONCE + 1, 0]
 
 
+def test_questions_for_work_leave_the_other_turns_free(place: Place) -> None:
+    async def play() -> list[int]:
+        slow = Slow(place)
+        tasks = [slow.ask(PULL) for _ in range(3 * MOST_AT_ONCE)]
+        await _settle()
+        polls = slow.working
+        tasks += [slow.ask() for _ in range(MOST_AT_ONCE - 1)]
+        await _settle()
+        all_of_them = slow.working
+        slow.done.set()
+        await asyncio.gather(*tasks)
+        return [polls, all_of_them, slow.working]
+
+    assert asyncio.run(play()) == [1, MOST_AT_ONCE, 0]
+
+
 def test_a_slow_line_takes_no_turn_from_the_others(place: Place) -> None:
     async def play() -> list[int]:
         slow, heard, taken = Slow(place), asyncio.Event(), asyncio.Event()
@@ -190,24 +213,25 @@ def test_a_request_that_fails_or_breaks_off_gives_its_turn_back(place: Place) ->
     async def broken(scope: Any, receive: Any, send: Any) -> None:
         raise ZeroDivisionError
 
-    async def play() -> int:
+    async def play() -> list[int]:
         slow = Slow(place)
         slow.gate._app = broken
         failed = await asyncio.gather(*(slow.ask() for _ in range(2 * MOST_AT_ONCE)), return_exceptions=True)
         slow.gate._app = slow._app
-        gone = [slow.ask() for _ in range(2 * MOST_AT_ONCE)]
+        gone = [slow.ask(path) for path in (PUSH, PULL) for _ in range(2 * MOST_AT_ONCE)]
         await _settle()
         for task in gone:
             task.cancel()
         await asyncio.gather(*gone, return_exceptions=True)
         slow.working = 0
-        tasks = [slow.ask() for _ in range(MOST_AT_ONCE)]
+        tasks = [slow.ask(PULL), *(slow.ask() for _ in range(MOST_AT_ONCE - 1))]
         await _settle()
+        working = slow.working
         slow.done.set()
         await asyncio.gather(*tasks)
-        return sum(isinstance(error, ZeroDivisionError) for error in failed)
+        return [sum(isinstance(error, ZeroDivisionError) for error in failed), working]
 
-    assert asyncio.run(play()) == 2 * MOST_AT_ONCE
+    assert asyncio.run(play()) == [2 * MOST_AT_ONCE, MOST_AT_ONCE]
 
 
 HEADER = st.binary(max_size=20) | st.sampled_from(
