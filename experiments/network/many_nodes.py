@@ -62,7 +62,7 @@ def main() -> None:
     """Measure, print and write the claims."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nodes", type=int, default=200, help="nodes, all of them in each round (default: 200)")
-    parser.add_argument("--rounds", type=int, default=30, help="rounds (default: 30)")
+    parser.add_argument("--rounds", type=int, default=10, help="rounds (default: 10)")
     parser.add_argument("--play", type=Path, help="be the nodes of the server in this folder")
     options = parser.parse_args()
     if options.play:
