@@ -112,15 +112,14 @@ def missing_files(config: LaunchConfig) -> list[Problem]:
     named = [("data.path", path, "Give the folder or file with the rows.") for path in paths]
     if config.model.name.startswith(("/", "./", "../", "~")):
         named.append(("model.name", config.model.name, "Give a model folder, or a hub name."))
-    if config.rewriter.examples is not None:
-        named.append(("rewriter.examples", config.rewriter.examples, "Make it with `fedzo rephrase bootstrap`."))
     named.append(("inputs.artifact", config.inputs.artifact, "Make a mask with `fedzo mask --out FILE`."))
     named.append(("inputs.calibration", config.inputs.calibration, "Give the calibration text."))
-    return [
+    found = [
         problem(key, "name something that exists", path, remedy)
         for key, path, remedy in named
         if path is not None and not Path(path).expanduser().exists()
     ]
+    return [*found, *config.rewriter.missing()]
 
 
 def own_paths(path: str, num_clients: int) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 class TransformersConfig(RewriterConfig):
     """A chat model in a local folder: no text leaves this machine."""
 
+    paths: ClassVar[tuple[str, ...]] = (*RewriterConfig.paths, "model", "judge_model")
+
     dtype: DType = DType.float32
     """Dtype of its weights."""
     device: str = "auto"
@@ -53,12 +55,15 @@ class TransformersConfig(RewriterConfig):
     def model_problems(self) -> Iterator[Problem]:
         """Broken rules on the models, which no other setting has a part in."""
         yield from at_least("rewriter.batch_size", self.batch_size, 1, "Write 1 for one prompt after the other.")
+        if self.dtype is DType.auto:
+            yield problem("rewriter.dtype", "be float32, bfloat16 or float16", self.dtype, "Choose one of these.")
+
+    def missing(self) -> Iterator[Problem]:
+        yield from RewriterConfig.missing(self)
         for key, name in (("model", self.model), ("judge_model", self.judge_model or self.model)):
             if name != EMBEDDED_NAME and not (name and Path(name).expanduser().is_dir()):
                 rule = f"be a folder with a chat model, or {EMBEDDED_NAME}"
                 yield problem(f"rewriter.{key}", rule, name, "Nothing is downloaded: give the folder where it lies.")
-        if self.dtype is DType.auto:
-            yield problem("rewriter.dtype", "be float32, bfloat16 or float16", self.dtype, "Choose one of these.")
 
 
 class LocalChat:
@@ -199,5 +204,5 @@ class _Noise(LogitsProcessor):
 
 @REWRITERS.register("transformers", TransformersConfig)
 def _transformers(config: TransformersConfig) -> Backend:
-    refuse_broken(chain(config.limit_problems(), config.model_problems()))
+    refuse_broken(chain(config.limit_problems(), config.model_problems(), config.missing()))
     return LocalChat(config)

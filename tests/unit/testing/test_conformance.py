@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,8 @@ from torch import nn
 
 from fedzo.data.config import Loss, TaskConfig, TaskKind
 from fedzo.data.encode import Example
-from fedzo.data.preprocess import STAGES, StageContext
-from fedzo.data.preprocess.rephrase.backend import NoRewriterConfig
+from fedzo.data.preprocess import STAGES, Stage, StageContext
+from fedzo.data.preprocess.rephrase.backend import REWRITERS, Completion, Request, RewriterConfig, RowFault
 from fedzo.evaluate import EVALUATORS
 from fedzo.testing import (
     check_estimator,
@@ -240,13 +243,47 @@ def test_server_optimizers(name: str, settings: dict[str, Any]) -> None:
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 
+class Rewriter:
+    """A backend that exchanges one word, and a judge who agrees."""
+
+    batch_size = concurrency = 1
+
+    def fingerprint(self, model: str) -> str:
+        return model
+
+    def count_tokens(self, request: Request) -> int:
+        return 100
+
+    def complete(self, requests: Sequence[Request]) -> list[Completion | RowFault]:
+        return [Completion(self._text(request), False, "m", 1, 1) for request in requests]
+
+    def close(self) -> None:
+        """Nothing to let go."""
+
+    def _text(self, request: Request) -> str:
+        if request.schema is not None:
+            return "same"
+        asked = [line for line in request.messages[-1].content.splitlines() if line.startswith("text: ")][-1]
+        return str(json.loads(asked.removeprefix("text: "))).replace("was", "seemed")
+
+
 @pytest.mark.parametrize("name", CONFIGS["preprocess"])
-def test_stages(name: str, tmp_path: Path) -> None:
-    rows = [{"text": f"Review {i}", "label": i % 2, "id": i} for i in range(5)]
+def test_stages(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(REWRITERS, "build", lambda config: Rewriter())
+    rows = [{"text": f"Film {i} was long.", "label": i % 2, "id": i} for i in range(5)]
+    task = TaskConfig(name="sst2", template="{text}", candidates=[" bad", " good"])
+    given = {"gate": False} if name == "oat_rephrase" else {}
+    config = CONFIGS["preprocess"][name](**given).filled(task)
+    folders = (tmp_path / str(number) for number in itertools.count())  # so that a new stage finds nothing made
 
-    context = StageContext(TaskConfig(), NoRewriterConfig(), tmp_path)
+    def make() -> Stage:
+        return STAGES.build(config, context=StageContext(task, RewriterConfig(), next(folders)))
 
-    check_stage(lambda: STAGES.build(CONFIGS["preprocess"][name](), context=context), rows)
+    check_stage(make, rows)
+
+    if name == "oat_rephrase":
+        made = make().apply(copy.deepcopy(rows), client=0, on_progress=lambda done, total: None)
+        assert [row["text"] for row in made] == [f"Film {i} seemed long." for i in range(5)]
 
 
 # --- evaluators -------------------------------------------------------------------------------------------------------

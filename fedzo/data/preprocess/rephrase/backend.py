@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from fedzo.errors import ConfigError, FedzoError, Problem, at_least, not_negative, problem
@@ -173,6 +174,12 @@ class RewriterConfig(PluginConfig):
 
     def problems(self, run: RunSettings) -> Iterator[Problem]:
         yield from self.limit_problems()
+
+    def missing(self) -> Iterator[Problem]:
+        """What is named and not on this machine: asked where work begins, not where a run's folder is read."""
+        if self.examples is not None and not Path(self.examples).expanduser().exists():
+            remedy = "Make it with `fedzo rephrase bootstrap`."
+            yield problem("rewriter.examples", "name something that exists", self.examples, remedy)
 
     def limit_problems(self) -> Iterator[Problem]:
         """Broken rules on the limits, which no other setting has a part in."""
