@@ -3,7 +3,8 @@
 SmolLM2-135M is sketched in several ways on C4 text, and its perplexity on WikiText-2 is measured on the same 16 windows
 of 512 tokens as the dense model's. Beside it: round to nearest on a uniform grid, and NF4 of bitsandbytes. Each result
 is kept in ``quality.json``, so a repeated call goes on. ``--data`` is a folder with ``c4/train.jsonl`` and
-``wikitext2/test.jsonl``. The embedded model comes from a 4-bit file: its sketch approximates an approximation.
+``wikitext2/test.jsonl``. The embedded model comes from a Q4_1 file of 5 bits a weight: its sketch approximates an
+approximation.
 """
 
 from __future__ import annotations
@@ -139,7 +140,8 @@ def write_claims(results: dict[str, Result]) -> None:
     values = {name: result["perplexity"] for name, result in results.items()}
     bounds = {"4 bits": 1.10, "3 bits": 1.70}
     for name, result in results.items():
-        what = f"SmolLM2-135M (itself from a 4-bit file) on WikiText-2, 16 windows of 512 tokens: {name}"
+        source = "SmolLM2-135M (itself from a Q4_1 file, 5 bits a weight)"
+        what = f"{source} on WikiText-2, 16 windows of 512 tokens: {name}"
         claims.add(f"{what}, perplexity", result["perplexity"], "")
         if name != "dense":
             claims.add(f"{what}, perplexity over dense", result["perplexity"] / base, "", at_most=bounds.get(name))
