@@ -27,7 +27,7 @@ from fedzo.data.preprocess.rephrase.examples import columns_of, write_table
 from fedzo.data.preprocess.rephrase.gate import faults, keep
 from fedzo.data.preprocess.rephrase.rephraser import Rephraser, prompts_of
 from fedzo.data.preprocess.rephrase.results import MARK, apply_outcomes, row_digest
-from fedzo.errors import ConfigError, FedzoError
+from fedzo.errors import ConfigError, FedzoError, printable
 from fedzo.records.decode import to_json
 from fedzo.records.folder import replace_file
 from fedzo.records.rephrase import Manifest, RowOutcome
@@ -37,6 +37,8 @@ from fedzo.run.process import STAGE_FOLDER
 
 STAGE = "oat_rephrase"
 BOOTSTRAP_ROWS = 40
+MOST_LINE = 100_000
+"""Longest line of a prompt that is shown, in characters."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,9 @@ def dry_run(work: Work, number: int) -> Iterator[str]:
     with rephraser.course() as course:
         for row in work.rows[:number]:
             for request in course.requests(row):
-                yield "\n\n".join(f"[{message.role}]\n{message.content}" for message in request.messages)
+                for message in request.messages:
+                    yield f"[{message.role}]"
+                    yield from (printable(line, most=MOST_LINE) for line in message.content.splitlines())
                 yield "-" * 60
         asked = [request for row in work.rows for request in course.requests(row)]
         tokens = sum(course.backend.count_tokens(request) for request in asked)
@@ -126,7 +130,8 @@ def rephrase(work: Work, *, out: Path | None) -> Iterator[str]:
             caller = course.caller
 
             def on_progress(done: int, total: int) -> None:
-                told(done, total, f"{caller.totals.calls} calls, {_tokens(caller):,} tokens")
+                cost = f", cost {caller.cost:.2f}" if caller.cost else ""
+                told(done, total, f"{caller.totals.calls} calls, {_tokens(caller):,} tokens{cost}")
 
             attempts = course.run(work.rows, on_progress)
             used = (caller.totals.calls, _tokens(caller), caller.cost)

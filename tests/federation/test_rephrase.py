@@ -326,6 +326,45 @@ def test_rewrites_from_elsewhere_are_checked_and_found_by_a_run(
     assert endpoint.calls == []
 
 
+def test_text_of_rows_and_endpoint_is_data(
+    endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Markup, templates and control characters of either side reach neither a page as markup nor a terminal."""
+    hostile = "<script>alert(1)</script> {{ 7 * 7 }} \x1b[2J \x9b2J is good"
+    endpoint.rewrite = lambda text: text.replace(" is ", " looks ")
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"text": hostile, "label": 1}) + "\n")
+    command = ["rephrase", "--task", "sst2", "--data", str(data), *endpoint.settings(tmp_path / "store")]
+
+    assert main([*command, "--dry-run", "1"]) == 0
+    assert main([*command, "preprocess.oat_rephrase.gate=false"]) == 0
+
+    told = capsys.readouterr()
+    assert not {"\x1b", "\x9b"} & {*told.out}
+    assert "1  rewritten" in told.out
+    page = next((tmp_path / "store" / "results").glob("*.html")).read_text()
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "{{ 7 * 7 }}" in page
+    assert not {"\x1b", "\x9b"} & {*page}
+
+
+def test_a_sites_file_names_the_rewriter_and_keeps_the_results_beside_it(
+    endpoint: Endpoint, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    settings = {"plugin": "openai_compatible", "base_url": endpoint.url, "model": "tiny", "concurrency": 2}
+    (site / "site.yaml").write_text(json.dumps({"rewriter": settings}))
+    monkeypatch.chdir(tmp_path)
+    data = ["--task", "sst2", "--data", str(data_dir / "train.jsonl"), "--site", str(site / "site.yaml")]
+
+    assert main(["rephrase", *data, "preprocess.oat_rephrase.gate=false"]) == 0
+
+    assert [*(site / "rephrase" / "results").glob("*.jsonl")]
+    assert not (tmp_path / "rephrase").exists()
+
+
 def test_marked_rows_are_not_scored(
     run: Callable[..., Path], data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
