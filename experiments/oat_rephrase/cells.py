@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -134,12 +135,12 @@ def check_gradient(loaded: LoadedModel, examples: Sequence[Example]) -> float:
     """The slope of the loss along its gradient by central differences, over the gradient's norm: 1 if it is right."""
     _gradient(loaded, examples)
     grads = [parameter.grad for parameter in loaded.model.parameters()]
-    norm = sum(_dot(grad, grad) for grad in grads) ** 0.5
+    norm = math.sqrt(sum(_dot(grad, grad) for grad in grads))
     size, losses = 1e-2 / norm, []
     with torch.no_grad():
         for move in (size, -2 * size, size):
-            for parameter, grad in zip(loaded.model.parameters(), grads, strict=True):
-                parameter.add_(grad, alpha=move / norm)
+            for parameter in loaded.model.parameters():
+                parameter.add_(_there(parameter.grad), alpha=move / norm)
             losses.append(mean_loss(loaded, examples, loss=Loss.candidates, tokens_per_batch=TOKENS))
     return (losses[0] - losses[1]) / (2 * size * norm)
 
@@ -155,8 +156,7 @@ def _direction(cells: Cells, place: Place, task: str, loaded: LoadedModel) -> tu
         cells.measure("gradient/slope by finite differences over norm", lambda: {"value": slope})
         loaded = base_model()  # to the bit: the check has moved the weights and back
         _gradient(loaded, examples, parts=BATCH_ROWS)
-        grads = {name: parameter.grad for name, parameter in loaded.model.named_parameters()}
-        save_file({name: grad for name, grad in grads.items() if grad is not None}, file)
+        save_file({name: _there(parameter.grad) for name, parameter in loaded.model.named_parameters()}, file)
     kept = load_file(file)
     direction = [kept[name] for name, _ in loaded.model.named_parameters()]
     return direction, sum(_dot(each, each) for each in direction)
@@ -175,9 +175,13 @@ def _gradient(loaded: LoadedModel, examples: Sequence[Example], *, parts: int | 
 
 
 def _dot(left: torch.Tensor | None, right: torch.Tensor | None) -> float:
-    if left is None or right is None:
+    return float(torch.dot(_there(left).flatten(), _there(right).flatten()))
+
+
+def _there(grad: torch.Tensor | None) -> torch.Tensor:
+    if grad is None:
         raise SystemExit("every parameter must have a gradient")
-    return float(torch.dot(left.flatten(), right.flatten()))
+    return grad
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
