@@ -6,7 +6,6 @@ import fcntl
 import json
 import math
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +33,7 @@ from fedzo.run.process import forget_process
 from fedzo.run.start import SITE_FILE, open_run
 from fedzo.system import use_threads
 
-STEPS = {"copa": 180, "cb": 110}
+STEPS = {"copa": 170, "cb": 110}
 SEEDS = {"copa": range(6), "cb": range(4)}
 METHODS = {"mezo": (4e-6, 1.6e-5, 6.4e-5), "meerkat": (1e-4, 4e-4, 1.6e-3)}
 TUNING_SEED = 100
@@ -228,14 +227,12 @@ def _train(
     place: Place, task: str, method: str, each: TrainSet, *, seed: int, lr: float, splits: Sequence[str]
 ) -> Cell:
     mask = [f"inputs.artifact={place.mask()}"] if method == "meerkat" else []
-    folder = Path(tempfile.mkdtemp(dir=place.work.resolve()))
-    try:
+    with tempfile.TemporaryDirectory() as kept:
+        folder = Path(kept)
         (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each.rows))
         words = [f"task={task}", f"trainer={method}", f"trainer.lr={lr:g}", f"seed={seed}", *mask]
         loaded = run_here(load([*words, *_SETTINGS, f"data.path={folder}", *_rounds(task)]), folder / "run")
         return _losses(loaded, place, task, splits)
-    finally:
-        shutil.rmtree(folder)
 
 
 def run_here(config: LaunchConfig, run_dir: Path) -> LoadedModel:
