@@ -57,7 +57,8 @@ def crossed_effect(differences: Array) -> Effect:
         )
         / freedom
     )
-    parts = max(([1, 1, -1], [1, 0, 0], [0, 1, 0]), key=lambda signs: float(np.dot(signs, squares))) * squares
+    choices = [np.array(signs) * squares for signs in ([1, 1, -1], [1, 0, 0], [0, 1, 0])]
+    parts = max(choices, key=lambda choice: float(choice.sum()))
     error = float(np.sqrt(parts.sum() / differences.size))
     if error == 0:
         return Effect(mean, 0.0, mean, mean, 0.0)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +33,7 @@ from fedzo.run.process import forget_process
 from fedzo.run.start import SITE_FILE, open_run
 from fedzo.system import use_threads
 
-STEPS = {"copa": 180, "cb": 110}
+STEPS = {"copa": 170, "cb": 110}
 SEEDS = {"copa": range(6), "cb": range(4)}
 METHODS = {"mezo": (4e-6, 1.6e-5, 6.4e-5), "meerkat": (1e-4, 4e-4, 1.6e-3)}
 TUNING_SEED = 100
@@ -134,12 +134,12 @@ def check_gradient(loaded: LoadedModel, examples: Sequence[Example]) -> float:
     """The slope of the loss along its gradient by central differences, over the gradient's norm: 1 if it is right."""
     _gradient(loaded, examples)
     grads = [parameter.grad for parameter in loaded.model.parameters()]
-    norm = sum(_dot(grad, grad) for grad in grads) ** 0.5
+    norm = math.sqrt(sum(_dot(grad, grad) for grad in grads))
     size, losses = 1e-2 / norm, []
     with torch.no_grad():
         for move in (size, -2 * size, size):
-            for parameter, grad in zip(loaded.model.parameters(), grads, strict=True):
-                parameter.add_(grad, alpha=move / norm)
+            for parameter in loaded.model.parameters():
+                parameter.add_(_there(parameter.grad), alpha=move / norm)
             losses.append(mean_loss(loaded, examples, loss=Loss.candidates, tokens_per_batch=TOKENS))
     return (losses[0] - losses[1]) / (2 * size * norm)
 
@@ -155,8 +155,7 @@ def _direction(cells: Cells, place: Place, task: str, loaded: LoadedModel) -> tu
         cells.measure("gradient/slope by finite differences over norm", lambda: {"value": slope})
         loaded = base_model()  # to the bit: the check has moved the weights and back
         _gradient(loaded, examples, parts=BATCH_ROWS)
-        grads = {name: parameter.grad for name, parameter in loaded.model.named_parameters()}
-        save_file({name: grad for name, grad in grads.items() if grad is not None}, file)
+        save_file({name: _there(parameter.grad) for name, parameter in loaded.model.named_parameters()}, file)
     kept = load_file(file)
     direction = [kept[name] for name, _ in loaded.model.named_parameters()]
     return direction, sum(_dot(each, each) for each in direction)
@@ -175,9 +174,13 @@ def _gradient(loaded: LoadedModel, examples: Sequence[Example], *, parts: int | 
 
 
 def _dot(left: torch.Tensor | None, right: torch.Tensor | None) -> float:
-    if left is None or right is None:
+    return float(torch.dot(_there(left).flatten(), _there(right).flatten()))
+
+
+def _there(grad: torch.Tensor | None) -> torch.Tensor:
+    if grad is None:
         raise SystemExit("every parameter must have a gradient")
-    return float(torch.dot(left.flatten(), right.flatten()))
+    return grad
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -224,14 +227,12 @@ def _train(
     place: Place, task: str, method: str, each: TrainSet, *, seed: int, lr: float, splits: Sequence[str]
 ) -> Cell:
     mask = [f"inputs.artifact={place.mask()}"] if method == "meerkat" else []
-    folder = Path(tempfile.mkdtemp(dir=place.work.resolve()))
-    try:
+    with tempfile.TemporaryDirectory() as kept:
+        folder = Path(kept)
         (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each.rows))
         words = [f"task={task}", f"trainer={method}", f"trainer.lr={lr:g}", f"seed={seed}", *mask]
         loaded = run_here(load([*words, *_SETTINGS, f"data.path={folder}", *_rounds(task)]), folder / "run")
         return _losses(loaded, place, task, splits)
-    finally:
-        shutil.rmtree(folder)
 
 
 def run_here(config: LaunchConfig, run_dir: Path) -> LoadedModel:

@@ -3,9 +3,9 @@
     python experiments/oat_rephrase/effect.py --data DATA --rewrites REWRITES
 
 DATA has ``copa/test.jsonl``, ``cb/test.jsonl`` and ``c4/train.jsonl``. REWRITES has ``copa`` and ``cb`` with the
-published rewrites of OAT's first author, which have no licence: their text is never written. Each result is a cell of
-``effect.json``, so a repeated call goes on after any end. ``--show`` prints what is there and runs nothing. A
-comparison is a claim once all of its cells are there.
+published rewrites of OAT's first author, which have no licence: their text is in a temporary folder while a run lasts.
+Each result is a cell of ``effect.json``, so a repeated call goes on after any end. ``--show`` prints what is there and
+runs nothing. A comparison is a claim once all of its cells are there.
 
 What is fixed before any run:
 
@@ -16,7 +16,7 @@ What is fixed before any run:
   ``--set NAME=FILE`` adds an arm. FILE is what ``fedzo rephrase --out`` writes, of the rows of either task.
 - Rows: ``train.jsonl`` of REWRITES is trained on (COPA 300, CB 150), its ``dev.jsonl`` (100) chooses learning rates,
   and ``test.jsonl`` of DATA (100 and 56) gives every figure. Dev and test are original text.
-- Training: one client, plain SGD, two-point probes, batches of 4 rows, 180 steps (COPA) or 110 (CB), trained on the
+- Training: one client, plain SGD, two-point probes, batches of 4 rows, 170 steps (COPA) or 110 (CB), trained on the
   loss over candidates. ``mezo`` trains all weights, ``meerkat`` one in a thousand, by a mask on C4. The last step's
   model is scored, so no checkpoint is chosen.
 - Learning rate, one rule for every arm: of 4e-6, 1.6e-5 and 6.4e-5 (mezo) or 1e-4, 4e-4 and 1.6e-3 (meerkat) that of
@@ -30,8 +30,9 @@ What is fixed before any run:
   backpropagation of the same loss: batches of 10 rows in their order, ``G_dev`` on dev and test rows together.
 - Cost by CPU time of single steps on a busy 2-core machine: a row costs 0.16 s forward and 0.6 s with its gradient
   (COPA), 0.4 and 1.4 s (CB). A step takes 2.6 s and 4.1 s with mezo, 1.3 s and 2.8 s with meerkat; opening a run 10 s.
-  COPA: 45 runs of 500 s (mezo) and 45 of 280 s; CB: 28 of 520 s and 28 of 380 s; gradients 2,900 s. In all 63,000 s
-  with ``--local``: 8.8 hours of 2 cores. One process takes one core; let each of two do ``--only`` a task.
+  COPA: 45 runs of 480 s (mezo) and 45 of 270 s; CB: 28 of 520 s and 28 of 380 s; gradients 2,900 s. In all 62,000 s
+  with ``--local``: 8.6 hours of 2 cores, in two processes of one thread each (``OMP_NUM_THREADS=1``), which take 8.9
+  and 8.1 hours: ``--only copa-mezo --only cb-meerkat`` and ``--only gradient --only copa-meerkat --only cb-mezo``.
 
 The same with a strong model behind an endpoint, as arms ``model-oat`` and ``model-plain``, both through fedzo's checks
 (the words are those of ``fedzo rephrase`` for the endpoint):
@@ -54,6 +55,7 @@ from findings import report
 
 HERE = Path(__file__).parent
 WORK = Path("runs/oat_rephrase")
+PARTS = ["gradient", *(f"{task}-{method}" for task in TASKS for method in METHODS)]
 
 
 def rephrase(words: list[str], rewrites: Path) -> list[tuple[str, Path]]:
@@ -79,20 +81,17 @@ def named(text: str) -> tuple[str, Path]:
 
 
 def run(cells: Cells, place: Place, sets: dict[str, list[TrainSet]], parts: list[str]) -> None:
-    """Everything that is missing, in the order of the plan."""
+    """Everything of these parts that is missing, in the order of the plan: gradients, then arm by arm."""
     if "gradient" in parts:
         for task, of_task in sets.items():
             gradients(cells, place, task, of_task)
-    if "training" in parts:
-        for task in sets:
-            base_losses(cells, place, task)
-        arms = list(dict.fromkeys(each.arm for of_task in sets.values() for each in of_task))
-        for arm in arms:
-            for task, of_task in sets.items():
-                for method in METHODS:
-                    of_arm = [each for each in of_task if each.arm == arm]
-                    if of_arm:
-                        train(cells, place, task, method, of_arm, seeds=SEEDS[task])
+    for arm in dict.fromkeys(each.arm for of_task in sets.values() for each in of_task):
+        for task, of_task in sets.items():
+            of_arm = [each for each in of_task if each.arm == arm]
+            for method in METHODS:
+                if of_arm and f"{task}-{method}" in parts:
+                    base_losses(cells, place, task)
+                    train(cells, place, task, method, of_arm, seeds=SEEDS[task])
 
 
 def main() -> None:
@@ -102,8 +101,7 @@ def main() -> None:
     parser.add_argument("--local", type=Path, action="append", default=[], metavar="FILE", help="a local model's rows")
     parser.add_argument("--set", type=named, action="append", default=[], metavar="NAME=FILE", help="a further arm")
     parser.add_argument("--endpoint", nargs="+", default=[], metavar="WORD", help="rewrite by this endpoint first")
-    parser.add_argument("--only", choices=TASKS, help="this task alone; two processes may share effect.json")
-    parser.add_argument("--part", choices=["gradient", "training"], help="this part alone")
+    parser.add_argument("--only", choices=PARTS, action="append", help="this part; repeatable (default: all)")
     parser.add_argument("--show", action="store_true", help="run nothing")
     flags = parser.parse_args()
     files = [*(("local", file) for file in flags.local), *flags.set]
@@ -117,9 +115,7 @@ def main() -> None:
             count = changed(of_task[0].rows, each.rows)
             print(f"{task}, {each.name}: {count} of {len(each.rows)} rows are other text", flush=True)
     if not flags.show:
-        wanted = {flags.only: sets[flags.only]} if flags.only else sets
-        place = Place(flags.data, flags.rewrites, WORK)
-        run(cells, place, wanted, [flags.part] if flags.part else ["gradient", "training"])
+        run(cells, Place(flags.data, flags.rewrites, WORK), sets, flags.only or PARTS)
     report(cells, sets, HERE / "claims.json")
     print(json.dumps({"cells": len(cells.all())}))
 
