@@ -1,9 +1,9 @@
 """Stages that may change a client's training rows, at the client, after its held-out rows are set apart."""
 
-from fedzo.data.preprocess.identity import IdentityConfig
 from fedzo.data.preprocess.rephrase.stage import OatRephrase
 from fedzo.data.preprocess.stage import (
     STAGES,
+    IdentityConfig,
     OnProgress,
     Progress,
     Stage,

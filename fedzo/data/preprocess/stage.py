@@ -175,3 +175,28 @@ def _check(name: str, column: str | None, rows: list[Row], made: list[Row]) -> N
                 f"preprocess.{name}: a stage must leave all columns but {column!r} as they are, got another "
                 f"{', '.join(changed)} in row {number}. Correct the stage."
             )
+
+
+@dataclass(kw_only=True, slots=True)
+class IdentityConfig(StageConfig):
+    """Changes nothing: shows where a stage works."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Every row as it is."""
+
+    column: str | None = None
+
+    def apply(self, rows: list[Row], *, client: int, on_progress: OnProgress) -> list[Row]:
+        """The rows."""
+        return rows
+
+    def summary(self, client: int) -> Mapping[str, float]:
+        """Nothing."""
+        return {}
+
+
+@STAGES.register("identity", IdentityConfig)
+def _identity(config: IdentityConfig, context: StageContext) -> Identity:
+    return Identity()

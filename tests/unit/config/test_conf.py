@@ -40,6 +40,9 @@ NEEDS = {
     "experiment=sites": ["data.path=."],
     "runtime=remote": ["runtime.server=.", "partition=own", "evaluation.central=false"],
     "model=hf": ["model.name=gpt2"],
+    "preprocess=oat_rephrase": ["rewriter=transformers", "rewriter.model=smollm2-135m"],
+    "rewriter=openai_compatible": ["rewriter.base_url=https://example.org/v1", "rewriter.model=m"],
+    "rewriter=transformers": ["rewriter.model=smollm2-135m"],
 }
 """What a user must add to an option that cannot stand alone."""
 WRITTEN = {"alpaca", "instruct", "squad"}
