@@ -27,9 +27,14 @@ if "FLWR_HOME" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["FLWR_HOME"], ignore_errors=True)
 
 import pytest
+from absl import logging as absl_logging
 from hypothesis import settings
 
 collect_ignore = ["third_party"]  # its import registers plugins
+
+# TensorBoard's absl closes its stream when logging is set up anew, unless it is a standard stream of that moment. It
+# would take pytest's own, of the test that imports it first.
+absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 settings.register_profile("dev", max_examples=25, deadline=None)
 settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True)

@@ -23,7 +23,7 @@ from fedzo.errors import FolderInUseError
 Make = Callable[..., Any]
 
 CHILD = """
-import sys
+import signal, sys
 from pathlib import Path
 from fedzo.data.preprocess.rephrase.backend import Message, Request
 from fedzo.data.preprocess.rephrase.caller import Caller
@@ -31,6 +31,7 @@ from fedzo.data.preprocess.rephrase.chat_completions import ChatCompletions
 from fedzo.data.preprocess.rephrase.openai_compatible import OpenAICompatibleConfig
 from fedzo.data.preprocess.rephrase.store import Store
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are deaf to it
 url, folder, concurrency = sys.argv[1:]
 config = OpenAICompatibleConfig(base_url=url, model="m", concurrency=int(concurrency))
 requests = [Request((Message("user", f"row {i}"),), "m", 0.0, 0, 16) for i in range(40)]
