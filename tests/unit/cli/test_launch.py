@@ -65,4 +65,4 @@ def agreed(config: LaunchConfig) -> RunConfig:
 
 def opened(config: LaunchConfig) -> Any:
     """A process as far as launching looks at it."""
-    return SimpleNamespace(peer=SimpleNamespace(config=agreed(config)))
+    return SimpleNamespace(peer=SimpleNamespace(config=agreed(config)), stop=lambda: None)
