@@ -103,13 +103,13 @@ def dry_run(work: Work, number: int) -> Iterator[str]:
         tokens = sum(course.backend.count_tokens(request) for request in asked)
     judged = rephraser.config.judged
     calls = len(work.rows) * (3 if judged else 1)
-    extra = tokens + (sum_of_judge(tokens, len(asked)) if judged else 0)
+    extra = tokens + (_second_verdicts(tokens, len(asked)) if judged else 0)
     price = extra * rephraser.rewriter.price_prompt / 1e6
     yield f"{len(work.rows)} rows, at most {calls} calls, about {extra:,} tokens of prompts ({price:.2f} by the prices)"
     yield f"prompts: preprocess.{STAGE}.prompt={prompts.digest}"
 
 
-def sum_of_judge(tokens: int, requests: int) -> int:
+def _second_verdicts(tokens: int, requests: int) -> int:
     """Tokens of the judge's second prompt a row, taken as long as the mean prompt."""
     return tokens // max(1, requests) * (requests // 2)
 

@@ -172,8 +172,8 @@ def test_from_the_judges_test_to_a_run(
     folder = run("run")
     assert len(endpoint.calls) == before
     text = "".join(file.read_text() for file in folder.rglob("*.json*"))
-    assert '"oat_rephrase rewritten"' in text or "rewritten" in text
-    assert "looks" not in text.replace("looks at", "")
+    assert re.search(r'"oat_rephrase[^"]*rewritten": ?\d+', text)
+    assert "looks" not in text
     assert "/secret/" not in text
     assert endpoint.url not in json.dumps(json.loads((folder / "config.json").read_text()).get("preprocess"))
 

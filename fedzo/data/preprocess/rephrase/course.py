@@ -13,9 +13,10 @@ from fedzo.data.preprocess.rephrase.backend import Backend, Completion, Request,
 from fedzo.data.preprocess.rephrase.caller import Caller
 from fedzo.data.preprocess.rephrase.checks import Checked, check
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
-from fedzo.data.preprocess.rephrase.judge import Verdict, read_verdict
+from fedzo.data.preprocess.rephrase.judge import Verdict, verdict_of
 from fedzo.data.preprocess.rephrase.prompts import ORDERS, Prompts
 from fedzo.data.preprocess.rephrase.results import row_digest
+from fedzo.data.preprocess.stage import OnProgress
 from fedzo.data.tasks import label_index
 from fedzo.errors import ConfigError
 from fedzo.records.rephrase import RowOutcome
@@ -26,7 +27,6 @@ _RAISE_TEMPERATURE = 0.3  # a further attempt at temperature 0 would repeat the 
 _JUDGE_TOKENS = 128
 _IDENTICAL = "identical"
 _UNREAD, _DIFFERENT, _LABEL, _ORIGINAL = "judge_unread", "judge_different", "judge_label", "judge_fails_original"
-OnProgress = Callable[[int, int], None]
 
 
 @dataclass(slots=True)
@@ -160,7 +160,7 @@ class Course:
         asked = [self.judge_request(each.row, str(each.row[column])) for each in judged]
         asked += [self.judge_request(each.row, each.checked.text) for each in judged if each.checked is not None]
         answers = [
-            answer if isinstance(answer, RowFault) else read_verdict("" if answer.truncated else answer.text, labels)
+            verdict_of(answer, labels)
             for answer in self.caller.answer(asked, lambda done, total: on_share(0.5 + done / total / 2))
         ]
         for each, own, other in zip(judged, answers[: len(judged)], answers[len(judged) :], strict=True):

@@ -12,7 +12,7 @@ from fedzo.data.files import Row
 from fedzo.data.preprocess.rephrase.backend import Completion, EndpointError, Request, RowFault
 from fedzo.data.preprocess.rephrase.caller import Caller
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
-from fedzo.data.preprocess.rephrase.judge import Verdict, read_verdict
+from fedzo.data.preprocess.rephrase.judge import Verdict, verdict_of
 from fedzo.data.preprocess.rephrase.pairs import Pair, make_pairs
 from fedzo.data.preprocess.rephrase.prompts import ORDERS, Prompts
 from fedzo.errors import ConfigError
@@ -57,9 +57,7 @@ def calibrate(
     pairs = make_pairs(rows, prompts.column, prompts.examples, most=most)
     asked = [request(pair.row, pair.text, order) for order in ORDERS for pair in pairs]
     answers = caller.answer(asked, on_progress)
-    verdicts = [
-        answer if isinstance(answer, RowFault) else read_verdict(answer.text, prompts.labels) for answer in answers
-    ]
+    verdicts = [verdict_of(answer, prompts.labels) for answer in answers]
     orders = (tuple(verdicts[: len(pairs)]), tuple(verdicts[len(pairs) :]))
     called = next((answer.model for answer in answers if isinstance(answer, Completion)), "")
     return summarise(pairs, orders, judge=judge_digest(prompts, model), model=called)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fedzo.data.preprocess.rephrase.backend import Completion, RowFault
 from fedzo.data.preprocess.rephrase.prompts import DIFFERENT, SAME
 
 _LITERAL = {SAME: SAME, "not the same": DIFFERENT}
@@ -23,6 +24,11 @@ class Verdict:
 
     same: bool
     label: str | None
+
+
+def verdict_of(answer: Completion | RowFault, labels: Sequence[str]) -> Verdict | RowFault | None:
+    """What a call to a judge says: its verdict, its fault, or None for an answer that is no verdict or was cut off."""
+    return answer if isinstance(answer, RowFault) else read_verdict("" if answer.truncated else answer.text, labels)
 
 
 def read_verdict(text: str, labels: Sequence[str]) -> Verdict | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fedzo.data.files import Row
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
-from fedzo.errors import ConfigError
+from fedzo.errors import ConfigError, FolderInUseError
 from fedzo.records.decode import decode_json, to_json
 from fedzo.records.folder import folder_of_one_process, replace_file
 from fedzo.records.rephrase import RowOutcome
@@ -85,6 +85,7 @@ class Results:
         """Keep outcomes beside those that are there; a row that has one keeps that.
 
         Raises:
+            FolderInUseError: Another process writes there.
             ConfigError: The file cannot be written.
         """
         try:
@@ -93,6 +94,8 @@ class Results:
                 both = {**outcomes, **self.read()}
                 text = "".join(f"{to_json(outcome)}\n" for outcome in both.values())
                 replace_file(self.file, text, durable=True, mode=0o600)
+        except FolderInUseError:  # an OSError, too; whoever waits for the store waits for this as well
+            raise
         except OSError as error:
             raise ConfigError(f"{self.file}: it must be possible to write it, got: {error}.") from error
 

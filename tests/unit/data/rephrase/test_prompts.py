@@ -74,7 +74,6 @@ def test_the_judge_hears_the_verdicts_in_either_order() -> None:
     first, second = (text_of(CB.judge(ROW, "x", order)) for order in ORDERS)
 
     assert first != second
-    assert sorted(first.splitlines()[2:5]) != first.splitlines()[2:5] or sorted(second) == sorted(first)
     assert first.index("- same:") < first.index("- different:")
     assert second.index("- different:") < second.index("- same:")
     assert "same|different" in first
