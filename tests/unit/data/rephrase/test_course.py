@@ -31,7 +31,8 @@ from fedzo.data.preprocess.rephrase.course import Course, counts
 from fedzo.data.preprocess.rephrase.rephraser import Rephraser, prompts_of
 from fedzo.data.preprocess.rephrase.results import Results, apply_outcomes, recipe_digest, row_digest
 from fedzo.data.preprocess.rephrase.store import Store
-from fedzo.errors import ConfigError
+from fedzo.errors import ConfigError, FolderInUseError
+from fedzo.records.folder import folder_of_one_process
 from fedzo.records.rephrase import RowOutcome
 
 ROWS = [
@@ -335,6 +336,15 @@ def test_results_are_found_by_recipe_and_row(tmp_path: Path, scripted: Any) -> N
     assert results.find(ROWS) == [*outcomes[:2], dataclasses.replace(outcomes[2], text="other")]
     assert Results(tmp_path, recipe_digest(dataclasses.replace(RECIPE, max_attempts=2))).find(ROWS) is None
     assert results.file.stat().st_mode & 0o077 == 0
+
+
+def test_results_that_another_process_writes_are_waited_for(tmp_path: Path) -> None:
+    """Not an error of the disk: ``Rephraser.outcomes`` looks again."""
+    results = Results(tmp_path, recipe_digest(RECIPE))
+    results.file.parent.mkdir()
+
+    with folder_of_one_process(results.file.parent), pytest.raises(FolderInUseError):
+        results.add({})
 
 
 def test_a_damaged_result_is_named(tmp_path: Path) -> None:

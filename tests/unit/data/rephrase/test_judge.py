@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from fedzo.data.preprocess.rephrase.backend import EndpointError
+from fedzo.data.preprocess.rephrase.backend import Completion, EndpointError
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
 from fedzo.data.preprocess.rephrase.course import why_not
 from fedzo.data.preprocess.rephrase.gate import check_gate, faults, find, keep, summarise
-from fedzo.data.preprocess.rephrase.judge import Verdict, read_verdict
+from fedzo.data.preprocess.rephrase.judge import Verdict, read_verdict, verdict_of
 from fedzo.data.preprocess.rephrase.pairs import Pair, make_pairs, negated, paraphrased, swapped
 from fedzo.data.preprocess.rephrase.prompts import Example
 from fedzo.errors import ConfigError
@@ -75,6 +75,13 @@ def test_a_whole_verdict_is_read(text: str, expected: Verdict) -> None:
 )
 def test_anything_else_is_no_verdict(text: str) -> None:
     assert read_verdict(text, LABELS) is None
+
+
+def test_a_verdict_that_was_cut_off_is_none() -> None:
+    whole = Completion(said(), truncated=False, model="m", prompt_tokens=1, completion_tokens=1)
+
+    assert verdict_of(whole, LABELS) == Verdict(True, "neutral")
+    assert verdict_of(dataclasses.replace(whole, truncated=True), LABELS) is None
 
 
 def test_a_task_without_labels_has_a_verdict_alone() -> None:
