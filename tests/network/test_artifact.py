@@ -20,7 +20,7 @@ PROGRAM = Path(__file__).with_name("toy_artifact.py")
 pytestmark = [pytest.mark.net, pytest.mark.timeout(400)]
 
 
-def test_200_mb_travel_once_a_wrong_byte_is_named_and_no_process_holds_three_times_as_much(
+def test_200_mb_travel_once_a_wrong_byte_is_named_and_both_sides_hold_less_than_half_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator, digest, file = np.random.default_rng(0), hashlib.sha256(), tmp_path / "artifact"
@@ -51,7 +51,9 @@ def test_200_mb_travel_once_a_wrong_byte_is_named_and_no_process_holds_three_tim
     (said,) = result["said"]
     place = "piece 18 of 48 (bytes 71303168 to 75497471)"
     assert said == f"client 0: artifact {digest.hexdigest()[:12]}: {place} came with other bytes"
-    assert sorted(result["peak_bytes"]) == ["executor", "server", "superlink", "supernode"]
-    assert max(result["peak_bytes"].values()) < 3 * SIZE, result["peak_bytes"]
+    grown = result["grown_bytes"]
+    assert sorted(grown) == ["executor", "server", "superlink", "supernode"]
+    assert max(grown["server"], grown["executor"]) < SIZE / 2, grown  # 64 MB seen: they hold a piece at a time
+    assert max(grown["superlink"], grown["supernode"]) < 2 * SIZE, grown  # 210 MB seen: Flower's, and theirs to free
     assert result["seconds"][0] < 300
     assert result["seconds"][1] < 10

@@ -50,7 +50,9 @@ def main(grid: Grid, context: Context) -> None:
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     artifact_transfer.log.addHandler(handler)
-    sent = _spoil(config["spoiled"])
+    sent: list[int] = []
+    bytes_before: dict[str, int] = {}
+    _watch_pieces(config["spoiled"], sent, bytes_before)
     held = ArtifactStore(run_dir / "artifacts").put(Path(config["file"]))
     ends = time.monotonic() + 60
     while not (nodes := list(grid.get_node_ids())):  # the server may be up before the client is
@@ -73,16 +75,24 @@ def main(grid: Grid, context: Context) -> None:
         "said": said,
         "sent": sent,
         "path": reply.content.config_records["answer"]["path"],
-        "peak_bytes": {_name(process): _peak_bytes(process.pid) for process in _processes()},
+        "grown_bytes": {name: _peak_bytes(pid) - bytes_before[name] for name, pid in _processes().items()},
     }
     (run_dir / "result.json").write_text(json.dumps(result))
 
 
-def _spoil(spoiled: int) -> list[int]:
-    """Flip a bit of the piece that starts at ``spoiled`` when it is sent first; the places of all pieces sent."""
-    original, sent = artifact_transfer._piece, []
+def _watch_pieces(spoiled: int, sent: list[int], bytes_before: dict[str, int]) -> None:
+    """Flip a bit of the piece that starts at ``spoiled`` when it is sent first.
+
+    ``sent`` gets the places of all pieces, ``bytes_before`` each process's resident size before the first one, when all
+    of them have imported what they need; their peaks count from then on.
+    """
+    original = artifact_transfer._piece
 
     def piece(artifact: Artifact, offset: int, *, client: int) -> ArtifactPiece:
+        if not sent:
+            for name, pid in _processes().items():
+                Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak is now what is resident
+                bytes_before[name] = _peak_bytes(pid)
         made = original(artifact, offset, client=client)
         if offset == spoiled and offset not in sent:
             made = dataclasses.replace(made, data=made.data[:-1] + bytes([made.data[-1] ^ 1]))
@@ -90,11 +100,13 @@ def _spoil(spoiled: int) -> list[int]:
         return made
 
     artifact_transfer._piece = piece
-    return sent
 
 
-def _processes() -> list[psutil.Process]:
-    return psutil.Process(int(os.environ["TOY_ROOT"])).children(recursive=True)
+def _processes() -> dict[str, int]:
+    """Process ids of the federation by the parts that they play."""
+    return {
+        _name(process): process.pid for process in psutil.Process(int(os.environ["TOY_ROOT"])).children(recursive=True)
+    }
 
 
 def _name(process: psutil.Process) -> str:
