@@ -5,9 +5,11 @@ SuperLink listens twice: on the loopback interface with all of them, and for sit
 the nodes that the SuperLink refuses, with the likely reason, since Flower itself does not. And it counts the bytes of
 registered clients: request lines, headers and bodies, as they are within TLS.
 
-Requests of sites take turns, a few at once, and of those that only ask for work one at a time. A SuperLink answers some
-hundred requests a second, and a node asks again soon after its answer. So each request of hundreds of nodes would be as
-slow as all of them together, and the run's server, which asks one thing after the other, would wait as long each time.
+Requests of sites take turns, a few at once, and those that only ask for work take turns of their own, one at a time. A
+SuperLink answers some hundred requests a second, and a node asks again soon after its answer. So each request of
+hundreds of nodes would be as slow as all of them together, and the run's server, which asks one thing after the other,
+would wait as long each time. Who hangs up while he waits is not asked for any more: a SuperLink would hand out his
+message, and to nobody.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import logging
 import secrets
 import time
 from base64 import b64decode
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -43,7 +45,8 @@ REQUESTS_PER_S, BURST = 200.0, 2000.0
 STRANGER_REQUESTS_PER_S, STRANGER_BURST = 5.0, 50.0
 """Of all other nodes of one host together."""
 MOST_AT_ONCE = 4
-"""Requests of sites that the SuperLink works on at once; those of the run's server do not wait for a turn."""
+"""Requests of sites that the SuperLink works on at once, beside one that asks for work; those of the run's server do
+not wait for a turn."""
 MOST_NODES = 100_000
 QUIET_S = 60.0
 """How long the gate does not repeat itself about one node."""
@@ -139,10 +142,9 @@ class Gate:
             await send(event)
 
         async with AsyncExitStack() as turn:
-            if scope["path"] == POLL:
-                await turn.enter_async_context(self._polls)
-            await turn.enter_async_context(self._turns)
-            await self._app(scope, told, _again_later(scope, watched))
+            turns = self._polls if scope["path"] == POLL else self._turns
+            if await _unless_left(turn.enter_async_context(turns), receive):
+                await self._app(scope, told, _again_later(scope, watched))
 
     def _asker(self, scope: Scope) -> _Asker:
         try:
@@ -218,6 +220,23 @@ def _again_later(scope: Scope, send: Send) -> Send:
         await send({**event, "status": 503} if event.get("status") == 500 else event)
 
     return translated
+
+
+async def _unless_left(wait: Coroutine[Any, Any, None], receive: Receive) -> bool:
+    """Wait, but no longer than the asker, whose whole request was heard; whether he is still there."""
+
+    async def leave() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    waiting, leaving = asyncio.ensure_future(wait), asyncio.ensure_future(leave())
+    try:
+        await asyncio.wait((waiting, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return not leaving.done()
+    finally:
+        waiting.cancel()
+        leaving.cancel()
+        await asyncio.gather(waiting, leaving, return_exceptions=True)
 
 
 def _header(scope: Scope, name: bytes) -> bytes:

@@ -64,7 +64,7 @@ class Place:
         sent: list[Any] = []
 
         async def receive() -> Any:
-            return events.pop(0)
+            return events.pop(0) if events else await asyncio.Event().wait()  # the asker stays
 
         async def send(event: Any) -> None:
             sent.append(event)
@@ -119,12 +119,13 @@ class Slow:
 
     def __init__(self, place: Place) -> None:
         self.gate = Gate(self._app, public_port=PUBLIC, folder=place.folder)
-        self.working = 0
+        self.working = self.asked = 0
         self.done = asyncio.Event()
         self._key = b64encode(place.key)
 
     async def _app(self, scope: Any, receive: Any, send: Any) -> None:
         self.working += 1
+        self.asked += 1
         await self.done.wait()
         self.working -= 1
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -136,15 +137,21 @@ class Slow:
         port: int = PUBLIC,
         heard: asyncio.Event | None = None,
         taken: asyncio.Event | None = None,
+        left: asyncio.Event | None = None,
     ) -> Any:
-        """A request whose body comes when it is ``heard``, and whose answer goes when it is ``taken``."""
+        """A request: its body comes when ``heard`` is set, its answer goes when ``taken`` is, and ``left`` ends it."""
         scope = {"type": "http", "server": ("h", port), "client": ("c", 5), "path": path, "method": "POST"}
         scope["headers"] = [(b"flwr-public-key", self._key)]
+
+        events = [{"type": "http.request", "body": b""}]
 
         async def receive() -> Any:
             if heard:
                 await heard.wait()
-            return {"type": "http.request", "body": b""}
+            if events:
+                return events.pop()
+            await (left or asyncio.Event()).wait()
+            return {"type": "http.disconnect"}
 
         async def send(event: Any) -> None:
             if taken:
@@ -180,14 +187,30 @@ def test_questions_for_work_leave_the_other_turns_free(place: Place) -> None:
         tasks = [slow.ask(PULL) for _ in range(3 * MOST_AT_ONCE)]
         await _settle()
         polls = slow.working
-        tasks += [slow.ask() for _ in range(MOST_AT_ONCE - 1)]
+        tasks += [slow.ask() for _ in range(3 * MOST_AT_ONCE)]
         await _settle()
         all_of_them = slow.working
         slow.done.set()
         await asyncio.gather(*tasks)
         return [polls, all_of_them, slow.working]
 
-    assert asyncio.run(play()) == [1, MOST_AT_ONCE, 0]
+    assert asyncio.run(play()) == [1, MOST_AT_ONCE + 1, 0]
+
+
+def test_a_question_for_work_does_not_wait_behind_other_requests(place: Place) -> None:
+    async def play() -> list[int]:
+        slow = Slow(place)
+        tasks = [slow.ask() for _ in range(3 * MOST_AT_ONCE)]
+        await _settle()
+        others = slow.working
+        tasks.append(slow.ask(PULL))
+        await _settle()
+        both = slow.working
+        slow.done.set()
+        await asyncio.gather(*tasks)
+        return [others, both]
+
+    assert asyncio.run(play()) == [MOST_AT_ONCE, MOST_AT_ONCE + 1]
 
 
 def test_a_slow_line_takes_no_turn_from_the_others(place: Place) -> None:
@@ -209,6 +232,27 @@ def test_a_slow_line_takes_no_turn_from_the_others(place: Place) -> None:
     assert asyncio.run(play()) == [MOST_AT_ONCE, 0]
 
 
+@pytest.mark.parametrize("path", [PULL, PUSH])
+def test_who_hangs_up_while_he_waits_is_not_asked_for(place: Place, path: str) -> None:
+    async def play() -> list[int]:
+        slow, left = Slow(place), asyncio.Event()
+        at_once = 1 if path == PULL else MOST_AT_ONCE
+        served = [slow.ask(path) for _ in range(at_once)]
+        await _settle()
+        gone = [slow.ask(path, left=left) for _ in range(5)]
+        last = slow.ask(path)
+        await _settle()
+        left.set()
+        await asyncio.gather(*gone)  # while the others still work
+        working = slow.working
+        slow.done.set()
+        await asyncio.gather(*served, last)
+        return [working, slow.asked]
+
+    at_once = 1 if path == PULL else MOST_AT_ONCE
+    assert asyncio.run(play()) == [at_once, at_once + 1]
+
+
 def test_a_request_that_fails_or_breaks_off_gives_its_turn_back(place: Place) -> None:
     async def broken(scope: Any, receive: Any, send: Any) -> None:
         raise ZeroDivisionError
@@ -224,14 +268,14 @@ def test_a_request_that_fails_or_breaks_off_gives_its_turn_back(place: Place) ->
             task.cancel()
         await asyncio.gather(*gone, return_exceptions=True)
         slow.working = 0
-        tasks = [slow.ask(PULL), *(slow.ask() for _ in range(MOST_AT_ONCE - 1))]
+        tasks = [slow.ask(PULL), *(slow.ask() for _ in range(MOST_AT_ONCE))]
         await _settle()
         working = slow.working
         slow.done.set()
         await asyncio.gather(*tasks)
         return [sum(isinstance(error, ZeroDivisionError) for error in failed), working]
 
-    assert asyncio.run(play()) == [2 * MOST_AT_ONCE, MOST_AT_ONCE]
+    assert asyncio.run(play()) == [2 * MOST_AT_ONCE, MOST_AT_ONCE + 1]
 
 
 HEADER = st.binary(max_size=20) | st.sampled_from(
