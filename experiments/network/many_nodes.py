@@ -43,9 +43,9 @@ from fedzo.fl.exchange import Grid
 from fedzo.fl.log_store import RunStore
 from fedzo.fl.messages import encode
 from fedzo.runtime._flower import one_federation
-from fedzo.runtime.net._flower_http import Pauses, RunNotRunningException, quicken
+from fedzo.runtime.net._flower_http import RunNotRunningException, quicken
 from fedzo.runtime.net.client_folder import KEY, ClientFolder, Invitation
-from fedzo.runtime.net.daemons import SUPERNODE_POLL_S
+from fedzo.runtime.net.daemons import NODE_LEASE_S, SUPERNODE_POLL_S
 from fedzo.runtime.net.parts import environment, register_clients, start_superlink, wait_for_superlink
 from fedzo.runtime.net.processes import Processes, free_ports, watch_parent
 from fedzo.runtime.net.serve import serve
@@ -62,7 +62,7 @@ def main() -> None:
     """Measure, print and write the claims."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nodes", type=int, default=200, help="nodes, all of them in each round (default: 200)")
-    parser.add_argument("--rounds", type=int, default=10, help="rounds (default: 10)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds (default: 3)")
     parser.add_argument("--play", type=Path, help="be the nodes of the server in this folder")
     options = parser.parse_args()
     if options.play:
@@ -158,7 +158,7 @@ def watched(processes: Processes, *, progress: Callable[[], int]) -> Iterator[No
 def play(folder: Path, nodes: int) -> None:
     """Be all nodes until this process is killed; the first that ends before ends all."""
     watch_parent(os.getppid())
-    quicken(SUPERNODE_POLL_S)
+    quicken(SUPERNODE_POLL_S, NODE_LEASE_S)
     with one_federation(1):
         for index in range(nodes):
             threading.Thread(target=be_node_for_ever, args=(folder / f"node-{index}", index), daemon=True).start()
@@ -177,7 +177,7 @@ def be_node_for_ever(folder: Path, index: int) -> None:
 
 def be_node(folder: Path, index: int) -> None:
     """Connect, and answer what is asked."""
-    client, random, pauses = ClientFolder(folder), np.random.default_rng(index), Pauses(SUPERNODE_POLL_S)
+    client, random = ClientFolder(folder), np.random.default_rng(index)
     private: Any = load_ssh_private_key(client.file(KEY).read_bytes(), None)
     authority = client.endpoint.authority.read_bytes()
     keys = private, private.public_key()
@@ -186,7 +186,7 @@ def be_node(folder: Path, index: int) -> None:
         while True:
             try:
                 if (got := receive()) is None:
-                    pauses.sleep(3.0)
+                    time.sleep(SUPERNODE_POLL_S)
                     continue
                 question, tree = got
                 run_id, name = question.metadata.run_id, question.metadata.message_id
@@ -195,7 +195,6 @@ def be_node(folder: Path, index: int) -> None:
                 confirm(run_id, name)
                 question = cast(Message, inflate_object_from_contents(name, contents))
                 question.metadata.__dict__["_message_id"] = name
-                pauses.sleep(0.0)  # it has work
                 push(answered(question, random), send, push_object)
             except RunNotRunningException:
                 continue

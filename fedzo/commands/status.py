@@ -19,12 +19,11 @@ from fedzo.report.format import seconds_text
 from fedzo.run.federation import PRESENCE
 from fedzo.run.start import STOP
 from fedzo.runtime.net.credentials import pem_of, read_certificate
+from fedzo.runtime.net.daemons import NODE_LEASE_S
 from fedzo.runtime.net.parts import Node, control
 from fedzo.runtime.net.processes import accepts
 from fedzo.runtime.net.server_folder import ServerFolder
 
-LEASE_S = 20.0
-"""How long after its last word a SuperNode counts as connected."""
 POLL_S = 0.3
 
 
@@ -140,7 +139,7 @@ def _nodes(folder: ServerFolder) -> Mapping[bytes, Node]:
 def _seen(node: Node | None) -> str:
     if node is None or not node.online_until:
         return "never"
-    return f"{seconds_text(max(0.0, time.time() - (node.online_until - LEASE_S)))} ago"
+    return f"{seconds_text(max(0.0, time.time() - (node.online_until - NODE_LEASE_S)))} ago"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 R = TypeVar("R")
 K = TypeVar("K")
 POLL_S = 0.05
+POLL_PAUSE = 4
+"""A look that found no reply is followed by a pause of so many times its length. A look for hundreds takes long."""
 NAMES_A_PULL = 64  # handed over at most: waiting for n messages then costs n, not n * n, where they come one by one
 
 
@@ -192,7 +194,9 @@ def converse(
     push({client: next(talk) for client, talk in talks.items() if client in nodes})
     while outbox and time.monotonic() < ends:
         further: dict[int, Question] = {}
+        began = time.monotonic()
         got = outbox.pull(grid)
+        looked_s = time.monotonic() - began
         for client, message in got:
             heard.add(client)
             try:
@@ -206,7 +210,7 @@ def converse(
             push(further)
         if not got:
             beside()
-            time.sleep(POLL_S)
+            time.sleep(max(POLL_S, POLL_PAUSE * looked_s))
     for client in sorted(set(talks) - set(answers.replies) - set(answers.refused)):
         answers.mute.add(client)
         answers.refused[client] = f"{'not done' if client in heard else 'no reply'} within {deadline_s:.3g} s"

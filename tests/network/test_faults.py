@@ -18,10 +18,10 @@ import pytest
 
 from fedzo.commands import doctor
 from fedzo.commands.trained import replay_run
+from fedzo.runtime.net.daemons import NODE_LEASE_S
 
 CLOCK = Path(__file__).with_name("toy_clock.py")
 AHEAD_S = 3600.0
-NODE_LEASE_S = 20.0
 
 
 @pytest.mark.faults

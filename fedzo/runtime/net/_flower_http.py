@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import httpx
 from flwr.app import Context, Error, Message
-from flwr.common.constant import HEARTBEAT_CALL_TIMEOUT, HEARTBEAT_MIN_INTERVAL, SubStatus
+from flwr.common.constant import HEARTBEAT_CALL_TIMEOUT, HEARTBEAT_PATIENCE, SubStatus
 from flwr.common.serde import context_from_proto, run_from_proto
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
@@ -64,22 +64,21 @@ Flower begins with 1 s and gives up after 500 times; here time alone counts, of 
 
 CLEAN_UP_S = 1.0
 """How often a SuperLink looks for tasks that have ended unsaid; they may be silent for 60 s."""
-IDLE_S = 3.0
-"""How long Flower's SuperNode sleeps when there is no work; it sleeps shorter while a client works."""
-
 for _pull in (inflatable_utils.pull_objects, inflatable_utils.pull_and_inflate_object_from_tree):
     cast(Any, _pull).__kwdefaults__.update(PULL_PAUSES)
-cast(Any, heartbeat).HEARTBEAT_DEFAULT_INTERVAL = HEARTBEAT_MIN_INTERVAL / 2 + HEARTBEAT_CALL_TIMEOUT + 2.5
-"""Nodes and tasks say every 6 s that they live. Flower would wait 20 s, and a task is given up after 60 s: a SuperLink
-that is started again twice could miss them all."""
+cast(Any, heartbeat).HEARTBEAT_DEFAULT_INTERVAL = HEARTBEAT_CALL_TIMEOUT + 14.0
+"""Nodes and tasks say every 10 to 13 s that they live: Flower's sender pauses for 0.7 to 0.9 of this, less the time-out
+of a call. Flower would wait 20 s, and a task is given up after 60 s: a SuperLink that is started again twice could miss
+them all."""
 
 
-def quicken(poll_s: float) -> None:
+def quicken(poll_s: float, lease_s: float) -> None:
     """Shorten the pauses of the SuperNode in this process, and the time after which it counts as gone if it dies.
 
-    It asks for work every 3 s when idle and every 0.5 s while a client works; these are constants in its loop, so the
-    module's name ``time``, of which it uses nothing but ``sleep``, is replaced. It says every 20 s that it lives, and
-    is missed after 60 s, for which it cannot come back; here after 20 s, the least that Flower allows.
+    It asks for work every 3 s when idle, and every 0.5 s whether the client has replied; these are constants in its
+    loop, so the module's name ``time``, of which it uses nothing but ``sleep``, is replaced. The gate before fedzo's
+    SuperLink holds a question for work until there is some. By Flower's constants a node that died is missed after
+    60 s, and cannot come back before; here it is after ``lease_s``.
     """
     flower = logging.getLogger("flwr")
     flower.setLevel(logging.INFO)
@@ -88,31 +87,8 @@ def quicken(poll_s: float) -> None:
     flower.addHandler(_Connected())
     loop: Any = start_client_internal
     loop._pull_and_store_message = partial(_without_remains, loop._pull_and_store_message)
-    loop.time = Pauses(poll_s)
-    cast(Any, fleet_http_connection).HEARTBEAT_DEFAULT_INTERVAL = HEARTBEAT_MIN_INTERVAL
-
-
-class Pauses:
-    """How long a SuperNode sleeps before it asks again: a twentieth of the time since it last had work.
-
-    So a round is not much longer for it, and a server of hundreds of sites is not kept busy by those that wait: a
-    request for work costs a SuperLink some milliseconds.
-
-    Args:
-        poll_s: The shortest pause.
-    """
-
-    def __init__(self, poll_s: float) -> None:
-        self._poll_s = poll_s
-        self._worked = time.monotonic()
-
-    def sleep(self, seconds: float) -> None:
-        """In the loop's place of ``time.sleep``, which it calls with two numbers."""
-        if seconds < IDLE_S:  # a client works, and nobody else is asked
-            self._worked = time.monotonic()
-            time.sleep(min(seconds, self._poll_s))
-        else:
-            time.sleep(min(seconds, max(self._poll_s, (time.monotonic() - self._worked) / 20)))
+    loop.time = SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, poll_s)))
+    cast(Any, fleet_http_connection).HEARTBEAT_DEFAULT_INTERVAL = lease_s / HEARTBEAT_PATIENCE
 
 
 def _without_remains(pull: Callable[..., int | None], **settings: Any) -> int | None:

@@ -19,6 +19,9 @@ from fedzo.runtime.net.processes import watch_parent
 from fedzo.runtime.net.server_folder import ServerFolder, split_address
 
 SUPERNODE_POLL_S = 0.1
+NODE_LEASE_S = 40.0
+"""How long after its last word a SuperNode counts as connected. Half as long, and the words of 200 nodes alone would
+keep a SuperLink half busy."""
 LOOK_S = 2.0
 """How often a SuperLink looks whether its certificate was renewed."""
 log = logging.getLogger(__name__)
@@ -38,7 +41,7 @@ def main() -> None:
 
         from fedzo.runtime.net._flower_http import quicken
 
-        quicken(SUPERNODE_POLL_S)
+        quicken(SUPERNODE_POLL_S, NODE_LEASE_S)
         sys.argv = ["flower-supernode", *arguments]
         flower_supernode()
 
@@ -65,8 +68,15 @@ def _serve(folder: ServerFolder, app: Any, **settings: Any) -> None:
 
     listening = folder.listening
     _, public_port = split_address(listening.listen)
+    gate = Gate(app, public_port=public_port, folder=folder)
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            gate.end()
+            await super().shutdown(sockets)
+
     config = uvicorn.Config(
-        Gate(app, public_port=public_port, folder=folder),
+        gate,
         ssl_certfile=settings["ssl_certfile"],
         ssl_keyfile=settings["ssl_keyfile"],
         log_config=settings["log_config"],
@@ -78,7 +88,7 @@ def _serve(folder: ServerFolder, app: Any, **settings: Any) -> None:
     watch = threading.Thread(target=_renew, args=(folder, config), name="renew-certificate", daemon=True)
     watch.start()
     sockets = [_bound(listening.control), _bound(listening.listen)]
-    uvicorn.Server(config).run(sockets=sockets)
+    Server(config).run(sockets=sockets)
 
 
 def _bound(address: str) -> socket.socket:

@@ -5,11 +5,15 @@ SuperLink listens twice: on the loopback interface with all of them, and for sit
 the nodes that the SuperLink refuses, with the likely reason, since Flower itself does not. And it counts the bytes of
 registered clients: request lines, headers and bodies, as they are within TLS.
 
-Requests of sites take turns, a few at once, and those that only ask for work take turns of their own, one at a time. A
-SuperLink answers some hundred requests a second, and a node asks again soon after its answer. So each request of
-hundreds of nodes would be as slow as all of them together, and the run's server, which asks one thing after the other,
-would wait as long each time. Who hangs up while he waits is not asked for any more: a SuperLink would hand out his
-message, and to nobody.
+Requests of sites take turns. A SuperLink answers some hundred requests a second, and hundreds of nodes ask for more. So
+each request would be as slow as all of them together: a node would count as gone, since it waits for no longer than 5 s
+to say that it lives, and the run's server, which asks one thing after the other, would wait as long each time. So the
+most urgent is next: to say that a node lives, then what belongs to a message that is under way, then to ask for work.
+Who hangs up while he waits is not asked for any more, and who waited for long is told to ask again, before he hangs up:
+a SuperLink would hand out his message, and to nobody.
+
+A node's question for work is held here until the run's server has sent something for it; after ``HOLD_S`` the answer is
+that there is nothing. So a node has its message at once, and nodes that wait are no work for the SuperLink.
 """
 
 from __future__ import annotations
@@ -21,19 +25,26 @@ import logging
 import secrets
 import time
 from base64 import b64decode
-from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
+from flwr.proto.fleet_pb2 import PullMessagesRequest
+from flwr.proto.runtime_pb2 import PushAppMessagesRequest
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
 from fedzo.errors import printable
 from fedzo.runtime.net.credentials import fingerprint
 from fedzo.runtime.net.server_folder import ServerFolder
+from fedzo.runtime.net.turns import Arrivals, Turns, unless_left
 
 log = logging.getLogger(__name__)
 FLEET, RUNTIME = "/v1/fleet/", "/v1/runtime/"
-POLL = f"{FLEET}pull-messages"
+POLL, SEND = f"{FLEET}pull-messages", f"{RUNTIME}push-messages"
+URGENCY = {f"{FLEET}send-node-heartbeat": 0, POLL: 2}
+"""Of the requests that are more urgent or less than the others, whose number is 1."""
 """What a node asks again and again, mostly in vain."""
 WIRE = "/fedzo/wire"
 """Of this machine alone, as JSON: a name of this start of the SuperLink, and the bytes that registered clients sent and
@@ -44,9 +55,12 @@ REQUESTS_PER_S, BURST = 200.0, 2000.0
 """Of a registered client; its SuperNode asks for work ten times a second, and moves each object by a request."""
 STRANGER_REQUESTS_PER_S, STRANGER_BURST = 5.0, 50.0
 """Of all other nodes of one host together."""
-MOST_AT_ONCE = 4
-"""Requests of sites that the SuperLink works on at once, beside one that asks for work; those of the run's server do
-not wait for a turn."""
+MOST_AT_ONCE = 2
+"""Requests of sites that the SuperLink works on at once; those of the run's server do not wait for a turn."""
+MOST_WAIT_S = 10.0
+"""For a turn. A node waits for 30 s for the answer."""
+HOLD_S = 15.0
+"""A question for work; this and the wait for a turn must be well below the 30 s."""
 MOST_NODES = 100_000
 QUIET_S = 60.0
 """How long the gate does not repeat itself about one node."""
@@ -68,10 +82,19 @@ class Gate:
         public_port: The port that sites reach; others pass.
         folder: The server's, for the names of clients.
         clock: Seconds, for the rate.
+        most_wait_s: How long a request waits for its turn.
+        hold_s: How long a question for work waits for something to come.
     """
 
     def __init__(
-        self, app: App, *, public_port: int, folder: ServerFolder, clock: Callable[[], float] = time.monotonic
+        self,
+        app: App,
+        *,
+        public_port: int,
+        folder: ServerFolder,
+        clock: Callable[[], float] = time.monotonic,
+        most_wait_s: float = MOST_WAIT_S,
+        hold_s: float = HOLD_S,
     ) -> None:
         self._app = app
         self._port = public_port
@@ -81,13 +104,16 @@ class Gate:
         self._told: dict[tuple[str, str], float] = {}
         self._start = secrets.token_hex(8)
         self._up_bytes = self._down_bytes = 0
-        self._turns, self._polls = asyncio.Semaphore(MOST_AT_ONCE), asyncio.Semaphore(1)
+        self._turns, self._most_wait_s = Turns(MOST_AT_ONCE), most_wait_s
+        self._arrivals, self._hold_s, self._ending = Arrivals(), hold_s, False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it here."""
         if scope["type"] == "lifespan" or scope["server"][1] != self._port:
             if scope["type"] == "http" and scope["path"] == WIRE:
                 await _answer(send, 200, json.dumps([self._start, self._up_bytes, self._down_bytes]))
+            elif scope["type"] == "http" and scope["path"] == SEND:
+                await self._deliver(scope, receive, send)
             else:
                 await self._app(scope, receive, _again_later(scope, send))
             return
@@ -111,6 +137,24 @@ class Gate:
             return
         await self._pass_on(asker, scope, heard, receive, send)
 
+    def end(self) -> None:
+        """Answer what is held, so that the server can end."""
+        self._ending = True
+        self._arrivals.end()
+
+    async def _deliver(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass messages for nodes on, and then the questions of these nodes for them."""
+        body = bytearray()
+
+        async def tapped() -> Event:
+            event = await receive()
+            body.extend(event.get("body", b""))
+            return event
+
+        await self._app(scope, tapped, _again_later(scope, send))
+        for node in _addressees(bytes(body)):
+            self._arrivals.came(node)
+
     async def _hear(self, asker: _Asker, receive: Receive) -> list[Event] | None:
         """A request's whole body; None where it breaks off, or is too long, which need not have been declared."""
         heard: list[Event] = []
@@ -132,6 +176,10 @@ class Gate:
         async def told() -> Event:
             return heard.pop(0) if heard else await receive()
 
+        async def left() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
         async def watched(event: Event) -> None:
             if event["type"] == "http.response.start":
                 await turn.aclose()
@@ -139,12 +187,34 @@ class Gate:
                     self._explain(asker, scope, event["status"])
             if asker.name is not None:
                 self._down_bytes += _response_bytes(event)
+            if poll and event.get("body"):  # it got something, and there may be more
+                self._arrivals.end(poll[0])
             await send(event)
 
+        poll = _poll(asker, scope, heard)
         async with AsyncExitStack() as turn:
-            turns = self._polls if scope["path"] == POLL else self._turns
-            if await _unless_left(turn.enter_async_context(turns), receive):
+            if poll and not await self._wait_for_work(poll, left, watched):
+                return
+            wait = turn.enter_async_context(self._turns.one(URGENCY.get(scope["path"], 1)))
+            try:
+                async with asyncio.timeout(0 if self._ending else self._most_wait_s):
+                    here = await unless_left(wait, left)
+            except TimeoutError:
+                await _answer(send, 503, "busy", hang_up=False)
+                return
+            if here:
+                if poll:
+                    self._arrivals.ask(*poll)
                 await self._app(scope, told, _again_later(scope, watched))
+
+    async def _wait_for_work(self, poll: tuple[str, int], left: Callable[[], Awaitable[None]], send: Send) -> bool:
+        """Wait until something may have come for a node; False if nothing has, which it was told, or if it has left."""
+        try:
+            async with asyncio.timeout(self._hold_s):
+                return await unless_left(self._arrivals.wait(*poll), left)
+        except TimeoutError:
+            await _answer(send, 200, "", kind=b"application/protobuf", hang_up=False)  # no message, in Flower's words
+            return False
 
     def _asker(self, scope: Scope) -> _Asker:
         try:
@@ -207,6 +277,25 @@ class _Asker:
         return f"{who} at {self.host}"
 
 
+def _poll(asker: _Asker, scope: Scope, heard: list[Event]) -> tuple[str, int] | None:
+    """Who asks for work, and by its own words for which node; None for another request."""
+    if scope["path"] != POLL or asker.name is None:
+        return None
+    try:
+        node = PullMessagesRequest.FromString(b"".join(event.get("body", b"") for event in heard)).node.node_id
+    except DecodeError:
+        return None
+    return (asker.name, node) if node else None
+
+
+def _addressees(body: bytes) -> list[int]:
+    """The nodes that messages of the run's server are for."""
+    try:
+        return [each.metadata.dst_node_id for each in PushAppMessagesRequest.FromString(body).messages_list]
+    except DecodeError:
+        return []
+
+
 def _again_later(scope: Scope, send: Send) -> Send:
     """Answers "not now" (503) where the SuperLink failed at a message (500), as where its database was locked.
 
@@ -220,23 +309,6 @@ def _again_later(scope: Scope, send: Send) -> Send:
         await send({**event, "status": 503} if event.get("status") == 500 else event)
 
     return translated
-
-
-async def _unless_left(wait: Coroutine[Any, Any, None], receive: Receive) -> bool:
-    """Wait, but no longer than the asker, whose whole request was heard; whether he is still there."""
-
-    async def leave() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    waiting, leaving = asyncio.ensure_future(wait), asyncio.ensure_future(leave())
-    try:
-        await asyncio.wait((waiting, leaving), return_when=asyncio.FIRST_COMPLETED)
-        return not leaving.done()
-    finally:
-        waiting.cancel()
-        leaving.cancel()
-        await asyncio.gather(waiting, leaving, return_exceptions=True)
 
 
 def _header(scope: Scope, name: bytes) -> bytes:
@@ -267,8 +339,9 @@ def _behind_s(timestamp: bytes) -> float | None:
         return None
 
 
-async def _answer(send: Send, status: int, text: str) -> None:
+async def _answer(send: Send, status: int, text: str, *, kind: bytes = b"text/plain", hang_up: bool = True) -> None:
     body = text.encode()
-    headers = [(b"content-type", b"text/plain"), (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
+    headers = [(b"content-type", kind), (b"content-length", b"%d" % len(body))]
+    headers += [(b"connection", b"close")] if hang_up else []
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -28,6 +28,8 @@ POLL_S = 0.1
 LOOK_S = 1.0
 """How often the server looks whether its SuperLink was started again."""
 STARTUP_S = 120.0
+NODES_PAUSE = 20
+"""A look at the connected nodes holds for so many times its length: where there are hundreds it is long."""
 TASK_S = 30.0
 """How long the SuperLink may take to hand out the task of a run that it has accepted."""
 
@@ -80,6 +82,7 @@ class KeyedGrid:
         self._grid = grid
         self._folder = folder
         self._clients: dict[int, int] = {}
+        self._nodes, self._next_nodes = list[int](), 0.0
         self._link = httpx.Client(
             base_url=f"https://{folder.endpoint.address}",
             verify=ssl.create_default_context(cafile=folder.endpoint.authority),
@@ -91,9 +94,13 @@ class KeyedGrid:
 
     def get_node_ids(self) -> list[int]:
         """Nodes that are connected, also such that the registry does not know any more."""
+        if (began := time.monotonic()) < self._next_nodes:
+            return self._nodes
         nodes, known = list(self._grid.get_nodes()), self._folder.by_key()
         self._clients = {node.node_id: known[node.public_key].index for node in nodes if node.public_key in known}
-        return [node.node_id for node in nodes]
+        self._nodes, ended = [node.node_id for node in nodes], time.monotonic()
+        self._next_nodes = ended + NODES_PAUSE * (ended - began)
+        return self._nodes
 
     def client_of(self, node: int) -> int | None:
         """The index of the client that a node of ``get_node_ids`` plays; None where none is registered for its key."""

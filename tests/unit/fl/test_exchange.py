@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
-from fedzo.fl.exchange import Outbox
+from fedzo.fl.exchange import Outbox, Question, Talk, Traffic, converse
+from fedzo.fl.messages import Hello, HelloReply
 
 
 class Carrier:
@@ -113,3 +116,24 @@ def test_what_a_carrier_says_that_it_lost_is_asked_again_unless_its_node_is_gone
     assert replies[0].content["c"]["text"] == "re a"
     assert replies[1].has_error()
     assert len(outbox) == 0
+
+
+def test_the_longer_a_look_for_replies_takes_the_rarer_it_is() -> None:
+    class Slow(Carrier):
+        looks = 0
+
+        def push_messages(self, messages: list[Message]) -> list[str]:
+            return ["m"] * len(messages)
+
+        def pull_messages(self, names: list[str]) -> list[Message]:
+            self.looks += 1
+            time.sleep(0.05)
+            return []
+
+    def talk() -> Talk[HelloReply]:
+        return (yield Question("query.hello", Hello(client=0, config_hash="c" * 64, begun=False), HelloReply))
+
+    carrier = Slow()
+    answers = converse(carrier, {0: talk()}, nodes={0: 7}, deadline_s=1.0, traffic=Traffic())
+    assert answers.mute == {0}
+    assert carrier.looks <= 1.0 / (5 * 0.05)

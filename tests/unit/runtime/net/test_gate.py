@@ -19,11 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedzo.runtime.net.credentials import make_key, pem_of
-from fedzo.runtime.net.gate import BURST, MAX_BODY_BYTES, MOST_AT_ONCE, STRANGER_BURST, WIRE, Gate
+from fedzo.runtime.net.gate import BURST, MAX_BODY_BYTES, MOST_AT_ONCE, MOST_WAIT_S, STRANGER_BURST, WIRE, Gate
 from fedzo.runtime.net.server_folder import Listening, ServerFolder
 
 PUBLIC, CONTROL = 8443, 8444
 PULL, PUSH, ACTIVATE = "/v1/fleet/pull-messages", "/v1/fleet/push-object", "/v1/fleet/activate-node"
+BEAT = "/v1/fleet/send-node-heartbeat"
 
 
 class Place:
@@ -117,15 +118,16 @@ def test_a_superlink_that_failed_at_a_message_is_asked_again(place: Place, caplo
 class Slow:
     """Requests to a gate whose app, and whose askers' lines, go on only when they are told."""
 
-    def __init__(self, place: Place) -> None:
-        self.gate = Gate(self._app, public_port=PUBLIC, folder=place.folder)
-        self.working = self.asked = 0
+    def __init__(self, place: Place, *, most_wait_s: float = MOST_WAIT_S) -> None:
+        self.gate = Gate(self._app, public_port=PUBLIC, folder=place.folder, most_wait_s=most_wait_s)
+        self.answers = list[int]()
+        self.working, self.asked = 0, list[str]()
         self.done = asyncio.Event()
         self._key = b64encode(place.key)
 
     async def _app(self, scope: Any, receive: Any, send: Any) -> None:
         self.working += 1
-        self.asked += 1
+        self.asked.append(scope["path"])
         await self.done.wait()
         self.working -= 1
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -156,6 +158,8 @@ class Slow:
         async def send(event: Any) -> None:
             if taken:
                 await taken.wait()
+            if "status" in event:
+                self.answers.append(event["status"])
 
         return asyncio.ensure_future(self.gate(scope, receive, send))
 
@@ -181,36 +185,18 @@ def test_requests_of_sites_take_turns_and_those_of_this_machine_do_not_wait(plac
     assert asyncio.run(play()) == [MOST_AT_ONCE, MOST_AT_ONCE + 1, 0]
 
 
-def test_questions_for_work_leave_the_other_turns_free(place: Place) -> None:
-    async def play() -> list[int]:
+def test_a_sign_of_life_is_next_and_a_question_for_work_is_last(place: Place) -> None:
+    async def play() -> list[str]:
         slow = Slow(place)
-        tasks = [slow.ask(PULL) for _ in range(3 * MOST_AT_ONCE)]
+        tasks = [slow.ask(path) for path in [PULL] * MOST_AT_ONCE]
         await _settle()
-        polls = slow.working
-        tasks += [slow.ask() for _ in range(3 * MOST_AT_ONCE)]
+        tasks += [slow.ask(path) for path in (PULL, PUSH, BEAT, PULL, PUSH, BEAT)]
         await _settle()
-        all_of_them = slow.working
         slow.done.set()
         await asyncio.gather(*tasks)
-        return [polls, all_of_them, slow.working]
+        return slow.asked
 
-    assert asyncio.run(play()) == [1, MOST_AT_ONCE + 1, 0]
-
-
-def test_a_question_for_work_does_not_wait_behind_other_requests(place: Place) -> None:
-    async def play() -> list[int]:
-        slow = Slow(place)
-        tasks = [slow.ask() for _ in range(3 * MOST_AT_ONCE)]
-        await _settle()
-        others = slow.working
-        tasks.append(slow.ask(PULL))
-        await _settle()
-        both = slow.working
-        slow.done.set()
-        await asyncio.gather(*tasks)
-        return [others, both]
-
-    assert asyncio.run(play()) == [MOST_AT_ONCE, MOST_AT_ONCE + 1]
+    assert asyncio.run(play()) == [PULL] * MOST_AT_ONCE + [BEAT, BEAT, PUSH, PUSH, PULL, PULL]
 
 
 def test_a_slow_line_takes_no_turn_from_the_others(place: Place) -> None:
@@ -236,8 +222,7 @@ def test_a_slow_line_takes_no_turn_from_the_others(place: Place) -> None:
 def test_who_hangs_up_while_he_waits_is_not_asked_for(place: Place, path: str) -> None:
     async def play() -> list[int]:
         slow, left = Slow(place), asyncio.Event()
-        at_once = 1 if path == PULL else MOST_AT_ONCE
-        served = [slow.ask(path) for _ in range(at_once)]
+        served = [slow.ask(path) for _ in range(MOST_AT_ONCE)]
         await _settle()
         gone = [slow.ask(path, left=left) for _ in range(5)]
         last = slow.ask(path)
@@ -247,10 +232,23 @@ def test_who_hangs_up_while_he_waits_is_not_asked_for(place: Place, path: str) -
         working = slow.working
         slow.done.set()
         await asyncio.gather(*served, last)
-        return [working, slow.asked]
+        return [working, len(slow.asked)]
 
-    at_once = 1 if path == PULL else MOST_AT_ONCE
-    assert asyncio.run(play()) == [at_once, at_once + 1]
+    assert asyncio.run(play()) == [MOST_AT_ONCE, MOST_AT_ONCE + 1]
+
+
+def test_who_waits_for_long_is_told_to_ask_again_and_the_superlink_never_hears_of_it(place: Place) -> None:
+    async def play() -> tuple[list[int], int]:
+        slow = Slow(place, most_wait_s=0.05)
+        served = [slow.ask() for _ in range(MOST_AT_ONCE)]
+        await _settle()
+        await asyncio.gather(*(slow.ask(path) for path in (PUSH, PULL, BEAT)))
+        slow.done.set()
+        await asyncio.gather(*served)
+        await slow.ask()  # the turns are free again
+        return slow.answers, len(slow.asked)
+
+    assert asyncio.run(play()) == ([503] * 3 + [200] * (MOST_AT_ONCE + 1), MOST_AT_ONCE + 1)
 
 
 def test_a_request_that_fails_or_breaks_off_gives_its_turn_back(place: Place) -> None:
@@ -268,14 +266,14 @@ def test_a_request_that_fails_or_breaks_off_gives_its_turn_back(place: Place) ->
             task.cancel()
         await asyncio.gather(*gone, return_exceptions=True)
         slow.working = 0
-        tasks = [slow.ask(PULL), *(slow.ask() for _ in range(MOST_AT_ONCE))]
+        tasks = [slow.ask() for _ in range(2 * MOST_AT_ONCE)]
         await _settle()
         working = slow.working
         slow.done.set()
         await asyncio.gather(*tasks)
         return [sum(isinstance(error, ZeroDivisionError) for error in failed), working]
 
-    assert asyncio.run(play()) == [2 * MOST_AT_ONCE, MOST_AT_ONCE + 1]
+    assert asyncio.run(play()) == [2 * MOST_AT_ONCE, MOST_AT_ONCE]
 
 
 HEADER = st.binary(max_size=20) | st.sampled_from(

@@ -1,0 +1,94 @@
+"""How requests wait: for their turn at something that can do a few things at once, or until there is an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+
+class Turns:
+    """Of those who wait the most urgent is next, and of these who came first.
+
+    Args:
+        at_once: How many have their turn at the same time.
+    """
+
+    def __init__(self, at_once: int) -> None:
+        self._free = at_once
+        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._numbers = itertools.count()
+
+    @asynccontextmanager
+    async def one(self, urgency: int) -> AsyncIterator[None]:
+        """A turn, once it is there. A smaller number is more urgent."""
+        if self._free:
+            self._free -= 1
+        else:
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            heapq.heappush(self._waiting, (urgency, next(self._numbers), turn))
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if not turn.cancelled():  # it came, and nobody is there to take it
+                    self._next()
+                raise
+        try:
+            yield
+        finally:
+            self._next()
+
+    def _next(self) -> None:
+        while self._waiting:
+            turn = heapq.heappop(self._waiting)[2]
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._free += 1
+
+
+class Arrivals:
+    """Where those who ask for something wait until it may be there.
+
+    Somebody who has never asked does not wait, since something may have come before.
+    """
+
+    def __init__(self) -> None:
+        self._asked: dict[str, int] = {}  # and nothing has come since
+        self._bells: dict[str, asyncio.Event] = {}
+
+    def came(self, address: int) -> None:
+        """Something has come to this address."""
+        for name in [name for name, asked in self._asked.items() if asked == address]:
+            self.end(name)
+
+    def end(self, *names: str) -> None:
+        """These, or all, wait no longer."""
+        for name in names or [*self._asked]:
+            self._asked.pop(name, None)
+            if bell := self._bells.pop(name, None):
+                bell.set()
+
+    async def wait(self, name: str, address: int) -> None:
+        """Wait, if nothing has come to the address since somebody of this name asked for it."""
+        if self._asked.get(name) == address:
+            await self._bells.setdefault(name, asyncio.Event()).wait()
+
+    def ask(self, name: str, address: int) -> None:
+        """Note that somebody asks now."""
+        self._asked[name] = address
+
+
+async def unless_left(wait: Coroutine[Any, Any, None], leave: Callable[[], Awaitable[None]]) -> bool:
+    """Wait, but no longer than until ``leave`` returns; whether it has not."""
+    waiting, leaving = asyncio.ensure_future(wait), asyncio.ensure_future(leave())
+    try:
+        await asyncio.wait((waiting, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return not leaving.done()
+    finally:
+        waiting.cancel()
+        leaving.cancel()
+        await asyncio.gather(waiting, leaving, return_exceptions=True)
