@@ -73,11 +73,17 @@ class Cells:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where rows are, and where what need not be kept is made."""
+    """Where rows are, where what need not be kept is made, and what computes: ``cpu``, by one thread, or ``cuda``."""
 
     data: Path
     rewrites: Path
     work: Path
+    device: str = "cpu"
+
+    def base_model(self) -> LoadedModel:
+        """The embedded model."""
+        use_threads(1)
+        return load_model(ModelConfig(), device=self.device)
 
     def rows(self, task: str, split: str) -> list[Row]:
         """Original rows of ``dev`` or ``test``."""
@@ -88,7 +94,8 @@ class Place:
         file = self.work / "mask.safetensors"
         if not file.exists():
             text = f"inputs.calibration={self.data / 'c4' / 'train.jsonl'}"
-            make_mask(load(["trainer=meerkat", "trainer.calibration=file", text, "threads=1", "device=cpu"]), file)
+            words = ["trainer=meerkat", "trainer.calibration=file", text, "threads=1", f"device={self.device}"]
+            make_mask(load(words), file)
         return file
 
 
@@ -100,7 +107,7 @@ def gradients(cells: Cells, place: Place, task: str, sets: Sequence[TrainSet]) -
     names = {(each.name, at): gradient_name(task, each, at) for each in sets for at in range(num_batches(each))}
     if not names.values() - cells.all().keys():
         return
-    loaded = base_model()
+    loaded = place.base_model()
     direction, squared = _direction(cells, place, task, loaded)
     cells.measure(f"gradient/{task}/dev", lambda: {"squared": squared})
     for at in range(num_batches(sets[0])):
@@ -153,11 +160,11 @@ def _direction(cells: Cells, place: Place, task: str, loaded: LoadedModel) -> tu
         if abs(slope - 1) > 0.02:
             raise SystemExit(f"the gradient must be that of finite differences, got {slope:.3f} of it")
         cells.measure("gradient/slope by finite differences over norm", lambda: {"value": slope})
-        loaded = base_model()  # to the bit: the check has moved the weights and back
+        loaded = place.base_model()  # to the bit: the check has moved the weights and back
         _gradient(loaded, examples, parts=BATCH_ROWS)
         save_file({name: _there(parameter.grad) for name, parameter in loaded.model.named_parameters()}, file)
     kept = load_file(file)
-    direction = [kept[name] for name, _ in loaded.model.named_parameters()]
+    direction = [kept[name].to(place.device) for name, _ in loaded.model.named_parameters()]
     return direction, sum(_dot(each, each) for each in direction)
 
 
@@ -188,7 +195,7 @@ def _there(grad: torch.Tensor | None) -> torch.Tensor:
 
 def base_losses(cells: Cells, place: Place, task: str) -> None:
     """The untrained model's losses."""
-    cells.measure(f"untrained/{task}", lambda: _losses(base_model(), place, task, ["dev", "test"]))
+    cells.measure(f"untrained/{task}", lambda: _losses(place.base_model(), place, task, ["dev", "test"]))
 
 
 def train(
@@ -226,11 +233,11 @@ def tuned(known: Mapping[str, Cell], task: str, method: str, each: TrainSet) -> 
 def _train(
     place: Place, task: str, method: str, each: TrainSet, *, seed: int, lr: float, splits: Sequence[str]
 ) -> Cell:
-    mask = [f"inputs.artifact={place.mask()}"] if method == "meerkat" else []
+    here = [f"device={place.device}", *([f"inputs.artifact={place.mask()}"] if method == "meerkat" else [])]
     with tempfile.TemporaryDirectory() as kept:
         folder = Path(kept)
         (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each.rows))
-        words = [f"task={task}", f"trainer={method}", f"trainer.lr={lr:g}", f"seed={seed}", *mask]
+        words = [f"task={task}", f"trainer={method}", f"trainer.lr={lr:g}", f"seed={seed}", *here]
         loaded = run_here(load([*words, *_SETTINGS, f"data.path={folder}", *_rounds(task)]), folder / "run")
         return _losses(loaded, place, task, splits)
 
@@ -248,7 +255,6 @@ def run_here(config: LaunchConfig, run_dir: Path) -> LoadedModel:
 _SETTINGS = [
     "model=smollm2",
     "data=files",
-    "device=cpu",
     "threads=1",
     "split.num_dev=0",
     "split.num_test=0",
@@ -264,12 +270,6 @@ _SETTINGS = [
 
 def _rounds(task: str) -> list[str]:
     return [f"fl.rounds={STEPS[task]}", f"fl.hash_every={STEPS[task]}"]
-
-
-def base_model() -> LoadedModel:
-    """The embedded model."""
-    use_threads(1)
-    return load_model(ModelConfig(), device="cpu")
 
 
 def examples_of(loaded: LoadedModel, task: str, rows: Sequence[Row]) -> list[Example]:

@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--local", type=Path, action="append", default=[], metavar="FILE", help="a local model's rows")
     parser.add_argument("--set", type=named, action="append", default=[], metavar="NAME=FILE", help="a further arm")
     parser.add_argument("--endpoint", nargs="+", default=[], metavar="WORD", help="rewrite by this endpoint first")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="what computes (default: cpu)")
     parser.add_argument("--only", choices=PARTS, action="append", help="this part; repeatable (default: all)")
     parser.add_argument("--show", action="store_true", help="run nothing")
     flags = parser.parse_args()
@@ -115,7 +116,7 @@ def main() -> None:
             count = changed(of_task[0].rows, each.rows)
             print(f"{task}, {each.name}: {count} of {len(each.rows)} rows are other text", flush=True)
     if not flags.show:
-        run(cells, Place(flags.data, flags.rewrites, WORK), sets, flags.only or PARTS)
+        run(cells, Place(flags.data, flags.rewrites, WORK, flags.device), sets, flags.only or PARTS)
     report(cells, sets, HERE / "claims.json")
     print(json.dumps({"cells": len(cells.all())}))
 
