@@ -160,9 +160,9 @@ def test_a_slow_and_flapping_link_costs_nobody_and_one_that_breaks_costs_a_site_
         training = at.train("run", "fl.num_clients=2", "fl.rounds=1000", "strategy.deadline_s=15")
         at.wait_for_round("run", 2, seconds=120)
 
-        # --- 8 kB/s, and then a link that breaks for a moment again and again: slower, and nobody is missed
+        # --- 2 kB/s, and then a link that breaks for a moment again and again: slower, and nobody is missed
         slow = len(at.rounds("run"))
-        _ip("tc", "qdisc", "add", "dev", device, "root", "tbf", "rate", "64kbit", "burst", "2kb", "limit", "3kb")
+        _ip("tc", "qdisc", "add", "dev", device, "root", "tbf", "rate", "16kbit", "burst", "2kb", "limit", "3kb")
         at.wait_for_round("run", slow + 3)
         told = subprocess.run(["tc", "-s", "qdisc", "show", "dev", device], capture_output=True, text=True, check=True)
         assert "overlimits 0 " not in told.stdout

@@ -18,7 +18,7 @@ from typing import Any
 from fedzo.runtime.net.processes import watch_parent
 from fedzo.runtime.net.server_folder import ServerFolder, split_address
 
-SUPERNODE_POLL_S = 0.1
+SUPERNODE_POLL_S = 0.05
 NODE_LEASE_S = 40.0
 """How long after its last word a SuperNode counts as connected. Half as long, and the words of 200 nodes alone would
 keep a SuperLink half busy."""

@@ -12,13 +12,15 @@ most urgent is next: to say that a node lives, then what belongs to a message th
 Who hangs up while he waits is not asked for any more, and who waited for long is told to ask again, before he hangs up:
 a SuperLink would hand out his message, and to nobody.
 
-A node's question for work is held here until the run's server has sent something for it; after ``HOLD_S`` the answer is
-that there is nothing. So a node has its message at once, and nodes that wait are no work for the SuperLink.
+A node's question for work is held here until the run's server has sent something for it, or for ``HOLD_S``. The answer
+is that there is nothing, and the node asks again at once: what was held may be of a node that has died meanwhile. So a
+node has its message soon, and nodes that wait are no work for the SuperLink.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import json
 import logging
@@ -26,7 +28,6 @@ import secrets
 import time
 from base64 import b64decode
 from collections.abc import Awaitable, Callable, MutableMapping
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -192,8 +193,9 @@ class Gate:
             await send(event)
 
         poll = _poll(asker, scope, heard)
-        async with AsyncExitStack() as turn:
-            if poll and not await self._wait_for_work(poll, left, watched):
+        async with contextlib.AsyncExitStack() as turn:
+            if poll and (bell := self._arrivals.bell(*poll)):
+                await self._hold(bell, left, watched)
                 return
             wait = turn.enter_async_context(self._turns.one(URGENCY.get(scope["path"], 1)))
             try:
@@ -207,14 +209,14 @@ class Gate:
                     self._arrivals.ask(*poll)
                 await self._app(scope, told, _again_later(scope, watched))
 
-    async def _wait_for_work(self, poll: tuple[str, int], left: Callable[[], Awaitable[None]], send: Send) -> bool:
-        """Wait until something may have come for a node; False if nothing has, which it was told, or if it has left."""
-        try:
-            async with asyncio.timeout(self._hold_s):
-                return await unless_left(self._arrivals.wait(*poll), left)
-        except TimeoutError:
-            await _answer(send, 200, "", kind=b"application/protobuf", hang_up=False)  # no message, in Flower's words
-            return False
+    async def _hold(self, bell: asyncio.Event, left: Callable[[], Awaitable[None]], send: Send) -> None:
+        """Wait until something has come for a node, and answer that there is nothing if the node is still there."""
+        here = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0 if self._ending else self._hold_s):
+                here = await unless_left(bell.wait(), left)
+        if here:  # no bytes are no message, in Flower's words
+            await _answer(send, 200, "", kind=b"application/protobuf", hang_up=False)
 
     def _asker(self, scope: Scope) -> _Asker:
         try:

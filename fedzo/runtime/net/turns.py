@@ -51,10 +51,7 @@ class Turns:
 
 
 class Arrivals:
-    """Where those who ask for something wait until it may be there.
-
-    Somebody who has never asked does not wait, since something may have come before.
-    """
+    """What has come since somebody asked for it: of who has never asked it is not known that nothing has."""
 
     def __init__(self) -> None:
         self._asked: dict[str, int] = {}  # and nothing has come since
@@ -72,17 +69,16 @@ class Arrivals:
             if bell := self._bells.pop(name, None):
                 bell.set()
 
-    async def wait(self, name: str, address: int) -> None:
-        """Wait, if nothing has come to the address since somebody of this name asked for it."""
-        if self._asked.get(name) == address:
-            await self._bells.setdefault(name, asyncio.Event()).wait()
+    def bell(self, name: str, address: int) -> asyncio.Event | None:
+        """What is set when something comes; None unless somebody of this name asked, and nothing has come since."""
+        return self._bells.setdefault(name, asyncio.Event()) if self._asked.get(name) == address else None
 
     def ask(self, name: str, address: int) -> None:
         """Note that somebody asks now."""
         self._asked[name] = address
 
 
-async def unless_left(wait: Coroutine[Any, Any, None], leave: Callable[[], Awaitable[None]]) -> bool:
+async def unless_left(wait: Coroutine[Any, Any, object], leave: Callable[[], Awaitable[None]]) -> bool:
     """Wait, but no longer than until ``leave`` returns; whether it has not."""
     waiting, leaving = asyncio.ensure_future(wait), asyncio.ensure_future(leave())
     try:
