@@ -250,12 +250,19 @@ def hostile(results: Any) -> Lines:
     return [*lines, "", f"Before training: {before['loss']:.3f}, {100 * before['accuracy']:.1f} %."]
 
 
+def by_script(script: str) -> Callable[[Any], Lines]:
+    """The claims of one script, where several write to one file."""
+    return lambda rows: claims(row for row in rows if row["command"].split()[1].endswith(f"/{script}"))
+
+
 RENDERERS: dict[str, Callable[[Any], Lines]] = {
     "experiments/quickstart/results.json": quickstart,
     "experiments/quickstart/results.json#ending": ending,
     "experiments/bench/claims.json": bench,
     "experiments/clients/results.json": clients,
     "experiments/network/hostile.json": hostile,
+    "experiments/oat_rephrase/claims.json#published": by_script("published.py"),
+    "experiments/oat_rephrase/claims.json#effect": by_script("effect.py"),
     **{
         f"experiments/meerkat/tables.json#{part}": itemgetter(part)
         for part in ("state", "tuning", "accuracy", "verdicts", "holm", "others", "hours", "sequential")

@@ -39,12 +39,10 @@ def report(cells: Cells, sets: Mapping[str, Sequence[TrainSet]], path: Path) -> 
 
 
 def _gradients(
-    known: Mapping[str, Cell], claims: Claims, task: str, original: TrainSet, of_arm: Sequence[TrainSet]
+    known: Mapping[str, Cell], claims: Claims, task: str, other: TrainSet, of_arm: Sequence[TrainSet]
 ) -> None:
-    names = [[gradient_name(task, each, at) for at in range(num_batches(each))] for each in (original, *of_arm)]
-    what = (
-        f"SmolLM2-135M, {task}, base weights: gain of a zeroth-order step on {of_arm[0].arm} over that on the original"
-    )
+    names = [[gradient_name(task, each, at) for at in range(num_batches(each))] for each in (other, *of_arm)]
+    what = f"SmolLM2-135M, {task}, base weights: gain of a zeroth-order step on {of_arm[0].arm} over {other.arm}"
     if not _whole(known, [name for of_set in names for name in of_set], what):
         return
     base, *others = (

@@ -48,7 +48,13 @@ class Claims:
         at_least: float | None = None,
         near: tuple[float, float] | None = None,
     ) -> None:
-        """Add a value, to four digits; with a target if there is one: a bound, or (a value, how far off it may be)."""
+        """Add a value, to four digits; with a target if there is one: a bound, or (a value, how far off it may be).
+
+        Raises:
+            ValueError: Another row says the same of another value.
+        """
+        if any(row["claim"] == claim for row in self.rows):
+            raise ValueError(f"each claim must be made once, got {claim!r} twice")
         target = at_most if at_least is None else at_least
         holds = (at_most is None or value <= at_most) and (at_least is None or value >= at_least)
         if near is not None:

@@ -67,6 +67,14 @@ def test_a_value_that_is_not_a_number_holds_no_target() -> None:
     assert not claims.rows[0]["holds"]
 
 
+def test_a_claim_is_made_once() -> None:
+    claims = Claims(command="", environment={})
+    claims.add("a ratio", 1.0, "ratio")
+
+    with pytest.raises(ValueError, match="each claim must be made once, got 'a ratio' twice"):
+        claims.add("a ratio", 2.0, "ratio")
+
+
 def test_pieces_are_timed_in_turn_after_two_rounds() -> None:
     calls: list[str] = []
     heard: list[tuple[int, int]] = []
