@@ -158,7 +158,7 @@ def test_declared_dependencies_are_what_the_library_imports() -> None:
     modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
     imported = {module.split(".")[0] for module in modules}
     third_party = {
-        normal({"hydra": "hydra-core", "yaml": "pyyaml"}.get(name, name))
+        normal({"hydra": "hydra-core", "yaml": "pyyaml", "google": "protobuf"}.get(name, name))
         for name in imported - sys.stdlib_module_names - {"fedzo"}
     }
     by_another = {"accelerate", "gguf"}  # transformers imports them for us
