@@ -22,8 +22,9 @@ log = logging.getLogger(__name__)
 R = TypeVar("R")
 K = TypeVar("K")
 POLL_S = 0.05
-POLL_PAUSE = 4
-"""A look that found no reply is followed by a pause of so many times its length. A look for hundreds takes long."""
+POLL_PAUSE, MOST_PAUSE_S = 4, 1.0
+"""A look that found no reply is followed by a pause of so many times its length, since one for hundreds takes long, but
+not longer than that: it takes longer still while a carrier is started again."""
 NAMES_A_PULL = 64  # handed over at most: waiting for n messages then costs n, not n * n, where they come one by one
 
 
@@ -210,7 +211,7 @@ def converse(
             push(further)
         if not got:
             beside()
-            time.sleep(max(POLL_S, POLL_PAUSE * looked_s))
+            time.sleep(min(max(POLL_S, POLL_PAUSE * looked_s), MOST_PAUSE_S))
     for client in sorted(set(talks) - set(answers.replies) - set(answers.refused)):
         answers.mute.add(client)
         answers.refused[client] = f"{'not done' if client in heard else 'no reply'} within {deadline_s:.3g} s"

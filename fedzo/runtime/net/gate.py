@@ -13,8 +13,8 @@ Who hangs up while he waits is not asked for any more, and who waited for long i
 a SuperLink would hand out his message, and to nobody.
 
 A node's question for work is held here until the run's server has sent something for it, or for ``HOLD_S``. The answer
-is that there is nothing, and the node asks again at once: what was held may be of a node that has died meanwhile. So a
-node has its message soon, and nodes that wait are no work for the SuperLink.
+is that there is nothing, and the node asks again at once, which is passed on: what was held may be of a node that has
+died meanwhile. So a node has its message soon, and nodes that wait are little work for the SuperLink.
 """
 
 from __future__ import annotations
@@ -46,22 +46,19 @@ FLEET, RUNTIME = "/v1/fleet/", "/v1/runtime/"
 POLL, SEND = f"{FLEET}pull-messages", f"{RUNTIME}push-messages"
 URGENCY = {f"{FLEET}send-node-heartbeat": 0, POLL: 2}
 """Of the requests that are more urgent or less than the others, whose number is 1."""
-"""What a node asks again and again, mostly in vain."""
 WIRE = "/fedzo/wire"
 """Of this machine alone, as JSON: a name of this start of the SuperLink, and the bytes that registered clients sent and
 got since then, up and down."""
 MAX_BODY_BYTES = 16 << 20
 """Of one request; Flower cuts what is longer into chunks of 5 MB."""
 REQUESTS_PER_S, BURST = 200.0, 2000.0
-"""Of a registered client; its SuperNode asks for work ten times a second, and moves each object by a request."""
+"""Of a registered client, whose SuperNode moves each object of a message by a request."""
 STRANGER_REQUESTS_PER_S, STRANGER_BURST = 5.0, 50.0
 """Of all other nodes of one host together."""
 MOST_AT_ONCE = 2
 """Requests of sites that the SuperLink works on at once; those of the run's server do not wait for a turn."""
-MOST_WAIT_S = 10.0
-"""For a turn. A node waits for 30 s for the answer."""
-HOLD_S = 15.0
-"""A question for work; this and the wait for a turn must be well below the 30 s."""
+MOST_WAIT_S, HOLD_S = 10.0, 15.0
+"""For a turn, and of a question for work. Both together must be well below the 30 s that a node waits for an answer."""
 MOST_NODES = 100_000
 QUIET_S = 60.0
 """How long the gate does not repeat itself about one node."""
@@ -152,9 +149,11 @@ class Gate:
             body.extend(event.get("body", b""))
             return event
 
-        await self._app(scope, tapped, _again_later(scope, send))
-        for node in _addressees(bytes(body)):
-            self._arrivals.came(node)
+        try:
+            await self._app(scope, tapped, _again_later(scope, send))
+        finally:  # also what failed may have been stored
+            for node in _addressees(bytes(body)):
+                self._arrivals.came(node)
 
     async def _hear(self, asker: _Asker, receive: Receive) -> list[Event] | None:
         """A request's whole body; None where it breaks off, or is too long, which need not have been declared."""
@@ -189,13 +188,13 @@ class Gate:
             if asker.name is not None:
                 self._down_bytes += _response_bytes(event)
             if poll and event.get("body"):  # it got something, and there may be more
-                self._arrivals.end(poll[0])
+                self._arrivals.forget(poll[0])
             await send(event)
 
         poll = _poll(asker, scope, heard)
         async with contextlib.AsyncExitStack() as turn:
             if poll and (bell := self._arrivals.bell(*poll)):
-                await self._hold(bell, left, watched)
+                await self._hold(poll[0], bell, left, watched)
                 return
             wait = turn.enter_async_context(self._turns.one(URGENCY.get(scope["path"], 1)))
             try:
@@ -209,12 +208,14 @@ class Gate:
                     self._arrivals.ask(*poll)
                 await self._app(scope, told, _again_later(scope, watched))
 
-    async def _hold(self, bell: asyncio.Event, left: Callable[[], Awaitable[None]], send: Send) -> None:
+    async def _hold(self, name: str, bell: asyncio.Event, left: Callable[[], Awaitable[None]], send: Send) -> None:
         """Wait until something has come for a node, and answer that there is nothing if the node is still there."""
         here = True
-        with contextlib.suppress(TimeoutError):
+        try:
             async with asyncio.timeout(0 if self._ending else self._hold_s):
                 here = await unless_left(bell.wait(), left)
+        except TimeoutError:
+            self._arrivals.forget(name)  # whatever went wrong, the SuperLink itself is asked now and then
         if here:  # no bytes are no message, in Flower's words
             await _answer(send, 200, "", kind=b"application/protobuf", hang_up=False)
 

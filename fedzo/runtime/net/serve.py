@@ -28,8 +28,9 @@ POLL_S = 0.1
 LOOK_S = 1.0
 """How often the server looks whether its SuperLink was started again."""
 STARTUP_S = 120.0
-NODES_PAUSE = 20
-"""A look at the connected nodes holds for so many times its length: where there are hundreds it is long."""
+NODES_PAUSE, MOST_PAUSE_S = 20, 5.0
+"""A look at the connected nodes holds for so many times its length, since one at hundreds takes long, but not longer
+than that: it takes longer still while the SuperLink is started again."""
 TASK_S = 30.0
 """How long the SuperLink may take to hand out the task of a run that it has accepted."""
 
@@ -99,7 +100,7 @@ class KeyedGrid:
         nodes, known = list(self._grid.get_nodes()), self._folder.by_key()
         self._clients = {node.node_id: known[node.public_key].index for node in nodes if node.public_key in known}
         self._nodes, ended = [node.node_id for node in nodes], time.monotonic()
-        self._next_nodes = ended + NODES_PAUSE * (ended - began)
+        self._next_nodes = ended + min(NODES_PAUSE * (ended - began), MOST_PAUSE_S)
         return self._nodes
 
     def client_of(self, node: int) -> int | None:

@@ -60,18 +60,32 @@ class Arrivals:
     def came(self, address: int) -> None:
         """Something has come to this address."""
         for name in [name for name, asked in self._asked.items() if asked == address]:
-            self.end(name)
+            self.forget(name)
 
-    def end(self, *names: str) -> None:
-        """These, or all, wait no longer."""
-        for name in names or [*self._asked]:
-            self._asked.pop(name, None)
-            if bell := self._bells.pop(name, None):
-                bell.set()
+    def forget(self, name: str) -> None:
+        """Something may have come for this name, which waits no longer."""
+        self._asked.pop(name, None)
+        self._ring(name)
+
+    def end(self) -> None:
+        """Nobody waits any longer."""
+        for name in [*self._bells]:
+            self.forget(name)
 
     def bell(self, name: str, address: int) -> asyncio.Event | None:
-        """What is set when something comes; None unless somebody of this name asked, and nothing has come since."""
-        return self._bells.setdefault(name, asyncio.Event()) if self._asked.get(name) == address else None
+        """What is set when something comes; None unless somebody of this name asked, and nothing has come since.
+
+        One of a name waits: with a second bell the first is set.
+        """
+        if self._asked.get(name) != address:
+            return None
+        self._ring(name)
+        self._bells[name] = bell = asyncio.Event()
+        return bell
+
+    def _ring(self, name: str) -> None:
+        if bell := self._bells.pop(name, None):
+            bell.set()
 
     def ask(self, name: str, address: int) -> None:
         """Note that somebody asks now."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
-
+import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
+from fedzo.fl import exchange
 from fedzo.fl.exchange import Outbox, Question, Talk, Traffic, converse
 from fedzo.fl.messages import Hello, HelloReply
 
@@ -118,22 +118,49 @@ def test_what_a_carrier_says_that_it_lost_is_asked_again_unless_its_node_is_gone
     assert len(outbox) == 0
 
 
-def test_the_longer_a_look_for_replies_takes_the_rarer_it_is() -> None:
+class Clock:
+    """In the place of the module ``time``: it goes on when somebody sleeps, or is told to."""
+
+    now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize(
+    ("takes_s", "looks"),
+    [
+        pytest.param(0.0, 800, id="a short pause"),
+        pytest.param(0.1, 80, id="four times as long as the look"),
+        pytest.param(4.0, 8, id="a second, as where a carrier was started again"),
+    ],
+)
+def test_the_longer_a_look_for_replies_takes_the_rarer_it_is(
+    takes_s: float, looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(exchange, "time", clock)
+
     class Slow(Carrier):
         looks = 0
+        takes_s = 0.0
 
         def push_messages(self, messages: list[Message]) -> list[str]:
             return ["m"] * len(messages)
 
         def pull_messages(self, names: list[str]) -> list[Message]:
             self.looks += 1
-            time.sleep(0.05)
+            clock.now += self.takes_s
             return []
 
     def talk() -> Talk[HelloReply]:
         return (yield Question("query.hello", Hello(client=0, config_hash="c" * 64, begun=False), HelloReply))
 
     carrier = Slow()
-    answers = converse(carrier, {0: talk()}, nodes={0: 7}, deadline_s=1.0, traffic=Traffic())
+    carrier.takes_s = takes_s
+    answers = converse(carrier, {0: talk()}, nodes={0: 7}, deadline_s=40.0, traffic=Traffic())
     assert answers.mute == {0}
-    assert carrier.looks <= 1.0 / (5 * 0.05)
+    assert carrier.looks == pytest.approx(looks, abs=1)

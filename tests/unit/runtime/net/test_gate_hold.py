@@ -162,11 +162,57 @@ def test_nothing_is_held_for_ever_nor_for_who_has_left(folder: ServerFolder) -> 
     async def play() -> None:
         post, left = Post(folder, hold_s=0.05), asyncio.Event()
         assert [await post.poll(HOSPITAL) for _ in range(3)] == [NOTHING, NOTHING, NOTHING]
+        assert post.looked == [HOSPITAL, HOSPITAL]  # the second was held, and the SuperLink is asked again after it
         gone = post.poll(HOSPITAL, left=left)
         await _settle()
         left.set()
         assert await gone == []
-        assert post.looked == [HOSPITAL]
+        assert post.looked == [HOSPITAL, HOSPITAL]
+
+    asyncio.run(asyncio.wait_for(play(), LONG_S / 2))
+
+
+def test_a_message_that_the_gate_did_not_see_comes_after_one_hold(folder: ServerFolder) -> None:
+    async def play() -> None:
+        post = Post(folder, hold_s=0.05)
+        assert await post.poll(HOSPITAL) == NOTHING
+        post.boxes[HOSPITAL].append(b"a message")
+        assert [await post.poll(HOSPITAL) for _ in range(2)] == [NOTHING, SOMETHING]
+
+    asyncio.run(asyncio.wait_for(play(), LONG_S / 2))
+
+
+def test_a_message_whose_sender_was_told_of_a_failure_is_not_waited_for(folder: ServerFolder) -> None:
+    async def play() -> None:
+        post = Post(folder)
+        app = post.gate._app
+
+        async def failing(scope: Any, receive: Any, send: Any) -> None:
+            await app(scope, receive, send)
+            if scope["path"] == SEND:
+                raise ZeroDivisionError
+
+        post.gate._app = failing
+        assert await post.poll(HOSPITAL) == NOTHING
+        with pytest.raises(ZeroDivisionError):
+            await post.send(HOSPITAL)
+        assert await post.poll(HOSPITAL) == SOMETHING
+
+    asyncio.run(asyncio.wait_for(play(), LONG_S / 2))
+
+
+def test_of_two_questions_in_one_name_the_second_is_held(folder: ServerFolder) -> None:
+    async def play() -> None:
+        post = Post(folder)
+        await post.poll(HOSPITAL)
+        first = post.poll(HOSPITAL)
+        await _settle()
+        second = post.poll(HOSPITAL)
+        assert await first == NOTHING
+        await _settle()
+        assert not second.done()
+        await post.send(HOSPITAL)
+        assert [await second, await post.poll(HOSPITAL)] == [NOTHING, SOMETHING]
 
     asyncio.run(asyncio.wait_for(play(), LONG_S / 2))
 
