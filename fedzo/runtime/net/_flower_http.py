@@ -24,6 +24,8 @@ from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
     PullTaskInputRequest,
     PushTaskOutputRequest,
+    SendTaskHeartbeatRequest,
+    SendTaskHeartbeatResponse,
 )
 from flwr.supercore import heartbeat
 from flwr.supercore.constant import TaskType
@@ -278,7 +280,13 @@ class _TaskOver:
 @contextmanager
 def _heartbeat(client: RuntimeHttpClient) -> Iterator[Callable[[], None]]:
     """Say that a task is alive, until the function is called that this gives: before its end is told, not after."""
-    beat = make_task_heartbeat_fn_http(client)
+
+    def tell(request: SendTaskHeartbeatRequest) -> SendTaskHeartbeatResponse:
+        if not (answer := client.SendTaskHeartbeat(request)).success:  # Flower would interrupt this process
+            raise RunNotRunningException
+        return answer
+
+    beat = make_task_heartbeat_fn_http(cast(Any, SimpleNamespace(SendTaskHeartbeat=tell)))
 
     def beat_or_leave() -> bool:
         try:

@@ -6,6 +6,8 @@ import ast
 import importlib
 import inspect
 import re
+import signal
+import threading
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -284,6 +286,32 @@ def test_flower_interrupts_a_process_whose_token_is_refused_unless_an_intercepto
     client = RuntimeHttpClient("http://127.0.0.1:1")
     assert client._interceptors == ()
     assert parameters(_flower_http._TaskOver().intercept) == ["context", "call_next"]
+
+
+@pytest.mark.slow
+def test_a_task_that_ended_between_a_beats_check_and_its_record_interrupts_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from flwr.proto.runtime_pb2 import SendTaskHeartbeatResponse
+    from flwr.supercore import heartbeat
+
+    from fedzo.runtime.net import _flower_http
+
+    def answer(request: object) -> SendTaskHeartbeatResponse:
+        asked.set()
+        return SendTaskHeartbeatResponse(success=False)
+
+    asked, interrupts = threading.Event(), list[int]()
+    monkeypatch.setattr(heartbeat.signal, "raise_signal", interrupts.append)
+    client = SimpleNamespace(SendTaskHeartbeat=answer, close=lambda: None)
+
+    heartbeat.make_task_heartbeat_fn_http(cast(Any, client))()
+    asked.clear()
+    assert interrupts == [signal.SIGINT]  # what Flower does
+    with _flower_http._heartbeat(cast(Any, client)):
+        assert asked.wait(10.0)
+
+    assert interrupts == [signal.SIGINT]
 
 
 @pytest.mark.slow
