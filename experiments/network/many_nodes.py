@@ -43,7 +43,8 @@ from fedzo.fl.exchange import Grid
 from fedzo.fl.log_store import RunStore
 from fedzo.fl.messages import encode
 from fedzo.runtime._flower import one_federation
-from fedzo.runtime.net._flower_http import RunNotRunningException, quicken
+from fedzo.runtime.net._flower_daemons import quicken
+from fedzo.runtime.net._flower_http import RunNotRunningException
 from fedzo.runtime.net.client_folder import KEY, ClientFolder, Invitation
 from fedzo.runtime.net.daemons import NODE_LEASE_S, SUPERNODE_POLL_S
 from fedzo.runtime.net.parts import environment, register_clients, start_superlink, wait_for_superlink

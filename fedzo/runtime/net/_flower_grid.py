@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import cast
 
-from flwr.app import Message
+import httpx
+from flwr.app import Context, Message
+from flwr.common.constant import SubStatus
+from flwr.common.serde import context_from_proto, run_from_proto
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
-from flwr.proto.runtime_pb2 import PullAppMessagesRequest
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullTaskInputRequest, PushTaskOutputRequest
 from flwr.supercore.constant import OBJECT_PUSH_SESSION_TTL_SECONDS
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
@@ -23,8 +27,14 @@ from flwr.supercore.inflatable.inflatable_utils import (
 from flwr.supercore.run import Run
 from flwr.superlink.grid import HttpGrid
 
-__all__ = ["ServerGrid"]
+from fedzo.runtime._flower import TaskIdentity, failure_reason
+from fedzo.runtime.net._flower_http import RunNotRunningException, TaskOver, kept_alive
+from fedzo.runtime.net.credentials import Endpoint
+
+__all__ = ["ServerGrid", "server_task"]
 log = logging.getLogger(__name__)
+MAX_TIME_S = 120.0
+"""How long the server's end tries to reach a SuperLink that does not answer, which is started again meanwhile."""
 
 
 @dataclass(slots=True)
@@ -106,3 +116,31 @@ class ServerGrid(HttpGrid):
         message = cast(Message, inflate_object_from_contents(name, reply.parts))
         message.metadata.__dict__["_message_id"] = name
         return message
+
+
+@contextmanager
+def server_task(server: Endpoint, token: str) -> Iterator[tuple[ServerGrid, Context]]:
+    """Play the ServerApp's process in this one: grid and context of the run, whose end Flower learns."""
+    grid = ServerGrid(server.address, root_certificates=server.authority.read_bytes(), token=token)
+    grid._retry_invoker.max_time = MAX_TIME_S  # it would retry for ever
+    client = grid._runtime_client
+    client._interceptors += (TaskOver(),)
+    with kept_alive(client) as fall_silent:
+        task = client.PullTaskInput(PullTaskInputRequest())
+        run, context = run_from_proto(task.run), context_from_proto(task.context)
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = task.task_id, run.run_id, context.node_id
+        grid.set_run(run)
+        output = PushTaskOutputRequest(sub_status=SubStatus.FAILED, details="stopped")
+        try:
+            yield grid, context
+            output = PushTaskOutputRequest(sub_status=SubStatus.COMPLETED, details="")
+        except Exception as error:
+            output = PushTaskOutputRequest(sub_status=SubStatus.FAILED, details=failure_reason(error))
+            raise
+        finally:
+            grid._retry_invoker.max_tries = 1  # the SuperLink may be what failed
+            fall_silent()
+            try:
+                client.PushTaskOutput(output)
+            except (httpx.HTTPError, RunNotRunningException) as error:
+                log.warning("the SuperLink was not told how the run ended: %s", error)

@@ -39,7 +39,7 @@ def main() -> None:
     else:
         from flwr.supernode.cli.flower_supernode import flower_supernode
 
-        from fedzo.runtime.net._flower_http import quicken
+        from fedzo.runtime.net._flower_daemons import quicken
 
         quicken(SUPERNODE_POLL_S, NODE_LEASE_S)
         sys.argv = ["flower-supernode", *arguments]
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def _superlink(folder: ServerFolder) -> None:
-    from fedzo.runtime.net._flower_http import superlink
+    from fedzo.runtime.net._flower_daemons import superlink
 
     host, port = split_address(folder.listening.control)
     sys.argv = [

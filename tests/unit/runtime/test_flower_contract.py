@@ -120,7 +120,7 @@ def test_supernode_pauses_shorter_once_told_so(monkeypatch: pytest.MonkeyPatch) 
     from flwr.supercore import heartbeat
     from flwr.supernode import fleet_http_connection, start_client_internal
 
-    from fedzo.runtime.net import _flower_http
+    from fedzo.runtime.net import _flower_daemons
 
     slept: list[float] = []
     for name in ("time", "_pull_and_store_message"):  # put back at the end
@@ -128,9 +128,9 @@ def test_supernode_pauses_shorter_once_told_so(monkeypatch: pytest.MonkeyPatch) 
     assert fleet_http_connection.HEARTBEAT_DEFAULT_INTERVAL == 30
     monkeypatch.setattr(fleet_http_connection, "HEARTBEAT_DEFAULT_INTERVAL", 30)
     assert "HEARTBEAT_DEFAULT_INTERVAL" in inspect.getsource(fleet_http_connection)
-    monkeypatch.setattr(_flower_http.time, "sleep", slept.append)
+    monkeypatch.setattr(_flower_daemons.time, "sleep", slept.append)
 
-    _flower_http.quicken(0.1, lease_s=NODE_LEASE_S)
+    _flower_daemons.quicken(0.1, lease_s=NODE_LEASE_S)
     for asked_s in (3, 0.5, 0.05):
         start_client_internal.time.sleep(asked_s)
 
@@ -151,7 +151,7 @@ def test_parts_under_way_are_asked_for_soon_and_a_message_of_a_run_that_ended_le
     from flwr.supercore.run import RunNotRunningException
     from flwr.supernode import start_client_internal
 
-    from fedzo.runtime.net import _flower_http
+    from fedzo.runtime.net import _flower_daemons, _flower_http
 
     for pull in (inflatable_utils.pull_objects, inflatable_utils.pull_and_inflate_object_from_tree):
         defaults = {name: each.default for name, each in inspect.signature(pull).parameters.items()}
@@ -161,8 +161,8 @@ def test_parts_under_way_are_asked_for_soon_and_a_message_of_a_run_that_ended_le
     store, done = _Store(), SimpleNamespace(metadata=SimpleNamespace(message_id="done"))
     settings = {"state": store, "object_store": store, "receive": lambda: (done, None)}
 
-    assert _flower_http._without_remains(lambda **given: given["receive"]() and None, **settings) is None
-    assert _flower_http._without_remains(lambda **given: given["receive"]() and 7, **settings) == 7
+    assert _flower_daemons._without_remains(lambda **given: given["receive"]() and None, **settings) is None
+    assert _flower_daemons._without_remains(lambda **given: given["receive"]() and 7, **settings) == 7
 
     assert store.deleted == ["done", "done"]  # once the message, once its parts, and nothing of the second
 
@@ -247,14 +247,14 @@ def test_a_superlink_looks_for_tasks_that_ended_once_a_second_and_checks_each_to
     from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
     from flwr.supercore.corestate.sql_corestate import SqlCoreState
 
-    from fedzo.runtime.net import _flower_http
+    from fedzo.runtime.net import _flower_daemons
 
     assert "_cleanup_expired_task_tokens" in vars(SqlCoreState)
     assert "_cleanup_expired_task_tokens" not in vars(SqlLinkState)  # it inherits what is replaced
     assert "active_until < current" in inspect.getsource(SqlCoreState.get_task_by_token)
     now, looks = [50.0], []
-    monkeypatch.setattr(_flower_http.time, "monotonic", lambda: now[0])
-    clean_up = _flower_http._sparing(looks.append)
+    monkeypatch.setattr(_flower_daemons.time, "monotonic", lambda: now[0])
+    clean_up = _flower_daemons._sparing(looks.append)
     for after_s in (0.0, 0.5, 0.4, 0.2, 0.1, 5.0):
         now[0] += after_s
         clean_up(now[0])
@@ -285,7 +285,7 @@ def test_flower_interrupts_a_process_whose_token_is_refused_unless_an_intercepto
     assert "os.kill(os.getpid(), signal.SIGINT)" in source
     client = RuntimeHttpClient("http://127.0.0.1:1")
     assert client._interceptors == ()
-    assert parameters(_flower_http._TaskOver().intercept) == ["context", "call_next"]
+    assert parameters(_flower_http.TaskOver().intercept) == ["context", "call_next"]
 
 
 @pytest.mark.slow
@@ -308,7 +308,7 @@ def test_a_task_that_ended_between_a_beats_check_and_its_record_interrupts_nobod
     heartbeat.make_task_heartbeat_fn_http(cast(Any, client))()
     asked.clear()
     assert interrupts == [signal.SIGINT]  # what Flower does
-    with _flower_http._heartbeat(cast(Any, client)):
+    with _flower_http.kept_alive(cast(Any, client)):
         assert asked.wait(10.0)
 
     assert interrupts == [signal.SIGINT]

@@ -1,0 +1,95 @@
+"""What is changed in Flower's SuperNode and SuperLink, by private names that are slow to import."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any, cast
+
+from flwr.app import Message
+from flwr.common.constant import HEARTBEAT_PATIENCE
+from flwr.supernode import fleet_http_connection, start_client_internal
+
+import fedzo.runtime.net._flower_http  # noqa: F401 - its shorter pauses hold for a SuperNode, too
+
+log = logging.getLogger(__name__)
+CLEAN_UP_S = 1.0
+"""How often a SuperLink looks for tasks that have ended unsaid; they may be silent for 60 s."""
+
+
+def quicken(poll_s: float, lease_s: float) -> None:
+    """Shorten the pauses of the SuperNode in this process, and the time after which it counts as gone if it dies.
+
+    It asks for work every 3 s when idle, and every 0.5 s whether the client has replied; these are constants in its
+    loop, so the module's name ``time``, of which it uses nothing but ``sleep``, is replaced. The gate before fedzo's
+    SuperLink holds a question for work until there is some. By Flower's constants a node that died is missed after
+    60 s, and cannot come back before; here it is after ``lease_s``.
+    """
+    flower = logging.getLogger("flwr")
+    flower.setLevel(logging.INFO)
+    for handler in flower.handlers:
+        handler.setLevel(logging.WARNING)  # it would write some lines for each message
+    flower.addHandler(_Connected())
+    loop: Any = start_client_internal
+    loop._pull_and_store_message = partial(_without_remains, loop._pull_and_store_message)
+    loop.time = SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, poll_s)))
+    cast(Any, fleet_http_connection).HEARTBEAT_DEFAULT_INTERVAL = lease_s / HEARTBEAT_PATIENCE
+
+
+def _without_remains(pull: Callable[..., int | None], **settings: Any) -> int | None:
+    """Pull a message, and leave nothing of one whose run ended meanwhile, as Flower does.
+
+    Where the server was killed between a message and its parts, an executor would wait for them for two hours.
+    """
+    received: list[Message] = []
+
+    def receive() -> Any:
+        if (got := settings["receive"]()) is not None:
+            received.append(got[0])
+        return got
+
+    run_id = pull(**{**settings, "receive": receive})
+    if run_id is None:
+        for message in received:
+            settings["state"].delete_messages(message_ids=[message.metadata.message_id])
+            settings["object_store"].delete(message.metadata.message_id)
+    return run_id
+
+
+class _Connected(logging.Handler):
+    """Tells when this SuperNode has connected, of all that Flower has to tell."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if str(record.msg).startswith("SuperNode ID"):
+            log.warning("connected as node %s", record.getMessage().rpartition(" ")[2])
+
+
+def superlink(serve: Callable[..., None]) -> None:
+    """Run Flower's SuperLink by ``sys.argv``; its app is served by ``serve`` instead of ``uvicorn.run``.
+
+    With each request Flower looks for tasks whose end nobody has told, which makes a write of each read and took a
+    third of the time. Here it looks once a second; who asks with the token of such a task is refused as before.
+    """
+    module: Any = import_module("flwr.superlink.cli.flower_superlink")
+    state: Any = import_module("flwr.supercore.corestate.sql_corestate").SqlCoreState
+    state._cleanup_expired_task_tokens = _sparing(state._cleanup_expired_task_tokens)
+    logging.getLogger("flwr").setLevel(logging.WARNING)  # it would write some lines for each message
+    module.uvicorn = SimpleNamespace(run=serve)
+    module.flower_superlink()
+
+
+def _sparing(clean_up: Callable[[Any], None]) -> Callable[[Any], None]:
+    """The same method, that does something once in ``CLEAN_UP_S``."""
+    due = 0.0
+
+    def sparing(self: Any) -> None:
+        nonlocal due
+        if (now := time.monotonic()) >= due:
+            due = now + CLEAN_UP_S
+            clean_up(self)
+
+    return sparing
