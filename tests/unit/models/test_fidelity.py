@@ -151,7 +151,7 @@ def test_a_masked_language_model_loses_its_scalars_in_bfloat16() -> None:
             return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
 
         space = MaskedSpace(model, {name: torch.arange(4) for name in names})
-        return try_out(space, TwoPoint(3e-4), loss_fn, KEYS)
+        return try_out(space, TwoPoint(3e-4), loss_fn, range(64))  # of four, the error is another on each make of CPU
 
     choice = choose_dtype(wide=of(torch.float32), narrow=of(torch.bfloat16))
 
