@@ -27,8 +27,9 @@ help:
 demo: $(VENV)/.installed $(VENV)/.embedded
 	$(BIN)/fedzo train experiment=quickstart
 
+# Where more processes compute than there are cores, threads that spin while they wait more than double the tests' time.
 test: $(VENV)/.installed-dev $(VENV)/.embedded
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
@@ -249,10 +250,21 @@ class ArtifactReply:
 
 
 def encode(message: Any) -> RecordDict:
-    """A message as Flower content. Empty strings and bytes are left out: Flower cannot count them."""
-    fields = {f.name: getattr(message, f.name) for f in dataclasses.fields(message)}
-    plain = {name: str(value) if isinstance(value, StrEnum) else value for name, value in fields.items()}
-    return RecordDict({RECORD: ConfigRecord({name: value for name, value in plain.items() if value not in ("", b"")})})
+    """A message as Flower content. What is empty, which Flower cannot count, or as it is by default is left out."""
+    kind: Any = type(message)
+    plain: dict[str, Any] = {}
+    for name, default in _left_out(kind).items():
+        value = getattr(message, name)
+        if value != default and value not in ("", b""):
+            plain[name] = str(value) if isinstance(value, StrEnum) else value
+    return RecordDict({RECORD: ConfigRecord(plain)})
+
+
+@cache
+def _left_out(kind: Any) -> dict[str, Any]:
+    """By field the value that need not travel; a peer's own protocol and version always do."""
+    fields = dataclasses.fields(kind)
+    return {f.name: dataclasses.MISSING if f.name in ("protocol", "version") else f.default for f in fields}
 
 
 def decode(kind: type[M], content: RecordDict) -> M:

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedzo
 from fedzo.errors import ProtocolError
 from fedzo.fl.messages import (
+    PROTOCOL,
     RECORD,
     ArtifactPiece,
     ArtifactReply,
@@ -63,7 +65,16 @@ def test_every_message_has_defaults_that_survive_the_wire_and_can_be_counted(kin
     content = encode(kind(**whom))
 
     assert decode(kind, content) == kind(**whom)
+    assert decode(kind, recorddict_from_proto(recorddict_to_proto(content))) == kind(**whom)
     assert message_bytes(content) >= 0
+
+
+def test_what_is_as_it_is_by_default_does_not_travel_but_a_peers_own_version_does() -> None:
+    request, reply = TrainRequest(client=0, lr=0.5, steps=1), ArtifactReply(held=0, intact=False)
+
+    assert dict(encode(request)[RECORD]) == {"client": 0, "lr": 0.5}
+    assert dict(encode(reply)[RECORD]) == {"intact": False}
+    assert dict(encode(HelloReply())[RECORD]) == {"protocol": PROTOCOL, "version": fedzo.__version__}
 
 
 @pytest.mark.parametrize("kind", REQUESTS)
