@@ -76,7 +76,7 @@ def run(task: str, *, seed: int, lr: float) -> Run:
     name = f"{task} lr={lr:g} seed={seed}"
     if name in (done := known()):
         return done[name]
-    folder = RUNS / name.replace(" ", "-")
+    folder = RUNS / f"{task}-{lr:g}-{seed}"
     words = ["experiment=study", "+budget=T1", f"task={task}", f"data.path={os.environ['FEDZO_STUDY_DATA']}/{task}"]
     words += [f"model={SKETCH}", "trainer=tables", "trainer.gradient=false", f"trainer.lr={lr:g}", f"seed={seed}"]
     fedzo("train", "-m", "--config-dir", str(STUDY / "conf"), *words, f"hydra.sweep.dir={folder}")

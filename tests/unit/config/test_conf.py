@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import get_type_hints
 
 import pytest
 import yaml
+from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from fedzo.config import plugins as paths
-from fedzo.config.compose import compose_run, session, to_config
+from fedzo.config.compose import compose_run, register_schemas, session, to_config
 from fedzo.config.load import load
 from fedzo.config.plugins import list_groups, plugin_classes, plugin_name
 from fedzo.config.rules import launch_problems
@@ -234,3 +236,11 @@ def test_packaged_conf_is_preferred_to_the_source_tree(tmp_path: Path, monkeypat
         ConfigError, match=r"conf must hold config.yaml, found none in .*_conf or .*conf. Reinstall fedzo"
     ):
         paths.conf_dir()
+
+
+def test_hydra_copies_a_schema_that_it_loads_and_not_the_store_of_all() -> None:
+    register_schemas()
+    store = ConfigStore.instance()
+
+    assert copy.deepcopy(store) is store
+    assert store.load("schema.yaml").node is not store.load("schema.yaml").node
