@@ -157,6 +157,7 @@ def test_the_numbers_that_a_site_keeps_are_in_no_message_and_the_others_are_the_
         assert "per_class" not in said or '"per_class": {}' in said
         assert ('"value"' in said) is (client in (0, 1))
     assert '"value": null' in "\n".join(sites.answers[1])
-    assert "'num_heldout': 0" in "\n".join(sites.answers[3])  # six rows, of which the site tells no count
+    assert "'num_heldout': 6" in "\n".join(sites.answers[0])
+    assert "'num_heldout'" not in "\n".join(sites.answers[3])  # six rows, of which the site tells no count
     told = {client["client"]: client["num_heldout"] for client in lines(folder, "metrics.jsonl")[0]["clients"]}
     assert told == {0: 6, 1: 6, 2: 6, 3: 0}
