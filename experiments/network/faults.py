@@ -1,8 +1,8 @@
 """Which faults a federation of real processes survives: ``python experiments/network/faults.py``.
 
 The tests marked ``faults`` and those of single processes that are killed, as rows of claims: each fault and whether
-it was survived. A test that cannot run here (no network namespace, no mount) is left out
-and named. About twenty minutes.
+it was survived. A test that cannot run here (no network namespace, no mount) is left out and named. About twenty
+minutes.
 """
 
 from __future__ import annotations
