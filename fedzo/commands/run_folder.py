@@ -13,7 +13,7 @@ from fedzo.config.schema import LaunchConfig, RunConfig, first_evaluator
 from fedzo.config.travel import from_json
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.fl.log_files import RESTORE
-from fedzo.fl.log_store import RunLog, best_round
+from fedzo.fl.log_store import CONFIG, RunLog, best_round
 from fedzo.fl.replica import Replica
 from fedzo.records.folder import read_file
 from fedzo.records.log import CommittedLine
@@ -23,7 +23,7 @@ from fedzo.run.start import RUN_FILE, check_artifact, check_base
 from fedzo.trainers import Workplace
 from fedzo.trainers.artifacts import ARTIFACTS, Artifact, ArtifactStore
 
-CONFIG, ENVIRONMENT = "config.json", "environment.json"
+ENVIRONMENT = "environment.json"
 
 
 def read_launch(run_dir: Path) -> LaunchConfig:

@@ -8,16 +8,13 @@ from pathlib import Path
 
 import httpx
 
-from fedzo.commands.run_folder import read_launch
 from fedzo.errors import ConfigError, ProtocolError, RunFolderError
-from fedzo.fl.log_store import PUBLIC, RunLog
-from fedzo.records.decode import decode_json
+from fedzo.fl.log_store import CONFIG, PRESENCE, PUBLIC, STOP, RunLog
+from fedzo.records.decode import decode_json, parse_json
 from fedzo.records.folder import is_locked, read_file, replace_file
 from fedzo.records.metrics import Round
 from fedzo.records.presence import Presence
 from fedzo.report.format import seconds_text
-from fedzo.run.federation import PRESENCE
-from fedzo.run.start import STOP
 from fedzo.runtime.net.credentials import pem_of, read_certificate
 from fedzo.runtime.net.daemons import NODE_LEASE_S
 from fedzo.runtime.net.parts import Node, control
@@ -35,7 +32,7 @@ def status(path: Path) -> Iterator[str]:
     """
     if (path / "server.json").is_file() and (path / "clients.json").is_file():
         yield from _server(ServerFolder(path))
-    elif (path / "config.json").is_file():
+    elif (path / CONFIG).is_file():
         yield from _run(path)
         if presence := _presence(path):
             yield from _table(
@@ -62,7 +59,7 @@ def stop(run_dir: Path) -> Iterator[str]:
     while is_locked(run_dir / PUBLIC):
         time.sleep(POLL_S)
     (run_dir / STOP).unlink(missing_ok=True)  # the run ended by itself
-    rounds, total = len(RunLog(run_dir).rounds), read_launch(run_dir).fl.rounds
+    rounds, total = len(RunLog(run_dir).rounds), _planned_rounds(run_dir)
     if rounds == total:
         yield f"the run has ended, after all its {rounds} rounds"
     else:
@@ -100,7 +97,7 @@ def _server(folder: ServerFolder) -> Iterator[str]:
 
 def _run(run_dir: Path) -> Iterator[str]:
     try:
-        total, log = read_launch(run_dir).fl.rounds, RunLog(run_dir)
+        total, log = _planned_rounds(run_dir), RunLog(run_dir)
     except RunFolderError as error:
         yield f"run {run_dir}: not begun ({error})"
         return
@@ -108,6 +105,15 @@ def _run(run_dir: Path) -> Iterator[str]:
     told = [record for record in log.metrics if isinstance(record, Round)]
     pace = f", {seconds_text(told[-1].round_seconds)} for the last" if told else ""
     yield f"run {run_dir}: {len(log.rounds)} of {total} rounds{pace}, {going}"
+
+
+def _planned_rounds(run_dir: Path) -> int:
+    """How many rounds a run is to have. The rest of its settings is left alone: to read it costs seconds of imports."""
+    where = str(run_dir / CONFIG)
+    try:
+        return int(parse_json(read_file(run_dir, CONFIG), where=where, error=RunFolderError)["fl"]["rounds"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise RunFolderError(f"{where}: it must hold the settings of a run. Give the folder of one.") from error
 
 
 def _presence(run_dir: Path) -> Presence | None:

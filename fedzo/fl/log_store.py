@@ -30,6 +30,12 @@ from fedzo.zo.log import LogRecord, RoundRecord, VectorRecord
 L = TypeVar("L")
 M = TypeVar("M")
 PUBLIC, AUDIT, METRICS = "public.jsonl", "audit.jsonl", "metrics.jsonl"
+CONFIG = "config.json"
+"""The settings of the run, and how it was launched on this machine."""
+PRESENCE = "clients.json"
+"""Who takes part at the moment, for ``fedzo status``."""
+STOP = "stop"
+"""An empty file that asks whoever runs the run to end it between two rounds."""
 
 
 def has_begun(folder: Path) -> bool:

@@ -19,7 +19,7 @@ from fedzo.config.travel import to_json
 from fedzo.data.tasks import num_labels
 from fedzo.errors import ConfigError
 from fedzo.fl.config import StrategyConfig
-from fedzo.fl.log_store import RunStore, best_round
+from fedzo.fl.log_store import PRESENCE, STOP, RunStore, best_round
 from fedzo.fl.server.client_registry import ClientRegistry
 from fedzo.fl.server.rounds import Server, Sink
 from fedzo.fl.server.updates import ScalarUpdates, Updates
@@ -47,13 +47,11 @@ from fedzo.run.peer import TrialRows
 from fedzo.run.process import this_process
 from fedzo.run.scores import Scores
 from fedzo.run.server_context import ServerContext
-from fedzo.run.start import STOP
 from fedzo.trainers import Prepared
 from fedzo.trainers.artifacts import ARTIFACTS
 from fedzo.zo.estimator import ZerothOrderConfig
 
 log = logging.getLogger(__name__)
-PRESENCE = "clients.json"
 PRESENCE_S = 2.0
 
 

@@ -24,8 +24,6 @@ from fedzo.trainers import TRAINERS, Prepared, Workplace
 from fedzo.trainers.artifacts import ARTIFACTS, Artifact
 
 RUN_FILE, SITE_FILE = "run.json", "site.json"
-STOP = "stop"
-"""File of a run folder that asks whoever runs it to end between two rounds."""
 CLIENTS_LOG = "logs/clients.log"
 """Where clients in processes of their own, on the server's machine, write their failures."""
 

@@ -18,8 +18,8 @@ import pytest
 
 from fedzo.commands.train import resume_run
 from fedzo.commands.trained import replay_run
+from fedzo.fl.log_store import STOP
 from fedzo.run.scores import Scores
-from fedzo.run.start import STOP
 
 ROUNDS = 12
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,23 @@ def test_what_cannot_be_done_is_said_in_one_line(
 
     assert main(command) == BAD_INPUT
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("settings", ["{", "{}", '{"fl": 3}', '{"fl": {"rounds": "many"}}'])
+def test_status_of_a_folder_without_settings_says_so(settings: str, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "config.json").write_text(settings)
+
+    assert main(["status", str(tmp_path)]) == 0
+    assert f"not begun ({tmp_path / 'config.json'}: it must hold the settings of a run" in capsys.readouterr().out
+
+
+def test_status_needs_no_library_that_takes_seconds_to_import() -> None:
+    heavy = "{'transformers', 'peft', 'hydra', 'pandas'}"
+    code = f"import sys, fedzo.commands.status; print(sorted({heavy} & set(sys.modules)))"
+
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert result.stdout.strip() == "[]"
 
 
 def test_a_run_that_nobody_runs_is_not_stopped(tmp_path: Path, capsys: Capture) -> None:

@@ -12,10 +12,11 @@ import pytest
 import torch
 from scipy import stats
 
-from fedzo.commands.run_folder import CONFIG, rebuild
+from fedzo.commands.run_folder import rebuild
 from fedzo.config.load import load
 from fedzo.config.travel import to_json
 from fedzo.data.encode import Example
+from fedzo.fl.log_store import CONFIG
 from fedzo.run.start import write_whole
 from fedzo.testing.tiny_models import save_tiny_model, tiny_loaded
 
