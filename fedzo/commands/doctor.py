@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import glob
 import os
 import platform
 import ssl
@@ -12,16 +13,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import torch
 
+from fedzo.config.schema import SiteFile
 from fedzo.config.travel import load_site
-from fedzo.errors import ConfigError, FedzoError
-from fedzo.models.load import resolve_device
+from fedzo.data.sources import read_own
+from fedzo.errors import ConfigError, FedzoError, printable
+from fedzo.models.load import load_model, resolve_device
+from fedzo.models.memory import available_memory_bytes, weights_bytes
+from fedzo.models.source import find_source
+from fedzo.report.format import bytes_text
 from fedzo.runtime._flower import SUPPORTED
 from fedzo.runtime.net.client_folder import AUTHORITY, KEY, SECRET, SITE, ClientFolder
 from fedzo.runtime.net.credentials import is_private, is_signed_by, read_certificate
+from fedzo.runtime.net.parts import listening_problem
 from fedzo.runtime.net.processes import accepts
 from fedzo.runtime.net.server_folder import ServerFolder, split_address
 from fedzo.system import PACKAGES, default_threads, package_version
+from fedzo.zo.directions import direction, stream_key
 
 Check = tuple[str, bool, str]
 FEW_DAYS = 14
@@ -64,6 +73,9 @@ def _server_checks(folder: ServerFolder) -> Iterator[Check]:
     yield "authority", signed, "signs the certificate" if signed else "does not sign it. `fedzo server renew`"
     up = accepts(listening.control)
     yield "SuperLink", up, f"{listening.control}" + ("" if up else " is silent. `fedzo server up`")
+    if not up:
+        taken = listening_problem(folder)
+        yield "ports", not taken, taken or f"{listening.listen} and {listening.control} are free"
     count = len(folder.clients)
     yield "clients", count > 0, f"{count} registered" + ("" if count else ". `fedzo server add-client`")
     yield from _proxies()
@@ -79,16 +91,49 @@ def _client_checks(folder: ClientFolder) -> Iterator[Check]:
     yield from _private([folder.file(KEY), folder.file(SECRET)])
     days = read_certificate(folder.file(AUTHORITY)).days_left
     yield "authority", days > FEW_DAYS, f"valid for {days:.0f} days"
-    rows = Path(site.data.path or "")
-    yield "rows", site.data.path is not None and rows.exists(), f"{site.data.path} (data.path of {SITE})"
-    if site.model.name.startswith(("/", ".", "~")):
-        yield "model", Path(site.model.name).is_dir(), f"{site.model.name} (model.name of {SITE})"
-    try:
-        yield "device", True, str(resolve_device(site.device))
-    except FedzoError as error:
-        yield "device", False, str(error)
+    yield _rows(site.data.path)
+    yield from _model(site)
     yield from _server_seen(folder)
     yield from _proxies()
+
+
+def _rows(path: str | None) -> Check:
+    """Whether the site's rows can be read, and what they are; the task of a run says later which columns it needs."""
+    if path is None:
+        return "rows", False, f"data.path of {SITE} must name their file"
+    pattern = Path("*".join(glob.escape(part) for part in path.split("{client}")))
+    files = sorted(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
+    try:
+        rows = [row for file in files or [Path(path)] for _, row in read_own(file)]
+    except ConfigError as error:
+        return "rows", False, str(error)
+    return "rows", True, f"{len(rows)} rows with {printable(', '.join(rows[0]))}"
+
+
+def _model(site: SiteFile) -> Iterator[Check]:
+    """Whether the device is there, the model fits in its memory, and its weights are those that the site allows."""
+    try:
+        device = resolve_device(site.device)
+    except ConfigError as error:
+        yield "device", False, str(error)
+        return
+    yield "device", True, f"{device}, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
+    try:
+        stored = sum(file.stat().st_size for file in find_source(site.model).files)
+        left = available_memory_bytes(device)
+        if stored > left:
+            remedy = "Free some, or name a smaller model in model.name"
+            yield "memory", False, f"the weights take {bytes_text(stored)}, left are {bytes_text(left)}. {remedy}"
+            return
+        loaded = load_model(site.model, device=site.device)
+    except ConfigError as error:
+        yield "model", False, str(error)
+        return
+    taken, left = weights_bytes(loaded.model), available_memory_bytes(device)
+    yield "memory", True, f"the weights take {bytes_text(taken)}, {bytes_text(left)} are left beside them"
+    digest, allowed = loaded.base_digest, site.limits.base_digest
+    good = not allowed or digest == allowed
+    yield "model", good, f"SHA-256 {digest}" + ("" if good else f", but limits.base_digest of {SITE} is {allowed}")
 
 
 def _server_seen(folder: ClientFolder) -> Iterator[Check]:
@@ -122,10 +167,6 @@ def _proxies() -> Iterator[Check]:
 
 def doctor() -> list[tuple[str, bool, str]]:
     """Whether this machine can take part: versions, devices, and directions against their golden key."""
-    import torch
-
-    from fedzo.zo.directions import direction, stream_key
-
     checks = [("python", sys.version_info >= (3, 11), platform.python_version())]
     for name in PACKAGES:
         found = package_version(name)

@@ -88,18 +88,28 @@ def load_splits(data: DataConfig, split: SplitConfig, task: TaskConfig) -> Split
 
 
 def load_own(path: Path, task: TaskConfig) -> list[Row]:
-    """A site's own training rows, each checked against the task: all rows of a file, or of a folder's ``train`` file.
+    """A site's own training rows (``read_own``), each checked against the task.
 
     Raises:
-        ConfigError: There is no such file, it holds no row, or a row does not fit the task.
+        ConfigError: They cannot be read, or a row does not fit the task.
+    """
+    located = read_own(path)
+    for where, row in located:
+        _prompt(where, row, task, name="train")
+    return [row for _, row in located]
+
+
+def read_own(path: Path) -> list[Located]:
+    """A site's own rows, whatever the task: all rows of a file, or of a folder's ``train`` file.
+
+    Raises:
+        ConfigError: There is no such file, it is malformed, or it holds no row.
     """
     file = _files(_existing(path))["train"] if path.is_dir() else _existing(path)
     located = read_located(file)
     if not located:
         raise ConfigError(f"{file}: the file must hold at least one row, got none.")
-    for where, row in located:
-        _prompt(where, row, task, name="train")
-    return [row for _, row in located]
+    return located
 
 
 def _existing(path: Path) -> Path:

@@ -115,6 +115,8 @@ def test_a_server_and_two_sites_train_stop_resume_and_let_nobody_in(machine: Mac
         machine.start(site, "client", "up", site)
     wait_for(lambda: all("connected to" in machine.said(site) for site in ("hospital", "clinic")))
     wait_for(lambda: "its key is not registered here" in machine.said("up"))
+    for folder in ("server", "hospital"):
+        assert "BAD" not in machine.call("doctor", folder)
     assert "connected to" not in machine.said("stranger")
     shutil.copytree(machine.folder / "clinic", machine.folder / "twin")
     machine.start("twin", "client", "up", "twin")

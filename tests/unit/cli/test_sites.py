@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,10 +23,13 @@ from fedzo.config.schema import LaunchConfig, filled
 from fedzo.config.travel import load_site, to_json
 from fedzo.data.config import TaskConfig
 from fedzo.fl.config import FlConfig
+from fedzo.models.config import ModelConfig
+from fedzo.models.load import load_model
 from fedzo.records.decode import to_json as to_line
 from fedzo.records.log import Proof
 from fedzo.runtime.net.client_folder import ClientFolder
 from fedzo.runtime.net.server_folder import ServerFolder
+from fedzo.testing.tiny_models import save_tiny_model
 from fedzo.zo.log import RoundRecord
 
 Capture = pytest.CaptureFixture[str]
@@ -221,6 +225,8 @@ def bad(folder: Path) -> dict[str, str]:
 def test_doctor_names_what_is_wrong_with_a_server_and_what_to_do(server: Path) -> None:
     main(["server", "add-client", "a", "--dir", str(server)])
     assert set(bad(server)) == {"SuperLink"}  # which nobody has started
+    with socket.create_server(("127.0.0.1", 9443)):
+        assert "somebody listens there already" in bad(server)["ports"]
 
     (server / "server.key").chmod(0o644)
     main(["server", "renew", "--dir", str(server), "--host", "other.example.org", "--days", "5"])
@@ -244,3 +250,30 @@ def test_doctor_names_what_is_wrong_with_a_site(server: Path, tmp_path: Path) ->
     assert "Is `fedzo server up` running there" in found["server"]
     (site / "site.yaml").write_text("threads: [1]")
     assert set(bad(site)) == {"folder"}
+
+
+def test_doctor_reads_rows_and_model_of_a_site(server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = tmp_path / "site"
+    main(["client", "init", str(site), "--server", "127.0.0.1:9", "--ca", str(server / "ca.crt")])
+    save_tiny_model(site / "model", "llama")
+    for client, count in ((3, 2), (4, 1)):
+        (site / f"rows-{client}.jsonl").write_text('{"text": "a", "label": 0}\n' * count)
+
+    def checks(**limits: str) -> dict[str, tuple[bool, str]]:
+        settings = {"data": {"path": "./rows-{client}.jsonl"}, "model": {"name": "./model"}, "limits": limits}
+        (site / "site.yaml").write_text(json.dumps(settings))
+        return {name: (good, told) for name, good, told in folder_checks(site)}
+
+    found = checks()
+    digest = load_model(ModelConfig(name=str(site / "model"))).base_digest
+    assert found["rows"] == (True, "3 rows with text, label")
+    assert found["model"] == (True, f"SHA-256 {digest}")
+    assert found["memory"][0]
+    assert checks(base_digest=digest)["model"][0]
+    assert checks(base_digest="a" * 64)["model"] == (
+        False, f"SHA-256 {digest}, but limits.base_digest of site.yaml is {'a' * 64}",
+    )  # fmt: skip
+    (site / "rows-4.jsonl").write_text('{"text": ')
+    assert f"{site / 'rows-4.jsonl'}:1: not valid JSON" in bad(site)["rows"]
+    monkeypatch.setattr("fedzo.commands.doctor.available_memory_bytes", lambda device: 1000)
+    assert "left are 1.0 kB. Free some" in bad(site)["memory"]
