@@ -1,7 +1,8 @@
 """Fills the tables of the README and the docs from ``experiments/``: ``python docs/tables.py`` (``--check`` compares).
 
 A table stands between ``<!-- table: experiments/NAME/FILE.json -->`` (or ``FILE.json#PART``) and ``<!-- /table -->``;
-what a file's rows become is decided by ``RENDERERS``. A file that is not there yet leaves its table empty.
+what a file's rows become is decided by ``RENDERERS``. Otherwise they are claims, and PART is the script that made them.
+A file that is not there yet leaves its table empty.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def amount(value: float, unit: str) -> str:
         return f"{100 * value:.4g} %"
     if unit == "bytes":
         return f"{value:,.0f} bytes"
-    return f"{value:.4g}" if unit in ("area", "ratio") else f"{value:.4g} {unit}"
+    return f"{value:.4g}" if unit in ("", "area", "ratio") else f"{value:.4g} {unit}"
 
 
 def clients(points: Any) -> Lines:
@@ -250,9 +251,44 @@ def hostile(results: Any) -> Lines:
     return [*lines, "", f"Before training: {before['loss']:.3f}, {100 * before['accuracy']:.1f} %."]
 
 
-def by_script(script: str) -> Callable[[Any], Lines]:
+def traffic(rows: Any) -> Lines:
+    """Bytes and seconds of each case; then what is said of all of them."""
+    at: dict[str, dict[str, str]] = {}
+    rest = []
+    for row in of_script("traffic", rows):
+        case, _, measure = row["claim"].partition(": ")
+        if case.startswith(("scalars", "vectors")):
+            at.setdefault(case, {})[measure.partition(",")[0]] = amount(row["value"], row["unit"])
+        else:
+            rest.append(row)
+    return [*grid("a client and round sends", at), "", *claims(rest)]
+
+
+def sketches(rows: Any) -> Lines:
+    """Perplexity, bits and error of each sketch and other format; then how they compare."""
+    at: dict[str, dict[str, str]] = {}
+    rest = []
+    for row in of_script("quality", rows):
+        _, found, cell = row["claim"].partition(" tokens: ")
+        if not found:
+            rest.append(row)
+            continue
+        case, _, measure = cell.rpartition(", ")
+        missed = "" if row["holds"] else f", target {row['target']:g} **missed**"
+        at.setdefault(case, {})[measure] = f"{row['value']:.4g}{missed}"
+    return [*grid("weights", at), "", *claims(rest)]
+
+
+def grid(corner: str, at: dict[str, dict[str, str]]) -> Lines:
+    """Cells by case and measure, both in the order in which they first came."""
+    heads = list(dict.fromkeys(measure for cells in at.values() for measure in cells))
+    lines = [f"| {corner} | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    return lines + [f"| {case} | {' | '.join(cells.get(head, '') for head in heads)} |" for case, cells in at.items()]
+
+
+def of_script(script: str, rows: Any) -> list[Any]:
     """The claims of one script, where several write to one file."""
-    return lambda rows: claims(row for row in rows if row["command"].split()[1].endswith(f"/{script}"))
+    return [row for row in rows if row["command"].split()[1].endswith(f"/{script}.py")]
 
 
 RENDERERS: dict[str, Callable[[Any], Lines]] = {
@@ -261,8 +297,8 @@ RENDERERS: dict[str, Callable[[Any], Lines]] = {
     "experiments/bench/claims.json": bench,
     "experiments/clients/results.json": clients,
     "experiments/network/hostile.json": hostile,
-    "experiments/oat_rephrase/claims.json#published": by_script("published.py"),
-    "experiments/oat_rephrase/claims.json#effect": by_script("effect.py"),
+    "experiments/network/claims.json#traffic": traffic,
+    "experiments/spallm/claims.json#quality": sketches,
     **{
         f"experiments/meerkat/tables.json#{part}": itemgetter(part)
         for part in ("state", "tuning", "accuracy", "verdicts", "holm", "others", "hours", "sequential")
@@ -281,8 +317,10 @@ def filled(text: str) -> str:
     """The page with every table made anew."""
 
     def fill(found: re.Match[str]) -> str:
-        path = ROOT / found[2].partition("#")[0]
-        lines = RENDERERS.get(found[2], claims)(json.loads(path.read_text())) if path.exists() else []
+        name, _, part = found[2].partition("#")
+        rows = json.loads((ROOT / name).read_text()) if (ROOT / name).exists() else None
+        other = RENDERERS.get(found[2])
+        lines = [] if rows is None else other(rows) if other else claims(of_script(part, rows) if part else rows)
         return found[1] + "".join(f"{line}\n" for line in ["", *lines, ""]) + found[3]
 
     return BLOCK.sub(fill, text)

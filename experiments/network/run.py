@@ -2,7 +2,8 @@
 
 Runs of ``experiment=tiny`` (SmolLM2-135M, two clients, one local step a round) by turns with ``runtime=inline`` and
 ``runtime=local``, which has TLS, keys and a process a client, with the same threads; medians over the rounds after the
-first. Clients of ``local`` work at the same time, so its rounds can be the shorter ones. About five minutes.
+first. Clients of ``local`` work at the same time, so its rounds can be the shorter ones. Beside them an app of Flower
+alone (``stock-app``), whose clients compute two forwards of the same model and nothing else. About seven minutes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from stock import stock_rounds
 from traffic import failure
 
 from fedzo.bench.claims import Claims
@@ -31,12 +33,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=30, help="rounds of a run (default: 30)")
     parser.add_argument("--turns", type=int, default=2, help="runs of each runtime (default: 2)")
+    parser.add_argument("--stock-rounds", type=int, default=10, help="rounds of Flower alone (default: 10)")
     options = parser.parse_args()
     told: dict[str, list[dict[str, float]]] = {"inline": [], "local": []}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(options.turns):
             for runtime, runs in told.items():
                 runs.append(run(Path(folder) / f"{runtime}{turn}", runtime, options.rounds))
+        (stock := Path(folder) / "stock").mkdir()
+        alone = statistics.median(stock_rounds(stock, clients=2, rounds=options.stock_rounds)[1:])
     inline, local = (
         {name: statistics.median(each[name] for each in runs) for name in runs[0]} for runs in told.values()
     )
@@ -52,6 +57,8 @@ def main() -> None:
         "s",
         at_most=FIRST_S,
     )
+    claims.add("Flower alone, without TLS, two clients, two forwards each: median seconds a round", alone, "s")
+    claims.add("runtime=local: its round / that of Flower alone", local["round"] / alone, "ratio")
     claims.show()
     claims.write(HERE / "claims.json")
 
