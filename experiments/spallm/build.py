@@ -1,4 +1,4 @@
-"""How long a sketch takes to build: ``python experiments/spallm/build.py --data DIR``, two minutes on an idle machine.
+"""How long a sketch takes to build: ``python experiments/spallm/build.py --data DIR``, three minutes.
 
 The embedded model at 4 bits, on 16 windows of 512 tokens of C4, by one thread. ``fedzo sketch`` itself says what its
 two phases took. DIR has ``c4``.

@@ -1,4 +1,4 @@
-"""Memory of a client's step by trainer: ``python experiments/spallm/memory.py --sketch DIR``, a few minutes.
+"""Memory of a client's step by trainer: ``python experiments/spallm/memory.py --sketch DIR``, six minutes.
 
 ``fedzo bench step`` measures the peak of a step, weights included, in a process of its own: tables of a 4-bit sketch of
 the embedded model, and other trainers on the dense model in float32. ``DIR`` is made by
