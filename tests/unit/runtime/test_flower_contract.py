@@ -226,7 +226,8 @@ def test_names_of_the_control_api_have_the_shape_that_is_used() -> None:
     from flwr.superlink.routers.fleet import router
 
     from fedzo.runtime.net import _flower_control
-    from fedzo.runtime.net.gate import CLOCK_AHEAD_S, CLOCK_BEHIND_S, FLEET
+    from fedzo.runtime.net.gate import CLOCK_AHEAD_S, CLOCK_BEHIND_S
+    from fedzo.runtime.net.gate_http import FLEET
 
     used = {"ListNodes", "ListRuns", "RegisterNode", "StartRun", "StopRun", "UnregisterNode"}
     assert used <= set(dir(_flower_control.ControlHttpClient))

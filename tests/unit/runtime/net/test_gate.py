@@ -19,7 +19,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedzo.runtime.net.credentials import make_key, pem_of
-from fedzo.runtime.net.gate import BURST, MAX_BODY_BYTES, MOST_AT_ONCE, MOST_WAIT_S, STRANGER_BURST, WIRE, Gate
+from fedzo.runtime.net.gate import (
+    BURST,
+    MAX_BODY_BYTES,
+    MOST_AT_ONCE,
+    MOST_WAIT_S,
+    STRANGER_BODY_BYTES,
+    STRANGER_BURST,
+    WIRE,
+    Gate,
+)
 from fedzo.runtime.net.server_folder import Listening, ServerFolder
 
 PUBLIC, CONTROL = 8443, 8444
@@ -101,6 +110,22 @@ def test_a_long_body_is_refused_whether_its_length_is_declared_or_not(place: Pla
     assert place.ask(PULL, key=place.key, parts=[bytes(MAX_BODY_BYTES), b"x"]) == 413
     assert place.seen == []
     assert place.ask(PULL, key=place.key, parts=[bytes(MAX_BODY_BYTES)]) == 200
+
+
+def test_of_a_stranger_little_is_heard_and_of_nobody_for_ever(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = str(STRANGER_BODY_BYTES + 1).encode()
+    assert place.ask(PULL, headers={b"content-length": long}) == 413
+    assert place.ask(PULL, parts=[bytes(STRANGER_BODY_BYTES), b"x"]) == 413
+    assert place.ask(PULL, parts=[bytes(STRANGER_BODY_BYTES)]) == 200
+    monkeypatch.setattr("fedzo.runtime.net.gate.MOST_HEAR_S", 0.01)
+    slow = Slow(place)
+
+    async def never_heard() -> None:
+        await asyncio.wait_for(slow.ask(heard=asyncio.Event()), 5)
+
+    asyncio.run(never_heard())
+    assert slow.answers == [408]
+    assert slow.asked == []
 
 
 def test_a_superlink_that_failed_at_a_message_is_asked_again(place: Place, caplog: pytest.LogCaptureFixture) -> None:
@@ -300,7 +325,9 @@ def test_a_client_has_a_budget_of_its_own_and_all_strangers_of_a_host_share_a_sm
     assert place.ask(ACTIVATE, key=place.stranger, host="10.0.0.8") == 401
 
     place.status = 200
-    assert {place.ask(PULL, key=place.key) for _ in range(int(BURST))} == {200}
+    assert {place.ask(PULL, key=place.key, host="10.0.0.7") for _ in range(int(BURST))} == {200}
+    assert place.ask(PULL, key=place.key, host="10.0.0.7") == 429
+    assert {place.ask(PULL, key=place.key) for _ in range(int(BURST))} == {200}  # whose key it is spends at home
     assert place.ask(PULL, key=place.key) == 429
     place.now += 1.0
     assert place.ask(PULL, key=place.key) == 200

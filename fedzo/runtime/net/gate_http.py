@@ -1,0 +1,85 @@
+"""Requests and answers as a SuperLink's gate sees them: who asks, how long they are, and answers of its own."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from fedzo.runtime.net.credentials import fingerprint
+
+FLEET, RUNTIME = "/v1/fleet/", "/v1/runtime/"
+Scope = MutableMapping[str, Any]
+Event = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Event]]
+Send = Callable[[Event], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """Who makes a request, as far as he says it; the SuperLink checks the signature."""
+
+    host: str
+    key: bytes
+    name: str | None
+
+    @property
+    def words(self) -> str:
+        who = f"client {self.name}" if self.name else f"a node with the key {fingerprint(self.key)}"
+        return f"{who} at {self.host}"
+
+
+def again_later(scope: Scope, send: Send) -> Send:
+    """Answers "not now" (503) where the SuperLink failed at a message (500), as where its database was locked.
+
+    To Flower's nodes and servers 503 means to ask again, and 500 to give up: a node leaves, or stays and does not say
+    any more that it lives; a run ends.
+    """
+    if not (scope["type"] == "http" and scope["path"].startswith((FLEET, RUNTIME))):
+        return send
+
+    async def translated(event: Event) -> None:
+        await send({**event, "status": 503} if event.get("status") == 500 else event)
+
+    return translated
+
+
+def header(scope: Scope, name: bytes) -> bytes:
+    """The first header of a name (lower case), empty where there is none."""
+    return next((bytes(value) for key, value in scope["headers"] if key.lower() == name), b"")
+
+
+def request_bytes(scope: Scope) -> int:
+    """Length of a request's line and headers."""
+    line = len(f"{scope['method']} {scope['path']} HTTP/1.1\r\n\r\n")
+    return line + sum(len(key) + len(value) + len(": \r\n") for key, value in scope["headers"])
+
+
+def response_bytes(event: Event) -> int:
+    """Length of a part of an answer: its line and headers, the web server's date among them, or some of its body."""
+    if event["type"] != "http.response.start":
+        return len(event.get("body", b""))
+    said = f"{event['status']} {HTTPStatus(event['status']).phrase}"
+    line = len(f"HTTP/1.1 {said}\r\ndate: Thu, 01 Jan 1970 00:00:00 GMT\r\n\r\n")
+    return line + sum(len(key) + len(value) + len(": \r\n") for key, value in event.get("headers", ()))
+
+
+def behind_s_of(timestamp: bytes) -> float | None:
+    """Seconds from when a request was signed, by its node's clock, to now by this one."""
+    try:
+        signed = datetime.datetime.fromisoformat(timestamp.decode("ascii"))
+        return (datetime.datetime.now(datetime.UTC) - signed).total_seconds()
+    except (ValueError, TypeError):
+        return None
+
+
+async def answer(send: Send, status: int, text: str, *, kind: bytes = b"text/plain", hang_up: bool = True) -> None:
+    """Answer a request without the SuperLink."""
+    body = text.encode()
+    headers = [(b"content-type", kind), (b"content-length", b"%d" % len(body))]
+    headers += [(b"connection", b"close")] if hang_up else []
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
