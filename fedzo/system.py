@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import MutableMapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ SITE_ENV = "FEDZO_SITE"
 """Environment variable with the path of a client site's own configuration (YAML)."""
 SITE_LOG_ENV = "FEDZO_SITE_LOG"
 """Environment variable with the path of a file to which a client's process also writes its errors."""
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PACKAGES = ("torch", "transformers", "peft", "flwr", "numpy", "numba", "hydra-core")
 
 _LIBRARIES = (
@@ -43,6 +45,13 @@ def quiet_libraries() -> None:
         os.environ.setdefault(variable, "error")
     for name in _LIBRARIES:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def keep_loopback_direct(variables: MutableMapping[str, str]) -> None:
+    """Ask no proxy for what is on this machine, whatever proxies these environment variables name."""
+    hosts = variables.get("no_proxy", variables.get("NO_PROXY", "")).split(",")
+    without = ",".join(dict.fromkeys([*(host.strip() for host in hosts if host.strip()), *LOOPBACK]))
+    variables["NO_PROXY"] = variables["no_proxy"] = without
 
 
 def environment() -> dict[str, Any]:

@@ -20,7 +20,7 @@ from fedzo.cli.rephrase import USAGE as REPHRASE_USAGE
 from fedzo.cli.rephrase import add_rephrase, rephrase
 from fedzo.cli.sites import add_client, add_server
 from fedzo.errors import ConfigError, FedzoError
-from fedzo.system import quiet_libraries
+from fedzo.system import keep_loopback_direct, quiet_libraries
 
 RUN_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -45,6 +45,7 @@ def _run(argv: Sequence[str] | None) -> int:
         parser.error(f"fedzo {arguments.command}: unknown option {flags[0]!r}")
     arguments.overrides = rest
     quiet_libraries()
+    keep_loopback_direct(os.environ)
     try:
         with stopped_by_signals():
             return int(arguments.handler(arguments))

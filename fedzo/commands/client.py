@@ -8,7 +8,9 @@ from pathlib import Path
 
 from fedzo.commands.server import IMAGE, fill, template
 from fedzo.errors import ConfigError
+from fedzo.records.folder import folder_of_one_process
 from fedzo.runtime.net.client_folder import AUTHORITY, PUBLIC_KEY, SITE, ClientFolder, read_invitation
+from fedzo.runtime.net.credentials import read_certificate
 from fedzo.runtime.net.parts import Site, environment, start_site
 from fedzo.runtime.net.processes import Processes, Tail
 
@@ -35,6 +37,8 @@ def init(path: Path, *, server: str | None, invitation: Path | None, authority: 
     address = server or (invited.address if invited else None)
     if address is None:
         raise ConfigError("--server must be given, or --invitation FILE, which holds it. Write --server HOST:PORT.")
+    if authority is not None:
+        _check_authority(authority, path / AUTHORITY)
     folder = ClientFolder.make(path, address=address, site=template(SITE), invitation=invited)
     if authority is not None:
         folder.file(AUTHORITY).write_bytes(authority.read_bytes())
@@ -46,6 +50,14 @@ def init(path: Path, *, server: str | None, invitation: Path | None, authority: 
         yield f"still needed: the server's ca.crt, as {folder.file(AUTHORITY)}"
     yield fill(folder.path, SERVICES)
     yield f"next: edit {folder.file(SITE)} (rows, model, limits), and fedzo client up {path}"
+
+
+def _check_authority(given: Path, kept: Path) -> None:
+    """Refuse what is no certificate, or another authority than the site has: it trusts no two."""
+    new = given.read_bytes()
+    read_certificate(given)
+    if kept.exists() and kept.read_bytes() != new:
+        raise ConfigError(f"--ca {given}: {kept} must be of the same authority, but is another. Remove it first.")
 
 
 def up(folder: ClientFolder) -> Iterator[str]:
@@ -60,7 +72,10 @@ def up(folder: ClientFolder) -> Iterator[str]:
     load_site(folder.file(SITE))
     variables = {**environment(), "FLWR_HOME": str(folder.file("flower").resolve())}
     log_file = folder.file("logs").resolve() / "site.log"
-    with Processes(folder.file("logs"), environment=variables) as processes:
+    with (
+        folder_of_one_process(folder.path, "client folder"),
+        Processes(folder.file("logs"), environment=variables) as processes,
+    ):
         site_file = folder.file(SITE).resolve()
         start_site(processes, Site(folder=folder, site_file=site_file, log_file=log_file, step_limit_s=STEP_LIMIT_S))
         yield f"SuperNode and executor started for {folder.address}, logs in {folder.file('logs')}"

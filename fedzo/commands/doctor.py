@@ -34,7 +34,7 @@ from fedzo.zo.directions import direction, stream_key
 
 Check = tuple[str, bool, str]
 FEW_DAYS = 14
-PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HTTP_PROXY", "http_proxy")
 
 
 def folder_checks(path: Path) -> Iterator[Check]:
@@ -57,27 +57,30 @@ def _server_checks(folder: ServerFolder) -> Iterator[Check]:
     except FedzoError as error:
         yield "folder", False, str(error)
         return
-    yield from _private([folder.file(name) for name in ("ca.key", "server.key", "secret")])
+    secrets = [folder.file(name) for name in ("ca.key", "server.key", "secret", "superlink.db")]
+    yield from _private([file for file in secrets if file.exists()])
+    here = f"--dir {folder.path}"
     listening, certificate = folder.listening, read_certificate(folder.file("server.crt"))
     good = certificate.days_left > FEW_DAYS
     yield (
         "certificate",
         good,
-        f"valid for {certificate.days_left:.0f} days" + ("" if good else ". `fedzo server renew`"),
+        f"valid for {certificate.days_left:.0f} days" + ("" if good else f". `fedzo server renew {here}`"),
     )
     host = split_address(listening.address)[0]
     good = host in certificate.names
     names = ", ".join(certificate.names)
-    yield "name", good, f"{host}" + ("" if good else f" is none of {names}. `fedzo server renew --host {host}`")
+    remedy = " ".join(f"--host {name}" for name in (host, *certificate.names))
+    yield "name", good, f"{host}" + ("" if good else f" is none of {names}. `fedzo server renew {here} {remedy}`")
     signed = is_signed_by(folder.file("server.crt"), folder.file("ca.crt"))
-    yield "authority", signed, "signs the certificate" if signed else "does not sign it. `fedzo server renew`"
+    yield "authority", signed, "signs the certificate" if signed else f"does not sign it. `fedzo server renew {here}`"
     up = accepts(listening.control)
-    yield "SuperLink", up, f"{listening.control}" + ("" if up else " is silent. `fedzo server up`")
+    yield "SuperLink", up, f"{listening.control}" + ("" if up else f" is silent. `fedzo server up {folder.path}`")
     if not up:
         taken = listening_problem(folder)
         yield "ports", not taken, taken or f"{listening.listen} and {listening.control} are free"
     count = len(folder.clients)
-    yield "clients", count > 0, f"{count} registered" + ("" if count else ". `fedzo server add-client`")
+    yield "clients", count > 0, f"{count} registered" + ("" if count else f". `fedzo server add-client NAME {here}`")
     yield from _proxies()
 
 
@@ -90,7 +93,8 @@ def _client_checks(folder: ClientFolder) -> Iterator[Check]:
         return
     yield from _private([folder.file(KEY), folder.file(SECRET)])
     days = read_certificate(folder.file(AUTHORITY)).days_left
-    yield "authority", days > FEW_DAYS, f"valid for {days:.0f} days"
+    good = days > FEW_DAYS
+    yield "authority", good, f"valid for {days:.0f} days" + ("" if good else f". Ask the server for a new {AUTHORITY}")
     yield _rows(site.data.path)
     yield from _model(site)
     yield from _server_seen(folder)
@@ -161,7 +165,7 @@ def _private(files: list[Path]) -> Iterator[Check]:
 
 def _proxies() -> Iterator[Check]:
     found = [name for name in PROXIES if os.environ.get(name)]
-    told = f"{', '.join(found)}: Flower's connections go through it" if found else "none in the environment"
+    told = f"{', '.join(found)}: what goes to other machines passes it" if found else "none in the environment"
     yield "proxy", True, told
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
+
+import httpx
 
 import fedzo
 from fedzo.errors import ConfigError
@@ -140,10 +144,11 @@ def up(folder: ServerFolder) -> Iterator[str]:
         said = Tail(processes.log_path("superlink"))
         while True:
             processes.check()
-            if folder.by_key() is not registered:
-                registered = folder.by_key()
-                register_clients(folder)
-                yield f"{len(folder.clients)} clients are registered"
+            if (clients := folder.by_key()) is not registered:
+                with contextlib.suppress(httpx.HTTPError):  # of a SuperLink that is started again: at the next look
+                    register_clients(folder)
+                    registered = clients
+                    yield f"{len(clients)} clients are registered"
             yield from (line for line in said.new() if " WARNING refused: " in line)
             time.sleep(LOOK_S)
 
@@ -163,8 +168,6 @@ def fill(folder: Path, files: Mapping[str, str], **more: object) -> str:
     """
     values = {
         **more,
-        "folder": str(folder.resolve()),
-        "python": sys.executable,
         "user": getpass.getuser(),
         "uid": os.getuid(),
         "gid": os.getgid(),
@@ -174,8 +177,21 @@ def fill(folder: Path, files: Mapping[str, str], **more: object) -> str:
         file = folder / name
         file.parent.mkdir(exist_ok=True)
         if not file.exists():
-            replace_file(file, Template(template(source)).substitute(values))
+            paths = {"folder": _quoted(str(folder.resolve()), name), "python": _quoted(sys.executable, name)}
+            replace_file(file, Template(template(source)).substitute(values, **paths))
     return f"as a service: one of {', '.join(files)}"
+
+
+def _quoted(path: str, name: str) -> str:
+    """A path as it stands between double quotes in a file of this name."""
+    text = re.sub(r'(["\\])', r"\\\1", path)
+    match Path(name).suffix:
+        case ".service":
+            return text.replace("%", "%%").replace("$", "$$")
+        case ".sbatch":
+            return re.sub("([$`])", r"\\\1", text)
+        case _:
+            return text
 
 
 def _registered(client: RegisteredClient) -> str:

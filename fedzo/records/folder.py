@@ -105,8 +105,12 @@ def make_folder(folder: Path) -> Path:
 
 
 @contextmanager
-def folder_of_one_process(folder: Path) -> Iterator[None]:
+def folder_of_one_process(folder: Path, what: str = "run folder") -> Iterator[None]:
     """Have a folder to oneself, among those who ask by this; file systems that lock no folders let everybody in.
+
+    Args:
+        folder: The folder.
+        what: It is, for the message.
 
     Raises:
         FolderInUseError: Another process has it.
@@ -114,7 +118,7 @@ def folder_of_one_process(folder: Path) -> Iterator[None]:
     opened = os.open(folder, os.O_RDONLY)
     try:
         try:
-            lock_file(opened, folder)
+            lock_file(opened, folder, what)
         except OSError as error:
             if isinstance(error, FolderInUseError):
                 raise
@@ -123,12 +127,12 @@ def folder_of_one_process(folder: Path) -> Iterator[None]:
         os.close(opened)
 
 
-def lock_file(opened: int, folder: Path) -> None:
+def lock_file(opened: int, folder: Path, what: str = "run folder") -> None:
     """Lock an open file, for as long as it is open; ``FolderInUseError`` if another process has it."""
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise FolderInUseError(f"run folder {folder}: another process is using it. Wait for it, or end it.") from error
+        raise FolderInUseError(f"{what} {folder}: another process is using it. Wait for it, or end it.") from error
 
 
 def is_locked(file: Path) -> bool:

@@ -123,7 +123,7 @@ class Federation:
         # where one process plays all clients, one that is missing was lost on this very machine
         fewest = config.strategy.min_replies if setup and not self._context.takes_turns else None
         waits = math.inf if self._context.to_the_end and config.preprocess else config.strategy.startup_s
-        server.client_registry.wait(server.grid, timeout_s=waits, fewest=fewest, beside=self._write_presence)
+        server.client_registry.wait(server.grid, timeout_s=waits, fewest=fewest, beside=self._while_waiting)
         server.warn_of_cut_sizes()
         server.catch_up()
         self._write_setup()
@@ -134,9 +134,7 @@ class Federation:
         else:
             scores.take_due(server)  # those that a killed run still owed
         while server.round < config.fl.rounds:
-            if (self._store.folder / STOP).exists():
-                (self._store.folder / STOP).unlink()
-                raise KeyboardInterrupt
+            self._heed_stop()
             server.run_round()
             self._write_presence()
             scores.take_due(server)
@@ -145,6 +143,16 @@ class Federation:
         server.replica.goto(best, self._store.records)
         scores.take("test", rounds=best)
         self._write_summary(best)
+
+    def _heed_stop(self) -> None:
+        """End the run as Ctrl-C does, if somebody asked for it."""
+        if (self._store.folder / STOP).exists():
+            (self._store.folder / STOP).unlink()
+            raise KeyboardInterrupt
+
+    def _while_waiting(self) -> None:
+        self._write_presence()
+        self._heed_stop()
 
     # --- beginning
 

@@ -1,4 +1,4 @@
-"""Sites that hold the model in different dtypes in one run: one log, which every site replays to the same hash."""
+"""Sites of one run with models of different dtypes, on different devices: every site replays one log to one hash."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Run = Callable[..., Path]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
 
 
-@pytest.fixture
-def mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[int, ClientContext]:
-    """Odd clients are played by a process of their own, which holds the model in bfloat16."""
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def mixed(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[int, ClientContext]:
+    """Odd clients are played by a site of their own, which holds the model in bfloat16 on a device of its own."""
     sites: dict[int, ClientContext] = {}
 
     def site(number: int, run_dir: Path, run_json: str) -> ClientContext:
@@ -33,7 +33,7 @@ def mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[int, ClientCo
             process: Process = this_process(run_json)
             if number:
                 launch = read_launch(run_dir).site()
-                own = replace(launch, model=replace(launch.model, dtype=DType.bfloat16))
+                own = replace(launch, device=request.param, model=replace(launch.model, dtype=DType.bfloat16))
                 process = open_process(
                     read_run(run_dir), own, artifacts=run_dir / "artifacts", site_folder=tmp_path, plays_clients=True
                 )

@@ -19,6 +19,7 @@ import pytest
 from fedzo.commands.train import resume_run
 from fedzo.commands.trained import replay_run
 from fedzo.fl.log_store import STOP
+from fedzo.fl.server.client_registry import ClientRegistry
 from fedzo.run.scores import Scores
 
 ROUNDS = 12
@@ -272,3 +273,15 @@ def test_a_run_that_is_asked_to_stop_while_it_starts_stops_before_its_next_round
     (folder / STOP).touch()  # as a process that was killed would leave it
     resume_run(folder)
     assert replay_run(folder)["rounds"] == 3
+
+
+def test_a_run_that_waits_for_its_clients_is_stopped_too(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run0"
+    monkeypatch.setattr(ClientRegistry, "refresh", lambda registry, grid: (folder / STOP).touch())
+
+    with pytest.raises(KeyboardInterrupt):
+        run("runtime=inline", "strategy.startup_s=600")
+
+    assert not (folder / STOP).exists()

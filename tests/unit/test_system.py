@@ -84,3 +84,28 @@ def test_a_librarys_own_variable_brings_its_warnings_back() -> None:
 
     assert "datasets.x WARNING" in said
     assert "torchao.x WARNING" not in said
+
+
+@pytest.mark.parametrize("before", [{}, {"no_proxy": "example.org"}, {"NO_PROXY": "example.org, localhost"}])
+def test_what_is_on_this_machine_is_asked_without_a_proxy(before: dict[str, str]) -> None:
+    """The proxies are dead; a server listens here."""
+    code = (
+        "import http.server, os, threading, httpx\n"
+        "from fedzo.system import keep_loopback_direct\n"
+        "server = http.server.HTTPServer(('127.0.0.1', 0), http.server.SimpleHTTPRequestHandler)\n"
+        "threading.Thread(target=server.handle_request, daemon=True).start()\n"
+        "keep_loopback_direct(os.environ)\n"
+        "keep_loopback_direct(os.environ)\n"
+        "print(httpx.Client(timeout=5).get(f'http://127.0.0.1:{server.server_port}/').status_code)\n"
+        "print(os.environ['no_proxy'])"
+    )
+    dead = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
+    inherited = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**inherited, **dead, **before}, capture_output=True, text=True, check=True
+    )
+
+    status, hosts = done.stdout.split()
+    assert status == "200"
+    assert sorted(hosts.split(",")) == sorted({"127.0.0.1", "localhost", "::1", *(["example.org"] if before else [])})

@@ -11,6 +11,7 @@ import datetime
 import hashlib
 import ipaddress
 import os
+import re
 import secrets
 from base64 import b64decode, b64encode
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ from fedzo.errors import ConfigError, printable
 from fedzo.records.folder import replace_file
 
 AUTHORITY_DAYS = 3650
+HOST_NAME = re.compile(r"(?=.{1,253}$)(\*\.)?[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 _MALFORMED = (
     *(OSError, ValueError, TypeError, NotImplementedError, UnsupportedAlgorithm),
     *(x509.InvalidVersion, x509.DuplicateExtension, x509.UnsupportedGeneralNameType),
@@ -83,6 +85,20 @@ def make_authority(certificate: Path, key: Path, *, days: int = AUTHORITY_DAYS) 
     )
     write_private(key, _private_pem(private))
     replace_file(certificate, made.public_bytes(serialization.Encoding.PEM))
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse what a certificate cannot name.
+
+    Raises:
+        ConfigError: One is neither a host name nor an IP address.
+    """
+    for name in names:
+        if not HOST_NAME.fullmatch(name) and _ip_address(name) is None:
+            raise ConfigError(
+                f"--host must be a host name or an IP address, got {printable(name, most=80)!r}. "
+                "Write letters, digits, dots and hyphens; other letters in their ASCII form (xn--...)."
+            )
 
 
 def make_certificate(
@@ -245,10 +261,15 @@ def _builder(
 
 
 def _general_name(name: str) -> x509.GeneralName:
+    address = _ip_address(name)
+    return x509.DNSName(name) if address is None else x509.IPAddress(address)
+
+
+def _ip_address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        return x509.IPAddress(ipaddress.ip_address(name))
+        return ipaddress.ip_address(name)
     except ValueError:
-        return x509.DNSName(name)
+        return None
 
 
 def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:

@@ -7,6 +7,7 @@ that a SuperLink listens twice: for this machine with all APIs, and for sites be
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import sys
 import threading
@@ -31,6 +32,7 @@ def main() -> None:
     """Become the daemon that the command line names."""
     kind, parent_pid, *arguments = sys.argv[1:]
     watch_parent(int(parent_pid))
+    os.umask(0o077)  # Flower's database holds tokens
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger("fedzo").addHandler(handler)

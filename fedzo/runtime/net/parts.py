@@ -18,7 +18,7 @@ from fedzo.runtime.net._flower_control import Node, control
 from fedzo.runtime.net.client_folder import KEY, SECRET, ClientFolder
 from fedzo.runtime.net.processes import Processes, accepts, free_ports, python
 from fedzo.runtime.net.server_folder import ServerFolder, split_address
-from fedzo.system import SITE_ENV, SITE_LOG_ENV
+from fedzo.system import SITE_ENV, SITE_LOG_ENV, keep_loopback_direct
 
 __all__ = [
     "EXECUTOR",
@@ -74,7 +74,9 @@ def environment() -> dict[str, str]:
     """This process's environment for others: this very fedzo first on the path, and no word of Flower to anyone."""
     package = str(Path(fedzo.__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
-    return {**os.environ, **ENVIRONMENT, "PYTHONPATH": path}
+    variables = {**os.environ, **ENVIRONMENT, "PYTHONPATH": path}
+    keep_loopback_direct(variables)
+    return variables
 
 
 def start_superlink(processes: Processes, folder: ServerFolder, *, restarts: int | None) -> None:

@@ -24,6 +24,7 @@ from fedzo.records.fields import MOST_CLIENTS, Client, Length, Matching, Name, W
 from fedzo.records.folder import folder_of_one_process, is_locked, lock_file, make_folder, replace_file
 from fedzo.runtime.net.credentials import (
     Endpoint,
+    check_names,
     make_authority,
     make_certificate,
     make_secret,
@@ -104,6 +105,7 @@ class ServerFolder:
             names: Host names and addresses for its certificate.
             days: How long the certificate is valid.
         """
+        check_names(names)
         if not path.exists():
             path.mkdir(parents=True, mode=0o700)
         make_folder(path / "logs")
@@ -242,7 +244,7 @@ class ServerFolder:
                     raise ConfigError(
                         f"client {name}: its {alike[0]} must be its own, but client {client.name} has it (index "
                         f"{client.index}). Choose another, or remove that client: "
-                        f"`fedzo server remove-client {self.path} {client.name}`."
+                        f"`fedzo server remove-client {client.name} --dir {self.path}`."
                     )
             self._write_clients([*clients, new])
         return new
@@ -264,6 +266,7 @@ class ServerFolder:
 
     def renew(self, *, names: Sequence[str], days: int) -> None:
         """Write a new certificate; a SuperLink that runs takes it up, and sites need nothing new."""
+        check_names(names)
         make_certificate(
             self.file("server.crt"),
             self.file("server.key"),

@@ -7,11 +7,13 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import yaml
@@ -26,8 +28,10 @@ from fedzo.fl.config import FlConfig
 from fedzo.models.config import ModelConfig
 from fedzo.models.load import load_model
 from fedzo.records.decode import to_json as to_line
+from fedzo.records.folder import folder_of_one_process
 from fedzo.records.log import Proof
 from fedzo.runtime.net.client_folder import ClientFolder
+from fedzo.runtime.net.credentials import read_certificate
 from fedzo.runtime.net.server_folder import ServerFolder
 from fedzo.testing.tiny_models import save_tiny_model
 from fedzo.zo.log import RoundRecord
@@ -97,6 +101,10 @@ def test_a_site_with_a_key_of_its_own_is_told_what_to_send_and_what_it_lacks(tmp
         (["client", "init", "site", "--server", "h:1", "--ca", "none.crt"], "none.crt: it must be readable"),
         (["client", "init", "site", "--invitation", "none.json"], "invitation none.json: it must be a readable file"),
         (["server", "init", "file/server"], "it must be readable and writable, got 'Not a directory'"),
+        (["server", "init", "s", "--host", "m\u00fcnchen.de"], "--host must be a host name or an IP address, got 'm"),
+        (["server", "init", "s", "--host", ""], "--host must be a host name or an IP address, got ''"),
+        (["server", "init", "s", "--host", "*.a b"], "--host must be a host name or an IP address, got '*.a b'"),
+        (["client", "init", "s", "--server", "h:1", "--ca", "file"], "file: it must be a certificate"),
         (["server", "init", "s", "--port", "7", "--control-port", "7"], "--port must be another than --control-port"),
     ],
 )
@@ -108,6 +116,29 @@ def test_what_cannot_be_done_is_said_in_one_line(
 
     assert main(command) == BAD_INPUT
     assert says in capsys.readouterr().err
+    assert not (tmp_path / "s" / "server.json").exists()
+
+
+def test_a_site_trusts_one_authority(server: Path, tmp_path: Path, capsys: Capture) -> None:
+    init = ["client", "init", str(tmp_path / "site"), "--server", "h:1", "--ca"]
+    assert main(["server", "init", str(tmp_path / "other")]) == 0
+    assert [main([*init, str(server / "ca.crt")]) for _ in range(2)] == [0, 0]
+
+    assert main([*init, str(tmp_path / "other" / "ca.crt")]) == BAD_INPUT
+    assert "must be of the same authority, but is another. Remove it first" in capsys.readouterr().err
+    assert (tmp_path / "site" / "ca.crt").read_bytes() == (server / "ca.crt").read_bytes()
+
+
+def test_a_site_is_up_once(server: Path, tmp_path: Path, capsys: Capture) -> None:
+    site = tmp_path / "site"
+    main(["client", "init", str(site), "--server", "h:1", "--ca", str(server / "ca.crt")])
+    (site / "logs" / "supernode.log").write_text("of the first")
+
+    with folder_of_one_process(site):
+        assert main(["client", "up", str(site)]) == RUN_FAILED
+
+    assert f"client folder {site}: another process is using it" in capsys.readouterr().err
+    assert (site / "logs" / "supernode.log").read_text() == "of the first"
 
 
 @pytest.mark.parametrize("settings", ["{", "{}", '{"fl": 3}', '{"fl": {"rounds": "many"}}'])
@@ -166,20 +197,45 @@ def test_a_run_that_ends_by_itself_is_not_called_stopped(
     assert capsys.readouterr().out.endswith(says.format(run=tmp_path))
 
 
-def test_services_are_filled_in_for_this_folder_and_python(server: Path, tmp_path: Path) -> None:
-    main(["client", "init", str(tmp_path / "site"), "--server", "h:1"])
+def test_a_superlink_that_does_not_answer_is_told_its_clients_at_the_next_look(
+    server: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    asked = []
+
+    def register(folder: ServerFolder) -> None:
+        asked.append(folder)
+        if len(asked) == 1:
+            raise httpx.ConnectError("it is started again")
+        raise KeyboardInterrupt
+
+    stand_ins = {"start_superlink": lambda *_, **__: None, "wait_for_superlink": lambda *_, **__: None}
+    for name, stand_in in {**stand_ins, "register_clients": register, "LOOK_S": 0.0}.items():
+        monkeypatch.setattr(f"fedzo.commands.server.{name}", stand_in)
+
+    assert main(["server", "up", str(server)]) == 0
+    assert len(asked) == 2
+    assert "clients are registered" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["plain", 'a "b" $c `d` %e'])
+def test_services_are_filled_in_for_this_folder_and_python(name: str, tmp_path: Path) -> None:
+    server, site = tmp_path / f"server {name}", tmp_path / f"site {name}"
+    main(["server", "init", str(server), "--host", "h"])
+    main(["client", "init", str(site), "--server", "h:1"])
 
     for file, words in (
-        (server / "fedzo-server.service", f"-m fedzo server up {server}"),
-        (tmp_path / "site" / "fedzo-client.service", f"-m fedzo client up {tmp_path / 'site'}"),
+        (server / "fedzo-server.service", ["server", "up", str(server)]),
+        (site / "fedzo-client.service", ["client", "up", str(site)]),
     ):
         unit = configparser.RawConfigParser()
         unit.read(file)
-        assert unit["Service"]["ExecStart"].endswith(words)
-    script = tmp_path / "site" / "client.sbatch"
-    assert "$SLURM_CPUS_PER_TASK" in script.read_text()
-    assert f"-m fedzo client up {tmp_path / 'site'}" in script.read_text()
-    subprocess.run(["bash", "-n", str(script)], check=True)
+        started = shlex.split(unit["Service"]["ExecStart"].replace("%%", "%").replace("$$", "$"))
+        assert started == [sys.executable, "-m", "fedzo", *words]
+    script = (site / "client.sbatch").read_text()
+    assert "$SLURM_CPUS_PER_TASK" in script
+    told = ["bash", "-c", script.replace("exec ", "printf '%s\\n' ")]
+    started = subprocess.run(told, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert started == [sys.executable, "-m", "fedzo", "client", "up", str(site)]
 
 
 @pytest.mark.parametrize(("side", "mounted"), [("server", [".:/fedzo"]), ("client", [".:/fedzo"])])
@@ -235,8 +291,12 @@ def test_doctor_names_what_is_wrong_with_a_server_and_what_to_do(server: Path) -
 
     assert "chmod 600" in found["secrets"]
     assert "ca.key" in found["secrets"]
-    assert "valid for 5 days. `fedzo server renew`" in found["certificate"]
-    assert "`fedzo server renew --host fed.example.org`" in found["name"]
+    assert f"valid for 5 days. `fedzo server renew --dir {server}`" in found["certificate"]
+    remedy = found["name"].partition("`fedzo ")[2].partition("`")[0]
+    assert main(remedy.split()) == 0
+    assert read_certificate(server / "server.crt").names == (
+        "fed.example.org", "other.example.org", "localhost", "127.0.0.1",
+    )  # fmt: skip
 
 
 def test_doctor_names_what_is_wrong_with_a_site(server: Path, tmp_path: Path) -> None:
