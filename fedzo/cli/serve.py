@@ -36,7 +36,7 @@ def main() -> int:
 
         serve_run(run_dir, server_dir)
     except KeyboardInterrupt:
-        log.warning("interrupted. Continue with: fedzo resume %s", run_dir)
+        log.info("interrupted. Continue with: fedzo resume %s", run_dir)
         return INTERRUPTED
     except FedzoError as error:
         return write_outcome(run_dir, error)

@@ -1,0 +1,151 @@
+"""The page on a real network, read and walked through: its commands are typed, and its answers must come."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from fedzo.runtime.net.processes import free_ports
+from fedzo.testing.tiny_models import save_tiny_model
+
+PAGE = Path(__file__).parents[2] / "docs" / "tutorial-real-network.md"
+STAY = (["server", "up"], ["client", "up"], ["train"], ["resume"])
+"""Commands that stay until they are ended."""
+TINY = [
+    "experiment=[tiny,sites]", "model=../model", "task=custom", "task.template='Text: {text} Verdict:'",
+    "task.candidates=[' bad',' good']", "fl.batch_size=2", "trainer.calibration_docs=4", "trainer.density=0.05",
+    "trainer.calibration_tokens=16", "evaluation.every_rounds=1000", "fl.rounds=100000",
+]  # fmt: skip
+"""What a test adds to the command of the run, so that a round takes no time."""
+
+
+def steps() -> list[tuple[str, list[str], list[str]]]:
+    """Machine, words and answer of each command in the page's first three sections."""
+    text = PAGE.read_text().partition("## 4.")[0]
+    found = []
+    for block in re.findall(r"```text\n(.*?)```", text, re.DOTALL):
+        for step in re.split(r"\n\n|(?=^\w+\$ )", block.strip(), flags=re.MULTILINE):
+            if step.strip():
+                command, *answer = step.strip().splitlines()
+                machine, _, words = command.partition("$ fedzo ")
+                found.append((machine, shlex.split(words), answer))
+    return found
+
+
+FREE = {r"\.\.\.": ".*", r"[0-9]+ [MG]B": "[0-9.]+ .?B", "[0-9]+": "[0-9]+"}
+"""What may differ between the page and what is said: what is left out, sizes, numbers and dates."""
+
+
+def pattern(line: str) -> str:
+    """The answers that a line of the page stands for."""
+    parts = re.split(f"({'|'.join(FREE)})", re.sub(r"\s+", " ", line))
+    free = [next(free for page, free in FREE.items() if re.fullmatch(page, part)) for part in parts[1::2]]
+    return "".join(text for pair in zip(map(re.escape, parts[::2]), [*free, ""], strict=True) for text in pair)
+
+
+class Walk:
+    """The machines of the page as folders of this one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._ports = dict(zip(("8443", "8444"), map(str, free_ports(2)), strict=True))
+        self._running: list[subprocess.Popen[bytes]] = []
+
+    def here(self, text: str) -> str:
+        """What is said of the page's host, said of this machine."""
+        text = text.replace("fed.example.org, localhost", "localhost").replace("fed.example.org", "localhost")
+        return re.sub("8443|8444", lambda port: self._ports[port[0]], text)
+
+    def type(self, machine: str, words: list[str]) -> Callable[[], str]:
+        """Type a command; gives what has been said until now."""
+        room = self.folder / machine
+        out = room / f"{'-'.join(re.sub(r'[^a-z]+', '', word) for word in words[:2])}.txt"
+        command = [sys.executable, "-m", "fedzo", *map(self.here, words)]
+        if words[:2] == ["server", "init"]:
+            command += ["--port", self._ports["8443"], "--control-port", self._ports["8444"]]
+        if words[0] == "train":
+            command = [word for word in command if not word.startswith("experiment=")] + TINY
+        with out.open("wb") as said:
+            process = subprocess.Popen(command, cwd=room, stdout=said, stderr=subprocess.STDOUT)
+        if words[: 1 + (words[0] in ("server", "client"))] in STAY:
+            self._running.append(process)
+        else:
+            assert process.wait(120) == 0, out.read_text()
+        return out.read_text
+
+    def end(self) -> None:
+        """End what stays, the last first."""
+        for process in reversed(self._running):
+            process.terminate()
+            process.wait(60)
+
+
+@pytest.fixture
+def walk(tmp_path: Path) -> Iterator[Walk]:
+    with _ended(Walk(tmp_path)) as walk:
+        yield walk
+
+
+@contextmanager
+def _ended(walk: Walk) -> Iterator[Walk]:
+    try:
+        yield walk
+    finally:
+        walk.end()
+
+
+@pytest.mark.net
+@pytest.mark.timeout(400)
+def test_the_page_says_what_happens(walk: Walk, tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "model", "llama")
+    for site in ("hospital", "clinic"):
+        rows = [{"text": f"{site} item {i} is {['bad', 'good'][i % 2]}", "label": i % 2} for i in range(12)]
+        (tmp_path / site).mkdir()
+        (tmp_path / site / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "server").mkdir()
+    handed_over = {
+        ("hospital", "client init"): ("server/server/invitations/hospital.json", "hospital/hospital.json"),
+        ("clinic", "client init"): ("server/server/ca.crt", "clinic/ca.crt"),
+        ("server", "server add-client clinic"): ("clinic/site/key.pub", "server/clinic.pub"),
+    }
+    log = tmp_path / "server" / "runs" / "first" / "public.jsonl"
+    site_file = {"device": "cpu", "threads": 1, "model": {"name": "../../model"}, "data": {"path": "../rows.jsonl"}}
+
+    said: Callable[[], str] = str
+    for machine, words, answer in steps():
+        for (where, begins), (source, target) in handed_over.items():
+            if machine == where and " ".join(words).startswith(begins):
+                shutil.copyfile(tmp_path / source, tmp_path / target)
+        if words == ["status", "runs/first"] or words[0] == "stop":
+            _wait_for(lambda: log.exists() and log.read_text().count("\n") > 2, what=said)
+        said = walk.type(machine, words)
+        for line in map(walk.here, answer):
+            _until_said(line, said)
+        if words[:2] == ["client", "init"]:
+            (tmp_path / machine / "site" / "site.yaml").write_text(json.dumps(site_file))
+
+
+def _until_said(line: str, said: Callable[[], str]) -> None:
+    wanted = re.compile(pattern(line))
+
+    def is_there() -> bool:
+        return any(wanted.fullmatch(re.sub(r"\s+", " ", each).strip()) for each in said().splitlines())
+
+    _wait_for(is_there, what=lambda: f"{line}\n--- is not in:\n{said()}")
+
+
+def _wait_for(ready: Callable[[], bool], *, what: Callable[[], str]) -> None:
+    ends = time.monotonic() + 60
+    while not ready():
+        assert time.monotonic() < ends, what()
+        time.sleep(0.2)
