@@ -70,7 +70,7 @@ class SketchManifest:
     Attributes:
         version: Of this record.
         fedzo: Version that wrote it.
-        recipe: What it was made of; None where it came in another layout.
+        recipe: What it was made of; None where it came in another layout, or its tables were trained.
         layers: How well each layer was sketched, by name; empty where that is not known.
         tensors: What the safetensors files hold.
     """

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from fedzo.cli import main
-from fedzo.commands import sketch as command
 from fedzo.models.config import ModelConfig
 from fedzo.models.load import load_model
 from fedzo.models.sketched.folder import read_manifest
 from fedzo.records.folder import folder_of_one_process
+from fedzo.testing.disk import no_room_for_a_model
 
 
 @pytest.fixture
@@ -103,16 +100,12 @@ def test_a_killed_build_goes_on_to_the_same_bytes(ask: list[str], tmp_path: Path
 
 
 def test_a_build_goes_on_only_with_what_it_began_with(
-    ask: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ask: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patched:
-        patched.setattr(command, "write_sketch", full)
+    with no_room_for_a_model():
         assert main(ask) == 1
     said = capsys.readouterr().err
-    assert "sk4: it must be possible to write it, got 'No space left on device'" in said
+    assert "sk4: it must be possible to write it, got 'File too large'" in said
     assert "call the same command again: it goes on with what is in sk4.part" in said
     assert not (tmp_path / "sk4").exists()
 

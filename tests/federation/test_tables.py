@@ -30,6 +30,7 @@ from fedzo.models.sketched.table_file import read_tables
 from fedzo.run import apps
 from fedzo.run.process import open_process
 from fedzo.run.start import open_run
+from fedzo.testing.disk import no_room_for_a_model
 from fedzo.testing.tiny_models import save_tiny_sketch
 from fedzo.zo.directions import direction, stream_key
 
@@ -223,6 +224,44 @@ def test_export_writes_a_sketch_its_tables_or_a_dense_model(moved: Path, tmp_pat
     for other in (other_codes(tmp_path / "other"), out["sketch"]):
         with pytest.raises(ConfigError, match="got tables of another"):
             read_tables(out["tables"], load_model(ModelConfig(name=str(other)), device="cpu"))
+
+
+@pytest.mark.parametrize("form", [[], ["--dense"]])
+@pytest.mark.parametrize("out_is_there", [False, True])
+def test_an_export_is_whole_or_not_there(
+    form: list[str], out_is_there: bool, moved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "place" / "out"
+    (out if out_is_there else out.parent).mkdir(parents=True)
+    before = out.stat().st_ino if out_is_there else None
+    with no_room_for_a_model():
+        assert main(["export", str(moved), str(out), *form]) == 1
+    said = capsys.readouterr().err
+    assert "out': it must be possible to write it, got 'File too large'. Make room or choose" in said
+    assert "Traceback" not in said
+    assert [each.name for each in out.parent.iterdir()] == (["out"] if out_is_there else [])
+    assert not (out_is_there and list(out.iterdir()))
+
+    assert main(["export", str(moved), str(out), *form]) == 0
+
+    assert [each.name for each in out.parent.iterdir()] == ["out"]
+    assert before in (None, out.stat().st_ino)
+    names = {each.name for each in out.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert ("sketch.json" in names) == (not form)
+    load_model(ModelConfig(name=str(out)))
+
+
+def test_an_exported_sketch_whose_codes_were_swapped_is_refused(moved: Path, tmp_path: Path) -> None:
+    assert main(["export", str(moved), str(tmp_path / "sketch")]) == 0
+    file = tmp_path / "sketch" / "model.safetensors"
+    stored = load_file(file)
+    one, other = (f"model.layers.{i}.mlp.up_proj.codes" for i in (0, 1))
+    stored[one], stored[other] = stored[other], stored[one]
+    save_file(stored, file, metadata={"format": "pt"})
+
+    with pytest.raises(ConfigError, match=r"must have the SHA-256 that sketch\.json names"):
+        load_model(ModelConfig(name=str(tmp_path / "sketch")))
 
 
 def test_a_run_goes_on_from_an_exported_sketch(moved: Path, run: Run, tmp_path: Path) -> None:
