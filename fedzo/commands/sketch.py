@@ -23,7 +23,7 @@ from fedzo.models.sketched.layers import sketched_layers
 from fedzo.models.sketched.leanquant import put_layout, write_layout
 from fedzo.records.decode import to_json
 from fedzo.records.folder import folder_of_one_process, replace_file, sync_folder
-from fedzo.records.sketch import SketchedLayer, SketchRecipe
+from fedzo.records.sketch import BuildInProgress, SketchedLayer, SketchRecipe
 from fedzo.report.format import bytes_text, seconds_text
 from fedzo.report.sinks import ProgressSink
 from fedzo.run.peer import open_model
@@ -147,7 +147,9 @@ def _build(
     measured: torch.Tensor,
     part: Path,
 ) -> Iterator[str]:
-    _check_recipe(part / _RECIPE, recipe, request.out)
+    dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
+    begun = BuildInProgress(recipe=recipe, dtype=dtype, device=loaded.device.type)
+    _check_begun(part / _RECIPE, begun, request.out)
     what = f"{len(measured)} windows of {'--text' if request.text else 'the calibration text itself'}"
     yield f"calibration: {len(windows)} windows of {request.tokens} tokens"
     before = perplexity(loaded, measured).value
@@ -204,13 +206,14 @@ def _recipe(loaded: LoadedModel, request: SketchRequest, windows: torch.Tensor) 
     )
 
 
-def _check_recipe(file: Path, recipe: SketchRecipe, out: Path) -> None:
+def _check_begun(file: Path, build: BuildInProgress, out: Path) -> None:
     """A build that was killed goes on only with what it began with."""
-    said = to_json(recipe) + "\n"
+    said = to_json(build) + "\n"
     if file.exists() and file.read_text(encoding="utf-8") != said:
         raise ConfigError(
-            f"{file.parent}: a build with other settings, another model or other text has begun there, and must be "
-            f"ended with those. Call that command again, remove the folder, or choose another --out than {str(out)!r}."
+            f"{file.parent}: a build with other settings, another model, other text, another model.dtype or another "
+            "kind of device has begun there, and must be ended with those. Call that command again, remove the "
+            f"folder, or choose another --out than {str(out)!r}."
         )
     replace_file(file, said, durable=True)
 

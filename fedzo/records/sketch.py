@@ -37,7 +37,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SketchRecipe:
-    """What a sketch depends on, to its last bit; ``SketchSettings`` has the meaning of the settings.
+    """What a sketch was made of; ``SketchSettings`` has the meaning of the settings.
 
     Attributes:
         source: What the dense model was called.
@@ -61,6 +61,21 @@ class SketchRecipe:
     num_windows: Places
     num_tokens: Places
     skipped: Annotated[tuple[LayerName, ...], Length(0, 1 << 16)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildInProgress:
+    """What the finished layers of a build depend on, to their last bit.
+
+    Attributes:
+        recipe: What the sketch is made of.
+        dtype: In which the dense model is held while it is sketched.
+        device: Kind of the device on which it is.
+    """
+
+    recipe: SketchRecipe
+    dtype: Name
+    device: Name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -109,8 +109,9 @@ def test_a_build_goes_on_only_with_what_it_began_with(
     assert "call the same command again: it goes on with what is in sk4.part" in said
     assert not (tmp_path / "sk4").exists()
 
-    assert main([*ask, "--bits", "2"]) == 2
-    assert "a build with other settings, another model or other text has begun there" in capsys.readouterr().err
+    for other in (["--bits", "2"], ["model.dtype=bfloat16"]):
+        assert main([*ask, *other]) == 2
+        assert "another model, other text, another model.dtype or another kind of" in capsys.readouterr().err
     with folder_of_one_process(tmp_path / "sk4.part"):
         assert main(ask) == 1
     assert "sk4.part" in capsys.readouterr().err
