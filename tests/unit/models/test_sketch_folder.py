@@ -22,12 +22,12 @@ from fedzo.models.config import ModelConfig
 from fedzo.models.load import load_model
 from fedzo.models.sketched.builder import sketch_model
 from fedzo.models.sketched.folder import read_manifest, write_sketch
-from fedzo.models.sketched.layers import sketched_layers
+from fedzo.models.sketched.layers import dense_layers, sketched_layers
 from fedzo.records.sketch import SketchRecipe
 from fedzo.sketch import SketchSettings, unpack
 from fedzo.testing.tiny_models import byte_tokenizer, save_tiny_sketch, tiny_model
 
-FAMILIES = ["llama", "opt", "gpt2", "qwen3"]
+FAMILIES = ["llama", "opt", "gpt2", "qwen2", "qwen3"]
 IDS = torch.arange(10, 40)[None]
 
 
@@ -53,6 +53,9 @@ def build(folder: Path, family: str = "llama", *, bits: int = 4, groups_per_row:
     """A sketch on the disk, and in memory as it was built."""
     model = tiny_model(family)
     model.config.use_cache = False
+    for layer in dense_layers(model).values():
+        if layer.bias is not None:
+            layer.bias.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
     windows = [torch.arange(24) + 7 * i for i in range(2)]
     settings = SketchSettings(bits=bits, groups_per_row=groups_per_row)
     layers = sketch_model(model, windows, settings, kept=folder.with_name("kept")).layers
