@@ -125,6 +125,17 @@ def test_a_walk_gives_the_states_of_a_forward(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", SKETCHED)
+def test_no_logits_are_made(family: str, tmp_path: Path) -> None:
+    model = without_cache(family)
+    positions: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda _, args, out: positions.append(out[..., 0].numel()))
+
+    sketch_model(model, WINDOWS, SketchSettings(), kept=tmp_path)
+
+    assert not positions
+
+
+@pytest.mark.parametrize("family", SKETCHED)
 def test_head_embeddings_and_norms_stay_and_the_rest_computes_alike(family: str, tmp_path: Path) -> None:
     model, dense = without_cache(family), without_cache(family)
 
