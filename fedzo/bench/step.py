@@ -233,7 +233,8 @@ def bench_step(
 def peak_bytes(config: LaunchConfig, name: str, *, shape: str | None, rows: int, tokens: int) -> int | None:
     """Most memory of one step of a contestant, weights included and what the process held before them left out.
 
-    Forwards of a sketch and of its dense twin are measured as inference, without the space that steps move in. Call it in a fresh process: what earlier work left in the allocator would hide the peak.
+    Forwards of a sketch and of its dense twin are measured as inference, without the space that steps move in. Call it
+    in a fresh process: what earlier work left in the allocator would hide the peak.
     """
     before = resident_bytes()
     bench = open_bench(config, shape=shape, rows=rows, tokens=tokens)
