@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -103,11 +104,15 @@ def export_sketch(config: LaunchConfig, file: Path) -> Iterator[str]:
     try:
         yield f"{file}: {write_layout(_open(config).model, file)} layers"
     except OSError as error:
-        raise RunFolderError(f"{file}: it must be possible to write it, got {error.strerror!r}.") from error
+        raise RunFolderError(
+            f"{file}: it must be possible to write it, got {error.strerror!r}. Make room or choose another place."
+        ) from error
 
 
 def _check_out(out: Path) -> None:
-    if out.exists():
+    if out.name == "..":
+        raise ConfigError(f"--out must end with the name of a new folder, got {str(out)!r}. Write its name.")
+    if os.path.lexists(out):
         raise ConfigError(f"--out: {str(out)!r} must not exist, but does. Choose another, or remove it.")
 
 

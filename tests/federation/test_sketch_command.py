@@ -130,7 +130,9 @@ def test_a_build_goes_on_only_with_what_it_began_with(
         (["--skip", "nothing"], "--skip must name linear layers (down_proj"),
         (["--calibration", "absent.txt"], "--calibration must name a file, got no such file at 'absent.txt'"),
         (["--text", "absent.txt"], "--text must name a file, got no such file at 'absent.txt'"),
+        (["model.quantization=nf4"], "model.quantization must be none for a sketch"),
         (["model.quantization=nf4", "trainer=lora"], "model.quantization must be none for a sketch"),
+        (["--out", "nope/.."], "--out must end with the name of a new folder, got 'nope/..'. Write its name."),
         (["--damping", "nan"], "damping must be >= 0 and finite, got nan"),
     ],
 )
@@ -181,12 +183,39 @@ def test_the_recipe_is_json_that_people_can_read(ask: list[str], tmp_path: Path)
     assert set(said["layers"]["model.layers.0.mlp.up_proj"]) == {"relative_error", "num_unused"}
 
 
+def test_a_link_in_the_folders_place_is_refused_before_any_work(
+    ask: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sk4").symlink_to("nowhere")
+
+    assert main(ask) == 2
+
+    assert "sk4' must not exist, but does" in capsys.readouterr().err
+    assert not (tmp_path / "sk4.part").exists()
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--bits=3", "--groups-per-row=2", "--skip=o_proj", "--text=f", "--windows=3", "--tokens=9", "--damping=1"],
+)
+@pytest.mark.parametrize("source", [["--import", "f", "--out", "d"], ["--export", "f"]])
+def test_options_of_a_build_are_refused_where_nothing_is_built(
+    source: list[str], option: str, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sketch", *source, option, f"model={tiny_model_dir}"]) == 2
+
+    name = option.partition("=")[0]
+    assert f"must be given without options of a build, got {name}: the file and" in capsys.readouterr().err
+
+
 def test_a_sketch_goes_to_leanquants_layout_and_back(
     ask: list[str], tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     layout, again = tmp_path / "layout.safetensors", tmp_path / "again"
     assert main(ask) == 0
 
+    assert main(["sketch", "--export", str(tmp_path / "absent" / "f"), f"model={tmp_path / 'sk4'}"]) == 1
+    assert "'No such file or directory'. Make room or choose another place." in capsys.readouterr().err
     assert main(["sketch", "--export", str(layout), f"model={tmp_path / 'sk4'}"]) == 0
     begun = tmp_path / "begun.part"
     begun.mkdir()

@@ -267,14 +267,35 @@ def test_a_manifest_that_is_none_is_refused(text: str, folder: Path) -> None:
         load_model(ModelConfig(name=str(folder)))
 
 
-@pytest.mark.parametrize("bits", [1, 5, "4"])
-def test_a_config_of_other_bits_is_refused(bits: object, folder: Path) -> None:
+ABSENT = object()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        *(("bits", value, "bits must be 2, 3 or 4, got ") for value in (1, 5, "4", 4.0, True, None, ABSENT)),
+        *(
+            ("groups_per_row", value, "groups_per_row must be a whole number from 1 on, got ")
+            for value in (0, "2", 1.0, None, ABSENT)
+        ),
+        *(
+            ("modules_to_not_convert", value, "modules_to_not_convert must be a list of names of layers, got ")
+            for value in (5, "lm_head", [5], None, ABSENT)
+        ),
+        ("packing", "nibbles", "there must be no other settings, got ['packing']"),
+    ],
+)
+def test_a_config_of_no_sketch_is_refused(key: str, value: object, expected: str, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["bits"] = bits
+    config["quantization_config"].pop(key, None)
+    if value is not ABSENT:
+        config["quantization_config"][key] = value
     (folder / "config.json").write_text(json.dumps(config))
 
-    with pytest.raises(ConfigError, match="bits must be 2, 3 or 4"):
+    with pytest.raises(ConfigError, match=re.escape(f"quantization_config of a sketch: {expected}")) as refused:
         load_model(ModelConfig(name=str(folder)))
+
+    assert str(refused.value).endswith("Copy the folder's config.json again, or build the sketch anew.")
 
 
 def test_tiny_sketches_have_the_codes_of_their_layers(tmp_path: Path) -> None:
