@@ -191,7 +191,8 @@ def _write(
 ) -> Iterator[str]:
     whole = part / _WHOLE
     shutil.rmtree(whole, ignore_errors=True)
-    manifest = write_sketch(loaded.model, loaded.tokenizer, recipe, layers, whole)
+    source = loaded.base_digest if recipe is None else None
+    manifest = write_sketch(loaded.model, loaded.tokenizer, recipe, layers, whole, source_digest=source)
     whole.rename(out)
     sync_folder(out.parent)
     shutil.rmtree(part, ignore_errors=True)

@@ -101,7 +101,7 @@ def export_run(run_dir: Path, out: Path, *, rounds: int | None = None, form: str
 
 def _save_model(loaded: LoadedModel, folder: Path) -> None:
     if loaded.is_sketch:
-        write_sketch(loaded.model, loaded.tokenizer, None, {}, folder)
+        write_sketch(loaded.model, loaded.tokenizer, None, {}, folder, source_digest=loaded.base_digest)
         return
     model: Any = loaded.model
     model.save_pretrained(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from fedzo.records.fields import Count, Hash, Length, Magnitude, Name, Within
+from fedzo.records.fields import Count, Hash, Length, Magnitude, Name, OmitDefault, Within
 
 VERSION = 1
 _MOST_TENSORS = 1 << 20
@@ -28,7 +28,7 @@ class SketchedLayer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """A tensor of the safetensors files; ``dtype`` as these write it."""
+    """A tensor of the safetensors files; ``dtype`` as these write it. Its bytes follow from it and from ``shape``."""
 
     dtype: Name
     shape: Annotated[tuple[Count, ...], Length(0, 64)]
@@ -88,6 +88,8 @@ class SketchManifest:
         recipe: What it was made of; None where it came in another layout, or its tables were trained.
         layers: How well each layer was sketched, by name; empty where that is not known.
         tensors: What the safetensors files hold.
+        source_digest: Without a recipe, SHA-256 of the model that was read: the dense one of an import, or the sketch
+            whose tables were trained. None in older folders.
     """
 
     version: Annotated[int, Within(VERSION, VERSION)] = VERSION
@@ -95,3 +97,4 @@ class SketchManifest:
     recipe: SketchRecipe | None
     layers: Annotated[dict[LayerName, SketchedLayer], Length(0, _MOST_TENSORS)]
     tensors: Annotated[dict[LayerName, StoredTensor], Length(1, _MOST_TENSORS)]
+    source_digest: Annotated[Hash | None, OmitDefault()] = None

@@ -226,6 +226,9 @@ def test_a_sketch_goes_to_leanquants_layout_and_back(
 
     assert "layout.safetensors: 14 layers" in capsys.readouterr().out
     assert (again / "model.safetensors").read_bytes() == (tmp_path / "sk4" / "model.safetensors").read_bytes()
+    dense = load_model(ModelConfig(name=str(tiny_model_dir)))
+    assert read_manifest(again / "sketch.json").source_digest == dense.base_digest
+    assert "source_digest" not in json.loads((tmp_path / "sk4" / "sketch.json").read_text())
     assert load_model(ModelConfig(name=str(again))).base_digest == load_model(ModelConfig(name=ask[2])).base_digest
     assert main(["sketch", "--import", str(layout), f"model={tiny_model_dir}"]) == 2
     assert "needs --out DIR with --calibration FILE or with --import FILE" in capsys.readouterr().err

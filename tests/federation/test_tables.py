@@ -25,6 +25,7 @@ from fedzo.config.load import load
 from fedzo.errors import ConfigError, FedzoError
 from fedzo.models.config import ModelConfig
 from fedzo.models.load import load_model
+from fedzo.models.sketched.folder import read_manifest
 from fedzo.models.sketched.layers import tables_of
 from fedzo.models.sketched.table_file import read_tables
 from fedzo.run import apps
@@ -212,6 +213,7 @@ def test_export_writes_a_sketch_its_tables_or_a_dense_model(moved: Path, tmp_pat
     assert not [name for name in load_file(out["dense"] / "model.safetensors") if "codes" in name or "tables" in name]
     # the file's tables in the base are the exported sketch
     loaded = load_model(ModelConfig(name=str(tiny_sketch_dir)), device="cpu")
+    assert read_manifest(out["sketch"] / "sketch.json").source_digest == loaded.base_digest
     for name, table in read_tables(out["tables"], loaded).items():
         assert torch.equal(table, stored[name])
         tables_of(loaded.model)[name].data.copy_(table)

@@ -24,13 +24,19 @@ MANIFEST = "sketch.json"
 
 
 def write_sketch(
-    model: Any, tokenizer: Any, recipe: SketchRecipe | None, layers: dict[str, SketchedLayer], folder: Path
+    model: Any,
+    tokenizer: Any,
+    recipe: SketchRecipe | None,
+    layers: dict[str, SketchedLayer],
+    folder: Path,
+    *,
+    source_digest: str | None = None,
 ) -> SketchManifest:
     """Write a sketch, and flush all of it to the disk.
 
     A tensor is written in 16 bits where no number of it changes: tables that were just built, and what stays dense of a
     model that came in 16 bits. ``recipe`` and ``layers`` are None and empty where the sketch came from elsewhere, or
-    its tables were trained.
+    its tables were trained; then ``source_digest`` says of what.
 
     Raises:
         OSError: It cannot be written.
@@ -45,7 +51,9 @@ def write_sketch(
         name: StoredTensor(dtype=dtype, shape=shape, sha256=digest)
         for name, dtype, shape, digest in stored_entries(sorted(folder.glob("*.safetensors"))).values()
     }
-    manifest = SketchManifest(fedzo=fedzo.__version__, recipe=recipe, layers=layers, tensors=tensors)
+    manifest = SketchManifest(
+        fedzo=fedzo.__version__, recipe=recipe, layers=layers, tensors=tensors, source_digest=source_digest
+    )
     replace_file(folder / MANIFEST, to_json(manifest) + "\n", durable=True)
     sync_files(folder)
     return manifest
