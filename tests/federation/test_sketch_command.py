@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,6 @@ from fedzo.models.config import ModelConfig
 from fedzo.models.load import load_model
 from fedzo.models.sketched.folder import read_manifest
 from fedzo.records.folder import folder_of_one_process
-from fedzo.testing.disk import no_room_for_a_model
 
 
 @pytest.fixture
@@ -100,9 +101,12 @@ def test_a_killed_build_goes_on_to_the_same_bytes(ask: list[str], tmp_path: Path
 
 
 def test_a_build_goes_on_only_with_what_it_began_with(
-    ask: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ask: list[str],
+    no_room: Callable[[], AbstractContextManager[None]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with no_room_for_a_model():
+    with no_room():
         assert main(ask) == 1
     said = capsys.readouterr().err
     assert "sk4: it must be possible to write it, got 'File too large'" in said

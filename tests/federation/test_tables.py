@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,6 @@ from fedzo.models.sketched.table_file import read_tables
 from fedzo.run import apps
 from fedzo.run.process import open_process
 from fedzo.run.start import open_run
-from fedzo.testing.disk import no_room_for_a_model
 from fedzo.testing.tiny_models import save_tiny_sketch
 from fedzo.zo.directions import direction, stream_key
 
@@ -231,12 +231,17 @@ def test_export_writes_a_sketch_its_tables_or_a_dense_model(moved: Path, tmp_pat
 @pytest.mark.parametrize("form", [[], ["--dense"]])
 @pytest.mark.parametrize("out_is_there", [False, True])
 def test_an_export_is_whole_or_not_there(
-    form: list[str], out_is_there: bool, moved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    form: list[str],
+    out_is_there: bool,
+    moved: Path,
+    no_room: Callable[[], AbstractContextManager[None]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "place" / "out"
     (out if out_is_there else out.parent).mkdir(parents=True)
     before = out.stat().st_ino if out_is_there else None
-    with no_room_for_a_model():
+    with no_room():
         assert main(["export", str(moved), str(out), *form]) == 1
     said = capsys.readouterr().err
     assert "out': it must be possible to write it, got 'File too large'. Make room or choose" in said
