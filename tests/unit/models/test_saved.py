@@ -27,6 +27,11 @@ def test_other_errors_of_safetensors_stay_what_they_are(tmp_path: Path) -> None:
         pass
 
 
+def write_and_fail(folder: Path) -> None:
+    (folder / "config.json").write_text("{}")
+    raise ZeroDivisionError
+
+
 @pytest.mark.parametrize("is_there", [False, True])
 def test_a_folder_is_whole_or_not_there(is_there: bool, tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
@@ -36,8 +41,7 @@ def test_a_folder_is_whole_or_not_there(is_there: bool, tmp_path: Path) -> None:
         out.mkdir()
 
     with pytest.raises(ZeroDivisionError), whole_folder(out) as part:
-        (part / "config.json").write_text("{}")
-        raise ZeroDivisionError
+        write_and_fail(part)
     assert sorted(each.name for each in out.parent.iterdir()) == (["out", "out.part"] if is_there else ["out.part"])
     assert not (is_there and list(out.iterdir()))
 
