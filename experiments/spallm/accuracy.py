@@ -28,6 +28,7 @@ from typing import Any
 from fedzo.bench.claims import Claims
 
 HERE = Path(__file__).parent
+EMBEDDED = "SmolLM2-135M (itself from a Q4_1 file, 5 bits a weight)"
 STUDY = HERE.parent / "meerkat"
 RESULTS = HERE / "accuracy.json"
 RUNS = Path("runs/spallm")
@@ -121,7 +122,7 @@ def write_claims() -> None:
         if len(chosen) != 1:
             continue
         ((rate, runs),) = chosen
-        what = f"{title}, 8 clients, 200 steps, tables of a 4-bit sketch of SmolLM2-135M"
+        what = f"{title}, 8 clients, 200 steps, tables of a 4-bit sketch of {EMBEDDED}"
         claims.add(f"{what}: learning rate of the least dev loss", rate, "")
         claims.add(f"{what}: test accuracy before training", 100 * runs[0]["before"]["value"], "%")
         after = [100 * runs[seed]["after"]["value"] for seed in SEEDS]
@@ -132,7 +133,7 @@ def write_claims() -> None:
             half = half_width(gains)
             verdict = "a tie" if abs(fmean(gains)) <= half else "ahead" if fmean(gains) > 0 else "behind"
             unit = f"points +- {half:.1f}: {verdict}"
-            claims.add(f"{title}: tables of the sketch less {label} of dense weights, accuracy", fmean(gains), unit)
+            claims.add(f"{what}: test accuracy, less that of {label} of the dense model", fmean(gains), unit)
     claims.show()
     claims.write(HERE / "claims.json")
 

@@ -19,6 +19,7 @@ from fedzo.bench.claims import Claims
 from fedzo.bench.step import OURS
 
 HERE = Path(__file__).parent
+EMBEDDED = "SmolLM2-135M (itself from a Q4_1 file, 5 bits a weight)"
 TABLES = "tables of a 4-bit sketch"
 DENSE = {"Meerkat": "meerkat", "LoRA-MeZO": "lora", "MeZO": "mezo"}
 """Trainers of the dense model, by the name that claims give them."""
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("--sketch", type=Path, required=True, help="folder of a 4-bit sketch of the embedded model")
     arguments = parser.parse_args()
     claims = Claims(command="python experiments/spallm/memory.py --sketch DIR")
-    what = f"SmolLM2-135M, one thread, {ROWS} x {TOKENS} tokens, peak memory of a step"
+    what = f"{EMBEDDED}, one thread, {ROWS} x {TOKENS} tokens, peak memory of a step"
     ours = bench("trainer=tables", f"model={arguments.sketch}")
     claims.environment = ours["environment"]
     claims.add(f"{what}: {TABLES}", peak_bytes(ours) / 1e6, "MB")

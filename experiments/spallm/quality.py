@@ -32,6 +32,7 @@ from fedzo.sketch import SketchSettings
 from fedzo.system import use_threads
 
 HERE = Path(__file__).parent
+EMBEDDED = "SmolLM2-135M (itself from a Q4_1 file, 5 bits a weight)"
 RESULTS = HERE / "quality.json"
 COMMAND = "python experiments/spallm/quality.py --data DIR"
 TOKENS = 512
@@ -140,8 +141,7 @@ def write_claims(results: dict[str, Result]) -> None:
     values = {name: result["perplexity"] for name, result in results.items()}
     bounds = {"4 bits": 1.10, "4 bits, all 128 windows": 1.10, "3 bits": 1.70}
     for name, result in results.items():
-        source = "SmolLM2-135M (itself from a Q4_1 file, 5 bits a weight)"
-        what = f"{source} on WikiText-2, 16 windows of 512 tokens: {name}"
+        what = f"{EMBEDDED} on WikiText-2, 16 windows of 512 tokens: {name}"
         claims.add(f"{what}, perplexity", result["perplexity"], "")
         if name != "dense":
             claims.add(f"{what}, perplexity over dense", result["perplexity"] / base, "", at_most=bounds.get(name))
@@ -151,12 +151,12 @@ def write_claims(results: dict[str, Result]) -> None:
     for better, worse in ordered():
         if better in values and worse in values:
             claims.add(
-                f"SmolLM2-135M: perplexity of {better}, over {worse}", values[better] / values[worse], "", at_most=1
+                f"{EMBEDDED}: perplexity of {better}, over {worse}", values[better] / values[worse], "", at_most=1
             )
     nearest = "3 bits, unweighted tables, nearest codes"
     if {"3 bits, unweighted tables", nearest} <= values.keys():
         ratio = values["3 bits, unweighted tables"] / values[nearest]
-        claims.add(f"SmolLM2-135M: perplexity of 3 bits, unweighted tables, over {nearest}", ratio, "", at_most=0.2)
+        claims.add(f"{EMBEDDED}: perplexity of 3 bits, unweighted tables, over {nearest}", ratio, "", at_most=0.2)
     claims.write(HERE / "claims.json")
 
 

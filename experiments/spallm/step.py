@@ -1,7 +1,8 @@
 """What a step on tables costs: ``python experiments/spallm/step.py --sketch DIR``, about ten minutes on one thread.
 
 ``fedzo bench step`` times, in turn, the forwards of a sketch, the step that consists of two of them, and the forwards
-of the dense model to which the sketch decodes. ``DIR`` is a sketch of the embedded model, made by
+of the dense model to which the sketch decodes. Peak memory is that of a step less the space's own vector (its buffer is
+the tables themselves), and that of forwards without a space. ``DIR`` is a sketch of the embedded model, made by
 ``fedzo sketch --out DIR --calibration FILE``.
 """
 
@@ -21,6 +22,7 @@ from fedzo.models.load import load_model
 from fedzo.models.sketched.layers import tables_of
 
 HERE = Path(__file__).parent
+EMBEDDED = "SmolLM2-135M (itself from a Q4_1 file, 5 bits a weight)"
 BATCHES = {(16, 32): 1.10, (8, 128): None, (2, 32): None}
 """Rows and tokens, and what the sketch's forwards may cost beside the dense ones."""
 
@@ -30,7 +32,7 @@ def main() -> None:
     parser.add_argument("--sketch", type=Path, required=True, help="folder of a sketch of the embedded model")
     parser.add_argument("--repeats", type=int, default=9, help="timed repeats (default: 9)")
     arguments = parser.parse_args()
-    vectors = 8 * sum(
+    vector = 4 * sum(
         table.numel() for table in tables_of(load_model(ModelConfig(name=str(arguments.sketch))).model).values()
     )
     claims = Claims(command="python experiments/spallm/step.py --sketch DIR")
@@ -42,7 +44,7 @@ def main() -> None:
             subprocess.run([sys.executable, "-m", "fedzo", "bench", "step", *settings, *shape], check=True)
             result = json.loads(out.read_text())
         figures = {figure["name"]: figure for figure in result["figures"]}
-        what = f"4-bit sketch of SmolLM2-135M, one thread, {rows} x {tokens} tokens"
+        what = f"4-bit sketch of {EMBEDDED}, one thread, {rows} x {tokens} tokens"
         claims.environment = result["environment"]
         ours = 1.05 if rows * tokens >= 512 else None
         claims.add(f"{what}: step / its forwards, time", figures[OURS]["ratio"], "ratio", at_most=ours)
@@ -50,7 +52,7 @@ def main() -> None:
         peaks = [figures[name]["peak_bytes"] for name in (OURS, BARE, DENSE)]
         if all(peaks):
             step, inference, dense = peaks
-            claims.add(f"{what}: step / inference, peak memory", (step - vectors) / inference, "ratio", at_most=1.05)
+            claims.add(f"{what}: step / inference, peak memory", (step - vector) / inference, "ratio", at_most=1.05)
             claims.add(f"{what}: inference / dense inference, peak memory", inference / dense, "ratio")
     claims.show()
     claims.write(HERE / "claims.json")

@@ -218,21 +218,19 @@ def make_parser() -> argparse.ArgumentParser:
     own = command("sketch", commands.sketch, summary, usage=usage)
     own.add_argument("--out", metavar="DIR", help="new model folder; use as model=DIR")
     own.add_argument("--calibration", metavar="FILE", help="text without labels, as for trainer=meerkat")
-    own.add_argument("--bits", type=int, default=4, metavar="B", help="bits of a code: 2, 3 or 4 (default: 4)")
-    own.add_argument("--groups-per-row", type=_positive, default=1, metavar="G", help="tables a row (default: 1)")
-    own.add_argument("--windows", type=_positive, default=128, metavar="N", help="most windows of text (default: 128)")
-    own.add_argument("--tokens", type=_positive, default=512, metavar="N", help="tokens of a window (default: 512)")
+    own.add_argument("--bits", type=int, metavar="B", help="bits of a code: 2, 3 or 4 (default: 4)")
+    own.add_argument("--groups-per-row", type=_positive, metavar="G", help="tables a row (default: 1)")
+    own.add_argument("--windows", type=_positive, metavar="N", help="most windows of text (default: 128)")
+    own.add_argument("--tokens", type=_positive, metavar="N", help="tokens of a window (default: 512)")
     own.add_argument(
-        "--skip", action="append", default=[], metavar="NAME", help="end of a layer's name that stays dense; repeatable"
+        "--skip", action="append", metavar="NAME", help="end of a layer's name that stays dense; repeatable"
     )
     own.add_argument(
         "--text", metavar="FILE", help="text for the perplexity before and after (default: the calibration)"
     )
+    own.add_argument("--importance-power", type=float, metavar="P", help="weight of outliers in a table (default: 4)")
     own.add_argument(
-        "--importance-power", type=float, default=4.0, metavar="P", help="weight of outliers in a table (default: 4)"
-    )
-    own.add_argument(
-        "--damping", type=float, default=0.1, metavar="SHARE", help="share added to a Hessian's diagonal (default: 0.1)"
+        "--damping", type=float, metavar="SHARE", help="share added to a Hessian's diagonal (default: 0.1)"
     )
     layout = "codes in LeanQuant's layout (safetensors)"
     own.add_argument("--import", dest="import_from", metavar="FILE", help=f"build it of the dense model and {layout}")

@@ -116,6 +116,10 @@ def mask(arguments: Namespace) -> int:
     return 0
 
 
+_SKETCH_SETTINGS = ("bits", "groups_per_row", "importance_power", "damping")
+_SKETCH_REQUEST = ("windows", "tokens", "skip")
+
+
 def sketch(arguments: Namespace) -> int:
     """``fedzo sketch``: build one, or read or write one in LeanQuant's layout."""
     from fedzo.config.load import load
@@ -126,7 +130,15 @@ def sketch(arguments: Namespace) -> int:
         raise ConfigError(
             "fedzo sketch needs --out DIR with --calibration FILE or with --import FILE; or --export FILE alone."
         )
-    config = load(with_config_dir(arguments.overrides, arguments.config_dir))
+    of_build = (*_SKETCH_SETTINGS, *_SKETCH_REQUEST, "text")
+    chosen = {name: value for name in of_build if (value := getattr(arguments, name)) is not None}
+    if chosen and arguments.calibration is None:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in chosen)
+        raise ConfigError(
+            f"fedzo sketch: --import and --export must be given without options of a build, got {options}: the file "
+            "and the sketch have their own. Leave them out."
+        )
+    config = load(with_config_dir(arguments.overrides, arguments.config_dir), trains=False)
     from fedzo.commands.sketch import SketchRequest, export_sketch, import_sketch, make_sketch
     from fedzo.sketch import SketchSettings
 
@@ -134,20 +146,12 @@ def sketch(arguments: Namespace) -> int:
         return _print(export_sketch(config, Path(arguments.export_to)))
     if arguments.import_from is not None:
         return _print(import_sketch(config, Path(arguments.import_from), Path(arguments.out)))
-    settings = SketchSettings(
-        bits=arguments.bits,
-        groups_per_row=arguments.groups_per_row,
-        importance_power=arguments.importance_power,
-        damping=arguments.damping,
-    )
     request = SketchRequest(
         out=Path(arguments.out),
-        settings=settings,
+        settings=SketchSettings(**{name: chosen[name] for name in _SKETCH_SETTINGS if name in chosen}),
         calibration=Path(arguments.calibration),
-        windows=arguments.windows,
-        tokens=arguments.tokens,
-        skip=arguments.skip,
         text=None if arguments.text is None else Path(arguments.text),
+        **{name: chosen[name] for name in _SKETCH_REQUEST if name in chosen},
     )
     return _print(make_sketch(config, request))
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedzo.commands.perplexity import check_file
 from fedzo.data.encode import encode_prompts
 from fedzo.data.files import read_located
 from fedzo.errors import ConfigError
@@ -94,11 +95,19 @@ def _answers(
             nothing = np.zeros(next(iter(users.values())).size, np.float32)
             own.follow((users.get(str(name), nothing) for name in present), index)
 
-    with own or nullcontext():
-        return generate(loaded, ids, max_new_tokens=max_new_tokens, tokens_per_batch=most_tokens, before=follow)
+    try:
+        with own or nullcontext():
+            return generate(loaded, ids, max_new_tokens=max_new_tokens, tokens_per_batch=most_tokens, before=follow)
+    except NotImplementedError as error:  # of OwnTables
+        raise ConfigError(
+            f"--tables: each sketched layer of {loaded.source!r} must see all rows of a batch, but {error}, as with "
+            "experts that are given tokens. Export each user's sketch by `fedzo export RUN OUT`, and name it with "
+            "--model."
+        ) from error
 
 
 def _read(file: Path, names: Sequence[str]) -> list[Asked]:
+    check_file(file, "--prompts")
     rows = []
     for where, row in read_located(file):
         prompt, tables = row.get("prompt"), row.get("tables") or BASE
@@ -106,7 +115,10 @@ def _read(file: Path, names: Sequence[str]) -> list[Asked]:
             raise ConfigError(f"{where}: column 'prompt' must hold text, got {prompt!r}. Correct or remove the row.")
         if tables != BASE and tables not in names:
             known = ", ".join(names) or "none were given"
-            raise ConfigError(f"{where}: column 'tables' must name a file of --tables ({known}), got {tables!r}.")
+            raise ConfigError(
+                f"{where}: column 'tables' must name a file of --tables ({known}), got {tables!r}. Give its "
+                "file with --tables, or correct the row."
+            )
         rows.append(Asked(prompt, tables))
     if not rows:
         raise ConfigError(f"{file}: must hold at least one row, got none. Give another file.")

@@ -56,10 +56,15 @@ def read_documents(file: Path, option: str) -> list[str]:
     Raises:
         ConfigError: It is no file, cannot be read, or holds no text.
     """
-    if not file.is_file():
-        got = "a folder" if file.is_dir() else "no such file"
-        raise ConfigError(f"{option} must name a file, got {got} at {str(file)!r}. Check the path.")
+    check_file(file, option)
     documents = read_running_text(file)
     if not any(document.strip() for document in documents):
         raise ConfigError(f"{file}: must hold text, got {len(documents)} documents without any. Give another file.")
     return documents
+
+
+def check_file(file: Path, option: str) -> None:
+    """Refuse what is no file, naming the option that names it."""
+    if not file.is_file():
+        got = "a folder" if file.is_dir() else "no such file"
+        raise ConfigError(f"{option} must name a file, got {got} at {str(file)!r}. Check the path.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from fedzo.models.sketched.layers import sketched_layers
 from fedzo.models.sketched.leanquant import put_layout, write_layout
 from fedzo.records.decode import to_json
 from fedzo.records.folder import folder_of_one_process, replace_file, sync_folder
-from fedzo.records.sketch import SketchedLayer, SketchRecipe
+from fedzo.records.sketch import BuildInProgress, SketchedLayer, SketchRecipe
 from fedzo.report.format import bytes_text, seconds_text
 from fedzo.report.sinks import ProgressSink
 from fedzo.run.peer import open_model
@@ -103,11 +104,15 @@ def export_sketch(config: LaunchConfig, file: Path) -> Iterator[str]:
     try:
         yield f"{file}: {write_layout(_open(config).model, file)} layers"
     except OSError as error:
-        raise RunFolderError(f"{file}: it must be possible to write it, got {error.strerror!r}.") from error
+        raise RunFolderError(
+            f"{file}: it must be possible to write it, got {error.strerror!r}. Make room or choose another place."
+        ) from error
 
 
 def _check_out(out: Path) -> None:
-    if out.exists():
+    if out.name == "..":
+        raise ConfigError(f"--out must end with the name of a new folder, got {str(out)!r}. Write its name.")
+    if os.path.lexists(out):
         raise ConfigError(f"--out: {str(out)!r} must not exist, but does. Choose another, or remove it.")
 
 
@@ -147,7 +152,9 @@ def _build(
     measured: torch.Tensor,
     part: Path,
 ) -> Iterator[str]:
-    _check_recipe(part / _RECIPE, recipe, request.out)
+    dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
+    begun = BuildInProgress(recipe=recipe, dtype=dtype, device=loaded.device.type)
+    _check_begun(part / _RECIPE, begun, request.out)
     what = f"{len(measured)} windows of {'--text' if request.text else 'the calibration text itself'}"
     yield f"calibration: {len(windows)} windows of {request.tokens} tokens"
     before = perplexity(loaded, measured).value
@@ -184,7 +191,8 @@ def _write(
 ) -> Iterator[str]:
     whole = part / _WHOLE
     shutil.rmtree(whole, ignore_errors=True)
-    manifest = write_sketch(loaded.model, loaded.tokenizer, recipe, layers, whole)
+    source = loaded.base_digest if recipe is None else None
+    manifest = write_sketch(loaded.model, loaded.tokenizer, recipe, layers, whole, source_digest=source)
     whole.rename(out)
     sync_folder(out.parent)
     shutil.rmtree(part, ignore_errors=True)
@@ -204,13 +212,14 @@ def _recipe(loaded: LoadedModel, request: SketchRequest, windows: torch.Tensor) 
     )
 
 
-def _check_recipe(file: Path, recipe: SketchRecipe, out: Path) -> None:
+def _check_begun(file: Path, build: BuildInProgress, out: Path) -> None:
     """A build that was killed goes on only with what it began with."""
-    said = to_json(recipe) + "\n"
+    said = to_json(build) + "\n"
     if file.exists() and file.read_text(encoding="utf-8") != said:
         raise ConfigError(
-            f"{file.parent}: a build with other settings, another model or other text has begun there, and must be "
-            f"ended with those. Call that command again, remove the folder, or choose another --out than {str(out)!r}."
+            f"{file.parent}: a build with other settings, another model, other text, another model.dtype or another "
+            "kind of device has begun there, and must be ended with those. Call that command again, remove the "
+            f"folder, or choose another --out than {str(out)!r}."
         )
     replace_file(file, said, durable=True)
 

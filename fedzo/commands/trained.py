@@ -10,11 +10,14 @@ from fedzo.commands.run_folder import read_run, rebuild
 from fedzo.config.plugins import plugin_name
 from fedzo.config.travel import config_hash
 from fedzo.data.encode import encode_prompts
-from fedzo.errors import ConfigError
+from fedzo.errors import ConfigError, RunFolderError
 from fedzo.evaluate import evaluate
 from fedzo.fl.log_store import METRICS, RunLog
 from fedzo.models.checks import check_ids
 from fedzo.models.generate import generate
+from fedzo.models.load import LoadedModel
+from fedzo.models.saved import whole_folder
+from fedzo.models.sketched.folder import write_sketch
 from fedzo.models.sketched.layers import make_dense, tables_of
 from fedzo.models.sketched.table_file import write_tables
 from fedzo.records.decode import encode
@@ -63,6 +66,7 @@ def export_run(run_dir: Path, out: Path, *, rounds: int | None = None, form: str
 
     Raises:
         ConfigError: There is something at ``out``, or another form is asked of a run that trained no sketch.
+        RunFolderError: It cannot be written.
     """
     form = Form(form)
     if out.exists() and (form is Form.tables or not (out.is_dir() and not any(out.iterdir()))):
@@ -76,18 +80,32 @@ def export_run(run_dir: Path, out: Path, *, rounds: int | None = None, form: str
             f"--{form} must be given for a run that trained the tables of a sketch, got {str(run_dir)!r} with "
             f"trainer={plugin_name('trainer', rebuilt.process.peer.config.trainer)}. Leave it out."
         )
-    if save is not None:
-        save(out)
-        return out
     if form is Form.tables:
         write_tables(out, tables_of(loaded.model), base_digest=loaded.base_digest)
         return out
     if form is Form.dense:
         make_dense(loaded.model)
-    model: Any = loaded.model
-    model.save_pretrained(out)
-    loaded.tokenizer.save_pretrained(out)
+    try:
+        with whole_folder(out) as folder:
+            if save is not None:
+                save(folder)
+            else:
+                _save_model(loaded, folder)
+    except OSError as error:
+        raise RunFolderError(
+            f"OUT {str(out)!r}: it must be possible to write it, got {error.strerror!r}. Make room or choose another "
+            "folder; nothing was left there."
+        ) from error
     return out
+
+
+def _save_model(loaded: LoadedModel, folder: Path) -> None:
+    if loaded.is_sketch:
+        write_sketch(loaded.model, loaded.tokenizer, None, {}, folder, source_digest=loaded.base_digest)
+        return
+    model: Any = loaded.model
+    model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
 
 
 def evaluate_run(run_dir: Path, *, split: str) -> dict[str, Any]:

@@ -18,18 +18,19 @@ from fedzo.errors import ConfigError, Problem
 from fedzo.report.trackers import missing_libraries
 
 
-def load(overrides: Sequence[str]) -> LaunchConfig:
+def load(overrides: Sequence[str], *, trains: bool = True) -> LaunchConfig:
     """Compose, resolve and check one run.
 
     Args:
         overrides: Hydra overrides, such as ``["trainer=mezo", "fl.rounds=3"]``; ``model=`` also takes a hub name or
             a local folder.
+        trains: Whether a run may come of it. Otherwise what a trainer asks of the model plays no part.
 
     Raises:
         ConfigError: unknown keys and options, wrong types and broken rules, all of them in one message.
     """
     with session():
-        config, found = check(rewrite_model(overrides, option_names("model", overrides)))
+        config, found = check(rewrite_model(overrides, option_names("model", overrides)), trains=trains)
     if config is None or found:
         raise ConfigError(message([problem.text for problem in found]))
     return config
@@ -51,17 +52,17 @@ def checked(composed: DictConfig) -> LaunchConfig:
     return config
 
 
-def check(overrides: Sequence[str]) -> tuple[LaunchConfig | None, list[Problem]]:
+def check(overrides: Sequence[str], *, trains: bool = True) -> tuple[LaunchConfig | None, list[Problem]]:
     """The config, ``None`` if it cannot be composed, and its problems; needs a ``session``."""
     try:
         config = to_config(compose_run(overrides))
     except FAILURES as error:
-        return None, _all_problems(overrides, error)
-    config, found = _ruled(config)
+        return None, _all_problems(overrides, error, trains=trains)
+    config, found = _ruled(config, trains=trains)
     return config, [*respelled(overrides), *found]
 
 
-def _ruled(config: LaunchConfig) -> tuple[LaunchConfig, list[Problem]]:
+def _ruled(config: LaunchConfig, *, trains: bool = True) -> tuple[LaunchConfig, list[Problem]]:
     """The config with what was left to the trainer, and its broken rules."""
     missing, unread = missing_files(config), []
     if config.inputs.artifact is not None and not any(each.key == "inputs.artifact" for each in missing):
@@ -70,15 +71,20 @@ def _ruled(config: LaunchConfig) -> tuple[LaunchConfig, list[Problem]]:
             config = replace(config, trainer=recipe)
         except ConfigError as error:
             unread = [Problem("inputs.artifact", str(error))]
-    return filled(config), [*launch_problems(config), *missing, *missing_libraries(config.trackers), *unread]
+    return filled(config), [
+        *launch_problems(config, trains=trains),
+        *missing,
+        *missing_libraries(config.trackers),
+        *unread,
+    ]
 
 
-def _all_problems(overrides: Sequence[str], first: Exception) -> list[Problem]:
+def _all_problems(overrides: Sequence[str], first: Exception, *, trains: bool) -> list[Problem]:
     """Hydra stops at its first problem: look at every override alone, then at the rules with those that are left."""
     kept, found = diagnose(overrides)
     try:
         config = to_config(compose_run(kept))
-        rest = _ruled(config)[1]
+        rest = _ruled(config, trains=trains)[1]
     except FAILURES as error:
         rest = [Problem("", reason(error))]
     # What reads a setting that was refused just now would report the default in its place.

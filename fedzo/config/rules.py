@@ -31,10 +31,10 @@ MOST_ROWS, MOST_SCALARS = 1 << 16, 1 << 20
 """Rows of a step, and scalars of a client in a round: what a configuration from elsewhere may ask memory for."""
 
 
-def launch_problems(config: LaunchConfig) -> list[Problem]:
-    """Every broken rule that shows in a command line alone, on any machine."""
+def launch_problems(config: LaunchConfig, *, trains: bool = True) -> list[Problem]:
+    """Every broken rule that shows in a command line alone, on any machine; without ``trains``, of a model's use."""
     return [
-        *site_problems(config, config),
+        *site_problems(config, config, trains=trains),
         *([] if config.runtime.traits.has_sites else rows_problems(config, config)),
         *([] if config.runtime.traits.has_sites else stage_problems(config, config)),
         *run_problems(config),
@@ -44,14 +44,15 @@ def launch_problems(config: LaunchConfig) -> list[Problem]:
     ]
 
 
-def site_problems(site: SiteConfig, run: RunSettings) -> Iterator[Problem]:
-    """Broken rules on how one machine takes part in a run."""
+def site_problems(site: SiteConfig, run: RunSettings, *, trains: bool = True) -> Iterator[Problem]:
+    """Broken rules on how one machine takes part in a run; ``trains``: and on what it can train of its model."""
     yield from _machine(site)
     yield from _model(site, run)
     yield from broken_rules(site.rewriter, run)
-    yield from traits.dtype_problems(site, run)
-    yield from traits.quantization_problems(site, run)
-    yield from traits.compile_problems(site, run)
+    if trains:
+        yield from traits.dtype_problems(site, run)
+        yield from traits.quantization_problems(site, run)
+        yield from traits.compile_problems(site, run)
 
 
 def site_file_problems(site: SiteFile) -> Iterator[Problem]:

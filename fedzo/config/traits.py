@@ -10,6 +10,7 @@ from fedzo.data.config import TaskKind
 from fedzo.errors import Problem, problem
 from fedzo.fl.config import Aggregation, Seeds, Weighting
 from fedzo.models.config import DType, Quantization
+from fedzo.trainers import named_with
 from fedzo.zo.estimator import ZerothOrderConfig
 
 # --- of the site: how this machine holds and runs the model
@@ -77,7 +78,8 @@ def format_problems(config: RunSettings, *, is_sketch: bool, name: str) -> Itera
     traits, trainer = config.trainer.traits, plugin_name("trainer", config.trainer)
     if is_sketch and traits.cannot_train_sketch:
         rule = f"be one for sketches, since {name!r} is one: {traits.cannot_train_sketch}"
-        yield problem("trainer", rule, trainer, "Write trainer=tables, or name the dense model.")
+        of_sketches = named_with(lambda able: bool(able.cannot_train_dense and not able.cannot_train_sketch))
+        yield problem("trainer", rule, trainer, f"Write {', '.join([*of_sketches, 'or name'])} the dense model.")
     if not is_sketch and traits.cannot_train_dense:
         rule = f"be one for dense models, since {name!r} is one: {traits.cannot_train_dense}"
         remedy = f"Make a sketch with `fedzo sketch --out FOLDER model={name}` and name that folder."

@@ -25,6 +25,7 @@ from fedzo.data.embedded import package_dir
 from fedzo.errors import ConfigError
 from fedzo.models.config import ModelConfig, Quantization
 from fedzo.models.digest import file_digest
+from fedzo.models.saved import disk_errors
 from fedzo.sketch import SketchLinear
 
 logger = logging.getLogger(__name__)
@@ -266,7 +267,7 @@ def without_progress_bars() -> Iterator[None]:
 
 def _convert(gguf: Path, folder: Path) -> None:
     try:
-        with without_progress_bars():
+        with without_progress_bars(), disk_errors():
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             model = read_gguf(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
             model.save_pretrained(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from fedzo.records.fields import Count, Hash, Length, Magnitude, Name, Within
+from fedzo.records.fields import Count, Hash, Length, Magnitude, Name, OmitDefault, Within
 
 VERSION = 1
 _MOST_TENSORS = 1 << 20
@@ -28,7 +28,7 @@ class SketchedLayer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """A tensor of the safetensors files; ``dtype`` as these write it."""
+    """A tensor of the safetensors files; ``dtype`` as these write it. Its bytes follow from it and from ``shape``."""
 
     dtype: Name
     shape: Annotated[tuple[Count, ...], Length(0, 64)]
@@ -37,7 +37,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SketchRecipe:
-    """What a sketch depends on, to its last bit; ``SketchSettings`` has the meaning of the settings.
+    """What a sketch was made of; ``SketchSettings`` has the meaning of the settings.
 
     Attributes:
         source: What the dense model was called.
@@ -64,15 +64,32 @@ class SketchRecipe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BuildInProgress:
+    """What the finished layers of a build depend on, to their last bit.
+
+    Attributes:
+        recipe: What the sketch is made of.
+        dtype: In which the dense model is held while it is sketched.
+        device: Kind of the device on which it is.
+    """
+
+    recipe: SketchRecipe
+    dtype: Name
+    device: Name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SketchManifest:
     """All of ``sketch.json``.
 
     Attributes:
         version: Of this record.
         fedzo: Version that wrote it.
-        recipe: What it was made of; None where it came in another layout.
+        recipe: What it was made of; None where it came in another layout, or its tables were trained.
         layers: How well each layer was sketched, by name; empty where that is not known.
         tensors: What the safetensors files hold.
+        source_digest: Without a recipe, SHA-256 of the model that was read: the dense one of an import, or the sketch
+            whose tables were trained. None in older folders.
     """
 
     version: Annotated[int, Within(VERSION, VERSION)] = VERSION
@@ -80,3 +97,4 @@ class SketchManifest:
     recipe: SketchRecipe | None
     layers: Annotated[dict[LayerName, SketchedLayer], Length(0, _MOST_TENSORS)]
     tensors: Annotated[dict[LayerName, StoredTensor], Length(1, _MOST_TENSORS)]
+    source_digest: Annotated[Hash | None, OmitDefault()] = None

@@ -22,6 +22,7 @@ from transformers import (
     OPTConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen3Config,
     RwkvConfig,
 )
@@ -62,6 +63,11 @@ def _opt(**common: Any) -> PreTrainedConfig:
 
 def _qwen3(**common: Any) -> PreTrainedConfig:
     return Qwen3Config(**_SHAPE, head_dim=8, tie_word_embeddings=False, **common)
+
+
+def _qwen2(**common: Any) -> PreTrainedConfig:
+    """With biases at query, key and value alone."""
+    return Qwen2Config(**_SHAPE, tie_word_embeddings=True, **common)
 
 
 def _gemma2(**common: Any) -> PreTrainedConfig:
@@ -106,6 +112,9 @@ def _rwkv(**common: Any) -> PreTrainedConfig:
     return RwkvConfig(hidden_size=32, num_hidden_layers=7, rescale_every=6, **common)
 
 
+_SKETCHED: dict[str, Callable[..., PreTrainedConfig]] = {**_CONFIGS, "qwen2": _qwen2}
+SKETCHED = tuple(_SKETCHED)
+"""Families that ``fedzo sketch`` is tested with."""
 _WITHOUT_ATTENTION: dict[str, Callable[..., PreTrainedConfig]] = {"mamba": _mamba, "mamba2": _mamba2, "rwkv": _rwkv}
 WITHOUT_ATTENTION = tuple(_WITHOUT_ATTENTION)
 
@@ -113,13 +122,13 @@ WITHOUT_ATTENTION = tuple(_WITHOUT_ATTENTION)
 def tiny_model(
     family: str = "llama", *, vocab_size: int = 512, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> Any:
-    """A random model of one of ``FAMILIES`` or ``WITHOUT_ATTENTION``; the global generator is left alone.
+    """A random model of one of ``SKETCHED`` or ``WITHOUT_ATTENTION``; the global generator is left alone.
 
     ``llama`` has 34,976 parameters.
     """
     tokenizer = byte_tokenizer()
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = {**_CONFIGS, **_WITHOUT_ATTENTION}[family](vocab_size=vocab_size, **ids)
+    config = {**_SKETCHED, **_WITHOUT_ATTENTION}[family](vocab_size=vocab_size, **ids)
     return tiny_model_from(config, seed=seed, dtype=dtype)
 
 

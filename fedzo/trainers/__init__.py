@@ -10,6 +10,7 @@ from fedzo.trainers.base import (
     TrainerConfig,
     TrainerTraits,
     Workplace,
+    named_with,
 )
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "adapters",
     "meerkat",
     "mezo",
+    "named_with",
     "tables",
 ]

@@ -33,6 +33,7 @@ class TrainerTraits:
         cannot_train_dense: Why it cannot train a model of dense layers, as half a sentence; empty where it can.
         cannot_train_sketch: Why it cannot train a sketch (``fedzo.models.sketched``), in the same way.
         gradient: Whether ``prepare`` can find a gradient of the trained values, for GradIP.
+        gradient_setting: Which of its settings makes it find one, if one must.
     """
 
     trains_base_weights: bool = True
@@ -41,6 +42,7 @@ class TrainerTraits:
     cannot_train_dense: str = ""
     cannot_train_sketch: str = ""
     gradient: bool = False
+    gradient_setting: str = ""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -167,3 +169,9 @@ class Trainer(Protocol):
 
 TRAINERS: Registry[Trainer] = Registry("trainer", base=TrainerConfig)
 """Factories ``(config) -> Trainer``."""
+
+
+def named_with(able: Callable[[TrainerTraits], bool]) -> dict[str, TrainerTraits]:
+    """The registered trainers whose traits, by their default settings, are such; by ``trainer=NAME``, for messages."""
+    known = {f"trainer={name}": config_class().traits for name, config_class in TRAINERS}
+    return {name: traits for name, traits in known.items() if able(traits)}

@@ -69,6 +69,7 @@ class MeerkatConfig(CalibratedConfig):
     def traits(self) -> TrainerTraits:
         return TrainerTraits(
             gradient=self.selector is Selector.sensitivity,
+            gradient_setting=f"trainer.selector={Selector.sensitivity}",
             cannot_train_sketch="its mask picks from dense weights, of which a sketch has none left",
         )
 

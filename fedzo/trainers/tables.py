@@ -52,6 +52,7 @@ class TablesConfig(CalibratedConfig):
             trains_base_weights=False,
             cannot_train_dense="it has no tables",
             gradient=self.gradient,
+            gradient_setting="trainer.gradient=true",
         )
 
     def input_problems(self, inputs: InputsConfig, run: RunSettings) -> Iterator[Problem]:

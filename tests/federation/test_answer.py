@@ -14,7 +14,7 @@ from fedzo.data.encode import encode_prompts
 from fedzo.models.config import ModelConfig
 from fedzo.models.generate import generate
 from fedzo.models.load import LoadedModel, load_model
-from fedzo.models.sketched.layers import tables_of
+from fedzo.models.sketched.layers import sketched_layers, tables_of
 from fedzo.models.sketched.table_file import write_tables
 from fedzo.testing.tiny_models import save_tiny_model, save_tiny_sketch
 
@@ -79,7 +79,10 @@ def test_a_dense_model_answers_rows_without_tables(tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"prompt": "x", "tables": "c"}, r"rows\.jsonl.*'tables' must name a file of --tables \(a, b\), got 'c'"),
+        (
+            {"prompt": "x", "tables": "c"},
+            r"rows\.jsonl.*'tables' must name a file of --tables \(a, b\), got 'c'\. Give its file with",
+        ),
         ({"prompt": "", "tables": "a"}, r"rows\.jsonl.*column 'prompt' must hold text, got ''"),
         ({"tables": "a"}, r"column 'prompt' must hold text, got None"),
     ],
@@ -92,6 +95,39 @@ def test_rows_that_cannot_be_answered_are_named(
     assert main(ask(served)) == 2
 
     assert re.search(expected, capsys.readouterr().err)
+
+
+def test_prompts_that_are_not_there_are_named_by_their_option(served: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (served / "rows.jsonl").unlink()
+
+    assert main(ask(served)) == 2
+
+    assert re.search(
+        r"--prompts must name a file, got no such file at '.*rows\.jsonl'\. Check the path\.", capsys.readouterr().err
+    )
+
+
+def test_a_sketched_layer_that_sees_chosen_tokens_is_one_message(
+    served: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As experts do that a router gives tokens."""
+
+    def routed(config: ModelConfig) -> LoadedModel:
+        loaded = load_model(config)
+        next(iter(sketched_layers(loaded.model).values())).register_forward_pre_hook(
+            lambda _, args: (args[0].reshape(-1, args[0].shape[-1])[1:],)
+        )
+        return loaded
+
+    monkeypatch.setattr("fedzo.commands.answer.load_model", routed)
+    rows = [{"prompt": "the cat", "tables": name} for name in "ab"]
+    (served / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(ask(served)) == 2
+
+    said = capsys.readouterr().err
+    assert re.search(r"--tables: each sketched layer of '.*' must see all rows of a batch, but an input of shape", said)
+    assert "Export each user's sketch by `fedzo export RUN OUT`" in said
+    assert "Traceback" not in said
 
 
 def test_tables_need_their_own_sketch(served: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

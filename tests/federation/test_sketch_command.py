@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from fedzo.cli import main
-from fedzo.commands import sketch as command
 from fedzo.models.config import ModelConfig
 from fedzo.models.load import load_model
 from fedzo.models.sketched.folder import read_manifest
@@ -103,21 +101,21 @@ def test_a_killed_build_goes_on_to_the_same_bytes(ask: list[str], tmp_path: Path
 
 
 def test_a_build_goes_on_only_with_what_it_began_with(
-    ask: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ask: list[str],
+    no_room: Callable[[], AbstractContextManager[None]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patched:
-        patched.setattr(command, "write_sketch", full)
+    with no_room():
         assert main(ask) == 1
     said = capsys.readouterr().err
-    assert "sk4: it must be possible to write it, got 'No space left on device'" in said
+    assert "sk4: it must be possible to write it, got 'File too large'" in said
     assert "call the same command again: it goes on with what is in sk4.part" in said
     assert not (tmp_path / "sk4").exists()
 
-    assert main([*ask, "--bits", "2"]) == 2
-    assert "a build with other settings, another model or other text has begun there" in capsys.readouterr().err
+    for other in (["--bits", "2"], ["model.dtype=bfloat16"]):
+        assert main([*ask, *other]) == 2
+        assert "another model, other text, another model.dtype or another kind of" in capsys.readouterr().err
     with folder_of_one_process(tmp_path / "sk4.part"):
         assert main(ask) == 1
     assert "sk4.part" in capsys.readouterr().err
@@ -136,7 +134,9 @@ def test_a_build_goes_on_only_with_what_it_began_with(
         (["--skip", "nothing"], "--skip must name linear layers (down_proj"),
         (["--calibration", "absent.txt"], "--calibration must name a file, got no such file at 'absent.txt'"),
         (["--text", "absent.txt"], "--text must name a file, got no such file at 'absent.txt'"),
+        (["model.quantization=nf4"], "model.quantization must be none for a sketch"),
         (["model.quantization=nf4", "trainer=lora"], "model.quantization must be none for a sketch"),
+        (["--out", "nope/.."], "--out must end with the name of a new folder, got 'nope/..'. Write its name."),
         (["--damping", "nan"], "damping must be >= 0 and finite, got nan"),
     ],
 )
@@ -187,12 +187,39 @@ def test_the_recipe_is_json_that_people_can_read(ask: list[str], tmp_path: Path)
     assert set(said["layers"]["model.layers.0.mlp.up_proj"]) == {"relative_error", "num_unused"}
 
 
+def test_a_link_in_the_folders_place_is_refused_before_any_work(
+    ask: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sk4").symlink_to("nowhere")
+
+    assert main(ask) == 2
+
+    assert "sk4' must not exist, but does" in capsys.readouterr().err
+    assert not (tmp_path / "sk4.part").exists()
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--bits=3", "--groups-per-row=2", "--skip=o_proj", "--text=f", "--windows=3", "--tokens=9", "--damping=1"],
+)
+@pytest.mark.parametrize("source", [["--import", "f", "--out", "d"], ["--export", "f"]])
+def test_options_of_a_build_are_refused_where_nothing_is_built(
+    source: list[str], option: str, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sketch", *source, option, f"model={tiny_model_dir}"]) == 2
+
+    name = option.partition("=")[0]
+    assert f"must be given without options of a build, got {name}: the file and" in capsys.readouterr().err
+
+
 def test_a_sketch_goes_to_leanquants_layout_and_back(
     ask: list[str], tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     layout, again = tmp_path / "layout.safetensors", tmp_path / "again"
     assert main(ask) == 0
 
+    assert main(["sketch", "--export", str(tmp_path / "absent" / "f"), f"model={tmp_path / 'sk4'}"]) == 1
+    assert "'No such file or directory'. Make room or choose another place." in capsys.readouterr().err
     assert main(["sketch", "--export", str(layout), f"model={tmp_path / 'sk4'}"]) == 0
     begun = tmp_path / "begun.part"
     begun.mkdir()
@@ -203,6 +230,9 @@ def test_a_sketch_goes_to_leanquants_layout_and_back(
 
     assert "layout.safetensors: 14 layers" in capsys.readouterr().out
     assert (again / "model.safetensors").read_bytes() == (tmp_path / "sk4" / "model.safetensors").read_bytes()
+    dense = load_model(ModelConfig(name=str(tiny_model_dir)))
+    assert read_manifest(again / "sketch.json").source_digest == dense.base_digest
+    assert "source_digest" not in json.loads((tmp_path / "sk4" / "sketch.json").read_text())
     assert load_model(ModelConfig(name=str(again))).base_digest == load_model(ModelConfig(name=ask[2])).base_digest
     assert main(["sketch", "--import", str(layout), f"model={tiny_model_dir}"]) == 2
     assert "needs --out DIR with --calibration FILE or with --import FILE" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from fedzo.config.load import load
 from fedzo.errors import ConfigError, FedzoError
 from fedzo.models.config import ModelConfig
 from fedzo.models.load import load_model
+from fedzo.models.sketched.folder import read_manifest
 from fedzo.models.sketched.layers import tables_of
 from fedzo.models.sketched.table_file import read_tables
 from fedzo.run import apps
@@ -211,6 +213,7 @@ def test_export_writes_a_sketch_its_tables_or_a_dense_model(moved: Path, tmp_pat
     assert not [name for name in load_file(out["dense"] / "model.safetensors") if "codes" in name or "tables" in name]
     # the file's tables in the base are the exported sketch
     loaded = load_model(ModelConfig(name=str(tiny_sketch_dir)), device="cpu")
+    assert read_manifest(out["sketch"] / "sketch.json").source_digest == loaded.base_digest
     for name, table in read_tables(out["tables"], loaded).items():
         assert torch.equal(table, stored[name])
         tables_of(loaded.model)[name].data.copy_(table)
@@ -223,6 +226,49 @@ def test_export_writes_a_sketch_its_tables_or_a_dense_model(moved: Path, tmp_pat
     for other in (other_codes(tmp_path / "other"), out["sketch"]):
         with pytest.raises(ConfigError, match="got tables of another"):
             read_tables(out["tables"], load_model(ModelConfig(name=str(other)), device="cpu"))
+
+
+@pytest.mark.parametrize("form", [[], ["--dense"]])
+@pytest.mark.parametrize("out_is_there", [False, True])
+def test_an_export_is_whole_or_not_there(
+    form: list[str],
+    out_is_there: bool,
+    moved: Path,
+    no_room: Callable[[], AbstractContextManager[None]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "place" / "out"
+    (out if out_is_there else out.parent).mkdir(parents=True)
+    before = out.stat().st_ino if out_is_there else None
+    with no_room():
+        assert main(["export", str(moved), str(out), *form]) == 1
+    said = capsys.readouterr().err
+    assert "out': it must be possible to write it, got 'File too large'. Make room or choose" in said
+    assert "Traceback" not in said
+    assert [each.name for each in out.parent.iterdir()] == (["out"] if out_is_there else [])
+    assert not (out_is_there and list(out.iterdir()))
+
+    assert main(["export", str(moved), str(out), *form]) == 0
+
+    assert [each.name for each in out.parent.iterdir()] == ["out"]
+    assert before in (None, out.stat().st_ino)
+    names = {each.name for each in out.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert ("sketch.json" in names) == (not form)
+    load_model(ModelConfig(name=str(out)))
+
+
+def test_an_exported_sketch_whose_codes_were_swapped_is_refused(moved: Path, tmp_path: Path) -> None:
+    assert main(["export", str(moved), str(tmp_path / "sketch")]) == 0
+    file = tmp_path / "sketch" / "model.safetensors"
+    stored = load_file(file)
+    one, other = (f"model.layers.{i}.mlp.up_proj.codes" for i in (0, 1))
+    stored[one], stored[other] = stored[other], stored[one]
+    save_file(stored, file, metadata={"format": "pt"})
+
+    with pytest.raises(ConfigError, match=r"must have the SHA-256 that sketch\.json names"):
+        load_model(ModelConfig(name=str(tmp_path / "sketch")))
 
 
 def test_a_run_goes_on_from_an_exported_sketch(moved: Path, run: Run, tmp_path: Path) -> None:

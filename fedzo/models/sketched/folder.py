@@ -6,30 +6,37 @@ taken. A folder without it is one that ``save_pretrained`` wrote.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import fedzo
 from fedzo.errors import ConfigError
 from fedzo.models.digest import Entry, stored_entries
+from fedzo.models.saved import disk_errors, sync_files
 from fedzo.models.sketched.layers import dense_layers, sketched_layers
 from fedzo.models.sketched.registry import SketchFormat, mark_as_sketch
 from fedzo.models.source import without_progress_bars
 from fedzo.records.decode import decode_json, to_json
-from fedzo.records.folder import replace_file, sync_folder
+from fedzo.records.folder import replace_file
 from fedzo.records.sketch import SketchedLayer, SketchManifest, SketchRecipe, StoredTensor
 
 MANIFEST = "sketch.json"
 
 
 def write_sketch(
-    model: Any, tokenizer: Any, recipe: SketchRecipe | None, layers: dict[str, SketchedLayer], folder: Path
+    model: Any,
+    tokenizer: Any,
+    recipe: SketchRecipe | None,
+    layers: dict[str, SketchedLayer],
+    folder: Path,
+    *,
+    source_digest: str | None = None,
 ) -> SketchManifest:
-    """Write a model that was just sketched, and flush all of it to the disk.
+    """Write a sketch, and flush all of it to the disk.
 
     A tensor is written in 16 bits where no number of it changes: tables that were just built, and what stays dense of a
-    model that came in 16 bits. ``recipe`` and ``layers`` are None and empty where the sketch came from elsewhere.
+    model that came in 16 bits. ``recipe`` and ``layers`` are None and empty where the sketch came from elsewhere, or
+    its tables were trained; then ``source_digest`` says of what.
 
     Raises:
         OSError: It cannot be written.
@@ -37,19 +44,18 @@ def write_sketch(
     first = next(iter(sketched_layers(model).values()))
     form = SketchFormat(first.bits, first.groups_per_row, sorted(dense_layers(model)))
     mark_as_sketch(model, form)
-    with without_progress_bars():
+    with without_progress_bars(), disk_errors():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     tensors = {
         name: StoredTensor(dtype=dtype, shape=shape, sha256=digest)
         for name, dtype, shape, digest in stored_entries(sorted(folder.glob("*.safetensors"))).values()
     }
-    manifest = SketchManifest(fedzo=fedzo.__version__, recipe=recipe, layers=layers, tensors=tensors)
+    manifest = SketchManifest(
+        fedzo=fedzo.__version__, recipe=recipe, layers=layers, tensors=tensors, source_digest=source_digest
+    )
     replace_file(folder / MANIFEST, to_json(manifest) + "\n", durable=True)
-    for file in folder.iterdir():
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
-    sync_folder(folder)
+    sync_files(folder)
     return manifest
 
 

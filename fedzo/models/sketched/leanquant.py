@@ -82,11 +82,14 @@ def put_layout(model: Any, file: Path) -> None:
         codes = torch.stack([halves >> 4, halves & 15], dim=-1).view(rows, -1)
         if int(codes.max()) >= values:
             raise ConfigError(f"{where}: codes must be below {values}, got {int(codes.max())}. Copy the file again.")
+        if not bool(table.float().isfinite().all()):
+            raise ConfigError(f"{where}: its table must be finite, got NaN or infinity. Copy the file again.")
         kinds.add((values.bit_length() - 1, groups))
         _put(model, name, codes, table)
     if len(kinds) != 1:
         raise ConfigError(
-            f"--import: {file.name}: all layers must have the same bits and groups, got {sorted(kinds) or 'no layer'}."
+            f"--import: {file.name}: all layers must have the same bits and groups, got {sorted(kinds) or 'no layer'}. "
+            "Give a file of one sketch."
         )
 
 
@@ -122,6 +125,7 @@ def _read(file: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     missing = sorted({f"{name}.{part}" for name in names for part in ("table", "codes")} - tensors.keys())
     if missing:
         raise ConfigError(
-            f"--import: {file.name}: each layer must have a table and codes, but {missing[0]!r} is not there."
+            f"--import: {file.name}: each layer must have a table and codes, but {missing[0]!r} is not there. "
+            "Make the file again, with both."
         )
     return {name: (tensors[f"{name}.table"], tensors[f"{name}.codes"]) for name in sorted(names)}

@@ -6,12 +6,13 @@ in the place of linear layers before it reads their codes and tables; no code of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from fedzo.errors import ConfigError, printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,18 +29,39 @@ class SketchFormat(QuantizationConfigMixin):
         bits: Of a code.
         groups_per_row: Tables a row.
         modules_to_not_convert: Full names of the linear layers that are dense.
+
+    Raises:
+        ConfigError: One is missing or cannot be, or there is something beside them.
     """
 
     def __init__(
         self,
-        bits: int,
-        groups_per_row: int = 1,
-        modules_to_not_convert: Sequence[str] = (),
+        bits: Any = None,
+        groups_per_row: Any = None,
+        modules_to_not_convert: Any = None,
         quant_method: str = METHOD,
+        **others: object,
     ) -> None:
+        names = modules_to_not_convert
+        if type(bits) is not int or not 2 <= bits <= 4:
+            raise _wrong("bits must be 2, 3 or 4", bits)
+        if type(groups_per_row) is not int or groups_per_row < 1:
+            raise _wrong("groups_per_row must be a whole number from 1 on", groups_per_row)
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise _wrong("modules_to_not_convert must be a list of names of layers", names)
+        if others:
+            raise _wrong("there must be no other settings", sorted(others))
         self.quant_method: Any = quant_method
         self.bits, self.groups_per_row = bits, groups_per_row
-        self.modules_to_not_convert = list(modules_to_not_convert)
+        self.modules_to_not_convert = list(names)
+
+
+def _wrong(rule: str, got: object) -> ConfigError:
+    shown = printable(repr(got), most=100)
+    return ConfigError(
+        f"quantization_config of a sketch: {rule}, got {shown}. Copy the folder's config.json again, or build the "
+        "sketch anew."
+    )
 
 
 @register_quantizer(METHOD)

@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from fedzo.errors import ConfigError
 from fedzo.models.sketched.layers import dense_layers
@@ -177,7 +178,10 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
 def _capture(
     model: nn.Module, blocks: list[nn.Module], ids: torch.Tensor, *, first_only: bool
 ) -> tuple[torch.Tensor, list[Call], torch.Tensor]:
-    """The states before the first block, how each block is called, and the states after the last."""
+    """The states before the first block, how each block is called, and the states after the last.
+
+    The forward ends where the LM head begins: logits of a whole batch can outweigh all the rest.
+    """
     before: list[torch.Tensor] = []
     calls: list[Call] = []
     after: list[torch.Tensor] = []
@@ -195,15 +199,22 @@ def _capture(
     def done(_: nn.Module, args: Any, out: Any) -> None:
         after.append(out[0] if isinstance(out, tuple) else out)
 
+    def end(*_: Any) -> None:
+        raise _Reached
+
     hooks = [block.register_forward_pre_hook(called, with_kwargs=True) for block in blocks]
     hooks.append(blocks[-1].register_forward_hook(done))
+    whole: Any = model
+    if isinstance(model, PreTrainedModel) and isinstance(head := whole.get_output_embeddings(), nn.Module):
+        hooks.append(head.register_forward_pre_hook(end))
     try:
-        model(input_ids=ids)
-    except _Reached:
-        return before[0], calls, before[0]
+        with suppress(_Reached):
+            model(input_ids=ids)
     finally:
         for hook in hooks:
             hook.remove()
+    if first_only:
+        return before[0], calls, before[0]
     if len(calls) != len(blocks):
         raise ConfigError(
             f"sketch: each block of a {type(model).__name__} must run once a forward, but {len(calls)} calls reached "

@@ -165,26 +165,31 @@ def test_beside_a_sketch_are_the_forwards_of_the_dense_model_that_it_decodes_to(
     assert {name: model.get_submodule(name) for name in layers} == layers
 
 
-def test_the_peak_of_the_dense_twin_holds_no_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load([f"model={save_tiny_sketch(tmp_path)}", "trainer=prompt", "device=cpu"])
+@pytest.mark.parametrize("trainer", ["prompt", "tables"])
+def test_forwards_of_a_sketch_and_of_its_dense_twin_are_weighed_without_a_space_and_without_codes(
+    trainer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load([f"model={save_tiny_sketch(tmp_path)}", f"trainer={trainer}", "device=cpu"])
     layers: list[weakref.ref[torch.nn.Module]] = []
-    held: list[int] = []
+    spaces: list[weakref.ref[Any]] = []
+    held: list[tuple[int, int]] = []
 
     def opened(*args: Any, **options: Any) -> Bench:
         bench = open_bench(*args, **options)
         layers[:] = [weakref.ref(each) for each in bench.loaded.model.modules() if isinstance(each, SketchLinear)]
+        spaces[:] = [weakref.ref(bench.space)]
         return bench
 
     def measure(work: Callable[[], object], device: torch.device) -> int:
         work()
-        held.append(sum(layer() is not None for layer in layers))
+        held.append((sum(layer() is not None for layer in layers), sum(space() is not None for space in spaces)))
         return resident_bytes()
 
     monkeypatch.setattr("fedzo.bench.step.open_bench", opened)
     monkeypatch.setattr("fedzo.bench.step.measure_peak_bytes", measure)
-    peaks = [peak_bytes(config, name, shape=None, rows=2, tokens=4) for name in (BARE, DENSE)]
+    peaks = [peak_bytes(config, name, shape=None, rows=2, tokens=4) for name in (BARE, DENSE, OURS)]
 
-    assert held == [14, 0]
+    assert held == [(14, 0), (0, 0), (14, 1)]
     assert None not in peaks
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,14 @@ import torch
 from fedzo.config.load import load
 from fedzo.config.rules import launch_problems
 from fedzo.config.schema import LaunchConfig
+from fedzo.config.traits import format_problems
 from fedzo.config.travel import from_json, to_json
 from fedzo.errors import ConfigError
 from fedzo.fl.server.step_policy.statistics import Statistic
 from fedzo.fl.server.step_policy.vpcs import Combine, VpcsConfig, VpcsTest
 from fedzo.masks.mask import Mask
 from fedzo.masks.mask_file import save_mask
+from fedzo.trainers import TRAINERS, TrainerConfig, TrainerTraits
 
 
 def complaint(*overrides: str) -> str:
@@ -67,8 +70,26 @@ def test_gradip_asks_for_a_trainer_that_can_have_a_gradient(trainer: str) -> Non
     assert (
         "step_policy.statistic must be abs_g for a trainer that has no gradient to compare with, got 'gradip'." in text
     )
-    assert "trainer.selector=sensitivity" in text
+    remedy = "Use trainer=meerkat with trainer.selector=sensitivity, trainer=tables with trainer.gradient=true, or step"
+    assert remedy in text
     load(["step_policy=vpcs", *chosen])
+
+
+@dataclass(kw_only=True, slots=True)
+class OtherConfig(TrainerConfig):
+    @property
+    def traits(self) -> TrainerTraits:
+        return TrainerTraits(gradient=True, cannot_train_dense="it has no tables")
+
+
+def test_messages_name_a_plugins_trainer_by_its_traits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TRAINERS._configs, "other", OtherConfig)
+
+    text = complaint("step_policy=vpcs", "step_policy.statistic=gradip", "trainer=lora")
+    (refused,) = format_problems(load(["trainer=lora"]), is_sketch=True, name="sk")
+
+    assert "trainer=other, trainer=tables with trainer.gradient=true, or step_policy.statistic=abs_g." in text
+    assert refused.text.endswith("Write trainer=other, trainer=tables, or name the dense model.")
 
 
 @pytest.mark.parametrize("selector", ["sensitivity", "random"])

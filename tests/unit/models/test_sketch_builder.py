@@ -18,7 +18,7 @@ from fedzo.models.sketched.builder import layers_to_sketch, left_dense, sketch_m
 from fedzo.models.sketched.layers import dense_layers, sketched_layers, weight_of
 from fedzo.models.sketched.walk import start_walk
 from fedzo.sketch import SketchLinear, SketchSettings, decode, sketch_matrix
-from fedzo.testing.tiny_models import FAMILIES, tiny_model, tiny_model_from, tiny_sketch
+from fedzo.testing.tiny_models import SKETCHED, tiny_model, tiny_model_from, tiny_sketch
 
 WINDOWS = [torch.randint(3, 500, (24,), generator=torch.Generator().manual_seed(i)) for i in range(6)]
 STAGES = {
@@ -29,14 +29,24 @@ STAGES = {
         ["mlp.down_proj"],
     ],
     "opt": [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.out_proj"], ["fc1"], ["fc2"]],
+    "qwen2": [
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        ["self_attn.o_proj"],
+        ["mlp.gate_proj", "mlp.up_proj"],
+        ["mlp.down_proj"],
+    ],
     "gpt2": [["attn.c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"]],
 }
-PREFIX = {"llama": "model.layers", "opt": "model.decoder.layers", "gpt2": "transformer.h"}
+PREFIX = {"llama": "model.layers", "qwen2": "model.layers", "opt": "model.decoder.layers", "gpt2": "transformer.h"}
 
 
 def without_cache(family: str) -> Any:
-    model = tiny_model(family)
+    """With biases of Qwen2 that are not zero."""
+    model, generator = tiny_model(family), torch.Generator().manual_seed(0)
     model.config.use_cache = False
+    for layer in dense_layers(model).values() if family == "qwen2" else ():
+        if layer.bias is not None:
+            layer.bias.normal_(0, 0.1, generator=generator)
     return model
 
 
@@ -58,7 +68,7 @@ def hessian_of(model: nn.Module, name: str) -> torch.Tensor:
     return total / count
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+@pytest.mark.parametrize("family", STAGES)
 def test_each_stage_sees_what_the_sketched_layers_before_it_give(family: str, tmp_path: Path) -> None:
     model, twin, settings = without_cache(family), without_cache(family), SketchSettings(bits=3, groups_per_row=2)
 
@@ -77,7 +87,9 @@ def test_each_stage_sees_what_the_sketched_layers_before_it_give(family: str, tm
                 ours, theirs = (decode(of.codes, of.tables, torch.empty(shape)) for of in (built, sketch))
                 assert torch.equal(built.tables, sketch.tables.float()), name  # up to last bits of the Hessian
                 assert (ours != theirs).float().mean() < 5e-3, name
-                if family != "llama":
+                assert (built.bias is None) == (layer.bias is None)
+                if layer.bias is not None:
+                    assert family != "qwen2" or layer.bias.any()
                     assert torch.equal(built.bias, layer.bias)
 
 
@@ -94,7 +106,7 @@ def test_without_sequence_every_hessian_is_the_dense_models(tmp_path: Path) -> N
         assert (built.weight != theirs).float().mean() < 5e-3
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SKETCHED)
 def test_a_walk_gives_the_states_of_a_forward(family: str) -> None:
     model = without_cache(family)
     seen: list[torch.Tensor] = []
@@ -112,7 +124,18 @@ def test_a_walk_gives_the_states_of_a_forward(family: str) -> None:
     torch.testing.assert_close(torch.cat(walk.states), torch.cat(seen), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SKETCHED)
+def test_no_logits_are_made(family: str, tmp_path: Path) -> None:
+    model = without_cache(family)
+    positions: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda _, args, out: positions.append(out[..., 0].numel()))
+
+    sketch_model(model, WINDOWS, SketchSettings(), kept=tmp_path)
+
+    assert not positions
+
+
+@pytest.mark.parametrize("family", SKETCHED)
 def test_head_embeddings_and_norms_stay_and_the_rest_computes_alike(family: str, tmp_path: Path) -> None:
     model, dense = without_cache(family), without_cache(family)
 

@@ -22,12 +22,12 @@ from fedzo.models.config import ModelConfig
 from fedzo.models.load import load_model
 from fedzo.models.sketched.builder import sketch_model
 from fedzo.models.sketched.folder import read_manifest, write_sketch
-from fedzo.models.sketched.layers import sketched_layers
+from fedzo.models.sketched.layers import dense_layers, sketched_layers
 from fedzo.records.sketch import SketchRecipe
 from fedzo.sketch import SketchSettings, unpack
 from fedzo.testing.tiny_models import byte_tokenizer, save_tiny_sketch, tiny_model
 
-FAMILIES = ["llama", "opt", "gpt2", "qwen3"]
+FAMILIES = ["llama", "opt", "gpt2", "qwen2", "qwen3"]
 IDS = torch.arange(10, 40)[None]
 
 
@@ -53,6 +53,9 @@ def build(folder: Path, family: str = "llama", *, bits: int = 4, groups_per_row:
     """A sketch on the disk, and in memory as it was built."""
     model = tiny_model(family)
     model.config.use_cache = False
+    for layer in dense_layers(model).values():
+        if layer.bias is not None:
+            layer.bias.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
     windows = [torch.arange(24) + 7 * i for i in range(2)]
     settings = SketchSettings(bits=bits, groups_per_row=groups_per_row)
     layers = sketch_model(model, windows, settings, kept=folder.with_name("kept")).layers
@@ -264,14 +267,35 @@ def test_a_manifest_that_is_none_is_refused(text: str, folder: Path) -> None:
         load_model(ModelConfig(name=str(folder)))
 
 
-@pytest.mark.parametrize("bits", [1, 5, "4"])
-def test_a_config_of_other_bits_is_refused(bits: object, folder: Path) -> None:
+ABSENT = object()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        *(("bits", value, "bits must be 2, 3 or 4, got ") for value in (1, 5, "4", 4.0, True, None, ABSENT)),
+        *(
+            ("groups_per_row", value, "groups_per_row must be a whole number from 1 on, got ")
+            for value in (0, "2", 1.0, None, ABSENT)
+        ),
+        *(
+            ("modules_to_not_convert", value, "modules_to_not_convert must be a list of names of layers, got ")
+            for value in (5, "lm_head", [5], None, ABSENT)
+        ),
+        ("packing", "nibbles", "there must be no other settings, got ['packing']"),
+    ],
+)
+def test_a_config_of_no_sketch_is_refused(key: str, value: object, expected: str, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["bits"] = bits
+    config["quantization_config"].pop(key, None)
+    if value is not ABSENT:
+        config["quantization_config"][key] = value
     (folder / "config.json").write_text(json.dumps(config))
 
-    with pytest.raises(ConfigError, match="bits must be 2, 3 or 4"):
+    with pytest.raises(ConfigError, match=re.escape(f"quantization_config of a sketch: {expected}")) as refused:
         load_model(ModelConfig(name=str(folder)))
+
+    assert str(refused.value).endswith("Copy the folder's config.json again, or build the sketch anew.")
 
 
 def test_tiny_sketches_have_the_codes_of_their_layers(tmp_path: Path) -> None:

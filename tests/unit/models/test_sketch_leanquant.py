@@ -85,14 +85,19 @@ def _mix(tensors: Tensors) -> None:
     tensors[f"{NAME}.codes"][:] = 0x31
 
 
+def _poison(tensors: Tensors) -> None:
+    tensors[f"{NAME}.table"][3, 4] = float("nan")
+
+
 @pytest.mark.parametrize(
     ("edit", "expected"),
     [
+        (_poison, f"'{NAME}': its table must be finite, got NaN or infinity. Copy the file again."),
         (_rename, "'model.layers.9.mlp.down_proj' must be a dense linear layer of the model"),
         (_cut, "must have a table [32, groups, 4, 8 or 16] and codes uint8 [32, groups, 64 / groups / 2], got"),
         (_beyond, "codes must be below 8, got 12"),
-        (_lose, f"each layer must have a table and codes, but '{NAME}.table' is not there"),
-        (_mix, "all layers must have the same bits and groups, got [(3, 1), (4, 1)]"),
+        (_lose, f"each layer must have a table and codes, but '{NAME}.table' is not there. Make the file again"),
+        (_mix, "all layers must have the same bits and groups, got [(3, 1), (4, 1)]. Give a file of one sketch."),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused(edit: Callable[[Tensors], None], expected: str, tmp_path: Path) -> None:

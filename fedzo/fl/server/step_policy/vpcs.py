@@ -44,10 +44,23 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
-NO_GRADIENT = (
-    "step_policy.statistic=gradip must find a gradient at the server to compare with, but the trainer made none. Use "
-    "trainer=meerkat with a mask of trainer.selector=sensitivity, trainer=tables, or step_policy.statistic=abs_g."
-)
+
+
+def _remedy() -> str:
+    from fedzo.trainers import named_with  # which imports transformers, for no more than these words
+
+    able = named_with(lambda traits: traits.gradient)
+    use = [
+        f"{name} with {traits.gradient_setting}" if traits.gradient_setting else name for name, traits in able.items()
+    ]
+    return f"Use {', '.join([*use, 'or step_policy.statistic=abs_g'])}."
+
+
+def _no_gradient() -> ConfigError:
+    return ConfigError(
+        "step_policy.statistic=gradip must find a gradient at the server to compare with, but the trainer made none. "
+        + _remedy()
+    )
 
 
 class VpcsTest(StrEnum):
@@ -119,11 +132,7 @@ class VpcsConfig(EarlyStopConfig):
             yield problem("fl.num_clients", rule, run.fl.num_clients, "Add clients, or another test.")
         if self.statistic is Statistic.gradip and not run.trainer.traits.gradient:
             rule = "be abs_g for a trainer that has no gradient to compare with"
-            remedy = (
-                "Use trainer=meerkat with trainer.selector=sensitivity, trainer=tables on a sketch, or "
-                "step_policy.statistic=abs_g."
-            )
-            yield problem("step_policy.statistic", rule, self.statistic, remedy)
+            yield problem("step_policy.statistic", rule, self.statistic, _remedy())
 
     def most_steps(self, fl: FlConfig) -> int:
         return max(fl.local_steps, self.calibration_steps)
@@ -131,7 +140,7 @@ class VpcsConfig(EarlyStopConfig):
     def check_start(self, fl: FlConfig, *, has_gradient: bool) -> None:
         EarlyStopConfig.check_start(self, fl, has_gradient=has_gradient)
         if self.statistic is Statistic.gradip and not has_gradient:
-            raise ConfigError(NO_GRADIENT)
+            raise _no_gradient()
         if fl.rounds == 1:
             log.warning(
                 "fl.rounds is 1, and the first round is the calibration: the model will not move. Raise fl.rounds."
@@ -157,7 +166,7 @@ class Vpcs:
     def _decide(self, calibration: AuditLine) -> Plan:
         config = self.config
         if config.statistic is Statistic.gradip and calibration.xi is None:
-            raise ConfigError(NO_GRADIENT)
+            raise _no_gradient()
         ends = config.calibration_steps
         windows = {"initial": (0, config.initial_steps), "later": (ends - config.later_steps, ends)}
         verdicts = judge(magnitudes(calibration, config.statistic), config)
