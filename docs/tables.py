@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from itertools import takewhile
 from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
@@ -25,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "experiments").glob("*/*.md")))
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 Lines = list[str]
+LONG = 25
 
 
 def quickstart(results: Any) -> Lines:
@@ -51,15 +53,26 @@ def ending(results: Any) -> Lines:
 
 
 def claims(rows: Any) -> Lines:
-    """One line a claim; whether it holds is said where there is a target."""
-    lines = ["| claim | value | target |", "|---|---|---|"]
+    """One line a claim; whether it holds is said where there is a target. What all claims begin with is the caption."""
+    rows = list(rows)
+    begins = caption([row["claim"] for row in rows])
+    lines = [f"*{begins.rstrip(':, ')}*", ""] if begins else []
+    lines += ["| claim | value | target |", "|---|---|---|"]
     for row in rows:
         target = ""
         if row["target"] is not None:
             target = f"{amount(row['target'], row['unit'])}: {'holds' if row['holds'] else '**missed**'}"
-        claim = row["claim"].replace("|", r"\|")
+        claim = row["claim"].removeprefix(begins).replace("|", r"\|")
         lines.append(f"| {claim} | {amount(row['value'], row['unit'])} | {target} |")
     return lines
+
+
+def caption(names: list[str]) -> str:
+    """What names of claims begin with alike, up to a colon or comma, if it is long."""
+    ends = (min(names), max(names)) if len(names) > 1 else ("", "")
+    alike = "".join(one for one, other in takewhile(lambda pair: pair[0] == pair[1], zip(*ends, strict=False)))
+    whole = max(alike.rfind(": "), alike.rfind(", ")) + 2
+    return alike[:whole] if whole > LONG else ""
 
 
 def amount(value: float, unit: str) -> str:
