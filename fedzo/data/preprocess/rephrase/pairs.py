@@ -101,14 +101,14 @@ def make_pairs(rows: Sequence[Row], column: str, examples: Sequence[Example], *,
     Args:
         rows: Rows that have text in the column.
         column: The column in question.
-        examples: Rewrites that people have accepted: the better paraphrases, which go first.
+        examples: Rewrites that the prompts show with their verdicts: no test holds their texts.
         most: Of each kind.
     """
-    accepted = [Pair("paraphrased", each.row, each.text, same=True) for each in examples]
-    by_rule = _made(rows, column, "paraphrased", paraphrased, same=True)
+    shown = {str(each.row[column]).strip() for each in examples}
+    rows = [row for row in rows if str(row[column]).strip() not in shown]
     kinds: dict[str, Iterator[Pair]] = {
         "identical": _made(rows, column, "identical", lambda text: text, same=True),
-        "paraphrased": iter([*accepted, *by_rule]),
+        "paraphrased": _made(rows, column, "paraphrased", paraphrased, same=True),
         "negated": _made(rows, column, "negated", negated, same=False),
         "swapped": _made(rows, column, "swapped", swapped, same=False),
         "other row": _others(rows, column),

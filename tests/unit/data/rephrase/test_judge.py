@@ -154,7 +154,7 @@ def test_a_number_or_a_name_is_exchanged() -> None:
 
 def test_pairs_are_as_many_of_a_kind_as_rows_give() -> None:
     rows = [{"text": f"The guest {i} was late.", "label": i % 2} for i in range(6)]
-    pairs = make_pairs(rows, "text", [Example(rows[0], 0, "Guest 0 came late.")], most=4)
+    pairs = make_pairs(rows, "text", [], most=4)
 
     kinds = {pair.kind: [each for each in pairs if each.kind == pair.kind] for pair in pairs}
     assert {kind: len(some) for kind, some in kinds.items()} == dict.fromkeys(
@@ -162,8 +162,15 @@ def test_pairs_are_as_many_of_a_kind_as_rows_give() -> None:
     )
     assert all(pair.text == pair.row["text"] for pair in kinds["identical"])
     assert all(pair.text != pair.row["text"] for pair in pairs if pair.kind != "identical")
-    assert kinds["paraphrased"][0].text == "Guest 0 came late."
     assert all(pair.same == (pair.kind in ("identical", "paraphrased")) for pair in pairs)
+
+
+def test_no_pair_holds_what_stands_in_the_judges_own_prompt() -> None:
+    rows = [{"text": f"The guest {i} was late.", "label": i % 2} for i in range(6)]
+    pairs = make_pairs(rows, "text", [Example(rows[0], 0, "Guest 0 came late.")], most=10)
+
+    assert not [pair for pair in pairs if "0" in (pair.text + pair.row["text"]).replace("10", "")]
+    assert {pair.kind for pair in pairs} == {"identical", "paraphrased", "negated", "swapped", "other row"}
 
 
 # --- the gate ---------------------------------------------------------------------------------------------------------
