@@ -22,7 +22,7 @@ from fedzo.data.preprocess.rephrase.checks import check
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
 from fedzo.data.preprocess.rephrase.course import Attempt, counts, is_utf8, label_of
 from fedzo.data.preprocess.rephrase.examples import columns_of, write_table
-from fedzo.data.preprocess.rephrase.gate import faults, keep
+from fedzo.data.preprocess.rephrase.gate import faults, few_pairs, keep
 from fedzo.data.preprocess.rephrase.manifest import Used, count_names
 from fedzo.data.preprocess.rephrase.rephraser import Rephraser, prompts_of
 from fedzo.data.preprocess.rephrase.results import MARK, apply_outcomes, row_digest
@@ -147,16 +147,23 @@ def rephrase(work: Work, *, out: Path | None) -> Iterator[str]:
     )
 
 
-def judge_test(work: Work, *, pairs: int) -> Iterator[str]:
+def judge_test(work: Work, *, pairs: int | None) -> Iterator[str]:
     """Test the judge; yields lines for people, and keeps what was found.
+
+    Args:
+        work: Recipe and rows.
+        pairs: Most pairs of each kind; None for as many as the recipe's gate wishes for.
 
     Raises:
         FedzoError: The judge does not pass the recipe's gate, or cannot be asked.
     """
+    most = work.rephraser.config.gate_pairs if pairs is None else pairs
     with _progress("verdicts") as told:
-        found = work.rephraser.test_judge(work.rows, most=pairs, on_progress=lambda done, total: told(done, total, ""))
+        found = work.rephraser.test_judge(work.rows, most=most, on_progress=lambda done, total: told(done, total, ""))
     file = keep(found, work.rephraser.folder)
     yield from calibration_lines(found)
+    if few := few_pairs(found, work.rephraser.config):
+        yield few
     yield f"kept in {file}"
     if reasons := [*faults(found, work.rephraser.config)]:
         raise FedzoError(

@@ -13,7 +13,7 @@ from fedzo.data.preprocess.rephrase.backend import Completion, EndpointError, Re
 from fedzo.data.preprocess.rephrase.caller import Caller
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
 from fedzo.data.preprocess.rephrase.judge import Verdict, verdict_of
-from fedzo.data.preprocess.rephrase.pairs import Pair, make_pairs
+from fedzo.data.preprocess.rephrase.pairs import KINDS, SAME_KINDS, Pair, make_pairs
 from fedzo.data.preprocess.rephrase.prompts import ORDERS, Prompts
 from fedzo.errors import ConfigError
 from fedzo.records.decode import decode_json, to_json
@@ -132,6 +132,13 @@ def faults(calibration: Calibration, config: OatRephraseConfig) -> Iterator[str]
         )
 
 
+def few_pairs(calibration: Calibration, config: OatRephraseConfig) -> str:
+    """Which kinds of pairs a test had fewer of than a recipe wishes for, as a sentence; empty where there is none."""
+    seen = {each.made: each.pairs for each in calibration.kinds}
+    few = [f"{kind} {seen.get(kind, 0)}" for kind in KINDS if seen.get(kind, 0) < config.gate_pairs]
+    return f"Fewer than {config.gate_pairs} pairs were seen of these kinds: {', '.join(few)}." if few else ""
+
+
 def keep(calibration: Calibration, folder: Path) -> Path:
     """Write a calibration where ``find`` and ``find_test`` look for it; returns the file of the first.
 
@@ -179,9 +186,11 @@ def check_gate(folder: Path, judge: str, config: OatRephraseConfig) -> Calibrati
             "fedzo rephrase judge-test."
         )
     if found := [*faults(calibration, config)]:
+        few = few_pairs(calibration, config)
+        told = f"the judge must pass its test, but: {'; '.join(found)}.{f' {few}' if few else ''}"
         raise EndpointError(
-            f"the judge must pass its test, but: {'; '.join(found)}. Use a stronger model as rewriter.judge_model. "
-            "preprocess.oat_rephrase.gate=false goes on without, and the manifest says so."
+            f"{told} Use a stronger model as rewriter.judge_model. preprocess.oat_rephrase.gate=false goes on without, "
+            "and the manifest says so."
         )
     return calibration
 
@@ -195,7 +204,7 @@ def _test_file(folder: Path, digest: str) -> Path:
 
 
 def _numbers(calibration: Calibration) -> tuple[int, int]:
-    alike = sum(each.pairs for each in calibration.kinds if each.made in ("identical", "paraphrased"))
+    alike = sum(each.pairs for each in calibration.kinds if each.made in SAME_KINDS)
     return alike, sum(each.pairs for each in calibration.kinds) - alike
 
 

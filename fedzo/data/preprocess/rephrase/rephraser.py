@@ -83,6 +83,11 @@ class Rephraser:
         """How the judge of these rows did in the test that it had had when it judged them."""
         return calibration_of(outcomes, self.folder) if self.config.judged else None
 
+    def check_gate(self) -> None:
+        """Raise ``EndpointError`` where the recipe's gate keeps the judge from judging; makes no call."""
+        with self.course() as course:
+            self._calibration(course.backend)
+
     @contextmanager
     def course(self) -> Iterator[Course]:
         """The rows' way, with the site's store open.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -148,7 +149,8 @@ def honest(request: Request) -> str:
     if request.schema is None:
         return good(request)
     a, b = (json.loads(request.messages[-1].content.rsplit(f"text {name}: ", 1)[1].split("\n")[0]) for name in "AB")
-    alike = a == b or b == a.replace("saw", "met") or ("true that" in b and "not" not in b)
+    denied = re.search(r"\bnot\b|\bfalse\b|\bnever\b", b)
+    alike = b == a.replace("saw", "met") or (a[:-1].casefold() in b.casefold() and not denied)
     return json.dumps({"verdict": "same" if alike else "different", "predicted_label": "choice1"})
 
 
