@@ -48,6 +48,7 @@ class Endpoint:
     judge: Callable[[str, str], dict[str, str]] = verdict
     calls: list[str] = field(default_factory=list)
     url: str = ""
+    status: int = 200
 
     def settings(self, store: Path) -> list[str]:
         return [
@@ -74,7 +75,7 @@ def endpoint() -> Iterator[Endpoint]:
             choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
             usage = {"prompt_tokens": 50, "completion_tokens": 10}
             answer = json.dumps({"model": "/secret/model.gguf", "choices": [choice], "usage": usage}).encode()
-            self.send_response(200)
+            self.send_response(served.status)
             self.send_header("Content-Length", str(len(answer)))
             self.end_headers()
             self.wfile.write(answer)
@@ -184,6 +185,10 @@ def test_a_run_prepares_its_clients_and_trains_on_what_they_made(
     """The oracle is a run without the stage on a folder whose training rows are the rewritten ones."""
     folder = run("staged", "preprocess.oat_rephrase.gate=false")
     assert len(endpoint.calls) == 3 * 64
+    manifests = [file.read_text() for file in (tmp_path / "store" / "results").glob("*.manifest.json")]
+    read = [decode_json(Manifest, text, where="manifest", error=ConfigError) for text in manifests]
+    assert [each.gate for each in read] == ["overridden"] * 4  # one a client
+    assert sum(each.calls for each in read) == len(endpoint.calls)
 
     other = tmp_path / "data"
     other.mkdir()
@@ -224,6 +229,26 @@ def test_a_resumed_run_finds_other_text_refused(
     before = len(endpoint.calls)
     assert main(["resume", str(folder), "fl.rounds=3"]) == 0
     assert len(endpoint.calls) == before
+
+
+def test_an_endpoint_that_fails_in_a_run_is_told_from_rows_that_cannot_be_read(
+    run: Callable[..., Path], endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The server hears a number; what the endpoint said stays in the site's own log, and the run can be made again."""
+    run("ungated", code=2)
+    told = capsys.readouterr().err
+    assert "refusal 37, its site cannot rewrite the rows now" in told
+    assert "refusal 1," not in told
+    assert endpoint.calls == []
+
+    endpoint.status = 500
+    run("dead", "preprocess.oat_rephrase.gate=false", code=2)
+    told = capsys.readouterr().err
+    assert "refusal 37, its site cannot rewrite the rows now" in told
+    assert not [*(tmp_path / "store" / "results").glob("*.jsonl")]
+
+    endpoint.status = 200
+    run("alive", "preprocess.oat_rephrase.gate=false")
 
 
 def test_a_run_without_a_rewriter_says_which_key_to_set(
