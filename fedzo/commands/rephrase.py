@@ -18,9 +18,10 @@ from fedzo.config.schema import LaunchConfig
 from fedzo.config.travel import load_site
 from fedzo.data.config import TaskConfig
 from fedzo.data.files import Row, read_rows
+from fedzo.data.preprocess.rephrase.backend import RewriterConfig
 from fedzo.data.preprocess.rephrase.checks import check
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
-from fedzo.data.preprocess.rephrase.course import Attempt, counts, is_utf8, label_of
+from fedzo.data.preprocess.rephrase.course import JUDGE_TOKENS, Attempt, Course, counts, is_utf8, label_of
 from fedzo.data.preprocess.rephrase.examples import columns_of, write_table
 from fedzo.data.preprocess.rephrase.gate import faults, few_pairs, keep
 from fedzo.data.preprocess.rephrase.manifest import Used, count_names
@@ -35,6 +36,7 @@ from fedzo.run.process import STAGE_FOLDER
 
 STAGE = "oat_rephrase"
 BOOTSTRAP_ROWS = 40
+_VERDICT_TOKENS = 20
 MOST_LINE = 100_000
 """Longest line of a prompt that is shown, in characters."""
 
@@ -97,19 +99,31 @@ def dry_run(work: Work, number: int) -> Iterator[str]:
                     yield f"[{message.role}]"
                     yield from (printable(line, most=MOST_LINE) for line in message.content.splitlines())
                 yield "-" * 60
-        asked = [request for row in work.rows for request in course.requests(row)]
-        tokens = sum(course.backend.count_tokens(request) for request in asked)
-    judged = rephraser.config.judged
-    calls = len(work.rows) * (3 if judged else 1)
-    extra = tokens + (_second_verdicts(tokens, len(asked)) if judged else 0)
-    price = extra * rephraser.rewriter.price_prompt / 1e6
-    yield f"{len(work.rows)} rows, at most {calls} calls, about {extra:,} tokens of prompts ({price:.2f} by the prices)"
+        yield from _estimate(course, rephraser.rewriter, work.rows)
     yield f"prompts: preprocess.{STAGE}.prompt={prompts.digest}"
 
 
-def _second_verdicts(tokens: int, requests: int) -> int:
-    """Tokens of the judge's second prompt a row, taken as long as the mean prompt."""
-    return tokens // max(1, requests) * (requests // 2)
+def _estimate(course: Course, rewriter: RewriterConfig, rows: Sequence[Row]) -> Iterator[str]:
+    """What the whole set would take: if each row is accepted at once, and at most, with all attempts."""
+    config = course.config
+    prompts = [0, 0]  # of rewrites, and of verdicts
+    answers = 0
+    unique = {row_digest(row): row for row in rows}.values()
+    for row in unique:
+        for kind, request in enumerate(course.requests(row)):
+            prompts[kind] += course.backend.count_tokens(request)
+        answers += len(str(row[course.prompts.column]).encode("utf-8", "replace")) // 3 + 1
+    rewrites, verdicts = config.max_attempts, 1 + config.max_attempts if config.judged else 0
+    yield f"{len(rows)} rows, at most {len(unique) * (rewrites + verdicts)} calls"
+    first = prompts[0] + 2 * prompts[1], answers + (2 * _VERDICT_TOKENS * len(unique) if config.judged else 0)
+    longer = course.max_tokens * len(unique) * config.max_attempts if config.judged else 0
+    most_answers = len(unique) * (rewrites * course.max_tokens + verdicts * JUDGE_TOKENS)
+    for what, prompt, answer in (
+        ("if each is accepted at once, about", *first),
+        ("at most", rewrites * prompts[0] + verdicts * prompts[1] + longer, most_answers),
+    ):
+        cost = f"{rewriter.cost(prompt, answer):.2f} by the prices"
+        yield f"{what} {prompt:,} tokens of prompts and {answer:,} of answers ({cost})"
 
 
 def rephrase(work: Work, *, out: Path | None) -> Iterator[str]:

@@ -120,7 +120,7 @@ def check(
         Check.truncated: lambda _: truncated,
         Check.lead_in: lambda _: not same and led,
         Check.quotes: _has_stray_quotes,
-        Check.line_break: lambda case: len(case.text.splitlines()) > 1 and len(case.original.splitlines()) < 2,
+        Check.line_break: lambda case: len(case.text.splitlines()) > max(1, len(case.original.splitlines())),
         Check.length: _has_wrong_length,
         Check.loop: _loops,
         Check.echo: _echoes,

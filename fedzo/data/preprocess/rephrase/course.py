@@ -26,7 +26,8 @@ ROWS_AT_ONCE = 64
 MOST_FAILED = 0.2
 """Share of rows above which a set is none (a guess, spec 4.2); a single row never is: its fault may be its own."""
 _RAISE_TEMPERATURE = 0.3  # a further attempt at temperature 0 would repeat the first
-_JUDGE_TOKENS = 128
+JUDGE_TOKENS = 128
+"""Most tokens of a verdict."""
 _IDENTICAL = "identical"
 _CALL, _JUDGE = "call_", "judge_"
 _FAILED = frozenset(
@@ -137,7 +138,7 @@ class Course:
     def judge_request(self, row: Row, rewrite: str, order: Sequence[str] = ORDERS[0]) -> Request:
         """What asks the judge about a row and a text in the place of its column."""
         messages, schema = self.prompts.judge(row, rewrite, order), self.prompts.judge_schema(order)
-        return Request(messages, self.judge, 0.0, seed=0, max_tokens=_JUDGE_TOKENS, schema=schema)
+        return Request(messages, self.judge, 0.0, seed=0, max_tokens=JUDGE_TOKENS, schema=schema)
 
     def _rewrite(self, attempts: Mapping[str, Attempt], on_share: Callable[[float], None]) -> None:
         """All attempts at some rows: those that failed are asked again, as often as the recipe says."""
