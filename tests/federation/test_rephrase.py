@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -49,6 +53,7 @@ class Endpoint:
     calls: list[str] = field(default_factory=list)
     url: str = ""
     status: int = 200
+    seconds: float = 0.0
 
     def settings(self, store: Path) -> list[str]:
         return [
@@ -68,6 +73,7 @@ def endpoint() -> Iterator[Endpoint]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             prompt = body["messages"][-1]["content"]
             served.calls.append(prompt)
+            time.sleep(served.seconds)
             if "text B" in prompt:
                 text = json.dumps(served.judge(text_of(prompt, "text A"), text_of(prompt, "text B")))
             else:
@@ -177,6 +183,38 @@ def test_from_the_judges_test_to_a_run(
     assert "looks" not in text
     assert "/secret/" not in text
     assert endpoint.url not in json.dumps(json.loads((folder / "config.json").read_text()).get("preprocess"))
+
+
+def test_a_command_that_is_killed_ends_with_the_same_results_when_it_is_called_again(
+    endpoint: Endpoint, data_dir: Path, tmp_path: Path
+) -> None:
+    """By SIGKILL, in the middle: the calls in flight are lost, and nothing else."""
+
+    def command(store: str) -> list[str]:
+        words = ["--task", "sst2", "--data", str(data_dir / "train.jsonl"), *endpoint.settings(tmp_path / store)]
+        return [sys.executable, "-m", "fedzo", "rephrase", *words, "preprocess.oat_rephrase.gate=false"]
+
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    endpoint.seconds = 0.05
+    with subprocess.Popen(command("killed"), env=environment, stdout=subprocess.DEVNULL) as killed:
+        end = time.monotonic() + 120
+        while len(endpoint.calls) < 80:
+            assert killed.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        killed.kill()
+    before = len(endpoint.calls)
+    assert not (tmp_path / "killed" / "results").exists()
+
+    endpoint.seconds = 0.0
+    subprocess.run(command("killed"), env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert 3 * 64 <= len(endpoint.calls) <= 3 * 64 + 4  # rewriter.concurrency
+    assert before >= 80
+    subprocess.run(command("whole"), env=environment, check=True, stdout=subprocess.DEVNULL)
+
+    (one,), (other,) = ([*(tmp_path / name / "results").glob("*.jsonl")] for name in ("killed", "whole"))
+    assert one.name == other.name
+    assert one.read_bytes() == other.read_bytes()
 
 
 def test_a_run_prepares_its_clients_and_trains_on_what_they_made(
@@ -343,6 +381,7 @@ def test_rewrites_from_elsewhere_are_checked_and_found_by_a_run(
     sets = [{"row": number, "text": row["text"], "verdict": "same"} for number, row in enumerate(rewritten(data_dir))]
     sets[0]["text"] = "item 1000 looks bad"
     sets[1]["verdict"] = "not the same"
+    sets[2]["text"] += " to Bob"
     file = tmp_path / "sets.jsonl"
     file.write_text("".join(json.dumps(each) + "\n" for each in sets[:-1]))
 
@@ -350,6 +389,9 @@ def test_rewrites_from_elsewhere_are_checked_and_found_by_a_run(
 
     told = capsys.readouterr().out
     assert "61  rewritten" in told
+    assert "1  rewritten with a name lost or brought in (a warning)" in told
+    (manifest,) = (tmp_path / "store" / "results").glob("*.manifest.json")
+    assert decode_json(Manifest, manifest.read_text(), where="manifest", error=ConfigError).names == 1
     for reason in ("numbers", "verdict", "absent"):
         assert f"1  original {reason}" in told
     key = re.search(r"preprocess.oat_rephrase.imported=[0-9a-f]{64}", told)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fedzo.config.load import load
 from fedzo.data.config import TaskConfig
+from fedzo.data.files import Row
+from fedzo.data.preprocess.rephrase import caller as caller_module
+from fedzo.data.preprocess.rephrase import course as course_module
 from fedzo.data.preprocess.rephrase.backend import (
     REWRITERS,
     EndpointError,
@@ -25,6 +32,8 @@ from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
 from fedzo.data.preprocess.rephrase.course import counts
 from fedzo.data.preprocess.rephrase.gate import keep
 from fedzo.data.preprocess.rephrase.rephraser import Rephraser
+from fedzo.data.preprocess.rephrase.stage import OatRephrase
+from fedzo.data.rows import SimulatedRows, client_rows
 from fedzo.errors import ConfigError
 from fedzo.records.decode import decode_json
 from fedzo.records.rephrase import Manifest
@@ -193,3 +202,68 @@ def test_a_judges_test_names_a_row_that_does_not_fit(site: Site) -> None:
     with pytest.raises(ConfigError, match=rf"at most {most} tokens, a pair made from row \d+ has \d+"):
         site(honest, JUDGED, context_tokens=most, max_tokens=10).test_judge(ROWS, most=30, on_progress=silent)
     assert asked(rephraser) == 0
+
+
+# --- what is not training text ----------------------------------------------------------------------------------------
+
+ANSWERS = st.one_of(
+    st.text(max_size=40),
+    st.sampled_from(
+        ["same", "not the same", '{"verdict": "same", "predicted_label": "choice1"}', "He met Anna twice."]
+    ),
+    st.sampled_from([*RowReason]).map(RowFault),
+    st.just(None),  # an honest answer
+)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(ANSWERS, min_size=1, max_size=10), st.sampled_from([0.1, 0.5]), st.booleans())
+def test_held_out_dev_and_test_rows_are_the_same_bytes_for_any_backend(
+    answers: list[Any], share: float, judged: bool
+) -> None:
+    """Rows go all the way from a file to two clients; none but training text is ever sent."""
+    from tests.unit.data.rephrase.conftest import Scripted
+
+    turn, sent = iter(itertools.cycle(answers)), []
+
+    def reply(request: Request) -> Any:
+        if request.schema is None:
+            sent.append(text_of(request))
+        answer = next(turn)
+        return good(request) if answer is None else answer
+
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        folder = Path(name)
+        patch.setattr(REWRITERS, "build", lambda config: Scripted(reply))
+        patch.setattr(course_module, "MOST_FAILED", 1.0)
+        patch.setattr(caller_module, "MOST_FAULTS", 1.0)
+        (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+        before = (folder / "train.jsonl").read_bytes()
+        config = load(["task=copa", f"data.path={folder}", "partition=iid", "split.num_dev=6", "split.num_test=6"])
+        rephraser = Rephraser(replace(RECIPE, judged=judged), COPA, RewriterConfig(), folder / "site")
+        given_rows, plain = (
+            SimulatedRows(config.data, config.split, config.task, config.partition, num_clients=2, seed=0)
+            for _ in range(2)
+        )
+        kept = []
+        for client in range(2):
+            stages = {"oat_rephrase": OatRephrase(rephraser)}
+            staged = client_rows(given_rows, client, share=share, seed=0, stages=stages)
+            untouched = client_rows(plain, client, share=share, seed=0)
+            assert _bytes(staged.heldout) == _bytes(untouched.heldout)
+            assert _bytes(_without(staged.train)) == _bytes(_without(untouched.train))
+            kept += untouched.heldout
+        assert _bytes(given_rows.splits.dev) == _bytes(plain.splits.dev)
+        assert _bytes(given_rows.splits.test) == _bytes(plain.splits.test)
+        assert (folder / "train.jsonl").read_bytes() == before
+    secret = {row["premise"] for row in (*kept, *plain.splits.dev, *plain.splits.test)}
+    assert len(secret) >= 14
+    assert not secret & {*sent}
+
+
+def _bytes(rows: list[Row]) -> bytes:
+    return json.dumps(rows).encode()
+
+
+def _without(rows: list[Row]) -> list[Row]:
+    return [{**row, "premise": ""} for row in rows]
