@@ -148,7 +148,9 @@ def rephrase(work: Work, *, out: Path | None) -> Iterator[str]:
     assert outcomes is not None
     yield from _told(work, outcomes, Used.of(rephraser.totals, rephraser.rewriter))
     if not attempts:
-        yield "all rows were rewritten before: no call was made"
+        models = ", ".join(sorted({printable(each.model, most=80) for each in outcomes if each.model}))
+        yield f"all rows were rewritten before{f', by {models}' if models else ''}: no call was made"
+        yield "to have them rewritten by another model, set rewriter.store to another folder"
     elif ready := len({each.row for each in outcomes}) - len(attempts):
         yield f"{ready} rows were rewritten before, the others now"
     yield f"manifest: {rephraser.keep_manifest(work.rows, outcomes)}"
