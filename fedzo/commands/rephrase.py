@@ -21,12 +21,13 @@ from fedzo.data.files import Row, read_rows
 from fedzo.data.preprocess.rephrase.backend import RewriterConfig
 from fedzo.data.preprocess.rephrase.checks import check
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
-from fedzo.data.preprocess.rephrase.course import JUDGE_TOKENS, Attempt, Course, counts, is_utf8, label_of
+from fedzo.data.preprocess.rephrase.course import JUDGE_TOKENS, Attempt, Course, counts, label_of
 from fedzo.data.preprocess.rephrase.examples import columns_of, write_table
 from fedzo.data.preprocess.rephrase.gate import faults, few_pairs, keep
 from fedzo.data.preprocess.rephrase.manifest import Used, count_names
 from fedzo.data.preprocess.rephrase.rephraser import Rephraser, prompts_of
 from fedzo.data.preprocess.rephrase.results import MARK, apply_outcomes, row_digest
+from fedzo.data.preprocess.rephrase.words import is_utf8
 from fedzo.errors import ConfigError, FedzoError, printable
 from fedzo.records.folder import replace_file
 from fedzo.records.rephrase import RowOutcome
@@ -93,6 +94,7 @@ def dry_run(work: Work, number: int) -> Iterator[str]:
     """The prompts of the first rows, and what the whole set would take; yields lines for people. Makes no call."""
     rephraser, prompts = work.rephraser, work.rephraser.prompts
     with rephraser.course() as course:
+        course.check_rows(work.rows)
         for row in work.rows[:number]:
             for request in course.requests(row):
                 for message in request.messages:

@@ -423,6 +423,33 @@ def test_text_of_rows_and_endpoint_is_data(
     assert not {"\x1b", "\x9b"} & {*page}
 
 
+@pytest.mark.parametrize("words", [[], ["judge-test"], ["--dry-run", "1"], ["bootstrap"]], ids=lambda words: str(words))
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (
+            '{"text\\u001b[2J": "x", "label": 1}',
+            "row 2 must have text in the column 'text', got a row with the columns",
+        ),
+        ('{"text": "half \\ud800", "label": 1}', "row 2 must have text in the column 'text', got half of a character"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_named_before_any_call(
+    words: list[str], line: str, told: str, endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"text": "item 1 is good", "label": 1}\n' * 2 + line + "\n")
+    gate = "preprocess.oat_rephrase.gate=false"
+    command = ["--task", "sst2", "--data", str(data), gate, *endpoint.settings(tmp_path / "store")]
+
+    assert main(["rephrase", *words, *command, "--table", str(tmp_path / "table.csv")]) == 2
+
+    found = capsys.readouterr()
+    assert told in found.err
+    assert "\x1b" not in found.err + found.out
+    assert endpoint.calls == []
+
+
 def test_a_sites_file_names_the_rewriter_and_keeps_the_results_beside_it(
     endpoint: Endpoint, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from fedzo.data.preprocess.rephrase.config import Check, OatRephraseConfig
 from fedzo.data.preprocess.rephrase.judge import Verdict, verdict_of
 from fedzo.data.preprocess.rephrase.prompts import ORDERS, Prompts
 from fedzo.data.preprocess.rephrase.results import row_digest
+from fedzo.data.preprocess.rephrase.words import is_utf8
 from fedzo.data.preprocess.stage import OnProgress
 from fedzo.data.tasks import label_index
 from fedzo.errors import ConfigError, printable
@@ -274,15 +275,6 @@ def _check_text(row: Row, column: str, *, rewritten: bool, where: str) -> None:
         raise ConfigError(f"{must} a blank one. Write text there, or leave the row out.")
     if not is_utf8(value):
         raise ConfigError(f"{must} half of a character (a lone surrogate), which no UTF-8 holds. Correct the row.")
-
-
-def is_utf8(text: str) -> bool:
-    """Whether a text can be sent and written: JSON may name halves of characters, which UTF-8 cannot hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def why_not(own: Verdict | RowFault | None, other: Verdict | RowFault | None) -> str:
