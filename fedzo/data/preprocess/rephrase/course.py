@@ -85,8 +85,15 @@ class Course:
     max_tokens: int
     context_tokens: int
 
-    def run(self, rows: Sequence[Row], on_progress: OnProgress = lambda done, total: None) -> list[Attempt]:
+    def run(
+        self, rows: Sequence[Row], on_progress: OnProgress = lambda done, total: None, *, beside: int = 0
+    ) -> list[Attempt]:
         """Rewrite rows; each has an outcome at the end.
+
+        Args:
+            rows: The rows.
+            on_progress: Told of rows done and in all.
+            beside: Rows of the same set that had their answers before.
 
         Raises:
             ConfigError: A row does not fit the task, or its prompt the context: before the first call.
@@ -99,7 +106,7 @@ class Course:
             some = dict(waiting[first : first + ROWS_AT_ONCE])
             done = functools.partial(_tell, on_progress, first / len(waiting), len(some) / len(waiting), len(rows))
             self._rewrite(some, done)
-            _check_failed([each for _, each in waiting[: first + len(some)]])
+            _check_failed([each for _, each in waiting[: first + len(some)]], beside)
         on_progress(len(rows), len(rows))
         return [attempts[row_digest(row)] for row in rows]
 
@@ -222,17 +229,17 @@ def _is_failure(answer: Completion | RowFault) -> bool:
     return isinstance(answer, RowFault) or not answer.whole
 
 
-def _check_failed(attempts: Sequence[Attempt]) -> None:
+def _check_failed(attempts: Sequence[Attempt], beside: int) -> None:
     """Raise ``EndpointError`` where the endpoint failed too many of the rows that are done."""
-    failed = [each for each in attempts if each.failed]
-    if len(failed) < 2 or len(failed) <= MOST_FAILED * len(attempts):
+    failed, done = [each for each in attempts if each.failed], len(attempts) + beside
+    if len(failed) < 2 or len(failed) <= MOST_FAILED * done:
         return
     reasons = ", ".join(
         f"{number} {reason}" for reason, number in Counter(each.reason for each in failed).most_common()
     )
     raise EndpointError(
         f"oat_rephrase: the endpoint must answer for at least {1 - MOST_FAILED:.0%} of the rows, but failed "
-        f"{len(failed)} of {len(attempts)} ({reasons}). Correct the endpoint, its model, rewriter.timeout_s or "
+        f"{len(failed)} of {done} ({reasons}). Correct the endpoint, its model, rewriter.timeout_s or "
         "rewriter.max_tokens, and start again: its answers are kept, and what failed is asked again."
     )
 

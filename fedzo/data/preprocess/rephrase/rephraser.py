@@ -127,19 +127,23 @@ class Rephraser:
             EndpointError: The judge has not passed its test, which is told before any call; else as ``Course.run``.
         """
         there, before = self.results.read(), replace(self.totals)
-        todo = [row for row in rows if _is_open(there.get(row_digest(row)), again=again)]
-        if not todo:
+        new = [row for row in rows if row_digest(row) not in there]
+        failed = [row for row in rows if again and (old := there.get(row_digest(row))) and is_failed(old)]
+        if not new and not failed:
             return {}
-        ready = len(rows) - len(todo)
+        ready, all_rows = len(rows) - len(new) - len(failed), {row_digest(row) for row in rows}
+        answered = len(all_rows - {row_digest(row) for row in failed})
         with self.course() as course:
             calibration = self._calibration(course.backend)
-            attempts = course.run(todo, lambda done, _: on_progress(ready + done, len(rows)))
+            attempts = course.run(new, lambda done, _: on_progress(ready + done, len(rows)))
+            done_now = ready + len(new)
+            attempts += course.run(failed, lambda done, _: on_progress(done_now + done, len(rows)), beside=answered)
         judged = "" if calibration is None else calibration_digest(calibration)
         made = {each.outcome.row: replace(each.outcome, judged=judged) for each in attempts if each.outcome is not None}
         self.results.add(made, instead=made.keys() & there.keys())
         if (outcomes := self.results.find(rows)) is not None:
             self.keep_manifest(rows, outcomes, Used.of(self.totals, self.rewriter, since=before))
-        return dict(zip(map(row_digest, todo), attempts, strict=True))
+        return dict(zip(map(row_digest, (*new, *failed)), attempts, strict=True))
 
     def keep_manifest(self, rows: Sequence[Row], outcomes: Sequence[RowOutcome], used: Used | None = None) -> Path:
         """Write what is told of a set of rows; arguments and errors as ``write_manifest``."""
@@ -187,7 +191,3 @@ class Rephraser:
                 most=most,
                 on_progress=on_progress,
             )
-
-
-def _is_open(outcome: RowOutcome | None, *, again: bool) -> bool:
-    return outcome is None or (again and is_failed(outcome))

@@ -114,6 +114,23 @@ def test_what_the_endpoint_failed_is_asked_again_by_hand_and_kept_by_a_run(site:
     assert counts(by_hand.results.find(ROWS) or []) == {"rewritten": 30}
 
 
+def test_rows_that_fail_again_and_again_are_few_of_their_set(site: Site) -> None:
+    """The rule is on the set, not on the rows that are asked for again; new rows are measured by themselves."""
+    fails = lambda request: dead(request) if re.search(r" [123] times", text_of(request)) else good(request)  # noqa: E731
+    site(fails).rewrite(ROWS, silent)
+    second = site(fails)
+    second.rewrite(ROWS, silent, again=True)
+    more = [{**row, "choice2": "It snowed."} for row in ROWS[10:16]]
+    second.rewrite([*ROWS, *more], silent, again=True)
+
+    assert asked(second) == 3 + 6 + 3
+    expected = {"rewritten": 33, "original call_unavailable": 3}
+    assert counts(second.results.find([*ROWS, *more]) or []) == expected
+    new = [{**row, "choice2": "It froze."} for row in ROWS[10:16]]
+    with pytest.raises(EndpointError, match="failed 6 of 6"):
+        site(dead).rewrite([*ROWS, *more, *new], silent, again=True)
+
+
 def test_a_dead_endpoint_leaves_no_results(site: Site) -> None:
     with pytest.raises(EndpointError, match=r"failed 12 of 12 \(12 call_unavailable\)"):
         site(dead).rewrite(ROWS[:12], silent)
