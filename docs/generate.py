@@ -62,8 +62,8 @@ server asks beyond them is refused with a number and a fixed sentence. The serve
 `client 2 cannot take part: refusal 12, its site does not take part in this trainer. Its own log says why`. The site's
 log says which key and which value of the file caused it. A number never changes its meaning.
 
-A site whose stages fail (1) is asked again after 10, 20, 40, ... seconds, and begins again with what they have kept.
-Restart the site to be asked at once, and after a change of its environment or its file.
+A site whose stages fail (1, 37) is asked again after 10, 20, 40, ... seconds, and begins again with what they have
+kept. Restart the site to be asked at once, and after a change of its environment or its file.
 
 | number | sentence |
 |---|---|

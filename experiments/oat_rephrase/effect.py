@@ -35,7 +35,7 @@ What is fixed before any run:
   and 8.1 hours: ``--only copa-mezo --only cb-meerkat`` and ``--only gradient --only copa-meerkat --only cb-mezo``.
 
 The same with a strong model behind an endpoint, as arms ``model-oat`` and ``model-plain``, both through fedzo's checks
-(the words are those of ``fedzo rephrase`` for the endpoint):
+and the judge's test (the words are those of ``fedzo rephrase`` for the endpoint):
 
     python experiments/oat_rephrase/effect.py --data DATA --rewrites REWRITES \
         --endpoint rewriter=openai_compatible rewriter.base_url=URL rewriter.model=MODEL
@@ -44,8 +44,9 @@ The same with a strong model behind an endpoint, as arms ``model-oat`` and ``mod
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import subprocess
+import re
 import sys
 from pathlib import Path
 
@@ -53,23 +54,46 @@ from arms import TASKS, TrainSet, changed, train_sets
 from cells import METHODS, SEEDS, Cells, Place, base_losses, gradients, train
 from findings import report
 
+from fedzo.cli import main as fedzo
+
 HERE = Path(__file__).parent
 WORK = Path("runs/oat_rephrase")
 PARTS = ["gradient", *(f"{task}-{method}" for task in TASKS for method in METHODS)]
 
 
 def rephrase(words: list[str], rewrites: Path) -> list[tuple[str, Path]]:
-    """Rewrites of an endpoint in both styles, by ``fedzo rephrase``; a file that is there is not made again."""
-    files = []
-    for style in ("oat", "plain"):
-        for task in TASKS:
-            file = WORK / f"model-{style}-{task}.jsonl"
-            if not file.exists():
-                command = ["rephrase", "--task", task, "--data", str(rewrites / task / "train.jsonl")]
-                command += [f"preprocess.oat_rephrase.style={style}", *words, "--out", str(file)]
-                subprocess.run([sys.executable, "-m", "fedzo", *command], check=True)
-            files.append((f"model-{style}", file))
+    """Rewrites of an endpoint in both styles, by ``fedzo rephrase``; a file of its models is not made again.
+
+    The judge is tested on each task's rows first: without that ``fedzo rephrase`` stops at the gate.
+    """
+    files, models = [], _models(words)
+    words = [f"rewriter.store={WORK / f'store-{models}'}", *words]  # results are found by recipe and row, not by model
+    for task in TASKS:
+        data = ["--task", task, "--data", str(rewrites / task / "train.jsonl")]
+        of_task = {style: WORK / f"model-{style}-{task}-{models}.jsonl" for style in ("oat", "plain")}
+        missing = {style: file for style, file in of_task.items() if not file.exists()}
+        if missing and "preprocess.oat_rephrase.gate=false" not in words:
+            _fedzo(["rephrase", "judge-test", *data, *words])
+        for style, file in missing.items():
+            _fedzo(["rephrase", *data, f"preprocess.oat_rephrase.style={style}", *words, "--out", str(file)])
+        files += [(f"model-{style}", file) for style, file in of_task.items()]
     return files
+
+
+def _models(words: list[str]) -> str:
+    """Name of who rewrites and who judges, as a part of a file's name."""
+    named = dict(word.split("=", 1) for word in words if "=" in word)
+    rewriter = named.get("rewriter.model", "")
+    if not rewriter:
+        sys.exit("--endpoint: the words must name rewriter.model, got none. Add rewriter.model=MODEL.")
+    both = [rewriter, named.get("rewriter.judge_model") or rewriter]
+    readable = re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(rewriter).name)[:60]
+    return f"{readable}-{hashlib.sha256(json.dumps(both).encode()).hexdigest()[:8]}"
+
+
+def _fedzo(command: list[str]) -> None:
+    if fedzo(command) != 0:
+        sys.exit(f"fedzo {' '.join(command[:2])} must succeed, but did not. Its message stands above.")
 
 
 def named(text: str) -> tuple[str, Path]:

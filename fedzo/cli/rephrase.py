@@ -22,7 +22,7 @@ def add_rephrase(own: argparse.ArgumentParser) -> None:
     own.add_argument("--site", metavar="FILE", help="a site's file, whose rewriter is used")
     own.add_argument("--dry-run", type=_count, metavar="N", help="show the prompts of N rows and an estimate; no call")
     own.add_argument("--out", metavar="FILE", help="also write all rows to a file (jsonl), each marked")
-    own.add_argument("--pairs", type=_count, default=60, metavar="N", help="judge-test: pairs of a kind (default: 60)")
+    own.add_argument("--pairs", type=_count, metavar="N", help="judge-test: most pairs of a kind (default: gate_pairs)")
     own.add_argument("--table", metavar="FILE", default="examples.csv", help="bootstrap: table (default: examples.csv)")
     own.add_argument("--config-dir", metavar="DIR", help="folder of your own YAML files")
     own.set_defaults(takes_overrides=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,30 +13,31 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-import fedzo
 from fedzo.config.plugins import plugin_name
 from fedzo.config.schema import LaunchConfig
 from fedzo.config.travel import load_site
 from fedzo.data.config import TaskConfig
 from fedzo.data.files import Row, read_rows
-from fedzo.data.preprocess.rephrase.caller import Caller
+from fedzo.data.preprocess.rephrase.backend import RewriterConfig
 from fedzo.data.preprocess.rephrase.checks import check
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
-from fedzo.data.preprocess.rephrase.course import Attempt, counts, label_of
+from fedzo.data.preprocess.rephrase.course import JUDGE_TOKENS, Attempt, Course, counts, label_of
 from fedzo.data.preprocess.rephrase.examples import columns_of, write_table
-from fedzo.data.preprocess.rephrase.gate import faults, keep
+from fedzo.data.preprocess.rephrase.gate import faults, few_pairs, keep
+from fedzo.data.preprocess.rephrase.manifest import Used, count_names
 from fedzo.data.preprocess.rephrase.rephraser import Rephraser, prompts_of
 from fedzo.data.preprocess.rephrase.results import MARK, apply_outcomes, row_digest
+from fedzo.data.preprocess.rephrase.words import is_utf8
 from fedzo.errors import ConfigError, FedzoError, printable
-from fedzo.records.decode import to_json
 from fedzo.records.folder import replace_file
-from fedzo.records.rephrase import Manifest, RowOutcome
+from fedzo.records.rephrase import RowOutcome
 from fedzo.report.html import write_page
 from fedzo.report.rephrased import calibration_lines, figures_table, rephrased_page
 from fedzo.run.process import STAGE_FOLDER
 
 STAGE = "oat_rephrase"
 BOOTSTRAP_ROWS = 40
+_VERDICT_TOKENS = 20
 MOST_LINE = 100_000
 """Longest line of a prompt that is shown, in characters."""
 
@@ -93,25 +94,38 @@ def dry_run(work: Work, number: int) -> Iterator[str]:
     """The prompts of the first rows, and what the whole set would take; yields lines for people. Makes no call."""
     rephraser, prompts = work.rephraser, work.rephraser.prompts
     with rephraser.course() as course:
+        course.check_rows(work.rows)
         for row in work.rows[:number]:
             for request in course.requests(row):
                 for message in request.messages:
                     yield f"[{message.role}]"
                     yield from (printable(line, most=MOST_LINE) for line in message.content.splitlines())
                 yield "-" * 60
-        asked = [request for row in work.rows for request in course.requests(row)]
-        tokens = sum(course.backend.count_tokens(request) for request in asked)
-    judged = rephraser.config.judged
-    calls = len(work.rows) * (3 if judged else 1)
-    extra = tokens + (_second_verdicts(tokens, len(asked)) if judged else 0)
-    price = extra * rephraser.rewriter.price_prompt / 1e6
-    yield f"{len(work.rows)} rows, at most {calls} calls, about {extra:,} tokens of prompts ({price:.2f} by the prices)"
+        yield from _estimate(course, rephraser.rewriter, work.rows)
     yield f"prompts: preprocess.{STAGE}.prompt={prompts.digest}"
 
 
-def _second_verdicts(tokens: int, requests: int) -> int:
-    """Tokens of the judge's second prompt a row, taken as long as the mean prompt."""
-    return tokens // max(1, requests) * (requests // 2)
+def _estimate(course: Course, rewriter: RewriterConfig, rows: Sequence[Row]) -> Iterator[str]:
+    """What the whole set would take: if each row is accepted at once, and at most, with all attempts."""
+    config = course.config
+    prompts = [0, 0]  # of rewrites, and of verdicts
+    answers = 0
+    unique = {row_digest(row): row for row in rows}.values()
+    for row in unique:
+        for kind, request in enumerate(course.requests(row)):
+            prompts[kind] += course.backend.count_tokens(request)
+        answers += len(str(row[course.prompts.column]).encode("utf-8", "replace")) // 3 + 1
+    rewrites, verdicts = config.max_attempts, 1 + config.max_attempts if config.judged else 0
+    yield f"{len(rows)} rows, at most {len(unique) * (rewrites + verdicts)} calls"
+    first = prompts[0] + 2 * prompts[1], answers + (2 * _VERDICT_TOKENS * len(unique) if config.judged else 0)
+    longer = course.max_tokens * len(unique) * config.max_attempts if config.judged else 0
+    most_answers = len(unique) * (rewrites * course.max_tokens + verdicts * JUDGE_TOKENS)
+    for what, prompt, answer in (
+        ("if each is accepted at once, about", *first),
+        ("at most", rewrites * prompts[0] + verdicts * prompts[1] + longer, most_answers),
+    ):
+        cost = f"{rewriter.cost(prompt, answer):.2f} by the prices"
+        yield f"{what} {prompt:,} tokens of prompts and {answer:,} of answers ({cost})"
 
 
 def rephrase(work: Work, *, out: Path | None) -> Iterator[str]:
@@ -121,27 +135,27 @@ def rephrase(work: Work, *, out: Path | None) -> Iterator[str]:
         ConfigError: Rows, prompts or settings do not fit.
         FedzoError: The endpoint cannot be used; what it has answered is kept.
     """
-    rephraser, attempts = work.rephraser, None
-    before = rephraser.results.find(work.rows)
-    used = (0, 0, 0.0)
-    if before is None:
-        rephraser.check_gate()
-        with rephraser.course() as course, _progress("rows") as told:
-            caller = course.caller
+    rephraser = work.rephraser
+    if out is not None and out.suffix != ".jsonl":
+        raise ConfigError(f"--out: the file must end in .jsonl, got {str(out)!r}. Name it so.")
+    with _progress("rows") as told:
 
-            def on_progress(done: int, total: int) -> None:
-                cost = f", cost {caller.cost:.2f}" if caller.cost else ""
-                told(done, total, f"{caller.totals.calls} calls, {_tokens(caller):,} tokens{cost}")
+        def on_progress(done: int, total: int) -> None:
+            used = Used.of(rephraser.totals, rephraser.rewriter)
+            cost = f", cost {used.cost:.2f}" if used.cost else ""
+            told(done, total, f"{used.calls} calls, {used.tokens:,} tokens{cost}")
 
-            attempts = course.run(work.rows, on_progress)
-            used = (caller.totals.calls, _tokens(caller), caller.cost)
-        rephraser.results.add({each.outcome.row: each.outcome for each in attempts if each.outcome is not None})
+        attempts = rephraser.rewrite(work.rows, on_progress, again=True)
     outcomes = rephraser.results.find(work.rows)
     assert outcomes is not None
-    yield from _told(work, outcomes, used)
-    if before is not None:
-        yield "all rows were rewritten before: no call was made"
-    yield f"manifest: {_write_manifest(work, outcomes, used)}"
+    yield from _told(work, outcomes, Used.of(rephraser.totals, rephraser.rewriter))
+    if not attempts:
+        models = ", ".join(sorted({printable(each.model, most=80) for each in outcomes if each.model}))
+        yield f"all rows were rewritten before{f', by {models}' if models else ''}: no call was made"
+        yield "to have them rewritten by another model, set rewriter.store to another folder"
+    elif ready := len({each.row for each in outcomes}) - len(attempts):
+        yield f"{ready} rows were rewritten before, the others now"
+    yield f"manifest: {rephraser.keep_manifest(work.rows, outcomes)}"
     yield f"before and after: {_write_page(work, outcomes, attempts)}"
     if out is not None:
         _write_rows(out, work.rows, outcomes)
@@ -151,16 +165,23 @@ def rephrase(work: Work, *, out: Path | None) -> Iterator[str]:
     )
 
 
-def judge_test(work: Work, *, pairs: int) -> Iterator[str]:
+def judge_test(work: Work, *, pairs: int | None) -> Iterator[str]:
     """Test the judge; yields lines for people, and keeps what was found.
+
+    Args:
+        work: Recipe and rows.
+        pairs: Most pairs of each kind; None for as many as the recipe's gate wishes for.
 
     Raises:
         FedzoError: The judge does not pass the recipe's gate, or cannot be asked.
     """
+    most = work.rephraser.config.gate_pairs if pairs is None else pairs
     with _progress("verdicts") as told:
-        found = work.rephraser.test_judge(work.rows, most=pairs, on_progress=lambda done, total: told(done, total, ""))
+        found = work.rephraser.test_judge(work.rows, most=most, on_progress=lambda done, total: told(done, total, ""))
     file = keep(found, work.rephraser.folder)
     yield from calibration_lines(found)
+    if few := few_pairs(found, work.rephraser.config):
+        yield few
     yield f"kept in {file}"
     if reasons := [*faults(found, work.rephraser.config)]:
         raise FedzoError(
@@ -185,7 +206,8 @@ def bootstrap(work: Work, table: Path) -> Iterator[str]:
     write_table(table, columns_of(work.rephraser.task, told_task, work.column), [*zip(rows, texts, strict=True)])
     page = table.with_suffix(".html")
     outcomes = [each.outcome for each in attempts if each.outcome is not None]
-    write_page(page, rephrased_page(work.rephraser, rows, outcomes, attempts))
+    done = {each.row: attempt for each, attempt in zip(outcomes, attempts, strict=True)}
+    write_page(page, rephrased_page(work.rephraser, rows, outcomes, done))
     yield f"{table}: {len(rows)} rows. Correct the column rewrite where it is wrong, and write yes into accept"
     yield f"{page}: the same to read"
     yield f"then: rewriter.examples={table}"
@@ -204,13 +226,13 @@ def import_sets(work: Work, file: Path) -> Iterator[str]:
     recipe = replace(work.rephraser.config, imported=digest)
     own = replace(work.rephraser, config=recipe)
     given = _by_number(sets, file, len(work.rows), work.column)
-    outcomes = [_imported(own, row, given.get(number)) for number, row in enumerate(work.rows)]
+    outcomes = [_imported(own, row, given.get(number), f"row {number}") for number, row in enumerate(work.rows)]
     own.results.add({outcome.row: outcome for outcome in outcomes})
     found = own.results.find(work.rows) or outcomes
     mine = Work(own, work.rows)
-    yield from _told(mine, found, (0, 0, 0.0))
-    yield f"manifest: {_write_manifest(mine, found, (0, 0, 0.0))}"
-    yield f"before and after: {_write_page(mine, found, None)}"
+    yield from _told(mine, found, Used())
+    yield f"manifest: {own.keep_manifest(work.rows, found)}"
+    yield f"before and after: {_write_page(mine, found, {})}"
     yield f"a run finds this by: preprocess=[{STAGE}]" + "".join(
         f" {text}" for text in _settings(recipe, work.rephraser.task)
     )
@@ -228,14 +250,16 @@ def _by_number(sets: Iterable[Row], file: Path, num_rows: int, column: str) -> d
         named = entry.get("column", entry.get("field", column))
         if named != column:
             raise ConfigError(f"{where}: the column must be {column!r}, got {named!r:.40}.")
-        if not isinstance(entry.get("text"), str):
+        if not isinstance(entry.get("text"), str) or not is_utf8(entry["text"]):
             raise ConfigError(f"{where}: text must be a text, got {entry.get('text')!r:.40}.")
         given[int(number)] = entry
     return given
 
 
-def _imported(rephraser: Rephraser, row: Row, entry: Row | None) -> RowOutcome:
-    prompts, digest, original = rephraser.prompts, row_digest(row), str(row[rephraser.prompts.column])
+def _imported(rephraser: Rephraser, row: Row, entry: Row | None, where: str) -> RowOutcome:
+    prompts, digest = rephraser.prompts, row_digest(row)
+    label = label_of(row, prompts, rephraser.task, where=where)
+    original = str(row[prompts.column])
     reason, text = "absent", original
     if entry is not None:
         checked = check(
@@ -244,7 +268,7 @@ def _imported(rephraser: Rephraser, row: Row, entry: Row | None) -> RowOutcome:
             row=row,
             task=prompts.task,
             column=prompts.column,
-            label=label_of(row, prompts, rephraser.task),
+            label=label,
             prompt=prompts.instructions,
             rules=rephraser.config,
         )
@@ -255,17 +279,14 @@ def _imported(rephraser: Rephraser, row: Row, entry: Row | None) -> RowOutcome:
     return RowOutcome(row=digest, column=prompts.column, text=text, status=status, reason=reason, model="imported")
 
 
-def _told(work: Work, outcomes: Sequence[RowOutcome], used: tuple[int, int, float]) -> Iterator[str]:
+def _told(work: Work, outcomes: Sequence[RowOutcome], used: Used) -> Iterator[str]:
     for name, number in counts(outcomes).items():
         yield f"{number:6d}  {name}"
-    calls, tokens, cost = used
-    if calls:
-        yield f"{calls} calls, {tokens:,} tokens, {cost:.2f} by the prices"
+    if names := count_names(work.rows, outcomes):
+        yield f"{names:6d}  rewritten with a name lost or brought in (a warning)"
+    if used.calls:
+        yield f"{used.calls} calls, {used.tokens:,} tokens, {used.cost:.2f} by the prices"
     yield from (f"{name}: {value}" for name, value in figures_table(work.rephraser, work.rows, outcomes))
-
-
-def _tokens(caller: Caller) -> int:
-    return caller.totals.prompt_tokens + caller.totals.answer_tokens
 
 
 def _settings(recipe: OatRephraseConfig, task: TaskConfig) -> Iterator[str]:
@@ -279,42 +300,19 @@ def _settings(recipe: OatRephraseConfig, task: TaskConfig) -> Iterator[str]:
 
 
 def _write_rows(out: Path, rows: Sequence[Row], outcomes: Sequence[RowOutcome]) -> None:
-    if out.suffix != ".jsonl":
-        raise ConfigError(f"--out: the file must end in .jsonl, got {str(out)!r}.")
     marked = [{**row, MARK: each.status} for row, each in zip(apply_outcomes(rows, outcomes), outcomes, strict=True)]
-    replace_file(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in marked), durable=True, mode=0o600)
+    replace_file(out, "".join(f"{_json_line(row)}\n" for row in marked), durable=True, mode=0o600)
 
 
-def _write_manifest(work: Work, outcomes: Sequence[RowOutcome], used: tuple[int, int, float]) -> Path:
-    rephraser = work.rephraser
-    recipe, results = rephraser.config, rephraser.results
-    texts = "".join(f"{each.row}{hashlib.sha256(each.text.encode()).hexdigest()}" for each in outcomes)
-    gate = "overridden" if not recipe.gate else "passed"
-    manifest = Manifest(
-        fedzo=fedzo.__version__,
-        recipe=results.recipe,
-        settings=json.dumps(asdict(recipe), sort_keys=True),
-        task=rephraser.task.name,
-        column=work.column,
-        source=hashlib.sha256("".join(each.row for each in outcomes).encode()).hexdigest(),
-        results=hashlib.sha256(texts.encode()).hexdigest(),
-        counts=counts(outcomes),
-        models=tuple(sorted({each.model for each in outcomes if each.model}))[:100],
-        gate=gate if recipe.judged and not recipe.imported else "unjudged",  # type: ignore[arg-type]
-        calibration=rephraser.calibration(),
-        calls=used[0],
-        tokens=used[1],
-        cost=used[2],
-    )
-    file = results.file.with_suffix(".manifest.json")
-    if used[0] or not file.exists():  # a second run makes no call, and the manifest tells of the first
-        replace_file(file, to_json(manifest) + "\n", durable=True, mode=0o600)
-    return file
+def _json_line(row: Row) -> str:
+    """The row as JSON; escaped where another column than the rewritten one holds half of a character."""
+    line = json.dumps(row, ensure_ascii=False)
+    return line if is_utf8(line) else json.dumps(row)
 
 
-def _write_page(work: Work, outcomes: Sequence[RowOutcome], attempts: Sequence[Attempt] | None) -> Path:
+def _write_page(work: Work, outcomes: Sequence[RowOutcome], attempts: Mapping[str, Attempt]) -> Path:
     page = rephrased_page(work.rephraser, work.rows, outcomes, attempts)
-    return write_page(work.rephraser.results.file.with_suffix(".html"), page)
+    return write_page(work.rephraser.results.file_of_set(outcomes, ".html"), page)
 
 
 @contextmanager

@@ -88,6 +88,10 @@ class LocalChat:
         """Exactly as many as the model gets."""
         return len(self._prompt(request))
 
+    def room(self, model: str) -> int | None:
+        """As the site's file allows, and as many positions as the model has."""
+        return self._room(model)
+
     def complete(self, requests: Sequence[Request]) -> list[Completion | RowFault]:
         results: list[Completion | RowFault | None] = [None] * len(requests)
         alike: dict[tuple[str, int], dict[int, list[int]]] = {}

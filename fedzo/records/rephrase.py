@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from fedzo.records.fields import Count, Hash, Length, Magnitude, Matching, Name, Share, Within
+from fedzo.records.fields import Count, Hash, Length, Magnitude, Matching, Name, OmitDefault, Share, Within
 
 VERSION = 1
 MOST_CHARS = 1 << 24
@@ -24,6 +24,7 @@ class RowOutcome:
         status: ``rewritten``, or ``original`` where the text stays.
         reason: Why it stays; empty for a rewritten row.
         model: What the rewriter's answer said that it is from; empty where there is none.
+        judged: Digest of the test of its judge (``Calibration``); empty where there was none.
     """
 
     row: RowDigest
@@ -32,6 +33,7 @@ class RowOutcome:
     status: Literal["rewritten", "original"]
     reason: Annotated[str, Length(0, 60)]
     model: Annotated[str, Length(0, 1000)]
+    judged: Annotated[str, Matching(re.compile("[0-9a-f]{64}|"), "64 hexadecimal digits"), OmitDefault()] = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,9 +101,11 @@ class Manifest:
         source: SHA-256 of the rows as they were, in their order.
         results: SHA-256 of what stands in the column now, in the same order.
         counts: Rows by what became of them.
+        names: Accepted rewrites that lost a name or brought one in: a warning.
         models: What the rewriter's answers said that they are from.
         gate: ``passed``; ``overridden`` where the recipe asks for no test of the judge; ``unjudged`` without a judge.
-        calibration: How the judge did in its test; None where it had none.
+        judged: Rows by the digest of the test that their judge had had when they were judged.
+        calibration: That test; of several the one that stands for most rows. None where there was none.
         calls: Made for it, without those whose answers were there.
         tokens: Of prompts and answers of these calls.
         cost: Of these calls, by the site's prices.
@@ -116,8 +120,10 @@ class Manifest:
     source: Hash
     results: Hash
     counts: Annotated[dict[Name, Count], Length(0, 200)]
+    names: Annotated[Count, OmitDefault()] = 0
     models: Annotated[tuple[Annotated[str, Length(0, 1000)], ...], Length(0, 100)]
     gate: Literal["passed", "overridden", "unjudged"]
+    judged: Annotated[dict[Hash, Count], Length(0, 1000), OmitDefault()] = field(default_factory=dict)
     calibration: Calibration | None
     calls: Count
     tokens: Count

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 
 from fedzo.data.files import Row
+from fedzo.data.preprocess.rephrase.checks import lost_names
 from fedzo.data.preprocess.rephrase.course import Attempt, counts
 from fedzo.data.preprocess.rephrase.figures import SetFigures
 from fedzo.data.preprocess.rephrase.rephraser import Rephraser
@@ -19,7 +20,7 @@ _MOST_SHOWN = 200
 
 
 def rephrased_page(
-    rephraser: Rephraser, rows: Sequence[Row], outcomes: Sequence[RowOutcome], attempts: Sequence[Attempt] | None
+    rephraser: Rephraser, rows: Sequence[Row], outcomes: Sequence[RowOutcome], attempts: Mapping[str, Attempt]
 ) -> str:
     """Texts before and after; the page's template escapes what rows and endpoint wrote.
 
@@ -27,19 +28,19 @@ def rephrased_page(
         rephraser: The recipe at this site.
         rows: As they were.
         outcomes: What became of each.
-        attempts: What else is known of them, where they were rewritten just now.
+        attempts: What else is known of those that were rewritten just now, by row digest.
     """
     column = rephraser.prompts.column
     table = [["row", "before", "after", ""]]
     for number, (row, each) in enumerate(zip(rows[:_MOST_SHOWN], outcomes, strict=False)):
-        refused = attempts[number].refused if attempts is not None else ""
+        refused = attempts[each.row].refused if each.row in attempts else ""
         after = each.text if not each.reason else f"(kept) {refused}" if refused else "(kept)"
-        lost = attempts[number].lost_names if attempts is not None else ()
+        lost = () if each.reason else lost_names(each.text, str(row[column]))
         note = each.reason or (f"names: {', '.join(lost)}" if lost else "")
         table.append([str(number), _plain(row[column]), _plain(after), note])
     summary: Table = ("Rows", [[name, str(number)] for name, number in counts(outcomes).items()])
     shown = f"first {_MOST_SHOWN} of {len(rows)} rows" if len(rows) > _MOST_SHOWN else f"{len(rows)} rows"
-    found = rephraser.calibration()
+    found = rephraser.calibration(outcomes)
     return render_page(
         title=f"{rephraser.task.name}: {column} rewritten",
         subtitle=f"style {rephraser.config.style}, {shown}. Training text only; it stays at this site",

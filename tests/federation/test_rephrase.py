@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -48,6 +52,8 @@ class Endpoint:
     judge: Callable[[str, str], dict[str, str]] = verdict
     calls: list[str] = field(default_factory=list)
     url: str = ""
+    status: int = 200
+    seconds: float = 0.0
 
     def settings(self, store: Path) -> list[str]:
         return [
@@ -67,6 +73,7 @@ def endpoint() -> Iterator[Endpoint]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             prompt = body["messages"][-1]["content"]
             served.calls.append(prompt)
+            time.sleep(served.seconds)
             if "text B" in prompt:
                 text = json.dumps(served.judge(text_of(prompt, "text A"), text_of(prompt, "text B")))
             else:
@@ -74,7 +81,7 @@ def endpoint() -> Iterator[Endpoint]:
             choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
             usage = {"prompt_tokens": 50, "completion_tokens": 10}
             answer = json.dumps({"model": "/secret/model.gguf", "choices": [choice], "usage": usage}).encode()
-            self.send_response(200)
+            self.send_response(served.status)
             self.send_header("Content-Length", str(len(answer)))
             self.end_headers()
             self.wfile.write(answer)
@@ -178,12 +185,48 @@ def test_from_the_judges_test_to_a_run(
     assert endpoint.url not in json.dumps(json.loads((folder / "config.json").read_text()).get("preprocess"))
 
 
+def test_a_command_that_is_killed_ends_with_the_same_results_when_it_is_called_again(
+    endpoint: Endpoint, data_dir: Path, tmp_path: Path
+) -> None:
+    """By SIGKILL, in the middle: the calls in flight are lost, and nothing else."""
+
+    def command(store: str) -> list[str]:
+        words = ["--task", "sst2", "--data", str(data_dir / "train.jsonl"), *endpoint.settings(tmp_path / store)]
+        return [sys.executable, "-m", "fedzo", "rephrase", *words, "preprocess.oat_rephrase.gate=false"]
+
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    endpoint.seconds = 0.05
+    with subprocess.Popen(command("killed"), env=environment, stdout=subprocess.DEVNULL) as killed:
+        end = time.monotonic() + 120
+        while len(endpoint.calls) < 80:
+            assert killed.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        killed.kill()
+    before = len(endpoint.calls)
+    assert not (tmp_path / "killed" / "results").exists()
+
+    endpoint.seconds = 0.0
+    subprocess.run(command("killed"), env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert 3 * 64 <= len(endpoint.calls) <= 3 * 64 + 4  # rewriter.concurrency
+    assert before >= 80
+    subprocess.run(command("whole"), env=environment, check=True, stdout=subprocess.DEVNULL)
+
+    (one,), (other,) = ([*(tmp_path / name / "results").glob("*.jsonl")] for name in ("killed", "whole"))
+    assert one.name == other.name
+    assert one.read_bytes() == other.read_bytes()
+
+
 def test_a_run_prepares_its_clients_and_trains_on_what_they_made(
     run: Callable[..., Path], endpoint: Endpoint, data_dir: Path, tmp_path: Path
 ) -> None:
     """The oracle is a run without the stage on a folder whose training rows are the rewritten ones."""
     folder = run("staged", "preprocess.oat_rephrase.gate=false")
     assert len(endpoint.calls) == 3 * 64
+    manifests = [file.read_text() for file in (tmp_path / "store" / "results").glob("*.manifest.json")]
+    read = [decode_json(Manifest, text, where="manifest", error=ConfigError) for text in manifests]
+    assert [each.gate for each in read] == ["overridden"] * 4  # one a client
+    assert sum(each.calls for each in read) == len(endpoint.calls)
 
     other = tmp_path / "data"
     other.mkdir()
@@ -224,6 +267,26 @@ def test_a_resumed_run_finds_other_text_refused(
     before = len(endpoint.calls)
     assert main(["resume", str(folder), "fl.rounds=3"]) == 0
     assert len(endpoint.calls) == before
+
+
+def test_an_endpoint_that_fails_in_a_run_is_told_from_rows_that_cannot_be_read(
+    run: Callable[..., Path], endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The server hears a number; what the endpoint said stays in the site's own log, and the run can be made again."""
+    run("ungated", code=2)
+    told = capsys.readouterr().err
+    assert "refusal 37, its site cannot rewrite the rows now" in told
+    assert "refusal 1," not in told
+    assert endpoint.calls == []
+
+    endpoint.status = 500
+    run("dead", "preprocess.oat_rephrase.gate=false", code=2)
+    told = capsys.readouterr().err
+    assert "refusal 37, its site cannot rewrite the rows now" in told
+    assert not [*(tmp_path / "store" / "results").glob("*.jsonl")]
+
+    endpoint.status = 200
+    run("alive", "preprocess.oat_rephrase.gate=false")
 
 
 def test_a_run_without_a_rewriter_says_which_key_to_set(
@@ -268,7 +331,14 @@ def test_a_dry_run_shows_prompts_and_makes_no_call(
     told = capsys.readouterr().out
     assert told.count('text: "item') == 2
     assert "64 rows, at most 192 calls" in told
+    assert re.search(r"accepted at once, about [\d,]+ tokens of prompts and [\d,]+ of answers \(0.00 by", told)
     assert re.search(r"preprocess.oat_rephrase.prompt=[0-9a-f]{64}", told)
+    prices = ("rewriter.price_answer=1e6", "rewriter.max_tokens=100", "preprocess.oat_rephrase.max_attempts=3")
+    assert rephrase("--dry-run", "2", *prices) == 0
+    told = capsys.readouterr().out
+    assert "64 rows, at most 448 calls" in told  # 3 rewrites, a verdict on the original and 3 on rewrites each
+    answers = 64 * (3 * 100 + 4 * 128)
+    assert re.search(rf"at most [\d,]+ tokens of prompts and {answers:,} of answers \({answers}.00 by", told)
     assert endpoint.calls == []
 
 
@@ -311,6 +381,7 @@ def test_rewrites_from_elsewhere_are_checked_and_found_by_a_run(
     sets = [{"row": number, "text": row["text"], "verdict": "same"} for number, row in enumerate(rewritten(data_dir))]
     sets[0]["text"] = "item 1000 looks bad"
     sets[1]["verdict"] = "not the same"
+    sets[2]["text"] += " to Bob"
     file = tmp_path / "sets.jsonl"
     file.write_text("".join(json.dumps(each) + "\n" for each in sets[:-1]))
 
@@ -318,6 +389,9 @@ def test_rewrites_from_elsewhere_are_checked_and_found_by_a_run(
 
     told = capsys.readouterr().out
     assert "61  rewritten" in told
+    assert "1  rewritten with a name lost or brought in (a warning)" in told
+    (manifest,) = (tmp_path / "store" / "results").glob("*.manifest.json")
+    assert decode_json(Manifest, manifest.read_text(), where="manifest", error=ConfigError).names == 1
     for reason in ("numbers", "verdict", "absent"):
         assert f"1  original {reason}" in told
     key = re.search(r"preprocess.oat_rephrase.imported=[0-9a-f]{64}", told)
@@ -347,6 +421,33 @@ def test_text_of_rows_and_endpoint_is_data(
     assert "&lt;script&gt;alert(1)" in page
     assert "{{ 7 * 7 }}" in page
     assert not {"\x1b", "\x9b"} & {*page}
+
+
+@pytest.mark.parametrize("words", [[], ["judge-test"], ["--dry-run", "1"], ["bootstrap"]], ids=lambda words: str(words))
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (
+            '{"text\\u001b[2J": "x", "label": 1}',
+            "row 2 must have text in the column 'text', got a row with the columns",
+        ),
+        ('{"text": "half \\ud800", "label": 1}', "row 2 must have text in the column 'text', got half of a character"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_named_before_any_call(
+    words: list[str], line: str, told: str, endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"text": "item 1 is good", "label": 1}\n' * 2 + line + "\n")
+    gate = "preprocess.oat_rephrase.gate=false"
+    command = ["--task", "sst2", "--data", str(data), gate, *endpoint.settings(tmp_path / "store")]
+
+    assert main(["rephrase", *words, *command, "--table", str(tmp_path / "table.csv")]) == 2
+
+    found = capsys.readouterr()
+    assert told in found.err
+    assert "\x1b" not in found.err + found.out
+    assert endpoint.calls == []
 
 
 def test_a_sites_file_names_the_rewriter_and_keeps_the_results_beside_it(

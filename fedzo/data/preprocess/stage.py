@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, Self
 from fedzo.data.config import TaskConfig
 from fedzo.data.files import Row
 from fedzo.data.preprocess.rephrase.backend import RewriterConfig
-from fedzo.errors import ConfigError, Problem
+from fedzo.errors import ConfigError, Problem, printable
 from fedzo.registry import PluginConfig, Registry
 
 
@@ -173,7 +173,7 @@ def _check(name: str, column: str | None, rows: list[Row], made: list[Row]) -> N
         ):
             raise ConfigError(
                 f"preprocess.{name}: a stage must leave all columns but {column!r} as they are, got another "
-                f"{', '.join(changed)} in row {number}. Correct the stage."
+                f"{printable(', '.join(changed))} in row {number}. Correct the stage."
             )
 
 

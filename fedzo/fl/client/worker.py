@@ -15,6 +15,7 @@ from fedzo.data.config import TaskConfig
 from fedzo.data.encode import Example
 from fedzo.data.kept_digests import RowsChangedError
 from fedzo.data.preprocess import Progress
+from fedzo.data.preprocess.rephrase.backend import EndpointError
 from fedzo.data.tasks import num_labels
 from fedzo.errors import FedzoError, ProtocolError
 from fedzo.evaluate import Evaluator, evaluate
@@ -131,8 +132,7 @@ class ClientWorker:
             data = None if isinstance(digest, Progress) else self._data_of(request.client)
         except Exception as error:  # whatever a reader, a template or a tokenizer raises, the rows stay as they are
             log_failure(request.client, error)
-            refusal = Refusal.changed if isinstance(error, RowsChangedError) else Refusal.rows
-            return HelloReply(config_hash=self.identity.config_hash, refusal=refusal)
+            return HelloReply(config_hash=self.identity.config_hash, refusal=_refusal(error))
         identity = asdict(self.identity)
         if isinstance(digest, Progress) or data is None:
             assert isinstance(digest, Progress)
@@ -231,6 +231,13 @@ class ClientWorker:
             self._workspace, self.space_id = self._build(artifact), request.space_id
         assert self._workspace is not None
         return self._workspace, self._workspace.replica.sync(request)
+
+
+def _refusal(error: Exception) -> Refusal:
+    """What a server is told of rows that could not be got ready."""
+    if isinstance(error, RowsChangedError):
+        return Refusal.changed
+    return Refusal.rewriter if isinstance(error, EndpointError) else Refusal.rows
 
 
 def log_failure(client: int | None, error: BaseException) -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +151,75 @@ def test_a_file_of_rows_is_of_the_task_whose_rows_it_has(arms: Any, tmp_path: Pa
     assert [each.name for each in sets] == ["original", "main", "rule", "local"]
     assert sets[-1].rows == [{"premise": "Other text.", "label": 1}]
     assert sets[-1].digest != sets[0].digest
+
+
+@pytest.fixture
+def endpoint() -> Iterator[tuple[str, list[str]]]:
+    """A server on loopback that frames a premise and judges pairs right, and which models it was asked for."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            prompt = body["messages"][-1]["content"]
+            asked.append(body["model"])
+            if "text B" in prompt:
+                a, b = (json.loads(prompt.rsplit(f"text {name}: ", 1)[1].split("\n")[0]) for name in "AB")
+                alike = a.strip(".").casefold() in b.casefold() and not re.search(r"\bnot\b|\bfalse\b|\bnever\b", b)
+                label = "choice1" if "choice1" in prompt else "entailment"
+                text = json.dumps({"verdict": "same" if alike else "different", "predicted_label": label})
+            else:
+                old = json.loads(prompt.rsplit("premise: ", 1)[1].split("\n")[0])
+                text = f"By {body['model']}: {old}"
+            choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+            answer = json.dumps({"choices": [choice]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: Any) -> None:
+            """Nothing on the terminal."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/v1", asked
+        server.shutdown()
+        thread.join()
+
+
+def test_each_model_behind_an_endpoint_is_tested_as_a_judge_and_has_files_of_its_own(
+    endpoint: tuple[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.chdir(tmp_path)
+    effect = importlib.import_module("effect")
+    effect.WORK.mkdir(parents=True)
+    others = {"copa": ["question", "choice1", "choice2"], "cb": ["hypothesis"]}
+    for task, columns in others.items():
+        (tmp_path / task).mkdir()
+        rows = [
+            {"premise": f"The {noun} fell down.", **{name: f"{name} {noun}" for name in columns}, "label": 0}
+            for noun in ("man", "woman", "boy", "girl", "child", "teacher")
+        ]
+        (tmp_path / task / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    url, asked = endpoint
+    words = ["rewriter=openai_compatible", f"rewriter.base_url={url}", "preprocess.oat_rephrase.gate_pairs=6"]
+
+    first = effect.rephrase([*words, "rewriter.model=org/alpha"], tmp_path)
+    second = effect.rephrase([*words, "rewriter.model=org/beta"], tmp_path)
+
+    for name, files in (("alpha", first), ("beta", second)):
+        assert sorted(arm for arm, _ in files) == ["model-oat"] * 2 + ["model-plain"] * 2
+        for _, file in files:
+            assert f"By org/{name}: The man fell down." in file.read_text()
+    assert not {file for _, file in first} & {file for _, file in second}
+    calls = len(asked)
+    assert effect.rephrase([*words, "rewriter.model=org/alpha"], tmp_path) == first
+    assert len(asked) == calls
+    with pytest.raises(SystemExit, match=r"must name rewriter\.model"):
+        effect.rephrase(words, tmp_path)
 
 
 def test_the_gradient_is_that_of_finite_differences(cells: Any) -> None:

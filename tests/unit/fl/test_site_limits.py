@@ -67,6 +67,7 @@ def test_the_numbers_of_refusals_keep_their_meaning() -> None:
         34: "slow",
         35: "version",
         36: "preparing",
+        37: "rewriter",
     }
     assert len({refusal.sentence for refusal in Refusal}) == len(Refusal)
 

@@ -132,6 +132,7 @@ def test_a_sample_depends_on_its_own_seed_alone(chatty: str) -> None:
 
 def test_a_prompt_beyond_the_context_is_refused_alone(chatty: str) -> None:
     backend = REWRITERS.build(TransformersConfig(model=chatty, context_tokens=40, max_tokens=6))
+    assert backend.room(chatty) == 40
     fits = 40 - 6 - len(_prompt(""))
 
     answers = backend.complete([_request(chatty, "x" * (fits + 1)), _request(chatty, "x" * fits)])

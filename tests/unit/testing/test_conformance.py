@@ -251,6 +251,9 @@ class Rewriter:
     def fingerprint(self, model: str) -> str:
         return model
 
+    def room(self, model: str) -> int | None:
+        return None
+
     def count_tokens(self, request: Request) -> int:
         return 100
 

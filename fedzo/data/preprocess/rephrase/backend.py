@@ -62,6 +62,11 @@ class Completion:
     prompt_tokens: int
     completion_tokens: int
 
+    @property
+    def whole(self) -> bool:
+        """Whether it is an answer at all: neither cut off nor blank. What is not, is never kept as one."""
+        return not self.truncated and bool(self.text.strip())
+
 
 class RowReason(StrEnum):
     """Why a single call gave no answer."""
@@ -128,6 +133,10 @@ class Backend(Protocol):
         """Tokens of a request's prompt, exactly or as an estimate that is rather too high."""
         ...
 
+    def room(self, model: str) -> int | None:
+        """Most tokens of a prompt and its answer that a model can take; None where nobody but the site's file knows."""
+        ...
+
     def complete(self, requests: Sequence[Request]) -> list[Completion | RowFault]:
         """Answers in the order of the requests.
 
@@ -171,6 +180,10 @@ class RewriterConfig(PluginConfig):
     """Price of a million tokens of prompts."""
     price_answer: float = 0.0
     """Price of a million tokens of answers."""
+
+    def cost(self, prompt_tokens: int, answer_tokens: int) -> float:
+        """What tokens cost by the prices, in their currency."""
+        return (prompt_tokens * self.price_prompt + answer_tokens * self.price_answer) / 1e6
 
     def problems(self, run: RunSettings) -> Iterator[Problem]:
         yield from self.limit_problems()

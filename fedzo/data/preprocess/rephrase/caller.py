@@ -100,7 +100,7 @@ class Caller:
     @property
     def cost(self) -> float:
         """What the calls cost by the prices of the config, in their currency."""
-        return self._price(self.totals.prompt_tokens, self.totals.answer_tokens)
+        return self._config.cost(self.totals.prompt_tokens, self.totals.answer_tokens)
 
     def answer(
         self, requests: Sequence[Request], on_done: Callable[[int, int], None] = lambda _done, _total: None
@@ -208,7 +208,7 @@ class Caller:
         return not (
             0 < config.most_calls < calls
             or 0 < config.most_tokens < prompt + answer
-            or 0 < config.most_cost < self._price(prompt, answer)
+            or 0 < config.most_cost < self._config.cost(prompt, answer)
         )
 
     def _spent(self, job: _Job) -> EndpointError:
@@ -226,9 +226,6 @@ class Caller:
             f"The budget ({', '.join(budgets)}) does not hold another call: {spent} are spent, and the next may take "
             f"{most} tokens. What is done is kept. Raise the budget, or start again to spend it once more."
         )
-
-    def _price(self, prompt: int, answer: int) -> float:
-        return (prompt * self._config.price_prompt + answer * self._config.price_answer) / 1e6
 
     def _count(self, job: _Job, result: Completion | RowFault, begun: float) -> None:
         self.totals.calls += 1

@@ -63,6 +63,9 @@ class ChatCompletions:
     def fingerprint(self, model: str) -> str:
         return model
 
+    def room(self, model: str) -> int | None:
+        return None
+
     def count_tokens(self, request: Request) -> int:
         """A token a three bytes, and ten a message: more than tokenizers need, but for digits and rare scripts."""
         return sum(10 + -(-len(message.content.encode("utf-8", "replace")) // 3) for message in request.messages)

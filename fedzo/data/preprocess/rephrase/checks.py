@@ -120,7 +120,7 @@ def check(
         Check.truncated: lambda _: truncated,
         Check.lead_in: lambda _: not same and led,
         Check.quotes: _has_stray_quotes,
-        Check.line_break: lambda case: len(case.text.splitlines()) > 1 and len(case.original.splitlines()) < 2,
+        Check.line_break: lambda case: len(case.text.splitlines()) > max(1, len(case.original.splitlines())),
         Check.length: _has_wrong_length,
         Check.loop: _loops,
         Check.echo: _echoes,
@@ -131,7 +131,7 @@ def check(
     case = _Case(text, original, row, task, label, prompt, rules, words(text), words(original))
     wanted = [each for each in Check if each in rules.checks]
     fault = next((each for each in wanted if faults[each](case)), None)
-    return Checked(text, fault, () if same else _lost_names(text, original))
+    return Checked(text, fault, () if same else lost_names(text, original))
 
 
 def _cleaned(answer: str, original: str, column: str) -> tuple[str, bool]:
@@ -271,7 +271,8 @@ def _leaks(case: _Case) -> bool:
     return False
 
 
-def _lost_names(text: str, original: str) -> tuple[str, ...]:
+def lost_names(text: str, original: str) -> tuple[str, ...]:
+    """Names that a rewrite lost, or brought in."""
     old, new = words(original), words(text)
     lost = [name for name in names(original) if folded(name) not in set(new)]
     brought = [name for name in names(text) if folded(name) not in set(old)]

@@ -78,7 +78,8 @@ class OatRephraseConfig(StageConfig):
     gate_order_points: float = 0.10
     """Most that the share of "same" may change with the order in which the verdicts are named. A guess."""
     gate_pairs: int = 60
-    """Fewest pairs of each kind in that test. A guess."""
+    """Fewest pairs of the same meaning, and of another one, in that test. The test takes as many of each of its five
+    kinds as the rows give, and names the kinds that it has fewer of. A guess."""
 
     def filled(self, task: TaskConfig) -> Self:
         """The recipe with its column and the digest of its prompts, where the task is known."""

@@ -9,23 +9,31 @@ from dataclasses import dataclass
 
 from fedzo.data.config import TaskConfig, TaskKind
 from fedzo.data.files import Row
-from fedzo.data.preprocess.rephrase.backend import Backend, Completion, Request, RowFault
+from fedzo.data.preprocess.rephrase.backend import Backend, Completion, EndpointError, Request, RowFault, RowReason
 from fedzo.data.preprocess.rephrase.caller import Caller
 from fedzo.data.preprocess.rephrase.checks import Checked, check
-from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
+from fedzo.data.preprocess.rephrase.config import Check, OatRephraseConfig
 from fedzo.data.preprocess.rephrase.judge import Verdict, verdict_of
 from fedzo.data.preprocess.rephrase.prompts import ORDERS, Prompts
 from fedzo.data.preprocess.rephrase.results import row_digest
+from fedzo.data.preprocess.rephrase.words import is_utf8
 from fedzo.data.preprocess.stage import OnProgress
 from fedzo.data.tasks import label_index
-from fedzo.errors import ConfigError
+from fedzo.errors import ConfigError, printable
 from fedzo.records.rephrase import RowOutcome
 
 ROWS_AT_ONCE = 64
 """Rows that go through rewriter and judge together; what a progress bar moves by."""
+MOST_FAILED = 0.2
+"""Share of rows above which a set is none (a guess, spec 4.2); a single row never is: its fault may be its own."""
 _RAISE_TEMPERATURE = 0.3  # a further attempt at temperature 0 would repeat the first
-_JUDGE_TOKENS = 128
+JUDGE_TOKENS = 128
+"""Most tokens of a verdict."""
 _IDENTICAL = "identical"
+_CALL, _JUDGE = "call_", "judge_"
+_FAILED = frozenset(
+    {f"{prefix}{reason}" for prefix in (_CALL, _JUDGE) for reason in RowReason} | {Check.empty, Check.truncated}
+)
 _UNREAD, _DIFFERENT, _LABEL, _ORIGINAL = "judge_unread", "judge_different", "judge_label", "judge_fails_original"
 
 
@@ -38,14 +46,14 @@ class Attempt:
         label: Index of the right answer; None where it is written.
         outcome: What became of it; None while that is open.
         refused: The last rewrite that was not accepted, as a person may read it.
-        lost_names: Names that the accepted rewrite may have lost or brought in.
+        failed: Whether the endpoint gave no answer in its last call, a cut off or a blank one.
     """
 
     row: Row
     label: int | None
     outcome: RowOutcome | None = None
     refused: str = ""
-    lost_names: tuple[str, ...] = ()
+    failed: bool = False
     reason: str = ""
     checked: Checked | None = None
     model: str = ""
@@ -77,35 +85,68 @@ class Course:
     max_tokens: int
     context_tokens: int
 
-    def run(self, rows: Sequence[Row], on_progress: OnProgress = lambda done, total: None) -> list[Attempt]:
+    def run(
+        self, rows: Sequence[Row], on_progress: OnProgress = lambda done, total: None, *, beside: int = 0
+    ) -> list[Attempt]:
         """Rewrite rows; each has an outcome at the end.
+
+        Args:
+            rows: The rows.
+            on_progress: Told of rows done and in all.
+            beside: Rows of the same set that had their answers before.
 
         Raises:
             ConfigError: A row does not fit the task, or its prompt the context: before the first call.
-            EndpointError: The endpoint cannot be used, or a budget is spent. Its answers so far are kept, so the same
-                call goes on from there.
+            EndpointError: The endpoint cannot be used, failed too many rows, or a budget is spent. Its answers so far
+                are kept, so the same call goes on from there.
         """
-        unique = {row_digest(row): row for row in rows}
-        attempts = {digest: Attempt(row, label_of(row, self.prompts, self.task)) for digest, row in unique.items()}
-        self._check_context(attempts.values())
+        attempts = self.check_rows(rows)
         waiting = [*attempts.items()]
         for first in range(0, len(waiting), ROWS_AT_ONCE):
             some = dict(waiting[first : first + ROWS_AT_ONCE])
             done = functools.partial(_tell, on_progress, first / len(waiting), len(some) / len(waiting), len(rows))
             self._rewrite(some, done)
+            _check_failed([each for _, each in waiting[: first + len(some)]], beside)
         on_progress(len(rows), len(rows))
         return [attempts[row_digest(row)] for row in rows]
 
+    def check_rows(self, rows: Sequence[Row]) -> dict[str, Attempt]:
+        """The rows that differ, by their digests, ready to be asked for. Makes no call.
+
+        Raises:
+            ConfigError: A row does not fit the task, or its prompt the context.
+        """
+        attempts: dict[str, Attempt] = {}
+        for number, row in enumerate(rows):
+            if (digest := row_digest(row)) not in attempts:
+                attempts[digest] = Attempt(row, label_of(row, self.prompts, self.task, where=f"row {number}"))
+                for request in self.requests(row):
+                    self.check_context(request, f"row {number}")
+        return attempts
+
+    def check_context(self, request: Request, where: str) -> None:
+        """Raise ``ConfigError`` where a prompt and its answer are longer than the site or the model allows."""
+        tokens, room = self.backend.count_tokens(request), self.backend.room(request.model)
+        most = self.context_tokens if room is None else min(room, self.context_tokens)
+        if tokens + request.max_tokens > most:
+            short = most < self.context_tokens
+            remedy = "Take a model that can read more" if short else "Raise it if the model can read more"
+            raise ConfigError(
+                f"rewriter.context_tokens: a prompt and its answer must have at most {most} tokens"
+                f"{', as many as the model has positions' if short else ''}, {where} has {tokens} and "
+                f"{request.max_tokens}. {remedy}, show fewer examples, or leave out rows that long."
+            )
+
     def requests(self, row: Row) -> tuple[Request, ...]:
         """What is asked for a row at least: its rewrite, and the judgement of the original beside itself."""
-        label = label_of(row, self.prompts, self.task)
+        label = label_of(row, self.prompts, self.task, where="a row")
         asked = [self._rewrite_request(row, label, attempt=0)]
         return (*asked, *([self.judge_request(row, str(row[self.prompts.column]))] if self.config.judged else []))
 
     def judge_request(self, row: Row, rewrite: str, order: Sequence[str] = ORDERS[0]) -> Request:
         """What asks the judge about a row and a text in the place of its column."""
         messages, schema = self.prompts.judge(row, rewrite, order), self.prompts.judge_schema(order)
-        return Request(messages, self.judge, 0.0, seed=0, max_tokens=_JUDGE_TOKENS, schema=schema)
+        return Request(messages, self.judge, 0.0, seed=0, max_tokens=JUDGE_TOKENS, schema=schema)
 
     def _rewrite(self, attempts: Mapping[str, Attempt], on_share: Callable[[float], None]) -> None:
         """All attempts at some rows: those that failed are asked again, as often as the recipe says."""
@@ -121,16 +162,15 @@ class Course:
                 self._judge(attempts, on_share)
             for digest, each in attempts.items():
                 if each.outcome is None and each.checked is not None and not each.reason:
-                    each.lost_names = each.checked.lost_names
                     each.outcome = self._outcome(digest, each.checked.text, "rewritten", "", each.model)
         for digest, each in attempts.items():
             if each.outcome is None:
                 self._keep(digest, each, each.reason)
 
     def _check(self, digest: str, each: Attempt, answer: Completion | RowFault) -> None:
-        each.checked, each.reason = None, ""
+        each.checked, each.reason, each.failed = None, "", _is_failure(answer)
         if isinstance(answer, RowFault):
-            each.reason = f"call_{answer.reason}"
+            each.reason = f"{_CALL}{answer.reason}"
             return
         column, original = self.prompts.column, str(each.row[self.prompts.column])
         each.model = answer.model
@@ -159,12 +199,10 @@ class Course:
         column, labels = self.prompts.column, self.prompts.labels
         asked = [self.judge_request(each.row, str(each.row[column])) for each in judged]
         asked += [self.judge_request(each.row, each.checked.text) for each in judged if each.checked is not None]
-        answers = [
-            verdict_of(answer, labels)
-            for answer in self.caller.answer(asked, lambda done, total: on_share(0.5 + done / total / 2))
-        ]
+        answers = self.caller.answer(asked, lambda done, total: on_share(0.5 + done / total / 2))
         for each, own, other in zip(judged, answers[: len(judged)], answers[len(judged) :], strict=True):
-            each.reason = why_not(own, other)
+            each.failed = _is_failure(own) or _is_failure(other)
+            each.reason = why_not(verdict_of(own, labels), verdict_of(other, labels))
             if each.reason and each.checked is not None:
                 each.refused = each.checked.text
 
@@ -186,32 +224,64 @@ class Course:
         messages = self.prompts.rewriter(row, label)
         return Request(messages, self.rewriter, temperature, seed=attempt, max_tokens=self.max_tokens)
 
-    def _check_context(self, attempts: Iterable[Attempt]) -> None:
-        for number, each in enumerate(attempts):
-            for request in self.requests(each.row):
-                tokens = self.backend.count_tokens(request)
-                if tokens + request.max_tokens > self.context_tokens:
-                    raise ConfigError(
-                        f"rewriter.context_tokens: a prompt and its answer must have at most {self.context_tokens} "
-                        f"tokens, row {number} has {tokens} and {request.max_tokens}. Raise it if the model can read "
-                        "more, show fewer examples, or leave out rows that long."
-                    )
+
+def _is_failure(answer: Completion | RowFault) -> bool:
+    return isinstance(answer, RowFault) or not answer.whole
 
 
-def label_of(row: Row, prompts: Prompts, task: TaskConfig) -> int | None:
+def _check_failed(attempts: Sequence[Attempt], beside: int) -> None:
+    """Raise ``EndpointError`` where the endpoint failed too many of the rows that are done."""
+    failed, done = [each for each in attempts if each.failed], len(attempts) + beside
+    if len(failed) < 2 or len(failed) <= MOST_FAILED * done:
+        return
+    reasons = ", ".join(
+        f"{number} {reason}" for reason, number in Counter(each.reason for each in failed).most_common()
+    )
+    raise EndpointError(
+        f"oat_rephrase: the endpoint must answer for at least {1 - MOST_FAILED:.0%} of the rows, but failed "
+        f"{len(failed)} of {done} ({reasons}). Correct the endpoint, its model, rewriter.timeout_s or "
+        "rewriter.max_tokens, and start again: its answers are kept, and what failed is asked again."
+    )
+
+
+def is_failed(outcome: RowOutcome) -> bool:
+    """Whether a row keeps its text for a fault of the endpoint, so that it may be asked for again."""
+    return outcome.reason in _FAILED
+
+
+def label_of(row: Row, prompts: Prompts, task: TaskConfig, *, where: str) -> int | None:
     """Index of the right answer; None where it is written.
+
+    Args:
+        row: The row.
+        prompts: What shows it.
+        task: What it is for.
+        where: Names it in an error.
 
     Raises:
         ConfigError: The row does not fit the task, or lacks what the prompts show.
     """
-    for column in (prompts.column, *prompts.task.shown, *prompts.task.anchors):
-        if not isinstance(row.get(column), str) or not row[column].strip():
-            told = ", ".join(sorted(map(str, row)))
-            raise ConfigError(
-                f"oat_rephrase: each row must have text in the column {column!r}, got a row with the columns "
-                f"{told}. Name the column that is to be rewritten in preprocess.oat_rephrase.column."
-            )
-    return label_index(row, task) if task.kind is TaskKind.candidates else None
+    for column in dict.fromkeys((prompts.column, *prompts.task.shown, *prompts.task.anchors)):
+        _check_text(row, column, rewritten=column == prompts.column, where=where)
+    try:
+        return label_index(row, task) if task.kind is TaskKind.candidates else None
+    except ConfigError as error:
+        raise ConfigError(f"oat_rephrase: {where}: {error}") from error
+
+
+def _check_text(row: Row, column: str, *, rewritten: bool, where: str) -> None:
+    must = f"oat_rephrase: {where} must have text in the column {printable(column)!r}, got"
+    if column not in row:
+        told = ", ".join(printable(str(name), most=60) for name in sorted(map(str, row)))
+        key = "preprocess.oat_rephrase.column" if rewritten else "the data as the task names it"
+        raise ConfigError(f"{must} a row with the columns {told}. Name the column in {key}.")
+    value = row[column]
+    if not isinstance(value, str):
+        raise ConfigError(f"{must} a value of the type {type(value).__name__}. Write text there, or leave the row out.")
+    if not value.strip():
+        raise ConfigError(f"{must} a blank one. Write text there, or leave the row out.")
+    if not is_utf8(value):
+        raise ConfigError(f"{must} half of a character (a lone surrogate), which no UTF-8 holds. Correct the row.")
 
 
 def why_not(own: Verdict | RowFault | None, other: Verdict | RowFault | None) -> str:
@@ -223,7 +293,7 @@ def why_not(own: Verdict | RowFault | None, other: Verdict | RowFault | None) ->
     """
     for answer in (own, other):
         if isinstance(answer, RowFault):
-            return f"judge_{answer.reason}"
+            return f"{_JUDGE}{answer.reason}"
     if own is None or other is None:
         return _UNREAD
     if not isinstance(own, Verdict) or not own.same:

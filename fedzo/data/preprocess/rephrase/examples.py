@@ -11,6 +11,7 @@ from fedzo.data.config import TaskConfig, TaskKind
 from fedzo.data.files import Row, read_located
 from fedzo.data.preprocess.rephrase.prompts import Example
 from fedzo.data.preprocess.rephrase.tasks import RephraseTask
+from fedzo.data.preprocess.rephrase.words import is_utf8
 from fedzo.data.tasks import label_index
 from fedzo.errors import ConfigError
 from fedzo.records.folder import replace_file
@@ -57,6 +58,10 @@ def read_examples(file: Path, task: TaskConfig, told: RephraseTask, column: str)
         text = str(row[REWRITE]).strip()
         if not text:
             raise ConfigError(f"{where}: an accepted row must have text in the column {REWRITE!r}. Write it, or no.")
+        if bad := [name for name in columns_of(task, told, column) if not is_utf8(str(row[name]))]:
+            raise ConfigError(
+                f"{where}: column {bad[0]!r} must hold text, got half of a character. Correct it, or write no."
+            )
         label = label_index(row, task) if task.kind is TaskKind.candidates else None
         examples.append(Example({name: row[name] for name in dict.fromkeys((column, *told.shown))}, label, text))
     if not 1 <= len(examples) <= MOST_EXAMPLES:

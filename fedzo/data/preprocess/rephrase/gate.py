@@ -13,21 +13,31 @@ from fedzo.data.preprocess.rephrase.backend import Completion, EndpointError, Re
 from fedzo.data.preprocess.rephrase.caller import Caller
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
 from fedzo.data.preprocess.rephrase.judge import Verdict, verdict_of
-from fedzo.data.preprocess.rephrase.pairs import Pair, make_pairs
+from fedzo.data.preprocess.rephrase.pairs import KINDS, SAME_KINDS, Pair, make_pairs
 from fedzo.data.preprocess.rephrase.prompts import ORDERS, Prompts
 from fedzo.errors import ConfigError
 from fedzo.records.decode import decode_json, to_json
 from fedzo.records.folder import replace_file
 from fedzo.records.rephrase import Calibration, Interval, PairCounts
 
-_FOLDER = "judges"
+_FOLDER, _TESTS = "judges", "judge_tests"
 _Z = 1.959963984540054  # of a 95 % interval
 Verdicts = tuple[Verdict | RowFault | None, ...]
 
 
 def judge_digest(prompts: Prompts, model: str) -> str:
-    """Digest of what a calibration holds for: the judge's model and all that it reads beside a row."""
+    """Digest of what a calibration holds for: the judge's model and all that it reads beside a row.
+
+    Args:
+        prompts: What it reads.
+        model: ``Backend.fingerprint`` of its model: other weights under the same name are another judge.
+    """
     return hashlib.sha256(json.dumps([model, prompts.judge_digest]).encode()).hexdigest()
+
+
+def calibration_digest(calibration: Calibration) -> str:
+    """Digest of one test of a judge."""
+    return hashlib.sha256(to_json(calibration).encode()).hexdigest()
 
 
 def calibrate(
@@ -37,6 +47,7 @@ def calibrate(
     *,
     model: str,
     request: Callable[[Row, str, Sequence[str]], Request],
+    check: Callable[[Request, str], None],
     most: int,
     on_progress: Callable[[int, int], None],
 ) -> Calibration:
@@ -46,16 +57,21 @@ def calibrate(
         prompts: What it reads.
         caller: Asks it.
         rows: Rows with text in the prompts' column.
-        model: Its name.
+        model: ``Backend.fingerprint`` of its model.
         request: Asks it about a row and a text, the verdicts named in an order.
+        check: Raises an error where a request is too long; it is given what names its row.
         most: Pairs of each kind.
         on_progress: Told of calls done and in all.
 
     Raises:
+        ConfigError: A prompt is too long: before the first call.
         EndpointError: It cannot be asked.
     """
     pairs = make_pairs(rows, prompts.column, prompts.examples, most=most)
     asked = [request(pair.row, pair.text, order) for order in ORDERS for pair in pairs]
+    numbers = {id(row): number for number, row in enumerate(rows)}
+    for pair, each in zip((*pairs, *pairs), asked, strict=True):
+        check(each, f"a pair made from row {numbers[id(pair.row)]}")
     answers = caller.answer(asked, on_progress)
     verdicts = [verdict_of(answer, prompts.labels) for answer in answers]
     orders = (tuple(verdicts[: len(pairs)]), tuple(verdicts[len(pairs) :]))
@@ -116,17 +132,36 @@ def faults(calibration: Calibration, config: OatRephraseConfig) -> Iterator[str]
         )
 
 
+def few_pairs(calibration: Calibration, config: OatRephraseConfig) -> str:
+    """Which kinds of pairs a test had fewer of than a recipe wishes for, as a sentence; empty where there is none."""
+    seen = {each.made: each.pairs for each in calibration.kinds}
+    few = [f"{kind} {seen.get(kind, 0)}" for kind in KINDS if seen.get(kind, 0) < config.gate_pairs]
+    return f"Fewer than {config.gate_pairs} pairs were seen of these kinds: {', '.join(few)}." if few else ""
+
+
 def keep(calibration: Calibration, folder: Path) -> Path:
-    """Write a calibration where ``find`` looks for it; returns the file."""
-    file = _file(folder, calibration.judge)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(file, to_json(calibration) + "\n", durable=True, mode=0o600)
+    """Write a calibration where ``find`` and ``find_test`` look for it; returns the file of the first.
+
+    The first file is the judge's last test, the second stays: results that were judged after this test name it.
+    """
+    file, test = _file(folder, calibration.judge), _test_file(folder, calibration_digest(calibration))
+    for each in (test, file):
+        each.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(each, to_json(calibration) + "\n", durable=True, mode=0o600)
     return file
 
 
 def find(folder: Path, judge: str) -> Calibration | None:
-    """The calibration of a judge at this site; None where there is none."""
-    file = _file(folder, judge)
+    """The last calibration of a judge at this site; None where there is none."""
+    return _read(_file(folder, judge))
+
+
+def find_test(folder: Path, digest: str) -> Calibration | None:
+    """A calibration by its own digest; None where it is not there."""
+    return _read(_test_file(folder, digest))
+
+
+def _read(file: Path) -> Calibration | None:
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -151,9 +186,11 @@ def check_gate(folder: Path, judge: str, config: OatRephraseConfig) -> Calibrati
             "fedzo rephrase judge-test."
         )
     if found := [*faults(calibration, config)]:
+        few = few_pairs(calibration, config)
+        told = f"the judge must pass its test, but: {'; '.join(found)}.{f' {few}' if few else ''}"
         raise EndpointError(
-            f"the judge must pass its test, but: {'; '.join(found)}. Use a stronger model as rewriter.judge_model. "
-            "preprocess.oat_rephrase.gate=false goes on without, and the manifest says so."
+            f"{told} Use a stronger model as rewriter.judge_model. preprocess.oat_rephrase.gate=false goes on without, "
+            "and the manifest says so."
         )
     return calibration
 
@@ -162,8 +199,12 @@ def _file(folder: Path, judge: str) -> Path:
     return folder / _FOLDER / f"{judge}.json"
 
 
+def _test_file(folder: Path, digest: str) -> Path:
+    return folder / _TESTS / f"{digest}.json"
+
+
 def _numbers(calibration: Calibration) -> tuple[int, int]:
-    alike = sum(each.pairs for each in calibration.kinds if each.made in ("identical", "paraphrased"))
+    alike = sum(each.pairs for each in calibration.kinds if each.made in SAME_KINDS)
     return alike, sum(each.pairs for each in calibration.kinds) - alike
 
 

@@ -10,6 +10,23 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fedzo.data.files import Row
+from fedzo.data.preprocess.rephrase.english import (
+    AUXILIARY,
+    CONTRACTED,
+    FIRST_WORD,
+    FUNCTION_WORDS,
+    NAME,
+    NAMES,
+    NOT_FRAMES,
+    NUMBER,
+    NUMBER_WORD,
+    OTHER_NUMBERS,
+    PAST,
+    PERSON,
+    PERSONS,
+    SAME_FRAMES,
+    SYNONYMS,
+)
 from fedzo.data.preprocess.rephrase.prompts import Example
 
 
@@ -30,69 +47,74 @@ class Pair:
     same: bool
 
 
-_CONTRACTED = {
-    "do not": "don't",
-    "does not": "doesn't",
-    "did not": "didn't",
-    "is not": "isn't",
-    "are not": "aren't",
-    "was not": "wasn't",
-    "were not": "weren't",
-    "has not": "hasn't",
-    "have not": "haven't",
-    "had not": "hadn't",
-    "could not": "couldn't",
-    "would not": "wouldn't",
-    "should not": "shouldn't",
-    "cannot": "can't",
-    "will not": "won't",
-    "it is": "it's",
-    "I am": "I'm",
-    "they are": "they're",
-    "we are": "we're",
-}
+KINDS = ("identical", "paraphrased", "negated", "swapped", "other row")
+SAME_KINDS = KINDS[:2]
 _CLAUSES = re.compile(r"([A-Z][^.?!;,:]*?) (because|when|after|before|while|although) ([^.?!;,:]+)\.")
-_AUXILIARY = re.compile(
-    r"\b(is|are|was|were|has|have|had|can|could|will|would|should|must|may|might|does|do|did)\b(?! not|n't)(?= )"
-)
-_NUMBER = re.compile(r"\d+")
-_NAME = re.compile(r"(?<=[a-z,] )[A-Z][a-z]{2,}\b")
-_NAMES = ("Miller", "Okafor", "Tanaka")
 
 
-def paraphrased(text: str) -> str:
-    """The same in a slightly other form: a contraction made or undone, two clauses exchanged, or a frame around it."""
+def paraphrased(text: str, turn: int = 0) -> str:
+    """The same in a slightly other form, by the first of some rules that fits.
+
+    Two clauses exchanged, a contraction made or undone, a word of the same meaning, or a frame around the text.
+
+    Args:
+        text: The text.
+        turn: Which frame is taken where no other rule fits.
+    """
     if found := _CLAUSES.fullmatch(text.strip()):
         main, link, other = found.groups()
         return f"{link.capitalize()} {other}, {_lower_first(main)}."
-    for long, short in _CONTRACTED.items():
+    for long, short in CONTRACTED.items():
         for old, new in ((long, short), (short, long)):
             for this, that in ((old, new), (_capital(old), _capital(new))):
                 if re.search(rf"\b{re.escape(this)}\b", text):
                     return re.sub(rf"\b{re.escape(this)}\b", that, text, count=1)
-    return f"It is true that {_lower_first(text.strip())}"
+    for old, new in SYNONYMS.items():
+        if re.search(rf"\b{old}\b", text):
+            return re.sub(rf"\b{old}\b", new, text, count=1)
+    return _framed(SAME_FRAMES, text, turn)
 
 
-def negated(text: str) -> str:
-    """The opposite: a negation put in or taken out, or a frame that denies the text."""
-    for short in _CONTRACTED.values():
+def negated(text: str, turn: int = 0) -> str:
+    """The opposite: a negation put in or taken out, or a frame that denies the text, which ``turn`` chooses."""
+    for short in CONTRACTED.values():
         if short.endswith("n't") and short not in ("can't", "won't") and re.search(rf"\b{short}\b", text):
             return re.sub(rf"\b{short}\b", short.removesuffix("n't"), text, count=1)
     if re.search(r"\bnot ", text):
         return re.sub(r"\bnot ", "", text, count=1)
-    if _AUXILIARY.search(text):
-        return _AUXILIARY.sub(r"\1 not", text, count=1)
-    return f"It is not true that {_lower_first(text.strip())}"
+    if AUXILIARY.search(text):
+        return AUXILIARY.sub(r"\1 not", text, count=1)
+    if turn % 2 == 0 and (found := PAST.fullmatch(text.strip())):
+        return f"{found[1]} never {found[2]}"
+    return _framed(NOT_FRAMES, text, turn)
 
 
-def swapped(text: str) -> str | None:
-    """Another number or name in the place of one; None where there is neither."""
-    if number := _NUMBER.search(text):
+def swapped(text: str, turn: int = 0) -> str | None:
+    """Another number, name or person in the place of one; None where there is none of them."""
+    if number := NUMBER.search(text):
         return text[: number.start()] + str(int(number[0][:15]) + 3) + text[number.end() :]
-    if name := _NAME.search(text):
-        other = next(each for each in _NAMES if each not in text)
+    if word := NUMBER_WORD.search(text):
+        other = next(each for each in OTHER_NUMBERS if each != word[0].casefold())
+        return text[: word.start()] + (_capital(other) if word[0][0].isupper() else other) + text[word.end() :]
+    if name := NAME.search(text) or _first_name(text):
+        other = next(each for each in NAMES if each not in text)
         return text[: name.start()] + other + text[name.end() :]
+    if person := PERSON.search(text):
+        return text[: person.start()] + PERSONS[person[0]] + text[person.end() :]
     return None
+
+
+def _first_name(text: str) -> re.Match[str] | None:
+    """A capitalised first word that is a name, as far as a list of other words can tell."""
+    found = FIRST_WORD.match(text)
+    return None if found is None or found[0] in FUNCTION_WORDS else found
+
+
+def _framed(frames: Sequence[str], text: str, turn: int) -> str:
+    whole = text.strip()
+    closed = whole if whole.endswith((".", "!", "?", '"', "'")) else f"{whole}."
+    frame = frames[turn % len(frames)]
+    return frame.replace("{text}", closed).replace("{lower}", _lower_first(whole))
 
 
 def make_pairs(rows: Sequence[Row], column: str, examples: Sequence[Example], *, most: int) -> list[Pair]:
@@ -101,28 +123,26 @@ def make_pairs(rows: Sequence[Row], column: str, examples: Sequence[Example], *,
     Args:
         rows: Rows that have text in the column.
         column: The column in question.
-        examples: Rewrites that people have accepted: the better paraphrases, which go first.
+        examples: Rewrites that the prompts show with their verdicts: no test holds their texts.
         most: Of each kind.
     """
-    accepted = [Pair("paraphrased", each.row, each.text, same=True) for each in examples]
-    by_rule = _made(rows, column, "paraphrased", paraphrased, same=True)
+    shown = {str(each.row[column]).strip() for each in examples}
+    rows = [row for row in rows if str(row[column]).strip() not in shown]
     kinds: dict[str, Iterator[Pair]] = {
-        "identical": _made(rows, column, "identical", lambda text: text, same=True),
-        "paraphrased": iter([*accepted, *by_rule]),
-        "negated": _made(rows, column, "negated", negated, same=False),
-        "swapped": _made(rows, column, "swapped", swapped, same=False),
+        "identical": _made(rows, column, "identical", lambda text, _: text),
+        "paraphrased": _made(rows, column, "paraphrased", paraphrased),
+        "negated": _made(rows, column, "negated", negated),
+        "swapped": _made(rows, column, "swapped", swapped),
         "other row": _others(rows, column),
     }
     return [pair for made in kinds.values() for _, pair in zip(range(most), made, strict=False)]
 
 
-def _made(
-    rows: Sequence[Row], column: str, kind: str, make: Callable[[str], str | None], *, same: bool
-) -> Iterator[Pair]:
-    for row in rows:
-        text = make(row[column])
+def _made(rows: Sequence[Row], column: str, kind: str, make: Callable[[str, int], str | None]) -> Iterator[Pair]:
+    for turn, row in enumerate(rows):
+        text = make(row[column], turn)
         if text is not None and (kind == "identical" or text != row[column]):
-            yield Pair(kind, row, text, same)
+            yield Pair(kind, row, text, same=kind in SAME_KINDS)
 
 
 def _others(rows: Sequence[Row], column: str) -> Iterator[Pair]:

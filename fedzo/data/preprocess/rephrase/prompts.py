@@ -198,13 +198,33 @@ class Prompts:
         return f"{rule}: {json.dumps(form)}. predicted_label is the answer that you give if you read text B alone."
 
     def _judged(self) -> list[str]:
-        """Examples of verdicts: what people accepted, and beside it pairs of no task, two of each kind."""
-        pairs = [*((str(each.row[self.column]), each.text, SAME) for each in self.examples), *_JUDGED]
-        return [f"{_line('text A', a)}\n{_line('text B', b)}\nverdict: {verdict}" for a, b, verdict in pairs]
+        """Examples of verdicts: what people accepted, and beside it pairs of no task, two of each kind.
+
+        An answer is one as the rule asks for. Pairs of no task have no answer to it: each label stands there in turn,
+        once beside each verdict, so none goes with one.
+        """
+        shown = [
+            self._answered(str(each.row[self.column]), each.text, SAME, each.label, self._others(each.row))
+            for each in self.examples
+        ]
+        count = len(self.labels) or 1
+        turns = (0, 0, 1, 1)
+        return shown + [
+            self._answered(a, b, verdict, turn % count, [])
+            for (a, b, verdict), turn in zip(_JUDGED, turns, strict=True)
+        ]
+
+    def _answered(self, a: str, b: str, verdict: str, label: int | None, others: list[str]) -> str:
+        answer = {"verdict": verdict}
+        if self.labels and label is not None:
+            answer["predicted_label"] = self.labels[label]
+        return "\n".join([*others, _line("text A", a), _line("text B", b), json.dumps(answer, ensure_ascii=False)])
+
+    def _others(self, row: Row) -> list[str]:
+        return [_line(column, row[column]) for column in self._columns if column != self.column]
 
     def _ab(self, row: Row, rewrite: str) -> str:
-        others = [_line(column, row[column]) for column in self._columns if column != self.column]
-        return "\n".join([*others, _line("text A", row[self.column]), _line("text B", rewrite)])
+        return "\n".join([*self._others(row), _line("text A", row[self.column]), _line("text B", rewrite)])
 
 
 def _line(name: str, value: object) -> str:

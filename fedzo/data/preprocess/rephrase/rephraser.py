@@ -5,20 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from fedzo.data.config import TaskConfig
 from fedzo.data.files import Row
-from fedzo.data.preprocess.rephrase.backend import REWRITERS, RewriterConfig
+from fedzo.data.preprocess.rephrase.backend import REWRITERS, Backend, RewriterConfig
 from fedzo.data.preprocess.rephrase.caller import Caller, Totals
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
-from fedzo.data.preprocess.rephrase.course import Attempt, Course
+from fedzo.data.preprocess.rephrase.course import Attempt, Course, is_failed
 from fedzo.data.preprocess.rephrase.examples import read_examples
-from fedzo.data.preprocess.rephrase.gate import calibrate, check_gate, find, judge_digest
+from fedzo.data.preprocess.rephrase.gate import calibrate, calibration_digest, check_gate, find, judge_digest
+from fedzo.data.preprocess.rephrase.manifest import Used, calibration_of, write_manifest
 from fedzo.data.preprocess.rephrase.prompts import Prompts
-from fedzo.data.preprocess.rephrase.results import Results, recipe_digest
+from fedzo.data.preprocess.rephrase.results import Results, recipe_digest, row_digest
 from fedzo.data.preprocess.rephrase.store import Store
 from fedzo.data.preprocess.rephrase.tasks import rephrase_task
 from fedzo.errors import ConfigError, FolderInUseError
@@ -44,13 +45,14 @@ class Rephraser:
         task: What the rows are for.
         rewriter: Who rewrites and judges here.
         folder: Where answers, results and tests of judges are kept.
+        totals: What all callers of this recipe did.
     """
 
     config: OatRephraseConfig
     task: TaskConfig
     rewriter: RewriterConfig
     folder: Path
-    _totals: Totals = field(default_factory=Totals, compare=False)
+    totals: Totals = field(default_factory=Totals, compare=False)
 
     @cached_property
     def prompts(self) -> Prompts:
@@ -77,18 +79,14 @@ class Rephraser:
         """Name of the judge's model."""
         return self.rewriter.judge_model or self.rewriter.model
 
-    @property
-    def judge(self) -> str:
-        """Digest of the judge."""
-        return judge_digest(self.prompts, self.judge_model)
-
-    def calibration(self) -> Calibration | None:
-        """What is known of the judge here."""
-        return find(self.folder, self.judge) if self.config.judged else None
+    def calibration(self, outcomes: Sequence[RowOutcome]) -> Calibration | None:
+        """How the judge of these rows did in the test that it had had when it judged them."""
+        return calibration_of(outcomes, self.folder) if self.config.judged else None
 
     def check_gate(self) -> None:
-        """Raise ``EndpointError`` where the recipe's gate keeps the judge from judging."""
-        check_gate(self.folder, self.judge, self.config)
+        """Raise ``EndpointError`` where the recipe's gate keeps the judge from judging; makes no call."""
+        with self.course() as course:
+            self._calibration(course.backend)
 
     @contextmanager
     def course(self) -> Iterator[Course]:
@@ -106,20 +104,50 @@ class Rephraser:
                 self.task,
                 prompts,
                 backend,
-                Caller(backend, store, self.rewriter, totals=self._totals),
+                Caller(backend, store, self.rewriter, totals=self.totals),
                 rewriter=self.rewriter.model,
                 judge=self.judge_model,
                 max_tokens=self.rewriter.max_tokens,
                 context_tokens=self.rewriter.context_tokens,
             )
 
-    def rewrite(self, rows: Sequence[Row], on_progress: Callable[[int, int], None]) -> list[Attempt]:
-        """Rewrite rows and keep the results; errors as ``Course.run``, and those of the gate before any call."""
-        self.check_gate()
+    def rewrite(
+        self, rows: Sequence[Row], on_progress: Callable[[int, int], None], *, again: bool = False
+    ) -> dict[str, Attempt]:
+        """Rewrite the rows that have no result, and keep results and manifest; returns what was done, by row digest.
+
+        Args:
+            rows: The rows.
+            on_progress: Told of rows done and in all.
+            again: Whether rows that the endpoint failed are asked for again. A run never does: the text that it began
+                with stays.
+
+        Raises:
+            ConfigError: Rows, prompts or settings do not fit.
+            EndpointError: The judge has not passed its test, which is told before any call; else as ``Course.run``.
+        """
+        there, before = self.results.read(), replace(self.totals)
+        new = [row for row in rows if row_digest(row) not in there]
+        failed = [row for row in rows if again and (old := there.get(row_digest(row))) and is_failed(old)]
+        if not new and not failed:
+            return {}
+        ready, all_rows = len(rows) - len(new) - len(failed), {row_digest(row) for row in rows}
+        answered = len(all_rows - {row_digest(row) for row in failed})
         with self.course() as course:
-            attempts = course.run(rows, on_progress)
-        self.results.add({each.outcome.row: each.outcome for each in attempts if each.outcome is not None})
-        return attempts
+            calibration = self._calibration(course.backend)
+            attempts = course.run(new, lambda done, _: on_progress(ready + done, len(rows)))
+            done_now = ready + len(new)
+            attempts += course.run(failed, lambda done, _: on_progress(done_now + done, len(rows)), beside=answered)
+        judged = "" if calibration is None else calibration_digest(calibration)
+        made = {each.outcome.row: replace(each.outcome, judged=judged) for each in attempts if each.outcome is not None}
+        self.results.add(made, instead=made.keys() & there.keys())
+        if (outcomes := self.results.find(rows)) is not None:
+            self.keep_manifest(rows, outcomes, Used.of(self.totals, self.rewriter, since=before))
+        return dict(zip(map(row_digest, (*new, *failed)), attempts, strict=True))
+
+    def keep_manifest(self, rows: Sequence[Row], outcomes: Sequence[RowOutcome], used: Used | None = None) -> Path:
+        """Write what is told of a set of rows; arguments and errors as ``write_manifest``."""
+        return write_manifest(rows, outcomes, recipe=self.config, task=self.task, results=self.results, used=used)
 
     def outcomes(self, rows: Sequence[Row], on_progress: Callable[[int, int], None]) -> list[RowOutcome]:
         """What stands in the place of each row's text: what is kept, or made now where a row has nothing."""
@@ -136,15 +164,30 @@ class Rephraser:
                 time.sleep(_WAIT_S)
         return found
 
+    def _calibration(self, backend: Backend) -> Calibration | None:
+        """The test of the judge under which it judges now; errors as ``check_gate``."""
+        if not self.config.judged:
+            return None
+        judge = judge_digest(self.prompts, backend.fingerprint(self.judge_model))
+        check_gate(self.folder, judge, self.config)
+        return find(self.folder, judge)
+
     def test_judge(self, rows: Sequence[Row], *, most: int, on_progress: Callable[[int, int], None]) -> Calibration:
-        """Test the judge on pairs from rows; errors as ``calibrate``."""
+        """Test the judge on pairs from rows.
+
+        Raises:
+            ConfigError: A row does not fit the task, or its prompt the context: before the first call.
+            EndpointError: The judge cannot be asked.
+        """
         with self.course() as course:
+            course.check_rows(rows)
             return calibrate(
                 self.prompts,
                 course.caller,
                 rows,
-                model=self.judge_model,
+                model=course.backend.fingerprint(self.judge_model),
                 request=course.judge_request,
+                check=course.check_context,
                 most=most,
                 on_progress=on_progress,
             )

@@ -30,6 +30,11 @@ def row_digest(row: Row) -> str:
     return hashlib.blake2b(plain.encode(), digest_size=16).hexdigest()
 
 
+def set_digest(outcomes: Iterable[RowOutcome]) -> str:
+    """Digest of a set of rows as they were, in their order."""
+    return hashlib.sha256("".join(each.row for each in outcomes).encode()).hexdigest()
+
+
 def recipe_digest(config: OatRephraseConfig) -> str:
     """Digest of a recipe whose prompts are known: other settings make other results."""
     if not config.prompt:
@@ -54,6 +59,10 @@ class Results:
     def file(self) -> Path:
         """The file of this recipe."""
         return self.folder / _FOLDER / f"{self.recipe}.jsonl"
+
+    def file_of_set(self, outcomes: Iterable[RowOutcome], suffix: str) -> Path:
+        """A file of one set of rows with this recipe."""
+        return self.folder / _FOLDER / f"{self.recipe[:16]}-{set_digest(outcomes)[:16]}{suffix}"
 
     def read(self) -> dict[str, RowOutcome]:
         """What is there, by the digest of the row.
@@ -81,8 +90,12 @@ class Results:
         found = [there.get(row_digest(row)) for row in rows]
         return None if any(each is None for each in found) else [each for each in found if each is not None]
 
-    def add(self, outcomes: Mapping[str, RowOutcome]) -> None:
+    def add(self, outcomes: Mapping[str, RowOutcome], *, instead: Iterable[str] = ()) -> None:
         """Keep outcomes beside those that are there; a row that has one keeps that.
+
+        Args:
+            outcomes: By the digest of the row.
+            instead: Rows whose new outcome takes the place of the one that is there.
 
         Raises:
             FolderInUseError: Another process writes there.
@@ -91,7 +104,7 @@ class Results:
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with folder_of_one_process(self.file.parent):
-                both = {**outcomes, **self.read()}
+                both = {**outcomes, **self.read()} | {row: outcomes[row] for row in instead}
                 text = "".join(f"{to_json(outcome)}\n" for outcome in both.values())
                 replace_file(self.file, text, durable=True, mode=0o600)
         except FolderInUseError:  # an OSError, too; whoever waits for the store waits for this as well

@@ -34,7 +34,7 @@ class OatRephrase:
         """
         outcomes = self.rephraser.outcomes(rows, on_progress) if rows else []
         figures: dict[str, float] = dict(counts(outcomes))
-        if (calibration := self.rephraser.calibration()) is not None:
+        if (calibration := self.rephraser.calibration(outcomes)) is not None:
             figures["judge sensitivity"] = calibration.sensitivity.share
             figures["judge specificity"] = calibration.specificity.share
             figures["judge order points"] = calibration.order_points

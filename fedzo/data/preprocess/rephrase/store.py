@@ -94,13 +94,13 @@ class Store:
         return self._answers.get(key)
 
     def put(self, key: str, answer: Completion) -> None:
-        """Keep an answer; after ``close`` it is let go.
+        """Keep an answer; after ``close`` it is let go, and so is one that is cut off or blank: it is asked for again.
 
         Raises:
             OSError: It cannot be written, such as on a full disk; the file is then as it was before.
         """
         with self._lock:
-            if self._file is not None and key not in self._answers:
+            if self._file is not None and answer.whole and key not in self._answers:
                 self._append(to_json(_Line(key=key, **asdict(answer))))
                 self._answers[key] = answer
 
@@ -159,13 +159,15 @@ class Store:
                 )
             return
         read = decode_json(_Line, line, where=where, error=RunFolderError, remedy=remedy)
-        self._answers[read.key] = Completion(
+        answer = Completion(
             text=read.text,
             truncated=read.truncated,
             model=read.model,
             prompt_tokens=read.prompt_tokens,
             completion_tokens=read.completion_tokens,
         )
+        if answer.whole:  # earlier versions of fedzo kept others, too
+            self._answers[read.key] = answer
 
     def _append(self, line: str) -> None:
         assert self._file is not None

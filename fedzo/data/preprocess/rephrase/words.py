@@ -49,6 +49,15 @@ _MOST_DIGITS = 30
 _SENTENCE_END = re.compile(r"[.!?:\u2026\"\n(\[]['\s\"(\[]*$|^\s*'$")
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a text can be sent and written: JSON may name halves of characters, which UTF-8 cannot hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def folded(text: str) -> str:
     """The text for comparisons: composed, straight quotes, plain spaces, case folded.
 

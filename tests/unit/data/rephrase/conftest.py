@@ -129,6 +129,9 @@ class Scripted:
     def fingerprint(self, model: str) -> str:
         return model
 
+    def room(self, model: str) -> int | None:
+        return None
+
     def count_tokens(self, request: Request) -> int:
         return sum(len(message.content) for message in request.messages) // 4
 

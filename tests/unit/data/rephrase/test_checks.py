@@ -85,6 +85,7 @@ def test_a_word_alone_is_no_lead_in(answer: str) -> None:
         ('"The bus was late today.', "Today the bus came late.", Check.quotes),
         ('"Late," he said, "very late."', "He said it was late, very late.", Check.quotes),
         ("The bus\nwas late.", "Today the bus came late.", Check.line_break),
+        ("The bus\nwas\nlate.", "Today the bus\ncame late.", Check.line_break),
         ("Late.", "Today the bus came late because of the snow.", Check.length),
         ("a b c d e f g h i j k", "Late bus.", Check.length),
         ("The bus was late was late was late.", "Today the bus came very late.", Check.loop),

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from fedzo.config.load import load
 from fedzo.data.config import TaskConfig
+from fedzo.data.preprocess.rephrase import course as course_module
 from fedzo.data.preprocess.rephrase.backend import (
     REWRITERS,
     Completion,
@@ -162,7 +163,7 @@ def test_rows_that_are_alike_are_asked_for_once(tmp_path: Path, scripted: Any) -
     ],
 )
 def test_whatever_fails_the_row_keeps_its_text(tmp_path: Path, scripted: Any, reply: Reply, reason: str) -> None:
-    outcomes = Bench(tmp_path, scripted(reply)).run()
+    outcomes = [Bench(tmp_path / str(k), scripted(reply)).run([row])[0] for k, row in enumerate(ROWS)]
 
     assert apply_outcomes(ROWS, outcomes) == ROWS
     assert [(each.status, each.reason) for each in outcomes] == [("original", reason)] * 3
@@ -242,6 +243,72 @@ def test_what_is_wrong_with_rows_is_told_before_the_first_call(tmp_path: Path, s
     assert backend.asked == []
 
 
+WRONG = {
+    "blank": ({**ROWS[0], "premise": "  "}, "row 5 must have text in the column 'premise', got a blank one"),
+    "number": ({**ROWS[0], "premise": 3}, "row 5 must have text in the column 'premise', got a value of the type int"),
+    "missing": (
+        {"text\x1b[2J": "x", "label": 0},
+        r"row 5 must have text in the column 'premise', got a row with the columns label, text \[2J. Name the column",
+    ),
+    "surrogate": ({**ROWS[0], "premise": "a \ud800"}, "row 5 must have .*'premise', got half of a character"),
+    "surrogate beside it": ({**ROWS[0], "choice1": "\ud800"}, "row 5 must have .*'choice1', got half of a character"),
+    "label": ({**ROWS[0], "label": 2}, r"row 5: column 'label' must hold an index \(0 to 1\)"),
+    "long": ({**ROWS[0], "premise": "word " * 4000}, r"at most 4000 tokens, row 5 has \d+"),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_a_row_that_is_wrong_is_named_by_its_place_in_the_data(fault: str, tmp_path: Path, scripted: Any) -> None:
+    """Equal rows before it count, too; and no control character of a row gets to a terminal."""
+    row, words = WRONG[fault]
+    backend = scripted(honest)
+
+    with pytest.raises(ConfigError, match=words) as caught:
+        Bench(tmp_path, backend).run([*[ROWS[0]] * 5, row])
+
+    assert str(caught.value).isprintable()
+    assert backend.asked == []
+
+
+def test_a_model_that_reads_less_than_the_site_allows_is_told_of(
+    tmp_path: Path, scripted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scripted, "room", lambda self, model: 300)
+
+    with pytest.raises(ConfigError, match="at most 300 tokens, as many as the model has positions, row 0 has"):
+        Bench(tmp_path, scripted(honest)).run()
+
+
+@pytest.mark.parametrize(
+    "fault", [RowFault(RowReason.unavailable), "", Completion("A toe of", True, "m", 1, 1)], ids=["500", "blank", "cut"]
+)
+def test_a_set_that_the_endpoint_failed_is_none(fault: Any, tmp_path: Path, scripted: Any) -> None:
+    """However few calls that took, and however many calls of the judge went well: rows count."""
+    rows = [{**ROWS[0], "choice1": f"He saw {number} hammers."} for number in range(12)]
+
+    def reply(bad: int) -> Reply:
+        return lambda request: (
+            fault
+            if not is_judge(request) and any(f"saw {k} " in request.messages[-1].content for k in range(bad))
+            else honest(request)
+        )
+
+    with pytest.raises(EndpointError, match=r"failed 3 of 12 \(3 \w+\)\. Correct .* what failed is asked again"):
+        Bench(tmp_path, scripted(reply(3))).run(rows)
+    assert len(Bench(tmp_path, scripted(reply(2))).run(rows)) == 12
+
+    again = scripted(honest)
+    assert counts(Bench(tmp_path, again).run(rows)) == {"rewritten": 12}
+    assert len(again.asked) == 2 * 3  # no answer is asked for twice, and a fault is none
+
+
+def test_a_judge_that_fails_stops_it_as_well(tmp_path: Path, scripted: Any) -> None:
+    cut = Completion('{"verdict": "sa', True, "m", 1, 1)
+
+    with pytest.raises(EndpointError, match=r"failed 3 of 3 \(3 judge_unread\)"):
+        Bench(tmp_path, scripted(lambda request: cut if is_judge(request) else honest(request))).run()
+
+
 def test_progress_counts_rows_and_never_falls(tmp_path: Path, scripted: Any) -> None:
     bench, told = Bench(tmp_path, scripted(honest)), []
     rows = [{**ROWS[0], "choice2": f"He saw {number} hammers."} for number in range(150)]
@@ -271,9 +338,10 @@ def test_no_backend_changes_another_column_or_the_order(replies: list[Any], data
             accepted.add(text_b(request))
         return answer
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         from tests.unit.data.rephrase.conftest import Scripted
 
+        patch.setattr(course_module, "MOST_FAILED", 1.0)  # each row has its outcome, however many fail
         try:
             made = apply_outcomes(ROWS, Bench(Path(folder), Scripted(reply)).run())
         except EndpointError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from scipy.stats import binomtest
 from fedzo.data.preprocess.rephrase.backend import Completion, EndpointError
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
 from fedzo.data.preprocess.rephrase.course import why_not
-from fedzo.data.preprocess.rephrase.gate import check_gate, faults, find, keep, summarise
+from fedzo.data.preprocess.rephrase.gate import check_gate, faults, few_pairs, find, keep, summarise
 from fedzo.data.preprocess.rephrase.judge import Verdict, read_verdict, verdict_of
-from fedzo.data.preprocess.rephrase.pairs import Pair, make_pairs, negated, paraphrased, swapped
+from fedzo.data.preprocess.rephrase.pairs import KINDS, Pair, make_pairs, negated, paraphrased, swapped
 from fedzo.data.preprocess.rephrase.prompts import Example
 from fedzo.errors import ConfigError
 
@@ -150,11 +151,41 @@ def test_a_number_or_a_name_is_exchanged() -> None:
     assert swapped("In 1999 he had 3 dogs.") == "In 2002 he had 3 dogs."
     assert swapped("They met Anna there.") == "They met Miller there."
     assert swapped("They met there.") is None
+    assert swapped("Kate left early.") == "Miller left early."
+    assert swapped("Although it rained, they left.") is None
+    assert swapped("Two dogs barked at ten cats.") == "Seven dogs barked at ten cats."
+    assert swapped("The man's eye hurt.") == "The girl's eye hurt."
+
+
+def test_frames_take_turns_so_that_none_tells_a_kind() -> None:
+    for make in (paraphrased, negated):
+        assert len({make("Ana lost her keys.", turn).replace("Ana lost her keys", "") for turn in range(10)}) == 5
+    assert negated("The man broke his toe.") == "The man never broke his toe."
+    assert paraphrased("They sat on the couch.") == "They sat on the sofa."
+
+
+PREMISES = [
+    "My body cast a shadow over the grass.",
+    "The woman tolerated her friend's difficult behavior.",
+    "The women met for coffee.",
+    "The guests of the party hid behind the couch.",
+    "The politician lost the election.",
+    "I poured water on my sleeping friend.",
+    "Two boys skipped school.",
+    "The children knocked over a lamp.",
+]
+
+
+def test_short_texts_without_names_in_the_middle_give_pairs_of_each_kind() -> None:
+    """As COPA's, which gave none with another name or number."""
+    pairs = make_pairs([{"premise": text} for text in PREMISES], "premise", [], most=5)
+
+    assert Counter(pair.kind for pair in pairs) == dict.fromkeys(KINDS, 5)
 
 
 def test_pairs_are_as_many_of_a_kind_as_rows_give() -> None:
     rows = [{"text": f"The guest {i} was late.", "label": i % 2} for i in range(6)]
-    pairs = make_pairs(rows, "text", [Example(rows[0], 0, "Guest 0 came late.")], most=4)
+    pairs = make_pairs(rows, "text", [], most=4)
 
     kinds = {pair.kind: [each for each in pairs if each.kind == pair.kind] for pair in pairs}
     assert {kind: len(some) for kind, some in kinds.items()} == dict.fromkeys(
@@ -162,8 +193,15 @@ def test_pairs_are_as_many_of_a_kind_as_rows_give() -> None:
     )
     assert all(pair.text == pair.row["text"] for pair in kinds["identical"])
     assert all(pair.text != pair.row["text"] for pair in pairs if pair.kind != "identical")
-    assert kinds["paraphrased"][0].text == "Guest 0 came late."
     assert all(pair.same == (pair.kind in ("identical", "paraphrased")) for pair in pairs)
+
+
+def test_no_pair_holds_what_stands_in_the_judges_own_prompt() -> None:
+    rows = [{"text": f"The guest {i} was late.", "label": i % 2} for i in range(6)]
+    pairs = make_pairs(rows, "text", [Example(rows[0], 0, "Guest 0 came late.")], most=10)
+
+    assert not [pair for pair in pairs if "0" in (pair.text + pair.row["text"]).replace("10", "")]
+    assert {pair.kind for pair in pairs} == {"identical", "paraphrased", "negated", "swapped", "other row"}
 
 
 # --- the gate ---------------------------------------------------------------------------------------------------------
@@ -231,6 +269,18 @@ def test_too_few_pairs_prove_nothing() -> None:
 
     assert all("at least 60 pairs, got 10" in text for text in faults(found, RULES))
     assert len([*faults(found, RULES)]) == 2
+
+
+def test_kinds_with_few_pairs_are_named(tmp_path: Path) -> None:
+    found = summary([True] * 160, [True] * 160)
+
+    assert few_pairs(found, RULES) == (
+        "Fewer than 60 pairs were seen of these kinds: paraphrased 0, swapped 0, other row 0."
+    )
+    assert few_pairs(found, dataclasses.replace(RULES, gate_pairs=90)).count(" 80") == 2
+    keep(found, tmp_path)
+    with pytest.raises(EndpointError, match="of these kinds: paraphrased 0"):
+        check_gate(tmp_path, "a" * 64, RULES)
 
 
 def test_the_gate_asks_for_a_test_that_was_passed(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from fedzo.config.load import load
 from fedzo.data.config import TaskConfig
 from fedzo.data.preprocess.rephrase.config import Style
+from fedzo.data.preprocess.rephrase.judge import read_verdict
 from fedzo.data.preprocess.rephrase.prompts import ORDERS, Example, Prompts
 from fedzo.data.preprocess.rephrase.tasks import TASKS, rephrase_task
 from fedzo.data.tasks import columns_used
@@ -104,3 +105,18 @@ def test_examples_are_shown_to_both() -> None:
 
     assert "new premise: He declined." in text_of(prompts.rewriter(ROW, 0))
     assert '"He declined."' in text_of(prompts.judge(ROW, "x"))
+
+
+@pytest.mark.parametrize("name", ["copa", "cb", "rte", "squad", "ag_news"])
+def test_the_judges_examples_are_answers_as_the_rule_asks_for(name: str) -> None:
+    task = TASKS[name]
+    row = dict.fromkeys((task.column, *task.shown), "x")
+    example = Example(row, 0 if task.labels else None, "y")
+    prompts = Prompts(Style.oat, task, task.column, (example,))
+
+    answers = [line for line in text_of(prompts.judge(row, "y")).splitlines() if line.startswith('{"verdict"')]
+    read = [read_verdict(line, prompts.labels) for line in answers]
+
+    assert [verdict and verdict.same for verdict in read] == [True, True, False, True, False]
+    labels = {(verdict.same, verdict.label) for verdict in read[1:] if verdict}
+    assert len(labels) == 2 * min(2, max(1, len(prompts.labels)))  # no label goes with a verdict

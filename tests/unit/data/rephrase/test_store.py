@@ -36,6 +36,21 @@ def test_what_is_kept_is_there_again_and_its_owners_alone(filled: Path) -> None:
     assert len((filled / FILE).read_bytes().split(b"\n")) == 1 + 3 + 1
 
 
+@pytest.mark.parametrize("answer", [replace(ANSWER, truncated=True), replace(ANSWER, text=" \n")])
+def test_what_is_no_answer_is_not_kept(answer: Completion, filled: Path) -> None:
+    """Cut off or blank: it is asked for again, also where an earlier fedzo had kept it."""
+    before = (filled / FILE).read_bytes()
+    with Store(filled) as store:
+        store.put("d" * 64, answer)
+        assert store.get("d" * 64) is None
+    assert (filled / FILE).read_bytes() == before
+
+    line = before.split(b"\n")[1].decode().replace("a" * 64, "d" * 64).replace('"truncated":false', '"truncated":true')
+    (filled / FILE).write_bytes(before + line.encode() + b"\n")
+    with Store(filled) as store:
+        assert (len(store), store.get("d" * 64)) == (3, None)
+
+
 def test_every_torn_last_line_is_dropped_and_overwritten(filled: Path) -> None:
     whole = (filled / FILE).read_bytes()
     last = whole[:-1].rfind(b"\n") + 1
