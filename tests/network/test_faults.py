@@ -21,7 +21,6 @@ from fedzo.commands.trained import replay_run
 from fedzo.runtime.net.daemons import NODE_LEASE_S
 
 CLOCK = Path(__file__).with_name("toy_clock.py")
-AHEAD_S = 3600.0
 
 
 @pytest.mark.faults
@@ -107,21 +106,26 @@ def test_a_third_of_the_sites_away_at_random_loses_no_round_and_no_site(federati
 
 @pytest.mark.net
 @pytest.mark.timeout(120)
+@pytest.mark.parametrize(("ahead_s", "side"), [(3600.0, "ahead of"), (-3600.0, "behind")])
 def test_a_site_whose_clock_is_an_hour_off_is_refused_and_named_at_both_ends(
-    federation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    federation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, ahead_s: float, side: str
 ) -> None:
-    at = federation(1, prefix={0: [sys.executable, str(CLOCK), str(AHEAD_S)]})
+    at = federation(1, prefix={0: [sys.executable, str(CLOCK), str(ahead_s)]})
     at.sites[0].start(answers=False)
 
     log = at.folder / "logs" / "superlink.log"
-    at.wait_for(lambda: "client site-0 at 127.0.0.1: its clock is 3600 s ahead of this server's" in log.read_text())
+    at.wait_for(lambda: f"client site-0 at 127.0.0.1: its clock is 3600 s {side} this server's" in log.read_text())
+    seconds = r"360\d" if ahead_s > 0 else r"3(59\d|600)"  # the server tells whole seconds
+    refused = re.compile(rf"the server refused: this machine's clock is {seconds} s {side} the server's\. Set this")
+    at.wait_for(lambda: refused.search(at.sites[0].said("supernode")))
+    assert "connected as node" not in at.sites[0].said("supernode")
 
     assert dict(told[:2] for told in doctor.folder_checks(at.sites[0].folder.path))["clock"]
     now = time.time
-    monkeypatch.setattr(doctor.time, "time", lambda: now() + AHEAD_S)
+    monkeypatch.setattr(doctor.time, "time", lambda: now() + ahead_s)
     (clock,) = [told for told in doctor.folder_checks(at.sites[0].folder.path) if told[0] == "clock"]
     assert not clock[1]
-    assert re.match(r"360\d s off the server's\. Set this machine's clock", clock[2])
+    assert re.match(rf"{seconds} s off the server's\. Set this machine's clock", clock[2])
 
 
 @pytest.mark.faults
