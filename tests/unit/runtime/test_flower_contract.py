@@ -236,7 +236,7 @@ def test_names_of_the_network_parts_have_the_shape_that_is_used() -> None:
     assert isinstance(inspect.getattr_static(HttpGrid, "_runtime_client"), property)
     grid = ServerGrid("127.0.0.1:1", root_certificates=b"", token="x")
     assert {"node", "_run"} <= vars(grid).keys()
-    assert {"max_tries", "max_time"} <= vars(grid._retry_invoker).keys()
+    assert {"max_tries", "max_time", "on_backoff"} <= vars(grid._retry_invoker).keys()
     assert vars(make_simple_http_retry_invoker()).keys() == vars(grid._retry_invoker).keys()
     assert {"start", "stop", "is_running"} <= set(dir(_flower_http.HeartbeatSender))
     assert {"server_app", "client_app", "num_supernodes", "backend_config"} <= set(parameters(run_simulation))
