@@ -21,7 +21,7 @@ SERVICES = {
 } | IMAGE
 LOOK_S = 0.5
 STEP_LIMIT_S = 3600.0
-CONNECTED = "connected as node"
+CONNECTED, REFUSED = "connected as node", "the server refused"
 
 
 def init(path: Path, *, server: str | None, invitation: Path | None, authority: Path | None) -> Iterator[str]:
@@ -85,7 +85,9 @@ def up(folder: ClientFolder) -> Iterator[str]:
             for line in watched["supernode"].new():
                 if CONNECTED in line:
                     yield f"connected to {folder.address}"
+                elif REFUSED in line:
+                    yield line[line.index(REFUSED) :].strip()
                 elif "Failed to initialize" in line or "[code:" in line:
-                    yield f"the server refused: {line.strip()}"
+                    yield f"{REFUSED}: {line.strip()}"
             yield from watched["site"].new()
             time.sleep(LOOK_S)

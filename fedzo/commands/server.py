@@ -141,6 +141,7 @@ def up(folder: ServerFolder) -> Iterator[str]:
         yield f"SuperLink up: sites at {listening.address} (listening at {listening.listen})"
         yield f"log: {processes.log_path('superlink')}"
         registered: object = None
+        problem = ""
         said = Tail(processes.log_path("superlink"))
         while True:
             processes.check()
@@ -150,6 +151,9 @@ def up(folder: ServerFolder) -> Iterator[str]:
                     registered = clients
                     yield f"{len(clients)} clients are registered"
             yield from (line for line in said.new() if " WARNING refused: " in line)
+            if folder.disk_problem != problem:
+                problem = folder.disk_problem
+                yield problem or f"there is room again on the disk of {folder.path}"
             time.sleep(LOOK_S)
 
 

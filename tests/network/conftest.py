@@ -48,20 +48,27 @@ def wait_for(ready: Callable[[], object], *, seconds: float = 60.0, what: Callab
         time.sleep(0.05)
 
 
+def importing(path: str) -> dict[str, str]:
+    """The environment of processes that look for packages in this folder first, if there is one."""
+    given = environment()
+    return given | {"PYTHONPATH": os.pathsep.join(filter(None, [path, given["PYTHONPATH"]]))}
+
+
 class RealSite:
     """One site: its processes, which can be ended, frozen and started again."""
 
-    def __init__(self, folder: ClientFolder, room: Path, *, prefix: Sequence[str] = ()) -> None:
+    def __init__(self, folder: ClientFolder, room: Path, *, prefix: Sequence[str] = (), path: str = "") -> None:
         self.folder = folder
         self._room = room
         self._prefix = list(prefix)
+        self._path = path
         self._stack = contextlib.ExitStack()
         self._processes: Processes | None = None
         self._lock = threading.Lock()  # of ``check``, which would start again what is just ended
 
     def start(self, *, answers: bool = True) -> None:
         """Start its SuperNode, and its executor where it ``answers``."""
-        processes = self._stack.enter_context(_Prefixed(self._room / "logs", self._prefix))
+        processes = self._stack.enter_context(_Prefixed(self._room / "logs", self._prefix, self._path))
         site = Site(
             folder=self.folder,
             site_file=self._room / "site.yaml",
@@ -114,8 +121,8 @@ class RealSite:
 class _Prefixed(Processes):
     """Starts everything by way of another program, such as ``ip netns exec``."""
 
-    def __init__(self, log_dir: Path, prefix: list[str]) -> None:
-        super().__init__(log_dir, environment=environment() | {"FLWR_HOME": str(log_dir / "flower")})
+    def __init__(self, log_dir: Path, prefix: list[str], path: str) -> None:
+        super().__init__(log_dir, environment=importing(path) | {"FLWR_HOME": str(log_dir / "flower")})
         self._prefix = prefix
 
     def start(self, name: str, command: Sequence[str], **options: Any) -> None:
@@ -131,6 +138,8 @@ class Federation:
         host: Address at which sites reach the server.
         prefix: What the sites' processes are started by, by client.
         gateway: Port at which sites reach it, if it is not the SuperLink's own.
+        server_path: Folder in which the server's processes look for packages first.
+        site_path: Folder in which the sites' processes do.
     """
 
     def __init__(
@@ -141,15 +150,19 @@ class Federation:
         host: str = "127.0.0.1",
         prefix: dict[int, list[str]] | None = None,
         gateway: int | None = None,
+        server_path: str = "",
+        site_path: str = "",
     ) -> None:
         self.folder = folder
+        self._environment = importing(server_path)
         public, control = free_ports(2)
         address = f"{host}:{gateway or public}"
         listening = Listening(address=address, listen=f"0.0.0.0:{public}", control=f"127.0.0.1:{control}")
         self.server = ServerFolder.make(folder / "server", listening, names=[host, "localhost", "127.0.0.1"], days=30)
         save_tiny_model(folder / "model", "llama")
-        self.sites = [self._site(index, (prefix or {}).get(index, [])) for index in range(num_clients)]
-        self.processes = Processes(folder / "logs", environment=environment() | {"FLWR_HOME": str(folder / "flower")})
+        self.sites = [self._site(index, (prefix or {}).get(index, []), site_path) for index in range(num_clients)]
+        home = {"FLWR_HOME": str(folder / "flower")}
+        self.processes = Processes(folder / "logs", environment=self._environment | home)
         self.commands: dict[str, subprocess.Popen[bytes]] = {}
         self._over = threading.Event()
         self._watch = threading.Thread(target=self._keep, daemon=True)
@@ -182,7 +195,9 @@ class Federation:
     def fedzo(self, *command: str, output: str) -> subprocess.Popen[bytes]:
         """Start a command, whose words go to a file of this name."""
         with (self.folder / f"{output}.txt").open("ab") as out:
-            started = subprocess.Popen([*FEDZO, *command], cwd=self.folder, stdout=out, stderr=subprocess.STDOUT)
+            started = subprocess.Popen(
+                [*FEDZO, *command], cwd=self.folder, env=self._environment, stdout=out, stderr=subprocess.STDOUT
+            )
         self.commands[output] = started
         return started
 
@@ -237,7 +252,7 @@ class Federation:
         wait_for(lambda: ready() or started.poll() is not None, seconds=seconds, what=told)
         assert ready(), told()
 
-    def _site(self, index: int, prefix: list[str]) -> RealSite:
+    def _site(self, index: int, prefix: list[str], path: str) -> RealSite:
         room = self.folder / f"site-{index}"
         invitation = Invitation(address=self.server.listening.address, authority=self.server.file("ca.crt").read_text())
         folder = ClientFolder.make(room, address=self.server.listening.address, site="", invitation=invitation)
@@ -246,7 +261,7 @@ class Federation:
         (room / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         settings = {"device": "cpu", "threads": 1, "model": {"name": "../model"}, "data": {"path": "./rows.jsonl"}}
         (room / "site.yaml").write_text(json.dumps(settings))
-        return RealSite(folder, room, prefix=prefix)
+        return RealSite(folder, room, prefix=prefix, path=path)
 
     def _keep(self) -> None:
         while not self._over.wait(0.1):

@@ -79,7 +79,7 @@ def test_a_superlink_that_is_killed_takes_no_answer_with_it(
         at.wait_for_round("run", done + 2, seconds=100)
 
     assert at.fedzo("stop", str(at.folder / "run"), output="stop").wait(60) == 0
-    training.wait(60)
+    assert training.wait(60) == 130  # stopped
     assert [line["attendance"] for line in at.rounds("run")] == [[0, 1]] * len(at.rounds("run"))
     assert max(at.round_seconds("run")) < 30
     assert replay_run(at.folder / "run")["rounds"] == len(at.rounds("run"))

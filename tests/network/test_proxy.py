@@ -15,10 +15,12 @@ import httpx
 import pytest
 
 from fedzo.commands.server import SERVICES, fill
+from fedzo.commands.trained import replay_run
+from fedzo.runtime.net.gate import HOLD_S
 from fedzo.runtime.net.processes import accepts, free_ports
 from fedzo.runtime.net.server_folder import split_address
 
-pytestmark = [pytest.mark.net, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.net, pytest.mark.timeout(240)]
 
 
 def test_a_site_passes_the_proxy_and_nothing_else_does(federation: Callable[..., Any], tmp_path: Path) -> None:
@@ -31,7 +33,7 @@ def test_a_site_passes_the_proxy_and_nothing_else_does(federation: Callable[...,
 
     with _running(nginx, tmp_path / "nginx", at.server.path / "nginx.conf"):
         at.wait_for(lambda: accepts(f"127.0.0.1:{port}"))
-        at.sites[0].start(answers=False)
+        at.sites[0].start()
         at.wait_for(lambda: "connected as node" in at.sites[0].said("supernode"))
 
         context = ssl.create_default_context(cafile=str(at.server.path / "ca.crt"))
@@ -40,6 +42,26 @@ def test_a_site_passes_the_proxy_and_nothing_else_does(federation: Callable[...,
                 assert client.post(path).status_code == 404, path
             assert client.post("/v1/fleet/pull-messages", content=b"0" * (17 << 20)).status_code == 413
 
+        # --- a question for work is held as long as without a proxy; messages and their parts pass: a run trains
+        at.wait_for(lambda: max(passed(tmp_path / "nginx").get("pull-messages", [0.0])) > HOLD_S - 1)
+        training = at.train("run", "fl.num_clients=1", "fl.rounds=1000", "strategy.deadline_s=30")
+        at.wait_for_round("run", 4, seconds=120)
+        assert {"activate-node", "pull-messages", "pull-object", "push-messages"} <= set(passed(tmp_path / "nginx"))
+        assert at.fedzo("stop", str(at.folder / "run"), output="stop").wait(60) == 0
+        assert training.wait(60) == 130
+        assert [line["attendance"] for line in at.rounds("run")] == [[0]] * len(at.rounds("run"))
+        assert replay_run(at.folder / "run")["rounds"] == len(at.rounds("run"))
+
+
+def passed(nginx: Path) -> dict[str, list[float]]:
+    """The calls of nodes that went through the proxy and were answered well: how many seconds each took."""
+    calls: dict[str, list[float]] = {}
+    for line in (nginx / "access.log").read_text().splitlines():
+        path, status, seconds = line.split()
+        if status == "200":
+            calls.setdefault(path.removeprefix("/v1/fleet/"), []).append(float(seconds))
+    return calls
+
 
 @contextmanager
 def _running(nginx: str, folder: Path, site: Path) -> Iterator[None]:
@@ -47,7 +69,8 @@ def _running(nginx: str, folder: Path, site: Path) -> Iterator[None]:
     main = folder / "main.conf"
     main.write_text(
         f"user {getpass.getuser()}; daemon off; pid {folder}/pid; events {{}}\n"
-        f"http {{ access_log off; client_body_temp_path {folder}; include {site}; }}\n"
+        f"http {{ log_format short '$uri $status $request_time'; access_log {folder}/access.log short; "
+        f"client_body_temp_path {folder}; include {site}; }}\n"
     )
     process = subprocess.Popen([nginx, "-p", str(folder), "-c", str(main), "-e", str(folder / "errors.log")])
     try:

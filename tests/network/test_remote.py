@@ -12,20 +12,32 @@ import ssl
 import subprocess
 import sys
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import psutil
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.proto.control_pb2 import ListRunsRequest
-from flwr.proto.fleet_pb2 import PullMessagesRequest
+from flwr.proto.fab_pb2 import GetFabRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, RegisterNodeFleetRequest
+from flwr.proto.message_pb2 import PullObjectRequest, PushObjectRequest
 from flwr.proto.node_pb2 import Node
+from flwr.proto.run_pb2 import GetRunRequest
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedzo.commands.trained import replay_run
+from fedzo.runtime.net.client_folder import ClientFolder
+from fedzo.runtime.net.credentials import fingerprint, pem_of
 from fedzo.runtime.net.processes import free_ports
+from fedzo.runtime.net.server_folder import ServerFolder
 from fedzo.testing.tiny_models import save_tiny_model
 
 pytestmark = [pytest.mark.net, pytest.mark.timeout(400)]
@@ -114,13 +126,18 @@ def test_a_server_and_two_sites_train_stop_resume_and_let_nobody_in(machine: Mac
     for site in ("hospital", "clinic", "stranger"):
         machine.start(site, "client", "up", site)
     wait_for(lambda: all("connected to" in machine.said(site) for site in ("hospital", "clinic")))
-    wait_for(lambda: "its key is not registered here" in machine.said("up"))
+    key = fingerprint(pem_of(ClientFolder(machine.folder / "stranger").public_key))
+    unknown = f"a node with the key {key} at 127.0.0.1: its key is not registered here"
+    wait_for(lambda: unknown in machine.said("up"))
     for folder in ("server", "hospital"):
         assert "BAD" not in machine.call("doctor", folder)
     assert "connected to" not in machine.said("stranger")
     shutil.copytree(machine.folder / "clinic", machine.folder / "twin")
     machine.start("twin", "client", "up", "twin")
-    wait_for(lambda: "client clinic at 127.0.0.1: another node with its key is connected" in machine.said("up"))
+    twice = "client clinic at 127.0.0.1: another node with its key is connected"
+    wait_for(lambda: twice in machine.said("up"))
+    for site in ("stranger", "twin"):
+        wait_for(lambda site=site: "the server refused" in machine.said(site))
     assert [machine.end(name) for name in ("stranger", "twin")] == [0, 0]
 
     # --- a run goes on when its terminal closes, is seen from outside, and is ended between two rounds
@@ -151,6 +168,19 @@ def test_a_server_and_two_sites_train_stop_resume_and_let_nobody_in(machine: Mac
     killed = len(rounds())
     wait_for(lambda: len(rounds()) > killed + 2)
     assert [line["attendance"] for line in rounds()[killed:]] == [[0, 1]] * len(rounds()[killed:])
+
+    # --- who does not belong comes again in the middle of it, is named again, and costs nobody a round
+    told, came = machine.said("up"), len(rounds())
+    for site in ("stranger", "twin"):
+        machine.start(site, "client", "up", site)
+    for words in (unknown, twice):
+        wait_for(lambda words=words: machine.said("up").count(words) > told.count(words))
+    for site in ("stranger", "twin"):
+        wait_for(lambda site=site: "the server refused" in machine.said(site))
+        assert "connected to" not in machine.said(site)
+    wait_for(lambda: len(rounds()) > came + 3)
+    assert [machine.end(name) for name in ("stranger", "twin")] == [0, 0]
+    assert [line["attendance"] for line in rounds()[came:]] == [[0, 1]] * len(rounds()[came:])
 
     # --- a key is revoked: its site is out, and the run goes on without it until it is stopped
     machine.call("server", "remove-client", "clinic", "--dir", "server")
@@ -187,14 +217,43 @@ def outsiders_reach_nothing(server: Path, port: int, control: int) -> None:
     with httpx.Client(verify=context, base_url=f"https://localhost:{port}") as client:
         for path, body in requests.items():
             assert client.post(path, content=body).status_code == 404, path
-        pull = PullMessagesRequest(node=Node(node_id=1)).SerializeToString()
-        headers = {"content-type": "application/protobuf"}
-        assert client.post("/v1/fleet/pull-messages", content=pull, headers=headers).status_code >= 400
+        no_node_gets_anything(client, ServerFolder(server))
+    headers = {"content-type": "application/protobuf"}
     with httpx.Client(verify=context) as client:  # nor does a local user without the server's secret get a task
         task = f"https://localhost:{control}/v1/runtime/acquire-task"
         assert client.post(task, content=requests["/v1/runtime/acquire-task"], headers=headers).status_code == 401
     with pytest.raises(httpx.ConnectError):  # without TLS nobody answers
         httpx.get(f"https://localhost:{port}/")
+
+
+def no_node_gets_anything(client: httpx.Client, server: ServerFolder) -> None:
+    """Who names no key, signs with one that is not registered, or names a client's whose signature he cannot make."""
+    key, node, some = ec.generate_private_key(ec.SECP384R1()), Node(node_id=1), "0" * 64
+    (member, *_), own = server.by_key(), public_key_to_bytes(key.public_key())
+    unknown = signed(key)
+    forged = unknown | {FLEET_HTTP_PUBLIC_KEY_HEADER: b64encode(member).decode("ascii")}
+    asked = {
+        "activate-node": ActivateNodeRequest(public_key=own),
+        "register-node": RegisterNodeFleetRequest(public_key=own),
+        "pull-messages": PullMessagesRequest(node=node),
+        "pull-object": PullObjectRequest(node=node, run_id=1, object_id=some),  # what artifacts come by
+        "push-object": PushObjectRequest(node=node, run_id=1, object_id=some, object_content=b"0"),
+        "get-run": GetRunRequest(node=node, run_id=1),
+        "get-fab": GetFabRequest(node=node, run_id=1, hash_str=some),
+    }
+    for path, request in asked.items():
+        unregistered = 412 if path in ("activate-node", "register-node") else 401
+        for named, expected in (({}, 401), (unknown, unregistered), (forged, 401)):
+            headers = {"content-type": "application/protobuf", **named}
+            answer = client.post(f"/v1/fleet/{path}", content=request.SerializeToString(), headers=headers)
+            assert answer.status_code == expected, (path, named, answer.text)
+
+
+def signed(key: ec.EllipticCurvePrivateKey) -> dict[str, str]:
+    """The headers by which a node says who it is."""
+    request: Any = SimpleNamespace(request=httpx.Request("POST", "https://localhost/"))
+    NodeAuthHttpInterceptor(key, key.public_key()).intercept(request, lambda _: httpx.Response(200))
+    return {name: value for name, value in request.request.headers.items() if name.startswith("flwr-")}
 
 
 def days_of_certificate(server: Path, port: int) -> float:

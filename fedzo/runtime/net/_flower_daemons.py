@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import email.utils
 import logging
 import time
 from collections.abc import Callable
@@ -10,13 +12,16 @@ from importlib import import_module
 from types import SimpleNamespace
 from typing import Any, cast
 
+import httpx
 from flwr.app import Message
-from flwr.common.constant import HEARTBEAT_PATIENCE
-from flwr.supernode import fleet_http_connection, start_client_internal
+from flwr.common.constant import HEARTBEAT_PATIENCE, TIMESTAMP_HEADER
+from flwr.supernode import fleet_http_connection, node_auth_http_interceptor, start_client_internal
 
 import fedzo.runtime.net._flower_http  # noqa: F401 - its shorter pauses hold for a SuperNode, too
+from fedzo.runtime.net.gate import CLOCK_AHEAD_S, CLOCK_BEHIND_S
 
 log = logging.getLogger(__name__)
+REFUSED = "the server refused"
 CLEAN_UP_S = 1.0
 """How often a SuperLink looks for tasks that have ended unsaid; they may be silent for 60 s."""
 
@@ -38,6 +43,32 @@ def quicken(poll_s: float, lease_s: float) -> None:
     loop._pull_and_store_message = partial(_without_remains, loop._pull_and_store_message)
     loop.time = SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, poll_s)))
     cast(Any, fleet_http_connection).HEARTBEAT_DEFAULT_INTERVAL = lease_s / HEARTBEAT_PATIENCE
+    signing: Any = node_auth_http_interceptor.NodeAuthHttpInterceptor
+    signing.intercept = _telling(signing.intercept)
+
+
+def _telling(intercept: Callable[..., httpx.Response]) -> Callable[..., httpx.Response]:
+    """The same method, that says why the server does not let this node in; Flower ends the node without a word."""
+
+    def telling(self: Any, context: Any, call_next: Any) -> httpx.Response:
+        response = intercept(self, context, call_next)
+        if response.status_code == httpx.codes.UNAUTHORIZED:
+            signed, told = context.request.headers[TIMESTAMP_HEADER], response.headers.get("date")
+            log.warning("%s: %s", REFUSED, _why(signed, told))
+        return response
+
+    return telling
+
+
+def _why(signed: str, told: str | None) -> str:
+    """Why a request was refused that was signed at this time, when the server's clock showed that one."""
+    if told is not None:
+        server = email.utils.parsedate_to_datetime(told)
+        ahead_s = (datetime.datetime.fromisoformat(signed) - server).total_seconds()
+        if not -CLOCK_BEHIND_S < ahead_s < CLOCK_AHEAD_S:
+            side = "ahead of" if ahead_s > 0 else "behind"
+            return f"this machine's clock is {abs(ahead_s):.0f} s {side} the server's. Set this machine's clock."
+    return "the key of this site is not registered there, or was revoked. `fedzo server add-client` registers it."
 
 
 def _without_remains(pull: Callable[..., int | None], **settings: Any) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import cast
@@ -24,6 +24,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
     ObjectUnavailableError,
     inflate_object_from_contents,
 )
+from flwr.supercore.retry.retry_invoker import RetryState
 from flwr.supercore.run import Run
 from flwr.superlink.grid import HttpGrid
 
@@ -56,6 +57,17 @@ class ServerGrid(HttpGrid):
     def __init__(self, address: str, *, root_certificates: bytes, token: str) -> None:
         super().__init__(address, root_certificates=root_certificates, token=token)
         self._arriving: dict[str, _Arriving] = {}
+
+    def when_not_taken(self, tell: Callable[[], None]) -> None:
+        """Have this called each time that the SuperLink does not take a request, which is then made again."""
+        retry, before = self._retry_invoker, self._retry_invoker.on_backoff
+
+        def backed_off(state: RetryState) -> None:
+            if before is not None:
+                before(state)
+            tell()
+
+        retry.on_backoff = backed_off
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """The whole replies to these messages."""

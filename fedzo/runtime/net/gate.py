@@ -264,7 +264,7 @@ class Gate:
             )
         elif asker.name is None:
             self._tell(asker, "its key is not registered here. `fedzo server add-client` registers it")
-        elif scope["path"] == f"{FLEET}activate-node":
+        elif scope["path"] == f"{FLEET}activate-node" and status != HTTPStatus.UNAUTHORIZED:
             self._tell(asker, "another node with its key is connected. If that one has ended, wait for a minute")
         else:
             self._tell(asker, f"{scope['path'].removeprefix(FLEET)} was answered with status {status}")

@@ -62,6 +62,7 @@ def serve(
                 travels = {key: value for key, value in run_config.items() if key != RUN_DIR_KEY}
                 flower.start_run(build_bundle(), travels)
             with server_task(server, _take_task(folder)) as (grid, context):
+                grid.when_not_taken(_Full(folder).tell)
                 context.run_config = dict(run_config)
                 server_app(grid=cast(Grid, KeyedGrid(grid, folder)), context=context)
         except httpx.HTTPError as error:
@@ -72,7 +73,7 @@ def serve(
         except RunNotRunningException as error:
             raise ProtocolError(
                 "SuperLink: the run must be running, but somebody has stopped it, or its server was not heard of for a "
-                "minute, as where its machine slept."
+                f"minute, as where its machine slept. {folder.disk_problem}".rstrip()
             ) from error
 
 
@@ -137,6 +138,21 @@ class KeyedGrid:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._grid, name)
+
+
+class _Full:
+    """Tells that the SuperLink has no room for what it is sent, once for each time that its disk is full."""
+
+    def __init__(self, folder: ServerFolder) -> None:
+        self._folder = folder
+        self._told = ""
+
+    def tell(self) -> None:
+        """Look, and say so."""
+        problem = self._folder.disk_problem
+        if problem and not self._told:
+            log.warning("%s", problem)
+        self._told = problem
 
 
 def _wait_for(address: str, startup_s: float) -> None:

@@ -10,6 +10,7 @@ import datetime
 import json
 import os
 import re
+import shutil
 import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +34,8 @@ from fedzo.runtime.net.credentials import (
 )
 
 FILES = ("server.json", "clients.json", "ca.crt", "ca.key", "server.crt", "server.key", "secret")
+LEAST_FREE_BYTES = 1 << 20
+"""With less the disk of a server's folder counts as full."""
 Address = Annotated[str, Matching(re.compile(r"[^\s/]{1,253}:[0-9]{1,5}"), "host:port")]
 
 
@@ -205,6 +208,13 @@ class ServerFolder:
             if times > 1:
                 raise ConfigError(f"{self.file('clients.json')}: no two clients may have the {what} {most!s:.60}.")
         return sorted(found, key=lambda client: client.index)
+
+    @property
+    def disk_problem(self) -> str:
+        """That there is no room for what the SuperLink keeps, or an empty string."""
+        if shutil.disk_usage(self.path).free >= LEAST_FREE_BYTES:
+            return ""
+        return f"The disk of {self.path} is full: the SuperLink cannot keep what it is sent. Make room."
 
     def by_key(self) -> Mapping[bytes, RegisteredClient]:
         """Clients by public key, in the form in which Flower keeps it; read again only when the file is another."""

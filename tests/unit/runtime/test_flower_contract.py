@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import datetime
+import email.utils
 import importlib
 import inspect
 import re
@@ -12,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import flwr
+import httpx
 import pytest
 from flwr.app import Message, RecordDict
 from flwr.common import constant
@@ -118,10 +121,12 @@ def test_supernode_pauses_by_the_name_that_is_replaced() -> None:
 @pytest.mark.slow
 def test_supernode_pauses_shorter_once_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     from flwr.supercore import heartbeat
-    from flwr.supernode import fleet_http_connection, start_client_internal
+    from flwr.supernode import fleet_http_connection, node_auth_http_interceptor, start_client_internal
 
     from fedzo.runtime.net import _flower_daemons
 
+    signing = node_auth_http_interceptor.NodeAuthHttpInterceptor
+    monkeypatch.setattr(signing, "intercept", signing.intercept)
     slept: list[float] = []
     for name in ("time", "_pull_and_store_message"):  # put back at the end
         monkeypatch.setattr(start_client_internal, name, getattr(start_client_internal, name))
@@ -143,6 +148,39 @@ def test_supernode_pauses_shorter_once_told_so(monkeypatch: pytest.MonkeyPatch) 
     assert "HEARTBEAT_DEFAULT_INTERVAL - HEARTBEAT_CALL_TIMEOUT" in sender
     longest = (heartbeat.HEARTBEAT_DEFAULT_INTERVAL - HEARTBEAT_CALL_TIMEOUT) * (0.8 + 0.1)
     assert 2 * longest < NODE_LEASE_S  # one may be late
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("status", "ahead_s", "said"),
+    [
+        (401, 3600, ["the server refused: this machine's clock is 3600 s ahead of the server's"]),
+        (401, -3600, ["the server refused: this machine's clock is 3600 s behind the server's"]),
+        (401, 0, ["the server refused: the key of this site is not registered there, or was revoked"]),
+        (200, 3600, []),
+    ],
+)
+def test_a_supernode_that_is_not_let_in_says_why(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, status: int, ahead_s: int, said: list[str]
+) -> None:
+    """Flower itself ends it without a word; what it signs is the time that the server looks at."""
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from flwr.supercore.retry import http_retry
+    from flwr.supernode import node_auth_http_interceptor
+
+    from fedzo.runtime.net import _flower_daemons
+
+    assert "codes.UNAUTHORIZED" in inspect.getsource(http_retry)
+    right, key = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC), ec.generate_private_key(ec.SECP384R1())
+    monkeypatch.setattr(node_auth_http_interceptor, "now", lambda: right + datetime.timedelta(seconds=ahead_s))
+    signing = node_auth_http_interceptor.NodeAuthHttpInterceptor
+    context: Any = SimpleNamespace(request=httpx.Request("POST", "https://server/"))
+    answer = httpx.Response(status, headers={"date": email.utils.format_datetime(right, usegmt=True)})
+
+    told = _flower_daemons._telling(signing.intercept)(signing(key, key.public_key()), context, lambda _: answer)
+
+    assert told is answer
+    assert [record.getMessage().rpartition(". ")[0] for record in caplog.records] == said
 
 
 @pytest.mark.slow
@@ -198,7 +236,7 @@ def test_names_of_the_network_parts_have_the_shape_that_is_used() -> None:
     assert isinstance(inspect.getattr_static(HttpGrid, "_runtime_client"), property)
     grid = ServerGrid("127.0.0.1:1", root_certificates=b"", token="x")
     assert {"node", "_run"} <= vars(grid).keys()
-    assert {"max_tries", "max_time"} <= vars(grid._retry_invoker).keys()
+    assert {"max_tries", "max_time", "on_backoff"} <= vars(grid._retry_invoker).keys()
     assert vars(make_simple_http_retry_invoker()).keys() == vars(grid._retry_invoker).keys()
     assert {"start", "stop", "is_running"} <= set(dir(_flower_http.HeartbeatSender))
     assert {"server_app", "client_app", "num_supernodes", "backend_config"} <= set(parameters(run_simulation))

@@ -334,19 +334,32 @@ def test_a_client_has_a_budget_of_its_own_and_all_strangers_of_a_host_share_a_sm
 
 
 @pytest.mark.parametrize(
-    ("who", "path", "behind_s", "says"),
+    ("who", "path", "behind_s", "status", "says"),
     [
-        ("stranger", ACTIVATE, 0.0, r"a node with the key SHA256:\S+ at 10\.0\.0\.9: its key is not registered here"),
-        ("client", ACTIVATE, 0.0, "client hospital at 10.0.0.9: another node with its key is connected"),
-        ("client", PULL, 3600.0, r"client hospital .*: its clock is 3600 s behind this server's, .* Set its clock"),
-        ("client", PULL, -3600.0, "its clock is 3600 s ahead of this server's"),
-        ("nobody", PULL, 0.0, "a node with the key no key at 10.0.0.9: its key is not registered"),
+        (
+            "stranger",
+            ACTIVATE,
+            0.0,
+            412,
+            r"a node with the key SHA256:\S+ at 10\.0\.0\.9: its key is not registered here",
+        ),
+        ("client", ACTIVATE, 0.0, 412, "client hospital at 10.0.0.9: another node with its key is connected"),
+        ("client", ACTIVATE, 0.0, 401, "client hospital at 10.0.0.9: activate-node was answered with status 401"),
+        (
+            "client",
+            PULL,
+            3600.0,
+            401,
+            r"client hospital .*: its clock is 3600 s behind this server's, .* Set its clock",
+        ),
+        ("client", PULL, -3600.0, 401, "its clock is 3600 s ahead of this server's"),
+        ("nobody", PULL, 0.0, 401, "a node with the key no key at 10.0.0.9: its key is not registered"),
     ],
 )
 def test_a_node_that_the_superlink_refuses_is_named_with_the_reason(
-    place: Place, caplog: pytest.LogCaptureFixture, who: str, path: str, behind_s: float, says: str
+    place: Place, caplog: pytest.LogCaptureFixture, who: str, path: str, behind_s: float, status: int, says: str
 ) -> None:
-    place.status = 401
+    place.status = status
     key = {"stranger": place.stranger, "client": place.key, "nobody": None}[who]
 
     with caplog.at_level(logging.WARNING, logger="fedzo"):
