@@ -27,6 +27,7 @@ import secrets
 import time
 from base64 import b64decode
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 
 from flwr.proto.fleet_pb2 import PullMessagesRequest
 from flwr.proto.runtime_pb2 import PushAppMessagesRequest
