@@ -292,6 +292,33 @@ def sketches(rows: Any) -> Lines:
     return [*grid("weights", at), "", *claims(rest)]
 
 
+def published(rows: Any) -> Lines:
+    """What each check found in each published set of rewrites; then what holds for all sets."""
+    at: dict[str, dict[str, str]] = {}
+    rest = []
+    for row in of_script("published", rows):
+        name, _, measure = row["claim"].partition(": ")
+        if name == "all sets":
+            rest.append(row)
+        else:
+            at.setdefault(measure, {})[name] = amount(row["value"], row["unit"]).removesuffix(" rewrites")
+    return [*grid("rewrites", at), "", *claims(rest)]
+
+
+def effect(rows: Any) -> Lines:
+    """Each gain with its interval."""
+    at: dict[str, dict[str, str]] = {}
+    for row in of_script("effect", rows):
+        case, _, _ = row["claim"].partition(", lower end" if ", lower end" in row["claim"] else ", upper end")
+        cells = at.setdefault(case, {})
+        if case == row["claim"]:
+            cells["value"] = amount(row["value"], row["unit"])
+        else:
+            low = cells.get("95 % interval")
+            cells["95 % interval"] = f"{low} to {row['value']:.4g}" if low else f"{row['value']:.4g}"
+    return grid("claim", at)
+
+
 def grid(corner: str, at: dict[str, dict[str, str]]) -> Lines:
     """Cells by case and measure, both in the order in which they first came."""
     heads = list(dict.fromkeys(measure for cells in at.values() for measure in cells))
@@ -311,6 +338,8 @@ RENDERERS: dict[str, Callable[[Any], Lines]] = {
     "experiments/clients/results.json": clients,
     "experiments/network/hostile.json": hostile,
     "experiments/network/claims.json#traffic": traffic,
+    "experiments/oat_rephrase/claims.json#published": published,
+    "experiments/oat_rephrase/claims.json#effect": effect,
     "experiments/spallm/claims.json#quality": sketches,
     **{
         f"experiments/meerkat/tables.json#{part}": itemgetter(part)
