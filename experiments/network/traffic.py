@@ -1,7 +1,7 @@
 """Bytes of a client and round over a real network: ``python experiments/network/traffic.py``.
 
-Short runs of ``runtime=local`` with two clients and a tiny model, with T = 1, 10 and 100 local steps of scalars, and
-with vectors (``estimator=backprop``). Payload and wire bytes are those of the run's metrics: the wire is all HTTP
+Short runs of ``runtime=local`` with two clients and a tiny model, with T = 1, 10 and 100 local steps, of scalars and
+of vectors (``estimator=backprop``). Payload and wire bytes are those of the run's metrics: the wire is all HTTP
 within TLS, also what a SuperNode sends to ask for work, ten times a second after its last and then less often. The
 kernel's count of the same TCP connections (``ss``) stands beside it. About five minutes.
 """
@@ -29,7 +29,7 @@ STALLED_S = 300.0
 """Without a round, or before the first."""
 CASES = {
     **{f"scalars, T = {steps}": [f"fl.local_steps={steps}"] for steps in (1, 10, 100)},
-    **{f"vectors, T = {steps}": [f"fl.local_steps={steps}", "estimator=backprop"] for steps in (1, 10)},
+    **{f"vectors, T = {steps}": [f"fl.local_steps={steps}", "estimator=backprop"] for steps in (1, 10, 100)},
 }
 
 
