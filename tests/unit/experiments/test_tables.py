@@ -18,6 +18,8 @@ PAGES = (ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/*/
     ids=lambda value: value if value.startswith("experiments") else "",
 )
 def test_every_row_has_the_cells_of_its_head(name: str, body: str) -> None:
-    lines = [line for line in body.splitlines() if line.startswith("|")]
-
-    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) <= 1
+    """Between the marks of one file there may be several tables, with an empty line between them."""
+    for table in body.split("\n\n"):
+        lines = [line for line in table.splitlines() if line.startswith("|")]
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) <= 1
+        assert not lines or set(lines[1]) == set("|-")
