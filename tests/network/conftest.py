@@ -226,6 +226,12 @@ class Federation:
         lines = map(json.loads, (self.folder / name / "metrics.jsonl").read_text().splitlines())
         return [line["round_seconds"] for line in lines if line["kind"] == "round"]
 
+    def reason(self, name: str, client: int, number: int) -> str:
+        """Why a client is not in a round of a run."""
+        lines = map(json.loads, (self.folder / name / "metrics.jsonl").read_text().splitlines())
+        (line,) = [line for line in lines if line["kind"] == "round" and line["round"] == number]
+        return str(line["reasons"][str(client)])
+
     def server_pid(self, *, seconds: float = 60.0) -> int:
         """The process that serves the run, as soon as there is one."""
         found: list[int] = []

@@ -53,6 +53,8 @@ def test_sites_that_freeze_die_come_late_or_never_answer_do_not_stop_a_run(
     at.sites[1].freeze()
     missing = at.wait_for_attendance("run", [0, 2, 3])
     at.wait_for_round("run", missing + 4)
+    asked = f"no reply since round {missing}; it is asked again in round"
+    assert at.reason("run", 1, missing + 2) == f"{asked} {missing + 3}"  # after one round, then two, then four
     at.sites[1].thaw()
     at.wait_for_attendance("run", [0, 1, 2, 3])
 
