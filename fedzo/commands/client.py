@@ -11,6 +11,7 @@ from fedzo.errors import ConfigError
 from fedzo.records.folder import folder_of_one_process
 from fedzo.runtime.net.client_folder import AUTHORITY, PUBLIC_KEY, SITE, ClientFolder, read_invitation
 from fedzo.runtime.net.credentials import read_certificate
+from fedzo.runtime.net.daemons import CONNECTED, REFUSED
 from fedzo.runtime.net.parts import Site, environment, start_site
 from fedzo.runtime.net.processes import Processes, Tail
 
@@ -21,7 +22,6 @@ SERVICES = {
 } | IMAGE
 LOOK_S = 0.5
 STEP_LIMIT_S = 3600.0
-CONNECTED, REFUSED = "connected as node", "the server refused"
 
 
 def init(path: Path, *, server: str | None, invitation: Path | None, authority: Path | None) -> Iterator[str]:

@@ -122,7 +122,9 @@ def test_the_page_says_what_happens(walk: Walk, tmp_path: Path) -> None:
     site_file = {"device": "cpu", "threads": 1, "model": {"name": "../../model"}, "data": {"path": "../rows.jsonl"}}
 
     said: Callable[[], str] = str
-    for machine, words, answer in steps():
+    told = steps()
+    assert {words[0] for _, words, _ in told} == {"server", "client", "doctor", "status", "train", "stop", "resume"}
+    for machine, words, answer in told:
         for (where, begins), (source, target) in handed_over.items():
             if machine == where and " ".join(words).startswith(begins):
                 shutil.copyfile(tmp_path / source, tmp_path / target)
@@ -133,6 +135,8 @@ def test_the_page_says_what_happens(walk: Walk, tmp_path: Path) -> None:
             _until_said(line, said)
         if words[:2] == ["client", "init"]:
             (tmp_path / machine / "site" / "site.yaml").write_text(json.dumps(site_file))
+    stopped = log.read_text().count("\n")
+    _wait_for(lambda: log.read_text().count("\n") > stopped + 1, what=said)  # the last command resumed the run
 
 
 def _until_said(line: str, said: Callable[[], str]) -> None:

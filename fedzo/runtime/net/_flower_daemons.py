@@ -18,10 +18,10 @@ from flwr.common.constant import HEARTBEAT_PATIENCE, TIMESTAMP_HEADER
 from flwr.supernode import fleet_http_connection, node_auth_http_interceptor, start_client_internal
 
 import fedzo.runtime.net._flower_http  # noqa: F401 - its shorter pauses hold for a SuperNode, too
+from fedzo.runtime.net.daemons import CONNECTED, REFUSED
 from fedzo.runtime.net.gate import CLOCK_AHEAD_S, CLOCK_BEHIND_S
 
 log = logging.getLogger(__name__)
-REFUSED = "the server refused"
 CLEAN_UP_S = 1.0
 """How often a SuperLink looks for tasks that have ended unsaid; they may be silent for 60 s."""
 
@@ -96,7 +96,7 @@ class _Connected(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if str(record.msg).startswith("SuperNode ID"):
-            log.warning("connected as node %s", record.getMessage().rpartition(" ")[2])
+            log.warning("%s %s", CONNECTED, record.getMessage().rpartition(" ")[2])
 
 
 def superlink(serve: Callable[..., None]) -> None:

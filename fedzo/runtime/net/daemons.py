@@ -23,6 +23,8 @@ SUPERNODE_POLL_S = 0.05
 NODE_LEASE_S = 40.0
 """How long after its last word a SuperNode counts as connected. Half as long, and the words of 200 nodes alone would
 keep a SuperLink half busy."""
+CONNECTED, REFUSED = "connected as node", "the server refused"
+"""With what a SuperNode's log tells that it was let in, or not; `fedzo client up` looks for it."""
 LOOK_S = 2.0
 """How often a SuperLink looks whether its certificate was renewed."""
 log = logging.getLogger(__name__)
