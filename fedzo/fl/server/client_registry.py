@@ -3,8 +3,9 @@
 The rules: the server's grid says which client a node is (``Grid.client_of``), never the node itself. A node that the
 grid does not know, or that does not belong to the run, is named and ignored, and ends nothing. Of two connected nodes
 of one index the first keeps it until it leaves. Nobody waits for a node that does not answer: greetings are under way
-beside the rounds, and a client that let a deadline pass is asked again after 1, 2, 4, ... rounds. A client whose stages
-work on its rows is greeted again every few seconds, and the start of a run waits for it as long as it gets on.
+beside the rounds. A client that lets a deadline pass is greeted like a new node, and is asked for nothing until it has
+answered; who answers greetings and no more is asked again after 1, 2, 4, ... rounds. A client whose stages work on its
+rows is greeted again every few seconds, and the start of a run waits for it as long as it gets on.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ MOST_REASONS = 8  # told of in one error
 
 
 @dataclass(slots=True)
-class _Mute:
-    """A client that let deadlines pass: since which round, how often, and the round that asks it again."""
+class _Silence:
+    """What a client owes that let deadlines pass: since which round, how often, and the first round to ask it again."""
 
     since: int
     times: int
@@ -51,6 +52,7 @@ class _Place:
     unable: bool = False  # it has said that it cannot take part
     registered: bool = False
     preparing: _Preparing | None = None
+    silence: _Silence | None = None  # until it answers what it is asked, which a greeting is not
 
 
 @dataclass(slots=True)
@@ -71,7 +73,7 @@ class ClientRegistry:
     """The clients that have registered.
 
     Attributes:
-        nodes: Flower node id of each client that is connected; it changes only in ``wait`` and ``refresh``.
+        nodes: Flower node id of each client that can be asked; it changes only in ``wait``, ``refresh`` and ``note``.
         hellos: Registration of each client, also of those that left.
         label_counts: The training rows by label that each of these declared.
         figures: What the stages of each of these tell of its rows.
@@ -92,7 +94,6 @@ class ClientRegistry:
     _reasons: dict[int, str] = field(default_factory=dict)
     _most: dict[int, tuple[int, float]] = field(default_factory=dict)  # prepared rows as never before, and since when
     _seen: set[int] = field(default_factory=set)
-    _mute: dict[int, _Mute] = field(default_factory=dict)
     _last_seen: dict[int, int | None] = field(default_factory=dict)
     _next_look: float = 0.0
     _begun: bool = False
@@ -169,7 +170,7 @@ class ClientRegistry:
             timeout_s: How long.
 
         Returns:
-            The clients that registered anew.
+            The clients that registered as new nodes.
         """
         ends, joined = time.monotonic() + timeout_s, []
         while True:
@@ -187,21 +188,31 @@ class ClientRegistry:
             self._next_look = time.monotonic() + LOOK_S
 
     def note(self, *, mute: set[int], heard: set[int], round: int) -> None:
-        """After clients were asked: remember who let the deadline pass."""
-        for client in heard:
-            self._mute.pop(client, None)
-        for client in mute:
-            before = self._mute.get(client)
-            times, since = (before.times + 1, before.since) if before else (1, round)
-            self._mute[client] = _Mute(since, times, round + 2 ** (times - 1))
+        """After clients were asked: who let the deadline pass is asked for nothing before it answers a greeting."""
+        for client in heard | mute:
+            place = self._places.get(client)
+            if not place or place.node != self.nodes.get(client):
+                continue  # it left meanwhile, or its new node is being greeted
+            if client in heard:
+                place.silence = None
+                continue
+            times, since = (place.silence.times + 1, place.silence.since) if place.silence else (1, round)
+            place.silence = _Silence(since, times, round + 2 ** (times - 1))
+            place.registered, place.due, place.greetings = False, time.monotonic(), 0
+            del self.nodes[client]
 
     def resting(self, round: int) -> Mapping[int, str]:
-        """The clients that are not asked in a round unless it needs them, and why."""
-        return {
-            client: f"no reply since round {mute.since}; it is asked again in round {mute.again}"
-            for client, mute in self._mute.items()
-            if round < mute.again and client in self.nodes
-        }
+        """The connected clients that are not asked in a round, and why; a round in need may ask those in ``nodes``."""
+        rests = {}
+        for client, place in self._places.items():
+            if not place.silence or place.preparing or place.node in self._reasons:
+                continue
+            since = f"no reply since round {place.silence.since}; it is asked again"
+            if not place.registered:
+                rests[client] = f"{since} once it answers a greeting"
+            elif round < place.silence.again:
+                rests[client] = f"{since} in round {place.silence.again}"
+        return rests
 
     def presence(self, round: int) -> Presence:
         """Who is here before a round, and what is known of the others."""
@@ -311,13 +322,13 @@ class ClientRegistry:
                 self._note_progress(client, reply)
             else:
                 if client in self._seen:
-                    log.warning("client %d came back", client)
+                    log.warning("client %d %s", client, "answers again" if place.silence else "came back")
                 self._reasons.pop(place.node, None)
-                self._mute.pop(client, None)
                 self.hellos[client], place.registered, place.preparing = reply, True, None
                 self.label_counts[client], self.figures[client] = label_counts_of(reply), figures_of(reply)
                 self._seen.add(client)
-                joined.append(client)
+                if not place.silence:
+                    joined.append(client)
         return joined
 
     def _note_progress(self, client: int, reply: HelloReply) -> None:

@@ -209,7 +209,8 @@ class Server:
         refused: dict[int, str] = {}
         groups: Iterable[list[int]]
         if plan.calibration or size == self.fl.num_clients:
-            groups = [[client for client in range(self.fl.num_clients) if client not in resting], sorted(resting)]
+            asked = [client for client in range(self.fl.num_clients) if client not in resting]
+            groups = [asked, sorted(set(resting) & set(self.client_registry.nodes))]
             refused |= resting
         else:
             order = sampling_order(
@@ -231,10 +232,10 @@ class Server:
                 )
                 for client in group
             }
-            replies, silent = self._state_sync.ask(
+            replies, failed = self._state_sync.ask(
                 requests, self.updates.reply_type, message_type="train", traffic=traffic
             )
-            refused = {client: why for client, why in refused.items() if client not in replies} | silent
+            refused = {client: why for client, why in refused.items() if client not in replies} | failed
             results |= self._usable(replies, requests, refused)
             for client, reason in self.updates.far_off(results).items():
                 self._refuse(client, reason, refused)

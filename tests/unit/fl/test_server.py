@@ -704,7 +704,52 @@ def test_a_client_whose_old_node_has_left_comes_back_at_once(federation: Any) ->
     assert means(server) == [2.0] * 2
 
 
-def test_a_mute_client_costs_a_deadline_after_1_2_4_rounds_only(federation: Any) -> None:
+def test_a_client_that_says_nothing_costs_one_deadline_until_it_answers_a_greeting(
+    federation: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(client_registry, "SILENT_S", 0.0)
+    server, clients, grid = federation()
+    server.run_round()
+    server.run_round()
+    grid.nodes[101] = None
+    took = []
+    for _ in range(8):
+        began = time.monotonic()
+        server.run_round()
+        took.append(time.monotonic() - began >= server.strategy.deadline_s)
+    assert took == [True] + [False] * 7
+    assert len(clients[1].requests) == 2
+    assert reason_for(server, 5, 1) == "no reply since round 2; it is asked again once it answers a greeting"
+    assert server.client_registry.presence(5).clients[1].state == "silent"
+
+    grid.nodes[101] = clients[1]
+    server.run_round()
+
+    assert server.store.rounds[10].attendance == (0, 1, 2)
+    assert clients[1].requests[-1].from_round == 1  # no more of the log is sent than it lacks
+    assert [record.getMessage() for record in caplog.records] == [
+        "client 1: no reply within 0.2 s",
+        "client 1 answers again",
+    ]
+
+
+def test_a_new_node_does_not_answer_for_the_silence_of_the_one_before_it(federation: Any) -> None:
+    server, clients, grid = federation()
+    server.run_round()
+
+    def leave(request: TrainRequest) -> None:
+        del grid.nodes[101]
+        grid.connect(777, Client(1))
+
+    clients[1].train = leave
+    server.strategy = replace(server.strategy, deadline_s=1.5)
+    server.run_round()
+    server.run_round()
+
+    assert [line.attendance for line in server.store.rounds] == [(0, 1, 2), (0, 2), (0, 1, 2)]
+
+
+def test_a_client_that_answers_greetings_and_no_more_costs_a_deadline_after_1_2_4_rounds_only(federation: Any) -> None:
     server, clients, _ = federation()
     asked: list[int] = []
     clients[1].train = lambda request: asked.append(request.round)
