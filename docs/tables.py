@@ -319,6 +319,21 @@ def effect(rows: Any) -> Lines:
     return grid("claim", at)
 
 
+def pivoted(script: str, corner: str) -> Callable[[Any], Lines]:
+    """Claims "case: measure" of one script as a table of cases by measures, with their targets."""
+
+    def render(rows: Any) -> Lines:
+        at: dict[str, dict[str, str]] = {}
+        for row in of_script(script, rows):
+            case, _, measure = row["claim"].rpartition(": ")
+            goal = "" if row["target"] is None else f", target {amount(row['target'], row['unit'])}"
+            cell = f"{amount(row['value'], row['unit'])}{goal}{'' if row['holds'] else ' **missed**'}"
+            at.setdefault(case, {})[measure] = cell
+        return grid(corner, at) if at else []
+
+    return render
+
+
 def grid(corner: str, at: dict[str, dict[str, str]]) -> Lines:
     """Cells by case and measure, both in the order in which they first came."""
     heads = list(dict.fromkeys(measure for cells in at.values() for measure in cells))
@@ -341,6 +356,8 @@ RENDERERS: dict[str, Callable[[Any], Lines]] = {
     "experiments/oat_rephrase/claims.json#published": published,
     "experiments/oat_rephrase/claims.json#effect": effect,
     "experiments/spallm/claims.json#quality": sketches,
+    "experiments/lower_layers/claims.json#step": pivoted("step", "trained"),
+    "experiments/lower_layers/claims.json#accuracy": pivoted("accuracy", "trained"),
     **{
         f"experiments/meerkat/tables.json#{part}": itemgetter(part)
         for part in ("state", "tuning", "accuracy", "verdicts", "holm", "others", "hours", "sequential")

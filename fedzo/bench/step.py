@@ -25,8 +25,10 @@ from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
 from fedzo.models.adapters import base_model, has_adapter
 from fedzo.models.config import Quantization
+from fedzo.models.forwards import lower_layers_of
 from fedzo.models.head import hidden_at, project
 from fedzo.models.load import TORCH_DTYPES, LoadedModel, compile_loaded, load_model
+from fedzo.models.lower_layers import LowerLayers, StepStates
 from fedzo.models.products import default_product, product_is_chosen
 from fedzo.models.scoring import mean_loss
 from fedzo.models.sketched.layers import decoded_layers, layers_replaced, make_dense
@@ -80,6 +82,7 @@ class Bench:
         examples: ``rows`` prompts of ``tokens`` tokens with two single-token candidates.
         eps: Probe size of the walk.
         num_probes: Directions of our step.
+        lower: The blocks that our step runs once, where it can.
     """
 
     loaded: LoadedModel
@@ -88,11 +91,12 @@ class Bench:
     examples: list[Example]
     eps: float
     num_probes: int
+    lower: LowerLayers | None = None
 
-    def loss(self) -> float:
+    def loss(self, *, lower: StepStates | None = None) -> float:
         """The candidate loss: one forward."""
         tokens = 3 * sum(len(example.prompt) for example in self.examples)  # with room for what a compiled one pads
-        return mean_loss(self.loaded, self.examples, loss=Loss.candidates, tokens_per_batch=tokens)
+        return mean_loss(self.loaded, self.examples, loss=Loss.candidates, tokens_per_batch=tokens, lower=lower)
 
     def contestants(self) -> dict[str, Work]:
         """Each takes a whole step; all but the forwards have lr = 1e-8, so that the weights stay as they are.
@@ -110,7 +114,8 @@ class Bench:
         choices = torch.tensor([candidate[0] for candidate in self.examples[0].candidates], device=ids.device)
 
         def ours() -> None:
-            for key, projection in zip(keys, self.estimator.estimate(self.space, self.loss, keys), strict=True):
+            loss_fn = partial(self.loss, lower=self.lower.of_step() if self.lower else None)
+            for key, projection in zip(keys, self.estimator.estimate(self.space, loss_fn, keys), strict=True):
                 apply_step(self.space, lr=lr, c=projection.g, key=key)
 
         def forwards() -> None:
@@ -190,7 +195,17 @@ def open_bench(config: LaunchConfig, *, shape: str | None, rows: int, tokens: in
     prompts = [tuple(order[(row * tokens + i) % vocabulary] for i in range(tokens)) for row in range(rows)]
     candidates = ((order[0],), (order[1],))
     examples = [Example(prompt=prompt, candidates=candidates, label=0) for prompt in prompts]
-    return Bench(loaded, built.space, build_estimator(estimator), examples, estimator.float32_eps, estimator.num_probes)
+    model = config.model
+    reuse = model.reuse_lower_layers and not estimator.freeze_routing
+    return Bench(
+        loaded=loaded,
+        space=built.space,
+        estimator=build_estimator(estimator),
+        examples=examples,
+        eps=estimator.float32_eps,
+        num_probes=estimator.num_probes,
+        lower=lower_layers_of(loaded, built.space, cache_mb=model.lower_layers_cache_mb) if reuse else None,
+    )
 
 
 def bench_step(
@@ -224,6 +239,7 @@ def bench_step(
         "rows": rows,
         "tokens": len(bench.examples[0].prompt),
         "repeats": repeats,
+        "first_layer": len(bench.lower.blocks) if bench.lower else 0,
         "forwards_per_step": bench.estimator.forwards_per_step(bench.num_probes),
         "figures": [asdict(figure) for figure in figures],
         "environment": environment(),

@@ -68,8 +68,10 @@ def _peak_in_child(name: str) -> int | None:
 
 
 def _table(result: dict[str, Any]) -> Table:
+    lower = result["first_layer"]
     table = Table(
-        title=f"{result['model']}, {result['num_params']:,} weights of which {result['space_size']:,} trained, "
+        title=f"{result['model']}, {result['num_params']:,} weights of which {result['space_size']:,} trained"
+        f"{', none below block ' * bool(lower)}{lower or ''}, "
         f"{result['dtype']}{' compiled' * result['compiled']} on {result['device']} ({result['device_name']}), "
         f"{result['rows']} x {result['tokens']} tokens, {result['repeats']} repeats",
         title_justify="left",

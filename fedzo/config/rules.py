@@ -170,6 +170,10 @@ def _model(site: SiteConfig, run: RunSettings) -> Iterator[Problem]:
     if model.tokens_per_batch < longest:
         rule = f"be >= task.max_length ({longest}), so that one sequence fits"
         yield problem("model.tokens_per_batch", rule, model.tokens_per_batch, "Raise it, or lower task.max_length.")
+    yield from at_least("model.lower_layers_cache_mb", model.lower_layers_cache_mb, 0, "0 keeps no rows.")
+    if model.lower_layers_cache_mb and not model.reuse_lower_layers:
+        rule = "be true where rows are kept (model.lower_layers_cache_mb > 0)"
+        yield problem("model.reuse_lower_layers", rule, False, "Write model.lower_layers_cache_mb=0, or true here.")
 
 
 # --- of the run

@@ -11,7 +11,7 @@ scores; ``random`` is drawn from the counter-based generator.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -42,6 +42,7 @@ def select_mask(
     loss_fn: LossFn | None = None,
     on_window: Callable[[int, int], None] | None = None,
     base_digest: str | None = None,
+    among: Container[str] | None = None,
 ) -> Mask:
     """Choose the weights to train.
 
@@ -58,6 +59,8 @@ def select_mask(
         loss_fn: ``loss_fn(model, input_ids [1, num_tokens])``; by default the mean cross-entropy of the next token.
         on_window: Called with (windows done, windows in all).
         base_digest: Digest of the model's weights, for the manifest.
+        among: Names of the parameters that may be chosen from; all that are eligible by default. With ``per_tensor``
+            each gives the weights that it would give beside the others.
 
     Returns:
         The mask, on the CPU; with the signed mean gradient if the selector is ``sensitivity``.
@@ -67,7 +70,9 @@ def select_mask(
         NumericsError: A loss or a score is not finite.
     """
     _check_settings(density, selector, granularity, windows)
-    parameters = eligible_parameters(model)
+    eligible = eligible_parameters(model)
+    numbers = {name: number for number, name in enumerate(eligible)}
+    parameters = {name: each for name, each in eligible.items() if among is None or name in among}
     budget = _budget([p.numel() for p in parameters.values()], density=density, granularity=granularity)
     sums: GradientSums | None = None
     if selector == "sensitivity":
@@ -77,7 +82,6 @@ def select_mask(
     elif selector == "magnitude":
         chosen = _choose(lambda name: _magnitude(parameters[name]), list(parameters), budget)
     else:
-        numbers = {name: number for number, name in enumerate(parameters)}
 
         def score(name: str) -> torch.Tensor:
             return lots(stream_key(seed, round=numbers[name]), parameters[name].numel(), parameters[name].device)

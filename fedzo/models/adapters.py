@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedzo.errors import ConfigError
+from fedzo.models.blocks import upper_blocks
 from fedzo.models.load import LoadedModel
 from fedzo.models.virtual_tokens import are_seen, attach, detach, num_virtual_tokens, paused
 
@@ -63,6 +64,23 @@ def find_layers(model: nn.Module, wanted: Sequence[str], *, known: Iterable[Name
         f"{key} must be given for a {type(model).__name__}: fedzo knows none of its linear layers by name. "
         f"Choose from {', '.join(found)}."
     )
+
+
+def layers_from(model: nn.Module, first_layer: int, names: Sequence[str], *, key: str) -> list[str]:
+    """The layers that ``names`` are ends of in the blocks from ``first_layer`` on, by full names; from 0 as they are.
+
+    Raises:
+        ConfigError: The model has no such block, or none of these layers is in one.
+    """
+    if first_layer == 0 or not names:
+        return list(names)
+    prefix, blocks = upper_blocks(model, first_layer)
+    starts = tuple(f"{prefix}.{index}." for index in range(first_layer, first_layer + len(blocks)))
+    ends = tuple(f".{name}" for name in names)
+    layers = [name for name, _ in _base_modules(model) if name.startswith(starts) and f".{name}".endswith(ends)]
+    if not layers:
+        raise ConfigError(f"{key} must name layers in the blocks from trainer.first_layer={first_layer} on, got none.")
+    return layers
 
 
 def are_transposed(model: nn.Module, names: Sequence[str]) -> bool:

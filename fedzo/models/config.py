@@ -64,3 +64,8 @@ class ModelConfig:
     """Forwards through ``torch.compile``, on CUDA as CUDA graphs, at few shapes that batches are padded to; a
     shape's first forward waits for the compiler. Needs a C++ compiler; losses differ from the eager ones in their
     last bits."""
+    reuse_lower_layers: bool = True
+    """Run the blocks below the first trained one once a step, not in each of its forwards. Losses keep their bits.
+    A compiled model always runs whole, as does one with ``estimator.freeze_routing``."""
+    lower_layers_cache_mb: int = 0
+    """MiB for what these blocks make of single rows, kept for later rounds. Losses may differ in their last bits."""

@@ -16,8 +16,10 @@ from fedzo.models.arithmetic import MEASURED, Arithmetic
 from fedzo.models.cache import run_answers, run_prompts
 from fedzo.models.head import hidden_at, own_logits_at
 from fedzo.models.load import LoadedModel
+from fedzo.models.lower_layers import LowerLayers, StepStates, find_lower_layers
 from fedzo.models.plan import FEW_FORWARDS, bucket, plan_batches
 from fedzo.models.virtual_tokens import num_virtual_tokens
+from fedzo.zo.spaces.base import Space
 
 OnBatch = Callable[[int, int], None]
 OnRows = Callable[[list[int]], None]
@@ -47,6 +49,8 @@ class Planning:
     """Whether candidates may go on from one run of their prompt: right for scores, whose last bits do not matter."""
     before: OnRows | None = None
     """Called before each forward with the indices of its texts, one a row."""
+    lower: StepStates | None = None
+    """Where states of the blocks below the trained ones are found again."""
     arithmetic: Arithmetic = MEASURED
     """What becomes of the log-probabilities."""
 
@@ -99,8 +103,12 @@ def run_texts(
         at = partial(hidden_at, decoder=compiled) if loaded.direct_head else own_logits_at
         if planning.before is not None:
             planning.before(batch)
+        forward = partial(at, loaded.model, *on_device)
         with planning.arithmetic.forwards():
-            hidden = at(loaded.model, *on_device)
+            if planning.lower is None:
+                hidden = forward()
+            else:
+                hidden = planning.lower.run(forward, on_device[0], [texts[i].tokens for i in batch])
         _count(
             loaded, ids, used=sum(lengths[i] for i in batch), head_rows=len(rows) if loaded.direct_head else ids.size
         )
@@ -108,6 +116,25 @@ def run_texts(
         num_done += len(batch)
         if planning.on_batch is not None:
             planning.on_batch(num_done, len(texts))
+
+
+def lower_layers_of(loaded: LoadedModel, space: Space, *, cache_mb: int = 0) -> LowerLayers | None:
+    """The blocks that a space trains nothing in or below; None where there is none, or they cannot be left out.
+
+    Args:
+        loaded: The model. A compiled one runs whole.
+        space: What is trained on it.
+        cache_mb: MiB of states of single rows that are kept over all rounds.
+    """
+    if loaded.compiled is not None:
+        return None
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        rows, columns = (part.reshape(-1) for part in torch.meshgrid(*map(torch.arange, ids.shape), indexing="ij"))
+        at = hidden_at if loaded.direct_head else own_logits_at
+        return at(loaded.model, ids, rows.to(ids.device), columns.to(ids.device))
+
+    return find_lower_layers(loaded.model, space.parameters, forward, cache_mb=cache_mb)
 
 
 def run_shared(

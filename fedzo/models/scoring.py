@@ -23,6 +23,7 @@ from fedzo.models.arithmetic import MEASURED, Differentiable, Scores
 from fedzo.models.forwards import OnBatch, OnRows, Planning, Text, run_shared, run_texts
 from fedzo.models.head import project
 from fedzo.models.load import LoadedModel
+from fedzo.models.lower_layers import StepStates
 from fedzo.models.memory import cache_tokens
 from fedzo.models.plan import FEW_FORWARDS, Shared, plan_shared
 from fedzo.models.virtual_tokens import num_virtual_tokens
@@ -37,10 +38,16 @@ def mean_loss(
     loss: Loss,
     tokens_per_batch: int,
     forward_cost_tokens: int = FEW_FORWARDS,
+    lower: StepStates | None = None,
 ) -> float:
     """Mean of ``example_losses``, in float64; NaN or infinity if the model's numbers are."""
     losses = example_losses(
-        loaded, examples, loss=loss, tokens_per_batch=tokens_per_batch, forward_cost_tokens=forward_cost_tokens
+        loaded,
+        examples,
+        loss=loss,
+        tokens_per_batch=tokens_per_batch,
+        forward_cost_tokens=forward_cost_tokens,
+        lower=lower,
     )
     return float(np.mean(losses))
 
@@ -60,6 +67,7 @@ def example_losses(
     tokens_per_batch: int,
     forward_cost_tokens: int = FEW_FORWARDS,
     before: OnRows | None = None,
+    lower: StepStates | None = None,
 ) -> Scores:
     """Loss of every example; token log-probabilities in float32, all means in float64.
 
@@ -75,6 +83,7 @@ def example_losses(
         forward_cost_tokens: What one more forward costs, counted in tokens: batches of unequal lengths are split where
             that saves more padding. By default never; see ``forward_cost``.
         before: Called before each forward with the example of each of its rows, by index.
+        lower: What the step has kept of the blocks below the trained ones, if that can be done.
 
     Returns:
         float64 [num_examples].
@@ -82,7 +91,8 @@ def example_losses(
     Raises:
         ConfigError: There is no example, or one has an empty prompt or answer.
     """
-    losses: Scores = _losses(loaded, examples, loss, Planning(tokens_per_batch, forward_cost_tokens, before=before))
+    planning = Planning(tokens_per_batch, forward_cost_tokens, before=before, lower=lower)
+    losses: Scores = _losses(loaded, examples, loss, planning)
     return losses
 
 

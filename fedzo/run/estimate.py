@@ -51,7 +51,7 @@ def estimate_run(
     scored: list[tuple[int, list[Example]]],
     rows_per_step: int,
     steps: int,
-    forwards_per_step: int,
+    forwards_per_step: float,
     local_steps: int,
     tokens_per_batch: int,
     num_moments: int,
@@ -66,7 +66,7 @@ def estimate_run(
         scored: How often each list of rows is scored.
         rows_per_step: Rows of one client's step.
         steps: Local steps of all clients in all rounds to come.
-        forwards_per_step: Forwards that the estimator takes for one step.
+        forwards_per_step: What one step costs, in forwards.
         local_steps: T.
         tokens_per_batch: Most tokens in one forward.
         num_moments: Numbers that the server optimizer remembers for each trained one.

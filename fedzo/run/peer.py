@@ -21,7 +21,9 @@ from fedzo.fl.replica import Replica
 from fedzo.models.checks import check_ids
 from fedzo.models.config import DType
 from fedzo.models.fidelity import NUM_DIRECTIONS, choose_dtype, coarseness_warning, try_out
+from fedzo.models.forwards import lower_layers_of
 from fedzo.models.load import LoadedModel, load_model, resolve_device
+from fedzo.models.lower_layers import LowerLayers
 from fedzo.models.plan import forward_cost
 from fedzo.models.products import choose_product
 from fedzo.models.scoring import mean_loss
@@ -159,7 +161,14 @@ class Peer:
                 num_moments=rule.num_moments(num_clients),
             ),
             forward_cost_tokens=forward_cost(self.loaded.device, perturbs_weights=built.space.perturbs_weights),
+            lower=self._find_lower_layers(built),
         )
+
+    def _find_lower_layers(self, built: Built) -> LowerLayers | None:
+        estimator, model = self.config.estimator, self.site.model
+        if not (model.reuse_lower_layers and isinstance(estimator, ZerothOrderConfig)) or estimator.freeze_routing:
+            return None
+        return lower_layers_of(self.loaded, built.space, cache_mb=model.lower_layers_cache_mb)
 
     def _build(self, loaded: LoadedModel, artifact: Artifact) -> Built:
         estimator = self.config.estimator  # without directions their law says nothing

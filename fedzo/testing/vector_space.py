@@ -29,6 +29,10 @@ class VectorSpace:
     def size(self) -> int:
         return self.theta.size
 
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        return ()
+
     @contextmanager
     def probe(self, scale: float, key: int) -> Iterator[None]:
         kept = self.theta.copy()

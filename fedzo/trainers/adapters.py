@@ -18,7 +18,7 @@ from torch import nn
 
 from fedzo.errors import ConfigError, Problem, at_least, not_negative
 from fedzo.trainers.artifacts import Artifact
-from fedzo.trainers.base import TRAINERS, Built, Prepared, TrainerConfig, TrainerTraits, Workplace
+from fedzo.trainers.base import TRAINERS, Built, LayeredConfig, Prepared, TrainerConfig, TrainerTraits, Workplace
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import PURPOSE_INIT, gaussians, stream_key
 from fedzo.zo.spaces.dense import DenseSpace
@@ -80,7 +80,7 @@ class AdapterTrainer:
 
 
 @dataclass(kw_only=True, slots=True)
-class LayerAdapterConfig(AdapterConfig):
+class LayerAdapterConfig(LayeredConfig):
     """A trainer of adapters that sit on dense linear layers."""
 
     @property
@@ -119,9 +119,10 @@ def lora_trainer(config: LoraTrainerConfig) -> AdapterTrainer:
     def configure(model: nn.Module) -> peft.PeftConfig:
         import peft
 
-        from fedzo.models.adapters import QUERY_VALUE, are_transposed, find_layers
+        from fedzo.models.adapters import QUERY_VALUE, are_transposed, find_layers, layers_from
 
         layers = find_layers(model, config.target_modules, known=QUERY_VALUE, key="trainer.target_modules")
+        layers = layers_from(model, config.first_layer, layers, key="trainer.target_modules")
         return peft.LoraConfig(
             task_type="CAUSAL_LM",
             r=config.rank,
@@ -158,12 +159,14 @@ def ia3_trainer(config: Ia3TrainerConfig) -> AdapterTrainer:
     def configure(model: nn.Module) -> peft.PeftConfig:
         import peft
 
-        from fedzo.models.adapters import FEED_FORWARD, KEY_VALUE, are_transposed, find_layers
+        from fedzo.models.adapters import FEED_FORWARD, KEY_VALUE, are_transposed, find_layers, layers_from
 
         outputs = find_layers(model, config.target_modules, known=KEY_VALUE, key="trainer.target_modules")
+        outputs = layers_from(model, config.first_layer, outputs, key="trainer.target_modules")
         inputs = find_layers(
             model, config.feedforward_modules, known=(*FEED_FORWARD, ()), key="trainer.feedforward_modules"
         )
+        inputs = layers_from(model, config.first_layer, inputs, key="trainer.feedforward_modules")
         layers = [*outputs, *inputs]
         return peft.IA3Config(
             task_type="CAUSAL_LM",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from fedzo.errors import Problem, not_negative, positive, problem
+from fedzo.errors import Problem, at_least, not_negative, positive, problem
 from fedzo.registry import PluginConfig, Registry
 from fedzo.trainers.artifacts import ARTIFACTS, EMPTY, Artifact, ArtifactStore
 
@@ -94,6 +94,18 @@ class TrainerConfig(PluginConfig):
     def for_timing(self) -> TrainerConfig:
         """The trainer for whoever only times its steps: where it learns from data what to train, it draws lots."""
         return self
+
+
+@dataclass(kw_only=True, slots=True)
+class LayeredConfig(TrainerConfig):
+    """A trainer that can leave the lower blocks of the model alone."""
+
+    first_layer: int = 0
+    """Index of the first block with trained values; 0 trains all. Steps cost less: the blocks below are run once a step
+    (``model.reuse_lower_layers``)."""
+
+    def problems(self, run: RunSettings) -> Iterator[Problem]:
+        yield from at_least("trainer.first_layer", self.first_layer, 0, "0 trains all blocks.")
 
 
 Advance = Callable[[int, int], None]

@@ -19,7 +19,7 @@ from fedzo.data.files import read_texts
 from fedzo.errors import Problem, at_least, problem
 from fedzo.masks.calibration import windows_from_texts
 from fedzo.models.checks import check_ids
-from fedzo.trainers.base import InputsConfig, TrainerConfig, Workplace
+from fedzo.trainers.base import InputsConfig, LayeredConfig, Workplace
 
 if TYPE_CHECKING:
     from fedzo.config.schema import RunSettings
@@ -38,7 +38,7 @@ class Calibration(StrEnum):
 
 
 @dataclass(kw_only=True, slots=True)
-class CalibratedConfig(TrainerConfig):
+class CalibratedConfig(LayeredConfig):
     """A trainer that the server prepares on text without labels."""
 
     calibration: Calibration = Calibration.imdb

@@ -21,6 +21,7 @@ from fedzo.errors import ConfigError, Problem, problem
 from fedzo.masks.mask import Mask, check_fits
 from fedzo.masks.mask_file import encode_mask, load_mask, save_mask
 from fedzo.masks.select import select_mask
+from fedzo.models.blocks import parameters_from
 from fedzo.trainers.artifacts import Artifact
 from fedzo.trainers.base import TRAINERS, Built, InputsConfig, Prepared, TrainerTraits, Workplace
 from fedzo.trainers.calibration import CalibratedConfig, Calibration, calibration_windows
@@ -108,6 +109,7 @@ _RECIPE: Mapping[str, Callable[[str], object]] = {
     "selector": Selector,
     "granularity": Granularity,
     "calibration": Calibration,
+    "first_layer": int,
 }
 """What a mask's manifest tells of the settings that it was made with."""
 
@@ -164,7 +166,9 @@ def choose_mask(config: MeerkatConfig, loaded: LoadedModel, workplace: Workplace
         seed=workplace.seed,
         on_window=workplace.advance,
         base_digest=loaded.base_digest,
+        among=parameters_from(loaded.model, config.first_layer),
     )
-    return replace(
-        mask, manifest={**mask.manifest, "calibration": config.calibration.value, "fedzo": fedzo.__version__}
-    )
+    told = {"calibration": config.calibration.value, "fedzo": fedzo.__version__}
+    if config.first_layer:
+        told["first_layer"] = str(config.first_layer)
+    return replace(mask, manifest={**mask.manifest, **told})

@@ -6,8 +6,9 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fedzo.models.blocks import parameters_from
 from fedzo.trainers.artifacts import Artifact
-from fedzo.trainers.base import TRAINERS, Built, Prepared, TrainerConfig, TrainerTraits, Workplace
+from fedzo.trainers.base import TRAINERS, Built, LayeredConfig, Prepared, TrainerTraits, Workplace
 from fedzo.zo.config import Distribution, Rounding
 from fedzo.zo.rounding import is_rounded
 from fedzo.zo.spaces.full import FullSpace
@@ -19,8 +20,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True, slots=True)
-class MezoConfig(TrainerConfig):
-    """MeZO: all weights are trained (arXiv 2305.17333)."""
+class MezoConfig(LayeredConfig):
+    """MeZO: all weights are trained, or all of the upper blocks (arXiv 2305.17333)."""
 
     lr: float = 1e-6
     rounding: Rounding = Rounding.nearest
@@ -48,16 +49,17 @@ class Mezo:
         return Prepared()
 
     def build(self, loaded: LoadedModel, artifact: Artifact, *, distribution: Distribution) -> Built:
-        """The full space over ``loaded.model``, trained in the dtype of its weights.
+        """The full space over ``loaded.model``, or its blocks from ``first_layer`` on, in the dtype of the weights.
 
         Warns where 16-bit weights are rounded to nearest, which loses small steps.
         """
-        narrow = sorted({str(p.dtype).removeprefix("torch.") for p in loaded.model.parameters() if is_rounded(p.dtype)})
+        trained = parameters_from(loaded.model, self.config.first_layer)
+        narrow = sorted({str(p.dtype).removeprefix("torch.") for p in trained.values() if is_rounded(p.dtype)})
         if narrow and self.config.rounding is Rounding.nearest:
             log.warning(
                 "trainer=mezo: weights are held in %s, where a step of less than half the spacing of a weight's "
                 "neighbours is lost. Write trainer.rounding=stochastic, or model.dtype=float32.",
                 " and ".join(narrow),
             )
-        space = FullSpace(loaded.model, distribution=distribution, rounding=self.config.rounding)
+        space = FullSpace(loaded.model, parameters=trained, distribution=distribution, rounding=self.config.rounding)
         return Built(space, loaded.reload_weights)

@@ -15,6 +15,7 @@ from torch import nn
 
 from fedzo.errors import ConfigError, Problem
 from fedzo.masks.sensitivity import accumulate_gradients, next_token_loss
+from fedzo.models.blocks import parameters_from
 from fedzo.models.sketched.layers import sketched_layers, tables_of
 from fedzo.models.sketched.table_file import GRADIENT, read_tables, write_tables
 from fedzo.sketch import TableSpace
@@ -68,27 +69,28 @@ class TablesConfig(CalibratedConfig):
 @TRAINERS.register("tables", TablesConfig)
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """The space of the tables of all sketched layers, in the order of ``named_parameters``."""
+    """The space of the tables of the sketched layers, in the order of ``named_parameters``."""
 
     config: TablesConfig
 
     def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
         """Nothing beside the model is needed. The mean gradient on calibration text stays at the server."""
-        tables = _tables(loaded)
+        trained = self._trained(loaded)
         if not self.config.gradient:
             return Prepared()
         kept = workplace.folder / GRADIENT_FILE
         if workplace.resumed and kept.exists():
             gradient = read_tables(kept, loaded, content=GRADIENT)
         else:
-            gradient = self._gradient(loaded, tables, workplace)
+            gradient = self._gradient(loaded, tables_of(loaded.model), workplace)
             write_tables(kept, gradient, base_digest=loaded.base_digest, content=GRADIENT)
-        return Prepared(gradient=torch.cat([gradient[name].reshape(-1) for name in tables]))
+        return Prepared(gradient=torch.cat([gradient[name].reshape(-1) for name in trained]))
 
     def build(self, loaded: LoadedModel, artifact: Artifact, *, distribution: Distribution) -> Built:
         """The tables of ``loaded.model``; their base values are kept for the way back."""
-        _tables(loaded)
-        space = TableSpace(list(sketched_layers(loaded.model).values()), distribution=distribution)
+        trained = {id(table) for table in self._trained(loaded).values()}
+        layers = [layer for layer in sketched_layers(loaded.model).values() if id(layer.tables) in trained]
+        space = TableSpace(layers, distribution=distribution)
         base = space.values()
         return Built(space, lambda: space.load(base))
 
@@ -99,11 +101,11 @@ class Tables:
         sums = accumulate_gradients(loaded.model, tables, windows, next_token_loss, workplace.advance).signed
         return {name: (sums[name] / len(windows)).view(table.shape).cpu() for name, table in tables.items()}
 
-
-def _tables(loaded: LoadedModel) -> dict[str, nn.Parameter]:
-    if tables := tables_of(loaded.model):
-        return tables
-    raise ConfigError(
-        f"trainer=tables: {loaded.source!r} must be a sketch, got a model of dense layers. Make one with "
-        "`fedzo sketch --out FOLDER` and name that folder."
-    )
+    def _trained(self, loaded: LoadedModel) -> dict[str, nn.Parameter]:
+        if tables := tables_of(loaded.model):
+            upper = parameters_from(loaded.model, self.config.first_layer)
+            return {name: table for name, table in tables.items() if name in upper}
+        raise ConfigError(
+            f"trainer=tables: {loaded.source!r} must be a sketch, got a model of dense layers. Make one with "
+            "`fedzo sketch --out FOLDER` and name that folder."
+        )

@@ -15,6 +15,7 @@ from fedzo.data.rows import batch_rows
 from fedzo.fl.messages import TrainRequest
 from fedzo.fl.replica import Replica
 from fedzo.models.load import LoadedModel
+from fedzo.models.lower_layers import LowerLayers
 
 
 @dataclass(slots=True)
@@ -26,12 +27,14 @@ class Workspace:
         replica: The space, moved along the log.
         tokens_per_batch: Most tokens in one forward.
         forward_cost_tokens: What one more forward costs, in tokens (``example_losses``).
+        lower: The blocks that no trained value lies in or below, where a step runs them once.
     """
 
     loaded: LoadedModel
     replica: Replica
     tokens_per_batch: int
     forward_cost_tokens: int
+    lower: LowerLayers | None = None
 
 
 @dataclass(frozen=True, slots=True)

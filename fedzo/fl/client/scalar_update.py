@@ -18,6 +18,7 @@ from fedzo.fl.clip import clip, sent_losses
 from fedzo.fl.config import FlConfig, directions_of
 from fedzo.fl.messages import TrainReply, TrainRequest, scalars_to_bytes, signs_to_bytes
 from fedzo.models.forwards import OnRows
+from fedzo.models.lower_layers import StepStates
 from fedzo.models.scoring import example_losses
 from fedzo.zo.estimator import Estimator, Losses, Projection, estimate_together
 from fedzo.zo.log import Drift, Scalars, local_step, probe_shares
@@ -95,7 +96,12 @@ class ScalarUpdate:
             return self._ahead.pop((request.client, request.round, step))
         batch = self._batches.of(request, step=step)
         keys = self._keys(request, step=step)
-        return self._estimator.estimate(at.replica.space, lambda: float(self._losses(at, batch).mean()), keys)
+        lower = at.lower.of_step() if at.lower else None
+
+        def loss_fn() -> float:
+            return float(self._losses(at, batch, lower=lower).mean())
+
+        return self._estimator.estimate(at.replica.space, loss_fn, keys)
 
     def as_sent(self, projections: list[Projection], request: TrainRequest) -> tuple[Scalars, npt.NDArray[np.bool_]]:
         """The scalars that the step is taken with and the server is sent, and which of them were dropped; [P] each."""
@@ -171,13 +177,14 @@ class ScalarUpdate:
         rows = [example for batch in batches.values() for example in batch]
         owners = [client for client, batch in batches.items() for _ in batch]
         ends = np.cumsum([len(batch) for batch in batches.values()])[:-1]
+        lower = at.lower.of_step() if at.lower else None
 
         def losses_fn() -> Losses:
             if own is None:
-                losses = self._losses(at, rows)
+                losses = self._losses(at, rows, lower=lower)
             else:
                 with own:
-                    losses = self._losses(at, rows, before=partial(follow, own))
+                    losses = self._losses(at, rows, lower=lower, before=partial(follow, own))
             return np.array([part.mean() for part in np.split(losses, ends)])
 
         def follow(weights: RowWeights, batch: list[int]) -> None:
@@ -197,7 +204,9 @@ class ScalarUpdate:
             directions=directions_of(self._fl),
         )
 
-    def _losses(self, at: Workspace, rows: list[Example], *, before: OnRows | None = None) -> Losses:
+    def _losses(
+        self, at: Workspace, rows: list[Example], *, lower: StepStates | None, before: OnRows | None = None
+    ) -> Losses:
         return example_losses(
             at.loaded,
             rows,
@@ -205,4 +214,5 @@ class ScalarUpdate:
             tokens_per_batch=at.tokens_per_batch,
             forward_cost_tokens=at.forward_cost_tokens,
             before=before,
+            lower=lower,
         )

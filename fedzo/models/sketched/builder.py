@@ -27,7 +27,7 @@ from torch import nn
 
 from fedzo.errors import ConfigError
 from fedzo.models.sketched.layers import dense_layers, sketched_layers, weight_of
-from fedzo.models.sketched.walk import Walk, find_blocks, start_walk
+from fedzo.models.sketched.walk import Walk, find_linear_blocks, start_walk
 from fedzo.records.folder import replace_file
 from fedzo.records.sketch import SketchedLayer
 from fedzo.sketch import Sketch, SketchLinear, SketchSettings, check_shapes, sketch_matrix
@@ -116,7 +116,7 @@ def layers_to_sketch(model: nn.Module, groups_per_row: int, skip: Iterable[str])
             f"sketch: the model must be dense, but is a sketch already ({len(sketched)} layers, such as "
             f"{next(iter(sketched))!r}). Sketch the dense model that it was made of."
         )
-    prefix, _ = find_blocks(model)
+    prefix, _ = find_linear_blocks(model)
     layers = {name: each for name, each in dense_layers(model).items() if name.startswith(f"{prefix}.")}
     for end in skip:
         named = [name for name in layers if f".{name}".endswith(f".{end}")]

@@ -2,7 +2,7 @@
 
 It is a safetensors file with ``<layer>.tables``, float32 [R, G, 2^bits] each. Its metadata holds one entry,
 ``fedzo_tables``: canonical JSON of the format, what the values are, the base's digest, and the SHA-256 of all values in
-the order of ``named_parameters``, as ``fedzo replay`` prints it.
+the order of ``named_parameters``, as ``fedzo replay`` prints it of a run that trains all of them.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fedzo.errors import ConfigError
+from fedzo.models.blocks import find_blocks
 from fedzo.models.sketched.layers import dense_layers
 
 _TOLERANCE = 1e-4  # of the largest state, for a walk beside a forward: batches of other sizes move last bits
@@ -139,7 +140,7 @@ def start_walk(model: nn.Module, windows: Sequence[torch.Tensor]) -> Walk:
     Raises:
         ConfigError: The model's blocks are not found, or cannot be run one after another.
     """
-    name, blocks = find_blocks(model)
+    name, blocks = find_linear_blocks(model)
     device = next(model.parameters()).device
     walk = Walk(name, blocks, [], [{} for _ in blocks])
     for low in range(0, len(windows), _ROWS_AT_ONCE):
@@ -154,25 +155,19 @@ def start_walk(model: nn.Module, windows: Sequence[torch.Tensor]) -> Walk:
     return walk
 
 
-def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
-    """A decoder's blocks and their name: the list of modules, in no other list, that holds the most linear layers.
+def find_linear_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
+    """A decoder's blocks, which hold linear layers, and the name of their list.
 
     Raises:
         ConfigError: There is none.
     """
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    outer = {
-        name: len(dense_layers(blocks))
-        for name, blocks in lists.items()
-        if not any(name.startswith(f"{other}.") for other in lists)
-    }
-    best = max(outer, key=outer.__getitem__, default=None)
-    if best is None or not outer[best]:
+    name, blocks = find_blocks(model)
+    if not any(map(dense_layers, blocks)):
         raise ConfigError(
             f"sketch: a {type(model).__name__} must be a decoder whose blocks hold linear layers, but none is found. "
             "Take another model."
         )
-    return best, list(lists[best])
+    return name, blocks
 
 
 def _capture(

@@ -42,6 +42,7 @@ def check_space(
       ``held_in``; a step of 0 leaves every bit.
     - ``load`` and ``rewind`` bring every bit back; ``values`` and ``load`` copy.
     - Spaces at the same values have the same model, ``check`` and ``digest``, whatever led there; a move changes both.
+    - No parameter of the model moves but ``parameters``.
     - The global random generators are neither used nor needed.
 
     Args:
@@ -194,6 +195,11 @@ def _check_steps(mine: _Subject, twin: _Subject) -> None:
             f"held in {mine.held_in}",
         )
     mine.must_have_moved(before, "steps")
+    trained = {id(parameter) for parameter in mine.space.parameters}
+    now = model_bits(mine.model)
+    for name, parameter in mine.model.named_parameters():
+        still = id(parameter) in trained or torch.equal(now[name], before.model[name])
+        must(still, f"parameters must hold all that steps move, but {name!r} moves and is none of them")
     mine.must_be_at(twin.state(), "two spaces moved by the same steps must be the same")
     twin.space.load(start)
     twin.space.load(expected)

@@ -55,6 +55,11 @@ class Space(Protocol):
         """Law of the directions z."""
         ...
 
+    @property
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """The model's parameters that trained values lie in; what a forward makes of others alone stays as it is."""
+        ...
+
     def probe(self, scale: float, key: int) -> AbstractContextManager[None]:
         """Within the context the model computes at theta + scale * z(key); afterwards its bits are what they were."""
         ...
@@ -153,6 +158,10 @@ class MasterSpace:
     @property
     def size(self) -> int:
         return self._master.numel()
+
+    @property
+    def parameters(self) -> Sequence[nn.Parameter]:
+        return ()
 
     @contextmanager
     def probe(self, scale: float, key: int) -> Iterator[None]:

@@ -39,6 +39,10 @@ class DenseSpace(MasterSpace):
             parameter.data = part.view(parameter.shape)
         super().__init__(self._buffer.clone(), distribution)
 
+    @property
+    def parameters(self) -> Sequence[nn.Parameter]:
+        return self._parameters
+
     def gradient(self, loss_fn: GraphLossFn) -> tuple[float, torch.Tensor]:
         loss, gradients = differentiate(loss_fn, self._parameters)
         return loss, torch.cat([each.reshape(-1) for each in gradients])

@@ -1,9 +1,10 @@
-"""The full space: all weights of a model (MeZO)."""
+"""The full space: all weights of a model, or of its upper blocks (MeZO)."""
 
 from __future__ import annotations
 
 import hashlib
 import zlib
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -30,6 +31,7 @@ class FullSpace:
 
     Args:
         model: The model whose parameters are trained, in the order of ``named_parameters``.
+        parameters: Those of them that are trained, by name in that order; all by default.
         distribution: Law of the directions.
         rounding: How a step rounds a 16-bit weight; a float32 one it does not concern.
     """
@@ -40,13 +42,15 @@ class FullSpace:
         self,
         model: nn.Module,
         *,
+        parameters: Mapping[str, nn.Parameter] | None = None,
         distribution: Distribution = Distribution.gaussian,
         rounding: Rounding = Rounding.nearest,
     ) -> None:
         self.distribution = distribution
         self._rounding = rounding
-        self._parameters = [parameter for _, parameter in model.named_parameters()]
-        for name, parameter in model.named_parameters():
+        trained = dict(model.named_parameters()) if parameters is None else parameters
+        self._parameters = [*trained.values()]
+        for name, parameter in trained.items():
             if not parameter.is_floating_point():
                 raise ConfigError(
                     f"trainer=mezo trains every weight, but {name!r} is {parameter.dtype}. "
@@ -64,6 +68,10 @@ class FullSpace:
     @property
     def size(self) -> int:
         return self._size
+
+    @property
+    def parameters(self) -> Sequence[nn.Parameter]:
+        return self._parameters
 
     def probe(self, scale: float, key: int) -> AbstractContextManager[None]:
         moved = PerturbedWeights(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -51,6 +51,10 @@ class MaskedSpace(MasterSpace):
         )
         self._addresses = torch.empty(0, dtype=torch.int64)
         self._seen: list[int] = []
+
+    @property
+    def parameters(self) -> Sequence[nn.Parameter]:
+        return [weight for weight, flat in self.places if flat.numel()]
 
     def step(self, s: float, key: int) -> None:
         if not self._launch(self._master, key, -s, update=True):

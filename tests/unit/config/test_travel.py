@@ -96,7 +96,7 @@ def test_plugins_are_named_by_their_option() -> None:
 
     plain = json.loads(to_json(config))
 
-    assert plain["trainer"] == {"plugin": "mezo", "lr": 1e-6, "eps": 1e-3, "rounding": "nearest"}
+    assert plain["trainer"] == {"plugin": "mezo", "lr": 1e-6, "eps": 1e-3, "first_layer": 0, "rounding": "nearest"}
     assert plain["runtime"]["plugin"] == "local"
     assert "_target_" not in to_json(config)
 

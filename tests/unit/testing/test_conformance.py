@@ -19,6 +19,7 @@ from fedzo.data.encode import Example
 from fedzo.data.preprocess import STAGES, Stage, StageContext
 from fedzo.data.preprocess.rephrase.backend import REWRITERS, Completion, Request, RewriterConfig, RowFault
 from fedzo.evaluate import EVALUATORS
+from fedzo.models.blocks import parameters_from
 from fedzo.testing import (
     check_estimator,
     check_evaluator,
@@ -67,6 +68,10 @@ def full(model: nn.Module, law: Distribution) -> Space:
     return FullSpace(model, distribution=law)
 
 
+def upper(model: nn.Module, law: Distribution) -> Space:
+    return FullSpace(model, parameters=parameters_from(model, 1), distribution=law)
+
+
 def dense(model: nn.Module, law: Distribution) -> Space:
     return DenseSpace([p for name, p in model.named_parameters() if "norm" in name or "ln_" in name], distribution=law)
 
@@ -74,7 +79,7 @@ def dense(model: nn.Module, law: Distribution) -> Space:
 @pytest.mark.parametrize("law", list(Distribution))
 @pytest.mark.parametrize(
     ("make", "dtype"),
-    [*((masked, dtype) for dtype in DTYPES), *((full, dtype) for dtype in DTYPES), (dense, torch.float32)],
+    [*((make, dtype) for make in (masked, full, upper) for dtype in DTYPES), (dense, torch.float32)],
     ids=lambda value: value.__name__ if callable(value) else str(value),
 )
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
@@ -85,7 +90,7 @@ def test_spaces_of_a_model(
         lambda model: make(model, law),
         lambda: tiny_model(family, dtype=dtype),
         outputs=logits,
-        held_in=dtype if make is full else torch.float32,
+        held_in=dtype if make in (full, upper) else torch.float32,
         distribution=law,
     )
 

@@ -1,0 +1,80 @@
+"""What a step costs beside whole forwards where its lower blocks train nothing; writes step.json and claims.json.
+
+    python experiments/lower_layers/step.py [--repeats N]      # about five minutes on 2 cores, which must be idle
+
+All steps take turns with as many bare forwards of the whole model, SmolLM2-135M (30 blocks), 16 rows of 32 tokens, a
+mask drawn at random. "Warm" steps find all their rows in ``model.lower_layers_cache_mb``. The arithmetic beside them
+counts the blocks' products alone: 2P of them without the blocks below the first layer, and these once or, warm, never.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedzo.bench.claims import Claims
+from fedzo.bench.measure import interleaved
+from fedzo.bench.step import BARE, OURS, Bench, open_bench
+from fedzo.config.load import load
+from fedzo.masks.select import select_mask
+from fedzo.models.blocks import find_blocks, parameters_from
+from fedzo.models.forwards import lower_layers_of
+from fedzo.zo.spaces.masked import MaskedSpace
+
+HERE = Path(__file__).parent
+COMMAND = "python experiments/lower_layers/step.py"
+FIRST_LAYERS = (0, 5, 11, 15, 20, 25)
+TARGETS = {(15, 1, False): 0.80, (15, 4, False): 0.66, (15, 1, True): 0.55, (11, 1, False): 0.86, (11, 1, True): 0.68}
+"""By first layer, probes and whether the rows are warm; chosen before anything was measured."""
+CASES = [(first, probes, False) for probes in (1, 4) for first in FIRST_LAYERS if probes == 1 or first in (0, 11, 15)]
+CASES += [(first, 1, True) for first in FIRST_LAYERS if first]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=12, help="timed rounds (default: 12)")
+    repeats = parser.parse_args().repeats
+    whole = open_model()
+    num_blocks = len(find_blocks(whole.loaded.model)[1])
+    work: dict[Any, Any] = {}
+    for probes in (1, 4):
+        work["bare", probes] = replace(whole, num_probes=probes).contestants()[BARE]
+    for case in CASES:
+        # kept rows are dropped when another step writes to the weights below, so each such step has a model of its own
+        work[case] = bench_of(open_model() if case[2] else whole, *case).contestants()[OURS]
+    seconds = interleaved(work, repeats=repeats, on_repeat=lambda done, total: print(f"{done} of {total}", flush=True))
+    claims, rows = Claims(command=COMMAND), []
+    for first, probes, warm in CASES:
+        bare, spent = seconds["bare", probes], seconds[first, probes, warm]
+        ratios = [own / other for own, other in zip(spent, bare, strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        counted = 1 - first / num_blocks * (1 if warm else 1 - 1 / (2 * probes))
+        rows.append({"first": first, "probes": probes, "warm": warm, "quartiles": [low, high], "seconds": spent})
+        name = f"from block {first}, P = {probes}{', rows kept' if warm else ''}"
+        target = TARGETS.get((first, probes, warm))
+        claims.add(f"{name}: step / its whole forwards", statistics.median(ratios), "ratio", at_most=target)
+        claims.add(f"{name}: the same, blocks counted", counted, "ratio")
+        print(f"{name}: {statistics.median(ratios):.3f} ({low:.3f} to {high:.3f}), counted {counted:.3f}")
+    (HERE / "step.json").write_text(json.dumps({"repeats": repeats, "rows": rows}, indent=1) + "\n")
+    claims.write(HERE / "claims.json")
+
+
+def open_model() -> Bench:
+    return open_bench(load(["trainer=meerkat"]), shape=None, rows=16, tokens=32)
+
+
+def bench_of(whole: Bench, first_layer: int, probes: int, warm: bool) -> Bench:
+    """The step on a mask of the same model, drawn from its blocks from ``first_layer`` on."""
+    model = whole.loaded.model
+    mask = select_mask(model, density=1e-3, selector="random", among=parameters_from(model, first_layer))
+    space = MaskedSpace(model, mask.indices)
+    lower = lower_layers_of(whole.loaded, space, cache_mb=256 if warm else 0)
+    return replace(whole, space=space, num_probes=probes, lower=lower)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Runs whose lower blocks train nothing: the same log whether these run once a step or in every forward."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedzo.commands.train import resume_run
+from fedzo.commands.trained import replay_run
+from fedzo.models.lower_layers import LowerLayers
+
+Run = Callable[..., Path]
+Lines = Callable[[Path, str], list[dict[str, Any]]]
+UPPER = "trainer.first_layer=1"
+WHOLE = "model.reuse_lower_layers=false"
+
+
+@pytest.fixture
+def runs_below(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each run of the lower blocks alone had."""
+    rows: list[int] = []
+    inner = LowerLayers._run
+
+    def counted(self: LowerLayers, ids: Any) -> Any:
+        rows.append(len(ids))
+        return inner(self, ids)
+
+    monkeypatch.setattr(LowerLayers, "_run", counted)
+    return rows
+
+
+def audit_of(folder: Path) -> list[Any]:
+    return [json.loads(line)["clients"] for line in (folder / "audit.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["trainer=meerkat", "fl.local_steps=3", "estimator.num_probes=2"],
+        ["trainer=meerkat", "fl.local_steps=3", "runtime.batch_clients=true"],
+        ["trainer=mezo", "estimator=one_sided", "trainer.lr=1e-4"],
+        ["trainer=lora", "fl.local_steps=2", "task.loss=lm"],
+        ["trainer=tables", "fl.local_steps=2", "runtime.batch_clients=true"],
+        ["trainer=ia3", "server_optimizer=scaffold", "fl.local_steps=2"],
+    ],
+    ids=lambda settings: " ".join(settings),
+)
+def test_reuse_changes_no_bit_of_the_log(run: Run, settings: list[str], runs_below: list[int]) -> None:
+    whole = run(UPPER, WHOLE, *settings)
+    assert not runs_below
+
+    reused = run(UPPER, *settings)
+
+    assert runs_below
+    assert audit_of(reused) == audit_of(whole)
+    assert replay_run(reused)["digest"] == replay_run(whole)["digest"]
+    assert replay_run(reused)["rounds"] == 3
+
+
+def test_a_run_that_is_resumed_ends_as_an_unbroken_one(run: Run) -> None:
+    settings = [UPPER, "fl.local_steps=2"]
+    unbroken = run(*settings)
+    broken = run(*settings, "fl.rounds=2")
+
+    resume_run(broken, rounds=3)
+
+    assert audit_of(broken) == audit_of(unbroken)
+
+
+def test_kept_rows_are_run_once_and_give_the_same_scalars_but_for_rounding(run: Run, runs_below: list[int]) -> None:
+    """Losses are float32 near 0.7: an error of 2e-7 each is 2e-4 in g at eps = 1e-3; ten times that is let by."""
+    settings = [UPPER, "fl.local_steps=8", "fl.rounds=4", "fl.num_clients=2"]
+    whole = run(*settings, WHOLE)
+    kept = run(*settings, "model.lower_layers_cache_mb=64")
+
+    steps = 8 * 4 * 2
+    assert sum(runs_below) < 2 * steps  # of 2 rows each, of 64 in all
+    for lines in zip(audit_of(kept), audit_of(whole), strict=True):
+        mine, theirs = (np.array([client["g"] for client in line]) for line in lines)
+        np.testing.assert_allclose(mine, theirs, atol=2e-3)
+
+
+def test_choices_that_are_held_still_are_those_of_whole_forwards(run: Run, runs_below: list[int]) -> None:
+    run(UPPER, "estimator.freeze_routing=true")
+
+    assert not runs_below
+
+
+def test_what_a_mask_happens_to_leave_alone_is_reused_without_a_setting(
+    run: Run, tmp_path: Path, overrides: Callable[..., list[str]], runs_below: list[int]
+) -> None:
+    from fedzo.commands.mask import make_mask
+    from fedzo.config.load import load
+
+    make_mask(load(overrides(UPPER)), tmp_path / "mask.safetensors")
+    runs_below.clear()
+
+    run(f"inputs.artifact={tmp_path / 'mask.safetensors'}")
+
+    assert runs_below

@@ -1,0 +1,405 @@
+"""Blocks that nothing is trained in or below: counted, against whole forwards bit for bit, and by hand."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fedzo.data.config import Loss
+from fedzo.data.encode import Example
+from fedzo.errors import ConfigError
+from fedzo.models import lower_layers
+from fedzo.models.blocks import find_blocks, first_trained_block, parameters_from, upper_blocks
+from fedzo.models.forwards import lower_layers_of
+from fedzo.models.load import LoadedModel, compile_loaded, wrap_model
+from fedzo.models.lower_layers import LowerLayers, StepStates, find_lower_layers
+from fedzo.models.scoring import example_losses
+from fedzo.testing.tiny_models import FAMILIES, byte_tokenizer, tiny_loaded, tiny_sketch
+from fedzo.trainers import TRAINERS
+from fedzo.trainers.adapters import LoraTrainerConfig
+from fedzo.trainers.artifacts import ArtifactStore
+from fedzo.trainers.tables import TablesConfig
+from fedzo.zo.config import Distribution
+from fedzo.zo.estimator import ESTIMATORS, Estimator, OneSidedConfig, TwoPointConfig
+from fedzo.zo.spaces.base import Space
+from fedzo.zo.spaces.full import FullSpace
+from fedzo.zo.spaces.masked import MaskedSpace
+
+MANY = 4096
+
+
+def tokens(start: int, length: int) -> tuple[int, ...]:
+    return tuple((start * 31 + i * 17) % 256 for i in range(length))
+
+
+MIXED = [
+    Example(tokens(1, 5), (tokens(2, 3), tokens(3, 1), tokens(4, 2)), 2),
+    Example(tokens(11, 9), ((7,), (250,)), 1),
+    Example(tokens(12, 31), ((250,), (7,), (99,)), 0),
+    Example(tokens(8, 1), (tokens(9, 6), tokens(10, 1)), 1),
+]
+
+
+def losses(loaded: LoadedModel, lower: StepStates | None, *, per_batch: int = MANY) -> np.ndarray:
+    return example_losses(loaded, MIXED, loss=Loss.candidates, tokens_per_batch=per_batch, lower=lower)
+
+
+def count_runs(block: nn.Module) -> list[int]:
+    """How many rows each run of a block had."""
+    rows: list[int] = []
+    inner = block.forward
+
+    def counted(states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        rows.append(len(states))
+        return inner(states, *args, **kwargs)
+
+    block.forward = counted  # type: ignore[method-assign]
+    return rows
+
+
+def full(loaded: LoadedModel) -> Space:
+    return FullSpace(loaded.model, parameters=parameters_from(loaded.model, 1))
+
+
+def masked(loaded: LoadedModel) -> Space:
+    upper = parameters_from(loaded.model, 1)
+    return MaskedSpace(loaded.model, {name: torch.arange(3, p.numel(), 7) for name, p in upper.items() if p.ndim == 2})
+
+
+def lora(loaded: LoadedModel, folder: Any) -> Space:
+    artifact = ArtifactStore(folder).put(bytes(8))
+    trainer = TRAINERS.build(LoraTrainerConfig(first_layer=1))
+    return trainer.build(loaded, artifact, distribution=Distribution.gaussian).space
+
+
+def tables(folder: Any) -> tuple[LoadedModel, Space]:
+    loaded = wrap_model(tiny_sketch("llama"), byte_tokenizer())
+    trainer = TRAINERS.build(TablesConfig(first_layer=1))
+    built = trainer.build(loaded, ArtifactStore(folder).put(b""), distribution=Distribution.gaussian)
+    return loaded, built.space
+
+
+# --- by hand ----------------------------------------------------------------------------------------------------------
+
+
+class Affine(nn.Module):
+    """states -> gain * states + 1."""
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor([gain]))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.gain * states + 1
+
+
+class TwoBlocks(nn.Module):
+    """An embedding of the token's number, and two blocks on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding.from_pretrained(torch.arange(128.0)[:, None])
+        self.layers = nn.ModuleList([Affine(2.0), Affine(10.0)])
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embed
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        states = self.embed(input_ids)
+        for block in self.layers:
+            states = block(states)
+        return states
+
+
+def two_blocks() -> tuple[TwoBlocks, LowerLayers]:
+    model = TwoBlocks()
+    lower = find_lower_layers(model, [model.layers[1].gain], model, cache_mb=0)
+    assert lower is not None
+    return model, lower
+
+
+@torch.inference_mode()
+def test_two_blocks_by_hand() -> None:
+    model, lower = two_blocks()
+    runs = [count_runs(block) for block in model.layers]
+    step, ids, texts = lower.of_step(), torch.tensor([[3, 5]]), [(3, 5)]
+
+    at_ten = step.run(lambda: model(ids), ids, texts)
+    model.layers[1].gain.fill_(100.0)  # the trained value moves: nothing that is kept depends on it
+    at_hundred = step.run(lambda: model(ids), ids, texts)
+
+    # block 0: 2 * 3 + 1 = 7 and 2 * 5 + 1 = 11; block 1: 10 * 7 + 1, 10 * 11 + 1, then 100 * 7 + 1, 100 * 11 + 1
+    assert at_ten.flatten().tolist() == [71, 111]
+    assert at_hundred.flatten().tolist() == [701, 1101]
+    assert [len(each) for each in runs] == [1, 2]
+    assert model(ids).flatten().tolist() == [701, 1101]  # the model is whole again
+
+
+@pytest.mark.parametrize(("forwards", "whole"), [(1, 1.0), (2, 1.5), (8, 4.5)])
+def test_a_steps_cost_in_whole_forwards_with_one_block_of_two_below(forwards: int, whole: float) -> None:
+    assert two_blocks()[1].whole_forwards(forwards) == whole
+
+
+@torch.inference_mode()
+def test_a_model_whose_forward_fails_is_whole_again() -> None:
+    model, lower = two_blocks()
+    ids = torch.tensor([[3, 5]])
+
+    def broken() -> torch.Tensor:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        lower.of_step().run(broken, ids, [(3, 5)])
+
+    assert [block for block in model.layers if "forward" in vars(block)] == []
+
+
+# --- real models ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_batch", [MANY, 40], ids=["one batch", "several"])
+@pytest.mark.parametrize("make", [full, masked])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_are_those_of_whole_forwards_bit_for_bit(
+    family: str, make: Callable[[LoadedModel], Space], per_batch: int
+) -> None:
+    loaded = tiny_loaded(family)
+    space = make(loaded)
+    lower = lower_layers_of(loaded, space)
+    assert lower is not None
+    step = lower.of_step()
+
+    for key in range(2):
+        for scale in (0.25, -0.25):
+            with space.probe(scale, key):
+                found, whole = losses(loaded, step, per_batch=per_batch), losses(loaded, None, per_batch=per_batch)
+            np.testing.assert_array_equal(found, whole)
+    assert not np.array_equal(whole, losses(loaded, step, per_batch=per_batch))
+
+
+def test_losses_of_adapters_and_tables_are_those_of_whole_forwards(tmp_path: Any) -> None:
+    adapted = tiny_loaded("llama")
+    for loaded, space in ((adapted, lora(adapted, tmp_path)), tables(tmp_path)):
+        lower = lower_layers_of(loaded, space)
+        assert lower is not None
+        step = lower.of_step()
+        for scale in (0.25, -0.25):
+            with space.probe(scale, 3):
+                np.testing.assert_array_equal(losses(loaded, step), losses(loaded, None))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_in_16_bits_are_those_of_whole_forwards(dtype: torch.dtype) -> None:
+    loaded = tiny_loaded("llama", dtype=dtype)
+    space = masked(loaded)
+    lower = lower_layers_of(loaded, space)
+    assert lower is not None
+
+    step = lower.of_step()
+
+    np.testing.assert_array_equal(losses(loaded, step), losses(loaded, None))
+    np.testing.assert_array_equal(losses(loaded, step), losses(loaded, None))
+
+
+@pytest.mark.parametrize(
+    ("config", "forwards"), [(TwoPointConfig(num_probes=3, eps=0.1), 6), (OneSidedConfig(num_probes=3, eps=0.1), 4)]
+)
+def test_a_step_runs_the_lower_blocks_once(config: Any, forwards: int) -> None:
+    loaded = tiny_loaded("llama")
+    space = masked(loaded)
+    lower = lower_layers_of(loaded, space)
+    assert lower is not None
+    runs = [count_runs(block) for block in find_blocks(loaded.model)[1]]
+    estimator: Estimator = ESTIMATORS.build(config)  # type: ignore[assignment]
+    short = MIXED[1:3]
+
+    def estimate(step: StepStates | None) -> list[Any]:
+        def loss_fn() -> float:
+            found = example_losses(loaded, short, loss=Loss.candidates, tokens_per_batch=MANY, lower=step)
+            return float(found.mean())
+
+        return estimator.estimate(space, loss_fn, [1, 2, 3])
+
+    kept = estimate(lower.of_step())
+
+    assert [len(each) for each in runs] == [1, forwards]
+    assert kept == estimate(None)
+    assert [len(each) for each in runs] == [1 + forwards, 2 * forwards]
+
+
+def test_batches_beyond_a_steps_memory_run_whole_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lower_layers, "MOST_STEP_BYTES", 0)
+    loaded = tiny_loaded("llama")
+    lower = lower_layers_of(loaded, masked(loaded))
+    assert lower is not None
+    runs, step = count_runs(find_blocks(loaded.model)[1][0]), lower.of_step()
+
+    first, second = losses(loaded, step), losses(loaded, step)
+
+    np.testing.assert_array_equal(first, second)
+    assert len(runs) % 2 == 0
+    assert runs[: len(runs) // 2] == runs[len(runs) // 2 :]
+
+
+# --- rows over many rounds --------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.data())
+def test_kept_rows_give_the_losses_of_whole_forwards_but_for_last_bits(data: st.DataObject) -> None:
+    loaded = tiny_loaded("llama")
+    space = masked(loaded)
+    lower = lower_layers_of(loaded, space, cache_mb=1)
+    assert lower is not None
+    for key in range(4):
+        chosen = data.draw(st.lists(st.sampled_from(MIXED), min_size=1, max_size=5))
+        step = lower.of_step()
+        with space.probe(0.25, key):
+            found, whole = (
+                example_losses(loaded, chosen, loss=Loss.candidates, tokens_per_batch=MANY, lower=each)
+                for each in (step, None)
+            )
+        np.testing.assert_allclose(found, whole, rtol=2e-6)
+
+
+def test_a_row_runs_the_lower_blocks_once_in_all_rounds_if_it_fits() -> None:
+    loaded = tiny_loaded("llama")
+    lower = lower_layers_of(loaded, masked(loaded), cache_mb=1)
+    assert lower is not None
+    assert lower.rows is not None
+    runs = count_runs(find_blocks(loaded.model)[1][0])
+    rows = [Example(tokens(i, 6), ((7,), (250,)), 0) for i in range(4)]
+
+    def loss(chosen: list[Example]) -> float:
+        found = example_losses(
+            loaded, chosen, loss=Loss.candidates, tokens_per_batch=MANY, lower=lower.of_step() if lower else None
+        )
+        return float(found.mean())
+
+    loss(rows[:3])
+    loss(rows[1:])
+    loss(rows)
+    assert runs == [3, 1]
+    assert lower.rows.num_bytes == 4 * 6 * 32 * 4  # float32 states, 32 wide, of 6 tokens each
+
+    lower.rows.most_bytes = lower.rows.num_bytes
+    loss([Example(tokens(9, 6), ((7,), (250,)), 0)])
+    loss([Example(tokens(9, 6), ((7,), (250,)), 0)])
+    assert runs == [3, 1, 1, 1]
+
+
+@pytest.mark.parametrize("what", ["embedding", "lower weight", "adapter", "upper weight"])
+def test_kept_rows_are_dropped_when_anything_below_changes_and_only_then(what: str) -> None:
+    loaded = tiny_loaded("llama")
+    space = masked(loaded)
+    lower = lower_layers_of(loaded, space, cache_mb=1)
+    assert lower is not None
+    model: Any = loaded.model
+    losses(loaded, lower.of_step())
+    assert lower.rows is not None
+    kept = len(lower.rows.by_tokens)
+    assert kept > 0
+
+    with torch.no_grad():
+        if what == "embedding":
+            model.get_input_embeddings().weight.mul_(2)
+        elif what == "lower weight":
+            model.model.layers[0].mlp.down_proj.weight.add_(1)
+        elif what == "adapter":
+            from peft import LoraConfig, inject_adapter_in_model
+
+            inject_adapter_in_model(
+                LoraConfig(target_modules=["layers.0.mlp.down_proj"], init_lora_weights=False), model
+            )
+        else:
+            space.step(0.5, key=3)
+
+    step = lower.of_step()
+    assert len(lower.rows.by_tokens) == (kept if what == "upper weight" else 0)
+    np.testing.assert_allclose(losses(loaded, step), losses(loaded, None), rtol=2e-6)
+
+
+# --- which models and spaces ------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_left_out_where_something_below_is_trained(tmp_path: Any) -> None:
+    loaded = tiny_loaded("llama")
+    assert lower_layers_of(loaded, FullSpace(loaded.model)) is None
+    norm = {"model.norm.weight": loaded.model.get_parameter("model.norm.weight")}
+    assert lower_layers_of(loaded, FullSpace(loaded.model, parameters=norm)) is None  # it lies in no block
+    everywhere = TRAINERS.build(LoraTrainerConfig())
+    artifact = ArtifactStore(tmp_path).put(bytes(8))
+    space = everywhere.build(loaded, artifact, distribution=Distribution.gaussian).space
+    assert lower_layers_of(loaded, space) is None
+
+
+@pytest.mark.slow
+def test_a_compiled_model_runs_whole() -> None:
+    loaded = compile_loaded(tiny_loaded("llama"), longest=64)
+    assert lower_layers_of(loaded, full(loaded)) is None
+
+
+class Leaky(TwoBlocks):
+    """Its second block reads what its first left behind."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        states = self.embed(input_ids)
+        self.layers[0].seen = getattr(self.layers[0], "seen", 0) + 1
+        for block in self.layers:
+            states = block(states)
+        return states + self.layers[0].seen
+
+
+class Pair(nn.Module):
+    """Gives two things."""
+
+    def forward(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return states, states
+
+
+class Pairs(TwoBlocks):
+    """Its first block gives more than states."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.layers[1](self.layers[0](self.embed(input_ids))[0])
+
+
+def test_a_model_that_computes_something_else_without_its_lower_blocks_runs_whole(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, pairs = Leaky(), Pairs()
+    pairs.layers[0] = Pair()
+    with caplog.at_level(logging.WARNING):
+        assert find_lower_layers(model, [model.layers[1].gain], model, cache_mb=0) is None
+        assert find_lower_layers(pairs, [pairs.layers[1].gain], pairs, cache_mb=0) is None
+
+    assert [record.getMessage() for record in caplog.records] == [
+        "Leaky: the blocks below number 1, the first trained one, run in every forward: without them its states are "
+        "not the same",
+        "Pairs: the blocks below number 1, the first trained one, run in every forward: a Pair gives more than states",
+    ]
+
+
+def test_blocks_are_the_list_of_most_parameters_that_is_in_no_other() -> None:
+    model = tiny_loaded("mixtral").model
+    name, blocks = find_blocks(model)
+    assert (name, len(blocks)) == ("model.layers", 2)
+    assert find_blocks(nn.Linear(2, 2)) == ("", [])
+    assert [first_trained_block(model, [p]) for p in (blocks[1].mlp.gate.weight, model.model.norm.weight)] == [1, 0]
+
+
+@pytest.mark.parametrize("first_layer", [2, 40])
+def test_a_first_layer_that_is_not_there_is_refused(first_layer: int) -> None:
+    with pytest.raises(ConfigError) as caught:
+        upper_blocks(tiny_loaded("llama").model, first_layer)
+    assert str(caught.value) == (
+        f"trainer.first_layer must be < 2, the number of blocks of this LlamaForCausalLM, got {first_layer}. Lower it."
+    )
