@@ -10,7 +10,7 @@ scores; ``random`` is drawn from the counter-based generator.
 
 from __future__ import annotations
 
-import logging
+import math
 from collections.abc import Callable, Container, Mapping, Sequence
 
 import torch
@@ -20,12 +20,11 @@ import fedzo
 from fedzo.errors import ConfigError
 from fedzo.masks.calibration import windows_digest
 from fedzo.masks.eligible import eligible_parameters
+from fedzo.masks.grouped import choose_most_sensitive
 from fedzo.masks.mask import Mask
 from fedzo.masks.ranking import ScoreFn, largest
-from fedzo.masks.sensitivity import GradientSums, LossFn, accumulate_gradients, next_token_loss
+from fedzo.masks.sensitivity import LossFn, next_token_loss
 from fedzo.zo.directions import lots, stream_key
-
-logger = logging.getLogger(__name__)
 
 SELECTORS = ("sensitivity", "magnitude", "random")
 GRANULARITIES = ("per_tensor", "everywhere")
@@ -43,11 +42,13 @@ def select_mask(
     on_window: Callable[[int, int], None] | None = None,
     base_digest: str | None = None,
     among: Container[str] | None = None,
+    memory_bytes: float = math.inf,
 ) -> Mask:
     """Choose the weights to train.
 
-    The model is left as it was found: bits, ``requires_grad``, gradients, training mode. Sensitivity needs two float32
-    values for each eligible weight beside one window's activations; gradients are freed one tensor at a time.
+    The model is left as it was found: bits, ``requires_grad``, gradients, training mode. In one pass, sensitivity needs
+    two float32 values for each eligible weight beside one window's activations; gradients are freed one tensor at a
+    time.
 
     Args:
         model: A causal language model, called as ``model(input_ids=..., use_cache=False).logits`` for sensitivity.
@@ -61,6 +62,8 @@ def select_mask(
         base_digest: Digest of the model's weights, for the manifest.
         among: Names of the parameters that may be chosen from; all that are eligible by default. With ``per_tensor``
             each gives the weights that it would give beside the others.
+        memory_bytes: For sensitivity: what sums of gradients may take on the model's device. With less than 8 bytes an
+            eligible weight they are made in groups (``fedzo.masks.grouped``).
 
     Returns:
         The mask, on the CPU; with the signed mean gradient if the selector is ``sensitivity``.
@@ -74,19 +77,28 @@ def select_mask(
     numbers = {name: number for number, name in enumerate(eligible)}
     parameters = {name: each for name, each in eligible.items() if among is None or name in among}
     budget = _budget([p.numel() for p in parameters.values()], density=density, granularity=granularity)
-    sums: GradientSums | None = None
+    together = granularity == "everywhere"
+    counts = budget[0] if together else dict(zip(parameters, budget, strict=True))
+    signed: dict[str, torch.Tensor] | None = None
     if selector == "sensitivity":
-        sums = accumulate_gradients(model, parameters, windows, loss_fn or next_token_loss, on_window)
-        chosen = _choose(sums.squares.__getitem__, list(parameters), budget)
-        _warn_of_zeros(sums.squares, chosen)
+        chosen, signed = choose_most_sensitive(
+            model,
+            parameters,
+            windows,
+            lambda score, names: _choose(score, names, counts),
+            together=together,
+            loss_fn=loss_fn or next_token_loss,
+            memory_bytes=memory_bytes,
+            on_window=on_window,
+        )
     elif selector == "magnitude":
-        chosen = _choose(lambda name: _magnitude(parameters[name]), list(parameters), budget)
+        chosen = _choose(lambda name: _magnitude(parameters[name]), list(parameters), counts)
     else:
 
         def score(name: str) -> torch.Tensor:
             return lots(stream_key(seed, round=numbers[name]), parameters[name].numel(), parameters[name].device)
 
-        chosen = _choose(score, list(parameters), budget)
+        chosen = _choose(score, list(parameters), counts)
     manifest = {
         "selector": str(selector),
         "density": repr(float(density)),
@@ -96,7 +108,7 @@ def select_mask(
         "num_tensors": str(len(chosen)),
         "fedzo": fedzo.__version__,
     }
-    if sums is not None:
+    if signed is not None:
         manifest["calibration_docs"] = str(len(windows))
         manifest["calibration_tokens"] = str(sum(window.numel() for window in windows))
         manifest["calibration_sha256"] = windows_digest(windows)
@@ -107,7 +119,7 @@ def select_mask(
     return Mask(
         indices={name: flat.cpu() for name, flat in chosen.items()},
         shapes={name: tuple(parameters[name].shape) for name in chosen},
-        gradient=None if sums is None else {n: (sums.signed[n][i] / len(windows)).cpu() for n, i in chosen.items()},
+        gradient=None if signed is None else {name: (each / len(windows)).cpu() for name, each in signed.items()},
         manifest=manifest,
     )
 
@@ -158,19 +170,12 @@ def _magnitude(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.detach().reshape(-1).float().abs()
 
 
-def _choose(score: ScoreFn, names: list[str], budget: list[int]) -> dict[str, torch.Tensor]:
-    if len(budget) == 1:
-        return largest(score, names, budget[0])
+def _choose(score: ScoreFn, names: Sequence[str], counts: int | Mapping[str, int]) -> dict[str, torch.Tensor]:
+    """The top of all together, or of each tensor."""
+    if isinstance(counts, int):
+        return largest(score, names, counts)
     chosen: dict[str, torch.Tensor] = {}
-    for name, k in zip(names, budget, strict=True):
-        if k > 0:
-            chosen |= largest(score, [name], k)
+    for name in names:
+        if counts[name] > 0:
+            chosen |= largest(score, [name], counts[name])
     return chosen
-
-
-def _warn_of_zeros(squares: Mapping[str, torch.Tensor], chosen: Mapping[str, torch.Tensor]) -> None:
-    """Weights that no calibration window touches are poor choices; say so instead of choosing them silently."""
-    for name, flat in chosen.items():
-        zeros = int((squares[name][flat] == 0).sum())
-        if zeros:
-            logger.warning("mask: %d of the %d weights chosen in %s have no gradient", zeros, flat.numel(), name)

@@ -6,8 +6,9 @@ beside it, for GradIP. Deviation: both accumulate in float32 whatever the model'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -32,66 +33,105 @@ class GradientSums(NamedTuple):
     signed: dict[str, torch.Tensor]
 
 
-def accumulate_gradients(
-    model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    windows: Sequence[torch.Tensor],
-    loss_fn: LossFn,
-    on_window: Callable[[int, int], None] | None,
-) -> GradientSums:
-    """Sums of the windows' squared and signed gradients with respect to ``parameters``.
+@dataclass(frozen=True, slots=True)
+class WindowGradients:
+    """The gradients of a model on windows of text.
 
-    The model is left as it was found: bits, ``requires_grad``, gradients, training mode. A gradient is added and freed
-    as soon as it is there, so not all are held at once.
+    Each method passes over all windows and leaves the model as it was found: bits, ``requires_grad``, gradients,
+    training mode. A gradient is added and freed as soon as it is there, so not all are held at once.
 
-    Raises:
-        NumericsError: A window's loss is not finite.
+    Attributes:
+        model: The model.
+        windows: Token ids, int64 [num_tokens] each.
+        loss_fn: The loss of a window.
+        on_window: Called after each window.
     """
-    squares: dict[str, torch.Tensor] = {}
-    signed: dict[str, torch.Tensor] = {}
 
-    def collector(name: str) -> Callable[[torch.Tensor], None]:
-        def collect(parameter: torch.Tensor) -> None:
-            assert parameter.grad is not None
-            gradient = parameter.grad.reshape(-1).float()
-            parameter.grad = None
+    model: nn.Module
+    windows: Sequence[torch.Tensor]
+    loss_fn: LossFn
+    on_window: Callable[[], None]
+
+    def sums(self, parameters: Mapping[str, nn.Parameter]) -> GradientSums:
+        """Sums of the squared and of the signed gradients with respect to ``parameters``.
+
+        Raises:
+            NumericsError: A window's loss is not finite.
+        """
+        squares, signed = _zeros(parameters), _zeros(parameters)
+
+        def add(name: str, gradient: torch.Tensor) -> None:
             squares[name].addcmul_(gradient, gradient)
             signed[name].add_(gradient)
 
-        return collect
+        self._differentiate(parameters, add)
+        return GradientSums(squares, signed)
 
-    device = next(model.parameters()).device
-    with _only_these_learn(model, parameters), torch.inference_mode(False), torch.enable_grad():
-        # in here, since tensors made under a caller's inference mode could not be added to
-        for name, parameter in parameters.items():
-            squares[name] = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-            signed[name] = torch.zeros_like(squares[name])
-        handles = [
-            p.register_post_accumulate_grad_hook(collector(name))  # type: ignore[no-untyped-call]
-            for name, p in parameters.items()
-        ]
-        try:
-            for number, window in enumerate(windows):
-                loss = loss_fn(model, window.to(device).unsqueeze(0))
-                if not bool(loss.isfinite()):
-                    raise NumericsError(
-                        f"trainer.calibration: the loss of calibration window {number} must be finite, got "
-                        f"{loss.item()}. Load the model in float32 or bfloat16."
-                    )
-                loss.backward()  # type: ignore[no-untyped-call]
-                if on_window is not None:
-                    on_window(number + 1, len(windows))
-        finally:
-            for handle in handles:
-                handle.remove()
-    return GradientSums(squares, signed)
+    def squares(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+        """The sums of the squared gradients alone, bit for bit those of ``sums``."""
+        squares = _zeros(parameters)
+
+        def add(name: str, gradient: torch.Tensor) -> None:
+            squares[name].addcmul_(gradient, gradient)
+
+        self._differentiate(parameters, add)
+        return squares
+
+    def signed_at(
+        self, parameters: Mapping[str, nn.Parameter], places: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The signed sums at flat indices (int64) alone, bit for bit those of ``sums``."""
+        signed = {name: torch.zeros(len(flat), device=flat.device) for name, flat in places.items()}
+
+        def add(name: str, gradient: torch.Tensor) -> None:
+            signed[name].add_(gradient[places[name]])
+
+        self._differentiate({name: parameters[name] for name in places}, add)
+        return signed
+
+    def _differentiate(self, parameters: Mapping[str, nn.Parameter], add: Callable[[str, torch.Tensor], None]) -> None:
+        """Hand over each window's gradients, float32 [numel]."""
+
+        def collector(name: str) -> Callable[[torch.Tensor], None]:
+            def collect(parameter: torch.Tensor) -> None:
+                assert parameter.grad is not None
+                gradient = parameter.grad.reshape(-1).float()
+                parameter.grad = None
+                add(name, gradient)
+
+            return collect
+
+        model, device = self.model, next(self.model.parameters()).device
+        with _only_these_learn(model, parameters.values()), torch.inference_mode(False), torch.enable_grad():
+            handles = [
+                p.register_post_accumulate_grad_hook(collector(name))  # type: ignore[no-untyped-call]
+                for name, p in parameters.items()
+            ]
+            try:
+                for number, window in enumerate(self.windows):
+                    loss = self.loss_fn(model, window.to(device).unsqueeze(0))
+                    if not bool(loss.isfinite()):
+                        raise NumericsError(
+                            f"trainer.calibration: the loss of calibration window {number} must be finite, got "
+                            f"{loss.item()}. Load the model in float32 or bfloat16."
+                        )
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    self.on_window()
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+
+def _zeros(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    with torch.inference_mode(False):  # tensors made under a caller's inference mode could not be added to
+        return {name: torch.zeros(each.numel(), device=each.device) for name, each in parameters.items()}
 
 
 @contextmanager
-def _only_these_learn(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+def _only_these_learn(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Gradients for ``parameters`` alone, dropout off; flags, gradients and modes come back exactly."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    gradients = [(parameter, parameter.grad) for parameter in parameters.values()]
+    gradients = [(parameter, parameter.grad) for parameter in parameters]
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()

@@ -95,6 +95,21 @@ def estimate_step_memory_bytes(
     return weights_bytes(model) + scratch_bytes(model, backward=backward) + activations + head + trained_bytes
 
 
+def calibration_memory_bytes(model: nn.Module, *, num_tokens: int, available_bytes: int) -> float:
+    """Bytes that are left for sums of gradients while windows of text pass through the model, forth and back.
+
+    Args:
+        model: The loaded model.
+        num_tokens: Of a window.
+        available_bytes: What can still be taken beside the model; nine tenths of it are used.
+    """
+    largest = max(parameter.numel() * (parameter.element_size() + 4) for parameter in model.parameters())
+    window = estimate_step_memory_bytes(
+        model, batch_tokens=num_tokens, trained_bytes=largest, head_rows=num_tokens, backward=True
+    )
+    return _SHARE * available_bytes - (window - weights_bytes(model))
+
+
 def available_memory_bytes(device: torch.device) -> int:
     """Bytes that can still be taken on a device: free memory of the GPU, or the machine's available memory."""
     if device.type == "cuda":

@@ -8,6 +8,7 @@ the paper uses C4. The signed mean gradient is kept beside the mask at the serve
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -22,6 +23,7 @@ from fedzo.masks.mask import Mask, check_fits
 from fedzo.masks.mask_file import encode_mask, load_mask, save_mask
 from fedzo.masks.select import select_mask
 from fedzo.models.blocks import parameters_from
+from fedzo.models.memory import available_memory_bytes, calibration_memory_bytes
 from fedzo.trainers.artifacts import Artifact
 from fedzo.trainers.base import TRAINERS, Built, InputsConfig, Prepared, TrainerTraits, Workplace
 from fedzo.trainers.calibration import CalibratedConfig, Calibration, calibration_windows
@@ -154,9 +156,14 @@ class Meerkat:
 
 def choose_mask(config: MeerkatConfig, loaded: LoadedModel, workplace: Workplace) -> Mask:
     """Choose a mask as the configuration says."""
-    windows = []
+    windows, memory_bytes = [], math.inf
     if config.selector is Selector.sensitivity:
         windows = calibration_windows(config, loaded, workplace)
+        memory_bytes = calibration_memory_bytes(
+            loaded.model,
+            num_tokens=config.calibration_tokens,
+            available_bytes=available_memory_bytes(loaded.device),
+        )
     mask = select_mask(
         loaded.model,
         density=config.density,
@@ -167,6 +174,7 @@ def choose_mask(config: MeerkatConfig, loaded: LoadedModel, workplace: Workplace
         on_window=workplace.advance,
         base_digest=loaded.base_digest,
         among=parameters_from(loaded.model, config.first_layer),
+        memory_bytes=memory_bytes,
     )
     told = {"calibration": config.calibration.value, "fedzo": fedzo.__version__}
     if config.first_layer:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from fedzo.errors import ConfigError, Problem
-from fedzo.masks.sensitivity import accumulate_gradients, next_token_loss
+from fedzo.masks.sensitivity import WindowGradients, next_token_loss
 from fedzo.models.blocks import parameters_from
 from fedzo.models.sketched.layers import sketched_layers, tables_of
 from fedzo.models.sketched.table_file import GRADIENT, read_tables, write_tables
@@ -98,7 +99,11 @@ class Tables:
         self, loaded: LoadedModel, tables: dict[str, nn.Parameter], workplace: Workplace
     ) -> dict[str, torch.Tensor]:
         windows = calibration_windows(self.config, loaded, workplace)
-        sums = accumulate_gradients(loaded.model, tables, windows, next_token_loss, workplace.advance).signed
+        done = count(1)
+        gradients = WindowGradients(
+            loaded.model, windows, next_token_loss, lambda: workplace.advance(next(done), len(windows))
+        )
+        sums = gradients.sums(tables).signed
         return {name: (sums[name] / len(windows)).view(table.shape).cpu() for name, table in tables.items()}
 
     def _trained(self, loaded: LoadedModel) -> dict[str, nn.Parameter]:

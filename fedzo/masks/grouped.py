@@ -1,0 +1,132 @@
+"""Choosing by sensitivity within the memory that is left: the sums of a large model do not fit beside it.
+
+Where the squared and the signed sums of all tensors fit, one pass over the calibration text makes both. Else the
+squared sums are made for one group of tensors after the other, and a last pass makes the signed sums at the chosen
+places alone. The mask and its gradient are the same, bit for bit; a group costs one more pass.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from fedzo.errors import ConfigError
+from fedzo.masks.ranking import ScoreFn
+from fedzo.masks.sensitivity import LossFn, WindowGradients
+
+logger = logging.getLogger(__name__)
+ChooseFn = Callable[[ScoreFn, Sequence[str]], dict[str, torch.Tensor]]
+"""Scores and names of tensors to the chosen indices of each that has any."""
+_SUM_BYTES = 4  # of a float32
+
+
+def choose_most_sensitive(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    windows: Sequence[torch.Tensor],
+    choose: ChooseFn,
+    *,
+    together: bool,
+    loss_fn: LossFn,
+    memory_bytes: float,
+    on_window: Callable[[int, int], None] | None,
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The most sensitive weights, and the signed sum of their gradients.
+
+    Args:
+        model: A causal language model; it is left as it was found.
+        parameters: Those to choose from.
+        windows: Token ids, int64 [num_tokens] each.
+        choose: Makes the choice, from the squared sums of some tensors.
+        together: Whether all tensors compete with one another. The squared sums of earlier groups then wait on the CPU.
+        loss_fn: The loss of a window.
+        memory_bytes: What the sums may take on the model's device.
+        on_window: Called with (windows done, windows in all), all passes counted.
+
+    Returns:
+        Flat indices, int64, and float32 sums, by name; on the parameters' device, or the CPU.
+
+    Raises:
+        ConfigError: The sums of one tensor, or of those that compete on a CPU, do not fit.
+        NumericsError: A window's loss is not finite.
+    """
+    sizes = {name: each.numel() for name, each in parameters.items()}
+    groups, needed = plan_groups(sizes, memory_bytes), _SUM_BYTES * sum(sizes.values())
+    if together and needed > memory_bytes and _is_cpu(parameters):
+        raise _too_little("of all eligible weights", needed, memory_bytes, "trainer.granularity=per_tensor")
+    num_passes = 1 if 2 * needed <= memory_bytes else len(groups) + 1
+    done = 0
+
+    def told() -> None:
+        nonlocal done
+        done += 1
+        if on_window is not None:
+            on_window(done, num_passes * len(windows))
+
+    gradients = WindowGradients(model, windows, loss_fn, told)
+    if num_passes == 1:
+        sums = gradients.sums(parameters)
+        chosen = choose(sums.squares.__getitem__, [*parameters])
+        _warn_of_zeros(sums.squares, chosen)
+        return chosen, {name: sums.signed[name][flat] for name, flat in chosen.items()}
+    logger.warning(
+        "mask: the sums of %d tensors do not fit into %.0f MiB at once, so calibration passes over its text %d times",
+        len(parameters),
+        memory_bytes / 2**20,
+        num_passes,
+    )
+    chosen, waiting = {}, dict[str, torch.Tensor]()
+    for group in groups:
+        squares = gradients.squares({name: parameters[name] for name in group})
+        if together:
+            waiting |= {name: each.cpu() for name, each in squares.items()}
+        else:
+            chosen |= choose(squares.__getitem__, group)
+            _warn_of_zeros(squares, chosen)
+    if together:
+        chosen = choose(waiting.__getitem__, [*parameters])
+        _warn_of_zeros(waiting, chosen)
+    places = {name: flat.to(parameters[name].device) for name, flat in chosen.items()}
+    return chosen, gradients.signed_at(parameters, places)
+
+
+def plan_groups(sizes: Mapping[str, int], memory_bytes: float) -> list[list[str]]:
+    """Tensors, in their order, in groups whose squared sums fit into ``memory_bytes``; as few as that order allows.
+
+    Raises:
+        ConfigError: A tensor alone does not fit.
+    """
+    groups: list[list[str]] = []
+    room = 0.0
+    for name, size in sizes.items():
+        needed = _SUM_BYTES * size
+        if needed > memory_bytes:
+            raise _too_little(f"of {name!r}", needed, memory_bytes, "trainer.selector=magnitude")
+        if needed > room:
+            groups.append([])
+            room = memory_bytes
+        groups[-1].append(name)
+        room -= needed
+    return groups
+
+
+def _is_cpu(parameters: Mapping[str, nn.Parameter]) -> bool:
+    return all(each.device.type == "cpu" for each in parameters.values())
+
+
+def _too_little(what: str, needed: int, memory_bytes: float, instead: str) -> ConfigError:
+    return ConfigError(
+        f"trainer.selector=sensitivity: the squared gradients {what} must fit in memory beside the model and one "
+        f"window of text, but need {needed / 2**20:.0f} MiB, left are {max(0.0, memory_bytes) / 2**20:.0f} MiB. Lower "
+        f"trainer.calibration_tokens, use a smaller model.dtype, or write {instead}."
+    )
+
+
+def _warn_of_zeros(squares: Mapping[str, torch.Tensor], chosen: Mapping[str, torch.Tensor]) -> None:
+    """Weights that no calibration window touches are poor choices; say so instead of choosing them silently."""
+    for name, flat in chosen.items():
+        if name in squares and (zeros := int((squares[name][flat] == 0).sum())):
+            logger.warning("mask: %d of the %d weights chosen in %s have no gradient", zeros, flat.numel(), name)
