@@ -334,6 +334,21 @@ def pivoted(script: str, corner: str) -> Callable[[Any], Lines]:
     return render
 
 
+def by_task(script: str) -> Callable[[Any], Lines]:
+    """Claims "task, setting: measure" of one script as a table of measures by tasks; the setting is the caption."""
+
+    def render(rows: Any) -> Lines:
+        at: dict[str, dict[str, str]] = {}
+        setting = ""
+        for row in of_script(script, rows):
+            case, _, measure = row["claim"].partition(": ")
+            task, _, setting = case.partition(", ")
+            at.setdefault(measure, {})[task] = amount(row["value"], row["unit"])
+        return [f"*{setting}*", "", *grid("measure", at)] if at else []
+
+    return render
+
+
 def grid(corner: str, at: dict[str, dict[str, str]]) -> Lines:
     """Cells by case and measure, both in the order in which they first came."""
     heads = list(dict.fromkeys(measure for cells in at.values() for measure in cells))
@@ -356,6 +371,7 @@ RENDERERS: dict[str, Callable[[Any], Lines]] = {
     "experiments/oat_rephrase/claims.json#published": published,
     "experiments/oat_rephrase/claims.json#effect": effect,
     "experiments/spallm/claims.json#quality": sketches,
+    "experiments/spallm/claims.json#accuracy": by_task("accuracy"),
     "experiments/lower_layers/claims.json#step": pivoted("step", "trained"),
     "experiments/lower_layers/claims.json#accuracy": pivoted("accuracy", "trained"),
     **{
