@@ -115,6 +115,7 @@ CELLS: dict[str, Callable[[Path], Result]] = {
     "2 bits": sketched(bits=2),
     "4 bits, 2 groups": sketched(groups_per_row=2),
     "4 bits, 4 groups": sketched(groups_per_row=4),
+    "4 bits, 8 groups": sketched(groups_per_row=8),
     "3 bits, 4 groups": sketched(bits=3, groups_per_row=4),
     "2 bits, 4 groups": sketched(bits=2, groups_per_row=4),
     "4 bits, p = 2": sketched(importance_power=2.0),

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from fedzo.errors import FedzoError, OtherVersionError, ProtocolError
 from fedzo.fl.config import SiteLimitsConfig
 from fedzo.fl.messages import Refusal
+from fedzo.models.memory import is_out_of_memory
 from fedzo.records.scores import PartialScore, Score
 
 LOSS, PER_CLASS, LABEL_COUNTS, STAGE_FIGURES, NONE = "loss", "per_class", "label_counts", "stages", "none"
@@ -39,8 +40,11 @@ def told(error: Exception) -> SiteError:
         return error
     if isinstance(error, OtherVersionError):
         return SiteError(Refusal.version, versions=str(error))
-    refusal = Refusal.foreign if isinstance(error, ProtocolError) else Refusal.failed
-    return SiteError(refusal, str(error) or type(error).__name__)
+    what = str(error) or type(error).__name__
+    if is_out_of_memory(error):
+        first = what.splitlines()[0]
+        return SiteError(Refusal.memory, f"{first} Lower model.tokens_per_batch, or take a smaller model.dtype.")
+    return SiteError(Refusal.foreign if isinstance(error, ProtocolError) else Refusal.failed, what)
 
 
 def check_run(

@@ -117,6 +117,13 @@ def available_memory_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be taken, on a GPU or on this machine."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)  # torch has no kind of its own
+
+
 def cache_tokens(model: nn.Module) -> float:
     """Memory of one position's keys and values in all layers, in tokens of a forward without cache (same dtype)."""
     config = _text_config(model)

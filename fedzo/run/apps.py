@@ -79,7 +79,7 @@ def _asked(kind: type[R], message: Message) -> Iterator[R]:
     except Exception as error:
         refused = told(error)
         if refused.details or error is not refused:
-            log_failure(client, error)
+            log_failure(client, refused if refused.refusal is Refusal.memory else error)
         raise refused from None
 
 

@@ -403,6 +403,47 @@ def test_a_loss_that_is_not_finite_drops_the_probe_is_counted_and_never_averaged
     assert np.isfinite(metrics["loss"])
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("trainer", ["meerkat", "mezo"])
+def test_a_client_whose_memory_is_too_small_for_a_step_says_so_and_the_run_goes_on(
+    run: Run,
+    lines: Lines,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    trainer: str,
+    steps: int,
+) -> None:
+    """On a GPU, or on this machine, within a probe: the weights are what they were, so the next round is sound."""
+    from fedzo.fl.client import scalar_update
+
+    settings = [f"trainer={trainer}", "fl.rounds=3", f"fl.local_steps={steps}"]
+    calls, original = iter(range(10**6)), scalar_update.example_losses
+    # four clients' two sides a step: the second side of client 1's last step in round 0, and of client 2's in round 1
+    last = 4 * steps - 1
+
+    def scarce(*args: Any, **kwargs: Any) -> Any:
+        call = next(calls)
+        if call == last:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        if call == 8 * steps + 3 * 2 * steps - 1:
+            torch.empty(1 << 50)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(scalar_update, "example_losses", scarce)
+    folder = run(*settings)
+
+    rounds = [line for line in lines(folder, "metrics.jsonl") if line["kind"] == "round"]
+    assert [line["absent"] for line in rounds] == [[1], [2], []]
+    why = "refusal 38, its memory does not hold what it was asked to compute. Its own log says why"
+    assert why in rounds[0]["reasons"]["1"]
+    assert why in rounds[1]["reasons"]["2"]
+    said = [record.getMessage() for record in caplog.records if "Lower model.tokens_per_batch" in record.getMessage()]
+    assert len(said) == 2
+    assert "Tried to allocate 2.00 GiB" in said[0]
+    assert "DefaultCPUAllocator" in said[1]
+    assert replay_run(folder)["rounds"] == 3  # what the clients hold was checked by hash in each later round
+
+
 def a_score(**changes: object) -> str:
     """A reply that could be a client's, but for the changes."""
     sound = {"metric": "accuracy", "value": 0.5, "loss": 0.7, "num_examples": 2, "per_class": {"0": [1, 2]}}

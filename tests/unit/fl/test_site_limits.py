@@ -68,6 +68,7 @@ def test_the_numbers_of_refusals_keep_their_meaning() -> None:
         35: "version",
         36: "preparing",
         37: "rewriter",
+        38: "memory",
     }
     assert len({refusal.sentence for refusal in Refusal}) == len(Refusal)
 
