@@ -81,7 +81,7 @@ class WindowGradients:
         self, parameters: Mapping[str, nn.Parameter], places: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """The signed sums at flat indices (int64) alone, bit for bit those of ``sums``."""
-        signed = {name: torch.zeros(len(flat), device=flat.device) for name, flat in places.items()}
+        signed = _zeros(places)
 
         def add(name: str, gradient: torch.Tensor) -> None:
             signed[name].add_(gradient[places[name]])
@@ -122,9 +122,10 @@ class WindowGradients:
                     handle.remove()
 
 
-def _zeros(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+def _zeros(like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Float32 [numel] each."""
     with torch.inference_mode(False):  # tensors made under a caller's inference mode could not be added to
-        return {name: torch.zeros(each.numel(), device=each.device) for name, each in parameters.items()}
+        return {name: torch.zeros(each.numel(), dtype=torch.float32, device=each.device) for name, each in like.items()}
 
 
 @contextmanager

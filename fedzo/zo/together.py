@@ -83,19 +83,21 @@ def all_together(tensors: Sequence[torch.Tensor], starts: Sequence[int]) -> list
     return [_of(tensors, starts, group) for group in places.values()]
 
 
-def reading_order(model: nn.Module, starts: Sequence[int]) -> tuple[list[Together], dict[int, Together]]:
+def reading_order(
+    model: nn.Module, parameters: Sequence[nn.Parameter], starts: Sequence[int]
+) -> tuple[list[Together], dict[int, Together]]:
     """What a probe makes in one launch: small weights, and larger ones with their neighbours, which are read soon.
 
     Not of it: weights that fill a group alone, and those of an embedding's shape, of which few rows are read.
 
     Args:
-        model: Its parameters are contiguous.
-        starts: Coordinates of their first elements, in the order of ``named_parameters``.
+        model: Its embeddings are looked at.
+        parameters: The trained ones, contiguous, in the order of ``named_parameters``.
+        starts: Coordinates of their first elements.
 
     Returns:
         The small ones, and for others, by their ``id``, whom they are made with. Nothing where there are no kernels.
     """
-    parameters = [parameter for _, parameter in model.named_parameters()]
     there = [i for i, parameter in enumerate(parameters) if fused(parameter.device) is not None]
     embeddings = {module.weight.shape for module in model.modules() if isinstance(module, nn.Embedding)}
     small = [i for i in there if parameters[i].numel() <= _SMALL]

@@ -62,7 +62,7 @@ class FullSpace:
         self._starts = [sum(sizes[:i]) for i in range(len(sizes))]
         self._size = sum(sizes)
         self._all = all_together(self._parameters, self._starts)
-        self._small, self._groups = reading_order(model, self._starts)
+        self._small, self._groups = reading_order(model, self._parameters, self._starts)
         self._marked: list[torch.Tensor] | None = None
 
     @property

@@ -30,6 +30,12 @@ def full(trained: nn.Module) -> Space:
     return FullSpace(trained, distribution=LAW)
 
 
+def upper(trained: nn.Module) -> Space:
+    """A part of the weights, the last of them."""
+    named = list(trained.named_parameters())[-3:]
+    return FullSpace(trained, parameters=dict(named), distribution=LAW)
+
+
 def full_stochastic(trained: nn.Module) -> Space:
     return FullSpace(trained, distribution=LAW, rounding=Rounding.stochastic)
 
@@ -61,6 +67,7 @@ def work(space: Space, trained: nn.Module) -> torch.Tensor:
     [
         (full, ["add", "add", "add_rows", "add"]),  # a step; small tensors and rows of the embedding; a step
         (full_stochastic, ["add", "add", "add_rows", "add"]),
+        (upper, ["add"] * 3),  # a step; small tensors; a step
         (masked, ["scatter"] * 4),  # a step, a probe, its end, a step
         (dense, ["add"] * 3),
     ],
