@@ -32,7 +32,7 @@ def full(trained: nn.Module) -> Space:
 
 def upper(trained: nn.Module) -> Space:
     """A part of the weights, the last of them."""
-    named = list(trained.named_parameters())[-3:]
+    named = list(trained.named_parameters())[-2:]
     return FullSpace(trained, parameters=dict(named), distribution=LAW)
 
 
