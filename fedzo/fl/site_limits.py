@@ -42,8 +42,9 @@ def told(error: Exception) -> SiteError:
         return SiteError(Refusal.version, versions=str(error))
     what = str(error) or type(error).__name__
     if is_out_of_memory(error):
-        first = what.splitlines()[0]
-        return SiteError(Refusal.memory, f"{first} Lower model.tokens_per_batch, or take a smaller model.dtype.")
+        first = what.splitlines()[0].rstrip(".")
+        remedy = "Lower model.tokens_per_batch or model.lower_layers_cache_mb, or take a smaller model.dtype."
+        return SiteError(Refusal.memory, f"{first}. {remedy}")
     return SiteError(Refusal.foreign if isinstance(error, ProtocolError) else Refusal.failed, what)
 
 

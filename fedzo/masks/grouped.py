@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 ChooseFn = Callable[[ScoreFn, Sequence[str]], dict[str, torch.Tensor]]
 """Scores and names of tensors to the chosen indices of each that has any."""
 _SUM_BYTES = 4  # of a float32
+_PLACE_BYTES = 12  # of a signed sum and its index
 
 
 def choose_most_sensitive(
@@ -30,8 +31,10 @@ def choose_most_sensitive(
     choose: ChooseFn,
     *,
     together: bool,
+    num_chosen: int,
     loss_fn: LossFn,
     memory_bytes: float,
+    host_bytes: float,
     on_window: Callable[[int, int], None] | None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The most sensitive weights, and the signed sum of their gradients.
@@ -42,21 +45,26 @@ def choose_most_sensitive(
         windows: Token ids, int64 [num_tokens] each.
         choose: Makes the choice, from the squared sums of some tensors.
         together: Whether all tensors compete with one another. The squared sums of earlier groups then wait on the CPU.
+        num_chosen: How many weights ``choose`` chooses of all.
         loss_fn: The loss of a window.
         memory_bytes: What the sums may take on the model's device.
+        host_bytes: What sums that wait may take on the CPU, if that is another device.
         on_window: Called with (windows done, windows in all), all passes counted.
 
     Returns:
         Flat indices, int64, and float32 sums, by name; on the parameters' device, or the CPU.
 
     Raises:
-        ConfigError: The sums of one tensor, or of those that compete on a CPU, do not fit.
+        ConfigError: The sums of one tensor, of the chosen weights, or of those that wait do not fit.
         NumericsError: A window's loss is not finite.
     """
     sizes = {name: each.numel() for name, each in parameters.items()}
     groups, needed = plan_groups(sizes, memory_bytes), _SUM_BYTES * sum(sizes.values())
-    if together and needed > memory_bytes and _is_cpu(parameters):
-        raise _too_little("of all eligible weights", needed, memory_bytes, "trainer.granularity=per_tensor")
+    if 2 * needed > memory_bytes:
+        if together and needed > (room := memory_bytes if _is_cpu(parameters) else host_bytes):
+            raise _too_little("of all eligible weights", needed, room, "trainer.granularity=per_tensor")
+        if (at_places := _PLACE_BYTES * num_chosen) > memory_bytes:
+            raise _too_little("of the chosen weights", at_places, memory_bytes, "a lower trainer.density")
     num_passes = 1 if 2 * needed <= memory_bytes else len(groups) + 1
     done = 0
 
@@ -78,17 +86,26 @@ def choose_most_sensitive(
         memory_bytes / 2**20,
         num_passes,
     )
-    chosen, waiting = {}, dict[str, torch.Tensor]()
+
+    def squares_of(group: Sequence[str]) -> dict[str, torch.Tensor]:
+        return gradients.squares({name: parameters[name] for name in group})
+
+    def chosen_of(squares: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        chosen = choose(squares.__getitem__, [*squares])
+        _warn_of_zeros(squares, chosen)
+        return chosen
+
+    def waiting(group: Sequence[str]) -> dict[str, torch.Tensor]:
+        return {name: each.cpu() for name, each in squares_of(group).items()}
+
+    # nobody holds a group's sums any more when the next are made
+    chosen, wait = {}, dict[str, torch.Tensor]()
     for group in groups:
-        squares = gradients.squares({name: parameters[name] for name in group})
         if together:
-            waiting |= {name: each.cpu() for name, each in squares.items()}
+            wait |= waiting(group)
         else:
-            chosen |= choose(squares.__getitem__, group)
-            _warn_of_zeros(squares, chosen)
-    if together:
-        chosen = choose(waiting.__getitem__, [*parameters])
-        _warn_of_zeros(waiting, chosen)
+            chosen |= chosen_of(squares_of(group))
+    chosen |= chosen_of(wait) if together else {}
     places = {name: flat.to(parameters[name].device) for name, flat in chosen.items()}
     return chosen, gradients.signed_at(parameters, places)
 
@@ -128,5 +145,5 @@ def _too_little(what: str, needed: int, memory_bytes: float, instead: str) -> Co
 def _warn_of_zeros(squares: Mapping[str, torch.Tensor], chosen: Mapping[str, torch.Tensor]) -> None:
     """Weights that no calibration window touches are poor choices; say so instead of choosing them silently."""
     for name, flat in chosen.items():
-        if name in squares and (zeros := int((squares[name][flat] == 0).sum())):
+        if zeros := int((squares[name][flat] == 0).sum()):
             logger.warning("mask: %d of the %d weights chosen in %s have no gradient", zeros, flat.numel(), name)

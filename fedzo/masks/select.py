@@ -43,6 +43,7 @@ def select_mask(
     base_digest: str | None = None,
     among: Container[str] | None = None,
     memory_bytes: float = math.inf,
+    host_bytes: float = math.inf,
 ) -> Mask:
     """Choose the weights to train.
 
@@ -64,6 +65,7 @@ def select_mask(
             each gives the weights that it would give beside the others.
         memory_bytes: For sensitivity: what sums of gradients may take on the model's device. With less than 8 bytes an
             eligible weight they are made in groups (``fedzo.masks.grouped``).
+        host_bytes: What sums that wait on the CPU may take, where tensors of another device compete.
 
     Returns:
         The mask, on the CPU; with the signed mean gradient if the selector is ``sensitivity``.
@@ -76,6 +78,11 @@ def select_mask(
     eligible = eligible_parameters(model)
     numbers = {name: number for number, name in enumerate(eligible)}
     parameters = {name: each for name, each in eligible.items() if among is None or name in among}
+    if not parameters:
+        raise ConfigError(
+            f"mask: the chosen part of the model must hold an eligible weight, got none of the {len(eligible)} tensors "
+            "that do. Lower trainer.first_layer."
+        )
     budget = _budget([p.numel() for p in parameters.values()], density=density, granularity=granularity)
     together = granularity == "everywhere"
     counts = budget[0] if together else dict(zip(parameters, budget, strict=True))
@@ -87,8 +94,10 @@ def select_mask(
             windows,
             lambda score, names: _choose(score, names, counts),
             together=together,
+            num_chosen=sum(budget),
             loss_fn=loss_fn or next_token_loss,
             memory_bytes=memory_bytes,
+            host_bytes=host_bytes,
             on_window=on_window,
         )
     elif selector == "magnitude":

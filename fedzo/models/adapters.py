@@ -79,7 +79,10 @@ def layers_from(model: nn.Module, first_layer: int, names: Sequence[str], *, key
     ends = tuple(f".{name}" for name in names)
     layers = [name for name, _ in _base_modules(model) if name.startswith(starts) and f".{name}".endswith(ends)]
     if not layers:
-        raise ConfigError(f"{key} must name layers in the blocks from trainer.first_layer={first_layer} on, got none.")
+        raise ConfigError(
+            f"{key} must name layers in the blocks from trainer.first_layer={first_layer} on, got none. Lower "
+            "trainer.first_layer, or name layers of these blocks."
+        )
     return layers
 
 

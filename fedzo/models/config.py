@@ -68,4 +68,4 @@ class ModelConfig:
     """Run the blocks below the first trained one once a step, not in each of its forwards. Losses keep their bits.
     A compiled model always runs whole, as does one with ``estimator.freeze_routing``."""
     lower_layers_cache_mb: int = 0
-    """MiB for what these blocks make of single rows, kept for later rounds. Losses may differ in their last bits."""
+    """MiB for what these blocks make of single rows, kept for later rounds. Losses differ by rounding."""

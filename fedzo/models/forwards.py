@@ -134,7 +134,9 @@ def lower_layers_of(loaded: LoadedModel, space: Space, *, cache_mb: int = 0) -> 
         at = hidden_at if loaded.direct_head else own_logits_at
         return at(loaded.model, ids, rows.to(ids.device), columns.to(ids.device))
 
-    return find_lower_layers(loaded.model, space.parameters, forward, cache_mb=cache_mb)
+    return find_lower_layers(
+        loaded.model, space.parameters, forward, moved=lambda: space.probe(1e-3, 0), cache_mb=cache_mb
+    )
 
 
 def run_shared(

@@ -5,23 +5,25 @@ same states, and a step of P central differences costs one run of the lower bloc
 later forwards the lower blocks hand out what was kept, and all else of the model's own forward stays as it is.
 
 States of a batch are kept within a step: the losses are those of whole forwards, bit for bit. States of single rows can
-be kept over all rounds, too (``model.lower_layers_cache_mb``): which rows then run together depends on what is kept, so
-losses may differ in their last bits.
+be kept over all rounds, too (``model.lower_layers_cache_mb``): which rows then run together depends on what is kept,
+and products of other shapes round differently.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from fedzo.models.blocks import find_blocks, first_trained_block
+from fedzo.models.head import TOLERANCE
+from fedzo.models.memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 MOST_STEP_BYTES = 1 << 28
@@ -33,16 +35,34 @@ class _Reached(Exception):
     """Ends a forward where the lower blocks do."""
 
 
+class Output(NamedTuple):
+    """What a block gives.
+
+    Attributes:
+        states: [B, T, H], in most models.
+        num_nones: How many times None stands behind the states, if they stand in a tuple.
+    """
+
+    states: torch.Tensor
+    num_nones: int | None = None
+
+    def given(self) -> object:
+        """As the block gives it."""
+        return self.states if self.num_nones is None else (self.states, *[None] * self.num_nones)
+
+
 @dataclass(slots=True)
 class RowStates:
     """States of single texts, kept for as long as the weights that made them are what they were; the first stay.
 
     Attributes:
         most_bytes: What they may take together.
+        num_nones: As of the block's ``Output``.
         weights: Names the weights that made them, and their contents.
     """
 
     most_bytes: int
+    num_nones: int | None = None
     num_bytes: int = 0
     by_tokens: dict[Tokens, torch.Tensor] = field(default_factory=dict)
     weights: Hashable = None
@@ -79,7 +99,7 @@ class LowerLayers:
     def of_step(self) -> StepStates:
         """What one step keeps, with nothing in it yet."""
         if self.rows is not None:
-            self.rows.drop_if_other(self._weights())
+            self.rows.drop_if_other(self.weights())
         return StepStates(self)
 
     def whole_forwards(self, forwards: int) -> float:
@@ -87,25 +107,30 @@ class LowerLayers:
         share = len(self.blocks) / (len(self.blocks) + len(self.upper))
         return forwards - share * (forwards - 1)
 
-    def states(self, ids: torch.Tensor, texts: Sequence[Tokens]) -> torch.Tensor:
-        """What the last of the blocks gives, [B, T, H], for ids int64 [B, T]; their first rows are ``texts``."""
+    def kept_bytes(self, num_tokens: int, *, token_bytes: int) -> int:
+        """Most bytes that a step on so many tokens keeps, and all steps together."""
+        return min(MOST_STEP_BYTES, num_tokens * token_bytes) + (self.rows.most_bytes if self.rows else 0)
+
+    def states(self, ids: torch.Tensor, texts: Sequence[Tokens]) -> Output:
+        """What the last of the blocks gives for ids int64 [B, T]; their first rows are ``texts``."""
         if (rows := self.rows) is None:
-            return self._run(ids)
+            return self.run(ids)
         fresh = {tokens: row for row, tokens in enumerate(texts) if tokens not in rows.by_tokens}
         made: dict[Tokens, torch.Tensor] = {}
         if fresh:
-            for tokens, states in zip(fresh, self._run(ids[[*fresh.values()]]), strict=True):
+            for tokens, states in zip(fresh, self.run(ids[[*fresh.values()]]).states, strict=True):
                 made[tokens] = states[: len(tokens)]
                 rows.put(tokens, made[tokens])
         found = [made[tokens] if tokens in made else rows.by_tokens[tokens] for tokens in texts]
-        batch = found[0].new_zeros(*ids.shape, found[0].shape[-1])
+        batch = found[0].new_zeros(*ids.shape, *found[0].shape[1:])
         for place, states in zip(batch, found, strict=False):  # padding is seen by nobody
             place[: len(states)] = states
-        return batch
+        return Output(batch, rows.num_nones)
 
     @contextmanager
-    def skipped(self, states: torch.Tensor) -> Iterator[None]:
-        """Within the context the lower blocks do not run: each gives ``states``."""
+    def skipped(self, output: Output) -> Iterator[None]:
+        """Within the context the lower blocks do not run: each gives ``output``."""
+        given = output.given()
         with ExitStack() as undo:
             for block in self.blocks:
                 own = vars(block)
@@ -113,25 +138,24 @@ class LowerLayers:
                     undo.callback(own.pop, "forward")
                 else:
                     undo.callback(own.__setitem__, "forward", before)
-                own["forward"] = lambda *args, **kwargs: states
+                own["forward"] = lambda *args, **kwargs: given
             yield
 
-    def _weights(self) -> Hashable:
-        """Where all weights but the trained blocks' lie, and how often each was written to."""
+    def weights(self) -> Hashable:
+        """Where all tensors lie but the trained blocks' parameters, and how often torch has written to each."""
         upper = {id(parameter) for block in self.upper for parameter in block.parameters()}
-        return tuple(
-            (parameter.data_ptr(), parameter.dtype, parameter._version)
-            for parameter in self.model.parameters()
-            if id(parameter) not in upper
-        )
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        return tuple((each.data_ptr(), each.dtype, each._version) for each in tensors if id(each) not in upper)
 
-    def _run(self, ids: torch.Tensor) -> torch.Tensor:
-        found: list[torch.Tensor] = []
+    def run(self, ids: torch.Tensor) -> Output:
+        """What the last of the blocks gives, by running them."""
+        found: list[Output] = []
 
-        def end(block: nn.Module, args: object, output: object) -> None:
-            if not isinstance(output, torch.Tensor):
+        def end(block: nn.Module, args: object, given: Any) -> None:
+            states, *rest = given if isinstance(given, tuple) else (given,)
+            if not isinstance(states, torch.Tensor) or any(each is not None for each in rest):
                 raise NotImplementedError(f"a {type(block).__name__} gives more than states")
-            found.append(output)
+            found.append(Output(states, len(rest) if isinstance(given, tuple) else None))
             raise _Reached
 
         hook = self.blocks[-1].register_forward_hook(end)
@@ -151,32 +175,38 @@ class StepStates:
 
     lower: LowerLayers
     _num_bytes: int = 0
-    _by_batch: dict[Hashable, torch.Tensor] = field(default_factory=dict)
+    _by_batch: dict[Hashable, Output] = field(default_factory=dict)
 
     def run(self, forward: Callable[[], torch.Tensor], ids: torch.Tensor, texts: Sequence[Tokens]) -> torch.Tensor:
         """``forward()``, a forward of the model on ids int64 [B, T] whose first rows are ``texts``."""
         key = (tuple(ids.shape), *texts)
-        states = self._by_batch.get(key)
-        if states is None:
-            states = self.lower.states(ids, texts)
-            if self._num_bytes + states.nbytes <= MOST_STEP_BYTES:
-                self._by_batch[key] = states
-                self._num_bytes += states.nbytes
-        with self.lower.skipped(states):
+        output = self._by_batch.get(key)
+        if output is None:
+            output = self.lower.states(ids, texts)
+            if self._num_bytes + output.states.nbytes <= MOST_STEP_BYTES:
+                self._by_batch[key] = output
+                self._num_bytes += output.states.nbytes
+        with self.lower.skipped(output):
             return forward()
 
 
 def find_lower_layers(
-    model: nn.Module, trained: Iterable[nn.Parameter], forward: Callable[[torch.Tensor], torch.Tensor], *, cache_mb: int
+    model: nn.Module,
+    trained: Iterable[nn.Parameter],
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    moved: Callable[[], AbstractContextManager[None]] = nullcontext,
+    cache_mb: int = 0,
 ) -> LowerLayers | None:
     """The blocks of a model below the first that is trained; None where there is none, or they cannot be left out.
 
-    A model is asked once whether leaving them out changes a bit.
+    A model is asked once whether leaving them out changes a bit, at the trained values and elsewhere.
 
     Args:
         model: A causal language model.
         trained: Its parameters with trained values.
         forward: What is computed with it, from ids int64 [B, T].
+        moved: Within its context the model computes with other trained values.
         cache_mb: MiB of states of single rows that are kept over all rounds.
     """
     first = first_trained_block(model, trained)
@@ -184,8 +214,7 @@ def find_lower_layers(
         return None
     _, blocks = find_blocks(model)
     lower = LowerLayers(model, blocks[:first], blocks[first:])
-    problem = _problem(lower, forward)
-    if problem:
+    if (problem := _problem(lower, forward, moved)) is not None:
         log.warning(
             "%s: the blocks below number %d, the first trained one, run in every forward: %s",
             type(model).__name__,
@@ -193,21 +222,61 @@ def find_lower_layers(
             problem,
         )
         return None
-    return replace(lower, rows=RowStates(cache_mb << 20) if cache_mb else None)
+    if not cache_mb:
+        return lower
+    if (problem := _problem_of_rows(lower)) is not None:
+        log.warning("%s: model.lower_layers_cache_mb keeps no rows: %s", type(model).__name__, problem)
+        return lower
+    return replace(lower, rows=RowStates(cache_mb << 20, num_nones=lower.run(_some_ids(model)).num_nones))
 
 
 @torch.inference_mode()
-def _problem(lower: LowerLayers, forward: Callable[[torch.Tensor], torch.Tensor]) -> str:
-    """Why the lower blocks cannot be left out; empty where they can."""
-    size: Any = lower.model.get_input_embeddings()  # type: ignore[operator]
-    device = next(lower.model.parameters()).device
-    numbers = (torch.arange(32, device=device) * 7 % size.num_embeddings).view(2, 2, 8)
+def _problem(
+    lower: LowerLayers,
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    moved: Callable[[], AbstractContextManager[None]],
+) -> str | None:
+    """Why the lower blocks cannot be left out, if they cannot."""
+    numbers = _some_ids(lower.model).view(2, 2, 8)
     step = lower.of_step()
     try:
-        for ids in (*numbers, *numbers):  # two batches in turn: what one left behind must not enter the other
-            texts: list[Tokens] = [tuple(row) for row in ids.tolist()]
-            if not torch.equal(step.run(partial(forward, ids), ids, texts), forward(ids)):
-                return "without them its states are not the same"
-    except (NotImplementedError, RuntimeError, TypeError, AttributeError) as error:
+        for at in (nullcontext, moved, moved):
+            with at():
+                for ids in numbers:  # two batches in turn: what one left behind must not enter the other
+                    texts: list[Tokens] = [tuple(row) for row in ids.tolist()]
+                    if not torch.equal(step.run(partial(forward, ids), ids, texts), forward(ids)):
+                        return "without them its states are not the same"
+    except Exception as error:  # a model may do anything where blocks that it counts on do not run
+        if is_out_of_memory(error):
+            raise
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+@torch.inference_mode()
+def _problem_of_rows(lower: LowerLayers) -> str | None:
+    """Why states of single rows cannot be kept from one batch for another, if they cannot."""
+    for module in lower.model.modules():
+        kinds = getattr(module, "rope_type", None)  # of each kind of layer, in some models
+        if {"dynamic", "longrope"} & set(kinds.values() if isinstance(kinds, dict) else [kinds]):
+            return "its positions depend on the longest row of a batch"
+        if type(module).__name__ == "Linear8bitLt":
+            return "its 8-bit layers compute a row by what else is in the batch"
+    try:
+        lower.weights()
+    except RuntimeError as error:
         return str(error)
-    return ""
+    ids = _some_ids(lower.model).view(2, 16)
+    states, alone = lower.run(ids).states, lower.run(ids[1:, :9]).states
+    if states.shape[:2] != ids.shape:
+        return f"its states have the shape {tuple(states.shape)} for {tuple(ids.shape)} tokens"
+    limit = TOLERANCE.get(states.dtype, 4e-2) * float(states.abs().max())
+    if float((states[1, :9] - alone[0]).abs().max()) > limit:
+        return "a row's states are others in another batch"
+    return None
+
+
+def _some_ids(model: Any) -> torch.Tensor:
+    """Two rows of 16 tokens."""
+    numbers = torch.arange(32, device=next(model.parameters()).device) * 7
+    return (numbers % int(model.get_input_embeddings().num_embeddings)).view(2, 16)

@@ -36,6 +36,8 @@ _LOGITS_BYTES = 256 << 20
 _RULE_VECTORS = 10
 _GRADIENT_VECTORS = 8  # start, theta, gradient, change, the local optimizer's two moments and scratch
 _SEQUENCE_TOKENS = 512
+_OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
+"""How torch, its libraries and Triton say it in a plain RuntimeError."""
 _SHARE = 0.9  # of what is available: allocators keep some
 
 
@@ -51,6 +53,11 @@ def scratch_bytes(model: nn.Module, *, backward: bool = False) -> int:
     width = 4 if backward else next(model.parameters()).element_size()
     sizes = (layer.in_features * layer.out_features for layer in sketched_layers(model).values())
     return width * max(sizes, default=0)
+
+
+def state_bytes(model: nn.Module) -> int:
+    """Bytes of one token's states between two blocks."""
+    return next(model.parameters()).element_size() * _hidden(_text_config(model))
 
 
 def rule_bytes(space_size: int, num_moments: int) -> int:
@@ -121,7 +128,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory could not be taken, on a GPU or on this machine."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)  # torch has no kind of its own
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def cache_tokens(model: nn.Module) -> float:

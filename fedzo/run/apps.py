@@ -79,7 +79,9 @@ def _asked(kind: type[R], message: Message) -> Iterator[R]:
     except Exception as error:
         refused = told(error)
         if refused.details or error is not refused:
-            log_failure(client, refused if refused.refusal is Refusal.memory else error)
+            log_failure(client, error)
+            if refused.refusal is Refusal.memory:  # whose details say what to do
+                log_failure(client, refused)
         raise refused from None
 
 

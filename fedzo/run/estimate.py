@@ -19,7 +19,14 @@ from fedzo.zo.spaces.base import Space
 
 
 def fitting_tokens_per_batch(
-    loaded: LoadedModel, space: Space, *, wanted: int, longest: int, local_steps: int, num_moments: int
+    loaded: LoadedModel,
+    space: Space,
+    *,
+    wanted: int,
+    longest: int,
+    local_steps: int,
+    num_moments: int,
+    kept_bytes: int = 0,
 ) -> int:
     """``wanted``, or fewer tokens a forward where a step would not fit into the memory that is left.
 
@@ -39,7 +46,7 @@ def fitting_tokens_per_batch(
         wanted=wanted,
         longest=longest,
         available_bytes=available,
-        trained_bytes=space.step_bytes(local_steps),
+        trained_bytes=space.step_bytes(local_steps) + kept_bytes,
     )
 
 

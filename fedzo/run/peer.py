@@ -24,6 +24,7 @@ from fedzo.models.fidelity import NUM_DIRECTIONS, choose_dtype, coarseness_warni
 from fedzo.models.forwards import lower_layers_of
 from fedzo.models.load import LoadedModel, load_model, resolve_device
 from fedzo.models.lower_layers import LowerLayers
+from fedzo.models.memory import state_bytes
 from fedzo.models.plan import forward_cost
 from fedzo.models.products import choose_product
 from fedzo.models.scoring import mean_loss
@@ -147,7 +148,9 @@ class Peer:
                 f"trainer={trainer}: its space must have a method gradient for estimator={name}, but has none. "
                 "Choose another trainer, or an estimator that needs forwards only."
             )
-        self.built = built
+        self.built, lower = built, self._find_lower_layers(built)
+        longest = longest_sequence(self.loaded.model, config.task.max_length)
+        tokens, token_bytes = config.fl.batch_size * longest, state_bytes(self.loaded.model)
         rule = SERVER_OPTIMIZERS.build(config.server_optimizer, local_steps=config.fl.local_steps)
         return Workspace(
             loaded=self.loaded,
@@ -156,12 +159,13 @@ class Peer:
                 self.loaded,
                 built.space,
                 wanted=self.site.model.tokens_per_batch,
-                longest=longest_sequence(self.loaded.model, config.task.max_length),
+                longest=longest,
                 local_steps=config.step_policy.most_steps(config.fl),
                 num_moments=rule.num_moments(num_clients),
+                kept_bytes=lower.kept_bytes(tokens, token_bytes=token_bytes) if lower else 0,
             ),
             forward_cost_tokens=forward_cost(self.loaded.device, perturbs_weights=built.space.perturbs_weights),
-            lower=self._find_lower_layers(built),
+            lower=lower,
         )
 
     def _find_lower_layers(self, built: Built) -> LowerLayers | None:

@@ -101,7 +101,7 @@ class LayeredConfig(TrainerConfig):
     """A trainer that can leave the lower blocks of the model alone."""
 
     first_layer: int = 0
-    """Index of the first block with trained values; 0 trains all. Steps cost less: the blocks below are run once a step
+    """Index of the first block with trained values; 0 trains all. In most models the blocks below then run once a step
     (``model.reuse_lower_layers``)."""
 
     def problems(self, run: RunSettings) -> Iterator[Problem]:

@@ -92,6 +92,7 @@ class MeerkatConfig(CalibratedConfig):
         """
         manifest = load_mask(artifact).manifest
         told: dict[str, Any] = {key: read(manifest[key]) for key, read in _RECIPE.items() if key in manifest}
+        told.setdefault("first_layer", 0)  # which only masks of upper blocks tell
         default = MeerkatConfig()
         for key, value in told.items():
             own = getattr(self, key)
@@ -156,7 +157,7 @@ class Meerkat:
 
 def choose_mask(config: MeerkatConfig, loaded: LoadedModel, workplace: Workplace) -> Mask:
     """Choose a mask as the configuration says."""
-    windows, memory_bytes = [], math.inf
+    windows, memory_bytes, host = [], math.inf, available_memory_bytes(torch.device("cpu"))
     if config.selector is Selector.sensitivity:
         windows = calibration_windows(config, loaded, workplace)
         memory_bytes = calibration_memory_bytes(
@@ -175,6 +176,7 @@ def choose_mask(config: MeerkatConfig, loaded: LoadedModel, workplace: Workplace
         base_digest=loaded.base_digest,
         among=parameters_from(loaded.model, config.first_layer),
         memory_bytes=memory_bytes,
+        host_bytes=0.9 * host,
     )
     told = {"calibration": config.calibration.value, "fedzo": fedzo.__version__}
     if config.first_layer:

@@ -24,13 +24,13 @@ WHOLE = "model.reuse_lower_layers=false"
 def runs_below(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows each run of the lower blocks alone had."""
     rows: list[int] = []
-    inner = LowerLayers._run
+    inner = LowerLayers.run
 
     def counted(self: LowerLayers, ids: Any) -> Any:
         rows.append(len(ids))
         return inner(self, ids)
 
-    monkeypatch.setattr(LowerLayers, "_run", counted)
+    monkeypatch.setattr(LowerLayers, "run", counted)
     return rows
 
 

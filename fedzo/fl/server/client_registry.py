@@ -182,7 +182,7 @@ class ClientRegistry:
             time.sleep(0.1)
 
     def beside(self, grid: Grid) -> None:
-        """While a round waits for replies: greet new nodes and hear what they answer; nobody is let in yet."""
+        """In the middle of a round: greet new and silent nodes and hear what they answer; nobody is let in yet."""
         if time.monotonic() >= self._next_look:
             self._greet(grid)
             self._next_look = time.monotonic() + LOOK_S
@@ -199,6 +199,7 @@ class ClientRegistry:
             times, since = (place.silence.times + 1, place.silence.since) if place.silence else (1, round)
             place.silence = _Silence(since, times, round + 2 ** (times - 1))
             place.registered, place.due, place.greetings = False, time.monotonic(), 0
+            self._next_look = 0.0
             del self.nodes[client]
 
     def resting(self, round: int) -> Mapping[int, str]:
@@ -248,7 +249,7 @@ class ClientRegistry:
             )
             question = Question("query.hello", hello, HelloReply)
             messages[client] = message_of(question, node=place.node, traffic=traffic)
-            place.due = now + SILENT_S * 2**place.greetings
+            place.due = now + (RETRY_S if place.silence else SILENT_S) * 2**place.greetings
             place.greetings += 1
         for client in self._outbox.push(grid, messages):
             self._failed(client, f"node {self._places[client].node} did not register: not connected")

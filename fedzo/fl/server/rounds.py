@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Protocol, cast
@@ -144,9 +144,7 @@ class Server:
         """
         started = time.monotonic()
         number = self.round
-        wait_s = min(REGISTER_S, self.strategy.deadline_s)
-        for client in self.client_registry.refresh(self.grid, fewest=self.strategy.min_replies, timeout_s=wait_s):
-            self._state_sync.forget(client)
+        self._let_in()
         plan = self._plan()
         lr = learning_rate(self.server_optimizer, round=number, rounds=self.fl.rounds)
         if plan.calibration:
@@ -206,22 +204,10 @@ class Server:
         """
         size = self.strategy.clients_per_round or self.fl.num_clients
         resting = self.client_registry.resting(self.round)
-        refused: dict[int, str] = {}
-        groups: Iterable[list[int]]
-        if plan.calibration or size == self.fl.num_clients:
-            asked = [client for client in range(self.fl.num_clients) if client not in resting]
-            groups = [asked, sorted(set(resting) & set(self.client_registry.nodes))]
-            refused |= resting
-        else:
-            order = sampling_order(
-                run_seed=self.run_seed,
-                round=self.round,
-                num_clients=self.fl.num_clients,
-                connected=set(self.client_registry.nodes) - set(resting),
-            )
-            groups = (sorted(order[first : first + size]) for first in range(0, len(order), size))
+        is_sampled = not plan.calibration and size != self.fl.num_clients
+        refused = {} if is_sampled else dict(resting)
         results: dict[int, Result] = {}
-        for group in filter(None, groups):
+        for group in filter(None, self._samples(resting, size) if is_sampled else self._all(resting)):
             requests = {
                 client: TrainRequest(
                     client=client,
@@ -247,6 +233,26 @@ class Server:
             f"round {self.round}: strategy.min_replies = {self.strategy.min_replies} usable replies are needed, got "
             f"{len(results)} ({why}). The log is kept. Repair the clients and continue with `fedzo resume`."
         )
+
+    def _samples(self, resting: Container[int], size: int) -> Iterator[list[int]]:
+        """The clients of a round that needs ``size`` of them, and as many others as long as answers do not suffice."""
+        connected = {client for client in self.client_registry.nodes if client not in resting}
+        order = sampling_order(
+            run_seed=self.run_seed, round=self.round, num_clients=self.fl.num_clients, connected=connected
+        )
+        yield from (sorted(order[first : first + size]) for first in range(0, len(order), size))
+
+    def _all(self, resting: Collection[int]) -> Iterator[list[int]]:
+        """All clients but those that rest; then those of these, and of the silent ones, that answer a greeting."""
+        yield [client for client in range(self.fl.num_clients) if client not in resting]
+        self._let_in()
+        yield sorted({*resting, *self.client_registry.resting(self.round)} & set(self.client_registry.nodes))
+
+    def _let_in(self) -> None:
+        """Take up who has registered; where too few clients can be asked, wait for more."""
+        wait_s = min(REGISTER_S, self.strategy.deadline_s)
+        for client in self.client_registry.refresh(self.grid, fewest=self.strategy.min_replies, timeout_s=wait_s):
+            self._state_sync.forget(client)
 
     def _usable(
         self, replies: Mapping[int, Any], requests: Mapping[int, TrainRequest], refused: dict[int, str]

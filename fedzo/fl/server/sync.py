@@ -91,6 +91,8 @@ class StateSync:
         replies = answers.replies
         heard = set(replies) | (set(answers.refused) - answers.mute)
         self.client_registry.note(mute=answers.mute, heard=heard, round=self._round)
+        if answers.mute:
+            self.client_registry.beside(self.grid)  # so that a greeting may be answered before the next round
         ordered = sorted(replies)
         if self.shuffle_seed is not None:
             key = stream_key(self.shuffle_seed, round=self._round, owner=0)

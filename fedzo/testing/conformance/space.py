@@ -42,7 +42,7 @@ def check_space(
       ``held_in``; a step of 0 leaves every bit.
     - ``load`` and ``rewind`` bring every bit back; ``values`` and ``load`` copy.
     - Spaces at the same values have the same model, ``check`` and ``digest``, whatever led there; a move changes both.
-    - No parameter of the model moves but ``parameters``.
+    - No parameter of the model moves but ``parameters``, and no other is read as moved within a probe.
     - The global random generators are neither used nor needed.
 
     Args:
@@ -93,6 +93,12 @@ class _Subject:
     def outputs(self) -> torch.Tensor:
         return self.compute(self.model).detach().clone()
 
+    def others(self) -> dict[str, tuple[nn.Parameter, torch.Tensor]]:
+        """The parameters that hold no trained value, and their present values."""
+        trained = {id(parameter) for parameter in self.space.parameters}
+        named = self.model.named_parameters()
+        return {name: (each, each.detach().clone()) for name, each in named if id(each) not in trained}
+
     def direction(self, key: int) -> Values:
         return direction(key, self.space.size, distribution=self.space.distribution)
 
@@ -142,8 +148,13 @@ def _check_probes(mine: _Subject, twin: _Subject) -> None:
     for scale in (_SCALE, -_SCALE):
         twin.space.load(mine.moved(theta, scale, _KEY))
         expected = twin.outputs()
+        others = mine.others()
         with mine.space.probe(scale, _KEY):
             found = mine.outputs()
+            for name, (parameter, was) in others.items():
+                must(
+                    torch.equal(parameter + 0, was), f"parameters must hold all that a probe moves, {name!r} moves, too"
+                )
         must(
             torch.equal(found, expected),
             f"within probe({scale}, key) the model must compute what it computes after load(theta + {scale} * z); its "
@@ -195,10 +206,9 @@ def _check_steps(mine: _Subject, twin: _Subject) -> None:
             f"held in {mine.held_in}",
         )
     mine.must_have_moved(before, "steps")
-    trained = {id(parameter) for parameter in mine.space.parameters}
     now = model_bits(mine.model)
-    for name, parameter in mine.model.named_parameters():
-        still = id(parameter) in trained or torch.equal(now[name], before.model[name])
+    for name in mine.others():
+        still = torch.equal(now[name], before.model[name])
         must(still, f"parameters must hold all that steps move, but {name!r} moves and is none of them")
     mine.must_be_at(twin.state(), "two spaces moved by the same steps must be the same")
     twin.space.load(start)

@@ -792,6 +792,36 @@ def test_clients_that_were_silent_are_asked_early_where_the_others_are_too_few(f
     assert server.store.rounds[2].attendance == (0, 2)
 
 
+def test_who_answers_again_while_a_round_lacks_replies_is_asked_in_it(federation: Any) -> None:
+    server, clients, grid = federation(min_replies=2)
+    server.run_round()
+    grid.nodes[101] = None
+    server.run_round()  # client 1 says nothing
+    honest = clients[0].train
+
+    def back(request: TrainRequest) -> Any:
+        grid.nodes[101] = clients[1]  # the round is under way
+        return honest(request)
+
+    clients[0].train = back
+    grid.nodes[102] = None
+
+    server.run_round()
+
+    assert [line.attendance for line in server.store.rounds] == [(0, 1, 2), (0, 2), (0, 1)]
+
+
+def test_a_client_that_is_heard_again_at_once_misses_one_round(federation: Any) -> None:
+    server, clients, _ = federation()
+    clients[1].bend = lambda reply: None
+    server.run_round()
+    clients[1].bend = lambda reply: reply
+
+    server.run_round()
+
+    assert [line.attendance for line in server.store.rounds] == [(0, 2), (0, 1, 2)]
+
+
 def test_a_node_that_never_answers_its_greeting_holds_up_nobody(federation: Any) -> None:
     """Also one that comes as a new node in every round."""
     server, _, grid = federation(deadline_s=5.0)

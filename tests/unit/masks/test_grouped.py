@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ WINDOWS = [torch.randint(0, 256, (12,), generator=torch.Generator().manual_seed(
 
 
 def mask_of(model: nn.Module, **settings: Any) -> Mask:
-    return select_mask(model, density=0.05, windows=WINDOWS, **settings)
+    return select_mask(model, density=0.02, windows=WINDOWS, **settings)
 
 
 def must_be_same(found: Mask, expected: Mask) -> None:
@@ -79,6 +80,23 @@ def test_each_pass_counts_in_the_progress_and_is_told_once(caplog: pytest.LogCap
     ]
 
 
+def test_a_group_is_gone_when_the_next_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most, zeros = [0], sensitivity._zeros
+
+    def noted(parameters: Any) -> Any:
+        made = zeros(parameters)
+        alive.extend(weakref.ref(each) for each in made.values())
+        held = [each for each in (reference() for reference in alive) if each is not None]
+        most[0] = max(most[0], sum(4 * each.numel() for each in held))
+        return made
+
+    monkeypatch.setattr(sensitivity, "_zeros", noted)
+    mask_of(tiny_model("llama"), memory_bytes=4 * 32 * 64)
+
+    assert most == [4 * 32 * 64]
+
+
 def test_where_both_sums_fit_one_pass_makes_them(caplog: pytest.LogCaptureFixture) -> None:
     model, told = tiny_model("llama"), []
     enough = 8 * sum(parameter.numel() for parameter in eligible_parameters(model).values())
@@ -100,6 +118,19 @@ def test_what_does_not_fit_is_refused_before_any_pass() -> None:
         mask_of(model, memory_bytes=4 * 32 * 64, granularity="everywhere", loss_fn=fail)
     with pytest.raises(ConfigError, match=r"need 0 MiB, left are 0 MiB"):
         mask_of(model, memory_bytes=-1e9, loss_fn=fail)
+    with pytest.raises(ConfigError, match=r"of the chosen weights must fit .* a lower trainer.density"):
+        select_mask(model, density=1.0, windows=WINDOWS, memory_bytes=4 * 32 * 64, loss_fn=fail)
+
+
+def test_sums_that_wait_must_fit_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped, "_is_cpu", lambda parameters: False)
+    with pytest.raises(ConfigError, match=r"of all eligible weights must fit .* trainer.granularity=per_tensor"):
+        mask_of(tiny_model("llama"), granularity="everywhere", memory_bytes=4 * 32 * 64, host_bytes=4 * 18431)
+
+
+def test_a_part_without_eligible_weights_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"got none of the 14 tensors that do. Lower trainer.first_layer."):
+        mask_of(tiny_model("llama"), among=["model.norm.weight"])
 
 
 @settings(deadline=None)

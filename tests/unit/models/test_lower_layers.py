@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import CONFIG_MAPPING
 
 from fedzo.data.config import Loss
 from fedzo.data.encode import Example
@@ -22,7 +24,7 @@ from fedzo.models.forwards import lower_layers_of
 from fedzo.models.load import LoadedModel, compile_loaded, wrap_model
 from fedzo.models.lower_layers import LowerLayers, StepStates, find_lower_layers
 from fedzo.models.scoring import example_losses
-from fedzo.testing.tiny_models import FAMILIES, byte_tokenizer, tiny_loaded, tiny_sketch
+from fedzo.testing.tiny_models import FAMILIES, byte_tokenizer, tiny_loaded, tiny_model_from, tiny_sketch
 from fedzo.trainers import TRAINERS
 from fedzo.trainers.adapters import LoraTrainerConfig
 from fedzo.trainers.artifacts import ArtifactStore
@@ -121,7 +123,7 @@ class TwoBlocks(nn.Module):
 
 def two_blocks() -> tuple[TwoBlocks, LowerLayers]:
     model = TwoBlocks()
-    lower = find_lower_layers(model, [model.layers[1].gain], model, cache_mb=0)
+    lower = find_lower_layers(model, [model.layers[1].gain], model)
     assert lower is not None
     return model, lower
 
@@ -386,14 +388,166 @@ def test_a_model_that_computes_something_else_without_its_lower_blocks_runs_whol
     model, pairs = Leaky(), Pairs()
     pairs.layers[0] = Pair()
     with caplog.at_level(logging.WARNING):
-        assert find_lower_layers(model, [model.layers[1].gain], model, cache_mb=0) is None
-        assert find_lower_layers(pairs, [pairs.layers[1].gain], pairs, cache_mb=0) is None
+        assert find_lower_layers(model, [model.layers[1].gain], model) is None
+        assert find_lower_layers(pairs, [pairs.layers[1].gain], pairs) is None
 
     assert [record.getMessage() for record in caplog.records] == [
         "Leaky: the blocks below number 1, the first trained one, run in every forward: without them its states are "
         "not the same",
-        "Pairs: the blocks below number 1, the first trained one, run in every forward: a Pair gives more than states",
+        "Pairs: the blocks below number 1, the first trained one, run in every forward: NotImplementedError: a Pair "
+        "gives more than states",
     ]
+
+
+class WithNone(TwoBlocks):
+    """Its first block gives states and, in their tuple, None, as blocks do that could give attention weights."""
+
+    class Block(Affine):
+        def forward(self, states: torch.Tensor) -> Any:
+            return super().forward(states), None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[0] = self.Block(2.0)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        states, none = self.layers[0](self.embed(input_ids))
+        assert none is None
+        return self.layers[1](states)
+
+
+@torch.inference_mode()
+def test_a_block_may_give_its_states_in_a_tuple_of_nothing_else() -> None:
+    model, ids = WithNone(), torch.tensor([[3, 5]])
+    lower = find_lower_layers(model, [model.layers[1].gain], model, cache_mb=1)
+    assert lower is not None
+    step = lower.of_step()
+
+    found = [step.run(lambda: model(ids), ids, [(3, 5)]).flatten().tolist() for _ in range(2)]
+
+    assert found == [[71, 111]] * 2
+
+
+class Bare(TwoBlocks):
+    """Fails without a word where its first block does not run."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        if "forward" in vars(self.layers[0]):
+            raise NotImplementedError
+        return super().forward(input_ids)
+
+
+def test_an_error_without_words_is_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    model = Bare()
+    assert find_lower_layers(model, [model.layers[1].gain], model) is None
+    assert "NotImplementedError" in caplog.text
+
+
+class Closed(TwoBlocks):
+    """Its second block lets through what the first left behind, by a gate that is closed at the start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[0] = Leaving(2.0)
+        self.layers[1].gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(input_ids) + self.layers[1].gate * self.layers[0].seen
+
+
+def test_what_only_shows_at_other_trained_values_is_seen() -> None:
+    model = Closed()
+
+    @contextmanager
+    def moved() -> Iterator[None]:
+        model.layers[1].gate.data.fill_(0.5)
+        yield
+        model.layers[1].gate.data.zero_()
+
+    assert find_lower_layers(model, [model.layers[1].gain, model.layers[1].gate], model, moved=moved) is None
+    assert find_lower_layers(model, [model.layers[1].gain], model) is not None  # as long as the gate stays closed
+
+
+def test_a_lack_of_memory_at_the_start_is_no_habit_of_the_model() -> None:
+    model = TwoBlocks()
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        find_lower_layers(model, [model.layers[1].gain], forward)
+
+
+_TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+_TINY |= {"num_key_value_heads": 2, "max_position_embeddings": 256, "vocab_size": 512}
+
+
+def made_of(kind: str, **more: Any) -> LoadedModel:
+    return wrap_model(tiny_model_from(CONFIG_MAPPING[kind](**{**_TINY, **more})), byte_tokenizer())
+
+
+def test_blocks_that_share_keys_and_values_run_whole(caplog: pytest.LogCaptureFixture) -> None:
+    loaded = made_of(
+        "gemma3n_text",
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=8,
+        laurel_rank=4,
+        head_dim=8,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=512,
+        altup_num_inputs=2,
+        activation_sparsity_pattern=[0.0] * 4,
+    )
+
+    assert lower_layers_of(loaded, FullSpace(loaded.model, parameters=parameters_from(loaded.model, 2))) is None
+    assert "run in every forward: KeyError" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "rope"),
+    [
+        ("llama", {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}),
+        (
+            "phi3",
+            {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0] * 4,
+                "long_factor": [4.0] * 4,
+                "original_max_position_embeddings": 32,
+                "factor": 8.0,
+            },
+        ),
+    ],
+)
+def test_rows_are_not_kept_where_they_depend_on_their_batch(
+    kind: str, rope: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded = made_of(kind, rope_parameters=rope, pad_token_id=0)
+
+    lower = lower_layers_of(loaded, full(loaded), cache_mb=1)
+
+    assert lower is not None
+    assert lower.rows is None
+    assert "keeps no rows: its positions depend on the longest row of a batch" in caplog.text
+    step = lower.of_step()
+    np.testing.assert_array_equal(losses(loaded, step), losses(loaded, None))
+
+
+def test_two_lists_of_like_size_are_no_blocks() -> None:
+    two = nn.Module()
+    two.one, two.other = (nn.ModuleList(nn.Linear(4, 4) for _ in range(count)) for count in (3, 2))
+    assert find_blocks(two) == ("", [])
+    with pytest.raises(ConfigError, match=r"must be 0 for a Module, which has no single list of blocks, got 1\. Leave"):
+        upper_blocks(two, 1)
+
+
+def test_what_a_lower_block_shares_is_not_trained() -> None:
+    model = TwoBlocks()
+    model.layers[1].gain = model.layers[0].gain
+    model.layers[1].own = nn.Parameter(torch.ones(1))
+    assert list(parameters_from(model, 1)) == ["layers.1.own"]
 
 
 def test_blocks_are_the_list_of_most_parameters_that_is_in_no_other() -> None:

@@ -16,6 +16,7 @@ from fedzo.models.memory import (
     estimate_step_memory_bytes,
     fit_tokens_per_batch,
     gradient_bytes,
+    is_out_of_memory,
     rule_bytes,
     seconds_per_token,
     weights_bytes,
@@ -41,6 +42,23 @@ from fedzo.zo.spaces.base import Space
 from fedzo.zo.spaces.dense import DenseSpace
 from fedzo.zo.spaces.full import FullSpace
 from fedzo.zo.spaces.masked import MaskedSpace
+
+
+@pytest.mark.parametrize(
+    ("error", "whether"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_says_that_memory_is_short(error: Exception, whether: bool) -> None:
+    assert is_out_of_memory(error) is whether
 
 
 def test_tied_weights_count_once() -> None:

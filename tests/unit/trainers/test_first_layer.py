@@ -121,6 +121,14 @@ def test_a_mask_that_is_given_tells_its_first_layer(place: Workplace, tmp_path: 
         MeerkatConfig(first_layer=2).recipe_of(tmp_path / "given.safetensors")
 
 
+def test_a_mask_of_all_blocks_does_not_pass_for_one_of_the_upper(place: Workplace, tmp_path: Path) -> None:
+    mask = choose_mask(MeerkatConfig(density=0.05, selector=Selector.magnitude), tiny_loaded("llama"), place)
+    save_mask(mask, tmp_path / "given.safetensors")
+
+    with pytest.raises(ConfigError, match=r"trainer\.first_layer must be 0 as for the mask .*, got 1\."):
+        MeerkatConfig(first_layer=1).recipe_of(tmp_path / "given.safetensors")
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # by PEFT, of transformers
 @pytest.mark.parametrize("config", [LoraTrainerConfig(first_layer=1), Ia3TrainerConfig(first_layer=1)])
 def test_a_saved_adapter_of_the_upper_blocks_is_read_by_peft(config: Any, place: Workplace, tmp_path: Path) -> None:
