@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True, slots=True)
 class MezoConfig(LayeredConfig):
-    """MeZO: all weights are trained, or all of the upper blocks (arXiv 2305.17333)."""
+    """MeZO: all weights are trained (arXiv 2305.17333)."""
 
     lr: float = 1e-6
     rounding: Rounding = Rounding.nearest
