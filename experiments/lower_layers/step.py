@@ -3,8 +3,8 @@
     python experiments/lower_layers/step.py [--repeats N]      # about five minutes on 2 cores, which must be idle
 
 All steps take turns with as many bare forwards of the whole model, SmolLM2-135M (30 blocks), 16 rows of 32 tokens, a
-mask drawn at random. "Warm" steps find all their rows in ``model.lower_layers_cache_mb``. The arithmetic beside them
-counts the blocks' products alone: 2P of them without the blocks below the first layer, and these once or, warm, never.
+mask drawn at random. "Rows kept" are steps that find all of theirs in ``model.lower_layers_cache_mb``. The arithmetic
+beside them counts blocks alone: those from the first layer on run 2P times, those below once, or never for kept rows.
 """
 
 from __future__ import annotations

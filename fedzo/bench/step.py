@@ -25,14 +25,13 @@ from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
 from fedzo.models.adapters import base_model, has_adapter
 from fedzo.models.config import Quantization
-from fedzo.models.forwards import lower_layers_of
 from fedzo.models.head import hidden_at, project
 from fedzo.models.load import TORCH_DTYPES, LoadedModel, compile_loaded, load_model
 from fedzo.models.lower_layers import LowerLayers, StepStates
 from fedzo.models.products import default_product, product_is_chosen
 from fedzo.models.scoring import mean_loss
 from fedzo.models.sketched.layers import decoded_layers, layers_replaced, make_dense
-from fedzo.run.peer import check_format, set_up_process
+from fedzo.run.peer import check_format, reused_layers, set_up_process
 from fedzo.system import environment
 from fedzo.trainers import TRAINERS, Workplace
 from fedzo.zo.directions import PURPOSE_DATA, add_direction, permutation, stream_key
@@ -195,8 +194,6 @@ def open_bench(config: LaunchConfig, *, shape: str | None, rows: int, tokens: in
     prompts = [tuple(order[(row * tokens + i) % vocabulary] for i in range(tokens)) for row in range(rows)]
     candidates = ((order[0],), (order[1],))
     examples = [Example(prompt=prompt, candidates=candidates, label=0) for prompt in prompts]
-    model = config.model
-    reuse = model.reuse_lower_layers and not estimator.freeze_routing
     return Bench(
         loaded=loaded,
         space=built.space,
@@ -204,7 +201,7 @@ def open_bench(config: LaunchConfig, *, shape: str | None, rows: int, tokens: in
         examples=examples,
         eps=estimator.float32_eps,
         num_probes=estimator.num_probes,
-        lower=lower_layers_of(loaded, built.space, cache_mb=model.lower_layers_cache_mb) if reuse else None,
+        lower=reused_layers(loaded, built.space, config.model, estimator),
     )
 
 

@@ -19,7 +19,7 @@ from fedzo.fl.client.local_update import Workspace
 from fedzo.fl.client.worker import Identity
 from fedzo.fl.replica import Replica
 from fedzo.models.checks import check_ids
-from fedzo.models.config import DType
+from fedzo.models.config import DType, ModelConfig
 from fedzo.models.fidelity import NUM_DIRECTIONS, choose_dtype, coarseness_warning, try_out
 from fedzo.models.forwards import lower_layers_of
 from fedzo.models.load import LoadedModel, load_model, resolve_device
@@ -35,10 +35,10 @@ from fedzo.trainers import TRAINERS, Built, Trainer
 from fedzo.trainers.artifacts import Artifact
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import stream_key
-from fedzo.zo.estimator import LossFn, ZerothOrderConfig
+from fedzo.zo.estimator import EstimatorConfig, LossFn, ZerothOrderConfig
 from fedzo.zo.frozen_routing import build_estimator
 from fedzo.zo.server_optimizer import SERVER_OPTIMIZERS
-from fedzo.zo.spaces.base import DifferentiableSpace
+from fedzo.zo.spaces.base import DifferentiableSpace, Space
 
 log = logging.getLogger(__name__)
 TrialRows = Callable[[], list[Row]]
@@ -148,7 +148,7 @@ class Peer:
                 f"trainer={trainer}: its space must have a method gradient for estimator={name}, but has none. "
                 "Choose another trainer, or an estimator that needs forwards only."
             )
-        self.built, lower = built, self._find_lower_layers(built)
+        self.built, lower = built, reused_layers(self.loaded, built.space, self.site.model, estimator)
         longest = longest_sequence(self.loaded.model, config.task.max_length)
         tokens, token_bytes = config.fl.batch_size * longest, state_bytes(self.loaded.model)
         rule = SERVER_OPTIMIZERS.build(config.server_optimizer, local_steps=config.fl.local_steps)
@@ -167,12 +167,6 @@ class Peer:
             forward_cost_tokens=forward_cost(self.loaded.device, perturbs_weights=built.space.perturbs_weights),
             lower=lower,
         )
-
-    def _find_lower_layers(self, built: Built) -> LowerLayers | None:
-        estimator, model = self.config.estimator, self.site.model
-        if not (model.reuse_lower_layers and isinstance(estimator, ZerothOrderConfig)) or estimator.freeze_routing:
-            return None
-        return lower_layers_of(self.loaded, built.space, cache_mb=model.lower_layers_cache_mb)
 
     def _build(self, loaded: LoadedModel, artifact: Artifact) -> Built:
         estimator = self.config.estimator  # without directions their law says nothing
@@ -205,6 +199,15 @@ class Peer:
             return wide
         self.loaded = loaded
         return replace(narrow, reset=lambda: narrow.space.load(base))
+
+
+def reused_layers(
+    loaded: LoadedModel, space: Space, site: ModelConfig, estimator: EstimatorConfig
+) -> LowerLayers | None:
+    """The blocks of a model that a step runs once, if there are any and the settings let it."""
+    if not (site.reuse_lower_layers and isinstance(estimator, ZerothOrderConfig)) or estimator.freeze_routing:
+        return None
+    return lower_layers_of(loaded, space, cache_mb=site.lower_layers_cache_mb)
 
 
 def check_format(config: RunSettings, loaded: LoadedModel) -> None:

@@ -733,20 +733,24 @@ def test_a_client_that_says_nothing_costs_one_deadline_until_it_answers_a_greeti
     ]
 
 
-def test_a_new_node_does_not_answer_for_the_silence_of_the_one_before_it(federation: Any) -> None:
-    server, clients, grid = federation()
+def test_a_new_node_does_not_answer_for_the_silence_of_the_one_before_it(
+    federation: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    server, clients, grid = federation(deadline_s=1.5)
     server.run_round()
 
     def leave(request: TrainRequest) -> None:
-        del grid.nodes[101]
-        grid.connect(777, Client(1))
+        grid.nodes.pop(101, None)
+        grid.registered[777] = 1
+        grid.nodes.setdefault(777, Client(1))
 
     clients[1].train = leave
-    server.strategy = replace(server.strategy, deadline_s=1.5)
-    server.run_round()
+    server.run_round()  # long enough for the new node to be greeted beside it
+    assert 777 in grid.hellos
     server.run_round()
 
     assert [line.attendance for line in server.store.rounds] == [(0, 1, 2), (0, 2), (0, 1, 2)]
+    assert [record.getMessage() for record in caplog.records][-1] == "client 1 came back"  # as a new process
 
 
 def test_a_client_that_answers_greetings_and_no_more_costs_a_deadline_after_1_2_4_rounds_only(federation: Any) -> None:
