@@ -46,6 +46,8 @@ class Replica:
         self._rule = rule
         self._reset = reset
         self._run_seed = run_seed
+        self._check: int | None = None  # of this position, as far as somebody has asked
+        self._digest: str | None = None
 
     def drift(self, client: int) -> Drift | None:
         """The correction of a client's local steps in the coming round; None where they are plain SGD."""
@@ -65,6 +67,7 @@ class Replica:
             self.position += 1
 
     def _apply(self, record: LogRecord) -> None:
+        self._check = self._digest = None
         if isinstance(record, RoundRecord):
             self._rule.apply(self.space, self.moments, record, run_seed=self._run_seed)
             return
@@ -77,6 +80,7 @@ class Replica:
 
     def reset(self) -> None:
         """Back to the base weights."""
+        self._check = self._digest = None
         self._reset()
         self.moments.fill(0)
         self.position, self.chain = 0, EMPTY_CHAIN
@@ -88,12 +92,23 @@ class Replica:
         self.advance(records[:position])
 
     def check(self) -> int:
-        """A 32-bit check of theta and of what the rule remembers; that of theta alone where it remembers nothing."""
-        return zlib.crc32(self.moments.data, self.space.check())
+        """A 32-bit check of theta and of what the rule remembers; that of theta alone where it remembers nothing.
+
+        Theta is read once a position, however many clients ask: their local steps come back to its bits.
+        """
+        if self._check is None:
+            self._check = zlib.crc32(self.moments.data, self.space.check())
+        return self._check
+
+    def digest(self) -> str:
+        """The SHA-256 of theta, made once a position."""
+        if self._digest is None:
+            self._digest = self.space.digest()
+        return self._digest
 
     def proof(self, *, digest: bool) -> Proof:
         """What a line of the log says of the state after it; the SHA-256 of theta only where ``digest`` asks for it."""
-        return Proof(chain=self.chain.hex(), check=self.check(), digest=self.space.digest() if digest else None)
+        return Proof(chain=self.chain.hex(), check=self.check(), digest=self.digest() if digest else None)
 
     def verify(self, line: CommittedLine) -> None:
         """Compare the state with the proof in the line of the log that was applied last.
@@ -140,13 +155,14 @@ class Replica:
         agrees = (
             self.chain.hex() == request.chain
             and self.check() == request.check
-            and (not request.digest or self.space.digest() == request.digest)
+            and (not request.digest or self.digest() == request.digest)
         )
         return Status.ok if agrees else Status.mismatch
 
     def _restore(self, snapshot: bytes) -> None:
         if len(snapshot) != self.snapshot_bytes:
             raise ProtocolError(f"values must hold {self.snapshot_bytes} bytes, got {len(snapshot)}")
+        self._check = self._digest = None
         numbers = np.frombuffer(snapshot, "<f4").astype(np.float32)
         self.space.load(numbers[: self.space.size])
         self.moments[:] = numbers[self.space.size :].reshape(self.moments.shape)

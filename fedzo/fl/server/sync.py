@@ -62,7 +62,6 @@ class StateSync:
     deadline_s: float
     shuffle_seed: int | None = None
     _acked: dict[int, int] = field(default_factory=dict)
-    _digests: dict[int, str] = field(default_factory=dict)
     _packed: bytearray = field(default_factory=bytearray)
     _ends: list[int] = field(default_factory=lambda: [0])  # of the first so many records in _packed
 
@@ -170,10 +169,5 @@ class StateSync:
             "round": self._round,
             "chain": self.replica.chain.hex(),
             "check": self.replica.check(),
-            "digest": self._digest() if self._round % self.fl.hash_every == 0 else "",
+            "digest": self.replica.digest() if self._round % self.fl.hash_every == 0 else "",
         }
-
-    def _digest(self) -> str:
-        if self._round not in self._digests:
-            self._digests = {self._round: self.replica.space.digest()}
-        return self._digests[self._round]

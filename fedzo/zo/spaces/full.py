@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -17,6 +20,7 @@ from fedzo.zo.spaces.base import GraphLossFn, RowWeights, Values, as_values, dif
 from fedzo.zo.together import all_together, reading_order
 
 _CHUNK = 1 << 20  # values that are widened to float32 at a time
+_READ_BYTES = 64 << 20  # that are read from the device at a time
 
 
 class FullSpace:
@@ -96,7 +100,7 @@ class FullSpace:
                 part.copy_(part.float() * factor)
 
     def values(self) -> Values:
-        return torch.cat([parameter.detach().float().view(-1).cpu() for parameter in self._parameters]).numpy()
+        return np.concatenate([_read([each.float() for each in group]) for group in _groups(self._parameters)])
 
     def load(self, values: Values) -> None:
         parts = torch.split(torch.from_numpy(as_values(values, self.size)), [p.numel() for p in self._parameters])
@@ -117,16 +121,15 @@ class FullSpace:
 
     def check(self) -> int:
         """CRC-32 of a few thousand weights of every tensor: a missed or doubled step moves them all."""
-        crc = 0
-        for parameter in self._parameters:
-            flat = parameter.detach().view(-1)
-            crc = zlib.crc32(_raw(flat[:: max(1, flat.numel() // 1024)].contiguous()), crc)
+        crc, flat = 0, [parameter.detach().view(-1) for parameter in self._parameters]
+        for group in _groups([each[:: max(1, each.numel() // 1024)] for each in flat]):
+            crc = zlib.crc32(_read_bits(group), crc)
         return crc
 
     def digest(self) -> str:
         sha = hashlib.sha256()
-        for parameter in self._parameters:
-            sha.update(_raw(parameter.detach()))
+        for group in _groups(self._parameters):
+            sha.update(_read_bits(group))
         return sha.hexdigest()
 
     def step_bytes(self, local_steps: int) -> int:
@@ -143,5 +146,27 @@ class FullSpace:
         return None
 
 
-def _raw(tensor: torch.Tensor) -> memoryview:
-    return tensor.view(-1).view(torch.uint8).cpu().numpy().data
+def _groups(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Neighbours that are read at once: each read waits for the device, so there must not be one for every tensor."""
+    group: list[torch.Tensor] = []
+    room = _READ_BYTES
+    for tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if group and size > room:
+            yield group
+            group, room = [], _READ_BYTES
+        group.append(tensor.detach())
+        room -= size
+    if group:
+        yield group
+
+
+def _read(group: Sequence[torch.Tensor]) -> npt.NDArray[Any]:
+    """Tensors of one dtype, one after another, in the host's memory."""
+    flat = [tensor.reshape(-1) for tensor in group]
+    read: npt.NDArray[Any] = (flat[0] if len(flat) == 1 else torch.cat(flat)).cpu().numpy()
+    return read
+
+
+def _read_bits(group: Sequence[torch.Tensor]) -> memoryview:
+    return _read([tensor.reshape(-1).contiguous().view(torch.uint8) for tensor in group]).data
