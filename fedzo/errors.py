@@ -51,6 +51,12 @@ def quoted(words: str) -> str:
     return '"' + printable(words.replace('"', "'"), most=300) + '"'
 
 
+def some(names: list[str]) -> str:
+    """The first three, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
 class FolderInUseError(RunFolderError):
     """Another process writes to the run folder."""
 

@@ -28,7 +28,8 @@ from fedzo.data.encode import Example, encode
 from fedzo.data.sources import load_splits
 from fedzo.models.config import ModelConfig
 from fedzo.models.head import project
-from fedzo.models.load import LoadedModel, load_model
+from fedzo.models.load import load_model
+from fedzo.models.loaded import LoadedModel
 from fedzo.models.plan import forward_cost
 from fedzo.models.scoring import candidate_scores
 

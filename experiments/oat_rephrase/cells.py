@@ -27,7 +27,8 @@ from fedzo.data.encode import Example, encode
 from fedzo.data.files import Row, read_rows
 from fedzo.fl.log_store import RunStore
 from fedzo.models.config import ModelConfig
-from fedzo.models.load import LoadedModel, load_model
+from fedzo.models.load import load_model
+from fedzo.models.loaded import LoadedModel
 from fedzo.models.scoring import candidate_scores, choice_losses, graph_loss, mean_loss
 from fedzo.run.process import forget_process
 from fedzo.run.start import SITE_FILE, open_run

@@ -25,10 +25,10 @@ from fedzo.bench.measure import measure_peak_bytes, medians_on_gpu
 from fedzo.bench.shapes import random_model
 from fedzo.bench.step import DENSE, OURS, Bench, bench_step
 from fedzo.data.encode import Example
-from fedzo.models.load import LoadedModel
-from fedzo.models.sketched.layers import replace_layers, sketched_layers
+from fedzo.models.loaded import LoadedModel
+from fedzo.models.sketched.layers import replace_layers
 from fedzo.models.sketched.registry import SketchFormat, mark_as_sketch
-from fedzo.sketch import SketchLinear, TableSpace, decode
+from fedzo.sketch import SketchLinear, TableSpace, decode, sketched_layers
 from fedzo.sketch.gpu import DTYPES, FUSED_TOKENS, kernels_for
 from fedzo.zo.directions import add_direction, stream_key
 from fedzo.zo.estimator import TwoPointConfig

@@ -24,11 +24,11 @@ from fedzo.bench.claims import Claims
 from fedzo.data.files import read_running_text
 from fedzo.evaluate.perplexity import perplexity, text_windows
 from fedzo.models.config import ModelConfig
-from fedzo.models.load import LoadedModel, load_model, wrap_model
+from fedzo.models.load import load_model, wrap_model
+from fedzo.models.loaded import LoadedModel
 from fedzo.models.sketched.builder import layers_to_sketch, sketch_model
-from fedzo.models.sketched.layers import sketched_layers
 from fedzo.models.source import read_model
-from fedzo.sketch import SketchSettings
+from fedzo.sketch import SketchSettings, sketched_layers
 from fedzo.system import use_threads
 
 HERE = Path(__file__).parent

@@ -19,7 +19,7 @@ from fedzo.bench.claims import Claims
 from fedzo.bench.step import BARE, DENSE, OURS
 from fedzo.models.config import ModelConfig
 from fedzo.models.load import load_model
-from fedzo.models.sketched.layers import tables_of
+from fedzo.sketch import tables_of
 
 HERE = Path(__file__).parent
 EMBEDDED = "SmolLM2-135M (itself from a Q4_1 file, 5 bits a weight)"

@@ -11,7 +11,8 @@ from transformers.initialization import no_init_weights
 
 from fedzo.errors import ConfigError
 from fedzo.models.head import check_head
-from fedzo.models.load import LoadedModel, resolve_device
+from fedzo.models.load import resolve_device
+from fedzo.models.loaded import LoadedModel
 from fedzo.zo.directions import add_direction, stream_key
 
 

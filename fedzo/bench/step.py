@@ -26,7 +26,8 @@ from fedzo.errors import ConfigError
 from fedzo.models.adapters import base_model, has_adapter
 from fedzo.models.config import Quantization
 from fedzo.models.head import hidden_at, project
-from fedzo.models.load import TORCH_DTYPES, LoadedModel, compile_loaded, load_model
+from fedzo.models.load import TORCH_DTYPES, compile_loaded, load_model
+from fedzo.models.loaded import LoadedModel
 from fedzo.models.lower_layers import LowerLayers, StepStates
 from fedzo.models.products import default_product, product_is_chosen
 from fedzo.models.scoring import mean_loss

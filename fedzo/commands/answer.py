@@ -23,13 +23,13 @@ from fedzo.errors import ConfigError
 from fedzo.models.checks import check_ids
 from fedzo.models.config import ModelConfig
 from fedzo.models.generate import generate
-from fedzo.models.load import LoadedModel, load_model
+from fedzo.models.load import load_model
+from fedzo.models.loaded import LoadedModel
 from fedzo.models.memory import weights_bytes
-from fedzo.models.sketched.layers import sketched_layers, tables_of
 from fedzo.models.sketched.table_file import read_tables
 from fedzo.report.format import bytes_text
 from fedzo.run.peer import set_up_process
-from fedzo.sketch import OwnTables
+from fedzo.sketch import OwnTables, sketched_layers, tables_of
 
 BASE = ""
 """Whose rows the sketch's own tables answer."""

@@ -17,10 +17,9 @@ from fedzo.errors import ConfigError, RunFolderError
 from fedzo.evaluate.perplexity import perplexity, text_windows
 from fedzo.masks.calibration import windows_digest
 from fedzo.models.config import Quantization
-from fedzo.models.load import LoadedModel
+from fedzo.models.loaded import LoadedModel
 from fedzo.models.sketched.builder import layers_to_sketch, left_dense, sketch_model
 from fedzo.models.sketched.folder import write_sketch
-from fedzo.models.sketched.layers import sketched_layers
 from fedzo.models.sketched.leanquant import put_layout, write_layout
 from fedzo.records.decode import to_json
 from fedzo.records.folder import folder_of_one_process, replace_file, sync_folder
@@ -28,7 +27,7 @@ from fedzo.records.sketch import BuildInProgress, SketchedLayer, SketchRecipe
 from fedzo.report.format import bytes_text, seconds_text
 from fedzo.report.sinks import ProgressSink
 from fedzo.run.peer import open_model
-from fedzo.sketch import SketchSettings
+from fedzo.sketch import SketchSettings, sketched_layers
 
 _RECIPE, _LAYERS, _WHOLE = "recipe.json", "layers", "sketch"  # in the folder of a build that is under way
 _MEASURED_WINDOWS = 16

@@ -15,13 +15,14 @@ from fedzo.evaluate import evaluate
 from fedzo.fl.log_store import METRICS, RunLog
 from fedzo.models.checks import check_ids
 from fedzo.models.generate import generate
-from fedzo.models.load import LoadedModel
+from fedzo.models.loaded import LoadedModel
 from fedzo.models.saved import whole_folder
 from fedzo.models.sketched.folder import write_sketch
-from fedzo.models.sketched.layers import make_dense, tables_of
+from fedzo.models.sketched.layers import make_dense
 from fedzo.models.sketched.table_file import write_tables
 from fedzo.records.decode import encode
 from fedzo.records.metrics import Extension
+from fedzo.sketch import tables_of
 
 
 def replay_run(run_dir: Path, *, rounds: int | None = None) -> dict[str, object]:

@@ -6,7 +6,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-import fedzo.models.chat  # noqa: F401 - it registers a rewriter
+import fedzo.models.rewriter  # noqa: F401 - it registers a rewriter
 from fedzo.data.config import DataConfig, TaskConfig
 from fedzo.data.partition import PARTITIONERS
 from fedzo.data.preprocess import STAGES

@@ -13,8 +13,7 @@ from fedzo.data.encode import Example
 from fedzo.evaluate.base import EVALUATORS, EvaluatorConfig, Measure
 from fedzo.evaluate.metrics import auc, best_threshold_accuracy, rouge_l, token_f1
 from fedzo.models.forwards import OnBatch
-from fedzo.models.generate import generate
-from fedzo.models.load import LoadedModel
+from fedzo.models.loaded import LoadedModel
 from fedzo.models.plan import forward_cost
 from fedzo.models.scoring import candidate_scores, choice_losses, mean_loss
 from fedzo.records.scores import Score, known
@@ -69,6 +68,8 @@ class Answers:
         tokens_per_batch: int,
         on_batch: OnBatch | None,
     ) -> Score:
+        from fedzo.models.generate import generate  # slow to import
+
         written = task.kind is TaskKind.generation
         answers = generate(
             loaded,

@@ -13,7 +13,7 @@ from fedzo.data.encode import Example
 from fedzo.data.tasks import num_labels
 from fedzo.errors import ConfigError, FedzoError, ProtocolError
 from fedzo.models.forwards import OnBatch
-from fedzo.models.load import LoadedModel
+from fedzo.models.loaded import LoadedModel
 from fedzo.records.decode import decode, parse_json
 from fedzo.records.fields import MOST_READING
 from fedzo.records.scores import MOST_NUMBERS, PartialScore, Score, known

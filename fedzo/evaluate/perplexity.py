@@ -19,7 +19,7 @@ from fedzo.data.encode import Example
 from fedzo.errors import ConfigError, NumericsError
 from fedzo.models.checks import check_ids, num_positions
 from fedzo.models.forwards import OnBatch
-from fedzo.models.load import LoadedModel
+from fedzo.models.loaded import LoadedModel
 from fedzo.models.scoring import mean_loss
 
 _MOST_LOSS = 700.0  # exp of a little more is beyond any float

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedzo.errors import ConfigError
 from fedzo.models.blocks import upper_blocks
-from fedzo.models.load import LoadedModel
+from fedzo.models.loaded import LoadedModel
 from fedzo.models.virtual_tokens import are_seen, attach, detach, num_virtual_tokens, paused
 
 Names = tuple[str, ...]

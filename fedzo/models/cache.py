@@ -11,13 +11,10 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from fedzo.models.head import TOLERANCE
 
 logger = logging.getLogger(__name__)
-
-_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}  # others also keep states that are no keys and values
 
 
 def read_only(cache: Any, *, rows: torch.Tensor | None = None) -> Any:
@@ -89,6 +86,8 @@ def run_answers(
 @torch.inference_mode()
 def check_cache(model: nn.Module) -> bool:
     """Whether answers on top of cached prompts of unequal lengths give what whole sequences give."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
     device = next(model.parameters()).device
     size = cast(Any, model).get_input_embeddings().num_embeddings
     whole = (torch.arange(22, device=device) * 7 % size).view(2, 11)
@@ -97,7 +96,8 @@ def check_cache(model: nn.Module) -> bool:
         decoder = cast(Any, model).get_decoder()
         prompts = torch.stack([torch.cat([whole[0, :3] * 0, whole[0, :5]]), whole[1, :8]])
         ends, cache = run_prompts(model, prompts, lengths)
-        if not all(type(layer) in _LAYERS for layer in cache.layers):
+        layers = {DynamicLayer, DynamicSlidingWindowLayer}  # others also keep states that are no keys and values
+        if not all(type(layer) in layers for layer in cache.layers):
             return False
         answers = torch.stack([whole[1, 8:], whole[0, 5:8], whole[1, 8:]])
         on_top = run_answers(model, cache, answers, owners=owners, lengths=lengths, width=8)

@@ -1,69 +1,24 @@
-"""``rewriter=transformers``: a chat model in a local folder answers, through its own chat template."""
+"""A chat model in a local folder answers, through its own chat template."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
 from jinja2 import TemplateError
 from transformers import LogitsProcessor
 
-from fedzo.data.preprocess.rephrase.backend import (
-    REWRITERS,
-    Backend,
-    Completion,
-    EndpointError,
-    Request,
-    RewriterConfig,
-    RowFault,
-    RowReason,
-    refuse_broken,
-)
-from fedzo.errors import ConfigError, Problem, at_least, printable, problem
+from fedzo.data.preprocess.rephrase.backend import Completion, EndpointError, Request, RowFault, RowReason
+from fedzo.errors import ConfigError, printable
 from fedzo.models.checks import num_positions
-from fedzo.models.config import DType, ModelConfig
+from fedzo.models.config import ModelConfig
 from fedzo.models.generate import end_tokens, generate_tokens
-from fedzo.models.load import LoadedModel, load_model
-from fedzo.models.source import EMBEDDED_NAME
+from fedzo.models.load import load_model
+from fedzo.models.loaded import LoadedModel
+from fedzo.models.rewriter import TransformersConfig
 from fedzo.zo.directions import PURPOSE_SAMPLING, philox_words, stream_key
-
-if TYPE_CHECKING:
-    from fedzo.config.schema import RunSettings
-
-
-@dataclass(kw_only=True, slots=True)
-class TransformersConfig(RewriterConfig):
-    """A chat model in a local folder: no text leaves this machine."""
-
-    paths: ClassVar[tuple[str, ...]] = (*RewriterConfig.paths, "model", "judge_model")
-
-    dtype: DType = DType.float32
-    """Dtype of its weights."""
-    device: str = "auto"
-    """``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
-    batch_size: int = 8
-    """Most prompts that it answers at once."""
-
-    def problems(self, run: RunSettings) -> Iterator[Problem]:
-        yield from self.model_problems()
-
-    def model_problems(self) -> Iterator[Problem]:
-        """Broken rules on the models, which no other setting has a part in."""
-        yield from at_least("rewriter.batch_size", self.batch_size, 1, "Write 1 for one prompt after the other.")
-        if self.dtype is DType.auto:
-            yield problem("rewriter.dtype", "be float32, bfloat16 or float16", self.dtype, "Choose one of these.")
-
-    def missing(self) -> Iterator[Problem]:
-        yield from RewriterConfig.missing(self)
-        for key, name in (("model", self.model), ("judge_model", self.judge_model or self.model)):
-            if name != EMBEDDED_NAME and not (name and Path(name).expanduser().is_dir()):
-                rule = f"be a folder with a chat model, or {EMBEDDED_NAME}"
-                yield problem(f"rewriter.{key}", rule, name, "Nothing is downloaded: give the folder where it lies.")
 
 
 class LocalChat:
@@ -204,9 +159,3 @@ class _Noise(LogitsProcessor):
                 scores[row] += request.temperature * torch.from_numpy(noise).to(scores)
         self._position += 1
         return scores
-
-
-@REWRITERS.register("transformers", TransformersConfig)
-def _transformers(config: TransformersConfig) -> Backend:
-    refuse_broken(chain(config.limit_problems(), config.model_problems(), config.missing()))
-    return LocalChat(config)

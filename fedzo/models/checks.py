@@ -15,8 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from fedzo.errors import ConfigError
-from fedzo.models.source import some
+from fedzo.errors import ConfigError, some
 
 NUM_TOKENS = 8
 _NUM_TEXTS = 3

@@ -1,4 +1,4 @@
-"""What a 16-bit model does to the scalars of a run: whether bfloat16 may stand in for float32, and where probes vanish.
+"""What less than float32 does to the scalars of a run: what may stand in for it, and where probes vanish.
 
 A two-point scalar is a small difference of two losses over 2 eps, so errors of the forward pass that leave accuracy
 alone can drown it, the more so the fewer weights are trained. Whether they do depends on model, space, eps and batch;
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +28,7 @@ _MOST_NAMES = 5
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One dtype's scalars along some directions, float64 (nan for a dropped probe), and the seconds they took."""
+    """Scalars along some directions, float64 (nan for a dropped probe), and the seconds they took."""
 
     g: Losses
     seconds: float
@@ -44,35 +44,56 @@ def try_out(space: Space, estimator: Estimator, loss_fn: LossFn, keys: Sequence[
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """Whether bfloat16 is taken in place of float32.
+class Contender:
+    """A way to compute that may stand in for float32.
 
     Attributes:
+        name: What people call it.
         error: Root mean square of the scalars' differences, over that of float32's scalars; infinite if there is none.
-        time: Time of bfloat16's estimate over that of float32's.
+        time: Time of its estimate over that of float32's.
     """
 
+    name: str
     error: float
     time: float
 
     @property
-    def dtype(self) -> DType:
-        """bfloat16 if it is true to float32 and faster."""
-        return DType.bfloat16 if self.error <= _LARGEST_ERROR and self.time <= _LARGEST_TIME else DType.float32
+    def passes(self) -> bool:
+        """Whether it is true to float32, and faster."""
+        return self.error <= _LARGEST_ERROR and self.time <= _LARGEST_TIME
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which contender is taken in place of float32, if any."""
+
+    contenders: tuple[Contender, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the fastest that passes; else float32."""
+        passing = [each for each in self.contenders if each.passes]
+        return min(passing, key=lambda each: each.time).name if passing else DType.float32
 
     def __str__(self) -> str:
+        found = "; ".join(
+            f"{each.name} {each.error:.1%} off in {each.time:.2f} of the time" for each in self.contenders
+        )
         return (
-            f"model.dtype=auto: {self.dtype} is chosen. Along {NUM_DIRECTIONS} directions bfloat16's scalars are off "
-            f"by {self.error:.1%} of float32's (rms; at most {_LARGEST_ERROR:.0%}), in {self.time:.2f} of the time "
-            f"(at most {_LARGEST_TIME:.2f})."
+            f"model.dtype=auto: {self.name} is chosen. Scalars along {NUM_DIRECTIONS} directions, beside float32's "
+            f"(at most {_LARGEST_ERROR:.0%} off, rms, in at most {_LARGEST_TIME:.2f} of the time): {found}."
         )
 
 
-def choose_dtype(*, wide: Trial, narrow: Trial) -> Choice:
-    """Compare a trial in bfloat16 (narrow) with one in float32 (wide)."""
+def choose_dtype(wide: Trial, others: Mapping[str, Trial]) -> Choice:
+    """Compare trials of other ways, by name, with one in float32 (wide)."""
     size = float(np.mean(wide.g**2))
-    error = math.sqrt(float(np.mean((narrow.g - wide.g) ** 2)) / size) if size > 0 else math.inf
-    return Choice(error if math.isfinite(error) else math.inf, narrow.seconds / wide.seconds)
+
+    def of(name: str, trial: Trial) -> Contender:
+        error = math.sqrt(float(np.mean((trial.g - wide.g) ** 2)) / size) if size > 0 else math.inf
+        return Contender(name, error if math.isfinite(error) else math.inf, trial.seconds / wide.seconds)
+
+    return Choice(tuple(of(name, trial) for name, trial in others.items()))
 
 
 def spacing(value: float, dtype: torch.dtype) -> float:

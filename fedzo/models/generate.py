@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from fedzo.errors import ConfigError
 from fedzo.models.checks import num_positions, num_rows
 from fedzo.models.head import TOLERANCE
-from fedzo.models.load import LoadedModel
+from fedzo.models.loaded import LoadedModel
 from fedzo.models.plan import FEW_FORWARDS, plan_batches
 from fedzo.models.virtual_tokens import num_virtual_tokens
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,12 +15,13 @@ from transformers import AutoTokenizer
 from fedzo.errors import ConfigError
 from fedzo.models.cache import check_cache
 from fedzo.models.checks import check_causal, check_finite, check_tokens, num_positions
-from fedzo.models.compiled import CompiledDecoder, compile_decoder
+from fedzo.models.compiled import compile_decoder
 from fedzo.models.config import DType, ModelConfig, Quantization
 from fedzo.models.digest import file_digest, parameters_digest, stored_entries, tokenizer_digest, weights_digest
 from fedzo.models.head import check_head
+from fedzo.models.loaded import LoadedModel
 from fedzo.models.sketched.folder import MANIFEST, check_tensors, read_manifest
-from fedzo.models.sketched.layers import sketched_layers, stored_state
+from fedzo.models.sketched.layers import stored_state
 from fedzo.models.source import (
     Source,
     check_unpacked,
@@ -31,6 +32,7 @@ from fedzo.models.source import (
     read_model,
     without_progress_bars,
 )
+from fedzo.sketch import sketched_layers
 
 logger = logging.getLogger(__name__)
 
@@ -40,69 +42,6 @@ TORCH_DTYPES = {
     DType.float16: torch.float16,
     DType.auto: torch.float32,  # until the site has measured
 }
-
-
-@dataclass(slots=True)
-class ForwardCounter:
-    """What the model was asked to do since it was loaded."""
-
-    num_forwards: int = 0
-    num_tokens: int = 0
-    """Tokens run, padding included."""
-    num_padding: int = 0
-    num_head_rows: int = 0
-    """Positions that paid for the LM head."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """A frozen model in evaluation mode, its tokenizer, and digests of both as stored.
-
-    Attributes:
-        model: The model; no parameter requires a gradient.
-        tokenizer: A transformers tokenizer.
-        device: Where the model is.
-        base_digest: SHA-256 of the stored weights, whatever the dtype they are held in.
-        tokenizer_digest: SHA-256 of vocabulary, special tokens and chat template.
-        source: Folder or hub name they came from.
-        read_weights: Reads the base weights again, by parameter name.
-        direct_head: Whether the LM head may be applied apart (``head.check_head``).
-        shared_prompts: Whether candidates may run on top of their prompt's cache (``cache.check_cache``).
-        compiled: The decoder that losses and scores run through, if not the model's own (``model.compile``).
-        counter: Forwards and tokens so far.
-    """
-
-    model: nn.Module
-    tokenizer: Any
-    device: torch.device
-    base_digest: str
-    tokenizer_digest: str
-    source: str
-    read_weights: Callable[[], dict[str, torch.Tensor]] | None = None
-    direct_head: bool = True
-    shared_prompts: bool = False
-    compiled: CompiledDecoder | None = None
-    counter: ForwardCounter = field(default_factory=ForwardCounter)
-
-    @property
-    def is_sketch(self) -> bool:
-        """Whether linear layers are codes and tables (``fedzo.sketch``)."""
-        return bool(sketched_layers(self.model))
-
-    def reload_weights(self) -> None:
-        """Write the base weights back into the model, in place.
-
-        Raises:
-            ConfigError: The model was not loaded from a source that can be read again.
-        """
-        if self.read_weights is None:
-            raise ConfigError(
-                f"model {self.source!r} must come from load_model to be read again; it was made in memory."
-            )
-        weights = self.read_weights()
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(weights[name])
 
 
 def load_model(config: ModelConfig, *, device: str = "auto", max_length: int = 1) -> LoadedModel:

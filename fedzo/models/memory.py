@@ -29,8 +29,8 @@ from torch import nn
 
 from fedzo.errors import ConfigError
 from fedzo.models.head import hidden_at
-from fedzo.models.load import LoadedModel
-from fedzo.models.sketched.layers import sketched_layers
+from fedzo.models.loaded import LoadedModel
+from fedzo.sketch import sketched_layers
 
 _LOGITS_BYTES = 256 << 20
 _RULE_VECTORS = 10

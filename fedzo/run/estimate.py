@@ -6,7 +6,7 @@ import torch
 
 from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
-from fedzo.models.load import LoadedModel
+from fedzo.models.loaded import LoadedModel
 from fedzo.models.memory import (
     available_memory_bytes,
     estimate_step_memory_bytes,

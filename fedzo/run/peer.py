@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+
+import torch
 
 from fedzo.config.plugins import plugin_name
 from fedzo.config.schema import RunConfig, RunSettings, SiteConfig, SiteFile, with_rounds
@@ -20,13 +22,14 @@ from fedzo.fl.client.worker import Identity
 from fedzo.fl.replica import Replica
 from fedzo.models.checks import check_ids
 from fedzo.models.config import DType, ModelConfig
-from fedzo.models.fidelity import NUM_DIRECTIONS, choose_dtype, coarseness_warning, try_out
+from fedzo.models.fidelity import NUM_DIRECTIONS, Trial, choose_dtype, coarseness_warning, try_out
 from fedzo.models.forwards import lower_layers_of
-from fedzo.models.load import LoadedModel, load_model, resolve_device
+from fedzo.models.load import load_model, resolve_device
+from fedzo.models.loaded import LoadedModel
 from fedzo.models.lower_layers import LowerLayers
 from fedzo.models.memory import state_bytes
 from fedzo.models.plan import forward_cost
-from fedzo.models.products import choose_product
+from fedzo.models.products import choose_product, products_of, rounded_products
 from fedzo.models.scoring import mean_loss
 from fedzo.models.virtual_tokens import longest_sequence
 from fedzo.run.estimate import fitting_tokens_per_batch
@@ -35,7 +38,7 @@ from fedzo.trainers import TRAINERS, Built, Trainer
 from fedzo.trainers.artifacts import Artifact
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import stream_key
-from fedzo.zo.estimator import EstimatorConfig, LossFn, ZerothOrderConfig
+from fedzo.zo.estimator import EstimatorConfig, ZerothOrderConfig
 from fedzo.zo.frozen_routing import build_estimator
 from fedzo.zo.server_optimizer import SERVER_OPTIMIZERS
 from fedzo.zo.spaces.base import DifferentiableSpace, Space
@@ -174,9 +177,9 @@ class Peer:
         return self.trainer.build(loaded, artifact, distribution=law)
 
     def _choose_dtype(self, wide: Built, artifact: Artifact, rows: list[Row], settings: ZerothOrderConfig) -> Built:
-        """Take a bfloat16 model in the place of the float32 one if it measures the same scalars in less time.
+        """Take bfloat16, or rounded products, in the place of float32 if they measure its scalars in less time.
 
-        The trained values start from float32's in both, so peers agree however each of them decides.
+        The trained values start from float32's in all of them, so peers agree however each of them decides.
         """
         config, estimator = self.config, build_estimator(settings)
         model = replace(self.site.model, dtype=DType.bfloat16)
@@ -186,19 +189,23 @@ class Peer:
         examples = self.encode(rows)
         keys = [stream_key(config.seed, round=0, probe=probe) for probe in range(NUM_DIRECTIONS)]
 
-        def loss_fn_of(loaded: LoadedModel) -> LossFn:
+        def trial(loaded: LoadedModel, built: Built) -> Trial:
             tokens = self.site.model.tokens_per_batch
-            return lambda: mean_loss(loaded, examples, loss=config.task.loss, tokens_per_batch=tokens)
+            loss_fn = partial(mean_loss, loaded, examples, loss=config.task.loss, tokens_per_batch=tokens)
+            return try_out(built.space, estimator, loss_fn, keys)
 
-        choice = choose_dtype(
-            wide=try_out(wide.space, estimator, loss_fn_of(self.loaded), keys),
-            narrow=try_out(narrow.space, estimator, loss_fn_of(loaded), keys),
-        )
+        float32, others = trial(self.loaded, wide), {str(DType.bfloat16): trial(loaded, narrow)}
+        if rounded := rounded_products(self.loaded.device):
+            with products_of(rounded.precision):
+                others[rounded.name] = trial(self.loaded, wide)
+        choice = choose_dtype(float32, others)
         log.warning("%s", choice)  # no less, or the command line would not show it
-        if choice.dtype is DType.float32:
-            return wide
-        self.loaded = loaded
-        return replace(narrow, reset=lambda: narrow.space.load(base))
+        if choice.name == DType.bfloat16:
+            self.loaded = loaded
+            return replace(narrow, reset=lambda: narrow.space.load(base))
+        if rounded and choice.name == rounded.name:
+            torch.set_float32_matmul_precision(rounded.precision)
+        return wide
 
 
 def reused_layers(

@@ -23,7 +23,7 @@ from fedzo.errors import ConfigError
 from fedzo.fl.log_store import RunStore
 from fedzo.fl.messages import Refusal
 from fedzo.fl.site_limits import SiteError, check_base, check_run, check_work
-from fedzo.models.load import LoadedModel
+from fedzo.models.loaded import LoadedModel
 from fedzo.report import ReportConfig
 from fedzo.report.trackers import TrackerConfig
 from fedzo.run.client_context import ClientContext

@@ -10,7 +10,8 @@ from torch import nn
 
 from fedzo.config.schema import SiteConfig
 from fedzo.errors import ConfigError
-from fedzo.models.load import ForwardCounter, LoadedModel, check_length
+from fedzo.models.load import check_length
+from fedzo.models.loaded import ForwardCounter, LoadedModel
 from fedzo.models.source import find_source
 from fedzo.run.peer import Peer, open_model, set_up_process
 

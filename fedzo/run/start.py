@@ -15,7 +15,7 @@ from fedzo.config.travel import from_json, to_json
 from fedzo.data.rows import RowSource, SimulatedRows
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.models.config import BaseConfig
-from fedzo.models.load import LoadedModel
+from fedzo.models.loaded import LoadedModel
 from fedzo.records.folder import read_file, replace_file
 from fedzo.report.sinks import ProgressSink
 from fedzo.run.peer import Peer, check_format, open_model

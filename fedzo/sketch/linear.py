@@ -202,3 +202,13 @@ def _scratch(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -
         buffers.pop(device, None)
         buffers[device] = torch.empty(num_bytes, dtype=torch.uint8, device=device)
     return buffers[device][:num_bytes].view(dtype).view(shape)
+
+
+def sketched_layers(model: nn.Module) -> dict[str, SketchLinear]:
+    """The sketched layers by name, in the order of ``named_modules``; empty for a dense model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SketchLinear)}
+
+
+def tables_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The tables of all sketched layers by name, in the order of ``named_parameters``; empty for a dense model."""
+    return {f"{name}.tables": layer.tables for name, layer in sketched_layers(model).items()}

@@ -27,7 +27,8 @@ from transformers import (
     RwkvConfig,
 )
 
-from fedzo.models.load import LoadedModel, wrap_model
+from fedzo.models.load import wrap_model
+from fedzo.models.loaded import LoadedModel
 from fedzo.models.sketched.layers import dense_layers, weight_of
 from fedzo.models.sketched.registry import SketchFormat, mark_as_sketch
 from fedzo.sketch import SketchLinear, SketchSettings, sketch_matrix

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import peft
 
     from fedzo.config.schema import RunSettings
-    from fedzo.models.load import LoadedModel
+    from fedzo.models.loaded import LoadedModel
 
 Law = tuple[float, float]
 """Mean and standard deviation of a tensor's initial values."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from fedzo.config.schema import RunSettings
-    from fedzo.models.load import LoadedModel
+    from fedzo.models.loaded import LoadedModel
     from fedzo.zo.config import Distribution
     from fedzo.zo.spaces.base import Space
 

@@ -23,7 +23,7 @@ from fedzo.trainers.base import InputsConfig, LayeredConfig, Workplace
 
 if TYPE_CHECKING:
     from fedzo.config.schema import RunSettings
-    from fedzo.models.load import LoadedModel
+    from fedzo.models.loaded import LoadedModel
 
 
 class Calibration(StrEnum):

@@ -32,7 +32,7 @@ from fedzo.zo.spaces.masked import MaskedSpace
 
 if TYPE_CHECKING:
     from fedzo.config.schema import RunSettings
-    from fedzo.models.load import LoadedModel
+    from fedzo.models.loaded import LoadedModel
 
 log = logging.getLogger(__name__)
 MASK_FILE = "mask.safetensors"

@@ -14,7 +14,7 @@ from fedzo.zo.rounding import is_rounded
 from fedzo.zo.spaces.full import FullSpace
 
 if TYPE_CHECKING:
-    from fedzo.models.load import LoadedModel
+    from fedzo.models.loaded import LoadedModel
 
 log = logging.getLogger(__name__)
 

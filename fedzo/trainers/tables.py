@@ -17,9 +17,8 @@ from torch import nn
 from fedzo.errors import ConfigError, Problem
 from fedzo.masks.sensitivity import WindowGradients, next_token_loss
 from fedzo.models.blocks import parameters_from
-from fedzo.models.sketched.layers import sketched_layers, tables_of
 from fedzo.models.sketched.table_file import GRADIENT, read_tables, write_tables
-from fedzo.sketch import TableSpace
+from fedzo.sketch import TableSpace, sketched_layers, tables_of
 from fedzo.trainers.artifacts import Artifact
 from fedzo.trainers.base import (
     TRAINERS,
@@ -35,7 +34,7 @@ from fedzo.zo.config import Distribution
 
 if TYPE_CHECKING:
     from fedzo.config.schema import RunSettings
-    from fedzo.models.load import LoadedModel
+    from fedzo.models.loaded import LoadedModel
 
 GRADIENT_FILE = "table_gradient.safetensors"
 """Of the run folder: the gradient that a resumed run goes on with."""

@@ -13,9 +13,10 @@ from fedzo.cli import main
 from fedzo.data.encode import encode_prompts
 from fedzo.models.config import ModelConfig
 from fedzo.models.generate import generate
-from fedzo.models.load import LoadedModel, load_model
-from fedzo.models.sketched.layers import sketched_layers, tables_of
+from fedzo.models.load import load_model
+from fedzo.models.loaded import LoadedModel
 from fedzo.models.sketched.table_file import write_tables
+from fedzo.sketch import sketched_layers, tables_of
 from fedzo.testing.tiny_models import save_tiny_model, save_tiny_sketch
 
 PROMPTS = ["the cat", "a dog sat on", "one", "two and three", "the cat", "what is it"]

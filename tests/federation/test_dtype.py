@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from fedzo.commands.run_folder import rebuild
 from fedzo.commands.trained import replay_run
 from fedzo.models import fidelity
+from fedzo.models.products import RoundedProducts
+from fedzo.run import peer
 from fedzo.run.peer import Peer
 
 Run = Callable[..., Path]
@@ -63,6 +65,7 @@ def test_where_bfloat16_is_taken_the_trained_values_start_from_float32s(
 ) -> None:
     monkeypatch.setattr(fidelity, "_LARGEST_ERROR", math.inf)
     monkeypatch.setattr(fidelity, "_LARGEST_TIME", math.inf)
+    monkeypatch.setattr(peer, "rounded_products", lambda device: None)
     settings = (f"trainer={trainer}", "fl.local_steps=2", "server_optimizer.lr=1e-4")
 
     auto, plain = run("model.dtype=auto", *settings), run("model.dtype=float32", *settings)
@@ -76,6 +79,31 @@ def test_where_bfloat16_is_taken_the_trained_values_start_from_float32s(
     assert start[0] == start[1]
     assert replay_run(auto)["digest"] == lines(auto, "public.jsonl")[-1]["digest"]
     assert dtypes[2:] == [torch.float32] * 3  # what is rebuilt is not measured again
+
+
+@pytest.fixture
+def own_precision() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("own_precision")
+def test_rounded_products_are_taken_where_they_are_true_and_left_by_the_next_run(
+    run: Run, dtypes: list[torch.dtype], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offered = RoundedProducts("float32 with TF32 products", "high")  # a CPU's are float32's with that permission
+    monkeypatch.setattr(peer, "rounded_products", lambda device: offered)
+    monkeypatch.setattr(fidelity, "_LARGEST_TIME", math.inf)
+
+    run("model.dtype=auto", "fl.rounds=1")
+
+    (line,) = said(caplog)
+    assert "float32 with TF32 products is chosen" in line
+    assert dtypes == [torch.float32]
+    assert torch.get_float32_matmul_precision() == "high"
+    run("fl.rounds=1")
+    assert torch.get_float32_matmul_precision() != "high"
 
 
 def test_all_weights_of_a_16_bit_model_are_warned_of_where_probes_vanish(

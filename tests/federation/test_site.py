@@ -27,7 +27,8 @@ from fedzo.fl.server.step_policy.statistics import Statistic
 from fedzo.fl.site_limits import SiteError
 from fedzo.models.config import ModelConfig
 from fedzo.models.digest import parameters_digest
-from fedzo.models.load import LoadedModel, load_model
+from fedzo.models.load import load_model
+from fedzo.models.loaded import LoadedModel
 from fedzo.run import apps, site_model
 from fedzo.run.peer import open_model
 from fedzo.run.process import Process, forget_process, this_process

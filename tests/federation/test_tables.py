@@ -27,11 +27,11 @@ from fedzo.errors import ConfigError, FedzoError
 from fedzo.models.config import ModelConfig
 from fedzo.models.load import load_model
 from fedzo.models.sketched.folder import read_manifest
-from fedzo.models.sketched.layers import tables_of
 from fedzo.models.sketched.table_file import read_tables
 from fedzo.run import apps
 from fedzo.run.process import open_process
 from fedzo.run.start import open_run
+from fedzo.sketch import tables_of
 from fedzo.testing.tiny_models import save_tiny_sketch
 from fedzo.zo.directions import direction, stream_key
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fedzo.data.config import TaskConfig
     from fedzo.data.encode import Example
     from fedzo.models.forwards import OnBatch
-    from fedzo.models.load import LoadedModel
+    from fedzo.models.loaded import LoadedModel
     from fedzo.records.metrics import Score
 
 

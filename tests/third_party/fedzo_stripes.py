@@ -16,7 +16,7 @@ from fedzo.zo.spaces.masked import MaskedSpace
 
 if TYPE_CHECKING:
     from fedzo.config.schema import RunSettings
-    from fedzo.models.load import LoadedModel
+    from fedzo.models.loaded import LoadedModel
 
 
 @dataclass(kw_only=True, slots=True)

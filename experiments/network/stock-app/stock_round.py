@@ -16,7 +16,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedzo.models.config import ModelConfig
-from fedzo.models.load import LoadedModel, load_model
+from fedzo.models.load import load_model
+from fedzo.models.loaded import LoadedModel
 
 ROWS, TOKENS = 2, 32
 client_app = ClientApp()

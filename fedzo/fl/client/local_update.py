@@ -14,7 +14,7 @@ from fedzo.data.encode import Example
 from fedzo.data.rows import batch_rows
 from fedzo.fl.messages import TrainRequest
 from fedzo.fl.replica import Replica
-from fedzo.models.load import LoadedModel
+from fedzo.models.loaded import LoadedModel
 from fedzo.models.lower_layers import LowerLayers
 
 

@@ -26,11 +26,11 @@ from safetensors.torch import save
 from torch import nn
 
 from fedzo.errors import ConfigError
-from fedzo.models.sketched.layers import dense_layers, sketched_layers, weight_of
+from fedzo.models.sketched.layers import dense_layers, weight_of
 from fedzo.models.sketched.walk import Walk, find_linear_blocks, start_walk
 from fedzo.records.folder import replace_file
 from fedzo.records.sketch import SketchedLayer
-from fedzo.sketch import Sketch, SketchLinear, SketchSettings, check_shapes, sketch_matrix
+from fedzo.sketch import Sketch, SketchLinear, SketchSettings, check_shapes, sketch_matrix, sketched_layers
 from fedzo.sketch.packing import columns_per_group
 
 Advance = Callable[[int, int], None]

@@ -13,12 +13,13 @@ import fedzo
 from fedzo.errors import ConfigError
 from fedzo.models.digest import Entry, stored_entries
 from fedzo.models.saved import disk_errors, sync_files
-from fedzo.models.sketched.layers import dense_layers, sketched_layers
+from fedzo.models.sketched.layers import dense_layers
 from fedzo.models.sketched.registry import SketchFormat, mark_as_sketch
 from fedzo.models.source import without_progress_bars
 from fedzo.records.decode import decode_json, to_json
 from fedzo.records.folder import replace_file
 from fedzo.records.sketch import SketchedLayer, SketchManifest, SketchRecipe, StoredTensor
+from fedzo.sketch import sketched_layers
 
 MANIFEST = "sketch.json"
 

@@ -11,17 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedzo.models.source import forget_packing
-from fedzo.sketch import SketchLinear
-
-
-def sketched_layers(model: nn.Module) -> dict[str, SketchLinear]:
-    """The sketched layers by name, in the order of ``named_modules``; empty for a dense model."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SketchLinear)}
-
-
-def tables_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The tables of all sketched layers by name, in the order of ``named_parameters``; empty for a dense model."""
-    return {f"{name}.tables": layer.tables for name, layer in sketched_layers(model).items()}
+from fedzo.sketch import SketchLinear, sketched_layers
 
 
 def dense_layers(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from fedzo.errors import ConfigError
-from fedzo.models.sketched.layers import dense_layers, narrowest, sketched_layers, weight_of
+from fedzo.models.sketched.layers import dense_layers, narrowest, weight_of
 from fedzo.records.folder import replace_file
-from fedzo.sketch import SketchLinear, pack, unpack
+from fedzo.sketch import SketchLinear, pack, sketched_layers, unpack
 
 _VALUES = (4, 8, 16)
 

@@ -17,13 +17,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from fedzo.errors import ConfigError, RunFolderError, printable
-from fedzo.models.sketched.layers import tables_of
-from fedzo.models.source import some
+from fedzo.errors import ConfigError, RunFolderError, printable, some
 from fedzo.records.folder import replace_file
+from fedzo.sketch import tables_of
 
 if TYPE_CHECKING:
-    from fedzo.models.load import LoadedModel
+    from fedzo.models.loaded import LoadedModel
 
 FORMAT = 1
 TABLES, GRADIENT = "tables", "gradient"

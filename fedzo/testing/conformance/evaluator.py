@@ -8,7 +8,7 @@ from fedzo.data.config import TaskConfig
 from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
 from fedzo.evaluate.base import Evaluator, evaluate, merge_scores
-from fedzo.models.load import LoadedModel
+from fedzo.models.loaded import LoadedModel
 from fedzo.records.decode import decode, encode
 from fedzo.records.scores import PartialScore, Score
 from fedzo.testing.conformance.bits import global_generators, model_bits, must, must_be_same_model

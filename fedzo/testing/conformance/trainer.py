@@ -19,7 +19,7 @@ from fedzo.trainers.artifacts import Artifact, ArtifactStore
 from fedzo.zo.config import Distribution
 
 if TYPE_CHECKING:
-    from fedzo.models.load import LoadedModel
+    from fedzo.models.loaded import LoadedModel
 
 _IDS = torch.arange(24).reshape(2, 12) * 7 % 256
 _TEXTS = [f"Document {i}: the quick brown fox jumps over {i} lazy dogs and looks back at them." * 2 for i in range(40)]

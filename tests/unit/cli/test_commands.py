@@ -247,3 +247,19 @@ def test_the_parser_needs_neither_torch_nor_hydra() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert result.stdout.strip() == "[]"
+
+
+def test_settings_are_read_checked_and_listed_without_the_libraries_that_only_a_model_or_its_rows_need() -> None:
+    code = (
+        "import sys\n"
+        "from fedzo.cli import main\n"
+        "assert main(['list']) == 0\n"
+        "assert main(['train', 'trainer.lr=-1']) != 0\n"
+        "late = {'transformers', 'peft', 'datasets', 'flwr_datasets', 'pandas', 'matplotlib', 'ray', 'sympy'}\n"
+        "print(sorted(late & set(sys.modules)))\n"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "trainer.lr must be" in done.stderr

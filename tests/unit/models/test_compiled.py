@@ -23,7 +23,8 @@ from fedzo.data.config import Loss
 from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
 from fedzo.models.forwards import Planning, Text, run_texts
-from fedzo.models.load import LoadedModel, compile_loaded
+from fedzo.models.load import compile_loaded
+from fedzo.models.loaded import LoadedModel
 from fedzo.models.plan import FEW_FORWARDS, bucket, plan_batches
 from fedzo.models.scoring import candidate_scores, example_losses
 from fedzo.testing.tiny_models import tiny_loaded

@@ -102,20 +102,43 @@ def test_the_warning_names_five_tensors_and_counts_them_all() -> None:
     ],
 )
 def test_fidelity_comes_before_speed(narrow: list[float], seconds: float, error: float, dtype: DType) -> None:
-    choice = choose_dtype(wide=Trial(np.array([3.0, -4.0]), 2.0), narrow=Trial(np.array(narrow), 2 * seconds))
+    wide, trial = Trial(np.array([3.0, -4.0]), 2.0), Trial(np.array(narrow), 2 * seconds)
+    choice = choose_dtype(wide, {"bfloat16": trial})
 
-    assert choice.error == pytest.approx(error)
-    assert choice.time == pytest.approx(seconds)
-    assert choice.dtype is dtype
+    (contender,) = choice.contenders
+    assert contender.error == pytest.approx(error)
+    assert contender.time == pytest.approx(seconds)
+    assert choice.name == dtype
     assert f"{dtype} is chosen" in str(choice)
-    assert f"{choice.time:.2f} of the time" in str(choice)
+    assert f"{contender.time:.2f} of the time" in str(choice)
+
+
+@pytest.mark.parametrize(
+    ("tf32", "narrow", "chosen"),
+    [
+        (([3.0, -4.0], 0.5), ([3.0, -4.0], 0.4), "bfloat16"),  # the faster of two that are true
+        (([3.0, -4.0], 0.4), ([3.0, -4.0], 0.5), "tf32"),
+        (([3.0, -4.0], 0.8), ([-3.0, 4.0], 0.1), "tf32"),  # the true one
+        (([-3.0, 4.0], 0.1), ([3.0, -4.0], 0.8), "bfloat16"),
+        (([3.0, -4.0], 1.0), ([3.0, -4.0], 1.0), "float32"),
+    ],
+)
+def test_the_fastest_of_those_that_are_true_is_chosen(
+    tf32: tuple[list[float], float], narrow: tuple[list[float], float], chosen: str
+) -> None:
+    others = {name: Trial(np.array(g), seconds) for name, (g, seconds) in (("tf32", tf32), ("bfloat16", narrow))}
+
+    choice = choose_dtype(Trial(np.array([3.0, -4.0]), 1.0), others)
+
+    assert choice.name == chosen
+    assert str(choice).count("of the time") == 3  # the limit, and what each took
 
 
 @pytest.mark.parametrize("wide", [[0.0, 0.0], [math.nan, 1.0]])
 def test_scalars_that_say_nothing_choose_float32(wide: list[float]) -> None:
-    choice = choose_dtype(wide=Trial(np.array(wide), 1.0), narrow=Trial(np.array(wide), 0.1))
+    choice = choose_dtype(Trial(np.array(wide), 1.0), {"bfloat16": Trial(np.array(wide), 0.1)})
 
-    assert (choice.error, choice.dtype) == (math.inf, DType.float32)
+    assert (choice.contenders[0].error, choice.name) == (math.inf, DType.float32)
 
 
 def trial(model: nn.Module, loss_fn: Callable[[], float], **space: object) -> Trial:
@@ -135,7 +158,7 @@ def test_a_model_that_bfloat16_computes_exactly_is_off_by_nothing() -> None:
     wide, narrow = of(torch.float32), of(torch.bfloat16)
 
     assert np.abs(wide.g).max() > 0
-    assert choose_dtype(wide=wide, narrow=narrow).error == 0
+    assert choose_dtype(wide, {"bfloat16": narrow}).contenders[0].error == 0
 
 
 def test_a_masked_language_model_loses_its_scalars_in_bfloat16() -> None:
@@ -153,10 +176,10 @@ def test_a_masked_language_model_loses_its_scalars_in_bfloat16() -> None:
         space = MaskedSpace(model, {name: torch.arange(4) for name in names})
         return try_out(space, TwoPoint(3e-4), loss_fn, range(64))  # of four, the error is another on each make of CPU
 
-    choice = choose_dtype(wide=of(torch.float32), narrow=of(torch.bfloat16))
+    choice = choose_dtype(of(torch.float32), {"bfloat16": of(torch.bfloat16)})
 
-    assert choice.error > 1
-    assert choice.dtype is DType.float32
+    assert choice.contenders[0].error > 1
+    assert choice.name == DType.float32
 
 
 def test_a_trial_warms_up_and_drops_what_is_not_finite() -> None:

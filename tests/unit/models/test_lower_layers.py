@@ -21,7 +21,8 @@ from fedzo.errors import ConfigError
 from fedzo.models import lower_layers
 from fedzo.models.blocks import find_blocks, first_trained_block, parameters_from, upper_blocks
 from fedzo.models.forwards import lower_layers_of
-from fedzo.models.load import LoadedModel, compile_loaded, wrap_model
+from fedzo.models.load import compile_loaded, wrap_model
+from fedzo.models.loaded import LoadedModel
 from fedzo.models.lower_layers import LowerLayers, StepStates, find_lower_layers
 from fedzo.models.scoring import example_losses
 from fedzo.testing.tiny_models import FAMILIES, byte_tokenizer, tiny_loaded, tiny_model_from, tiny_sketch

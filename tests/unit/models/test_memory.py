@@ -21,8 +21,8 @@ from fedzo.models.memory import (
     seconds_per_token,
     weights_bytes,
 )
-from fedzo.models.sketched.layers import tables_of
 from fedzo.run import estimate
+from fedzo.sketch import tables_of
 from fedzo.testing.tiny_models import FAMILIES, WITHOUT_ATTENTION, tiny_loaded, tiny_model, tiny_sketch
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.trainers.tables import TablesConfig

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fedzo.models import products
-from fedzo.models.products import choose_product, default_product, product_is_chosen
+from fedzo.models.products import (
+    choose_product,
+    default_product,
+    product_is_chosen,
+    products_of,
+    rounded_products,
+)
 
 CPU = torch.device("cpu")
 
@@ -37,18 +44,34 @@ def test_whatever_is_chosen_products_are_float32s() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_library_that_rounds_what_it_multiplies_is_not_chosen(
+def test_a_library_that_rounds_what_it_multiplies_is_not_chosen_but_offered(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def rounds_when_allowed(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         allowed = torch.get_float32_matmul_precision() == "medium"
         narrow = [x.to(dtype).float() if allowed else x for x in (left, right)]
-        return narrow[0] @ narrow[1].T
+        return torch.einsum("ij,kj->ik", *narrow)
 
     monkeypatch.setattr(products.F, "linear", rounds_when_allowed)
 
     assert not choose_product(CPU)
     assert not product_is_chosen()
+    assert rounded_products(CPU) == ("float32 with bfloat16 products", "medium")
+
+
+def test_a_cpu_whose_products_are_float32s_has_no_rounded_ones() -> None:
+    assert choose_product(CPU) is (rounded_products(CPU) is None)
+
+
+@pytest.mark.parametrize(
+    ("capability", "offered"), [((7, 5), None), ((8, 0), ("float32 with TF32 products", "high"))], ids=str
+)
+def test_gpus_offer_tf32_from_ampere_on(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], offered: tuple[str, str] | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    assert rounded_products(torch.device("cuda")) == offered
 
 
 def test_on_a_gpu_products_stay_float32s() -> None:
@@ -65,3 +88,16 @@ def test_default_products_come_back_to_what_was_chosen() -> None:
         assert not product_is_chosen()
 
     assert product_is_chosen()
+
+
+def test_products_of_another_precision_come_back_after_an_error() -> None:
+    torch.set_float32_matmul_precision("highest")
+
+    seen = []
+
+    with suppress(RuntimeError), products_of("high"):
+        seen.append(torch.get_float32_matmul_precision())
+        raise RuntimeError
+
+    assert seen == ["high"]
+    assert torch.get_float32_matmul_precision() == "highest"

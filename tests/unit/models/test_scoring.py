@@ -21,7 +21,8 @@ from fedzo.data.config import Loss
 from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
 from fedzo.models import scoring
-from fedzo.models.load import LoadedModel, wrap_model
+from fedzo.models.load import wrap_model
+from fedzo.models.loaded import LoadedModel
 from fedzo.models.plan import plan_batches
 from fedzo.models.scoring import candidate_scores, mean_loss
 from fedzo.testing.tiny_models import FAMILIES, byte_tokenizer, tiny_loaded, tiny_model_from

@@ -19,7 +19,7 @@ from fedzo.data.config import Loss
 from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
 from fedzo.models.cache import check_cache, run_answers, run_prompts
-from fedzo.models.load import LoadedModel
+from fedzo.models.loaded import LoadedModel
 from fedzo.models.memory import cache_tokens
 from fedzo.models.plan import FEW_FORWARDS, plan_batches, plan_shared
 from fedzo.models.scoring import candidate_scores, example_losses

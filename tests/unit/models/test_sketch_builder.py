@@ -15,9 +15,9 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 
 from fedzo.errors import ConfigError
 from fedzo.models.sketched.builder import layers_to_sketch, left_dense, sketch_model
-from fedzo.models.sketched.layers import dense_layers, sketched_layers, weight_of
+from fedzo.models.sketched.layers import dense_layers, weight_of
 from fedzo.models.sketched.walk import start_walk
-from fedzo.sketch import SketchLinear, SketchSettings, decode, sketch_matrix
+from fedzo.sketch import SketchLinear, SketchSettings, decode, sketch_matrix, sketched_layers
 from fedzo.testing.tiny_models import SKETCHED, tiny_model, tiny_model_from, tiny_sketch
 
 WINDOWS = [torch.randint(3, 500, (24,), generator=torch.Generator().manual_seed(i)) for i in range(6)]

@@ -22,9 +22,9 @@ from fedzo.models.config import ModelConfig
 from fedzo.models.load import load_model
 from fedzo.models.sketched.builder import sketch_model
 from fedzo.models.sketched.folder import read_manifest, write_sketch
-from fedzo.models.sketched.layers import dense_layers, sketched_layers
+from fedzo.models.sketched.layers import dense_layers
 from fedzo.records.sketch import SketchRecipe
-from fedzo.sketch import SketchSettings, unpack
+from fedzo.sketch import SketchSettings, sketched_layers, unpack
 from fedzo.testing.tiny_models import byte_tokenizer, save_tiny_sketch, tiny_model
 
 FAMILIES = ["llama", "opt", "gpt2", "qwen2", "qwen3"]

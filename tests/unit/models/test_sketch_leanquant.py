@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedzo.errors import ConfigError
-from fedzo.models.sketched.layers import sketched_layers
 from fedzo.models.sketched.leanquant import put_layout, write_layout
+from fedzo.sketch import sketched_layers
 from fedzo.testing.tiny_models import tiny_model, tiny_sketch
 
 NAME = "model.layers.0.mlp.down_proj"

@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM
 
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.models.config import ModelConfig, Quantization
-from fedzo.models.load import LoadedModel, compile_loaded, load_model, wrap_model
-from fedzo.models.sketched.layers import make_dense, sketched_layers, tables_of
+from fedzo.models.load import compile_loaded, load_model, wrap_model
+from fedzo.models.loaded import LoadedModel
+from fedzo.models.sketched.layers import make_dense
 from fedzo.models.sketched.table_file import GRADIENT, read_tables, write_tables
-from fedzo.sketch import SketchLinear, unpack
+from fedzo.sketch import SketchLinear, sketched_layers, tables_of, unpack
 from fedzo.testing.tiny_models import byte_tokenizer, save_tiny_sketch, tiny_loaded, tiny_sketch
 
 IDS = torch.arange(24).reshape(2, 12) * 7 % 256

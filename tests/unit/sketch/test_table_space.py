@@ -9,8 +9,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from fedzo.models.sketched.layers import sketched_layers
-from fedzo.sketch import TableSpace
+from fedzo.sketch import TableSpace, sketched_layers
 from fedzo.testing.tiny_models import tiny_sketch
 
 FAMILIES = ["llama", "gpt2", "opt", "mixtral"]

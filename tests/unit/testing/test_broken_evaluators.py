@@ -13,7 +13,7 @@ import torch
 from fedzo.data.config import TaskConfig
 from fedzo.data.encode import Example
 from fedzo.evaluate import Measure
-from fedzo.models.load import LoadedModel
+from fedzo.models.loaded import LoadedModel
 from fedzo.records.scores import Score
 from fedzo.testing import check_evaluator
 from fedzo.testing.tiny_models import tiny_loaded

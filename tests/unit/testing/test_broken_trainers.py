@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedzo.errors import ConfigError
-from fedzo.models.load import LoadedModel
+from fedzo.models.loaded import LoadedModel
 from fedzo.testing import check_trainer
 from fedzo.testing.tiny_models import tiny_loaded
 from fedzo.trainers import Built, Prepared, Workplace

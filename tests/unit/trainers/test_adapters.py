@@ -22,7 +22,7 @@ from fedzo.errors import ConfigError
 from fedzo.models.adapters import remove
 from fedzo.models.generate import generate
 from fedzo.models.head import check_head
-from fedzo.models.load import LoadedModel
+from fedzo.models.loaded import LoadedModel
 from fedzo.models.scoring import mean_loss
 from fedzo.models.virtual_tokens import longest_sequence
 from fedzo.testing.tiny_models import FAMILIES, tiny_loaded, tiny_model

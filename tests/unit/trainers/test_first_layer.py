@@ -17,7 +17,7 @@ from fedzo.errors import ConfigError
 from fedzo.masks.mask import Mask
 from fedzo.masks.mask_file import save_mask
 from fedzo.models.adapters import remove
-from fedzo.models.load import LoadedModel
+from fedzo.models.loaded import LoadedModel
 from fedzo.testing.tiny_models import tiny_loaded, tiny_model
 from fedzo.trainers import TRAINERS, Workplace
 from fedzo.trainers.adapters import Ia3TrainerConfig, LoraTrainerConfig

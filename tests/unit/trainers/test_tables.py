@@ -14,9 +14,8 @@ from torch import nn
 from torch.func import functional_call
 
 from fedzo.errors import ConfigError
-from fedzo.models.sketched.layers import sketched_layers, tables_of
 from fedzo.models.sketched.table_file import write_tables
-from fedzo.sketch import unpack
+from fedzo.sketch import sketched_layers, tables_of, unpack
 from fedzo.testing.tiny_models import tiny_loaded, tiny_model, tiny_sketch
 from fedzo.trainers import TRAINERS, Workplace
 from fedzo.trainers.artifacts import EMPTY

@@ -1,0 +1,79 @@
+"""A model that is loaded, and what was asked of it: apart from loading, which takes seconds to import."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fedzo.errors import ConfigError
+from fedzo.sketch import sketched_layers
+
+if TYPE_CHECKING:
+    from fedzo.models.compiled import CompiledDecoder
+
+
+@dataclass(slots=True)
+class ForwardCounter:
+    """What the model was asked to do since it was loaded."""
+
+    num_forwards: int = 0
+    num_tokens: int = 0
+    """Tokens run, padding included."""
+    num_padding: int = 0
+    num_head_rows: int = 0
+    """Positions that paid for the LM head."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A frozen model in evaluation mode, its tokenizer, and digests of both as stored.
+
+    Attributes:
+        model: The model; no parameter requires a gradient.
+        tokenizer: A transformers tokenizer.
+        device: Where the model is.
+        base_digest: SHA-256 of the stored weights, whatever the dtype they are held in.
+        tokenizer_digest: SHA-256 of vocabulary, special tokens and chat template.
+        source: Folder or hub name they came from.
+        read_weights: Reads the base weights again, by parameter name.
+        direct_head: Whether the LM head may be applied apart (``head.check_head``).
+        shared_prompts: Whether candidates may run on top of their prompt's cache (``cache.check_cache``).
+        compiled: The decoder that losses and scores run through, if not the model's own (``model.compile``).
+        counter: Forwards and tokens so far.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    device: torch.device
+    base_digest: str
+    tokenizer_digest: str
+    source: str
+    read_weights: Callable[[], dict[str, torch.Tensor]] | None = None
+    direct_head: bool = True
+    shared_prompts: bool = False
+    compiled: CompiledDecoder | None = None
+    counter: ForwardCounter = field(default_factory=ForwardCounter)
+
+    @property
+    def is_sketch(self) -> bool:
+        """Whether linear layers are codes and tables (``fedzo.sketch``)."""
+        return bool(sketched_layers(self.model))
+
+    def reload_weights(self) -> None:
+        """Write the base weights back into the model, in place.
+
+        Raises:
+            ConfigError: The model was not loaded from a source that can be read again.
+        """
+        if self.read_weights is None:
+            raise ConfigError(
+                f"model {self.source!r} must come from load_model to be read again; it was made in memory."
+            )
+        weights = self.read_weights()
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(weights[name])
