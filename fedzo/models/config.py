@@ -16,9 +16,9 @@ class DType(StrEnum):
     bfloat16 = "bfloat16"
     float16 = "float16"
     auto = "auto"
-    """bfloat16, or float32 with rounded products (TF32 on a GPU, bfloat16 on a CPU with AMX), where a measurement on
-    this site finds the scalars within 10 % of float32's and the time 10 % less; else float32. A resumed run measures
-    again."""
+    """What a measurement on this site finds fastest: bfloat16, or float32 with rounded products (TF32 on a GPU,
+    bfloat16 on a CPU with AMX). Scalars must be within 10 % of float32's, and the time 10 % less; else it is float32. A
+    resumed run measures again."""
 
 
 class Quantization(StrEnum):

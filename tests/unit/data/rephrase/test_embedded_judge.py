@@ -17,7 +17,8 @@ from fedzo.data.preprocess.rephrase.rephraser import Rephraser
 
 @pytest.mark.slow
 def test_the_gate_refuses_the_embedded_model(tmp_path: Path) -> None:
-    config = load(["rewriter=transformers", "rewriter.model=smollm2-135m"])
+    settings = ["rewriter.model=smollm2-135m", "rewriter.max_tokens=40", "rewriter.batch_size=40"]  # a verdict takes 20
+    config = load(["rewriter=transformers", *settings])
     recipe = dataclasses.replace(OatRephraseConfig(), gate_pairs=2).filled(config.task)
     rephraser = Rephraser(recipe, config.task, config.rewriter, tmp_path)
 
