@@ -90,7 +90,8 @@ def seconds_to_first_round(settings: list[str], folder: Path) -> float:
 
 def seconds_of_loading() -> float:
     """In a process of its own."""
-    done = subprocess.run([sys.executable, "-c", LOADING], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
+    command = [sys.executable, "-c", LOADING]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
     return float(done.stdout)
 
 
