@@ -57,12 +57,12 @@ def main() -> None:
     claims = Claims(command="python experiments/start/run.py")
     what = "fedzo train, quickstart with its mask, to the first round"
     claims.add(what, median(starts), "s")
-    claims.add("of it loading SmolLM2", median(loads), "s")
+    claims.add("loading SmolLM2 alone, with everything imported", median(loads), "s")
     rest = median(start - load for start, load in zip(starts, loads, strict=True))
-    claims.add(f"{what}, without loading", rest, "s", at_most=6.0)
+    claims.add(f"{what}, less loading alone", rest, "s", at_most=6.0)
     claims.add("imports, all", median(sum(each.values()) for each in imports), "s")
-    mean = Counter({name: median(each[name] for each in imports) for name in set().union(*imports)})
-    for name, seconds in mean.most_common(MOST_SHOWN):
+    medians = Counter({name: median(each[name] for each in imports) for name in set().union(*imports)})
+    for name, seconds in medians.most_common(MOST_SHOWN):
         claims.add(f"imports, modules of {name}", seconds, "s")
     claims.show()
     claims.write(HERE / "claims.json")

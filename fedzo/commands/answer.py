@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from fedzo.commands.perplexity import check_file
@@ -81,7 +80,7 @@ def answer_rows(model: ModelConfig, tables: Sequence[Path], prompts: Path, *, ma
 def _answers(
     loaded: LoadedModel,
     rows: Sequence[Asked],
-    users: dict[str, npt.NDArray[np.float32]],
+    users: dict[str, torch.Tensor],
     ids: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -92,8 +91,8 @@ def _answers(
     def follow(batch: list[int]) -> None:
         if own is not None:
             present, index = np.unique([rows[i].tables for i in batch], return_inverse=True)
-            nothing = np.zeros(next(iter(users.values())).size, np.float32)
-            own.follow((users.get(str(name), nothing) for name in present), index)
+            nothing = torch.zeros_like(next(iter(users.values())))
+            own.follow((users.get(str(name), nothing).to(loaded.device) for name in present), index)
 
     try:
         with own or nullcontext():
@@ -125,9 +124,7 @@ def _read(file: Path, names: Sequence[str]) -> list[Asked]:
     return rows
 
 
-def _offset(loaded: LoadedModel, file: Path) -> npt.NDArray[np.float32]:
-    """A user's tables less the sketch's, float32 [n] in wire order."""
+def _offset(loaded: LoadedModel, file: Path) -> torch.Tensor:
+    """A user's tables less the sketch's, float32 [n] in wire order, on the host."""
     own = read_tables(file, loaded)
-    return torch.cat(
-        [(own[name] - base.detach().cpu()).reshape(-1) for name, base in tables_of(loaded.model).items()]
-    ).numpy()
+    return torch.cat([(own[name] - base.detach().cpu()).reshape(-1) for name, base in tables_of(loaded.model).items()])

@@ -38,7 +38,7 @@ def replay_run(run_dir: Path, *, rounds: int | None = None) -> dict[str, object]
     return {
         "rounds": len(rebuilt.rounds),
         "space_size": rebuilt.replica.space.size,
-        "digest": rebuilt.replica.space.digest(),
+        "digest": rebuilt.replica.digest(),
         "chain": rebuilt.replica.chain.hex(),
         "config_hash": config_hash(config),
         **({"extended": extended} if extended else {}),

@@ -6,7 +6,6 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-import fedzo.models.rewriter  # noqa: F401 - it registers a rewriter
 from fedzo.data.config import DataConfig, TaskConfig
 from fedzo.data.partition import PARTITIONERS
 from fedzo.data.preprocess import STAGES

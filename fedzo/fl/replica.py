@@ -67,6 +67,11 @@ class Replica:
             self.position += 1
 
     def _apply(self, record: LogRecord) -> None:
+        if self._is_damaged():
+            raise ProtocolError(
+                f"round {self.position}: the trained values must come back to their bits after every client's local "
+                "steps, but have changed. A space's rewind or probe is at fault."
+            )
         self._check = self._digest = None
         if isinstance(record, RoundRecord):
             self._rule.apply(self.space, self.moments, record, run_seed=self._run_seed)
@@ -94,10 +99,10 @@ class Replica:
     def check(self) -> int:
         """A 32-bit check of theta and of what the rule remembers; that of theta alone where it remembers nothing.
 
-        Theta is read once a position, however many clients ask: their local steps come back to its bits.
+        Theta is read when it has come to a position and before it leaves it, however many clients ask in between.
         """
         if self._check is None:
-            self._check = zlib.crc32(self.moments.data, self.space.check())
+            self._check = self._read_check()
         return self._check
 
     def digest(self) -> str:
@@ -105,6 +110,13 @@ class Replica:
         if self._digest is None:
             self._digest = self.space.digest()
         return self._digest
+
+    def _read_check(self) -> int:
+        return zlib.crc32(self.moments.data, self.space.check())
+
+    def _is_damaged(self) -> bool:
+        """Whether theta has changed since it was checked at this position."""
+        return self._check is not None and self._check != self._read_check()
 
     def proof(self, *, digest: bool) -> Proof:
         """What a line of the log says of the state after it; the SHA-256 of theta only where ``digest`` asks for it."""
@@ -145,7 +157,7 @@ class Replica:
             self._restore(request.values)
             self.position, self.chain = request.round, bytes.fromhex(request.chain)
         else:
-            if request.round < self.position:
+            if request.round < self.position or (request.round > self.position and self._is_damaged()):
                 self.reset()
             if request.from_round > self.position:
                 return Status.behind

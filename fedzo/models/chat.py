@@ -13,11 +13,10 @@ from transformers import LogitsProcessor
 from fedzo.data.preprocess.rephrase.backend import Completion, EndpointError, Request, RowFault, RowReason
 from fedzo.errors import ConfigError, printable
 from fedzo.models.checks import num_positions
-from fedzo.models.config import ModelConfig
+from fedzo.models.config import ModelConfig, TransformersConfig
 from fedzo.models.generate import end_tokens, generate_tokens
 from fedzo.models.load import load_model
 from fedzo.models.loaded import LoadedModel
-from fedzo.models.rewriter import TransformersConfig
 from fedzo.zo.directions import PURPOSE_SAMPLING, philox_words, stream_key
 
 

@@ -1,9 +1,19 @@
-"""What a user can say about the model."""
+"""What a user can say about the model, and about one that rewrites text (``rewriter=transformers``)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from fedzo.data.preprocess.rephrase.backend import REWRITERS, Backend, RewriterConfig, refuse_broken
+from fedzo.errors import Problem, at_least, problem
+
+if TYPE_CHECKING:
+    from fedzo.config.schema import RunSettings
 
 EMBEDDED_NAME = "smollm2-135m"
 """The model that comes with fedzo."""
@@ -16,9 +26,9 @@ class DType(StrEnum):
     bfloat16 = "bfloat16"
     float16 = "float16"
     auto = "auto"
-    """What a measurement on this site finds fastest: bfloat16, or float32 with rounded products (TF32 on a GPU,
-    bfloat16 on a CPU with AMX). Scalars must be within 10 % of float32's, and the time 10 % less; else it is float32. A
-    resumed run measures again."""
+    """The fastest that this site measures to be true to float32, else float32. bfloat16, or rounded products of
+    float32 (TF32 on a GPU, bfloat16 on a CPU with AMX), must give scalars within 10 % in 10 % less time. A resumed run
+    measures again."""
 
 
 class Quantization(StrEnum):
@@ -73,3 +83,41 @@ class ModelConfig:
     A compiled model always runs whole, as does one with ``estimator.freeze_routing``."""
     lower_layers_cache_mb: int = 0
     """MiB for what these blocks make of single rows, kept for later rounds. Losses differ by rounding."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TransformersConfig(RewriterConfig):
+    """A chat model in a local folder: no text leaves this machine."""
+
+    paths: ClassVar[tuple[str, ...]] = (*RewriterConfig.paths, "model", "judge_model")
+
+    dtype: DType = DType.float32
+    """Dtype of its weights."""
+    device: str = "auto"
+    """``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
+    batch_size: int = 8
+    """Most prompts that it answers at once."""
+
+    def problems(self, run: RunSettings) -> Iterator[Problem]:
+        yield from self.model_problems()
+
+    def model_problems(self) -> Iterator[Problem]:
+        """Broken rules on the models, which no other setting has a part in."""
+        yield from at_least("rewriter.batch_size", self.batch_size, 1, "Write 1 for one prompt after the other.")
+        if self.dtype is DType.auto:
+            yield problem("rewriter.dtype", "be float32, bfloat16 or float16", self.dtype, "Choose one of these.")
+
+    def missing(self) -> Iterator[Problem]:
+        yield from RewriterConfig.missing(self)
+        for key, name in (("model", self.model), ("judge_model", self.judge_model or self.model)):
+            if name != EMBEDDED_NAME and not (name and Path(name).expanduser().is_dir()):
+                rule = f"be a folder with a chat model, or {EMBEDDED_NAME}"
+                yield problem(f"rewriter.{key}", rule, name, "Nothing is downloaded: give the folder where it lies.")
+
+
+@REWRITERS.register("transformers", TransformersConfig)
+def _transformers(config: TransformersConfig) -> Backend:
+    refuse_broken(chain(config.limit_problems(), config.model_problems(), config.missing()))
+    from fedzo.models.chat import LocalChat  # slow to import
+
+    return LocalChat(config)

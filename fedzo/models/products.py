@@ -9,7 +9,7 @@ where products turn out to be float32's.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -37,7 +37,7 @@ def choose_product(device: torch.device) -> bool:
     """Let oneDNN multiply float32 matrices in this process if it does so in float32; whether it does.
 
     On CPUs only: the same permission would take float32 from a GPU's products. The answer depends on the machine and
-    the libraries alone, never on time, so that processes of one machine agree.
+    the libraries alone, never on time, so that processes of one machine agree (but for ``model.dtype=auto``).
     """
     torch.set_float32_matmul_precision(_DEFAULT)
     chosen = device.type == "cpu" and not _onednn_rounds()
@@ -63,13 +63,19 @@ def product_is_chosen() -> bool:
 @contextmanager
 def default_product() -> Iterator[None]:
     """Products as PyTorch makes them by itself, to compare with."""
-    with products_of(_DEFAULT):
+    with _permission(_DEFAULT):
         yield
 
 
 @contextmanager
-def products_of(precision: str) -> Iterator[None]:
-    """Products of float32 matrices under another permission."""
+def use_products(products: RoundedProducts | None) -> Iterator[None]:
+    """Rounded products within; ``None`` leaves them as they are."""
+    with _permission(products.precision) if products else nullcontext():
+        yield
+
+
+@contextmanager
+def _permission(precision: str) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
@@ -85,9 +91,9 @@ def _onednn_rounds() -> bool:
     exact = left.double() @ right.double().T
     errors = []
     for precision in (_DEFAULT, _ONEDNN):
-        with products_of(precision):
+        with _permission(precision):
             errors.append(_error(F.linear(left, right), exact))
-    return errors[1] > _LARGEST_ERROR * errors[0]
+    return not errors[1] <= _LARGEST_ERROR * errors[0]  # nor is NaN float32's
 
 
 def _matrix(rows: int, columns: int, modulus: int) -> torch.Tensor:

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
-import torch
-
 from fedzo.config.plugins import plugin_name
 from fedzo.config.schema import RunConfig, RunSettings, SiteConfig, SiteFile, with_rounds
 from fedzo.config.traits import format_problems
@@ -29,7 +27,7 @@ from fedzo.models.loaded import LoadedModel
 from fedzo.models.lower_layers import LowerLayers
 from fedzo.models.memory import state_bytes
 from fedzo.models.plan import forward_cost
-from fedzo.models.products import choose_product, products_of, rounded_products
+from fedzo.models.products import RoundedProducts, choose_product, rounded_products, use_products
 from fedzo.models.scoring import mean_loss
 from fedzo.models.virtual_tokens import longest_sequence
 from fedzo.run.estimate import fitting_tokens_per_batch
@@ -58,6 +56,7 @@ class Peer:
         loaded: The model on this machine's device.
         built: The trainer's part on that model, once ``workspace`` has made it.
         undecided: Whether the dtype is still to be chosen, when the trainer's part is built.
+        products: How steps multiply, where ``model.dtype=auto`` chose rounded products.
     """
 
     config: RunConfig
@@ -65,6 +64,7 @@ class Peer:
     loaded: LoadedModel
     built: Built | None = None
     undecided: bool = False
+    products: RoundedProducts | None = None
     _workspace: tuple[str, Workspace] | None = None
 
     @classmethod
@@ -169,6 +169,7 @@ class Peer:
             ),
             forward_cost_tokens=forward_cost(self.loaded.device, perturbs_weights=built.space.perturbs_weights),
             lower=lower,
+            products=self.products,
         )
 
     def _build(self, loaded: LoadedModel, artifact: Artifact) -> Built:
@@ -196,7 +197,7 @@ class Peer:
 
         float32, others = trial(self.loaded, wide), {str(DType.bfloat16): trial(loaded, narrow)}
         if rounded := rounded_products(self.loaded.device):
-            with products_of(rounded.precision):
+            with use_products(rounded):
                 others[rounded.name] = trial(self.loaded, wide)
         choice = choose_dtype(float32, others)
         log.warning("%s", choice)  # no less, or the command line would not show it
@@ -204,7 +205,7 @@ class Peer:
             self.loaded = loaded
             return replace(narrow, reset=lambda: narrow.space.load(base))
         if rounded and choice.name == rounded.name:
-            torch.set_float32_matmul_precision(rounded.precision)
+            self.products = rounded
         return wide
 
 

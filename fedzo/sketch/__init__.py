@@ -1,4 +1,4 @@
-"""SpaLLM's mathematics: a matrix sketched into lookup tables and codes. It sees matrices, and layers of them."""
+"""SpaLLM's mathematics: a matrix sketched into lookup tables and codes. It sees matrices and linear layers."""
 
 from fedzo.sketch.build import Sketch as Sketch
 from fedzo.sketch.build import SketchSettings as SketchSettings

@@ -17,7 +17,7 @@ from torch import nn
 
 from fedzo.sketch.linear import SketchLinear, sketched_linear
 from fedzo.zo.config import Distribution
-from fedzo.zo.spaces.base import RowWeights, Values
+from fedzo.zo.spaces.base import RowWeights
 from fedzo.zo.spaces.dense import DenseSpace
 
 
@@ -62,17 +62,16 @@ class OwnTables:
             layer.by_row = None
         self._offsets = []
 
-    def follow(self, offsets: Iterable[Values], index: npt.NDArray[np.intp]) -> None:
+    def follow(self, offsets: Iterable[torch.Tensor], index: npt.NDArray[np.intp]) -> None:
         """Row i of the forwards from now on has the tables theta + ``offsets[index[i]]``.
 
         Args:
-            offsets: float32 [n] each; those of the rows before are let go first.
+            offsets: float32 [n] each, on the tables' device; those of the rows before are let go first.
             index: Integers [B].
         """
         device = self._layers[0].tables.device
         self._offsets = []
-        for offset in offsets:
-            self._offsets.append(torch.from_numpy(np.ascontiguousarray(offset, np.float32)).to(device))
+        self._offsets.extend(offsets)
         self._rows = [
             torch.from_numpy(np.flatnonzero(index == owner)).to(device) for owner in range(len(self._offsets))
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 
 from fedzo.commands.run_folder import rebuild
 from fedzo.commands.trained import replay_run
+from fedzo.evaluate import answers
+from fedzo.fl.client import scalar_update
 from fedzo.models import fidelity
 from fedzo.models.products import RoundedProducts
 from fedzo.run import peer
@@ -36,6 +38,12 @@ def dtypes(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
 
     monkeypatch.setattr(Peer, "_make_workspace", spy)
     return seen
+
+
+@pytest.fixture(autouse=True)
+def no_rounded_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of this machine's processor, which may have some."""
+    monkeypatch.setattr(peer, "rounded_products", lambda device: None)
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -65,7 +73,6 @@ def test_where_bfloat16_is_taken_the_trained_values_start_from_float32s(
 ) -> None:
     monkeypatch.setattr(fidelity, "_LARGEST_ERROR", math.inf)
     monkeypatch.setattr(fidelity, "_LARGEST_TIME", math.inf)
-    monkeypatch.setattr(peer, "rounded_products", lambda device: None)
     settings = (f"trainer={trainer}", "fl.local_steps=2", "server_optimizer.lr=1e-4")
 
     auto, plain = run("model.dtype=auto", *settings), run("model.dtype=float32", *settings)
@@ -81,29 +88,34 @@ def test_where_bfloat16_is_taken_the_trained_values_start_from_float32s(
     assert dtypes[2:] == [torch.float32] * 3  # what is rebuilt is not measured again
 
 
-@pytest.fixture
-def own_precision() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
-@pytest.mark.usefixtures("own_precision")
-def test_rounded_products_are_taken_where_they_are_true_and_left_by_the_next_run(
-    run: Run, dtypes: list[torch.dtype], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_rounded_products_make_the_steps_losses_where_they_are_true_and_nothing_else(
+    run: Run, lines: Lines, dtypes: list[torch.dtype], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     offered = RoundedProducts("float32 with TF32 products", "high")  # a CPU's are float32's with that permission
     monkeypatch.setattr(peer, "rounded_products", lambda device: offered)
     monkeypatch.setattr(fidelity, "_LARGEST_TIME", math.inf)
+    before, of_steps, of_scores = torch.get_float32_matmul_precision(), set(), set()
 
-    run("model.dtype=auto", "fl.rounds=1")
+    def spied(module: Any, name: str, seen: set[str]) -> None:
+        original = getattr(module, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            seen.add(torch.get_float32_matmul_precision())
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+
+    spied(scalar_update, "example_losses", of_steps)
+    spied(answers, "candidate_scores", of_scores)
+    folder = run("model.dtype=auto")
 
     (line,) = said(caplog)
     assert "float32 with TF32 products is chosen" in line
     assert dtypes == [torch.float32]
-    assert torch.get_float32_matmul_precision() == "high"
-    run("fl.rounds=1")
-    assert torch.get_float32_matmul_precision() != "high"
+    assert of_steps == {"high"}
+    assert of_scores == {before}
+    assert torch.get_float32_matmul_precision() == before
+    assert replay_run(folder)["digest"] == lines(folder, "public.jsonl")[-1]["digest"]
 
 
 def test_all_weights_of_a_16_bit_model_are_warned_of_where_probes_vanish(

@@ -12,10 +12,12 @@ import pytest
 from fedzo.commands.trained import replay_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
+from fedzo.fl.client import scalar_update
 from fedzo.fl.client.local_update import Batches
 from fedzo.fl.client.worker import ClientWorker
 from fedzo.run import process
 from fedzo.testing.tiny_models import save_tiny_model
+from fedzo.zo.spaces import own_weights
 from fedzo.zo.spaces.own_weights import OwnWeights
 
 Run = Callable[..., Path]
@@ -71,6 +73,35 @@ def test_joint_scalars_equal_separate_ones_but_for_rounding(run: Run, lines: Lin
         assert np.abs(separate).max() > 0.05
         np.testing.assert_allclose(joint, separate, atol=2e-3 if "estimator=fzoo" not in settings else 2e-2)
     assert replay_run(together)["rounds"] == 3
+
+
+@pytest.mark.parametrize("server_optimizer", ["sgd", "scaffold"])
+def test_a_gpus_products_are_those_of_a_cpu_and_places_are_kept_or_walked_anew(
+    run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch, server_optimizer: str
+) -> None:
+    settings = ["fl.num_clients=4", "fl.local_steps=5", f"server_optimizer={server_optimizer}", TOGETHER]
+    host = run(*settings)
+    monkeypatch.setattr(scalar_update, "_KEPT_BYTES", 0)
+    anew = run(*settings)
+    monkeypatch.setattr(own_weights, "_HostProducts", own_weights._DeviceProducts)
+    device = run(*settings)
+
+    assert (anew / "audit.jsonl").read_bytes() == (host / "audit.jsonl").read_bytes()
+    for client in range(4):
+        expected, found = (scalars(lines(folder, "audit.jsonl"), client) for folder in (host, device))
+        assert expected.size == 15
+        np.testing.assert_allclose(found, expected, atol=2e-3)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_clients_share_later_steps_and_the_log_comes_out_alike(run: Run, lines: Lines) -> None:
+    settings = ["fl.num_clients=4", "fl.local_steps=3", TOGETHER]
+    host, device, again = (run(*settings, f"device={where}") for where in ("cpu", "cuda", "cuda"))
+
+    assert (again / "audit.jsonl").read_bytes() == (device / "audit.jsonl").read_bytes()
+    for client in range(4):
+        expected, found = (scalars(lines(folder, "audit.jsonl"), client) for folder in (host, device))
+        np.testing.assert_allclose(found, expected, atol=2e-3)
 
 
 @pytest.mark.parametrize(

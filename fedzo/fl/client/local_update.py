@@ -16,6 +16,7 @@ from fedzo.fl.messages import TrainRequest
 from fedzo.fl.replica import Replica
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.lower_layers import LowerLayers
+from fedzo.models.products import RoundedProducts
 
 
 @dataclass(slots=True)
@@ -28,6 +29,7 @@ class Workspace:
         tokens_per_batch: Most tokens in one forward.
         forward_cost_tokens: What one more forward costs, in tokens (``example_losses``).
         lower: The blocks that no trained value lies in or below, where a step runs them once.
+        products: How its steps multiply float32 matrices, if they may round (``fedzo.models.products``).
     """
 
     loaded: LoadedModel
@@ -35,6 +37,7 @@ class Workspace:
     tokens_per_batch: int
     forward_cost_tokens: int
     lower: LowerLayers | None = None
+    products: RoundedProducts | None = None
 
 
 @dataclass(frozen=True, slots=True)

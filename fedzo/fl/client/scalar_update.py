@@ -19,13 +19,15 @@ from fedzo.fl.config import FlConfig, directions_of
 from fedzo.fl.messages import TrainReply, TrainRequest, scalars_to_bytes, signs_to_bytes
 from fedzo.models.forwards import OnRows
 from fedzo.models.lower_layers import StepStates
+from fedzo.models.products import use_products
 from fedzo.models.scoring import example_losses
 from fedzo.zo.estimator import Estimator, Losses, Projection, estimate_together
 from fedzo.zo.log import Drift, Scalars, local_step, probe_shares
 from fedzo.zo.seeds import step_keys
-from fedzo.zo.spaces.base import MasterSpace, RowWeights, Space, Values
+from fedzo.zo.spaces.base import MasterSpace, RowWeights, Space
 
 log = logging.getLogger(__name__)
+_KEPT_BYTES = 64 << 20  # of clients' places on their local paths
 
 
 class ScalarUpdate:
@@ -135,21 +137,12 @@ class ScalarUpdate:
         later = any(request.steps > 1 for request in requests.values())
         shareable = later and self._walks_together and at.loaded.compiled is None
         own = space.row_weights(at.loaded.model) if shareable else None
-        sent: dict[int, list[Scalars]] = {client: [] for client in requests}
-
-        def offset_of(client: int) -> Values:
-            """How far a client has come: walked anew when it is needed, since scalars take no memory."""
-            start, drift = space.values(), at.replica.drift(client)
-            place = MasterSpace(torch.from_numpy(start.copy()), space.distribution)
-            for step, g in enumerate(sent[client]):
-                self.take(place, requests[client], g, step=step, drift=drift)
-            return place.values() - start
-
+        walks = _Walks(at, requests, self.take)
         step, walking = 0, requests
         while walking:
             try:
                 estimates = self._estimate_together(
-                    at, walking, step=step, own=own if step else None, offset_of=offset_of
+                    at, walking, step=step, own=own if step else None, offset_of=walks.offset
                 )
             except NotImplementedError as error:
                 if step == 0:
@@ -159,7 +152,7 @@ class ScalarUpdate:
                 return
             for (client, request), projections in zip(walking.items(), estimates, strict=True):
                 self._ahead[client, request.round, step] = projections
-                sent[client].append(self.as_sent(projections, request)[0])
+                walks.go_on(client, self.as_sent(projections, request)[0])
             step += 1
             walking = {c: request for c, request in walking.items() if own and request.steps > step}
 
@@ -170,7 +163,7 @@ class ScalarUpdate:
         *,
         step: int,
         own: RowWeights | None,
-        offset_of: Callable[[int], Values],
+        offset_of: Callable[[int], torch.Tensor],
     ) -> list[list[Projection]]:
         """What ``estimate`` gives each client where it is on its path; without ``own``, at the round's start."""
         batches = {client: self._batches.of(request, step=step) for client, request in requests.items()}
@@ -207,12 +200,55 @@ class ScalarUpdate:
     def _losses(
         self, at: Workspace, rows: list[Example], *, lower: StepStates | None, before: OnRows | None = None
     ) -> Losses:
-        return example_losses(
-            at.loaded,
-            rows,
-            loss=self._task.loss,
-            tokens_per_batch=at.tokens_per_batch,
-            forward_cost_tokens=at.forward_cost_tokens,
-            before=before,
-            lower=lower,
-        )
+        with use_products(at.products):
+            return example_losses(
+                at.loaded,
+                rows,
+                loss=self._task.loss,
+                tokens_per_batch=at.tokens_per_batch,
+                forward_cost_tokens=at.forward_cost_tokens,
+                before=before,
+                lower=lower,
+            )
+
+
+class _Walks:
+    """Where the clients of a round are on their local paths.
+
+    A client's place is walked on from the last one, and kept while that fits; the others walk from the start each time,
+    since their scalars take no memory.
+
+    Args:
+        at: The model, at the round's start.
+        requests: Requests of the round, by client.
+        take: ``ScalarUpdate.take``.
+    """
+
+    def __init__(self, at: Workspace, requests: Mapping[int, TrainRequest], take: Callable[..., None]) -> None:
+        self._replica = at.replica
+        self._device = at.loaded.device
+        self._requests = requests
+        self._take = take
+        self._sent: dict[int, list[Scalars]] = {client: [] for client in requests}
+        self._start: torch.Tensor | None = None
+        self._kept: dict[int, tuple[int, MasterSpace]] = {}  # steps taken, and where they lead
+        self._room = _KEPT_BYTES // (4 * at.replica.space.size)
+
+    def go_on(self, client: int, g: Scalars) -> None:
+        """The client's next step is taken with these scalars."""
+        self._sent[client].append(g)
+
+    def offset(self, client: int) -> torch.Tensor:
+        """How far a client has come from the round's start, float32 [n] on the model's device."""
+        if self._start is None:
+            self._start = torch.from_numpy(self._replica.space.values()).to(self._device)
+        space = self._replica.space
+        taken, place = self._kept.get(client, (0, None))
+        place = place or MasterSpace(self._start.clone(), space.distribution)
+        if taken < (steps := len(self._sent[client])):
+            drift = self._replica.drift(client)
+            for step in range(taken, steps):
+                self._take(place, self._requests[client], self._sent[client][step], step=step, drift=drift)
+        if client in self._kept or len(self._kept) < self._room:
+            self._kept[client] = steps, place
+        return place.master - self._start

@@ -32,11 +32,11 @@ class RowWeights(Protocol):
     def __enter__(self) -> object: ...
     def __exit__(self, kind: Any, error: Any, traceback: Any, /) -> object: ...
 
-    def follow(self, offsets: Iterable[Values], index: npt.NDArray[np.intp]) -> None:
+    def follow(self, offsets: Iterable[torch.Tensor], index: npt.NDArray[np.intp]) -> None:
         """Row i of the forwards from now on is computed at theta + ``offsets[index[i]]``.
 
         Args:
-            offsets: float32 [n] each; those of the rows before are let go first.
+            offsets: float32 [n] each, on the model's device; those of the rows before are let go first.
             index: Integers [B].
         """
         ...
@@ -158,6 +158,11 @@ class MasterSpace:
     @property
     def size(self) -> int:
         return self._master.numel()
+
+    @property
+    def master(self) -> torch.Tensor:
+        """theta, float32 [n], as it lies on its device."""
+        return self._master
 
     @property
     def parameters(self) -> Sequence[nn.Parameter]:

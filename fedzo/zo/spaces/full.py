@@ -100,7 +100,12 @@ class FullSpace:
                 part.copy_(part.float() * factor)
 
     def values(self) -> Values:
-        return np.concatenate([_read([each.float() for each in group]) for group in _groups(self._parameters)])
+        values, at = np.empty(self.size, np.float32), 0
+        for group in _groups(self._parameters):
+            read = _read([each.float() for each in group])
+            values[at : at + read.size] = read
+            at += read.size
+        return values
 
     def load(self, values: Values) -> None:
         parts = torch.split(torch.from_numpy(as_values(values, self.size)), [p.numel() for p in self._parameters])
@@ -162,7 +167,7 @@ def _groups(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 
 
 def _read(group: Sequence[torch.Tensor]) -> npt.NDArray[Any]:
-    """Tensors of one dtype, one after another, in the host's memory."""
+    """Tensors, all of the same dtype, one after another in the host's memory."""
     flat = [tensor.reshape(-1) for tensor in group]
     read: npt.NDArray[Any] = (flat[0] if len(flat) == 1 else torch.cat(flat)).cpu().numpy()
     return read

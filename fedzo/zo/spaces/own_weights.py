@@ -11,7 +11,7 @@ function mode does that wherever the model multiplies with a masked matrix, as i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numba as nb
 import numpy as np
@@ -22,11 +22,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fedzo.zo.perturb import reads_metadata_only
-from fedzo.zo.spaces.base import Values
 
 Integers = npt.NDArray[np.intp]
 Places = Sequence[tuple[nn.Parameter, torch.Tensor]]
-"""Each masked parameter with the flat indices (int64) of its trained values, in wire order."""
+"""Each masked parameter with the flat indices (int64, increasing) of its trained values, in wire order."""
 
 
 class OwnWeights(TorchFunctionMode):
@@ -41,69 +40,134 @@ class OwnWeights(TorchFunctionMode):
 
     def __init__(self, places: Places) -> None:
         super().__init__()
-        self._places = {}
-        start = 0
-        for weight, flat in places:
-            rows, columns = np.divmod(flat.numpy().astype(np.uint32), np.uint32(weight.shape[1]))
-            self._places[id(weight)] = rows, columns, start
-            start += len(rows)
-        self._size = start
-        self._offsets, self._index = np.empty((0, 0), np.float32), np.empty(0, np.intp)
+        on_host = all(weight.device.type == "cpu" for weight, _ in places)
+        self._products: _Products = (_HostProducts if on_host else _DeviceProducts)(places)
+        self._masked = {id(weight): place for place, (weight, _) in enumerate(places)}
+        self._num_rows = 0
 
     @staticmethod
     def supports(places: Places, model: nn.Module) -> bool:
-        """Whether all trained values lie in float32 weights of linear layers on a CPU.
-
-        Elsewhere than on a CPU the few products would be added in an order that changes from time to time.
-        """
+        """Whether all trained values lie in float32 weights of linear layers, on one CPU or CUDA device."""
         linear = {id(module.weight) for module in model.modules() if type(module) is nn.Linear}
-        return all(
-            id(weight) in linear and weight.dtype == torch.float32 and weight.device.type == "cpu"
-            for weight, _ in places
+        return (
+            all(id(weight) in linear and weight.dtype == torch.float32 for weight, _ in places)
+            and len({weight.device for weight, _ in places}) == 1
+            and places[0][0].device.type in ("cpu", "cuda")
         )
 
-    def follow(self, offsets: Iterable[Values], index: Integers) -> None:
+    def follow(self, offsets: Iterable[torch.Tensor], index: Integers) -> None:
         """Row i of the forwards from now on has the weights theta + ``offsets[index[i]]``.
 
         Args:
-            offsets: float32 [n] each; those of the rows before are let go first.
+            offsets: float32 [n] each, on the weights' device; those of the rows before are let go first.
             index: Integers [B].
         """
-        self._index = index
-        num_offsets = int(index.max()) + 1
-        if len(self._offsets) < num_offsets:
-            self._offsets = np.empty((0, 0), np.float32)
-            self._offsets = np.empty((num_offsets, self._size), np.float32)
-        for place, offset in zip(self._offsets, offsets, strict=False):
-            place[:] = offset
+        self._num_rows = len(index)
+        self._products.follow(offsets, index)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Call ``func``; the product of a masked matrix gets what the rows' offsets add to it."""
         kwargs = kwargs or {}
-        masked = [arg for arg in (*args, *kwargs.values()) if id(arg) in self._places]
+        masked = [arg for arg in (*args, *kwargs.values()) if id(arg) in self._masked]
         if not masked or reads_metadata_only(func):
             return func(*args, **kwargs)
         if func is not F.linear or len(args) < 2 or args[1] is not masked[0]:
             raise NotImplementedError(f"{func} of a masked matrix is not known for rows with weights of their own")
-        rows, columns, start = self._places[id(args[1])]
         x, y = args[0], func(*args, **kwargs)
-        tokens, uneven = divmod(x[..., 0].numel(), max(1, len(self._index)))
-        if uneven or (x.dim() > 2 and x.shape[0] != len(self._index)):
-            raise NotImplementedError(f"an input of shape {tuple(x.shape)} does not hold {len(self._index)} rows")
+        tokens, uneven = divmod(x[..., 0].numel(), max(1, self._num_rows))
+        if uneven or (x.dim() > 2 and x.shape[0] != self._num_rows):
+            raise NotImplementedError(f"an input of shape {tuple(x.shape)} does not hold {self._num_rows} rows")
         moved = y.contiguous()
-        _add_products(
-            x.reshape(-1, x.shape[-1]).contiguous().numpy(),
-            moved.view(-1, y.shape[-1]).numpy(),
-            rows,
-            columns,
-            self._offsets,
-            self._index,
-            start,
-            tokens,
-        )
+        flat = x.reshape(-1, x.shape[-1]).contiguous(), moved.view(-1, y.shape[-1])
+        self._products.add(self._masked[id(args[1])], *flat, tokens)
         return moved
+
+
+class _Products(Protocol):
+    def follow(self, offsets: Iterable[torch.Tensor], index: Integers) -> None:
+        """As ``OwnWeights.follow``."""
+        ...
+
+    def add(self, place: int, x: torch.Tensor, y: torch.Tensor, tokens: int) -> None:
+        """Add to y [B * tokens, outputs] what the offsets of one matrix make of x [B * tokens, inputs], in place."""
+        ...
+
+
+class _HostProducts:
+    """On a CPU: compiled loops over rows."""
+
+    def __init__(self, places: Places) -> None:
+        self._places = []
+        start = 0
+        for weight, flat in places:
+            rows, columns = np.divmod(flat.numpy().astype(np.uint32), np.uint32(weight.shape[1]))
+            self._places.append((rows, columns, start))
+            start += len(rows)
+        self._size = start
+        self._offsets, self._index = np.empty((0, 0), np.float32), np.empty(0, np.intp)
+
+    def follow(self, offsets: Iterable[torch.Tensor], index: Integers) -> None:
+        self._index = index
+        num_offsets = int(index.max()) + 1
+        if len(self._offsets) < num_offsets:
+            self._offsets = np.empty((0, 0), np.float32)
+            self._offsets = np.empty((num_offsets, self._size), np.float32)
+        for room, offset in zip(self._offsets, offsets, strict=False):
+            room[:] = offset.numpy()
+
+    def add(self, place: int, x: torch.Tensor, y: torch.Tensor, tokens: int) -> None:
+        rows, columns, start = self._places[place]
+        _add_products(x.numpy(), y.numpy(), rows, columns, self._offsets, self._index, start, tokens)
+
+
+class _Segments(NamedTuple):
+    """The trained values of one matrix, those of an output after one another.
+
+    Attributes:
+        outputs: Those that have any, increasing.
+        lengths: How many each of them has.
+        columns: The input of each value.
+        start: Coordinate of the first.
+    """
+
+    outputs: torch.Tensor
+    lengths: torch.Tensor
+    columns: torch.Tensor
+    start: int
+
+
+class _DeviceProducts:
+    """On a GPU: products of all values, and their sum for each output, which one thread adds in the places' order.
+
+    So a sum has the same bits whatever else the GPU does; atomic additions would come in an order of their own.
+    """
+
+    def __init__(self, places: Places) -> None:
+        self._places = []
+        start = 0
+        for weight, flat in places:
+            outputs, lengths = torch.unique_consecutive(flat // weight.shape[1], return_counts=True)
+            self._places.append(_Segments(outputs, lengths, flat % weight.shape[1], start))
+            start += flat.numel()
+        self._offsets = torch.empty(0, 0)
+        self._index = torch.empty(0, dtype=torch.int64)
+
+    def follow(self, offsets: Iterable[torch.Tensor], index: Integers) -> None:
+        self._offsets = torch.empty(0, 0)
+        self._offsets = torch.stack(list(offsets))
+        self._index = torch.from_numpy(index.astype(np.int64)).to(self._offsets.device)
+
+    def add(self, place: int, x: torch.Tensor, y: torch.Tensor, tokens: int) -> None:
+        outputs, lengths, columns, start = self._places[place]
+        if not columns.numel():
+            return
+        own = self._offsets[:, start : start + columns.numel()].index_select(0, self._index)  # [B, k]
+        products = x.index_select(1, columns).view(len(self._index), tokens, -1) * own[:, None]
+        flat = products.view(len(y), -1).T.contiguous()  # [k, B * tokens]
+        sums = torch.segment_reduce(flat, "sum", lengths=lengths, axis=0, unsafe=True)  # unsafe: no look at lengths
+        y[:, outputs] += sums.T
 
 
 @nb.njit(parallel=True, cache=True)

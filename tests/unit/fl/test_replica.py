@@ -96,6 +96,20 @@ def test_a_damaged_client_is_found_out_and_healed_by_values() -> None:
     assert np.array_equal(replica.space.values(), server_at(6).space.values())
 
 
+def test_damage_after_a_check_is_found_before_the_next_round() -> None:
+    """As by a client's steps that do not come back to the bits that they started from."""
+    client, server = server_at(5), server_at(5)
+    for replica in (client, server):
+        assert replica.sync(request(5, 5)) is Status.ok
+        replica.space.theta[7] += np.float32(0.25)
+
+    with pytest.raises(ProtocolError, match=r"round 5: the trained values must come back to their bits"):
+        server.advance(LOG[5:6])
+    assert client.sync(request(6, 5)) is Status.behind  # it is back at the base weights
+    assert client.sync(request(6, 0)) is Status.ok
+    assert np.array_equal(client.space.values(), server_at(6).space.values())
+
+
 def test_values_of_the_wrong_length_and_logs_that_lead_elsewhere_are_refused() -> None:
     with pytest.raises(ProtocolError, match="values must hold 132 bytes, got 4"):
         new_replica().sync(request(6, 6, values=b"1234"))

@@ -20,7 +20,7 @@ from fedzo.data.preprocess.rephrase.backend import (
     RowFault,
 )
 from fedzo.errors import ConfigError
-from fedzo.models.rewriter import TransformersConfig
+from fedzo.models.config import TransformersConfig
 from fedzo.testing.tiny_models import tiny_loaded
 
 TEMPLATE = (

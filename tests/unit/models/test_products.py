@@ -1,4 +1,4 @@
-"""``choose_product``: oneDNN multiplies float32 matrices only where its products are float32's."""
+"""oneDNN multiplies float32 matrices only where its products are float32's; what rounds them is offered apart."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import torch.nn.functional as F
 
 from fedzo.models import products
 from fedzo.models.products import (
+    RoundedProducts,
     choose_product,
     default_product,
     product_is_chosen,
-    products_of,
     rounded_products,
+    use_products,
 )
 
 CPU = torch.device("cpu")
@@ -59,8 +60,17 @@ def test_a_library_that_rounds_what_it_multiplies_is_not_chosen_but_offered(
     assert rounded_products(CPU) == ("float32 with bfloat16 products", "medium")
 
 
-def test_a_cpu_whose_products_are_float32s_has_no_rounded_ones() -> None:
-    assert choose_product(CPU) is (rounded_products(CPU) is None)
+def test_a_cpu_whose_products_are_float32s_has_no_rounded_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products.F, "linear", lambda left, right: (left[:, None] * right).sum(-1))
+
+    assert rounded_products(CPU) is None
+    assert choose_product(CPU)
+
+
+def test_a_library_that_makes_no_numbers_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products.F, "linear", lambda left, right: torch.full((len(left), len(right)), torch.nan))
+
+    assert not choose_product(CPU)
 
 
 @pytest.mark.parametrize(
@@ -90,14 +100,14 @@ def test_default_products_come_back_to_what_was_chosen() -> None:
     assert product_is_chosen()
 
 
-def test_products_of_another_precision_come_back_after_an_error() -> None:
+def test_rounded_products_end_after_an_error_and_none_changes_nothing() -> None:
     torch.set_float32_matmul_precision("highest")
-
     seen = []
 
-    with suppress(RuntimeError), products_of("high"):
-        seen.append(torch.get_float32_matmul_precision())
-        raise RuntimeError
+    for each in (RoundedProducts("", "high"), None):
+        with suppress(RuntimeError), use_products(each):
+            seen.append(torch.get_float32_matmul_precision())
+            raise RuntimeError
 
-    assert seen == ["high"]
+    assert seen == ["high", "highest"]
     assert torch.get_float32_matmul_precision() == "highest"

@@ -35,7 +35,7 @@ def test_each_row_computes_at_its_own_tables(family: str) -> None:
     assert own is not None
 
     with torch.no_grad(), own:
-        own.follow(iter(offsets), INDEX)
+        own.follow(map(torch.from_numpy, offsets), INDEX)
         together = model(IDS).logits
     alone = []
     for row, owner in enumerate(INDEX):
@@ -57,7 +57,7 @@ def test_a_probe_moves_the_tables_of_every_row() -> None:
 
     with torch.no_grad(), space.probe(0.01, 7), own:
         probed = space_values(model)
-        own.follow(iter(offsets), INDEX)
+        own.follow(map(torch.from_numpy, offsets), INDEX)
         together = model(IDS).logits
     space.load(probed + offsets[INDEX[0]])
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_afterwards_the_model_is_its_own_again() -> None:
     assert own is not None
 
     with own:
-        own.follow(offsets_of(space), INDEX)
+        own.follow(map(torch.from_numpy, offsets_of(space)), INDEX)
         with pytest.raises(NotImplementedError, match="does not hold 5 rows"):
             model(IDS[:4])
 

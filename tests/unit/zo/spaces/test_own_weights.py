@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedzo.testing.tiny_models import FAMILIES, tiny_model
+from fedzo.zo.spaces import own_weights
 from fedzo.zo.spaces.full import FullSpace
 from fedzo.zo.spaces.masked import MaskedSpace
 from fedzo.zo.spaces.own_weights import OwnWeights
@@ -27,8 +28,16 @@ def masked(model: nn.Module) -> MaskedSpace:
     return MaskedSpace(model, matrices)
 
 
-def offsets_of(space: MaskedSpace, rows: int) -> np.ndarray:
-    return (0.3 * np.random.default_rng(4).standard_normal((rows, space.size))).astype(np.float32)
+def offsets_of(space: MaskedSpace, rows: int) -> torch.Tensor:
+    return 0.3 * torch.randn(rows, space.size, generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture(params=["host", "device"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How the few products are made: a CPU's compiled loops, or the operations of a GPU, here on a CPU."""
+    if request.param == "device":
+        monkeypatch.setattr(own_weights, "_HostProducts", own_weights._DeviceProducts)
+    return str(request.param)
 
 
 def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -36,6 +45,7 @@ def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids, use_cache=False).logits
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_row_computes_what_a_model_with_its_weights_computes(family: str) -> None:
     model = tiny_model(family)
@@ -55,7 +65,7 @@ def test_each_row_computes_what_a_model_with_its_weights_computes(family: str) -
             alike = logits(model, IDS)
     torch.testing.assert_close(alike[[0, 2]], together[[0, 2]], rtol=0, atol=2e-4)
     for row, owner in enumerate((0, 1, 0)):
-        space.load(start + offsets[owner])
+        space.load(start + offsets[owner].numpy())
         with space.probe(0.0625, key=5):
             alone = logits(model, IDS[row : row + 1])
         torch.testing.assert_close(together[row], alone[0], rtol=0, atol=2e-4)
@@ -71,6 +81,44 @@ def test_what_is_supported() -> None:
     assert FullSpace(model := tiny_model("llama")).row_weights(model) is None
 
 
+def test_sums_are_added_in_the_order_of_the_places(products: str) -> None:
+    """Bit for bit those of a loop, so that no thread's turn can show."""
+    torch.manual_seed(1)
+    layer = nn.Linear(7, 5, bias=False)
+    flat = torch.tensor([1, 3, 4, 6, 14, 17, 33])  # four in the first output, two in the third, one in the last
+    space = MaskedSpace(layer, {"weight": flat})
+    offsets, index, x = offsets_of(space, 3), np.array([2, 0, 2, 1]), torch.randn(4, 6, 7)
+
+    with torch.inference_mode(), OwnWeights(space.places) as own:
+        own.follow(offsets, index)
+        found = layer(x)
+
+    shared = F.linear(x, layer.weight.detach())
+    sums = torch.zeros_like(shared) if products == "device" else shared.clone()
+    for row, owner in enumerate(index):
+        for place, at in enumerate(flat.tolist()):
+            sums[row, :, at // 7] += x[row, :, at % 7] * offsets[owner, place]
+    assert torch.equal(found, shared + sums if products == "device" else sums)
+    assert torch.equal(found[..., [1, 3]], shared[..., [1, 3]])
+
+
+@pytest.mark.usefixtures("products")
+def test_a_matrix_without_trained_values_is_left_alone() -> None:
+    layer = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 2, bias=False))
+    space = MaskedSpace(layer, {"0.weight": torch.tensor([], dtype=torch.int64), "1.weight": torch.tensor([4])})
+    x = torch.randn(2, 3)
+
+    with torch.inference_mode(), OwnWeights(space.places) as own:
+        own.follow(torch.tensor([[0.0], [2.0]]), np.arange(2))
+        found = layer(x)
+
+    hidden = layer[0](x)
+    expected = layer[1](hidden)
+    expected[1, 1] += 2 * hidden[1, 1]
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.usefixtures("products")
 def test_other_uses_of_a_masked_matrix_are_refused() -> None:
     layer = nn.Linear(6, 4)
     space = MaskedSpace(layer, {"weight": torch.arange(0, 24, 5)})
