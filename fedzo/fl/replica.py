@@ -157,7 +157,9 @@ class Replica:
             self._restore(request.values)
             self.position, self.chain = request.round, bytes.fromhex(request.chain)
         else:
-            if request.round < self.position or (request.round > self.position and self._is_damaged()):
+            if request.round > self.position and self._is_damaged():
+                return Status.mismatch
+            if request.round < self.position:
                 self.reset()
             if request.from_round > self.position:
                 return Status.behind
