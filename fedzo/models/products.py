@@ -37,7 +37,7 @@ def choose_product(device: torch.device) -> bool:
     """Let oneDNN multiply float32 matrices in this process if it does so in float32; whether it does.
 
     On CPUs only: the same permission would take float32 from a GPU's products. The answer depends on the machine and
-    the libraries alone, never on time, so that processes of one machine agree (but for ``model.dtype=auto``).
+    the libraries alone, never on time, so that processes of one machine agree.
     """
     torch.set_float32_matmul_precision(_DEFAULT)
     chosen = device.type == "cpu" and not _onednn_rounds()
