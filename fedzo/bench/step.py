@@ -14,25 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from fedzo.bench.measure import interleaved, measure_peak_bytes, resident_bytes
+from fedzo.bench.rivals import first_order_step, mezo_walk_step
 from fedzo.bench.shapes import random_model
 from fedzo.config.schema import LaunchConfig
 from fedzo.data.config import Loss
 from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
 from fedzo.models.adapters import base_model, has_adapter
+from fedzo.models.captured import CapturedDecoder
 from fedzo.models.config import Quantization
-from fedzo.models.head import hidden_at, project
 from fedzo.models.load import TORCH_DTYPES, compile_loaded, load_model
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.lower_layers import LowerLayers, StepStates
 from fedzo.models.products import default_product, product_is_chosen
 from fedzo.models.scoring import mean_loss
 from fedzo.models.sketched.layers import decoded_layers, layers_replaced, make_dense
-from fedzo.run.peer import check_format, reused_layers, set_up_process
+from fedzo.run.peer import check_format, reused_layers, set_up_process, with_graphs
 from fedzo.system import environment
 from fedzo.trainers import TRAINERS, Workplace
 from fedzo.zo.directions import PURPOSE_DATA, add_direction, permutation, stream_key
@@ -102,8 +102,8 @@ class Bench:
         """Each takes a whole step; all but the forwards have lr = 1e-8, so that the weights stay as they are.
 
         Bare forwards are those of the model as it is trained; where that holds an adapter, the base model's are beside,
-        where it is compiled, the same forwards without the compiler, and where ``choose_product`` made a choice, those
-        with the products that PyTorch makes by itself. The first-order step is never compiled.
+        where it is compiled or captured in graphs, the eager ones, and where ``choose_product`` made a choice, those
+        with the products that PyTorch makes by itself. The first-order step is always eager.
 
         Beside the forwards of a sketch are those of its dense twin, which has the decoded weights. The steps that train
         all weights are left out there, since a sketch has none that could be trained.
@@ -118,28 +118,35 @@ class Bench:
             for key, projection in zip(keys, self.estimator.estimate(self.space, loss_fn, keys), strict=True):
                 apply_step(self.space, lr=lr, c=projection.g, key=key)
 
-        def forwards() -> None:
+        def repeat(loss: Callable[[], float]) -> None:
             for _ in range(self.estimator.forwards_per_step(self.num_probes)):
-                self.loss()
+                loss()
+
+        def forwards() -> None:
+            repeat(self.loss)
 
         def base_forwards() -> None:
             with base_model(model):
-                forwards()
+                repeat(elsewhere.loss)
 
         def eager_forwards() -> None:
-            replace(self, loaded=replace(self.loaded, compiled=None)).contestants()[BARE]()
+            repeat(eager.loss)
 
         def dense_forwards() -> None:
             if not dense:  # made when they are wanted first, so that no other contestant's memory holds them
                 dense.update(decoded_layers(model))
             with layers_replaced(model, dense):
-                forwards()
+                repeat(elsewhere.loss)
 
         def default_forwards() -> None:
             with default_product():
                 forwards()
 
-        is_sketch, dense = self.loaded.is_sketch, dict[str, nn.Module]()
+        is_sketch, dense, decoder = self.loaded.is_sketch, dict[str, nn.Module](), self.loaded.decoder
+        eager = replace(self, loaded=replace(self.loaded, decoder=None))
+        elsewhere = self  # where the model runs through other modules, which graphs do not notice
+        if isinstance(decoder, CapturedDecoder):
+            elsewhere = replace(self, loaded=replace(self.loaded, decoder=decoder.anew()))
         train_all_weights: dict[str, Work] = {
             WALK: lambda: mezo_walk_step(model, self.loss, eps=self.eps, lr=lr, seed=0),
             FIRST_ORDER: lambda: first_order_step(model, ids, choices, lr=lr),
@@ -148,7 +155,7 @@ class Bench:
             BARE: forwards,
             **({DENSE: dense_forwards} if is_sketch else {}),
             **({BASE: base_forwards} if has_adapter(model) else {}),
-            **({EAGER: eager_forwards} if self.loaded.compiled else {}),
+            **({EAGER: eager_forwards} if decoder else {}),
             **({DEFAULT: default_forwards} if product_is_chosen() else {}),
             OURS: ours,
             **({} if is_sketch else train_all_weights),
@@ -195,6 +202,8 @@ def open_bench(config: LaunchConfig, *, shape: str | None, rows: int, tokens: in
     prompts = [tuple(order[(row * tokens + i) % vocabulary] for i in range(tokens)) for row in range(rows)]
     candidates = ((order[0],), (order[1],))
     examples = [Example(prompt=prompt, candidates=candidates, label=0) for prompt in prompts]
+    lower = reused_layers(loaded, built.space, config.model, estimator)
+    loaded, lower = with_graphs(loaded, lower, config.model, estimator, longest=max(tokens, config.task.max_length))
     return Bench(
         loaded=loaded,
         space=built.space,
@@ -202,7 +211,7 @@ def open_bench(config: LaunchConfig, *, shape: str | None, rows: int, tokens: in
         examples=examples,
         eps=estimator.float32_eps,
         num_probes=estimator.num_probes,
-        lower=reused_layers(loaded, built.space, config.model, estimator),
+        lower=lower,
     )
 
 
@@ -224,7 +233,7 @@ def bench_step(
     timed = {name: partial(_finish, work, bench.loaded.device) for name, work in contestants.items()}
     seconds = interleaved(timed, repeats=repeats, on_repeat=on_repeat)
     figures = [_figure(name, spent, seconds[BARE], peaks(name)) for name, spent in seconds.items()]
-    model, rows = bench.loaded.model, len(bench.examples)
+    model, decoder, rows = bench.loaded.model, bench.loaded.decoder, len(bench.examples)
     return {
         "model": bench.loaded.source,
         "num_params": sum(parameter.numel() for parameter in model.parameters()),
@@ -232,7 +241,7 @@ def bench_step(
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "device": bench.loaded.device.type,
         "device_name": _device_name(bench.loaded.device),
-        "compiled": bench.loaded.compiled is not None,
+        "forwards": "eager" if decoder is None else "captured" if isinstance(decoder, CapturedDecoder) else "compiled",
         "threads": torch.get_num_threads(),
         "rows": rows,
         "tokens": len(bench.examples[0].prompt),
@@ -294,51 +303,3 @@ def _device_name(device: torch.device) -> str:
 
 
 # --- what others do for one step, written plainly
-
-
-def mezo_walk_step(model: nn.Module, loss_fn: Callable[[], float], *, eps: float, lr: float, seed: int) -> None:
-    """MeZO's step as published (arXiv 2305.17333, algorithm 1): the weights walk +eps, -2 eps, +eps, then step.
-
-    Four passes of ``torch.normal`` over all weights, added in place; rounding leaves the weights a little off.
-    """
-
-    def walk(scale: float) -> None:
-        generator.manual_seed(seed)
-        for parameter in parameters:
-            z = torch.normal(
-                0.0, 1.0, size=parameter.shape, generator=generator, device=parameter.device, dtype=parameter.dtype
-            )
-            parameter.add_(z, alpha=scale)
-
-    parameters = [parameter.detach() for parameter in model.parameters()]
-    generator = torch.Generator(parameters[0].device)
-    walk(eps)
-    plus = loss_fn()
-    walk(-2 * eps)
-    minus = loss_fn()
-    walk(eps)
-    walk(-lr * (plus - minus) / (2 * eps))
-
-
-def first_order_step(model: nn.Module, ids: torch.Tensor, choices: torch.Tensor, *, lr: float) -> None:
-    """One step of SGD by backpropagation on the same loss: cross-entropy of candidate 0 at the last position.
-
-    Args:
-        model: A causal language model.
-        ids: int64 [B, T].
-        choices: Token ids of the candidates, int64 [C].
-        lr: Learning rate.
-    """
-    rows = torch.arange(len(ids), device=ids.device)
-    last = torch.full_like(rows, ids.shape[1] - 1)
-    model.requires_grad_(True)
-    try:
-        logits = project(model, hidden_at(model, ids, rows, last), vocabulary=choices)
-        torch.autograd.backward(F.cross_entropy(logits, torch.zeros_like(rows)))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    parameter.sub_(parameter.grad, alpha=lr)
-                    parameter.grad = None
-    finally:
-        model.requires_grad_(False)

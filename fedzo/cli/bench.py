@@ -72,7 +72,7 @@ def _table(result: dict[str, Any]) -> Table:
     table = Table(
         title=f"{result['model']}, {result['num_params']:,} weights of which {result['space_size']:,} trained"
         f"{', none below block ' * bool(lower)}{lower or ''}, "
-        f"{result['dtype']}{' compiled' * result['compiled']} on {result['device']} ({result['device_name']}), "
+        f"{result['dtype']}, {result['forwards']} forwards, on {result['device']} ({result['device_name']}), "
         f"{result['rows']} x {result['tokens']} tokens, {result['repeats']} repeats",
         title_justify="left",
     )

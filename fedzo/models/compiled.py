@@ -32,7 +32,6 @@ class CompiledDecoder:
     longest: int
 
     def width(self, length: int) -> int:
-        """Columns that ``length`` tokens are padded to; a text of more than ``longest`` has a shape of its own."""
         return max(length, min(bucket(length), self.longest))
 
     def __call__(self, *, input_ids: torch.Tensor) -> Any:

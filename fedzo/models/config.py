@@ -78,6 +78,10 @@ class ModelConfig:
     """Forwards through ``torch.compile``, on CUDA as CUDA graphs, at few shapes that batches are padded to; a
     shape's first forward waits for the compiler. Needs a C++ compiler; losses differ from the eager ones in their
     last bits."""
+    cuda_graphs: bool = False
+    """On a CUDA device, record the forwards of each shape once as a CUDA graph and run that; batches are padded to few
+    shapes. No effect with ``compile``, ``estimator.freeze_routing`` or gradients. Off by default: no GPU has run it
+    yet."""
     reuse_lower_layers: bool = True
     """Run the blocks below the first trained one once a step, not in each of its forwards. Losses keep their bits.
     A compiled model always runs whole, as does one with ``estimator.freeze_routing``."""

@@ -82,17 +82,17 @@ def run_texts(
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Run all texts; yields each batch's indices and its positions' hidden states [N, H] (or logits [N, V])."""
     lengths = [len(text.tokens) for text in texts]
-    compiled, virtual = loaded.compiled, num_virtual_tokens(loaded.model)
-    widths = [compiled.width(length) for length in lengths] if compiled else lengths
+    decoder, virtual = loaded.decoder, num_virtual_tokens(loaded.model)
+    widths = [decoder.width(length) for length in lengths] if decoder else lengths
     batches = plan_batches(
         [width + virtual for width in widths],
         tokens_per_batch=planning.tokens_per_batch,
-        forward_cost_tokens=FEW_FORWARDS if compiled else planning.forward_cost_tokens,  # few batches, few shapes
-        bucketed=compiled is not None,
+        forward_cost_tokens=FEW_FORWARDS if decoder else planning.forward_cost_tokens,  # few batches, few shapes
+        bucketed=decoder is not None,
     )
     num_done = 0
     for batch in batches:
-        shape = (bucket(len(batch)) if compiled else len(batch), max(widths[i] for i in batch))
+        shape = (bucket(len(batch)) if decoder else len(batch), max(widths[i] for i in batch))
         ids = _padded([texts[i].tokens for i in batch], loaded, shape=shape)
         counts = [texts[i].num_positions for i in batch]
         rows = np.repeat(np.arange(len(batch)), counts)
@@ -100,7 +100,7 @@ def run_texts(
             [np.arange(lengths[i] - count, lengths[i]) for i, count in zip(batch, counts, strict=True)]
         )
         on_device = [torch.from_numpy(array).to(loaded.device) for array in (ids, rows, columns)]
-        at = partial(hidden_at, decoder=compiled) if loaded.direct_head else own_logits_at
+        at = partial(hidden_at, decoder=decoder) if loaded.direct_head else own_logits_at
         if planning.before is not None:
             planning.before(batch)
         forward = partial(at, loaded.model, *on_device)
@@ -122,11 +122,11 @@ def lower_layers_of(loaded: LoadedModel, space: Space, *, cache_mb: int = 0) -> 
     """The blocks that a space trains nothing in or below; None where there is none, or they cannot be left out.
 
     Args:
-        loaded: The model. A compiled one runs whole.
+        loaded: The model. One with a decoder of its own, as a compiled one, runs whole.
         space: What is trained on it.
         cache_mb: MiB of states of single rows that are kept over all rounds.
     """
-    if loaded.compiled is not None:
+    if loaded.decoder is not None:
         return None
 
     def forward(ids: torch.Tensor) -> torch.Tensor:

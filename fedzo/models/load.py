@@ -155,7 +155,7 @@ def compile_loaded(loaded: LoadedModel, *, longest: int) -> LoadedModel:
             f"model.compile must be false for {loaded.source!r}, which is a sketch: its layers decode their weights by "
             "kernels outside of torch, which cannot be traced. Write model.compile=false."
         )
-    return replace(loaded, compiled=compile_decoder(loaded.model, longest=longest))
+    return replace(loaded, decoder=compile_decoder(loaded.model, longest=longest))
 
 
 def wrap_model(model: Any, tokenizer: Any, *, source: str = "memory") -> LoadedModel:

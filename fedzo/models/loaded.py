@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -12,8 +12,17 @@ from torch import nn
 from fedzo.errors import ConfigError
 from fedzo.sketch import sketched_layers
 
-if TYPE_CHECKING:
-    from fedzo.models.compiled import CompiledDecoder
+
+class BucketedDecoder(Protocol):
+    """A decoder that is called at few shapes, since each costs something of its own."""
+
+    def width(self, length: int) -> int:
+        """Columns that ``length`` tokens are padded to; a text of more than the longest has a shape of its own."""
+        ...
+
+    def __call__(self, *, input_ids: torch.Tensor) -> Any:
+        """What the model's decoder gives for ids int64 [B, T], as far as ``last_hidden_state``; to be copied."""
+        ...
 
 
 @dataclass(slots=True)
@@ -42,7 +51,7 @@ class LoadedModel:
         read_weights: Reads the base weights again, by parameter name.
         direct_head: Whether the LM head may be applied apart (``head.check_head``).
         shared_prompts: Whether candidates may run on top of their prompt's cache (``cache.check_cache``).
-        compiled: The decoder that losses and scores run through, if not the model's own (``model.compile``).
+        decoder: What losses and scores run through, if not the model's own (``model.compile``, ``model.cuda_graphs``).
         counter: Forwards and tokens so far.
     """
 
@@ -55,7 +64,7 @@ class LoadedModel:
     read_weights: Callable[[], dict[str, torch.Tensor]] | None = None
     direct_head: bool = True
     shared_prompts: bool = False
-    compiled: CompiledDecoder | None = None
+    decoder: BucketedDecoder | None = None
     counter: ForwardCounter = field(default_factory=ForwardCounter)
 
     @property

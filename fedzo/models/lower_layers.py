@@ -89,12 +89,16 @@ class LowerLayers:
         blocks: Those below the first that is trained, at least one.
         upper: The others.
         rows: States of single texts, if they are kept.
+        evaluate: How the lower blocks run for ids int64 [B, T]; ``run`` by default.
+        given: What they hand out at present, without running: one ``Output``, or none.
     """
 
     model: nn.Module
     blocks: Sequence[nn.Module]
     upper: Sequence[nn.Module]
     rows: RowStates | None = None
+    evaluate: Callable[[torch.Tensor], Output] | None = None
+    given: list[Output] = field(default_factory=list)
 
     def of_step(self) -> StepStates:
         """What one step keeps, with nothing in it yet."""
@@ -114,7 +118,7 @@ class LowerLayers:
     def states(self, ids: torch.Tensor, texts: Sequence[Tokens]) -> Output:
         """What the last of the blocks gives for ids int64 [B, T]; their first rows are ``texts``."""
         if (rows := self.rows) is None:
-            return self.run(ids)
+            return (self.evaluate or self.run)(ids)
         fresh = {tokens: row for row, tokens in enumerate(texts) if tokens not in rows.by_tokens}
         made: dict[Tokens, torch.Tensor] = {}
         if fresh:
@@ -139,6 +143,8 @@ class LowerLayers:
                 else:
                     undo.callback(own.__setitem__, "forward", before)
                 own["forward"] = lambda *args, **kwargs: given
+            self.given.append(output)
+            undo.callback(self.given.pop)
             yield
 
     def weights(self) -> Hashable:

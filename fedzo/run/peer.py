@@ -18,6 +18,7 @@ from fedzo.evaluate import EVALUATORS, Evaluator
 from fedzo.fl.client.local_update import Workspace
 from fedzo.fl.client.worker import Identity
 from fedzo.fl.replica import Replica
+from fedzo.models.captured import can_capture, capture
 from fedzo.models.checks import check_ids
 from fedzo.models.config import DType, ModelConfig
 from fedzo.models.fidelity import NUM_DIRECTIONS, Trial, choose_dtype, coarseness_warning, try_out
@@ -151,12 +152,19 @@ class Peer:
                 f"trainer={trainer}: its space must have a method gradient for estimator={name}, but has none. "
                 "Choose another trainer, or an estimator that needs forwards only."
             )
-        self.built, lower = built, reused_layers(self.loaded, built.space, self.site.model, estimator)
+        loaded, lower = with_graphs(
+            self.loaded,
+            reused_layers(self.loaded, built.space, self.site.model, estimator),
+            self.site.model,
+            estimator,
+            longest=config.task.max_length,
+        )
+        self.built = built
         longest = longest_sequence(self.loaded.model, config.task.max_length)
         tokens, token_bytes = config.fl.batch_size * longest, state_bytes(self.loaded.model)
         rule = SERVER_OPTIMIZERS.build(config.server_optimizer, local_steps=config.fl.local_steps)
         return Workspace(
-            loaded=self.loaded,
+            loaded=loaded,
             replica=Replica(built.space, rule=rule, reset=built.reset, run_seed=config.seed, num_clients=num_clients),
             tokens_per_batch=fitting_tokens_per_batch(
                 self.loaded,
@@ -216,6 +224,17 @@ def reused_layers(
     if not (site.reuse_lower_layers and isinstance(estimator, ZerothOrderConfig)) or estimator.freeze_routing:
         return None
     return lower_layers_of(loaded, space, cache_mb=site.lower_layers_cache_mb)
+
+
+def with_graphs(
+    loaded: LoadedModel, lower: LowerLayers | None, site: ModelConfig, estimator: EstimatorConfig, *, longest: int
+) -> tuple[LoadedModel, LowerLayers | None]:
+    """The model and the blocks that a step runs once, as CUDA graphs if the settings want them and they can be made."""
+    if not site.cuda_graphs or not can_capture(loaded.device) or loaded.decoder is not None:
+        return loaded, lower
+    if not isinstance(estimator, ZerothOrderConfig) or estimator.freeze_routing:
+        return loaded, lower
+    return capture(loaded, lower, longest=longest)
 
 
 def check_format(config: RunSettings, loaded: LoadedModel) -> None:

@@ -1,7 +1,7 @@
 // The CUDA kernels of directions: made in registers from (key, coordinate), added, rounded and written in one pass.
 //
-// Compiled at run time (fedzo/zo/nvrtc.py) with DTYPE, GAUSSIAN, STOCHASTIC and SHARED_TABLE set; a test compiles the
-// same text for the CPU. Bits are those of docs/explanation-randomness.md: no product is fused into a sum.
+// Compiled at run time (fedzo/zo/nvrtc.py) with DTYPE, GAUSSIAN, STOCHASTIC, SHARED_TABLE and LATER_DRAW set; a test
+// compiles the same text for the CPU. Bits are those of docs/explanation-randomness.md: no product is fused into a sum.
 //
 // A thread moves a unit at a time: the W coordinates, numbered from a multiple of W on, that fill 16 bytes of weights.
 // The table of Gaussian values is antisymmetric, z(65535 - h) = -z(h), so its upper half is enough. It is gathered
@@ -35,6 +35,11 @@ struct Piece {
   i64 first;      // tiles of all pieces before it
 };
 
+struct Draw {  // which direction, and times what
+  u32 k0, k1;
+  float scale;
+};
+
 struct Arguments {  // of every kernel; mirrored in fedzo/zo/directions_cuda.py
   u64 pieces;       // Piece [count], or 0: the only one is ``one``
   i64 count;
@@ -43,10 +48,16 @@ struct Arguments {  // of every kernel; mirrored in fedzo/zo/directions_cuda.py
   u64 room;   // what is added to every out of ``pieces``
   u64 table;  // float [TABLE], the upper half
   u64 index;  // i64 []: what add_rows and scatter say
-  float scale;
-  u32 k0, k1;
-  u32 draws;  // scatter: whether a direction is added
+  Draw draw;
+  u32 draws;       // scatter: whether a direction is added
+  u64 later_draw;  // with LATER_DRAW: a Draw that is read in place of ``draw``, when the kernel runs
 };
+
+#if LATER_DRAW
+__device__ __forceinline__ Draw draw_of(const Arguments& a) { return *(const Draw*)a.later_draw; }
+#else
+__device__ __forceinline__ const Draw& draw_of(const Arguments& a) { return a.draw; }
+#endif
 
 union Unit {
   uint4 bytes;
@@ -127,9 +138,9 @@ __device__ __forceinline__ Weight narrow_by(float x, u32 draw) {
 // --- units ------------------------------------------------------------------------------------------------------------
 
 // The W scaled coordinates of z from unit * W on.
-__device__ __forceinline__ void make_moves(float* moves, i64 unit, const float* table, const Arguments& a) {
+__device__ __forceinline__ void make_moves(float* moves, i64 unit, const float* table, const Draw& draw) {
 #if GAUSSIAN
-  uint4 words = philox(unit * W / 8, 0, a.k0, a.k1);
+  uint4 words = philox(unit * W / 8, 0, draw.k0, draw.k1);
 #if W == 4
   u32 pairs[2] = {unit & 1 ? words.z : words.x, unit & 1 ? words.w : words.y};
 #else
@@ -141,26 +152,26 @@ __device__ __forceinline__ void make_moves(float* moves, i64 unit, const float* 
     u32 at = (pairs[j] ^ (minus - (minus >> 15))) & 0x7FFF7FFFu;     // h - 32768, or 32767 - h below zero
     float low = table[at & 0xFFFFu], high = table[at >> 16];
 #if !SHARED_TABLE
-    low = __fmul_rn(low, a.scale), high = __fmul_rn(high, a.scale);
+    low = __fmul_rn(low, draw.scale), high = __fmul_rn(high, draw.scale);
 #endif
     moves[2 * j] = __uint_as_float(__float_as_uint(low) ^ minus << 16);
     moves[2 * j + 1] = __uint_as_float(__float_as_uint(high) ^ (minus & 0x80000000u));
   }
 #else
-  uint4 words = philox(unit * W / 128, 0, a.k0, a.k1);
+  uint4 words = philox(unit * W / 128, 0, draw.k0, draw.k1);
   u32 number = (u32)(unit * W % 128);
   u32 word = number < 64 ? (number < 32 ? words.x : words.y) : (number < 96 ? words.z : words.w);
   word >>= number % 32;
 #pragma unroll
-  for (int j = 0; j < W; j++) moves[j] = __uint_as_float(__float_as_uint(a.scale) ^ (word >> j & 1) << 31);
+  for (int j = 0; j < W; j++) moves[j] = __uint_as_float(__float_as_uint(draw.scale) ^ (word >> j & 1) << 31);
 #endif
 }
 
-__device__ __forceinline__ void move(Unit& unit, i64 number, const float* table, const Arguments& a) {
+__device__ __forceinline__ void move(Unit& unit, i64 number, const float* table, const Draw& draw) {
   float moves[W];
-  make_moves(moves, number, table, a);
+  make_moves(moves, number, table, draw);
 #if STOCHASTIC
-  uint4 draws = philox(number * W / 8, 1, a.k0, a.k1);
+  uint4 draws = philox(number * W / 8, 1, draw.k0, draw.k1);
   u32 pairs[4] = {draws.x, draws.y, draws.z, draws.w};
 #endif
 #pragma unroll
@@ -178,7 +189,7 @@ __device__ __forceinline__ i64 units_of(const Piece& p) { return (p.start + p.si
 
 // The tiles low, low + step, ... of a piece: 16 bytes at a time where units lie on them, and weight by weight otherwise,
 // as at a ragged end.
-__device__ __forceinline__ void add_piece(const Piece& p, i64 low, i64 step, const float* table, const Arguments& a) {
+__device__ __forceinline__ void add_piece(const Piece& p, i64 low, i64 step, const float* table, const Draw& draw) {
   const Weight* base = (const Weight*)p.base;
   Weight* out = (Weight*)p.out;
   __builtin_assume(__isGlobal(base) && __isGlobal(out));
@@ -193,7 +204,7 @@ __device__ __forceinline__ void add_piece(const Piece& p, i64 low, i64 step, con
 #pragma unroll
     for (int k = 0; k < UNROLL; k++)
       if (i + k * THREADS < whole) {
-        move(unit[k], first + i + k * THREADS, table, a);
+        move(unit[k], first + i + k * THREADS, table, draw);
         ((uint4*)out)[i + k * THREADS] = unit[k].bytes;
       }
   }
@@ -205,7 +216,7 @@ __device__ __forceinline__ void add_piece(const Piece& p, i64 low, i64 step, con
       Unit unit;
 #pragma unroll
       for (int j = 0; j < W; j++) unit.weights[j] = at + j >= 0 && at + j < p.size ? base[at + j] : 0;
-      move(unit, first + own, table, a);
+      move(unit, first + own, table, draw);
 #pragma unroll
       for (int j = 0; j < W; j++)
         if (at + j >= 0 && at + j < p.size) out[at + j] = unit.weights[j];
@@ -217,20 +228,21 @@ __device__ __forceinline__ void add_piece(const Piece& p, i64 low, i64 step, con
 #if GAUSSIAN && SHARED_TABLE
 extern __shared__ float shared_table[];
 
-__device__ __forceinline__ const float* open_table(const Arguments& a) {
+__device__ __forceinline__ const float* open_table(const Arguments& a, const Draw& draw) {
   const float* table = (const float*)a.table;
-  for (int i = threadIdx.x; i < TABLE; i += blockDim.x) shared_table[i] = __fmul_rn(table[i], a.scale);
+  for (int i = threadIdx.x; i < TABLE; i += blockDim.x) shared_table[i] = __fmul_rn(table[i], draw.scale);
   __syncthreads();
   return shared_table;
 }
 #else
-__device__ __forceinline__ const float* open_table(const Arguments& a) { return (const float*)a.table; }
+__device__ __forceinline__ const float* open_table(const Arguments& a, const Draw& draw) { return (const float*)a.table; }
 #endif
 
 // out = cast(float32(base) + scale * z), over all pieces. The blocks take the tiles in turn, whatever pieces they are of:
 // with a run of tiles for each block memory is a fifth slower.
 extern "C" __global__ void __launch_bounds__(THREADS) add(const Arguments a) {
-  const float* table = open_table(a);
+  const Draw& draw = draw_of(a);
+  const float* table = open_table(a, draw);
   const Piece* pieces = (const Piece*)a.pieces;
   for (i64 tile = blockIdx.x; tile < a.tiles;) {
     i64 i = 0;
@@ -241,29 +253,31 @@ extern "C" __global__ void __launch_bounds__(THREADS) add(const Arguments a) {
     Piece p = pieces ? pieces[i] : a.one;
     p.out += a.room;
     const i64 tiles = (units_of(p) + TILE - 1) / TILE, low = tile - p.first;
-    add_piece(p, low, gridDim.x, table, a);
+    add_piece(p, low, gridDim.x, table, draw);
     tile += (tiles - low + gridDim.x - 1) / gridDim.x * gridDim.x;
   }
 }
 
 // The same for the rows [count, one.size] of a matrix; index: the coordinates of their first weights.
 extern "C" __global__ void __launch_bounds__(THREADS) add_rows(const Arguments a) {
-  const float* table = open_table(a);
+  const Draw& draw = draw_of(a);
+  const float* table = open_table(a, draw);
   for (i64 row = blockIdx.x; row < a.count; row += gridDim.x) {
     u64 offset = row * a.one.size * sizeof(Weight);
     Piece p = {a.one.base + offset, a.one.out + offset, ((const i64*)a.index)[row], a.one.size, 0};
-    add_piece(p, 0, 1, table, a);
+    add_piece(p, 0, 1, table, draw);
   }
 }
 
 // The float32 values one.base [one.size], moved if ``draws``, to one.out if it is given, and cast to the weights whose
 // addresses ``index`` holds. Compiled with DTYPE of those weights.
 extern "C" __global__ void __launch_bounds__(THREADS) scatter(const Arguments a) {
-  const float* table = a.draws ? open_table(a) : 0;
+  const Draw& draw = draw_of(a);
+  const float* table = a.draws ? open_table(a, draw) : 0;
   const float* values = (const float*)a.one.base;
   for (i64 number = (i64)blockIdx.x * blockDim.x + threadIdx.x; number * W < a.one.size; number += (i64)gridDim.x * blockDim.x) {
     float moves[W];
-    if (a.draws) make_moves(moves, number, table, a);
+    if (a.draws) make_moves(moves, number, table, draw);
 #pragma unroll
     for (int j = 0; j < W; j++) {
       i64 i = number * W + j;
@@ -277,9 +291,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) scatter(const Arguments a)
 
 // 64-bit lots: word 2 i and 2 i + 1 of a stream for random masks, as an i64 that is larger for a smaller pair.
 extern "C" __global__ void __launch_bounds__(THREADS) lots(const Arguments a) {
+  const Draw& draw = draw_of(a);
   i64* out = (i64*)a.one.out;
   for (i64 block = (i64)blockIdx.x * blockDim.x + threadIdx.x; block * 2 < a.one.size; block += (i64)gridDim.x * blockDim.x) {
-    uint4 words = philox(block, 5, a.k0, a.k1);
+    uint4 words = philox(block, 5, draw.k0, draw.k1);
     out[2 * block] = ~(i64)(((u64)words.y << 32 | words.x) ^ 1ull << 63);
     if (2 * block + 1 < a.one.size) out[2 * block + 1] = ~(i64)(((u64)words.w << 32 | words.z) ^ 1ull << 63);
   }

@@ -7,7 +7,8 @@ on the device (``Pieces``). ``fedzo.zo.directions`` takes these kernels where th
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import NamedTuple, Protocol
@@ -29,6 +30,12 @@ class Piece(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("base", "out", "start", "size", "first")]
 
 
+class Draw(ctypes.Structure):
+    """Which direction, and times what."""
+
+    _fields_ = [("k0", ctypes.c_uint32), ("k1", ctypes.c_uint32), ("scale", ctypes.c_float)]
+
+
 class Arguments(ctypes.Structure):
     """What every kernel takes; ``directions.cu`` says what it is."""
 
@@ -40,10 +47,9 @@ class Arguments(ctypes.Structure):
         ("room", ctypes.c_int64),
         ("table", ctypes.c_int64),
         ("index", ctypes.c_int64),
-        ("scale", ctypes.c_float),
-        ("k0", ctypes.c_uint32),
-        ("k1", ctypes.c_uint32),
+        ("draw", Draw),
         ("draws", ctypes.c_uint32),
+        ("later_draw", ctypes.c_int64),
     ]
 
 
@@ -54,6 +60,7 @@ class Variant(NamedTuple):
     gaussian: int
     stochastic: int
     shared_table: int
+    later_draw: int
 
 
 class Launch(Protocol):
@@ -114,6 +121,27 @@ class CudaDirections:
         self._table_address = table.data_ptr()
         self._processors = processors
         self._shares_table = shared_bytes >= _TABLE_BYTES
+        self._draw = torch.zeros(3, dtype=torch.int32, device=table.device)
+        self._written: tuple[int, float] | None = None
+        self._reads_later = False
+
+    def write_draw(self, key: int, scale: float) -> None:
+        """Tell the kernels of ``reading_later`` their direction and its factor: in this device's memory, in order."""
+        draw = Draw(key & 0xFFFFFFFF, key >> 32, scale)
+        self._draw.copy_(torch.frombuffer(draw, dtype=torch.int32))
+        self._written = key, scale
+
+    @contextmanager
+    def reading_later(self) -> Iterator[None]:
+        """Kernels that are started within read what ``write_draw`` wrote last, each time that they run.
+
+        So that a CUDA graph of them serves every direction. They must be started with what is written at the time.
+        """
+        self._reads_later = True
+        try:
+            yield
+        finally:
+            self._reads_later = False
 
     def add(
         self,
@@ -219,9 +247,12 @@ class CudaDirections:
         """Launch ``blocks`` blocks, or as many as the device holds at once if that is less."""
         gaussian = distribution is Distribution.gaussian
         shares = gaussian and self._shares_table
-        variant = Variant(DTYPES[dtype], gaussian, stochastic and dtype != torch.float32, shares)
-        arguments.table, arguments.scale = self._table_address, scale
-        arguments.k0, arguments.k1 = key & 0xFFFFFFFF, key >> 32
+        if later := self._reads_later:
+            if (key, scale) != self._written:
+                raise RuntimeError(f"{name}: must be started with the draw {self._written} that is in memory")
+            arguments.later_draw = self._draw.data_ptr()
+        variant = Variant(DTYPES[dtype], gaussian, stochastic and dtype != torch.float32, shares, later)
+        arguments.table, arguments.draw = self._table_address, Draw(key & 0xFFFFFFFF, key >> 32, scale)
         at_once = self._processors if shares else 2 * self._processors
         shared_bytes = _TABLE_BYTES if shares else 0
         self._launch(name, variant, arguments, blocks=min(blocks, at_once), threads=THREADS, shared_bytes=shared_bytes)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -24,6 +25,7 @@ from torch._C import DisableTorchFunctionSubclass
 
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import add_direction, add_direction_rows, fused
+from fedzo.zo.directions_cuda import CudaDirections
 from fedzo.zo.together import Together
 
 Function = Callable[..., Any]
@@ -79,15 +81,33 @@ class PerturbedWeights:
         self._scale = scale
         self._key = key
         self._distribution = distribution
-        self._groups = groups or {}
+        self._groups = {} if groups is None else groups
+        self._kernels = fused(weights[0].device)
         self._spent: set[Together] = set()
         self._made: dict[int, torch.Tensor] = {}
         self._recent: deque[dict[int, torch.Tensor]] = deque()
 
+    @property
+    def groups(self) -> Mapping[int, Together]:
+        """What is made together; of all probes of a space the same object."""
+        return self._groups
+
+    @property
+    def kernels(self) -> CudaDirections | None:
+        """The fused kernels that make the perturbed values, where there are any."""
+        return self._kernels
+
     def make(self, tensors: Iterable[Together]) -> None:
-        """Make perturbed values now and keep them."""
+        """Make perturbed values now and keep them, all probes of a space in the same place."""
         for together in tensors:
-            self._made |= together.moved(self._key, scale=self._scale, distribution=self._distribution)
+            self._made |= together.moved(
+                self._key, scale=self._scale, distribution=self._distribution, in_place_of_last=True
+            )
+
+    def write_draw(self) -> None:
+        """Let kernels that read their draw later (``CudaDirections.reading_later``) make this probe's values."""
+        if self._kernels is not None:
+            self._kernels.write_draw(self._key, float(np.float32(self._scale)))
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -98,7 +118,8 @@ class PerturbedWeights:
                 return self._call(func, args, kwargs or {})
 
         kinds = [type(weight) for weight in self._weights]
-        perturbed = {kind: type("Perturbed", (kind,), {"__torch_function__": classmethod(see)}) for kind in set(kinds)}
+        seen = {"__torch_function__": classmethod(see), "probe": self}
+        perturbed = {kind: type("Perturbed", (kind,), seen) for kind in set(kinds)}
         try:
             for weight, kind in zip(self._weights, kinds, strict=True):
                 weight.__class__ = perturbed[kind]
@@ -167,6 +188,11 @@ class PerturbedWeights:
             return self._rows(weight, ids)
         unique, inverse = torch.unique(ids, return_inverse=True)
         return self._rows(weight, unique)[inverse]
+
+
+def probe_of(tensors: Iterable[torch.Tensor]) -> PerturbedWeights | None:
+    """The probe that is active on some of these tensors, if one is."""
+    return next((probe for tensor in tensors if (probe := getattr(type(tensor), "probe", None)) is not None), None)
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str) -> Any:

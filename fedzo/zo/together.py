@@ -32,6 +32,7 @@ class Together:
         present = [(tensor, start) for tensor, start in zip(tensors, starts, strict=True) if tensor.numel()]
         self._tensors, self._starts = [tensor for tensor, _ in present], [start for _, start in present]
         self._pieces: dict[bool, tuple[list[int], Pieces]] = {}
+        self._room: torch.Tensor | None = None
 
     def add(self, key: int, *, scale: float, distribution: Distribution, stochastic: bool = False) -> None:
         """Move all of them in place; ``stochastic`` says how 16-bit ones are rounded."""
@@ -48,13 +49,26 @@ class Together:
             else:
                 add_direction(weight, key, scale=scale, start=start, out=weight, distribution=distribution)
 
-    def moved(self, key: int, *, scale: float, distribution: Distribution) -> dict[int, torch.Tensor]:
-        """Moved copies, by the ``id`` of their tensors. Needs fused kernels."""
+    def moved(
+        self, key: int, *, scale: float, distribution: Distribution, in_place_of_last: bool = False
+    ) -> dict[int, torch.Tensor]:
+        """Moved copies, by the ``id`` of their tensors. Needs fused kernels.
+
+        Args:
+            key: Stream key.
+            scale: Factor of the direction.
+            distribution: Law of the direction.
+            in_place_of_last: Write them where the last ones lie.
+        """
         kernels = self._kernels()
         if kernels is None or not self._tensors:
             return {}
         pieces, like = self._pieces_now(in_place=False), self._tensors[0]
-        room = torch.empty(pieces.room, dtype=like.dtype, device=like.device)
+        room = self._room
+        if room is None or not in_place_of_last:
+            room = torch.empty(pieces.room, dtype=like.dtype, device=like.device)
+        if in_place_of_last:
+            self._room = room
         kernels.add_pieces(pieces, key, scale=float(np.float32(scale)), distribution=distribution, room=room)
         width = 16 // like.dtype.itemsize
         parts = torch.split(room, [-(-tensor.numel() // width) * width for tensor in self._tensors])

@@ -135,7 +135,7 @@ class ScalarUpdate:
         self._ahead.clear()
         space = at.replica.space
         later = any(request.steps > 1 for request in requests.values())
-        shareable = later and self._walks_together and at.loaded.compiled is None
+        shareable = later and self._walks_together and at.loaded.decoder is None
         own = space.row_weights(at.loaded.model) if shareable else None
         walks = _Walks(at, requests, self.take)
         step, walking = 0, requests

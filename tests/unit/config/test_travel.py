@@ -235,6 +235,7 @@ LOCAL = [
     ["threads=3"],
     ["model.dtype=bfloat16"],
     ["model.compile=true"],
+    ["model.cuda_graphs=true"],
     ["data.path=."],
     ["runtime=local"],
     ["runtime=ray", "runtime.num_actors=3"],

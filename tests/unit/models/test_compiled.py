@@ -90,7 +90,7 @@ def test_rows_that_are_padded_to_a_bucket_stay_within_the_tokens_of_a_batch(leng
 @needs_a_compiler
 def test_losses_are_those_of_the_eager_forward_and_in_place_changes_are_seen() -> None:
     loaded = compile_loaded(tiny_loaded(), longest=12)
-    assert loaded.compiled is not None
+    assert loaded.decoder is not None
     flat = torch.arange(0, 1024, 3)
     names = ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight")
     space = MaskedSpace(loaded.model, {name: flat[:8] if "norm" in name else flat for name in names})
@@ -154,7 +154,7 @@ def test_adapters_are_compiled_along_and_seen_to_change(name: str, traced: None,
     artifact = trainer.prepare(loaded, workplace).artifact
     space = trainer.build(loaded, artifact, distribution=Distribution.gaussian).space
     start = space.values()
-    plain = LoadedModel(**{**fields_of(loaded), "compiled": None})
+    plain = LoadedModel(**{**fields_of(loaded), "decoder": None})
 
     seen = []
     for number, shift in enumerate((0.0, 0.25, 0.5)):
@@ -219,7 +219,7 @@ def off_by(change: float) -> Callable[..., Any]:
 @pytest.mark.parametrize("change", [0.01, float("nan")])
 def test_a_compiler_that_computes_something_else_is_refused(change: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", off_by(1e-6))
-    assert compile_loaded(tiny_loaded(), longest=16).compiled is not None
+    assert compile_loaded(tiny_loaded(), longest=16).decoder is not None
 
     monkeypatch.setattr(torch, "compile", off_by(change))
     with pytest.raises(ConfigError, match="its forward is off by"):

@@ -33,7 +33,7 @@ float shared_table[TABLE];
 #define ENTRY(name)                                                                  \
   extern "C" void run_##name(const Arguments* arguments, unsigned blocks) {           \
     gridDim.x = blocks, blockDim.x = THREADS;                                         \
-    for (threadIdx.x = 0; threadIdx.x < THREADS; threadIdx.x++) open_table(*arguments); \
+    for (threadIdx.x = 0; threadIdx.x < THREADS; threadIdx.x++) open_table(*arguments, draw_of(*arguments)); \
     for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)                           \
       for (threadIdx.x = 0; threadIdx.x < THREADS; threadIdx.x++) name(*arguments);   \
   }

@@ -7,7 +7,7 @@ import copy
 import torch
 import torch.nn.functional as F
 
-from fedzo.bench.step import first_order_step, mezo_walk_step
+from fedzo.bench.rivals import first_order_step, mezo_walk_step
 from fedzo.testing.tiny_models import tiny_model
 
 

@@ -1,0 +1,108 @@
+"""``model.cuda_graphs``: whole runs through graphs, beside the eager ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedzo.commands.train import resume_run
+from fedzo.commands.trained import replay_run
+from fedzo.models.captured import capture
+from fedzo.run import peer
+
+Run = Callable[..., Path]
+GRAPHS = "model.cuda_graphs=true"
+
+
+class Again:
+    """In the place of a CUDA graph: work that is done again, its result where the first one was."""
+
+    made = 0
+
+    def capture(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+        Again.made += 1
+        self._work, self._output = work, work()
+        return self._output
+
+    def replay(self) -> None:
+        self._output.copy_(self._work())
+
+
+@pytest.fixture
+def graphs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    Again.made = 0
+    monkeypatch.setattr(peer, "can_capture", lambda device: True)
+    monkeypatch.setattr(peer, "capture", partial(capture, new_graph=Again))
+
+
+def audit_of(folder: Path) -> list[Any]:
+    return [json.loads(line)["clients"] for line in (folder / "audit.jsonl").read_text().splitlines()]
+
+
+def check_scalars(folder: Path, twin: Path) -> None:
+    """Losses are float32 near 0.7: an error of 2e-7 each is 2e-4 in g at eps = 1e-3; ten times that is let by."""
+    for lines in zip(audit_of(folder), audit_of(twin), strict=True):
+        mine, theirs = (np.array([client["g"] for client in line]) for line in lines)
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "graphs"),
+    [
+        (["fl.local_steps=2"], 1),
+        (["fl.local_steps=2", "runtime.batch_clients=true"], 2),
+        (["trainer=lora", "trainer.first_layer=1"], 2),
+        (["server_optimizer=scaffold", "fl.local_steps=2"], 1),
+    ],
+    ids=lambda settings: str(settings),
+)
+def test_a_run_through_graphs_is_the_eager_run(run: Run, settings: list[str], graphs: int, graphs_on_cpu: None) -> None:
+    eager = run(*settings)
+    assert Again.made == 0
+
+    captured = run(*settings, GRAPHS)
+
+    assert Again.made == graphs
+    check_scalars(captured, eager)
+    assert audit_of(captured) != audit_of(eager)  # at padded shapes
+    assert replay_run(captured)["rounds"] == 3
+
+
+def test_a_run_through_graphs_is_resumed_as_it_would_go_on(run: Run, graphs_on_cpu: None) -> None:
+    unbroken = run(GRAPHS)
+    broken = run(GRAPHS, "fl.rounds=2")
+
+    resume_run(broken, rounds=3)
+
+    assert audit_of(broken) == audit_of(unbroken)
+
+
+@pytest.mark.parametrize("settings", [["estimator.freeze_routing=true"], ["estimator=backprop"]])
+def test_what_cannot_go_through_graphs_does_not(run: Run, settings: list[str], graphs_on_cpu: None) -> None:
+    run(*settings, GRAPHS)
+
+    assert Again.made == 0
+
+
+def test_there_are_no_graphs_on_a_cpu(run: Run) -> None:
+    assert audit_of(run(GRAPHS)) == audit_of(run())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [["trainer=meerkat"], ["trainer=mezo", "trainer.lr=1e-4"], ["trainer=lora"]])
+def test_a_run_through_cuda_graphs_is_the_eager_run(
+    run: Run, settings: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    eager = run(*settings, "device=cuda")
+    captured = run(*settings, "device=cuda", GRAPHS)
+
+    assert "CUDA graphs" not in caplog.text
+    check_scalars(captured, eager)
+    assert replay_run(captured)["rounds"] == 3

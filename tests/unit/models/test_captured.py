@@ -1,0 +1,310 @@
+"""``model.cuda_graphs``: what a graph gives is the eager forward at every probe, or there is no graph.
+
+The graphs are tapes (``conftest``), which know what they were recorded with and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedzo.config.load import load
+from fedzo.data.config import Loss
+from fedzo.data.encode import Example
+from fedzo.models import captured
+from fedzo.models.blocks import parameters_from
+from fedzo.models.captured import CapturedDecoder, capture
+from fedzo.models.forwards import lower_layers_of
+from fedzo.models.loaded import LoadedModel
+from fedzo.models.products import RoundedProducts, use_products
+from fedzo.models.scoring import candidate_scores, example_losses, graph_loss
+from fedzo.testing.tiny_models import FAMILIES, tiny_loaded
+from fedzo.trainers import TRAINERS, Workplace
+from fedzo.zo.config import Distribution
+from fedzo.zo.spaces.base import Space
+from fedzo.zo.spaces.full import FullSpace
+from fedzo.zo.spaces.masked import MaskedSpace
+
+MANY = 4096
+NewGraph = Callable[[], Any]
+Switch = Callable[[], list[str]]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def tokens(start: int, length: int) -> tuple[int, ...]:
+    return tuple((start * 31 + i * 17) % 256 for i in range(length))
+
+
+SHORT = [Example(tokens(i, length), ((7,), (250,)), i % 2) for i, length in enumerate((12, 5, 9))]
+LONG = [Example(tokens(4, 9), (tokens(5, 3), tokens(6, 1), tokens(7, 4)), 0)]
+
+
+def all_weights(loaded: LoadedModel) -> Space:
+    return FullSpace(loaded.model)
+
+
+def upper_weights(loaded: LoadedModel) -> Space:
+    return FullSpace(loaded.model, parameters=parameters_from(loaded.model, 1))
+
+
+def some_weights(loaded: LoadedModel) -> Space:
+    names = ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight")
+    return MaskedSpace(loaded.model, {name: torch.arange(0, 1024, 3) for name in names})
+
+
+def adapter(loaded: LoadedModel, *changes: str) -> Space:
+    trainer = TRAINERS.build(load(["trainer=lora", *changes]).trainer)
+    workplace = Workplace(folder=Path(), seed=0, texts=list, advance=lambda done, total: None)
+    artifact = trainer.prepare(loaded, workplace).artifact
+    return trainer.build(loaded, artifact, distribution=Distribution.gaussian).space
+
+
+def upper_adapter(loaded: LoadedModel) -> Space:
+    return adapter(loaded, "trainer.first_layer=1")
+
+
+def losses(loaded: LoadedModel, rows: list[Example], loss: Loss = Loss.candidates, **how: Any) -> np.ndarray:
+    return example_losses(loaded, rows, loss=loss, tokens_per_batch=MANY, **how)
+
+
+def graphs_of(loaded: LoadedModel) -> dict[Any, Any]:
+    assert isinstance(loaded.decoder, CapturedDecoder)
+    return loaded.decoder.captures._graphs
+
+
+@pytest.mark.parametrize("make", [all_weights, upper_weights, some_weights, adapter])
+def test_losses_are_those_of_the_eager_forward_wherever_a_space_is(
+    make: Callable[[LoadedModel], Space], new_tape: NewGraph, as_on_a_gpu: Switch
+) -> None:
+    as_on_a_gpu()
+    loaded = tiny_loaded()
+    space = make(loaded)
+    ours, _ = capture(loaded, None, longest=16, new_graph=new_tape)
+    seen: list[np.ndarray] = []
+
+    def compare() -> None:
+        for rows, loss in ((SHORT, Loss.candidates), (SHORT, Loss.lm), (LONG, Loss.candidates)):
+            want = losses(loaded, rows, loss)
+            np.testing.assert_allclose(losses(ours, rows, loss), want, rtol=0, atol=1e-5)
+        seen.append(want)
+
+    compare()
+    for number in range(4):  # of each graph two replays are compared by itself; those after them only here
+        for scale in (0.2, -0.2):
+            with space.probe(scale, key=2**40 + number):
+                compare()
+        space.step(0.2, key=2**63 + number)
+        compare()
+
+    everything = np.concatenate(seen)
+    assert len(np.unique(everything)) == len(everything)
+    assert not ours.decoder.captures._gives_up
+    shapes = len({graph.inputs[0].shape for graph in graphs_of(ours).values()})
+    assert len(graphs_of(ours)) == shapes * (2 if isinstance(space, FullSpace) else 1)
+
+
+@pytest.mark.parametrize("cache_mb", [0, 1])
+@pytest.mark.parametrize("make", [upper_weights, upper_adapter])
+def test_what_a_step_keeps_of_the_lower_blocks_enters_the_graphs(
+    cache_mb: int, make: Callable[[LoadedModel], Space], new_tape: NewGraph, as_on_a_gpu: Switch
+) -> None:
+    as_on_a_gpu()
+    loaded = tiny_loaded()
+    space = make(loaded)
+    ours, lower = capture(loaded, lower_layers_of(loaded, space, cache_mb=cache_mb), longest=16, new_graph=new_tape)
+    assert lower is not None
+
+    for number in range(4):
+        step = lower.of_step()
+        for scale in (0.2, -0.2):
+            with space.probe(scale, key=number):
+                for rows in (SHORT, SHORT[1:], LONG):
+                    want = losses(loaded, rows)
+                    np.testing.assert_allclose(losses(ours, rows, lower=step), want, rtol=0, atol=1e-5)
+        space.step(0.2, key=9 + number)
+
+    names = {key[0] for key in graphs_of(ours)}
+    assert names == ({"upper"} if cache_mb else {"lower", "upper"})
+    assert lower.given == []
+
+
+def test_scores_share_graphs_with_losses(new_tape: NewGraph) -> None:
+    loaded = tiny_loaded()
+    ours, _ = capture(loaded, None, longest=16, new_graph=new_tape)
+
+    losses(ours, SHORT)
+    found = candidate_scores(ours, SHORT, tokens_per_batch=MANY)
+
+    assert np.allclose(found, candidate_scores(loaded, SHORT, tokens_per_batch=MANY), rtol=0, atol=1e-5)
+    assert len(graphs_of(ours)) == 1
+
+
+def test_weights_that_lie_elsewhere_and_other_products_have_graphs_of_their_own(new_tape: NewGraph) -> None:
+    loaded = tiny_loaded()
+    ours, _ = capture(loaded, None, longest=16, new_graph=new_tape)
+
+    losses(ours, SHORT)
+    with use_products(RoundedProducts("", "high")):
+        losses(ours, SHORT)
+    weight = loaded.model.get_parameter("model.layers.0.self_attn.q_proj.weight")
+    weight.data = weight.data * 2
+    want = losses(loaded, SHORT)
+
+    np.testing.assert_allclose(losses(ours, SHORT), want, rtol=0, atol=1e-5)
+    assert len(graphs_of(ours)) == 3
+
+
+def test_the_graphs_used_last_are_kept(new_tape: NewGraph, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured, "_MOST_GRAPHS", 2)
+    ours, _ = capture(tiny_loaded(), None, longest=64, new_graph=new_tape)
+
+    for length in (4, 8, 4, 16):
+        losses(ours, [Example(tokens(1, length), ((7,), (250,)), 0)])
+
+    assert [key[1][0][0][1] for key in graphs_of(ours)] == [4, 16]
+
+
+CAPTURED = {"gemma2", "gpt2", "llama", "mixtral", "opt", "qwen3"}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_losses_of_any_family_are_the_eager_ones(
+    family: str, new_tape: NewGraph, as_on_a_gpu: Switch, caplog: pytest.LogCaptureFixture
+) -> None:
+    as_on_a_gpu()
+    loaded = tiny_loaded(family)
+    space = FullSpace(loaded.model)
+    ours, _ = capture(loaded, None, longest=16, new_graph=new_tape)
+
+    with caplog.at_level(logging.WARNING):
+        for key in range(4):
+            with space.probe(0.05, key=key):
+                np.testing.assert_allclose(losses(ours, SHORT), losses(loaded, SHORT), rtol=0, atol=1e-5)
+
+    assert ("cannot run as CUDA graphs" not in caplog.text) == (family in CAPTURED)
+
+
+def broken(loaded: LoadedModel, change: Callable[[torch.Tensor], torch.Tensor]) -> LoadedModel:
+    """Its last layer norm's output changed."""
+    norm = loaded.model.get_decoder().norm
+    own = norm.forward
+    norm.forward = lambda states: change(own(states))
+    return loaded
+
+
+def read(states: torch.Tensor) -> torch.Tensor:
+    return states * float(states.sum() > -1e9)
+
+
+def counted() -> Callable[[torch.Tensor], torch.Tensor]:
+    calls = []
+
+    def change(states: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return states * len(calls)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(read, "RuntimeError: operation not permitted"), (counted(), "RuntimeError: a replay is off by")],
+    ids=["reads the device", "counts its calls"],
+)
+def test_a_forward_that_cannot_be_captured_is_eager_after_one_warning(
+    change: Callable[[torch.Tensor], torch.Tensor],
+    reason: str,
+    new_tape: NewGraph,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ours, _ = capture(broken(tiny_loaded(), change), None, longest=16, new_graph=new_tape)
+
+    with caplog.at_level(logging.WARNING):
+        found = [losses(ours, SHORT), losses(ours, SHORT)]
+
+    assert all(np.isfinite(each).all() for each in found)
+    assert len(caplog.messages) == 1
+    assert f"LlamaModel cannot run as CUDA graphs, its kernels are started one by one: {reason}" in caplog.messages[0]
+    assert not graphs_of(ours)
+
+
+def test_perturbed_weights_without_kernels_are_not_captured(
+    new_tape: NewGraph, caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded = tiny_loaded()
+    ours, _ = capture(loaded, None, longest=16, new_graph=new_tape)
+
+    with caplog.at_level(logging.WARNING), FullSpace(loaded.model).probe(0.2, key=3):
+        np.testing.assert_allclose(losses(ours, SHORT), losses(loaded, SHORT), rtol=0, atol=1e-5)
+
+    assert "NotImplementedError: perturbed weights" in caplog.text
+
+
+def test_a_model_whose_numbers_are_not_finite_is_no_broken_graph(
+    new_tape: NewGraph, caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded = tiny_loaded()
+    nn.init.constant_(loaded.model.get_decoder().norm.weight, torch.nan)
+    ours, _ = capture(loaded, None, longest=16, new_graph=new_tape)
+
+    with caplog.at_level(logging.WARNING):
+        assert np.isnan(losses(ours, SHORT)).all()
+
+    assert not caplog.messages
+
+
+def test_a_forward_with_gradients_is_eager(new_tape: NewGraph) -> None:
+    ours, _ = capture(tiny_loaded(), None, longest=16, new_graph=new_tape)
+    weight = ours.model.get_decoder().norm.weight.requires_grad_(True)
+
+    graph_loss(ours, SHORT, loss=Loss.candidates, tokens_per_batch=MANY).backward()
+
+    assert weight.grad is not None
+    assert not graphs_of(ours)
+
+
+def test_a_model_whose_head_cannot_be_applied_apart_has_no_graphs(
+    new_tape: NewGraph, caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded = replace(tiny_loaded(), direct_head=False)
+
+    assert capture(loaded, None, longest=16, new_graph=new_tape) == (loaded, None)
+    assert "its LM head cannot be applied apart" in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [all_weights, upper_weights, some_weights, adapter])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_graphs_give_the_eager_losses(
+    make: Callable[[LoadedModel], Space], dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = tiny_loaded()
+    loaded = replace(made, model=made.model.to(dtype).cuda(), device=torch.device("cuda", 0))
+    space = make(loaded)
+    ours, lower = capture(loaded, lower_layers_of(loaded, space), longest=16)
+
+    with caplog.at_level(logging.WARNING):
+        for number in range(4):
+            step = lower.of_step() if lower else None
+            for scale in (0.2, -0.2):
+                with space.probe(scale, key=number):
+                    for rows in (SHORT, LONG):
+                        want = losses(loaded, rows)
+                        atol = 1e-4 if dtype == torch.float32 else 0.1
+                        np.testing.assert_allclose(losses(ours, rows, lower=step), want, rtol=0, atol=atol)
+            space.step(0.2, key=9 + number)
+
+    assert not caplog.messages
+    assert graphs_of(ours)
