@@ -127,7 +127,7 @@ class Bench:
 
         def base_forwards() -> None:
             with base_model(model):
-                repeat(elsewhere.loss)
+                repeat(base.loss)
 
         def eager_forwards() -> None:
             repeat(eager.loss)
@@ -136,7 +136,7 @@ class Bench:
             if not dense:  # made when they are wanted first, so that no other contestant's memory holds them
                 dense.update(decoded_layers(model))
             with layers_replaced(model, dense):
-                repeat(elsewhere.loss)
+                repeat(twin.loss)
 
         def default_forwards() -> None:
             with default_product():
@@ -144,9 +144,9 @@ class Bench:
 
         is_sketch, dense, decoder = self.loaded.is_sketch, dict[str, nn.Module](), self.loaded.decoder
         eager = replace(self, loaded=replace(self.loaded, decoder=None))
-        elsewhere = self  # where the model runs through other modules, which graphs do not notice
+        base = twin = self  # where the model runs through other modules, which graphs do not notice
         if isinstance(decoder, CapturedDecoder):
-            elsewhere = replace(self, loaded=replace(self.loaded, decoder=decoder.anew()))
+            base, twin = (replace(self, loaded=replace(self.loaded, decoder=decoder.anew())) for _ in range(2))
         train_all_weights: dict[str, Work] = {
             WALK: lambda: mezo_walk_step(model, self.loss, eps=self.eps, lr=lr, seed=0),
             FIRST_ORDER: lambda: first_order_step(model, ids, choices, lr=lr),
@@ -233,7 +233,7 @@ def bench_step(
     timed = {name: partial(_finish, work, bench.loaded.device) for name, work in contestants.items()}
     seconds = interleaved(timed, repeats=repeats, on_repeat=on_repeat)
     figures = [_figure(name, spent, seconds[BARE], peaks(name)) for name, spent in seconds.items()]
-    model, decoder, rows = bench.loaded.model, bench.loaded.decoder, len(bench.examples)
+    model, rows = bench.loaded.model, len(bench.examples)
     return {
         "model": bench.loaded.source,
         "num_params": sum(parameter.numel() for parameter in model.parameters()),
@@ -241,7 +241,7 @@ def bench_step(
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "device": bench.loaded.device.type,
         "device_name": _device_name(bench.loaded.device),
-        "forwards": "eager" if decoder is None else "captured" if isinstance(decoder, CapturedDecoder) else "compiled",
+        "forwards": _kind_of_forwards(bench.loaded),
         "threads": torch.get_num_threads(),
         "rows": rows,
         "tokens": len(bench.examples[0].prompt),
@@ -296,6 +296,12 @@ def _finish(work: Work, device: torch.device) -> None:
     work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _kind_of_forwards(loaded: LoadedModel) -> str:
+    if isinstance(loaded.decoder, CapturedDecoder):
+        return "eager" if loaded.decoder.captures.gave_up else "captured"
+    return "compiled" if loaded.decoder else "eager"
 
 
 def _device_name(device: torch.device) -> str:

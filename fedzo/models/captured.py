@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
@@ -24,12 +23,14 @@ from fedzo.models.head import TOLERANCE
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.lower_layers import LowerLayers, Output
 from fedzo.models.plan import bucket
+from fedzo.sketch.linear import scratch_in_use
 from fedzo.zo.perturb import PerturbedWeights, probe_of
 
 log = logging.getLogger(__name__)
 
 _MOST_GRAPHS = 64
-_NUM_COMPARED = 2  # replays of a graph: the two sides of its first probe
+_NUM_COMPARED = 2  # runs of a graph: the two sides of its first probe
+_LARGE = 0.05  # a scale at which no perturbed weight is missed: that of a run moves states by less than rounding does
 
 Work = Callable[..., torch.Tensor]
 
@@ -46,23 +47,42 @@ class Graph(Protocol):
         ...
 
 
-class CudaGraph:
-    """A CUDA graph.
+class CudaGraphs:
+    """Makes CUDA graphs that share memory for what lies between their kernels.
 
     Args:
-        pool: Memory that graphs share for what lies between their kernels (``torch.cuda.graph_pool_handle``).
+        device: Where.
     """
 
-    def __init__(self, pool: Any) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = cast(Any, torch.cuda).Stream(device)
+
+    def __call__(self) -> CudaGraph:
+        return CudaGraph(self)
+
+
+class CudaGraph:
+    """One of them, with nothing in it yet."""
+
+    def __init__(self, graphs: CudaGraphs) -> None:
+        self._graphs = graphs
         self._graph = torch.cuda.CUDAGraph()
-        self._pool = pool
 
     def capture(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
-        with torch.cuda.graph(self._graph, pool=self._pool):
+        at = self._graphs
+        # the outer stream comes back even where the end of a capture raises; relaxed: a kernel may be loaded meanwhile
+        with (
+            torch.cuda.device(at.device),
+            torch.cuda.stream(torch.cuda.current_stream(at.device)),
+            torch.cuda.graph(self._graph, pool=at.pool, stream=at.stream, capture_error_mode="relaxed"),
+        ):
             return work()
 
     def replay(self) -> None:
-        self._graph.replay()
+        with torch.cuda.device(self._graphs.device):
+            self._graph.replay()
 
 
 @dataclass(slots=True)
@@ -73,83 +93,110 @@ class _Captured:
     inputs: list[torch.Tensor]
     output: torch.Tensor
     kept: object
-    """What its kernels read beside the model."""
+    """What its kernels read and write beside the model."""
     num_compared: int = 0
+
+    def run(self, inputs: Sequence[torch.Tensor], probe: PerturbedWeights | None) -> torch.Tensor:
+        for held, given in zip(self.inputs, inputs, strict=True):
+            held.copy_(given)
+        if probe:
+            probe.write_draw()
+        self.graph.replay()
+        return self.output
 
 
 class Captures:
-    """Forwards as graphs, one for each shape of their inputs.
+    """Forwards as graphs, one for each shape of their inputs from its second use on.
 
-    The first replays of a graph are compared with the eager forward. Where a forward cannot be captured, or comes out
-    otherwise, all are eager from then on, after one warning. A forward with gradients always is.
+    A graph's first runs are compared with the eager forward; one of perturbed weights also at a scale at which none can
+    be missed. Where a forward cannot be captured, or comes out otherwise, all are eager from then on, after one
+    warning. A forward with gradients always is.
 
-    Memory: what lies between kernels, once for all graphs and as much as the largest of them needs; of each its output.
+    Memory: what lies between kernels, once for all graphs; of each its output; and an eager forward beside them.
 
     Args:
         module: What the forwards compute with. Its modules must stay as they are; its values may change in place.
         new_graph: Makes an empty graph.
+
+    Attributes:
+        gave_up: Whether all forwards are eager.
     """
 
     def __init__(self, module: torch.nn.Module, new_graph: Callable[[], Graph]) -> None:
+        self.gave_up = False
         self._name = type(module).__name__
         self._tensors = [*module.parameters(), *module.buffers()]
         self._new_graph = new_graph
+        self._addresses: list[int] = []
         self._graphs: OrderedDict[Hashable, _Captured] = OrderedDict()
-        self._gives_up = False
+        self._seen: set[Hashable] = set()
 
     def run(self, name: str, work: Work, *inputs: torch.Tensor) -> torch.Tensor:
         """``work(*inputs)``, which the next call overwrites; ``name`` is that of the work, whose settings are fixed."""
-        if self._gives_up or torch.is_grad_enabled():
-            return work(*inputs)
-        try:
-            return self._replayed(name, work, inputs)
-        except Exception as error:  # a model may do anything that cannot be recorded, and CUDA raises what it likes
-            self._gives_up = True
-            self._graphs.clear()
-            log.warning(
-                "%s cannot run as CUDA graphs, its kernels are started one by one: %s: %s",
-                self._name,
-                type(error).__name__,
-                " ".join(str(error).split())[:400],
-            )
-            return work(*inputs)
+        if not (self.gave_up or torch.is_grad_enabled()):
+            try:
+                if (captured := self._captured(name, work, inputs)) is not None:
+                    return captured
+            except Exception as error:  # a model may do anything that cannot be recorded, and CUDA raises what it likes
+                self._give_up(error)
+        return work(*inputs)
 
-    def _replayed(self, name: str, work: Work, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        probe = probe_of(self._tensors)
+    def _captured(self, name: str, work: Work, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
+        """From a graph; None where a shape is seen first."""
         with DisableTorchFunctionSubclass():
-            addresses = tuple(tensor.data_ptr() for tensor in self._tensors)
+            addresses = [tensor.data_ptr() for tensor in self._tensors]
+        if addresses != self._addresses:
+            self._graphs.clear()
+            self._addresses = addresses
+        probe = probe_of(self._tensors)
         shapes = tuple((each.shape, each.dtype) for each in inputs)
-        key = (name, shapes, id(probe.groups) if probe else None, torch.get_float32_matmul_precision(), addresses)
+        key = name, shapes, id(probe.groups) if probe else None, torch.get_float32_matmul_precision()
+        if key not in self._seen:
+            self._seen.add(key)
+            return None
         if key not in self._graphs:
-            self._graphs[key] = self._capture(work, inputs, probe)
+            self._graphs[key] = captured = self._capture(work, inputs, probe)
+            if probe:
+                with probe.afresh(_LARGE):
+                    _compare(captured.run(inputs, probe), work(*inputs))
             if len(self._graphs) > _MOST_GRAPHS:
                 self._graphs.popitem(last=False)
         captured = self._graphs[key]
         self._graphs.move_to_end(key)
-        for held, given in zip(captured.inputs, inputs, strict=True):
-            held.copy_(given)
-        if probe:
-            probe.write_draw()
-        captured.graph.replay()
+        output = captured.run(inputs, probe)
         if captured.num_compared < _NUM_COMPARED:
             captured.num_compared += 1
-            _compare(captured.output, work(*inputs))
-        return captured.output
+            _compare(output, work(*inputs))
+        return output
 
     def _capture(self, work: Work, inputs: tuple[torch.Tensor, ...], probe: PerturbedWeights | None) -> _Captured:
         with torch.inference_mode(False):
             held = [torch.zeros_like(each) for each in inputs]  # a graph that depended on its inputs' values would show
-        later: Callable[[], AbstractContextManager[None]] = nullcontext
-        if probe:
-            if probe.kernels is None:
-                raise NotImplementedError("perturbed weights are not made by kernels that can be recorded")
+        graph, run = self._new_graph(), partial(work, *held)
+        if probe is None:
+            run()  # compiles kernels and makes tables, which cannot be recorded
+            output = graph.capture(run)
+        elif probe.kernels is None:
+            raise NotImplementedError("perturbed weights are not made by kernels that can be recorded")
+        else:
             probe.write_draw()
-            later = probe.kernels.reading_later
-        with later():
-            work(*held)  # compiles kernels and makes tables, which cannot be recorded
-            graph = self._new_graph()
-            output = graph.capture(partial(work, *held))
-        return _Captured(graph, held, output, kept=probe.groups if probe else None)
+            with probe.kernels.reading_later():
+                with probe.afresh():
+                    run()
+                with probe.afresh():  # or what the run before has made would be in the graph, and not its making
+                    output = graph.capture(run)
+        return _Captured(graph, held, output, kept=(probe and probe.groups, scratch_in_use()))
+
+    def _give_up(self, error: Exception) -> None:
+        self.gave_up = True
+        self._graphs.clear()
+        cause = error.__context__ or error  # where a capture fails, its end fails, too
+        log.warning(
+            "%s cannot run as CUDA graphs, its kernels are started one by one: %s: %s",
+            self._name,
+            type(cause).__name__,
+            " ".join(str(cause).split())[:400],
+        )
 
 
 class Hidden(NamedTuple):
@@ -216,12 +263,12 @@ def capture(
         loaded: The model on a CUDA device, with all that is trained in it.
         lower: The blocks that a step runs once.
         longest: Tokens of the longest text.
-        new_graph: Makes an empty graph; by default a ``CudaGraph``.
+        new_graph: Makes an empty graph; by default a ``CudaGraphs``.
     """
     if not loaded.direct_head:
         log.warning("%s: its LM head cannot be applied apart, so there are no CUDA graphs", loaded.source)
         return loaded, lower
-    new_graph = new_graph or partial(CudaGraph, torch.cuda.graph_pool_handle())
+    new_graph = new_graph or CudaGraphs(loaded.device)
     decoder = CapturedDecoder(loaded, longest=longest, lower=lower, new_graph=new_graph)
     loaded = replace(loaded, decoder=decoder)
     if lower is None:

@@ -204,6 +204,11 @@ def _scratch(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -
     return buffers[device][:num_bytes].view(dtype).view(shape)
 
 
+def scratch_in_use() -> object:
+    """The buffers that this thread's layers write to at present: whoever wrote down their addresses holds it."""
+    return tuple(_held.buffers.values())
+
+
 def sketched_layers(model: nn.Module) -> dict[str, SketchLinear]:
     """The sketched layers by name, in the order of ``named_modules``; empty for a dense model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SketchLinear)}

@@ -127,8 +127,11 @@ class CudaDirections:
 
     def write_draw(self, key: int, scale: float) -> None:
         """Tell the kernels of ``reading_later`` their direction and its factor: in this device's memory, in order."""
-        draw = Draw(key & 0xFFFFFFFF, key >> 32, scale)
-        self._draw.copy_(torch.frombuffer(draw, dtype=torch.int32))
+        if (key, scale) == self._written:
+            return
+        words = torch.frombuffer(Draw(key & 0xFFFFFFFF, key >> 32, scale), dtype=torch.int32)
+        for place, word in zip(self._draw, words.tolist(), strict=True):
+            place.fill_(word)  # a copy from the host would wait for the device
         self._written = key, scale
 
     @contextmanager

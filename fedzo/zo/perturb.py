@@ -85,6 +85,7 @@ class PerturbedWeights:
         self._kernels = fused(weights[0].device)
         self._spent: set[Together] = set()
         self._made: dict[int, torch.Tensor] = {}
+        self._made_first: Sequence[Together] = ()
         self._recent: deque[dict[int, torch.Tensor]] = deque()
 
     @property
@@ -97,12 +98,27 @@ class PerturbedWeights:
         """The fused kernels that make the perturbed values, where there are any."""
         return self._kernels
 
-    def make(self, tensors: Iterable[Together]) -> None:
+    def make(self, tensors: Sequence[Together]) -> None:
         """Make perturbed values now and keep them, all probes of a space in the same place."""
+        self._made_first = tensors
         for together in tensors:
             self._made |= together.moved(
                 self._key, scale=self._scale, distribution=self._distribution, in_place_of_last=True
             )
+
+    @contextmanager
+    def afresh(self, scale: float | None = None) -> Iterator[None]:
+        """Within the context nothing is made yet but what ``make`` made; at another scale, if one is given."""
+        kept = self._scale, self._spent, self._recent
+        self._scale, self._spent, self._recent = scale or self._scale, set(), deque()
+        try:
+            if scale:
+                self.make(self._made_first)
+            yield
+        finally:
+            self._scale, self._spent, self._recent = kept
+            if scale:
+                self.make(self._made_first)
 
     def write_draw(self) -> None:
         """Let kernels that read their draw later (``CudaDirections.reading_later``) make this probe's values."""

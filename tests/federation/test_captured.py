@@ -1,4 +1,7 @@
-"""``model.cuda_graphs``: whole runs through graphs, beside the eager ones."""
+"""``model.cuda_graphs``: where a run takes graphs, and that its shapes, replies and resumption are right with them.
+
+What a graph is made of and reads is the matter of ``tests/unit/models/test_captured.py``; here work is done again.
+"""
 
 from __future__ import annotations
 

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from torch._C import DisableTorchFunctionSubclass
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fedzo.zo
 from fedzo.zo.directions import gaussian_table
@@ -53,7 +54,8 @@ class CpuLaunch:
 class Tape(TorchDispatchMode):
     """A CUDA graph's slow twin: keeps each operation and kernel with the very tensors and numbers that it had.
 
-    What is read from the device while it records is refused, as CUDA refuses it.
+    What reads the device while it records is refused, as CUDA refuses it. A tensor from elsewhere must still be there
+    when it is replayed.
 
     Args:
         launch: Starts the kernels that are recorded, too.
@@ -62,17 +64,22 @@ class Tape(TorchDispatchMode):
     def __init__(self, launch: CpuLaunch | None = None) -> None:
         super().__init__()
         self.work: list[Callable[[], object]] = []
+        self._own: dict[int, torch.Tensor] = {}
         self._recorders = [] if launch is None else launch.recorders
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kept = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        kept = func(*args, **kwargs)
         is_mask = any(isinstance(each, torch.Tensor) and each.dtype == torch.bool for each in tree_leaves(args[1:]))
         shape_is_read = torch.Tag.dynamic_output_shape in func.tags and (func not in INDEXING or is_mask)
         if shape_is_read or any(isinstance(each, bool | int | float) for each in tree_leaves(kept)):
             raise RuntimeError("operation not permitted when stream is capturing")
+        given = tree_map_only(torch.Tensor, self._reference, (args, kwargs))
+        self._own |= {id(each): each for each in tree_leaves(kept) if isinstance(each, torch.Tensor)}
 
         def again() -> None:
-            made = func(*args, **(kwargs or {}))
+            args, kwargs = tree_map_only(Address, Address.tensor, given)
+            made = func(*args, **kwargs)
             for old, new in zip(tree_leaves(kept), tree_leaves(made), strict=True):
                 if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
@@ -94,6 +101,24 @@ class Tape(TorchDispatchMode):
         with DisableTorchFunctionSubclass():  # below it, where kernels are: no probe sees these operations
             for again in self.work:
                 again()
+
+    def _reference(self, tensor: torch.Tensor) -> torch.Tensor | Address:
+        return tensor if id(tensor) in self._own else Address(tensor)
+
+
+class Address:
+    """A tensor's memory, not kept."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._storage = StorageWeakRef(tensor.untyped_storage())
+        self._place = tensor.storage_offset(), tensor.size(), tensor.stride()
+        self._dtype = tensor.dtype
+
+    def tensor(self) -> torch.Tensor:
+        storage = torch.UntypedStorage._new_with_weak_ptr(self._storage.cdata)
+        if storage is None:
+            raise RuntimeError("an illegal memory access was encountered")
+        return torch.empty(0, dtype=self._dtype).set_(storage, *self._place)
 
 
 @pytest.fixture(scope="session")
