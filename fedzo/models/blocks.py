@@ -64,11 +64,52 @@ def parameters_from(model: nn.Module, first_layer: int) -> dict[str, nn.Paramete
     return {name: parameter for name, parameter in named.items() if id(parameter) in mine - shared}
 
 
-def first_trained_block(model: nn.Module, trained: Iterable[nn.Parameter]) -> int:
-    """Index of the first block that holds a trained parameter; 0 also where one lies in no block."""
+def norms_from(model: nn.Module, first_layer: int) -> dict[str, nn.Parameter]:
+    """The scales and shifts of the norms in the blocks from ``first_layer`` on and behind them; all from 0.
+
+    By name in the order of ``named_parameters``. With the number of blocks, only the norms behind them.
+
+    Raises:
+        ConfigError: The model has no such block, or no norms there.
+    """
     _, blocks = find_blocks(model)
+    if first_layer != len(blocks):
+        upper_blocks(model, first_layer)
+    left_out = {id(each) for block in blocks[:first_layer] for each in block.parameters()}
+    found = {
+        id(each)
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower() and not (first_layer and "embed" in name)
+        for each in module.parameters(recurse=False)
+    }
+    norms = {name: each for name, each in model.named_parameters() if id(each) in found - left_out}
+    if not norms:
+        raise ConfigError(
+            f"trainer=norms must find norms with weights from block {first_layer} of this {type(model).__name__} on, "
+            "but there are none. Lower trainer.first_layer, or take another trainer."
+        )
+    return norms
+
+
+def first_trained_block(model: nn.Module, trained: Iterable[nn.Parameter]) -> int:
+    """Index of the first block with a trained parameter in it or before it; the number of blocks where all lie behind.
+
+    Of parameters outside of blocks only the embeddings count as lying before them: whoever leaves blocks out must see
+    that nothing changes.
+    """
+    _, blocks = find_blocks(model)
+    embeddings = {
+        id(each)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        for each in module.parameters(recurse=False)
+    }
     places: dict[int, list[int]] = {}
     for index, block in enumerate(blocks):
         for parameter in block.parameters():
             places.setdefault(id(parameter), []).append(index)
-    return min((min(places.get(id(parameter), [0])) for parameter in trained), default=0)
+
+    def first(parameter: nn.Parameter) -> int:
+        return 0 if id(parameter) in embeddings else min(places.get(id(parameter), [len(blocks)]))
+
+    return min(map(first, trained), default=0)

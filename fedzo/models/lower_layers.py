@@ -88,6 +88,7 @@ class LowerLayers:
         model: The model.
         blocks: Those below the first that is trained, at least one.
         upper: The others.
+        trained: The parameters with trained values, which lie in the others or behind them.
         rows: States of single texts, if they are kept.
         evaluate: How the lower blocks run for ids int64 [B, T]; ``run`` by default.
         given: What they hand out at present, without running: one ``Output``, or none.
@@ -96,6 +97,7 @@ class LowerLayers:
     model: nn.Module
     blocks: Sequence[nn.Module]
     upper: Sequence[nn.Module]
+    trained: Sequence[nn.Parameter] = ()
     rows: RowStates | None = None
     evaluate: Callable[[torch.Tensor], Output] | None = None
     given: list[Output] = field(default_factory=list)
@@ -106,10 +108,22 @@ class LowerLayers:
             self.rows.drop_if_other(self.weights())
         return StepStates(self)
 
-    def whole_forwards(self, forwards: int) -> float:
-        """What a step of so many forwards costs in forwards of the whole model, blocks counted, no row kept before."""
+    def whole_forwards(self, forwards: float, *, kept: float = 0.0) -> float:
+        """What a step of so many forwards costs in forwards of the whole model, blocks counted.
+
+        Args:
+            forwards: Of a step.
+            kept: Share of its rows whose states are there already.
+        """
         share = len(self.blocks) / (len(self.blocks) + len(self.upper))
-        return forwards - share * (forwards - 1)
+        return forwards - share * (forwards - 1 + kept)
+
+    def kept_share(self, visits: float, num_rows: int, *, row_bytes: float) -> float:
+        """Share of ``visits`` to that many rows, of ``row_bytes`` each, which find the states of an earlier one."""
+        if self.rows is None or visits <= num_rows:
+            return 0.0
+        fit = min(1.0, self.rows.most_bytes / (row_bytes * num_rows))
+        return fit * (1 - num_rows / visits)
 
     def kept_bytes(self, num_tokens: int, *, token_bytes: int) -> int:
         """Most bytes that a step on so many tokens keeps, and all steps together."""
@@ -148,8 +162,9 @@ class LowerLayers:
             yield
 
     def weights(self) -> Hashable:
-        """Where all tensors lie but the trained blocks' parameters, and how often torch has written to each."""
+        """Where all tensors lie but the trained ones and their blocks', and how often torch has written to each."""
         upper = {id(parameter) for block in self.upper for parameter in block.parameters()}
+        upper.update(map(id, self.trained))
         tensors = (*self.model.parameters(), *self.model.buffers())
         return tuple((each.data_ptr(), each.dtype, each._version) for each in tensors if id(each) not in upper)
 
@@ -215,11 +230,12 @@ def find_lower_layers(
         moved: Within its context the model computes with other trained values.
         cache_mb: MiB of states of single rows that are kept over all rounds.
     """
+    trained = tuple(trained)
     first = first_trained_block(model, trained)
     if first == 0:
         return None
     _, blocks = find_blocks(model)
-    lower = LowerLayers(model, blocks[:first], blocks[first:])
+    lower = LowerLayers(model, blocks[:first], blocks[first:], trained)
     if (problem := _problem(lower, forward, moved)) is not None:
         log.warning(
             "%s: the blocks below number %d, the first trained one, run in every forward: %s",

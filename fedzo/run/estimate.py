@@ -7,11 +7,13 @@ import torch
 from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
 from fedzo.models.loaded import LoadedModel
+from fedzo.models.lower_layers import LowerLayers
 from fedzo.models.memory import (
     available_memory_bytes,
     estimate_step_memory_bytes,
     fit_tokens_per_batch,
     rule_bytes,
+    state_bytes,
 )
 from fedzo.models.memory import seconds_per_token as time_a_token
 from fedzo.records.metrics import Estimate
@@ -59,6 +61,8 @@ def estimate_run(
     rows_per_step: int,
     steps: int,
     forwards_per_step: float,
+    lower: LowerLayers | None,
+    num_rows: int,
     local_steps: int,
     tokens_per_batch: int,
     num_moments: int,
@@ -73,13 +77,20 @@ def estimate_run(
         scored: How often each list of rows is scored.
         rows_per_step: Rows of one client's step.
         steps: Local steps of all clients in all rounds to come.
-        forwards_per_step: What one step costs, in forwards.
+        forwards_per_step: What one step costs, in forwards of the whole model.
+        lower: The blocks that a step runs once.
+        num_rows: Training rows of all clients.
         local_steps: T.
         tokens_per_batch: Most tokens in one forward.
         num_moments: Numbers that the server optimizer remembers for each trained one.
         gradient_bytes: What gradients take (``fedzo.models.memory``), in a run that computes them; 0 in others.
     """
-    rows = steps * forwards_per_step * rows_per_step
+    visits = steps * rows_per_step
+    if lower is not None:
+        row_bytes = state_bytes(loaded.model) * _mean_tokens(train)
+        kept = lower.kept_share(visits, num_rows, row_bytes=row_bytes)
+        forwards_per_step = lower.whole_forwards(forwards_per_step, kept=kept)
+    rows = visits * forwards_per_step
     tokens = rows * _mean_tokens(train) + sum(times * len(part) * _mean_tokens(part) for times, part in scored)
     longest = max((_num_tokens(example) for example in train), default=0)
     memory = estimate_step_memory_bytes(

@@ -267,7 +267,6 @@ class Federation:
         clients = config.strategy.clients_per_round or config.fl.num_clients
         plan = context.step_policy.plan([], {})
         first = sum(plan.steps.values()) if plan.calibration else config.fl.local_steps * clients
-        forwards = context.peer.forwards_per_step
         return estimate_run(
             at.loaded,
             at.replica.space,
@@ -275,7 +274,9 @@ class Federation:
             scored=self._scores.planned(),
             rows_per_step=config.fl.batch_size,
             steps=(config.fl.rounds - 1) * config.fl.local_steps * clients + first,
-            forwards_per_step=at.lower.whole_forwards(forwards) if at.lower else forwards,
+            forwards_per_step=context.peer.forwards_per_step,
+            lower=at.lower,
+            num_rows=len(context.simulation.splits.train),
             local_steps=config.step_policy.most_steps(config.fl),
             tokens_per_batch=at.tokens_per_batch,
             num_moments=len(at.replica.moments),

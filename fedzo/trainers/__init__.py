@@ -1,6 +1,6 @@
 """Trainer plugins: each is a space with the step sizes that suit it (``docs/how-to-add-a-trainer.md``)."""
 
-from fedzo.trainers import adapters, meerkat, mezo, tables
+from fedzo.trainers import adapters, meerkat, mezo, norms, tables
 from fedzo.trainers.base import (
     TRAINERS,
     Built,
@@ -26,5 +26,6 @@ __all__ = [
     "meerkat",
     "mezo",
     "named_with",
+    "norms",
     "tables",
 ]

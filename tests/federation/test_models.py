@@ -18,7 +18,7 @@ Run = Callable[..., Path]
 
 
 @pytest.mark.parametrize("family", WITHOUT_ATTENTION)
-@pytest.mark.parametrize("trainer", ["meerkat", "mezo"])
+@pytest.mark.parametrize("trainer", ["meerkat", "mezo", "norms"])
 def test_a_model_without_attention_trains_and_replays(
     run: Run, lines: Callable[..., list[dict[str, object]]], tmp_path: Path, family: str, trainer: str
 ) -> None:

@@ -26,7 +26,7 @@ Run = Callable[..., Path]
 IDS = torch.arange(24).reshape(2, 12)
 
 
-@pytest.mark.parametrize("trainer", ["meerkat", "mezo", "tables"])
+@pytest.mark.parametrize("trainer", ["meerkat", "mezo", "norms", "tables"])
 def test_an_exported_model_is_the_tuned_one_for_plain_transformers(run: Run, tmp_path: Path, trainer: str) -> None:
     folder = run(f"trainer={trainer}", "server_optimizer.lr=0.01", "evaluation.central=false")
 

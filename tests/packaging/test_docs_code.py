@@ -17,9 +17,9 @@ USE_TRAINER = """
 from fedzo.testing.tiny_models import tiny_loaded
 from fedzo.config.plugins import plugin_classes
 
-assert plugin_classes()["trainer"]["norms"] is NormsConfig
+assert plugin_classes()["trainer"]["vectors"] is VectorsConfig
 loaded = tiny_loaded("opt")
-built = TRAINERS.build(NormsConfig(skip="bias")).build(loaded, b"", distribution=Distribution.gaussian)
+built = TRAINERS.build(VectorsConfig(skip="bias")).build(loaded, b"", distribution=Distribution.gaussian)
 weights = [w for name, w in loaded.model.named_parameters() if w.dim() == 1 and "bias" not in name]
 before = [w.detach().clone() for w in weights]
 start = built.space.digest()
@@ -67,7 +67,7 @@ def code(page: str, language: str, *, number: int = 0) -> str:
 
 
 def test_trainer_of_the_how_to_is_a_working_plugin(tmp_path: Path) -> None:
-    program = tmp_path / "norms.py"  # a process of its own: the registry is closed to the other tests
+    program = tmp_path / "vectors.py"  # a process of its own: the registry is closed to the other tests
     program.write_text(code("how-to-add-a-trainer.md", "python") + USE_TRAINER, encoding="utf-8")
 
     done = subprocess.run([sys.executable, str(program)], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -92,7 +92,7 @@ def test_plugins_of_the_how_tos_pass_the_checks_as_their_page_calls_them(tmp_pat
     package.mkdir()
     (package / "__init__.py").touch()
     blocks = {
-        "norms": ("how-to-add-a-trainer.md", 0),
+        "vectors": ("how-to-add-a-trainer.md", 0),
         "four_point": ("how-to-add-an-estimator.md", 0),
         "sign": ("how-to-add-an-estimator.md", 1),
         "nats": ("how-to-own-task.md", 0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from fedzo.models.blocks import find_blocks, first_trained_block, parameters_fro
 from fedzo.models.forwards import lower_layers_of
 from fedzo.models.load import compile_loaded, wrap_model
 from fedzo.models.loaded import LoadedModel
-from fedzo.models.lower_layers import LowerLayers, StepStates, find_lower_layers
+from fedzo.models.lower_layers import LowerLayers, RowStates, StepStates, find_lower_layers
 from fedzo.models.scoring import example_losses
 from fedzo.testing.tiny_models import FAMILIES, byte_tokenizer, tiny_loaded, tiny_model_from, tiny_sketch
 from fedzo.trainers import TRAINERS
@@ -151,6 +152,22 @@ def test_a_steps_cost_in_whole_forwards_with_one_block_of_two_below(forwards: in
     assert two_blocks()[1].whole_forwards(forwards) == whole
 
 
+@pytest.mark.parametrize(
+    ("visits", "most_bytes", "kept"),
+    [
+        (40, 1000, 0.75),  # ten rows of 100 bytes, four visits to each: all but the first find their states
+        (40, 500, 0.375),  # half of the rows fit
+        (10, 1000, 0.0),
+        (40, None, 0.0),
+    ],
+)
+def test_rows_that_are_kept_cost_their_lower_blocks_once(visits: int, most_bytes: int | None, kept: float) -> None:
+    lower = replace(two_blocks()[1], rows=None if most_bytes is None else RowStates(most_bytes))
+
+    assert lower.kept_share(visits, 10, row_bytes=100) == kept
+    assert lower.whole_forwards(2, kept=kept) == 1.5 - kept / 2
+
+
 @torch.inference_mode()
 def test_a_model_whose_forward_fails_is_whole_again() -> None:
     model, lower = two_blocks()
@@ -255,6 +272,26 @@ def test_batches_beyond_a_steps_memory_run_whole_each_time(monkeypatch: pytest.M
 # --- rows over many rounds --------------------------------------------------------------------------------------------
 
 
+def test_where_only_the_last_norm_is_trained_a_row_runs_the_blocks_once_in_a_run() -> None:
+    loaded, twin = tiny_loaded("llama"), tiny_loaded("llama")
+    space, twins = (MaskedSpace(each.model, {"model.norm.weight": torch.arange(32)}) for each in (loaded, twin))
+    lower = lower_layers_of(loaded, space, cache_mb=1)
+    assert lower is not None
+    assert (len(lower.blocks), len(lower.upper)) == (2, 0)
+    runs = count_runs(lower.blocks[0])
+    num_texts = sum(1 if all(len(c) == 1 for c in each.candidates) else len(each.candidates) for each in MIXED)
+
+    for number in range(3):
+        step = lower.of_step()
+        for scale in (0.1, -0.1):
+            with space.probe(scale, key=number), twins.probe(scale, key=number):
+                np.testing.assert_allclose(losses(loaded, step), losses(twin, None), rtol=0, atol=1e-5)
+        for each in (space, twins):
+            each.step(0.1, key=number)
+
+    assert sum(runs) == num_texts
+
+
 @settings(deadline=None, max_examples=25)
 @given(st.data())
 def test_kept_rows_give_the_losses_of_whole_forwards_but_for_last_bits(data: st.DataObject) -> None:
@@ -336,12 +373,21 @@ def test_kept_rows_are_dropped_when_anything_below_changes_and_only_then(what: s
 def test_nothing_is_left_out_where_something_below_is_trained(tmp_path: Any) -> None:
     loaded = tiny_loaded("llama")
     assert lower_layers_of(loaded, FullSpace(loaded.model)) is None
-    norm = {"model.norm.weight": loaded.model.get_parameter("model.norm.weight")}
-    assert lower_layers_of(loaded, FullSpace(loaded.model, parameters=norm)) is None  # it lies in no block
+    embeddings = {"model.embed_tokens.weight": loaded.model.get_parameter("model.embed_tokens.weight")}
+    assert lower_layers_of(loaded, FullSpace(loaded.model, parameters=embeddings)) is None
     everywhere = TRAINERS.build(LoraTrainerConfig())
     artifact = ArtifactStore(tmp_path).put(bytes(8))
     space = everywhere.build(loaded, artifact, distribution=Distribution.gaussian).space
     assert lower_layers_of(loaded, space) is None
+
+
+def test_what_lies_before_the_blocks_without_being_an_embedding_is_found_out(caplog: pytest.LogCaptureFixture) -> None:
+    loaded = made_of("opt", word_embed_proj_dim=16, ffn_dim=64)
+    name = "model.decoder.project_in.weight"
+    space = FullSpace(loaded.model, parameters={name: loaded.model.get_parameter(name)})
+
+    assert lower_layers_of(loaded, space) is None
+    assert "the blocks below number 4, the first trained one, run in every forward" in caplog.text
 
 
 @pytest.mark.slow
@@ -556,7 +602,10 @@ def test_blocks_are_the_list_of_most_parameters_that_is_in_no_other() -> None:
     name, blocks = find_blocks(model)
     assert (name, len(blocks)) == ("model.layers", 2)
     assert find_blocks(nn.Linear(2, 2)) == ("", [])
-    assert [first_trained_block(model, [p]) for p in (blocks[1].mlp.gate.weight, model.model.norm.weight)] == [1, 0]
+    inner = model.model
+    trained = [[blocks[1].mlp.gate.weight], [inner.norm.weight], [inner.embed_tokens.weight], []]
+    assert [first_trained_block(model, each) for each in trained] == [1, 2, 0, 0]
+    assert first_trained_block(model, [inner.norm.weight, blocks[1].mlp.gate.weight]) == 1
 
 
 @pytest.mark.parametrize("first_layer", [2, 40])

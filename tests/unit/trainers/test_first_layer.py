@@ -10,6 +10,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from transformers import BloomConfig
 
 from fedzo.config.load import load
 from fedzo.config.rules import launch_problems
@@ -17,14 +18,16 @@ from fedzo.errors import ConfigError
 from fedzo.masks.mask import Mask
 from fedzo.masks.mask_file import save_mask
 from fedzo.models.adapters import remove
+from fedzo.models.blocks import norms_from
 from fedzo.models.loaded import LoadedModel
-from fedzo.testing.tiny_models import tiny_loaded, tiny_model
+from fedzo.testing.tiny_models import tiny_loaded, tiny_model, tiny_model_from
 from fedzo.trainers import TRAINERS, Workplace
 from fedzo.trainers.adapters import Ia3TrainerConfig, LoraTrainerConfig
 from fedzo.trainers.base import LayeredConfig
 from fedzo.trainers.calibration import Calibration
 from fedzo.trainers.meerkat import Granularity, MeerkatConfig, Selector, choose_mask
 from fedzo.trainers.mezo import MezoConfig
+from fedzo.trainers.norms import NormsConfig
 from fedzo.trainers.tables import TablesConfig
 from fedzo.zo.config import Distribution
 
@@ -65,6 +68,46 @@ def test_steps_move_the_upper_blocks_alone(config: LayeredConfig, family: str, p
 
     assert found == {name for name in everywhere if name.startswith(f"{blocks}.1.")}
     assert any(name.startswith(f"{blocks}.0.") for name in everywhere)
+
+
+NORMS = {
+    "llama": ["model.norm.weight"],
+    "opt": ["model.decoder.final_layer_norm.weight", "model.decoder.final_layer_norm.bias"],
+    "gpt2": ["transformer.ln_f.weight", "transformer.ln_f.bias"],
+    "qwen3": ["model.norm.weight"],
+    "gemma2": ["model.norm.weight"],
+}
+
+
+@pytest.mark.parametrize("family", NORMS)
+def test_norms_are_those_of_the_upper_blocks_and_behind_them(family: str, place: Workplace) -> None:
+    blocks = {"opt": "model.decoder.layers", "gpt2": "transformer.h"}.get(family, "model.layers")
+    found = [moved(tiny_loaded(family), NormsConfig(first_layer=first), place) for first in range(3)]
+
+    assert found[2] == set(NORMS[family])
+    for names, first in zip(found, range(2), strict=False):
+        vectors = [name for name, each in tiny_loaded(family).model.named_parameters() if each.ndim == 1]
+        inner = {name for name in vectors if ("norm" in name or "ln_" in name) and name.startswith(blocks)}
+        assert names == found[2] | {name for name in inner if int(name[len(blocks) + 1]) >= first}
+
+
+def test_a_norm_of_the_embeddings_lies_before_the_blocks(place: Workplace) -> None:
+    model = tiny_model_from(BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=64))
+
+    assert [name for name in norms_from(model, 0) if "embed" in name] == [
+        "transformer.word_embeddings_layernorm.weight",
+        "transformer.word_embeddings_layernorm.bias",
+    ]
+    assert set(norms_from(model, 2)) == {"transformer.ln_f.weight", "transformer.ln_f.bias"}
+
+
+def test_norms_that_are_not_there_are_refused() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(ConfigError, match=r"trainer.first_layer must be < 2, the number of blocks of this LlamaFor"):
+        norms_from(model, 3)
+    model.model.norm = torch.nn.Identity()
+    with pytest.raises(ConfigError, match=r"trainer=norms must find norms with weights from block 2 of this LlamaFor"):
+        norms_from(model, 2)
 
 
 def test_tables_of_the_upper_blocks_and_their_part_of_the_gradient(place: Workplace) -> None:

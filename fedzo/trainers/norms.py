@@ -1,0 +1,52 @@
+"""Norm tuning: the scales and shifts of the model's norms are trained (arXiv 2312.11420), by forwards here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from fedzo.models.blocks import norms_from
+from fedzo.trainers.artifacts import Artifact
+from fedzo.trainers.base import TRAINERS, Built, LayeredConfig, Prepared, TrainerTraits, Workplace
+from fedzo.zo.config import Distribution
+from fedzo.zo.spaces.masked import MaskedSpace
+
+if TYPE_CHECKING:
+    from fedzo.models.loaded import LoadedModel
+
+
+@dataclass(kw_only=True, slots=True)
+class NormsConfig(LayeredConfig):
+    """Norm tuning: scales and shifts of norms are trained (arXiv 2312.11420)."""
+
+    first_layer: int = 0
+    """Index of the first block whose norms are trained; those behind the blocks always are. With the number of blocks
+    they are alone: a few hundred values, and a row runs the blocks once if ``model.lower_layers_cache_mb`` keeps it."""
+    lr: float = 1e-2
+    eps: float = 1e-2
+
+    @property
+    def traits(self) -> TrainerTraits:
+        return TrainerTraits(cannot_train_sketch="a sketch is trained by its tables")
+
+
+@TRAINERS.register("norms", NormsConfig)
+@dataclass(frozen=True, slots=True)
+class Norms:
+    """All values of the norms, with a float32 master."""
+
+    config: NormsConfig
+
+    def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
+        """Nothing beside the model is needed."""
+        return Prepared()
+
+    def build(self, loaded: LoadedModel, artifact: Artifact, *, distribution: Distribution) -> Built:
+        """The space over the norms of ``loaded.model``."""
+        norms = norms_from(loaded.model, self.config.first_layer)
+        places = {name: torch.arange(parameter.numel()) for name, parameter in norms.items()}
+        space = MaskedSpace(loaded.model, places, distribution=distribution)
+        base = space.values()
+        return Built(space, lambda: space.load(base))
