@@ -306,6 +306,3 @@ def _kind_of_forwards(loaded: LoadedModel) -> str:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-
-
-# --- what others do for one step, written plainly

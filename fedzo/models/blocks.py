@@ -73,8 +73,13 @@ def norms_from(model: nn.Module, first_layer: int) -> dict[str, nn.Parameter]:
         ConfigError: The model has no such block, or no norms there.
     """
     _, blocks = find_blocks(model)
-    if first_layer != len(blocks):
-        upper_blocks(model, first_layer)
+    if not blocks and first_layer:
+        upper_blocks(model, first_layer)  # says that there are none
+    if first_layer > len(blocks):
+        raise ConfigError(
+            f"trainer.first_layer must be <= {len(blocks)} for trainer=norms, the number of blocks of this "
+            f"{type(model).__name__}, got {first_layer}. Lower it."
+        )
     left_out = {id(each) for block in blocks[:first_layer] for each in block.parameters()}
     found = {
         id(each)

@@ -103,7 +103,7 @@ def test_a_norm_of_the_embeddings_lies_before_the_blocks(place: Workplace) -> No
 
 def test_norms_that_are_not_there_are_refused() -> None:
     model = tiny_model("llama")
-    with pytest.raises(ConfigError, match=r"trainer.first_layer must be < 2, the number of blocks of this LlamaFor"):
+    with pytest.raises(ConfigError, match=r"trainer.first_layer must be <= 2 for trainer=norms, the number of"):
         norms_from(model, 3)
     model.model.norm = torch.nn.Identity()
     with pytest.raises(ConfigError, match=r"trainer=norms must find norms with weights from block 2 of this LlamaFor"):
