@@ -14,9 +14,9 @@ from pathlib import Path
 from fedzo.config import traits
 from fedzo.config.plugins import LISTS, list_classes, plugin_classes, plugin_name
 from fedzo.config.schema import LaunchConfig, RunConfig, RunSettings, SiteConfig, SiteFile
-from fedzo.data.config import Loss, SplitConfig, TaskConfig, TaskKind
+from fedzo.config.task_rules import task_problems
+from fedzo.data.config import SplitConfig
 from fedzo.data.sources import EMBEDDED
-from fedzo.data.tasks import template_faults
 from fedzo.errors import Problem, at_least, positive, problem, unsigned_64
 from fedzo.evaluate.base import metric_names
 from fedzo.fl.config import Aggregation, FaultsConfig, FlConfig, Seeds, SiteLimitsConfig, Weighting
@@ -83,7 +83,7 @@ def run_problems(config: RunSettings) -> Iterator[Problem]:
     """Broken rules on what all peers of a run agree on."""
     yield from _groups(config)
     yield from unsigned_64("seed", config.seed)
-    yield from _task(config)
+    yield from task_problems(config)
     yield from _split(config.split)
     yield from broken_rules(config.partition, config)
     yield from traits.partition_problems(config)
@@ -198,52 +198,6 @@ def _groups(config: RunSettings) -> Iterator[Problem]:
         if plugin_name(group, chosen) is None:
             names = ", ".join(sorted(options))
             yield problem(group, f"be one of {names}", type(chosen).__name__, f"Write {group}=<option>.")
-
-
-def _task(config: RunSettings) -> Iterator[Problem]:
-    task = config.task
-    if not task.template:
-        yield problem("task.template", "not be empty", task.template, "Choose a task=<option>, or write a template.")
-    else:
-        yield from _template("task.template", task.template)
-    if task.kind is TaskKind.candidates:
-        yield from _candidates(task)
-    else:
-        if not task.answer:
-            remedy = "Name the answer's column, as in task.answer='{answer}'."
-            yield problem("task.answer", f"not be empty for task.kind={task.kind}", task.answer, remedy)
-        else:
-            yield from _template("task.answer", task.answer)
-        if task.loss is Loss.candidates:
-            remedy = "Write task.loss=lm."
-            yield problem(
-                "task.loss", f"be lm for task.kind={task.kind}, which has no candidates", "candidates", remedy
-            )
-    yield from at_least("task.max_length", task.max_length, 1, "It counts tokens.")
-    yield from at_least("task.max_new_tokens", task.max_new_tokens, 1, "It counts generated tokens.")
-
-
-def _template(key: str, template: str, *, constant: bool = False) -> Iterator[Problem]:
-    for rule in template_faults(template, constant=constant):
-        yield problem(key, rule, template, "Each {column} stands for a row's value.")
-
-
-def _candidates(task: TaskConfig) -> Iterator[Problem]:
-    if len(task.candidates) < 2:
-        rule = "hold at least 2 answers for task.kind=candidates"
-        yield problem("task.candidates", rule, task.candidates, "List the answers in the order of the labels.")
-    for key, texts in (("task.candidates", task.candidates), ("task.labels", task.labels)):
-        if len(set(texts)) < len(texts):
-            yield problem(key, "differ from one another", texts, "Each answer has one label and one text.")
-    for candidate in task.candidates:
-        yield from _template("task.candidates", candidate, constant=True)
-    if task.labels and len(task.labels) != len(task.candidates):
-        rule = f"hold one value per candidate ({len(task.candidates)})"
-        yield problem("task.labels", rule, task.labels, "Or leave it empty when the column holds indices.")
-    if not task.label:
-        yield problem(
-            "task.label", "name the column of the right answer", task.label, "Set it to a column of the rows."
-        )
 
 
 def _split(split: SplitConfig) -> Iterator[Problem]:

@@ -46,6 +46,9 @@ class TaskConfig:
     """Template of the reference answer (generation, instruction)."""
     prepare: str | None = None
     """A built-in row preparation (``alpaca``, ``boolq``, ``copa``, ``wsc``), for what a template cannot express."""
+    common_shift: float = 1.0
+    """Factor on what the scores of a client's batch have in common, in the loss over candidates. Below 1 the balance
+    between the answers is trained with less force, and larger learning rates are stable. 1 leaves the loss as it is."""
     max_length: int = 512
     """Longest sequence in tokens. A longer prompt loses its beginning."""
     max_new_tokens: int = 32

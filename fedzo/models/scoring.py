@@ -52,10 +52,17 @@ def mean_loss(
     return float(np.mean(losses))
 
 
-def graph_loss(loaded: LoadedModel, examples: Sequence[Example], *, loss: Loss, tokens_per_batch: int) -> torch.Tensor:
-    """As ``mean_loss``, a float64 scalar with its graph: of the model's parameters that require a gradient."""
+def graph_loss(
+    loaded: LoadedModel,
+    examples: Sequence[Example],
+    *,
+    loss: Loss,
+    tokens_per_batch: int,
+    common_shift: float = 1.0,
+) -> torch.Tensor:
+    """As the mean of ``example_losses``, with its graph: of the model's parameters that require a gradient; float64."""
     planning = Planning(tokens_per_batch, FEW_FORWARDS, arithmetic=Differentiable(loaded.device))
-    losses: torch.Tensor = _losses(loaded, examples, loss, planning)
+    losses: torch.Tensor = _losses(loaded, examples, loss, planning, common_shift=common_shift)
     return losses.mean()
 
 
@@ -68,6 +75,8 @@ def example_losses(
     forward_cost_tokens: int = FEW_FORWARDS,
     before: OnRows | None = None,
     lower: StepStates | None = None,
+    common_shift: float = 1.0,
+    owners: Sequence[int] | None = None,
 ) -> Scores:
     """Loss of every example; token log-probabilities in float32, all means in float64.
 
@@ -84,6 +93,8 @@ def example_losses(
             that saves more padding. By default never; see ``forward_cost``.
         before: Called before each forward with the example of each of its rows, by index.
         lower: What the step has kept of the blocks below the trained ones, if that can be done.
+        common_shift: Factor on what the scores of a batch have in common (``damp_common_shift``).
+        owners: Whose batch each example is of; by default all are of one.
 
     Returns:
         float64 [num_examples].
@@ -92,8 +103,27 @@ def example_losses(
         ConfigError: There is no example, or one has an empty prompt or answer.
     """
     planning = Planning(tokens_per_batch, forward_cost_tokens, before=before, lower=lower)
-    losses: Scores = _losses(loaded, examples, loss, planning)
+    losses: Scores = _losses(loaded, examples, loss, planning, common_shift=common_shift, owners=owners)
     return losses
+
+
+def damp_common_shift(scores: Any, owners: Sequence[int], *, factor: float) -> Any:
+    """Subtract, from the scores of each batch, the mean over its rows, but for ``factor`` of it.
+
+    Batch Calibration (arXiv 2309.17249) subtracts the whole mean, from log-probabilities, to answer. Deviation: here it
+    is for the loss that is trained on, and a part of the mean stays, so that the balance between the answers is trained
+    too. Along the direction that shifts all rows alike the loss is far steeper than along any other; that direction
+    bounds the learning rate, and most of a scalar's variance comes from it. Both fall with the square of ``factor``.
+
+    Args:
+        scores: Float64 [N, C], of numpy or torch; changed in place.
+        owners: Whose batch a row is of [N].
+        factor: Over 0, at most 1.
+    """
+    for owner in dict.fromkeys(owners):
+        rows = [row for row, each in enumerate(owners) if each == owner]
+        scores[rows] = scores[rows] - (1 - factor) * scores[rows].mean(0)
+    return scores
 
 
 def candidate_scores(
@@ -132,7 +162,15 @@ def choice_losses(scores: npt.NDArray[np.floating], labels: Sequence[int]) -> Sc
     return losses
 
 
-def _losses(loaded: LoadedModel, examples: Sequence[Example], loss: Loss, planning: Planning) -> Any:
+def _losses(
+    loaded: LoadedModel,
+    examples: Sequence[Example],
+    loss: Loss,
+    planning: Planning,
+    *,
+    common_shift: float = 1.0,
+    owners: Sequence[int] | None = None,
+) -> Any:
     """What the loss of an example is, [num_examples] in the planning's arithmetic."""
     if not examples:
         raise ConfigError("a loss needs at least one example, got none. Check the batch size and the client's rows.")
@@ -141,6 +179,10 @@ def _losses(loaded: LoadedModel, examples: Sequence[Example], loss: Loss, planni
         answers = [_answer(example, label) for example, label in zip(examples, labels, strict=True)]
         return -_mean_logprobs(loaded, answers, planning)
     scores = _candidate_scores(loaded, examples, planning, full_vocabulary=False)
+    if common_shift != 1:
+        if len({len(example.candidates) for example in examples}) > 1:
+            raise ConfigError("task.common_shift must be 1 where rows have different numbers of answers. Leave it out.")
+        scores = damp_common_shift(scores, owners or [0] * len(examples), factor=common_shift)
     return -planning.arithmetic.log_softmax(scores)[range(len(labels)), labels]
 
 

@@ -44,6 +44,7 @@ def scalars(audit: list[dict[str, Any]], client: int) -> np.ndarray:
         ["estimator=one_sided", "estimator.num_probes=2", "faults.absent=[1@1]"],
         ["estimator=fzoo", "estimator.num_probes=3", "trainer.lr=1e-5", "strategy.clip_factor=2"],
         ["estimator.freeze_routing=true", "fl.local_steps=2"],
+        ["fl.local_steps=3", "task.common_shift=0.3"],
     ],
     ids=[
         "T=1",
@@ -57,6 +58,7 @@ def scalars(audit: list[dict[str, Any]], client: int) -> np.ndarray:
         "one-sided",
         "fzoo",
         "frozen",
+        "T=3 common shift",
     ],
 )
 def test_joint_scalars_equal_separate_ones_but_for_rounding(run: Run, lines: Lines, settings: list[str]) -> None:

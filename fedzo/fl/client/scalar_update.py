@@ -101,7 +101,7 @@ class ScalarUpdate:
         lower = at.lower.of_step() if at.lower else None
 
         def loss_fn() -> float:
-            return float(self._losses(at, batch, lower=lower).mean())
+            return float(self._losses(at, batch, [request.client] * len(batch), lower=lower).mean())
 
         return self._estimator.estimate(at.replica.space, loss_fn, keys)
 
@@ -174,10 +174,10 @@ class ScalarUpdate:
 
         def losses_fn() -> Losses:
             if own is None:
-                losses = self._losses(at, rows, lower=lower)
+                losses = self._losses(at, rows, owners, lower=lower)
             else:
                 with own:
-                    losses = self._losses(at, rows, lower=lower, before=partial(follow, own))
+                    losses = self._losses(at, rows, owners, lower=lower, before=partial(follow, own))
             return np.array([part.mean() for part in np.split(losses, ends)])
 
         def follow(weights: RowWeights, batch: list[int]) -> None:
@@ -198,7 +198,13 @@ class ScalarUpdate:
         )
 
     def _losses(
-        self, at: Workspace, rows: list[Example], *, lower: StepStates | None, before: OnRows | None = None
+        self,
+        at: Workspace,
+        rows: list[Example],
+        owners: list[int],
+        *,
+        lower: StepStates | None,
+        before: OnRows | None = None,
     ) -> Losses:
         with use_products(at.products):
             return example_losses(
@@ -209,6 +215,8 @@ class ScalarUpdate:
                 forward_cost_tokens=at.forward_cost_tokens,
                 before=before,
                 lower=lower,
+                common_shift=self._task.common_shift,
+                owners=owners,
             )
 
 

@@ -51,4 +51,11 @@ class VectorUpdate:
     def _losses(self, at: Workspace, request: TrainRequest) -> Iterator[GraphLossFn]:
         for step in range(request.steps):
             rows = self.batches.of(request, step=step)
-            yield partial(graph_loss, at.loaded, rows, loss=self.task.loss, tokens_per_batch=at.tokens_per_batch)
+            yield partial(
+                graph_loss,
+                at.loaded,
+                rows,
+                loss=self.task.loss,
+                tokens_per_batch=at.tokens_per_batch,
+                common_shift=self.task.common_shift,
+            )

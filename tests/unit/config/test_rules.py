@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -388,6 +389,30 @@ def test_written_answers_need_an_answer_template_and_the_lm_loss(kind: TaskKind)
     ]
     config.task.answer, config.task.loss = "{answer}", Loss.lm
     assert launch_problems(config) == []
+
+
+@pytest.mark.parametrize(
+    ("factor", "loss", "batch_size", "rule"),
+    [
+        (0.3, Loss.candidates, 2, None),
+        (1.0, Loss.candidates, 1, None),
+        (0.0, Loss.candidates, 2, "be > 0 and <= 1"),
+        (1.5, Loss.candidates, 2, "be > 0 and <= 1"),
+        (math.nan, Loss.candidates, 2, "be > 0 and <= 1"),
+        (0.3, Loss.lm, 2, "be 1 for task.loss=lm"),
+        (0.3, Loss.candidates, 1, "be 1 with fl.batch_size=1"),
+    ],
+)
+def test_a_common_shift_needs_answers_and_other_rows(
+    factor: float, loss: Loss, batch_size: int, rule: str | None
+) -> None:
+    config = sound()
+    config.task.common_shift, config.task.loss, config.fl.batch_size = factor, loss, batch_size
+
+    told = [problem.text for problem in launch_problems(config)]
+
+    assert len(told) == (rule is not None)
+    assert all(text.startswith(f"task.common_shift must {rule}") for text in told)
 
 
 def test_a_partition_by_labels_needs_labels() -> None:

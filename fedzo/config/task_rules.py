@@ -1,0 +1,65 @@
+"""The rules on a task, which types cannot say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fedzo.config.schema import RunSettings
+from fedzo.data.config import Loss, TaskConfig, TaskKind
+from fedzo.data.tasks import template_faults
+from fedzo.errors import Problem, at_least, problem
+
+
+def task_problems(config: RunSettings) -> Iterator[Problem]:
+    """Every broken rule on how rows become prompts, answers and a loss."""
+    task = config.task
+    if not task.template:
+        yield problem("task.template", "not be empty", task.template, "Choose a task=<option>, or write a template.")
+    else:
+        yield from _template("task.template", task.template)
+    if task.kind is TaskKind.candidates:
+        yield from _candidates(task)
+    else:
+        if not task.answer:
+            remedy = "Name the answer's column, as in task.answer='{answer}'."
+            yield problem("task.answer", f"not be empty for task.kind={task.kind}", task.answer, remedy)
+        else:
+            yield from _template("task.answer", task.answer)
+        if task.loss is Loss.candidates:
+            remedy = "Write task.loss=lm."
+            yield problem(
+                "task.loss", f"be lm for task.kind={task.kind}, which has no candidates", "candidates", remedy
+            )
+    if not 0 < task.common_shift <= 1:
+        yield problem("task.common_shift", "be > 0 and <= 1", task.common_shift, "1 leaves the loss as it is.")
+    elif task.common_shift < 1 and task.loss is not Loss.candidates:
+        rule = "be 1 for task.loss=lm, which compares no answers"
+        yield problem("task.common_shift", rule, task.common_shift, "Leave it out.")
+    elif task.common_shift < 1 and config.fl.batch_size < 2:
+        rule = "be 1 with fl.batch_size=1, where a row has nothing in common with another"
+        yield problem("task.common_shift", rule, task.common_shift, "Write fl.batch_size=8, or more.")
+    yield from at_least("task.max_length", task.max_length, 1, "It counts tokens.")
+    yield from at_least("task.max_new_tokens", task.max_new_tokens, 1, "It counts generated tokens.")
+
+
+def _template(key: str, template: str, *, constant: bool = False) -> Iterator[Problem]:
+    for rule in template_faults(template, constant=constant):
+        yield problem(key, rule, template, "Each {column} stands for a row's value.")
+
+
+def _candidates(task: TaskConfig) -> Iterator[Problem]:
+    if len(task.candidates) < 2:
+        rule = "hold at least 2 answers for task.kind=candidates"
+        yield problem("task.candidates", rule, task.candidates, "List the answers in the order of the labels.")
+    for key, texts in (("task.candidates", task.candidates), ("task.labels", task.labels)):
+        if len(set(texts)) < len(texts):
+            yield problem(key, "differ from one another", texts, "Each answer has one label and one text.")
+    for candidate in task.candidates:
+        yield from _template("task.candidates", candidate, constant=True)
+    if task.labels and len(task.labels) != len(task.candidates):
+        rule = f"hold one value per candidate ({len(task.candidates)})"
+        yield problem("task.labels", rule, task.labels, "Or leave it empty when the column holds indices.")
+    if not task.label:
+        yield problem(
+            "task.label", "name the column of the right answer", task.label, "Set it to a column of the rows."
+        )
