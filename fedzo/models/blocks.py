@@ -81,13 +81,8 @@ def norms_from(model: nn.Module, first_layer: int) -> dict[str, nn.Parameter]:
             f"{type(model).__name__}, got {first_layer}. Lower it."
         )
     left_out = {id(each) for block in blocks[:first_layer] for each in block.parameters()}
-    found = {
-        id(each)
-        for name, module in model.named_modules()
-        if "norm" in type(module).__name__.lower() and not (first_layer and "embed" in name)
-        for each in module.parameters(recurse=False)
-    }
-    norms = {name: each for name, each in model.named_parameters() if id(each) in found - left_out}
+    found = _norms(model, before_blocks=not first_layer) - left_out
+    norms = {name: each for name, each in model.named_parameters() if id(each) in found}
     if not norms:
         raise ConfigError(
             f"trainer=norms must find norms with weights from block {first_layer} of this {type(model).__name__} on, "
@@ -99,22 +94,26 @@ def norms_from(model: nn.Module, first_layer: int) -> dict[str, nn.Parameter]:
 def first_trained_block(model: nn.Module, trained: Iterable[nn.Parameter]) -> int:
     """Index of the first block with a trained parameter in it or before it; the number of blocks where all lie behind.
 
-    Of parameters outside of blocks only the embeddings count as lying before them: whoever leaves blocks out must see
-    that nothing changes.
+    Of parameters in no block those of norms count as lying behind: who leaves blocks out must see that nothing changes.
     """
     _, blocks = find_blocks(model)
-    embeddings = {
-        id(each)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding)
-        for each in module.parameters(recurse=False)
-    }
     places: dict[int, list[int]] = {}
     for index, block in enumerate(blocks):
         for parameter in block.parameters():
             places.setdefault(id(parameter), []).append(index)
+    norms = _norms(model, before_blocks=False)
 
     def first(parameter: nn.Parameter) -> int:
-        return 0 if id(parameter) in embeddings else min(places.get(id(parameter), [len(blocks)]))
+        return min(places.get(id(parameter), [len(blocks) if id(parameter) in norms else 0]))
 
     return min(map(first, trained), default=0)
+
+
+def _norms(model: nn.Module, *, before_blocks: bool) -> set[int]:
+    """The ``id`` of each parameter of a norm; those of embeddings' norms only if ``before_blocks``."""
+    return {
+        id(each)
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower() and (before_blocks or "embed" not in name)
+        for each in module.parameters(recurse=False)
+    }

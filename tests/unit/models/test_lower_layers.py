@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import CONFIG_MAPPING
 
+from fedzo.config.load import load
 from fedzo.data.config import Loss
 from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
@@ -381,13 +382,25 @@ def test_nothing_is_left_out_where_something_below_is_trained(tmp_path: Any) -> 
     assert lower_layers_of(loaded, space) is None
 
 
-def test_what_lies_before_the_blocks_without_being_an_embedding_is_found_out(caplog: pytest.LogCaptureFixture) -> None:
-    loaded = made_of("opt", word_embed_proj_dim=16, ffn_dim=64)
-    name = "model.decoder.project_in.weight"
-    space = FullSpace(loaded.model, parameters={name: loaded.model.get_parameter(name)})
+def test_a_norm_that_is_used_before_the_blocks_as_well_is_found_out(caplog: pytest.LogCaptureFixture) -> None:
+    loaded = tiny_loaded("llama")
+    inner = loaded.model.model
+    inner.embed_tokens.register_forward_hook(lambda module, args, states: inner.norm(states))
+    space = MaskedSpace(loaded.model, {"model.norm.weight": torch.arange(32)})
 
     assert lower_layers_of(loaded, space) is None
-    assert "the blocks below number 4, the first trained one, run in every forward" in caplog.text
+    assert "the blocks below number 2, the first trained one, run in every forward" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["prefix", "prompt"])
+def test_virtual_tokens_lie_before_the_blocks(name: str, tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+    loaded = tiny_loaded("llama")
+    artifact = ArtifactStore(tmp_path).put(bytes(8))
+    trainer = TRAINERS.build(load([f"trainer={name}"]).trainer)
+    space = trainer.build(loaded, artifact, distribution=Distribution.gaussian).space
+
+    assert lower_layers_of(loaded, space) is None
+    assert not caplog.messages
 
 
 @pytest.mark.slow
