@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
+import torch
 from torch import nn
 
 from fedzo.errors import ConfigError
@@ -67,7 +68,8 @@ def parameters_from(model: nn.Module, first_layer: int) -> dict[str, nn.Paramete
 def norms_from(model: nn.Module, first_layer: int) -> dict[str, nn.Parameter]:
     """The scales and shifts of the norms in the blocks from ``first_layer`` on and behind them; all from 0.
 
-    By name in the order of ``named_parameters``. With the number of blocks, only the norms behind them.
+    By name in the order of ``named_parameters``. With the number of blocks, only the norms behind them. Which norms
+    texts pass, and in which order, is seen in one small forward.
 
     Raises:
         ConfigError: The model has no such block, or no norms there.
@@ -80,8 +82,15 @@ def norms_from(model: nn.Module, first_layer: int) -> dict[str, nn.Parameter]:
             f"trainer.first_layer must be <= {len(blocks)} for trainer=norms, the number of blocks of this "
             f"{type(model).__name__}, got {first_layer}. Lower it."
         )
+    order = called_modules(model)
+    if first_layer:
+        inside = {id(module) for block in blocks for module in block.modules()}
+        upper = {id(module) for block in blocks[first_layer:] for module in block.modules()}
+        end = order.index(blocks[-1]) if blocks[-1] in order else len(order)
+        behind = {id(module) for module in order[end + 1 :]} - inside
+        order = [module for module in order if id(module) in upper | behind]
     left_out = {id(each) for block in blocks[:first_layer] for each in block.parameters()}
-    found = _norms(model, before_blocks=not first_layer) - left_out
+    found = {id(each) for module in order if _is_norm(module) for each in module.parameters()} - left_out
     norms = {name: each for name, each in model.named_parameters() if id(each) in found}
     if not norms:
         raise ConfigError(
@@ -94,14 +103,14 @@ def norms_from(model: nn.Module, first_layer: int) -> dict[str, nn.Parameter]:
 def first_trained_block(model: nn.Module, trained: Iterable[nn.Parameter]) -> int:
     """Index of the first block with a trained parameter in it or before it; the number of blocks where all lie behind.
 
-    Of parameters in no block those of norms count as lying behind: who leaves blocks out must see that nothing changes.
+    Of parameters in no block those of norms count as lying behind: who leaves blocks out must see whether they do.
     """
     _, blocks = find_blocks(model)
     places: dict[int, list[int]] = {}
     for index, block in enumerate(blocks):
         for parameter in block.parameters():
             places.setdefault(id(parameter), []).append(index)
-    norms = _norms(model, before_blocks=False)
+    norms = {id(each) for module in model.modules() if _is_norm(module) for each in module.parameters()}
 
     def first(parameter: nn.Parameter) -> int:
         return min(places.get(id(parameter), [len(blocks) if id(parameter) in norms else 0]))
@@ -109,11 +118,30 @@ def first_trained_block(model: nn.Module, trained: Iterable[nn.Parameter]) -> in
     return min(map(first, trained), default=0)
 
 
-def _norms(model: nn.Module, *, before_blocks: bool) -> set[int]:
-    """The ``id`` of each parameter of a norm; those of embeddings' norms only if ``before_blocks``."""
-    return {
-        id(each)
-        for name, module in model.named_modules()
-        if "norm" in type(module).__name__.lower() and (before_blocks or "embed" not in name)
-        for each in module.parameters(recurse=False)
-    }
+@torch.inference_mode()
+def called_modules(model: nn.Module, forward: Callable[[torch.Tensor], object] | None = None) -> list[nn.Module]:
+    """The modules that a text passes, in the order of their first calls.
+
+    Args:
+        model: A causal language model.
+        forward: From ids int64 [B, T]; the model's own by default.
+    """
+    seen: dict[int, nn.Module] = {}
+
+    def note(module: nn.Module, args: object) -> None:
+        seen.setdefault(id(module), module)
+
+    hooks = [module.register_forward_pre_hook(note) for module in model.modules()]
+    try:
+        (forward or model)(torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(seen.values())
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm with weights: a name says so, and it has vectors only and nothing inside."""
+    own = list(module.parameters(recurse=False))
+    named = "norm" in type(module).__name__.lower()
+    return named and bool(own) and all(each.ndim == 1 for each in own) and not list(module.children())

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fedzo.models.blocks import find_blocks, first_trained_block
+from fedzo.models.blocks import called_modules, find_blocks, first_trained_block
 from fedzo.models.head import TOLERANCE
 from fedzo.models.memory import is_out_of_memory
 
@@ -243,6 +243,9 @@ def find_lower_layers(
             first,
             problem,
         )
+        return None
+    passed = {id(each) for module in called_modules(model, lower.run) for each in module.parameters(recurse=False)}
+    if any(id(parameter) in passed for parameter in trained):  # a step of few bits may not have shown it
         return None
     if not cache_mb:
         return lower

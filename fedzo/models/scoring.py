@@ -39,6 +39,7 @@ def mean_loss(
     tokens_per_batch: int,
     forward_cost_tokens: int = FEW_FORWARDS,
     lower: StepStates | None = None,
+    common_shift: float = 1.0,
 ) -> float:
     """Mean of ``example_losses``, in float64; NaN or infinity if the model's numbers are."""
     losses = example_losses(
@@ -48,6 +49,7 @@ def mean_loss(
         tokens_per_batch=tokens_per_batch,
         forward_cost_tokens=forward_cost_tokens,
         lower=lower,
+        common_shift=common_shift,
     )
     return float(np.mean(losses))
 
@@ -122,7 +124,8 @@ def damp_common_shift(scores: Any, owners: Sequence[int], *, factor: float) -> A
     """
     for owner in dict.fromkeys(owners):
         rows = [row for row, each in enumerate(owners) if each == owner]
-        scores[rows] = scores[rows] - (1 - factor) * scores[rows].mean(0)
+        with np.errstate(invalid="ignore"):  # infinities give NaN, as they do in a softmax
+            scores[rows] = scores[rows] - (1 - factor) * scores[rows].mean(0)
     return scores
 
 
@@ -182,7 +185,8 @@ def _losses(
     if common_shift != 1:
         if len({len(example.candidates) for example in examples}) > 1:
             raise ConfigError("task.common_shift must be 1 where rows have different numbers of answers. Leave it out.")
-        scores = damp_common_shift(scores, owners or [0] * len(examples), factor=common_shift)
+        owners = [0] * len(examples) if owners is None else owners
+        scores = damp_common_shift(scores, owners, factor=common_shift)
     return -planning.arithmetic.log_softmax(scores)[range(len(labels)), labels]
 
 

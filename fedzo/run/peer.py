@@ -200,7 +200,14 @@ class Peer:
 
         def trial(loaded: LoadedModel, built: Built) -> Trial:
             tokens = self.site.model.tokens_per_batch
-            loss_fn = partial(mean_loss, loaded, examples, loss=config.task.loss, tokens_per_batch=tokens)
+            loss_fn = partial(
+                mean_loss,
+                loaded,
+                examples,
+                loss=config.task.loss,
+                tokens_per_batch=tokens,
+                common_shift=config.task.common_shift,
+            )
             return try_out(built.space, estimator, loss_fn, keys)
 
         float32, others = trial(self.loaded, wide), {str(DType.bfloat16): trial(loaded, narrow)}

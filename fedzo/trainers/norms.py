@@ -29,7 +29,7 @@ class NormsConfig(LayeredConfig):
 
     @property
     def traits(self) -> TrainerTraits:
-        return TrainerTraits(cannot_train_sketch="a sketch is trained by its tables")
+        return TrainerTraits(cannot_train_sketch="the norms of a sketch stay as they were when it was built")
 
 
 @TRAINERS.register("norms", NormsConfig)

@@ -175,3 +175,15 @@ def test_one_client_at_fault_fails_alone(run: Run, lines: Lines, monkeypatch: py
 
     assert [sorted(e["client"] for e in line["clients"]) for line in lines(folder, "audit.jsonl")] == [[0, 1, 3]] * 2
     assert [line["refused"] for line in lines(folder, "audit.jsonl")] == [[2]] * 2
+
+
+@pytest.mark.parametrize("settings", [[], [TOGETHER], ["estimator=backprop", "trainer.lr=1e-3"]])
+def test_a_common_shift_enters_the_loss_that_is_trained_on(run: Run, lines: Lines, settings: list[str]) -> None:
+    plain = run("fl.rounds=2", "fl.num_clients=4", *settings)
+    damped = run("fl.rounds=2", "fl.num_clients=4", "task.common_shift=0.3", *settings)
+
+    for a, b in zip(lines(plain, "metrics.jsonl"), lines(damped, "metrics.jsonl"), strict=True):
+        if a["kind"] == "round":
+            assert abs(a["loss"] - b["loss"]) > 1e-5
+        elif a["kind"] == "score" and a["round"] == 0:
+            assert a["loss"] == b["loss"]  # what is scored is the same

@@ -10,6 +10,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from torch import nn
 from transformers import BloomConfig
 
 from fedzo.config.load import load
@@ -99,6 +100,22 @@ def test_a_norm_of_the_embeddings_lies_before_the_blocks(place: Workplace) -> No
         "transformer.word_embeddings_layernorm.bias",
     ]
     assert set(norms_from(model, 2)) == {"transformer.ln_f.weight", "transformer.ln_f.bias"}
+
+
+class NormedEmbedding(nn.Embedding):
+    """Named like a norm."""
+
+
+def test_what_is_only_named_like_a_norm_or_no_text_passes_is_left_out() -> None:
+    model = tiny_model("llama")
+    inner = model.model
+    inner.vision = nn.LayerNorm(8)  # of a tower that texts do not pass
+    inner.embed_tokens.__class__ = NormedEmbedding
+    inner.layers[0].norms = nn.Sequential(nn.LayerNorm(8))
+
+    assert set(norms_from(model, 2)) == {"model.norm.weight"}
+    assert all(each.ndim == 1 for each in norms_from(model, 0).values())
+    assert not any("vision" in name or ".norms." in name for name in norms_from(model, 0))
 
 
 def test_norms_that_are_not_there_are_refused() -> None:
