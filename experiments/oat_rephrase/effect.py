@@ -12,7 +12,9 @@ What is fixed before any run:
 - Sets: the original; OAT's main set and, for COPA, every fourth of its 20 further draws by name (the arm ``oat``);
   ``prompt2``, the nearest to a plain paraphrase; ``rule``, an edit that no model made (order of clauses, contractions,
   a frame around a single sentence). A rewrite whose published verdict is not ``same`` is left out for the original.
-  ``--local FILE`` adds rewrites of a local model behind fedzo's checks, a lower bound of what rewriting does.
+  ``--local FILE`` adds rewrites of a local model behind fedzo's checks, a lower bound of what rewriting does: those of
+  ``fedzo rephrase`` with the embedded model behind llama.cpp's server, ``preprocess.oat_rephrase.style=plain`` and
+  ``preprocess.oat_rephrase.gate=false``, of which CB keeps 22 of 150 rows and COPA 3 of 300.
   ``--set NAME=FILE`` adds an arm. FILE is what ``fedzo rephrase --out`` writes, of the rows of either task.
 - Rows: ``train.jsonl`` of REWRITES is trained on (COPA 300, CB 150), its ``dev.jsonl`` (100) chooses learning rates,
   and ``test.jsonl`` of DATA (100 and 56) gives every figure. Dev and test are original text.
