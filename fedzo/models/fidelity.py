@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,18 +108,21 @@ def spacing(value: float, dtype: torch.dtype) -> float:
     return math.ldexp(info.eps, exponent)
 
 
-def too_coarse(model: nn.Module, eps: float) -> list[str]:
-    """Names of the weights whose spacing at their root mean square is more than 2 eps: probes of them mostly vanish."""
+def too_coarse(model: nn.Module, trained: Iterable[nn.Parameter], eps: float) -> list[str]:
+    """Names of the trained weights whose spacing at their root mean square is more than 2 eps: probes mostly vanish."""
+    among = {id(parameter) for parameter in trained}
     return [
         name
         for name, parameter in model.named_parameters()
-        if parameter.numel() and eps < spacing(_root_mean_square(parameter), parameter.dtype) / 2
+        if id(parameter) in among
+        and parameter.numel()
+        and eps < spacing(_root_mean_square(parameter), parameter.dtype) / 2
     ]
 
 
-def coarseness_warning(model: nn.Module, eps: float) -> str | None:
-    """What to tell a user who probes all weights with this eps; None if there is nothing to tell."""
-    names = too_coarse(model, eps)
+def coarseness_warning(model: nn.Module, trained: Iterable[nn.Parameter], eps: float) -> str | None:
+    """What to tell a user who probes these weights of a model with this eps; None if there is nothing to tell."""
+    names = too_coarse(model, trained, eps)
     if not names:
         return None
     shown = ", ".join(names[:_MOST_NAMES]) + (", ..." if len(names) > _MOST_NAMES else "")

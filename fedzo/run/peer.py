@@ -143,8 +143,7 @@ class Peer:
         if isinstance(estimator, ZerothOrderConfig):
             if self.undecided and trial_rows is not None:
                 built, self.undecided = self._choose_dtype(built, artifact, trial_rows(), estimator), False
-            in_model_dtype = not config.trainer.traits.float32_master
-            if in_model_dtype and (warning := coarseness_warning(self.loaded.model, estimator.float32_eps)):
+            if warning := coarseness_warning(self.loaded.model, built.space.parameters, estimator.float32_eps):
                 log.warning(warning)
         elif not isinstance(built.space, DifferentiableSpace):
             trainer, name = plugin_name("trainer", config.trainer), plugin_name("estimator", estimator)

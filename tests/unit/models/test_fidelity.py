@@ -68,26 +68,27 @@ def test_tensors_whose_probes_vanish_are_named() -> None:
     """Half the spacing of bfloat16 is 2^-8 at 1, 2^-10 at 1/4."""
     model = model_of({"norm": 1.0, "matrix": 0.25, "zero": 0.0}, torch.bfloat16)
 
-    assert too_coarse(model, 2**-8) == []
-    assert too_coarse(model, 2**-8.5) == ["norm"]
-    assert too_coarse(model, 2**-10) == ["norm"]
-    assert too_coarse(model, 2**-11) == ["norm", "matrix"]
-    assert too_coarse(model.float(), 1e-3) == []
+    assert too_coarse(model, model.parameters(), 2**-8) == []
+    assert too_coarse(model, model.parameters(), 2**-8.5) == ["norm"]
+    assert too_coarse(model, model.parameters(), 2**-10) == ["norm"]
+    assert too_coarse(model, model.parameters(), 2**-11) == ["norm", "matrix"]
+    assert too_coarse(model.float(), model.parameters(), 1e-3) == []
 
 
 def test_the_warning_names_five_tensors_and_counts_them_all() -> None:
     model = model_of({f"w{i}": 1.0 for i in range(7)} | {"fine": 2.0**-9}, torch.bfloat16)
 
-    text = coarseness_warning(model, 1e-3)
+    text = coarseness_warning(model, model.parameters(), 1e-3)
 
     assert text is not None
     assert "estimator.eps=0.001" in text
     assert "in 7 tensors (w0, w1, w2, w3, w4, ...)" in text
     assert "model.dtype=float32" in text
-    assert coarseness_warning(model.float(), 1e-3) is None
-    few = coarseness_warning(model_of({"a": 1.0, "b": 1.0}, torch.bfloat16), 1e-3)
+    assert coarseness_warning(model.float(), model.parameters(), 1e-3) is None
+    several = model_of({"a": 1.0, "b": 1.0, "c": 1.0}, torch.bfloat16)
+    few = coarseness_warning(several, [several.a, several.c], 1e-3)
     assert few is not None
-    assert "in 2 tensors (a, b)" in few
+    assert "in 2 tensors (a, c)" in few
 
 
 @pytest.mark.parametrize(
