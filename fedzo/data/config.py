@@ -49,8 +49,8 @@ class TaskConfig:
     common_shift: float = 1.0
     """Factor on what the scores of a client's batch have in common, in the loss over candidates. Only the loss that is
     trained on and logged changes, no dev or test score. Below 1 the balance between the answers is trained with
-    less force, and larger learning rates are stable. A row is part of its batch's mean: in batches of few rows, or of
-    one label, what tells rows apart is damped, too. 1 leaves the loss as it is."""
+    less force, and larger learning rates can be stable. A row is part of its batch's mean: in batches of few rows, or
+    of one label, what tells rows apart is damped, too. 1 leaves the loss as it is."""
     max_length: int = 512
     """Longest sequence in tokens. A longer prompt loses its beginning."""
     max_new_tokens: int = 32

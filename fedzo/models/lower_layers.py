@@ -120,7 +120,7 @@ class LowerLayers:
 
     def kept_share(self, visits: float, num_rows: int, *, row_bytes: float) -> float:
         """Share of ``visits`` to that many rows, of ``row_bytes`` each, which find the states of an earlier one."""
-        if self.rows is None or visits <= num_rows:
+        if self.rows is None or not 0 < num_rows < visits:  # a simulation may not know the rows of its clients
             return 0.0
         fit = min(1.0, self.rows.most_bytes / (row_bytes * num_rows))
         return fit * (1 - num_rows / visits)

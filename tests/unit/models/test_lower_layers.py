@@ -169,6 +169,12 @@ def test_rows_that_are_kept_cost_their_lower_blocks_once(visits: int, most_bytes
     assert lower.whole_forwards(2, kept=kept) == 1.5 - kept / 2
 
 
+def test_no_rows_that_are_known_are_none_that_are_kept() -> None:
+    lower = replace(two_blocks()[1], rows=RowStates(1000))
+
+    assert lower.kept_share(40, 0, row_bytes=0.0) == 0.0
+
+
 @torch.inference_mode()
 def test_a_model_whose_forward_fails_is_whole_again() -> None:
     model, lower = two_blocks()
