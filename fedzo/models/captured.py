@@ -20,8 +20,9 @@ import torch
 from torch._C import DisableTorchFunctionSubclass
 
 from fedzo.models.head import TOLERANCE
+from fedzo.models.kept_rows import Output
 from fedzo.models.loaded import LoadedModel
-from fedzo.models.lower_layers import LowerLayers, Output
+from fedzo.models.lower_layers import LowerLayers
 from fedzo.models.plan import bucket
 from fedzo.sketch.linear import scratch_in_use
 from fedzo.zo.perturb import PerturbedWeights, probe_of

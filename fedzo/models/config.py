@@ -86,7 +86,8 @@ class ModelConfig:
     """Run the blocks below the first trained one once a step, not in each of its forwards. Losses keep their bits.
     A compiled model always runs whole, as does one with ``estimator.freeze_routing``."""
     lower_layers_cache_mb: int = 0
-    """MiB for what these blocks make of single rows, kept for later rounds. Losses differ by rounding."""
+    """MiB for what these blocks make of single rows, kept over all rounds: a client's rows run before its first step.
+    Scores keep as much of theirs. Losses differ by rounding."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -15,9 +15,10 @@ from fedzo.data.encode import Example
 from fedzo.models.arithmetic import MEASURED, Arithmetic
 from fedzo.models.cache import run_answers, run_prompts
 from fedzo.models.head import hidden_at, own_logits_at
+from fedzo.models.kept_rows import Read
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.lower_layers import LowerLayers, StepStates, find_lower_layers
-from fedzo.models.plan import FEW_FORWARDS, bucket, plan_batches
+from fedzo.models.plan import FEW_FORWARDS, bucket, consecutive, plan_batches
 from fedzo.models.virtual_tokens import num_virtual_tokens
 from fedzo.zo.spaces.base import Space
 
@@ -81,6 +82,9 @@ def run_texts(
     loaded: LoadedModel, texts: Sequence[Text], planning: Planning
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Run all texts; yields each batch's indices and its positions' hidden states [N, H] (or logits [N, V])."""
+    if planning.lower is not None and planning.lower.reads_alone:
+        yield from _run_reads(loaded, texts, planning, planning.lower)
+        return
     lengths = [len(text.tokens) for text in texts]
     decoder, virtual = loaded.decoder, num_virtual_tokens(loaded.model)
     widths = [decoder.width(length) for length in lengths] if decoder else lengths
@@ -116,6 +120,48 @@ def run_texts(
         num_done += len(batch)
         if planning.on_batch is not None:
             planning.on_batch(num_done, len(texts))
+
+
+def _run_reads(
+    loaded: LoadedModel, texts: Sequence[Text], planning: Planning, lower: StepStates
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """As ``run_texts``, where what is computed behind the lower blocks takes each position alone."""
+    counts = [text.num_positions for text in texts]
+    num_done = 0
+
+    def make(fresh: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        nonlocal num_done
+        for batch in plan_batches(
+            [len(texts[i].tokens) for i in fresh],
+            tokens_per_batch=planning.tokens_per_batch,
+            forward_cost_tokens=planning.forward_cost_tokens,
+        ):
+            chosen = [fresh[i] for i in batch]
+            ids = _padded([texts[i].tokens for i in chosen], loaded)
+            found = lower.lower.run(torch.from_numpy(ids).to(loaded.device)).states
+            _count(loaded, ids, used=sum(len(texts[i].tokens) for i in chosen), head_rows=0)
+            for i, states in zip(chosen, found, strict=True):
+                end = len(texts[i].tokens)
+                yield i, states[end - counts[i] : end]
+            num_done += len(chosen)
+            if planning.on_batch is not None:
+                planning.on_batch(num_done, len(texts))
+
+    with planning.arithmetic.forwards():
+        output = lower.reads([Read(text.tokens, count) for text, count in zip(texts, counts, strict=True)], make)
+    batches = consecutive(counts, most=planning.tokens_per_batch)
+    parts = torch.split(output.states, [sum(counts[i] for i in batch) for batch in batches])
+    at = hidden_at if loaded.direct_head else own_logits_at
+    for batch, states in zip(batches, parts, strict=True):
+        rows = torch.arange(len(states), device=loaded.device)
+        if planning.before is not None:
+            planning.before([i for i in batch for _ in range(counts[i])])
+        with planning.arithmetic.forwards(), lower.lower.skipped(output._replace(states=states)):
+            hidden = at(loaded.model, torch.zeros_like(rows)[:, None], rows, torch.zeros_like(rows))
+        loaded.counter.num_head_rows += len(rows)
+        yield list(batch), hidden
+    if planning.on_batch is not None and num_done < len(texts):
+        planning.on_batch(len(texts), len(texts))
 
 
 def lower_layers_of(loaded: LoadedModel, space: Space, *, cache_mb: int = 0) -> LowerLayers | None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
 from fedzo.errors import ConfigError
 from fedzo.sketch import sketched_layers
+
+if TYPE_CHECKING:
+    from fedzo.models.lower_layers import LowerLayers
 
 
 class BucketedDecoder(Protocol):
@@ -52,6 +55,7 @@ class LoadedModel:
         direct_head: Whether the LM head may be applied apart (``head.check_head``).
         shared_prompts: Whether candidates may run on top of their prompt's cache (``cache.check_cache``).
         decoder: What losses and scores run through, if not the model's own (``model.compile``, ``model.cuda_graphs``).
+        kept: Where scores find states of texts that ran before, and leave them (``model.lower_layers_cache_mb``).
         counter: Forwards and tokens so far.
     """
 
@@ -65,6 +69,7 @@ class LoadedModel:
     direct_head: bool = True
     shared_prompts: bool = False
     decoder: BucketedDecoder | None = None
+    kept: LowerLayers | None = None
     counter: ForwardCounter = field(default_factory=ForwardCounter)
 
     @property

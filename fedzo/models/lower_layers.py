@@ -5,8 +5,7 @@ same states, and a step of P central differences costs one run of the lower bloc
 later forwards the lower blocks hand out what was kept, and all else of the model's own forward stays as it is.
 
 States of a batch are kept within a step: the losses are those of whole forwards, bit for bit. States of single rows can
-be kept over all rounds, too (``model.lower_layers_cache_mb``): which rows then run together depends on what is kept,
-and products of other shapes round differently.
+be kept over all rounds, too (``fedzo.models.kept_rows``).
 """
 
 from __future__ import annotations
@@ -16,68 +15,26 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from fedzo.models.blocks import called_modules, find_blocks, first_trained_block
 from fedzo.models.head import TOLERANCE
+from fedzo.models.kept_rows import Make, Output, Read, RowStates, Tokens
 from fedzo.models.memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
+Forward = Callable[[torch.Tensor], torch.Tensor]
+"""What is computed with a model, from ids int64 [B, T]: for each position its numbers."""
+Moved = Callable[[], AbstractContextManager[None]]
 MOST_STEP_BYTES = 1 << 28
 """Of states that one step keeps; batches beyond run whole in each forward."""
-Tokens = tuple[int, ...]
 
 
 class _Reached(Exception):
     """Ends a forward where the lower blocks do."""
-
-
-class Output(NamedTuple):
-    """What a block gives.
-
-    Attributes:
-        states: [B, T, H], in most models.
-        num_nones: How many times None stands behind the states, if they stand in a tuple.
-    """
-
-    states: torch.Tensor
-    num_nones: int | None = None
-
-    def given(self) -> object:
-        """As the block gives it."""
-        return self.states if self.num_nones is None else (self.states, *[None] * self.num_nones)
-
-
-@dataclass(slots=True)
-class RowStates:
-    """States of single texts, kept for as long as the weights that made them are what they were; the first stay.
-
-    Attributes:
-        most_bytes: What they may take together.
-        num_nones: As of the block's ``Output``.
-        weights: Names the weights that made them, and their contents.
-    """
-
-    most_bytes: int
-    num_nones: int | None = None
-    num_bytes: int = 0
-    by_tokens: dict[Tokens, torch.Tensor] = field(default_factory=dict)
-    weights: Hashable = None
-
-    def drop_if_other(self, weights: Hashable) -> None:
-        """Keep nothing that other weights made."""
-        if weights != self.weights:
-            self.by_tokens.clear()
-            self.num_bytes, self.weights = 0, weights
-
-    def put(self, tokens: Tokens, states: torch.Tensor) -> None:
-        """Keep a copy of the states [len(tokens), H], if there is room."""
-        if self.num_bytes + states.nbytes <= self.most_bytes:
-            self.by_tokens[tokens] = states.clone()
-            self.num_bytes += states.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +59,11 @@ class LowerLayers:
     evaluate: Callable[[torch.Tensor], Output] | None = None
     given: list[Output] = field(default_factory=list)
 
-    def of_step(self) -> StepStates:
-        """What one step keeps, with nothing in it yet."""
+    def of_step(self, *, repeats: bool = True) -> StepStates:
+        """What one step keeps, with nothing in it yet; no batches, if none comes again."""
         if self.rows is not None:
             self.rows.drop_if_other(self.weights())
-        return StepStates(self)
+        return StepStates(self, repeats)
 
     def whole_forwards(self, forwards: float, *, kept: float = 0.0) -> float:
         """What a step of so many forwards costs in forwards of the whole model, blocks counted.
@@ -125,6 +82,11 @@ class LowerLayers:
         fit = min(1.0, self.rows.most_bytes / (row_bytes * num_rows))
         return fit * (1 - num_rows / visits)
 
+    @property
+    def reads_alone(self) -> bool:
+        """Whether of a text only the positions that are read are kept (``RowStates.reads_alone``)."""
+        return self.rows is not None and self.rows.reads_alone
+
     def kept_bytes(self, num_tokens: int, *, token_bytes: int) -> int:
         """Most bytes that a step on so many tokens keeps, and all steps together."""
         return min(MOST_STEP_BYTES, num_tokens * token_bytes) + (self.rows.most_bytes if self.rows else 0)
@@ -133,13 +95,12 @@ class LowerLayers:
         """What the last of the blocks gives for ids int64 [B, T]; their first rows are ``texts``."""
         if (rows := self.rows) is None:
             return (self.evaluate or self.run)(ids)
-        fresh = {tokens: row for row, tokens in enumerate(texts) if tokens not in rows.by_tokens}
-        made: dict[Tokens, torch.Tensor] = {}
-        if fresh:
-            for tokens, states in zip(fresh, self.run(ids[[*fresh.values()]]).states, strict=True):
-                made[tokens] = states[: len(tokens)]
-                rows.put(tokens, made[tokens])
-        found = [made[tokens] if tokens in made else rows.by_tokens[tokens] for tokens in texts]
+
+        def make(fresh: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
+            for row, states in zip(fresh, self.run(ids[fresh]).states, strict=True):
+                yield row, states[: len(texts[row])]
+
+        found = rows.of(texts, make)
         batch = found[0].new_zeros(*ids.shape, *found[0].shape[1:])
         for place, states in zip(batch, found, strict=False):  # padding is seen by nobody
             place[: len(states)] = states
@@ -195,28 +156,43 @@ class StepStates:
     """The states of one step's batches."""
 
     lower: LowerLayers
+    repeats: bool = True
     _num_bytes: int = 0
     _by_batch: dict[Hashable, Output] = field(default_factory=dict)
 
+    @property
+    def reads_alone(self) -> bool:
+        """Whether a text needs the positions that are read and no others (``reads``)."""
+        return self.lower.reads_alone
+
     def run(self, forward: Callable[[], torch.Tensor], ids: torch.Tensor, texts: Sequence[Tokens]) -> torch.Tensor:
         """``forward()``, a forward of the model on ids int64 [B, T] whose first rows are ``texts``."""
-        key = (tuple(ids.shape), *texts)
-        output = self._by_batch.get(key)
-        if output is None:
-            output = self.lower.states(ids, texts)
-            if self._num_bytes + output.states.nbytes <= MOST_STEP_BYTES:
-                self._by_batch[key] = output
-                self._num_bytes += output.states.nbytes
+        output = self._once((tuple(ids.shape), *texts), lambda: self.lower.states(ids, texts))
         with self.lower.skipped(output):
             return forward()
+
+    def reads(self, texts: Sequence[Read], make: Make) -> Output:
+        """What the last of the blocks gives at the positions that are read, each a row of its own: [N, 1, H]."""
+        rows = self.lower.rows
+        assert rows is not None
+        return self._once((*texts,), lambda: Output(torch.cat(rows.of(texts, make))[:, None], rows.num_nones))
+
+    def _once(self, key: Hashable, make: Callable[[], Output]) -> Output:
+        output = self._by_batch.get(key)
+        if output is None:
+            output = make()
+            if self.repeats and self._num_bytes + output.states.nbytes <= MOST_STEP_BYTES:
+                self._by_batch[key] = output
+                self._num_bytes += output.states.nbytes
+        return output
 
 
 def find_lower_layers(
     model: nn.Module,
     trained: Iterable[nn.Parameter],
-    forward: Callable[[torch.Tensor], torch.Tensor],
+    forward: Forward,
     *,
-    moved: Callable[[], AbstractContextManager[None]] = nullcontext,
+    moved: Moved = nullcontext,
     cache_mb: int = 0,
 ) -> LowerLayers | None:
     """The blocks of a model below the first that is trained; None where there is none, or they cannot be left out.
@@ -252,14 +228,15 @@ def find_lower_layers(
     if (problem := _problem_of_rows(lower)) is not None:
         log.warning("%s: model.lower_layers_cache_mb keeps no rows: %s", type(model).__name__, problem)
         return lower
-    return replace(lower, rows=RowStates(cache_mb << 20, num_nones=lower.run(_some_ids(model)).num_nones))
+    num_nones = lower.run(_some_ids(model)).num_nones
+    return replace(lower, rows=RowStates(cache_mb << 20, num_nones, reads_alone=_reads_alone(lower, forward, moved)))
 
 
 @torch.inference_mode()
 def _problem(
     lower: LowerLayers,
-    forward: Callable[[torch.Tensor], torch.Tensor],
-    moved: Callable[[], AbstractContextManager[None]],
+    forward: Forward,
+    moved: Moved,
 ) -> str | None:
     """Why the lower blocks cannot be left out, if they cannot."""
     numbers = _some_ids(lower.model).view(2, 2, 8)
@@ -299,6 +276,29 @@ def _problem_of_rows(lower: LowerLayers) -> str | None:
     if float((states[1, :9] - alone[0]).abs().max()) > limit:
         return "a row's states are others in another batch"
     return None
+
+
+@torch.inference_mode()
+def _reads_alone(lower: LowerLayers, forward: Forward, moved: Moved) -> bool:
+    """Whether each position is computed alone behind the lower blocks, to the last bit: there are no other blocks."""
+    if lower.upper:
+        return False
+    ids = _some_ids(lower.model)
+    output = lower.run(ids)
+    alone = output._replace(states=output.states.reshape(-1, 1, output.states.shape[-1]))
+    for at in (nullcontext, moved):
+        with at():
+            whole = forward(ids)
+            try:
+                with lower.skipped(alone):
+                    found = forward(ids.view(-1, 1))
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                return False
+            if not torch.equal(found.reshape(whole.shape), whole):
+                return False
+    return True
 
 
 def _some_ids(model: Any) -> torch.Tensor:

@@ -154,7 +154,8 @@ def candidate_scores(
     Returns:
         float32 [num_examples, most candidates], ``-inf`` where an example has fewer.
     """
-    planning = Planning(tokens_per_batch, forward_cost_tokens, on_batch, share_prompts=True)
+    lower = loaded.kept.of_step() if loaded.kept else None
+    planning = Planning(tokens_per_batch, forward_cost_tokens, on_batch, share_prompts=True, lower=lower)
     scores: Scores = _candidate_scores(loaded, examples, planning, full_vocabulary=full_vocabulary)
     return scores.astype(np.float32)
 

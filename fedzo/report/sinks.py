@@ -49,7 +49,7 @@ class ProgressSink:
         self._payload = payload
         self._score = ""
         self._last_print = 0.0
-        self._rate: list[float] = []
+        self._rate: list[float] | None = None
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
@@ -109,7 +109,9 @@ class ProgressSink:
 
     def _round(self, record: Round) -> None:
         self._count_bytes(record)
-        if not record.calibration:  # it says nothing of how long the others take
+        if self._rate is None:  # what is done once is done in the first round
+            self._rate = []
+        elif not record.calibration:  # it says nothing of how long the others take
             self._rate = [*self._rate[-19:], record.round_seconds]
         loss = "-" if record.loss is None else f"{record.loss:.3f}"
         note = f"loss {loss}  {self._score}up {bytes_text(self._up)}  down {bytes_text(self._down)}"

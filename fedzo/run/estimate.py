@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 
 from fedzo.data.encode import Example
@@ -57,7 +59,7 @@ def estimate_run(
     space: Space,
     *,
     train: list[Example],
-    scored: list[tuple[int, list[Example]]],
+    scored: Sequence[tuple[float, list[Example]]],
     rows_per_step: int,
     steps: int,
     forwards_per_step: float,
@@ -87,11 +89,13 @@ def estimate_run(
     """
     visits = steps * rows_per_step
     if lower is not None:
-        row_bytes = state_bytes(loaded.model) * _mean_tokens(train)
+        row_bytes = state_bytes(loaded.model) * _mean(_num_reads if lower.reads_alone else _num_tokens, train)
         kept = lower.kept_share(visits, num_rows, row_bytes=row_bytes)
         forwards_per_step = lower.whole_forwards(forwards_per_step, kept=kept)
     rows = visits * forwards_per_step
-    tokens = rows * _mean_tokens(train) + sum(times * len(part) * _mean_tokens(part) for times, part in scored)
+    if loaded.kept is not None:  # a row's lower blocks run for its first score
+        scored = [(loaded.kept.whole_forwards(times), part) for times, part in scored]
+    tokens = rows * _mean(_num_tokens, train) + sum(times * sum(map(_num_tokens, part)) for times, part in scored)
     longest = max((_num_tokens(example) for example in train), default=0)
     memory = estimate_step_memory_bytes(
         loaded.model,
@@ -109,5 +113,10 @@ def _num_tokens(example: Example) -> int:
     return sum(len(example.prompt) + len(candidate) for candidate in example.candidates)
 
 
-def _mean_tokens(examples: list[Example]) -> float:
-    return sum(map(_num_tokens, examples)) / len(examples) if examples else 0.0
+def _num_reads(example: Example) -> int:
+    """Positions that predict an answer's token."""
+    return sum(map(len, example.candidates)) if any(len(candidate) > 1 for candidate in example.candidates) else 1
+
+
+def _mean(num: Callable[[Example], int], examples: list[Example]) -> float:
+    return sum(map(num, examples)) / len(examples) if examples else 0.0

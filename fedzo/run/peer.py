@@ -158,6 +158,8 @@ class Peer:
             estimator,
             longest=config.task.max_length,
         )
+        if lower is not None and lower.rows is not None:  # scores keep their own: they have no rounded products
+            loaded = replace(loaded, kept=replace(lower, rows=replace(lower.rows, by_text={}, owners=set())))
         self.built = built
         longest = longest_sequence(self.loaded.model, config.task.max_length)
         tokens, token_bytes = config.fl.batch_size * longest, state_bytes(self.loaded.model)

@@ -85,6 +85,31 @@ def test_kept_rows_are_run_once_and_give_the_same_scalars_but_for_rounding(run: 
         np.testing.assert_allclose(mine, theirs, atol=2e-3)
 
 
+@pytest.mark.parametrize("trainer", [[UPPER], ["trainer=norms", "trainer.first_layer=2"]], ids=lambda each: each[0])
+@pytest.mark.parametrize("joint", ["true", "false"])
+def test_a_resumed_run_that_keeps_rows_ends_as_an_unbroken_one(
+    run: Run, trainer: list[str], joint: str, runs_below: list[int]
+) -> None:
+    settings = [*trainer, "fl.local_steps=2", f"runtime.batch_clients={joint}", "model.lower_layers_cache_mb=1"]
+    unbroken = run(*settings)
+    in_one = sum(runs_below)
+    broken = run(*settings, "fl.rounds=2")
+    resume_run(broken, rounds=3)
+
+    assert audit_of(broken) == audit_of(unbroken)
+    assert sum(runs_below) == 3 * in_one  # in each process every row runs once
+
+
+def test_scores_run_the_lower_blocks_once_however_often_they_are_taken(run: Run, runs_below: list[int]) -> None:
+    settings = ["trainer=norms", "trainer.first_layer=2", "model.lower_layers_cache_mb=1"]
+    run(*settings, "evaluation.every_rounds=0")
+    twice = sum(runs_below)
+
+    run(*settings, "evaluation.every_rounds=1", "evaluation.federated_every_rounds=1")
+
+    assert sum(runs_below) == 2 * twice
+
+
 def test_choices_that_are_held_still_are_those_of_whole_forwards(run: Run, runs_below: list[int]) -> None:
     run(UPPER, "estimator.freeze_routing=true")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import ClassVar
 
@@ -28,6 +28,7 @@ from fedzo.zo.spaces.base import MasterSpace, RowWeights, Space
 
 log = logging.getLogger(__name__)
 _KEPT_BYTES = 64 << 20  # of clients' places on their local paths
+_ROWS_AT_ONCE = 256  # when a client's rows run to be kept
 
 
 class ScalarUpdate:
@@ -98,7 +99,7 @@ class ScalarUpdate:
             return self._ahead.pop((request.client, request.round, step))
         batch = self._batches.of(request, step=step)
         keys = self._keys(request, step=step)
-        lower = at.lower.of_step() if at.lower else None
+        lower = self._step_states(at, [request.client])
 
         def loss_fn() -> float:
             return float(self._losses(at, batch, [request.client] * len(batch), lower=lower).mean())
@@ -170,7 +171,7 @@ class ScalarUpdate:
         rows = [example for batch in batches.values() for example in batch]
         owners = [client for client, batch in batches.items() for _ in batch]
         ends = np.cumsum([len(batch) for batch in batches.values()])[:-1]
-        lower = at.lower.of_step() if at.lower else None
+        lower = self._step_states(at, requests)
 
         def losses_fn() -> Losses:
             if own is None:
@@ -186,6 +187,24 @@ class ScalarUpdate:
 
         keys = self._keys(next(iter(requests.values())), step=step)
         return estimate_together(self._estimator, at.replica.space, losses_fn, keys, count=len(requests))
+
+    def _step_states(self, at: Workspace, clients: Iterable[int]) -> StepStates | None:
+        """What a step of these clients keeps; where rows are kept over rounds, all of theirs have run before it."""
+        if at.lower is None:
+            return None
+        step = at.lower.of_step()
+        if (kept := at.lower.rows) is None:
+            return step
+        rows = {client: self._batches.train_rows(client) for client in clients if client not in kept.owners}
+        if num_rows := sum(map(len, rows.values())):
+            log.warning("the lower blocks run once on %d rows, whose states are kept ...", num_rows)
+        for client, train in rows.items():
+            for start in range(0, len(train), _ROWS_AT_ONCE):
+                if not kept.is_full:
+                    part = train[start : start + _ROWS_AT_ONCE]
+                    self._losses(at, part, [client] * len(part), lower=at.lower.of_step(repeats=False))
+            kept.owners.add(client)
+        return step
 
     def _keys(self, request: TrainRequest, *, step: int) -> list[int]:
         return step_keys(

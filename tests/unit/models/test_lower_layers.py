@@ -23,10 +23,11 @@ from fedzo.errors import ConfigError
 from fedzo.models import lower_layers
 from fedzo.models.blocks import find_blocks, first_trained_block, parameters_from, upper_blocks
 from fedzo.models.forwards import lower_layers_of
+from fedzo.models.kept_rows import RowStates
 from fedzo.models.load import compile_loaded, wrap_model
 from fedzo.models.loaded import LoadedModel
-from fedzo.models.lower_layers import LowerLayers, RowStates, StepStates, find_lower_layers
-from fedzo.models.scoring import example_losses
+from fedzo.models.lower_layers import LowerLayers, StepStates, find_lower_layers
+from fedzo.models.scoring import candidate_scores, example_losses
 from fedzo.testing.tiny_models import FAMILIES, byte_tokenizer, tiny_loaded, tiny_model_from, tiny_sketch
 from fedzo.trainers import TRAINERS
 from fedzo.trainers.adapters import LoraTrainerConfig
@@ -299,6 +300,109 @@ def test_where_only_the_last_norm_is_trained_a_row_runs_the_blocks_once_in_a_run
     assert sum(runs) == num_texts
 
 
+def last_norm(loaded: LoadedModel) -> Space:
+    return MaskedSpace(loaded.model, {"model.norm.weight": torch.arange(32)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_behind_the_last_block_only_the_positions_that_are_read_are_kept(dtype: torch.dtype) -> None:
+    loaded = tiny_loaded("llama", dtype=dtype)
+    space = last_norm(loaded)
+    lower = lower_layers_of(loaded, space, cache_mb=1)
+    assert lower is not None
+    assert lower.rows is not None
+    assert lower.reads_alone
+
+    with space.probe(0.5, key=1):
+        found, whole = losses(loaded, lower.of_step()), losses(loaded, None)
+
+    np.testing.assert_allclose(found, whole, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
+    # of MIXED: two rows whose answers are single tokens are read once; the others at each token of each answer
+    num_read = 1 + 1 + (3 + 1 + 2) + (6 + 1)
+    assert lower.rows.num_bytes == num_read * 32 * dtype.itemsize
+
+
+def test_without_room_a_step_still_runs_the_lower_blocks_once() -> None:
+    loaded = tiny_loaded("llama")
+    space = last_norm(loaded)
+    lower = lower_layers_of(loaded, space, cache_mb=1)
+    assert lower is not None
+    assert lower.rows is not None
+    lower.rows.most_bytes = 0
+    runs = count_runs(lower.blocks[0])
+
+    step = lower.of_step()
+    first, second = losses(loaded, step), losses(loaded, step)
+
+    np.testing.assert_array_equal(first, second)
+    once = sum(runs)
+    losses(loaded, lower.of_step())
+    assert sum(runs) == 2 * once
+
+
+@pytest.mark.parametrize("per_batch", [1, 4, MANY])
+def test_positions_that_are_read_alone_come_in_batches_of_the_limit(per_batch: int) -> None:
+    loaded = tiny_loaded("llama")
+    lower = lower_layers_of(loaded, last_norm(loaded), cache_mb=1)
+    assert lower is not None
+    step = lower.of_step()
+    rows = count_runs(loaded.model.get_submodule("model.norm"))
+
+    for owned in (None, [3, 1, 0, 2]):  # a row's batches may come in any order
+        chosen = MIXED if owned is None else [MIXED[i] for i in owned]
+        found = example_losses(loaded, chosen, loss=Loss.candidates, tokens_per_batch=per_batch, lower=step)
+        assert max(rows) <= max(per_batch, 6)  # an answer's positions stay together
+        np.testing.assert_allclose(found, losses(loaded, None) if owned is None else losses(loaded, None)[owned], 1e-5)
+        rows.clear()
+
+
+class SumsBehind(TwoBlocks):
+    """What comes behind the blocks adds up positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = AffineNorm(1.0)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.norm(super().forward(input_ids)).cumsum(1)
+
+
+class AffineNorm(Affine):
+    pass
+
+
+def test_where_positions_are_added_up_behind_the_blocks_all_are_kept() -> None:
+    model = SumsBehind()
+    lower = find_lower_layers(model, [model.norm.gain], model, cache_mb=1)
+
+    assert lower is not None
+    assert len(lower.upper) == 0
+    assert not lower.reads_alone
+
+
+def test_scores_find_what_steps_and_earlier_scores_kept() -> None:
+    plain = tiny_loaded("llama")
+    space = last_norm(plain)
+    lower = lower_layers_of(plain, space, cache_mb=1)
+    assert lower is not None
+    loaded = replace(plain, kept=lower)
+    short, done = MIXED[1:3], list[tuple[int, int]]()
+    runs = count_runs(lower.blocks[0])
+
+    def scores(model: LoadedModel) -> Any:
+        return candidate_scores(model, short, tokens_per_batch=MANY, on_batch=lambda *count: done.append(count))
+
+    example_losses(loaded, short[:1], loss=Loss.candidates, tokens_per_batch=MANY, lower=lower.of_step())
+    first = scores(loaded)
+    space.step(0.5, key=3)
+    moved = scores(loaded)
+
+    assert sum(runs) == len(short)
+    assert done == [(1, 2), (2, 2), (2, 2)]
+    assert not np.array_equal(first, moved)
+    np.testing.assert_allclose(moved, scores(plain), rtol=1e-5)
+
+
 @settings(deadline=None, max_examples=25)
 @given(st.data())
 def test_kept_rows_give_the_losses_of_whole_forwards_but_for_last_bits(data: st.DataObject) -> None:
@@ -352,7 +456,7 @@ def test_kept_rows_are_dropped_when_anything_below_changes_and_only_then(what: s
     model: Any = loaded.model
     losses(loaded, lower.of_step())
     assert lower.rows is not None
-    kept = len(lower.rows.by_tokens)
+    kept = len(lower.rows.by_text)
     assert kept > 0
 
     with torch.no_grad():
@@ -370,7 +474,7 @@ def test_kept_rows_are_dropped_when_anything_below_changes_and_only_then(what: s
             space.step(0.5, key=3)
 
     step = lower.of_step()
-    assert len(lower.rows.by_tokens) == (kept if what == "upper weight" else 0)
+    assert len(lower.rows.by_text) == (kept if what == "upper weight" else 0)
     np.testing.assert_allclose(losses(loaded, step), losses(loaded, None), rtol=2e-6)
 
 

@@ -47,20 +47,21 @@ def test_without_a_terminal_plain_lines_tell_rounds_bytes_time_and_the_result(
     assert "240 B (11 kB as messages, with set-up)" in out
 
 
-def test_a_calibration_is_named_and_no_measure_of_the_time_that_is_left(
+def test_neither_the_first_round_nor_a_calibration_measures_the_time_that_is_left(
     make_run: MakeRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedzo.report.sinks.PLAIN_EVERY_S", -1.0)
     sink = ProgressSink(10)
     first, second, *_ = (line for line in records(make_run()) if isinstance(line, Round))
-    sink.write(replace(first, calibration=True, round_seconds=1000.0))
-    sink.write(second)
+    sink.write(replace(first, round_seconds=1000.0))
+    sink.write(replace(second, calibration=True, round_seconds=1000.0))
+    sink.write(replace(second, round=2))
     sink.close()
 
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("round 1/10  (calibration)  loss 0.800")
-    assert lines[1].startswith("round 2/10  loss 0.770")
-    assert [line.rpartition("left ")[2] for line in lines] == ["n/a", "8.0 s"]
+    assert lines[0].startswith("round 1/10  loss 0.800")
+    assert lines[1].startswith("round 2/10  (calibration)  loss 0.770")
+    assert [line.rpartition("left ")[2] for line in lines] == ["n/a", "n/a", "7.0 s"]
 
 
 @pytest.mark.parametrize(
