@@ -2,8 +2,8 @@
 
     python experiments/lower_layers/accuracy.py [--seeds 0 1 2]    # about 8 minutes a run on 2 idle cores, 15 runs
 
-Each run is the quickstart (Rotten Tomatoes, Meerkat, 160 rounds) with ``trainer.first_layer``, nothing else being
-changed: the mask is the quickstart's, less the blocks below. Runs of one seed see the same rows in the same order. A
+Each run is experiment=meerkat (Rotten Tomatoes, 160 rounds) with ``trainer.first_layer``, nothing else being
+changed: the mask is that of all blocks, less the blocks below. Runs of one seed see the same rows in the same order. A
 run that is complete is not run again, and an interrupted one goes on. Forwards are counted in whole forwards of a
 round's rows: two, less what the blocks below the first layer cost in the second of them.
 """
@@ -61,7 +61,7 @@ def run(seed: int, first: int) -> Run:
     if not lines_of(folder, "summary"):
         command = ["resume", str(folder)]
         if not (folder / "config.json").exists():
-            command = ["train", "experiment=quickstart", f"seed={seed}", f"trainer.first_layer={first}"]
+            command = ["train", "experiment=meerkat", f"seed={seed}", f"trainer.first_layer={first}"]
             command += ["report=none", f"hydra.run.dir={folder}"]
         subprocess.run([sys.executable, "-m", "fedzo", *command], check=True)
     (summary,) = lines_of(folder, "summary")
@@ -118,7 +118,7 @@ def draw(entries: list[Run]) -> None:
         axes.plot(spent, losses, color=colour, linewidth=1.5, label=f"from block {entry['first_layer']}")
     axes.set_xlabel("whole forwards of a round's 16 rows")
     axes.set_ylabel("dev loss (nat)")
-    axes.set_title(f"Rotten Tomatoes, the quickstart, run seed {entries[0]['seed']}", fontsize=10)
+    axes.set_title(f"Rotten Tomatoes, Meerkat, run seed {entries[0]['seed']}", fontsize=10)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

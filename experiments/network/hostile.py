@@ -35,7 +35,7 @@ COMMAND = "python experiments/network/hostile.py"
 ROUNDS, TEST_ROWS = 20, 128
 HOSTILE = (0, 1)
 SETTINGS = [
-    *("experiment=quickstart", "fl.num_clients=10", "fl.batch_size=1", f"fl.rounds={ROUNDS}", "threads=1"),
+    *("experiment=meerkat", "fl.num_clients=10", "fl.batch_size=1", f"fl.rounds={ROUNDS}", "threads=1"),
     "server_optimizer.schedule=constant",
     *(f"split.num_test={TEST_ROWS}", "split.num_dev=8", "evaluation.central=false"),
     *("evaluation.federated_every_rounds=-1", "report=none"),

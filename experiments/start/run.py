@@ -2,7 +2,7 @@
 
     python experiments/start/run.py
 
-The run is the quickstart's federation (SmolLM2, Meerkat, 8 clients in one process) with a mask that is there already
+The run is that of experiment=meerkat (SmolLM2, Meerkat, 8 clients in one process) with a mask that is there already
 and nothing scored, so that what is left is what every run pays. Medians of several starts in turn:
 
 - start: from the start of the process to its first round, which ends when the first line of the log is there;
@@ -45,8 +45,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as kept:
         work = Path(kept)
         mask = work / "mask.safetensors"
-        fedzo("mask", "--out", str(mask), "experiment=quickstart", "trainer.calibration_docs=2")
-        settings = ["experiment=quickstart", f"inputs.artifact={mask}", "fl.rounds=1", "report=none"]
+        fedzo("mask", "--out", str(mask), "experiment=meerkat", "trainer.calibration_docs=2")
+        settings = ["experiment=meerkat", f"inputs.artifact={mask}", "fl.rounds=1", "report=none"]
         settings += ["evaluation.central=false", "evaluation.federated_every_rounds=-1"]
         starts, loads, imports = [], [], []
         for repeat in range(REPEATS):
@@ -55,7 +55,7 @@ def main() -> None:
             imports.append(seconds_by_package(settings, work / f"imports-{repeat}"))
             print(f"start {starts[-1]:.1f} s, loading {loads[-1]:.1f} s, imports {sum(imports[-1].values()):.1f} s")
     claims = Claims(command="python experiments/start/run.py")
-    what = "fedzo train, quickstart with its mask, to the first round"
+    what = "fedzo train experiment=meerkat, its mask given, to the first round"
     claims.add(what, median(starts), "s")
     claims.add("loading SmolLM2 alone, with everything imported", median(loads), "s")
     rest = median(start - load for start, load in zip(starts, loads, strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -94,6 +94,10 @@ class ProgressSink:
         finally:
             self._progress.remove_task(task)
 
+    def round(self) -> AbstractContextManager[object]:
+        """While a round runs: the first may take minutes, since what is done once is done in it."""
+        return self.phase("first round") if self._rate is None else nullcontext()
+
     def _setup(self, setup: Setup) -> None:
         share = 100 * setup.space_size / setup.num_params
         self._console.print(
@@ -109,7 +113,7 @@ class ProgressSink:
 
     def _round(self, record: Round) -> None:
         self._count_bytes(record)
-        if self._rate is None:  # what is done once is done in the first round
+        if self._rate is None:  # the first round is no measure
             self._rate = []
         elif not record.calibration:  # it says nothing of how long the others take
             self._rate = [*self._rate[-19:], record.round_seconds]

@@ -135,7 +135,8 @@ class Federation:
             scores.take_due(server)  # those that a killed run still owed
         while server.round < config.fl.rounds:
             self._heed_stop()
-            server.run_round()
+            with self._progress.round():
+                server.run_round()
             self._write_presence()
             scores.take_due(server)
         server.tell_step_policy()

@@ -197,7 +197,7 @@ class ScalarUpdate:
             return step
         rows = {client: self._batches.train_rows(client) for client in clients if client not in kept.owners}
         if num_rows := sum(map(len, rows.values())):
-            log.warning("the lower blocks run once on %d rows, whose states are kept ...", num_rows)
+            log.info("the lower blocks run once on %d training rows", num_rows)
         for client, train in rows.items():
             for start in range(0, len(train), _ROWS_AT_ONCE):
                 if not kept.is_full:

@@ -193,10 +193,11 @@ def test_choosing_a_plugin_leaves_no_key_of_the_default_behind() -> None:
     assert config.runtime == LocalConfig()
 
 
-def test_quickstart_is_eight_non_iid_clients_with_a_joint_batch_of_sixteen() -> None:
-    config = load(["experiment=quickstart"])
+@pytest.mark.parametrize(("experiment", "rows"), [("quickstart", 512), ("meerkat", 16)])
+def test_first_experiments_are_eight_non_iid_clients_of_equal_size(experiment: str, rows: int) -> None:
+    config = load([f"experiment={experiment}"])
 
-    assert config.fl.num_clients * config.fl.batch_size == 16
+    assert config.fl.num_clients * config.fl.batch_size == rows
     assert (plugin_name("partition", config.partition), plugin_name("runtime", config.runtime)) == (
         "dirichlet_equal",
         "inline",

@@ -53,12 +53,18 @@ def test_neither_the_first_round_nor_a_calibration_measures_the_time_that_is_lef
     monkeypatch.setattr("fedzo.report.sinks.PLAIN_EVERY_S", -1.0)
     sink = ProgressSink(10)
     first, second, *_ = (line for line in records(make_run()) if isinstance(line, Round))
-    sink.write(replace(first, round_seconds=1000.0))
-    sink.write(replace(second, calibration=True, round_seconds=1000.0))
-    sink.write(replace(second, round=2))
+    for line in (
+        replace(first, round_seconds=1000.0),
+        replace(second, calibration=True, round_seconds=1000.0),
+        replace(second, round=2),
+    ):
+        with sink.round():
+            pass
+        sink.write(line)
     sink.close()
 
-    lines = capsys.readouterr().out.splitlines()
+    begun, *lines = capsys.readouterr().out.splitlines()
+    assert begun == "first round ..."
     assert lines[0].startswith("round 1/10  loss 0.800")
     assert lines[1].startswith("round 2/10  (calibration)  loss 0.770")
     assert [line.rpartition("left ")[2] for line in lines] == ["n/a", "n/a", "7.0 s"]

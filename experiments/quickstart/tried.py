@@ -1,0 +1,71 @@
+"""What other settings of the quickstart learn: runs of seed 0 on 1,024 dev rows; adds to claims.json.
+
+    python experiments/quickstart/tried.py
+
+All runs have the same rows. Test rows take no part. A run that is complete is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from fedzo.bench.claims import Claims
+
+HERE = Path(__file__).parent
+RUNS = Path("runs/quickstart-tried")
+COMMAND = "python experiments/quickstart/tried.py"
+ROWS = ["split.num_dev=1024", "split.num_test=0"]
+MASK = ["experiment=meerkat", *ROWS]
+NORM = ["experiment=quickstart", *ROWS]
+ONE_PROBE = [*NORM, "estimator.num_probes=1", "fl.batch_size=32"]
+TRIED = {
+    "Meerkat's mask in all blocks, 160 rounds of 2 rows a client": MASK,
+    "its part in the upper 15 blocks": [*MASK, "trainer.first_layer=15"],
+    "last norm, 1 probe, 32 rows, common_shift 1, lr 0.35": [*ONE_PROBE, "task.common_shift=1", "trainer.lr=0.35"],
+    "the same, lr 0.7": [*ONE_PROBE, "task.common_shift=1", "trainer.lr=0.7"],
+    "last norm, 1 probe, 32 rows, common_shift 0.3, lr 1.4": [*ONE_PROBE, "trainer.lr=1.4"],
+    "last norm, 4 probes, 64 rows, common_shift 1, lr 0.7": [*NORM, "task.common_shift=1", "trainer.lr=0.7"],
+    "last norm, 4 probes, 64 rows, common_shift 0.3, lr 3 (the quickstart)": NORM,
+    "the same, 2,048 training rows": [*NORM, "split.num_train=2048"],
+}
+
+
+def main() -> None:
+    claims = Claims(command=COMMAND)
+    for number, (name, settings) in enumerate(TRIED.items()):
+        found = best(run(number, settings))
+        claims.add(f"{name}: accuracy", found["value"], "share")
+        claims.add(f"{name}: at the best threshold", found["best_threshold_accuracy"], "share")
+        claims.add(f"{name}: AUC", found["auc"], "area")
+        claims.write(HERE / "claims.json")
+    claims.show()
+
+
+def run(number: int, settings: list[str]) -> Path:
+    """The folder of a run; what it was run with lies beside it."""
+    folder = RUNS / str(number)
+    told = folder.with_suffix(".json")
+    if told.exists() and json.loads(told.read_text())["settings"] == settings:
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    command = ["train", *settings, "report=none", f"hydra.run.dir={folder}"]
+    subprocess.run([sys.executable, "-m", "fedzo", *command], check=True)
+    told.write_text(json.dumps({"settings": settings}))
+    return folder
+
+
+def best(folder: Path) -> dict[str, Any]:
+    """The dev score of least loss after the first round."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    scores = [line for line in lines if line["kind"] == "score" and line["round"] > 0]
+    least: dict[str, Any] = min(scores, key=lambda line: line["loss"])
+    return least
+
+
+if __name__ == "__main__":
+    main()
