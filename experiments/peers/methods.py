@@ -42,8 +42,7 @@ _ALL = ["trainer=mezo", "fl.batch_size=2"]
 _TWO = ["fl.batch_size=8", "strategy.clients_per_round=2", "runtime=inline"]
 _GRADIENT = ["estimator=backprop", "fl.local_steps=10", "fl.batch_size=2", "runtime=inline"]
 _QUICKSTART = [
-    "trainer=norms",
-    "trainer.first_layer=30",
+    "trainer=last_norm",
     "model.lower_layers_cache_mb=16",
     "task.common_shift=0.3",
     "estimator.num_probes=4",

@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 RUNS = Path("runs/quickstart-tried")
 COMMAND = "python experiments/quickstart/tried.py"
 ROWS = ["split.num_dev=1024", "split.num_test=0"]
-MASK = ["experiment=meerkat", *ROWS]
+MASK = ["experiment=meerkat", *ROWS, "evaluation.every_rounds=40"]
 NORM = ["experiment=quickstart", *ROWS]
 ONE_PROBE = [*NORM, "estimator.num_probes=1", "fl.batch_size=32"]
 TRIED = {

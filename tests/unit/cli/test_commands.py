@@ -229,7 +229,7 @@ def test_list_prints_every_group_with_a_line_per_option(capsys: pytest.CaptureFi
     groups = [line for line in lines if not line.startswith(" ")]
     assert groups == sorted(groups)
     assert {"model", "task", "data", "partition", "trainer", "runtime", "strategy", "experiment"} <= set(groups)
-    assert "  mezo     MeZO: all weights are trained (arXiv 2305.17333)." in lines
+    assert "  mezo       MeZO: all weights are trained (arXiv 2305.17333)." in lines
     assert not any("_schema" in line for line in lines)
 
 
