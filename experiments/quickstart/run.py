@@ -24,16 +24,16 @@ from matplotlib.figure import Figure
 from fedzo.bench.claims import Claims
 
 HERE = Path(__file__).parent
-RUNS = Path("runs")
+RUNS = Path("runs/quickstart")
 SEEDS = (0, 1, 2)
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 COMMAND = "python experiments/quickstart/run.py"
 
 
 def main() -> None:
-    runs = [run(RUNS / f"quickstart-seed{seed}", seed) for seed in SEEDS]
-    avx2 = run(RUNS / "quickstart-avx2", SEEDS[0], AVX2)
-    installation_s = timed(RUNS / "quickstart-install", install)
+    runs = [run(RUNS / f"seed{seed}", seed) for seed in SEEDS]
+    avx2 = run(RUNS / "avx2", SEEDS[0], AVX2)
+    installation_s = timed(RUNS / "install", install)
     results = {
         "run": [entry["summary"] for entry in runs],
         "wall_s": [entry["wall_s"] for entry in runs],
@@ -76,7 +76,7 @@ def timed(folder: Path, work: Any) -> float:
 
 def install() -> None:
     """What ``make demo`` does before the run, in a fresh clone."""
-    clone = RUNS / "quickstart-install"
+    clone = RUNS / "install"
     subprocess.run(["git", "clone", "--quiet", ".", str(clone)], check=True)
     uncached = {**os.environ, "PIP_NO_CACHE_DIR": "1"}
     subprocess.run(["make", "-C", str(clone), ".venv/.installed", ".venv/.embedded"], check=True, env=uncached)

@@ -87,7 +87,7 @@ class ModelConfig:
     A compiled model always runs whole, as does one with ``estimator.freeze_routing``."""
     lower_layers_cache_mb: int = 0
     """MiB for what these blocks make of single rows, kept over all rounds: a client's rows run before its first step.
-    Scores keep as much of theirs. Losses differ by rounding."""
+    Scores of answers of one token keep as much of theirs. Losses differ by rounding."""
 
 
 @dataclass(kw_only=True, slots=True)

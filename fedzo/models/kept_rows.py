@@ -2,7 +2,7 @@
 
 Which texts run together depends on what is kept, and products of other shapes round differently: losses are those of
 whole forwards but for their last bits. A client's rows all run before its first step in a process. So these bits do not
-depend on the round in which the process began, as long as there is room for all.
+depend on the round in which the process began, as long as there is room for all and no two clients share a text.
 """
 
 from __future__ import annotations
@@ -78,13 +78,12 @@ class RowStates:
         made: dict[Tokens | Read, torch.Tensor] = {}
         if fresh:
             for index, states in make([*fresh.values()]):
-                made[texts[index]] = states
-                self._put(texts[index], states)
+                made[texts[index]] = states.clone()  # of a batch that need not outlive it
+                self._put(texts[index], made[texts[index]])
         return [made[text] if text in made else self.by_text[text] for text in texts]
 
     def _put(self, text: Tokens | Read, states: torch.Tensor) -> None:
-        if self.num_bytes + states.nbytes > self.most_bytes:
-            self.is_full = True
-        else:
-            self.by_text[text] = states.clone()
+        self.is_full |= self.num_bytes + states.nbytes > self.most_bytes
+        if not self.is_full:  # from then on nothing: what is kept depends on what came first alone
+            self.by_text[text] = states
             self.num_bytes += states.nbytes

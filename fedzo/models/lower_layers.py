@@ -76,8 +76,11 @@ class LowerLayers:
         return forwards - share * (forwards - 1 + kept)
 
     def kept_share(self, visits: float, num_rows: int, *, row_bytes: float) -> float:
-        """Share of ``visits`` to that many rows, of ``row_bytes`` each, which find the states of an earlier one."""
-        if self.rows is None or not 0 < num_rows < visits:  # a simulation may not know the rows of its clients
+        """Share of ``visits`` to that many rows, of ``row_bytes`` each, that find states, less the runs for that.
+
+        All rows that fit run once, visited or not: below 0 where most are not.
+        """
+        if self.rows is None or not (num_rows and visits):  # a simulation may not know the rows of its clients
             return 0.0
         fit = min(1.0, self.rows.most_bytes / (row_bytes * num_rows))
         return fit * (1 - num_rows / visits)
@@ -88,8 +91,8 @@ class LowerLayers:
         return self.rows is not None and self.rows.reads_alone
 
     def kept_bytes(self, num_tokens: int, *, token_bytes: int) -> int:
-        """Most bytes that a step on so many tokens keeps, and all steps together."""
-        return min(MOST_STEP_BYTES, num_tokens * token_bytes) + (self.rows.most_bytes if self.rows else 0)
+        """Most bytes that a step on so many tokens keeps, and all steps and all scores together."""
+        return min(MOST_STEP_BYTES, num_tokens * token_bytes) + (2 * self.rows.most_bytes if self.rows else 0)
 
     def states(self, ids: torch.Tensor, texts: Sequence[Tokens]) -> Output:
         """What the last of the blocks gives for ids int64 [B, T]; their first rows are ``texts``."""
@@ -265,11 +268,13 @@ def _problem_of_rows(lower: LowerLayers) -> str | None:
         if type(module).__name__ == "Linear8bitLt":
             return "its 8-bit layers compute a row by what else is in the batch"
     try:
-        lower.weights()
+        before = lower.weights()
     except RuntimeError as error:
         return str(error)
     ids = _some_ids(lower.model).view(2, 16)
     states, alone = lower.run(ids).states, lower.run(ids[1:, :9]).states
+    if lower.weights() != before:
+        return "its forward writes to its buffers"
     if states.shape[:2] != ids.shape:
         return f"its states have the shape {tuple(states.shape)} for {tuple(ids.shape)} tokens"
     limit = TOLERANCE.get(states.dtype, 4e-2) * float(states.abs().max())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -59,7 +59,7 @@ def estimate_run(
     space: Space,
     *,
     train: list[Example],
-    scored: Sequence[tuple[float, list[Example]]],
+    scored: list[tuple[int, list[Example]]],
     rows_per_step: int,
     steps: int,
     forwards_per_step: float,
@@ -88,19 +88,19 @@ def estimate_run(
         gradient_bytes: What gradients take (``fedzo.models.memory``), in a run that computes them; 0 in others.
     """
     visits = steps * rows_per_step
+    longest = max((_num_tokens(example) for example in train), default=0)
+    token_bytes, kept_bytes = state_bytes(loaded.model), 0
     if lower is not None:
-        row_bytes = state_bytes(loaded.model) * _mean(_num_reads if lower.reads_alone else _num_tokens, train)
+        row_bytes = token_bytes * _mean(_num_reads if lower.reads_alone else _num_tokens, train)
         kept = lower.kept_share(visits, num_rows, row_bytes=row_bytes)
         forwards_per_step = lower.whole_forwards(forwards_per_step, kept=kept)
-    rows = visits * forwards_per_step
-    if loaded.kept is not None:  # a row's lower blocks run for its first score
-        scored = [(loaded.kept.whole_forwards(times), part) for times, part in scored]
-    tokens = rows * _mean(_num_tokens, train) + sum(times * sum(map(_num_tokens, part)) for times, part in scored)
-    longest = max((_num_tokens(example) for example in train), default=0)
+        kept_bytes = lower.kept_bytes(min(tokens_per_batch, rows_per_step * longest), token_bytes=token_bytes)
+    tokens = visits * forwards_per_step * _mean(_num_tokens, train)
+    tokens += sum(times * _score_forwards(loaded, times, part) * sum(map(_num_tokens, part)) for times, part in scored)
     memory = estimate_step_memory_bytes(
         loaded.model,
         batch_tokens=rows_per_step * longest if gradient_bytes else min(tokens_per_batch, rows_per_step * longest),
-        trained_bytes=space.step_bytes(local_steps) + rule_bytes(space.size, num_moments) + gradient_bytes,
+        trained_bytes=space.step_bytes(local_steps) + rule_bytes(space.size, num_moments) + gradient_bytes + kept_bytes,
         backward=gradient_bytes > 0,
     )
     return Estimate(memory_bytes=memory, seconds=tokens * time_a_token(loaded))
@@ -111,6 +111,16 @@ def _num_tokens(example: Example) -> int:
     if all(len(candidate) == 1 for candidate in example.candidates):
         return len(example.prompt)
     return sum(len(example.prompt) + len(candidate) for candidate in example.candidates)
+
+
+def _score_forwards(loaded: LoadedModel, times: int, examples: list[Example]) -> float:
+    """Whole forwards that one of so many scores of these rows costs a row."""
+    lower, reads = loaded.kept, [_num_reads(example) for example in examples]
+    if lower is None or not (lower.reads_alone or max(reads, default=1) == 1):  # prompts are shared, and nothing kept
+        return 1.0
+    row_bytes = state_bytes(loaded.model) * _mean(_num_reads if lower.reads_alone else _num_tokens, examples)
+    kept = lower.kept_share(times * len(examples), len(examples), row_bytes=row_bytes)
+    return lower.whole_forwards(1, kept=kept)
 
 
 def _num_reads(example: Example) -> int:

@@ -23,6 +23,7 @@ from fedzo.models.checks import check_ids
 from fedzo.models.config import DType, ModelConfig
 from fedzo.models.fidelity import NUM_DIRECTIONS, Trial, choose_dtype, coarseness_warning, try_out
 from fedzo.models.forwards import lower_layers_of
+from fedzo.models.kept_rows import RowStates
 from fedzo.models.load import load_model, resolve_device
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.lower_layers import LowerLayers
@@ -159,7 +160,8 @@ class Peer:
             longest=config.task.max_length,
         )
         if lower is not None and lower.rows is not None:  # scores keep their own: they have no rounded products
-            loaded = replace(loaded, kept=replace(lower, rows=replace(lower.rows, by_text={}, owners=set())))
+            rows = RowStates(lower.rows.most_bytes, lower.rows.num_nones, lower.rows.reads_alone)
+            loaded = replace(loaded, kept=replace(lower, rows=rows))
         self.built = built
         longest = longest_sequence(self.loaded.model, config.task.max_length)
         tokens, token_bytes = config.fl.batch_size * longest, state_bytes(self.loaded.model)

@@ -38,6 +38,11 @@ def audit_of(folder: Path) -> list[Any]:
     return [json.loads(line)["clients"] for line in (folder / "audit.jsonl").read_text().splitlines()]
 
 
+def scores_of(folder: Path) -> list[Any]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] in {"score", "federated_score"}]
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -102,12 +107,51 @@ def test_a_resumed_run_that_keeps_rows_ends_as_an_unbroken_one(
 
 def test_scores_run_the_lower_blocks_once_however_often_they_are_taken(run: Run, runs_below: list[int]) -> None:
     settings = ["trainer=norms", "trainer.first_layer=2", "model.lower_layers_cache_mb=1"]
+    run(*settings, "evaluation.central=false", "evaluation.federated_every_rounds=-1")
+    unscored = sum(runs_below)
+    runs_below.clear()
     run(*settings, "evaluation.every_rounds=0")
-    twice = sum(runs_below)
+    scored = sum(runs_below)
+    runs_below.clear()
 
     run(*settings, "evaluation.every_rounds=1", "evaluation.federated_every_rounds=1")
 
-    assert sum(runs_below) == 2 * twice
+    assert unscored < scored == sum(runs_below)
+
+
+@pytest.mark.parametrize("rounds", [1, 40])
+def test_the_estimate_counts_the_rows_that_run_to_be_kept_and_no_later_visit(
+    run: Run, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens: list[int] = []
+    inner = LowerLayers.run
+
+    def counted(self: LowerLayers, ids: Any) -> Any:
+        tokens.append(ids.numel())
+        return inner(self, ids)
+
+    monkeypatch.setattr(LowerLayers, "run", counted)
+    monkeypatch.setattr("fedzo.run.estimate.time_a_token", lambda loaded: 1.0)
+    folder = run(
+        *("trainer=norms", "trainer.first_layer=2", "model.lower_layers_cache_mb=1", f"fl.rounds={rounds}"),
+        *("evaluation.every_rounds=1", "evaluation.federated_every_rounds=-1", "task.candidates=[a,b]"),
+    )
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (setup,) = (line for line in lines if line["kind"] == "setup")
+    assert setup["estimate"]["seconds"] == pytest.approx(sum(tokens), rel=0.25)  # padding, held-out rows, checks
+
+
+@pytest.mark.parametrize("trainer", [[UPPER], ["trainer=norms", "trainer.first_layer=2"]], ids=lambda each: each[0])
+def test_scores_of_kept_rows_are_those_of_whole_forwards_but_for_rounding(run: Run, trainer: list[str]) -> None:
+    """Also where scores and steps keep the same texts: theirs are apart."""
+    settings = [*trainer, "evaluation.every_rounds=1", "evaluation.federated_every_rounds=1"]
+    whole = run(*settings, WHOLE)
+    kept = run(*settings, "model.lower_layers_cache_mb=1")
+
+    for mine, theirs in zip(scores_of(kept), scores_of(whole), strict=True):
+        assert mine["value"] == theirs["value"]
+        np.testing.assert_allclose(mine["loss"], theirs["loss"], rtol=1e-5)
 
 
 def test_choices_that_are_held_still_are_those_of_whole_forwards(run: Run, runs_below: list[int]) -> None:

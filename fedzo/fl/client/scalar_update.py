@@ -195,15 +195,16 @@ class ScalarUpdate:
         step = at.lower.of_step()
         if (kept := at.lower.rows) is None:
             return step
-        rows = {client: self._batches.train_rows(client) for client in clients if client not in kept.owners}
-        if num_rows := sum(map(len, rows.values())):
-            log.info("the lower blocks run once on %d training rows", num_rows)
-        for client, train in rows.items():
-            for start in range(0, len(train), _ROWS_AT_ONCE):
-                if not kept.is_full:
-                    part = train[start : start + _ROWS_AT_ONCE]
-                    self._losses(at, part, [client] * len(part), lower=at.lower.of_step(repeats=False))
+        for client in clients:
+            if client in kept.owners:
+                continue
+            train, num_run = self._batches.train_rows(client), 0
+            while num_run < len(train) and not kept.is_full:
+                part = train[num_run : num_run + _ROWS_AT_ONCE]
+                self._losses(at, part, [client] * len(part), lower=at.lower.of_step(repeats=False))
+                num_run += len(part)
             kept.owners.add(client)
+            log.info("client %d: the lower blocks ran on %d of %d training rows", client, num_run, len(train))
         return step
 
     def _keys(self, request: TrainRequest, *, step: int) -> list[int]:

@@ -160,6 +160,7 @@ def test_a_steps_cost_in_whole_forwards_with_one_block_of_two_below(forwards: in
         (40, 1000, 0.75),  # ten rows of 100 bytes, four visits to each: all but the first find their states
         (40, 500, 0.375),  # half of the rows fit
         (10, 1000, 0.0),
+        (5, 1000, -1.0),  # all rows run once, twice as many as are visited
         (40, None, 0.0),
     ],
 )
@@ -354,6 +355,39 @@ def test_positions_that_are_read_alone_come_in_batches_of_the_limit(per_batch: i
         assert max(rows) <= max(per_batch, 6)  # an answer's positions stay together
         np.testing.assert_allclose(found, losses(loaded, None) if owned is None else losses(loaded, None)[owned], 1e-5)
         rows.clear()
+
+
+def test_what_is_kept_of_a_text_holds_no_whole_batch() -> None:
+    loaded = tiny_loaded("llama")
+    lower = lower_layers_of(loaded, last_norm(loaded), cache_mb=1)
+    assert lower is not None
+    assert lower.rows is not None
+    own = RowStates.of
+    held: list[torch.Tensor] = []
+
+    def watched(self: RowStates, *args: Any) -> list[torch.Tensor]:
+        found = own(self, *args)
+        held.extend(found)
+        return found
+
+    for room in (1 << 20, 0):  # also where there is none, so that texts are held for a step alone
+        lower.rows.most_bytes = room
+        lower.rows.by_text.clear()
+        held.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RowStates, "of", watched)
+            losses(loaded, lower.of_step())
+        assert all(states.untyped_storage().nbytes() == states.nbytes for states in held)
+
+
+def test_once_it_is_full_nothing_more_is_kept() -> None:
+    rows = RowStates(most_bytes=8)
+
+    for size in (1, 3, 1):
+        rows.of([tuple(range(size))] * 2, lambda fresh, size=size: [(index, torch.zeros(size)) for index in fresh])
+
+    assert [*rows.by_text] == [(0,)]
+    assert rows.is_full
 
 
 class SumsBehind(TwoBlocks):
