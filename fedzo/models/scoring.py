@@ -155,9 +155,7 @@ def candidate_scores(
         float32 [num_examples, most candidates], ``-inf`` where an example has fewer.
     """
     lower = loaded.kept.of_step(repeats=False) if loaded.kept else None
-    shares = (
-        lower is None or not lower.reads_alone
-    )  # what is kept of whole texts makes later scores cost next to nothing
+    shares = lower is None or not lower.reads_alone  # texts that run whole are kept, and cost no more later
     planning = Planning(tokens_per_batch, forward_cost_tokens, on_batch, share_prompts=shares, lower=lower)
     scores: Scores = _candidate_scores(loaded, examples, planning, full_vocabulary=full_vocabulary)
     return scores.astype(np.float32)
