@@ -30,6 +30,7 @@ RUNS = Path("runs/peers")
 RESULTS = HERE / "results.json"
 SEEDS = (0, 1, 2)
 LADDER = 2.0  # between neighbouring learning rates
+MOST_RATES = 9  # a method that learns nothing at any rate would climb for ever
 TUNING_S, TRAINING_S = 60.0, 300.0
 NUM_SCORES = 10
 TASKS = {
@@ -125,7 +126,7 @@ def tune(task: str, name: str) -> float:
     while True:
         losses = {rate: dev_loss(task, name, rate, rounds_in(TUNING_S, pace)) for rate in rates}
         best = min(losses, key=losses.__getitem__)
-        if min(rates) < best < max(rates):
+        if min(rates) < best < max(rates) or len(rates) == MOST_RATES:
             return best
         rates.append(best / LADDER if best == min(rates) else best * LADDER)
 
