@@ -18,7 +18,6 @@ class Method(NamedTuple):
         first_lr: Where its ladder of learning rates begins.
         forwards: Of a row in a step; a backward pass counts as two.
         rows: Of a step, of all clients that take part.
-        clients: That take part in a round.
         steps: Local steps of a round.
         blocks_once: Whether a row runs the blocks once in a run.
     """
@@ -28,7 +27,6 @@ class Method(NamedTuple):
     first_lr: float
     forwards: float = 2
     rows: int = JOINT_ROWS
-    clients: int = NUM_CLIENTS
     steps: int = 1
     blocks_once: bool = False
 
@@ -55,8 +53,8 @@ METHODS = {
         6.4e-5,
     ),
     "full": Method("Full-FedZO, T = 10", [*_ALL, "fl.local_steps=10"], 6.4e-5, steps=10),
-    "decomfl": Method("DeComFL", ["experiment=decomfl", *_TWO], 6.4e-5, forwards=6, clients=2),
-    "fedkseed": Method("FedKSeed", ["experiment=fedkseed", *_TWO], 6.4e-5, clients=2, steps=10),
+    "decomfl": Method("DeComFL", ["experiment=decomfl", *_TWO], 6.4e-5, forwards=6),
+    "fedkseed": Method("FedKSeed", ["experiment=fedkseed", *_TWO], 6.4e-5, steps=10),
     # a step of one bit has the length of the learning rate: those of plain SGD were lr times a |g| of 5 to 10
     "feedsign": Method("FeedSign", ["experiment=feedsign", "fl.num_clients=8", "fl.batch_size=2"], 3.2e-4),
     "lora": Method("LoRA-FedZO", ["trainer=lora", "fl.batch_size=2"], 2e-3),

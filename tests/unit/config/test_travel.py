@@ -85,7 +85,7 @@ def test_yaml_holds_what_json_holds(tmp_path_factory: pytest.TempPathFactory, co
 
 
 def test_a_loaded_experiment_travels() -> None:
-    config = load(["experiment=meerkat", "partition=natural", "partition.column=site"])
+    config = load(["experiment=quickstart", "partition=natural", "partition.column=site"])
 
     assert from_json(to_json(config), LaunchConfig) == config
     assert config.partition == NaturalConfig(column="site")
