@@ -21,11 +21,10 @@ from flwr.app import Message
 from flwr.app.message.message import make_message
 
 from fedzo.bench.claims import Claims
-from fedzo.fl.client.worker import Identity
 from fedzo.fl.config import FlConfig, StrategyConfig
 from fedzo.fl.exchange import Grid
 from fedzo.fl.log_store import RunStore
-from fedzo.fl.messages import HelloReply, TrainReply, TrainRequest, decode, encode, scalars_to_bytes
+from fedzo.fl.messages import HelloReply, Identity, TrainReply, TrainRequest, decode, encode, scalars_to_bytes
 from fedzo.fl.replica import Replica
 from fedzo.fl.server.client_registry import ClientRegistry
 from fedzo.fl.server.rounds import Server
@@ -79,6 +78,9 @@ class AnsweringGrid:
     def lost(self, reply: Message) -> bool:
         """Never."""
         return False
+
+    def limit_replies(self, number_bytes: int) -> None:
+        """Replies are made here."""
 
     def push_messages(self, messages: list[Message]) -> list[str]:
         """Take questions; each is answered here."""

@@ -21,7 +21,6 @@ SERVICES = {
     "compose.yaml": "client-compose.yaml",
 } | IMAGE
 LOOK_S = 0.5
-STEP_LIMIT_S = 3600.0
 
 
 def init(path: Path, *, server: str | None, invitation: Path | None, authority: Path | None) -> Iterator[str]:
@@ -69,7 +68,7 @@ def up(folder: ClientFolder) -> Iterator[str]:
     from fedzo.config.travel import load_site  # here, since it takes seconds that `fedzo client init` need not take
 
     folder.check()
-    load_site(folder.file(SITE))
+    step_limit_s = load_site(folder.file(SITE)).limits.step_limit_s
     variables = {**environment(), "FLWR_HOME": str(folder.file("flower").resolve())}
     log_file = folder.file("logs").resolve() / "site.log"
     with (
@@ -77,7 +76,7 @@ def up(folder: ClientFolder) -> Iterator[str]:
         Processes(folder.file("logs"), environment=variables) as processes,
     ):
         site_file = folder.file(SITE).resolve()
-        start_site(processes, Site(folder=folder, site_file=site_file, log_file=log_file, step_limit_s=STEP_LIMIT_S))
+        start_site(processes, Site(folder=folder, site_file=site_file, log_file=log_file, step_limit_s=step_limit_s))
         yield f"SuperNode and executor started for {folder.address}, logs in {folder.file('logs')}"
         watched = {"supernode": Tail(processes.log_path("supernode")), "site": Tail(log_file)}
         while True:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fedzo.config.travel import config_hash, is_same_run, to_json, to_yaml
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.fl.config import BestBy
 from fedzo.fl.log_store import CONFIG, STOP, RunLog, RunStore, best_dev_score, has_begun
+from fedzo.records.folder import read_file
 from fedzo.records.metrics import Extension, Summary
 from fedzo.report.run_data import OVERRIDES, read_overrides
 from fedzo.report.trackers import missing_libraries
@@ -30,6 +32,7 @@ from fedzo.system import SITE_ENV, SITE_LOG_ENV, command, environment
 from fedzo.zo.server_optimizer import Schedule
 
 log = logging.getLogger(__name__)
+CONFIG_YAML = "config.yaml"
 MOST_TOLD = 8  # of these at the end of a run
 
 
@@ -97,10 +100,21 @@ def resume_run(run_dir: Path, *, rounds: int | None = None) -> None:
     """
     read_launch(run_dir)  # no run folder is made of another
     with RunStore(run_dir) as store:
-        config = _extended(read_launch(run_dir), store, rounds)
+        config, extension = _extended(read_launch(run_dir), store, rounds)
         if not config.runtime.traits.server_process:
-            return _run(config, store)
-    _deploy(config, run_dir)
+            try:
+                return _run(config, store)
+            except ConfigError:
+                if extension:
+                    extension.take_back(store)
+                raise
+    try:
+        _deploy(config, run_dir)
+    except ConfigError:
+        if extension:
+            with RunStore(run_dir) as store:
+                extension.take_back(store)
+        raise
 
 
 def serve_run(run_dir: Path, server_dir: Path) -> None:
@@ -127,22 +141,44 @@ def serve_run(run_dir: Path, server_dir: Path) -> None:
         serve(server_app, folder=folder, run_config=run_config)
 
 
-def _extended(config: LaunchConfig, store: RunStore, rounds: int | None) -> LaunchConfig:
-    """The run's settings with its newest total. The record in the log comes first, the files that tell of it follow."""
+@dataclass(frozen=True, slots=True)
+class _Extension:
+    """What made a run longer, and the files as they were before: a run that is then refused is as long as before."""
+
+    record: Extension
+    files: dict[str, bytes]
+
+    def take_back(self, store: RunStore) -> None:
+        """Undo it, unless the run has gone on."""
+        if len(store.records) == self.record.round:
+            store.take_back(self.record)
+            for name, content in self.files.items():
+                write_whole(store.folder / name, content.decode())
+
+
+def _extended(config: LaunchConfig, store: RunStore, rounds: int | None) -> tuple[LaunchConfig, _Extension | None]:
+    """The run's settings with its newest total, and what made it longer just now.
+
+    The record in the log comes first, the files that tell of it follow.
+    """
     told = [config.fl.rounds, *(extension.rounds for extension in store.told(Extension))]
+    extension = None
     if rounds is not None and rounds != max(told):
         _check_extension(config, rounds, before=max(told))
         read_run(store.folder)  # only what has begun can be made longer
+        files = {name: read_file(store.folder, name) for name in (RUN_FILE, OVERRIDES, CONFIG_YAML, CONFIG)}
         seconds = max((record.seconds for record in store.metrics), default=0.0)
-        store.write(Extension(seconds=seconds, round=len(store.records), before=max(told), rounds=rounds))
+        record = Extension(seconds=seconds, round=len(store.records), before=max(told), rounds=rounds)
+        store.write(record)
+        extension = _Extension(record, files)
         told.append(rounds)
     if max(told) == config.fl.rounds:
-        return config
+        return config, extension
     longer = with_rounds(config, max(told))
     write_whole(store.folder / RUN_FILE, to_json(with_rounds(read_run(store.folder), max(told))))
     overrides = [text for text in read_overrides(store.folder) if not text.startswith("fl.rounds=")]
     _write_settings(longer, store.folder, [*overrides, f"fl.rounds={max(told)}"])
-    return longer
+    return longer, extension
 
 
 def _check_extension(config: LaunchConfig, rounds: int, *, before: int) -> None:
@@ -167,7 +203,7 @@ def _check_extension(config: LaunchConfig, rounds: int, *, before: int) -> None:
 
 def _write_settings(config: LaunchConfig, run_dir: Path, overrides: list[str]) -> None:
     write_whole(run_dir / OVERRIDES, "".join(f"- {json.dumps(item)}\n" for item in overrides))
-    write_whole(run_dir / "config.yaml", to_yaml(config))
+    write_whole(run_dir / CONFIG_YAML, to_yaml(config))
     write_whole(run_dir / CONFIG, to_json(config))  # the last: without it the folder holds no run
 
 

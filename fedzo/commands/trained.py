@@ -10,6 +10,7 @@ from fedzo.commands.run_folder import read_run, rebuild
 from fedzo.config.plugins import plugin_name
 from fedzo.config.travel import config_hash
 from fedzo.data.encode import encode_prompts
+from fedzo.data.kept_digests import KEPT_ROWS, KeptDigests
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.evaluate import evaluate
 from fedzo.fl.log_store import METRICS, RunLog
@@ -114,8 +115,14 @@ def evaluate_run(run_dir: Path, *, split: str) -> dict[str, Any]:
 
     Returns:
         The scores by the evaluators' names.
+
+    Raises:
+        RowsChangedError: The rows are not those that the run began with.
     """
     process = rebuild(run_dir).process
+    if (kept := run_dir / KEPT_ROWS).exists():
+        process.server.kept = KeptDigests(kept)
+        process.server.check_rows(begun=True)
     peer, examples = process.peer, process.server.examples(split)
     task, tokens_per_batch = peer.config.task, peer.site.model.tokens_per_batch
     return {

@@ -161,6 +161,7 @@ def _limits(limits: SiteLimitsConfig) -> Iterator[Problem]:
         yield problem("limits.base_digest", "be a SHA-256 of 64 hexadecimal digits", limits.base_digest, remedy)
     for key in ("most_steps", "most_rows", "min_rows"):
         yield from at_least(f"limits.{key}", getattr(limits, key), 0, "0 means no limit.")
+    yield from positive("limits.step_limit_s", limits.step_limit_s, "It counts seconds.")
 
 
 def _model(site: SiteConfig, run: RunSettings) -> Iterator[Problem]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from fedzo.data.files import Row
 from fedzo.errors import ConfigError
+from fedzo.records.folder import replace_file
 
 KEPT_ROWS = "rows"
 """Folder of the digests, beside a site's configuration or in a run folder."""
@@ -60,7 +61,7 @@ class KeptDigests:
             name = f"{whose} prepared" if stages else whose
             file = self.folder / f"{name.replace(' ', '-')}-{run[:16]}.json"
             if not begun:
-                _write(file, json.dumps(digests).encode())
+                replace_file(file, json.dumps(digests), durable=True)
             elif file.exists():
                 self._compare(json.loads(file.read_bytes()), digests, whose, stages)
         except (OSError, ValueError) as error:
@@ -139,9 +140,3 @@ class KeptDigests:
 def _digest(row: Row, secret: bytes) -> str:
     plain = json.dumps(row, sort_keys=True, separators=(",", ":"), default=str)
     return blake2b(plain.encode(), key=secret, digest_size=16).hexdigest()
-
-
-def _write(file: Path, data: bytes) -> None:
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    part.write_bytes(data)
-    part.replace(file)

@@ -16,7 +16,7 @@ from fedzo.models.forwards import OnBatch
 from fedzo.models.loaded import LoadedModel
 from fedzo.records.decode import decode, parse_json
 from fedzo.records.fields import MOST_READING
-from fedzo.records.scores import MOST_NUMBERS, PartialScore, Score, known
+from fedzo.records.scores import MOST_LOSS, MOST_NUMBERS, PartialScore, Score, known
 from fedzo.registry import PluginConfig, Registry
 
 
@@ -147,6 +147,8 @@ def scores_of_peer(
         where = f"a score of {name}"
         scores[name] = decode(PartialScore, plain[name], where=where, error=ProtocolError)
         _check(scores[name], evaluator, task, most_examples=most_examples, where=where, error=ProtocolError)
+        if not abs(scores[name].loss or 0.0) <= MOST_LOSS:
+            raise ProtocolError(f"{where} must have a |loss| of at most {MOST_LOSS:g}, got {scores[name].loss:g}")
     return scores
 
 

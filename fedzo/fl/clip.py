@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fedzo.records.log import AuditLine
+from fedzo.records.scores import MOST_LOSS
 from fedzo.zo.log import RoundRecord, Scalars
 
 NO_BOUND = 0.0
 FAR_OFF = 100.0  # times the median of a round's clients; SmolLM2's scalars on non-IID clients come to a fifth of it
-MOST_LOSS = 1e6  # nats: a client sends no larger loss, and a reply with one is refused
 LARGE_LOSS = 100.0  # nats: no loss below it is far off, however small the others' are
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+import numpy as np
+
 from fedzo.zo.directions import SHARED
 from fedzo.zo.seeds import OWN
 
@@ -94,8 +96,8 @@ class StrategyConfig:
     min_replies: int = 1
     """Minimum of usable replies in a round. With fewer, the server also asks clients that were not sampled."""
     deadline_s: float = 600.0
-    """Time in which clients must reply. There is no limit with ``runtime=inline``, where clients run one after
-    another."""
+    """Time in which clients must reply. If too few do, the round asks others, who have as long again. There is no limit
+    with ``runtime=inline``, where clients run one after another."""
     startup_s: float = 300.0
     """How long the server waits for ``fl.num_clients`` clients to register."""
     max_abs_g: float = 1e6
@@ -106,6 +108,11 @@ class StrategyConfig:
     more clients, of which fewer than half are hostile. 0 = off."""
     clip_rounds: int = 10
     """Number of rounds over whose scalars the median for clipping is taken."""
+
+    @property
+    def scalar_bound(self) -> float:
+        """``max_abs_g`` of scalars, which travel as float32: clients clip to it, and the server compares with it."""
+        return float(np.float32(min(self.max_abs_g, float(np.finfo(np.float32).max))))
 
 
 class BestBy(StrEnum):
@@ -151,6 +158,9 @@ class SiteLimitsConfig:
     """Maximum of local steps in a round. 0 = no limit."""
     most_rows: int = 0
     """Maximum of training rows that a request uses: local steps times rows of a step. 0 = no limit."""
+    step_limit_s: float = 3600.0
+    """Time that the site works on one request at most, loading the model included. Then the site gives the request up
+    and starts its executor again. ``fedzo client up`` reads it when it starts."""
     answers: list[str] = field(default_factory=list)
     """Numbers that may leave the site: ``loss`` (also of local steps), an evaluator's metric or other number by its
     name, ``per_class``, ``label_counts``, ``stages`` (what preprocess stages tell of their work). Empty = all,

@@ -50,6 +50,10 @@ class Grid(Protocol):
         """Whether a reply is no client's, but says that a question, or the reply to it, was lost."""
         ...
 
+    def limit_replies(self, number_bytes: int) -> None:
+        """Expect at most so many bytes of numbers in a reply; a longer one may be taken for an error of its client."""
+        ...
+
 
 @dataclass(slots=True)
 class Traffic:

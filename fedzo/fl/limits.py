@@ -93,7 +93,7 @@ class Limits:
         _within("steps", request.steps, 1, self.most_steps)
         _within("used", request.used, 0, request.round * self.most_steps)
         _within("lr", request.lr, 0.0, self._lr)
-        _within("max_abs_g", request.max_abs_g, 0.0, float(np.float32(self.max_abs_g)))
+        _within("max_abs_g", request.max_abs_g, 0.0, self.max_abs_g)
 
     @property
     def _lr(self) -> float:

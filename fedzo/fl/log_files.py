@@ -115,13 +115,19 @@ class Lines(Generic[L]):
             os.fsync(self._file.fileno())
         self.lines.append(line)
 
-    def keep(self, wanted: Callable[[L], bool]) -> None:
-        """Drop the lines that are not wanted; those before the first of them are not touched, so no kill loses them."""
+    def keep(self, wanted: Callable[[L], bool], *, dropped: str = "") -> None:
+        """Drop the lines that are not wanted; those before the first of them are not touched, so no kill loses them.
+
+        Args:
+            wanted: Says which lines stay.
+            dropped: For the warning, what the others tell of; without it there is none.
+        """
         first = next((number for number, line in enumerate(self.lines) if not wanted(line)), None)
         if first is None:
             return
-        dropped = sum(not wanted(line) for line in self.lines)
-        log.warning("%s: %d lines of a round that was not committed are dropped", self._path, dropped)
+        if dropped:
+            count = sum(not wanted(line) for line in self.lines)
+            log.warning("%s: %d lines of %s are dropped", self._path, count, dropped)
         self._file.seek(0)
         self._file.truncate(sum(len(line) for line in self._file.read().splitlines(keepends=True)[:first]))
         rest, self.lines = self.lines[first:], self.lines[:first]

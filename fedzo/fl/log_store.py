@@ -27,6 +27,7 @@ from fedzo.records.log import CommittedLine, Proof, PublicLine, RoundAudit, deco
 from fedzo.records.metrics import CentralScore, Extension, MetricRecord, Round, Setup, Summary, decode_metric
 from fedzo.zo.log import LogRecord, RoundRecord, VectorRecord
 
+_UNCOMMITTED = "a round that was not committed"
 L = TypeVar("L")
 M = TypeVar("M")
 PUBLIC, AUDIT, METRICS = "public.jsonl", "audit.jsonl", "metrics.jsonl"
@@ -146,8 +147,8 @@ class RunStore(RunLog):
                 lines.repair()
             for left in (folder / VECTORS).glob(".*.part"):
                 left.unlink()
-            self._audit.keep(lambda line: line.round < done)
-            self._metrics.keep(lambda line: _belongs(line, done))
+            self._audit.keep(lambda line: line.round < done, dropped=_UNCOMMITTED)
+            self._metrics.keep(lambda line: _belongs(line, done), dropped=_UNCOMMITTED)
             self._metrics.lines = [_light(line) for line in self._metrics.lines]
             self._files = opened.pop_all()
 
@@ -190,10 +191,15 @@ class RunStore(RunLog):
         self.records.append(self._record(line))
 
     def write(self, record: MetricRecord) -> None:
-        """Append a metric record (a sink)."""
+        """Append a metric record (a sink); what a resumed run depends on is on the disk then."""
         with Explained(self.folder):
-            self._metrics.append(record, durable=isinstance(record, Extension))
+            self._metrics.append(record, durable=isinstance(record, Setup | Extension))
             self._metrics.lines[-1] = _light(record)
+
+    def take_back(self, record: MetricRecord) -> None:
+        """Drop a metric record that came to nothing."""
+        with Explained(self.folder):
+            self._metrics.keep(lambda line: line != record)
 
     def close(self) -> None:
         """Close the files; the lock goes with them."""

@@ -111,6 +111,16 @@ class Refusal(StrEnum):
         return f"refusal {self}, {self.sentence}" if self else ""
 
 
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What all peers of a run must hold alike, as digests."""
+
+    config_hash: str
+    base_digest: str
+    tokenizer_digest: str
+    task_digest: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
     """Server to client, once: you are this client. What do you hold, and do we mean the same run?"""

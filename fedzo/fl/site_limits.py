@@ -12,7 +12,7 @@ from fedzo.errors import FedzoError, OtherVersionError, ProtocolError
 from fedzo.fl.config import SiteLimitsConfig
 from fedzo.fl.messages import Refusal
 from fedzo.models.memory import is_out_of_memory
-from fedzo.records.scores import PartialScore, Score
+from fedzo.records.scores import MOST_LOSS, PartialScore, Score
 
 LOSS, PER_CLASS, LABEL_COUNTS, STAGE_FIGURES, NONE = "loss", "per_class", "label_counts", "stages", "none"
 """Names in ``limits.answers`` that are no evaluator's own."""
@@ -151,7 +151,7 @@ def leaving(limits: SiteLimitsConfig, score: Score, *, num_labels: int) -> Parti
     part = PartialScore(
         metric=score.metric,
         value=score.value if leaves(limits, score.metric) else None,
-        loss=score.loss if leaves(limits, LOSS) else None,
+        loss=max(-MOST_LOSS, min(score.loss, MOST_LOSS)) if score.loss is not None and leaves(limits, LOSS) else None,
         num_examples=score.num_examples,
         per_class=score.per_class if classes else {},
         numbers={name: number for name, number in score.numbers.items() if leaves(limits, name)},

@@ -8,11 +8,14 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from fedzo.errors import FolderInUseError, RunFolderError
+
+_LOOK_S = 0.05
 
 
 def open_file(folder: Path, name: str, flags: int = os.O_RDONLY, *, mode: int = 0o666) -> int:
@@ -129,10 +132,14 @@ def folder_of_one_process(folder: Path, what: str = "run folder") -> Iterator[No
 
 def lock_file(opened: int, folder: Path, what: str = "run folder") -> None:
     """Lock an open file, for as long as it is open; ``FolderInUseError`` if another process has it."""
-    try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise FolderInUseError(f"{what} {folder}: another process is using it. Wait for it, or end it.") from error
+    for wait_s in (_LOOK_S, None):  # another process may only be looking whether somebody has it
+        try:
+            return fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if wait_s is None:
+                text = f"{what} {folder}: another process is using it. Wait for it, or end it."
+                raise FolderInUseError(text) from error
+            time.sleep(wait_s)
 
 
 def is_locked(file: Path) -> bool:
@@ -142,8 +149,8 @@ def is_locked(file: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        lock_file(opened, file.parent)
-    except FolderInUseError:
+        fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
     finally:
         os.close(opened)

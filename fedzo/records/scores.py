@@ -10,6 +10,8 @@ from fedzo.records.fields import Count, Length, Name, OmitDefault, Reading, Real
 
 MOST_NUMBERS = 100
 """Numbers that an evaluator may report beside its value."""
+MOST_LOSS = 1e6
+"""Nats: a client sends no larger loss, and an answer with one is refused."""
 Label = Annotated[int, Within(0, 1 << 16)]
 
 

@@ -10,13 +10,15 @@ from pathlib import Path
 
 from fedzo.data.kept_digests import KeptDigests
 from fedzo.data.preprocess import Progress, StageContext
-from fedzo.data.rows import ClientRows, OwnRows, RowSource
+from fedzo.data.rows import ClientRows, OwnRows, RowSource, client_rows
+from fedzo.data.tasks import num_labels
 from fedzo.fl.client.local_update import Batches, LocalUpdate, Workspace
 from fedzo.fl.client.scalar_update import ScalarUpdate
 from fedzo.fl.client.vector_update import VectorUpdate
 from fedzo.fl.client.worker import ClientData, ClientWorker, parse_absent
 from fedzo.fl.config import Aggregation, directions_of
 from fedzo.fl.limits import Limits
+from fedzo.fl.site_limits import check_rows
 from fedzo.run.peer import Peer
 from fedzo.run.preparation import Preparations
 from fedzo.trainers.artifacts import Artifact, ArtifactStore
@@ -75,7 +77,7 @@ class ClientContext:
             num_probes=estimator.num_probes if isinstance(estimator, ZerothOrderConfig) else 0,
             directions=directions_of(config.fl),
             lr=config.server_optimizer.base_lr,
-            max_abs_g=config.strategy.max_abs_g,
+            max_abs_g=config.strategy.scalar_bound,
             artifact=config.artifact,
             step_rows=config.fl.batch_size,
             site=self.peer.site.limits,
@@ -140,11 +142,23 @@ class ClientContext:
         if not self.peer.config.preprocess:
             return self._rows_digest(client, begun)
         if not self.preparations.is_known(client):
-            self._rows_digest(client, begun)  # no hours are spent on rows that are not the run's
+            self._rows_digest(client, begun)  # no hours are spent on rows that are not the run's,
+            self._check_rows(client)  # and no progress is told of rows that the site does not tell of
         if progress := self._prepare(client, begun):
             return progress
         both = self._rows_digest(client, begun) + self._prepared_digests[client]
         return blake2b(both.encode(), digest_size=32).hexdigest()
+
+    def _check_rows(self, client: int) -> None:
+        """Refuse a client whose rows are too few for the site (``SiteError``), before stages work on them."""
+        config = self.peer.config
+        rows = client_rows(self.source, client, share=config.partition.holdout, seed=config.seed)
+        check_rows(
+            self.peer.site.limits,
+            num_train=len(rows.train),
+            label_counts=rows.label_counts(config.task) if config.fl.label_counts else {},
+            num_labels=num_labels(config.task),
+        )
 
     def _prepare(self, client: int, begun: bool = True) -> Progress | None:
         """How far the stages are; their first result in a process must be that with which the run began."""

@@ -16,7 +16,7 @@ from fedzo.data.files import Row
 from fedzo.errors import ConfigError
 from fedzo.evaluate import EVALUATORS, Evaluator
 from fedzo.fl.client.local_update import Workspace
-from fedzo.fl.client.worker import Identity
+from fedzo.fl.messages import Identity
 from fedzo.fl.replica import Replica
 from fedzo.models.captured import can_capture, capture
 from fedzo.models.checks import check_ids

@@ -10,6 +10,7 @@ from fedzo.data.encode import Example
 from fedzo.errors import ProtocolError, printable
 from fedzo.evaluate import evaluate, merge_scores, scores_of_peer
 from fedzo.fl.client.local_update import Workspace
+from fedzo.fl.clip import LARGE_LOSS, far_off
 from fedzo.fl.exchange import Traffic
 from fedzo.fl.log_store import RunStore
 from fedzo.fl.server.rounds import Server, Sink
@@ -52,6 +53,7 @@ class Scores:
 
     def take(self, split: Split, *, rounds: int) -> None:
         """Score the server's model, which must be at ``rounds``, on the server's rows, if there are any."""
+        assert self.at.replica.position == rounds, f"the model is at round {self.at.replica.position}, not {rounds}"
         config = self.context.peer.config
         if not config.evaluation.central or not (examples := self.context.examples(split)):
             return  # with split.num_dev = 0 or split.num_test = 0 there are none
@@ -123,6 +125,7 @@ class Scores:
             for name, score in scores.items():
                 scored[name][client] = score
         for name in due:
+            _leave_out_far_off(scored[name])
             if scored[name]:
                 self._write(name, scored[name], server.round, traffic)
                 traffic = Traffic()  # the first record counts the messages, which the evaluators share
@@ -142,6 +145,19 @@ class Scores:
                 clients=tuple(ClientScore(client=client, **score.as_fields()) for client, score in scored.items()),
             )
         )
+
+
+def _leave_out_far_off(scored: dict[int, PartialScore]) -> None:
+    """Drop scores whose losses would decide the mean, as the round loop drops such replies."""
+    losses = {client: abs(score.loss) for client, score in scored.items() if score.loss is not None}
+    for client, most in far_off(losses, least=LARGE_LOSS).items():
+        log.warning(
+            "client %d was not scored: |loss| must be at most %g, by the other clients, got %g",
+            client,
+            most,
+            losses[client],
+        )
+        del scored[client]
 
 
 def _is_due(done: int, every: int, rounds: int) -> bool:

@@ -151,6 +151,9 @@ class RegisteredGrid:
         """Never."""
         return False
 
+    def limit_replies(self, number_bytes: int) -> None:
+        """Replies are made on this machine, by what its user runs: nothing is limited."""
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._grid, name)
 

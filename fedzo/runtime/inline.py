@@ -91,6 +91,9 @@ class InlineGrid(Grid):
         """Never."""
         return False
 
+    def limit_replies(self, number_bytes: int) -> None:
+        """Replies are made on this machine, by what its user runs: nothing is limited."""
+
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Take messages; each is copied, so that neither side can see what the other does to it later."""
         pushed = []

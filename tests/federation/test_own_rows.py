@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fedzo.commands.train import resume_run
-from fedzo.commands.trained import replay_run
+from fedzo.commands.trained import evaluate_run, replay_run
 from fedzo.config.load import load
 from fedzo.data import sources
 from fedzo.errors import ConfigError
@@ -212,3 +212,18 @@ def test_a_simulation_goes_on_with_the_dev_rows_that_it_began_with(run: Run, tmp
 
     with pytest.raises(ConfigError, match="rows of dev: they must be the 8 rows that the run began with, got 8; oth"):
         resume_run(folder, rounds=2)
+
+
+def test_scores_of_a_run_are_of_the_rows_that_it_began_with(run: Run, tmp_path: Path, data_dir: Path) -> None:
+    mine = shutil.copytree(data_dir, tmp_path / "mine")
+    folder = run(f"data.path={mine}", "fl.rounds=1")
+    before = evaluate_run(folder, split="test")
+    test = mine / "test.jsonl"
+    rows = test.read_text()
+    test.write_text("".join(f"{line}\n" for line in reversed(rows.splitlines())))
+
+    with pytest.raises(ConfigError, match=r"rows of test: they must be the \d+ rows that the run began with"):
+        evaluate_run(folder, split="test")
+
+    test.write_text(rows)
+    assert evaluate_run(folder, split="test") == before

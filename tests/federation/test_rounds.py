@@ -464,8 +464,10 @@ def a_score(**changes: object) -> str:
         a_score(num_examples=10**400),
         a_score(num_examples=65),  # more than it was asked for, to weigh more
         a_score(per_class={"0": [3, 2]}),
+        a_score(loss=1e7),
+        a_score(loss=500.0),  # far beyond what the other clients measured
     ],
-    ids=range(11),
+    ids=range(13),
 )
 def test_a_score_that_cannot_be_used_is_left_out_and_ends_nothing(
     run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, bad: str

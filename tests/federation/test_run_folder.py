@@ -317,6 +317,23 @@ def test_a_run_that_cannot_be_made_longer_says_why_and_is_left_alone(
     assert snapshot(folder) == before
 
 
+def test_a_run_that_is_refused_when_it_is_made_longer_is_as_long_as_before(
+    run: Run, data_dir: Path, tmp_path: Path
+) -> None:
+    mine = shutil.copytree(data_dir, tmp_path / "mine")
+    folder = run("fl.rounds=2", f"data.path={mine}")
+    before = snapshot(folder)
+    mine.rename(tmp_path / "elsewhere")
+
+    with pytest.raises(ConfigError, match="there is no such file or folder"):
+        resume_run(folder, rounds=4)
+
+    assert snapshot(folder) == before
+    (tmp_path / "elsewhere").rename(mine)
+    resume_run(folder, rounds=3)
+    assert replay_run(folder)["rounds"] == 3
+
+
 def test_a_report_knows_which_rounds_belong_to_which_total(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from fedzo.report.run_data import load_run
 

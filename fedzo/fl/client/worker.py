@@ -29,6 +29,7 @@ from fedzo.fl.messages import (
     EvaluateRequest,
     Hello,
     HelloReply,
+    Identity,
     Refusal,
     Status,
     Sync,
@@ -56,16 +57,6 @@ class ClientData:
     figures: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """What all peers of a run must hold alike, as digests."""
-
-    config_hash: str
-    base_digest: str
-    tokenizer_digest: str
-    task_digest: str
-
-
 class ClientWorker:
     """Answers requests for the clients that this process plays.
 
@@ -78,7 +69,7 @@ class ClientWorker:
         scored_rows: Most held-out rows that are scored.
         data_of: Rows of a client, by its index.
         register: Digest of all rows of a client, by its index and whether the run has begun (``KeptDigests``), or how
-            far its stages are.
+            far its stages are. Rows that are too few for the site raise ``SiteError`` before any stage begins.
         prepare: How far the stages of a client are; None where its rows are ready.
         build: Makes the model with the space on it from the artifact of the run.
         artifacts: Where this process finds the artifact, or keeps it when the server sends it.
@@ -130,6 +121,8 @@ class ClientWorker:
         try:
             digest = self._register(request.client, request.begun)
             data = None if isinstance(digest, Progress) else self._data_of(request.client)
+        except SiteError:
+            raise
         except Exception as error:  # whatever a reader, a template or a tokenizer raises, the rows stay as they are
             log_failure(request.client, error)
             return HelloReply(config_hash=self.identity.config_hash, refusal=_refusal(error))

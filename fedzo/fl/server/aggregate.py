@@ -12,9 +12,10 @@ from typing import Protocol
 import numpy as np
 
 from fedzo.errors import ProtocolError
-from fedzo.fl.clip import LARGE_LOSS, MOST_LOSS, NO_BOUND, far_off
+from fedzo.fl.clip import LARGE_LOSS, NO_BOUND, far_off
 from fedzo.fl.config import Aggregation, Weighting
 from fedzo.fl.messages import TrainReply, scalars_from_bytes, signs_from_bytes
+from fedzo.records.scores import MOST_LOSS
 from fedzo.zo.directions import PURPOSE_SAMPLING, SHARED, permutation, stream_key
 from fedzo.zo.log import RoundRecord, Scalars
 
@@ -61,7 +62,7 @@ def check_reply(
         reply: What the client sent.
         steps: T of the request.
         probes: P.
-        max_abs_g: ``strategy.max_abs_g``.
+        max_abs_g: ``strategy.scalar_bound``.
         announced: The request's own ``max_abs_g``, to which the client had to clip.
         signs: Whether ``g`` holds a bit a probe. A dropped one counts as 0 then, whatever its bit.
         all_may_drop: Whether a reply without any finite loss counts as one of zeros.

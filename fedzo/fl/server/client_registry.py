@@ -16,9 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedzo.errors import ConfigError, ProtocolError, printable
-from fedzo.fl.client.worker import Identity
 from fedzo.fl.exchange import Grid, Outbox, Question, Traffic, message_of, read
-from fedzo.fl.messages import Hello, HelloReply
+from fedzo.fl.messages import Hello, HelloReply, Identity
 from fedzo.fl.server.registration import First, figures_of, label_counts_of, registration_problem
 from fedzo.records.metrics import ClientSetup
 from fedzo.records.presence import ClientPresence, Presence

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedzo.errors import ProtocolError
-from fedzo.fl.client.worker import Identity
-from fedzo.fl.messages import HelloReply
+from fedzo.fl.messages import HelloReply, Identity
 from fedzo.records.decode import decode_json
 from fedzo.records.fields import Figures, LabelCounts
 

@@ -202,6 +202,7 @@ class Server:
         Where too few are usable, the next of the sampling order are asked, too: the same sample would fail again.
         Clients that did not answer before are asked when their time has come, or when the others are too few.
         """
+        self.grid.limit_replies(self.updates.reply_bytes(max(plan.steps.values())))
         size = self.strategy.clients_per_round or self.fl.num_clients
         resting = self.client_registry.resting(self.round)
         is_sampled = not plan.calibration and size != self.fl.num_clients

@@ -104,12 +104,18 @@ class StateSync:
         """Ask one client, and help it to the server's state until it can answer."""
         remedy: Remedy = {}
         for _ in range(ATTEMPTS):
-            reply = yield Question(message_type, self._fill(request, client, state, **remedy), reply_type)
+            filled = self._fill(request, client, state, **remedy)
+            reply = yield Question(message_type, filled, reply_type)
             if reply.status is Status.ok:
                 self._acked[client] = self._round
                 return cast(Reply, reply)
             if reply.status is Status.bare:
                 yield from deliver(self.artifact, client=client)
+            elif reply.status is Status.behind and not reply.position < filled.from_round:
+                raise ProtocolError(
+                    f"position: a client that is behind must be before round {filled.from_round}, where the log that "
+                    f"it was sent begins, got {reply.position}"
+                )
             remedy = self._remedy(client, reply, remedy)
         raise ProtocolError("could not reach the server's state")
 

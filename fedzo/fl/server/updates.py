@@ -61,6 +61,10 @@ class Updates(Protocol[R]):
         """The clip that the coming round's requests announce; 0 = none."""
         ...
 
+    def reply_bytes(self, steps: int) -> int:
+        """Length of the numbers of a good reply of so many steps, at most."""
+        ...
+
     def check(self, reply: Any, request: TrainRequest) -> R:
         """A reply as numbers, or ``ProtocolError`` saying why it cannot be used."""
         ...
@@ -138,7 +142,7 @@ class ScalarUpdates:
             factor=self.strategy.clip_factor,
             rounds=self.strategy.clip_rounds,
         )
-        return min(bound, float(np.float32(self.strategy.max_abs_g)))
+        return min(bound, self.strategy.scalar_bound)
 
     def far_off(self, results: Mapping[int, ClientResult]) -> dict[int, str]:
         if self.strategy.clip_factor == 0:
@@ -150,12 +154,15 @@ class ScalarUpdates:
                 reasons[client] = f"|g| must be at most {most:g}, by the round's other clients, got {largest[client]:g}"
         return reasons
 
+    def reply_bytes(self, steps: int) -> int:
+        return (4 + 4 + 1) * steps * self.num_probes  # g, loss and dropped
+
     def check(self, reply: TrainReply, request: TrainRequest) -> ClientResult:
         return check_reply(
             reply,
             steps=request.steps,
             probes=self.num_probes,
-            max_abs_g=self.strategy.max_abs_g,
+            max_abs_g=self.strategy.scalar_bound,
             announced=request.max_abs_g,
             signs=self.strategy.aggregation is Aggregation.majority_sign,
             all_may_drop=not self.replica.walks_clients,

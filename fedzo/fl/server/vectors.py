@@ -63,6 +63,9 @@ class VectorUpdates:
     def bound(self) -> float:
         return NO_BOUND
 
+    def reply_bytes(self, steps: int) -> int:
+        return 4 * (self.size + steps)
+
     def check(self, reply: VectorReply, request: TrainRequest) -> VectorResult:
         change = scalars_from_bytes(reply.change, shape=(self.size,), what="change")
         loss = checked_losses(reply.loss, shape=(request.steps,))

@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import httpx
-from flwr.app import Context, Message
+from flwr.app import Context, Error, Message
+from flwr.app.message.message import make_message
+from flwr.app.metadata import Metadata
 from flwr.common.constant import SubStatus
 from flwr.common.serde import context_from_proto, run_from_proto
+from flwr.common.serde_utils import metadata_from_proto
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullTaskInputRequest, PushTaskOutputRequest
 from flwr.supercore.constant import OBJECT_PUSH_SESSION_TTL_SECONDS
@@ -28,7 +31,7 @@ from flwr.supercore.retry.retry_invoker import RetryState
 from flwr.supercore.run import Run
 from flwr.superlink.grid import HttpGrid
 
-from fedzo.runtime._flower import TaskIdentity, failure_reason
+from fedzo.runtime._flower import ErrorCode, TaskIdentity, failure_reason
 from fedzo.runtime.net._flower_http import RunNotRunningException, TaskOver, kept_alive
 from fedzo.runtime.net.credentials import Endpoint
 
@@ -36,16 +39,33 @@ __all__ = ["ServerGrid", "server_task"]
 log = logging.getLogger(__name__)
 MAX_TIME_S = 120.0
 """How long the server's end tries to reach a SuperLink that does not answer, which is started again meanwhile."""
+SMALL_REPLY_BYTES = 16 << 20
+"""A reply may have so many bytes beside the numbers of a round: two JSON texts of at most 4 MiB, names and hashes."""
+TAKE_S = 5.0
+"""How long one look takes parts, before the deadline and other replies have their turn."""
+
+
+class _Unreadable(Exception):
+    """A reply that nobody can read, or that is too long; its text says which."""
 
 
 @dataclass(slots=True)
 class _Arriving:
-    """A reply whose parts come one by one, each named by its hash."""
+    """A reply whose parts come one by one, each named by its hash.
 
-    reply_to: str
+    Attributes:
+        told: What the SuperLink says of it. What the reply says of itself is its client's word.
+        missing: Names of the parts that have not come.
+        parts: Those that have.
+        num_bytes: Of these together.
+        since: When the last part came, by ``time.monotonic``.
+    """
+
+    told: Metadata
     missing: list[str]
     parts: dict[str, bytes] = field(default_factory=dict)
-    since: float = 0.0  # when the last part came, by time.monotonic
+    num_bytes: int = 0
+    since: float = 0.0
 
 
 class ServerGrid(HttpGrid):
@@ -57,6 +77,11 @@ class ServerGrid(HttpGrid):
     def __init__(self, address: str, *, root_certificates: bytes, token: str) -> None:
         super().__init__(address, root_certificates=root_certificates, token=token)
         self._arriving: dict[str, _Arriving] = {}
+        self._most_bytes = SMALL_REPLY_BYTES
+
+    def limit_replies(self, number_bytes: int) -> None:
+        """Expect at most so many bytes of numbers in a reply; a longer one is an error of its client."""
+        self._most_bytes = SMALL_REPLY_BYTES + number_bytes
 
     def when_not_taken(self, tell: Callable[[], None]) -> None:
         """Have this called each time that the SuperLink does not take a request, which is then made again."""
@@ -72,13 +97,15 @@ class ServerGrid(HttpGrid):
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """The whole replies to these messages."""
         asked, now = set(message_ids), time.monotonic()
-        told = {reply.reply_to for reply in self._arriving.values()}  # the SuperLink has forgotten their questions
+        told = {
+            reply.told.reply_to_message_id for reply in self._arriving.values()
+        }  # which the SuperLink has forgotten
         if asked - told:
             self._look(asked - told, now)
         whole = []
         for name, reply in list(self._arriving.items()):
-            if reply.reply_to in asked and self._take_parts(name, reply, now):
-                whole.append(self._open(name, reply))
+            if reply.told.reply_to_message_id in asked and (message := self._take(name, reply, now)):
+                whole.append(message)
             elif now - reply.since > OBJECT_PUSH_SESSION_TTL_SECONDS:  # the SuperLink gives it up, too
                 del self._arriving[name]
         return whole
@@ -88,8 +115,8 @@ class ServerGrid(HttpGrid):
         response = self._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=message_ids))
         for message, tree in zip(response.messages_list, response.message_object_trees, strict=True):
             parts = list(dict.fromkeys(part.object_id for part in iterate_object_tree(tree)))
-            told = message.metadata
-            self._arriving[told.message_id] = _Arriving(told.reply_to_message_id, parts, since=now)
+            told = metadata_from_proto(message.metadata)
+            self._arriving[told.message_id] = _Arriving(told, parts, since=now)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages; the names by which their replies are asked for."""
@@ -100,14 +127,32 @@ class ServerGrid(HttpGrid):
             log.warning("messages are sent again: %s", error)
             return super().push_messages(sent)  # of the same names: what has arrived is not sent twice
 
+    def _take(self, name: str, reply: _Arriving, now: float) -> Message | None:
+        """The reply, once all of its parts are there; an error in its place where it is none."""
+        try:
+            message = self._open(name, reply) if self._take_parts(name, reply, now) else None
+        except _Unreadable as error:
+            message = make_message(metadata=reply.told, error=Error(ErrorCode.UNKNOWN, str(error)))
+        if message is not None:
+            del self._arriving[name]
+            self._runtime_client.ConfirmMessageReceived(
+                ConfirmMessageReceivedRequest(node=self.node, run_id=self._run_id, message_object_id=name)
+            )
+        return message
+
     def _take_parts(self, name: str, reply: _Arriving, now: float) -> bool:
         """Take the parts that are there; whether these were the last."""
         pull = make_pull_object_fn_protobuf(self._runtime_client.PullObject, self.node, self._run_id)
         try:
             while reply.missing:
-                reply.parts[reply.missing[-1]] = pull(reply.missing[-1])
+                if time.monotonic() - now > TAKE_S:
+                    return False
+                reply.parts[reply.missing[-1]] = part = pull(reply.missing[-1])
                 reply.missing.pop()
                 reply.since = now
+                reply.num_bytes += len(part)
+                if reply.num_bytes > self._most_bytes:
+                    raise _Unreadable(f"its reply must have at most {self._most_bytes} bytes, got more")
         except ObjectUnavailableError:
             return False
         except ObjectPullError as error:
@@ -121,13 +166,17 @@ class ServerGrid(HttpGrid):
         return cast(Run, self._run).run_id
 
     def _open(self, name: str, reply: _Arriving) -> Message:
-        del self._arriving[name]
-        self._runtime_client.ConfirmMessageReceived(
-            ConfirmMessageReceivedRequest(node=self.node, run_id=self._run_id, message_object_id=name)
-        )
-        message = cast(Message, inflate_object_from_contents(name, reply.parts))
-        message.metadata.__dict__["_message_id"] = name
-        return message
+        try:
+            message = inflate_object_from_contents(name, reply.parts)
+            if not isinstance(message, Message):
+                raise TypeError(type(message).__name__)
+        except Exception as error:  # the SuperLink looks into no part: these are whatever bytes a client sent
+            raise _Unreadable(
+                f"its reply must be a message of Flower, got bytes that are none ({error!r:.80})"
+            ) from error
+        if message.has_error():
+            return make_message(metadata=reply.told, error=message.error)
+        return make_message(metadata=reply.told, content=message.content)
 
 
 @contextmanager

@@ -100,7 +100,8 @@ def answer(app: ClientApp, task: ClientTask, *, step_limit_s: float) -> None:
 
     def give_up() -> None:
         if turn.acquire(blocking=False):
-            log.error("a message took longer than %g s: giving it up and ending", step_limit_s)
+            what = "a request took longer than %g s (step_limit_s of the site file's limits, or of runtime=local)"
+            log.error(f"{what}: giving it up and ending", step_limit_s)
             task.fail(failure_reason(SiteError(Refusal.slow, "it is in the log of this process")))
             os._exit(HUNG)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 import os
 import re
 import shutil
@@ -33,6 +34,7 @@ from fedzo.runtime.net.credentials import (
     read_public_key,
 )
 
+log = logging.getLogger(__name__)
 FILES = ("server.json", "clients.json", "ca.crt", "ca.key", "server.crt", "server.key", "secret")
 LEAST_FREE_BYTES = 1 << 20
 """With less the disk of a server's folder counts as full."""
@@ -217,14 +219,28 @@ class ServerFolder:
         return f"The disk of {self.path} is full: the SuperLink cannot keep what it is sent. Make room."
 
     def by_key(self) -> Mapping[bytes, RegisteredClient]:
-        """Clients by public key, in the form in which Flower keeps it; read again only when the file is another."""
-        state = self.file("clients.json").stat()
-        version = (state.st_mtime_ns, state.st_ino)
+        """Clients by public key, in the form in which Flower keeps it; read again only when the file is another.
+
+        A file that is spoilt later, as by a hand that edits it, is told of once; what it held before counts until it
+        is mended.
+
+        Raises:
+            ConfigError: The file cannot be read, and has not been before.
+        """
+        file = self.file("clients.json")
+        try:
+            state = file.stat()
+            version = (state.st_mtime_ns, state.st_ino)
+        except OSError:
+            version = (0, 0)
         if self._by_key is None or self._by_key[0] != version:
             try:
                 self._by_key = version, {pem_of(client.key): client for client in self.clients}
             except ConfigError as error:
-                raise ConfigError(f"{self.file('clients.json')}: {error}") from error
+                if self._by_key is None:
+                    raise ConfigError(f"{file}: {error}") from error
+                log.warning("%s: %s Until then the clients of before are registered.", file, error)
+                self._by_key = version, self._by_key[1]
         return self._by_key[1]
 
     def add_client(self, name: str, *, index: int | None, key: str) -> RegisteredClient:

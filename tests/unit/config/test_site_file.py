@@ -61,6 +61,7 @@ def test_every_key_of_the_template_has_a_comment_above_it() -> None:
         ("{most_steps: -1}", r"limits\.most_steps must be >= 0, got -1"),
         ("{most_rows: -5}", r"limits\.most_rows must be >= 0, got -5"),
         ("{min_rows: -1}", r"limits\.min_rows must be >= 0, got -1"),
+        ("{step_limit_s: 0}", r"limits\.step_limit_s must be > 0 and finite, got 0"),
         ("{min_rows: many}", r"limits\.min_rows must be int, got 'many'"),
         ("{trainers: [meerkt]}", r"limits\.trainers must hold names of .*lora, meerkat, .* only, got 'meerkt'"),
         ("{stages: [rewrite]}", r"limits\.stages must hold names of .*identity.* only, got 'rewrite'"),

@@ -111,6 +111,7 @@ def test_scores_to_merge_are_of_one_metric() -> None:
     [
         ("answers", {"loss": "inf"}),
         ("answers", {"loss": float("nan")}),
+        ("answers", {"loss": -1.1e6}),
         ("answers", {"value": 1.5}),
         ("answers", {"num_examples": 9}),
         ("answers", {"metric": "rouge_l"}),

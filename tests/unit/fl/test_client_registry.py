@@ -13,8 +13,7 @@ from flwr.app import Message
 from flwr.app.message.message import make_message
 
 from fedzo.errors import ProtocolError
-from fedzo.fl.client.worker import Identity
-from fedzo.fl.messages import HelloReply, Refusal, encode
+from fedzo.fl.messages import HelloReply, Identity, Refusal, encode
 from fedzo.fl.server import client_registry
 from fedzo.fl.server.client_registry import ClientRegistry
 from fedzo.records.metrics import ClientSetup
@@ -58,6 +57,8 @@ class Grid:
 
     def restarts(self) -> int:
         return 0
+
+    def limit_replies(self, number_bytes: int) -> None: ...
 
     def lost(self, reply: Message) -> bool:
         return False

@@ -23,6 +23,8 @@ class Carrier:
     def restarts(self) -> int:
         return self.starts
 
+    def limit_replies(self, number_bytes: int) -> None: ...
+
     def lost(self, reply: Message) -> bool:
         return bool(reply.has_error())
 

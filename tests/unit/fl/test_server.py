@@ -18,7 +18,6 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.app.message.message import make_message
 
 from fedzo.errors import ConfigError, ProtocolError
-from fedzo.fl.client.worker import Identity
 from fedzo.fl.config import FlConfig, Seeds, StrategyConfig, Transport, Weighting
 from fedzo.fl.log_store import RunStore
 from fedzo.fl.messages import (
@@ -27,6 +26,7 @@ from fedzo.fl.messages import (
     ArtifactReply,
     Hello,
     HelloReply,
+    Identity,
     Refusal,
     Status,
     TrainReply,
@@ -135,6 +135,8 @@ class Grid:
 
     def restarts(self) -> int:
         return 0
+
+    def limit_replies(self, number_bytes: int) -> None: ...
 
     def lost(self, reply: Message) -> bool:
         return False
@@ -377,6 +379,36 @@ def test_losses_of_all_clients_alike_are_no_lie(federation: Any) -> None:
     server.run_round()
 
     assert server.store.rounds[0].attendance == (0, 1, 2)
+
+
+@pytest.mark.parametrize("position", [0, 1, 10**9])
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_a_client_that_lies_about_how_far_behind_it_is_costs_itself_the_round(
+    federation: Any, position: int, rounds: int
+) -> None:
+    """No position that it can name reaches the server's own list of records unchecked."""
+    server, clients, _ = federation()
+    for _ in range(rounds):
+        server.run_round()
+    clients[1].train = lambda request: TrainReply(status=Status.behind, position=position)
+
+    server.run_round()
+
+    assert server.store.rounds[-1].attendance == (0, 2)
+    assert "position: a client that is behind must be before round" in reason_for(server, rounds, 1)
+
+
+def test_scalars_clipped_to_a_bound_that_float32_rounds_up_are_taken(federation: Any) -> None:
+    """0.1 as float32 is more than 0.1: clients clip to what the server announced."""
+    server, clients, _ = federation(max_abs_g=0.1, clip_factor=1e6)
+    for client in clients:
+        client.g_of = lambda request: np.full(request.steps, 0.05 if request.round == 0 else request.max_abs_g)
+
+    for _ in range(2):
+        server.run_round()
+
+    assert clients[0].requests[1].max_abs_g == float(np.float32(0.1)) > 0.1
+    assert [round.attendance for round in server.store.rounds] == [(0, 1, 2)] * 2
 
 
 def test_two_clients_cannot_be_told_apart(federation: Any) -> None:

@@ -160,6 +160,13 @@ def test_only_the_numbers_that_the_file_names_leave(answers: list[str], kept: di
     assert answers_any(limits(answers=answers), names, num_rows=8) is (kept is not None)
 
 
+def test_the_loss_of_a_model_that_has_diverged_leaves_as_the_largest_that_a_server_takes() -> None:
+    told = leaving(limits(), replace(SCORE, loss=3e9), num_labels=2)
+
+    assert told is not None
+    assert told.loss == 1e6
+
+
 def test_no_number_leaves_that_stands_for_fewer_rows_than_the_file_says() -> None:
     """A table in which one class is missing would tell it: its rows are those of all less those of the others."""
     assert leaving(limits(min_rows=8), SCORE, num_labels=2) == replace(

@@ -30,10 +30,14 @@ class SuperLink:
         self.confirmed: list[str] = []
         self.pushed: list[str] = []
         self.breaks_at = 0
+        self.trees: dict[str, Any] = {}
 
-    def answer(self, question: Message, text: str, *, parts: int) -> Message:
+    def answer(self, question: Message, text: str, *, parts: int, records: int = 1) -> Message:
         """A reply of which so many parts have arrived."""
-        reply = Message(RecordDict({"c": ConfigRecord({"text": text})}), reply_to=question)
+        content = {"c": ConfigRecord({"text": text})} | {
+            f"c{at}": ConfigRecord({"more": at}) for at in range(1, records)
+        }
+        reply = Message(RecordDict(content), reply_to=question)
         reply.metadata.__dict__["_message_id"] = reply.object_id
         self.told.append(reply)
         self.arrive(reply, parts)
@@ -50,7 +54,7 @@ class SuperLink:
         self.told = [each for each in self.told if each not in told]  # once
         return PullAppMessagesResponse(
             messages_list=[message_to_proto(remove_content_from_message(each)) for each in told],
-            message_object_trees=[get_object_tree(each) for each in told],
+            message_object_trees=[self.trees.get(each.metadata.message_id) or get_object_tree(each) for each in told],
         )
 
     def PullObject(self, request: Any) -> PullObjectResponse:
@@ -141,6 +145,103 @@ def test_a_reply_of_which_a_part_is_gone_or_never_comes_is_dropped(
     monkeypatch.setattr(_flower_grid, "OBJECT_PUSH_SESSION_TTL_SECONDS", -1.0)
     assert grid.pull_messages([]) == []
     assert grid._arriving == {}
+
+
+@pytest.mark.parametrize("which", ["Message", "RecordDict", "ConfigRecord"])
+def test_a_reply_whose_bytes_are_no_message_is_an_error_of_its_client(
+    superlink: SuperLink, grid: ServerGrid, which: str
+) -> None:
+    """The SuperLink looks at the head of a part alone."""
+    body = b"\xff\xff junk"
+    asked = [question(node) for node in (1, 2)]
+    bad = superlink.answer(asked[0], "bad", parts=9)
+    superlink.answer(asked[1], "good", parts=9)
+    (part,) = [name for name, each in get_all_nested_objects(bad).items() if type(each).__name__ == which]
+    head = superlink.parts[part].partition(b"\0")[0]
+    kind, children, _ = head.split(b" ")
+    superlink.parts[part] = b" ".join([kind, children, str(len(body)).encode()]) + b"\0" + body
+
+    replies = {
+        each.metadata.reply_to_message_id: each for each in grid.pull_messages([each.object_id for each in asked])
+    }
+
+    assert texts([replies[asked[1].object_id]]) == ["good"]
+    error = replies[asked[0].object_id]
+    assert error.has_error()
+    assert "its reply must be a message of Flower" in error.error.reason
+    assert (len(superlink.confirmed), grid._arriving) == (2, {})
+
+
+def test_a_reply_that_names_a_part_it_did_not_announce_is_an_error_of_its_client(
+    superlink: SuperLink, grid: ServerGrid
+) -> None:
+    asked = question(1)
+    bad = superlink.answer(asked, "bad", parts=9)
+    kind, _, rest = superlink.parts[bad.object_id].partition(b"\0")[0].split(b" ")
+    body = superlink.parts[bad.object_id].partition(b"\0")[2]
+    superlink.parts[bad.object_id] = b" ".join([kind, b"f" * 64, rest]) + b"\0" + body
+
+    (reply,) = grid.pull_messages([asked.object_id])
+
+    assert reply.has_error()
+    assert reply.metadata.reply_to_message_id == asked.object_id
+
+
+def test_what_a_reply_says_of_itself_counts_for_nothing(superlink: SuperLink, grid: ServerGrid) -> None:
+    """Its client could name another question, or another sender; the SuperLink knows both."""
+    asked = question(1)
+    reply = Message(RecordDict({"c": ConfigRecord({"text": "of another"})}), reply_to=question(2))
+    reply.metadata.__dict__["_message_id"] = reply.object_id
+    superlink.arrive(reply, 9)
+    envelope = Message(RecordDict(), reply_to=asked)
+    envelope.metadata.__dict__["_message_id"] = reply.object_id
+    superlink.told.append(envelope)
+    tree = get_object_tree(reply)
+    superlink.trees[reply.object_id] = tree
+
+    (got,) = grid.pull_messages([asked.object_id])
+
+    assert got.metadata.reply_to_message_id == asked.object_id
+    assert texts([got]) == ["of another"]
+
+
+def test_a_reply_that_is_too_long_is_an_error_before_all_of_it_is_taken(
+    superlink: SuperLink, grid: ServerGrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_flower_grid, "SMALL_REPLY_BYTES", 0)
+    asked = question(1)
+    long = superlink.answer(asked, "x" * 5000, parts=99, records=60)
+    taken: list[str] = []
+    pull = superlink.PullObject
+
+    def count(request: Any) -> PullObjectResponse:
+        taken.append(request.object_id)
+        return pull(request)
+
+    superlink.PullObject = count  # type: ignore[method-assign]
+    grid.limit_replies(2000)
+
+    (reply,) = grid.pull_messages([asked.object_id])
+
+    assert reply.error.reason == "its reply must have at most 2000 bytes, got more"
+    assert len(taken) < len(get_all_nested_objects(long))
+    again = question(2)
+    superlink.answer(again, "y" * 5000, parts=9)
+    grid.limit_replies(10_000)
+    assert texts(grid.pull_messages([again.object_id])) == ["y" * 5000]
+
+
+def test_a_long_reply_is_taken_in_several_looks(
+    superlink: SuperLink, grid: ServerGrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the deadline is seen between them."""
+    monkeypatch.setattr(_flower_grid, "TAKE_S", -1.0)
+    asked = question(1)
+    superlink.answer(asked, "long", parts=9)
+
+    assert grid.pull_messages([asked.object_id]) == []
+    monkeypatch.setattr(_flower_grid, "TAKE_S", 5.0)
+    assert texts(grid.pull_messages([asked.object_id])) == ["long"]
 
 
 def test_a_part_that_was_stored_unsaid_is_not_sent_twice(superlink: SuperLink, grid: ServerGrid) -> None:
