@@ -106,8 +106,19 @@ class Registry(Generic[T]):
 
 @functools.cache
 def load_plugins() -> list[str]:
-    """Import the modules that installed packages name under ``fedzo.plugins``, once a process; returns their names."""
+    """Import the modules that installed packages name under ``fedzo.plugins``, once a process; returns their names.
+
+    Raises:
+        ConfigError: One of them cannot be imported.
+    """
     found = sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name)
     for point in found:
-        point.load()
+        try:
+            point.load()
+        except Exception as error:  # somebody else's code: whatever it raises
+            package = point.dist.name if point.dist else "an unknown package"
+            raise ConfigError(
+                f"plugin {point.name!r} of {package}: it must be possible to import {point.value}, got "
+                f"{type(error).__name__}: {error}. Repair the package, or uninstall it: pip uninstall {package}"
+            ) from error
     return [point.name for point in found]

@@ -287,6 +287,8 @@ def _print(lines: Iterable[str]) -> int:
     except OSError as error:
         if isinstance(error, FedzoError):
             raise
+        if isinstance(error, FileNotFoundError):
+            raise ConfigError(f"{error.filename}: there is no such file or folder. Check the path.") from error
         raise ConfigError(f"{error.filename}: it must be readable and writable, got {error.strerror!r}.") from error
     return 0
 

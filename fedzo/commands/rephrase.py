@@ -125,6 +125,8 @@ def _estimate(course: Course, rewriter: RewriterConfig, rows: Sequence[Row]) -> 
         ("at most", rewrites * prompts[0] + verdicts * prompts[1] + longer, most_answers),
     ):
         cost = f"{rewriter.cost(prompt, answer):.2f} by the prices"
+        if not (rewriter.price_prompt or rewriter.price_answer):
+            cost = "no prices given: rewriter.price_prompt and rewriter.price_answer, for a million tokens"
         yield f"{what} {prompt:,} tokens of prompts and {answer:,} of answers ({cost})"
 
 

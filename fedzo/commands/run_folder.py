@@ -13,7 +13,7 @@ from fedzo.config.schema import LaunchConfig, RunConfig, first_evaluator
 from fedzo.config.travel import from_json
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.fl.log_files import RESTORE
-from fedzo.fl.log_store import CONFIG, RunLog, best_round
+from fedzo.fl.log_store import CONFIG, RunLog, best_round, has_begun
 from fedzo.fl.replica import Replica
 from fedzo.records.folder import read_file
 from fedzo.records.log import CommittedLine
@@ -28,7 +28,16 @@ ENVIRONMENT = "environment.json"
 
 def read_launch(run_dir: Path) -> LaunchConfig:
     """The command line of a run folder: the run's settings, and how it was launched on this machine."""
-    return from_json(_text(run_dir, CONFIG, "Give the folder that `fedzo train` printed."), LaunchConfig)
+    text = _text(run_dir, CONFIG, "Give the folder that `fedzo train` printed.")
+    if '"model_type"' in text and not has_begun(run_dir):
+        raise RunFolderError(
+            f"{run_dir}: it must be the folder of a run, but is that of a model. Give the folder that `fedzo train` "
+            "printed. For the model itself: `fedzo generate --model`, or transformers."
+        )
+    try:
+        return from_json(text, LaunchConfig)
+    except ConfigError as error:
+        raise ConfigError(f"{run_dir / CONFIG}: {error}") from error
 
 
 def read_run(run_dir: Path) -> RunConfig:

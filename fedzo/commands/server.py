@@ -79,6 +79,7 @@ def add_client(folder: ServerFolder, name: str, *, index: int | None, key: str |
         key: Its public key, or a file with it.
     """
     folder.check()
+    folder.check_name(name)
     if key is not None:
         line = key if " " in key.strip() else Path(key).read_text(encoding="utf-8", errors="replace")
         client = folder.add_client(name, index=index, key=line)

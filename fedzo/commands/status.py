@@ -101,7 +101,8 @@ def _run(run_dir: Path) -> Iterator[str]:
     except RunFolderError as error:
         yield f"run {run_dir}: not begun ({error})"
         return
-    going = "going on" if is_locked(run_dir / PUBLIC) else "not running"
+    done = len(log.rounds) == total
+    going = "going on" if is_locked(run_dir / PUBLIC) else "finished" if done else "not running"
     told = [record for record in log.metrics if isinstance(record, Round)]
     pace = f", {seconds_text(told[-1].round_seconds)} for the last" if told else ""
     yield f"run {run_dir}: {len(log.rounds)} of {total} rounds{pace}, {going}"

@@ -77,12 +77,13 @@ def format_problems(config: RunSettings, *, is_sketch: bool, name: str) -> Itera
     """
     traits, trainer = config.trainer.traits, plugin_name("trainer", config.trainer)
     if is_sketch and traits.cannot_train_sketch:
-        rule = f"be one for sketches, since {name!r} is one: {traits.cannot_train_sketch}"
+        rule = f"be one that trains sketches, as {name!r} is: {trainer} cannot, since {traits.cannot_train_sketch}"
         of_sketches = named_with(lambda able: bool(able.cannot_train_dense and not able.cannot_train_sketch))
         yield problem("trainer", rule, trainer, f"Write {', '.join([*of_sketches, 'or name'])} the dense model.")
     if not is_sketch and traits.cannot_train_dense:
-        rule = f"be one for dense models, since {name!r} is one: {traits.cannot_train_dense}"
-        remedy = f"Make a sketch with `fedzo sketch --out FOLDER model={name}` and name that folder."
+        rule = f"be one that trains dense models, as {name!r} is: {trainer} cannot, since {traits.cannot_train_dense}"
+        how = f"`fedzo sketch --out FOLDER --calibration FILE model={name}`"
+        remedy = f"Choose another trainer, or make a sketch of the model with {how} and write model=FOLDER."
         yield problem("trainer", rule, trainer, remedy)
 
 

@@ -57,7 +57,7 @@ def from_json(text: str, config_class: type[Config]) -> Config:
         raise ConfigError(f"The configuration must be JSON as fedzo writes it, got: {error}.") from error
     version = plain.get("version") if isinstance(plain, dict) else None
     if isinstance(plain, dict) and version != VERSION:
-        got = "none, as fedzo 0.1 wrote it" if version is None else f"{version!r:.40}"
+        got = "none, so that fedzo did not write it, or an early fedzo did" if version is None else f"{version!r:.40}"
         raise ConfigError(
             f"configuration must be of version {VERSION}, got {got}. A run folder is read by the fedzo that made it."
         )
@@ -203,7 +203,8 @@ def _decode_list(options: dict[str, type], plain: object, where: str) -> object:
 def _decode_plugin(options: dict[str, type], plain: object, where: str, *, partial: bool = False) -> object:
     name = plain.get("plugin") if isinstance(plain, dict) else None
     if not isinstance(plain, dict) or not isinstance(name, str) or name not in options:
-        _refuse(f"{where}.plugin", f"be one of {', '.join(sorted(options))}", name)
+        known = ", ".join(sorted(options))
+        _refuse(f"{where}.plugin", f"be one of {known} (or of an installed package that registers it)", name)
     rest = {key: value for key, value in plain.items() if key != "plugin"}
     return _decode_class(options[name], rest, where, partial=partial)
 

@@ -12,6 +12,8 @@ from torch import nn
 
 from fedzo.errors import ConfigError
 
+OTHER_MODEL = "It is a mask of another model. Make one with `fedzo mask --out FILE`, and write inputs.artifact=FILE."
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mask:
@@ -68,10 +70,10 @@ def check_fits(mask: Mask, model: nn.Module) -> None:
     parameters = dict(model.named_parameters())
     for name, shape in mask.shapes.items():
         if name not in parameters:
-            raise ConfigError(f"mask: the model has no parameter {name!r}. Make the mask for this model.")
+            raise ConfigError(f"mask: the model has no parameter {name!r}. {OTHER_MODEL}")
         if tuple(parameters[name].shape) != shape:
             got = tuple(parameters[name].shape)
-            raise ConfigError(f"mask: {name!r} must have shape {shape}, got {got}. Make the mask for this model.")
+            raise ConfigError(f"mask: {name!r} must have shape {shape}, got {got}. {OTHER_MODEL}")
 
 
 def overlap(mask_a: Mask, mask_b: Mask) -> float:

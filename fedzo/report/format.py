@@ -52,8 +52,16 @@ def percent_text(share: float | None, *, digits: int = 1) -> str:
 
 
 def share_text(part: int, whole: int) -> str:
-    """A small share of a whole with two significant digits: ``0.10 %``."""
-    return MISSING if whole <= 0 else f"{100 * part / whole:#.2g} %" if part < whole else "100 %"
+    """A small share of a whole with two significant digits.
+
+    Example:
+        >>> share_text(1, 1000), share_text(27, 28), share_text(999, 1000), share_text(4, 4)
+        ('0.10 %', '96 %', '99 %', '100 %')
+    """
+    if whole <= 0:
+        return MISSING
+    percent = 100 * part / whole
+    return f"{percent:#.2g} %" if percent < 9.95 else f"{int(percent) if percent > 99 else percent:.0f} %"
 
 
 def counted(number: int, what: str) -> str:
@@ -87,7 +95,9 @@ def cut_text(cut_rows: Mapping[str, tuple[int, int]], max_length: object) -> str
     """Which share of each split's rows is cut; empty where no row is."""
     if not any(cut for cut, _ in cut_rows.values()):
         return ""
-    parts = [f"{split} {cut:,} of {whole:,} ({share_text(cut, whole)})" for split, (cut, whole) in cut_rows.items()]
+    parts = [
+        f"{split} {cut:,} of {whole:,} ({share_text(cut, whole)})" for split, (cut, whole) in cut_rows.items() if cut
+    ]
     return (
         f"task.max_length={max_length} cuts rows, which lose the beginning of their prompt or the end of their answer: "
         f"{', '.join(parts)}. Raise task.max_length to use them whole."

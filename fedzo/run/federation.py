@@ -79,7 +79,7 @@ def run_federation(grid: Any, run_json: str, run_dir: Path) -> None:
         raise ConfigError("run: its launcher must have opened its logs, but nothing is open. Use `fedzo train`.")
     with ExitStack() as stack:
         Federation(grid, context, store, stack).run()
-    if context.report.html:
+    if context.report.html or (run_dir / "report.html").exists():  # `fedzo report` has made one, which would be stale
         from fedzo.report.html import write_report
 
         write_report(run_dir)

@@ -51,7 +51,7 @@ class TablesConfig(CalibratedConfig):
     def traits(self) -> TrainerTraits:
         return TrainerTraits(
             trains_base_weights=False,
-            cannot_train_dense="it has no tables",
+            cannot_train_dense="a dense model has no tables",
             gradient=self.gradient,
             gradient_setting="trainer.gradient=true",
         )

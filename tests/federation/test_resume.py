@@ -20,6 +20,7 @@ from fedzo.commands.train import resume_run
 from fedzo.commands.trained import replay_run
 from fedzo.fl.log_store import STOP
 from fedzo.fl.server.client_registry import ClientRegistry
+from fedzo.report.html import write_report
 from fedzo.run.scores import Scores
 
 ROUNDS = 12
@@ -144,14 +145,29 @@ def test_a_run_killed_again_and_again_ends_with_the_hash_of_an_unbroken_one(
     assert clients[0] == clients[1]  # running means of all steps among them
 
 
-def test_resuming_a_finished_run_changes_nothing(run: Callable[..., Path]) -> None:
+def test_resuming_a_finished_run_changes_nothing_and_says_how_it_is_made_longer(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = run()
     before = (folder / "public.jsonl").read_bytes()
+    monkeypatch.setattr("fedzo.commands.train.open_run", lambda *args: pytest.fail("no model is loaded for it"))
 
     resume_run(folder)
 
+    assert "rounds are done. `fedzo resume" in caplog.text
     assert (folder / "public.jsonl").read_bytes() == before
     assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["kind"] == "summary"
+
+
+def test_a_page_that_was_made_on_demand_is_not_left_behind_by_a_longer_run(run: Callable[..., Path]) -> None:
+    folder = run("fl.rounds=2", "report=none")
+    assert not (folder / "report.html").exists()
+    before = write_report(folder).read_text()
+
+    resume_run(folder, rounds=3)
+
+    after = (folder / "report.html").read_text()
+    assert before != after
 
 
 def test_a_changed_log_is_found_out_by_replay(run: Callable[..., Path]) -> None:

@@ -145,7 +145,7 @@ def test_a_folder_of_an_older_version_is_refused_for_its_version(run: Run) -> No
     (folder / "run.json").unlink()
 
     for use in (replay_run, resume_run):
-        with pytest.raises(ConfigError, match=r"must be of version 2, got none, as fedzo 0\.1 wrote it"):
+        with pytest.raises(ConfigError, match=r"must be of version 2, got none, so that"):
             use(folder)
 
 

@@ -136,7 +136,8 @@ def test_trainers_of_dense_weights_are_refused_on_a_sketch(
 ) -> None:
     config = load(overrides(f"trainer={trainer}", f"model={tiny_sketch_dir}"))
     expected = (
-        rf"trainer must be one for sketches, since '.*' is one: {message}\. Write trainer=tables, or name the dense"
+        rf"trainer must be one that trains sketches, as '.*' is: \w+ cannot, since {message}\. "
+        "Write trainer=tables, or name the dense"
     )
 
     with pytest.raises(ConfigError, match=expected):
@@ -154,8 +155,8 @@ def test_a_dense_model_has_no_tables(overrides: Overrides, tiny_model_dir: Path,
 
     with pytest.raises(
         ConfigError,
-        match=r"trainer must be one for dense models, since '.*' is one: it has no tables, got 'tables'\. Make a "
-        r"sketch with `fedzo sketch --out FOLDER model=.*` and name that folder\.",
+        match=r"trainer must be one that trains dense models, as '.*' is: tables cannot, since a dense model has no "
+        r"tables, got 'tables'\. .* with `fedzo sketch --out FOLDER --calibration FILE model=.*` and write model=FOLDER",
     ):
         open_run(config, tmp_path)
 

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 FILES = ("server.json", "clients.json", "ca.crt", "ca.key", "server.crt", "server.key", "secret")
 LEAST_FREE_BYTES = 1 << 20
 """With less the disk of a server's folder counts as full."""
+CLIENT_NAME = Matching(re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,62}"), "letters, digits and . _ -")
 Address = Annotated[str, Matching(re.compile(r"[^\s/]{1,253}:[0-9]{1,5}"), "host:port")]
 
 
@@ -68,7 +69,7 @@ class RegisteredClient:
     """
 
     index: Client
-    name: Annotated[str, Matching(re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,62}"), "letters, digits and . _ -")]
+    name: Annotated[str, CLIENT_NAME]
     key: Annotated[str, Length(1, 500)]
     added: Name
 
@@ -252,8 +253,9 @@ class ServerFolder:
             key: Its public key, one line.
 
         Raises:
-            ConfigError: Name, index or key belong to another.
+            ConfigError: The name is none, or name, index or key belong to another.
         """
+        self.check_name(name)
         with folder_of_one_process(self.path):
             clients, key = self.clients, read_public_key(key)
             taken = {client.index for client in clients}
@@ -274,6 +276,15 @@ class ServerFolder:
                     )
             self._write_clients([*clients, new])
         return new
+
+    @staticmethod
+    def check_name(name: str) -> None:
+        """Refuse what is no client's name; ``ConfigError``."""
+        if not CLIENT_NAME.pattern.fullmatch(name):
+            raise ConfigError(
+                f"NAME must be at most 63 {CLIENT_NAME.says}, the first a letter or digit, got {name!r:.80}. "
+                "Choose another name."
+            )
 
     def remove_client(self, name: str) -> RegisteredClient:
         """Take a client out of the registry; its key opens nothing any more.

@@ -135,7 +135,10 @@ def test_plugins_are_named_by_their_option() -> None:
         (lambda plain: plain["task"].update(candidates=["a", 1]), r"task\.candidates\[1\] must be str, got 1"),
         (lambda plain: plain["data"].update(path=3), r"data\.path must be str, got 3"),
         (lambda plain: plain["fl"].update(rounds=0), r"fl\.rounds must be >= 1, got 0"),
-        (lambda plain: plain.pop("version"), r"configuration must be of version 2, got none, as fedzo 0\.1 wrote it"),
+        (
+            lambda plain: plain.pop("version"),
+            r"configuration must be of version 2, got none, so that",
+        ),
         (lambda plain: plain.update(version=3), r"configuration must be of version 2, got 3"),
     ],
 )

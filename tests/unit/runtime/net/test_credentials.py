@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fedzo.commands.server import add_client
 from fedzo.errors import ConfigError
 from fedzo.runtime.net.client_folder import ClientFolder, Invitation, read_invitation, write_invitation
 from fedzo.runtime.net.credentials import (
@@ -142,6 +143,38 @@ def test_a_registry_of_many_clients_is_read_in_a_moment(tmp_path: Path) -> None:
 
     assert len(folder.clients) == 10_000
     assert time.process_time() - begun < 2.0
+
+
+@pytest.mark.parametrize("name", ["two words", "../../evil", "bad/name", "", "x" * 64])
+def test_a_name_that_is_none_is_refused_before_any_file_is_made_by_it(tmp_path: Path, name: str) -> None:
+    folder = server(tmp_path / "s")
+    before = sorted(tmp_path.rglob("*"))
+
+    with pytest.raises(ConfigError, match="NAME must be at most 63 letters, digits"):
+        list(add_client(folder, name, index=None, key=None))
+
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_registry_that_is_spoilt_while_it_is_in_use_leaves_the_one_before_in_force(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, (key,) = server(tmp_path / "s"), keys(tmp_path, 1)
+    folder.add_client("a", index=0, key=key)
+    before, good = folder.by_key(), folder.file("clients.json").read_text()
+
+    for bad in (good[:-3], "[]x", None):
+        caplog.clear()
+        folder.file("clients.json").unlink()
+        if bad is not None:
+            folder.file("clients.json").write_text(bad)
+        assert [folder.by_key(), folder.by_key()] == [before, before]
+        assert caplog.text.count("Until then the clients of before are registered") == 1
+
+    with pytest.raises(ConfigError, match=r"clients\.json"):
+        ServerFolder(folder.path).by_key()
+    folder.file("clients.json").write_text("[]")
+    assert folder.by_key() == {}
 
 
 def test_a_removed_client_is_nobody_and_its_index_is_free(tmp_path: Path) -> None:
