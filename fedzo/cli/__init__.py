@@ -204,6 +204,7 @@ def make_parser() -> argparse.ArgumentParser:
     own = command("report", commands.report, "write report.html again, of runs or sweeps")
     own.add_argument("runs", metavar="RUN", nargs="+", help="run or sweep folder")
     own.add_argument("--out", metavar="DIR", help="write into this folder instead (default: RUN)")
+    own.add_argument("--together", metavar="DIR", help="write one page that compares these runs, into this folder")
 
     usage = "fedzo mask [overrides] --out FILE [--config-dir DIR]"
     own = command(

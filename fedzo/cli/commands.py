@@ -88,10 +88,15 @@ def export(arguments: Namespace) -> int:
 
 
 def report(arguments: Namespace) -> int:
-    """``fedzo report``: a folder with Hydra's ``multirun.yaml`` is a sweep."""
+    """``fedzo report``: a folder with Hydra's ``multirun.yaml`` is a sweep; with ``--together`` one page over runs."""
     from fedzo.report.html import write_report
-    from fedzo.report.sweep import write_sweep_report
+    from fedzo.report.sweep import write_comparison, write_sweep_report
 
+    if arguments.together is not None:
+        if arguments.out is not None:
+            raise ConfigError("--together DIR must be given without --out: its page is written into DIR.")
+        print(write_comparison([_folder(name) for name in arguments.runs], Path(arguments.together)))
+        return 0
     if arguments.out is not None and len(arguments.runs) > 1:
         raise ConfigError(f"--out must be given with one RUN, got {len(arguments.runs)}. Call fedzo report for each.")
     out = None if arguments.out is None else Path(arguments.out)

@@ -1,9 +1,10 @@
-"""A table and figures over the jobs of a sweep."""
+"""A table and figures over several runs: the jobs of a sweep, or runs that were started one by one."""
 
 from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,11 +70,24 @@ def write_sweep_report(sweep_dir: Path, *, out_dir: Path | None = None) -> Path 
         RunFolderError: The folder cannot be written.
     """
     jobs = _jobs(sweep_dir)
-    if not jobs:
-        return None
+    title = f"Sweep of {len(jobs)} jobs"
+    return _write(jobs, out_dir or sweep_dir, title=title, subtitle=sweep_dir.name) if jobs else None
+
+
+def write_comparison(runs: Sequence[Path], out_dir: Path) -> Path:
+    """The same over runs that were started one by one.
+
+    Raises:
+        RunFolderError: The folder cannot be written.
+    """
+    jobs = [_job(run) for run in runs]
+    return _write(jobs, out_dir, title=f"{len(jobs)} runs", subtitle=", ".join(run.name for run in runs))
+
+
+def _write(jobs: list[Job], folder: Path, *, title: str, subtitle: str) -> Path:
     keys = _varied(jobs)
     header, rows = _table(jobs, keys)
-    pictures, folder = _pictures(jobs, keys), out_dir or sweep_dir
+    pictures = _pictures(jobs, keys)
     table = io.StringIO(newline="")
     csv.writer(table).writerows(_numbers(jobs, keys))
     lines = [[cell.replace("|", "\\|") for cell in line] for line in (header, ["---"] * len(header), *rows)]
@@ -85,10 +99,10 @@ def write_sweep_report(sweep_dir: Path, *, out_dir: Path | None = None) -> Path 
         raise unwritable(folder, error) from error
     save_pictures(pictures, folder / "figures")
     page = render_page(
-        title=f"Sweep of {len(jobs)} jobs",
-        subtitle=sweep_dir.name,
-        headline="",
-        headline_note="",
+        title=title,
+        subtitle=subtitle,
+        headline=_best(jobs, keys),
+        headline_note="Choose by the dev loss: test rows that chose a setting no longer measure anything.",
         notes=[f"{job.folder.name}: {job.problem or job.state}" for job in jobs if job.state != "finished"],
         tables=[("Jobs", [header, *rows])],
         long_tables=[],
@@ -104,16 +118,26 @@ def unfinished_jobs(sweep_dir: Path) -> list[str]:
 
 
 def _jobs(sweep_dir: Path) -> list[Job]:
-    paths = sorted(sweep_dir.glob(f"*/{OVERRIDES}"), key=lambda path: (len(path.parent.name), path.parent.name))
-    jobs = []
-    for path in paths:
-        settings: dict[str, str] = {}
-        try:
-            settings = dict(override.partition("=")[::2] for override in read_overrides(path.parent))
-            jobs.append(Job(path.parent, settings, load_run(path.parent)))
-        except RunFolderError as error:
-            jobs.append(Job(path.parent, settings, None, str(error)))
-    return jobs
+    folders = [path.parent for path in sweep_dir.glob(f"*/{OVERRIDES}")]
+    return [_job(folder) for folder in sorted(folders, key=lambda folder: (len(folder.name), folder.name))]
+
+
+def _job(folder: Path) -> Job:
+    settings: dict[str, str] = {}
+    try:
+        settings = dict(override.partition("=")[::2] for override in read_overrides(folder))
+        return Job(folder, settings, load_run(folder))
+    except RunFolderError as error:
+        return Job(folder, settings, None, str(error))
+
+
+def _best(jobs: list[Job], keys: list[str]) -> str:
+    """The finished job of the lowest dev loss; empty where fewer than two have one."""
+    losses = {job.folder: dev[1].loss for job in jobs if (dev := job.scores("dev")) and dev[1].loss is not None}
+    if len(losses) < 2:
+        return ""
+    best = min((job for job in jobs if job.folder in losses), key=lambda job: losses[job.folder])
+    return f"Lowest dev loss: {losses[best.folder]:.3f} ({_name(best, keys)})"
 
 
 def _varied(jobs: list[Job]) -> list[str]:

@@ -156,7 +156,7 @@ def test_a_dense_model_has_no_tables(overrides: Overrides, tiny_model_dir: Path,
     with pytest.raises(
         ConfigError,
         match=r"trainer must be one that trains dense models, as '.*' is: tables cannot, since a dense model has no "
-        r"tables, got 'tables'\. .* with `fedzo sketch --out FOLDER --calibration FILE model=.*` and write model=FOLDER",
+        r"tables, got 'tables'\. .* `fedzo sketch --out FOLDER --calibration FILE model=.*` and write model=FOLDER",
     ):
         open_run(config, tmp_path)
 

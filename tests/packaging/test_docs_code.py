@@ -146,6 +146,24 @@ def test_command_line_of_the_how_to_composes(tmp_path: Path) -> None:
     assert config.task.label == "stars"
 
 
+def test_the_experiment_and_the_preset_of_the_how_to_are_chosen_by_their_names(tmp_path: Path) -> None:
+    from fedzo.config.load import load
+
+    experiment, preset = (code("how-to-own-experiment.md", "yaml", number=number) for number in range(2))
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "hospital.yaml").write_text(experiment)
+    name = re.search(r"my_conf/(trainer/\w+\.yaml)", preset)
+    assert name is not None
+    (tmp_path / name[1]).parent.mkdir()
+    (tmp_path / name[1]).write_text(preset)
+    mine = f"hydra.searchpath=[file://{tmp_path}]"
+
+    config = load([mine, "experiment=hospital", "fl.rounds=20"])
+    assert (type(config.trainer).__name__, config.trainer.lr, config.fl.num_clients) == ("LoraTrainerConfig", 1e-3, 2)
+    assert (config.fl.rounds, config.partition.seed) == (20, load(["experiment=meerkat"]).partition.seed)
+    assert load([mine, "trainer=careful_lora"]).trainer.lr == 5e-4
+
+
 def test_entry_point_group_of_the_how_to_is_the_one_that_is_read() -> None:
     from fedzo.registry import ENTRY_POINT_GROUP
 

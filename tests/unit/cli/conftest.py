@@ -84,6 +84,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
         ("doctor", "doctor"): note("doctor", [("python", True, "3.11"), ("directions", False, "differs")]),
         ("html", "write_report"): note("report", Path("report.html")),
         ("sweep", "write_sweep_report"): note("sweep report", Path("report.html")),
+        ("sweep", "write_comparison"): note("comparison", Path("report.html")),
         ("sweep", "unfinished_jobs"): lambda folder: [],
         ("client_path", "replay_client"): note("replay client", _Table()),
     }

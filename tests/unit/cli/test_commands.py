@@ -89,6 +89,18 @@ def test_a_sweep_that_has_not_begun_has_no_report(
     assert capsys.readouterr().err == ("fedzo: .: no job of this sweep has begun. Start it, or give another folder.\n")
 
 
+def test_runs_are_compared_on_one_page_in_a_folder_of_its_own(
+    calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+
+    assert main(["report", "a", "b", "--together", "both"]) == 0
+    assert calls == [("comparison", [Path("a"), Path("b")], Path("both"), {})]
+    assert main(["report", "a", "b", "--together", "both", "--out", "c"]) == 2
+    assert "--together DIR must be given without --out" in capsys.readouterr().err
+
+
 def test_report_knows_a_sweep_by_its_multirun_file(calls: Calls, tmp_path: Path) -> None:
     for name in ("run", "sweep"):
         (tmp_path / name).mkdir()

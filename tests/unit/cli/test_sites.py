@@ -70,7 +70,10 @@ def test_a_client_is_added_by_invitation_and_again_without_harm(server: Path, tm
 
 @pytest.mark.parametrize(
     ("key", "says"),
-    [("none.pub", "none.pub: it must be readable"), ("ssh-rsa " + "A" * 5000, "the public key must be one line")],
+    [
+        ("none.pub", "none.pub: there is no such file or folder"),
+        ("ssh-rsa " + "A" * 5000, "the public key must be one line"),
+    ],
 )
 def test_a_key_that_cannot_be_read_is_named(server: Path, key: str, says: str, capsys: Capture) -> None:
     assert main(["server", "add-client", "a", "--key", key, "--dir", str(server)]) == BAD_INPUT
@@ -98,7 +101,7 @@ def test_a_site_with_a_key_of_its_own_is_told_what_to_send_and_what_it_lacks(tmp
         (["server", "remove-client", "x"], "it must hold what `fedzo server init` writes"),
         (["status", "."], "it must be a server's folder or a run's, but is neither"),
         (["doctor", "."], "it must be a server's folder or a site's, but is neither"),
-        (["client", "init", "site", "--server", "h:1", "--ca", "none.crt"], "none.crt: it must be readable"),
+        (["client", "init", "site", "--server", "h:1", "--ca", "none.crt"], "none.crt: there is no such file"),
         (["client", "init", "site", "--invitation", "none.json"], "invitation none.json: it must be a readable file"),
         (["server", "init", "file/server"], "it must be readable and writable, got 'Not a directory'"),
         (["server", "init", "s", "--host", "m\u00fcnchen.de"], "--host must be a host name or an IP address, got 'm"),

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from fedzo.report.sweep import write_sweep_report
+from fedzo.report.sweep import write_comparison, write_sweep_report
 
 MakeRun = Callable[..., Path]
 
@@ -47,6 +47,27 @@ def test_a_sweep_without_test_rows_is_judged_by_its_dev_rows(make_run: MakeRun, 
     text = page.read_text()
     assert "Dev score of every job" in text
     assert "Dev score against payload sent" in text
+
+
+def test_runs_that_were_started_one_by_one_are_compared_by_what_differs(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [make_run("here/first", trainer="meerkat"), make_run("there/second", trainer="mezo")]
+    lines = [json.loads(line) for line in (runs[1] / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line.get("split") == "dev" and line["round"] == 10:
+            line["loss"] = 0.2
+    (runs[1] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    page = write_comparison(runs, tmp_path / "both")
+
+    assert page == tmp_path / "both" / "report.html"
+    text = page.read_text()
+    assert "Lowest dev loss: 0.200 (mezo)" in text
+    assert "Choose by the dev loss" in text
+    assert [line.split(" | ")[1] for line in (tmp_path / "both" / "sweep.md").read_text().splitlines()[2:]] == [
+        "meerkat",
+        "mezo",
+    ]
+    assert not (runs[0] / "sweep.md").exists()
 
 
 def test_a_folder_without_jobs_has_no_report(tmp_path: Path) -> None:
