@@ -31,8 +31,7 @@ from fedzo.models.sketched.registry import SketchFormat, mark_as_sketch
 from fedzo.sketch import SketchLinear, TableSpace, decode, sketched_layers
 from fedzo.sketch.gpu import DTYPES, FUSED_TOKENS, kernels_for
 from fedzo.zo.directions import add_direction, stream_key
-from fedzo.zo.estimator import TwoPointConfig
-from fedzo.zo.frozen_routing import build_estimator
+from fedzo.zo.estimator import TwoPointConfig, build_estimator
 from fedzo.zo.log import apply_step
 
 HERE = Path(__file__).parent

@@ -36,8 +36,7 @@ from fedzo.run.peer import check_format, reused_layers, set_up_process, with_gra
 from fedzo.system import environment
 from fedzo.trainers import TRAINERS, Workplace
 from fedzo.zo.directions import PURPOSE_DATA, add_direction, permutation, stream_key
-from fedzo.zo.estimator import Estimator, ZerothOrderConfig
-from fedzo.zo.frozen_routing import build_estimator
+from fedzo.zo.estimator import Estimator, ZerothOrderConfig, build_estimator
 from fedzo.zo.log import apply_step
 from fedzo.zo.spaces.base import Space
 from fedzo.zo.spaces.dense import DenseSpace

@@ -23,6 +23,7 @@ from fedzo.fl.config import directions_of
 from fedzo.fl.log_store import RunLog
 from fedzo.fl.server.aggregate import ClientResult, aggregate
 from fedzo.records.log import AuditLine, ClientAudit
+from fedzo.zo.estimator import ZerothOrderConfig
 from fedzo.zo.log import Drift, RoundRecord, Scalars, local_step, probe_shares
 from fedzo.zo.seeds import step_keys
 from fedzo.zo.spaces.base import Space, Values
@@ -77,7 +78,7 @@ def replay_client(run_dir: Path, *, client: int, round: int, out: Path | None = 
         RunFolderError: ``out`` cannot be written.
     """
     config = read_run(run_dir)
-    if config.estimator.traits.makes == "gradient":
+    if not isinstance(config.estimator, ZerothOrderConfig):
         raise ConfigError(
             f"--client: the run must have clients that send scalars, but those of {run_dir} send vectors, of which the "
             "log keeps the round's mean only. Leave out --client, which replays the whole run."

@@ -101,19 +101,19 @@ def resume_run(run_dir: Path, *, rounds: int | None = None) -> None:
     read_launch(run_dir)  # no run folder is made of another
     with RunStore(run_dir) as store:
         config, extension = _extended(read_launch(run_dir), store, rounds)
-        if _is_finished(config, store):
+        if any(ended.rounds == config.fl.rounds for ended in store.told(Summary)):
             longer = f"`fedzo resume {run_dir} fl.rounds=N` makes the run longer."
-            return log.warning("%s: all %d rounds are done. %s", run_dir, config.fl.rounds, longer)
+            log.warning("%s: all %d rounds are done, and only checked again. %s", run_dir, config.fl.rounds, longer)
         if not config.runtime.traits.server_process:
             try:
                 return _run(config, store)
-            except ConfigError:
+            except (ConfigError, RunFolderError):
                 if extension:
                     extension.take_back(store)
                 raise
     try:
         _deploy(config, run_dir)
-    except ConfigError:
+    except (ConfigError, RunFolderError):
         if extension:
             with RunStore(run_dir) as store:
                 extension.take_back(store)
@@ -142,12 +142,6 @@ def serve_run(run_dir: Path, server_dir: Path) -> None:
     ):
         run_config = {CONFIG_KEY: keep_process(process), RUN_DIR_KEY: str(store.folder.resolve())}
         serve(server_app, folder=folder, run_config=run_config)
-
-
-def _is_finished(config: LaunchConfig, store: RunStore) -> bool:
-    """Whether nothing is left to do, the report included."""
-    told = any(ended.rounds == config.fl.rounds for ended in store.told(Summary))
-    return told and (not config.report.html or (store.folder / "report.html").exists())
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ def compile_problems(site: SiteConfig, config: RunSettings) -> Iterator[Problem]
     if reason := config.trainer.traits.cannot_compile:
         rule = f"be false for trainer={plugin_name('trainer', config.trainer)}: {reason}"
         yield problem("model.compile", rule, True, f"{remedy}, or train fewer values, as trainer=meerkat does.")
-    if config.estimator.traits.makes == "gradient":
+    if not isinstance(config.estimator, ZerothOrderConfig):
         chosen = f"estimator={plugin_name('estimator', config.estimator)}"
         yield problem("model.compile", f"be false for {chosen}: only the forward pass is compiled", True, f"{remedy}.")
     if isinstance(config.estimator, ZerothOrderConfig) and config.estimator.freeze_routing:
@@ -61,7 +61,7 @@ def dtype_problems(site: SiteConfig, config: RunSettings) -> Iterator[Problem]:
     elif isinstance(config, RunConfig) and dtype is not config.base.dtype:
         rule = f"be {config.base.dtype} in this run of {trainer}, whose trained values have this dtype on all peers"
         yield problem("model.dtype", rule, dtype, f"Write model.dtype={config.base.dtype}.")
-    if config.estimator.traits.makes == "gradient" and dtype is not DType.float32:
+    if not isinstance(config.estimator, ZerothOrderConfig) and dtype is not DType.float32:
         chosen = f"estimator={plugin_name('estimator', config.estimator)}"
         rule = f"be float32 for {chosen} with {trainer}, which has no float32 values beside the model's weights"
         yield problem("model.dtype", rule, dtype, "Write model.dtype=float32.")
@@ -92,7 +92,7 @@ def format_problems(config: RunSettings, *, is_sketch: bool, name: str) -> Itera
 
 def runtime_problems(config: LaunchConfig) -> Iterator[Problem]:
     """What clients that share forwards cannot compute."""
-    if config.runtime.traits.joins_forwards and config.estimator.traits.makes == "gradient":
+    if config.runtime.traits.joins_forwards and not isinstance(config.estimator, ZerothOrderConfig):
         chosen = f"estimator={plugin_name('estimator', config.estimator)}"
         rule = f"be false for {chosen}: the forwards of several clients would give one gradient"
         yield problem("runtime.batch_clients", rule, True, "Write runtime=inline.")
@@ -162,10 +162,7 @@ def _walks(config: RunSettings, chosen: str) -> Iterator[Problem]:
 
 def gradient_problems(config: RunSettings) -> Iterator[Problem]:
     """What cannot be where clients compute gradients and send vectors."""
-    if config.estimator.traits.makes == "scalars":
-        if not isinstance(config.estimator, ZerothOrderConfig):
-            rule = "be configured by a class of ZerothOrderConfig, since it makes scalars"
-            yield problem("estimator", rule, type(config.estimator).__name__, "Mend the plugin.")
+    if isinstance(config.estimator, ZerothOrderConfig):
         return
     chosen = f"estimator={plugin_name('estimator', config.estimator)}"
     other = "or choose another estimator."

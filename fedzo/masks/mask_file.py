@@ -8,12 +8,9 @@ masks give equal bytes.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +23,7 @@ from safetensors.torch import save as write_tensors
 
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.masks.mask import Mask, canonical, little_endian
+from fedzo.records.folder import replace_file
 
 FORMAT = 1
 _KEY = "fedzo_mask"
@@ -81,20 +79,10 @@ def save_mask(mask: Mask, path: Path) -> None:
     """
     path = Path(path)
     data = _encode(mask)
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # temporary files are private; a mask is to be shared
-        temporary.replace(path)
+        replace_file(path, data, durable=True)
     except OSError as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
         raise RunFolderError(
             f"mask file {path}: it must be writable, got {error.strerror!r}. Choose another place."
         ) from error

@@ -22,8 +22,7 @@ from fedzo.fl.site_limits import check_rows
 from fedzo.run.peer import Peer
 from fedzo.run.preparation import Preparations
 from fedzo.trainers.artifacts import Artifact, ArtifactStore
-from fedzo.zo.estimator import ZerothOrderConfig, build_gradient_estimator
-from fedzo.zo.frozen_routing import build_estimator
+from fedzo.zo.estimator import ZerothOrderConfig, build_estimator, build_gradient_estimator
 
 
 @dataclass

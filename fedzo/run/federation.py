@@ -101,7 +101,7 @@ class Federation:
             completed=len(store.records),
             sent_bytes=(_total(store, "message_up_bytes"), _total(store, "message_down_bytes")),
             evaluator=first_evaluator(config),
-            payload="scalars" if config.estimator.traits.makes == "scalars" else "vectors",
+            payload="scalars" if isinstance(config.estimator, ZerothOrderConfig) else "vectors",
             enabled=context.report.progress,
         )
         sinks: list[Sink] = [self._progress, *self._trackers()]
@@ -285,7 +285,7 @@ class Federation:
         )
 
     def _gradient_bytes(self) -> int:
-        if self._config.estimator.traits.makes == "scalars":
+        if isinstance(self._config.estimator, ZerothOrderConfig):
             return 0
         trains_base_weights = self._config.trainer.traits.trains_base_weights
         size = self._at.replica.space.size

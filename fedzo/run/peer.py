@@ -38,9 +38,8 @@ from fedzo.trainers import TRAINERS, Built, Trainer
 from fedzo.trainers.artifacts import Artifact
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import stream_key
-from fedzo.zo.estimator import EstimatorConfig, ZerothOrderConfig
-from fedzo.zo.frozen_routing import build_estimator
-from fedzo.zo.server_optimizer import SERVER_OPTIMIZERS
+from fedzo.zo.estimator import EstimatorConfig, ZerothOrderConfig, build_estimator
+from fedzo.zo.server_optimizer import build_server_optimizer
 from fedzo.zo.spaces.base import DifferentiableSpace, Space
 
 log = logging.getLogger(__name__)
@@ -165,7 +164,7 @@ class Peer:
         self.built = built
         longest = longest_sequence(self.loaded.model, config.task.max_length)
         tokens, token_bytes = config.fl.batch_size * longest, state_bytes(self.loaded.model)
-        rule = SERVER_OPTIMIZERS.build(config.server_optimizer, local_steps=config.fl.local_steps)
+        rule = build_server_optimizer(config.server_optimizer, local_steps=config.fl.local_steps)
         return Workspace(
             loaded=loaded,
             replica=Replica(built.space, rule=rule, reset=built.reset, run_seed=config.seed, num_clients=num_clients),

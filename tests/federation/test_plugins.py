@@ -132,7 +132,7 @@ def test_every_estimator_runs_within_its_budget_and_replays(
     folder = run(*estimator, "fl.rounds=2", "evaluation.central=false", "evaluation.federated_every_rounds=-1")
 
     config = load(overrides(*estimator))
-    from fedzo.zo.frozen_routing import build_estimator
+    from fedzo.zo.estimator import build_estimator
 
     a_step = build_estimator(config.estimator).forwards_per_step(config.estimator.num_probes)
     assert len(calls) == 2 * 4 * config.fl.local_steps * a_step

@@ -110,8 +110,7 @@ def test_k_clients_with_one_probe_equal_one_client_with_the_joint_batch(
     from fedzo.data.rows import batch_rows
     from fedzo.models.scoring import mean_loss
     from fedzo.trainers import Workplace
-    from fedzo.zo.estimator import ZerothOrderConfig
-    from fedzo.zo.frozen_routing import build_estimator
+    from fedzo.zo.estimator import ZerothOrderConfig, build_estimator
 
     workplace = Workplace(folder=folder, seed=0, texts=list, advance=lambda done, total: None)
     peer = process.peer

@@ -160,7 +160,7 @@ def test_the_experiment_and_the_preset_of_the_how_to_are_chosen_by_their_names(t
 
     config = load([mine, "experiment=hospital", "fl.rounds=20"])
     assert (type(config.trainer).__name__, config.trainer.lr, config.fl.num_clients) == ("LoraTrainerConfig", 1e-3, 2)
-    assert (config.fl.rounds, config.partition.seed) == (20, load(["experiment=meerkat"]).partition.seed)
+    assert (config.fl.rounds, config.task) == (20, load(["experiment=meerkat"]).task)
     assert load([mine, "trainer=careful_lora"]).trainer.lr == 5e-4
 
 

@@ -25,6 +25,7 @@ from fedzo.zo.estimator.differences import (
     TwoPoint,
     TwoPointConfig,
 )
+from fedzo.zo.estimator.frozen_routing import build_estimator
 
 __all__ = [
     "ESTIMATORS",
@@ -37,6 +38,7 @@ __all__ = [
     "LossFn",
     "Projection",
     "Still",
+    "build_estimator",
     "build_gradient_estimator",
     "estimate_together",
     "projections",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fedzo.errors import Problem, not_negative, positive_float32, problem, share_below_1
-from fedzo.zo.estimator.base import ESTIMATORS, EstimatorConfig, EstimatorTraits
+from fedzo.zo.estimator.base import ESTIMATORS, EstimatorConfig
 from fedzo.zo.spaces.base import DifferentiableSpace, GraphLossFn
 
 if TYPE_CHECKING:
@@ -45,10 +45,6 @@ class BackpropConfig(EstimatorConfig):
     """Added to the root of the second moment (adamw)."""
     weight_decay: float = 0.0
     """Decoupled: a local step multiplies the trained values by 1 - lr * weight_decay (adamw)."""
-
-    @property
-    def traits(self) -> EstimatorTraits:
-        return EstimatorTraits(makes="gradient")
 
     def problems(self, run: RunSettings) -> Iterator[Problem]:
         yield from share_below_1("estimator.beta1", self.beta1, "0.9 is usual.")

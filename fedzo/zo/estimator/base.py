@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -49,19 +49,20 @@ class EstimatorTraits:
     """What the rules on other parts of a run must know of an estimator.
 
     Attributes:
-        makes: What a client's local update is made of: ``scalars`` along directions that all peers know, or a
-            ``gradient``, which leads to a vector of as many numbers as are trained.
         incomparable_g: Why |g| of different steps or clients cannot be compared, as half a sentence; empty where it
             can.
     """
 
-    makes: Literal["scalars", "gradient"] = "scalars"
     incomparable_g: str = ""
 
 
 @dataclass(kw_only=True, slots=True)
 class EstimatorConfig(PluginConfig):
-    """What a client's local step goes by: scalars of the loss along directions, or its gradient."""
+    """What a client's local step goes by.
+
+    A ``ZerothOrderConfig`` makes scalars of the loss along directions that all peers know. Any other makes a gradient
+    (``GradientEstimator``), which leads to a vector of as many numbers as are trained.
+    """
 
     @property
     def traits(self) -> EstimatorTraits:
@@ -71,7 +72,7 @@ class EstimatorConfig(PluginConfig):
 
 @dataclass(kw_only=True, slots=True)
 class ZerothOrderConfig(EstimatorConfig):
-    """How a loss is turned into projected gradients."""
+    """How a loss is turned into projected gradients, the scalars that clients send."""
 
     eps: float | None = None
     """How far along a direction a loss is evaluated; null takes ``trainer.eps``, when the configuration is loaded."""

@@ -172,6 +172,22 @@ SERVER_OPTIMIZERS: Registry[ServerOptimizer] = Registry("server_optimizer", base
 """Factories ``(config, *, local_steps) -> ServerOptimizer``; ``local_steps`` is T of the run."""
 
 
+def build_server_optimizer(config: ServerOptimizerConfig, *, local_steps: int) -> ServerOptimizer:
+    """The rule of a configuration.
+
+    Raises:
+        ConfigError: The rule is not what its config's traits say, by which the rest of the run was judged.
+    """
+    rule = SERVER_OPTIMIZERS.build(config, local_steps=local_steps)
+    for trait, kind in (("walks_clients", ControlVariates), ("takes_vectors", VectorOptimizer)):
+        if getattr(config.traits, trait) != (is_one := isinstance(rule, kind)):
+            raise ConfigError(
+                f"server_optimizer: {type(config).__name__}.traits.{trait} must be {is_one}, as its rule is "
+                f"{'one' if is_one else 'none'} of {kind.__name__}, got {not is_one}. Mend the plugin."
+            )
+    return rule
+
+
 def round_direction(space: Space, record: RoundRecord, *, run_seed: int) -> Values:
     """U of a round: float32 [n], one rounded product and one rounded sum for each scalar in the log's order."""
     u = torch.zeros(space.size)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import pytest
 from fedzo.config.plugins import plugin_classes
 from fedzo.config.rules import launch_problems, missing_files
 from fedzo.config.schema import LaunchConfig
-from fedzo.config.traits import gradient_problems
 from fedzo.data.config import Loss, TaskConfig, TaskKind
 from fedzo.data.partition import PartitionConfig
 from fedzo.data.partition.by_label import DirichletConfig, DirichletEqualConfig, ExtremeConfig, ShardsConfig
@@ -245,20 +243,6 @@ def test_estimator_rules(estimator: EstimatorConfig, messages: list[str]) -> Non
     config.estimator = estimator
 
     assert [problem.text for problem in launch_problems(config)] == messages
-
-
-@dataclass(kw_only=True, slots=True)
-class BareEstimatorConfig(EstimatorConfig):
-    """Says that it makes scalars, and has none of the keys for them."""
-
-
-def test_an_estimator_that_makes_scalars_has_the_keys_of_the_zeroth_order() -> None:
-    (found,) = gradient_problems(LaunchConfig(estimator=BareEstimatorConfig()))
-
-    assert found.text == (
-        "estimator must be configured by a class of ZerothOrderConfig, since it makes scalars, got "
-        "'BareEstimatorConfig'. Mend the plugin."
-    )
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from fedzo.zo.estimator import (
     TwoPointConfig,
     estimate_together,
 )
-from fedzo.zo.frozen_routing import Frozen, Record, Replay, build_estimator
+from fedzo.zo.estimator.frozen_routing import Frozen, Record, Replay, build_estimator
 from fedzo.zo.spaces.full import FullSpace
 from fedzo.zo.spaces.masked import MaskedSpace
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 
+from fedzo.errors import ConfigError
+from fedzo.registry import Registry
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.directions import SHARED, direction, stream_key
 from fedzo.zo.log import RoundRecord, apply_record
@@ -21,7 +24,9 @@ from fedzo.zo.server_optimizer import (
     MomentumConfig,
     ServerOptimizer,
     ServerOptimizerConfig,
+    ServerOptimizerTraits,
     Sgd,
+    build_server_optimizer,
     round_direction,
 )
 from fedzo.zo.server_optimizer.adam import _power
@@ -180,3 +185,30 @@ def test_traits_tell_what_the_rule_is(name: str, config_class: type[ServerOptimi
 
     assert config.traits.keeps_moments == (rule.num_moments(3) > 0), name
     assert config.traits.walks_clients == isinstance(rule, ControlVariates), name
+
+
+@dataclass(kw_only=True, slots=True)
+class OddConfig(ServerOptimizerConfig):
+    """Traits that are not those of its rule."""
+
+    walks: bool = False
+    vectors: bool = True
+
+    @property
+    def traits(self) -> ServerOptimizerTraits:
+        return ServerOptimizerTraits(walks_clients=self.walks, takes_vectors=self.vectors)
+
+
+def test_a_rule_that_is_not_what_its_traits_say_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The traits decide what a run may combine, the methods decide what it does."""
+    odd: Registry[ServerOptimizer] = Registry("server_optimizer", base=ServerOptimizerConfig)
+    odd.register("odd", OddConfig)(lambda config, *, local_steps: Sgd())
+    monkeypatch.setattr("fedzo.zo.server_optimizer.base.SERVER_OPTIMIZERS", odd)
+
+    assert isinstance(build_server_optimizer(OddConfig(), local_steps=1), Sgd)
+    with pytest.raises(
+        ConfigError, match=r"OddConfig\.traits\.takes_vectors must be True, as its rule is one of Vector"
+    ):
+        build_server_optimizer(OddConfig(vectors=False), local_steps=1)
+    with pytest.raises(ConfigError, match=r"traits\.walks_clients must be False, as its rule is none of ControlV"):
+        build_server_optimizer(OddConfig(walks=True), local_steps=1)

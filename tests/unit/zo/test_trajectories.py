@@ -16,8 +16,15 @@ import pytest
 
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.directions import SHARED, stream_key
-from fedzo.zo.estimator import ESTIMATORS, Baseline, FzooConfig, OneSidedConfig, TwoPointConfig, ZerothOrderConfig
-from fedzo.zo.frozen_routing import build_estimator
+from fedzo.zo.estimator import (
+    ESTIMATORS,
+    Baseline,
+    FzooConfig,
+    OneSidedConfig,
+    TwoPointConfig,
+    ZerothOrderConfig,
+    build_estimator,
+)
 from fedzo.zo.log import RoundRecord, local_step
 from fedzo.zo.server_optimizer import (
     SERVER_OPTIMIZERS,
