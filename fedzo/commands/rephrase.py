@@ -17,8 +17,8 @@ from fedzo.config.plugins import plugin_name
 from fedzo.config.schema import LaunchConfig
 from fedzo.config.travel import load_site
 from fedzo.data.config import TaskConfig
-from fedzo.data.files import Row, read_rows
-from fedzo.data.preprocess.rephrase.backend import RewriterConfig
+from fedzo.data.files import MARK, Row, read_rows
+from fedzo.data.preprocess.backend import RewriterConfig
 from fedzo.data.preprocess.rephrase.checks import check
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
 from fedzo.data.preprocess.rephrase.course import JUDGE_TOKENS, Attempt, Course, counts, label_of
@@ -26,7 +26,7 @@ from fedzo.data.preprocess.rephrase.examples import columns_of, write_table
 from fedzo.data.preprocess.rephrase.gate import faults, few_pairs, keep
 from fedzo.data.preprocess.rephrase.manifest import Used, count_names
 from fedzo.data.preprocess.rephrase.rephraser import Rephraser, prompts_of
-from fedzo.data.preprocess.rephrase.results import MARK, apply_outcomes, row_digest
+from fedzo.data.preprocess.rephrase.results import apply_outcomes, row_digest
 from fedzo.data.preprocess.rephrase.words import is_utf8
 from fedzo.errors import ConfigError, FedzoError, printable
 from fedzo.records.folder import replace_file

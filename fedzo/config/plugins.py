@@ -9,7 +9,7 @@ from typing import Any
 from fedzo.data.config import DataConfig, TaskConfig
 from fedzo.data.partition import PARTITIONERS
 from fedzo.data.preprocess import STAGES
-from fedzo.data.preprocess.rephrase.backend import REWRITERS
+from fedzo.data.preprocess.backend import REWRITERS
 from fedzo.errors import ConfigError
 from fedzo.evaluate import EVALUATORS
 from fedzo.fl.config import StrategyConfig

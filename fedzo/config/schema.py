@@ -13,7 +13,7 @@ from fedzo.data.config import DataConfig, SplitConfig, TaskConfig
 from fedzo.data.partition import PartitionConfig
 from fedzo.data.partition.by_label import DirichletEqualConfig
 from fedzo.data.preprocess import StageConfig
-from fedzo.data.preprocess.rephrase.backend import NoRewriterConfig, RewriterConfig
+from fedzo.data.preprocess.backend import NoRewriterConfig, RewriterConfig
 from fedzo.evaluate import AnswersConfig, EvaluatorConfig
 from fedzo.fl.config import EvaluationConfig, FaultsConfig, FlConfig, SiteLimitsConfig, StrategyConfig
 from fedzo.fl.server.step_policy.baselines import NoStepPolicyConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from fedzo.errors import ConfigError
 Row = dict[str, Any]
 Located = tuple[str, Row]
 """Where a row stands (``path:line``, or ``path, row n`` where there are no lines), and the row."""
+MARK = "fedzo_status"
+"""Column that marks the rows of a whole file of rewritten text (``fedzo rephrase --out``)."""
 MOST_CELL_CHARS = 1 << 24
 """Longest cell of a csv or tsv; a quote that nobody closes would swallow the rest of any file."""
 
@@ -248,3 +250,12 @@ def read_running_text(path: Path) -> list[str]:
         ConfigError: As ``read_texts``.
     """
     return [text_of(path, _bytes_of(path))] if path.suffix == ".txt" else read_texts(path)
+
+
+def refuse_marked(rows: Iterable[Row], *, what: str) -> None:
+    """Raise ``ConfigError`` where rows that are to be scored may hold rewritten text."""
+    if any(MARK in row for row in rows):
+        raise ConfigError(
+            f"{what} must hold original text, got rows with the column {MARK!r}: they come from fedzo rephrase --out. "
+            "Give dev and test files of their own, or train on the original file with preprocess=[oat_rephrase]."
+        )

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Protocol
 
 from fedzo.data.config import DataConfig, SplitConfig, TaskConfig, TaskKind
-from fedzo.data.files import Row
+from fedzo.data.files import Row, refuse_marked
 from fedzo.data.partition import PartitionConfig, holdout, partition
 from fedzo.data.preprocess import OnProgress, Stage, preprocess
-from fedzo.data.preprocess.rephrase.results import refuse_marked
 from fedzo.data.sources import Splits, load_own, load_splits
 from fedzo.data.tasks import label_index, render
 from fedzo.zo.directions import PURPOSE_DATA, permutation, stream_key

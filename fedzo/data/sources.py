@@ -13,8 +13,7 @@ from pathlib import Path
 
 from fedzo.data.config import DataConfig, SplitConfig, TaskConfig
 from fedzo.data.embedded import rotten_tomatoes
-from fedzo.data.files import SUFFIXES, Located, Row, read_located, read_rows
-from fedzo.data.preprocess.rephrase.results import refuse_marked
+from fedzo.data.files import SUFFIXES, Located, Row, read_located, read_rows, refuse_marked
 from fedzo.data.tasks import has_answer, render
 from fedzo.errors import ConfigError
 from fedzo.zo.directions import PURPOSE_SPLIT, permutation, stream_key

@@ -10,7 +10,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import LogitsProcessor
 
-from fedzo.data.preprocess.rephrase.backend import Completion, EndpointError, Request, RowFault, RowReason
+from fedzo.data.preprocess.backend import Completion, EndpointError, Request, RowFault, RowReason
 from fedzo.errors import ConfigError, printable
 from fedzo.models.checks import num_positions
 from fedzo.models.config import ModelConfig, TransformersConfig

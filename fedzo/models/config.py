@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from fedzo.data.preprocess.rephrase.backend import REWRITERS, Backend, RewriterConfig, refuse_broken
+from fedzo.data.preprocess.backend import REWRITERS, Backend, RewriterConfig, refuse_broken
 from fedzo.errors import Problem, at_least, problem
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from fedzo.data.preprocess import STAGES, OnProgress, StageConfig, StageContext
-from fedzo.data.preprocess.rephrase.backend import NoRewriterConfig, RewriterConfig
+from fedzo.data.preprocess.backend import NoRewriterConfig, RewriterConfig
 from fedzo.errors import Problem, problem
 
 if TYPE_CHECKING:

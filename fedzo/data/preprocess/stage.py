@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol, Self
 
 from fedzo.data.config import TaskConfig
 from fedzo.data.files import Row
-from fedzo.data.preprocess.rephrase.backend import RewriterConfig
+from fedzo.data.preprocess.backend import RewriterConfig
 from fedzo.errors import ConfigError, Problem, printable
 from fedzo.registry import PluginConfig, Registry
 

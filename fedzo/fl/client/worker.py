@@ -15,7 +15,7 @@ from fedzo.data.config import TaskConfig
 from fedzo.data.encode import Example
 from fedzo.data.kept_digests import RowsChangedError
 from fedzo.data.preprocess import Progress
-from fedzo.data.preprocess.rephrase.backend import EndpointError
+from fedzo.data.preprocess.backend import EndpointError
 from fedzo.data.tasks import num_labels
 from fedzo.errors import FedzoError, ProtocolError
 from fedzo.evaluate import Evaluator, evaluate

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedzo.data.preprocess.rephrase.backend import (
+from fedzo.data.preprocess.backend import (
     REWRITERS,
     Completion,
     EndpointError,

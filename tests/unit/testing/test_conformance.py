@@ -17,7 +17,7 @@ from torch import nn
 from fedzo.data.config import Loss, TaskConfig, TaskKind
 from fedzo.data.encode import Example
 from fedzo.data.preprocess import STAGES, Stage, StageContext
-from fedzo.data.preprocess.rephrase.backend import REWRITERS, Completion, Request, RewriterConfig, RowFault
+from fedzo.data.preprocess.backend import REWRITERS, Completion, Request, RewriterConfig, RowFault
 from fedzo.evaluate import EVALUATORS
 from fedzo.models.blocks import parameters_from
 from fedzo.testing import (

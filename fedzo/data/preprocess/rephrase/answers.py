@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC
 from typing import Annotated, Any
 
-from fedzo.data.preprocess.rephrase.backend import Completion, RowFault, RowReason
+from fedzo.data.preprocess.backend import Completion, RowFault, RowReason
 from fedzo.errors import quoted
 from fedzo.records.decode import decode, parse_json
 from fedzo.records.fields import Length, Within

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fedzo.data.preprocess.rephrase.backend import (
+from fedzo.data.preprocess.backend import (
     Backend,
     BusyError,
     Completion,

@@ -9,20 +9,20 @@ from typing import Any
 
 import httpx
 
-from fedzo.data.preprocess.rephrase.answers import (
-    MOST_ANSWER_BYTES,
-    MalformedError,
-    error_words,
-    read_answer,
-    retry_after,
-)
-from fedzo.data.preprocess.rephrase.backend import (
+from fedzo.data.preprocess.backend import (
     BusyError,
     Completion,
     EndpointError,
     Request,
     RowFault,
     RowReason,
+)
+from fedzo.data.preprocess.rephrase.answers import (
+    MOST_ANSWER_BYTES,
+    MalformedError,
+    error_words,
+    read_answer,
+    retry_after,
 )
 from fedzo.data.preprocess.rephrase.openai_compatible import OpenAICompatibleConfig
 from fedzo.errors import printable

@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Self
 
 from fedzo.data.config import TaskConfig
-from fedzo.data.preprocess.rephrase.backend import NoRewriterConfig, RewriterConfig
+from fedzo.data.preprocess.backend import NoRewriterConfig, RewriterConfig
 from fedzo.data.preprocess.stage import StageConfig
 from fedzo.errors import ConfigError, Problem, at_least, problem
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from fedzo.data.config import TaskConfig, TaskKind
 from fedzo.data.files import Row
-from fedzo.data.preprocess.rephrase.backend import Backend, Completion, EndpointError, Request, RowFault, RowReason
+from fedzo.data.preprocess.backend import Backend, Completion, EndpointError, Request, RowFault, RowReason
 from fedzo.data.preprocess.rephrase.caller import Caller
 from fedzo.data.preprocess.rephrase.checks import Checked, check
 from fedzo.data.preprocess.rephrase.config import Check, OatRephraseConfig

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from fedzo.data.files import Row
-from fedzo.data.preprocess.rephrase.backend import Completion, EndpointError, Request, RowFault
+from fedzo.data.preprocess.backend import Completion, EndpointError, Request, RowFault
 from fedzo.data.preprocess.rephrase.caller import Caller
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
 from fedzo.data.preprocess.rephrase.judge import Verdict, verdict_of

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedzo.data.preprocess.rephrase.backend import Completion, RowFault
+from fedzo.data.preprocess.backend import Completion, RowFault
 from fedzo.data.preprocess.rephrase.prompts import DIFFERENT, SAME
 
 _LITERAL = {SAME: SAME, "not the same": DIFFERENT}

@@ -12,7 +12,7 @@ from pathlib import Path
 import fedzo
 from fedzo.data.config import TaskConfig
 from fedzo.data.files import Row
-from fedzo.data.preprocess.rephrase.backend import RewriterConfig
+from fedzo.data.preprocess.backend import RewriterConfig
 from fedzo.data.preprocess.rephrase.caller import Totals
 from fedzo.data.preprocess.rephrase.checks import lost_names
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig

@@ -11,7 +11,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from fedzo.data.preprocess.rephrase.backend import REWRITERS, Backend, RewriterConfig, refuse_broken
+from fedzo.data.preprocess.backend import REWRITERS, Backend, RewriterConfig, refuse_broken
 from fedzo.errors import ConfigError, Problem, at_least, positive, problem
 
 if TYPE_CHECKING:

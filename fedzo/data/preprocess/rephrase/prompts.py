@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from fedzo.data.files import Row
-from fedzo.data.preprocess.rephrase.backend import Message
+from fedzo.data.preprocess.backend import Message
 from fedzo.data.preprocess.rephrase.config import Style
 from fedzo.data.preprocess.rephrase.tasks import RephraseTask
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fedzo.data.config import TaskConfig
 from fedzo.data.files import Row
-from fedzo.data.preprocess.rephrase.backend import REWRITERS, Backend, RewriterConfig
+from fedzo.data.preprocess.backend import REWRITERS, Backend, RewriterConfig
 from fedzo.data.preprocess.rephrase.caller import Caller, Totals
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
 from fedzo.data.preprocess.rephrase.course import Attempt, Course, is_failed

@@ -20,8 +20,6 @@ from fedzo.records.folder import folder_of_one_process, replace_file
 from fedzo.records.rephrase import RowOutcome
 
 _FOLDER = "results"
-MARK = "fedzo_status"
-"""Column that marks the rows of a whole file of rewritten text."""
 
 
 def row_digest(row: Row) -> str:
@@ -116,12 +114,3 @@ class Results:
 def apply_outcomes(rows: Iterable[Row], outcomes: Iterable[RowOutcome]) -> list[Row]:
     """The rows with the text of their outcomes; all other columns, and the order, stay."""
     return [{**row, each.column: each.text} for row, each in zip(rows, outcomes, strict=True)]
-
-
-def refuse_marked(rows: Iterable[Row], *, what: str) -> None:
-    """Raise ``ConfigError`` where rows that are to be scored may hold rewritten text."""
-    if any(MARK in row for row in rows):
-        raise ConfigError(
-            f"{what} must hold original text, got rows with the column {MARK!r}: they come from fedzo rephrase --out. "
-            "Give dev and test files of their own, or train on the original file with preprocess=[oat_rephrase]."
-        )

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
+from fedzo.data.preprocess.backend import Completion, Request
 from fedzo.data.preprocess.rephrase.answers import AnswerText, ModelName, TokenCount
-from fedzo.data.preprocess.rephrase.backend import Completion, Request
 from fedzo.errors import FolderInUseError, RunFolderError
 from fedzo.records.decode import decode_json, to_json
 from fedzo.records.fields import Hash, Within

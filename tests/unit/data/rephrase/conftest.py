@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fedzo.data.preprocess.rephrase.backend import Completion, Message, Request, RowFault
+from fedzo.data.preprocess.backend import Completion, Message, Request, RowFault
 from fedzo.data.preprocess.rephrase.chat_completions import ChatCompletions
 from fedzo.data.preprocess.rephrase.openai_compatible import OpenAICompatibleConfig
 

@@ -8,8 +8,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedzo.data.preprocess.backend import Completion
 from fedzo.data.preprocess.rephrase.answers import MOST_TEXT, MalformedError, error_words, read_answer, retry_after
-from fedzo.data.preprocess.rephrase.backend import Completion
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

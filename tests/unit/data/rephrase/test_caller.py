@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from fedzo.data.preprocess.backend import EndpointError, RewriterConfig, RowFault
 from fedzo.data.preprocess.rephrase import caller as caller_module
-from fedzo.data.preprocess.rephrase.backend import EndpointError, RewriterConfig, RowFault
 from fedzo.data.preprocess.rephrase.caller import Caller
 from fedzo.data.preprocess.rephrase.store import FILE, Store
 from fedzo.errors import FolderInUseError
@@ -25,7 +25,7 @@ Make = Callable[..., Any]
 CHILD = """
 import signal, sys
 from pathlib import Path
-from fedzo.data.preprocess.rephrase.backend import Message, Request
+from fedzo.data.preprocess.backend import Message, Request
 from fedzo.data.preprocess.rephrase.caller import Caller
 from fedzo.data.preprocess.rephrase.chat_completions import ChatCompletions
 from fedzo.data.preprocess.rephrase.openai_compatible import OpenAICompatibleConfig

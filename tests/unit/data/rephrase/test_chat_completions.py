@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fedzo.data.preprocess.rephrase.backend import REWRITERS, BusyError, Completion, EndpointError, RowFault
+from fedzo.data.preprocess.backend import REWRITERS, BusyError, Completion, EndpointError, RowFault
 from fedzo.data.preprocess.rephrase.openai_compatible import OpenAICompatibleConfig
 from fedzo.errors import ConfigError
 

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from fedzo.config.load import load
 from fedzo.data.config import TaskConfig
-from fedzo.data.preprocess.rephrase import course as course_module
-from fedzo.data.preprocess.rephrase.backend import (
+from fedzo.data.preprocess.backend import (
     REWRITERS,
     Completion,
     EndpointError,
@@ -26,6 +25,7 @@ from fedzo.data.preprocess.rephrase.backend import (
     RowFault,
     RowReason,
 )
+from fedzo.data.preprocess.rephrase import course as course_module
 from fedzo.data.preprocess.rephrase.caller import Caller
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
 from fedzo.data.preprocess.rephrase.course import Course, counts

@@ -9,7 +9,7 @@ import pytest
 
 from fedzo.config.load import load
 from fedzo.data.embedded import rotten_tomatoes
-from fedzo.data.preprocess.rephrase.backend import EndpointError
+from fedzo.data.preprocess.backend import EndpointError
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
 from fedzo.data.preprocess.rephrase.gate import faults, keep
 from fedzo.data.preprocess.rephrase.rephraser import Rephraser

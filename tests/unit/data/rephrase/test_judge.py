@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from fedzo.data.preprocess.rephrase.backend import Completion, EndpointError
+from fedzo.data.preprocess.backend import Completion, EndpointError
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
 from fedzo.data.preprocess.rephrase.course import why_not
 from fedzo.data.preprocess.rephrase.gate import check_gate, faults, few_pairs, find, keep, summarise

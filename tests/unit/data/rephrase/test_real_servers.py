@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fedzo.data.preprocess.rephrase.backend import Completion, RewriterConfig, RowFault
+from fedzo.data.preprocess.backend import Completion, RewriterConfig, RowFault
 from fedzo.data.preprocess.rephrase.caller import Caller
 from fedzo.data.preprocess.rephrase.store import Store
 

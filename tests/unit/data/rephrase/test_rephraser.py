@@ -18,9 +18,7 @@ from hypothesis import strategies as st
 from fedzo.config.load import load
 from fedzo.data.config import TaskConfig
 from fedzo.data.files import Row
-from fedzo.data.preprocess.rephrase import caller as caller_module
-from fedzo.data.preprocess.rephrase import course as course_module
-from fedzo.data.preprocess.rephrase.backend import (
+from fedzo.data.preprocess.backend import (
     REWRITERS,
     EndpointError,
     Request,
@@ -28,6 +26,8 @@ from fedzo.data.preprocess.rephrase.backend import (
     RowFault,
     RowReason,
 )
+from fedzo.data.preprocess.rephrase import caller as caller_module
+from fedzo.data.preprocess.rephrase import course as course_module
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
 from fedzo.data.preprocess.rephrase.course import counts
 from fedzo.data.preprocess.rephrase.gate import keep

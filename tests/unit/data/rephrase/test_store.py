@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedzo.data.preprocess.rephrase.backend import Completion, Message
+from fedzo.data.preprocess.backend import Completion, Message
 from fedzo.data.preprocess.rephrase.store import FILE, Store, request_key
 from fedzo.errors import RunFolderError
 
