@@ -134,6 +134,13 @@ def _explain(override: Override, error: Exception, kept: Sequence[str]) -> str:
     if inner and not isinstance(value, dict):
         return f"{text}: {key} holds settings and has no value of its own. Set one of {', '.join(inner)}."
     why = reason(error)
+    if options and (stray := re.search(r"Key '([^']*)' not in '", why)):
+        own = {name.removeprefix(f"{key}.") for name in _keys(compose_run(kept)) if name.startswith(f"{key}.")}
+        near = difflib.get_close_matches(stray[1], own, n=1)
+        return (
+            f"{text}: the file {key}/{value}.yaml must hold keys of its schema only, got {stray[1]!r}."
+            f"{f' Did you mean {near[0]}?' if near else ''}"
+        )
     remedy = f" Write {key}=[{text.partition('=')[2]}]." if "is not a ListConfig" in why else ""
     return f"{text}: {why}{remedy}"
 

@@ -106,7 +106,8 @@ def draw_abs_g(run: RunData) -> Picture | None:
     axes.set_ylabel("|g|, loss per unit step")
     if norm:
         colour_scale(figure, [axes], norm)
-    caption = f"Size of each client's measured slope, the mean of its local steps in {last(window, 'round')}. "
+    caption = "g is the scalar of a step: the slope of the client's loss along the step's direction. "
+    caption += f"Size of each client's g, the mean of its local steps in {last(window, 'round')}. "
     caption += "A client far above the others moves the mean most. A client with fewer steps has a noisier mean."
     if flagged & {*lines}:
         caption += " Flagged clients are dark."

@@ -113,9 +113,13 @@ def _shade(axes: Axes, windows: Mapping[str, tuple[int, int]]) -> None:
 
 
 def _caption(run: RunData, *, drawn: int, total: int, unit: float) -> str:
-    parts = ["Every local step that a client took, most one-sided labels first; all panels share their axes."]
+    parts = [
+        "Every local step that a client took, most one-sided labels first; all panels share their axes.",
+        "g is the scalar of a step: the slope of the client's loss along the step's direction.",
+    ]
     if unit:
         parts.append(
+            "GradIP is the inner product of a step's estimated gradient and the gradient by which the mask was chosen. "
             "With one probe a step GradIP is g times a number that depends on the seed alone: the same course with "
             "more noise, its highest spikes cut."
         )
