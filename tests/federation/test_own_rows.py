@@ -198,7 +198,7 @@ def test_a_run_goes_on_with_the_rows_that_it_began_with_or_not_at_all(
     )
     assert len(lines(folder, "public.jsonl")) == 1
     file.write_text(before)
-    resume_run(folder)
+    resume_run(folder, rounds=3)
     chains = [[line["chain"] for line in lines(each, "public.jsonl")] for each in (unbroken, folder)]
     assert chains[0] == chains[1]
 

@@ -88,4 +88,4 @@ print("never")
     assert done.returncode == 70
     assert "refusal 34, a step took longer than its site allows. Its own log says why" in done.stdout
     assert "0.2" not in done.stdout  # which is the site's own business
-    assert "a message took longer than 0.2 s" in done.stderr
+    assert "a request took longer than 0.2 s (step_limit_s of" in done.stderr
