@@ -30,8 +30,9 @@ from fedzo.models.config import ModelConfig
 from fedzo.models.load import load_model
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.scoring import candidate_scores, choice_losses, graph_loss, mean_loss
+from fedzo.records.folder import SITE_FILE
 from fedzo.run.process import forget_process
-from fedzo.run.start import SITE_FILE, open_run
+from fedzo.run.start import open_run
 from fedzo.system import use_threads
 
 STEPS = {"copa": 170, "cb": 110}

@@ -27,6 +27,7 @@ from fedzo.config.overrides import rewrite_model, with_config_dir
 from fedzo.config.plugins import conf_dir
 from fedzo.config.sweep import plan_sweep
 from fedzo.errors import ConfigError, FedzoError, FolderInUseError, RunFolderError
+from fedzo.records.folder import LOG, REPORT
 from fedzo.system import quiet_libraries
 
 log = logging.getLogger(__name__)
@@ -88,8 +89,8 @@ def job(composed: DictConfig) -> float:
 def show_result(folder: Path) -> None:
     """Say where a finished run is."""
     print(f"run folder: {folder}")
-    if (folder / "report.html").exists():
-        print(f"report:     {folder / 'report.html'}")
+    if (folder / REPORT).exists():
+        print(f"report:     {folder / REPORT}")
 
 
 def log_to(folder: Path) -> None:
@@ -101,7 +102,7 @@ def log_to(folder: Path) -> None:
     console = logging.StreamHandler(sys.stderr)
     console.setLevel(logging.WARNING)
     file = logging.FileHandler(
-        folder / "fedzo.log",
+        folder / LOG,
         encoding="utf-8",
         errors="backslashreplace",
         delay=True,  # no file without a line

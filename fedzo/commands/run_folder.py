@@ -13,17 +13,15 @@ from fedzo.config.schema import LaunchConfig, RunConfig, first_evaluator
 from fedzo.config.travel import from_json
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.fl.log_files import RESTORE
-from fedzo.fl.log_store import CONFIG, RunLog, best_round, has_begun
+from fedzo.fl.log_store import RunLog, best_round, has_begun
 from fedzo.fl.replica import Replica
-from fedzo.records.folder import read_file
+from fedzo.records.folder import CONFIG, RUN_FILE, read_file
 from fedzo.records.log import CommittedLine
 from fedzo.run.peer import Peer
 from fedzo.run.process import Process, open_process
-from fedzo.run.start import RUN_FILE, check_artifact, check_base
+from fedzo.run.start import check_artifact, check_base
 from fedzo.trainers import Workplace
 from fedzo.trainers.artifacts import ARTIFACTS, Artifact, ArtifactStore
-
-ENVIRONMENT = "environment.json"
 
 
 def read_launch(run_dir: Path) -> LaunchConfig:

@@ -9,9 +9,9 @@ from pathlib import Path
 import httpx
 
 from fedzo.errors import ConfigError, ProtocolError, RunFolderError
-from fedzo.fl.log_store import CONFIG, PRESENCE, PUBLIC, STOP, RunLog
+from fedzo.fl.log_store import RunLog
 from fedzo.records.decode import decode_json, parse_json
-from fedzo.records.folder import is_locked, read_file, replace_file
+from fedzo.records.folder import CONFIG, PRESENCE, PUBLIC, STOP, is_locked, read_file, replace_file
 from fedzo.records.metrics import Round
 from fedzo.records.presence import Presence
 from fedzo.report.format import seconds_text

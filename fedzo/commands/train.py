@@ -13,26 +13,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedzo.commands.run_folder import ENVIRONMENT, read_launch, read_run
+from fedzo.commands.run_folder import read_launch, read_run
 from fedzo.config.rules import launch_problems
 from fedzo.config.schema import LaunchConfig, first_evaluator, with_rounds
 from fedzo.config.travel import config_hash, is_same_run, to_json, to_yaml
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.fl.config import BestBy
-from fedzo.fl.log_store import CONFIG, STOP, RunLog, RunStore, best_dev_score, has_begun
-from fedzo.records.folder import read_file
+from fedzo.fl.log_store import RunLog, RunStore, best_dev_score, has_begun
+from fedzo.records.folder import (
+    CLIENTS_LOG,
+    CONFIG,
+    CONFIG_YAML,
+    ENVIRONMENT,
+    OVERRIDES,
+    RUN_FILE,
+    SITE_FILE,
+    STOP,
+    read_file,
+)
 from fedzo.records.metrics import Extension, Summary
-from fedzo.report.run_data import OVERRIDES, read_overrides
+from fedzo.report.run_data import read_overrides
 from fedzo.report.trackers import missing_libraries
 from fedzo.run.apps import CONFIG_KEY, RUN_DIR_KEY
 from fedzo.run.process import STAGE_FOLDER, Process, forget_process, keep_process
-from fedzo.run.start import CLIENTS_LOG, RUN_FILE, SITE_FILE, open_run, write_whole
+from fedzo.run.start import open_run, write_whole
 from fedzo.runtime.config import RUNTIMES
 from fedzo.system import SITE_ENV, SITE_LOG_ENV, command, environment
 from fedzo.zo.server_optimizer import Schedule
 
 log = logging.getLogger(__name__)
-CONFIG_YAML = "config.yaml"
 MOST_TOLD = 8  # of these at the end of a run
 
 

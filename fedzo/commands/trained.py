@@ -13,7 +13,7 @@ from fedzo.data.encode import encode_prompts
 from fedzo.data.kept_digests import KEPT_ROWS, KeptDigests
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.evaluate import evaluate
-from fedzo.fl.log_store import METRICS, RunLog
+from fedzo.fl.log_store import RunLog
 from fedzo.models.checks import check_ids
 from fedzo.models.generate import generate
 from fedzo.models.loaded import LoadedModel
@@ -22,6 +22,7 @@ from fedzo.models.sketched.folder import write_sketch
 from fedzo.models.sketched.layers import make_dense
 from fedzo.models.sketched.table_file import write_tables
 from fedzo.records.decode import encode
+from fedzo.records.folder import METRICS
 from fedzo.records.metrics import Extension
 from fedzo.sketch import tables_of
 

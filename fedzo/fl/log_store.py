@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from fedzo.errors import RunFolderError
 from fedzo.fl.config import BestBy
 from fedzo.fl.log_files import RESTORE, VECTORS, Explained, Lines, decoded, read_vector, whole_lines, write_vector
-from fedzo.records.folder import read_file, refuse_link
+from fedzo.records.folder import AUDIT, METRICS, PUBLIC, read_file, refuse_link
 from fedzo.records.log import CommittedLine, Proof, PublicLine, RoundAudit, decode_audit, decode_public
 from fedzo.records.metrics import CentralScore, Extension, MetricRecord, Round, Setup, Summary, decode_metric
 from fedzo.zo.log import LogRecord, RoundRecord, VectorRecord
@@ -30,13 +30,6 @@ from fedzo.zo.log import LogRecord, RoundRecord, VectorRecord
 _UNCOMMITTED = "a round that was not committed"
 L = TypeVar("L")
 M = TypeVar("M")
-PUBLIC, AUDIT, METRICS = "public.jsonl", "audit.jsonl", "metrics.jsonl"
-CONFIG = "config.json"
-"""The settings of the run, and how it was launched on this machine."""
-PRESENCE = "clients.json"
-"""Who takes part at the moment, for ``fedzo status``."""
-STOP = "stop"
-"""An empty file that asks whoever runs the run to end it between two rounds."""
 
 
 def has_begun(folder: Path) -> bool:
@@ -81,7 +74,7 @@ class RunLog:
         """Metric records so far; what a round says of each client is in the file alone, since it fills the memory."""
         if METRICS not in self._told:
             told = self._read(METRICS, decode_metric)
-            self._told[METRICS] = [_light(line) for line in told if _belongs(line, len(self.records))]
+            self._told[METRICS] = [_light(line) for line in told if belongs(line, len(self.records))]
         return self._told[METRICS]
 
     def told(self, kind: type[M]) -> list[M]:
@@ -148,7 +141,7 @@ class RunStore(RunLog):
             for left in (folder / VECTORS).glob(".*.part"):
                 left.unlink()
             self._audit.keep(lambda line: line.round < done, dropped=_UNCOMMITTED)
-            self._metrics.keep(lambda line: _belongs(line, done), dropped=_UNCOMMITTED)
+            self._metrics.keep(lambda line: belongs(line, done), dropped=_UNCOMMITTED)
             self._metrics.lines = [_light(line) for line in self._metrics.lines]
             self._files = opened.pop_all()
 
@@ -230,8 +223,8 @@ def best_dev_score(store: RunLog, *, by: BestBy, evaluator: str | None) -> Centr
     return max(scores, key=rank, default=None)
 
 
-def _belongs(record: MetricRecord, done: int) -> bool:
-    """Whether a metric record is about the committed part of the run."""
+def belongs(record: MetricRecord, done: int) -> bool:
+    """Whether a metric record is about the committed part of the run, its first ``done`` rounds."""
     match record:
         case Round():
             return record.round < done

@@ -1,4 +1,4 @@
-"""Files of a run folder: none is read or written through a link, and a file is replaced whole or not at all.
+"""Files of a run folder: their names; none is read or written through a link; and a file is replaced whole or not at all.
 
 A run folder may come from somebody else. What lies in it must not lead a command to files elsewhere.
 """
@@ -15,6 +15,18 @@ from pathlib import Path
 
 from fedzo.errors import FolderInUseError, RunFolderError
 
+PUBLIC, AUDIT, METRICS = "public.jsonl", "audit.jsonl", "metrics.jsonl"
+"""The logs of a run."""
+CONFIG, CONFIG_YAML, OVERRIDES, ENVIRONMENT = "config.json", "config.yaml", "overrides.yaml", "environment.json"
+"""How the run was launched on this machine: read by fedzo, for people, the words of the command line, the versions."""
+RUN_FILE, SITE_FILE = "run.json", "site.json"
+"""What all peers of the run agree on, and what is this machine's own."""
+PRESENCE = "clients.json"
+"""Who takes part at the moment, for ``fedzo status``."""
+STOP = "stop"
+"""An empty file that asks whoever runs the run to end it between two rounds."""
+REPORT, LOG, CLIENTS_LOG = "report.html", "fedzo.log", "logs/clients.log"
+"""The page, warnings of the run, and failures of clients in processes of their own on the server's machine."""
 _LOOK_S = 0.05
 
 

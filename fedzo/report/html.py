@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fedzo.records.folder import replace_file
+from fedzo.records.folder import REPORT, replace_file
 from fedzo.records.metrics import Round
 from fedzo.report.figures import draw_figures
 from fedzo.report.format import (
@@ -55,7 +55,7 @@ def write_report(run_dir: Path, *, out_dir: Path | None = None) -> Path:
             ("Environment", json.dumps(run.environment, indent=2)),
         ],
     )
-    return write_page((out_dir or run_dir) / "report.html", text)
+    return write_page((out_dir or run_dir) / REPORT, text)
 
 
 def render_page(

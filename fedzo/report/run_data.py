@@ -11,8 +11,10 @@ from typing import Any
 import yaml
 
 from fedzo.errors import RunFolderError
+from fedzo.fl.log_files import whole_lines
+from fedzo.fl.log_store import belongs
 from fedzo.records.decode import parse_json
-from fedzo.records.folder import read_file
+from fedzo.records.folder import CONFIG_YAML, ENVIRONMENT, METRICS, OVERRIDES, PUBLIC, read_file
 from fedzo.records.metrics import (
     METRIC_KINDS,
     CentralScore,
@@ -26,7 +28,6 @@ from fedzo.records.metrics import (
     decode_metric,
 )
 
-METRICS_FILE, OVERRIDES = "metrics.jsonl", "overrides.yaml"
 _REMEDY = "It was edited, or another version of fedzo wrote it. Restore it, or delete the line to report without it."
 
 
@@ -118,14 +119,17 @@ class RunData:
 def load_run(run_dir: Path) -> RunData:
     """Read ``metrics.jsonl``, ``config.yaml`` and ``environment.json``; a torn last line is dropped and noted.
 
-    A resumed run may hold a round twice: the later record counts.
+    What a killed run measured in a round that was never committed is left out, as ``fedzo resume`` drops it.
 
     Raises:
         RunFolderError: the folder is no run folder or a file in it is damaged.
     """
-    records, notes = _read_metrics(run_dir / METRICS_FILE)
-    config_text, config, config_notes = _read_mapping(run_dir / "config.yaml", yaml.safe_load)
-    _, environment, environment_notes = _read_mapping(run_dir / "environment.json", json.loads)
+    records, notes = _read_metrics(run_dir / METRICS)
+    if (run_dir / PUBLIC).exists():
+        done = len(whole_lines(read_file(run_dir, PUBLIC)))
+        records = [record for record in records if belongs(record, done)]
+    config_text, config, config_notes = _read_mapping(run_dir / CONFIG_YAML, yaml.safe_load)
+    _, environment, environment_notes = _read_mapping(run_dir / ENVIRONMENT, json.loads)
     rounds = {record.round: record for record in records if isinstance(record, Round)}
     setups = [record for record in records if isinstance(record, Setup)]
     step_policies = [record for record in records if isinstance(record, StepDecision)]
@@ -195,7 +199,7 @@ def _read_metrics(path: Path) -> tuple[list[MetricRecord], list[str]]:
         if isinstance(error, RunFolderError):
             raise
         raise RunFolderError(
-            f"{path}: a run folder must hold a readable {METRICS_FILE}, got {error.strerror or error}. "
+            f"{path}: a run folder must hold a readable {METRICS}, got {error.strerror or error}. "
             "Give the folder that fedzo train printed."
         ) from error
     records: list[MetricRecord] = []
@@ -210,7 +214,7 @@ def _read_metrics(path: Path) -> tuple[list[MetricRecord], list[str]]:
             if number < len(lines):
                 raise
             # no newline after it: the writer was stopped inside this line
-            notes.append(f"The last line of {METRICS_FILE} is torn (the run was stopped in it) and left out.")
+            notes.append(f"The last line of {METRICS} is torn (the run was stopped in it) and left out.")
             break
         if isinstance(value, dict) and isinstance(value.get("kind"), str) and value["kind"] not in METRIC_KINDS:
             continue  # of a later version

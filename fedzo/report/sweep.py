@@ -11,11 +11,11 @@ from pathlib import Path
 from matplotlib.ticker import PercentFormatter
 
 from fedzo.errors import RunFolderError
-from fedzo.records.folder import replace_file
+from fedzo.records.folder import OVERRIDES, REPORT, replace_file
 from fedzo.records.metrics import CentralScore, Summary
 from fedzo.report.format import bytes_text, score_text, seconds_text
 from fedzo.report.html import render_page, write_page
-from fedzo.report.run_data import OVERRIDES, RunData, load_run, read_overrides
+from fedzo.report.run_data import RunData, load_run, read_overrides
 from fedzo.report.style import (
     BLUE,
     MUTED,
@@ -109,7 +109,7 @@ def _write(jobs: list[Job], folder: Path, *, title: str, subtitle: str) -> Path:
         pictures=pictures,
         details=[],
     )
-    return write_page(folder / "report.html", page)
+    return write_page(folder / REPORT, page)
 
 
 def unfinished_jobs(sweep_dir: Path) -> list[str]:

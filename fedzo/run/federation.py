@@ -19,14 +19,14 @@ from fedzo.config.travel import to_json
 from fedzo.data.tasks import num_labels
 from fedzo.errors import ConfigError
 from fedzo.fl.config import StrategyConfig
-from fedzo.fl.log_store import PRESENCE, STOP, RunStore, best_round
+from fedzo.fl.log_store import RunStore, best_round
 from fedzo.fl.server.client_registry import ClientRegistry
 from fedzo.fl.server.rounds import Server, Sink
 from fedzo.fl.server.updates import ScalarUpdates, Updates
 from fedzo.fl.server.vectors import VectorUpdates
 from fedzo.models.memory import gradient_bytes
 from fedzo.records import decode as records
-from fedzo.records.folder import replace_file
+from fedzo.records.folder import PRESENCE, REPORT, STOP, replace_file
 from fedzo.records.metrics import (
     ClientSetup,
     Estimate,
@@ -79,7 +79,7 @@ def run_federation(grid: Any, run_json: str, run_dir: Path) -> None:
         raise ConfigError("run: its launcher must have opened its logs, but nothing is open. Use `fedzo train`.")
     with ExitStack() as stack:
         Federation(grid, context, store, stack).run()
-    if context.report.html or (run_dir / "report.html").exists():  # `fedzo report` has made one, which would be stale
+    if context.report.html or (run_dir / REPORT).exists():  # `fedzo report` has made one, which would be stale
         from fedzo.report.html import write_report
 
         write_report(run_dir)

@@ -16,16 +16,12 @@ from fedzo.data.rows import RowSource, SimulatedRows
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.models.config import BaseConfig
 from fedzo.models.loaded import LoadedModel
-from fedzo.records.folder import read_file, replace_file
+from fedzo.records.folder import RUN_FILE, read_file, replace_file
 from fedzo.report.sinks import ProgressSink
 from fedzo.run.peer import Peer, check_format, open_model
 from fedzo.run.process import Process, row_source
 from fedzo.trainers import TRAINERS, Prepared, Workplace
 from fedzo.trainers.artifacts import ARTIFACTS, Artifact
-
-RUN_FILE, SITE_FILE = "run.json", "site.json"
-CLIENTS_LOG = "logs/clients.log"
-"""Where clients in processes of their own, on the server's machine, write their failures."""
 
 
 def open_run(launch: LaunchConfig, run_dir: Path) -> Process:

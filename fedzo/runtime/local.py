@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedzo.run.start import CLIENTS_LOG, SITE_FILE
+from fedzo.records.folder import CLIENTS_LOG, SITE_FILE
 from fedzo.runtime.config import LocalConfig
 from fedzo.runtime.net.client_folder import ClientFolder, Invitation
 from fedzo.runtime.net.parts import (

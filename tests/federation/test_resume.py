@@ -18,8 +18,8 @@ import pytest
 
 from fedzo.commands.train import resume_run
 from fedzo.commands.trained import replay_run
-from fedzo.fl.log_store import STOP
 from fedzo.fl.server.client_registry import ClientRegistry
+from fedzo.records.folder import STOP
 from fedzo.report.html import write_report
 from fedzo.run.scores import Scores
 

@@ -58,11 +58,7 @@ class EstimatorTraits:
 
 @dataclass(kw_only=True, slots=True)
 class EstimatorConfig(PluginConfig):
-    """What a client's local step goes by.
-
-    A ``ZerothOrderConfig`` makes scalars of the loss along directions that all peers know. Any other makes a gradient
-    (``GradientEstimator``), which leads to a vector of as many numbers as are trained.
-    """
+    """What a client's local step goes by: scalars, if it is a ``ZerothOrderConfig``, else a gradient."""
 
     @property
     def traits(self) -> EstimatorTraits:

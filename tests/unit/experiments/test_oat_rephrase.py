@@ -20,7 +20,7 @@ from fedzo.commands.run_folder import rebuild
 from fedzo.config.load import load
 from fedzo.config.travel import to_json
 from fedzo.data.encode import Example
-from fedzo.fl.log_store import CONFIG
+from fedzo.records.folder import CONFIG
 from fedzo.run.start import write_whole
 from fedzo.testing.tiny_models import save_tiny_model, tiny_loaded
 

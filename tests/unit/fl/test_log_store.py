@@ -12,8 +12,9 @@ import pytest
 
 from fedzo.errors import RunFolderError
 from fedzo.fl.config import BestBy
-from fedzo.fl.log_store import AUDIT, METRICS, PUBLIC, RunLog, RunStore, best_round
+from fedzo.fl.log_store import RunLog, RunStore, best_round
 from fedzo.records.decode import encode, to_json
+from fedzo.records.folder import AUDIT, METRICS, PUBLIC
 from fedzo.records.log import AuditLine, Proof
 from fedzo.records.metrics import (
     CentralScore,

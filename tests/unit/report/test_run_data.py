@@ -106,6 +106,14 @@ def test_a_damaged_config_is_refused_and_a_missing_one_noted(make_run: MakeRun) 
         load_run(folder)
 
 
+def test_a_round_that_was_measured_and_never_committed_is_left_out(make_run: MakeRun) -> None:
+    """A kill between the two leaves it; `fedzo status` does not count it, and a resumed run takes it again."""
+    folder = make_run(lines=[round_line(0), round_line(1), round_line(2)])
+    (folder / "public.jsonl").write_text('{"round": 0}\n{"round": 1}\n{"round": 2, "c')
+
+    assert [line.round for line in load_run(folder).rounds] == [0, 1]
+
+
 def test_of_a_round_written_twice_the_later_counts(make_run: MakeRun) -> None:
     folder = make_run(
         lines=[round_line(0, loss=0.9), round_line(1), round_line(0, loss=0.4), {"kind": "from the future"}]
