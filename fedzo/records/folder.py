@@ -1,4 +1,4 @@
-"""Files of a run folder: their names; none is read or written through a link; and a file is replaced whole or not at all.
+"""Files of a run folder: their names, no link is followed, and a file is replaced whole or not at all.
 
 A run folder may come from somebody else. What lies in it must not lead a command to files elsewhere.
 """
