@@ -26,6 +26,7 @@ from fedzo.errors import ConfigError
 CONFIG_NAME = "config"
 VERSION_BASE = "1.3"
 _MAX_FOLDER_CHARS = 80
+_stored: list[object] = []  # Hydra's store, and the plugins that it holds the schemas of
 FAILURES = (HydraException, OmegaConfBaseException, ConfigError)
 """What composing and converting raise for bad input."""
 
@@ -115,7 +116,10 @@ def _look(group: str | None, overrides: Sequence[str], *, kind: ObjectType) -> l
 def register_schemas() -> None:
     """Store ``schema`` (a whole run) and ``<option>_schema`` per group, and check users' files; safe to repeat."""
     check_users_files()
-    store = ConfigStore.instance()
+    store, plugins, lists = ConfigStore.instance(), plugin_classes(), list_classes()
+    if _stored == [store, plugins, lists]:
+        return  # making nodes of all classes takes a third of a composition
+    _stored[:] = [store, plugins, lists]
     # Plugin groups start at their base class, and lists empty: merging one plugin onto another would keep the first
     # one's keys.
     bases = {group: registry.base() for group, registry in REGISTRIES.items()}
@@ -123,12 +127,12 @@ def register_schemas() -> None:
     store.store(name="schema", node=LaunchConfig(**bases, **empty))
     for group, config_class in PLAIN.items():
         store.store(group=group, name=f"{group}_schema", node=config_class)
-    for group, options in plugin_classes().items():
+    for group, options in plugins.items():
         for name, config_class in options.items():
             store.store(group=group, name=f"{name}_schema", node=config_class)
             if not (conf_dir() / group / f"{name}.yaml").exists():  # a third party's plugin needs no YAML
                 store.store(group=group, name=name, node=config_class)
-    for group, options in list_classes().items():
+    for group, options in lists.items():
         for name, config_class in options.items():
             store.store(group=group, name=name, node=config_class, package=f"{group}.{name}")
 

