@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from fedzo.data.config import TaskConfig
@@ -55,6 +58,29 @@ class PartitionConfig(PluginConfig):
         if not 0 <= self.holdout < 1:
             remedy = "The share of rows that are not trained on. 0 keeps none."
             yield problem("partition.holdout", "be >= 0 and < 1", self.holdout, remedy)
+
+
+_PICTURES = "flwr_datasets.visualization"
+
+
+def flower_partitioners() -> Any:
+    """The module ``flwr_datasets.partitioner``.
+
+    Its package imports what draws pictures as well, and with it seaborn and scipy: more than half of the seconds that
+    this takes, in every process that deals rows. A stand-in imports that part when somebody asks for it.
+    """
+    if "flwr_datasets" not in sys.modules:
+        pictures = ModuleType(_PICTURES)
+        pictures.__getattr__ = _of_the_real_one  # type: ignore[method-assign]
+        sys.modules[_PICTURES] = pictures
+    return importlib.import_module("flwr_datasets.partitioner")
+
+
+def _of_the_real_one(name: str) -> Any:
+    if name.startswith("__"):  # what the import system asks of any module
+        raise AttributeError(name)
+    del sys.modules[_PICTURES]
+    return getattr(importlib.import_module(_PICTURES), name)
 
 
 PARTITIONERS: Registry[Parts] = Registry("partition", base=PartitionConfig)

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 
 from fedzo.data.config import TaskConfig, TaskKind
 from fedzo.data.files import Row
-from fedzo.data.partition.base import PARTITIONERS, PartitionConfig, PartitionTraits, Parts, deal, shuffled, too_few
+from fedzo.data.partition.base import (
+    PARTITIONERS,
+    PartitionConfig,
+    PartitionTraits,
+    Parts,
+    deal,
+    flower_partitioners,
+    shuffled,
+    too_few,
+)
 from fedzo.data.tasks import label_index
 from fedzo.errors import ConfigError, Problem, at_least, positive, problem
 
@@ -47,13 +56,11 @@ def dirichlet(config: DirichletConfig, *, rows: Sequence[Row], num_clients: int,
     """
     if not config.alpha > 0:
         raise ConfigError(f"partition.alpha must be > 0, got {config.alpha}. 0.5 is usual.")
-    from flwr_datasets.partitioner import DirichletPartitioner
-
     order = shuffled(len(rows), seed)
     labels = [_label(rows[row], row, task, "dirichlet") for row in order]
 
     def draw(min_rows: int) -> Parts:
-        partitioner = DirichletPartitioner(
+        partitioner = flower_partitioners().DirichletPartitioner(
             num_partitions=num_clients,
             partition_by="key",
             alpha=float(config.alpha),
@@ -100,8 +107,6 @@ def dirichlet_equal(
     """
     if not config.alpha > 0:
         raise ConfigError(f"partition.alpha must be > 0, got {config.alpha}. 0.5 is usual.")
-    from flwr_datasets.partitioner import InnerDirichletPartitioner
-
     single, rest = _single_label(rows, config, num_clients=num_clients, seed=seed, task=task, way="dirichlet_equal")
     if not rest:
         return single
@@ -109,7 +114,7 @@ def dirichlet_equal(
     labels = [_label(rows[row], row, task, "dirichlet_equal") for row in rest]
     numbers = {label: number for number, label in enumerate(sorted(set(labels)))}
     sizes = [(len(rest) + client) // num_mixed for client in range(num_mixed)]
-    partitioner = InnerDirichletPartitioner(
+    partitioner = flower_partitioners().InnerDirichletPartitioner(
         partition_sizes=sizes, partition_by="key", alpha=float(config.alpha), shuffle=False, seed=seed
     )
     try:
@@ -141,11 +146,9 @@ def shards(config: ShardsConfig, *, rows: Sequence[Row], num_clients: int, seed:
     """
     if config.shards_per_client < 1:
         raise ConfigError(f"partition.shards_per_client must be >= 1, got {config.shards_per_client}. 2 is usual.")
-    from flwr_datasets.partitioner import ShardPartitioner
-
     labels = [_label(row, number, task, "shards") for number, row in enumerate(rows)]
     order = sorted(shuffled(len(rows), seed), key=labels.__getitem__)
-    partitioner = ShardPartitioner(
+    partitioner = flower_partitioners().ShardPartitioner(
         num_partitions=num_clients,
         partition_by="key",
         shard_size=-(-len(rows) // (num_clients * config.shards_per_client)),

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 
 from fedzo.data.config import TaskConfig
 from fedzo.data.files import Row
-from fedzo.data.partition.base import MOST_NAMED, PARTITIONERS, PartitionConfig, PartitionTraits, Parts, deal, shuffled
+from fedzo.data.partition.base import (
+    MOST_NAMED,
+    PARTITIONERS,
+    PartitionConfig,
+    PartitionTraits,
+    Parts,
+    deal,
+    flower_partitioners,
+    shuffled,
+)
 from fedzo.errors import ConfigError, Problem, problem
 
 if TYPE_CHECKING:
@@ -24,9 +33,8 @@ class IidConfig(PartitionConfig):
 @PARTITIONERS.register("iid", IidConfig)
 def iid(config: IidConfig, *, rows: Sequence[Row], num_clients: int, seed: int, task: TaskConfig) -> Parts:
     """Shuffled rows in equal parts (sizes differ by at most one)."""
-    from flwr_datasets.partitioner import IidPartitioner
-
-    return deal(IidPartitioner(num_partitions=num_clients), shuffled(len(rows), seed), num_clients=num_clients)
+    partitioner = flower_partitioners().IidPartitioner(num_partitions=num_clients)
+    return deal(partitioner, shuffled(len(rows), seed), num_clients=num_clients)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,8 +53,6 @@ class NaturalConfig(PartitionConfig):
 @PARTITIONERS.register("natural", NaturalConfig)
 def natural(config: NaturalConfig, *, rows: Sequence[Row], num_clients: int, seed: int, task: TaskConfig) -> Parts:
     """One client per value of a column, in the order of the sorted values (as text)."""
-    from flwr_datasets.partitioner import NaturalIdPartitioner
-
     for number, row in enumerate(rows):
         if row.get(config.column) is None:
             there = ", ".join(map(str, row))
@@ -63,7 +69,8 @@ def natural(config: NaturalConfig, *, rows: Sequence[Row], num_clients: int, see
             f"they must be equal: {shown}{', ...' if len(values) > MOST_NAMED else ''}. "
             f"Write fl.num_clients={len(values)}, or choose another column."
         )
-    return deal(NaturalIdPartitioner(partition_by="key"), list(range(len(rows))), num_clients=num_clients, keys=keys)
+    partitioner = flower_partitioners().NaturalIdPartitioner(partition_by="key")
+    return deal(partitioner, list(range(len(rows))), num_clients=num_clients, keys=keys)
 
 
 @dataclass(kw_only=True, slots=True)

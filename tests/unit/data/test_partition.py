@@ -313,6 +313,10 @@ def test_dealing_writes_no_file_prints_nothing_and_is_imported_lazily(tmp_path: 
         "site = NaturalConfig(column='site')\n"
         "for config in (IidConfig(), DirichletConfig(), ShardsConfig(), ExtremeConfig(), site):\n"
         "    p.partition(rows, config, num_clients=4, seed=0, task=task)\n"
+        "assert not {'seaborn', 'scipy.stats', 'matplotlib'} & set(sys.modules)\n"  # more than all the rest
+        "import flwr_datasets\n"
+        "assert flwr_datasets.visualization.plot_label_distributions.__module__.startswith('flwr_datasets.')\n"
+        "from flwr_datasets.visualization import plot_comparison_label_distribution\n"
     )
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "TMPDIR": str(tmp_path)}
     environment |= {"MPLCONFIGDIR": str(tmp_path.parent), "PYTHONPATH": os.pathsep.join(sys.path)}
