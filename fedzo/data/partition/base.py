@@ -73,7 +73,9 @@ def flower_partitioners() -> Any:
         pictures = ModuleType(_PICTURES)
         pictures.__getattr__ = _of_the_real_one  # type: ignore[method-assign]
         sys.modules[_PICTURES] = pictures
-    return importlib.import_module("flwr_datasets.partitioner")
+    from flwr_datasets import partitioner
+
+    return partitioner
 
 
 def _of_the_real_one(name: str) -> Any:
