@@ -16,6 +16,7 @@ from fedzo.config.travel import from_json, load_site
 from fedzo.errors import ConfigError
 from fedzo.fl.exchange import Outbox
 from fedzo.run import apps
+from fedzo.run.preparation import Preparations
 from fedzo.run.process import Process, open_process
 
 Run = Callable[..., Path]
@@ -122,6 +123,20 @@ def test_each_site_refuses_by_its_own_limit_and_the_server_learns_a_number(
         assert kept_back in "\n".join(own), kept_back
         assert kept_back not in what, kept_back
         assert kept_back not in "\n".join(told), kept_back
+
+
+def test_rows_that_are_too_few_for_the_site_are_refused_before_any_stage_works_on_them(
+    run: Run, sites: Sites, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many rows a stage prepares would tell their number."""
+    sites.add(0, "min_rows: 10")
+    begun: list[int] = []
+    monkeypatch.setattr(Preparations, "look", lambda self, client: begun.append(client))
+
+    with pytest.raises(ConfigError, match="client 0 cannot take part: refusal 18, "):
+        run(*SETTINGS, "preprocess=[identity]", "fl.num_clients=1", sites.path, "strategy.startup_s=5")
+
+    assert begun == []
 
 
 def test_the_numbers_that_a_site_keeps_are_in_no_message_and_the_others_are_the_mean(
