@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -274,8 +274,9 @@ def _convert(gguf: Path, folder: Path) -> None:
 def _sweep(parent: Path) -> None:
     """Remove what a killed conversion left behind."""
     for left in parent.glob("*.tmp-*"):
-        if time.time() - left.stat().st_mtime > _STALE_S:
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process sweeps, too
+            if time.time() - left.stat().st_mtime > _STALE_S:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _safetensors(name: str, revision: str | None) -> tuple[Path, ...]:

@@ -13,8 +13,10 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from fedzo.errors import ProtocolError
 from fedzo.records.folder import refuse_link
@@ -65,9 +67,14 @@ class ArtifactStore:
 
     folder: Path
     _checked: dict[str, Artifact] = field(default_factory=lambda: {EMPTY.digest: EMPTY})
+    _spoilt: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """The files, by digest, that were hashed and are something else: each is hashed once."""
 
     def find(self, digest: str) -> Artifact | None:
         """The artifact with this digest, if it is here and whole; looking for it changes nothing.
+
+        A file that is not what its name says is told of, and stays until the right one takes its place: whoever removed
+        it might hit the right one, which another process has just put there.
 
         Raises:
             ProtocolError: No digest; a peer may have sent it, and it must not become a path.
@@ -79,17 +86,16 @@ class ArtifactStore:
         if digest not in self._checked and path.is_file():
             refuse_link(self.folder)
             refuse_link(path)
+            before = path.stat()
+            seen = (before.st_ino, before.st_mtime_ns)
+            if self._spoilt.get(digest) == seen:
+                return None
             if _digest(path) == digest:
                 self._checked[digest] = Artifact(digest, path.stat().st_size, path)
+            else:
+                self._spoilt[digest] = seen
+                log.warning("%s: its SHA-256 must be its name, got another. It is received again.", path)
         return self._checked.get(digest)
-
-    def get(self, digest: str) -> Artifact | None:
-        """As ``find``; what is not whole is removed, so that it can come again."""
-        artifact, path = self.find(digest), self.folder / digest
-        if artifact is None and path.is_file():
-            log.warning("%s: its SHA-256 must be its name, got another. It is removed.", path)
-            path.unlink(missing_ok=True)
-        return artifact
 
     def put(self, content: bytes | Path) -> Artifact:
         """Keep bytes, or a copy of a file."""
@@ -123,15 +129,14 @@ class ArtifactStore:
         Raises:
             ProtocolError: All of it is here and is not what its digest names.
         """
-        if self.get(digest):
+        if self.find(digest):
             return size
         if size < 1:
             raise ProtocolError(f"{name_of(digest)}: it must have at least 1 byte, got {size}.")
         self.folder.mkdir(parents=True, exist_ok=True)
         part = self.folder / f"{digest}.part"
-        with part.open("a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if self.get(digest):  # another process was faster
+        with _open_alone(part) as file:
+            if self.find(digest):  # another process was faster
                 part.unlink(missing_ok=True)
                 return size
             held = file.seek(0, os.SEEK_END)
@@ -164,6 +169,21 @@ class ArtifactStore:
 def name_of(digest: str) -> str:
     """An artifact in a message to a person."""
     return f"artifact {digest[:12]}"
+
+
+@contextmanager
+def _open_alone(part: Path) -> Iterator[BinaryIO]:
+    """A file to append to, which no other process has opened by this."""
+    while True:
+        with part.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                current = os.path.samestat(os.fstat(file.fileno()), part.stat())
+            except FileNotFoundError:
+                current = False
+            if current:  # else the process before this one has renamed or removed it
+                yield file
+                return
 
 
 def _blocks(content: bytes | Path) -> Iterator[bytes]:

@@ -218,7 +218,7 @@ class ClientWorker:
             )
         self._limits.check_state(request)
         if request.space_id != self.space_id:
-            artifact = self._artifacts.get(request.space_id)
+            artifact = self._artifacts.find(request.space_id)
             if artifact is None:
                 return None, Status.bare
             self._workspace, self.space_id = self._build(artifact), request.space_id

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -37,28 +39,51 @@ def test_bytes_and_a_file_of_the_same_content_are_one_artifact(store: ArtifactSt
 
     first, second = store.put(CONTENT), store.put(tmp_path / "given")
 
-    assert first == second == ArtifactStore(store.folder).get(DIGEST)
+    assert first == second == ArtifactStore(store.folder).find(DIGEST)
     assert (first.digest, first.size, first.read()) == (DIGEST, SIZE, CONTENT)
     assert names(store) == [DIGEST]
 
 
 def test_the_empty_artifact_is_in_every_store_and_takes_no_file(store: ArtifactStore) -> None:
-    assert store.put(b"") == store.get(hashlib.sha256(b"").hexdigest()) == EMPTY
+    assert store.put(b"") == store.find(hashlib.sha256(b"").hexdigest()) == EMPTY
     assert EMPTY.read() == b""
     assert not store.folder.exists()
 
 
-def test_a_file_with_another_content_is_removed_and_named(
+def test_a_file_with_another_content_is_named_once_and_stays_until_the_right_one_comes(
     store: ArtifactStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     store.put(CONTENT)
     (store.folder / DIGEST).write_bytes(CONTENT[:-1])  # of the right name, and torn
+    after = ArtifactStore(store.folder)
 
-    assert ArtifactStore(store.folder).get(DIGEST) is None
+    assert after.find(DIGEST) is after.find(DIGEST) is None
 
-    assert DIGEST in caplog.text
-    assert "its SHA-256 must be its name, got" in caplog.text
-    assert names(store) == []
+    assert caplog.text.count(f"{DIGEST}: its SHA-256 must be its name, got another. It is received again.") == 1
+    assert names(store) == [DIGEST]
+    assert [append(after, number) for number in range(3)] == [PIECE_BYTES, 2 * PIECE_BYTES, SIZE]
+    assert (store.folder / DIGEST).read_bytes() == CONTENT
+    assert names(store) == [DIGEST]
+
+
+def test_who_finds_another_content_leaves_the_right_one_that_comes_meanwhile(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.folder.mkdir()
+    (store.folder / DIGEST).write_bytes(b"torn")
+    original = artifacts._digest
+
+    def slow(path: Path) -> str:
+        found = original(path)
+        monkeypatch.setattr(artifacts, "_digest", original)
+        ArtifactStore(store.folder).put(CONTENT)  # another process
+        return found
+
+    monkeypatch.setattr(artifacts, "_digest", slow)
+
+    assert store.append(DIGEST, SIZE, offset=0, data=b"") == SIZE
+
+    assert (store.folder / DIGEST).read_bytes() == CONTENT
 
 
 def test_a_file_is_hashed_once_a_process_and_not_when_it_has_just_been_written(
@@ -71,8 +96,8 @@ def test_a_file_is_hashed_once_a_process_and_not_when_it_has_just_been_written(
     another = ArtifactStore(store.folder)
 
     for _ in range(3):
-        assert store.get(DIGEST)
-        assert another.get(DIGEST)
+        assert store.find(DIGEST)
+        assert another.find(DIGEST)
 
     assert hashed == [store.folder / DIGEST]
 
@@ -87,7 +112,7 @@ def test_a_failed_write_leaves_nothing(store: ArtifactStore, monkeypatch: pytest
         store.put(CONTENT)
 
     assert names(store) == []
-    assert store.get(DIGEST) is None
+    assert store.find(DIGEST) is None
 
 
 def test_writers_of_the_same_content_do_not_disturb_each_other(store: ArtifactStore) -> None:
@@ -115,11 +140,11 @@ def test_what_is_no_digest_never_becomes_a_path(store: ArtifactStore, digest: st
 def test_pieces_become_the_artifact_with_the_last_of_them(store: ArtifactStore) -> None:
     assert store.append(DIGEST, SIZE, offset=0, data=b"") == 0
     assert [append(store, 0), append(store, 1)] == [PIECE_BYTES, 2 * PIECE_BYTES]
-    assert store.get(DIGEST) is None
+    assert store.find(DIGEST) is None
 
     assert append(store, 2) == SIZE
 
-    artifact = store.get(DIGEST)
+    artifact = store.find(DIGEST)
     assert artifact is not None
     assert artifact.read() == CONTENT
     assert names(store) == [DIGEST]
@@ -157,6 +182,23 @@ def test_processes_that_receive_the_same_artifact_at_the_same_time_share_its_pie
     assert 3 <= sum(messages) <= 4 * 3
     assert names(store) == [DIGEST]
     assert (store.folder / DIGEST).read_bytes() == CONTENT
+
+
+def test_who_waited_for_a_part_that_is_gone_begins_another(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append(store, 0)
+    flock = fcntl.flock
+
+    def wait(file: BinaryIO, operation: int) -> None:
+        monkeypatch.setattr("fcntl.flock", flock)
+        (store.folder / f"{DIGEST}.part").unlink()  # by the process that held the lock
+        flock(file, operation)
+
+    monkeypatch.setattr("fcntl.flock", wait)
+
+    assert append(store, 1) == 0  # not one more piece than a file that nobody finds holds
+    assert [append(store, number) for number in range(3)][-1] == SIZE
 
 
 def test_a_whole_that_is_not_what_its_digest_names_is_dropped(store: ArtifactStore) -> None:
