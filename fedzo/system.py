@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ SITE_ENV = "FEDZO_SITE"
 """Environment variable with the path of a client site's own configuration (YAML)."""
 SITE_LOG_ENV = "FEDZO_SITE_LOG"
 """Environment variable with the path of a file to which a client's process also writes its errors."""
+OnProgress = Callable[[int, int], None]
+"""What long work calls as it goes on: how much is done, and of how much."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PACKAGES = ("torch", "transformers", "peft", "flwr", "numpy", "numba", "hydra-core")
 

@@ -15,6 +15,8 @@ from typing import Any, TypeVar, cast
 import psutil
 import torch
 
+from fedzo.system import OnProgress
+
 Key = TypeVar("Key", bound=Hashable)
 _WARM_UPS = 2
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -24,7 +26,7 @@ def interleaved(
     work: Mapping[Key, Callable[[], object]],
     *,
     repeats: int,
-    on_repeat: Callable[[int, int], None] = lambda done, total: None,
+    on_repeat: OnProgress = lambda done, total: None,
 ) -> dict[Key, list[float]]:
     """Seconds of each repeat of each piece, after two rounds that warm up caches and compilers.
 

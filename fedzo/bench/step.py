@@ -33,7 +33,7 @@ from fedzo.models.products import default_product, product_is_chosen
 from fedzo.models.scoring import mean_loss
 from fedzo.models.sketched.layers import decoded_layers, layers_replaced, make_dense
 from fedzo.run.peer import check_format, reused_layers, set_up_process, with_graphs
-from fedzo.system import environment
+from fedzo.system import OnProgress, environment
 from fedzo.trainers import TRAINERS, Workplace
 from fedzo.zo.directions import PURPOSE_DATA, add_direction, permutation, stream_key
 from fedzo.zo.estimator import Estimator, ZerothOrderConfig, build_estimator
@@ -215,7 +215,7 @@ def open_bench(config: LaunchConfig, *, shape: str | None, rows: int, tokens: in
 
 
 def bench_step(
-    bench: Bench, *, repeats: int, on_repeat: Callable[[int, int], None], peaks: Callable[[str], int | None]
+    bench: Bench, *, repeats: int, on_repeat: OnProgress, peaks: Callable[[str], int | None]
 ) -> dict[str, Any]:
     """Time all contestants in turn, ``repeats`` times over, after two rounds of warming up.
 

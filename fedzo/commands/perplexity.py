@@ -9,12 +9,12 @@ from fedzo.config.schema import LaunchConfig
 from fedzo.data.files import read_running_text
 from fedzo.errors import ConfigError
 from fedzo.evaluate.perplexity import perplexity, text_windows
-from fedzo.models.forwards import OnBatch
 from fedzo.run.peer import open_model
+from fedzo.system import OnProgress
 
 
 def measure_perplexity(
-    config: LaunchConfig, text: Path, *, num_tokens: int, num_windows: int | None, on_window: OnBatch
+    config: LaunchConfig, text: Path, *, num_tokens: int, num_windows: int | None, on_window: OnProgress
 ) -> dict[str, Any]:
     """The perplexity of the model that ``config`` names on windows of a file; the rest of a run plays no part.
 

@@ -15,9 +15,10 @@ from typing import Protocol
 from fedzo.data.config import DataConfig, SplitConfig, TaskConfig, TaskKind
 from fedzo.data.files import Row, refuse_marked
 from fedzo.data.partition import PartitionConfig, holdout, partition
-from fedzo.data.preprocess import OnProgress, Stage, preprocess
+from fedzo.data.preprocess import Stage, preprocess
 from fedzo.data.sources import Splits, load_own, load_splits
 from fedzo.data.tasks import label_index, render
+from fedzo.system import OnProgress
 from fedzo.zo.directions import PURPOSE_DATA, permutation, stream_key
 
 

@@ -12,11 +12,11 @@ from fedzo.data.config import Loss, TaskConfig, TaskKind
 from fedzo.data.encode import Example
 from fedzo.evaluate.base import EVALUATORS, EvaluatorConfig, Measure
 from fedzo.evaluate.metrics import auc, best_threshold_accuracy, rouge_l, token_f1
-from fedzo.models.forwards import OnBatch
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.plan import forward_cost
 from fedzo.models.scoring import candidate_scores, choice_losses, mean_loss
 from fedzo.records.scores import Score, known
+from fedzo.system import OnProgress
 
 _METRICS = {TaskKind.candidates: "accuracy", TaskKind.generation: "token_f1", TaskKind.instruction: "rouge_l"}
 
@@ -44,7 +44,7 @@ class Answers:
         task: TaskConfig,
         *,
         tokens_per_batch: int,
-        on_batch: OnBatch | None = None,
+        on_batch: OnProgress | None = None,
     ) -> Score:
         """The score, with the task's loss; ``on_batch`` counts answers where they are written."""
         if task.kind is not TaskKind.candidates:
@@ -66,7 +66,7 @@ class Answers:
         task: TaskConfig,
         *,
         tokens_per_batch: int,
-        on_batch: OnBatch | None,
+        on_batch: OnProgress | None,
     ) -> Score:
         from fedzo.models.generate import generate  # slow to import
 

@@ -12,12 +12,12 @@ from fedzo.data.config import TaskConfig, TaskKind
 from fedzo.data.encode import Example
 from fedzo.data.tasks import num_labels
 from fedzo.errors import ConfigError, FedzoError, ProtocolError
-from fedzo.models.forwards import OnBatch
 from fedzo.models.loaded import LoadedModel
 from fedzo.records.decode import decode, parse_json
 from fedzo.records.fields import MOST_READING
 from fedzo.records.scores import MOST_LOSS, MOST_NUMBERS, PartialScore, Score, known
 from fedzo.registry import PluginConfig, Registry
+from fedzo.system import OnProgress
 
 
 @dataclass(kw_only=True, slots=True)
@@ -80,7 +80,7 @@ class Evaluator(Protocol):
         task: TaskConfig,
         *,
         tokens_per_batch: int,
-        on_batch: OnBatch | None = None,
+        on_batch: OnProgress | None = None,
     ) -> Score:
         """The score of a model, which is left as it is.
 
@@ -106,7 +106,7 @@ def evaluate(
     task: TaskConfig,
     *,
     tokens_per_batch: int,
-    on_batch: OnBatch | None = None,
+    on_batch: OnProgress | None = None,
 ) -> Score:
     """An evaluator's score, which is of its measure; arguments as ``Evaluator.evaluate``.
 

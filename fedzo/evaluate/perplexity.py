@@ -18,9 +18,9 @@ from fedzo.data.config import Loss
 from fedzo.data.encode import Example
 from fedzo.errors import ConfigError, NumericsError
 from fedzo.models.checks import check_ids, num_positions
-from fedzo.models.forwards import OnBatch
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.scoring import mean_loss
+from fedzo.system import OnProgress
 
 _MOST_LOSS = 700.0  # exp of a little more is beyond any float
 
@@ -74,7 +74,7 @@ def text_windows(
     return torch.tensor(taken, dtype=torch.int64).view(-1, num_tokens)
 
 
-def perplexity(loaded: LoadedModel, windows: torch.Tensor, *, on_window: OnBatch | None = None) -> Perplexity:
+def perplexity(loaded: LoadedModel, windows: torch.Tensor, *, on_window: OnProgress | None = None) -> Perplexity:
     """The perplexity of a model on windows of text.
 
     One window runs at a time, whatever the device, and logits are made for a part of it at a time. Logits become losses

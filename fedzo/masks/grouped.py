@@ -16,6 +16,7 @@ from torch import nn
 from fedzo.errors import ConfigError
 from fedzo.masks.ranking import ScoreFn
 from fedzo.masks.sensitivity import LossFn, WindowGradients
+from fedzo.system import OnProgress
 
 logger = logging.getLogger(__name__)
 ChooseFn = Callable[[ScoreFn, Sequence[str]], dict[str, torch.Tensor]]
@@ -35,7 +36,7 @@ def choose_most_sensitive(
     loss_fn: LossFn,
     memory_bytes: float,
     host_bytes: float,
-    on_window: Callable[[int, int], None] | None,
+    on_window: OnProgress | None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The most sensitive weights, and the signed sum of their gradients.
 

@@ -11,7 +11,7 @@ scores; ``random`` is drawn from the counter-based generator.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from fedzo.masks.grouped import choose_most_sensitive
 from fedzo.masks.mask import Mask
 from fedzo.masks.ranking import ScoreFn, largest
 from fedzo.masks.sensitivity import LossFn, next_token_loss
+from fedzo.system import OnProgress
 from fedzo.zo.directions import lots, stream_key
 
 SELECTORS = ("sensitivity", "magnitude", "random")
@@ -39,7 +40,7 @@ def select_mask(
     windows: Sequence[torch.Tensor] = (),
     seed: int = 0,
     loss_fn: LossFn | None = None,
-    on_window: Callable[[int, int], None] | None = None,
+    on_window: OnProgress | None = None,
     base_digest: str | None = None,
     among: Container[str] | None = None,
     memory_bytes: float = math.inf,

@@ -20,9 +20,9 @@ from fedzo.models.loaded import LoadedModel
 from fedzo.models.lower_layers import LowerLayers, StepStates, find_lower_layers
 from fedzo.models.plan import FEW_FORWARDS, bucket, consecutive, plan_batches
 from fedzo.models.virtual_tokens import num_virtual_tokens
+from fedzo.system import OnProgress
 from fedzo.zo.spaces.base import Space
 
-OnBatch = Callable[[int, int], None]
 OnRows = Callable[[list[int]], None]
 
 
@@ -45,7 +45,7 @@ class Planning:
 
     tokens_per_batch: int
     forward_cost_tokens: int
-    on_batch: OnBatch | None = None
+    on_batch: OnProgress | None = None
     share_prompts: bool = False
     """Whether candidates may go on from one run of their prompt: right for scores, whose last bits do not matter."""
     before: OnRows | None = None

@@ -14,6 +14,7 @@ from fedzo.models.head import TOLERANCE
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.plan import FEW_FORWARDS, plan_batches
 from fedzo.models.virtual_tokens import num_virtual_tokens
+from fedzo.system import OnProgress
 
 
 def generate(
@@ -23,7 +24,7 @@ def generate(
     max_new_tokens: int,
     tokens_per_batch: int,
     stop_at_newline: bool = False,
-    on_batch: Callable[[int, int], None] | None = None,
+    on_batch: OnProgress | None = None,
     before: Callable[[list[int]], None] | None = None,
 ) -> list[str]:
     """The most probable next tokens of each prompt, as text; no randomness is drawn.
@@ -65,7 +66,7 @@ def generate_tokens(
     ends: set[int],
     max_new_tokens: int,
     tokens_per_batch: int,
-    on_batch: Callable[[int, int], None] | None = None,
+    on_batch: OnProgress | None = None,
     before: Callable[[list[int]], None] | None = None,
     change: LogitsProcessor | None = None,
 ) -> list[list[int]]:

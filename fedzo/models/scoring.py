@@ -20,13 +20,14 @@ from fedzo.data.config import Loss
 from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
 from fedzo.models.arithmetic import MEASURED, Differentiable, Scores
-from fedzo.models.forwards import OnBatch, OnRows, Planning, Text, run_shared, run_texts
+from fedzo.models.forwards import OnRows, Planning, Text, run_shared, run_texts
 from fedzo.models.head import project
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.lower_layers import StepStates
 from fedzo.models.memory import cache_tokens
 from fedzo.models.plan import FEW_FORWARDS, Shared, plan_shared
 from fedzo.models.virtual_tokens import num_virtual_tokens
+from fedzo.system import OnProgress
 
 _CHUNK_LOGITS = 1 << 26  # logits made at once: 256 MiB in float32
 
@@ -136,7 +137,7 @@ def candidate_scores(
     tokens_per_batch: int,
     full_vocabulary: bool = False,
     forward_cost_tokens: int = FEW_FORWARDS,
-    on_batch: OnBatch | None = None,
+    on_batch: OnProgress | None = None,
 ) -> npt.NDArray[np.float32]:
     """Mean log-probability per answer token of every candidate.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from rich.console import Console
@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fedzo.records.metrics import CentralScore, FederatedScore, Flagged, MetricRecord, Round, Setup, Summary
 from fedzo.report.format import bytes_text, counted, score_text, seconds_text
+from fedzo.system import OnProgress
 
-Advance = Callable[[int, int], None]
 PLAIN_EVERY_S = 10.0
 
 
@@ -82,7 +82,7 @@ class ProgressSink:
         self._progress.stop()
 
     @contextmanager
-    def phase(self, title: str, total: int | None = None) -> Iterator[Advance]:
+    def phase(self, title: str, total: int | None = None) -> Iterator[OnProgress]:
         """A bar of its own for long work beside the rounds; call what it yields with (done, total)."""
         if not self._live:
             self._console.print(f"{title} ...")

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from fedzo.config.schema import RunConfig
-from fedzo.data.preprocess import STAGES, OnProgress, Progress, Stage, StageContext, summaries
+from fedzo.data.preprocess import STAGES, Progress, Stage, StageContext, summaries
 from fedzo.data.rows import ClientRows, RowSource, client_rows
 from fedzo.errors import FedzoError
+from fedzo.system import OnProgress
 
 log = logging.getLogger(__name__)
 PATIENCE_S = 2.0

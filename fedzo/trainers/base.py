@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from fedzo.errors import Problem, at_least, not_negative, positive, problem
 from fedzo.registry import PluginConfig, Registry
+from fedzo.system import OnProgress
 from fedzo.trainers.artifacts import ARTIFACTS, EMPTY, Artifact, ArtifactStore
 
 if TYPE_CHECKING:
@@ -108,10 +109,6 @@ class LayeredConfig(TrainerConfig):
         yield from at_least("trainer.first_layer", self.first_layer, 0, "0 trains all blocks.")
 
 
-Advance = Callable[[int, int], None]
-"""Progress: (done, total)."""
-
-
 @dataclass(frozen=True, slots=True)
 class Workplace:
     """What a trainer may use to prepare itself on the server.
@@ -128,7 +125,7 @@ class Workplace:
     folder: Path
     seed: int
     texts: Callable[[], list[str]]
-    advance: Advance
+    advance: OnProgress
     inputs: InputsConfig = field(default_factory=InputsConfig)
     resumed: bool = True
 

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from fedzo.config.schema import RunSettings
     from fedzo.data.config import TaskConfig
     from fedzo.data.encode import Example
-    from fedzo.models.forwards import OnBatch
     from fedzo.models.loaded import LoadedModel
     from fedzo.records.metrics import Score
+    from fedzo.system import OnProgress
 
 
 @dataclass(kw_only=True, slots=True)
@@ -47,7 +47,7 @@ class Lengths:
         task: TaskConfig,
         *,
         tokens_per_batch: int,
-        on_batch: OnBatch | None = None,
+        on_batch: OnProgress | None = None,
     ) -> Score:
         answers = generate(
             loaded,

@@ -4,7 +4,6 @@ from fedzo.data.preprocess.rephrase.stage import OatRephrase
 from fedzo.data.preprocess.stage import (
     STAGES,
     IdentityConfig,
-    OnProgress,
     Progress,
     Stage,
     StageConfig,
@@ -12,6 +11,7 @@ from fedzo.data.preprocess.stage import (
     preprocess,
     summaries,
 )
+from fedzo.system import OnProgress
 
 __all__ = [
     "STAGES",

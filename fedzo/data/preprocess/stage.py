@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from fedzo.data.files import Row
 from fedzo.data.preprocess.backend import RewriterConfig
 from fedzo.errors import ConfigError, Problem, printable
 from fedzo.registry import PluginConfig, Registry
+from fedzo.system import OnProgress
 
 
 @dataclass(kw_only=True, slots=True)
@@ -47,10 +48,6 @@ class StageContext:
     task: TaskConfig
     rewriter: RewriterConfig
     folder: Path
-
-
-OnProgress = Callable[[int, int], None]
-"""Told of rows that are done and of all rows."""
 
 
 class Progress(NamedTuple):

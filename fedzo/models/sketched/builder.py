@@ -15,7 +15,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,7 @@ from fedzo.records.folder import replace_file
 from fedzo.records.sketch import SketchedLayer
 from fedzo.sketch import Sketch, SketchLinear, SketchSettings, check_shapes, sketch_matrix, sketched_layers
 from fedzo.sketch.packing import columns_per_group
-
-Advance = Callable[[int, int], None]
+from fedzo.system import OnProgress
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ def sketch_model(
     skip: Sequence[str] = (),
     sequential: bool = True,
     kept: Path,
-    advance: Advance = lambda done, total: None,
+    advance: OnProgress = lambda done, total: None,
 ) -> BuildReport:
     """Replace the linear layers in a model's blocks by sketches, in place.
 

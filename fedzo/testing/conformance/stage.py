@@ -6,8 +6,9 @@ import copy
 from collections.abc import Callable, Sequence
 
 from fedzo.data.files import Row
-from fedzo.data.preprocess import OnProgress, Stage, summaries
+from fedzo.data.preprocess import Stage, summaries
 from fedzo.errors import ConfigError
+from fedzo.system import OnProgress
 from fedzo.testing.conformance.bits import global_generators, must
 
 

@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedzo.data.preprocess.backend import (
@@ -20,6 +20,7 @@ from fedzo.data.preprocess.backend import (
     RowReason,
 )
 from fedzo.data.preprocess.rephrase.store import Store, request_key
+from fedzo.system import OnProgress
 
 MOST_TRIES = 6
 """How often a request is made to an endpoint that says that it is busy."""
@@ -103,7 +104,7 @@ class Caller:
         return self._config.cost(self.totals.prompt_tokens, self.totals.answer_tokens)
 
     def answer(
-        self, requests: Sequence[Request], on_done: Callable[[int, int], None] = lambda _done, _total: None
+        self, requests: Sequence[Request], on_done: OnProgress = lambda _done, _total: None
     ) -> list[Completion | RowFault]:
         """Answers in the order of the requests; equal requests are asked once.
 

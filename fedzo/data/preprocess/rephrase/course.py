@@ -17,10 +17,10 @@ from fedzo.data.preprocess.rephrase.judge import Verdict, verdict_of
 from fedzo.data.preprocess.rephrase.prompts import ORDERS, Prompts
 from fedzo.data.preprocess.rephrase.results import row_digest
 from fedzo.data.preprocess.rephrase.words import is_utf8
-from fedzo.data.preprocess.stage import OnProgress
 from fedzo.data.tasks import label_index
 from fedzo.errors import ConfigError, printable
 from fedzo.records.rephrase import RowOutcome
+from fedzo.system import OnProgress
 
 ROWS_AT_ONCE = 64
 """Rows that go through rewriter and judge together; what a progress bar moves by."""

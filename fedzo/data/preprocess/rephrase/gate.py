@@ -19,6 +19,7 @@ from fedzo.errors import ConfigError
 from fedzo.records.decode import decode_json, to_json
 from fedzo.records.folder import replace_file
 from fedzo.records.rephrase import Calibration, Interval, PairCounts
+from fedzo.system import OnProgress
 
 _FOLDER, _TESTS = "judges", "judge_tests"
 _Z = 1.959963984540054  # of a 95 % interval
@@ -49,7 +50,7 @@ def calibrate(
     request: Callable[[Row, str, Sequence[str]], Request],
     check: Callable[[Request, str], None],
     most: int,
-    on_progress: Callable[[int, int], None],
+    on_progress: OnProgress,
 ) -> Calibration:
     """Test a judge on pairs from real rows.
 

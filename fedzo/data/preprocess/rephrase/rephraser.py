@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -24,6 +24,7 @@ from fedzo.data.preprocess.rephrase.store import Store
 from fedzo.data.preprocess.rephrase.tasks import rephrase_task
 from fedzo.errors import ConfigError, FolderInUseError
 from fedzo.records.rephrase import Calibration, RowOutcome
+from fedzo.system import OnProgress
 
 _WAIT_S = 1.0  # between two looks at a store that another process has
 
@@ -111,9 +112,7 @@ class Rephraser:
                 context_tokens=self.rewriter.context_tokens,
             )
 
-    def rewrite(
-        self, rows: Sequence[Row], on_progress: Callable[[int, int], None], *, again: bool = False
-    ) -> dict[str, Attempt]:
+    def rewrite(self, rows: Sequence[Row], on_progress: OnProgress, *, again: bool = False) -> dict[str, Attempt]:
         """Rewrite the rows that have no result, and keep results and manifest; returns what was done, by row digest.
 
         Args:
@@ -149,7 +148,7 @@ class Rephraser:
         """Write what is told of a set of rows; arguments and errors as ``write_manifest``."""
         return write_manifest(rows, outcomes, recipe=self.config, task=self.task, results=self.results, used=used)
 
-    def outcomes(self, rows: Sequence[Row], on_progress: Callable[[int, int], None]) -> list[RowOutcome]:
+    def outcomes(self, rows: Sequence[Row], on_progress: OnProgress) -> list[RowOutcome]:
         """What stands in the place of each row's text: what is kept, or made now where a row has nothing."""
         while (found := self.results.find(rows)) is None:
             if self.config.imported:
@@ -172,7 +171,7 @@ class Rephraser:
         check_gate(self.folder, judge, self.config)
         return find(self.folder, judge)
 
-    def test_judge(self, rows: Sequence[Row], *, most: int, on_progress: Callable[[int, int], None]) -> Calibration:
+    def test_judge(self, rows: Sequence[Row], *, most: int, on_progress: OnProgress) -> Calibration:
         """Test the judge on pairs from rows.
 
         Raises:

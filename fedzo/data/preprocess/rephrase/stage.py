@@ -10,7 +10,8 @@ from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
 from fedzo.data.preprocess.rephrase.course import counts
 from fedzo.data.preprocess.rephrase.rephraser import Rephraser
 from fedzo.data.preprocess.rephrase.results import apply_outcomes
-from fedzo.data.preprocess.stage import STAGES, OnProgress, StageContext
+from fedzo.data.preprocess.stage import STAGES, StageContext
+from fedzo.system import OnProgress
 
 
 @dataclass(slots=True)
