@@ -20,6 +20,7 @@ import yaml
 
 import fedzo
 from fedzo.cli import BAD_INPUT, RUN_FAILED, main
+from fedzo.commands.client import up
 from fedzo.commands.doctor import folder_checks
 from fedzo.config.schema import LaunchConfig, filled
 from fedzo.config.travel import load_site, to_json
@@ -32,6 +33,7 @@ from fedzo.records.folder import folder_of_one_process
 from fedzo.records.log import Proof
 from fedzo.runtime.net.client_folder import ClientFolder
 from fedzo.runtime.net.credentials import read_certificate
+from fedzo.runtime.net.processes import Processes
 from fedzo.runtime.net.server_folder import ServerFolder
 from fedzo.testing.tiny_models import save_tiny_model
 from fedzo.zo.log import RoundRecord
@@ -130,6 +132,24 @@ def test_a_site_trusts_one_authority(server: Path, tmp_path: Path, capsys: Captu
     assert main([*init, str(tmp_path / "other" / "ca.crt")]) == BAD_INPUT
     assert "must be of the same authority, but is another. Remove it first" in capsys.readouterr().err
     assert (tmp_path / "site" / "ca.crt").read_bytes() == (server / "ca.crt").read_bytes()
+
+
+def test_a_site_that_goes_up_has_the_limits_of_its_file(
+    server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, started = tmp_path / "site", []
+    main(["client", "init", str(site), "--server", "h:1", "--ca", str(server / "ca.crt")])
+    (site / "site.yaml").write_text("limits: {step_limit_s: 7.5}\n")
+
+    def start(processes: Processes, name: str, command: list[str], **rest: object) -> None:
+        started.append((name, command))
+
+    monkeypatch.setattr(Processes, "start", start)
+
+    next(up(ClientFolder(site)))
+
+    (executor,) = [command for name, command in started if name == "executor"]
+    assert executor[executor.index("--step-limit-s") + 1] == "7.5"
 
 
 def test_a_site_is_up_once(server: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -20,7 +20,10 @@ from fedzo.records.metrics import (
     CentralScore,
     ClientRound,
     ClientVerdict,
+    Extension,
+    MetricRecord,
     Round,
+    Setup,
     StepDecision,
     StepSignals,
     Summary,
@@ -100,6 +103,27 @@ def test_what_is_committed_is_read_back_bit_for_bit(tmp_path: Path) -> None:
     assert [r.to_bytes() for r in again.records] == [record(i).to_bytes() for i in range(3)]
     assert [line.check for line in again.rounds] == [0, 1, 2]
     assert [line.round for line in again.metrics] == [0, 1, 2]
+
+
+SETUP = Setup(seconds=1.0, trainer="mezo", num_params=9, space_size=9, setup_down_bytes=0, estimate=None, clients=())
+
+
+@pytest.mark.parametrize(
+    ("line", "synced"),
+    [(SETUP, True), (Extension(seconds=1.0, round=0, before=1, rounds=2), True), (scored(0, 0.5, 1.0), False)],
+    ids=["setup", "extension", "score"],
+)
+def test_what_a_resumed_run_depends_on_is_on_the_disk_before_the_next_thing(
+    tmp_path: Path, line: MetricRecord, synced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_disk: list[bytes] = []
+    monkeypatch.setattr("os.fsync", lambda number: on_disk.append((tmp_path / METRICS).read_bytes()))
+
+    with RunStore(tmp_path) as store:
+        on_disk.clear()
+        store.write(line)
+
+        assert on_disk == ([to_json(line).encode() + b"\n"] if synced else [])
 
 
 @pytest.mark.parametrize("torn", ['{"round":3,"c', '{"round":3', "x"])
