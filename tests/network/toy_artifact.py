@@ -37,7 +37,7 @@ def artifact(message: Message, context: Context) -> Message:
 @client_app.train()
 def train(message: Message, context: Context) -> Message:
     """Where the artifact with the digest of the request lies."""
-    found = store.get(str(message.content.config_records["request"]["digest"]))
+    found = store.find(str(message.content.config_records["request"]["digest"]))
     answer = ConfigRecord({"path": str(found.path) if found else "none"})
     return Message(RecordDict({"answer": answer}), reply_to=message)
 

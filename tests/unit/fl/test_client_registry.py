@@ -28,23 +28,10 @@ def preparing(done: int, total: int = 1000) -> HelloReply:
 
 
 @dataclass
-class Clock:
-    """Time that passes where the registry sleeps."""
-
-    now: float = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-
-@dataclass
 class Grid:
     """Nodes 100, 101, ... of clients 0, 1, ..., which answer by the time; None is no answer."""
 
-    clock: Clock
+    clock: Any
     answers: list[Callable[[float], HelloReply | None]]
     greeted: dict[int, list[float]] = field(default_factory=dict)
     _asked: dict[str, Message] = field(default_factory=dict)
@@ -85,21 +72,14 @@ class Grid:
         return replies
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made = Clock()
-    monkeypatch.setattr(client_registry, "time", made)
-    return made
-
-
-def works(clock: Clock, *, until: float, rows_a_second: float) -> Callable[[float], HelloReply]:
+def works(clock: Any, *, until: float, rows_a_second: float) -> Callable[[float], HelloReply]:
     """A client that is ready after so many seconds."""
     began = clock.now
     return lambda now: READY if now - began >= until else preparing(int(rows_a_second * (now - began)))
 
 
 def test_a_run_begins_when_the_slowest_client_is_ready_however_long_it_prepares(
-    clock: Clock, caplog: pytest.LogCaptureFixture
+    clock: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     grid = Grid(clock, [lambda now: READY, works(clock, until=3000.0, rows_a_second=0.3)])
     registry, began = ClientRegistry(num_clients=2, identity=IDENTITY), clock.now
@@ -118,7 +98,7 @@ def test_a_run_begins_when_the_slowest_client_is_ready_however_long_it_prepares(
 
 
 @pytest.mark.parametrize("of", ["stuck", "counting down", "of another connection each time"])
-def test_a_client_whose_count_stands_still_holds_the_run_no_longer_than_twice_the_time(clock: Clock, of: str) -> None:
+def test_a_client_whose_count_stands_still_holds_the_run_no_longer_than_twice_the_time(clock: Any, of: str) -> None:
     began = clock.now
     grid = Grid(clock, [lambda now: preparing(900 if of == "stuck" else 900 - int(now - began) % 900)])
     if of == "of another connection each time":
@@ -130,7 +110,7 @@ def test_a_client_whose_count_stands_still_holds_the_run_no_longer_than_twice_th
     assert 2 * STARTUP_S - 10 <= clock.now - began < 2 * STARTUP_S + 2  # an absent one is not waited for
 
 
-def test_it_that_gets_on_too_slowly_holds_the_run_no_longer_either(clock: Clock) -> None:
+def test_it_that_gets_on_too_slowly_holds_the_run_no_longer_either(clock: Any) -> None:
     """A row in 290 s is in time, and a row in 310 s is not: each row then costs 10 s of the 300."""
     began = clock.now
     grid = Grid(clock, [lambda now: preparing(int((now - began) // 310))])
@@ -140,11 +120,11 @@ def test_it_that_gets_on_too_slowly_holds_the_run_no_longer_either(clock: Clock)
 
     assert clock.now - began > 10 * STARTUP_S
     clock.now, began = 10_000.0, 10_000.0
-    fast = Grid(clock, [lambda now: READY if now - began > 20_000 else preparing(int((now - began) // 290))])
+    fast = Grid(clock, [lambda now: READY if now - began > 5_000 else preparing(int((now - began) // 290))])
     ClientRegistry(num_clients=1, identity=IDENTITY).wait(fast, timeout_s=STARTUP_S)
 
 
-def test_a_run_that_has_begun_goes_on_without_a_client_that_prepares_and_lets_it_in_later(clock: Clock) -> None:
+def test_a_run_that_has_begun_goes_on_without_a_client_that_prepares_and_lets_it_in_later(clock: Any) -> None:
     began = clock.now
     grid = Grid(clock, [lambda now: READY, works(clock, until=1000.0, rows_a_second=0.9)])
     registry = ClientRegistry(num_clients=2, identity=IDENTITY)
@@ -175,7 +155,7 @@ def test_a_run_that_has_begun_goes_on_without_a_client_that_prepares_and_lets_it
 
 
 def test_preparing_is_no_failure_and_an_error_of_a_stage_is_asked_after_again(
-    clock: Clock, caplog: pytest.LogCaptureFixture
+    clock: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The operator mends a key while another client still prepares."""
     began = clock.now
@@ -202,12 +182,12 @@ def test_preparing_is_no_failure_and_an_error_of_a_stage_is_asked_after_again(
         (replace(READY, stages='{"<b>": 1.0}'), "stages must be a JSON object"),
     ],
 )
-def test_what_cannot_be_meant_is_named(clock: Clock, answer: HelloReply, match: str) -> None:
+def test_what_cannot_be_meant_is_named(clock: Any, answer: HelloReply, match: str) -> None:
     with pytest.raises(ProtocolError, match=match):
         ClientRegistry(num_clients=1, identity=IDENTITY).wait(Grid(clock, [lambda now: answer]), timeout_s=1.0)
 
 
-def test_another_result_of_its_stages_is_not_let_in_again(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_result_of_its_stages_is_not_let_in_again(clock: Any, caplog: pytest.LogCaptureFixture) -> None:
     registry: Any = ClientRegistry(num_clients=1, identity=IDENTITY)
     registry.recall([ClientSetup(client=0, num_train=9, num_heldout=0, label_counts={}, rows_digest="e" * 64)])
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
-from fedzo.fl import exchange
 from fedzo.fl.exchange import Outbox, Question, Talk, Traffic, converse
 from fedzo.fl.messages import Hello, HelloReply
 
@@ -120,18 +121,6 @@ def test_what_a_carrier_says_that_it_lost_is_asked_again_unless_its_node_is_gone
     assert len(outbox) == 0
 
 
-class Clock:
-    """In the place of the module ``time``: it goes on when somebody sleeps, or is told to."""
-
-    now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-
 @pytest.mark.parametrize(
     ("takes_s", "looks"),
     [
@@ -140,12 +129,7 @@ class Clock:
         pytest.param(4.0, 8, id="a second, as where a carrier was started again"),
     ],
 )
-def test_the_longer_a_look_for_replies_takes_the_rarer_it_is(
-    takes_s: float, looks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = Clock()
-    monkeypatch.setattr(exchange, "time", clock)
-
+def test_the_longer_a_look_for_replies_takes_the_rarer_it_is(takes_s: float, looks: int, clock: Any) -> None:
     class Slow(Carrier):
         looks = 0
         takes_s = 0.0

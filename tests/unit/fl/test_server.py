@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -64,6 +63,7 @@ from fedzo.zo.server_optimizer import (
     SgdConfig,
 )
 
+pytestmark = pytest.mark.usefixtures("clock")  # no test waits, or depends on how long anything takes
 SGD = Sgd()
 BASE = np.linspace(-1, 1, 9).astype(np.float32)
 IDENTITY = Identity(config_hash="c" * 64, base_digest="b", tokenizer_digest="t", task_digest="k")
@@ -546,13 +546,13 @@ def test_a_client_that_never_reaches_the_state_is_left_out_after_a_few_tries(fed
     assert len(clients[0].requests) == 1 + 4
 
 
-def test_helping_a_slow_client_ends_at_the_rounds_deadline(federation: Any) -> None:
+def test_helping_a_slow_client_ends_at_the_rounds_deadline(federation: Any, clock: Any) -> None:
     server, clients, _ = federation(deadline_s=0.3)
     asked: list[TrainRequest] = []
 
     def slow(request: TrainRequest) -> TrainReply:
         asked.append(request)
-        time.sleep(0.2)
+        clock.now += 0.2
         return TrainReply(status=Status.mismatch)
 
     clients[1].train = slow
@@ -737,7 +737,7 @@ def test_a_client_whose_old_node_has_left_comes_back_at_once(federation: Any) ->
 
 
 def test_a_client_that_says_nothing_costs_one_deadline_until_it_answers_a_greeting(
-    federation: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    federation: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, clock: Any
 ) -> None:
     monkeypatch.setattr(client_registry, "SILENT_S", 0.0)
     server, clients, grid = federation()
@@ -746,9 +746,9 @@ def test_a_client_that_says_nothing_costs_one_deadline_until_it_answers_a_greeti
     grid.nodes[101] = None
     took = []
     for _ in range(8):
-        began = time.monotonic()
+        began = clock.now
         server.run_round()
-        took.append(time.monotonic() - began >= server.strategy.deadline_s)
+        took.append(clock.now - began >= server.strategy.deadline_s)
     assert took == [True] + [False] * 7
     assert len(clients[1].requests) == 2
     assert reason_for(server, 5, 1) == "no reply since round 2; it is asked again once it answers a greeting"
@@ -785,16 +785,18 @@ def test_a_new_node_does_not_answer_for_the_silence_of_the_one_before_it(
     assert [record.getMessage() for record in caplog.records][-1] == "client 1 came back"  # as a new process
 
 
-def test_a_client_that_answers_greetings_and_no_more_costs_a_deadline_after_1_2_4_rounds_only(federation: Any) -> None:
+def test_a_client_that_answers_greetings_and_no_more_costs_a_deadline_after_1_2_4_rounds_only(
+    federation: Any, clock: Any
+) -> None:
     server, clients, _ = federation()
     asked: list[int] = []
     clients[1].train = lambda request: asked.append(request.round)
 
     took = []
     for _ in range(9):
-        began = time.monotonic()
+        began = clock.now
         server.run_round()
-        took.append(time.monotonic() - began >= server.strategy.deadline_s)
+        took.append(clock.now - began >= server.strategy.deadline_s)
 
     assert sorted(set(asked)) == [0, 1, 3, 7]
     assert [number for number, late in enumerate(took) if late] == [0, 1, 3, 7]
@@ -858,10 +860,10 @@ def test_a_client_that_is_heard_again_at_once_misses_one_round(federation: Any) 
     assert [line.attendance for line in server.store.rounds] == [(0, 2), (0, 1, 2)]
 
 
-def test_a_node_that_never_answers_its_greeting_holds_up_nobody(federation: Any) -> None:
+def test_a_node_that_never_answers_its_greeting_holds_up_nobody(federation: Any, clock: Any) -> None:
     """Also one that comes as a new node in every round."""
     server, _, grid = federation(deadline_s=5.0)
-    began = time.monotonic()
+    began = clock.now
 
     del grid.nodes[101]
     for number in range(5):
@@ -870,11 +872,11 @@ def test_a_node_that_never_answers_its_greeting_holds_up_nobody(federation: Any)
         server.run_round()
 
     assert means(server) == [2.0] * 5
-    assert time.monotonic() - began < 4.0  # no deadline was waited for
+    assert clock.now - began < 4.0  # no deadline was waited for
 
 
 def test_a_node_that_lost_its_greeting_is_greeted_again_and_registers_once(
-    federation: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    federation: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, clock: Any
 ) -> None:
     """A node that is started again between two looks has the same id, and knows nothing of what it was asked before."""
     monkeypatch.setattr(client_registry, "SILENT_S", 0.05)
@@ -885,7 +887,7 @@ def test_a_node_that_lost_its_greeting_is_greeted_again_and_registers_once(
     grid.nodes[101] = clients[1]
     server.run_round()
     clients[1].hello = hello
-    time.sleep(0.06)
+    clock.now += 0.06
 
     server.run_round()  # both greetings are answered, the old one too
     server.run_round()
@@ -1082,19 +1084,20 @@ def test_reasons_without_end_are_cut() -> None:
 
 def test_a_client_that_cannot_take_part_ends_the_start_at_once_and_a_run_goes_on_without_it(
     caplog: pytest.LogCaptureFixture,
+    clock: Any,
 ) -> None:
     """Nobody waits for what no retry can mend."""
     clients = [Client(0), Client(1)]
     clients[1].hello = HelloReply(config_hash=IDENTITY.config_hash, refusal=Refusal.rows)
     why = "client 1 cannot take part: refusal 1, its rows cannot be read or encoded. Its own log says why"
-    began = time.monotonic()
+    began = clock.now
 
     with pytest.raises(ConfigError, match=why):
         ClientRegistry(num_clients=2, identity=IDENTITY).wait(Grid(clients), timeout_s=60.0)
     again = ClientRegistry(num_clients=2, identity=IDENTITY)
     again.wait(Grid(clients), timeout_s=60.0, fewest=1)
 
-    assert time.monotonic() - began < 5.0
+    assert clock.now - began < 5.0
     assert sorted(again.nodes) == [0]
     assert why in caplog.text
 
@@ -1120,7 +1123,11 @@ def test_a_client_that_cannot_register_is_asked_now_and_then_and_its_reason_is_t
     "first", [{"base_digest": "x"}, {"refusal": Refusal.rows}], ids=["of another model", "without its rows"]
 )
 def test_a_client_that_was_mended_while_its_node_stayed_is_let_in(
-    federation: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, first: dict[str, Any]
+    federation: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    first: dict[str, Any],
+    clock: Any,
 ) -> None:
     """A node that is registered by its key has the same id when it is started again, perhaps between two looks."""
     monkeypatch.setattr(client_registry, "RETRY_S", 0.05)
@@ -1130,10 +1137,10 @@ def test_a_client_that_was_mended_while_its_node_stayed_is_let_in(
     good, clients[1].hello = clients[1].hello, replace(clients[1].hello, **first)
     grid.nodes[101] = clients[1]
     server.run_round()
-    time.sleep(0.06)
+    clock.now += 0.06
     server.run_round()
     clients[1].hello = good
-    time.sleep(0.11)
+    clock.now += 0.11
 
     server.run_round()
 
