@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Generic, TypeVar
 
 import pytest
 
-from fedzo.data.preprocess.backend import EndpointError, RewriterConfig, RowFault
+from fedzo.data.preprocess.backend import BusyError, EndpointError, Request, RewriterConfig, RowFault
 from fedzo.data.preprocess.rephrase import caller as caller_module
 from fedzo.data.preprocess.rephrase.caller import Caller
 from fedzo.data.preprocess.rephrase.store import FILE, Store
 from fedzo.errors import FolderInUseError
 
 Make = Callable[..., Any]
+T = TypeVar("T")
 
 CHILD = """
 import signal, sys
@@ -44,15 +48,35 @@ def _text(body: dict[str, Any]) -> str:
     return str(body["messages"][0]["content"])
 
 
+@dataclass
+class Gate:
+    """Answers the first requests; the others wait until it is open."""
+
+    first: int
+    opened: threading.Event = field(default_factory=threading.Event)
+    count: Iterator[int] = field(default_factory=itertools.count)
+
+    def pass_(self) -> None:
+        if next(self.count) >= self.first:
+            self.opened.wait()
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    made = Gate(14)
+    yield made
+    made.opened.set()
+
+
 @pytest.fixture
 def echo(serve: Make, sent: Make, chat: Make) -> Make:
-    """Starts a server that answers a text by the text in capitals, after a while, with 10 and 5 tokens."""
+    """Starts a server that answers a text by the text in capitals, after ``before``, with 10 and 5 tokens."""
 
-    def start(seconds: float = 0.0) -> Any:
+    def start(before: Callable[[], object] = lambda: None) -> Any:
         usage = {"prompt_tokens": 10, "completion_tokens": 5}
 
         def reply(handler: Any, body: dict[str, Any]) -> None:
-            time.sleep(seconds)
+            before()
             sent(handler, 200, chat(_text(body).upper(), usage=usage))
 
         return serve(reply)
@@ -143,43 +167,63 @@ def test_too_many_faults_stop(serve: Make, sent: Make, chat: Make, client: Make,
     assert len(endpoint.bodies) == 20
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("requests", "fewest", "highest"), [(16, 3, 4), (40, 5, 6)])  # a step up is 10 answers away
-def test_a_busy_endpoint_gets_fewer_calls_at_once_after_the_time_that_it_asks_for(
-    requests: int,
-    fewest: int,
-    highest: int,
-    serve: Make,
-    sent: Make,
-    chat: Make,
-    client: Make,
-    ask: Make,
-    tmp_path: Path,
-) -> None:
-    lock, at_once, most, refused_at, resumed_at = threading.Lock(), [0], [0], [], []
+class Turns:
+    """Threads, their queue and the time: a call runs, and takes 0.2 s, where the caller waits for an outcome."""
 
-    def reply(handler: Any, _: object) -> None:
-        with lock:
-            at_once[0] += 1
-            first = not refused_at
-            if first:
-                refused_at.append(time.monotonic())
-            elif time.monotonic() > refused_at[0] + 0.5:
-                resumed_at.append(time.monotonic())
-                most[0] = max(most[0], at_once[0])
-        time.sleep(0.2)
-        with lock:
-            at_once[0] -= 1
-        sent(handler, 429, b"", Retry_After="1") if first else sent(handler, 200, chat("fine"))
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.begun: list[Callable[[], None]] = []
+        turns = self
+
+        class Thread:
+            def __init__(self, *, target: Callable[[], None], **_: object) -> None:
+                self.start = lambda: turns.begun.append(target)
+
+        class Outcomes(Generic[T]):
+            def __init__(self) -> None:
+                self.put, self._got = lambda outcome: self._got.append(outcome), []
+
+            def get(self) -> T:
+                turns.now += 0.2
+                turns.begun[0]()
+                del turns.begun[0]
+                return self._got.pop()
+
+        self.threading, self.queue = SimpleNamespace(Thread=Thread), SimpleNamespace(SimpleQueue=Outcomes)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize(("requests", "most"), [(16, 4), (40, 6)])  # a step up is 10 answers away
+def test_a_busy_endpoint_gets_fewer_calls_at_once_after_the_time_that_it_asks_for(
+    requests: int, most: int, scripted: Make, ask: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns, at_once = Turns(), {}
+    for name in ("threading", "queue"):
+        monkeypatch.setattr(caller_module, name, getattr(turns, name))
+    monkeypatch.setattr(caller_module, "time", turns)
+
+    def reply(request: Request) -> str:
+        at_once[turns.now] = len(turns.begun)
+        if len(at_once) == 1:
+            raise BusyError(5.0)
+        return "fine"
 
     with Store(tmp_path) as store:
-        caller = Caller(client(serve(reply).url, concurrency=8), store, RewriterConfig())
+        caller = Caller(scripted(reply, concurrency=8), store, RewriterConfig())
         answers = caller.answer([ask(f"row {i}") for i in range(requests)])
 
     assert [answer.text for answer in answers] == ["fine"] * requests
     assert caller.totals.busy == 1
-    assert fewest <= most[0] <= highest
-    assert resumed_at[0] - refused_at[0] >= 1
+    (refused_at, before), *rest = at_once.items()
+    resumed = [(now, count) for now, count in rest if now >= refused_at + 5]
+    assert before == 8
+    assert len(resumed) == requests - (8 - 4)  # those that wait for nobody: begun before, and down to the new limit
+    assert max(count for _, count in resumed) == most
 
 
 def test_an_endpoint_that_stays_busy_is_asked_a_bounded_number_of_times(
@@ -199,50 +243,54 @@ def test_an_endpoint_that_stays_busy_is_asked_a_bounded_number_of_times(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("concurrency", [1, 3])
-def test_a_process_that_is_killed_loses_its_calls_in_flight_only(concurrency: int, echo: Make, tmp_path: Path) -> None:
-    endpoint = echo(0.05)
+def test_a_process_that_is_killed_loses_its_calls_in_flight_only(
+    concurrency: int, echo: Make, gate: Gate, tmp_path: Path
+) -> None:
+    endpoint = echo(gate.pass_)
     command = [sys.executable, "-c", CHILD, endpoint.url, str(tmp_path), str(concurrency)]
     process = subprocess.Popen(command)
-    _wait_for(lambda: len(endpoint.bodies) >= 15)
+    _wait_for(lambda: len(endpoint.bodies) == gate.first + concurrency)  # a call begins when another's answer is kept
     process.kill()
     process.wait()
-    num_before = len(endpoint.bodies)
     with (tmp_path / FILE).open("rb") as file:
-        kept = file.read().count(b'"key"')
+        assert file.read().count(b'"key"') == gate.first
+    gate.opened.set()
 
     subprocess.run(command, check=True)
 
     asked = Counter(map(_text, endpoint.bodies))
     assert set(asked) == {f"row {i}" for i in range(40)}
-    assert num_before - concurrency <= kept <= num_before
-    assert len(endpoint.bodies) == 40 + num_before - kept
+    assert len(endpoint.bodies) == 40 + concurrency
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("concurrency", [1, 3])
-def test_an_interrupt_ends_promptly_and_keeps_what_is_done(concurrency: int, echo: Make, tmp_path: Path) -> None:
-    endpoint = echo(0.05)
+def test_an_interrupt_ends_promptly_and_keeps_what_is_done(
+    concurrency: int, echo: Make, gate: Gate, tmp_path: Path
+) -> None:
+    endpoint = echo(gate.pass_)
     command = [sys.executable, "-c", CHILD, endpoint.url, str(tmp_path), str(concurrency)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    _wait_for(lambda: len(endpoint.bodies) >= 10)
+    _wait_for(lambda: len(endpoint.bodies) == gate.first + concurrency)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=120)  # its calls are never answered
 
     assert "KeyboardInterrupt" in errors
     assert process.returncode == -signal.SIGINT
     with Store(tmp_path) as store:
-        assert len(endpoint.bodies) - concurrency <= len(store) < 40
+        assert len(store) == gate.first
 
 
 @pytest.mark.slow
-def test_of_two_processes_on_one_store_the_second_refuses(echo: Make, tmp_path: Path) -> None:
-    endpoint = echo(0.05)
+def test_of_two_processes_on_one_store_the_second_refuses(echo: Make, gate: Gate, tmp_path: Path) -> None:
+    endpoint = echo(gate.pass_)
     first = subprocess.Popen([sys.executable, "-c", CHILD, endpoint.url, str(tmp_path), "1"])
-    _wait_for(lambda: len(endpoint.bodies) >= 1)
+    _wait_for(lambda: len(endpoint.bodies) > gate.first)
 
     with pytest.raises(FolderInUseError, match=rf"{tmp_path / FILE}: another process is writing to it. Wait for it"):
         Store(tmp_path)
 
+    gate.opened.set()
     assert first.wait() == 0
     assert len(endpoint.bodies) == 40
 
