@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import os
 import shutil
 import sys
@@ -25,6 +26,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if "FLWR_HOME" not in os.environ:
     os.environ["FLWR_HOME"] = tempfile.mkdtemp(prefix="flwr-")
     atexit.register(shutil.rmtree, os.environ["FLWR_HOME"], ignore_errors=True)
+if "RAY_TMPDIR" not in os.environ:  # Ray looks in its folder for clusters that others have started
+    os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
+    atexit.register(shutil.rmtree, os.environ["RAY_TMPDIR"], ignore_errors=True)
 
 import pytest
 from absl import logging as absl_logging
@@ -39,6 +43,20 @@ absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 settings.register_profile("dev", max_examples=25, deadline=None)
 settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True)
 settings.load_profile(os.environ.get("FEDZO_TEST_EXAMPLES", "dev"))
+
+
+@pytest.fixture(autouse=True)
+def logging_is_left_as_it_was() -> Iterator[None]:
+    """Commands that run in a test's process log into a run's folder, and Hydra sets the handlers of the process."""
+    loggers = [logging.getLogger(), logging.getLogger("flwr")]
+    before = [(list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
+
+    yield
+
+    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        for handler in set(logger.handlers) - set(handlers):
+            handler.close()
+        logger.handlers[:], logger.level, logger.propagate = handlers, level, propagate
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +23,6 @@ Overrides = Callable[..., list[str]]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
 LOGS = ("public.jsonl", "audit.jsonl")
 VECTORS = ("estimator=backprop", "trainer=meerkat")
-
-
-@pytest.fixture(autouse=True)
-def logging_is_left_as_it_was() -> Iterator[None]:
-    """``fedzo resume`` logs into its folder."""
-    loggers = [logging.getLogger(), logging.getLogger("flwr")]
-    before = [(list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
-
-    yield
-
-    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
-        for handler in set(logger.handlers) - set(handlers):
-            handler.close()
-        logger.handlers[:], logger.level, logger.propagate = handlers, level, propagate
 
 
 def snapshot(folder: Path) -> dict[str, object]:

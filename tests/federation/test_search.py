@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,6 @@ from fedzo.cli import main
 
 SEARCHED = "server_optimizer.lr=tag(log,interval(1e-3,1e-1))"
 Search = Callable[..., int]
-
-
-@pytest.fixture(autouse=True)
-def logging_is_put_back() -> Iterator[None]:
-    """Hydra sets the handlers of the whole process."""
-    loggers = (logging.getLogger(), logging.getLogger("flwr"))
-    before = [(logger, list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
-    yield
-    for logger, handlers, level, propagate in before:
-        for handler in set(logger.handlers) - set(handlers):
-            handler.close()
-        logger.handlers[:], logger.level, logger.propagate = handlers, level, propagate
 
 
 @pytest.fixture

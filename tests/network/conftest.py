@@ -40,7 +40,7 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def wait_for(ready: Callable[[], object], *, seconds: float = 60.0, what: Callable[[], str] = str) -> None:
+def wait_for(ready: Callable[[], object], *, seconds: float = 180.0, what: Callable[[], str] = str) -> None:
     """Poll until it is so."""
     ends = time.monotonic() + seconds
     while not ready():
@@ -211,12 +211,12 @@ class Federation:
         text = log.read_text() if log.exists() else ""
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
-    def wait_for_round(self, name: str, count: int, *, seconds: float = 60.0) -> list[dict[str, Any]]:
+    def wait_for_round(self, name: str, count: int, *, seconds: float = 180.0) -> list[dict[str, Any]]:
         """Wait until a run has so many rounds."""
         self._wait(name, lambda: len(self.rounds(name)) >= count, f"{count} rounds", seconds)
         return self.rounds(name)
 
-    def wait_for_attendance(self, name: str, attendance: list[int], *, seconds: float = 60.0) -> int:
+    def wait_for_attendance(self, name: str, attendance: list[int], *, seconds: float = 180.0) -> int:
         """Wait for a round with these clients; its number."""
         self._wait(name, lambda: self.rounds(name)[-1]["attendance"] == attendance, f"a round of {attendance}", seconds)
         return len(self.rounds(name)) - 1
@@ -232,7 +232,7 @@ class Federation:
         (line,) = [line for line in lines if line["kind"] == "round" and line["round"] == number]
         return str(line["reasons"][str(client)])
 
-    def server_pid(self, *, seconds: float = 60.0) -> int:
+    def server_pid(self, *, seconds: float = 180.0) -> int:
         """The process that serves the run, as soon as there is one."""
         found: list[int] = []
 

@@ -87,7 +87,7 @@ class Walk:
         """End what stays, the last first."""
         for process in reversed(self._running):
             process.terminate()
-            process.wait(60)
+            process.wait(120)
 
 
 @pytest.fixture

@@ -127,7 +127,8 @@ def test_two_nodes_of_a_cluster_share_the_clients_and_a_dead_actor_is_replaced(
     assert len(after) == 2
 
 
-def test_cluster_that_is_not_up_is_named(toy: ModuleType, tmp_path: Path) -> None:
+def test_cluster_that_is_not_up_is_named(toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", set)  # another's on this machine may be up
     run_config = {"config": toy.config_json(), "run-dir": str(tmp_path)}
     with pytest.raises(ConfigError, match=r"runtime\.address: a Ray cluster must be up at 'auto'.*ray start --head"):
         run_ray(
@@ -140,7 +141,7 @@ def test_cluster_that_is_not_up_is_named(toy: ModuleType, tmp_path: Path) -> Non
 
 
 def _assert_gone(pids: set[int]) -> None:
-    ends = time.monotonic() + 10
+    ends = time.monotonic() + 60
     while alive := [pid for pid in pids if psutil.pid_exists(pid)]:
         assert time.monotonic() < ends, alive
         time.sleep(0.1)

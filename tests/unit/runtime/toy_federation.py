@@ -46,7 +46,7 @@ def hello(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     request, config = message.content["request"], _config(context)
     client = int(request["client"])
-    if config.get("fails") == client:
+    if config.get("fails") == client and request["round"] in config.get("fails_in", [request["round"]]):
         raise ValueError(f"client {client} fails on purpose")
     if config.get("hangs") == client and not Path(config["hung"]).exists():
         Path(config["hung"]).touch()
@@ -61,7 +61,7 @@ def train(message: Message, context: Context) -> Message:
 
 @server_app.main()
 def main(grid: Any, context: Context) -> None:
-    """Result in ``result.json``: the value after each round, and who answered."""
+    """Result in ``result.json``, after each round: the values so far, and who answered."""
     config, run_dir = _config(context), Path(str(context.run_config["run-dir"]))
     ends = time.monotonic() + 60
     while len(list(grid.get_node_ids())) < config["clients"]:
@@ -78,26 +78,27 @@ def main(grid: Any, context: Context) -> None:
     for number in range(config["rounds"]):
         if config.get("server_fails_in") == number:
             raise ToyServerError("the server fails on purpose")
-        if config.get("kills") and number == 1:
+        if config.get("kills") and number == config.get("kills_in", 1):
             kill(config["kills"])
         started = time.monotonic()
         order = [nodes[client] for client in sorted(nodes)]
-        answers = ask(grid, "train", dict.fromkeys(order, value), deadline_s=config.get("deadline_s", 60.0))
+        deadline_s = config.get("deadlines_s", {}).get(str(number), config.get("deadline_s", 60.0))
+        answers = ask(grid, "train", dict.fromkeys(order, value), number=number, deadline_s=deadline_s)
         seconds.append(time.monotonic() - started)
         good = [dict(answer.content["answer"]) for answer in answers if answer and answer.has_content()]
         replies.append([answer.error.reason if answer and answer.has_error() else None for answer in answers])
         value += sum(answer["value"] for answer in good)
         history.append({"value": value.hex(), "answers": len(good), "by": good})
-    result = {
-        "values": [entry["value"] for entry in history],
-        "answers": [entry["answers"] for entry in history],
-        "text": greetings[0]["text"],
-        "by": [entry["by"] for entry in history],
-        "errors": replies,
-        "seconds": seconds,
-        "server_pid": os.getpid(),
-    }
-    (run_dir / "result.json").write_text(json.dumps(result))
+        result = {
+            "values": [entry["value"] for entry in history],
+            "answers": [entry["answers"] for entry in history],
+            "text": greetings[0]["text"],
+            "by": [entry["by"] for entry in history],
+            "errors": replies,
+            "seconds": seconds,
+            "server_pid": os.getpid(),
+        }
+        (run_dir / "result.json").write_text(json.dumps(result))
 
 
 def processes() -> list[psutil.Process]:
@@ -114,11 +115,13 @@ def kill(words: str) -> None:
     raise AssertionError(f"no process with {words!r}")
 
 
-def ask(grid: Any, message_type: str, values: dict[int, float], *, deadline_s: float = 60.0) -> list[Any]:
+def ask(
+    grid: Any, message_type: str, values: dict[int, float], *, number: int = 0, deadline_s: float = 60.0
+) -> list[Any]:
     """Replies in the order of ``values``, ``None`` for those that are late."""
     messages = []
     for node, value in values.items():
-        request = MetricRecord({"client": grid.client_of(node), "value": value})
+        request = MetricRecord({"client": grid.client_of(node), "value": value, "round": number})
         messages.append(Message(RecordDict({"request": request}), dst_node_id=node, message_type=message_type))
     ids = list(grid.push_messages(messages))
     got: dict[str, Message] = {}
