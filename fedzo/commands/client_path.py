@@ -8,6 +8,7 @@ it; where it took one, that the round's public scalars are the mean (or what the
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -202,7 +203,7 @@ def vector_file(
     if path is None:
         yield lambda space: None
         return
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         try:
             with part.open("wb") as file:

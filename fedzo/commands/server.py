@@ -18,7 +18,7 @@ import httpx
 
 import fedzo
 from fedzo.errors import ConfigError
-from fedzo.records.folder import replace_file
+from fedzo.records.folder import lock_file, replace_file
 from fedzo.runtime.net.client_folder import Invitation, read_invitation, write_invitation
 from fedzo.runtime.net.credentials import fingerprint, make_key, pem_of, public_key_of, read_certificate, write_private
 from fedzo.runtime.net.parts import (
@@ -89,16 +89,23 @@ def add_client(folder: ServerFolder, name: str, *, index: int | None, key: str |
     room = folder.file(INVITATIONS)
     room.mkdir(mode=0o700, exist_ok=True)
     file, private = room / f"{name}.json", room / f"{name}.key"
-    if file.exists():  # the command is repeated
-        write_private(private, read_invitation(file).key.encode())
-    else:
+    is_new = not file.exists()  # else the command is repeated
+    if is_new:
         make_key(private)
+    else:
+        write_private(private, read_invitation(file).key.encode())
     try:
-        client = folder.add_client(name, index=index, key=public_key_of(private))
         authority, text = folder.file("ca.crt").read_text(encoding="ascii"), private.read_text(encoding="ascii")
+        # before the key is registered: nobody has it but the invitation
+        write_invitation(file, Invitation(address=folder.listening.address, authority=authority, key=text))
+        try:
+            client = folder.add_client(name, index=index, key=public_key_of(private))
+        except BaseException:
+            if is_new:
+                file.unlink()
+            raise
     finally:
         private.unlink()
-    write_invitation(file, Invitation(address=folder.listening.address, authority=authority, key=text))
     yield _registered(client)
     yield f"invitation: {file}. It holds the site's key: hand it over on a safe way, then remove it here"
     yield f"on the site: fedzo client init DIR --server {folder.listening.address} --invitation {name}.json"
@@ -126,9 +133,16 @@ def up(folder: ServerFolder) -> Iterator[str]:
 
     Raises:
         ConfigError: The folder is not whole, or somebody listens at its ports.
+        FolderInUseError: Another process keeps it.
         ProtocolError: The SuperLink does not start.
     """
     folder.check()
+    with folder.file("up.lock").open("ab") as held:
+        lock_file(held.fileno(), folder.path, "server folder")  # before anything is removed that another one uses
+        yield from _keep_up(folder)
+
+
+def _keep_up(folder: ServerFolder) -> Iterator[str]:
     if text := listening_problem(folder):
         raise ConfigError(text)
     if folder.served is None:  # no run needs what Flower remembers

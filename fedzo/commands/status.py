@@ -52,11 +52,15 @@ def stop(run_dir: Path) -> Iterator[str]:
     Raises:
         RunFolderError: Nobody runs it.
     """
-    if not is_locked(run_dir / PUBLIC):
+    if not _is_worked_on(run_dir):
         raise RunFolderError(f"run folder {run_dir}: no process of this machine works on it. Nothing is to be stopped.")
-    replace_file(run_dir / STOP, "")
-    yield "asked to stop; the round that is under way is finished first"
-    while is_locked(run_dir / PUBLIC):
+    asked = False
+    while _is_worked_on(run_dir):
+        if not (run_dir / STOP).exists():  # a run that just begins removes what an earlier one left
+            replace_file(run_dir / STOP, "")
+        if not asked:
+            yield "asked to stop; the round that is under way is finished first"
+        asked = True
         time.sleep(POLL_S)
     (run_dir / STOP).unlink(missing_ok=True)  # the run ended by itself
     rounds, total = len(RunLog(run_dir).rounds), _planned_rounds(run_dir)
@@ -64,6 +68,11 @@ def stop(run_dir: Path) -> Iterator[str]:
         yield f"the run has ended, after all its {rounds} rounds"
     else:
         yield f"stopped after {rounds} of {total} rounds. Continue with: fedzo resume {run_dir}"
+
+
+def _is_worked_on(run_dir: Path) -> bool:
+    """Whether its server is up, or whoever starts that."""
+    return is_locked(run_dir / PUBLIC) or is_locked(run_dir)
 
 
 def _server(folder: ServerFolder) -> Iterator[str]:

@@ -29,6 +29,8 @@ from fedzo.records.folder import (
     RUN_FILE,
     SITE_FILE,
     STOP,
+    folder_of_one_process,
+    make_folder,
     read_file,
 )
 from fedzo.records.metrics import Extension, Summary
@@ -51,20 +53,21 @@ def start_run(config: LaunchConfig, run_dir: Path, *, overrides: list[str]) -> N
     Raises:
         RunFolderError: The folder holds a run already, or cannot be written.
     """
-    with RunStore(run_dir) as store:
-        if has_begun(run_dir):
-            start_again = "" if store.rounds else "; it has no round yet, so you may also remove the folder"
-            raise RunFolderError(
-                f"run folder {run_dir}: it already holds a run. `fedzo resume {run_dir}`, or choose another"
-                f"{start_again}."
-            )
-        for left in (CONFIG, RUN_FILE, ENVIRONMENT):  # of a start that came to nothing, perhaps by other settings
-            (run_dir / left).unlink(missing_ok=True)
-        config = _with_absolute_paths(config)
-        _write_settings(config, run_dir, overrides)
-        if not config.runtime.traits.server_process:
-            return _run(config, store)
-    _deploy(config, run_dir)
+    with _alone(run_dir):
+        with RunStore(run_dir) as store:
+            if has_begun(run_dir):
+                start_again = "" if store.rounds else "; it has no round yet, so you may also remove the folder"
+                raise RunFolderError(
+                    f"run folder {run_dir}: it already holds a run. `fedzo resume {run_dir}`, or choose another"
+                    f"{start_again}."
+                )
+            for left in (CONFIG, RUN_FILE, ENVIRONMENT):  # of a start that came to nothing, perhaps by other settings
+                (run_dir / left).unlink(missing_ok=True)
+            config = _with_absolute_paths(config)
+            _write_settings(config, run_dir, overrides)
+            if not config.runtime.traits.server_process:
+                return _run(config, store)
+        _deploy(config, run_dir)
 
 
 def start_or_resume_run(config: LaunchConfig, run_dir: Path, *, overrides: list[str]) -> None:
@@ -108,25 +111,26 @@ def resume_run(run_dir: Path, *, rounds: int | None = None) -> None:
         RunFolderError: The folder cannot be written, or another process writes to it.
     """
     read_launch(run_dir)  # no run folder is made of another
-    with RunStore(run_dir) as store:
-        config, extension = _extended(read_launch(run_dir), store, rounds)
-        if any(ended.rounds == config.fl.rounds for ended in store.told(Summary)):
-            longer = f"`fedzo resume {run_dir} fl.rounds=N` makes the run longer."
-            log.warning("%s: all %d rounds are done, and only checked again. %s", run_dir, config.fl.rounds, longer)
-        if not config.runtime.traits.server_process:
-            try:
-                return _run(config, store)
-            except (ConfigError, RunFolderError):
-                if extension:
+    with _alone(run_dir):
+        with RunStore(run_dir) as store:
+            config, extension = _extended(read_launch(run_dir), store, rounds)
+            if any(ended.rounds == config.fl.rounds for ended in store.told(Summary)):
+                longer = f"`fedzo resume {run_dir} fl.rounds=N` makes the run longer."
+                log.warning("%s: all %d rounds are done, and only checked again. %s", run_dir, config.fl.rounds, longer)
+            if not config.runtime.traits.server_process:
+                try:
+                    return _run(config, store)
+                except (ConfigError, RunFolderError):
+                    if extension:
+                        extension.take_back(store)
+                    raise
+        try:
+            _deploy(config, run_dir)
+        except (ConfigError, RunFolderError):
+            if extension:
+                with RunStore(run_dir) as store:
                     extension.take_back(store)
-                raise
-    try:
-        _deploy(config, run_dir)
-    except (ConfigError, RunFolderError):
-        if extension:
-            with RunStore(run_dir) as store:
-                extension.take_back(store)
-        raise
+            raise
 
 
 def serve_run(run_dir: Path, server_dir: Path) -> None:
@@ -161,11 +165,11 @@ class _Extension:
     files: dict[str, bytes]
 
     def take_back(self, store: RunStore) -> None:
-        """Undo it, unless the run has gone on."""
+        """Undo it, unless the run has gone on; from its end, so that wherever a kill hits, the next resume mends it."""
         if len(store.records) == self.record.round:
-            store.take_back(self.record)
-            for name, content in self.files.items():
+            for name, content in reversed(self.files.items()):
                 write_whole(store.folder / name, content.decode())
+            store.take_back(self.record)
 
 
 def _extended(config: LaunchConfig, store: RunStore, rounds: int | None) -> tuple[LaunchConfig, _Extension | None]:
@@ -211,6 +215,17 @@ def _check_extension(config: LaunchConfig, rounds: int, *, before: int) -> None:
         )
     if texts := [problem.text for problem in launch_problems(with_rounds(config, rounds))]:
         raise ConfigError("; ".join(texts))
+
+
+@contextmanager
+def _alone(run_dir: Path) -> Iterator[None]:
+    """Have a run folder to oneself for as long as anything of the run is up.
+
+    Where the server is a process of its own, it takes the lock of the log only once it has imported what it needs.
+    """
+    make_folder(run_dir)
+    with folder_of_one_process(run_dir):
+        yield
 
 
 def _write_settings(config: LaunchConfig, run_dir: Path, overrides: list[str]) -> None:

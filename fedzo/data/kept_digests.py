@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fedzo.data.files import Row
 from fedzo.errors import ConfigError
-from fedzo.records.folder import replace_file
+from fedzo.records.folder import replace_file, sync_folder
 
 KEPT_ROWS = "rows"
 """Folder of the digests, beside a site's configuration or in a run folder."""
@@ -128,9 +128,13 @@ class KeptDigests:
         self.folder.mkdir(parents=True, exist_ok=True)
         own = file.with_name(f"{file.name}.{os.getpid()}.part")
         own.touch(mode=0o600)
-        own.write_bytes(data)
+        with own.open("wb") as written:
+            written.write(data)
+            written.flush()
+            os.fsync(written.fileno())  # as what depends on it is
         try:
             os.link(own, file)
+            sync_folder(self.folder)
         except FileExistsError:
             pass
         finally:

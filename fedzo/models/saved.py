@@ -46,6 +46,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
     name = f".{out.name}.{os.getpid()}.part"
     part = out.with_name(name) if is_new else out / name
     part.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(part, ignore_errors=True)  # of a process of this number that was killed
     part.mkdir()
     try:
         with disk_errors():

@@ -25,7 +25,8 @@ from fedzo.data.embedded import package_dir
 from fedzo.errors import ConfigError, some
 from fedzo.models.config import EMBEDDED_NAME, ModelConfig, Quantization
 from fedzo.models.digest import file_digest
-from fedzo.models.saved import disk_errors
+from fedzo.models.saved import disk_errors, sync_files
+from fedzo.records.folder import sync_folder
 from fedzo.sketch import SketchLinear
 
 logger = logging.getLogger(__name__)
@@ -170,7 +171,9 @@ def embedded_folder() -> Path:
         ) from error
     try:
         _convert(gguf, scratch)
+        sync_files(scratch)
         scratch.rename(folder)
+        sync_folder(folder.parent)
     except OSError as error:
         if not folder.is_dir():  # otherwise another process was first, with the same bytes
             raise ConfigError(f"{folder} cannot be written: {error}. Set FEDZO_CACHE to another folder.") from error

@@ -171,11 +171,14 @@ class ClientContext:
         rows = self.rows(client).train if stages else self.source.rows_for(client)
         return self.kept.register(rows, whose=f"client {client}", run=self.peer.run_id, begun=begun, stages=stages)
 
-    def _workspace(self, artifact: Artifact) -> Workspace:
-        """By the first batch of whichever client was asked first, ``model.dtype=auto`` is decided."""
+    def _workspace(self, artifact: Artifact, asked: int) -> Workspace:
+        """By the first batch of whichever client was greeted first, ``model.dtype=auto`` is decided.
+
+        A process that was started again within a run has greeted nobody: it goes by the client that is asked.
+        """
 
         def first_rows() -> list[dict[str, object]]:
-            client = next(iter(self._data), 0)
+            client = next(iter(self._data), asked)
             return self.rows(client).train[: self.peer.config.fl.batch_size]
 
         return self.peer.workspace(artifact, trial_rows=first_rows)

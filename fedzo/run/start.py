@@ -60,14 +60,14 @@ def open_run(launch: LaunchConfig, run_dir: Path) -> Process:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a file of a run folder: all of it, or what was there stays. One that says so already is left alone.
+    """Write a file of a run folder to the disk: all of it, or what was there stays. One that says so is left alone.
 
     Raises:
         RunFolderError: It cannot be written.
     """
     try:
         if not (file.exists() and read_file(file.parent, file.name) == text.encode()):
-            replace_file(file, text)
+            replace_file(file, text, durable=True)
     except OSError as error:
         raise RunFolderError(
             f"run folder {file.parent}: cannot write {file.name} ({error.strerror}). Choose another folder."

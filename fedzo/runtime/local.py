@@ -19,10 +19,10 @@ from fedzo.runtime.net.parts import (
     EXECUTOR,
     Site,
     environment,
-    register_clients,
     start_executor,
     start_superlink,
     start_supernode,
+    wait_for_registration,
     wait_for_superlink,
 )
 from fedzo.runtime.net.processes import Processes, free_ports
@@ -55,8 +55,10 @@ def run_local(
     Raises:
         ProtocolError: A process did not start, or ended too often; with the end of its log.
     """
+    control, public, *ports = free_ports(2 + num_clients)  # at once: what is let go may be given again
+    listening = Listening(address=f"127.0.0.1:{public}", listen=f"127.0.0.1:{public}", control=f"127.0.0.1:{control}")
     with (
-        _network(run_dir / NETWORK, num_clients) as (server, clients),
+        _network(run_dir / NETWORK, num_clients, listening) as (server, clients),
         Processes(run_dir / "logs", environment=environment()) as processes,
     ):
         start_superlink(processes, server, restarts=RESTARTS)
@@ -72,13 +74,14 @@ def run_local(
                     name=str(index),
                     environment=share_of_cpus(num_clients),
                     executor=executor,
+                    port=port,
                 )
-                for index, folder in enumerate(clients)
+                for index, (folder, port) in enumerate(zip(clients, ports, strict=True))
             ]
             for site in sites:
                 start_executor(processes, site)
             wait_for_superlink(processes, server, timeout_s=config.startup_s)
-            register_clients(server)
+            wait_for_registration(processes, server, timeout_s=config.startup_s)
             for site in sites:  # not before their keys are known
                 start_supernode(processes, site)
         except BaseException:
@@ -94,18 +97,18 @@ def share_of_cpus(num_clients: int) -> dict[str, str]:
 
 
 @contextmanager
-def _network(folder: Path, num_clients: int) -> Iterator[tuple[ServerFolder, list[ClientFolder]]]:
+def _network(folder: Path, num_clients: int, listening: Listening) -> Iterator[tuple[ServerFolder, list[ClientFolder]]]:
     """Throw-away folders of a server and its sites."""
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
     folder.mkdir(mode=0o700, parents=True)
     try:
-        control, public = (f"127.0.0.1:{port}" for port in free_ports(2))
-        listening = Listening(address=public, listen=public, control=control)
         server = ServerFolder.make(folder / "server", listening, names=["127.0.0.1"], days=30)
-        invitation = Invitation(address=public, authority=server.file("ca.crt").read_text())
+        invitation = Invitation(address=listening.address, authority=server.file("ca.crt").read_text())
         clients = []
         for index in range(num_clients):
-            client = ClientFolder.make(folder / f"client-{index}", address=public, site="", invitation=invitation)
+            client = ClientFolder.make(
+                folder / f"client-{index}", address=listening.address, site="", invitation=invitation
+            )
             server.add_client(f"client-{index}", index=index, key=client.public_key)
             clients.append(client)
         yield server, clients

@@ -281,6 +281,7 @@ def test_the_file_is_written_vector_by_vector(tmp_path: Path) -> None:
     space = VectorSpace(np.zeros(size, np.float32))
     space.step(1.0, 0)  # compiles
     tracemalloc.start()
+    (tmp_path / ".path.1.part").write_text("of another process, which writes the same file")
     with vector_file(out, steps=len(g), size=size, about={}) as write:
         for _ in local_steps(space, g, lr=1e-3, run_seed=0, round=0, client=0, directions=SHARED):
             write(space)
@@ -290,3 +291,4 @@ def test_the_file_is_written_vector_by_vector(tmp_path: Path) -> None:
     assert peak < 5 * 4 * size
     assert out.stat().st_size > 40 * 4 * size
     assert np.array_equal(load_file(out)["step_0040"], space.theta)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".path.1.part", "path"]

@@ -13,12 +13,18 @@ import torch
 
 from fedzo.commands.run_folder import rebuild
 from fedzo.commands.trained import replay_run
+from fedzo.config.load import load
 from fedzo.evaluate import answers
 from fedzo.fl.client import scalar_update
+from fedzo.fl.messages import TrainRequest
 from fedzo.models import fidelity
 from fedzo.models.products import RoundedProducts
 from fedzo.run import peer
+from fedzo.run.client_context import ClientContext
 from fedzo.run.peer import Peer
+from fedzo.run.start import open_run
+from fedzo.trainers import Workplace
+from fedzo.zo.log import EMPTY_CHAIN
 
 Run = Callable[..., Path]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
@@ -60,6 +66,28 @@ def test_an_unfaithful_bfloat16_leaves_the_run_of_float32(
     assert "float32 is chosen" in line
     assert dtypes == [torch.float32, torch.float32]
     assert (auto / "public.jsonl").read_bytes() == (plain / "public.jsonl").read_bytes()
+
+
+def test_a_process_that_is_started_again_within_a_run_decides_by_rows_of_the_client_that_is_asked(
+    overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be the site of one client, which has no rows of any other."""
+    process = open_run(load(overrides("model.dtype=auto")), tmp_path)
+    workplace = Workplace(folder=tmp_path, seed=0, texts=list, advance=lambda done, total: None)
+    artifact = process.peer.trainer.prepare(process.peer.loaded, workplace).artifact
+    known, read = process.client.rows, []
+    monkeypatch.setattr(ClientContext, "rows", lambda _, client: read.append(client) or known(client))
+
+    request = TrainRequest(
+        client=3,
+        config_hash=process.client.worker.identity.config_hash,
+        space_id=artifact.digest,
+        chain=EMPTY_CHAIN.hex(),
+        steps=1,
+    )
+    process.client.worker.train(request)
+
+    assert set(read) == {3}
 
 
 @pytest.mark.parametrize("trainer", ["meerkat", "lora", "tables"])

@@ -167,6 +167,28 @@ def test_the_second_process_leaves_nothing_in_a_folder(run: Run, overrides: Over
             assert snapshot(taken) == before
 
 
+def test_a_run_whose_server_is_another_process_is_not_begun_twice(
+    run: Run, overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who starts it has let go of the logs, and the server has not taken them up yet."""
+    folder, seen = tmp_path / "run", []
+
+    def deploy(config: object, run_dir: Path) -> None:
+        before = snapshot(run_dir)
+        with pytest.raises(FolderInUseError, match="another process is using it"):
+            start_run(load(overrides("fl.rounds=9")), run_dir, overrides=[])
+        with pytest.raises(FolderInUseError):
+            resume_run(run_dir)
+        seen.append(snapshot(run_dir) == before)
+
+    monkeypatch.setattr(train, "_deploy", deploy)
+
+    start_run(load(overrides("runtime=local")), folder, overrides=[])
+    resume_run(folder)
+
+    assert seen == [True, True]
+
+
 def test_a_finished_job_of_a_sweep_is_only_read(run: Run, overrides: Overrides) -> None:
     folder = run("fl.rounds=2")
     (folder / "metrics.jsonl").write_bytes((folder / "metrics.jsonl").read_bytes().rstrip(b"\n"))
@@ -321,6 +343,37 @@ def test_a_run_that_is_refused_when_it_is_made_longer_is_as_long_as_before(
     (tmp_path / "elsewhere").rename(mine)
     resume_run(folder, rounds=3)
     assert replay_run(folder)["rounds"] == 3
+
+
+@pytest.mark.parametrize("writes", range(5))
+def test_a_kill_while_a_refused_extension_is_taken_back_is_made_up_for(
+    run: Run, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    mine = shutil.copytree(data_dir, tmp_path / "mine")
+    folder = run("fl.rounds=2", f"data.path={mine}")
+    mine.rename(tmp_path / "elsewhere")
+    original, left = train.write_whole, writes
+
+    def killed(file: Path, text: str) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        original(file, text)
+
+    def refused(*_: object) -> None:
+        monkeypatch.setattr(train, "write_whole", killed)
+        raise ConfigError("refused")
+
+    monkeypatch.setattr(train, "_run", refused)
+    with pytest.raises(KeyboardInterrupt if writes < 4 else ConfigError):
+        resume_run(folder, rounds=4)
+    monkeypatch.undo()
+    (tmp_path / "elsewhere").rename(mine)
+
+    resume_run(folder)
+
+    assert replay_run(folder)["rounds"] == (4 if writes < 4 else 2)  # whichever it is, it is one of them
 
 
 def test_a_report_knows_which_rounds_belong_to_which_total(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

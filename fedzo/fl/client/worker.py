@@ -71,7 +71,7 @@ class ClientWorker:
         register: Digest of all rows of a client, by its index and whether the run has begun (``KeptDigests``), or how
             far its stages are. Rows that are too few for the site raise ``SiteError`` before any stage begins.
         prepare: How far the stages of a client are; None where its rows are ready.
-        build: Makes the model with the space on it from the artifact of the run.
+        build: Makes the model with the space on it from the artifact of the run, for the client that is asked first.
         artifacts: Where this process finds the artifact, or keeps it when the server sends it.
         absent: Planned faults: (client, round) pairs.
     """
@@ -88,7 +88,7 @@ class ClientWorker:
         data_of: Callable[[int], ClientData],
         register: Callable[[int, bool], str | Progress],
         prepare: Callable[[int], Progress | None],
-        build: Callable[[Artifact], Workspace],
+        build: Callable[[Artifact, int], Workspace],
         artifacts: ArtifactStore,
         absent: frozenset[tuple[int, int]] = frozenset(),
     ) -> None:
@@ -221,7 +221,7 @@ class ClientWorker:
             artifact = self._artifacts.find(request.space_id)
             if artifact is None:
                 return None, Status.bare
-            self._workspace, self.space_id = self._build(artifact), request.space_id
+            self._workspace, self.space_id = self._build(artifact, request.client), request.space_id
         assert self._workspace is not None
         return self._workspace, self._workspace.replica.sync(request)
 

@@ -129,6 +129,8 @@ def _told(what: str) -> Iterator[None]:
     try:
         yield
     except httpx.HTTPStatusError as error:
+        if error.response.is_server_error:  # as where its database is locked: it has not said no
+            raise
         said = FlowerError.from_json(error.response.text)
         reason = said.message if said else f"status {error.response.status_code}"
         raise ProtocolError(f"{what}, but says: {reason}.") from error

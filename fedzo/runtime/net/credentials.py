@@ -124,7 +124,11 @@ def make_certificate(
     signing = serialization.load_pem_private_key(authority_key.read_bytes(), None)
     if not isinstance(signing, ec.EllipticCurvePrivateKey):
         raise ConfigError(f"{authority_key}: it must be an elliptic curve key. Restore the file from a copy.")
-    private = ec.generate_private_key(ec.SECP256R1())
+    if not key.exists():  # one that is there stays: of two files, one could be new and the other not
+        write_private(key, _private_pem(ec.generate_private_key(ec.SECP256R1())))
+    private = serialization.load_pem_private_key(key.read_bytes(), None)
+    if not isinstance(private, ec.EllipticCurvePrivateKey):
+        raise ConfigError(f"{key}: it must be an elliptic curve key. Remove it, and a new one is made.")
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0][:64])])
     made = (
         _builder(name, signer.subject, private.public_key(), signing.public_key(), days)
@@ -132,7 +136,6 @@ def make_certificate(
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .sign(signing, hashes.SHA256())
     )
-    write_private(key, _private_pem(private))
     replace_file(certificate, made.public_bytes(serialization.Encoding.PEM))
 
 

@@ -30,6 +30,8 @@ from fedzo.system import quiet_libraries
 log = logging.getLogger(__name__)
 POLL_S = 0.05
 HUNG = 70
+TELL_S = 10.0
+"""How long a process that gives up tries to say so before it ends."""
 """Exit status after a hung step; whoever started the executor should start it again."""
 
 
@@ -102,7 +104,10 @@ def answer(app: ClientApp, task: ClientTask, *, step_limit_s: float) -> None:
         if turn.acquire(blocking=False):
             what = "a request took longer than %g s (step_limit_s of the site file's limits, or of runtime=local)"
             log.error(f"{what}: giving it up and ending", step_limit_s)
-            task.fail(failure_reason(SiteError(Refusal.slow, "it is in the log of this process")))
+            slow = failure_reason(SiteError(Refusal.slow, "it is in the log of this process"))
+            telling = threading.Thread(target=task.fail, args=(slow,), daemon=True)  # its SuperNode may be gone
+            telling.start()
+            telling.join(TELL_S)
             os._exit(HUNG)
 
     watchdog = threading.Timer(step_limit_s, give_up)

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import httpx
 
 import fedzo
 from fedzo.errors import ProtocolError
@@ -32,6 +35,7 @@ __all__ = [
     "start_site",
     "start_supernode",
     "start_superlink",
+    "wait_for_registration",
     "wait_for_superlink",
 ]
 log = logging.getLogger(__name__)
@@ -133,8 +137,28 @@ def wait_for_superlink(processes: Processes, folder: ServerFolder, *, timeout_s:
     )
 
 
+def wait_for_registration(processes: Processes, folder: ServerFolder, *, timeout_s: float) -> None:
+    """Register the clients as soon as the SuperLink can.
+
+    Raises:
+        ProtocolError: It could not, or a process ended once too often.
+    """
+
+    def registered() -> bool:
+        with contextlib.suppress(httpx.HTTPError):
+            register_clients(folder)
+            return True
+        return False
+
+    processes.wait_until(registered, what="the clients' registration", timeout_s=timeout_s, log_of="superlink")
+
+
 def register_clients(folder: ServerFolder) -> None:
-    """Have the SuperLink let in the keys of the registry, and no others; for a key that it refuses, say so."""
+    """Have the SuperLink let in the keys of the registry, and no others; for a key that it refuses, say so.
+
+    Raises:
+        httpx.HTTPError: The SuperLink does not answer, or cannot at the moment.
+    """
     with control(folder.endpoint) as flower:
         nodes, clients = {node.public_key: node for node in flower.nodes()}, folder.by_key()
         for key, node in nodes.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import contextlib
 import fcntl
 import json
 import os
@@ -25,13 +26,15 @@ from fedzo.commands.doctor import folder_checks
 from fedzo.config.schema import LaunchConfig, filled
 from fedzo.config.travel import load_site, to_json
 from fedzo.data.config import TaskConfig
+from fedzo.errors import ProtocolError
 from fedzo.fl.config import FlConfig
 from fedzo.models.config import ModelConfig
 from fedzo.models.load import load_model
 from fedzo.records.decode import to_json as to_line
 from fedzo.records.folder import folder_of_one_process
 from fedzo.records.log import Proof
-from fedzo.runtime.net.client_folder import ClientFolder
+from fedzo.runtime.net._flower_control import _told
+from fedzo.runtime.net.client_folder import ClientFolder, read_invitation
 from fedzo.runtime.net.credentials import read_certificate
 from fedzo.runtime.net.processes import Processes
 from fedzo.runtime.net.server_folder import ServerFolder
@@ -68,6 +71,31 @@ def test_a_client_is_added_by_invitation_and_again_without_harm(server: Path, tm
     assert site.address == "fed.example.org:9443"
     assert load_site(site.file("site.yaml")).limits.tasks == []
     assert capsys.readouterr().out.count("client 2: hospital, key SHA256:") == 2
+
+
+def test_an_invitation_that_cannot_be_written_leaves_no_key_that_nobody_has(
+    server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["server", "add-client", "hospital", "--dir", str(server)]
+
+    def full(file: Path, invitation: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedzo.commands.server.write_invitation", full)
+        assert main(command) != 0
+    assert ServerFolder(server).clients == []
+    with monkeypatch.context() as patch:
+        patch.setattr(ServerFolder, "_write_clients", full)
+        assert main(command) != 0
+    assert not list((server / "invitations").iterdir())
+
+    assert main(command) == 0
+    (client,) = ServerFolder(server).clients
+    site = ClientFolder.make(
+        tmp_path / "site", address="h:1", site="", invitation=read_invitation(server / "invitations" / "hospital.json")
+    )
+    assert site.public_key == client.key
 
 
 @pytest.mark.parametrize(
@@ -188,6 +216,30 @@ def test_a_run_that_nobody_runs_is_not_stopped(tmp_path: Path, capsys: Capture) 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_that_just_begins_is_asked_to_stop_until_it_has_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Who starts it has the folder, its server not yet the log; it removes what an earlier stop has left there."""
+    (tmp_path / "config.json").write_text(to_json(filled(LaunchConfig(fl=FlConfig(rounds=2)))))
+    (tmp_path / "public.jsonl").write_text("")
+    asked = []
+    with contextlib.ExitStack() as launcher:
+        launcher.enter_context(folder_of_one_process(tmp_path))
+
+        def look(seconds: float) -> None:
+            asked.append((tmp_path / "stop").exists())
+            if len(asked) == 1:
+                (tmp_path / "stop").unlink()
+            else:
+                launcher.close()
+
+        monkeypatch.setattr("fedzo.commands.status.time.sleep", look)
+        assert main(["stop", str(tmp_path)]) == 0
+
+    assert asked == [True, True]
+    assert "stopped after 0 of 2 rounds" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("rounds", "says"),
     [
@@ -220,23 +272,49 @@ def test_a_run_that_ends_by_itself_is_not_called_stopped(
     assert capsys.readouterr().out.endswith(says.format(run=tmp_path))
 
 
+def status_error(status: int) -> httpx.HTTPStatusError:
+    response = httpx.Response(status, request=httpx.Request("POST", "https://127.0.0.1"))
+    return httpx.HTTPStatusError("", request=response.request, response=response)
+
+
+def test_what_a_superlink_refuses_is_told_from_what_it_cannot_do_at_the_moment() -> None:
+    with (
+        pytest.raises(ProtocolError, match=r"the key must be taken, but says: status 409"),
+        _told("the key must be taken"),
+    ):
+        raise status_error(409)
+    with pytest.raises(httpx.HTTPStatusError), _told("the key must be taken"):
+        raise status_error(500)  # as where its database is locked
+
+
+def test_a_server_is_up_once_and_the_second_start_removes_nothing(server: Path, capsys: Capture) -> None:
+    (server / "superlink.db").write_text("of the first, which does not listen yet")
+
+    with (server / "up.lock").open("ab") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        assert main(["server", "up", str(server)]) == RUN_FAILED
+
+    assert f"server folder {server}: another process is using it" in capsys.readouterr().err
+    assert (server / "superlink.db").read_text() == "of the first, which does not listen yet"
+
+
 def test_a_superlink_that_does_not_answer_is_told_its_clients_at_the_next_look(
     server: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     asked = []
+    errors = {1: httpx.ConnectError("it is started again"), 2: status_error(500), 3: KeyboardInterrupt()}
 
     def register(folder: ServerFolder) -> None:
         asked.append(folder)
-        if len(asked) == 1:
-            raise httpx.ConnectError("it is started again")
-        raise KeyboardInterrupt
+        with _told("a key must be registered"):
+            raise errors[len(asked)]
 
     stand_ins = {"start_superlink": lambda *_, **__: None, "wait_for_superlink": lambda *_, **__: None}
     for name, stand_in in {**stand_ins, "register_clients": register, "LOOK_S": 0.0}.items():
         monkeypatch.setattr(f"fedzo.commands.server.{name}", stand_in)
 
     assert main(["server", "up", str(server)]) == 0
-    assert len(asked) == 2
+    assert len(asked) == 3
     assert "clients are registered" not in capsys.readouterr().out
 
 

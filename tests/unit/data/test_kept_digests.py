@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import stat
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,19 @@ def test_the_same_rows_give_the_same_digest_when_the_run_goes_on(tmp_path: Path)
 
     assert register(tmp_path, [dict(reversed(row.items())) for row in ROWS], begun=True) == first
     assert len(first) == 64
+
+
+def test_the_secret_is_on_the_disk_before_the_digests_that_depend_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    fsync = os.fsync
+    monkeypatch.setattr("os.fsync", lambda opened: synced.append(os.fstat(opened).st_ino) or fsync(opened))
+
+    register(tmp_path, ROWS, begun=False)
+
+    inodes = [file.stat().st_ino for file in (tmp_path / "secret", tmp_path)]
+    assert [inode for inode in synced if inode in inodes][:2] == inodes
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,17 @@ def test_a_folder_is_whole_or_not_there(is_there: bool, tmp_path: Path) -> None:
     assert sorted(each.name for each in out.parent.iterdir()) == ["out", "out.part"]
     assert (out / "config.json").read_text() == "{}"
     assert (out / "sub" / "f").read_text() == "f"
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    left = tmp_path / f".out.{os.getpid()}.part"  # in a container a command often has the number of the one before
+    left.mkdir()
+    (left / "model.safetensors").write_text("half")
+
+    with whole_folder(tmp_path / "out") as part:
+        (part / "config.json").write_text("{}")
+
+    assert [each.name for each in tmp_path.rglob("*")] == ["out", "config.json"]
 
 
 def test_a_link_to_an_empty_folder_stays_a_link(tmp_path: Path) -> None:

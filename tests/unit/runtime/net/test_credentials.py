@@ -77,11 +77,13 @@ def test_making_a_folder_again_keeps_all_that_is_there(tmp_path: Path) -> None:
 def test_a_renewed_certificate_is_another_of_the_same_authority(tmp_path: Path) -> None:
     folder = server(tmp_path / "s")
     authority, before = folder.file("ca.crt").read_bytes(), folder.file("server.crt").read_bytes()
+    key = folder.file("server.key").read_bytes()
 
     folder.renew(names=["new.example.org"], days=10)
 
     assert folder.file("ca.crt").read_bytes() == authority
     assert folder.file("server.crt").read_bytes() != before
+    assert folder.file("server.key").read_bytes() == key  # a kill cannot leave one that does not fit
     assert read_certificate(folder.file("server.crt")).names[0] == "new.example.org"
     assert is_signed_by(folder.file("server.crt"), folder.file("ca.crt"))
 

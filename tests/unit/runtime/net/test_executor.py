@@ -73,17 +73,26 @@ def test_finished_step_stops_its_watchdog() -> None:
     assert not any(isinstance(thread, threading.Timer) for thread in threading.enumerate())
 
 
-def test_hung_step_is_answered_by_an_error_and_ends_the_process() -> None:
-    program = """
+def give_up(fail: str) -> subprocess.CompletedProcess[str]:
+    program = f"""
 import time
 from types import SimpleNamespace
-from fedzo.runtime.net.executor import answer
-task = SimpleNamespace(message=None, context=None, fail=lambda reason: print(reason, flush=True))
-answer(lambda message, context: time.sleep(60), task, step_limit_s=0.2)
+from fedzo.runtime.net import executor
+executor.TELL_S = 0.2
+task = SimpleNamespace(message=None, context=None, fail=lambda reason: {fail})
+executor.answer(lambda message, context: time.sleep(600), task, step_limit_s=0.2)
 print("never")
 """
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
 
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False)
+
+@pytest.mark.parametrize("fail", ["1 / 0", "time.sleep(600)"], ids=["which says no", "which does not answer"])
+def test_hung_step_ends_the_process_whatever_becomes_of_its_supernode(fail: str) -> None:
+    assert give_up(fail).returncode == 70
+
+
+def test_hung_step_is_answered_by_an_error_and_ends_the_process() -> None:
+    done = give_up("print(reason, flush=True)")
 
     assert done.returncode == 70
     assert "refusal 34, a step took longer than its site allows. Its own log says why" in done.stdout
