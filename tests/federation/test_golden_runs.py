@@ -6,6 +6,7 @@ Record anew, after a change that is listed under *Numerics* in the changelog, wi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 GOLDEN = Path(__file__).with_name("golden_runs.json")
 T3, T2 = "fl.local_steps=3", "fl.local_steps=2"
@@ -76,17 +79,27 @@ def told(folder: Path, lines: Callable[[Path, str], list[dict[str, Any]]]) -> di
     }
 
 
+@pytest.fixture(scope="session")
+def machine(tiny_model_dir: Path) -> str:
+    """What tells machines apart, without fedzo: the bits of plain forwards."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    with torch.inference_mode():
+        logits = [model(input_ids=torch.arange(7 * rows).view(rows, 7) % 256).logits for rows in (1, 2, 8)]
+    return hashlib.sha256(b"".join(each.numpy().tobytes() for each in logits)).hexdigest()
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_ends_as_the_recorded_one(
-    name: str, run: Callable[..., Path], lines: Callable[[Path, str], list[dict[str, Any]]]
+    name: str, machine: str, run: Callable[..., Path], lines: Callable[[Path, str], list[dict[str, Any]]]
 ) -> None:
     golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
 
     got = told(run(*RUNS[name]), lines)
 
     if os.environ.get("FEDZO_RECORD"):
-        GOLDEN.write_text(json.dumps({**golden, name: got}, indent=1) + "\n")
+        GOLDEN.write_text(json.dumps({**golden, "machine": machine, name: got}, indent=1) + "\n")
         pytest.skip("recorded")
-    if got["base_loss"] != golden[name]["base_loss"]:
+    is_sketch = "trainer=tables" in RUNS[name]  # whose codes come from decompositions, which differ more widely
+    if got["base_loss"] != golden[name]["base_loss"] and (is_sketch or machine != golden["machine"]):
         pytest.skip("the forwards of this machine have other last bits than those of the recording one")
     assert got == golden[name]

@@ -168,8 +168,11 @@ def test_a_process_that_was_started_again_must_find_the_result_with_which_the_ru
     assert reply.refusal is Refusal.changed
     assert "rows of client 0 after preprocess=identity: they must be the" in caplog.text
     assert "A stage gave other text" in caplog.text
-    for ask in requests(start()):  # within a round, too
-        with pytest.raises(SiteError, match=r"not those that it began|still being prepared"):
+    within_a_round = start()
+    asks = [*requests(within_a_round)]
+    assert until_ready(within_a_round, begun=True).refusal is Refusal.changed  # its stage is done
+    for ask in asks:
+        with pytest.raises(SiteError, match="refusal 2, its rows are not those that it began the run with"):
             ask()
 
 

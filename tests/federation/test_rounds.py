@@ -370,7 +370,9 @@ def test_federated_scores_are_counts_of_the_clients_own_held_out_rows(run: Run, 
 def test_bytes_are_the_formula(run: Run, lines: Lines) -> None:
     folder = run("fl.local_steps=3", "estimator.num_probes=2")
 
-    for line in (line for line in lines(folder, "metrics.jsonl") if line["kind"] == "round"):
+    rounds = [line for line in lines(folder, "metrics.jsonl") if line["kind"] == "round"]
+    assert len(rounds) == 3
+    for line in rounds:
         assert line["payload_up_bytes"] == 4 * 3 * 2 * 4
         assert line["payload_down_bytes"] == 4 * 3 * 2 * 4
         assert line["message_up_bytes"] > line["payload_up_bytes"]

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -79,20 +76,32 @@ def test_a_sketch_is_built_measured_and_loaded(
     assert not (tmp_path / "sk4.part").exists()
 
 
+KILLED = """
+import os, signal, sys
+from fedzo.cli import main
+from fedzo.models.sketched import builder
+
+write, written = builder._write, []
+
+def write_and_die(file, sketch):
+    write(file, sketch)
+    written.append(file)
+    if len(written) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+builder._write = write_and_die
+main(sys.argv[1:])
+"""
+
+
 @pytest.mark.slow
-def test_a_killed_build_goes_on_to_the_same_bytes(ask: list[str], tmp_path: Path) -> None:
+def test_a_killed_build_goes_on_to_the_same_bytes(
+    ask: list[str], forked: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
     assert main([str(tmp_path / "whole") if each == str(tmp_path / "sk4") else each for each in ask]) == 0
-    layers = tmp_path / "sk4.part" / "layers"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fedzo", *ask], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while not (layers.is_dir() and len(list(layers.glob("*.safetensors"))) >= 3):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    code, said = forked(KILLED, *ask)
+    assert code == -signal.SIGKILL, said
+    assert len([*(tmp_path / "sk4.part" / "layers").glob("*.safetensors")]) == 3
     assert not (tmp_path / "sk4").exists()
 
     assert main(ask) == 0
