@@ -2,7 +2,7 @@
 
     python experiments/quickstart/tried.py    # about an hour on 2 cores, two runs at a time
 
-All runs have the same dev rows. Test rows take no part. A run that is complete is not run again.
+All runs have the same dev rows, apart from the test rows of run.py. A run that is complete is not run again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fedzo.bench.claims import Claims
 HERE = Path(__file__).parent
 RUNS = Path("runs/quickstart-tried")
 COMMAND = "python experiments/quickstart/tried.py"
-ROWS = ["split.num_dev=1024", "split.num_test=0", "threads=1"]
+ROWS = ["split.num_dev=1024", "evaluation.test=false", "threads=1"]
 MASK = ["experiment=meerkat", *ROWS, "evaluation.every_rounds=80"]
 NORM = ["experiment=quickstart", *ROWS]
 ONE_PROBE = [*NORM, "estimator.num_probes=1", "fl.batch_size=32"]

@@ -75,6 +75,7 @@ class SplitConfig:
     num_dev: int = 256
     """Rows for choosing the best round, 0 = none; without a dev file drawn from train (a quarter of it at most)."""
     num_test: int = 1024
-    """Rows of the final score, 0 = none; without a test file drawn from train (a quarter of it at most)."""
+    """Rows of the final score, 0 = none; without a test file drawn from train (a quarter of it at most). To choose
+    settings, write ``evaluation.test=false`` instead of 0, which would make dev rows of the test rows."""
     seed: int = 0
     """Seed of the split; apart from the run seed, so that runs share their test rows."""

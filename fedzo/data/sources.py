@@ -79,6 +79,11 @@ def load_splits(data: DataConfig, split: SplitConfig, task: TaskConfig) -> Split
         taken.update(item.prompt for item in chosen)
         return [item.row for item in sorted(chosen, key=lambda item: item.at)]
 
+    if split.num_test == 0 and split.num_dev != 0 and not {"dev", "test"} & files.keys():
+        logger.warning(
+            "split.num_test=0: there is no test file, so the dev rows are rows that runs with test rows are tested on. "
+            "Where this run is to choose settings, write evaluation.test=false instead"
+        )
     test = take("test", split.num_test)
     dev = take("dev", split.num_dev)
     for name, rows in (("test", test), ("dev", dev)):

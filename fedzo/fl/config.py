@@ -135,6 +135,8 @@ class EvaluationConfig:
     evaluator in ``evaluators``."""
     central: bool = True
     """Whether the server holds dev and test rows (a real federation's server may hold none)."""
+    test: bool = True
+    """Whether the test rows are scored. They are set apart in any case: false for runs that choose settings."""
     federated_every_rounds: int = 0
     """Number of rounds between two scores of clients on their held-out rows. 0 = only at the end, -1 = never."""
     federated_max_rows: int = 64

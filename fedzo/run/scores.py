@@ -49,13 +49,15 @@ class Scores:
         dev = sum(
             _is_due(done, config.evaluation.every_rounds, config.fl.rounds) for done in range(1, config.fl.rounds + 1)
         )
-        return [(times * (1 + dev), self.context.examples("dev")), (times * 2, self.context.examples("test"))]
+        test = 2 if config.evaluation.test else 0
+        return [(times * (1 + dev), self.context.examples("dev")), (times * test, self.context.examples("test"))]
 
     def take(self, split: Split, *, rounds: int) -> None:
         """Score the server's model, which must be at ``rounds``, on the server's rows, if there are any."""
         assert self.at.replica.position == rounds, f"the model is at round {self.at.replica.position}, not {rounds}"
         config = self.context.peer.config
-        if not config.evaluation.central or not (examples := self.context.examples(split)):
+        is_asked = config.evaluation.central and (config.evaluation.test or split != "test")
+        if not is_asked or not (examples := self.context.examples(split)):
             return  # with split.num_dev = 0 or split.num_test = 0 there are none
         for name, evaluator in self.context.peer.evaluators.items():
             if self.find(split, rounds, evaluator=name):

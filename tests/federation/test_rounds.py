@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fedzo.commands.run_folder import rebuild
-from fedzo.commands.trained import replay_run
+from fedzo.commands.trained import evaluate_run, replay_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError, ProtocolError
 from fedzo.fl.server.rounds import FederationError
@@ -343,6 +343,27 @@ def test_the_test_split_is_touched_once_before_and_once_at_the_best_dev_round(ru
     assert sorted(dev) == [0, 2, 4, 5]
     assert dev[summary["best_round"]] == min(dev.values())
     assert {line["round"] for line in scores if line["split"] == "test"} == {0, summary["best_round"]}
+
+
+def test_a_run_that_chooses_settings_scores_no_test_row_and_has_the_dev_rows_of_the_runs_to_come(
+    run: Run, lines: Lines, data_dir: Path, tmp_path: Path
+) -> None:
+    """Also where one file holds all rows."""
+    settings = [f"data.path={data_dir / 'train.jsonl'}", "split.num_test=8", "split.num_dev=6"]
+
+    chosen, tested = run("evaluation.test=false", *settings), run(*settings)
+
+    scores, others = (
+        [line for line in lines(folder, "metrics.jsonl") if line["kind"] == "score"] for folder in (chosen, tested)
+    )
+    assert {line["split"] for line in scores} == {"dev"}
+    assert [line["loss"] for line in scores] == [line["loss"] for line in others if line["split"] == "dev"]
+    assert lines(chosen, "metrics.jsonl")[-1]["after"] is None
+    assert (
+        lines(chosen, "metrics.jsonl")[0]["estimate"]["seconds"]
+        < lines(tested, "metrics.jsonl")[0]["estimate"]["seconds"]
+    )
+    assert evaluate_run(chosen, split="test") == evaluate_run(tested, split="test")
 
 
 def test_a_split_without_rows_is_not_scored(run: Run, lines: Lines) -> None:

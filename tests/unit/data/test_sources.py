@@ -146,6 +146,18 @@ def test_a_draw_takes_a_quarter_of_train_at_most_and_says_so(folder: Path, caplo
     assert caplog.messages == ["split.num_test=1024: there is no test file, 10 rows are drawn from train"]
 
 
+def test_dev_rows_that_other_runs_are_tested_on_are_told_of(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = DataConfig(path=str(folder))
+    tested = load_splits(data, SplitConfig(num_dev=4, num_test=4), TASK).test
+
+    with caplog.at_level(logging.WARNING):
+        assert load_splits(data, SplitConfig(num_dev=4, num_test=0), TASK).dev == tested
+
+    (said,) = caplog.messages
+    assert "the dev rows are rows that runs with test rows are tested on" in said
+    assert "write evaluation.test=false instead" in said
+
+
 def test_without_a_path_only_the_embedded_task_has_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sources.EMBEDDED, "rotten_tomatoes", lambda: rows(0, 20))
 
