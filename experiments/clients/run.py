@@ -93,7 +93,7 @@ def tree_bytes(pid: int) -> int:
 
 def one(runtime: str, clients: int, steps: int, folder: str) -> None:
     """One point, in this process."""
-    import fedzo.fl.client.local_update as local_steps
+    import fedzo.fl.client.scalar_update as local_steps
     from fedzo.commands.train import start_run
     from fedzo.config.load import load
     from fedzo.system import environment

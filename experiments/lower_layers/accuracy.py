@@ -94,8 +94,10 @@ def cost(first: int) -> float:
 def gather(runs: dict[str, Run]) -> None:
     """Claims over the seeds that have every first layer that is named, so that all are over the same."""
     by = {(entry["seed"], entry["first_layer"]): entry for entry in runs.values()}
-    done = [first for first in FIRST_LAYERS if (0, first) in by]
+    done = [first for first in FIRST_LAYERS if any(of == first for _, of in by)]
     seeds = [seed for seed in sorted({seed for seed, _ in by}) if all((seed, first) in by for first in done)]
+    if not seeds:
+        return
     claims = Claims(command=COMMAND, seeds=seeds)
     for first in sorted(done):
         mine = [by[seed, first] for seed in seeds]

@@ -20,6 +20,7 @@ class Method(NamedTuple):
         rows: Of a step, of all clients that take part.
         steps: Local steps of a round.
         blocks_once: Whether a row runs the blocks once in a run.
+        is_federated: Whether scalars or vectors travel; a single site sends nothing that could be counted.
     """
 
     title: str
@@ -29,6 +30,7 @@ class Method(NamedTuple):
     rows: int = JOINT_ROWS
     steps: int = 1
     blocks_once: bool = False
+    is_federated: bool = True
 
     def whole_forwards(self, rounds: int, *, num_rows: int) -> float:
         """Forwards of single rows through the whole model in so many rounds, blocks counted."""
@@ -37,33 +39,39 @@ class Method(NamedTuple):
 
 
 _ALL = ["trainer=mezo", "fl.batch_size=2"]
-_TWO = ["fl.batch_size=8", "strategy.clients_per_round=2", "runtime=inline"]
+_TWO = ["fl.batch_size=8", "strategy.clients_per_round=2"]
 _GRADIENT = ["estimator=backprop", "fl.local_steps=10", "fl.batch_size=2", "runtime=inline"]
-_QUICKSTART = [
-    "trainer=last_norm",
-    "model.lower_layers_cache_mb=16",
-    "task.common_shift=0.3",
-    "estimator.num_probes=4",
-    "fl.batch_size=64",
-]
+_LAST_NORM = ["trainer=last_norm", "task.common_shift=0.3"]
 METHODS = {
     "mezo": Method(
         "MeZO, one site with all rows",
         ["trainer=mezo", "fl.num_clients=1", "partition=iid", "fl.batch_size=16"],
         6.4e-5,
+        is_federated=False,
     ),
     "full": Method("Full-FedZO, T = 10", [*_ALL, "fl.local_steps=10"], 6.4e-5, steps=10),
     "decomfl": Method("DeComFL", ["experiment=decomfl", *_TWO], 6.4e-5, forwards=6),
-    "fedkseed": Method("FedKSeed", ["experiment=fedkseed", *_TWO], 6.4e-5, steps=10),
+    "fedkseed": Method("FedKSeed", ["experiment=fedkseed", *_TWO, "runtime=inline"], 6.4e-5, steps=10),
     # a step of one bit has the length of the learning rate: those of plain SGD were lr times a |g| of 5 to 10
     "feedsign": Method("FeedSign", ["experiment=feedsign", "fl.num_clients=8", "fl.batch_size=2"], 3.2e-4),
     "lora": Method("LoRA-FedZO", ["trainer=lora", "fl.batch_size=2"], 2e-3),
     "meerkat": Method("Meerkat", ["trainer=meerkat", "fl.batch_size=2"], 4e-4),
-    "quickstart": Method("fedzo's quickstart: the last norm", _QUICKSTART, 3.0, forwards=8, rows=512, blocks_once=True),
+    "quickstart": Method(
+        "fedzo's quickstart: the last norm",
+        [*_LAST_NORM, "model.lower_layers_cache_mb=16", "estimator.num_probes=4", "fl.batch_size=64"],
+        3.0,
+        forwards=8,
+        rows=512,
+        blocks_once=True,
+    ),
     "mask_gradient": Method(
         "FedAvg by backpropagation, Meerkat's mask", ["trainer=meerkat", *_GRADIENT], 4e-3, forwards=3, steps=10
     ),
     "lora_gradient": Method(
         "FedAvg by backpropagation, LoRA", ["trainer=lora", *_GRADIENT], 2e-2, forwards=3, steps=10
+    ),
+    # the backward pass ends at the last norm
+    "norm_gradient": Method(
+        "FedAvg by backpropagation, the last norm", [*_LAST_NORM, *_GRADIENT], 3.0, forwards=1, steps=10
     ),
 }

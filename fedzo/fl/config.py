@@ -136,7 +136,7 @@ class EvaluationConfig:
     central: bool = True
     """Whether the server holds dev and test rows (a real federation's server may hold none)."""
     test: bool = True
-    """Whether the test rows are scored. They are set apart in any case: false for runs that choose settings."""
+    """Whether the test rows are scored. False, for runs that choose settings, leaves all rows where they are."""
     federated_every_rounds: int = 0
     """Number of rounds between two scores of clients on their held-out rows. 0 = only at the end, -1 = never."""
     federated_max_rows: int = 64
