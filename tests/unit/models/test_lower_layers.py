@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -549,8 +550,8 @@ def test_virtual_tokens_lie_before_the_blocks(name: str, tmp_path: Any, caplog: 
     assert not caplog.messages
 
 
-@pytest.mark.slow
-def test_a_compiled_model_runs_whole() -> None:
+def test_a_compiled_model_runs_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # all but the code, which takes 20 s
     loaded = compile_loaded(tiny_loaded("llama"), longest=64)
     assert lower_layers_of(loaded, full(loaded)) is None
 

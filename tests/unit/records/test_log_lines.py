@@ -75,8 +75,8 @@ def test_a_line_of_a_thousand_steps_is_read_in_milliseconds() -> None:
 
     taken = []
     for _ in range(5):
-        started = time.perf_counter()
+        started = time.process_time()
         read(line)
-        taken.append(time.perf_counter() - started)
+        taken.append(time.process_time() - started)
 
     assert min(taken) < 0.1

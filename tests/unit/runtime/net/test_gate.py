@@ -350,9 +350,9 @@ def test_a_client_has_a_budget_of_its_own_and_all_strangers_of_a_host_share_a_sm
             PULL,
             3600.0,
             401,
-            r"client hospital .*: its clock is 3600 s behind this server's, .* Set its clock",
+            r"client hospital .*: its clock is 36\d\d s behind this server's, .* Set its clock",
         ),
-        ("client", PULL, -3600.0, 401, "its clock is 3600 s ahead of this server's"),
+        ("client", PULL, -3600.0, 401, r"its clock is 3[56]\d\d s ahead of this server's"),
         ("nobody", PULL, 0.0, 401, "a node with the key no key at 10.0.0.9: its key is not registered"),
     ],
 )
