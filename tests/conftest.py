@@ -46,7 +46,7 @@ settings.load_profile(os.environ.get("FEDZO_TEST_EXAMPLES", "dev"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With ``--dist=loadgroup``, one process alone starts Ray; federations of sites, which mostly wait, go beside it."""
+    """With ``--dist=loadgroup`` one process alone starts Ray; networks of sites, which mostly wait, go beside it."""
     for item in items:
         if item.get_closest_marker("sim"):
             item.add_marker(pytest.mark.xdist_group("ray"))

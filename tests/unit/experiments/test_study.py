@@ -347,10 +347,10 @@ def test_every_piece_names_settings_that_exist(study: Any, monkeypatch: pytest.M
     pieces.RUNS.mkdir(parents=True)
     cells = [f"{task}-{method}" for task in pieces.TASKS for method in pieces.METHODS]
     jobs = [(cell, job) for cell in cells for piece in pieces.PIECES for job in pieces.jobs_of(piece, cell, lr=1e-3)]
-    first = {cell: job for cell, job in reversed(jobs)}  # budgets and parts are the same for all tasks
-    for cell, job in [
-        each for each in jobs if "seed=0" in each[1] and (each[0].startswith("sst2") or each[1] == first[each[0]])
-    ]:
+    first = dict(reversed(jobs))  # of each cell; budgets and parts are the same for all tasks
+    for cell, job in jobs:
+        if "seed=0" not in job or not (cell.startswith("sst2") or job == first[cell]):
+            continue
         (tmp_path / cell.partition("-")[0]).mkdir(exist_ok=True)
         for mask in ["mask-c4.safetensors", *re.findall(r"mask-[^/]*safetensors", " ".join(job))]:
             save_mask(Mask({"w": torch.tensor([0])}, {"w": (2,)}, None, manifest={}), pieces.RUNS / mask)
