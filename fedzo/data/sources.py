@@ -62,7 +62,7 @@ def load_splits(data: DataConfig, split: SplitConfig, task: TaskConfig) -> Split
             empty.
     """
     unused = {name for name, wanted in (("dev", split.num_dev), ("test", split.num_test)) if wanted == 0}
-    read = _read(data, task, unused=unused)
+    read, there = _read(data, task, unused=unused)
     files = {name: _shuffled(rows, task, name=name, seed=split.seed) for name, rows in read.items()}
     taken: set[str] = set()
 
@@ -79,7 +79,7 @@ def load_splits(data: DataConfig, split: SplitConfig, task: TaskConfig) -> Split
         taken.update(item.prompt for item in chosen)
         return [item.row for item in sorted(chosen, key=lambda item: item.at)]
 
-    if split.num_test == 0 and split.num_dev != 0 and not {"dev", "test"} & files.keys():
+    if split.num_test == 0 and split.num_dev != 0 and not {"dev", "test"} & there:
         logger.warning(
             "split.num_test=0: there is no test file, so the dev rows are rows that runs with test rows are tested on. "
             "Where this run is to choose settings, write evaluation.test=false instead"
@@ -123,7 +123,8 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _read(config: DataConfig, task: TaskConfig, *, unused: Set[str]) -> dict[str, list[Located]]:
+def _read(config: DataConfig, task: TaskConfig, *, unused: Set[str]) -> tuple[dict[str, list[Located]], Set[str]]:
+    """The rows of each file that is used, by the name of its split, and the names of all files."""
     if config.path is None:
         if task.name not in EMBEDDED:
             raise ConfigError(
@@ -131,14 +132,15 @@ def _read(config: DataConfig, task: TaskConfig, *, unused: Set[str]) -> dict[str
                 "Write data.path=<folder or file with the rows>."
             )
         embedded = EMBEDDED[task.name]()
-        return {"train": [(f"{task.name}, row {number}", row) for number, row in enumerate(embedded, start=1)]}
+        rows = [(f"{task.name}, row {number}", row) for number, row in enumerate(embedded, start=1)]
+        return {"train": rows}, {"train"}
     path = _existing(Path(config.path))
     files = _files(path) if path.is_dir() else {"train": path}
     located = {name: read_located(file) for name, file in files.items() if name not in unused}
     for name, rows in located.items():
         if not rows:
             raise ConfigError(f"{files[name]}: the file must hold at least one row, got none.")
-    return located
+    return located, files.keys()
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -154,6 +154,9 @@ def test_dev_rows_that_other_runs_are_tested_on_are_told_of(folder: Path, caplog
         assert load_splits(data, SplitConfig(num_dev=4, num_test=0), TASK).dev == tested
 
     (said,) = caplog.messages
+    write(folder / "test.jsonl", rows(200, 230))
+    load_splits(data, SplitConfig(num_dev=4, num_test=0), TASK)
+    assert caplog.messages == [said]  # not where test rows have a file of their own
     assert "the dev rows are rows that runs with test rows are tested on" in said
     assert "write evaluation.test=false instead" in said
 
