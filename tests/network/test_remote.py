@@ -40,7 +40,7 @@ from fedzo.runtime.net.processes import free_ports
 from fedzo.runtime.net.server_folder import ServerFolder
 from fedzo.testing.tiny_models import save_tiny_model
 
-pytestmark = [pytest.mark.net, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.net, pytest.mark.timeout(900)]
 FEDZO = [sys.executable, "-m", "fedzo"]
 
 

@@ -105,7 +105,7 @@ def _ended(walk: Walk) -> Iterator[Walk]:
 
 
 @pytest.mark.net
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_the_page_says_what_happens(walk: Walk, tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "model", "llama")
     for site in ("hospital", "clinic"):

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -128,7 +129,7 @@ def test_two_nodes_of_a_cluster_share_the_clients_and_a_dead_actor_is_replaced(
 
 
 def test_cluster_that_is_not_up_is_named(toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray._private.services.find_gcs_addresses", set)  # another's on this machine may be up
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", cache(set))  # another's on this machine may be up
     run_config = {"config": toy.config_json(), "run-dir": str(tmp_path)}
     with pytest.raises(ConfigError, match=r"runtime\.address: a Ray cluster must be up at 'auto'.*ray start --head"):
         run_ray(
