@@ -110,11 +110,11 @@ def make_certificate(
     names: Sequence[str],
     days: int,
 ) -> None:
-    """Write a new certificate of a server, and its key.
+    """Write a new certificate of a server, and its key where there is none.
 
     Args:
         certificate: File to write.
-        key: File to write.
+        key: File to write, or the key that stays.
         authority: Certificate of who signs.
         authority_key: Key of who signs.
         names: Host names and IP addresses that the server is reached at.
