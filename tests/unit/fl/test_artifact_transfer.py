@@ -67,7 +67,7 @@ def test_an_artifact_arrives_in_pieces_and_is_not_sent_again(artifact: Artifact,
     assert {piece.client for piece in sent} == {4}
     assert b"".join(piece.data for piece in sent) == CONTENT
     assert [piece.piece_digest for piece in sent[1:]] == [hashlib.sha256(p.data).hexdigest() for p in sent[1:]]
-    held = store.get(hashlib.sha256(CONTENT).hexdigest())
+    held = store.find(hashlib.sha256(CONTENT).hexdigest())
     assert held is not None
     assert held.read() == CONTENT
     assert [len(piece.data) for piece in play(artifact, lambda piece: receive(piece, store))] == [0]
@@ -144,4 +144,4 @@ def test_a_piece_without_a_place_is_refused_by_the_client(store: ArtifactStore, 
 
 
 def test_a_space_that_needs_nothing_is_held_by_every_client(store: ArtifactStore) -> None:
-    assert store.get(EMPTY.digest) == EMPTY
+    assert store.find(EMPTY.digest) == EMPTY
