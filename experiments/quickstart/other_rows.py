@@ -1,6 +1,6 @@
 """The quickstart on other rows: three run seeds with ``split.seed=1``; adds to claims.json.
 
-    python experiments/quickstart/other_rows.py    # about 15 minutes on 2 cores, two runs at a time
+    python experiments/quickstart/other_rows.py    # two runs at a time, of one thread each
 
 The quickstart's settings were compared on the test rows of run.py (README.md). Another split seed draws training, dev
 and test rows anew from all 10,662. What the test rows have in common with those of run.py is counted. A run that is
