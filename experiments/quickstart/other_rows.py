@@ -3,8 +3,8 @@
     python experiments/quickstart/other_rows.py    # two runs at a time, of one thread each
 
 The quickstart's settings were compared on the test rows of run.py (README.md). Another split seed draws training, dev
-and test rows anew from all 10,662. What the test rows have in common with those of run.py is counted. A run that is
-complete is not run again.
+and test rows anew from all reviews of the package. What the test rows have in common with those of run.py is counted.
+A run that is complete is not run again.
 """
 
 from __future__ import annotations
