@@ -43,7 +43,7 @@ def folder_checks(path: Path) -> Iterator[Check]:
     Raises:
         ConfigError: It is neither.
     """
-    if (path / "ca.key").exists() or (path / "clients.json").exists():
+    if ServerFolder.is_one(path):
         yield from _server_checks(ServerFolder(path))
     elif (path / SITE).exists():
         yield from _client_checks(ClientFolder(path))

@@ -109,6 +109,6 @@ def _artifact(config: RunConfig, peer: Peer, run_dir: Path) -> Artifact:
 
 def _no_texts(folder: Path) -> list[str]:
     raise RunFolderError(
-        f"run folder {folder}: mask.safetensors must exist. The mask "
-        "was chosen on the clients' texts and cannot be made again. Restore the file from a copy."
+        f"run folder {folder}: what the server prepared before the first round (such as mask.safetensors) must be "
+        "there, since it was made from the clients' texts and cannot be made again. Restore the file from a copy."
     )

@@ -30,9 +30,7 @@ def status(path: Path) -> Iterator[str]:
     Raises:
         ConfigError: It is neither.
     """
-    if (path / "server.json").is_file() and (path / "clients.json").is_file():
-        yield from _server(ServerFolder(path))
-    elif (path / CONFIG).is_file():
+    if (path / CONFIG).is_file():
         yield from _run(path)
         if presence := _presence(path):
             yield from _table(
@@ -42,6 +40,8 @@ def status(path: Path) -> Iterator[str]:
                     for row in presence.clients
                 ],
             )
+    elif ServerFolder.is_one(path):
+        yield from _server(ServerFolder(path))
     else:
         raise ConfigError(f"{path}: it must be a server's folder or a run's, but is neither. Check the path.")
 

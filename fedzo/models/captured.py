@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch._C import DisableTorchFunctionSubclass
 
-from fedzo.models.head import TOLERANCE
+from fedzo.models.head import mismatch
 from fedzo.models.kept_rows import Output
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.lower_layers import LowerLayers
@@ -286,6 +286,5 @@ def capture(
 
 
 def _compare(ours: torch.Tensor, own: torch.Tensor) -> None:
-    limit = TOLERANCE.get(own.dtype, 4e-2) * float(own.nan_to_num(0, 0, 0).abs().max())
-    if not torch.allclose(ours, own, rtol=0, atol=limit, equal_nan=True):
-        raise RuntimeError(f"a replay is off by {float((ours - own).abs().max()):g}, more than {limit:g}")
+    if problem := mismatch(ours, own, equal_nan=True):
+        raise RuntimeError(f"a replay is {problem}")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fedzo.errors import ConfigError
-from fedzo.models.head import TOLERANCE
+from fedzo.models.head import mismatch
 from fedzo.models.plan import bucket
 
 _MOST_GRAPHS = 1 << 10  # torch gives up after 8 by default; lengths and rows have a few dozen buckets together
@@ -69,9 +69,8 @@ def compile_decoder(model: nn.Module, *, longest: int) -> CompiledDecoder:
             own, ours = (run(input_ids=ids).last_hidden_state for run in (decoder, compiled))
     except RuntimeError as error:  # what torch's compilers raise
         raise _refused(model, f"torch.compile says: {' '.join(str(error).split())[:400]}") from error
-    limit = TOLERANCE.get(own.dtype, 4e-2) * float(own.abs().max())
-    if not bool(((ours - own).abs() <= limit).all()):
-        raise _refused(model, f"its forward is off by {float((ours - own).abs().max()):g}, more than {limit:g}")
+    if problem := mismatch(ours, own):
+        raise _refused(model, f"its forward is {problem}")
     return compiled
 
 

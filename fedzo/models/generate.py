@@ -10,7 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from fedzo.errors import ConfigError
 from fedzo.models.checks import num_positions, num_rows
-from fedzo.models.head import TOLERANCE
+from fedzo.models.head import mismatch
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.plan import FEW_FORWARDS, plan_batches
 from fedzo.models.virtual_tokens import num_virtual_tokens
@@ -145,8 +145,7 @@ def _ignores_padding(loaded: LoadedModel, pad: int) -> bool:
         logits.append(torch.stack(output.logits).float())
     alone, padded = logits
     said = (alone.abs() < 1e4) & (padded.abs() < 1e4)
-    limit = TOLERANCE.get(next(loaded.model.parameters()).dtype, 4e-2) * float(alone[said].abs().max())
-    return bool(((padded - alone)[said].abs() <= limit).all())
+    return not mismatch(padded[said], alone[said], dtype=next(loaded.model.parameters()).dtype)
 
 
 def _batches(lengths: Sequence[int], *, tokens_per_batch: int, padded: bool) -> Iterator[list[int]]:

@@ -15,7 +15,7 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # of the largest |value|
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # of the largest |value|
 
 
 def hidden_at(
@@ -82,13 +82,31 @@ def check_head(model: nn.Module) -> bool:
             error,
         )
         return False
-    limit = TOLERANCE.get(next(model.parameters()).dtype, 4e-2) * float(own.abs().max())
-    if ours.shape == own.shape and bool(((ours - own).abs() <= limit).all()):
+    if not mismatch(ours, own, dtype=next(model.parameters()).dtype):
         return True
     logger.warning(
         "%s changes its logits in an unknown way; its LM head is applied at all positions", type(model).__name__
     )
     return False
+
+
+def mismatch(
+    ours: torch.Tensor, own: torch.Tensor, *, dtype: torch.dtype | None = None, equal_nan: bool = False
+) -> str:
+    """How two computations of one thing differ, if by more than rounding; else nothing.
+
+    Args:
+        ours: The faster computation.
+        own: The model's own, of the same shape.
+        dtype: What both were computed in; None = that of ``own``.
+        equal_nan: Whether NaN in the same place is no difference. Else it is one.
+    """
+    if ours.shape != own.shape:
+        return f"of shape {tuple(ours.shape)} instead of {tuple(own.shape)}"
+    limit = _TOLERANCE.get(dtype or own.dtype, 4e-2) * float(own.nan_to_num(0, 0, 0).abs().max())
+    if torch.allclose(ours.to(own.dtype), own, rtol=0, atol=limit, equal_nan=equal_nan):
+        return ""
+    return f"off by {float((ours - own).abs().max()):g}, more than {limit:g}"
 
 
 def _head(model: nn.Module) -> nn.Module:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from fedzo.models.blocks import called_modules, find_blocks, first_trained_block
-from fedzo.models.head import TOLERANCE
+from fedzo.models.head import mismatch
 from fedzo.models.kept_rows import Make, Output, Read, RowStates, Tokens
 from fedzo.models.memory import is_out_of_memory
 
@@ -277,8 +277,7 @@ def _problem_of_rows(lower: LowerLayers) -> str | None:
         return "its forward writes to its buffers"
     if states.shape[:2] != ids.shape:
         return f"its states have the shape {tuple(states.shape)} for {tuple(ids.shape)} tokens"
-    limit = TOLERANCE.get(states.dtype, 4e-2) * float(states.abs().max())
-    if float((states[1, :9] - alone[0]).abs().max()) > limit:
+    if mismatch(alone[0], states[1, :9]):
         return "a row's states are others in another batch"
     return None
 

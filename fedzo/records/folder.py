@@ -21,7 +21,7 @@ CONFIG, CONFIG_YAML, OVERRIDES, ENVIRONMENT = "config.json", "config.yaml", "ove
 """How the run was launched on this machine: read by fedzo, for people, the words of the command line, the versions."""
 RUN_FILE, SITE_FILE = "run.json", "site.json"
 """What all peers of the run agree on, and what is this machine's own."""
-PRESENCE = "clients.json"
+PRESENCE = "presence.json"
 """Who takes part at the moment, for ``fedzo status``."""
 STOP = "stop"
 """An empty file that asks whoever runs the run to end it between two rounds."""

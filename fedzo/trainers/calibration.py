@@ -49,7 +49,7 @@ class CalibratedConfig(LayeredConfig):
 
     def problems(self, run: RunSettings) -> Iterator[Problem]:
         yield from at_least("trainer.calibration_docs", self.calibration_docs, 1, "It counts documents.")
-        yield from at_least("trainer.calibration_tokens", self.calibration_tokens, 1, "Number of tokens of a document.")
+        yield from at_least("trainer.calibration_tokens", self.calibration_tokens, 2, "The loss is of the next token.")
 
     def input_problems(self, inputs: InputsConfig, run: RunSettings) -> Iterator[Problem]:
         if self.calibration is Calibration.file and inputs.calibration is None:

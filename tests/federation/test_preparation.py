@@ -114,8 +114,8 @@ def test_clients_that_prepare_longer_than_startup_s_take_part_and_status_shows_t
         command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as training:
         while training.poll() is None:
-            if (run / "clients.json").exists():
-                told = json.loads((run / "clients.json").read_text())
+            if (run / "presence.json").exists():
+                told = json.loads((run / "presence.json").read_text())
                 new = {f"{row['state']}: {row['why']}" for row in told["clients"]} - seen
                 seen |= new
                 if not shown and any(state.startswith("preparing") for state in new):

@@ -36,8 +36,7 @@ from fedzo.runtime.net.credentials import (
 
 log = logging.getLogger(__name__)
 FILES = ("server.json", "clients.json", "ca.crt", "ca.key", "server.crt", "server.key", "secret")
-LEAST_FREE_BYTES = 1 << 20
-"""With less the disk of a server's folder counts as full."""
+LEAST_FREE_BYTES = 1 << 20  # with less the disk of a server's folder counts as full
 CLIENT_NAME = Matching(re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,62}"), "letters, digits and . _ -")
 Address = Annotated[str, Matching(re.compile(r"[^\s/]{1,253}:[0-9]{1,5}"), "host:port")]
 
@@ -128,6 +127,11 @@ class ServerFolder:
             replace_file(folder.file("server.json"), json.dumps(encode(listening), indent=2) + "\n")
         return folder
 
+    @staticmethod
+    def is_one(path: Path) -> bool:
+        """Whether a folder is a server's, perhaps not whole."""
+        return (path / "ca.key").exists() or (path / "clients.json").exists()
+
     def file(self, name: str) -> Path:
         """Where a file of the folder lies."""
         return self.path / name
@@ -172,8 +176,7 @@ class ServerFolder:
         Raises:
             ConfigError: Another run is served.
         """
-        file = self.file("serving.json")
-        opened = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        opened = os.open(self.file("serving.json"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             lock_file(opened, self.path)
         except FolderInUseError as error:
@@ -222,8 +225,7 @@ class ServerFolder:
     def by_key(self) -> Mapping[bytes, RegisteredClient]:
         """Clients by public key, in the form in which Flower keeps it; read again only when the file is another.
 
-        A file that is spoilt later, as by a hand that edits it, is told of once; what it held before counts until it
-        is mended.
+        A file that is spoilt later is told of once; what it held before counts until it is mended.
 
         Raises:
             ConfigError: The file cannot be read, and has not been before.
@@ -258,11 +260,10 @@ class ServerFolder:
         self.check_name(name)
         with folder_of_one_process(self.path):
             clients, key = self.clients, read_public_key(key)
-            taken = {client.index for client in clients}
             if index is None:
-                index = next((client.index for client in clients if client.key == key), None)
-            if index is None:
-                index = next(number for number in range(len(clients) + 1) if number not in taken)
+                own = [client.index for client in clients if client.key == key]
+                free = {*range(len(clients) + 1)} - {client.index for client in clients}
+                index = own[0] if own else min(free)
             new = RegisteredClient(index=index, name=name, key=key, added=datetime.date.today().isoformat())
             for client in clients:
                 alike = [what for what in ("index", "name", "key") if getattr(client, what) == getattr(new, what)]
@@ -325,8 +326,7 @@ class ServerFolder:
                 f"server folder {self.path}: {name} must be a readable file, got {error.strerror!r}. "
                 f"Call `fedzo server init {self.path}`."
             ) from error
-        remedy = "Restore the file from a copy."
-        return decode_json(kind, text, where=str(self.file(name)), error=ConfigError, remedy=remedy)
+        return decode_json(kind, text, where=str(self.file(name)), error=ConfigError, remedy="Restore it from a copy.")
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedzo.models.head import check_head, hidden_at, own_logits_at, project
+from fedzo.models.head import check_head, hidden_at, mismatch, own_logits_at, project
 from fedzo.testing.tiny_models import FAMILIES, tiny_model
 
 IDS = torch.arange(24).view(2, 12) * 11 % 256
@@ -88,3 +88,28 @@ def test_a_wrapped_head_is_called_and_not_read() -> None:
 
     assert torch.allclose(some, 2 * plain[:, [3, 4]], atol=1e-6)
     assert check_head(model)
+
+
+@pytest.mark.parametrize(
+    ("ours", "told"),
+    [
+        ([1.0, -2.0], ""),
+        ([1.0, -2.0001], ""),
+        ([1.0, -2.25], "off by 0.25, more than 0.0002"),
+        ([1.0, float("nan")], "off by nan, more than 0.0002"),
+        ([1.0, -2.0, 0.0], "of shape (3,) instead of (2,)"),
+    ],
+)
+def test_two_computations_differ_by_their_rounding_at_most(ours: list[float], told: str) -> None:
+    own = torch.tensor([1.0, -2.0])
+
+    assert mismatch(torch.tensor(ours), own) == told
+    assert not mismatch(own + 0.05, own, dtype=torch.bfloat16)
+
+
+def test_nan_in_the_same_place_is_no_difference_where_one_says_so() -> None:
+    states = torch.tensor([1.0, float("nan")])
+
+    assert "nan" in mismatch(states, states)
+    assert not mismatch(states, states, equal_nan=True)
+    assert mismatch(states.nan_to_num(), states, equal_nan=True)
