@@ -55,12 +55,12 @@ def announced_bound(audit: Sequence[AuditLine], records: Sequence[RoundRecord], 
     return float(np.float32(min(factor * float(np.median(scalars)), float(np.finfo(np.float32).max))))
 
 
-def far_off(sizes: Mapping[int, float], *, factor: float = FAR_OFF, least: float = 0.0) -> dict[int, float]:
+def far_off(sizes: Mapping[int, float], *, factor: float = 0.0, least: float = 0.0) -> dict[int, float]:
     """The bound of each client whose number lies beyond it: ``factor`` times the median over the clients of a round.
 
     Args:
         sizes: A number of at least 0 by client; nan where it measured nothing.
-        factor: How far is far.
+        factor: How far is far; what is less than ``FAR_OFF`` counts as that.
         least: What is never beyond the bound.
 
     Example:
@@ -68,7 +68,7 @@ def far_off(sizes: Mapping[int, float], *, factor: float = FAR_OFF, least: float
         ({3: 250.0}, {})
     """
     known = [size for size in sizes.values() if np.isfinite(size)]
-    bound = max(least, factor * float(np.median(known))) if known else 0.0
+    bound = max(least, max(FAR_OFF, factor) * float(np.median(known))) if known else 0.0
     return {client: bound for client, size in sizes.items() if bound > 0 and size > bound}
 
 

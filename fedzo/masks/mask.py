@@ -36,7 +36,7 @@ class Mask:
 
     def __post_init__(self) -> None:
         if not self.indices:
-            raise ConfigError("mask: it must hold at least one weight, got none. Raise trainer.density.")
+            raise ConfigError("mask: it must hold at least one weight, got none. Take one that has.")
         if list(self.shapes) != list(self.indices):
             raise ConfigError("mask: shapes must name the same tensors as indices, in the same order.")
         for name, flat in self.indices.items():

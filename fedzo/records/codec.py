@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import numpy as np
 
-from fedzo.records.fields import Grid, Length, Matching, OmitDefault, Within
+from fedzo.records.fields import ArrayShape, Length, Matching, OmitDefault, Within
 from fedzo.records.values import NOTHING, ArrayCodec, Choice, Codec, Flag, MismatchError, Number, Pattern, Text
 
 
@@ -62,7 +62,7 @@ def _made(hint: Any) -> Codec:
     if origin is dict:
         return _Table(codec_of(inner[0]), codec_of(inner[1]), _mark(hint, marks, Length))
     if origin is np.ndarray:
-        return ArrayCodec(_mark(hint, marks, Grid))
+        return ArrayCodec(_mark(hint, marks, ArrayShape))
     raise TypeError(f"a field of a record cannot be of type {hint}")
 
 

@@ -39,7 +39,7 @@ class Matching:
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
+class ArrayShape:
     """An array: nested lists of equal lengths in JSON.
 
     Attributes:
@@ -98,14 +98,16 @@ Figures = Annotated[
     Length(0, 64),
 ]
 """What preprocess stages tell of a client's rows, by name."""
-Scalars = Annotated[npt.NDArray[np.float32], Grid("float32", (MOST_STEPS, MOST_STEPS))]
+Scalars = Annotated[npt.NDArray[np.float32], ArrayShape("float32", (MOST_STEPS, MOST_STEPS))]
 """One number a step and probe, [T, P]."""
-MeasuredScalars = Annotated[npt.NDArray[np.float32], Grid("float32", (MOST_STEPS, MOST_STEPS), unknown=True)]
+MeasuredScalars = Annotated[npt.NDArray[np.float32], ArrayShape("float32", (MOST_STEPS, MOST_STEPS), unknown=True)]
 """As ``Scalars``; nan where nothing finite was measured."""
-MeasuredSteps = Annotated[npt.NDArray[np.float32], Grid("float32", (MOST_STEPS,), unknown=True)]
+MeasuredSteps = Annotated[npt.NDArray[np.float32], ArrayShape("float32", (MOST_STEPS,), unknown=True)]
 """One number a local step, [T]; nan where nothing finite was measured."""
-Flags = Annotated[npt.NDArray[np.bool_], Grid("bool", (MOST_STEPS, MOST_STEPS))]
-Columns = Annotated[npt.NDArray[np.float32], Grid("float32", (MOST_STEPS, MOST_STEPS, MOST_OWNERS))]
+Flags = Annotated[npt.NDArray[np.bool_], ArrayShape("bool", (MOST_STEPS, MOST_STEPS))]
+Columns = Annotated[npt.NDArray[np.float32], ArrayShape("float32", (MOST_STEPS, MOST_STEPS, MOST_OWNERS))]
 """One number a step, probe and owner, [T, P, owners]."""
-Products = Annotated[npt.NDArray[np.float64], Grid("float64", (MOST_STEPS, MOST_STEPS, MOST_OWNERS), unknown=True)]
+Products = Annotated[
+    npt.NDArray[np.float64], ArrayShape("float64", (MOST_STEPS, MOST_STEPS, MOST_OWNERS), unknown=True)
+]
 """Inner products by step, probe and owner (or 1 for all of them); nan where not finite."""

@@ -24,7 +24,7 @@ class RowOutcome:
         status: ``rewritten``, or ``original`` where the text stays.
         reason: Why it stays; empty for a rewritten row.
         model: What the rewriter's answer said that it is from; empty where there is none.
-        judged: Digest of the test of its judge (``Calibration``); empty where there was none.
+        judged: Digest of the test of its judge (``JudgeTest``); empty where there was none.
     """
 
     row: RowDigest
@@ -63,7 +63,7 @@ class PairCounts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Calibration:
+class JudgeTest:
     """How well a judge tells pairs apart whose answer is known.
 
     Attributes:
@@ -124,7 +124,7 @@ class Manifest:
     models: Annotated[tuple[Annotated[str, Length(0, 1000)], ...], Length(0, 100)]
     gate: Literal["passed", "overridden", "unjudged"]
     judged: Annotated[dict[Hash, Count], Length(0, 1000), OmitDefault()] = field(default_factory=dict)
-    calibration: Calibration | None
+    calibration: JudgeTest | None
     calls: Count
     tokens: Count
     cost: Magnitude

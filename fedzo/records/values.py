@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fedzo.records.fields import Grid, Length, Matching
+from fedzo.records.fields import ArrayShape, Length, Matching
 
 NOTHING = object()
 """Stands for a value that is not there."""
@@ -175,12 +175,12 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class ArrayCodec:
-    """Reads and writes the arrays of one ``Grid``: nested lists of numbers in JSON.
+    """Reads and writes the arrays of one ``ArrayShape``: nested lists of numbers in JSON.
 
     Their entries are looked at all at once: a line holds tens of thousands.
     """
 
-    grid: Grid
+    grid: ArrayShape
 
     @property
     def rule(self) -> str:

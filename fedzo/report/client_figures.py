@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 
 from fedzo.report.format import counted, last, percent_text, score_text, span
-from fedzo.report.panels import colour_scale, flagged_clients, label_colours, label_shares, some_of
+from fedzo.report.panels import colour_scale, label_colours, label_shares, some_of
 from fedzo.report.run_data import RunData, Scored
 from fedzo.report.style import (
     BLUE,
@@ -25,6 +25,7 @@ from fedzo.report.style import (
     percent_axis,
     running_mean,
     whole_numbers,
+    window_of,
 )
 
 MAX_LINES = 60
@@ -87,10 +88,10 @@ def draw_abs_g(run: RunData) -> Picture | None:
         return None
     rounds = [record.round + 1 for record in records]
     tables = [{client.client: client.abs_g for client in record.clients} for record in records]
-    shares, norm, flagged = label_shares(run), label_colours(run), flagged_clients(run)
+    shares, norm, flagged = label_shares(run), label_colours(run), run.flagged
     ordered = sorted(ids, key=lambda client: (-shares.get(client, (0.0, ""))[0], client))
     lines = some_of(ordered, first=flagged, most=MAX_LINES)
-    window, thin = max(1, min(25, len(rounds) // 8)), 1 + len(rounds) // MAX_POINTS
+    window, thin = window_of(len(rounds)), 1 + len(rounds) // MAX_POINTS
     figure, axes = new_axes(height=3.2)
     for client in lines:
         means = running_mean([table.get(client) for table in tables], window=window)
@@ -109,7 +110,7 @@ def draw_abs_g(run: RunData) -> Picture | None:
     caption = "g is the scalar of a step: the slope of the client's loss along the step's direction. "
     caption += f"Size of each client's g, the mean of its local steps in {last(window, 'round')}. "
     caption += "A client far above the others moves the mean most. A client with fewer steps has a noisier mean."
-    if flagged & {*lines}:
+    if set(flagged) & {*lines}:
         caption += " Flagged clients are dark."
     if len(lines) < len(ids):
         caption += f" {MAX_LINES} of {len(ids)} clients are shown: the flagged clients first, then others evenly."

@@ -27,6 +27,7 @@ from fedzo.report.style import (
     percent_axis,
     running_mean,
     whole_numbers,
+    window_of,
 )
 
 
@@ -62,7 +63,7 @@ def _loss(run: RunData) -> Picture | None:
     measured = [loss for loss in losses if loss is not None]
     if not measured:
         return None
-    window = max(1, min(25, len(losses) // 8))
+    window = window_of(len(losses))
     rounds, means = [record.round + 1 for record in run.trained], running_mean(losses, window=window)
     figure, axes = new_axes()
     if window > 1:

@@ -168,9 +168,8 @@ def _numbers(run: RunData) -> Table:
             rows.append(
                 ["losses of a round's clients, highest less lowest", f"{typical} (median), {largest} (largest)"]
             )
-    if run.step_policy:
-        flagged = ", ".join(str(verdict.client) for verdict in run.step_policy.clients if verdict.flagged)
-        rows.append(["flagged clients", flagged or "none"])
+    if run.decision:
+        rows.append(["flagged clients", ", ".join(map(str, run.flagged)) or "none"])
     for last in (scored.federated[-1] for scored in run.scored if scored.federated):
         value, loss = last.num_told("value"), last.num_told("loss")
         if min(value, loss) < clients:
@@ -247,7 +246,7 @@ def _clients(run: RunData) -> Table:
         return "Clients", []
     last = run.first.federated[-1] if run.first.federated else None
     scores = {entry.client: entry for entry in last.clients} if last else {}
-    steps = {verdict.client: verdict for verdict in run.step_policy.clients} if run.step_policy else {}
+    steps = {verdict.client: verdict for verdict in run.decision.clients} if run.decision else {}
     selected = ["local steps a round"] if steps else []
     rows = [["client", "training rows", "labels", *selected, "own held-out rows", "score on them"]]
     for client in run.setup.clients:

@@ -32,8 +32,8 @@ def draw_local_steps(run: RunData) -> Picture | None:
     traces = client_traces(run)
     if all(value is None for trace in traces.values() for value in trace.abs_g):
         return None  # clients that send vectors measure no g
-    verdicts = {verdict.client: verdict for verdict in run.step_policy.clients} if run.step_policy else {}
-    windows = (run.step_policy.windows if run.step_policy else None) or {}
+    verdicts = {verdict.client: verdict for verdict in run.decision.clients} if run.decision else {}
+    windows = (run.decision.windows if run.decision else None) or {}
     starts, unit = round_starts(run), _unit(traces)
     figure, grid = client_panels(run, traces, height=1.6 if verdicts else 1.4)
     window, peaks = mean_window(traces), list[float]()
@@ -86,7 +86,7 @@ def _unit(traces: dict[int, Trace]) -> float:
 def _stops_early(run: RunData, verdict: ClientVerdict) -> bool:
     """Whether the client takes fewer steps than the others; with T = 1 and with too many flagged it does not."""
     most = run.setting("fl", "local_steps")
-    fallback = run.step_policy is not None and run.step_policy.fallback
+    fallback = run.decision is not None and run.decision.fallback
     return not fallback and (most is None or verdict.steps < most)
 
 
@@ -127,16 +127,15 @@ def _caption(run: RunData, *, drawn: int, total: int, unit: float) -> str:
         "A line that falls to nothing is a client whose loss hardly changes any more, such as one that has learned its "
         "only label."
     )
-    if run.step_policy and run.step_policy.windows:
-        windows = " and ".join(f"{name} ({first} to {end})" for name, (first, end) in run.step_policy.windows.items())
+    if run.decision and run.decision.windows:
+        windows = " and ".join(f"{name} ({first} to {end})" for name, (first, end) in run.decision.windows.items())
         parts.append(f"Grey: the steps that were compared, {windows}.")
-    flagged = [verdict.client for verdict in run.step_policy.clients if verdict.flagged] if run.step_policy else []
-    if flagged:
+    if flagged := run.flagged:
         where = "framed" if len(flagged) <= MAX_PANELS else "framed where drawn"
-        sequential = run.step_policy and not run.step_policy.windows and any(run.flagged_from.values())
+        sequential = run.decision and not run.decision.windows and any(run.flagged_from.values())
         when = ", from the dashed line on" if sequential else ""
         parts.append(f"Flagged ({where}{when}): {', '.join(map(str, flagged))}.")
-    if run.step_policy and run.step_policy.fallback:
+    if run.decision and run.decision.fallback:
         parts.append("They are more than may be stopped early.")
     if drawn < total:
         parts.append(f"{drawn} of {total} clients are drawn: the flagged ones, and others evenly over the skew.")

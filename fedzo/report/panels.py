@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fedzo.report.format import percent_text
 from fedzo.report.run_data import RunData
-from fedzo.report.style import BLUE, INK, MUTED, SKEW, lone, panel_grid, running_mean, whole_numbers
+from fedzo.report.style import BLUE, INK, MUTED, SKEW, lone, panel_grid, running_mean, whole_numbers, window_of
 
 MAX_PANELS = 16
 MAX_POINTS = 150  # of a line; a page must stay small
@@ -37,7 +37,7 @@ def client_panels(run: RunData, traces: Mapping[int, Trace], *, height: float) -
     """A panel a client, the most one-sided first."""
     shares = label_shares(run)
     ordered = sorted(traces, key=lambda client: (-shares.get(client, (0.0, ""))[0], client))
-    clients = some_of(ordered, first=flagged_clients(run), most=MAX_PANELS)
+    clients = some_of(ordered, first=run.flagged, most=MAX_PANELS)
     figure, grid = panel_grid(len(clients), height=height)
     end = max(trace.at[-1] + 1 for trace in traces.values())
     for axes, client in zip(grid, clients, strict=True):
@@ -87,7 +87,7 @@ def label_panels(
 
 def mean_window(traces: Mapping[int, Trace]) -> int:
     """Steps of the running means."""
-    return max(1, min(25, max(trace.at[-1] + 1 for trace in traces.values()) // 8))
+    return window_of(max(trace.at[-1] + 1 for trace in traces.values()))
 
 
 def client_traces(run: RunData) -> dict[int, Trace]:
@@ -117,11 +117,6 @@ def round_starts(run: RunData) -> dict[int, int]:
         starts[record.round] = start
         start += max((client.steps for client in record.clients), default=0)
     return starts
-
-
-def flagged_clients(run: RunData) -> set[int]:
-    """Those of the last decision on who stops early."""
-    return {verdict.client for verdict in run.step_policy.clients if verdict.flagged} if run.step_policy else set()
 
 
 def some_of(clients: Sequence[int], *, first: Collection[int], most: int) -> list[int]:

@@ -12,7 +12,7 @@ from fedzo.data.preprocess.rephrase.course import Attempt, counts
 from fedzo.data.preprocess.rephrase.figures import SetFigures
 from fedzo.data.preprocess.rephrase.rephraser import Rephraser
 from fedzo.errors import printable
-from fedzo.records.rephrase import Calibration, Interval, RowOutcome
+from fedzo.records.rephrase import Interval, JudgeTest, RowOutcome
 from fedzo.report.html import Table, render_page
 
 _MOST_SHOWN = 200
@@ -74,7 +74,7 @@ def figures_table(rephraser: Rephraser, rows: Sequence[Row], outcomes: Sequence[
     return told
 
 
-def calibration_lines(found: Calibration) -> Iterator[str]:
+def calibration_lines(found: JudgeTest) -> Iterator[str]:
     """How a judge did in its test."""
     yield f"sensitivity {_share(found.sensitivity)}, specificity {_share(found.specificity)} (lower of both orders)"
     points = f"{100 * found.order_points:.1f} points (95 % interval up to {100 * found.order_points_high:.1f})"

@@ -67,8 +67,8 @@ class RunData:
 
     ``scored`` has the evaluators in the run's order: by the first of them the best round is chosen.
 
-    ``step_policy`` is the newest decision on who stops early, None where there was none; ``flagged_from`` has the round
-    from which each client has been flagged.
+    ``decision`` is the newest on who stops early, None where there was none; ``flagged_from`` has the round from which
+    each client has been flagged.
     """
 
     run_dir: Path
@@ -78,7 +78,7 @@ class RunData:
     setup: Setup | None
     rounds: tuple[Round, ...]
     scored: tuple[Scored, ...]
-    step_policy: StepDecision | None
+    decision: StepDecision | None
     flagged_from: dict[int, int]
     summary: Summary | None
     extensions: tuple[Extension, ...]
@@ -90,6 +90,11 @@ class RunData:
         for key in path:
             node = node.get(key) if isinstance(node, dict) else None
         return node
+
+    @property
+    def flagged(self) -> list[int]:
+        """Clients that the newest decision flagged."""
+        return [client.client for client in self.decision.clients if client.flagged] if self.decision else []
 
     @property
     def seconds(self) -> float:
@@ -132,7 +137,7 @@ def load_run(run_dir: Path) -> RunData:
     _, environment, environment_notes = _read_mapping(run_dir / ENVIRONMENT, json.loads)
     rounds = {record.round: record for record in records if isinstance(record, Round)}
     setups = [record for record in records if isinstance(record, Setup)]
-    step_policies = [record for record in records if isinstance(record, StepDecision)]
+    decisions = [record for record in records if isinstance(record, StepDecision)]
     summaries = [record for record in records if isinstance(record, Summary)]
     extensions = tuple(record for record in records if isinstance(record, Extension))
     total = max([max(rounds, default=-1) + 1, *(longer.rounds for longer in extensions)])
@@ -145,10 +150,10 @@ def load_run(run_dir: Path) -> RunData:
         setup=setups[-1] if setups else None,
         rounds=tuple(rounds[index] for index in sorted(rounds)),
         scored=_scored(records, config, best_round=ended.best_round if ended else None),
-        step_policy=step_policies[-1] if step_policies else None,
+        decision=decisions[-1] if decisions else None,
         flagged_from={
             verdict.client: decision.round
-            for decision in reversed(step_policies)
+            for decision in reversed(decisions)
             for verdict in decision.clients
             if verdict.flagged
         },

@@ -142,6 +142,11 @@ def running_mean(values: Sequence[float | None], *, window: int) -> list[float |
     return means
 
 
+def window_of(count: int) -> int:
+    """Values of a running mean over so many."""
+    return max(1, min(25, count // 8))
+
+
 def gaps(values: Sequence[float | None]) -> list[float]:
     """What is missing as nan, which matplotlib leaves out."""
     return [float("nan") if value is None else value for value in values]

@@ -329,7 +329,7 @@ class Federation:
         )
 
     def _flagged(self) -> Flagged | None:
-        """Whom the last decision flagged; None without a step_policy."""
+        """Whom the last decision flagged; None without a step policy."""
         told = self._store.told(StepDecision)
         if not told:
             return None

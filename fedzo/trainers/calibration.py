@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fedzo.models.loaded import LoadedModel
 
 
-class Calibration(StrEnum):
+class CalibrationSource(StrEnum):
     """Source of the unlabelled calibration text."""
 
     imdb = "imdb"
@@ -41,7 +41,7 @@ class Calibration(StrEnum):
 class CalibratedConfig(LayeredConfig):
     """A trainer that the server prepares on text without labels."""
 
-    calibration: Calibration = Calibration.imdb
+    calibration: CalibrationSource = CalibrationSource.imdb
     calibration_docs: int = 16
     """Number of calibration documents (100 x 512 tokens of C4 in SensZOQ's tool)."""
     calibration_tokens: int = 128
@@ -52,10 +52,10 @@ class CalibratedConfig(LayeredConfig):
         yield from at_least("trainer.calibration_tokens", self.calibration_tokens, 2, "The loss is of the next token.")
 
     def input_problems(self, inputs: InputsConfig, run: RunSettings) -> Iterator[Problem]:
-        if self.calibration is Calibration.file and inputs.calibration is None:
+        if self.calibration is CalibrationSource.file and inputs.calibration is None:
             remedy = "Write inputs.calibration=<text file>, or choose another trainer.calibration."
             yield problem("inputs.calibration", "be given for trainer.calibration=file", None, remedy)
-        if self.calibration is Calibration.train and run.partition.traits.own_rows:
+        if self.calibration is CalibrationSource.train and run.partition.traits.own_rows:
             rule = "be imdb or file for partition=own, where the server has no training rows"
             yield problem("trainer.calibration", rule, "train", "Choose another text.")
 
@@ -82,8 +82,8 @@ def calibration_windows(config: CalibratedConfig, loaded: LoadedModel, workplace
 
 
 def _texts(config: CalibratedConfig, workplace: Workplace) -> list[str]:
-    if config.calibration is Calibration.imdb:
+    if config.calibration is CalibrationSource.imdb:
         return imdb_texts()
-    if config.calibration is Calibration.train:
+    if config.calibration is CalibrationSource.train:
         return workplace.texts()
     return read_texts(Path(workplace.inputs.calibration or ""))

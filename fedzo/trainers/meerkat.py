@@ -26,7 +26,7 @@ from fedzo.models.blocks import parameters_from
 from fedzo.models.memory import available_memory_bytes, calibration_memory_bytes
 from fedzo.trainers.artifacts import Artifact
 from fedzo.trainers.base import TRAINERS, Built, InputsConfig, Prepared, TrainerTraits, Workplace
-from fedzo.trainers.calibration import CalibratedConfig, Calibration, calibration_windows
+from fedzo.trainers.calibration import CalibratedConfig, CalibrationSource, calibration_windows
 from fedzo.zo.config import Distribution
 from fedzo.zo.spaces.masked import MaskedSpace
 
@@ -111,7 +111,7 @@ _RECIPE: Mapping[str, Callable[[str], object]] = {
     "density": float,
     "selector": Selector,
     "granularity": Granularity,
-    "calibration": Calibration,
+    "calibration": CalibrationSource,
     "first_layer": int,
 }
 """What a mask's manifest tells of the settings that it was made with."""

@@ -167,8 +167,7 @@ def aggregate(
         case Aggregation.median:
             c = _of_takers(g, results, lambda part: np.median(part, axis=1))
         case Aggregation.trimmed_mean:
-            cut = max(1, num_trimmed(trim_share, len(clients)))  # also where absent clients leave too few for the share
-            c = _of_takers(g, results, partial(trimmed_mean, cut=cut))
+            c = _of_takers(g, results, trimming(trim_share, len(clients)))
         case Aggregation.majority_sign:
             c = _of_takers(np.sign(g), results, lambda part: np.sign(part.sum(axis=1))) / probes  # a tie moves nothing
     return RoundRecord(round=round, lr=lr, owners=(SHARED,), coefficients=c.astype(np.float32)[:, :, None])
@@ -183,11 +182,16 @@ def _of_takers(
     return np.stack([middle(g[step][:, who]) * len(who) / len(taken) for step, who in enumerate(takers)])
 
 
-def trimmed_mean(part: np.ndarray, *, cut: int) -> np.ndarray:
-    """Of [numbers, clients], over the clients.
+def trimming(share: float, num_clients: int) -> Callable[[np.ndarray], np.ndarray]:
+    """The trimmed mean of a round of so many clients: over the clients of [numbers, clients].
 
-    As many are cut off as of a whole round, where fewer took the step: those who lie need not stop early.
+    One is cut off at each end also where absent clients leave too few for the share. Where fewer took a step, as many
+    are cut off as of the whole round: those who lie need not stop early.
     """
+    return partial(_trimmed_mean, cut=max(1, num_trimmed(share, num_clients)))
+
+
+def _trimmed_mean(part: np.ndarray, *, cut: int) -> np.ndarray:
     number = part.shape[1]
     cut = min(cut, (number - 1) // 2)
     return np.asarray(np.sort(part, axis=1)[:, cut : number - cut].mean(axis=1))

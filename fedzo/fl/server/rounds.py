@@ -224,7 +224,8 @@ class Server:
             )
             refused = {client: why for client, why in refused.items() if client not in replies} | failed
             results |= self._usable(replies, requests, refused)
-            for client, reason in self.updates.far_off(results).items():
+            far_off = self.updates.far_off(results) if self.strategy.clip_factor else {}
+            for client, reason in far_off.items():
                 self._refuse(client, reason, refused)
                 del results[client]
             if len(results) >= self.strategy.min_replies:

@@ -99,7 +99,7 @@ class Signals:
             found[client] = StepSignals(
                 grad_ip=_list(path.grad_ip, unknown) if path else (None,) * len(g),
                 abs_g=_list(np.abs(g.astype(np.float64)).mean(axis=1), unknown),
-                loss=tuple(_short(finite_mean(step)) for step in results[client].loss),
+                loss=tuple(short(finite_mean(step)) for step in results[client].loss),
                 cosine=_list(path.cosine, unknown) if path else (None,) * len(g),
                 mean_abs_grad_ip=mean_abs_grad_ip,
                 mean_abs_g=mean_abs_g,
@@ -111,14 +111,14 @@ class Signals:
         tally = self._tallies.get(client, _Tally())
         if not tally.steps:
             return None, None
-        grad_ip = None if self._gradient is None else _short(tally.abs_grad_ip / tally.steps)
-        return grad_ip, _short(tally.abs_g / tally.steps)
+        grad_ip = None if self._gradient is None else short(tally.abs_grad_ip / tally.steps)
+        return grad_ip, short(tally.abs_g / tally.steps)
 
 
 def _list(values: Numbers, unknown: np.ndarray) -> tuple[float | None, ...]:
-    return tuple(None if lost else _short(value) for value, lost in zip(values, unknown, strict=True))
+    return tuple(None if lost else short(value) for value, lost in zip(values, unknown, strict=True))
 
 
-def _short(value: float) -> float | None:
+def short(value: float) -> float | None:
     """Six digits are enough for a figure; the audit log has them all."""
     return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -10,11 +10,12 @@ from typing import ClassVar
 import numpy as np
 
 from fedzo.errors import ProtocolError
-from fedzo.fl.clip import FAR_OFF, NO_BOUND, far_off
+from fedzo.fl.clip import NO_BOUND, far_off
 from fedzo.fl.config import Aggregation, StrategyConfig
 from fedzo.fl.messages import TrainRequest, VectorReply, scalars_from_bytes
-from fedzo.fl.server.aggregate import checked_losses, losses_far_off, num_trimmed, trimmed_mean
+from fedzo.fl.server.aggregate import checked_losses, losses_far_off, trimming
 from fedzo.fl.server.metrics import finite_mean
+from fedzo.fl.server.signals import short
 from fedzo.records.log import RoundAudit, VectorAudit, VectorAuditLine
 from fedzo.records.metrics import ClientRound, StepSignals
 from fedzo.records.scores import known
@@ -82,11 +83,9 @@ class VectorUpdates:
         return VectorResult(change=change, loss=loss, norm=length / reach if reach else 0.0)
 
     def far_off(self, results: Mapping[int, VectorResult]) -> dict[int, str]:
-        if self.strategy.clip_factor == 0:
-            return {}
         reasons = losses_far_off(results)
         norms = {client: result.norm for client, result in results.items()}
-        for client, most in far_off(norms, factor=max(FAR_OFF, self.strategy.clip_factor)).items():
+        for client, most in far_off(norms, factor=self.strategy.clip_factor).items():
             reasons[client] = (
                 f"the norm of change over learning rate and steps must be at most {most:g}, by the round's other "
                 f"clients, got {norms[client]:g}"
@@ -115,8 +114,7 @@ class VectorUpdates:
             case Aggregation.median:
                 mean = _by_coordinate(changes, partial(np.median, axis=1))
             case Aggregation.trimmed_mean:
-                cut = max(1, num_trimmed(strategy.trim_share, len(clients)))
-                mean = _by_coordinate(changes, partial(trimmed_mean, cut=cut))
+                mean = _by_coordinate(changes, trimming(strategy.trim_share, len(clients)))
             case other:
                 raise AssertionError(f"validation refuses {other} of vectors")
         return VectorRecord.of(mean.astype(np.float32), round=round, lr=lr)
@@ -179,7 +177,7 @@ def _by_coordinate(changes: list[Values], middle: Callable[[np.ndarray], np.ndar
 def _signals(loss: Scalars) -> StepSignals:
     """Losses alone: there is no scalar g, and no direction to compare with a gradient of the server's."""
     unknown = (None,) * len(loss)
-    losses = tuple(known(float(f"{value:.6g}")) for value in loss)
+    losses = tuple(short(value) for value in loss)
     return StepSignals(
         grad_ip=unknown, abs_g=unknown, loss=losses, cosine=unknown, mean_abs_grad_ip=None, mean_abs_g=None
     )

@@ -29,9 +29,9 @@ from fedzo.system import quiet_libraries
 
 log = logging.getLogger(__name__)
 POLL_S = 0.05
-HUNG = 70
 TELL_S = 10.0
 """How long a process that gives up tries to say so before it ends."""
+HUNG = 70
 """Exit status after a hung step; whoever started the executor should start it again."""
 
 

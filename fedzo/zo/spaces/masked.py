@@ -16,7 +16,7 @@ from fedzo.zo.spaces.own_weights import OwnWeights
 
 
 class MaskedSpace(MasterSpace):
-    """A fixed set of single weights with a float32 master (Meerkat, SensZOQ: specs section 1.7).
+    """A fixed set of single weights with a float32 master (Meerkat, arXiv 2506.03337; SensZOQ, arXiv 2406.02913).
 
     The model's own weights hold ``cast(master)`` between probes and ``cast(master + scale * z)`` during one, so probing
     cannot drift and small updates do not vanish in a 16-bit model.
@@ -45,7 +45,7 @@ class MaskedSpace(MasterSpace):
             self.places.append((parameters[name], flat.to(parameters[name].device)))
         self._sizes = [flat.numel() for _, flat in self.places]
         if sum(self._sizes) == 0:
-            raise ConfigError("mask: it must hold at least one weight, got none. Raise trainer.density.")
+            raise ConfigError("mask: it must hold at least one weight, got none. Take one that has.")
         super().__init__(
             torch.cat([_take(weight.detach(), flat).float() for weight, flat in self.places]), distribution
         )

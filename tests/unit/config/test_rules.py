@@ -22,7 +22,7 @@ from fedzo.models.config import DType
 from fedzo.runtime.config import LocalConfig, RayConfig
 from fedzo.trainers.adapters import Ia3TrainerConfig, LoraTrainerConfig, PrefixTrainerConfig, PromptTrainerConfig
 from fedzo.trainers.base import TrainerConfig
-from fedzo.trainers.meerkat import Calibration, MeerkatConfig
+from fedzo.trainers.meerkat import CalibrationSource, MeerkatConfig
 from fedzo.trainers.mezo import MezoConfig
 from fedzo.trainers.tables import TablesConfig
 from fedzo.zo.estimator import Baseline, EstimatorConfig, FzooConfig, OneSidedConfig
@@ -432,7 +432,7 @@ def test_only_an_embedded_task_goes_without_a_path() -> None:
 @pytest.mark.parametrize("trainer", [MeerkatConfig, TablesConfig])
 def test_calibration_by_file_needs_the_file(trainer: type) -> None:
     config = sound()
-    config.trainer = trainer(calibration=Calibration.file)
+    config.trainer = trainer(calibration=CalibrationSource.file)
 
     (problem,) = launch_problems(config)
 
@@ -540,7 +540,7 @@ def test_rules_of_adapters(trainer: TrainerConfig, rules: list[str]) -> None:
     [
         (MezoConfig(), "artifact"),
         (TablesConfig(), "artifact"),
-        (TablesConfig(gradient=False, calibration=Calibration.file), "calibration"),
+        (TablesConfig(gradient=False, calibration=CalibrationSource.file), "calibration"),
     ],
     ids=["mezo", "tables", "tables without a gradient"],
 )

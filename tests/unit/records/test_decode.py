@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from fedzo.errors import ProtocolError, RunFolderError
 from fedzo.records.codec import codec_of
 from fedzo.records.decode import decode, decode_json, encode, parse_json, to_json
-from fedzo.records.fields import Grid, LabelCounts, Length, Matching, OmitDefault, Within
+from fedzo.records.fields import ArrayShape, LabelCounts, Length, Matching, OmitDefault, Within
 from fedzo.records.log import VectorLine, decode_audit, decode_public
 from fedzo.records.metrics import METRIC_KINDS, decode_metric
 from fedzo.records.scores import Score
@@ -206,9 +206,9 @@ def test_a_field_without_a_range_cannot_be_declared(hint: Any) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Arrays:
-    sure: Annotated[npt.NDArray[np.float32], Grid("float32", (3, 2))]
-    unknown: Annotated[npt.NDArray[np.float64], Grid("float64", (3,), unknown=True)]
-    flags: Annotated[npt.NDArray[np.bool_], Grid("bool", (1, 1, 2))]
+    sure: Annotated[npt.NDArray[np.float32], ArrayShape("float32", (3, 2))]
+    unknown: Annotated[npt.NDArray[np.float64], ArrayShape("float64", (3,), unknown=True)]
+    flags: Annotated[npt.NDArray[np.bool_], ArrayShape("bool", (1, 1, 2))]
 
 
 def arrays(sure: Any = ((0.5, 1.0),), unknown: Any = (None, 2.0), flags: Any = (((True, False),),)) -> Arrays:

@@ -25,7 +25,7 @@ from fedzo.testing.tiny_models import tiny_loaded, tiny_model, tiny_model_from
 from fedzo.trainers import TRAINERS, Workplace
 from fedzo.trainers.adapters import Ia3TrainerConfig, LoraTrainerConfig
 from fedzo.trainers.base import LayeredConfig
-from fedzo.trainers.calibration import Calibration
+from fedzo.trainers.calibration import CalibrationSource
 from fedzo.trainers.meerkat import Granularity, MeerkatConfig, Selector, choose_mask
 from fedzo.trainers.mezo import MezoConfig
 from fedzo.trainers.norms import NormsConfig
@@ -33,7 +33,7 @@ from fedzo.trainers.tables import TablesConfig
 from fedzo.zo.config import Distribution
 
 TEXTS = [f"Document {i}: the quick brown fox jumps over {i} lazy dogs." * 2 for i in range(12)]
-SMALL: dict[str, Any] = {"calibration": Calibration.train, "calibration_docs": 3, "calibration_tokens": 20}
+SMALL: dict[str, Any] = {"calibration": CalibrationSource.train, "calibration_docs": 3, "calibration_tokens": 20}
 LAW = Distribution.gaussian
 
 

@@ -19,7 +19,7 @@ from fedzo.sketch import sketched_layers, tables_of, unpack
 from fedzo.testing.tiny_models import tiny_loaded, tiny_model, tiny_sketch
 from fedzo.trainers import TRAINERS, Workplace
 from fedzo.trainers.artifacts import EMPTY
-from fedzo.trainers.calibration import Calibration, calibration_windows
+from fedzo.trainers.calibration import CalibrationSource, calibration_windows
 from fedzo.trainers.tables import GRADIENT_FILE, TablesConfig
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import direction
@@ -28,7 +28,7 @@ from fedzo.zo.estimator.backprop import BackpropConfig, LocalOptimizer
 from fedzo.zo.spaces.dense import DenseSpace
 
 TEXTS = [f"Document {i}: the quick brown fox jumps over {i} lazy dogs." * 2 for i in range(12)]
-SMALL: dict[str, Any] = {"calibration": Calibration.train, "calibration_docs": 3, "calibration_tokens": 20}
+SMALL: dict[str, Any] = {"calibration": CalibrationSource.train, "calibration_docs": 3, "calibration_tokens": 20}
 IDS = torch.arange(24).reshape(2, 12) * 7 % 256
 
 

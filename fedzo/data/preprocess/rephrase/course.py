@@ -25,7 +25,7 @@ from fedzo.system import OnProgress
 ROWS_AT_ONCE = 64
 """Rows that go through rewriter and judge together; what a progress bar moves by."""
 MOST_FAILED = 0.2
-"""Share of rows above which a set is none (a guess, spec 4.2); a single row never is: its fault may be its own."""
+"""Share of rows above which a set is none (a guess); a single row never is: its fault may be its own."""
 _RAISE_TEMPERATURE = 0.3  # a further attempt at temperature 0 would repeat the first
 JUDGE_TOKENS = 128
 """Most tokens of a verdict."""

@@ -2,7 +2,7 @@
 
 A single rewrite cannot show these: new words of the right choice are leakage only where they outnumber those of the
 wrong ones, and training rows that share fewer words with their hypothesis than dev and test rows are a drift of the
-whole set. Sources: spec 3.11.4 and 3.11.6, counted on published sets.
+whole set. Both were counted on published sets (docs/how-to-rephrase-data.md).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from fedzo.data.preprocess.rephrase.prompts import ORDERS, Prompts
 from fedzo.errors import ConfigError
 from fedzo.records.decode import decode_json, to_json
 from fedzo.records.folder import replace_file
-from fedzo.records.rephrase import Calibration, Interval, PairCounts
+from fedzo.records.rephrase import Interval, JudgeTest, PairCounts
 from fedzo.system import OnProgress
 
 _FOLDER, _TESTS = "judges", "judge_tests"
@@ -36,7 +36,7 @@ def judge_digest(prompts: Prompts, model: str) -> str:
     return hashlib.sha256(json.dumps([model, prompts.judge_digest]).encode()).hexdigest()
 
 
-def calibration_digest(calibration: Calibration) -> str:
+def calibration_digest(calibration: JudgeTest) -> str:
     """Digest of one test of a judge."""
     return hashlib.sha256(to_json(calibration).encode()).hexdigest()
 
@@ -51,7 +51,7 @@ def calibrate(
     check: Callable[[Request, str], None],
     most: int,
     on_progress: OnProgress,
-) -> Calibration:
+) -> JudgeTest:
     """Test a judge on pairs from real rows.
 
     Args:
@@ -80,7 +80,7 @@ def calibrate(
     return summarise(pairs, orders, judge=judge_digest(prompts, model), model=called)
 
 
-def summarise(pairs: Sequence[Pair], orders: tuple[Verdicts, Verdicts], *, judge: str, model: str) -> Calibration:
+def summarise(pairs: Sequence[Pair], orders: tuple[Verdicts, Verdicts], *, judge: str, model: str) -> JudgeTest:
     """Shares and intervals of verdicts.
 
     Args:
@@ -102,7 +102,7 @@ def summarise(pairs: Sequence[Pair], orders: tuple[Verdicts, Verdicts], *, judge
     first = sum(a and not b for a, b in zip(*said, strict=True))
     second = sum(b and not a for a, b in zip(*said, strict=True))
     points, high = _paired(first, second, len(pairs))
-    return Calibration(
+    return JudgeTest(
         judge=judge,
         model=model[:1000],
         sensitivity=sensitivity,
@@ -113,7 +113,7 @@ def summarise(pairs: Sequence[Pair], orders: tuple[Verdicts, Verdicts], *, judge
     )
 
 
-def faults(calibration: Calibration, config: OatRephraseConfig) -> Iterator[str]:
+def faults(calibration: JudgeTest, config: OatRephraseConfig) -> Iterator[str]:
     """Why a judge is not to be used, by a recipe's gate."""
     alike, other = _numbers(calibration)
     for what, interval, pairs in (
@@ -133,14 +133,14 @@ def faults(calibration: Calibration, config: OatRephraseConfig) -> Iterator[str]
         )
 
 
-def few_pairs(calibration: Calibration, config: OatRephraseConfig) -> str:
+def few_pairs(calibration: JudgeTest, config: OatRephraseConfig) -> str:
     """Which kinds of pairs a test had fewer of than a recipe wishes for, as a sentence; empty where there is none."""
     seen = {each.made: each.pairs for each in calibration.kinds}
     few = [f"{kind} {seen.get(kind, 0)}" for kind in KINDS if seen.get(kind, 0) < config.gate_pairs]
     return f"Fewer than {config.gate_pairs} pairs were seen of these kinds: {', '.join(few)}." if few else ""
 
 
-def keep(calibration: Calibration, folder: Path) -> Path:
+def keep(calibration: JudgeTest, folder: Path) -> Path:
     """Write a calibration where ``find`` and ``find_test`` look for it; returns the file of the first.
 
     The first file is the judge's last test, the second stays: results that were judged after this test name it.
@@ -152,27 +152,27 @@ def keep(calibration: Calibration, folder: Path) -> Path:
     return file
 
 
-def find(folder: Path, judge: str) -> Calibration | None:
+def find(folder: Path, judge: str) -> JudgeTest | None:
     """The last calibration of a judge at this site; None where there is none."""
     return _read(_file(folder, judge))
 
 
-def find_test(folder: Path, digest: str) -> Calibration | None:
+def find_test(folder: Path, digest: str) -> JudgeTest | None:
     """A calibration by its own digest; None where it is not there."""
     return _read(_test_file(folder, digest))
 
 
-def _read(file: Path) -> Calibration | None:
+def _read(file: Path) -> JudgeTest | None:
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
     remedy = "Remove the file and call fedzo rephrase judge-test again."
-    found: Calibration = decode_json(Calibration, text, where=str(file), error=ConfigError, remedy=remedy)
+    found: JudgeTest = decode_json(JudgeTest, text, where=str(file), error=ConfigError, remedy=remedy)
     return found
 
 
-def check_gate(folder: Path, judge: str, config: OatRephraseConfig) -> Calibration | None:
+def check_gate(folder: Path, judge: str, config: OatRephraseConfig) -> JudgeTest | None:
     """The judge's calibration, if the recipe's gate lets it judge; None where the recipe asks for none.
 
     Raises:
@@ -204,7 +204,7 @@ def _test_file(folder: Path, digest: str) -> Path:
     return folder / _TESTS / f"{digest}.json"
 
 
-def _numbers(calibration: Calibration) -> tuple[int, int]:
+def _numbers(calibration: JudgeTest) -> tuple[int, int]:
     alike = sum(each.pairs for each in calibration.kinds if each.made in SAME_KINDS)
     return alike, sum(each.pairs for each in calibration.kinds) - alike
 

@@ -22,7 +22,7 @@ from fedzo.data.preprocess.rephrase.results import Results, set_digest
 from fedzo.errors import ConfigError
 from fedzo.records.decode import decode_json, to_json
 from fedzo.records.folder import replace_file
-from fedzo.records.rephrase import Calibration, Manifest, RowOutcome
+from fedzo.records.rephrase import JudgeTest, Manifest, RowOutcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ def count_names(rows: Sequence[Row], outcomes: Sequence[RowOutcome]) -> int:
     return sum(not each.reason and bool(lost_names(each.text, str(row[each.column]))) for row, each in pairs)
 
 
-def calibration_of(outcomes: Sequence[RowOutcome], folder: Path) -> Calibration | None:
+def calibration_of(outcomes: Sequence[RowOutcome], folder: Path) -> JudgeTest | None:
     """The test that the judge had passed when most of these rows were judged; None where it had none."""
     found = Counter(each.judged for each in outcomes if each.judged).most_common(1)
     return find_test(folder, found[0][0]) if found else None

@@ -23,7 +23,7 @@ from fedzo.data.preprocess.rephrase.results import Results, recipe_digest, row_d
 from fedzo.data.preprocess.rephrase.store import Store
 from fedzo.data.preprocess.rephrase.tasks import rephrase_task
 from fedzo.errors import ConfigError, FolderInUseError
-from fedzo.records.rephrase import Calibration, RowOutcome
+from fedzo.records.rephrase import JudgeTest, RowOutcome
 from fedzo.system import OnProgress
 
 _WAIT_S = 1.0  # between two looks at a store that another process has
@@ -80,7 +80,7 @@ class Rephraser:
         """Name of the judge's model."""
         return self.rewriter.judge_model or self.rewriter.model
 
-    def calibration(self, outcomes: Sequence[RowOutcome]) -> Calibration | None:
+    def calibration(self, outcomes: Sequence[RowOutcome]) -> JudgeTest | None:
         """How the judge of these rows did in the test that it had had when it judged them."""
         return calibration_of(outcomes, self.folder) if self.config.judged else None
 
@@ -163,7 +163,7 @@ class Rephraser:
                 time.sleep(_WAIT_S)
         return found
 
-    def _calibration(self, backend: Backend) -> Calibration | None:
+    def _calibration(self, backend: Backend) -> JudgeTest | None:
         """The test of the judge under which it judges now; errors as ``check_gate``."""
         if not self.config.judged:
             return None
@@ -171,7 +171,7 @@ class Rephraser:
         check_gate(self.folder, judge, self.config)
         return find(self.folder, judge)
 
-    def test_judge(self, rows: Sequence[Row], *, most: int, on_progress: OnProgress) -> Calibration:
+    def test_judge(self, rows: Sequence[Row], *, most: int, on_progress: OnProgress) -> JudgeTest:
         """Test the judge on pairs from rows.
 
         Raises:

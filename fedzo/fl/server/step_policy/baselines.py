@@ -101,7 +101,7 @@ class Oracle:
 
 @STEP_POLICIES.register("none", NoStepPolicyConfig)
 def everyone(config: NoStepPolicyConfig, *, num_clients: int, local_steps: int, run_seed: int) -> Everyone:
-    """Build the absence of a step_policy."""
+    """Every client takes every step."""
     return Everyone(num_clients, local_steps)
 
 

@@ -1,4 +1,4 @@
-"""VPCS: virtual-path client step policy, a calibration round and a test of each client's path (Meerkat-vp, 2506.03337).
+"""VPCS: virtual-path client selection, a calibration round and a test of each client's path (Meerkat-vp, 2506.03337).
 
 From the paper: a calibration, the ratio of the initial and the later phase's means, the share of quiet steps, one step
 a round for clients that are taken for extreme. Ours, since neither its text nor its code was found: every threshold and
