@@ -28,7 +28,7 @@ import torch
 from fedzo.bench.claims import Claims
 from fedzo.bench.measure import medians_on_gpu
 from fedzo.bench.shapes import random_model
-from fedzo.masks.select import select_mask
+from fedzo.masks.select import Selector, select_mask
 from fedzo.system import environment
 from fedzo.zo.config import Distribution, Rounding
 from fedzo.zo.directions import add_direction, lots, stream_key
@@ -133,7 +133,7 @@ def mask() -> list[dict[str, Any]]:
     for _ in range(3):
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        found = select_mask(model, density=1e-3, selector="random", seed=3)
+        found = select_mask(model, density=1e-3, selector=Selector.random, seed=3)
         seconds.append(time.perf_counter() - begin)
     begin = time.perf_counter()
     here = lots(stream_key(3, round=0), COORDINATES // 16, CPU)

@@ -20,7 +20,7 @@ from fedzo.bench.claims import Claims
 from fedzo.bench.measure import interleaved
 from fedzo.bench.step import BARE, OURS, Bench, open_bench
 from fedzo.config.load import load
-from fedzo.masks.select import select_mask
+from fedzo.masks.select import Selector, select_mask
 from fedzo.models.blocks import find_blocks, parameters_from
 from fedzo.models.forwards import lower_layers_of
 from fedzo.zo.spaces.masked import MaskedSpace
@@ -70,7 +70,7 @@ def open_model() -> Bench:
 def bench_of(whole: Bench, first_layer: int, probes: int, warm: bool) -> Bench:
     """The step on a mask of the same model, drawn from its blocks from ``first_layer`` on."""
     model = whole.loaded.model
-    mask = select_mask(model, density=1e-3, selector="random", among=parameters_from(model, first_layer))
+    mask = select_mask(model, density=1e-3, selector=Selector.random, among=parameters_from(model, first_layer))
     space = MaskedSpace(model, mask.indices)
     lower = lower_layers_of(whole.loaded, space, cache_mb=256 if warm else 0)
     return replace(whole, space=space, num_probes=probes, lower=lower)

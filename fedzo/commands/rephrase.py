@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -19,9 +18,17 @@ from fedzo.config.travel import load_site
 from fedzo.data.config import TaskConfig
 from fedzo.data.files import MARK, Row, read_rows
 from fedzo.data.preprocess.backend import RewriterConfig
-from fedzo.data.preprocess.rephrase.checks import check
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
-from fedzo.data.preprocess.rephrase.course import JUDGE_TOKENS, Attempt, Course, counts, label_of
+from fedzo.data.preprocess.rephrase.course import (
+    IDENTICAL,
+    JUDGE_TOKENS,
+    Attempt,
+    Course,
+    check_rewrite,
+    counts,
+    label_of,
+    outcome_of,
+)
 from fedzo.data.preprocess.rephrase.examples import columns_of, write_table
 from fedzo.data.preprocess.rephrase.gate import faults, few_pairs, keep
 from fedzo.data.preprocess.rephrase.manifest import Used, count_names
@@ -264,21 +271,11 @@ def _imported(rephraser: Rephraser, row: Row, entry: Row | None, where: str) -> 
     original = str(row[prompts.column])
     reason, text = "absent", original
     if entry is not None:
-        checked = check(
-            entry["text"],
-            truncated=False,
-            row=row,
-            task=prompts.task,
-            column=prompts.column,
-            label=label,
-            prompt=prompts.instructions,
-            rules=rephraser.config,
-        )
+        checked = check_rewrite(entry["text"], row, label, prompts=prompts, rules=rephraser.config)
         refused = "" if entry.get("verdict", "same") == "same" else "verdict"
-        reason = str(checked.fault or "") or ("identical" if checked.text == original.strip() else refused)
+        reason = str(checked.fault or "") or (IDENTICAL if checked.text == original.strip() else refused)
         text = original if reason else checked.text
-    status: Any = "original" if reason else "rewritten"
-    return RowOutcome(row=digest, column=prompts.column, text=text, status=status, reason=reason, model="imported")
+    return outcome_of(digest, prompts.column, text, reason=reason, model="imported")
 
 
 def _told(work: Work, outcomes: Sequence[RowOutcome], used: Used) -> Iterator[str]:

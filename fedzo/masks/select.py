@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Mapping, Sequence
+from enum import StrEnum
 
 import torch
 from torch import nn
@@ -27,16 +28,33 @@ from fedzo.masks.sensitivity import LossFn, next_token_loss
 from fedzo.system import OnProgress
 from fedzo.zo.directions import lots, stream_key
 
-SELECTORS = ("sensitivity", "magnitude", "random")
-GRANULARITIES = ("per_tensor", "everywhere")
+
+class Selector(StrEnum):
+    """How a mask ranks the weights."""
+
+    sensitivity = "sensitivity"
+    """Squared gradient on calibration text."""
+    magnitude = "magnitude"
+    """Absolute value: the largest weights."""
+    random = "random"
+    """A uniform draw, from the run seed."""
+
+
+class Granularity(StrEnum):
+    """Where the top share is taken."""
+
+    per_tensor = "per_tensor"
+    """``density`` of each tensor."""
+    everywhere = "everywhere"
+    """``density`` of all eligible weights together."""
 
 
 def select_mask(
     model: nn.Module,
     *,
     density: float,
-    selector: str = "sensitivity",
-    granularity: str = "per_tensor",
+    selector: Selector = Selector.sensitivity,
+    granularity: Granularity = Granularity.per_tensor,
     windows: Sequence[torch.Tensor] = (),
     seed: int = 0,
     loss_fn: LossFn | None = None,
@@ -55,8 +73,8 @@ def select_mask(
     Args:
         model: A causal language model, called as ``model(input_ids=..., use_cache=False).logits`` for sensitivity.
         density: Share of the eligible weights, above 0 and at most 1.
-        selector: ``sensitivity``, ``magnitude`` or ``random``.
-        granularity: ``per_tensor`` takes int(numel * density) of each tensor, ``everywhere`` int(total * density).
+        selector: Their score.
+        granularity: int(numel * density) of each tensor, or int(total * density).
         windows: Token ids, int64 [num_tokens] each; for sensitivity.
         seed: Seed of ``random``.
         loss_fn: ``loss_fn(model, input_ids [1, num_tokens])``; by default the mean cross-entropy of the next token.
@@ -75,7 +93,8 @@ def select_mask(
         ConfigError: A setting is out of its range, the mask would be empty, or the model has no eligible weight.
         NumericsError: A loss or a score is not finite.
     """
-    _check_settings(density, selector, granularity, windows)
+    selector, granularity = Selector(selector), Granularity(granularity)  # a name of neither is a ValueError
+    _check_settings(density, selector, windows)
     eligible = eligible_parameters(model)
     numbers = {name: number for number, name in enumerate(eligible)}
     parameters = {name: each for name, each in eligible.items() if among is None or name in among}
@@ -85,10 +104,10 @@ def select_mask(
             "that do. Lower trainer.first_layer."
         )
     budget = _budget([p.numel() for p in parameters.values()], density=density, granularity=granularity)
-    together = granularity == "everywhere"
+    together = granularity is Granularity.everywhere
     counts = budget[0] if together else dict(zip(parameters, budget, strict=True))
     signed: dict[str, torch.Tensor] | None = None
-    if selector == "sensitivity":
+    if selector is Selector.sensitivity:
         chosen, signed = choose_most_sensitive(
             model,
             parameters,
@@ -101,7 +120,7 @@ def select_mask(
             host_bytes=host_bytes,
             on_window=on_window,
         )
-    elif selector == "magnitude":
+    elif selector is Selector.magnitude:
         chosen = _choose(lambda name: _magnitude(parameters[name]), list(parameters), counts)
     else:
 
@@ -122,7 +141,7 @@ def select_mask(
         manifest["calibration_docs"] = str(len(windows))
         manifest["calibration_tokens"] = str(sum(window.numel() for window in windows))
         manifest["calibration_sha256"] = windows_digest(windows)
-    if selector == "random":
+    if selector is Selector.random:
         manifest["seed"] = str(seed)
     if base_digest is not None:
         manifest["base_digest"] = base_digest
@@ -134,9 +153,9 @@ def select_mask(
     )
 
 
-def num_coordinates(model: nn.Module, *, density: float, granularity: str = "per_tensor") -> int:
+def num_coordinates(model: nn.Module, *, density: float, granularity: Granularity = Granularity.per_tensor) -> int:
     """Size n that a mask would have, from shapes alone: works on the meta device."""
-    _check_settings(density, "random", granularity, ())
+    _check_settings(density, Selector.random, ())
     sizes = [parameter.numel() for parameter in eligible_parameters(model).values()]
     return sum(_budget(sizes, density=density, granularity=granularity))
 
@@ -144,14 +163,10 @@ def num_coordinates(model: nn.Module, *, density: float, granularity: str = "per
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
-def _check_settings(density: float, selector: str, granularity: str, windows: Sequence[torch.Tensor]) -> None:
+def _check_settings(density: float, selector: Selector, windows: Sequence[torch.Tensor]) -> None:
     if not 0 < density <= 1:
         raise ConfigError(f"trainer.density must be > 0 and <= 1, got {density}. It is a share: 0.001 is 0.1 %.")
-    if selector not in SELECTORS:
-        raise ConfigError(f"trainer.selector must be one of {', '.join(SELECTORS)}, got {selector!r}.")
-    if granularity not in GRANULARITIES:
-        raise ConfigError(f"trainer.granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}.")
-    if selector == "sensitivity" and not windows:
+    if selector is Selector.sensitivity and not windows:
         raise ConfigError("trainer.selector=sensitivity needs calibration windows, got none. Set trainer.calibration.")
     for window in windows:
         if window.ndim != 1 or window.numel() < 2 or window.dtype != torch.int64:
@@ -159,9 +174,9 @@ def _check_settings(density: float, selector: str, granularity: str, windows: Se
             raise ConfigError(f"mask: a calibration window must be int64 [num_tokens >= 2] (one document), got {got}.")
 
 
-def _budget(sizes: list[int], *, density: float, granularity: str) -> list[int]:
+def _budget(sizes: list[int], *, density: float, granularity: Granularity) -> list[int]:
     """How many weights each tensor gives; one number, for all together, if ``everywhere``."""
-    pools = sizes if granularity == "per_tensor" else [sum(sizes)]
+    pools = sizes if granularity is Granularity.per_tensor else [sum(sizes)]
     budget = [int(size * density) for size in pools]
     if sum(budget) == 0:
         # a little above 1 / max, so that the rounded number that is shown does keep one

@@ -11,17 +11,15 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-import fedzo
 from fedzo.errors import ConfigError, Problem, problem
 from fedzo.masks.mask import Mask, check_fits
 from fedzo.masks.mask_file import encode_mask, load_mask, save_mask
-from fedzo.masks.select import select_mask
+from fedzo.masks.select import Granularity, Selector, select_mask
 from fedzo.models.blocks import parameters_from
 from fedzo.models.memory import available_memory_bytes, calibration_memory_bytes
 from fedzo.trainers.artifacts import Artifact
@@ -36,26 +34,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 MASK_FILE = "mask.safetensors"
-
-
-class Selector(StrEnum):
-    """How a mask ranks the weights."""
-
-    sensitivity = "sensitivity"
-    """Squared gradient on calibration text."""
-    magnitude = "magnitude"
-    """Absolute value: the largest weights."""
-    random = "random"
-    """A uniform draw, from the run seed."""
-
-
-class Granularity(StrEnum):
-    """Where the top share is taken."""
-
-    per_tensor = "per_tensor"
-    """``density`` of each tensor."""
-    everywhere = "everywhere"
-    """``density`` of all eligible weights together."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -168,8 +146,8 @@ def choose_mask(config: MeerkatConfig, loaded: LoadedModel, workplace: Workplace
     mask = select_mask(
         loaded.model,
         density=config.density,
-        selector=config.selector.value,
-        granularity=config.granularity.value,
+        selector=config.selector,
+        granularity=config.granularity,
         windows=windows,
         seed=workplace.seed,
         on_window=workplace.advance,
@@ -178,7 +156,7 @@ def choose_mask(config: MeerkatConfig, loaded: LoadedModel, workplace: Workplace
         memory_bytes=memory_bytes,
         host_bytes=0.9 * host,
     )
-    told = {"calibration": config.calibration.value, "fedzo": fedzo.__version__}
+    told = {"calibration": config.calibration.value}
     if config.first_layer:
         told["first_layer"] = str(config.first_layer)
     return replace(mask, manifest={**mask.manifest, **told})

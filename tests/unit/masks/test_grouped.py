@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
 from fedzo.errors import ConfigError
-from fedzo.masks import Mask, eligible_parameters, grouped, select_mask, sensitivity
+from fedzo.masks import Granularity, Mask, eligible_parameters, grouped, select_mask, sensitivity
 from fedzo.masks.grouped import plan_groups
 from fedzo.models.memory import calibration_memory_bytes, weights_bytes
 from fedzo.testing.tiny_models import tiny_model
@@ -61,9 +61,9 @@ def test_tensors_that_compete_in_groups_give_the_mask_of_one_pass(monkeypatch: p
     monkeypatch.setattr(grouped, "_is_cpu", lambda parameters: False)  # as on a GPU, whose squared sums wait here
     model = tiny_model("llama")
 
-    found = mask_of(model, granularity="everywhere", memory_bytes=4 * 32 * 64)
+    found = mask_of(model, granularity=Granularity.everywhere, memory_bytes=4 * 32 * 64)
 
-    must_be_same(found, mask_of(model, granularity="everywhere"))
+    must_be_same(found, mask_of(model, granularity=Granularity.everywhere))
 
 
 def test_each_pass_counts_in_the_progress_and_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -115,7 +115,7 @@ def test_what_does_not_fit_is_refused_before_any_pass() -> None:
     with pytest.raises(ConfigError, match=r"of 'model.layers.0.mlp.gate_proj.weight' must fit .* trainer.selector=mag"):
         mask_of(model, memory_bytes=4 * 32 * 64 - 1, loss_fn=fail)
     with pytest.raises(ConfigError, match=r"of all eligible weights must fit .* write trainer.granularity=per_tensor"):
-        mask_of(model, memory_bytes=4 * 32 * 64, granularity="everywhere", loss_fn=fail)
+        mask_of(model, memory_bytes=4 * 32 * 64, granularity=Granularity.everywhere, loss_fn=fail)
     with pytest.raises(ConfigError, match=r"need 0 MiB, left are 0 MiB"):
         mask_of(model, memory_bytes=-1e9, loss_fn=fail)
     with pytest.raises(ConfigError, match=r"of the chosen weights must fit .* a lower trainer.density"):
@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_refused_before_any_pass() -> None:
 def test_sums_that_wait_must_fit_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grouped, "_is_cpu", lambda parameters: False)
     with pytest.raises(ConfigError, match=r"of all eligible weights must fit .* trainer.granularity=per_tensor"):
-        mask_of(tiny_model("llama"), granularity="everywhere", memory_bytes=4 * 32 * 64, host_bytes=4 * 18431)
+        mask_of(tiny_model("llama"), granularity=Granularity.everywhere, memory_bytes=4 * 32 * 64, host_bytes=4 * 18431)
 
 
 def test_a_part_without_eligible_weights_is_refused() -> None:

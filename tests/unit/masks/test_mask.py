@@ -18,7 +18,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from fedzo.errors import ConfigError, RunFolderError
-from fedzo.masks import Mask, check_fits, decode_mask, encode_mask, load_mask, overlap, save_mask, select_mask
+from fedzo.masks import (
+    Mask,
+    Selector,
+    check_fits,
+    decode_mask,
+    encode_mask,
+    load_mask,
+    overlap,
+    save_mask,
+    select_mask,
+)
 from fedzo.testing.tiny_models import tiny_model
 
 MANIFEST = {"selector": "sensitivity", "note": "caf\u00e9 \u2603"}
@@ -317,13 +327,13 @@ def test_a_signed_file_of_any_shapes_and_indices_is_a_sound_mask_or_refused(data
 
 
 def test_a_mask_fits_the_model_that_it_was_made_for() -> None:
-    mask = select_mask(tiny_model(), density=0.01, selector="magnitude")
+    mask = select_mask(tiny_model(), density=0.01, selector=Selector.magnitude)
 
     check_fits(mask, tiny_model(seed=1))
 
 
 def test_a_mask_for_another_model_is_refused_naming_the_tensor() -> None:
-    mask = select_mask(tiny_model(), density=0.01, selector="magnitude")
+    mask = select_mask(tiny_model(), density=0.01, selector=Selector.magnitude)
     name = "model.layers.0.self_attn.q_proj.weight"
 
     with pytest.raises(ConfigError, match=f"the model has no parameter '{name}'"):

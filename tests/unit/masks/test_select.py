@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from fedzo.errors import ConfigError, NumericsError
-from fedzo.masks import eligible_parameters, num_coordinates, ranking, select_mask
+from fedzo.masks import Granularity, Selector, eligible_parameters, num_coordinates, ranking, select_mask
 from fedzo.masks.sensitivity import next_token_loss
 from fedzo.testing.tiny_models import tiny_model
 from fedzo.zo.directions import philox, stream_key
@@ -33,8 +33,8 @@ def ranked(scores: dict[str, list[float]], k: int) -> dict[str, list[int]]:
     return {name: sorted(i for _, j, i in order if names[j] == name) for name in names}
 
 
-def expected_choice(scores: dict[str, list[float]], density: float, granularity: str) -> dict[str, list[int]]:
-    if granularity == "everywhere":
+def expected_choice(scores: dict[str, list[float]], density: float, granularity: Granularity) -> dict[str, list[int]]:
+    if granularity is Granularity.everywhere:
         chosen = ranked(scores, int(sum(map(len, scores.values())) * density))
     else:
         chosen = {name: ranked({name: s}, int(len(s) * density))[name] for name, s in scores.items()}
@@ -85,9 +85,9 @@ class Bag(nn.Module):
 # --- sensitivity ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("granularity", ["per_tensor", "everywhere"])
+@pytest.mark.parametrize("granularity", Granularity)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-def test_sensitivity_equals_a_dense_twin(family: str, granularity: str) -> None:
+def test_sensitivity_equals_a_dense_twin(family: str, granularity: Granularity) -> None:
     windows = random_windows(3)
     gradients = twin_gradients(tiny_model(family), windows)
     squares = {name: sum(g[name] ** 2 for g in gradients).tolist() for name in gradients[0]}
@@ -130,7 +130,7 @@ def test_windows_batched_together_would_give_another_mask() -> None:
 
     mask = select_mask(tiny_model(), density=0.02, windows=windows)
 
-    assert as_lists(mask.indices) != expected_choice(square_of_sum, 0.02, "per_tensor")
+    assert as_lists(mask.indices) != expected_choice(square_of_sum, 0.02, Granularity.per_tensor)
 
 
 def test_a_bfloat16_model_accumulates_in_float32() -> None:
@@ -241,7 +241,7 @@ def test_weights_without_a_gradient_are_warned_of(caplog: pytest.LogCaptureFixtu
 def test_no_unchosen_weight_is_larger_than_a_chosen_one(density: float, dtype: torch.dtype) -> None:
     model = tiny_model(dtype=dtype)
 
-    mask = select_mask(model, density=density, selector="magnitude")
+    mask = select_mask(model, density=density, selector=Selector.magnitude)
 
     assert mask.size > 0
     assert mask.gradient is None
@@ -257,9 +257,9 @@ def test_everywhere_takes_the_largest_of_the_whole_model() -> None:
     model = tiny_model("opt")
     sizes = {name: p.detach().abs().flatten().tolist() for name, p in eligible_parameters(model).items()}
 
-    mask = select_mask(model, density=0.01, selector="magnitude", granularity="everywhere")
+    mask = select_mask(model, density=0.01, selector=Selector.magnitude, granularity=Granularity.everywhere)
 
-    assert as_lists(mask.indices) == expected_choice(sizes, 0.01, "everywhere")
+    assert as_lists(mask.indices) == expected_choice(sizes, 0.01, Granularity.everywhere)
     assert mask.size == int(sum(map(len, sizes.values())) * 0.01)
 
 
@@ -267,7 +267,7 @@ def test_a_weight_that_is_not_finite_names_its_tensor() -> None:
     model = Bag(torch.ones(2, 2), torch.tensor([[1.0, math.nan]]))
 
     with pytest.raises(NumericsError, match=r"every score of 'b\.weight' must be finite, got 1 of 2 that"):
-        select_mask(model, density=0.5, selector="magnitude")
+        select_mask(model, density=0.5, selector=Selector.magnitude)
 
 
 # --- ties -------------------------------------------------------------------------------------------------------------
@@ -276,17 +276,17 @@ def test_a_weight_that_is_not_finite_names_its_tensor() -> None:
 def test_equal_scores_are_taken_from_the_lowest_index_on() -> None:
     model = Bag(torch.ones(40, 50), -torch.ones(30, 10))
 
-    per_tensor = select_mask(model, density=0.1, selector="magnitude")
-    everywhere = select_mask(model, density=0.1, selector="magnitude", granularity="everywhere")
+    per_tensor = select_mask(model, density=0.1, selector=Selector.magnitude)
+    everywhere = select_mask(model, density=0.1, selector=Selector.magnitude, granularity=Granularity.everywhere)
 
     assert as_lists(per_tensor.indices) == {"a.weight": list(range(200)), "b.weight": list(range(30))}
     assert as_lists(everywhere.indices) == {"a.weight": list(range(230))}
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 24])
-@pytest.mark.parametrize("granularity", ["per_tensor", "everywhere"])
+@pytest.mark.parametrize("granularity", Granularity)
 def test_many_ties_are_ranked_as_by_a_stable_sort(
-    granularity: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+    granularity: Granularity, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = torch.Generator().manual_seed(1)
     tensors = [torch.randint(-4, 5, shape, generator=generator).float() for shape in [(7, 11), (5, 40), (3, 3)]]
@@ -294,7 +294,7 @@ def test_many_ties_are_ranked_as_by_a_stable_sort(
     monkeypatch.setattr(ranking, "_CHUNK", chunk)
 
     for density in (0.02, 0.3, 0.9, 1.0):
-        mask = select_mask(Bag(*tensors), density=density, selector="magnitude", granularity=granularity)
+        mask = select_mask(Bag(*tensors), density=density, selector=Selector.magnitude, granularity=granularity)
 
         assert as_lists(mask.indices) == expected_choice(sizes, density, granularity)
 
@@ -302,8 +302,8 @@ def test_many_ties_are_ranked_as_by_a_stable_sort(
 # --- random -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("granularity", ["per_tensor", "everywhere"])
-def test_random_takes_the_smallest_words_of_each_tensors_stream(granularity: str) -> None:
+@pytest.mark.parametrize("granularity", Granularity)
+def test_random_takes_the_smallest_words_of_each_tensors_stream(granularity: Granularity) -> None:
     model = Bag(torch.zeros(9, 10), torch.zeros(7, 7))
     seed = 0x1_2345_6789
 
@@ -315,13 +315,13 @@ def test_random_takes_the_smallest_words_of_each_tensors_stream(granularity: str
 
     scores = {"a.weight": [-w for w in words(0, 90)], "b.weight": [-w for w in words(1, 49)]}
 
-    mask = select_mask(model, density=0.25, selector="random", granularity=granularity, seed=seed)
+    mask = select_mask(model, density=0.25, selector=Selector.random, granularity=granularity, seed=seed)
 
     assert as_lists(mask.indices) == expected_choice(scores, 0.25, granularity)  # type: ignore[arg-type]
 
 
 def test_random_is_a_function_of_the_seed() -> None:
-    digests = [select_mask(tiny_model(), density=0.01, selector="random", seed=s).digest() for s in (0, 1, 0)]
+    digests = [select_mask(tiny_model(), density=0.01, selector=Selector.random, seed=s).digest() for s in (0, 1, 0)]
 
     assert digests[0] == digests[2] != digests[1]
 
@@ -331,7 +331,10 @@ def test_random_is_uniform() -> None:
     num_bins = 16
 
     chosen = np.concatenate(
-        [select_mask(model, density=0.05, selector="random", seed=s).indices["a.weight"].numpy() for s in range(20)]
+        [
+            select_mask(model, density=0.05, selector=Selector.random, seed=s).indices["a.weight"].numpy()
+            for s in range(20)
+        ]
     )
 
     counts = np.bincount(chosen * num_bins // 65536, minlength=num_bins)
@@ -395,11 +398,11 @@ def test_counts_of_the_papers_models(config: PreTrainedConfig, num_eligible: int
 
     assert sum(p.numel() for p in eligible_parameters(model).values()) == num_eligible
     assert num_coordinates(model, density=1e-3) == n
-    assert num_coordinates(model, density=1e-3, granularity="everywhere") == int(num_eligible * 1e-3)
+    assert num_coordinates(model, density=1e-3, granularity=Granularity.everywhere) == int(num_eligible * 1e-3)
 
 
-@pytest.mark.parametrize("selector", ["magnitude", "random"])
-def test_each_tensor_gives_its_whole_number_of_weights(selector: str) -> None:
+@pytest.mark.parametrize("selector", [Selector.magnitude, Selector.random])
+def test_each_tensor_gives_its_whole_number_of_weights(selector: Selector) -> None:
     model = Bag(torch.rand(30, 33), torch.rand(5, 40), torch.rand(3, 3))
 
     mask = select_mask(model, density=0.01, selector=selector)
@@ -423,27 +426,30 @@ def test_the_manifest_says_how_the_mask_was_made() -> None:
 @pytest.mark.parametrize("density", [0, 0.0, -0.1, 1.0001, math.nan, math.inf])
 def test_a_density_out_of_range_is_refused(density: float) -> None:
     with pytest.raises(ConfigError, match=r"trainer\.density must be > 0 and <= 1, got"):
-        select_mask(tiny_model(), density=density, selector="magnitude")
+        select_mask(tiny_model(), density=density, selector=Selector.magnitude)
 
 
-@pytest.mark.parametrize("granularity", ["per_tensor", "everywhere"])
+@pytest.mark.parametrize("granularity", Granularity)
 @pytest.mark.parametrize("numel", [49, 2048, 3333])
-def test_an_empty_mask_is_refused_with_the_smallest_density_that_is_not(numel: int, granularity: str) -> None:
+def test_an_empty_mask_is_refused_with_the_smallest_density_that_is_not(numel: int, granularity: Granularity) -> None:
     model = Bag(torch.rand(1, numel), torch.rand(1, 7))
 
     with pytest.raises(ConfigError, match="must keep one weight or more") as caught:
-        select_mask(model, density=1e-5, selector="magnitude", granularity=granularity)
+        select_mask(model, density=1e-5, selector=Selector.magnitude, granularity=granularity)
 
     enough = float(str(caught.value).split("Set it to ")[1].split(" or more")[0])
-    assert select_mask(model, density=enough, selector="magnitude", granularity=granularity).size == 1
-    assert enough * (numel + (7 if granularity == "everywhere" else 0)) < 1.01
+    assert select_mask(model, density=enough, selector=Selector.magnitude, granularity=granularity).size == 1
+    assert enough * (numel + (7 if granularity is Granularity.everywhere else 0)) < 1.01
 
 
 def test_unknown_settings_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"trainer\.selector must be one of sensitivity, .*, got 'best'"):
-        select_mask(tiny_model(), density=0.1, selector="best")
-    with pytest.raises(ConfigError, match=r"trainer\.granularity must be one of per_tensor, .*, got 'row'"):
-        select_mask(tiny_model(), density=0.1, selector="random", granularity="row")
+    with pytest.raises(ValueError, match="'best' is not a valid Selector"):
+        select_mask(tiny_model(), density=0.1, selector="best")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'row' is not a valid Granularity"):
+        select_mask(tiny_model(), density=0.1, selector=Selector.random, granularity="row")  # type: ignore[arg-type]
+
+
+def test_sensitivity_without_text_is_refused() -> None:
     with pytest.raises(ConfigError, match="needs calibration windows, got none"):
         select_mask(tiny_model(), density=0.1)
 
@@ -455,8 +461,8 @@ def test_a_window_that_is_not_one_document_is_refused(window: torch.Tensor) -> N
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("granularity", ["per_tensor", "everywhere"])
-def test_cuda_draws_the_cpus_random_mask(granularity: str) -> None:
+@pytest.mark.parametrize("granularity", Granularity)
+def test_cuda_draws_the_cpus_random_mask(granularity: Granularity) -> None:
     settings: dict[str, Any] = {"density": 0.03, "selector": "random", "granularity": granularity, "seed": 2**63 + 1}
 
     here = select_mask(tiny_model(), **settings)

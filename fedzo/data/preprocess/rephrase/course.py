@@ -6,6 +6,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from fedzo.data.config import TaskConfig, TaskKind
 from fedzo.data.files import Row
@@ -29,7 +30,8 @@ MOST_FAILED = 0.2
 _RAISE_TEMPERATURE = 0.3  # a further attempt at temperature 0 would repeat the first
 JUDGE_TOKENS = 128
 """Most tokens of a verdict."""
-_IDENTICAL = "identical"
+IDENTICAL = "identical"
+"""The reason of a row whose rewrite is its own text."""
 _CALL, _JUDGE = "call_", "judge_"
 _FAILED = frozenset(
     {f"{prefix}{reason}" for prefix in (_CALL, _JUDGE) for reason in RowReason} | {Check.empty, Check.truncated}
@@ -162,7 +164,7 @@ class Course:
                 self._judge(attempts, on_share)
             for digest, each in attempts.items():
                 if each.outcome is None and each.checked is not None and not each.reason:
-                    each.outcome = self._outcome(digest, each.checked.text, "rewritten", "", each.model)
+                    each.outcome = outcome_of(digest, self.prompts.column, each.checked.text, model=each.model)
         for digest, each in attempts.items():
             if each.outcome is None:
                 self._keep(digest, each, each.reason)
@@ -172,22 +174,14 @@ class Course:
         if isinstance(answer, RowFault):
             each.reason = f"{_CALL}{answer.reason}"
             return
-        column, original = self.prompts.column, str(each.row[self.prompts.column])
         each.model = answer.model
-        checked = check(
-            answer.text,
-            truncated=answer.truncated,
-            row=each.row,
-            task=self.prompts.task,
-            column=column,
-            label=each.label,
-            prompt=self.prompts.instructions,
-            rules=self.config,
+        checked = check_rewrite(
+            answer.text, each.row, each.label, prompts=self.prompts, rules=self.config, truncated=answer.truncated
         )
         if checked.fault is not None:
             each.reason, each.refused = str(checked.fault), answer.text
-        elif checked.text == original.strip():
-            self._keep(digest, each, _IDENTICAL)
+        elif checked.text == str(each.row[self.prompts.column]).strip():
+            self._keep(digest, each, IDENTICAL)
         else:
             each.checked = checked
 
@@ -207,22 +201,35 @@ class Course:
                 each.refused = each.checked.text
 
     def _keep(self, digest: str, each: Attempt, reason: str) -> None:
-        each.outcome = self._outcome(digest, str(each.row[self.prompts.column]), "original", reason, each.model)
-
-    def _outcome(self, digest: str, text: str, status: str, reason: str, model: str) -> RowOutcome:
-        return RowOutcome(
-            row=digest,
-            column=self.prompts.column,
-            text=text,
-            status="rewritten" if status == "rewritten" else "original",
-            reason=reason,
-            model=model,
-        )
+        column = self.prompts.column
+        each.outcome = outcome_of(digest, column, str(each.row[column]), reason=reason, model=each.model)
 
     def _rewrite_request(self, row: Row, label: int | None, *, attempt: int) -> Request:
         temperature = attempt * _RAISE_TEMPERATURE
         messages = self.prompts.rewriter(row, label)
         return Request(messages, self.rewriter, temperature, seed=attempt, max_tokens=self.max_tokens)
+
+
+def check_rewrite(
+    text: str, row: Row, label: int | None, *, prompts: Prompts, rules: OatRephraseConfig, truncated: bool = False
+) -> Checked:
+    """Clean a rewrite of a row and look for its first fault."""
+    return check(
+        text,
+        truncated=truncated,
+        row=row,
+        task=prompts.task,
+        column=prompts.column,
+        label=label,
+        prompt=prompts.instructions,
+        rules=rules,
+    )
+
+
+def outcome_of(digest: str, column: str, text: str, *, reason: str = "", model: str) -> RowOutcome:
+    """A row with the text that it has from now on: its own where there is a reason, else a rewrite."""
+    status: Literal["original", "rewritten"] = "original" if reason else "rewritten"
+    return RowOutcome(row=digest, column=column, text=text, status=status, reason=reason, model=model)
 
 
 def _is_failure(answer: Completion | RowFault) -> bool:
