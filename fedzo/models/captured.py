@@ -3,21 +3,23 @@
 A model's weights are read where they lie, so a graph sees what a space writes in place. Where a probe makes perturbed
 weights on their way into the forward (``fedzo.zo.perturb``), the kernels that make them are in the graph, too, and read
 key and scale from the device's memory. The kernels are those of the eager forward, so unlike with ``torch.compile``
-there is nothing to wait for. Attention's are an exception: a model of transformers may not look at its positions while
-it is recorded, and makes an explicit mask.
+there is nothing to wait for.
 """
 
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch._C import DisableTorchFunctionSubclass
+from transformers import masking_utils
 
 from fedzo.models.head import mismatch
 from fedzo.models.kept_rows import Output
@@ -57,29 +59,49 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.pool = torch.cuda.graph_pool_handle()
         self.stream = cast(Any, torch.cuda).Stream(device)
+        self._pool: Any = None
+        self._live: weakref.WeakSet[CudaGraph] = weakref.WeakSet()
 
     def __call__(self) -> CudaGraph:
-        return CudaGraph(self)
+        if not self._live:  # what is left of a pool without graphs, such as a library's workspace, hinders new ones
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = CudaGraph(self, self._pool)
+        self._live.add(graph)
+        return graph
+
+    def release(self, pool: Any) -> None:
+        """After a capture that broke off: memory is no longer taken for it, and the next graph has another pool."""
+        self._live.clear()
+        index = self.device.index if self.device.index is not None else torch.cuda.current_device()
+        try:
+            torch._C._cuda_endAllocateToPool(index, pool)
+        except RuntimeError:
+            return  # its end has done so
+        torch._C._cuda_releasePool(index, pool)
 
 
 class CudaGraph:
     """One of them, with nothing in it yet."""
 
-    def __init__(self, graphs: CudaGraphs) -> None:
+    def __init__(self, graphs: CudaGraphs, pool: Any) -> None:
         self._graphs = graphs
+        self._pool = pool
         self._graph = torch.cuda.CUDAGraph()
 
     def capture(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
         at = self._graphs
         # the outer stream comes back even where the end of a capture raises; relaxed: a kernel may be loaded meanwhile
-        with (
-            torch.cuda.device(at.device),
-            torch.cuda.stream(torch.cuda.current_stream(at.device)),
-            torch.cuda.graph(self._graph, pool=at.pool, stream=at.stream, capture_error_mode="relaxed"),
-        ):
-            return work()
+        try:
+            with (
+                torch.cuda.device(at.device),
+                torch.cuda.stream(torch.cuda.current_stream(at.device)),
+                torch.cuda.graph(self._graph, pool=self._pool, stream=at.stream, capture_error_mode="relaxed"),
+            ):
+                return work()
+        except Exception:
+            at.release(self._pool)
+            raise
 
     def replay(self) -> None:
         with torch.cuda.device(self._graphs.device):
@@ -176,7 +198,8 @@ class Captures:
         graph, run = self._new_graph(), partial(work, *held)
         if probe is None:
             run()  # compiles kernels and makes tables, which cannot be recorded
-            output = graph.capture(run)
+            with _whole_texts():
+                output = graph.capture(run)
         elif probe.kernels is None:
             raise NotImplementedError("perturbed weights are not made by kernels that can be recorded")
         else:
@@ -184,7 +207,7 @@ class Captures:
             with probe.kernels.reading_later():
                 with probe.afresh():
                     run()
-                with probe.afresh():  # or what the run before has made would be in the graph, and not its making
+                with probe.afresh(), _whole_texts():  # afresh: or what the run before has made would be in the graph
                     output = graph.capture(run)
         return _Captured(graph, held, output, kept=(probe and probe.groups, scratch_in_use()))
 
@@ -283,6 +306,20 @@ def capture(
         return form._replace(states=states.clone())
 
     return loaded, replace(lower, evaluate=evaluate)
+
+
+@contextmanager
+def _whole_texts() -> Iterator[None]:
+    """Tell transformers that each row is one text, which it cannot look at positions for while kernels are recorded.
+
+    Otherwise it would give attention an explicit mask, and with it other kernels than those of the eager forward.
+    """
+    own = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = own
 
 
 def _compare(ours: torch.Tensor, own: torch.Tensor) -> None:

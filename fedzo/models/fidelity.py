@@ -35,8 +35,8 @@ class Trial:
 
 
 def try_out(space: Space, estimator: Estimator, loss_fn: LossFn, keys: Sequence[int]) -> Trial:
-    """Estimate along the directions of ``keys``, after one loss to warm up."""
-    loss_fn()
+    """Estimate along the directions of ``keys``, after the first of them to warm up: kernels are compiled then."""
+    estimator.estimate(space, loss_fn, keys[:1])
     begin = time.perf_counter()
     projections = estimator.estimate(space, loss_fn, keys)
     seconds = time.perf_counter() - begin

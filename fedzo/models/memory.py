@@ -118,9 +118,10 @@ def calibration_memory_bytes(model: nn.Module, *, num_tokens: int, available_byt
 
 
 def available_memory_bytes(device: torch.device) -> int:
-    """Bytes that can still be taken on a device: free memory of the GPU, or the machine's available memory."""
+    """Bytes that can still be taken on a device: of the GPU what is free or kept by torch, else the machine's."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     return int(psutil.virtual_memory().available)
 
 

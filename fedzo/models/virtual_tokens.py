@@ -30,6 +30,8 @@ def attach(model: nn.Module, peft_model: PeftModel) -> None:
     """Let the decoder of ``model`` see the virtual tokens that ``peft_model``, a prompt learning one, holds."""
     tokens = VirtualTokens(peft_model)
     decoder = cast(Any, model).get_decoder()
+    device = next(model.parameters()).device  # PEFT would copy the tokens' numbers there in every forward
+    peft_model.prompt_tokens = {name: numbers.to(device) for name, numbers in peft_model.prompt_tokens.items()}
     tokens.handles.append(decoder.register_forward_pre_hook(tokens.before, with_kwargs=True))
     tokens.handles.append(decoder.register_forward_hook(tokens.after, with_kwargs=True))
     vars(model)[_ATTACHED] = tokens

@@ -17,7 +17,7 @@ import torch
 
 from fedzo.commands.train import resume_run
 from fedzo.commands.trained import replay_run
-from fedzo.models.captured import capture
+from fedzo.models.captured import CudaGraph, capture
 from fedzo.run import peer
 
 Run = Callable[..., Path]
@@ -101,11 +101,17 @@ def test_there_are_no_graphs_on_a_cpu(run: Run) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("settings", [["trainer=meerkat"], ["trainer=mezo", "trainer.lr=1e-4"], ["trainer=lora"]])
 def test_a_run_through_cuda_graphs_is_the_eager_run(
-    run: Run, settings: list[str], caplog: pytest.LogCaptureFixture
+    run: Run, settings: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    made: list[CudaGraph] = []
+    own = CudaGraph.replay
+    monkeypatch.setattr(CudaGraph, "replay", lambda graph: (made.append(graph), own(graph))[1])
     eager = run(*settings, "device=cuda")
+    assert not made
+
     captured = run(*settings, "device=cuda", GRAPHS)
 
+    assert made
     assert "CUDA graphs" not in caplog.text
     check_scalars(captured, eager)
     assert replay_run(captured)["rounds"] == 3

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fedzo.config.load import load
@@ -22,7 +23,7 @@ from fedzo.data.config import Loss
 from fedzo.data.encode import Example
 from fedzo.models import captured
 from fedzo.models.blocks import parameters_from
-from fedzo.models.captured import CapturedDecoder, capture
+from fedzo.models.captured import CapturedDecoder, Captures, CudaGraphs, capture
 from fedzo.models.forwards import lower_layers_of
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.products import RoundedProducts, use_products
@@ -213,6 +214,30 @@ def test_losses_of_any_family_are_the_eager_ones(
     assert ("cannot run as CUDA graphs" not in caplog.text) == (family in CAPTURED)
 
 
+@pytest.mark.parametrize("family", sorted(CAPTURED - {"gemma2"}))  # which attends without a kernel of its own
+def test_attention_is_called_as_in_the_eager_forward(
+    family: str, new_tape: NewGraph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder: Any = tiny_loaded(family).model.get_decoder()
+    calls: list[tuple[bool, bool]] = []
+    own = F.scaled_dot_product_attention
+
+    def attention(*args: Any, **how: Any) -> torch.Tensor:
+        calls.append((how.get("attn_mask") is None, how["is_causal"]))
+        return own(*args, **how)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    captures = Captures(decoder, new_tape)
+    ids = torch.arange(32).view(2, 16)
+
+    with torch.inference_mode():
+        runs = [captures.run("whole", lambda ids: decoder(input_ids=ids).last_hidden_state, ids) for _ in range(2)]
+
+    assert {True} == {*sum(calls, ())}  # no mask, and causal
+    assert len(calls) == 4 * decoder.config.num_hidden_layers  # seen first, warmed up, recorded, compared
+    assert torch.equal(*runs)
+
+
 def broken(loaded: LoadedModel, change: Callable[[torch.Tensor], torch.Tensor]) -> LoadedModel:
     """Its last layer norm's output changed."""
     norm = loaded.model.get_decoder().norm
@@ -347,3 +372,18 @@ def test_cuda_graphs_give_the_eager_losses(
 
     assert not caplog.messages
     assert graphs_of(ours)
+
+
+@pytest.mark.gpu
+def test_a_capture_that_breaks_off_is_no_harm_to_the_next() -> None:
+    graphs, given = CudaGraphs(torch.device("cuda")), torch.ones(4, device="cuda")
+    with pytest.raises(RuntimeError):
+        graphs().capture(lambda: given * given.sum().item())
+    graph = graphs()
+
+    output = graph.capture(lambda: 2 * given)
+    graph.replay()
+
+    assert output.tolist() == [2.0] * 4
+    with pytest.raises(torch.OutOfMemoryError):  # not while anything is still being recorded
+        torch.empty(1 << 50, device="cuda")

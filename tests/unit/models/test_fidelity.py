@@ -184,7 +184,7 @@ def test_a_masked_language_model_loses_its_scalars_in_bfloat16() -> None:
 
 
 def test_a_trial_warms_up_and_drops_what_is_not_finite() -> None:
-    losses = iter([9.0, 1.0, 0.0, math.inf, 0.0])
+    losses = iter([9.0, 3.0, 1.0, 0.0, math.inf, 0.0])
     layer = nn.Linear(2, 1)
 
     result = try_out(FullSpace(layer), TwoPoint(0.5), losses.__next__, [1, 2])

@@ -196,6 +196,14 @@ def test_a_sequence_that_does_not_fit_is_an_error() -> None:
         fit_tokens_per_batch(tiny_model("llama"), wanted=4096, longest=100, available_bytes=1000, trained_bytes=0)
 
 
+def test_memory_of_a_gpu_that_torch_keeps_and_nobody_uses_can_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
+
+    assert available_memory_bytes(torch.device("cuda", 0)) == 130
+
+
 def test_the_machine_has_some_memory_and_a_token_takes_some_time() -> None:
     assert available_memory_bytes(torch.device("cpu")) > 1 << 20
     assert 0 < seconds_per_token(tiny_loaded(), num_tokens=64) < 1

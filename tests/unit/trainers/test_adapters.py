@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from fedzo.models.generate import generate
 from fedzo.models.head import check_head
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.scoring import mean_loss
-from fedzo.models.virtual_tokens import longest_sequence
+from fedzo.models.virtual_tokens import attach, detach, longest_sequence
 from fedzo.testing.tiny_models import FAMILIES, tiny_loaded, tiny_model
 from fedzo.trainers import TRAINERS, Built, Workplace
 from fedzo.trainers.adapters import Ia3TrainerConfig, LoraTrainerConfig, PrefixTrainerConfig, PromptTrainerConfig
@@ -382,3 +383,12 @@ def test_peft_is_imported_only_where_an_adapter_is_built() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert result.stdout.strip() == "False"
+
+
+def test_the_numbers_of_virtual_tokens_lie_where_the_model_is() -> None:
+    model, held = tiny_model("llama").to("meta"), SimpleNamespace(prompt_tokens={"default": torch.arange(3)})
+
+    attach(model, held)  # type: ignore[arg-type]
+    detach(model)
+
+    assert held.prompt_tokens["default"].device.type == "meta"
