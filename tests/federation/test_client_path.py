@@ -274,7 +274,7 @@ def test_a_mask_that_is_gone_is_not_chosen_again_without_the_texts_that_it_was_c
     replay_client(folder, client=0, round=0)  # the artifact holds it, too
     shutil.rmtree(folder / "artifacts")
 
-    with pytest.raises(RunFolderError, match=r"mask\.safetensors must exist"):
+    with pytest.raises(RunFolderError, match=r"mask\.safetensors\) must be there"):
         replay_client(folder, client=0, round=0)
 
 
