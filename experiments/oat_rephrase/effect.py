@@ -16,7 +16,8 @@ What is fixed before any run:
   ``fedzo rephrase`` with the embedded model behind llama.cpp's server, ``preprocess.oat_rephrase.style=plain`` and
   ``preprocess.oat_rephrase.gate=false``. CB has other text in 24 of 150 rows so. On COPA the command stopped, as over
   a fifth of the answers did not come to an end. With ``rewriter.examples=examples/copa.csv``, which we wrote, and
-  ``rewriter.max_tokens=64`` COPA has other text in 94 of 300 rows. The server's version may change these numbers.
+  ``rewriter.max_tokens=64`` COPA has other text in 94 of 300 rows. This was changed after the runs of the other arms
+  and before any of this one's. The server's version may change these numbers.
   ``--set NAME=FILE`` adds an arm. FILE is what ``fedzo rephrase --out`` writes, of the rows of either task.
 - Rows: ``train.jsonl`` of REWRITES is trained on (COPA 300, CB 150), its ``dev.jsonl`` (100) chooses learning rates,
   and ``test.jsonl`` of DATA (100 and 56) gives every figure. Dev and test are original text.

@@ -12,6 +12,9 @@ USAGE = "fedzo rephrase [judge-test | bootstrap | import SETS] --task TASK --dat
 SUMMARY = "rewrite training text by a language model, behind checks and a judge (OAT-Rephrase)"
 _PARTS = {"judge-test": 0, "bootstrap": 0, "import": 1}
 """What follows ``fedzo rephrase``, and how many words belong to it."""
+_OPTIONS = {"dry_run": "", "out": "", "pairs": "judge-test", "table": "bootstrap"}
+"""Options that belong to one of them alone, or to ``fedzo rephrase`` itself."""
+_TABLE = "examples.csv"
 
 
 def add_rephrase(own: argparse.ArgumentParser) -> None:
@@ -23,7 +26,7 @@ def add_rephrase(own: argparse.ArgumentParser) -> None:
     own.add_argument("--dry-run", type=_count, metavar="N", help="show the prompts of N rows and an estimate; no call")
     own.add_argument("--out", metavar="FILE", help="also write all rows to a file (jsonl), each marked")
     own.add_argument("--pairs", type=_count, metavar="N", help="judge-test: most pairs of a kind (default: gate_pairs)")
-    own.add_argument("--table", metavar="FILE", default="examples.csv", help="bootstrap: table (default: examples.csv)")
+    own.add_argument("--table", metavar="FILE", help=f"bootstrap: table (default: {_TABLE})")
     own.add_argument("--config-dir", metavar="DIR", help="folder of your own YAML files")
     own.set_defaults(takes_overrides=True)
 
@@ -31,6 +34,15 @@ def add_rephrase(own: argparse.ArgumentParser) -> None:
 def rephrase(arguments: argparse.Namespace) -> int:
     """``fedzo rephrase``."""
     what, words = _what(arguments.words)
+    for option, of in _OPTIONS.items():
+        if getattr(arguments, option) is not None and what != of:
+            flag, others = (
+                f"--{option.replace('_', '-')}",
+                "`fedzo rephrase` alone" if not of else f"`fedzo rephrase {of}`",
+            )
+            raise ConfigError(f"{flag} belongs to {others}, got {f'`{what}`' if what else 'neither'}. Leave it out.")
+    if arguments.out is not None and Path(arguments.out).resolve() == Path(arguments.data).resolve():
+        raise ConfigError(f"--out must not be the file of --data, whose rows it would replace, got {arguments.out}.")
     from fedzo.config.load import load
     from fedzo.config.overrides import with_config_dir
 
@@ -47,7 +59,7 @@ def rephrase(arguments: argparse.Namespace) -> int:
     if what == "judge-test":
         return _show(command.judge_test(work, pairs=arguments.pairs))
     if what == "bootstrap":
-        return _show(command.bootstrap(work, Path(arguments.table)))
+        return _show(command.bootstrap(work, Path(arguments.table or _TABLE)))
     if what == "import":
         return _show(command.import_sets(work, Path(words[0])))
     if arguments.dry_run is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +31,7 @@ from fedzo.data.preprocess.rephrase.course import (
     outcome_of,
 )
 from fedzo.data.preprocess.rephrase.examples import columns_of, write_table
-from fedzo.data.preprocess.rephrase.gate import faults, few_pairs, keep
+from fedzo.data.preprocess.rephrase.gate import faults, few_pairs, keep, remedy
 from fedzo.data.preprocess.rephrase.manifest import Used, count_names
 from fedzo.data.preprocess.rephrase.rephraser import Rephraser, prompts_of
 from fedzo.data.preprocess.rephrase.results import apply_outcomes, row_digest
@@ -147,6 +148,8 @@ def rephrase(work: Work, *, out: Path | None) -> Iterator[str]:
     rephraser = work.rephraser
     if out is not None and out.suffix != ".jsonl":
         raise ConfigError(f"--out: the file must end in .jsonl, got {str(out)!r}. Name it so.")
+    if out is not None:
+        _check_folder("--out", out)
     with _progress("rows") as told:
 
         def on_progress(done: int, total: int) -> None:
@@ -165,7 +168,10 @@ def rephrase(work: Work, *, out: Path | None) -> Iterator[str]:
     elif ready := len({each.row for each in outcomes}) - len(attempts):
         yield f"{ready} rows were rewritten before, the others now"
     yield f"manifest: {rephraser.keep_manifest(work.rows, outcomes)}"
-    yield f"before and after: {_write_page(work, outcomes, attempts)}"
+    page = rephraser.results.file_of_set(outcomes, ".html")
+    if attempts or not page.exists():  # one that is there also has what was refused
+        _write_page(work, outcomes, attempts)
+    yield f"before and after: {page}"
     if out is not None:
         _write_rows(out, work.rows, outcomes)
         yield f"{out}: the whole file, each row marked in the column {MARK!r}"
@@ -187,15 +193,14 @@ def judge_test(work: Work, *, pairs: int | None) -> Iterator[str]:
     most = work.rephraser.config.gate_pairs if pairs is None else pairs
     with _progress("verdicts") as told:
         found = work.rephraser.test_judge(work.rows, most=most, on_progress=lambda done, total: told(done, total, ""))
-    file = keep(found, work.rephraser.folder)
+    file = keep(found, work.rephraser.folder, least_pairs=work.rephraser.config.gate_pairs)
     yield from calibration_lines(found)
     if few := few_pairs(found, work.rephraser.config):
         yield few
     yield f"kept in {file}"
     if reasons := [*faults(found, work.rephraser.config)]:
-        raise FedzoError(
-            f"the judge does not pass: {'; '.join(reasons)}. Use a stronger model as rewriter.judge_model."
-        )
+        what_to_do = remedy(found, work.rephraser.config)
+        raise FedzoError(f"the judge does not pass: {'; '.join(reasons)}. {what_to_do}")
     yield "the judge passes"
 
 
@@ -206,6 +211,7 @@ def bootstrap(work: Work, table: Path) -> Iterator[str]:
     """
     if table.exists():
         raise ConfigError(f"--table: {table} must not exist, but does: somebody may have edited it. Choose another.")
+    _check_folder("--table", table)
     recipe = replace(work.rephraser.config, judged=False)
     rows = work.rows[:BOOTSTRAP_ROWS]
     with replace(work.rephraser, config=recipe).course() as course, _progress("rows") as told:
@@ -216,7 +222,7 @@ def bootstrap(work: Work, table: Path) -> Iterator[str]:
     page = table.with_suffix(".html")
     outcomes = [each.outcome for each in attempts if each.outcome is not None]
     done = {each.row: attempt for each, attempt in zip(outcomes, attempts, strict=True)}
-    write_page(page, rephrased_page(work.rephraser, rows, outcomes, done))
+    write_page(page, rephrased_page(work.rephraser, rows, outcomes, done), mode=0o600)
     yield f"{table}: {len(rows)} rows. Correct the column rewrite where it is wrong, and write yes into accept"
     yield f"{page}: the same to read"
     yield f"then: rewriter.examples={table}"
@@ -272,7 +278,7 @@ def _imported(rephraser: Rephraser, row: Row, entry: Row | None, where: str) -> 
     reason, text = "absent", original
     if entry is not None:
         checked = check_rewrite(entry["text"], row, label, prompts=prompts, rules=rephraser.config)
-        refused = "" if entry.get("verdict", "same") == "same" else "verdict"
+        refused = "" if entry.get("verdict") in (None, "same") else "verdict"
         reason = str(checked.fault or "") or (IDENTICAL if checked.text == original.strip() else refused)
         text = original if reason else checked.text
     return outcome_of(digest, prompts.column, text, reason=reason, model="imported")
@@ -294,8 +300,14 @@ def _settings(recipe: OatRephraseConfig, task: TaskConfig) -> Iterator[str]:
     usual["prompt"] = prompts_of(recipe, task).digest
     for name, value in asdict(recipe).items():
         if value != usual[name]:
-            text = json.dumps(value) if isinstance(value, list | bool) else value
-            yield f"preprocess.{STAGE}.{name}={text}"
+            text = json.dumps(value, separators=(",", ":")) if isinstance(value, list | bool) else value
+            yield shlex.quote(f"preprocess.{STAGE}.{name}={text}")
+
+
+def _check_folder(option: str, file: Path) -> None:
+    """Before any call: afterwards it would be too late."""
+    if not file.absolute().parent.is_dir():
+        raise ConfigError(f"{option}: the folder of {file} must exist, but does not. Make it, or choose another.")
 
 
 def _write_rows(out: Path, rows: Sequence[Row], outcomes: Sequence[RowOutcome]) -> None:
@@ -311,7 +323,7 @@ def _json_line(row: Row) -> str:
 
 def _write_page(work: Work, outcomes: Sequence[RowOutcome], attempts: Mapping[str, Attempt]) -> Path:
     page = rephrased_page(work.rephraser, work.rows, outcomes, attempts)
-    return write_page(work.rephraser.results.file_of_set(outcomes, ".html"), page)
+    return write_page(work.rephraser.results.file_of_set(outcomes, ".html"), page, mode=0o600)
 
 
 @contextmanager

@@ -88,11 +88,11 @@ def render_page(
     )
 
 
-def write_page(path: Path, text: str) -> Path:
-    """Write a page; ``RunFolderError`` if it cannot be."""
+def write_page(path: Path, text: str, *, mode: int = 0o666) -> Path:
+    """Write a page, for whom ``mode`` says; ``RunFolderError`` if it cannot be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, text.encode(errors="replace"))  # a folder may have bytes for a name
+        replace_file(path, text.encode(errors="replace"), mode=mode)  # a folder may have bytes for a name
     except OSError as error:
         raise unwritable(path, error) from error
     return path

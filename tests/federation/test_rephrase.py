@@ -382,6 +382,7 @@ def test_rewrites_from_elsewhere_are_checked_and_found_by_a_run(
     sets = [{"row": number, "text": row["text"], "verdict": "same"} for number, row in enumerate(rewritten(data_dir))]
     sets[0]["text"] = "item 1000 looks bad"
     sets[1]["verdict"] = "not the same"
+    sets[3]["verdict"] = None
     sets[2]["text"] += " to Bob"
     file = tmp_path / "sets.jsonl"
     file.write_text("".join(json.dumps(each) + "\n" for each in sets[:-1]))
@@ -424,7 +425,11 @@ def test_text_of_rows_and_endpoint_is_data(
     assert not {"\x1b", "\x9b"} & {*page}
 
 
-@pytest.mark.parametrize("words", [[], ["judge-test"], ["--dry-run", "1"], ["bootstrap"]], ids=lambda words: str(words))
+@pytest.mark.parametrize(
+    "words",
+    [[], ["judge-test"], ["--dry-run", "1"], ["bootstrap", "--table", "table.csv"]],
+    ids=lambda words: str(words),
+)
 @pytest.mark.parametrize(
     ("line", "told"),
     [
@@ -436,19 +441,103 @@ def test_text_of_rows_and_endpoint_is_data(
     ],
 )
 def test_a_row_that_does_not_fit_is_named_before_any_call(
-    words: list[str], line: str, told: str, endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    line: str,
+    told: str,
+    endpoint: Endpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     data = tmp_path / "rows.jsonl"
     data.write_text('{"text": "item 1 is good", "label": 1}\n' * 2 + line + "\n")
     gate = "preprocess.oat_rephrase.gate=false"
     command = ["--task", "sst2", "--data", str(data), gate, *endpoint.settings(tmp_path / "store")]
 
-    assert main(["rephrase", *words, *command, "--table", str(tmp_path / "table.csv")]) == 2
+    assert main(["rephrase", *words, *command]) == 2
 
     found = capsys.readouterr()
     assert told in found.err
     assert "\x1b" not in found.err + found.out
     assert endpoint.calls == []
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["judge-test", "--dry-run", "2"], "--dry-run belongs to `fedzo rephrase` alone, got `judge-test`"),
+        (["bootstrap", "--out", "o.jsonl"], "--out belongs to `fedzo rephrase` alone, got `bootstrap`"),
+        (["--pairs", "5"], "--pairs belongs to `fedzo rephrase judge-test`, got neither"),
+        (["--table", "t.csv"], "--table belongs to `fedzo rephrase bootstrap`, got neither"),
+        (["--out", "{data}"], "--out must not be the file of --data"),
+        (["--out", "none/o.jsonl"], "--out: the folder of none/o.jsonl must exist"),
+        (["bootstrap", "--table", "none/t.csv"], "--table: the folder of none/t.csv must exist"),
+        (["task.candidates=[A,B,C]"], "task.candidates must be answers that mean"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused_before_any_call(
+    words: list[str],
+    told: str,
+    rephrase: Callable[..., int],
+    endpoint: Endpoint,
+    data_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = data_dir / "train.jsonl"
+    rows = file.read_bytes()
+
+    assert rephrase(*(word.format(data=file) for word in words), "preprocess.oat_rephrase.gate=false") == 2
+
+    assert told in capsys.readouterr().err
+    assert endpoint.calls == []
+    assert file.read_bytes() == rows
+
+
+def test_pages_with_text_of_clients_are_for_their_owner_and_keep_what_was_refused(
+    rephrase: Callable[..., int], endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    endpoint.rewrite = lambda text: "a rewrite that no check lets pass: 12345"
+    recipe = ["preprocess.oat_rephrase.gate=false", 'preprocess.oat_rephrase.checks=["empty","numbers"]']
+    assert rephrase(*recipe) == 0
+    (page,) = (tmp_path / "store" / "results").glob("*.html")
+    first, calls = page.read_text(), len(endpoint.calls)
+    key = re.search(r"'(preprocess.oat_rephrase.checks=[^']*)'", capsys.readouterr().out)
+
+    assert rephrase(*recipe) == 0
+
+    assert "12345" in first
+    assert page.read_text() == first
+    assert len(endpoint.calls) == calls
+    assert page.stat().st_mode & 0o777 == 0o600
+    assert key
+    assert key[1] == recipe[1]
+
+
+def test_no_cell_of_a_table_is_a_formula_and_text_comes_back_as_it_was(
+    rephrase: Callable[..., int], endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, formula = tmp_path / "examples.csv", '=HYPERLINK("http://there","item")'
+    endpoint.rewrite = lambda text: formula
+    assert rephrase("bootstrap", "--table", str(table)) == 0
+    with table.open(newline="") as file:
+        rows = [*csv.DictReader(file)]
+    assert {row["rewrite"] for row in rows} == {"'" + formula}
+    rows[0]["accept"] = "yes"
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    capsys.readouterr()
+
+    assert rephrase("--dry-run", "1", f"rewriter.examples={table}") == 0
+
+    told = capsys.readouterr().out
+    assert "=HYPERLINK" in told
+    assert "'=HYPERLINK" not in told
 
 
 def test_a_sites_file_names_the_rewriter_and_keeps_the_results_beside_it(

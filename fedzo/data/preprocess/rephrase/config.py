@@ -99,6 +99,9 @@ class OatRephraseConfig(StageConfig):
         if run.task.name not in TASKS:
             remedy = "Leave oat_rephrase out of preprocess."
             yield problem("task.name", f"be one of {', '.join(sorted(TASKS))} for oat_rephrase", run.task.name, remedy)
+        elif (labels := TASKS[run.task.name].labels) and len(labels) != len(run.task.candidates or labels):
+            rule = f"be answers that mean {', '.join(labels)}, in this order, for oat_rephrase, whose prompts say so"
+            yield problem("task.candidates", rule, len(run.task.candidates), "Leave them out.")
         for key, digest in (("prompt", self.prompt), ("imported", self.imported)):
             if digest and not _DIGEST.fullmatch(digest):
                 yield problem(

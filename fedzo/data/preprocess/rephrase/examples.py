@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,13 +28,17 @@ def columns_of(task: TaskConfig, told: RephraseTask, column: str) -> list[str]:
     return [ACCEPT, *dict.fromkeys((column, REWRITE, *told.shown, *label))]
 
 
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")  # what a spreadsheet would compute, with quotes that say that it is text
+
+
 def write_table(file: Path, columns: Sequence[str], rows: Sequence[tuple[Row, str]]) -> None:
-    """Write rows and what a rewriter made of them as CSV, none of them accepted yet."""
+    """Write rows and what a rewriter made of them as CSV, none of them accepted yet; no cell is a formula."""
     text = io.StringIO()
     table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     table.writeheader()
     for row, rewrite in rows:
-        table.writerow({**row, ACCEPT: "", REWRITE: rewrite})
+        cells = {**row, ACCEPT: "", REWRITE: rewrite}
+        table.writerow({name: _as_cell(text) if isinstance(text, str) else text for name, text in cells.items()})
     replace_file(file, text.getvalue(), durable=True, mode=0o600)
 
 
@@ -55,6 +60,8 @@ def read_examples(file: Path, task: TaskConfig, told: RephraseTask, column: str)
             raise ConfigError(f"{where}: column {ACCEPT!r} must hold yes, no or nothing, got {row[ACCEPT]!r}.")
         if said != "yes":
             continue
+        if file.suffix == ".csv":
+            row = {name: _of_cell(cell) if isinstance(cell, str) else cell for name, cell in row.items()}
         text = str(row[REWRITE]).strip()
         if not text:
             raise ConfigError(f"{where}: an accepted row must have text in the column {REWRITE!r}. Write it, or no.")
@@ -70,3 +77,11 @@ def read_examples(file: Path, task: TaskConfig, told: RephraseTask, column: str)
             f"{ACCEPT!r} of rows whose rewrite is right."
         )
     return tuple(examples)
+
+
+def _as_cell(text: str) -> str:
+    return f"'{text}" if _FORMULA.match(text) else text
+
+
+def _of_cell(text: str) -> str:
+    return text.removeprefix("'") if _FORMULA.match(text) else text

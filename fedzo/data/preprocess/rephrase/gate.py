@@ -133,6 +133,13 @@ def faults(calibration: JudgeTest, config: OatRephraseConfig) -> Iterator[str]:
         )
 
 
+def remedy(calibration: JudgeTest, config: OatRephraseConfig) -> str:
+    """What to do about ``faults``."""
+    if min(_numbers(calibration)) < config.gate_pairs:
+        return "Give fedzo rephrase judge-test more rows: its --data may be any file of the task."
+    return "Use a stronger model as rewriter.judge_model."
+
+
 def few_pairs(calibration: JudgeTest, config: OatRephraseConfig) -> str:
     """Which kinds of pairs a test had fewer of than a recipe wishes for, as a sentence; empty where there is none."""
     seen = {each.made: each.pairs for each in calibration.kinds}
@@ -140,13 +147,17 @@ def few_pairs(calibration: JudgeTest, config: OatRephraseConfig) -> str:
     return f"Fewer than {config.gate_pairs} pairs were seen of these kinds: {', '.join(few)}." if few else ""
 
 
-def keep(calibration: JudgeTest, folder: Path) -> Path:
+def keep(calibration: JudgeTest, folder: Path, *, least_pairs: int = 0) -> Path:
     """Write a calibration where ``find`` and ``find_test`` look for it; returns the file of the first.
 
-    The first file is the judge's last test, the second stays: results that were judged after this test name it.
+    The first file is the judge's last test, the second stays: results that were judged after this test name it. A test
+    on fewer than ``least_pairs`` does not take the place of one on enough.
     """
     file, test = _file(folder, calibration.judge), _test_file(folder, calibration_digest(calibration))
-    for each in (test, file):
+    last = find(folder, calibration.judge)
+    if last is not None and min(_numbers(calibration)) < least_pairs <= min(_numbers(last)):
+        file = test
+    for each in dict.fromkeys((test, file)):
         each.parent.mkdir(parents=True, exist_ok=True)
         replace_file(each, to_json(calibration) + "\n", durable=True, mode=0o600)
     return file
@@ -190,7 +201,7 @@ def check_gate(folder: Path, judge: str, config: OatRephraseConfig) -> JudgeTest
         few = few_pairs(calibration, config)
         told = f"the judge must pass its test, but: {'; '.join(found)}.{f' {few}' if few else ''}"
         raise EndpointError(
-            f"{told} Use a stronger model as rewriter.judge_model. preprocess.oat_rephrase.gate=false goes on without, "
+            f"{told} {remedy(calibration, config)} preprocess.oat_rephrase.gate=false goes on without, "
             "and the manifest says so."
         )
     return calibration

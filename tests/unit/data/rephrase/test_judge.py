@@ -17,7 +17,16 @@ from scipy.stats import binomtest
 from fedzo.data.preprocess.backend import Completion, EndpointError
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
 from fedzo.data.preprocess.rephrase.course import why_not
-from fedzo.data.preprocess.rephrase.gate import check_gate, faults, few_pairs, find, keep, summarise
+from fedzo.data.preprocess.rephrase.gate import (
+    calibration_digest,
+    check_gate,
+    faults,
+    few_pairs,
+    find,
+    find_test,
+    keep,
+    summarise,
+)
 from fedzo.data.preprocess.rephrase.judge import Verdict, read_verdict, verdict_of
 from fedzo.data.preprocess.rephrase.pairs import KINDS, Pair, make_pairs, negated, paraphrased, swapped
 from fedzo.data.preprocess.rephrase.prompts import Example
@@ -280,6 +289,22 @@ def test_kinds_with_few_pairs_are_named(tmp_path: Path) -> None:
     assert few_pairs(found, dataclasses.replace(RULES, gate_pairs=90)).count(" 80") == 2
     keep(found, tmp_path)
     with pytest.raises(EndpointError, match="of these kinds: paraphrased 0"):
+        check_gate(tmp_path, "a" * 64, RULES)
+
+
+def test_a_test_on_few_pairs_does_not_take_the_place_of_one_that_was_passed(tmp_path: Path) -> None:
+    right = [k < 80 for k in range(160)]
+    good = summary(right, right)
+    answers: Any = tuple(Verdict(pair.same, None) for pair in PAIRS[70:90])
+    short = summarise(PAIRS[70:90], (answers, answers), judge="a" * 64, model="m")
+    keep(good, tmp_path, least_pairs=60)
+
+    keep(short, tmp_path, least_pairs=60)
+
+    assert check_gate(tmp_path, "a" * 64, RULES) == good
+    assert find_test(tmp_path, calibration_digest(short)) == short
+    keep(short, tmp_path)
+    with pytest.raises(EndpointError, match=r"60 pairs, got 10.*Give fedzo rephrase judge-test more rows"):
         check_gate(tmp_path, "a" * 64, RULES)
 
 
