@@ -12,7 +12,7 @@ USAGE = "fedzo rephrase [judge-test | bootstrap | import SETS] --task TASK --dat
 SUMMARY = "rewrite training text by a language model, behind checks and a judge (OAT-Rephrase)"
 _PARTS = {"judge-test": 0, "bootstrap": 0, "import": 1}
 """What follows ``fedzo rephrase``, and how many words belong to it."""
-_OPTIONS = {"dry_run": "", "out": "", "pairs": "judge-test", "table": "bootstrap"}
+_OPTIONS = {"dry_run": "", "out": "", "again": "", "pairs": "judge-test", "table": "bootstrap"}
 """Options that belong to one of them alone, or to ``fedzo rephrase`` itself."""
 _TABLE = "examples.csv"
 
@@ -25,6 +25,7 @@ def add_rephrase(own: argparse.ArgumentParser) -> None:
     own.add_argument("--site", metavar="FILE", help="a site's file, whose rewriter is used")
     own.add_argument("--dry-run", type=_count, metavar="N", help="show the prompts of N rows and an estimate; no call")
     own.add_argument("--out", metavar="FILE", help="also write all rows to a file (jsonl), each marked")
+    own.add_argument("--again", action="store_true", default=None, help="ask again for rows that the endpoint failed")
     own.add_argument("--pairs", type=_count, metavar="N", help="judge-test: most pairs of a kind (default: gate_pairs)")
     own.add_argument("--table", metavar="FILE", help=f"bootstrap: table (default: {_TABLE})")
     own.add_argument("--config-dir", metavar="DIR", help="folder of your own YAML files")
@@ -36,10 +37,8 @@ def rephrase(arguments: argparse.Namespace) -> int:
     what, words = _what(arguments.words)
     for option, of in _OPTIONS.items():
         if getattr(arguments, option) is not None and what != of:
-            flag, others = (
-                f"--{option.replace('_', '-')}",
-                "`fedzo rephrase` alone" if not of else f"`fedzo rephrase {of}`",
-            )
+            flag = f"--{option.replace('_', '-')}"
+            others = f"`fedzo rephrase {of}`" if of else "`fedzo rephrase` alone"
             raise ConfigError(f"{flag} belongs to {others}, got {f'`{what}`' if what else 'neither'}. Leave it out.")
     if arguments.out is not None and Path(arguments.out).resolve() == Path(arguments.data).resolve():
         raise ConfigError(f"--out must not be the file of --data, whose rows it would replace, got {arguments.out}.")
@@ -64,7 +63,7 @@ def rephrase(arguments: argparse.Namespace) -> int:
         return _show(command.import_sets(work, Path(words[0])))
     if arguments.dry_run is not None:
         return _show(command.dry_run(work, arguments.dry_run))
-    return _show(command.rephrase(work, out=None if arguments.out is None else Path(arguments.out)))
+    return _show(command.rephrase(work, out=arguments.out and Path(arguments.out), again=bool(arguments.again)))
 
 
 def _what(words: list[str]) -> tuple[str, list[str]]:

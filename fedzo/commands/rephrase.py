@@ -27,6 +27,7 @@ from fedzo.data.preprocess.rephrase.course import (
     Course,
     check_rewrite,
     counts,
+    is_failed,
     label_of,
     outcome_of,
 )
@@ -39,6 +40,7 @@ from fedzo.data.preprocess.rephrase.words import is_utf8
 from fedzo.errors import ConfigError, FedzoError, printable
 from fedzo.records.folder import replace_file
 from fedzo.records.rephrase import RowOutcome
+from fedzo.report.format import counted
 from fedzo.report.html import write_page
 from fedzo.report.rephrased import calibration_lines, figures_table, rephrased_page
 from fedzo.run.process import STAGE_FOLDER
@@ -138,8 +140,13 @@ def _estimate(course: Course, rewriter: RewriterConfig, rows: Sequence[Row]) -> 
         yield f"{what} {prompt:,} tokens of prompts and {answer:,} of answers ({cost})"
 
 
-def rephrase(work: Work, *, out: Path | None) -> Iterator[str]:
+def rephrase(work: Work, *, out: Path | None, again: bool = False) -> Iterator[str]:
     """Rewrite the rows, or find them rewritten; yields lines for people.
+
+    Args:
+        work: Recipe and rows.
+        out: File for all rows with their text, each marked.
+        again: Whether rows that the endpoint failed before are asked for again, and have another result perhaps.
 
     Raises:
         ConfigError: Rows, prompts or settings do not fit.
@@ -157,16 +164,21 @@ def rephrase(work: Work, *, out: Path | None) -> Iterator[str]:
             cost = f", cost {used.cost:.2f}" if used.cost else ""
             told(done, total, f"{used.calls} calls, {used.tokens:,} tokens{cost}")
 
-        attempts = rephraser.rewrite(work.rows, on_progress, again=True)
+        attempts = rephraser.rewrite(work.rows, on_progress, again=again)
     outcomes = rephraser.results.find(work.rows)
     assert outcomes is not None
     yield from _told(work, outcomes, Used.of(rephraser.totals, rephraser.rewriter))
     if not attempts:
         models = ", ".join(sorted({printable(each.model, most=80) for each in outcomes if each.model}))
-        yield f"all rows were rewritten before{f', by {models}' if models else ''}: no call was made"
+        yield f"all rows had their result before{f', by {models}' if models else ''}: no call was made"
         yield "to have them rewritten by another model, set rewriter.store to another folder"
     elif ready := len({each.row for each in outcomes}) - len(attempts):
-        yield f"{ready} rows were rewritten before, the others now"
+        yield f"{ready} rows had their result before, the others have it now"
+    if failed := len({each.row for each in outcomes if is_failed(each)}):
+        yield (
+            f"the endpoint failed {counted(failed, 'row')}: --again asks once more. Runs that began with these results "
+            "cannot be resumed then"
+        )
     yield f"manifest: {rephraser.keep_manifest(work.rows, outcomes)}"
     page = rephraser.results.file_of_set(outcomes, ".html")
     if attempts or not page.exists():  # one that is there also has what was refused

@@ -517,6 +517,24 @@ def test_pages_with_text_of_clients_are_for_their_owner_and_keep_what_was_refuse
     assert key[1] == recipe[1]
 
 
+def test_rows_that_the_endpoint_failed_are_asked_for_again_where_one_says_so(
+    rephrase: Callable[..., int], endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = endpoint.rewrite
+    endpoint.rewrite = lambda text: "" if text.startswith("item 3 ") else own(text)
+    assert rephrase("preprocess.oat_rephrase.gate=false") == 0
+    assert "the endpoint failed 1 row: --again asks once more" in capsys.readouterr().out
+    calls, endpoint.rewrite = len(endpoint.calls), own
+
+    assert rephrase("preprocess.oat_rephrase.gate=false") == 0
+    assert len(endpoint.calls) == calls
+
+    assert rephrase("preprocess.oat_rephrase.gate=false", "--again") == 0
+    assert len(endpoint.calls) > calls
+    told = capsys.readouterr().out
+    assert told.count("the endpoint failed") == 1  # of the second call
+
+
 def test_no_cell_of_a_table_is_a_formula_and_text_comes_back_as_it_was(
     rephrase: Callable[..., int], endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
