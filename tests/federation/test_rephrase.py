@@ -343,19 +343,24 @@ def test_a_dry_run_shows_prompts_and_makes_no_call(
     assert endpoint.calls == []
 
 
+def accept(table: Path, number: int, **changes: str) -> list[dict[str, str]]:
+    """Say yes to a row of a table, as a person does in a spreadsheet; returns all rows."""
+    with table.open(newline="") as file:
+        rows = [*csv.DictReader(file)]
+    rows[number] |= {"accept": "yes", **changes}
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return rows
+
+
 def test_examples_come_back_from_the_table(
     rephrase: Callable[..., int], run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = tmp_path / "examples.csv"
     assert rephrase("bootstrap", "--table", str(table)) == 0
-    with table.open(newline="") as file:
-        rows = [*csv.DictReader(file)]
-    assert len(rows) == 40
-    rows[3] |= {"accept": "yes", "rewrite": "The item 3 appears strong."}
-    with table.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    assert len(accept(table, 3, rewrite="The item 3 appears strong.")) == 40
 
     capsys.readouterr()
     assert rephrase("--dry-run", "1", f"rewriter.examples={table}") == 0
@@ -541,14 +546,7 @@ def test_no_cell_of_a_table_is_a_formula_and_text_comes_back_as_it_was(
     table, formula = tmp_path / "examples.csv", '=HYPERLINK("http://there","item")'
     endpoint.rewrite = lambda text: formula
     assert rephrase("bootstrap", "--table", str(table)) == 0
-    with table.open(newline="") as file:
-        rows = [*csv.DictReader(file)]
-    assert {row["rewrite"] for row in rows} == {"'" + formula}
-    rows[0]["accept"] = "yes"
-    with table.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    assert {row["rewrite"] for row in accept(table, 0)} == {"'" + formula}
     capsys.readouterr()
 
     assert rephrase("--dry-run", "1", f"rewriter.examples={table}") == 0
