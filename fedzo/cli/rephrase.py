@@ -40,8 +40,9 @@ def rephrase(arguments: argparse.Namespace) -> int:
             flag = f"--{option.replace('_', '-')}"
             others = f"`fedzo rephrase {of}`" if of else "`fedzo rephrase` alone"
             raise ConfigError(f"{flag} belongs to {others}, got {f'`{what}`' if what else 'neither'}. Leave it out.")
-    if arguments.out is not None and Path(arguments.out).resolve() == Path(arguments.data).resolve():
-        raise ConfigError(f"--out must not be the file of --data, whose rows it would replace, got {arguments.out}.")
+    out = None if arguments.out is None else Path(arguments.out)
+    if out is not None and out.resolve() == Path(arguments.data).resolve():
+        raise ConfigError(f"--out must not be the file of --data, whose rows it would replace, got {out}.")
     from fedzo.config.load import load
     from fedzo.config.overrides import with_config_dir
 
@@ -63,7 +64,7 @@ def rephrase(arguments: argparse.Namespace) -> int:
         return _show(command.import_sets(work, Path(words[0])))
     if arguments.dry_run is not None:
         return _show(command.dry_run(work, arguments.dry_run))
-    return _show(command.rephrase(work, out=arguments.out and Path(arguments.out), again=bool(arguments.again)))
+    return _show(command.rephrase(work, out=out, again=bool(arguments.again)))
 
 
 def _what(words: list[str]) -> tuple[str, list[str]]:

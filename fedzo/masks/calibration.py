@@ -27,8 +27,8 @@ def windows_from_texts(
     Args:
         texts: The documents.
         tokenize: Text to token ids.
-        num_docs: Number of windows, from 1.
-        num_tokens: Length of each, from 1; shorter documents are passed over.
+        num_docs: Number of windows.
+        num_tokens: Length of each; shorter documents are passed over.
         seed: Seed of the order and of the offsets.
 
     Returns:
@@ -37,6 +37,10 @@ def windows_from_texts(
     Raises:
         ConfigError: Too few documents are long enough.
     """
+    if num_docs < 1:
+        raise ConfigError(f"trainer.calibration_docs must be >= 1, got {num_docs}.")
+    if num_tokens < 2:
+        raise ConfigError(f"trainer.calibration_tokens must be >= 2 (the loss is of the next token), got {num_tokens}.")
     words = philox_words(stream_key(seed, round=0, step=_OFFSET), purpose=PURPOSE_DATA, num_words=2 * num_docs)
     windows: list[torch.Tensor] = []
     for number in permutation(stream_key(seed, round=0, step=_ORDER), len(texts), purpose=PURPOSE_DATA).tolist():

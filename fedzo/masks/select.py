@@ -93,8 +93,8 @@ def select_mask(
         ConfigError: A setting is out of its range, the mask would be empty, or the model has no eligible weight.
         NumericsError: A loss or a score is not finite.
     """
-    selector, granularity = Selector(selector), Granularity(granularity)  # a name of neither is a ValueError
-    _check_settings(density, selector, windows)
+    _check_settings(density, selector, granularity, windows)
+    selector, granularity = Selector(selector), Granularity(granularity)  # of names, too
     eligible = eligible_parameters(model)
     numbers = {name: number for number, name in enumerate(eligible)}
     parameters = {name: each for name, each in eligible.items() if among is None or name in among}
@@ -155,7 +155,7 @@ def select_mask(
 
 def num_coordinates(model: nn.Module, *, density: float, granularity: Granularity = Granularity.per_tensor) -> int:
     """Size n that a mask would have, from shapes alone: works on the meta device."""
-    _check_settings(density, Selector.random, ())
+    _check_settings(density, Selector.random, granularity, ())
     sizes = [parameter.numel() for parameter in eligible_parameters(model).values()]
     return sum(_budget(sizes, density=density, granularity=granularity))
 
@@ -163,10 +163,15 @@ def num_coordinates(model: nn.Module, *, density: float, granularity: Granularit
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
-def _check_settings(density: float, selector: Selector, windows: Sequence[torch.Tensor]) -> None:
+def _check_settings(
+    density: float, selector: Selector, granularity: Granularity, windows: Sequence[torch.Tensor]
+) -> None:
     if not 0 < density <= 1:
         raise ConfigError(f"trainer.density must be > 0 and <= 1, got {density}. It is a share: 0.001 is 0.1 %.")
-    if selector is Selector.sensitivity and not windows:
+    for name, value, known in (("selector", selector, [*Selector]), ("granularity", granularity, [*Granularity])):
+        if value not in known:
+            raise ConfigError(f"trainer.{name} must be one of {', '.join(known)}, got {value!r}.")
+    if selector == Selector.sensitivity and not windows:
         raise ConfigError("trainer.selector=sensitivity needs calibration windows, got none. Set trainer.calibration.")
     for window in windows:
         if window.ndim != 1 or window.numel() < 2 or window.dtype != torch.int64:

@@ -31,6 +31,7 @@ from fedzo.zo.perturb import PerturbedWeights, probe_of
 
 log = logging.getLogger(__name__)
 
+_LOOK = masking_utils.find_packed_sequence_indices
 _MOST_GRAPHS = 64
 _NUM_COMPARED = 2  # runs of a graph: the two sides of its first probe
 _LARGE = 0.05  # a scale at which no perturbed weight is missed: that of a run moves states by less than rounding does
@@ -314,12 +315,11 @@ def _whole_texts() -> Iterator[None]:
 
     Otherwise it would give attention an explicit mask, and with it other kernels than those of the eager forward.
     """
-    own = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = own
+        masking_utils.find_packed_sequence_indices = _LOOK
 
 
 def _compare(ours: torch.Tensor, own: torch.Tensor) -> None:

@@ -476,6 +476,7 @@ def test_a_row_that_does_not_fit_is_named_before_any_call(
         (["--pairs", "5"], "--pairs belongs to `fedzo rephrase judge-test`, got neither"),
         (["--table", "t.csv"], "--table belongs to `fedzo rephrase bootstrap`, got neither"),
         (["--out", "{data}"], "--out must not be the file of --data"),
+        (["--out", ""], "--out: the file must end in .jsonl"),
         (["--out", "none/o.jsonl"], "--out: the folder of none/o.jsonl must exist"),
         (["bootstrap", "--table", "none/t.csv"], "--table: the folder of none/t.csv must exist"),
         (["task.candidates=[A,B,C]"], "task.candidates must be answers that mean"),

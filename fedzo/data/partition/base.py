@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedzo.data.config import TaskConfig
 from fedzo.data.files import Row
-from fedzo.errors import ConfigError, Problem, at_least, share_below_1
+from fedzo.errors import ConfigError, Problem, at_least, problem
 from fedzo.registry import PluginConfig, Registry
 from fedzo.zo.directions import PURPOSE_DEAL, PURPOSE_HOLDOUT, permutation, stream_key
 
@@ -55,7 +55,9 @@ class PartitionConfig(PluginConfig):
 
     def problems(self, run: RunSettings) -> Iterator[Problem]:
         yield from at_least("partition.min_rows", self.min_rows, 1, "Every client needs a row.")
-        yield from share_below_1("partition.holdout", self.holdout, "Rows that are not trained on. 0 keeps none.")
+        if not 0 <= self.holdout < 1:
+            remedy = "The share of rows that are not trained on. 0 keeps none."
+            yield problem("partition.holdout", "be >= 0 and < 1", self.holdout, remedy)
 
 
 _PICTURES = "flwr_datasets.visualization"
@@ -123,14 +125,21 @@ def holdout(indices: Sequence[int], share: float, *, seed: int, client: int) -> 
 
     Args:
         indices: The client's row numbers.
-        share: Share held out, in [0, 1), rounded to whole rows; at least one row is held out unless it is 0 or the
-            client has one row.
+        share: Share held out, rounded to whole rows; at least one row is held out unless it is 0 or the client has one
+            row.
         seed: Run seed.
         client: Index of the client.
 
     Returns:
         Row numbers for training (never empty) and held out, both sorted.
+
+    Raises:
+        ConfigError: ``share`` is not in [0, 1).
     """
+    if not 0 <= share < 1:
+        raise ConfigError(
+            f"partition.holdout must be >= 0 and < 1, got {share}. It is the share of rows kept from training."
+        )
     wanted = max(1, round(share * len(indices))) if share > 0 else 0
     num_held = max(0, min(wanted, len(indices) - 1))
     ranked = permutation(stream_key(seed, round=0, owner=client), len(indices), purpose=PURPOSE_HOLDOUT).tolist()

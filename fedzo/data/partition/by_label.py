@@ -54,6 +54,8 @@ def dirichlet(config: DirichletConfig, *, rows: Sequence[Row], num_clients: int,
     ``flwr_datasets``; it is not the one that draws each client's class mix from Dirichlet(alpha * class prior). If a
     client gets fewer than ``min_rows`` rows, all shares are drawn again, at most ten times.
     """
+    if not config.alpha > 0:
+        raise ConfigError(f"partition.alpha must be > 0, got {config.alpha}. 0.5 is usual.")
     order = shuffled(len(rows), seed)
     labels = [_label(rows[row], row, task, "dirichlet") for row in order]
 
@@ -103,6 +105,8 @@ def dirichlet_equal(
     ``dirichlet`` with a plain mean over unequal clients does not give. The last ``num_extreme`` clients hold rows of
     one label each, chosen before the others' as by ``extreme``.
     """
+    if not config.alpha > 0:
+        raise ConfigError(f"partition.alpha must be > 0, got {config.alpha}. 0.5 is usual.")
     single, rest = _single_label(rows, config, num_clients=num_clients, seed=seed, task=task, way="dirichlet_equal")
     if not rest:
         return single
@@ -140,6 +144,8 @@ def shards(config: ShardsConfig, *, rows: Sequence[Row], num_clients: int, seed:
     A shard has ``ceil(rows / (clients * shards_per_client))`` rows, so that none is left over; the last one may be
     smaller, and where the rows are few some clients (the last ones) get a shard less.
     """
+    if config.shards_per_client < 1:
+        raise ConfigError(f"partition.shards_per_client must be >= 1, got {config.shards_per_client}. 2 is usual.")
     labels = [_label(row, number, task, "shards") for number, row in enumerate(rows)]
     order = sorted(shuffled(len(rows), seed), key=labels.__getitem__)
     partitioner = flower_partitioners().ShardPartitioner(
@@ -200,6 +206,10 @@ def _single_label(
 ) -> tuple[Parts, list[int]]:
     """The parts of the extreme clients, one label each in turn, and the rows left for the others, shuffled."""
     num_extreme = config.num_extreme
+    if not 0 <= num_extreme <= num_clients:
+        raise ConfigError(
+            f"partition.num_extreme must be between 0 and fl.num_clients ({num_clients}), got {num_extreme}."
+        )
     order = shuffled(len(rows), seed)
     left: dict[int, list[int]] = {}
     for row in order:

@@ -262,8 +262,13 @@ def test_dirichlet_draws_again_until_no_client_is_short() -> None:
 @pytest.mark.parametrize(
     ("config", "num_clients", "message"),
     [
+        (DirichletConfig(alpha=0.0), 4, "partition.alpha must be > 0, got 0.0"),
+        (DirichletConfig(alpha=float("nan")), 4, "partition.alpha must be > 0, got nan"),
+        (DirichletEqualConfig(alpha=0.0), 4, "partition.alpha must be > 0, got 0.0"),
         (DirichletEqualConfig(alpha=1e-9), 4, "partition.alpha = 1e-09 is too small to split all rows"),
+        (ShardsConfig(shards_per_client=0), 4, "partition.shards_per_client must be >= 1, got 0"),
         (ShardsConfig(shards_per_client=1), 100, "120 rows do not make a shard for each of 100 clients"),
+        (ExtremeConfig(num_extreme=5), 4, r"num_extreme must be between 0 and fl.num_clients \(4\), got 5"),
         (ExtremeConfig(num_extreme=1), 1, "num_extreme=1 leaves rows of 1 labels without a client"),
         (NaturalConfig(column="author"), 4, "got 'author'; row 0 has: text, label, site"),
         (NaturalConfig(column=""), 4, "partition.column must name a column"),
@@ -344,3 +349,9 @@ def test_the_held_out_rows_hang_on_seed_and_client_only() -> None:
     assert held[0] == held[1]
     assert held[0] not in (held[2], held[3])
     assert held[0] == [0, 1, 8, 14, 25, 33, 41, 43, 46, 49]
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_a_share_out_of_range_is_refused(share: float) -> None:
+    with pytest.raises(ConfigError, match=r"partition\.holdout must be >= 0 and < 1"):
+        holdout([0, 1], share, seed=0, client=0)

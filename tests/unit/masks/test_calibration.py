@@ -84,3 +84,10 @@ def test_the_digest_depends_on_every_token_and_on_where_windows_end() -> None:
 def test_too_few_long_documents_are_refused_with_their_number() -> None:
     with pytest.raises(ConfigError, match=r"calibration_docs=8 documents of at least 8 tokens .* got 7 .* among 10"):
         windows(num_docs=8)
+
+
+def test_settings_out_of_range_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"calibration_docs must be >= 1, got 0"):
+        windows(num_docs=0)
+    with pytest.raises(ConfigError, match=r"calibration_tokens must be >= 2 .*, got 1"):
+        windows(num_tokens=1)

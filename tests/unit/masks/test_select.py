@@ -443,9 +443,9 @@ def test_an_empty_mask_is_refused_with_the_smallest_density_that_is_not(numel: i
 
 
 def test_unknown_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match="'best' is not a valid Selector"):
+    with pytest.raises(ConfigError, match=r"trainer\.selector must be one of sensitivity, .*, got 'best'"):
         select_mask(tiny_model(), density=0.1, selector="best")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="'row' is not a valid Granularity"):
+    with pytest.raises(ConfigError, match=r"trainer\.granularity must be one of per_tensor, .*, got 'row'"):
         select_mask(tiny_model(), density=0.1, selector=Selector.random, granularity="row")  # type: ignore[arg-type]
 
 
