@@ -45,13 +45,6 @@ settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True
 settings.load_profile(os.environ.get("FEDZO_TEST_EXAMPLES", "dev"))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With ``--dist=loadgroup`` one process alone starts Ray; networks of sites, which mostly wait, go beside it."""
-    for item in items:
-        if item.get_closest_marker("sim"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
-
-
 @pytest.fixture(autouse=True)
 def logging_is_left_as_it_was() -> Iterator[None]:
     """Commands that run in a test's process log into a run's folder, and Hydra sets the handlers of the process."""

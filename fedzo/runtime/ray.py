@@ -60,7 +60,7 @@ def run_ray(
 
     Raises:
         ConfigError: Ray is missing, its cluster cannot be reached, or another federation runs in this process.
-        ProtocolError: The engine ended before the server.
+        ProtocolError: Ray did not start, or the engine ended before the server.
     """
     if importlib.util.find_spec("ray") is None:
         raise ConfigError("runtime=ray: Ray must be installed, but is not. Install it with: pip install 'fedzo[ray]'")
@@ -91,20 +91,19 @@ def run_ray(
 
     engine = threading.Thread(target=simulate, name="flower-simulation", daemon=True)
 
-    def check() -> None:  # before every use of the grid: the engine starts Ray whenever it likes
+    def check() -> None:  # before every use of the grid
         _take_sigterm_back()
         if not engine.is_alive():
             cause = crashes[0] if crashes else None
             raise ProtocolError(
-                f"runtime=ray: the engine must outlive the server, but it ended early ({cause!r}). "
+                f"runtime=ray: the engine must outlive the server, but it ended early ({_root(cause)!r}). "
                 "Look for a lack of memory or lower runtime.num_actors."
             ) from cause
 
     with one_federation(), quiet_flower(), _quiet_ray(), _environment(run_config):
-        if config.address:
-            _join_cluster(config.address)
-        engine.start()
         try:
+            _start_ray(config)
+            engine.start()
             grid, context = _wait_for(grids, check)
             context.run_config = dict(run_config)
             guarded = cast(Grid, GuardedGrid(grid, check))
@@ -113,7 +112,8 @@ def run_ray(
         finally:
             daemons = _daemons()
             done.set()
-            engine.join(STRAGGLER_S)
+            if engine.is_alive():
+                engine.join(STRAGGLER_S)
             ends = time.monotonic() + END_S
             while engine.is_alive() and time.monotonic() < ends:  # it waits for actors that still work, for nobody
                 _kill_actors(daemons)  # again and again, since Ray starts them again
@@ -148,44 +148,63 @@ def _take_sigterm_back() -> None:
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
-def _join_cluster(address: str) -> None:
-    """Become a driver of a cluster before the engine would start a Ray of its own; its actors get this environment.
+def _root(error: BaseException | None) -> BaseException | None:
+    """What an error began with: the engine's own says only that there was one."""
+    while error is not None and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _start_ray(config: RayConfig) -> None:
+    """Start a Ray for the run, or join a cluster, before the engine would: so what fails is told as it is.
+
+    Actors on a cluster's nodes get this process's environment by name; those of this machine inherit it.
 
     Raises:
-        ConfigError: There is none at the address.
+        ConfigError: There is no cluster at the address.
+        ProtocolError: Ray of this machine did not start.
     """
     import ray
 
-    names = (*PASSED_ON, *ENVIRONMENT, *(name for name in os.environ if name.startswith("FEDZO_")))
-    passed_on = {name: os.environ[name] for name in names if name in os.environ}
-    passed_on["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    try:
-        ray.init(address, runtime_env={"env_vars": passed_on}, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"runtime.address: a Ray cluster must be up at {address!r}, but: {error}. Start it with `ray start --head`."
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    quiet: Any = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if config.address:
+        names = (*PASSED_ON, *ENVIRONMENT, *(name for name in os.environ if name.startswith("FEDZO_")))
+        environment |= {name: os.environ[name] for name in names if name in os.environ}
+        try:
+            ray.init(config.address, runtime_env={"env_vars": environment}, **quiet)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"runtime.address: a Ray cluster must be up at {config.address!r}, but: {error}. "
+                "Start it with `ray start --head`."
+            ) from error
+        return
+    quiet["include_dashboard"] = False
+    num_cpus, num_gpus = _machine(config)
+    try:  # "local": another's that is up is left alone
+        ray.init("local", runtime_env={"env_vars": environment}, num_cpus=num_cpus, num_gpus=num_gpus, **quiet)
+    except Exception as error:  # Ray raises bare ones
+        raise ProtocolError(
+            f"runtime=ray: Ray must start on this machine, but did not ({error!r}). It gives its processes 30 s: "
+            "look for what else keeps the machine busy, or for a lack of memory, and start the run again."
         ) from error
 
 
+def _machine(config: RayConfig) -> tuple[int, int]:
+    """CPUs and GPUs of a run's own Ray: as many actors are made as fit, so it has no more than they need."""
+    shares = (config.num_cpus_per_client, config.num_gpus_per_client)
+    num_cpus, num_gpus = (math.ceil(config.num_actors * share) for share in shares)
+    return num_cpus, num_gpus
+
+
 def _backend_config(config: RayConfig) -> Any:
-    """Ray makes as many actors as fit, so its own is told of no more of the machine than ``num_actors`` need."""
+    """The share of an actor, for the engine."""
+    num_cpus = config.num_cpus_per_client
+    if not config.address:
+        num_cpus = math.floor(_machine(config)[0] / config.num_actors * 1e4) / 1e4  # Ray counts in 1/10,000
     # what a client does is a function of its message: it may be asked again while its actor is started again
-    per_client = {"num_gpus": config.num_gpus_per_client, "max_restarts": -1, "max_task_retries": 1}
-    if config.address:
-        return {"client_resources": {"num_cpus": config.num_cpus_per_client, **per_client}}
-    num_cpus = math.ceil(config.num_actors * config.num_cpus_per_client)
-    num_gpus = math.ceil(config.num_actors * config.num_gpus_per_client)
-    share = math.floor(num_cpus / config.num_actors * 1e4) / 1e4  # Ray counts in 1/10,000
-    return {
-        "init_args": {
-            "num_cpus": num_cpus,
-            "num_gpus": num_gpus,
-            "include_dashboard": False,
-            "log_to_driver": False,
-            "logging_level": logging.ERROR,
-        },
-        "client_resources": {"num_cpus": share, **per_client},
-    }
+    share = {"num_cpus": num_cpus, "num_gpus": config.num_gpus_per_client}
+    return {"client_resources": {**share, "max_restarts": -1, "max_task_retries": 1}}
 
 
 def _daemons() -> list[subprocess.Popen[bytes]]:

@@ -92,7 +92,28 @@ def test_engine_that_ends_early_ends_the_run_with_its_reason(
 
     monkeypatch.setattr("flwr.simulation.run_simulation", crash)
 
-    with pytest.raises(ProtocolError, match=r"runtime=ray: the engine must outlive .*on purpose.*num_actors"):
+    # the error keeps what Ray has left open: it goes before the next test looks for such files
+    with _quiet_ray(), pytest.raises(ProtocolError, match=r"the engine must outlive .*on purpose.*num_actors"):
+        play_on_ray()
+
+
+def test_ray_that_does_not_start_says_why(play_on_ray: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    def time_out(*args: Any, **kwargs: Any) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr("ray.init", time_out)
+
+    with pytest.raises(ProtocolError, match=r"runtime=ray: Ray must start on this machine.*timed out.*30 s.*busy"):
+        play_on_ray()
+
+
+def test_engine_that_fails_names_what_it_began_with(play_on_ray: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(self: Any, app: Any) -> None:
+        raise MemoryError("on purpose")
+
+    monkeypatch.setattr("flwr.server.superlink.fleet.vce.backend.raybackend.RayBackend.build", build)
+
+    with _quiet_ray(), pytest.raises(ProtocolError, match=r"ended early \(MemoryError\('on purpose'\)\)"):
         play_on_ray()
 
 
@@ -106,7 +127,7 @@ def test_missing_ray_is_named_with_the_command_that_installs_it(
 
 
 def test_two_nodes_of_a_cluster_share_the_clients_and_a_dead_actor_is_replaced(
-    toy: ModuleType, play_inline: Play, tmp_path: Path
+    toy: ModuleType, play_inline: Play, play_on_ray: Play, tmp_path: Path
 ) -> None:
     from ray.cluster_utils import Cluster
 
@@ -120,11 +141,14 @@ def test_two_nodes_of_a_cluster_share_the_clients_and_a_dead_actor_is_replaced(
             config = RayConfig(address=cluster.address)
             run_ray(toy.server_app, toy.load_client_app, num_clients=4, run_config=run_config, config=config)
             assert len(cluster.list_all_nodes()) == 2  # the run leaves the cluster as it is
+            result = json.loads((tmp_path / "result.json").read_text())
+
+            assert play_on_ray(rounds=1)["answers"] == [2]  # on a Ray of its own, beside the one that is up
+            assert len(cluster.list_all_nodes()) == 2
         finally:
             cluster.shutdown()
             del cluster
 
-    result = json.loads((tmp_path / "result.json").read_text())
     assert result["values"] == play_inline(clients=4, rounds=3)["values"]
     before, _, after = ({answer["pid"] for answer in answers} for answers in result["by"])
     assert len({answer["parent"] for answer in result["by"][0]}) == 2  # an actor's parent is its node

@@ -7,22 +7,23 @@ import os
 import pytest
 
 from fedzo.runtime.config import RayConfig
-from fedzo.runtime.ray import _backend_config, _environment
+from fedzo.runtime.ray import _backend_config, _environment, _machine
 
 
 @pytest.mark.parametrize("num_actors", [1, 2, 3, 7, 16])
 @pytest.mark.parametrize("cpus", [0.25, 0.3, 1.0, 1.5, 2.0])
 def test_as_many_actors_fit_as_asked_for(num_actors: int, cpus: float) -> None:
-    told = _backend_config(RayConfig(num_actors=num_actors, num_cpus_per_client=cpus))
+    config = RayConfig(num_actors=num_actors, num_cpus_per_client=cpus)
 
     # Flower's own rule: how often a client's share goes into the machine
-    assert int(told["init_args"]["num_cpus"] / told["client_resources"]["num_cpus"]) == num_actors
+    assert int(_machine(config)[0] / _backend_config(config)["client_resources"]["num_cpus"]) == num_actors
 
 
 def test_gpus_are_shared_as_asked_for() -> None:
-    told = _backend_config(RayConfig(num_actors=4, num_gpus_per_client=0.5))
+    config = RayConfig(num_actors=4, num_gpus_per_client=0.5)
 
-    assert (told["init_args"]["num_gpus"], told["client_resources"]["num_gpus"]) == (2, 0.5)
+    assert _machine(config)[1] == 2
+    assert _backend_config(config)["client_resources"]["num_gpus"] == 0.5
 
 
 def test_environment_for_actors_is_put_back_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
