@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from analysis import crossed_effect, relative_gain
-from arms import TrainSet
+from arms import TrainSet, changed
 from cells import METHODS, SEEDS, Cell, Cells, gradient_name, num_batches, run_name, tuned, tuning_name
 
 from fedzo.bench.claims import Claims
@@ -53,6 +53,10 @@ def _gradients(
     claims.add(what, value, "")
     claims.add(f"{what}, lower end of its 95 % interval", low, "")
     claims.add(f"{what}, upper end", high, "")
+    if other.arm == "original":
+        counts = [changed(other.rows, each.rows) for each in of_arm]
+        rows, sets = len(other.rows), f", mean over {len(counts)} sets" if len(counts) > 1 else ""
+        claims.add(f"{task}, {of_arm[0].arm}: rows of {rows} with other text{sets}", float(np.mean(counts)), "rows")
 
 
 def _training(

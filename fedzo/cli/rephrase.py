@@ -63,7 +63,9 @@ def rephrase(arguments: argparse.Namespace) -> int:
     if what == "import":
         return _show(command.import_sets(work, Path(words[0])))
     if arguments.dry_run is not None:
-        return _show(command.dry_run(work, arguments.dry_run))
+        from fedzo.commands.rephrase_preview import dry_run
+
+        return _show(dry_run(work, arguments.dry_run))
     return _show(command.rephrase(work, out=out, again=bool(arguments.again)))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,13 +18,10 @@ from fedzo.config.schema import LaunchConfig
 from fedzo.config.travel import load_site
 from fedzo.data.config import TaskConfig
 from fedzo.data.files import MARK, Row, read_rows
-from fedzo.data.preprocess.backend import RewriterConfig
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
 from fedzo.data.preprocess.rephrase.course import (
     IDENTICAL,
-    JUDGE_TOKENS,
     Attempt,
-    Course,
     check_rewrite,
     counts,
     is_failed,
@@ -44,12 +41,10 @@ from fedzo.report.format import counted
 from fedzo.report.html import write_page
 from fedzo.report.rephrased import calibration_lines, figures_table, rephrased_page
 from fedzo.run.process import STAGE_FOLDER
+from fedzo.system import OnProgress
 
 STAGE = "oat_rephrase"
 BOOTSTRAP_ROWS = 40
-_VERDICT_TOKENS = 20
-MOST_LINE = 100_000
-"""Longest line of a prompt that is shown, in characters."""
 
 
 @dataclass(frozen=True)
@@ -100,46 +95,6 @@ def open_work(config: LaunchConfig, data: Path) -> Work:
     return Work(Rephraser(recipe, config.task, config.rewriter, folder), rows)
 
 
-def dry_run(work: Work, number: int) -> Iterator[str]:
-    """The prompts of the first rows, and what the whole set would take; yields lines for people. Makes no call."""
-    rephraser, prompts = work.rephraser, work.rephraser.prompts
-    with rephraser.course() as course:
-        course.check_rows(work.rows)
-        for row in work.rows[:number]:
-            for request in course.requests(row):
-                for message in request.messages:
-                    yield f"[{message.role}]"
-                    yield from (printable(line, most=MOST_LINE) for line in message.content.splitlines())
-                yield "-" * 60
-        yield from _estimate(course, rephraser.rewriter, work.rows)
-    yield f"prompts: preprocess.{STAGE}.prompt={prompts.digest}"
-
-
-def _estimate(course: Course, rewriter: RewriterConfig, rows: Sequence[Row]) -> Iterator[str]:
-    """What the whole set would take: if each row is accepted at once, and at most, with all attempts."""
-    config = course.config
-    prompts = [0, 0]  # of rewrites, and of verdicts
-    answers = 0
-    unique = {row_digest(row): row for row in rows}.values()
-    for row in unique:
-        for kind, request in enumerate(course.requests(row)):
-            prompts[kind] += course.backend.count_tokens(request)
-        answers += len(str(row[course.prompts.column]).encode("utf-8", "replace")) // 3 + 1
-    rewrites, verdicts = config.max_attempts, 1 + config.max_attempts if config.judged else 0
-    yield f"{len(rows)} rows, at most {len(unique) * (rewrites + verdicts)} calls"
-    first = prompts[0] + 2 * prompts[1], answers + (2 * _VERDICT_TOKENS * len(unique) if config.judged else 0)
-    longer = course.max_tokens * len(unique) * config.max_attempts if config.judged else 0
-    most_answers = len(unique) * (rewrites * course.max_tokens + verdicts * JUDGE_TOKENS)
-    for what, prompt, answer in (
-        ("if each is accepted at once, about", *first),
-        ("at most", rewrites * prompts[0] + verdicts * prompts[1] + longer, most_answers),
-    ):
-        cost = f"{rewriter.cost(prompt, answer):.2f} by the prices"
-        if not (rewriter.price_prompt or rewriter.price_answer):
-            cost = "no prices given: rewriter.price_prompt and rewriter.price_answer, for a million tokens"
-        yield f"{what} {prompt:,} tokens of prompts and {answer:,} of answers ({cost})"
-
-
 def rephrase(work: Work, *, out: Path | None, again: bool = False) -> Iterator[str]:
     """Rewrite the rows, or find them rewritten; yields lines for people.
 
@@ -156,15 +111,9 @@ def rephrase(work: Work, *, out: Path | None, again: bool = False) -> Iterator[s
     if out is not None and out.suffix != ".jsonl":
         raise ConfigError(f"--out: the file must end in .jsonl, got {str(out)!r}. Name it so.")
     if out is not None:
-        _check_folder("--out", out)
-    with _progress("rows") as told:
-
-        def on_progress(done: int, total: int) -> None:
-            used = Used.of(rephraser.totals, rephraser.rewriter)
-            cost = f", cost {used.cost:.2f}" if used.cost else ""
-            told(done, total, f"{used.calls} calls, {used.tokens:,} tokens{cost}")
-
-        attempts = rephraser.rewrite(work.rows, on_progress, again=again)
+        _check_out(out)
+    with _progress(work, "rows") as told:
+        attempts = rephraser.rewrite(work.rows, told, again=again)
     outcomes = rephraser.results.find(work.rows)
     assert outcomes is not None
     yield from _told(work, outcomes, Used.of(rephraser.totals, rephraser.rewriter))
@@ -179,6 +128,8 @@ def rephrase(work: Work, *, out: Path | None, again: bool = False) -> Iterator[s
             f"the endpoint failed {counted(failed, 'row')}: --again asks once more. Runs that began with these results "
             "cannot be resumed then"
         )
+    if again and attempts and (older := rephraser.results.older()):
+        yield f"the results of before are kept: {older[-1]}. A run that began with them needs them in their old place"
     yield f"manifest: {rephraser.keep_manifest(work.rows, outcomes)}"
     page = rephraser.results.file_of_set(outcomes, ".html")
     if attempts or not page.exists():  # one that is there also has what was refused
@@ -203,10 +154,11 @@ def judge_test(work: Work, *, pairs: int | None) -> Iterator[str]:
         FedzoError: The judge does not pass the recipe's gate, or cannot be asked.
     """
     most = work.rephraser.config.gate_pairs if pairs is None else pairs
-    with _progress("verdicts") as told:
-        found = work.rephraser.test_judge(work.rows, most=most, on_progress=lambda done, total: told(done, total, ""))
+    with _progress(work, "verdicts") as told:
+        found = work.rephraser.test_judge(work.rows, most=most, on_progress=told)
     file = keep(found, work.rephraser.folder, least_pairs=work.rephraser.config.gate_pairs)
     yield from calibration_lines(found)
+    yield from _said(work.rephraser)
     if few := few_pairs(found, work.rephraser.config):
         yield few
     yield f"kept in {file}"
@@ -226,8 +178,8 @@ def bootstrap(work: Work, table: Path) -> Iterator[str]:
     _check_folder("--table", table)
     recipe = replace(work.rephraser.config, judged=False)
     rows = work.rows[:BOOTSTRAP_ROWS]
-    with replace(work.rephraser, config=recipe).course() as course, _progress("rows") as told:
-        attempts = course.run(rows, lambda done, total: told(done, total, ""))
+    with replace(work.rephraser, config=recipe).course() as course, _progress(work, "rows") as told:
+        attempts = course.run(rows, told)
     texts = [each.outcome.text if each.outcome and not each.outcome.reason else each.refused for each in attempts]
     told_task = work.rephraser.prompts.task
     write_table(table, columns_of(work.rephraser.task, told_task, work.column), [*zip(rows, texts, strict=True)])
@@ -302,7 +254,8 @@ def _told(work: Work, outcomes: Sequence[RowOutcome], used: Used) -> Iterator[st
     if names := count_names(work.rows, outcomes):
         yield f"{names:6d}  rewritten with a name lost or brought in (a warning)"
     if used.calls:
-        yield f"{used.calls} calls, {used.tokens:,} tokens, {used.cost:.2f} by the prices"
+        yield _spent(used)
+    yield from _said(work.rephraser)
     yield from (f"{name}: {value}" for name, value in figures_table(work.rephraser, work.rows, outcomes))
 
 
@@ -314,6 +267,25 @@ def _settings(recipe: OatRephraseConfig, task: TaskConfig) -> Iterator[str]:
         if value != usual[name]:
             text = json.dumps(value, separators=(",", ":")) if isinstance(value, list | bool) else value
             yield shlex.quote(f"preprocess.{STAGE}.{name}={text}")
+
+
+def _spent(used: Used) -> str:
+    cost = f", cost {used.cost:.2f}" if used.cost else ""
+    return f"{used.calls} calls, {used.tokens:,} tokens{cost}"
+
+
+def _said(rephraser: Rephraser) -> Iterator[str]:
+    """The first fault of each kind, in the endpoint's words."""
+    for words in rephraser.totals.said.values():
+        yield f"a call failed: {printable(words)}"
+
+
+def _check_out(out: Path) -> None:
+    _check_folder("--out", out)
+    if out.exists() and not all(MARK in row for row in read_rows(out)):
+        raise ConfigError(
+            f"--out: {out} must not exist, or hold rows that fedzo rephrase wrote, got other rows. Choose another."
+        )
 
 
 def _check_folder(option: str, file: Path) -> None:
@@ -339,11 +311,15 @@ def _write_page(work: Work, outcomes: Sequence[RowOutcome], attempts: Mapping[st
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int, str], None]]:
+def _progress(work: Work, what: str) -> Iterator[OnProgress]:
+    """A bar that also tells what was spent, and what is waited for."""
+    totals = work.rephraser.totals
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task(what, total=None)
 
-        def told(done: int, total: int, more: str) -> None:
-            progress.update(bar, completed=done, total=total, description=f"{what} {more}".strip())
+        def told(done: int, total: int) -> None:
+            busy = f"; it is busy: waiting {totals.waiting_s:.0f} s" if totals.waiting_s else ""
+            spent = _spent(Used.of(totals, work.rephraser.rewriter))
+            progress.update(bar, completed=done, total=total, description=f"{what}: {spent}{busy}")
 
         yield told

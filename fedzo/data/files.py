@@ -46,7 +46,7 @@ def _bytes_of(path: Path) -> bytes:
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: there is no such file. Check data.path.") from error
+        raise ConfigError(f"{path}: there is no such file. Check the path.") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror or error}).") from error
     if data.startswith(b"version https://git-lfs"):

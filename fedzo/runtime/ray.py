@@ -89,10 +89,11 @@ def run_ray(
         except BaseException as error:  # told to the caller below
             crashes.append(error)
 
+    on_sigterm = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
     engine = threading.Thread(target=simulate, name="flower-simulation", daemon=True)
 
     def check() -> None:  # before every use of the grid
-        _take_sigterm_back()
+        _take_sigterm_back(on_sigterm)
         if not engine.is_alive():
             cause = crashes[0] if crashes else None
             raise ProtocolError(
@@ -103,6 +104,7 @@ def run_ray(
     with one_federation(), quiet_flower(), _quiet_ray(), _environment(run_config):
         try:
             _start_ray(config)
+            _take_sigterm_back(on_sigterm)
             engine.start()
             grid, context = _wait_for(grids, check)
             context.run_config = dict(run_config)
@@ -119,6 +121,7 @@ def run_ray(
                 _kill_actors(daemons)  # again and again, since Ray starts them again
                 engine.join(0.5)
             ray.shutdown()
+            _take_sigterm_back(on_sigterm)
             for daemon in daemons:  # Ray has ended them but waits for none
                 daemon.wait(END_S)
 
@@ -142,10 +145,13 @@ def _wait_for(grids: queue.Queue[tuple[Grid, Context]], check: Callable[[], None
             check()
 
 
-def _take_sigterm_back() -> None:
-    """Let Python alone handle SIGTERM: Ray's core puts a handler before it that aborts the process after 3 seconds."""
+def _take_sigterm_back(handler: Any) -> None:
+    """Let this process's own handler have SIGTERM: Ray's Python takes its place, and Ray's core comes before it.
+
+    The one exits with the signal's number, the other aborts the process after 3 seconds.
+    """
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _root(error: BaseException | None) -> BaseException | None:

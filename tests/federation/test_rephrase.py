@@ -54,6 +54,8 @@ class Endpoint:
     url: str = ""
     status: int = 200
     seconds: float = 0.0
+    faults: dict[str, tuple[int, bytes]] = field(default_factory=dict)
+    """Status and body that a prompt with such words gets."""
 
     def settings(self, store: Path) -> list[str]:
         return [
@@ -81,7 +83,9 @@ def endpoint() -> Iterator[Endpoint]:
             choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
             usage = {"prompt_tokens": 50, "completion_tokens": 10}
             answer = json.dumps({"model": "/secret/model.gguf", "choices": [choice], "usage": usage}).encode()
-            self.send_response(served.status)
+            faults = (each for words, each in served.faults.items() if words in prompt)
+            status, answer = next(faults, (served.status, answer))
+            self.send_response(status)
             self.send_header("Content-Length", str(len(answer)))
             self.end_headers()
             self.wfile.write(answer)
@@ -480,6 +484,11 @@ def test_a_row_that_does_not_fit_is_named_before_any_call(
         (["--out", "none/o.jsonl"], "--out: the folder of none/o.jsonl must exist"),
         (["bootstrap", "--table", "none/t.csv"], "--table: the folder of none/t.csv must exist"),
         (["task.candidates=[A,B,C]"], "task.candidates must be answers that mean"),
+        (
+            ["task.candidates=[Great,Bad]"],
+            "answers that mean negative, positive, in this order",
+        ),
+        (["import", "gone.jsonl"], "gone.jsonl: there is no such file. Check the path."),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused_before_any_call(
@@ -501,6 +510,32 @@ def test_options_that_cannot_be_meant_are_refused_before_any_call(
     assert told in capsys.readouterr().err
     assert endpoint.calls == []
     assert file.read_bytes() == rows
+
+
+def test_a_file_that_is_not_its_own_is_never_replaced(
+    rephrase: Callable[..., int], endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, recipe = tmp_path / "out.jsonl", "preprocess.oat_rephrase.gate=false"
+    out.write_text('{"text": "another\'s", "label": 0}\n')
+    assert rephrase("--out", str(out), recipe) == 2
+    assert f"--out: {out} must not exist, or hold rows that fedzo rephrase wrote" in capsys.readouterr().err
+    assert (out.read_text()[:20], endpoint.calls) == ('{"text": "another\'s"', [])
+
+    out.unlink()
+    assert [rephrase("--out", str(out), recipe) for _ in range(2)] == [0, 0]
+
+
+def test_what_the_endpoint_says_is_shown(
+    rephrase: Callable[..., int], endpoint: Endpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    endpoint.faults = {"item 5 ": (400, b'{"error": {"message": "too long \\u001b[2J"}}')}
+
+    assert rephrase("preprocess.oat_rephrase.gate=false") == 0
+
+    told = capsys.readouterr().out
+    assert 'a call failed: refused: 400 "too long  [2J"' in told
+    assert "by the prices" not in told
+    assert re.search(r"^\d+ calls, [\d,]+ tokens$", told, re.MULTILINE)
 
 
 def test_pages_with_text_of_clients_are_for_their_owner_and_keep_what_was_refused(
@@ -539,6 +574,11 @@ def test_rows_that_the_endpoint_failed_are_asked_for_again_where_one_says_so(
     assert len(endpoint.calls) > calls
     told = capsys.readouterr().out
     assert told.count("the endpoint failed") == 1  # of the second call
+    older = re.search(r"the results of before are kept: (.*\.older-0001\.jsonl)\. ", told)
+    assert older
+    assert sum('"reason":"empty"' in line for line in Path(older[1]).read_text().splitlines()) == 1
+    assert rephrase("preprocess.oat_rephrase.gate=false", "--again") == 0  # nothing is left to ask
+    assert "results of before" not in capsys.readouterr().out
 
 
 def test_no_cell_of_a_table_is_a_formula_and_text_comes_back_as_it_was(

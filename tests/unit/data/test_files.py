@@ -140,7 +140,7 @@ def test_text_in_another_encoding_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
 def test_a_missing_file_is_named(suffix: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"gone.{suffix}: there is no such file. Check data.path"):
+    with pytest.raises(ConfigError, match=rf"gone.{suffix}: there is no such file. Check the path"):
         read_rows(tmp_path / f"gone.{suffix}")
 
 

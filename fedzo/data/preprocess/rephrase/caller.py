@@ -6,8 +6,9 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 from fedzo.data.preprocess.backend import (
     Backend,
@@ -47,6 +48,8 @@ class Totals:
         busy: How often the backend asked for patience.
         prompt_tokens: Of all calls; for a call that failed, as estimated.
         answer_tokens: Of all calls; for a call that failed, the most that it may have made.
+        said: The first fault of each kind, in words, which may be the endpoint's. For the site alone.
+        waiting_s: How long a busy backend is waited for at the moment.
     """
 
     calls: int = 0
@@ -55,6 +58,8 @@ class Totals:
     busy: int = 0
     prompt_tokens: int = 0
     answer_tokens: int = 0
+    said: dict[str, str] = field(default_factory=dict)
+    waiting_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -131,7 +136,7 @@ class Caller:
                     if not running:
                         stop = self._spent(waiting[0])
                     break
-                self._be_patient()
+                self._be_patient(partial(on_done, num_done, len(requests)))
                 held |= {id(job): job for job in batch}
                 running += 1
                 self._begin(batch, outcomes)
@@ -234,7 +239,7 @@ class Caller:
             self.totals.prompt_tokens += result.prompt_tokens
             self.totals.answer_tokens += result.completion_tokens
         else:
-            self.totals.faults += 1
+            self._fault(result)
             if result.reason is not RowReason.refused:  # else nobody knows what it took
                 self.totals.prompt_tokens += job.prompt_tokens
                 self.totals.answer_tokens += job.request.max_tokens
@@ -260,16 +265,24 @@ class Caller:
             if job.tries < MOST_TRIES:
                 again.append(job)
                 continue
+            fault = RowFault(RowReason.unavailable, f"busy, {MOST_TRIES} times")
             self.totals.calls += 1
-            self.totals.faults += 1
+            self._fault(fault)
             for place in job.places:
-                results[place] = RowFault(RowReason.unavailable, f"busy, {MOST_TRIES} times")
+                results[place] = fault
         return again
 
-    def _be_patient(self) -> None:
+    def _fault(self, fault: RowFault) -> None:
+        self.totals.faults += 1
+        self.totals.said.setdefault(fault.reason, str(fault))
+
+    def _be_patient(self, tell: Callable[[], None]) -> None:
         wait = self._not_before - time.monotonic()
         if wait > 0:
+            self.totals.waiting_s = wait
+            tell()
             time.sleep(wait)
+            self.totals.waiting_s = 0.0
 
     def _no_use(self) -> EndpointError | None:
         calls, faults = self.totals.calls, self.totals.faults
@@ -280,7 +293,8 @@ class Caller:
             )
         if calls < FEWEST_CALLS or faults <= MOST_FAULTS * calls:
             return None
+        said = "; ".join(self.totals.said.values())
         return EndpointError(
-            f"{faults} of {calls} calls failed, which is more than {MOST_FAULTS:.0%}. Look at the reasons, and correct "
-            "the endpoint, its model or rewriter.timeout_s. What is done is kept, and what failed is asked again."
+            f"{faults} of {calls} calls failed, which is more than {MOST_FAULTS:.0%} ({said}). Correct the endpoint, "
+            "its model or rewriter.timeout_s. What is done is kept, and what failed is asked again."
         )

@@ -254,15 +254,18 @@ def _stems(text: str) -> set[str]:
 
 
 def _leaks(case: _Case) -> bool:
-    """Whether the right answer's words are new, or the answer itself is written more often, at the begin or the end."""
+    """Whether the right answer's words are new, or any answer itself is written more often, at the begin or the end.
+
+    A wrong one counts, too: "..., positive" is no text of a row, whatever the label.
+    """
     task, label = case.task, case.label
     if label is None:
         answers = [str(case.row["answer"])] if "answer" in case.row else []
     else:
         if leaked_words(case.text, case.original, row=case.row, task=task, label=label):
             return True
-        answers = [*(task.answer_words[label] if task.answer_words else ())]
-        answers += [task.labels[label].format_map(case.row)] if task.labels else []
+        answers = [word for each in task.answer_words for word in each]
+        answers += [name.format_map(case.row) for name in task.labels]
     for answer in map(words, answers):
         more = holds(case.new, answer) > holds(case.old, answer)
         outer = answer in (case.new[: len(answer)], case.new[-len(answer) :])

@@ -94,14 +94,16 @@ class OatRephraseConfig(StageConfig):
         return replace(self, column=prompts.column, prompt=self.prompt or prompts.digest)
 
     def problems(self, run: RunSettings) -> Iterator[Problem]:
-        from fedzo.data.preprocess.rephrase.tasks import TASKS
+        from fedzo.data.preprocess.rephrase.tasks import TASKS, misplaced
 
         if run.task.name not in TASKS:
             remedy = "Leave oat_rephrase out of preprocess."
             yield problem("task.name", f"be one of {', '.join(sorted(TASKS))} for oat_rephrase", run.task.name, remedy)
-        elif (labels := TASKS[run.task.name].labels) and len(labels) != len(run.task.candidates or labels):
+        elif labels := TASKS[run.task.name].labels:
             rule = f"be answers that mean {', '.join(labels)}, in this order, for oat_rephrase, whose prompts say so"
-            yield problem("task.candidates", rule, len(run.task.candidates), "Leave them out.")
+            candidates = run.task.candidates or list(labels)
+            if len(labels) != len(candidates) or misplaced(TASKS[run.task.name], candidates) is not None:
+                yield problem("task.candidates", rule, candidates, "Leave them out.")
         for key, digest in (("prompt", self.prompt), ("imported", self.imported)):
             if digest and not _DIGEST.fullmatch(digest):
                 yield problem(

@@ -108,7 +108,7 @@ class Course:
             some = dict(waiting[first : first + ROWS_AT_ONCE])
             done = functools.partial(_tell, on_progress, first / len(waiting), len(some) / len(waiting), len(rows))
             self._rewrite(some, done)
-            _check_failed([each for _, each in waiting[: first + len(some)]], beside)
+            _check_failed([each for _, each in waiting[: first + len(some)]], beside, self.caller.totals.said)
         on_progress(len(rows), len(rows))
         return [attempts[row_digest(row)] for row in rows]
 
@@ -236,7 +236,7 @@ def _is_failure(answer: Completion | RowFault) -> bool:
     return isinstance(answer, RowFault) or not answer.whole
 
 
-def _check_failed(attempts: Sequence[Attempt], beside: int) -> None:
+def _check_failed(attempts: Sequence[Attempt], beside: int, said: Mapping[str, str]) -> None:
     """Raise ``EndpointError`` where the endpoint failed too many of the rows that are done."""
     failed, done = [each for each in attempts if each.failed], len(attempts) + beside
     if len(failed) < 2 or len(failed) <= MOST_FAILED * done:
@@ -244,9 +244,10 @@ def _check_failed(attempts: Sequence[Attempt], beside: int) -> None:
     reasons = ", ".join(
         f"{number} {reason}" for reason, number in Counter(each.reason for each in failed).most_common()
     )
+    words = f"; {'; '.join(said.values())}" if said else ""
     raise EndpointError(
         f"oat_rephrase: the endpoint must answer for at least {1 - MOST_FAILED:.0%} of the rows, but failed "
-        f"{len(failed)} of {done} ({reasons}). Correct the endpoint, its model, rewriter.timeout_s or "
+        f"{len(failed)} of {done} ({reasons}{words}). Correct the endpoint, its model, rewriter.timeout_s or "
         "rewriter.max_tokens, and start again: its answers are kept, and what failed is asked again."
     )
 

@@ -62,6 +62,10 @@ class Results:
         """A file of one set of rows with this recipe."""
         return self.folder / _FOLDER / f"{self.recipe[:16]}-{set_digest(outcomes)[:16]}{suffix}"
 
+    def older(self) -> list[Path]:
+        """Copies of the file from before outcomes of it were replaced, the last one last."""
+        return sorted(self.file.parent.glob(f"{self.recipe}.older-*.jsonl"))
+
     def read(self) -> dict[str, RowOutcome]:
         """What is there, by the digest of the row.
 
@@ -93,7 +97,8 @@ class Results:
 
         Args:
             outcomes: By the digest of the row.
-            instead: Rows whose new outcome takes the place of the one that is there.
+            instead: Rows whose new outcome takes the place of the one that is there. The file as it was is kept, too
+                (``older``), for runs that began with it.
 
         Raises:
             FolderInUseError: Another process writes there.
@@ -102,6 +107,9 @@ class Results:
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with folder_of_one_process(self.file.parent):
+                if instead := set(instead):
+                    older = self.file.with_suffix(f".older-{len(self.older()) + 1:04d}.jsonl")
+                    replace_file(older, self.file.read_text(encoding="utf-8"), durable=True, mode=0o600)
                 both = {**outcomes, **self.read()} | {row: outcomes[row] for row in instead}
                 text = "".join(f"{to_json(outcome)}\n" for outcome in both.values())
                 replace_file(self.file, text, durable=True, mode=0o600)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedzo.data.config import TaskConfig
@@ -125,6 +126,20 @@ TASKS = {
     ),
 }
 """By ``task.name``."""
+
+
+def misplaced(told: RephraseTask, candidates: Sequence[str]) -> str | None:
+    """The first candidate that stands for another label than that of its place; None if there is none.
+
+    Only words that are known to be an answer can tell: others mean what stands at their place.
+    """
+    for place, candidate in enumerate(candidates):
+        word = candidate.strip().casefold()
+        means = [label for label, words in enumerate(told.answer_words) if word in words]
+        means += [label for label, name in enumerate(told.labels) if word == name]
+        if means and place not in means:
+            return candidate
+    return None
 
 
 def rephrase_task(task: TaskConfig) -> RephraseTask:

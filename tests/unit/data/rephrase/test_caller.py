@@ -215,8 +215,13 @@ def test_a_busy_endpoint_gets_fewer_calls_at_once_after_the_time_that_it_asks_fo
 
     with Store(tmp_path) as store:
         caller = Caller(scripted(reply, concurrency=8), store, RewriterConfig())
-        answers = caller.answer([ask(f"row {i}") for i in range(requests)])
+        waited = []
+        on_done = lambda done, total: waited.append(caller.totals.waiting_s)  # noqa: E731
+        answers = caller.answer([ask(f"row {i}") for i in range(requests)], on_done)
 
+    (wait,) = [wait for wait in waited if wait]  # told before it is waited for
+    assert 0 < wait <= 5
+    assert caller.totals.waiting_s == 0
     assert [answer.text for answer in answers] == ["fine"] * requests
     assert caller.totals.busy == 1
     (refused_at, before), *rest = at_once.items()

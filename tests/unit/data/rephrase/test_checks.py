@@ -149,7 +149,8 @@ def test_a_rewriter_that_always_writes_the_label_is_caught(task: str) -> None:
     row = {"choice1": "red fox", "choice2": "blue bird", "word": "beta", "span1_text": "alpha", "span2_text": "eta"}
     for label, name in enumerate(known.labels):
         told = name.format_map(row)
-        assert fault(f"{text} {told}", text, task, label, **row) == Check.leak
+        for right in range(len(known.labels)):  # a wrong answer is no text of a row either
+            assert fault(f"{text} {told}", text, task, right, **row) == Check.leak
         known_inside = f"Iota {told} kappa {text}"
         assert fault(f"{known_inside} {told}", known_inside, task, label, **row) == Check.leak
 

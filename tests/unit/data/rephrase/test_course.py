@@ -280,7 +280,9 @@ def test_a_model_that_reads_less_than_the_site_allows_is_told_of(
 
 
 @pytest.mark.parametrize(
-    "fault", [RowFault(RowReason.unavailable), "", Completion("A toe of", True, "m", 1, 1)], ids=["500", "blank", "cut"]
+    "fault",
+    [RowFault(RowReason.unavailable, '500 "oops"'), "", Completion("A toe of", True, "m", 1, 1)],
+    ids=["500", "blank", "cut"],
 )
 def test_a_set_that_the_endpoint_failed_is_none(fault: Any, tmp_path: Path, scripted: Any) -> None:
     """However few calls that took, and however many calls of the judge went well: rows count."""
@@ -293,7 +295,8 @@ def test_a_set_that_the_endpoint_failed_is_none(fault: Any, tmp_path: Path, scri
             else honest(request)
         )
 
-    with pytest.raises(EndpointError, match=r"failed 3 of 12 \(3 \w+\)\. Correct .* what failed is asked again"):
+    told = r"; unavailable: 500 \"oops\"" if isinstance(fault, RowFault) else ""
+    with pytest.raises(EndpointError, match=rf"failed 3 of 12 \(3 \w+{told}\)\. Correct .* what failed is asked again"):
         Bench(tmp_path, scripted(reply(3))).run(rows)
     assert len(Bench(tmp_path, scripted(reply(2))).run(rows)) == 12
 

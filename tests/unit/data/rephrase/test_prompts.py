@@ -11,7 +11,7 @@ from fedzo.data.config import TaskConfig
 from fedzo.data.preprocess.rephrase.config import Style
 from fedzo.data.preprocess.rephrase.judge import read_verdict
 from fedzo.data.preprocess.rephrase.prompts import ORDERS, Example, Prompts
-from fedzo.data.preprocess.rephrase.tasks import TASKS, rephrase_task
+from fedzo.data.preprocess.rephrase.tasks import TASKS, misplaced, rephrase_task
 from fedzo.data.tasks import columns_used
 from fedzo.errors import ConfigError
 
@@ -33,6 +33,10 @@ def test_what_is_told_of_a_task_fits_its_configuration(name: str) -> None:
     assert len(told.labels) == len(task.candidates)
     assert not told.answer_words or len(told.answer_words) == len(task.candidates)
     assert not told.choices or len(told.choices) == len(task.candidates)
+    assert misplaced(told, task.candidates) is None
+    turned = [*task.candidates[1:], *task.candidates[:1]]
+    assert misplaced(told, turned) == (turned[0] if task.candidates else None)
+    assert misplaced(told, [f"answer {number}" for number in range(len(task.candidates))]) is None
 
 
 def test_an_unknown_task_is_named() -> None:

@@ -132,7 +132,7 @@ def test_rows_that_fail_again_and_again_are_few_of_their_set(site: Site) -> None
 
 
 def test_a_dead_endpoint_leaves_no_results(site: Site) -> None:
-    with pytest.raises(EndpointError, match=r"failed 12 of 12 \(12 call_unavailable\)"):
+    with pytest.raises(EndpointError, match=r"failed 12 of 12 \(12 call_unavailable; unavailable\)"):
         site(dead).rewrite(ROWS[:12], silent)
 
     assert site(good).results.find(ROWS[:12]) is None

@@ -1,0 +1,64 @@
+"""``fedzo rephrase --dry-run``: what would be asked, and what it would take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from fedzo.commands.rephrase import STAGE, Work
+from fedzo.data.files import Row
+from fedzo.data.preprocess.backend import RewriterConfig
+from fedzo.data.preprocess.rephrase.course import JUDGE_TOKENS, Course
+from fedzo.data.preprocess.rephrase.results import row_digest
+from fedzo.errors import printable
+
+_VERDICT_TOKENS = 20
+MOST_LINE = 100_000
+"""Longest line of a prompt that is shown, in characters."""
+
+
+def dry_run(work: Work, number: int) -> Iterator[str]:
+    """The prompts of the first rows, and what the whole set would take; yields lines for people. Makes no call.
+
+    Args:
+        work: Recipe and rows.
+        number: Rows whose prompts are shown.
+
+    Raises:
+        ConfigError: A row does not fit the task, or its prompt the context.
+    """
+    rephraser, prompts = work.rephraser, work.rephraser.prompts
+    with rephraser.course() as course:
+        course.check_rows(work.rows)
+        for row in work.rows[:number]:
+            for request in course.requests(row):
+                for message in request.messages:
+                    yield f"[{message.role}]"
+                    yield from (printable(line, most=MOST_LINE) for line in message.content.splitlines())
+                yield "-" * 60
+        yield from _estimate(course, rephraser.rewriter, work.rows)
+    yield f"prompts: preprocess.{STAGE}.prompt={prompts.digest}"
+
+
+def _estimate(course: Course, rewriter: RewriterConfig, rows: Sequence[Row]) -> Iterator[str]:
+    """What the whole set would take: if each row is accepted at once, and at most, with all attempts."""
+    config = course.config
+    prompts = [0, 0]  # of rewrites, and of verdicts
+    answers = 0
+    unique = {row_digest(row): row for row in rows}.values()
+    for row in unique:
+        for kind, request in enumerate(course.requests(row)):
+            prompts[kind] += course.backend.count_tokens(request)
+        answers += len(str(row[course.prompts.column]).encode("utf-8", "replace")) // 3 + 1
+    rewrites, verdicts = config.max_attempts, 1 + config.max_attempts if config.judged else 0
+    yield f"{len(rows)} rows, at most {len(unique) * (rewrites + verdicts)} calls"
+    first = prompts[0] + 2 * prompts[1], answers + (2 * _VERDICT_TOKENS * len(unique) if config.judged else 0)
+    longer = course.max_tokens * len(unique) * config.max_attempts if config.judged else 0
+    most_answers = len(unique) * (rewrites * course.max_tokens + verdicts * JUDGE_TOKENS)
+    for what, prompt, answer in (
+        ("if each is accepted at once, about", *first),
+        ("at most", rewrites * prompts[0] + verdicts * prompts[1] + longer, most_answers),
+    ):
+        cost = f"{rewriter.cost(prompt, answer):.2f} by the prices"
+        if not (rewriter.price_prompt or rewriter.price_answer):
+            cost = "no prices given: rewriter.price_prompt and rewriter.price_answer, for a million tokens"
+        yield f"{what} {prompt:,} tokens of prompts and {answer:,} of answers ({cost})"
