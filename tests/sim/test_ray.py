@@ -133,13 +133,13 @@ def test_two_nodes_of_a_cluster_share_the_clients_and_a_dead_actor_is_replaced(
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 1 << 27}
-    on_sigterm = signal.getsignal(signal.SIGTERM)
     settings = toy.config_json(clients=4, rounds=3, kills="ray::ClientAppActor")
     run_config = {"config": settings, "run-dir": str(tmp_path)}
     with _quiet_ray():
         cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
         try:
             cluster.add_node(**node)
+            on_sigterm = signal.getsignal(signal.SIGTERM)
             config = RayConfig(address=cluster.address)
             run_ray(toy.server_app, toy.load_client_app, num_clients=4, run_config=run_config, config=config)
             assert len(cluster.list_all_nodes()) == 2  # the run leaves the cluster as it is
@@ -147,7 +147,7 @@ def test_two_nodes_of_a_cluster_share_the_clients_and_a_dead_actor_is_replaced(
 
             assert play_on_ray(rounds=1)["answers"] == [2]  # on a Ray of its own, beside the one that is up
             assert len(cluster.list_all_nodes()) == 2
-            assert signal.getsignal(signal.SIGTERM) is on_sigterm  # Ray would set its own
+            assert signal.getsignal(signal.SIGTERM) is on_sigterm  # a run's Ray would set its own
         finally:
             cluster.shutdown()
             del cluster
