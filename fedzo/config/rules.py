@@ -22,7 +22,7 @@ from fedzo.evaluate.base import metric_names
 from fedzo.fl.config import Aggregation, FaultsConfig, FlConfig, Seeds, SiteLimitsConfig, Weighting
 from fedzo.fl.server.aggregate import num_trimmed
 from fedzo.fl.site_limits import LABEL_COUNTS, LOSS, NONE, PER_CLASS, STAGE_FIGURES
-from fedzo.records.fields import MOST_CLIENTS, MOST_OWNERS, MOST_ROUNDS, MOST_STEPS
+from fedzo.records.fields import HASH, MOST_CLIENTS, MOST_OWNERS, MOST_ROUNDS, MOST_STEPS
 from fedzo.registry import broken_rules
 from fedzo.system import MOST_THREADS
 from fedzo.zo.estimator import ZerothOrderConfig
@@ -156,7 +156,7 @@ def _limits(limits: SiteLimitsConfig) -> Iterator[Problem]:
                 yield problem(f"limits.{key}", f"hold names of {', '.join(known)} only", name, remedy)
     if NONE in limits.answers and len(limits.answers) > 1:
         yield problem("limits.answers", f"hold {NONE} alone", limits.answers, f"Leave {NONE} out, or all others.")
-    if limits.base_digest and not re.fullmatch("[0-9a-f]{64}", limits.base_digest):
+    if limits.base_digest and not HASH.fullmatch(limits.base_digest):
         remedy = "Copy base.weights_digest of the run, or leave it empty."
         yield problem("limits.base_digest", "be a SHA-256 of 64 hexadecimal digits", limits.base_digest, remedy)
     for key in ("most_steps", "most_rows", "min_rows"):
@@ -187,7 +187,7 @@ def _digests(config: RunConfig) -> Iterator[Problem]:
         "artifact": config.artifact,
     }
     for key, digest in digests.items():
-        if not re.fullmatch("[0-9a-f]{64}", digest):
+        if not HASH.fullmatch(digest):
             yield problem(key, "be a SHA-256 of 64 hexadecimal digits", digest, "Only fedzo writes it.")
 
 

@@ -24,6 +24,7 @@ from fedzo.records.fields import (
     Check,
     Client,
     Count,
+    HashOrEmpty,
     LearningRate,
     Length,
     Magnitude,
@@ -41,7 +42,6 @@ M = TypeVar("M")
 
 Digest = Annotated[str, Matching(re.compile("[0-9A-Za-z]{0,128}"), "at most 128 digits and letters")]
 """A hash or what a peer says in its place; it is only compared and shown."""
-Hash = Annotated[str, Matching(re.compile("[0-9a-f]{64}|"), "64 hexadecimal digits")]
 Version = Annotated[str, Matching(re.compile("[0-9A-Za-z.+-]{0,64}"), "a version")]
 JsonText = Annotated[str, Length(0, 1 << 22)]
 StepBytes = Annotated[bytes, Length(0, 1 << 30)]
@@ -154,7 +154,7 @@ class HelloReply:
     num_train_cut: Rows = 0
     num_heldout_cut: Rows = 0
     """Those of ``num_train`` and ``num_heldout`` that ``task.max_length`` cuts."""
-    rows_digest: Hash = ""
+    rows_digest: HashOrEmpty = ""
     """Of its rows and what its stages made of them, keyed by a secret of the site: it can be compared, and nothing can
     be read off it."""
     label_counts: JsonText = "{}"
@@ -172,18 +172,18 @@ class Sync:
 
     client: Client
     config_hash: Digest = ""
-    space_id: Hash = ""
+    space_id: HashOrEmpty = ""
     """SHA-256 of what is needed beside the model to build the space (``fedzo.trainers.artifacts``)."""
     round: RoundNumber = 0
     from_round: RoundNumber = 0
     log: StateBytes = b""
     values: StateBytes = b""
     """theta, then what the server optimizer remembers: float32 [n * (1 + num_moments)], little endian."""
-    chain: Hash = ""
+    chain: HashOrEmpty = ""
     """Hash chain of the log up to ``round``, hexadecimal."""
     check: Check = 0
     """32-bit check of theta and of what the server optimizer remembers, at ``round``."""
-    digest: Hash = ""
+    digest: HashOrEmpty = ""
     """SHA-256 of theta at ``round``, every ``fl.hash_every`` rounds."""
 
 
@@ -243,13 +243,13 @@ class ArtifactPiece:
     """A part of what a space needs beside the model. Without ``data`` it asks how much the client holds."""
 
     client: Client
-    digest: Hash = ""
+    digest: HashOrEmpty = ""
     """SHA-256 of the whole artifact, hexadecimal."""
     size: Size = 0
     """Bytes of the whole artifact."""
     offset: Size = 0
     data: PieceBytes = b""
-    piece_digest: Hash = ""
+    piece_digest: HashOrEmpty = ""
     """SHA-256 of ``data``."""
 
 

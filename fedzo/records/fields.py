@@ -84,7 +84,10 @@ Reading = Annotated[float, Within(-MOST_READING, MOST_READING)]
 Seconds = Annotated[float, Within(0.0, 1e12)]
 Share = Annotated[float, Within(0.0, 1.0)]
 LearningRate = Annotated[float, Within(0.0, float(np.finfo(np.float32).max))]
-Hash = Annotated[str, Matching(re.compile("[0-9a-f]{64}"), "64 hexadecimal digits")]
+HASH = re.compile("[0-9a-f]{64}")
+"""A SHA-256, written in hexadecimal."""
+Hash = Annotated[str, Matching(HASH, "64 hexadecimal digits")]
+HashOrEmpty = Annotated[str, Matching(re.compile(f"{HASH.pattern}|"), "64 hexadecimal digits")]
 Name = Annotated[str, Length(1, 200)]
 PluginName = Annotated[str, Matching(re.compile("[A-Za-z_][A-Za-z0-9_-]{0,99}"), "a plugin's name")]
 Words = Annotated[str, Length(0, MOST_TEXT)]

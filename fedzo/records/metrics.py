@@ -6,7 +6,6 @@ and the table of a sweep.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
@@ -19,10 +18,10 @@ from fedzo.records.fields import (
     Count,
     Figures,
     Hash,
+    HashOrEmpty,
     LabelCounts,
     Length,
     Magnitude,
-    Matching,
     Name,
     OmitDefault,
     PluginName,
@@ -51,7 +50,7 @@ class ClientSetup:
     num_train: Count
     num_heldout: Count
     label_counts: LabelCounts
-    rows_digest: Annotated[str, Matching(re.compile("[0-9a-f]{64}|"), "64 hexadecimal digits"), OmitDefault()] = ""
+    rows_digest: Annotated[HashOrEmpty, OmitDefault()] = ""
     stages: Annotated[Figures, OmitDefault()] = field(default_factory=dict)
 
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from fedzo.records.fields import Count, Hash, Length, Magnitude, Matching, Name, OmitDefault, Share, Within
+from fedzo.records.fields import Count, Hash, HashOrEmpty, Length, Magnitude, Matching, Name, OmitDefault, Share, Within
 
 VERSION = 1
 MOST_CHARS = 1 << 24
@@ -33,7 +33,7 @@ class RowOutcome:
     status: Literal["rewritten", "original"]
     reason: Annotated[str, Length(0, 60)]
     model: Annotated[str, Length(0, 1000)]
-    judged: Annotated[str, Matching(re.compile("[0-9a-f]{64}|"), "64 hexadecimal digits"), OmitDefault()] = ""
+    judged: Annotated[HashOrEmpty, OmitDefault()] = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import logging
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fedzo.errors import ProtocolError
+from fedzo.records.fields import HASH
 from fedzo.records.folder import refuse_link
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class ArtifactStore:
             ProtocolError: No digest; a peer may have sent it, and it must not become a path.
             RunFolderError: It is a link.
         """
-        if not re.fullmatch("[0-9a-f]{64}", digest):
+        if not HASH.fullmatch(digest):
             raise ProtocolError(f"artifact: its digest must be 64 hexadecimal digits, got {digest!r:.80}.")
         path = self.folder / digest
         if digest not in self._checked and path.is_file():

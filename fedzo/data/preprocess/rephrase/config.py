@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -12,12 +11,12 @@ from fedzo.data.config import TaskConfig
 from fedzo.data.preprocess.backend import NoRewriterConfig, RewriterConfig
 from fedzo.data.preprocess.stage import StageConfig
 from fedzo.errors import ConfigError, Problem, at_least, problem
+from fedzo.records.fields import HASH
 
 if TYPE_CHECKING:
     from fedzo.config.schema import RunSettings
 
 _KEY = "preprocess.oat_rephrase"
-_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 class Style(StrEnum):
@@ -105,7 +104,7 @@ class OatRephraseConfig(StageConfig):
             if len(labels) != len(candidates) or misplaced(TASKS[run.task.name], candidates) is not None:
                 yield problem("task.candidates", rule, candidates, "Leave them out.")
         for key, digest in (("prompt", self.prompt), ("imported", self.imported)):
-            if digest and not _DIGEST.fullmatch(digest):
+            if digest and not HASH.fullmatch(digest):
                 yield problem(
                     f"{_KEY}.{key}", "be 64 hexadecimal digits, or empty", digest, "Leave it out, or copy it."
                 )
