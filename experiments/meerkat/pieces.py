@@ -42,6 +42,14 @@ PIECES: dict[str, list[Part]] = {
         # round 0 calibrates; four models to choose from, as the others have: after 50, 110, 170 and 200 steps
         Part("meerkat", ["+budget=T10", _SEEDS, "step_policy=vpcs", "fl.rounds=21", "evaluation.every_rounds=6"]),
     ],
+    # the same two, with shares that make up for the fewer steps
+    "normalised": [
+        Part("meerkat", ["+budget=T10", _SEEDS, *words, "step_policy.normalise=true"])
+        for words in (
+            ["step_policy=oracle", "step_policy.label_share=0.999"],
+            ["step_policy=vpcs", "fl.rounds=21", "evaluation.every_rounds=6"],
+        )
+    ],
     "random_step_policy": [],  # for each run of VPCS one that stops as many clients, by lot
     "iid": [Part("meerkat", ["+budget=T1,T10", _SEEDS, *_IID])],
     "masks": [

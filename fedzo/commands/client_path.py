@@ -141,6 +141,7 @@ def _check_sum(line: AuditLine, record: RoundRecord, config: RunConfig, *, own_c
         own_columns=own_columns,
         aggregation=config.strategy.aggregation,
         trim_share=config.strategy.trim_share,
+        normalise=config.step_policy.normalises,
     )
     if not np.array_equal(made.coefficients, record.coefficients):
         raise ProtocolError(

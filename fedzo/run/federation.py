@@ -204,7 +204,7 @@ class Federation:
     def _updates(self, prepared: Prepared) -> Updates[Any]:
         config, estimator, replica = self._config, self._config.estimator, self._at.replica
         if not isinstance(estimator, ZerothOrderConfig):
-            return VectorUpdates(size=replica.space.size, strategy=config.strategy)
+            return VectorUpdates(replica.space.size, config.strategy, normalise=config.step_policy.normalises)
         return ScalarUpdates(
             store=self._store,
             replica=replica,
@@ -212,6 +212,7 @@ class Federation:
             fl=config.fl,
             strategy=config.strategy,
             num_probes=estimator.num_probes,
+            normalise=config.step_policy.normalises,
             gradient=prepared.gradient,
         )
 

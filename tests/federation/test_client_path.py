@@ -244,10 +244,19 @@ def test_a_client_that_took_no_part_is_refused_before_the_model_is_loaded(
         replay_client(folder, client=1, round=0)
 
 
-@pytest.mark.parametrize("strategy", ["mean", "median"])
-def test_a_changed_scalar_of_a_single_step_is_found_by_the_public_log(train: Any, lines: Lines, strategy: str) -> None:
-    weighted = ["strategy.weighting=size"] if strategy == "mean" else []
-    folder, _ = train(f"strategy={strategy}", *weighted, "fl.rounds=2", steps=[1])
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        (["strategy.weighting=size"], 1),
+        (["strategy=median"], 1),
+        (["step_policy=oracle", "step_policy.normalise=true"], [4, 1, 4, 2]),
+    ],
+    ids=str,
+)
+def test_a_changed_scalar_of_a_single_step_is_found_by_the_public_log(
+    train: Any, lines: Lines, settings: list[str], steps: int | list[int]
+) -> None:
+    folder, _ = train(*settings, "fl.rounds=2", steps=[steps])
     replay_client(folder, client=1, round=1)
     first, second = lines(folder, "audit.jsonl")
     second["clients"][1]["g"][0][0] += 1000

@@ -40,6 +40,7 @@ KINDS = {
     ],
     "cusum": ["step_policy=cusum", "step_policy.drift=0.1", "step_policy.threshold=0.8", "step_policy.max_share=1"],
     "oracle": ["step_policy=oracle"],
+    "oracle, shares made even": ["step_policy=oracle", "step_policy.normalise=true"],
 }
 
 

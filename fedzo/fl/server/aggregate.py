@@ -123,8 +123,9 @@ def aggregate(
     own_columns: bool = False,
     aggregation: Aggregation = Aggregation.mean,
     trim_share: float = 0.0,
+    normalise: bool = False,
 ) -> RoundRecord:
-    """A round's scalars c[t, p] from those of its responders; the mean is sum w_k g_k[t, p] / P, w renormalised.
+    """A round's scalars c[t, p] from those of its responders; the mean is sum s_k g_k[t, p] / P (``shares``).
 
     Evaluated in float64 in the order of client index and rounded to float32 once, so the order of arrival changes
     nothing and N identical clients equal one. A client past its last step counts as 0, and so does a dropped probe.
@@ -146,14 +147,16 @@ def aggregate(
         aggregation: How the scalars of a probe become one: median, trimmed mean (arXiv 1803.01498) and majority of
             signs (FeedSign, arXiv 2501.17610) are taken of g_k[t, p] over the clients and divided by P.
         trim_share: ``strategy.trim_share``.
+        normalise: Whether the mean's shares make up for unequal steps.
     """
     clients = sorted(results)
-    weighted = aggregation is Aggregation.mean and not own_columns
-    total = sum(weights[client] for client in clients) if weighted else 1.0
+    share = dict.fromkeys(clients, 1.0)
+    if aggregation is Aggregation.mean and not own_columns:
+        share = shares(weights, {client: len(results[client].g) for client in clients}, normalise=normalise)
     g = np.zeros((steps, probes, len(clients)), np.float64)
     for column, client in enumerate(clients):
         own = results[client].g.astype(np.float64)
-        g[: len(own), :, column] = (weights[client] / total if weighted else 1.0) * own / probes
+        g[: len(own), :, column] = share[client] * own / probes
     if own_columns or directions != SHARED:
         assert aggregation is Aggregation.mean, "validation refuses to compare scalars along unlike directions"
         return RoundRecord(
@@ -171,6 +174,31 @@ def aggregate(
         case Aggregation.majority_sign:
             c = _of_takers(np.sign(g), results, lambda part: np.sign(part.sum(axis=1))) / probes  # a tie moves nothing
     return RoundRecord(round=round, lr=lr, owners=(SHARED,), coefficients=c.astype(np.float32)[:, :, None])
+
+
+def shares(weights: Mapping[int, float], steps: Mapping[int, int], *, normalise: bool) -> dict[int, float]:
+    """s_k of a round's clients: their weights, renormalised.
+
+    Normalised, a share is also multiplied by the weighted mean of steps over the client's own (FedNova for plain
+    steps, arXiv 2007.07481): clients whose steps are alike then move the model by their weights, however many
+    steps each of them takes.
+
+    Args:
+        weights: w of every client.
+        steps: T_k of the round's clients.
+        normalise: Whether shares make up for unequal steps.
+
+    Example:
+        >>> shares({0: 1.0, 1: 1.0}, {0: 3, 1: 1}, normalise=True)
+        {0: 0.3333333333333333, 1: 1.0}
+    """
+    clients = sorted(steps)
+    total = sum(weights[client] for client in clients)
+    share = {client: weights[client] / total for client in clients}
+    if not normalise or len(set(steps.values())) == 1:
+        return share
+    mean = sum(share[client] * steps[client] for client in clients)
+    return {client: share[client] * (mean / steps[client]) for client in clients}
 
 
 def _of_takers(

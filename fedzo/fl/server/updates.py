@@ -112,6 +112,7 @@ class ScalarUpdates:
         fl: The federation's settings.
         strategy: How replies are bounded and become one.
         num_probes: P.
+        normalise: Whether the mean makes up for unequal steps (``step_policy.normalise``).
         gradient: With which every local step is compared (GradIP), float32 [n] in wire order; None where there is none.
     """
 
@@ -122,6 +123,7 @@ class ScalarUpdates:
     fl: FlConfig
     strategy: StrategyConfig
     num_probes: int
+    normalise: bool = False
     gradient: torch.Tensor | None = None
     _signals: Signals = field(init=False)
 
@@ -186,6 +188,7 @@ class ScalarUpdates:
             own_columns=self.replica.walks_clients,
             aggregation=self.strategy.aggregation,
             trim_share=self.strategy.trim_share,
+            normalise=self.normalise,
         )
         return unmoved(record) if measures_only else record
 

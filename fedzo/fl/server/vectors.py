@@ -13,7 +13,7 @@ from fedzo.errors import ProtocolError
 from fedzo.fl.clip import NO_BOUND, far_off
 from fedzo.fl.config import Aggregation, StrategyConfig
 from fedzo.fl.messages import TrainRequest, VectorReply, scalars_from_bytes
-from fedzo.fl.server.aggregate import checked_losses, losses_far_off, trimming
+from fedzo.fl.server.aggregate import checked_losses, losses_far_off, shares, trimming
 from fedzo.fl.server.metrics import finite_mean
 from fedzo.fl.server.signals import short
 from fedzo.records.log import RoundAudit, VectorAudit, VectorAuditLine
@@ -55,11 +55,13 @@ class VectorUpdates:
     Attributes:
         size: n.
         strategy: How vectors are bounded and become one.
+        normalise: Whether the mean makes up for unequal steps (``step_policy.normalise``).
     """
 
     reply_type: ClassVar[type[VectorReply]] = VectorReply
     size: int
     strategy: StrategyConfig
+    normalise: bool = False
 
     def bound(self) -> float:
         return NO_BOUND
@@ -108,9 +110,10 @@ class VectorUpdates:
         strategy = self.strategy
         match strategy.aggregation:
             case Aggregation.mean:
-                total, mean = sum(weights[client] for client in clients), np.zeros(self.size)
+                steps = {client: len(results[client].loss) for client in clients}
+                share, mean = shares(weights, steps, normalise=self.normalise), np.zeros(self.size)
                 for client, change in zip(clients, changes, strict=True):
-                    mean += weights[client] / total * change.astype(np.float64)
+                    mean += share[client] * change.astype(np.float64)
             case Aggregation.median:
                 mean = _by_coordinate(changes, partial(np.median, axis=1))
             case Aggregation.trimmed_mean:

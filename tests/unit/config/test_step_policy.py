@@ -60,6 +60,12 @@ def test_broken_rules_are_named(overrides: list[str], text: str) -> None:
     assert text in complaint(f"step_policy={option}", *(f"step_policy.{key}" for key in keys))
 
 
+def test_shares_are_made_even_for_a_mean_alone() -> None:
+    text = complaint("step_policy=oracle", "step_policy.normalise=true", "strategy=median")
+
+    assert "step_policy.normalise must be false for another strategy.aggregation than mean, which weighs nobody" in text
+
+
 @pytest.mark.parametrize("trainer", ["mezo", "lora", "ia3", "prefix", "prompt", "meerkat", "tables"])
 def test_gradip_asks_for_a_trainer_that_can_have_a_gradient(trainer: str) -> None:
     without = {"meerkat": ["trainer.selector=random"], "tables": ["trainer.gradient=false"]}

@@ -26,7 +26,7 @@ def result(g: object) -> ClientResult:
 
 
 def mean_of(results: dict[int, ClientResult], weights: dict[int, float], **kwargs: object) -> np.ndarray:
-    steps, probes = next(iter(results.values())).g.shape
+    steps, probes = max(result.g.shape for result in results.values())
     options = {"round": 0, "lr": 0.5, "steps": steps, "probes": probes, "directions": SHARED, **kwargs}
     return aggregate(results, weights, **options).coefficients
 
@@ -37,6 +37,39 @@ def test_the_weighted_mean_is_the_one_on_paper() -> None:
     c = mean_of(results, {0: 1.0, 3: 3.0})
 
     assert c[:, 0, 0].tolist() == [0.25 * 1 + 0.75 * 4, 0.25 * 2 - 0.75 * 2]
+
+
+def test_normalised_shares_are_those_on_paper_and_nothing_where_steps_are_equal() -> None:
+    results = {0: result([[1.0], [2.0], [3.0], [4.0]]), 3: result([[8.0]])}
+    mean = 0.25 * 4 + 0.75 * 1  # steps of a client, weighted
+
+    c = mean_of(results, {0: 1.0, 3: 3.0}, normalise=True)
+
+    assert c[0, 0, 0] == np.float32(0.25 * mean / 4 * 1 + 0.75 * mean / 1 * 8)
+    assert c[1:, 0, 0].tolist() == [0.25 * mean / 4 * g for g in (2, 3, 4)]
+    even, weights = {0: result([[1.1], [2.2]]), 3: result([[4.3], [-2.4]])}, {0: 1.7, 3: 3.1}
+    assert np.array_equal(mean_of(even, weights, normalise=True), mean_of(even, weights))
+
+
+def test_normalised_shares_lead_to_the_weighted_optimum_where_some_take_one_step() -> None:
+    """FedNova's promise, on quadratics (x - a)^2 / 2 with exact slopes; else the optimum moves to who steps more."""
+    optima, steps, weights, lr = {0: 0.0, 1: 4.0}, {0: 10, 1: 1}, {0: 1.0, 1: 3.0}, 1e-3
+
+    def fixed_point(normalise: bool) -> float:
+        x = 7.0
+        for _ in range(3000):
+            results = {}
+            for client, optimum in optima.items():
+                at, slopes = x, []
+                for _ in range(steps[client]):
+                    slopes.append([at - optimum])
+                    at -= lr * slopes[-1][0]
+                results[client] = result(slopes)
+            x -= lr * float(mean_of(results, weights, normalise=normalise).sum())
+        return x
+
+    assert fixed_point(True) == pytest.approx(3.0, abs=0.02)
+    assert fixed_point(False) == pytest.approx(12 / 13, abs=0.02)
 
 
 def test_identical_clients_equal_one_client_bit_for_bit() -> None:

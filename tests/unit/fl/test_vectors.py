@@ -105,6 +105,22 @@ def test_a_mean_is_its_slow_twin(
     assert (record.round, record.lr, record.size) == (4, 0.5, SIZE)
 
 
+def test_normalised_shares_make_up_for_unequal_steps() -> None:
+    rng = np.random.default_rng(5)
+    steps, weights = {0: 4, 2: 1, 5: 2}, {0: 1.0, 2: 2.0, 5: 1.0}
+    results = {
+        k: VectorResult(rng.normal(size=SIZE).astype(np.float32), np.ones(n, np.float32), 1.0) for k, n in steps.items()
+    }
+    mean = (1 * 4 + 2 * 1 + 1 * 2) / 4
+
+    record = VectorUpdates(SIZE, StrategyConfig(), normalise=True).combine(
+        results, weights, round=0, lr=0.5, measures_only=False
+    )
+
+    by_hand = sum(weights[k] / 4 * mean * results[k].change.astype(float) / steps[k] for k in steps)
+    assert record.read() == pytest.approx(by_hand, rel=1e-6)
+
+
 def test_one_hostile_client_cannot_leave_the_range_of_the_honest() -> None:
     results = drawn(5, SIZE)
     results[2] = VectorResult(np.full(SIZE, 1e30, np.float32), np.ones(2, np.float32), 1.0)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from fedzo.errors import Problem, problem
-from fedzo.fl.config import FlConfig
+from fedzo.fl.config import Aggregation, FlConfig
 from fedzo.records.log import AuditLine
 from fedzo.records.metrics import ClientVerdict, StepDecision
 from fedzo.records.scores import known
@@ -84,6 +84,11 @@ class StepPolicyConfig(PluginConfig):
         """What other parts of a run must know of this step policy."""
         return StepPolicyTraits()
 
+    @property
+    def normalises(self) -> bool:
+        """Whether the mean of a round makes up for unequal steps."""
+        return False
+
     def most_steps(self, fl: FlConfig) -> int:
         """The most local steps that a client takes in one round."""
         return fl.local_steps
@@ -126,10 +131,20 @@ class EarlyStopConfig(StepPolicyConfig):
     max_share: float = 0.5
     """Largest share of flagged clients. Above it, no client is stopped early and all clients take
     ``fallback_steps``."""
+    normalise: bool = False
+    """Whether a client's steps count in the mean by how few they are (FedNova): times the mean number of steps of the
+    round over its own. The labels of a client that stops early then weigh as much as others' do."""
     fallback_steps: int = 0
     """Local steps a round of all clients above ``max_share``. 0 = half of ``fl.local_steps``."""
 
+    @property
+    def normalises(self) -> bool:
+        return self.normalise
+
     def problems(self, run: RunSettings) -> Iterator[Problem]:
+        if self.normalise and run.strategy.aggregation is not Aggregation.mean:
+            rule = "be false for another strategy.aggregation than mean, which weighs nobody"
+            yield problem("step_policy.normalise", rule, True, "Leave it out, or write strategy.aggregation=mean.")
         most = max(run.fl.local_steps, 1)
         if not 1 <= self.early_steps <= most:
             rule = f"be between 1 and fl.local_steps ({run.fl.local_steps})"
