@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from fedzo.records.metrics import (
     decode_metric,
 )
 
+_MOST_OPEN = 100  # brackets; those of a configuration are a few
 _REMEDY = "It was edited, or another version of fedzo wrote it. Restore it, or delete the line to report without it."
 
 
@@ -133,7 +135,7 @@ def load_run(run_dir: Path) -> RunData:
     if (run_dir / PUBLIC).exists():
         done = len(whole_lines(read_file(run_dir, PUBLIC)))
         records = [record for record in records if belongs(record, done)]
-    config_text, config, config_notes = _read_mapping(run_dir / CONFIG_YAML, yaml.safe_load)
+    config_text, config, config_notes = _read_mapping(run_dir / CONFIG_YAML, _of_yaml)
     _, environment, environment_notes = _read_mapping(run_dir / ENVIRONMENT, json.loads)
     rounds = {record.round: record for record in records if isinstance(record, Round)}
     setups = [record for record in records if isinstance(record, Setup)]
@@ -172,7 +174,7 @@ def read_overrides(run_dir: Path) -> list[str]:
     path = run_dir / OVERRIDES
     if not path.exists():
         return []
-    items: list[str] = _read_value(path, lambda text: yaml.safe_load(text) or [], list)[1]
+    items: list[str] = _read_value(path, lambda text: _of_yaml(text) or [], list)[1]
     if not all(isinstance(item, str) for item in items):
         raise RunFolderError(f"{path}: must hold a list of texts such as fl.rounds=3. Restore the file from a copy.")
     return items
@@ -235,6 +237,14 @@ def _read_mapping(path: Path, parse: Callable[[str], Any]) -> tuple[str, dict[st
     if not path.is_file():
         return "", {}, [f"{path.name} is missing from the run folder."]
     return *_read_value(path, parse, dict), []
+
+
+def _of_yaml(text: str) -> Any:
+    """The values of a YAML text, whose reader takes time by the square of how many brackets are open at once."""
+    steps = (1 if sign in "[{" else -1 for sign in text if sign in "[]{}")
+    if max(accumulate(steps), default=0) > _MOST_OPEN:
+        raise ValueError("too many brackets inside one another")
+    return yaml.safe_load(text)
 
 
 def _read_value(path: Path, parse: Callable[[str], Any], kind: type) -> tuple[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 
 from fedzo.errors import RunFolderError
 from fedzo.report.html import write_report
-from fedzo.report.run_data import load_run
+from fedzo.report.run_data import load_run, read_overrides
 
 MakeRun = Callable[..., Path]
 
@@ -104,6 +104,16 @@ def test_a_damaged_config_is_refused_and_a_missing_one_noted(make_run: MakeRun) 
     (folder / "config.yaml").write_text("- a list\n", encoding="utf-8")
     with pytest.raises(RunFolderError, match=r"config\.yaml: must hold a mapping, got a list"):
         load_run(folder)
+
+
+def test_brackets_without_end_are_no_configuration(make_run: MakeRun) -> None:
+    """YAML's reader would take a second for two thousand of them, and by the square for more."""
+    run = make_run()
+    for name, read in (("config.yaml", load_run), ("overrides.yaml", read_overrides)):
+        (run / name).write_text("- a: " + "[" * 5000)
+        with pytest.raises(RunFolderError, match=f"{name}: must hold a .*, got too many brackets inside one another"):
+            read(run)
+        (run / name).unlink()
 
 
 def test_a_round_that_was_measured_and_never_committed_is_left_out(make_run: MakeRun) -> None:
