@@ -27,10 +27,10 @@ def known(piece: str) -> list[Row]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def keep(piece: str, sweep: Path) -> list[Row]:
-    """Add a row for each finished run of a sweep's folder, in place of a known one of the same name."""
+def keep(piece: str, runs: Path) -> list[Row]:
+    """Add a row for each finished run below a folder, in place of a known one of the same name."""
     named = {row["name"]: row for row in known(piece)}
-    for folder in sorted(sweep.glob("*/")):
+    for folder in sorted(metrics.parent for metrics in runs.rglob("metrics.jsonl")):
         for row in _row(folder):
             named[row["name"]] = row
             if row["method"] == "meerkat" and (row["seed"], row["budget"]) == (0, "T10"):
@@ -66,8 +66,6 @@ def best_dev_loss(row: Row) -> float:
 
 
 def _row(folder: Path) -> Iterator[Row]:
-    if not (folder / "metrics.jsonl").exists():
-        return
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     summary = next((line for line in lines if line["kind"] == "summary"), None)
     if summary is None:

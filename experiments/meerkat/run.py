@@ -13,6 +13,7 @@ of the task's columns. Every run is a ``fedzo train -m`` of one job, two at a ti
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -146,10 +147,10 @@ def run(piece: str, words: list[str]) -> None:
             sys.exit(f"{name} was run at the learning rate {done[name]:g}, which is not the tuned one. {remedy}")
         return
     print(f"{piece}: {name}", flush=True)
-    folder, settings = RUNS / piece, ["--config-dir", str(CONF), "experiment=study", *words]
-    fedzo("train", "-m", *settings, f"hydra.sweep.dir={folder}")
+    folder = RUNS / piece / hashlib.sha256(name.encode()).hexdigest()[:12]  # of its own: a sweep's is locked
+    fedzo("train", "-m", "--config-dir", str(CONF), "experiment=study", *words, f"hydra.sweep.dir={folder}")
     with STORE:
-        keep(piece, folder)
+        keep(piece, RUNS / piece)
 
 
 def fedzo(*words: str) -> None:

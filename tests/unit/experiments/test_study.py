@@ -245,6 +245,30 @@ def test_finished_runs_become_rows_and_interrupted_ones_do_not(study: Any, tmp_p
     assert kept["clients"] == [{"client": 0, "labels": {"1": 4}, "mean_abs_g": [4.0, 1.0], "mean_grad_ip": [2.0, 0.5]}]
 
 
+def test_runs_side_by_side_are_sweeps_of_folders_of_their_own(
+    study: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A sweep's folder is one process's: the second of two would be refused. What is below them becomes rows."""
+    monkeypatch.setattr(study["run"], "RUNS", tmp_path)
+    jobs = study["pieces"].jobs_of("iid", "sst2-meerkat", lr=1.0)
+    folders: list[str] = []
+
+    def finish(*words: str) -> None:
+        folders.append(words[-1].removeprefix("hydra.sweep.dir="))
+        write_run(Path(folders[-1]) / "run", finished=True)
+        text = json.dumps(["experiment=study", *jobs[len(folders) - 1]])
+        (Path(folders[-1]) / "run" / "overrides.yaml").write_text(text)
+        (Path(folders[-1]) / "run" / "config.yaml").write_text("task: {name: sst2}")
+
+    monkeypatch.setattr(study["run"], "fedzo", finish)
+    monkeypatch.setattr(study["collect"], "PANELS", tmp_path / "panels")
+    for job in jobs:
+        study["run"].run("iid", job)
+
+    assert len({*folders}) == len(jobs) == 6
+    assert len(study["collect"].known("iid")) == 6
+
+
 def test_the_local_steps_of_a_plain_run_and_of_one_with_vpcs_are_kept(
     study: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
