@@ -44,7 +44,7 @@ PIECES: dict[str, list[Part]] = {
     ],
     # the same two, with shares that make up for the fewer steps
     "normalised": [
-        Part("meerkat", ["+budget=T10", _SEEDS, *words, "step_policy.normalise=true"])
+        Part("meerkat", ["+budget=T10", _SEEDS, *words, "step_policy.normalise=True"])  # as Hydra writes it
         for words in (
             ["step_policy=oracle", "step_policy.label_share=0.999"],
             ["step_policy=vpcs", "fl.rounds=21", "evaluation.every_rounds=6"],

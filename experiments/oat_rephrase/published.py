@@ -12,6 +12,7 @@ import argparse
 import json
 from collections import Counter
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 
@@ -85,7 +86,9 @@ def _look(kept: list[tuple[Row, str]], task: RephraseTask) -> Found:
         texts.append(found.text)
         faults["cleaned"] += found.text != answer.strip()
         faults["names"] += bool(found.lost_names)
-    figures = SetFigures.of(zip([row for row, _ in kept], texts, strict=True), task=task, column=task.column)
+    figures = SetFigures.of(
+        zip([row for row, _ in kept], texts, strict=True), task=task, column=task.column, label_of=itemgetter("label")
+    )
     return Found(len(kept), faults, figures)
 
 

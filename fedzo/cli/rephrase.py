@@ -44,9 +44,10 @@ def rephrase(arguments: argparse.Namespace) -> int:
     if out is not None and out.resolve() == Path(arguments.data).resolve():
         raise ConfigError(f"--out must not be the file of --data, whose rows it would replace, got {out}.")
     from fedzo.config.load import load
-    from fedzo.config.overrides import with_config_dir
+    from fedzo.config.overrides import quoted, with_config_dir
 
-    stage = ["preprocess=[oat_rephrase]", f"task={arguments.task}", f"data.path={arguments.data}"]
+    stage = ["preprocess=[oat_rephrase]", f"task={arguments.task}", f"data.path={quoted(arguments.data)}"]
+    stage.append("partition=iid")  # rows are dealt to nobody here, so no task is refused for how they would be
     if what == "import":
         stage.append(f"preprocess.oat_rephrase.imported={'0' * 64}")  # so that no rewriter is asked for
     from fedzo.commands import rephrase as command
@@ -61,7 +62,9 @@ def rephrase(arguments: argparse.Namespace) -> int:
     if what == "bootstrap":
         return _show(command.bootstrap(work, Path(arguments.table or _TABLE)))
     if what == "import":
-        return _show(command.import_sets(work, Path(words[0])))
+        from fedzo.commands.rephrase_import import import_sets
+
+        return _show(import_sets(work, Path(words[0])))
     if arguments.dry_run is not None:
         from fedzo.commands.rephrase_preview import dry_run
 

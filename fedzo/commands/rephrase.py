@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
+from fedzo.config.overrides import quoted
 from fedzo.config.plugins import plugin_name
 from fedzo.config.schema import LaunchConfig
 from fedzo.config.travel import load_site
@@ -20,19 +20,15 @@ from fedzo.data.config import TaskConfig
 from fedzo.data.files import MARK, Row, read_rows
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
 from fedzo.data.preprocess.rephrase.course import (
-    IDENTICAL,
     Attempt,
-    check_rewrite,
     counts,
     is_failed,
-    label_of,
-    outcome_of,
 )
 from fedzo.data.preprocess.rephrase.examples import columns_of, write_table
 from fedzo.data.preprocess.rephrase.gate import faults, few_pairs, keep, remedy
 from fedzo.data.preprocess.rephrase.manifest import Used, count_names
 from fedzo.data.preprocess.rephrase.rephraser import Rephraser, prompts_of
-from fedzo.data.preprocess.rephrase.results import apply_outcomes, row_digest
+from fedzo.data.preprocess.rephrase.results import apply_outcomes
 from fedzo.data.preprocess.rephrase.words import is_utf8
 from fedzo.errors import ConfigError, FedzoError, printable
 from fedzo.records.folder import replace_file
@@ -74,7 +70,10 @@ def rewriter_of(site_file: Path) -> list[str]:
     rewriter = load_site(site_file).rewriter
     plain = asdict(rewriter)
     plain["store"] = plain["store"] or str((site_file.parent / STAGE_FOLDER).resolve())
-    keys = [f"rewriter.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in plain.items()]
+    keys = [
+        f"rewriter.{key}={quoted(value) if isinstance(value, str) else json.dumps(value)}"
+        for key, value in plain.items()
+    ]
     return [f"rewriter={plugin_name('rewriter', rewriter)}", *keys]
 
 
@@ -84,7 +83,8 @@ def open_work(config: LaunchConfig, data: Path) -> Work:
     Raises:
         ConfigError: The rows cannot be read, or fit neither task nor recipe.
     """
-    recipe = config.preprocess[STAGE]
+    if (recipe := config.preprocess.get(STAGE)) is None:
+        raise ConfigError(f"preprocess must hold {STAGE}, as fedzo rephrase itself writes. Leave the key out.")
     assert isinstance(recipe, OatRephraseConfig)
     rows = read_rows(data)
     if not rows:
@@ -111,12 +111,13 @@ def rephrase(work: Work, *, out: Path | None, again: bool = False) -> Iterator[s
     if out is not None and out.suffix != ".jsonl":
         raise ConfigError(f"--out: the file must end in .jsonl, got {str(out)!r}. Name it so.")
     if out is not None:
-        _check_out(out)
+        _check_out(out, work)
+    kept_before = len(rephraser.results.older())
     with _progress(work, "rows") as told:
         attempts = rephraser.rewrite(work.rows, told, again=again)
     outcomes = rephraser.results.find(work.rows)
     assert outcomes is not None
-    yield from _told(work, outcomes, Used.of(rephraser.totals, rephraser.rewriter))
+    yield from set_lines(work, outcomes, Used.of(rephraser.totals, rephraser.rewriter))
     if not attempts:
         models = ", ".join(sorted({printable(each.model, most=80) for each in outcomes if each.model}))
         yield f"all rows had their result before{f', by {models}' if models else ''}: no call was made"
@@ -128,19 +129,17 @@ def rephrase(work: Work, *, out: Path | None, again: bool = False) -> Iterator[s
             f"the endpoint failed {counted(failed, 'row')}: --again asks once more. Runs that began with these results "
             "cannot be resumed then"
         )
-    if again and attempts and (older := rephraser.results.older()):
-        yield f"the results of before are kept: {older[-1]}. A run that began with them needs them in their old place"
+    if len(rephraser.results.older()) > kept_before:
+        yield kept_line(rephraser)
     yield f"manifest: {rephraser.keep_manifest(work.rows, outcomes)}"
     page = rephraser.results.file_of_set(outcomes, ".html")
     if attempts or not page.exists():  # one that is there also has what was refused
-        _write_page(work, outcomes, attempts)
+        write_set_page(work, outcomes, attempts)
     yield f"before and after: {page}"
     if out is not None:
         _write_rows(out, work.rows, outcomes)
         yield f"{out}: the whole file, each row marked in the column {MARK!r}"
-    yield f"a run finds this by: preprocess=[{STAGE}]" + "".join(
-        f" {text}" for text in _settings(rephraser.config, rephraser.task)
-    )
+    yield key_line(rephraser)
 
 
 def judge_test(work: Work, *, pairs: int | None) -> Iterator[str]:
@@ -192,63 +191,8 @@ def bootstrap(work: Work, table: Path) -> Iterator[str]:
     yield f"then: rewriter.examples={table}"
 
 
-def import_sets(work: Work, file: Path) -> Iterator[str]:
-    """Take in rewrites from elsewhere, through the same checks; yields lines for people.
-
-    Args:
-        work: Recipe and rows.
-        file: Table with ``row`` (number in the data, from 0), ``text``, and where it has one ``verdict``: all but
-            ``same`` keeps the original. A ``field`` or ``column`` must be the recipe's.
-    """
-    digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
-    sets = read_rows(file)
-    recipe = replace(work.rephraser.config, imported=digest)
-    own = replace(work.rephraser, config=recipe)
-    given = _by_number(sets, file, len(work.rows), work.column)
-    outcomes = [_imported(own, row, given.get(number), f"row {number}") for number, row in enumerate(work.rows)]
-    own.results.add({outcome.row: outcome for outcome in outcomes})
-    found = own.results.find(work.rows) or outcomes
-    mine = Work(own, work.rows)
-    yield from _told(mine, found, Used())
-    yield f"manifest: {own.keep_manifest(work.rows, found)}"
-    yield f"before and after: {_write_page(mine, found, {})}"
-    yield f"a run finds this by: preprocess=[{STAGE}]" + "".join(
-        f" {text}" for text in _settings(recipe, work.rephraser.task)
-    )
-
-
-def _by_number(sets: Iterable[Row], file: Path, num_rows: int, column: str) -> dict[int, Row]:
-    given: dict[int, Row] = {}
-    for line, entry in enumerate(sets, start=1):
-        where = f"{file}, entry {line}"
-        number = str(entry.get("row", "")).strip()
-        if not number.isascii() or not number.isdigit() or int(number) >= num_rows:
-            raise ConfigError(f"{where}: row must be a number from 0 to {num_rows - 1}, got {entry.get('row')!r:.40}.")
-        if int(number) in given:
-            raise ConfigError(f"{where}: row {number} must be there once. Remove one of the two.")
-        named = entry.get("column", entry.get("field", column))
-        if named != column:
-            raise ConfigError(f"{where}: the column must be {column!r}, got {named!r:.40}.")
-        if not isinstance(entry.get("text"), str) or not is_utf8(entry["text"]):
-            raise ConfigError(f"{where}: text must be a text, got {entry.get('text')!r:.40}.")
-        given[int(number)] = entry
-    return given
-
-
-def _imported(rephraser: Rephraser, row: Row, entry: Row | None, where: str) -> RowOutcome:
-    prompts, digest = rephraser.prompts, row_digest(row)
-    label = label_of(row, prompts, rephraser.task, where=where)
-    original = str(row[prompts.column])
-    reason, text = "absent", original
-    if entry is not None:
-        checked = check_rewrite(entry["text"], row, label, prompts=prompts, rules=rephraser.config)
-        refused = "" if entry.get("verdict") in (None, "same") else "verdict"
-        reason = str(checked.fault or "") or (IDENTICAL if checked.text == original.strip() else refused)
-        text = original if reason else checked.text
-    return outcome_of(digest, prompts.column, text, reason=reason, model="imported")
-
-
-def _told(work: Work, outcomes: Sequence[RowOutcome], used: Used) -> Iterator[str]:
+def set_lines(work: Work, outcomes: Sequence[RowOutcome], used: Used) -> Iterator[str]:
+    """What became of a set of rows, and what it took."""
     for name, number in counts(outcomes).items():
         yield f"{number:6d}  {name}"
     if names := count_names(work.rows, outcomes):
@@ -257,6 +201,12 @@ def _told(work: Work, outcomes: Sequence[RowOutcome], used: Used) -> Iterator[st
         yield _spent(used)
     yield from _said(work.rephraser)
     yield from (f"{name}: {value}" for name, value in figures_table(work.rephraser, work.rows, outcomes))
+
+
+def key_line(rephraser: Rephraser) -> str:
+    """What a run must say to find the results."""
+    words = "".join(f" {text}" for text in _settings(rephraser.config, rephraser.task))
+    return f"a run finds this by: preprocess=[{STAGE}]{words}"
 
 
 def _settings(recipe: OatRephraseConfig, task: TaskConfig) -> Iterator[str]:
@@ -274,18 +224,31 @@ def _spent(used: Used) -> str:
     return f"{used.calls} calls, {used.tokens:,} tokens{cost}"
 
 
+def kept_line(rephraser: Rephraser) -> str:
+    """Where the results are that were replaced last."""
+    older = rephraser.results.older()[-1]
+    return f"the results of before are kept: {older}. A run that began with them needs them in their old place"
+
+
 def _said(rephraser: Rephraser) -> Iterator[str]:
     """The first fault of each kind, in the endpoint's words."""
     for words in rephraser.totals.said.values():
         yield f"a call failed: {printable(words)}"
 
 
-def _check_out(out: Path) -> None:
+def _check_out(out: Path, work: Work) -> None:
     _check_folder("--out", out)
-    if out.exists() and not all(MARK in row for row in read_rows(out)):
-        raise ConfigError(
-            f"--out: {out} must not exist, or hold rows that fedzo rephrase wrote, got other rows. Choose another."
-        )
+
+    def others(rows: Sequence[Row]) -> list[Row]:
+        return [{name: value for name, value in row.items() if name not in (work.column, MARK)} for row in rows]
+
+    if out.exists():
+        there = read_rows(out)
+        if not all(MARK in row for row in there) or others(there) != others(work.rows):
+            raise ConfigError(
+                f"--out: {out} must not exist, or hold what fedzo rephrase wrote of these rows, got other rows. "
+                "Choose another."
+            )
 
 
 def _check_folder(option: str, file: Path) -> None:
@@ -305,7 +268,8 @@ def _json_line(row: Row) -> str:
     return line if is_utf8(line) else json.dumps(row)
 
 
-def _write_page(work: Work, outcomes: Sequence[RowOutcome], attempts: Mapping[str, Attempt]) -> Path:
+def write_set_page(work: Work, outcomes: Sequence[RowOutcome], attempts: Mapping[str, Attempt]) -> Path:
+    """The page of a set before and after, for its owner alone; returns the file."""
     page = rephrased_page(work.rephraser, work.rows, outcomes, attempts)
     return write_page(work.rephraser.results.file_of_set(outcomes, ".html"), page, mode=0o600)
 

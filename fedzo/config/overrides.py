@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,8 +58,9 @@ def _text(value: object) -> str:
 
 
 def quoted(name: str) -> str:
-    """A text as one value of Hydra's grammar."""
-    return "'" + name.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    """A text as one value of Hydra's grammar, where a backslash escapes quotes alone, and backslashes before one."""
+    inner = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), name)
+    return f"'{inner}'"
 
 
 def with_config_dir(overrides: Sequence[str], folder: str | None) -> list[str]:

@@ -96,7 +96,7 @@ class Refusal(StrEnum):
     slow = "34", "a step took longer than its site allows"
     version = "35", "its site runs another fedzo than the server"
     preparing = "36", "its training rows are still being prepared"
-    rewriter = "37", "its site cannot rewrite the rows now: the rewriter fails, or its judge has not passed the test"
+    rewriter = "37", "its site cannot rewrite the rows now, or lacks the prompts or rewrites that the run names"
     memory = "38", "its memory does not hold what it was asked to compute"
 
     def __new__(cls, number: str, sentence: str) -> Refusal:

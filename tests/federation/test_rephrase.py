@@ -409,6 +409,64 @@ def test_rewrites_from_elsewhere_are_checked_and_found_by_a_run(
     assert key
     run("imported", key[0])
     assert endpoint.calls == []
+    run("not imported", f"preprocess.oat_rephrase.imported={'0' * 64}", code=2)
+    assert "refusal 37, its site cannot rewrite the rows now, or lacks the prompts" in capsys.readouterr().err
+
+
+def test_sets_that_were_imported_for_other_data_are_replaced_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Row 0 stands twice in the data, and once in the sets."""
+    rows = [{"text": f"the film is {word}", "label": 0} for word in ("fine", "odd", "sad", "fine")]
+    right, wrong, sets = tmp_path / "my dir,1", tmp_path / "wrong.jsonl", tmp_path / "sets.csv"
+    right.mkdir()
+    right = right / "rows (a)=b.jsonl"
+    right.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wrong.write_text("".join(json.dumps(row) + "\n" for row in [rows[1], rows[0], *rows[2:]]))
+    sets.write_text("row,text,verdict\n0,the movie is fine,\n1,the movie is odd,same\n2,the movie is sad,\n")
+
+    def call(data: Path) -> str:
+        words = ["import", str(sets), "--task", "sst2", "--data", str(data), f"rewriter.store={tmp_path / 'store'}"]
+        assert main(["rephrase", *words]) == 0
+        return capsys.readouterr().out
+
+    call(wrong)
+    told = call(right)
+
+    assert "     4  rewritten" in told
+    assert "2 rows had another result from these sets, for other data perhaps" in told
+    assert "the results of before are kept: " in told
+    assert "another result" not in call(right)
+    (results,) = (each for each in (tmp_path / "store" / "results").glob("*.jsonl") if "older" not in each.name)
+    texts = {json.loads(line)["text"] for line in results.read_text().splitlines()}
+    assert texts == {"the movie is fine", "the movie is odd", "the movie is sad"}
+
+
+def test_labels_by_name_are_those_of_the_rows(
+    endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, names = tmp_path / "named.jsonl", ("neg", "pos")
+    data.write_text("".join(json.dumps({"text": f"item {n} is here", "label": names[n % 2]}) + "\n" for n in range(6)))
+    endpoint.rewrite = lambda text: f"{text} positive indeed"
+    words = ["--task", "sst2", "--data", str(data), "task.labels=[neg,pos]", "preprocess.oat_rephrase.judged=false"]
+
+    assert main(["rephrase", *words, "preprocess.oat_rephrase.checks=[empty]", *endpoint.settings(tmp_path / "s")]) == 0
+
+    assert "new words of one answer only: the right one 3, a wrong one 3" in capsys.readouterr().out
+
+
+def test_a_task_whose_answer_is_written_needs_no_further_key(
+    endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "squad.jsonl"
+    rows = [{"context": f"Anna is {n} years old.", "question": "Who?", "answer": "Anna"} for n in range(3)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    assert (
+        main(["rephrase", "--task", "squad", "--data", str(data), "--dry-run", "1", *endpoint.settings(tmp_path)]) == 0
+    )
+
+    assert "3 rows, at most 9 calls" in capsys.readouterr().out
 
 
 def test_text_of_rows_and_endpoint_is_data(
@@ -518,11 +576,15 @@ def test_a_file_that_is_not_its_own_is_never_replaced(
     out, recipe = tmp_path / "out.jsonl", "preprocess.oat_rephrase.gate=false"
     out.write_text('{"text": "another\'s", "label": 0}\n')
     assert rephrase("--out", str(out), recipe) == 2
-    assert f"--out: {out} must not exist, or hold rows that fedzo rephrase wrote" in capsys.readouterr().err
+    assert f"--out: {out} must not exist, or hold what fedzo rephrase wrote of these rows" in capsys.readouterr().err
     assert (out.read_text()[:20], endpoint.calls) == ('{"text": "another\'s"', [])
 
     out.unlink()
     assert [rephrase("--out", str(out), recipe) for _ in range(2)] == [0, 0]
+    kept = out.read_text()
+    out.write_text(kept.partition("\n")[2])  # of other data, by fedzo, too
+    assert rephrase("--out", str(out), recipe) == 2
+    assert out.read_text() == kept.partition("\n")[2]
 
 
 def test_what_the_endpoint_says_is_shown(
@@ -536,6 +598,24 @@ def test_what_the_endpoint_says_is_shown(
     assert 'a call failed: refused: 400 "too long  [2J"' in told
     assert "by the prices" not in told
     assert re.search(r"^\d+ calls, [\d,]+ tokens$", told, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("preprocess=[]", "preprocess must hold oat_rephrase, as fedzo rephrase itself writes. Leave the key out."),
+        ("rewriter.store=/proc/none", "rewriter.store: it must be possible to write in /proc/none, got: "),
+    ],
+)
+def test_settings_that_leave_nothing_to_do_or_to_write_in_are_named(
+    word: str, told: str, endpoint: Endpoint, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--task", "sst2", "--data", str(data_dir / "train.jsonl")]
+
+    code = main(["rephrase", *data, *endpoint.settings(tmp_path / "s"), word])
+
+    assert (code, endpoint.calls) == (2, [])
+    assert told in capsys.readouterr().err
 
 
 def test_pages_with_text_of_clients_are_for_their_owner_and_keep_what_was_refused(

@@ -108,6 +108,10 @@ class EndpointError(FedzoError):
     """
 
 
+class RecipeError(ConfigError):
+    """This site lacks what a run's recipe names: its prompts, or imported rewrites."""
+
+
 class Backend(Protocol):
     """Answers requests. ``complete`` may be called by several threads at once."""
 

@@ -15,7 +15,7 @@ from fedzo.data.config import TaskConfig
 from fedzo.data.encode import Example
 from fedzo.data.kept_digests import RowsChangedError
 from fedzo.data.preprocess import Progress
-from fedzo.data.preprocess.backend import EndpointError
+from fedzo.data.preprocess.backend import EndpointError, RecipeError
 from fedzo.data.tasks import num_labels
 from fedzo.errors import FedzoError, ProtocolError
 from fedzo.evaluate import Evaluator, evaluate
@@ -230,7 +230,7 @@ def _refusal(error: Exception) -> Refusal:
     """What a server is told of rows that could not be got ready."""
     if isinstance(error, RowsChangedError):
         return Refusal.changed
-    return Refusal.rewriter if isinstance(error, EndpointError) else Refusal.rows
+    return Refusal.rewriter if isinstance(error, EndpointError | RecipeError) else Refusal.rows
 
 
 def log_failure(client: int | None, error: BaseException) -> None:

@@ -190,7 +190,7 @@ class Caller:
                 result = self._backend.complete([job.request for job in batch])
                 for job, answer in zip(batch, result, strict=True):
                     if isinstance(answer, Completion):
-                        self._store.put(job.key, answer)  # here: whatever ends the process, it is kept
+                        self._keep(job.key, answer)  # here: whatever ends the process, it is kept
             except Exception as error:
                 result = error
             outcomes.put(_Outcome(batch, begun, result))
@@ -199,6 +199,15 @@ class Caller:
             work()
         else:
             threading.Thread(target=work, name="fedzo-call", daemon=True).start()  # an end does not wait for it
+
+    def _keep(self, key: str, answer: Completion) -> None:
+        try:
+            self._store.put(key, answer)
+        except OSError as error:
+            raise EndpointError(
+                f"rewriter.store: an answer must be kept, but cannot be: {error}. Make room there, or choose another "
+                "folder; what is done is kept."
+            ) from error
 
     def _affordable(self, waiting: deque[_Job], held: dict[int, _Job]) -> list[_Job]:
         """The next batch, out of ``waiting``, as far as the budgets hold it beside what is in flight."""

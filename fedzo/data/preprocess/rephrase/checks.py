@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,21 +20,30 @@ _QUOTES = {'"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019", "\u00ab":
 _SINGLE = str.maketrans({"\u2018": "'", "\u2019": "'"})
 _DOUBLE = '"\u201c\u201d\u201e\u00ab\u00bb'
 
-_MADE = r"(?:rephras|reword|rewrit|rewrot|paraphras|revis|restat|reformulat)\w*"
+_NOUN = "(?:text|version|sentence|premise|passage|paragraph|context|answer|output|result|statement|example|field|form)"
+_REWRITTEN = r"(?:rephras|reword|rewrit|rewrot|paraphras)\w*"
+_REVISED = r"(?:revis|restat|reformulat)\w*"  # of much else than text, too
+_KIND = r"(?: (?:new|updated|improved|alternative|different|possible|shorter|clearer|concise|simpler|cleaner|better))*"
+_SURE = r"(?:sure|certainly|of course|absolutely|okay|ok|great)\b"
 _LEAD_IN = re.compile(
-    r"(?:(?:sure|certainly|of course|absolutely|okay|ok|yes|great)\b[^\w]{0,3})?"
-    rf"(?:(?:here(?:'s| is| are)|below is|this is|the following is)\b[^:\n]{{0,60}}\b(?:{_MADE}|version)"
-    rf"|(?:the |a |my |your )?{_MADE}(?: \w+)?(?= ?[:\n]|\*)"
-    r"|here(?:'s| it is| is(?: the| a)? (?:text|answer|output|premise|passage|sentence|result))(?= ?[:\n]))"
+    rf"(?:(?:{_SURE}|yes\b)[^\w]{{0,3}})?"
+    rf"(?:(?:here(?:'s| is| are)|below is|this is|the following is)\b[^:\n]{{0,60}}\b"
+    rf"(?:{_REWRITTEN}|{_REVISED} {_NOUN}|(?:an?|the|my|your|one){_KIND} version)"
+    rf"|(?:the |a |my |your )?(?:{_REWRITTEN}(?: \w+)?|{_REVISED}(?: {_NOUN})?)(?= ?[:\n]|\*)"
+    rf"|here(?:'s| it is| is(?: the| a)? {_NOUN})(?= ?[:\n]))"
 )
-_OPENER = re.compile(r"(?:sure|certainly|of course|absolutely|okay|ok|great)\b[^\w\n]{0,3}\n")
+_OPENER = re.compile(rf"(?:{_SURE}|here (?:you go|you are|it is)\b)[^\w\n:]{{0,3}}[:\n]")
 _REFUSAL = re.compile(
-    r"(?:i'm|i am) (?:sorry|unable|not able)\b[^\n]{0,40}\b(?:can't|cannot|can not|rephrase|rewrite|assist|help)"
+    r"(?:(?:i'm |i am )?sorry|i'm unable|i am unable|i'm not able|i am not able)\b[^\n]{0,40}\b"
+    r"(?:can't|cannot|can not|rephrase|rewrite|assist|help)"
     r"|i (?:can't|cannot) (?:rephrase|rewrite|assist|help with)|as an ai\b"
 )
+_LABELS = ("text", "answer", "output", "rewrite", "response")
+_TOLD = "right answer"  # a line of the prompt, as each column is
+_OF_LABEL = re.compile(r"^(?:new|updated|final|rewritten|rephrased|revised|reworded|paraphrased) | ?\([^()]*\)$")
+_MARKUP = ("{", "[", "<", "```")
 _HEAD = 200
 _MOST_TIMES, _MOST_SIGNS = 20, 10_000
-_LABELS = ("text", "answer", "output", "rewrite", "response")
 
 _ECHOED_WORDS, _ECHOED_SIGNS = 6, 20
 _STEM = 5
@@ -113,12 +123,12 @@ def check(
     original = str(row[column]).strip(_OUTER)
     if len(answer) > _MOST_TIMES * len(original) + _MOST_SIGNS:
         return Checked(answer[:_MOST_SIGNS], Check.truncated if truncated else Check.length)
-    text, led = _cleaned(answer, original, column)
+    text, led = _cleaned(answer, original, column, {*map(folded, task.shown), _TOLD} - {folded(column)})
     same = text == original
     faults: dict[Check, Callable[[_Case], bool]] = {
         Check.empty: lambda _: not original or (not same and folded(text).strip(" .") in _NOTHING),
         Check.truncated: lambda _: truncated,
-        Check.lead_in: lambda _: not same and led,
+        Check.lead_in: lambda _: not same and (led or _is_wrapped(text, original)),
         Check.quotes: _has_stray_quotes,
         Check.line_break: lambda case: len(case.text.splitlines()) > max(1, len(case.original.splitlines())),
         Check.length: _has_wrong_length,
@@ -134,31 +144,42 @@ def check(
     return Checked(text, fault, () if same else lost_names(text, original))
 
 
-def _cleaned(answer: str, original: str, column: str) -> tuple[str, bool]:
-    """The answer without what surrounds it, and whether a lead-in stays in it that has no clear end."""
+def _cleaned(answer: str, original: str, column: str, others: set[str]) -> tuple[str, bool]:
+    """The answer without what surrounds it, and whether a lead-in stays in it.
+
+    That is one without a clear end, or the name of one of ``others``, the prompt's other fields.
+    """
     text = answer.strip(_OUTER)
     if text == original:
         return text, False
-    text, led = _without_lead_in(text, original, column)
+    text, led = _without_lead_in(text, original, column, others)
     text = _without_quotes(text, original)
     return text, led
 
 
-def _without_lead_in(text: str, original: str, column: str) -> tuple[str, bool]:
+def _without_lead_in(text: str, original: str, column: str, others: set[str]) -> tuple[str, bool]:
     head, known = folded(text[:_HEAD]), folded(original[:_HEAD])
     opener = _OPENER.match(head)
     match = _LEAD_IN.match(head.lstrip("*\"'# "))
     if opener is None and match is None:
         label = head.lstrip("*# ").partition(":")[0].strip(" *")
-        if ":" in head and label in (*_LABELS, folded(column)) and not known.startswith(label):
-            return text.partition(":")[2].strip(_OUTER + "*"), False
+        name = _OF_LABEL.sub("", label)
+        if ":" in head and name in (*_LABELS, folded(column), *others) and not known.startswith(label):
+            return (text, True) if name in others else (text.partition(":")[2].strip(_OUTER + "*"), False)
         return text, _REFUSAL.match(head) is not None and _REFUSAL.match(known) is None
-    if match is not None and known.startswith(match.group()):
+    if any(found is not None and known.startswith(found.group()) for found in (match, opener)):
         return text, False
-    end = re.search(r"\n" if opener is not None and match is None else r"[:\n]", text[:_HEAD])
+    end = re.search(r"[:\n]", text[:_HEAD])
     if end is None:
         return text, True
     return text[end.end() :].strip(_OUTER + "*"), False
+
+
+def _is_wrapped(text: str, original: str) -> bool:
+    """Whether it is JSON, a tag or a block of code, or has a model's own signs or control characters in it."""
+    markup = any(text.startswith(sign) and not original.startswith(sign) for sign in _MARKUP)
+    strange = {sign for sign in text if unicodedata.category(sign) == "Cc"} - {*"\t\n\r", *original}
+    return markup or bool(strange) or ("<|" in text and "<|" not in original)
 
 
 def _without_quotes(text: str, original: str) -> str:

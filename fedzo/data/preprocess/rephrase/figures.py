@@ -8,7 +8,7 @@ whole set. Both were counted on published sets (docs/how-to-rephrase-data.md).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -56,7 +56,7 @@ class SetFigures:
 
     @classmethod
     def of(
-        cls, pairs: Iterable[tuple[Row, str]], *, task: RephraseTask, column: str, label: str = "label"
+        cls, pairs: Iterable[tuple[Row, str]], *, task: RephraseTask, column: str, label_of: Callable[[Row], int | None]
     ) -> SetFigures:
         """Count.
 
@@ -64,7 +64,7 @@ class SetFigures:
             pairs: Each original row and its rewritten text; none gives zeros.
             task: Of the rows.
             column: The rewritten one.
-            label: The column with the label's number.
+            label_of: Number of a row's right answer; None where it has none.
         """
         right = wrong = 0
         shares: dict[int, list[tuple[float, float]]] = defaultdict(list)
@@ -73,9 +73,8 @@ class SetFigures:
             original = str(row[column])
             before, after = words(original), words(text)
             lengths.append((len(before), len(after)))
-            if label not in row:
+            if (truth := label_of(row)) is None:
                 continue
-            truth = int(row[label])
             leaking = {
                 answer for answer in _answers(task) if leaked_words(text, original, row=row, task=task, label=answer)
             }

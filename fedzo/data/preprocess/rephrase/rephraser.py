@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fedzo.data.config import TaskConfig
 from fedzo.data.files import Row
-from fedzo.data.preprocess.backend import REWRITERS, Backend, RewriterConfig
+from fedzo.data.preprocess.backend import REWRITERS, Backend, RecipeError, RewriterConfig
 from fedzo.data.preprocess.rephrase.caller import Caller, Totals
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
 from fedzo.data.preprocess.rephrase.course import Attempt, Course, is_failed
@@ -60,11 +60,11 @@ class Rephraser:
         """What rewriter and judge read.
 
         Raises:
-            ConfigError: They are not those of the recipe.
+            RecipeError: They are not those of the recipe.
         """
         prompts = prompts_of(self.config, self.task, self.rewriter.examples)
         if prompts.digest != self.config.prompt:
-            raise ConfigError(
+            raise RecipeError(
                 f"preprocess.oat_rephrase.prompt must be the digest of this site's prompts, {prompts.digest}, got "
                 f"{self.config.prompt}. Give the run that key, or both sides the same fedzo and rewriter.examples."
             )
@@ -95,11 +95,11 @@ class Rephraser:
 
         Raises:
             EndpointError: The site names no rewriter.
-            ConfigError: The prompts cannot be made, or the model cannot be loaded.
+            ConfigError: The prompts cannot be made, the model cannot be loaded, or the store not written.
         """
         prompts = self.prompts
         backend = REWRITERS.build(self.rewriter)
-        with closing(backend), Store(self.folder / "calls") as store:
+        with closing(backend), self._store() as store:
             yield Course(
                 self.config,
                 self.task,
@@ -111,6 +111,16 @@ class Rephraser:
                 max_tokens=self.rewriter.max_tokens,
                 context_tokens=self.rewriter.context_tokens,
             )
+
+    def _store(self) -> Store:
+        try:
+            return Store(self.folder / "calls")
+        except FolderInUseError:  # an OSError, too; whoever waits for it goes on
+            raise
+        except OSError as error:
+            raise ConfigError(
+                f"rewriter.store: it must be possible to write in {self.folder}, got: {error}. Choose another folder."
+            ) from error
 
     def rewrite(self, rows: Sequence[Row], on_progress: OnProgress, *, again: bool = False) -> dict[str, Attempt]:
         """Rewrite the rows that have no result, and keep results and manifest; returns what was done, by row digest.
@@ -139,7 +149,7 @@ class Rephraser:
             attempts += course.run(failed, lambda done, _: on_progress(done_now + done, len(rows)), beside=answered)
         judged = "" if calibration is None else calibration_digest(calibration)
         made = {each.outcome.row: replace(each.outcome, judged=judged) for each in attempts if each.outcome is not None}
-        self.results.add(made, instead=made.keys() & there.keys())
+        self.results.add(made, instead=[row for row in made if row in there and there[row].reason != made[row].reason])
         if (outcomes := self.results.find(rows)) is not None:
             self.keep_manifest(rows, outcomes, Used.of(self.totals, self.rewriter, since=before))
         return dict(zip(map(row_digest, (*new, *failed)), attempts, strict=True))
@@ -152,7 +162,7 @@ class Rephraser:
         """What stands in the place of each row's text: what is kept, or made now where a row has nothing."""
         while (found := self.results.find(rows)) is None:
             if self.config.imported:
-                raise ConfigError(
+                raise RecipeError(
                     f"{self.results.file}: the imported rewrites of all rows must be there. Call fedzo rephrase import "
                     "on this machine, for these rows and with this recipe."
                 )

@@ -150,7 +150,9 @@ class _Numbers:
         below_ten = 20 <= self._last < 100 and self._last % 10 == 0 and 0 < value < 10  # "twenty-one"
         year = 10 <= self._part < 100 and 10 <= value < 100 and self._part != 10  # "nineteen ninety"
         words_only = not any(word[0].isdecimal() for word in (*self._words, token))
-        if self._words and year and words_only and not self._done and len(self._words) == 1:
+        if self._words and self._words[-1][0].isdecimal() and token[0].isdecimal():  # "in 2000 12 people": two numbers
+            self.close()
+        elif self._words and year and words_only and not self._done and len(self._words) == 1:
             self._part *= 100
         elif self._words and not (self._last >= 100 > value or (below_ten and words_only)):
             self.close()

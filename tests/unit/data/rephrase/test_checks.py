@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from operator import itemgetter
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedzo.data.preprocess.rephrase.checks import check
+from fedzo.data.preprocess.rephrase.checks import Checked, check
 from fedzo.data.preprocess.rephrase.config import Check, OatRephraseConfig
 from fedzo.data.preprocess.rephrase.figures import SetFigures
 from fedzo.data.preprocess.rephrase.tasks import TASKS
@@ -19,6 +20,10 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60
 
 
 def fault(rewrite: str, original: str, task: str = "cb", label: int | None = 0, **row: Any) -> Check | None:
+    return checked(rewrite, original, task, label, **row).fault
+
+
+def checked(rewrite: str, original: str, task: str, label: int | None, **row: Any) -> Checked:
     column = TASKS[task].column
     row = {column: original, "hypothesis": "it rained", **row}
     return check(
@@ -30,7 +35,7 @@ def fault(rewrite: str, original: str, task: str = "cb", label: int | None = 0, 
         label=label,
         prompt=PROMPT,
         rules=OatRephraseConfig(),
-    ).fault
+    )
 
 
 def cleaned(answer: str, original: str) -> str:
@@ -135,6 +140,68 @@ def test_an_anchor_must_stay_as_a_whole_word() -> None:
     assert fault("He ran home fast.", "He ran home fast.", "wic", word="run") == Check.anchors, "an unusable row"
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        'new premise: "The bus came late."',
+        "New text: The bus came late.",
+        "Updated premise: The bus came late.",
+        "Premise (rewritten): The bus came late.",
+        "**New premise:** The bus came late.",
+        "Sure: The bus came late.",
+        "Here you go: The bus came late.",
+        "Here's my shorter version: The bus came late.",
+        "Revised premise: The bus came late.",
+    ],
+)
+def test_the_prompts_last_line_and_a_short_opener_are_taken_off(answer: str) -> None:
+    found = checked(answer, "The bus came late.", "copa", 0, choice1="a", choice2="b", question="cause")
+
+    assert (found.text, found.fault) == ("The bus came late.", None)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Sorry, I can't help with that request.",
+        '{"premise": "The bus was late."}',
+        "<premise>The bus was late.</premise>",
+        "The bus was late.<|im_end|>",
+        "The bus was late.\x00",
+        "Right answer: the bus was late.",
+        "Question: the bus was late.",
+    ],
+)
+def test_what_is_no_text_of_a_row_is_rejected(answer: str) -> None:
+    row = {"choice1": "a", "choice2": "b", "question": "cause"}
+
+    assert fault(answer, "Today the bus came late.", "copa", 0, **row) == Check.lead_in
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Here is the director's version: longer and worse.",
+        "Revised estimates: growth is weak.",
+        "This is a fine version of the story.",
+    ],
+)
+def test_words_that_a_lead_in_may_have_are_kept_in_a_text(answer: str) -> None:
+    found = checked(answer, "The story is a fine one, growth or not.", "sst2", None)
+
+    assert (found.text, found.fault) == (answer, None)
+
+
+def test_numbers_side_by_side_are_two() -> None:
+    told = "In 2000 12 people died in the fire."
+
+    assert fault("In 2012 people died in the fire.", told, "sst2", None) == Check.numbers
+    assert fault("12 people died in the fire in 2000.", told, "sst2", None) is None
+    assert (
+        fault("In 2008, 20 million came to the place.", "20 million came to the place in 2008.", "sst2", None) is None
+    )
+
+
 def test_new_words_of_the_right_choice_alone_are_a_leak() -> None:
     row = {"choice1": "He was sneezing.", "choice2": "He fell down."}
 
@@ -226,7 +293,9 @@ def test_a_megabyte_is_read_or_refused_within_seconds(piece: str) -> None:
 @given(st.lists(st.sampled_from(["sneezing", "falling", "he", "ran"]), min_size=1, max_size=5))
 def test_figures_count_leaks_both_ways(added: list[str]) -> None:
     row = {"premise": "The man got tissues", "choice1": "was sneezing", "choice2": "was falling", "label": 0}
-    found = SetFigures.of([(row, " ".join([row["premise"], *added]))], task=TASKS["copa"], column="premise")
+    found = SetFigures.of(
+        [(row, " ".join([row["premise"], *added]))], task=TASKS["copa"], column="premise", label_of=itemgetter("label")
+    )
 
     assert (found.leaks_right, found.leaks_wrong) == ("sneezing" in added, "falling" in added)
     assert (found.words_before, found.words_after) == (4, 4 + len(added))
@@ -237,7 +306,9 @@ def test_figures_tell_how_many_words_of_the_other_field_are_found_by_label() -> 
         {"premise": "a b c", "hypothesis": "a b", "label": 0},
         {"premise": "x y", "hypothesis": "x q r s", "label": 1},
     ]
-    found = SetFigures.of(zip(rows, ["a z", "x q"], strict=True), task=TASKS["cb"], column="premise")
+    found = SetFigures.of(
+        zip(rows, ["a z", "x q"], strict=True), task=TASKS["cb"], column="premise", label_of=itemgetter("label")
+    )
 
     assert {k: (v.rows, v.before, v.after) for k, v in found.overlap.items()} == {0: (1, 1, 0.5), 1: (1, 0.25, 0.5)}
-    assert SetFigures.of([], task=TASKS["cb"], column="premise").words_after == 0
+    assert SetFigures.of([], task=TASKS["cb"], column="premise", label_of=itemgetter("label")).words_after == 0

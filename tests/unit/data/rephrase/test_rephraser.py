@@ -108,9 +108,14 @@ def test_what_the_endpoint_failed_is_asked_again_by_hand_and_kept_by_a_run(site:
     assert run.rewrite([*ROWS, {**ROWS[0], "choice2": "It snowed."}], silent).keys().__len__() == 1
     assert asked(run) == 1  # the new row alone: a run that began with the old text goes on with it
 
+    still = site(dead)
+    assert still.rewrite(ROWS[3:4], silent, again=True)
+    assert still.results.older() == []  # it failed once more: nothing was replaced
     by_hand = site(good)
     by_hand.rewrite(ROWS, silent, again=True)
     assert asked(by_hand) == 1
+    (older,) = by_hand.results.older()
+    assert "call_unavailable" in older.read_text()
     assert counts(by_hand.results.find(ROWS) or []) == {"rewritten": 30}
 
 
