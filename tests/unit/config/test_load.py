@@ -13,10 +13,18 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from fedzo import trainers
 from fedzo.config.compose import job_folder, option_names, session
 from fedzo.config.load import load
-from fedzo.config.overrides import rewrite_model, with_config_dir
+from fedzo.config.overrides import quoted, rewrite_model, with_config_dir
 from fedzo.config.sweep import plan_sweep
 from fedzo.errors import ConfigError
 from fedzo.trainers.base import TrainerConfig
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a b", "si\\b", "end\\", "end\\\\", "it's", "a\\'b", "\\\\'", "a,b", "{k}", "[1", "x=y", "\u00e9", "", "null"],
+)
+def test_a_quoted_text_is_that_text_to_hydra(text: str) -> None:
+    assert OverridesParser.create().parse_override(f"key={quoted(text)}").value() == text
 
 
 @pytest.mark.parametrize(

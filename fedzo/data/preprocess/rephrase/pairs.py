@@ -49,7 +49,9 @@ class Pair:
 
 KINDS = ("identical", "paraphrased", "negated", "swapped", "other row")
 SAME_KINDS = KINDS[:2]
-_CLAUSES = re.compile(r"([A-Z][^.?!;,:]*?) (because|when|after|before|while|although) ([^.?!;,:]+)\.")
+# "after her children" is no clause: two words are too few to tell
+_LINK = r"because|when|while|although|after(?= \S+ \S+ \S)|before(?= \S+ \S+ \S)"
+_CLAUSES = re.compile(rf"([A-Z][^.?!;,:]*?) ({_LINK}) ([^.?!;,:]+)\.")
 
 
 def paraphrased(text: str, turn: int = 0) -> str:

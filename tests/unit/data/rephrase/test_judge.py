@@ -171,6 +171,7 @@ def test_frames_take_turns_so_that_none_tells_a_kind() -> None:
         assert len({make("Ana lost her keys.", turn).replace("Ana lost her keys", "") for turn in range(10)}) == 5
     assert negated("The man broke his toe.") == "The man never broke his toe."
     assert paraphrased("They sat on the couch.") == "They sat on the sofa."
+    assert "After her children" not in paraphrased("The mother needed help looking after her children.")
 
 
 PREMISES = [
