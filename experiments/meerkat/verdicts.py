@@ -210,7 +210,8 @@ def _our_own(results: Results, task: str, measure: Measure) -> Iterable[Verdict]
     masks = (f"mask-{corpus}-60.safetensors" for corpus in (task, "c4"))
     own, c4 = (results.rows("masks", task, budget="T1", inputs__artifact=mask) for mask in masks)
     yield line("T = 1: a mask of the task's own rows does as well as one of C4", own, c4, as_good)
-    even, vpcs = (results.rows(piece, task, budget="T10", step_policy="vpcs") for piece in ("normalised", "step_policy"))
+    pieces = ("normalised", "step_policy")
+    even, vpcs = (results.rows(piece, task, budget="T10", step_policy="vpcs") for piece in pieces)
     yield line("T = 10: VPCS with shares made even (FedNova's) is ahead of VPCS", even, vpcs)
     for method in ("full", "lora", "magnitude", "random"):
         claim = f"{METHODS[method]} is better off with T = 1 than with T = 10"
