@@ -103,8 +103,8 @@ def run_ray(
 
     with one_federation(), quiet_flower(), _quiet_ray(), _environment(run_config):
         try:
-            _start_ray(config)
-            _take_sigterm_back(on_sigterm)
+            with _sigterm_kept_for(on_sigterm):
+                _start_ray(config)
             engine.start()
             grid, context = _wait_for(grids, check)
             context.run_config = dict(run_config)
@@ -152,6 +152,18 @@ def _take_sigterm_back(handler: Any) -> None:
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
+
+
+@contextmanager
+def _sigterm_kept_for(handler: Any) -> Iterator[None]:
+    """Let this process's own handler have a SIGTERM, too, that comes while Ray starts: Ray's would only exit."""
+    try:
+        yield
+    except SystemExit:
+        _take_sigterm_back(handler)
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise
+    _take_sigterm_back(handler)
 
 
 def _root(error: BaseException | None) -> BaseException | None:

@@ -542,10 +542,7 @@ def test_a_row_that_does_not_fit_is_named_before_any_call(
         (["--out", "none/o.jsonl"], "--out: the folder of none/o.jsonl must exist"),
         (["bootstrap", "--table", "none/t.csv"], "--table: the folder of none/t.csv must exist"),
         (["task.candidates=[A,B,C]"], "task.candidates must be answers that mean"),
-        (
-            ["task.candidates=[Great,Bad]"],
-            "answers that mean negative, positive, in this order",
-        ),
+        (["task.candidates=[Great,Bad]"], "answers that mean negative, positive, in this order"),
         (["import", "gone.jsonl"], "gone.jsonl: there is no such file. Check the path."),
     ],
 )

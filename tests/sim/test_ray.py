@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -106,6 +107,22 @@ def test_ray_that_does_not_start_says_why(play_on_ray: Play, monkeypatch: pytest
 
     with pytest.raises(ProtocolError, match=r"runtime=ray: Ray must start on this machine.*timed out.*30 s.*busy"):
         play_on_ray()
+
+
+def test_a_sigterm_while_ray_starts_is_this_process_own(play_on_ray: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def start(*args: Any, **kwargs: Any) -> None:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as Ray's start does, before all else
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("ray.init", start)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            play_on_ray()
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_engine_that_fails_names_what_it_began_with(play_on_ray: Play, monkeypatch: pytest.MonkeyPatch) -> None:
