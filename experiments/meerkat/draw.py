@@ -33,7 +33,7 @@ from fedzo.report.style import (
 
 HERE = Path(__file__).parent
 COLOURS = dict(zip(METHODS, (BLUE, ORANGE, GREEN, PURPLE, AMBER), strict=True))
-MARKERS = dict(zip(BUDGETS, "osD", strict=True))
+MARKERS = dict(zip(BUDGETS, "osDv", strict=True))
 
 
 def main(pieces: Mapping[str, Sequence[Row]]) -> None:
@@ -99,7 +99,7 @@ def _accuracy(axes: Axes, results: Results, task: str) -> None:
             rows = results.grid(task, method, budget)
             _with_interval(axes, at + 0.14 * (place - 2), [row["after"]["value"] for row in rows], COLOURS[method])
     _before(axes, results, task, at=0.5)
-    budgets = [budget for budget in BUDGETS if budget != "T50" or results.grid(task, "meerkat", budget)]
+    budgets = [budget for budget in BUDGETS if results.grid(task, "meerkat", budget)]
     axes.set_xticks(range(len(budgets)), [f"T = {BUDGETS[budget]}" for budget in budgets])
     axes.set_xlim(-0.5, len(budgets) - 0.5)
     axes.set_ylabel("test accuracy")

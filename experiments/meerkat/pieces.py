@@ -18,7 +18,7 @@ METHODS = {
     "magnitude": "Weight magnitude",
     "random": "Random mask",
 }
-BUDGETS = {"T1": 1, "T10": 10, "T50": 50}
+BUDGETS = {"T1": 1, "T10": 10, "T50": 50, "T100": 100}
 SEEDS = (0, 1, 2)
 
 
@@ -30,6 +30,12 @@ class Part(NamedTuple):
     words: list[str]
     rates: tuple[float, ...] = (1.0,)
     """Times the learning rate that was tuned for the method; of several the one of the best dev loss is reported."""
+
+
+def _thousand_steps(every: int) -> Part:
+    """1,000 steps, averaged after every so many, with five models to choose from."""
+    length = [f"fl.rounds={1000 // every}", f"evaluation.every_rounds={200 // every}"]
+    return Part("meerkat", [f"+budget=T{every}", _SEEDS, *length])
 
 
 _SEEDS = "seed=" + ",".join(map(str, SEEDS))
@@ -85,7 +91,12 @@ PIECES: dict[str, list[Part]] = {
     ],
     "T50": [Part("all", ["+budget=T50", _SEEDS])],
     "long": [Part("all", ["+budget=T10", _SEEDS, "fl.rounds=100", "evaluation.every_rounds=25"])],
+    # where drift would show: T = 50 first
+    "drift": [_thousand_steps(1), _thousand_steps(50)],
+    "drift_100": [_thousand_steps(100)],
 }
+OWN_RATES = ("drift", "drift_100")
+"""Pieces that do not run at the cell's learning rate: each combination climbs a ladder of its own, on seed 0."""
 
 
 class Corpus(NamedTuple):

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import tables
 from collect import Row, best_dev_loss, keep, known, name_of
-from pieces import CORE_TASKS, METHODS, PIECES, RUNS, SEEDS, TASKS, combinations, corpus_of, jobs_of
+from pieces import CORE_TASKS, METHODS, OWN_RATES, PIECES, RUNS, SEEDS, TASKS, combinations, corpus_of, jobs_of
 
 CONF = Path(__file__).parent / "conf"
 STORE = threading.Lock()
@@ -67,6 +67,10 @@ def main() -> None:
             keep(piece, RUNS / piece)
             words = [job for cell in cells for job in jobs_of(piece, cell, lr=rate_of(cell))]
             words = [job for job in words if any(f"seed={seed}" in job for seed in flags.seed or SEEDS)]
+            if piece in OWN_RATES:
+                ladders = sorted({ladder_of(job) for job in words})
+                rates = dict(zip(ladders, pool.map(partial(climb, f"tune_{piece}"), ladders), strict=True))
+                words = [[*job, f"trainer.lr={rates[ladder_of(job)]:.4g}"] for job in words]
             for mask in sorted({*re.findall(r"mask-[^/ ]*safetensors", " ".join(" ".join(job) for job in words))}):
                 choose_mask(flags.data, mask)
             list(pool.map(partial(run, piece), words))
@@ -118,6 +122,27 @@ def is_tuned(cell: str) -> bool:
     """Whether the cell's learning rate is the best of the ladder, and inside of it."""
     losses, rate = tried(cell), rate_of(cell)
     return rate in losses and min(losses) < rate < max(losses) and losses[rate] == min(losses.values())
+
+
+def ladder_of(job: list[str]) -> tuple[str, ...]:
+    """The words that runs of all seeds share: they share a learning rate, too."""
+    return tuple(word for word in job if not word.startswith("seed="))
+
+
+def climb(piece: str, ladder: tuple[str, ...]) -> float:
+    """The learning rate of the best dev loss of seed 0 among neighbours; the runs that find it are a piece."""
+    keep(piece, RUNS / piece)
+    cell, *words = ladder
+    first = rate_of(cell.removeprefix("+cell="))
+    rates = [first / LADDER, first, first * LADDER]
+    while True:
+        for rate in rates:
+            run(piece, [cell, *words, "seed=0", "evaluation.test=False", f"trainer.lr={rate:.4g}"])
+        losses = {row["lr"]: best_dev_loss(row) for row in known(piece) if {*ladder} <= {*row["name"].split()}}
+        best = min(losses, key=losses.__getitem__)
+        if min(losses) < best < max(losses):
+            return best
+        rates = [best / LADDER if best == min(losses) else best * LADDER]
 
 
 def tune(cell: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import draw
 from collect import Row, best_dev_loss, known
 from costs import hours, state
-from pieces import BUDGETS, CORE_TASKS, METHODS, PIECES, SEEDS, TASKS
+from pieces import BUDGETS, CORE_TASKS, METHODS, OWN_RATES, PIECES, SEEDS, TASKS
 from sequential import sequential
 from verdicts import (
     ACCURACY,
@@ -60,7 +60,7 @@ def made() -> dict[str, list[str]]:
     tasks = [task for task in TASKS if task in CORE_TASKS or any(row["task"] == task for row in core)]
     return {
         "state": state(core),
-        "tuning": tuning(known("tune")),
+        "tuning": tuning(known("tune"), [row for piece in OWN_RATES for row in known(f"tune_{piece}")]),
         "accuracy": accuracy(core),
         "others": others(pieces),
         "hours": hours(core),
@@ -78,16 +78,22 @@ def cells(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
     return {key: sorted(found[key], key=lambda row: row["seed"]) for key in found if found[key]}
 
 
-def tuning(tried: Sequence[Row]) -> list[str]:
-    """The whole grid of learning rates: best dev loss of seed 0 at each, the chosen one in bold."""
+def tuning(tried: Sequence[Row], own: Sequence[Row] = ()) -> list[str]:
+    """The whole grid of learning rates: best dev loss of seed 0 at each, the chosen one in bold.
+
+    Args:
+        tried: Of the methods, at T = 1.
+        own: Of runs of 1,000 steps, which have rates of their own.
+    """
     lines = ["| task | method | dev loss by learning rate |", "|---|---|---|"]
-    for (task, method, _), rows in cells(tried).items():
+    at_t = [(f", T = {BUDGETS[key[2]]}, 1,000 steps", key, rows) for key, rows in cells(own).items()]
+    for title, (task, method, _), rows in [*(("", key, rows) for key, rows in cells(tried).items()), *at_t]:
         losses = {row["lr"]: best_dev_loss(row) for row in rows}
         best = min(losses, key=losses.__getitem__)
         shown = [
             f"**{lr:g}: {loss:.3f}**" if lr == best else f"{lr:g}: {loss:.3f}" for lr, loss in sorted(losses.items())
         ]
-        lines.append(f"| {TASKS[task]} | {METHODS[method]} | {', '.join(shown)} |")
+        lines.append(f"| {TASKS[task]} | {METHODS[method]}{title} | {', '.join(shown)} |")
     return lines
 
 
@@ -250,5 +256,5 @@ def _changed(piece: str, row: Row) -> str:
     changed = {key: value for key, value in row["changed"].items() if key not in SELECTED_BY}
     changed = {key: Path(value).stem if key == "inputs.artifact" else value for key, value in changed.items()}
     shown = [f"{SHOWN_KEYS.get(key, key)}={value}" for key, value in sorted(changed.items())]
-    title = {"long": "1,000 steps"}.get(piece, "")
+    title = "1,000 steps, a rate of its own" if piece in OWN_RATES else "1,000 steps" if piece == "long" else ""
     return ", ".join(filter(None, [title, *shown]))

@@ -300,6 +300,42 @@ def test_a_learning_rate_is_tuned_when_the_best_lies_inside_the_ladder(
     assert not run.is_tuned("sst2-full")  # the cell holds another than the best
 
 
+def test_a_piece_with_rates_of_its_own_climbs_a_ladder_for_each_combination(
+    study: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The dev loss is least at four times the cell's rate at T = 50, and at half of it elsewhere."""
+    run, ran = study["run"], []
+
+    def finish(piece: str, words: list[str]) -> None:
+        own = dict(word.split("=", 1) for word in words)
+        budget, rate = own["+budget"], float(own["trainer.lr"])
+        best = 4e-3 if budget == "T50" else 5e-4
+        dev = [[0, 0.5, 1.0], [20, 0.7, 0.5 + abs(log(rate / best))]]
+        ran.append((piece, budget, own["seed"], rate, own.get("evaluation.test")))
+        name = study["collect"].name_of(words)
+        rows = [*study["collect"].known(piece), {**row(0, 0.7, budget=budget, lr=rate), "name": name, "dev": dev}]
+        (tmp_path / "results").mkdir(exist_ok=True)
+        (tmp_path / "results" / f"{piece}.json").write_text(json.dumps(rows))
+
+    monkeypatch.setattr(run, "RUNS", tmp_path)
+    monkeypatch.setattr(run, "run", finish)
+    monkeypatch.setattr(run, "rate_of", lambda cell: 1e-3)
+    monkeypatch.setattr(run, "is_tuned", lambda cell: True)
+    monkeypatch.setattr(run, "choose_mask", lambda data, name: None)
+    monkeypatch.setattr(
+        "sys.argv", ["run.py", "drift", "--data", ".", "--task", "sst2", "--method", "meerkat", "--jobs", "1"]
+    )
+
+    run.main()
+
+    tuned = {budget: [r for p, b, s, r, t in ran if b == budget and p == "tune_drift"] for budget in ("T1", "T50")}
+    assert tuned == {"T1": [5e-4, 1e-3, 2e-3, 2.5e-4], "T50": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]}
+    assert all((seed, test) == ("0", "False") for piece, _, seed, _, test in ran if piece == "tune_drift")
+    judged = [(budget, seed, rate) for piece, budget, seed, rate, _ in ran if piece == "drift"]
+    rates = {"T1": 5e-4, "T50": 4e-3}
+    assert sorted(judged) == sorted((budget, seed, rates[budget]) for budget in rates for seed in "012")
+
+
 @pytest.mark.parametrize("rows", [1_000, 1_500, 60])
 def test_a_mask_of_the_task_has_as_many_documents_as_windows(
     study: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rows: int
@@ -337,6 +373,7 @@ def test_the_steps_of_a_run_are_its_rounds_and_its_calibration(study: Any) -> No
     assert steps("core") == steps("iid") == [200] * 6
     assert steps("T50") == [200] * 3
     assert steps("long") == [1000] * 3
+    assert steps("drift") + steps("drift_100") == [1000] * 9
     assert steps("step_policy") == [200] * 3 + [300] * 3
 
 
