@@ -351,6 +351,20 @@ def by_task(script: str) -> Callable[[Any], Lines]:
     return render
 
 
+def peers(task: str, measures: tuple[str, ...]) -> Callable[[Any], Lines]:
+    """Claims "task, method: measure" of one task as a table of methods by those measures that begin so."""
+
+    def render(rows: Any) -> Lines:
+        at: dict[str, dict[str, str]] = {}
+        for row in rows:
+            case, _, measure = row["claim"].partition(": ")
+            if case.startswith(f"{task}, ") and measure.startswith(measures):
+                at.setdefault(case.removeprefix(f"{task}, "), {})[measure] = amount(row["value"], row["unit"])
+        return grid("method", at) if at else []
+
+    return render
+
+
 def grid(corner: str, at: dict[str, dict[str, str]]) -> Lines:
     """Cells by case and measure, both in the order in which they first came."""
     heads = list(dict.fromkeys(measure for cells in at.values() for measure in cells))
@@ -368,7 +382,15 @@ RENDERERS: dict[str, Callable[[Any], Lines]] = {
     "experiments/quickstart/results.json#ending": ending,
     "experiments/quickstart/claims.json#tried": pivoted("tried", "setting"),
     "experiments/quickstart/claims.json#curvature": pivoted("curvature", "factor"),
-    "experiments/peers/claims.json": pivoted("run", "method"),
+    **{
+        f"experiments/peers/claims.json#{part}": peers(task, measures)
+        for part, task, measures in (
+            ("rotten_tomatoes", "Rotten Tomatoes", ("seeds", "learning rate", "test ")),
+            ("rotten_tomatoes_cost", "Rotten Tomatoes", ("dev ", "forwards", "s to", "bytes to", "training", "memory")),
+            ("sst2", "SST-2", ("seeds", "learning rate", "test ")),
+            ("sst2_cost", "SST-2", ("dev ", "forwards", "s to", "bytes to", "training", "memory")),
+        )
+    },
     "experiments/bench/claims.json": bench,
     "experiments/clients/results.json": clients,
     "experiments/network/hostile.json": hostile,

@@ -15,31 +15,32 @@ from fedzo.bench.claims import Claims
 HERE = Path(__file__).parent
 COMMAND = "python experiments/peers/run.py"
 TITLES = {"rotten_tomatoes": "Rotten Tomatoes", "sst2": "SST-2"}
-FORWARDS = 3_000
-"""Of single rows, after which methods are compared: what the slowest method takes in the time of a run."""
 REFERENCE = "meerkat"
 """Whose runs of the same seeds the others' are compared with."""
 STUDENT = 4.303
 """The 97.5 % quantile of Student's distribution for two degrees of freedom: three seeds."""
+SIGNIFICANT = 2
+"""Digits of the number of forwards after which methods are compared."""
 ACCURACIES = (0.70, 0.75, 0.80)
 Entry = dict[str, Any]
 
 
 def write(results: dict[str, Entry]) -> None:
     """Write claims.json and peers.png, if there are runs."""
-    runs = [entry for key, entry in results.items() if key.startswith("run ")]
+    runs = [run for task in TITLES for method in METHODS for run in chosen(results, task, method)]
     if not runs:
         return
     claims = Claims(command=COMMAND, seeds=sorted({entry["seed"] for entry in runs}), environment=environment_of(runs))
     for task, title in TITLES.items():
         mine = [entry for entry in runs if entry["task"] == task]
         if mine:
-            base = mine[0]["before"]
-            claims.add(f"{title}, the threshold alone: test accuracy", base["best_threshold_accuracy"], "share")
-            claims.add(f"{title}, the threshold alone: test AUC", base["auc"], "area")
+            base, most = mine[0]["before"], equal_forwards(mine)
+            claims.add(f"{title}, the base model: test accuracy", 100 * base["value"], "%")
+            claims.add(f"{title}, the threshold alone: test accuracy", 100 * base["best_threshold_accuracy"], "%")
+            claims.add(f"{title}, the threshold alone: test AUC", base["auc"], "")
         for name, method in METHODS.items():
             if of_method := [entry for entry in mine if entry["method"] == name]:
-                add(claims, f"{title}, {method.title}", method, of_method)
+                add(claims, f"{title}, {method.title}", method, of_method, most)
                 compare(claims, f"{title}, {method.title}", of_method, mine)
     claims.write(HERE / "claims.json")
     draw(runs)
@@ -50,15 +51,41 @@ def environment_of(runs: list[Entry]) -> Entry:
     return {key: value for key, value in runs[-1]["environment"].items() if key != "command"}
 
 
-def add(claims: Claims, case: str, method: Method, runs: list[Entry]) -> None:
-    """The figures of one method on one task, over the seeds that were run."""
+def ladder(results: dict[str, Entry], task: str, method: str) -> dict[float, float]:
+    """The lowest dev loss of seed 0 at each learning rate that was tried; infinite where the run diverged."""
+    tried = [entry for key, entry in results.items() if key.startswith(f"run {task} {method} ") and not entry["seed"]]
+    losses = {entry["lr"]: [score["loss"] for score in entry["dev"] if score["round"]] for entry in tried}
+    return {lr: min((loss for loss in each if loss is not None), default=float("inf")) for lr, each in losses.items()}
+
+
+def chosen(results: dict[str, Entry], task: str, method: str) -> list[Entry]:
+    """The runs at the best learning rate, once it lies inside the ladder."""
+    losses = ladder(results, task, method)
+    best = min(losses, key=losses.__getitem__, default=0.0)
+    if not min(losses, default=0) < best < max(losses, default=0):
+        return []
+    return [entry for key, entry in results.items() if key.startswith(f"run {task} {method} {best:g} ")]
+
+
+def equal_forwards(runs: list[Entry]) -> int:
+    """What every method has taken at the end of its runs, where a step does take forwards."""
+    least = min(run["dev"][-1]["forwards"] for run in runs if METHODS[run["method"]].run_once < 1)
+    step = 10 ** max(0, len(str(int(least))) - SIGNIFICANT)
+    return int(least // step * step)
+
+
+def add(claims: Claims, case: str, method: Method, runs: list[Entry], most: int) -> None:
+    """The figures of one method on one task, over the seeds that were run; ``most``: forwards that are equal."""
     claims.add(f"{case}: seeds", len(runs), "")
+    claims.add(f"{case}: learning rate", runs[0]["lr"], "")
     claims.add(f"{case}: test accuracy", *spread([100 * run["after"]["value"] for run in runs], "%"))
+    at_best = [100 * run["after"]["best_threshold_accuracy"] for run in runs]
+    claims.add(f"{case}: test accuracy at the best threshold", *spread(at_best, "%"))
     claims.add(f"{case}: test AUC", *spread([run["after"]["auc"] for run in runs], ""))
-    equal = [last(run, "forwards", FORWARDS) for run in runs]
-    if all(run["dev"][-1]["forwards"] >= FORWARDS for run in runs):  # else it is what less forwards give
-        values = [100 * score["value"] for score in equal]
-        claims.add(f"{case}: dev accuracy after {FORWARDS:,} forwards", *spread(values, "%"))
+    equal = [last(run, "forwards", most) for run in runs]
+    claims.add(f"{case}: dev accuracy, equal forwards", *spread([100 * score["value"] for score in equal], "%"))
+    claims.add(f"{case}: dev AUC, equal forwards", *spread([score["auc"] for score in equal], ""))
+    claims.add(f"{case}: forwards of these", median(score["forwards"] for score in equal), "")
     for accuracy in ACCURACIES:
         reached = [first(run, accuracy) for run in runs]
         if all(reached):
@@ -117,11 +144,13 @@ def draw(runs: list[Entry]) -> None:
                         continue
                     if (run["task"], run["method"], run["seed"]) == (task, name, 0):
                         points = [(score[key], score["value"]) for score in run["dev"] if score["round"]]
-                        axes.plot(*zip(*points, strict=True), color=f"C{number}", linewidth=1.3, label=method.title)
+                        style = {"color": f"C{number % 10}", "linestyle": "--" if number >= 10 else "-"}
+                        axes.plot(*zip(*points, strict=True), linewidth=1.3, label=method.title, **style)
             axes.set_xlabel(label)
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
         row[1].set_xscale("log")
         row[0].set_ylabel(f"{TITLES[task]}: dev accuracy")
-    panels[0][1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    handles, titles = panels[0][0].get_legend_handles_labels()  # of the left panel, which has all methods
+    panels[0][1].legend(handles, titles, frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(HERE / "peers.png", dpi=130)

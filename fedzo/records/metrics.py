@@ -130,6 +130,7 @@ class Round:
     Attributes:
         seconds: Since the run started.
         calibration: Whether the round only measured; its losses are of paths that were given up.
+        round_seconds: From the choice of clients to the mean of their answers; the model is moved after that.
         clip_bound: The announced bound of |g|; None = none.
         clipped: Scalars that lie on the bound.
         absent: Clients that were asked and sent nothing usable; ``reasons`` says why.

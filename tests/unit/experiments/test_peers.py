@@ -1,0 +1,154 @@
+"""The comparison with other protocols: what a method costs, which rate is taken, and that its settings exist."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from math import log
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedzo.config.load import load
+from fedzo.masks.mask import Mask
+from fedzo.masks.mask_file import save_mask
+
+FOLDER = Path(__file__).parents[3] / "experiments" / "peers"
+
+
+@pytest.fixture
+def peers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The modules by name, with an empty folder of results; other experiments have modules of these names, too."""
+    loaded = {}
+    for name in ("methods", "tables", "run"):
+        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        loaded[name] = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, loaded[name])
+        spec.loader.exec_module(loaded[name])
+    for name in ("run", "tables"):
+        monkeypatch.setattr(loaded[name], "HERE", tmp_path)
+    monkeypatch.setattr(loaded["run"], "RESULTS", tmp_path / "results.json")
+    return loaded
+
+
+def entry(method: str, seed: int, lr: float, *, loss: float, value: float = 0.8, task: str = "sst2") -> Any:
+    score = {"value": value, "loss": loss, "auc": value, "best_threshold_accuracy": value}
+    dev = [
+        {
+            **score,
+            "round": round_,
+            "loss": 1.0 if round_ == 0 else loss,
+            "seconds": 10.0 * round_,
+            "forwards": 320 * round_,
+        }
+        for round_ in (0, 5, 11)
+    ]
+    return {
+        **{"task": task, "method": method, "seed": seed, "lr": lr, "rounds": 11, "diverged": False, "train_s": 110.0},
+        **{"best_round": 11, "before": score, "after": score, "peak_bytes": 2**30, "environment": {"threads": 2}},
+        "dev": [{**each, "bytes": 100 * each["round"]} for each in dev],
+    }
+
+
+def test_forwards_are_those_of_rows_through_the_blocks_that_they_pass(peers: Any) -> None:
+    """By hand, for 900 rows: what runs once has run before the first step, so round 0 alone is free."""
+    methods = peers["methods"].METHODS
+
+    def after(name: str, rounds: int) -> float:
+        return methods[name].whole_forwards(rounds, num_rows=900)
+
+    assert {after(name, 0) for name in methods} == {0.0}
+    assert after("meerkat", 10) == 10 * 16 * 2
+    assert after("decomfl", 10) == 10 * 16 * 6
+    assert after("fedkseed", 10) == 10 * 10 * 16 * 2
+    assert after("mask_gradient", 1) == 10 * 16 * 3
+    assert after("upper", 10) == pytest.approx(900 * 11 / 30 + 10 * 16 * 2 * 19 / 30)
+    assert after("last_norm", 1) == after("last_norm", 4000) == 900
+
+
+def test_the_rate_climbs_until_it_lies_inside_and_its_run_is_that_of_seed_0(
+    peers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The least dev loss is at four times the first rate; a rate that diverges counts as the worst."""
+    run, tables = peers["run"], peers["tables"]
+    first = peers["methods"].METHODS["lora"].first_lr
+
+    def finish(task: str, name: str, rate: float, seed: int) -> None:
+        made = entry(name, seed, rate, loss=0.5 + abs(log(rate / (4 * first))), task=task)
+        if rate > 6 * first:
+            made |= {"diverged": True, "dev": []}
+        run.keep(f"run {task} {name} {rate:g} {seed}", made)
+
+    monkeypatch.setattr(run, "run", finish)
+    best = run.tune("sst2", "lora")
+    for seed in (1, 2):
+        finish("sst2", "lora", best, seed)
+
+    assert best == 4 * first
+    assert sorted(tables.ladder(run.known(), "sst2", "lora")) == [first * 2.0**power for power in (-1, 0, 1, 2, 3)]
+    assert [each["seed"] for each in tables.chosen(run.known(), "sst2", "lora")] == [0, 1, 2]
+    assert tables.chosen(run.known(), "sst2", "meerkat") == []
+
+
+def test_a_ladder_whose_best_rate_is_its_end_makes_no_claim(peers: Any, tmp_path: Path) -> None:
+    results = {f"run sst2 lora {lr:g} 0": entry("lora", 0, lr, loss=1 - lr) for lr in (0.1, 0.2, 0.4)}
+
+    peers["tables"].write(results)
+
+    assert not (tmp_path / "claims.json").exists()
+
+
+def test_claims_are_of_equal_forwards_and_of_paired_seeds(peers: Any, tmp_path: Path) -> None:
+    """Meerkat ends after 3,520 forwards, MeZO after 1,600: both are compared at the last score within 1,600."""
+    results = {}
+    for method, values in (("meerkat", (0.7, 0.72, 0.74)), ("mezo", (0.75, 0.76, 0.77))):
+        for lr, loss in ((0.1, 0.6), (0.2, 0.5), (0.4, 0.7)):
+            for seed in range(3) if lr == 0.2 else (0,):
+                made = entry(method, seed, lr, loss=loss, value=values[seed])
+                made["dev"] = made["dev"][: 2 if method == "mezo" else 3]
+                results[f"run sst2 {method} {lr:g} {seed}"] = made
+
+    peers["tables"].write(results)
+
+    claims = {row["claim"]: row for row in json.loads((tmp_path / "claims.json").read_text())}
+    mezo = "SST-2, MeZO, one site with all rows"
+    gain = claims[f"{mezo}: test accuracy less that of Meerkat"]
+    assert gain["value"] == pytest.approx(4.0)  # of 5, 4 and 3 points
+    assert gain["unit"] == f"points +- {4.303 / 3**0.5:.3g}"
+    assert claims["SST-2, Meerkat: forwards of these"]["value"] == 1600
+    assert claims[f"{mezo}: forwards of these"]["value"] == 1600
+    assert claims["SST-2, Meerkat: s to 0.70"]["value"] == 0  # its dev scores are there from the start
+    assert f"{mezo}: bytes to 0.70" not in claims  # one site sends nothing
+    assert "SST-2, Meerkat: s to 0.75" not in claims
+    assert (tmp_path / "peers.png").exists()
+
+
+def test_every_method_names_settings_that_exist(peers: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Composed and checked as `fedzo train` would; masks and data are there by name only."""
+    run, methods = peers["run"], peers["methods"].METHODS
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FEDZO_PEERS_DATA", str(tmp_path))
+    (tmp_path / "sst2").mkdir()
+    for method in methods.values():
+        for path in re.findall(r"inputs\.artifact=(\S+)", " ".join(method.words)):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            layer = {"first_layer": "11"} if "upper" in path else {}
+            save_mask(Mask({"w": torch.tensor([0])}, {"w": (2,)}, None, manifest=layer), Path(path))
+
+    configs = {(task, name): load(run.words(task, name, ["fl.rounds=9"])) for task in run.TASKS for name in methods}
+
+    for (_, name), config in configs.items():
+        taking_part = config.strategy.clients_per_round or config.fl.num_clients
+        assert config.fl.batch_size * taking_part == methods[name].rows
+        assert config.fl.local_steps == methods[name].steps
+        assert (config.fl.num_clients, config.partition.holdout, config.fl.rounds) == (
+            8 if methods[name].is_federated else 1,
+            0,
+            9,
+        )
