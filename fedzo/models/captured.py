@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 _LOOK = masking_utils.find_packed_sequence_indices
 _MOST_GRAPHS = 64
-_NUM_COMPARED = 2  # runs of a graph: the two sides of its first probe
+_NUM_COMPARED = 3  # runs of a graph, which count as eager ones: with the forward before it, they are two whole probes
 _LARGE = 0.05  # a scale at which no perturbed weight is missed: that of a run moves states by less than rounding does
 
 Work = Callable[..., torch.Tensor]
@@ -132,9 +132,9 @@ class _Captured:
 class Captures:
     """Forwards as graphs, one for each shape of their inputs from its second use on.
 
-    A graph's first runs are compared with the eager forward; one of perturbed weights also at a scale at which none can
-    be missed. Where a forward cannot be captured, or comes out otherwise, all are eager from then on, after one
-    warning. A forward with gradients always is.
+    A graph's first runs are compared with the eager forward, whose result they give; one of perturbed weights also at a
+    scale at which none can be missed. Where a forward cannot be captured, or comes out otherwise, all are eager from
+    then on, after one warning. A forward with gradients always is.
 
     Memory: what lies between kernels, once for all graphs; of each its output; and an eager forward beside them.
 
@@ -190,7 +190,9 @@ class Captures:
         output = captured.run(inputs, probe)
         if captured.num_compared < _NUM_COMPARED:
             captured.num_compared += 1
-            _compare(output, work(*inputs))
+            eager = work(*inputs)
+            _compare(output, eager)
+            return eager  # of one probe both sides should be computed alike
         return output
 
     def _capture(self, work: Work, inputs: tuple[torch.Tensor, ...], probe: PerturbedWeights | None) -> _Captured:
