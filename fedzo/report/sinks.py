@@ -49,7 +49,7 @@ class ProgressSink:
         self._payload = payload
         self._score = ""
         self._last_print = 0.0
-        self._rate: list[float] | None = None
+        self._recent: list[Round] = []
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
@@ -96,7 +96,7 @@ class ProgressSink:
 
     def round(self) -> AbstractContextManager[object]:
         """While a round runs: the first may take minutes, since what is done once is done in it."""
-        return self.phase("first round") if self._rate is None else nullcontext()
+        return nullcontext() if self._recent else self.phase("first round")
 
     def _setup(self, setup: Setup) -> None:
         share = 100 * setup.space_size / setup.num_params
@@ -113,20 +113,24 @@ class ProgressSink:
 
     def _round(self, record: Round) -> None:
         self._count_bytes(record)
-        if self._rate is None:  # the first round is no measure
-            self._rate = []
-        elif not record.calibration:  # it says nothing of how long the others take
-            self._rate = [*self._rate[-19:], record.round_seconds]
+        # neither the first round nor a calibration says how long the others take: they are where the measure begins
+        self._recent = [record] if record.calibration else [*self._recent[-20:], record]
         loss = "-" if record.loss is None else f"{record.loss:.3f}"
         note = f"loss {loss}  {self._score}up {bytes_text(self._up)}  down {bytes_text(self._down)}"
         done = record.round + 1
         self._progress.update(self._task, completed=done, note=note, visible=True)
         now = time.monotonic()
         if not self._live and (now - self._last_print > PLAIN_EVERY_S or done == self._rounds):
-            left = (self._rounds - done) * sum(self._rate) / len(self._rate) if self._rate else None
+            pace = self._seconds_a_round()
+            left = None if pace is None else pace * (self._rounds - done)
             what = "  (calibration)" if record.calibration else ""
             self._console.print(f"round {done}/{self._rounds}{what}  {note}  left {seconds_text(left)}")
             self._last_print = now
+
+    def _seconds_a_round(self) -> float | None:
+        """With all that passes between two rounds: the model's update, scores."""
+        first, last = self._recent[0], self._recent[-1]
+        return (last.seconds - first.seconds) / (last.round - first.round) if last.round > first.round else None
 
     def _count_bytes(self, record: Round | FederatedScore) -> None:
         self._up += record.message_up_bytes

@@ -50,13 +50,15 @@ def test_without_a_terminal_plain_lines_tell_rounds_bytes_time_and_the_result(
 def test_neither_the_first_round_nor_a_calibration_measures_the_time_that_is_left(
     make_run: MakeRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of the others all time counts, also that of the model's update and of scores, which are no part of a round."""
     monkeypatch.setattr("fedzo.report.sinks.PLAIN_EVERY_S", -1.0)
     sink = ProgressSink(10)
     first, second, *_ = (line for line in records(make_run()) if isinstance(line, Round))
     for line in (
-        replace(first, round_seconds=1000.0),
-        replace(second, calibration=True, round_seconds=1000.0),
-        replace(second, round=2),
+        replace(first, seconds=1000.0),
+        replace(second, calibration=True, seconds=2000.0),
+        replace(second, round=2, seconds=2009.0, round_seconds=1.0),
+        replace(second, round=3, seconds=2020.0, round_seconds=1.0),
     ):
         with sink.round():
             pass
@@ -67,7 +69,7 @@ def test_neither_the_first_round_nor_a_calibration_measures_the_time_that_is_lef
     assert begun == "first round ..."
     assert lines[0].startswith("round 1/10  loss 0.800")
     assert lines[1].startswith("round 2/10  (calibration)  loss 0.770")
-    assert [line.rpartition("left ")[2] for line in lines] == ["n/a", "n/a", "7.0 s"]
+    assert [line.rpartition("left ")[2] for line in lines] == ["n/a", "n/a", "1 min 03 s", "1 min 00 s"]
 
 
 @pytest.mark.parametrize(
