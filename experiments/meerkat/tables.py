@@ -23,13 +23,12 @@ from verdicts import (
     best_rate,
     diverged,
     gains,
-    interval,
     judge,
     measures_of,
     tested,
 )
 
-from fedzo.bench.claims import Claims
+from fedzo.bench.claims import Claims, interval
 
 HERE = Path(__file__).parent
 COMMAND = "python experiments/meerkat/run.py --data DIR"

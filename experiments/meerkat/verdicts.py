@@ -10,8 +10,8 @@ from typing import NamedTuple
 from collect import Row, best_dev_loss
 from pieces import BUDGETS, METHODS, SEEDS
 
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""97.5 % points of Student's t by degrees of freedom, from 1; beyond 9 the last, which is a little wide."""
+from fedzo.bench.claims import interval
+
 EXTREME = 0.9
 """Share of a client's commonest label from which on it is not one of "the others"."""
 Runs = Mapping[int, float]  # by seed
@@ -85,15 +85,6 @@ class Results:
         nobody = {row["seed"] for row in self.rows("step_policy", task, step_policy="vpcs") if not row["flagged"]}
         stopped = [row for row in self.rows("random_step_policy", task) if not row["fallback"]]
         return [*stopped, *(row for row in self.grid(task) if row["seed"] in nobody)]
-
-
-def interval(values: Gains) -> tuple[float, float]:
-    """Mean and half width of its 95 % interval by Student's t over seeds; nan for one seed."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, math.nan
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return mean, STUDENT[min(len(values) - 2, len(STUDENT) - 1)] * error
 
 
 def p_value(values: Gains) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import median
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -17,8 +17,6 @@ COMMAND = "python experiments/peers/run.py"
 TITLES = {"rotten_tomatoes": "Rotten Tomatoes", "sst2": "SST-2"}
 REFERENCE = "meerkat"
 """Whose runs of the same seeds the others' are compared with."""
-STUDENT = 4.303
-"""The 97.5 % quantile of Student's distribution for two degrees of freedom: three seeds."""
 SIGNIFICANT = 2
 """Digits of the number of forwards after which methods are compared."""
 ACCURACIES = (0.70, 0.75, 0.80)
@@ -78,13 +76,13 @@ def add(claims: Claims, case: str, method: Method, runs: list[Entry], most: int)
     """The figures of one method on one task, over the seeds that were run; ``most``: forwards that are equal."""
     claims.add(f"{case}: seeds", len(runs), "")
     claims.add(f"{case}: learning rate", runs[0]["lr"], "")
-    claims.add(f"{case}: test accuracy", *spread([100 * run["after"]["value"] for run in runs], "%"))
+    claims.add_mean(f"{case}: test accuracy", [100 * run["after"]["value"] for run in runs], "%")
     at_best = [100 * run["after"]["best_threshold_accuracy"] for run in runs]
-    claims.add(f"{case}: test accuracy at the best threshold", *spread(at_best, "%"))
-    claims.add(f"{case}: test AUC", *spread([run["after"]["auc"] for run in runs], ""))
+    claims.add_mean(f"{case}: test accuracy at the best threshold", at_best, "%")
+    claims.add_mean(f"{case}: test AUC", [run["after"]["auc"] for run in runs], "")
     equal = [last(run, "forwards", most) for run in runs]
-    claims.add(f"{case}: dev accuracy, equal forwards", *spread([100 * score["value"] for score in equal], "%"))
-    claims.add(f"{case}: dev AUC, equal forwards", *spread([score["auc"] for score in equal], ""))
+    claims.add_mean(f"{case}: dev accuracy, equal forwards", [100 * score["value"] for score in equal], "%")
+    claims.add_mean(f"{case}: dev AUC, equal forwards", [score["auc"] for score in equal], "")
     claims.add(f"{case}: forwards of these", median(score["forwards"] for score in equal), "")
     for accuracy in ACCURACIES:
         reached = [first(run, accuracy) for run in runs]
@@ -104,16 +102,9 @@ def compare(claims: Claims, case: str, runs: list[Entry], all_runs: list[Entry])
     if len(pairs) > 1 and runs[0]["method"] != REFERENCE:
         title = METHODS[REFERENCE].title
         gains = [100 * (mine["value"] - theirs["value"]) for mine, theirs in pairs]
-        claims.add(f"{case}: test accuracy less that of {title}", *spread(gains, "points"))
+        claims.add_mean(f"{case}: test accuracy less that of {title}", gains, "points")
         areas = [mine["auc"] - theirs["auc"] for mine, theirs in pairs]
-        claims.add(f"{case}: test AUC less that of {title}", *spread(areas, ""))
-
-
-def spread(values: list[float], unit: str) -> tuple[float, str]:
-    """The mean, and in its unit the half width of Student's 95 % interval where there are three seeds."""
-    if len(values) != 3:
-        return fmean(values), unit
-    return fmean(values), f"{unit} +- {STUDENT * stdev(values) / 3**0.5:.3g}".lstrip()
+        claims.add_mean(f"{case}: test AUC less that of {title}", areas, "")
 
 
 def last(run: Entry, key: str, most: float) -> Entry:

@@ -22,10 +22,10 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from fedzo.bench.claims import Claims
+from fedzo.bench.claims import Claims, interval
 
 HERE = Path(__file__).parent
 EMBEDDED = "SmolLM2-135M (itself from a Q4_1 file, 5 bits a weight)"
@@ -38,7 +38,6 @@ TASKS = {"sst2": "SST-2", "ag_news": "AG News"}
 OTHERS = {"meerkat": "Meerkat", "full": "Full-FedZO", "lora": "LoRA-FedZO"}
 SEEDS = (0, 1, 2)
 FIRST, LADDER = 1e-4, 2.0
-STUDENT = 4.303  # 97.5 %, two degrees of freedom
 STORE = threading.Lock()
 Run = dict[str, Any]
 
@@ -126,14 +125,15 @@ def write_claims() -> None:
         claims.add(f"{what}: learning rate of the least dev loss", rate, "")
         claims.add(f"{what}: test accuracy before training", 100 * runs[0]["before"]["value"], "%")
         after = [100 * runs[seed]["after"]["value"] for seed in SEEDS]
-        claims.add(f"{what}: test accuracy, mean of three seeds", fmean(after), f"% +- {half_width(after):.1f}")
+        mean, half = interval(after)
+        claims.add(f"{what}: test accuracy, mean of three seeds", mean, f"% +- {half:.1f}")
         claims.add(f"{what}: test loss, mean of three seeds", fmean(r["after"]["loss"] for r in runs.values()), "")
         for label, theirs in others(task):
             gains = [100 * (runs[seed]["after"]["value"] - theirs[seed]) for seed in SEEDS]
-            half = half_width(gains)
-            verdict = "a tie" if abs(fmean(gains)) <= half else "ahead" if fmean(gains) > 0 else "behind"
+            mean, half = interval(gains)
+            verdict = "a tie" if abs(mean) <= half else "ahead" if mean > 0 else "behind"
             unit = f"points +- {half:.1f}: {verdict}"
-            claims.add(f"{what}: test accuracy, less that of {label} of the dense model", fmean(gains), unit)
+            claims.add(f"{what}: test accuracy, less that of {label} of the dense model", mean, unit)
     claims.show()
     claims.write(HERE / "claims.json")
 
@@ -149,11 +149,6 @@ def others(task: str) -> Iterator[tuple[str, dict[int, float]]]:
     for method, label in OTHERS.items():
         found = [row for row in rows if (row["task"], row["method"], row["budget"]) == (task, method, "T1")]
         yield label, {row["seed"]: row["after"]["value"] for row in found}
-
-
-def half_width(values: list[float]) -> float:
-    """Of Student's 95 % interval."""
-    return STUDENT * stdev(values) / len(values) ** 0.5
 
 
 def fedzo(*words: str) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,18 @@ from typing import Any
 import torch
 
 from fedzo.system import environment
+
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""97.5 % points of Student's t by degrees of freedom, from 1; beyond 9 the last, which is a little wide."""
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean over run seeds, and the half width of its 95 % interval by Student's t; nan for one seed."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, math.nan
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return mean, _STUDENT[min(len(values) - 2, len(_STUDENT) - 1)] * error
 
 
 def measured_with() -> dict[str, Any]:
@@ -71,6 +86,11 @@ class Claims:
                 "environment": self.environment,
             }
         )
+
+    def add_mean(self, claim: str, values: Sequence[float], unit: str) -> None:
+        """Add the mean over run seeds; its unit tells the half width of the 95 % interval, where there are several."""
+        mean, half = interval(values)
+        self.add(claim, mean, unit if math.isnan(half) else f"{unit} +- {half:.2g}".lstrip())
 
     def write(self, path: Path) -> None:
         """Write the rows in place of those of the same script, whatever its options; other scripts' stay."""

@@ -120,7 +120,7 @@ def test_claims_are_of_equal_forwards_and_of_paired_seeds(peers: Any, tmp_path: 
     mezo = "SST-2, MeZO, one site with all rows"
     gain = claims[f"{mezo}: test accuracy less that of Meerkat"]
     assert gain["value"] == pytest.approx(4.0)  # of 5, 4 and 3 points
-    assert gain["unit"] == f"points +- {4.303 / 3**0.5:.3g}"
+    assert gain["unit"] == f"points +- {4.303 / 3**0.5:.2g}"
     assert claims["SST-2, Meerkat: forwards of these"]["value"] == 1600
     assert claims[f"{mezo}: forwards of these"]["value"] == 1600
     assert claims["SST-2, Meerkat: s to 0.70"]["value"] == 0  # its dev scores are there from the start
