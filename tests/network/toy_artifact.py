@@ -9,7 +9,6 @@ import dataclasses
 import json
 import logging
 import os
-import tempfile
 import time
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from fedzo.trainers.artifacts import Artifact, ArtifactStore
 
 client_app = ClientApp()
 server_app = ServerApp()
-store = ArtifactStore(Path(tempfile.mkdtemp(prefix="toy-artifact-")))
+store = ArtifactStore(Path(os.environ["FLWR_HOME"]) / f"received-{os.getpid()}")
 
 
 @client_app.query("artifact")
