@@ -19,6 +19,10 @@ class ConfigError(FedzoError, ValueError):
     """The user's settings or files cannot be used; raised before any work is done."""
 
 
+class PluginError(FedzoError, TypeError):
+    """A plugin does not keep to what its kind promises."""
+
+
 class ProtocolError(FedzoError, RuntimeError):
     """A peer sent something that cannot be used, or two peers do not hold the same state."""
 

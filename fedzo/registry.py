@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from fedzo.errors import ConfigError, Problem
+from fedzo.errors import ConfigError, PluginError, Problem
 
 if TYPE_CHECKING:
     from fedzo.config.schema import RunSettings
@@ -42,7 +42,29 @@ def broken_rules(config: PluginConfig, run: RunSettings) -> Iterator[Problem]:
     """The problems of a plugin's config by the rules of its class and of all base classes, these first."""
     for config_class in reversed(type(config).__mro__):
         if rules := vars(config_class).get("problems"):
-            yield from rules(config, run)
+            for found in rules(config, run):
+                yield returned(found, Problem, by=config, method="problems")
+
+
+def returned(value: object, kind: type[T], *, by: object, method: str) -> T:
+    """What a method of a plugin gave, which somebody else may have written.
+
+    Args:
+        value: What it gave.
+        kind: What it promises to give.
+        by: The plugin, or its config.
+        method: The method's name.
+
+    Raises:
+        PluginError: It is nothing of the kind.
+    """
+    if not isinstance(value, kind):
+        plugin = f"{type(by).__module__}.{type(by).__qualname__}"
+        raise PluginError(
+            f"{plugin}.{method} must give a {kind.__module__}.{kind.__qualname__}, got {value!r:.100} "
+            f"({type(value).__name__}). Correct the plugin; fedzo.testing has checks for it."
+        )
+    return value
 
 
 class Registry(Generic[T]):

@@ -107,7 +107,17 @@ def reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     headline_only = len(lines) > 1 and lines[0].endswith(":")
     text = " ".join(lines[: 1 + headline_only]) or type(error).__name__
+    file = re.match(r"In '([^']+)': \w+ raised while composing config: ", text)
+    if file:
+        key = _full_key(error)
+        text = f"{file[1]}.yaml: {f'{key}: ' if key else ''}{text[file.end() :]}"
     return text if text.endswith(".") else text + "."
+
+
+def _full_key(error: BaseException) -> str:
+    """The setting that an error of OmegaConf is about, if it tells."""
+    found = re.search(r"^\s*full_key: (\S+)$", str(error), re.MULTILINE)
+    return found[1] if found else ""
 
 
 def _explain(override: Override, error: Exception, kept: Sequence[str]) -> str:
@@ -116,7 +126,7 @@ def _explain(override: Override, error: Exception, kept: Sequence[str]) -> str:
         if key == old or key.startswith(f"{old}."):
             return f"{text}: {old} has the new name {new}. Write {text.replace(old, new, 1)}."
     if override.is_sweep_override():
-        return f"{text}: one run must have one value per key, got several. Add -m to run them all.{_in_quotes(text)}"
+        return _explain_sweep(override, kept)
     options = option_names(key, kept)
     value = override.value()
     if options and override.is_add() and value in options:
@@ -134,6 +144,8 @@ def _explain(override: Override, error: Exception, kept: Sequence[str]) -> str:
     if inner and not isinstance(value, dict):
         return f"{text}: {key} holds settings and has no value of its own. Set one of {', '.join(inner)}."
     why = reason(error)
+    if options and (in_file := _explain_file(f"{key}/{value}.yaml", error, kept)):
+        return f"{text}: {in_file}"
     if options and (stray := re.search(r"Key '([^']*)' not in '", why)):
         own = {name.removeprefix(f"{key}.") for name in _keys(compose_run(kept)) if name.startswith(f"{key}.")}
         near = difflib.get_close_matches(stray[1], own, n=1)
@@ -141,8 +153,38 @@ def _explain(override: Override, error: Exception, kept: Sequence[str]) -> str:
             f"{text}: the file {key}/{value}.yaml must hold keys of its schema only, got {stray[1]!r}."
             f"{f' Did you mean {near[0]}?' if near else ''}"
         )
-    remedy = f" Write {key}=[{text.partition('=')[2]}]." if "is not a ListConfig" in why else ""
+    remedy = ""
+    if "is not a ListConfig" in why:
+        given = text.partition("=")[2]
+        remedy = f" Write {key}=[{given.strip(given[:1]) if ',' in given else given}]."
     return f"{text}: {why}{remedy}"
+
+
+def _explain_file(file: str, error: Exception, kept: Sequence[str]) -> str:
+    """What is wrong with the settings and choices of other groups in a chosen file; empty for other faults."""
+    if absent := re.search(r"Could not find '([^'/]+)/([^']+)'", str(error)):
+        options = option_names(absent[1], kept)
+        near = difflib.get_close_matches(absent[2], options, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        return f"{file}: {absent[1]} must be one of {', '.join(options)}, got {absent[2]!r}.{hint}"
+    stray = _full_key(error) if "not in '" in str(error) else ""
+    if stray and not file.startswith(f"{stray.partition('.')[0]}/"):
+        return f"{file}: {stray} is not a setting.{_near_key(stray, {*_keys(compose_run(kept))})}"
+    if "Cannot merge DictConfig with ListConfig" in str(error):
+        return f"{file}: a list of plugins must be chosen under defaults. Write `- override /evaluators: [nats]` there."
+    return ""
+
+
+def _explain_sweep(override: Override, kept: Sequence[str]) -> str:
+    text = cast(str, override.input_line)
+    told = f"{text}: one run must have one value per key, got several. Add -m to run them all."
+    listed = f"{override.key_or_group}=[{text.partition('=')[2]}]"
+    try:
+        compose_run([*kept, listed])
+    except FAILURES:
+        is_number = re.fullmatch(r"[-+.,\deE]+", text.partition("=")[2])
+        return told if is_number else told + _in_quotes(text)
+    return f"{told} Or, for one list, write {listed}"
 
 
 def _near_key(key: str, known: set[str]) -> str:

@@ -10,6 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString, ValueType
 from hydra.errors import HydraException
 
+from fedzo.config.plugins import conf_dir
 from fedzo.errors import ConfigError
 
 
@@ -64,14 +65,22 @@ def quoted(name: str) -> str:
 
 
 def with_config_dir(overrides: Sequence[str], folder: str | None) -> list[str]:
-    """Add a folder of the user's own YAML files to Hydra's search path.
+    """Add a folder of the user's own YAML files to Hydra's search path, behind fedzo's own.
 
     Raises:
-        ConfigError: the folder does not exist.
+        ConfigError: The folder does not exist, or a file in it would be hidden by one of fedzo's.
     """
     if folder is None:
         return list(overrides)
     path = Path(folder).expanduser().resolve()
     if not path.is_dir():
         raise ConfigError(f"--config-dir must name a folder of YAML files, got {folder!r}. Check the path.")
+    for own in sorted(conf_dir().glob("*/*.yaml")):
+        theirs = path / own.parent.name / own.name
+        if theirs.is_file() and theirs.read_bytes() != own.read_bytes():
+            group, name = own.parent.name, own.stem
+            raise ConfigError(
+                f"{theirs}: a file of --config-dir must have a name of its own, but fedzo has a {group}/{own.name}, "
+                f"which {group}={name} would take. Rename yours, and write {group}=my_{name}."
+            )
     return [*overrides, f"hydra.searchpath=[{quoted(f'file://{path}')}]"]

@@ -23,6 +23,7 @@ from fedzo.data.config import TaskConfig
 from fedzo.data.files import text_of
 from fedzo.errors import ConfigError
 
+_GLOBAL = "experiment"  # the group whose files hold keys of all others
 TEXTS = frozenset(field.name for field in fields(TaskConfig) if "str" in str(field.type))
 """Keys of a task that hold text, of which OmegaConf would make text of anything: ``no`` would become ``False``."""
 
@@ -115,11 +116,17 @@ class FileConfigSource(file_config_source.FileConfigSource):
         if not path.is_file() or path.is_relative_to(conf_dir().resolve()):
             return super().load_config(config_path)
         text = checked_text(path)
+        header = self._get_header_dict(text)
+        if path.parent.name == _GLOBAL and not header.get("package"):
+            raise ConfigError(
+                f"{path}:1: an experiment must begin with the line `# @package _global_`, or its keys are looked for "
+                f"under {_GLOBAL}. Add the line."
+            )
         return ConfigResult(
             config=OmegaConf.load(io.StringIO(text)),
             path=f"{self.scheme()}://{self.path}",
             provider=self.provider,
-            header=self._get_header_dict(text),
+            header=header,
         )
 
 

@@ -16,7 +16,7 @@ from fedzo.models.loaded import LoadedModel
 from fedzo.records.decode import decode, parse_json
 from fedzo.records.fields import MOST_READING
 from fedzo.records.scores import MOST_LOSS, MOST_NUMBERS, PartialScore, Score, known
-from fedzo.registry import PluginConfig, Registry
+from fedzo.registry import PluginConfig, Registry, returned
 from fedzo.system import OnProgress
 
 
@@ -112,11 +112,13 @@ def evaluate(
 
     Raises:
         ConfigError: There is no example, or the score is none of what the evaluator promises.
+        PluginError: It is no score.
     """
     where = f"evaluators.{name}"
     if not examples:
         raise ConfigError(f"{where} needs at least one example, got none. Check the split's size.")
-    score = evaluator.evaluate(loaded, examples, task, tokens_per_batch=tokens_per_batch, on_batch=on_batch)
+    given = evaluator.evaluate(loaded, examples, task, tokens_per_batch=tokens_per_batch, on_batch=on_batch)
+    score = returned(given, Score, by=evaluator, method="evaluate")
     _check(score, evaluator, task, most_examples=len(examples), where=where, error=ConfigError)
     if score.numbers.keys() != {*(wanted := evaluator.measure(task).numbers)}:
         got = ", ".join(score.numbers)[:80]

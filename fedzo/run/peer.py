@@ -32,6 +32,7 @@ from fedzo.models.plan import forward_cost
 from fedzo.models.products import RoundedProducts, choose_product, rounded_products, use_products
 from fedzo.models.scoring import mean_loss
 from fedzo.models.virtual_tokens import longest_sequence
+from fedzo.registry import returned
 from fedzo.run.estimate import fitting_tokens_per_batch
 from fedzo.system import use_threads
 from fedzo.trainers import TRAINERS, Built, Trainer
@@ -185,7 +186,8 @@ class Peer:
     def _build(self, loaded: LoadedModel, artifact: Artifact) -> Built:
         estimator = self.config.estimator  # without directions their law says nothing
         law = estimator.distribution if isinstance(estimator, ZerothOrderConfig) else Distribution.gaussian
-        return self.trainer.build(loaded, artifact, distribution=law)
+        built = self.trainer.build(loaded, artifact, distribution=law)
+        return returned(built, Built, by=self.trainer, method="build")
 
     def _choose_dtype(self, wide: Built, artifact: Artifact, rows: list[Row], settings: ZerothOrderConfig) -> Built:
         """Take bfloat16, or rounded products, in the place of float32 if they measure its scalars in less time.

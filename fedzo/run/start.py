@@ -17,6 +17,7 @@ from fedzo.errors import ConfigError, RunFolderError
 from fedzo.models.config import BaseConfig
 from fedzo.models.loaded import LoadedModel
 from fedzo.records.folder import RUN_FILE, read_file, replace_file
+from fedzo.registry import returned
 from fedzo.report.sinks import ProgressSink
 from fedzo.run.peer import Peer, check_format, open_model
 from fedzo.run.process import Process, row_source
@@ -133,7 +134,8 @@ def _prepare(launch: LaunchConfig, loaded: LoadedModel, source: RowSource, run_d
                 inputs=launch.inputs,
                 resumed=resumed,
             )
-            return TRAINERS.build(launch.trainer).prepare(loaded, workplace)
+            trainer = TRAINERS.build(launch.trainer)
+            return returned(trainer.prepare(loaded, workplace), Prepared, by=trainer, method="prepare")
     finally:
         progress.close()
 

@@ -112,7 +112,9 @@ class InlineGrid(Grid):
             try:
                 self._look_ahead(together)
             except Exception as raised:  # then each answers for itself, and only those at fault fail
-                log.warning("clients could not be evaluated together; each works alone", exc_info=raised)
+                # each client tells its own failure in full
+                unforeseen = None if isinstance(raised, FedzoError) else raised
+                log.warning("clients could not be evaluated together; each works alone", exc_info=unforeseen)
         wanted = set(message_ids)
         for message_id in self._pending:
             if message_id in wanted:

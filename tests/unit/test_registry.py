@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from fedzo import registry
-from fedzo.errors import ConfigError
-from fedzo.registry import PluginConfig, Registry
+from fedzo.errors import ConfigError, PluginError, Problem
+from fedzo.registry import PluginConfig, Registry, broken_rules, returned
 
 
 @dataclass(kw_only=True, slots=True)
@@ -43,3 +45,22 @@ def test_a_package_whose_plugin_cannot_be_imported_is_named(tmp_path: Path, monk
     monkeypatch.undo()
     registry.load_plugins.cache_clear()
     registry.load_plugins()
+
+
+def test_what_a_plugin_gives_is_of_its_kind_or_plugin_method_kind_and_value_are_named() -> None:
+    problem = Problem("a", "b")
+
+    assert returned(problem, Problem, by=SquareConfig(), method="problems") is problem
+    expected = r"test_registry\.SquareConfig\.build must give a fedzo\.errors\.Problem, got None \(NoneType\)\. Correct"
+    with pytest.raises(PluginError, match=expected):
+        returned(None, Problem, by=SquareConfig(), method="build")
+
+
+def test_a_rule_that_yields_text_is_named() -> None:
+    @dataclass(kw_only=True, slots=True)
+    class WordyConfig(PluginConfig):
+        def problems(self, run: Any) -> Iterator[Problem]:
+            yield cast(Any, "side must be positive")
+
+    with pytest.raises(PluginError, match=r"WordyConfig\.problems must give a .*Problem, got 'side must be positive'"):
+        [*broken_rules(WordyConfig(), cast(Any, None))]

@@ -13,6 +13,7 @@ import torch
 
 from fedzo.data.config import TaskConfig
 from fedzo.data.encode import Example
+from fedzo.errors import PluginError
 from fedzo.fl.client.local_update import Batches, Workspace
 from fedzo.fl.clip import clip, sent_losses
 from fedzo.fl.config import FlConfig, directions_of
@@ -21,6 +22,7 @@ from fedzo.models.forwards import OnRows
 from fedzo.models.lower_layers import StepStates
 from fedzo.models.products import use_products
 from fedzo.models.scoring import example_losses
+from fedzo.registry import returned
 from fedzo.zo.estimator import Estimator, Losses, Projection, estimate_together
 from fedzo.zo.log import Drift, Scalars, local_step, probe_shares
 from fedzo.zo.seeds import step_keys
@@ -108,6 +110,13 @@ class ScalarUpdate:
 
     def as_sent(self, projections: list[Projection], request: TrainRequest) -> tuple[Scalars, npt.NDArray[np.bool_]]:
         """The scalars that the step is taken with and the server is sent, and which of them were dropped; [P] each."""
+        for each in projections:
+            returned(each, Projection, by=self._estimator, method="estimate")
+        if len(projections) != self.num_probes:  # numpy would hand one scalar to every probe
+            raise PluginError(
+                f"{type(self._estimator).__name__}.estimate must give a projection for each of {self.num_probes} keys, "
+                f"got {len(projections)}. Correct the estimator; fedzo.testing.check_estimator has checks for it."
+            )
         g = clip(np.array([projection.g for projection in projections], np.float32), request.max_abs_g)
         dropped = np.array([projection.dropped for projection in projections])
         if self.signs:

@@ -28,11 +28,11 @@ class TrackerConfig(PluginConfig):
     """A tracker of runs.
 
     Attributes:
-        library: What Python imports for it.
+        library: What Python imports for it; empty where it needs nothing.
         extra: The extra of fedzo that installs the library; None where fedzo does.
     """
 
-    library: ClassVar[str]
+    library: ClassVar[str] = ""
     extra: ClassVar[str | None] = None
 
 
@@ -69,7 +69,8 @@ def missing_libraries(trackers: Mapping[str, TrackerConfig]) -> list[Problem]:
             f"pip install '{f'fedzo[{config.extra}]' if config.extra else config.library}'",
         )
         for name, config in trackers.items()
-        if (spec := find_spec(config.library)) is None or spec.origin is None  # a folder of that name is no package
+        # a folder of that name is no package
+        if config.library and ((spec := find_spec(config.library)) is None or spec.origin is None)
     ]
 
 

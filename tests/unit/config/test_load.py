@@ -14,6 +14,7 @@ from fedzo import trainers
 from fedzo.config.compose import job_folder, option_names, session
 from fedzo.config.load import load
 from fedzo.config.overrides import quoted, rewrite_model, with_config_dir
+from fedzo.config.plugins import conf_dir
 from fedzo.config.sweep import plan_sweep
 from fedzo.errors import ConfigError
 from fedzo.trainers.base import TrainerConfig
@@ -128,6 +129,64 @@ def test_a_wrong_yaml_file_is_named(tmp_path: Path) -> None:
         load(with_config_dir(["trainer=mine"], str(tmp_path)))
     with pytest.raises(ConfigError, match=r"trainer=broken: .*broken\.yaml:1: not valid YAML \(expected"):
         load(with_config_dir(["trainer=broken"], str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("fl: {rounds: 3}", r".*mine\.yaml:1: an experiment must begin with the line `# @package _global_`"),
+        (
+            "# @package _global_\nfl: {ronds: 3}",
+            r"experiment/mine\.yaml: fl\.ronds is not a setting\. Did you mean fl\.rounds",
+        ),
+        ("# @package _global_\nfl: {rounds: many}", r"experiment/mine\.yaml: fl\.rounds: Value 'many'"),
+        (
+            "# @package _global_\ndefaults: [override /trainer: lroa]",
+            r"experiment/mine\.yaml: trainer must be one of ia3, .*, got 'lroa'\. Did you mean lora",
+        ),
+        (
+            "# @package _global_\nevaluators: [nats]",
+            r"experiment/mine\.yaml: a list of plugins must be chosen under defaults\. Write `- override /evaluators: ",
+        ),
+    ],
+    ids=["no package", "stray key", "wrong type", "unknown choice", "list of plugins"],
+)
+def test_what_is_wrong_in_an_experiment_is_told_with_file_and_key(tmp_path: Path, text: str, expected: str) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(text + "\n", encoding="utf-8")
+
+    with pytest.raises(ConfigError, match=f"^experiment=mine: {expected}"):
+        load(with_config_dir(["experiment=mine"], str(tmp_path)))
+
+
+def test_a_users_file_that_one_of_fedzos_would_hide_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    mine = tmp_path / "experiment" / "meerkat.yaml"
+    own = (conf_dir() / "experiment" / "meerkat.yaml").read_text(encoding="utf-8")
+
+    mine.write_text(own, encoding="utf-8")  # says the same
+    assert load(with_config_dir(["experiment=meerkat"], str(tmp_path))).fl.rounds == 160
+    mine.write_text(own.replace("rounds: 160", "rounds: 7"), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"meerkat\.yaml: .*Rename yours, and write experiment=my_meerkat\."):
+        with_config_dir(["experiment=meerkat"], str(tmp_path))
+    mine.rename(mine.with_stem("my_meerkat"))
+    assert load(with_config_dir(["experiment=my_meerkat"], str(tmp_path))).fl.rounds == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "remedy"),
+    [
+        ("task.labels=bad,good", r"run them all\. Or, for one list, write task\.labels=\[bad,good\]"),
+        ("task.labels='bad,good'", r"Write task\.labels=\[bad,good\]\."),
+        ("task.labels=good", r"Write task\.labels=\[good\]\."),
+        ("trainer.lr=1e-3,1e-2", r"run them all\.$"),
+        ("task.template=a,b", r"run them all\. .*: write \"task\.template='a,b'\"$"),
+    ],
+)
+def test_several_values_are_a_sweep_or_a_list(override: str, remedy: str) -> None:
+    """And never a text, where only a number or a list can be."""
+    with pytest.raises(ConfigError, match=remedy):
+        load([override])
 
 
 def test_a_users_own_yaml_is_found_in_config_dir(tmp_path: Path) -> None:

@@ -1,0 +1,45 @@
+"""What a client's estimator gives is what a step is taken with: a projection for each key, or the step is refused."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from fedzo.config.load import load
+from fedzo.errors import PluginError
+from fedzo.fl.client.scalar_update import ScalarUpdate
+from fedzo.zo.estimator import Projection
+
+
+class Given:
+    """Stands for an estimator; what it gives is handed to ``as_sent`` by the test."""
+
+
+def sent(projections: list[Any], *, num_probes: int) -> list[float]:
+    config, unused = load([]), cast(Any, None)
+    update = ScalarUpdate(
+        batches=unused, task=config.task, fl=config.fl, estimator=cast(Any, Given()), num_probes=num_probes
+    )
+    return update.as_sent(projections, cast(Any, type("Request", (), {"max_abs_g": float("inf")})))[0].tolist()
+
+
+def projection(g: float) -> Projection:
+    return Projection(g=np.float32(g), loss=1.0, dropped=False)
+
+
+def test_each_key_has_its_own_scalar() -> None:
+    assert sent([projection(0.5), projection(-2.0)], num_probes=2) == [0.5, -2.0]
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_another_number_of_projections_is_refused_and_none_is_given_to_several_keys(number: int) -> None:
+    with pytest.raises(PluginError, match=rf"Given.estimate must give a projection for each of 2 keys, got {number}\."):
+        sent([projection(0.5)] * number, num_probes=2)
+
+
+def test_what_is_no_projection_is_named_with_its_plugin() -> None:
+    expected = r"test_scalar_update\.Given\.estimate must give a fedzo\.zo\.\S*\.Projection, got 0\.5 \(float\)"
+    with pytest.raises(PluginError, match=expected):
+        sent([0.5, 0.5], num_probes=2)
