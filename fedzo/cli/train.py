@@ -156,7 +156,9 @@ def _sweep(flags: Namespace) -> None:
             except FedzoError as error:
                 log.warning("%s: no sweep report: %s", sweep.folder, error)
             if sweep.searches and not isinstance(failure, FedzoError):  # such as that no job has a score
-                raise FedzoError(f"sweep {sweep.folder}: the search failed: {failure}") from failure
+                raise FedzoError(
+                    f"sweep {sweep.folder}: the search failed: {failure} Where jobs failed, the lines above say why."
+                ) from failure
             raise
         write_sweep_report(sweep.folder)
         if sweep.searches and (failed := unfinished_jobs(sweep.folder)):  # the search went on without them

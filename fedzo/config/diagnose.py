@@ -156,7 +156,8 @@ def _explain(override: Override, error: Exception, kept: Sequence[str]) -> str:
     remedy = ""
     if "is not a ListConfig" in why:
         given = text.partition("=")[2]
-        remedy = f" Write {key}=[{given.strip(given[:1]) if ',' in given else given}]."
+        is_list = "," in given and given[:1] in {"'", '"'}  # a list that was quoted, as a text with commas must be
+        remedy = f" Write {key}=[{given[1:-1] if is_list else given}]."
     return f"{text}: {why}{remedy}"
 
 

@@ -80,7 +80,7 @@ def with_config_dir(overrides: Sequence[str], folder: str | None) -> list[str]:
         if theirs.is_file() and theirs.read_bytes() != own.read_bytes():
             group, name = own.parent.name, own.stem
             raise ConfigError(
-                f"{theirs}: a file of --config-dir must have a name of its own, but fedzo has a {group}/{own.name}, "
-                f"which {group}={name} would take. Rename yours, and write {group}=my_{name}."
+                f"{theirs}: a file of --config-dir must have a name of its own, but {group}={name} would take fedzo's "
+                f"{group}/{own.name}. Rename yours, and write {group}=my_{name}."
             )
     return [*overrides, f"hydra.searchpath=[{quoted(f'file://{path}')}]"]

@@ -49,7 +49,7 @@ class ProgressSink:
         self._payload = payload
         self._score = ""
         self._last_print = 0.0
-        self._recent: list[Round] = []
+        self._recent: list[tuple[int, float]] = []  # rounds, and when they were told
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
@@ -114,7 +114,8 @@ class ProgressSink:
     def _round(self, record: Round) -> None:
         self._count_bytes(record)
         # neither the first round nor a calibration says how long the others take: they are where the measure begins
-        self._recent = [record] if record.calibration else [*self._recent[-20:], record]
+        told = (record.round, record.seconds)
+        self._recent = [told] if record.calibration else [*self._recent[-20:], told]
         loss = "-" if record.loss is None else f"{record.loss:.3f}"
         note = f"loss {loss}  {self._score}up {bytes_text(self._up)}  down {bytes_text(self._down)}"
         done = record.round + 1
@@ -129,8 +130,8 @@ class ProgressSink:
 
     def _seconds_a_round(self) -> float | None:
         """With all that passes between two rounds: the model's update, scores."""
-        first, last = self._recent[0], self._recent[-1]
-        return (last.seconds - first.seconds) / (last.round - first.round) if last.round > first.round else None
+        (first, begin), (last, end) = self._recent[0], self._recent[-1]
+        return (end - begin) / (last - first) if last > first else None
 
     def _count_bytes(self, record: Round | FederatedScore) -> None:
         self._up += record.message_up_bytes
