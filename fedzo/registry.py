@@ -96,9 +96,10 @@ class Registry(Generic[T]):
             raise TypeError(
                 f"{self.kind} {name!r}: {config_class.__name__} must be a dataclass of {self.base.__name__}"
             )
-        if "__slots__" not in vars(config_class):
+        if not {"__slots__", "__dataclass_fields__"} <= vars(config_class).keys():
             raise TypeError(
-                f"{self.kind} {name!r}: {config_class.__name__} must have slots=True, so that stray keys fail"
+                f"{self.kind} {name!r}: {config_class.__name__} must be decorated with @dataclass(kw_only=True, "
+                "slots=True), so that stray keys fail"
             )
         if name in self._configs or config_class in self._factories:
             raise ValueError(f"{self.kind} {name!r} or {config_class.__name__} is registered already")

@@ -135,7 +135,9 @@ def _explain(override: Override, error: Exception, kept: Sequence[str]) -> str:
         near = difflib.get_close_matches(str(value), options, n=1)
         return f"{key} must be one of {', '.join(options)}, got {value!r}.{f' Did you mean {near[0]}?' if near else ''}"
     if options and isinstance(value, list) and (wrong := [str(each) for each in value if each not in options]):
-        return f"{key} must hold {', '.join(options)}, got {', '.join(wrong)}."
+        near = difflib.get_close_matches(wrong[0], options, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        return f"{key} must hold some of {', '.join(options)}, or none, got {', '.join(wrong)}.{hint}"
     unknown = isinstance(error, StrayKeyError) or isinstance(error.__cause__, ConfigKeyError | ConfigAttributeError)
     known = set() if options else {*_keys(compose_run(kept)), *group_names(kept)}
     if unknown and not options and key not in known:

@@ -82,7 +82,10 @@ def find_source(config: ModelConfig) -> Source:
         )
     name = name if Path(name).is_dir() else config.name
     if config.gguf_file is None and find_file(name, "config.json", config.revision, required=True) is None:
-        raise ConfigError(f"model.name {name!r}: the folder must hold config.json, which is not there. Check the path.")
+        remedy = "Check the path."
+        if find_file(name, "adapter_config.json", config.revision) is not None:
+            remedy = "It holds an adapter: name the model that it was trained on, and load it beside that with PEFT."
+        raise ConfigError(f"model.name {name!r}: the folder must hold config.json, which is not there. {remedy}")
     if config.gguf_file is not None:
         found = find_file(name, config.gguf_file, config.revision)
         if found is None:

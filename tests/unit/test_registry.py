@@ -64,3 +64,16 @@ def test_a_rule_that_yields_text_is_named() -> None:
 
     with pytest.raises(PluginError, match=r"WordyConfig\.problems must give a .*Problem, got 'side must be positive'"):
         [*broken_rules(WordyConfig(), cast(Any, None))]
+
+
+def test_a_config_that_is_no_dataclass_of_its_own_is_refused() -> None:
+    """It would inherit the keys of its base, and its own would be none."""
+
+    class PlainConfig(SquareConfig):
+        __slots__ = ()
+        side: float = 1.0
+
+    shapes: Registry[str] = Registry("shape", base=PluginConfig)
+
+    with pytest.raises(TypeError, match=r"PlainConfig must be decorated with @dataclass\(kw_only=True, slots=True\)"):
+        shapes.register("plain", PlainConfig)

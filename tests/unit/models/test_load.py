@@ -169,6 +169,15 @@ def test_a_missing_pad_token_falls_back_to_the_end_token(copied: Path) -> None:
     assert loaded.tokenizer.pad_token_id == loaded.tokenizer.eos_token_id
 
 
+def test_the_folder_of_an_adapter_is_told_apart_from_a_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+
+    with pytest.raises(
+        ConfigError, match=r"must hold config\.json, .* It holds an adapter: name the model that it was"
+    ):
+        load_model(ModelConfig(name=str(tmp_path)), device="cpu")
+
+
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "~/nothing-here", "a/b/c"])
 def test_an_unknown_folder_is_named(name: str) -> None:
     with pytest.raises(ConfigError, match=r"model\.name must be .*existing folder, got .* which is not a folder"):
