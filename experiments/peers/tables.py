@@ -17,8 +17,6 @@ COMMAND = "python experiments/peers/run.py"
 TITLES = {"rotten_tomatoes": "Rotten Tomatoes", "sst2": "SST-2"}
 REFERENCE = "meerkat"
 """Whose runs of the same seeds the others' are compared with."""
-SIGNIFICANT = 2
-"""Digits of the number of forwards after which methods are compared."""
 ACCURACIES = (0.70, 0.75, 0.80)
 Entry = dict[str, Any]
 
@@ -57,22 +55,22 @@ def ladder(results: dict[str, Entry], task: str, method: str) -> dict[float, flo
 
 
 def chosen(results: dict[str, Entry], task: str, method: str) -> list[Entry]:
-    """The runs at the best learning rate, once it lies inside the ladder."""
+    """The runs at the best learning rate, once it lies inside the ladder; without those that diverged."""
     losses = ladder(results, task, method)
     best = min(losses, key=losses.__getitem__, default=0.0)
     if not min(losses, default=0) < best < max(losses, default=0):
         return []
-    return [entry for key, entry in results.items() if key.startswith(f"run {task} {method} {best:g} ")]
+    at_best = [entry for key, entry in results.items() if key.startswith(f"run {task} {method} {best:g} ")]
+    return [entry for entry in at_best if not entry["diverged"]]
 
 
-def equal_forwards(runs: list[Entry]) -> int:
+def equal_forwards(runs: list[Entry]) -> float:
     """What every method has taken at the end of its runs, where a step does take forwards."""
-    least = min(run["dev"][-1]["forwards"] for run in runs if METHODS[run["method"]].run_once < 1)
-    step = 10 ** max(0, len(str(int(least))) - SIGNIFICANT)
-    return int(least // step * step)
+    ends = {run["method"]: run["dev"][-1]["forwards"] for run in runs}
+    return min(end for name, end in ends.items() if METHODS[name].run_once < 1 or len(ends) == 1)
 
 
-def add(claims: Claims, case: str, method: Method, runs: list[Entry], most: int) -> None:
+def add(claims: Claims, case: str, method: Method, runs: list[Entry], most: float) -> None:
     """The figures of one method on one task, over the seeds that were run; ``most``: forwards that are equal."""
     claims.add(f"{case}: seeds", len(runs), "")
     claims.add(f"{case}: learning rate", runs[0]["lr"], "")

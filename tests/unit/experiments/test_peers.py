@@ -129,6 +129,18 @@ def test_claims_are_of_equal_forwards_and_of_paired_seeds(peers: Any, tmp_path: 
     assert (tmp_path / "peers.png").exists()
 
 
+def test_a_seed_that_diverged_is_missing_and_one_method_can_stand_alone(peers: Any, tmp_path: Path) -> None:
+    results = {f"run sst2 last_norm {lr:g} 0": entry("last_norm", 0, lr, loss=abs(lr - 0.2)) for lr in (0.1, 0.2, 0.4)}
+    results["run sst2 last_norm 0.2 1"] = {**entry("last_norm", 1, 0.2, loss=0), "diverged": True, "dev": []}
+
+    peers["tables"].write(results)
+
+    claims = {row["claim"]: row["value"] for row in json.loads((tmp_path / "claims.json").read_text())}
+    title = peers["methods"].METHODS["last_norm"].title
+    assert claims[f"SST-2, {title}: seeds"] == 1
+    assert claims[f"SST-2, {title}: forwards of these"] == 3520
+
+
 def test_every_method_names_settings_that_exist(peers: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Composed and checked as `fedzo train` would; masks and data are there by name only."""
     run, methods = peers["run"], peers["methods"].METHODS
