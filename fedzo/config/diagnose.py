@@ -174,7 +174,7 @@ def _explain_file(file: str, error: Exception, kept: Sequence[str]) -> str:
     if stray and not file.startswith(f"{stray.partition('.')[0]}/"):
         return f"{file}: {stray} is not a setting.{_near_key(stray, {*_keys(compose_run(kept))})}"
     if "Cannot merge DictConfig with ListConfig" in str(error):
-        return f"{file}: a list of plugins must be chosen under defaults. Write `- override /evaluators: [nats]` there."
+        return f"{file}: a list of plugins must be chosen under defaults, as in `- override /evaluators: [nats]`."
     return ""
 
 

@@ -146,7 +146,7 @@ def test_a_wrong_yaml_file_is_named(tmp_path: Path) -> None:
         ),
         (
             "# @package _global_\nevaluators: [nats]",
-            r"experiment/mine\.yaml: a list of plugins must be chosen under defaults\. Write `- override /evaluators: ",
+            r"experiment/mine\.yaml: a list of plugins must be chosen under defaults, as in `- override /evaluators: ",
         ),
     ],
     ids=["no package", "stray key", "wrong type", "unknown choice", "list of plugins"],
