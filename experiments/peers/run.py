@@ -67,9 +67,12 @@ def main() -> None:
         os.environ["FEDZO_PEERS_DATA"] = str(flags.data.resolve())
         choose_masks(flags.data)
         for task in flags.task or TASKS:
+            score_base(task)
             for seed in flags.seed or SEEDS:
                 for name in flags.method or METHODS:
-                    run(task, name, tune(task, name), seed)
+                    rate = tune(task, name)
+                    run(task, name, rate, seed)
+                    score_on_test(task, name, rate, seed)
     tables.write(known())
 
 
@@ -120,7 +123,11 @@ def run(task: str, name: str, rate: float, seed: int) -> None:
         return
     pace, method = measure(task, name), METHODS[name]
     rounds = max(8, round((TRAINING_S - pace["first_s"]) / pace["round_s"]) + 1)
-    length = [f"fl.rounds={rounds}", f"evaluation.every_rounds={-(-rounds // method.num_scores)}"]
+    length = [
+        f"fl.rounds={rounds}",
+        f"evaluation.every_rounds={-(-rounds // method.num_scores)}",
+        "evaluation.test=false",
+    ]
     entry = {"task": task, "method": name, "seed": seed, "lr": rate, "rounds": rounds}
     try:
         lines = train(key, task, name, [f"seed={seed}", *length, f"trainer.lr={rate:g}"])
@@ -136,13 +143,32 @@ def run(task: str, name: str, rate: float, seed: int) -> None:
             "diverged": False,
             "train_s": scores[-1]["seconds"],
             "best_round": summary["best_round"],
-            "before": told(summary["before"]),
-            "after": told(summary["after"]),
             "dev": scores,
             "peak_bytes": pace["peak_bytes"],
             "environment": json.loads((folder_of(key) / "environment.json").read_text()),
         },
     )
+
+
+def score_on_test(task: str, name: str, rate: float, seed: int) -> None:
+    """The test score of a run's best model; rates are chosen without one."""
+    key = f"run {task} {name} {rate:g} {seed}"
+    made = known()[key]
+    if not made["diverged"] and "test" not in made:
+        out = subprocess.run(
+            [sys.executable, "-m", "fedzo", "evaluate", str(folder_of(key)), "--split", "test"], stdout=subprocess.PIPE
+        )
+        if out.returncode:
+            sys.exit(f"The run of {key!r} could not be scored.")
+        keep(key, {**made, "test": told(json.loads(out.stdout)["answers"])})
+
+
+def score_base(task: str) -> None:
+    """The base model's test score: of a run of one round, since it is the same before any run."""
+    if (key := f"base {task}") not in known():
+        words = ["fl.rounds=1", "evaluation.every_rounds=0"]
+        (summary,) = (line for line in train(key, task, "last_norm", words) if line["kind"] == "summary")
+        keep(key, told(summary["before"]))
 
 
 def measure(task: str, name: str) -> Entry:

@@ -30,7 +30,7 @@ def write(results: dict[str, Entry]) -> None:
     for task, title in TITLES.items():
         mine = [entry for entry in runs if entry["task"] == task]
         if mine:
-            base, most = mine[0]["before"], equal_forwards(mine)
+            base, most = results[f"base {task}"], equal_forwards(mine)
             claims.add(f"{title}, the base model: test accuracy", 100 * base["value"], "%")
             claims.add(f"{title}, the threshold alone: test accuracy", 100 * base["best_threshold_accuracy"], "%")
             claims.add(f"{title}, the threshold alone: test AUC", base["auc"], "")
@@ -55,13 +55,13 @@ def ladder(results: dict[str, Entry], task: str, method: str) -> dict[float, flo
 
 
 def chosen(results: dict[str, Entry], task: str, method: str) -> list[Entry]:
-    """The runs at the best learning rate, once it lies inside the ladder; without those that diverged."""
+    """The runs at the best learning rate, once it lies inside the ladder, that have a test score."""
     losses = ladder(results, task, method)
     best = min(losses, key=losses.__getitem__, default=0.0)
     if not min(losses, default=0) < best < max(losses, default=0):
         return []
     at_best = [entry for key, entry in results.items() if key.startswith(f"run {task} {method} {best:g} ")]
-    return [entry for entry in at_best if not entry["diverged"]]
+    return [entry for entry in at_best if "test" in entry]
 
 
 def equal_forwards(runs: list[Entry]) -> float:
@@ -74,10 +74,10 @@ def add(claims: Claims, case: str, method: Method, runs: list[Entry], most: floa
     """The figures of one method on one task, over the seeds that were run; ``most``: forwards that are equal."""
     claims.add(f"{case}: seeds", len(runs), "")
     claims.add(f"{case}: learning rate", runs[0]["lr"], "")
-    claims.add_mean(f"{case}: test accuracy", [100 * run["after"]["value"] for run in runs], "%")
-    at_best = [100 * run["after"]["best_threshold_accuracy"] for run in runs]
+    claims.add_mean(f"{case}: test accuracy", [100 * run["test"]["value"] for run in runs], "%")
+    at_best = [100 * run["test"]["best_threshold_accuracy"] for run in runs]
     claims.add_mean(f"{case}: test accuracy at the best threshold", at_best, "%")
-    claims.add_mean(f"{case}: test AUC", [run["after"]["auc"] for run in runs], "")
+    claims.add_mean(f"{case}: test AUC", [run["test"]["auc"] for run in runs], "")
     equal = [last(run, "forwards", most) for run in runs]
     claims.add_mean(f"{case}: dev accuracy, equal forwards", [100 * score["value"] for score in equal], "%")
     claims.add_mean(f"{case}: dev AUC, equal forwards", [score["auc"] for score in equal], "")
@@ -95,8 +95,8 @@ def add(claims: Claims, case: str, method: Method, runs: list[Entry], most: floa
 
 def compare(claims: Claims, case: str, runs: list[Entry], all_runs: list[Entry]) -> None:
     """What a method reaches beyond the reference, seed by seed."""
-    others = {run["seed"]: run["after"] for run in all_runs if run["method"] == REFERENCE}
-    pairs = [(run["after"], others[run["seed"]]) for run in runs if run["seed"] in others]
+    others = {run["seed"]: run["test"] for run in all_runs if run["method"] == REFERENCE}
+    pairs = [(run["test"], others[run["seed"]]) for run in runs if run["seed"] in others]
     if len(pairs) > 1 and runs[0]["method"] != REFERENCE:
         title = METHODS[REFERENCE].title
         gains = [100 * (mine["value"] - theirs["value"]) for mine, theirs in pairs]

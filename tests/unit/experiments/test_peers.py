@@ -6,8 +6,10 @@ import importlib.util
 import json
 import re
 import sys
+from itertools import accumulate
 from math import log
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,6 +39,9 @@ def peers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return loaded
 
 
+BASE = {"value": 0.6, "loss": 1.0, "auc": 0.65, "best_threshold_accuracy": 0.68}
+
+
 def entry(method: str, seed: int, lr: float, *, loss: float, value: float = 0.8, task: str = "sst2") -> Any:
     score = {"value": value, "loss": loss, "auc": value, "best_threshold_accuracy": value}
     dev = [
@@ -51,9 +56,13 @@ def entry(method: str, seed: int, lr: float, *, loss: float, value: float = 0.8,
     ]
     return {
         **{"task": task, "method": method, "seed": seed, "lr": lr, "rounds": 11, "diverged": False, "train_s": 110.0},
-        **{"best_round": 11, "before": score, "after": score, "peak_bytes": 2**30, "environment": {"threads": 2}},
+        **{"best_round": 11, "test": score, "peak_bytes": 2**30, "environment": {"threads": 2}},
         "dev": [{**each, "bytes": 100 * each["round"]} for each in dev],
     }
+
+
+def diverged(made: Any) -> Any:
+    return {**{key: value for key, value in made.items() if key != "test"}, "diverged": True, "dev": []}
 
 
 def test_forwards_are_those_of_rows_through_the_blocks_that_they_pass(peers: Any) -> None:
@@ -82,7 +91,7 @@ def test_the_rate_climbs_until_it_lies_inside_and_its_run_is_that_of_seed_0(
     def finish(task: str, name: str, rate: float, seed: int) -> None:
         made = entry(name, seed, rate, loss=0.5 + abs(log(rate / (4 * first))), task=task)
         if rate > 6 * first:
-            made |= {"diverged": True, "dev": []}
+            made = diverged(made)
         run.keep(f"run {task} {name} {rate:g} {seed}", made)
 
     monkeypatch.setattr(run, "run", finish)
@@ -106,7 +115,7 @@ def test_a_ladder_whose_best_rate_is_its_end_makes_no_claim(peers: Any, tmp_path
 
 def test_claims_are_of_equal_forwards_and_of_paired_seeds(peers: Any, tmp_path: Path) -> None:
     """Meerkat ends after 3,520 forwards, MeZO after 1,600: both are compared at the last score within 1,600."""
-    results = {}
+    results: dict[str, Any] = {"base sst2": BASE}
     for method, values in (("meerkat", (0.7, 0.72, 0.74)), ("mezo", (0.75, 0.76, 0.77))):
         for lr, loss in ((0.1, 0.6), (0.2, 0.5), (0.4, 0.7)):
             for seed in range(3) if lr == 0.2 else (0,):
@@ -121,6 +130,7 @@ def test_claims_are_of_equal_forwards_and_of_paired_seeds(peers: Any, tmp_path: 
     gain = claims[f"{mezo}: test accuracy less that of Meerkat"]
     assert gain["value"] == pytest.approx(4.0)  # of 5, 4 and 3 points
     assert gain["unit"] == f"points +- {4.303 / 3**0.5:.2g}"
+    assert claims["SST-2, the base model: test accuracy"]["value"] == 60
     assert claims["SST-2, Meerkat: forwards of these"]["value"] == 1600
     assert claims[f"{mezo}: forwards of these"]["value"] == 1600
     assert claims["SST-2, Meerkat: s to 0.70"]["value"] == 0  # its dev scores are there from the start
@@ -131,7 +141,8 @@ def test_claims_are_of_equal_forwards_and_of_paired_seeds(peers: Any, tmp_path: 
 
 def test_a_seed_that_diverged_is_missing_and_one_method_can_stand_alone(peers: Any, tmp_path: Path) -> None:
     results = {f"run sst2 last_norm {lr:g} 0": entry("last_norm", 0, lr, loss=abs(lr - 0.2)) for lr in (0.1, 0.2, 0.4)}
-    results["run sst2 last_norm 0.2 1"] = {**entry("last_norm", 1, 0.2, loss=0), "diverged": True, "dev": []}
+    results["run sst2 last_norm 0.2 1"] = diverged(entry("last_norm", 1, 0.2, loss=0))
+    results["base sst2"] = BASE
 
     peers["tables"].write(results)
 
@@ -164,3 +175,87 @@ def test_every_method_names_settings_that_exist(peers: Any, monkeypatch: pytest.
             0,
             9,
         )
+
+
+SCORE = {"value": 0.5, "loss": 0.9, "auc": 0.6, "best_threshold_accuracy": 0.55}
+
+
+def lines_of(rounds: int, *, loss: float) -> list[Any]:
+    """What a run of two clients leaves: rounds of 1, 2, ... s, half a second apart, a dev score after the last two."""
+    ends = accumulate(1.5 + number for number in range(rounds))
+    clients = [{"client": 0, "num_train": 4}, {"client": 1, "num_train": 6}]
+    sent = {"payload_up_bytes": 8, "payload_down_bytes": 12}
+    return [
+        {"kind": "setup", "setup_down_bytes": 100, "clients": clients},
+        *({"kind": "score", "split": split, "round": 0, **SCORE} for split in ("test", "dev")),
+        *(
+            {"kind": "round", "seconds": 10 + end, "round": number, "round_seconds": 1.0 + number, **sent}
+            for number, end in enumerate(ends)
+        ),
+        *({"kind": "score", "split": "dev", "round": at, **SCORE, "loss": loss} for at in (rounds - 1, rounds)),
+        {"kind": "summary", "best_round": rounds, "before": SCORE, "after": None},
+    ]
+
+
+def test_a_dev_score_has_what_was_spent_until_then_and_no_more(peers: Any) -> None:
+    """By hand: rounds of 1, 2 and 3 s and half a second for the update of each; 20 bytes a round for two clients."""
+    method = peers["methods"].METHODS["meerkat"]
+
+    scores = peers["run"].curve(lines_of(3, loss=0.7), method, commit_s=0.5)
+
+    assert [(score["round"], score["loss"]) for score in scores] == [(0, 0.9), (2, 0.7), (3, 0.7)]
+    assert [score["seconds"] for score in scores] == [0.0, 1.5 + 2.5, 1.5 + 2.5 + 3.5]
+    assert [score["bytes"] for score in scores] == [100, 120, 130]
+    assert [score["forwards"] for score in scores] == [0, 2 * 32, 3 * 32]
+
+
+def test_no_test_row_is_scored_before_the_rate_is_chosen_and_then_one_run_a_seed(
+    peers: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The least dev loss is at twice the first rate."""
+    run, first = peers["run"], peers["methods"].METHODS["lora"].first_lr
+    trained: list[tuple[str, ...]] = []
+    scored: list[str] = []
+
+    def fedzo(*command: str) -> None:
+        if command[0] != "train":
+            return
+        trained.append(command)
+        words = dict(word.split("=", 1) for word in command[1:])
+        loss = 0.5 + abs(log(float(words.get("trainer.lr", 1)) / (2 * first)))
+        folder = Path(words["hydra.run.dir"])
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines_of(8, loss=loss)))
+        (folder / "environment.json").write_text("{}")
+
+    def score(command: list[str], **_: Any) -> Any:
+        scored.append(command[command.index("evaluate") + 1])
+        assert command[-2:] == ["--split", "test"]
+        return SimpleNamespace(returncode=0, stdout=json.dumps({"answers": SCORE}))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "fedzo", fedzo)
+    monkeypatch.setattr(run, "peak_bytes", lambda *_: 7)
+    monkeypatch.setattr(run.subprocess, "run", score)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--data", str(tmp_path), "--task", "sst2", "--method", "lora"])
+
+    run.main()
+
+    known = run.known()
+    runs = {key: made for key, made in known.items() if key.startswith("run ")}
+    rates = [first / 2, first, 2 * first, 4 * first]
+    assert {(made["lr"], made["seed"]) for made in runs.values()} == {
+        *((rate, 0) for rate in rates),
+        (2 * first, 1),
+        (2 * first, 2),
+    }
+    base, *rest = trained
+    assert "evaluation.test=false" not in base
+    assert known["base sst2"] == SCORE
+    assert all({"evaluation.test=false", "evaluation.central=false"} & {*words} for words in rest)
+    assert scored == [str(run.folder_of(f"run sst2 lora {2 * first:g} {seed}")) for seed in (0, 1, 2)]
+    assert {key for key, made in runs.items() if "test" in made} == {
+        f"run sst2 lora {2 * first:g} {seed}" for seed in (0, 1, 2)
+    }
+    # of rounds of 1 to 8 s, each followed by an update of half a second
+    assert known["pace sst2 lora"] == {"first_s": 1.5, "round_s": 6.0, "commit_s": 0.5, "peak_bytes": 7}
