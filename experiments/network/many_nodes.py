@@ -45,10 +45,11 @@ from fedzo.fl.messages import encode
 from fedzo.runtime._flower import one_federation
 from fedzo.runtime.net._flower_daemons import quicken
 from fedzo.runtime.net._flower_http import RunNotRunningException
+from fedzo.runtime.net.addresses import free_ports
 from fedzo.runtime.net.client_folder import KEY, ClientFolder, Invitation
 from fedzo.runtime.net.daemons import NODE_LEASE_S, SUPERNODE_POLL_S
 from fedzo.runtime.net.parts import environment, register_clients, start_superlink, wait_for_superlink
-from fedzo.runtime.net.processes import Processes, free_ports, watch_parent
+from fedzo.runtime.net.processes import Processes, watch_parent
 from fedzo.runtime.net.serve import serve
 from fedzo.runtime.net.server_folder import Listening, ServerFolder
 

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from fedzo.runtime._flower import ENVIRONMENT
-from fedzo.runtime.net.processes import accepts, free_ports
+from fedzo.runtime.net.addresses import accepts, free_ports
 
 APP = Path(__file__).parent / "stock-app"
 TIMEOUT_S = 600.0

@@ -11,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-from fedzo.cli import INTERRUPTED
+from fedzo.cli import INTERRUPTED, forgiving_output
 from fedzo.cli.train import log_to
 from fedzo.errors import FedzoError
 from fedzo.system import quiet_libraries
@@ -30,19 +30,20 @@ def main() -> int:
     if parent_pid:
         watch_parent(parent_pid)
     quiet_libraries()
-    log_to(run_dir)
-    try:
-        from fedzo.commands.train import serve_run
+    with forgiving_output():  # which may be the pipe or the full disk of whoever started it
+        log_to(run_dir)
+        try:
+            from fedzo.commands.train import serve_run
 
-        serve_run(run_dir, server_dir)
-    except KeyboardInterrupt:
-        log.info("interrupted. Continue with: fedzo resume %s", run_dir)
-        return INTERRUPTED
-    except FedzoError as error:
-        return write_outcome(run_dir, error)
-    except Exception as error:
-        log.exception("the server failed")
-        return write_outcome(run_dir, error)
+            serve_run(run_dir, server_dir)
+        except KeyboardInterrupt:
+            log.info("interrupted. Continue with: fedzo resume %s", run_dir)
+            return INTERRUPTED
+        except FedzoError as error:
+            return write_outcome(run_dir, error)
+        except Exception as error:
+            log.exception("the server failed")
+            return write_outcome(run_dir, error)
     return 0
 
 

@@ -24,11 +24,11 @@ from fedzo.models.memory import available_memory_bytes, weights_bytes
 from fedzo.models.source import find_source
 from fedzo.report.format import bytes_text
 from fedzo.runtime._flower import SUPPORTED
+from fedzo.runtime.net.addresses import accepts, split_address
 from fedzo.runtime.net.client_folder import AUTHORITY, KEY, SECRET, SITE, ClientFolder
 from fedzo.runtime.net.credentials import is_private, is_signed_by, read_certificate
 from fedzo.runtime.net.parts import listening_problem
-from fedzo.runtime.net.processes import accepts
-from fedzo.runtime.net.server_folder import ServerFolder, split_address
+from fedzo.runtime.net.server_folder import ServerFolder
 from fedzo.system import PACKAGES, default_threads, package_version
 from fedzo.zo.directions import direction, stream_key
 

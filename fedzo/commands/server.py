@@ -19,6 +19,7 @@ import httpx
 import fedzo
 from fedzo.errors import ConfigError
 from fedzo.records.folder import lock_file, replace_file
+from fedzo.runtime.net.addresses import split_address
 from fedzo.runtime.net.client_folder import Invitation, read_invitation, write_invitation
 from fedzo.runtime.net.credentials import fingerprint, make_key, pem_of, public_key_of, read_certificate, write_private
 from fedzo.runtime.net.parts import (
@@ -29,7 +30,7 @@ from fedzo.runtime.net.parts import (
     wait_for_superlink,
 )
 from fedzo.runtime.net.processes import Processes, Tail
-from fedzo.runtime.net.server_folder import Listening, RegisteredClient, ServerFolder, split_address
+from fedzo.runtime.net.server_folder import Listening, RegisteredClient, ServerFolder
 
 log = logging.getLogger(__name__)
 INVITATIONS, IMAGE = "invitations", {"image/Containerfile": "Containerfile"}

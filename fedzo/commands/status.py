@@ -15,10 +15,10 @@ from fedzo.records.folder import CONFIG, PRESENCE, PUBLIC, STOP, is_locked, read
 from fedzo.records.metrics import Round
 from fedzo.records.presence import Presence
 from fedzo.report.format import seconds_text
+from fedzo.runtime.net.addresses import accepts
 from fedzo.runtime.net.credentials import pem_of, read_certificate
 from fedzo.runtime.net.daemons import NODE_LEASE_S
 from fedzo.runtime.net.parts import Node, control
-from fedzo.runtime.net.processes import accepts
 from fedzo.runtime.net.server_folder import ServerFolder
 
 POLL_S = 0.3
@@ -33,10 +33,11 @@ def status(path: Path) -> Iterator[str]:
     if (path / CONFIG).is_file():
         yield from _run(path)
         if presence := _presence(path):
+            last = _last_round(path)
             yield from _table(
                 ["client", "state", "last round", "fedzo"],
                 [
-                    [str(row.client), row.state, _last_round(path).get(row.client, "-"), row.version or "-", row.why]
+                    [str(row.client), row.state, last.get(row.client, "-"), row.version or "-", row.why]
                     for row in presence.clients
                 ],
             )

@@ -72,6 +72,10 @@ class KeptDigests:
             ) from error
         return blake2b("".join(digests).encode(), key=secret, digest_size=32).hexdigest()
 
+    def claim_file(self, run: str) -> Path:
+        """Where it is kept which client of a run the site is."""
+        return self.folder / f"client-of-{run[:16]}"
+
     def claim(self, client: int, *, run: str) -> int:
         """Remember which client of a run the site is.
 
@@ -85,7 +89,7 @@ class KeptDigests:
         Raises:
             ConfigError: The folder cannot be used.
         """
-        file = self.folder / f"client-of-{run[:16]}"
+        file = self.claim_file(run)
         try:
             if not file.exists():
                 self._make(file, str(client).encode())

@@ -39,6 +39,7 @@ class Limits:
         artifact_max_bytes: Of the largest artifact that the site takes.
         own_client: Gives the index that the site has in the run, by the one that is asked; None where it may have
             several.
+        own_client_file: Where the site keeps it.
     """
 
     rounds: int
@@ -53,12 +54,17 @@ class Limits:
     site: SiteLimitsConfig = field(default_factory=SiteLimitsConfig)
     artifact_max_bytes: int = MAX_BYTES
     own_client: Callable[[int], int] | None = None
+    own_client_file: str = ""
 
     def check_client(self, client: int) -> None:
         """Refuse to be a client that the run does not have, or another one than before."""
         _within("client", client, 0, self.num_clients - 1)
         if self.own_client is not None and (own := self.own_client(client)) != client:
-            raise SiteError(Refusal.client, f"the site is client {own} of this run, and client {client} is asked")
+            raise SiteError(
+                Refusal.client,
+                f"the site is client {own} of this run, and client {client} is asked. If the server's list was wrong "
+                f"before, delete {self.own_client_file} and restart the site",
+            )
 
     def check_artifact(self, digest: str) -> None:
         """Refuse any artifact but the run's, so that no server fills a site's disk."""

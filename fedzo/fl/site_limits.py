@@ -126,16 +126,22 @@ def leaving_figures(limits: SiteLimitsConfig, figures: Mapping[str, float], *, n
     """
     if not leaves(limits, STAGE_FIGURES):
         return {}
-
-    def few(count: float) -> bool:
-        return any(0 < rows < limits.min_rows for rows in (count, num_train - count))
-
-    kept = {name.partition(".")[0] for name, value in figures.items() if isinstance(value, int) and few(value)}
+    counts = {name: value for name, value in figures.items() if isinstance(value, int)}
+    kept = {name.partition(".")[0] for name, count in counts.items() if _is_of_few(limits, count, num_train)}
     return {
         name: float(value)
         for name, value in figures.items()
         if not isinstance(value, int) or name.partition(".")[0] not in kept
     }
+
+
+def leaving_count(limits: SiteLimitsConfig, count: int, *, of: int) -> int:
+    """A count among so many rows; 0 where it, or the rest of them, are fewer rows than the site allows."""
+    return 0 if _is_of_few(limits, count, of) else count
+
+
+def _is_of_few(limits: SiteLimitsConfig, count: int, num_rows: int) -> bool:
+    return any(0 < rows < limits.min_rows for rows in (count, num_rows - count))
 
 
 def leaving(limits: SiteLimitsConfig, score: Score, *, num_labels: int) -> PartialScore | None:

@@ -82,6 +82,7 @@ class ClientContext:
             site=self.peer.site.limits,
             artifact_max_bytes=self.peer.site.artifact_max_bytes,
             own_client=self._own_client if self._is_one_client else None,
+            own_client_file=str(self.kept.claim_file(self.peer.run_id)),
         )
 
     @property

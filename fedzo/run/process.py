@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import logging
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -47,7 +47,7 @@ class Process:
     Attributes:
         peer: The model.
         source: Where rows of clients come from.
-        artifacts: Folder of artifacts that clients have or receive; None for one that ends with the process.
+        artifacts: Folder of artifacts that clients have or receive; None for one that goes when the run is let go.
         prepared: What the trainer prepared, where this process launched the run.
         report: How it tells of a run that it serves.
         trackers: Where else it tells of it.
@@ -71,18 +71,18 @@ class Process:
     @cached_property
     def kept(self) -> KeptDigests:
         """What this site remembers of its rows."""
-        return KeptDigests((self.site_folder or _temporary("rows")) / KEPT_ROWS)
+        return KeptDigests((self.site_folder or self._temporary("rows")) / KEPT_ROWS)
 
     @cached_property
     def client(self) -> ClientContext:
         """For the clients of this process."""
-        artifacts, store = self.artifacts or _temporary("artifacts"), self.peer.site.rewriter.store
+        artifacts, store = self.artifacts or self._temporary("artifacts"), self.peer.site.rewriter.store
         return ClientContext(
             self.peer,
             self.source,
             ArtifactStore(artifacts),
             self.kept,
-            stage_folder=Path(store) if store else (self.site_folder or _temporary("stages")) / STAGE_FOLDER,
+            stage_folder=Path(store) if store else (self.site_folder or self._temporary("stages")) / STAGE_FOLDER,
             to_the_end=self.to_the_end,
         )
 
@@ -107,12 +107,11 @@ class Process:
         if "client" in vars(self):
             self.client.stop()
 
-
-def _temporary(what: str) -> Path:
-    """A folder that goes with this process."""
-    folder = Path(tempfile.mkdtemp(prefix=f"fedzo-{what}-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    def _temporary(self, what: str) -> Path:
+        """A folder that goes when the run is let go, or with the process."""
+        folder = Path(tempfile.mkdtemp(prefix=f"fedzo-{what}-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return folder
 
 
 def open_process(
@@ -130,7 +129,7 @@ def open_process(
     Args:
         run: What the peers of the run agree on.
         site: This machine's own.
-        artifacts: Folder of artifacts that clients have or receive; None for one that ends with the process.
+        artifacts: Folder of artifacts that clients have or receive; None for one that goes when the run is let go.
         site_folder: Where this machine keeps what it must remember of a run.
         plays_clients: Whether it needs rows.
         to_the_end: Whether greetings of clients wait until the clients' rows are prepared.
@@ -169,8 +168,18 @@ def row_source(run: RunSettings, site: SiteConfig) -> RowSource:
     return SimulatedRows(site.data, run.split, run.task, run.partition, run.fl.num_clients, run.seed)
 
 
-_open: list[tuple[str, Process]] = []
 _model = SiteModel()
+
+
+@dataclass
+class _Open:
+    """The run that is open in this process, and the text by which its apps ask for it."""
+
+    run_json: str
+    process: Process
+
+
+_open: _Open | None = None
 
 
 def load_ahead() -> None:
@@ -182,10 +191,10 @@ def load_ahead() -> None:
 
 def keep_process(process: Process) -> str:
     """Let this process's apps find a run that is open already; returns what travels of it."""
+    global _open
     forget_process()
-    text = to_json(process.peer.config)
-    _open.append((text, process))
-    return text
+    _open = _Open(to_json(process.peer.config), process)
+    return _open.run_json
 
 
 def this_process(run_json: str, *, artifacts: Path | None = None) -> Process:
@@ -193,10 +202,12 @@ def this_process(run_json: str, *, artifacts: Path | None = None) -> Process:
 
     A run that is not open is opened with the site's own file, whose path is in ``FEDZO_SITE``.
     """
-    if not _open or _open[0][0] != run_json:
-        if _open:
-            _open[0][1].stop()
-            _model.take_back(_open.pop()[1].peer)
+    global _open
+    if _open is None or _open.run_json != run_json:
+        if _open is not None:
+            _open.process.stop()
+            _model.take_back(_open.process.peer)
+            _open = None  # lets it go before the next model is loaded
         _write_errors()
         file = Path(_site_file())
         run, site = from_json(run_json, RunConfig), load_site(file)
@@ -210,8 +221,8 @@ def this_process(run_json: str, *, artifacts: Path | None = None) -> Process:
             load=_model.open,
         )
         _model.lend()
-        _open.append((run_json, process))
-    return _open[0][1]
+        _open = _Open(run_json, process)
+    return _open.process
 
 
 def _write_errors() -> None:
@@ -231,6 +242,7 @@ def _site_file() -> str:
 
 def forget_process() -> None:
     """Let the process's model go, for example between the jobs of a sweep."""
-    for _, process in _open:
-        process.stop()
-    _open.clear()
+    global _open
+    if _open is not None:
+        _open.process.stop()
+    _open = None

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fedzo.records.folder import CLIENTS_LOG, SITE_FILE
 from fedzo.runtime.config import LocalConfig
+from fedzo.runtime.net.addresses import free_ports
 from fedzo.runtime.net.client_folder import ClientFolder, Invitation
 from fedzo.runtime.net.parts import (
     EXECUTOR,
@@ -25,7 +26,7 @@ from fedzo.runtime.net.parts import (
     wait_for_registration,
     wait_for_superlink,
 )
-from fedzo.runtime.net.processes import Processes, free_ports
+from fedzo.runtime.net.processes import Processes
 from fedzo.runtime.net.server_folder import Listening, ServerFolder
 from fedzo.runtime.net.server_process import SERVE, ServerProcess
 from fedzo.system import usable_cpus
@@ -80,8 +81,8 @@ def run_local(
             ]
             for site in sites:
                 start_executor(processes, site)
-            wait_for_superlink(processes, server, timeout_s=config.startup_s)
-            wait_for_registration(processes, server, timeout_s=config.startup_s)
+            wait_for_superlink(processes, server, timeout_s=config.startup_s, setting="runtime.startup_s")
+            wait_for_registration(processes, server, timeout_s=config.startup_s, setting="runtime.startup_s")
             for site in sites:  # not before their keys are known
                 start_supernode(processes, site)
         except BaseException:

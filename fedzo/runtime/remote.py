@@ -17,7 +17,7 @@ from typing import TextIO
 
 from fedzo.errors import ConfigError
 from fedzo.runtime.config import RemoteConfig
-from fedzo.runtime.net.processes import accepts
+from fedzo.runtime.net.addresses import accepts
 from fedzo.runtime.net.server_folder import ServerFolder
 from fedzo.runtime.net.server_process import SERVE, SERVER_LOG, ServerProcess
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -52,6 +53,20 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
     forget_process()
     yield open_at
     forget_process()
+
+
+def test_what_a_run_sends_goes_when_the_site_lets_the_run_go(run: Run, opened: Callable[[Path, str], Process]) -> None:
+    """An executor serves run after run, and one that hangs is ended without a word."""
+    text = (run("fl.rounds=1") / "site.json").read_text()
+    kept = []
+    for seed in (1, 2):
+        process = opened(run("fl.rounds=1", f"seed={seed}"), text)
+        kept.append(process.client.artifacts.folder)
+        (kept[-1] / "artifact").touch()
+    del process
+    gc.collect()
+
+    assert [folder.exists() for folder in kept] == [False, True]
 
 
 def test_a_site_holds_model_and_rows_where_and_how_it_likes(

@@ -121,7 +121,7 @@ def test_one_round_of_many_clients_takes_as_many_forwards_as_its_tokens_need(
     ahead, train = ClientWorker.look_ahead, ClientWorker.train
 
     def counter() -> Any:
-        return process._open[0][1].peer.loaded.counter
+        return process._open.process.peer.loaded.counter
 
     def counting_ahead(self: ClientWorker, requests: Any) -> None:
         before = counter().num_forwards

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from fedzo.runtime.net.addresses import free_ports
 from fedzo.runtime.net.client_folder import ClientFolder, Invitation
 from fedzo.runtime.net.parts import (
     Site,
@@ -27,7 +28,7 @@ from fedzo.runtime.net.parts import (
     start_supernode,
     wait_for_superlink,
 )
-from fedzo.runtime.net.processes import Processes, free_ports
+from fedzo.runtime.net.processes import Processes
 from fedzo.runtime.net.server_folder import Listening, ServerFolder
 from fedzo.testing.tiny_models import save_tiny_model
 
@@ -217,9 +218,18 @@ class Federation:
         return self.rounds(name)
 
     def wait_for_attendance(self, name: str, attendance: list[int], *, seconds: float = 180.0) -> int:
-        """Wait for a round with these clients; its number."""
-        self._wait(name, lambda: self.rounds(name)[-1]["attendance"] == attendance, f"a round of {attendance}", seconds)
-        return len(self.rounds(name)) - 1
+        """Wait for a round with these clients, from the present one on; its number."""
+        present = max(0, len(self.rounds(name)) - 1)
+
+        def found() -> list[int]:
+            return [
+                number
+                for number, line in enumerate(self.rounds(name))
+                if number >= present and line["attendance"] == attendance
+            ]
+
+        self._wait(name, lambda: bool(found()), f"a round of {attendance}", seconds)
+        return found()[0]
 
     def round_seconds(self, name: str) -> list[float]:
         """How long each round of a run took."""

@@ -16,9 +16,8 @@ import pytest
 
 from fedzo.commands.server import SERVICES, fill
 from fedzo.commands.trained import replay_run
+from fedzo.runtime.net.addresses import accepts, free_ports, split_address
 from fedzo.runtime.net.gate import HOLD_S
-from fedzo.runtime.net.processes import accepts, free_ports
-from fedzo.runtime.net.server_folder import split_address
 
 pytestmark = [pytest.mark.net, pytest.mark.timeout(240)]
 

@@ -34,9 +34,9 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedzo.commands.trained import replay_run
+from fedzo.runtime.net.addresses import free_ports
 from fedzo.runtime.net.client_folder import ClientFolder
 from fedzo.runtime.net.credentials import fingerprint, pem_of
-from fedzo.runtime.net.processes import free_ports
 from fedzo.runtime.net.server_folder import ServerFolder
 from fedzo.testing.tiny_models import save_tiny_model
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from fedzo.runtime.net.processes import free_ports
+from fedzo.config.load import load
+from fedzo.runtime.net.addresses import free_ports
 from fedzo.testing.tiny_models import save_tiny_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "tutorial-real-network.md"
@@ -24,7 +25,7 @@ STAY = (["server", "up"], ["client", "up"], ["train"], ["resume"])
 TINY = [
     "experiment=[tiny,sites]", "model=../model", "task=custom", "task.template='Text: {text} Verdict:'",
     "task.candidates=[' bad',' good']", "fl.batch_size=2", "trainer.calibration_docs=4", "trainer.density=0.05",
-    "trainer.calibration_tokens=16", "evaluation.every_rounds=1000", "fl.rounds=100000",
+    "trainer.calibration_tokens=16", "evaluation.federated_every_rounds=1000", "fl.rounds=100000",
 ]  # fmt: skip
 """What a test adds to the command of the run, so that a round takes no time."""
 
@@ -102,6 +103,13 @@ def _ended(walk: Walk) -> Iterator[Walk]:
         yield walk
     finally:
         walk.end()
+
+
+def test_the_page_has_the_rounds_of_its_run() -> None:
+    (words,) = [words for machine, words, _ in steps() if machine == "server" and words[0] == "train"]
+    config = load([*words[1:], "data.path=."])
+
+    assert {*re.findall(r"of (\d+) rounds", PAGE.read_text())} == {str(config.fl.rounds)}
 
 
 @pytest.mark.net

@@ -17,10 +17,11 @@ from fedzo.data.kept_digests import RowsChangedError
 from fedzo.data.preprocess import Progress
 from fedzo.data.preprocess.backend import EndpointError, RecipeError
 from fedzo.data.tasks import num_labels
-from fedzo.errors import FedzoError, ProtocolError
+from fedzo.errors import FedzoError, ProtocolError, printable
 from fedzo.evaluate import Evaluator, evaluate
 from fedzo.fl.artifact_transfer import receive
 from fedzo.fl.client.local_update import LocalUpdate, Workspace
+from fedzo.fl.config import SiteLimitsConfig
 from fedzo.fl.limits import Limits
 from fedzo.fl.messages import (
     ArtifactPiece,
@@ -36,11 +37,21 @@ from fedzo.fl.messages import (
     TrainRequest,
     scalars_to_bytes,
 )
-from fedzo.fl.site_limits import LOSS, SiteError, answers_any, check_rows, leaves, leaving, leaving_figures
+from fedzo.fl.site_limits import (
+    LOSS,
+    SiteError,
+    answers_any,
+    check_rows,
+    leaves,
+    leaving,
+    leaving_count,
+    leaving_figures,
+)
 from fedzo.records.decode import encode
 from fedzo.trainers.artifacts import Artifact, ArtifactStore
 
 log = logging.getLogger(__name__)
+MOST_LOGGED = 4000
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,18 +129,17 @@ class ClientWorker:
         self._limits.check_client(request.client)
         if self._artifacts.find(self._limits.artifact) is None:
             self._limits.check_artifact_size(request.artifact_bytes)
+        identity = asdict(self.identity)
         try:
-            digest = self._register(request.client, request.begun)
-            data = None if isinstance(digest, Progress) else self._data_of(request.client)
+            registered = self._register(request.client, request.begun)
+            if isinstance(registered, Progress):
+                return HelloReply(preparing=registered.total, prepared=registered.done, **identity)
+            data = self._data_of(request.client)
         except SiteError:
             raise
         except Exception as error:  # whatever a reader, a template or a tokenizer raises, the rows stay as they are
             log_failure(request.client, error)
             return HelloReply(config_hash=self.identity.config_hash, refusal=_refusal(error))
-        identity = asdict(self.identity)
-        if isinstance(digest, Progress) or data is None:
-            assert isinstance(digest, Progress)
-            return HelloReply(preparing=digest.total, prepared=digest.done, **identity)
         site = self._limits.site
         labels = num_labels(self._task)
         check_rows(site, num_train=len(data.train), label_counts=data.label_counts, num_labels=labels)
@@ -137,9 +147,9 @@ class ClientWorker:
         return HelloReply(
             num_train=len(data.train),
             num_heldout=len(told),
-            num_train_cut=sum(example.cut for example in data.train),
-            num_heldout_cut=sum(example.cut for example in told),
-            rows_digest=digest,
+            num_train_cut=_leaving_cut(site, data.train),
+            num_heldout_cut=_leaving_cut(site, told),
+            rows_digest=registered,
             label_counts=json.dumps(dict(data.label_counts)),
             stages=json.dumps(leaving_figures(site, data.figures, num_train=len(data.train))),
             **identity,
@@ -233,6 +243,10 @@ def _refusal(error: Exception) -> Refusal:
     return Refusal.rewriter if isinstance(error, EndpointError | RecipeError) else Refusal.rows
 
 
+def _leaving_cut(limits: SiteLimitsConfig, examples: list[Example]) -> int:
+    return leaving_count(limits, sum(example.cut for example in examples), of=len(examples))
+
+
 def log_failure(client: int | None, error: BaseException) -> None:
     """Tell the site in full what the server is told in a sentence; a traceback only of what nobody foresaw.
 
@@ -244,7 +258,8 @@ def log_failure(client: int | None, error: BaseException) -> None:
     what = str(error) if foreseen else f"{type(error).__name__}: {error}"
     if isinstance(error, SiteError):
         what = f"refusal {error.refusal}, {error.refusal.sentence}: {error.details}"
-    log.error("client %s: %s", "?" if client is None else client, what, exc_info=None if foreseen else error)
+    told = printable(what, most=MOST_LOGGED)  # some of it are a server's words
+    log.error("client %s: %s", "?" if client is None else client, told, exc_info=None if foreseen else error)
 
 
 def _averageable(score: dict[str, Any]) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class ServerGrid(HttpGrid):
             if reply.told.reply_to_message_id in asked and (message := self._take(name, reply, now)):
                 whole.append(message)
             elif now - reply.since > OBJECT_PUSH_SESSION_TTL_SECONDS:  # the SuperLink gives it up, too
-                del self._arriving[name]
+                self._arriving.pop(name, None)  # which may just have been told
         return whole
 
     def _look(self, message_ids: set[str], now: float) -> None:

@@ -11,6 +11,7 @@ from fedzo.errors import ConfigError
 from fedzo.records.decode import decode_json, encode
 from fedzo.records.fields import Length
 from fedzo.records.folder import make_folder, replace_file
+from fedzo.runtime.net.addresses import Address, split_address
 from fedzo.runtime.net.credentials import (
     Endpoint,
     make_key,
@@ -19,7 +20,6 @@ from fedzo.runtime.net.credentials import (
     read_certificate,
     write_private,
 )
-from fedzo.runtime.net.server_folder import Address, split_address
 
 SITE = "site.yaml"
 KEY, PUBLIC_KEY, AUTHORITY, SERVER, SECRET = "key", "key.pub", "ca.crt", "server.json", "secret"

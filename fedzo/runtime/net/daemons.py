@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedzo.runtime.net.addresses import bound, split_address
 from fedzo.runtime.net.processes import watch_parent
-from fedzo.runtime.net.server_folder import ServerFolder, split_address
+from fedzo.runtime.net.server_folder import ServerFolder
 
 SUPERNODE_POLL_S = 0.05
 NODE_LEASE_S = 40.0
@@ -85,24 +86,16 @@ def _serve(folder: ServerFolder, app: Any, **settings: Any) -> None:
         ssl_keyfile=settings["ssl_keyfile"],
         log_config=settings["log_config"],
         access_log=False,
+        ws="none",
         server_header=False,
         workers=1,
     )
     config.load()
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # a stranger's request is worth no line of a disk
     watch = threading.Thread(target=_renew, args=(folder, config), name="renew-certificate", daemon=True)
     watch.start()
-    sockets = [_bound(listening.control), _bound(listening.listen)]
+    sockets = [bound(listening.control), bound(listening.listen)]
     Server(config).run(sockets=sockets)
-
-
-def _bound(address: str) -> socket.socket:
-    """A socket that listens soon; IPv4 or IPv6 as the host is."""
-    host, port = split_address(address)
-    family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    made = socket.socket(family, kind, protocol)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    made.bind(place)
-    return made
 
 
 def _renew(folder: ServerFolder, config: Any) -> None:

@@ -23,8 +23,9 @@ from fedzo.fl.messages import Refusal
 from fedzo.fl.site_limits import SiteError, told
 from fedzo.runtime._flower import failure_reason
 from fedzo.runtime.net._flower_http import ClientTask, RunNotRunningException, RuntimeApi, TaskType, client_task
+from fedzo.runtime.net.addresses import accepts
 from fedzo.runtime.net.bundle import check_bundle
-from fedzo.runtime.net.processes import accepts, watch_parent
+from fedzo.runtime.net.processes import watch_parent
 from fedzo.system import quiet_libraries
 
 log = logging.getLogger(__name__)

@@ -18,9 +18,10 @@ import fedzo
 from fedzo.errors import ProtocolError
 from fedzo.runtime._flower import ENVIRONMENT
 from fedzo.runtime.net._flower_control import Node, control
+from fedzo.runtime.net.addresses import accepts, free_ports, split_address
 from fedzo.runtime.net.client_folder import KEY, SECRET, ClientFolder
-from fedzo.runtime.net.processes import Processes, accepts, free_ports, python
-from fedzo.runtime.net.server_folder import ServerFolder, split_address
+from fedzo.runtime.net.processes import Processes, python
+from fedzo.runtime.net.server_folder import ServerFolder
 from fedzo.system import SITE_ENV, SITE_LOG_ENV, keep_loopback_direct
 
 __all__ = [
@@ -125,19 +126,23 @@ def start_supernode(processes: Processes, site: Site) -> None:
     )
 
 
-def wait_for_superlink(processes: Processes, folder: ServerFolder, *, timeout_s: float) -> None:
-    """Wait until a SuperLink listens.
+def wait_for_superlink(processes: Processes, folder: ServerFolder, *, timeout_s: float, setting: str = "") -> None:
+    """Wait until a SuperLink listens; ``setting`` is the key of ``timeout_s``, where a user can raise it.
 
     Raises:
         ProtocolError: It does not, or it ended.
     """
     address = folder.listening.control
     processes.wait_until(
-        lambda: accepts(address), what="the SuperLink listening", timeout_s=timeout_s, log_of="superlink"
+        lambda: accepts(address),
+        what="the SuperLink listening",
+        timeout_s=timeout_s,
+        log_of="superlink",
+        setting=setting,
     )
 
 
-def wait_for_registration(processes: Processes, folder: ServerFolder, *, timeout_s: float) -> None:
+def wait_for_registration(processes: Processes, folder: ServerFolder, *, timeout_s: float, setting: str = "") -> None:
     """Register the clients as soon as the SuperLink can.
 
     Raises:
@@ -150,7 +155,8 @@ def wait_for_registration(processes: Processes, folder: ServerFolder, *, timeout
             return True
         return False
 
-    processes.wait_until(registered, what="the clients' registration", timeout_s=timeout_s, log_of="superlink")
+    what = "the clients' registration"
+    processes.wait_until(registered, what=what, timeout_s=timeout_s, log_of="superlink", setting=setting)
 
 
 def register_clients(folder: ServerFolder) -> None:

@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -108,8 +107,17 @@ class Processes:
                 child.due, child.started = None, now
                 child.process = self._spawn(child.name, child.command, child.environment)
 
-    def wait_until(self, ready: Callable[[], bool], *, what: str, timeout_s: float, log_of: str) -> None:
+    def wait_until(
+        self, ready: Callable[[], bool], *, what: str, timeout_s: float, log_of: str, setting: str = ""
+    ) -> None:
         """Poll until ``ready()``.
+
+        Args:
+            ready: Asked again and again.
+            what: Is waited for.
+            timeout_s: At most so long.
+            log_of: Whose log says more.
+            setting: The key of ``timeout_s``, where a user can raise it.
 
         Raises:
             ProtocolError: It was not within ``timeout_s``, or a process ended once too often meanwhile.
@@ -118,8 +126,9 @@ class Processes:
         while not ready():
             self.check()
             if time.monotonic() > ends:
+                see = "Raise it, or see" if setting else "See"
                 raise ProtocolError(
-                    f"runtime.startup_s: {what} must be so within {timeout_s:g} s, but was not. Raise it, or see "
+                    f"{setting or 'start'}: {what} must be so within {timeout_s:g} s, but was not. {see} "
                     f"{self._log_dir}. The end of {self.log_path(log_of)}:\n{self.tail(log_of)}"
                 )
             time.sleep(POLL_S)
@@ -207,22 +216,3 @@ def watch_parent(parent_pid: int) -> None:
 def python(module: str) -> list[str]:
     """The command that runs a module of fedzo; of the folder that the user happens to be in nothing is imported."""
     return [sys.executable, "-P", "-m", module]
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of the loopback interface that nobody listens on at the moment, no two alike."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
-
-
-def accepts(address: str) -> bool:
-    """Whether somebody listens at ``host:port``."""
-    host, port = address.rsplit(":", 1)
-    try:
-        socket.create_connection((host, int(port)), timeout=1.0).close()
-    except OSError:
-        return False
-    return True

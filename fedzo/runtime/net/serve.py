@@ -18,9 +18,9 @@ from fedzo.runtime._flower import ErrorCode, one_federation, quiet_flower
 from fedzo.runtime.net._flower_control import control
 from fedzo.runtime.net._flower_grid import ServerGrid, server_task
 from fedzo.runtime.net._flower_http import RunNotRunningException, RuntimeApi, TaskType
+from fedzo.runtime.net.addresses import accepts
 from fedzo.runtime.net.bundle import build_bundle
 from fedzo.runtime.net.gate import WIRE
-from fedzo.runtime.net.processes import accepts
 from fedzo.runtime.net.server_folder import ServerFolder
 
 log = logging.getLogger(__name__)

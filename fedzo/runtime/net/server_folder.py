@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import shutil
-import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from fedzo.errors import ConfigError, FolderInUseError
 from fedzo.records.decode import decode_json, encode
 from fedzo.records.fields import MOST_CLIENTS, Client, Length, Matching, Name, Within
 from fedzo.records.folder import folder_of_one_process, is_locked, lock_file, make_folder, replace_file
+from fedzo.runtime.net.addresses import Address, is_loopback, split_address
 from fedzo.runtime.net.credentials import (
     Endpoint,
     check_names,
@@ -35,10 +35,10 @@ from fedzo.runtime.net.credentials import (
 )
 
 log = logging.getLogger(__name__)
-FILES = ("server.json", "clients.json", "ca.crt", "ca.key", "server.crt", "server.key", "secret")
+AUTHORITY = ("ca.crt", "ca.key")
+FILES = ("server.json", "clients.json", *AUTHORITY, "server.crt", "server.key", "secret")
 LEAST_FREE_BYTES = 1 << 20  # with less the disk of a server's folder counts as full
 CLIENT_NAME = Matching(re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,62}"), "letters, digits and . _ -")
-Address = Annotated[str, Matching(re.compile(r"[^\s/]{1,253}:[0-9]{1,5}"), "host:port")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,13 +109,17 @@ class ServerFolder:
             listening: Where the server is reached.
             names: Host names and addresses for its certificate.
             days: How long the certificate is valid.
+
+        Raises:
+            ConfigError: A file of the authority is missing that sites trust already.
         """
         check_names(names)
         if not path.exists():
             path.mkdir(parents=True, mode=0o700)
         make_folder(path / "logs")
         folder = cls(path)
-        if not (folder.file("ca.crt").exists() and folder.file("ca.key").exists()):
+        if missing := [name for name in AUTHORITY if not folder.file(name).exists()]:
+            folder._check_unused(missing)
             make_authority(folder.file("ca.crt"), folder.file("ca.key"))
         if not (folder.file("server.crt").exists() and folder.file("server.key").exists()):
             folder.renew(names=names, days=days)
@@ -143,11 +147,20 @@ class ServerFolder:
             ConfigError: It is no server's folder, or not whole.
         """
         if missing := [name for name in FILES if not self.file(name).is_file()]:
+            self._check_unused([name for name in AUTHORITY if name in missing])
             raise ConfigError(
                 f"server folder {self.path}: it must hold what `fedzo server init` writes, but has no "
                 f"{', '.join(missing)}. Call `fedzo server init {self.path}`, which keeps what is there."
             )
         _ = self.listening, self.clients
+
+    def _check_unused(self, missing: list[str]) -> None:
+        """Refuse to do without files of an authority that has signed: no site would trust another one."""
+        if missing and self.file("server.crt").exists():
+            raise ConfigError(
+                f"server folder {self.path}: it must hold {' and '.join(AUTHORITY)}, which all sites trust, but has no "
+                f"{', '.join(missing)}. Put a copy back. Another authority needs another folder, and sites its ca.crt."
+            )
 
     @property
     def listening(self) -> Listening:
@@ -157,7 +170,7 @@ class ServerFolder:
             host, port = split_address(getattr(found, key))
             if not 1 <= port <= 65535:
                 raise ConfigError(f"{self.file('server.json')}: {key} must have a port of 1 to 65535, got {port}.")
-            if key == "control" and not is_loopback(host):
+            if key == "control" and (":" in host or not is_loopback(host)):  # the certificate names no IPv6 address
                 raise ConfigError(
                     f"{self.file('server.json')}: control must be on the loopback interface (127.0.0.1:PORT), since "
                     f"Flower asks nobody there who he is, got {found.control!r}."
@@ -327,24 +340,3 @@ class ServerFolder:
                 f"Call `fedzo server init {self.path}`."
             ) from error
         return decode_json(kind, text, where=str(self.file(name)), error=ConfigError, remedy="Restore it from a copy.")
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Host and port of ``host:port``; an IPv6 address stands in brackets.
-
-    Raises:
-        ConfigError: It is none.
-    """
-    host, colon, port = address.rpartition(":")
-    if not (colon and host and port.isascii() and port.isdigit() and int(port) <= 65535):
-        raise ConfigError(f"an address must be HOST:PORT, got {address!r}.")
-    return host.removeprefix("[").removesuffix("]"), int(port)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a host."""
-    try:
-        found = socket.getaddrinfo(host, None)
-    except OSError:
-        return False
-    return all(entry[4][0] == "::1" or str(entry[4][0]).startswith("127.") for entry in found)

@@ -48,7 +48,9 @@ class Outcome:
 
 def write_outcome(run_dir: Path, error: BaseException) -> int:
     """Leave word of an error for whoever started this process; returns the status to exit with."""
-    outcome = Outcome(error=type(error).__name__, text=str(error)[: 1 << 20])
+    kinds = [kind.__name__ for kind in type(error).__mro__]
+    known = next((name for name in kinds if name in _KINDS), kinds[0])  # the nearest that the other process knows
+    outcome = Outcome(error=known, text=str(error)[: 1 << 20])
     try:
         replace_file(run_dir / OUTCOME, json.dumps(encode(outcome)))
     except OSError:

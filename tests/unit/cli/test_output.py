@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedzo.cli import main
+from fedzo.cli import main, serve
 from fedzo.records.metrics import Setup
 from fedzo.report.sinks import ProgressSink
 
@@ -37,6 +37,22 @@ def test_a_command_ends_well_whose_output_nobody_reads(command: list[str], capsy
         code = int(end.code or 0)
 
     assert (code, capsys.readouterr().err) == (0, "")
+
+
+@pytest.mark.usefixtures("unread")
+def test_a_server_goes_on_though_nobody_reads_the_output_that_it_inherits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def serve_run(run_dir: Path, server_dir: Path) -> None:
+        with ProgressSink(1).phase("a phase"):
+            print("a line")
+
+    monkeypatch.setattr(sys, "argv", ["serve", str(tmp_path / "server"), str(tmp_path), "0"])
+    monkeypatch.setattr(serve.signal, "signal", lambda *_: None)  # the test's own stay
+    monkeypatch.setattr(serve, "log_to", lambda run_dir: None)
+    monkeypatch.setattr("fedzo.commands.train.serve_run", serve_run)
+
+    assert serve.main() == 0
 
 
 @pytest.mark.usefixtures("unread")

@@ -115,12 +115,15 @@ def test_the_sites_own_limits_hold_at_each_request() -> None:
 
 
 def test_a_site_is_one_client_of_a_run_and_no_other() -> None:
-    site = replace(LIMITS, own_client=lambda client: 1)
+    site = replace(LIMITS, own_client=lambda client: 1, own_client_file="rows/client-of-1")
 
     site.check_client(1)
     with pytest.raises(SiteError, match="refusal 20, its site is another client of this run") as caught:
         site.check_client(2)
-    assert caught.value.details == "the site is client 1 of this run, and client 2 is asked"
+    assert caught.value.details == (
+        "the site is client 1 of this run, and client 2 is asked. If the server's list was wrong before, delete "
+        "rows/client-of-1 and restart the site"
+    )
 
 
 def test_a_client_that_the_run_does_not_have_is_nobody() -> None:

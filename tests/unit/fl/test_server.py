@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -121,6 +122,7 @@ class Grid:
         self.nodes: dict[int, Client | None] = {100 + client.index: client for client in clients}
         self.registered = {100 + client.index: client.index for client in clients}
         self._waiting: dict[str, Message] = {}
+        self._numbers = itertools.count()
         self.hellos: list[int] = []
         self.wire: tuple[int, int] | None = None
 
@@ -148,7 +150,7 @@ class Grid:
 
     def push_messages(self, messages: list[Message]) -> list[str]:
         for message in messages:
-            message.metadata.__dict__["_message_id"] = str(len(self._waiting) + id(message))
+            message.metadata.__dict__["_message_id"] = str(next(self._numbers))
             self._waiting[message.metadata.message_id] = message
         return [message.metadata.message_id for message in messages]
 

@@ -19,6 +19,7 @@ from fedzo.fl.site_limits import (
     check_run,
     check_work,
     leaving,
+    leaving_count,
     leaving_figures,
 )
 from fedzo.records.scores import PartialScore, Score
@@ -202,3 +203,9 @@ def test_what_is_left_of_the_rows_counts_as_a_count() -> None:
     """Of 100 rows 98 are done: two are not."""
     assert leaving_figures(limits(min_rows=3), {"a.done": 98}, num_train=100) == {}
     assert leaving_figures(limits(min_rows=3), {"a.done": 0}, num_train=100) == {"a.done": 0}
+
+
+@pytest.mark.parametrize(("count", "told"), [(0, 0), (4, 0), (5, 5), (15, 15), (16, 0), (20, 20)])
+def test_a_count_leaves_unless_it_or_the_rest_is_of_few_rows(count: int, told: int) -> None:
+    assert leaving_count(limits(min_rows=5), count, of=20) == told
+    assert leaving_count(limits(), count, of=20) == count

@@ -24,7 +24,7 @@ from fedzo.runtime.net.credentials import (
     read_certificate,
     read_public_key,
 )
-from fedzo.runtime.net.server_folder import Listening, ServerFolder, is_loopback, split_address
+from fedzo.runtime.net.server_folder import Listening, ServerFolder
 
 LISTENING = Listening(address="fed.example.org:8443", listen="0.0.0.0:8443", control="127.0.0.1:8444")
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl here")
@@ -211,13 +211,36 @@ def test_a_registry_that_somebody_spoiled_is_refused(tmp_path: Path, change: dic
         _ = folder.clients
 
 
-def test_the_control_api_stays_on_the_loopback_interface(tmp_path: Path) -> None:
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::1]"])  # the certificate names no IPv6 address
+def test_the_control_api_stays_on_the_loopback_interface(host: str, tmp_path: Path) -> None:
     folder = server(tmp_path / "s")
     text = folder.file("server.json").read_text()
-    folder.file("server.json").write_text(text.replace("127.0.0.1:8444", "0.0.0.0:8444"))
+    folder.file("server.json").write_text(text.replace("127.0.0.1:8444", f"{host}:8444"))
 
     with pytest.raises(ConfigError, match="control must be on the loopback interface"):
         folder.check()
+
+
+@pytest.mark.parametrize(("lost", "other"), [("ca.key", "ca.crt"), ("ca.crt", "ca.key")])
+def test_an_authority_that_sites_trust_is_never_made_anew(lost: str, other: str, tmp_path: Path) -> None:
+    folder = server(tmp_path / "s")
+    before = folder.file(other).read_bytes()
+    folder.file(lost).unlink()
+
+    for use in (folder.check, lambda: server(tmp_path / "s")):
+        with pytest.raises(ConfigError, match=rf"which all sites trust, but has no {lost}\. Put a copy back"):
+            use()
+
+    assert folder.file(other).read_bytes() == before
+
+
+def test_a_folder_that_was_not_finished_is(tmp_path: Path) -> None:
+    """Killed after the key of the authority: nothing is signed by it yet."""
+    folder = server(tmp_path / "s")
+    for name in ("ca.crt", "server.crt", "server.key"):
+        folder.file(name).unlink()
+
+    server(tmp_path / "s").check()
 
 
 def test_a_server_serves_one_run_at_a_time(tmp_path: Path) -> None:
@@ -233,21 +256,6 @@ def test_a_server_serves_one_run_at_a_time(tmp_path: Path) -> None:
         ):
             pass
     assert folder.served is None
-
-
-@pytest.mark.parametrize(("address", "parts"), [("a:1", ("a", 1)), ("[::1]:8443", ("::1", 8443))])
-def test_an_address_is_host_and_port(address: str, parts: tuple[str, int]) -> None:
-    assert split_address(address) == parts
-
-
-@pytest.mark.parametrize("address", ["", "host", ":1", "host:", "host:x", "host:99999", "host:-1"])
-def test_what_is_no_address_is_refused(address: str) -> None:
-    with pytest.raises(ConfigError, match="must be HOST:PORT"):
-        split_address(address)
-
-
-def test_loopback_is_told_from_the_rest() -> None:
-    assert [is_loopback(host) for host in ("127.0.0.1", "::1", "0.0.0.0", "10.1.2.3")] == [True, True, False, False]
 
 
 # --- a site

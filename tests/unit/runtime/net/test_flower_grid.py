@@ -147,6 +147,20 @@ def test_a_reply_of_which_a_part_is_gone_or_never_comes_is_dropped(
     assert grid._arriving == {}
 
 
+def test_a_part_may_be_found_gone_just_when_its_reply_is_given_up(
+    superlink: SuperLink, grid: ServerGrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both clocks run for as long, so both often end within one look."""
+    asked = question(1)
+    gone = superlink.answer(asked, "gone", parts=1)
+    assert grid.pull_messages([asked.metadata.message_id]) == []
+    superlink.lost.update(get_all_nested_objects(gone))
+    monkeypatch.setattr(_flower_grid, "OBJECT_PUSH_SESSION_TTL_SECONDS", -1.0)
+
+    assert grid.pull_messages([asked.metadata.message_id]) == []
+    assert grid._arriving == {}
+
+
 @pytest.mark.parametrize("which", ["Message", "RecordDict", "ConfigRecord"])
 def test_a_reply_whose_bytes_are_no_message_is_an_error_of_its_client(
     superlink: SuperLink, grid: ServerGrid, which: str

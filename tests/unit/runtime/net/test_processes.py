@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ import pytest
 
 from fedzo.errors import ProtocolError
 from fedzo.runtime.net import processes as module
-from fedzo.runtime.net.processes import Processes, accepts, free_ports
+from fedzo.runtime.net.processes import Processes
 
 SLEEP = [sys.executable, "-S", "-c", "import time; print('up', flush=True); time.sleep(60)"]
 STUBBORN = [
@@ -81,7 +80,9 @@ def test_waiting_too_long_says_for_what_and_what_to_raise(tmp_path: Path) -> Non
         children.start("worker", SLEEP)
 
         with pytest.raises(ProtocolError, match=r"runtime\.startup_s: the door open must be so within 0\.1 s"):
-            children.wait_until(lambda: False, what="the door open", timeout_s=0.1, log_of="worker")
+            children.wait_until(
+                lambda: False, what="the door open", timeout_s=0.1, log_of="worker", setting="runtime.startup_s"
+            )
 
 
 def test_log_of_an_earlier_run_is_replaced(tmp_path: Path) -> None:
@@ -118,15 +119,3 @@ def test_watching_process_ends_when_its_parent_is_killed(tmp_path: Path) -> None
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < ends
         time.sleep(0.05)
-
-
-def test_free_ports_are_different_and_nobody_listens_there() -> None:
-    ports = free_ports(20)
-
-    assert len(set(ports)) == 20
-    assert not any(accepts(f"127.0.0.1:{port}") for port in ports)
-
-
-def test_listening_port_accepts() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        assert accepts(f"127.0.0.1:{server.getsockname()[1]}")

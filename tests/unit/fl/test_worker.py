@@ -1,0 +1,58 @@
+"""What a client tells of itself, and what its log takes over from a server."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fedzo.data.config import TaskConfig
+from fedzo.data.encode import Example
+from fedzo.errors import ProtocolError
+from fedzo.fl.client.worker import ClientData, ClientWorker, log_failure
+from fedzo.fl.config import SiteLimitsConfig
+from fedzo.fl.messages import Hello, Identity
+
+
+def test_a_log_of_the_site_shows_a_servers_words_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    log_failure(0, ProtocolError("protocol: version \x1b[2J\nconnected to fed.example.org"))
+    log_failure(None, RuntimeError("a\nb"))
+
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["client 0: protocol: version  [2J connected to fed.example.org", "client ?: RuntimeError: a b"]
+    assert all(text.isprintable() for text in told)
+
+
+@pytest.mark.parametrize(("min_rows", "told"), [(0, (2, 1)), (2, (2, 0)), (3, (0, 0))])
+def test_how_many_rows_were_cut_is_a_count_as_any_other(min_rows: int, told: tuple[int, int]) -> None:
+    """Two of 9 training rows, one of 8 held-out rows."""
+    whole = Example(prompt=(1,), candidates=((2,), (3,)), label=0)
+    data = ClientData(
+        train=[replace(whole, cut=number < 2) for number in range(9)],
+        heldout=[replace(whole, cut=number < 1) for number in range(8)],
+        label_counts={},
+    )
+    limits: Any = SimpleNamespace(
+        site=SiteLimitsConfig(min_rows=min_rows), artifact="", check_client=lambda client: None
+    )
+    unused: Any = None
+    worker = ClientWorker(
+        Identity(config_hash="a" * 64, base_digest="b" * 64, tokenizer_digest="c" * 64, task_digest="e" * 64),
+        unused,
+        limits=limits,
+        task=TaskConfig(),
+        evaluators={},
+        scored_rows=8,
+        data_of=lambda client: data,
+        register=lambda client, begun: "d" * 64,
+        prepare=lambda client: None,
+        build=unused,
+        artifacts=SimpleNamespace(find=lambda digest: True),
+    )
+
+    reply = worker.hello(Hello(client=0))
+
+    assert (reply.num_train, reply.num_heldout) == (9, 8)
+    assert (reply.num_train_cut, reply.num_heldout_cut) == told
