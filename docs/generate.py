@@ -1,4 +1,4 @@
-"""Writes ``docs/ref-config.md`` and ``docs/ref-site.md`` from the code: ``python docs/generate.py``.
+"""Writes the generated parts of ``docs/ref-config.md`` and ``docs/ref-site.md``: ``python docs/generate.py``.
 
 ``--check`` only compares.
 """
@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import inspect
 import json
+import re
 import sys
 import textwrap
 from enum import Enum
@@ -22,71 +23,8 @@ from fedzo.fl.config import SiteLimitsConfig
 from fedzo.fl.messages import Refusal
 
 FOLDER = Path(__file__).parent
-HEAD = """\
-# Configuration keys
-
-<!-- Written by docs/generate.py from the config dataclasses; do not edit. -->
-
-This page lists every key of a run, as written on the command line: `fedzo train fl.rounds=100 trainer=mezo`. The
-[glossary](glossary.md) defines the terms. A config group is chosen by name (`trainer=mezo`) and has keys
-`trainer.<key>`. A list of plugins is chosen in its order (`preprocess=[a,b]`), and plugin `a` has keys
-`preprocess.a.<key>`. The defaults on this page are those of the code. Presets, the YAML files in `conf/`, may have
-others.
-
-`fedzo list` prints the presets. `fedzo train --help` prints the values of a command line. fedzo reports all unknown
-keys, values of a wrong type and impossible combinations together, before any work is done.
-
-An option has the keys of its group and keys of its own. An option that repeats a key of its group has another default
-for the key.
-"""
-
-
-SITE_HEAD = """\
-# The site file
-
-<!-- Written by docs/generate.py from the config dataclasses and the refusals; do not edit. -->
-
-A real client [site](glossary.md#site) has one YAML file of its own. The file holds the keys of the machine (`device`,
-`threads`, `artifact_max_bytes`), of [`model`](ref-config.md#model), [`data`](ref-config.md#data) and
-[`rewriter`](ref-config.md#rewriter), and the limits below. `rewriter` names its option in the key `plugin`. All keys
-have defaults. An unknown key, a wrong value and an unknown name are errors, and the message lists what is allowed.
-
-Only the site writes this file, and nothing in it leaves the site. A command line has no limits, since a simulation
-needs none against itself.
-"""
-REFUSALS = """\
-## Refusals
-
-A site checks its limits when it registers for a run, before it loads the model, and again at each request. What the
-server asks beyond them is refused with a number and a fixed sentence. The server's log and its error message show them:
-`client 2 cannot take part: refusal 12, its site does not take part in this trainer. Its own log says why`. The site's
-log says which key and which value of the file caused it. A number never changes its meaning.
-
-A site whose stages fail (1, 37) is asked again after 10, 20, 40, ... seconds, and begins again with what they have
-kept. Restart the site to be asked at once, and after a change of its environment or its file.
-
-| number | sentence |
-|---|---|
-"""
-NUMBERS = """\
-## Numbers that stay at the site
-
-`limits.answers` and `limits.min_rows` decide which numbers leave the site.
-
-- A score over fewer rows than `min_rows` does not leave. A score leaves without the numbers that `answers` does not
-  name.
-- The table of classes (`per_class`) leaves as a whole or not at all. The table stays where one class has fewer than
-  `min_rows` rows.
-- The number of [held-out rows](glossary.md#held-out-row) is told as 0 where it is below `min_rows`.
-- A site with fewer training rows than `min_rows` refuses to register (18). The same holds where a run asks for
-  label counts (`fl.label_counts`) and one label has fewer rows than that.
-- A site whose `answers` do not name `label_counts` refuses a run that asks for them (19).
-- What preprocess stages tell leaves where `answers` is empty or names `stages`. The counts of a stage leave as a whole
-  or not at all. All counts stay where one count, or the rest of the training rows, is above 0 and below `min_rows`.
-
-The server takes the mean of each number over the clients that tell it. The report says how many did. The
-[scalars](glossary.md#scalar) of training steps are what the method sends: no limit withholds them.
-"""
+BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- /generated -->\n)", re.DOTALL)
+"""What this script writes of a page: the part's name, and what lies between the marks. The rest is written by hand."""
 
 
 def field_docs(cls: type) -> dict[str, str]:
@@ -193,10 +131,10 @@ def list_page(name: str, options: dict[str, type]) -> list[str]:
     return lines
 
 
-def page() -> str:
-    """The whole page."""
+def keys() -> list[str]:
+    """All keys of a run, group by group."""
     plugins, lists = plugin_classes(), list_classes()
-    lines = [HEAD, "## The run", "", summary(RunSettings), "", *table(RunSettings, "")]
+    lines = ["## The run", "", summary(RunSettings), "", *table(RunSettings, "")]
     lines += ["## The machine", "", summary(SiteConfig), "", *table(SiteConfig, "")]
     of_run, of_site, of_launch = map(dataclasses.fields, (RunSettings, SiteConfig, LaunchConfig))
     before = {field.name for field in (*of_run, *of_site)}
@@ -213,25 +151,41 @@ def page() -> str:
             lines += [*([chosen, ""] if chosen else []), *table(cls, f"{name}.")]
             continue
         lines += group_page(name, cls, plugins[name])
-    return "\n".join(lines).rstrip() + "\n"
+    return lines
 
 
-def site_page() -> str:
-    """The page of the site file: its limits, and the numbers of refusals."""
-    limits = ["## `limits`", "", summary(SiteLimitsConfig), "", *table(SiteLimitsConfig, "limits.")]
-    refusals = [f"| {refusal} | {refusal.sentence} |" for refusal in Refusal if refusal]
-    return "\n".join([SITE_HEAD, *limits, NUMBERS, REFUSALS + "\n".join(refusals)]) + "\n"
+def limits() -> list[str]:
+    """The keys of a site alone."""
+    return [summary(SiteLimitsConfig), "", *table(SiteLimitsConfig, "limits.")]
+
+
+def refusals() -> list[str]:
+    """What a site says to a server."""
+    told = [f"| {refusal} | {refusal.sentence} |" for refusal in Refusal if refusal]
+    return ["| number | sentence |", "|---|---|", *told]
+
+
+PARTS = {"keys": keys, "limits": limits, "refusals": refusals}
+
+
+def filled(text: str) -> str:
+    """The page with every generated part made anew."""
+
+    def fill(found: re.Match[str]) -> str:
+        return found[1] + "\n" + "\n".join(PARTS[found[2]]()).rstrip() + "\n\n" + found[3]
+
+    return BLOCK.sub(fill, text)
 
 
 def main() -> int:
     """Write the pages, or with ``--check`` return 1 where one is not up to date."""
     stale = 0
-    for name, text in (("ref-config.md", page()), ("ref-site.md", site_page())):
-        file = FOLDER / name
+    for file in (FOLDER / "ref-config.md", FOLDER / "ref-site.md"):
+        before = file.read_text(encoding="utf-8")
         if "--check" not in sys.argv[1:]:
-            file.write_text(text, encoding="utf-8")
-        elif not file.is_file() or file.read_text(encoding="utf-8") != text:
-            sys.stderr.write(f"{name} is not what the code says. Run: python docs/generate.py\n")
+            file.write_text(filled(before), encoding="utf-8")
+        elif filled(before) != before:
+            sys.stderr.write(f"{file.name} is not what the code says. Run: python docs/generate.py\n")
             stale = 1
     return stale
 

@@ -108,9 +108,12 @@ def package_version(name: str) -> str | None:
 
 def _git_commit() -> str | None:
     """Commit of the source tree that fedzo runs from; None for an installed wheel."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "pyproject.toml").is_file():  # of a wheel in an environment, which may lie in somebody's repository
+        return None
     try:
         result = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
         )
     except (OSError, subprocess.SubprocessError):
         return None

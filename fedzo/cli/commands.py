@@ -169,7 +169,7 @@ def perplexity(arguments: Namespace) -> int:
     from fedzo.config.load import load
     from fedzo.config.overrides import with_config_dir
 
-    config = load(with_config_dir(arguments.overrides, arguments.config_dir))
+    config = load(with_config_dir(arguments.overrides, arguments.config_dir), trains=False)
     from fedzo.commands.perplexity import measure_perplexity
 
     with Progress(console=Console(stderr=True)) as progress:

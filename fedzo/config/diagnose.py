@@ -64,11 +64,11 @@ def _in_quotes(text: str) -> str:
 
 
 def respelled(overrides: Sequence[str]) -> list[Problem]:
-    """Texts of a task that Hydra reads as another value, whose own text is another one: ``true`` would be ``True``."""
+    """Texts that Hydra reads as another value, whose own text is another one: ``true`` would be ``True``."""
     found = []
     for override in parse_overrides(overrides)[0]:
         section, _, name = override.key_or_group.partition(".")
-        if section != "task" or name not in TEXTS or override.is_sweep_override():
+        if name not in TEXTS.get(section, ()) or override.is_sweep_override():
             continue
         value, text = override.value(), cast(str, override.input_line)
         for each in value if isinstance(value, list) else [value]:

@@ -51,7 +51,8 @@ def _choices(text: str, value: str) -> list[str]:
         return []
     if override.is_choice_sweep():
         return [_text(each) for each in override.sweep_iterator()]
-    return [_text(override.value())]
+    chosen = override.value()
+    return [value if isinstance(chosen, bool | int | float) else _text(chosen)]  # of 1e5 Hydra makes another text
 
 
 def _text(value: object) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
@@ -98,20 +98,27 @@ def _split(parsed: list[Override]) -> list[list[str]]:
 
 
 def _corners(parsed: Iterable[Override]) -> list[list[str]]:
-    """Two jobs of a search: with the first value of everything that it varies, and with the last."""
-    jobs: list[list[str]] = [[], []]
+    """Jobs of a search that hold, together, each choice that it has and both ends of each range."""
+    varied: list[list[str]] = []
     for each in parsed:
         if not each.is_sweep_override():
-            values = [str(each.input_line)]
-        elif isinstance(interval := each.value(), IntervalSweep):
-            values = [f"{each.get_key_element()}={end}" for end in (interval.start, interval.end)]
-        else:
-            values = [f"{each.get_key_element()}={value}" for value in each.sweep_string_iterator()]
+            varied.append([str(each.input_line)])
+            continue
+        values = [f"{each.get_key_element()}={value}" for value in _ends(each) or each.sweep_string_iterator()]
         if not values:
             raise ConfigError(f"{each.input_line}: it must have a choice, got none. Write at least one value.")
-        jobs[0].append(values[0])
-        jobs[1].append(values[-1])
-    return jobs
+        varied.append(values)
+    return [[values[min(job, len(values) - 1)] for values in varied] for job in range(max([2, *map(len, varied)]))]
+
+
+def _ends(override: Override) -> tuple[object, object] | None:
+    """First and last value of what Optuna takes for a range, whose stop is one of its values; None for choices."""
+    swept = override.value()
+    if isinstance(swept, IntervalSweep):
+        return swept.start, swept.end
+    if isinstance(swept, RangeSweep) and not swept.shuffle and swept.start is not None and swept.stop is not None:
+        return swept.start, swept.start + (swept.stop - swept.start) // swept.step * swept.step
+    return None
 
 
 def _search(own: DictConfig, configs: Sequence[LaunchConfig], *, given: Sequence[Override]) -> list[str]:

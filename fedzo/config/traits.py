@@ -1,4 +1,7 @@
-"""Rules that plugins are under because of what they can do: they read traits, never a plugin's name or class."""
+"""Rules that plugins are under because of what they can do: they read traits, never a plugin's name.
+
+Of estimators they also ask which kind they are, since scalars and gradients travel in different ways.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,9 @@ from fedzo.fl.config import Aggregation, Seeds, Weighting
 from fedzo.models.config import DType, Quantization
 from fedzo.trainers import named_with
 from fedzo.zo.estimator import ZerothOrderConfig
+
+_LEAST_DECAY = {DType.bfloat16: 2.0**-8, DType.float16: 2.0**-11}
+"""With less, a weight times 1 - lr * decay may be rounded to the weight itself."""
 
 # --- of the site: how this machine holds and runs the model
 
@@ -61,6 +67,12 @@ def dtype_problems(site: SiteConfig, config: RunSettings) -> Iterator[Problem]:
     elif isinstance(config, RunConfig) and dtype is not config.base.dtype:
         rule = f"be {config.base.dtype} in this run of {trainer}, whose trained values have this dtype on all peers"
         yield problem("model.dtype", rule, dtype, f"Write model.dtype={config.base.dtype}.")
+    optimizer = config.server_optimizer
+    lr = config.trainer.lr if optimizer.lr is None else optimizer.lr
+    if (least := _LEAST_DECAY.get(dtype, 0.0)) > lr * optimizer.weight_decay > 0:
+        rule = f"make server_optimizer.lr * weight_decay 0, or at least {least:g}: less is rounded away in {dtype}"
+        remedy = "Write server_optimizer.weight_decay=0, or model.dtype=float32."
+        yield problem("server_optimizer.weight_decay", rule, optimizer.weight_decay, remedy)
     if not isinstance(config.estimator, ZerothOrderConfig) and dtype is not DType.float32:
         chosen = f"estimator={plugin_name('estimator', config.estimator)}"
         rule = f"be float32 for {chosen} with {trainer}, which has no float32 values beside the model's weights"

@@ -6,7 +6,8 @@ The rule holds for the files that Hydra composes (outside fedzo's own ``conf``) 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,25 @@ from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
 from omegaconf._utils import get_yaml_loader
 
-from fedzo.config.plugins import conf_dir
-from fedzo.data.config import TaskConfig
+from fedzo.config.plugins import PLAIN, REGISTRIES, conf_dir
 from fedzo.data.files import text_of
 from fedzo.errors import ConfigError
+from fedzo.trainers.base import InputsConfig
 
 _GLOBAL = "experiment"  # the group whose files hold keys of all others
-TEXTS = frozenset(field.name for field in fields(TaskConfig) if "str" in str(field.type))
-"""Keys of a task that hold text, of which OmegaConf would make text of anything: ``no`` would become ``False``."""
+
+
+def _texts(classes: Iterable[type]) -> frozenset[str]:
+    kinds = {field.name: str(field.type) for cls in classes for field in fields(cls)}
+    return frozenset(name for name, kind in kinds.items() if re.fullmatch(r"str( \| None)?|list\[str\]", kind))
+
+
+TEXTS: dict[str, frozenset[str]] = {
+    **{group: _texts([cls]) for group, cls in {**PLAIN, "inputs": InputsConfig}.items()},
+    **{group: _texts(dict(registry).values()) for group, registry in REGISTRIES.items()},
+}
+"""Keys of each group that hold text, of which OmegaConf would make text of anything: ``no`` would become ``False``."""
+_ANY_TEXT = frozenset[str]().union(*TEXTS.values())
 
 
 def read_yaml(path: Path) -> Any:
@@ -35,15 +47,15 @@ def read_yaml(path: Path) -> Any:
         ConfigError: As ``checked_text``.
         OSError: The file cannot be read.
     """
-    return yaml.safe_load(checked_text(path))
+    return yaml.load(checked_text(path), Loader=get_yaml_loader())  # a safe one, in whose dialect 1e3 is a number
 
 
 def checked_text(path: Path) -> str:
     """The text of a YAML file, without a byte order mark, that a parser takes.
 
     Raises:
-        ConfigError: It is no UTF-8 or no YAML, a key stands twice, or a text of a task is written as YAML writes
-            another value.
+        ConfigError: It is no UTF-8 or no YAML, a key stands twice, or a text is written as YAML writes another
+            value.
         OSError: The file cannot be read.
     """
     text = io.StringIO(text_of(path, path.read_bytes()), newline=None).read()
@@ -89,7 +101,7 @@ def _faults(node: yaml.Node | None, seen: set[int]) -> Iterator[tuple[int, str]]
             if key.value in keys:
                 yield key.start_mark.line, f"a key must stand once, got {key.value!r} twice. Remove one."
             keys.add(key.value)
-            if key.value in TEXTS:
+            if key.value in _ANY_TEXT:
                 yield from _respelled(key.value, value)
         yield from _faults(value, seen)
 

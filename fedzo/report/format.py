@@ -43,7 +43,9 @@ def count_text(number: int | None) -> str:
 
 def number_text(value: float | None) -> str:
     """A measured number with three significant digits."""
-    return MISSING if value is None else f"{value:#.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if value is None:
+        return MISSING
+    return f"{value:#.3g}".removesuffix(".") if abs(value) < 999.5 else f"{value:,.0f}"
 
 
 def percent_text(share: float | None, *, digits: int = 1) -> str:

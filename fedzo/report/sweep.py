@@ -87,7 +87,8 @@ def write_comparison(runs: Sequence[Path], out_dir: Path) -> Path:
 def _write(jobs: list[Job], folder: Path, *, title: str, subtitle: str) -> Path:
     keys = _varied(jobs)
     header, rows = _table(jobs, keys)
-    pictures = _pictures(jobs, keys)
+    alike = len({kind for job in jobs if (kind := _kind(job))}) <= 1
+    pictures = _pictures(jobs, keys) if alike else []
     table = io.StringIO(newline="")
     csv.writer(table).writerows(_numbers(jobs, keys))
     lines = [[cell.replace("|", "\\|") for cell in line] for line in (header, ["---"] * len(header), *rows)]
@@ -101,9 +102,12 @@ def _write(jobs: list[Job], folder: Path, *, title: str, subtitle: str) -> Path:
     page = render_page(
         title=title,
         subtitle=subtitle,
-        headline=_best(jobs, keys),
+        headline=_best(jobs, keys) if alike else "",
         headline_note="Choose by the dev loss: test rows that chose a setting no longer measure anything.",
-        notes=[f"{job.folder.name}: {job.problem or job.state}" for job in jobs if job.state != "finished"],
+        notes=[
+            *(f"{job.folder.name}: {job.problem or job.state}" for job in jobs if job.state != "finished"),
+            *([] if alike else ["The runs have different tasks or measures: no figure and no best run compares them."]),
+        ],
         tables=[("Jobs", [header, *rows])],
         long_tables=[],
         pictures=pictures,
@@ -119,7 +123,13 @@ def unfinished_jobs(sweep_dir: Path) -> list[str]:
 
 def _jobs(sweep_dir: Path) -> list[Job]:
     folders = [path.parent for path in sweep_dir.glob(f"*/{OVERRIDES}")]
-    return [_job(folder) for folder in sorted(folders, key=lambda folder: (len(folder.name), folder.name))]
+    return [_job(folder) for folder in sorted(folders, key=_place)]
+
+
+def _place(folder: Path) -> tuple[bool, int, str]:
+    """Jobs by their numbers, with which the names of their folders begin."""
+    number = folder.name.partition("_")[0]
+    return not number.isdecimal(), int(number) if number.isdecimal() else 0, folder.name
 
 
 def _job(folder: Path) -> Job:
@@ -129,6 +139,13 @@ def _job(folder: Path) -> Job:
         return Job(folder, settings, load_run(folder))
     except RunFolderError as error:
         return Job(folder, settings, None, str(error))
+
+
+def _kind(job: Job) -> tuple[object, ...] | None:
+    """What its scores are of; None without scores."""
+    if job.run is None or (scores := job.scores("test") or job.scores("dev")) is None:
+        return None
+    return job.run.setting("task", "name"), job.run.first.evaluator, scores[1].metric
 
 
 def _best(jobs: list[Job], keys: list[str]) -> str:

@@ -93,6 +93,9 @@ def test_a_search_is_checked_before_any_work(
 ) -> None:
     for words, text in (
         (["server_optimizer.lr=interval(-1.0,0.1)"], "server_optimizer.lr must be >= 0 and finite"),
+        (["trainer=mezo,nope,meerkat"], "trainer must be one of"),  # neither the first choice nor the last
+        # of a range, Optuna draws the stop as well
+        (["fl.num_clients=4", "strategy.clients_per_round=range(1,5)"], "strategy.clients_per_round"),
         ([SEARCHED, "hydra.sweeper.direction=maximize"], "hydra.sweeper.direction must be minimize for this dev score"),
         ([SEARCHED, "split.num_dev=0"], "a job must have dev scores, but has none"),
         ([SEARCHED, "hydra.sweeper.storage='sqlite:///study.db'"], "hydra.sweeper.storage must be null"),

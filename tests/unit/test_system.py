@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedzo.runtime.local import share_of_cpus
-from fedzo.system import default_threads, usable_cpus
+from fedzo.system import _git_commit, default_threads, usable_cpus
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system pins no process to CPUs")
@@ -109,3 +109,18 @@ def test_what_is_on_this_machine_is_asked_without_a_proxy(before: dict[str, str]
     status, hosts = done.stdout.split()
     assert status == "200"
     assert sorted(hosts.split(",")) == sorted({"127.0.0.1", "localhost", "::1", *(["example.org"] if before else [])})
+
+
+def test_an_installed_fedzo_has_no_commit_whatever_its_environment_lies_in(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    who = ["-c", "user.name=n", "-c", "user.email=e@x"]
+    for words in (["init", "-q"], [*who, "commit", "-q", "--allow-empty", "-m", "theirs"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    place = tmp_path / ".venv" / "lib" / "site-packages" / "fedzo"
+    place.mkdir(parents=True)
+    monkeypatch.setattr("fedzo.system.__file__", str(place / "system.py"))
+
+    assert _git_commit() is None
+    (place.parent / "pyproject.toml").touch()
+    assert len(_git_commit() or "") == 40

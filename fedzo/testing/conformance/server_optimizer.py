@@ -13,9 +13,9 @@ from fedzo.testing.conformance.bits import global_generators, must, must_be_same
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import SHARED, direction, stream_key
-from fedzo.zo.log import RoundRecord, pack, unpack
+from fedzo.zo.log import RoundRecord, VectorRecord, pack, unpack
 from fedzo.zo.seeds import OWN
-from fedzo.zo.server_optimizer import ControlVariates, ServerOptimizer
+from fedzo.zo.server_optimizer import ControlVariates, ServerOptimizer, VectorOptimizer
 from fedzo.zo.spaces.base import Values
 
 Numbers = npt.NDArray[np.float64]
@@ -40,6 +40,7 @@ def check_server_optimizer(
       from a snapshot at any round with a new rule, they are the same bits. The record is not changed.
     - The moments are float32 [num_moments, n] and changed in place; theta, and what a space is moved by, is float32.
     - The first step leads downhill, along -u. A round with lr = 0 leaves theta.
+    - A rule with ``displace`` leads against the vector of a record, leaves it as it is, and keeps no state to itself.
     - Large and small finite scalars do not lead to nan or infinity.
     - The global random generators are neither used nor needed.
 
@@ -63,6 +64,7 @@ def check_server_optimizer(
         _check_first_step(make, log[0], law)
         if formula is not None:
             _check_formula(formula, log, whole[0], law)
+    _check_vectors(make)
     _check_zeros(make, log, rests_at_zero)
     _check_range(make, log)
 
@@ -201,6 +203,29 @@ def _check_first_step(make: Callable[[], ServerOptimizer], like: RoundRecord, la
         after, _ = _play(make(), [record], law=law, theta=np.zeros(_N, np.float32))
         slope = float(after.astype(np.float64) @ (c * z))
         must(slope < 0, f"the first step must lead against u = {c} z, its product with u must be < 0, got {slope}")
+
+
+def _check_vectors(make: Callable[[], ServerOptimizer]) -> None:
+    """Of a rule that is also moved by vectors: from theta = 0 against the first, and by the records alone."""
+    if not isinstance(make(), VectorOptimizer):
+        return
+    changes = [np.array(change, np.float32) for change in ([0.5, -1.0, 0.25, 2.0, -0.75], [1.0, 1.0, -0.5, 0.0, 0.25])]
+
+    def displaced(rules: Sequence[ServerOptimizer]) -> list[Values]:
+        space, moments, seen = _Float32Space(np.zeros(_N, np.float32)), _moments(rules[0]), []
+        for round, (rule, change) in enumerate(zip(rules, changes, strict=True)):
+            sent = change.copy()
+            cast(VectorOptimizer, rule).displace(space, moments, VectorRecord.of(sent, round=round, lr=0.125))
+            must_be_same_values(sent, change, "displace must not change the vector of the record")
+            seen.append(space.values().copy())
+        return seen
+
+    rule = make()
+    whole = displaced([rule, rule])
+    slope = float(whole[0].astype(np.float64) @ changes[0])
+    must(slope < 0, f"displace must lead against the vector, its product with it must be < 0, got {slope}")
+    anew = displaced([make(), make()])
+    must_be_same_values(anew[1], whole[1], "displace by a new rule each round must lead to the same theta")
 
 
 def _check_zeros(make: Callable[[], ServerOptimizer], log: list[RoundRecord], rests_at_zero: bool) -> None:

@@ -96,7 +96,7 @@ def _must_stop(stage: Stage, rows: list[Row]) -> None:
 
 
 def _differs(old: Row, new: Row, key: str) -> bool:
-    return key not in old or key not in new or bool(old[key] != new[key])
+    return key not in old or key not in new or [old[key]] != [new[key]]  # a NaN equals itself in a list
 
 
 def _must_agree(found: list[Row], expected: list[Row], rule: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,6 +93,14 @@ def _check_prepare(make: Callable[[], Trainer], load: Callable[[], LoadedModel],
         first.gradient is not None and again.gradient is not None and torch.equal(first.gradient, again.gradient)
     )
     must(same, "prepare called again in its folder must give the same gradient")
+    for file in folder.iterdir():
+        if file.is_file():
+            file.write_bytes(b"of a start with other settings")
+    anew = make().prepare(load(), replace(place, resumed=False))
+    must(
+        anew.artifact.digest == first.artifact.digest,
+        "prepare must read no file of its folder where workplace.resumed is false, and then give the same artifact",
+    )
     return first
 
 

@@ -82,3 +82,18 @@ def test_a_text_that_cannot_be_measured_on_is_refused(
 
     assert code == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_only_a_training_rules_out_is_no_matter(
+    folder: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Packed weights cannot be trained, and measuring them is what the command is for."""
+    asked: list[str] = []
+    measured = {"perplexity": 1.5}
+    monkeypatch.setattr(
+        "fedzo.commands.perplexity.measure_perplexity",
+        lambda config, *_, **__: asked.append(str(config.model.quantization)) or measured,
+    )
+
+    assert main(["perplexity", "--text", str(text), f"model={folder}", "model.quantization=nf4"]) == 0
+    assert (asked, json.loads(capsys.readouterr().out)) == (["nf4"], measured)

@@ -245,3 +245,10 @@ def test_hydra_copies_a_schema_that_it_loads_and_not_the_store_of_all() -> None:
 
     assert copy.deepcopy(store) is store
     assert store.load("schema.yaml").node is not store.load("schema.yaml").node
+
+
+def test_sites_are_scored_on_the_way() -> None:
+    """The server has no rows, so that scores are those of the clients."""
+    evaluation = load(["experiment=sites", "data.path=."]).evaluation
+
+    assert (evaluation.central, evaluation.federated_every_rounds) == (False, 10)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedzo.config.plugins import plugin_classes
 from fedzo.config.rules import launch_problems, missing_files
@@ -19,12 +20,14 @@ from fedzo.data.partition.by_label import DirichletConfig, DirichletEqualConfig,
 from fedzo.data.partition.plain import NaturalConfig
 from fedzo.fl.config import Aggregation, Seeds, Weighting
 from fedzo.models.config import DType
+from fedzo.models.load import TORCH_DTYPES
 from fedzo.runtime.config import LocalConfig, RayConfig
 from fedzo.trainers.adapters import Ia3TrainerConfig, LoraTrainerConfig, PrefixTrainerConfig, PromptTrainerConfig
-from fedzo.trainers.base import TrainerConfig
+from fedzo.trainers.base import InputsConfig, TrainerConfig
 from fedzo.trainers.meerkat import CalibrationSource, MeerkatConfig
 from fedzo.trainers.mezo import MezoConfig
 from fedzo.trainers.tables import TablesConfig
+from fedzo.zo.config import Rounding
 from fedzo.zo.estimator import Baseline, EstimatorConfig, FzooConfig, OneSidedConfig
 from fedzo.zo.server_optimizer import AdamConfig, MomentumConfig, ServerOptimizerConfig, SgdConfig
 
@@ -441,6 +444,51 @@ def test_calibration_by_file_needs_the_file(trainer: type) -> None:
     assert launch_problems(config) == []
     config.trainer, config.inputs.calibration = MezoConfig(), None
     assert launch_problems(config) == []
+
+
+@pytest.mark.parametrize("trainer", [MeerkatConfig, TablesConfig])
+def test_a_file_of_text_that_nothing_would_read_is_refused(trainer: type, tmp_path: Path) -> None:
+    config = sound()
+    config.trainer, config.inputs.calibration = trainer(), "text.txt"
+    rule = "inputs.calibration must be null for trainer.calibration=imdb, which reads no file, got 'text.txt'."
+
+    (problem,) = launch_problems(config)
+
+    assert problem.text == f"{rule} Write trainer.calibration=file, or leave it out."
+
+
+def test_a_mask_that_is_given_needs_no_text() -> None:
+    config = MeerkatConfig(calibration=CalibrationSource.file)
+    inputs = InputsConfig(artifact="mask.safetensors", calibration="text.txt")
+
+    (problem,) = config.input_problems(inputs, sound())
+
+    assert problem.key == "inputs.calibration"
+    assert list(config.input_problems(InputsConfig(artifact="mask.safetensors"), sound())) == []
+
+
+@pytest.mark.parametrize(
+    ("dtype", "decay", "holds"),
+    [
+        (DType.bfloat16, 2.0**-9, False),
+        (DType.bfloat16, 2.0**-8, True),
+        (DType.float16, 2.0**-12, False),
+        (DType.float16, 2.0**-11, True),
+        (DType.float32, 2.0**-12, True),
+        (DType.bfloat16, 0.0, True),
+    ],
+)
+def test_a_decay_that_rounding_would_undo_is_refused(dtype: DType, decay: float, holds: bool) -> None:
+    """A weight whose bits are all 1 is the hardest to move downwards; one step of the server optimizer tells."""
+    config = sound()
+    config.trainer, config.model.dtype = MezoConfig(rounding=Rounding.stochastic), dtype
+    config.server_optimizer = SgdConfig(lr=1.0, weight_decay=decay)
+    weights = torch.linspace(1, 2, 1024)[:-1].to(TORCH_DTYPES[dtype])
+
+    moved = (weights.float() * (1 - decay)).to(weights.dtype) != weights
+
+    assert [problem.key for problem in launch_problems(config)] == ([] if holds else ["server_optimizer.weight_decay"])
+    assert bool(moved.all()) is (holds and decay > 0)
 
 
 def test_a_dtype_that_peers_choose_for_themselves_is_refused_where_values_are_held_in_it() -> None:

@@ -243,7 +243,6 @@ LOCAL = [
     ["runtime=local"],
     ["runtime=ray", "runtime.num_actors=3"],
     ["report=none"],
-    ["inputs.calibration=."],
 ]
 SHARED = [
     ["seed=1"],
@@ -267,6 +266,12 @@ SHARED = [
 @pytest.mark.parametrize("overrides", LOCAL, ids=" ".join)
 def test_hash_ignores_what_is_local_to_a_site(overrides: list[str]) -> None:
     assert config_hash(agreed(load(overrides))) == config_hash(agreed(load([])))
+
+
+def test_hash_ignores_where_a_text_lies() -> None:
+    here, there = (load(["trainer.calibration=file", f"inputs.calibration={place}"]) for place in (".", ".."))
+
+    assert config_hash(agreed(here)) == config_hash(agreed(there))
 
 
 @pytest.mark.parametrize("overrides", SHARED, ids=" ".join)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedzo.config.load import load
-from fedzo.config.travel import load_site
+from fedzo.config.travel import load_site, to_json
 from fedzo.errors import ConfigError
 
 TASK = b'defaults:\n  - task_schema\n  - _self_\nname: mine\ntemplate: "{text} ="\ncandidates: [" a", " b"]\n'
@@ -86,11 +86,15 @@ def test_a_broken_file_that_nothing_names_is_not_read(tmp_path: Path) -> None:
         ),
         ("task.labels=[1e3,x]", r"task.labels must be text, but .* is read as 1000.0"),
         ("task.label=true", r"task.label must be text, but .* is read as True"),
+        ("model.revision=2024_01_15", r"model.revision must be text, but .* is read as 20240115"),
+        ("model.revision=1234e56", r"model.revision must be text, but .* is read as 1.234e\+59"),
+        ("partition=natural partition.column=true", r"partition.column must be text, but .* is read as True"),
+        ("inputs.artifact=1e5", r"inputs.artifact must be text, but .* is read as 100000.0"),
     ],
 )
 def test_a_text_on_the_command_line_stays_what_was_written(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load([override])
+        load(override.split())
 
 
 @pytest.mark.parametrize(
@@ -107,3 +111,22 @@ def test_the_file_of_a_site_is_read_as_strictly(data: bytes, message: str, tmp_p
 
     with pytest.raises(ConfigError, match=rf"site configuration .*{message}"):
         load_site(tmp_path / "site.yaml")
+
+
+@pytest.mark.parametrize("name", ["1e5", "2024_01", "007"])
+def test_a_model_may_be_named_like_a_number(name: str) -> None:
+    assert load([f"model={name}"]).model.name == name
+
+
+def test_a_site_file_has_the_numbers_of_all_other_files(tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text("limits: {step_limit_s: 3.6e3}\nmodel: {name: m, revision: 2024-01-01}\n")
+
+    site = load_site(tmp_path / "site.yaml")
+
+    assert (site.limits.step_limit_s, site.model.revision) == (3600.0, "2024-01-01")
+
+
+def test_a_small_number_reaches_the_site_file_of_a_run_and_comes_back(tmp_path: Path) -> None:
+    (tmp_path / "site.json").write_text(to_json(load(["model.name=m"]).site()).replace("3600.0", "5e-05"))
+
+    assert load_site(tmp_path / "site.json").limits.step_limit_s == 5e-05

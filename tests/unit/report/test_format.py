@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedzo.report.format import bytes_text, change_text, score_text, seconds_text, share_text
+from fedzo.report.format import bytes_text, change_text, number_text, score_text, seconds_text, share_text
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,17 @@ def test_only_accuracy_is_written_in_percent() -> None:
     )
     assert change_text("accuracy", 0.5, 0.45) == "-5.0 points"
     assert change_text("rouge_l", 0.1, 0.25) == "+0.150"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        *((0.5, "0.500"), (12.34, "12.3"), (123.4, "123"), (999.4, "999"), (999.6, "1,000"), (-123.4, "-123")),
+        *((1234567.0, "1,234,567"), (1.5e-7, "1.50e-07"), (0.0, "0.00"), (None, "n/a")),
+    ],
+)
+def test_a_number_has_three_digits(value: float | None, text: str) -> None:
+    assert number_text(value) == text
 
 
 def test_a_share_of_everything_is_plain() -> None:

@@ -72,3 +72,31 @@ def test_runs_that_were_started_one_by_one_are_compared_by_what_differs(make_run
 
 def test_a_folder_without_jobs_has_no_report(tmp_path: Path) -> None:
     assert write_sweep_report(tmp_path) is None
+
+
+def test_jobs_are_in_the_order_of_their_numbers(make_run: MakeRun, tmp_path: Path) -> None:
+    """Hydra names a job's folder by its number and what varies."""
+    names = ["0_trainer-meerkat", "1_trainer-mezo", "2_x", "10_x", "other"]
+    for name in reversed(names):
+        make_run(name)
+
+    write_sweep_report(tmp_path)
+
+    with (tmp_path / "sweep.csv").open(newline="") as file:
+        assert [row[0] for row in csv.reader(file)][1:] == names
+
+
+def test_runs_of_different_measures_are_listed_and_not_compared(make_run: MakeRun, tmp_path: Path) -> None:
+    """An F1 is no accuracy, and the losses of two tasks have no order."""
+    runs = [make_run("first", trainer="meerkat"), make_run("second", trainer="mezo")]
+    same = write_comparison(runs, tmp_path / "same").read_text()
+    text = (runs[1] / "metrics.jsonl").read_text()
+    (runs[1] / "metrics.jsonl").write_text(text.replace('"metric": "accuracy"', '"metric": "token_f1"'))
+
+    page = write_comparison(runs, tmp_path / "both").read_text()
+
+    assert "Lowest dev loss" in same
+    assert "<svg" in same
+    assert "Lowest dev loss" not in page
+    assert "<svg" not in page
+    assert "The runs have different tasks or measures" in page

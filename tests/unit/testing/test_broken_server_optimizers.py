@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fedzo.testing import check_server_optimizer
-from fedzo.zo.log import Drift, RoundRecord
+from fedzo.zo.log import Drift, RoundRecord, VectorRecord
 from fedzo.zo.server_optimizer import ServerOptimizer, Sgd, round_direction, step_along
 from fedzo.zo.server_optimizer.control_variates import Scaffold
 from fedzo.zo.spaces.base import Space, Values
@@ -132,9 +132,39 @@ def test_without_a_fault_it_passes() -> None:
     check_server_optimizer(Plain)
 
 
+class DisplacesUphill(Sgd):
+    def displace(self, space: Space, moments: Values, record: VectorRecord) -> None:
+        space.load(space.values() + record.read())
+
+
+class DisplacesByAMemoryOfItsOwn(Sgd):
+    def displace(self, space: Space, moments: Values, record: VectorRecord) -> None:
+        MEMORY[id(self)] = MEMORY.get(id(self), np.float32(0)) + record.read()
+        space.load(space.values() - MEMORY[id(self)])
+
+
+class DisplacesInFloat64(Sgd):
+    def displace(self, space: Space, moments: Values, record: VectorRecord) -> None:
+        space.load(space.values() - record.read().astype(np.float64))
+
+
+class DisplacesTheRecord(Sgd):
+    def displace(self, space: Space, moments: Values, record: VectorRecord) -> None:
+        change = record.read()
+        change *= np.float32(0.5)
+        space.load(space.values() - change)
+
+
+MEMORY: dict[int, Any] = {}
+
+
 @pytest.mark.parametrize(
     ("make", "rule"),
     [
+        (DisplacesUphill, r"displace must lead against the vector"),
+        (DisplacesByAMemoryOfItsOwn, r"displace by a new rule each round must lead to the same theta"),
+        (DisplacesInFloat64, r"a rule must load float32 \[5\], got float64"),
+        (DisplacesTheRecord, r"displace must not change the vector of the record"),
         (Uphill, r"the first step must lead against u = 1\.0 z"),
         (KeepsMomentumToItself, r"theta must be a function of the log, but replayed by a rule that has played before"),
         (RemembersItsFirstRoundOnly, r"must be a function of the log, but "),

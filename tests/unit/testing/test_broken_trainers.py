@@ -56,6 +56,16 @@ class DrawsItsStart(Norms):
             return super().built(loaded, int(torch.randint(2**31, ())), distribution)
 
 
+class ReadsWhatIsThere(Norms):
+    """A file of an earlier start with other settings, too."""
+
+    def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
+        kept = workplace.folder / "kept"
+        if not kept.exists():
+            kept.write_bytes(workplace.seed.to_bytes(4, "little"))
+        return Prepared(workplace.artifacts.put(kept.read_bytes()))
+
+
 class PreparesAnew(Norms):
     calls = 0
 
@@ -124,6 +134,7 @@ def test_without_a_fault_it_passes() -> None:
     [
         (BuildsFromMemory, r"two peers must build the same values from one artifact"),
         (DrawsItsStart, r"two peers must build the same values from one artifact"),
+        (ReadsWhatIsThere, r"must read no file of its folder where workplace\.resumed is false"),
         (PreparesAnew, r"prepare called again in its folder must give the same artifact"),
         (TrainsWhilePreparing, r"prepare must leave the model as it was: 1 of \d+ tensors differ"),
         (GivesADoubleGradient, r"prepare's gradient must be float32 \[160\] on the CPU, got torch\.float64 \[3\]"),
