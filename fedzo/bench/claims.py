@@ -63,7 +63,15 @@ class Claims:
         at_least: float | None = None,
         near: tuple[float, float] | None = None,
     ) -> None:
-        """Add a value, to four digits; with a target if there is one: a bound, or (a value, how far off it may be).
+        """Add a value, to four digits or as many as tell it from its target.
+
+        Args:
+            claim: What is claimed.
+            value: As it was measured.
+            unit: Of the value.
+            at_most: The target, if it is an upper bound.
+            at_least: The target, if it is a lower bound.
+            near: The target, and how far off it the value may be.
 
         Raises:
             ValueError: Another row says the same of another value.
@@ -71,16 +79,22 @@ class Claims:
         if any(row["claim"] == claim for row in self.rows):
             raise ValueError(f"each claim must be made once, got {claim!r} twice")
         target = at_most if at_least is None else at_least
-        holds = (at_most is None or value <= at_most) and (at_least is None or value >= at_least)
         if near is not None:
-            target, holds = near[0], abs(value - near[0]) <= near[1]
+            target = near[0]
+
+        def holds(value: float) -> bool:
+            if near is not None:
+                return abs(value - near[0]) <= near[1]
+            return (at_most is None or value <= at_most) and (at_least is None or value >= at_least)
+
+        rounded = (float(f"{value:.{digits}g}") for digits in range(4, 17))
         self.rows.append(
             {
                 "claim": claim,
-                "value": float(f"{value:.4g}"),
+                "value": next((each for each in rounded if holds(each) == holds(value)), value),
                 "unit": unit,
                 "target": target,
-                "holds": holds,
+                "holds": holds(value),
                 "command": self.command,
                 "seeds": self.seeds,
                 "environment": self.environment,

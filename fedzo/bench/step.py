@@ -25,6 +25,7 @@ from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
 from fedzo.models.adapters import base_model, has_adapter
 from fedzo.models.captured import CapturedDecoder
+from fedzo.models.checks import num_positions
 from fedzo.models.config import Quantization
 from fedzo.models.load import TORCH_DTYPES, compile_loaded, load_model
 from fedzo.models.loaded import LoadedModel
@@ -32,6 +33,7 @@ from fedzo.models.lower_layers import LowerLayers, StepStates
 from fedzo.models.products import default_product, product_is_chosen
 from fedzo.models.scoring import mean_loss
 from fedzo.models.sketched.layers import decoded_layers, layers_replaced, make_dense
+from fedzo.models.virtual_tokens import num_virtual_tokens
 from fedzo.run.peer import check_format, reused_layers, set_up_process, with_graphs
 from fedzo.system import OnProgress, environment
 from fedzo.trainers import TRAINERS, Workplace
@@ -186,9 +188,6 @@ def open_bench(config: LaunchConfig, *, shape: str | None, rows: int, tokens: in
     if shape is not None and config.model.compile:
         loaded = compile_loaded(loaded, longest=config.task.max_length)
     check_format(config, loaded)
-    longest = getattr(loaded.model.config, "max_position_embeddings", None)
-    if isinstance(longest, int) and tokens > longest:
-        raise ConfigError(f"--tokens must be at most {longest} for {loaded.source!r}, got {tokens}. Lower it.")
     trainer = TRAINERS.build(config.trainer if config.inputs.artifact else config.trainer.for_timing())
     with tempfile.TemporaryDirectory() as folder:
         workplace = Workplace(
@@ -196,6 +195,10 @@ def open_bench(config: LaunchConfig, *, shape: str | None, rows: int, tokens: in
         )
         artifact = trainer.prepare(loaded, workplace).artifact
         built = trainer.build(loaded, artifact, distribution=estimator.distribution)
+    longest, virtual = num_positions(loaded.model), num_virtual_tokens(loaded.model)
+    if longest is not None and tokens + virtual > longest:
+        most = longest - virtual
+        raise ConfigError(f"--tokens must be at most {most} for {loaded.source!r}, got {tokens}. Lower it.")
     vocabulary = len(loaded.tokenizer)
     order = permutation(stream_key(0, round=0), vocabulary, purpose=PURPOSE_DATA).tolist()
     prompts = [tuple(order[(row * tokens + i) % vocabulary] for i in range(tokens)) for row in range(rows)]

@@ -230,8 +230,8 @@ def read_texts(path: Path) -> list[str]:
     Raises:
         ConfigError: The file cannot be read, or a row has no text.
     """
-    if path.suffix == ".txt":
-        return [line for line in text_of(path, _bytes_of(path)).splitlines() if line.strip()]
+    if _is_plain(path):
+        return [line.rstrip("\n") for line in _lines(path, _bytes_of(path)) if line.strip()]
     located = read_located(path)
     for where, row in located:
         if "text" not in row:
@@ -249,7 +249,11 @@ def read_running_text(path: Path) -> list[str]:
     Raises:
         ConfigError: As ``read_texts``.
     """
-    return [text_of(path, _bytes_of(path))] if path.suffix == ".txt" else read_texts(path)
+    return [text_of(path, _bytes_of(path))] if _is_plain(path) else read_texts(path)
+
+
+def _is_plain(path: Path) -> bool:
+    return path.suffix.lower() == ".txt"
 
 
 def refuse_marked(rows: Iterable[Row], *, what: str) -> None:

@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedzo.data.preprocess.rephrase.words import BETWEEN, UNSPACED
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_WORD = re.compile(rf"[{UNSPACED}]|[^{BETWEEN}{UNSPACED}]+")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -30,7 +33,11 @@ def token_f1(prediction: str, reference: str) -> float:
 
 
 def rouge_l(prediction: str, reference: str) -> float:
-    """ROUGE-L's F-measure over words (the ``rouge-score`` package, no stemming), 0 to 1."""
+    """ROUGE-L's F-measure over words (the ``rouge-score`` package, no stemming), 0 to 1.
+
+    Deviation: the package takes whatever is no letter or digit of ASCII for space, and so has no word of most
+    languages. Here words are those of any script; where a script writes no spaces, each sign is a word.
+    """
     return float(_rouge_scorer().score(reference, prediction)["rougeL"].fmeasure)
 
 
@@ -38,7 +45,14 @@ def rouge_l(prediction: str, reference: str) -> float:
 def _rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer  # here, because it imports nltk
 
-    return RougeScorer(["rougeL"], use_stemmer=False)
+    return RougeScorer(["rougeL"], tokenizer=_Words())
+
+
+class _Words:
+    """The ``rouge-score`` package's interface of a tokenizer."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return _WORD.findall(text.lower())
 
 
 def auc(scores: npt.ArrayLike, labels: npt.ArrayLike) -> float | None:

@@ -77,6 +77,16 @@ class WindowGradients:
         self._differentiate(parameters, add)
         return squares
 
+    def signed(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+        """The sums of the signed gradients alone, bit for bit those of ``sums``."""
+        signed = _zeros(parameters)
+
+        def add(name: str, gradient: torch.Tensor) -> None:
+            signed[name].add_(gradient)
+
+        self._differentiate(parameters, add)
+        return signed
+
     def signed_at(
         self, parameters: Mapping[str, nn.Parameter], places: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:

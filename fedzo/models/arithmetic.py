@@ -68,21 +68,17 @@ class Measured:
 class Differentiable:
     """Tensors with their graph: all activations of a batch are kept until the gradient is taken.
 
-    Args:
-        device: The model's.
+    Scores are float64 on the CPU, since not every device has float64 (Apple's).
     """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
 
     def forwards(self) -> AbstractContextManager[Any]:
         return torch.enable_grad()
 
     def empty_scores(self, *shape: int) -> torch.Tensor:
-        return torch.full(shape, -torch.inf, dtype=torch.float64, device=self._device)
+        return torch.full(shape, -torch.inf, dtype=torch.float64)
 
     def taken(self, logprobs: torch.Tensor) -> torch.Tensor:
-        return logprobs.double()
+        return logprobs.cpu().double()
 
     def means(self, logprobs: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         return torch.stack([part.mean() for part in torch.split(logprobs, list(counts))])

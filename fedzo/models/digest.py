@@ -25,6 +25,17 @@ _DTYPES = {
     torch.uint8: "U8",
 }
 
+_TEXTS = (
+    "The quick brown fox doesn't jump over 12,345.67 lazy dogs -- or does it?",
+    " two  spaces\n\tand\r\nlines ",
+    "Caf\u00e9 cafe\u0301 \u00c5ngstr\u00f6m \ufb01ne \u0130stanbul",
+    "\u5317\u4eac\u662f\u9996\u90fd\u3002 \u041c\u043e\u0441\u043a\u0432\u0430",
+    "\u0645\u0631\u062d\u0628\u0627 \u0928\u092e\u0938\u094d\u0924\u0947",
+    "def f(x): return x**2  # \U0001f642\U0001f469\u200d\U0001f52c",
+    "internationalization UPPER lower Title",
+)
+"""What ``tokenizer_digest`` has tokenized; another text here makes another digest of every tokenizer."""
+
 
 def stored_entries(files: Iterable[Path]) -> dict[str, Entry]:
     """The tensors of safetensors files by name, whatever their order and sharding, before any cast."""
@@ -59,11 +70,19 @@ def file_digest(path: Path) -> str:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256 over vocabulary, special tokens and chat template as canonical JSON."""
+    """SHA-256 over vocabulary, special tokens, chat template and the tokens of a few texts, as canonical JSON.
+
+    The texts tell what a file may say in many ways: whether a token begins or ends a text, how text is normalised and
+    split, which tokens are merged.
+    """
     held = {
         "vocabulary": tokenizer.get_vocab(),
         "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "chat_template": getattr(tokenizer, "chat_template", None),
+        "tokens": [
+            [list(tokenizer(text, add_special_tokens=whether, verbose=False)["input_ids"]) for whether in (True, False)]
+            for text in _TEXTS
+        ],
     }
     text = json.dumps(held, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()

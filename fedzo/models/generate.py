@@ -12,6 +12,7 @@ from fedzo.errors import ConfigError
 from fedzo.models.checks import num_positions, num_rows
 from fedzo.models.head import mismatch
 from fedzo.models.loaded import LoadedModel
+from fedzo.models.memory import cache_tokens
 from fedzo.models.plan import FEW_FORWARDS, plan_batches
 from fedzo.models.virtual_tokens import num_virtual_tokens
 from fedzo.system import OnProgress
@@ -33,7 +34,7 @@ def generate(
         loaded: The model.
         prompts: Token ids of each prompt, none empty; one too long for the model's positions loses its beginning.
         max_new_tokens: Longest answer.
-        tokens_per_batch: Most tokens held at once: prompts padded, plus the new ones.
+        tokens_per_batch: Memory of a batch, in tokens of one forward: for prompts padded and the new ones.
         stop_at_newline: Keep the first line of an answer only.
         on_batch: Called after each batch with prompts done and in total.
         before: Called before each batch with the numbers of its prompts, where rows have weights of their own.
@@ -108,21 +109,38 @@ def generate_tokens(
         before([0])
     padded = virtual == 0 and len(set(lengths)) > 1 and _ignores_padding(loaded, pad)
     changes = {} if change is None else {"logits_processor": LogitsProcessorList([change])}
-    for batch in _batches(lengths, tokens_per_batch=tokens_per_batch, padded=padded):
+    most = max(1, int(tokens_per_batch / max(1.0, cache_tokens(loaded.model))))  # of each, keys and values are kept
+    for batch in _batches(lengths, tokens_per_batch=most, padded=padded):
         width = max(len(prompts[i]) for i in batch)
         ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in batch])
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
         if before is not None:
             before(batch)
-        output = cast(Any, loaded.model).generate(
-            ids.to(loaded.device), attention_mask=mask.to(loaded.device), generation_config=settings, **changes
-        )
+        output = _generated(loaded, ids, mask, settings, **changes)
         for i, tokens in zip(batch, output[:, width:].tolist(), strict=True):
             answers[i] = tokens
         num_done += len(batch)
         if on_batch is not None:
             on_batch(num_done, len(prompts))
     return answers
+
+
+def _generated(
+    loaded: LoadedModel, ids: torch.Tensor, mask: torch.Tensor, settings: GenerationConfig, **changes: Any
+) -> Any:
+    """Transformers' ``generate`` by these settings alone.
+
+    It would take what they leave open from the checkpoint: a penalty on tokens that the prompt has, tokens that are
+    never said, a time after which it stops.
+    """
+    model: Any = loaded.model
+    own, model.generation_config = model.generation_config, GenerationConfig()  # type: ignore[no-untyped-call]
+    try:
+        return model.generate(
+            ids.to(loaded.device), attention_mask=mask.to(loaded.device), generation_config=settings, **changes
+        )
+    finally:
+        model.generation_config = own
 
 
 def _ignores_padding(loaded: LoadedModel, pad: int) -> bool:
@@ -137,11 +155,8 @@ def _ignores_padding(loaded: LoadedModel, pad: int) -> bool:
     logits = []
     for num_pads in (0, 3):
         before = ids.new_zeros(1, num_pads)
-        output = cast(Any, loaded.model).generate(
-            torch.cat([before + pad, ids], dim=1),
-            attention_mask=torch.cat([before, torch.ones_like(ids)], dim=1),
-            generation_config=settings,
-        )
+        mask = torch.cat([before, torch.ones_like(ids)], dim=1)
+        output = _generated(loaded, torch.cat([before + pad, ids], dim=1), mask, settings)
         logits.append(torch.stack(output.logits).float())
     alone, padded = logits
     said = (alone.abs() < 1e4) & (padded.abs() < 1e4)

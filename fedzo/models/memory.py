@@ -7,7 +7,8 @@ The memory of a forward-only step, in bytes (w = bytes of a weight):
     activations  tokens * w * (6 * hidden + 3 * intermediate), one layer's at a time: there is no backward pass
     attention    2 * heads * 512 * tokens * 4, only where attention writes its scores down ("eager", as Gemma 2)
     states       tokens * 4 * (4 * inner * state) for a state space model, 2 * chunk * heads * state in chunks (Mamba 2)
-    head         head_rows * vocabulary * (4 + w), the logits and their float32 copy, at most 256 MiB of the float32
+    head         head_rows * vocabulary * 8, logits and their logarithms in float32; without a backward pass they are
+                 made in parts of at most 256 MiB
     cache        keys and values of shared prompts: counted in ``tokens_per_batch`` when forwards are planned
     trained      what the space says (``Space.step_bytes``): masters, directions, scratch, marks
     gradient     where a backward pass is taken: activations and attention of all layers at a time; all weights once
@@ -20,6 +21,7 @@ It is meant to be an upper estimate; sequences are taken to be 512 tokens at mos
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any, cast
 
@@ -98,7 +100,7 @@ def estimate_step_memory_bytes(
     activations += 4 * batch_tokens * _states(config)
     activations *= int(config.num_hidden_layers) if backward else 1
     logits = head_rows * int(getattr(config, "vocab_size", 0))
-    head = min(4 * logits, _LOGITS_BYTES) * (4 + width) // 4
+    head = 2 * (4 * logits if backward else min(4 * logits, _LOGITS_BYTES))
     return weights_bytes(model) + scratch_bytes(model, backward=backward) + activations + head + trained_bytes
 
 
@@ -166,24 +168,23 @@ def fit_tokens_per_batch(
     Raises:
         ConfigError: Not even one sequence fits.
     """
-    tokens = wanted
-    while True:
-        needed = estimate_step_memory_bytes(
-            model,
-            batch_tokens=max(tokens, min(wanted, longest)),
-            trained_bytes=trained_bytes,
-            head_rows=int(tokens * head_share),
+
+    def needed(tokens: int) -> int:
+        step = estimate_step_memory_bytes(
+            model, batch_tokens=tokens, trained_bytes=trained_bytes, head_rows=math.ceil(tokens * head_share)
         )
-        needed -= weights_bytes(model)
-        if needed <= _SHARE * available_bytes:
-            return max(tokens, min(wanted, longest))
-        if tokens <= longest:
+        return step - weights_bytes(model)
+
+    least, tokens = min(wanted, longest), wanted
+    while needed(tokens) > _SHARE * available_bytes:
+        if tokens == least:
             raise ConfigError(
-                f"a step must fit in memory: one sequence of {longest} tokens needs {needed / 2**20:.0f} MiB beside "
-                f"the weights, available are {available_bytes / 2**20:.0f} MiB. Lower task.max_length, use a smaller "
-                "model.dtype or a masked trainer."
+                f"a step must fit in memory: one sequence of {longest} tokens needs {needed(tokens) / 2**20:.0f} MiB "
+                f"beside the weights, available are {available_bytes / 2**20:.0f} MiB. Lower task.max_length, use a "
+                "smaller model.dtype or a masked trainer."
             )
-        tokens //= 2
+        tokens = max(tokens // 2, least)
+    return tokens
 
 
 def seconds_per_token(loaded: LoadedModel, *, num_tokens: int = 256) -> float:

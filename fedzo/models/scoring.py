@@ -64,7 +64,7 @@ def graph_loss(
     common_shift: float = 1.0,
 ) -> torch.Tensor:
     """As the mean of ``example_losses``, with its graph: of the model's parameters that require a gradient; float64."""
-    planning = Planning(tokens_per_batch, FEW_FORWARDS, arithmetic=Differentiable(loaded.device))
+    planning = Planning(tokens_per_batch, FEW_FORWARDS, arithmetic=Differentiable())
     losses: torch.Tensor = _losses(loaded, examples, loss, planning, common_shift=common_shift)
     return losses.mean()
 
@@ -231,21 +231,26 @@ def _single_token_scores(
     order: list[int] = []
     picked: list[torch.Tensor] = []
     for batch, hidden in run_texts(loaded, sequences, planning):
-        vocabulary, column = np.unique(tokens[batch], return_inverse=True)
-        columns = torch.from_numpy(column.reshape(len(batch), width)).to(loaded.device)
         with planning.arithmetic.forwards():
             if full_vocabulary:
-                parts = [_logits(loaded, part).log_softmax(-1) for part in _chunks(loaded, hidden)]
-                columns = torch.from_numpy(tokens[batch]).to(loaded.device)
-                logits = torch.cat(parts)
+                picked.append(_picked(loaded, hidden, tokens[batch]))
             else:
+                vocabulary, column = np.unique(tokens[batch], return_inverse=True)
                 logits = _logits(loaded, hidden, torch.from_numpy(vocabulary).to(loaded.device))
-            picked.append(logits.gather(1, columns))
+                columns = torch.from_numpy(column.reshape(len(batch), width)).to(loaded.device)
+                picked.append(logits.gather(1, columns))
         order.extend(batch)
     scores = planning.arithmetic.empty_scores(*tokens.shape)
     scores[order] = planning.arithmetic.taken(torch.cat(picked))
     scores[~there] = -np.inf
     return scores if full_vocabulary else planning.arithmetic.log_softmax(scores)
+
+
+def _picked(loaded: LoadedModel, hidden: torch.Tensor, tokens: npt.NDArray[np.int64]) -> torch.Tensor:
+    """Log-probabilities over the whole vocabulary of some tokens of each row, float32 [rows, tokens]."""
+    wanted = torch.from_numpy(tokens).to(loaded.device)
+    parts = zip(_chunks(loaded, hidden), _chunks(loaded, wanted), strict=True)
+    return torch.cat([_logits(loaded, part).log_softmax(-1).gather(1, columns) for part, columns in parts])
 
 
 def _plan_shared(loaded: LoadedModel, examples: Sequence[Example], planning: Planning) -> Shared:
@@ -273,10 +278,8 @@ def _shared_scores(
         for row, i in enumerate(batch):
             firsts[row, : len(examples[i].candidates)] = [candidate[0] for candidate in examples[i].candidates]
             counts[row, : len(examples[i].candidates)] = [len(candidate) for candidate in examples[i].candidates]
-        columns = torch.from_numpy(firsts).to(loaded.device)
-        parts = zip(_chunks(loaded, ends), _chunks(loaded, columns), strict=True)
         with MEASURED.forwards():
-            picked = torch.cat([_logits(loaded, part).log_softmax(-1).gather(1, wanted) for part, wanted in parts])
+            picked = _picked(loaded, ends, firsts)
         sums = MEASURED.taken(picked)
         if cells:
             further = [examples[batch[row]].candidates[j][1:] for row, j in cells]

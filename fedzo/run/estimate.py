@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -31,6 +31,7 @@ def fitting_tokens_per_batch(
     local_steps: int,
     num_moments: int,
     kept_bytes: int = 0,
+    head_share: float = 0.0,
 ) -> int:
     """``wanted``, or fewer tokens a forward where a step would not fit into the memory that is left.
 
@@ -51,7 +52,13 @@ def fitting_tokens_per_batch(
         longest=longest,
         available_bytes=available,
         trained_bytes=space.step_bytes(local_steps) + kept_bytes,
+        head_share=head_share,
     )
+
+
+def head_share(examples: Iterable[Example]) -> float:
+    """Most tokens of a row that pay for the whole LM head, as a share: none where all answers are single tokens."""
+    return max((_head_rows(example) / _num_tokens(example) for example in examples), default=0.0)
 
 
 def estimate_run(
@@ -100,6 +107,7 @@ def estimate_run(
     memory = estimate_step_memory_bytes(
         loaded.model,
         batch_tokens=rows_per_step * longest if gradient_bytes else min(tokens_per_batch, rows_per_step * longest),
+        head_rows=rows_per_step * max(map(_head_rows, train), default=0),
         trained_bytes=space.step_bytes(local_steps) + rule_bytes(space.size, num_moments) + gradient_bytes + kept_bytes,
         backward=gradient_bytes > 0,
     )
@@ -111,6 +119,11 @@ def _num_tokens(example: Example) -> int:
     if all(len(candidate) == 1 for candidate in example.candidates):
         return len(example.prompt)
     return sum(len(example.prompt) + len(candidate) for candidate in example.candidates)
+
+
+def _head_rows(example: Example) -> int:
+    """Positions whose logits are made over the whole vocabulary."""
+    return _num_reads(example) if any(len(candidate) > 1 for candidate in example.candidates) else 0
 
 
 def _score_forwards(loaded: LoadedModel, times: int, examples: list[Example]) -> float:

@@ -33,7 +33,7 @@ from fedzo.models.products import RoundedProducts, choose_product, rounded_produ
 from fedzo.models.scoring import mean_loss
 from fedzo.models.virtual_tokens import longest_sequence
 from fedzo.registry import returned
-from fedzo.run.estimate import fitting_tokens_per_batch
+from fedzo.run.estimate import fitting_tokens_per_batch, head_share
 from fedzo.system import use_threads
 from fedzo.trainers import TRAINERS, Built, Trainer
 from fedzo.trainers.artifacts import Artifact
@@ -109,19 +109,23 @@ class Peer:
 
     def encode(self, rows: list[Row]) -> list[Example]:
         """Rows as token ids."""
-        task = self.config.task
-        examples = encode(rows, task, tokenizer=self.loaded.tokenizer, max_length=task.max_length)
+        examples = self._tokenized(rows)
         for number, example in enumerate(examples):
             for ids in (example.prompt, *example.candidates):
                 check_ids(self.loaded.model, ids, where=f"row {number}")
         return examples
+
+    def _tokenized(self, rows: list[Row]) -> list[Example]:
+        task = self.config.task
+        return encode(rows, task, tokenizer=self.loaded.tokenizer, max_length=task.max_length)
 
     def workspace(self, artifact: Artifact, *, trial_rows: TrialRows | None = None) -> Workspace:
         """The model with the space that an artifact describes; made once, also where server and clients ask for it.
 
         Args:
             artifact: What the trainer prepared at the server.
-            trial_rows: What ``model.dtype=auto`` is decided on; without any the model stays in float32.
+            trial_rows: What ``model.dtype=auto`` is decided on, and whose answers tell what the LM head takes; without
+                any the model stays in float32.
         """
         if self._workspace is None or self._workspace[0] != artifact.digest:
             if self._workspace is not None:
@@ -177,6 +181,7 @@ class Peer:
                 local_steps=config.step_policy.most_steps(config.fl),
                 num_moments=rule.num_moments(num_clients),
                 kept_bytes=lower.kept_bytes(tokens, token_bytes=token_bytes) if lower else 0,
+                head_share=head_share(self._tokenized(trial_rows())) if trial_rows else 0.0,
             ),
             forward_cost_tokens=forward_cost(self.loaded.device, perturbs_weights=built.space.perturbs_weights),
             lower=lower,

@@ -55,6 +55,10 @@ class CalibratedConfig(LayeredConfig):
         if self.calibration is CalibrationSource.file and inputs.calibration is None:
             remedy = "Write inputs.calibration=<text file>, or choose another trainer.calibration."
             yield problem("inputs.calibration", "be given for trainer.calibration=file", None, remedy)
+        if self.calibration is not CalibrationSource.file and inputs.calibration is not None:
+            rule = f"be null for trainer.calibration={self.calibration}, which reads no file"
+            remedy = "Write trainer.calibration=file, or leave it out."
+            yield problem("inputs.calibration", rule, inputs.calibration, remedy)
         if self.calibration is CalibrationSource.train and run.partition.traits.own_rows:
             rule = "be imdb or file for partition=own, where the server has no training rows"
             yield problem("trainer.calibration", rule, "train", "Choose another text.")

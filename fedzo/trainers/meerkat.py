@@ -23,7 +23,7 @@ from fedzo.masks.select import Granularity, Selector, select_mask
 from fedzo.models.blocks import parameters_from
 from fedzo.models.memory import available_memory_bytes, calibration_memory_bytes
 from fedzo.trainers.artifacts import Artifact
-from fedzo.trainers.base import TRAINERS, Built, InputsConfig, Prepared, TrainerTraits, Workplace
+from fedzo.trainers.base import TRAINERS, Built, InputsConfig, Prepared, TrainerConfig, TrainerTraits, Workplace
 from fedzo.trainers.calibration import CalibratedConfig, CalibrationSource, calibration_windows
 from fedzo.zo.config import Distribution
 from fedzo.zo.spaces.masked import MaskedSpace
@@ -59,8 +59,10 @@ class MeerkatConfig(CalibratedConfig):
             yield problem("trainer.density", "be > 0 and <= 1", self.density, "0.001 trains one weight in a thousand.")
 
     def input_problems(self, inputs: InputsConfig, run: RunSettings) -> Iterator[Problem]:
-        if inputs.artifact is None:  # a mask that is given needs no text
+        if inputs.artifact is None:
             yield from CalibratedConfig.input_problems(self, inputs, run)
+        else:  # a mask that is given needs no text
+            yield from TrainerConfig.input_problems(self, replace(inputs, artifact=None), run)
 
     def recipe_of(self, artifact: Path) -> MeerkatConfig:
         """As the mask's manifest tells; what it does not tell stays as it is.

@@ -52,6 +52,7 @@ def test_scoring_a_run_again_gives_its_own_score(run: Run, lines: Callable[..., 
     again = evaluate_run(folder, split="test")
 
     after = lines(folder, "metrics.jsonl")[-1]["after"]
+    assert {"metric", "value", "loss", "num_examples", "per_class", "auc"} <= again["answers"].keys()
     assert again == {"answers": {name: after[name] for name in again["answers"]}}
 
 

@@ -166,7 +166,7 @@ def _check(name: str, column: str | None, rows: list[Row], made: list[Row]) -> N
         if changed := sorted(
             str(key)
             for key in {*before, *after} - {column}
-            if key not in before or key not in after or before[key] != after[key]
+            if key not in before or key not in after or [before[key]] != [after[key]]  # a NaN equals itself in a list
         ):
             raise ConfigError(
                 f"preprocess.{name}: a stage must leave all columns but {column!r} as they are, got another "

@@ -138,6 +138,10 @@ class _Segments(NamedTuple):
     start: int
 
 
+_PRODUCTS = 1 << 26
+"""Numbers that ``_DeviceProducts`` multiplies at once: 256 MiB, and as much again in another order."""
+
+
 class _DeviceProducts:
     """On a GPU: products of all values, and their sum for each output, which one thread adds in the places' order.
 
@@ -164,10 +168,13 @@ class _DeviceProducts:
         if not columns.numel():
             return
         own = self._offsets[:, start : start + columns.numel()].index_select(0, self._index)  # [B, k]
-        products = x.index_select(1, columns).view(len(self._index), tokens, -1) * own[:, None]
-        flat = products.view(len(y), -1).T.contiguous()  # [k, B * tokens]
-        sums = torch.segment_reduce(flat, "sum", lengths=lengths, axis=0, unsafe=True)  # unsafe: no look at lengths
-        y[:, outputs] += sums.T
+        at_once = max(1, _PRODUCTS // (tokens * columns.numel()))  # rows
+        inputs, made = (torch.split(each, at_once * tokens) for each in (x, y))
+        for some, x_part, y_part in zip(torch.split(own, at_once), inputs, made, strict=True):
+            products = x_part.index_select(1, columns).view(len(some), tokens, -1) * some[:, None]
+            flat = products.view(len(y_part), -1).T.contiguous()  # [k, rows * tokens]
+            sums = torch.segment_reduce(flat, "sum", lengths=lengths, axis=0, unsafe=True)  # unsafe: no look at lengths
+            y_part[:, outputs] += sums.T
 
 
 @nb.njit(parallel=True, cache=True)

@@ -45,6 +45,26 @@ def test_a_claim_holds_within_its_bound(
     }
 
 
+@pytest.mark.parametrize(
+    ("value", "bounds", "told"),
+    [
+        (1.10014, {"at_most": 1.1}, 1.1001),
+        (1.1000000001, {"at_most": 1.1}, 1.1000000001),
+        (0.89996, {"at_least": 0.9}, 0.89996),
+        (1.09996, {"at_most": 1.1}, 1.1),  # which holds, too
+        (123456.0, {}, 123500.0),
+    ],
+)
+def test_a_value_is_told_to_digits_that_leave_its_verdict(value: float, bounds: dict[str, float], told: float) -> None:
+    claims = Claims(command="python it.py", environment={})
+
+    claims.add("a ratio", value, "ratio", **bounds)
+
+    (row,) = claims.rows
+    assert row["value"] == told
+    assert row["holds"] == (told <= bounds.get("at_most", told) and told >= bounds.get("at_least", told))
+
+
 def test_a_script_replaces_its_own_rows_only(tmp_path: Path) -> None:
     path = tmp_path / "claims.json"
     for command, name in (

@@ -240,6 +240,14 @@ def test_a_document_without_text_is_named(tmp_path: Path) -> None:
         read_texts(path)
 
 
+@pytest.mark.parametrize("name", ["a.txt", "A.TXT"])
+def test_a_document_of_a_text_file_ends_with_its_line_and_nowhere_else(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes("a\u2028b\u0085c\x0cd\r\n\n e \n".encode())
+
+    assert read_texts(tmp_path / name) == ["a\u2028b\u0085c\x0cd", " e "]
+    assert len(read_running_text(tmp_path / name)) == 1
+
+
 def test_running_text_keeps_the_lines_of_a_text_file_and_the_documents_of_a_table(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf one\n\n two \r\n")
     (tmp_path / "a.jsonl").write_text('{"text": " one\\n"}\n{"text": "two"}\n', encoding="utf-8")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
 
 from fedzo.evaluate.metrics import auc, best_threshold_accuracy, normalize_answer, rouge_l, token_f1
 
@@ -41,10 +42,23 @@ def test_token_f1_by_hand(prediction: str, reference: str, f1: float) -> None:
         ("sat cat", "cat sat", 0.5),  # the longest common subsequence is one word
         ("police killed the gunman", "police kill the gunman", 0.75),  # no stemming
         ("", "cat", 0.0),
+        ("Кот сидел.", "кот сидел", 1.0),
+        ("北京是首都", "北京是首都", 1.0),
+        ("北京", "北平", 0.5),
+        ("नमस्ते दुनिया", "नमस्ते", 2 / 3),
+        ("une tasse de café", "une tasse de cafe", 0.75),
     ],
 )
 def test_rouge_l_by_hand(prediction: str, reference: str, value: float) -> None:
     assert rouge_l(prediction, reference) == pytest.approx(value)
+
+
+@given(st.lists(st.sampled_from(["a", "cat", "Cat2", "it's", "x_y", "-", "3.5", "\n", "#tag", "e-mail"]), max_size=12))
+def test_rouge_l_of_ascii_is_the_packages_own(words: list[str]) -> None:
+    reference = "a cat, it's 3.5: x_y e-mail #tag Cat2"
+    theirs = RougeScorer(["rougeL"]).score(reference, " ".join(words))["rougeL"].fmeasure
+
+    assert rouge_l(" ".join(words), reference) == theirs
 
 
 def test_auc_by_hand() -> None:

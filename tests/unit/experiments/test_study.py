@@ -269,15 +269,21 @@ def test_the_local_steps_of_a_plain_run_and_of_one_with_vpcs_are_kept(
 ) -> None:
     """Seed 0 at T = 10, by the very words of the pieces."""
     monkeypatch.setattr(study["collect"], "PANELS", tmp_path / "panels")
-    for piece in ("core", "step_policy"):
+    for piece in ("core", "step_policy", "long", "normalised"):
         for number, words in enumerate(study["pieces"].jobs_of(piece, "sst2-meerkat", lr=1.0)):
             folder = tmp_path / piece / str(number)
             write_run(folder, finished=True)
+            with (folder / "metrics.jsonl").open("a") as more:
+                more.write(json.dumps({"kind": "piece", "of": piece}) + "\n")
             (folder / "overrides.yaml").write_text(json.dumps(["experiment=study", *words]))
             (folder / "config.yaml").write_text("task: {name: sst2}")
         study["collect"].keep(piece, tmp_path / piece)
 
-    assert {folder.name for folder in (tmp_path / "panels").iterdir()} == {"sst2-plain", "sst2-vpcs"}
+    kept = {folder.name: (folder / "metrics.jsonl").read_text() for folder in (tmp_path / "panels").iterdir()}
+    assert {name: json.loads(text.splitlines()[-1])["of"] for name, text in kept.items()} == {
+        "sst2-plain": "core",
+        "sst2-vpcs": "step_policy",
+    }
 
 
 def test_a_learning_rate_is_tuned_when_the_best_lies_inside_the_ladder(

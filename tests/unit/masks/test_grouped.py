@@ -57,6 +57,22 @@ def test_the_mask_of_groups_is_that_of_one_pass(family: str, share: float, monke
     assert sum(made) == 4 * (sum(sizes) + whole.size)  # and signed sums at the chosen places alone
 
 
+def test_sums_that_are_made_alone_are_those_that_are_made_together() -> None:
+    model = tiny_model()
+    parameters = eligible_parameters(model)
+    gradients = sensitivity.WindowGradients(model, WINDOWS, sensitivity.next_token_loss, lambda: None)
+    places = {name: torch.arange(0, parameter.numel(), 7) for name, parameter in parameters.items()}
+
+    both = gradients.sums(parameters)
+    squares, signed = gradients.squares(parameters), gradients.signed(parameters)
+    some = gradients.signed_at(parameters, places)
+
+    for name in parameters:
+        assert torch.equal(squares[name], both.squares[name])
+        assert torch.equal(signed[name], both.signed[name])
+        assert torch.equal(some[name], both.signed[name][places[name]])
+
+
 def test_tensors_that_compete_in_groups_give_the_mask_of_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grouped, "_is_cpu", lambda parameters: False)  # as on a GPU, whose squared sums wait here
     model = tiny_model("llama")

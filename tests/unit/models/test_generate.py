@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fedzo.errors import ConfigError
+from fedzo.models import generate as module
 from fedzo.models.generate import generate
-from fedzo.testing.tiny_models import FAMILIES, WITHOUT_ATTENTION, tiny_loaded
+from fedzo.testing.tiny_models import FAMILIES, WITHOUT_ATTENTION, tiny_loaded, tiny_model
 
 PROMPTS = [[65, 66, 67], [70], list(range(80, 97))]
 
@@ -33,6 +34,28 @@ def test_answers_equal_the_slow_loop_for_every_batching(family: str, tokens_per_
     assert answers == [loaded.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in expected]
 
 
+def test_what_a_checkpoint_asks_of_a_generation_changes_no_answer() -> None:
+    """Greedy means greedy: a penalty on words of the prompt would punish an answer that is copied from it."""
+    loaded = tiny_loaded(seed=1)
+    expected = generate(loaded, PROMPTS, max_new_tokens=6, tokens_per_batch=64)
+    own = loaded.model.generation_config
+    own.repetition_penalty, own.no_repeat_ngram_size, own.suppress_tokens = 5.0, 1, [65, 66, 70]
+
+    assert generate(loaded, PROMPTS, max_new_tokens=6, tokens_per_batch=64) == expected
+    assert loaded.model.generation_config is own
+    assert own.repetition_penalty == 5.0
+
+
+def test_keys_and_values_that_are_kept_count_towards_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, asked = tiny_loaded(seed=1), [[65, 66]] * 8
+    sizes: list[int] = []
+    monkeypatch.setattr(module, "cache_tokens", lambda model: 2.0)
+
+    generate(loaded, asked, max_new_tokens=6, tokens_per_batch=64, on_batch=lambda done, total: sizes.append(done))
+
+    assert sizes == [4, 8]  # of 8 tokens each, which take the memory of 16
+
+
 def test_an_answer_ends_at_the_end_token() -> None:
     loaded = tiny_loaded(seed=1)
     first = slow_tokens(loaded.model, PROMPTS[0], 3)
@@ -50,7 +73,7 @@ class NewlineAfterTwo:
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens
         self.generation_config = None
-        self.config = None
+        self.config = tiny_model("llama").config
         self.settings: Any = None
 
     def generate(self, ids: torch.Tensor, *, attention_mask: torch.Tensor, generation_config: Any) -> torch.Tensor:

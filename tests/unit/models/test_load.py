@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
 
 from fedzo.errors import ConfigError
 from fedzo.models import source
 from fedzo.models.config import DType, ModelConfig
-from fedzo.models.digest import stored_entries, weights_digest
+from fedzo.models.digest import stored_entries, tokenizer_digest, weights_digest
 from fedzo.models.generate import generate
 from fedzo.models.load import load_model, resolve_device
-from fedzo.testing.tiny_models import FAMILIES, save_tiny_model, tiny_loaded, tiny_model
+from fedzo.testing.tiny_models import FAMILIES, byte_tokenizer, save_tiny_model, tiny_loaded, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +143,17 @@ def test_the_tokenizers_digest_changes_with_its_chat_template(copied: Path, fold
 
     assert after.tokenizer_digest != before.tokenizer_digest
     assert after.base_digest == before.base_digest
+
+
+def test_the_tokenizers_digest_tells_what_it_makes_of_a_text() -> None:
+    """One token more before each text, or another way to split it, changes neither vocabulary nor special tokens."""
+    plain, spaced = byte_tokenizer(), byte_tokenizer()
+    spaced.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
+    every = [plain, byte_tokenizer(add_bos=True), byte_tokenizer(add_eos=True), spaced]
+
+    assert len({json.dumps(each.get_vocab(), sort_keys=True) for each in every}) == 1
+    assert len({tokenizer_digest(each) for each in every}) == 4
+    assert tokenizer_digest(plain) == tokenizer_digest(byte_tokenizer())
 
 
 @pytest.mark.parametrize("dtype", [DType.float32, DType.bfloat16])

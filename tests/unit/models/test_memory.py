@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
 from fedzo.fl.replica import Replica
 from fedzo.models.memory import (
@@ -189,6 +190,49 @@ def test_batches_are_halved_until_they_fit() -> None:
     assert fit(int(needed(1024) / 0.9) + 1) == 1024
     assert fit(int(needed(1024) / 0.9) - 9) == 512
     assert fit(int(needed(100) / 0.9) + 1) == 100
+
+
+def test_logits_over_the_vocabulary_count_and_whole_where_a_backward_pass_keeps_them() -> None:
+    model = tiny_model("llama")
+
+    def head(rows: int, *, backward: bool = False) -> int:
+        with_it, without = (
+            estimate_step_memory_bytes(model, batch_tokens=8, trained_bytes=0, head_rows=each, backward=backward)
+            for each in (rows, 0)
+        )
+        return with_it - without
+
+    many = 1 << 20  # of 512 float32 each: 2 GiB
+    assert head(7) == head(7, backward=True) == 7 * 512 * 8
+    assert head(many) == 2 * (256 << 20)  # a part, and its logarithms
+    assert head(many, backward=True) == 512 * 8 * many
+
+
+def test_answers_of_several_tokens_pay_for_the_head_in_plan_and_estimate() -> None:
+    loaded, space = tiny_loaded(), VectorSpace(np.zeros(1, np.float32))
+    short = Example(prompt=(1,) * 10, candidates=((2,), (3,)), label=0)
+    long = Example(prompt=(1,) * 6, candidates=((2, 3), (4, 5)), label=0)  # 4 of 16 tokens are read
+
+    def memory(example: Example) -> int:
+        told = estimate.estimate_run(
+            loaded,
+            space,
+            train=[example],
+            scored=[],
+            rows_per_step=4,
+            steps=1,
+            forwards_per_step=2,
+            lower=None,
+            num_rows=1,
+            local_steps=1,
+            tokens_per_batch=1,
+            num_moments=0,
+        )
+        return told.memory_bytes
+
+    assert estimate.head_share([short]) == estimate.head_share([]) == 0
+    assert estimate.head_share([short, long]) == 0.25
+    assert memory(long) - memory(short) == 4 * 4 * 512 * 8
 
 
 def test_a_sequence_that_does_not_fit_is_an_error() -> None:

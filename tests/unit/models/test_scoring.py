@@ -96,6 +96,35 @@ def test_candidate_scores_over_the_vocabulary_equal_the_slow_twin(loaded: Loaded
         assert np.all(np.isneginf(row[len(example.candidates) :]))
 
 
+def test_logits_over_the_vocabulary_are_made_in_parts_and_never_put_together(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = candidate_scores(loaded, SHORT_ANSWERS, tokens_per_batch=MANY, full_vocabulary=True)
+    made: list[int] = []
+    put_together: list[int] = []
+    project, cat = scoring.project, torch.cat
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        logits = project(*args, **kwargs)
+        made.append(len(logits))
+        return logits
+
+    def widths(tensors: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        made_one = cat(tensors, *args, **kwargs)
+        put_together.append(made_one.shape[-1])
+        return made_one
+
+    monkeypatch.setattr(scoring, "project", counted)
+    monkeypatch.setattr(scoring, "_CHUNK_LOGITS", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "cat", widths)
+        parts = candidate_scores(loaded, SHORT_ANSWERS, tokens_per_batch=MANY, full_vocabulary=True)
+
+    np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-5)
+    assert made == [1] * len(SHORT_ANSWERS)
+    assert max(put_together) < loaded.model.config.vocab_size
+
+
 def test_single_token_scores_are_the_general_ones_up_to_a_constant_an_example(loaded: LoadedModel) -> None:
     fast = candidate_scores(loaded, SHORT_ANSWERS, tokens_per_batch=MANY)
 

@@ -86,14 +86,10 @@ def test_dot_is_the_exact_sum_of_products_rounded_a_few_times(law: Distribution,
 @pytest.mark.parametrize("law", LAWS)
 def test_dot_has_the_same_bits_for_any_number_of_threads_and_is_made_of_its_spans(law: Distribution) -> None:
     vector = torch.from_numpy(values(5 * SPAN + 11))
-    before = numba.get_num_threads()
-    try:
-        found = []
-        for threads in range(1, before + 1):
-            numba.set_num_threads(threads)
-            found.append(dot_direction(vector, 9, distribution=law))
-    finally:
-        numba.set_num_threads(before)
+    found = []
+    for threads in range(1, numba.config.NUMBA_NUM_THREADS + 1):
+        numba.set_num_threads(threads)
+        found.append(dot_direction(vector, 9, distribution=law))
     pieces = 0.0
     for low in range(0, len(vector), SPAN):
         pieces += dot_direction(vector[low : low + SPAN], 9, start=low, distribution=law)

@@ -7,12 +7,13 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
 
-# Scripts that write words without spaces: each sign counts as a word.
-_ALONE = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-_BETWEEN = r"\s!-/:-@\[-`{-~\u00a0-\u00bf\u2000-\u206f\u3000-\u303f\uff00-\uff0f\uff1a-\uff20"
-_PART = rf"[^{_BETWEEN}{_ALONE}]+"
-_WORD = re.compile(rf"[{_ALONE}]|{_PART}(?:'{_PART})*")
-_LONE = re.compile(f"[{_ALONE}]")
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+"""Signs of scripts that write words without spaces: each counts as a word."""
+BETWEEN = r"\s!-/:-@\[-`{-~\u00a0-\u00bf\u2000-\u206f\u3000-\u303f\uff00-\uff0f\uff1a-\uff20"
+"""White space and punctuation."""
+_PART = rf"[^{BETWEEN}{UNSPACED}]+"
+_WORD = re.compile(rf"[{UNSPACED}]|{_PART}(?:'{_PART})*")
+_LONE = re.compile(f"[{UNSPACED}]")
 _STRAIGHT = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u00a0": " ", "\u202f": " "})
 
 _NUMBER_OR_WORD = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -70,6 +72,33 @@ def test_each_row_computes_what_a_model_with_its_weights_computes(family: str) -
             alone = logits(model, IDS[row : row + 1])
         torch.testing.assert_close(together[row], alone[0], rtol=0, atol=2e-4)
         assert (alone[0] - unmoved[row]).abs().max() > 1e-2
+
+
+def test_products_in_parts_have_the_bits_of_those_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_weights, "_HostProducts", own_weights._DeviceProducts)
+    seen: list[int] = []
+    reduce = torch.segment_reduce
+
+    def counted(data: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(data.shape[1])
+        return reduce(data, *args, **kwargs)
+
+    def outputs(most: int) -> torch.Tensor:
+        monkeypatch.setattr(own_weights, "_PRODUCTS", most)
+        model = tiny_model("llama")
+        space = masked(model)
+        own = space.row_weights(model)
+        assert own is not None
+        with own:
+            own.follow(offsets_of(space, 2), np.array([0, 1, 0]))
+            return logits(model, IDS)
+
+    monkeypatch.setattr(torch, "segment_reduce", counted)
+    whole, widest = outputs(1 << 26), max(seen)
+    seen.clear()
+
+    assert torch.equal(outputs(1), whole)
+    assert (max(seen), widest) == (IDS.shape[1], IDS.numel())
 
 
 def test_what_is_supported() -> None:
