@@ -30,6 +30,7 @@ if "RAY_TMPDIR" not in os.environ:  # Ray looks in its folder for clusters that 
     os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
     atexit.register(shutil.rmtree, os.environ["RAY_TMPDIR"], ignore_errors=True)
 
+import numba
 import pytest
 from absl import logging as absl_logging
 from hypothesis import settings
@@ -57,6 +58,12 @@ def logging_is_left_as_it_was() -> Iterator[None]:
         for handler in set(logger.handlers) - set(handlers):
             handler.close()
         logger.handlers[:], logger.level, logger.propagate = handlers, level, propagate
+
+
+@pytest.fixture(autouse=True)
+def threads_are_those_of_the_machine() -> None:
+    """A run sets the threads of its process, and the next test would have its kernels on one."""
+    numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
 
 
 @pytest.fixture(scope="session")

@@ -122,8 +122,9 @@ def gather(runs: dict[str, Run]) -> None:
 
 
 def least(entry: Run, forwards: float = float("inf")) -> float:
-    """The lowest dev loss within so many whole forwards of a round's rows."""
-    return min(loss for number, loss in entry["dev"] if cost(entry["first_layer"]) * number <= forwards)
+    """The lowest dev loss within so many whole forwards of a round's rows; one that is not finite is the worst."""
+    within = [loss for number, loss in entry["dev"] if cost(entry["first_layer"]) * number <= forwards]
+    return min(float("inf") if loss is None else loss for loss in within)
 
 
 def draw(entries: dict[int, list[Run]]) -> None:

@@ -45,9 +45,9 @@ def keep(piece: str, runs: Path) -> list[Row]:
 
 
 def _keep_steps(folder: Path, row: Row) -> None:
-    """Keep the records of a run without changes, and of one with VPCS."""
+    """Keep the records of a run without changes, not even of its length, and of one with VPCS."""
     changed = {key: value for key, value in row["changed"].items() if key not in ROUNDS}
-    if title := "plain" if not changed else "vpcs" if changed == {"step_policy": "vpcs"} else None:
+    if title := "plain" if not row["changed"] else "vpcs" if changed == {"step_policy": "vpcs"} else None:
         kept = PANELS / f"{row['task']}-{title}"
         kept.mkdir(parents=True, exist_ok=True)
         shutil.copy(folder / "metrics.jsonl", kept)

@@ -141,15 +141,12 @@ def gather(done: list[dict[str, Any]]) -> Claims:
     honest = done[0]
     what = f"quickstart's task, 10 clients, {ROUNDS} rounds of one row a client, {TEST_ROWS} test rows"
     claims.add(f"{what}: accuracy before", honest["before"]["accuracy"], "share")
-    claims.add(f"{what}: accuracy after, nobody lies, clipped mean", honest["after"]["accuracy"], "share")
     for rule in RULES:
-        lost = [
-            (honest["after"]["accuracy"] - each["after"]["accuracy"], each["attack"])
-            for each in done
-            if each["rule"] == rule and each["attack"] != "none"
-        ]
-        if len(lost) == len(ATTACKS) - 1:
-            worst, attack = max(lost)
+        by_attack = {each["attack"]: each["after"]["accuracy"] for each in done if each["rule"] == rule}
+        if len(by_attack) == len(ATTACKS):
+            own = by_attack.pop("none")
+            claims.add(f"{rule}: accuracy after, nobody lies", own, "share")
+            worst, attack = max((own - accuracy, attack) for attack, accuracy in by_attack.items())
             claims.add(f"{rule}: most accuracy lost to two of ten clients ({attack})", worst, "share")
     return claims
 

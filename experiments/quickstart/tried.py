@@ -8,6 +8,7 @@ All runs have the same dev rows, apart from the test rows of run.py. A run that 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -65,7 +66,7 @@ def best(folder: Path) -> dict[str, Any]:
     """The dev score of least loss after the first round."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     scores = [line for line in lines if line["kind"] == "score" and line["round"] > 0]
-    least: dict[str, Any] = min(scores, key=lambda line: line["loss"])
+    least: dict[str, Any] = min(scores, key=lambda line: math.inf if line["loss"] is None else line["loss"])
     return least
 
 

@@ -4,7 +4,7 @@ Tasks, clients, rows, seeds and steps are those of the study in ``experiments/me
 of 2 rows a client, SmolLM2-135M. Here it is a sketch of 4 bits, made on 16 windows of 512 tokens of C4, whose tables
 are trained. Fixed before any run, as in that study: the learning rate is of a ladder of factors of two, begun at 1e-4,
 and has the least dev loss of seed 0, inside the ladder; eps is 1e-3; the tested model is the best by dev loss of five.
-A comparison is by seeds: a run of the study less the run here that has the same seed, with Student's 95 % interval. One
+A comparison is by seeds: the run here less the run of the study with the same seed, with Student's 95 % interval. One
 that contains 0 is a tie.
 
 Results are in ``accuracy.json``, so a repeated call goes on. DIR has ``sst2``, ``ag_news`` and ``c4``. A run takes one
@@ -113,7 +113,7 @@ def best_dev_loss(found: Run) -> float:
 
 def write_claims() -> None:
     """Rows of each task whose seeds are all there."""
-    claims = Claims(command=COMMAND)
+    claims = Claims(command=COMMAND, seeds=list(SEEDS))
     for task, title in TASKS.items():
         found = [each for each in known().values() if each["task"] == task]
         rates = {rate: {each["seed"]: each for each in found if each["lr"] == rate} for rate in lrs()}

@@ -166,19 +166,17 @@ def federations(trials: int) -> list[dict[str, Any]]:
     for spread in (0.0, 0.3):
         for kind, scale_of in KINDS.items():
             rng = np.random.default_rng(SEED + 2)
-            count = {(name, rule): [0, 0] for name in STATISTICS for rule in RULES}
+            count: dict[tuple[str, str], list[list[bool]]] = {(name, rule): [] for name in STATISTICS for rule in RULES}
             for _ in range(trials // 12 if kind == "stationary" else trials // 4):
                 scale = np.ones((12, 100))
                 scale[8:] = scale_of(100)
                 g = np.abs(rng.standard_normal(scale.shape)) * scale * np.exp(spread * rng.standard_normal((12, 1)))
                 xi = np.abs(rng.standard_normal(100))
-                for (name, rule), hits in count.items():
+                for (name, rule), judged in count.items():
                     verdicts = judge(dict(enumerate(g * xi if name == "GradIP" else g)), RULES[rule])
-                    judged = [verdicts[client].flagged for client in range(0 if kind == "stationary" else 8, 12)]
-                    hits[0] += sum(judged)
-                    hits[1] += len(judged)
-            for (name, rule), (hits, judged) in count.items():
-                found.append({"spread": spread, "kind": kind, "statistic": name, "rule": rule, **share(hits, judged)})
+                    judged.append([verdicts[client].flagged for client in range(0 if kind == "stationary" else 8, 12)])
+            for (name, rule), judged in count.items():
+                found.append({"spread": spread, "kind": kind, "statistic": name, "rule": rule, **clustered(judged)})
     return found
 
 
@@ -208,7 +206,7 @@ def cusums(trials: int) -> list[dict[str, Any]]:
 # --- what is claimed
 
 
-def wilson(hits: int, trials: int) -> tuple[float, float]:
+def wilson(hits: float, trials: float) -> tuple[float, float]:
     """The 95 % interval of a share (E. B. Wilson, JASA 22, 1927)."""
     z, share = 1.959964, hits / trials
     middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
@@ -219,6 +217,24 @@ def wilson(hits: int, trials: int) -> tuple[float, float]:
 def share(hits: int, trials: int) -> dict[str, Any]:
     low, high = wilson(hits, trials)
     return {"share": hits / trials, "interval": [round(low, 7), round(high, 7)], "trials": trials}
+
+
+def clustered(judged: list[list[bool]]) -> dict[str, Any]:
+    """The share of clients that are flagged, where those of one federation are judged by one another.
+
+    Their verdicts are not independent. The interval is Wilson's for as many trials as they are worth: their number over
+    Kish's design effect, which the spread between federations tells, and at most the federations' number where all
+    verdicts are alike.
+    """
+    verdicts = np.array(judged, dtype=np.float64)
+    federations, clients = verdicts.shape
+    of_all = float(verdicts.mean())
+    independent = of_all * (1 - of_all) / clients
+    effect = float(verdicts.mean(1).var(ddof=1)) / independent if independent else float(clients)
+    worth = verdicts.size / max(1.0, effect)
+    low, high = wilson(of_all * worth, worth)
+    told = {"share": of_all, "interval": [round(low, 7), round(high, 7)], "trials": verdicts.size}
+    return {**told, "federations": federations, "design_effect": round(effect, 3)}
 
 
 def within(entry: dict[str, Any]) -> str:
