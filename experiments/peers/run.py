@@ -122,7 +122,7 @@ def run(task: str, name: str, rate: float, seed: int) -> None:
     if key in known():
         return
     pace, method = measure(task, name), METHODS[name]
-    rounds = max(8, round((TRAINING_S - pace["first_s"]) / pace["round_s"]) + 1)
+    rounds = rounds_within(TRAINING_S, pace)
     length = [
         f"fl.rounds={rounds}",
         f"evaluation.every_rounds={-(-rounds // method.num_scores)}",
@@ -148,6 +148,11 @@ def run(task: str, name: str, rate: float, seed: int) -> None:
             "environment": json.loads((folder_of(key) / "environment.json").read_text()),
         },
     )
+
+
+def rounds_within(seconds: float, pace: Entry) -> int:
+    """How many rounds take about so long; one at least, however slow they are."""
+    return max(1, round((seconds - pace["first_s"]) / pace["round_s"]) + 1)
 
 
 def score_on_test(task: str, name: str, rate: float, seed: int) -> None:

@@ -209,6 +209,14 @@ def test_a_dev_score_has_what_was_spent_until_then_and_no_more(peers: Any) -> No
     assert [score["forwards"] for score in scores] == [0, 2 * 32, 3 * 32]
 
 
+@pytest.mark.parametrize(
+    ("first_s", "round_s", "rounds"), [(33.2, 35.2, 5), (1.0, 2.0, 91), (179.0, 90.0, 1), (500.0, 90.0, 1)]
+)
+def test_a_method_of_long_rounds_gets_no_more_time(peers: Any, first_s: float, round_s: float, rounds: int) -> None:
+    """180 s: FedKSeed's ten local steps on a CPU make five rounds, however few scores these give."""
+    assert peers["run"].rounds_within(180.0, {"first_s": first_s, "round_s": round_s}) == rounds
+
+
 def test_no_test_row_is_scored_before_the_rate_is_chosen_and_then_one_run_a_seed(
     peers: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
