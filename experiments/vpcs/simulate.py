@@ -223,8 +223,8 @@ def clustered(judged: list[list[bool]]) -> dict[str, Any]:
     """The share of clients that are flagged, where those of one federation are judged by one another.
 
     Their verdicts are not independent. The interval is Wilson's for as many trials as they are worth: their number over
-    Kish's design effect, which the spread between federations tells, and at most the federations' number where all
-    verdicts are alike.
+    Kish's design effect, which the spread between federations tells; the number of federations where all verdicts are
+    alike.
     """
     verdicts = np.array(judged, dtype=np.float64)
     federations, clients = verdicts.shape

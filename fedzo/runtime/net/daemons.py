@@ -91,7 +91,7 @@ def _serve(folder: ServerFolder, app: Any, **settings: Any) -> None:
         workers=1,
     )
     config.load()
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # a stranger's request is worth no line of a disk
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # a stranger's malformed requests would fill the disk
     watch = threading.Thread(target=_renew, args=(folder, config), name="renew-certificate", daemon=True)
     watch.start()
     sockets = [bound(listening.control), bound(listening.listen)]

@@ -447,7 +447,7 @@ def test_calibration_by_file_needs_the_file(trainer: type) -> None:
 
 
 @pytest.mark.parametrize("trainer", [MeerkatConfig, TablesConfig])
-def test_a_file_of_text_that_nothing_would_read_is_refused(trainer: type, tmp_path: Path) -> None:
+def test_a_file_of_text_that_nothing_would_read_is_refused(trainer: type) -> None:
     config = sound()
     config.trainer, config.inputs.calibration = trainer(), "text.txt"
     rule = "inputs.calibration must be null for trainer.calibration=imdb, which reads no file, got 'text.txt'."
