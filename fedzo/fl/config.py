@@ -101,7 +101,8 @@ class StrategyConfig:
     startup_s: float = 300.0
     """How long the server waits for ``fl.num_clients`` clients to register."""
     max_abs_g: float = 1e6
-    """A reply with a larger |g| is refused. A vector is refused if its norm over learning rate and steps is larger."""
+    """Clients clip |g| to it. A reply with a larger |g| is refused. A vector is refused if its norm over learning rate
+    and steps is larger."""
     clip_factor: float = 100.0
     """Clients clip |g| to this multiple of the median |g| of the last rounds. A reply beyond it is refused. Replies
     whose |g|, loss or vector is 100 times the median of the round are refused, too. This protects rounds of three or

@@ -37,6 +37,7 @@ class Limits:
         step_rows: Rows of a local step.
         site: The site's own limits.
         artifact_max_bytes: Of the largest artifact that the site takes.
+        takes_values: Whether a server may send the trained values in place of the log, unasked.
         own_client: Gives the index that the site has in the run, by the one that is asked; None where it may have
             several.
         own_client_file: Where the site keeps it.
@@ -53,6 +54,7 @@ class Limits:
     step_rows: int = 0
     site: SiteLimitsConfig = field(default_factory=SiteLimitsConfig)
     artifact_max_bytes: int = MAX_BYTES
+    takes_values: bool = False
     own_client: Callable[[int], int] | None = None
     own_client_file: str = ""
 
@@ -81,9 +83,16 @@ class Limits:
                 Refusal.artifact, f"artifact_max_bytes is {self.artifact_max_bytes}, and the artifact has {size}"
             )
 
-    def check_state(self, request: Sync) -> None:
-        """Refuse a state that the run cannot have, or a way to it that no round of the run can be."""
+    def check_state(self, request: Sync, *, asked_values: bool = False) -> None:
+        """Refuse a state that the run cannot have, or a way to it that no round of the run can be.
+
+        Args:
+            request: Names the state.
+            asked_values: Whether the client's replay of the log led elsewhere, so that it needs the values.
+        """
         self.check_artifact(request.space_id)
+        if request.values and not (self.takes_values or asked_values):
+            raise ProtocolError("values: in this run a client replays the log, and this one asked for no values")
         _within("round", request.round, 0, self.rounds)
         _within("from_round", request.from_round, 0, request.round)
         if len(request.chain) != 64:

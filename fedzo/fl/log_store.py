@@ -184,9 +184,13 @@ class RunStore(RunLog):
         self.records.append(self._record(line))
 
     def write(self, record: MetricRecord) -> None:
-        """Append a metric record (a sink); what a resumed run depends on is on the disk then."""
+        """Append a metric record (a sink); what a resumed run depends on is on the disk then, with all lines before it.
+
+        Which round is best, for example, follows from scores of rounds that are not scored again. What a round measured
+        decides nothing, and rounds are many.
+        """
         with Explained(self.folder):
-            self._metrics.append(record, durable=isinstance(record, Setup | Extension))
+            self._metrics.append(record, durable=not isinstance(record, Round))
             self._metrics.lines[-1] = _light(record)
 
     def take_back(self, record: MetricRecord) -> None:

@@ -1,6 +1,7 @@
 """The messages of a federation: typed records, strictly read. Nothing in them is imported, evaluated or unpickled.
 
-Every message is one Flower ``ConfigRecord`` of plain numbers, strings and bytes. Protocol number 5.
+Every message is one Flower ``ConfigRecord`` of plain numbers, strings and bytes. Protocol number 5. Long bytes follow
+in records of their own, since Flower sends a record as a whole.
 
 Every request names the client that it is for: a process may play several, and none of them says itself which it is.
 """
@@ -37,11 +38,11 @@ from fedzo.trainers.artifacts import PIECE_BYTES
 from fedzo.zo.log import Scalars
 
 PROTOCOL = 5
-RECORD = "fedzo"
+RECORD, PIECE, PIECE_NAME = "fedzo", "piece", "{} {:08}"
 M = TypeVar("M")
 
 Digest = Annotated[str, Matching(re.compile("[0-9A-Za-z]{0,128}"), "at most 128 digits and letters")]
-"""A hash or what a peer says in its place; it is only compared and shown."""
+"""A hash, or what a peer says in its place: only compared and shown."""
 Version = Annotated[str, Matching(re.compile("[0-9A-Za-z.+-]{0,64}"), "a version")]
 JsonText = Annotated[str, Length(0, 1 << 22)]
 StepBytes = Annotated[bytes, Length(0, 1 << 30)]
@@ -265,11 +266,15 @@ def encode(message: Any) -> RecordDict:
     """A message as Flower content. What is empty, which Flower cannot count, or as it is by default is left out."""
     kind: Any = type(message)
     plain: dict[str, Any] = {}
+    pieces: dict[str, ConfigRecord] = {}
     for name, default in _left_out(kind).items():
         value = getattr(message, name)
-        if value != default and value not in ("", b""):
+        if isinstance(value, bytes) and len(value) > PIECE_BYTES:
+            for number, start in enumerate(range(0, len(value), PIECE_BYTES)):
+                pieces[PIECE_NAME.format(name, number)] = ConfigRecord({PIECE: value[start : start + PIECE_BYTES]})
+        elif value != default and value not in ("", b""):
             plain[name] = str(value) if isinstance(value, StrEnum) else value
-    return RecordDict({RECORD: ConfigRecord(plain)})
+    return RecordDict({RECORD: ConfigRecord(plain), **pieces})
 
 
 @cache
@@ -281,9 +286,11 @@ def _left_out(kind: Any) -> dict[str, Any]:
 
 def decode(kind: type[M], content: RecordDict) -> M:
     """The message in Flower content; ``ProtocolError`` for anything that is not exactly one."""
-    if list(content) != [RECORD] or not isinstance(content[RECORD], ConfigRecord):
-        raise ProtocolError(f"{kind.__name__}: expected one record {RECORD!r}, got {sorted(content)}")
-    given = dict(content[RECORD])
+    records_of = {name: record for name, record in content.items() if isinstance(record, ConfigRecord)}
+    if RECORD not in records_of or len(records_of) < len(content):
+        told = f"expected one record {RECORD!r} and pieces of its fields, got {sorted(content)[:8]!r:.400}"
+        raise ProtocolError(f"{kind.__name__}: {told}")
+    given = dict(records_of.pop(RECORD))
     if empty := [name for name, value in given.items() if value in ("", b"")]:
         raise ProtocolError(f"{kind.__name__}: {empty[0]:.40} must be left out where it is empty")
     if (protocol := given.get("protocol", PROTOCOL)) != PROTOCOL:  # before fields that one of the two does not know
@@ -291,8 +298,21 @@ def decode(kind: type[M], content: RecordDict) -> M:
             f"{kind.__name__}: protocol must be {PROTOCOL}, that of fedzo {fedzo.__version__}, got {protocol!r:.20}, "
             f"that of fedzo {given.get('version', 'unknown')!s:.40}. Install the same fedzo on both sides."
         )
+    _join(kind, given, records_of)
     remedy = "Do both sides run the same fedzo?"
     return records.decode(kind, given, where=kind.__name__, error=ProtocolError, remedy=remedy)
+
+
+def _join(kind: type[Any], given: dict[str, Any], pieces: dict[str, ConfigRecord]) -> None:
+    """Add the fields that came in pieces."""
+    joined: dict[str, list[bytes]] = {}
+    for name in sorted(pieces):
+        field = name.partition(" ")[0]
+        found, piece = joined.setdefault(field, []), pieces[name].get(PIECE) or None
+        if field in given or name != PIECE_NAME.format(field, len(found)) or not isinstance(piece, bytes):
+            raise ProtocolError(f"{kind.__name__}: record {name!r:.40} must be a field's next piece, but is not")
+        found.append(piece)
+    given.update((field, b"".join(found)) for field, found in joined.items())
 
 
 def message_bytes(content: RecordDict) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,9 +16,12 @@ from fedzo.commands.trained import evaluate_run, replay_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError, ProtocolError
 from fedzo.fl.server.rounds import FederationError
-from fedzo.masks.mask_file import load_mask
+from fedzo.masks.mask import Mask
+from fedzo.masks.mask_file import load_mask, save_mask
 from fedzo.run.start import open_run
-from fedzo.zo.directions import direction, stream_key
+from fedzo.testing.tiny_models import byte_tokenizer, tiny_model
+from fedzo.zo.directions import SHARED, direction, stream_key
+from fedzo.zo.estimator import TwoPoint
 
 Run = Callable[..., Path]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
@@ -217,16 +220,32 @@ def test_a_second_run_with_the_same_configuration_gives_the_same_log(run: Run) -
     assert (first / "audit.jsonl").read_bytes() == (second / "audit.jsonl").read_bytes()
 
 
-def test_directions_are_distinct_over_clients_rounds_and_steps(run: Run, lines: Lines) -> None:
-    folder = run("fl.seeds=per_client", "fl.local_steps=2")
+@pytest.mark.parametrize(
+    ("seeds", "owners", "count"), [("shared", ["shared"], 3 * 2), ("per_client", [0, 1, 2, 3], 3 * 4 * 2)]
+)
+def test_clients_probe_along_the_directions_of_the_logs_owners_which_are_distinct(
+    run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch, seeds: str, owners: list[Any], count: int
+) -> None:
+    probed: list[int] = []
+    estimate = TwoPoint.estimate
 
-    keys = {
-        stream_key(0, round=line["round"], step=step, owner=owner)
-        for line in lines(folder, "public.jsonl")
-        for owner in line["owners"]
+    def recorded(self: TwoPoint, space: Any, loss_fn: Any, keys: Sequence[int]) -> Any:
+        probed.extend(keys)
+        return estimate(self, space, loss_fn, keys)
+
+    monkeypatch.setattr(TwoPoint, "estimate", recorded)
+
+    folder = run(f"fl.seeds={seeds}", "fl.local_steps=2")
+
+    log = lines(folder, "public.jsonl")
+    assert [(line["owners"], line["attendance"]) for line in log] == [(owners, [0, 1, 2, 3])] * 3
+    assert probed == [
+        stream_key(0, round=line["round"], step=step, owner=SHARED if seeds == "shared" else client)
+        for line in log
+        for client in line["attendance"]
         for step in range(2)
-    }
-    assert len(keys) == 3 * 4 * 2
+    ]
+    assert len(set(probed)) == count
 
 
 def test_the_number_of_losses_is_the_budget_and_not_one_more(
@@ -242,6 +261,7 @@ def test_the_number_of_losses_is_the_budget_and_not_one_more(
     peer, worker = process.peer, process.client.worker
     artifact = peer.trainer.prepare(peer.loaded, workplace).artifact
     replica = peer.workspace(artifact).replica
+    before = replica.space.digest()
     original, asked = scalar_update.example_losses, []
     monkeypatch.setattr(scalar_update, "example_losses", lambda *a, **k: asked.append(a) or original(*a, **k))
 
@@ -258,7 +278,8 @@ def test_the_number_of_losses_is_the_budget_and_not_one_more(
     )
 
     assert len(asked) == 2 * 3
-    assert replica.space.digest() == peer.workspace(artifact).replica.space.digest()
+    assert peer.workspace(artifact).replica is replica
+    assert replica.space.digest() == before
 
 
 def test_a_client_does_nothing_that_its_run_did_not_announce(overrides: Overrides, tmp_path: Path) -> None:
@@ -424,6 +445,43 @@ def test_a_loss_that_is_not_finite_drops_the_probe_is_counted_and_never_averaged
     assert coefficients(lines(folder, "public.jsonl")).item() == pytest.approx(sum(g.values()) / 4)
     assert metrics["dropped_probes"] == 1
     assert np.isfinite(metrics["loss"])
+
+
+def test_a_probe_that_overflows_float16_is_dropped_and_counted_and_the_round_goes_on(
+    run: Run, lines: Lines, tmp_path: Path
+) -> None:
+    """One weight is the largest number of float16, where the spacing is 32: raised by 16 it is infinite."""
+    largest, eps = torch.finfo(torch.float16).max, 24.0
+    model = tiny_model("llama")
+    mlp, name = model.model.layers[0].mlp, "model.layers.0.mlp.down_proj.weight"
+    mlp.up_proj.weight[0] *= 2**-13  # makes what the weight multiplies small, so that the model itself is finite
+    mlp.down_proj.weight[0, 0] = largest
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    shapes = {name: tuple(mlp.down_proj.weight.shape)}
+    mask = Mask({name: torch.tensor([0, 1])}, shapes, gradient=None, manifest={})  # that weight, and an ordinary one
+    save_mask(mask, tmp_path / "mask.safetensors")
+
+    def overflows(round: int, client: int) -> bool:
+        moved = eps * torch.from_numpy(direction(stream_key(0, round=round, owner=client), 2))[0]
+        return bool(torch.stack([largest + moved, largest - moved]).half().isinf().any())
+
+    folder = run(
+        f"model={tmp_path / 'model'}", f"inputs.artifact={tmp_path / 'mask.safetensors'}", "model.dtype=float16",
+        f"estimator.eps={eps}", "fl.seeds=per_client", "strategy.clip_factor=0",
+    )  # fmt: skip
+
+    lost = np.array([[overflows(round, client) for client in range(4)] for round in range(3)])
+    assert {*lost.ravel().tolist()} == {True, False}
+    public, audit = lines(folder, "public.jsonl"), lines(folder, "audit.jsonl")
+    assert [line["attendance"] for line in public] == [[0, 1, 2, 3]] * 3
+    assert [[entry["dropped"] == [[True]] for entry in line["clients"]] for line in audit] == lost.tolist()
+    c = coefficients(public).reshape(3, 4)
+    assert not c[lost].any()
+    assert c[~lost].any()
+    rounds = [line for line in lines(folder, "metrics.jsonl") if line["kind"] == "round"]
+    assert [line["dropped_probes"] for line in rounds] == lost.sum(1).tolist()
+    assert replay_run(folder)["digest"] == public[-1]["digest"]
 
 
 @pytest.mark.parametrize("steps", [1, 2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pytest
 
 from fedzo.commands.train import start_run
 from fedzo.config.load import load
+from fedzo.runtime.net.gate import MAX_BODY_BYTES
 from fedzo.system import usable_cpus
+from fedzo.testing.tiny_models import save_tiny_model
 
 Run = Callable[..., Path]
 
@@ -76,4 +79,19 @@ def test_a_real_superlink_with_two_supernodes_gives_the_log_of_inline(run: Run, 
     inline = run(*settings)
     local = run(*settings, "runtime=local")
 
+    assert_same_logs(inline, local)
+
+
+@pytest.mark.net
+@pytest.mark.timeout(600)
+def test_vectors_longer_than_a_request_of_the_network_arrive(run: Run, tmp_path: Path) -> None:
+    """All weights of a model with a wide vocabulary, 18 MB: the gate takes 16 MiB at once."""
+    wide = save_tiny_model(tmp_path / "wide", vocab_size=140_000)
+    settings = ("trainer=mezo", "estimator=backprop", "server_optimizer.lr=1e-3", f"model.name={wide}")
+
+    inline = run(*settings, "fl.rounds=2", "fl.num_clients=2")
+    local = run(*settings, "fl.rounds=2", "fl.num_clients=2", "runtime=local")
+
+    lines = [json.loads(line) for line in (local / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["payload_up_bytes"] > 2 * MAX_BODY_BYTES for line in lines if line["kind"] == "round")
     assert_same_logs(inline, local)

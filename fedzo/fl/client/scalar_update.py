@@ -15,7 +15,7 @@ from fedzo.data.config import TaskConfig
 from fedzo.data.encode import Example
 from fedzo.errors import PluginError
 from fedzo.fl.client.local_update import Batches, Workspace
-from fedzo.fl.clip import clip, sent_losses
+from fedzo.fl.clip import NO_BOUND, clip, sent_losses
 from fedzo.fl.config import FlConfig, directions_of
 from fedzo.fl.messages import TrainReply, TrainRequest, scalars_to_bytes, signs_to_bytes
 from fedzo.models.forwards import OnRows
@@ -42,6 +42,7 @@ class ScalarUpdate:
         fl: The federation's settings.
         estimator: Turns losses into scalars.
         num_probes: Probes a step.
+        max_abs_g: What scalars are clipped to where a request announces no bound of its own.
         signs: Whether clients step with and send the signs of their scalars alone.
     """
 
@@ -55,9 +56,11 @@ class ScalarUpdate:
         fl: FlConfig,
         estimator: Estimator,
         num_probes: int,
+        max_abs_g: float = NO_BOUND,
         signs: bool = False,
     ) -> None:
         self.num_probes = num_probes
+        self.max_abs_g = max_abs_g
         self.signs = signs
         self._batches = batches
         self._task = task
@@ -117,7 +120,8 @@ class ScalarUpdate:
                 f"{type(self._estimator).__name__}.estimate must give a projection for each of {self.num_probes} keys, "
                 f"got {len(projections)}. Correct the estimator; fedzo.testing.check_estimator has checks for it."
             )
-        g = clip(np.array([projection.g for projection in projections], np.float32), request.max_abs_g)
+        g = np.array([projection.g for projection in projections], np.float32)
+        g = clip(g, request.max_abs_g if request.max_abs_g != NO_BOUND else self.max_abs_g)
         dropped = np.array([projection.dropped for projection in projections])
         if self.signs:
             g = np.sign(g)

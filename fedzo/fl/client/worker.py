@@ -59,6 +59,7 @@ class ClientData:
     """One client's rows, encoded.
 
     Attributes:
+        heldout: In an order that the seed draws (``ClientRows``): the first of them are scored.
         figures: What the stages tell of its training rows.
     """
 
@@ -107,6 +108,7 @@ class ClientWorker:
         self.update = update
         self.space_id = ""
         self._workspace: Workspace | None = None
+        self._asked_values: set[int] = set()
         self._limits = limits
         self._task = task
         self._evaluators = evaluators
@@ -226,14 +228,19 @@ class ClientWorker:
                 f"config hash must be {self.identity.config_hash[:12]}, got {request.config_hash[:12]}. "
                 "Start server and clients with the same configuration."
             )
-        self._limits.check_state(request)
+        self._limits.check_state(request, asked_values=request.client in self._asked_values)
         if request.space_id != self.space_id:
             artifact = self._artifacts.find(request.space_id)
             if artifact is None:
                 return None, Status.bare
             self._workspace, self.space_id = self._build(artifact, request.client), request.space_id
         assert self._workspace is not None
-        return self._workspace, self._workspace.replica.sync(request)
+        status = self._workspace.replica.sync(request)
+        if status is Status.mismatch:
+            self._asked_values.add(request.client)
+        elif request.values:
+            self._asked_values.discard(request.client)
+        return self._workspace, status
 
 
 def _refusal(error: Exception) -> Refusal:

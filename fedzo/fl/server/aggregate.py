@@ -62,7 +62,7 @@ def check_reply(
         reply: What the client sent.
         steps: T of the request.
         probes: P.
-        max_abs_g: ``strategy.scalar_bound``.
+        max_abs_g: ``strategy.scalar_bound``, to which a sign, whose size is 1, is not compared.
         announced: The request's own ``max_abs_g``, to which the client had to clip.
         signs: Whether ``g`` holds a bit a probe. A dropped one counts as 0 then, whatever its bit.
         all_may_drop: Whether a reply without any finite loss counts as one of zeros.
@@ -77,7 +77,7 @@ def check_reply(
         g[dropped] = 0
     if not np.isfinite(g).all():
         raise ProtocolError("g must be finite; a probe without a finite loss is sent as 0 with its flag")
-    if (worst := float(np.abs(g).max())) > max_abs_g:
+    if (worst := float(np.abs(g).max())) > max_abs_g and not signs:
         raise ProtocolError(f"|g| must be at most strategy.max_abs_g = {max_abs_g:g}, got {worst:g}")
     if announced != NO_BOUND and worst > announced:
         raise ProtocolError(f"|g| must be at most the announced bound {announced:g}, got {worst:g}")

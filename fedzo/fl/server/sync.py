@@ -62,6 +62,7 @@ class StateSync:
     deadline_s: float
     shuffle_seed: int | None = None
     _acked: dict[int, int] = field(default_factory=dict)
+    _given_values: set[int] = field(default_factory=set)
     _packed: bytearray = field(default_factory=bytearray)
     _ends: list[int] = field(default_factory=lambda: [0])  # of the first so many records in _packed
 
@@ -108,6 +109,8 @@ class StateSync:
             reply = yield Question(message_type, filled, reply_type)
             if reply.status is Status.ok:
                 self._acked[client] = self._round
+                if filled.log:  # its replay is the server's
+                    self._given_values.discard(client)
                 return cast(Reply, reply)
             if reply.status is Status.bare:
                 yield from deliver(self.artifact, client=client)
@@ -122,6 +125,7 @@ class StateSync:
     def forget(self, client: int) -> None:
         """A client came back as a new process: it starts from its base model."""
         self._acked.pop(client, None)
+        self._given_values.discard(client)
 
     @property
     def _round(self) -> int:
@@ -131,8 +135,15 @@ class StateSync:
         if reply.status is Status.bare:
             return {**before, "from_round": 0}
         if reply.status is Status.behind:
+            self._given_values.discard(client)  # behind what it acknowledged: a new process
             return {**before, "from_round": 0 if "from_round" in before else reply.position}
+        if client in self._given_values:  # whose directions may be others, too: its scalars must not count
+            raise ProtocolError(
+                "state: a client's hash must be the server's after the values that it was sent, got another again. "
+                "Start its site anew; if that does not help, it does not compute as the others do (`fedzo doctor`)."
+            )
         log.warning("round %d, client %d: its state is not the server's; sending it the values", self._round, client)
+        self._given_values.add(client)
         return {**before, "values": True}
 
     def _fill(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import httpx
-from flwr.app import Context, Error, Message
+from flwr.app import Array, Context, Error, Message
 from flwr.app.message.message import make_message
 from flwr.app.metadata import Metadata
 from flwr.common.constant import SubStatus
@@ -19,7 +19,7 @@ from flwr.common.serde_utils import metadata_from_proto
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullTaskInputRequest, PushTaskOutputRequest
 from flwr.supercore.constant import OBJECT_PUSH_SESSION_TTL_SECONDS
-from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_object import get_object_type_from_object_content, iterate_object_tree
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
 from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPullError,
@@ -31,6 +31,7 @@ from flwr.supercore.retry.retry_invoker import RetryState
 from flwr.supercore.run import Run
 from flwr.superlink.grid import HttpGrid
 
+from fedzo.fl.messages import message_bytes
 from fedzo.runtime._flower import ErrorCode, TaskIdentity, failure_reason
 from fedzo.runtime.net._flower_http import RunNotRunningException, TaskOver, kept_alive
 from fedzo.runtime.net.credentials import Endpoint
@@ -41,6 +42,8 @@ MAX_TIME_S = 120.0
 """How long the server's end tries to reach a SuperLink that does not answer, which is started again meanwhile."""
 SMALL_REPLY_BYTES = 16 << 20
 """A reply may have so many bytes beside the numbers of a round: two JSON texts of at most 4 MiB, names and hashes."""
+GROWING = Array.__qualname__
+"""What no reply of a client has, and may name its chunks any number of times, each of which takes memory."""
 TAKE_S = 5.0
 """How long one look takes parts, before the deadline and other replies have their turn."""
 
@@ -58,7 +61,7 @@ class _Arriving:
         missing: Names of the parts that have not come.
         parts: Those that have.
         num_bytes: Of these together.
-        since: When the last part came, by ``time.monotonic``.
+        since: When the last part came, or the reply was told of, by ``time.monotonic``.
     """
 
     told: Metadata
@@ -103,7 +106,8 @@ class ServerGrid(HttpGrid):
         if asked - told:
             self._look(asked - told, now)
         whole = []
-        for name, reply in list(self._arriving.items()):
+        # by how long each waits for a part: one that used up this look is last in the next
+        for name, reply in sorted(self._arriving.items(), key=lambda each: each[1].since):
             if reply.told.reply_to_message_id in asked and (message := self._take(name, reply, now)):
                 whole.append(message)
             elif now - reply.since > OBJECT_PUSH_SESSION_TTL_SECONDS:  # the SuperLink gives it up, too
@@ -149,10 +153,10 @@ class ServerGrid(HttpGrid):
                     return False
                 reply.parts[reply.missing[-1]] = part = pull(reply.missing[-1])
                 reply.missing.pop()
-                reply.since = now
+                reply.since = time.monotonic()
                 reply.num_bytes += len(part)
                 if reply.num_bytes > self._most_bytes:
-                    raise _Unreadable(f"its reply must have at most {self._most_bytes} bytes, got more")
+                    raise _Unreadable(self._too_long)
         except ObjectUnavailableError:
             return False
         except ObjectPullError as error:
@@ -162,14 +166,25 @@ class ServerGrid(HttpGrid):
         return True
 
     @property
+    def _too_long(self) -> str:
+        return f"its reply must have at most {self._most_bytes} bytes, got more"
+
+    @property
     def _run_id(self) -> int:
         return cast(Run, self._run).run_id
 
     def _open(self, name: str, reply: _Arriving) -> Message:
         try:
+            if any(get_object_type_from_object_content(part) == GROWING for part in reply.parts.values()):
+                raise TypeError(f"a part that is an {GROWING}")
             message = inflate_object_from_contents(name, reply.parts)
             if not isinstance(message, Message):
                 raise TypeError(type(message).__name__)
+            # a record counts each time that the reply names it
+            if not message.has_error() and message_bytes(message.content) > self._most_bytes:
+                raise _Unreadable(self._too_long)
+        except _Unreadable:
+            raise
         except Exception as error:  # the SuperLink looks into no part: these are whatever bytes a client sent
             raise _Unreadable(
                 f"its reply must be a message of Flower, got bytes that are none ({error!r:.80})"

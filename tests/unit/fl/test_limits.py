@@ -98,6 +98,17 @@ def test_a_state_that_the_run_cannot_have_is_refused(fields: dict[str, Any], mat
         LIMITS.check_state(replace(REQUEST, **fields))
 
 
+def test_values_in_place_of_the_log_must_have_been_asked_for() -> None:
+    """By a log a server can only move the model along the run's directions."""
+    values = replace(REQUEST, values=b"1234")
+
+    with pytest.raises(ProtocolError, match="values: in this run a client replays the log"):
+        LIMITS.check_state(values)
+
+    LIMITS.check_state(values, asked_values=True)
+    replace(LIMITS, takes_values=True).check_state(values)
+
+
 def test_the_sites_own_limits_hold_at_each_request() -> None:
     """Also against a server that never asked whether the site takes part."""
     site = replace(LIMITS, step_rows=4, site=SiteLimitsConfig(most_steps=4, most_rows=12), artifact_max_bytes=100)

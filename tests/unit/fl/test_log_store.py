@@ -110,8 +110,15 @@ SETUP = Setup(seconds=1.0, trainer="mezo", num_params=9, space_size=9, setup_dow
 
 @pytest.mark.parametrize(
     ("line", "synced"),
-    [(SETUP, True), (Extension(seconds=1.0, round=0, before=1, rounds=2), True), (scored(0, 0.5, 1.0), False)],
-    ids=["setup", "extension", "score"],
+    [
+        (SETUP, True),
+        (Extension(seconds=1.0, round=0, before=1, rounds=2), True),
+        (StepDecision(seconds=1.0, round=0, windows=None, clients=(), fallback=False), True),
+        (scored(0, 0.5, 1.0), True),
+        (ended(0), True),
+        (told(0), False),
+    ],
+    ids=["setup", "extension", "step policy", "score", "summary", "round"],
 )
 def test_what_a_resumed_run_depends_on_is_on_the_disk_before_the_next_thing(
     tmp_path: Path, line: MetricRecord, synced: bool, monkeypatch: pytest.MonkeyPatch

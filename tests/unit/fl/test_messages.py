@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import fedzo
 from fedzo.errors import ProtocolError
+from fedzo.fl import messages
 from fedzo.fl.messages import (
     PROTOCOL,
     RECORD,
@@ -148,6 +149,42 @@ def test_an_unknown_status_is_named() -> None:
 def test_content_that_is_not_one_record_is_refused(content: RecordDict) -> None:
     with pytest.raises(ProtocolError, match="expected one record 'fedzo'"):
         decode(TrainReply, content)
+
+
+def test_long_bytes_travel_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network takes requests of at most 16 MiB, and Flower sends each record in one."""
+    monkeypatch.setattr(messages, "PIECE_BYTES", 4)
+    whole = {"change": b"0123456789", "loss": b"abcd"}
+
+    content = encode(VectorReply(position=3, **whole))
+
+    assert {name: dict(record) for name, record in content.items()} == {
+        RECORD: {"position": 3, "loss": b"abcd"},
+        "change 00000000": {"piece": b"0123"},
+        "change 00000001": {"piece": b"4567"},
+        "change 00000002": {"piece": b"89"},
+    }
+    assert decode(VectorReply, recorddict_from_proto(recorddict_to_proto(content))) == VectorReply(position=3, **whole)
+
+
+@pytest.mark.parametrize(
+    ("records", "match"),
+    [
+        ({"change 00000001": {"piece": b"4"}}, "record 'change 00000001' must be a field's next piece"),
+        ({"change 0": {"piece": b"4"}}, "record 'change 0' must be a field's next piece"),
+        ({"change 00000000": {"piece": "text"}}, "'change 00000000' must be a field's next piece"),
+        ({"change 00000000": {"piece": b""}}, "'change 00000000' must be a field's next piece"),
+        ({"change 00000000": {}}, "'change 00000000' must be a field's next piece"),
+        ({"loss 00000000": {"piece": b"4"}}, "'loss 00000000' must be a field's next piece"),  # which came whole
+        ({"surprise 00000000": {"piece": b"4"}}, "surprise must be left out: VectorReply has no such field"),
+        ({"position 00000000": {"piece": b"4"}}, "position must be a whole number"),
+    ],
+)
+def test_pieces_that_are_not_one_field_are_refused(records: dict[str, Any], match: str) -> None:
+    content = {RECORD: ConfigRecord({"loss": b"abcd"}), **{name: ConfigRecord(each) for name, each in records.items()}}
+
+    with pytest.raises(ProtocolError, match=match):
+        decode(VectorReply, RecordDict(content))
 
 
 def test_a_huge_value_is_shown_in_a_few_words() -> None:

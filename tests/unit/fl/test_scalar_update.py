@@ -10,6 +10,7 @@ import pytest
 from fedzo.config.load import load
 from fedzo.errors import PluginError
 from fedzo.fl.client.scalar_update import ScalarUpdate
+from fedzo.fl.clip import NO_BOUND
 from fedzo.zo.estimator import Projection
 
 
@@ -17,12 +18,29 @@ class Given:
     """Stands for an estimator; what it gives is handed to ``as_sent`` by the test."""
 
 
-def sent(projections: list[Any], *, num_probes: int) -> list[float]:
+def sent(
+    projections: list[Any], *, num_probes: int, announced: float = float("inf"), max_abs_g: float = NO_BOUND
+) -> list[float]:
     config, unused = load([]), cast(Any, None)
     update = ScalarUpdate(
-        batches=unused, task=config.task, fl=config.fl, estimator=cast(Any, Given()), num_probes=num_probes
+        batches=unused,
+        task=config.task,
+        fl=config.fl,
+        estimator=cast(Any, Given()),
+        num_probes=num_probes,
+        max_abs_g=max_abs_g,
     )
-    return update.as_sent(projections, cast(Any, type("Request", (), {"max_abs_g": float("inf")})))[0].tolist()
+    return update.as_sent(projections, cast(Any, type("Request", (), {"max_abs_g": announced})))[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("announced", "max_abs_g", "clipped"), [(NO_BOUND, 5.0, 5.0), (3.0, 5.0, 3.0), (NO_BOUND, NO_BOUND, 8.0)]
+)
+def test_scalars_are_clipped_to_the_settings_bound_where_none_is_announced(
+    announced: float, max_abs_g: float, clipped: float
+) -> None:
+    """Else the server, which has the same settings, would refuse them."""
+    assert sent([projection(-8.0)], num_probes=1, announced=announced, max_abs_g=max_abs_g) == [-clipped]
 
 
 def projection(g: float) -> Projection:

@@ -536,10 +536,39 @@ def test_a_damaged_client_is_resynchronised_by_values_once(federation: Any, capl
     assert "its state is not the server's" in caplog.text
 
 
-def test_a_client_that_never_reaches_the_state_is_left_out_after_a_few_tries(federation: Any) -> None:
+def test_a_client_whose_replay_differs_again_is_left_out_until_it_starts_anew(federation: Any) -> None:
+    """Its directions may be others as well, so that its scalars would say nothing."""
+    server, clients, _ = federation(deadline_s=10.0)
+    for _ in range(2):
+        server.run_round()
+        clients[0].replica.space.theta[3] += 1
+
+    for _ in range(2):
+        server.run_round()
+        clients[0].replica.space.theta[3] += 1
+
+    assert means(server) == [2.0, 2.0, 2.5, 2.5]
+    assert "must be the server's after the values that it was sent" in reason_for(server, 3, 0)
+    assert [bool(request.values) for request in clients[0].requests] == [False, False, True, False, False]
+
+
+def test_a_client_that_never_reaches_the_state_is_sent_the_values_once(federation: Any) -> None:
     server, clients, _ = federation(deadline_s=10.0)
     server.run_round()
     clients[0].bend = lambda reply: TrainReply(status=Status.mismatch)
+
+    server.run_round()
+    server.run_round()
+
+    assert means(server) == [2.0, 2.5, 2.5]
+    assert "must be the server's after the values that it was sent" in reason_for(server, 1, 0)
+    assert [bool(request.values) for request in clients[0].requests] == [False, False, True, False]
+
+
+def test_a_client_that_always_lacks_the_space_is_left_out_after_a_few_tries(federation: Any) -> None:
+    server, clients, _ = federation(deadline_s=10.0)
+    server.run_round()
+    clients[0].bend = lambda reply: TrainReply(status=Status.bare)
 
     server.run_round()
 
@@ -555,7 +584,7 @@ def test_helping_a_slow_client_ends_at_the_rounds_deadline(federation: Any, cloc
     def slow(request: TrainRequest) -> TrainReply:
         asked.append(request)
         clock.now += 0.2
-        return TrainReply(status=Status.mismatch)
+        return TrainReply(status=Status.bare)
 
     clients[1].train = slow
     server.run_round()

@@ -13,7 +13,9 @@ from fedzo.data.encode import Example
 from fedzo.errors import ProtocolError
 from fedzo.fl.client.worker import ClientData, ClientWorker, log_failure
 from fedzo.fl.config import SiteLimitsConfig
-from fedzo.fl.messages import Hello, Identity
+from fedzo.fl.messages import Hello, Identity, Status, TrainReply, TrainRequest
+
+IDENTITY = Identity(config_hash="a" * 64, base_digest="b" * 64, tokenizer_digest="c" * 64, task_digest="e" * 64)
 
 
 def test_a_log_of_the_site_shows_a_servers_words_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
@@ -39,7 +41,7 @@ def test_how_many_rows_were_cut_is_a_count_as_any_other(min_rows: int, told: tup
     )
     unused: Any = None
     worker = ClientWorker(
-        Identity(config_hash="a" * 64, base_digest="b" * 64, tokenizer_digest="c" * 64, task_digest="e" * 64),
+        IDENTITY,
         unused,
         limits=limits,
         task=TaskConfig(),
@@ -56,3 +58,35 @@ def test_how_many_rows_were_cut_is_a_count_as_any_other(min_rows: int, told: tup
 
     assert (reply.num_train, reply.num_heldout) == (9, 8)
     assert (reply.num_train_cut, reply.num_heldout_cut) == told
+
+
+def test_values_are_asked_for_by_the_client_whose_replay_led_elsewhere_until_they_come() -> None:
+    asked: list[tuple[int, bool]] = []
+    statuses = iter([Status.ok, Status.mismatch, Status.ok, Status.ok, Status.ok])
+    workspace: Any = SimpleNamespace(replica=SimpleNamespace(sync=lambda request: next(statuses), position=0))
+    artifacts: Any = SimpleNamespace(find=lambda digest: True)
+    limits: Any = SimpleNamespace(
+        site=SiteLimitsConfig(),
+        check_client=lambda client: None,
+        check_steps=lambda request: None,
+        check_state=lambda request, asked_values: asked.append((request.client, asked_values)),
+    )
+    update: Any = SimpleNamespace(reply_type=TrainReply, make=lambda at, request: TrainReply())
+    worker = ClientWorker(
+        IDENTITY,
+        update,
+        limits=limits,
+        task=TaskConfig(),
+        evaluators={},
+        scored_rows=8,
+        data_of=lambda client: ClientData([], [], {}),
+        register=lambda client, begun: "d" * 64,
+        prepare=lambda client: None,
+        build=lambda artifact, client: workspace,
+        artifacts=artifacts,
+    )
+
+    for client, values in ((0, b""), (0, b""), (1, b""), (0, b"1234"), (0, b"")):
+        worker.train(TrainRequest(client=client, config_hash="a" * 64, space_id="e" * 64, values=values))
+
+    assert asked == [(0, False), (0, False), (1, False), (0, True), (0, False)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,8 +20,8 @@ pytestmark = pytest.mark.slow  # the import of Flower's network parts alone take
 class Task(SimpleNamespace):
     """Stands for a message that came from a SuperNode."""
 
-    def __init__(self) -> None:
-        super().__init__(message="message", context="context", sent=[])
+    def __init__(self, bundle: bytes = b"") -> None:
+        super().__init__(message="message", context="context", bundle=bundle, sent=[])
 
     def finish(self, reply: object) -> None:
         self.sent.append(("reply", reply))
@@ -62,6 +63,29 @@ def test_failure_of_the_app_is_sent_as_a_number_and_a_sentence_in_flowers_form(e
     assert kind == "error"
     assert said.startswith(f"<class 'fedzo.fl.site_limits.SiteError'>:<'{told}")  # type: ignore[attr-defined]
     assert "rows" not in said  # type: ignore[operator]
+
+
+def test_a_message_of_a_run_with_another_bundle_is_refused_each_time_and_the_app_does_not_see_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from fedzo.runtime.net import executor
+    from fedzo.runtime.net.bundle import build_bundle
+
+    tasks = [Task(bundle) for bundle in (b"another", b"another", build_bundle(), b"another")]
+    api: Any = SimpleNamespace(address="127.0.0.1:1", tasks=lambda kind: nullcontext(iter(tasks).__next__))
+    monkeypatch.setattr(executor, "client_task", lambda address, token: nullcontext(token))
+    seen: list[object] = []
+
+    def app(message: object, context: object) -> object:
+        seen.append(message)
+        return "reply"
+
+    with pytest.raises(StopIteration):  # there are no more messages
+        executor.serve(app, api, step_limit_s=10.0)  # type: ignore[arg-type]
+
+    assert [[kind for kind, _ in task.sent] for task in tasks] == [["error"], ["error"], ["reply"], ["error"]]
+    assert all("refusal 35, its site runs another fedzo" in tasks[at].sent[0][1] for at in (0, 1, 3))
+    assert seen == ["message"]  # that of the run with this fedzo's own bundle
 
 
 def test_finished_step_stops_its_watchdog() -> None:

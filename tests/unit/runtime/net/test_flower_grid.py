@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_to_proto
 from flwr.proto.message_pb2 import PullObjectResponse, PushObjectResponse
@@ -201,6 +201,28 @@ def test_a_reply_that_names_a_part_it_did_not_announce_is_an_error_of_its_client
     assert reply.metadata.reply_to_message_id == asked.object_id
 
 
+def test_a_reply_cannot_grow_when_its_parts_are_put_together(superlink: SuperLink, grid: ServerGrid) -> None:
+    """Neither by an array that names one chunk many times, nor by a record under many names."""
+    grid.limit_replies(10_000)
+    many, often = question(1), question(2)
+    chunks = Array("uint8", (1,), "numpy.ndarray", b"\0" * 100)
+    grows = Message(RecordDict({"fedzo": ArrayRecord({"a": chunks})}), reply_to=many)
+    record = ConfigRecord({"piece": b"1" * 9_000})
+    repeats = Message(RecordDict({f"piece {at}": record for at in range(2_000)}), reply_to=often)
+    for reply in (grows, repeats):
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        superlink.told.append(reply)
+        superlink.arrive(reply, 9_999)
+
+    replies = {
+        each.metadata.reply_to_message_id: each.error.reason
+        for each in grid.pull_messages([many.object_id, often.object_id])
+    }
+
+    assert "a part that is an Array" in replies[many.object_id]
+    assert "its reply must have at most" in replies[often.object_id]
+
+
 def test_what_a_reply_says_of_itself_counts_for_nothing(superlink: SuperLink, grid: ServerGrid) -> None:
     """Its client could name another question, or another sender; the SuperLink knows both."""
     asked = question(1)
@@ -256,6 +278,29 @@ def test_a_long_reply_is_taken_in_several_looks(
     assert grid.pull_messages([asked.object_id]) == []
     monkeypatch.setattr(_flower_grid, "TAKE_S", 5.0)
     assert texts(grid.pull_messages([asked.object_id])) == ["long"]
+
+
+def test_a_reply_that_uses_up_a_look_is_last_in_the_next(
+    superlink: SuperLink, grid: ServerGrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part takes a second here, so a look takes six of the long reply's twelve; the short one has three."""
+    taken: list[str] = []
+    pull = superlink.PullObject
+
+    def count(request: Any) -> PullObjectResponse:
+        taken.append(request.object_id)
+        return pull(request)
+
+    superlink.PullObject = count  # type: ignore[method-assign]
+    monkeypatch.setattr(_flower_grid, "time", SimpleNamespace(monotonic=lambda: float(len(taken))))
+    asked = [question(node) for node in (1, 2)]
+    names = [each.object_id for each in asked]
+    superlink.answer(asked[0], "long", parts=99, records=10)
+    superlink.answer(asked[1], "short", parts=9)
+
+    assert grid.pull_messages(names) == []
+    assert texts(grid.pull_messages(names)) == ["short"]
+    assert texts(grid.pull_messages(names[:1])) == ["long"]
 
 
 def test_a_part_that_was_stored_unsaid_is_not_sent_twice(superlink: SuperLink, grid: ServerGrid) -> None:
