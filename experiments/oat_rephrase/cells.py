@@ -18,6 +18,7 @@ import torch
 from arms import TrainSet
 from safetensors.torch import load_file, save_file
 
+from fedzo.bench.claims import measured_with
 from fedzo.commands.mask import make_mask
 from fedzo.commands.train import launch
 from fedzo.config.load import load
@@ -59,7 +60,7 @@ class Cells:
         if name in (known := self.all()):
             return known[name]
         started = time.process_time()
-        cell = make() | {"cpu_s": round(time.process_time() - started, 1)}
+        cell = make() | {"cpu_s": round(time.process_time() - started, 1), "environment": measured_with()}
         lock = os.open(self.path.parent, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -213,7 +214,7 @@ def train(
     chosen = tuned(cells.all(), task, method, sets[0])
     for seed in seeds:
         each = sets[seed % len(sets)]
-        cells.measure(run_name(task, method, each, seed), make(each, seed, chosen, ["dev", "test"]))
+        cells.measure(run_name(task, method, each, chosen, seed), make(each, seed, chosen, ["dev", "test"]))
 
 
 def tuning_name(task: str, method: str, each: TrainSet, lr: float) -> str:
@@ -221,9 +222,9 @@ def tuning_name(task: str, method: str, each: TrainSet, lr: float) -> str:
     return f"tune/{task}/{method}/{each.name}-{each.digest}/{lr:g}"
 
 
-def run_name(task: str, method: str, each: TrainSet, seed: int) -> str:
+def run_name(task: str, method: str, each: TrainSet, lr: float, seed: int) -> str:
     """Of a run's cell."""
-    return f"train/{task}/{method}/{each.name}-{each.digest}/{seed}"
+    return f"train/{task}/{method}/{each.name}-{each.digest}/{lr:g}/{seed}"
 
 
 def tuned(known: Mapping[str, Cell], task: str, method: str, each: TrainSet) -> float:
@@ -247,8 +248,7 @@ def _train(
 def run_here(config: LaunchConfig, run_dir: Path) -> LoadedModel:
     """A run in this process; its model as the last round left it, since there is no dev row to choose another by."""
     with RunStore(run_dir) as store:
-        process = open_run(config, run_dir)
-        process.store = store
+        process = open_run(config, run_dir, store)
         launch(config, process, run_dir, site_file=run_dir / SITE_FILE)
         forget_process()
     return process.peer.loaded

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -28,7 +27,7 @@ from fedzo.config.plugins import conf_dir
 from fedzo.config.sweep import plan_sweep
 from fedzo.errors import ConfigError, FedzoError, FolderInUseError, RunFolderError
 from fedzo.records.folder import LOG, REPORT
-from fedzo.system import quiet_libraries
+from fedzo.system import environment_variable, quiet_libraries
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +170,7 @@ def _hydra(flags: Namespace, task: TaskFunction) -> None:
     register_schemas()
     before = HydraConfig.instance().cfg
     try:
-        with _full_errors():
+        with environment_variable("HYDRA_FULL_ERROR", "1"):  # a job's error is raised, not printed
             _run_hydra(
                 args=flags,
                 args_parser=get_args_parser(),
@@ -183,20 +182,6 @@ def _hydra(flags: Namespace, task: TaskFunction) -> None:
         raise ConfigError(reason(error)) from error
     finally:
         HydraConfig.instance().cfg = before  # --help and --cfg leave theirs
-
-
-@contextmanager
-def _full_errors() -> Iterator[None]:
-    """Make Hydra raise a job's error instead of printing it and ending the process."""
-    before = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = before
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -40,7 +39,7 @@ from fedzo.run.apps import CONFIG_KEY, RUN_DIR_KEY
 from fedzo.run.process import STAGE_FOLDER, Process, forget_process, keep_process
 from fedzo.run.start import open_run, write_whole
 from fedzo.runtime.config import RUNTIMES
-from fedzo.system import SITE_ENV, SITE_LOG_ENV, command, environment
+from fedzo.system import SITE_ENV, SITE_LOG_ENV, command, environment, environment_variable
 from fedzo.zo.server_optimizer import Schedule
 
 log = logging.getLogger(__name__)
@@ -257,8 +256,7 @@ def _opened(config: LaunchConfig, store: RunStore) -> Iterator[Process]:
     (store.folder / STOP).unlink(missing_ok=True)  # of an earlier start; from here on `fedzo stop` is heard
     forget_process()  # before another model is loaded
     try:
-        process = open_run(config, run_dir)
-        process.store = store
+        process = open_run(config, run_dir, store)
         write_whole(run_dir / SITE_FILE, to_json(config.site()))
         if not (run_dir / ENVIRONMENT).exists():
             write_whole(run_dir / ENVIRONMENT, json.dumps(_environment(process), indent=2))
@@ -285,8 +283,8 @@ def launch(config: LaunchConfig, process: Process, run_dir: Path, *, site_file: 
         (run_dir / CLIENTS_LOG).parent.mkdir(exist_ok=True)
     with (
         _told_of_clients(run_dir) as site_log,
-        _inherited(SITE_ENV, str(site_file)),
-        _inherited(SITE_LOG_ENV, str(site_log)),
+        environment_variable(SITE_ENV, str(site_file)),
+        environment_variable(SITE_LOG_ENV, str(site_log)),
     ):
         RUNTIMES.build(config.runtime, num_clients=config.fl.num_clients, run_config=run_config)
 
@@ -306,22 +304,9 @@ def _told_of_clients(run_dir: Path) -> Iterator[Path]:
                 log.error("%s (%s)", line, site_log)
 
 
-@contextmanager
-def _inherited(variable: str, value: str) -> Iterator[None]:
-    """Set for the processes that start meanwhile."""
-    before = os.environ.get(variable)
-    os.environ[variable] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = before
-
-
 def _environment(process: Process) -> dict[str, Any]:
-    return {**environment(), "config_hash": config_hash(process.peer.config), "command": command()}
+    machine = environment(process.peer.loaded.device)
+    return {**machine, "config_hash": config_hash(process.peer.config), "command": command()}
 
 
 def _with_absolute_paths(config: LaunchConfig) -> LaunchConfig:

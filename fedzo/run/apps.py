@@ -44,11 +44,14 @@ def make_client_app() -> ClientApp:
     def hello(message: Message, context: Context) -> Message:
         with _asked(Hello, message) as request:
             try:
-                return _reply(message, _worker(context).hello(request))
-            except (ConfigError, SiteError) as error:  # of its limits, its model, its files: to ask again is no use
+                answer = _worker(context).hello(request)
+            except (ConfigError, SiteError) as error:  # of its limits, its model, its files
                 log_failure(request.client, error)
                 refusal = error.refusal if isinstance(error, SiteError) else Refusal.site
-                return _reply(message, HelloReply(config_hash=request.config_hash, refusal=refusal))
+                answer = HelloReply(config_hash=request.config_hash, refusal=refusal)
+            if answer.refusal is not Refusal.none and not request.begun:
+                _read_anew()  # what was refused may be mended before it is asked again
+            return _reply(message, answer)
 
     @app.query("artifact")
     def artifact(message: Message, context: Context) -> Message:
@@ -117,7 +120,14 @@ def _worker(context: Context) -> Any:
     # only Ray's actors, which work on the server's machine, find the run folder in the environment
     run_dir = os.environ.get(RUN_DIR_ENV)
     artifacts = Path(run_dir) / ARTIFACTS if run_dir else None
-    return this_process(_setting(context, CONFIG_KEY, CONFIG_ENV), artifacts=artifacts).client.worker
+    run_json = _setting(context, CONFIG_KEY, CONFIG_ENV)
+    return this_process(run_json, flower_run=context.run_id, artifacts=artifacts).client.worker
+
+
+def _read_anew() -> None:
+    from fedzo.run.process import read_anew
+
+    read_anew()
 
 
 def _reply(message: Message, answer: object) -> Message:

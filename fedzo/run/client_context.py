@@ -16,7 +16,7 @@ from fedzo.fl.client.local_update import Batches, LocalUpdate, Workspace
 from fedzo.fl.client.scalar_update import ScalarUpdate
 from fedzo.fl.client.vector_update import VectorUpdate
 from fedzo.fl.client.worker import ClientData, ClientWorker, parse_absent
-from fedzo.fl.config import Aggregation, directions_of
+from fedzo.fl.config import Aggregation, Transport, directions_of
 from fedzo.fl.limits import Limits
 from fedzo.fl.site_limits import check_rows
 from fedzo.run.peer import Peer
@@ -44,6 +44,7 @@ class ClientContext:
     kept: KeptDigests
     stage_folder: Path
     to_the_end: bool = False
+    _registered: set[int] = field(default_factory=set)
     _prepared_digests: dict[int, str] = field(default_factory=dict)
     _data: dict[int, ClientData] = field(default_factory=dict)
     _index: int | None = None
@@ -81,6 +82,7 @@ class ClientContext:
             step_rows=config.fl.batch_size,
             site=self.peer.site.limits,
             artifact_max_bytes=self.peer.site.artifact_max_bytes,
+            takes_values=config.fl.transport is Transport.values or not isinstance(estimator, ZerothOrderConfig),
             own_client=self._own_client if self._is_one_client else None,
             own_client_file=str(self.kept.claim_file(self.peer.run_id)),
         )
@@ -108,6 +110,7 @@ class ClientContext:
             fl=config.fl,
             estimator=build_estimator(estimator),
             num_probes=estimator.num_probes,
+            max_abs_g=config.strategy.scalar_bound,
             signs=config.strategy.aggregation is Aggregation.majority_sign,
         )
 
@@ -161,7 +164,9 @@ class ClientContext:
         )
 
     def _prepare(self, client: int, begun: bool = True) -> Progress | None:
-        """How far the stages are; their first result in a process must be that with which the run began."""
+        """How far the stages are; rows, and what stages make of them, must be those with which the run began."""
+        if client not in self._registered:  # a process that was started again within a run
+            self._rows_digest(client, begun)
         if progress := self.preparations.look(client):
             return progress
         if (stages := [*self.peer.config.preprocess]) and client not in self._prepared_digests:
@@ -170,7 +175,10 @@ class ClientContext:
 
     def _rows_digest(self, client: int, begun: bool, *, stages: Sequence[str] = ()) -> str:
         rows = self.rows(client).train if stages else self.source.rows_for(client)
-        return self.kept.register(rows, whose=f"client {client}", run=self.peer.run_id, begun=begun, stages=stages)
+        run, whose = self.peer.run_id, f"client {client}"
+        digest = self.kept.register(rows, whose=whose, run=run, begun=begun, stages=stages)
+        self._registered.add(client)
+        return digest
 
     def _workspace(self, artifact: Artifact, asked: int) -> Workspace:
         """By the first batch of whichever client was greeted first, ``model.dtype=auto`` is decided.

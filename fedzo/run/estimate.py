@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 
 import torch
@@ -20,6 +21,8 @@ from fedzo.models.memory import (
 from fedzo.models.memory import seconds_per_token as time_a_token
 from fedzo.records.metrics import Estimate
 from fedzo.zo.spaces.base import Space
+
+log = logging.getLogger(__name__)
 
 
 def fitting_tokens_per_batch(
@@ -46,7 +49,7 @@ def fitting_tokens_per_batch(
             "server_optimizer=sgd, train fewer values or, with scaffold and feddyn, have fewer clients."
         )
     available = available_memory_bytes(loaded.device) if loaded.device.type == "cuda" else host - kept
-    return fit_tokens_per_batch(
+    fitting = fit_tokens_per_batch(
         loaded.model,
         wanted=wanted,
         longest=longest,
@@ -54,6 +57,15 @@ def fitting_tokens_per_batch(
         trained_bytes=space.step_bytes(local_steps) + kept_bytes,
         head_share=head_share,
     )
+    if fitting < wanted:
+        log.warning(
+            "model.tokens_per_batch: %d do not fit in the %.0f MiB that are free, so %d are taken. Losses depend on it "
+            "in their last bits; set it to that number for runs that are to be repeated.",
+            wanted,
+            available / 2**20,
+            fitting,
+        )
+    return fitting
 
 
 def head_share(examples: Iterable[Example]) -> float:
@@ -116,14 +128,14 @@ def estimate_run(
 
 def _num_tokens(example: Example) -> int:
     """Most tokens the example takes: one prompt for single-token candidates, else a sequence for each candidate."""
-    if all(len(candidate) == 1 for candidate in example.candidates):
+    if example.one_token:
         return len(example.prompt)
     return sum(len(example.prompt) + len(candidate) for candidate in example.candidates)
 
 
 def _head_rows(example: Example) -> int:
     """Positions whose logits are made over the whole vocabulary."""
-    return _num_reads(example) if any(len(candidate) > 1 for candidate in example.candidates) else 0
+    return 0 if example.one_token else _num_reads(example)
 
 
 def _score_forwards(loaded: LoadedModel, times: int, examples: list[Example]) -> float:
@@ -138,7 +150,7 @@ def _score_forwards(loaded: LoadedModel, times: int, examples: list[Example]) ->
 
 def _num_reads(example: Example) -> int:
     """Positions that predict an answer's token."""
-    return sum(map(len, example.candidates)) if any(len(candidate) > 1 for candidate in example.candidates) else 1
+    return 1 if example.one_token else sum(map(len, example.candidates))
 
 
 def _mean(num: Callable[[Example], int], examples: list[Example]) -> float:

@@ -24,7 +24,7 @@ from fedzo.fl.server.client_registry import ClientRegistry
 from fedzo.fl.server.rounds import Server, Sink
 from fedzo.fl.server.updates import ScalarUpdates, Updates
 from fedzo.fl.server.vectors import VectorUpdates
-from fedzo.models.memory import gradient_bytes
+from fedzo.models.memory import gradient_bytes, num_weights
 from fedzo.records import decode as records
 from fedzo.records.folder import PRESENCE, REPORT, STOP, replace_file
 from fedzo.records.metrics import (
@@ -43,11 +43,9 @@ from fedzo.report.format import cut_text
 from fedzo.report.sinks import ProgressSink
 from fedzo.report.trackers import TRACKERS, TrackerSink
 from fedzo.run.estimate import estimate_run
-from fedzo.run.peer import TrialRows
 from fedzo.run.process import this_process
 from fedzo.run.scores import Scores
-from fedzo.run.server_context import ServerContext
-from fedzo.trainers import Prepared
+from fedzo.run.server_context import Launched, ServerContext
 from fedzo.trainers.artifacts import ARTIFACTS
 from fedzo.zo.estimator import ZerothOrderConfig
 
@@ -75,11 +73,14 @@ class Sinks:
 def run_federation(grid: Any, run_json: str, run_dir: Path) -> None:
     """Run, or go on with, the federation of a configuration; everything it leaves is in ``run_dir``."""
     context = this_process(run_json, artifacts=run_dir / ARTIFACTS).server
-    if (store := context.store) is None:
-        raise ConfigError("run: its launcher must have opened its logs, but nothing is open. Use `fedzo train`.")
+    launched = context.launched
+    if launched is None or launched.store is None:
+        raise ConfigError(
+            "run: its launcher must have prepared it and opened its logs, but has not. Use `fedzo train`."
+        )
     with ExitStack() as stack:
-        Federation(grid, context, store, stack).run()
-    if context.report.html or (run_dir / REPORT).exists():  # `fedzo report` has made one, which would be stale
+        Federation(grid, context, launched, launched.store, stack).run()
+    if launched.report.html or (run_dir / REPORT).exists():  # `fedzo report` has made one, which would be stale
         from fedzo.report.html import write_report
 
         write_report(run_dir)
@@ -88,9 +89,12 @@ def run_federation(grid: Any, run_json: str, run_dir: Path) -> None:
 class Federation:
     """The course of one run at the server."""
 
-    def __init__(self, grid: Any, context: ServerContext, store: RunStore, stack: ExitStack) -> None:
+    def __init__(
+        self, grid: Any, context: ServerContext, launched: Launched, store: RunStore, stack: ExitStack
+    ) -> None:
         config = context.peer.config
         self._context = context
+        self._launched = launched
         self._config = config
         self._store = store
         self._next_presence = 0.0
@@ -102,17 +106,15 @@ class Federation:
             sent_bytes=(_total(store, "message_up_bytes"), _total(store, "message_down_bytes")),
             evaluator=first_evaluator(config),
             payload="scalars" if isinstance(config.estimator, ZerothOrderConfig) else "vectors",
-            enabled=context.report.progress,
+            enabled=launched.report.progress,
         )
         sinks: list[Sink] = [self._progress, *self._trackers()]
         self._sinks = Sinks([store, *sinks])
         for sink in sinks:
             stack.callback(sink.close)
-        if (prepared := context.prepared) is None:
-            raise ConfigError("run: its launcher must have prepared it, but nothing is prepared. Use `fedzo train`.")
-        self._at = context.peer.workspace(prepared.artifact, trial_rows=self._trial_rows())
+        self._at = context.peer.workspace(launched.prepared.artifact, trial_rows=context.trial_rows)
         self._scores = Scores(context, self._at, store, self._sinks, self._progress, self._elapsed)
-        self._server = self._make_server(grid, prepared)
+        self._server = self._make_server(grid)
 
     def run(self) -> None:
         """Scores before, rounds, scores after."""
@@ -121,7 +123,7 @@ class Federation:
             server.client_registry.recall(setup.clients)
         self._context.check_rows(begun=setup is not None)
         # where one process plays all clients, one that is missing was lost on this very machine
-        fewest = config.strategy.min_replies if setup and not self._context.takes_turns else None
+        fewest = config.strategy.min_replies if setup and not self._launched.takes_turns else None
         waits = math.inf if self._context.to_the_end and config.preprocess else config.strategy.startup_s
         server.client_registry.wait(server.grid, timeout_s=waits, fewest=fewest, beside=self._while_waiting)
         server.warn_of_cut_sizes()
@@ -167,16 +169,11 @@ class Federation:
                 settings=json.loads(to_json(self._config)),
                 told=self._store.metrics,
             )
-            for name, config in self._context.trackers.items()
+            for name, config in self._launched.trackers.items()
         ]
 
-    def _trial_rows(self) -> TrialRows | None:
-        """Some rows of a simulation; a server without rows does not measure."""
-        simulation, size = self._context.simulation, self._config.fl.batch_size
-        return None if simulation is None else lambda: simulation.splits.train[:size]
-
-    def _make_server(self, grid: Any, prepared: Prepared) -> Server:
-        config, context = self._config, self._context
+    def _make_server(self, grid: Any) -> Server:
+        config, context, artifact = self._config, self._context, self._launched.prepared.artifact
         self._at.replica.reset()
         return Server(
             grid=grid,
@@ -184,16 +181,16 @@ class Federation:
                 num_clients=config.fl.num_clients,
                 identity=context.peer.identity,
                 num_labels=num_labels(config.task) if config.fl.label_counts else 0,
-                artifact_bytes=prepared.artifact.size,
+                artifact_bytes=artifact.size,
             ),
             replica=self._at.replica,
             store=self._store,
-            artifact=prepared.artifact,
+            artifact=artifact,
             run_seed=config.seed,
             fl=config.fl,
-            strategy=_strategy(context),
+            strategy=self._strategy(),
             server_optimizer=config.server_optimizer,
-            updates=self._updates(prepared),
+            updates=self._updates(),
             step_policy=context.step_policy,
             label_counts=context.label_counts,
             sink=self._sinks,
@@ -201,7 +198,12 @@ class Federation:
             shuffle_replies=config.faults.shuffle_replies,
         )
 
-    def _updates(self, prepared: Prepared) -> Updates[Any]:
+    def _strategy(self) -> StrategyConfig:
+        """Where one process plays all clients one after another, how long that takes is not theirs: no deadline."""
+        strategy = self._config.strategy
+        return replace(strategy, deadline_s=math.inf) if self._launched.takes_turns else strategy
+
+    def _updates(self) -> Updates[Any]:
         config, estimator, replica = self._config, self._config.estimator, self._at.replica
         if not isinstance(estimator, ZerothOrderConfig):
             return VectorUpdates(replica.space.size, config.strategy, normalise=config.step_policy.normalises)
@@ -213,7 +215,7 @@ class Federation:
             strategy=config.strategy,
             num_probes=estimator.num_probes,
             normalise=config.step_policy.normalises,
-            gradient=prepared.gradient,
+            gradient=self._launched.prepared.gradient,
         )
 
     def _write_setup(self) -> None:
@@ -226,7 +228,7 @@ class Federation:
             Setup(
                 seconds=self._elapsed(),
                 trainer=str(plugin_name("trainer", self._config.trainer)),
-                num_params=sum(p.numel() for p in self._at.loaded.model.parameters()),
+                num_params=num_weights(self._at.loaded.model),
                 space_size=server.replica.space.size,
                 setup_down_bytes=server.artifact.size,
                 estimate=self._estimate(),
@@ -295,7 +297,7 @@ class Federation:
     def _write_presence(self) -> None:
         """For ``fedzo status``, where clients come and go: who is here, at most every few seconds."""
         now = time.monotonic()
-        if self._context.takes_turns or now < self._next_presence:
+        if self._launched.takes_turns or now < self._next_presence:
             return
         self._next_presence = now + PRESENCE_S
         server = self._server
@@ -342,9 +344,3 @@ def _total(store: RunStore, name: str) -> int:
     """Over the rounds, and over the scores of clients where these have such a number."""
     counted = [record for record in store.metrics if isinstance(record, Round | FederatedScore)]
     return sum(getattr(record, name, None) or 0 for record in counted)
-
-
-def _strategy(context: ServerContext) -> StrategyConfig:
-    """Where one process plays all clients one after another, how long that takes is not theirs: no deadline."""
-    strategy = context.peer.config.strategy
-    return replace(strategy, deadline_s=math.inf) if context.takes_turns else strategy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 from fedzo.config.plugins import plugin_name
@@ -65,14 +65,12 @@ class Peer:
     site: SiteFile
     loaded: LoadedModel
     built: Built | None = None
-    undecided: bool = False
+    undecided: bool = field(init=False)
     products: RoundedProducts | None = None
     _workspace: tuple[str, Workspace] | None = None
 
-    @classmethod
-    def of(cls, config: RunConfig, site: SiteFile, loaded: LoadedModel) -> Peer:
-        """A peer with a model that is loaded already."""
-        return cls(config, site, loaded, undecided=site.model.dtype is DType.auto)
+    def __post_init__(self) -> None:
+        self.undecided = self.site.model.dtype is DType.auto
 
     @cached_property
     def trainer(self) -> Trainer:
@@ -111,7 +109,7 @@ class Peer:
         """Rows as token ids."""
         examples = self._tokenized(rows)
         for number, example in enumerate(examples):
-            for ids in (example.prompt, *example.candidates):
+            for ids in (example.prompt, example.generation_prompt, *example.candidates):
                 check_ids(self.loaded.model, ids, where=f"row {number}")
         return examples
 

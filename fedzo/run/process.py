@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -20,18 +20,14 @@ from fedzo.config.travel import from_json, load_site, to_json
 from fedzo.data.kept_digests import KEPT_ROWS, KeptDigests
 from fedzo.data.rows import OwnRows, RowSource, SimulatedRows
 from fedzo.errors import ConfigError
-from fedzo.fl.log_store import RunStore
 from fedzo.fl.messages import Refusal
 from fedzo.fl.site_limits import SiteError, check_base, check_run, check_work
 from fedzo.models.loaded import LoadedModel
-from fedzo.report import ReportConfig
-from fedzo.report.trackers import TrackerConfig
 from fedzo.run.client_context import ClientContext
-from fedzo.run.peer import Peer, check_format, open_model
-from fedzo.run.server_context import ServerContext
+from fedzo.run.peer import Peer, TrialRows, check_format, open_model
+from fedzo.run.server_context import Launched, ServerContext
 from fedzo.run.site_model import SiteModel
 from fedzo.system import SITE_ENV, SITE_LOG_ENV
-from fedzo.trainers import Prepared
 from fedzo.trainers.artifacts import ArtifactStore
 from fedzo.zo.estimator import ZerothOrderConfig
 
@@ -48,25 +44,17 @@ class Process:
         peer: The model.
         source: Where rows of clients come from.
         artifacts: Folder of artifacts that clients have or receive; None for one that goes when the run is let go.
-        prepared: What the trainer prepared, where this process launched the run.
-        report: How it tells of a run that it serves.
-        trackers: Where else it tells of it.
-        takes_turns: Whether its clients work one after another.
+        launched: What this process knows of a run that it launched.
         to_the_end: Whether greetings of clients wait until the clients' rows are prepared.
         site_folder: Where this machine keeps what it must remember of a run.
-        store: The run's logs, where this process launched the run and has its folder to itself.
     """
 
     peer: Peer
     source: RowSource
     artifacts: Path | None = None
-    prepared: Prepared | None = None
-    report: ReportConfig = field(default_factory=ReportConfig)
-    trackers: dict[str, TrackerConfig] = field(default_factory=dict)
-    takes_turns: bool = False
+    launched: Launched | None = None
     to_the_end: bool = False
     site_folder: Path | None = None
-    store: RunStore | None = None
 
     @cached_property
     def kept(self) -> KeptDigests:
@@ -93,14 +81,19 @@ class Process:
         return ServerContext(
             self.peer,
             simulation=simulation,
-            prepared=self.prepared,
-            report=self.report,
-            trackers=self.trackers,
-            takes_turns=self.takes_turns,
+            trial_rows=self._trial_rows(),
+            launched=self.launched,
             to_the_end=self.to_the_end,
             kept=self.kept,
-            store=self.store,
         )
+
+    def _trial_rows(self) -> TrialRows | None:
+        """Some rows of a simulation, or of the first client where server and clients share one model."""
+        source, size = self.source, self.peer.config.fl.batch_size
+        if isinstance(source, SimulatedRows):
+            return lambda: source.splits.train[:size]
+        shares = self.launched is not None and self.launched.takes_turns
+        return (lambda: source.rows_for(0)[:size]) if shares and self.peer.undecided else None
 
     def stop(self) -> None:
         """Let what works for its clients in the background end."""
@@ -158,7 +151,7 @@ def open_process(
     check_base(site.limits, loaded.base_digest, whose=f"the model {site.model.name}")
     check_format(run, loaded)
     source = row_source(run, site)
-    return Process(Peer.of(run, site, loaded), source, artifacts, site_folder=site_folder, to_the_end=to_the_end)
+    return Process(Peer(run, site, loaded), source, artifacts, site_folder=site_folder, to_the_end=to_the_end)
 
 
 def row_source(run: RunSettings, site: SiteConfig) -> RowSource:
@@ -177,6 +170,11 @@ class _Open:
 
     run_json: str
     process: Process
+    flower_run: int | None = None
+
+    def is_run(self, run_json: str, flower_run: int | None) -> bool:
+        """Whether it is this run; one that was launched in this process is known by its agreement alone."""
+        return self.run_json == run_json and (None in (self.flower_run, flower_run) or self.flower_run == flower_run)
 
 
 _open: _Open | None = None
@@ -197,17 +195,20 @@ def keep_process(process: Process) -> str:
     return _open.run_json
 
 
-def this_process(run_json: str, *, artifacts: Path | None = None) -> Process:
+def this_process(run_json: str, *, flower_run: int | None = None, artifacts: Path | None = None) -> Process:
     """What this process holds of the run; the run before it is let go, its model kept if it is this run's, too.
 
     A run that is not open is opened with the site's own file, whose path is in ``FEDZO_SITE``.
+
+    Args:
+        run_json: What the peers of the run agree on.
+        flower_run: Flower's number of the run. Another one is another start, maybe of a run with the same agreement:
+            the site's file and its rows are read anew.
+        artifacts: As of ``open_process``.
     """
     global _open
-    if _open is None or _open.run_json != run_json:
-        if _open is not None:
-            _open.process.stop()
-            _model.take_back(_open.process.peer)
-            _open = None  # lets it go before the next model is loaded
+    if _open is None or not _open.is_run(run_json, flower_run):
+        _let_go()
         _write_errors()
         file = Path(_site_file())
         run, site = from_json(run_json, RunConfig), load_site(file)
@@ -221,8 +222,22 @@ def this_process(run_json: str, *, artifacts: Path | None = None) -> Process:
             load=_model.open,
         )
         _model.lend()
-        _open = _Open(run_json, process)
+        _open = _Open(run_json, process, flower_run)
     return _open.process
+
+
+def read_anew() -> None:
+    """Let the site's file and its rows be read anew when the run asks again; the model stays."""
+    if _open is not None and _open.process.launched is None:
+        _let_go()
+
+
+def _let_go() -> None:
+    global _open
+    if _open is not None:
+        _open.process.stop()
+        _model.take_back(_open.process.peer)
+        _open = None
 
 
 def _write_errors() -> None:

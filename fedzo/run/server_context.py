@@ -17,8 +17,27 @@ from fedzo.fl.log_store import RunStore
 from fedzo.fl.server.step_policy import STEP_POLICIES, StepPolicy
 from fedzo.report import ReportConfig
 from fedzo.report.trackers import TrackerConfig
-from fedzo.run.peer import Peer
+from fedzo.run.peer import Peer, TrialRows
 from fedzo.trainers import Prepared
+
+
+@dataclass(frozen=True)
+class Launched:
+    """What a process knows of a run because it launched it.
+
+    Attributes:
+        prepared: What the trainer prepared.
+        report: How the run is told of.
+        trackers: Where else the run is told of.
+        takes_turns: Whether the clients work one after another, so that no deadline applies.
+        store: The run's logs, which the launcher opened and closes; None where the run is only looked at.
+    """
+
+    prepared: Prepared
+    report: ReportConfig
+    trackers: dict[str, TrackerConfig]
+    takes_turns: bool
+    store: RunStore | None
 
 
 @dataclass
@@ -28,24 +47,18 @@ class ServerContext:
     Attributes:
         peer: The model and the space.
         simulation: All rows, where this is a simulation.
-        prepared: What the trainer prepared when the run was launched.
-        report: How the run is told of.
-        trackers: Where else the run is told of.
-        takes_turns: Whether the clients work one after another, so that no deadline applies.
+        trial_rows: Gives some rows, where this process has any: without them ``model.dtype=auto`` stays float32.
+        launched: What this process knows of a run that it launched.
         to_the_end: Whether greetings wait until clients' rows are prepared, however long that takes.
         kept: What this machine remembers of its rows.
-        store: The run's logs, which the launcher opened and closes.
     """
 
     peer: Peer
     simulation: SimulatedRows | None = None
-    prepared: Prepared | None = None
-    report: ReportConfig = field(default_factory=ReportConfig)
-    trackers: dict[str, TrackerConfig] = field(default_factory=dict)
-    takes_turns: bool = False
+    trial_rows: TrialRows | None = None
+    launched: Launched | None = None
     to_the_end: bool = False
     kept: KeptDigests | None = None
-    store: RunStore | None = None
     _encoded: dict[str, list[Example]] = field(default_factory=dict)
 
     @cached_property

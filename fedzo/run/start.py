@@ -14,6 +14,7 @@ from fedzo.config.schema import LaunchConfig, RunConfig, RunSettings
 from fedzo.config.travel import from_json, to_json
 from fedzo.data.rows import RowSource, SimulatedRows
 from fedzo.errors import ConfigError, RunFolderError
+from fedzo.fl.log_store import RunStore
 from fedzo.models.config import BaseConfig
 from fedzo.models.loaded import LoadedModel
 from fedzo.records.folder import RUN_FILE, read_file, replace_file
@@ -21,12 +22,13 @@ from fedzo.registry import returned
 from fedzo.report.sinks import ProgressSink
 from fedzo.run.peer import Peer, check_format, open_model
 from fedzo.run.process import Process, row_source
+from fedzo.run.server_context import Launched
 from fedzo.trainers import TRAINERS, Prepared, Workplace
 from fedzo.trainers.artifacts import ARTIFACTS, Artifact
 
 
-def open_run(launch: LaunchConfig, run_dir: Path) -> Process:
-    """A run on this machine, new or to be gone on with, in its folder.
+def open_run(launch: LaunchConfig, run_dir: Path, store: RunStore | None = None) -> Process:
+    """A run on this machine, new or to be gone on with, in its folder; ``store``: its logs, if it is to be run.
 
     Raises:
         ConfigError: The model, the rows or the inputs are not what the run needs, or not those that it began with.
@@ -48,13 +50,10 @@ def open_run(launch: LaunchConfig, run_dir: Path) -> Process:
         check_base(begun, loaded, run_dir)
         check_artifact(begun, prepared.artifact, run_dir)
     return Process(
-        Peer.of(begun or run, launch.site(), loaded),
+        Peer(begun or run, launch.site(), loaded),
         source,
         artifacts=run_dir / ARTIFACTS,
-        prepared=prepared,
-        report=launch.report,
-        trackers=launch.trackers,
-        takes_turns=launch.runtime.traits.takes_turns,
+        launched=Launched(prepared, launch.report, launch.trackers, launch.runtime.traits.takes_turns, store),
         to_the_end=not launch.runtime.traits.own_processes,
         site_folder=run_dir,
     )

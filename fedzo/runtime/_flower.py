@@ -128,7 +128,25 @@ class GuardedGrid:
         return getattr(self._grid, name)
 
 
-class RegisteredGrid:
+class OnThisMachine:
+    """What ``fedzo.fl.exchange.Grid`` asks of a network, where there is none."""
+
+    def wire_bytes(self) -> None:
+        """What goes between processes of one machine is not counted."""
+
+    def restarts(self) -> int:
+        """What carries the messages is not started again where it ends."""
+        return 0
+
+    def lost(self, reply: Message) -> bool:
+        """Never."""
+        return False
+
+    def limit_replies(self, number_bytes: int) -> None:
+        """Replies are made on this machine, by what its user runs: nothing is limited."""
+
+
+class RegisteredGrid(OnThisMachine):
     """A grid whose server knows which client each node is (``fedzo.fl.exchange.Grid``).
 
     Args:
@@ -139,20 +157,6 @@ class RegisteredGrid:
     def __init__(self, grid: Grid, client_of: Callable[[int], int | None]) -> None:
         self._grid = grid
         self.client_of = client_of
-
-    def wire_bytes(self) -> None:
-        """What goes between a simulation's processes is not counted."""
-
-    def restarts(self) -> int:
-        """A simulation whose carrier ends is not started again."""
-        return 0
-
-    def lost(self, reply: Message) -> bool:
-        """Never."""
-        return False
-
-    def limit_replies(self, number_bytes: int) -> None:
-        """Replies are made on this machine, by what its user runs: nothing is limited."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._grid, name)

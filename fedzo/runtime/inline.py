@@ -14,7 +14,15 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedzo.errors import FedzoError
-from fedzo.runtime._flower import SUPERLINK_NODE_ID, ErrorCode, Run, failure_reason, one_federation, set_message_id
+from fedzo.runtime._flower import (
+    SUPERLINK_NODE_ID,
+    ErrorCode,
+    OnThisMachine,
+    Run,
+    failure_reason,
+    one_federation,
+    set_message_id,
+)
 
 log = logging.getLogger(__name__)
 LookAhead = Callable[[list[tuple[Message, Context]]], None]
@@ -22,7 +30,7 @@ RUN_ID = 1
 FIRST_NODE_ID = SUPERLINK_NODE_ID + 1
 
 
-class InlineGrid(Grid):
+class InlineGrid(OnThisMachine, Grid):
     """Flower's grid without a network.
 
     Node ids are fixed, one a client, and messages are answered in the order they were pushed, so two runs are alike.
@@ -79,20 +87,6 @@ class InlineGrid(Grid):
     def client_of(self, node: int) -> int | None:
         """Index of the client that a node plays."""
         return self._clients.get(node)
-
-    def wire_bytes(self) -> None:
-        """Nothing goes over a network."""
-
-    def restarts(self) -> int:
-        """Nothing is lost between calls of one process."""
-        return 0
-
-    def lost(self, reply: Message) -> bool:
-        """Never."""
-        return False
-
-    def limit_replies(self, number_bytes: int) -> None:
-        """Replies are made on this machine, by what its user runs: nothing is limited."""
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Take messages; each is copied, so that neither side can see what the other does to it later."""

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from fedzo.fl.site_limits import SiteError
 from fedzo.run import preparation
 from fedzo.run.process import Process, open_process
 from fedzo.run.start import open_run
+
+Overrides = Callable[..., list[str]]
 
 
 class Gated:
@@ -64,7 +67,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gated]:
 
 
 @pytest.fixture
-def start(overrides: Callable[..., list[str]], tmp_path: Path) -> Callable[[], Process]:
+def start(overrides: Overrides, tmp_path: Path) -> Callable[[], Process]:
     """A client's process, started again each time on the same folder."""
 
     def make() -> Process:
@@ -172,6 +175,22 @@ def test_a_process_that_was_started_again_must_find_the_result_with_which_the_ru
     asks = [*requests(within_a_round)]
     assert until_ready(within_a_round, begun=True).refusal is Refusal.changed  # its stage is done
     for ask in asks:
+        with pytest.raises(SiteError, match="refusal 2, its rows are not those that it began the run with"):
+            ask()
+
+
+def test_a_process_that_was_started_again_trains_on_no_other_rows(overrides: Overrides, tmp_path: Path) -> None:
+    """Nobody greets it, and its step's rows are drawn by their number."""
+    config = load(overrides())
+    greet(open_run(config, tmp_path))
+    same, other = open_run(config, tmp_path), open_run(config, tmp_path)
+    fewer = other.source.rows_for(0)[1:]
+    other.source = SimpleNamespace(rows_for=lambda client: fewer)
+
+    for ask in requests(same):
+        with pytest.raises(ProtocolError, match="artifact"):  # it goes on to what the request lacks
+            ask()
+    for ask in (*requests(other), *requests(other)):
         with pytest.raises(SiteError, match="refusal 2, its rows are not those that it began the run with"):
             ask()
 

@@ -53,6 +53,14 @@ def test_clients_with_own_files_train_and_the_server_reads_no_row(
     assert replay_run(folder)["digest"] == lines(folder, "public.jsonl")[-1]["digest"]
 
 
+def test_a_dtype_that_is_chosen_is_chosen_by_a_clients_rows_where_all_share_a_model(
+    run: Run, sites: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(*SETTINGS, sites, "model.dtype=auto", "fl.rounds=1")
+
+    assert sum("model.dtype=auto" in record.getMessage() for record in caplog.records) == 1
+
+
 def test_label_counts_travel_where_the_run_asks_for_them(run: Run, lines: Lines, sites: str) -> None:
     folder = run(*SETTINGS, sites, "fl.label_counts=true", "step_policy=oracle", "fl.local_steps=2")
 

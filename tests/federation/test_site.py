@@ -32,7 +32,8 @@ from fedzo.models.load import load_model
 from fedzo.models.loaded import LoadedModel
 from fedzo.run import apps, site_model
 from fedzo.run.peer import open_model
-from fedzo.run.process import Process, forget_process, this_process
+from fedzo.run.process import Process, forget_process, keep_process, read_anew, this_process
+from fedzo.run.start import open_run
 from fedzo.testing.tiny_models import save_tiny_model
 from fedzo.trainers.artifacts import ARTIFACTS, ArtifactStore
 
@@ -83,6 +84,35 @@ def test_a_site_holds_model_and_rows_where_and_how_it_likes(
     assert peer.identity.config_hash == replay_run(folder)["config_hash"]
     assert peer.identity.base_digest == peer.config.base.weights_digest
     assert len(this_process((folder / "run.json").read_text()).client.data(0).train) > 0
+
+
+def test_another_start_of_the_same_run_reads_the_sites_file_and_rows_anew(
+    run: Run, opened: Callable[[Path, str], Process]
+) -> None:
+    """Monthly training has the same settings, and so the same agreement; rows and limits have changed since."""
+    folder = run("fl.rounds=1")
+    text, site = (folder / "run.json").read_text(), (folder / "site.json").read_text()
+    opened(folder, site)
+    forget_process()
+
+    first = this_process(text, flower_run=1)
+    assert this_process(text, flower_run=1) is first
+    second = this_process(text, flower_run=2)
+
+    assert second is not first
+    assert second.peer.loaded.model is first.peer.loaded.model
+    read_anew()  # as after a refusal
+    assert this_process(text, flower_run=2) is not second
+
+
+def test_a_run_that_was_launched_in_this_process_stays_open(overrides: Overrides, tmp_path: Path) -> None:
+    process = open_run(load(overrides("fl.rounds=1")), tmp_path)
+    text = keep_process(process)
+
+    read_anew()
+
+    assert this_process(text, flower_run=7) is process
+    forget_process()
 
 
 @pytest.mark.parametrize(
