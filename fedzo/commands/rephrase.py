@@ -18,6 +18,7 @@ from fedzo.config.schema import LaunchConfig
 from fedzo.config.travel import load_site
 from fedzo.data.config import TaskConfig
 from fedzo.data.files import MARK, Row, read_rows
+from fedzo.data.partition.base import shuffled
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
 from fedzo.data.preprocess.rephrase.course import (
     Attempt,
@@ -27,7 +28,7 @@ from fedzo.data.preprocess.rephrase.course import (
 from fedzo.data.preprocess.rephrase.examples import columns_of, write_table
 from fedzo.data.preprocess.rephrase.gate import faults, few_pairs, keep, remedy
 from fedzo.data.preprocess.rephrase.manifest import Used, count_names
-from fedzo.data.preprocess.rephrase.rephraser import Rephraser, prompts_of
+from fedzo.data.preprocess.rephrase.rephraser import OTHER_STORE, Rephraser, prompts_of, rewritten_by
 from fedzo.data.preprocess.rephrase.results import apply_outcomes
 from fedzo.data.preprocess.rephrase.words import is_utf8
 from fedzo.errors import ConfigError, FedzoError, printable
@@ -119,9 +120,9 @@ def rephrase(work: Work, *, out: Path | None, again: bool = False) -> Iterator[s
     assert outcomes is not None
     yield from set_lines(work, outcomes, Used.of(rephraser.totals, rephraser.rewriter))
     if not attempts:
-        models = ", ".join(sorted({printable(each.model, most=80) for each in outcomes if each.model}))
+        models = rewritten_by(outcomes)
         yield f"all rows had their result before{f', by {models}' if models else ''}: no call was made"
-        yield "to have them rewritten by another model, set rewriter.store to another folder"
+        yield OTHER_STORE
     elif ready := len({each.row for each in outcomes}) - len(attempts):
         yield f"{ready} rows had their result before, the others have it now"
     if failed := len({each.row for each in outcomes if is_failed(each)}):
@@ -168,7 +169,7 @@ def judge_test(work: Work, *, pairs: int | None) -> Iterator[str]:
 
 
 def bootstrap(work: Work, table: Path) -> Iterator[str]:
-    """Have the first rows rewritten for a person to read; yields lines for people.
+    """Have some rows, which a fixed seed draws, rewritten for a person to read; yields lines for people.
 
     No judge takes part: the table is what judge and rewriter are to learn from.
     """
@@ -176,8 +177,9 @@ def bootstrap(work: Work, table: Path) -> Iterator[str]:
         raise ConfigError(f"--table: {table} must not exist, but does: somebody may have edited it. Choose another.")
     _check_folder("--table", table)
     recipe = replace(work.rephraser.config, judged=False)
-    rows = work.rows[:BOOTSTRAP_ROWS]
+    rows = [work.rows[at] for at in shuffled(len(work.rows), seed=0)[:BOOTSTRAP_ROWS]]
     with replace(work.rephraser, config=recipe).course() as course, _progress(work, "rows") as told:
+        course.check_rows(work.rows)  # so that a row is named by its number in the file
         attempts = course.run(rows, told)
     texts = [each.outcome.text if each.outcome and not each.outcome.reason else each.refused for each in attempts]
     told_task = work.rephraser.prompts.task

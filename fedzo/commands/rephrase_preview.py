@@ -52,8 +52,8 @@ def _estimate(course: Course, rewriter: RewriterConfig, rows: Sequence[Row]) -> 
     rewrites, verdicts = config.max_attempts, 1 + config.max_attempts if config.judged else 0
     yield f"{len(rows)} rows, at most {len(unique) * (rewrites + verdicts)} calls"
     first = prompts[0] + 2 * prompts[1], answers + (2 * _VERDICT_TOKENS * len(unique) if config.judged else 0)
-    longer = course.max_tokens * len(unique) * config.max_attempts if config.judged else 0
-    most_answers = len(unique) * (rewrites * course.max_tokens + verdicts * JUDGE_TOKENS)
+    longer = rewriter.max_tokens * len(unique) * config.max_attempts if config.judged else 0
+    most_answers = len(unique) * (rewrites * rewriter.max_tokens + verdicts * JUDGE_TOKENS)
     for what, prompt, answer in (
         ("if each is accepted at once, about", *first),
         ("at most", rewrites * prompts[0] + verdicts * prompts[1] + longer, most_answers),

@@ -31,6 +31,8 @@ class Example:
         label: Index of the right candidate.
         reference: The right answer as text (generation, instruction).
         cut: Whether the prompt or the right answer lost tokens, so that all of it fits ``task.max_length``.
+        written_from: Token ids of the prompt from which a model writes an answer of its own, where they are others than
+            ``prompt``: that one is cut by the length of the right answer.
     """
 
     prompt: tuple[int, ...]
@@ -38,6 +40,17 @@ class Example:
     label: int
     reference: str = ""
     cut: bool = False
+    written_from: tuple[int, ...] = ()
+
+    @property
+    def one_token(self) -> bool:
+        """Whether each answer is a single token, so that one forward of the prompt serves them all."""
+        return all(len(candidate) == 1 for candidate in self.candidates)
+
+    @property
+    def generation_prompt(self) -> tuple[int, ...]:
+        """The prompt that a model writes an answer to, whatever the length of the right one."""
+        return self.written_from or self.prompt
 
 
 class Tokenizer(Protocol):
@@ -62,7 +75,8 @@ def encode(rows: Sequence[Row], task: TaskConfig, *, tokenizer: Tokenizer, max_l
     The answer's tokens are those after the prompt's; where a token spans the border, the parting moves left to the
     longest prefix that the prompt and all candidates share, so that each answer has a token. An ``instruction`` goes
     through the tokenizer's chat template. A longer prompt loses its beginning, but not its BOS token; a longer
-    reference answer loses its end, so that half of ``max_length`` is left for the prompt. ``Example.cut`` tells.
+    reference answer loses its end, so that half of ``max_length`` is left for the prompt. ``Example.cut`` tells. The
+    prompt that an answer is written from has room for ``task.max_new_tokens`` behind it, by the same rule.
 
     Args:
         rows: The rows.
@@ -78,6 +92,8 @@ def encode(rows: Sequence[Row], task: TaskConfig, *, tokenizer: Tokenizer, max_l
     texts, add_special_tokens = _texts(rendered, task, tokenizer)
     ids = _ids(texts, tokenizer, add_special_tokens=add_special_tokens)
     bos = tokenizer.bos_token_id
+    is_written = task.kind is not TaskKind.candidates
+    room_to_write = max(max_length - task.max_new_tokens, max_length // 2)
     examples, start = [], 0
     for number, (group, row) in enumerate(zip(texts, rendered, strict=True)):
         prompt, *joint = (tuple(tokens) for tokens in ids[start : start + len(group)])
@@ -88,7 +104,7 @@ def encode(rows: Sequence[Row], task: TaskConfig, *, tokenizer: Tokenizer, max_l
             raise ConfigError(
                 f"row {number}: the prompt must have at least one token, got {row.prompt!r}. Extend task.template."
             )
-        if task.kind is not TaskKind.candidates:
+        if is_written:
             room = max(max_length - cut, max_length // 2)
             whole, answers = answers, tuple(answer[:room] for answer in answers)
         head = _shortened(prompt[:cut], max_length - max(map(len, answers)), bos=bos)
@@ -98,7 +114,8 @@ def encode(rows: Sequence[Row], task: TaskConfig, *, tokenizer: Tokenizer, max_l
                 f"{max_length}, no room is left for the prompt. Raise task.max_length or shorten the candidates."
             )
         is_cut = len(head) < cut or answers != whole
-        examples.append(Example(head, answers, row.label, row.reference, is_cut))
+        asked = _shortened(prompt[:cut], room_to_write, bos=bos) if is_written else head
+        examples.append(Example(head, answers, row.label, row.reference, is_cut, () if asked == head else asked))
     return examples
 
 

@@ -25,6 +25,11 @@ from fedzo.zo.directions import PURPOSE_DATA, permutation, stream_key
 class RowSource(Protocol):
     """Where the rows of clients come from."""
 
+    @property
+    def task(self) -> TaskConfig:
+        """What the rows are for."""
+        ...
+
     def rows_for(self, client: int) -> list[Row]:
         """All rows of a client, those that it will hold out among them."""
         ...
@@ -79,7 +84,12 @@ class OwnRows:
 
 @dataclass(frozen=True, slots=True)
 class ClientRows:
-    """A client's rows: what it trains on after all stages, and what it is scored on."""
+    """A client's rows.
+
+    Attributes:
+        train: What it trains on, after all stages.
+        heldout: What it is scored on, in an order that the run's seed draws: any first part of them is a random sample.
+    """
 
     train: list[Row]
     heldout: list[Row]
@@ -112,7 +122,8 @@ def client_rows(
         on_progress: Told how far the stages are.
     """
     rows = source.rows_for(client)
-    train, heldout = holdout(range(len(rows)), share, seed=seed, client=client)
+    prompts = [render(row, source.task).prompt for row in rows]
+    train, heldout = holdout(prompts, share, seed=seed, client=client)
     refuse_marked((rows[row] for row in heldout), what="rows that a client holds out")
     return ClientRows(
         train=preprocess([rows[row] for row in train], stages or {}, client=client, on_progress=on_progress),

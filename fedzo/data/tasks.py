@@ -125,6 +125,11 @@ def label_index(row: Row, task: TaskConfig) -> int:
     return int(index)
 
 
+def right_label(row: Row, task: TaskConfig) -> int | None:
+    """``label_index`` of a row; None for a task whose answers are written."""
+    return label_index(row, task) if task.kind is TaskKind.candidates else None
+
+
 def columns_used(task: TaskConfig) -> tuple[str, ...]:
     """Columns that a row must have for a task, sorted.
 

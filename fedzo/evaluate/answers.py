@@ -73,7 +73,7 @@ class Answers:
         written = task.kind is TaskKind.generation
         answers = generate(
             loaded,
-            [example.prompt for example in examples],
+            [example.generation_prompt for example in examples],
             max_new_tokens=task.max_new_tokens,
             tokens_per_batch=tokens_per_batch,
             stop_at_newline=written,

@@ -13,7 +13,7 @@ from transformers import LogitsProcessor
 from fedzo.data.preprocess.backend import Completion, EndpointError, Request, RowFault, RowReason
 from fedzo.errors import ConfigError, printable
 from fedzo.models.checks import num_positions
-from fedzo.models.config import ModelConfig, TransformersConfig
+from fedzo.models.config import DType, ModelConfig, TransformersConfig
 from fedzo.models.generate import end_tokens, generate_tokens
 from fedzo.models.load import load_model
 from fedzo.models.loaded import LoadedModel
@@ -42,16 +42,17 @@ class LocalChat:
         """Exactly as many as the model gets."""
         return len(self._prompt(request))
 
-    def room(self, model: str) -> int | None:
+    def room(self, model: str) -> int:
         """As the site's file allows, and as many positions as the model has."""
-        return self._room(model)
+        longest = num_positions(self._loaded(model).model)
+        return self._config.context_tokens if longest is None else min(longest, self._config.context_tokens)
 
     def complete(self, requests: Sequence[Request]) -> list[Completion | RowFault]:
         results: list[Completion | RowFault | None] = [None] * len(requests)
         alike: dict[tuple[str, int], dict[int, list[int]]] = {}
         for place, request in enumerate(requests):
             prompt = self._prompt(request)
-            room = self._room(request.model)
+            room = self.room(request.model)
             if len(prompt) + request.max_tokens > room:
                 said = (
                     f"the prompt has {len(prompt)} tokens, and with {request.max_tokens} of an answer must have {room}"
@@ -79,7 +80,7 @@ class LocalChat:
                 prompts,
                 ends=ends,
                 max_new_tokens=max_tokens,
-                tokens_per_batch=self.batch_size * self._room(model),
+                tokens_per_batch=self.batch_size * self.room(model),
                 before=noise.begin,
                 change=noise,
             )
@@ -115,15 +116,11 @@ class LocalChat:
             ) from error
         return list(ids)
 
-    def _room(self, model: str) -> int:
-        """Most tokens of a prompt and its answer."""
-        longest = num_positions(self._loaded(model).model)
-        return self._config.context_tokens if longest is None else min(longest, self._config.context_tokens)
-
     def _loaded(self, model: str) -> LoadedModel:
         if model not in self._models:
             try:
-                loaded = load_model(ModelConfig(name=model, dtype=self._config.dtype), device=self._config.device)
+                config = ModelConfig(name=model, dtype=DType(self._config.dtype))
+                loaded = load_model(config, device=self._config.device)
             except ConfigError as error:
                 raise ConfigError(f"rewriter.model {model!r}: {error}") from error
             if not loaded.tokenizer.chat_template:

@@ -31,6 +31,14 @@ class DType(StrEnum):
     measures again."""
 
 
+class ChatDType(StrEnum):
+    """The dtype of a chat model's weights: no ``auto``, which compares scalars of training steps."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 class Quantization(StrEnum):
     """How the weights of linear layers are packed when they are loaded."""
 
@@ -96,7 +104,7 @@ class TransformersConfig(RewriterConfig):
 
     paths: ClassVar[tuple[str, ...]] = (*RewriterConfig.paths, "model", "judge_model")
 
-    dtype: DType = DType.float32
+    dtype: ChatDType = ChatDType.float32
     """Dtype of its weights."""
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
@@ -109,12 +117,10 @@ class TransformersConfig(RewriterConfig):
     def model_problems(self) -> Iterator[Problem]:
         """Broken rules on the models, which no other setting has a part in."""
         yield from at_least("rewriter.batch_size", self.batch_size, 1, "Write 1 for one prompt after the other.")
-        if self.dtype is DType.auto:
-            yield problem("rewriter.dtype", "be float32, bfloat16 or float16", self.dtype, "Choose one of these.")
 
     def missing(self) -> Iterator[Problem]:
         yield from RewriterConfig.missing(self)
-        for key, name in (("model", self.model), ("judge_model", self.judge_model or self.model)):
+        for key, name in (("model", self.model), ("judge_model", self.judge)):
             if name != EMBEDDED_NAME and not (name and Path(name).expanduser().is_dir()):
                 rule = f"be a folder with a chat model, or {EMBEDDED_NAME}"
                 yield problem(f"rewriter.{key}", rule, name, "Nothing is downloaded: give the folder where it lies.")

@@ -198,7 +198,7 @@ def _candidate_scores(
 ) -> Any:
     width = max((len(example.candidates) for example in examples), default=0)
     scores = planning.arithmetic.empty_scores(len(examples), width)
-    short = [i for i, e in enumerate(examples) if all(len(candidate) == 1 for candidate in e.candidates)]
+    short = [i for i, example in enumerate(examples) if example.one_token]
     if short:
         chosen = [examples[i] for i in short]
         scores[short] = _single_token_scores(

@@ -380,6 +380,20 @@ def test_examples_come_back_from_the_table(
     assert "must not exist" in capsys.readouterr().err
 
 
+def test_the_table_has_rows_of_all_labels_however_the_data_are_sorted(endpoint: Endpoint, tmp_path: Path) -> None:
+    data, table = tmp_path / "sorted.jsonl", tmp_path / "examples.csv"
+    rows = [{"text": f"item {n} is {['bad', 'good'][n // 60]}", "label": n // 60} for n in range(120)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["bootstrap", "--table", str(table), "--task", "sst2", "--data", str(data)]
+
+    assert main(["rephrase", *words, *endpoint.settings(tmp_path / "store")]) == 0
+
+    with table.open(newline="") as file:
+        labels = [row["label"] for row in csv.DictReader(file)]
+    assert len(labels) == 40
+    assert 8 <= labels.count("1") <= 32
+
+
 def test_rewrites_from_elsewhere_are_checked_and_found_by_a_run(
     rephrase: Callable[..., int],
     run: Callable[..., Path],

@@ -120,18 +120,21 @@ def partition(
     return [sorted(part) for part in parts]
 
 
-def holdout(indices: Sequence[int], share: float, *, seed: int, client: int) -> tuple[list[int], list[int]]:
+def holdout(prompts: Sequence[str], share: float, *, seed: int, client: int) -> tuple[list[int], list[int]]:
     """Part a client's rows into those for training and those for scoring only.
 
+    Rows with the same prompt go together: what is scored was never trained on, not even as another row.
+
     Args:
-        indices: The client's row numbers.
-        share: Share held out, rounded to whole rows; at least one row is held out unless it is 0 or the client has one
-            row.
+        prompts: The prompt of each of the client's rows.
+        share: Share of the different prompts whose rows are held out, rounded to whole prompts; at least one is held
+            out unless it is 0 or the client has one prompt.
         seed: Run seed.
         client: Index of the client.
 
     Returns:
-        Row numbers for training (never empty) and held out, both sorted.
+        Row numbers for training (never empty), sorted, and held out, in an order that the seed draws: the first few
+        are a random sample of them, also where the rows are sorted by label.
 
     Raises:
         ConfigError: ``share`` is not in [0, 1).
@@ -140,18 +143,20 @@ def holdout(indices: Sequence[int], share: float, *, seed: int, client: int) -> 
         raise ConfigError(
             f"partition.holdout must be >= 0 and < 1, got {share}. It is the share of rows kept from training."
         )
-    wanted = max(1, round(share * len(indices))) if share > 0 else 0
-    num_held = max(0, min(wanted, len(indices) - 1))
-    ranked = permutation(stream_key(seed, round=0, owner=client), len(indices), purpose=PURPOSE_HOLDOUT).tolist()
-    held = set(ranked[:num_held])
-    return (
-        sorted(row for at, row in enumerate(indices) if at not in held),
-        sorted(indices[at] for at in held),
-    )
+    rows_of: dict[str, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows_of.setdefault(prompt, []).append(row)
+    groups = list(rows_of.values())
+    wanted = max(1, round(share * len(groups))) if share > 0 else 0
+    num_held = max(0, min(wanted, len(groups) - 1))
+    ranked = permutation(stream_key(seed, round=0, owner=client), len(groups), purpose=PURPOSE_HOLDOUT).tolist()
+    train = sorted(row for at in ranked[num_held:] for row in groups[at])
+    held = [row for at in ranked[:num_held] for row in groups[at]]
+    return train, held
 
 
 def shuffled(num_rows: int, seed: int) -> list[int]:
-    """Row numbers in an order that the run seed draws, by Philox words: the same on every machine."""
+    """Row numbers in an order that a seed draws, by Philox words: the same on every machine."""
     order: list[int] = permutation(stream_key(seed, round=0), num_rows, purpose=PURPOSE_DEAL).tolist()
     return order
 

@@ -185,6 +185,11 @@ class RewriterConfig(PluginConfig):
     price_answer: float = 0.0
     """Price of a million tokens of answers."""
 
+    @property
+    def judge(self) -> str:
+        """The model that judges."""
+        return self.judge_model or self.model
+
     def cost(self, prompt_tokens: int, answer_tokens: int) -> float:
         """What tokens cost by the prices, in their currency."""
         return (prompt_tokens * self.price_prompt + answer_tokens * self.price_answer) / 1e6

@@ -180,6 +180,33 @@ def test_a_long_answer_to_a_short_prompt_takes_the_rest() -> None:
     assert example.cut  # the answer is
 
 
+def test_rows_that_ask_alike_are_answered_from_the_same_prompt() -> None:
+    """What is trained on is cut by the right answer's length, what is written by ``max_new_tokens`` alone."""
+    rows = [{"q": "x" * 600, "a": "y" * num} for num in (10, 400)]
+
+    short, long = encode(rows, WRITTEN, tokenizer=byte_tokenizer(), max_length=512)
+
+    assert short.generation_prompt == long.generation_prompt == ids("x" * (512 - 32 - 1) + "?")
+    assert (len(short.prompt), len(long.prompt)) == (500, 256)
+    assert short.prompt + short.candidates[0] == ids("x" * 499 + "?" + f" {'y' * 10}\n")
+
+
+def test_a_prompt_that_is_not_cut_is_the_one_that_an_answer_is_written_from() -> None:
+    [written] = encode([{"q": "why", "a": "so"}], WRITTEN, tokenizer=byte_tokenizer(), max_length=64)
+    [chosen] = encode([{"text": "x" * 90, "label": 0}], CHOICE, tokenizer=byte_tokenizer(), max_length=64)
+
+    assert written.generation_prompt is written.prompt
+    assert chosen.generation_prompt is chosen.prompt
+
+
+def test_answers_longer_than_a_text_may_be_leave_half_of_it_to_the_prompt() -> None:
+    task = replace(WRITTEN, max_new_tokens=100)
+
+    [example] = encode([{"q": "abcdefghijk", "a": "so"}], task, tokenizer=byte_tokenizer(), max_length=10)
+
+    assert example.generation_prompt == ids("hijk?")
+
+
 def test_a_prompt_that_its_answer_swallows_is_refused() -> None:
     task = replace(CHOICE, template="{text}", candidates=["b", "c"])  # "ab" is one token
 

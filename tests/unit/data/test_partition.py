@@ -332,26 +332,40 @@ def test_dealing_writes_no_file_prints_nothing_and_is_imported_lazily(tmp_path: 
     [(10, 0.1, 1), (10, 0.25, 2), (10, 0.0, 0), (1, 0.5, 0), (2, 0.01, 1), (2, 0.99, 1), (100, 0.5, 50)],
 )
 def test_a_share_of_rows_is_held_out(num_rows: int, share: float, num_held: int) -> None:
-    rows = list(range(1000, 1000 + num_rows))
+    prompts = [f"row {row}" for row in range(num_rows)]
 
-    train, held = holdout(rows, share, seed=0, client=0)
+    train, held = holdout(prompts, share, seed=0, client=0)
 
     assert len(held) == num_held
-    assert sorted(train + held) == rows
-    assert (train, held) == (sorted(train), sorted(held))
+    assert sorted(train + held) == list(range(num_rows))
+    assert train == sorted(train)
 
 
 def test_the_held_out_rows_hang_on_seed_and_client_only() -> None:
-    rows = list(range(50))
+    prompts = [f"row {row}" for row in range(50)]
 
-    held = [holdout(rows, 0.2, seed=seed, client=client)[1] for seed, client in [(0, 0), (0, 0), (0, 1), (1, 0)]]
+    held = [holdout(prompts, 0.2, seed=seed, client=client)[1] for seed, client in [(0, 0), (0, 0), (0, 1), (1, 0)]]
 
     assert held[0] == held[1]
     assert held[0] not in (held[2], held[3])
-    assert held[0] == [0, 1, 8, 14, 25, 33, 41, 43, 46, 49]
+    assert sorted(held[0]) == [0, 1, 8, 14, 25, 33, 41, 43, 46, 49]
+
+
+def test_rows_with_the_same_prompt_are_held_out_together() -> None:
+    prompts = [f"row {row % 100}" for row in range(200)]
+
+    train, held = holdout(prompts, 0.1, seed=0, client=0)
+
+    assert sorted(train + held) == list(range(200))
+    assert not {prompts[row] for row in train} & {prompts[row] for row in held}
+    assert sorted({row % 100 for row in held}) == sorted(holdout(prompts[:100], 0.1, seed=0, client=0)[1])
+
+
+def test_rows_with_one_prompt_are_all_trained_on() -> None:
+    assert holdout(["same"] * 5, 0.5, seed=0, client=0) == ([0, 1, 2, 3, 4], [])
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
 def test_a_share_out_of_range_is_refused(share: float) -> None:
     with pytest.raises(ConfigError, match=r"partition\.holdout must be >= 0 and < 1"):
-        holdout([0, 1], share, seed=0, client=0)
+        holdout(["a", "b"], share, seed=0, client=0)

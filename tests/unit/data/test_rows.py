@@ -1,10 +1,15 @@
-"""The order of rows: every row once an epoch, each client its own order, a function of the position alone."""
+"""The order of rows, every one once an epoch, is a function of the position alone; and what a client holds out."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
-from fedzo.data.rows import batch_rows
+from fedzo.data.config import DataConfig, SplitConfig, TaskConfig
+from fedzo.data.partition.plain import IidConfig
+from fedzo.data.rows import OwnRows, RowSource, SimulatedRows, batch_rows, client_rows
 
 
 def rows(client: int, used: int, *, batch_size: int = 3, num_rows: int = 10, run_seed: int = 5) -> list[int]:
@@ -35,3 +40,33 @@ def test_a_step_is_a_function_of_its_position_alone() -> None:
     backwards = [rows(2, used) for used in reversed(range(20))]
 
     assert forwards == backwards[::-1]
+
+
+@pytest.mark.parametrize("of_its_own", [False, True])
+def test_the_first_held_out_rows_are_of_all_labels_however_a_file_is_sorted(of_its_own: bool, tmp_path: Path) -> None:
+    """As many as a client scores; by their order in the file all of them would be of label 0."""
+    made = [{"text": f"row {number}", "label": number // 100} for number in range(200)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    task = TaskConfig(template="{text}", candidates=["a", "b"])
+    data, split = DataConfig(path=str(tmp_path)), SplitConfig(num_dev=0, num_test=0)
+    source: RowSource = SimulatedRows(data, split, task, IidConfig(), num_clients=1, seed=0)
+    if of_its_own:
+        source = OwnRows(str(tmp_path), task)
+
+    heldout = client_rows(source, 0, share=0.5, seed=0).heldout
+
+    assert len(heldout) == 100
+    assert 4 <= sum(row["label"] for row in heldout[:20]) <= 16
+    assert heldout == client_rows(source, 0, share=0.5, seed=0).heldout
+
+
+def test_no_prompt_is_both_trained_on_and_held_out(tmp_path: Path) -> None:
+    """Each row stands in the file twice, the second time beside another column."""
+    made = [{"text": f"row {number % 40}", "label": 0, "site": number // 40} for number in range(80)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    source = OwnRows(str(tmp_path), TaskConfig(template="{text}", candidates=["a", "b"]))
+
+    found = client_rows(source, 0, share=0.1, seed=0)
+
+    assert (len(found.train), len(found.heldout)) == (72, 8)
+    assert not {row["text"] for row in found.train} & {row["text"] for row in found.heldout}

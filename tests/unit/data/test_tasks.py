@@ -11,7 +11,7 @@ import pytest
 
 from fedzo.config.plugins import conf_dir
 from fedzo.data.config import Loss, TaskConfig, TaskKind
-from fedzo.data.tasks import columns_used, label_index, render, template_faults
+from fedzo.data.tasks import columns_used, label_index, render, right_label, template_faults
 from fedzo.errors import ConfigError
 
 Shipped = Callable[[str], TaskConfig]
@@ -162,6 +162,13 @@ def test_an_index_may_be_a_number_or_numeric_text(value: object, index: int) -> 
 @pytest.mark.parametrize(("value", "index"), [("neg", 0), (" pos ", 1)])
 def test_a_label_may_be_a_listed_value(value: str, index: int) -> None:
     assert label_index({"label": value}, replace(CHOICE, labels=["neg", "pos"])) == index
+
+
+def test_a_row_whose_answer_is_written_has_no_label() -> None:
+    row = {"text": "x", "label": 1}
+
+    assert right_label(row, CHOICE) == 1
+    assert right_label(row, replace(CHOICE, kind=TaskKind.generation)) is None
 
 
 def test_listed_values_go_before_indices() -> None:

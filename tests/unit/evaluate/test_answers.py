@@ -85,6 +85,24 @@ def test_written_answers_are_compared_with_the_reference(kind: TaskKind, metric:
     assert score.value == pytest.approx((own + 2 * alone.value) / 3)
 
 
+def test_an_answer_is_written_from_the_generation_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is another than the loss's where the right answer is long."""
+    asked: list[tuple[int, ...]] = []
+
+    def written(loaded: object, prompts: list[tuple[int, ...]], **limits: object) -> list[str]:
+        asked.extend(prompts)
+        return ["fg"] * len(prompts)
+
+    monkeypatch.setattr("fedzo.models.generate.generate", written)
+    rows = [TEXTS[0], Example((67,), ((70, 71),), 0, reference="fg", written_from=(66, 67))]
+    task = TaskConfig(kind=TaskKind.generation, loss=Loss.lm, max_new_tokens=5)
+
+    score = ANSWERS.evaluate(tiny_loaded(), rows, task, tokens_per_batch=64)
+
+    assert asked == [(65, 66, 67), (66, 67)]
+    assert score.value == 1.0
+
+
 def test_scores_of_clients_merge_to_the_score_of_all_examples() -> None:
     loaded = tiny_loaded()
     task = TaskConfig()

@@ -8,9 +8,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fedzo.data.config import TaskConfig, TaskKind
+from fedzo.data.config import TaskConfig
 from fedzo.data.files import Row
-from fedzo.data.preprocess.backend import Backend, Completion, EndpointError, Request, RowFault, RowReason
+from fedzo.data.preprocess.backend import (
+    Backend,
+    Completion,
+    EndpointError,
+    Request,
+    RewriterConfig,
+    RowFault,
+    RowReason,
+)
 from fedzo.data.preprocess.rephrase.caller import Caller
 from fedzo.data.preprocess.rephrase.checks import Checked, check
 from fedzo.data.preprocess.rephrase.config import Check, OatRephraseConfig
@@ -18,7 +26,7 @@ from fedzo.data.preprocess.rephrase.judge import Verdict, verdict_of
 from fedzo.data.preprocess.rephrase.prompts import ORDERS, Prompts
 from fedzo.data.preprocess.rephrase.results import row_digest
 from fedzo.data.preprocess.rephrase.words import is_utf8
-from fedzo.data.tasks import label_index
+from fedzo.data.tasks import right_label
 from fedzo.errors import ConfigError, printable
 from fedzo.records.rephrase import RowOutcome
 from fedzo.system import OnProgress
@@ -71,10 +79,7 @@ class Course:
         prompts: What rewriter and judge read.
         backend: Who they are.
         caller: Asks them.
-        rewriter: Name of the rewriter's model.
-        judge: Name of the judge's.
-        max_tokens: Most tokens of a rewrite.
-        context_tokens: Most tokens of a prompt and its answer.
+        rewriter: Their models and limits.
     """
 
     config: OatRephraseConfig
@@ -82,10 +87,7 @@ class Course:
     prompts: Prompts
     backend: Backend
     caller: Caller
-    rewriter: str
-    judge: str
-    max_tokens: int
-    context_tokens: int
+    rewriter: RewriterConfig
 
     def run(
         self, rows: Sequence[Row], on_progress: OnProgress = lambda done, total: None, *, beside: int = 0
@@ -129,9 +131,10 @@ class Course:
     def check_context(self, request: Request, where: str) -> None:
         """Raise ``ConfigError`` where a prompt and its answer are longer than the site or the model allows."""
         tokens, room = self.backend.count_tokens(request), self.backend.room(request.model)
-        most = self.context_tokens if room is None else min(room, self.context_tokens)
+        allowed = self.rewriter.context_tokens
+        most = allowed if room is None else min(room, allowed)
         if tokens + request.max_tokens > most:
-            short = most < self.context_tokens
+            short = most < allowed
             remedy = "Take a model that can read more" if short else "Raise it if the model can read more"
             raise ConfigError(
                 f"rewriter.context_tokens: a prompt and its answer must have at most {most} tokens"
@@ -148,7 +151,7 @@ class Course:
     def judge_request(self, row: Row, rewrite: str, order: Sequence[str] = ORDERS[0]) -> Request:
         """What asks the judge about a row and a text in the place of its column."""
         messages, schema = self.prompts.judge(row, rewrite, order), self.prompts.judge_schema(order)
-        return Request(messages, self.judge, 0.0, seed=0, max_tokens=JUDGE_TOKENS, schema=schema)
+        return Request(messages, self.rewriter.judge, 0.0, seed=0, max_tokens=JUDGE_TOKENS, schema=schema)
 
     def _rewrite(self, attempts: Mapping[str, Attempt], on_share: Callable[[float], None]) -> None:
         """All attempts at some rows: those that failed are asked again, as often as the recipe says."""
@@ -207,7 +210,8 @@ class Course:
     def _rewrite_request(self, row: Row, label: int | None, *, attempt: int) -> Request:
         temperature = attempt * _RAISE_TEMPERATURE
         messages = self.prompts.rewriter(row, label)
-        return Request(messages, self.rewriter, temperature, seed=attempt, max_tokens=self.max_tokens)
+        config = self.rewriter
+        return Request(messages, config.model, temperature, seed=attempt, max_tokens=config.max_tokens)
 
 
 def check_rewrite(
@@ -272,7 +276,7 @@ def label_of(row: Row, prompts: Prompts, task: TaskConfig, *, where: str) -> int
     for column in dict.fromkeys((prompts.column, *prompts.task.shown, *prompts.task.anchors)):
         _check_text(row, column, rewritten=column == prompts.column, where=where)
     try:
-        return label_index(row, task) if task.kind is TaskKind.candidates else None
+        return right_label(row, task)
     except ConfigError as error:
         raise ConfigError(f"oat_rephrase: {where}: {error}") from error
 

@@ -13,7 +13,7 @@ from fedzo.data.files import Row, read_located
 from fedzo.data.preprocess.rephrase.prompts import Example
 from fedzo.data.preprocess.rephrase.tasks import RephraseTask
 from fedzo.data.preprocess.rephrase.words import is_utf8
-from fedzo.data.tasks import label_index
+from fedzo.data.tasks import right_label
 from fedzo.errors import ConfigError
 from fedzo.records.folder import replace_file
 
@@ -69,7 +69,7 @@ def read_examples(file: Path, task: TaskConfig, told: RephraseTask, column: str)
             raise ConfigError(
                 f"{where}: column {bad[0]!r} must hold text, got half of a character. Correct it, or write no."
             )
-        label = label_index(row, task) if task.kind is TaskKind.candidates else None
+        label = right_label(row, task)
         examples.append(Example({name: row[name] for name in dict.fromkeys((column, *told.shown))}, label, text))
     if not 1 <= len(examples) <= MOST_EXAMPLES:
         raise ConfigError(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedzo.data.files import Row
-from fedzo.data.preprocess.backend import Completion, EndpointError, Request, RowFault
-from fedzo.data.preprocess.rephrase.caller import Caller
+from fedzo.data.partition.base import shuffled
+from fedzo.data.preprocess.backend import Completion, EndpointError, RowFault
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
+from fedzo.data.preprocess.rephrase.course import Course
 from fedzo.data.preprocess.rephrase.judge import Verdict, verdict_of
 from fedzo.data.preprocess.rephrase.pairs import KINDS, SAME_KINDS, Pair, make_pairs
 from fedzo.data.preprocess.rephrase.prompts import ORDERS, Prompts
@@ -41,43 +42,33 @@ def calibration_digest(calibration: JudgeTest) -> str:
     return hashlib.sha256(to_json(calibration).encode()).hexdigest()
 
 
-def calibrate(
-    prompts: Prompts,
-    caller: Caller,
-    rows: Sequence[Row],
-    *,
-    model: str,
-    request: Callable[[Row, str, Sequence[str]], Request],
-    check: Callable[[Request, str], None],
-    most: int,
-    on_progress: OnProgress,
-) -> JudgeTest:
-    """Test a judge on pairs from real rows.
+def calibrate(course: Course, rows: Sequence[Row], *, most: int, on_progress: OnProgress) -> JudgeTest:
+    """Test a judge on pairs from real rows, which a fixed seed draws: the first rows of a file are often of one label.
 
     Args:
-        prompts: What it reads.
-        caller: Asks it.
-        rows: Rows with text in the prompts' column.
-        model: ``Backend.fingerprint`` of its model.
-        request: Asks it about a row and a text, the verdicts named in an order.
-        check: Raises an error where a request is too long; it is given what names its row.
+        course: Whose judge.
+        rows: Rows of its task.
         most: Pairs of each kind.
         on_progress: Told of calls done and in all.
 
     Raises:
-        ConfigError: A prompt is too long: before the first call.
+        ConfigError: A row does not fit the task, or a prompt the context: before the first call.
         EndpointError: It cannot be asked.
     """
-    pairs = make_pairs(rows, prompts.column, prompts.examples, most=most)
-    asked = [request(pair.row, pair.text, order) for order in ORDERS for pair in pairs]
+    course.check_rows(rows)
+    prompts = course.prompts
+    drawn = [rows[at] for at in shuffled(len(rows), seed=0)]
+    pairs = make_pairs(drawn, prompts.column, prompts.examples, most=most)
+    asked = [course.judge_request(pair.row, pair.text, order) for order in ORDERS for pair in pairs]
     numbers = {id(row): number for number, row in enumerate(rows)}
     for pair, each in zip((*pairs, *pairs), asked, strict=True):
-        check(each, f"a pair made from row {numbers[id(pair.row)]}")
-    answers = caller.answer(asked, on_progress)
+        course.check_context(each, f"a pair made from row {numbers[id(pair.row)]}")
+    answers = course.caller.answer(asked, on_progress)
     verdicts = [verdict_of(answer, prompts.labels) for answer in answers]
     orders = (tuple(verdicts[: len(pairs)]), tuple(verdicts[len(pairs) :]))
     called = next((answer.model for answer in answers if isinstance(answer, Completion)), "")
-    return summarise(pairs, orders, judge=judge_digest(prompts, model), model=called)
+    judge = judge_digest(prompts, course.backend.fingerprint(course.rewriter.judge))
+    return summarise(pairs, orders, judge=judge, model=called)
 
 
 def summarise(pairs: Sequence[Pair], orders: tuple[Verdicts, Verdicts], *, judge: str, model: str) -> JudgeTest:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,11 +22,13 @@ from fedzo.data.preprocess.rephrase.prompts import Prompts
 from fedzo.data.preprocess.rephrase.results import Results, recipe_digest, row_digest
 from fedzo.data.preprocess.rephrase.store import Store
 from fedzo.data.preprocess.rephrase.tasks import rephrase_task
-from fedzo.errors import ConfigError, FolderInUseError
+from fedzo.errors import ConfigError, FolderInUseError, printable
 from fedzo.records.rephrase import JudgeTest, RowOutcome
 from fedzo.system import OnProgress
 
 _WAIT_S = 1.0  # between two looks at a store that another process has
+OTHER_STORE = "to have them rewritten by another model, set rewriter.store to another folder"
+"""What to do about rows that have another model's text."""
 
 
 def prompts_of(config: OatRephraseConfig, task: TaskConfig, examples: str | None = None) -> Prompts:
@@ -35,6 +37,11 @@ def prompts_of(config: OatRephraseConfig, task: TaskConfig, examples: str | None
     column = config.column or told.column
     shown = () if examples is None else read_examples(Path(examples).expanduser(), task, told, column)
     return Prompts(config.style, told, column, shown)
+
+
+def rewritten_by(outcomes: Iterable[RowOutcome]) -> str:
+    """The models that the rewriter's answers said they were from, as a person may read them; empty for none."""
+    return ", ".join(sorted({printable(each.model, most=80) for each in outcomes if each.model}))
 
 
 @dataclass(frozen=True)
@@ -75,19 +82,28 @@ class Rephraser:
         """What has been rewritten."""
         return Results(self.folder, recipe_digest(self.config))
 
-    @property
-    def judge_model(self) -> str:
-        """Name of the judge's model."""
-        return self.rewriter.judge_model or self.rewriter.model
+    def kept_of_others(self, rows: Sequence[Row]) -> str:
+        """Says whose text rows have already, where it is another model's than this site's rewriter; else empty.
+
+        A result knows its model by what the answer said alone, and a server may call the model that it was asked for
+        by another name. So this is told and refused nowhere.
+        """
+        if self.config.imported:
+            return ""
+        there, own = self.results.read(), self.rewriter.model
+        kept = [each for row in rows if (each := there.get(row_digest(row))) is not None]
+        names = {"", own, Path(own).name}  # of a folder, answers tell the name, and the weights' digest behind it
+        others = [each for each in kept if not {each.model, each.model.partition(" ")[0]} & names]
+        if not others:
+            return ""
+        return (
+            f"oat_rephrase: {len(others)} of {len(rows)} rows had their result before, by {rewritten_by(others)}: "
+            f"rewriter.model={printable(own, most=80)} is not asked for them; {OTHER_STORE}"
+        )
 
     def calibration(self, outcomes: Sequence[RowOutcome]) -> JudgeTest | None:
         """How the judge of these rows did in the test that it had had when it judged them."""
         return calibration_of(outcomes, self.folder) if self.config.judged else None
-
-    def check_gate(self) -> None:
-        """Raise ``EndpointError`` where the recipe's gate keeps the judge from judging; makes no call."""
-        with self.course() as course:
-            self._calibration(course.backend)
 
     @contextmanager
     def course(self) -> Iterator[Course]:
@@ -106,10 +122,7 @@ class Rephraser:
                 prompts,
                 backend,
                 Caller(backend, store, self.rewriter, totals=self.totals),
-                rewriter=self.rewriter.model,
-                judge=self.judge_model,
-                max_tokens=self.rewriter.max_tokens,
-                context_tokens=self.rewriter.context_tokens,
+                self.rewriter,
             )
 
     def _store(self) -> Store:
@@ -177,7 +190,7 @@ class Rephraser:
         """The test of the judge under which it judges now; errors as ``check_gate``."""
         if not self.config.judged:
             return None
-        judge = judge_digest(self.prompts, backend.fingerprint(self.judge_model))
+        judge = judge_digest(self.prompts, backend.fingerprint(self.rewriter.judge))
         check_gate(self.folder, judge, self.config)
         return find(self.folder, judge)
 
@@ -189,14 +202,4 @@ class Rephraser:
             EndpointError: The judge cannot be asked.
         """
         with self.course() as course:
-            course.check_rows(rows)
-            return calibrate(
-                self.prompts,
-                course.caller,
-                rows,
-                model=course.backend.fingerprint(self.judge_model),
-                request=course.judge_request,
-                check=course.check_context,
-                most=most,
-                on_progress=on_progress,
-            )
+            return calibrate(course, rows, most=most, on_progress=on_progress)

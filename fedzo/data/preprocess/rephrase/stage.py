@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -12,6 +13,8 @@ from fedzo.data.preprocess.rephrase.rephraser import Rephraser
 from fedzo.data.preprocess.rephrase.results import apply_outcomes
 from fedzo.data.preprocess.stage import STAGES, StageContext
 from fedzo.system import OnProgress
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -33,6 +36,8 @@ class OatRephrase:
             ConfigError: The rows or the prompts do not fit.
             EndpointError: The rewriter cannot be used. What it has answered so far is kept.
         """
+        if not self._summaries and (said := self.rephraser.kept_of_others(rows)):  # once a run: clients share the store
+            log.warning(said)
         outcomes = self.rephraser.outcomes(rows, on_progress) if rows else []
         figures: dict[str, float] = dict(counts(outcomes))
         if (calibration := self.rephraser.calibration(outcomes)) is not None:

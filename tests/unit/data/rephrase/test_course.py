@@ -83,17 +83,9 @@ class Bench:
     def __init__(self, folder: Path, backend: Any, recipe: OatRephraseConfig = RECIPE) -> None:
         self.backend, self.recipe = backend, recipe
         self.store = Store(folder)
-        self.course = Course(
-            recipe,
-            COPA,
-            prompts_of(recipe, COPA),
-            backend,
-            Caller(backend, self.store, NoRewriterConfig()),
-            rewriter="r",
-            judge="j",
-            max_tokens=100,
-            context_tokens=4000,
-        )
+        config = NoRewriterConfig(model="r", judge_model="j", max_tokens=100, context_tokens=4000)
+        caller = Caller(backend, self.store, config)
+        self.course = Course(recipe, COPA, prompts_of(recipe, COPA), backend, caller, config)
 
     def run(self, rows: list[dict[str, Any]] | None = None) -> list[RowOutcome]:
         try:

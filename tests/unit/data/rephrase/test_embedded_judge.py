@@ -32,4 +32,4 @@ def test_the_gate_refuses_the_embedded_model(tmp_path: Path, monkeypatch: pytest
     assert [*faults(found, recipe)] == ["sensitivity must be at least 95%, got 0% of 2 pairs (95 % interval 0% to 66%)"]
     keep(found, tmp_path)
     with pytest.raises(EndpointError, match="the judge must pass its test"):
-        rephraser.check_gate()
+        rephraser.rewrite(rotten_tomatoes()[:4], lambda done, total: None)

@@ -226,6 +226,33 @@ def test_a_judges_test_names_a_row_that_does_not_fit(site: Site) -> None:
     assert asked(rephraser) == 0
 
 
+def test_a_judges_test_has_rows_of_all_labels_however_the_data_are_sorted(site: Site) -> None:
+    rows = [{**row, "label": number // 15} for number, row in enumerate(ROWS)]
+    rephraser = site(honest, JUDGED)
+
+    rephraser.test_judge(rows, most=10, on_progress=silent)
+
+    chats = [request.messages[-1].content for request in rephraser.backend.asked]  # type: ignore[attr-defined]
+    judged = {int(re.findall(r"Anna (\d+) times", chat.rsplit("text A: ", 1)[1])[0]) for chat in chats}
+    assert len(judged) == 10
+    assert {number // 15 for number in judged} == {0, 1}
+
+
+def test_a_run_says_once_that_rows_have_another_models_text(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    """As the second job of a sweep over models finds them in the store of the first."""
+    site(good, model="scripted").rewrite(ROWS[:20], silent)
+    same, other = OatRephrase(site(good, model="scripted")), OatRephrase(site(good, model="other"))
+
+    same.apply(ROWS[:20], client=0, on_progress=silent)
+    assert caplog.messages == []
+
+    for client, part in enumerate((ROWS[10:], ROWS[:10])):
+        other.apply(part, client=client, on_progress=silent)
+    (told,) = caplog.messages
+    assert "10 of 20 rows had their result before, by scripted: rewriter.model=other is not asked for them" in told
+    assert "set rewriter.store to another folder" in told
+
+
 # --- what is not training text ----------------------------------------------------------------------------------------
 
 ANSWERS = st.one_of(
