@@ -8,12 +8,17 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fedzo
+
+if TYPE_CHECKING:
+    import torch
 
 MOST_THREADS = 1024  # with very many OpenMP ends the process without a word
 COMMAND_ENV = "FEDZO_COMMAND"
@@ -56,16 +61,43 @@ def keep_loopback_direct(variables: MutableMapping[str, str]) -> None:
     variables["NO_PROXY"] = variables["no_proxy"] = without
 
 
-def environment() -> dict[str, Any]:
-    """Versions, machine and commit, as plain JSON values."""
+@contextmanager
+def environment_variable(name: str, value: str) -> Iterator[None]:
+    """Set for what runs meanwhile, and for the processes that it starts."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def environment(device: torch.device | None = None) -> dict[str, Any]:
+    """What this process computes with, beside its settings, as plain JSON values; ``device`` if one is known."""
+    import torch  # here, as in use_threads
+
     return {
         "fedzo": fedzo.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": usable_cpus(),
+        **({} if device is None else {"device": device_text(device)}),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "packages": {name: package_version(name) for name in PACKAGES},
         "git_commit": _git_commit(),
     }
+
+
+def device_text(device: torch.device) -> str:
+    """A device, with its name if it is a GPU: ``cpu``, ``cuda:1, NVIDIA H200``."""
+    import torch  # here, as in use_threads
+
+    return f"{device}, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
 
 
 def command() -> list[str]:
@@ -111,9 +143,22 @@ def _git_commit() -> str | None:
     root = Path(__file__).resolve().parents[1]
     if not (root / "pyproject.toml").is_file():  # of a wheel in an environment, which may lie in somebody's repository
         return None
+    return _commit_of(root)
+
+
+@cache
+def _commit_of(root: Path) -> str | None:
+    """Commit of a source tree, ending in ``-dirty`` where tracked files differ from it."""
+    commit = _git(root, "rev-parse", "HEAD")
+    changes = _git(root, "status", "--porcelain", "--untracked-files=no")
+    return f"{commit}-dirty" if commit and changes else commit
+
+
+def _git(root: Path, *words: str) -> str | None:
+    """What git answers about a source tree, None where it cannot; without a lock in the way of somebody's commit."""
     try:
         result = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+            ["git", "--no-optional-locks", "-C", str(root), *words], capture_output=True, text=True, timeout=5
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from fedzo.system import environment
 
@@ -29,12 +27,27 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 def measured_with() -> dict[str, Any]:
     """Versions, machine, commit and threads of this process."""
-    return {
-        **environment(),
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-    }
+    return environment()
+
+
+def measured_in(results: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What kept results were measured with: their ``environment``, where they keep one.
+
+    A list has the values of those that differ, in order. ``without_environment`` counts results that keep none, as
+    old ones do. The command of each run is left out.
+    """
+    results = list(results)
+    kept = [result["environment"] for result in results if "environment" in result]
+    told: dict[str, Any] = {}
+    for key in dict.fromkeys(key for each in kept for key in each if key != "command"):
+        values: list[Any] = []
+        for each in kept:
+            if each.get(key) not in values:
+                values.append(each.get(key))
+        told[key] = values[0] if len(values) == 1 else values
+    if without := len(results) - len(kept):
+        told["without_environment"] = without
+    return told
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,7 +57,7 @@ class Claims:
     Attributes:
         command: Repeats the measurement from a fresh clone.
         seeds: Run seeds that the values are over.
-        environment: What they were measured with.
+        environment: What they were measured with: this process, or ``measured_in`` the results that were kept.
         rows: What ``add`` has gathered.
     """
 

@@ -30,6 +30,7 @@ from fedzo.models.config import Quantization
 from fedzo.models.load import TORCH_DTYPES, compile_loaded, load_model
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.lower_layers import LowerLayers, StepStates
+from fedzo.models.memory import num_weights
 from fedzo.models.products import default_product, product_is_chosen
 from fedzo.models.scoring import mean_loss
 from fedzo.models.sketched.layers import decoded_layers, layers_replaced, make_dense
@@ -238,7 +239,7 @@ def bench_step(
     model, rows = bench.loaded.model, len(bench.examples)
     return {
         "model": bench.loaded.source,
-        "num_params": sum(parameter.numel() for parameter in model.parameters()),
+        "num_params": num_weights(model),
         "space_size": bench.space.size,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "device": bench.loaded.device.type,
@@ -251,7 +252,7 @@ def bench_step(
         "first_layer": len(bench.lower.blocks) if bench.lower else 0,
         "forwards_per_step": bench.estimator.forwards_per_step(bench.num_probes),
         "figures": [asdict(figure) for figure in figures],
-        "environment": environment(),
+        "environment": environment(bench.loaded.device),
     }
 
 

@@ -32,7 +32,7 @@ from torch import nn
 from fedzo.errors import ConfigError
 from fedzo.models.head import hidden_at
 from fedzo.models.loaded import LoadedModel
-from fedzo.sketch import sketched_layers
+from fedzo.sketch import sketched_layers, tables_of
 
 _LOGITS_BYTES = 256 << 20
 _RULE_VECTORS = 10
@@ -41,6 +41,13 @@ _SEQUENCE_TOKENS = 512
 _OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
 """How torch, its libraries and Triton say it in a plain RuntimeError."""
 _SHARE = 0.9  # of what is available: allocators keep some
+
+
+def num_weights(model: nn.Module) -> int:
+    """Weights of the model as if none were sketched or packed, tied ones once."""
+    tables = {id(each) for each in tables_of(model).values()}
+    decoded = sum(layer.in_features * layer.out_features for layer in sketched_layers(model).values())
+    return decoded + sum(_num_unpacked(each) for each in model.parameters() if id(each) not in tables)
 
 
 def weights_bytes(model: nn.Module) -> int:
@@ -198,6 +205,11 @@ def seconds_per_token(loaded: LoadedModel, *, num_tokens: int = 256) -> float:
             hidden_at(loaded.model, ids, at, at).sum().item()  # item waits for the device
         seconds = time.perf_counter() - begin
     return seconds / ids.numel()
+
+
+def _num_unpacked(parameter: nn.Parameter) -> int:
+    state = getattr(parameter, "quant_state", None)  # of bitsandbytes, which packs two weights of 4 bits into a byte
+    return parameter.numel() if state is None else int(math.prod(state.shape))
 
 
 def _text_config(model: nn.Module) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
@@ -39,10 +40,7 @@ def draw_labels(run: RunData) -> Picture | None:
     clients = run.setup.clients if run.setup else ()
     if not clients:
         return None
-    totals: dict[str, int] = {}
-    for client in clients:
-        for label, count in client.label_counts.items():
-            totals[label] = totals.get(label, 0) + count
+    totals = _label_totals(run)
     ranked = sorted(totals, key=lambda label: (-totals[label], label))
     shown = sorted(ranked if len(ranked) <= MAX_CLASSES else ranked[: MAX_CLASSES - 1])
     many = len(clients) > 40
@@ -198,13 +196,18 @@ def _label_bars(axes: Axes, metric: str, values: Sequence[float]) -> None:
         )
 
 
+def _label_totals(run: RunData) -> Counter[str]:
+    """Training rows of all clients by label."""
+    totals: Counter[str] = Counter()
+    for client in run.setup.clients if run.setup else ():
+        totals.update(client.label_counts)
+    return totals
+
+
 def label_skew(run: RunData) -> dict[int, float]:
     """Per client, total variation distance of its labels from the federation's: 0 = alike, towards 1 = one-sided."""
     clients = run.setup.clients if run.setup else ()
-    totals: dict[str, int] = {}
-    for client in clients:
-        for label, count in client.label_counts.items():
-            totals[label] = totals.get(label, 0) + count
+    totals = _label_totals(run)
     whole = sum(totals.values())
     skew = {}
     for client in clients:

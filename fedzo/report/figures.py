@@ -157,20 +157,20 @@ def _scores(run: RunData, scored: Scored, *, name: str) -> Picture | None:
 def _bytes(run: RunData) -> Picture | None:
     if not run.rounds:
         return None
-    rounds = [record.round + 1 for record in run.rounds]
+    rounds = [*run.num_bytes("payload_up_bytes")]
     num_clients = max(len(run.setup.clients) if run.setup else 1, 1)
     lines = [
-        ("wire down", [r.wire_down_bytes or 0 for r in run.rounds], GREEN, "--"),
-        ("wire up", [r.wire_up_bytes or 0 for r in run.rounds], GREEN, "-"),
-        ("messages down", [r.message_down_bytes for r in run.rounds], ORANGE, "--"),
-        ("messages up", [r.message_up_bytes for r in run.rounds], ORANGE, "-"),
-        ("payload down", [r.payload_down_bytes for r in run.rounds], BLUE, "--"),
-        ("payload up", [r.payload_up_bytes for r in run.rounds], BLUE, "-"),
+        ("wire down", "wire_down_bytes", GREEN, "--"),
+        ("wire up", "wire_up_bytes", GREEN, "-"),
+        ("messages down", "message_down_bytes", ORANGE, "--"),
+        ("messages up", "message_up_bytes", ORANGE, "-"),
+        ("payload down", "payload_down_bytes", BLUE, "--"),
+        ("payload up", "payload_up_bytes", BLUE, "-"),
     ]
     figure, axes = new_axes()
     ends = []
-    for name, amounts, colour, dash in lines:
-        totals = list(accumulate(amount / num_clients for amount in amounts))
+    for name, kind, colour, dash in lines:
+        totals = list(accumulate(amount / num_clients for amount in run.num_bytes(kind).values()))
         if totals[-1] > 0:
             axes.plot(rounds, totals, color=colour, linestyle=dash, marker=lone(rounds), clip_on=len(rounds) > 1)
             ends.append((rounds[-1], totals[-1], f"{name} {bytes_text(totals[-1])}", colour))
@@ -186,12 +186,14 @@ def _bytes(run: RunData) -> Picture | None:
     axes.set_ylabel("bytes per client, so far" + (" (log scale)" if high > 20 * low else ""))
     _rounds_axis(axes, rounds[-1])
     keep_apart(figure, [label_at(axes, x, y, text, color=colour) for x, y, text, colour in ends])
-    up = sum(record.payload_up_bytes for record in run.rounds) / num_clients
+    up = sum(run.num_bytes("payload_up_bytes").values()) / num_clients
     caption = (
-        f"A client sent {bytes_text(up)} of payload in {counted(len(rounds), 'round')} "
+        f"A client sent {bytes_text(up)} of payload in {counted(len(run.rounds), 'round')} "
         f"(mean over {counted(num_clients, 'client')}). "
         "Payload is the bytes of the algorithm's numbers. Messages are payload with the message format of Flower."
     )
+    if any(scored.federated for scored in run.scored):
+        caption += " Clients' scores are messages, too."
     if any(record.wire_up_bytes for record in run.rounds):
         caption += " The wire carries these in HTTP, and clients' requests for work."
     return Picture("bytes", "Bytes on the wire, per client", caption, figure)

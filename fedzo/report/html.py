@@ -138,7 +138,10 @@ def _notes(run: RunData) -> list[str]:
         notes[-1] += " Test rows chose nothing."
     notes.append("Message bytes are contents as Flower counts them, without HTTP and TLS.")
     if any(line.wire_up_bytes for line in run.rounds):
-        notes.append("Bytes on the wire are all HTTP within TLS, also of clients that ask for work while they wait.")
+        notes.append(
+            "Bytes on the wire are all HTTP within TLS until the last round's replies, also of clients that ask for "
+            "work while they wait."
+        )
     return notes
 
 
@@ -156,7 +159,7 @@ def _numbers(run: RunData) -> Table:
         ("messages a client", "message_up_bytes", "message_down_bytes"),
         ("on the wire a client", "wire_up_bytes", "wire_down_bytes"),
     ):
-        totals = [sum(getattr(line, name) or 0 for line in run.rounds) / clients for name in (up, down)]
+        totals = [sum(run.num_bytes(name).values()) / clients for name in (up, down)]
         if up == "wire_up_bytes" and not sum(totals):
             continue
         rows.append([f"{what}, whole run", f"{bytes_text(totals[0])} up, {bytes_text(totals[1])} down"])
@@ -190,7 +193,7 @@ def _evaluators(run: RunData) -> Table:
     """What each evaluator found; nothing where the headline and the figures say it all."""
     title, rows = (
         "Scores by evaluator",
-        [["evaluator", "measure", "test before", "test after", "own rows", "worst client"]],
+        [["evaluator", "measure", "test before", "test after", "own rows (last round)", "worst client (last round)"]],
     )
     for scored in run.scored:
         (before, after), own = scored.test, scored.federated[-1] if scored.federated else None
@@ -248,15 +251,15 @@ def _clients(run: RunData) -> Table:
     scores = {entry.client: entry for entry in last.clients} if last else {}
     steps = {verdict.client: verdict for verdict in run.decision.clients} if run.decision else {}
     selected = ["local steps a round"] if steps else []
-    rows = [["client", "training rows", "labels", *selected, "own held-out rows", "score on them"]]
+    rows = [["client", "training rows", "labels", *selected, "own held-out rows", "of these scored", "score"]]
     for client in run.setup.clients:
         labels = ", ".join(f"{run.class_name(label)} {count}" for label, count in client.label_counts.items())
         score = scores.get(client.client)
         value = score_text(last.metric, score.value) if last and score else "n/a"
         verdict = steps.get(client.client)
         taken = [f"{verdict.steps}{' (flagged)' if verdict.flagged else ''}" if verdict else "n/a"] if steps else []
-        own = str(client.num_heldout)
-        rows.append([str(client.client), count_text(client.num_train), labels, *taken, own, value])
+        own = [count_text(client.num_heldout), count_text(score.num_examples if score else None)]
+        rows.append([str(client.client), count_text(client.num_train), labels, *taken, *own, value])
     if last:
         for name, whole in (("all", last.value), ("worst", last.worst_client)):
             rows.append([name, *[""] * (len(rows[0]) - 2), score_text(last.metric, whole)])

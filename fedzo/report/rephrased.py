@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 
-from fedzo.data.config import TaskKind
 from fedzo.data.files import Row
 from fedzo.data.preprocess.rephrase.checks import lost_names
 from fedzo.data.preprocess.rephrase.course import Attempt, counts
 from fedzo.data.preprocess.rephrase.figures import SetFigures
 from fedzo.data.preprocess.rephrase.rephraser import Rephraser
-from fedzo.data.tasks import label_index
+from fedzo.data.tasks import right_label
 from fedzo.errors import printable
 from fedzo.records.rephrase import Interval, JudgeTest, RowOutcome
 from fedzo.report.html import Table, render_page
@@ -65,11 +65,8 @@ def figures_table(rephraser: Rephraser, rows: Sequence[Row], outcomes: Sequence[
     accepted = [(row, each.text) for row, each in zip(rows, outcomes, strict=True) if not each.reason]
     if not accepted:
         return []
-
-    def truth(row: Row) -> int | None:
-        return label_index(row, task) if task.kind is TaskKind.candidates else None
-
-    found = SetFigures.of(accepted, task=prompts.task, column=prompts.column, label_of=truth)
+    label_of = partial(right_label, task=task)
+    found = SetFigures.of(accepted, task=prompts.task, column=prompts.column, label_of=label_of)
     told = [
         ["mean words", f"{found.words_before:.1f} before, {found.words_after:.1f} after"],
         ["new words of one answer only", f"the right one {found.leaks_right}, a wrong one {found.leaks_wrong}"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
@@ -112,6 +113,13 @@ class RunData:
     def first(self) -> Scored:
         """The first evaluator, which chooses the best round; one that found nothing where there is none."""
         return self.scored[0] if self.scored else Scored("")
+
+    def num_bytes(self, kind: str) -> dict[int, int]:
+        """Bytes of a kind, such as ``message_up_bytes``, by rounds done: of a round and of clients' scores after it."""
+        counts = Counter({record.round + 1: getattr(record, kind) or 0 for record in self.rounds})
+        for score in (score for scored in self.scored for score in scored.federated):
+            counts[score.round] += getattr(score, kind, 0)  # a score has bytes of messages only
+        return dict(sorted(counts.items()))
 
     def class_name(self, label: str | int) -> str:
         """The answer text of a label where the task names one, else the label itself."""

@@ -30,6 +30,12 @@ from fedzo.report.style import (
     unwritable,
 )
 
+_SETTINGS_OF_LOSSES = (
+    *(("task", "loss"), ("task", "candidates"), ("task", "answer"), ("data", "path")),
+    *(("split", "seed"), ("split", "num_dev"), ("split", "num_test")),
+)
+"""Which rows are the dev rows, and what their loss is."""
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -88,6 +94,7 @@ def _write(jobs: list[Job], folder: Path, *, title: str, subtitle: str) -> Path:
     keys = _varied(jobs)
     header, rows = _table(jobs, keys)
     alike = len({kind for job in jobs if (kind := _kind(job))}) <= 1
+    ordered = len({losses for job in jobs if (losses := _kind_of_losses(job))}) <= 1
     pictures = _pictures(jobs, keys) if alike else []
     table = io.StringIO(newline="")
     csv.writer(table).writerows(_numbers(jobs, keys))
@@ -102,11 +109,12 @@ def _write(jobs: list[Job], folder: Path, *, title: str, subtitle: str) -> Path:
     page = render_page(
         title=title,
         subtitle=subtitle,
-        headline=_best(jobs, keys) if alike else "",
+        headline=_best(jobs, keys) if alike and ordered else "",
         headline_note="Choose by the dev loss: test rows that chose a setting no longer measure anything.",
         notes=[
             *(f"{job.folder.name}: {job.problem or job.state}" for job in jobs if job.state != "finished"),
             *([] if alike else ["The runs have different tasks or measures: no figure and no best run compares them."]),
+            *([] if ordered or not alike else ["The dev losses are of different rows or kinds: none is the lowest."]),
         ],
         tables=[("Jobs", [header, *rows])],
         long_tables=[],
@@ -148,6 +156,13 @@ def _kind(job: Job) -> tuple[object, ...] | None:
     return job.run.setting("task", "name"), job.run.first.evaluator, scores[1].metric
 
 
+def _kind_of_losses(job: Job) -> str | None:
+    """What its dev loss is of: on other rows, or of other answers, a lower one is no better; None without one."""
+    if job.run is None or (dev := job.scores("dev")) is None or dev[1].loss is None:
+        return None
+    return repr([*(job.run.setting(*path) for path in _SETTINGS_OF_LOSSES), dev[1].num_examples])
+
+
 def _best(jobs: list[Job], keys: list[str]) -> str:
     """The finished job of the lowest dev loss; empty where fewer than two have one."""
     losses = {job.folder: dev[1].loss for job in jobs if (dev := job.scores("dev")) and dev[1].loss is not None}
@@ -170,7 +185,7 @@ def _name(job: Job, keys: list[str]) -> str:
 def _table(jobs: list[Job], keys: list[str]) -> tuple[list[str], list[list[str]]]:
     header = [
         *("job", *keys, "state", "best round", "dev loss", "dev", "test before", "test after"),
-        *("worst client", "flagged", "payload up, all clients", "time"),
+        *("worst client (last round)", "flagged", "payload up, all clients", "time"),
     ]
     rows = []
     for job in jobs:
@@ -203,8 +218,8 @@ def _numbers(jobs: list[Job], keys: list[str]) -> list[list[object]]:
         [
             "job",
             *keys,
-            *("state", "best_round", "dev_loss", "dev", "test_before", "test_after", "worst_client", "flagged"),
-            *("payload_up_bytes", "payload_down_bytes", "seconds"),
+            *("state", "best_round", "dev_loss", "dev", "test_before", "test_after"),
+            *("worst_client_last_round", "flagged", "payload_up_bytes", "payload_down_bytes", "seconds"),
         ]
     ]
     for job in jobs:

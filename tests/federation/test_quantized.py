@@ -18,6 +18,7 @@ from fedzo.errors import ConfigError
 from fedzo.models import load as loading
 from fedzo.models import source
 from fedzo.models.config import Quantization
+from fedzo.models.memory import num_weights
 from fedzo.run.start import open_run
 from fedzo.testing.tiny_models import byte_tokenizer, tiny_model_from
 
@@ -67,6 +68,7 @@ def test_packed_weights_take_less_memory(kind: Quantization, overrides: Override
     plain, packed = (open_run(launch, tmp_path).peer.loaded for launch in launches)
 
     assert packed.base_digest == plain.base_digest
+    assert num_weights(packed.model) == num_weights(plain.model)
     linear = [site.model.model.layers[0].mlp.up_proj.weight for site in (plain, packed)]
     assert num_bytes(linear[1]) < 0.3 * num_bytes(linear[0])
 

@@ -107,6 +107,7 @@ def test_the_run_folder_holds_what_made_the_run(run: Run) -> None:
     assert read_run(folder).seed == 7
     assert (folder / "overrides.yaml").read_text() == '- "seed=7"\n'
     assert environment["packages"]["flwr"].startswith("1.41.")
+    assert (environment["device"], environment["threads"]) == ("cpu", 1)
     assert len(environment["config_hash"]) == 64
 
 

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fedzo.runtime.local import share_of_cpus
-from fedzo.system import _git_commit, default_threads, usable_cpus
+from fedzo.system import _commit_of, _git_commit, default_threads, environment, usable_cpus
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system pins no process to CPUs")
@@ -124,3 +125,35 @@ def test_an_installed_fedzo_has_no_commit_whatever_its_environment_lies_in(
     assert _git_commit() is None
     (place.parent / "pyproject.toml").touch()
     assert len(_git_commit() or "") == 40
+
+
+def test_changed_tracked_files_mark_the_commit_and_others_do_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    who = ["-c", "user.name=n", "-c", "user.email=e@x"]
+    (tmp_path / "pyproject.toml").touch()
+    for words in (["init", "-q"], ["add", "pyproject.toml"], [*who, "commit", "-q", "-m", "ours"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    (tmp_path / "notes.txt").touch()
+    monkeypatch.setattr("fedzo.system.__file__", str(tmp_path / "fedzo" / "system.py"))
+
+    clean = _git_commit()
+    (tmp_path / "pyproject.toml").write_text("[project]\n")
+    asked_again = _git_commit()
+    _commit_of.cache_clear()
+
+    assert len(clean or "") == 40
+    assert asked_again == clean  # once a process, whose code does not change
+    assert _git_commit() == f"{clean}-dirty"
+
+
+def test_the_environment_tells_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: f"GPU {device.index}")
+
+    told = environment(torch.device("cpu"))
+
+    assert told["device"] == "cpu"
+    assert told["threads"] == torch.get_num_threads()
+    assert told["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+    assert environment(torch.device("cuda", 1))["device"] == "cuda:1, GPU 1"
+    assert "device" not in environment()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedzo.bench.claims import Claims, interval
+from fedzo.bench.claims import Claims, interval, measured_in
 from fedzo.bench.measure import interleaved
 
 
@@ -63,6 +63,15 @@ def test_a_value_is_told_to_digits_that_leave_its_verdict(value: float, bounds: 
     (row,) = claims.rows
     assert row["value"] == told
     assert row["holds"] == (told <= bounds.get("at_most", told) and told >= bounds.get("at_least", told))
+
+
+def test_kept_results_tell_what_they_were_measured_with() -> None:
+    first = {"environment": {"git_commit": "a", "packages": {"torch": "2"}, "command": ["one"]}}
+    later = {"environment": {"git_commit": "b", "packages": {"torch": "2"}, "command": ["two"]}}
+
+    assert measured_in([first]) == {"git_commit": "a", "packages": {"torch": "2"}}
+    assert measured_in([first, later, first]) == {"git_commit": ["a", "b"], "packages": {"torch": "2"}}
+    assert measured_in([first, {}]) == {"git_commit": "a", "packages": {"torch": "2"}, "without_environment": 1}
 
 
 def test_a_script_replaces_its_own_rows_only(tmp_path: Path) -> None:

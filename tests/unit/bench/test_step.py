@@ -75,6 +75,7 @@ def test_every_contestant_is_timed_and_leaves_the_model_as_it_was(folder: Path, 
     assert all(figure["median_s"] > 0 for figure in result["figures"])
     assert result["figures"][0]["ratio"] == 1
     assert (result["rows"], result["tokens"], result["space_size"]) == (3, 5, bench.space.size)
+    assert result["environment"]["device"] == "cpu"
     assert np.abs(bench.space.values() - before).max() < 1e-6  # the walk does not come back to the same bits
 
 

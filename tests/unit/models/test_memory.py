@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from fedzo.models.memory import (
     fit_tokens_per_batch,
     gradient_bytes,
     is_out_of_memory,
+    num_weights,
     rule_bytes,
     seconds_per_token,
     weights_bytes,
@@ -65,6 +67,22 @@ def test_what_says_that_memory_is_short(error: Exception, whether: bool) -> None
 def test_tied_weights_count_once() -> None:
     assert weights_bytes(tiny_model("llama")) == 34_976 * 4
     assert weights_bytes(tiny_model("llama", dtype=torch.bfloat16)) == 34_976 * 2
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral"])
+def test_a_sketch_has_the_weights_of_its_dense_model(family: str) -> None:
+    dense = tiny_model(family)
+
+    assert num_weights(tiny_sketch(family)) == num_weights(dense) == sum(each.numel() for each in dense.parameters())
+
+
+def test_weights_that_share_a_byte_count_one_by_one() -> None:
+    layer: Any = torch.nn.Linear(64, 3)
+    packed: Any = torch.nn.Parameter(torch.zeros(96, 1, dtype=torch.uint8), requires_grad=False)
+    packed.quant_state = SimpleNamespace(shape=torch.Size([3, 64]))  # as bitsandbytes keeps it
+    layer.weight = packed
+
+    assert num_weights(layer) == 3 * 64 + 3
 
 
 def test_the_formula_by_hand() -> None:
@@ -142,7 +160,9 @@ def test_what_a_rule_takes_is_not_more_than_estimated(config: ServerOptimizerCon
     assert 4 * n * moments <= peak <= rule_bytes(n, moments) + space_itself
 
 
-def test_a_rule_whose_memory_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rule_whose_memory_is_not_there_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     loaded, space = tiny_loaded(), VectorSpace(np.zeros(1 << 20, np.float32))
 
     def fit(num_moments: int) -> int:
@@ -152,7 +172,9 @@ def test_a_rule_whose_memory_is_not_there_is_named(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(estimate, "available_memory_bytes", lambda device: 100 << 20)
     assert fit(0) == 4096
+    assert not caplog.records
     assert fit(8) == 2048  # 72 MiB are the rule's
+    assert "4096 do not fit in the 28 MiB that are free, so 2048 are taken" in caplog.text
     with pytest.raises(ConfigError, match=r"server_optimizer: .* remembers 17 .* \(108 MiB\), available are 100 MiB"):
         fit(17)
 

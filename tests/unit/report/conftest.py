@@ -95,7 +95,14 @@ def records() -> list[dict[str, Any]]:
         "worst_client": 0.5,
         "per_class": {"0": [4, 5], "1": [2, 4]},
         "clients": [
-            {"client": c, "metric": "accuracy", "value": 0.5 + c / 10, "loss": 0.5, "num_examples": 3, "per_class": {}}
+            {
+                "client": c,
+                "metric": "accuracy",
+                "value": 0.5 + c / 10,
+                "loss": 0.5,
+                "num_examples": 4 - c,
+                "per_class": {},
+            }
             for c in range(3)
         ],
     }
@@ -112,8 +119,8 @@ def records() -> list[dict[str, Any]]:
         "dropped_probes": 1,
         "payload_up_bytes": 120,
         "payload_down_bytes": 120,
-        "message_up_bytes": 2400,
-        "message_down_bytes": 9000,
+        "message_up_bytes": 2700,
+        "message_down_bytes": 9900,
     }
     return [
         setup,

@@ -78,7 +78,8 @@ def test_a_finished_run_has_every_figure_with_the_numbers_of_its_metrics(make_ru
     assert raw[:4] == pytest.approx([0.8, 0.77, 0.74, 0.71])
     assert raw[4] != raw[4]  # the round whose loss is missing is a gap, not a zero
     totals = sorted(curve[-1] for curve in curves(picture(pictures, "bytes").figure))
-    assert totals == pytest.approx([120 / 3, 120 / 3, 2400 / 3, 9000 / 3])  # sums of ten rounds, per client
+    # sums of ten rounds and of the scores after them, per client
+    assert totals == pytest.approx([120 / 3, 120 / 3, 2700 / 3, 9900 / 3])
     bars = picture(pictures, "federated").figure.axes[0].patches
     assert [bar.get_height() for bar in bars] == pytest.approx([0.5, 0.6, 0.7])
 

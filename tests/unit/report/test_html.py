@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedzo.errors import RunFolderError
+from fedzo.report.format import bytes_text
 from fedzo.report.html import write_report
 
 MakeRun = Callable[..., Path]
@@ -24,7 +25,7 @@ def test_the_numbers_of_the_page_are_those_of_the_metrics(make_run: MakeRun) -> 
         "AUC 0.605 to 0.815",
         "106,020 of 134,515,008",
         "40 B up, 40 B down",  # scalars: 10 rounds x 12 bytes / 3 clients
-        "800 B up, 3.0 kB down",
+        "900 B up, 3.3 kB down",  # messages: those of the scores of clients, too
         "ab" * 32,
         "terrible 39, great 1",
     ):
@@ -52,7 +53,7 @@ def test_whom_a_selection_holds_back_and_what_that_costs_show_by_class_and_by_cl
     assert 'great</th><td class="n">4</td><td class="n">3</td><td class="n">2</td>' in text
     assert 'right after round 5</td><td class="n">right after round 10</td>' in text
     (flagged,) = re.findall(r"<tr><th>2</th>(.*?)</tr>", text)
-    assert re.findall(r">([^<>]+)</td>", flagged) == ["20", "great 20", "1 (flagged)", "2", "70.0 %"]
+    assert re.findall(r">([^<>]+)</td>", flagged) == ["20", "great 20", "1 (flagged)", "2", "2", "70.0 %"]
 
 
 def test_the_page_says_how_many_clients_told_their_scores(make_run: MakeRun) -> None:
@@ -132,3 +133,36 @@ def test_the_page_tells_how_far_apart_the_clients_of_a_round_are(make_run: MakeR
     assert (
         "<th>losses of a round&#39;s clients, highest less lowest</th><td>0.400 (median), 0.400 (largest)</td>" in text
     )
+
+
+def test_the_messages_of_the_page_are_those_of_the_summary_also_where_clients_are_scored_every_round(
+    make_run: MakeRun,
+) -> None:
+    *before, scored, after, summary = (
+        json.loads(line) for line in (make_run("whole") / "metrics.jsonl").read_text().splitlines()
+    )
+    scores = [{**scored, "round": done, "seconds": 6.0 + done} for done in range(1, 11)]
+    shared = [{**score, "evaluator": "second", "message_up_bytes": 0, "message_down_bytes": 0} for score in scores]
+    summary |= {"message_up_bytes": 10 * (240 + 300), "message_down_bytes": 10 * (900 + 900)}
+
+    text = write_report(make_run("run", lines=[*before, *scores, *shared, after, summary])).read_text()
+
+    up, down = (bytes_text(summary[f"message_{way}_bytes"] / 3) for way in ("up", "down"))
+    assert f"<th>messages a client, whole run</th><td>{up} up, {down} down</td>" in text
+    assert f"messages up {up}" in text  # of the figure
+
+
+def test_beside_the_score_of_a_client_stands_how_many_of_its_rows_were_scored(make_run: MakeRun) -> None:
+    lines = [json.loads(line) for line in (make_run("whole") / "metrics.jsonl").read_text().splitlines()]
+    (scored,) = (line for line in lines if line["kind"] == "federated_score")
+    scored["clients"] = [{**client, "num_examples": 1} for client in scored["clients"][:2]]
+
+    text = write_report(make_run("run", lines=lines)).read_text()
+
+    assert 'own held-out rows</td><td class="n">of these scored</td><td class="n">score</td>' in text
+    clients = re.findall(r"<tr><th>[012]</th>(.*?)</tr>", text)
+    assert [re.findall(r">([^<>]+)</td>", cells)[-3:] for cells in clients] == [
+        ["4", "1", "50.0 %"],
+        ["3", "1", "60.0 %"],
+        ["2", "n/a", "n/a"],
+    ]

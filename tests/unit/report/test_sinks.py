@@ -44,7 +44,7 @@ def test_without_a_terminal_plain_lines_tell_rounds_bytes_time_and_the_result(
     assert "0.555 -> 0.765" in out
     assert "worst client's accuracy          0.500 (client 0, on its own rows after round 10)" in out
     assert "flagged" not in out
-    assert "240 B (11 kB as messages, with set-up)" in out
+    assert "240 B (13 kB as messages, with set-up)" in out
 
 
 def test_neither_the_first_round_nor_a_calibration_measures_the_time_that_is_left(

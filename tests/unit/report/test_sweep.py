@@ -6,6 +6,10 @@ import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
 
 from fedzo.report.sweep import write_comparison, write_sweep_report
 
@@ -23,7 +27,7 @@ def test_the_table_has_a_row_a_job_with_what_varies(make_run: MakeRun, tmp_path:
     with (tmp_path / "sweep.csv").open(newline="") as file:
         rows = list(csv.reader(file))
     assert rows[0][:6] == ["job", "trainer", "state", "best_round", "dev_loss", "dev"]
-    assert rows[0][6:10] == ["test_before", "test_after", "worst_client", "flagged"]
+    assert rows[0][6:10] == ["test_before", "test_after", "worst_client_last_round", "flagged"]
     assert [row[:3] for row in rows[1:3]] == [["0", "meerkat", "finished"], ["1", "mezo", "finished"]]
     assert [row[3:10] for row in rows[1:3]] == [["10", "0.25", "0.75", "0.555", "0.765", "0.5", ""]] * 2
     assert rows[3] == ["2", "lora", "failed"]
@@ -100,3 +104,60 @@ def test_runs_of_different_measures_are_listed_and_not_compared(make_run: MakeRu
     assert "Lowest dev loss" not in page
     assert "<svg" not in page
     assert "The runs have different tasks or measures" in page
+
+
+@pytest.mark.parametrize(
+    ("section", "changes"),
+    [
+        ("task", {"loss": "lm"}),
+        ("task", {"candidates": [" no", " yes"]}),
+        ("data", {"path": "/b"}),
+        ("split", {"seed": 1}),
+    ],
+)
+def test_dev_losses_of_another_kind_or_of_other_rows_have_no_lowest(
+    make_run: MakeRun, tmp_path: Path, section: str, changes: dict[str, Any]
+) -> None:
+    runs = [make_run("first", trainer="meerkat"), make_run("second", trainer="mezo")]
+    alike = {"task": {"loss": "candidates", "template": "{text}"}, "data": {"path": "/a"}, "split": {"seed": 0}}
+    for run in runs:
+        _change_config(run, alike)
+    _change_config(runs[1], {"task": {"template": "Text: {text}"}})
+    same = write_comparison(runs, tmp_path / "same").read_text()
+    _change_config(runs[1], {section: changes})
+
+    page = write_comparison(runs, tmp_path / "both").read_text()
+
+    assert "Lowest dev loss" in same
+    assert "none is the lowest" not in same
+    assert "Lowest dev loss" not in page
+    assert "The dev losses are of different rows or kinds: none is the lowest." in page
+    assert "Test score of every job" in page
+
+
+def test_dev_losses_of_other_numbers_of_rows_have_no_lowest(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [make_run("first", trainer="meerkat"), make_run("second", trainer="mezo")]
+    lines = [json.loads(line) for line in (runs[1] / "metrics.jsonl").read_text().splitlines()]
+    lines = [{**line, "num_examples": 201} if line.get("split") == "dev" else line for line in lines]
+    (runs[1] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    assert "Lowest dev loss" not in write_comparison(runs, tmp_path / "both").read_text()
+
+
+def test_a_worst_client_is_said_to_be_that_of_the_last_round(make_run: MakeRun, tmp_path: Path) -> None:
+    """Beside it stand test scores of the best round."""
+    make_run("0", trainer="meerkat")
+
+    page = write_sweep_report(tmp_path)
+
+    assert page is not None
+    assert "worst client (last round)</td>" in page.read_text()
+    assert "| worst client (last round) |" in (tmp_path / "sweep.md").read_text()
+    assert "worst_client_last_round" in (tmp_path / "sweep.csv").read_text()
+
+
+def _change_config(run: Path, changes: dict[str, dict[str, Any]]) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for section, values in changes.items():
+        config[section] = {**config.get(section, {}), **values}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
