@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
-from typing import cast
+from typing import Any, cast
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -141,7 +141,7 @@ def _explain(override: Override, error: Exception, kept: Sequence[str]) -> str:
     unknown = isinstance(error, StrayKeyError) or isinstance(error.__cause__, ConfigKeyError | ConfigAttributeError)
     known = set() if options else {*_keys(compose_run(kept)), *group_names(kept)}
     if unknown and not options and key not in known:
-        return f"{text}: {key} is not a setting.{_near_key(key, known)}"
+        return f"{text}: {key} is not a setting.{near_key(key, known)}"
     inner = sorted(name for name in known if name.startswith(f"{key}."))
     if inner and not isinstance(value, dict):
         return f"{text}: {key} holds settings and has no value of its own. Set one of {', '.join(inner)}."
@@ -172,7 +172,7 @@ def _explain_file(file: str, error: Exception, kept: Sequence[str]) -> str:
         return f"{file}: {absent[1]} must be one of {', '.join(options)}, got {absent[2]!r}.{hint}"
     stray = _full_key(error) if "not in '" in str(error) else ""
     if stray and not file.startswith(f"{stray.partition('.')[0]}/"):
-        return f"{file}: {stray} is not a setting.{_near_key(stray, {*_keys(compose_run(kept))})}"
+        return f"{file}: {stray} is not a setting.{near_key(stray, {*_keys(compose_run(kept))})}"
     if "Cannot merge DictConfig with ListConfig" in str(error):
         return f"{file}: a list of plugins must be chosen under defaults, as in `- override /evaluators: [nats]`."
     return ""
@@ -190,8 +190,8 @@ def _explain_sweep(override: Override, kept: Sequence[str]) -> str:
     return f"{told} Or, for one list, write {listed}"
 
 
-def _near_key(key: str, known: set[str]) -> str:
-    """A remedy for a key that does not exist."""
+def near_key(key: str, known: set[str]) -> str:
+    """A remedy for a key that does not exist, given all that do."""
     section, _, leaf = key.rpartition(".")
     options = plugin_classes().get(section, {})
     if owners := [name for name, cls in options.items() if leaf in {field.name for field in fields(cls)}]:
@@ -209,14 +209,12 @@ def _near_key(key: str, known: set[str]) -> str:
 
 
 def _keys(config: DictConfig) -> list[str]:
-    """Every dotted key, inner ones too."""
-    found: list[str] = []
+    return [*dotted_keys(cast(dict[str, Any], OmegaConf.to_container(config, enum_to_str=True)))]
 
-    def walk(node: object, prefix: str) -> None:
-        if isinstance(node, dict):
-            for name, child in node.items():
-                found.append(f"{prefix}{name}")
-                walk(child, f"{prefix}{name}.")
 
-    walk(OmegaConf.to_container(config, enum_to_str=True), "")
-    return found
+def dotted_keys(plain: Mapping[str, object], prefix: str = "") -> Iterator[str]:
+    """Every key of nested settings, inner ones too."""
+    for name, child in plain.items():
+        yield f"{prefix}{name}"
+        if isinstance(child, dict):
+            yield from dotted_keys(child, f"{prefix}{name}.")

@@ -17,6 +17,8 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_o
 
 import yaml
 
+from fedzo.config.diagnose import dotted_keys, near_key
+from fedzo.config.load import message
 from fedzo.config.plugins import list_classes, plugin_classes, plugin_name
 from fedzo.config.rules import launch_problems, run_problems, site_file_problems
 from fedzo.config.schema import LaunchConfig, RunConfig, RunSettings, SiteConfig, SiteFile, filled
@@ -28,6 +30,14 @@ VERSION = 2
 """Of the text, and so of a run folder: another version has other keys and other records."""
 _MACHINE = ("device", "threads", "artifact_max_bytes", "rewriter", "runtime", "report", "trackers")
 """Keys of where a run is computed, by whose help, and how it is told of."""
+_WRITTEN: dict[type, str] = {
+    str: "Write text, in quotes.",
+    int: "Write a whole number.",
+    float: "Write a finite number.",
+    bool: "Write true or false.",
+}
+"""How a value of each type is written in the file of a site."""
+_CHOOSE = "Choose one of these."
 Config = TypeVar("Config", RunConfig, LaunchConfig)
 
 
@@ -75,7 +85,8 @@ def load_site(path: Path) -> SiteFile:
     ``~`` is the home folder, and paths that begin with a dot are relative to the file.
 
     Raises:
-        ConfigError: The file cannot be read, or holds something else; all broken rules together.
+        ConfigError: The file cannot be read, or holds something else: all unknown keys, wrong values and broken rules
+            together.
     """
     try:
         plain = read_yaml(path)
@@ -85,12 +96,14 @@ def load_site(path: Path) -> SiteFile:
     given = {} if plain is None else plain  # an empty file
     if isinstance(given, dict):
         given = {key: value for key, value in given.items() if key != "version"}
+    found: list[str] = []
     try:
-        site = cast(SiteFile, _decode_class(SiteFile, given, _TOP, partial=True))
-        if texts := [problem.text for problem in site_file_problems(site)]:
-            raise ConfigError("; ".join(texts))
+        site = cast(SiteFile, _decode_class(SiteFile, given, _TOP, found=found))
     except ConfigError as error:
-        raise ConfigError(f"site configuration {path}: {error}") from error
+        raise ConfigError(f"site configuration {path}: {error} {_how_to_write(SiteFile)}") from error
+    found += [problem.text for problem in site_file_problems(site)]
+    if found:
+        raise ConfigError(f"site configuration {path}: {message(found)}")
     site.model.name = _located(site.model.name, path.parent)
     for section, key in ((site.data, "path"), *((site.rewriter, key) for key in site.rewriter.paths)):
         if (named := getattr(section, key)) is not None:
@@ -156,35 +169,64 @@ def _encode(value: object) -> object:
     return value
 
 
-def _decode_class(config_class: type, plain: object, where: str, *, partial: bool = False) -> object:
+def _decode_class(config_class: type, plain: object, where: str, *, found: list[str] | None = None) -> object:
+    """``plain`` as a config with every key, read up to the first fault.
+
+    With ``found``, as the file of a site is read: keys that are not there have their defaults, and so have those with a
+    fault, which is told in ``found``.
+    """
     if not isinstance(plain, dict):
         _refuse(where, f"be a mapping for {config_class.__name__}", plain)
     hints = get_type_hints(config_class)
     names = [field.name for field in fields(config_class)]
     stray = sorted(str(key) for key in plain if key not in names)
     absent = [name for name in names if name not in plain]
-    if stray and partial:
-        raise ConfigError(
-            f"{where} must hold keys of {config_class.__name__} only, got unknown {stray}. Leave them out."
-        )
-    if stray or (absent and not partial):
+    top = where == _TOP
+    prefix = "" if top else f"{where}."
+    if found is not None:
+        rule = f"{where} must hold keys of {config_class.__name__} only"
+        known = {f"{prefix}{name}" for name in names}
+        found += [f"{rule}, got unknown {[key]}.{_near_key_of_site(f'{prefix}{key}', known)}" for key in stray]
+    elif stray or absent:
         got = f"unknown {stray}, missing {absent}. Do all peers have the same fedzo?"
         raise ConfigError(f"{where} must hold exactly the keys of {config_class.__name__}, got {got}")
-    top = where == _TOP
     groups = plugin_classes() if top else {}
     lists = list_classes() if top else {}
     values = {}
     for name in names:
         if name not in plain:
             continue
-        path = name if top else f"{where}.{name}"
-        if name in lists:
-            values[name] = _decode_list(lists[name], plain[name], path)
-        elif name in groups:
-            values[name] = _decode_plugin(groups[name], plain[name], path, partial=partial)
-        else:
-            values[name] = _decode(hints[name], plain[name], path, partial=partial)
+        path = f"{prefix}{name}"
+        try:
+            if name in lists:
+                values[name] = _decode_list(lists[name], plain[name], path)
+            elif name in groups:
+                values[name] = _decode_plugin(groups[name], plain[name], path, found=found)
+            else:
+                values[name] = _decode(hints[name], plain[name], path, found=found)
+        except ConfigError as error:
+            if found is None:
+                raise
+            found.append(f"{error} {_CHOOSE if name in groups else _how_to_write(hints[name])}")
     return config_class(**values)
+
+
+def _near_key_of_site(key: str, known: set[str]) -> str:
+    """What to do about an unknown key of a site's file; ``known`` are those of its section."""
+    everywhere = {*dotted_keys(cast(dict[str, Any], _encode(SiteFile())))}
+    if key in everywhere:  # a key as one writes it on a command line
+        section, _, name = key.rpartition(".")
+        return f" Write it as {section}: {{{name}: ...}}."
+    return near_key(key, known | everywhere)
+
+
+def _how_to_write(hint: Any) -> str:
+    """What to do about a value of a site's file that is not of its type."""
+    if get_origin(hint) is list:
+        return "Write a list, as in [one, two]."
+    if is_dataclass(hint):
+        return "Write its keys and their values."
+    return next((told for kind, told in _WRITTEN.items() if kind in (hint, *get_args(hint))), _CHOOSE)
 
 
 def _decode_list(options: dict[str, type], plain: object, where: str) -> object:
@@ -200,16 +242,16 @@ def _decode_list(options: dict[str, type], plain: object, where: str) -> object:
     return decoded
 
 
-def _decode_plugin(options: dict[str, type], plain: object, where: str, *, partial: bool = False) -> object:
+def _decode_plugin(options: dict[str, type], plain: object, where: str, *, found: list[str] | None = None) -> object:
     name = plain.get("plugin") if isinstance(plain, dict) else None
     if not isinstance(plain, dict) or not isinstance(name, str) or name not in options:
         known = ", ".join(sorted(options))
         _refuse(f"{where}.plugin", f"be one of {known} (or of an installed package that registers it)", name)
     rest = {key: value for key, value in plain.items() if key != "plugin"}
-    return _decode_class(options[name], rest, where, partial=partial)
+    return _decode_class(options[name], rest, where, found=found)
 
 
-def _decode(hint: Any, plain: object, where: str, *, partial: bool = False) -> object:
+def _decode(hint: Any, plain: object, where: str, *, found: list[str] | None = None) -> object:
     """``plain`` as the annotated type; only types that a config class may have."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
@@ -225,7 +267,7 @@ def _decode(hint: Any, plain: object, where: str, *, partial: bool = False) -> o
         return plain
     if isinstance(hint, type):
         if is_dataclass(hint):
-            return _decode_class(hint, plain, where, partial=partial)
+            return _decode_class(hint, plain, where, found=found)
         if issubclass(hint, Enum) and plain in [member.value for member in hint]:
             return hint(plain)
         if hint is float and type(plain) in (int, float) and _is_finite(plain):

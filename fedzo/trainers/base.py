@@ -35,6 +35,7 @@ class TrainerTraits:
         cannot_train_sketch: Why it cannot train a sketch (``fedzo.models.sketched``), in the same way.
         gradient: Whether ``prepare`` can find a gradient of the trained values, for GradIP.
         gradient_setting: Which of its settings makes it find one, if one must.
+        rounding_setting: Which of its settings rounds 16-bit trained values at random, if one does.
     """
 
     trains_base_weights: bool = True
@@ -44,6 +45,7 @@ class TrainerTraits:
     cannot_train_sketch: str = ""
     gradient: bool = False
     gradient_setting: str = ""
+    rounding_setting: str = ""
 
 
 @dataclass(kw_only=True, slots=True)

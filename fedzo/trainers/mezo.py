@@ -34,6 +34,7 @@ class MezoConfig(LayeredConfig):
             cannot_train_sketch="it would train tables, embeddings and norms together, at one learning rate",
             cannot_compile="its probes hand each operation a perturbed weight, made by kernels outside of torch, which "
             "cannot be traced",
+            rounding_setting="" if self.rounding is Rounding.nearest else f"trainer.rounding={self.rounding}",
         )
 
 

@@ -29,7 +29,7 @@ from fedzo.trainers.mezo import MezoConfig
 from fedzo.trainers.tables import TablesConfig
 from fedzo.zo.config import Rounding
 from fedzo.zo.estimator import Baseline, EstimatorConfig, FzooConfig, OneSidedConfig
-from fedzo.zo.server_optimizer import AdamConfig, MomentumConfig, ServerOptimizerConfig, SgdConfig
+from fedzo.zo.server_optimizer import AdamConfig, MomentumConfig, Schedule, ServerOptimizerConfig, SgdConfig
 
 
 def sound() -> LaunchConfig:
@@ -177,13 +177,9 @@ def test_a_broken_rule_is_named(key: str, value: object, rule: str) -> None:
         ("fl.seeds", Seeds.per_client),
         ("task.labels", ["neg", "pos"]),
         ("estimator.eps", 0.5),  # may differ from trainer.eps
-        ("server_optimizer.final_lr_share", 0.0),
-        ("server_optimizer.final_lr_share", 1.0),
         ("server_optimizer.warmup_rounds", 74),
         ("server_optimizer.weight_decay", 3e-4),  # lr is the trainer's, 2e-4: 6e-8, the least that float32 sees
         ("strategy.clip_factor", 1.0),
-        ("strategy.size_cap", 0.0),
-        ("strategy.size_cap", 1.0),
     ],
 )
 def test_a_value_on_the_edge_is_allowed(key: str, value: object) -> None:
@@ -191,6 +187,76 @@ def test_a_value_on_the_edge_is_allowed(key: str, value: object) -> None:
 
     set_key(config, key, value)
 
+    assert launch_problems(config) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message", "used_with"),
+    [
+        *(
+            (
+                {"server_optimizer.final_lr_share": share},
+                "server_optimizer.final_lr_share must be 0.1 for server_optimizer.schedule=constant, which does not "
+                f"use it, got {share}. Write server_optimizer.schedule=linear or cosine, or leave it out.",
+                {"server_optimizer.schedule": Schedule.linear},
+            )
+            for share in (0.0, 1.0)
+        ),
+        *(
+            (
+                {"strategy.size_cap": cap},
+                f"strategy.size_cap must be 10.0 for strategy.weighting=uniform, which does not use it, got {cap}. "
+                "Write strategy.weighting=size, or leave it out.",
+                {"strategy.weighting": Weighting.size},
+            )
+            for cap in (0.0, 1.0)
+        ),
+        (
+            {"strategy.trim_share": 0.3},
+            "strategy.trim_share must be 0.2 for strategy.aggregation=mean, which does not use it, got 0.3. Write "
+            "strategy.aggregation=trimmed_mean, or leave it out.",
+            {"strategy.aggregation": Aggregation.trimmed_mean},
+        ),
+        (
+            {"strategy.trim_share": 0.3, "strategy.aggregation": Aggregation.median},
+            "strategy.trim_share must be 0.2 for strategy.aggregation=median, which does not use it, got 0.3.",
+            {"strategy.aggregation": Aggregation.trimmed_mean},
+        ),
+        (
+            {"strategy.clip_rounds": 3, "strategy.clip_factor": 0.0},
+            "strategy.clip_rounds must be 10 for strategy.clip_factor=0, which does not use it, got 3. Write "
+            "strategy.clip_factor=100, or leave it out.",
+            {"strategy.clip_factor": 100.0},
+        ),
+        (
+            {"fl.pool_size": 8},
+            "fl.pool_size must be 4096 for fl.seeds=shared, which does not use it, got 8. Write fl.seeds=pool, or "
+            "leave it out.",
+            {"fl.seeds": Seeds.pool},
+        ),
+        (
+            {"fl.pool_size": 8, "fl.seeds": Seeds.per_client},
+            "fl.pool_size must be 4096 for fl.seeds=per_client, which does not use it, got 8.",
+            {"fl.seeds": Seeds.pool},
+        ),
+        (
+            {"trainer": MezoConfig(rounding=Rounding.stochastic)},
+            "model.dtype must be bfloat16 or float16 for trainer.rounding=stochastic, which does not change float32 "
+            "values, got 'float32'. Write model.dtype=bfloat16, or leave trainer.rounding=stochastic out.",
+            {"model.dtype": DType.bfloat16},
+        ),
+    ],
+)
+def test_a_setting_without_effect_is_refused(settings: dict[str, Any], message: str, used_with: dict[str, Any]) -> None:
+    config = sound()
+    for key, value in settings.items():
+        set_key(config, key, value)
+
+    (problem,) = launch_problems(config)
+
+    assert problem.text.startswith(message)
+    for key, value in used_with.items():
+        set_key(config, key, value)
     assert launch_problems(config) == []
 
 
@@ -481,7 +547,8 @@ def test_a_mask_that_is_given_needs_no_text() -> None:
 def test_a_decay_that_rounding_would_undo_is_refused(dtype: DType, decay: float, holds: bool) -> None:
     """A weight whose bits are all 1 is the hardest to move downwards; one step of the server optimizer tells."""
     config = sound()
-    config.trainer, config.model.dtype = MezoConfig(rounding=Rounding.stochastic), dtype
+    rounding = Rounding.nearest if dtype is DType.float32 else Rounding.stochastic
+    config.trainer, config.model.dtype = MezoConfig(rounding=rounding), dtype
     config.server_optimizer = SgdConfig(lr=1.0, weight_decay=decay)
     weights = torch.linspace(1, 2, 1024)[:-1].to(TORCH_DTYPES[dtype])
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from fedzo.config.load import load
+from fedzo.config.plugins import plugin_classes
 from fedzo.config.schema import LaunchConfig, RunConfig, SiteFile
 from fedzo.config.travel import from_json, is_same_run, load_site, to_json
 from fedzo.errors import ConfigError
@@ -77,8 +78,46 @@ def test_every_key_of_the_template_has_a_comment_above_it() -> None:
 def test_what_a_site_cannot_mean_is_refused_with_what_it_could(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "site.yaml").write_text(f"limits: {text}\n")
 
-    with pytest.raises(ConfigError, match=rf"site configuration .*site\.yaml: .*{message}"):
+    with pytest.raises(ConfigError, match=rf"(?s)site configuration .*site\.yaml: .*{message}"):
         load_site(tmp_path / "site.yaml")
+
+
+def test_all_faults_of_a_site_file_are_told_each_on_a_line_of_its_own_with_its_remedy(tmp_path: Path) -> None:
+    file = tmp_path / "site.yaml"
+    file.write_text(
+        "device: 3\nmin_rows: 5\ndata.path: rows\nmodel: [opt]\nrewriter: {plugin: nobody}\n"
+        "limits: {min_rows: many, most_row: 7, most_steps: -1, answers: loss, several_clients: 1}\n"
+    )
+    plugins = ", ".join(sorted(plugin_classes()["rewriter"]))
+
+    with pytest.raises(ConfigError) as caught:
+        load_site(file)
+
+    headline, *lines = str(caught.value).splitlines()
+    assert headline == f"site configuration {file}: 10 problems in the configuration:"
+    assert [line.removeprefix("  - ") for line in lines] == [
+        "configuration must hold keys of SiteFile only, got unknown ['data.path']. Write it as data: {path: ...}.",
+        "configuration must hold keys of SiteFile only, got unknown ['min_rows']. Did you mean limits.min_rows?",
+        "device must be str, got 3. Write text, in quotes.",
+        "model must be a mapping for ModelConfig, got ['opt']. Write its keys and their values.",
+        f"rewriter.plugin must be one of {plugins} (or of an installed package that registers it), got 'nobody'. "
+        "Choose one of these.",
+        "limits must hold keys of SiteLimitsConfig only, got unknown ['most_row']. Did you mean limits.most_rows?",
+        "limits.answers must be list[str], got 'loss'. Write a list, as in [one, two].",
+        "limits.min_rows must be int, got 'many'. Write a whole number.",
+        "limits.several_clients must be bool, got 1. Write true or false.",
+        "limits.most_steps must be >= 0, got -1. 0 means no limit.",
+    ]
+
+
+def test_the_dtype_of_a_chat_model_is_not_measured(tmp_path: Path) -> None:
+    """Measured dtypes compare scalars of training, of which a rewriter has none."""
+    (tmp_path / "site.yaml").write_text("rewriter: {plugin: transformers, dtype: auto}\n")
+
+    with pytest.raises(ConfigError, match=r"rewriter\.dtype must be one of float32, bfloat16, float16, got 'auto'"):
+        load_site(tmp_path / "site.yaml")
+    with pytest.raises(ConfigError, match=r"rewriter\.dtype=auto: .*expected one of \[float32, bfloat16, float16\]"):
+        load(["rewriter=transformers", "rewriter.model=smollm2-135m", "rewriter.dtype=auto"])
 
 
 def test_every_name_that_the_messages_list_is_taken(tmp_path: Path) -> None:
