@@ -8,10 +8,10 @@ from pathlib import Path
 
 from fedzo.commands.server import IMAGE, fill, template
 from fedzo.errors import ConfigError
-from fedzo.records.folder import folder_of_one_process
+from fedzo.records.folder import folder_of_one_process, replace_file
 from fedzo.runtime.net.client_folder import AUTHORITY, PUBLIC_KEY, SITE, ClientFolder, read_invitation
-from fedzo.runtime.net.credentials import read_certificate
-from fedzo.runtime.net.daemons import CONNECTED, REFUSED
+from fedzo.runtime.net.credentials import plain_pem
+from fedzo.runtime.net.daemons import CONNECTED, HEARD, REFUSED, SILENT
 from fedzo.runtime.net.parts import Site, environment, start_site
 from fedzo.runtime.net.processes import Processes, Tail
 
@@ -36,11 +36,10 @@ def init(path: Path, *, server: str | None, invitation: Path | None, authority: 
     address = server or (invited.address if invited else None)
     if address is None:
         raise ConfigError("--server must be given, or --invitation FILE, which holds it. Write --server HOST:PORT.")
-    if authority is not None:
-        _check_authority(authority, path / AUTHORITY)
+    certificate = None if authority is None else _read_authority(authority, path / AUTHORITY)
     folder = ClientFolder.make(path, address=address, site=template(SITE), invitation=invited)
-    if authority is not None:
-        folder.file(AUTHORITY).write_bytes(authority.read_bytes())
+    if certificate is not None:
+        replace_file(folder.file(AUTHORITY), certificate)
     yield f"client folder: {path}, of the server {folder.address}"
     if not (invited and invited.key):
         yield f"public key, for `fedzo server add-client NAME --index K --key ...`: {folder.public_key}"
@@ -51,12 +50,12 @@ def init(path: Path, *, server: str | None, invitation: Path | None, authority: 
     yield f"next: edit {folder.file(SITE)} (rows, model, limits), and fedzo client up {path}"
 
 
-def _check_authority(given: Path, kept: Path) -> None:
-    """Refuse what is no certificate, or another authority than the site has: it trusts no two."""
-    new = given.read_bytes()
-    read_certificate(given)
-    if kept.exists() and kept.read_bytes() != new:
+def _read_authority(given: Path, kept: Path) -> bytes:
+    """A certificate's file; refused where the site has another authority: it trusts no two."""
+    new = plain_pem(given.read_bytes(), given)
+    if kept.exists() and plain_pem(kept.read_bytes(), kept) != new:
         raise ConfigError(f"--ca {given}: {kept} must be of the same authority, but is another. Remove it first.")
+    return new
 
 
 def up(folder: ClientFolder) -> Iterator[str]:
@@ -68,6 +67,7 @@ def up(folder: ClientFolder) -> Iterator[str]:
     from fedzo.config.travel import load_site  # here, since it takes seconds that `fedzo client init` need not take
 
     folder.check()
+    _make_plain(folder.file(AUTHORITY))
     step_limit_s = load_site(folder.file(SITE)).limits.step_limit_s
     variables = {**environment(), "FLWR_HOME": str(folder.file("flower").resolve())}
     log_file = folder.file("logs").resolve() / "site.log"
@@ -75,18 +75,48 @@ def up(folder: ClientFolder) -> Iterator[str]:
         folder_of_one_process(folder.path, "client folder"),
         Processes(folder.file("logs"), environment=variables) as processes,
     ):
+        folder.file("logs").chmod(0o700)  # they may name rows
         site_file = folder.file(SITE).resolve()
         start_site(processes, Site(folder=folder, site_file=site_file, log_file=log_file, step_limit_s=step_limit_s))
         yield f"SuperNode and executor started for {folder.address}, logs in {folder.file('logs')}"
-        watched = {"supernode": Tail(processes.log_path("supernode")), "site": Tail(log_file)}
+        supernode, site = Tail(processes.log_path("supernode")), Tail(log_file)
+        words = _Words(folder.address)
         while True:
             processes.check()
-            for line in watched["supernode"].new():
-                if CONNECTED in line:
-                    yield f"connected to {folder.address}"
-                elif REFUSED in line:
-                    yield line[line.index(REFUSED) :].strip()
-                elif "Failed to initialize" in line or "[code:" in line:
-                    yield f"{REFUSED}: {line.strip()}"
-            yield from watched["site"].new()
+            for line in supernode.new():
+                yield from words.of(line)
+            yield from site.new()
             time.sleep(LOOK_S)
+
+
+class _Words:
+    """What a line of a SuperNode's log says to people.
+
+    Args:
+        address: Of the server.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._reason_is_next = False
+
+    def of(self, line: str) -> Iterator[str]:
+        """What the next line says, if anything."""
+        if self._reason_is_next:  # with a code in front it is the server's word
+            yield f"{REFUSED if line.startswith('[code:') else 'cannot connect'}: {line.strip()}"
+        elif CONNECTED in line:
+            yield f"connected to {self._address}"
+        elif REFUSED in line:
+            yield line[line.index(REFUSED) :].strip()
+        elif SILENT in line:
+            yield f"{self._address} does not answer{line.partition(SILENT)[2].rstrip()}; it is asked again"
+        elif HEARD in line:
+            yield f"{self._address} answers again"
+        self._reason_is_next = "Failed to initialize" in line
+
+
+def _make_plain(authority: Path) -> None:
+    """Mend a copy that Flower cannot read, such as one with a byte order mark."""
+    content = authority.read_bytes()
+    if (plain := plain_pem(content, authority)) != content:
+        replace_file(authority, plain)

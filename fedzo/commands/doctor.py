@@ -26,14 +26,13 @@ from fedzo.report.format import bytes_text
 from fedzo.runtime._flower import SUPPORTED
 from fedzo.runtime.net.addresses import accepts, split_address
 from fedzo.runtime.net.client_folder import AUTHORITY, KEY, SECRET, SITE, ClientFolder
-from fedzo.runtime.net.credentials import is_private, is_signed_by, read_certificate
+from fedzo.runtime.net.credentials import FEW_DAYS, is_private, is_signed_by, plain_pem, read_certificate
 from fedzo.runtime.net.parts import listening_problem
 from fedzo.runtime.net.server_folder import ServerFolder
-from fedzo.system import PACKAGES, default_threads, package_version
+from fedzo.system import PACKAGES, default_threads, device_text, package_version
 from fedzo.zo.directions import direction, stream_key
 
 Check = tuple[str, bool, str]
-FEW_DAYS = 14
 PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HTTP_PROXY", "http_proxy")
 
 
@@ -43,12 +42,16 @@ def folder_checks(path: Path) -> Iterator[Check]:
     Raises:
         ConfigError: It is neither.
     """
-    if ServerFolder.is_one(path):
-        yield from _server_checks(ServerFolder(path))
-    elif (path / SITE).exists():
-        yield from _client_checks(ClientFolder(path))
-    else:
-        raise ConfigError(f"{path}: it must be a server's folder or a site's, but is neither. Check the path.")
+    try:
+        if ServerFolder.is_one(path):
+            yield from _server_checks(ServerFolder(path))
+        elif (path / SITE).exists():
+            yield from _client_checks(ClientFolder(path))
+        else:
+            raise ConfigError(f"{path}: it must be a server's folder or a site's, but is neither. Check the path.")
+    except PermissionError as error:
+        who = "Let this user read it, or call the command as the user who made the folder"
+        yield "folder", False, f"{error.filename or path}: {error.strerror}. {who}"
 
 
 def _server_checks(folder: ServerFolder) -> Iterator[Check]:
@@ -59,6 +62,7 @@ def _server_checks(folder: ServerFolder) -> Iterator[Check]:
         return
     secrets = [folder.file(name) for name in ("ca.key", "server.key", "secret", "superlink.db")]
     yield from _private([file for file in secrets if file.exists()])
+    yield from _logs(folder.file("logs"))
     here = f"--dir {folder.path}"
     listening, certificate = folder.listening, read_certificate(folder.file("server.crt"))
     good = certificate.days_left > FEW_DAYS
@@ -92,6 +96,7 @@ def _client_checks(folder: ClientFolder) -> Iterator[Check]:
         yield "folder", False, str(error)
         return
     yield from _private([folder.file(KEY), folder.file(SECRET)])
+    yield from _logs(folder.file("logs"))
     days = read_certificate(folder.file(AUTHORITY)).days_left
     good = days > FEW_DAYS
     yield "authority", good, f"valid for {days:.0f} days" + ("" if good else f". Ask the server for a new {AUTHORITY}")
@@ -121,7 +126,7 @@ def _model(site: SiteFile) -> Iterator[Check]:
     except ConfigError as error:
         yield "device", False, str(error)
         return
-    yield "device", True, f"{device}, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
+    yield "device", True, device_text(device)
     try:
         stored = sum(file.stat().st_size for file in find_source(site.model).files)
         left = available_memory_bytes(device)
@@ -142,7 +147,8 @@ def _model(site: SiteFile) -> Iterator[Check]:
 
 def _server_seen(folder: ClientFolder) -> Iterator[Check]:
     """Whether the site reaches its server, the certificate is the server's, and the clocks agree."""
-    context = ssl.create_default_context(cafile=str(folder.file(AUTHORITY)))
+    authority = plain_pem(folder.file(AUTHORITY).read_bytes(), folder.file(AUTHORITY))  # as `fedzo client up` makes it
+    context = ssl.create_default_context(cadata=authority.decode("ascii"))
     try:
         answer = httpx.get(f"https://{folder.address}/", verify=context, timeout=10.0)
     except httpx.HTTPError as error:
@@ -161,6 +167,13 @@ def _private(files: list[Path]) -> Iterator[Check]:
     readable = [file.name for file in files if not is_private(file)]
     told = f"others may read {', '.join(readable)}: chmod 600" if readable else "only this user reads them"
     yield "secrets", not readable, told
+
+
+def _logs(folder: Path) -> Iterator[Check]:
+    """Whether only this user looks into the logs, which may name rows and sites."""
+    if folder.exists():
+        good = is_private(folder)
+        yield "logs", good, "only this user reads them" if good else f"others may read them: chmod 700 {folder}"
 
 
 def _proxies() -> Iterator[Check]:

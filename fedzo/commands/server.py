@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import getpass
 import logging
 import os
@@ -21,7 +20,15 @@ from fedzo.errors import ConfigError
 from fedzo.records.folder import lock_file, replace_file
 from fedzo.runtime.net.addresses import split_address
 from fedzo.runtime.net.client_folder import Invitation, read_invitation, write_invitation
-from fedzo.runtime.net.credentials import fingerprint, make_key, pem_of, public_key_of, read_certificate, write_private
+from fedzo.runtime.net.credentials import (
+    FEW_DAYS,
+    fingerprint,
+    make_key,
+    pem_of,
+    public_key_of,
+    read_certificate,
+    write_private,
+)
 from fedzo.runtime.net.parts import (
     environment,
     listening_problem,
@@ -56,8 +63,9 @@ def init(path: Path, *, hosts: Sequence[str], port: int, control_port: int, days
     if port == control_port:
         raise ConfigError(f"--port must be another than --control-port, got {port} for both.")
     bracketed = [f"[{host}]" if ":" in host else host for host in hosts]
+    everywhere = "[::]" if any(":" in host for host in hosts) else "0.0.0.0"  # the first takes IPv4, too
     listening = Listening(
-        address=f"{bracketed[0]}:{port}", listen=f"0.0.0.0:{port}", control=f"127.0.0.1:{control_port}"
+        address=f"{bracketed[0]}:{port}", listen=f"{everywhere}:{port}", control=f"127.0.0.1:{control_port}"
     )
     folder = ServerFolder.make(path, listening, names=hosts, days=days)
     folder.check()
@@ -151,21 +159,29 @@ def _keep_up(folder: ServerFolder) -> Iterator[str]:
             left.unlink()
     variables = {**environment(), "FLWR_HOME": str(folder.file("flower"))}
     with Processes(folder.file("logs"), environment=variables) as processes:
+        folder.file("logs").chmod(0o700)  # they name sites
         start_superlink(processes, folder, restarts=None)
         wait_for_superlink(processes, folder, timeout_s=STARTUP_S)
         listening = folder.listening
         yield f"SuperLink up: sites at {listening.address} (listening at {listening.listen})"
         yield f"log: {processes.log_path('superlink')}"
+        if (days := read_certificate(folder.file("server.crt")).days_left) < FEW_DAYS:
+            yield f"certificate valid for {days:.0f} days. `fedzo server renew --dir {folder.path}`"
         registered: object = None
-        problem = ""
+        problem = refused = ""
         said = Tail(processes.log_path("superlink"))
         while True:
             processes.check()
             if (clients := folder.by_key()) is not registered:
-                with contextlib.suppress(httpx.HTTPError):  # of a SuperLink that is started again: at the next look
-                    register_clients(folder)
-                    registered = clients
-                    yield f"{len(clients)} clients are registered"
+                try:
+                    count = register_clients(folder)
+                except httpx.HTTPError as error:  # of a SuperLink that is started again: at the next look
+                    if "certificate" in str(error) and str(error) != refused:
+                        refused = str(error)
+                        yield f"the clients cannot be registered: {refused}. See `fedzo doctor {folder.path}`"
+                else:
+                    registered, refused = clients, ""
+                    yield f"{count} clients are registered"
             yield from (line for line in said.new() if " WARNING refused: " in line)
             if folder.disk_problem != problem:
                 problem = folder.disk_problem

@@ -57,7 +57,8 @@ class InlineConfig(RuntimeConfig):
     """All clients in this process, one after another, on one copy of the model."""
 
     batch_clients: bool = False
-    """Evaluate all clients of a round in joint forwards; without a mask only their first steps. Last bits differ."""
+    """Evaluate all clients of a round in joint forwards. Later steps share them only with a mask in float32 linear
+    layers, on a CPU or a CUDA device, or with the tables of a sketch. Last bits differ."""
 
     @property
     def traits(self) -> RuntimeTraits:

@@ -6,27 +6,33 @@ started it shows what it says until it ends.
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
 from fedzo.errors import ConfigError
+from fedzo.fl.log_store import has_begun
+from fedzo.records.folder import CONFIG
 from fedzo.runtime.config import RemoteConfig
 from fedzo.runtime.net.addresses import accepts
 from fedzo.runtime.net.server_folder import ServerFolder
 from fedzo.runtime.net.server_process import SERVE, SERVER_LOG, ServerProcess
+
+log = logging.getLogger(__name__)
 
 
 def run_remote(*, num_clients: int, run_dir: Path, config: RemoteConfig, serve: Sequence[str] = SERVE) -> None:
     """Run a federation with the sites of a server; what its server raises, this raises.
 
     Args:
-        num_clients: Number of clients; those with the indices below it must be registered.
+        num_clients: Number of clients; a run begins when those with the indices below it are registered, and goes on
+            without those whose keys were revoked later.
         run_dir: The run folder, which says what the run is.
         config: Names the server's folder.
         serve: Program that serves a run; only tests give another.
@@ -36,13 +42,10 @@ def run_remote(*, num_clients: int, run_dir: Path, config: RemoteConfig, serve: 
         SystemExit: The terminal was closed; the run goes on.
     """
     server = ServerFolder(Path(config.server))
+    if begun := has_begun(run_dir):
+        _refuse_gone(server, run_dir)
     server.check()
-    registered = {client.index for client in server.clients}
-    if missing := sorted(set(range(num_clients)) - registered):
-        raise ConfigError(
-            f"fl.num_clients={num_clients}: clients 0 to {num_clients - 1} must be registered in {server.path}, but "
-            f"{missing} are not. Register them with `fedzo server add-client`, or lower fl.num_clients."
-        )
+    _check_registered(server, num_clients, begun=begun)
     if served := server.served:
         raise ConfigError(f"server folder {server.path}: it serves one run at a time, and serves {served} now.")
     if not accepts(server.listening.control):
@@ -63,6 +66,30 @@ def run_remote(*, num_clients: int, run_dir: Path, config: RemoteConfig, serve: 
             process.wait(lambda: _show(said))
         finally:
             _show(said)
+
+
+def _refuse_gone(server: ServerFolder, run_dir: Path) -> None:
+    """Refuse a run whose server has gone; no site trusts a new one in its place."""
+    with suppress(PermissionError):  # which the check of the folder tells of
+        if not server.path.is_dir():
+            raise ConfigError(
+                f"runtime.server: the run began with the server's folder {server.path}, but there is none. If it was "
+                f"moved, move it back, or write where it is now as runtime.server into {run_dir / CONFIG}."
+            )
+
+
+def _check_registered(server: ServerFolder, num_clients: int, *, begun: bool) -> None:
+    """Refuse a run that begins without one of its clients, or has begun and has none any more."""
+    registered = {client.index for client in server.clients}
+    missing = sorted(set(range(num_clients)) - registered)
+    if begun and 0 < len(missing) < num_clients:
+        log.warning("clients %s are not registered in %s: the run goes on without them", missing, server.path)
+    elif missing:
+        lower = "" if begun else ", or lower fl.num_clients"
+        raise ConfigError(
+            f"fl.num_clients={num_clients}: clients 0 to {num_clients - 1} must be registered in {server.path}, but "
+            f"{missing} are not. Register them with `fedzo server add-client`{lower}."
+        )
 
 
 def _show(said: TextIO) -> None:

@@ -21,11 +21,20 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.proto.control_pb2 import ListRunsRequest
 from flwr.proto.fab_pb2 import GetFabRequest
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, RegisterNodeFleetRequest
-from flwr.proto.message_pb2 import PullObjectRequest, PushObjectRequest
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+    RegisterNodeFleetRequest,
+    UnregisterNodeFleetRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PushObjectRequest
 from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
@@ -34,8 +43,9 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedzo.commands.trained import replay_run
+from fedzo.runtime.net import parts
 from fedzo.runtime.net.addresses import free_ports
-from fedzo.runtime.net.client_folder import ClientFolder
+from fedzo.runtime.net.client_folder import KEY, ClientFolder
 from fedzo.runtime.net.credentials import fingerprint, pem_of
 from fedzo.runtime.net.server_folder import ServerFolder
 from fedzo.testing.tiny_models import save_tiny_model
@@ -134,7 +144,7 @@ def test_a_server_and_two_sites_train_stop_resume_and_let_nobody_in(machine: Mac
     # --- up; those who do not belong are named and nothing happens to them
     machine.start("up", "server", "up", "server")
     wait_for(lambda: "2 clients are registered" in machine.said("up"))
-    outsiders_reach_nothing(machine.folder / "server", int(public), int(control))
+    outsiders_reach_nothing(machine.folder / "server", machine.folder / "clinic", int(public), int(control))
     for site in ("hospital", "clinic", "stranger"):
         machine.start(site, "client", "up", site)
     wait_for(lambda: all("connected to" in machine.said(site) for site in ("hospital", "clinic")))
@@ -215,7 +225,7 @@ def write_site(folder: Path, count: int) -> None:
     (folder / "site.yaml").write_text(json.dumps(site))
 
 
-def outsiders_reach_nothing(server: Path, port: int, control: int) -> None:
+def outsiders_reach_nothing(server: Path, clinic: Path, port: int, control: int) -> None:
     """Whoever reaches the port for sites, even with the certificate authority, gets no task, log, run or control."""
     context = ssl.create_default_context(cafile=str(server / "ca.crt"))
     requests: Mapping[str, bytes] = {
@@ -230,36 +240,59 @@ def outsiders_reach_nothing(server: Path, port: int, control: int) -> None:
     with httpx.Client(verify=context, base_url=f"https://localhost:{port}") as client:
         for path, body in requests.items():
             assert client.post(path, content=body).status_code == 404, path
-        no_node_gets_anything(client, ServerFolder(server))
+        no_node_gets_anything(client, ServerFolder(server), ClientFolder(clinic))
     headers = {"content-type": "application/protobuf"}
     with httpx.Client(verify=context) as client:  # nor does a local user without the server's secret get a task
         task = f"https://localhost:{control}/v1/runtime/acquire-task"
         assert client.post(task, content=requests["/v1/runtime/acquire-task"], headers=headers).status_code == 401
-    with pytest.raises(httpx.ConnectError):  # without TLS nobody answers
+    for each in (port, control):
+        with pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)):  # without TLS nobody answers: it hangs up
+            httpx.get(f"http://localhost:{each}/")
+    with pytest.raises(httpx.ConnectError, match="certificate verify failed"):  # its authority is no public one
         httpx.get(f"https://localhost:{port}/")
 
 
-def no_node_gets_anything(client: httpx.Client, server: ServerFolder) -> None:
-    """Who names no key, signs with one that is not registered, or names a client's whose signature he cannot make."""
-    key, node, some = ec.generate_private_key(ec.SECP384R1()), Node(node_id=1), "0" * 64
-    (member, *_), own = server.by_key(), public_key_to_bytes(key.public_key())
-    unknown = signed(key)
-    forged = unknown | {FLEET_HTTP_PUBLIC_KEY_HEADER: b64encode(member).decode("ascii")}
-    asked = {
-        "activate-node": ActivateNodeRequest(public_key=own),
-        "register-node": RegisterNodeFleetRequest(public_key=own),
+def no_node_gets_anything(client: httpx.Client, server: ServerFolder, clinic: ClientFolder) -> None:
+    """Who names no key, an unknown one, a client's that he cannot sign with, or his own and another client's node."""
+    key, registered = ec.generate_private_key(ec.SECP384R1()), server.by_key()
+    with parts.control(server.endpoint) as flower:
+        nodes = {registered[node.public_key].name: node for node in flower.nodes()}
+    hospital, unknown = nodes["hospital"], signed(key)
+    forged = unknown | {FLEET_HTTP_PUBLIC_KEY_HEADER: b64encode(hospital.public_key).decode("ascii")}
+    neighbour = signed(serialization.load_ssh_private_key(clinic.file(KEY).read_bytes(), None))
+
+    def ask(path: str, request: Any, named: Mapping[str, str]) -> httpx.Response:
+        headers = {"content-type": "application/protobuf", **named}
+        return client.post(f"/v1/fleet/{path}", content=request.SerializeToString(), headers=headers)
+
+    for path, request in fleet_requests(hospital.node_id, hospital.public_key).items():
+        for named in ({}, forged, neighbour):
+            answer = ask(path, request, named)
+            assert answer.status_code == 401, (path, named, answer.text)
+    for path, request in fleet_requests(1, public_key_to_bytes(key.public_key())).items():
+        answer, expected = ask(path, request, unknown), 412 if path in ("activate-node", "register-node") else 401
+        assert answer.status_code == expected, (path, answer.text)
+    own = PullMessagesRequest(node=Node(node_id=nodes["clinic"].node_id))
+    assert ask("pull-messages", own, neighbour).status_code == 200  # its key is sound: the node was another's
+
+
+def fleet_requests(node_id: int, public_key: bytes) -> dict[str, Any]:
+    """All that a node can ask a SuperLink for, by path."""
+    node, some = Node(node_id=node_id), "0" * 64
+    return {
+        "activate-node": ActivateNodeRequest(public_key=public_key),
+        "register-node": RegisterNodeFleetRequest(public_key=public_key),
+        "deactivate-node": DeactivateNodeRequest(node_id=node_id),
+        "unregister-node": UnregisterNodeFleetRequest(node_id=node_id),
+        "send-node-heartbeat": SendNodeHeartbeatRequest(node=node),
         "pull-messages": PullMessagesRequest(node=node),
+        "push-messages": PushMessagesRequest(node=node),
         "pull-object": PullObjectRequest(node=node, run_id=1, object_id=some),  # what artifacts come by
         "push-object": PushObjectRequest(node=node, run_id=1, object_id=some, object_content=b"0"),
+        "confirm-message-received": ConfirmMessageReceivedRequest(node=node, run_id=1, message_object_id=some),
         "get-run": GetRunRequest(node=node, run_id=1),
         "get-fab": GetFabRequest(node=node, run_id=1, hash_str=some),
     }
-    for path, request in asked.items():
-        unregistered = 412 if path in ("activate-node", "register-node") else 401
-        for named, expected in (({}, 401), (unknown, unregistered), (forged, 401)):
-            headers = {"content-type": "application/protobuf", **named}
-            answer = client.post(f"/v1/fleet/{path}", content=request.SerializeToString(), headers=headers)
-            assert answer.status_code == expected, (path, named, answer.text)
 
 
 def signed(key: ec.EllipticCurvePrivateKey) -> dict[str, str]:

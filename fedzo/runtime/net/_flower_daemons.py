@@ -15,15 +15,23 @@ from typing import Any, cast
 import httpx
 from flwr.app import Message
 from flwr.common.constant import HEARTBEAT_PATIENCE, TIMESTAMP_HEADER
+from flwr.supercore.retry import http_retry
 from flwr.supernode import fleet_http_connection, node_auth_http_interceptor, start_client_internal
 
 import fedzo.runtime.net._flower_http  # noqa: F401 - its shorter pauses hold for a SuperNode, too
-from fedzo.runtime.net.daemons import CONNECTED, REFUSED
+from fedzo.errors import printable
+from fedzo.runtime.net.daemons import CONNECTED, HEARD, REFUSED, SILENT
 from fedzo.runtime.net.gate import CLOCK_AHEAD_S, CLOCK_BEHIND_S
+from fedzo.runtime.net.gate_http import FLEET
 
 log = logging.getLogger(__name__)
 CLEAN_UP_S = 1.0
 """How often a SuperLink looks for tasks that have ended unsaid; they may be silent for 60 s."""
+ACTIVATE = f"{FLEET}activate-node"
+UNREACHED = (httpx.codes.BAD_GATEWAY, httpx.codes.GATEWAY_TIMEOUT)
+"""What a proxy answers in the place of a server that does not."""
+MOST_UNANSWERED = 2
+"""Calls in a row, for a server to count as silent: one alone also fails where a connection was closed meanwhile."""
 
 
 def quicken(poll_s: float, lease_s: float) -> None:
@@ -32,7 +40,8 @@ def quicken(poll_s: float, lease_s: float) -> None:
     It asks for work every 3 s when idle, and every 0.5 s whether the client has replied; these are constants in its
     loop, so the module's name ``time``, of which it uses nothing but ``sleep``, is replaced. The gate before fedzo's
     SuperLink holds a question for work until there is some. By Flower's constants a node that died is missed after
-    60 s, and cannot come back before; here it is after ``lease_s``.
+    60 s, and cannot come back before; here it is after ``lease_s``. What a proxy does not pass on is sent again: Flower
+    would lose the site's reply.
     """
     flower = logging.getLogger("flwr")
     flower.setLevel(logging.INFO)
@@ -45,29 +54,64 @@ def quicken(poll_s: float, lease_s: float) -> None:
     cast(Any, fleet_http_connection).HEARTBEAT_DEFAULT_INTERVAL = lease_s / HEARTBEAT_PATIENCE
     signing: Any = node_auth_http_interceptor.NodeAuthHttpInterceptor
     signing.intercept = _telling(signing.intercept)
+    retry: Any = http_retry
+    retry._RETRYABLE_TRANSPORT_ERRORS = (*retry._RETRYABLE_TRANSPORT_ERRORS, httpx.ProxyError)
 
 
 def _telling(intercept: Callable[..., httpx.Response]) -> Callable[..., httpx.Response]:
-    """The same method, that says why the server does not let this node in; Flower ends the node without a word."""
+    """The same method, that says when the server is silent, and why it does not let this node in.
+
+    Flower does not say what a call failed by, and ends the node without a word.
+    """
+    server = _Server()
 
     def telling(self: Any, context: Any, call_next: Any) -> httpx.Response:
-        response = intercept(self, context, call_next)
+        try:
+            response = intercept(self, context, call_next)
+        except httpx.TransportError as error:
+            server.was_silent(str(error) or type(error).__name__)
+            raise
+        if response.status_code in UNREACHED:
+            server.was_silent(f"status {response.status_code}")
+            return response
+        server.answered()
         if response.status_code == httpx.codes.UNAUTHORIZED:
             signed, told = context.request.headers[TIMESTAMP_HEADER], response.headers.get("date")
-            log.warning("%s: %s", REFUSED, _why(signed, told))
+            log.warning("%s: %s", REFUSED, _why(context.request.url.path, signed, told))
         return response
 
     return telling
 
 
-def _why(signed: str, told: str | None) -> str:
-    """Why a request was refused that was signed at this time, when the server's clock showed that one."""
+class _Server:
+    """Whether the server answers this node, told when it is otherwise than before."""
+
+    def __init__(self) -> None:
+        self._unanswered = 0
+
+    def was_silent(self, why: str) -> None:
+        """A call got no answer."""
+        self._unanswered += 1
+        if self._unanswered == MOST_UNANSWERED:
+            log.warning("%s (%s)", SILENT, printable(why))
+
+    def answered(self) -> None:
+        """A call got an answer."""
+        if self._unanswered >= MOST_UNANSWERED:
+            log.warning(HEARD)
+        self._unanswered = 0
+
+
+def _why(path: str, signed: str, told: str | None) -> str:
+    """Why a request to this path was refused that was signed at this time, when the server's clock showed that one."""
     if told is not None:
         server = email.utils.parsedate_to_datetime(told)
         ahead_s = (datetime.datetime.fromisoformat(signed) - server).total_seconds()
         if not -CLOCK_BEHIND_S < ahead_s < CLOCK_AHEAD_S:
             side = "ahead of" if ahead_s > 0 else "behind"
             return f"this machine's clock is {abs(ahead_s):.0f} s {side} the server's. Set this machine's clock."
+    if path != ACTIVATE:  # it was let in before
+        return "it has started anew, or has revoked the key of this site. The site connects again."
     return "the key of this site is not registered there, or was revoked. `fedzo server add-client` registers it."
 
 

@@ -53,10 +53,12 @@ def accepts(address: str) -> bool:
 
 
 def bound(address: str) -> socket.socket:
-    """A socket that listens soon; IPv4 or IPv6 as the host is."""
+    """A socket that listens soon; IPv4 or IPv6 as the host is, and both at ``[::]``."""
     host, port = split_address(address)
     family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     made = socket.socket(family, kind, protocol)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:
+        made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     made.bind(place)
     return made

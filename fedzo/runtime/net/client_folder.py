@@ -16,6 +16,8 @@ from fedzo.runtime.net.credentials import (
     Endpoint,
     make_key,
     make_secret,
+    missing_files,
+    plain_pem,
     public_key_of,
     read_certificate,
     write_private,
@@ -93,7 +95,7 @@ class ClientFolder:
         split_address(address)
         if not path.exists():
             path.mkdir(parents=True, mode=0o700)
-        make_folder(path / "logs")
+        make_folder(path / "logs").chmod(0o700)  # the folder may have been there, open to others
         folder = cls(path)
         if folder.file(SERVER).exists() and folder.address != address:
             raise ConfigError(
@@ -120,10 +122,9 @@ class ClientFolder:
         """Refuse a folder from which a site cannot be started.
 
         Raises:
-            ConfigError: It is no site's folder, or the server's certificate is missing.
+            ConfigError: It is no site's folder, cannot be read, or the server's certificate is missing.
         """
-        missing = [name for name in (SERVER, KEY, SECRET, SITE) if not self.file(name).is_file()]
-        if missing:
+        if missing := missing_files(self.path, (SERVER, KEY, SECRET, SITE), "client folder"):
             raise ConfigError(
                 f"client folder {self.path}: it must hold what `fedzo client init` writes, but has no "
                 f"{', '.join(missing)}. Call `fedzo client init {self.path} --server HOST:PORT`."
@@ -154,9 +155,11 @@ class ClientFolder:
         return public_key_of(self.file(KEY))
 
     def _take(self, invitation: Invitation) -> None:
-        if self.file(AUTHORITY).exists() and self.file(AUTHORITY).read_text() != invitation.authority:
+        kept = self.file(AUTHORITY)
+        authority = plain_pem(invitation.authority.encode(), f"{AUTHORITY} of the invitation")
+        if kept.exists() and plain_pem(kept.read_bytes(), kept) != authority:
             raise ConfigError(f"client folder {self.path}: its {AUTHORITY} is another server's. Choose another folder.")
-        replace_file(self.file(AUTHORITY), invitation.authority)
+        replace_file(kept, authority)
         if not invitation.key:
             return
         if self.file(KEY).exists() and self.file(KEY).read_text() != invitation.key:

@@ -28,6 +28,8 @@ from fedzo.errors import ConfigError, printable
 from fedzo.records.folder import replace_file
 
 AUTHORITY_DAYS = 3650
+FEW_DAYS = 14
+"""With fewer left a certificate should be renewed."""
 HOST_NAME = re.compile(r"(?=.{1,253}$)(\*\.)?[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 _MALFORMED = (
     *(OSError, ValueError, TypeError, NotImplementedError, UnsupportedAlgorithm),
@@ -149,8 +151,29 @@ def read_certificate(file: Path) -> Certificate:
         found = x509.load_pem_x509_certificate(file.read_bytes())
         return Certificate(tuple(_names_of(found)), found.not_valid_after_utc)
     except _MALFORMED as error:
-        why = printable(str(error), most=120)
-        raise ConfigError(f"{file}: it must be a certificate (PEM), but is not ({why}). Restore it.") from error
+        raise _no_certificate(file, error) from error
+
+
+def plain_pem(content: bytes, where: object) -> bytes:
+    """Certificates in the one form that everybody reads: a copy may have got a byte order mark or other line ends.
+
+    Args:
+        content: Of its file.
+        where: The file, for the message.
+
+    Raises:
+        ConfigError: It is no certificate.
+    """
+    try:
+        found = x509.load_pem_x509_certificates(content)
+        return b"".join(each.public_bytes(serialization.Encoding.PEM) for each in found)
+    except _MALFORMED as error:
+        raise _no_certificate(where, error) from error
+
+
+def _no_certificate(where: object, error: Exception) -> ConfigError:
+    why = printable(str(error), most=120)
+    return ConfigError(f"{where}: it must be a certificate (PEM), but is not ({why}). Restore it.")
 
 
 def is_signed_by(certificate: Path, authority: Path) -> bool:
@@ -238,8 +261,28 @@ def write_private(file: Path, content: bytes) -> None:
 
 
 def is_private(file: Path) -> bool:
-    """Whether only this user may read a file."""
+    """Whether only this user may read a file, or look into a folder."""
     return file.stat().st_mode & 0o077 == 0 and file.stat().st_uid == os.getuid()
+
+
+def missing_files(folder: Path, names: Sequence[str], what: str) -> list[str]:
+    """Which files a folder lacks.
+
+    Args:
+        folder: The folder.
+        names: Of files that it must have.
+        what: The folder is, for the message.
+
+    Raises:
+        ConfigError: This user may not look.
+    """
+    try:
+        return [name for name in names if not (folder / name).is_file()]
+    except PermissionError as error:
+        raise ConfigError(
+            f"{what} {folder}: this user must be allowed to read it, got {error.strerror!r}. Call the command as the "
+            "user who made the folder."
+        ) from error
 
 
 def _builder(

@@ -25,7 +25,9 @@ NODE_LEASE_S = 40.0
 """How long after its last word a SuperNode counts as connected. Half as long, and the words of 200 nodes alone would
 keep a SuperLink half busy."""
 CONNECTED, REFUSED = "connected as node", "the server refused"
-"""With what a SuperNode's log tells that it was let in, or not; `fedzo client up` looks for it."""
+SILENT, HEARD = "the server does not answer", "the server answers again"
+"""With what a SuperNode's log tells that it was let in, or not, and that the server is silent, or is not any more;
+`fedzo client up` looks for it."""
 LOOK_S = 2.0
 """How often a SuperLink looks whether its certificate was renewed."""
 log = logging.getLogger(__name__)

@@ -159,14 +159,18 @@ def wait_for_registration(processes: Processes, folder: ServerFolder, *, timeout
     processes.wait_until(registered, what=what, timeout_s=timeout_s, log_of="superlink", setting=setting)
 
 
-def register_clients(folder: ServerFolder) -> None:
+def register_clients(folder: ServerFolder) -> int:
     """Have the SuperLink let in the keys of the registry, and no others; for a key that it refuses, say so.
+
+    Returns:
+        Of how many clients it lets the keys in.
 
     Raises:
         httpx.HTTPError: The SuperLink does not answer, or cannot at the moment.
     """
     with control(folder.endpoint) as flower:
         nodes, clients = {node.public_key: node for node in flower.nodes()}, folder.by_key()
+        count = len(clients)
         for key, node in nodes.items():
             if key not in clients:
                 flower.unregister(node.node_id)
@@ -176,7 +180,10 @@ def register_clients(folder: ServerFolder) -> None:
                 try:
                     flower.register(key, client.name)
                 except ProtocolError as error:
-                    log.warning("%s A key that was revoked is taken again when the server starts anew.", error)
+                    count -= 1
+                    remedy = "For a key that was revoked before, restart `fedzo server up` while no run is served."
+                    log.warning("%s %s", error, remedy)
+    return count
 
 
 def listening_problem(folder: ServerFolder) -> str:

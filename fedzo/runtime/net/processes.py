@@ -191,6 +191,8 @@ class Tail:
         """Those since the last call."""
         try:
             with self._file.open("rb") as text:
+                if text.seek(0, os.SEEK_END) < self._read:  # it was cut, as logrotate's copytruncate does
+                    self._read = 0
                 text.seek(self._read)
                 said = text.read(1 << 20)
         except FileNotFoundError:

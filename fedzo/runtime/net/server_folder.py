@@ -30,6 +30,7 @@ from fedzo.runtime.net.credentials import (
     make_authority,
     make_certificate,
     make_secret,
+    missing_files,
     pem_of,
     read_public_key,
 )
@@ -116,7 +117,7 @@ class ServerFolder:
         check_names(names)
         if not path.exists():
             path.mkdir(parents=True, mode=0o700)
-        make_folder(path / "logs")
+        make_folder(path / "logs").chmod(0o700)  # the folder may have been there, open to others
         folder = cls(path)
         if missing := [name for name in AUTHORITY if not folder.file(name).exists()]:
             folder._check_unused(missing)
@@ -144,9 +145,9 @@ class ServerFolder:
         """Refuse a folder in which something is missing.
 
         Raises:
-            ConfigError: It is no server's folder, or not whole.
+            ConfigError: It is no server's folder, not whole, or cannot be read.
         """
-        if missing := [name for name in FILES if not self.file(name).is_file()]:
+        if missing := missing_files(self.path, FILES, "server folder"):
             self._check_unused([name for name in AUTHORITY if name in missing])
             raise ConfigError(
                 f"server folder {self.path}: it must hold what `fedzo server init` writes, but has no "
@@ -283,10 +284,12 @@ class ServerFolder:
                 if len(alike) == 3:
                     return client
                 if alike:
+                    again = " Then restart `fedzo server up` while no run is served: it takes no removed key before."
                     raise ConfigError(
                         f"client {name}: its {alike[0]} must be its own, but client {client.name} has it (index "
                         f"{client.index}). Choose another, or remove that client: "
                         f"`fedzo server remove-client {client.name} --dir {self.path}`."
+                        f"{again if 'key' in alike else ''}"
                     )
             self._write_clients([*clients, new])
         return new

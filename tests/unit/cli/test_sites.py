@@ -57,6 +57,15 @@ def test_init_says_where_sites_connect_and_for_which_names(server: Path, capsys:
     assert "certificate for fed.example.org, localhost, 127.0.0.1, valid for 365 days" in said
 
 
+def test_a_server_with_an_ipv6_address_listens_at_such_addresses_too(tmp_path: Path, capsys: Capture) -> None:
+    hosts = ["--host", "fed.example.org", "--host", "2001:db8::5"]
+    assert main(["server", "init", str(tmp_path), *hosts, "--port", "9443"]) == 0
+
+    listening = ServerFolder(tmp_path).listening
+    assert (listening.address, listening.listen) == ("fed.example.org:9443", "[::]:9443")
+    assert "certificate for fed.example.org, localhost, 2001:db8::5, 127.0.0.1" in capsys.readouterr().out
+
+
 def test_a_client_is_added_by_invitation_and_again_without_harm(server: Path, tmp_path: Path, capsys: Capture) -> None:
     command = ["server", "add-client", "hospital", "--index", "2", "--dir", str(server)]
     assert [main(command), main(command)] == [0, 0]
@@ -338,6 +347,25 @@ def test_services_are_filled_in_for_this_folder_and_python(name: str, tmp_path: 
     assert started == [sys.executable, "-m", "fedzo", "client", "up", str(site)]
 
 
+def test_a_site_has_a_place_for_compiled_kernels_also_where_its_user_has_no_home(tmp_path: Path) -> None:
+    """Numba refuses to import a kernel that it cannot keep."""
+    main(["client", "init", str(tmp_path), "--server", "h:1"])
+    unit, image = configparser.RawConfigParser(), (tmp_path / "image" / "Containerfile").read_text()
+    unit.read(tmp_path / "fedzo-client.service")
+
+    assert (unit["Service"]["CacheDirectory"], unit["Service"]["Environment"]) == ("%N", "NUMBA_CACHE_DIR=%C/%N")
+    (home,) = re.findall(r"^ENV HOME=(.*)$", image, re.MULTILINE)
+    assert home.startswith("/fedzo/")  # the folder that is mounted
+
+
+def test_services_of_a_site_have_a_line_for_a_proxy(tmp_path: Path) -> None:
+    main(["client", "init", str(tmp_path), "--server", "h:1"])
+    compose = (tmp_path / "compose.yaml").read_text().replace("# environment:", "environment:")
+
+    assert "# Environment=HTTPS_PROXY=http://proxy:3128" in (tmp_path / "fedzo-client.service").read_text()
+    assert yaml.safe_load(compose)["services"]["client"]["environment"] == {"HTTPS_PROXY": "http://proxy:3128"}
+
+
 @pytest.mark.parametrize(("side", "mounted"), [("server", [".:/fedzo"]), ("client", [".:/fedzo"])])
 def test_a_container_runs_one_side_with_its_folder_and_holds_nothing_of_it(
     server: Path, tmp_path: Path, side: str, mounted: list[str]
@@ -397,6 +425,20 @@ def test_doctor_names_what_is_wrong_with_a_server_and_what_to_do(server: Path) -
     assert read_certificate(server / "server.crt").names == (
         "fed.example.org", "other.example.org", "localhost", "127.0.0.1",
     )  # fmt: skip
+
+
+def test_doctor_of_a_folder_that_it_may_not_look_into_names_the_file(
+    server: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", refused)
+        assert bad(server)["folder"].startswith(f"{server / 'ca.key'}: Permission denied. Let this user read it")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_file", refused)
+        assert f"server folder {server}: this user must be allowed to read it" in bad(server)["folder"]
 
 
 def test_doctor_names_what_is_wrong_with_a_site(server: Path, tmp_path: Path) -> None:

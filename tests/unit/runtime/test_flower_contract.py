@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import datetime
 import email.utils
 import importlib
@@ -118,20 +119,32 @@ def test_supernode_pauses_by_the_name_that_is_replaced() -> None:
     assert used == {"sleep"}
 
 
+@pytest.fixture
+def flower_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is changed in Flower for a SuperNode is as it was at the end of a test."""
+    from flwr.supercore.retry import http_retry
+    from flwr.supernode import fleet_http_connection, node_auth_http_interceptor, start_client_internal
+
+    for owner, name in (
+        (node_auth_http_interceptor.NodeAuthHttpInterceptor, "intercept"),
+        (start_client_internal, "time"),
+        (start_client_internal, "_pull_and_store_message"),
+        (fleet_http_connection, "HEARTBEAT_DEFAULT_INTERVAL"),
+        (http_retry, "_RETRYABLE_TRANSPORT_ERRORS"),
+    ):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("flower_is_put_back")
 def test_supernode_pauses_shorter_once_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     from flwr.supercore import heartbeat
-    from flwr.supernode import fleet_http_connection, node_auth_http_interceptor, start_client_internal
+    from flwr.supernode import fleet_http_connection, start_client_internal
 
     from fedzo.runtime.net import _flower_daemons
 
-    signing = node_auth_http_interceptor.NodeAuthHttpInterceptor
-    monkeypatch.setattr(signing, "intercept", signing.intercept)
     slept: list[float] = []
-    for name in ("time", "_pull_and_store_message"):  # put back at the end
-        monkeypatch.setattr(start_client_internal, name, getattr(start_client_internal, name))
     assert fleet_http_connection.HEARTBEAT_DEFAULT_INTERVAL == 30
-    monkeypatch.setattr(fleet_http_connection, "HEARTBEAT_DEFAULT_INTERVAL", 30)
     assert "HEARTBEAT_DEFAULT_INTERVAL" in inspect.getsource(fleet_http_connection)
     monkeypatch.setattr(_flower_daemons.time, "sleep", slept.append)
 
@@ -152,35 +165,90 @@ def test_supernode_pauses_shorter_once_told_so(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("status", "ahead_s", "said"),
+    ("status", "ahead_s", "path", "said"),
     [
-        (401, 3600, ["the server refused: this machine's clock is 3600 s ahead of the server's"]),
-        (401, -3600, ["the server refused: this machine's clock is 3600 s behind the server's"]),
-        (401, 0, ["the server refused: the key of this site is not registered there, or was revoked"]),
-        (200, 3600, []),
+        (401, 3600, "activate-node", ["the server refused: this machine's clock is 3600 s ahead of the server's"]),
+        (401, -3600, "pull-messages", ["the server refused: this machine's clock is 3600 s behind the server's"]),
+        (401, 0, "activate-node", ["the server refused: the key of this site is not registered there, or was revoked"]),
+        (401, 0, "pull-messages", ["the server refused: it has started anew, or has revoked the key of this site"]),
+        (200, 3600, "activate-node", []),
     ],
 )
 def test_a_supernode_that_is_not_let_in_says_why(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, status: int, ahead_s: int, said: list[str]
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    ahead_s: int,
+    path: str,
+    said: list[str],
 ) -> None:
     """Flower itself ends it without a word; what it signs is the time that the server looks at."""
     from cryptography.hazmat.primitives.asymmetric import ec
     from flwr.supercore.retry import http_retry
     from flwr.supernode import node_auth_http_interceptor
+    from flwr.supernode.fleet_http_client import FleetHttpClient
 
     from fedzo.runtime.net import _flower_daemons
 
+    assert f'path="{_flower_daemons.ACTIVATE}"' in inspect.getsource(FleetHttpClient.ActivateNode)
     assert "codes.UNAUTHORIZED" in inspect.getsource(http_retry)
     right, key = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC), ec.generate_private_key(ec.SECP384R1())
     monkeypatch.setattr(node_auth_http_interceptor, "now", lambda: right + datetime.timedelta(seconds=ahead_s))
     signing = node_auth_http_interceptor.NodeAuthHttpInterceptor
-    context: Any = SimpleNamespace(request=httpx.Request("POST", "https://server/"))
+    context: Any = SimpleNamespace(request=httpx.Request("POST", f"https://server/v1/fleet/{path}"))
     answer = httpx.Response(status, headers={"date": email.utils.format_datetime(right, usegmt=True)})
 
     told = _flower_daemons._telling(signing.intercept)(signing(key, key.public_key()), context, lambda _: answer)
 
     assert told is answer
     assert [record.getMessage().rpartition(". ")[0] for record in caplog.records] == said
+
+
+@pytest.mark.slow
+def test_a_server_that_is_silent_is_told_of_once_and_again_when_it_answers(caplog: pytest.LogCaptureFixture) -> None:
+    from fedzo.runtime.net import _flower_daemons
+
+    refused, busy, good = httpx.ConnectError("[Errno 111] Connection refused"), httpx.Response(503), httpx.Response(200)
+    answers = iter([refused, busy, refused, refused, httpx.Response(502), refused, good, good])  # 502: a proxy's own
+
+    def intercept(self: object, context: object, call_next: object) -> httpx.Response:
+        if isinstance(answer := next(answers), httpx.ConnectError):
+            raise answer
+        return answer
+
+    telling = _flower_daemons._telling(intercept)
+    for _ in range(8):
+        with contextlib.suppress(httpx.ConnectError):
+            telling(None, None, None)
+
+    assert [record.getMessage() for record in caplog.records] == [
+        "the server does not answer ([Errno 111] Connection refused)",
+        "the server answers again",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("flower_is_put_back")
+def test_a_reply_that_a_proxy_does_not_pass_on_is_sent_again() -> None:
+    from flwr.supercore.retry import http_retry
+
+    from fedzo.runtime.net import _flower_daemons
+
+    sent: list[str] = []
+
+    def send() -> str:
+        sent.append("a reply")
+        if len(sent) < 3:
+            raise httpx.ProxyError("503 Service Unavailable")
+        return "taken"
+
+    assert httpx.ProxyError not in http_retry._RETRYABLE_TRANSPORT_ERRORS  # which is added
+    _flower_daemons.quicken(0.1, lease_s=NODE_LEASE_S)
+    invoker = http_retry.make_simple_http_retry_invoker()
+    invoker.wait_function = lambda seconds: None
+
+    assert invoker.invoke(send) == "taken"
+    assert len(sent) == 3
 
 
 @pytest.mark.slow

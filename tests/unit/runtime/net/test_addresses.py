@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from fedzo.errors import ConfigError
-from fedzo.runtime.net.addresses import accepts, free_ports, is_loopback, split_address
+from fedzo.runtime.net.addresses import accepts, bound, free_ports, is_loopback, split_address
 
 
 @pytest.mark.parametrize(("address", "parts"), [("a:1", ("a", 1)), ("[::1]:8443", ("::1", 8443))])
@@ -36,3 +36,11 @@ def test_free_ports_are_different_and_nobody_listens_there() -> None:
 def test_listening_port_accepts(host: str, family: socket.AddressFamily) -> None:
     with socket.create_server((host.strip("[]"), 0), family=family) as server:
         assert accepts(f"{host}:{server.getsockname()[1]}")
+
+
+def test_who_listens_at_all_addresses_of_ipv6_is_reached_by_ipv4_too() -> None:
+    with bound("[::]:0") as listening:
+        listening.listen()
+        port = listening.getsockname()[1]
+
+        assert [accepts(f"{host}:{port}") for host in ("127.0.0.1", "[::1]")] == [True, True]

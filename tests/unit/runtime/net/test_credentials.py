@@ -68,6 +68,31 @@ def test_only_this_user_reads_what_is_secret(tmp_path: Path) -> None:
     assert [path.stat().st_mode & 0o777 for path in (folder.path, client.path)] == [0o700, 0o700]
 
 
+def test_logs_are_secret_also_in_a_folder_that_was_there_before(tmp_path: Path) -> None:
+    for name in ("s", "c"):
+        (tmp_path / name / "logs").mkdir(parents=True)
+        (tmp_path / name / "logs").chmod(0o755)
+
+    folders = server(tmp_path / "s"), ClientFolder.make(tmp_path / "c", address="fed.example.org:8443", site="")
+
+    assert all(is_private(folder.file("logs")) for folder in folders)
+
+
+def test_a_folder_that_this_user_may_not_read_is_told_from_one_that_lacks_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = server(tmp_path / "s"), ClientFolder.make(tmp_path / "c", address="fed.example.org:8443", site="")
+
+    def refused(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refused)
+
+    for folder in folders:
+        with pytest.raises(ConfigError, match=rf"folder {folder.path}: this user must be allowed to read it"):
+            folder.check()
+
+
 def test_making_a_folder_again_keeps_all_that_is_there(tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in server(tmp_path / "s").path.iterdir() if path.is_file()}
 
@@ -122,8 +147,9 @@ def test_a_client_is_registered_once_with_an_index_a_name_and_a_key_of_its_own(t
     assert folder.add_client("b", index=None, key=second).index == 0  # the lowest that is free
 
     for name, index, key, what in [("a", 5, third, "name"), ("c", 3, third, "index"), ("c", 5, first, "key")]:
-        with pytest.raises(ConfigError, match=rf"its {what} must be its own, but client"):
+        with pytest.raises(ConfigError, match=rf"its {what} must be its own, but client") as refused:
             folder.add_client(name, index=index, key=key)
+        assert ("Then restart `fedzo server up`" in str(refused.value)) is (key == first)  # which Flower remembers
     assert [(client.index, client.name) for client in folder.clients] == [(0, "b"), (3, "a")]
     assert {key: client.index for key, client in folder.by_key().items()} == {pem_of(first): 3, pem_of(second): 0}
 
@@ -275,6 +301,21 @@ def test_a_site_that_is_invited_has_all_that_it_needs(tmp_path: Path) -> None:
     assert client.public_key == public_key_of(tmp_path / "key")
     assert client.file("site.yaml").read_text() == "x: 1\n"
     assert (client.endpoint.address, client.endpoint.secret) == (LISTENING.address, None)
+
+
+def test_an_invitation_is_of_the_same_authority_however_its_certificate_was_copied(tmp_path: Path) -> None:
+    authority = server(tmp_path / "s").file("ca.crt").read_bytes()
+    client = ClientFolder.make(tmp_path / "c", address="h:1", site="")
+    client.file("ca.crt").write_bytes(b"\xef\xbb\xbf" + authority.replace(b"\n", b"\r\n"))
+
+    ClientFolder.make(
+        tmp_path / "c", address="h:1", site="", invitation=Invitation(address="h:1", authority=authority.decode())
+    )
+
+    assert client.file("ca.crt").read_bytes() == authority
+    other = server(tmp_path / "other").file("ca.crt").read_text()
+    with pytest.raises(ConfigError, match=r"its ca\.crt is another server's"):
+        ClientFolder.make(tmp_path / "c", address="h:1", site="", invitation=Invitation(address="h:1", authority=other))
 
 
 def test_a_site_without_the_servers_authority_is_told_what_to_copy(tmp_path: Path) -> None:

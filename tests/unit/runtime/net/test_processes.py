@@ -11,7 +11,7 @@ import pytest
 
 from fedzo.errors import ProtocolError
 from fedzo.runtime.net import processes as module
-from fedzo.runtime.net.processes import Processes
+from fedzo.runtime.net.processes import Processes, Tail
 
 SLEEP = [sys.executable, "-S", "-c", "import time; print('up', flush=True); time.sleep(60)"]
 STUBBORN = [
@@ -93,6 +93,25 @@ def test_log_of_an_earlier_run_is_replaced(tmp_path: Path) -> None:
         wait_for_log(children, "worker", "up")
 
     assert (tmp_path / "worker.log").read_text() == "up\n"
+
+
+def test_a_log_that_is_cut_while_it_grows_is_read_from_its_new_beginning(tmp_path: Path) -> None:
+    """As by logrotate's copytruncate; whoever writes appends, and so begins anew."""
+    log = tmp_path / "site.log"
+    log.write_text("of an earlier start\n")
+    tail = Tail(log)
+    with log.open("a") as writer:
+        for line in ("the first\n", "the second\n"):
+            writer.write(line)
+            writer.flush()
+        assert tail.new() == ["the first", "the second"]
+
+        os.truncate(log, 0)
+        assert tail.new() == []
+        writer.write("the third\n")
+        writer.flush()
+        assert tail.new() == ["the third"]
+        assert tail.new() == []
 
 
 @pytest.mark.slow

@@ -1,0 +1,182 @@
+"""What `fedzo server up` and `fedzo client up` say, by what the processes that they keep are made to tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import pytest
+
+from fedzo.cli import main
+from fedzo.commands.client import up
+from fedzo.commands.doctor import folder_checks
+from fedzo.runtime.net.client_folder import ClientFolder
+from fedzo.runtime.net.daemons import CONNECTED, HEARD, SILENT
+from fedzo.runtime.net.processes import Processes
+from fedzo.runtime.net.server_folder import ServerFolder
+
+Capture = pytest.CaptureFixture[str]
+BOM = b"\xef\xbb\xbf"
+TIME = "2026-01-01 00:00:00,000 WARNING"
+EXPIRED = "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: certificate has expired (_ssl.c:1006)"
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Path:
+    assert main(["server", "init", str(tmp_path / "server"), "--host", "fed.example.org", "--port", "9443"]) == 0
+    return tmp_path / "server"
+
+
+@pytest.fixture
+def site(server: Path, tmp_path: Path) -> Path:
+    """The folder of a site whose server does not answer."""
+    init = ["client", "init", str(tmp_path / "site"), "--server", "127.0.0.1:9", "--ca", str(server / "ca.crt")]
+    assert main(init) == 0
+    return tmp_path / "site"
+
+
+@pytest.fixture
+def said(site: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """What `fedzo client up` says after it has begun, while its SuperNode's log grows by the pieces that are given."""
+
+    def keep(*pieces: str) -> list[str]:
+        left, told = list(pieces), list[str]()
+
+        def write(seconds: float) -> None:
+            if not left:
+                raise KeyboardInterrupt
+            with (site / "logs" / "supernode.log").open("a") as log:
+                log.write(left.pop(0))
+
+        monkeypatch.setattr(Processes, "start", lambda *_, **__: None)
+        monkeypatch.setattr("fedzo.commands.client.time.sleep", write)
+        with suppress(KeyboardInterrupt):
+            for line in up(ClientFolder(site)):
+                told.append(line)
+        return told[1:]
+
+    return keep
+
+
+def wrong(folder: Path) -> dict[str, str]:
+    return {name: told for name, good, told in folder_checks(folder) if not good}
+
+
+# --- a site
+
+
+@pytest.mark.parametrize(
+    ("reason", "says"),
+    [
+        ("[code: 1203] Failed to activate.", "the server refused: [code: 1203] Failed to activate."),
+        (EXPIRED, f"cannot connect: {EXPIRED}"),
+    ],
+)
+def test_a_site_that_does_not_connect_says_the_reason_and_whose_word_it_is(
+    said: Callable[..., list[str]], reason: str, says: str
+) -> None:
+    """By the lines with which Flower ends a SuperNode, which may come in pieces."""
+    first = "\x1b[91mERROR \x1b[0m:    Exit Code: 305\nFailed to initialize the connection to the SuperLink.\n"
+    rest = f"{reason}\nThe SuperNode could not establish a connection to the SuperLink.\n\nFor more, visit a page\n"
+
+    assert said(first, rest) == [says]
+
+
+def test_a_site_says_once_that_its_server_is_silent_and_that_it_answers_again(said: Callable[..., list[str]]) -> None:
+    written = (
+        f"WARNING :  Connection attempt failed, retrying in 0.71 seconds\n{TIME} {SILENT} ([Errno 111] refused)\n",
+        "WARNING :  Connection attempt failed, retrying in 1.52 seconds\n",
+        f"{TIME} {HEARD}\n{TIME} {CONNECTED} 17\n",
+    )
+
+    assert said(*written) == [
+        "127.0.0.1:9 does not answer ([Errno 111] refused); it is asked again",
+        "127.0.0.1:9 answers again",
+        "connected to 127.0.0.1:9",
+    ]
+
+
+def test_a_site_that_goes_up_keeps_its_logs_to_itself(site: Path, said: Callable[..., list[str]]) -> None:
+    (site / "logs").chmod(0o755)
+    assert wrong(site)["logs"] == f"others may read them: chmod 700 {site / 'logs'}"
+
+    said()
+
+    assert "logs" not in wrong(site)
+
+
+@pytest.mark.parametrize(
+    "copied", [lambda pem: BOM + pem, lambda pem: pem.replace(b"\n", b"\r\n")], ids=["with a mark", "with CRLF"]
+)
+def test_an_authority_that_was_copied_by_hand_is_the_same_and_is_made_plain(
+    server: Path, site: Path, said: Callable[..., list[str]], copied: Callable[[bytes], bytes]
+) -> None:
+    plain, copy = (server / "ca.crt").read_bytes(), server.with_name("copy.crt")
+    copy.write_bytes(copied(plain))
+
+    assert main(["client", "init", str(site), "--server", "127.0.0.1:9", "--ca", str(copy)]) == 0
+    assert (site / "ca.crt").read_bytes() == plain
+    (site / "ca.crt").write_bytes(copied(plain))  # without the command
+    assert "Is `fedzo server up` running there" in wrong(site)["server"]  # and no word of the certificate
+    said()
+
+    assert (site / "ca.crt").read_bytes() == plain
+
+
+# --- a server
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let `fedzo server up` have a SuperLink that answers to the registration of clients as is given, then end it."""
+
+    def keep(*answers: int | BaseException) -> None:
+        left = list(answers)
+
+        def register(folder: ServerFolder) -> int:
+            if isinstance(answer := left.pop(0), BaseException):
+                raise answer
+            return answer
+
+        def look(seconds: float) -> None:
+            if not left:
+                raise KeyboardInterrupt
+
+        stand_ins = {"start_superlink": lambda *_, **__: None, "wait_for_superlink": lambda *_, **__: None}
+        for name, stand_in in {**stand_ins, "register_clients": register, "time.sleep": look}.items():
+            monkeypatch.setattr(f"fedzo.commands.server.{name}", stand_in)
+
+    return keep
+
+
+def test_a_certificate_that_ends_soon_is_told_of_and_once_that_nobody_accepts_it(
+    server: Path, registered: Callable[..., None], capsys: Capture
+) -> None:
+    main(["server", "renew", "--dir", str(server), "--days", "5"])
+    silent, expired = httpx.ConnectError("[Errno 111] Connection refused"), httpx.ConnectError(EXPIRED)
+    registered(silent, expired, expired, 0)
+    capsys.readouterr()
+
+    assert main(["server", "up", str(server)]) == 0
+
+    said = capsys.readouterr().out.splitlines()
+    assert f"certificate valid for 5 days. `fedzo server renew --dir {server}`" in said
+    told = f"the clients cannot be registered: {EXPIRED}. See `fedzo doctor {server}`"
+    assert [line for line in said if "registered" in line] == [told, "0 clients are registered"]
+
+
+def test_the_clients_that_are_counted_are_those_that_the_superlink_lets_in(
+    server: Path, registered: Callable[..., None], capsys: Capture
+) -> None:
+    for name in ("a", "b"):
+        main(["server", "add-client", name, "--dir", str(server)])
+    registered(1)  # the key of one of them was revoked before
+    capsys.readouterr()
+
+    assert main(["server", "up", str(server)]) == 0
+
+    said = capsys.readouterr().out
+    assert "1 clients are registered" in said
+    assert "certificate" not in said  # which is good for long

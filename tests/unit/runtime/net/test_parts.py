@@ -1,0 +1,58 @@
+"""Which keys a SuperLink lets in: those of the registry, as far as it takes them."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from fedzo.errors import ProtocolError
+from fedzo.runtime.net import parts
+from fedzo.runtime.net.credentials import make_key, pem_of
+from fedzo.runtime.net.parts import Node, register_clients
+from fedzo.runtime.net.server_folder import Listening, ServerFolder
+
+
+class SuperLink:
+    """As much of one as knows keys: those of connected nodes, and for ever those that it has revoked."""
+
+    def __init__(self) -> None:
+        self.keys: dict[bytes, int] = {}
+        self.revoked: set[bytes] = set()
+
+    def nodes(self) -> list[Node]:
+        return [Node(node, key, online=True, online_until=0.0) for key, node in self.keys.items()]
+
+    def register(self, public_key: bytes, name: str) -> None:
+        if public_key in self.revoked:
+            raise ProtocolError(f"client {name}: the SuperLink must register its key, but says: already in use.")
+        self.keys[public_key] = len(self.keys) + 1
+
+    def unregister(self, node_id: int) -> None:
+        (key,) = [key for key, node in self.keys.items() if node == node_id]
+        del self.keys[key]
+        self.revoked.add(key)
+
+
+def test_a_key_that_was_revoked_is_not_counted_and_what_to_do_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    listening = Listening(address="h:1", listen="127.0.0.1:1", control="127.0.0.1:2")
+    folder, superlink = ServerFolder.make(tmp_path / "s", listening, names=["h"], days=30), SuperLink()
+    monkeypatch.setattr(parts, "control", lambda server: nullcontext(superlink))
+    first, second = (make_key(tmp_path / name) for name in ("first", "second"))
+    folder.add_client("a", index=0, key=first)
+    folder.add_client("b", index=1, key=second)
+    assert register_clients(folder) == 2
+    folder.remove_client("a")
+    assert register_clients(folder) == 1
+    caplog.clear()
+
+    folder.add_client("renamed", index=2, key=first)
+
+    assert register_clients(folder) == 1
+    assert set(superlink.keys) == {pem_of(second)}
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said.startswith("client renamed: the SuperLink must register its key, but says: already in use.")
+    assert said.endswith("restart `fedzo server up` while no run is served.")
