@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from fedzo.bench.claims import Claims
+from fedzo.bench.claims import Claims, measured_in
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
@@ -132,8 +132,7 @@ def one(runtime: str, clients: int, steps: int, folder: str) -> None:
 
 def gather(done: list[dict[str, Any]]) -> Claims:
     at = {(point["runtime"], point["clients"], point["local_steps"]): point for point in done}
-    environment = at["inline_batched", 1000, 10]["environment"]
-    claims = Claims(command="python experiments/clients/run.py", environment=environment)
+    claims = Claims(command="python experiments/clients/run.py", environment=measured_in(done))
     add = claims.add
     for steps in (1, 10):
         few, many = at["inline_batched", 10, steps], at["inline_batched", 1000, steps]

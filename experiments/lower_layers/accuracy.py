@@ -6,6 +6,10 @@ Each run is experiment=meerkat (Rotten Tomatoes, 160 rounds) with ``trainer.firs
 changed: the mask is that of all blocks, less the blocks below. Runs of one seed see the same rows in the same order. A
 run that is complete is not run again, and an interrupted one goes on. Forwards are counted in whole forwards of a
 round's rows: two, less what the blocks below the first layer cost in the second of them.
+
+Equal forwards are all those of the cheapest run, which alone has come to the end of its cosine schedule there. The
+others are read in the middle of theirs: the more a step costs, the higher the learning rate still is. So a comparison
+at equal forwards may favour runs of fewer blocks. Schedules of equal forwards would need runs of their own.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fedzo.bench.claims import Claims
+from fedzo.bench.claims import Claims, measured_in
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/lower_layers")
@@ -72,6 +76,7 @@ def run(seed: int, first: int) -> Run:
         "before": test_score(summary["before"]),
         "after": test_score(summary["after"]),
         "dev": sorted([line["round"], line["loss"]] for line in scores if line["split"] == "dev"),
+        "environment": json.loads((folder / "environment.json").read_text()),
     }
 
 
@@ -97,7 +102,8 @@ def gather(runs: dict[str, Run]) -> None:
     seeds = [seed for seed in sorted({seed for seed, _ in by}) if all((seed, first) in by for first in done)]
     if not seeds:
         return
-    claims = Claims(command=COMMAND, seeds=seeds)
+    counted = [by[seed, first] for seed in seeds for first in done]
+    claims = Claims(command=COMMAND, seeds=seeds, environment=measured_in(counted))
     base = [by[seed, min(done)] for seed in seeds]
     equal = min(cost(first) * by[seed, first]["dev"][-1][0] for first in done for seed in seeds)
     for first in done:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,15 +20,15 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from fedzo.bench.claims import Claims, measured_with
+from fedzo.bench.claims import Claims, measured_in, measured_with
 from fedzo.commands.mask import make_mask
 from fedzo.commands.run_folder import rebuild
 from fedzo.commands.train import start_run
 from fedzo.config.load import load
-from fedzo.data.rows import ClientRows
+from fedzo.data.encode import Example
 from fedzo.evaluate import evaluate
+from fedzo.fl.client.local_update import Batches
 from fedzo.fl.client.scalar_update import ScalarUpdate
-from fedzo.run.client_context import ClientContext
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "hostile.json"
@@ -87,8 +88,10 @@ def find(done: list[dict[str, Any]], attack: str, rule: str) -> dict[str, Any] |
 def run(folder: Path, attack: str, rule: str, mask: Path, *, first: bool) -> dict[str, Any]:
     """One run and its score on test rows after the last round; of the first one also before it."""
     settings = [*SETTINGS, *RULES[rule], f"inputs.artifact={mask}"]
-    with lies(ATTACKS[attack]):
+    with lies(ATTACKS[attack]) as told:
         start_run(load(settings), folder, overrides=settings)
+    if {*told} != ({*HOSTILE} if attack != "none" else set()):
+        raise SystemExit(f"{attack}: clients {HOSTILE} alone must lie, got {dict(told)}. Mend what `lies` replaces.")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rounds = [line for line in lines if line["kind"] == "round"]
     return {
@@ -103,23 +106,32 @@ def run(folder: Path, attack: str, rule: str, mask: Path, *, first: bool) -> dic
 
 
 @contextmanager
-def lies(factor: float | None) -> Iterator[None]:
-    """Make the hostile clients lie: flip their labels (None), or send a multiple of what they measured."""
-    rows, as_sent = ClientContext.rows, ScalarUpdate.as_sent
+def lies(factor: float | None) -> Iterator[Counter[int]]:
+    """Make the hostile clients lie: flip their labels (None), or multiply the scalars that they measured (1: no lie).
 
-    def flipped(context: ClientContext, client: int) -> ClientRows:
-        true = rows(context, client)
-        if factor is not None or client not in HOSTILE:
-            return true
-        return replace(true, train=[{**row, "label": 1 - int(str(row["label"]))} for row in true.train])
+    Labels are flipped where a local step takes its rows, so a count says that steps were taken on them.
+
+    Yields:
+        By client: how many rows of its steps had another label, or how many of its scalars were multiplied.
+    """
+    of, as_sent = Batches.of, ScalarUpdate.as_sent
+    told: Counter[int] = Counter()
+
+    def flipped(batches: Batches, request: Any, *, step: int) -> list[Example]:
+        rows = of(batches, request, step=step)
+        if factor is not None or request.client not in HOSTILE:
+            return rows
+        told[request.client] += len(rows)
+        return [replace(row, label=1 - row.label) for row in rows]
 
     def scaled(update: ScalarUpdate, projections: list[Any], request: Any) -> Any:
-        if factor is not None and request.client in HOSTILE:
+        if factor not in (None, 1) and request.client in HOSTILE:
+            told[request.client] += len(projections)
             projections = [replace(each, g=each.g * factor) for each in projections]
         return as_sent(update, projections, request)
 
-    with mock.patch.object(ClientContext, "rows", flipped), mock.patch.object(ScalarUpdate, "as_sent", scaled):
-        yield
+    with mock.patch.object(Batches, "of", flipped), mock.patch.object(ScalarUpdate, "as_sent", scaled):
+        yield told
 
 
 def score(folder: Path, rounds: int) -> dict[str, Any]:
@@ -136,8 +148,7 @@ def score(folder: Path, rounds: int) -> dict[str, Any]:
 
 def gather(done: list[dict[str, Any]]) -> Claims:
     """The claims of the table."""
-    environment = done[0]["environment"]
-    claims = Claims(command=COMMAND, environment=environment)
+    claims = Claims(command=COMMAND, environment=measured_in(done))
     honest = done[0]
     what = f"quickstart's task, 10 clients, {ROUNDS} rounds of one row a client, {TEST_ROWS} test rows"
     claims.add(f"{what}: accuracy before", honest["before"]["accuracy"], "share")

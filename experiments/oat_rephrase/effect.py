@@ -5,7 +5,9 @@
 DATA has ``copa/test.jsonl``, ``cb/test.jsonl`` and ``c4/train.jsonl``. REWRITES has ``copa`` and ``cb`` with the
 published rewrites of OAT's first author, which have no licence: their text is in a temporary folder while a run lasts.
 Each result is a cell of ``effect.json``, so a repeated call goes on after any end. ``--show`` prints what is there and
-runs nothing. A comparison is a claim once all of its cells are there.
+runs nothing. A comparison is a claim once all of its cells are there. The claim says so where a rate that was chosen
+lies at the edge of its grid, or leaves the dev loss not below the untrained model's: from such a comparison nothing
+follows. This rule came after the runs.
 
 What is fixed before any run:
 

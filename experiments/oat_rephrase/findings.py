@@ -10,7 +10,7 @@ from analysis import crossed_effect, relative_gain
 from arms import TrainSet, changed
 from cells import METHODS, SEEDS, Cell, Cells, gradient_name, num_batches, run_name, tuned, tuning_name
 
-from fedzo.bench.claims import Claims
+from fedzo.bench.claims import Claims, measured_in
 
 PLAIN = {"oat": "prompt2", "model-oat": "model-plain"}
 """The arm without the optimiser's wishes, which says whether they do anything."""
@@ -19,7 +19,8 @@ COMMAND = "python experiments/oat_rephrase/effect.py --data DATA --rewrites REWR
 
 def report(cells: Cells, sets: Mapping[str, Sequence[TrainSet]], path: Path) -> None:
     """Print every comparison, and write the claims of those that are whole."""
-    known, claims = cells.all(), Claims(command=COMMAND)
+    known = cells.all()
+    claims = Claims(command=COMMAND, environment=measured_in(known.values()))
     for task, of_task in sets.items():
         claims.seeds = list(SEEDS[task])
         arms = {each.arm: [other for other in of_task if other.arm == each.arm] for each in of_task}
@@ -63,44 +64,68 @@ def _training(
     known: Mapping[str, Cell], claims: Claims, task: str, method: str, other: TrainSet, of_arm: Sequence[TrainSet]
 ) -> None:
     what = f"SmolLM2-135M, {task}, {method}: loss on test rows after training on {of_arm[0].arm} less on {other.arm}"
-    names = [*_runs(task, method, of_arm), *_runs(task, method, [other])]
-    if _whole(known, [*names, *_tries(task, method, of_arm[0]), *_tries(task, method, other)], what):
-        losses = np.array([known[name]["test"] for name in names])
-        _effect(claims, what, losses[: len(names) // 2] - losses[len(names) // 2 :])
+    ours, theirs = (_runs(known, task, method, sets, what) for sets in (of_arm, [other]))
+    if ours and theirs and _whole(known, [f"untrained/{task}"], what):
+        losses = [np.array([known[name]["test"] for name in names]) for names in (ours, theirs)]
+        _effect(claims, what, losses[0] - losses[1], _doubts(known, task, method, [of_arm[0], other]))
 
 
 def _learned(known: Mapping[str, Cell], claims: Claims, task: str, method: str, original: TrainSet) -> None:
     what = f"SmolLM2-135M, {task}, {method}: loss on test rows after training on the original less untrained"
-    names = _runs(task, method, [original])
-    if _whole(known, [*names, *_tries(task, method, original), f"untrained/{task}"], what):
-        base = np.array(known[f"untrained/{task}"]["test"])
-        _effect(claims, what, np.array([known[name]["test"] for name in names]) - base)
+    names = _runs(known, task, method, [original], what)
+    if names and _whole(known, [f"untrained/{task}"], what):
+        differences = np.array([known[name]["test"] for name in names]) - np.array(known[f"untrained/{task}"]["test"])
+        _effect(claims, what, differences, _doubts(known, task, method, [original]))
 
 
 def _facts(known: Mapping[str, Cell], claims: Claims, task: str, method: str, of_arm: Sequence[TrainSet]) -> None:
     """The learning rate that an arm was given, and its accuracy, of which nothing is concluded."""
-    what, names = f"SmolLM2-135M, {task}, {method}, {of_arm[0].arm}", _runs(task, method, of_arm)
-    if _whole(known, [*names, *_tries(task, method, of_arm[0])], what):
+    what = f"SmolLM2-135M, {task}, {method}, {of_arm[0].arm}"
+    if names := _runs(known, task, method, of_arm, what):
         claims.add(f"{what}: learning rate by dev loss", tuned(known, task, method, of_arm[0]), "")
         rows = len(known[names[0]]["test"])
         right = float(np.mean([known[name]["right"] for name in names])) / rows
         claims.add(f"{what}: accuracy on {rows} test rows", right, "")
 
 
-def _runs(task: str, method: str, of_arm: Sequence[TrainSet]) -> list[str]:
-    return [run_name(task, method, of_arm[seed % len(of_arm)], seed) for seed in SEEDS[task]]
+def _runs(known: Mapping[str, Cell], task: str, method: str, of_arm: Sequence[TrainSet], what: str) -> list[str]:
+    """Cells of an arm's runs at its rate; none where one of them, or of those that choose the rate, is missing."""
+    if not _whole(known, [tuning_name(task, method, of_arm[0], lr) for lr in METHODS[method]], what):
+        return []
+    lr = tuned(known, task, method, of_arm[0])
+    names = [run_name(task, method, of_arm[seed % len(of_arm)], lr, seed) for seed in SEEDS[task]]
+    return names if _whole(known, names, what) else []
 
 
-def _tries(task: str, method: str, each: TrainSet) -> list[str]:
-    return [tuning_name(task, method, each, lr) for lr in METHODS[method]]
+def _doubts(known: Mapping[str, Cell], task: str, method: str, tuned_on: Sequence[TrainSet]) -> list[str]:
+    """Why nothing follows from runs at the rates that were tuned on these sets, one of each arm.
+
+    Beyond the edge of the grid there may be a better rate. Where dev rows gain nothing, runs may agree because none of
+    them has learnt.
+    """
+    untrained = float(np.mean(known[f"untrained/{task}"]["dev"]))
+    at_edge, no_gain = [], []
+    for each in tuned_on:
+        lr = tuned(known, task, method, each)
+        if lr in (min(METHODS[method]), max(METHODS[method])):
+            at_edge.append(each.arm)
+        if float(np.mean(known[tuning_name(task, method, each, lr)]["dev"])) >= untrained:
+            no_gain.append(each.arm)
+    doubts = [f"best rate of {' and '.join(at_edge)} at the edge of the grid"] if at_edge else []
+    return [*doubts, f"dev loss of {' and '.join(no_gain)} not below untrained"] if no_gain else doubts
 
 
-def _effect(claims: Claims, what: str, differences: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> None:
+def _effect(
+    claims: Claims, what: str, differences: np.ndarray[tuple[int, ...], np.dtype[np.float64]], doubts: Sequence[str]
+) -> None:
+    """An effect as it was measured; what there is against it is a part of the claim."""
     effect = crossed_effect(differences)
+    what = "; ".join([what, *doubts])
     claims.add(what, effect.mean, "nats")
     claims.add(f"{what}, lower end of its 95 % interval", effect.low, "nats")
     claims.add(f"{what}, upper end", effect.high, "nats")
-    claims.add(f"{what}, smallest effect that four such studies in five would find", effect.smallest, "nats")
+    if not doubts:  # runs that have learnt nothing agree closely, which is no power to see an effect
+        claims.add(f"{what}, smallest effect that four such studies in five would find", effect.smallest, "nats")
 
 
 def _whole(known: Mapping[str, Cell], names: Sequence[str], what: str) -> bool:

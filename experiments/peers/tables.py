@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from methods import METHODS, Method
 
-from fedzo.bench.claims import Claims
+from fedzo.bench.claims import Claims, measured_in
 
 HERE = Path(__file__).parent
 COMMAND = "python experiments/peers/run.py"
@@ -26,7 +26,7 @@ def write(results: dict[str, Entry]) -> None:
     runs = [run for task in TITLES for method in METHODS for run in chosen(results, task, method)]
     if not runs:
         return
-    claims = Claims(command=COMMAND, seeds=sorted({entry["seed"] for entry in runs}), environment=environment_of(runs))
+    claims = Claims(command=COMMAND, seeds=sorted({entry["seed"] for entry in runs}), environment=measured_in(runs))
     for task, title in TITLES.items():
         mine = [entry for entry in runs if entry["task"] == task]
         if mine:
@@ -41,10 +41,6 @@ def write(results: dict[str, Entry]) -> None:
     claims.write(HERE / "claims.json")
     draw(runs)
     print("`python docs/tables.py` puts them into the pages")
-
-
-def environment_of(runs: list[Entry]) -> Entry:
-    return {key: value for key, value in runs[-1]["environment"].items() if key != "command"}
 
 
 def ladder(results: dict[str, Entry], task: str, method: str) -> dict[float, float]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fedzo.bench.claims import Claims
+from fedzo.bench.claims import Claims, measured_in
 from fedzo.config.load import load
 from fedzo.data.sources import load_splits
 
@@ -34,7 +34,7 @@ def main() -> None:
         runs = list(pool.map(run, SEEDS))
     learnt = [100 * (each["after"]["value"] - each["before"]["best_threshold_accuracy"]) for each in runs]
     areas = [each["after"]["auc"] - each["before"]["auc"] for each in runs]
-    claims = Claims(command=COMMAND, seeds=list(SEEDS))
+    claims = Claims(command=COMMAND, seeds=list(SEEDS), environment=measured_in(runs))
     base = "accuracy as it answers, less the base model's at its best threshold"
     claims.add(f"{base}, mean over seeds", fmean(learnt), "points", at_least=5)
     claims.add(f"{base}, worst seed", min(learnt), "points", at_least=3)
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def run(seed: int) -> dict[str, Any]:
-    """A run's summary."""
+    """A run's summary, with its environment."""
     folder = RUNS / str(seed)
     lines = folder / "metrics.jsonl"
     if not lines.exists() or '"kind":"summary"' not in lines.read_text():
@@ -56,8 +56,8 @@ def run(seed: int) -> dict[str, Any]:
         settings = ["experiment=quickstart", OTHER, f"seed={seed}", "threads=1", "report=none"]
         subprocess.run([sys.executable, "-m", "fedzo", "train", *settings, f"hydra.run.dir={folder}"], check=True)
     told = [json.loads(line) for line in lines.read_text().splitlines()]
-    summary: dict[str, Any] = next(line for line in told if line["kind"] == "summary")
-    return summary
+    (summary,) = (line for line in told if line["kind"] == "summary")
+    return {**summary, "environment": json.loads((folder / "environment.json").read_text())}
 
 
 def common() -> float:

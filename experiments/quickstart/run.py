@@ -21,7 +21,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fedzo.bench.claims import Claims
+from fedzo.bench.claims import Claims, measured_in
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/quickstart")
@@ -39,7 +39,7 @@ def main() -> None:
         "wall_s": [entry["wall_s"] for entry in runs],
         "avx2_wall_s": avx2["wall_s"],
         "installation_s": installation_s,
-        "environment": runs[0]["environment"],
+        "environment": measured_in(runs),
         "command": COMMAND,
     }
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -59,7 +59,6 @@ def run(folder: Path, seed: int, variables: dict[str, str] | None = None) -> dic
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     summary = {"seed": seed, **next(line for line in lines if line["kind"] == "summary")}
     environment = json.loads((folder / "environment.json").read_text())
-    environment.pop("command")
     return {"summary": summary, "lines": lines, "environment": environment, "wall_s": wall_s}
 
 
@@ -94,7 +93,7 @@ def gather(runs: list[dict[str, Any]], avx2: dict[str, Any], installation_s: flo
 
     up = max(e["summary"]["payload_up_bytes"] for e in runs) / clients
     messages = max(e["summary"]["message_up_bytes"] + e["summary"]["message_down_bytes"] for e in runs) / clients
-    claims = Claims(command=COMMAND, seeds=list(SEEDS), environment=runs[0]["environment"])
+    claims = Claims(command=COMMAND, seeds=list(SEEDS), environment=measured_in(runs))
     add = claims.add
     add("accuracy rises from its zero-shot value, mean over seeds", sum(gains) / len(gains), "points", at_least=20)
     add("accuracy rises from its zero-shot value, worst seed", min(gains), "points", at_least=15)

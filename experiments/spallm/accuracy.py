@@ -4,8 +4,10 @@ Tasks, clients, rows, seeds and steps are those of the study in ``experiments/me
 of 2 rows a client, SmolLM2-135M. Here it is a sketch of 4 bits, made on 16 windows of 512 tokens of C4, whose tables
 are trained. Fixed before any run, as in that study: the learning rate is of a ladder of factors of two, begun at 1e-4,
 and has the least dev loss of seed 0, inside the ladder; eps is 1e-3; the tested model is the best by dev loss of five.
-A comparison is by seeds: the run here less the run of the study with the same seed, with Student's 95 % interval. One
-that contains 0 is a tie.
+A comparison is by seeds: the run here less the run of the study with the same seed, with Student's 95 % interval. Its
+verdict is by the study's rules (``experiments/meerkat/verdicts.py``), which replaced others after the runs. Trained
+tables are ahead or behind where the interval leaves out 0 and the difference is a point at least. Where the whole
+interval lies within 2 points, that is said. All else cannot be judged, nor can a method all of whose runs diverge.
 
 Results are in ``accuracy.json``, so a repeated call goes on. DIR has ``sst2``, ``ag_news`` and ``c4``. A run takes one
 thread and 6 to 15 minutes; two run at a time.
@@ -25,7 +27,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fedzo.bench.claims import Claims, interval
+from fedzo.bench.claims import Claims, interval, measured_in
 
 HERE = Path(__file__).parent
 EMBEDDED = "SmolLM2-135M (itself from a Q4_1 file, 5 bits a weight)"
@@ -38,6 +40,8 @@ TASKS = {"sst2": "SST-2", "ag_news": "AG News"}
 OTHERS = {"meerkat": "Meerkat", "full": "Full-FedZO", "lora": "LoRA-FedZO"}
 SEEDS = (0, 1, 2)
 FIRST, LADDER = 1e-4, 2.0
+LEAST, SAME = 1.0, 2.0
+"""Points: a smaller difference is not judged; two methods that are nearer do the same. Both are the study's."""
 STORE = threading.Lock()
 Run = dict[str, Any]
 
@@ -92,6 +96,7 @@ def run(task: str, *, seed: int, lr: float) -> Run:
         "dev": [[s["round"], s["value"], s["loss"]] for s in lines if s["kind"] == "score" and s["split"] == "dev"],
         "best_round": summary["best_round"],
         "seconds": round(summary["seconds"], 1),
+        "environment": json.loads((records.parent / "environment.json").read_text()),
     }
     with STORE:
         part = RESULTS.with_suffix(".part")
@@ -113,7 +118,7 @@ def best_dev_loss(found: Run) -> float:
 
 def write_claims() -> None:
     """Rows of each task whose seeds are all there."""
-    claims = Claims(command=COMMAND, seeds=list(SEEDS))
+    claims = Claims(command=COMMAND, seeds=list(SEEDS), environment=measured_in(known().values()))
     for task, title in TASKS.items():
         found = [each for each in known().values() if each["task"] == task]
         rates = {rate: {each["seed"]: each for each in found if each["lr"] == rate} for rate in lrs()}
@@ -129,13 +134,29 @@ def write_claims() -> None:
         claims.add(f"{what}: test accuracy, mean of three seeds", mean, f"% +- {half:.1f}")
         claims.add(f"{what}: test loss, mean of three seeds", fmean(r["after"]["loss"] for r in runs.values()), "")
         for label, theirs in others(task):
-            gains = [100 * (runs[seed]["after"]["value"] - theirs[seed]) for seed in SEEDS]
+            gains = [100 * (runs[seed]["after"]["value"] - theirs[seed]["after"]["value"]) for seed in SEEDS]
             mean, half = interval(gains)
-            verdict = "a tie" if abs(mean) <= half else "ahead" if mean > 0 else "behind"
-            unit = f"points +- {half:.1f}: {verdict}"
+            sides = (("the tables", runs), (label, theirs))
+            lost = [side for side, by_seed in sides if all(diverged(by_seed[seed]) for seed in SEEDS)]
+            seen = f"cannot judge; all runs of {' and '.join(lost)} diverge" if lost else verdict(gains)
+            unit = f"points +- {half:.1f}: {seen}"
             claims.add(f"{what}: test accuracy, less that of {label} of the dense model", mean, unit)
     claims.show()
     claims.write(HERE / "claims.json")
+
+
+def verdict(gains: list[float]) -> str:
+    """Of differences in points, one a seed."""
+    mean, half = interval(gains)
+    if abs(mean) >= max(half, LEAST):
+        return "ahead" if mean > 0 else "behind"
+    return f"within {SAME:g} points" if abs(mean) + half <= SAME else "cannot judge"
+
+
+def diverged(found: Run) -> bool:
+    """Whether the run ended with a higher dev loss than the base model's, whatever its best checkpoint reached."""
+    base, last = found["dev"][0][2], found["dev"][-1][2]
+    return last is None or last > base
 
 
 def lrs() -> list[float]:
@@ -143,12 +164,12 @@ def lrs() -> list[float]:
     return sorted({found["lr"] for found in known().values()})
 
 
-def others(task: str) -> Iterator[tuple[str, dict[int, float]]]:
-    """Each other method with its test accuracy by seed, from the study's rows."""
+def others(task: str) -> Iterator[tuple[str, dict[int, Run]]]:
+    """Each other method with its runs by seed: the study's rows."""
     rows = json.loads((STUDY / "results" / "core.json").read_text())
     for method, label in OTHERS.items():
         found = [row for row in rows if (row["task"], row["method"], row["budget"]) == (task, method, "T1")]
-        yield label, {row["seed"]: row["after"]["value"] for row in found}
+        yield label, {row["seed"]: row for row in found}
 
 
 def fedzo(*words: str) -> None:

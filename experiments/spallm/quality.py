@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig
 
-from fedzo.bench.claims import Claims
+from fedzo.bench.claims import Claims, measured_in, measured_with
 from fedzo.data.files import read_running_text
 from fedzo.evaluate.perplexity import perplexity, text_windows
 from fedzo.models.config import ModelConfig
@@ -137,7 +137,7 @@ def on_wikitext(loaded: LoadedModel, data: Path) -> float:
 
 def write_claims(results: dict[str, Result]) -> None:
     """Rows of the results that are there."""
-    claims = Claims(command=COMMAND)
+    claims = Claims(command=COMMAND, environment=measured_in(results.values()))
     base = results["dense"]["perplexity"]
     values = {name: result["perplexity"] for name, result in results.items()}
     bounds = {"4 bits": 1.10, "4 bits, all 128 windows": 1.10, "3 bits": 1.70}
@@ -180,7 +180,7 @@ def main() -> None:
     results: dict[str, Result] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in ["dense", *(arguments.only or CELLS)]:
         if name not in results:
-            results[name] = CELLS[name](arguments.data)
+            results[name] = CELLS[name](arguments.data) | {"environment": measured_with()}
             RESULTS.write_text(json.dumps(results, indent=2) + "\n")
             write_claims(results)
         print(f"{name}: {results[name]['perplexity']:.2f}", flush=True)

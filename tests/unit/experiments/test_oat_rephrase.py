@@ -40,6 +40,12 @@ def cells(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
+def findings(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module("findings")
+
+
+@pytest.fixture
 def arms(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(FOLDER))
     return importlib.import_module("arms")
@@ -267,3 +273,67 @@ def test_the_rate_is_that_of_the_least_dev_loss(cells: Any, arms: Any) -> None:
     losses = {4e-6: [0.7, 0.7], 1.6e-5: [0.9, 0.3], 6.4e-5: [0.8, 0.8]}
     known = {cells.tuning_name("copa", "mezo", each, lr): {"dev": dev} for lr, dev in losses.items()}
     assert cells.tuned(known, "copa", "mezo", each) == 1.6e-5
+
+
+def test_runs_of_another_rate_are_not_those_of_the_tuned_one(cells: Any, arms: Any) -> None:
+    each = arms.TrainSet("rule", "rule", [{"premise": "a"}])
+    names = {cells.run_name("copa", "mezo", each, lr, 3) for lr in cells.METHODS["mezo"]}
+    assert names == {f"train/copa/mezo/rule-{each.digest}/{lr}/3" for lr in ("4e-06", "1.6e-05", "6.4e-05")}
+
+
+@pytest.mark.parametrize(
+    ("of_original", "of_rule", "doubts"),
+    [
+        ([0.7, 0.5, 0.8], [0.6, 0.4, 0.9], []),
+        ([0.7, 0.5, 0.8], [0.6, 0.4, 0.3], ["best rate of rule at the edge of the grid"]),
+        ([0.7, 0.5, 0.8], [0.8, 0.75, 0.9], ["dev loss of rule not below untrained"]),
+        (
+            [0.72, 0.8, 0.9],
+            [0.5, 0.6, 0.7],
+            ["best rate of rule and original at the edge of the grid", "dev loss of original not below untrained"],
+        ),
+    ],
+)
+def test_a_comparison_says_so_where_a_rate_is_at_the_edge_or_has_learnt_nothing(
+    findings: Any,
+    cells: Any,
+    arms: Any,
+    tmp_path: Path,
+    of_original: list[float],
+    of_rule: list[float],
+    doubts: list[str],
+) -> None:
+    """The untrained dev loss is 0.7. Rates and accuracies are claimed all the same, and how large an effect would have
+    been found only where nothing is said against the comparison.
+    """
+    sets = [arms.TrainSet(arm, arm, [{"premise": arm}] * 10) for arm in ("original", "rule")]
+    made: dict[str, Any] = {"untrained/copa": {"dev": [0.6, 0.8], "test": [1.0, 2.0]}}
+    for each, losses, of_test in zip(sets, (of_original, of_rule), (0.5, 0.4), strict=True):
+        for lr, loss in zip(cells.METHODS["mezo"], losses, strict=True):
+            made[cells.tuning_name("copa", "mezo", each, lr)] = {"dev": [loss, loss]}
+        lr = cells.tuned(made, "copa", "mezo", each)
+        for seed in cells.SEEDS["copa"]:
+            test = [of_test + seed / 100, 1.0]
+            made[cells.run_name("copa", "mezo", each, lr, seed)] = {"test": test, "right": 1, "lr": lr}
+    (tmp_path / "effect.json").write_text(json.dumps(made))
+
+    findings.report(cells.Cells(tmp_path / "effect.json"), {"copa": sets}, tmp_path / "claims.json")
+
+    claims = {row["claim"]: row["value"] for row in json.loads((tmp_path / "claims.json").read_text())}
+    what = "SmolLM2-135M, copa, mezo: loss on test rows after training on rule less on original"
+    told = "; ".join([what, *doubts])
+    assert claims[told] == pytest.approx(-0.05)  # of -0.1 and 0
+    ends = {f"{told}, lower end of its 95 % interval", f"{told}, upper end"}
+    smallest = f"{told}, smallest effect that four such studies in five would find"
+    of_comparison = {claim for claim in claims if claim.startswith(what)}
+    assert of_comparison == {told, *ends, *([] if doubts else [smallest])}
+    for each in sets:
+        assert f"SmolLM2-135M, copa, mezo, {each.arm}: learning rate by dev loss" in claims
+        assert claims[f"SmolLM2-135M, copa, mezo, {each.arm}: accuracy on 2 test rows"] == 0.5
+
+
+def test_what_is_committed_has_its_rate_in_its_name(cells: Any) -> None:
+    known = cells.Cells(FOLDER / "effect.json").all()
+    runs = {name: cell["lr"] for name, cell in known.items() if name.startswith("train/")}
+    assert runs
+    assert all(name.split("/")[-2] == f"{lr:g}" for name, lr in runs.items())

@@ -1,0 +1,86 @@
+"""Trained tables beside other trainers: verdicts by the rules of the study that the others are from."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parents[3] / "experiments"
+
+
+@pytest.fixture
+def accuracy() -> Any:
+    """The script by a name of its own; another experiment has one of this name, too."""
+    spec = importlib.util.spec_from_file_location("spallm_accuracy", FOLDER / "spallm" / "accuracy.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def verdicts(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(FOLDER / "meerkat"))
+    return importlib.import_module("verdicts")
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        ([5.0, 6.0, 5.0], "ahead"),
+        ([-5.0, -6.0, -5.0], "behind"),
+        ([5.0, -4.0, 1.0], "cannot judge"),  # an interval of 11 points to either side says nothing
+        ([0.5, -0.3, 0.1], "within 2 points"),
+        ([0.1, 0.1, 0.1], "within 2 points"),  # a few test rows, three times
+    ],
+)
+def test_a_difference_is_judged_as_the_study_judges_it(
+    accuracy: Any, verdicts: Any, points: list[float], expected: str
+) -> None:
+    ours = [each / 100 for each in points]
+    measure = verdicts.ACCURACY
+    as_good = {verdicts.as_good(found, measure) for found in (ours, [-each for each in ours])}
+    of_study = {"confirmed": "ahead", "contradicted": "behind"}.get(verdicts.ahead(ours, measure))
+
+    assert accuracy.verdict(points) == expected
+    assert of_study == (expected if expected in ("ahead", "behind") else None)
+    assert (as_good == {"confirmed"}) == (expected == "within 2 points")
+    assert pytest.approx(100 * measure.least) == accuracy.LEAST
+    assert pytest.approx(100 * measure.same) == accuracy.SAME
+
+
+def test_a_method_all_of_whose_runs_diverge_is_not_judged(
+    accuracy: Any, verdicts: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """All three runs of LoRA end above the base's dev loss of 1, and one of Full-FedZO does."""
+
+    def made(method: str, seed: int, value: float, last: float | None) -> dict[str, Any]:
+        dev = [[0, 0.5, 1.0], [10, 0.7, 0.8], [20, 0.5, last]]
+        score = {"value": value, "loss": 0.5}
+        which = {"task": "sst2", "method": method, "budget": "T1", "seed": seed, "lr": 1e-4}
+        return {**which, "before": {"value": 0.5, "loss": 1.0}, "after": score, "dev": dev}
+
+    ours = [made("tables", seed, 0.8 + seed / 100, 0.7) for seed in range(3)]
+    study = [made("meerkat", seed, 0.7, 0.7) for seed in range(3)]
+    study += [made("full", seed, 0.9, 1.1 if seed == 2 else 0.9) for seed in range(3)]
+    study += [made("lora", seed, 0.5, last) for seed, last in enumerate((1.4, None, 1.01))]
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "core.json").write_text(json.dumps(study))
+    (tmp_path / "accuracy.json").write_text(json.dumps({str(each["seed"]): each for each in ours}))
+    for name, path in (("HERE", tmp_path), ("STUDY", tmp_path), ("RESULTS", tmp_path / "accuracy.json")):
+        monkeypatch.setattr(accuracy, name, path)
+
+    accuracy.write_claims()
+
+    claims = json.loads((tmp_path / "claims.json").read_text())
+    told = {row["claim"].partition("less that of ")[2]: row["unit"].partition(": ")[2] for row in claims}
+    assert told["Meerkat of the dense model"] == "ahead"
+    assert told["Full-FedZO of the dense model"] == "behind"
+    assert told["LoRA-FedZO of the dense model"] == "cannot judge; all runs of LoRA-FedZO diverge"
+    assert [accuracy.diverged(each) for each in study] == [verdicts.diverged(each) for each in study]
