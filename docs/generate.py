@@ -15,7 +15,7 @@ import textwrap
 from enum import Enum
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from fedzo.config.plugins import LISTS, PLAIN, list_classes, plugin_classes
 from fedzo.config.schema import LaunchConfig, RunSettings, SiteConfig
@@ -62,9 +62,9 @@ def enum_of(hint: Any) -> type[Enum] | None:
 
 
 def type_name(hint: Any) -> str:
-    """``list[str]`` as it is, ``str | None`` as "str or null", an enum as "choice"."""
+    """``list[str]`` as it is, ``str | None`` as "str or null", an enum as "choice", several of one as "list"."""
     if enum_of(hint):
-        return "choice"
+        return "list" if get_origin(hint) is list else "choice"
     parts = [part for part in get_args(hint) if part is not type(None)]
     if type(None) in get_args(hint):
         return f"{type_name(parts[0])} or null"
@@ -96,7 +96,8 @@ def table(cls: type, prefix: str) -> list[str]:
             meanings = field_docs(choice)
             names = [f"`{m.name}`" for m in choice]
             each = [f"{name}: {meanings[m.name]}" for name, m in zip(names, choice, strict=True) if m.name in meanings]
-            text = " ".join([text, f"One of {', '.join(names)}.", *each]).strip()
+            how = "Some" if get_origin(hint) is list else "One"
+            text = " ".join([text, f"{how} of {', '.join(names)}.", *each]).strip()
         rows.append(f"| `{prefix}{field.name}` | {type_name(hint)} | `{default_of(field)}` | {markdown(text)} |")
     return ["| key | type | default | meaning |", "|---|---|---|---|", *rows, ""] if rows else []
 

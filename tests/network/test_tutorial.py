@@ -12,10 +12,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from fedzo.config.load import load
+from fedzo.config.schema import LaunchConfig
+from fedzo.config.travel import load_site
+from fedzo.data.embedded import PACKAGES
 from fedzo.runtime.net.addresses import free_ports
 from fedzo.testing.tiny_models import save_tiny_model
 
@@ -41,6 +46,18 @@ def steps() -> list[tuple[str, list[str], list[str]]]:
                 machine, _, words = command.partition("$ fedzo ")
                 found.append((machine, shlex.split(words), answer))
     return found
+
+
+def run_of_the_page() -> LaunchConfig:
+    """The run that the page starts."""
+    (words,) = [words for machine, words, _ in steps() if machine == "server" and words[0] == "train"]
+    return load([*words[1:], "data.path=."])
+
+
+def site_file() -> str:
+    """What the page writes into the file of each site."""
+    (block,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    return str(block)
 
 
 FREE = {r"\.\.\.": ".*", r"[0-9]+ [MG]B": "[0-9.]+ .?B", "[0-9]+": "[0-9]+"}
@@ -106,28 +123,31 @@ def _ended(walk: Walk) -> Iterator[Walk]:
 
 
 def test_the_page_has_the_rounds_of_its_run() -> None:
-    (words,) = [words for machine, words, _ in steps() if machine == "server" and words[0] == "train"]
-    config = load([*words[1:], "data.path=."])
+    assert {*re.findall(r"of (\d+) rounds", PAGE.read_text())} == {str(run_of_the_page().fl.rounds)}
 
-    assert {*re.findall(r"of (\d+) rounds", PAGE.read_text())} == {str(config.fl.rounds)}
+
+def test_the_page_installs_and_names_the_model_of_its_run(tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text(site_file())
+
+    site = load_site(tmp_path / "site.yaml")
+
+    assert site.model.name == run_of_the_page().model.name
+    assert Path(site.data.path or "").parent == tmp_path.resolve()  # as the page says, beside the file
+    assert {*re.findall(r"pip install --no-deps (\S+)", PAGE.read_text())} == {*PACKAGES.values()}
 
 
 @pytest.mark.net
 @pytest.mark.timeout(900)
 def test_the_page_says_what_happens(walk: Walk, tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "model", "llama")
-    for site in ("hospital", "clinic"):
-        rows = [{"text": f"{site} item {i} is {['bad', 'good'][i % 2]}", "label": i % 2} for i in range(12)]
-        (tmp_path / site).mkdir()
-        (tmp_path / site / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "server").mkdir()
+    for machine in ("hospital", "clinic", "server"):
+        (tmp_path / machine).mkdir()
     handed_over = {
         ("hospital", "client init"): ("server/server/invitations/hospital.json", "hospital/hospital.json"),
         ("clinic", "client init"): ("server/server/ca.crt", "clinic/ca.crt"),
         ("server", "server add-client clinic"): ("clinic/site/key.pub", "server/clinic.pub"),
     }
     log = tmp_path / "server" / "runs" / "first" / "public.jsonl"
-    site_file = {"device": "cpu", "threads": 1, "model": {"name": "../../model"}, "data": {"path": "../rows.jsonl"}}
 
     said: Callable[[], str] = str
     told = steps()
@@ -142,9 +162,18 @@ def test_the_page_says_what_happens(walk: Walk, tmp_path: Path) -> None:
         for line in map(walk.here, answer):
             _until_said(line, said)
         if words[:2] == ["client", "init"]:
-            (tmp_path / machine / "site" / "site.yaml").write_text(json.dumps(site_file))
+            _edit_site(tmp_path / machine / "site", name=machine)
     stopped = log.read_text().count("\n")
     _wait_for(lambda: log.read_text().count("\n") > stopped + 1, what=said)  # the last command resumed the run
+
+
+def _edit_site(folder: Path, *, name: str) -> None:
+    """Write the page's site file, with a tiny model in the place of the page's, and rows where the file says."""
+    told: dict[str, Any] = yaml.safe_load(site_file())
+    rows = [{"text": f"{name} item {i} is {['bad', 'good'][i % 2]}", "label": i % 2} for i in range(12)]
+    (folder / told["data"]["path"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny = {"device": "cpu", "threads": 1, "model": {"name": "../../model"}}
+    (folder / "site.yaml").write_text(json.dumps(told | tiny))
 
 
 def _until_said(line: str, said: Callable[[], str]) -> None:

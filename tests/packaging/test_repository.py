@@ -135,6 +135,15 @@ def test_reference_is_what_the_generator_writes() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_reference_shows_several_choices_as_a_list() -> None:
+    page = (ROOT / "docs" / "ref-config.md").read_text(encoding="utf-8")
+
+    for key in ("step_policy.tests", "preprocess.oat_rephrase.checks"):
+        (row,) = re.findall(rf"^\| `{re.escape(key)}` .*$", page, re.MULTILINE)
+        assert "| list |" in row
+        assert "Some of `" in row
+
+
 def test_every_declared_dependency_is_pinned_in_the_constraints() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = [
