@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterable, Iterator
+from enum import Enum
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fedzo.errors import ConfigError, PluginError, Problem
 
@@ -42,8 +44,7 @@ def broken_rules(config: PluginConfig, run: RunSettings) -> Iterator[Problem]:
     """The problems of a plugin's config by the rules of its class and of all base classes, these first."""
     for config_class in reversed(type(config).__mro__):
         if rules := vars(config_class).get("problems"):
-            for found in rules(config, run):
-                yield returned(found, Problem, by=config, method="problems")
+            yield from problems_of(rules(config, run), by=config, method="problems")
 
 
 def returned(value: object, kind: type[T], *, by: object, method: str) -> T:
@@ -59,12 +60,27 @@ def returned(value: object, kind: type[T], *, by: object, method: str) -> T:
         PluginError: It is nothing of the kind.
     """
     if not isinstance(value, kind):
-        plugin = f"{type(by).__module__}.{type(by).__qualname__}"
-        raise PluginError(
-            f"{plugin}.{method} must give a {kind.__module__}.{kind.__qualname__}, got {value!r:.100} "
-            f"({type(value).__name__}). Correct the plugin; fedzo.testing has checks for it."
-        )
+        raise _broken_promise(value, f"a {kind.__module__}.{kind.__qualname__}", by=by, method=method)
     return value
+
+
+def problems_of(found: object, *, by: object, method: str) -> Iterator[Problem]:
+    """The problems that a method of a plugin gave, as ``returned`` gives one value.
+
+    Raises:
+        PluginError: They are no problems, or nothing at all, as of a method that forgets to ``yield``.
+    """
+    if not isinstance(found, Iterable):
+        raise _broken_promise(found, "an iterator of fedzo.errors.Problem", by=by, method=method)
+    for each in found:
+        yield returned(each, Problem, by=by, method=method)
+
+
+def _broken_promise(value: object, promised: str, *, by: object, method: str) -> PluginError:
+    return PluginError(
+        f"{type(by).__module__}.{type(by).__qualname__}.{method} must give {promised}, got {value!r:.100} "
+        f"({type(value).__name__}). Correct the plugin; fedzo.testing has checks for it."
+    )
 
 
 class Registry(Generic[T]):
@@ -92,6 +108,8 @@ class Registry(Generic[T]):
         """Decorate the factory of ``config_class`` under ``name`` (the Hydra option, and a part of keys)."""
         if not re.fullmatch("[A-Za-z_][A-Za-z0-9_-]{0,99}", name):
             raise ValueError(f"{self.kind} {name!r}: a name must hold letters, digits, _ and - only, 100 at most")
+        if name.endswith("_schema"):
+            raise ValueError(f"{self.kind} {name!r}: a name must not end in _schema, as fedzo's own schemas do")
         if not dataclasses.is_dataclass(config_class) or not issubclass(config_class, self.base):
             raise TypeError(
                 f"{self.kind} {name!r}: {config_class.__name__} must be a dataclass of {self.base.__name__}"
@@ -102,7 +120,12 @@ class Registry(Generic[T]):
                 "slots=True), so that stray keys fail"
             )
         if name in self._configs or config_class in self._factories:
-            raise ValueError(f"{self.kind} {name!r} or {config_class.__name__} is registered already")
+            owner = self._configs.get(name, config_class)
+            raise ValueError(
+                f"{self.kind} {name!r}: {owner.__module__}.{owner.__qualname__} is registered already; each name and "
+                "class stands once"
+            )
+        _check_fields(config_class, where=f"{self.kind} {name!r}")
 
         def add(factory: Callable[..., T]) -> Callable[..., T]:
             self._configs[name] = config_class
@@ -125,6 +148,44 @@ class Registry(Generic[T]):
 
     def __iter__(self) -> Iterator[tuple[str, type]]:
         return iter(sorted(self._configs.items()))
+
+
+_ALLOWED = "bool, int, float, str, an Enum, a dataclass of these, list[...], dict[str, ...] or one of them with | None"
+"""Types of a config's fields: of these alone Hydra composes values and ``fedzo.config.travel`` reads them."""
+
+
+def _check_fields(config_class: type, *, where: str) -> None:
+    """Refuse a config that could be chosen and then not sent.
+
+    Raises:
+        TypeError: A field is of another type than ``_ALLOWED``, or its type cannot be found.
+    """
+    name = config_class.__name__
+    try:
+        hints = get_type_hints(config_class)
+    except (NameError, AttributeError, TypeError, SyntaxError) as error:
+        raise TypeError(
+            f"{where}: the types of the fields of {name} must be names of its module, got {error}. Import them "
+            f"outside TYPE_CHECKING. Allowed: {_ALLOWED}"
+        ) from error
+    for field in dataclasses.fields(config_class):
+        hint = hints[field.name]
+        for kind in _innermost(hint):
+            if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+                _check_fields(kind, where=where)
+            elif not isinstance(kind, type) or not (kind in (bool, int, float, str) or issubclass(kind, Enum)):
+                raise TypeError(f"{where}: the type of {name}.{field.name} must be {_ALLOWED}, got {hint}")
+
+
+def _innermost(hint: Any) -> Iterator[Any]:
+    """What lists, dicts and ``| None`` hold at last; what may hold nothing that travels is given as it is."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType) and len(arguments) == 2 and type(None) in arguments:
+        yield from _innermost(next(each for each in arguments if each is not type(None)))
+    elif origin is list or (origin is dict and arguments[0] is str):
+        yield from _innermost(arguments[-1])
+    else:
+        yield hint
 
 
 @functools.cache

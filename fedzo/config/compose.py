@@ -119,7 +119,6 @@ def register_schemas() -> None:
     store, plugins, lists = ConfigStore.instance(), plugin_classes(), list_classes()
     if _stored == [store, plugins, lists]:
         return  # making nodes of all classes takes a third of a composition
-    _stored[:] = [store, plugins, lists]
     # Plugin groups start at their base class, and lists empty: merging one plugin onto another would keep the first
     # one's keys.
     bases = {group: registry.base() for group, registry in REGISTRIES.items()}
@@ -129,12 +128,17 @@ def register_schemas() -> None:
         store.store(group=group, name=f"{group}_schema", node=config_class)
     for group, options in plugins.items():
         for name, config_class in options.items():
+            if (conf_dir() / group / f"{name}.yaml").exists():  # Hydra would take that file for it
+                raise ConfigError(
+                    f"{group} {name!r} of {config_class.__module__}: a plugin must have another name than the presets "
+                    "of fedzo, got that of one. Rename it, or uninstall its package."
+                )
             store.store(group=group, name=f"{name}_schema", node=config_class)
-            if not (conf_dir() / group / f"{name}.yaml").exists():  # a third party's plugin needs no YAML
-                store.store(group=group, name=name, node=config_class)
+            store.store(group=group, name=name, node=config_class)
     for group, options in lists.items():
         for name, config_class in options.items():
             store.store(group=group, name=name, node=config_class, package=f"{group}.{name}")
+    _stored[:] = [store, plugins, lists]
 
 
 def job_folder(number: object, overrides: str) -> str:

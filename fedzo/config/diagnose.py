@@ -19,7 +19,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 from fedzo.config.compose import FAILURES, StrayKeyError, compose_run, group_names, option_names
 from fedzo.config.overrides import quoted
 from fedzo.config.plugins import plugin_classes
-from fedzo.config.yaml_files import TEXTS
+from fedzo.config.yaml_files import texts
 from fedzo.errors import Problem
 
 RENAMED = {
@@ -66,9 +66,10 @@ def _in_quotes(text: str) -> str:
 def respelled(overrides: Sequence[str]) -> list[Problem]:
     """Texts that Hydra reads as another value, whose own text is another one: ``true`` would be ``True``."""
     found = []
+    known = texts()
     for override in parse_overrides(overrides)[0]:
-        section, _, name = override.key_or_group.partition(".")
-        if name not in TEXTS.get(section, ()) or override.is_sweep_override():
+        section, name = override.key_or_group.partition(".")[0], override.key_or_group.rpartition(".")[2]
+        if name not in known.get(section, ()) or override.is_sweep_override():
             continue
         value, text = override.value(), cast(str, override.input_line)
         for each in value if isinstance(value, list) else [value]:

@@ -5,12 +5,12 @@ The rule holds for the files that Hydra composes (outside fedzo's own ``conf``) 
 
 from __future__ import annotations
 
+import functools
 import io
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from hydra._internal.core_plugins import file_config_source
@@ -19,7 +19,7 @@ from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
 from omegaconf._utils import get_yaml_loader
 
-from fedzo.config.plugins import PLAIN, REGISTRIES, conf_dir
+from fedzo.config.plugins import PLAIN, conf_dir, list_classes, plugin_classes
 from fedzo.data.files import text_of
 from fedzo.errors import ConfigError
 from fedzo.trainers.base import InputsConfig
@@ -27,17 +27,22 @@ from fedzo.trainers.base import InputsConfig
 _GLOBAL = "experiment"  # the group whose files hold keys of all others
 
 
-def _texts(classes: Iterable[type]) -> frozenset[str]:
-    kinds = {field.name: str(field.type) for cls in classes for field in fields(cls)}
-    return frozenset(name for name, kind in kinds.items() if re.fullmatch(r"str( \| None)?|list\[str\]", kind))
+def texts() -> dict[str, frozenset[str]]:
+    """Keys of each group that hold text, of which OmegaConf would make text of anything: ``no`` would become ``False``.
+
+    Those of installed third parties' plugins are among them.
+    """
+    plugins = {**plugin_classes(), **list_classes()}
+    return {
+        **{group: _texts_of(config_class) for group, config_class in {**PLAIN, "inputs": InputsConfig}.items()},
+        **{group: frozenset[str]().union(*map(_texts_of, options.values())) for group, options in plugins.items()},
+    }
 
 
-TEXTS: dict[str, frozenset[str]] = {
-    **{group: _texts([cls]) for group, cls in {**PLAIN, "inputs": InputsConfig}.items()},
-    **{group: _texts(dict(registry).values()) for group, registry in REGISTRIES.items()},
-}
-"""Keys of each group that hold text, of which OmegaConf would make text of anything: ``no`` would become ``False``."""
-_ANY_TEXT = frozenset[str]().union(*TEXTS.values())
+@functools.cache
+def _texts_of(config_class: type) -> frozenset[str]:
+    hints = get_type_hints(config_class)
+    return frozenset(each.name for each in fields(config_class) if hints[each.name] in (str, str | None, list[str]))
 
 
 def read_yaml(path: Path) -> Any:
@@ -61,7 +66,7 @@ def checked_text(path: Path) -> str:
     text = io.StringIO(text_of(path, path.read_bytes()), newline=None).read()
     try:
         node = yaml.compose(text, Loader=get_yaml_loader())
-        faults = [*_faults(node, set())]
+        faults = [*_faults(node, set(), frozenset[str]().union(*texts().values()))]
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line if error.problem_mark else 0
         raise ConfigError(f"{path}:{line + 1}: not valid YAML ({error.problem}). {_advice(text, line)}") from None
@@ -86,13 +91,13 @@ def _advice(text: str, line: int) -> str:
     return "Quote texts that hold a colon, a brace, a bracket or a hash sign, and close what is open."
 
 
-def _faults(node: yaml.Node | None, seen: set[int]) -> Iterator[tuple[int, str]]:
+def _faults(node: yaml.Node | None, seen: set[int], named: frozenset[str]) -> Iterator[tuple[int, str]]:
     if node is None or id(node) in seen:  # an alias
         return
     seen.add(id(node))
     if isinstance(node, yaml.SequenceNode):
         for child in node.value:
-            yield from _faults(child, seen)
+            yield from _faults(child, seen, named)
     if not isinstance(node, yaml.MappingNode):
         return
     keys: set[str] = set()
@@ -101,9 +106,9 @@ def _faults(node: yaml.Node | None, seen: set[int]) -> Iterator[tuple[int, str]]
             if key.value in keys:
                 yield key.start_mark.line, f"a key must stand once, got {key.value!r} twice. Remove one."
             keys.add(key.value)
-            if key.value in _ANY_TEXT:
+            if key.value in named:
                 yield from _respelled(key.value, value)
-        yield from _faults(value, seen)
+        yield from _faults(value, seen, named)
 
 
 def _respelled(key: str, node: yaml.Node) -> Iterator[tuple[int, str]]:

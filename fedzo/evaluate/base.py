@@ -25,6 +25,10 @@ class EvaluatorConfig(PluginConfig):
     """A way to score a model on rows."""
 
 
+RESERVED = frozenset({"none", "loss", "per_class", "label_counts", "stages"})
+"""Names in a site's ``limits.answers`` that no evaluator may give to a number of its own (``fedzo.fl.site_limits``)."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measure:
     """What an evaluator's scores of a task are.
@@ -37,7 +41,7 @@ class Measure:
         numbers: Names of the other numbers; none is beyond 1e15.
 
     Raises:
-        ValueError: The range is none, or there are more than 100 numbers.
+        ValueError: The range is none, there are more than 100 numbers, or a name is reserved or stands for two numbers.
     """
 
     metric: str
@@ -51,6 +55,10 @@ class Measure:
             raise ValueError(f"a measure must have -1e15 <= low < high <= 1e15, got {self.low} and {self.high}")
         if len({*self.numbers}) < len(self.numbers) or len(self.numbers) > MOST_NUMBERS:
             raise ValueError(f"a measure must name at most {MOST_NUMBERS} numbers, each once, got {self.numbers}")
+        if self.metric in self.numbers:
+            raise ValueError(f"a measure must name no number as its metric, got {self.metric}")
+        if taken := sorted(RESERVED & {self.metric, *self.numbers}):
+            raise ValueError(f"a measure must not use the names {', '.join(sorted(RESERVED))}, got {', '.join(taken)}")
 
     def score(
         self, value: float, *, num_examples: int, loss: float | None = None, numbers: Mapping[str, float] | None = None
@@ -219,8 +227,19 @@ def _mean(parts: Sequence[tuple[float | None, int]]) -> float | None:
     return float(np.dot(weights, values) / weights.sum())
 
 
-def metric_names() -> list[str]:
-    """What evaluators, with their defaults, call the numbers that they report on tasks of any kind."""
-    tasks = [TaskConfig(kind=kind) for kind in TaskKind]
-    measures = [EVALUATORS.build(make()).measure(task) for _, make in EVALUATORS for task in tasks]
-    return sorted({name for measure in measures for name in (measure.metric, *measure.numbers)})
+def metric_names() -> tuple[list[str], bool]:
+    """What evaluators, with their defaults, call the numbers that they report on tasks of any kind.
+
+    Returns:
+        The names, and whether every evaluator told its own: one that no run uses may be unable to.
+    """
+    names, all_told = set[str](), True
+    for _, make in EVALUATORS:
+        try:
+            evaluator = EVALUATORS.build(make())
+            for kind in TaskKind:
+                measure = evaluator.measure(TaskConfig(kind=kind))
+                names.update((measure.metric, *measure.numbers))
+        except Exception:  # somebody else's code, and perhaps without a key that it requires: whatever it raises
+            all_told = False
+    return sorted(names), all_told

@@ -104,7 +104,7 @@ def check_rows(limits: SiteLimitsConfig, *, num_train: int, label_counts: Mappin
 
 def leaves(limits: SiteLimitsConfig, name: str) -> bool:
     """Whether a number of this name may leave the site."""
-    return not limits.answers or name in limits.answers
+    return not limits.answers or (name in limits.answers and NONE not in limits.answers)
 
 
 def answers_any(limits: SiteLimitsConfig, names: Collection[str], *, num_rows: int) -> bool:

@@ -174,7 +174,8 @@ class Federation:
 
     def _make_server(self, grid: Any) -> Server:
         config, context, artifact = self._config, self._context, self._launched.prepared.artifact
-        self._at.replica.reset()
+        if self._at.replica.position:
+            self._at.replica.reset()
         return Server(
             grid=grid,
             client_registry=ClientRegistry(
@@ -192,6 +193,7 @@ class Federation:
             server_optimizer=config.server_optimizer,
             updates=self._updates(),
             step_policy=context.step_policy,
+            most_steps=config.step_policy.most_steps(config.fl),
             label_counts=context.label_counts,
             sink=self._sinks,
             elapsed=self._elapsed,
@@ -269,7 +271,7 @@ class Federation:
         if context.simulation is None:
             return None
         clients = config.strategy.clients_per_round or config.fl.num_clients
-        plan = context.step_policy.plan([], {})
+        plan = self._server.coming_plan()
         first = sum(plan.steps.values()) if plan.calibration else config.fl.local_steps * clients
         return estimate_run(
             at.loaded,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from fedzo.data.encode import Example
-from fedzo.errors import ProtocolError, printable
+from fedzo.errors import FedzoError, ProtocolError, printable
 from fedzo.evaluate import evaluate, merge_scores, scores_of_peer
 from fedzo.fl.client.local_update import Workspace
 from fedzo.fl.clip import LARGE_LOSS, far_off
@@ -63,16 +63,22 @@ class Scores:
             if self.find(split, rounds, evaluator=name):
                 continue
             by = f" by {name}" if len(self.context.peer.evaluators) > 1 else ""
-            with self.progress.phase(f"scoring {split}{by}", len(examples)) as advance:
-                score = evaluate(
-                    name,
-                    evaluator,
-                    self.at.loaded,
-                    examples,
-                    config.task,
-                    tokens_per_batch=self.at.tokens_per_batch,
-                    on_batch=advance,
-                )
+            try:
+                with self.progress.phase(f"scoring {split}{by}", len(examples)) as advance:
+                    score = evaluate(
+                        name,
+                        evaluator,
+                        self.at.loaded,
+                        examples,
+                        config.task,
+                        tokens_per_batch=self.at.tokens_per_batch,
+                        on_batch=advance,
+                    )
+            except FedzoError as error:
+                if rounds == 0:
+                    raise  # the evaluator is at fault, and no work is lost
+                log.warning("after round %d: %s was not scored by %s: %s", rounds, split, name, printable(str(error)))
+                continue  # a run that has diverged goes on
             seconds = self.elapsed()
             self.sink.write(
                 CentralScore(seconds=seconds, evaluator=name, split=split, round=rounds, **score.as_fields())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from fedzo.errors import Problem, at_least, not_negative, positive, problem
 from fedzo.fl.config import Seeds
@@ -40,6 +40,9 @@ class RuntimeTraits:
 @dataclass(kw_only=True, slots=True)
 class RuntimeConfig(PluginConfig):
     """Where clients run. At most the last bits of a result change, by ``batch_clients`` or where ``threads`` is 0."""
+
+    paths: ClassVar[tuple[str, ...]] = ()
+    """Its keys that name files or folders."""
 
     @property
     def traits(self) -> RuntimeTraits:
@@ -141,6 +144,8 @@ def _local(config: LocalConfig, *, num_clients: int, run_config: dict[str, str])
 @dataclass(kw_only=True, slots=True)
 class RemoteConfig(RuntimeConfig):
     """Sites on machines of their own, through the SuperLink that ``fedzo server up`` keeps here."""
+
+    paths: ClassVar[tuple[str, ...]] = (*RuntimeConfig.paths, "server")
 
     server: str = ""
     """The server's folder, which ``fedzo server init`` makes."""

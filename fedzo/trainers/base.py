@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -183,6 +184,12 @@ TRAINERS: Registry[Trainer] = Registry("trainer", base=TrainerConfig)
 
 
 def named_with(able: Callable[[TrainerTraits], bool]) -> dict[str, TrainerTraits]:
-    """The registered trainers whose traits, by their default settings, are such; by ``trainer=NAME``, for messages."""
-    known = {f"trainer={name}": config_class().traits for name, config_class in TRAINERS}
+    """The registered trainers whose traits, by their default settings, are such; by ``trainer=NAME``, for messages.
+
+    A trainer without defaults for all its keys is left out.
+    """
+    known: dict[str, TrainerTraits] = {}
+    for name, config_class in TRAINERS:
+        with suppress(Exception):  # somebody else's code, which this run need not use: whatever it raises
+            known[f"trainer={name}"] = config_class().traits
     return {name: traits for name, traits in known.items() if able(traits)}

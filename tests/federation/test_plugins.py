@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hydra.core.config_store import ConfigStore
 
 from fedzo.commands.run_folder import rebuild
 from fedzo.commands.train import resume_run
 from fedzo.commands.trained import replay_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
+from fedzo.evaluate import EVALUATORS, EvaluatorConfig, Measure
 from fedzo.fl.client import scalar_update
 from fedzo.fl.clip import announced_bound
 from fedzo.fl.log_store import RunStore
+from fedzo.fl.server.step_policy import STEP_POLICIES, Plan, StepPolicyConfig, StepPolicyTraits
 from fedzo.testing.tiny_models import save_tiny_model
 
 Run = Callable[..., Path]
@@ -205,3 +209,75 @@ def test_moments_for_all_weights_are_refused_before_any_work(overrides: Callable
         "estimator.num_probes must be >= 2, got 1",
     ):
         assert part in text
+
+
+@pytest.fixture
+def register(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Register a plugin of a third party for one test."""
+    stored: list[tuple[str, str]] = []
+
+    def add(group: str, name: str, registry: Any, config_class: type, factory: Callable[..., Any]) -> None:
+        monkeypatch.setattr(registry, "_configs", dict(registry._configs))
+        monkeypatch.setattr(registry, "_factories", dict(registry._factories))
+        registry.register(name, config_class)(factory)
+        stored.append((group, name))
+
+    yield add
+    for group, name in stored:
+        for file in (name, f"{name}_schema"):
+            ConfigStore.instance().repo[group].pop(f"{file}.yaml", None)
+
+
+def test_a_step_policy_that_needs_labels_gets_them_before_the_first_round(
+    run: Run, lines: Lines, register: Callable[..., None]
+) -> None:
+    @dataclass(kw_only=True, slots=True)
+    class ByLabelsConfig(StepPolicyConfig):
+        """Theirs."""
+
+        @property
+        def traits(self) -> StepPolicyTraits:
+            return StepPolicyTraits(needs_labels=True)
+
+    class ByLabels:
+        def plan(self, audit: Any, label_counts: Any) -> Plan:
+            return Plan({client: min(len(label_counts[client]), 2) for client in range(4)})
+
+    register("step_policy", "by_labels", STEP_POLICIES, ByLabelsConfig, lambda config, **run: ByLabels())
+
+    folder = run("step_policy=by_labels", "fl.local_steps=2")
+
+    assert lines(folder, "metrics.jsonl")[-1]["kind"] == "summary"
+
+
+def test_an_evaluator_that_loses_its_range_ends_no_run_and_takes_no_other_score_along(
+    run: Run, lines: Lines, register: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    calls: list[int] = []
+
+    @dataclass(kw_only=True, slots=True)
+    class LostConfig(EvaluatorConfig):
+        """Theirs."""
+
+    class Lost:
+        def measure(self, task: Any) -> Measure:
+            return Measure(metric="lost")
+
+        def evaluate(self, loaded: Any, examples: Any, task: Any, **limits: Any) -> Any:
+            calls.append(len(examples))
+            value = 0.5 if len(calls) <= 2 else float("nan")  # the test and dev rows before training
+            return self.measure(task).score(value, num_examples=len(examples))
+
+    register("evaluators", "lost", EVALUATORS, LostConfig, lambda config: Lost())
+
+    folder = run("evaluators=[answers,lost]", "partition.holdout=0.25")
+
+    told, both = lines(folder, "metrics.jsonl"), ("answers", "lost")
+    scored = {name: [s["round"] for s in told if s.get("evaluator") == name and s["kind"] == "score"] for name in both}
+    assert scored["lost"] == [0, 0]
+    assert set(scored["answers"]) >= {0, 2, 3}
+    assert [s["evaluator"] for s in told if s["kind"] == "federated_score"] == ["answers"]
+    assert (told[-1]["kind"], told[-1]["after"]["evaluator"]) == ("summary", "answers")
+    assert "after round 2: dev was not scored by lost: evaluators.lost must have a value of 0 to 1, got nan" in (
+        caplog.text
+    )

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from fedzo import registry
 from fedzo.errors import ConfigError, PluginError, Problem
 from fedzo.registry import PluginConfig, Registry, broken_rules, returned
+
+if TYPE_CHECKING:
+    from decimal import Decimal
 
 
 @dataclass(kw_only=True, slots=True)
@@ -77,3 +81,104 @@ def test_a_config_that_is_no_dataclass_of_its_own_is_refused() -> None:
 
     with pytest.raises(TypeError, match=r"PlainConfig must be decorated with @dataclass\(kw_only=True, slots=True\)"):
         shapes.register("plain", PlainConfig)
+
+
+def test_rules_that_yield_nothing_since_they_are_no_iterator_are_named() -> None:
+    @dataclass(kw_only=True, slots=True)
+    class ForgetfulConfig(PluginConfig):
+        def problems(self, run: Any) -> Iterator[Problem]:
+            return cast(Any, None)
+
+    expected = r"ForgetfulConfig\.problems must give an iterator of fedzo\.errors\.Problem, got None \(NoneType\)"
+    with pytest.raises(PluginError, match=expected):
+        [*broken_rules(ForgetfulConfig(), cast(Any, None))]
+
+
+class Colour(Enum):
+    red = "red"
+
+
+@dataclass(kw_only=True, slots=True)
+class CornerConfig:
+    radius: float | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class FullConfig(PluginConfig):
+    """One field of each kind that travels."""
+
+    closed: bool = True
+    sides: int = 4
+    name: str | None = None
+    colours: list[Colour] = field(default_factory=list)
+    corner: CornerConfig = field(default_factory=CornerConfig)
+    lengths: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, slots=True)
+class TupleConfig(PluginConfig):
+    key: tuple[str, ...] = ()
+
+
+@dataclass(kw_only=True, slots=True)
+class UnionConfig(PluginConfig):
+    key: int | str = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class PathConfig(PluginConfig):
+    key: Path | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class SetConfig(PluginConfig):
+    key: list[set[str]] = field(default_factory=list)
+
+
+@dataclass(kw_only=True, slots=True)
+class NumberedConfig(PluginConfig):
+    key: dict[int, str] = field(default_factory=dict)
+
+
+def test_fields_of_every_type_that_travels_may_be_registered() -> None:
+    shapes: Registry[str] = Registry("shape", base=PluginConfig)
+
+    shapes.register("full", FullConfig)(lambda config: "full")
+
+    assert dict(shapes) == {"full": FullConfig}
+
+
+@pytest.mark.parametrize("config_class", [TupleConfig, UnionConfig, PathConfig, SetConfig, NumberedConfig])
+def test_a_field_that_cannot_travel_is_refused_with_the_types_that_can(config_class: type) -> None:
+    """It would be composed, and refused only by the peers that read it."""
+    shapes: Registry[str] = Registry("shape", base=PluginConfig)
+
+    with pytest.raises(TypeError, match=rf"type of {config_class.__name__}\.key must be bool, int, .*\| None, got"):
+        shapes.register("odd", config_class)
+
+
+@dataclass(kw_only=True, slots=True)
+class AbsentConfig(PluginConfig):
+    key: Decimal | None = None
+
+
+def test_a_type_that_only_a_type_checker_imports_is_refused() -> None:
+    shapes: Registry[str] = Registry("shape", base=PluginConfig)
+
+    with pytest.raises(TypeError, match=r"fields of AbsentConfig must be names of its module, got name 'Decimal'"):
+        shapes.register("absent", AbsentConfig)
+
+
+def test_a_name_that_would_hide_among_the_schemas_is_refused() -> None:
+    shapes: Registry[str] = Registry("shape", base=PluginConfig)
+
+    with pytest.raises(ValueError, match="a name must not end in _schema"):
+        shapes.register("square_schema", SquareConfig)
+
+
+def test_a_second_owner_of_a_name_is_told_of_the_first() -> None:
+    shapes: Registry[str] = Registry("shape", base=PluginConfig)
+    shapes.register("square", SquareConfig)(lambda config: "square")
+
+    with pytest.raises(ValueError, match=r"'square': .*test_registry\.SquareConfig is registered already"):
+        shapes.register("square", FullConfig)

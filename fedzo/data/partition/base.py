@@ -7,6 +7,7 @@ import importlib
 import io
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedzo.data.config import TaskConfig
 from fedzo.data.files import Row
-from fedzo.errors import ConfigError, Problem, at_least, problem
+from fedzo.errors import ConfigError, PluginError, Problem, at_least, problem
 from fedzo.registry import PluginConfig, Registry
 from fedzo.zo.directions import PURPOSE_DEAL, PURPOSE_HOLDOUT, permutation, stream_key
 
@@ -46,7 +47,7 @@ class PartitionConfig(PluginConfig):
     min_rows: int = 1
     """Fewest rows a client may have."""
     holdout: float = 0.1
-    """Share of each client's rows kept for federated evaluation, never trained on."""
+    """Share of each client's different prompts whose rows are kept for federated evaluation, never trained on."""
 
     @property
     def traits(self) -> PartitionTraits:
@@ -107,6 +108,7 @@ def partition(
     Raises:
         ConfigError: There are more clients than rows, a client gets fewer than ``config.min_rows``, or a column is
             missing.
+        PluginError: The parts are not those of all clients, or do not hold every row once.
     """
     if not 1 <= num_clients <= len(rows):
         raise ConfigError(
@@ -114,6 +116,13 @@ def partition(
             "Lower it, or give more rows (split.num_train)."
         )
     parts = PARTITIONERS.build(config, rows=rows, num_clients=num_clients, seed=seed, task=task)
+    if len(parts) != num_clients:
+        raise _broken(config, f"a part for each of {num_clients} clients", f"{len(parts)} parts")
+    dealt = Counter(row for part in parts for row in part)
+    if dealt != Counter(range(len(rows))):
+        odd = [row for row in {*dealt, *range(len(rows))} if dealt[row] != 1 or not 0 <= row < len(rows)]
+        times = f"row {min(odd)} {dealt[min(odd)]} times ({len(odd)} such rows)"
+        raise _broken(config, f"each of the rows 0 to {len(rows) - 1} to one client, once", times)
     short = {client: len(part) for client, part in enumerate(parts) if len(part) < config.min_rows}
     if short:
         raise ConfigError(too_few(short, config))
@@ -123,7 +132,7 @@ def partition(
 def holdout(prompts: Sequence[str], share: float, *, seed: int, client: int) -> tuple[list[int], list[int]]:
     """Part a client's rows into those for training and those for scoring only.
 
-    Rows with the same prompt go together: what is scored was never trained on, not even as another row.
+    Rows with the same prompt go together: a client is never scored on a prompt that it trains on.
 
     Args:
         prompts: The prompt of each of the client's rows.
@@ -176,6 +185,10 @@ def deal(
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         return [list(partitioner.load_partition(client)["row"]) for client in range(num_clients)]
+
+
+def _broken(config: PartitionConfig, rule: str, got: str) -> PluginError:
+    return PluginError(f"partition={PARTITIONERS.name_of(config)} must give {rule}, got {got}. Correct the plugin.")
 
 
 def too_few(short: dict[int, int], config: PartitionConfig) -> str:

@@ -14,7 +14,7 @@ from fedzo.data.config import TaskConfig
 from fedzo.data.files import Row
 from fedzo.data.preprocess.backend import RewriterConfig
 from fedzo.errors import ConfigError, Problem, printable
-from fedzo.registry import PluginConfig, Registry
+from fedzo.registry import PluginConfig, Registry, returned
 from fedzo.system import OnProgress
 
 
@@ -118,12 +118,14 @@ def preprocess(
 
     Raises:
         ConfigError: A stage gave more or fewer rows than it got, or changed another column than its own.
+        PluginError: A stage gave no list.
     """
     if total := len(rows) * len(stages):
         on_progress(0, total)
     for number, (name, stage) in enumerate(stages.items()):
         told = partial(_told_of_all, on_progress, number * len(rows), total)
-        made = stage.apply([dict(row) for row in rows], client=client, on_progress=told)
+        given = stage.apply([dict(row) for row in rows], client=client, on_progress=told)
+        made: list[Row] = returned(given, list, by=stage, method="apply")
         _check(name, stage.column, rows, made)
         rows = made
     return rows

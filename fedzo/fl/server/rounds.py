@@ -34,9 +34,10 @@ from fedzo.fl.replica import Replica
 from fedzo.fl.server.aggregate import client_weights, sampling_order
 from fedzo.fl.server.client_registry import ClientRegistry
 from fedzo.fl.server.metrics import round_metrics
-from fedzo.fl.server.step_policy.plan import Plan, StepPolicy, news
+from fedzo.fl.server.step_policy.plan import Plan, StepPolicy, checked_plan, news
 from fedzo.fl.server.sync import StateSync
 from fedzo.fl.server.updates import Result, Updates
+from fedzo.records.fields import MOST_STEPS
 from fedzo.records.log import AuditLine, RoundAudit
 from fedzo.records.metrics import MetricRecord, StepDecision
 from fedzo.trainers.artifacts import Artifact
@@ -67,6 +68,7 @@ class Server:
         artifact: What clients need beside the model to build the space.
         updates: What is done with replies, by the kind of local update.
         step_policy: Says how many local steps each client takes in a round.
+        most_steps: Most local steps of a client in one round.
         label_counts: Training rows by label of every client, where the server knows them without being told.
         sink: Where metric records go.
         elapsed: Seconds since the run started.
@@ -85,6 +87,7 @@ class Server:
     step_policy: StepPolicy
     sink: Sink
     elapsed: Callable[[], float]
+    most_steps: int = MOST_STEPS
     label_counts: Mapping[int, Mapping[str, int]] | None = None
     shuffle_replies: bool = False
     _used: dict[int, int] = field(default_factory=dict)
@@ -284,18 +287,18 @@ class Server:
             log.warning("round %d: %s", self.round, what)
         self._lost = lost
 
-    def _plan(self) -> Plan:
-        """What the coming round asks of each client; a new decision is told."""
+    def coming_plan(self) -> Plan:
+        """What the coming round asks of each client."""
         audit = cast(list[AuditLine], self.store.audit)  # whoever reads scalars is refused where there are none
-        plan = self.step_policy.plan(audit, self.known_label_counts)
+        counts, fl = self.known_label_counts, self.fl
+        return checked_plan(self.step_policy, audit, counts, num_clients=fl.num_clients, most_steps=self.most_steps)
+
+    def _plan(self) -> Plan:
+        """The coming plan; a new decision is told."""
+        plan = self.coming_plan()
         last = self.round + 1 == self.fl.rounds
         record = news(
-            plan,
-            self._told,
-            round=self.round,
-            last=last,
-            seconds=self.elapsed(),
-            local_steps=self.fl.local_steps,
+            plan, self._told, round=self.round, last=last, seconds=self.elapsed(), local_steps=self.fl.local_steps
         )
         if record:
             self._told = record

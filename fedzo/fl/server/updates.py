@@ -213,4 +213,7 @@ class ScalarUpdates:
         return client_rounds(results, signals)
 
     def num_clipped(self, results: Mapping[int, ClientResult], bound: float) -> int:
-        return int(sum((np.abs(result.g) == bound).sum() for result in results.values())) if bound else 0
+        if self.strategy.aggregation is Aggregation.majority_sign:
+            return 0
+        most = self.strategy.scalar_bound if bound == NO_BOUND else bound
+        return int(sum((np.abs(result.g) == most).sum() for result in results.values()))

@@ -69,9 +69,16 @@ def missing_libraries(trackers: Mapping[str, TrackerConfig]) -> list[Problem]:
             f"pip install '{f'fedzo[{config.extra}]' if config.extra else config.library}'",
         )
         for name, config in trackers.items()
-        # a folder of that name is no package
-        if config.library and ((spec := find_spec(config.library)) is None or spec.origin is None)
+        if config.library and not _is_installed(config.library)
     ]
+
+
+def _is_installed(library: str) -> bool:
+    try:
+        spec = find_spec(library)
+    except ModuleNotFoundError:  # the package that it is a part of
+        return False
+    return spec is not None and spec.origin is not None  # a folder of that name is no package
 
 
 def numbers_of(record: MetricRecord) -> tuple[int, dict[str, float]]:

@@ -45,7 +45,7 @@ def check_server_optimizer(
     - The global random generators are neither used nor needed.
 
     Args:
-        make: Makes the rule, for example ``lambda: SERVER_OPTIMIZERS.build(SgdConfig(), local_steps=1)``.
+        make: Makes the rule, for example ``lambda: build_server_optimizer(SgdConfig(), local_steps=1)``.
         formula: The same rule in plain float64: theta after some rounds, from theta before and the rounds. The results
             must agree within 3e-6. Not for rules with ``drift``, which no sum of scalars determines.
         rests_at_zero: A first round whose scalars are all 0 moves neither theta nor the moments. False where there is

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,12 +20,14 @@ from fedzo.testing.conformance.bits import (
 )
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import direction
-from fedzo.zo.spaces.base import Space, Values
+from fedzo.zo.spaces.base import DifferentiableSpace, Space, Values
 
 _KEY = 0x9E3779B97F4A7C15  # a stream key has 64 bits
 _SCALE = 0.0625
 _STEPS = ((1.7e-3, 3), (-0.3, _KEY), (1e-6, 4))
 _FACTOR = float(np.float32(0.7001))
+_SLOPE_ERROR = 0.02  # of the norm of the gradient; weights of 16 bits round away some tenths of a percent
+_MEMBERS = [name for name in vars(Space) if not name.startswith("_")]
 
 
 def check_space(
@@ -37,12 +40,15 @@ def check_space(
 ) -> None:
     """Check that a space keeps the contract of ``fedzo.zo.spaces.base.Space``. Call it for each dtype of the model.
 
+    - It has every member of ``Space``.
     - A probe moves the model to theta + scale * z and leaves every bit, also where its body raises.
     - ``step`` is one rounded product and one rounded difference, ``scale_by`` one rounded product, both then rounded to
       ``held_in``; a step of 0 leaves every bit.
     - ``load`` and ``rewind`` bring every bit back; ``values`` and ``load`` copy.
     - Spaces at the same values have the same model, ``check`` and ``digest``, whatever led there; a move changes both.
     - No parameter of the model moves but ``parameters``, and no other is read as moved within a probe.
+    - ``gradient``, where there is one, is right on a linear function of ``parameters``: along a direction it differs
+      from central differences by at most 2% of its norm. It leaves every bit, and all parameters frozen.
     - The global random generators are neither used nor needed.
 
     Args:
@@ -61,6 +67,8 @@ def check_space(
         mine = _Subject(make_space(models[0]), models[0], outputs, held_in)
     with global_generators(2):
         twin = _Subject(make_space(models[1]), models[1], outputs, held_in)
+    missing = [name for name in _MEMBERS if not hasattr(mine.space, name)]
+    must(not missing, f"a space must have every member of fedzo.zo.spaces.base.Space, it lacks {', '.join(missing)}")
     law = mine.space.distribution
     must(
         law is distribution, f"distribution must be the law that the space was made with, {distribution!r}, got {law!r}"
@@ -70,6 +78,9 @@ def check_space(
     for seed, check in enumerate((_check_probes, _check_steps, _check_scaling, _check_returns)):
         with global_generators(seed):
             check(mine, twin)
+    if isinstance(mine.space, DifferentiableSpace):
+        with global_generators(0):
+            _check_gradient(mine, mine.space)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +143,14 @@ def _check_forms(mine: _Subject) -> None:
     )
     check = space.check()
     must(0 <= check < 2**32, f"check() must fit in 32 bits, got {check}")
+    step_bytes = space.step_bytes(1)
+    must(isinstance(step_bytes, int) and step_bytes >= 0, f"step_bytes(1) must be an integer >= 0, got {step_bytes!r}")
+    perturbs = space.perturbs_weights
+    must(isinstance(perturbs, bool), f"perturbs_weights must be True or False, got {perturbs!r}")
     before = mine.state()
+    rows = space.row_weights(mine.model)
+    must(rows is None or hasattr(rows, "follow"), f"row_weights(model) must be None or have ``follow``, got {rows!r}")
+    mine.must_be_at(before, "after row_weights(model) every bit must be what it was")
     values += 1
     mine.must_be_at(before, "values() must return a copy; after a change of it")
     given = space.values()
@@ -246,6 +264,45 @@ def _check_returns(mine: _Subject, twin: _Subject) -> None:
     mine.must_be_at(moved, "after a rewind the same moves must lead to the same state")
     mine.space.load(theta)
     mine.must_be_at(before, "load(values) must bring every bit back")
+
+
+def _check_gradient(mine: _Subject, space: DifferentiableSpace) -> None:
+    """The loss is linear in the parameters, so that central differences are exact but for the rounding of weights."""
+    parameters = space.parameters
+    slopes = [torch.from_numpy(direction(i, p.numel())).to(p.device).double() for i, p in enumerate(parameters)]
+    if not slopes:
+        return
+
+    def loss() -> torch.Tensor:
+        pairs = zip(parameters, slopes, strict=True)
+        return torch.stack([torch.dot(parameter.double().reshape(-1), slope) for parameter, slope in pairs]).sum()
+
+    before, at_rest = mine.state(), float(loss().detach())
+    found, gradient = space.gradient(loss)
+    mine.must_be_at(before, "after gradient(loss_fn) every bit must be what it was")
+    left = sum(parameter.requires_grad for parameter in parameters)
+    must(not left, f"after gradient(loss_fn) no parameter may require a gradient, {left} of {len(parameters)} do")
+    must(
+        math.isclose(found, at_rest, rel_tol=1e-5),
+        f"gradient(loss_fn) must give the loss at theta, {at_rest}, got {found}",
+    )
+    must(
+        gradient.dtype == torch.float32 and gradient.shape == (space.size,),
+        f"gradient(loss_fn) must give float32 [{space.size}], got {gradient.dtype} {list(gradient.shape)}",
+    )
+    numbers = gradient.detach().cpu().double().numpy()
+    room = _SLOPE_ERROR * float(np.linalg.norm(numbers))
+    for key in (_KEY, _KEY - 1, _KEY - 2):
+        with space.probe(1.0, key):
+            above = float(loss().detach())
+        with space.probe(-1.0, key):
+            below = float(loss().detach())
+        slope, along = (above - below) / 2, float(numbers @ mine.direction(key))
+        must(
+            abs(along - slope) <= room,
+            "gradient(loss_fn) must be the slope of the loss: along a direction z it must be that of central "
+            f"differences, {slope}, within {room}, got {along}",
+        )
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:

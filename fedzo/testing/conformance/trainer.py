@@ -15,7 +15,7 @@ from torch import nn
 from fedzo.errors import FedzoError
 from fedzo.testing.conformance.bits import global_generators, model_bits, must, must_be_same_model
 from fedzo.testing.conformance.space import check_space
-from fedzo.trainers import Built, Prepared, Trainer, Workplace
+from fedzo.trainers import Built, InputsConfig, Prepared, Trainer, Workplace
 from fedzo.trainers.artifacts import Artifact, ArtifactStore
 from fedzo.zo.config import Distribution
 
@@ -33,6 +33,7 @@ def check_trainer(
     load: Callable[[], LoadedModel] | None = None,
     *,
     held_in: torch.dtype = torch.float32,
+    inputs: InputsConfig | None = None,
 ) -> None:
     """Check that a trainer keeps the contract of ``fedzo.trainers.Trainer``.
 
@@ -51,13 +52,14 @@ def check_trainer(
         load: Loads a causal language model that takes token ids below 256, always the same one. By default the tiny
             llama of ``fedzo.testing.tiny_models``, in float32.
         held_in: The dtype that holds the trained values: float32 where there is a master, else that of the weights.
+        inputs: Files that the user gave, for a trainer that needs one (``Workplace.inputs``). By default none.
 
     Raises:
         AssertionError: The first rule that does not hold, with what was seen.
     """
     load = load or _tiny_llama
     with tempfile.TemporaryDirectory() as temporary:
-        prepared = _check_prepare(make, load, Path(temporary))
+        prepared = _check_prepare(make, load, Path(temporary), inputs or InputsConfig())
         _check_peers(make, load, prepared)
         for law in Distribution:
             _check_built_space(make, load, prepared.artifact, law, held_in)
@@ -75,10 +77,18 @@ def _build(trainer: Trainer, loaded: LoadedModel, artifact: Artifact) -> Built:
     return trainer.build(loaded, artifact, distribution=Distribution.gaussian)
 
 
-def _check_prepare(make: Callable[[], Trainer], load: Callable[[], LoadedModel], folder: Path) -> Prepared:
+def _check_prepare(
+    make: Callable[[], Trainer], load: Callable[[], LoadedModel], folder: Path, inputs: InputsConfig
+) -> Prepared:
     loaded = load()
     before = model_bits(loaded.model)
-    place = Workplace(folder=folder, seed=_RUN_SEED, texts=lambda: list(_TEXTS), advance=lambda done, total: None)
+    place = Workplace(
+        folder=folder,
+        seed=_RUN_SEED,
+        texts=lambda: list(_TEXTS),
+        advance=lambda done, total: None,
+        inputs=inputs,
+    )
     with global_generators(1):
         first = make().prepare(loaded, place)
     must_be_same_model(model_bits(loaded.model), before, "prepare must leave the model as it was")

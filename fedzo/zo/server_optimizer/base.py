@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -87,14 +87,9 @@ class ServerOptimizerConfig(PluginConfig):
         lr, trainers = (run.trainer.lr, not_negative("", run.trainer.lr, "")) if self.lr is None else (self.lr, ())
         if not 0 <= lr < 2.0**128 and not any(trainers):  # it travels and is logged as a float32
             yield problem("server_optimizer.lr", "be >= 0 and finite in float32", lr, "0 trains nothing.")
-        share, default = self.final_lr_share, {each.name: each.default for each in fields(self)}["final_lr_share"]
-        if not 0 <= share <= 1:
+        if not 0 <= self.final_lr_share <= 1:
             remedy = "The value is the share of server_optimizer.lr in the last round."
-            yield problem("server_optimizer.final_lr_share", "be between 0 and 1", share, remedy)
-        elif self.schedule is Schedule.constant and share != default:
-            rule = f"be {default} for server_optimizer.schedule=constant, which does not use it"
-            remedy = "Write server_optimizer.schedule=linear or cosine, or leave it out."
-            yield problem("server_optimizer.final_lr_share", rule, share, remedy)
+            yield problem("server_optimizer.final_lr_share", "be between 0 and 1", self.final_lr_share, remedy)
         if not 0 <= self.warmup_rounds < max(run.fl.rounds, 1):
             rule = f"be >= 0 and below fl.rounds ({run.fl.rounds})"
             yield problem("server_optimizer.warmup_rounds", rule, self.warmup_rounds, "Lower it, or train longer.")
@@ -190,6 +185,11 @@ def build_server_optimizer(config: ServerOptimizerConfig, *, local_steps: int) -
                 f"server_optimizer: {type(config).__name__}.traits.{trait} must be {is_one}, as its rule is "
                 f"{'one' if is_one else 'none'} of {kind.__name__}, got {not is_one}. Mend the plugin."
             )
+    if config.traits.keeps_moments != (keeps := (count := rule.num_moments(1)) > 0):
+        raise ConfigError(
+            f"server_optimizer: {type(config).__name__}.traits.keeps_moments must be {keeps}, as its rule's "
+            f"num_moments(1) is {count}, got {not keeps}. Mend the plugin."
+        )
     return rule
 
 

@@ -223,6 +223,19 @@ def test_a_third_partys_trainer_is_an_option_without_a_yaml_file(monkeypatch: py
     assert config.trainer == TheirConfig(blocks=5)
 
 
+def test_a_plugin_with_the_name_of_a_preset_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The preset would be taken for it."""
+
+    @dataclasses.dataclass(kw_only=True, slots=True)
+    class TheirConfig(TrainerConfig):
+        """Theirs."""
+
+    monkeypatch.setattr(trainers.TRAINERS, "_configs", {**trainers.TRAINERS._configs, "last_norm": TheirConfig})
+
+    with pytest.raises(ConfigError, match=r"trainer .last_norm. of .*test_load: a plugin must have another name than"):
+        load(["trainer=last_norm"])
+
+
 @pytest.mark.parametrize(
     ("typed", "expected"),
     [

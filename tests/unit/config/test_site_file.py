@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -15,6 +15,7 @@ from fedzo.config.plugins import plugin_classes
 from fedzo.config.schema import LaunchConfig, RunConfig, SiteFile
 from fedzo.config.travel import from_json, is_same_run, load_site, to_json
 from fedzo.errors import ConfigError
+from fedzo.evaluate import EVALUATORS, EvaluatorConfig
 
 TEMPLATE = files("fedzo.commands") / "templates" / "site.yaml"
 
@@ -125,6 +126,21 @@ def test_every_name_that_the_messages_list_is_taken(tmp_path: Path) -> None:
     (tmp_path / "site.yaml").write_text(f"limits: {{trainers: [mezo, lora], stages: [identity], answers: {names}}}\n")
 
     assert load_site(tmp_path / "site.yaml").limits.trainers == ["mezo", "lora"]
+
+
+@dataclass(kw_only=True, slots=True)
+class NeedyConfig(EvaluatorConfig):
+    """An evaluator that can say what it measures only when its key is given."""
+
+    reference: str
+
+
+def test_an_installed_evaluator_that_no_run_uses_stops_no_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its names are unknown then, so none is refused as unknown."""
+    monkeypatch.setattr(EVALUATORS, "_configs", {**EVALUATORS._configs, "needy": NeedyConfig})
+    (tmp_path / "site.yaml").write_text("limits: {answers: [loss, likeness]}\n")
+
+    assert load_site(tmp_path / "site.yaml").limits.answers == ["loss", "likeness"]
 
 
 def test_limits_are_no_setting_of_a_command_line() -> None:

@@ -18,7 +18,7 @@ from fedzo.fl.server.step_policy.statistics import Statistic
 from fedzo.fl.server.step_policy.vpcs import Combine, VpcsConfig, VpcsTest
 from fedzo.masks.mask import Mask
 from fedzo.masks.mask_file import save_mask
-from fedzo.trainers import TRAINERS, TrainerConfig, TrainerTraits
+from fedzo.trainers import TRAINERS, TrainerConfig, TrainerTraits, named_with
 
 
 def complaint(*overrides: str) -> str:
@@ -96,6 +96,17 @@ def test_messages_name_a_plugins_trainer_by_its_traits(monkeypatch: pytest.Monke
 
     assert "trainer=other, trainer=tables with trainer.gradient=true, or step_policy.statistic=abs_g." in text
     assert refused.text.endswith("Write trainer=other, trainer=tables, or name the dense model.")
+
+
+@dataclass(kw_only=True, slots=True)
+class NeedyConfig(TrainerConfig):
+    recipe: str
+
+
+def test_messages_leave_a_trainer_out_that_has_no_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TRAINERS._configs, "needy", NeedyConfig)
+
+    assert "trainer=needy" not in named_with(lambda traits: True)
 
 
 @pytest.mark.parametrize("selector", ["sensitivity", "random"])

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from fedzo.config.compose import session
+from fedzo.config.diagnose import respelled
 from fedzo.config.load import load
 from fedzo.config.travel import load_site, to_json
+from fedzo.config.yaml_files import checked_text
 from fedzo.errors import ConfigError
+from fedzo.evaluate import EVALUATORS, EvaluatorConfig
 
 TASK = b'defaults:\n  - task_schema\n  - _self_\nname: mine\ntemplate: "{text} ="\ncandidates: [" a", " b"]\n'
 
@@ -130,3 +135,22 @@ def test_a_small_number_reaches_the_site_file_of_a_run_and_comes_back(tmp_path: 
     (tmp_path / "site.json").write_text(to_json(load(["model.name=m"]).site()).replace("3600.0", "5e-05"))
 
     assert load_site(tmp_path / "site.json").limits.step_limit_s == 5e-05
+
+
+@dataclass(kw_only=True, slots=True)
+class TheirConfig(EvaluatorConfig):
+    """A plugin of somebody else."""
+
+    verdict: str | None = None
+
+
+def test_a_text_of_an_installed_plugin_stays_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.yaml").write_text("verdict: no\n")
+
+    with session():
+        monkeypatch.setitem(EVALUATORS._configs, "theirs", TheirConfig)  # only now, so that Hydra keeps no schema
+        (problem,) = respelled(["evaluators.theirs.verdict=true"])
+
+    assert problem.text.startswith("evaluators.theirs.verdict must be text, but ")
+    with pytest.raises(ConfigError, match=r"mine.yaml:1: verdict must be text, but YAML reads no as False"):
+        checked_text(tmp_path / "mine.yaml")

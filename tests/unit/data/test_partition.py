@@ -22,7 +22,7 @@ from fedzo.data.config import TaskConfig, TaskKind
 from fedzo.data.partition import PARTITIONERS, PartitionConfig, holdout, partition
 from fedzo.data.partition.by_label import DirichletConfig, DirichletEqualConfig, ExtremeConfig, ShardsConfig
 from fedzo.data.partition.plain import IidConfig, NaturalConfig
-from fedzo.errors import ConfigError
+from fedzo.errors import ConfigError, PluginError
 
 TASK = TaskConfig(name="mine", template="{text}", candidates=["a", "b", "c"])
 WRITTEN = TaskConfig(name="squad", kind=TaskKind.generation, template="{text}", answer="{text}")
@@ -285,6 +285,30 @@ def test_a_label_that_is_no_candidate_is_refused_with_its_row() -> None:
 
     with pytest.raises(ConfigError, match=r"row 8: column 'label' must hold an index \(0 to 2\)"):
         deal(ShardsConfig(), rows=rows)
+
+
+@pytest.mark.parametrize(
+    ("parts", "rule"),
+    [
+        ([[0, 1], [2, 3, 4, 5]], "a part for each of 3 clients, got 2 parts"),
+        ([[0, 1], [2, 3], [4]], r"each of the rows 0 to 5 to one client, once, got row 5 0 times \(1 such rows\)"),
+        ([[0, 1], [2, 3], [3, 4, 5]], "each of the rows 0 to 5 to one client, once, got row 3 2 times"),
+        ([[0, 1], [2, 3], [4, 5, 6]], "each of the rows 0 to 5 to one client, once, got row 6 1 times"),
+    ],
+)
+def test_a_third_partys_partition_must_deal_every_row_once(
+    monkeypatch: pytest.MonkeyPatch, parts: list[list[int]], rule: str
+) -> None:
+    @dataclass(kw_only=True, slots=True)
+    class TheirConfig(PartitionConfig):
+        """Theirs."""
+
+    monkeypatch.setattr(PARTITIONERS, "_configs", dict(PARTITIONERS._configs))
+    monkeypatch.setattr(PARTITIONERS, "_factories", dict(PARTITIONERS._factories))
+    PARTITIONERS.register("theirs", TheirConfig)(lambda config, **run: parts)
+
+    with pytest.raises(PluginError, match=f"partition=theirs must give {rule}"):
+        deal(TheirConfig(), num_clients=3, rows=ROWS[:6])
 
 
 def test_an_unregistered_partition_lists_those_there_are() -> None:

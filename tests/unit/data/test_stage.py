@@ -8,7 +8,7 @@ import pytest
 
 from fedzo.data.preprocess import OnProgress, preprocess
 from fedzo.data.preprocess.stage import Identity
-from fedzo.errors import ConfigError
+from fedzo.errors import ConfigError, PluginError
 
 ROWS: list[dict[str, Any]] = [{"text": "a", "label": 1, "score": float("nan"), "more": [float("nan"), {"x": 1}]}]
 
@@ -39,3 +39,12 @@ def test_a_number_that_is_none_is_left_alone_where_it_is_left_alone() -> None:
 def test_another_column_is_not_its_own(key: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"leave all columns but 'text' as they are, got another {key} in row 0"):
         preprocess(ROWS, {"changes": Changes(**{key: value})}, client=0)
+
+
+def test_a_stage_that_gives_no_rows_is_named() -> None:
+    class Forgets(Changes):
+        def apply(self, rows: list[dict[str, Any]], *, client: int, on_progress: OnProgress) -> Any:
+            return None
+
+    with pytest.raises(PluginError, match=r"Forgets\.apply must give a builtins\.list, got None \(NoneType\)"):
+        preprocess(ROWS, {"forgets": Forgets()}, client=0)

@@ -13,6 +13,7 @@ from fedzo.data.encode import Example
 from fedzo.errors import ConfigError, ProtocolError
 from fedzo.evaluate import AnswersConfig, Evaluator, Measure, evaluate, merge_scores, scores_of_peer
 from fedzo.evaluate.answers import Answers
+from fedzo.evaluate.base import RESERVED
 from fedzo.records.decode import encode
 from fedzo.records.scores import PartialScore, Score
 from fedzo.testing.tiny_models import tiny_loaded
@@ -182,3 +183,16 @@ def test_nothing_to_score_is_refused() -> None:
 def test_a_measure_is_bounded(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="a measure must"):
         Measure(metric="size", **wrong)
+
+
+@pytest.mark.parametrize("name", sorted(RESERVED))
+def test_a_measure_has_no_name_that_a_sites_file_has_for_something_else(name: str) -> None:
+    with pytest.raises(ValueError, match=f"a measure must not use the names .*, got {name}"):
+        Measure(metric=name)
+    with pytest.raises(ValueError, match=f"a measure must not use the names .*, got {name}"):
+        Measure(metric="size", numbers=(name,))
+
+
+def test_a_measure_names_no_number_as_its_metric() -> None:
+    with pytest.raises(ValueError, match="a measure must name no number as its metric, got size"):
+        Measure(metric="size", numbers=("size",))

@@ -17,7 +17,7 @@ import torch
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.app.message.message import make_message
 
-from fedzo.errors import ConfigError, ProtocolError
+from fedzo.errors import ConfigError, PluginError, ProtocolError
 from fedzo.fl.config import FlConfig, Seeds, StrategyConfig, Transport, Weighting
 from fedzo.fl.log_store import RunStore
 from fedzo.fl.messages import (
@@ -44,7 +44,7 @@ from fedzo.fl.server.rounds import FederationError, Server
 from fedzo.fl.server.step_policy import STEP_POLICIES
 from fedzo.fl.server.step_policy.baselines import NoStepPolicyConfig
 from fedzo.fl.server.step_policy.cusum import CusumConfig
-from fedzo.fl.server.step_policy.plan import StepPolicyConfig
+from fedzo.fl.server.step_policy.plan import Plan, StepPolicyConfig
 from fedzo.fl.server.step_policy.vpcs import VpcsConfig
 from fedzo.fl.server.updates import ScalarUpdates
 from fedzo.fl.server.vectors import VectorUpdates
@@ -1506,3 +1506,44 @@ def test_wire_bytes_of_a_round_are_those_since_the_round_before(federation: Any)
     told = [(line.wire_up_bytes, line.wire_down_bytes) for line in server.sink.records]
     assert told == [(None, None), (None, None), (700, 100)]
     assert "wire_up_bytes" not in encode_record(server.sink.records[0])
+
+
+@pytest.mark.parametrize(
+    ("plan", "rule"),
+    [
+        ({0: 1, 1: 1, 2: 1}, "must give a fedzo.fl.server.step_policy.plan.Plan, got"),
+        (Plan({0: 1, 1: 1}), r"must give steps of each of the clients 0 to 2, got \{0: 1, 1: 1\}"),
+        (Plan({0: 1, 1: 0, 2: 1}), "must give whole numbers of steps from 1 to 2, got"),
+        (Plan({0: 1, 1: 3, 2: 1}), "must give whole numbers of steps from 1 to 2, got"),
+        (Plan({0: 1, 1: 1.5, 2: 1}), "must give whole numbers of steps from 1 to 2, got"),  # type: ignore[dict-item]
+    ],
+)
+def test_a_step_policy_is_held_to_the_clients_and_steps_of_the_run(federation: Any, plan: Any, rule: str) -> None:
+    server, clients, _ = federation()
+    server.most_steps = 2
+    server.step_policy = _Planned(plan)
+
+    with pytest.raises(PluginError, match=rf"_Planned\.plan {rule}"):
+        server.run_round()
+
+    assert not any(client.requests for client in clients)
+
+
+def test_steps_that_a_step_policy_computes_are_sent_as_whole_numbers(federation: Any) -> None:
+    server, clients, _ = federation()
+    server.step_policy = _Planned(Plan(dict(zip(range(3), np.array([1, 2, 1]), strict=True))))
+
+    server.run_round()
+
+    assert [[type(request.steps) for request in client.requests] for client in clients] == [[int]] * 3
+    assert [client.requests[0].steps for client in clients] == [1, 2, 1]
+
+
+class _Planned:
+    """A step policy that gives whatever it is told to."""
+
+    def __init__(self, given: Any) -> None:
+        self.given = given
+
+    def plan(self, audit: Any, label_counts: Any) -> Any:
+        return self.given

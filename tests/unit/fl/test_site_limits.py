@@ -9,9 +9,15 @@ from typing import Any
 
 import pytest
 
+from fedzo.evaluate.base import RESERVED
 from fedzo.fl.config import SiteLimitsConfig
 from fedzo.fl.messages import Refusal
 from fedzo.fl.site_limits import (
+    LABEL_COUNTS,
+    LOSS,
+    NONE,
+    PER_CLASS,
+    STAGE_FIGURES,
     SiteError,
     answers_any,
     check_base,
@@ -209,3 +215,14 @@ def test_what_is_left_of_the_rows_counts_as_a_count() -> None:
 def test_a_count_leaves_unless_it_or_the_rest_is_of_few_rows(count: int, told: int) -> None:
     assert leaving_count(limits(min_rows=5), count, of=20) == told
     assert leaving_count(limits(), count, of=20) == count
+
+
+def test_where_none_leaves_no_number_of_that_name_does() -> None:
+    score = replace(SCORE, metric="none", numbers={"none": 1.0})
+
+    assert leaving(limits(answers=["none"]), score, num_labels=2) is None
+    assert not answers_any(limits(answers=["none"]), ["none"], num_rows=8)
+
+
+def test_no_evaluator_may_take_a_name_that_the_file_has_for_something_else() -> None:
+    assert {LOSS, PER_CLASS, LABEL_COUNTS, STAGE_FIGURES, NONE} == RESERVED

@@ -298,6 +298,15 @@ def test_a_folder_that_is_called_like_a_library_is_no_library(tmp_path: Path, mo
     assert len(missing_libraries({"mlflow": config})) == 1
 
 
+def test_a_part_of_a_package_that_is_not_installed_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dict(TRACKERS)["mlflow"]()
+    monkeypatch.setattr(type(config), "library", "absent_package.part")
+
+    (problem,) = missing_libraries({"mlflow": config})
+
+    assert "the package absent_package.part must be installed, but is not" in problem.text
+
+
 def test_mlflow_writes_where_its_own_variable_says_and_a_longer_run_keeps_its_first_settings(
     make_run: MakeRun, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from fedzo.testing import check_space
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import direction
-from fedzo.zo.spaces.base import Space, Values
+from fedzo.zo.spaces.base import GraphLossFn, Space, Values
 from fedzo.zo.spaces.full import FullSpace
 from fedzo.zo.spaces.masked import MaskedSpace
 
@@ -142,6 +143,40 @@ class OtherLaw(Every):
         self.distribution = Distribution.rademacher
 
 
+class GradientUphill(Every):
+    def gradient(self, loss_fn: GraphLossFn) -> tuple[float, torch.Tensor]:
+        loss, gradient = super().gradient(loss_fn)
+        return loss, -gradient
+
+
+class LeavesItUnfrozen(Every):
+    def gradient(self, loss_fn: GraphLossFn) -> tuple[float, torch.Tensor]:
+        found = super().gradient(loss_fn)
+        self.parameters[0].requires_grad_(True)
+        return found
+
+
+class MovesByItsGradient(Every):
+    """Moves a weight by a gradient."""
+
+    def gradient(self, loss_fn: GraphLossFn) -> tuple[float, torch.Tensor]:
+        found = super().gradient(loss_fn)
+        self.parameters[0].data.mul_(1.5)
+        return found
+
+
+class Without:
+    """A space that lacks a member."""
+
+    def __init__(self, space: Space, lacks: str) -> None:
+        self._space, self._lacks = space, lacks
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self._lacks:
+            raise AttributeError(name)
+        return getattr(self._space, name)
+
+
 def small() -> nn.Module:
     model = nn.Sequential(nn.Linear(6, 8, bias=True), nn.Linear(8, 3)).requires_grad_(False)
     for number, parameter in enumerate(model.parameters()):
@@ -180,12 +215,24 @@ def test_without_a_fault_it_passes() -> None:
         (DrawsFromTorch, r"global generators must be left alone, but torch's was used"),
         (StartsAtRandom, r"two spaces made on the same model must be the same"),
         (OtherLaw, r"distribution must be the law that the space was made with"),
+        (GradientUphill, r"gradient\(loss_fn\) must be the slope of the loss"),
+        (LeavesItUnfrozen, r"after gradient\(loss_fn\) no parameter may require a gradient, 1 of 4 do"),
+        (MovesByItsGradient, r"after gradient\(loss_fn\) every bit must be what it was: the model"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_broken_spaces(space: Callable[[nn.Module], Space], rule: str) -> None:
     with pytest.raises(AssertionError, match=rule):
         check_space(space, small, outputs=small_outputs)
+
+
+@pytest.mark.parametrize("member", ["step_bytes", "perturbs_weights", "row_weights", "scale_by"])
+def test_a_space_must_have_every_member(member: str) -> None:
+    def make(model: nn.Module) -> Any:
+        return Without(Every(model), member)
+
+    with pytest.raises(AssertionError, match=rf"a space must have every member of .*Space, it lacks {member}$"):
+        check_space(make, small, outputs=small_outputs)
 
 
 def test_a_space_without_a_master_must_say_in_which_dtype_it_holds_its_values() -> None:

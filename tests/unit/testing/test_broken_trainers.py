@@ -13,7 +13,7 @@ from fedzo.errors import ConfigError
 from fedzo.models.loaded import LoadedModel
 from fedzo.testing import check_trainer
 from fedzo.testing.tiny_models import tiny_loaded
-from fedzo.trainers import Built, Prepared, Workplace
+from fedzo.trainers import Built, InputsConfig, Prepared, Workplace
 from fedzo.trainers.artifacts import Artifact
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import direction
@@ -37,6 +37,14 @@ class Norms:
         base = direction(seed, space.size)
         space.load(base)
         return Built(space, lambda: space.load(base))
+
+
+class TakesAFile(Norms):
+    """The seed is in a file of the user's."""
+
+    def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
+        assert workplace.inputs.artifact is not None
+        return Prepared(workplace.artifacts.put(Path(workplace.inputs.artifact).read_bytes()))
 
 
 class BuildsFromMemory(Norms):
@@ -127,6 +135,13 @@ class GivesADoubleGradient(Norms):
 
 def test_without_a_fault_it_passes() -> None:
     check_trainer(Norms, lambda: tiny_loaded("opt"))
+
+
+def test_a_trainer_gets_the_files_that_the_user_gave(tmp_path: Path) -> None:
+    file = tmp_path / "seed"
+    file.write_bytes((5).to_bytes(4, "little"))
+
+    check_trainer(TakesAFile, inputs=InputsConfig(artifact=str(file)))
 
 
 @pytest.mark.parametrize(

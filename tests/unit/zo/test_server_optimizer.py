@@ -193,16 +193,20 @@ class OddConfig(ServerOptimizerConfig):
 
     walks: bool = False
     vectors: bool = True
+    moments: bool = False
+    remembers: bool = False  # whether its rule keeps moments
 
     @property
     def traits(self) -> ServerOptimizerTraits:
-        return ServerOptimizerTraits(walks_clients=self.walks, takes_vectors=self.vectors)
+        return ServerOptimizerTraits(keeps_moments=self.moments, walks_clients=self.walks, takes_vectors=self.vectors)
 
 
 def test_a_rule_that_is_not_what_its_traits_say_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The traits decide what a run may combine, the methods decide what it does."""
     odd: Registry[ServerOptimizer] = Registry("server_optimizer", base=ServerOptimizerConfig)
-    odd.register("odd", OddConfig)(lambda config, *, local_steps: Sgd())
+    odd.register("odd", OddConfig)(
+        lambda config, *, local_steps: Momentum(momentum=0.9, nesterov=False) if config.remembers else Sgd()
+    )
     monkeypatch.setattr("fedzo.zo.server_optimizer.base.SERVER_OPTIMIZERS", odd)
 
     assert isinstance(build_server_optimizer(OddConfig(), local_steps=1), Sgd)
@@ -212,3 +216,7 @@ def test_a_rule_that_is_not_what_its_traits_say_is_refused(monkeypatch: pytest.M
         build_server_optimizer(OddConfig(vectors=False), local_steps=1)
     with pytest.raises(ConfigError, match=r"traits\.walks_clients must be False, as its rule is none of ControlV"):
         build_server_optimizer(OddConfig(walks=True), local_steps=1)
+    with pytest.raises(ConfigError, match=r"traits\.keeps_moments must be False, as .*num_moments\(1\) is 0, got T"):
+        build_server_optimizer(OddConfig(moments=True), local_steps=1)
+    with pytest.raises(ConfigError, match=r"traits\.keeps_moments must be True, as .*num_moments\(1\) is 1, got F"):
+        build_server_optimizer(OddConfig(vectors=False, remembers=True), local_steps=1)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
-from fedzo.errors import Problem, problem
+import numpy as np
+
+from fedzo.errors import PluginError, Problem, problem
 from fedzo.fl.config import Aggregation, FlConfig
 from fedzo.records.log import AuditLine
 from fedzo.records.metrics import ClientVerdict, StepDecision
 from fedzo.records.scores import known
-from fedzo.registry import PluginConfig, Registry
+from fedzo.registry import PluginConfig, Registry, returned
 
 if TYPE_CHECKING:
     from fedzo.config.schema import RunSettings
@@ -271,3 +273,38 @@ def _plain(statistics: Mapping[str, float]) -> dict[str, float | None]:
 
 def _decision(record: StepDecision) -> object:
     return record.fallback, [(row.client, row.flagged, row.steps) for row in record.clients]
+
+
+def checked_plan(
+    policy: StepPolicy,
+    audit: Sequence[AuditLine],
+    label_counts: Mapping[int, Mapping[str, int]],
+    *,
+    num_clients: int,
+    most_steps: int,
+) -> Plan:
+    """A step policy's plan, with steps of every client that its clients will take.
+
+    Args:
+        policy: The step policy.
+        audit: As ``StepPolicy.plan``.
+        label_counts: As ``StepPolicy.plan``.
+        num_clients: K.
+        most_steps: Most local steps of a client in one round; clients refuse more.
+
+    Raises:
+        PluginError: It is no plan, or one of other clients or steps.
+    """
+    plan = returned(policy.plan(audit, label_counts), Plan, by=policy, method="plan")
+    steps: Any = plan.steps
+    if not isinstance(steps, Mapping) or {*steps} != {*range(num_clients)}:
+        raise _broken(policy, f"steps of each of the clients 0 to {num_clients - 1}", steps)
+    for number in steps.values():
+        if not isinstance(number, int | np.integer) or not 1 <= number <= most_steps:
+            raise _broken(policy, f"whole numbers of steps from 1 to {most_steps}", steps)
+    return replace(plan, steps={client: int(steps[client]) for client in range(num_clients)})
+
+
+def _broken(policy: StepPolicy, rule: str, steps: object) -> PluginError:
+    name = f"{type(policy).__module__}.{type(policy).__qualname__}"
+    return PluginError(f"{name}.plan must give {rule}, got {steps!r:.100}. Correct the step policy.")
