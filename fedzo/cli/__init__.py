@@ -19,7 +19,7 @@ from fedzo.cli.rephrase import SUMMARY as REPHRASE_SUMMARY
 from fedzo.cli.rephrase import USAGE as REPHRASE_USAGE
 from fedzo.cli.rephrase import add_rephrase, rephrase
 from fedzo.cli.sites import add_client, add_server
-from fedzo.errors import ConfigError, FedzoError
+from fedzo.errors import ConfigError, FedzoError, printable
 from fedzo.system import keep_loopback_direct, quiet_libraries
 
 RUN_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -52,6 +52,15 @@ def _run(argv: Sequence[str] | None) -> int:
     except FedzoError as error:
         print(f"fedzo: {error}", file=sys.stderr)
         return BAD_INPUT if isinstance(error, ConfigError) else RUN_FAILED
+    except (MemoryError, RuntimeError) as error:
+        from fedzo.models.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        said = printable(str(error) or type(error).__name__, most=200).rstrip(".")
+        remedy = "Free some, lower model.tokens_per_batch, or write model.dtype=bfloat16."
+        print(f"fedzo {arguments.command}: the memory does not suffice ({said}). {remedy}", file=sys.stderr)
+        return RUN_FAILED
     except KeyboardInterrupt as stop:
         run = getattr(arguments, "run", None)
         command = stop.args[0] if stop.args else f"fedzo resume {run}" if run else ""

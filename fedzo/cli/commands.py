@@ -88,7 +88,7 @@ def export(arguments: Namespace) -> int:
 
 
 def report(arguments: Namespace) -> int:
-    """``fedzo report``: a folder with Hydra's ``multirun.yaml`` is a sweep; with ``--together`` one page over runs."""
+    """``fedzo report``: a folder with ``multirun.yaml`` is a sweep; with ``--together`` one page over runs."""
     from fedzo.report.html import write_report
     from fedzo.report.sweep import write_comparison, write_sweep_report
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import sys
 from argparse import Namespace
@@ -24,7 +25,7 @@ from fedzo.config.diagnose import reason
 from fedzo.config.load import checked, load
 from fedzo.config.overrides import rewrite_model, with_config_dir
 from fedzo.config.plugins import conf_dir
-from fedzo.config.sweep import plan_sweep
+from fedzo.config.sweep import is_sweep, plan_sweep
 from fedzo.errors import ConfigError, FedzoError, FolderInUseError, RunFolderError
 from fedzo.records.folder import LOG, REPORT
 from fedzo.system import environment_variable, quiet_libraries
@@ -46,16 +47,37 @@ def train(arguments: Sequence[str]) -> None:
         if getattr(flags, name) is not None:
             option = "--" + name.replace("_", "-")
             raise ConfigError(f"{option} is not supported. Use --config-dir DIR and experiment=<name>.")
+    _check_flags(flags)
     flags.overrides = with_config_dir(flags.overrides, flags.config_dir)
     flags.config_dir = None
     if flags.help or flags.hydra_help or flags.cfg or flags.info is not None or flags.shell_completion:
         with session():
             flags.overrides = rewrite_model(flags.overrides, option_names("model", flags.overrides))
         _hydra(flags, job)
-    elif flags.multirun or "hydra.mode=MULTIRUN" in flags.overrides:
+    elif flags.multirun or is_sweep(flags.overrides):
         _sweep(flags)
     else:
         _single(flags)
+
+
+def _check_flags(flags: Namespace) -> None:
+    """Refuse Hydra's flags that do not go together; Hydra itself ends with a traceback, or ignores one of them."""
+    if flags.resolve and not (flags.cfg or flags.help):
+        raise ConfigError("--resolve must be given with --cfg or --help, got neither. Add --cfg job.")
+    if flags.package is not None and not flags.cfg:
+        raise ConfigError("--package must be given with --cfg, which shows it. Add --cfg job.")
+    if flags.help or flags.hydra_help:
+        return
+    choices = {
+        "--run": flags.run,
+        "--multirun": flags.multirun,
+        "--cfg": flags.cfg is not None,
+        "--info": flags.info is not None,
+        "--shell-completion": flags.shell_completion,
+    }
+    given = [option for option, is_given in choices.items() if is_given]
+    if len(given) > 1:
+        raise ConfigError(f"fedzo train must be given at most one of {', '.join(choices)}, got {' '.join(given)}.")
 
 
 def job(composed: DictConfig) -> float:
@@ -82,6 +104,10 @@ def job(composed: DictConfig) -> float:
                 print(f"fedzo: {error}", file=sys.stderr)  # the folder's log belongs to the process that has it
             else:
                 log.error("%s: %s", folder, error)
+        raise
+    except Exception:
+        if hydra.mode == RunMode.MULTIRUN:
+            log.exception("%s: the job failed", folder)
         raise
 
 
@@ -141,10 +167,13 @@ def _sweep(flags: Namespace) -> None:
     from fedzo.report.sweep import unfinished_jobs, write_sweep_report
 
     sweep = plan_sweep(flags.overrides)
-    flags.overrides, flags.multirun = sweep.overrides, True
+    words = "".join(f"- {json.dumps(word)}\n" for word in sweep.overrides)
+    flags.overrides, flags.run, flags.multirun = sweep.overrides, False, True
     with _folder_errors("hydra.sweep.dir"):
         sweep.folder.mkdir(parents=True, exist_ok=True)
     with folder_of_one_process(sweep.folder):
+        with _folder_errors("hydra.sweep.dir"):  # by this file `fedzo report` knows a sweep; not all sweepers write it
+            (sweep.folder / "multirun.yaml").write_text(words, encoding="utf-8")
         try:
             _hydra(flags, job)
         except KeyboardInterrupt:
@@ -158,6 +187,8 @@ def _sweep(flags: Namespace) -> None:
                 raise FedzoError(
                     f"sweep {sweep.folder}: the search failed: {failure} Where jobs failed, the lines above say why."
                 ) from failure
+            if isinstance(failure, ConfigError) and any(path.is_dir() for path in sweep.folder.iterdir()):
+                raise FedzoError(str(failure)) from failure  # a ConfigError says that nothing was started
             raise
         write_sweep_report(sweep.folder)
         if sweep.searches and (failed := unfinished_jobs(sweep.folder)):  # the search went on without them

@@ -50,9 +50,10 @@ def start_run(config: LaunchConfig, run_dir: Path, *, overrides: list[str]) -> N
     """Run a federation from its first round; everything it leaves is in ``run_dir``.
 
     Raises:
-        RunFolderError: The folder holds a run already, or cannot be written.
+        RunFolderError: The folder holds a run already, or files that no run made, or cannot be written.
     """
     with _alone(run_dir):
+        _refuse_files_of_others(run_dir)
         with RunStore(run_dir) as store:
             if has_begun(run_dir):
                 start_again = "" if store.rounds else "; it has no round yet, so you may also remove the folder"
@@ -67,6 +68,16 @@ def start_run(config: LaunchConfig, run_dir: Path, *, overrides: list[str]) -> N
             if not config.runtime.traits.server_process:
                 return _run(config, store)
         _deploy(config, run_dir)
+
+
+def _refuse_files_of_others(run_dir: Path) -> None:
+    """A start replaces what an earlier one left, of which the overrides are the first; not what somebody else made."""
+    found = [name for name in (CONFIG, CONFIG_YAML, RUN_FILE, ENVIRONMENT) if (run_dir / name).exists()]
+    if found and not (run_dir / OVERRIDES).exists() and not has_begun(run_dir):
+        raise RunFolderError(
+            f"run folder {run_dir}: it must be empty or hold a run, but holds files that no run made "
+            f"({', '.join(found)}). Choose another folder."
+        )
 
 
 def start_or_resume_run(config: LaunchConfig, run_dir: Path, *, overrides: list[str]) -> None:
@@ -228,6 +239,7 @@ def _alone(run_dir: Path) -> Iterator[None]:
 
 
 def _write_settings(config: LaunchConfig, run_dir: Path, overrides: list[str]) -> None:
+    # the first: a later start knows by it that the others are of a start
     write_whole(run_dir / OVERRIDES, "".join(f"- {json.dumps(item)}\n" for item in overrides))
     write_whole(run_dir / CONFIG_YAML, to_yaml(config))
     write_whole(run_dir / CONFIG, to_json(config))  # the last: without it the folder holds no run
@@ -316,8 +328,9 @@ def _with_absolute_paths(config: LaunchConfig) -> LaunchConfig:
         config.rewriter.store = STAGE_FOLDER  # of the working folder, so that the next run finds it
     paths: list[tuple[Any, str]] = [(config.data, "path"), (config.inputs, "artifact"), (config.inputs, "calibration")]
     paths += [(config.rewriter, key) for key in config.rewriter.paths]
-    for section, key in [*paths, (config.runtime, "server")]:
-        if path := getattr(section, key, None):
+    paths += [(config.runtime, key) for key in config.runtime.paths]
+    for section, key in paths:
+        if path := getattr(section, key):
             setattr(section, key, str(Path(path).expanduser().resolve()))
     if Path(config.model.name).expanduser().is_dir():
         config.model.name = str(Path(config.model.name).expanduser().resolve())

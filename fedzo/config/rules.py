@@ -19,11 +19,11 @@ from fedzo.data.config import SplitConfig
 from fedzo.data.sources import EMBEDDED
 from fedzo.errors import Problem, at_least, positive, problem, unsigned_64
 from fedzo.evaluate.base import metric_names
-from fedzo.fl.config import Aggregation, FaultsConfig, FlConfig, Seeds, SiteLimitsConfig, StrategyConfig, Weighting
+from fedzo.fl.config import Aggregation, FaultsConfig, FlConfig, Seeds, SiteLimitsConfig, Weighting
 from fedzo.fl.server.aggregate import num_trimmed
 from fedzo.fl.site_limits import LABEL_COUNTS, LOSS, NONE, PER_CLASS, STAGE_FIGURES
 from fedzo.records.fields import HASH, MOST_CLIENTS, MOST_OWNERS, MOST_ROUNDS, MOST_STEPS
-from fedzo.registry import broken_rules
+from fedzo.registry import broken_rules, problems_of
 from fedzo.system import MOST_THREADS
 from fedzo.zo.estimator import ZerothOrderConfig
 
@@ -38,7 +38,7 @@ def launch_problems(config: LaunchConfig, *, trains: bool = True) -> list[Proble
         *([] if config.runtime.traits.has_sites else rows_problems(config, config)),
         *([] if config.runtime.traits.has_sites else stage_problems(config, config)),
         *run_problems(config),
-        *config.trainer.input_problems(config.inputs, config),
+        *problems_of(config.trainer.input_problems(config.inputs, config), by=config.trainer, method="input_problems"),
         *broken_rules(config.runtime, config),
         *traits.runtime_problems(config),
     ]
@@ -76,7 +76,7 @@ def rows_problems(site: SiteConfig, run: RunSettings) -> Iterator[Problem]:
 def stage_problems(site: SiteConfig, run: RunSettings) -> Iterator[Problem]:
     """What a machine that plays clients lacks for the run's stages."""
     for stage in run.preprocess.values():
-        yield from stage.site_problems(site.rewriter)
+        yield from problems_of(stage.site_problems(site.rewriter), by=stage, method="site_problems")
 
 
 def run_problems(config: RunSettings) -> Iterator[Problem]:
@@ -120,7 +120,7 @@ def missing_files(config: LaunchConfig) -> list[Problem]:
         for key, path, remedy in named
         if path is not None and not Path(path).expanduser().exists()
     ]
-    return [*found, *config.rewriter.missing()]
+    return [*found, *problems_of(config.rewriter.missing(), by=config.rewriter, method="missing")]
 
 
 def own_paths(path: str, num_clients: int) -> list[str]:
@@ -144,11 +144,12 @@ def _machine(config: SiteConfig) -> Iterator[Problem]:
 
 
 def _limits(limits: SiteLimitsConfig) -> Iterator[Problem]:
-    numbers = [NONE, LOSS, *metric_names(), PER_CLASS, LABEL_COUNTS, STAGE_FIGURES]
+    metrics, all_told = metric_names()
+    numbers = [NONE, LOSS, *metrics, PER_CLASS, LABEL_COUNTS, STAGE_FIGURES]
     for key, known in (
         ("trainers", sorted(plugin_classes()["trainer"])),
         ("stages", sorted(list_classes()["preprocess"])),
-        ("answers", numbers),
+        ("answers", numbers if all_told else [*numbers, *limits.answers]),  # a name may be of who did not tell
     ):
         for name in getattr(limits, key):
             if name not in known:
@@ -236,8 +237,6 @@ def _fl(config: RunSettings) -> Iterator[Problem]:
             yield problem(key, what.format(most), count, "Lower it.")
     if not 2 <= fl.pool_size < 2**31:
         yield problem("fl.pool_size", "be between 2 and 2**31 - 1", fl.pool_size, "4096 is FedKSeed's.")
-    elif fl.seeds is not Seeds.pool:
-        yield from _unused("fl.pool_size", fl, f"fl.seeds={fl.seeds}", "Write fl.seeds=pool")
     yield from at_least("fl.hash_every", fl.hash_every, 1, "1 compares the full hash every round.")
 
 
@@ -267,35 +266,26 @@ def _strategy(config: RunSettings) -> Iterator[Problem]:
     if strategy.size_cap != 0 and not (math.isfinite(strategy.size_cap) and strategy.size_cap >= 1):
         remedy = "Below 1, most clients would have equal weight. Write strategy.weighting=uniform for that."
         yield problem("strategy.size_cap", "be 0 (no cap) or >= 1 and finite", strategy.size_cap, remedy)
-    elif strategy.weighting is Weighting.uniform:
-        chosen = f"strategy.weighting={strategy.weighting}"
-        yield from _unused("strategy.size_cap", strategy, chosen, "Write strategy.weighting=size")
     yield from positive("strategy.deadline_s", strategy.deadline_s, "It counts seconds.")
     yield from positive("strategy.startup_s", strategy.startup_s, "It counts seconds.")
     yield from positive("strategy.max_abs_g", strategy.max_abs_g, "Choose a large number to refuse nothing.")
     if strategy.clip_factor != 0 and not (math.isfinite(strategy.clip_factor) and strategy.clip_factor >= 1):
         remedy = "Below 1 the bound would shrink from round to round."
         yield problem("strategy.clip_factor", "be 0 (off) or >= 1 and finite", strategy.clip_factor, remedy)
-    if strategy.clip_factor == 0:
-        chosen = "strategy.clip_factor=0"
-        yield from _unused("strategy.clip_rounds", strategy, chosen, "Write strategy.clip_factor=100")
-    else:
-        yield from at_least("strategy.clip_rounds", strategy.clip_rounds, 1, "10 is usual.")
+    yield from at_least("strategy.clip_rounds", strategy.clip_rounds, 1, "10 is usual.")
 
 
 def _aggregation(config: RunSettings) -> Iterator[Problem]:
     strategy, asked = config.strategy, config.strategy.clients_per_round or config.fl.num_clients
-    chosen = f"strategy.aggregation={strategy.aggregation}"
     if not 0 <= strategy.trim_share < 0.5:
         yield problem("strategy.trim_share", "be >= 0 and < 0.5", strategy.trim_share, "It is cut off at both ends.")
-    elif strategy.aggregation is not Aggregation.trimmed_mean:
-        yield from _unused("strategy.trim_share", strategy, chosen, "Write strategy.aggregation=trimmed_mean")
-    elif num_trimmed(strategy.trim_share, asked) == 0:
+    elif strategy.aggregation is Aggregation.trimmed_mean and num_trimmed(strategy.trim_share, asked) == 0:
         rule = f"cut at least one of the {asked} clients of a round off at each end, so that values are trimmed"
         remedy = "Ask at least 3 clients." if asked < 3 else f"{math.ceil(1000 / asked) / 1000:g} cuts one."
         yield problem("strategy.trim_share", rule, strategy.trim_share, remedy)
     if strategy.aggregation is Aggregation.mean:
         return
+    chosen = f"strategy.aggregation={strategy.aggregation}"
     if config.fl.seeds is not Seeds.shared:
         rule = f"be shared for {chosen}, which compares scalars along the same direction"
         yield problem("fl.seeds", rule, config.fl.seeds, "Write fl.seeds=shared, or strategy.aggregation=mean.")
@@ -303,15 +293,6 @@ def _aggregation(config: RunSettings) -> Iterator[Problem]:
         rule = f"be uniform for {chosen}, which gives every client equal weight"
         remedy = "Write strategy.weighting=uniform, or strategy.aggregation=mean."
         yield problem("strategy.weighting", rule, strategy.weighting, remedy)
-
-
-def _unused(key: str, config: FlConfig | StrategyConfig, chosen: str, remedy: str) -> Iterator[Problem]:
-    """A problem where a key differs from its default though nothing reads it beside ``chosen``."""
-    name = key.rpartition(".")[2]
-    given, default = getattr(config, name), getattr(type(config)(), name)
-    if given != default:
-        rule = f"be {default} for {chosen}, which does not use it"
-        yield problem(key, rule, given, f"{remedy}, or leave it out.")
 
 
 def _evaluation(config: RunSettings) -> Iterator[Problem]:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override, RangeSweep, ValueType
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from fedzo.config.compose import FAILURES, compose_run, option_names, session
@@ -17,7 +18,7 @@ from fedzo.config.diagnose import diagnose, parse_overrides, reason
 from fedzo.config.load import check, message
 from fedzo.config.overrides import quoted, rewrite_model
 from fedzo.config.schema import LaunchConfig, first_evaluator
-from fedzo.errors import ConfigError, Problem
+from fedzo.errors import ConfigError, Problem, problem
 from fedzo.evaluate import EVALUATORS
 from fedzo.fl.config import BestBy
 from fedzo.system import package_version
@@ -38,6 +39,22 @@ class Sweep(NamedTuple):
     """Whether each job's settings follow from the scores of those before it."""
 
 
+def is_sweep(overrides: Sequence[str]) -> bool:
+    """Whether ``hydra.mode`` asks for a sweep, on the command line or in a file that it names.
+
+    Raises:
+        ConfigError: Hydra would change the working folder.
+    """
+    with session():
+        parsed, _ = parse_overrides(rewrite_model(overrides, option_names("model", overrides)))
+        try:
+            own, _ = _hydra_node(parsed)
+        except ConfigError:  # of a sweep; a run's own problems are found when it is loaded
+            return False
+    _check_folder_stays(own)
+    return own.mode is RunMode.MULTIRUN
+
+
 def plan_sweep(overrides: Sequence[str]) -> Sweep:
     """Compose and check every job of a sweep, so that a bad one is found before the first one runs.
 
@@ -50,12 +67,13 @@ def plan_sweep(overrides: Sequence[str]) -> Sweep:
             "pip install 'fedzo[optuna]'"
         )
     with session():
-        overrides = rewrite_model(overrides, option_names("model", overrides))
+        overrides = _without_globs(rewrite_model(overrides, option_names("model", overrides)))
         parsed, unreadable = parse_overrides(overrides)
         swept = [each.input_line for each in parsed if each.is_hydra_override() and each.is_sweep_override()]
         if swept:
             raise ConfigError(f"{swept[0]}: a setting of Hydra itself must have one value, got several. Choose one.")
-        own, wrong = _hydra_node([str(each.input_line) for each in parsed if _concerns_hydra(each)])
+        own, wrong = _hydra_node(parsed)
+        _check_folder_stays(own)
         folder = Path(str(own.sweep.dir))
         pinned = [*overrides, f"hydra.sweep.dir={quoted(str(folder))}"]
         sweeper = str(own.sweeper.get("_target_")).rpartition(".")[2]
@@ -70,21 +88,51 @@ def plan_sweep(overrides: Sequence[str]) -> Sweep:
         return Sweep(folder, [*pinned, *_search(own, configs, given=parsed)], configs, searches=True)
 
 
+def _without_globs(overrides: Sequence[str]) -> list[str]:
+    """Each ``group=glob(...)`` as the options that it matches; Hydra would run a job of each schema, too."""
+    written = []
+    for text in overrides:
+        parsed, _ = parse_overrides([text])
+        if not parsed or parsed[0].value_type is not ValueType.GLOB_CHOICE_SWEEP:
+            written.append(text)
+            continue
+        known = option_names(parsed[0].key_or_group, overrides)
+        names = cast(Glob, parsed[0].value()).filter(known)
+        if not names:
+            raise ConfigError(f"{text}: it must match one of {', '.join(known) or 'a group'}, but matches none.")
+        written.append(f"{parsed[0].get_key_element()}={','.join(names)}")
+    return written
+
+
 def _concerns_hydra(override: Override) -> bool:
     return (override.is_hydra_override() or override.key_or_group == "experiment") and not override.is_sweep_override()
 
 
-def _hydra_node(overrides: Sequence[str]) -> tuple[DictConfig, list[Problem]]:
+def _hydra_node(parsed: Sequence[Override]) -> tuple[DictConfig, list[Problem]]:
     """Hydra's own settings, with the overrides that are wrong left out and their problems beside."""
+    try:  # beside all that the jobs share: a folder may be named by it
+        return _composed_node([str(each.input_line) for each in parsed if not each.is_sweep_override()]), []
+    except FAILURES:  # perhaps of a setting that only the jobs need: it is told with theirs
+        overrides = [str(each.input_line) for each in parsed if _concerns_hydra(each)]
     try:
-        node = compose_run(overrides, hydra=True).hydra
-        _ = node.sweep.dir  # may hold an interpolation
-        return cast(DictConfig, node), []
+        return _composed_node(overrides), []
     except FAILURES as error:
         kept, found = diagnose(overrides)
         if not found:
             raise ConfigError(f"The sweep is not valid: {reason(error)}") from error
         return cast(DictConfig, compose_run(kept, hydra=True).hydra), found
+
+
+def _composed_node(overrides: Sequence[str]) -> DictConfig:
+    node = compose_run(overrides, hydra=True).hydra
+    _ = node.sweep.dir  # may hold an interpolation
+    return cast(DictConfig, node)
+
+
+def _check_folder_stays(own: DictConfig) -> None:
+    if own.job.chdir:
+        remedy = "What was checked would not be found from the run's own folder. Leave it out."
+        raise ConfigError(problem("hydra.job.chdir", "be false", own.job.chdir, remedy).text)
 
 
 def _split(parsed: list[Override]) -> list[list[str]]:
@@ -175,9 +223,9 @@ def _direction(config: LaunchConfig) -> str:
 
 def _check_jobs(jobs: Sequence[Sequence[str]], *, known: Sequence[Problem]) -> list[LaunchConfig]:
     checked = [check(job) for job in jobs]
-    lines = [problem.text for problem in known]
-    for text in dict.fromkeys(problem.text for _, found in checked for problem in found if problem not in known):
-        where = [number for number, (_, found) in enumerate(checked) if text in {problem.text for problem in found}]
+    lines = [each.text for each in known]
+    for text in dict.fromkeys(each.text for _, found in checked for each in found if each not in known):
+        where = [number for number, (_, found) in enumerate(checked) if text in {each.text for each in found}]
         lines.append(text if len(where) == len(jobs) else f"{_name(jobs, where)}: {text}")
     if lines:
         raise ConfigError(message(lines))

@@ -67,9 +67,6 @@ def dtype_problems(site: SiteConfig, config: RunSettings) -> Iterator[Problem]:
     elif isinstance(config, RunConfig) and dtype is not config.base.dtype:
         rule = f"be {config.base.dtype} in this run of {trainer}, whose trained values have this dtype on all peers"
         yield problem("model.dtype", rule, dtype, f"Write model.dtype={config.base.dtype}.")
-    elif dtype is DType.float32 and (setting := config.trainer.traits.rounding_setting):
-        rule = f"be bfloat16 or float16 for {setting}, which does not change float32 values"
-        yield problem("model.dtype", rule, dtype, f"Write model.dtype=bfloat16, or leave {setting} out.")
     optimizer = config.server_optimizer
     lr = config.trainer.lr if optimizer.lr is None else optimizer.lr
     if (least := _LEAST_DECAY.get(dtype, 0.0)) > lr * optimizer.weight_decay > 0:

@@ -11,7 +11,8 @@ from pathlib import Path
 from matplotlib.ticker import PercentFormatter
 
 from fedzo.errors import RunFolderError
-from fedzo.records.folder import OVERRIDES, REPORT, replace_file
+from fedzo.records.decode import parse_json
+from fedzo.records.folder import CONFIG, OVERRIDES, REPORT, RUN_FILE, read_file, replace_file
 from fedzo.records.metrics import CentralScore, Summary
 from fedzo.report.format import bytes_text, score_text, seconds_text
 from fedzo.report.html import render_page, write_page
@@ -41,6 +42,7 @@ _SETTINGS_OF_LOSSES = (
 class Job:
     """One job of a sweep; ``run`` is None where it left no run that can be read."""
 
+    name: str
     folder: Path
     settings: dict[str, str]
     run: RunData | None
@@ -81,12 +83,17 @@ def write_sweep_report(sweep_dir: Path, *, out_dir: Path | None = None) -> Path 
 
 
 def write_comparison(runs: Sequence[Path], out_dir: Path) -> Path:
-    """The same over runs that were started one by one.
+    """The same over runs that were started one by one; the folder of a sweep stands for its jobs.
 
     Raises:
         RunFolderError: The folder cannot be written.
     """
-    jobs = [_job(run) for run in runs]
+    folders = [folder for run in runs for folder in ([] if (run / CONFIG).exists() else _job_folders(run)) or [run]]
+    names = [folder.name for folder in folders]
+    jobs = []
+    for folder in folders:
+        whole = folder.absolute()
+        jobs.append(_job(folder, folder.name if names.count(folder.name) == 1 else f"{whole.parent.name}/{whole.name}"))
     return _write(jobs, out_dir, title=f"{len(jobs)} runs", subtitle=", ".join(run.name for run in runs))
 
 
@@ -95,6 +102,7 @@ def _write(jobs: list[Job], folder: Path, *, title: str, subtitle: str) -> Path:
     header, rows = _table(jobs, keys)
     alike = len({kind for job in jobs if (kind := _kind(job))}) <= 1
     ordered = len({losses for job in jobs if (losses := _kind_of_losses(job))}) <= 1
+    not_ordered = "The dev losses may be of different rows or kinds: none is named the lowest."
     pictures = _pictures(jobs, keys) if alike else []
     table = io.StringIO(newline="")
     csv.writer(table).writerows(_numbers(jobs, keys))
@@ -112,9 +120,9 @@ def _write(jobs: list[Job], folder: Path, *, title: str, subtitle: str) -> Path:
         headline=_best(jobs, keys) if alike and ordered else "",
         headline_note="Choose by the dev loss: test rows that chose a setting no longer measure anything.",
         notes=[
-            *(f"{job.folder.name}: {job.problem or job.state}" for job in jobs if job.state != "finished"),
+            *(f"{job.name}: {job.problem or job.state}" for job in jobs if job.state != "finished"),
             *([] if alike else ["The runs have different tasks or measures: no figure and no best run compares them."]),
-            *([] if ordered or not alike else ["The dev losses are of different rows or kinds: none is the lowest."]),
+            *([] if ordered or not alike else [not_ordered]),
         ],
         tables=[("Jobs", [header, *rows])],
         long_tables=[],
@@ -126,27 +134,33 @@ def _write(jobs: list[Job], folder: Path, *, title: str, subtitle: str) -> Path:
 
 def unfinished_jobs(sweep_dir: Path) -> list[str]:
     """Folder names of the jobs that have not come to their end."""
-    return [job.folder.name for job in _jobs(sweep_dir) if job.state != "finished"]
+    return [job.name for job in _jobs(sweep_dir) if job.state != "finished"]
 
 
 def _jobs(sweep_dir: Path) -> list[Job]:
-    folders = [path.parent for path in sweep_dir.glob(f"*/{OVERRIDES}")]
-    return [_job(folder) for folder in sorted(folders, key=_place)]
+    return [_job(folder, folder.relative_to(sweep_dir).as_posix()) for folder in _job_folders(sweep_dir)]
+
+
+def _job_folders(sweep_dir: Path) -> list[Path]:
+    """In a sweep's folder, or deeper by ``hydra.sweep.subdir``; there Hydra may keep overrides of its own, too."""
+    found = {path.parent for path in sweep_dir.glob(f"*/{OVERRIDES}")}
+    found |= {path.parent for path in sweep_dir.glob(f"*/**/{OVERRIDES}") if (path.parent / CONFIG).exists()}
+    return sorted(found, key=_place)
 
 
 def _place(folder: Path) -> tuple[bool, int, str]:
     """Jobs by their numbers, with which the names of their folders begin."""
     number = folder.name.partition("_")[0]
-    return not number.isdecimal(), int(number) if number.isdecimal() else 0, folder.name
+    return not number.isdecimal(), int(number) if number.isdecimal() else 0, folder.as_posix()
 
 
-def _job(folder: Path) -> Job:
+def _job(folder: Path, name: str) -> Job:
     settings: dict[str, str] = {}
     try:
         settings = dict(override.partition("=")[::2] for override in read_overrides(folder))
-        return Job(folder, settings, load_run(folder))
+        return Job(name, folder, settings, load_run(folder))
     except RunFolderError as error:
-        return Job(folder, settings, None, str(error))
+        return Job(name, folder, settings, None, str(error))
 
 
 def _kind(job: Job) -> tuple[object, ...] | None:
@@ -160,7 +174,19 @@ def _kind_of_losses(job: Job) -> str | None:
     """What its dev loss is of: on other rows, or of other answers, a lower one is no better; None without one."""
     if job.run is None or (dev := job.scores("dev")) is None or dev[1].loss is None:
         return None
-    return repr([*(job.run.setting(*path) for path in _SETTINGS_OF_LOSSES), dev[1].num_examples])
+    settings = [job.run.setting(*path) for path in _SETTINGS_OF_LOSSES]
+    counted_by = _tokenizer(job.run) if job.run.setting("task", "loss") == "lm" else None
+    return repr([*settings, dev[1].num_examples, counted_by])
+
+
+def _tokenizer(run: RunData) -> object:
+    """Whose tokens a language-model loss is of: the digest that the peers agreed on, else the model's name."""
+    try:
+        text = read_file(run.run_dir, RUN_FILE)
+        agreed = parse_json(text, where=str(run.run_dir / RUN_FILE), error=RunFolderError)
+        return agreed["base"]["tokenizer_digest"]
+    except (OSError, KeyError, TypeError):
+        return run.setting("model", "name")
 
 
 def _best(jobs: list[Job], keys: list[str]) -> str:
@@ -179,7 +205,7 @@ def _varied(jobs: list[Job]) -> list[str]:
 
 
 def _name(job: Job, keys: list[str]) -> str:
-    return ", ".join(job.settings.get(key, "-") for key in keys) or job.folder.name
+    return ", ".join(job.settings.get(key, "-") for key in keys) or job.name
 
 
 def _table(jobs: list[Job], keys: list[str]) -> tuple[list[str], list[list[str]]]:
@@ -189,7 +215,7 @@ def _table(jobs: list[Job], keys: list[str]) -> tuple[list[str], list[list[str]]
     ]
     rows = []
     for job in jobs:
-        row = [job.folder.name, *(job.settings.get(key, "") for key in keys), job.state]
+        row = [job.name, *(job.settings.get(key, "") for key in keys), job.state]
         if job.run and (summary := job.summary):
             dev, test, worst = job.scores("dev"), job.scores("test"), summary.worst_client
             row += [
@@ -223,7 +249,7 @@ def _numbers(jobs: list[Job], keys: list[str]) -> list[list[object]]:
         ]
     ]
     for job in jobs:
-        row: list[object] = [job.folder.name, *(job.settings.get(key, "") for key in keys), job.state]
+        row: list[object] = [job.name, *(job.settings.get(key, "") for key in keys), job.state]
         if summary := job.summary:
             dev, test = job.scores("dev"), job.scores("test")
             row += [summary.best_round if dev else None, *((dev[1].loss, dev[1].value) if dev else (None, None))]

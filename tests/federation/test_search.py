@@ -54,6 +54,7 @@ def test_a_search_optimises_the_dev_score_that_chooses_the_best_round(
     assert {float(row["server_optimizer.lr"]) for row in rows} >= {lr}
     assert [row["state"] for row in rows] == ["finished"] * 3
     assert "alembic" not in capsys.readouterr().out
+    assert main(["report", str(tmp_path)]) == 0
 
 
 def test_a_search_survives_a_job_that_fails_and_goes_on_when_it_is_repeated(

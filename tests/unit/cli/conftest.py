@@ -15,10 +15,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 from fedzo.config.schema import LaunchConfig
-from fedzo.errors import NumericsError
+from fedzo.errors import ConfigError, NumericsError
 
 Calls = list[tuple[Any, ...]]
-DIVERGES, INTERRUPTED, BUG = 5, 6, 7
+DIVERGES, INTERRUPTED, BUG, REFUSED = 5, 6, 7, 8
 """Run seeds with which the stand-in of ``start_run`` fails."""
 
 
@@ -63,6 +63,8 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
             raise KeyboardInterrupt
         if config.seed == BUG:
             raise RuntimeError("a bug")
+        if config.seed == REFUSED:
+            raise ConfigError("the model must fit the task, but does not.")
 
     def note(name: str, result: Any = None) -> Any:
         def service(*arguments: Any, **options: Any) -> Any:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fedzo.cli import main, make_parser
 from fedzo.errors import ConfigError, ProtocolError
@@ -153,6 +154,26 @@ def test_an_error_of_a_service_is_one_line_and_an_exit_code(
 
     assert main(["replay", "."]) == code
     assert capsys.readouterr().err == f"fedzo: {error}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "MemoryError"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\n2.00 GiB."), "CUDA out of memory. Tried 2.00 GiB"),
+    ],
+)
+def test_memory_that_does_not_suffice_is_one_line(
+    error: Exception, said: str, calls: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(sys.modules["fedzo.commands.trained"], "replay_run", fail)
+
+    assert main(["replay", "."]) == 1
+    remedy = "Free some, lower model.tokens_per_batch, or write model.dtype=bfloat16."
+    assert capsys.readouterr().err == f"fedzo replay: the memory does not suffice ({said}). {remedy}\n"
 
 
 @pytest.mark.parametrize(("command", "hint"), [("resume", " Continue with: fedzo resume ."), ("replay", "")])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,14 +9,14 @@ from typing import Any
 import pytest
 
 import fedzo.runtime.inline
-from fedzo.commands.train import launch
+from fedzo.commands.train import _with_absolute_paths, launch, start_run
 from fedzo.config.schema import LaunchConfig, RunConfig
 from fedzo.config.travel import to_json
-from fedzo.errors import ConfigError
+from fedzo.errors import ConfigError, RunFolderError
 from fedzo.fl.config import FlConfig
 from fedzo.models.config import BaseConfig
 from fedzo.run.apps import client_app, look_ahead, server_app
-from fedzo.runtime.config import RUNTIMES, InlineConfig, RuntimeConfig
+from fedzo.runtime.config import RUNTIMES, InlineConfig, RemoteConfig, RuntimeConfig
 
 
 def test_every_runtime_of_the_configuration_can_be_launched() -> None:
@@ -51,11 +52,37 @@ def test_processes_that_start_meanwhile_find_the_site(monkeypatch: pytest.Monkey
     assert [*found, os.environ.get("FEDZO_SITE")] == [str(tmp_path / "site.json"), None]
 
 
+@dataclass(kw_only=True, slots=True)
+class HostedConfig(RuntimeConfig):
+    """A runtime of somebody else, whose server is an address."""
+
+    server: str = ""
+
+
+def test_only_a_key_that_a_runtime_names_as_a_path_becomes_absolute() -> None:
+    hosted = _with_absolute_paths(LaunchConfig(runtime=HostedConfig(server="host:9092")))
+    remote = _with_absolute_paths(LaunchConfig(runtime=RemoteConfig(server="server")))
+
+    assert hosted.runtime == HostedConfig(server="host:9092")
+    assert remote.runtime == RemoteConfig(server=str(Path("server").resolve()))
+
+
 def test_unknown_runtime_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     config = LaunchConfig(runtime=RuntimeConfig())
 
     with pytest.raises(ConfigError, match=r"runtime: .* Registered: inline, local, ray"):
         launch(config, opened(config), tmp_path, site_file=tmp_path / "site.json")
+
+
+@pytest.mark.parametrize("name", ["config.json", "config.yaml", "run.json", "environment.json"])
+def test_a_run_leaves_a_folder_with_files_that_no_run_made(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+
+    with pytest.raises(RunFolderError, match="holds files that no run made"):
+        start_run(LaunchConfig(), tmp_path, overrides=[])
+
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def agreed(config: LaunchConfig) -> RunConfig:

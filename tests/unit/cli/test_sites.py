@@ -353,7 +353,10 @@ def test_a_site_has_a_place_for_compiled_kernels_also_where_its_user_has_no_home
     unit, image = configparser.RawConfigParser(), (tmp_path / "image" / "Containerfile").read_text()
     unit.read(tmp_path / "fedzo-client.service")
 
-    assert (unit["Service"]["CacheDirectory"], unit["Service"]["Environment"]) == ("%N", "NUMBA_CACHE_DIR=%C/%N")
+    assert (unit["Service"]["CacheDirectory"], unit["Service"]["Environment"]) == (
+        "%N",
+        "NUMBA_CACHE_DIR=%C/%N FEDZO_CACHE=%C/%N/models",
+    )
     (home,) = re.findall(r"^ENV HOME=(.*)$", image, re.MULTILINE)
     assert home.startswith("/fedzo/")  # the folder that is mounted
 

@@ -16,7 +16,7 @@ from fedzo.cli import main
 from fedzo.errors import RunFolderError
 
 Calls = list[tuple[Any, ...]]
-DIVERGES, INTERRUPTED, BUG = 5, 6, 7
+DIVERGES, INTERRUPTED, BUG, REFUSED = 5, 6, 7, 8
 """Run seeds with which the stand-in of ``start_run`` fails (conftest)."""
 
 
@@ -132,6 +132,44 @@ def test_a_failed_job_lets_the_others_run_and_fails_the_sweep(calls: Calls, caps
     assert "Traceback" not in error
 
 
+def test_a_crash_of_a_later_job_is_told(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    """Hydra raises what the first job that failed raised."""
+    assert main(["train", "-m", f"seed={DIVERGES},{BUG},3", "hydra.sweep.dir=all"]) == 1
+
+    assert [call[0] for call in calls] == ["start", "start", "start", "sweep report"]
+    error = capsys.readouterr().err
+    assert "1_seed-7: the job failed" in error
+    assert "RuntimeError: a bug" in error
+
+
+def test_a_sweep_with_a_refused_job_has_started_something(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "-m", f"seed={REFUSED},1"]) == 1
+
+    assert [call[0] for call in calls] == ["start", "start", "sweep report"]
+    assert capsys.readouterr().err.endswith("fedzo: the model must fit the task, but does not.\n")
+
+
+def test_a_sweep_folder_that_cannot_be_written_is_named(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("all/multirun.yaml").mkdir(parents=True)
+
+    assert main(["train", "-m", "seed=1,2", "hydra.sweep.dir=all"]) == 1
+
+    assert "all/multirun.yaml: it must be writable" in capsys.readouterr().err
+    assert calls == []
+
+
+@pytest.mark.parametrize("word", ["experiment=both", "++hydra.mode=MULTIRUN"])
+def test_a_file_or_an_added_key_can_ask_for_a_sweep(calls: Calls, tmp_path: Path, word: str) -> None:
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    text = "# @package _global_\nhydra:\n  mode: MULTIRUN\n"
+    (tmp_path / "conf" / "experiment" / "both.yaml").write_text(text, encoding="utf-8")
+
+    for flags in [], ["--run"]:
+        calls.clear()
+        assert main(["train", *flags, "--config-dir", "conf", word, "seed=1,2", "hydra.sweep.dir=all"]) == 0
+        assert [call[0] for call in calls] == ["start", "start", "sweep report"]
+
+
 def test_ctrl_c_in_a_multirun_says_how_the_sweep_goes_on(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "-m", f"seed=1,{INTERRUPTED},3", "hydra.sweep.dir=all"]) == 130
 
@@ -157,6 +195,12 @@ def test_a_users_own_yaml_is_used_by_runs_and_sweeps(calls: Calls, tmp_path: Pat
         (["--config-path", "x"], "--config-path is not supported."),
         (["--config-dir", "no/such"], "--config-dir must name a folder of YAML files, got 'no/such'."),
         (["--cfg", "job", "fl.nope=1"], "Key 'nope' not in 'FlConfig'."),
+        (["--resolve"], "--resolve must be given with --cfg or --help"),
+        (["--package", "fl"], "--package must be given with --cfg"),
+        (["-m", "--cfg", "job"], "at most one of"),
+        (["-m", "-r"], "got --run --multirun."),
+        (["hydra.job.chdir=true"], "hydra.job.chdir must be false, got True."),
+        (["-m", "seed=1,2", "hydra.job.chdir=true"], "hydra.job.chdir must be false, got True."),
     ],
 )
 def test_flags_that_cannot_be_used_are_refused(

@@ -13,6 +13,7 @@ from fedzo.cli import main
 from fedzo.commands.client import up
 from fedzo.commands.doctor import folder_checks
 from fedzo.runtime.net.client_folder import ClientFolder
+from fedzo.runtime.net.credentials import Certificate
 from fedzo.runtime.net.daemons import CONNECTED, HEARD, SILENT
 from fedzo.runtime.net.processes import Processes
 from fedzo.runtime.net.server_folder import ServerFolder
@@ -165,6 +166,39 @@ def test_a_certificate_that_ends_soon_is_told_of_and_once_that_nobody_accepts_it
     assert f"certificate valid for 5 days. `fedzo server renew --dir {server}`" in said
     told = f"the clients cannot be registered: {EXPIRED}. See `fedzo doctor {server}`"
     assert [line for line in said if "registered" in line] == [told, "0 clients are registered"]
+
+
+def test_a_certificate_that_ends_while_the_server_is_up_is_told_of(
+    server: Path, registered: Callable[..., None], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    days = iter([20.0, 20.0, 5.2, 5.1, -1.0, 300.0])
+    monkeypatch.setattr(Certificate, "days_left", property(lambda self: next(days)))
+    registered(*[httpx.ConnectError("[Errno 111] Connection refused")] * 6)
+    capsys.readouterr()
+
+    assert main(["server", "up", str(server)]) == 0
+
+    said = [line.partition(". ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in said if line.startswith(("certificate", "the certificate"))] == [
+        "certificate valid for 5 days",
+        "the certificate has ended",
+        "the certificate is renewed",
+    ]
+
+
+def test_logs_that_another_user_owns_are_told_of_and_the_site_goes_up(
+    site: Path, said: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(self: Path, mode: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    (site / "logs").chmod(0o755)
+    monkeypatch.setattr(Path, "chmod", refused)
+
+    with suppress(KeyboardInterrupt):
+        told = next(up(ClientFolder(site)))
+
+    assert told == f"{site / 'logs'}: others may read it, and only its owner can close it: chmod 700 {site / 'logs'}"
 
 
 def test_the_clients_that_are_counted_are_those_that_the_superlink_lets_in(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from fedzo.config.load import load, unused_problems
 from fedzo.config.plugins import plugin_classes
 from fedzo.config.rules import launch_problems, missing_files
 from fedzo.config.schema import LaunchConfig
@@ -18,6 +19,7 @@ from fedzo.data.config import Loss, TaskConfig, TaskKind
 from fedzo.data.partition import PartitionConfig
 from fedzo.data.partition.by_label import DirichletConfig, DirichletEqualConfig, ExtremeConfig, ShardsConfig
 from fedzo.data.partition.plain import NaturalConfig
+from fedzo.errors import ConfigError
 from fedzo.fl.config import Aggregation, Seeds, Weighting
 from fedzo.models.config import DType
 from fedzo.models.load import TORCH_DTYPES
@@ -177,9 +179,13 @@ def test_a_broken_rule_is_named(key: str, value: object, rule: str) -> None:
         ("fl.seeds", Seeds.per_client),
         ("task.labels", ["neg", "pos"]),
         ("estimator.eps", 0.5),  # may differ from trainer.eps
+        ("server_optimizer.final_lr_share", 0.0),
+        ("server_optimizer.final_lr_share", 1.0),
         ("server_optimizer.warmup_rounds", 74),
         ("server_optimizer.weight_decay", 3e-4),  # lr is the trainer's, 2e-4: 6e-8, the least that float32 sees
         ("strategy.clip_factor", 1.0),
+        ("strategy.size_cap", 0.0),
+        ("strategy.size_cap", 1.0),
     ],
 )
 def test_a_value_on_the_edge_is_allowed(key: str, value: object) -> None:
@@ -252,12 +258,18 @@ def test_a_setting_without_effect_is_refused(settings: dict[str, Any], message: 
     for key, value in settings.items():
         set_key(config, key, value)
 
-    (problem,) = launch_problems(config)
+    (problem,) = unused_problems(config)
 
     assert problem.text.startswith(message)
+    assert launch_problems(config) == []  # jobs of a sweep and run folders may have it
     for key, value in used_with.items():
         set_key(config, key, value)
-    assert launch_problems(config) == []
+    assert [*unused_problems(config), *launch_problems(config)] == []
+
+
+def test_settings_without_effect_are_told_beside_broken_rules() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)3 problems.*fl\.rounds must be.*fl\.pool_size.*strategy\.trim_share"):
+        load(["fl.rounds=0", "fl.pool_size=8", "strategy.trim_share=0.3"])
 
 
 @pytest.mark.parametrize(
@@ -547,8 +559,7 @@ def test_a_mask_that_is_given_needs_no_text() -> None:
 def test_a_decay_that_rounding_would_undo_is_refused(dtype: DType, decay: float, holds: bool) -> None:
     """A weight whose bits are all 1 is the hardest to move downwards; one step of the server optimizer tells."""
     config = sound()
-    rounding = Rounding.nearest if dtype is DType.float32 else Rounding.stochastic
-    config.trainer, config.model.dtype = MezoConfig(rounding=rounding), dtype
+    config.trainer, config.model.dtype = MezoConfig(rounding=Rounding.stochastic), dtype
     config.server_optimizer = SgdConfig(lr=1.0, weight_decay=decay)
     weights = torch.linspace(1, 2, 1024)[:-1].to(TORCH_DTYPES[dtype])
 

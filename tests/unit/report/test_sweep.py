@@ -129,9 +129,9 @@ def test_dev_losses_of_another_kind_or_of_other_rows_have_no_lowest(
     page = write_comparison(runs, tmp_path / "both").read_text()
 
     assert "Lowest dev loss" in same
-    assert "none is the lowest" not in same
+    assert "none is named the lowest" not in same
     assert "Lowest dev loss" not in page
-    assert "The dev losses are of different rows or kinds: none is the lowest." in page
+    assert "The dev losses may be of different rows or kinds: none is named the lowest." in page
     assert "Test score of every job" in page
 
 
@@ -142,6 +142,56 @@ def test_dev_losses_of_other_numbers_of_rows_have_no_lowest(make_run: MakeRun, t
     (runs[1] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     assert "Lowest dev loss" not in write_comparison(runs, tmp_path / "both").read_text()
+
+
+def test_language_model_losses_of_other_tokenizers_have_no_lowest(make_run: MakeRun, tmp_path: Path) -> None:
+    """A loss per token is lower where a text has more tokens."""
+    runs = [make_run("first", trainer="meerkat"), make_run("second", trainer="mezo")]
+    for run in runs:
+        _change_config(run, {"task": {"loss": "lm"}})
+        (run / "run.json").write_text(json.dumps({"base": {"tokenizer_digest": "a"}}))
+    same = write_comparison(runs, tmp_path / "same").read_text()
+    (runs[1] / "run.json").write_text(json.dumps({"base": {"tokenizer_digest": "b"}}))
+
+    page = write_comparison(runs, tmp_path / "both").read_text()
+
+    assert "Lowest dev loss" in same
+    assert "Lowest dev loss" not in page
+    for run, model in zip(runs, ("one", "other"), strict=True):
+        (run / "run.json").unlink()
+        _change_config(run, {"model": {"name": model}})
+    assert "Lowest dev loss" not in write_comparison(runs, tmp_path / "both").read_text()
+
+
+def test_a_sweep_is_compared_by_its_jobs_and_repeated_names_have_their_parents(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    for name in ("one/0", "one/1", "two/0"):
+        make_run(name, trainer=name)
+    single = make_run("single", trainer="mezo")
+    (single / "config.json").touch()
+
+    write_comparison([tmp_path / "one", tmp_path / "two", single], tmp_path / "both")
+
+    with (tmp_path / "both" / "sweep.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["job"] for row in rows] == ["one/0", "1", "two/0", "single"]
+    assert {row["state"] for row in rows} == {"finished"}
+
+
+def test_jobs_may_lie_deeper_than_one_folder(make_run: MakeRun, tmp_path: Path) -> None:
+    """By ``hydra.sweep.subdir``; with ``hydra.output_subdir``, Hydra keeps overrides of its own in each."""
+    for name in ("mezo/1", "meerkat/0"):
+        job = make_run(name)
+        (job / "config.json").touch()
+        (job / ".hydra").mkdir()
+        (job / ".hydra" / "overrides.yaml").touch()
+
+    page = write_sweep_report(tmp_path)
+
+    assert page is not None
+    with (tmp_path / "sweep.csv").open(newline="") as file:
+        assert [row["job"] for row in csv.DictReader(file)] == ["meerkat/0", "mezo/1"]
 
 
 def test_a_worst_client_is_said_to_be_that_of_the_last_round(make_run: MakeRun, tmp_path: Path) -> None:

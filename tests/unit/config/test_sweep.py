@@ -1,0 +1,28 @@
+"""What Hydra is given for a sweep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedzo.config.sweep import plan_sweep
+from fedzo.errors import ConfigError
+
+
+def test_a_glob_matches_options_and_no_schemas() -> None:
+    sweep = plan_sweep(["trainer=glob(mezo*)", "hydra.sweep.dir=all"])
+
+    assert [type(config.trainer).__name__ for config in sweep.configs] == ["MezoConfig"]
+    assert sweep.overrides == ["trainer=mezo", "hydra.sweep.dir=all", "hydra.sweep.dir='all'"]
+
+
+def test_a_glob_that_matches_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"trainer=glob\(zz\*\): it must match one of .*mezo.*, but matches none"):
+        plan_sweep(["trainer=glob(zz*)"])
+
+
+def test_the_folder_of_a_sweep_may_be_named_by_what_its_jobs_share() -> None:
+    sweep = plan_sweep(["task=sst2", "data.path=.", "seed=1,2", "hydra.sweep.dir=runs/${task.name}"])
+
+    assert sweep.folder == Path("runs/sst2")
