@@ -17,6 +17,9 @@ from fedzo.data.tasks import Rendered, render
 from fedzo.errors import ConfigError
 
 _FORMAT = "fedzo-prompt/1"  # change it when rendering or preparations change, so that old and new sites do not mix
+_TODAY = "26 Jul 2024"  # what Llama's templates write where nobody tells them the day
+_SAME_DAY = f"{{% macro strftime_now(format) %}}{_TODAY}{{% endmacro %}}\n"
+"""Hides the ``strftime_now`` of transformers. Its newline is dropped, so the template behind it renders as before."""
 _SAMPLE = "a"  # a text on which is seen what the tokenizer puts before and after one
 
 
@@ -30,7 +33,8 @@ class Example:
             instruction.
         label: Index of the right candidate.
         reference: The right answer as text (generation, instruction).
-        cut: Whether the prompt or the right answer lost tokens, so that all of it fits ``task.max_length``.
+        cut: Whether the prompt, the right answer, or the prompt that an answer is written from, lost tokens, so that
+            all of it fits ``task.max_length``.
         written_from: Token ids of the prompt from which a model writes an answer of its own, where they are others than
             ``prompt``: that one is cut by the length of the right answer.
     """
@@ -113,8 +117,8 @@ def encode(rows: Sequence[Row], task: TaskConfig, *, tokenizer: Tokenizer, max_l
                 f"row {number}: the longest candidate has {max(map(len, answers))} tokens and task.max_length is "
                 f"{max_length}, no room is left for the prompt. Raise task.max_length or shorten the candidates."
             )
-        is_cut = len(head) < cut or answers != whole
         asked = _shortened(prompt[:cut], room_to_write, bos=bos) if is_written else head
+        is_cut = len(head) < cut or answers != whole or (is_written and len(asked) < cut)
         examples.append(Example(head, answers, row.label, row.reference, is_cut, () if asked == head else asked))
     return examples
 
@@ -202,8 +206,8 @@ def _chat(row: Rendered, tokenizer: Tokenizer) -> list[str]:
     asked = [{"role": "user", "content": row.prompt}]
     answered = [*asked, {"role": "assistant", "content": row.answers[0]}]
     return [
-        tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True),
-        tokenizer.apply_chat_template(answered, tokenize=False, add_generation_prompt=False),
+        apply_chat_template(tokenizer, asked, tokenize=False, add_generation_prompt=True),
+        apply_chat_template(tokenizer, answered, tokenize=False, add_generation_prompt=False),
     ]
 
 
@@ -224,3 +228,21 @@ def _shortened(prompt: tuple[int, ...], room: int, *, bos: int | None) -> tuple[
     if prompt[0] == bos and room > 1:
         return (prompt[0], *prompt[len(prompt) - room + 1 :])
     return prompt[len(prompt) - room :]
+
+
+def apply_chat_template(tokenizer: Any, conversation: Sequence[dict[str, str]], **arguments: Any) -> Any:
+    """As the tokenizer's own, but a template that asks for today's date gets the same date on every day.
+
+    With the real date a resumed run, another site and a later evaluation would read other prompts than the run did.
+
+    Args:
+        tokenizer: A transformers tokenizer with a chat template.
+        conversation: Messages with ``role`` and ``content``.
+        arguments: Further ones of the tokenizer's ``apply_chat_template``.
+    """
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # by name; transformers takes this one
+        template = template.get("default", "")
+    if "strftime_now" in template:
+        arguments["chat_template"] = _SAME_DAY + template
+    return tokenizer.apply_chat_template(conversation, **arguments)

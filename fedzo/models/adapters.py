@@ -111,9 +111,8 @@ def inject(loaded: LoadedModel, config: PeftConfig) -> PeftModel:
     devices = [loaded.device] if loaded.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # by PEFT
-        commit = getattr(loaded.model.config, "_commit_hash", None)
         try:
-            peft_model = cast(PeftModel, get_peft_model(loaded.model, config, revision=commit))
+            peft_model = cast(PeftModel, get_peft_model(loaded.model, config, revision=loaded.revision))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise _unsuitable(loaded, config, " ".join(str(error).split())[:300]) from error
     for _, parameter in trained_parameters(peft_model):

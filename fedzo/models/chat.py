@@ -10,6 +10,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import LogitsProcessor
 
+from fedzo.data.encode import apply_chat_template
 from fedzo.data.preprocess.backend import Completion, EndpointError, Request, RowFault, RowReason
 from fedzo.errors import ConfigError, printable
 from fedzo.models.checks import num_positions
@@ -107,7 +108,7 @@ class LocalChat:
         loaded = self._loaded(request.model)
         chat = [{"role": message.role, "content": message.content} for message in request.messages]
         try:
-            ids = loaded.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+            ids = apply_chat_template(loaded.tokenizer, chat, add_generation_prompt=True, return_dict=False)
         except TemplateError as error:
             raise EndpointError(
                 f"rewriter.model {request.model!r}: its chat template must take the roles "

@@ -79,7 +79,8 @@ def check_tokens(model: nn.Module, tokenizer: Any, *, name: str) -> None:
         return
     added = set(tokenizer.get_added_vocab())
     template = str(getattr(tokenizer, "chat_template", None) or "")
-    roles = {str(token) for token in tokenizer.special_tokens_map.values() if isinstance(token, str)}
+    named = type(tokenizer).SPECIAL_TOKENS_ATTRIBUTES  # its own list has every `*_token` of tokenizer_config.json, too
+    roles = {token for role, token in tokenizer.special_tokens_map.items() if role in named}
     used = [token for token in beyond if token not in added or token in roles or token in template]
     if used:
         shown = [f"{token!r} (id {beyond[token]})" for token in sorted(used, key=beyond.__getitem__)]

@@ -117,7 +117,7 @@ def _head(model: nn.Module) -> nn.Module:
 
 
 def _finish(model: nn.Module, logits: torch.Tensor) -> torch.Tensor:
-    config: Any = model.config
+    config = cast(Any, model.config).get_text_config()  # of models that read images as well, the part for text
     if isinstance(scale := getattr(config, "logit_scale", None), int | float):  # Cohere
         logits = logits * scale
     if isinstance(scaling := getattr(config, "logits_scaling", None), int | float):  # Granite

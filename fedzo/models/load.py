@@ -20,6 +20,7 @@ from fedzo.models.config import DType, ModelConfig, Quantization
 from fedzo.models.digest import file_digest, parameters_digest, stored_entries, tokenizer_digest, weights_digest
 from fedzo.models.head import check_head
 from fedzo.models.loaded import LoadedModel
+from fedzo.models.memory import is_out_of_memory
 from fedzo.models.sketched.folder import MANIFEST, check_tensors, read_manifest
 from fedzo.models.sketched.layers import stored_state
 from fedzo.models.source import (
@@ -59,6 +60,20 @@ def load_model(config: ModelConfig, *, device: str = "auto", max_length: int = 1
         ConfigError: It cannot be found, read, held on that device, or used at ``max_length``.
     """
     where = resolve_device(device)
+    try:
+        return _load(config, where, max_length)
+    except ConfigError:
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"model.name {config.name!r}: the memory of {where} must hold the weights in {config.dtype}, but does not. "
+            "Free some, write model.dtype=bfloat16, train an adapter with model.quantization=nf4, or take a sketch."
+        ) from error
+
+
+def _load(config: ModelConfig, where: torch.device, max_length: int) -> LoadedModel:
     source = find_source(config)
     dtype = TORCH_DTYPES[DType(config.dtype)]
     check_unpacked(source, config)
@@ -66,9 +81,9 @@ def load_model(config: ModelConfig, *, device: str = "auto", max_length: int = 1
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.name, **source.arguments())
         model = _read(source, dtype, **packed)
-    except (ConfigError, MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # files from anywhere make transformers raise anything
+        if isinstance(error, ConfigError) or is_out_of_memory(error):
+            raise
         raise _cannot_read(config, where, error) from error
     check_finite(model, source.files, name=config.name)
     check_length(model, max_length, name=config.name)
@@ -87,15 +102,16 @@ def load_model(config: ModelConfig, *, device: str = "auto", max_length: int = 1
 
     try:
         loaded = _wrap(model, tokenizer, device=where, digest=digest, source=config.name, read_weights=read_weights)
-    except (ConfigError, MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # and their model may do anything in its first forward
+        if isinstance(error, ConfigError) or is_out_of_memory(error):
+            raise
         if config.quantization is not Quantization.none:
             raise _cannot_pack(config, where, error) from error
         raise ConfigError(
             f"model.name {config.name!r} must be a causal language model that runs on token ids alone, but a forward "
             f"of {type(model).__name__} fails: {_line(error)}. Take another model, or correct its config.json."
         ) from error
+    loaded = replace(loaded, revision=source.revision)
     return compile_loaded(loaded, longest=max_length) if config.compile else loaded
 
 
@@ -209,7 +225,8 @@ def _wrap(
 ) -> LoadedModel:
     model.eval()
     model.requires_grad_(False)
-    model.config.use_cache = False
+    for settings in (model.config, model.config.get_text_config()):  # a decoder beside other parts reads its own
+        settings.use_cache = False
     if hasattr(model.config, "rescale_every"):
         model.config.rescale_every = 0  # or RWKV divides its weights, in place, in its first forward
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:

@@ -56,6 +56,7 @@ class LoadedModel:
         shared_prompts: Whether candidates may run on top of their prompt's cache (``cache.check_cache``).
         decoder: What losses and scores run through, if not the model's own (``model.compile``, ``model.cuda_graphs``).
         kept: Where scores find states of texts that ran before, and leave them (``model.lower_layers_cache_mb``).
+        revision: Hub revision that ``source`` was read at, if one was named.
         counter: Forwards and tokens so far.
     """
 
@@ -70,6 +71,7 @@ class LoadedModel:
     shared_prompts: bool = False
     decoder: BucketedDecoder | None = None
     kept: LowerLayers | None = None
+    revision: str | None = None
     counter: ForwardCounter = field(default_factory=ForwardCounter)
 
     @property

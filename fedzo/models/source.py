@@ -81,11 +81,13 @@ def find_source(config: ModelConfig) -> Source:
             "not a folder. Check the path."
         )
     name = name if Path(name).is_dir() else config.name
+    if find_file(name, "adapter_config.json", config.revision) is not None:  # transformers would load it as well
+        raise ConfigError(
+            f"model.name {name!r}: the folder must hold a model alone, but adapter_config.json is there. It holds an "
+            "adapter: name the model that it was trained on, and load it beside that with PEFT."
+        )
     if config.gguf_file is None and find_file(name, "config.json", config.revision, required=True) is None:
-        remedy = "Check the path."
-        if find_file(name, "adapter_config.json", config.revision) is not None:
-            remedy = "It holds an adapter: name the model that it was trained on, and load it beside that with PEFT."
-        raise ConfigError(f"model.name {name!r}: the folder must hold config.json, which is not there. {remedy}")
+        raise ConfigError(f"model.name {name!r}: the folder must hold config.json, which is not there. Check the path.")
     if config.gguf_file is not None:
         found = find_file(name, config.gguf_file, config.revision)
         if found is None:
@@ -286,32 +288,33 @@ def _sweep(parent: Path) -> None:
 
 
 def _safetensors(name: str, revision: str | None) -> tuple[Path, ...]:
-    index = find_file(name, "model.safetensors.index.json", revision)
-    if index is not None:
-        try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            inside = all(Path(shard).name == shard for shard in shards)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            shards, inside = [], False
-        if not (shards and inside):
-            raise ConfigError(
-                f"model.name {name!r}: {index.name} must be JSON whose weight_map gives each weight the name of a file "
-                "beside it, but is not. Copy or download it again."
-            )
-        found = [(shard, find_file(name, shard, revision)) for shard in shards]
-        if missing := [shard for shard, path in found if path is None]:
-            raise ConfigError(
-                f"model.name {name!r}: the weight files {missing} must be there. Copy or download them again."
-            )
-        return tuple(path for _, path in found if path is not None)
+    """The files that transformers reads: one that holds all weights comes before an index, which may be stale."""
     single = find_file(name, "model.safetensors", revision)
-    if single is None:
+    if single is not None:
+        return (single,)
+    index = find_file(name, "model.safetensors.index.json", revision)
+    if index is None:
         raise ConfigError(
             f"model.name {name!r}: weights must be in safetensors (model.safetensors), which are not there; pickled "
             "weights (.bin) are never read. Use a revision that has them (often model.revision=refs/pr/1), convert "
             "them, or set model.gguf_file."
         )
-    return (single,)
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        inside = all(Path(shard).name == shard for shard in shards)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        shards, inside = [], False
+    if not (shards and inside):
+        raise ConfigError(
+            f"model.name {name!r}: {index.name} must be JSON whose weight_map gives each weight the name of a file "
+            "beside it, but is not. Copy or download it again."
+        )
+    found = [(shard, find_file(name, shard, revision)) for shard in shards]
+    if missing := [shard for shard, path in found if path is None]:
+        raise ConfigError(
+            f"model.name {name!r}: the weight files {missing} must be there. Copy or download them again."
+        )
+    return tuple(path for _, path in found if path is not None)
 
 
 def find_file(name: str, filename: str, revision: str | None, *, required: bool = False) -> Path | None:

@@ -304,3 +304,15 @@ def test_prompts_keep_their_order_and_may_be_none() -> None:
     assert encode_prompts(["b", "a"], tokenizer) == [ids("b"), ids("a")]
     assert encode_prompts([], tokenizer) == []
     assert encode_prompts(["ab: c"], MergingTokenizer()) == [(1001, 1000, ord("c"))]
+
+
+def test_a_row_whose_prompt_to_write_from_is_cut_counts_as_cut() -> None:
+    """The prompt fits with its short answer, and not with room for ``max_new_tokens``."""
+    task = replace(WRITTEN, max_new_tokens=8)
+
+    [example] = encode([{"q": "abcdefghijk", "a": "so"}], task, tokenizer=byte_tokenizer(), max_length=16)
+
+    assert example.prompt == ids("abcdefghijk?")
+    assert example.candidates == (ids(" so\n"),)
+    assert example.generation_prompt == ids("efghijk?")
+    assert example.cut

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers.utils import chat_template_utils
 
+from fedzo.data.config import Loss, TaskConfig, TaskKind
+from fedzo.data.encode import encode
 from fedzo.data.preprocess.backend import (
     REWRITERS,
     Completion,
@@ -21,7 +26,7 @@ from fedzo.data.preprocess.backend import (
 )
 from fedzo.errors import ConfigError
 from fedzo.models.config import TransformersConfig
-from fedzo.testing.tiny_models import tiny_loaded
+from fedzo.testing.tiny_models import byte_tokenizer, tiny_loaded
 
 TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'assistant' %}{{ raise_exception('no assistant') }}{% endif %}"
@@ -170,3 +175,26 @@ def test_models_that_cannot_be_used(saved: Callable[..., str], tmp_path: Path) -
         REWRITERS.build(TransformersConfig(model="smollm2-135m", judge_model="nowhere"))
     with pytest.raises(ConfigError, match=r"rewriter.batch_size must be >= 1"):
         REWRITERS.build(TransformersConfig(model="smollm2-135m", batch_size=0))
+
+
+def test_a_template_that_asks_for_the_day_gets_the_same_one_every_day(
+    saved: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own whitespace, of which Jinja drops some at the start of a line, stays as it is."""
+    folder, tokenizer = saved(template="{{ strftime_now('%A') }}" + TEMPLATE), byte_tokenizer()
+    tokenizer.chat_template = "\n  {% if true %}on {% endif %}{{ strftime_now('%A') }}{{ messages[-1].content }}"
+    task = TaskConfig(name="mine", kind=TaskKind.instruction, loss=Loss.lm, template="{q}", answer="{a}")
+    read = []
+
+    for day in (3, 4):
+        clock = SimpleNamespace(now=lambda day=day: datetime(2026, 1, day))
+        monkeypatch.setattr(chat_template_utils, "datetime", clock)
+        num_tokens = REWRITERS.build(TransformersConfig(model=folder)).count_tokens(_request(folder, "a"))
+        examples = encode([{"q": "Hi", "a": "Yo"}], task, tokenizer=tokenizer, max_length=64)
+        read.append((num_tokens, examples))
+
+    assert read[0] == read[1]
+    num_tokens, [example] = read[0]
+    assert num_tokens == len(tokenizer("26 Jul 2024<user>a:")["input_ids"])
+    assert list(example.prompt) == tokenizer("\non 26 Jul 2024")["input_ids"]
+    assert list(example.candidates[0]) == tokenizer("Yo")["input_ids"]

@@ -207,11 +207,18 @@ def file(name: str, data: bytes) -> Callable[[Path], None]:
     return lambda where: (where / name).write_bytes(data) and None
 
 
+def index(data: bytes) -> Callable[[Path], None]:
+    """In place of the one file of all weights."""
+
+    def change(where: Path) -> None:
+        (where / "model.safetensors").rename(where / "model-00001-of-00001.safetensors")
+        (where / "model.safetensors.index.json").write_bytes(data)
+
+    return change
+
+
 def removed(*names: str) -> Callable[[Path], None]:
     return lambda where: [(where / name).unlink() for name in names] and None
-
-
-INDEX = "model.safetensors.index.json"
 
 
 @pytest.mark.parametrize(
@@ -238,12 +245,12 @@ INDEX = "model.safetensors.index.json"
         (configured(is_encoder_decoder=True), "an encoder with a decoder"),
         (configured(quantization_config="x"), "'str' object"),
         (configured(pad_token_id=9999), "Padding_idx"),
-        (file(INDEX, b"{"), "must be JSON whose weight_map gives each weight"),
-        (file(INDEX, b"[]"), "must be JSON whose weight_map gives each weight"),
-        (file(INDEX, b'{"weight_map": {"a": 3}}'), "must be JSON whose weight_map gives each weight"),
-        (file(INDEX, b'{"weight_map": {}}'), "must be JSON whose weight_map gives each weight"),
-        (file(INDEX, b'{"weight_map": {"a": "../x.safetensors"}}'), "the name of a file beside it"),
-        (file(INDEX, b"\xff\xfe"), "must be JSON whose weight_map gives each weight"),
+        (index(b"{"), "must be JSON whose weight_map gives each weight"),
+        (index(b"[]"), "must be JSON whose weight_map gives each weight"),
+        (index(b'{"weight_map": {"a": 3}}'), "must be JSON whose weight_map gives each weight"),
+        (index(b'{"weight_map": {}}'), "must be JSON whose weight_map gives each weight"),
+        (index(b'{"weight_map": {"a": "../x.safetensors"}}'), "the name of a file beside it"),
+        (index(b"\xff\xfe"), "must be JSON whose weight_map gives each weight"),
         (removed("tokenizer.json", "tokenizer_config.json"), "tokenizer"),
         (file("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n"), "Expecting value"),
         (file("tokenizer.json", b"{}"), "a tokenizer that transformers can load"),
@@ -301,6 +308,17 @@ def test_a_token_in_use_without_a_row_is_refused(copied: Path, use: str) -> None
         ConfigError, match=r"has 513 tokens and the embedding 512 rows, so '<beyond>' \(id 512\) has no"
     ):
         load(copied)
+
+
+def test_a_token_for_images_may_lack_a_row(copied: Path) -> None:
+    """Each `*_token` of tokenizer_config.json is special to transformers, as those of a larger model are."""
+    with_tokens(copied)
+    settings = json.loads((copied / "tokenizer_config.json").read_text())
+    (copied / "tokenizer_config.json").write_text(json.dumps(settings | {"image_token": "<beyond>"}))
+
+    loaded = load(copied)
+
+    assert loaded.tokenizer.special_tokens_map["image_token"] == "<beyond>"
 
 
 def test_a_tokenizer_of_another_model_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,6 +44,16 @@ def test_the_cap_of_gemma_matters_here() -> None:
     model.config.final_logit_softcapping = None
 
     assert (project(model, hidden) - capped).abs().max() > 1e-3
+
+
+def test_the_cap_of_a_composite_config_is_that_of_its_text() -> None:
+    model = tiny_model("gemma2")
+    hidden = hidden_at(model, IDS, ROWS, COLUMNS)
+    capped = project(model, hidden)
+
+    model.config = SimpleNamespace(get_text_config=lambda text=model.config: text)
+
+    assert torch.equal(project(model, hidden), capped)
 
 
 def test_a_habit_that_is_not_known_is_found_out(caplog: pytest.LogCaptureFixture) -> None:

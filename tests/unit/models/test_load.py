@@ -5,21 +5,32 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
+from transformers import Gemma3Config
 
 from fedzo.errors import ConfigError
 from fedzo.models import source
+from fedzo.models.adapters import inject
 from fedzo.models.config import DType, ModelConfig
 from fedzo.models.digest import stored_entries, tokenizer_digest, weights_digest
 from fedzo.models.generate import generate
-from fedzo.models.load import load_model, resolve_device
-from fedzo.testing.tiny_models import FAMILIES, byte_tokenizer, save_tiny_model, tiny_loaded, tiny_model
+from fedzo.models.load import load_model, resolve_device, wrap_model
+from fedzo.testing.tiny_models import (
+    FAMILIES,
+    byte_tokenizer,
+    save_tiny_model,
+    tiny_loaded,
+    tiny_model,
+    tiny_model_from,
+)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +87,26 @@ def test_a_forward_of_a_loaded_model_keeps_no_cache(folder: Path) -> None:
     loaded = load_model(ModelConfig(name=str(folder)), device="cpu")
 
     assert loaded.model(torch.ones(1, 4, dtype=torch.int64)).past_key_values is None
+
+
+def test_a_decoder_with_a_config_of_its_own_keeps_no_cache() -> None:
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 512, "max_position_embeddings": 512}
+    images = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    images |= {"image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=images, mm_tokens_per_image=1)
+
+    loaded = wrap_model(tiny_model_from(config), byte_tokenizer())
+
+    assert loaded.model(torch.ones(1, 4, dtype=torch.int64)).past_key_values is None
+
+
+def test_an_adapter_names_the_revision_of_its_base_model() -> None:
+    loaded = replace(tiny_loaded("llama"), revision="v1")
+
+    adapted = inject(loaded, LoraConfig(target_modules=["q_proj"]))
+
+    assert adapted.peft_config["default"].revision == "v1"
 
 
 def test_the_digest_changes_with_one_weight_one_name_one_shape_and_one_dtype(copied: Path) -> None:
@@ -185,9 +216,17 @@ def test_the_folder_of_an_adapter_is_told_apart_from_a_model(tmp_path: Path) -> 
     (tmp_path / "adapter_config.json").write_text("{}")
 
     with pytest.raises(
-        ConfigError, match=r"must hold config\.json, .* It holds an adapter: name the model that it was"
+        ConfigError, match=r"must hold a model alone, .* It holds an adapter: name the model that it was"
     ):
         load_model(ModelConfig(name=str(tmp_path)), device="cpu")
+
+
+def test_an_adapter_beside_a_model_is_refused(copied: Path) -> None:
+    """transformers would load it as well, and the digest of the weights would not tell."""
+    (copied / "adapter_config.json").write_text("{}")
+
+    with pytest.raises(ConfigError, match=r"must hold a model alone, but adapter_config\.json is there"):
+        load_model(ModelConfig(name=str(copied)), device="cpu")
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "~/nothing-here", "a/b/c"])
@@ -220,12 +259,24 @@ def test_pickled_weights_are_never_read(copied: Path) -> None:
 
 
 def test_a_missing_shard_is_named(copied: Path) -> None:
+    (copied / "model.safetensors").unlink()
     (copied / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors"}})
     )
 
     with pytest.raises(ConfigError, match=r"weight files \['model-00001-of-00002.safetensors'\] must be there"):
         load_model(ModelConfig(name=str(copied)), device="cpu")
+
+
+def test_one_file_of_all_weights_comes_before_a_stale_index(folder: Path, copied: Path) -> None:
+    tiny_model("llama", seed=1).save_pretrained(copied, max_shard_size="60KB")
+    shutil.copy(folder / "model.safetensors", copied)
+    assert (copied / "model.safetensors.index.json").exists()
+
+    loaded = load_model(ModelConfig(name=str(copied)), device="cpu")
+
+    assert loaded.base_digest == load_model(ModelConfig(name=str(folder)), device="cpu").base_digest
+    assert torch.equal(loaded.model.get_input_embeddings().weight, tiny_model("llama").get_input_embeddings().weight)
 
 
 def test_a_model_that_is_no_language_model_is_refused_in_transformers_words(copied: Path) -> None:
@@ -260,6 +311,29 @@ def without(*parts: str) -> Any:
 def prefixed(tensors: dict[str, torch.Tensor]) -> None:
     for name in list(tensors):
         tensors[f"other.{name}"] = tensors.pop(name)
+
+
+OUT_OF_MEMORY = [
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+]
+
+
+@pytest.mark.parametrize("where", ["fedzo.models.load.read_model", "transformers.LlamaForCausalLM.to"])
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["python", "cuda", "cpu"])
+def test_memory_that_does_not_hold_the_weights_is_named(
+    folder: Path, error: Exception, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(where, full)
+
+    with pytest.raises(
+        ConfigError, match=r"the memory of cpu must hold the weights in float32, .* model\.dtype=bfloat16"
+    ):
+        load_model(ModelConfig(name=str(folder)), device="cpu")
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,15 @@ def test_what_says_that_memory_is_short(error: Exception, whether: bool) -> None
     assert is_out_of_memory(error) is whether
 
 
+def test_an_error_that_was_raised_for_want_of_memory_says_so() -> None:
+    """A site tells its server that memory is short, whether a round or the load of its model met it."""
+    error = ConfigError("the memory of cpu must hold the weights")
+    error.__cause__ = MemoryError()
+
+    assert is_out_of_memory(error)
+    assert not is_out_of_memory(ConfigError("out of memory"))
+
+
 def test_tied_weights_count_once() -> None:
     assert weights_bytes(tiny_model("llama")) == 34_976 * 4
     assert weights_bytes(tiny_model("llama", dtype=torch.bfloat16)) == 34_976 * 2

@@ -92,8 +92,8 @@ class Rephraser:
             return ""
         there, own = self.results.read(), self.rewriter.model
         kept = [each for row in rows if (each := there.get(row_digest(row))) is not None]
-        names = {"", own, Path(own).name}  # of a folder, answers tell the name, and the weights' digest behind it
-        others = [each for each in kept if not {each.model, each.model.partition(" ")[0]} & names]
+        names = {own, Path(own).name}  # of a folder, answers tell the name, and the weights' digest behind it
+        others = [each for each in kept if each.model and not {each.model, each.model.rpartition(" ")[0]} & names]
         if not others:
             return ""
         return (
