@@ -29,6 +29,8 @@ SITE_LOG_ENV = "FEDZO_SITE_LOG"
 """Environment variable with the path of a file to which a client's process also writes its errors."""
 OnProgress = Callable[[int, int], None]
 """What long work calls as it goes on: how much is done, and of how much."""
+CODE = ("fedzo", "conf", "clients", "server", "pyproject.toml", "constraints.txt")
+"""What a run is computed by, of a source tree."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PACKAGES = ("torch", "transformers", "peft", "flwr", "numpy", "numba", "hydra-core")
 
@@ -148,9 +150,9 @@ def _git_commit() -> str | None:
 
 @cache
 def _commit_of(root: Path) -> str | None:
-    """Commit of a source tree, ending in ``-dirty`` where tracked files differ from it."""
+    """Commit of a source tree, ending in ``-dirty`` where tracked code differs from it (a study writes its results)."""
     commit = _git(root, "rev-parse", "HEAD")
-    changes = _git(root, "status", "--porcelain", "--untracked-files=no")
+    changes = _git(root, "status", "--porcelain", "--untracked-files=no", "--", *CODE)
     return f"{commit}-dirty" if commit and changes else commit
 
 

@@ -10,7 +10,7 @@ from fedzo.commands.server import IMAGE, fill, template
 from fedzo.errors import ConfigError
 from fedzo.records.folder import folder_of_one_process, replace_file
 from fedzo.runtime.net.client_folder import AUTHORITY, PUBLIC_KEY, SITE, ClientFolder, read_invitation
-from fedzo.runtime.net.credentials import plain_pem
+from fedzo.runtime.net.credentials import keep_private, plain_pem
 from fedzo.runtime.net.daemons import CONNECTED, HEARD, REFUSED, SILENT
 from fedzo.runtime.net.parts import Site, environment, start_site
 from fedzo.runtime.net.processes import Processes, Tail
@@ -75,7 +75,8 @@ def up(folder: ClientFolder) -> Iterator[str]:
         folder_of_one_process(folder.path, "client folder"),
         Processes(folder.file("logs"), environment=variables) as processes,
     ):
-        folder.file("logs").chmod(0o700)  # they may name rows
+        if told := keep_private(folder.file("logs")):  # they may name rows
+            yield told
         site_file = folder.file(SITE).resolve()
         start_site(processes, Site(folder=folder, site_file=site_file, log_file=log_file, step_limit_s=step_limit_s))
         yield f"SuperNode and executor started for {folder.address}, logs in {folder.file('logs')}"

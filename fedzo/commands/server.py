@@ -23,6 +23,7 @@ from fedzo.runtime.net.client_folder import Invitation, read_invitation, write_i
 from fedzo.runtime.net.credentials import (
     FEW_DAYS,
     fingerprint,
+    keep_private,
     make_key,
     pem_of,
     public_key_of,
@@ -159,16 +160,15 @@ def _keep_up(folder: ServerFolder) -> Iterator[str]:
             left.unlink()
     variables = {**environment(), "FLWR_HOME": str(folder.file("flower"))}
     with Processes(folder.file("logs"), environment=variables) as processes:
-        folder.file("logs").chmod(0o700)  # they name sites
+        if told := keep_private(folder.file("logs")):  # they name sites
+            yield told
         start_superlink(processes, folder, restarts=None)
         wait_for_superlink(processes, folder, timeout_s=STARTUP_S)
         listening = folder.listening
         yield f"SuperLink up: sites at {listening.address} (listening at {listening.listen})"
         yield f"log: {processes.log_path('superlink')}"
-        if (days := read_certificate(folder.file("server.crt")).days_left) < FEW_DAYS:
-            yield f"certificate valid for {days:.0f} days. `fedzo server renew --dir {folder.path}`"
         registered: object = None
-        problem = refused = ""
+        problem = refused = certificate = ""
         said = Tail(processes.log_path("superlink"))
         while True:
             processes.check()
@@ -182,11 +182,23 @@ def _keep_up(folder: ServerFolder) -> Iterator[str]:
                 else:
                     registered, refused = clients, ""
                     yield f"{count} clients are registered"
+            if (told := _certificate_problem(folder)) != certificate:
+                certificate = told
+                yield told or "the certificate is renewed"
             yield from (line for line in said.new() if " WARNING refused: " in line)
             if folder.disk_problem != problem:
                 problem = folder.disk_problem
                 yield problem or f"there is room again on the disk of {folder.path}"
             time.sleep(LOOK_S)
+
+
+def _certificate_problem(folder: ServerFolder) -> str:
+    """What is to be done about the server's certificate, told anew each day before its end; empty while it is good."""
+    days = read_certificate(folder.file("server.crt")).days_left
+    if days >= FEW_DAYS:
+        return ""
+    how = f"`fedzo server renew --dir {folder.path}`"
+    return f"certificate valid for {days:.0f} days. {how}" if days > 0 else f"the certificate has ended. {how}"
 
 
 def template(name: str) -> str:

@@ -92,7 +92,10 @@ class Limits:
         """
         self.check_artifact(request.space_id)
         if request.values and not (self.takes_values or asked_values):
-            raise ProtocolError("values: in this run a client replays the log, and this one asked for no values")
+            raise ProtocolError(
+                "values must be left out: in this run a client replays the log, and this one did not ask for values. "
+                "Does the server run the same fedzo?"
+            )
         _within("round", request.round, 0, self.rounds)
         _within("from_round", request.from_round, 0, request.round)
         if len(request.chain) != 64:

@@ -307,9 +307,9 @@ def _join(kind: type[Any], given: dict[str, Any], pieces: dict[str, ConfigRecord
     """Add the fields that came in pieces."""
     joined: dict[str, list[bytes]] = {}
     for name in sorted(pieces):
-        field = name.partition(" ")[0]
-        found, piece = joined.setdefault(field, []), pieces[name].get(PIECE) or None
-        if field in given or name != PIECE_NAME.format(field, len(found)) or not isinstance(piece, bytes):
+        field, record = name.partition(" ")[0], dict(pieces[name])
+        found, piece = joined.setdefault(field, []), record.pop(PIECE, None) or None
+        if field in given or name != PIECE_NAME.format(field, len(found)) or not isinstance(piece, bytes) or record:
             raise ProtocolError(f"{kind.__name__}: record {name!r:.40} must be a field's next piece, but is not")
         found.append(piece)
     given.update((field, b"".join(found)) for field, found in joined.items())

@@ -44,6 +44,8 @@ def make_client_app() -> ClientApp:
     def hello(message: Message, context: Context) -> Message:
         with _asked(Hello, message) as request:
             try:
+                if not request.begun:
+                    _leave_other(context)
                 answer = _worker(context).hello(request)
             except (ConfigError, SiteError) as error:  # of its limits, its model, its files
                 log_failure(request.client, error)
@@ -122,6 +124,12 @@ def _worker(context: Context) -> Any:
     artifacts = Path(run_dir) / ARTIFACTS if run_dir else None
     run_json = _setting(context, CONFIG_KEY, CONFIG_ENV)
     return this_process(run_json, flower_run=context.run_id, artifacts=artifacts).client.worker
+
+
+def _leave_other(context: Context) -> None:
+    from fedzo.run.process import leave_other
+
+    leave_other(context.run_id)
 
 
 def _read_anew() -> None:

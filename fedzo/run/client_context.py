@@ -70,6 +70,7 @@ class ClientContext:
 
     def _limits(self) -> Limits:
         config, estimator = self.peer.config, self.peer.config.estimator
+        sends_scalars = isinstance(estimator, ZerothOrderConfig)
         return Limits(
             rounds=config.fl.rounds,
             most_steps=config.step_policy.most_steps(config.fl),
@@ -82,7 +83,8 @@ class ClientContext:
             step_rows=config.fl.batch_size,
             site=self.peer.site.limits,
             artifact_max_bytes=self.peer.site.artifact_max_bytes,
-            takes_values=config.fl.transport is Transport.values or not isinstance(estimator, ZerothOrderConfig),
+            # of actors, another one may have asked for them
+            takes_values=config.fl.transport is Transport.values or not sends_scalars or self.to_the_end,
             own_client=self._own_client if self._is_one_client else None,
             own_client_file=str(self.kept.claim_file(self.peer.run_id)),
         )
@@ -123,6 +125,10 @@ class ClientContext:
             counts = prepared.rows.label_counts(config.task) if config.fl.label_counts else {}
             self._data[client] = ClientData(train, heldout, counts, prepared.figures)
         return self._data[client]
+
+    def forget_rows(self) -> None:
+        """Let the clients' rows be read anew; what stages made of them stays."""
+        self._data.clear()
 
     def rows(self, client: int) -> ClientRows:
         """A client's rows, its held-out ones apart, its training rows through all stages."""

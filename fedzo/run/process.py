@@ -76,7 +76,7 @@ class Process:
 
     @cached_property
     def server(self) -> ServerContext:
-        """For the server, if this process plays it. Clients' own rows are no business of it."""
+        """For the server, if this process plays it."""
         simulation = self.source if isinstance(self.source, SimulatedRows) else None
         return ServerContext(
             self.peer,
@@ -172,10 +172,6 @@ class _Open:
     process: Process
     flower_run: int | None = None
 
-    def is_run(self, run_json: str, flower_run: int | None) -> bool:
-        """Whether it is this run; one that was launched in this process is known by its agreement alone."""
-        return self.run_json == run_json and (None in (self.flower_run, flower_run) or self.flower_run == flower_run)
-
 
 _open: _Open | None = None
 
@@ -202,12 +198,11 @@ def this_process(run_json: str, *, flower_run: int | None = None, artifacts: Pat
 
     Args:
         run_json: What the peers of the run agree on.
-        flower_run: Flower's number of the run. Another one is another start, maybe of a run with the same agreement:
-            the site's file and its rows are read anew.
+        flower_run: Flower's number of the run (``leave_other``).
         artifacts: As of ``open_process``.
     """
     global _open
-    if _open is None or not _open.is_run(run_json, flower_run):
+    if _open is None or _open.run_json != run_json:
         _let_go()
         _write_errors()
         file = Path(_site_file())
@@ -222,14 +217,33 @@ def this_process(run_json: str, *, flower_run: int | None = None, artifacts: Pat
             load=_model.open,
         )
         _model.lend()
-        _open = _Open(run_json, process, flower_run)
+        _open = _Open(run_json, process)
+    if _open.process.launched is None:
+        _open.flower_run = flower_run
     return _open.process
 
 
-def read_anew() -> None:
-    """Let the site's file and its rows be read anew when the run asks again; the model stays."""
-    if _open is not None and _open.process.launched is None:
+def leave_other(flower_run: int) -> None:
+    """Before a run begins: let a site's process go that is of another start, maybe with the same agreement.
+
+    Its file and its rows are then read anew. A run that goes on keeps the process, whatever Flower calls it.
+    """
+    if _open is not None and _open.flower_run not in (None, flower_run):
         _let_go()
+
+
+def read_anew() -> None:
+    """Let the rows be read anew when the run asks again, and all but the model where the site's file has changed.
+
+    Else what stages have spent of their budget stays spent.
+    """
+    if _open is None or _open.process.launched is not None:
+        return
+    with contextlib.suppress(ConfigError):  # of a file that is being written
+        if load_site(Path(_site_file())) == _open.process.peer.site:
+            _open.process.client.forget_rows()
+            return
+    _let_go()
 
 
 def _let_go() -> None:

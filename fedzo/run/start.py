@@ -105,6 +105,11 @@ def _check_settings(begun: RunConfig, launch: LaunchConfig, run_dir: Path) -> No
             f"run folder {run_dir}: config.json must have the settings with which the run began ({RUN_FILE}), but "
             f"differs in {', '.join(names)}. It was edited. Restore the file from a copy, or start a new run."
         )
+    if begun.base.dtype not in (None, launch.model.dtype):
+        raise ConfigError(
+            f"run folder {run_dir}: model.dtype must be {begun.base.dtype}, in which the run's trained values are, got "
+            f"{launch.model.dtype}. config.json was edited. Restore the file from a copy, or start a new run."
+        )
 
 
 def calibration_texts(source: RowSource) -> Callable[[], list[str]]:

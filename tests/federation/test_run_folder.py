@@ -209,6 +209,16 @@ def test_the_settings_of_a_run_cannot_be_edited(run: Run) -> None:
         resume_run(folder)
 
 
+def test_the_dtype_of_trained_weights_cannot_be_edited(run: Run) -> None:
+    folder = run("trainer=mezo", "fl.rounds=2")
+    config = json.loads((folder / "config.json").read_text())
+    config["model"]["dtype"] = "bfloat16"
+    (folder / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(ConfigError, match=r"model\.dtype must be float32, in which the run's trained values are"):
+        resume_run(folder)
+
+
 def test_an_audit_log_without_its_public_log_is_not_emptied(run: Run) -> None:
     folder = run("fl.rounds=2")
     whole = (folder / "public.jsonl").read_bytes()

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import Context, Message, RecordDict
 from safetensors.torch import load_file, save_file
 
 from fedzo.commands.train import resume_run, start_run
@@ -23,7 +24,7 @@ from fedzo.config.schema import LaunchConfig
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.fl.config import SiteLimitsConfig
 from fedzo.fl.log_store import RunLog
-from fedzo.fl.messages import EvaluateReply, TrainReply, encode
+from fedzo.fl.messages import EvaluateReply, Hello, HelloReply, Refusal, TrainReply, decode, encode
 from fedzo.fl.server.step_policy.statistics import Statistic
 from fedzo.fl.site_limits import SiteError
 from fedzo.models.config import ModelConfig
@@ -32,7 +33,7 @@ from fedzo.models.load import load_model
 from fedzo.models.loaded import LoadedModel
 from fedzo.run import apps, site_model
 from fedzo.run.peer import open_model
-from fedzo.run.process import Process, forget_process, keep_process, read_anew, this_process
+from fedzo.run.process import Process, forget_process, keep_process, leave_other, read_anew, this_process
 from fedzo.run.start import open_run
 from fedzo.testing.tiny_models import save_tiny_model
 from fedzo.trainers.artifacts import ARTIFACTS, ArtifactStore
@@ -96,13 +97,37 @@ def test_another_start_of_the_same_run_reads_the_sites_file_and_rows_anew(
     forget_process()
 
     first = this_process(text, flower_run=1)
+    leave_other(1)
     assert this_process(text, flower_run=1) is first
-    second = this_process(text, flower_run=2)
+    assert this_process(text, flower_run=2) is first  # of a run that goes on
+    leave_other(3)
+    second = this_process(text, flower_run=3)
 
     assert second is not first
     assert second.peer.loaded.model is first.peer.loaded.model
-    read_anew()  # as after a refusal
-    assert this_process(text, flower_run=2) is not second
+
+
+def test_a_site_that_was_refused_before_the_run_begins_reads_its_file_anew(
+    run: Run, opened: Callable[[Path, str], Process], tmp_path: Path
+) -> None:
+    """Through the app, as the server greets it; what stages have spent of a budget is kept while the file stays."""
+    folder = run("fl.rounds=1")
+    site = json.loads((folder / "site.json").read_text())
+    limited = {**site, "limits": {**site["limits"], "min_rows": 10_000}}
+    process = opened(folder, json.dumps(limited))
+    context = Context(1, 1, {}, RecordDict(), {"config": (folder / "run.json").read_text()})
+
+    def greet(*, begun: bool = False) -> HelloReply:
+        request = Message(encode(Hello(client=0, begun=begun)), dst_node_id=1, message_type="query.hello")
+        return decode(HelloReply, apps.client_app(request, context).content)
+
+    assert greet().refusal is Refusal.few_rows
+    assert this_process(context.run_config["config"]) is process
+    (tmp_path / "site.yaml").write_text(json.dumps(site))
+    assert greet(begun=True).refusal is Refusal.few_rows
+    assert greet().refusal is Refusal.few_rows  # and reads the file
+    assert greet().refusal is Refusal.none
+    assert this_process(context.run_config["config"]) is not process
 
 
 def test_a_run_that_was_launched_in_this_process_stays_open(overrides: Overrides, tmp_path: Path) -> None:

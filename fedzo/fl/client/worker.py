@@ -48,6 +48,7 @@ from fedzo.fl.site_limits import (
     leaving_figures,
 )
 from fedzo.records.decode import encode
+from fedzo.records.scores import PartialScore
 from fedzo.trainers.artifacts import Artifact, ArtifactStore
 
 log = logging.getLogger(__name__)
@@ -203,14 +204,30 @@ class ClientWorker:
         at, status = self._reach(request)
         if at is None or status is not Status.ok:
             return EvaluateReply(status=status, position=at.replica.position if at else 0)
-        rows, site, plain = self._data_of(request.client).heldout[: self._scored_rows], self._limits.site, {}
+        rows = self._data_of(request.client).heldout[: self._scored_rows]
+        plain: dict[str, Any] = {}
+        faults: list[Exception] = []
         for name, evaluator in self._evaluators.items():
-            measure = evaluator.measure(self._task)
-            if rows and answers_any(site, [measure.metric, LOSS, *measure.numbers], num_rows=len(rows)):
-                score = evaluate(name, evaluator, at.loaded, rows, self._task, tokens_per_batch=at.tokens_per_batch)
-                if (told := leaving(site, score, num_labels=num_labels(self._task))) is not None:
-                    plain[name] = _averageable(encode(told))
+            try:
+                told = self._score(name, evaluator, at, rows)
+            except Exception as error:  # whatever an evaluator raises, the others' scores are told
+                faults.append(error)
+                continue
+            if told is not None:
+                plain[name] = _averageable(encode(told))
+        if faults and not plain:
+            raise faults[0]  # the server is told why there is no score
+        for fault in faults:
+            log_failure(request.client, fault)
         return EvaluateReply(position=at.replica.position, scores=json.dumps(plain))
+
+    def _score(self, name: str, evaluator: Evaluator, at: Workspace, rows: list[Example]) -> PartialScore | None:
+        """What an evaluator finds on the rows, as far as it may leave the site."""
+        measure, site = evaluator.measure(self._task), self._limits.site
+        if not rows or not answers_any(site, [measure.metric, LOSS, *measure.numbers], num_rows=len(rows)):
+            return None
+        score = evaluate(name, evaluator, at.loaded, rows, self._task, tokens_per_batch=at.tokens_per_batch)
+        return leaving(site, score, num_labels=num_labels(self._task))
 
     def _must_be_prepared(self, client: int) -> None:
         """Within a round nobody waits for stages: a process that was started again finds their result, or says so."""
@@ -238,7 +255,7 @@ class ClientWorker:
         status = self._workspace.replica.sync(request)
         if status is Status.mismatch:
             self._asked_values.add(request.client)
-        elif request.values:
+        elif status is Status.ok and request.log:  # not by values, whose request may come twice
             self._asked_values.discard(request.client)
         return self._workspace, status
 

@@ -14,6 +14,7 @@ from fedzo.records.folder import make_folder, replace_file
 from fedzo.runtime.net.addresses import Address, split_address
 from fedzo.runtime.net.credentials import (
     Endpoint,
+    keep_private,
     make_key,
     make_secret,
     missing_files,
@@ -95,7 +96,7 @@ class ClientFolder:
         split_address(address)
         if not path.exists():
             path.mkdir(parents=True, mode=0o700)
-        make_folder(path / "logs").chmod(0o700)  # the folder may have been there, open to others
+        keep_private(make_folder(path / "logs"))  # the folder may have been there, open to others
         folder = cls(path)
         if folder.file(SERVER).exists() and folder.address != address:
             raise ConfigError(

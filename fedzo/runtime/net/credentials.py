@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedzo.errors import ConfigError, printable
-from fedzo.records.folder import replace_file
+from fedzo.records.folder import refuse_link, replace_file
 
 AUTHORITY_DAYS = 3650
 FEW_DAYS = 14
@@ -263,6 +263,17 @@ def write_private(file: Path, content: bytes) -> None:
 def is_private(file: Path) -> bool:
     """Whether only this user may read a file, or look into a folder."""
     return file.stat().st_mode & 0o077 == 0 and file.stat().st_uid == os.getuid()
+
+
+def keep_private(folder: Path) -> str:
+    """Close a folder, which must be no link, to other users; says so where this user cannot."""
+    refuse_link(folder)
+    try:
+        if not is_private(folder):
+            folder.chmod(0o700)
+    except PermissionError:
+        return f"{folder}: others may read it, and only its owner can close it: chmod 700 {folder}"
+    return ""
 
 
 def missing_files(folder: Path, names: Sequence[str], what: str) -> list[str]:

@@ -245,7 +245,8 @@ class Gate:
     def _within_rate(self, asker: Asker) -> bool:
         """Take one from the asker's budget, which fills again with time."""
         rate, burst = (STRANGER_REQUESTS_PER_S, STRANGER_BURST) if asker.name is None else (REQUESTS_PER_S, BURST)
-        now, who = self._clock(), (asker.name, asker.host)  # the name is what it says: it spends at its own host only
+        # the name is what it says: it spends at its own host only
+        now, who = self._clock(), (asker.name, asker.network if asker.name is None else asker.host)
         left, since = self._budgets.get(who, (burst, now))
         left = min(burst, left + (now - since) * rate)
         if len(self._budgets) >= MOST_NODES and who not in self._budgets:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import ipaddress
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -25,6 +26,17 @@ class Asker:
     host: str
     key: bytes
     name: str | None
+
+    @property
+    def network(self) -> str:
+        """What counts as one host: of IPv6 the network of 64 bits, in which a host takes what addresses it likes."""
+        try:
+            address = ipaddress.ip_address(self.host)
+        except ValueError:
+            return self.host
+        if address.version == 4 or address.ipv4_mapped is not None:
+            return str(address if address.version == 4 else address.ipv4_mapped)
+        return str(ipaddress.IPv6Address(int(address) >> 64 << 64))
 
     @property
     def words(self) -> str:

@@ -27,6 +27,7 @@ from fedzo.runtime.net.addresses import Address, is_loopback, split_address
 from fedzo.runtime.net.credentials import (
     Endpoint,
     check_names,
+    keep_private,
     make_authority,
     make_certificate,
     make_secret,
@@ -117,7 +118,7 @@ class ServerFolder:
         check_names(names)
         if not path.exists():
             path.mkdir(parents=True, mode=0o700)
-        make_folder(path / "logs").chmod(0o700)  # the folder may have been there, open to others
+        keep_private(make_folder(path / "logs"))  # the folder may have been there, open to others
         folder = cls(path)
         if missing := [name for name in AUTHORITY if not folder.file(name).exists()]:
             folder._check_unused(missing)

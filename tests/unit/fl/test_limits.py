@@ -102,7 +102,7 @@ def test_values_in_place_of_the_log_must_have_been_asked_for() -> None:
     """By a log a server can only move the model along the run's directions."""
     values = replace(REQUEST, values=b"1234")
 
-    with pytest.raises(ProtocolError, match="values: in this run a client replays the log"):
+    with pytest.raises(ProtocolError, match="values must be left out: in this run a client replays the log"):
         LIMITS.check_state(values)
 
     LIMITS.check_state(values, asked_values=True)

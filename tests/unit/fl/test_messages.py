@@ -175,6 +175,7 @@ def test_long_bytes_travel_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"change 00000000": {"piece": "text"}}, "'change 00000000' must be a field's next piece"),
         ({"change 00000000": {"piece": b""}}, "'change 00000000' must be a field's next piece"),
         ({"change 00000000": {}}, "'change 00000000' must be a field's next piece"),
+        ({"change 00000000": {"piece": b"4", "more": 1}}, "'change 00000000' must be a field's next piece"),
         ({"loss 00000000": {"piece": b"4"}}, "'loss 00000000' must be a field's next piece"),  # which came whole
         ({"surprise 00000000": {"piece": b"4"}}, "surprise must be left out: VectorReply has no such field"),
         ({"position 00000000": {"piece": b"4"}}, "position must be a whole number"),

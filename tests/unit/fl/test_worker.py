@@ -60,9 +60,9 @@ def test_how_many_rows_were_cut_is_a_count_as_any_other(min_rows: int, told: tup
     assert (reply.num_train_cut, reply.num_heldout_cut) == told
 
 
-def test_values_are_asked_for_by_the_client_whose_replay_led_elsewhere_until_they_come() -> None:
+def test_values_are_asked_for_by_the_client_whose_replay_led_elsewhere_until_one_leads_right() -> None:
     asked: list[tuple[int, bool]] = []
-    statuses = iter([Status.ok, Status.mismatch, Status.ok, Status.ok, Status.ok])
+    statuses = iter([Status.ok, Status.mismatch, *[Status.ok] * 6])
     workspace: Any = SimpleNamespace(replica=SimpleNamespace(sync=lambda request: next(statuses), position=0))
     artifacts: Any = SimpleNamespace(find=lambda digest: True)
     limits: Any = SimpleNamespace(
@@ -86,7 +86,15 @@ def test_values_are_asked_for_by_the_client_whose_replay_led_elsewhere_until_the
         artifacts=artifacts,
     )
 
-    for client, values in ((0, b""), (0, b""), (1, b""), (0, b"1234"), (0, b"")):
-        worker.train(TrainRequest(client=client, config_hash="a" * 64, space_id="e" * 64, values=values))
+    for client, values, log in (
+        *((0, b"", b""), (0, b"", b"log"), (1, b"", b"log")),
+        *((0, b"1234", b""), (0, b"1234", b"")),  # the second where the first one's reply was lost
+        *((0, b"", b""), (0, b"", b"log"), (0, b"", b"log")),
+    ):
+        worker.train(TrainRequest(client=client, config_hash="a" * 64, space_id="e" * 64, values=values, log=log))
 
-    assert asked == [(0, False), (0, False), (1, False), (0, True), (0, False)]
+    assert asked == [
+        *((0, False), (0, False), (1, False)),
+        *((0, True), (0, True)),
+        *((0, True), (0, True), (0, False)),
+    ]
