@@ -29,6 +29,7 @@ from fedzo.fl.messages import (
     encode,
 )
 from fedzo.fl.site_limits import SiteError, told
+from fedzo.models.memory import is_out_of_memory
 from fedzo.trainers.artifacts import ARTIFACTS
 
 CONFIG_KEY, RUN_DIR_KEY = "config", "run-dir"
@@ -48,6 +49,8 @@ def make_client_app() -> ClientApp:
                     _leave_other(context)
                 answer = _worker(context).hello(request)
             except (ConfigError, SiteError) as error:  # of its limits, its model, its files
+                if is_out_of_memory(error):
+                    raise  # there may be room when it is asked again
                 log_failure(request.client, error)
                 refusal = error.refusal if isinstance(error, SiteError) else Refusal.site
                 answer = HelloReply(config_hash=request.config_hash, refusal=refusal)

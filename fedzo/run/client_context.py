@@ -127,8 +127,12 @@ class ClientContext:
         return self._data[client]
 
     def forget_rows(self) -> None:
-        """Let the clients' rows be read anew; what stages made of them stays."""
+        """Let rows be read anew and compared with those that are registered; what stages have spent stays spent."""
         self._data.clear()
+        self._registered.clear()
+        self._prepared_digests.clear()
+        if "preparations" in vars(self):
+            self.preparations.forget()
 
     def rows(self, client: int) -> ClientRows:
         """A client's rows, its held-out ones apart, its training rows through all stages."""

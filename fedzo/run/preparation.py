@@ -134,6 +134,10 @@ class Preparations:
             self._ready[client] = made
         return made
 
+    def forget(self) -> None:
+        """Let rows that are ready be read and prepared anew, with what the stages have kept."""
+        self._ready.clear()
+
     def stop(self) -> None:
         """Let what is on its way end."""
         for job in self._jobs.values():

@@ -11,13 +11,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from flwr.app import Context, Message, RecordDict
 
 from fedzo.config.load import load
 from fedzo.data.preprocess import STAGES, IdentityConfig, OnProgress
-from fedzo.errors import ProtocolError, problem
-from fedzo.fl.messages import EvaluateRequest, Hello, Refusal, TrainRequest
+from fedzo.errors import ConfigError, ProtocolError, problem
+from fedzo.fl.messages import EvaluateRequest, Hello, Refusal, TrainRequest, encode
 from fedzo.fl.site_limits import SiteError
-from fedzo.run import preparation
+from fedzo.run import apps, preparation
 from fedzo.run.process import Process, open_process
 from fedzo.run.start import open_run
 
@@ -193,6 +194,42 @@ def test_a_process_that_was_started_again_trains_on_no_other_rows(overrides: Ove
     for ask in (*requests(other), *requests(other)):
         with pytest.raises(SiteError, match="refusal 2, its rows are not those that it began the run with"):
             ask()
+
+
+def test_rows_that_are_forgotten_are_read_and_compared_anew(start: Callable[[], Process], stage: Gated) -> None:
+    """After a greeting was refused; what the stage has spent stays spent."""
+    for _ in range(500):
+        stage.let.release()
+    process = start()
+    begun = until_ready(process)
+    assert stage.calls == [0]
+
+    process.client.forget_rows()
+    assert until_ready(process) == begun
+    assert stage.calls == [0, 0]
+    process.client.forget_rows()
+    fewer = process.client.source.rows_for(0)[1:]
+    process.client.source = SimpleNamespace(rows_for=lambda client: fewer)
+
+    for ask in requests(process):
+        with pytest.raises(SiteError, match="refusal 2, its rows are not those that it began the run with"):
+            ask()
+
+
+@pytest.mark.usefixtures("flower_task")
+def test_a_site_whose_memory_is_short_when_it_is_greeted_may_be_asked_again(
+    start: Callable[[], Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def worker(context: Any) -> Any:
+        raise ConfigError("model.name: the memory does not hold it") from MemoryError()
+
+    monkeypatch.setattr(apps, "_worker", worker)
+    message = Message(encode(Hello(client=0)), dst_node_id=1, message_type="query.hello")
+
+    with pytest.raises(SiteError) as refused:
+        apps.client_app(message, Context(1, 1, {}, RecordDict(), {}))
+
+    assert refused.value.refusal is Refusal.memory
 
 
 def test_where_nobody_could_ask_again_a_greeting_waits_to_the_end(start: Callable[[], Process], stage: Gated) -> None:

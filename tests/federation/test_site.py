@@ -107,6 +107,7 @@ def test_another_start_of_the_same_run_reads_the_sites_file_and_rows_anew(
     assert second.peer.loaded.model is first.peer.loaded.model
 
 
+@pytest.mark.usefixtures("flower_task")
 def test_a_site_that_was_refused_before_the_run_begins_reads_its_file_anew(
     run: Run, opened: Callable[[Path, str], Process], tmp_path: Path
 ) -> None:

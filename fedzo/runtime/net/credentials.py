@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedzo.errors import ConfigError, printable
-from fedzo.records.folder import refuse_link, replace_file
+from fedzo.records.folder import replace_file
 
 AUTHORITY_DAYS = 3650
 FEW_DAYS = 14
@@ -266,10 +266,9 @@ def is_private(file: Path) -> bool:
 
 
 def keep_private(folder: Path) -> str:
-    """Close a folder, which must be no link, to other users; says so where this user cannot."""
-    refuse_link(folder)
+    """Close a folder to other users; says so where this user cannot. What a link leads to is left as it is."""
     try:
-        if not is_private(folder):
+        if not (folder.is_symlink() or is_private(folder)):
             folder.chmod(0o700)
     except PermissionError:
         return f"{folder}: others may read it, and only its owner can close it: chmod 700 {folder}"
