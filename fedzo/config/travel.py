@@ -207,7 +207,7 @@ def _decode_class(config_class: type, plain: object, where: str, *, found: list[
         except ConfigError as error:
             if found is None:
                 raise
-            found.append(f"{error} {_CHOOSE if name in groups else _how_to_write(hints[name])}")
+            found.append(f"{error} {_CHOOSE if name in groups else _how_to_write(hints[name], plain[name])}")
     return config_class(**values)
 
 
@@ -220,10 +220,10 @@ def _near_key_of_site(key: str, known: set[str]) -> str:
     return near_key(key, known | everywhere)
 
 
-def _how_to_write(hint: Any) -> str:
+def _how_to_write(hint: Any, given: object = None) -> str:
     """What to do about a value of a site's file that is not of its type."""
     if get_origin(hint) is list:
-        return "Write a list, as in [one, two]."
+        return _how_to_write(*get_args(hint)) if isinstance(given, list) else "Write a list, as in [one, two]."
     if is_dataclass(hint):
         return "Write its keys and their values."
     return next((told for kind, told in _WRITTEN.items() if kind in (hint, *get_args(hint))), _CHOOSE)

@@ -178,3 +178,11 @@ def test_a_rewriter_is_the_sites_own(tmp_path: Path) -> None:
     assert is_same_run(one, other)
     assert "rewriter" not in {field.name for field in fields(RunConfig)}
     assert from_json(to_json(other), LaunchConfig) == other
+
+
+def test_a_faulty_item_of_a_list_gets_the_remedy_of_an_item(tmp_path: Path) -> None:
+    file = tmp_path / "site.yaml"
+    file.write_text("limits: {answers: [1]}\n")
+
+    with pytest.raises(ConfigError, match=r"limits\.answers\[0\] must be str, got 1\. Write text, in quotes\.$"):
+        load_site(file)
