@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib.util
 import json
 import logging
 import os
@@ -64,6 +65,21 @@ def logging_is_left_as_it_was() -> Iterator[None]:
 def threads_are_those_of_the_machine() -> None:
     """A run sets the threads of its process, and the next test would have its kernels on one."""
     numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+
+
+@pytest.fixture(scope="session")
+def script() -> Callable[[Path], ModuleType]:
+    """Import a file that is in no package; another folder may have one of its name."""
+
+    def load(file: Path) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"{file.parent.name}_{file.stem}", file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from fedzo.bench.claims import Claims, measured_in, measured_with
+from fedzo.bench.claims import Claims, measured_in
 from fedzo.commands.mask import make_mask
 from fedzo.commands.run_folder import rebuild
 from fedzo.commands.train import start_run
@@ -29,6 +29,7 @@ from fedzo.data.encode import Example
 from fedzo.evaluate import evaluate
 from fedzo.fl.client.local_update import Batches
 from fedzo.fl.client.scalar_update import ScalarUpdate
+from fedzo.system import environment
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "hostile.json"
@@ -101,7 +102,7 @@ def run(folder: Path, attack: str, rule: str, mask: Path, *, first: bool) -> dic
         **({"before": score(folder, 0)} if first else {}),
         "clipped": sum(line["clipped"] for line in rounds),
         "refused": sum(len(line["absent"]) for line in rounds),
-        "environment": measured_with(),
+        "environment": environment(),
     }
 
 

@@ -18,7 +18,6 @@ import torch
 from arms import TrainSet
 from safetensors.torch import load_file, save_file
 
-from fedzo.bench.claims import measured_with
 from fedzo.commands.mask import make_mask
 from fedzo.commands.train import launch
 from fedzo.config.load import load
@@ -34,7 +33,7 @@ from fedzo.models.scoring import candidate_scores, choice_losses, graph_loss, me
 from fedzo.records.folder import SITE_FILE
 from fedzo.run.process import forget_process
 from fedzo.run.start import open_run
-from fedzo.system import use_threads
+from fedzo.system import environment, use_threads
 
 STEPS = {"copa": 170, "cb": 110}
 SEEDS = {"copa": range(6), "cb": range(4)}
@@ -60,7 +59,7 @@ class Cells:
         if name in (known := self.all()):
             return known[name]
         started = time.process_time()
-        cell = make() | {"cpu_s": round(time.process_time() - started, 1), "environment": measured_with()}
+        cell = make() | {"cpu_s": round(time.process_time() - started, 1), "environment": environment()}
         lock = os.open(self.path.parent, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)

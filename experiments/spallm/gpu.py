@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
-from fedzo.bench.claims import Claims, measured_with
+from fedzo.bench.claims import Claims
 from fedzo.bench.measure import measure_peak_bytes, medians_on_gpu
 from fedzo.bench.shapes import random_model
 from fedzo.bench.step import DENSE, OURS, Bench, bench_step
@@ -30,6 +30,7 @@ from fedzo.models.sketched.layers import replace_layers
 from fedzo.models.sketched.registry import SketchFormat, mark_as_sketch
 from fedzo.sketch import SketchLinear, TableSpace, decode, sketched_layers
 from fedzo.sketch.gpu import DTYPES, FUSED_TOKENS, kernels_for
+from fedzo.system import environment
 from fedzo.zo.directions import add_direction, stream_key
 from fedzo.zo.estimator import TwoPointConfig, build_estimator
 from fedzo.zo.log import apply_step
@@ -58,7 +59,7 @@ def main() -> None:
     for name in only or [name for name in PIECES if name not in results]:
         print(f"{name} ...", flush=True)
         found = PIECES[name]()
-        results[name] = {"card": torch.cuda.get_device_name(CUDA), "found": found, "environment": measured_with()}
+        results[name] = {"card": torch.cuda.get_device_name(CUDA), "found": found, "environment": environment()}
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     claims = gather(results)
     claims.write(HERE / "claims.json")

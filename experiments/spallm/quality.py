@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig
 
-from fedzo.bench.claims import Claims, measured_in, measured_with
+from fedzo.bench.claims import Claims, measured_in
 from fedzo.data.files import read_running_text
 from fedzo.evaluate.perplexity import perplexity, text_windows
 from fedzo.models.config import ModelConfig
@@ -29,7 +29,7 @@ from fedzo.models.loaded import LoadedModel
 from fedzo.models.sketched.builder import layers_to_sketch, sketch_model
 from fedzo.models.source import read_model
 from fedzo.sketch import SketchSettings, sketched_layers
-from fedzo.system import use_threads
+from fedzo.system import environment, use_threads
 
 HERE = Path(__file__).parent
 EMBEDDED = "SmolLM2-135M (itself from a Q4_1 file, 5 bits a weight)"
@@ -180,7 +180,7 @@ def main() -> None:
     results: dict[str, Result] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in ["dense", *(arguments.only or CELLS)]:
         if name not in results:
-            results[name] = CELLS[name](arguments.data) | {"environment": measured_with()}
+            results[name] = CELLS[name](arguments.data) | {"environment": environment()}
             RESULTS.write_text(json.dumps(results, indent=2) + "\n")
             write_claims(results)
         print(f"{name}: {results[name]['perplexity']:.2f}", flush=True)

@@ -25,11 +25,6 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, _STUDENT[min(len(values) - 2, len(_STUDENT) - 1)] * error
 
 
-def measured_with() -> dict[str, Any]:
-    """Versions, machine, commit and threads of this process."""
-    return environment()
-
-
 def measured_in(results: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """What kept results were measured with: their ``environment``, where they keep one.
 
@@ -63,7 +58,7 @@ class Claims:
 
     command: str
     seeds: list[int] = field(default_factory=lambda: [0])
-    environment: dict[str, Any] = field(default_factory=measured_with)
+    environment: dict[str, Any] = field(default_factory=environment)
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def add(

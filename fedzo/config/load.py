@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
 from fedzo.config.compose import FAILURES, compose_run, option_names, session, to_config
 from fedzo.config.diagnose import diagnose, reason, respelled
 from fedzo.config.overrides import rewrite_model
-from fedzo.config.rules import launch_problems, missing_files
+from fedzo.config.rules import launch_problems, missing_files, unused_problems
 from fedzo.config.schema import LaunchConfig, filled
-from fedzo.errors import ConfigError, Problem, problem
-from fedzo.fl.config import Aggregation, Seeds, Weighting
-from fedzo.models.config import DType
+from fedzo.errors import ConfigError, Problem
 from fedzo.report.trackers import missing_libraries
-from fedzo.zo.server_optimizer import Schedule
 
 
 def load(overrides: Sequence[str], *, trains: bool = True) -> LaunchConfig:
@@ -105,39 +101,3 @@ def message(lines: Sequence[str]) -> str:
     if len(lines) == 1:
         return lines[0]
     return "\n".join([f"{len(lines)} problems in the configuration:", *(f"  - {line}" for line in lines)])
-
-
-# --- settings without effect
-
-
-def unused_problems(config: LaunchConfig) -> Iterator[Problem]:
-    """One for each setting that differs from its default though nothing reads it beside the others.
-
-    Jobs of a sweep may have some, where a setting belongs to one of several choices, and so may run folders.
-    """
-    fl, strategy, optimizer = config.fl, config.strategy, config.server_optimizer
-    if fl.seeds is not Seeds.pool:
-        yield from _unused("fl.pool_size", fl, f"fl.seeds={fl.seeds}", "fl.seeds=pool")
-    if strategy.weighting is Weighting.uniform:
-        chosen = f"strategy.weighting={strategy.weighting}"
-        yield from _unused("strategy.size_cap", strategy, chosen, "strategy.weighting=size")
-    if strategy.aggregation is not Aggregation.trimmed_mean:
-        chosen = f"strategy.aggregation={strategy.aggregation}"
-        yield from _unused("strategy.trim_share", strategy, chosen, "strategy.aggregation=trimmed_mean")
-    if strategy.clip_factor == 0:
-        yield from _unused("strategy.clip_rounds", strategy, "strategy.clip_factor=0", "strategy.clip_factor=100")
-    if optimizer.schedule is Schedule.constant:
-        chosen, other = "server_optimizer.schedule=constant", "server_optimizer.schedule=linear or cosine"
-        yield from _unused("server_optimizer.final_lr_share", optimizer, chosen, other)
-    if config.model.dtype is DType.float32 and (setting := config.trainer.traits.rounding_setting):
-        rule = f"be bfloat16 or float16 for {setting}, which does not change float32 values"
-        remedy = f"Write model.dtype=bfloat16, or leave {setting} out."
-        yield problem("model.dtype", rule, config.model.dtype, remedy)
-
-
-def _unused(key: str, config: Any, chosen: str, other: str) -> Iterator[Problem]:
-    name = key.rpartition(".")[2]
-    given, default = getattr(config, name), {each.name: each.default for each in fields(config)}[name]
-    if given != default:
-        rule = f"be {default} for {chosen}, which does not use it"
-        yield problem(key, rule, given, f"Write {other}, or leave it out.")

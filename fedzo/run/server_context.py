@@ -1,8 +1,7 @@
 """What the server of a run needs: the peer's model, and dev and test rows if it has any; it reads no training row.
 
 In a simulation the server's machine holds all rows. What only a simulation can know (who has which labels, training
-prompts, a run's cost) is asked of ``simulation``; a real federation has none. ``trial_rows`` are
-given by whoever has some.
+prompts, a run's cost) is asked of ``simulation``; a real federation has none. ``trial_rows`` come from elsewhere.
 """
 
 from __future__ import annotations

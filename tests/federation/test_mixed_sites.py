@@ -1,4 +1,8 @@
-"""Sites of one run with models of different dtypes, on different devices: every site replays one log to one hash."""
+"""Sites of one run with models of different dtypes, on different devices: every site comes to one hash.
+
+By the log, but for a mask over weights that were stored wider than a site holds them: its base is rounded, and the
+server sends it the values once.
+"""
 
 from __future__ import annotations
 

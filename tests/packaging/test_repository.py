@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import importlib.util
 import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, get_type_hints
 
 import pytest
@@ -181,12 +181,8 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def test_generator_reads_the_literal_under_a_field() -> None:
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    generate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generate)
+def test_generator_reads_the_literal_under_a_field(script: Callable[[Path], ModuleType]) -> None:
+    generate = script(ROOT / "docs" / "generate.py")
     from fedzo.zo.estimator import FzooConfig, ZerothOrderConfig
 
     rows = generate.table(ZerothOrderConfig, "estimator.")

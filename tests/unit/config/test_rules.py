@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from fedzo.config.load import load, unused_problems
+from fedzo.config.load import load
 from fedzo.config.plugins import plugin_classes
-from fedzo.config.rules import launch_problems, missing_files
+from fedzo.config.rules import launch_problems, missing_files, unused_problems
 from fedzo.config.schema import LaunchConfig
 from fedzo.data.config import Loss, TaskConfig, TaskKind
 from fedzo.data.partition import PartitionConfig

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,14 +15,8 @@ FOLDER = Path(__file__).parents[3] / "experiments"
 
 
 @pytest.fixture
-def accuracy() -> Any:
-    """The script by a name of its own; another experiment has one of this name, too."""
-    spec = importlib.util.spec_from_file_location("spallm_accuracy", FOLDER / "spallm" / "accuracy.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def accuracy(script: Callable[[Path], ModuleType]) -> Any:
+    return script(FOLDER / "spallm" / "accuracy.py")
 
 
 @pytest.fixture
