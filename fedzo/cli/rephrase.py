@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
 from pathlib import Path
 
+from fedzo.cli.arguments import add_overrides, load_config, whole_number
+from fedzo.cli.commands import print_lines
 from fedzo.errors import ConfigError
 
 USAGE = "fedzo rephrase [judge-test | bootstrap | import SETS] --task TASK --data FILE [overrides] [more options]"
@@ -19,17 +20,17 @@ _TABLE = "examples.csv"
 
 def add_rephrase(own: argparse.ArgumentParser) -> None:
     """The options of ``fedzo rephrase``."""
+    number = whole_number(1)
     own.add_argument("words", metavar="WHAT", nargs="*", help="judge-test, bootstrap, import SETS, or nothing: rewrite")
     own.add_argument("--task", metavar="TASK", required=True, help="task of the rows, as in `fedzo list task`")
     own.add_argument("--data", metavar="FILE", required=True, help="training rows (jsonl, json, csv, tsv, parquet)")
     own.add_argument("--site", metavar="FILE", help="a site's file, whose rewriter is used")
-    own.add_argument("--dry-run", type=_count, metavar="N", help="show the prompts of N rows and an estimate; no call")
+    own.add_argument("--dry-run", type=number, metavar="N", help="show the prompts of N rows and an estimate; no call")
     own.add_argument("--out", metavar="FILE", help="also write all rows to a file (jsonl), each marked")
     own.add_argument("--again", action="store_true", default=None, help="ask again for rows that the endpoint failed")
-    own.add_argument("--pairs", type=_count, metavar="N", help="judge-test: most pairs of a kind (default: gate_pairs)")
+    own.add_argument("--pairs", type=number, metavar="N", help="judge-test: most pairs of a kind (default: gate_pairs)")
     own.add_argument("--table", metavar="FILE", help=f"bootstrap: table (default: {_TABLE})")
-    own.add_argument("--config-dir", metavar="DIR", help="folder of your own YAML files")
-    own.set_defaults(takes_overrides=True)
+    add_overrides(own)
 
 
 def rephrase(arguments: argparse.Namespace) -> int:
@@ -43,8 +44,7 @@ def rephrase(arguments: argparse.Namespace) -> int:
     out = None if arguments.out is None else Path(arguments.out)
     if out is not None and out.resolve() == Path(arguments.data).resolve():
         raise ConfigError(f"--out must not be the file of --data, whose rows it would replace, got {out}.")
-    from fedzo.config.load import load
-    from fedzo.config.overrides import quoted, with_config_dir
+    from fedzo.config.overrides import quoted
 
     stage = ["preprocess=[oat_rephrase]", f"task={arguments.task}", f"data.path={quoted(arguments.data)}"]
     stage.append("partition=iid")  # rows are dealt to nobody here, so no task is refused for how they would be
@@ -53,23 +53,21 @@ def rephrase(arguments: argparse.Namespace) -> int:
     from fedzo.commands import rephrase as command
 
     site = [] if arguments.site is None else command.rewriter_of(Path(arguments.site))
-    overrides = [*stage, *site, *words[_PARTS.get(what, 0) :], *arguments.overrides]
-    config = load(with_config_dir(overrides, arguments.config_dir))
-
-    work = command.open_work(config, Path(arguments.data))
+    arguments.overrides = [*stage, *site, *words[_PARTS.get(what, 0) :], *arguments.overrides]
+    work = command.open_work(load_config(arguments), Path(arguments.data))
     if what == "judge-test":
-        return _show(command.judge_test(work, pairs=arguments.pairs))
+        return print_lines(command.judge_test(work, pairs=arguments.pairs))
     if what == "bootstrap":
-        return _show(command.bootstrap(work, Path(arguments.table or _TABLE)))
+        return print_lines(command.bootstrap(work, Path(arguments.table or _TABLE)))
     if what == "import":
         from fedzo.commands.rephrase_import import import_sets
 
-        return _show(import_sets(work, Path(words[0])))
+        return print_lines(import_sets(work, Path(words[0])))
     if arguments.dry_run is not None:
         from fedzo.commands.rephrase_preview import dry_run
 
-        return _show(dry_run(work, arguments.dry_run))
-    return _show(command.rephrase(work, out=out, again=bool(arguments.again)))
+        return print_lines(dry_run(work, arguments.dry_run))
+    return print_lines(command.rephrase(work, out=out, again=bool(arguments.again)))
 
 
 def _what(words: list[str]) -> tuple[str, list[str]]:
@@ -80,15 +78,3 @@ def _what(words: list[str]) -> tuple[str, list[str]]:
     if first == "import" and (not rest or "=" in rest[0]):
         raise ConfigError("fedzo rephrase import needs SETS, a file of rewrites. Write its path after import.")
     return first, rest
-
-
-def _show(lines: Iterable[str]) -> int:
-    for line in lines:
-        print(line, flush=True)
-    return 0
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) >= 1):
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
-    return int(text)

@@ -21,6 +21,7 @@ from fedzo.data.files import MARK, Row, read_rows
 from fedzo.data.partition.base import shuffled
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
 from fedzo.data.preprocess.rephrase.course import (
+    TOO_LONG,
     Attempt,
     counts,
     is_failed,
@@ -30,13 +31,14 @@ from fedzo.data.preprocess.rephrase.gate import faults, few_pairs, keep, remedy
 from fedzo.data.preprocess.rephrase.manifest import Used, count_names
 from fedzo.data.preprocess.rephrase.rephraser import OTHER_STORE, Rephraser, prompts_of, rewritten_by
 from fedzo.data.preprocess.rephrase.results import apply_outcomes
+from fedzo.data.preprocess.rephrase.tasks import usual_column
 from fedzo.data.preprocess.rephrase.words import is_utf8
 from fedzo.errors import ConfigError, FedzoError, printable
 from fedzo.records.folder import replace_file
 from fedzo.records.rephrase import RowOutcome
 from fedzo.report.format import counted
 from fedzo.report.html import write_page
-from fedzo.report.rephrased import calibration_lines, figures_table, rephrased_page
+from fedzo.report.rephrased import figures_table, judge_test_lines, rephrased_page
 from fedzo.run.process import STAGE_FOLDER
 from fedzo.system import OnProgress
 
@@ -125,7 +127,9 @@ def rephrase(work: Work, *, out: Path | None, again: bool = False) -> Iterator[s
         yield OTHER_STORE
     elif ready := len({each.row for each in outcomes}) - len(attempts):
         yield f"{ready} rows had their result before, the others have it now"
-    if failed := len({each.row for each in outcomes if is_failed(each)}):
+    if long := len({each.row for each in outcomes if each.reason == TOO_LONG}):
+        yield f"no room in the context: {counted(long, 'row')}. Raise rewriter.context_tokens, then call with --again"
+    if failed := len({each.row for each in outcomes if is_failed(each)}) - long:
         yield (
             f"the endpoint failed {counted(failed, 'row')}: --again asks once more. Runs that began with these results "
             "cannot be resumed then"
@@ -157,7 +161,7 @@ def judge_test(work: Work, *, pairs: int | None) -> Iterator[str]:
     with _progress(work, "verdicts") as told:
         found = work.rephraser.test_judge(work.rows, most=most, on_progress=told)
     file = keep(found, work.rephraser.folder, least_pairs=work.rephraser.config.gate_pairs)
-    yield from calibration_lines(found)
+    yield from judge_test_lines(found)
     yield from _said(work.rephraser)
     if few := few_pairs(found, work.rephraser.config):
         yield few
@@ -213,11 +217,11 @@ def key_line(rephraser: Rephraser) -> str:
 
 def _settings(recipe: OatRephraseConfig, task: TaskConfig) -> Iterator[str]:
     """What a command line must say beside the stage's name to mean this recipe."""
-    usual = asdict(OatRephraseConfig().filled(task))
-    usual["prompt"] = prompts_of(recipe, task).digest
+    usual = asdict(OatRephraseConfig()) | {"column": usual_column(task), "prompt": prompts_of(recipe, task).digest}
     for name, value in asdict(recipe).items():
         if value != usual[name]:
-            text = json.dumps(value, separators=(",", ":")) if isinstance(value, list | bool) else value
+            is_quoted = isinstance(value, list | bool) or name == "about"
+            text = json.dumps(value, separators=(",", ":"), ensure_ascii=False) if is_quoted else value
             yield shlex.quote(f"preprocess.{STAGE}.{name}={text}")
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from fedzo.commands.rephrase import Work, kept_line, key_line, set_lines, write_set_page
 from fedzo.data.files import Row, read_rows
-from fedzo.data.preprocess.rephrase.course import IDENTICAL, check_rewrite, label_of, outcome_of
+from fedzo.data.preprocess.rephrase.course import IDENTICAL, check_rewrite, outcome_of
 from fedzo.data.preprocess.rephrase.manifest import Used
+from fedzo.data.preprocess.rephrase.prompts import label_of
 from fedzo.data.preprocess.rephrase.rephraser import Rephraser
 from fedzo.data.preprocess.rephrase.results import row_digest
 from fedzo.data.preprocess.rephrase.words import is_utf8

@@ -54,12 +54,14 @@ class PairCounts:
         pairs: How many.
         same: Judged the same, with the verdicts named in either order.
         unread: Answers that were no verdict, in either order.
+        cut_off: Those of them that ended early or were blank.
     """
 
     made: Name
     pairs: Count
     same: tuple[Count, Count]
     unread: tuple[Count, Count]
+    cut_off: Annotated[tuple[Count, Count], OmitDefault()] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

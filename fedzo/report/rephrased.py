@@ -42,19 +42,15 @@ def rephrased_page(
         table.append([str(number), _plain(row[column]), _plain(after), note])
     summary: Table = ("Rows", [[name, str(number)] for name, number in counts(outcomes).items()])
     shown = f"first {_MOST_SHOWN} of {len(rows)} rows" if len(rows) > _MOST_SHOWN else f"{len(rows)} rows"
-    found = rephraser.calibration(outcomes)
+    found = rephraser.judge_test(outcomes)
     return render_page(
         title=f"{rephraser.task.name}: {column} rewritten",
         subtitle=f"style {rephraser.config.style}, {shown}. Training text only; it stays at this site",
-        headline="",
-        headline_note="",
-        notes=[],
         tables=[summary, ("Accepted rewrites", figures_table(rephraser, rows, outcomes))],
         long_tables=[("Before and after", table)],
-        pictures=[],
         details=[
             ("Recipe", json.dumps(asdict(rephraser.config), indent=2)),
-            ("Judge", "\n".join(calibration_lines(found)) if found else "no test of the judge"),
+            ("Judge", "\n".join(judge_test_lines(found)) if found else "no test of the judge"),
         ],
     )
 
@@ -77,13 +73,14 @@ def figures_table(rephraser: Rephraser, rows: Sequence[Row], outcomes: Sequence[
     return told
 
 
-def calibration_lines(found: JudgeTest) -> Iterator[str]:
+def judge_test_lines(found: JudgeTest) -> Iterator[str]:
     """How a judge did in its test."""
     yield f"sensitivity {_share(found.sensitivity)}, specificity {_share(found.specificity)} (lower of both orders)"
     points = f"{100 * found.order_points:.1f} points (95 % interval up to {100 * found.order_points_high:.1f})"
     yield f'the share of "same" changes with the order of the verdicts by {points}'
     for each in found.kinds:
         unread = f", {sum(each.unread)} unreadable" if sum(each.unread) else ""
+        unread += f" ({sum(each.cut_off)} cut off or blank)" if sum(each.cut_off) else ""
         yield f"{each.made:12} {each.pairs:4d} pairs, called the same {each.same[0]} and {each.same[1]} times{unread}"
 
 

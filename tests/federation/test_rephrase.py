@@ -196,11 +196,12 @@ def test_a_command_that_is_killed_ends_with_the_same_results_when_it_is_called_a
 
     def command(store: str) -> list[str]:
         words = ["--task", "sst2", "--data", str(data_dir / "train.jsonl"), *endpoint.settings(tmp_path / store)]
-        return [sys.executable, "-m", "fedzo", "rephrase", *words, "preprocess.oat_rephrase.gate=false"]
+        return ["rephrase", *words, "preprocess.oat_rephrase.gate=false"]
 
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     endpoint.seconds = 0.05
-    with subprocess.Popen(command("killed"), env=environment, stdout=subprocess.DEVNULL) as killed:
+    real = [sys.executable, "-m", "fedzo", *command("killed")]
+    with subprocess.Popen(real, env=environment, stdout=subprocess.DEVNULL) as killed:
         end = time.monotonic() + 120
         while len(endpoint.calls) < 80:
             assert killed.poll() is None
@@ -211,10 +212,10 @@ def test_a_command_that_is_killed_ends_with_the_same_results_when_it_is_called_a
     assert not (tmp_path / "killed" / "results").exists()
 
     endpoint.seconds = 0.0
-    subprocess.run(command("killed"), env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert main(command("killed")) == 0
     assert 3 * 64 <= len(endpoint.calls) <= 3 * 64 + 4  # rewriter.concurrency
     assert before >= 80
-    subprocess.run(command("whole"), env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert main(command("whole")) == 0
 
     (one,), (other,) = ([*(tmp_path / name / "results").glob("*.jsonl")] for name in ("killed", "whole"))
     assert one.name == other.name
@@ -483,6 +484,64 @@ def test_a_task_whose_answer_is_written_needs_no_further_key(
     assert "3 rows, at most 9 calls" in capsys.readouterr().out
 
 
+def test_a_task_of_ones_own_is_rewritten_by_the_recipes_words(
+    endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preset, data = tmp_path / "my_conf" / "task" / "verdict.yaml", tmp_path / "reviews.jsonl"
+    preset.parent.mkdir(parents=True)
+    task = {"name": "verdict", "template": "Review: {text}\nVerdict:", "candidates": [" poor", " fine"]}
+    defaults = {"defaults": ["task_schema", "_self_"]}
+    preset.write_text(json.dumps({**defaults, **task, "label": "stars", "labels": ["bad", "good"]}))
+    rows = [{"text": f"item {n} is here", "stars": ("bad", "good")[n % 2], "notes": "secret"} for n in range(4)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["rephrase", "--config-dir", str(tmp_path / "my_conf"), "--task", "verdict", "--data", str(data)]
+    about = 'preprocess.oat_rephrase.about="The task is to say whether a product is poor or fine."'
+    words = [about, "preprocess.oat_rephrase.meanings=[poor,fine]", "preprocess.oat_rephrase.gate=false"]
+    settings = endpoint.settings(tmp_path / "store")
+
+    assert main([*command, "--dry-run", "1", *settings]) == 2
+    assert "preprocess.oat_rephrase.about must say what the task 'verdict' is" in capsys.readouterr().err
+    assert main([*command, "--dry-run", "2", *words, *settings]) == 0
+    told = capsys.readouterr().out
+    assert "4 rows, at most 12 calls" in told
+    assert 'right answer: "fine"' in told
+    assert "The task is to say whether a product is poor or fine." in told
+    assert "secret" not in told
+    assert endpoint.calls == []
+
+    endpoint.judge = lambda a, b: {"verdict": "same", "predicted_label": "fine"}
+    assert main([*command, *words, *settings]) == 0
+    told = capsys.readouterr().out
+    assert "4  rewritten" in told
+    assert f"'{about}'" in told
+    assert "secret" not in "".join(endpoint.calls)
+
+
+def test_a_row_that_is_too_long_is_told_of_and_asked_for_where_there_is_room(
+    endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    texts = [f"item {n} is good" for n in range(6)] + ["item 6 is good" + " and here" * 2000]
+    data.write_text("".join(json.dumps({"text": text, "label": 1}) + "\n" for text in texts))
+    recipe = ["preprocess.oat_rephrase.gate=false", "preprocess.oat_rephrase.judged=false"]
+    command = ["rephrase", "--task", "sst2", "--data", str(data), *recipe, *endpoint.settings(tmp_path / "store")]
+
+    assert main([*command, "--dry-run", "1"]) == 0
+    told = capsys.readouterr().out
+    assert "7 rows, at most 6 calls" in told
+    assert "without a call: 1 row (the prompt and its answer are longer than rewriter.context_tokens" in told
+    assert main(command) == 0
+    told = capsys.readouterr().out
+    assert "1  original too_long" in told
+    assert "no room in the context: 1 row. Raise rewriter.context_tokens" in told
+    assert "the endpoint failed" not in told
+    assert len(endpoint.calls) == 6
+
+    assert main([*command, "--again", "rewriter.context_tokens=20000"]) == 0
+    assert len(endpoint.calls) == 7
+    assert "7  rewritten" in capsys.readouterr().out
+
+
 def test_text_of_rows_and_endpoint_is_data(
     endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -557,6 +616,8 @@ def test_a_row_that_does_not_fit_is_named_before_any_call(
         (["bootstrap", "--table", "none/t.csv"], "--table: the folder of none/t.csv must exist"),
         (["task.candidates=[A,B,C]"], "task.candidates must be answers that mean"),
         (["task.candidates=[Great,Bad]"], "answers that mean negative, positive, in this order"),
+        (["preprocess.oat_rephrase.max_attempts=11"], "preprocess.oat_rephrase.max_attempts must be <= 10, got 11"),
+        (["preprocess.oat_rephrase.column=label"], "column must be a column that the task reads (text), no label"),
         (["import", "gone.jsonl"], "gone.jsonl: there is no such file. Check the path."),
     ],
 )

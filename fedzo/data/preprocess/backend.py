@@ -75,6 +75,8 @@ class RowReason(StrEnum):
     refused = "refused"
     timeout = "timeout"
     unavailable = "unavailable"
+    cut_off = "cut_off"
+    """A verdict that ended early, or is blank; of a rewrite the checks say so."""
 
 
 class RowFault(FedzoError):
@@ -155,6 +157,10 @@ class Backend(Protocol):
         ...
 
 
+USUAL_TOKENS = 512
+"""``max_tokens`` of a rewriter that does not think before it answers."""
+
+
 @dataclass(kw_only=True, slots=True)
 class RewriterConfig(PluginConfig):
     """Who rewrites and judges at this site, and how much of it there may be."""
@@ -172,8 +178,9 @@ class RewriterConfig(PluginConfig):
     """Folder where answers and results are kept. None = ``rephrase`` in the site's folder, or in the working folder."""
     context_tokens: int = 4096
     """Most tokens of a prompt and its answer together."""
-    max_tokens: int = 512
-    """Most tokens of an answer."""
+    max_tokens: int = USUAL_TOKENS
+    """Most tokens of an answer. Above 512 it holds for verdicts, too, which have 128 otherwise: room for a model that
+    thinks first."""
     most_calls: int = 0
     """Most calls of one command or run. 0 = no limit."""
     most_tokens: int = 0

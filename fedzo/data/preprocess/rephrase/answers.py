@@ -5,10 +5,11 @@ from __future__ import annotations
 import email.utils
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC
 from typing import Annotated, Any
 
+from fedzo.data.chat import END_OF_THOUGHT, after_thought
 from fedzo.data.preprocess.backend import Completion, RowFault, RowReason
 from fedzo.errors import quoted
 from fedzo.records.decode import decode, parse_json
@@ -19,6 +20,7 @@ MOST_ANSWER_BYTES = 4 << 20
 MOST_TEXT = 1 << 18
 """Longest text of a model, in characters."""
 MOST_COUNT = 1 << 40
+_THOUGHT = "<think>"
 
 AnswerText = Annotated[str, Length(0, MOST_TEXT)]
 TokenCount = Annotated[int, Within(0, MOST_COUNT)]
@@ -72,6 +74,15 @@ def read_answer(body: bytes, *, prompt_tokens: int, completion_tokens: int) -> C
         prompt_tokens=prompt_tokens if answer.prompt_tokens is None else answer.prompt_tokens,
         completion_tokens=completion_tokens if answer.completion_tokens is None else answer.completion_tokens,
     )
+
+
+def without_thought(answer: Completion) -> Completion:
+    """The answer behind what a model wrote while it thought; one that ends in its thoughts was cut off."""
+    if not answer.text.lstrip().startswith(_THOUGHT):
+        return answer
+    if END_OF_THOUGHT not in answer.text:
+        return replace(answer, truncated=True)
+    return replace(answer, text=after_thought(answer.text))
 
 
 def _entry(value: object, name: str, where: str, *, required: bool = True) -> Any:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from fedzo.data.preprocess.backend import (
@@ -20,6 +20,7 @@ from fedzo.data.preprocess.backend import (
     RowFault,
     RowReason,
 )
+from fedzo.data.preprocess.rephrase.answers import without_thought
 from fedzo.data.preprocess.rephrase.store import Store, request_key
 from fedzo.system import OnProgress
 
@@ -94,6 +95,7 @@ class Caller:
 
     def __init__(self, backend: Backend, store: Store, config: RewriterConfig, *, totals: Totals | None = None) -> None:
         self.totals = Totals() if totals is None else totals
+        self._before = replace(self.totals)  # faults of an outage that is over say nothing of this endpoint
         self._backend = backend
         self._store = store
         self._config = config
@@ -187,7 +189,8 @@ class Caller:
         def work() -> None:
             result: list[Completion | RowFault] | Exception
             try:
-                result = self._backend.complete([job.request for job in batch])
+                answers = self._backend.complete([job.request for job in batch])
+                result = [without_thought(each) if isinstance(each, Completion) else each for each in answers]
                 for job, answer in zip(batch, result, strict=True):
                     if isinstance(answer, Completion):
                         self._keep(job.key, answer)  # here: whatever ends the process, it is kept
@@ -294,7 +297,7 @@ class Caller:
             self.totals.waiting_s = 0.0
 
     def _no_use(self) -> EndpointError | None:
-        calls, faults = self.totals.calls, self.totals.faults
+        calls, faults = self.totals.calls - self._before.calls, self.totals.faults - self._before.faults
         if self._busy_in_a_row >= MOST_BUSY:
             return EndpointError(
                 f"The endpoint said {MOST_BUSY} times in a row that it is busy. Its quota may be spent: look there, or "

@@ -59,6 +59,7 @@ _STOP_WORDS = (
     "also just ever never yet upon one get got"
 )
 STOP_WORDS = frozenset(_STOP_WORDS.split())
+_LETTERS = frozenset("ai")  # words of many texts, and answers by letter: they give nothing away
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,7 @@ def check(
     original = str(row[column]).strip(_OUTER)
     if len(answer) > _MOST_TIMES * len(original) + _MOST_SIGNS:
         return Checked(answer[:_MOST_SIGNS], Check.truncated if truncated else Check.length)
-    text, led = _cleaned(answer, original, column, {*map(folded, task.shown), _TOLD} - {folded(column)})
+    text, led = _cleaned(answer, original, column, {*map(folded, task.others(column)), _TOLD} - {folded(column)})
     same = text == original
     faults: dict[Check, Callable[[_Case], bool]] = {
         Check.empty: lambda _: not original or (not same and folded(text).strip(" .") in _NOTHING),
@@ -249,9 +250,19 @@ def _changes_numbers(case: _Case) -> bool:
     return bool(old - new - new_loose or new - old - old_loose)
 
 
+def lacks_anchor(row: Row, task: RephraseTask, column: str) -> bool:
+    """Whether an anchor does not stand in the text itself, as whole words: then no rewrite can pass."""
+    old = words(str(row[column]))
+    return any(anchor and not holds(old, anchor) for anchor in _anchors(row, task))
+
+
 def _loses_anchor(case: _Case) -> bool:
-    anchors = [words(str(case.row[column])) for column in case.task.anchors]
+    anchors = _anchors(case.row, case.task)
     return any(anchor and not (holds(case.new, anchor) and holds(case.old, anchor)) for anchor in anchors)
+
+
+def _anchors(row: Row, task: RephraseTask) -> list[list[str]]:
+    return [words(str(row[column])) for column in task.anchors]
 
 
 def leaked_words(text: str, original: str, *, row: Row, task: RephraseTask, label: int) -> list[str]:
@@ -259,7 +270,7 @@ def leaked_words(text: str, original: str, *, row: Row, task: RephraseTask, labe
 
     Of a choice these are its content words, by their first five letters: "sneezing" tells as much as "sneezed".
     """
-    new = set(words(text)) - set(words(original))
+    new = set(words(text)) - set(words(original)) - _LETTERS
     if not task.choices:
         told = [set(each) for each in task.answer_words]
         others = {word for number, each in enumerate(told) if number != label for word in each}
@@ -281,13 +292,15 @@ def _leaks(case: _Case) -> bool:
     """
     task, label = case.task, case.label
     if label is None:
-        answers = [str(case.row["answer"])] if "answer" in case.row else []
+        answers = [str(case.row[column]) for column in task.written]
     else:
         if leaked_words(case.text, case.original, row=case.row, task=task, label=label):
             return True
         answers = [word for each in task.answer_words for word in each]
-        answers += [name.format_map(case.row) for name in task.labels]
+        answers += [task.meaning(each, case.row) for each in range(len(task.labels))]
     for answer in map(words, answers):
+        if _LETTERS.issuperset(answer):
+            continue
         more = holds(case.new, answer) > holds(case.old, answer)
         outer = answer in (case.new[: len(answer)], case.new[-len(answer) :])
         if more and (outer or len(answer) > 1 or label is None):

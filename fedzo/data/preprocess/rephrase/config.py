@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from fedzo.config.schema import RunSettings
 
 _KEY = "preprocess.oat_rephrase"
+MOST_ATTEMPTS = 10
+"""Most rewrites of a row that a run may ask a site's endpoint for, which the site pays for."""
 
 
 class Style(StrEnum):
@@ -52,7 +54,15 @@ class OatRephraseConfig(StageConfig):
 
     style: Style = Style.oat
     column: str = ""
-    """The column that is rewritten. Empty = that of the task."""
+    """The column that is rewritten. Empty = that of the task; of a task of your own, the first of its template."""
+    about: str = ""
+    """What the task asks of a row, as a sentence that the prompts tell. Empty = what is known of the task."""
+    meanings: list[str] = field(default_factory=list)
+    """What each of ``task.candidates`` means, in their order; a name in braces is a column. Empty = what is known of
+    the task."""
+    shown: list[str] = field(default_factory=list)
+    """Columns that the prompts show beside the rewritten one. Empty = those of the task; of a task of your own, all
+    others that it reads."""
     prompt: str = ""
     """SHA-256 of the prompts and their examples, as ``fedzo rephrase --dry-run`` prints it. Empty = those of this fedzo
     without examples."""
@@ -67,7 +77,7 @@ class OatRephraseConfig(StageConfig):
     most_more_words: int = 6
     """How many words a rewrite may have more than the original however short that is."""
     max_attempts: int = 1
-    """Rewrites that are asked for until one is accepted; 1 is what the paper's authors do."""
+    """Rewrites that are asked for until one is accepted, 10 at most; 1 is what the paper's authors do."""
     judged: bool = True
     """Whether a judge decides on what passes the checks."""
     gate: bool = True
@@ -93,22 +103,18 @@ class OatRephraseConfig(StageConfig):
         return replace(self, column=prompts.column, prompt=self.prompt or prompts.digest)
 
     def problems(self, run: RunSettings) -> Iterator[Problem]:
-        from fedzo.data.preprocess.rephrase.tasks import TASKS, misplaced
+        from fedzo.data.preprocess.rephrase.tasks import told_problems  # here, since tasks know this module's recipes
 
-        if run.task.name not in TASKS:
-            remedy = "Leave oat_rephrase out of preprocess."
-            yield problem("task.name", f"be one of {', '.join(sorted(TASKS))} for oat_rephrase", run.task.name, remedy)
-        elif labels := TASKS[run.task.name].labels:
-            rule = f"be answers that mean {', '.join(labels)}, in this order, for oat_rephrase, whose prompts say so"
-            candidates = run.task.candidates or list(labels)
-            if len(labels) != len(candidates) or misplaced(TASKS[run.task.name], candidates) is not None:
-                yield problem("task.candidates", rule, candidates, "Leave them out.")
+        yield from told_problems(run.task, self)
         for key, digest in (("prompt", self.prompt), ("imported", self.imported)):
             if digest and not HASH.fullmatch(digest):
                 yield problem(
                     f"{_KEY}.{key}", "be 64 hexadecimal digits, or empty", digest, "Leave it out, or copy it."
                 )
         yield from at_least(f"{_KEY}.max_attempts", self.max_attempts, 1, "1 is one rewrite a row.")
+        if self.max_attempts > MOST_ATTEMPTS:
+            remedy = "Lower it: each one is a call that a site pays for."
+            yield problem(f"{_KEY}.max_attempts", f"be <= {MOST_ATTEMPTS}", self.max_attempts, remedy)
         yield from at_least(f"{_KEY}.gate_pairs", self.gate_pairs, 1, "Or leave it out.")
         yield from at_least(f"{_KEY}.most_more_words", self.most_more_words, 0, "Or leave it out.")
         for key in ("gate_share", "gate_order_points"):

@@ -11,6 +11,7 @@ from typing import Literal
 from fedzo.data.config import TaskConfig
 from fedzo.data.files import Row
 from fedzo.data.preprocess.backend import (
+    USUAL_TOKENS,
     Backend,
     Completion,
     EndpointError,
@@ -20,14 +21,12 @@ from fedzo.data.preprocess.backend import (
     RowReason,
 )
 from fedzo.data.preprocess.rephrase.caller import Caller
-from fedzo.data.preprocess.rephrase.checks import Checked, check
+from fedzo.data.preprocess.rephrase.checks import Checked, check, lacks_anchor
 from fedzo.data.preprocess.rephrase.config import Check, OatRephraseConfig
 from fedzo.data.preprocess.rephrase.judge import Verdict, verdict_of
-from fedzo.data.preprocess.rephrase.prompts import ORDERS, Prompts
+from fedzo.data.preprocess.rephrase.prompts import ORDERS, Prompts, label_of
 from fedzo.data.preprocess.rephrase.results import row_digest
-from fedzo.data.preprocess.rephrase.words import is_utf8
-from fedzo.data.tasks import right_label
-from fedzo.errors import ConfigError, printable
+from fedzo.errors import ConfigError
 from fedzo.records.rephrase import RowOutcome
 from fedzo.system import OnProgress
 
@@ -35,14 +34,17 @@ ROWS_AT_ONCE = 64
 """Rows that go through rewriter and judge together; what a progress bar moves by."""
 MOST_FAILED = 0.2
 """Share of rows above which a set is none (a guess); a single row never is: its fault may be its own."""
-_RAISE_TEMPERATURE = 0.3  # a further attempt at temperature 0 would repeat the first
+_RAISE_TEMPERATURE = 0.3  # a further attempt at temperature 0 would repeat the first; the seeds of all differ
 JUDGE_TOKENS = 128
-"""Most tokens of a verdict."""
+"""Most tokens of a verdict, where ``rewriter.max_tokens`` is not above the usual."""
 IDENTICAL = "identical"
 """The reason of a row whose rewrite is its own text."""
+TOO_LONG = "too_long"
+"""The reason of a row whose prompt and its answer have no room in the context."""
 _CALL, _JUDGE = "call_", "judge_"
 _FAILED = frozenset(
-    {f"{prefix}{reason}" for prefix in (_CALL, _JUDGE) for reason in RowReason} | {Check.empty, Check.truncated}
+    {f"{prefix}{reason}" for prefix in (_CALL, _JUDGE) for reason in RowReason}
+    | {Check.empty, Check.truncated, TOO_LONG}
 )
 _UNREAD, _DIFFERENT, _LABEL, _ORIGINAL = "judge_unread", "judge_different", "judge_label", "judge_fails_original"
 
@@ -67,6 +69,11 @@ class Attempt:
     reason: str = ""
     checked: Checked | None = None
     model: str = ""
+
+    @property
+    def is_too_long(self) -> bool:
+        """Whether the row keeps its text since its prompt has no room in the context."""
+        return self.outcome is not None and self.outcome.reason == TOO_LONG
 
 
 @dataclass(frozen=True)
@@ -100,12 +107,12 @@ class Course:
             beside: Rows of the same set that had their answers before.
 
         Raises:
-            ConfigError: A row does not fit the task, or its prompt the context: before the first call.
+            ConfigError: A row does not fit the task: before the first call.
             EndpointError: The endpoint cannot be used, failed too many rows, or a budget is spent. Its answers so far
                 are kept, so the same call goes on from there.
         """
-        attempts = self.check_rows(rows)
-        waiting = [*attempts.items()]
+        attempts = self._attempts(rows)
+        waiting = [(digest, each) for digest, each in attempts.items() if each.outcome is None]
         for first in range(0, len(waiting), ROWS_AT_ONCE):
             some = dict(waiting[first : first + ROWS_AT_ONCE])
             done = functools.partial(_tell, on_progress, first / len(waiting), len(some) / len(waiting), len(rows))
@@ -115,32 +122,52 @@ class Course:
         return [attempts[row_digest(row)] for row in rows]
 
     def check_rows(self, rows: Sequence[Row]) -> dict[str, Attempt]:
-        """The rows that differ, by their digests, ready to be asked for. Makes no call.
+        """The rows that differ, by their digests; those that no call can help have their outcome. Makes no call.
 
         Raises:
-            ConfigError: A row does not fit the task, or its prompt the context.
+            ConfigError: A row does not fit the task, or too many prompts have no room in the context. A single one
+                never stops the others.
         """
+        attempts = self._attempts(rows)
+        long = [each.row for each in attempts.values() if each.is_too_long]
+        if len(long) > 1 and len(long) > MOST_FAILED * len(attempts):
+            number = next(number for number, row in enumerate(rows) if row is long[0])
+            for request in self.requests(long[0]):
+                self.check_context(request, f"row {number}")
+        return attempts
+
+    def _attempts(self, rows: Sequence[Row]) -> dict[str, Attempt]:
+        anchored = Check.anchors in self.config.checks
         attempts: dict[str, Attempt] = {}
         for number, row in enumerate(rows):
             if (digest := row_digest(row)) not in attempts:
-                attempts[digest] = Attempt(row, label_of(row, self.prompts, self.task, where=f"row {number}"))
-                for request in self.requests(row):
-                    self.check_context(request, f"row {number}")
+                label = label_of(row, self.prompts, self.task, where=f"row {number}")
+                each = attempts[digest] = Attempt(row, label)
+                if anchored and lacks_anchor(row, self.prompts.task, self.prompts.column):
+                    self._keep(digest, each, str(Check.anchors))
+                elif not all(map(self._has_room, self.requests(row))):
+                    self._keep(digest, each, TOO_LONG)
         return attempts
 
     def check_context(self, request: Request, where: str) -> None:
         """Raise ``ConfigError`` where a prompt and its answer are longer than the site or the model allows."""
-        tokens, room = self.backend.count_tokens(request), self.backend.room(request.model)
-        allowed = self.rewriter.context_tokens
-        most = allowed if room is None else min(room, allowed)
-        if tokens + request.max_tokens > most:
-            short = most < allowed
-            remedy = "Take a model that can read more" if short else "Raise it if the model can read more"
-            raise ConfigError(
-                f"rewriter.context_tokens: a prompt and its answer must have at most {most} tokens"
-                f"{', as many as the model has positions' if short else ''}, {where} has {tokens} and "
-                f"{request.max_tokens}. {remedy}, show fewer examples, or leave out rows that long."
-            )
+        if self._has_room(request):
+            return
+        tokens, most = self.backend.count_tokens(request), self._most_tokens(request.model)
+        short = most < self.rewriter.context_tokens
+        remedy = "Take a model that can read more" if short else "Raise it if the model can read more"
+        raise ConfigError(
+            f"rewriter.context_tokens: a prompt and its answer must have at most {most} tokens"
+            f"{', as many as the model has positions' if short else ''}, {where} has {tokens} and "
+            f"{request.max_tokens}. {remedy}, show fewer examples, or leave out rows that long."
+        )
+
+    def _has_room(self, request: Request) -> bool:
+        return self.backend.count_tokens(request) + request.max_tokens <= self._most_tokens(request.model)
+
+    def _most_tokens(self, model: str) -> int:
+        room = self.backend.room(model)
+        return self.rewriter.context_tokens if room is None else min(room, self.rewriter.context_tokens)
 
     def requests(self, row: Row) -> tuple[Request, ...]:
         """What is asked for a row at least: its rewrite, and the judgement of the original beside itself."""
@@ -148,10 +175,16 @@ class Course:
         asked = [self._rewrite_request(row, label, attempt=0)]
         return (*asked, *([self.judge_request(row, str(row[self.prompts.column]))] if self.config.judged else []))
 
+    @property
+    def judge_tokens(self) -> int:
+        """Most tokens of a verdict: as many as of a rewrite where these were raised, since a model may think first."""
+        most = self.rewriter.max_tokens
+        return most if most > USUAL_TOKENS else JUDGE_TOKENS
+
     def judge_request(self, row: Row, rewrite: str, order: Sequence[str] = ORDERS[0]) -> Request:
         """What asks the judge about a row and a text in the place of its column."""
         messages, schema = self.prompts.judge(row, rewrite, order), self.prompts.judge_schema(order)
-        return Request(messages, self.rewriter.judge, 0.0, seed=0, max_tokens=JUDGE_TOKENS, schema=schema)
+        return Request(messages, self.rewriter.judge, 0.0, seed=0, max_tokens=self.judge_tokens, schema=schema)
 
     def _rewrite(self, attempts: Mapping[str, Attempt], on_share: Callable[[float], None]) -> None:
         """All attempts at some rows: those that failed are asked again, as often as the recipe says."""
@@ -190,25 +223,33 @@ class Course:
 
     def _judge(self, attempts: Mapping[str, Attempt], on_share: Callable[[float], None]) -> None:
         """Ask for each rewrite, and for the original beside itself: a judge that fails there says nothing of it."""
-        judged = [each for each in attempts.values() if each.outcome is None and each.checked is not None]
+        judged = [
+            (digest, each, each.checked)
+            for digest, each in attempts.items()
+            if each.outcome is None and each.checked is not None
+        ]
         if not judged:
             return
         column, labels = self.prompts.column, self.prompts.labels
-        asked = [self.judge_request(each.row, str(each.row[column])) for each in judged]
-        asked += [self.judge_request(each.row, each.checked.text) for each in judged if each.checked is not None]
+        asked = [self.judge_request(each.row, str(each.row[column])) for _, each, _ in judged]
+        asked += [self.judge_request(each.row, checked.text) for _, each, checked in judged]
         answers = self.caller.answer(asked, lambda done, total: on_share(0.5 + done / total / 2))
-        for each, own, other in zip(judged, answers[: len(judged)], answers[len(judged) :], strict=True):
+        of_original, of_rewrite = answers[: len(judged)], answers[len(judged) :]
+        for (digest, each, checked), own, other in zip(judged, of_original, of_rewrite, strict=True):
             each.failed = _is_failure(own) or _is_failure(other)
-            each.reason = why_not(verdict_of(own, labels), verdict_of(other, labels))
-            if each.reason and each.checked is not None:
-                each.refused = each.checked.text
+            verdict = verdict_of(own, labels)
+            each.reason = why_not(verdict, verdict_of(other, labels))
+            if each.reason:
+                each.refused = checked.text
+            if each.reason == _ORIGINAL or (each.reason == _UNREAD and verdict is None):
+                self._keep(digest, each, each.reason)  # whatever the rewrite: this verdict stays the same
 
     def _keep(self, digest: str, each: Attempt, reason: str) -> None:
         column = self.prompts.column
         each.outcome = outcome_of(digest, column, str(each.row[column]), reason=reason, model=each.model)
 
     def _rewrite_request(self, row: Row, label: int | None, *, attempt: int) -> Request:
-        temperature = attempt * _RAISE_TEMPERATURE
+        temperature = min(attempt, 1) * _RAISE_TEMPERATURE
         messages = self.prompts.rewriter(row, label)
         config = self.rewriter
         return Request(messages, config.model, temperature, seed=attempt, max_tokens=config.max_tokens)
@@ -257,43 +298,8 @@ def _check_failed(attempts: Sequence[Attempt], beside: int, said: Mapping[str, s
 
 
 def is_failed(outcome: RowOutcome) -> bool:
-    """Whether a row keeps its text for a fault of the endpoint, so that it may be asked for again."""
+    """Whether a row keeps its text for a fault of the endpoint or its context, so that it may be asked for again."""
     return outcome.reason in _FAILED
-
-
-def label_of(row: Row, prompts: Prompts, task: TaskConfig, *, where: str) -> int | None:
-    """Index of the right answer; None where it is written.
-
-    Args:
-        row: The row.
-        prompts: What shows it.
-        task: What it is for.
-        where: Names it in an error.
-
-    Raises:
-        ConfigError: The row does not fit the task, or lacks what the prompts show.
-    """
-    for column in dict.fromkeys((prompts.column, *prompts.task.shown, *prompts.task.anchors)):
-        _check_text(row, column, rewritten=column == prompts.column, where=where)
-    try:
-        return right_label(row, task)
-    except ConfigError as error:
-        raise ConfigError(f"oat_rephrase: {where}: {error}") from error
-
-
-def _check_text(row: Row, column: str, *, rewritten: bool, where: str) -> None:
-    must = f"oat_rephrase: {where} must have text in the column {printable(column)!r}, got"
-    if column not in row:
-        told = ", ".join(printable(str(name), most=60) for name in sorted(map(str, row)))
-        key = "preprocess.oat_rephrase.column" if rewritten else "the data as the task names it"
-        raise ConfigError(f"{must} a row with the columns {told}. Name the column in {key}.")
-    value = row[column]
-    if not isinstance(value, str):
-        raise ConfigError(f"{must} a value of the type {type(value).__name__}. Write text there, or leave the row out.")
-    if not value.strip():
-        raise ConfigError(f"{must} a blank one. Write text there, or leave the row out.")
-    if not is_utf8(value):
-        raise ConfigError(f"{must} half of a character (a lone surrogate), which no UTF-8 holds. Correct the row.")
 
 
 def why_not(own: Verdict | RowFault | None, other: Verdict | RowFault | None) -> str:

@@ -25,7 +25,7 @@ MOST_EXAMPLES = 40
 def columns_of(task: TaskConfig, told: RephraseTask, column: str) -> list[str]:
     """Columns of the table."""
     label = [task.label] if task.kind is TaskKind.candidates else []
-    return [ACCEPT, *dict.fromkeys((column, REWRITE, *told.shown, *label))]
+    return [ACCEPT, *dict.fromkeys((column, REWRITE, *told.others(column), *label))]
 
 
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")  # what a spreadsheet would compute, with quotes that say that it is text
@@ -70,7 +70,7 @@ def read_examples(file: Path, task: TaskConfig, told: RephraseTask, column: str)
                 f"{where}: column {bad[0]!r} must hold text, got half of a character. Correct it, or write no."
             )
         label = right_label(row, task)
-        examples.append(Example({name: row[name] for name in dict.fromkeys((column, *told.shown))}, label, text))
+        examples.append(Example({name: row[name] for name in (column, *told.others(column))}, label, text))
     if not 1 <= len(examples) <= MOST_EXAMPLES:
         raise ConfigError(
             f"{file}: 1 to {MOST_EXAMPLES} rows must be accepted, got {len(examples)}. Write yes into the column "

@@ -81,7 +81,7 @@ class SetFigures:
             right += truth in leaking
             wrong += bool(leaking - {truth})
             # The question of a choice is no text beside the rewritten one, so nothing is shared there.
-            fields = () if task.choices else task.shown
+            fields = () if task.choices else task.others(column)
             other = {word for name in fields for word in words(str(row[name]))}
             if other:
                 found = (len(other.intersection(each)) / len(other) for each in (before, after))

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from fedzo.data.files import Row
 from fedzo.data.partition.base import shuffled
-from fedzo.data.preprocess.backend import Completion, EndpointError, RowFault
+from fedzo.data.preprocess.backend import USUAL_TOKENS, Completion, EndpointError, RowFault, RowReason
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
 from fedzo.data.preprocess.rephrase.course import Course
 from fedzo.data.preprocess.rephrase.judge import Verdict, verdict_of
 from fedzo.data.preprocess.rephrase.pairs import KINDS, SAME_KINDS, Pair, make_pairs
 from fedzo.data.preprocess.rephrase.prompts import ORDERS, Prompts
+from fedzo.data.preprocess.rephrase.results import row_digest
 from fedzo.errors import ConfigError
 from fedzo.records.decode import decode_json, to_json
 from fedzo.records.folder import replace_file
@@ -28,7 +29,7 @@ Verdicts = tuple[Verdict | RowFault | None, ...]
 
 
 def judge_digest(prompts: Prompts, model: str) -> str:
-    """Digest of what a calibration holds for: the judge's model and all that it reads beside a row.
+    """Digest of what a test holds for: the judge's model and all that it reads beside a row.
 
     Args:
         prompts: What it reads.
@@ -37,12 +38,12 @@ def judge_digest(prompts: Prompts, model: str) -> str:
     return hashlib.sha256(json.dumps([model, prompts.judge_digest]).encode()).hexdigest()
 
 
-def calibration_digest(calibration: JudgeTest) -> str:
+def judge_test_digest(test: JudgeTest) -> str:
     """Digest of one test of a judge."""
-    return hashlib.sha256(to_json(calibration).encode()).hexdigest()
+    return hashlib.sha256(to_json(test).encode()).hexdigest()
 
 
-def calibrate(course: Course, rows: Sequence[Row], *, most: int, on_progress: OnProgress) -> JudgeTest:
+def test_judge(course: Course, rows: Sequence[Row], *, most: int, on_progress: OnProgress) -> JudgeTest:
     """Test a judge on pairs from real rows, which a fixed seed draws: the first rows of a file are often of one label.
 
     Args:
@@ -55,9 +56,9 @@ def calibrate(course: Course, rows: Sequence[Row], *, most: int, on_progress: On
         ConfigError: A row does not fit the task, or a prompt the context: before the first call.
         EndpointError: It cannot be asked.
     """
-    course.check_rows(rows)
+    attempts = course.check_rows(rows)
     prompts = course.prompts
-    drawn = [rows[at] for at in shuffled(len(rows), seed=0)]
+    drawn = [rows[at] for at in shuffled(len(rows), seed=0) if not attempts[row_digest(rows[at])].is_too_long]
     pairs = make_pairs(drawn, prompts.column, prompts.examples, most=most)
     asked = [course.judge_request(pair.row, pair.text, order) for order in ORDERS for pair in pairs]
     numbers = {id(row): number for number, row in enumerate(rows)}
@@ -104,63 +105,69 @@ def summarise(pairs: Sequence[Pair], orders: tuple[Verdicts, Verdicts], *, judge
     )
 
 
-def faults(calibration: JudgeTest, config: OatRephraseConfig) -> Iterator[str]:
+def faults(test: JudgeTest, config: OatRephraseConfig) -> Iterator[str]:
     """Why a judge is not to be used, by a recipe's gate."""
-    alike, other = _numbers(calibration)
+    alike, other = _numbers(test)
     for what, interval, pairs in (
-        ("sensitivity", calibration.sensitivity, alike),
-        ("specificity", calibration.specificity, other),
+        ("sensitivity", test.sensitivity, alike),
+        ("specificity", test.specificity, other),
     ):
         if pairs < config.gate_pairs:
             yield f"{what} must be seen on at least {config.gate_pairs} pairs, got {pairs}"
         elif interval.share < config.gate_share:
             seen = f"{interval.share:.0%} of {pairs} pairs (95 % interval {interval.low:.0%} to {interval.high:.0%})"
             yield f"{what} must be at least {config.gate_share:.0%}, got {seen}"
-    if calibration.order_points > config.gate_order_points:
-        seen = f"{100 * calibration.order_points:.0f} points"
+    if test.order_points > config.gate_order_points:
+        seen = f"{100 * test.order_points:.0f} points"
         yield (
             'the share of "same" may change with the order of the verdicts by at most '
             f"{100 * config.gate_order_points:.0f} points, got {seen}"
         )
 
 
-def remedy(calibration: JudgeTest, config: OatRephraseConfig) -> str:
+def remedy(test: JudgeTest, config: OatRephraseConfig) -> str:
     """What to do about ``faults``."""
-    if min(_numbers(calibration)) < config.gate_pairs:
+    if min(_numbers(test)) < config.gate_pairs:
         return "Give fedzo rephrase judge-test more rows: its --data may be any file of the task."
+    if cut_off := sum(sum(each.cut_off) for each in test.kinds):
+        return (
+            f"{cut_off} of {2 * sum(_numbers(test))} verdicts were cut off or blank: raise rewriter.max_tokens "
+            f"(above {USUAL_TOKENS} it holds for verdicts, too) and rewriter.context_tokens with it, or use another "
+            "model as rewriter.judge_model."
+        )
     return "Use a stronger model as rewriter.judge_model."
 
 
-def few_pairs(calibration: JudgeTest, config: OatRephraseConfig) -> str:
+def few_pairs(test: JudgeTest, config: OatRephraseConfig) -> str:
     """Which kinds of pairs a test had fewer of than a recipe wishes for, as a sentence; empty where there is none."""
-    seen = {each.made: each.pairs for each in calibration.kinds}
+    seen = {each.made: each.pairs for each in test.kinds}
     few = [f"{kind} {seen.get(kind, 0)}" for kind in KINDS if seen.get(kind, 0) < config.gate_pairs]
     return f"Fewer than {config.gate_pairs} pairs were seen of these kinds: {', '.join(few)}." if few else ""
 
 
-def keep(calibration: JudgeTest, folder: Path, *, least_pairs: int = 0) -> Path:
-    """Write a calibration where ``find`` and ``find_test`` look for it; returns the file of the first.
+def keep(test: JudgeTest, folder: Path, *, least_pairs: int = 0) -> Path:
+    """Write a test where ``find`` and ``find_test`` look for it; returns the file of the first.
 
     The first file is the judge's last test, the second stays: results that were judged after this test name it. A test
     on fewer than ``least_pairs`` does not take the place of one on enough.
     """
-    file, test = _file(folder, calibration.judge), _test_file(folder, calibration_digest(calibration))
-    last = find(folder, calibration.judge)
-    if last is not None and min(_numbers(calibration)) < least_pairs <= min(_numbers(last)):
-        file = test
-    for each in dict.fromkeys((test, file)):
+    file, own = _file(folder, test.judge), _test_file(folder, judge_test_digest(test))
+    last = find(folder, test.judge)
+    if last is not None and min(_numbers(test)) < least_pairs <= min(_numbers(last)):
+        file = own
+    for each in dict.fromkeys((own, file)):
         each.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(each, to_json(calibration) + "\n", durable=True, mode=0o600)
+        replace_file(each, to_json(test) + "\n", durable=True, mode=0o600)
     return file
 
 
 def find(folder: Path, judge: str) -> JudgeTest | None:
-    """The last calibration of a judge at this site; None where there is none."""
+    """The last test of a judge at this site; None where there is none."""
     return _read(_file(folder, judge))
 
 
 def find_test(folder: Path, digest: str) -> JudgeTest | None:
-    """A calibration by its own digest; None where it is not there."""
+    """A test by its own digest; None where it is not there."""
     return _read(_test_file(folder, digest))
 
 
@@ -175,27 +182,27 @@ def _read(file: Path) -> JudgeTest | None:
 
 
 def check_gate(folder: Path, judge: str, config: OatRephraseConfig) -> JudgeTest | None:
-    """The judge's calibration, if the recipe's gate lets it judge; None where the recipe asks for none.
+    """The judge's last test, if the recipe's gate lets it judge; None where there is none and the recipe asks for none.
 
     Raises:
-        EndpointError: There is no calibration, or it does not pass.
+        EndpointError: The recipe asks for a test, and there is none, or it does not pass.
     """
+    test = find(folder, judge)
     if not (config.judged and config.gate):
-        return None
-    calibration = find(folder, judge)
-    if calibration is None:
+        return test
+    if test is None:
         raise EndpointError(
             "the judge must have passed its test before it judges, got no test of this model with these prompts. Call "
             "fedzo rephrase judge-test."
         )
-    if found := [*faults(calibration, config)]:
-        few = few_pairs(calibration, config)
+    if found := [*faults(test, config)]:
+        few = few_pairs(test, config)
         told = f"the judge must pass its test, but: {'; '.join(found)}.{f' {few}' if few else ''}"
         raise EndpointError(
-            f"{told} {remedy(calibration, config)} preprocess.oat_rephrase.gate=false goes on without, "
+            f"{told} {remedy(test, config)} preprocess.oat_rephrase.gate=false goes on without, "
             "and the manifest says so."
         )
-    return calibration
+    return test
 
 
 def _file(folder: Path, judge: str) -> Path:
@@ -206,9 +213,9 @@ def _test_file(folder: Path, digest: str) -> Path:
     return folder / _TESTS / f"{digest}.json"
 
 
-def _numbers(calibration: JudgeTest) -> tuple[int, int]:
-    alike = sum(each.pairs for each in calibration.kinds if each.made in SAME_KINDS)
-    return alike, sum(each.pairs for each in calibration.kinds) - alike
+def _numbers(test: JudgeTest) -> tuple[int, int]:
+    alike = sum(each.pairs for each in test.kinds if each.made in SAME_KINDS)
+    return alike, sum(each.pairs for each in test.kinds) - alike
 
 
 def _counts(
@@ -218,7 +225,18 @@ def _counts(
         at = [number for number, pair in enumerate(pairs) if pair.kind == kind]
         same = [sum(order[k] for k in at) for order in said]
         unread = [sum(not isinstance(order[k], Verdict) for k in at) for order in orders]
-        yield PairCounts(made=kind, pairs=len(at), same=(same[0], same[1]), unread=(unread[0], unread[1]))
+        cut = [sum(_is_cut_off(order[k]) for k in at) for order in orders]
+        yield PairCounts(
+            made=kind,
+            pairs=len(at),
+            same=(same[0], same[1]),
+            unread=(unread[0], unread[1]),
+            cut_off=(cut[0], cut[1]),
+        )
+
+
+def _is_cut_off(verdict: Verdict | RowFault | None) -> bool:
+    return isinstance(verdict, RowFault) and verdict.reason is RowReason.cut_off
 
 
 def _wilson(hits: int, total: int) -> Interval:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedzo.data.preprocess.backend import Completion, RowFault
+from fedzo.data.preprocess.backend import Completion, RowFault, RowReason
 from fedzo.data.preprocess.rephrase.prompts import DIFFERENT, SAME
 
 _LITERAL = {SAME: SAME, "not the same": DIFFERENT}
@@ -27,8 +27,10 @@ class Verdict:
 
 
 def verdict_of(answer: Completion | RowFault, labels: Sequence[str]) -> Verdict | RowFault | None:
-    """What a call to a judge says: its verdict, its fault, or None for an answer that is no verdict or was cut off."""
-    return answer if isinstance(answer, RowFault) else read_verdict("" if answer.truncated else answer.text, labels)
+    """What a call to a judge says: its verdict, its fault, or None for a whole answer that is no verdict."""
+    if isinstance(answer, RowFault):
+        return answer
+    return read_verdict(answer.text, labels) if answer.whole else RowFault(RowReason.cut_off)
 
 
 def read_verdict(text: str, labels: Sequence[str]) -> Verdict | None:

@@ -47,8 +47,8 @@ def count_names(rows: Sequence[Row], outcomes: Sequence[RowOutcome]) -> int:
     return sum(not each.reason and bool(lost_names(each.text, str(row[each.column]))) for row, each in pairs)
 
 
-def calibration_of(outcomes: Sequence[RowOutcome], folder: Path) -> JudgeTest | None:
-    """The test that the judge had passed when most of these rows were judged; None where it had none."""
+def judge_test_of(outcomes: Sequence[RowOutcome], folder: Path) -> JudgeTest | None:
+    """The test that the judge had had when most of these rows were judged; None where it had none."""
     found = Counter(each.judged for each in outcomes if each.judged).most_common(1)
     return find_test(folder, found[0][0]) if found else None
 
@@ -117,7 +117,7 @@ def _manifest(
         models=tuple(sorted({each.model for each in outcomes if each.model}))[:100],
         gate="unjudged" if not judged else "passed" if recipe.gate else "overridden",
         judged=dict(sorted(Counter(each.judged for each in outcomes if each.judged).items())),
-        calibration=calibration_of(outcomes, results.folder),
+        calibration=judge_test_of(outcomes, results.folder),
         calls=used.calls,
         tokens=used.tokens,
         cost=used.cost,

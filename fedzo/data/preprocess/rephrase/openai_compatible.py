@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fedzo.config.schema import RunSettings
 
 MOST_CONCURRENCY = 256
-_VARIABLE = re.compile("[A-Za-z_][A-Za-z0-9_]{0,99}")
+_VARIABLE = re.compile("[A-Z_][A-Z0-9_]{0,99}")  # no small letters: a key put here by mistake often has some
 
 
 @dataclass(kw_only=True, slots=True)
@@ -49,8 +49,8 @@ class OpenAICompatibleConfig(RewriterConfig):
         if self.key_variable and not _VARIABLE.fullmatch(self.key_variable):
             yield Problem(
                 "rewriter.key_variable",  # what stands there may be the key itself: it is not shown
-                "rewriter.key_variable must be the name of an environment variable, got something else (not shown: it "
-                "may be a key). Write the name, and put the key into the variable.",
+                "rewriter.key_variable must be the name of an environment variable, in capital letters, got something "
+                "else (not shown: it may be a key). Write the name, and put the key into the variable.",
             )
         yield from at_least("rewriter.concurrency", self.concurrency, 1, "Write 1 for one call after the other.")
         if self.concurrency > MOST_CONCURRENCY:

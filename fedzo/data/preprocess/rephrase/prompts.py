@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from fedzo.data.config import TaskConfig
 from fedzo.data.files import Row
 from fedzo.data.preprocess.backend import Message
 from fedzo.data.preprocess.rephrase.config import Style
 from fedzo.data.preprocess.rephrase.tasks import RephraseTask
+from fedzo.data.preprocess.rephrase.words import is_utf8
+from fedzo.data.tasks import right_label
+from fedzo.errors import ConfigError, printable
 
 SAME, DIFFERENT = "same", "different"
 ORDERS = ((SAME, DIFFERENT), (DIFFERENT, SAME))
@@ -175,7 +178,7 @@ class Prompts:
 
     @property
     def _columns(self) -> tuple[str, ...]:
-        return (self.column, *(column for column in self.task.shown if column != self.column))
+        return (self.column, *self.task.others(self.column))
 
     def _anchor_rule(self) -> tuple[str, ...]:
         if not self.task.anchors:
@@ -186,7 +189,7 @@ class Prompts:
     def _fields(self, row: Row, label: int | None) -> str:
         lines = [_line(column, row[column]) for column in self._columns]
         if label is not None and self.task.labels:
-            lines.append(_line("right answer", _filled(self.task.labels[label], row)))
+            lines.append(_line("right answer", self.task.meaning(label, row)))
         return "\n".join(lines)
 
     def _answer_rule(self, order: Sequence[str]) -> str:
@@ -221,7 +224,7 @@ class Prompts:
         return "\n".join([*others, _line("text A", a), _line("text B", b), json.dumps(answer, ensure_ascii=False)])
 
     def _others(self, row: Row) -> list[str]:
-        return [_line(column, row[column]) for column in self._columns if column != self.column]
+        return [_line(column, row[column]) for column in self.task.others(self.column)]
 
     def _ab(self, row: Row, rewrite: str) -> str:
         return "\n".join([*self._others(row), _line("text A", row[self.column]), _line("text B", rewrite)])
@@ -231,5 +234,38 @@ def _line(name: str, value: object) -> str:
     return f"{name}: {json.dumps(str(value), ensure_ascii=False)}"
 
 
-def _filled(label: str, row: Row) -> str:
-    return re.sub(r"\{(\w+)\}", lambda match: str(row[match[1]]), label)
+def label_of(row: Row, prompts: Prompts, task: TaskConfig, *, where: str) -> int | None:
+    """Index of the right answer; None where it is written.
+
+    Args:
+        row: The row.
+        prompts: What shows it.
+        task: What it is for.
+        where: Names it in an error.
+
+    Raises:
+        ConfigError: The row does not fit the task, or lacks what the prompts show.
+    """
+    told = prompts.task
+    task_columns = (*told.others(prompts.column), *told.choices, *told.anchors, *told.written)
+    for column in dict.fromkeys((prompts.column, *task_columns)):
+        _check_text(row, column, rewritten=column == prompts.column, where=where)
+    try:
+        return right_label(row, task)
+    except ConfigError as error:
+        raise ConfigError(f"oat_rephrase: {where}: {error}") from error
+
+
+def _check_text(row: Row, column: str, *, rewritten: bool, where: str) -> None:
+    must = f"oat_rephrase: {where} must have text in the column {printable(column)!r}, got"
+    if column not in row:
+        told = ", ".join(printable(str(name), most=60) for name in sorted(map(str, row)))
+        key = "preprocess.oat_rephrase.column" if rewritten else "the data as the task names it"
+        raise ConfigError(f"{must} a row with the columns {told}. Name the column in {key}.")
+    value = row[column]
+    if not isinstance(value, str) and (rewritten or not isinstance(value, int | float)):
+        raise ConfigError(f"{must} a value of the type {type(value).__name__}. Write text there, or leave the row out.")
+    if not str(value).strip():
+        raise ConfigError(f"{must} a blank one. Write text there, or leave the row out.")
+    if not is_utf8(str(value)):
+        raise ConfigError(f"{must} half of a character (a lone surrogate), which no UTF-8 holds. Correct the row.")

@@ -16,8 +16,8 @@ from fedzo.data.preprocess.rephrase.caller import Caller, Totals
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
 from fedzo.data.preprocess.rephrase.course import Attempt, Course, is_failed
 from fedzo.data.preprocess.rephrase.examples import read_examples
-from fedzo.data.preprocess.rephrase.gate import calibrate, calibration_digest, check_gate, find, judge_digest
-from fedzo.data.preprocess.rephrase.manifest import Used, calibration_of, write_manifest
+from fedzo.data.preprocess.rephrase.gate import check_gate, judge_digest, judge_test_digest, test_judge
+from fedzo.data.preprocess.rephrase.manifest import Used, judge_test_of, write_manifest
 from fedzo.data.preprocess.rephrase.prompts import Prompts
 from fedzo.data.preprocess.rephrase.results import Results, recipe_digest, row_digest
 from fedzo.data.preprocess.rephrase.store import Store
@@ -32,8 +32,12 @@ OTHER_STORE = "to have them rewritten by another model, set rewriter.store to an
 
 
 def prompts_of(config: OatRephraseConfig, task: TaskConfig, examples: str | None = None) -> Prompts:
-    """The prompts of a recipe, with the examples of a file if one is named; errors as ``read_examples``."""
-    told = rephrase_task(task)
+    """The prompts of a recipe, with the examples of a file if one is named.
+
+    Raises:
+        ConfigError: As ``rephrase_task`` and ``read_examples``.
+    """
+    told = rephrase_task(task, config)
     column = config.column or told.column
     shown = () if examples is None else read_examples(Path(examples).expanduser(), task, told, column)
     return Prompts(config.style, told, column, shown)
@@ -80,7 +84,7 @@ class Rephraser:
     @property
     def results(self) -> Results:
         """What has been rewritten."""
-        return Results(self.folder, recipe_digest(self.config))
+        return Results(self.folder, recipe_digest(self.config, self.task))
 
     def kept_of_others(self, rows: Sequence[Row]) -> str:
         """Says whose text rows have already, where it is another model's than this site's rewriter; else empty.
@@ -101,9 +105,9 @@ class Rephraser:
             f"rewriter.model={printable(own, most=80)} is not asked for them; {OTHER_STORE}"
         )
 
-    def calibration(self, outcomes: Sequence[RowOutcome]) -> JudgeTest | None:
+    def judge_test(self, outcomes: Sequence[RowOutcome]) -> JudgeTest | None:
         """How the judge of these rows did in the test that it had had when it judged them."""
-        return calibration_of(outcomes, self.folder) if self.config.judged else None
+        return judge_test_of(outcomes, self.folder) if self.config.judged else None
 
     @contextmanager
     def course(self) -> Iterator[Course]:
@@ -156,11 +160,12 @@ class Rephraser:
         ready, all_rows = len(rows) - len(new) - len(failed), {row_digest(row) for row in rows}
         answered = len(all_rows - {row_digest(row) for row in failed})
         with self.course() as course:
-            calibration = self._calibration(course.backend)
+            test = self._last_test(course.backend)
+            course.check_rows(rows)  # all of them, so that a row is named by its place among them
             attempts = course.run(new, lambda done, _: on_progress(ready + done, len(rows)))
             done_now = ready + len(new)
             attempts += course.run(failed, lambda done, _: on_progress(done_now + done, len(rows)), beside=answered)
-        judged = "" if calibration is None else calibration_digest(calibration)
+        judged = "" if test is None else judge_test_digest(test)
         made = {each.outcome.row: replace(each.outcome, judged=judged) for each in attempts if each.outcome is not None}
         self.results.add(made, instead=[row for row in made if row in there and there[row].reason != made[row].reason])
         if (outcomes := self.results.find(rows)) is not None:
@@ -186,13 +191,12 @@ class Rephraser:
                 time.sleep(_WAIT_S)
         return found
 
-    def _calibration(self, backend: Backend) -> JudgeTest | None:
+    def _last_test(self, backend: Backend) -> JudgeTest | None:
         """The test of the judge under which it judges now; errors as ``check_gate``."""
         if not self.config.judged:
             return None
         judge = judge_digest(self.prompts, backend.fingerprint(self.rewriter.judge))
-        check_gate(self.folder, judge, self.config)
-        return find(self.folder, judge)
+        return check_gate(self.folder, judge, self.config)
 
     def test_judge(self, rows: Sequence[Row], *, most: int, on_progress: OnProgress) -> JudgeTest:
         """Test the judge on pairs from rows.
@@ -202,4 +206,4 @@ class Rephraser:
             EndpointError: The judge cannot be asked.
         """
         with self.course() as course:
-            return calibrate(course, rows, most=most, on_progress=on_progress)
+            return test_judge(course, rows, most=most, on_progress=on_progress)

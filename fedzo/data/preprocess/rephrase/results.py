@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fedzo.data.config import TaskConfig
 from fedzo.data.files import Row
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
 from fedzo.errors import ConfigError, FolderInUseError
@@ -20,6 +21,7 @@ from fedzo.records.folder import folder_of_one_process, replace_file
 from fedzo.records.rephrase import RowOutcome
 
 _FOLDER = "results"
+_LATER = ("about", "meanings", "shown")  # keys that earlier versions of fedzo did not have
 
 
 def row_digest(row: Row) -> str:
@@ -33,12 +35,18 @@ def set_digest(outcomes: Iterable[RowOutcome]) -> str:
     return hashlib.sha256("".join(each.row for each in outcomes).encode()).hexdigest()
 
 
-def recipe_digest(config: OatRephraseConfig) -> str:
-    """Digest of a recipe whose prompts are known: other settings make other results."""
+def recipe_digest(config: OatRephraseConfig, task: TaskConfig) -> str:
+    """Digest of a recipe whose prompts are known, and of which label has which meaning: others make other results.
+
+    What is left to the code is no part of it, so that results of earlier versions of fedzo are found.
+    """
     if not config.prompt:
         raise ValueError("the digest of the prompts must be filled in first")
-    plain = json.dumps(asdict(config), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(plain.encode()).hexdigest()
+    plain = {key: value for key, value in asdict(config).items() if value or key not in _LATER}
+    if task.labels or config.meanings:
+        plain["labels"] = [task.label, *task.labels]
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,10 +40,10 @@ class OatRephrase:
             log.warning(said)
         outcomes = self.rephraser.outcomes(rows, on_progress) if rows else []
         figures: dict[str, float] = dict(counts(outcomes))
-        if (calibration := self.rephraser.calibration(outcomes)) is not None:
-            figures["judge sensitivity"] = calibration.sensitivity.share
-            figures["judge specificity"] = calibration.specificity.share
-            figures["judge order points"] = calibration.order_points
+        if (test := self.rephraser.judge_test(outcomes)) is not None:
+            figures["judge sensitivity"] = test.sensitivity.share
+            figures["judge specificity"] = test.specificity.share
+            figures["judge order points"] = test.order_points
         self._summaries[client] = figures
         return apply_outcomes(rows, outcomes)
 

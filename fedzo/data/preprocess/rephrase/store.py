@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from fedzo.data.preprocess.backend import Completion, Request
-from fedzo.data.preprocess.rephrase.answers import AnswerText, ModelName, TokenCount
+from fedzo.data.preprocess.rephrase.answers import AnswerText, ModelName, TokenCount, without_thought
 from fedzo.errors import FolderInUseError, RunFolderError
 from fedzo.records.decode import decode_json, to_json
 from fedzo.records.fields import Hash, Within
@@ -166,7 +166,8 @@ class Store:
             prompt_tokens=read.prompt_tokens,
             completion_tokens=read.completion_tokens,
         )
-        if answer.whole:  # earlier versions of fedzo kept others, too
+        answer = without_thought(answer)
+        if answer.whole:  # earlier versions of fedzo kept thoughts, and what was cut off
             self._answers[read.key] = answer
 
     def _append(self, line: str) -> None:

@@ -19,7 +19,7 @@ import pytest
 
 from fedzo.data.preprocess.backend import BusyError, EndpointError, Request, RewriterConfig, RowFault
 from fedzo.data.preprocess.rephrase import caller as caller_module
-from fedzo.data.preprocess.rephrase.caller import Caller
+from fedzo.data.preprocess.rephrase.caller import Caller, Totals
 from fedzo.data.preprocess.rephrase.store import FILE, Store
 from fedzo.errors import FolderInUseError
 
@@ -165,6 +165,34 @@ def test_too_many_faults_stop(serve: Make, sent: Make, chat: Make, client: Make,
         Caller(client(endpoint.url, concurrency=1), store, RewriterConfig()).answer([ask(str(i)) for i in range(30)])
 
     assert len(endpoint.bodies) == 20
+
+
+def test_faults_of_an_outage_that_is_over_stop_no_later_caller(scripted: Make, ask: Make, tmp_path: Path) -> None:
+    """As of a site whose process goes on; its budgets hold for all that it ever asked."""
+    totals = Totals(calls=40, faults=40)
+
+    with Store(tmp_path) as store:
+        caller = Caller(scripted(lambda request: "fine"), store, RewriterConfig(most_calls=75), totals=totals)
+        answers = caller.answer([ask(f"row {i}") for i in range(30)])
+        assert (len(answers), totals.calls, totals.faults) == (30, 70, 40)
+        with pytest.raises(EndpointError, match="most_calls=75"):
+            caller.answer([ask(f"more {i}") for i in range(30)])
+
+
+def test_thoughts_are_no_part_of_an_answer_and_are_not_kept(scripted: Make, ask: Make, tmp_path: Path) -> None:
+    replies = {"thinks": "<think>\nHm.\n</think>\n\nfine", "is cut": "<think>\nHm.", "says": "fine <think>"}
+    backend = scripted(lambda request: replies[request.messages[0].content])
+
+    with Store(tmp_path) as store:
+        answers = Caller(backend, store, RewriterConfig()).answer([ask(each) for each in replies])
+        assert len(store) == 2
+
+    assert [(answer.text, answer.truncated) for answer in answers] == [
+        ("fine", False),
+        ("<think>\nHm.", True),
+        ("fine <think>", False),
+    ]
+    assert "think>" not in (tmp_path / FILE).read_text().replace("fine <think>", "")
 
 
 class Turns:

@@ -271,7 +271,11 @@ def test_proxies_of_the_environment_count_only_if_asked_for(
         ({"base_url": "http://[::1"}, "must be a URL, got"),
         ({"base_url": "http://127.0.0.1:99999/v1"}, "must be a URL, got"),
         ({"model": ""}, "rewriter.model must name a model"),
-        ({"key_variable": "sk-1234"}, r"must be the name of an environment variable, got something else \(not shown"),
+        (
+            {"key_variable": "sk-1234"},
+            r"must be the name of an environment variable, .* got something else \(not shown",
+        ),
+        ({"key_variable": "hf_" + "a" * 34}, r"must be the name of an environment variable, in capital letters, got"),
         ({"key_variable": "NOT_SET_HERE"}, "the environment variable NOT_SET_HERE must hold the endpoint's key"),
         ({"key_variable": "ODD"}, "ODD must hold a key of visible ASCII characters, got others"),
         ({"concurrency": 0}, "rewriter.concurrency must be >= 1"),
@@ -288,7 +292,7 @@ def test_settings_that_cannot_be_used(changes: dict[str, Any], match: str, monke
     with pytest.raises(ConfigError, match=match) as refused:
         REWRITERS.build(config)
 
-    assert not {"secret", "sk-1234", "sk-12"} & set(str(refused.value).replace(":", " ").split())
+    assert not {"secret", "sk-1234", "sk-12", "hf_" + "a" * 34} & set(str(refused.value).replace(":", " ").split())
 
 
 @pytest.mark.parametrize("url", ["http://localhost:1/v1", "http://[::1]:1/v1", "http://127.9.9.9/v1", "https://a.b/v1"])

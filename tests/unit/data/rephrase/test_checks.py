@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from operator import itemgetter
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from fedzo.data.preprocess.rephrase.checks import Checked, check
 from fedzo.data.preprocess.rephrase.config import Check, OatRephraseConfig
 from fedzo.data.preprocess.rephrase.figures import SetFigures
-from fedzo.data.preprocess.rephrase.tasks import TASKS
+from fedzo.data.preprocess.rephrase.tasks import TASKS, RephraseTask
 
 PROMPT = "Rewrite the premise so that its meaning stays and nothing is added that hints at the answer."
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60).filter(lambda text: text.strip())
@@ -224,6 +225,39 @@ def test_a_rewriter_that_always_writes_the_label_is_caught(task: str) -> None:
 
 def test_a_written_answer_may_not_be_written_again() -> None:
     assert fault("The tower is in Paris. Paris", "The tower is in Paris.", "squad", None, answer="Paris") == Check.leak
+
+
+def checked_as(task: RephraseTask, rewrite: str, row: dict[str, str], label: int | None) -> Check | None:
+    return check(
+        rewrite,
+        truncated=False,
+        row=row,
+        task=task,
+        column=task.column,
+        label=label,
+        prompt=PROMPT,
+        rules=OatRephraseConfig(),
+    ).fault
+
+
+@pytest.mark.parametrize(
+    ("rewrite", "expected"), [("A bus came late today.", None), ("The bus came late today: B", Check.leak)]
+)
+def test_an_article_is_no_answer_by_letter(rewrite: str, expected: Check | None) -> None:
+    task = replace(TASKS["sst2"], labels=("A", "B"), answer_words=(("a",), ("b",)))
+
+    assert checked_as(task, rewrite, {"text": "Today the bus came late."}, 0) == expected
+
+
+@pytest.mark.parametrize(
+    ("rewrite", "expected"),
+    [("Who came to the house, Anna?", Check.leak), ("Did anybody come to the house?", None)],
+)
+def test_the_column_of_a_written_answer_is_the_tasks(rewrite: str, expected: Check | None) -> None:
+    task = replace(TASKS["squad"], anchors=(), written=("reply",))
+    row = {"context": "Who came to the house?", "reply": "Anna", "answer": "anybody"}
+
+    assert checked_as(task, rewrite, row, None) == expected
 
 
 def test_the_first_fault_in_the_order_of_the_checks_is_told_and_only_wanted_ones() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import tempfile
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from fedzo.data.preprocess.backend import (
 )
 from fedzo.data.preprocess.rephrase import course as course_module
 from fedzo.data.preprocess.rephrase.caller import Caller
-from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
+from fedzo.data.preprocess.rephrase.config import Check, OatRephraseConfig
 from fedzo.data.preprocess.rephrase.course import Course, counts
 from fedzo.data.preprocess.rephrase.rephraser import Rephraser, prompts_of
 from fedzo.data.preprocess.rephrase.results import Results, apply_outcomes, recipe_digest, row_digest
@@ -80,16 +81,25 @@ def honest(request: Request) -> str:
 class Bench:
     """A course over a scripted backend."""
 
-    def __init__(self, folder: Path, backend: Any, recipe: OatRephraseConfig = RECIPE) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        backend: Any,
+        recipe: OatRephraseConfig = RECIPE,
+        task: TaskConfig = COPA,
+        max_tokens: int = 100,
+    ) -> None:
         self.backend, self.recipe = backend, recipe
         self.store = Store(folder)
-        config = NoRewriterConfig(model="r", judge_model="j", max_tokens=100, context_tokens=4000)
+        config = NoRewriterConfig(model="r", judge_model="j", max_tokens=max_tokens, context_tokens=4000)
         caller = Caller(backend, self.store, config)
-        self.course = Course(recipe, COPA, prompts_of(recipe, COPA), backend, caller, config)
+        self.course = Course(recipe, task, prompts_of(recipe, task), backend, caller, config)
 
     def run(self, rows: list[dict[str, Any]] | None = None) -> list[RowOutcome]:
+        rows = ROWS if rows is None else rows
         try:
-            attempts = self.course.run(ROWS if rows is None else rows)
+            self.course.check_rows(rows)
+            attempts = self.course.run(rows)
         finally:
             self.store.close()
         return [each.outcome for each in attempts if each.outcome is not None]
@@ -150,8 +160,9 @@ def test_rows_that_are_alike_are_asked_for_once(tmp_path: Path, scripted: Any) -
         ),
         (
             lambda request: honest(request) if not is_judge(request) else Completion(verdict(), True, "m", 1, 1),
-            "judge_unread",
+            "judge_cut_off",
         ),
+        (lambda request: honest(request) if not is_judge(request) else " ", "judge_cut_off"),
     ],
 )
 def test_whatever_fails_the_row_keeps_its_text(tmp_path: Path, scripted: Any, reply: Reply, reason: str) -> None:
@@ -188,6 +199,45 @@ def test_further_attempts_are_samples_for_rows_that_failed_alone(tmp_path: Path,
     assert [(request.temperature, request.seed) for request in rewrites] == [(0.0, 0)] * 3 + [(0.3, 1)]
 
 
+def test_each_further_attempt_is_another_sample_at_one_temperature(tmp_path: Path, scripted: Any) -> None:
+    backend = scripted(lambda request: "Toe.")
+
+    Bench(tmp_path, backend, dataclasses.replace(RECIPE, max_attempts=3)).run(ROWS[:1])
+
+    assert [(request.temperature, request.seed) for request in backend.asked] == [(0.0, 0), (0.3, 1), (0.3, 2)]
+
+
+@pytest.mark.parametrize(
+    ("judge", "reason"),
+    [
+        (lambda request: verdict(text_b(request) not in REWRITES), "judge_fails_original"),
+        (lambda request: "They are the same.", "judge_unread"),
+    ],
+)
+def test_a_row_whose_original_the_judge_fails_is_not_rewritten_again(
+    judge: Reply, reason: str, tmp_path: Path, scripted: Any
+) -> None:
+    backend = scripted(lambda request: judge(request) if is_judge(request) else honest(request))
+
+    (outcome,) = Bench(tmp_path, backend, dataclasses.replace(RECIPE, max_attempts=3)).run(ROWS[:1])
+
+    assert outcome.reason == reason
+    assert [is_judge(request) for request in backend.asked] == [False, True, True]
+
+
+@pytest.mark.parametrize(("max_tokens", "expected"), [(100, 128), (512, 128), (2000, 2000)])
+def test_a_judge_may_think_as_long_as_the_rewriter_where_that_is_long(
+    max_tokens: int, expected: int, tmp_path: Path, scripted: Any
+) -> None:
+    backend = scripted(lambda request: f"<think>\nHm.\n</think>\n\n{honest(request)}")
+
+    outcomes = Bench(tmp_path, backend, max_tokens=max_tokens).run()
+
+    assert counts(outcomes) == {"rewritten": 3}
+    assert {request.max_tokens for request in backend.asked if is_judge(request)} == {expected}
+    assert {request.max_tokens for request in backend.asked if not is_judge(request)} == {max_tokens}
+
+
 def test_without_a_judge_the_checks_decide(tmp_path: Path, scripted: Any) -> None:
     backend = scripted(honest)
 
@@ -220,6 +270,43 @@ def test_an_outage_keeps_what_is_done(tmp_path: Path, scripted: Any) -> None:
     assert len(again.asked) == 9 - 4
 
 
+LONG = [{**ROWS[0], "premise": f"{word} " * 4000} for word in ("first", "second")]
+
+
+def test_a_row_that_is_too_long_keeps_its_text_and_stops_no_other(tmp_path: Path, scripted: Any) -> None:
+    backend, rows = scripted(honest), [ROWS[0], LONG[0], *ROWS[1:]]
+
+    outcomes = Bench(tmp_path, backend).run(rows)
+
+    assert counts(outcomes) == {"rewritten": 3, "original too_long": 1}
+    assert apply_outcomes(rows, outcomes)[1] == LONG[0]
+    assert len(backend.asked) == 9
+
+
+def test_a_row_that_lacks_an_anchor_is_not_asked_for(tmp_path: Path, scripted: Any) -> None:
+    """No rewrite of it could pass; where the check is not wanted, one may."""
+    task: TaskConfig = load(["task=wic", "data.path=."]).task
+    recipe = dataclasses.replace(OatRephraseConfig(), gate=False, max_attempts=3).filled(task)
+    row = {"word": "run", "sentence1": "She runs a shop.", "sentence2": "They run.", "label": 1}
+    backend, other = scripted(lambda request: "same"), scripted(lambda request: "same")
+
+    (outcome,) = Bench(tmp_path / "a", backend, recipe, task).run([row])
+    Bench(tmp_path / "b", other, dataclasses.replace(recipe, checks=[Check.empty]), task).run([row])
+
+    assert (outcome.text, outcome.reason) == ("She runs a shop.", "anchors")
+    assert backend.asked == []
+    assert other.asked
+
+
+def test_a_number_beside_the_text_is_shown_as_it_is(tmp_path: Path, scripted: Any) -> None:
+    backend = scripted(honest)
+
+    outcomes = Bench(tmp_path, backend).run([{**ROWS[0], "choice2": 7}])
+
+    assert counts(outcomes) == {"rewritten": 1}
+    assert 'choice2: "7"' in backend.asked[0].messages[-1].content
+
+
 def test_what_is_wrong_with_rows_is_told_before_the_first_call(tmp_path: Path, scripted: Any) -> None:
     backend = scripted(honest)
     for number, (rows, words) in enumerate(
@@ -227,7 +314,7 @@ def test_what_is_wrong_with_rows_is_told_before_the_first_call(tmp_path: Path, s
             ([*ROWS, {**ROWS[0], "premise": "  "}], r"text in the column 'premise'"),
             ([*ROWS, {key: value for key, value in ROWS[0].items() if key != "choice2"}], "column 'choice2'"),
             ([*ROWS, {**ROWS[0], "label": 2}], r"'label' must hold an index \(0 to 1\)"),
-            ([*ROWS, {**ROWS[0], "premise": "word " * 4000}], r"context_tokens: .* at most 4000 tokens, row 3 has \d+"),
+            ([*ROWS, *LONG], r"context_tokens: .* at most 4000 tokens, row 3 has \d+"),
         ]
     ):
         with pytest.raises(ConfigError, match=words):
@@ -245,7 +332,6 @@ WRONG = {
     "surrogate": ({**ROWS[0], "premise": "a \ud800"}, "row 5 must have .*'premise', got half of a character"),
     "surrogate beside it": ({**ROWS[0], "choice1": "\ud800"}, "row 5 must have .*'choice1', got half of a character"),
     "label": ({**ROWS[0], "label": 2}, r"row 5: column 'label' must hold an index \(0 to 1\)"),
-    "long": ({**ROWS[0], "premise": "word " * 4000}, r"at most 4000 tokens, row 5 has \d+"),
 }
 
 
@@ -300,7 +386,7 @@ def test_a_set_that_the_endpoint_failed_is_none(fault: Any, tmp_path: Path, scri
 def test_a_judge_that_fails_stops_it_as_well(tmp_path: Path, scripted: Any) -> None:
     cut = Completion('{"verdict": "sa', True, "m", 1, 1)
 
-    with pytest.raises(EndpointError, match=r"failed 3 of 3 \(3 judge_unread\)"):
+    with pytest.raises(EndpointError, match=r"failed 3 of 3 \(3 judge_cut_off\)"):
         Bench(tmp_path, scripted(lambda request: cut if is_judge(request) else honest(request))).run()
 
 
@@ -388,7 +474,7 @@ def test_a_second_process_waits_for_the_store(tmp_path: Path, scripted: Any, mon
 
 def test_results_are_found_by_recipe_and_row(tmp_path: Path, scripted: Any) -> None:
     outcomes = Bench(tmp_path / "calls", scripted(honest)).run()
-    results = Results(tmp_path, recipe_digest(RECIPE))
+    results = Results(tmp_path, recipe_digest(RECIPE, COPA))
     assert results.find(ROWS) is None
 
     results.add({each.row: each for each in outcomes[:2]})
@@ -397,13 +483,37 @@ def test_results_are_found_by_recipe_and_row(tmp_path: Path, scripted: Any) -> N
 
     results.add({each.row: dataclasses.replace(each, text="other") for each in outcomes})
     assert results.find(ROWS) == [*outcomes[:2], dataclasses.replace(outcomes[2], text="other")]
-    assert Results(tmp_path, recipe_digest(dataclasses.replace(RECIPE, max_attempts=2))).find(ROWS) is None
+    other = dataclasses.replace(RECIPE, max_attempts=2)
+    assert Results(tmp_path, recipe_digest(other, COPA)).find(ROWS) is None
     assert results.file.stat().st_mode & 0o077 == 0
+
+
+def test_results_of_other_meanings_of_the_labels_are_not_found(tmp_path: Path, scripted: Any) -> None:
+    outcomes = Bench(tmp_path / "calls", scripted(honest)).run()
+    turned = [dataclasses.replace(COPA, labels=names) for names in (["a", "b"], ["b", "a"])]
+    right, wrong = (Rephraser(RECIPE, task, NoRewriterConfig(), tmp_path).results for task in turned)
+
+    right.add({each.row: each for each in outcomes})
+
+    assert right.find(ROWS) == outcomes
+    assert wrong.find(ROWS) is None
+    assert recipe_digest(RECIPE, dataclasses.replace(turned[0], label="other")) != right.recipe
+
+
+def test_results_from_before_a_recipe_could_tell_of_tasks_are_found() -> None:
+    """The oracle is the digest as it was: of all keys that a recipe had."""
+    plain = dataclasses.asdict(RECIPE)
+    words = {name: plain.pop(name) for name in ("about", "meanings", "shown")}
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+
+    assert words == {"about": "", "meanings": [], "shown": []}
+    assert recipe_digest(RECIPE, COPA) == hashlib.sha256(text.encode()).hexdigest()
+    assert recipe_digest(dataclasses.replace(RECIPE, about="The task is this."), COPA) != recipe_digest(RECIPE, COPA)
 
 
 def test_results_that_another_process_writes_are_waited_for(tmp_path: Path) -> None:
     """Not an error of the disk: ``Rephraser.outcomes`` looks again."""
-    results = Results(tmp_path, recipe_digest(RECIPE))
+    results = Results(tmp_path, recipe_digest(RECIPE, COPA))
     results.file.parent.mkdir()
 
     with folder_of_one_process(results.file.parent), pytest.raises(FolderInUseError):
@@ -411,7 +521,7 @@ def test_results_that_another_process_writes_are_waited_for(tmp_path: Path) -> N
 
 
 def test_a_damaged_result_is_named(tmp_path: Path) -> None:
-    results = Results(tmp_path, recipe_digest(RECIPE))
+    results = Results(tmp_path, recipe_digest(RECIPE, COPA))
     results.file.parent.mkdir()
     results.file.write_text('{"row": "x"}\n')
 

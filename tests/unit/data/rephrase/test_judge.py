@@ -14,23 +14,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from fedzo.data.preprocess.backend import Completion, EndpointError
+from fedzo.config.load import load
+from fedzo.data.embedded import rotten_tomatoes
+from fedzo.data.preprocess.backend import Completion, EndpointError, RowFault, RowReason
+from fedzo.data.preprocess.rephrase import course
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
 from fedzo.data.preprocess.rephrase.course import why_not
 from fedzo.data.preprocess.rephrase.gate import (
-    calibration_digest,
     check_gate,
     faults,
     few_pairs,
     find,
     find_test,
+    judge_test_digest,
     keep,
+    remedy,
     summarise,
 )
 from fedzo.data.preprocess.rephrase.judge import Verdict, read_verdict, verdict_of
 from fedzo.data.preprocess.rephrase.pairs import KINDS, Pair, make_pairs, negated, paraphrased, swapped
 from fedzo.data.preprocess.rephrase.prompts import Example
+from fedzo.data.preprocess.rephrase.rephraser import Rephraser
 from fedzo.errors import ConfigError
+from fedzo.report.rephrased import judge_test_lines
 
 LABELS = ("entailment", "neutral")
 
@@ -87,11 +93,14 @@ def test_anything_else_is_no_verdict(text: str) -> None:
     assert read_verdict(text, LABELS) is None
 
 
-def test_a_verdict_that_was_cut_off_is_none() -> None:
+def test_a_verdict_that_was_cut_off_or_blank_is_a_fault() -> None:
     whole = Completion(said(), truncated=False, model="m", prompt_tokens=1, completion_tokens=1)
 
     assert verdict_of(whole, LABELS) == Verdict(True, "neutral")
-    assert verdict_of(dataclasses.replace(whole, truncated=True), LABELS) is None
+    for bad in (dataclasses.replace(whole, truncated=True), dataclasses.replace(whole, text=" ")):
+        found = verdict_of(bad, LABELS)
+        assert isinstance(found, RowFault)
+        assert found.reason == RowReason.cut_off
 
 
 def test_a_task_without_labels_has_a_verdict_alone() -> None:
@@ -120,6 +129,7 @@ SAME, OTHER_LABEL, DIFFERENT = Verdict(True, "a"), Verdict(True, "b"), Verdict(F
         (DIFFERENT, SAME, "judge_fails_original"),
         (None, SAME, "judge_unread"),
         (SAME, None, "judge_unread"),
+        (RowFault(RowReason.cut_off), None, "judge_cut_off"),
     ],
 )
 def test_a_rewrite_is_accepted_by_two_verdicts_with_one_label(own: Any, other: Any, reason: str) -> None:
@@ -273,6 +283,21 @@ def test_answers_that_are_no_verdict_accept_nothing() -> None:
     assert [text for text in faults(found, RULES) if "sensitivity" in text]
 
 
+def test_verdicts_that_were_cut_off_are_told_apart_with_what_to_do(tmp_path: Path) -> None:
+    cut: Any = (RowFault(RowReason.cut_off),) * 160
+    found, unread = summarise(PAIRS, (cut, cut), judge="a" * 64, model="m"), summary([None] * 160, [None] * 160)
+
+    keep(found, tmp_path)
+
+    assert find(tmp_path, "a" * 64) == found
+    assert [(each.unread, each.cut_off) for each in found.kinds] == [((80, 80), (80, 80))] * 2
+    assert "320 of 320 verdicts were cut off or blank: raise rewriter.max_tokens (above 512" in remedy(found, RULES)
+    assert {each.cut_off for each in unread.kinds} == {(0, 0)}
+    assert remedy(unread, RULES) == "Use a stronger model as rewriter.judge_model."
+    ends = [[line.partition(" times")[2] for line in judge_test_lines(each)][2:] for each in (found, unread)]
+    assert ends == [[", 160 unreadable (160 cut off or blank)"] * 2, [", 160 unreadable"] * 2]
+
+
 def test_too_few_pairs_prove_nothing() -> None:
     right: Any = tuple(Verdict(pair.same, None) for pair in PAIRS[70:90])
     found = summarise(PAIRS[70:90], (right, right), judge="a" * 64, model="m")
@@ -303,7 +328,7 @@ def test_a_test_on_few_pairs_does_not_take_the_place_of_one_that_was_passed(tmp_
     keep(short, tmp_path, least_pairs=60)
 
     assert check_gate(tmp_path, "a" * 64, RULES) == good
-    assert find_test(tmp_path, calibration_digest(short)) == short
+    assert find_test(tmp_path, judge_test_digest(short)) == short
     keep(short, tmp_path)
     with pytest.raises(EndpointError, match=r"60 pairs, got 10.*Give fedzo rephrase judge-test more rows"):
         check_gate(tmp_path, "a" * 64, RULES)
@@ -321,10 +346,30 @@ def test_the_gate_asks_for_a_test_that_was_passed(tmp_path: Path) -> None:
     keep(bad, tmp_path)
     with pytest.raises(EndpointError, match=r"specificity must be at least 95%, got 0%.*gate=false"):
         check_gate(tmp_path, "a" * 64, RULES)
-    assert check_gate(tmp_path, "a" * 64, dataclasses.replace(RULES, gate=False)) is None
+    assert check_gate(tmp_path, "a" * 64, dataclasses.replace(RULES, gate=False)) == bad
 
     file = next((tmp_path / "judges").iterdir())
     assert file.stat().st_mode & 0o077 == 0
     file.write_text(file.read_text().replace('"share":1.0', '"share":1.5'))
     with pytest.raises(ConfigError, match="judge-test again"):
         find(tmp_path, "a" * 64)
+
+
+@pytest.mark.slow
+def test_the_gate_refuses_the_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no judge (spec 3.13): left to itself it gives no verdict at all."""
+    monkeypatch.setattr(course, "JUDGE_TOKENS", 24)  # a verdict takes 20
+    settings = ["rewriter.model=smollm2-135m", "rewriter.batch_size=40"]
+    config = load(["rewriter=transformers", *settings])
+    recipe = dataclasses.replace(OatRephraseConfig(), gate_pairs=1).filled(config.task)
+    rephraser = Rephraser(recipe, config.task, config.rewriter, tmp_path)
+
+    found = rephraser.test_judge(rotten_tomatoes()[:4], most=1, on_progress=lambda done, total: None)
+
+    pairs = sum(each.pairs for each in found.kinds)
+    assert pairs >= 4
+    assert sum(sum(each.unread) for each in found.kinds) == 2 * pairs  # in either order; it goes on with the prompt
+    assert [*faults(found, recipe)] == ["sensitivity must be at least 95%, got 0% of 2 pairs (95 % interval 0% to 66%)"]
+    keep(found, tmp_path)
+    with pytest.raises(EndpointError, match="the judge must pass its test"):
+        rephraser.rewrite(rotten_tomatoes()[:4], lambda done, total: None)

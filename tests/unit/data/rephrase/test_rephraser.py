@@ -20,6 +20,7 @@ from fedzo.data.config import TaskConfig
 from fedzo.data.files import Row
 from fedzo.data.preprocess.backend import (
     REWRITERS,
+    Completion,
     EndpointError,
     Request,
     RewriterConfig,
@@ -119,6 +120,51 @@ def test_what_the_endpoint_failed_is_asked_again_by_hand_and_kept_by_a_run(site:
     assert counts(by_hand.results.find(ROWS) or []) == {"rewritten": 30}
 
 
+def test_a_row_whose_judge_was_cut_off_is_asked_again_by_hand(site: Site) -> None:
+    recipe = replace(RECIPE, judged=True)
+    cut = Completion('{"verdict": "sa', True, "m", 1, 1)
+
+    def fails(request: Request) -> str | Completion:
+        is_cut = request.schema is not None and " 3 times" in request.messages[-1].content
+        return cut if is_cut else good(request)
+
+    first = site(fails, recipe)
+    first.rewrite(ROWS, silent)
+    assert counts(first.results.find(ROWS) or []) == {"rewritten": 29, "original judge_cut_off": 1}
+
+    by_hand = site(good, recipe)
+    by_hand.rewrite(ROWS, silent, again=True)
+
+    assert asked(by_hand) == 2  # the two verdicts
+    assert counts(by_hand.results.find(ROWS) or []) == {"rewritten": 30}
+
+
+def test_a_row_that_does_not_fit_is_named_by_its_place_among_rows_with_results(site: Site) -> None:
+    site(good).rewrite(ROWS[:2], silent)
+    second = site(good)
+
+    with pytest.raises(ConfigError, match="row 3 must have text in the column 'premise', got a blank one"):
+        second.rewrite([*ROWS[:3], {**ROWS[3], "premise": " "}], silent)
+
+    assert asked(second) == 0
+
+
+def test_new_rows_that_are_too_long_are_few_of_their_set_and_asked_for_where_there_is_room(site: Site) -> None:
+    long = [{**ROWS[0], "premise": f"He saw {name} " * 2000} for name in ("Ben", "Cleo")]
+    site(good).rewrite(ROWS, silent)
+    second = site(good)
+
+    second.rewrite([*ROWS, *long], silent)
+
+    assert counts(second.results.find([*ROWS, *long]) or []) == {"rewritten": 30, "original too_long": 2}
+    with pytest.raises(ConfigError, match="row 0 has"):
+        second.rewrite([{**row, "choice2": "It froze."} for row in long], silent)
+    assert asked(second) == 0
+    third = site(good, context_tokens=100_000)
+    third.rewrite([*ROWS, *long], silent, again=True)
+    assert asked(third) == 2
+
+
 def test_rows_that_fail_again_and_again_are_few_of_their_set(site: Site) -> None:
     """The rule is on the set, not on the rows that are asked for again; new rows are measured by themselves."""
     fails = lambda request: dead(request) if re.search(r" [123] times", text_of(request)) else good(request)  # noqa: E731
@@ -209,8 +255,8 @@ def test_other_weights_need_a_test_of_their_own_and_results_name_the_one_that_th
     outcomes = other.results.find(ROWS) or []
     told = manifest(other.keep_manifest(ROWS, outcomes))
     assert sorted(told.judged.values()) == [10, 20]
-    assert told.calibration == passed == other.calibration(outcomes)
-    assert other.calibration(outcomes[20:]) == second
+    assert told.calibration == passed == other.judge_test(outcomes)
+    assert other.judge_test(outcomes[20:]) == second
 
 
 def test_a_judges_test_names_a_row_that_does_not_fit(site: Site) -> None:

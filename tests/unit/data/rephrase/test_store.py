@@ -51,6 +51,18 @@ def test_what_is_no_answer_is_not_kept(answer: Completion, filled: Path) -> None
         assert (len(store), store.get("d" * 64)) == (3, None)
 
 
+def test_thoughts_that_an_earlier_fedzo_kept_are_no_part_of_the_answer(filled: Path) -> None:
+    lines = (filled / FILE).read_bytes().split(b"\n")
+    for number, thought in ((1, b"<think>Hm.</think> "), (2, b"<think>Hm. ")):
+        lines[number] = lines[number].replace(b'"text":"', b'"text":"' + thought)
+    (filled / FILE).write_bytes(b"\n".join(lines))
+
+    with Store(filled) as store:
+        found = [store.get(digit * 64) for digit in "abc"]
+
+    assert found == [ANSWER, None, ANSWER]
+
+
 def test_every_torn_last_line_is_dropped_and_overwritten(filled: Path) -> None:
     whole = (filled / FILE).read_bytes()
     last = whole[:-1].rfind(b"\n") + 1
