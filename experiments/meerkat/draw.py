@@ -14,8 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from pieces import BUDGETS, METHODS, SEEDS, TASKS
 from verdicts import Results, best_rate
 
-from fedzo.bench.claims import interval
-from fedzo.report.format import bytes_text
+from fedzo.report.format import bytes_text, interval
 from fedzo.report.local_steps import draw_local_steps
 from fedzo.report.run_data import load_run
 from fedzo.report.style import (

@@ -28,7 +28,8 @@ from verdicts import (
     tested,
 )
 
-from fedzo.bench.claims import Claims, interval
+from fedzo.bench.claims import Claims
+from fedzo.report.format import interval
 
 HERE = Path(__file__).parent
 COMMAND = "python experiments/meerkat/run.py --data DIR"

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from collect import Row, best_dev_loss
 from pieces import BUDGETS, METHODS, SEEDS
 
-from fedzo.bench.claims import interval
+from fedzo.report.format import interval
 
 EXTREME = 0.9
 """Share of a client's commonest label from which on it is not one of "the others"."""

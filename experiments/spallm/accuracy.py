@@ -27,7 +27,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fedzo.bench.claims import Claims, interval, measured_in
+from fedzo.bench.claims import Claims, measured_in
+from fedzo.report.format import interval
 
 HERE = Path(__file__).parent
 EMBEDDED = "SmolLM2-135M (itself from a Q4_1 file, 5 bits a weight)"

@@ -4,25 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedzo.report.format import interval
 from fedzo.system import environment
-
-_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""97.5 % points of Student's t by degrees of freedom, from 1; beyond 9 the last, which is a little wide."""
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean over run seeds, and the half width of its 95 % interval by Student's t; nan for one seed."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, math.nan
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return mean, _STUDENT[min(len(values) - 2, len(_STUDENT) - 1)] * error
 
 
 def measured_in(results: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

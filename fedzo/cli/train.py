@@ -20,10 +20,10 @@ from hydra.types import RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedzo.config.compose import CONFIG_NAME, VERSION_BASE, option_names, register_schemas, session
+from fedzo.config.compose import CONFIG_NAME, VERSION_BASE, register_schemas, session, with_models
 from fedzo.config.diagnose import reason
 from fedzo.config.load import checked, load
-from fedzo.config.overrides import rewrite_model, with_config_dir
+from fedzo.config.overrides import with_config_dir
 from fedzo.config.plugins import conf_dir
 from fedzo.config.sweep import is_sweep, plan_sweep
 from fedzo.errors import ConfigError, FedzoError, FolderInUseError, RunFolderError
@@ -52,7 +52,7 @@ def train(arguments: Sequence[str]) -> None:
     flags.config_dir = None
     if flags.help or flags.hydra_help or flags.cfg or flags.info is not None or flags.shell_completion:
         with session():
-            flags.overrides = rewrite_model(flags.overrides, option_names("model", flags.overrides))
+            flags.overrides = with_models(flags.overrides)
         _hydra(flags, job)
     elif flags.multirun or is_sweep(flags.overrides):
         _sweep(flags)
@@ -80,33 +80,35 @@ def _check_flags(flags: Namespace) -> None:
         raise ConfigError(f"fedzo train must be given at most one of {', '.join(choices)}, got {' '.join(given)}.")
 
 
-def job(composed: DictConfig) -> float:
+def job(composed: DictConfig) -> float | None:
     """One run, in the folder that Hydra made for it; in a worker process for the joblib launcher.
 
     Returns:
-        What a sweeper that searches optimises.
+        What a sweeper that searches optimises; None where nobody asks for it.
     """
     quiet_libraries()  # in a worker process, too
     from fedzo.commands.train import dev_objective, start_or_resume_run, start_run
 
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    start = start_or_resume_run if hydra.mode == RunMode.MULTIRUN else start_run
+    in_sweep = hydra.mode == RunMode.MULTIRUN
+    is_searched = in_sweep and not str(hydra.sweeper.get("_target_")).endswith(".BasicSweeper")  # which reads no score
+    start = start_or_resume_run if in_sweep else start_run
     try:
         start(checked(composed), folder, overrides=list(hydra.overrides.task))
         show_result(folder)
-        return dev_objective(folder)
+        return dev_objective(folder) if is_searched else None
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"fedzo resume {folder}") from None
     except FedzoError as error:
-        if hydra.mode == RunMode.MULTIRUN:  # Hydra raises the first job's error only, when all have run
+        if in_sweep:  # Hydra raises the first job's error only, when all have run
             if isinstance(error, FolderInUseError):
                 print(f"fedzo: {error}", file=sys.stderr)  # the folder's log belongs to the process that has it
             else:
                 log.error("%s: %s", folder, error)
         raise
     except Exception:
-        if hydra.mode == RunMode.MULTIRUN:
+        if in_sweep:
             log.exception("%s: the job failed", folder)
         raise
 
@@ -116,6 +118,13 @@ def show_result(folder: Path) -> None:
     print(f"run folder: {folder}")
     if (folder / REPORT).exists():
         print(f"report:     {folder / REPORT}")
+
+
+def _show_sweep(folder: Path, page: Path | None) -> None:
+    """Say where a sweep of which a job has begun is, and the page over its jobs."""
+    if page is not None:
+        print(f"sweep folder: {folder}")
+        print(f"report:       {page}")
 
 
 def log_to(folder: Path) -> None:
@@ -145,7 +154,7 @@ def log_to(folder: Path) -> None:
 def _single(flags: Namespace) -> None:
     load(flags.overrides)
     with session():
-        flags.overrides = rewrite_model(flags.overrides, option_names("model", flags.overrides))
+        flags.overrides = with_models(flags.overrides)
     failures: list[Exception] = []
 
     @functools.wraps(job)
@@ -180,7 +189,7 @@ def _sweep(flags: Namespace) -> None:
             raise KeyboardInterrupt(f"the same command with hydra.sweep.dir={sweep.folder}") from None
         except Exception as failure:  # the other jobs have run: show what they found
             try:
-                write_sweep_report(sweep.folder)
+                _show_sweep(sweep.folder, write_sweep_report(sweep.folder))
             except FedzoError as error:
                 log.warning("%s: no sweep report: %s", sweep.folder, error)
             if sweep.searches and not isinstance(failure, FedzoError):  # such as that no job has a score
@@ -190,7 +199,7 @@ def _sweep(flags: Namespace) -> None:
             if isinstance(failure, ConfigError) and any(path.is_dir() for path in sweep.folder.iterdir()):
                 raise FedzoError(str(failure)) from failure  # a ConfigError says that nothing was started
             raise
-        write_sweep_report(sweep.folder)
+        _show_sweep(sweep.folder, write_sweep_report(sweep.folder))
         if sweep.searches and (failed := unfinished_jobs(sweep.folder)):  # the search went on without them
             raise FedzoError(f"sweep {sweep.folder}: {len(failed)} jobs failed, the others ran: {', '.join(failed)}")
 

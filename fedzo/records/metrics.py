@@ -76,6 +76,9 @@ class Setup:
         estimate: Of a simulation; None where the server has no rows to estimate from.
         cut_rows: By split (``train`` and ``heldout`` of all clients, ``dev``, ``test``): rows that ``task.max_length``
             cuts, and all rows.
+        forwards_per_step: What a local step costs, where a backward pass counts as two; None in older records.
+        prepare_seconds: What the trainer's preparation took (a mask, the gradient of a sketch's tables) in the process
+            that began the run; None in older records.
     """
 
     kind: ClassVar[str] = "setup"
@@ -87,6 +90,8 @@ class Setup:
     estimate: Estimate | None
     clients: Annotated[tuple[ClientSetup, ...], Length(0, MOST_CLIENTS)]
     cut_rows: Annotated[dict[Name, tuple[Count, Count]], Length(0, 4), OmitDefault()] = field(default_factory=dict)
+    forwards_per_step: Annotated[Count | None, OmitDefault()] = None
+    prepare_seconds: Annotated[Seconds | None, OmitDefault()] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,9 +207,10 @@ class ClientScore(PartialScore):
 
 @dataclass(frozen=True, slots=True)
 class FederatedScore(PartialScore):
-    """An evaluator's score of all clients' held-out rows together after ``round`` rounds, and of each client's.
+    """An evaluator's score of the clients' held-out rows after ``round`` rounds, and of each client's.
 
-    Each number is that of the clients that tell it; ``clients`` has those that tell any.
+    A client scores at most ``evaluation.federated_max_rows`` of its rows, and each scored row counts alike. Each number
+    is that of the clients that tell it; ``clients`` has those that tell any.
 
     Attributes:
         message_up_bytes: Of the messages that brought it; 0 where another evaluator's record counts these.
@@ -241,6 +247,8 @@ class WorstClient:
     metric: Name
     value: Reading
     round: RoundNumber
+    num_examples: Annotated[Count | None, OmitDefault()] = None
+    """Rows that it scored; None in records from before a run told of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 
 from fedzo.report.format import counted, last, percent_text, score_text, span
-from fedzo.report.panels import colour_scale, label_colours, label_shares, some_of
+from fedzo.report.panels import chosen_clients, client_colours, colour_scale
 from fedzo.report.run_data import RunData, Scored
 from fedzo.report.style import (
     BLUE,
@@ -18,7 +18,6 @@ from fedzo.report.style import (
     ORANGE,
     PAPER,
     SERIES,
-    SKEW,
     Picture,
     gaps,
     lone,
@@ -37,7 +36,7 @@ MAX_TICK_LETTERS = 70  # that fit below an axis
 
 def draw_labels(run: RunData) -> Picture | None:
     """Who holds which labels."""
-    clients = run.setup.clients if run.setup else ()
+    clients = run.clients
     if not clients:
         return None
     totals = _label_totals(run)
@@ -86,25 +85,20 @@ def draw_abs_g(run: RunData) -> Picture | None:
         return None
     rounds = [record.round + 1 for record in records]
     tables = [{client.client: client.abs_g for client in record.clients} for record in records]
-    shares, norm, flagged = label_shares(run), label_colours(run), run.flagged
-    ordered = sorted(ids, key=lambda client: (-shares.get(client, (0.0, ""))[0], client))
-    lines = some_of(ordered, first=flagged, most=MAX_LINES)
+    lines, flagged = chosen_clients(run, ids, most=MAX_LINES), run.flagged
     window, thin = window_of(len(rounds)), 1 + len(rounds) // MAX_POINTS
+    colours = client_colours(run, lines)
     figure, axes = new_axes(height=3.2)
     for client in lines:
         means = running_mean([table.get(client) for table in tables], window=window)
-        share = shares.get(client, (0.0, ""))[0]
-        colour, width = (SKEW(norm(share)) if norm else BLUE), 0.8
-        if client in flagged:
-            colour, width = INK, 1.4
+        colour, width = (INK, 1.4) if client in flagged else (colours[client], 0.8)
         axes.plot(rounds[::thin], gaps(means[::thin]), color=colour, linewidth=width, marker=lone(rounds))
     axes.set_xlim(0, rounds[-1])
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(whole_numbers(8))
     axes.set_xlabel("rounds")
     axes.set_ylabel("|g|, loss per unit step")
-    if norm:
-        colour_scale(figure, [axes], norm)
+    colour_scale(run, figure, [axes])
     caption = "g is the scalar of a step: the slope of the client's loss along the step's direction. "
     caption += f"Size of each client's g, the mean of its local steps in {last(window, 'round')}. "
     caption += "A client far above the others moves the mean most. A client with fewer steps has a noisier mean."
@@ -144,7 +138,7 @@ def draw_federated(found: Scored, *, name: str, num_clients: int) -> Picture | N
         axes.legend(loc="upper left", bbox_to_anchor=(0, 1.13), handletextpad=0.4)
     axes.axhline(whole, color=GREEN, linewidth=1.2, linestyle="--")
     axes.annotate(
-        f"all rows {score_text(final.metric, whole)}",
+        f"scored rows {score_text(final.metric, whole)}",
         (1, whole),
         xycoords=("axes fraction", "data"),
         xytext=(6, 0),
@@ -199,18 +193,17 @@ def _label_bars(axes: Axes, metric: str, values: Sequence[float]) -> None:
 def _label_totals(run: RunData) -> Counter[str]:
     """Training rows of all clients by label."""
     totals: Counter[str] = Counter()
-    for client in run.setup.clients if run.setup else ():
+    for client in run.clients:
         totals.update(client.label_counts)
     return totals
 
 
 def label_skew(run: RunData) -> dict[int, float]:
     """Per client, total variation distance of its labels from the federation's: 0 = alike, towards 1 = one-sided."""
-    clients = run.setup.clients if run.setup else ()
     totals = _label_totals(run)
     whole = sum(totals.values())
     skew = {}
-    for client in clients:
+    for client in run.clients:
         own = sum(client.label_counts.values())
         if own and whole:
             counts = client.label_counts

@@ -33,7 +33,6 @@ from fedzo.report.style import (
 
 def draw_figures(run: RunData) -> list[Picture]:
     """Draw every figure that the run's records allow, in the order of the page."""
-    num_clients = len(run.setup.clients) if run.setup else 0
     with house_style():
         slopes = None if shows_everyone(run) else draw_abs_g(run)
         drawn = [
@@ -44,11 +43,11 @@ def draw_figures(run: RunData) -> list[Picture]:
             draw_local_steps(run),
             draw_local_losses(run),
             slopes,
-            draw_federated(run.first, name="federated", num_clients=num_clients),
+            draw_federated(run.first, name="federated", num_clients=len(run.clients)),
         ]
         for other in run.scored[1:]:
             drawn.append(_scores(run, other, name=f"score-{other.evaluator}"))
-            drawn.append(draw_federated(other, name=f"federated-{other.evaluator}", num_clients=num_clients))
+            drawn.append(draw_federated(other, name=f"federated-{other.evaluator}", num_clients=len(run.clients)))
     return [picture for picture in drawn if picture is not None]
 
 
@@ -146,7 +145,8 @@ def _scores(run: RunData, scored: Scored, *, name: str) -> Picture | None:
     caption = "The test rows were scored only at the diamonds." if before else "No test rows were scored."
     if dev:
         best_value = f"{'lowest' if dev[0].lower_is_better else 'highest'} dev {metric}"
-        by = {"loss": "lowest dev loss", "value": best_value}.get(run.setting("evaluation", "best_by"))
+        best_loss = "lowest dev loss" if any(s.loss is not None for s in dev) else best_value  # as ``best_dev_score``
+        by = {"loss": best_loss, "value": best_value}.get(run.setting("evaluation", "best_by"))
         chosen = f"; the {by} chose the best round" if by and scored == run.first else ""
         caption = f"The line is dev {metric}{chosen}. {caption}"
     if before and after:
@@ -158,7 +158,7 @@ def _bytes(run: RunData) -> Picture | None:
     if not run.rounds:
         return None
     rounds = [*run.num_bytes("payload_up_bytes")]
-    num_clients = max(len(run.setup.clients) if run.setup else 1, 1)
+    num_clients = max(len(run.clients), 1)
     lines = [
         ("wire down", "wire_down_bytes", GREEN, "--"),
         ("wire up", "wire_up_bytes", GREEN, "-"),
@@ -194,6 +194,7 @@ def _bytes(run: RunData) -> Picture | None:
     )
     if any(scored.federated for scored in run.scored):
         caption += " Clients' scores are messages, too."
-    if any(record.wire_up_bytes for record in run.rounds):
+    has_wire = any(record.wire_up_bytes for record in run.rounds)
+    if has_wire:
         caption += " The wire carries these in HTTP, and clients' requests for work."
-    return Picture("bytes", "Bytes on the wire, per client", caption, figure)
+    return Picture("bytes", "Bytes on the wire, per client" if has_wire else "Bytes per client", caption, figure)

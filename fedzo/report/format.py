@@ -1,10 +1,14 @@
-"""Numbers as people read them; one wording for terminal, page and tables."""
+"""Numbers as people read them, and a mean over seeds with its interval; one wording for terminal, page and tables."""
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 
 MISSING = "n/a"
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""97.5 % points of Student's t by degrees of freedom, from 1; beyond 9 the last, which is a little wide."""
 
 
 def bytes_text(num_bytes: float | None) -> str:
@@ -118,3 +122,35 @@ def change_text(metric: str, before: float | None, after: float | None) -> str:
     if before is None or after is None:
         return MISSING
     return f"{100 * (after - before):+.1f} points" if metric == "accuracy" else f"{after - before:+.3f}"
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean over run seeds, and the half width of its 95 % interval by Student's t; nan for one seed."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, math.nan
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return mean, _STUDENT[min(len(values) - 2, len(_STUDENT) - 1)] * error
+
+
+def mean_text(metric: str, mean: float, half: float) -> str:
+    """A mean score over seeds with the half width of its interval, if it has one.
+
+    Example:
+        >>> mean_text("accuracy", 0.765, 0.032), mean_text("token_f1", 0.5, 0.0341), mean_text("rouge_l", 0.5, math.nan)
+        ('76.5 % +- 3.2 points', '0.500 +- 0.034', '0.500')
+    """
+    text = score_text(metric, mean)
+    if math.isnan(half):
+        return text
+    return f"{text} +- {100 * half:.1f} points" if metric == "accuracy" else f"{text} +- {half:.3f}"
+
+
+def flagged_text(clients: Sequence[int], *, fallback: bool) -> str:
+    """Whom a decision on who stops early flagged.
+
+    Example:
+        >>> flagged_text([1, 3], fallback=False), flagged_text([], fallback=False), flagged_text([1, 3], fallback=True)
+        ('1, 3', 'none', '1, 3 (too many: none stopped)')
+    """
+    return (", ".join(map(str, clients)) or "none") + (" (too many: none stopped)" if fallback else "")

@@ -13,11 +13,13 @@ from fedzo.records.folder import REPORT, replace_file
 from fedzo.records.metrics import Round
 from fedzo.report.figures import draw_figures
 from fedzo.report.format import (
+    MISSING,
     bytes_text,
     change_text,
     count_text,
     counted,
     cut_text,
+    flagged_text,
     number_text,
     score_text,
     seconds_text,
@@ -62,13 +64,13 @@ def render_page(
     *,
     title: str,
     subtitle: str,
-    headline: str,
-    headline_note: str,
-    notes: Sequence[str],
+    headline: str = "",
+    headline_note: str = "",
+    notes: Sequence[str] = (),
     tables: Sequence[Table],
-    long_tables: Sequence[Table],
-    pictures: Sequence[Picture],
-    details: Sequence[tuple[str, str]],
+    long_tables: Sequence[Table] = (),
+    pictures: Sequence[Picture] = (),
+    details: Sequence[tuple[str, str]] = (),
 ) -> str:
     """The page's text; everything but the figures is escaped."""
     environment = Environment(
@@ -110,7 +112,7 @@ def _headline_note(run: RunData) -> str:
     parts = [f"{before.metric} on {count_text(after.num_examples)} test rows, before and after training"]
     if before.best_threshold_accuracy is not None and after.best_threshold_accuracy is not None:
         shift = _from_to("accuracy", before.best_threshold_accuracy, after.best_threshold_accuracy)
-        parts.append(f"at the best threshold {shift}: the rest of the gain is calibration")
+        parts.append(f"at the threshold that is best on these very rows {shift}: the rest of the gain is calibration")
     if before.auc is not None and after.auc is not None:
         parts.append(f"AUC {before.auc:.3f} to {after.auc:.3f}")
     return "; ".join(parts) + "."
@@ -135,7 +137,7 @@ def _notes(run: RunData) -> list[str]:
     if run.first.test[1]:
         again = " of each total" if run.extensions else ""
         notes.append(f"The test rows were scored once before training and once at the best round{again}.")
-        notes[-1] += " Test rows chose nothing."
+        notes[-1] += " Nothing of the run was chosen by test rows."
     notes.append("Message bytes are contents as Flower counts them, without HTTP and TLS.")
     if any(line.wire_up_bytes for line in run.rounds):
         notes.append(
@@ -146,8 +148,11 @@ def _notes(run: RunData) -> list[str]:
 
 
 def _numbers(run: RunData) -> Table:
-    clients = max(1, len(run.setup.clients) if run.setup else 1)
-    rows = [["rounds", str(len(run.rounds))], ["time", seconds_text(run.seconds)]]
+    clients = max(len(run.clients), 1)
+    rows = [["rounds", str(len(run.rounds))]]
+    if run.setup and run.setup.prepare_seconds is not None:
+        rows.append(["time to prepare the trainer", seconds_text(run.setup.prepare_seconds)])
+    rows += [["time of rounds", seconds_text(run.round_seconds)], ["time, with scores", seconds_text(run.seconds)]]
     if run.summary and run.first.dev:
         rows.append(["best dev round", str(run.summary.best_round)])
     if run.setup:
@@ -172,14 +177,14 @@ def _numbers(run: RunData) -> Table:
                 ["losses of a round's clients, highest less lowest", f"{typical} (median), {largest} (largest)"]
             )
     if run.decision:
-        rows.append(["flagged clients", ", ".join(map(str, run.flagged)) or "none"])
+        rows.append(["flagged clients", flagged_text(run.flagged, fallback=run.decision.fallback)])
     for last in (scored.federated[-1] for scored in run.scored if scored.federated):
         value, loss = last.num_told("value"), last.num_told("loss")
         if min(value, loss) < clients:
             told = f"{value} and {loss} of {counted(clients, 'client')}"
             rows.append([f"own held-out rows: {last.metric} and loss are told by", told])
     if run.summary:
-        rows.append(["SHA-256 of the trained values", run.summary.final_digest or "n/a"])
+        rows.append(["SHA-256 of the trained values", run.summary.final_digest or MISSING])
     return "Numbers", rows
 
 
@@ -234,14 +239,13 @@ def _own_classes(run: RunData) -> Table:
 
 def _stages(run: RunData) -> Table:
     """What the stages of each client tell of its training rows; a client that keeps a number back has none."""
-    title, clients = "What preprocess stages tell", run.setup.clients if run.setup else ()
-    names = dict.fromkeys(name for client in clients for name in client.stages)
+    names = dict.fromkeys(name for client in run.clients for name in client.stages)
     rows = [["client", *names]]
-    for client in clients:
+    for client in run.clients:
         told = [client.stages.get(name) for name in names]
-        cells = ["n/a" if x is None else count_text(int(x)) if x.is_integer() else number_text(x) for x in told]
+        cells = [MISSING if x is None else count_text(int(x)) if x.is_integer() else number_text(x) for x in told]
         rows.append([str(client.client), *cells])
-    return title, rows if names else []
+    return "What preprocess stages tell", rows if names else []
 
 
 def _clients(run: RunData) -> Table:
@@ -249,19 +253,20 @@ def _clients(run: RunData) -> Table:
         return "Clients", []
     last = run.first.federated[-1] if run.first.federated else None
     scores = {entry.client: entry for entry in last.clients} if last else {}
-    steps = {verdict.client: verdict for verdict in run.decision.clients} if run.decision else {}
-    selected = ["local steps a round"] if steps else []
+    verdicts = run.verdicts
+    selected = ["local steps a round"] if verdicts else []
     rows = [["client", "training rows", "labels", *selected, "own held-out rows", "of these scored", "score"]]
-    for client in run.setup.clients:
+    for client in run.clients:
         labels = ", ".join(f"{run.class_name(label)} {count}" for label, count in client.label_counts.items())
         score = scores.get(client.client)
-        value = score_text(last.metric, score.value) if last and score else "n/a"
-        verdict = steps.get(client.client)
-        taken = [f"{verdict.steps}{' (flagged)' if verdict.flagged else ''}" if verdict else "n/a"] if steps else []
+        value = score_text(last.metric, score.value) if last and score else MISSING
+        verdict = verdicts.get(client.client)
+        steps = f"{verdict.steps}{' (flagged)' if verdict.flagged else ''}" if verdict else MISSING
+        taken = [steps] if verdicts else []
         own = [count_text(client.num_heldout), count_text(score.num_examples if score else None)]
         rows.append([str(client.client), count_text(client.num_train), labels, *taken, *own, value])
     if last:
-        for name, whole in (("all", last.value), ("worst", last.worst_client)):
+        for name, whole in (("all scored rows", last.value), ("worst", last.worst_client)):
             rows.append([name, *[""] * (len(rows[0]) - 2), score_text(last.metric, whole)])
     return "Clients", rows
 

@@ -11,6 +11,7 @@ from fedzo.report.format import last, number_text
 from fedzo.report.panels import (
     MAX_PANELS,
     Trace,
+    client_colours,
     client_panels,
     client_traces,
     draw_client,
@@ -32,22 +33,22 @@ def draw_local_steps(run: RunData) -> Picture | None:
     traces = client_traces(run)
     if all(value is None for trace in traces.values() for value in trace.abs_g):
         return None  # clients that send vectors measure no g
-    verdicts = {verdict.client: verdict for verdict in run.decision.clients} if run.decision else {}
+    verdicts = run.verdicts
     windows = (run.decision.windows if run.decision else None) or {}
     starts, unit = round_starts(run), _unit(traces)
     figure, grid = client_panels(run, traces, height=1.6 if verdicts else 1.4)
-    window, peaks = mean_window(traces), list[float]()
+    colours, window, peaks = client_colours(run, grid), mean_window(traces), list[float]()
     for client, axes in grid.items():
         trace = traces[client]
         thin = [v if v is None else v / unit for v in trace.grad_ip] if unit else trace.abs_g
-        peaks += draw_client(run, axes, trace.at, thin, trace.abs_g, client=client, window=window)
-        if client in verdicts:
-            _tell(axes, verdicts[client])
-        if client in verdicts and verdicts[client].flagged:
-            _mark(axes, verdicts[client], early=_stops_early(run, verdicts[client]))
-            since = 0 if windows else starts.get(run.flagged_from[client], 0)
-            if since:
-                axes.axvline(since, color=INK, linewidth=1, linestyle="--")
+        peaks += draw_client(axes, trace.at, thin, trace.abs_g, colour=colours[client], window=window)
+        if verdict := verdicts.get(client):
+            _tell(axes, verdict)
+            if verdict.flagged:
+                _mark(axes, verdict, early=_stops_early(run, verdict))
+                since = 0 if windows else starts.get(run.flagged_from[client], 0)
+                if since:
+                    axes.axvline(since, color=INK, linewidth=1, linestyle="--")
         _shade(axes, windows)
     thin_name = f"|GradIP|, divided by {number_text(unit)}" if unit else "|g|"
     names = [f"|g|, mean of {last(window)}" if window > 1 else "|g|", thin_name]
@@ -62,10 +63,10 @@ def draw_local_losses(run: RunData) -> Picture | None:
     if not traces:
         return None
     figure, grid = client_panels(run, traces, height=1.2)
-    window, peaks = mean_window(traces), list[float]()
+    colours, window, peaks = client_colours(run, grid), mean_window(traces), list[float]()
     for client, axes in grid.items():
         trace = traces[client]
-        peaks += draw_client(run, axes, trace.at, trace.loss, trace.loss, client=client, window=window)
+        peaks += draw_client(axes, trace.at, trace.loss, trace.loss, colour=colours[client], window=window)
     names = [f"mean of {last(window)}" if window > 1 else "loss of a batch", "loss of a batch"]
     label_panels(run, figure, grid, top=max(peaks), unit="loss (nats)", names=names)
     caption = (

@@ -12,6 +12,7 @@ from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.typing import ColorType
 
 from fedzo.report.format import percent_text
 from fedzo.report.run_data import RunData
@@ -35,9 +36,7 @@ class Trace:
 
 def client_panels(run: RunData, traces: Mapping[int, Trace], *, height: float) -> tuple[Figure, dict[int, Axes]]:
     """A panel a client, the most one-sided first."""
-    shares = label_shares(run)
-    ordered = sorted(traces, key=lambda client: (-shares.get(client, (0.0, ""))[0], client))
-    clients = some_of(ordered, first=run.flagged, most=MAX_PANELS)
+    shares, clients = label_shares(run), chosen_clients(run, traces, most=MAX_PANELS)
     figure, grid = panel_grid(len(clients), height=height)
     end = max(trace.at[-1] + 1 for trace in traces.values())
     for axes, client in zip(grid, clients, strict=True):
@@ -51,18 +50,15 @@ def client_panels(run: RunData, traces: Mapping[int, Trace], *, height: float) -
 
 
 def draw_client(
-    run: RunData,
     axes: Axes,
     at: Sequence[int],
     thin: Sequence[float | None],
     values: Sequence[float | None],
     *,
-    client: int,
+    colour: ColorType,
     window: int,
 ) -> list[float]:
     """A thin line, and a thick one of the running mean of ``values``; returns how high each usually is."""
-    norm, (share, _) = label_colours(run), label_shares(run).get(client, (0.0, ""))
-    colour = SKEW(norm(share)) if norm else BLUE
     means = running_mean(values, window=window)
     thinned = _thinned(at, thin)
     axes.plot(*thinned, color=colour, alpha=0.45, linewidth=0.7, marker=lone(at), clip_on=len(at) > 1)
@@ -81,8 +77,7 @@ def label_panels(
     lines = [Line2D([], [], color=INK, linewidth=1.9), Line2D([], [], color=INK, alpha=0.5, linewidth=0.8)]
     told = dict(zip(names, lines, strict=True)) if len({*names}) > 1 else {names[0]: lines[0]}
     figure.legend([*told.values()], [*told], loc="outside upper left", ncols=2)
-    if norm := label_colours(run):
-        colour_scale(figure, list(grid.values()), norm)
+    colour_scale(run, figure, list(grid.values()))
 
 
 def mean_window(traces: Mapping[int, Trace]) -> int:
@@ -119,14 +114,16 @@ def round_starts(run: RunData) -> dict[int, int]:
     return starts
 
 
-def some_of(clients: Sequence[int], *, first: Collection[int], most: int) -> list[int]:
-    """At most so many of them in their order: those that come ``first``, and others evenly."""
-    if len(clients) <= most:
-        return list(clients)
-    chosen = [client for client in clients if client in first][:most]
-    others, room = [client for client in clients if client not in chosen], most - len(chosen)
+def chosen_clients(run: RunData, clients: Collection[int], *, most: int) -> list[int]:
+    """At most so many of them, the most one-sided first: the flagged clients, and others evenly."""
+    shares, flagged = label_shares(run), run.flagged
+    ordered = sorted(clients, key=lambda client: (-shares.get(client, (0.0, ""))[0], client))
+    if len(ordered) <= most:
+        return ordered
+    chosen = [client for client in ordered if client in flagged][:most]
+    others, room = [client for client in ordered if client not in chosen], most - len(chosen)
     evenly = {others[i * (len(others) - 1) // max(room - 1, 1)] for i in range(room)}
-    return [client for client in clients if client in chosen or client in evenly]
+    return [client for client in ordered if client in chosen or client in evenly]
 
 
 def _thinned(at: Sequence[int], values: Sequence[float | None]) -> Line:
@@ -146,24 +143,34 @@ def _usual_peak(values: Sequence[float]) -> float:
 def label_shares(run: RunData) -> dict[int, tuple[float, str]]:
     """Per client, the share of its commonest label and that label; clients without labels are left out."""
     shares = {}
-    for client in run.setup.clients if run.setup else ():
+    for client in run.clients:
         if own := sum(client.label_counts.values()):
             label = max(client.label_counts, key=lambda label: (client.label_counts[label], label))
             shares[client.client] = (client.label_counts[label] / own, label)
     return shares
 
 
-def label_colours(run: RunData) -> BoundaryNorm | None:
+def client_colours(run: RunData, clients: Collection[int]) -> dict[int, ColorType]:
+    """How one-sided the labels of each of these clients are; all of one colour where labels say nothing."""
+    if (norm := _label_norm(run)) is None:
+        return dict.fromkeys(clients, BLUE)
+    shares = label_shares(run)
+    return {client: SKEW(norm(shares.get(client, (0.0, ""))[0])) for client in clients}
+
+
+def _label_norm(run: RunData) -> BoundaryNorm | None:
     """Five steps from labels in equal shares to a single label; None where labels say nothing."""
-    labels = {label for client in run.setup.clients for label in client.label_counts} if run.setup else set()
+    labels = {label for client in run.clients for label in client.label_counts}
     if len(labels) < 2:
         return None
     least = 1 / len(labels)
     return BoundaryNorm([least + (1 - least) * step / 5 for step in range(5)] + [1.0 + 1e-9], SKEW.N)
 
 
-def colour_scale(figure: Figure, grid: Sequence[Axes], norm: BoundaryNorm) -> None:
-    """The legend of the colours, above the panels."""
+def colour_scale(run: RunData, figure: Figure, grid: Sequence[Axes]) -> None:
+    """The legend of ``client_colours``, above the panels; none where labels say nothing."""
+    if (norm := _label_norm(run)) is None:
+        return
     bar = figure.colorbar(ScalarMappable(norm, SKEW), ax=grid, location="top", pad=0.02, shrink=0.6, aspect=50)
     bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda share, _: percent_text(share, digits=0)))
     bar.set_label("rows with the client's commonest label", color=MUTED)

@@ -13,13 +13,15 @@ from typing import Any
 import yaml
 
 from fedzo.errors import RunFolderError
-from fedzo.fl.log_files import whole_lines
 from fedzo.fl.log_store import belongs
 from fedzo.records.decode import parse_json
 from fedzo.records.folder import CONFIG_YAML, ENVIRONMENT, METRICS, OVERRIDES, PUBLIC, read_file
+from fedzo.records.lines import whole_lines
 from fedzo.records.metrics import (
     METRIC_KINDS,
     CentralScore,
+    ClientSetup,
+    ClientVerdict,
     Extension,
     FederatedScore,
     MetricRecord,
@@ -95,14 +97,37 @@ class RunData:
         return node
 
     @property
+    def clients(self) -> tuple[ClientSetup, ...]:
+        """What is known of each client before the first round; empty where the run did not come that far."""
+        return self.setup.clients if self.setup else ()
+
+    @property
+    def verdicts(self) -> dict[int, ClientVerdict]:
+        """The newest decision by client; empty where there was none."""
+        return {verdict.client: verdict for verdict in self.decision.clients} if self.decision else {}
+
+    @property
     def flagged(self) -> list[int]:
         """Clients that the newest decision flagged."""
-        return [client.client for client in self.decision.clients if client.flagged] if self.decision else []
+        return [client for client, verdict in self.verdicts.items() if verdict.flagged]
 
     @property
     def seconds(self) -> float:
         """Seconds from the start of the run to its last record."""
         return self.summary.seconds if self.summary else max((r.seconds for r in self.rounds), default=0.0)
+
+    @property
+    def round_seconds(self) -> float:
+        """Seconds of the rounds alone: without scores, and without the server's own move of the model after each."""
+        return sum(record.round_seconds for record in self.rounds)
+
+    @property
+    def forwards(self) -> int | None:
+        """Forwards of all local steps that counted, of all clients; None where the set-up does not tell a step's."""
+        if self.setup is None or self.setup.forwards_per_step is None:
+            return None
+        steps = sum(client.steps for record in self.rounds for client in record.clients)
+        return steps * self.setup.forwards_per_step
 
     @property
     def trained(self) -> tuple[Round, ...]:
@@ -248,10 +273,15 @@ def _read_mapping(path: Path, parse: Callable[[str], Any]) -> tuple[str, dict[st
 
 
 def _of_yaml(text: str) -> Any:
-    """The values of a YAML text, whose reader takes time by the square of how many brackets are open at once."""
+    """The values of a YAML text, whose reader takes time by the square of how many brackets are open at once.
+
+    A few aliases, each of two of the one before, make values that fill the memory; fedzo writes none.
+    """
     steps = (1 if sign in "[{" else -1 for sign in text if sign in "[]{}")
     if max(accumulate(steps), default=0) > _MOST_OPEN:
         raise ValueError("too many brackets inside one another")
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+        raise ValueError("an alias (*name)")
     return yaml.safe_load(text)
 
 

@@ -152,13 +152,14 @@ def ending(summary: Summary, *, payload: str = "scalars") -> list[str]:
         head = f"test, before -> after (best dev round {summary.best_round} of {summary.rounds}):"
         for title, first, last in (
             (before.metric, before.value, after.value),
-            ("accuracy at the best threshold", before.best_threshold_accuracy, after.best_threshold_accuracy),
+            ("accuracy at best test threshold", before.best_threshold_accuracy, after.best_threshold_accuracy),
             ("AUC", before.auc, after.auc),
         ):
             if first is not None and last is not None:
                 rows.append((title, f"{first:.3f} -> {last:.3f}"))
     if worst := summary.worst_client:
-        where = f"client {worst.client}, on its own rows after round {worst.round}"
+        own = "its own rows" if worst.num_examples is None else counted(worst.num_examples, "own row")
+        where = f"client {worst.client}, on {own} after round {worst.round}"
         rows.append((f"worst client's {worst.metric}", f"{worst.value:.3f} ({where})"))
     if summary.step_policy:
         rows.append(("flagged clients", _flagged(summary.step_policy)))

@@ -194,23 +194,19 @@ def page_svg(picture: Picture) -> str:
     return f'{head} role="img" aria-label="{html.escape(picture.title)}">{body}'
 
 
-def save_pictures(pictures: Sequence[Picture], folder: Path) -> list[Path]:
-    """Write each picture as PNG (144 dpi) and SVG on white; returns the paths.
+def save_pictures(pictures: Sequence[Picture], folder: Path) -> None:
+    """Write each picture as PNG (144 dpi) and SVG on white.
 
     Raises:
         RunFolderError: the folder cannot be written.
     """
-    written = []
     try:
         make_folder(folder)
         for picture in pictures:
             for kind in ("png", "svg"):
-                path = folder / f"{picture.name}.{kind}"
-                replace_file(path, _render(picture, kind, facecolor=PAPER))
-                written.append(path)
+                replace_file(folder / f"{picture.name}.{kind}", _render(picture, kind, facecolor=PAPER))
     except OSError as error:
         raise unwritable(folder, error) from error
-    return written
 
 
 def unwritable(path: Path, error: OSError) -> RunFolderError:

@@ -105,9 +105,10 @@ class Scores:
         last = max(told, key=lambda score: score.round, default=None)
         if last is None:
             return None
+        rows = {score.client: score.num_examples for score in last.clients}
         return next(
             (
-                WorstClient(client=client, metric=last.metric, value=value, round=last.round)
+                WorstClient(client=client, metric=last.metric, value=value, round=last.round, num_examples=rows[client])
                 for client, value in last.worst_first
             ),
             None,

@@ -5,6 +5,7 @@ From then on ``run.json`` of the run folder holds that agreement, and nothing of
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -41,7 +42,9 @@ def open_run(launch: LaunchConfig, run_dir: Path, store: RunStore | None = None)
         _ = source.parts  # rows that cannot be used or dealt are refused here, before the model is loaded
     loaded = open_model(launch.site(), launch.task.max_length)
     check_format(launch, loaded)
+    started = time.monotonic()
     prepared = _prepare(launch, loaded, source, run_dir, resumed=begun is not None)
+    prepare_seconds = time.monotonic() - started
     launch.step_policy.check_start(launch.fl, has_gradient=prepared.gradient is not None)
     run = launch.run(_base_of(launch, loaded), prepared.artifact.digest)
     if begun is None:
@@ -53,7 +56,9 @@ def open_run(launch: LaunchConfig, run_dir: Path, store: RunStore | None = None)
         Peer(begun or run, launch.site(), loaded),
         source,
         artifacts=run_dir / ARTIFACTS,
-        launched=Launched(prepared, launch.report, launch.trackers, launch.runtime.traits.takes_turns, store),
+        launched=Launched(
+            prepared, launch.report, launch.trackers, launch.runtime.traits.takes_turns, store, prepare_seconds
+        ),
         to_the_end=not launch.runtime.traits.own_processes,
         site_folder=run_dir,
     )
@@ -78,9 +83,12 @@ def check_base(run: RunConfig, loaded: LoadedModel, run_dir: Path) -> None:
     """Refuse another model than the run's. Trained values alone may have the digest of the log on any base.
 
     Raises:
-        ConfigError: Weights or tokenizer have another digest.
+        ConfigError: Weights, architecture or tokenizer have another digest.
     """
     _must_be("the model's weights", run.base.weights_digest, loaded.base_digest, run_dir)
+    _must_be(
+        "the model's architecture (config.json)", run.base.architecture_digest, loaded.architecture_digest, run_dir
+    )
     _must_be("the model's tokenizer", run.base.tokenizer_digest, loaded.tokenizer_digest, run_dir)
 
 
@@ -150,6 +158,7 @@ def _base_of(launch: LaunchConfig, loaded: LoadedModel) -> BaseConfig:
         label=name.rpartition("/")[2],
         weights_digest=loaded.base_digest,
         tokenizer_digest=loaded.tokenizer_digest,
+        architecture_digest=loaded.architecture_digest,
         dtype=None if launch.trainer.traits.float32_master else launch.model.dtype,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from fedzo.errors import RunFolderError
 from fedzo.records.decode import decode, parse_json, to_json
 from fedzo.records.log import AuditLine, PublicLine
 from fedzo.records.metrics import METRIC_KINDS, decode_metric
+from fedzo.run import start
 
 READ: dict[str, Callable[..., object]] = {
     "public.jsonl": lambda value, **told: decode(PublicLine, value, **told),
@@ -39,6 +41,20 @@ def test_every_kind_of_record_comes_back_byte_for_byte(run: Callable[..., Path])
             seen.add(type(record))
 
     assert seen == {PublicLine, AuditLine, *METRIC_KINDS.values()}
+
+
+def test_what_a_step_costs_and_how_long_the_trainer_was_prepared_is_told_before_the_first_round(
+    run: Callable[..., Path],
+    lines: Callable[[Path, str], list[dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = iter([10.0, 12.5])
+    monkeypatch.setattr(start, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+
+    setup = lines(run("estimator.num_probes=3", "fl.rounds=1"), "metrics.jsonl")[0]
+
+    assert setup["forwards_per_step"] == 6  # two a probe
+    assert setup["prepare_seconds"] == 2.5
 
 
 def test_rows_that_are_cut_are_counted_and_told_before_the_first_round(

@@ -27,6 +27,23 @@ def search(tmp_path: Path, overrides: Callable[..., list[str]]) -> Search:
     return start
 
 
+@pytest.fixture
+def without_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs leave what an evaluator that gives no loss would have told."""
+    from fedzo.commands import train
+
+    start = train.start_or_resume_run
+
+    def scored(config: Any, run_dir: Path, *, overrides: list[str]) -> None:
+        start(config, run_dir, overrides=overrides)
+        metrics = run_dir / "metrics.jsonl"
+        told: list[dict[str, Any]] = [json.loads(line) for line in metrics.read_text().splitlines()]
+        lines = [{**line, "loss": None} if line["kind"] == "score" else line for line in told]
+        metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    monkeypatch.setattr(train, "start_or_resume_run", scored)
+
+
 def dev_scores(folder: Path, key: str) -> dict[str, list[float]]:
     """By job, from its own lines."""
     found: dict[str, list[float]] = {}
@@ -53,7 +70,9 @@ def test_a_search_optimises_the_dev_score_that_chooses_the_best_round(
         rows = list(csv.DictReader(file))
     assert {float(row["server_optimizer.lr"]) for row in rows} >= {lr}
     assert [row["state"] for row in rows] == ["finished"] * 3
-    assert "alembic" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "alembic" not in printed
+    assert printed.endswith(f"sweep folder: {tmp_path}\nreport:       {tmp_path / 'report.html'}\n")
     assert main(["report", str(tmp_path)]) == 0
 
 
@@ -87,6 +106,30 @@ def test_a_search_survives_a_job_that_fails_and_goes_on_when_it_is_repeated(
     assert again.keys() >= scores.keys()
     assert len(again) == 3  # the same jobs
     assert {name: (tmp_path / name / "public.jsonl").stat().st_mtime_ns for name in scores} == times
+
+
+@pytest.mark.usefixtures("without_losses")
+@pytest.mark.parametrize(("by", "code"), [("loss", 1), ("value", 0)])
+def test_a_search_by_a_loss_that_no_dev_score_has_says_by_what_to_search(
+    search: Search, capsys: pytest.CaptureFixture[str], by: str, code: int
+) -> None:
+    assert search(SEARCHED, f"evaluation.best_by={by}") == code
+
+    told = capsys.readouterr().err
+    rule = "evaluators.answers: for evaluation.best_by=loss its dev scores must have a finite loss, got none. "
+    assert (f"{rule}Write evaluation.best_by=value." in told) == (by == "loss")
+
+
+@pytest.mark.usefixtures("without_losses")
+def test_a_sweep_that_searches_nothing_needs_no_dev_loss(overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+    words = ["trainer=mezo", "fl.rounds=1", f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir=job${hydra:job.num}"]
+
+    assert main(["train", "-m", *overrides(*words, "seed=0,1")]) == 0
+
+    with (tmp_path / "sweep.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["state"], row["dev_loss"]) for row in rows] == [("finished", "")] * 2
+    assert all(row["dev"] for row in rows)
 
 
 def test_a_search_is_checked_before_any_work(

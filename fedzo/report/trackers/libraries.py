@@ -8,28 +8,40 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from fedzo.records.folder import replace_file
+from fedzo.errors import RunFolderError
+from fedzo.records.decode import decode_json, to_json
+from fedzo.records.fields import Count, Length, Matching, RoundNumber, Words
+from fedzo.records.folder import read_file, refuse_link, replace_file
 from fedzo.report.trackers.base import TRACKERS, TrackerConfig
 
 NOTE = "fedzo.json"
 """In a tracker's folder: which of its runs this is."""
+T = TypeVar("T")
 
 
-def _read_note(folder: Path) -> dict[str, Any]:
-    """What a tracker noted in its folder; empty for a new run."""
+def _read_note(kind: type[T], run_dir: Path, tracker: str) -> T | None:
+    """What a tracker noted in its folder; None for a new run.
+
+    Raises:
+        RunFolderError: The note is a link, or none that the tracker writes: the folder may come from somebody else.
+    """
+    name = f"{tracker}/{NOTE}"
     try:
-        note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+        text = read_file(run_dir, name)
     except FileNotFoundError:
-        return {}
-    return note if isinstance(note, dict) else {}
+        return None
+    remedy = "Restore the file from a copy, or delete it for a new run of the tracker."
+    note: T = decode_json(kind, text, where=str(run_dir / name), error=RunFolderError, remedy=remedy)
+    return note
 
 
 @dataclass(kw_only=True, slots=True)
@@ -86,6 +98,23 @@ class WandbConfig(TrackerConfig):
     extra: ClassVar[str | None] = "wandb"
 
 
+@dataclass(kw_only=True, slots=True)
+class WandbNote:
+    """What whole sessions of W&B wrote.
+
+    Attributes:
+        run: Id of the run there.
+        sessions: Names of their folders.
+        rows: How many rows they wrote.
+        steps: Of the last number under each tag.
+    """
+
+    run: Annotated[str, Matching(re.compile("[0-9a-f]{16}"), "16 hexadecimal digits")]
+    sessions: Annotated[tuple[Words, ...], Length(0, 1 << 16)] = ()
+    rows: Count = 0
+    steps: Annotated[dict[Words, RoundNumber], Length(0, 1 << 16)] = field(default_factory=dict)
+
+
 @TRACKERS.register("wandb", WandbConfig)
 class Wandb:
     """A run of W&B with a row for each record, over the axis ``round``.
@@ -100,16 +129,15 @@ class Wandb:
 
         self._folder = folder / "wandb"
         self._folder.mkdir(exist_ok=True)
-        new: dict[str, Any] = {"run": uuid.uuid4().hex[:16], "sessions": [], "rows": 0, "steps": {}}
-        self._note: dict[str, Any] = new | _read_note(self._folder)
-        replace_file(self._folder / NOTE, json.dumps(self._note))
-        for session in self._folder.glob(f"offline-run-*-{self._note['run']}"):
-            if session.name not in self._note["sessions"]:
+        self._note = _read_note(WandbNote, folder, "wandb") or WandbNote(run=uuid.uuid4().hex[:16])
+        replace_file(self._folder / NOTE, to_json(self._note))
+        for session in self._folder.glob(f"offline-run-*-{self._note.run}"):
+            if session.name not in self._note.sessions:
                 shutil.rmtree(session)
         init: Any = wandb.init  # mypy knows its modes, the variable is the user's
         self._run: Any = init(
             project=os.environ.get("WANDB_PROJECT") or "fedzo",
-            id=self._note["run"],
+            id=self._note.run,
             name=os.environ.get("WANDB_NAME") or folder.name,
             dir=str(folder),
             mode=os.environ.get("WANDB_MODE") or "offline",
@@ -121,20 +149,20 @@ class Wandb:
         self._run.define_metric("*", step_metric="round")
 
     def last_step(self, tag: str) -> int:
-        return int(self._note["steps"].get(tag, -1))
+        return self._note.steps.get(tag, -1)
 
     def settings(self, settings: Mapping[str, Any]) -> None:
         self._run.config.update(dict(settings), allow_val_change=True)
 
     def write(self, numbers: Mapping[str, float], step: int) -> None:
-        self._run.log({"round": step, **numbers}, step=self._note["rows"], commit=True)
-        self._note["rows"] += 1
-        self._note["steps"] |= dict.fromkeys(numbers, step)
+        self._run.log({"round": step, **numbers}, step=self._note.rows, commit=True)
+        self._note.rows += 1
+        self._note.steps |= dict.fromkeys(numbers, step)
 
     def close(self, *, finished: bool) -> None:
         self._run.finish(exit_code=0 if finished else 1)
-        self._note["sessions"] = sorted({*self._note["sessions"], Path(self._run.dir).parent.name})
-        replace_file(self._folder / NOTE, json.dumps(self._note))
+        self._note.sessions = tuple(sorted({*self._note.sessions, Path(self._run.dir).parent.name}))
+        replace_file(self._folder / NOTE, to_json(self._note))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -143,6 +171,17 @@ class MlflowConfig(TrackerConfig):
 
     library: ClassVar[str] = "mlflow"
     extra: ClassVar[str | None] = "mlflow"
+
+
+@dataclass(kw_only=True, slots=True)
+class MlflowNote:
+    """Which run of MLflow this is.
+
+    Attributes:
+        run: Its id, by MLflow's own rule: a server of another maker may write others than 32 hexadecimal digits.
+    """
+
+    run: Annotated[str, Matching(re.compile("[A-Za-z0-9][A-Za-z0-9_-]{0,255}"), "an id of a run of MLflow")]
 
 
 @TRACKERS.register("mlflow", MlflowConfig)
@@ -162,11 +201,13 @@ class Mlflow:
 
         own = folder / "mlflow"
         own.mkdir(exist_ok=True)
+        for each in own.iterdir():  # a run folder may be somebody else's
+            refuse_link(each)
+        note = _read_note(MlflowNote, folder, "mlflow")
         elsewhere = os.environ.get("MLFLOW_TRACKING_URI")
         self._client = MlflowClient(tracking_uri=elsewhere or f"sqlite:///{own.resolve() / 'mlflow.db'}")
-        note = _read_note(own)
         try:
-            self._run: Any = self._client.get_run(note["run"]) if note else None
+            self._run: Any = self._client.get_run(note.run) if note else None
         except MlflowException:  # it is not in the place that the variable names now
             self._run = None
         if self._run is None:
@@ -175,7 +216,7 @@ class Mlflow:
             artifacts = None if elsewhere else (own.resolve() / "artifacts").as_uri()
             where = experiment.experiment_id if experiment else self._client.create_experiment(name, artifacts)
             self._run = self._client.create_run(where, run_name=folder.name)
-            replace_file(own / NOTE, json.dumps({"run": self._run.info.run_id}))
+            replace_file(own / NOTE, to_json(MlflowNote(run=self._run.info.run_id)))
         self._id = self._run.info.run_id
         self._client.update_run(self._id, status="RUNNING")
 

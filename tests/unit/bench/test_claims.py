@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedzo.bench.claims import Claims, interval, measured_in
+from fedzo.bench.claims import Claims, measured_in
 from fedzo.bench.measure import interleaved
 
 
@@ -117,18 +117,6 @@ def test_pieces_are_timed_in_turn_after_two_rounds() -> None:
     assert "".join(calls) == "ab" * 5
     assert {name: len(spent) for name, spent in seconds.items()} == {"a": 3, "b": 3}
     assert heard[-1] == (3, 3)
-
-
-@pytest.mark.parametrize(
-    ("values", "mean", "half"),
-    [
-        ([1.0, 3.0], 2.0, 12.706),  # the standard deviation is sqrt(2), so the error of the mean is 1
-        ([1.0, 2.0, 3.0], 2.0, 4.303 / 3**0.5),
-        ([0.0, 1.0] * 20, 0.5, 2.262 * (10 / 39) ** 0.5 / 40**0.5),  # beyond the table: a little wide
-    ],
-)
-def test_an_interval_is_students(values: list[float], mean: float, half: float) -> None:
-    assert interval(values) == (pytest.approx(mean), pytest.approx(half))
 
 
 def test_a_mean_over_seeds_tells_its_half_width_where_there_are_several() -> None:

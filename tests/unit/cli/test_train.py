@@ -132,6 +132,15 @@ def test_a_failed_job_lets_the_others_run_and_fails_the_sweep(calls: Calls, caps
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize(("seeds", "code"), [("1,2", 0), (f"1,{DIVERGES}", 1)])
+def test_a_sweep_ends_with_its_folder_and_its_report(
+    seeds: str, code: int, calls: Calls, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "-m", f"seed={seeds}", "hydra.sweep.dir=all"]) == code
+
+    assert capsys.readouterr().out.endswith("sweep folder: all\nreport:       report.html\n")
+
+
 def test_a_crash_of_a_later_job_is_told(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     """Hydra raises what the first job that failed raised."""
     assert main(["train", "-m", f"seed={DIVERGES},{BUG},3", "hydra.sweep.dir=all"]) == 1

@@ -80,8 +80,18 @@ def test_a_finished_run_has_every_figure_with_the_numbers_of_its_metrics(make_ru
     totals = sorted(curve[-1] for curve in curves(picture(pictures, "bytes").figure))
     # sums of ten rounds and of the scores after them, per client
     assert totals == pytest.approx([120 / 3, 120 / 3, 2700 / 3, 9900 / 3])
+    assert "scored rows 70.0 %" in [text.get_text() for text in picture(pictures, "federated").figure.axes[0].texts]
     bars = picture(pictures, "federated").figure.axes[0].patches
     assert [bar.get_height() for bar in bars] == pytest.approx([0.5, 0.6, 0.7])
+
+
+@pytest.mark.parametrize(("wire", "title"), [(None, "Bytes per client"), (900, "Bytes on the wire, per client")])
+def test_bytes_are_said_to_be_of_the_wire_where_something_went_over_one(
+    make_run: MakeRun, wire: int | None, title: str
+) -> None:
+    lines = [{**line, "wire_up_bytes": wire} if line["kind"] == "round" else line for line in _records(make_run)]
+
+    assert picture(draw_figures(load_run(make_run("run", lines=lines))), "bytes").title == title
 
 
 @pytest.mark.parametrize(
@@ -96,6 +106,15 @@ def test_what_chose_the_round_is_what_the_run_was_told(make_run: MakeRun, by: st
     run = load_run(make_run())
     run.config["evaluation"] = {"best_by": by}
 
+    assert picture(draw_figures(run), "score").caption.startswith(text)
+
+
+def test_the_value_chose_the_round_where_no_dev_score_has_a_loss(make_run: MakeRun) -> None:
+    lines = [{**line, "loss": None} if line["kind"] == "score" else line for line in _records(make_run)]
+    run = load_run(make_run("run", lines=lines))
+    run.config["evaluation"] = {"best_by": "loss"}
+
+    text = "The line is dev accuracy; the highest dev accuracy chose the best round. The test rows"
     assert picture(draw_figures(run), "score").caption.startswith(text)
 
 

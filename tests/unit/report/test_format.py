@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedzo.report.format import bytes_text, change_text, number_text, score_text, seconds_text, share_text
+from fedzo.report.format import bytes_text, change_text, interval, number_text, score_text, seconds_text, share_text
 
 
 @pytest.mark.parametrize(
@@ -61,3 +61,15 @@ def test_a_number_has_three_digits(value: float | None, text: str) -> None:
 
 def test_a_share_of_everything_is_plain() -> None:
     assert (share_text(134_392, 134_515_008), share_text(7, 7), share_text(1, 0)) == ("0.10 %", "100 %", "n/a")
+
+
+@pytest.mark.parametrize(
+    ("values", "mean", "half"),
+    [
+        ([1.0, 3.0], 2.0, 12.706),  # the standard deviation is sqrt(2), so the error of the mean is 1
+        ([1.0, 2.0, 3.0], 2.0, 4.303 / 3**0.5),
+        ([0.0, 1.0] * 20, 0.5, 2.262 * (10 / 39) ** 0.5 / 40**0.5),  # beyond the table: a little wide
+    ],
+)
+def test_an_interval_is_students(values: list[float], mean: float, half: float) -> None:
+    assert interval(values) == (pytest.approx(mean), pytest.approx(half))

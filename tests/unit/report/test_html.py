@@ -21,7 +21,10 @@ def test_the_numbers_of_the_page_are_those_of_the_metrics(make_run: MakeRun) -> 
 
     for wanted in (
         "55.5 % to 76.5 % (+21.0 points)",
-        "57.5 % to 78.5 %",  # at the best threshold
+        "at the threshold that is best on these very rows 57.5 % to 78.5 %",
+        "Nothing of the run was chosen by test rows.",
+        "<th>time of rounds</th><td>10 s</td>",
+        "<th>time, with scores</th><td>25 s</td>",
         "AUC 0.605 to 0.815",
         "106,020 of 134,515,008",
         "40 B up, 40 B down",  # scalars: 10 rounds x 12 bytes / 3 clients
@@ -54,6 +57,28 @@ def test_whom_a_selection_holds_back_and_what_that_costs_show_by_class_and_by_cl
     assert 'right after round 5</td><td class="n">right after round 10</td>' in text
     (flagged,) = re.findall(r"<tr><th>2</th>(.*?)</tr>", text)
     assert re.findall(r">([^<>]+)</td>", flagged) == ["20", "great 20", "1 (flagged)", "2", "2", "70.0 %"]
+
+
+@pytest.mark.parametrize(("fallback", "text"), [(False, "1, 2"), (True, "1, 2 (too many: none stopped)")])
+def test_clients_that_were_too_many_to_be_stopped_are_not_shown_as_stopped(
+    make_run: MakeRun, fallback: bool, text: str
+) -> None:
+    lines = [json.loads(line) for line in (make_run("whole") / "metrics.jsonl").read_text().splitlines()]
+    verdicts = [{"client": k, "flagged": k > 0, "steps": 4, "statistics": {}} for k in range(3)]
+    told = {"kind": "step_policy", "seconds": 7.0, "round": 1, "windows": None, "clients": verdicts}
+
+    page = write_report(make_run("run", lines=[*lines, {**told, "fallback": fallback}])).read_text()
+
+    assert f"<th>flagged clients</th><td>{text}</td>" in page
+
+
+def test_the_page_says_how_long_the_trainer_was_prepared_where_the_run_does(make_run: MakeRun) -> None:
+    lines = [json.loads(line) for line in (make_run("old") / "metrics.jsonl").read_text().splitlines()]
+    lines[0] |= {"prepare_seconds": 4.5}
+
+    assert "to prepare the trainer" not in write_report(make_run("older")).read_text()
+    page = write_report(make_run("new", lines=lines)).read_text()
+    assert "<th>time to prepare the trainer</th><td>4.5 s</td>" in page
 
 
 def test_the_page_says_how_many_clients_told_their_scores(make_run: MakeRun) -> None:
@@ -160,6 +185,7 @@ def test_beside_the_score_of_a_client_stands_how_many_of_its_rows_were_scored(ma
     text = write_report(make_run("run", lines=lines)).read_text()
 
     assert 'own held-out rows</td><td class="n">of these scored</td><td class="n">score</td>' in text
+    assert "<tr><th>all scored rows</th>" in text  # not all rows that clients hold
     clients = re.findall(r"<tr><th>[012]</th>(.*?)</tr>", text)
     assert [re.findall(r">([^<>]+)</td>", cells)[-3:] for cells in clients] == [
         ["4", "1", "50.0 %"],

@@ -116,6 +116,17 @@ def test_brackets_without_end_are_no_configuration(make_run: MakeRun) -> None:
         (run / name).unlink()
 
 
+def test_aliases_are_no_configuration(make_run: MakeRun) -> None:
+    """Thirty lines, each a list of two of the line before, would fill the memory."""
+    run = make_run()
+    (run / "config.yaml").write_text("a: &a x\nb: [*a, *a]\n")
+    (run / "overrides.yaml").write_text("- &a x\n- *a\n")
+
+    for name, read in (("config.yaml", load_run), ("overrides.yaml", read_overrides)):
+        with pytest.raises(RunFolderError, match=rf"{name}: must hold a .*, got an alias \(\*name\)"):
+            read(run)
+
+
 def test_a_round_that_was_measured_and_never_committed_is_left_out(make_run: MakeRun) -> None:
     """A kill between the two leaves it; `fedzo status` does not count it, and a resumed run takes it again."""
     folder = make_run(lines=[round_line(0), round_line(1), round_line(2)])

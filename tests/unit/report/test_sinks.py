@@ -42,6 +42,7 @@ def test_without_a_terminal_plain_lines_tell_rounds_bytes_time_and_the_result(
     assert "round 10/10  loss 0.530" in out
     assert "up 2.4 kB  down 9.0 kB" in out
     assert "0.555 -> 0.765" in out
+    assert "accuracy at best test threshold  0.575 -> 0.785" in out
     assert "worst client's accuracy          0.500 (client 0, on its own rows after round 10)" in out
     assert "flagged" not in out
     assert "240 B (13 kB as messages, with set-up)" in out
@@ -98,6 +99,16 @@ def test_a_run_without_test_rows_ends_with_its_worst_client_whom_it_flagged_and_
         "scalars, all clients, both ways",
     ]
     assert words in lines[2]
+
+
+def test_the_rows_of_the_worst_client_are_counted_where_the_run_tells_them(make_run: MakeRun) -> None:
+    summary = records(make_run())[-1]
+    assert isinstance(summary, Summary)
+    assert summary.worst_client is not None
+
+    lines = ending(replace(summary, worst_client=replace(summary.worst_client, num_examples=13)))
+
+    assert any("0.500 (client 0, on 13 own rows after round 10)" in line for line in lines)
 
 
 def test_progress_that_is_switched_off_is_silent(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -204,10 +205,185 @@ def test_a_worst_client_is_said_to_be_that_of_the_last_round(make_run: MakeRun, 
     assert "worst client (last round)</td>" in page.read_text()
     assert "| worst client (last round) |" in (tmp_path / "sweep.md").read_text()
     assert "worst_client_last_round" in (tmp_path / "sweep.csv").read_text()
+    assert "fallback,worst_client_rows,metric" in (tmp_path / "sweep.csv").read_text()
 
 
-def _change_config(run: Path, changes: dict[str, dict[str, Any]]) -> None:
-    config = yaml.safe_load((run / "config.yaml").read_text())
+def test_means_over_seeds_name_the_best_setting_and_not_the_luckiest_job(make_run: MakeRun, tmp_path: Path) -> None:
+    for lr, seed, dev_loss, test in (
+        *(("0.1", "0", 0.2, 0.7), ("0.1", "1", 0.6, 0.8)),  # the lowest loss of all, and the higher mean
+        *(("0.2", "0", 0.3, 0.74), ("0.2", "1", 0.4, 0.76)),
+    ):
+        _score(make_run(f"{lr}-{seed}", trainer__lr=lr, seed=seed), dev_loss=dev_loss, test=test)
+
+    page = write_sweep_report(tmp_path)
+
+    assert page is not None
+    text = html.unescape(page.read_text())
+    assert "Lowest mean dev loss: 0.350 over 2 seeds (0.2)" in text
+    assert "+- is the half width of the 95 % interval of the mean over run seeds, by Student's t." in text
+    assert "Over seeds</h2>" in text
+    # deviations of 0.05 and 0.01 from the means: of two values that is the error of the mean, too
+    assert (tmp_path / "sweep.md").read_text().split("\n\n")[1].splitlines() == [
+        "| trainer.lr | seeds | mean dev loss | mean test |",
+        "| --- | --- | --- | --- |",
+        "| 0.1 | 2 | 0.400 | 75.0 % +- 63.5 points |",
+        "| 0.2 | 2 | 0.350 | 75.0 % +- 12.7 points |",
+    ]
+
+
+def test_a_setting_of_fewer_seeds_is_not_named_the_best(make_run: MakeRun, tmp_path: Path) -> None:
+    for lr, seed, dev_loss in (
+        *(("0.1", "0", 0.5), ("0.1", "1", 0.3), ("0.2", "0", 0.6), ("0.2", "1", 0.4)),
+        ("0.4", "0", 0.1),
+    ):
+        _score(make_run(f"{lr}-{seed}", trainer__lr=lr, seed=seed), dev_loss=dev_loss)
+
+    page = write_sweep_report(tmp_path)
+
+    assert page is not None
+    text = page.read_text()
+    assert "Lowest mean dev loss: 0.400 over 2 seeds (0.1)" in text
+    assert "Groups of fewer than 2 seeds are not named the best: 0.4." in text
+    assert "| 0.4 | 1 | 0.100 | 76.5 % |" in (tmp_path / "sweep.md").read_text().splitlines()
+
+
+def test_seeds_of_one_setting_have_a_mean_and_no_best(make_run: MakeRun, tmp_path: Path) -> None:
+    for seed, test in (("0", 0.7), ("1", 0.8), ("2", 0.9)):
+        _score(make_run(seed, seed=seed), test=test)
+
+    page = write_sweep_report(tmp_path)
+
+    assert page is not None
+    assert "dev loss:" not in page.read_text()
+    assert "| 3 | 0.250 | 80.0 % +- 24.8 points |" in (tmp_path / "sweep.md").read_text()  # 4.303 x 0.1 / sqrt(3)
+
+
+def test_a_run_that_is_repeated_with_its_seed_counts_once(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [make_run("first"), make_run("again", seed="0"), make_run("other", seed="1")]
+    for run, seed, test in zip(runs, (0, 0, 1), (0.1, 0.7, 0.8), strict=True):
+        _change_config(run, {}, seed=seed)  # what no command line sets is recorded, too
+        _score(run, test=test)
+
+    page = write_comparison(runs, tmp_path / "all")
+
+    assert "the last stands for all in the means" in page.read_text()
+    assert "| 2 | 0.250 | 75.0 % +- 63.5 points |" in (tmp_path / "all" / "sweep.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("lower_is_better", "headline"),
+    [(False, "Highest dev accuracy: 80.0 % (mezo)"), (True, "Lowest dev accuracy: 70.0 % (meerkat)")],
+)
+def test_jobs_that_chose_by_the_dev_value_are_ordered_by_it(
+    make_run: MakeRun, tmp_path: Path, lower_is_better: bool, headline: str
+) -> None:
+    for trainer, dev_loss, dev in (("meerkat", 0.2, 0.7), ("mezo", 0.3, 0.8)):
+        job = make_run(trainer, trainer=trainer)
+        _score(job, dev_loss=dev_loss, dev=dev, lower_is_better=lower_is_better)
+        _change_config(job, {"evaluation": {"best_by": "value"}})
+
+    page = write_sweep_report(tmp_path)
+
+    assert page is not None
+    assert headline in page.read_text()
+    assert "Choose by the dev value" in page.read_text()
+
+
+def test_dev_values_without_a_loss_are_ordered_on_the_same_rows_only(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [make_run("first", trainer="meerkat"), make_run("second", trainer="mezo")]
+    for run in runs:
+        _score(run, dev_loss=None)
+        _change_config(run, {"evaluation": {"best_by": "value"}})
+    same = write_comparison(runs, tmp_path / "same").read_text()
+    _change_config(runs[1], {"split": {"seed": 1}})
+
+    page = write_comparison(runs, tmp_path / "both").read_text()
+
+    assert "Highest dev accuracy" in same
+    assert "Highest dev accuracy" not in page
+    assert "The dev values may be of different rows or kinds: none is named the best." in page
+
+
+def test_the_plain_numbers_tell_what_a_run_cost_and_what_its_test_rows_gave(make_run: MakeRun, tmp_path: Path) -> None:
+    job = make_run("new", trainer="meerkat")
+    lines = [json.loads(line) for line in (job / "metrics.jsonl").read_text().splitlines()]
+    lines[0] |= {"forwards_per_step": 2, "prepare_seconds": 4.5}
+    lines[-1] |= {"wire_up_bytes": 5_000, "wire_down_bytes": 20_000}
+    (job / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    make_run("old", trainer="mezo")
+
+    write_sweep_report(tmp_path)
+
+    with (tmp_path / "sweep.csv").open(newline="") as file:
+        new, old = csv.DictReader(file)
+    told = {
+        **{"metric": "accuracy", "test_loss": str(1 - 0.765), "test_auc": str(0.765 + 0.05), "num_test": "200"},
+        **{"trained_values": "106020", "setup_down_bytes_per_client": "459000"},
+        **{"payload_up_bytes": "120", "payload_down_bytes": "120"},
+        **{"message_up_bytes": "2700", "message_down_bytes": "9900"},
+        **{"round_seconds": "10.0", "seconds": "25.0"},
+    }
+    assert {name: old[name] for name in told} == {name: new[name] for name in told} == told
+    later = ("wire_up_bytes", "wire_down_bytes", "forwards", "prepare_seconds")
+    assert [new[name] for name in later] == ["5000", "20000", "60", "4.5"]  # 10 rounds, 3 clients, 2 forwards a step
+    assert [old[name] for name in later] == ["", "", "", ""]
+    assert "| 459 kB | 120 B | 10 s | 25 s |" in (tmp_path / "sweep.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flagged", "fallback", "cell", "numbers"),
+    [
+        ([1, 2], False, "| 1, 2 |", ["1 2", "False"]),
+        ([1, 2], True, "| 1, 2 (too many: none stopped) |", ["1 2", "True"]),
+        ([], False, "| none |", ["none", "False"]),
+        (None, False, "|  |", ["", ""]),
+    ],
+)
+def test_clients_that_were_too_many_to_be_stopped_are_not_shown_as_stopped(
+    make_run: MakeRun, tmp_path: Path, flagged: list[int] | None, fallback: bool, cell: str, numbers: list[str]
+) -> None:
+    job = make_run("0", trainer="meerkat")
+    lines = [json.loads(line) for line in (job / "metrics.jsonl").read_text().splitlines()]
+    if flagged is not None:
+        clients = [{"client": client, "steps": 1} for client in flagged]
+        lines[-1]["step_policy"] = {"flagged": clients, "fallback": fallback}
+    (job / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    write_sweep_report(tmp_path)
+
+    assert cell in (tmp_path / "sweep.md").read_text()
+    with (tmp_path / "sweep.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert [row["flagged"], row["fallback"]] == numbers
+
+
+def test_jobs_that_chose_among_different_numbers_of_rounds_are_named(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [make_run("first", trainer="meerkat"), make_run("second", trainer="mezo")]
+    same = write_comparison(runs, tmp_path / "same").read_text()
+    lines = [json.loads(line) for line in (runs[1] / "metrics.jsonl").read_text().splitlines()]
+    once_more = next(line for line in lines if line.get("split") == "dev") | {"round": 5}
+    (runs[1] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [once_more, *lines]))
+
+    page = write_comparison(runs, tmp_path / "both").read_text()
+
+    told = "The jobs chose their best round among 2 to 3 dev scores: more scores are more chances."
+    assert told not in same
+    assert told in page
+
+
+def _score(run: Path, *, dev_loss: float | None = 0.25, dev: float = 0.75, test: float = 0.765, **both: Any) -> None:
+    """Give a run other scores at its best round; ``both``: fields of all its scores."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "score":
+            line |= both
+            if line["round"] == 10:
+                line |= {"loss": dev_loss, "value": dev} if line["split"] == "dev" else {"value": test}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _change_config(run: Path, changes: dict[str, dict[str, Any]], **values_at_the_top: Any) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text()) | values_at_the_top
     for section, values in changes.items():
         config[section] = {**config.get(section, {}), **values}
     (run / "config.yaml").write_text(yaml.safe_dump(config))

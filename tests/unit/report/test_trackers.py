@@ -237,6 +237,43 @@ def test_a_tracker_that_fails_warns_once_and_the_run_goes_on(
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [
+        ("wandb", {"run": "x/../../../precious", "sessions": [], "rows": 0, "steps": {}}),
+        ("wandb", {"run": "*", "sessions": [], "rows": 0, "steps": {}}),
+        ("mlflow", {"run": "x/../../../precious"}),
+    ],
+)
+def test_a_note_that_no_tracker_wrote_ends_the_tracker_and_leads_nowhere(
+    name: str, note: dict[str, Any], make_run: MakeRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run folder may come from somebody else."""
+    (tmp_path / "precious").mkdir()
+    folder = make_run()
+    (folder / name / "offline-run-1-x").mkdir(parents=True)
+    (folder / name / "fedzo.json").write_text(json.dumps(note))
+
+    opened(name, folder).close()
+
+    assert (tmp_path / "precious").is_dir()
+    assert (folder / name / "offline-run-1-x").is_dir()
+    assert f"{name}/fedzo.json: run must be" in caplog.text
+
+
+def test_a_link_to_another_database_ends_the_tracker_and_leaves_it_alone(
+    make_run: MakeRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, database = make_run(), tmp_path / "precious.db"
+    (folder / "mlflow").mkdir()
+    (folder / "mlflow" / "mlflow.db").symlink_to(database)
+
+    opened("mlflow", folder).close()
+
+    assert not database.exists()
+    assert "mlflow.db: it must lie in the run folder itself" in caplog.text
+
+
 class Broken:
     """A tracker whose disk is full from the third record on."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,9 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from fedzo.errors import ConfigError
 from fedzo.models.sketched.layers import dense_layers
-from fedzo.models.sketched.sizes import SketchSize, sketch_size
 from fedzo.testing.tiny_models import FAMILIES, tiny_model, tiny_sketch
 
+FOLDER = Path(__file__).parents[3] / "experiments"
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-7b": {},  # LlamaConfig's defaults
     "llama-2-7b": {"max_position_embeddings": 4096},
@@ -54,15 +56,20 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def sizes(script: Callable[[Path], ModuleType]) -> Any:
+    return script(FOLDER / "spallm" / "sizes.py")
+
+
 def on_meta(config: PreTrainedConfig) -> nn.Module:
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(config)
     return model
 
 
-def size_of(name: str, *, bits: int = 4, groups_per_row: int = 1) -> SketchSize:
+def size_of(sizes: Any, name: str, *, bits: int = 4, groups_per_row: int = 1) -> Any:
     model = on_meta(LlamaConfig(**SHAPES[name]))
-    return sketch_size(model, bits=bits, groups_per_row=groups_per_row, keep=["lm_head"])
+    return sizes.sketch_size(model, bits=bits, groups_per_row=groups_per_row, keep=["lm_head"])
 
 
 def by_hand(name: str, bits: int, groups: int) -> tuple[int, int, int, int]:
@@ -79,8 +86,8 @@ def by_hand(name: str, bits: int, groups: int) -> tuple[int, int, int, int]:
 
 @pytest.mark.parametrize(("bits", "groups"), [(4, 1), (4, 8), (3, 2), (2, 4)])
 @pytest.mark.parametrize("name", SHAPES)
-def test_counts_and_bytes_are_those_of_the_formula(name: str, bits: int, groups: int) -> None:
-    size = size_of(name, bits=bits, groups_per_row=groups)
+def test_counts_and_bytes_are_those_of_the_formula(sizes: Any, name: str, bits: int, groups: int) -> None:
+    size = size_of(sizes, name, bits=bits, groups_per_row=groups)
 
     found = size.num_entries, size.code_bytes, size.table_bytes, size.dense_bytes
     assert found == by_hand(name, bits, groups)
@@ -96,8 +103,8 @@ def test_counts_and_bytes_are_those_of_the_formula(name: str, bits: int, groups:
         ("llama-3-8b", {1: 22.0, 4: 88.1}),
     ],
 )
-def test_trained_values_are_as_many_as_the_authors_published(name: str, millions: dict[int, float]) -> None:
-    found = {groups: round(size_of(name, groups_per_row=groups).num_entries / 1e6, 1) for groups in millions}
+def test_trained_values_are_as_many_as_the_authors_published(sizes: Any, name: str, millions: dict[int, float]) -> None:
+    found = {groups: round(size_of(sizes, name, groups_per_row=groups).num_entries / 1e6, 1) for groups in millions}
 
     assert found == millions
 
@@ -111,25 +118,27 @@ def test_trained_values_are_as_many_as_the_authors_published(name: str, millions
         ("llama-3-70b", {4: 39.8}),
     ],
 )
-def test_bytes_are_within_three_percent_of_the_published_ones(name: str, gigabytes: dict[int, float]) -> None:
+def test_bytes_are_within_three_percent_of_the_published_ones(
+    sizes: Any, name: str, gigabytes: dict[int, float]
+) -> None:
     """What the authors measured holds what a framework adds."""
     for groups, published in gigabytes.items():
-        assert 0.97 * published < size_of(name, groups_per_row=groups).num_bytes / 1e9 < published
+        assert 0.97 * published < size_of(sizes, name, groups_per_row=groups).num_bytes / 1e9 < published
 
 
-def test_the_embedded_models_sketch_has_the_bytes_that_were_measured() -> None:
-    size = size_of("smollm2-135m")
+def test_the_embedded_models_sketch_has_the_bytes_that_were_measured(sizes: Any) -> None:
+    size = size_of(sizes, "smollm2-135m")
 
     assert (size.num_entries, size.code_bytes) == (2_488_320, 53_084_160)
     assert round(size.num_bytes / 1e6, 1) == 114.8
     assert size.bits_per_weight == pytest.approx(4.375, abs=0.001)
-    assert size_of("smollm2-135m", bits=3).bits_per_weight == pytest.approx(3.19, abs=0.005)
+    assert size_of(sizes, "smollm2-135m", bits=3).bits_per_weight == pytest.approx(3.19, abs=0.005)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_folder_has_just_the_bytes_of_the_formula(family: str, bits: int, tmp_path: Path) -> None:
-    size = sketch_size(on_meta(tiny_model(family).config), bits=bits, groups_per_row=2, keep=["lm_head"])
+def test_a_folder_has_just_the_bytes_of_the_formula(sizes: Any, family: str, bits: int, tmp_path: Path) -> None:
+    size = sizes.sketch_size(on_meta(tiny_model(family).config), bits=bits, groups_per_row=2, keep=["lm_head"])
 
     for dtype in (torch.float32, torch.bfloat16):
         tiny_sketch(family, bits=bits, groups_per_row=2, dtype=dtype).save_pretrained(tmp_path / str(dtype))
@@ -148,20 +157,20 @@ def bytes_in(folder: Path) -> tuple[int, int, int]:
     return sums["codes"], sums["tables"], sums[""]
 
 
-def test_layers_that_are_kept_stay_dense() -> None:
+def test_layers_that_are_kept_stay_dense(sizes: Any) -> None:
     model = on_meta(LlamaConfig(**SHAPES["smollm2-135m"]))
     kept = [name for name in dense_layers(model) if name == "lm_head" or ".layers.0." in name]
 
-    all_of_it = sketch_size(model, bits=4, groups_per_row=1, keep=["lm_head"])
-    part = sketch_size(model, bits=4, groups_per_row=1, keep=kept)
+    all_of_it = sizes.sketch_size(model, bits=4, groups_per_row=1, keep=["lm_head"])
+    part = sizes.sketch_size(model, bits=4, groups_per_row=1, keep=kept)
 
     assert part.num_weights * 30 == all_of_it.num_weights * 29
     assert part.num_weights + part.num_dense == all_of_it.num_weights + all_of_it.num_dense == 134_515_008
-    assert sketch_size(model, bits=4, groups_per_row=1, keep=dense_layers(model)).bits_per_weight == 0
+    assert sizes.sketch_size(model, bits=4, groups_per_row=1, keep=dense_layers(model)).bits_per_weight == 0
 
 
-def test_what_cannot_be_sketched_has_no_size() -> None:
+def test_what_cannot_be_sketched_has_no_size(sizes: Any) -> None:
     with pytest.raises(ConfigError, match=r"the width of 'model.layers.0.self_attn.q_proj' must be a multiple of .*=5"):
-        size_of("smollm2-135m", groups_per_row=5)
+        size_of(sizes, "smollm2-135m", groups_per_row=5)
     with pytest.raises(ConfigError, match=r"bits must be 2, 3 or 4, got 5"):
-        size_of("smollm2-135m", bits=5)
+        size_of(sizes, "smollm2-135m", bits=5)

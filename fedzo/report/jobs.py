@@ -1,0 +1,168 @@
+"""The jobs of a sweep, or runs that were started one by one: what each has found, and whether that can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedzo.errors import RunFolderError
+from fedzo.fl.config import BestBy
+from fedzo.records.decode import parse_json
+from fedzo.records.folder import CONFIG, OVERRIDES, RUN_FILE, read_file
+from fedzo.records.metrics import CentralScore, Summary
+from fedzo.report.run_data import RunData, load_run, read_overrides
+
+SEED = "seed"
+"""The key of the run seed."""
+_SETTINGS_OF_DEV_ROWS = (
+    ("task", "candidates"),
+    ("task", "answer"),
+    ("data", "path"),
+    ("split", "seed"),
+    ("split", "num_dev"),
+    ("split", "num_test"),
+)
+"""Which rows are the dev rows, and what is asked of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One job of a sweep; ``run`` is None where it left no run that can be read."""
+
+    name: str
+    settings: dict[str, str]
+    run: RunData | None
+    problem: str = ""
+
+    @property
+    def state(self) -> str:
+        """``finished``, ``not finished`` or ``failed``."""
+        if self.run is None:
+            return "failed"
+        return "finished" if self.run.summary else "not finished"
+
+    @property
+    def summary(self) -> Summary | None:
+        """How the run ended; None while it has not."""
+        return self.run.summary if self.run else None
+
+    @property
+    def seed(self) -> str:
+        """The run seed; empty where it is not known."""
+        recorded = None if self.run is None else self.run.setting(SEED)
+        return self.settings.get(SEED, "") if recorded is None else str(recorded)
+
+    def scores(self, split: str) -> tuple[CentralScore, CentralScore] | None:
+        """The first evaluator's score of a finished run on these rows before it, and that of its best round."""
+        if self.run is None or self.summary is None:
+            return None
+        dev = {score.round: score for score in self.run.first.dev}
+        before, after = self.run.first.test if split == "test" else (dev.get(0), dev.get(self.summary.best_round))
+        return (before, after) if before and after else None
+
+    def in_words(self, keys: Sequence[str]) -> str:
+        """Its values of these keys."""
+        return ", ".join(self.settings.get(key, "-") for key in keys) or self.name
+
+
+def jobs_of_sweep(sweep_dir: Path) -> list[Job]:
+    """The jobs in a sweep's folder, in order."""
+    return [_job(folder, folder.relative_to(sweep_dir).as_posix()) for folder in _job_folders(sweep_dir)]
+
+
+def jobs_of_runs(runs: Sequence[Path]) -> list[Job]:
+    """A job for each run folder, and those of each folder of a sweep; equal names have their parents' before them."""
+    folders = [folder for run in runs for folder in _folders_of(run)]
+    names = [folder.name for folder in folders]
+    jobs = []
+    for folder in folders:
+        whole = folder.absolute()
+        jobs.append(_job(folder, folder.name if names.count(folder.name) == 1 else f"{whole.parent.name}/{whole.name}"))
+    return jobs
+
+
+def _folders_of(run: Path) -> list[Path]:
+    """The run's own folder, or where it is a sweep's, those of its jobs."""
+    if (run / CONFIG).exists():
+        return [run]
+    return _job_folders(run) or [run]
+
+
+def _job_folders(sweep_dir: Path) -> list[Path]:
+    """In a sweep's folder, or deeper by ``hydra.sweep.subdir``; there Hydra may keep overrides of its own, too."""
+    found = {path.parent for path in sweep_dir.glob(f"*/{OVERRIDES}")}
+    found |= {path.parent for path in sweep_dir.glob(f"*/**/{OVERRIDES}") if (path.parent / CONFIG).exists()}
+    return sorted(found, key=_place)
+
+
+def _place(folder: Path) -> tuple[bool, int, str]:
+    """Jobs by their numbers, with which the names of their folders begin."""
+    number = folder.name.partition("_")[0]
+    return not number.isdecimal(), int(number) if number.isdecimal() else 0, folder.as_posix()
+
+
+def _job(folder: Path, name: str) -> Job:
+    settings: dict[str, str] = {}
+    try:
+        settings = dict(override.partition("=")[::2] for override in read_overrides(folder))
+        return Job(name, settings, load_run(folder))
+    except RunFolderError as error:
+        return Job(name, settings, None, str(error))
+
+
+def varied(jobs: Sequence[Job]) -> list[str]:
+    """Keys whose values differ between jobs, or that only some jobs set."""
+    keys = dict.fromkeys(key for job in jobs for key in job.settings)
+    return [key for key in keys if len({job.settings.get(key) for job in jobs}) > 1]
+
+
+def best_by(jobs: Sequence[Job]) -> BestBy:
+    """What jobs are ordered by: the dev value where all of them chose their best round by it, else the dev loss."""
+    told = [job.run.setting("evaluation", "best_by") for job in jobs if job.run]
+    return BestBy.value if told and all(by == BestBy.value for by in told) else BestBy.loss
+
+
+def dev_number(score: CentralScore, by: BestBy) -> float | None:
+    """What a dev score is judged by: its loss, or its value."""
+    return score.loss if by is BestBy.loss else score.value
+
+
+def are_alike(jobs: Sequence[Job]) -> bool:
+    """Whether all scores are of one task, evaluator and measure."""
+    return len({kind for job in jobs if (kind := _kind(job))}) <= 1
+
+
+def are_ordered(jobs: Sequence[Job], by: BestBy) -> bool:
+    """Whether what the jobs are ordered by is of the same dev rows and kind: on others, a lower loss is no better."""
+    return len({kind for job in jobs if (kind := _kind_of_dev(job, by))}) <= 1
+
+
+def _kind(job: Job) -> tuple[object, ...] | None:
+    """What its scores are of; None without scores."""
+    if job.run is None or (scores := job.scores("test") or job.scores("dev")) is None:
+        return None
+    return job.run.setting("task", "name"), job.run.first.evaluator, scores[1].metric
+
+
+def _kind_of_dev(job: Job, by: BestBy) -> str | None:
+    """What its dev loss or dev value is of; None without one."""
+    if job.run is None or (dev := job.scores("dev")) is None or dev_number(dev[1], by) is None:
+        return None
+    settings = [job.run.setting(*path) for path in _SETTINGS_OF_DEV_ROWS]
+    is_per_token = dev[1].lower_is_better  # such as a perplexity
+    if by is BestBy.loss:
+        loss = job.run.setting("task", "loss")
+        settings.append(loss)
+        is_per_token = loss == "lm"
+    return repr([*settings, dev[1].num_examples, _tokenizer(job.run) if is_per_token else None])
+
+
+def _tokenizer(run: RunData) -> object:
+    """Whose tokens a score per token is of: the digest that the peers agreed on, else the model's name."""
+    try:
+        text = read_file(run.run_dir, RUN_FILE)
+        agreed = parse_json(text, where=str(run.run_dir / RUN_FILE), error=RunFolderError)
+        return agreed["base"]["tokenizer_digest"]
+    except (OSError, KeyError, TypeError):
+        return run.setting("model", "name")

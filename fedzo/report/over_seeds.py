@@ -1,0 +1,125 @@
+"""Jobs that differ in the run seed alone are one group: its means over seeds, and the best of the groups.
+
+The best of all jobs would be the luckiest pair of a setting and a seed.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedzo.fl.config import BestBy
+from fedzo.records.metrics import CentralScore
+from fedzo.report.format import interval, mean_text, score_text
+from fedzo.report.jobs import SEED, Job, dev_number
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Finished jobs of the same settings, one a seed.
+
+    Attributes:
+        name: The settings, in words.
+        settings: Values of the varied keys but the seed; a key that is not set has an empty one.
+        jobs: One a seed.
+    """
+
+    name: str
+    settings: tuple[str, ...]
+    jobs: tuple[Job, ...]
+
+    def scores(self, split: str) -> list[CentralScore]:
+        """The score of each job at its best round; empty where a job has none, or one by another measure."""
+        found = [pair[1] for job in self.jobs if (pair := job.scores(split))]
+        is_whole = len(found) == len(self.jobs) and len({score.metric for score in found}) == 1
+        return found if is_whole else []
+
+    def dev_mean(self, by: BestBy) -> float | None:
+        """Mean of what the jobs are ordered by; None where a job has none."""
+        numbers = [dev_number(score, by) for score in self.scores("dev")]
+        known = [number for number in numbers if number is not None]
+        return statistics.fmean(known) if known and len(known) == len(numbers) else None
+
+
+def groups_of(jobs: Sequence[Job], keys: Sequence[str]) -> list[Group]:
+    """Finished jobs by all that varies but the seed; each job on its own where no group would have two seeds.
+
+    Of jobs with the same settings and the same seed, the last stands for all.
+    """
+    done = [job for job in jobs if job.summary]
+    kept = _without_seed(keys)
+    found: dict[tuple[str | None, ...], dict[str, Job]] = {}
+    for job in done:
+        found.setdefault(tuple(job.settings.get(key) for key in kept), {})[job.seed] = job
+    if all(len(by_seed) == 1 for by_seed in found.values()):
+        return [Group(job.in_words(keys), (), (job,)) for job in done]
+    return [
+        Group(
+            name=", ".join("-" if value is None else value for value in values) or "all jobs",
+            settings=tuple(value or "" for value in values),
+            jobs=tuple(by_seed.values()),
+        )
+        for values, by_seed in found.items()
+    ]
+
+
+def most_seeds(groups: Sequence[Group]) -> int:
+    """Seeds of the largest group."""
+    return max((len(group.jobs) for group in groups), default=0)
+
+
+def seeds_table(groups: Sequence[Group], keys: Sequence[str], by: BestBy) -> list[list[str]]:
+    """A header and a row for each group; empty where no group has two seeds."""
+    if most_seeds(groups) < 2:
+        return []
+    rows = [[*_without_seed(keys), "seeds", f"mean dev {by}", "mean test"]]
+    for group in groups:
+        mean, dev, test = group.dev_mean(by), group.scores("dev"), group.scores("test")
+        row = [*group.settings, str(len(group.jobs))]
+        row.append("" if mean is None else _dev_text(dev[0], mean, by))
+        row.append(mean_text(test[0].metric, *interval([score.value for score in test])) if test else "")
+        rows.append(row)
+    return rows
+
+
+def best_group(groups: Sequence[Group], by: BestBy) -> str:
+    """The group of the best mean dev score; empty where fewer than two have one.
+
+    Groups of fewer seeds than the largest do not take part: the fewer the seeds, the luckier a mean can be.
+    """
+    most = most_seeds(groups)
+    largest = [group for group in groups if len(group.jobs) == most]
+    means = [(value, group) for group in largest if (value := group.dev_mean(by)) is not None]
+    if len(means) < 2:
+        return ""
+    score = means[0][1].scores("dev")[0]
+    is_lower = by is BestBy.loss or score.lower_is_better
+    sign = 1 if is_lower else -1
+    mean, best = min(means, key=lambda entry: sign * entry[0])
+    what = f"dev {by if by is BestBy.loss else score.metric}: {_dev_text(score, mean, by)}"
+    if most > 1:
+        what = f"mean {what} over {most} seeds"
+    return f"{'Lowest' if is_lower else 'Highest'} {what} ({best.name})"
+
+
+def seeds_notes(groups: Sequence[Group], jobs: Sequence[Job], *, are_compared: bool) -> list[str]:
+    """What a reader of the means must know; empty where no group has two seeds."""
+    most = most_seeds(groups)
+    if most < 2:
+        return []
+    notes = ["Over seeds: +- is the half width of the 95 % interval of the mean over run seeds, by Student's t."]
+    fewer = [group.name for group in groups if len(group.jobs) < most]
+    if fewer and are_compared:
+        notes.append(f"Groups of fewer than {most} seeds are not named the best: {'; '.join(fewer)}.")
+    if sum(len(group.jobs) for group in groups) < sum(job.summary is not None for job in jobs):
+        notes.append("Of jobs with the same settings and the same seed, the last stands for all in the means.")
+    return notes
+
+
+def _without_seed(keys: Sequence[str]) -> list[str]:
+    return [key for key in keys if key != SEED]
+
+
+def _dev_text(score: CentralScore, number: float, by: BestBy) -> str:
+    return f"{number:.3f}" if by is BestBy.loss else score_text(score.metric, number)

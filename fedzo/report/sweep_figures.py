@@ -1,0 +1,87 @@
+"""The figures of a sweep: the scores of its jobs, and what these cost in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from matplotlib.ticker import PercentFormatter
+
+from fedzo.records.metrics import CentralScore
+from fedzo.report.format import score_text
+from fedzo.report.jobs import Job
+from fedzo.report.style import (
+    BLUE,
+    MUTED,
+    Picture,
+    bytes_axis,
+    house_style,
+    keep_apart,
+    label_at,
+    new_axes,
+    percent_axis,
+)
+
+
+class _Point(NamedTuple):
+    """A finished job as the figures show it."""
+
+    name: str
+    before: CentralScore
+    after: CentralScore
+    payload_bytes: int
+
+
+def draw_sweep(jobs: Sequence[Job], keys: Sequence[str]) -> list[Picture]:
+    """Draw the test scores of finished jobs of one measure; their dev scores where no job has test rows."""
+    split = "test" if any(job.scores("test") for job in jobs) else "dev"
+    points = [
+        _Point(job.in_words(keys), *scores, job.summary.payload_up_bytes)
+        for job in jobs
+        if job.summary and (scores := job.scores(split))
+    ]
+    if not points:
+        return []
+    with house_style():
+        pictures = [_before_after(points, keys)]
+        if len({point.payload_bytes for point in points}) > 1:
+            pictures.append(_score_by_bytes(points))
+    return pictures
+
+
+def _before_after(points: Sequence[_Point], keys: Sequence[str]) -> Picture:
+    figure, axes = new_axes(height=0.9 + 0.32 * len(points))
+    split, metric = points[0].before.split, points[0].before.metric
+    for row, point in enumerate(reversed(points)):
+        ends, label = (point.before.value, point.after.value), score_text(metric, point.after.value)
+        axes.plot(ends, [row, row], color=MUTED, linewidth=1)
+        axes.plot(ends[:1], [row], "o", color=MUTED, markersize=4)
+        axes.plot(ends[1:], [row], "o", color=BLUE, markersize=7)
+        axes.annotate(label, (ends[1], row), xytext=(0, 7), textcoords="offset points", ha="center")
+    axes.set_yticks(range(len(points)), [point.name for point in reversed(points)])
+    axes.set_ylim(-0.6, len(points) - 0.2)
+    axes.set_xlabel(f"{split} {metric}")
+    if metric == "accuracy":
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.grid(visible=True, axis="x")
+    axes.grid(visible=False, axis="y")
+    caption = f"Grey: before training; blue: after. Jobs by {', '.join(keys) or 'folder'}."
+    return Picture("sweep", f"{split.capitalize()} score of every job", caption, figure)
+
+
+def _score_by_bytes(points: Sequence[_Point]) -> Picture:
+    figure, axes = new_axes()
+    for point in points:
+        axes.plot(point.payload_bytes, point.after.value, "o", color=BLUE, markersize=7)
+    split, metric, sent = points[0].after.split, points[0].after.metric, [point.payload_bytes for point in points]
+    if min(sent) > 0 and max(sent) > 20 * min(sent):
+        axes.set_xscale("log")
+        axes.minorticks_off()
+    bytes_axis(axes.xaxis)
+    axes.set_xlabel("payload up, all clients")
+    axes.set_ylabel(f"{split} {metric}")
+    percent_axis(axes, metric)
+    keep_apart(figure, [label_at(axes, point.payload_bytes, point.after.value, point.name) for point in points])
+    title = f"{split.capitalize()} score against payload sent"
+    caption = "Up and to the left is better. The set-up of clients is no part of the payload."
+    return Picture("bytes", title, caption, figure)
