@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from fedzo.commands.run_folder import read_run, rebuild
-from fedzo.config.plugins import plugin_name
+from fedzo.config.plugins import option_of
 from fedzo.config.travel import config_hash
+from fedzo.data.chat import chat_end, encode_instructions
+from fedzo.data.config import TaskKind
 from fedzo.data.encode import encode_prompts
 from fedzo.data.kept_digests import KEPT_ROWS, KeptDigests
 from fedzo.errors import ConfigError, RunFolderError
@@ -17,7 +19,7 @@ from fedzo.fl.log_store import RunLog
 from fedzo.models.checks import check_ids
 from fedzo.models.generate import generate
 from fedzo.models.loaded import LoadedModel
-from fedzo.models.saved import whole_folder
+from fedzo.models.saved import save_model, whole_folder
 from fedzo.models.sketched.folder import write_sketch
 from fedzo.models.sketched.layers import make_dense
 from fedzo.models.sketched.table_file import write_tables
@@ -81,7 +83,7 @@ def export_run(run_dir: Path, out: Path, *, rounds: int | None = None, form: str
     if form is not Form.model and (save is not None or not loaded.is_sketch):
         raise ConfigError(
             f"--{form} must be given for a run that trained the tables of a sketch, got {str(run_dir)!r} with "
-            f"trainer={plugin_name('trainer', rebuilt.process.peer.config.trainer)}. Leave it out."
+            f"{option_of(rebuilt.process.peer.config, 'trainer')}. Leave it out."
         )
     if form is Form.tables:
         write_tables(out, tables_of(loaded.model), base_digest=loaded.base_digest)
@@ -106,9 +108,7 @@ def _save_model(loaded: LoadedModel, folder: Path) -> None:
     if loaded.is_sketch:
         write_sketch(loaded.model, loaded.tokenizer, None, {}, folder, source_digest=loaded.base_digest)
         return
-    model: Any = loaded.model
-    model.save_pretrained(folder)
-    loaded.tokenizer.save_pretrained(folder)
+    save_model(loaded.model, loaded.tokenizer, folder)
 
 
 def evaluate_run(run_dir: Path, *, split: str) -> dict[str, Any]:
@@ -133,9 +133,16 @@ def evaluate_run(run_dir: Path, *, split: str) -> dict[str, Any]:
 
 
 def generate_run(run_dir: Path, prompts: list[str], *, max_new_tokens: int) -> list[str]:
-    """Greedy continuations by the run's model (its best round)."""
+    """Greedy continuations by the run's model (its best round); of an instruction run, answers to a chat's user."""
     peer = rebuild(run_dir).process.peer
-    ids = encode_prompts(prompts, peer.loaded.tokenizer)
+    tokenizer, is_chat = peer.loaded.tokenizer, peer.config.task.kind is TaskKind.instruction
+    ids = encode_instructions(prompts, tokenizer) if is_chat else encode_prompts(prompts, tokenizer)
     for number, tokens in enumerate(ids):
         check_ids(peer.loaded.model, tokens, where=f"prompt {number}")
-    return generate(peer.loaded, ids, max_new_tokens=max_new_tokens, tokens_per_batch=peer.site.model.tokens_per_batch)
+    return generate(
+        peer.loaded,
+        ids,
+        max_new_tokens=max_new_tokens,
+        tokens_per_batch=peer.site.model.tokens_per_batch,
+        ends=chat_end(tokenizer) if is_chat else set(),
+    )

@@ -8,19 +8,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from fedzo.data.chat import chat_opening, chat_texts
 from fedzo.data.config import TaskConfig, TaskKind
 from fedzo.data.files import Row
 from fedzo.data.tasks import Rendered, render
 from fedzo.errors import ConfigError
 
 _FORMAT = "fedzo-prompt/1"  # change it when rendering or preparations change, so that old and new sites do not mix
-_TODAY = "26 Jul 2024"  # what Llama's templates write where nobody tells them the day
-_SAME_DAY = f"{{% macro strftime_now(format) %}}{_TODAY}{{% endmacro %}}\n"
-"""Hides the ``strftime_now`` of transformers. Its newline is dropped, so the template behind it renders as before."""
+_CHAT_FORMAT = "fedzo-prompt/2"  # the same for kind=instruction
 _SAMPLE = "a"  # a text on which is seen what the tokenizer puts before and after one
+_BLOCK_ROWS = 1024  # tokenised at once: what a tokenizer holds of a text takes far more room than its tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,7 @@ class Example:
             all of it fits ``task.max_length``.
         written_from: Token ids of the prompt from which a model writes an answer of its own, where they are others than
             ``prompt``: that one is cut by the length of the right answer.
+        one_token: Whether each answer is a single token, so that one forward of the prompt serves them all.
     """
 
     prompt: tuple[int, ...]
@@ -45,11 +46,10 @@ class Example:
     reference: str = ""
     cut: bool = False
     written_from: tuple[int, ...] = ()
+    one_token: bool = field(init=False, compare=False, repr=False)
 
-    @property
-    def one_token(self) -> bool:
-        """Whether each answer is a single token, so that one forward of the prompt serves them all."""
-        return all(len(candidate) == 1 for candidate in self.candidates)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "one_token", all(len(candidate) == 1 for candidate in self.candidates))
 
     @property
     def generation_prompt(self) -> tuple[int, ...]:
@@ -78,9 +78,10 @@ def encode(rows: Sequence[Row], task: TaskConfig, *, tokenizer: Tokenizer, max_l
 
     The answer's tokens are those after the prompt's; where a token spans the border, the parting moves left to the
     longest prefix that the prompt and all candidates share, so that each answer has a token. An ``instruction`` goes
-    through the tokenizer's chat template. A longer prompt loses its beginning, but not its BOS token; a longer
-    reference answer loses its end, so that half of ``max_length`` is left for the prompt. ``Example.cut`` tells. The
-    prompt that an answer is written from has room for ``task.max_new_tokens`` behind it, by the same rule.
+    through the tokenizer's chat template. A longer prompt loses its beginning, but not its BOS token, nor what the chat
+    template writes before it; a longer reference answer loses its end, so that half of ``max_length`` is left for the
+    prompt. ``Example.cut`` tells. The prompt that an answer is written from has room for ``task.max_new_tokens`` behind
+    it, by the same rule.
 
     Args:
         rows: The rows.
@@ -92,14 +93,27 @@ def encode(rows: Sequence[Row], task: TaskConfig, *, tokenizer: Tokenizer, max_l
     Raises:
         ConfigError: A row does not fit the task, candidates do not fit ``max_length``, or there is no chat template.
     """
-    rendered = [_render(number, row, task) for number, row in enumerate(rows)]
-    texts, add_special_tokens = _texts(rendered, task, tokenizer)
-    ids = _ids(texts, tokenizer, add_special_tokens=add_special_tokens)
-    bos = tokenizer.bos_token_id
+    examples: list[Example] = []
+    for first in range(0, max(1, len(rows)), _BLOCK_ROWS):  # a tokenizer that cannot serve is refused without rows, too
+        block = rows[first : first + _BLOCK_ROWS]
+        examples += _encode_block(block, task, tokenizer=tokenizer, max_length=max_length, first=first)
+    return examples
+
+
+def _encode_block(
+    rows: Sequence[Row], task: TaskConfig, *, tokenizer: Tokenizer, max_length: int, first: int
+) -> list[Example]:
+    """As ``encode``; ``first`` is the number of the first row."""
+    rendered = [_render(number, row, task) for number, row in enumerate(rows, first)]
+    texts, add_special_tokens = _texts(rendered, task, tokenizer, first=first)
+    ids = _ids(texts, tokenizer, add_special_tokens=add_special_tokens, first=first)
+    begin: tuple[int, ...] = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
+    if rows and task.kind is TaskKind.instruction:
+        begin = chat_opening(tokenizer)
     is_written = task.kind is not TaskKind.candidates
     room_to_write = max(max_length - task.max_new_tokens, max_length // 2)
     examples, start = [], 0
-    for number, (group, row) in enumerate(zip(texts, rendered, strict=True)):
+    for number, (group, row) in enumerate(zip(texts, rendered, strict=True), first):
         prompt, *joint = (tuple(tokens) for tokens in ids[start : start + len(group)])
         start += len(group)
         cut = min(_common(prompt, joint), min(map(len, joint)) - 1)
@@ -111,13 +125,13 @@ def encode(rows: Sequence[Row], task: TaskConfig, *, tokenizer: Tokenizer, max_l
         if is_written:
             room = max(max_length - cut, max_length // 2)
             whole, answers = answers, tuple(answer[:room] for answer in answers)
-        head = _shortened(prompt[:cut], max_length - max(map(len, answers)), bos=bos)
+        head = _shortened(prompt[:cut], max_length - max(map(len, answers)), begin=begin)
         if not head:
             raise ConfigError(
                 f"row {number}: the longest candidate has {max(map(len, answers))} tokens and task.max_length is "
                 f"{max_length}, no room is left for the prompt. Raise task.max_length or shorten the candidates."
             )
-        asked = _shortened(prompt[:cut], room_to_write, bos=bos) if is_written else head
+        asked = _shortened(prompt[:cut], room_to_write, begin=begin) if is_written else head
         is_cut = len(head) < cut or answers != whole or (is_written and len(asked) < cut)
         examples.append(Example(head, answers, row.label, row.reference, is_cut, () if asked == head else asked))
     return examples
@@ -147,8 +161,9 @@ def encode_prompts(texts: Sequence[str], tokenizer: Tokenizer) -> list[tuple[int
 
 def task_digest(task: TaskConfig) -> str:
     """SHA-256 (hex) of all that defines prompts, answers and labels; sites with the same digest read a row alike."""
+    form = _CHAT_FORMAT if task.kind is TaskKind.instruction else _FORMAT
     fields = (task.kind, task.template, task.candidates, task.label, task.labels, task.answer, task.prepare)
-    return hashlib.sha256(json.dumps([_FORMAT, *fields], ensure_ascii=True).encode("ascii")).hexdigest()
+    return hashlib.sha256(json.dumps([form, *fields], ensure_ascii=True).encode("ascii")).hexdigest()
 
 
 def _render(number: int, row: Row, task: TaskConfig) -> Rendered:
@@ -158,7 +173,9 @@ def _render(number: int, row: Row, task: TaskConfig) -> Rendered:
         raise ConfigError(f"row {number}: {error}") from error
 
 
-def _texts(rendered: list[Rendered], task: TaskConfig, tokenizer: Tokenizer) -> tuple[list[list[str]], bool]:
+def _texts(
+    rendered: list[Rendered], task: TaskConfig, tokenizer: Tokenizer, *, first: int
+) -> tuple[list[list[str]], bool]:
     """Of each row the prompt, then the prompt with each answer; and whether special tokens are to be added."""
     if task.kind is not TaskKind.instruction:
         return [[row.prompt, *(row.prompt + answer for answer in row.answers)] for row in rendered], True
@@ -168,15 +185,15 @@ def _texts(rendered: list[Rendered], task: TaskConfig, tokenizer: Tokenizer) -> 
             "Choose an instruction-tuned model, or task.kind=generation with a template of your own."
         )
     texts = []
-    for number, row in enumerate(rendered):
+    for number, row in enumerate(rendered, first):
         try:
-            texts.append(_chat(row, tokenizer))
+            texts.append(chat_texts(row.prompt, row.answers[0], tokenizer))
         except Exception as error:  # whatever the template's own code raises
             raise _unencodable(number, row.prompt, "chat template", error) from error
     return texts, False  # a chat template writes its special tokens itself
 
 
-def _ids(texts: list[list[str]], tokenizer: Tokenizer, *, add_special_tokens: bool) -> list[list[int]]:
+def _ids(texts: list[list[str]], tokenizer: Tokenizer, *, add_special_tokens: bool, first: int) -> list[list[int]]:
     """Token ids of all texts, one after another."""
     flat = [text for group in texts for text in group]
     if not flat:
@@ -184,7 +201,7 @@ def _ids(texts: list[list[str]], tokenizer: Tokenizer, *, add_special_tokens: bo
     try:
         ids: list[list[int]] = tokenizer(flat, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
     except Exception as error:  # each tokenizer has errors of its own; whose text is it?
-        for number, group in enumerate(texts):
+        for number, group in enumerate(texts, first):
             try:
                 tokenizer(group, add_special_tokens=add_special_tokens, verbose=False)
             except Exception as own:
@@ -202,15 +219,6 @@ def _unencodable(number: int, text: str, what: str, error: Exception) -> ConfigE
     )
 
 
-def _chat(row: Rendered, tokenizer: Tokenizer) -> list[str]:
-    asked = [{"role": "user", "content": row.prompt}]
-    answered = [*asked, {"role": "assistant", "content": row.answers[0]}]
-    return [
-        apply_chat_template(tokenizer, asked, tokenize=False, add_generation_prompt=True),
-        apply_chat_template(tokenizer, answered, tokenize=False, add_generation_prompt=False),
-    ]
-
-
 def _common(prompt: tuple[int, ...], others: Sequence[tuple[int, ...]]) -> int:
     """Length of the longest prefix that all share."""
     for at, tokens in enumerate(zip(prompt, *others, strict=False)):
@@ -219,30 +227,11 @@ def _common(prompt: tuple[int, ...], others: Sequence[tuple[int, ...]]) -> int:
     return min(len(prompt), *(len(other) for other in others))
 
 
-def _shortened(prompt: tuple[int, ...], room: int, *, bos: int | None) -> tuple[int, ...]:
-    """The last ``room`` tokens, of which the first is the BOS token if the prompt begins with it."""
+def _shortened(prompt: tuple[int, ...], room: int, *, begin: tuple[int, ...]) -> tuple[int, ...]:
+    """The last ``room`` tokens, of which the first are those of ``begin`` that the prompt begins with, half at most."""
     if len(prompt) <= room:
         return prompt
     if room < 1:
         return ()
-    if prompt[0] == bos and room > 1:
-        return (prompt[0], *prompt[len(prompt) - room + 1 :])
-    return prompt[len(prompt) - room :]
-
-
-def apply_chat_template(tokenizer: Any, conversation: Sequence[dict[str, str]], **arguments: Any) -> Any:
-    """As the tokenizer's own, but a template that asks for today's date gets the same date on every day.
-
-    With the real date a resumed run, another site and a later evaluation would read other prompts than the run did.
-
-    Args:
-        tokenizer: A transformers tokenizer with a chat template.
-        conversation: Messages with ``role`` and ``content``.
-        arguments: Further ones of the tokenizer's ``apply_chat_template``.
-    """
-    template = tokenizer.chat_template
-    if isinstance(template, dict):  # by name; transformers takes this one
-        template = template.get("default", "")
-    if "strftime_now" in template:
-        arguments["chat_template"] = _SAME_DAY + template
-    return tokenizer.apply_chat_template(conversation, **arguments)
+    kept = min(_common(prompt, [begin]), room // 2)
+    return (*prompt[:kept], *prompt[len(prompt) - room + kept :])

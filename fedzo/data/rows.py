@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from fedzo.data.config import DataConfig, SplitConfig, TaskConfig, TaskKind
 from fedzo.data.files import Row, refuse_marked
@@ -138,12 +141,16 @@ def batch_rows(*, run_seed: int, client: int, used: int, batch_size: int, num_ro
     permutation is drawn from the client's own stream, so no two clients share an order.
     """
     first = used * batch_size
-    orders: dict[int, list[int]] = {}
     rows = []
     for at in range(first, first + batch_size):
         epoch, offset = divmod(at, num_rows)
-        if epoch not in orders:
-            key = stream_key(run_seed, round=epoch, owner=client)
-            orders[epoch] = permutation(key, num_rows, purpose=PURPOSE_DATA).tolist()
-        rows.append(orders[epoch][offset])
+        rows.append(int(_order(run_seed, client, epoch, num_rows)[offset]))
     return rows
+
+
+@lru_cache(maxsize=64)  # of many rows, drawing it takes longer than a step
+def _order(run_seed: int, client: int, epoch: int, num_rows: int) -> npt.NDArray[np.int64]:
+    """In which order a client's rows are read in one epoch."""
+    order = permutation(stream_key(run_seed, round=epoch, owner=client), num_rows, purpose=PURPOSE_DATA)
+    order.setflags(write=False)
+    return order

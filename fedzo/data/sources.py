@@ -13,12 +13,10 @@ from pathlib import Path
 
 from fedzo.data.config import DataConfig, SplitConfig, TaskConfig
 from fedzo.data.embedded import rotten_tomatoes
-from fedzo.data.files import SUFFIXES, Located, Row, read_located, read_rows, refuse_marked
+from fedzo.data.files import SUFFIXES, Located, Row, read_located, refuse_marked
 from fedzo.data.tasks import has_answer, render
 from fedzo.errors import ConfigError
 from fedzo.zo.directions import PURPOSE_SPLIT, permutation, stream_key
-
-__all__ = ["EMBEDDED", "Row", "Splits", "load_splits", "read_rows"]
 
 logger = logging.getLogger(__name__)
 

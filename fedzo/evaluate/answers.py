@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from fedzo.data.chat import after_thought, chat_end
 from fedzo.data.config import Loss, TaskConfig, TaskKind
 from fedzo.data.encode import Example
 from fedzo.evaluate.base import EVALUATORS, EvaluatorConfig, Measure
@@ -76,11 +77,15 @@ class Answers:
             [example.generation_prompt for example in examples],
             max_new_tokens=task.max_new_tokens,
             tokens_per_batch=tokens_per_batch,
+            ends=set() if written else chat_end(loaded.tokenizer),
             stop_at_newline=written,
             on_batch=on_batch,
         )
         judge = token_f1 if written else rouge_l
-        values = [judge(answer, example.reference) for answer, example in zip(answers, examples, strict=True)]
+        values = [
+            judge(after_thought(answer), after_thought(example.reference))
+            for answer, example in zip(answers, examples, strict=True)
+        ]
         cost = forward_cost(loaded.device)
         loss = mean_loss(loaded, examples, loss=Loss.lm, tokens_per_batch=tokens_per_batch, forward_cost_tokens=cost)
         return self.measure(task).score(float(np.mean(values)), loss=loss, num_examples=len(examples))

@@ -3,9 +3,9 @@
 The rule is that of SensZOQ's code (arXiv 2406.02913), by name: ``weight`` is in it and none of the words of norms,
 embeddings and the head. So the router of a mixture of experts (``mlp.gate.weight``) is eligible, as it is there.
 
-Deviations: vectors are never eligible; fused expert tensors, whose names lack ``weight``, are; what an ``nn.Embedding``
-or the model's output head owns is not, whatever its name; a shared weight counts once, and not at all if an embedding
-shares it.
+Deviations: these words are looked for in the last three parts of a name only; vectors are never eligible; fused
+expert tensors, whose names lack ``weight``, are; what an ``nn.Embedding`` or the model's output head owns is not,
+whatever its name; a shared weight counts once, and not at all if an embedding shares it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def _is_projection(name: str, parameter: nn.Parameter) -> bool:
 
 
 def _has_excluded_word(name: str) -> bool:
-    return any(word in name.lower() for word in _EXCLUDED)
+    """Looks at the parameter, its module and what that is in; farther out, DBRX names a whole attention after norms."""
+    near = ".".join(name.lower().split(".")[-3:])
+    return any(word in near for word in _EXCLUDED)
 
 
 def _barred(model: nn.Module) -> set[Hashable]:

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from fedzo.errors import ConfigError
 from fedzo.models.blocks import upper_blocks
 from fedzo.models.loaded import LoadedModel
-from fedzo.models.virtual_tokens import are_seen, attach, detach, num_virtual_tokens, paused
+from fedzo.models.virtual_tokens import attach, detach, misfit, num_virtual_tokens, paused
 
 Names = tuple[str, ...]
 _FUSED: tuple[Names, ...] = (("c_attn",), ("query_key_value",), ("qkv_proj",), ("Wqkv",))
@@ -66,32 +66,36 @@ def find_layers(model: nn.Module, wanted: Sequence[str], *, known: Iterable[Name
     )
 
 
-def layers_from(model: nn.Module, first_layer: int, names: Sequence[str], *, key: str) -> list[str]:
+def layers_from(model: nn.Module, first_layer: int, names: Sequence[str], *, named: bool, key: str) -> list[str]:
     """The layers that ``names`` are ends of in the blocks from ``first_layer`` on, by full names; from 0 as they are.
 
+    Args:
+        model: A causal language model.
+        first_layer: The first of the blocks.
+        names: Ends of names.
+        named: Whether the user names them: then each must be of a layer there.
+        key: The setting to name in an error.
+
     Raises:
-        ConfigError: The model has no such block, or none of these layers is in one.
+        ConfigError: The model has no such block, or none there has a layer that the user names.
     """
     if first_layer == 0 or not names:
         return list(names)
     prefix, blocks = upper_blocks(model, first_layer)
     starts = tuple(f"{prefix}.{index}." for index in range(first_layer, first_layer + len(blocks)))
-    ends = tuple(f".{name}" for name in names)
-    layers = [name for name, _ in _base_modules(model) if name.startswith(starts) and f".{name}".endswith(ends)]
-    if not layers:
+    upper = [name for name, _ in _base_modules(model) if name.startswith(starts)]
+    layers = [layer for layer in upper if _is_named(layer, names)]
+    if named and (lost := [name for name in names if not any(_is_named(layer, [name]) for layer in layers)]):
         raise ConfigError(
-            f"{key} must name layers in the blocks from trainer.first_layer={first_layer} on, got none. Lower "
-            "trainer.first_layer, or name layers of these blocks."
+            f"{key} must name layers in the blocks from trainer.first_layer={first_layer} on, which have no "
+            f"{', '.join(lost)}. Lower trainer.first_layer, or name layers of these blocks."
         )
     return layers
 
 
 def are_transposed(model: nn.Module, names: Sequence[str]) -> bool:
     """Whether these layers store their weights as [in, out] (GPT-2's Conv1D), which PEFT must be told."""
-    return any(
-        isinstance(module, Conv1D) and f".{layer}".endswith(tuple(f".{name}" for name in names))
-        for layer, module in _base_modules(model)
-    )
+    return any(isinstance(module, Conv1D) and _is_named(layer, names) for layer, module in _base_modules(model))
 
 
 def inject(loaded: LoadedModel, config: PeftConfig) -> PeftModel:
@@ -108,21 +112,25 @@ def inject(loaded: LoadedModel, config: PeftConfig) -> PeftModel:
         ConfigError: PEFT has no such adapter for this model, or the model would not read it.
     """
     remove(loaded.model)
+    targets = cast(Iterable[str], getattr(config, "target_modules", None) or ())
+    asked = {name for name, _ in loaded.model.named_modules() if _is_named(name, targets)}  # before PEFT changes it
     devices = [loaded.device] if loaded.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # by PEFT
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)  # see below
         try:
             peft_model = cast(PeftModel, get_peft_model(loaded.model, config, revision=loaded.revision))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise _unsuitable(loaded, config, " ".join(str(error).split())[:300]) from error
+    _check_layers(loaded.model, asked)
     for _, parameter in trained_parameters(peft_model):
         parameter.data = parameter.data.float()
     if config.is_prompt_learning:
         attach(loaded.model, peft_model)
     peft_model.eval()
-    if config.is_prompt_learning and not are_seen(loaded.model):
+    if config.is_prompt_learning and (reason := misfit(loaded.model)):
         detach(loaded.model)
-        raise _unsuitable(loaded, config, "its layers do not read the virtual tokens")
+        raise _unsuitable(loaded, config, reason)
     return peft_model
 
 
@@ -134,9 +142,12 @@ def trained_parameters(peft_model: PeftModel) -> list[tuple[str, nn.Parameter]]:
 def remove(model: nn.Module) -> None:
     """Take any adapter out of the model: every layer is the base's own again."""
     detach(model)
+    replaced: tuple[str, ...] = ()
     for name, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
+        # PEFT nests the layers that adapt several parameters of one module: the outer one's base is the module itself
+        if isinstance(module, BaseTunerLayer) and not name.startswith(replaced):
             model.set_submodule(name, module.get_base_layer())
+            replaced = (*replaced, f"{name}.")
     if hasattr(model, "peft_config"):
         del model.peft_config
 
@@ -162,6 +173,22 @@ def base_model(model: nn.Module) -> Iterator[None]:
         model.requires_grad_(False)
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+def _check_layers(model: nn.Module, asked: set[str]) -> None:
+    """Refuse what PEFT adapts in place of the layers that were asked for; it is taken out of the model again."""
+    made = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    if asked != made:
+        remove(model)
+        names = ", ".join(sorted({name.rpartition(".")[2] for name in asked - made}))
+        raise ConfigError(
+            f"trainer.target_modules must name layers of a {type(model).__name__} that PEFT adapts as they are, got "
+            f"{names}: PEFT would adapt the fused weights of all experts in their place. Leave them out."
+        )
+
+
+def _is_named(layer: str, names: Iterable[str]) -> bool:
+    return f".{layer}".endswith(tuple(f".{name}" for name in names))
 
 
 def _unsuitable(loaded: LoadedModel, config: PeftConfig, reason: str) -> ConfigError:

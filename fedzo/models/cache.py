@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from fedzo.models.head import mismatch
+from fedzo.models.checks import mismatch, some_ids
 
 logger = logging.getLogger(__name__)
 
@@ -25,15 +25,15 @@ def read_only(cache: Any, *, rows: torch.Tensor | None = None) -> Any:
         rows: int64 [R]: which row of the cache each row of the coming forward goes on from; by default its own.
     """
 
-    def update(layer: Any) -> Any:
+    def update(before: tuple[torch.Tensor, torch.Tensor]) -> Any:
         def joined(keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-            before = (layer.keys, layer.values) if rows is None else (layer.keys[rows], layer.values[rows])
-            return torch.cat([before[0], keys], dim=-2), torch.cat([before[1], values], dim=-2)
+            ours = before if rows is None else (before[0][rows], before[1][rows])
+            return torch.cat([ours[0], keys], dim=-2), torch.cat([ours[1], values], dim=-2)
 
         return joined
 
     for layer in cache.layers:
-        layer.update = update(layer)
+        layer.update = update((layer.keys, layer.values))  # not of the layer, which would then be in a cycle
     return cache
 
 
@@ -89,8 +89,7 @@ def check_cache(model: nn.Module) -> bool:
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     device = next(model.parameters()).device
-    size = cast(Any, model).get_input_embeddings().num_embeddings
-    whole = (torch.arange(22, device=device) * 7 % size).view(2, 11)
+    whole = some_ids(model, 2, 11)
     lengths, owners = torch.tensor([5, 8], device=device), torch.tensor([1, 0, 1], device=device)
     try:
         decoder = cast(Any, model).get_decoder()

@@ -21,11 +21,11 @@ import torch
 from torch._C import DisableTorchFunctionSubclass
 from transformers import masking_utils
 
-from fedzo.models.head import mismatch
+from fedzo.models.checks import mismatch
 from fedzo.models.kept_rows import Output
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.lower_layers import LowerLayers
-from fedzo.models.plan import bucket
+from fedzo.models.plan import bucketed_width
 from fedzo.sketch.linear import scratch_in_use
 from fedzo.zo.perturb import PerturbedWeights, probe_of
 
@@ -259,7 +259,7 @@ class CapturedDecoder:
         self.captures = Captures(self._decoder, new_graph)
 
     def width(self, length: int) -> int:
-        return max(length, min(bucket(length), self._longest))
+        return bucketed_width(length, longest=self._longest)
 
     def __call__(self, *, input_ids: torch.Tensor) -> Hidden:
         if self._lower is None or not self._lower.given:

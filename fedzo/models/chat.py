@@ -10,7 +10,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import LogitsProcessor
 
-from fedzo.data.encode import apply_chat_template
+from fedzo.data.chat import apply_chat_template, chat_end
 from fedzo.data.preprocess.backend import Completion, EndpointError, Request, RowFault, RowReason
 from fedzo.errors import ConfigError, printable
 from fedzo.models.checks import num_positions
@@ -74,7 +74,7 @@ class LocalChat:
         self, model: str, max_tokens: int, prompts: list[list[int]], requests: list[Request]
     ) -> list[Completion]:
         loaded, noise = self._loaded(model), _Noise(requests)
-        ends = end_tokens(loaded)
+        ends = end_tokens(loaded) | chat_end(loaded.tokenizer)
         try:
             rows = generate_tokens(
                 loaded,

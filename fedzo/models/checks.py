@@ -2,6 +2,8 @@
 
 A model that breaks one of these trains all the same, or fails rounds later with an error about something else. So each
 is measured on the loaded model, in a few forwards, whatever its files claim.
+
+Other modules compare a faster computation with the model's own before they use it: ``some_ids`` and ``mismatch``.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ some of three digits in 16 bits. Packed weights (8 or 4 bits) may round a column
 more token. Models that look ahead moved by 4e-2 and more, and by 1e-3 with weights so small that they say nothing.
 """
 _EXPERTS = ("expert", "moe", "router")
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # of the largest |value|
 
 
 def check_finite(model: nn.Module, files: Iterable[Path], *, name: str) -> None:
@@ -152,6 +155,31 @@ def num_positions(model: nn.Module) -> int | None:
 def num_rows(model: nn.Module) -> int:
     """Tokens that the model's embedding has a row for."""
     return int(cast(Any, model).get_input_embeddings().weight.shape[0])
+
+
+def some_ids(model: nn.Module, rows: int, width: int) -> torch.Tensor:
+    """Tokens to run a model on for a comparison: int64 [rows, width], where the model is, the same in every call."""
+    numbers = torch.arange(rows * width, device=next(model.parameters()).device) * 7
+    return (numbers % num_rows(model)).view(rows, width)
+
+
+def mismatch(
+    ours: torch.Tensor, own: torch.Tensor, *, dtype: torch.dtype | None = None, equal_nan: bool = False
+) -> str:
+    """How two computations of one thing differ, if by more than rounding; else nothing.
+
+    Args:
+        ours: The faster computation.
+        own: The model's own, of the same shape.
+        dtype: What both were computed in; None = that of ``own``.
+        equal_nan: Whether NaN in the same place is no difference. Else it is one.
+    """
+    if ours.shape != own.shape:
+        return f"of shape {tuple(ours.shape)} instead of {tuple(own.shape)}"
+    limit = _TOLERANCE.get(dtype or own.dtype, 4e-2) * float(own.nan_to_num(0, 0, 0).abs().max())
+    if torch.allclose(ours.to(own.dtype), own, rtol=0, atol=limit, equal_nan=equal_nan):
+        return ""
+    return f"off by {float((ours - own).abs().max()):g}, more than {limit:g}"
 
 
 def _moved(model: nn.Module, text: int) -> float:

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from fedzo.errors import ConfigError
-from fedzo.models.head import mismatch
-from fedzo.models.plan import bucket
+from fedzo.models.checks import mismatch, some_ids
+from fedzo.models.plan import bucketed_width
 
 _MOST_GRAPHS = 1 << 10  # torch gives up after 8 by default; lengths and rows have a few dozen buckets together
 
@@ -32,7 +32,7 @@ class CompiledDecoder:
     longest: int
 
     def width(self, length: int) -> int:
-        return max(length, min(bucket(length), self.longest))
+        return bucketed_width(length, longest=self.longest)
 
     def __call__(self, *, input_ids: torch.Tensor) -> Any:
         """The decoder's output for ids int64 [B, T]; a new shape is compiled first, which takes seconds to minutes."""
@@ -62,8 +62,7 @@ def compile_decoder(model: nn.Module, *, longest: int) -> CompiledDecoder:
     device = next(model.parameters()).device
     mode = "reduce-overhead" if device.type == "cuda" else None  # CUDA graphs
     compiled = CompiledDecoder(torch.compile(decoder, fullgraph=True, dynamic=False, mode=mode), longest)
-    size = cast(Any, model).get_input_embeddings().num_embeddings
-    ids = (torch.arange(16, device=device) * 7 % size).view(2, 8)  # no inference tensor, which has graphs of its own
+    ids = some_ids(model, 2, 8)  # no inference tensor, which has graphs of its own
     try:
         with torch.inference_mode():
             own, ours = (run(input_ids=ids).last_hidden_state for run in (decoder, compiled))

@@ -61,6 +61,8 @@ class BaseConfig:
     """SHA-256 of the weights, the same for every dtype and folder."""
     tokenizer_digest: str
     """SHA-256 of the tokenizer's behaviour."""
+    architecture_digest: str
+    """SHA-256 of how the model computes with its weights (config.json)."""
     dtype: DType | None = None
     """The dtype of the trained values, where these are the model's own weights; None where they have a float32 master,
     so that each site may choose."""

@@ -1,4 +1,4 @@
-"""Digests of what a peer holds: base weights as stored, and the tokenizer."""
+"""Digests of what a peer holds: base weights as stored, how the model computes with them, and the tokenizer."""
 
 from __future__ import annotations
 
@@ -35,6 +35,23 @@ _TEXTS = (
     "internationalization UPPER lower Title",
 )
 """What ``tokenizer_digest`` has tokenized; another text here makes another digest of every tokenizer."""
+
+_NOT_COMPUTED = frozenset(
+    {
+        "architectures",
+        "attn_implementation",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "experts_implementation",
+        "pad_token_id",
+        "quantization_config",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+"""Keys of a configuration that ``architecture_digest`` leaves out; another set makes another digest."""
 
 
 def stored_entries(files: Iterable[Path]) -> dict[str, Entry]:
@@ -86,6 +103,26 @@ def tokenizer_digest(tokenizer: Any) -> str:
     }
     text = json.dumps(held, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def architecture_digest(config: Any) -> str:
+    """SHA-256 over what a model's configuration says of how it computes with its weights, as canonical JSON.
+
+    Left out is what may differ where the weights are the same: how they are held, and what the tokenizer says as well.
+    """
+    held = _of_computation(json.loads(config.to_json_string()))
+    text = json.dumps(held, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _of_computation(held: Any) -> Any:
+    """Plain JSON without the keys that are left out, and without those that begin with an underscore."""
+    if isinstance(held, list):
+        return [_of_computation(item) for item in held]
+    if isinstance(held, dict):
+        kept = (key for key in held if key not in _NOT_COMPUTED and not key.startswith("_"))
+        return {key: _of_computation(held[key]) for key in kept}
+    return held
 
 
 def _digest(entries: list[Entry]) -> str:

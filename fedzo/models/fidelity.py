@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from fedzo.models.config import DType
+from fedzo.models.virtual_tokens import num_virtual_tokens
+from fedzo.sketch import tables_of
 from fedzo.zo.estimator import Estimator, Losses, LossFn
 from fedzo.zo.spaces.base import Space
 
@@ -110,14 +112,27 @@ def spacing(value: float, dtype: torch.dtype) -> float:
 
 def too_coarse(model: nn.Module, trained: Iterable[nn.Parameter], eps: float) -> list[str]:
     """Names of the trained weights whose spacing at their root mean square is more than 2 eps: probes mostly vanish."""
-    among = {id(parameter) for parameter in trained}
     return [
         name
-        for name, parameter in model.named_parameters()
-        if id(parameter) in among
-        and parameter.numel()
-        and eps < spacing(_root_mean_square(parameter), parameter.dtype) / 2
+        for name, parameter, dtype in _as_used(model, trained)
+        if parameter.numel() and eps < spacing(_root_mean_square(parameter), dtype) / 2
     ]
+
+
+def _as_used(model: nn.Module, trained: Iterable[nn.Parameter]) -> Iterator[tuple[str, nn.Parameter, torch.dtype]]:
+    """Trained weights with their names and the dtype in which a forward sees them.
+
+    Tables and virtual tokens are float32, and rounded to the model's dtype before they are used. Low-rank adapters are
+    multiplied in their own dtype.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    tables = {id(table) for table in tables_of(model).values()}
+    model_dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
+    for parameter in trained:
+        if id(parameter) in names:
+            yield names[id(parameter)], parameter, model_dtype if id(parameter) in tables else parameter.dtype
+        elif num_virtual_tokens(model):
+            yield "virtual tokens", parameter, model_dtype
 
 
 def coarseness_warning(model: nn.Module, trained: Iterable[nn.Parameter], eps: float) -> str | None:
@@ -127,7 +142,7 @@ def coarseness_warning(model: nn.Module, trained: Iterable[nn.Parameter], eps: f
         return None
     shown = ", ".join(names[:_MOST_NAMES]) + (", ..." if len(names) > _MOST_NAMES else "")
     return (
-        f"estimator.eps={eps:g} is below half the spacing of the weights' dtype, at their root mean square, in "
+        f"estimator.eps={eps:g} is below half the spacing of the model's dtype, at their root mean square, in "
         f"{len(names)} tensors ({shown}): theta + eps z mostly rounds back to theta there. Raise estimator.eps, or "
         "write model.dtype=float32."
     )

@@ -56,7 +56,7 @@ class Planning:
     """What becomes of the log-probabilities."""
 
     def of(self, owners: Sequence[int]) -> Planning:
-        """The same, where text i belongs to ``owners[i]``, which is what ``before`` knows."""
+        """A copy whose ``before`` gets ``owners[i]`` for text i."""
         if (before := self.before) is None:
             return self
         return replace(self, before=lambda batch: before([owners[i] for i in batch]))
@@ -216,6 +216,7 @@ def run_shared(
                 read = np.arange(more.shape[1]) < np.array(counts)[:, None]
                 rest = hidden[torch.from_numpy(read).to(loaded.device)]
                 _count(loaded, more, used=sum(counts), head_rows=sum(counts))
+            del cache  # before the next prompts run
         yield SharedForward(batch, ends, cells, rest)
         num_done += sum(len(examples[i].candidates) for i in batch)
         if planning.on_batch is not None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from fedzo.errors import ConfigError
-from fedzo.models.checks import num_positions, num_rows
-from fedzo.models.head import mismatch
+from fedzo.models.checks import mismatch, num_positions, num_rows
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.memory import cache_tokens
 from fedzo.models.plan import FEW_FORWARDS, plan_batches
@@ -24,6 +23,7 @@ def generate(
     *,
     max_new_tokens: int,
     tokens_per_batch: int,
+    ends: Iterable[int] = (),
     stop_at_newline: bool = False,
     on_batch: OnProgress | None = None,
     before: Callable[[list[int]], None] | None = None,
@@ -35,6 +35,7 @@ def generate(
         prompts: Token ids of each prompt, none empty; one too long for the model's positions loses its beginning.
         max_new_tokens: Longest answer.
         tokens_per_batch: Memory of a batch, in tokens of one forward: for prompts padded and the new ones.
+        ends: Tokens that end an answer, beside the tokenizer's end and those of the model.
         stop_at_newline: Keep the first line of an answer only.
         on_batch: Called after each batch with prompts done and in total.
         before: Called before each batch with the numbers of its prompts, where rows have weights of their own.
@@ -46,17 +47,20 @@ def generate(
         ConfigError: A prompt is empty.
     """
     tokenizer = loaded.tokenizer
+    stops = end_tokens(loaded).union(ends)
+    if stop_at_newline:
+        stops |= _newline(tokenizer)
     answers = generate_tokens(
         loaded,
         prompts,
-        ends=end_tokens(loaded) | (_newline(tokenizer) if stop_at_newline else set()),
+        ends=stops,
         max_new_tokens=max_new_tokens,
         tokens_per_batch=tokens_per_batch,
         on_batch=on_batch,
         before=before,
     )
-    texts = [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
-    return [text.split("\n", 1)[0].rstrip() if stop_at_newline else text for text in texts]
+    texts = [tokenizer.decode(_until(tokens, stops), skip_special_tokens=True) for tokens in answers]
+    return [(text.split("\n", 1)[0] if stop_at_newline else text).strip() for text in texts]
 
 
 @torch.inference_mode()
@@ -181,7 +185,13 @@ def end_tokens(loaded: LoadedModel) -> set[int]:
     return ends | ({loaded.tokenizer.eos_token_id} - {None})
 
 
+def _until(tokens: list[int], ends: set[int]) -> list[int]:
+    """The tokens up to the first that ends an answer, with it."""
+    size = next((place for place, token in enumerate(tokens, 1) if token in ends), None)
+    return tokens[:size]
+
+
 def _newline(tokenizer: Any) -> set[int]:
-    """The token of a line's end if it is one; otherwise the text is cut afterwards."""
-    tokens = tokenizer.encode("\n", add_special_tokens=False)
-    return set(tokens) if len(tokens) == 1 else set()
+    """The token of a line's end behind a text if it is one; otherwise the text is cut afterwards."""
+    tokens = tokenizer.encode("a\n", add_special_tokens=False)
+    return {tokens[-1]} if tokenizer.decode(tokens[-1:]) == "\n" else set()

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-logger = logging.getLogger(__name__)
+from fedzo.models.checks import mismatch, some_ids
 
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # of the largest |value|
+logger = logging.getLogger(__name__)
 
 
 def hidden_at(
@@ -69,8 +69,7 @@ def project(model: nn.Module, hidden: torch.Tensor, *, vocabulary: torch.Tensor 
 def check_head(model: nn.Module) -> bool:
     """Whether ``project(hidden_at(...))`` equals the model's own logits on two rows of eight tokens."""
     device = next(model.parameters()).device
-    embedding = cast(Any, model).get_input_embeddings()
-    ids = (torch.arange(16, device=device) * 7 % embedding.num_embeddings).view(2, 8)
+    ids = some_ids(model, 2, 8)
     rows, columns = torch.tensor([0, 0, 1], device=device), torch.tensor([0, 7, 5], device=device)
     own = own_logits_at(model, ids, rows, columns)
     try:
@@ -88,25 +87,6 @@ def check_head(model: nn.Module) -> bool:
         "%s changes its logits in an unknown way; its LM head is applied at all positions", type(model).__name__
     )
     return False
-
-
-def mismatch(
-    ours: torch.Tensor, own: torch.Tensor, *, dtype: torch.dtype | None = None, equal_nan: bool = False
-) -> str:
-    """How two computations of one thing differ, if by more than rounding; else nothing.
-
-    Args:
-        ours: The faster computation.
-        own: The model's own, of the same shape.
-        dtype: What both were computed in; None = that of ``own``.
-        equal_nan: Whether NaN in the same place is no difference. Else it is one.
-    """
-    if ours.shape != own.shape:
-        return f"of shape {tuple(ours.shape)} instead of {tuple(own.shape)}"
-    limit = _TOLERANCE.get(dtype or own.dtype, 4e-2) * float(own.nan_to_num(0, 0, 0).abs().max())
-    if torch.allclose(ours.to(own.dtype), own, rtol=0, atol=limit, equal_nan=equal_nan):
-        return ""
-    return f"off by {float((ours - own).abs().max()):g}, more than {limit:g}"
 
 
 def _head(model: nn.Module) -> nn.Module:

@@ -17,7 +17,14 @@ from fedzo.models.cache import check_cache
 from fedzo.models.checks import check_causal, check_finite, check_tokens, num_positions
 from fedzo.models.compiled import compile_decoder
 from fedzo.models.config import DType, ModelConfig, Quantization
-from fedzo.models.digest import file_digest, parameters_digest, stored_entries, tokenizer_digest, weights_digest
+from fedzo.models.digest import (
+    architecture_digest,
+    file_digest,
+    parameters_digest,
+    stored_entries,
+    tokenizer_digest,
+    weights_digest,
+)
 from fedzo.models.head import check_head
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.memory import is_out_of_memory
@@ -223,6 +230,7 @@ def _wrap(
     source: str,
     read_weights: Callable[[], dict[str, torch.Tensor]],
 ) -> LoadedModel:
+    architecture = architecture_digest(model.config)  # before it is changed here
     model.eval()
     model.requires_grad_(False)
     for settings in (model.config, model.config.get_text_config()):  # a decoder beside other parts reads its own
@@ -240,6 +248,7 @@ def _wrap(
         device=device,
         base_digest=digest,
         tokenizer_digest=tokenizer_digest(tokenizer),
+        architecture_digest=architecture,
         source=source,
         read_weights=read_weights,
         direct_head=direct_head,

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from fedzo.models.blocks import called_modules, find_blocks, first_trained_block
-from fedzo.models.head import mismatch
+from fedzo.models.checks import mismatch, some_ids
 from fedzo.models.kept_rows import Make, Output, Read, RowStates, Tokens
 from fedzo.models.memory import is_out_of_memory
 
@@ -76,9 +76,14 @@ class LowerLayers:
         return forwards - share * (forwards - 1 + kept)
 
     def kept_share(self, visits: float, num_rows: int, *, row_bytes: float) -> float:
-        """Share of ``visits`` to that many rows, of ``row_bytes`` each, that find states, less the runs for that.
+        """Share of row visits saved by kept states, net of the one run that each kept row costs.
 
-        All rows that fit run once, visited or not: below 0 where most are not.
+        Negative where most rows are never visited again: all rows that fit run once, visited or not.
+
+        Args:
+            visits: How often rows are needed, all together.
+            num_rows: How many rows there are.
+            row_bytes: Of one row's states.
         """
         if self.rows is None or not (num_rows and visits):  # a simulation may not know the rows of its clients
             return 0.0
@@ -231,7 +236,7 @@ def find_lower_layers(
     if (problem := _problem_of_rows(lower)) is not None:
         log.warning("%s: model.lower_layers_cache_mb keeps no rows: %s", type(model).__name__, problem)
         return lower
-    num_nones = lower.run(_some_ids(model)).num_nones
+    num_nones = lower.run(some_ids(model, 2, 16)).num_nones
     return replace(lower, rows=RowStates(cache_mb << 20, num_nones, reads_alone=_reads_alone(lower, forward, moved)))
 
 
@@ -242,7 +247,7 @@ def _problem(
     moved: Moved,
 ) -> str | None:
     """Why the lower blocks cannot be left out, if they cannot."""
-    numbers = _some_ids(lower.model).view(2, 2, 8)
+    numbers = some_ids(lower.model, 2, 16).view(2, 2, 8)
     step = lower.of_step()
     try:
         for at in (nullcontext, moved, moved):
@@ -271,7 +276,7 @@ def _problem_of_rows(lower: LowerLayers) -> str | None:
         before = lower.weights()
     except RuntimeError as error:
         return str(error)
-    ids = _some_ids(lower.model).view(2, 16)
+    ids = some_ids(lower.model, 2, 16)
     states, alone = lower.run(ids).states, lower.run(ids[1:, :9]).states
     if lower.weights() != before:
         return "its forward writes to its buffers"
@@ -287,7 +292,7 @@ def _reads_alone(lower: LowerLayers, forward: Forward, moved: Moved) -> bool:
     """Whether each position is computed alone behind the lower blocks, to the last bit: there are no other blocks."""
     if lower.upper:
         return False
-    ids = _some_ids(lower.model)
+    ids = some_ids(lower.model, 2, 16)
     output = lower.run(ids)
     alone = output._replace(states=output.states.reshape(-1, 1, output.states.shape[-1]))
     for at in (nullcontext, moved):
@@ -303,9 +308,3 @@ def _reads_alone(lower: LowerLayers, forward: Forward, moved: Moved) -> bool:
             if not torch.equal(found.reshape(whole.shape), whole):
                 return False
     return True
-
-
-def _some_ids(model: Any) -> torch.Tensor:
-    """Two rows of 16 tokens."""
-    numbers = torch.arange(32, device=next(model.parameters()).device) * 7
-    return (numbers % int(model.get_input_embeddings().num_embeddings)).view(2, 16)

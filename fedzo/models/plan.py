@@ -47,6 +47,16 @@ def bucket(size: int) -> int:
     return 3 * power // 4 if size <= 3 * power // 4 else power
 
 
+def bucketed_width(length: int, *, longest: int) -> int:
+    """Tokens to which a text of ``length`` is padded: to its bucket, but not beyond the longest text.
+
+    Example:
+        >>> [bucketed_width(length, longest=9) for length in (7, 9, 11)]
+        [8, 9, 11]
+    """
+    return max(length, min(bucket(length), longest))
+
+
 def plan_batches(
     lengths: Sequence[int], *, tokens_per_batch: int, forward_cost_tokens: int, bucketed: bool = False
 ) -> list[list[int]]:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -62,6 +63,25 @@ def whole_folder(out: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(part, ignore_errors=True)
     sync_folder(out.parent)
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write both as transformers does; ``config.json`` allows the cache of generation, which fedzo's forwards lack.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    settings = {id(each): each for each in (model.config, model.config.get_text_config())}.values()
+    before = [getattr(each, "use_cache", True) for each in settings]
+    for each in settings:
+        each.use_cache = True
+    try:
+        with disk_errors():
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    finally:
+        for each, used in zip(settings, before, strict=True):
+            each.use_cache = used
 
 
 def sync_files(folder: Path) -> None:

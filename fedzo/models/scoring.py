@@ -123,8 +123,10 @@ def damp_common_shift(scores: Any, owners: Sequence[int], *, factor: float) -> A
         owners: Whose batch a row is of [N].
         factor: Over 0, at most 1.
     """
-    for owner in dict.fromkeys(owners):
-        rows = [row for row, each in enumerate(owners) if each == owner]
+    rows_of: dict[int, list[int]] = {}
+    for row, owner in enumerate(owners):
+        rows_of.setdefault(owner, []).append(row)
+    for rows in rows_of.values():
         with np.errstate(invalid="ignore"):  # infinities give NaN, as they do in a softmax
             scores[rows] = scores[rows] - (1 - factor) * scores[rows].mean(0)
     return scores

@@ -18,7 +18,8 @@ from torch.utils.hooks import RemovableHandle
 
 from fedzo.errors import ConfigError
 from fedzo.models.cache import read_only
-from fedzo.models.checks import num_positions
+from fedzo.models.checks import mismatch, num_positions
+from fedzo.models.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -59,16 +60,29 @@ def paused(model: nn.Module) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def are_seen(model: nn.Module) -> bool:
-    """Whether the output at a text's tokens depends on the virtual tokens before it: not so where no layer attends."""
+def misfit(model: nn.Module) -> str:
+    """Why the model cannot have the virtual tokens that are attached to it; nothing if it can.
+
+    The output at a text's tokens must depend on them, which it does not where no layer attends. Where they are
+    embeddings, embeddings must be all that the decoder reads of a text.
+    """
+    tokens: VirtualTokens = vars(model)[_ATTACHED]
     ids = torch.arange(4, device=next(model.parameters()).device)[None]
     decoder = cast(Any, model).get_decoder()
     try:
         seen = decoder(input_ids=ids).last_hidden_state
-    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
-        return False
-    with paused(model):
-        return not torch.equal(seen, decoder(input_ids=ids).last_hidden_state)
+        with paused(model):
+            alone = decoder(input_ids=ids).last_hidden_state
+            if isinstance(tokens.peft_model.get_prompt(1), torch.Tensor):
+                embedded = decoder(inputs_embeds=decoder.get_input_embeddings()(ids)).last_hidden_state
+                if mismatch(embedded, alone):  # as Gemma 3n, which has embeddings of its own in every layer
+                    return "it reads token ids beside embeddings"
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        line = str(error).partition("\n")[0][:300]
+        return f"a forward with virtual tokens fails ({type(error).__name__}: {line})"
+    return "its layers do not read the virtual tokens" if torch.equal(seen, alone) else ""
 
 
 def num_virtual_tokens(model: nn.Module) -> int:
@@ -90,6 +104,24 @@ def longest_sequence(model: nn.Module, max_length: int) -> int:
             f"got {max_length}. Lower it, or trainer.num_virtual_tokens."
         )
     return max_length + virtual
+
+
+def check_answer_length(model: nn.Module, max_length: int, max_new_tokens: int) -> None:
+    """Refuse answers that are too long to be written behind a prompt, which has half of ``max_length`` at least.
+
+    Raises:
+        ConfigError: The model has too few positions for both, and for the virtual tokens before them.
+    """
+    there, virtual = num_positions(model), num_virtual_tokens(model)
+    if there is None:
+        return
+    most = there - virtual - max_length // 2
+    if max_new_tokens > most:
+        taken = f"{virtual} virtual tokens and {max_length // 2}" if virtual else f"{max_length // 2}"
+        raise ConfigError(
+            f"task.max_new_tokens must be <= {most}, since the model has {there} positions, of which {taken} of the "
+            f"prompt (half of task.max_length) come first, got {max_new_tokens}. Lower it, or task.max_length."
+        )
 
 
 @dataclass(eq=False)
@@ -114,7 +146,8 @@ class VirtualTokens:
             kwargs["attention_mask"] = torch.cat([mask.new_ones(size, self.count), mask], dim=1)
         if positions is not None:
             kwargs["position_ids"] = positions + self.count
-        if cache is not None and cache.get_seq_length() > 0:
+        states = kwargs.get("cache_params")  # what Mamba 2 has in place of keys and values
+        if (cache is not None and cache.get_seq_length() > 0) or (states is not None and states.has_previous_state()):
             return (), kwargs
         learned: Any = self.peft_model.get_prompt(size)
         if not isinstance(learned, torch.Tensor):

@@ -8,6 +8,7 @@ from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 
+from fedzo.data.files import Row
 from fedzo.data.kept_digests import KeptDigests
 from fedzo.data.preprocess import Progress, StageContext
 from fedzo.data.rows import ClientRows, OwnRows, RowSource, client_rows
@@ -47,6 +48,7 @@ class ClientContext:
     _registered: set[int] = field(default_factory=set)
     _prepared_digests: dict[int, str] = field(default_factory=dict)
     _data: dict[int, ClientData] = field(default_factory=dict)
+    _first_rows: list[Row] = field(default_factory=list)
     _index: int | None = None
 
     @cached_property
@@ -123,6 +125,8 @@ class ClientContext:
             train, heldout = self.peer.encode(prepared.rows.train), self.peer.encode(prepared.rows.heldout)
             config = self.peer.config
             counts = prepared.rows.label_counts(config.task) if config.fl.label_counts else {}
+            if not self._data:
+                self._first_rows = prepared.rows.train[: config.fl.batch_size]
             self._data[client] = ClientData(train, heldout, counts, prepared.figures)
         return self._data[client]
 
@@ -196,8 +200,9 @@ class ClientContext:
         A process that was started again within a run has greeted nobody: it goes by the client that is asked.
         """
 
-        def first_rows() -> list[dict[str, object]]:
-            client = next(iter(self._data), asked)
-            return self.rows(client).train[: self.peer.config.fl.batch_size]
+        def first_rows() -> list[Row]:
+            if not self._data:
+                self.data(asked)
+            return self._first_rows
 
         return self.peer.workspace(artifact, trial_rows=first_rows)

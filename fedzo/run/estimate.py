@@ -9,8 +9,8 @@ import torch
 
 from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
+from fedzo.fl.client.local_update import Workspace
 from fedzo.models.loaded import LoadedModel
-from fedzo.models.lower_layers import LowerLayers
 from fedzo.models.memory import (
     available_memory_bytes,
     estimate_step_memory_bytes,
@@ -74,38 +74,31 @@ def head_share(examples: Iterable[Example]) -> float:
 
 
 def estimate_run(
-    loaded: LoadedModel,
-    space: Space,
+    at: Workspace,
     *,
     train: list[Example],
     scored: list[tuple[int, list[Example]]],
     rows_per_step: int,
     steps: int,
     forwards_per_step: float,
-    lower: LowerLayers | None,
     num_rows: int,
     local_steps: int,
-    tokens_per_batch: int,
-    num_moments: int,
     gradient_bytes: int = 0,
 ) -> Estimate:
     """Estimate from one timed forward.
 
     Args:
-        loaded: The model.
-        space: What is trained.
+        at: What the run measures with.
         train: Some training rows; their mean length stands for all.
         scored: How often each list of rows is scored.
         rows_per_step: Rows of one client's step.
         steps: Local steps of all clients in all rounds to come.
         forwards_per_step: What one step costs, in forwards of the whole model.
-        lower: The blocks that a step runs once.
         num_rows: Training rows of all clients.
         local_steps: T.
-        tokens_per_batch: Most tokens in one forward.
-        num_moments: Numbers that the server optimizer remembers for each trained one.
         gradient_bytes: What gradients take (``fedzo.models.memory``), in a run that computes them; 0 in others.
     """
+    loaded, space, lower = at.loaded, at.replica.space, at.lower
     visits = steps * rows_per_step
     longest = max((_num_tokens(example) for example in train), default=0)
     token_bytes, kept_bytes = state_bytes(loaded.model), 0
@@ -113,14 +106,15 @@ def estimate_run(
         row_bytes = token_bytes * _mean(_num_reads if lower.reads_alone else _num_tokens, train)
         kept = lower.kept_share(visits, num_rows, row_bytes=row_bytes)
         forwards_per_step = lower.whole_forwards(forwards_per_step, kept=kept)
-        kept_bytes = lower.kept_bytes(min(tokens_per_batch, rows_per_step * longest), token_bytes=token_bytes)
+        kept_bytes = lower.kept_bytes(min(at.tokens_per_batch, rows_per_step * longest), token_bytes=token_bytes)
     tokens = visits * forwards_per_step * _mean(_num_tokens, train)
     tokens += sum(times * _score_forwards(loaded, times, part) * sum(map(_num_tokens, part)) for times, part in scored)
+    remembered_bytes = rule_bytes(space.size, len(at.replica.moments))
     memory = estimate_step_memory_bytes(
         loaded.model,
-        batch_tokens=rows_per_step * longest if gradient_bytes else min(tokens_per_batch, rows_per_step * longest),
+        batch_tokens=rows_per_step * longest if gradient_bytes else min(at.tokens_per_batch, rows_per_step * longest),
         head_rows=rows_per_step * max(map(_head_rows, train), default=0),
-        trained_bytes=space.step_bytes(local_steps) + rule_bytes(space.size, num_moments) + gradient_bytes + kept_bytes,
+        trained_bytes=space.step_bytes(local_steps) + remembered_bytes + gradient_bytes + kept_bytes,
         backward=gradient_bytes > 0,
     )
     return Estimate(memory_bytes=memory, seconds=tokens * time_a_token(loaded))

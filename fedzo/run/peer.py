@@ -7,10 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
+import torch
+
 from fedzo.config.plugins import plugin_name
 from fedzo.config.schema import RunConfig, RunSettings, SiteConfig, SiteFile, with_rounds
 from fedzo.config.traits import format_problems
 from fedzo.config.travel import config_hash
+from fedzo.data.config import TaskKind
 from fedzo.data.encode import Example, encode, task_digest
 from fedzo.data.files import Row
 from fedzo.errors import ConfigError
@@ -27,13 +30,14 @@ from fedzo.models.kept_rows import RowStates
 from fedzo.models.load import load_model, resolve_device
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.lower_layers import LowerLayers
-from fedzo.models.memory import state_bytes
+from fedzo.models.memory import available_memory_bytes, state_bytes, weights_bytes
 from fedzo.models.plan import forward_cost
 from fedzo.models.products import RoundedProducts, choose_product, rounded_products, use_products
 from fedzo.models.scoring import mean_loss
-from fedzo.models.virtual_tokens import longest_sequence
+from fedzo.models.virtual_tokens import check_answer_length, longest_sequence
 from fedzo.registry import returned
 from fedzo.run.estimate import fitting_tokens_per_batch, head_share
+from fedzo.sketch import tables_of
 from fedzo.system import use_threads
 from fedzo.trainers import TRAINERS, Built, Trainer
 from fedzo.trainers.artifacts import Artifact
@@ -46,6 +50,7 @@ from fedzo.zo.spaces.base import DifferentiableSpace, Space
 log = logging.getLogger(__name__)
 TrialRows = Callable[[], list[Row]]
 """Some training rows of this machine, on which ``model.dtype=auto`` measures."""
+_MEMORY_SHARE = 0.9  # of what is free, for a second model: allocators keep some
 
 
 @dataclass
@@ -98,6 +103,7 @@ class Peer:
             base_digest=self.loaded.base_digest,
             tokenizer_digest=self.loaded.tokenizer_digest,
             task_digest=task_digest(self.config.task),
+            architecture_digest=self.loaded.architecture_digest,
         )
 
     @cached_property
@@ -142,10 +148,11 @@ class Peer:
 
     def _make_workspace(self, artifact: Artifact, trial_rows: TrialRows | None) -> Workspace:
         config, num_clients, estimator = self.config, self.config.fl.num_clients, self.config.estimator
+        trial = None if trial_rows is None else trial_rows()
         built = self._build(self.loaded, artifact)
         if isinstance(estimator, ZerothOrderConfig):
-            if self.undecided and trial_rows is not None:
-                built, self.undecided = self._choose_dtype(built, artifact, trial_rows(), estimator), False
+            if self.undecided and trial is not None:
+                built, self.undecided = self._choose_dtype(built, artifact, trial, estimator), False
             if warning := coarseness_warning(self.loaded.model, built.space.parameters, estimator.float32_eps):
                 log.warning(warning)
         elif not isinstance(built.space, DifferentiableSpace):
@@ -166,6 +173,8 @@ class Peer:
             loaded = replace(loaded, kept=replace(lower, rows=rows))
         self.built = built
         longest = longest_sequence(self.loaded.model, config.task.max_length)
+        if config.task.kind is not TaskKind.candidates:
+            check_answer_length(self.loaded.model, config.task.max_length, config.task.max_new_tokens)
         tokens, token_bytes = config.fl.batch_size * longest, state_bytes(self.loaded.model)
         rule = build_server_optimizer(config.server_optimizer, local_steps=config.fl.local_steps)
         return Workspace(
@@ -179,7 +188,7 @@ class Peer:
                 local_steps=config.step_policy.most_steps(config.fl),
                 num_moments=rule.num_moments(num_clients),
                 kept_bytes=lower.kept_bytes(tokens, token_bytes=token_bytes) if lower else 0,
-                head_share=head_share(self._tokenized(trial_rows())) if trial_rows else 0.0,
+                head_share=0.0 if trial is None else head_share(self._tokenized(trial)),
             ),
             forward_cost_tokens=forward_cost(self.loaded.device, perturbs_weights=built.space.perturbs_weights),
             lower=lower,
@@ -197,12 +206,10 @@ class Peer:
 
         The trained values start from float32's in all of them, so peers agree however each of them decides.
         """
-        config, estimator = self.config, build_estimator(settings)
-        model = replace(self.site.model, dtype=DType.bfloat16)
-        loaded = load_model(model, device=self.site.device, max_length=config.task.max_length)
-        narrow, base = self._build(loaded, artifact), wide.space.values()
-        narrow.space.load(base)
-        examples = self.encode(rows)
+        second, rounded = self._in_bfloat16(artifact, wide.space), rounded_products(self.loaded.device)
+        if second is None and rounded is None:
+            return wide
+        config, estimator, examples = self.config, build_estimator(settings), self.encode(rows)
         keys = [stream_key(config.seed, round=0, probe=probe) for probe in range(NUM_DIRECTIONS)]
 
         def trial(loaded: LoadedModel, built: Built) -> Trial:
@@ -217,18 +224,41 @@ class Peer:
             )
             return try_out(built.space, estimator, loss_fn, keys)
 
-        float32, others = trial(self.loaded, wide), {str(DType.bfloat16): trial(loaded, narrow)}
-        if rounded := rounded_products(self.loaded.device):
+        float32 = trial(self.loaded, wide)
+        others: dict[str, Trial] = {}
+        if second is not None:
+            others[str(DType.bfloat16)] = trial(*second)
+        if rounded:
             with use_products(rounded):
                 others[rounded.name] = trial(self.loaded, wide)
         choice = choose_dtype(float32, others)
         log.warning("%s", choice)  # no less, or the command line would not show it
-        if choice.name == DType.bfloat16:
-            self.loaded = loaded
-            return replace(narrow, reset=lambda: narrow.space.load(base))
+        if second is not None and choice.name == DType.bfloat16:
+            self.loaded, built = second
+            return built
         if rounded and choice.name == rounded.name:
             self.products = rounded
         return wide
+
+    def _in_bfloat16(self, artifact: Artifact, space: Space) -> tuple[LoadedModel, Built] | None:
+        """A second model, in bfloat16, that starts from the trained values of ``space``; None where it has no room."""
+        model, free = self.loaded.model, available_memory_bytes(self.loaded.device)
+        tables = {id(each) for each in tables_of(model).values()}  # which stay float32, as codes stay codes
+        halved = (each for each in model.parameters() if each.dtype is torch.float32 and id(each) not in tables)
+        needed = weights_bytes(model) - sum(each.nbytes // 2 for each in halved)
+        if needed > _MEMORY_SHARE * free:
+            log.warning(
+                "model.dtype=auto: bfloat16 is not tried, since its %.0f MiB of weights must fit in memory beside "
+                "float32's, and %.0f MiB are free. Write model.dtype=bfloat16 to hold it alone, or float32.",
+                needed / 2**20,
+                free / 2**20,
+            )
+            return None
+        narrower = replace(self.site.model, dtype=DType.bfloat16)
+        loaded = load_model(narrower, device=self.site.device, max_length=self.config.task.max_length)
+        narrow, base = self._build(loaded, artifact), space.values()
+        narrow.space.load(base)
+        return loaded, replace(narrow, reset=lambda: narrow.space.load(base))
 
 
 def reused_layers(

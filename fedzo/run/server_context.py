@@ -31,6 +31,7 @@ class Launched:
         trackers: Where else the run is told of.
         takes_turns: Whether the clients work one after another, so that no deadline applies.
         store: The run's logs, which the launcher opened and closes; None where the run is only looked at.
+        prepare_seconds: What the trainer's preparation took.
     """
 
     prepared: Prepared
@@ -38,6 +39,7 @@ class Launched:
     trackers: dict[str, TrackerConfig]
     takes_turns: bool
     store: RunStore | None
+    prepare_seconds: float
 
 
 @dataclass

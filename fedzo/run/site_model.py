@@ -16,6 +16,8 @@ from fedzo.models.source import find_source
 from fedzo.run.peer import Peer, open_model, set_up_process
 
 log = logging.getLogger(__name__)
+_BESIDE = ("*.json", "*.jinja", "*.model", "*.txt")
+"""Configuration, tokenizer and chat template."""
 
 
 @dataclass(slots=True)
@@ -82,9 +84,13 @@ def _can_be_kept(site: SiteConfig) -> bool:
 
 
 def _key(site: SiteConfig) -> object:
-    """What the model was loaded by, and of which files."""
-    states = [file.stat() for file in find_source(site.model).files]
-    return site.model, site.device, [(state.st_ino, state.st_size, state.st_mtime_ns) for state in states]
+    """What the model was loaded by, and of which files: its weights, and what lies beside them."""
+    weights = find_source(site.model).files
+    beside = {file for each in weights for ending in _BESIDE for file in each.parent.glob(ending) if file.is_file()}
+    files = [*weights, *sorted(beside)]
+    states = [(file.name, file.stat()) for file in files]
+    told = [(name, state.st_ino, state.st_size, state.st_mtime_ns) for name, state in states]
+    return site.model, site.device, told
 
 
 def _structure(model: nn.Module) -> object:

@@ -95,8 +95,11 @@ class LayerAdapterConfig(LayeredConfig):
 class LoraTrainerConfig(LayerAdapterConfig):
     """LoRA-MeZO: PEFT's low-rank adapters, in float32 over a base of any dtype (arXiv 2106.09685, 2305.17333)."""
 
-    lr: float = 5e-5  # this and eps: MeZO's for LoRA
-    eps: float = 1e-2
+    lr: float = 5e-5
+    """Learning rate; ``server_optimizer.lr`` defaults to it. The default is MeZO's for LoRA, for runs of 20,000 steps.
+    A run of a few hundred rounds needs a larger one: in 200 steps on SST-2, ``experiments/meerkat`` found 2e-3 best.
+    Tune it."""
+    eps: float = 1e-2  # MeZO's for LoRA
     rank: int = 8
     """r: columns of B and rows of A. MeZO uses 8."""
     alpha: int = 16
@@ -122,7 +125,9 @@ def lora_trainer(config: LoraTrainerConfig) -> AdapterTrainer:
         from fedzo.models.adapters import QUERY_VALUE, are_transposed, find_layers, layers_from
 
         layers = find_layers(model, config.target_modules, known=QUERY_VALUE, key="trainer.target_modules")
-        layers = layers_from(model, config.first_layer, layers, key="trainer.target_modules")
+        layers = layers_from(
+            model, config.first_layer, layers, named=bool(config.target_modules), key="trainer.target_modules"
+        )
         return peft.LoraConfig(
             task_type="CAUSAL_LM",
             r=config.rank,
@@ -146,7 +151,8 @@ class Ia3TrainerConfig(LayerAdapterConfig):
     target_modules: list[str] = field(default_factory=list)
     """Ends of the names of the linear layers whose output is scaled; empty: the key and value projections."""
     feedforward_modules: list[str] = field(default_factory=list)
-    """Ends of the names of the linear layers whose input is scaled; empty: the last layer of each MLP."""
+    """Ends of the names of the linear layers whose input is scaled; empty: the last layer of each MLP,
+    without the fused experts of a mixture."""
 
 
 @TRAINERS.register("ia3", Ia3TrainerConfig)
@@ -162,11 +168,19 @@ def ia3_trainer(config: Ia3TrainerConfig) -> AdapterTrainer:
         from fedzo.models.adapters import FEED_FORWARD, KEY_VALUE, are_transposed, find_layers, layers_from
 
         outputs = find_layers(model, config.target_modules, known=KEY_VALUE, key="trainer.target_modules")
-        outputs = layers_from(model, config.first_layer, outputs, key="trainer.target_modules")
+        outputs = layers_from(
+            model, config.first_layer, outputs, named=bool(config.target_modules), key="trainer.target_modules"
+        )
         inputs = find_layers(
             model, config.feedforward_modules, known=(*FEED_FORWARD, ()), key="trainer.feedforward_modules"
         )
-        inputs = layers_from(model, config.first_layer, inputs, key="trainer.feedforward_modules")
+        inputs = layers_from(
+            model,
+            config.first_layer,
+            inputs,
+            named=bool(config.feedforward_modules),
+            key="trainer.feedforward_modules",
+        )
         layers = [*outputs, *inputs]
         return peft.IA3Config(
             task_type="CAUSAL_LM",

@@ -12,7 +12,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -156,6 +156,13 @@ class ArtifactStore:
                 raise
         return size
 
+    def keep_only(self, digest: str) -> None:
+        """Remove other artifacts, whole or in part; what else lies in the folder stays."""
+        for path in self.folder.glob("*"):
+            if HASH.match(path.name) and not path.name.startswith(digest):
+                path.unlink(missing_ok=True)
+                self._checked.pop(path.name, None)
+
     def _complete(self, part: Path, digest: str) -> Artifact:
         """Give a file with the right content its name, once it is on the disk."""
         with part.open("rb") as file:
@@ -173,10 +180,11 @@ def name_of(digest: str) -> str:
 
 @contextmanager
 def _open_alone(part: Path) -> Iterator[BinaryIO]:
-    """A file to append to, which no other process has opened by this."""
+    """A file to append to, which no other process has opened by this where the file system knows locks."""
     while True:
         with part.open("a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            with suppress(OSError):  # of a file system without locks: what two processes mix up has another digest
+                fcntl.flock(file, fcntl.LOCK_EX)
             try:
                 current = os.path.samestat(os.fstat(file.fileno()), part.stat())
             except FileNotFoundError:

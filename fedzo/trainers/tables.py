@@ -1,4 +1,7 @@
-"""Tables: the lookup tables of a sketch are trained, over codes that stay as they are (SpaLLM, arXiv 2410.06364).
+"""Tables: the lookup tables of a sketch are trained, over codes that stay as they are.
+
+SpaLLM (arXiv 2410.06364) trains them by backpropagation with AdamW (``estimator=backprop``). Training them by scalars
+is ours.
 
 The tables are float32 parameters of the model itself, so the space is that of the adapters. A step costs what inference
 of the sketch costs, and nothing but the model has to travel: a peer's codes are checked by the base's digest.
@@ -42,7 +45,7 @@ GRADIENT_FILE = "table_gradient.safetensors"
 
 @dataclass(kw_only=True, slots=True)
 class TablesConfig(CalibratedConfig):
-    """SpaLLM: the lookup tables of a sketched model are trained, its codes are not (arXiv 2410.06364)."""
+    """Tables of a sketched model, over codes that stay (those of SpaLLM, arXiv 2410.06364, which takes gradients)."""
 
     gradient: bool = True
     """Whether the server takes a gradient of the tables on calibration text, to compare local steps with (GradIP)."""

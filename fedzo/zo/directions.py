@@ -23,7 +23,6 @@ from fedzo.zo.kernels import SPAN, add_kernel, add_rows_kernel, dot_kernel, halv
 
 log = logging.getLogger(__name__)
 
-ALGORITHM = "philox4x32-10/1"
 SHARED = 0xFFFFFFFF
 """The owner of seeds that all clients share."""
 PURPOSE_DIRECTION, PURPOSE_ROUNDING, PURPOSE_DATA, PURPOSE_SAMPLING, PURPOSE_MASK, PURPOSE_INIT = 0, 1, 3, 4, 5, 6

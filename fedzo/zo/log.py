@@ -21,7 +21,7 @@ from fedzo.records.fields import MOST_OWNERS
 from fedzo.records.log import Proof, PublicLine, VectorLine
 from fedzo.zo.directions import SHARED
 from fedzo.zo.seeds import OWN, step_key
-from fedzo.zo.spaces.base import Space, Values
+from fedzo.zo.spaces.base import Space, Values, take_steps
 
 Scalars = npt.NDArray[np.float32]
 _HEADER = struct.Struct("<IfHHH")  # round, lr, T, P, owners and the flag
@@ -255,14 +255,19 @@ def extend_chain(chain: bytes, record: LogRecord) -> bytes:
     return hashlib.sha256(chain + record.chained_bytes()).digest()
 
 
-def apply_step(space: Space, *, lr: float, c: np.float32, key: int) -> None:
-    """theta <- theta - (lr * c) * z(key), plain SGD's one update; lr * c is rounded to float32 once.
+def apply_steps(space: Space, scalars: Iterable[tuple[np.float32, int]], *, lr: float) -> None:
+    """theta <- theta - (lr * c) * z(key) for each (c, key), one after another: plain SGD's one update.
 
-    A zero (a dropped probe, lr = 0) moves nothing and is skipped, so that even a negative zero keeps its bits.
+    lr * c is rounded to float32 once. A zero (a dropped probe, lr = 0) moves nothing and is skipped, so that even a
+    negative zero keeps its bits.
     """
-    s = np.float32(lr) * np.float32(c)
-    if s != 0:
-        space.step(float(s), key)
+    scaled = ((np.float32(lr) * np.float32(c), key) for c, key in scalars)
+    take_steps(space, [(float(s), key) for s, key in scaled if s != 0])
+
+
+def apply_step(space: Space, *, lr: float, c: np.float32, key: int) -> None:
+    """One of ``apply_steps``."""
+    apply_steps(space, [(c, key)], lr=lr)
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,8 +310,7 @@ def local_step(space: Space, *, lr: float, c: Scalars, keys: Sequence[int], drif
             if drift.start is not None:
                 along = along + np.float32(drift.pull) * (theta - drift.start)
             space.load(theta - np.float32(lr) * along)
-    for scalar, key in zip(c, keys, strict=True):
-        apply_step(space, lr=lr, c=scalar, key=key)
+    apply_steps(space, zip(c, keys, strict=True), lr=lr)
 
 
 def scalars_and_keys(record: RoundRecord, *, run_seed: int) -> Iterator[tuple[np.float32, int]]:
@@ -321,5 +325,4 @@ def scalars_and_keys(record: RoundRecord, *, run_seed: int) -> Iterator[tuple[np
 
 def apply_record(space: Space, record: RoundRecord, *, run_seed: int) -> None:
     """Apply a round's steps by plain SGD, one after another in the log's order."""
-    for c, key in scalars_and_keys(record, run_seed=run_seed):
-        apply_step(space, lr=record.lr, c=c, key=key)
+    apply_steps(space, scalars_and_keys(record, run_seed=run_seed), lr=record.lr)

@@ -1,7 +1,7 @@
 """Computing with perturbed weights without writing to them.
 
 During a probe the trained parameters are of a class whose ``__torch_function__`` sees every torch function and tensor
-method that gets one of them: it gets ``theta + scale * z`` in a fresh tensor instead. So tied weights, Conv1D layers,
+method that gets one of them: it gets ``theta + scale * z`` in another tensor instead. So tied weights, Conv1D layers,
 fused expert tensors and code that reads ``lm_head.weight`` without calling ``lm_head`` are all perturbed alike, and
 what the function computes is exactly what it would compute on a perturbed copy of the model. (A torch function mode
 would see the same and everything else: some 10 us for each of a model's 40 calls a layer.)
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._C import DisableTorchFunctionSubclass
 
+from fedzo.errors import ConfigError
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import add_direction, add_direction_rows, fused
 from fedzo.zo.directions_cuda import CudaDirections
@@ -30,7 +31,13 @@ from fedzo.zo.together import Together
 
 Function = Callable[..., Any]
 
-_GROUPS_KEPT = 2
+GROUPS_KEPT = 2
+"""Of weights that are made together, how many groups are there at a time."""
+_ADDRESS = (
+    "trainer=mezo must see every use of a weight, but a kernel of this model takes a trained weight by its address, "
+    "where the unperturbed one lies. Uninstall the package of that kernel (such as mamba_ssm), so that transformers "
+    "runs its own code, or write trainer=meerkat."
+)
 _VIEWS = {"T", "mT", "H", "mH", "data", "real"}  # properties whose value carries the weight's numbers
 _METADATA = {
     torch.Tensor.size,
@@ -40,7 +47,6 @@ _METADATA = {
     torch.Tensor.nelement,
     torch.Tensor.stride,
     torch.Tensor.storage_offset,
-    torch.Tensor.data_ptr,
     torch.Tensor.element_size,
     torch.Tensor.is_contiguous,
     torch.Tensor.is_floating_point,
@@ -87,6 +93,7 @@ class PerturbedWeights:
         self._made: dict[int, torch.Tensor] = {}
         self._made_first: Sequence[Together] = ()
         self._recent: deque[dict[int, torch.Tensor]] = deque()
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def groups(self) -> Mapping[int, Together]:
@@ -101,22 +108,23 @@ class PerturbedWeights:
     def make(self, tensors: Sequence[Together]) -> None:
         """Make perturbed values now and keep them, all probes of a space in the same place."""
         self._made_first = tensors
-        for together in tensors:
-            self._made |= together.moved(
-                self._key, scale=self._scale, distribution=self._distribution, in_place_of_last=True
-            )
+        with DisableTorchFunctionSubclass():
+            for together in tensors:
+                self._made |= together.moved(
+                    self._key, scale=self._scale, distribution=self._distribution, in_place_of_last=True
+                )
 
     @contextmanager
     def afresh(self, scale: float | None = None) -> Iterator[None]:
         """Within the context nothing is made yet but what ``make`` made; at another scale, if one is given."""
         kept = self._scale, self._spent, self._recent
-        self._scale, self._spent, self._recent = scale or self._scale, set(), deque()
+        self._scale, self._spent, self._recent, self._last = scale or self._scale, set(), deque(), None
         try:
             if scale:
                 self.make(self._made_first)
             yield
         finally:
-            self._scale, self._spent, self._recent = kept
+            (self._scale, self._spent, self._recent), self._last = kept, None
             if scale:
                 self.make(self._made_first)
 
@@ -143,11 +151,16 @@ class PerturbedWeights:
         finally:
             for weight, kind in zip(self._weights, kinds, strict=True):
                 weight.__class__ = kind
+            # a class is in a reference cycle, and this probe with it: it lives until Python looks for cycles
+            self._made, self._last = {}, None
+            self._recent.clear()
 
     def _call(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call ``func`` with trained parameters replaced by their perturbed values."""
         if reads_metadata_only(func):
             return func(*args, **kwargs)
+        if func is torch.Tensor.data_ptr:
+            raise ConfigError(_ADDRESS)
         if func is F.embedding and self._is_trained(weight := _argument(args, kwargs, 1, "weight")):
             return self._embedding(weight, args, kwargs)
         if func is torch.Tensor.__getitem__ and self._is_trained(args[0]) and _selects_rows(args[1]):
@@ -166,9 +179,7 @@ class PerturbedWeights:
             return value
         if (made := self._among_made(value)) is not None:
             return made
-        return add_direction(
-            value.detach(), self._key, scale=self._scale, start=self._starts[id(value)], distribution=self._distribution
-        )
+        return self._made_alone(value)
 
     def _among_made(self, weight: torch.Tensor) -> torch.Tensor | None:
         """Its perturbed value, if that is there or is made with its neighbours' now: once, and two groups are kept.
@@ -182,10 +193,22 @@ class PerturbedWeights:
         if group is None or group in self._spent:
             return None
         self._spent.add(group)
-        if len(self._recent) == _GROUPS_KEPT:
+        if len(self._recent) == GROUPS_KEPT:
             self._recent.popleft()
         self._recent.append(group.moved(self._key, scale=self._scale, distribution=self._distribution))
         return self._recent[-1][id(weight)]
+
+    def _made_alone(self, weight: torch.Tensor) -> torch.Tensor:
+        """Its perturbed value, kept until another weight is read: a head is read once for each part of the logits."""
+        last = self._last
+        if last is None or last[0] is not weight:
+            self._last = last = None  # before the next is made, so that there is one at a time
+            start = self._starts[id(weight)]
+            moved = add_direction(
+                weight.detach(), self._key, scale=self._scale, start=start, distribution=self._distribution
+            )
+            self._last = last = weight, moved
+        return last[1]
 
     def _rows(self, weight: torch.Tensor, index: int | torch.Tensor) -> torch.Tensor:
         """``weight[index]`` of the perturbed weight, making only the rows that ``index`` selects."""

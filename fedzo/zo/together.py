@@ -34,6 +34,11 @@ class Together:
         self._pieces: dict[bool, tuple[list[int], Pieces]] = {}
         self._room: torch.Tensor | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(tensor.nbytes for tensor in self._tensors)
+
     def add(self, key: int, *, scale: float, distribution: Distribution, stochastic: bool = False) -> None:
         """Move all of them in place; ``stochastic`` says how 16-bit ones are rounded."""
         if not self._tensors:

@@ -6,7 +6,9 @@ Meerkat-vp (arXiv 2506.03337) compares every local step of a client with a gradi
     GradIP_k[t] = <grad, ghat_k[t]> = mean over p of g_k[t, p] xi[t, p],    xi[t, p] = <grad, z[t, p]>
 
 xi depends on the direction alone. So where all clients of a round share their seeds it is computed once for all of
-them, O(T n) instead of O(K T n); with per-client seeds every client has directions of its own and pays for them.
+them, O(T P n) instead of O(K T P n). The cosine also needs the length of ghat_k[t], from the inner products of a step's
+directions with one another (``gram``): O(T P^2 n), once for all clients, too. With per-client seeds every client has
+directions of its own and pays for them.
 """
 
 from __future__ import annotations

@@ -77,6 +77,23 @@ def test_a_dense_model_answers_rows_without_tables(tmp_path: Path, capsys: pytes
     assert json.loads(capsys.readouterr().out)["tables"] is None
 
 
+def test_the_weights_are_of_the_dtype_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = save_tiny_model(tmp_path / "dense"), tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "the cat"}\n')
+    dtypes = []
+
+    def answers(loaded: LoadedModel, ids: list[list[int]], **_: object) -> list[str]:
+        dtypes.append(next(loaded.model.parameters()).dtype)
+        return ["" for _ in ids]
+
+    monkeypatch.setattr("fedzo.commands.answer.generate", answers)
+
+    for words in ([], ["--dtype", "bfloat16"]):
+        assert main(["generate", "--model", str(model), "--prompts", str(rows), *words]) == 0
+
+    assert dtypes == [torch.float32, torch.bfloat16]
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
@@ -143,7 +160,13 @@ def test_tables_need_their_own_sketch(served: Path, tmp_path: Path, capsys: pyte
 
 @pytest.mark.parametrize(
     "words",
-    [["generate"], ["generate", "--model", "m"], ["generate", "run", "hello", "--model", "m"], ["generate", "run"]],
+    [
+        ["generate"],
+        ["generate", "--model", "m"],
+        ["generate", "run", "hello", "--model", "m"],
+        ["generate", "run"],
+        ["generate", "run", "hello", "--dtype", "bfloat16"],
+    ],
 )
 def test_the_two_ways_are_told_apart(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2

@@ -75,8 +75,8 @@ def test_a_process_that_is_started_again_within_a_run_decides_by_rows_of_the_cli
     process = open_run(load(overrides("model.dtype=auto")), tmp_path)
     workplace = Workplace(folder=tmp_path, seed=0, texts=list, advance=lambda done, total: None)
     artifact = process.peer.trainer.prepare(process.peer.loaded, workplace).artifact
-    known, read = process.client.rows, []
-    monkeypatch.setattr(ClientContext, "rows", lambda _, client: read.append(client) or known(client))
+    known, read = process.client.data, []
+    monkeypatch.setattr(ClientContext, "data", lambda _, client: read.append(client) or known(client))
 
     request = TrainRequest(
         client=3,
@@ -144,6 +144,29 @@ def test_rounded_products_make_the_steps_losses_where_they_are_true_and_nothing_
     assert of_scores == {before}
     assert torch.get_float32_matmul_precision() == before
     assert replay_run(folder)["digest"] == lines(folder, "public.jsonl")[-1]["digest"]
+
+
+@pytest.mark.parametrize("rounded", [None, RoundedProducts("float32 with TF32 products", "high")])
+def test_a_second_model_that_has_no_room_beside_float32s_is_not_tried(
+    run: Run,
+    dtypes: list[torch.dtype],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    rounded: RoundedProducts | None,
+) -> None:
+    monkeypatch.setattr(peer, "available_memory_bytes", lambda device: 0)
+    monkeypatch.setattr(peer, "rounded_products", lambda device: rounded)
+    monkeypatch.setattr(fidelity, "_LARGEST_ERROR", math.inf)
+    monkeypatch.setattr(fidelity, "_LARGEST_TIME", math.inf)
+
+    run("model.dtype=auto", "fl.rounds=1")
+
+    warning, *chosen = said(caplog)
+    assert "bfloat16 is not tried" in warning
+    assert "Write model.dtype=bfloat16 to hold it alone" in warning
+    names = [line.removeprefix("model.dtype=auto: ").partition(" is chosen")[0] for line in chosen]
+    assert names == ([rounded.name] if rounded else [])
+    assert dtypes == [torch.float32]
 
 
 def test_all_weights_of_a_16_bit_model_are_warned_of_where_probes_vanish(

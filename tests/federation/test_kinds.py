@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from fedzo.commands.trained import replay_run
-from fedzo.testing.tiny_models import FAMILIES
+from fedzo.commands.trained import generate_run, replay_run
+from fedzo.testing.tiny_models import FAMILIES, byte_tokenizer
 
 Run = Callable[..., Path]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
@@ -50,6 +50,32 @@ def test_answers_that_a_model_writes_are_trained_and_scored(
     assert summary["before"]["metric"] == summary["after"]["metric"] == metric
     assert federated[0]["metric"] == metric
     assert replay_run(folder)["digest"] == summary["final_digest"]
+
+
+def test_an_instruction_run_writes_to_a_prompt_as_to_a_row(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run(
+        f"data.path={question_rows(tmp_path / 'rows')}",
+        "task.kind=instruction",
+        "task.template='{prompt}'",
+        "task.answer='{response}'",
+        "task.loss=lm",
+        "task.candidates=[]",
+        "task.max_new_tokens=6",
+        "fl.rounds=1",
+    )
+    asked: list[tuple[int, ...]] = []
+
+    def written(loaded: object, prompts: list[tuple[int, ...]], **settings: object) -> list[str]:
+        asked.extend(prompts)
+        assert settings["ends"] == {2}  # <eos>
+        return ["it is 3"]
+
+    monkeypatch.setattr("fedzo.commands.trained.generate", written)
+
+    assert generate_run(folder, ["what?"], max_new_tokens=6) == ["it is 3"]
+    assert list(asked[0]) == byte_tokenizer()("<bos>user\nwhat?<eos>\n<bos>assistant\n")["input_ids"]
 
 
 @pytest.mark.parametrize("trainer", ["meerkat", "mezo", "tables"])

@@ -68,6 +68,7 @@ def test_packed_weights_take_less_memory(kind: Quantization, overrides: Override
     plain, packed = (open_run(launch, tmp_path).peer.loaded for launch in launches)
 
     assert packed.base_digest == plain.base_digest
+    assert packed.architecture_digest == plain.architecture_digest
     assert num_weights(packed.model) == num_weights(plain.model)
     linear = [site.model.model.layers[0].mlp.up_proj.weight for site in (plain, packed)]
     assert num_bytes(linear[1]) < 0.3 * num_bytes(linear[0])

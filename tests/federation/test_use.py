@@ -40,6 +40,8 @@ def test_an_exported_model_is_the_tuned_one_for_plain_transformers(run: Run, tmp
         logits = model.eval()(input_ids=IDS).logits
         assert torch.equal(logits, tuned.model(input_ids=IDS).logits)
         assert not torch.equal(logits, base.model(input_ids=IDS).logits)
+    assert model.config.use_cache
+    assert not tuned.model.config.use_cache
     assert tokenizer.encode("some text") == tuned.tokenizer.encode("some text")
     for taken in (out, out / "config.json"):
         with pytest.raises(ConfigError, match="OUT must be a new or empty folder"):

@@ -97,7 +97,7 @@ def partition(
 
     Args:
         rows: The training rows.
-        config: Chooses the way; see ``PARTITIONERS``.
+        config: Chooses the way; see ``PARTITIONERS``. Its rules are checked before (``problems``).
         num_clients: How many clients.
         seed: Run seed (unsigned 64 bit); the same seed gives the same parts on every machine.
         task: Says which column is the label.
@@ -136,22 +136,15 @@ def holdout(prompts: Sequence[str], share: float, *, seed: int, client: int) -> 
 
     Args:
         prompts: The prompt of each of the client's rows.
-        share: Share of the different prompts whose rows are held out, rounded to whole prompts; at least one is held
-            out unless it is 0 or the client has one prompt.
+        share: Share of the different prompts whose rows are held out, in [0, 1), rounded to whole prompts; at least one
+            is held out unless it is 0 or the client has one prompt.
         seed: Run seed.
         client: Index of the client.
 
     Returns:
         Row numbers for training (never empty), sorted, and held out, in an order that the seed draws: the first few
         are a random sample of them, also where the rows are sorted by label.
-
-    Raises:
-        ConfigError: ``share`` is not in [0, 1).
     """
-    if not 0 <= share < 1:
-        raise ConfigError(
-            f"partition.holdout must be >= 0 and < 1, got {share}. It is the share of rows kept from training."
-        )
     rows_of: dict[str, list[int]] = {}
     for row, prompt in enumerate(prompts):
         rows_of.setdefault(prompt, []).append(row)
@@ -184,7 +177,8 @@ def deal(
     partitioner.dataset = Dataset.from_dict(table)
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        return [list(partitioner.load_partition(client)["row"]) for client in range(num_clients)]
+        # [:], or datasets would look each row up by itself
+        return [list(partitioner.load_partition(client)["row"][:]) for client in range(num_clients)]
 
 
 def _broken(config: PartitionConfig, rule: str, got: str) -> PluginError:

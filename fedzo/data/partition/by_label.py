@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedzo.data.config import TaskConfig, TaskKind
+from fedzo.data.config import TaskConfig
 from fedzo.data.files import Row
 from fedzo.data.partition.base import (
     PARTITIONERS,
@@ -54,10 +54,8 @@ def dirichlet(config: DirichletConfig, *, rows: Sequence[Row], num_clients: int,
     ``flwr_datasets``; it is not the one that draws each client's class mix from Dirichlet(alpha * class prior). If a
     client gets fewer than ``min_rows`` rows, all shares are drawn again, at most ten times.
     """
-    if not config.alpha > 0:
-        raise ConfigError(f"partition.alpha must be > 0, got {config.alpha}. 0.5 is usual.")
     order = shuffled(len(rows), seed)
-    labels = [_label(rows[row], row, task, "dirichlet") for row in order]
+    labels = [_label(rows[row], row, task) for row in order]
 
     def draw(min_rows: int) -> Parts:
         partitioner = flower_partitioners().DirichletPartitioner(
@@ -105,13 +103,11 @@ def dirichlet_equal(
     ``dirichlet`` with a plain mean over unequal clients does not give. The last ``num_extreme`` clients hold rows of
     one label each, chosen before the others' as by ``extreme``.
     """
-    if not config.alpha > 0:
-        raise ConfigError(f"partition.alpha must be > 0, got {config.alpha}. 0.5 is usual.")
-    single, rest = _single_label(rows, config, num_clients=num_clients, seed=seed, task=task, way="dirichlet_equal")
+    single, rest = _single_label(rows, config, num_clients=num_clients, seed=seed, task=task)
     if not rest:
         return single
     num_mixed = num_clients - config.num_extreme
-    labels = [_label(rows[row], row, task, "dirichlet_equal") for row in rest]
+    labels = [_label(rows[row], row, task) for row in rest]
     numbers = {label: number for number, label in enumerate(sorted(set(labels)))}
     sizes = [(len(rest) + client) // num_mixed for client in range(num_mixed)]
     partitioner = flower_partitioners().InnerDirichletPartitioner(
@@ -144,9 +140,7 @@ def shards(config: ShardsConfig, *, rows: Sequence[Row], num_clients: int, seed:
     A shard has ``ceil(rows / (clients * shards_per_client))`` rows, so that none is left over; the last one may be
     smaller, and where the rows are few some clients (the last ones) get a shard less.
     """
-    if config.shards_per_client < 1:
-        raise ConfigError(f"partition.shards_per_client must be >= 1, got {config.shards_per_client}. 2 is usual.")
-    labels = [_label(row, number, task, "shards") for number, row in enumerate(rows)]
+    labels = [_label(row, number, task) for number, row in enumerate(rows)]
     order = sorted(shuffled(len(rows), seed), key=labels.__getitem__)
     partitioner = flower_partitioners().ShardPartitioner(
         num_partitions=num_clients,
@@ -184,7 +178,7 @@ def extreme(config: ExtremeConfig, *, rows: Sequence[Row], num_clients: int, see
     least as many rows of a label as one extreme client gets. If all clients are extreme, each label's rows are split
     evenly over its clients.
     """
-    single, rest = _single_label(rows, config, num_clients=num_clients, seed=seed, task=task, way="extreme")
+    single, rest = _single_label(rows, config, num_clients=num_clients, seed=seed, task=task)
     num_iid = num_clients - config.num_extreme
     return [rest[client::num_iid] for client in range(num_iid)] + single
 
@@ -202,18 +196,13 @@ def _single_label(
     num_clients: int,
     seed: int,
     task: TaskConfig,
-    way: str,
 ) -> tuple[Parts, list[int]]:
     """The parts of the extreme clients, one label each in turn, and the rows left for the others, shuffled."""
     num_extreme = config.num_extreme
-    if not 0 <= num_extreme <= num_clients:
-        raise ConfigError(
-            f"partition.num_extreme must be between 0 and fl.num_clients ({num_clients}), got {num_extreme}."
-        )
     order = shuffled(len(rows), seed)
     left: dict[int, list[int]] = {}
     for row in order:
-        left.setdefault(_label(rows[row], row, task, way), []).append(row)
+        left.setdefault(_label(rows[row], row, task), []).append(row)
     labels = sorted(left)
     if num_extreme == num_clients < len(labels):
         raise ConfigError(
@@ -233,12 +222,7 @@ def _single_label(
     return single, [row for row in order if row in rest]
 
 
-def _label(row: Row, number: int, task: TaskConfig, way: str) -> int:
-    if task.kind is not TaskKind.candidates:
-        raise ConfigError(
-            f"partition={way} needs labels and task {task.name!r} (kind={task.kind}) has none. "
-            "Use partition=iid or natural."
-        )
+def _label(row: Row, number: int, task: TaskConfig) -> int:
     try:
         return label_index(row, task)
     except ConfigError as error:

@@ -12,7 +12,7 @@ from typing import Any
 import fedzo
 from fedzo.errors import ConfigError
 from fedzo.models.digest import Entry, stored_entries
-from fedzo.models.saved import disk_errors, sync_files
+from fedzo.models.saved import save_model, sync_files
 from fedzo.models.sketched.layers import dense_layers
 from fedzo.models.sketched.registry import SketchFormat, mark_as_sketch
 from fedzo.models.source import without_progress_bars
@@ -45,9 +45,8 @@ def write_sketch(
     first = next(iter(sketched_layers(model).values()))
     form = SketchFormat(first.bits, first.groups_per_row, sorted(dense_layers(model)))
     mark_as_sketch(model, form)
-    with without_progress_bars(), disk_errors():
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    with without_progress_bars():
+        save_model(model, tokenizer, folder)
     tensors = {
         name: StoredTensor(dtype=dtype, shape=shape, sha256=digest)
         for name, dtype, shape, digest in stored_entries(sorted(folder.glob("*.safetensors"))).values()

@@ -72,7 +72,7 @@ def put_layout(model: Any, file: Path) -> None:
         halves = halves[:, None] if halves.dim() == 2 else halves
         outputs, inputs = weight_of(layers[name]).shape
         rows, groups, values = table.shape if table.dim() == 3 else (0, 0, 0)
-        fits = groups > 0 and halves.shape == (outputs, groups, inputs // groups // 2) and rows == outputs
+        fits = rows == outputs and halves.shape[:-1] == (outputs, groups) and groups * halves.shape[-1] * 2 == inputs
         if not (fits and values in _VALUES and table.is_floating_point() and halves.dtype == torch.uint8):
             raise ConfigError(
                 f"{where} must have a table [{outputs}, groups, 4, 8 or 16] and codes uint8 [{outputs}, groups, "

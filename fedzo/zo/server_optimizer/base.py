@@ -28,7 +28,7 @@ from fedzo.zo.spaces.base import Space, Values
 if TYPE_CHECKING:
     from fedzo.config.schema import RunSettings
 
-_SMALLEST_DECAY = 2.0**-24  # a smaller one leaves 1 - lr * decay at 1 in float32
+_SMALLEST_DECAY = 2.0**-20  # float32(1 - lr * decay) is a multiple of 2^-24: from here on the decay is 3 % off at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,10 +94,21 @@ class ServerOptimizerConfig(PluginConfig):
             rule = f"be >= 0 and below fl.rounds ({run.fl.rounds})"
             yield problem("server_optimizer.warmup_rounds", rule, self.warmup_rounds, "Lower it, or train longer.")
         yield from not_negative("server_optimizer.weight_decay", self.weight_decay, "0 switches it off.")
-        shrink = lr * self.weight_decay
-        if shrink > 0 and not _SMALLEST_DECAY <= shrink < 1:
-            rule = "make server_optimizer.lr * weight_decay 0, or at least 6e-8 (float32's smallest change) and below 1"
-            yield problem("server_optimizer.weight_decay", rule, self.weight_decay, "Change it, or write 0.")
+        yield from self._decay_problems(lr)
+
+    def _decay_problems(self, lr: float) -> Iterator[Problem]:
+        key, shrink = "server_optimizer.weight_decay", lr * self.weight_decay
+        # a schedule that ends at 0 is to end the decay, too, and is judged by its peak
+        ends_low = self.schedule is not Schedule.constant and self.final_lr_share > 0
+        share = self.final_lr_share if ends_low else 1.0
+        if shrink >= 1:
+            yield problem(key, "make server_optimizer.lr * weight_decay less than 1", self.weight_decay, "Lower it.")
+        elif shrink > 0 and share * shrink < _SMALLEST_DECAY:
+            rule = (
+                f"make lr * weight_decay 0, or at least 1e-6 up to the last round, whose lr is {share * lr:g}: float32 "
+                "holds 1 - lr * weight_decay in steps of 6e-8"
+            )
+            yield problem(key, rule, self.weight_decay, f"Write 0, or at least {1e-6 / lr / share:.3g}.")
 
 
 def learning_rate(config: ServerOptimizerConfig, *, round: int, rounds: int) -> float:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import torch
 
 from fedzo.errors import Problem, problem
 from fedzo.zo.log import Drift, RoundRecord, local_step
@@ -30,7 +31,7 @@ from fedzo.zo.server_optimizer.base import (
     ServerOptimizerConfig,
     ServerOptimizerTraits,
 )
-from fedzo.zo.spaces.base import Space, Values
+from fedzo.zo.spaces.base import MasterSpace, Space, Values
 
 if TYPE_CHECKING:
     from fedzo.config.schema import RunSettings
@@ -43,21 +44,22 @@ class _Drifts(Protocol):
 def end_models(
     rule: _Drifts, space: Space, moments: Values, record: RoundRecord, *, run_seed: int
 ) -> Iterator[tuple[int, Values]]:
-    """Each client of a record with its model after its local steps, float32 [n]; the space is left at the last one's.
+    """Each client of a record with its model after its local steps, float32 [n]; the space is left as it is.
 
-    The bits are those that the client itself had: it takes its steps by the same ``local_step``.
+    The bits are those that the client itself had: it takes its steps by the same ``local_step``, in float32.
     """
-    start = space.values()
+    start, device = space.values(), next((weight.device for weight in space.parameters), torch.device("cpu"))
+    path = MasterSpace(torch.from_numpy(start.copy()).to(device), space.distribution)
     steps, probes, _ = record.coefficients.shape
     for column, client in enumerate(record.owners):
-        space.load(start)
+        path.load(start)
         drift = rule.drift(start, moments, client)
         for t in range(steps):
             keys = step_keys(
                 run_seed, round=record.round, step=t, probes=probes, owner=client, directions=record.directions
             )
-            local_step(space, lr=record.lr, c=record.coefficients[t, :, column], keys=keys, drift=drift)
-        yield client, space.values()
+            local_step(path, lr=record.lr, c=record.coefficients[t, :, column], keys=keys, drift=drift)
+        yield client, path.values()
 
 
 @dataclass(kw_only=True, slots=True)

@@ -177,8 +177,15 @@ class MasterSpace:
             self._write(self._master)
 
     def step(self, s: float, key: int) -> None:
-        add_direction(self._master, key, scale=-s, out=self._master, distribution=self.distribution)
+        self._move(s, key)
         self._write(self._master)
+
+    def steps(self, steps: Sequence[tuple[float, int]]) -> None:
+        """As ``step`` for each (s, key), one after another, but the model is written to once."""
+        for s, key in steps[:-1]:
+            self._move(s, key)
+        for s, key in steps[-1:]:
+            self.step(s, key)
 
     def scale_by(self, factor: float) -> None:
         self._master.mul_(factor)
@@ -212,11 +219,23 @@ class MasterSpace:
     def row_weights(self, model: nn.Module) -> RowWeights | None:
         return None
 
+    def _move(self, s: float, key: int) -> None:
+        add_direction(self._master, key, scale=-s, out=self._master, distribution=self.distribution)
+
     def _write_moved(self, scale: float, key: int) -> None:
         self._write(add_direction(self._master, key, scale=scale, distribution=self.distribution))
 
     def _write(self, values: torch.Tensor) -> None:
         """Let the model compute with ``values``."""
+
+
+def take_steps(space: Space, steps: Sequence[tuple[float, int]]) -> None:
+    """``space.step`` for each (s, key), one after another; what they lead to enters the model once, where it can."""
+    if isinstance(space, MasterSpace):
+        space.steps(steps)
+        return
+    for s, key in steps:
+        space.step(s, key)
 
 
 def as_values(values: Values, size: int) -> Values:

@@ -15,7 +15,7 @@ from torch import nn
 
 from fedzo.errors import ConfigError
 from fedzo.zo.config import Distribution, Rounding
-from fedzo.zo.perturb import PerturbedWeights
+from fedzo.zo.perturb import GROUPS_KEPT, PerturbedWeights
 from fedzo.zo.spaces.base import GraphLossFn, RowWeights, Values, as_values, differentiate
 from fedzo.zo.together import all_together, reading_order
 
@@ -27,8 +27,8 @@ class FullSpace:
     """All weights of a model (MeZO, arXiv 2305.17333), each counted once.
 
     A probe does not touch the weights: torch functions that read a weight are handed ``theta + scale * z`` instead
-    (``fedzo.zo.perturb``), made when needed and dropped after. Deviation from MeZO's code: no +eps, -2 eps, +eps walk,
-    which does not come back to the same bits.
+    (``fedzo.zo.perturb``), made when needed and dropped for the next. Deviation from MeZO's code: no +eps, -2 eps, +eps
+    walk, which does not come back to the same bits.
 
     Memory: one perturbed weight at a time (on CUDA two groups of up to 128 MiB, and what is small, to save launches);
     ``mark`` keeps a copy of all weights, since subtracting steps is not exact.
@@ -138,10 +138,13 @@ class FullSpace:
         return sha.hexdigest()
 
     def step_bytes(self, local_steps: int) -> int:
-        """The largest weight three times in float32 (perturbed copy, scratch); a mark copies all weights."""
-        largest = max(parameter.numel() for parameter in self._parameters)
-        mark = sum(parameter.numel() * parameter.element_size() for parameter in self._parameters)
-        return 3 * 4 * largest + (mark if local_steps > 1 else 0)
+        """The largest perturbed weight, what is made together on CUDA, and scratch; a mark copies all weights."""
+        perturbed = max(parameter.nbytes for parameter in self._parameters)
+        groups = sorted(group.nbytes for group in set(self._groups.values()))
+        together = sum(groups[-GROUPS_KEPT:]) + sum(small.nbytes for small in self._small)
+        scratch = 3 * 4 * min(_CHUNK, max(parameter.numel() for parameter in self._parameters))
+        mark = sum(parameter.nbytes for parameter in self._parameters)
+        return perturbed + together + scratch + (mark if local_steps > 1 else 0)
 
     def gradient(self, loss_fn: GraphLossFn) -> tuple[float, torch.Tensor]:
         loss, gradients = differentiate(loss_fn, self._parameters)

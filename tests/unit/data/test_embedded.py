@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,6 +33,20 @@ def reviews(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_labelled_and_unlabelled_reviews_come_from_their_sources(reviews: Path) -> None:
     assert rotten_tomatoes() == [{"text": 'a "fine" film', "label": 1}, {"text": "dull", "label": 0}]
     assert imdb_texts() == ["one\n\ntwo"]
+
+
+def test_only_the_lines_of_a_source_are_parsed(reviews: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[str] = []
+    own = csv.reader
+
+    def reader(lines: Iterable[str]) -> Any:
+        parsed.extend(lines)
+        return own(parsed)
+
+    monkeypatch.setattr(csv, "reader", reader)
+
+    assert len(rotten_tomatoes()) == 2
+    assert len(parsed) == 3
 
 
 def test_another_file_is_refused(reviews: Path) -> None:

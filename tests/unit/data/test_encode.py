@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import string
 from collections.abc import Callable
@@ -14,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from fedzo.data.chat import chat_end, encode_instructions
 from fedzo.data.config import Loss, TaskConfig, TaskKind
-from fedzo.data.encode import encode, encode_prompts, task_digest
+from fedzo.data.encode import Example, encode, encode_prompts, task_digest
 from fedzo.data.tasks import columns_used
 from fedzo.errors import ConfigError
 from fedzo.testing.tiny_models import byte_tokenizer
@@ -69,8 +72,62 @@ def test_rows_do_not_influence_each_other() -> None:
     assert together == [encode([row], CHOICE, tokenizer=tokenizer, max_length=64)[0] for row in rows]
 
 
+class CountingTokenizer(MergingTokenizer):
+    """Remembers the most texts that it was given at once, and refuses one."""
+
+    most_texts = 0
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> dict[str, Any]:
+        self.most_texts = max(self.most_texts, len(text))
+        if any("refused" in one for one in text):
+            raise ValueError("not this one")
+        return super().__call__(text, add_special_tokens=add_special_tokens, verbose=verbose)
+
+
+def test_many_rows_are_tokenised_in_blocks_and_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"text": f"row {i}", "label": i % 2} for i in range(7)]
+    whole = encode(rows, CHOICE, tokenizer=MergingTokenizer(), max_length=64)
+    tokenizer = CountingTokenizer()
+    monkeypatch.setattr("fedzo.data.encode._BLOCK_ROWS", 3)
+
+    assert encode(rows, CHOICE, tokenizer=tokenizer, max_length=64) == whole
+    assert tokenizer.most_texts == 3 * (1 + len(CHOICE.candidates))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "x", "label": 5}, "row 4: column 'label' must hold an index"),
+        ({"text": "refused", "label": 0}, "row 4: the model's tokenizer must take its text"),
+    ],
+)
+def test_rows_are_numbered_through_all_blocks(
+    row: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedzo.data.encode._BLOCK_ROWS", 3)
+    rows = [{"text": "x", "label": 0}] * 4 + [row]
+
+    with pytest.raises(ConfigError, match=message):
+        encode(rows, CHOICE, tokenizer=CountingTokenizer(), max_length=64)
+
+
 def test_no_rows_give_no_examples() -> None:
     assert encode([], CHOICE, tokenizer=byte_tokenizer(), max_length=8) == []
+
+
+def test_whether_answers_are_single_tokens_is_found_once() -> None:
+    class Answer(tuple[int, ...]):
+        num_looks = 0
+
+        def __len__(self) -> int:
+            Answer.num_looks += 1
+            return super().__len__()
+
+    example = Example((1,), (Answer((7,)),), 0)
+
+    assert [example.one_token for _ in range(3)] == [True] * 3
+    assert Answer.num_looks == 1
+    assert not replace(example, candidates=((7, 8),)).one_token
 
 
 def test_all_candidates_are_kept_for_the_language_model_loss() -> None:
@@ -94,6 +151,69 @@ def test_an_instruction_goes_through_the_chat_template_and_its_answer_ends() -> 
     assert example.prompt == (BOS, *ids("user\nHi"), EOS, *ids("\n"), BOS, *ids("assistant\n"))
     assert example.candidates == ((*ids("Yo"), EOS, *ids("\n")),)
     assert example.reference == "Yo"
+
+
+THINKS = (
+    "{% for message in messages %}<bos>{{ message.role }}\n"
+    "{% if message.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ message.content }}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}<bos>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+"""Writes an empty thought before an answer, but before one that is to be written only where thinking is off."""
+
+
+def test_the_thought_that_a_chat_template_writes_belongs_to_the_prompt() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = THINKS
+
+    [example] = encode([{"q": "Hi", "a": "Yo"}], CHAT, tokenizer=tokenizer, max_length=128)
+
+    assert example.prompt[-len("</think>\n\n") :] == ids("</think>\n\n")
+    assert example.candidates == ((*ids("Yo"), EOS, *ids("\n")),)
+
+
+def test_a_long_instruction_keeps_what_the_chat_template_writes_before_it() -> None:
+    header, tail = (BOS, *ids("user\n")), (EOS, *ids("\n"), BOS, *ids("assistant\n"))
+
+    [example] = encode([{"q": "x" * 60, "a": "Yo"}], CHAT, tokenizer=byte_tokenizer(), max_length=40)
+
+    assert example.prompt == (*header, *ids("x" * (40 - 4 - 6 - 13)), *tail)  # beside 4 tokens of the answer
+    assert example.generation_prompt == (*header, *ids("x" * (20 - 6 - 13)), *tail)
+    assert example.cut
+
+
+def test_instructions_are_rendered_as_the_prompts_of_rows() -> None:
+    tokenizer = byte_tokenizer(add_bos=True)
+
+    [example] = encode([{"q": "Hi", "a": "Yo"}], CHAT, tokenizer=tokenizer, max_length=64)
+
+    assert encode_instructions(["Hi"], tokenizer) == [example.prompt]
+    assert encode_instructions([], tokenizer) == []
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        ("{% for message in messages %}{{ message.content }}<bos>\n<eos>{% endfor %}", {BOS}),  # the first of both
+        ("{% for message in messages %}<bos>{{ message.content }}\n{% endfor %}", set()),
+        ("{% for message in messages %}<bos>{{ message.content }}{% endfor %}", set()),
+        ("{% if messages | length > 1 %}{{ raise_exception('one') }}{% endif %}{{ messages[0].content }}<bos>", set()),
+        (None, set()),
+    ],
+)
+def test_an_answer_ends_where_the_chat_template_ends_it(template: str | None, end: set[int]) -> None:
+    tokenizer = byte_tokenizer(chat=False)
+    tokenizer.chat_template = template
+
+    assert chat_end(tokenizer) == end
+
+
+def test_the_digest_of_instructions_is_that_of_their_own_format() -> None:
+    """Their rendering has changed since the format of the other kinds."""
+    fields = ["instruction", "{q}", [], "label", [], "{a}", None]
+    old, new = (hashlib.sha256(json.dumps([f"fedzo-prompt/{n}", *fields]).encode()).hexdigest() for n in (1, 2))
+
+    assert task_digest(CHAT) == new != old
 
 
 def test_a_tokenizer_without_chat_template_cannot_take_instructions() -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
 from fedzo.data.config import DataConfig, SplitConfig, TaskConfig
 from fedzo.data.partition.plain import IidConfig
 from fedzo.data.rows import OwnRows, RowSource, SimulatedRows, batch_rows, client_rows
+from fedzo.zo.directions import permutation
 
 
 def rows(client: int, used: int, *, batch_size: int = 3, num_rows: int = 10, run_seed: int = 5) -> list[int]:
@@ -40,6 +43,21 @@ def test_a_step_is_a_function_of_its_position_alone() -> None:
     backwards = [rows(2, used) for used in reversed(range(20))]
 
     assert forwards == backwards[::-1]
+
+
+def test_the_order_of_an_epoch_is_drawn_once_for_all_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+
+    def counted(key: int, n: int, *, purpose: int) -> npt.NDArray[np.int64]:
+        drawn.append(n)
+        return permutation(key, n, purpose=purpose)
+
+    monkeypatch.setattr("fedzo.data.rows.permutation", counted)
+
+    for used in range(5):
+        rows(0, used, batch_size=2, run_seed=404)
+
+    assert drawn == [10]
 
 
 @pytest.mark.parametrize("of_its_own", [False, True])

@@ -103,6 +103,21 @@ def test_an_answer_is_written_from_the_generation_prompt(monkeypatch: pytest.Mon
     assert score.value == 1.0
 
 
+@pytest.mark.parametrize("answer", ["fg", "<think>\n\n</think>\n\nfg", "Hm, gf?\n</think>\nfg"])
+def test_what_stands_behind_a_thought_is_judged(answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: list[object] = []
+
+    def written(loaded: object, prompts: list[tuple[int, ...]], **limits: object) -> list[str]:
+        ends.append(limits["ends"])
+        return [answer] * len(prompts)
+
+    monkeypatch.setattr("fedzo.models.generate.generate", written)
+    task = TaskConfig(kind=TaskKind.instruction, loss=Loss.lm, max_new_tokens=5)
+
+    assert ANSWERS.evaluate(tiny_loaded(), TEXTS, task, tokens_per_batch=64).value == 1.0
+    assert ends == [{2}]  # the end of a turn in the chat template
+
+
 def test_scores_of_clients_merge_to_the_score_of_all_examples() -> None:
     loaded = tiny_loaded()
     task = TaskConfig()

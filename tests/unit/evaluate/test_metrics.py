@@ -27,6 +27,9 @@ def test_answers_are_normalised_as_squad_does() -> None:
         ("", "cat", 0.0),
         ("cat", "the", 0.0),
         ("the", "a", 1.0),
+        ("北京", "北京\u3002", 1.0),
+        ("北京", "北平", 0.5),
+        ("北京 2008", "in 北京", 2 / 3),  # both signs are shared, of three words each
     ],
 )
 def test_token_f1_by_hand(prediction: str, reference: str, f1: float) -> None:

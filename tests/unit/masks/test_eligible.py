@@ -107,3 +107,11 @@ def test_a_model_without_an_eligible_weight_is_refused_with_what_it_has() -> Non
         ConfigError, match=r"got none\. Its first parameters: 0\.weight \(5, 3\) torch\.float32, 1\.weight"
     ):
         eligible_parameters(model)
+
+
+def test_attention_in_a_block_that_is_named_after_norms_is_eligible() -> None:
+    """As DBRX names it."""
+    block = nn.ModuleDict({"norm_1": nn.LayerNorm(4), "attn": nn.ModuleDict({"Wqkv": nn.Linear(4, 12)})})
+    model = nn.ModuleDict({"norm_attn_norm": block, "norm": nn.ModuleDict({"linear": nn.Linear(4, 4)})})
+
+    assert list(eligible_parameters(model)) == ["norm_attn_norm.attn.Wqkv.weight"]

@@ -101,6 +101,20 @@ def test_an_answer_ends_at_the_end_token(saved: Callable[..., str]) -> None:
     assert (answer.truncated, answer.completion_tokens) == (False, first + 1)
 
 
+def test_an_answer_ends_where_the_chat_template_ends_one(
+    saved: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where neither the tokenizer nor the model names that token as an end."""
+    folder = saved(template="{% for message in messages %}<{{ message.role }}>{{ message.content }}<bos>{% endfor %}:")
+    written = [tiny_loaded().tokenizer.encode("ab<bos>cd")]
+    monkeypatch.setattr("fedzo.models.chat.generate_tokens", lambda *given, **settings: written)
+
+    (answer,) = REWRITERS.build(TransformersConfig(model=folder)).complete([_request(folder, "a")])
+
+    assert isinstance(answer, Completion)
+    assert (answer.text, answer.truncated, answer.completion_tokens) == ("ab", False, 3)
+
+
 @pytest.mark.slow
 def test_samples_are_drawn_from_the_softmax(chatty: str) -> None:
     """Chi-square over the likeliest texts and the rest; its 99.99 % quantile at 10 degrees of freedom is 35.6."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -41,6 +42,21 @@ def test_half_of_a_batchs_mean_by_hand(kind: type) -> None:
     damped = damp_common_shift(scores, [5, 7, 5], factor=0.5)
 
     assert damped.tolist() == [[-1.0, 1.0], [0.5, 0.5], [3.0, 1.0]]  # less half of (2, 2), of (1, 1), of (2, 2)
+
+
+def test_whose_rows_are_whose_is_read_once_however_many_there_are() -> None:
+    class Owners(list[int]):
+        num_passes = 0
+
+        def __iter__(self) -> Iterator[int]:
+            self.num_passes += 1
+            return super().__iter__()
+
+    owners = Owners(range(9))
+
+    damp_common_shift(np.zeros((9, 2)), owners, factor=0.5)
+
+    assert owners.num_passes == 1
 
 
 @given(st.floats(0.01, 1), st.lists(st.floats(-50, 50), min_size=3, max_size=3), st.integers(0, 2**32))

@@ -20,7 +20,8 @@ from fedzo.models.fidelity import (
     too_coarse,
     try_out,
 )
-from fedzo.testing.tiny_models import tiny_model
+from fedzo.sketch import tables_of
+from fedzo.testing.tiny_models import tiny_model, tiny_sketch
 from fedzo.zo.config import Distribution
 from fedzo.zo.estimator import TwoPoint
 from fedzo.zo.spaces.full import FullSpace
@@ -73,6 +74,18 @@ def test_tensors_whose_probes_vanish_are_named() -> None:
     assert too_coarse(model, model.parameters(), 2**-10) == ["norm"]
     assert too_coarse(model, model.parameters(), 2**-11) == ["norm", "matrix"]
     assert too_coarse(model.float(), model.parameters(), 1e-3) == []
+
+
+def test_tables_are_judged_by_the_dtype_that_their_sketch_computes_in() -> None:
+    """They are float32 themselves; half the spacing of bfloat16 is 2^-12 at 0.1."""
+    narrow, wide = tiny_sketch(dtype=torch.bfloat16), tiny_sketch()
+    for table in (*tables_of(narrow).values(), *tables_of(wide).values()):
+        table.fill_(0.1)
+    tables = tables_of(narrow)
+
+    assert too_coarse(narrow, tables.values(), 1e-4) == list(tables)
+    assert too_coarse(narrow, tables.values(), 2**-12) == []
+    assert too_coarse(wide, tables_of(wide).values(), 1e-4) == []
 
 
 def test_the_warning_names_five_tensors_and_counts_them_all() -> None:

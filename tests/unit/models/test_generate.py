@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -82,12 +83,10 @@ class NewlineAfterTwo:
 
 
 def test_only_the_first_line_is_kept_where_it_is_asked_for() -> None:
-    import dataclasses
-
     loaded = tiny_loaded()
     encode = loaded.tokenizer.encode
     stand_in = NewlineAfterTwo(encode(" ab\ncd"))
-    fake = dataclasses.replace(loaded, model=stand_in)  # type: ignore[arg-type]
+    fake = replace(loaded, model=stand_in)  # type: ignore[arg-type]
 
     whole = generate(fake, [[65]], max_new_tokens=8, tokens_per_batch=64)
     assert encode("\n")[0] not in stand_in.settings.eos_token_id
@@ -95,6 +94,23 @@ def test_only_the_first_line_is_kept_where_it_is_asked_for() -> None:
 
     assert (whole, line) == (["ab\ncd"], ["ab"])
     assert encode("\n")[0] in stand_in.settings.eos_token_id
+
+
+def test_the_first_line_is_that_of_the_text_as_it_was_written() -> None:
+    loaded = tiny_loaded()
+    fake = replace(loaded, model=NewlineAfterTwo(loaded.tokenizer.encode("\n\ncd")))  # type: ignore[arg-type]
+
+    assert generate(fake, [[65]], max_new_tokens=8, tokens_per_batch=64, stop_at_newline=True) == [""]
+
+
+def test_an_answer_ends_at_a_further_end_whatever_follows_it() -> None:
+    loaded = tiny_loaded()
+    stand_in = NewlineAfterTwo(loaded.tokenizer.encode("ab<bos>cd"))
+    fake = replace(loaded, model=stand_in)  # type: ignore[arg-type]
+    bos = loaded.tokenizer.bos_token_id
+
+    assert generate(fake, [[65]], max_new_tokens=8, tokens_per_batch=64, ends={bos}) == ["ab"]
+    assert bos in stand_in.settings.eos_token_id
 
 
 def test_a_prompt_too_long_for_the_positions_loses_its_beginning() -> None:

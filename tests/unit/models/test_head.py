@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedzo.models.head import check_head, hidden_at, mismatch, own_logits_at, project
+from fedzo.models.checks import mismatch
+from fedzo.models.head import check_head, hidden_at, own_logits_at, project
 from fedzo.testing.tiny_models import FAMILIES, tiny_model
 
 IDS = torch.arange(24).view(2, 12) * 11 % 256

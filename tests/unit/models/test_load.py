@@ -176,6 +176,28 @@ def test_the_tokenizers_digest_changes_with_its_chat_template(copied: Path, fold
     assert after.base_digest == before.base_digest
 
 
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, False),
+        ({"rms_norm_eps": 0.5}, False),
+        ({"eos_token_id": 7, "pad_token_id": None, "dtype": "bfloat16", "use_cache": False, "architectures": []}, True),
+    ],
+    ids=["rope_theta", "rms_norm_eps", "what is no computation"],
+)
+def test_the_architectures_digest_tells_how_the_weights_are_computed_with(
+    copied: Path, folder: Path, change: dict[str, Any], same: bool
+) -> None:
+    before = load_model(ModelConfig(name=str(folder)), device="cpu")
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | change))
+
+    after = load_model(ModelConfig(name=str(copied), dtype=DType.bfloat16), device="cpu")
+
+    assert after.base_digest == before.base_digest
+    assert (after.architecture_digest == before.architecture_digest) is same
+
+
 def test_the_tokenizers_digest_tells_what_it_makes_of_a_text() -> None:
     """One token more before each text, or another way to split it, changes neither vocabulary nor special tokens."""
     plain, spaced = byte_tokenizer(), byte_tokenizer()

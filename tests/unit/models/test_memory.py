@@ -12,6 +12,7 @@ import torch
 
 from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
+from fedzo.fl.client.local_update import Workspace
 from fedzo.fl.replica import Replica
 from fedzo.models.memory import (
     available_memory_bytes,
@@ -107,9 +108,15 @@ def test_the_formula_by_hand() -> None:
 
     assert estimated(masked, head_rows=7) == weights + activations + 7 * 512 * 8 + 32 * 20
     assert estimated(masked, local_steps=2) == weights + activations + 32 * 20
-    assert estimated(full) == weights + activations + 3 * 4 * 512 * 32
+    assert estimated(full) == weights + activations + 4 * 512 * 32 + 3 * 4 * 512 * 32
     assert estimated(full, local_steps=2) == estimated(full) + weights
     assert rule_bytes(35, 2) == 35 * 4 * 12
+
+
+def test_a_large_weight_is_perturbed_in_its_own_dtype_and_widened_in_parts() -> None:
+    weight = torch.nn.Linear(1 << 12, 1 << 10, bias=False, dtype=torch.bfloat16)
+
+    assert FullSpace(weight).step_bytes(1) == 2 * (1 << 22) + 3 * 4 * (1 << 20)
 
 
 def test_a_sketch_counts_codes_tables_and_one_decoded_layer_by_hand() -> None:
@@ -240,24 +247,22 @@ def test_logits_over_the_vocabulary_count_and_whole_where_a_backward_pass_keeps_
 
 
 def test_answers_of_several_tokens_pay_for_the_head_in_plan_and_estimate() -> None:
-    loaded, space = tiny_loaded(), VectorSpace(np.zeros(1, np.float32))
+    space, rule = VectorSpace(np.zeros(1, np.float32)), SERVER_OPTIMIZERS.build(SgdConfig(), local_steps=1)
+    replica = Replica(space, rule=rule, reset=lambda: None, run_seed=1)
+    at = Workspace(tiny_loaded(), replica, tokens_per_batch=1, forward_cost_tokens=1)
     short = Example(prompt=(1,) * 10, candidates=((2,), (3,)), label=0)
     long = Example(prompt=(1,) * 6, candidates=((2, 3), (4, 5)), label=0)  # 4 of 16 tokens are read
 
     def memory(example: Example) -> int:
         told = estimate.estimate_run(
-            loaded,
-            space,
+            at,
             train=[example],
             scored=[],
             rows_per_step=4,
             steps=1,
             forwards_per_step=2,
-            lower=None,
             num_rows=1,
             local_steps=1,
-            tokens_per_batch=1,
-            num_moments=0,
         )
         return told.memory_bytes
 

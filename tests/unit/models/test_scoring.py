@@ -26,6 +26,7 @@ from fedzo.models.loaded import LoadedModel
 from fedzo.models.plan import plan_batches
 from fedzo.models.scoring import candidate_scores, mean_loss
 from fedzo.testing.tiny_models import FAMILIES, byte_tokenizer, tiny_loaded, tiny_model_from
+from fedzo.zo import perturb
 from fedzo.zo.directions import direction
 from fedzo.zo.spaces.full import FullSpace
 
@@ -265,6 +266,25 @@ def test_a_full_space_probe_gives_the_loss_of_a_perturbed_copy(loaded: LoadedMod
 
     assert probed == pytest.approx(slow_loss(twin, MIXED, loss), abs=1e-5)
     assert abs(probed - mean_loss(loaded, MIXED, loss=loss, tokens_per_batch=MANY)) > 1e-4
+
+
+def test_a_probe_makes_the_head_once_for_all_parts_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = tiny_loaded("qwen3")
+    head = loaded.model.get_output_embeddings().weight.data_ptr()
+    made: list[int] = []
+    original = perturb.add_direction
+
+    def counted(base: torch.Tensor, *args: Any, **how: Any) -> torch.Tensor:
+        made.append(base.data_ptr())
+        return original(base, *args, **how)
+
+    monkeypatch.setattr(perturb, "add_direction", counted)
+    monkeypatch.setattr(scoring, "_CHUNK_LOGITS", 1)
+
+    with FullSpace(loaded.model).probe(0.03125, 3):
+        mean_loss(loaded, LONG_ANSWERS, loss=Loss.lm, tokens_per_batch=MANY)
+
+    assert made.count(head) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +154,27 @@ def test_losses_that_become_scalars_of_the_log_share_no_prompt() -> None:
 
     assert apart >= sum(len(row.prompt) + len(answer) - 1 for row in UNEQUAL for answer in row.candidates)
     assert 0 < loaded.counter.num_tokens - apart < apart / 2
+
+
+def test_what_is_kept_of_prompts_is_freed_before_the_next_ones_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = tiny_loaded()
+    kept: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def watched(*args: Any) -> tuple[torch.Tensor, Any]:
+        alive.append(sum(keys() is not None for keys in kept))
+        ends, cache = run_prompts(*args)
+        kept.append(weakref.ref(cache.layers[0].keys))
+        return ends, cache
+
+    monkeypatch.setattr("fedzo.models.forwards.run_prompts", watched)
+    gc.disable()  # a GPU's memory must not wait for it
+    try:
+        candidate_scores(loaded, [UNEQUAL[0]] * 3, tokens_per_batch=30, forward_cost_tokens=1)
+    finally:
+        gc.enable()
+
+    assert alive == [0, 0, 0]
 
 
 def test_a_full_space_probe_reaches_both_forwards() -> None:

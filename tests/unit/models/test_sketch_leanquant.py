@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from fedzo.errors import ConfigError
 from fedzo.models.sketched.leanquant import put_layout, write_layout
@@ -108,6 +109,14 @@ def test_a_file_that_does_not_fit_is_refused(edit: Callable[[Tensors], None], ex
 
     with pytest.raises(ConfigError, match=re.escape(expected)):
         put_layout(tiny_model(), tmp_path / "f")
+
+
+def test_codes_of_fewer_columns_than_the_layer_has_are_refused(tmp_path: Path) -> None:
+    """A group of 3 columns does not fill whole bytes: one byte holds 2 of them."""
+    save_file({"0.table": torch.zeros(5, 2, 16), "0.codes": torch.zeros(5, 2, 1, dtype=torch.uint8)}, tmp_path / "f")
+
+    with pytest.raises(ConfigError, match=re.escape("codes uint8 [5, groups, 6 / groups / 2], got")):
+        put_layout(nn.Sequential(nn.Linear(6, 5)), tmp_path / "f")
 
 
 def test_a_pickle_is_not_read(tmp_path: Path) -> None:

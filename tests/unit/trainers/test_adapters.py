@@ -16,17 +16,20 @@ import peft
 import pytest
 import torch
 from torch import nn
+from transformers import Qwen3MoeConfig
 
 from fedzo.data.config import Loss
 from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
 from fedzo.models.adapters import remove
+from fedzo.models.fidelity import too_coarse
 from fedzo.models.generate import generate
 from fedzo.models.head import check_head
+from fedzo.models.load import wrap_model
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.scoring import mean_loss
-from fedzo.models.virtual_tokens import attach, detach, longest_sequence
-from fedzo.testing.tiny_models import FAMILIES, tiny_loaded, tiny_model
+from fedzo.models.virtual_tokens import attach, check_answer_length, detach, longest_sequence
+from fedzo.testing.tiny_models import FAMILIES, byte_tokenizer, tiny_loaded, tiny_model, tiny_model_from
 from fedzo.trainers import TRAINERS, Built, Workplace
 from fedzo.trainers.adapters import Ia3TrainerConfig, LoraTrainerConfig, PrefixTrainerConfig, PromptTrainerConfig
 from fedzo.trainers.artifacts import ArtifactStore
@@ -38,6 +41,18 @@ from fedzo.zo.log import apply_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # by PEFT, of transformers
 
+MOE = Qwen3MoeConfig(
+    vocab_size=512,
+    hidden_size=32,
+    intermediate_size=64,
+    moe_intermediate_size=16,
+    mlp_only_layers=[0],
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_experts=4,
+    num_experts_per_tok=2,
+)
 IDS = torch.arange(24).reshape(2, 12) * 7 % 256
 EXAMPLES = [Example((5, 6, 7, 8), ((9,), (10,)), 1), Example((30, 31), ((9, 12), (10, 14, 15)), 0)]
 INJECTED = [LoraTrainerConfig(), Ia3TrainerConfig()]
@@ -290,6 +305,18 @@ def test_a_prefix_of_a_forward_without_cache_keeps_no_layer_s_keys() -> None:
     assert [layer.keys.shape[-2] for layer in caches[0].layers] == [5, 5]
 
 
+@pytest.mark.parametrize("config", EVERY, ids=name_of)
+def test_probes_vanish_in_virtual_tokens_which_the_model_rounds(config: TrainerConfig) -> None:
+    """Half the spacing of bfloat16 is 2^-10 at 0.3."""
+    loaded = tiny_loaded(dtype=torch.bfloat16)
+    parameters = build(loaded, config).space.parameters
+
+    names = too_coarse(loaded.model, parameters, 1e-4)
+
+    assert names == (["virtual tokens"] if config in VIRTUAL else [])
+    assert too_coarse(loaded.model, parameters, 1e-2) == []
+
+
 def test_virtual_tokens_take_positions() -> None:
     loaded = tiny_loaded("gpt2")  # 512 positions
     build(loaded, PromptTrainerConfig())
@@ -302,6 +329,19 @@ def test_virtual_tokens_take_positions() -> None:
     )
     remove(loaded.model)
     assert longest_sequence(loaded.model, 512) == 512
+
+
+def test_answers_must_fit_behind_half_of_the_longest_text() -> None:
+    loaded = tiny_loaded("gpt2")  # 512 positions
+
+    check_answer_length(loaded.model, 512, 256)
+    with pytest.raises(ConfigError, match=r"task\.max_new_tokens must be <= 256, since the model has 512 positions"):
+        check_answer_length(loaded.model, 512, 257)
+
+    build(loaded, PromptTrainerConfig())  # 5 virtual tokens
+    check_answer_length(loaded.model, 507, 254)
+    with pytest.raises(ConfigError, match=r"task\.max_new_tokens must be <= 254, .* 5 virtual tokens and 253"):
+        check_answer_length(loaded.model, 507, 255)
 
 
 def test_building_again_replaces_the_adapter_and_removal_leaves_the_base() -> None:
@@ -367,6 +407,65 @@ def test_layers_that_are_not_there_are_named_with_those_that_are() -> None:
     odd = dataclasses.replace(tiny_loaded(), model=nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ConfigError, match=r"must be given for a Sequential.*Choose from 0"):
         build(odd, LoraTrainerConfig())
+
+
+def test_layers_in_whose_place_peft_adapts_experts_are_refused_and_the_model_is_left_as_it_was() -> None:
+    loaded = wrap_model(tiny_model_from(MOE), byte_tokenizer())
+    names = [name for name, _ in loaded.model.named_modules()]
+    base = logits(loaded.model)
+
+    for modules in (["down_proj"], ["gate_proj", "up_proj", "down_proj"]):
+        with pytest.raises(ConfigError, match=r"that PEFT adapts as they are, got .*down_proj.*: PEFT would adapt the"):
+            build(loaded, LoraTrainerConfig(target_modules=modules))
+        loaded.model.eval()
+
+    assert [name for name, _ in loaded.model.named_modules()] == names
+    assert torch.equal(logits(loaded.model), base)
+
+
+def test_virtual_tokens_come_once_before_a_text_that_a_model_with_states_goes_on_with() -> None:
+    loaded: Any = tiny_loaded("mamba2")
+    build(loaded, PromptTrainerConfig(init_std=0.3))
+    widths: list[int] = []
+    loaded.model.get_decoder().layers[0].register_forward_hook(
+        lambda module, args, output: widths.append(args[0].shape[1])
+    )
+
+    generate(loaded, [[65, 66, 67]], max_new_tokens=4, tokens_per_batch=4096)
+
+    assert widths[0] == 5 + 3
+    assert set(widths[1:]) == {1}
+
+
+def test_prompts_of_a_model_that_reads_token_ids_beside_embeddings_are_refused() -> None:
+    """As Gemma 3n does. A prefix leaves the text's ids as they are."""
+
+    def beside(decoder: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if kwargs.get("input_ids") is not None:
+            output.last_hidden_state += 1
+
+    loaded: Any = tiny_loaded()
+    loaded.model.get_decoder().register_forward_hook(beside, with_kwargs=True)
+
+    build(loaded, PrefixTrainerConfig(init_std=0.3))
+    with pytest.raises(ConfigError, match="cannot: it reads token ids beside embeddings"):
+        build(loaded, PromptTrainerConfig(init_std=0.3))
+
+
+def test_why_a_forward_with_virtual_tokens_fails_is_told_and_memory_that_is_full_is_no_reason() -> None:
+    loaded: Any = tiny_loaded()
+    errors = [RuntimeError("shape of the mask\nand more"), torch.OutOfMemoryError("out of memory")]
+
+    def fails(decoder: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if kwargs.get("inputs_embeds") is not None:
+            raise errors.pop(0)
+
+    loaded.model.get_decoder().register_forward_hook(fails, with_kwargs=True)
+
+    with pytest.raises(ConfigError, match=r"virtual tokens fails \(RuntimeError: shape of the mask\)\. Choose another"):
+        build(loaded, PromptTrainerConfig())
+    with pytest.raises(torch.OutOfMemoryError):
+        build(loaded, PromptTrainerConfig())
 
 
 def test_an_artifact_that_is_no_seed_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -220,3 +221,28 @@ def test_a_size_that_is_none_is_refused_before_anything_is_written(store: Artifa
         store.append(DIGEST, size, offset=0, data=CONTENT[:PIECE_BYTES])
 
     assert not store.folder.exists()
+
+
+def test_what_other_artifacts_left_goes_and_what_is_no_artifact_stays(store: ArtifactStore) -> None:
+    ArtifactStore(store.folder).keep_only(DIGEST)  # of a folder that is not there
+    store.put(b"of another run")
+    for name in (f"{'a' * 64}.part", f"{DIGEST}.part", "README"):
+        (store.folder / name).touch()
+
+    store.put(CONTENT)
+    store.keep_only(DIGEST)
+
+    assert names(store) == sorted(["README", DIGEST, f"{DIGEST}.part"])
+    assert store.find(hashlib.sha256(b"of another run").hexdigest()) is None
+
+
+def test_an_artifact_comes_also_where_the_file_system_knows_no_locks(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(file: BinaryIO, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(artifacts.fcntl, "flock", refused)
+
+    assert [append(store, number) for number in range(3)] == [PIECE_BYTES, 2 * PIECE_BYTES, SIZE]
+    assert names(store) == [DIGEST]

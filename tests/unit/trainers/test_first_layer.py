@@ -230,3 +230,21 @@ def test_a_negative_first_layer_is_refused_with_the_other_problems() -> None:
     config.trainer = LoraTrainerConfig(first_layer=-1)
 
     assert [problem.key for problem in launch_problems(config)] == ["trainer.first_layer"]
+
+
+def test_each_layer_that_the_user_names_must_be_in_an_upper_block(place: Workplace) -> None:
+    """Also where another of the names is in one."""
+    config = LoraTrainerConfig(first_layer=1, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ConfigError, match=r"trainer\.target_modules must name layers .*=1 on, which have no lm_head\."):
+        TRAINERS.build(config).build(tiny_loaded("qwen3"), place.artifacts.put(bytes(8)), distribution=LAW)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # by PEFT, of transformers
+def test_layers_of_the_default_that_no_upper_block_has_are_left_out(place: Workplace) -> None:
+    loaded: Any = tiny_loaded("llama")
+    loaded.model.model.layers[1].mlp = nn.Identity()
+    config = Ia3TrainerConfig(first_layer=1)
+
+    built = TRAINERS.build(config).build(loaded, place.artifacts.put(bytes(8)), distribution=LAW)
+
+    assert built.space.size == 16 + 16  # keys and values

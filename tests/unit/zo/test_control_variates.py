@@ -21,6 +21,7 @@ from fedzo.zo.server_optimizer import (
     SgdConfig,
 )
 from fedzo.zo.server_optimizer.control_variates import end_models
+from fedzo.zo.spaces.base import Values
 
 SEED = 5
 Batch = np.ndarray
@@ -209,6 +210,28 @@ def test_replay_and_every_client_s_end_have_the_bits_of_the_live_run(config: Ser
 
     assert space.theta.tobytes() == live.theta.tobytes()
     assert moments.tobytes() == kept.tobytes()
+
+
+class Still(VectorSpace):
+    """Is read, and not moved."""
+
+    def step(self, s: float, key: int) -> None:
+        raise AssertionError("the model was moved")
+
+    def load(self, values: Values) -> None:
+        raise AssertionError("the model was moved")
+
+
+@pytest.mark.parametrize("config", [ScaffoldConfig(), FedDynConfig(alpha=2.0)], ids=["scaffold", "feddyn"])
+def test_the_clients_paths_are_walked_beside_the_model(config: ServerOptimizerConfig) -> None:
+    rule = SERVER_OPTIMIZERS.build(config, local_steps=2)
+    assert isinstance(rule, ControlVariates)
+    c = np.array([[[1.0, -1.0]], [[0.5, 2.0]]], np.float32)
+    record = RoundRecord(round=0, lr=0.25, owners=(0, 1), coefficients=c, directions=SHARED)
+
+    ends = dict(end_models(rule, Still(np.ones(6)), np.zeros((3, 6), np.float32), record, run_seed=SEED))
+
+    assert not np.array_equal(ends[0], ends[1])
 
 
 @pytest.mark.parametrize("config", [ScaffoldConfig(), FedDynConfig(lr=1e-4)], ids=["scaffold", "feddyn"])

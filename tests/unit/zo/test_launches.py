@@ -5,8 +5,11 @@ The kernels run on the CPU (``conftest``); the same space on the CPU's own path 
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from fedzo.zo.spaces.base import Space
 from fedzo.zo.spaces.dense import DenseSpace
 from fedzo.zo.spaces.full import FullSpace
 from fedzo.zo.spaces.masked import MaskedSpace
+from fedzo.zo.together import Together
 
 LAW = Distribution.gaussian
 
@@ -111,6 +115,33 @@ def test_a_probe_makes_neighbours_together_in_any_order(
                 assert torch.equal(trained[1 + i](torch.ones(12)), want[i])
         if len(order) == 5:
             assert launched == ["add"] * (1 + probe)
+
+
+def test_what_a_probe_made_is_freed_at_its_end(
+    as_on_a_gpu: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_on_a_gpu()
+    monkeypatch.setattr("fedzo.zo.together._SMALL", 12)
+    trained = model(3, torch.float32)
+    space = FullSpace(trained)
+    made: list[weakref.ref[torch.Tensor]] = []
+    own = Together.moved
+
+    def watched(together: Together, *args: Any, **how: Any) -> dict[int, torch.Tensor]:
+        values = own(together, *args, **how)
+        made.extend(weakref.ref(value) for value in values.values())
+        return values
+
+    monkeypatch.setattr(Together, "moved", watched)
+    gc.disable()  # a GPU's memory must not wait for it
+    try:
+        with space.probe(0.5, 8):
+            trained[1:](torch.ones(12))
+
+        assert made
+        assert [value() for value in made] == [None] * len(made)
+    finally:
+        gc.enable()
 
 
 def test_a_dtype_more_is_a_launch_more(as_on_a_gpu: Callable[[], list[str]]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,9 +15,11 @@ from fedzo.errors import ProtocolError, RunFolderError
 from fedzo.records.decode import decode_json, to_json
 from fedzo.records.log import Proof, PublicLine
 from fedzo.testing.vector_space import VectorSpace
+from fedzo.zo.config import Distribution
 from fedzo.zo.directions import SHARED, direction, stream_key
-from fedzo.zo.log import EMPTY_CHAIN, RoundRecord, apply_record, apply_step, extend_chain, pack, unpack
+from fedzo.zo.log import EMPTY_CHAIN, RoundRecord, apply_record, apply_step, extend_chain, local_step, pack, unpack
 from fedzo.zo.seeds import OWN
+from fedzo.zo.spaces.base import MasterSpace, Values
 
 SEED = 11
 
@@ -71,6 +74,50 @@ def test_replay_is_the_steps_written_out_by_hand() -> None:
     for owner, c in ((2, 1.5), (5, -0.5)):
         expected = expected - np.float32(0.125 * c) * direction(stream_key(SEED, round=1, owner=owner), 3)
     assert np.array_equal(space.theta, expected)
+
+
+class Written(MasterSpace):
+    """Counts how often its values enter a model."""
+
+    num_writes = 0
+
+    def _write(self, values: torch.Tensor) -> None:
+        self.num_writes += 1
+
+
+def written(theta: Values) -> Written:
+    return Written(torch.from_numpy(theta.copy()), Distribution.gaussian)
+
+
+def test_a_replayed_round_enters_the_model_once_after_its_last_step() -> None:
+    theta = direction(3, 40)
+    space, twin = written(theta), VectorSpace(theta)
+    ten_steps = record(0, np.arange(-4, 16).reshape(10, 2, 1), lr=0.01)
+
+    for each in (space, twin):
+        apply_record(each, ten_steps, run_seed=SEED)
+
+    assert space.num_writes == 1
+    assert space.values().tobytes() == twin.values().tobytes()
+
+
+def test_all_probes_of_a_local_step_enter_the_model_once() -> None:
+    theta = direction(3, 40)
+    space, twin = written(theta), VectorSpace(theta)
+
+    for each in (space, twin):
+        local_step(each, lr=0.5, c=np.array([1.0, 0.0, -2.0], np.float32), keys=[1, 2, 3])
+
+    assert space.num_writes == 1
+    assert space.values().tobytes() == twin.values().tobytes()
+
+
+def test_a_round_without_a_step_is_not_written_at_all() -> None:
+    space = written(direction(3, 40))
+
+    apply_record(space, record(0, np.zeros((2, 2, 1))), run_seed=SEED)
+
+    assert space.num_writes == 0
 
 
 def test_lr_times_c_is_rounded_to_float32_once_before_the_product() -> None:

@@ -95,6 +95,17 @@ def test_full_probe_reaches_code_that_bypasses_the_head(family: str) -> None:
     assert torch.equal(probed, direct(moved_by_hand(model, scale=SIXTEENTH, key=5)))
 
 
+def test_a_kernel_that_takes_a_weight_by_its_address_is_refused_in_a_full_probe() -> None:
+    """As Triton's launcher does with a parameter: the kernel would compute with the unperturbed weight."""
+    model = torch.nn.Linear(4, 4)
+    space = FullSpace(model)
+
+    with space.probe(0.01, 1), pytest.raises(ConfigError, match="takes a trained weight by its address"):
+        model.weight.data_ptr()
+
+    assert model.weight.data_ptr()
+
+
 def test_full_probe_makes_only_the_embedding_rows_that_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     made: list[int] = []

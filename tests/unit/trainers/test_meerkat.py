@@ -1,0 +1,54 @@
+"""A mask that is given tells of the text that it was chosen on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedzo.errors import ConfigError
+from fedzo.masks.mask import Mask
+from fedzo.masks.mask_file import save_mask
+from fedzo.testing.tiny_models import tiny_loaded
+from fedzo.trainers import Workplace
+from fedzo.trainers.calibration import CalibrationSource
+from fedzo.trainers.meerkat import MeerkatConfig, choose_mask
+
+TEXTS = [f"Document {i}: the quick brown fox jumps over {i} lazy dogs." * 2 for i in range(12)]
+CHOSEN = MeerkatConfig(
+    density=0.05, calibration=CalibrationSource.train, calibration_docs=3, calibration_tokens=20, first_layer=1
+)
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> Path:
+    """The file of a mask that ``CHOSEN`` made."""
+    place = Workplace(folder=tmp_path, seed=3, texts=lambda: TEXTS, advance=lambda done, total: None)
+    save_mask(choose_mask(CHOSEN, tiny_loaded("llama"), place), tmp_path / "given.safetensors")
+    return tmp_path / "given.safetensors"
+
+
+def test_the_recipe_of_a_given_mask_is_all_that_it_was_made_with(given: Path) -> None:
+    assert MeerkatConfig().recipe_of(given) == CHOSEN
+
+
+@pytest.mark.parametrize(("other", "expected"), [({"calibration_docs": 4}, 3), ({"calibration_tokens": 60}, 20)])
+def test_other_windows_than_those_of_a_given_mask_are_refused(
+    other: dict[str, Any], expected: int, given: Path
+) -> None:
+    ((key, value),) = other.items()
+
+    with pytest.raises(ConfigError, match=rf"trainer\.{key} must be {expected} as for the mask .*, got {value}\."):
+        MeerkatConfig(**other).recipe_of(given)
+
+
+@pytest.mark.parametrize("manifest", [{}, {"calibration_docs": "3"}, {"calibration_tokens": "60"}])
+def test_a_window_of_which_a_given_mask_tells_nothing_stays_as_it_is(manifest: dict[str, str], tmp_path: Path) -> None:
+    file = tmp_path / "old.safetensors"
+    save_mask(Mask({"w": torch.tensor([0])}, {"w": (2,)}, gradient=None, manifest=manifest), file)
+
+    found = MeerkatConfig(calibration_docs=3, calibration_tokens=64).recipe_of(file)
+
+    assert (found.calibration_docs, found.calibration_tokens) == (3, 64)
