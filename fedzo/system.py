@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -26,7 +27,9 @@ COMMAND_ENV = "FEDZO_COMMAND"
 SITE_ENV = "FEDZO_SITE"
 """Environment variable with the path of a client site's own configuration (YAML)."""
 SITE_LOG_ENV = "FEDZO_SITE_LOG"
-"""Environment variable with the path of a file to which a client's process also writes its errors."""
+"""Environment variable with the path of a file to which a client's process writes its errors and its part in a run."""
+SITE_ARTIFACTS_ENV = "FEDZO_SITE_ARTIFACTS"
+"""Environment variable with the path of the folder in which a site keeps the artifact of its run."""
 OnProgress = Callable[[int, int], None]
 """What long work calls as it goes on: how much is done, and of how much."""
 CODE = ("fedzo", "conf", "clients", "server", "pyproject.toml", "constraints.txt")
@@ -40,6 +43,7 @@ _LIBRARIES = (
     *("transformers", "triton", "urllib3"),
 )
 _VERBOSITY_VARIABLES = ("DATASETS_VERBOSITY", "HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY")
+_PACKAGE = Path(__file__).resolve().parent
 
 
 def quiet_libraries() -> None:
@@ -138,6 +142,19 @@ def package_version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+@cache
+def code_version(package: Path = _PACKAGE) -> str:
+    """The version of a fedzo, and a digest of its Python code, since two checkouts of one version may differ.
+
+    A wheel has that of the source tree that it was made of. A process keeps what its files held at the first call.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(file.relative_to(package).as_posix() for file in package.rglob("*.py") if file.is_file()):
+        code = (package / name).read_bytes().replace(b"\r\n", b"\n")  # as a checkout may write them
+        digest.update(f"{name} {len(code)}\n".encode() + code)
+    return f"{fedzo.__version__}+{digest.hexdigest()[:12]}"
 
 
 def _git_commit() -> str | None:

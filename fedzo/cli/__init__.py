@@ -15,6 +15,7 @@ from typing import Any
 
 import fedzo
 from fedzo.cli import commands
+from fedzo.cli.arguments import add_overrides, add_rounds, add_run, total_rounds, whole_number
 from fedzo.cli.rephrase import SUMMARY as REPHRASE_SUMMARY
 from fedzo.cli.rephrase import USAGE as REPHRASE_USAGE
 from fedzo.cli.rephrase import add_rephrase, rephrase
@@ -27,6 +28,9 @@ RUN_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 failed, 2 bad input (nothing was started), 130 interrupted."""
+    if os.name == "nt":
+        print("fedzo: it must run on a POSIX system, got Windows. Install it in WSL2.", file=sys.stderr)
+        return BAD_INPUT
     with forgiving_output() as output:
         code = _run(argv)
     return code or (RUN_FAILED if output.lost else 0)
@@ -154,6 +158,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fedzo {fedzo.__version__}")
     parser.set_defaults(takes_overrides=False, takes_flags=False, resumable=False)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+    count, positive = whole_number(0), whole_number(1)
 
     def command(
         name: str, handler: commands.Handler, summary: str, *, usage: str | None = None
@@ -170,20 +175,20 @@ def make_parser() -> argparse.ArgumentParser:
     own.set_defaults(takes_overrides=True, takes_flags=True, resumable=True)
 
     own = command("resume", commands.resume, "continue a run that was stopped, or make it longer")
-    _add_run(own)
+    add_run(own)
     more = "go on to this many rounds, more than the run was begun with; no other setting of a run can change"
-    own.add_argument("rounds", metavar="fl.rounds=N", nargs="?", type=_total, help=more)
+    own.add_argument("rounds", metavar="fl.rounds=N", nargs="?", type=total_rounds, help=more)
     own.set_defaults(resumable=True)
 
     own = command("replay", commands.replay, "verify the log of a run: rebuild its model and compare every hash")
-    _add_run(own)
-    _add_rounds(own, "rounds to replay (default: all)")
-    own.add_argument("--client", type=_count, help="rebuild this client's local steps of --round instead")
-    own.add_argument("--round", type=_count, help="round of --client, from 0")
+    add_run(own)
+    add_rounds(own, "rounds to replay (default: all)")
+    own.add_argument("--client", type=count, help="rebuild this client's local steps of --round instead")
+    own.add_argument("--round", type=count, help="round of --client, from 0")
     own.add_argument("--out", metavar="FILE", help="with --client: write the values after each step (safetensors)")
 
     own = command("evaluate", commands.evaluate, "score a run's model on its test or dev rows")
-    _add_run(own)
+    add_run(own)
     own.add_argument("--split", choices=("test", "dev"), default="test", help="which rows (default: test)")
 
     usage = "fedzo generate RUN PROMPT... | fedzo generate --model MODEL --prompts FILE [--tables FILE,FILE,...]"
@@ -195,12 +200,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--prompts", dest="rows", metavar="FILE", help="rows with a column prompt, and tables of their own"
     )
     own.add_argument("--tables", metavar="FILE,...", help="of a sketch: files of fedzo export --tables, one a user")
-    own.add_argument("--max-new-tokens", type=_positive, default=32, help="longest continuation (default: 32)")
+    dtypes = ("float32", "bfloat16", "float16")
+    own.add_argument("--dtype", choices=dtypes, help="with --model: of its weights (default: float32)")
+    own.add_argument("--max-new-tokens", type=positive, default=32, help="longest continuation (default: 32)")
 
     own = command("export", commands.export, "write a run's model as a Hugging Face folder")
-    _add_run(own)
+    add_run(own)
     own.add_argument("out", metavar="OUT", help="new folder, or new file for --tables")
-    _add_rounds(own, "rounds to apply (default: up to the best round)")
+    add_rounds(own, "rounds to apply (default: up to the best round)")
     form = own.add_mutually_exclusive_group()
     form.set_defaults(form="model")
     form.add_argument(
@@ -220,18 +227,18 @@ def make_parser() -> argparse.ArgumentParser:
         "mask", commands.mask, "choose the weights that trainer=meerkat trains, once for many runs", usage=usage
     )
     own.add_argument("--out", metavar="FILE", required=True, help="safetensors file to write; use as inputs.artifact")
-    own.add_argument("--config-dir", metavar="DIR", help="folder of your own YAML files")
-    own.set_defaults(takes_overrides=True)
+    add_overrides(own)
 
     usage = "fedzo sketch [overrides] --out DIR --calibration FILE [--bits B] [more options]"
     summary = "write a model as lookup tables and codes of 2 to 4 bits, for trainer=tables"
     own = command("sketch", commands.sketch, summary, usage=usage)
     own.add_argument("--out", metavar="DIR", help="new model folder; use as model=DIR")
-    own.add_argument("--calibration", metavar="FILE", help="text without labels, as for trainer=meerkat")
+    text = "text without labels: a .txt file, or a table with a column text"
+    own.add_argument("--calibration", metavar="FILE", help=text)
     own.add_argument("--bits", type=int, metavar="B", help="bits of a code: 2, 3 or 4 (default: 4)")
-    own.add_argument("--groups-per-row", type=_positive, metavar="G", help="tables a row (default: 1)")
-    own.add_argument("--windows", type=_positive, metavar="N", help="most windows of text (default: 128)")
-    own.add_argument("--tokens", type=_positive, metavar="N", help="tokens of a window (default: 512)")
+    own.add_argument("--groups-per-row", type=positive, metavar="G", help="tables a row (default: 1)")
+    own.add_argument("--windows", type=positive, metavar="N", help="most windows of text (default: 128)")
+    own.add_argument("--tokens", type=positive, metavar="N", help="tokens of a window (default: 512)")
     own.add_argument(
         "--skip", action="append", metavar="NAME", help="end of a layer's name that stays dense; repeatable"
     )
@@ -247,8 +254,7 @@ def make_parser() -> argparse.ArgumentParser:
     own.add_argument(
         "--export", dest="export_to", metavar="FILE", help=f"write the sketch model=DIR as tables and {layout}"
     )
-    own.add_argument("--config-dir", metavar="DIR", help="folder of your own YAML files")
-    own.set_defaults(takes_overrides=True)
+    add_overrides(own)
 
     add_rephrase(command("rephrase", rephrase, REPHRASE_SUMMARY, usage=REPHRASE_USAGE))
 
@@ -256,23 +262,21 @@ def make_parser() -> argparse.ArgumentParser:
     own = command("perplexity", commands.perplexity, "how well a model predicts a text", usage=usage)
     text = "a .txt file, or a table (.jsonl, .json, .csv, .tsv, .parquet) with a column text, whose texts are joined"
     own.add_argument("--text", metavar="FILE", required=True, help=text)
-    own.add_argument("--windows", type=_positive, metavar="N", help="windows from the start (default: all)")
-    own.add_argument("--tokens", type=_positive, metavar="N", default=512, help="tokens of a window (default: 512)")
-    own.add_argument("--config-dir", metavar="DIR", help="folder of your own YAML files")
-    own.set_defaults(takes_overrides=True)
+    own.add_argument("--windows", type=positive, metavar="N", help="windows from the start (default: all)")
+    own.add_argument("--tokens", type=positive, metavar="N", default=512, help="tokens of a window (default: 512)")
+    add_overrides(own)
 
     usage = "fedzo bench step [overrides] [--shape SHAPE] [--rows N] [--tokens N] [--repeats N] [--out FILE]"
     own = command("bench", commands.bench, "time a step and the forwards that it consists of", usage=usage)
     own.add_argument("what", choices=("step",), help="what to measure")
     own.add_argument("--shape", metavar="SHAPE", help="random weights of a published shape, such as opt-1.3b")
-    own.add_argument("--rows", type=_positive, default=16, help="rows of a batch (default: 16)")
-    own.add_argument("--tokens", type=_positive, default=32, help="tokens of a row (default: 32)")
-    own.add_argument("--repeats", type=_positive, default=15, help="timed repeats (default: 15)")
+    own.add_argument("--rows", type=positive, default=16, help="rows of a batch (default: 16)")
+    own.add_argument("--tokens", type=positive, default=32, help="tokens of a row (default: 32)")
+    own.add_argument("--repeats", type=positive, default=15, help="timed repeats (default: 15)")
     own.add_argument("--out", metavar="FILE", help="also write the results as JSON")
     own.add_argument("--no-memory", action="store_true", help="do not measure peak memory, which needs more processes")
     own.add_argument("--peak-of", help=argparse.SUPPRESS)
-    own.add_argument("--config-dir", metavar="DIR", help="folder of your own YAML files")
-    own.set_defaults(takes_overrides=True)
+    add_overrides(own)
 
     own = command("list", commands.list_options, "list the config groups and their options")
     own.add_argument("group", metavar="GROUP", nargs="?", help="only this group")
@@ -285,40 +289,5 @@ def make_parser() -> argparse.ArgumentParser:
     own = command("status", commands.status, "a server, its clients and its run, or one run")
     own.add_argument("dir", metavar="DIR", nargs="?", default=".", help="server or run folder (default: this folder)")
     own = command("stop", commands.stop, "end a run that is going on, between two rounds")
-    _add_run(own)
+    add_run(own)
     return parser
-
-
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="run folder")
-
-
-def _add_rounds(parser: argparse.ArgumentParser, text: str) -> None:
-    parser.add_argument("--rounds", type=_count, help=text)
-
-
-def _count(text: str) -> int:
-    return _at_least(0, text)
-
-
-def _total(text: str) -> int:
-    key, _, number = text.partition("=")
-    if key != "fl.rounds":
-        raise argparse.ArgumentTypeError(
-            f"a run keeps the settings that it began with; only fl.rounds=N can make it longer, got {text!r}"
-        )
-    return _positive(number)
-
-
-def _positive(text: str) -> int:
-    return _at_least(1, text)
-
-
-def _at_least(least: int, text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = least - 1
-    if number < least:
-        raise argparse.ArgumentTypeError(f"must be a whole number >= {least}, got {text!r}")
-    return number

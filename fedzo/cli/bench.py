@@ -15,10 +15,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fedzo.bench.step import bench_step, open_bench, peak_bytes
-from fedzo.config.load import load
-from fedzo.config.overrides import with_config_dir
+from fedzo.cli.arguments import load_config
 from fedzo.errors import ConfigError
-from fedzo.report.format import bytes_text
+from fedzo.report.format import MISSING, bytes_text
 
 # freed tensors go back to the system at once, so that resident pages show what is in use
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -26,7 +25,7 @@ _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "6553
 
 def step(arguments: Namespace) -> None:
     """Time a step; or, in a child process, measure the memory of one contestant's."""
-    config = load(with_config_dir(arguments.overrides, arguments.config_dir))
+    config = load_config(arguments)
     sizes: dict[str, Any] = {"shape": arguments.shape, "rows": arguments.rows, "tokens": arguments.tokens}
     if arguments.peak_of is not None:
         print(json.dumps(peak_bytes(config, arguments.peak_of, **sizes)))
@@ -88,6 +87,6 @@ def _table(result: dict[str, Any]) -> Table:
             f"{figure['ratio']:.3f}",
             "{:.3f} {:.3f}".format(*figure["ratio_quartiles"]),
             bytes_text(peak),
-            f"{peak / bare:.3f}" if peak and bare else "n/a",
+            f"{peak / bare:.3f}" if peak and bare else MISSING,
         )
     return table

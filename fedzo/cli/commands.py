@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from fedzo.cli.arguments import load_config
 from fedzo.errors import ConfigError, FedzoError, RunFolderError
 
 Handler = Callable[[Namespace], int]
@@ -65,13 +66,15 @@ def generate(arguments: Namespace) -> int:
         if arguments.run is not None or arguments.rows is None:
             raise ConfigError("fedzo generate --model MODEL needs --prompts FILE, and neither RUN nor PROMPT.")
         from fedzo.commands.answer import answer_rows
-        from fedzo.models.config import ModelConfig
+        from fedzo.models.config import DType, ModelConfig
 
         tables = [Path(name) for name in (arguments.tables or "").split(",") if name]
-        rows, model = Path(arguments.rows), ModelConfig(name=arguments.model)
-        return _print(answer_rows(model, tables, rows, max_new_tokens=arguments.max_new_tokens))
-    if arguments.run is None or not arguments.prompts or arguments.rows or arguments.tables:
-        raise ConfigError("fedzo generate needs RUN and at least one PROMPT; --prompts and --tables belong to --model.")
+        model = ModelConfig(name=arguments.model, dtype=DType(arguments.dtype or DType.float32))
+        return print_lines(answer_rows(model, tables, Path(arguments.rows), max_new_tokens=arguments.max_new_tokens))
+    if arguments.run is None or not arguments.prompts or arguments.rows or arguments.tables or arguments.dtype:
+        raise ConfigError(
+            "fedzo generate needs RUN and at least one PROMPT; --prompts, --tables and --dtype belong to --model."
+        )
     from fedzo.commands.trained import generate_run
 
     for text in generate_run(_folder(arguments.run), arguments.prompts, max_new_tokens=arguments.max_new_tokens):
@@ -111,10 +114,7 @@ def report(arguments: Namespace) -> int:
 
 def mask(arguments: Namespace) -> int:
     """``fedzo mask``."""
-    from fedzo.config.load import load
-    from fedzo.config.overrides import with_config_dir
-
-    config = load(with_config_dir(arguments.overrides, arguments.config_dir))
+    config = load_config(arguments)
     from fedzo.commands.mask import make_mask
 
     _print_json(make_mask(config, Path(arguments.out)))
@@ -127,9 +127,6 @@ _SKETCH_REQUEST = ("windows", "tokens", "skip")
 
 def sketch(arguments: Namespace) -> int:
     """``fedzo sketch``: build one, or read or write one in LeanQuant's layout."""
-    from fedzo.config.load import load
-    from fedzo.config.overrides import with_config_dir
-
     sources = [arguments.calibration, arguments.import_from, arguments.export_to]
     if sum(each is not None for each in sources) != 1 or (arguments.out is None) != (arguments.export_to is not None):
         raise ConfigError(
@@ -143,14 +140,14 @@ def sketch(arguments: Namespace) -> int:
             f"fedzo sketch: --import and --export must be given without options of a build, got {options}: the file "
             "and the sketch have their own. Leave them out."
         )
-    config = load(with_config_dir(arguments.overrides, arguments.config_dir), trains=False)
+    config = load_config(arguments, trains=False)
     from fedzo.commands.sketch import SketchRequest, export_sketch, import_sketch, make_sketch
     from fedzo.sketch import SketchSettings
 
     if arguments.export_to is not None:
-        return _print(export_sketch(config, Path(arguments.export_to)))
+        return print_lines(export_sketch(config, Path(arguments.export_to)))
     if arguments.import_from is not None:
-        return _print(import_sketch(config, Path(arguments.import_from), Path(arguments.out)))
+        return print_lines(import_sketch(config, Path(arguments.import_from), Path(arguments.out)))
     request = SketchRequest(
         out=Path(arguments.out),
         settings=SketchSettings(**{name: chosen[name] for name in _SKETCH_SETTINGS if name in chosen}),
@@ -158,7 +155,7 @@ def sketch(arguments: Namespace) -> int:
         text=None if arguments.text is None else Path(arguments.text),
         **{name: chosen[name] for name in _SKETCH_REQUEST if name in chosen},
     )
-    return _print(make_sketch(config, request))
+    return print_lines(make_sketch(config, request))
 
 
 def perplexity(arguments: Namespace) -> int:
@@ -166,10 +163,7 @@ def perplexity(arguments: Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from fedzo.config.load import load
-    from fedzo.config.overrides import with_config_dir
-
-    config = load(with_config_dir(arguments.overrides, arguments.config_dir), trains=False)
+    config = load_config(arguments, trains=False)
     from fedzo.commands.perplexity import measure_perplexity
 
     with Progress(console=Console(stderr=True)) as progress:
@@ -246,7 +240,7 @@ def server(arguments: Namespace) -> int:
             lines = commands.renew(folder, hosts=arguments.host or [], days=arguments.days)
         case _:
             return _keep(commands.up(folder))
-    return _print(lines)
+    return print_lines(lines)
 
 
 def client(arguments: Namespace) -> int:
@@ -258,43 +252,46 @@ def client(arguments: Namespace) -> int:
     if arguments.what == "up":
         return _keep(commands.up(ClientFolder(path)))
     files = [Path(name) if name else None for name in (arguments.invitation, arguments.ca)]
-    return _print(commands.init(path, server=arguments.server, invitation=files[0], authority=files[1]))
+    return print_lines(commands.init(path, server=arguments.server, invitation=files[0], authority=files[1]))
 
 
 def status(arguments: Namespace) -> int:
     """``fedzo status``."""
     from fedzo.commands.status import status as lines_of
 
-    return _print(lines_of(Path(arguments.dir)))
+    return print_lines(lines_of(Path(arguments.dir)))
 
 
 def stop(arguments: Namespace) -> int:
     """``fedzo stop``."""
     from fedzo.commands.status import stop as stop_run
 
-    return _print(stop_run(_folder(arguments.run)))
+    return print_lines(stop_run(_folder(arguments.run)))
 
 
 def _keep(lines: Iterable[str]) -> int:
     """Show what a service says until it is told to end, which is no failure."""
     try:
-        return _print(lines)
+        return print_lines(lines)
     except KeyboardInterrupt:
         print("ended", flush=True)
         return 0
 
 
-def _print(lines: Iterable[str]) -> int:
+def print_lines(lines: Iterable[str]) -> int:
     """Show lines as they come; a file that cannot be read or written is named."""
+    kind: type[FedzoError] = ConfigError
     try:
         for line in lines:
             print(line, flush=True)
+            kind = FedzoError  # for something was done
     except OSError as error:
         if isinstance(error, FedzoError):
             raise
+        file = error.filename or "a file"
         if isinstance(error, FileNotFoundError):
-            raise ConfigError(f"{error.filename}: there is no such file or folder. Check the path.") from error
-        raise ConfigError(f"{error.filename}: it must be readable and writable, got {error.strerror!r}.") from error
+            raise kind(f"{file}: there is no such file or folder. Check the path.") from error
+        raise kind(f"{file}: it must be readable and writable, got {error.strerror!r}.") from error
     return 0
 
 

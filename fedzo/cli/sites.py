@@ -6,8 +6,11 @@ import argparse
 import socket
 from collections.abc import Callable
 
+from fedzo.cli.arguments import whole_number
+
 Parser = argparse.ArgumentParser
 CERTIFICATE_DAYS = 365
+_PORT, _INDEX, _DAYS = whole_number(1, 65535), whole_number(0, 0xFFFFFFFD), whole_number(1, 3650)
 
 
 def add_server(parser: Parser) -> None:
@@ -19,13 +22,13 @@ def add_server(parser: Parser) -> None:
     name = socket.gethostname()
     text = f"a name or address at which sites reach this machine; may be repeated (default: {name})"
     own.add_argument("--host", metavar="HOST", action="append", help=text.replace("%", "%%"))
-    own.add_argument("--port", type=_port, default=8443, help="port for sites (default: 8443)")
-    own.add_argument("--control-port", type=_port, default=8444, help="port for this machine (default: 8444)")
+    own.add_argument("--port", type=_PORT, default=8443, help="port for sites (default: 8443)")
+    own.add_argument("--control-port", type=_PORT, default=8444, help="port for this machine (default: 8444)")
     _add_days(own)
 
     own = add("add-client", "register a client: its key, and which client of a run it is")
     own.add_argument("name", metavar="NAME", help="of the client: letters, digits and . _ -")
-    own.add_argument("--index", type=_index, help="of the client in a run, from 0 (default: the lowest that is free)")
+    own.add_argument("--index", type=_INDEX, help="of the client in a run, from 0 (default: the lowest that is free)")
     own.add_argument("--key", metavar="KEY", help="the site's public key, or a file with it (default: make a key here)")
     _add_dir(own)
 
@@ -67,22 +70,4 @@ def _add_dir(parser: Parser) -> None:
 
 def _add_days(parser: Parser) -> None:
     text = f"how long the certificate is valid (default: {CERTIFICATE_DAYS})"
-    parser.add_argument("--days", type=_days, default=CERTIFICATE_DAYS, help=text)
-
-
-def _port(text: str) -> int:
-    return _within(text, 1, 65535)
-
-
-def _index(text: str) -> int:
-    return _within(text, 0, 0xFFFFFFFD)
-
-
-def _days(text: str) -> int:
-    return _within(text, 1, 3650)
-
-
-def _within(text: str, low: int, high: int) -> int:
-    if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
-        raise argparse.ArgumentTypeError(f"must be a whole number of {low} to {high}, got {text!r}")
-    return int(text)
+    parser.add_argument("--days", type=_DAYS, default=CERTIFICATE_DAYS, help=text)

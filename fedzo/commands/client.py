@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedzo.commands.server import IMAGE, fill, template
-from fedzo.errors import ConfigError
+from fedzo.errors import ConfigError, printable
 from fedzo.records.folder import folder_of_one_process, replace_file
 from fedzo.runtime.net.client_folder import AUTHORITY, PUBLIC_KEY, SITE, ClientFolder, read_invitation
 from fedzo.runtime.net.credentials import keep_private, plain_pem
 from fedzo.runtime.net.daemons import CONNECTED, HEARD, REFUSED, SILENT
-from fedzo.runtime.net.parts import Site, environment, start_site
 from fedzo.runtime.net.processes import Processes, Tail
 
 SERVICES = {
@@ -65,6 +64,7 @@ def up(folder: ClientFolder) -> Iterator[str]:
         ConfigError: The folder is not whole, or the site file is wrong.
     """
     from fedzo.config.travel import load_site  # here, since it takes seconds that `fedzo client init` need not take
+    from fedzo.runtime.net.parts import Site, environment, start_site
 
     folder.check()
     _make_plain(folder.file(AUTHORITY))
@@ -85,7 +85,7 @@ def up(folder: ClientFolder) -> Iterator[str]:
         while True:
             processes.check()
             for line in supernode.new():
-                yield from words.of(line)
+                yield from map(printable, words.of(line))  # some of it are the server's words
             yield from site.new()
             time.sleep(LOOK_S)
 

@@ -29,8 +29,9 @@ from fedzo.runtime.net.client_folder import AUTHORITY, KEY, SECRET, SITE, Client
 from fedzo.runtime.net.credentials import FEW_DAYS, is_private, is_signed_by, plain_pem, read_certificate
 from fedzo.runtime.net.parts import listening_problem
 from fedzo.runtime.net.server_folder import ServerFolder
-from fedzo.system import PACKAGES, default_threads, device_text, package_version
-from fedzo.zo.directions import direction, stream_key
+from fedzo.system import PACKAGES, code_version, default_threads, device_text, package_version
+from fedzo.zo.config import Distribution
+from fedzo.zo.directions import add_direction, direction, direction_at, stream_key
 
 Check = tuple[str, bool, str]
 PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HTTP_PROXY", "http_proxy")
@@ -120,13 +121,14 @@ def _rows(path: str | None) -> Check:
 
 
 def _model(site: SiteFile) -> Iterator[Check]:
-    """Whether the device is there, the model fits in its memory, and its weights are those that the site allows."""
+    """Whether the device is there and computes right, the model fits in its memory, and the site allows its weights."""
     try:
         device = resolve_device(site.device)
     except ConfigError as error:
         yield "device", False, str(error)
         return
     yield "device", True, device_text(device)
+    yield _directions(device)
     try:
         stored = sum(file.stat().st_size for file in find_source(site.model).files)
         left = available_memory_bytes(device)
@@ -143,6 +145,24 @@ def _model(site: SiteFile) -> Iterator[Check]:
     digest, allowed = loaded.base_digest, site.limits.base_digest
     good = not allowed or digest == allowed
     yield "model", good, f"SHA-256 {digest}" + ("" if good else f", but limits.base_digest of {SITE} is {allowed}")
+    yield "tokenizer", True, f"SHA-256 {loaded.tokenizer_digest}"
+
+
+def _directions(device: torch.device) -> Check:
+    """Whether a device makes the directions that all others make, whatever computes them there."""
+    base, key, start, scale = torch.linspace(-1, 1, 4099), 5, 2**35 - 1001, 2.0**-9 + 2.0**-20
+    coordinates = torch.arange(start, start + base.numel())
+    told = f"those of {device} "
+    try:
+        for law in Distribution:
+            expected = base + direction_at(key, coordinates, distribution=law) * scale
+            made = add_direction(base.to(device), key, scale=scale, start=start, distribution=law)
+            if not torch.equal(made.cpu(), expected):
+                remedy = f"Update torch, Numba and the driver, or name another device in {SITE}"
+                return "directions", False, f"{told}are not the specified ones ({law}). {remedy}"
+    except RuntimeError as error:  # of a driver, or of memory
+        return "directions", False, f"{told}cannot be made: {printable(str(error), most=200)}"
+    return "directions", True, f"{told}are the specified ones"
 
 
 def _server_seen(folder: ClientFolder) -> Iterator[Check]:
@@ -184,7 +204,7 @@ def _proxies() -> Iterator[Check]:
 
 def doctor() -> list[tuple[str, bool, str]]:
     """Whether this machine can take part: versions, devices, and directions against their golden key."""
-    checks = [("python", sys.version_info >= (3, 11), platform.python_version())]
+    checks = [("python", sys.version_info >= (3, 11), platform.python_version()), ("fedzo", True, code_version())]
     for name in PACKAGES:
         found = package_version(name)
         checks.append((name, found is not None, found or "not installed"))

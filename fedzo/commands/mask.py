@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fedzo.config.schema import LaunchConfig
+from fedzo.config.schema import LaunchConfig, uncompiled
 from fedzo.errors import ConfigError
 from fedzo.masks.mask_file import save_mask
 from fedzo.run.peer import check_format, open_model
@@ -19,8 +19,7 @@ def make_mask(config: LaunchConfig, out: Path) -> dict[str, Any]:
     """Choose a mask as ``trainer=meerkat`` would and write it to a file."""
     if not isinstance(config.trainer, MeerkatConfig):
         raise ConfigError("fedzo mask: trainer must be meerkat. Only a masked trainer has a mask.")
-    site = config.site()
-    site.model.compile = False  # a mask does not repay a compiler's minutes
+    site = uncompiled(config.site())
     workplace = Workplace(
         folder=out.parent,
         seed=config.seed,

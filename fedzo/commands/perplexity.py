@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fedzo.config.schema import LaunchConfig
+from fedzo.config.schema import LaunchConfig, uncompiled
 from fedzo.data.files import read_running_text
 from fedzo.errors import ConfigError
 from fedzo.evaluate.perplexity import perplexity, text_windows
@@ -35,9 +35,7 @@ def measure_perplexity(
         NumericsError: A loss is not finite.
     """
     documents = read_documents(text, "--text")  # before the model, whose loading takes longer
-    site = config.site()
-    site.model.compile = False  # a text does not repay a compiler's minutes
-    loaded = open_model(site, max_length=1)
+    loaded = open_model(uncompiled(config.site()), max_length=1)
     windows = text_windows(loaded, documents, num_tokens=num_tokens, num_windows=num_windows, source=str(text))
     on_window(0, len(windows))
     found = perplexity(loaded, windows, on_window=on_window)

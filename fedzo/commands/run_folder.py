@@ -5,17 +5,17 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from fedzo.config.schema import LaunchConfig, RunConfig, first_evaluator
+from fedzo.config.schema import LaunchConfig, RunConfig, first_evaluator, uncompiled
 from fedzo.config.travel import from_json
 from fedzo.errors import ConfigError, RunFolderError
-from fedzo.fl.log_files import RESTORE
 from fedzo.fl.log_store import RunLog, best_round, has_begun
 from fedzo.fl.replica import Replica
 from fedzo.records.folder import CONFIG, RUN_FILE, read_file
+from fedzo.records.lines import RESTORE
 from fedzo.records.log import CommittedLine
 from fedzo.run.peer import Peer
 from fedzo.run.process import Process, open_process
@@ -73,13 +73,12 @@ def rebuild(run_dir: Path, *, rounds: int | None = None) -> Rebuilt:
         ConfigError: The model is not the one that the run began with.
         ProtocolError: The log does not lead to the states that it claims.
     """
-    config, site = read_run(run_dir), read_launch(run_dir).site()
+    config, site = read_run(run_dir), uncompiled(read_launch(run_dir).site())
     log = RunLog(run_dir)
     if rounds is None:
         rounds = best_round(log, by=config.evaluation.best_by, evaluator=first_evaluator(config))
     if not 0 <= rounds <= len(log.records):
         raise ConfigError(f"rounds must be in 0..{len(log.records)} (the log's length), got {rounds}.")
-    site = replace(site, model=replace(site.model, compile=False))  # this does not repay a compiler's minutes
     process = open_process(config, site)
     check_base(config, process.peer.loaded, run_dir)
     # without rows to measure on: a rebuilt model is held in float32 where the choice was open

@@ -30,13 +30,6 @@ from fedzo.runtime.net.credentials import (
     read_certificate,
     write_private,
 )
-from fedzo.runtime.net.parts import (
-    environment,
-    listening_problem,
-    register_clients,
-    start_superlink,
-    wait_for_superlink,
-)
 from fedzo.runtime.net.processes import Processes, Tail
 from fedzo.runtime.net.server_folder import Listening, RegisteredClient, ServerFolder
 
@@ -153,17 +146,19 @@ def up(folder: ServerFolder) -> Iterator[str]:
 
 
 def _keep_up(folder: ServerFolder) -> Iterator[str]:
-    if text := listening_problem(folder):
+    from fedzo.runtime.net import parts  # here, since Flower takes seconds to import, and other commands do without
+
+    if text := parts.listening_problem(folder):
         raise ConfigError(text)
     if folder.served is None:  # no run needs what Flower remembers
         for left in folder.path.glob("superlink.db*"):
             left.unlink()
-    variables = {**environment(), "FLWR_HOME": str(folder.file("flower"))}
+    variables = {**parts.environment(), "FLWR_HOME": str(folder.file("flower"))}
     with Processes(folder.file("logs"), environment=variables) as processes:
         if told := keep_private(folder.file("logs")):  # they name sites
             yield told
-        start_superlink(processes, folder, restarts=None)
-        wait_for_superlink(processes, folder, timeout_s=STARTUP_S)
+        parts.start_superlink(processes, folder, restarts=None)
+        parts.wait_for_superlink(processes, folder, timeout_s=STARTUP_S)
         listening = folder.listening
         yield f"SuperLink up: sites at {listening.address} (listening at {listening.listen})"
         yield f"log: {processes.log_path('superlink')}"
@@ -174,7 +169,7 @@ def _keep_up(folder: ServerFolder) -> Iterator[str]:
             processes.check()
             if (clients := folder.by_key()) is not registered:
                 try:
-                    count = register_clients(folder)
+                    count = parts.register_clients(folder)
                 except httpx.HTTPError as error:  # of a SuperLink that is started again: at the next look
                     if "certificate" in str(error) and str(error) != refused:
                         refused = str(error)

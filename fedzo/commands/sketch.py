@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from fedzo.commands.perplexity import read_documents
-from fedzo.config.schema import LaunchConfig
+from fedzo.config.schema import LaunchConfig, uncompiled
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.evaluate.perplexity import perplexity, text_windows
 from fedzo.masks.calibration import windows_digest
@@ -122,8 +122,7 @@ def _open(config: LaunchConfig) -> LoadedModel:
             f"model.quantization must be none for a sketch, which packs the weights itself, got "
             f"{site.model.quantization}. Leave it out."
         )
-    site.model.compile = False
-    return open_model(site, max_length=1)
+    return open_model(uncompiled(site), max_length=1)
 
 
 @contextmanager

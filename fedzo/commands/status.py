@@ -4,24 +4,77 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from fedzo.errors import ConfigError, ProtocolError, RunFolderError
-from fedzo.fl.log_store import RunLog
+from fedzo.errors import ConfigError, ProtocolError, RunFolderError, printable
 from fedzo.records.decode import decode_json, parse_json
-from fedzo.records.folder import CONFIG, PRESENCE, PUBLIC, STOP, is_locked, read_file, replace_file
-from fedzo.records.metrics import Round
+from fedzo.records.folder import CONFIG, METRICS, PRESENCE, PUBLIC, STOP, is_locked, read_file, replace_file
+from fedzo.records.lines import read_records, read_whole_lines
+from fedzo.records.log import decode_public
+from fedzo.records.metrics import Round, decode_metric
+from fedzo.records.outcome import OUTCOME, Outcome
 from fedzo.records.presence import Presence
 from fedzo.report.format import seconds_text
 from fedzo.runtime.net.addresses import accepts
 from fedzo.runtime.net.credentials import pem_of, read_certificate
 from fedzo.runtime.net.daemons import NODE_LEASE_S
-from fedzo.runtime.net.parts import Node, control
 from fedzo.runtime.net.server_folder import ServerFolder
 
+if TYPE_CHECKING:
+    from fedzo.runtime.net.parts import Node
+
 POLL_S = 0.3
+MOST_SHOWN = 1000  # characters of what ended a run
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What a run is at.
+
+    Attributes:
+        folder: Its folder.
+        is_up: Whether its server is.
+        presence: Who takes part, as its server told last; None where it tells nobody.
+        rounds: How many are committed.
+        total: How many there are to be.
+        round_seconds: What the last round took, where that is known.
+        last_rounds: By client, the last round that it took part in.
+    """
+
+    folder: Path
+    is_up: bool
+    presence: Presence | None
+    rounds: int
+    total: int
+    round_seconds: float | None
+    last_rounds: Mapping[int, int]
+
+    @classmethod
+    def look(cls, folder: Path) -> _Run:
+        """See what it is at: by what its server tells while that is up, and by its logs, which may be long, otherwise.
+
+        Raises:
+            RunFolderError: It has not begun, or its files are not those of a run.
+        """
+        total, is_up, presence = _planned_rounds(folder), is_locked(folder / PUBLIC), _presence(folder)
+        if is_up and presence and presence.round_seconds is not None:  # before that the logs are short
+            told = {row.client: row.last_round for row in presence.clients if row.last_round is not None}
+            return cls(folder, is_up, presence, presence.round, total, presence.round_seconds, told)
+        lines = read_records(folder, PUBLIC, decode_public)
+        last_rounds = {client: line.round for line in lines for client in line.attendance}
+        return cls(folder, is_up, presence, len(lines), total, _round_seconds(folder, len(lines)), last_rounds)
+
+    def lines(self, what: str = "run") -> Iterator[str]:
+        """What it is at, for people; and how it ended, if its server has left word of an error."""
+        going = "going on" if self.is_up else "finished" if self.rounds == self.total else "not running"
+        pace = "" if self.round_seconds is None else f", {seconds_text(self.round_seconds)} for the last"
+        yield f"{what} {self.folder}: {self.rounds} of {self.total} rounds{pace}, {going}"
+        if not self.is_up and (outcome := _outcome(self.folder)):
+            yield f"ended: {printable(outcome.text, most=MOST_SHOWN)}"
 
 
 def status(path: Path) -> Iterator[str]:
@@ -31,18 +84,9 @@ def status(path: Path) -> Iterator[str]:
         ConfigError: It is neither.
     """
     if (path / CONFIG).is_file():
-        yield from _run(path)
-        if presence := _presence(path):
-            last = _last_round(path)
-            yield from _table(
-                ["client", "state", "last round", "fedzo"],
-                [
-                    [str(row.client), row.state, last.get(row.client, "-"), row.version or "-", row.why]
-                    for row in presence.clients
-                ],
-            )
+        yield from _status_of_run(path)
     elif ServerFolder.is_one(path):
-        yield from _server(ServerFolder(path))
+        yield from _status_of_server(ServerFolder(path))
     else:
         raise ConfigError(f"{path}: it must be a server's folder or a run's, but is neither. Check the path.")
 
@@ -64,7 +108,7 @@ def stop(run_dir: Path) -> Iterator[str]:
         asked = True
         time.sleep(POLL_S)
     (run_dir / STOP).unlink(missing_ok=True)  # the run ended by itself
-    rounds, total = len(RunLog(run_dir).rounds), _planned_rounds(run_dir)
+    rounds, total = len(read_whole_lines(run_dir, PUBLIC)), _planned_rounds(run_dir)
     if rounds == total:
         yield f"the run has ended, after all its {rounds} rounds"
     else:
@@ -76,46 +120,67 @@ def _is_worked_on(run_dir: Path) -> bool:
     return is_locked(run_dir / PUBLIC) or is_locked(run_dir)
 
 
-def _server(folder: ServerFolder) -> Iterator[str]:
+def _status_of_run(run_dir: Path) -> Iterator[str]:
+    try:
+        run = _Run.look(run_dir)
+    except RunFolderError as error:
+        yield f"run {run_dir}: not begun ({error})"
+        return
+    yield from run.lines()
+    if run.presence is None:
+        return
+    clients = [(row, str(run.last_rounds.get(row.client, "-"))) for row in run.presence.clients]
+    if run.is_up:
+        rows = [[str(row.client), row.state, last, row.version or "-", row.why] for row, last in clients]
+        yield from _table(["client", "state", "last round", "fedzo"], rows)
+    else:  # nobody is there to see who is connected
+        yield "as of its last round:"
+        rows = [[str(row.client), last, row.version or "-"] for row, last in clients]
+        yield from _table(["client", "last round", "fedzo"], rows)
+
+
+def _status_of_server(folder: ServerFolder) -> Iterator[str]:
     folder.check()
     listening = folder.listening
     is_up = accepts(listening.control)
     days = read_certificate(folder.file("server.crt")).days_left
     yield f"server {listening.address}: SuperLink {'up' if is_up else 'down'}, certificate valid for {days:.0f} days"
-    served, presence, last = folder.served, None, dict[int, str]()
-    if served is None:
-        yield "run: none"
+    run: _Run | None = None
+    if served := folder.served:
+        try:
+            run = _Run.look(Path(served.run))
+            yield from run.lines()
+        except RunFolderError as error:
+            yield f"run {served.run}: not begun ({error})"
     else:
-        yield from _run(Path(served.run))
-        presence, last = _presence(Path(served.run)), _last_round(Path(served.run))
+        yield "run: none"
+        yield from _last_run(folder)
+    told = {row.client: row for row in run.presence.clients} if run and run.is_up and run.presence else {}
     nodes = _nodes(folder) if is_up else {}
     rows = []
     for client in folder.clients:
-        node = nodes.get(pem_of(client.key))
-        here = next((row for row in presence.clients if row.client == client.index), None) if presence else None
+        node, here = nodes.get(pem_of(client.key)), told.get(client.index)
         state = "unknown" if not is_up else "connected" if node and node.online else "away"
         if state == "connected" and here and here.state in ("ready", "silent", "preparing", "refused"):
             state = {"ready": "ready (model loaded)"}.get(here.state, here.state)
+        last = str(run.last_rounds.get(client.index, "-")) if run else "-"
         rows.append(
             [
-                *(str(client.index), client.name, state, _seen(node), last.get(client.index, "-")),
+                *(str(client.index), client.name, state, _seen(node), last),
                 *((here.version or "-", here.why) if here else ("-", "")),
             ]
         )
     yield from _table(["client", "name", "state", "last seen", "last round", "fedzo"], rows)
 
 
-def _run(run_dir: Path) -> Iterator[str]:
-    try:
-        total, log = _planned_rounds(run_dir), RunLog(run_dir)
-    except RunFolderError as error:
-        yield f"run {run_dir}: not begun ({error})"
-        return
-    done = len(log.rounds) == total
-    going = "going on" if is_locked(run_dir / PUBLIC) else "finished" if done else "not running"
-    told = [record for record in log.metrics if isinstance(record, Round)]
-    pace = f", {seconds_text(told[-1].round_seconds)} for the last" if told else ""
-    yield f"run {run_dir}: {len(log.rounds)} of {total} rounds{pace}, {going}"
+def _last_run(folder: ServerFolder) -> Iterator[str]:
+    """How the run ended that was served last, if its folder is still there."""
+    last = folder.last_served
+    if last is not None and (Path(last.run) / CONFIG).is_file():
+        try:
+            yield from _Run.look(Path(last.run)).lines("last run")
+        except RunFolderError as error:
+            yield f"last run {last.run}: not begun ({error})"
 
 
 def _planned_rounds(run_dir: Path) -> int:
@@ -127,6 +192,18 @@ def _planned_rounds(run_dir: Path) -> int:
         raise RunFolderError(f"{where}: it must hold the settings of a run. Give the folder of one.") from error
 
 
+def _round_seconds(run_dir: Path, rounds: int) -> float | None:
+    """What the last of the committed rounds took; the lines after its own are few."""
+    for line in reversed(read_whole_lines(run_dir, METRICS)):
+        told: dict[str, Any] = {"where": str(run_dir / METRICS), "error": RunFolderError}
+        value = parse_json(line, **told)
+        if isinstance(value, dict) and value.get("kind") == Round.kind:
+            record = decode_metric(value, **told)
+            if isinstance(record, Round) and record.round < rounds:
+                return record.round_seconds
+    return None
+
+
 def _presence(run_dir: Path) -> Presence | None:
     try:
         text = read_file(run_dir, PRESENCE)
@@ -136,16 +213,19 @@ def _presence(run_dir: Path) -> Presence | None:
     return found
 
 
-def _last_round(run_dir: Path) -> dict[int, str]:
-    """By client, the last round that it took part in."""
+def _outcome(run_dir: Path) -> Outcome | None:
+    """What the run's server left of an error; None where it left no word."""
     try:
-        rounds = RunLog(run_dir).rounds
-    except RunFolderError:
-        return {}
-    return {client: str(line.round) for line in rounds for client in line.attendance}
+        text = read_file(run_dir, OUTCOME)
+    except OSError:
+        return None
+    found: Outcome = decode_json(Outcome, text, where=str(run_dir / OUTCOME), error=RunFolderError)
+    return found
 
 
 def _nodes(folder: ServerFolder) -> Mapping[bytes, Node]:
+    from fedzo.runtime.net.parts import control  # here, since Flower takes seconds to import
+
     try:
         with control(folder.endpoint) as flower:
             return {node.public_key: node for node in flower.nodes()}
@@ -161,7 +241,8 @@ def _seen(node: Node | None) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Columns as wide as they must be; what a row has more than the head stands at its end."""
-    wide = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    for row in [head, *rows]:
+    shown = [head, *([printable(cell) for cell in row] for row in rows)]  # some of it are words of other machines
+    wide = [max(len(row[column]) for row in shown) for column in range(len(head))]
+    for row in shown:
         cells = "  ".join(f"{cell:<{width}}" for cell, width in zip(row, wide, strict=False))
         yield "  ".join([cells, *row[len(head) :]]).rstrip()

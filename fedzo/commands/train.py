@@ -16,7 +16,7 @@ from fedzo.commands.run_folder import read_launch, read_run
 from fedzo.config.rules import launch_problems
 from fedzo.config.schema import LaunchConfig, first_evaluator, with_rounds
 from fedzo.config.travel import config_hash, is_same_run, to_json, to_yaml
-from fedzo.errors import ConfigError, RunFolderError
+from fedzo.errors import ConfigError, FedzoError, RunFolderError
 from fedzo.fl.config import BestBy
 from fedzo.fl.log_store import RunLog, RunStore, best_dev_score, has_begun
 from fedzo.records.folder import (
@@ -25,6 +25,7 @@ from fedzo.records.folder import (
     CONFIG_YAML,
     ENVIRONMENT,
     OVERRIDES,
+    PRESENCE,
     RUN_FILE,
     SITE_FILE,
     STOP,
@@ -33,6 +34,7 @@ from fedzo.records.folder import (
     read_file,
 )
 from fedzo.records.metrics import Extension, Summary
+from fedzo.records.outcome import OUTCOME
 from fedzo.report.run_data import read_overrides
 from fedzo.report.trackers import missing_libraries
 from fedzo.run.apps import CONFIG_KEY, RUN_DIR_KEY
@@ -100,12 +102,18 @@ def start_or_resume_run(config: LaunchConfig, run_dir: Path, *, overrides: list[
 def dev_objective(run_dir: Path) -> float:
     """What a search over runs optimises: the dev score by which the best round was chosen, at that round.
 
-    It is a loss or the evaluator's value, by ``evaluation.best_by``; not a number where there is none.
+    It is a loss or the evaluator's value, by ``evaluation.best_by``; not a number where nothing was scored.
+
+    Raises:
+        FedzoError: What was scored has no loss to search by.
     """
     config = read_launch(run_dir)
     by = config.evaluation.best_by
     score = best_dev_score(RunLog(run_dir), by=by, evaluator=first_evaluator(config))
     number = None if score is None else score.loss if by is BestBy.loss else score.value
+    if score is not None and number is None:
+        where = f"evaluators.{score.evaluator}: for evaluation.best_by={by} its dev scores must have a finite loss"
+        raise FedzoError(f"{where}, got none. Write evaluation.best_by=value.")
     return math.nan if number is None else number
 
 
@@ -265,7 +273,8 @@ def _opened(config: LaunchConfig, store: RunStore) -> Iterator[Process]:
     run_dir = store.folder.resolve()
     if missing := missing_libraries(config.trackers):
         raise ConfigError("\n".join(problem.text for problem in missing))
-    (store.folder / STOP).unlink(missing_ok=True)  # of an earlier start; from here on `fedzo stop` is heard
+    for left in (STOP, PRESENCE, OUTCOME):  # of an earlier start; from here on `fedzo stop` is heard
+        (store.folder / left).unlink(missing_ok=True)
     forget_process()  # before another model is loaded
     try:
         process = open_run(config, run_dir, store)

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from fedzo.config.overrides import rewrite_model
 from fedzo.config.plugins import LISTS, PLAIN, REGISTRIES, conf_dir, list_classes, plugin_classes
 from fedzo.config.schema import LaunchConfig
 from fedzo.config.yaml_files import check_users_files
@@ -102,6 +103,15 @@ def option_names(group: str, overrides: Sequence[str] = ()) -> list[str]:
     """Options of a group, schemas left out; empty when there is no such group."""
     names = _look(group, overrides, kind=ObjectType.CONFIG)
     return sorted({name for name in names if not name.endswith("_schema")})
+
+
+def with_models(overrides: Sequence[str]) -> list[str]:
+    """The overrides with ``model=<hub name or local folder>`` written out, which is no option of the group.
+
+    Raises:
+        ConfigError: A sweep mixes options and names.
+    """
+    return rewrite_model(overrides, option_names("model", overrides))
 
 
 def _look(group: str | None, overrides: Sequence[str], *, kind: ObjectType) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, cast
 
@@ -133,12 +133,10 @@ def _explain(override: Override, error: Exception, kept: Sequence[str]) -> str:
     if options and override.is_add() and value in options:
         return f"{text}: {key} already has a choice. Leave out the +."
     if options and (value is None or (isinstance(value, str) and value not in options)):
-        near = difflib.get_close_matches(str(value), options, n=1)
-        return f"{key} must be one of {', '.join(options)}, got {value!r}.{f' Did you mean {near[0]}?' if near else ''}"
+        return f"{key} must be one of {', '.join(options)}, got {value!r}.{_near(str(value), options)}"
     if options and isinstance(value, list) and (wrong := [str(each) for each in value if each not in options]):
-        near = difflib.get_close_matches(wrong[0], options, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        return f"{key} must hold some of {', '.join(options)}, or none, got {', '.join(wrong)}.{hint}"
+        told = f"{key} must hold some of {', '.join(options)}, or none, got {', '.join(wrong)}."
+        return told + _near(wrong[0], options)
     unknown = isinstance(error, StrayKeyError) or isinstance(error.__cause__, ConfigKeyError | ConfigAttributeError)
     known = set() if options else {*_keys(compose_run(kept)), *group_names(kept)}
     if unknown and not options and key not in known:
@@ -151,11 +149,8 @@ def _explain(override: Override, error: Exception, kept: Sequence[str]) -> str:
         return f"{text}: {in_file}"
     if options and (stray := re.search(r"Key '([^']*)' not in '", why)):
         own = {name.removeprefix(f"{key}.") for name in _keys(compose_run(kept)) if name.startswith(f"{key}.")}
-        near = difflib.get_close_matches(stray[1], own, n=1)
-        return (
-            f"{text}: the file {key}/{value}.yaml must hold keys of its schema only, got {stray[1]!r}."
-            f"{f' Did you mean {near[0]}?' if near else ''}"
-        )
+        told = f"{text}: the file {key}/{value}.yaml must hold keys of its schema only, got {stray[1]!r}."
+        return told + _near(stray[1], own)
     remedy = ""
     if "is not a ListConfig" in why:
         given = text.partition("=")[2]
@@ -168,9 +163,8 @@ def _explain_file(file: str, error: Exception, kept: Sequence[str]) -> str:
     """What is wrong with the settings and choices of other groups in a chosen file; empty for other faults."""
     if absent := re.search(r"Could not find '([^'/]+)/([^']+)'", str(error)):
         options = option_names(absent[1], kept)
-        near = difflib.get_close_matches(absent[2], options, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        return f"{file}: {absent[1]} must be one of {', '.join(options)}, got {absent[2]!r}.{hint}"
+        told = f"{file}: {absent[1]} must be one of {', '.join(options)}, got {absent[2]!r}."
+        return told + _near(absent[2], options)
     stray = _full_key(error) if "not in '" in str(error) else ""
     if stray and not file.startswith(f"{stray.partition('.')[0]}/"):
         return f"{file}: {stray} is not a setting.{near_key(stray, {*_keys(compose_run(kept))})}"
@@ -200,13 +194,19 @@ def near_key(key: str, known: set[str]) -> str:
     beside = sorted(name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section)
     elsewhere = sorted(name for name in known if name.rpartition(".")[2] == leaf)
     prefix = f"{section}." if section else ""
-    if near := difflib.get_close_matches(leaf, beside, n=1):
-        return f" Did you mean {prefix}{near[0]}?"
+    if hint := _near(leaf, beside, prefix):
+        return hint
     if elsewhere:
         return f" Did you mean {elsewhere[0]}?"
     if beside:
         return f" Known there: {', '.join(beside)}."
     return " `fedzo train --cfg all` prints all settings."
+
+
+def _near(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """Asks whether the nearest of the known names was meant, with a ``prefix`` before it; empty where none is near."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f" Did you mean {prefix}{near[0]}?" if near else ""
 
 
 def _keys(config: DictConfig) -> list[str]:

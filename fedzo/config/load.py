@@ -9,9 +9,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from fedzo.config.compose import FAILURES, compose_run, option_names, session, to_config
+from fedzo.config.compose import FAILURES, compose_run, session, to_config, with_models
 from fedzo.config.diagnose import diagnose, reason, respelled
-from fedzo.config.overrides import rewrite_model
 from fedzo.config.rules import launch_problems, missing_files, unused_problems
 from fedzo.config.schema import LaunchConfig, filled
 from fedzo.errors import ConfigError, Problem
@@ -31,7 +30,7 @@ def load(overrides: Sequence[str], *, trains: bool = True) -> LaunchConfig:
             message.
     """
     with session():
-        config, found = check(rewrite_model(overrides, option_names("model", overrides)), trains=trains)
+        config, found = check(with_models(overrides), trains=trains)
     if config is not None:
         found += unused_problems(config)
     if config is None or found:

@@ -66,6 +66,11 @@ def plugin_name(group: str, config: object) -> str | None:
     return REGISTRIES[group].name_of(config)
 
 
+def option_of(config: object, group: str) -> str:
+    """What a config has of a group, as an override would choose it: ``trainer=lora``."""
+    return f"{group}={plugin_name(group, getattr(config, group))}"
+
+
 def conf_dir() -> Path:
     """The folder with ``config.yaml``: ``fedzo/_conf`` of a wheel, ``conf`` of a checkout.
 

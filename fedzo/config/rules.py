@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedzo.config import traits
-from fedzo.config.plugins import LISTS, list_classes, plugin_classes, plugin_name
+from fedzo.config.plugins import LISTS, list_classes, option_of, plugin_classes, plugin_name
 from fedzo.config.schema import LaunchConfig, RunConfig, RunSettings, SiteConfig, SiteFile
 from fedzo.config.task_rules import task_problems
 from fedzo.data.config import SplitConfig
@@ -71,7 +71,7 @@ def rows_problems(site: SiteConfig, run: RunSettings) -> Iterator[Problem]:
         return
     if run.partition.traits.own_rows:
         remedy = "Write data.path=<file or folder>, in which {client} stands for the client's index."
-        yield problem("data.path", f"be given for partition={plugin_name('partition', run.partition)}", None, remedy)
+        yield problem("data.path", f"be given for {option_of(run, 'partition')}", None, remedy)
     elif run.task.name not in EMBEDDED:
         rule = f"be given for the task {run.task.name!r} (only {', '.join(EMBEDDED)} is embedded)"
         yield problem("data.path", rule, None, "Write data.path=<folder or file with the rows>.")
@@ -164,7 +164,7 @@ def _limits(limits: SiteLimitsConfig) -> Iterator[Problem]:
     if limits.base_digest and not HASH.fullmatch(limits.base_digest):
         remedy = "Copy base.weights_digest of the run, or leave it empty."
         yield problem("limits.base_digest", "be a SHA-256 of 64 hexadecimal digits", limits.base_digest, remedy)
-    for key in ("most_steps", "most_rows", "min_rows"):
+    for key in ("most_steps", "most_rows", "most_probes", "min_rows"):
         yield from at_least(f"limits.{key}", getattr(limits, key), 0, "0 means no limit.")
     yield from positive("limits.step_limit_s", limits.step_limit_s, "It counts seconds.")
 
@@ -189,6 +189,7 @@ def _digests(config: RunConfig) -> Iterator[Problem]:
     digests = {
         "base.weights_digest": config.base.weights_digest,
         "base.tokenizer_digest": config.base.tokenizer_digest,
+        "base.architecture_digest": config.base.architecture_digest,
         "artifact": config.artifact,
     }
     for key, digest in digests.items():
@@ -273,9 +274,9 @@ def _strategy(config: RunSettings) -> Iterator[Problem]:
     yield from positive("strategy.deadline_s", strategy.deadline_s, "It counts seconds.")
     yield from positive("strategy.startup_s", strategy.startup_s, "It counts seconds.")
     yield from positive("strategy.max_abs_g", strategy.max_abs_g, "Choose a large number to refuse nothing.")
-    if strategy.clip_factor != 0 and not (math.isfinite(strategy.clip_factor) and strategy.clip_factor >= 1):
-        remedy = "Below 1 the bound would shrink from round to round."
-        yield problem("strategy.clip_factor", "be 0 (off) or >= 1 and finite", strategy.clip_factor, remedy)
+    if strategy.clip_factor != 0 and not (math.isfinite(strategy.clip_factor) and strategy.clip_factor > 1):
+        remedy = "At 1 or less the bound would shrink from round to round, as clients clip to it. 100 is usual."
+        yield problem("strategy.clip_factor", "be 0 (off) or > 1 and finite", strategy.clip_factor, remedy)
     yield from at_least("strategy.clip_rounds", strategy.clip_rounds, 1, "10 is usual.")
 
 

@@ -102,7 +102,12 @@ class LaunchConfig(RunSettings, SiteConfig):
     def site(self) -> SiteFile:
         """This machine's part. A simulation has no limits against itself."""
         machine = {each.name: getattr(self, each.name) for each in fields(SiteConfig)}
-        return SiteFile(**machine, limits=SiteLimitsConfig(several_clients=True))
+        return SiteFile(**machine, limits=SiteLimitsConfig(several_clients=True, vectors=True))
+
+
+def uncompiled(site: SiteFile) -> SiteFile:
+    """The site with ``model.compile`` off, for work that does not repay a compiler's minutes."""
+    return replace(site, model=replace(site.model, compile=False))
 
 
 Settings = TypeVar("Settings", bound=RunSettings)

@@ -13,10 +13,10 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from fedzo.config.compose import FAILURES, compose_run, option_names, session
+from fedzo.config.compose import FAILURES, compose_run, option_names, session, with_models
 from fedzo.config.diagnose import diagnose, parse_overrides, reason
 from fedzo.config.load import check, message
-from fedzo.config.overrides import quoted, rewrite_model
+from fedzo.config.overrides import quoted
 from fedzo.config.schema import LaunchConfig, first_evaluator
 from fedzo.errors import ConfigError, Problem, problem
 from fedzo.evaluate import EVALUATORS
@@ -46,7 +46,7 @@ def is_sweep(overrides: Sequence[str]) -> bool:
         ConfigError: Hydra would change the working folder.
     """
     with session():
-        parsed, _ = parse_overrides(rewrite_model(overrides, option_names("model", overrides)))
+        parsed, _ = parse_overrides(with_models(overrides))
         try:
             own, _ = _hydra_node(parsed)
         except ConfigError:  # of a sweep; a run's own problems are found when it is loaded
@@ -67,7 +67,7 @@ def plan_sweep(overrides: Sequence[str]) -> Sweep:
             "pip install 'fedzo[optuna]'"
         )
     with session():
-        overrides = _without_globs(rewrite_model(overrides, option_names("model", overrides)))
+        overrides = _without_globs(with_models(overrides))
         parsed, unreadable = parse_overrides(overrides)
         swept = [each.input_line for each in parsed if each.is_hydra_override() and each.is_sweep_override()]
         if swept:
@@ -146,7 +146,7 @@ def _split(parsed: list[Override]) -> list[list[str]]:
 
 
 def _corners(parsed: Iterable[Override]) -> list[list[str]]:
-    """Jobs of a search that hold, together, each choice that it has and both ends of each range."""
+    """Few jobs of a search that together use every choice and both ends of every range."""
     varied: list[list[str]] = []
     for each in parsed:
         if not each.is_sweep_override():

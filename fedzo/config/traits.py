@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fedzo.config.plugins import plugin_name
+from fedzo.config.plugins import option_of, plugin_name
 from fedzo.config.schema import LaunchConfig, RunConfig, RunSettings, SiteConfig
 from fedzo.data.config import TaskKind
 from fedzo.errors import Problem, problem
@@ -28,10 +28,10 @@ def compile_problems(site: SiteConfig, config: RunSettings) -> Iterator[Problem]
         return
     remedy = "Write model.compile=false"
     if reason := config.trainer.traits.cannot_compile:
-        rule = f"be false for trainer={plugin_name('trainer', config.trainer)}: {reason}"
+        rule = f"be false for {option_of(config, 'trainer')}: {reason}"
         yield problem("model.compile", rule, True, f"{remedy}, or train fewer values, as trainer=meerkat does.")
     if not isinstance(config.estimator, ZerothOrderConfig):
-        chosen = f"estimator={plugin_name('estimator', config.estimator)}"
+        chosen = option_of(config, "estimator")
         yield problem("model.compile", f"be false for {chosen}: only the forward pass is compiled", True, f"{remedy}.")
     if isinstance(config.estimator, ZerothOrderConfig) and config.estimator.freeze_routing:
         rule = (
@@ -60,7 +60,7 @@ def dtype_problems(site: SiteConfig, config: RunSettings) -> Iterator[Problem]:
     dtype = site.model.dtype
     if config.trainer.traits.float32_master:
         return
-    trainer = f"trainer={plugin_name('trainer', config.trainer)}"
+    trainer = option_of(config, "trainer")
     if dtype is DType.auto:
         rule = f"be float32, bfloat16 or float16 for {trainer}, whose trained values have this dtype on all peers"
         yield problem("model.dtype", rule, "auto", "Write model.dtype=float32 if in doubt.")
@@ -74,7 +74,7 @@ def dtype_problems(site: SiteConfig, config: RunSettings) -> Iterator[Problem]:
         remedy = "Write server_optimizer.weight_decay=0, or model.dtype=float32."
         yield problem("server_optimizer.weight_decay", rule, optimizer.weight_decay, remedy)
     if not isinstance(config.estimator, ZerothOrderConfig) and dtype is not DType.float32:
-        chosen = f"estimator={plugin_name('estimator', config.estimator)}"
+        chosen = option_of(config, "estimator")
         rule = f"be float32 for {chosen} with {trainer}, which has no float32 values beside the model's weights"
         yield problem("model.dtype", rule, dtype, "Write model.dtype=float32.")
 
@@ -105,7 +105,7 @@ def format_problems(config: RunSettings, *, is_sketch: bool, name: str) -> Itera
 def runtime_problems(config: LaunchConfig) -> Iterator[Problem]:
     """What clients that share forwards cannot compute."""
     if config.runtime.traits.joins_forwards and not isinstance(config.estimator, ZerothOrderConfig):
-        chosen = f"estimator={plugin_name('estimator', config.estimator)}"
+        chosen = option_of(config, "estimator")
         rule = f"be false for {chosen}: the forwards of several clients would give one gradient"
         yield problem("runtime.batch_clients", rule, True, "Write runtime=inline.")
 
@@ -119,14 +119,14 @@ def partition_problems(config: RunSettings) -> Iterator[Problem]:
         rule = f"go by something else than labels for task.kind={config.task.kind}, which has none"
         yield problem("partition", rule, plugin_name("partition", config.partition), "Use partition=iid or natural.")
     if config.partition.traits.own_rows:
-        yield from _own_rows(config, f"partition={plugin_name('partition', config.partition)}")
+        yield from _own_rows(config, option_of(config, "partition"))
 
 
 def _own_rows(config: RunSettings, chosen: str) -> Iterator[Problem]:
     """What a server without rows cannot do."""
     if config.step_policy.traits.needs_labels and not config.fl.label_counts:
-        name = plugin_name("step_policy", config.step_policy)
-        rule = f"be true for step_policy={name} with {chosen}, where the server does not know the labels"
+        policy = option_of(config, "step_policy")
+        rule = f"be true for {policy} with {chosen}, where the server does not know the labels"
         yield problem("fl.label_counts", rule, False, "Or choose another step policy.")
     if config.evaluation.central:
         rule = f"be false for {chosen}, where the server has no dev and test rows"
@@ -138,13 +138,13 @@ def server_optimizer_problems(config: RunSettings) -> Iterator[Problem]:
     traits, name = config.server_optimizer.traits, plugin_name("server_optimizer", config.server_optimizer)
     if traits.keeps_moments and not config.trainer.traits.float32_master:
         rule = (
-            f"be sgd for trainer={plugin_name('trainer', config.trainer)}: the others keep float32 numbers for "
-            "every weight of the model on every peer"
+            f"be sgd for {option_of(config, 'trainer')}: the others keep float32 numbers for every weight of the model "
+            "on every peer"
         )
         remedy = "Write server_optimizer=sgd, or train fewer values, as trainer=meerkat does."
         yield problem("server_optimizer", rule, name, remedy)
     if traits.walks_clients:
-        yield from _walks(config, f"server_optimizer={name}")
+        yield from _walks(config, option_of(config, "server_optimizer"))
 
 
 def _walks(config: RunSettings, chosen: str) -> Iterator[Problem]:
@@ -176,7 +176,7 @@ def gradient_problems(config: RunSettings) -> Iterator[Problem]:
     """What cannot be where clients compute gradients and send vectors."""
     if isinstance(config.estimator, ZerothOrderConfig):
         return
-    chosen = f"estimator={plugin_name('estimator', config.estimator)}"
+    chosen = option_of(config, "estimator")
     other = "or choose another estimator."
     if config.fl.seeds is not Seeds.shared:
         rule = f"be shared for {chosen}, which has no directions"

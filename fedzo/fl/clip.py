@@ -59,7 +59,8 @@ def far_off(sizes: Mapping[int, float], *, factor: float = 0.0, least: float = 0
     """The bound of each client whose number lies beyond it: ``factor`` times the median over the clients of a round.
 
     Args:
-        sizes: A number of at least 0 by client; nan where it measured nothing.
+        sizes: A number of at least 0 by client (``largest_of``); nan where it measured nothing, since zeros would draw
+            the median down.
         factor: How far is far; what is less than ``FAR_OFF`` counts as that.
         least: What is never beyond the bound.
 
@@ -70,6 +71,11 @@ def far_off(sizes: Mapping[int, float], *, factor: float = 0.0, least: float = 0
     known = [size for size in sizes.values() if np.isfinite(size)]
     bound = max(least, max(FAR_OFF, factor) * float(np.median(known))) if known else 0.0
     return {client: bound for client, size in sizes.items() if bound > 0 and size > bound}
+
+
+def largest_of(measured: np.ndarray) -> float:
+    """The largest magnitude of what a client measured; nan where it measured nothing."""
+    return float(np.abs(measured).max()) if measured.size else float("nan")
 
 
 def clip(g: Scalars, bound: float) -> Scalars:

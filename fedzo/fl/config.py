@@ -99,7 +99,8 @@ class StrategyConfig:
     """Time in which clients must reply. If too few do, the round asks others, who have as long again. There is no limit
     with ``runtime=inline``, where clients run one after another."""
     startup_s: float = 300.0
-    """How long the server waits for ``fl.num_clients`` clients to register."""
+    """How long the server waits for ``fl.num_clients`` clients to register. A round waits as long in all for clients to
+    come back, if fewer than ``min_replies`` can be asked."""
     max_abs_g: float = 1e6
     """Clients clip |g| to it. A reply with a larger |g| is refused. A vector is refused if its norm over learning rate
     and steps is larger."""
@@ -161,15 +162,22 @@ class SiteLimitsConfig:
     """Maximum of local steps in a round. 0 = no limit."""
     most_rows: int = 0
     """Maximum of training rows that a request uses: local steps times rows of a step. 0 = no limit."""
+    most_probes: int = 0
+    """Maximum of probes in a local step. As many as there are trained values tell the whole gradient of the step's
+    rows. 0 = no limit."""
     step_limit_s: float = 3600.0
     """Time that the site works on one request at most, loading the model included. Then the site gives the request up
-    and starts its executor again. ``fedzo client up`` reads it when it starts."""
+    and starts its executor again. Each round that the site replays has this time anew. ``fedzo client up`` reads it
+    when it starts."""
     answers: list[str] = field(default_factory=list)
     """Numbers that may leave the site: ``loss`` (also of local steps), an evaluator's metric or other number by its
     name, ``per_class``, ``label_counts``, ``stages`` (what preprocess stages tell of their work). Empty = all,
     ``[none]`` = none of them. ``per_class`` leaves only along with the metric, which it gives away."""
     min_rows: int = 0
     """Minimum of rows behind a score or a count that leaves the site. The scalars of training steps are no scores."""
+    vectors: bool = False
+    """Whether update vectors may leave the site, which ``estimator=backprop`` needs. The vector of one local step with
+    SGD is, up to a factor, the gradient of its rows, from which their text can be rebuilt."""
     several_clients: bool = False
     """Whether the site may be several clients of one run on the same rows, as in a simulation. Otherwise the site
     refuses another client's index than the first that it was given."""

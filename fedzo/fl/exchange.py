@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
@@ -16,11 +16,12 @@ from typing import Any, Generic, Protocol, TypeVar
 from flwr.app import Message, RecordDict
 
 from fedzo.errors import ProtocolError, printable, quoted
-from fedzo.fl.messages import decode, encode, message_bytes
+from fedzo.fl.messages import decode, encode
 
 log = logging.getLogger(__name__)
 R = TypeVar("R")
 K = TypeVar("K")
+NOT_CONNECTED = "not connected"
 POLL_S = 0.05
 POLL_PAUSE, MOST_PAUSE_S = 4, 1.0
 """A look that found no reply is followed by a pause of so many times its length, since one for hundreds takes long, but
@@ -48,6 +49,10 @@ class Grid(Protocol):
 
     def lost(self, reply: Message) -> bool:
         """Whether a reply is no client's, but says that a question, or the reply to it, was lost."""
+        ...
+
+    def unreachable(self, reply: Message) -> bool:
+        """Whether a reply is no client's, but says that the node which was asked is not connected any more."""
         ...
 
     def limit_replies(self, number_bytes: int) -> None:
@@ -86,11 +91,15 @@ class Answers(Generic[R]):
         replies: What each talk returned.
         refused: Why a client has none.
         mute: Those among ``refused`` that let the deadline pass.
+        gone: Those among ``refused`` that were asked, and whose node is not connected any more.
+        seconds: After how long a client's talk ended by its own answer.
     """
 
     replies: dict[int, R] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
     mute: set[int] = field(default_factory=set)
+    gone: set[int] = field(default_factory=set)
+    seconds: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -110,7 +119,7 @@ class Outbox(Generic[K]):
         return len(self._sent)
 
     def push(self, grid: Grid, messages: Mapping[K, Message]) -> list[K]:
-        """Send messages; returns whose could not be delivered, to which Flower gives no name."""
+        """Send messages; returns the keys of those that Flower did not accept."""
         self._repeat(grid)
         return self._push(grid, messages)
 
@@ -170,7 +179,7 @@ def converse(
     nodes: Mapping[int, int],
     deadline_s: float,
     traffic: Traffic,
-    beside: Callable[[], None] = lambda: None,
+    beside: Callable[[Mapping[int, float]], None] = lambda seconds: None,
 ) -> Answers[R]:
     """Talk to all clients at once, until each talk has ended or time is up. No talk waits for another client's reply.
 
@@ -180,22 +189,27 @@ def converse(
         nodes: Flower node id by client index.
         deadline_s: Seconds that all of it may take.
         traffic: Where bytes are counted.
-        beside: Called again and again while no reply is there.
+        beside: Called again and again while no reply is there, with ``Answers.seconds`` so far.
     """
     answers: Answers[R] = Answers()
     outbox: Outbox[int] = Outbox()
     reply_types: dict[int, type[Any]] = {}
     heard: set[int] = set()
-    ends = time.monotonic() + deadline_s
+    started = time.monotonic()
+    ends = started + deadline_s
+
+    def leave(clients: Collection[int]) -> None:
+        answers.gone.update(clients)
+        answers.refused.update(dict.fromkeys(clients, NOT_CONNECTED))
 
     def push(questions: Mapping[int, Question]) -> None:
         messages = {}
         for client, question in questions.items():
             messages[client] = message_of(question, node=nodes[client], traffic=traffic)
             reply_types[client] = question.reply_type
-        answers.refused.update(dict.fromkeys(outbox.push(grid, messages), "not connected"))
+        leave(outbox.push(grid, messages))
 
-    answers.refused.update(dict.fromkeys(set(talks) - set(nodes), "not connected"))
+    answers.refused.update(dict.fromkeys(set(talks) - set(nodes), NOT_CONNECTED))
     push({client: next(talk) for client, talk in talks.items() if client in nodes})
     while outbox and time.monotonic() < ends:
         further: dict[int, Question] = {}
@@ -204,17 +218,23 @@ def converse(
         looked_s = time.monotonic() - began
         for client, message in got:
             heard.add(client)
+            if grid.unreachable(message):
+                leave([client])
+                log.warning("client %d: its node is not connected any more", client)
+                continue
             try:
                 further[client] = talks[client].send(read(message, reply_types[client], traffic))
             except StopIteration as done:
                 answers.replies[client] = done.value
+                answers.seconds[client] = time.monotonic() - started
             except ProtocolError as error:
                 answers.refused[client] = why = printable(str(error))
+                answers.seconds[client] = time.monotonic() - started
                 log.warning("client %d: reply refused: %s", client, why)
         if time.monotonic() < ends:
             push(further)
         if not got:
-            beside()
+            beside(answers.seconds)
             time.sleep(min(max(POLL_S, POLL_PAUSE * looked_s), MOST_PAUSE_S))
     for client in sorted(set(talks) - set(answers.replies) - set(answers.refused)):
         answers.mute.add(client)
@@ -244,3 +264,8 @@ def read(message: Message, reply_type: type[R], traffic: Traffic) -> R:
     reply = decode(reply_type, content)
     traffic.up_bytes += message_bytes(content)
     return reply
+
+
+def message_bytes(content: RecordDict) -> int:
+    """Size of a message's content (``encode``'s, or what ``decode`` let pass) as Flower counts it, with its names."""
+    return sum(record.count_bytes() for record in content.values())

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from fedzo.errors import ProtocolError, RunFolderError
-from fedzo.records.decode import parse_json, to_json
+from fedzo.records.decode import to_json
 from fedzo.records.folder import lock_file, make_folder, open_file, read_file, replace_file
+from fedzo.records.lines import RESTORE, decoded, whole_lines
 from fedzo.zo.log import VectorRecord, checked_vector
 from fedzo.zo.spaces.base import Values
 
 log = logging.getLogger(__name__)
 L = TypeVar("L")
 VECTORS = "vectors"
-RESTORE = "Restore the file from a copy."
 
 
 class Explained:
@@ -36,30 +35,6 @@ class Explained:
                 f"run folder {self._folder}: cannot write ({error.strerror or error}). Committed rounds are safe. "
                 "Free space or correct permissions, then `fedzo resume` it, or choose another with hydra.run.dir=..."
             ) from error
-
-
-def whole_lines(data: bytes) -> list[bytes]:
-    """The lines of a log file, less an unfinished last one. No beginning of a JSON object is one itself."""
-    lines = data.splitlines(keepends=True)
-    if lines and not lines[-1].endswith(b"\n"):
-        try:
-            json.loads(lines[-1])
-        except (ValueError, RecursionError):
-            lines.pop()
-    return lines
-
-
-def decoded(path: Path, lines: list[bytes], decode: Callable[..., L]) -> list[L]:
-    """The records of a log file's lines; ``RunFolderError`` names the line that is none."""
-    records = []
-    for number, line in enumerate(lines, start=1):
-        told: dict[str, Any] = {
-            "where": f"{path}, line {number}",
-            "error": RunFolderError,
-            "remedy": f"It was edited, or another version of fedzo wrote it. {RESTORE}",
-        }
-        records.append(decode(parse_json(line, **told), **told))
-    return records
 
 
 class Lines(Generic[L]):
@@ -108,15 +83,15 @@ class Lines(Generic[L]):
         return self._file.fileno()
 
     def append(self, line: L, *, durable: bool) -> None:
-        rest = to_json(line).encode() + b"\n"
-        while rest:
-            rest = rest[self._file.write(rest) :]
+        self._write(to_json(line).encode() + b"\n")
         if durable:
             os.fsync(self._file.fileno())
         self.lines.append(line)
 
     def keep(self, wanted: Callable[[L], bool], *, dropped: str = "") -> None:
         """Drop the lines that are not wanted; those before the first of them are not touched, so no kill loses them.
+
+        The others keep their bytes: a record in memory may be lighter than its line.
 
         Args:
             wanted: Says which lines stay.
@@ -125,14 +100,19 @@ class Lines(Generic[L]):
         first = next((number for number, line in enumerate(self.lines) if not wanted(line)), None)
         if first is None:
             return
+        kept = [number for number in range(first, len(self.lines)) if wanted(self.lines[number])]
         if dropped:
-            count = sum(not wanted(line) for line in self.lines)
+            count = len(self.lines) - first - len(kept)
             log.warning("%s: %d lines of %s are dropped", self._path, count, dropped)
         self._file.seek(0)
-        self._file.truncate(sum(len(line) for line in self._file.read().splitlines(keepends=True)[:first]))
-        rest, self.lines = self.lines[first:], self.lines[:first]
-        for line in filter(wanted, rest):
-            self.append(line, durable=False)
+        held = self._file.read().splitlines(keepends=True)
+        self._file.truncate(sum(map(len, held[:first])))
+        self._write(b"".join(held[number] for number in kept))
+        self.lines = [*self.lines[:first], *(self.lines[number] for number in kept)]
+
+    def _write(self, rest: bytes) -> None:
+        while rest:
+            rest = rest[self._file.write(rest) :]
 
     def __enter__(self) -> Lines[L]:
         return self

@@ -12,7 +12,7 @@ what a kill leaves (an unfinished last line, and what was told of the one round 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -21,14 +21,14 @@ from typing import Any, TypeVar
 
 from fedzo.errors import RunFolderError
 from fedzo.fl.config import BestBy
-from fedzo.fl.log_files import RESTORE, VECTORS, Explained, Lines, decoded, read_vector, whole_lines, write_vector
-from fedzo.records.folder import AUDIT, METRICS, PUBLIC, read_file, refuse_link
+from fedzo.fl.log_files import VECTORS, Explained, Lines, read_vector, write_vector
+from fedzo.records.folder import AUDIT, METRICS, PUBLIC, refuse_link
+from fedzo.records.lines import RESTORE, read_records
 from fedzo.records.log import CommittedLine, Proof, PublicLine, RoundAudit, decode_audit, decode_public
 from fedzo.records.metrics import CentralScore, Extension, MetricRecord, Round, Setup, Summary, decode_metric
 from fedzo.zo.log import LogRecord, RoundRecord, VectorRecord
 
 _UNCOMMITTED = "a round that was not committed"
-L = TypeVar("L")
 M = TypeVar("M")
 
 
@@ -53,7 +53,7 @@ class RunLog:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._rounds = self._read(PUBLIC, decode_public)
+        self._rounds = read_records(folder, PUBLIC, decode_public)
         self.records = [self._record(line) for line in self._rounds]
         self._told: dict[str, list[Any]] = {}
 
@@ -66,30 +66,20 @@ class RunLog:
     def audit(self) -> list[RoundAudit]:
         """Audit lines of the committed rounds."""
         if AUDIT not in self._told:
-            self._told[AUDIT] = self._of_committed(self._read(AUDIT, decode_audit))
+            self._told[AUDIT] = self._of_committed(read_records(self.folder, AUDIT, decode_audit))
         return self._told[AUDIT]
 
     @property
     def metrics(self) -> list[MetricRecord]:
         """Metric records so far; what a round says of each client is in the file alone, since it fills the memory."""
         if METRICS not in self._told:
-            told = self._read(METRICS, decode_metric)
-            self._told[METRICS] = [_light(line) for line in told if belongs(line, len(self.records))]
+            told = read_records(self.folder, METRICS, _decode_light)
+            self._told[METRICS] = [line for line in told if belongs(line, len(self.records))]
         return self._told[METRICS]
 
     def told(self, kind: type[M]) -> list[M]:
         """The metric records of one kind so far."""
         return [record for record in self.metrics if isinstance(record, kind)]
-
-    def _read(self, name: str, decode: Callable[..., L]) -> list[L]:
-        try:
-            return decoded(self.folder / name, whole_lines(read_file(self.folder, name)), decode)
-        except OSError as error:
-            if isinstance(error, RunFolderError):
-                raise
-            raise RunFolderError(
-                f"{self.folder / name}: it must be there and readable, got {error.strerror!r}. {RESTORE}"
-            ) from error
 
     def _of_committed(self, audit: list[RoundAudit]) -> list[RoundAudit]:
         lines = [line for line in audit if line.round < len(self.records)]
@@ -129,7 +119,7 @@ class RunStore(RunLog):
                 raise self._other_logs("none")
             self._public = opened.enter_context(Lines(folder, PUBLIC, decode_public, lock=True))
             self._audit = opened.enter_context(Lines(folder, AUDIT, decode_audit))
-            self._metrics = opened.enter_context(Lines(folder, METRICS, decode_metric))
+            self._metrics = opened.enter_context(Lines(folder, METRICS, _decode_light))
             self.records = [self._record(line) for line in self._public.lines]
             done = len(self.records)
             self._of_committed(self._audit.lines)
@@ -142,7 +132,6 @@ class RunStore(RunLog):
                 left.unlink()
             self._audit.keep(lambda line: line.round < done, dropped=_UNCOMMITTED)
             self._metrics.keep(lambda line: belongs(line, done), dropped=_UNCOMMITTED)
-            self._metrics.lines = [_light(line) for line in self._metrics.lines]
             self._files = opened.pop_all()
 
     def __enter__(self) -> RunStore:
@@ -242,3 +231,8 @@ def belongs(record: MetricRecord, done: int) -> bool:
 
 def _light(record: MetricRecord) -> MetricRecord:
     return replace(record, clients=()) if isinstance(record, Round) else record
+
+
+def _decode_light(value: object, **told: Any) -> MetricRecord:
+    """A line of the metrics (``decode_metric``), of which what a round says of each client is let go at once."""
+    return _light(decode_metric(value, **told))

@@ -18,7 +18,6 @@ from typing import Annotated, Any, TypeVar
 import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 
-import fedzo
 from fedzo.errors import OtherVersionError, ProtocolError
 from fedzo.records import decode as records
 from fedzo.records.fields import (
@@ -33,11 +32,13 @@ from fedzo.records.fields import (
     RoundNumber,
     Steps,
     Within,
+    Words,
 )
+from fedzo.system import code_version
 from fedzo.trainers.artifacts import PIECE_BYTES
 from fedzo.zo.log import Scalars
 
-PROTOCOL = 5
+PROTOCOL, VERSION = 5, code_version()
 RECORD, PIECE, PIECE_NAME = "fedzo", "piece", "{} {:08}"
 M = TypeVar("M")
 
@@ -91,6 +92,8 @@ class Refusal(StrEnum):
     label_counts = "19", "its site does not tell its label counts"
     client = "20", "its site is another client of this run"
     losses = "21", "its site does not tell the losses of its local steps, which this run needs"
+    vectors = "22", "its site does not send update vectors, which this run needs"
+    probes = "23", "its site does not take so many probes a local step"
     failed = "31", "the client could not do what it was asked"
     foreign = "32", "what it was asked does not belong to this run"
     absent = "33", "the client is absent in this round, as faults.absent asks"
@@ -120,6 +123,7 @@ class Identity:
     base_digest: str
     tokenizer_digest: str
     task_digest: str
+    architecture_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,12 +132,14 @@ class Hello:
 
     client: Client
     protocol: Annotated[int, Within(PROTOCOL, PROTOCOL)] = PROTOCOL
-    version: Version = fedzo.__version__
+    version: Version = VERSION
     config_hash: Digest = ""
     begun: bool = False
     """Whether the run has begun: then a client's rows must be those that it began with."""
     artifact_bytes: Size = 0
     """Of what the space needs beside the model: a client that would not take it says so now."""
+    why: Words = ""
+    """Why the server has not let this client take part so far."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +147,7 @@ class HelloReply:
     """A client's registration. ``label_counts`` and ``stages`` are JSON; digests are of what the client holds."""
 
     protocol: Annotated[int, Within(PROTOCOL, PROTOCOL)] = PROTOCOL
-    version: Version = fedzo.__version__
+    version: Version = VERSION
     refusal: Refusal = Refusal.none
     """Other than none: the client cannot take part, and the fields below say nothing."""
     preparing: Rows = 0
@@ -165,6 +171,7 @@ class HelloReply:
     base_digest: Digest = ""
     tokenizer_digest: Digest = ""
     task_digest: Digest = ""
+    architecture_digest: Digest = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,7 +302,7 @@ def decode(kind: type[M], content: RecordDict) -> M:
         raise ProtocolError(f"{kind.__name__}: {empty[0]:.40} must be left out where it is empty")
     if (protocol := given.get("protocol", PROTOCOL)) != PROTOCOL:  # before fields that one of the two does not know
         raise OtherVersionError(
-            f"{kind.__name__}: protocol must be {PROTOCOL}, that of fedzo {fedzo.__version__}, got {protocol!r:.20}, "
+            f"{kind.__name__}: protocol must be {PROTOCOL}, that of fedzo {VERSION}, got {protocol!r:.20}, "
             f"that of fedzo {given.get('version', 'unknown')!s:.40}. Install the same fedzo on both sides."
         )
     _join(kind, given, records_of)
@@ -315,14 +322,16 @@ def _join(kind: type[Any], given: dict[str, Any], pieces: dict[str, ConfigRecord
     given.update((field, b"".join(found)) for field, found in joined.items())
 
 
-def message_bytes(content: RecordDict) -> int:
-    """Size of a message's content (``encode``'s, or what ``decode`` let pass) as Flower counts it, with its names."""
-    return sum(record.count_bytes() for record in content.values())
-
-
 def scalars_to_bytes(values: Scalars) -> bytes:
     """float32, little endian, C order."""
     return np.ascontiguousarray(values, dtype="<f4").tobytes()
+
+
+def scalars_from_bytes(data: bytes, *, shape: tuple[int, ...], what: str) -> Scalars:
+    """The inverse; ``ProtocolError`` if the length is not that of ``shape``."""
+    if len(data) != (want := 4 * int(np.prod(shape))):
+        raise ProtocolError(f"{what} must hold {want} bytes (float32 {list(shape)}), got {len(data)}")
+    return np.frombuffer(data, dtype="<f4").astype(np.float32).reshape(shape)
 
 
 def signs_to_bytes(g: Scalars) -> bytes:
@@ -333,18 +342,9 @@ def signs_to_bytes(g: Scalars) -> bytes:
 def signs_from_bytes(data: bytes, *, shape: tuple[int, ...], what: str) -> Scalars:
     """+1 for a bit of 1, -1 for a bit of 0, float32; ``ProtocolError`` if these are not ``shape``'s bits."""
     count = int(np.prod(shape))
-    want = -(-count // 8)
-    if len(data) != want:
+    if len(data) != (want := -(-count // 8)):
         raise ProtocolError(f"{what} must hold {want} bytes (a bit each for {list(shape)}), got {len(data)}")
     bits = np.unpackbits(np.frombuffer(data, np.uint8))
     if bits[count:].any():
         raise ProtocolError(f"{what} must be filled up with bits of 0 after the first {count}")
     return (2 * bits[:count].astype(np.float32) - 1).reshape(shape)
-
-
-def scalars_from_bytes(data: bytes, *, shape: tuple[int, ...], what: str) -> Scalars:
-    """The inverse; ``ProtocolError`` if the length is not that of ``shape``."""
-    want = 4 * int(np.prod(shape))
-    if len(data) != want:
-        raise ProtocolError(f"{what} must hold {want} bytes (float32 {list(shape)}), got {len(data)}")
-    return np.frombuffer(data, dtype="<f4").astype(np.float32).reshape(shape)

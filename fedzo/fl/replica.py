@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import asdict
 
 import numpy as np
@@ -14,6 +15,9 @@ from fedzo.records.log import CommittedLine, Proof
 from fedzo.zo.log import EMPTY_CHAIN, Drift, LogRecord, RoundRecord, extend_chain, unpack
 from fedzo.zo.server_optimizer import ControlVariates, ServerOptimizer, VectorOptimizer
 from fedzo.zo.spaces.base import Space
+
+ON_RECORD: ContextVar[Callable[[], None]] = ContextVar("on_record", default=lambda: None)
+"""Called for each record that a replica has applied: a client that catches up takes long and goes on all the same."""
 
 
 class Replica:
@@ -65,6 +69,7 @@ class Replica:
             self._apply(record)
             self.chain = extend_chain(self.chain, record)
             self.position += 1
+            ON_RECORD.get()()
 
     def _apply(self, record: LogRecord) -> None:
         if self._is_damaged():

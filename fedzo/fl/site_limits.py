@@ -56,13 +56,22 @@ def check_run(
     stages: Iterable[str],
     base_digest: str,
     label_counts: bool,
-    losses: bool,
+    num_probes: int,
 ) -> None:
     """Refuse a run that its settings alone rule out, before a model is loaded for it.
 
+    Args:
+        limits: The site's.
+        task: Name of the run's task.
+        trainer: Name of its trainer.
+        stages: Names of its preprocess stages.
+        base_digest: Of its base weights.
+        label_counts: Whether it needs these.
+        num_probes: P of a local step; 0 where its clients send vectors, and with them the losses of local steps.
+
     Raises:
-        SiteError: The run has a task, trainer, stage or base that the site does not take part in, or needs label
-            counts or the losses of local steps, and these do not leave the site.
+        SiteError: The run has a task, trainer, stage or base that the site does not take part in, or more probes than
+            it takes, or needs label counts, vectors or the losses of local steps, and these do not leave the site.
     """
     for key, allowed, asked, refusal in (
         ("tasks", limits.tasks, [task], Refusal.task),
@@ -74,7 +83,11 @@ def check_run(
     check_base(limits, base_digest, whose="the run's base")
     if label_counts and not leaves(limits, LABEL_COUNTS):
         raise SiteError(Refusal.label_counts, f"limits.answers lacks {LABEL_COUNTS}, and the run has fl.label_counts")
-    if losses and not leaves(limits, LOSS):
+    if limits.most_probes and num_probes > limits.most_probes:
+        raise SiteError(Refusal.probes, f"limits.most_probes is {limits.most_probes}, and {num_probes} are asked")
+    if num_probes == 0 and not limits.vectors:
+        raise SiteError(Refusal.vectors, "limits.vectors is false, and the run's clients send update vectors")
+    if num_probes == 0 and not leaves(limits, LOSS):
         raise SiteError(Refusal.losses, f"limits.answers lacks {LOSS}, and the run's clients send vectors with it")
 
 

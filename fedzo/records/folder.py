@@ -26,7 +26,7 @@ PRESENCE = "presence.json"
 STOP = "stop"
 """An empty file that asks whoever runs the run to end it between two rounds."""
 REPORT, LOG, CLIENTS_LOG = "report.html", "fedzo.log", "logs/clients.log"
-"""The page, warnings of the run, and failures of clients in processes of their own on the server's machine."""
+"""The page, warnings of the run, and what clients in processes of their own, on the server's machine, tell."""
 _LOOK_S = 0.05
 
 
@@ -155,7 +155,7 @@ def lock_file(opened: int, folder: Path, what: str = "run folder") -> None:
 
 
 def is_locked(file: Path) -> bool:
-    """Whether another process has locked a file; one that is not there is not."""
+    """Whether another process is known to have locked a file; one that is not there is not."""
     try:
         opened = os.open(file, os.O_RDONLY)
     except FileNotFoundError:
@@ -164,6 +164,8 @@ def is_locked(file: Path) -> bool:
         fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    except OSError:  # its file system knows no locks
+        return False
     finally:
         os.close(opened)
     return False

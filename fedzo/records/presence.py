@@ -1,12 +1,20 @@
-"""Who takes part in a run at the moment, as its server tells ``fedzo status``."""
+"""Who takes part in a run at the moment: ``presence.json``, which its server writes for ``fedzo status``."""
 
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
-from fedzo.records.fields import MOST_CLIENTS, Client, Length, Matching, RoundNumber, Words
+from fedzo.records.decode import to_json
+from fedzo.records.fields import MOST_CLIENTS, Client, Length, Matching, OmitDefault, RoundNumber, Seconds, Words
+from fedzo.records.folder import PRESENCE, replace_file
+
+PRESENCE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,19 +26,49 @@ class ClientPresence:
         state: ``ready``: it has registered and is asked. ``silent``: it let a deadline pass. ``connected``: it has not
             registered yet. ``preparing``: its stages work on its rows. ``refused``: it cannot take part. ``away``: no
             node of it is connected.
-        why: More on that.
+        why: More on that; of one that is ready, since when it has been asked, or how long its last answer took.
         version: Its fedzo; empty where it has not said.
+        last_round: The last round that it took part in; None where there is none.
     """
 
     client: Client
     state: Annotated[str, Matching(re.compile("ready|silent|connected|preparing|refused|away"), "a state")]
     why: Words = ""
     version: Annotated[str, Length(0, 64)] = ""
+    last_round: Annotated[RoundNumber | None, OmitDefault()] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Presence:
-    """All clients of a run, before a round."""
+    """All clients of a run.
+
+    Attributes:
+        round: The one that is under way, or comes next.
+        clients: In the order of their indices.
+        round_seconds: What the last round took; None before the first.
+    """
 
     round: RoundNumber
     clients: Annotated[tuple[ClientPresence, ...], Length(0, MOST_CLIENTS)]
+    round_seconds: Annotated[Seconds | None, OmitDefault()] = None
+
+
+class PresenceFile:
+    """The file of a run, written every few seconds at most, and where a round has ended.
+
+    Args:
+        folder: The run folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / PRESENCE
+        self._next = 0.0
+
+    def write(self, presence: Callable[[], Presence], *, at_once: bool = False) -> None:
+        """Write who is here, if it was not written just before, or at once."""
+        now = time.monotonic()
+        if now < self._next and not at_once:
+            return
+        self._next = now + PRESENCE_S
+        with suppress(OSError):  # a full disk ends the run where the log cannot be written, and not here
+            replace_file(self._file, to_json(presence()))

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,8 +25,7 @@ from fedzo.fl.server.rounds import Server, Sink
 from fedzo.fl.server.updates import ScalarUpdates, Updates
 from fedzo.fl.server.vectors import VectorUpdates
 from fedzo.models.memory import gradient_bytes, num_weights
-from fedzo.records import decode as records
-from fedzo.records.folder import PRESENCE, REPORT, STOP, replace_file
+from fedzo.records.folder import REPORT, STOP
 from fedzo.records.metrics import (
     ClientSetup,
     Estimate,
@@ -39,6 +38,7 @@ from fedzo.records.metrics import (
     StepDecision,
     Summary,
 )
+from fedzo.records.presence import PresenceFile
 from fedzo.report.format import cut_text
 from fedzo.report.sinks import ProgressSink
 from fedzo.report.trackers import TRACKERS, TrackerSink
@@ -50,7 +50,6 @@ from fedzo.trainers.artifacts import ARTIFACTS
 from fedzo.zo.estimator import ZerothOrderConfig
 
 log = logging.getLogger(__name__)
-PRESENCE_S = 2.0
 
 
 class Sinks:
@@ -97,7 +96,7 @@ class Federation:
         self._launched = launched
         self._config = config
         self._store = store
-        self._next_presence = 0.0
+        self._presence = PresenceFile(store.folder)
         started, before = time.monotonic(), max((line.seconds for line in store.metrics), default=0.0)
         self._elapsed: Callable[[], float] = lambda: before + time.monotonic() - started
         self._progress = ProgressSink(
@@ -129,7 +128,7 @@ class Federation:
         server.warn_of_cut_sizes()
         server.catch_up()
         self._write_setup()
-        self._write_presence()
+        self._show_presence()
         if server.round == 0:
             scores.take("test", rounds=0)
             scores.take("dev", rounds=0)
@@ -139,7 +138,7 @@ class Federation:
             self._heed_stop()
             with self._progress.round():
                 server.run_round()
-            self._write_presence()
+            self._show_presence(at_once=True)  # scores take long, and nobody is asked any more
             scores.take_due(server)
         server.tell_step_policy()
         best = best_round(self._store, by=config.evaluation.best_by, evaluator=first_evaluator(config))
@@ -154,7 +153,7 @@ class Federation:
             raise KeyboardInterrupt
 
     def _while_waiting(self) -> None:
-        self._write_presence()
+        self._show_presence()
         self._heed_stop()
 
     # --- beginning
@@ -198,6 +197,8 @@ class Federation:
             sink=self._sinks,
             elapsed=self._elapsed,
             shuffle_replies=config.faults.shuffle_replies,
+            beside=self._show_presence,
+            while_waiting=self._while_waiting,
         )
 
     def _strategy(self) -> StrategyConfig:
@@ -233,6 +234,8 @@ class Federation:
                 num_params=num_weights(self._at.loaded.model),
                 space_size=server.replica.space.size,
                 setup_down_bytes=server.artifact.size,
+                forwards_per_step=self._context.peer.forwards_per_step,
+                prepare_seconds=self._launched.prepare_seconds,
                 estimate=self._estimate(),
                 clients=tuple(
                     ClientSetup(
@@ -274,18 +277,14 @@ class Federation:
         plan = self._server.coming_plan()
         first = sum(plan.steps.values()) if plan.calibration else config.fl.local_steps * clients
         return estimate_run(
-            at.loaded,
-            at.replica.space,
+            at,
             train=context.peer.encode(context.simulation.splits.train[:256]),
             scored=self._scores.planned(),
             rows_per_step=config.fl.batch_size,
             steps=(config.fl.rounds - 1) * config.fl.local_steps * clients + first,
             forwards_per_step=context.peer.forwards_per_step,
-            lower=at.lower,
             num_rows=len(context.simulation.splits.train),
             local_steps=config.step_policy.most_steps(config.fl),
-            tokens_per_batch=at.tokens_per_batch,
-            num_moments=len(at.replica.moments),
             gradient_bytes=self._gradient_bytes(),
         )
 
@@ -296,16 +295,10 @@ class Federation:
         size = self._at.replica.space.size
         return gradient_bytes(self._at.loaded.model, size, trains_base_weights=trains_base_weights)
 
-    def _write_presence(self) -> None:
-        """For ``fedzo status``, where clients come and go: who is here, at most every few seconds."""
-        now = time.monotonic()
-        if self._launched.takes_turns or now < self._next_presence:
-            return
-        self._next_presence = now + PRESENCE_S
-        server = self._server
-        text = records.to_json(server.client_registry.presence(server.round))
-        with suppress(OSError):  # a full disk ends the run where the log cannot be written, and not here
-            replace_file(self._store.folder / PRESENCE, text)
+    def _show_presence(self, *, at_once: bool = False) -> None:
+        """For ``fedzo status``, where clients come and go."""
+        if not self._launched.takes_turns:
+            self._presence.write(self._server.presence, at_once=at_once)
 
     # --- end
 

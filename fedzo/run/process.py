@@ -20,6 +20,7 @@ from fedzo.config.travel import from_json, load_site, to_json
 from fedzo.data.kept_digests import KEPT_ROWS, KeptDigests
 from fedzo.data.rows import OwnRows, RowSource, SimulatedRows
 from fedzo.errors import ConfigError
+from fedzo.fl.client.worker import part
 from fedzo.fl.messages import Refusal
 from fedzo.fl.site_limits import SiteError, check_base, check_run, check_work
 from fedzo.models.loaded import LoadedModel
@@ -27,7 +28,7 @@ from fedzo.run.client_context import ClientContext
 from fedzo.run.peer import Peer, TrialRows, check_format, open_model
 from fedzo.run.server_context import Launched, ServerContext
 from fedzo.run.site_model import SiteModel
-from fedzo.system import SITE_ENV, SITE_LOG_ENV
+from fedzo.system import SITE_ARTIFACTS_ENV, SITE_ENV, SITE_LOG_ENV
 from fedzo.trainers.artifacts import ArtifactStore
 from fedzo.zo.estimator import ZerothOrderConfig
 
@@ -139,7 +140,7 @@ def open_process(
         stages=run.preprocess,
         base_digest=run.base.weights_digest,
         label_counts=run.fl.label_counts,
-        losses=not isinstance(run.estimator, ZerothOrderConfig),
+        num_probes=run.estimator.num_probes if isinstance(run.estimator, ZerothOrderConfig) else 0,
     )
     check_work(site.limits, steps=run.step_policy.most_steps(run.fl), step_rows=run.fl.batch_size)
     if plays_clients and (lacks := [problem.text for problem in stage_problems(site, run)]):
@@ -178,7 +179,7 @@ _open: _Open | None = None
 
 def load_ahead() -> None:
     """Load the model of this process's site before a run asks for it."""
-    _write_errors()
+    _write_site_log()
     with contextlib.suppress(ConfigError):  # it is told to the run that asks
         _model.load_ahead(load_site(Path(_site_file())))
 
@@ -199,23 +200,27 @@ def this_process(run_json: str, *, flower_run: int | None = None, artifacts: Pat
     Args:
         run_json: What the peers of the run agree on.
         flower_run: Flower's number of the run (``leave_other``).
-        artifacts: As of ``open_process``.
+        artifacts: As of ``open_process``; None for the site's own, whose folder is in ``FEDZO_SITE_ARTIFACTS``, if any.
     """
     global _open
     if _open is None or _open.run_json != run_json:
         _let_go()
-        _write_errors()
+        _write_site_log()
         file = Path(_site_file())
         run, site = from_json(run_json, RunConfig), load_site(file)
+        own = Path(folder) if (folder := os.environ.get(SITE_ARTIFACTS_ENV)) else None
         process = open_process(
             run,
             site,
-            artifacts=artifacts,
+            artifacts=artifacts or own,
             site_folder=file.parent,
             plays_clients=True,
             to_the_end=artifacts is not None,  # an actor: the client's next greeting may reach another one
             load=_model.open,
         )
+        if own is not None:
+            with contextlib.suppress(OSError):  # what is of no use any more may stay
+                ArtifactStore(own).keep_only(run.artifact)
         _model.lend()
         _open = _Open(run_json, process)
     if _open.process.launched is None:
@@ -254,13 +259,17 @@ def _let_go() -> None:
         _open = None
 
 
-def _write_errors() -> None:
-    """Write this process's errors to the site's log, too, if it has one: other output may be kept elsewhere."""
+def _write_site_log() -> None:
+    """Write what a site should know to its log, too, if it has one: other output may be kept elsewhere.
+
+    These are errors, and what the site is told of its part in a run.
+    """
     file, logger = os.environ.get(SITE_LOG_ENV), logging.getLogger("fedzo")
     if file and not any(isinstance(handler, logging.FileHandler) for handler in logger.handlers):
         handler = logging.FileHandler(file, encoding="utf-8", delay=True)
-        handler.setLevel(logging.ERROR)
+        handler.addFilter(lambda record: record.levelno >= logging.ERROR or record.name == part.name)
         logger.addHandler(handler)
+        part.setLevel(logging.INFO)
 
 
 def _site_file() -> str:

@@ -142,6 +142,10 @@ class OnThisMachine:
         """Never."""
         return False
 
+    def unreachable(self, reply: Message) -> bool:
+        """Never."""
+        return False
+
     def limit_replies(self, number_bytes: int) -> None:
         """Replies are made on this machine, by what its user runs: nothing is limited."""
 

@@ -7,6 +7,7 @@ started it shows what it says until it ends.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -18,7 +19,7 @@ from typing import TextIO
 
 from fedzo.errors import ConfigError
 from fedzo.fl.log_store import has_begun
-from fedzo.records.folder import CONFIG
+from fedzo.records.folder import CONFIG, make_folder, open_file
 from fedzo.runtime.config import RemoteConfig
 from fedzo.runtime.net.addresses import accepts
 from fedzo.runtime.net.server_folder import ServerFolder
@@ -39,6 +40,7 @@ def run_remote(*, num_clients: int, run_dir: Path, config: RemoteConfig, serve: 
 
     Raises:
         ConfigError: The server is not up or serves another run, or a client is not registered.
+        RunFolderError: Its log in the run folder, or the log's folder, is a link.
         SystemExit: The terminal was closed; the run goes on.
     """
     server = ServerFolder(Path(config.server))
@@ -53,8 +55,9 @@ def run_remote(*, num_clients: int, run_dir: Path, config: RemoteConfig, serve: 
             f"server folder {server.path}: its SuperLink must be up, but nobody listens at {server.listening.control}. "
             f"Start it: `fedzo server up {server.path}`."
         )
-    (run_dir / "logs").mkdir(exist_ok=True)
-    with (run_dir / SERVER_LOG).open("a+", encoding="utf-8", errors="replace") as said, _left_by_hangup():
+    make_folder(run_dir / "logs")
+    log_file = open_file(run_dir, SERVER_LOG, os.O_RDONLY | os.O_CREAT)
+    with os.fdopen(log_file, encoding="utf-8", errors="replace") as said, _left_by_hangup():
         said.seek(0, 2)
         process = ServerProcess(run_dir, server.path, serve=serve, detached=True)
         print(
@@ -101,8 +104,9 @@ def _show(said: TextIO) -> None:
 
 @contextmanager
 def _left_by_hangup() -> Iterator[None]:
-    """End this process, and not the run, when its terminal closes."""
-    if threading.current_thread() is not threading.main_thread():
+    """End this process, and not the run, when its terminal closes, unless it was made deaf to that (``nohup``)."""
+    deaf = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    if deaf or threading.current_thread() is not threading.main_thread():
         yield
         return
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -182,8 +183,8 @@ class Federation:
         for command in self.commands.values():
             command.kill()
             command.wait()
-        for site in self.sites:
-            site.end()
+        with ThreadPoolExecutor() as together:  # each waits for its own processes
+            list(together.map(RealSite.end, self.sites))
         self.processes.__exit__(None, None, None)
 
     wait_for = staticmethod(wait_for)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def site_file() -> str:
     return str(block)
 
 
-FREE = {r"\.\.\.": ".*", r"[0-9]+ [MG]B": "[0-9.]+ .?B", "[0-9]+": "[0-9]+"}
+FREE = {r"\.\.\.": ".*", r"[0-9]+ [MG]B": "[0-9.]+ .?B", r"[0-9]+\.[0-9] s": "[0-9.]+ s", "[0-9]+": "[0-9]+"}
 """What may differ between the page and what is said: what is left out, sizes, numbers and dates."""
 
 
@@ -77,7 +78,7 @@ class Walk:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._ports = dict(zip(("8443", "8444"), map(str, free_ports(2)), strict=True))
-        self._running: list[subprocess.Popen[bytes]] = []
+        self._running: list[tuple[str, subprocess.Popen[bytes]]] = []
 
     def here(self, text: str) -> str:
         """What is said of the page's host, said of this machine."""
@@ -96,16 +97,19 @@ class Walk:
         with out.open("wb") as said:
             process = subprocess.Popen(command, cwd=room, stdout=said, stderr=subprocess.STDOUT)
         if words[: 1 + (words[0] in ("server", "client"))] in STAY:
-            self._running.append(process)
+            self._running.append((words[0], process))
         else:
             assert process.wait(120) == 0, out.read_text()
         return out.read_text
 
     def end(self) -> None:
-        """End what stays, the last first."""
-        for process in reversed(self._running):
-            process.terminate()
-            process.wait(120)
+        """End what stays, the last first; the sites together."""
+        for _, alike in groupby(reversed(self._running), key=lambda running: running[0]):
+            processes = [process for _, process in alike]
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                process.wait(120)
 
 
 @pytest.fixture

@@ -51,7 +51,8 @@ from fedzo.records.decode import encode
 from fedzo.records.scores import PartialScore
 from fedzo.trainers.artifacts import Artifact, ArtifactStore
 
-log = logging.getLogger(__name__)
+log, part = logging.getLogger(__name__), logging.getLogger("fedzo.part")
+part.setLevel(logging.CRITICAL)  # a site with a log of its own turns it on: what it is told of its part in a run
 MOST_LOGGED = 4000
 
 
@@ -110,6 +111,7 @@ class ClientWorker:
         self.space_id = ""
         self._workspace: Workspace | None = None
         self._asked_values: set[int] = set()
+        self._part: dict[int, str] = {}
         self._limits = limits
         self._task = task
         self._evaluators = evaluators
@@ -130,6 +132,8 @@ class ClientWorker:
             SiteError: The site's limits rule it out.
         """
         self._limits.check_client(request.client)
+        if request.why:
+            self._tell(request.client, f"not registered as client {request.client}: {printable(request.why)}")
         if self._artifacts.find(self._limits.artifact) is None:
             self._limits.check_artifact_size(request.artifact_bytes)
         identity = asdict(self.identity)
@@ -146,6 +150,8 @@ class ClientWorker:
         site = self._limits.site
         labels = num_labels(self._task)
         check_rows(site, num_train=len(data.train), label_counts=data.label_counts, num_labels=labels)
+        if not request.why:
+            self._tell(request.client, f"registering as client {request.client}")
         told = data.heldout if len(data.heldout) >= site.min_rows else []
         return HelloReply(
             num_train=len(data.train),
@@ -160,7 +166,7 @@ class ClientWorker:
 
     def receive(self, piece: ArtifactPiece) -> ArtifactReply:
         """Keep a piece of the artifact that this process lacks."""
-        self._limits.check_client(piece.client)
+        self._check_part(piece.client)
         self._limits.check_artifact(piece.digest)
         if self._artifacts.find(piece.digest) is None:
             self._limits.check_artifact_size(piece.size)
@@ -168,7 +174,7 @@ class ClientWorker:
 
     def train(self, request: TrainRequest) -> Any:
         """Take the local steps of a request and answer with what they make; the model is left at the round's start."""
-        self._limits.check_client(request.client)
+        self._check_part(request.client)
         if (request.client, request.round) in self._absent:
             raise SiteError(Refusal.absent)
         self._limits.check_steps(request)
@@ -199,7 +205,7 @@ class ClientWorker:
 
     def evaluate(self, request: EvaluateRequest) -> EvaluateReply:
         """Score the model of the request's round on the client's held-out rows, and tell what the site lets out."""
-        self._limits.check_client(request.client)
+        self._check_part(request.client)
         self._must_be_prepared(request.client)
         at, status = self._reach(request)
         if at is None or status is not Status.ok:
@@ -220,6 +226,17 @@ class ClientWorker:
         for fault in faults:
             log_failure(request.client, fault)
         return EvaluateReply(position=at.replica.position, scores=json.dumps(plain))
+
+    def _check_part(self, client: int) -> None:
+        """Refuse to be another client than the site is; who is asked for more than its name is registered."""
+        self._limits.check_client(client)
+        self._tell(client, f"registered as client {client}")
+
+    def _tell(self, client: int, text: str) -> None:
+        """What a client's part in the run is, to the site alone: once, as long as it stays the same."""
+        if self._part.get(client) != text:
+            self._part[client] = text
+            part.info("%s", text)
 
     def _score(self, name: str, evaluator: Evaluator, at: Workspace, rows: list[Example]) -> PartialScore | None:
         """What an evaluator finds on the rows, as far as it may leave the site."""

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from fedzo.errors import ProtocolError
-from fedzo.fl.clip import LARGE_LOSS, NO_BOUND, far_off
+from fedzo.fl.clip import LARGE_LOSS, NO_BOUND, far_off, largest_of
 from fedzo.fl.config import Aggregation, Weighting
 from fedzo.fl.messages import TrainReply, scalars_from_bytes, signs_from_bytes
 from fedzo.records.scores import MOST_LOSS
@@ -104,7 +104,7 @@ def checked_losses(data: bytes, *, shape: tuple[int, ...]) -> Scalars:
 
 def losses_far_off(results: Mapping[int, Measured]) -> dict[int, str]:
     """Whose losses are so large that they would decide the mean of the round, and why they cannot be used."""
-    largest = {client: float(np.nanmax(np.abs(result.loss), initial=0.0)) for client, result in results.items()}
+    largest = {client: largest_of(result.loss[np.isfinite(result.loss)]) for client, result in results.items()}
     return {
         client: f"|loss| must be at most {most:g}, by the round's other clients, got {largest[client]:g}"
         for client, most in far_off(largest, least=LARGE_LOSS).items()

@@ -3,22 +3,23 @@
 The rules: the server's grid says which client a node is (``Grid.client_of``), never the node itself. A node that the
 grid does not know, or that does not belong to the run, is named and ignored, and ends nothing. Of two connected nodes
 of one index the first keeps it until it leaves. Nobody waits for a node that does not answer: greetings are under way
-beside the rounds. A client that lets a deadline pass is greeted like a new node, and is asked for nothing until it has
-answered; who answers greetings and no more is asked again after 1, 2, 4, ... rounds. A client whose stages work on its
-rows is greeted again every few seconds, and the start of a run waits for it as long as it gets on.
+beside the rounds. A client that lets a deadline pass, or whose node could not be reached, is greeted like a new node,
+and is asked for nothing until it has answered; who answers greetings and no more is asked again after 1, 2, 4, ...
+rounds. A client whose stages work on its rows is greeted again every few seconds, and the start of a run waits for it
+as long as it gets on.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedzo.errors import ConfigError, ProtocolError, printable
 from fedzo.fl.exchange import Grid, Outbox, Question, Traffic, message_of, read
 from fedzo.fl.messages import Hello, HelloReply, Identity
-from fedzo.fl.server.registration import First, figures_of, label_counts_of, registration_problem
+from fedzo.fl.server.registration import First, Place, Preparing, figures_of, label_counts_of, registration_problem
 from fedzo.records.metrics import ClientSetup
 from fedzo.records.presence import ClientPresence, Presence
 
@@ -29,42 +30,6 @@ PREPARING_S = 5.0  # the same for one that prepares its rows, every time
 TELL_S = 300.0  # how often the log says how far such a client is
 LOOK_S = 1.0  # how often new nodes are looked for beside a round
 MOST_REASONS = 8  # told of in one error
-
-
-@dataclass(slots=True)
-class _Silence:
-    """What a client owes that let deadlines pass: since which round, how often, and the first round to ask it again."""
-
-    since: int
-    times: int
-    again: int
-
-
-@dataclass(slots=True)
-class _Place:
-    """The connected node that is a client, and how far its registration is. Nothing of it outlasts the connection."""
-
-    node: int
-    due: float = 0.0  # when it is greeted, by time.monotonic
-    greetings: int = 0
-    reply: HelloReply | None = None  # until refresh judges it
-    unable: bool = False  # it has said that it cannot take part
-    registered: bool = False
-    preparing: _Preparing | None = None
-    silence: _Silence | None = None  # until it answers what it is asked, which a greeting is not
-
-
-@dataclass(slots=True)
-class _Preparing:
-    """How far a client is whose stages work on its rows, by its own words."""
-
-    done: int
-    total: int
-    version: str
-    told: float  # when the log was told, by time.monotonic
-
-    def __str__(self) -> str:
-        return f"preparing, {self.done} of {self.total} rows"
 
 
 @dataclass(slots=True)
@@ -88,13 +53,15 @@ class ClientRegistry:
     hellos: dict[int, HelloReply] = field(default_factory=dict)
     label_counts: dict[int, Mapping[str, int]] = field(default_factory=dict)
     figures: dict[int, Mapping[str, float]] = field(default_factory=dict)
-    _places: dict[int, _Place] = field(default_factory=dict)
+    _places: dict[int, Place] = field(default_factory=dict)
     _outbox: Outbox[int] = field(default_factory=Outbox)
     _reasons: dict[int, str] = field(default_factory=dict)
     _most: dict[int, tuple[int, float]] = field(default_factory=dict)  # prepared rows as never before, and since when
     _seen: set[int] = field(default_factory=set)
     _last_seen: dict[int, int | None] = field(default_factory=dict)
     _next_look: float = 0.0
+    _asked: dict[int, float] = field(default_factory=dict)  # when, by time.monotonic; until a client has answered
+    _took: dict[int, float] = field(default_factory=dict)  # seconds of a client's last answer
     _begun: bool = False
 
     def recall(self, clients: Sequence[ClientSetup]) -> None:
@@ -160,25 +127,16 @@ class ClientRegistry:
                 f"{missing} did not{f' ({reasons})' if reasons else ''}. Start them{lower}."
             )
 
-    def refresh(self, grid: Grid, *, fewest: int = 0, timeout_s: float = 0.0) -> list[int]:
+    def refresh(self, grid: Grid) -> list[int]:
         """Between rounds: forget nodes that left, let in those that have answered.
-
-        Args:
-            grid: Flower's grid.
-            fewest: With fewer clients than that, newcomers are waited for.
-            timeout_s: How long.
 
         Returns:
             The clients that registered as new nodes.
         """
-        ends, joined = time.monotonic() + timeout_s, []
-        while True:
-            self._greet(grid)
-            joined += self._let_in()
-            self.nodes = {client: place.node for client, place in self._places.items() if place.registered}
-            if len(self.nodes) >= fewest or time.monotonic() >= ends:
-                return joined
-            time.sleep(0.1)
+        self._greet(grid)
+        joined = self._let_in()
+        self.nodes = {client: place.node for client, place in self._places.items() if place.registered}
+        return joined
 
     def beside(self, grid: Grid) -> None:
         """In the middle of a round: greet new and silent nodes and hear what they answer; nobody is let in yet."""
@@ -186,17 +144,36 @@ class ClientRegistry:
             self._greet(grid)
             self._next_look = time.monotonic() + LOOK_S
 
-    def note(self, *, mute: set[int], heard: set[int], round: int) -> None:
-        """After clients were asked: who let the deadline pass is asked for nothing before it answers a greeting."""
-        for client in heard | mute:
+    def asked(self, clients: Iterable[int]) -> None:
+        """Clients are asked for a round's work, or for a score."""
+        self._asked = dict.fromkeys(clients, time.monotonic())
+
+    def answered(self, seconds: Mapping[int, float]) -> None:
+        """Some of them have answered, each after so many seconds."""
+        self._took.update(seconds)
+        for client in seconds:
+            self._asked.pop(client, None)
+
+    def note(self, *, mute: set[int], gone: set[int], heard: set[int], round: int) -> None:
+        """After clients were asked: who let the deadline pass, or left, is asked for nothing before it is greeted anew.
+
+        Args:
+            mute: Those that let the deadline pass.
+            gone: Those whose node was not reached. The grid may go on listing it for a while.
+            heard: The others.
+            round: In which they were asked.
+        """
+        self._asked = {}
+        for client in heard | mute | gone:
             place = self._places.get(client)
             if not place or place.node != self.nodes.get(client):
-                continue  # it left meanwhile, or its new node is being greeted
+                self.nodes.pop(client, None)  # it left meanwhile, or its new node is being greeted
+                continue
             if client in heard:
                 place.silence = None
                 continue
-            times, since = (place.silence.times + 1, place.silence.since) if place.silence else (1, round)
-            place.silence = _Silence(since, times, round + 2 ** (times - 1))
+            if client in mute:
+                place.fall_silent(round)
             place.registered, place.due, place.greetings = False, time.monotonic(), 0
             self._next_look = 0.0
             del self.nodes[client]
@@ -207,30 +184,44 @@ class ClientRegistry:
         for client, place in self._places.items():
             if not place.silence or place.preparing or place.node in self._reasons:
                 continue
-            since = f"no reply since round {place.silence.since}; it is asked again"
             if not place.registered:
-                rests[client] = f"{since} once it answers a greeting"
+                rests[client] = f"{place.silence} once it answers a greeting"
             elif round < place.silence.again:
-                rests[client] = f"{since} in round {place.silence.again}"
+                rests[client] = f"{place.silence} in round {place.silence.again}"
         return rests
 
-    def presence(self, round: int) -> Presence:
-        """Who is here before a round, and what is known of the others."""
+    def presence(
+        self, round: int, last_rounds: Mapping[int, int] | None = None, round_seconds: float | None = None
+    ) -> Presence:
+        """Who is here, and what is known of the others.
+
+        Args:
+            round: The one that is under way, or comes next.
+            last_rounds: By client, the last round that it took part in.
+            round_seconds: What the last round took.
+        """
         resting, rows = self.resting(round), []
         for client in range(self.num_clients):
             place, hello = self._places.get(client), self.hellos.get(client)
             version = hello.version if hello else ""
             if client in resting:
                 state, why = "silent", resting[client]
-            elif client in self.nodes:
-                state, why = "ready", ""
+            elif place and place.registered:
+                state, why = "ready", self._pace(client)
             elif place and place.preparing:
                 state, why, version = "preparing", str(place.preparing), place.preparing.version
             else:
                 state = "refused" if place and place.node in self._reasons else "connected" if place else "away"
                 why = self._reasons.get(place.node, "") if place else ""
-            rows.append(ClientPresence(client=client, state=state, why=why, version=version))
-        return Presence(round=round, clients=tuple(rows))
+            last = (last_rounds or {}).get(client)
+            rows.append(ClientPresence(client=client, state=state, why=why, version=version, last_round=last))
+        return Presence(round=round, round_seconds=round_seconds, clients=tuple(rows))
+
+    def _pace(self, client: int) -> str:
+        """Since when a client has been asked, or how long it took for its last answer."""
+        if client in self._asked:
+            return f"asked {time.monotonic() - self._asked[client]:.0f} s ago"
+        return f"answered in {self._took[client]:.1f} s" if client in self._took else ""
 
     def _greet(self, grid: Grid) -> None:
         """Ask the nodes whose time has come what they hold, and take the answers that are there."""
@@ -245,6 +236,7 @@ class ClientRegistry:
                 config_hash=self.identity.config_hash,
                 begun=self._begun,
                 artifact_bytes=self.artifact_bytes,
+                why=self._why(place),
             )
             question = Question("query.hello", hello, HelloReply)
             messages[client] = message_of(question, node=place.node, traffic=traffic)
@@ -258,6 +250,12 @@ class ClientRegistry:
                     self._places[client].reply = read(message, HelloReply, traffic)
                 except ProtocolError as error:
                     self._failed(client, f"node {self._places[client].node} did not register: {error}")
+
+    def _why(self, place: Place) -> str:
+        """What a site is told of why it does not take part, unless that is what it said itself."""
+        if place.silence:
+            return f"{place.silence} once it answers a greeting"
+        return "" if place.unable else self._reasons.get(place.node, "")
 
     def _look(self, grid: Grid) -> None:
         """See who is there; of a node that left nothing is kept, so that it may come back mended."""
@@ -283,7 +281,7 @@ class ClientRegistry:
             self._outbox.forget(gone.__contains__)
         for node, client in clients.items():
             if client not in self._places:
-                self._places[client] = _Place(node)
+                self._places[client] = Place(node)
                 self._reasons.pop(node, None)
             elif (first := self._places[client].node) != node:
                 self._tell(
@@ -337,7 +335,7 @@ class ClientRegistry:
         place.due, place.greetings, place.unable = now + PREPARING_S, 0, False
         self._reasons.pop(place.node, None)
         told = place.preparing.told if place.preparing else now - TELL_S
-        place.preparing = _Preparing(reply.prepared, reply.preparing, reply.version, told)
+        place.preparing = Preparing(reply.prepared, reply.preparing, reply.version, told)
         if client not in self._most or reply.prepared > self._most[client][0]:
             self._most[client] = reply.prepared, now
         if now >= told + TELL_S:

@@ -1,4 +1,4 @@
-"""What a client registers, judged: whether it belongs to the run, and holds what it held when it registered first."""
+"""How far the registration of a client is, and whether what it declares is of the run and as it was at first."""
 
 from __future__ import annotations
 
@@ -9,6 +9,50 @@ from fedzo.errors import ProtocolError
 from fedzo.fl.messages import HelloReply, Identity
 from fedzo.records.decode import decode_json
 from fedzo.records.fields import Figures, LabelCounts
+
+
+@dataclass(slots=True)
+class Silence:
+    """What a client owes that let deadlines pass: since which round, how often, and the first round to ask it again."""
+
+    since: int
+    times: int
+    again: int
+
+    def __str__(self) -> str:
+        return f"no reply since round {self.since}; it is asked again"
+
+
+@dataclass(slots=True)
+class Preparing:
+    """How far a client is whose stages work on its rows, by its own words."""
+
+    done: int
+    total: int
+    version: str
+    told: float  # when the log was told, by time.monotonic
+
+    def __str__(self) -> str:
+        return f"preparing, {self.done} of {self.total} rows"
+
+
+@dataclass(slots=True)
+class Place:
+    """The connected node that is a client, and how far its registration is. Nothing of it outlasts the connection."""
+
+    node: int
+    due: float = 0.0  # when it is greeted, by time.monotonic
+    greetings: int = 0
+    reply: HelloReply | None = None  # until refresh judges it
+    unable: bool = False  # it has said that it cannot take part
+    registered: bool = False
+    preparing: Preparing | None = None
+    silence: Silence | None = None  # until it answers what it is asked, which a greeting is not
+
+    def fall_silent(self, round: int) -> None:
+        """It let the deadline of a round pass: it is asked again after 1, 2, 4, ... rounds."""
+        times, since = (self.silence.times + 1, self.silence.since) if self.silence else (1, round)
+        self.silence = Silence(since, times, round + 2 ** (times - 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +81,7 @@ def registration_problem(reply: HelloReply, *, identity: Identity, num_labels: i
     if not reply.refusal:  # which says nothing of what the client holds
         peers |= {
             "base weights": (identity.base_digest, reply.base_digest),
+            "architecture (config.json)": (identity.architecture_digest, reply.architecture_digest),
             "tokenizer": (identity.tokenizer_digest, reply.tokenizer_digest),
             "task": (identity.task_digest, reply.task_digest),
         }

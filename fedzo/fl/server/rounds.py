@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Container, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Protocol, cast
@@ -31,21 +31,22 @@ from fedzo.fl.exchange import Grid, Traffic
 from fedzo.fl.log_store import RunStore
 from fedzo.fl.messages import EvaluateReply, EvaluateRequest, TrainRequest
 from fedzo.fl.replica import Replica
-from fedzo.fl.server.aggregate import client_weights, sampling_order
+from fedzo.fl.server.aggregate import client_weights
 from fedzo.fl.server.client_registry import ClientRegistry
 from fedzo.fl.server.metrics import round_metrics
 from fedzo.fl.server.step_policy.plan import Plan, StepPolicy, checked_plan, news
 from fedzo.fl.server.sync import StateSync
+from fedzo.fl.server.turnout import Turnout
 from fedzo.fl.server.updates import Result, Updates
 from fedzo.records.fields import MOST_STEPS
 from fedzo.records.log import AuditLine, RoundAudit
-from fedzo.records.metrics import MetricRecord, StepDecision
+from fedzo.records.metrics import MetricRecord, Round, StepDecision
+from fedzo.records.presence import Presence
 from fedzo.trainers.artifacts import Artifact
 from fedzo.zo.log import LogRecord
 from fedzo.zo.server_optimizer import ServerOptimizerConfig, learning_rate
 
 log = logging.getLogger(__name__)
-REGISTER_S = 60.0  # how long a round that has too few clients waits for newcomers
 
 
 class FederationError(FedzoError):
@@ -72,6 +73,8 @@ class Server:
         label_counts: Training rows by label of every client, where the server knows them without being told.
         sink: Where metric records go.
         elapsed: Seconds since the run started.
+        beside: Called again and again while replies are awaited.
+        while_waiting: Called again and again while too few clients are there; what it raises ends the run.
     """
 
     grid: Grid
@@ -90,13 +93,17 @@ class Server:
     most_steps: int = MOST_STEPS
     label_counts: Mapping[int, Mapping[str, int]] | None = None
     shuffle_replies: bool = False
+    beside: Callable[[], None] = lambda: None
+    while_waiting: Callable[[], None] = lambda: None
     _used: dict[int, int] = field(default_factory=dict)
     _followed: dict[int, int] = field(default_factory=dict)
     _payload_bytes: list[int] = field(default_factory=list)  # of the first 0, 1, 2, ... records together
     _wire: tuple[int, int] | None = None
     _told: StepDecision | None = None
     _lost: bool = False
+    _round_seconds: float | None = None
     _state_sync: StateSync = field(init=False)
+    _turnout: Turnout = field(init=False)
 
     def __post_init__(self) -> None:
         self._state_sync = StateSync(
@@ -108,12 +115,24 @@ class Server:
             fl=self.fl,
             deadline_s=self.strategy.deadline_s,
             shuffle_seed=self.run_seed if self.shuffle_replies else None,
+            beside=self.beside,
+        )
+        self._turnout = Turnout(
+            grid=self.grid,
+            client_registry=self.client_registry,
+            num_clients=self.fl.num_clients,
+            run_seed=self.run_seed,
+            strategy=self.strategy,
+            joined=self._state_sync.forget,
+            while_waiting=self.while_waiting,
         )
         self._wire = self.grid.wire_bytes()
         for line in self.store.audit:
             self._count_steps(line)
         self._payload_bytes = [*accumulate((record.payload_bytes for record in self.store.records), initial=0)]
         self._told = next(reversed(self.store.told(StepDecision)), None)
+        measured = (line.round_seconds for line in reversed(self.store.metrics) if isinstance(line, Round))
+        self._round_seconds = next(measured, None)
 
     @property
     def round(self) -> int:
@@ -147,7 +166,7 @@ class Server:
         """
         started = time.monotonic()
         number = self.round
-        self._let_in()
+        self._turnout.begin()
         plan = self._plan()
         lr = learning_rate(self.server_optimizer, round=number, rounds=self.fl.rounds)
         if plan.calibration:
@@ -157,6 +176,7 @@ class Server:
         record = self.updates.combine(results, weights, round=number, lr=lr, measures_only=plan.calibration)
         self._warn_if_lost(results)
         audit = self.updates.audit(record, results, lr=lr, used=self._used, weights=weights, refused=refused)
+        self._round_seconds = time.monotonic() - started
         # before the log, which alone makes a round count: what is told of a round that a kill prevents is dropped
         self.sink.write(
             round_metrics(
@@ -172,7 +192,7 @@ class Server:
                 down_bytes=self._down_bytes(record, results),
                 bound=bound,
                 seconds=self.elapsed(),
-                round_seconds=time.monotonic() - started,
+                round_seconds=self._round_seconds,
             )
         )
         self._commit(record, audit)
@@ -182,6 +202,11 @@ class Server:
     def known_label_counts(self) -> Mapping[int, Mapping[str, int]]:
         """Training rows of the clients by label, as far as the server knows them."""
         return self.client_registry.label_counts if self.label_counts is None else self.label_counts
+
+    def presence(self) -> Presence:
+        """Who takes part at the moment, for people."""
+        last_rounds = {client: followed - 1 for client, followed in self._followed.items()}
+        return self.client_registry.presence(self.round, last_rounds, self._round_seconds)
 
     def tell_step_policy(self) -> None:
         """After the last round: tell what a calibration found that no round has followed; again after a kill."""
@@ -200,18 +225,11 @@ class Server:
     def _ask(
         self, plan: Plan, *, lr: float, bound: float, traffic: Traffic
     ) -> tuple[dict[int, Result], dict[int, str]]:
-        """The usable replies of the round's clients, and why others have none.
-
-        Where too few are usable, the next of the sampling order are asked, too: the same sample would fail again.
-        Clients that did not answer before are asked when their time has come, or when the others are too few.
-        """
+        """The usable replies of the round's clients (``Turnout.groups``), and why others have none."""
         self.grid.limit_replies(self.updates.reply_bytes(max(plan.steps.values())))
-        size = self.strategy.clients_per_round or self.fl.num_clients
-        resting = self.client_registry.resting(self.round)
-        is_sampled = not plan.calibration and size != self.fl.num_clients
-        refused = {} if is_sampled else dict(resting)
         results: dict[int, Result] = {}
-        for group in filter(None, self._samples(resting, size) if is_sampled else self._all(resting)):
+        refused: dict[int, str] = {}
+        for group in self._turnout.groups(self.round, everyone=plan.calibration, results=results, refused=refused):
             requests = {
                 client: TrainRequest(
                     client=client,
@@ -225,7 +243,9 @@ class Server:
             replies, failed = self._state_sync.ask(
                 requests, self.updates.reply_type, message_type="train", traffic=traffic
             )
-            refused = {client: why for client, why in refused.items() if client not in replies} | failed
+            for client in replies:
+                refused.pop(client, None)
+            refused |= failed
             results |= self._usable(replies, requests, refused)
             far_off = self.updates.far_off(results) if self.strategy.clip_factor else {}
             for client, reason in far_off.items():
@@ -238,26 +258,6 @@ class Server:
             f"round {self.round}: strategy.min_replies = {self.strategy.min_replies} usable replies are needed, got "
             f"{len(results)} ({why}). The log is kept. Repair the clients and continue with `fedzo resume`."
         )
-
-    def _samples(self, resting: Container[int], size: int) -> Iterator[list[int]]:
-        """The clients of a round that needs ``size`` of them, and as many others as long as answers do not suffice."""
-        connected = {client for client in self.client_registry.nodes if client not in resting}
-        order = sampling_order(
-            run_seed=self.run_seed, round=self.round, num_clients=self.fl.num_clients, connected=connected
-        )
-        yield from (sorted(order[first : first + size]) for first in range(0, len(order), size))
-
-    def _all(self, resting: Collection[int]) -> Iterator[list[int]]:
-        """All clients but those that rest; then those of these, and of the silent ones, that answer a greeting."""
-        yield [client for client in range(self.fl.num_clients) if client not in resting]
-        self._let_in()
-        yield sorted({*resting, *self.client_registry.resting(self.round)} & set(self.client_registry.nodes))
-
-    def _let_in(self) -> None:
-        """Take up who has registered; where too few clients can be asked, wait for more."""
-        wait_s = min(REGISTER_S, self.strategy.deadline_s)
-        for client in self.client_registry.refresh(self.grid, fewest=self.strategy.min_replies, timeout_s=wait_s):
-            self._state_sync.forget(client)
 
     def _usable(
         self, replies: Mapping[int, Any], requests: Mapping[int, TrainRequest], refused: dict[int, str]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypedDict, TypeVar, cast
 
@@ -51,6 +51,7 @@ class StateSync:
         artifact: What clients need beside the model to build the space.
         deadline_s: How long asking may take, help included.
         shuffle_seed: Replies come in an order drawn from it, round by round; in the order of the clients without.
+        beside: Called again and again while replies are awaited.
     """
 
     grid: Grid
@@ -61,6 +62,7 @@ class StateSync:
     fl: FlConfig
     deadline_s: float
     shuffle_seed: int | None = None
+    beside: Callable[[], None] = lambda: None
     _acked: dict[int, int] = field(default_factory=dict)
     _given_values: set[int] = field(default_factory=set)
     _packed: bytearray = field(default_factory=bytearray)
@@ -76,28 +78,36 @@ class StateSync:
         Returns:
             Replies by client, and why the others have none.
         """
-        state = self._state()
+        state, registry = self._state(), self.client_registry
+        registry.asked(requests)
         answers = converse(
             self.grid,
             {
                 client: self._talk(client, request, state, reply_type, message_type)
                 for client, request in requests.items()
             },
-            nodes=self.client_registry.nodes,
+            nodes=registry.nodes,
             deadline_s=self.deadline_s,
             traffic=traffic,
-            beside=lambda: self.client_registry.beside(self.grid),
+            beside=self._beside,
         )
         replies = answers.replies
-        heard = set(replies) | (set(answers.refused) - answers.mute)
-        self.client_registry.note(mute=answers.mute, heard=heard, round=self._round)
-        if answers.mute:
-            self.client_registry.beside(self.grid)  # so that a greeting may be answered before the next round
+        registry.answered(answers.seconds)
+        heard = set(replies) | (set(answers.refused) - answers.mute - answers.gone)
+        registry.note(mute=answers.mute, gone=answers.gone, heard=heard, round=self._round)
+        if answers.mute or answers.gone:
+            registry.beside(self.grid)  # so that a greeting may be answered before the next round
         ordered = sorted(replies)
         if self.shuffle_seed is not None:
             key = stream_key(self.shuffle_seed, round=self._round, owner=0)
             ordered = [ordered[i] for i in permutation(key, len(ordered), purpose=PURPOSE_SAMPLING)]
         return {client: replies[client] for client in ordered}, answers.refused
+
+    def _beside(self, seconds: Mapping[int, float]) -> None:
+        """While replies are awaited: greet who is new, and keep in mind who has answered, after how many seconds."""
+        self.client_registry.beside(self.grid)
+        self.client_registry.answered(seconds)
+        self.beside()
 
     def _talk(
         self, client: int, request: Request, state: Mapping[str, Any], reply_type: type[Reply], message_type: str

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol, TypeVar, cast
 import numpy as np
 import torch
 
-from fedzo.fl.clip import NO_BOUND, announced_bound, far_off
+from fedzo.fl.clip import NO_BOUND, announced_bound, far_off, largest_of
 from fedzo.fl.config import Aggregation, FlConfig, StrategyConfig, directions_of
 from fedzo.fl.log_store import RunStore
 from fedzo.fl.messages import TrainReply, TrainRequest
@@ -149,7 +149,7 @@ class ScalarUpdates:
     def far_off(self, results: Mapping[int, ClientResult]) -> dict[int, str]:
         reasons = losses_far_off(results)
         if self.bound() == NO_BOUND:  # with one a reply has been compared with it
-            largest = {client: float(np.abs(result.g).max()) for client, result in results.items()}
+            largest = {client: largest_of(result.g[~result.dropped]) for client, result in results.items()}
             for client, most in far_off(largest, factor=self.strategy.clip_factor).items():
                 reasons[client] = f"|g| must be at most {most:g}, by the round's other clients, got {largest[client]:g}"
         return reasons

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -86,7 +87,7 @@ class VectorUpdates:
 
     def far_off(self, results: Mapping[int, VectorResult]) -> dict[int, str]:
         reasons = losses_far_off(results)
-        norms = {client: result.norm for client, result in results.items()}
+        norms = {client: math.nan if result.dropped.all() else result.norm for client, result in results.items()}
         for client, most in far_off(norms, factor=self.strategy.clip_factor).items():
             reasons[client] = (
                 f"the norm of change over learning rate and steps must be at most {most:g}, by the round's other "

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import httpx
 from flwr.app import Message
-from flwr.common.constant import HEARTBEAT_PATIENCE, TIMESTAMP_HEADER
+from flwr.common.constant import HEARTBEAT_PATIENCE, TIMESTAMP_HEADER, Status
 from flwr.supercore.retry import http_retry
 from flwr.supernode import fleet_http_connection, node_auth_http_interceptor, start_client_internal
 
@@ -116,10 +116,11 @@ def _why(path: str, signed: str, told: str | None) -> str:
 
 
 def _without_remains(pull: Callable[..., int | None], **settings: Any) -> int | None:
-    """Pull a message, and leave nothing of one whose run ended meanwhile, as Flower does.
+    """Pull a message, and leave nothing of one whose run ended meanwhile, nor of tasks that are over, as Flower does.
 
     Where the server was killed between a message and its parts, an executor would wait for them for two hours.
     """
+    _forget_done(settings["state"])
     received: list[Message] = []
 
     def receive() -> Any:
@@ -133,6 +134,17 @@ def _without_remains(pull: Callable[..., int | None], **settings: Any) -> int | 
             settings["state"].delete_messages(message_ids=[message.metadata.message_id])
             settings["object_store"].delete(message.metadata.message_id)
     return run_id
+
+
+def _forget_done(state: Any) -> None:
+    """Drop the tasks that are over: Flower keeps one a message, and looks at all whenever the executor asks for work.
+
+    Nothing refers to them: with its end a task loses its token, and to an unknown task Flower answers as to one that is
+    over.
+    """
+    with state.lock_task_store:
+        for task_id in [each for each, task in state.task_store.items() if task.status.status == Status.FINISHED]:
+            del state.task_store[task_id]
 
 
 class _Connected(logging.Handler):

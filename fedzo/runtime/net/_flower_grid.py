@@ -31,7 +31,7 @@ from flwr.supercore.retry.retry_invoker import RetryState
 from flwr.supercore.run import Run
 from flwr.superlink.grid import HttpGrid
 
-from fedzo.fl.messages import message_bytes
+from fedzo.fl.exchange import message_bytes
 from fedzo.runtime._flower import ErrorCode, TaskIdentity, failure_reason
 from fedzo.runtime.net._flower_http import RunNotRunningException, TaskOver, kept_alive
 from fedzo.runtime.net.credentials import Endpoint

@@ -1,7 +1,8 @@
 """The bundle that Flower ships with a run: two shims, nothing of the library.
 
 A site runs the fedzo that it installed itself. It compares the bundle of each run with the one that its own fedzo makes
-and refuses any other, so that it is told when the server's fedzo is another version. What is in it is never imported.
+and refuses any other, so that it is told when the server has another version of fedzo, or other code of the same
+version. What is in it is never imported.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import tomllib
 import zipfile
 from collections.abc import Mapping
 
-import fedzo
 from fedzo.errors import OtherVersionError, printable
 from fedzo.run.apps import CONFIG_KEY
 from fedzo.runtime.net._flower_control import build_fab_from_files
+from fedzo.system import code_version
 
 MAX_BUNDLE_BYTES = 20_000
 PROJECT, CHECKSUMS = "pyproject.toml", ".info/CONTENT"
@@ -40,7 +41,7 @@ app = make_server_app()
 def bundle_files() -> dict[str, str]:
     """The bundle's source tree: text by path."""
     project = (
-        f'[project]\nname = "fedzo"\nversion = "{fedzo.__version__}"\n'
+        f'[project]\nname = "fedzo"\nversion = "{code_version()}"\n'
         'description = "Entry points of fedzo for Flower"\nlicense = "Apache-2.0"\ndependencies = []\n\n'
         '[tool.flwr.app]\npublisher = "fedzo"\n\n'
         '[tool.flwr.app.components]\nserverapp = "server.app:app"\nclientapp = "clients.app:app"\n\n'
@@ -65,7 +66,7 @@ def check_bundle(packed: bytes) -> None:
     if theirs != ours:
         version = _version(theirs)
         raise OtherVersionError(
-            f"bundle: it must be that of fedzo {fedzo.__version__}, which is installed here, got "
+            f"bundle: it must be that of fedzo {code_version()}, which is installed here, got "
             f"{'that of fedzo ' + version if version else 'another'}. Install the same fedzo at server and sites."
         )
 

@@ -26,6 +26,8 @@ from fedzo.runtime.net.credentials import (
 
 SITE = "site.yaml"
 KEY, PUBLIC_KEY, AUTHORITY, SERVER, SECRET = "key", "key.pub", "ca.crt", "server.json", "secret"
+ARTIFACTS = "artifacts"
+"""Where the site keeps the artifact of its run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,11 +14,14 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedzo.runtime.net.addresses import bound, split_address
 from fedzo.runtime.net.processes import watch_parent
 from fedzo.runtime.net.server_folder import ServerFolder
+
+if TYPE_CHECKING:
+    import uvicorn
 
 SUPERNODE_POLL_S = 0.05
 NODE_LEASE_S = 40.0
@@ -82,22 +85,30 @@ def _serve(folder: ServerFolder, app: Any, **settings: Any) -> None:
             gate.end()
             await super().shutdown(sockets)
 
-    config = uvicorn.Config(
-        gate,
-        ssl_certfile=settings["ssl_certfile"],
-        ssl_keyfile=settings["ssl_keyfile"],
-        log_config=settings["log_config"],
-        access_log=False,
-        ws="none",
-        server_header=False,
-        workers=1,
-    )
+    config = web_config(gate, **settings)
     config.load()
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # a stranger's malformed requests would fill the disk
     watch = threading.Thread(target=_renew, args=(folder, config), name="renew-certificate", daemon=True)
     watch.start()
     sockets = [bound(listening.control), bound(listening.listen)]
     Server(config).run(sockets=sockets)
+
+
+def web_config(app: Any, *, ssl_certfile: Any, ssl_keyfile: Any, log_config: Any, **_: Any) -> uvicorn.Config:
+    """How requests are served, with these of Flower's settings."""
+    import uvicorn
+
+    return uvicorn.Config(
+        app,
+        ssl_certfile=ssl_certfile,
+        ssl_keyfile=ssl_keyfile,
+        log_config=log_config,
+        access_log=False,
+        proxy_headers=False,  # who asks is who connected: a header would let him choose his address
+        ws="none",
+        server_header=False,
+        workers=1,
+    )
 
 
 def _renew(folder: ServerFolder, config: Any) -> None:

@@ -20,6 +20,7 @@ from flwr.clientapp import ClientApp
 
 from fedzo.errors import OtherVersionError
 from fedzo.fl.messages import Refusal
+from fedzo.fl.replica import ON_RECORD
 from fedzo.fl.site_limits import SiteError, told
 from fedzo.runtime._flower import failure_reason
 from fedzo.runtime.net._flower_http import ClientTask, RunNotRunningException, RuntimeApi, TaskType, client_task
@@ -96,10 +97,16 @@ def serve(app: ClientApp, api: RuntimeApi, *, step_limit_s: float) -> None:
 def answer(app: ClientApp, task: ClientTask, *, step_limit_s: float) -> None:
     """Answer one message, with an error if it fails; past ``step_limit_s`` say so and end the process.
 
-    A thread watches, so a step that never gives the interpreter back is not caught here: then the heartbeats stop as
+    The time begins anew with each record of the log that is applied: a client that was away may replay for hours. A
+    thread watches, so a step that never gives the interpreter back is not caught here: then the heartbeats stop as
     well, and the SuperNode itself gives the message up after a minute.
     """
     turn = threading.Lock()  # whoever has it first replies, worker or watchdog
+    heard_at, over = time.monotonic(), threading.Event()
+
+    def hear() -> None:
+        nonlocal heard_at
+        heard_at = time.monotonic()
 
     def give_up() -> None:
         if turn.acquire(blocking=False):
@@ -111,16 +118,21 @@ def answer(app: ClientApp, task: ClientTask, *, step_limit_s: float) -> None:
             telling.join(TELL_S)
             os._exit(HUNG)
 
-    watchdog = threading.Timer(step_limit_s, give_up)
-    watchdog.daemon = True
-    watchdog.start()
+    def watch() -> None:
+        while not over.wait(heard_at + step_limit_s - time.monotonic()):
+            if time.monotonic() >= heard_at + step_limit_s:
+                return give_up()
+
+    threading.Thread(target=watch, name="watchdog", daemon=True).start()
+    before = ON_RECORD.set(hear)
     try:
         reply, failure = app(message=task.message, context=task.context), ""
     except Exception as error:
         log.exception("the ClientApp failed")
         failure = failure_reason(told(error))
     finally:
-        watchdog.cancel()
+        over.set()
+        ON_RECORD.reset(before)
     with turn:
         if failure:
             task.fail(failure)

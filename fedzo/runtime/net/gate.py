@@ -77,6 +77,8 @@ MOST_WAIT_S, HOLD_S = 10.0, 15.0
 MOST_NODES = 100_000
 QUIET_S = 60.0
 """How long the gate does not repeat itself about one node."""
+STRANGER_LINES = 5
+"""About strangers of one host in that time."""
 CLOCK_BEHIND_S, CLOCK_AHEAD_S = 305.0, 5.0
 """How old a signature may be, and how far ahead of this clock: Flower's limits."""
 
@@ -109,6 +111,7 @@ class Gate:
         self._clock = clock
         self._budgets: dict[tuple[str | None, str], tuple[float, float]] = {}
         self._told: dict[tuple[str, str], float] = {}
+        self._strangers: dict[str, tuple[float, int]] = {}
         self._start = secrets.token_hex(8)
         self._up_bytes = self._down_bytes = 0
         self._turns, self._most_wait_s = Turns(MOST_AT_ONCE), most_wait_s
@@ -272,12 +275,19 @@ class Gate:
             self._tell(asker, f"{scope['path'].removeprefix(FLEET)} was answered with status {status}")
 
     def _tell(self, asker: Asker, why: str) -> None:
-        """Write a line, unless the same was written a short time ago."""
+        """Write a line, unless the same was written a short time ago, or many of strangers of the host."""
         now, what = self._clock(), (asker.words, why[:20])
         if now - self._told.get(what, -QUIET_S) < QUIET_S:
             return
-        if len(self._told) >= MOST_NODES:
-            self._told.clear()
+        if asker.name is None:  # who has a new key whenever he likes
+            begun, lines = self._strangers.get(asker.network, (now, 0))
+            begun, lines = (begun, lines) if now - begun < QUIET_S else (now, 0)
+            if lines == STRANGER_LINES:
+                return
+            self._strangers[asker.network] = begun, lines + 1
+        for told in (self._told, self._strangers):
+            if len(told) >= MOST_NODES:
+                told.clear()
         self._told[what] = now
         log.warning("%s", printable(f"refused: {asker.words}: {why}."))
 

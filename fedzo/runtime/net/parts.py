@@ -19,10 +19,10 @@ from fedzo.errors import ProtocolError
 from fedzo.runtime._flower import ENVIRONMENT
 from fedzo.runtime.net._flower_control import Node, control
 from fedzo.runtime.net.addresses import accepts, free_ports, split_address
-from fedzo.runtime.net.client_folder import KEY, SECRET, ClientFolder
+from fedzo.runtime.net.client_folder import ARTIFACTS, KEY, SECRET, ClientFolder
 from fedzo.runtime.net.processes import Processes, python
 from fedzo.runtime.net.server_folder import ServerFolder
-from fedzo.system import SITE_ENV, SITE_LOG_ENV, keep_loopback_direct
+from fedzo.system import SITE_ARTIFACTS_ENV, SITE_ENV, SITE_LOG_ENV, keep_loopback_direct
 
 __all__ = [
     "EXECUTOR",
@@ -51,7 +51,7 @@ class Site:
     Attributes:
         folder: Its key and server.
         site_file: Its configuration.
-        log_file: Where its executor writes its errors.
+        log_file: Where its executor writes its errors and its part in a run.
         step_limit_s: A message that takes longer is given up, and the executor started again.
         restarts: How often in a row its processes are started again; None for ever.
         name: Ends the names of its processes; empty where the machine has one site.
@@ -106,7 +106,12 @@ def start_executor(processes: Processes, site: Site) -> None:
             *("--secret-file", str(folder.file(SECRET)), "--parent-pid", str(os.getpid())),
             *("--step-limit-s", str(site.step_limit_s)),
         ],
-        environment={SITE_ENV: str(site.site_file), SITE_LOG_ENV: str(site.log_file), **site.environment},
+        environment={
+            SITE_ENV: str(site.site_file),
+            SITE_LOG_ENV: str(site.log_file),
+            SITE_ARTIFACTS_ENV: str(folder.file(ARTIFACTS).resolve()),
+            **site.environment,
+        },
         restarts=site.restarts,
     )
 

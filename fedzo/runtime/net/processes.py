@@ -47,8 +47,8 @@ class _Child:
 class Processes:
     """A set of child processes; leaving its ``with`` block ends them all, by their pids.
 
-    Each writes to ``<name>.log`` in the log folder. They get a session of their own, so that Ctrl-C in the terminal
-    reaches the parent alone and they end in order.
+    Each writes to ``<name>.log`` in the log folder, and what it wrote at its last start is then ``<name>.log.1``. They
+    get a session of their own, so that Ctrl-C in the terminal reaches the parent alone and they end in order.
     """
 
     def __init__(self, log_dir: Path, *, environment: Mapping[str, str]) -> None:
@@ -75,7 +75,8 @@ class Processes:
             restarts: How often in a row ``check`` may start it again when it has ended soon; None for ever.
             ends_last: End it only when the others are gone.
         """
-        self.log_path(name).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            self.log_path(name).replace(self._log_dir / f"{name}.log.1")
         own = {**self._environment, **(environment or {})}
         process = self._spawn(name, command, own)
         self._children.append(_Child(name, command, own, restarts, ends_last, process, time.monotonic()))

@@ -123,6 +123,10 @@ class KeyedGrid:
         """Whether the SuperLink does not know a question any more, whose reply it has handed to nobody."""
         return bool(reply.has_error() and reply.error.code == ErrorCode.MESSAGE_UNAVAILABLE)
 
+    def unreachable(self, reply: Message) -> bool:
+        """Whether the SuperLink answers for a node that it has not heard of for the time of its lease."""
+        return bool(reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE)
+
     def _look(self) -> None:
         """Ask the gate."""
         self._next_look = time.monotonic() + LOOK_S

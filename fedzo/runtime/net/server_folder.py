@@ -77,7 +77,7 @@ class RegisteredClient:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serving:
-    """The run that a server serves.
+    """The run that a server serves, or was the last to serve.
 
     Attributes:
         run: Its folder.
@@ -204,14 +204,18 @@ class ServerFolder:
             os.write(opened, json.dumps(encode(Serving(run=run_dir, pid=os.getpid()))).encode())
             yield
         finally:
-            os.truncate(opened, 0)
             os.close(opened)
 
     @property
     def served(self) -> Serving | None:
         """The run that is served; None where there is none."""
+        return self.last_served if is_locked(self.file("serving.json")) else None
+
+    @property
+    def last_served(self) -> Serving | None:
+        """The run that is served, or was the last to be; None where there was none."""
         file = self.file("serving.json")
-        if not is_locked(file) or not (text := file.read_bytes()):
+        if not file.exists() or not (text := file.read_bytes()):
             return None
         found: Serving = decode_json(Serving, text, where=str(file), error=ConfigError)
         return found

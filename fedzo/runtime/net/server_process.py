@@ -8,21 +8,18 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 from fedzo import errors
 from fedzo.errors import FedzoError, ProtocolError, RunFolderError
 from fedzo.records.decode import decode_json, encode
-from fedzo.records.fields import Length
-from fedzo.records.folder import read_file, replace_file
+from fedzo.records.folder import make_folder, open_file, read_file, replace_file
+from fedzo.records.outcome import OUTCOME, Outcome
 from fedzo.runtime.net.parts import environment
 from fedzo.runtime.net.processes import python
 from fedzo.system import COMMAND_ENV, command
 
 SERVE = python("fedzo.cli.serve")
-OUTCOME = "logs/outcome.json"
 SERVER_LOG = "logs/server.log"
 FAILED, UNWRITABLE, INTERRUPTED = 1, os.EX_IOERR, 130
 """Exit statuses of a server; with the second it could not even leave word, as on a full disk."""
@@ -31,19 +28,6 @@ POLL_S, CLOSE_S = 0.1, 60.0
 _KINDS = {
     kind.__name__: kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, FedzoError)
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """Why a server ended before its run did.
-
-    Attributes:
-        error: Name of its class.
-        text: Its message.
-    """
-
-    error: Annotated[str, Length(1, 100)]
-    text: Annotated[str, Length(0, 1 << 20)]
 
 
 def write_outcome(run_dir: Path, error: BaseException) -> int:
@@ -66,16 +50,19 @@ class ServerProcess:
         server_dir: The server's folder.
         serve: Program; only tests give another.
         detached: Let it go on when this process ends, with its output in a file of the run folder.
+
+    Raises:
+        RunFolderError: That file, or its folder, is a link.
     """
 
     def __init__(
         self, run_dir: Path, server_dir: Path, *, serve: Sequence[str] = SERVE, detached: bool = False
     ) -> None:
         self._run_dir = run_dir
-        (run_dir / "logs").mkdir(exist_ok=True)
+        make_folder(run_dir / "logs")
         (run_dir / OUTCOME).unlink(missing_ok=True)
         arguments = [*serve, str(server_dir), str(run_dir), "0" if detached else str(os.getpid())]
-        output = (run_dir / SERVER_LOG).open("ab") if detached else None
+        output = open_file(run_dir, SERVER_LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT) if detached else None
         try:
             self._process = subprocess.Popen(
                 arguments,
@@ -87,7 +74,7 @@ class ServerProcess:
             )
         finally:
             if output is not None:
-                output.close()
+                os.close(output)
 
     @property
     def pid(self) -> int:

@@ -200,6 +200,9 @@ def test_ctrl_c_says_how_to_go_on(
         (["mask"], "the following arguments are required: --out"),
         (["replay", ".", "--rounds", "-1"], "must be a whole number >= 0, got '-1'"),
         (["replay", ".", "--client", "x"], "--client: must be a whole number >= 0, got 'x'"),
+        (["replay", ".", "--round", "1_0"], "--round: must be a whole number >= 0, got '1_0'"),
+        (["replay", ".", "--rounds", "+5"], "--rounds: must be a whole number >= 0, got '+5'"),
+        (["replay", ".", "--rounds", "9" * 5000], "--rounds: must be a whole number >= 0, got '999"),
         (["generate", ".", "a", "--max-new-tokens", "0"], "must be a whole number >= 1, got '0'"),
         (["evaluate", ".", "--split", "train"], "invalid choice: 'train'"),
         (["nothing"], "invalid choice: 'nothing'"),
@@ -280,6 +283,20 @@ def test_the_parser_needs_neither_torch_nor_hydra() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert result.stdout.strip() == "[]"
+
+
+def test_windows_is_told_where_fedzo_runs_before_anything_is_imported_that_it_lacks() -> None:
+    code = (
+        "import sys; sys.modules['fcntl'] = None\n"
+        "import types, fedzo.cli as cli\n"
+        "cli.os = types.SimpleNamespace(name='nt')\n"
+        "sys.exit(cli.main(['list']))\n"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "fedzo: it must run on a POSIX system, got Windows. Install it in WSL2.\n"
 
 
 def test_settings_are_read_checked_and_listed_without_the_libraries_that_only_a_model_or_its_rows_need() -> None:

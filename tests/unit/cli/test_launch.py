@@ -86,8 +86,9 @@ def test_a_run_leaves_a_folder_with_files_that_no_run_made(tmp_path: Path, name:
 
 
 def agreed(config: LaunchConfig) -> RunConfig:
-    base = BaseConfig(label="tiny", weights_digest="0" * 64, tokenizer_digest="0" * 64)
-    return config.run(base, artifact="0" * 64)
+    digest = "0" * 64
+    base = BaseConfig(label="tiny", weights_digest=digest, tokenizer_digest=digest, architecture_digest=digest)
+    return config.run(base, artifact=digest)
 
 
 def opened(config: LaunchConfig) -> Any:

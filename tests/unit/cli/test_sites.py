@@ -9,10 +9,12 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -32,12 +34,15 @@ from fedzo.models.load import load_model
 from fedzo.records.decode import to_json as to_line
 from fedzo.records.folder import folder_of_one_process
 from fedzo.records.log import Proof
+from fedzo.records.metrics import Round
+from fedzo.records.presence import ClientPresence, Presence
 from fedzo.runtime.net._flower_control import _told
 from fedzo.runtime.net.client_folder import ClientFolder, read_invitation
 from fedzo.runtime.net.credentials import read_certificate
 from fedzo.runtime.net.processes import Processes
 from fedzo.runtime.net.server_folder import ServerFolder
 from fedzo.testing.tiny_models import save_tiny_model
+from fedzo.zo import directions
 from fedzo.zo.log import RoundRecord
 
 Capture = pytest.CaptureFixture[str]
@@ -208,13 +213,112 @@ def test_status_of_a_folder_without_settings_says_so(settings: str, tmp_path: Pa
     assert f"not begun ({tmp_path / 'config.json'}: it must hold the settings of a run" in capsys.readouterr().out
 
 
-def test_status_needs_no_library_that_takes_seconds_to_import() -> None:
-    heavy = "{'transformers', 'peft', 'hydra', 'pandas'}"
-    code = f"import sys, fedzo.commands.status; print(sorted({heavy} & set(sys.modules)))"
+def test_status_stop_and_init_need_no_library_that_takes_seconds_to_import() -> None:
+    heavy = "{'transformers', 'peft', 'hydra', 'pandas', 'torch', 'numba', 'flwr'}"
+    commands = ", ".join(f"fedzo.commands.{name}" for name in ("client", "server", "status"))
+    code = f"import sys, {commands}; print(sorted({heavy} & set(sys.modules)))"
 
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert result.stdout.strip() == "[]"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The folder of a run of two clients with two of its three rounds, as its server left it, or is at work on it."""
+    folder = tmp_path / "run"
+    (folder / "logs").mkdir(parents=True)
+    task = TaskConfig(name="rotten_tomatoes", template="{text}", candidates=[" bad", " good"])
+    (folder / "config.json").write_text(to_json(filled(LaunchConfig(task=task, fl=FlConfig(rounds=3)))))
+    proof, public, metrics = Proof(chain="a" * 64, check=1, digest=None), "", ""
+    for number, attendance in enumerate([[0, 1], [0]]):
+        record = RoundRecord(round=number, lr=0.5, owners=(0,), coefficients=np.ones((1, 1, 1), np.float32))
+        public += to_line(record.to_line(attendance=attendance, proof=proof)) + "\n"
+        told = Round(
+            seconds=1.0,
+            round=number,
+            calibration=False,
+            loss=None,
+            mean_abs_g=None,
+            payload_up_bytes=4,
+            payload_down_bytes=4,
+            message_up_bytes=90,
+            message_down_bytes=90,
+            round_seconds=0.5,
+            dropped_probes=0,
+            clip_bound=None,
+            clipped=0,
+            absent=(),
+            reasons={},
+            clients=(),
+        )
+        metrics += to_line(told) + "\n"
+    (folder / "public.jsonl").write_text(public)
+    (folder / "metrics.jsonl").write_text(metrics)
+    here = [
+        ClientPresence(client=0, state="ready", why="asked 320 s ago", version="0.1.0", last_round=0),
+        ClientPresence(client=1, state="refused", why="it says \x1b]52;c;ZWNobw==\x07"),
+    ]
+    (folder / "presence.json").write_text(to_line(Presence(round=1, round_seconds=12.0, clients=tuple(here))))
+    return folder
+
+
+def test_status_of_a_run_that_goes_on_is_what_its_server_tells_however_long_the_logs_are(
+    run: Path, capsys: Capture
+) -> None:
+    for name in ("public.jsonl", "metrics.jsonl"):
+        (run / name).write_text("what nobody reads\n")
+
+    with (run / "public.jsonl").open() as server:
+        fcntl.flock(server, fcntl.LOCK_EX)
+        assert main(["status", str(run)]) == 0
+
+    said = capsys.readouterr().out
+    first, *table = said.splitlines()
+    assert first == f"run {run}: 1 of 3 rounds, 12 s for the last, going on"
+    assert [line.split() for line in table] == [
+        ["client", "state", "last", "round", "fedzo"],
+        ["0", "ready", "0", "0.1.0", "asked", "320", "s", "ago"],
+        ["1", "refused", "-", "-", "it", "says", "]52;c;ZWNobw=="],
+    ]
+    assert said.replace("\n", "").isprintable()
+
+
+def test_status_of_a_run_that_has_died_says_why_and_calls_nobody_ready(run: Path, capsys: Capture) -> None:
+    outcome = {"error": "FederationError", "text": "round 2: too few replies\n\x1b[2J(client 0: not connected)"}
+    (run / "logs" / "outcome.json").write_text(json.dumps(outcome))
+
+    assert main(["status", str(run)]) == 0
+
+    assert capsys.readouterr().out.splitlines() == [
+        f"run {run}: 2 of 3 rounds, 0.5 s for the last, not running",
+        "ended: round 2: too few replies  [2J(client 0: not connected)",
+        "as of its last round:",
+        "client  last round  fedzo",
+        "0       1           0.1.0",
+        "1       0           -",
+    ]
+
+
+def test_status_of_a_server_that_serves_no_run_says_how_the_last_one_ended(
+    server: Path, run: Path, capsys: Capture
+) -> None:
+    (run / "logs" / "outcome.json").write_text(json.dumps({"error": "FederationError", "text": "too few replies"}))
+    with ServerFolder(server).serving(str(run)):
+        pass
+    capsys.readouterr()
+
+    assert main(["status", str(server)]) == 0
+
+    said = capsys.readouterr().out.splitlines()
+    assert said[1:4] == [
+        "run: none",
+        f"last run {run}: 2 of 3 rounds, 0.5 s for the last, not running",
+        "ended: too few replies",
+    ]
+    shutil.rmtree(run)
+    assert main(["status", str(server)]) == 0
+    assert "last run" not in capsys.readouterr().out
 
 
 def test_a_run_that_nobody_runs_is_not_stopped(tmp_path: Path, capsys: Capture) -> None:
@@ -318,8 +422,9 @@ def test_a_superlink_that_does_not_answer_is_told_its_clients_at_the_next_look(
             raise errors[len(asked)]
 
     stand_ins = {"start_superlink": lambda *_, **__: None, "wait_for_superlink": lambda *_, **__: None}
-    for name, stand_in in {**stand_ins, "register_clients": register, "LOOK_S": 0.0}.items():
-        monkeypatch.setattr(f"fedzo.commands.server.{name}", stand_in)
+    monkeypatch.setattr("fedzo.commands.server.LOOK_S", 0.0)
+    for name, stand_in in {**stand_ins, "register_clients": register}.items():
+        monkeypatch.setattr(f"fedzo.runtime.net.parts.{name}", stand_in)
 
     assert main(["server", "up", str(server)]) == 0
     assert len(asked) == 3
@@ -470,9 +575,11 @@ def test_doctor_reads_rows_and_model_of_a_site(server: Path, tmp_path: Path, mon
         return {name: (good, told) for name, good, told in folder_checks(site)}
 
     found = checks()
-    digest = load_model(ModelConfig(name=str(site / "model"))).base_digest
+    loaded = load_model(ModelConfig(name=str(site / "model")))
+    digest = loaded.base_digest
     assert found["rows"] == (True, "3 rows with text, label")
     assert found["model"] == (True, f"SHA-256 {digest}")
+    assert found["tokenizer"] == (True, f"SHA-256 {loaded.tokenizer_digest}")
     assert found["memory"][0]
     assert checks(base_digest=digest)["model"][0]
     assert checks(base_digest="a" * 64)["model"] == (
@@ -482,3 +589,25 @@ def test_doctor_reads_rows_and_model_of_a_site(server: Path, tmp_path: Path, mon
     assert f"{site / 'rows-4.jsonl'}:1: not valid JSON" in bad(site)["rows"]
     monkeypatch.setattr("fedzo.commands.doctor.available_memory_bytes", lambda device: 1000)
     assert "left are 1.0 kB. Free some" in bad(site)["memory"]
+
+
+def test_doctor_compares_the_directions_of_a_sites_device_with_the_specified_ones(
+    server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, kernel = tmp_path / "site", directions.add_kernel
+    main(["client", "init", str(site), "--server", "127.0.0.1:9", "--ca", str(server / "ca.crt")])
+    settings = {"device": "cpu", "data": {"path": "./rows.jsonl"}, "model": {"name": "./model"}}
+    (site / "site.yaml").write_text(json.dumps(settings))
+
+    def found() -> tuple[bool, str]:
+        return next((good, told) for name, good, told in folder_checks(site) if name == "directions")
+
+    def rounds_otherwise(base: Any, out: Any, *rest: Any) -> None:
+        kernel(base, out, *rest)
+        out[-1] = np.nextafter(out[-1], np.float32(9))
+
+    assert found() == (True, "those of cpu are the specified ones")
+    monkeypatch.setattr(directions, "add_kernel", rounds_otherwise)
+    good, told = found()
+    assert not good
+    assert told.startswith("those of cpu are not the specified ones (gaussian). Update torch")

@@ -85,6 +85,14 @@ def test_a_site_that_does_not_connect_says_the_reason_and_whose_word_it_is(
     assert said(first, rest) == [says]
 
 
+def test_words_of_a_server_reach_the_terminal_without_escapes(said: Callable[..., list[str]]) -> None:
+    first = "Failed to initialize the connection to the SuperLink.\n"
+
+    assert said(first, "[code: 1203] no\x1b]52;c;ZWNobw==\x07 and\x1b[2J\n") == [
+        "the server refused: [code: 1203] no ]52;c;ZWNobw==  and [2J"
+    ]
+
+
 def test_a_site_says_once_that_its_server_is_silent_and_that_it_answers_again(said: Callable[..., list[str]]) -> None:
     written = (
         f"WARNING :  Connection attempt failed, retrying in 0.71 seconds\n{TIME} {SILENT} ([Errno 111] refused)\n",
@@ -146,8 +154,9 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 raise KeyboardInterrupt
 
         stand_ins = {"start_superlink": lambda *_, **__: None, "wait_for_superlink": lambda *_, **__: None}
-        for name, stand_in in {**stand_ins, "register_clients": register, "time.sleep": look}.items():
-            monkeypatch.setattr(f"fedzo.commands.server.{name}", stand_in)
+        monkeypatch.setattr("fedzo.commands.server.time.sleep", look)
+        for name, stand_in in {**stand_ins, "register_clients": register}.items():
+            monkeypatch.setattr(f"fedzo.runtime.net.parts.{name}", stand_in)
 
     return keep
 

@@ -107,13 +107,9 @@ def test_a_sound_config_has_no_problem() -> None:
         (
             "server_optimizer.weight_decay",
             1e-5,
-            "make server_optimizer.lr * weight_decay 0, or at least 6e-8",
+            "make lr * weight_decay 0, or at least 1e-6 up to the last round, whose lr is 0.0002: float32 holds",
         ),
-        (
-            "server_optimizer.weight_decay",
-            1e4,
-            "make server_optimizer.lr * weight_decay 0, or at least 6e-8",
-        ),
+        ("server_optimizer.weight_decay", 1e4, "make server_optimizer.lr * weight_decay less than 1, got 10000.0."),
         ("fl.num_clients", 0, "be >= 1, got 0. A federation needs a client."),
         ("fl.rounds", 0, "be >= 1, got 0. A run needs a round."),
         ("fl.local_steps", 0, "be >= 1, got 0."),
@@ -128,11 +124,12 @@ def test_a_sound_config_has_no_problem() -> None:
         ("strategy.deadline_s", 0.0, "be > 0 and finite"),
         ("strategy.startup_s", -1.0, "be > 0 and finite"),
         ("strategy.max_abs_g", float("inf"), "be > 0 and finite"),
-        ("strategy.clip_factor", 0.5, "be 0 (off) or >= 1 and finite, got 0.5. Below 1 the bound would shrink"),
-        ("strategy.clip_factor", -1.0, "be 0 (off) or >= 1"),
+        ("strategy.clip_factor", 1.0, "be 0 (off) or > 1 and finite, got 1.0. At 1 or less the bound would"),
+        ("strategy.clip_factor", 0.5, "be 0 (off) or > 1"),
+        ("strategy.clip_factor", -1.0, "be 0 (off) or > 1"),
         ("strategy.size_cap", 0.5, "be 0 (no cap) or >= 1 and finite, got 0.5. Below 1, most clients would have"),
         ("strategy.size_cap", float("nan"), "be 0 (no cap) or >= 1"),
-        ("strategy.clip_factor", float("inf"), "be 0 (off) or >= 1"),
+        ("strategy.clip_factor", float("inf"), "be 0 (off) or > 1"),
         ("strategy.clip_rounds", 0, "be >= 1, got 0."),
         ("strategy.trim_share", 0.5, "be >= 0 and < 0.5, got 0.5. It is cut off at both ends."),
         ("strategy.trim_share", -0.1, "be >= 0 and < 0.5"),
@@ -182,8 +179,8 @@ def test_a_broken_rule_is_named(key: str, value: object, rule: str) -> None:
         ("server_optimizer.final_lr_share", 0.0),
         ("server_optimizer.final_lr_share", 1.0),
         ("server_optimizer.warmup_rounds", 74),
-        ("server_optimizer.weight_decay", 3e-4),  # lr is the trainer's, 2e-4: 6e-8, the least that float32 sees
-        ("strategy.clip_factor", 1.0),
+        ("server_optimizer.weight_decay", 4.8e-3),  # lr is the trainer's, 2e-4: 9.6e-7, a little above 2**-20
+        ("strategy.clip_factor", 1.01),
         ("strategy.size_cap", 0.0),
         ("strategy.size_cap", 1.0),
     ],
@@ -280,6 +277,7 @@ def test_settings_without_effect_are_told_beside_broken_rules() -> None:
         (DirichletEqualConfig(alpha=-1.0), "partition.alpha must be > 0 and finite, got -1.0."),
         (ShardsConfig(shards_per_client=0), "partition.shards_per_client must be >= 1, got 0."),
         (ExtremeConfig(num_extreme=9), "partition.num_extreme must be between 0 and fl.num_clients (8), got 9."),
+        (DirichletEqualConfig(num_extreme=-1), "partition.num_extreme must be between 0 and fl.num_clients (8), got"),
         (
             NaturalConfig(),
             "partition.column must name the column that tells clients apart, got ''. Write partition.column",
@@ -365,7 +363,7 @@ def test_rules_that_remember_are_refused_where_every_weight_is_trained(server_op
     assert problem.text.startswith(
         "server_optimizer must be sgd for trainer=mezo: the others keep float32 numbers for every"
     )
-    config.server_optimizer = SgdConfig(weight_decay=0.1)
+    config.server_optimizer = SgdConfig(weight_decay=1.0)
     assert launch_problems(config) == []
 
 
@@ -543,6 +541,29 @@ def test_a_mask_that_is_given_needs_no_text() -> None:
 
     assert problem.key == "inputs.calibration"
     assert list(config.input_problems(InputsConfig(artifact="mask.safetensors"), sound())) == []
+
+
+@pytest.mark.parametrize(
+    ("schedule", "share", "decay", "holds"),
+    [
+        (Schedule.constant, 0.1, 1e-2, True),
+        (Schedule.cosine, 0.1, 1e-2, False),
+        (Schedule.linear, 0.1, 1e-2, False),
+        (Schedule.cosine, 0.1, 5e-2, True),
+        (Schedule.cosine, 0.0, 1e-2, True),  # the decay is to end, too
+    ],
+)
+def test_a_decay_that_ends_before_the_schedule_does_is_refused(
+    schedule: Schedule, share: float, decay: float, holds: bool
+) -> None:
+    """A decay of 2e-6 a round ends at 2e-7, which float32 makes 1.8e-7."""
+    config = sound()
+    config.server_optimizer = SgdConfig(lr=2e-4, schedule=schedule, final_lr_share=share, weight_decay=decay)
+
+    problems = launch_problems(config)
+
+    assert [problem.key for problem in problems] == ([] if holds else ["server_optimizer.weight_decay"])
+    assert holds or problems[0].text.endswith("got 0.01. Write 0, or at least 0.05.")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -12,7 +12,7 @@ import yaml
 
 from fedzo.config.load import load
 from fedzo.config.plugins import plugin_classes
-from fedzo.config.schema import LaunchConfig, RunConfig, SiteFile
+from fedzo.config.schema import LaunchConfig, RunConfig, SiteFile, uncompiled
 from fedzo.config.travel import from_json, is_same_run, load_site, to_json
 from fedzo.errors import ConfigError
 from fedzo.evaluate import EVALUATORS, EvaluatorConfig
@@ -62,6 +62,7 @@ def test_every_key_of_the_template_has_a_comment_above_it() -> None:
     [
         ("{most_steps: -1}", r"limits\.most_steps must be >= 0, got -1"),
         ("{most_rows: -5}", r"limits\.most_rows must be >= 0, got -5"),
+        ("{most_probes: -2}", r"limits\.most_probes must be >= 0, got -2"),
         ("{min_rows: -1}", r"limits\.min_rows must be >= 0, got -1"),
         ("{step_limit_s: 0}", r"limits\.step_limit_s must be > 0 and finite, got 0"),
         ("{min_rows: many}", r"limits\.min_rows must be int, got 'many'"),
@@ -149,7 +150,19 @@ def test_limits_are_no_setting_of_a_command_line() -> None:
     with pytest.raises(ConfigError, match="limits"):
         load(["+limits.most_steps=1"])
 
-    assert load([]).site().limits.several_clients
+    limits = load([]).site().limits
+
+    assert (limits.several_clients, limits.vectors, limits.most_probes) == (True, True, 0)
+
+
+def test_a_site_that_does_without_a_compiler_leaves_the_command_line_as_it_is() -> None:
+    config = LaunchConfig()
+    config.model.compile = True
+
+    site = uncompiled(config.site())
+
+    assert (site.model.compile, config.model.compile) == (False, True)
+    assert replace(site.model, compile=True) == config.model
 
 
 def test_a_site_names_its_rewriter_by_the_keys_that_differ_from_the_defaults(tmp_path: Path) -> None:

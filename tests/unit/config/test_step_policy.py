@@ -141,6 +141,14 @@ def test_a_comparison_with_the_others_needs_others() -> None:
     load(["step_policy=vpcs", "step_policy.tests=[level]", "fl.num_clients=3"])
 
 
+def test_a_warm_up_of_the_calibration_alone_is_refused() -> None:
+    text = complaint("step_policy=vpcs", "server_optimizer.warmup_rounds=1")
+
+    assert "server_optimizer.warmup_rounds must not be 1 for step_policy=vpcs, whose calibration takes" in text
+    load(["step_policy=vpcs", "server_optimizer.warmup_rounds=2"])
+    load(["step_policy=cusum", "server_optimizer.warmup_rounds=1"])
+
+
 def test_an_oracle_needs_labels() -> None:
     task = ["task=squad", "data.path=."]
 

@@ -39,7 +39,7 @@ DIGEST = "ab" * 32
 
 def agreed(launch: LaunchConfig) -> RunConfig:
     """What peers would agree on for a model and an artifact of some digest."""
-    base = BaseConfig(label="opt", weights_digest=DIGEST, tokenizer_digest=DIGEST)
+    base = BaseConfig(label="opt", weights_digest=DIGEST, tokenizer_digest=DIGEST, architecture_digest=DIGEST)
     return launch.run(base, artifact=DIGEST)
 
 
@@ -219,6 +219,7 @@ def test_a_key_of_a_machine_is_refused_where_a_run_travels(key: str) -> None:
         lambda plain: plain.update(artifact="../../etc/passwd"),
         lambda plain: plain["base"].update(weights_digest="ab"),
         lambda plain: plain["base"].update(tokenizer_digest="Z" * 64),
+        lambda plain: plain["base"].update(architecture_digest=""),
     ],
 )
 def test_a_digest_that_is_none_is_refused(change: Callable[[dict[str, Any]], object]) -> None:

@@ -24,6 +24,9 @@ class Carrier:
     def restarts(self) -> int:
         return self.starts
 
+    def unreachable(self, reply: Message) -> bool:
+        return False
+
     def limit_replies(self, number_bytes: int) -> None: ...
 
     def lost(self, reply: Message) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from dataclasses import replace
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from fedzo.errors import RunFolderError
+from fedzo.fl import log_store
 from fedzo.fl.config import BestBy
 from fedzo.fl.log_store import RunLog, RunStore, best_round
 from fedzo.records.decode import encode, to_json
@@ -397,3 +399,40 @@ def test_what_a_round_says_of_each_client_is_kept_in_the_file_and_not_in_memory(
         assert again.metrics == [light, others]
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [encode(written), encode(others)]
+
+
+def test_what_rounds_say_of_their_clients_is_let_go_line_by_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all rounds and clients together it would fill the memory when a run goes on."""
+    open_with(tmp_path, 3).close()
+    light, held = log_store._light, list[int]()
+
+    def heavy() -> int:
+        return sum(type(each) is Round and len(each.clients) > 0 for each in gc.get_objects())
+
+    def counted(record: MetricRecord) -> MetricRecord:
+        held.append(heavy())
+        return light(record)
+
+    gc.collect()  # what other tests have left
+    before = heavy()
+    monkeypatch.setattr(log_store, "_light", counted)
+
+    opened(tmp_path)
+    assert len(RunLog(tmp_path).metrics) == 3
+
+    assert held == [before + 1] * 6
+
+
+def test_lines_that_stay_are_not_written_anew(tmp_path: Path) -> None:
+    """In memory they are without what they say of each client."""
+    extension = Extension(seconds=1.0, round=1, before=1, rounds=2)
+    with open_with(tmp_path, 1) as store:
+        store.write(extension)
+        store.write(told(1))
+        first, _, last = (tmp_path / METRICS).read_text().splitlines()
+
+        store.take_back(extension)
+
+    assert (tmp_path / METRICS).read_text().splitlines() == [first, last]

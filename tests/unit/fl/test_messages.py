@@ -11,12 +11,13 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import fedzo
 from fedzo.errors import ProtocolError
 from fedzo.fl import messages
+from fedzo.fl.exchange import message_bytes
 from fedzo.fl.messages import (
     PROTOCOL,
     RECORD,
+    VERSION,
     ArtifactPiece,
     ArtifactReply,
     EvaluateReply,
@@ -29,7 +30,6 @@ from fedzo.fl.messages import (
     VectorReply,
     decode,
     encode,
-    message_bytes,
 )
 
 KINDS = [
@@ -75,7 +75,7 @@ def test_what_is_as_it_is_by_default_does_not_travel_but_a_peers_own_version_doe
 
     assert dict(encode(request)[RECORD]) == {"client": 0, "lr": 0.5}
     assert dict(encode(reply)[RECORD]) == {"intact": False}
-    assert dict(encode(HelloReply())[RECORD]) == {"protocol": PROTOCOL, "version": fedzo.__version__}
+    assert dict(encode(HelloReply())[RECORD]) == {"protocol": PROTOCOL, "version": VERSION}
 
 
 @pytest.mark.parametrize("kind", REQUESTS)
@@ -133,7 +133,7 @@ def test_a_peer_of_another_protocol_is_told_both_versions(kind: Any) -> None:
     with pytest.raises(ProtocolError) as caught:
         decode(kind, RecordDict({RECORD: ConfigRecord(fields)}))
 
-    told = f"{kind.__name__}: protocol must be 5, that of fedzo {fedzo.__version__}, got 99, that of fedzo 9.9.0x"
+    told = f"{kind.__name__}: protocol must be 5, that of fedzo {VERSION}, got 99, that of fedzo 9.9.0x"
     assert str(caught.value).startswith(told)
     assert len(str(caught.value)) < 200
 

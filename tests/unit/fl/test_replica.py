@@ -9,7 +9,7 @@ import pytest
 
 from fedzo.errors import ProtocolError
 from fedzo.fl.messages import Status, Sync
-from fedzo.fl.replica import Replica
+from fedzo.fl.replica import ON_RECORD, Replica
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.zo.directions import SHARED
 from fedzo.zo.log import RoundRecord, pack
@@ -64,6 +64,20 @@ def test_records_that_were_applied_are_skipped() -> None:
 
     assert replica.sync(request(6, 1)) is Status.ok
     assert replica.position == 6
+
+
+def test_each_record_that_was_applied_is_told_to_whoever_watches_the_time() -> None:
+    told: list[int] = []
+    replica, requests = new_replica(), [request(3, 0), request(5, 2)]  # whose server has a replica, too
+    before = ON_RECORD.set(lambda: told.append(replica.position))
+
+    try:
+        for each in requests:
+            replica.sync(each)
+    finally:
+        ON_RECORD.reset(before)
+
+    assert told == [1, 2, 3, 4, 5]
 
 
 def test_a_gap_in_the_log_is_behind_and_moves_nothing() -> None:

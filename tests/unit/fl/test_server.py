@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -50,6 +50,7 @@ from fedzo.fl.server.updates import ScalarUpdates
 from fedzo.fl.server.vectors import VectorUpdates
 from fedzo.records.decode import encode as encode_record
 from fedzo.records.metrics import ClientSetup, ClientVerdict, MetricRecord, Round, StepDecision
+from fedzo.records.presence import Presence
 from fedzo.testing.vector_space import VectorSpace
 from fedzo.trainers.artifacts import ArtifactStore
 from fedzo.zo.directions import SHARED, direction, stream_key
@@ -67,7 +68,9 @@ from fedzo.zo.server_optimizer import (
 pytestmark = pytest.mark.usefixtures("clock")  # no test waits, or depends on how long anything takes
 SGD = Sgd()
 BASE = np.linspace(-1, 1, 9).astype(np.float32)
-IDENTITY = Identity(config_hash="c" * 64, base_digest="b", tokenizer_digest="t", task_digest="k")
+IDENTITY = Identity(
+    config_hash="c" * 64, base_digest="b", tokenizer_digest="t", task_digest="k", architecture_digest="a"
+)
 ARTIFACT = b"mask"
 
 
@@ -94,6 +97,7 @@ class Client:
             base_digest="b",
             tokenizer_digest="t",
             task_digest="k",
+            architecture_digest="a",
         )
 
     def receive(self, piece: ArtifactPiece) -> Any:
@@ -124,6 +128,7 @@ class Grid:
         self._waiting: dict[str, Message] = {}
         self._numbers = itertools.count()
         self.hellos: list[int] = []
+        self.whys: list[str] = []
         self.wire: tuple[int, int] | None = None
 
     def get_node_ids(self) -> list[int]:
@@ -137,6 +142,9 @@ class Grid:
 
     def restarts(self) -> int:
         return 0
+
+    def unreachable(self, reply: Message) -> bool:
+        return False
 
     def limit_replies(self, number_bytes: int) -> None: ...
 
@@ -164,6 +172,7 @@ class Grid:
             if message.metadata.message_type == "query.hello":
                 request: Any = decode(Hello, message.content)
                 self.hellos.append(message.metadata.dst_node_id)
+                self.whys.append(request.why)
                 content: Any = client.hello
             elif message.metadata.message_type == "query.artifact":
                 request = decode(ArtifactPiece, message.content)
@@ -370,6 +379,33 @@ def test_one_clients_extreme_loss_is_in_no_mean(federation: Any) -> None:
     assert server.sink.records[0].loss == 1.0
     assert "|loss| must be at most 1e+06" in reason_for(server, 0, 2)
     assert reason_for(server, 0, 3) == "|loss| must be at most 100, by the round's other clients, got 200000"
+
+
+def test_clients_without_a_finite_loss_are_in_no_median_of_g(federation: Any) -> None:
+    """Four of seven overflow in the first round; of the other three one is hostile."""
+    server, clients, _ = federation(7)
+    none = scalars_to_bytes(np.full((2, 1), np.nan, np.float32))
+    for client in clients[:4]:
+        client.bend = lambda reply: replace(reply, g=bytes(8), loss=none, dropped=b"\1\1")
+    for client, g in zip(clients[4:], (10.0, 10.0, 9e5), strict=True):
+        client.g_of = lambda request, g=g: np.full(request.steps, g)
+
+    server.run_round()
+
+    assert server.store.rounds[0].attendance == (0, 1, 2, 3, 4, 5)
+    assert reason_for(server, 0, 6) == "|g| must be at most 1000, by the round's other clients, got 900000"
+
+
+def test_clients_that_tell_no_loss_are_in_no_median_of_losses(federation: Any) -> None:
+    """Three of seven tell 150, which is far from nothing but not from one another."""
+    server, clients, _ = federation(7)
+    for client, loss in zip(clients, [np.nan] * 4 + [150.0] * 3, strict=True):
+        told = scalars_to_bytes(np.full((2, 1), loss, np.float32))
+        client.bend = lambda reply, told=told: replace(reply, loss=told)
+
+    server.run_round()
+
+    assert server.store.rounds[0].attendance == tuple(range(7))
 
 
 def test_losses_of_all_clients_alike_are_no_lie(federation: Any) -> None:
@@ -967,6 +1003,105 @@ def test_too_few_clients_are_waited_for(federation: Any) -> None:
     assert server.store.rounds[1].attendance == (0, 1, 2)
 
 
+def cut(
+    grid: Grid,
+    clock: Any,
+    seconds: float,
+    *,
+    nodes: Collection[int] = (100, 101, 102),
+    listed_s: float = 5.0,
+    told_s: float = 0.0,
+) -> None:
+    """Let nodes be out of reach for so long, from now on; when the grid drops them, and says so, are two things."""
+    pull, listed, began = grid.pull_messages, grid.get_node_ids, clock.now
+
+    def pull_what_is_reached(names: list[str]) -> list[Message]:
+        lost = [
+            name for name in names if clock.now < began + seconds and grid._waiting[name].metadata.dst_node_id in nodes
+        ]
+        silent = clock.now < began + told_s
+        told = [Message(RecordDict(), reply_to=grid._waiting[name]).metadata for name in lost if not silent]
+        error = Error(code=5, reason="Error: Node Unavailable")
+        return [make_message(metadata=each, error=error) for each in told] + pull(
+            [name for name in names if name not in lost]
+        )
+
+    def list_them() -> list[int]:
+        return [node for node in listed() if node not in nodes or not began + listed_s <= clock.now < began + seconds]
+
+    grid.pull_messages = pull_what_is_reached  # type: ignore[method-assign]
+    grid.get_node_ids = list_them  # type: ignore[method-assign]
+    grid.unreachable = lambda reply: reply.has_error()  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("clients_per_round", [0, 2])
+@pytest.mark.parametrize(("listed_s", "told_s"), [(5.0, 0.0), (1.0, 30.0)], ids=["told first", "dropped first"])
+def test_a_line_that_is_down_for_two_minutes_ends_no_run(
+    federation: Any, clock: Any, clients_per_round: int, listed_s: float, told_s: float
+) -> None:
+    server, _, grid = federation(deadline_s=600.0, startup_s=300.0, clients_per_round=clients_per_round)
+    server.run_round()
+    cut(grid, clock, 120.0, listed_s=listed_s, told_s=told_s)
+
+    server.run_round()
+
+    assert [len(line.attendance) for line in server.store.rounds] == [clients_per_round or 3] * 2
+    server.run_round()
+    assert len(server.store.rounds[2].attendance) == (clients_per_round or 3)
+
+
+def test_a_round_keeps_the_replies_that_it_has_while_it_waits_for_others(federation: Any, clock: Any) -> None:
+    server, clients, grid = federation(deadline_s=600.0, startup_s=300.0, min_replies=3)
+    server.run_round()
+    cut(grid, clock, 60.0, nodes=[102])
+
+    server.run_round()
+
+    assert server.store.rounds[1].attendance == (0, 1, 2)
+    assert [len(client.requests) for client in clients] == [2, 2, 2]
+
+
+def test_a_line_that_stays_down_ends_the_run_after_startup_s_or_when_it_is_asked_to_stop(
+    federation: Any, clock: Any
+) -> None:
+    server, _, grid = federation(deadline_s=600.0, startup_s=300.0)
+    cut(grid, clock, 1e9)
+    looks: list[float] = []
+    server._turnout.while_waiting = lambda: looks.append(clock.now)
+    began = clock.now
+
+    with pytest.raises(FederationError, match=r"got 0 \(client 0: not connected; client 1: not connected"):
+        server.run_round()
+
+    assert 300 <= clock.now - began < 301
+    assert looks[-1] - looks[0] > 290
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    server._turnout.while_waiting = stop
+    with pytest.raises(KeyboardInterrupt):
+        server.run_round()
+
+
+def test_presence_within_a_round_says_who_is_waited_for_since_when(federation: Any, clock: Any) -> None:
+    server, clients, _ = federation(deadline_s=60.0)
+    shown: list[Presence] = []
+    server._state_sync.beside = lambda: shown.append(server.presence())
+    answers_at = clock.now + 11.99
+    clients[1].bend = lambda reply: reply if clock.now >= answers_at else None
+
+    server.run_round()
+
+    assert {row.state for row in shown[-1].clients} == {"ready"}
+    assert [row.why for row in shown[-1].clients] == ["answered in 0.0 s", "asked 12 s ago", "answered in 0.0 s"]
+    assert (shown[-1].round, shown[-1].round_seconds, shown[-1].clients[0].last_round) == (0, None, None)
+    after = server.presence()
+    assert (after.round, after.clients[1].why) == (1, "answered in 12.0 s")
+    assert [row.last_round for row in after.clients] == [0, 0, 0]
+    assert after.round_seconds is not None
+
+
 def test_a_client_cannot_come_back_with_another_weight(federation: Any, caplog: pytest.LogCaptureFixture) -> None:
     server, _, grid = federation(weighting=Weighting.size)
     server.run_round()
@@ -1057,6 +1192,7 @@ def test_a_newcomer_of_another_run_is_not_let_in(federation: Any, caplog: pytest
     [
         ({"base_digest": "x"}, r"client 0: its base weights must be the server's \(b\), got x"),
         ({"tokenizer_digest": "x"}, "its tokenizer must be"),
+        ({"architecture_digest": "x"}, r"its architecture \(config\.json\) must be the server's \(a\), got x"),
         ({"task_digest": "x"}, "its task must be"),
         ({"num_train": 0}, "at least one training row, got 0"),
         ({"num_train_cut": 11}, "no more of its rows can be cut than it has"),
@@ -1148,6 +1284,41 @@ def test_a_client_that_cannot_register_is_asked_now_and_then_and_its_reason_is_t
         ClientRegistry(num_clients=1, identity=IDENTITY).wait(grid, timeout_s=1.0)
 
     assert len(grid.hellos) == 3  # at once, after 0.2 s and after 0.4 s more
+
+
+@pytest.mark.parametrize(
+    ("hello", "why"),
+    [
+        ({"tokenizer_digest": "x"}, "node 100 is refused: client 0: its tokenizer must be the server's (t), got x."),
+        ({"refusal": Refusal.rows}, ""),  # it knows what it has said
+    ],
+)
+def test_a_greeting_says_why_the_one_before_it_did_not_let_the_client_in(
+    federation: Any, monkeypatch: pytest.MonkeyPatch, clock: Any, hello: dict[str, Any], why: str
+) -> None:
+    monkeypatch.setattr(client_registry, "RETRY_S", 0.05)
+    server, clients, grid = federation()
+    clients[0].hello = replace(clients[0].hello, **hello)
+    del grid.nodes[100]
+    server.run_round()
+    grid.nodes[100] = clients[0]
+    for _ in range(2):
+        clock.now += 0.06
+        server.run_round()
+
+    assert grid.hellos[3:] == [100, 100]
+    assert grid.whys[:4] == [""] * 4
+    assert grid.whys[4].startswith(why)
+    assert bool(grid.whys[4]) == bool(why)
+
+
+def test_a_greeting_after_silence_says_since_when(federation: Any) -> None:
+    server, clients, grid = federation()
+    clients[1].bend = lambda reply: None
+
+    server.run_round()
+
+    assert grid.whys == ["", "", "", "no reply since round 0; it is asked again once it answers a greeting"]
 
 
 @pytest.mark.parametrize(

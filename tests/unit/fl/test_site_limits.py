@@ -36,8 +36,9 @@ RUN: dict[str, Any] = {
     "stages": ["identity", "rewrite"],
     "base_digest": "b" * 64,
     "label_counts": True,
-    "losses": False,
+    "num_probes": 2,
 }
+OF_VECTORS = {**RUN, "num_probes": 0}
 SCORE = Score(
     "accuracy", 0.75, 0.5, 8, per_class={0: (3, 3), 1: (3, 5)}, auc=0.9, numbers={"calibration": 0.125, "length": 7.0}
 )
@@ -68,6 +69,8 @@ def test_the_numbers_of_refusals_keep_their_meaning() -> None:
         19: "label_counts",
         20: "client",
         21: "losses",
+        22: "vectors",
+        23: "probes",
         31: "failed",
         32: "foreign",
         33: "absent",
@@ -80,8 +83,8 @@ def test_the_numbers_of_refusals_keep_their_meaning() -> None:
     assert len({refusal.sentence for refusal in Refusal}) == len(Refusal)
 
 
-def test_a_file_without_limits_refuses_and_withholds_nothing() -> None:
-    check_run(limits(), **RUN)
+def test_a_file_without_limits_refuses_vectors_and_nothing_else_and_withholds_nothing() -> None:
+    check_run(limits(), **{**RUN, "num_probes": 10**6})
     check_work(limits(), steps=10**6, step_rows=10**6)
     check_base(limits(), "c" * 64, whose="the model")
     check_rows(limits(), num_train=1, label_counts={"0": 1}, num_labels=2)
@@ -100,6 +103,7 @@ def test_a_run_that_stays_within_every_limit_is_accepted() -> None:
         base_digest="b" * 64,
         most_steps=5,
         most_rows=10,
+        most_probes=2,
         answers=["label_counts"],
         min_rows=3,
     )
@@ -107,6 +111,10 @@ def test_a_run_that_stays_within_every_limit_is_accepted() -> None:
     check_run(site, **RUN)
     check_work(site, steps=5, step_rows=2)
     check_rows(site, num_train=6, label_counts={"0": 3, "1": 3}, num_labels=2)
+
+
+def test_vectors_leave_a_site_that_says_so_whatever_it_says_of_probes() -> None:
+    check_run(limits(vectors=True, most_probes=1), **OF_VECTORS)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +139,8 @@ def test_a_run_that_stays_within_every_limit_is_accepted() -> None:
         ),
         (lambda: check_run(limits(answers=["loss"]), **RUN), 19, "limits.answers lacks label_counts"),
         (lambda: check_run(limits(answers=["none"]), **RUN), 19, "limits.answers lacks label_counts"),
+        (lambda: check_run(limits(), **OF_VECTORS), 22, "limits.vectors is false, .* send update vectors"),
+        (lambda: check_run(limits(most_probes=1), **RUN), 23, "limits.most_probes is 1, and 2 are asked"),
     ],
 )
 def test_each_limit_has_its_number_and_only_the_site_learns_more(

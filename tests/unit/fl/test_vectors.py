@@ -67,6 +67,18 @@ def test_a_client_that_took_no_step_counts_as_one_that_did_not_move() -> None:
     assert still.norm == 0
 
 
+def test_clients_that_took_no_step_are_in_no_median_of_norms() -> None:
+    """Their norm of 0 would make the bound 0, which is none."""
+    still = updates().check(reply(change=[0] * 5, loss=[np.nan, np.nan]), REQUEST)
+    honest, hostile = (updates().check(reply(change=(3 * k, 4 * k, 0, 0, 0)), REQUEST) for k in (1, 1e5))
+    results = {**dict.fromkeys(range(4), still), 4: honest, 5: honest, 6: hostile}
+
+    (refused,) = updates().far_off(results).items()
+
+    assert refused[0] == 6
+    assert "must be at most 500, by the round's other clients, got 500000" in refused[1]
+
+
 def drawn(count: int, size: int) -> dict[int, VectorResult]:
     draw = np.random.default_rng(3)
     return {

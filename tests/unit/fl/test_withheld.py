@@ -19,7 +19,7 @@ RUN: dict[str, Any] = {
     "stages": [],
     "base_digest": "a" * 64,
     "label_counts": False,
-    "losses": True,
+    "num_probes": 0,
 }
 
 
@@ -62,10 +62,10 @@ def test_label_counts_of_few_rows_are_refused_and_no_row_is_few(counts: dict[str
 
 
 def test_a_run_that_needs_losses_is_refused_by_a_site_that_keeps_them() -> None:
-    check_run(SiteLimitsConfig(), **RUN)
-    check_run(SiteLimitsConfig(answers=["loss"]), **RUN)
-    check_run(SiteLimitsConfig(answers=["accuracy"]), **{**RUN, "losses": False})
+    check_run(SiteLimitsConfig(vectors=True), **RUN)
+    check_run(SiteLimitsConfig(vectors=True, answers=["loss"]), **RUN)
+    check_run(SiteLimitsConfig(answers=["accuracy"]), **{**RUN, "num_probes": 1})
 
     with pytest.raises(SiteError, match="refusal 21, its site does not tell the losses") as told:
-        check_run(SiteLimitsConfig(answers=["accuracy"]), **RUN)
+        check_run(SiteLimitsConfig(vectors=True, answers=["accuracy"]), **RUN)
     assert told.value.refusal is Refusal.losses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -43,3 +44,15 @@ def test_whoever_keeps_it_is_told_of(opened: tuple[int, int], tmp_path: Path) ->
 
     with pytest.raises(FolderInUseError, match="another process is using it"):
         lock_file(needs, tmp_path)
+
+
+def test_a_file_on_a_file_system_without_locks_is_not_known_to_be_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(opened: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    (tmp_path / "log").touch()
+    monkeypatch.setattr(folder.fcntl, "flock", refused)
+
+    assert not is_locked(tmp_path / "log")

@@ -276,12 +276,40 @@ def test_parts_under_way_are_asked_for_soon_and_a_message_of_a_run_that_ended_le
 class _Store:
     def __init__(self) -> None:
         self.deleted: list[str] = []
+        self.lock_task_store, self.task_store = threading.Lock(), dict[int, Any]()
 
     def delete_messages(self, *, message_ids: list[str]) -> None:
         self.deleted += message_ids
 
     def delete(self, object_id: str) -> None:
         self.deleted.append(object_id)
+
+
+@pytest.mark.slow
+def test_a_supernode_keeps_no_task_that_is_over() -> None:
+    """Flower keeps one a message for ever, and looks at all of them whenever its executor asks for work."""
+    from flwr.common.constant import SubStatus
+    from flwr.supercore.constant import TaskType
+    from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
+
+    from fedzo.runtime.net import _flower_daemons
+
+    state: Any = InMemoryNodeState(cast(Any, None))
+    settings = {"state": state, "object_store": None, "receive": lambda: None}
+    waiting, working = (state.create_task(TaskType.CLIENT_APP, run_id=7) for _ in range(2))
+    token = state.claim_task(working)
+
+    for sub_status in (SubStatus.COMPLETED, SubStatus.FAILED) * 10:
+        done = state.create_task(TaskType.CLIENT_APP, run_id=7)
+        assert state.claim_task(done)
+        assert state.activate_task(done)
+        assert state.finish_task(done, sub_status, "")
+        assert _flower_daemons._without_remains(lambda **given: given["receive"](), **settings) is None
+
+    assert set(state.task_store) == {waiting, working}
+    assert state.get_task_by_token(token).task_id == working
+    assert state.activate_task(working)
+    assert not state.finish_task(done, SubStatus.FAILED, "")  # as of one that is over
 
 
 @pytest.mark.slow

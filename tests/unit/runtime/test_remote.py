@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedzo.errors import ConfigError
+from fedzo.errors import ConfigError, RunFolderError
 from fedzo.runtime.config import RemoteConfig
 from fedzo.runtime.net.credentials import make_key
 from fedzo.runtime.net.server_folder import Listening, ServerFolder
@@ -73,6 +74,36 @@ def test_a_run_begins_with_all_its_clients_and_goes_on_without_one_whose_key_was
     run(begun)
     assert "the run is served" in capsys.readouterr().out
     assert caplog.messages == [f"clients [1] are not registered in {server.path}: the run goes on without them"]
+
+
+def test_a_command_that_is_deaf_to_the_end_of_its_terminal_stays_until_the_run_ends(
+    server: ServerFolder, new: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As by ``nohup``; here the run's server tells the command that the terminal closed."""
+    hang_up = "import os, signal; os.kill(os.getppid(), signal.SIGHUP); print('the run is served')"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run_remote(
+            num_clients=2,
+            run_dir=new,
+            config=RemoteConfig(server=str(server.path)),
+            serve=(sys.executable, "-S", "-c", hang_up),
+        )
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+    assert "the run is served" in capsys.readouterr().out
+
+
+def test_what_a_server_says_is_read_through_no_link(run: Run, new: Path, tmp_path: Path) -> None:
+    (new / "logs").mkdir()
+    (new / "logs" / "server.log").symlink_to(tmp_path / "outside")
+
+    with pytest.raises(RunFolderError, match=r"server\.log: it must lie in the run folder itself, got a link to"):
+        run(new)
+
+    assert not (tmp_path / "outside").exists()
 
 
 def test_a_run_that_has_no_client_any_more_does_not_go_on(server: ServerFolder, run: Run, begun: Path) -> None:

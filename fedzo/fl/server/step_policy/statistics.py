@@ -71,9 +71,10 @@ def ratio(steps: Numbers, *, initial: int, later: int) -> Numbers:
 
 
 def quiet_share(steps: Numbers, sigma: float | Numbers, *, later: int) -> Numbers:
-    """Share of the last ``later`` steps that are smaller than sigma."""
+    """Share of the last ``later`` steps that are smaller than sigma; nan where sigma is unknown."""
     last = steps[..., -later:]
-    below = np.where(np.isfinite(last), (last < sigma).astype(np.float64), np.nan)
+    measured = np.isfinite(last) & np.isfinite(sigma)
+    below = np.where(measured, (last < sigma).astype(np.float64), np.nan)
     return mean(below)
 
 

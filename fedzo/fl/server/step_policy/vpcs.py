@@ -133,6 +133,9 @@ class VpcsConfig(EarlyStopConfig):
         if self.statistic is Statistic.gradip and not run.trainer.traits.gradient:
             rule = "be abs_g for a trainer that has no gradient to compare with"
             yield problem("step_policy.statistic", rule, self.statistic, _remedy())
+        if run.server_optimizer.warmup_rounds == 1:
+            rule = "not be 1 for step_policy=vpcs, whose calibration takes the place of such a warm-up"
+            yield problem("server_optimizer.warmup_rounds", rule, 1, "Write 2 to warm up in round 1, or 0.")
 
     def most_steps(self, fl: FlConfig) -> int:
         return max(fl.local_steps, self.calibration_steps)

@@ -333,6 +333,18 @@ def test_who_could_not_be_judged_is_named(caplog: pytest.LogCaptureFixture) -> N
     assert "the test level could not be made of any client:" in told[1]
 
 
+def test_a_calibration_that_lost_its_initial_phase_has_no_quiet_test(caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody has a first step that sigma could be a share of, though all have later ones."""
+    g, dropped = [[0.0], [0.0], [8.0], [8.0]], [[True], [True], [False], [False]]
+    calibration = audit_line(dict.fromkeys(range(4), g), dropped=dict.fromkeys(range(4), dropped))
+
+    plan = build(VpcsConfig(tests=[VpcsTest.quiet], **PHASES)).plan([calibration], {})
+
+    assert all(np.isnan(verdict.statistics["quiet"]) for verdict in plan.verdicts.values())
+    assert plan.flagged == []
+    assert "the test quiet could not be made of any client:" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("steps", "fallback", "words"),
     [

@@ -82,6 +82,7 @@ def test_steps_that_measured_nothing_are_left_out() -> None:
     assert quiet_share(steps, 2.0, later=2) == 1.0
     assert math.isnan(mean(np.array([np.nan])))
     assert math.isnan(quiet_share(np.array([np.nan, np.nan]), 1.0, later=1))
+    assert math.isnan(quiet_share(steps, math.nan, later=2))
 
 
 def test_a_client_that_falls_silent_has_a_huge_ratio_and_level_but_a_finite_one() -> None:

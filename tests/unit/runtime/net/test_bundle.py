@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import re
+import shutil
 import struct
 import time
 import tomllib
@@ -14,8 +16,10 @@ import pytest
 import fedzo
 from fedzo.errors import OtherVersionError
 from fedzo.runtime.net.bundle import FILES, MAX_BUNDLE_BYTES, PROJECT, build_bundle, bundle_files, check_bundle
+from fedzo.system import code_version
 
 ROOT = Path(__file__).resolve().parents[4]
+OURS = re.escape(code_version())
 
 
 def test_bundle_holds_the_project_file_and_the_shims_and_nothing_of_the_library() -> None:
@@ -29,7 +33,7 @@ def test_bundle_declares_the_same_app_as_the_project_file_of_the_repository() ->
     for key in ("publisher", "components", "config"):
         assert bundle["tool"]["flwr"]["app"][key] == project["tool"]["flwr"]["app"][key]
     assert bundle["project"]["name"] == project["project"]["name"]
-    assert bundle["project"]["version"] == project["project"]["version"]
+    assert bundle["project"]["version"].partition("+")[0] == project["project"]["version"]
     assert bundle["project"]["dependencies"] == []  # Flower must have nothing to install on a site
 
 
@@ -40,15 +44,31 @@ def test_a_site_takes_its_own_bundle_however_it_is_packed() -> None:
 
 @pytest.mark.parametrize("name", ["clients/app.py", "extra.py"])
 def test_another_bundle_is_refused(name: str) -> None:
-    with pytest.raises(OtherVersionError, match=rf"that of fedzo {fedzo.__version__}, which .* got that of fedzo"):
+    with pytest.raises(OtherVersionError, match=rf"that of fedzo {OURS}, which .* got that of fedzo"):
         check_bundle(packed({**bundle_files(), name: "import os"}))
 
 
 def test_the_bundle_of_another_version_is_refused_with_both_versions_named() -> None:
-    other = bundle_files()[PROJECT].replace(f'"{fedzo.__version__}"', '"9.9.9"')
+    other = bundle_files()[PROJECT].replace(f'"{code_version()}"', '"9.9.9"')
 
-    with pytest.raises(OtherVersionError, match=rf"fedzo {fedzo.__version__}, .* got that of fedzo 9\.9\.9\. Install"):
+    with pytest.raises(OtherVersionError, match=rf"fedzo {OURS}, .* got that of fedzo 9\.9\.9\. Install"):
         check_bundle(packed({**bundle_files(), PROJECT: other}))
+
+
+def test_other_code_of_the_same_version_is_refused_and_other_ends_of_lines_are_the_same_code(tmp_path: Path) -> None:
+    """Two checkouts of one version differ; a wheel and a checkout of one commit do not, whoever wrote the files."""
+    package, without = Path(fedzo.__file__).parent, shutil.ignore_patterns("__pycache__")
+    same, other = (shutil.copytree(package, tmp_path / name, ignore=without) for name in ("same", "other"))
+    for file in same.rglob("*.py"):
+        file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
+    changed = other / "fl" / "replica.py"
+    changed.write_bytes(changed.read_bytes() + b"#")
+
+    assert code_version(same) == code_version()
+    theirs = code_version(other)
+    project = bundle_files()[PROJECT].replace(code_version(), theirs)
+    with pytest.raises(OtherVersionError, match=rf"fedzo {OURS}, .* got that of fedzo {re.escape(theirs)}\. Install"):
+        check_bundle(packed({**bundle_files(), PROJECT: project}))
 
 
 @pytest.mark.parametrize(

@@ -271,7 +271,7 @@ def test_a_folder_that_was_not_finished_is(tmp_path: Path) -> None:
 
 def test_a_server_serves_one_run_at_a_time(tmp_path: Path) -> None:
     folder = server(tmp_path / "s")
-    assert folder.served is None
+    assert (folder.served, folder.last_served) == (None, None)
 
     with folder.serving("/runs/one"):
         assert folder.served is not None
@@ -282,6 +282,8 @@ def test_a_server_serves_one_run_at_a_time(tmp_path: Path) -> None:
         ):
             pass
     assert folder.served is None
+    assert folder.last_served is not None
+    assert folder.last_served.run == "/runs/one"
 
 
 # --- a site

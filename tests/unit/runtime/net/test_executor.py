@@ -94,7 +94,29 @@ def test_finished_step_stops_its_watchdog() -> None:
 
     assert answer(lambda message, context: 1, step_limit_s=0.2) == [("reply", 1)]
     time.sleep(0.3)  # a watchdog that still ran would end this process
-    assert not any(isinstance(thread, threading.Timer) for thread in threading.enumerate())
+    assert not any(thread.name == "watchdog" for thread in threading.enumerate())
+
+
+def test_a_client_that_catches_up_record_by_record_is_not_given_up() -> None:
+    """All records together take longer than the limit, and none of them alone."""
+    program = """
+import time
+from types import SimpleNamespace
+from fedzo.fl.replica import ON_RECORD
+from fedzo.runtime.net import executor
+
+def app(message, context):
+    for _ in range(12):
+        time.sleep(0.25)
+        ON_RECORD.get()()
+    return "caught up"
+
+executor.answer(app, SimpleNamespace(message=None, context=None, finish=print), step_limit_s=2.0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert "caught up" in done.stdout
 
 
 def give_up(fail: str) -> subprocess.CompletedProcess[str]:

@@ -19,13 +19,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedzo.runtime.net.credentials import make_key, pem_of
+from fedzo.runtime.net.daemons import web_config
 from fedzo.runtime.net.gate import (
     BURST,
     MAX_BODY_BYTES,
     MOST_AT_ONCE,
     MOST_WAIT_S,
+    QUIET_S,
     STRANGER_BODY_BYTES,
     STRANGER_BURST,
+    STRANGER_LINES,
     WIRE,
     Gate,
 )
@@ -335,6 +338,25 @@ def test_a_client_has_a_budget_of_its_own_and_all_strangers_of_a_host_share_a_sm
     assert [place.ask(ACTIVATE, key=key) for key in keys] == [200] * 5 + [429]
 
 
+def test_a_stranger_with_another_key_each_time_does_not_fill_the_log(
+    place: Place, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    place.status = 401
+    keys = [pem_of(make_key(tmp_path / f"key{number}")) for number in range(2 * STRANGER_LINES)]
+
+    with caplog.at_level(logging.WARNING, logger="fedzo"):
+        for key in keys:
+            place.ask(ACTIVATE, key=key)
+
+    assert len(caplog.records) == STRANGER_LINES
+
+    place.now += QUIET_S
+    with caplog.at_level(logging.WARNING, logger="fedzo"):
+        place.ask(ACTIVATE, key=place.stranger)
+
+    assert len(caplog.records) == STRANGER_LINES + 1
+
+
 @pytest.mark.parametrize(
     ("who", "path", "behind_s", "status", "says"),
     [
@@ -379,6 +401,31 @@ def test_words_of_a_stranger_do_not_reach_the_log(place: Place, caplog: pytest.L
 
     assert "evil" not in caplog.text
     assert "\x1b" not in caplog.text
+
+
+def test_who_asks_is_who_connected_whatever_he_says_of_himself() -> None:
+    hosts: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        hosts.append(scope["client"][0])
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    listening = socket.create_server(("127.0.0.1", 0))
+    config = web_config(app, ssl_certfile=None, ssl_keyfile=None, log_config=None)
+    config.lifespan = "off"
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        with socket.create_connection(listening.getsockname()) as connection:
+            connection.sendall(b"GET /v1/fleet/x HTTP/1.1\r\nHost: h\r\nX-Forwarded-For: 10.1.2.3\r\n\r\n")
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+    finally:
+        server.should_exit = True
+        thread.join()
+
+    assert hosts == ["127.0.0.1"]
 
 
 def test_bytes_of_clients_are_counted_as_a_socket_carries_them_and_told_to_this_machine_alone(tmp_path: Path) -> None:

@@ -1,17 +1,21 @@
-"""Which keys a SuperLink lets in: those of the registry, as far as it takes them."""
+"""Which keys a SuperLink lets in: those of the registry, as far as it takes them; and what an executor is told."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from fedzo.errors import ProtocolError
 from fedzo.runtime.net import parts
+from fedzo.runtime.net.client_folder import ClientFolder
 from fedzo.runtime.net.credentials import make_key, pem_of
-from fedzo.runtime.net.parts import Node, register_clients
+from fedzo.runtime.net.parts import Node, Site, register_clients, start_executor
 from fedzo.runtime.net.server_folder import Listening, ServerFolder
+from fedzo.system import SITE_ARTIFACTS_ENV
 
 
 class SuperLink:
@@ -56,3 +60,17 @@ def test_a_key_that_was_revoked_is_not_counted_and_what_to_do_is_said(
     (said,) = (record.getMessage() for record in caplog.records)
     assert said.startswith("client renamed: the SuperLink must register its key, but says: already in use.")
     assert said.endswith("restart `fedzo server up` while no run is served.")
+
+
+def test_an_executor_keeps_the_artifact_of_its_run_in_the_folder_of_its_site(tmp_path: Path) -> None:
+    """Each in its own, also where sites of one machine have one file, as with ``runtime=local``."""
+    started: list[dict[str, str]] = []
+    processes: Any = SimpleNamespace(start=lambda name, command, *, environment, restarts: started.append(environment))
+
+    for name in ("a", "b"):
+        folder, file, log = ClientFolder(tmp_path / name), tmp_path / "site.json", tmp_path / "clients.log"
+        start_executor(processes, Site(folder=folder, site_file=file, log_file=log, step_limit_s=1.0))
+
+    assert [variables[SITE_ARTIFACTS_ENV] for variables in started] == [
+        str((tmp_path / name / "artifacts").resolve()) for name in ("a", "b")
+    ]

@@ -85,14 +85,17 @@ def test_waiting_too_long_says_for_what_and_what_to_raise(tmp_path: Path) -> Non
             )
 
 
-def test_log_of_an_earlier_run_is_replaced(tmp_path: Path) -> None:
-    (tmp_path / "worker.log").write_text("old")
+def test_log_of_the_last_start_is_kept_and_of_no_earlier_one(tmp_path: Path) -> None:
+    (tmp_path / "worker.log").write_text("of the last start")
+    (tmp_path / "worker.log.1").write_text("of an earlier one")
 
     with Processes(tmp_path, environment=os.environ) as children:
         children.start("worker", SLEEP)
         wait_for_log(children, "worker", "up")
 
     assert (tmp_path / "worker.log").read_text() == "up\n"
+    assert (tmp_path / "worker.log.1").read_text() == "of the last start"
+    assert len([*tmp_path.iterdir()]) == 2
 
 
 def test_a_log_that_is_cut_while_it_grows_is_read_from_its_new_beginning(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedzo.data.kept_digests import RowsChangedError
-from fedzo.errors import ConfigError, FedzoError, NumericsError, ProtocolError
+from fedzo.errors import ConfigError, FedzoError, NumericsError, ProtocolError, RunFolderError
 from fedzo.runtime.net.server_process import FAILED, ServerProcess, write_outcome
 
 
@@ -29,3 +29,17 @@ def test_an_error_is_of_the_same_kind_in_both_processes(
         server.wait(lambda: None)
 
     assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize("name", ["logs", "logs/server.log"])
+def test_what_a_detached_server_says_goes_through_no_link(name: str, tmp_path: Path) -> None:
+    """A run folder may come from somebody else."""
+    folder, outside = tmp_path / "run", tmp_path / "outside"
+    outside.mkdir()
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).symlink_to(outside if name == "logs" else outside / "server.log")
+
+    with pytest.raises(RunFolderError, match=f"{name}: it must lie in the run folder itself, got a link to"):
+        ServerProcess(folder, tmp_path, serve=["false"], detached=True)
+
+    assert list(outside.iterdir()) == []
