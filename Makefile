@@ -75,9 +75,10 @@ $(VENV)/.installed: $(VENV)/.python pyproject.toml constraints.txt
 	@$(BIN)/python -c 'import torch; print("torch", torch.__version__)'
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(call install,the development tools,--constraint constraints.txt --editable '.[dev]')
-	@touch $@
+# In one go for whoever has nothing yet. This is more than `.installed`, so `make demo` then has nothing to install.
+$(VENV)/.installed-dev: $(VENV)/.python pyproject.toml constraints.txt
+	$(call install,fedzo and the development tools (more than 1 GB with the CPU build of torch),--constraint constraints.txt --editable '.[dev]')
+	@touch $(VENV)/.installed $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed
 	$(call install,the documentation tools,--constraint constraints.txt --editable '.[docs]')

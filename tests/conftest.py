@@ -47,6 +47,16 @@ settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True
 settings.load_profile(os.environ.get("FEDZO_TEST_EXAMPLES", "dev"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Network tests that may take longest begin first: one that began last would leave the other worker idle."""
+    items.sort(key=lambda item: -_limit_s(item) if item.get_closest_marker("net") else 0.0)
+
+
+def _limit_s(item: pytest.Item) -> float:
+    limit = item.get_closest_marker("timeout")
+    return float(limit.args[0]) if limit else 0.0
+
+
 @pytest.fixture(autouse=True)
 def logging_is_left_as_it_was() -> Iterator[None]:
     """Commands that run in a test's process log into a run's folder, and Hydra sets the handlers of the process."""

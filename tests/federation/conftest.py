@@ -6,6 +6,7 @@ import functools
 import json
 import multiprocessing
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ FORKED = """
 import os, sys
 for stream in (1, 2):
     os.dup2(os.open({said!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+sys.path[:0] = {path!r}
+os.chdir({cwd!r})
 sys.argv = {argv!r}
 """
 WORDS = {0: ["bad", "dull", "poor", "weak"], 1: ["good", "bright", "rich", "strong"]}
@@ -138,6 +141,27 @@ def run(tmp_path: Path, overrides: Callable[..., list[str]]) -> Callable[..., Pa
     return start
 
 
+@pytest.fixture(scope="session")
+def run_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    from fedzo.commands.train import start_run
+    from fedzo.config.load import load
+
+    @functools.cache
+    def start(*words: str) -> Path:
+        folder = tmp_path_factory.mktemp("runs") / "run"
+        start_run(load(list(words)), folder, overrides=list(words))
+        return folder
+
+    return start
+
+
+@pytest.fixture
+def finished(run_once: Callable[..., Path], overrides: Callable[..., list[str]], tmp_path: Path) -> Callable[..., Path]:
+    """As ``run``, for tests of what is done with a run's folder: equal runs are made once, and each gets a copy."""
+    count = iter(range(100))
+    return lambda *extra: shutil.copytree(run_once(*overrides(*extra)), tmp_path / f"finished{next(count)}")
+
+
 @pytest.fixture
 def flower_task(monkeypatch: pytest.MonkeyPatch) -> None:
     """What Flower asks for before it makes a message."""
@@ -161,14 +185,18 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[int,
     """Run a program, as ``python -c`` does, in a process of its own; returns its exit status and what it said.
 
     It is forked off a process that has imported fedzo and done nothing else, so that it need not import all of that.
+    In ``path`` it finds packages first, and ``cwd`` is its working folder.
     """
     context, count = multiprocessing.get_context("forkserver"), iter(range(1000))
     late = ["flwr_datasets", "transformers.models.llama"]  # fedzo imports them when it first needs them
     context.set_forkserver_preload(["fedzo.cli.train", "fedzo.commands.train", "fedzo.runtime.inline", *late])
 
-    def run(program: str, *arguments: str, timeout_s: float = 300.0) -> tuple[int, str]:
+    def run(
+        program: str, *arguments: str, path: Path | None = None, cwd: Path | None = None, timeout_s: float = 300.0
+    ) -> tuple[int, str]:
         said = tmp_path_factory.getbasetemp() / f"forked-{next(count)}.txt"
-        before = FORKED.format(said=str(said), argv=["-c", *arguments])
+        path_first = [str(path)] if path else []
+        before = FORKED.format(said=str(said), argv=["-c", *arguments], path=path_first, cwd=str(cwd or "."))
         child = context.Process(target=exec, args=(before + program, {}))
         child.start()
         child.join(timeout_s)
@@ -178,3 +206,9 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[int,
         return code, said.read_text()
 
     return run
+
+
+@pytest.fixture(scope="session")
+def forked_fedzo(forked: Callable[..., tuple[int, str]]) -> Callable[..., tuple[int, str]]:
+    """Run a command of fedzo in such a process."""
+    return functools.partial(forked, "import sys; from fedzo.cli import main; sys.exit(main(sys.argv[1:]))")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,12 @@ import pytest
 
 from fedzo.commands.train import resume_run
 from fedzo.fl.client.worker import ClientWorker
-from fedzo.fl.messages import ArtifactPiece, ArtifactReply
+from fedzo.fl.messages import ArtifactPiece, ArtifactReply, EvaluateRequest, Status
 from fedzo.run import apps
-from fedzo.run.process import open_process, this_process
+from fedzo.run.process import forget_process, open_process, this_process
+from fedzo.system import SITE_ARTIFACTS_ENV, SITE_ENV
 from fedzo.trainers import artifacts
+from fedzo.zo.log import EMPTY_CHAIN
 
 Run = Callable[..., Path]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
@@ -105,3 +107,39 @@ def test_a_damaged_file_in_the_run_folder_is_replaced_when_the_run_goes_on(run: 
     resume_run(folder)
 
     assert kept.read_bytes() == whole
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], ClientWorker]]:
+    """Start a site's process, which takes the place of the one before, for the run of a folder."""
+
+    def start_at(folder: Path) -> ClientWorker:
+        forget_process()
+        monkeypatch.setenv(SITE_ENV, str(folder / "site.json"))
+        worker: ClientWorker = this_process((folder / "run.json").read_text()).client.worker
+        return worker
+
+    monkeypatch.setenv(SITE_ARTIFACTS_ENV, str(tmp_path / "site" / "artifacts"))
+    yield start_at
+    forget_process()
+
+
+def test_a_site_that_is_started_again_has_the_artifact_of_its_run_until_another_run_begins(
+    run: Run, start: Callable[[Path], ClientWorker], tmp_path: Path
+) -> None:
+    """However the process before it ended."""
+    first, other = run("fl.rounds=1"), run("fl.rounds=1", "trainer.density=0.1")
+    (kept,) = (first / "artifacts").iterdir()
+    data, digest = kept.read_bytes(), kept.name
+
+    def asked(site: ClientWorker) -> Status:
+        state = {"config_hash": site.identity.config_hash, "space_id": digest, "chain": EMPTY_CHAIN.hex()}
+        return site.evaluate(EvaluateRequest(client=0, **state)).status
+
+    site = start(first)
+    assert asked(site) is Status.bare
+    site.receive(ArtifactPiece(client=0, digest=digest, size=len(data), data=data, piece_digest=digest))
+    assert asked(site) is asked(start(first)) is Status.mismatch  # of a check that the request does not know
+
+    start(other)
+    assert [*(tmp_path / "site" / "artifacts").iterdir()] == []

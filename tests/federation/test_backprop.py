@@ -380,9 +380,9 @@ def test_an_absent_client_is_left_out_and_what_it_missed_is_counted_as_values(ru
 )
 @pytest.mark.parametrize("command", [replay_run, resume_run])
 def test_a_wrong_or_missing_vector_is_found_and_named(
-    run: Run, command: Callable[[Path], Any], damage: Callable[[Path], Any], what: str
+    finished: Run, command: Callable[[Path], Any], damage: Callable[[Path], Any], what: str
 ) -> None:
-    folder = run(*SETTINGS)
+    folder = finished(*SETTINGS)
     path = vectors(folder)[1]
     damage(path)
 
@@ -390,9 +390,9 @@ def test_a_wrong_or_missing_vector_is_found_and_named(
         command(folder)
 
 
-def test_a_vector_of_another_round_does_not_pass(run: Run) -> None:
+def test_a_vector_of_another_round_does_not_pass(finished: Run) -> None:
     """The line is chained to its digest, so whoever exchanges both is found by the chain."""
-    folder = run(*SETTINGS)
+    folder = finished(*SETTINGS)
     lines = (folder / "public.jsonl").read_text().splitlines()
     names = [json.loads(line)["vector"] for line in lines]
     lines[1] = lines[1].replace(names[1], names[2])
@@ -402,8 +402,8 @@ def test_a_vector_of_another_round_does_not_pass(run: Run) -> None:
         replay_run(folder)
 
 
-def test_the_path_of_one_client_cannot_be_replayed(run: Run) -> None:
-    folder = run(*SETTINGS)
+def test_the_path_of_one_client_cannot_be_replayed(finished: Run) -> None:
+    folder = finished(*SETTINGS)
 
     with pytest.raises(ConfigError, match="--client: the run must have clients that send scalars"):
         replay_client(folder, client=0, round=0)

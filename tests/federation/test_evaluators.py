@@ -7,9 +7,6 @@ closed.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import pytest
 
 from fedzo.commands.trained import evaluate_run
 
+Ask = Callable[[str, object], Any]
 PACKAGE = Path(__file__).resolve().parents[1] / "third_party"
 LOAD = """
 import json, sys
@@ -79,23 +77,22 @@ else:
 """
 
 
-def run_program(program: str, argument: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", program, json.dumps(argument)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE), *sys.path])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.fixture
+def run_program(forked: Callable[..., tuple[int, str]]) -> Callable[[str, object], tuple[int, str]]:
+    return lambda program, argument: forked(program, json.dumps(argument), path=PACKAGE)
 
 
-def answer_of(program: str, argument: object) -> Any:
-    done = run_program(program, argument)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture
+def answer_of(run_program: Callable[[str, object], tuple[int, str]]) -> Ask:
+    def answer(program: str, argument: object) -> Any:
+        code, said = run_program(program, argument)
+        assert code == 0, said
+        return json.loads(said.splitlines()[-1])
+
+    return answer
 
 
-def test_a_third_partys_evaluator_is_accepted_and_refused_by_name() -> None:
+def test_a_third_partys_evaluator_is_accepted_and_refused_by_name(answer_of: Ask) -> None:
     cases = {
         "default": [],
         "both": ["evaluators=[answers,lengths]"],
@@ -122,6 +119,7 @@ def test_a_third_partys_evaluator_is_accepted_and_refused_by_name() -> None:
 
 @pytest.mark.slow
 def test_two_evaluators_both_tell_their_scores_and_the_first_chooses_the_best_round(
+    answer_of: Ask,
     run: Callable[..., Path],
     overrides: Callable[..., list[str]],
     lines: Callable[[Path, str], list[dict[str, Any]]],
@@ -173,6 +171,7 @@ def test_two_evaluators_both_tell_their_scores_and_the_first_chooses_the_best_ro
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", [["score", "answers", 2], ["federated_score", "answers", 3]], ids=["dev", "federated"])
 def test_a_run_killed_between_two_evaluators_tells_each_score_once(
+    run_program: Callable[[str, object], tuple[int, str]],
     overrides: Callable[..., list[str]],
     lines: Callable[[Path, str], list[dict[str, Any]]],
     tmp_path: Path,
@@ -181,9 +180,10 @@ def test_a_run_killed_between_two_evaluators_tells_each_score_once(
     settings = overrides("evaluators=[answers,lengths]", "partition.holdout=0.25")
     folder = tmp_path / "killed"
 
-    assert run_program(KILLED, [settings, str(folder), kill]).returncode < 0
+    assert run_program(KILLED, [settings, str(folder), kill])[0] < 0
     assert lines(folder, "metrics.jsonl")[-1]["evaluator"] == "answers"
-    assert run_program(KILLED, [settings, str(folder), None]).returncode == 0
+    code, said = run_program(KILLED, [settings, str(folder), None])
+    assert code == 0, said
 
     told = [line for line in lines(folder, "metrics.jsonl") if "evaluator" in line]
     taken = [(line["evaluator"], line.get("split"), line["round"]) for line in told]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,11 +17,13 @@ from flwr.app import Context, Message, RecordDict
 from fedzo.config.load import load
 from fedzo.data.preprocess import STAGES, IdentityConfig, OnProgress
 from fedzo.errors import ConfigError, ProtocolError, problem
+from fedzo.fl.client.worker import part
 from fedzo.fl.messages import EvaluateRequest, Hello, Refusal, TrainRequest, encode
 from fedzo.fl.site_limits import SiteError
 from fedzo.run import apps, preparation
-from fedzo.run.process import Process, open_process
+from fedzo.run.process import Process, load_ahead, open_process
 from fedzo.run.start import open_run
+from fedzo.system import SITE_ENV, SITE_LOG_ENV
 
 Overrides = Callable[..., list[str]]
 
@@ -253,6 +256,41 @@ def test_a_run_that_is_let_go_stops_its_stages(start: Callable[[], Process], sta
         assert time.monotonic() < ends
     with pytest.raises(preparation.StoppedError):
         job.result()
+
+
+@pytest.fixture
+def site_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The log that a site's process writes; the loggers are left as they were."""
+    monkeypatch.setenv(SITE_LOG_ENV, str(tmp_path / "site.log"))
+    monkeypatch.delenv(SITE_ENV, raising=False)
+    monkeypatch.setattr(logging.getLogger("fedzo"), "handlers", [])
+    load_ahead()
+    yield tmp_path / "site.log"
+    part.setLevel(logging.CRITICAL)
+    for handler in logging.getLogger("fedzo").handlers:
+        handler.close()
+
+
+def test_a_site_writes_into_its_log_once_that_it_takes_part_and_why_it_does_not(
+    overrides: Overrides, tmp_path: Path, site_log: Path
+) -> None:
+    process = open_run(load(overrides()), tmp_path)
+    worker, config_hash = process.client.worker, process.peer.identity.config_hash
+    refused = "node 7 is refused: client 0: its tokenizer must be the server's\n\x1b[2J"
+
+    for why in ("", refused, refused):
+        worker.hello(Hello(client=0, why=why))
+    for _ in range(2):
+        with pytest.raises(ProtocolError, match="artifact"):
+            worker.train(TrainRequest(client=0, config_hash=config_hash))
+    worker.hello(Hello(client=0, why="no reply since round 7"))
+
+    assert site_log.read_text().splitlines() == [
+        "registering as client 0",
+        "not registered as client 0: node 7 is refused: client 0: its tokenizer must be the server's  [2J",
+        "registered as client 0",
+        "not registered as client 0: no reply since round 7",
+    ]
 
 
 def test_a_site_that_lacks_what_a_stage_needs_refuses_before_it_loads_its_model(

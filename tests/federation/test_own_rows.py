@@ -17,7 +17,9 @@ from fedzo.commands.trained import evaluate_run, replay_run
 from fedzo.config.load import load
 from fedzo.data import sources
 from fedzo.errors import ConfigError
+from fedzo.fl.messages import Hello, TrainRequest
 from fedzo.run.start import open_run
+from fedzo.zo.log import EMPTY_CHAIN
 
 Run = Callable[..., Path]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
@@ -59,6 +61,28 @@ def test_a_dtype_that_is_chosen_is_chosen_by_a_clients_rows_where_all_share_a_mo
     run(*SETTINGS, sites, "model.dtype=auto", "fl.rounds=1")
 
     assert sum("model.dtype=auto" in record.getMessage() for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "auto"])
+def test_a_site_reads_its_rows_for_their_digest_and_their_tokens_and_not_again(
+    overrides: Overrides, sites: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    process = open_run(load(overrides(*SETTINGS, sites, f"model.dtype={dtype}")), tmp_path / "run")
+    worker, known, read = process.client.worker, sources.load_own, []
+    monkeypatch.setattr("fedzo.data.rows.load_own", lambda path, task: read.append(path.name) or known(path, task))
+    assert process.launched is not None
+    request = TrainRequest(
+        client=3,
+        config_hash=worker.identity.config_hash,
+        space_id=process.launched.prepared.artifact.digest,
+        chain=EMPTY_CHAIN.hex(),
+        steps=1,
+    )
+
+    worker.hello(Hello(client=3))
+    worker.train(request)
+
+    assert read == ["site3.jsonl"] * 2
 
 
 def test_label_counts_travel_where_the_run_asks_for_them(run: Run, lines: Lines, sites: str) -> None:
@@ -162,25 +186,28 @@ def test_another_space_is_built_on_the_base_weights_and_not_where_the_last_one_l
     assert np.array_equal(process.peer.workspace(other).replica.space.values(), fresh)
 
 
-@pytest.mark.parametrize("runtime", ["runtime=inline", pytest.param("runtime=local", marks=pytest.mark.net)])
+@pytest.mark.parametrize(
+    "runtime",
+    ["runtime=inline", pytest.param("runtime=local", marks=[pytest.mark.net, pytest.mark.timeout(300)])],
+)
 def test_rows_that_cannot_be_encoded_end_the_start_at_once_and_only_the_site_says_which(
     run: Run, sites: str, tmp_path: Path, runtime: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """No retry mends them. A lone surrogate passes JSON, and no tokenizer takes it."""
-    file = tmp_path / "site2.jsonl"
+    file = tmp_path / "site1.jsonl"
     file.write_text(file.read_text() + json.dumps({"text": "bad \ud800 secret", "label": 0}) + "\n")
     began = time.monotonic()
 
     with pytest.raises(ConfigError) as error:
-        run(*SETTINGS, sites, runtime, "strategy.startup_s=600")
+        run(*SETTINGS, sites, runtime, "fl.num_clients=2", "strategy.startup_s=600")
 
     assert time.monotonic() - began < 120
     assert str(error.value) == (
-        "client 2 cannot take part: refusal 1, its rows cannot be read or encoded. Its own log says why"
+        "client 1 cannot take part: refusal 1, its rows cannot be read or encoded. Its own log says why"
     )
     told = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     (own,) = [text for text in told if "secret" in text]
-    assert "client 2: row " in own
+    assert "client 1: row " in own
     assert "the model's tokenizer must take its text" in own
 
 

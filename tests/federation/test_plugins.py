@@ -171,13 +171,13 @@ def test_clients_step_with_the_clipped_scalar_that_they_send(
 
     monkeypatch.setattr(scalar_update.ScalarUpdate, "take", spy)
 
-    folder = run("strategy.clip_factor=1.0", "strategy.clip_rounds=2", "fl.rounds=4", "fl.local_steps=2")
+    folder = run("strategy.clip_factor=1.01", "strategy.clip_rounds=2", "fl.rounds=4", "fl.local_steps=2")
 
     audit = lines(folder, "audit.jsonl")
     sent = [(a["round"], e["client"], g[0]) for a in audit for e in a["clients"] for g in e["g"]]
     assert sent == stepped
     with RunStore(folder) as store:
-        bounds = [announced_bound(store.audit[:r], store.records[:r], factor=1.0, rounds=2) for r in range(4)]
+        bounds = [announced_bound(store.audit[:r], store.records[:r], factor=1.01, rounds=2) for r in range(4)]
     assert bounds[0] == 0
     for round, _, g in sent:
         assert round == 0 or abs(g) <= bounds[round]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +20,13 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "third_party"
 Lines = Callable[[Path, str], list[dict[str, Any]]]
 STAGE = ("preprocess=[marks]", "fl.rounds=1", "evaluation.federated_every_rounds=-1")
-Fedzo = Callable[..., subprocess.CompletedProcess[str]]
+Fedzo = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def fedzo(tmp_path: Path) -> Fedzo:
-    """Runs a command in a working folder of the test's own."""
-
-    def start(*command: str) -> subprocess.CompletedProcess[str]:
-        path = os.pathsep.join([str(PACKAGE), *sys.path])
-        return subprocess.run(
-            [sys.executable, "-m", "fedzo", *command],
-            env={**os.environ, "PYTHONPATH": path},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    return start
+def fedzo(forked_fedzo: Fedzo, tmp_path: Path) -> Fedzo:
+    """Runs a command in a working folder of the test's own; returns its exit code and what it said."""
+    return partial(forked_fedzo, path=PACKAGE, cwd=tmp_path)
 
 
 def test_what_a_stage_made_is_found_by_the_next_run_counted_and_proved_on_resume(
@@ -47,8 +36,8 @@ def test_what_a_stage_made_is_found_by_the_next_run_counted_and_proved_on_resume
     command = ["train", *overrides(*STAGE, "report.html=true")]
     first, second = tmp_path / "first", tmp_path / "second"
 
-    done = fedzo(*command, "preprocess.marks.seconds=0.02", f"hydra.run.dir={first}")
-    assert done.returncode == 0, done.stderr
+    code, said = fedzo(*command, "preprocess.marks.seconds=0.02", f"hydra.run.dir={first}")
+    assert code == 0, said
     kept = tmp_path / "rephrase" / "marks.jsonl"
     setup, *_ = lines(first, "metrics.jsonl")
     assert len(kept.read_text().splitlines()) == sum(client["num_train"] for client in setup["clients"])
@@ -61,20 +50,21 @@ def test_what_a_stage_made_is_found_by_the_next_run_counted_and_proved_on_resume
     assert "marks.share of the gate" in report
 
     text = kept.read_text()
-    assert fedzo(*command, f"hydra.run.dir={second}").returncode == 0
+    code, said = fedzo(*command, f"hydra.run.dir={second}")
+    assert code == 0, said
     assert kept.read_text() == text
     chains = [lines(folder, "public.jsonl")[0]["c"] for folder in (first, second)]
     assert chains[0] == chains[1]
 
     kept.write_text(text.replace(" custom", " costume"))
-    refused = fedzo("resume", str(first), "fl.rounds=2")
-    assert refused.returncode != 0
-    assert "refusal 2, its rows are not those that it began the run with" in refused.stderr
-    assert "rows of client 0 after preprocess=marks: they must be the" in refused.stderr
-    assert "A stage gave other text. Put back what it kept at that time" in refused.stderr
+    code, said = fedzo("resume", str(first), "fl.rounds=2")
+    assert code != 0
+    assert "refusal 2, its rows are not those that it began the run with" in said
+    assert "rows of client 0 after preprocess=marks: they must be the" in said
+    assert "A stage gave other text. Put back what it kept at that time" in said
     kept.write_text(text)
-    resumed = fedzo("resume", str(first), "fl.rounds=2")
-    assert resumed.returncode == 0, resumed.stderr
+    code, said = fedzo("resume", str(first), "fl.rounds=2")
+    assert code == 0, said
     assert len(lines(first, "public.jsonl")) == 2
 
 
@@ -83,16 +73,16 @@ def test_a_stage_that_needs_a_rewriter_says_which_key_to_set_before_any_work(
 ) -> None:
     command = overrides(*STAGE, "preprocess.marks.by_rewriter=true", "model.name=/nowhere/at/all")
 
-    refused = fedzo("train", *command, f"hydra.run.dir={tmp_path / 'run'}")
+    code, said = fedzo("train", *command, f"hydra.run.dir={tmp_path / 'run'}")
 
-    assert refused.returncode != 0
-    assert "rewriter must name who rewrites text for preprocess=[marks], got 'none'. Set rewriter=" in refused.stderr
+    assert code != 0
+    assert "rewriter must name who rewrites text for preprocess=[marks], got 'none'. Set rewriter=" in said
 
 
 @pytest.mark.net
 @pytest.mark.timeout(400)
 def test_clients_that_prepare_longer_than_startup_s_take_part_and_status_shows_them(
-    fedzo: Fedzo, overrides: Callable[..., list[str]], lines: Lines, tmp_path: Path
+    overrides: Callable[..., list[str]], lines: Lines, tmp_path: Path
 ) -> None:
     """Processes of their own; six training rows of each of two clients take 8 s each."""
     (tmp_path / "data").mkdir()
@@ -120,7 +110,8 @@ def test_clients_that_prepare_longer_than_startup_s_take_part_and_status_shows_t
                 seen |= new
                 if not shown and any(state.startswith("preparing") for state in new):
                     shown = True
-                    assert " preparing " in fedzo("status", str(run)).stdout
+                    status = [sys.executable, "-m", "fedzo", "status", str(run)]
+                    assert " preparing " in subprocess.check_output(status, env=environment, cwd=tmp_path, text=True)
             time.sleep(1.0)
         assert training.returncode == 0, training.stdout.read() if training.stdout else ""
 

@@ -100,7 +100,7 @@ def test_identical_clients_equal_one_client_bit_for_bit(run: Run, lines: Lines, 
     small = ("trainer.calibration_docs=2",)
     five = run(f"data.path={one_row_each(tmp_path / 'five', 5)}", "fl.num_clients=5", *settings, *small)
     same_mask = f"inputs.artifact={five / 'mask.safetensors'}"
-    one = run(f"data.path={one_row_each(tmp_path / 'one', 1)}", "fl.num_clients=1", *settings, same_mask)
+    one = run(f"data.path={one_row_each(tmp_path / 'one', 1)}", "fl.num_clients=1", *settings, *small, same_mask)
 
     assert np.array_equal(coefficients(lines(five, "public.jsonl")), coefficients(lines(one, "public.jsonl")))
 

@@ -79,8 +79,8 @@ def test_reading_a_run_changes_nothing_in_its_folder(
     assert list((tmp_path / "report" / "figures").iterdir())
 
 
-def test_reading_a_run_that_goes_on_leaves_its_unfinished_line_alone(run: Run, tmp_path: Path) -> None:
-    folder = run()
+def test_reading_a_run_that_goes_on_leaves_its_unfinished_line_alone(finished: Run, tmp_path: Path) -> None:
+    folder = finished()
     for name in (*LOGS, "metrics.jsonl"):
         with (folder / name).open("ab") as file:
             file.write(b'{"round":3,"l')
@@ -91,8 +91,8 @@ def test_reading_a_run_that_goes_on_leaves_its_unfinished_line_alone(run: Run, t
     assert snapshot(folder) == before
 
 
-def test_a_log_is_missed_only_where_it_is_needed(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = run()
+def test_a_log_is_missed_only_where_it_is_needed(finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = finished()
     for name in ("audit.jsonl", "metrics.jsonl"):
         (folder / name).unlink()
     before = snapshot(folder)
@@ -113,9 +113,9 @@ def test_a_log_is_missed_only_where_it_is_needed(run: Run, capsys: pytest.Captur
     "name", ["config.json", "run.json", "public.jsonl", "audit.jsonl", "metrics.jsonl", "artifacts", "artifacts/*"]
 )
 def test_no_command_follows_a_link_out_of_a_run_folder(
-    run: Run, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+    finished: Run, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, outside = run(), tmp_path / "outside"
+    folder, outside = finished(), tmp_path / "outside"
     (linked,) = folder.glob(name)
     shutil.move(linked, outside)
     if outside.is_file() and name.endswith(".jsonl"):
@@ -137,8 +137,8 @@ def test_no_command_follows_a_link_out_of_a_run_folder(
     assert (snapshot(outside) if outside.is_dir() else outside.read_bytes()) == there
 
 
-def test_a_report_replaces_a_link_and_leaves_the_file_behind_it(run: Run, tmp_path: Path) -> None:
-    folder = run()
+def test_a_report_replaces_a_link_and_leaves_the_file_behind_it(finished: Run, tmp_path: Path) -> None:
+    folder = finished()
     (tmp_path / "precious").write_text("mine")
     (folder / "report.html").symlink_to(tmp_path / "precious")
 
@@ -148,8 +148,8 @@ def test_a_report_replaces_a_link_and_leaves_the_file_behind_it(run: Run, tmp_pa
     assert "<html" in (folder / "report.html").read_text()
 
 
-def test_the_second_process_leaves_nothing_in_a_folder(run: Run, overrides: Overrides, tmp_path: Path) -> None:
-    folder, empty = run("fl.rounds=2"), tmp_path / "empty"
+def test_the_second_process_leaves_nothing_in_a_folder(finished: Run, overrides: Overrides, tmp_path: Path) -> None:
+    folder, empty = finished("fl.rounds=2"), tmp_path / "empty"
     for taken in (folder, empty):
         with RunStore(taken):
             before = snapshot(taken)
@@ -189,8 +189,8 @@ def test_a_run_whose_server_is_another_process_is_not_begun_twice(
     assert seen == [True, True]
 
 
-def test_a_finished_job_of_a_sweep_is_only_read(run: Run, overrides: Overrides) -> None:
-    folder = run("fl.rounds=2")
+def test_a_finished_job_of_a_sweep_is_only_read(finished: Run, overrides: Overrides) -> None:
+    folder = finished("fl.rounds=2")
     (folder / "metrics.jsonl").write_bytes((folder / "metrics.jsonl").read_bytes().rstrip(b"\n"))
     before = snapshot(folder)
 
@@ -199,8 +199,8 @@ def test_a_finished_job_of_a_sweep_is_only_read(run: Run, overrides: Overrides) 
     assert snapshot(folder) == before
 
 
-def test_the_settings_of_a_run_cannot_be_edited(run: Run) -> None:
-    folder = run("fl.rounds=2")
+def test_the_settings_of_a_run_cannot_be_edited(finished: Run) -> None:
+    folder = finished("fl.rounds=2")
     config = json.loads((folder / "config.json").read_text())
     config["server_optimizer"]["lr"] = 0.5
     (folder / "config.json").write_text(json.dumps(config))
@@ -219,8 +219,8 @@ def test_the_dtype_of_trained_weights_cannot_be_edited(run: Run) -> None:
         resume_run(folder)
 
 
-def test_an_audit_log_without_its_public_log_is_not_emptied(run: Run) -> None:
-    folder = run("fl.rounds=2")
+def test_an_audit_log_without_its_public_log_is_not_emptied(finished: Run) -> None:
+    folder = finished("fl.rounds=2")
     whole = (folder / "public.jsonl").read_bytes()
     for left in (None, b"", whole.splitlines(keepends=True)[0][:-9]):
         (folder / "public.jsonl").unlink()
@@ -288,9 +288,9 @@ def test_a_run_that_is_made_longer_is_the_run_that_was_begun_so_long(
 
 
 def test_a_kill_while_a_run_is_made_longer_is_made_up_for(
-    run: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch
+    finished: Run, lines: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = run("fl.rounds=2")
+    folder = finished("fl.rounds=2")
     written: list[str] = []
     original = train.write_whole
 
@@ -323,9 +323,9 @@ def test_a_kill_while_a_run_is_made_longer_is_made_up_for(
     ],
 )
 def test_a_run_that_cannot_be_made_longer_says_why_and_is_left_alone(
-    run: Run, settings: tuple[str, ...], rounds: int, message: str
+    finished: Run, settings: tuple[str, ...], rounds: int, message: str
 ) -> None:
-    folder = run("fl.rounds=2", *settings)
+    folder = finished("fl.rounds=2", *settings)
     before = snapshot(folder)
 
     with pytest.raises(ConfigError, match=message):
@@ -386,10 +386,10 @@ def test_a_kill_while_a_refused_extension_is_taken_back_is_made_up_for(
     assert replay_run(folder)["rounds"] == (4 if writes < 4 else 2)  # whichever it is, it is one of them
 
 
-def test_a_report_knows_which_rounds_belong_to_which_total(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_knows_which_rounds_belong_to_which_total(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from fedzo.report.run_data import load_run
 
-    folder = run("fl.rounds=2")
+    folder = finished("fl.rounds=2")
     dies(monkeypatch, at_round=3)
     with pytest.raises(KeyboardInterrupt):
         resume_run(folder, rounds=4)

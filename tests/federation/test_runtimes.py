@@ -51,6 +51,7 @@ def test_ray_gives_the_log_of_inline_with_smollm2_shuffled_replies_and_an_absent
         "split.num_dev=8",
         "split.num_test=8",
         "evaluation.federated_every_rounds=-1",
+        "evaluation.central=false",
         "trainer.calibration_docs=2",
         "trainer.calibration_tokens=32",
         "faults.shuffle_replies=true",

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from fedzo.commands.train import resume_run, start_run
 from fedzo.commands.trained import evaluate_run, export_run, replay_run
 from fedzo.config.load import load
-from fedzo.config.schema import LaunchConfig
+from fedzo.config.schema import LaunchConfig, SiteConfig
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.fl.config import SiteLimitsConfig
 from fedzo.fl.log_store import RunLog
@@ -34,6 +34,7 @@ from fedzo.models.loaded import LoadedModel
 from fedzo.run import apps, site_model
 from fedzo.run.peer import open_model
 from fedzo.run.process import Process, forget_process, keep_process, leave_other, read_anew, this_process
+from fedzo.run.site_model import SiteModel
 from fedzo.run.start import open_run
 from fedzo.testing.tiny_models import save_tiny_model
 from fedzo.trainers.artifacts import ARTIFACTS, ArtifactStore
@@ -72,9 +73,9 @@ def test_what_a_run_sends_goes_when_the_site_lets_the_run_go(run: Run, opened: C
 
 
 def test_a_site_holds_model_and_rows_where_and_how_it_likes(
-    run: Run, opened: Callable[[Path, str], Process], tiny_model_dir: Path, data_dir: Path, tmp_path: Path
+    finished: Run, opened: Callable[[Path, str], Process], tiny_model_dir: Path, data_dir: Path, tmp_path: Path
 ) -> None:
-    folder = run("fl.rounds=1")
+    folder = finished("fl.rounds=1")
     shutil.copytree(tiny_model_dir, tmp_path / "elsewhere")
     shutil.copytree(data_dir, tmp_path / "rows")
 
@@ -88,10 +89,10 @@ def test_a_site_holds_model_and_rows_where_and_how_it_likes(
 
 
 def test_another_start_of_the_same_run_reads_the_sites_file_and_rows_anew(
-    run: Run, opened: Callable[[Path, str], Process]
+    finished: Run, opened: Callable[[Path, str], Process]
 ) -> None:
     """Monthly training has the same settings, and so the same agreement; rows and limits have changed since."""
-    folder = run("fl.rounds=1")
+    folder = finished("fl.rounds=1")
     text, site = (folder / "run.json").read_text(), (folder / "site.json").read_text()
     opened(folder, site)
     forget_process()
@@ -109,10 +110,10 @@ def test_another_start_of_the_same_run_reads_the_sites_file_and_rows_anew(
 
 @pytest.mark.usefixtures("flower_task")
 def test_a_site_that_was_refused_before_the_run_begins_reads_its_file_anew(
-    run: Run, opened: Callable[[Path, str], Process], tmp_path: Path
+    finished: Run, opened: Callable[[Path, str], Process], tmp_path: Path
 ) -> None:
     """Through the app, as the server greets it; what stages have spent of a budget is kept while the file stays."""
-    folder = run("fl.rounds=1")
+    folder = finished("fl.rounds=1")
     site = json.loads((folder / "site.json").read_text())
     limited = {**site, "limits": {**site["limits"], "min_rows": 10_000}}
     process = opened(folder, json.dumps(limited))
@@ -178,8 +179,22 @@ def test_a_run_does_not_go_on_with_another_model(overrides: Overrides, tmp_path:
         resume_run(tmp_path / "run")
 
 
-def test_a_run_that_was_killed_before_its_agreement_begins_with_resume(run: Run, tmp_path: Path, lines: Lines) -> None:
-    whole = run("fl.rounds=1")
+def test_a_run_does_not_go_on_with_weights_that_are_computed_with_in_another_way(
+    overrides: Overrides, tmp_path: Path
+) -> None:
+    model = save_tiny_model(tmp_path / "model", "llama")
+    start_run(load([*overrides("fl.rounds=1"), f"model.name={model}"]), tmp_path / "run", overrides=[])
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+
+    with pytest.raises(ConfigError, match=r"the model's architecture \(config\.json\) must have the SHA-256"):
+        resume_run(tmp_path / "run")
+
+
+def test_a_run_that_was_killed_before_its_agreement_begins_with_resume(
+    finished: Run, tmp_path: Path, lines: Lines
+) -> None:
+    whole = finished("fl.rounds=1")
     begun = tmp_path / "begun"
     begun.mkdir()
     shutil.copy(whole / "config.json", begun)
@@ -208,8 +223,8 @@ def test_a_start_that_came_to_nothing_leaves_nothing_to_the_next(
     assert lines(folder, "public.jsonl") == lines(run(*settings), "public.jsonl")
 
 
-def test_a_folder_of_an_older_version_is_refused_for_its_version(run: Run) -> None:
-    folder = run("fl.rounds=1")
+def test_a_folder_of_an_older_version_is_refused_for_its_version(finished: Run) -> None:
+    folder = finished("fl.rounds=1")
     plain = json.loads((folder / "config.json").read_text())
     del plain["version"]
     (folder / "config.json").write_text(json.dumps(plain))
@@ -245,8 +260,8 @@ def test_no_model_is_rebuilt_on_another_base(
             use(tmp_path / "run")
 
 
-def test_a_folder_that_cannot_be_written_says_so(run: Run) -> None:
-    folder = run("fl.rounds=1")
+def test_a_folder_that_cannot_be_written_says_so(finished: Run) -> None:
+    folder = finished("fl.rounds=1")
     (folder / "site.json").unlink()
     (folder / "site.json").mkdir()
 
@@ -291,13 +306,17 @@ def vars_of(message: Any) -> list[Any]:
     return [getattr(message, field.name) for field in fields(message)]
 
 
-def test_clients_that_send_vectors_need_to_tell_their_losses(
-    run: Run, opened: Callable[[Path, str], Process], data_dir: Path
+def test_a_site_sends_vectors_and_the_losses_with_them_only_where_its_file_allows_both(
+    run: Run, opened: Callable[[Path, str], Process], tiny_model_dir: Path, data_dir: Path
 ) -> None:
     folder = run("fl.rounds=1", "estimator=backprop", "trainer=lora")
+    site = f"device: cpu\nthreads: 1\nmodel: {{name: {tiny_model_dir}}}\ndata: {{path: {data_dir}}}\n"
 
+    with pytest.raises(SiteError, match="refusal 22, "):
+        opened(folder, site)
     with pytest.raises(SiteError, match="refusal 21, "):
-        opened(folder, f"data: {{path: {data_dir}}}\nlimits: {{answers: [accuracy]}}\n")
+        opened(folder, f"{site}limits: {{vectors: true, answers: [accuracy]}}\n")
+    assert opened(folder, f"{site}limits: {{vectors: true}}\n").peer.site.limits.vectors
 
 
 def test_clients_in_processes_of_their_own_find_a_folder_for_their_log(
@@ -355,3 +374,16 @@ def test_a_site_loads_its_model_once_and_each_run_begins_with_the_base(
     save_model_for(trainers[0], model)  # the same once more, but who knows
     opened(folders[0], site)
     assert len(loads) == 2
+
+
+def test_a_site_loads_its_model_anew_where_a_file_beside_the_weights_has_changed(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model")
+    site, model = SiteConfig(model=ModelConfig(name=str(folder)), device="cpu", threads=1), SiteModel()
+    first = model.open(site, 16)
+    assert model.open(site, 16).model is first.model
+
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    second = model.open(site, 16)
+
+    assert second.model is not first.model
+    assert second.tokenizer_digest != first.tokenizer_digest

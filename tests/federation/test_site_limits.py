@@ -100,17 +100,19 @@ def test_each_site_refuses_by_its_own_limit_and_the_server_learns_a_number(
         17: "",
         18: "min_rows: 8",
         19: "answers: [loss, per_class]",
+        23: "most_probes: 1",
         20: "",
     }
-    numbers = list(cases)  # 13 is left to a unit test: the package has one stage
+    numbers = list(cases)  # 13 is left to a unit test, as the package has one stage; 22 is of runs without scalars
     for client, (number, limits) in enumerate(cases.items()):
         sites.add(client, limits, top="artifact_max_bytes: 4321" if number == 17 else "")
     last = len(cases) - 1
     sites.before[last] = lambda process: process.kept.claim(3, run=process.peer.run_id)
 
-    settings = ("fl.local_steps=4", "fl.batch_size=2", "fl.label_counts=true", f"fl.num_clients={len(cases)}")
+    settings = ("fl.local_steps=4", "fl.batch_size=2", "fl.label_counts=true", "estimator.num_probes=2")
+    clients = f"fl.num_clients={len(cases)}"
     with pytest.raises(ConfigError, match="client 0 cannot take part: refusal 11, its site does not take part in this"):
-        run(*SETTINGS, *settings, sites.path, "strategy.startup_s=5")
+        run(*SETTINGS, *settings, clients, sites.path, "strategy.startup_s=5")
 
     told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     own = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]

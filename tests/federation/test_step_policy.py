@@ -157,6 +157,7 @@ def test_what_a_selection_costs_shows_by_class_and_by_client(run: Run, lines: Li
         "metric": "accuracy",
         "value": worst["value"],
         "round": 4,
+        "num_examples": worst["num_examples"],
     }
     assert summary["step_policy"] == {
         "flagged": [{"client": 2, "steps": 1}, {"client": 3, "steps": 1}],

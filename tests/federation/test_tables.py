@@ -107,7 +107,7 @@ def test_a_client_whose_codes_differ_is_refused_before_the_first_round(
         return opened[0]
 
     monkeypatch.setattr(apps, "_worker", worker)
-    begin = [load(overrides(TABLES, "fl.rounds=1", "strategy.startup_s=10")), tmp_path / "run"]
+    begin = [load(overrides(TABLES, "fl.rounds=1", "strategy.startup_s=1")), tmp_path / "run"]
 
     if codes == "the same":
         start_run(*begin, overrides=[])
@@ -192,8 +192,8 @@ def test_virtual_tokens_are_trained_before_a_sketch(
 
 
 @pytest.fixture
-def moved(run: Run) -> Path:
-    return run(TABLES, "server_optimizer.lr=1e-3", "evaluation.central=false")
+def moved(finished: Run) -> Path:
+    return finished(TABLES, "server_optimizer.lr=1e-3", "evaluation.central=false")
 
 
 def test_export_writes_a_sketch_its_tables_or_a_dense_model(moved: Path, tmp_path: Path, tiny_sketch_dir: Path) -> None:

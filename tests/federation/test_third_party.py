@@ -7,9 +7,6 @@ closed.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+Ask = Callable[[str, object], Any]
 PACKAGE = Path(__file__).resolve().parents[1] / "third_party"
 LOAD = """
 import json, sys
@@ -48,20 +46,17 @@ print(json.dumps([len(calls), replay_run(Path(folder))["space_size"]]))
 """
 
 
-def answer_of(program: str, argument: object) -> Any:
-    path = os.pathsep.join([str(PACKAGE), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-c", program, json.dumps(argument)],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture
+def answer_of(forked: Callable[..., tuple[int, str]]) -> Ask:
+    def answer(program: str, argument: object) -> Any:
+        code, said = forked(program, json.dumps(argument), path=PACKAGE)
+        assert code == 0, said
+        return json.loads(said.splitlines()[-1])
+
+    return answer
 
 
-def test_it_is_refused_and_accepted_by_the_rules_of_fedzos_own() -> None:
+def test_it_is_refused_and_accepted_by_the_rules_of_fedzos_own(answer_of: Ask) -> None:
     compiled, packed, auto = "model.compile=true", "model.quantization=nf4", "model.dtype=auto"
     adam, gradip = "server_optimizer=adam", ["step_policy=vpcs", "step_policy.statistic=gradip"]
     cases: dict[str, list[str]] = {
@@ -98,7 +93,10 @@ def test_it_is_refused_and_accepted_by_the_rules_of_fedzos_own() -> None:
 
 @pytest.mark.slow
 def test_its_clients_share_the_forwards_of_all_their_steps(
-    overrides: Callable[..., list[str]], lines: Callable[[Path, str], list[dict[str, Any]]], tmp_path: Path
+    answer_of: Ask,
+    overrides: Callable[..., list[str]],
+    lines: Callable[[Path, str], list[dict[str, Any]]],
+    tmp_path: Path,
 ) -> None:
     settings = overrides("trainer=stripes", "fl.local_steps=3", "fl.rounds=2")
     alone, together = tmp_path / "alone", tmp_path / "together"

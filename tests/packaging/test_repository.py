@@ -89,6 +89,19 @@ def test_every_make_command_of_the_docs_is_a_target() -> None:
     assert commands <= targets
 
 
+@pytest.mark.parametrize("mark", ["sim", "net"])
+def test_tests_of_a_mark_stand_in_the_folders_in_which_the_gate_looks_for_them(mark: str) -> None:
+    looked = re.search(rf"-m {mark}((?: tests/\w+)+)", (ROOT / ".ci" / "run").read_text(encoding="utf-8"))
+    holding = {
+        "/".join(path.relative_to(ROOT).parts[:2])
+        for path in (ROOT / "tests").rglob("*.py")
+        if re.search(rf"mark\.{mark}\b", path.read_text(encoding="utf-8"))
+    }
+
+    assert looked is not None
+    assert holding == {*looked[1].split()}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_local_link_leads_somewhere(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)

@@ -87,6 +87,16 @@ def test_version_is_the_same_for_python_and_for_flower() -> None:
     assert fedzo.__version__ == PROJECT["project"]["version"]
 
 
+def test_wheel_and_checkout_of_one_commit_are_the_same_version_to_each_other(wheel: Path, tmp_path: Path) -> None:
+    """A server refuses no site whose fedzo is installed in another way."""
+    from fedzo.system import code_version
+
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+
+    assert code_version(tmp_path / "fedzo") == code_version(ROOT / "fedzo")
+
+
 @pytest.mark.skipif("FEDZO_TEST_INSTALLED" not in os.environ, reason="only where .ci/run installed the wheel")
 def test_these_tests_run_against_the_installed_wheel() -> None:
     import fedzo

@@ -200,6 +200,7 @@ VECTOR_REPLY = VectorReply(position=3, change=scalars_to_bytes(FLOATS), loss=sca
 HELLO_REPLY = HelloReply(
     num_train=9, num_heldout=3, num_train_cut=1, rows_digest="a" * 64, label_counts='{"0": 4, "1": 5}',
     config_hash="b" * 64, base_digest="c" * 64, tokenizer_digest="d" * 64, task_digest="e" * 64,
+    architecture_digest="f" * 64,
 )  # fmt: skip
 CONTENT = b"0123456789" * 9
 PIECE = ArtifactPiece(
@@ -211,7 +212,10 @@ TASK = TaskConfig(candidates=[" bad", " good"])
 RUN = json.loads(
     to_json(
         filled(LaunchConfig(task=TaskConfig(name="t", template="{text}", candidates=[" bad", " good"]))).run(
-            BaseConfig(label="opt", weights_digest="ab" * 32, tokenizer_digest="ab" * 32), artifact="ab" * 32
+            BaseConfig(
+                label="opt", weights_digest="ab" * 32, tokenizer_digest="ab" * 32, architecture_digest="ab" * 32
+            ),
+            artifact="ab" * 32,
         )
     )
 )
@@ -334,7 +338,8 @@ def decoders(made: Path) -> Iterator[tuple[str, Decoder]]:
     rows = [{"index": 0, "name": "a", "key": key, "added": "2026-01-01"}]
     registry = in_file("clients.json", lambda at: ServerFolder(at).by_key())
     yield "clients.json", (altered(rows), registry, config)
-    presence = plain(Presence(round=3, clients=(ClientPresence(client=0, state="ready", why="x", version="1"),)))
+    row = ClientPresence(client=0, state="ready", why="x", version="1", last_round=2)
+    presence = plain(Presence(round=3, round_seconds=0.5, clients=(row,)))
     yield (
         "presence",
         (

@@ -279,7 +279,7 @@ class Rewriter:
 def test_stages(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(REWRITERS, "build", lambda config: Rewriter())
     rows = [{"text": f"Film {i} was long.", "label": i % 2, "id": i} for i in range(5)]
-    task = TaskConfig(name="sst2", template="{text}", candidates=[" bad", " good"])
+    task = TaskConfig(name="sst2", template="{text} It was", candidates=[" terrible", " great"])
     given = {"gate": False} if name == "oat_rephrase" else {}
     config = CONFIGS["preprocess"][name](**given).filled(task)
     folders = (tmp_path / str(number) for number in itertools.count())  # so that a new stage finds nothing made
