@@ -95,9 +95,6 @@ def _answered(question: str, answer: str, tokenizer: Any) -> str:
 
 
 def _rendered(chat: list[dict[str, str]], tokenizer: Any, *, add_generation_prompt: bool) -> str:
-    """As text. Templates of models that can think write that they do not, in both texts; others ignore the name."""
-    return str(
-        apply_chat_template(
-            tokenizer, chat, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
-        )
-    )
+    """As text. Templates of models that can think write that they do not, in both texts; others ignore the names."""
+    off = {"enable_thinking": False, "thinking": False}
+    return str(apply_chat_template(tokenizer, chat, tokenize=False, add_generation_prompt=add_generation_prompt, **off))

@@ -38,17 +38,10 @@ _TEXTS = (
 
 _NOT_COMPUTED = frozenset(
     {
-        "architectures",
-        "attn_implementation",
-        "bos_token_id",
-        "dtype",
-        "eos_token_id",
-        "experts_implementation",
-        "pad_token_id",
-        "quantization_config",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
+        *("architectures", "attn_implementation", "auto_map", "dtype", "experts_implementation", "quantization_config"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "id2label", "label2id", "problem_type"),
+        *("task_specific_params", "tokenizer_class", "torch_dtype", "transformers_version", "unsloth_fixed"),
+        *("unsloth_version", "use_cache"),
     }
 )
 """Keys of a configuration that ``architecture_digest`` leaves out; another set makes another digest."""
@@ -105,12 +98,16 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def architecture_digest(config: Any) -> str:
-    """SHA-256 over what a model's configuration says of how it computes with its weights, as canonical JSON.
+def architecture_digest(config_file: Path | None) -> str:
+    """SHA-256 over what a model's ``config.json`` says of how it computes with its weights, as canonical JSON.
 
-    Left out is what may differ where the weights are the same: how they are held, and what the tokenizer says as well.
+    As the file is stored: what transformers reads of it has other keys in another version of transformers. Left out is
+    what may differ where the weights are the same: how they are held, and what the tokenizer says as well.
+
+    Args:
+        config_file: The file; None where the files of the weights hold the configuration, too.
     """
-    held = _of_computation(json.loads(config.to_json_string()))
+    held = {} if config_file is None else _of_computation(json.loads(config_file.read_text(encoding="utf-8")))
     text = json.dumps(held, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,7 +109,15 @@ def _load(config: ModelConfig, where: torch.device, max_length: int) -> LoadedMo
         return dict(_read(source, dtype, **packed).named_parameters())
 
     try:
-        loaded = _wrap(model, tokenizer, device=where, digest=digest, source=config.name, read_weights=read_weights)
+        loaded = _wrap(
+            model,
+            tokenizer,
+            device=where,
+            digest=digest,
+            source=config.name,
+            read_weights=read_weights,
+            config_file=source.config_file,
+        )
     except Exception as error:  # and their model may do anything in its first forward
         if isinstance(error, ConfigError) or is_out_of_memory(error):
             raise
@@ -229,8 +238,8 @@ def _wrap(
     digest: str,
     source: str,
     read_weights: Callable[[], dict[str, torch.Tensor]],
+    config_file: Path | None = None,
 ) -> LoadedModel:
-    architecture = architecture_digest(model.config)  # before it is changed here
     model.eval()
     model.requires_grad_(False)
     for settings in (model.config, model.config.get_text_config()):  # a decoder beside other parts reads its own
@@ -248,7 +257,7 @@ def _wrap(
         device=device,
         base_digest=digest,
         tokenizer_digest=tokenizer_digest(tokenizer),
-        architecture_digest=architecture,
+        architecture_digest=architecture_digest(config_file),
         source=source,
         read_weights=read_weights,
         direct_head=direct_head,

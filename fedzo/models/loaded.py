@@ -57,7 +57,7 @@ class LoadedModel:
         decoder: What losses and scores run through, if not the model's own (``model.compile``, ``model.cuda_graphs``).
         kept: Where scores find states of texts that ran before, and leave them (``model.lower_layers_cache_mb``).
         revision: Hub revision that ``source`` was read at, if one was named.
-        architecture_digest: SHA-256 of how the model computes with its weights (``digest.architecture_digest``).
+        architecture_digest: SHA-256 of what ``config.json`` says of the computation (``digest.architecture_digest``).
         counter: Forwards and tokens so far.
     """
 

@@ -48,12 +48,14 @@ class Source:
         revision: Hub revision.
         gguf_file: GGUF file within, ``None`` for safetensors.
         files: The files that hold the weights.
+        config_file: ``config.json``; None where the weights' file, whose digest is known, holds the configuration.
     """
 
     name: str
     revision: str | None
     gguf_file: str | None
     files: tuple[Path, ...]
+    config_file: Path | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``from_pretrained`` for model and tokenizer; no code of the source is ever run."""
@@ -86,8 +88,6 @@ def find_source(config: ModelConfig) -> Source:
             f"model.name {name!r}: the folder must hold a model alone, but adapter_config.json is there. It holds an "
             "adapter: name the model that it was trained on, and load it beside that with PEFT."
         )
-    if config.gguf_file is None and find_file(name, "config.json", config.revision, required=True) is None:
-        raise ConfigError(f"model.name {name!r}: the folder must hold config.json, which is not there. Check the path.")
     if config.gguf_file is not None:
         found = find_file(name, config.gguf_file, config.revision)
         if found is None:
@@ -95,7 +95,10 @@ def find_source(config: ModelConfig) -> Source:
                 f"model.gguf_file must name a file in {config.name!r}, got {config.gguf_file!r}. Check the name."
             )
         return Source(name, config.revision, config.gguf_file, (found,))
-    return Source(name, config.revision, None, _safetensors(name, config.revision))
+    config_file = find_file(name, "config.json", config.revision, required=True)
+    if config_file is None:
+        raise ConfigError(f"model.name {name!r}: the folder must hold config.json, which is not there. Check the path.")
+    return Source(name, config.revision, None, _safetensors(name, config.revision), config_file)
 
 
 def check_unpacked(source: Source, config: ModelConfig) -> None:

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fedzo.errors import ConfigError
 from fedzo.models.cache import read_only
-from fedzo.models.checks import mismatch, num_positions
+from fedzo.models.checks import mismatch, num_positions, some_ids
 from fedzo.models.memory import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def misfit(model: nn.Module) -> str:
     embeddings, embeddings must be all that the decoder reads of a text.
     """
     tokens: VirtualTokens = vars(model)[_ATTACHED]
-    ids = torch.arange(4, device=next(model.parameters()).device)[None]
+    ids = some_ids(model, 1, 4)
     decoder = cast(Any, model).get_decoder()
     try:
         seen = decoder(input_ids=ids).last_hidden_state
@@ -76,7 +76,7 @@ def misfit(model: nn.Module) -> str:
             if isinstance(tokens.peft_model.get_prompt(1), torch.Tensor):
                 embedded = decoder(inputs_embeds=decoder.get_input_embeddings()(ids)).last_hidden_state
                 if mismatch(embedded, alone):  # as Gemma 3n, which has embeddings of its own in every layer
-                    return "it reads token ids beside embeddings"
+                    return "it computes otherwise from embeddings than from token ids"
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         if is_out_of_memory(error):
             raise

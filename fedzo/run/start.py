@@ -83,12 +83,10 @@ def check_base(run: RunConfig, loaded: LoadedModel, run_dir: Path) -> None:
     """Refuse another model than the run's. Trained values alone may have the digest of the log on any base.
 
     Raises:
-        ConfigError: Weights, architecture or tokenizer have another digest.
+        ConfigError: Weights, config.json or tokenizer have another digest.
     """
     _must_be("the model's weights", run.base.weights_digest, loaded.base_digest, run_dir)
-    _must_be(
-        "the model's architecture (config.json)", run.base.architecture_digest, loaded.architecture_digest, run_dir
-    )
+    _must_be("the model's config.json", run.base.architecture_digest, loaded.architecture_digest, run_dir)
     _must_be("the model's tokenizer", run.base.tokenizer_digest, loaded.tokenizer_digest, run_dir)
 
 

@@ -112,6 +112,16 @@ class LoraTrainerConfig(LayerAdapterConfig):
         yield from at_least("trainer.alpha", self.alpha, 1, "Twice the rank is usual.")
 
 
+def _some_layers(layers: list[str], first_layer: int) -> list[str]:
+    """The layers, of which upper blocks of another kind than the others may have none."""
+    if not layers:
+        raise ConfigError(
+            f"trainer.target_modules must name layers in the blocks from trainer.first_layer={first_layer} on, got "
+            "none. Lower trainer.first_layer, or name layers of these blocks."
+        )
+    return layers
+
+
 @TRAINERS.register("lora", LoraTrainerConfig)
 def lora_trainer(config: LoraTrainerConfig) -> AdapterTrainer:
     """Low-rank updates (alpha / rank) B A of linear layers (arXiv 2106.09685), as in MeZO's LoRA runs.
@@ -132,7 +142,7 @@ def lora_trainer(config: LoraTrainerConfig) -> AdapterTrainer:
             task_type="CAUSAL_LM",
             r=config.rank,
             lora_alpha=config.alpha,
-            target_modules=layers,
+            target_modules=_some_layers(layers, config.first_layer),
             fan_in_fan_out=are_transposed(model, layers),
         )
 
@@ -181,7 +191,7 @@ def ia3_trainer(config: Ia3TrainerConfig) -> AdapterTrainer:
             named=bool(config.feedforward_modules),
             key="trainer.feedforward_modules",
         )
-        layers = [*outputs, *inputs]
+        layers = _some_layers([*outputs, *inputs], config.first_layer)
         return peft.IA3Config(
             task_type="CAUSAL_LM",
             target_modules=layers,

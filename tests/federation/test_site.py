@@ -187,7 +187,7 @@ def test_a_run_does_not_go_on_with_weights_that_are_computed_with_in_another_way
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
 
-    with pytest.raises(ConfigError, match=r"the model's architecture \(config\.json\) must have the SHA-256"):
+    with pytest.raises(ConfigError, match=r"the model's config\.json must have the SHA-256"):
         resume_run(tmp_path / "run")
 
 

@@ -81,7 +81,7 @@ def registration_problem(reply: HelloReply, *, identity: Identity, num_labels: i
     if not reply.refusal:  # which says nothing of what the client holds
         peers |= {
             "base weights": (identity.base_digest, reply.base_digest),
-            "architecture (config.json)": (identity.architecture_digest, reply.architecture_digest),
+            "config.json": (identity.architecture_digest, reply.architecture_digest),
             "tokenizer": (identity.tokenizer_digest, reply.tokenizer_digest),
             "task": (identity.task_digest, reply.task_digest),
         }

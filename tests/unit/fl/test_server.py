@@ -1192,7 +1192,7 @@ def test_a_newcomer_of_another_run_is_not_let_in(federation: Any, caplog: pytest
     [
         ({"base_digest": "x"}, r"client 0: its base weights must be the server's \(b\), got x"),
         ({"tokenizer_digest": "x"}, "its tokenizer must be"),
-        ({"architecture_digest": "x"}, r"its architecture \(config\.json\) must be the server's \(a\), got x"),
+        ({"architecture_digest": "x"}, r"its config\.json must be the server's \(a\), got x"),
         ({"task_digest": "x"}, "its task must be"),
         ({"num_train": 0}, "at least one training row, got 0"),
         ({"num_train_cut": 11}, "no more of its rows can be cut than it has"),

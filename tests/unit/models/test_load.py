@@ -181,7 +181,7 @@ def test_the_tokenizers_digest_changes_with_its_chat_template(copied: Path, fold
     [
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, False),
         ({"rms_norm_eps": 0.5}, False),
-        ({"eos_token_id": 7, "pad_token_id": None, "dtype": "bfloat16", "use_cache": False, "architectures": []}, True),
+        ({"eos_token_id": 7, "pad_token_id": None, "dtype": "bfloat16", "use_cache": False, "auto_map": {}}, True),
     ],
     ids=["rope_theta", "rms_norm_eps", "what is no computation"],
 )

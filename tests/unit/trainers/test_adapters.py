@@ -448,7 +448,7 @@ def test_prompts_of_a_model_that_reads_token_ids_beside_embeddings_are_refused()
     loaded.model.get_decoder().register_forward_hook(beside, with_kwargs=True)
 
     build(loaded, PrefixTrainerConfig(init_std=0.3))
-    with pytest.raises(ConfigError, match="cannot: it reads token ids beside embeddings"):
+    with pytest.raises(ConfigError, match="cannot: it computes otherwise from embeddings than from token ids"):
         build(loaded, PromptTrainerConfig(init_std=0.3))
 
 

@@ -248,3 +248,12 @@ def test_layers_of_the_default_that_no_upper_block_has_are_left_out(place: Workp
     built = TRAINERS.build(config).build(loaded, place.artifacts.put(bytes(8)), distribution=LAW)
 
     assert built.space.size == 16 + 16  # keys and values
+
+
+def test_upper_blocks_of_another_kind_have_no_layer_of_the_default(place: Workplace) -> None:
+    """As those of hybrids, whose attention is in some blocks alone."""
+    loaded: Any = tiny_loaded("llama")
+    loaded.model.model.layers[1].self_attn = nn.Identity()
+
+    with pytest.raises(ConfigError, match=r"in the blocks from trainer\.first_layer=1 on, got none\. Lower"):
+        TRAINERS.build(LoraTrainerConfig(first_layer=1)).build(loaded, place.artifacts.put(bytes(8)), distribution=LAW)

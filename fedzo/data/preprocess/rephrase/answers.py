@@ -77,12 +77,13 @@ def read_answer(body: bytes, *, prompt_tokens: int, completion_tokens: int) -> C
 
 
 def without_thought(answer: Completion) -> Completion:
-    """The answer behind what a model wrote while it thought; one that ends in its thoughts was cut off."""
-    if not answer.text.lstrip().startswith(_THOUGHT):
-        return answer
-    if END_OF_THOUGHT not in answer.text:
-        return replace(answer, truncated=True)
-    return replace(answer, text=after_thought(answer.text))
+    """The answer behind what a model wrote while it thought; one that ends in its thoughts was cut off.
+
+    Where a chat template begins the thought, the answer has its end alone.
+    """
+    if END_OF_THOUGHT in answer.text:
+        return replace(answer, text=after_thought(answer.text))
+    return replace(answer, truncated=True) if answer.text.lstrip().startswith(_THOUGHT) else answer
 
 
 def _entry(value: object, name: str, where: str, *, required: bool = True) -> Any:

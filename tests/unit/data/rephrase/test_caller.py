@@ -181,16 +181,18 @@ def test_faults_of_an_outage_that_is_over_stop_no_later_caller(scripted: Make, a
 
 def test_thoughts_are_no_part_of_an_answer_and_are_not_kept(scripted: Make, ask: Make, tmp_path: Path) -> None:
     replies = {"thinks": "<think>\nHm.\n</think>\n\nfine", "is cut": "<think>\nHm.", "says": "fine <think>"}
+    replies["thinks on"] = "Hm.\n</think>\n\nfine"
     backend = scripted(lambda request: replies[request.messages[0].content])
 
     with Store(tmp_path) as store:
         answers = Caller(backend, store, RewriterConfig()).answer([ask(each) for each in replies])
-        assert len(store) == 2
+        assert len(store) == 3
 
     assert [(answer.text, answer.truncated) for answer in answers] == [
         ("fine", False),
         ("<think>\nHm.", True),
         ("fine <think>", False),
+        ("fine", False),
     ]
     assert "think>" not in (tmp_path / FILE).read_text().replace("fine <think>", "")
 
