@@ -154,6 +154,7 @@ class MasterSpace:
         self._master = master
         self.distribution = distribution
         self._marked: torch.Tensor | None = None
+        self._waits = self._is_behind = False  # the model, for the last of several steps; and has not got some
 
     @property
     def size(self) -> int:
@@ -177,15 +178,22 @@ class MasterSpace:
             self._write(self._master)
 
     def step(self, s: float, key: int) -> None:
-        self._move(s, key)
-        self._write(self._master)
+        add_direction(self._master, key, scale=-s, out=self._master, distribution=self.distribution)
+        self._is_behind = self._waits
+        if not self._waits:
+            self._write(self._master)
 
     def steps(self, steps: Sequence[tuple[float, int]]) -> None:
-        """As ``step`` for each (s, key), one after another, but the model is written to once."""
-        for s, key in steps[:-1]:
-            self._move(s, key)
-        for s, key in steps[-1:]:
-            self.step(s, key)
+        """``step`` for each (s, key), one after another, but the model is written to once."""
+        self._waits = True
+        try:
+            for s, key in steps:
+                self.step(s, key)
+        finally:
+            self._waits = False
+        if self._is_behind:
+            self._is_behind = False
+            self._write(self._master)
 
     def scale_by(self, factor: float) -> None:
         self._master.mul_(factor)
@@ -218,9 +226,6 @@ class MasterSpace:
 
     def row_weights(self, model: nn.Module) -> RowWeights | None:
         return None
-
-    def _move(self, s: float, key: int) -> None:
-        add_direction(self._master, key, scale=-s, out=self._master, distribution=self.distribution)
 
     def _write_moved(self, scale: float, key: int) -> None:
         self._write(add_direction(self._master, key, scale=scale, distribution=self.distribution))

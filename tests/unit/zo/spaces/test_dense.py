@@ -8,6 +8,7 @@ from torch import nn
 
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import direction
+from fedzo.zo.spaces.base import take_steps
 from fedzo.zo.spaces.dense import DenseSpace
 
 SHAPES = [(3, 5), (7,), (2, 3, 4)]
@@ -21,6 +22,25 @@ def parameters() -> list[nn.Parameter]:
 
 def flat(tensors: list[nn.Parameter]) -> torch.Tensor:
     return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+
+
+class Halves(DenseSpace):
+    """Somebody's space, whose steps are others."""
+
+    def step(self, s: float, key: int) -> None:
+        super().step(s / 2, key)
+
+
+def test_several_steps_are_those_of_the_space_itself() -> None:
+    one, other = (Halves([nn.Parameter(torch.ones(7))]) for _ in range(2))
+    steps = [(0.5, 1), (0.25, 2), (-1.0, 3)]
+
+    take_steps(one, steps)
+    for s, key in steps:
+        other.step(s, key)
+
+    assert one.digest() == other.digest()
+    assert torch.equal(one.parameters[0], other.parameters[0])
 
 
 @pytest.mark.parametrize("law", list(Distribution))
