@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedzo.bench.measure import interleaved, measure_peak_bytes, resident_bytes
+from fedzo.bench.measure import WARM_UPS, interleaved, measure_peak_bytes, resident_bytes
 from fedzo.bench.rivals import first_order_step, mezo_walk_step
 from fedzo.bench.shapes import random_model
 from fedzo.config.schema import LaunchConfig
@@ -24,7 +24,7 @@ from fedzo.data.config import Loss
 from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
 from fedzo.models.adapters import base_model, has_adapter
-from fedzo.models.captured import CapturedDecoder
+from fedzo.models.captured import NUM_EAGER, CapturedDecoder
 from fedzo.models.checks import num_positions
 from fedzo.models.config import Quantization
 from fedzo.models.load import TORCH_DTYPES, compile_loaded, load_model
@@ -221,7 +221,7 @@ def open_bench(config: LaunchConfig, *, shape: str | None, rows: int, tokens: in
 def bench_step(
     bench: Bench, *, repeats: int, on_repeat: OnProgress, peaks: Callable[[str], int | None]
 ) -> dict[str, Any]:
-    """Time all contestants in turn, ``repeats`` times over, after two rounds of warming up.
+    """Time all contestants in turn, ``repeats`` times over, after rounds of warming up.
 
     Args:
         bench: What to step on.
@@ -234,7 +234,9 @@ def bench_step(
     """
     contestants = bench.contestants()
     timed = {name: partial(_finish, work, bench.loaded.device) for name, work in contestants.items()}
-    seconds = interleaved(timed, repeats=repeats, on_repeat=on_repeat)
+    # what runs once a step is recorded and compared in so many, or compiled, which takes no more
+    warm_ups = NUM_EAGER if bench.loaded.decoder else WARM_UPS
+    seconds = interleaved(timed, repeats=repeats, warm_ups=warm_ups, on_repeat=on_repeat)
     figures = [_figure(name, spent, seconds[BARE], peaks(name)) for name, spent in seconds.items()]
     model, rows = bench.loaded.model, len(bench.examples)
     return {
@@ -270,7 +272,11 @@ def peak_bytes(config: LaunchConfig, name: str, *, shape: str | None, rows: int,
         make_dense(bench.loaded.model)
         name = BARE
     contestants = bench.contestants()
-    contestants[BARE]()
+    if bench.loaded.decoder:  # its graphs keep memory, so there must be those of this contestant and no others
+        for _ in range(NUM_EAGER):
+            contestants[name]()
+    else:
+        contestants[BARE]()
     add_direction(torch.zeros(8), 0, scale=1.0)  # loads or compiles the CPU kernel, which is no step's memory
     peak = measure_peak_bytes(contestants[name], bench.loaded.device)
     return peak if peak is None or bench.loaded.device.type != "cpu" else peak - before

@@ -31,7 +31,7 @@ from fedzo.runtime.net.parts import listening_problem
 from fedzo.runtime.net.server_folder import ServerFolder
 from fedzo.system import PACKAGES, code_version, default_threads, device_text, package_version
 from fedzo.zo.config import Distribution
-from fedzo.zo.directions import add_direction, direction, direction_at, stream_key
+from fedzo.zo.directions import add_direction, direction, direction_at, fused, stream_key
 
 Check = tuple[str, bool, str]
 PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HTTP_PROXY", "http_proxy")
@@ -129,6 +129,7 @@ def _model(site: SiteFile) -> Iterator[Check]:
         return
     yield "device", True, device_text(device)
     yield _directions(device)
+    yield from _kernels(device)
     try:
         stored = sum(file.stat().st_size for file in find_source(site.model).files)
         left = available_memory_bytes(device)
@@ -163,6 +164,15 @@ def _directions(device: torch.device) -> Check:
     except RuntimeError as error:  # of a driver, or of memory
         return "directions", False, f"{told}cannot be made: {printable(str(error), most=200)}"
     return "directions", True, f"{told}are the specified ones"
+
+
+def _kernels(device: torch.device) -> Iterator[Check]:
+    """Whether a device of NVIDIA's makes directions by kernels of their own."""
+    if device.type == "cuda" and torch.version.cuda:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        found = fused(torch.device("cuda", index)) is not None
+        slow = "none, so directions take many times longer. The warning says why"
+        yield "CUDA kernels", found, "make the directions" if found else slow
 
 
 def _server_seen(folder: ClientFolder) -> Iterator[Check]:
@@ -215,4 +225,4 @@ def doctor() -> list[tuple[str, bool, str]]:
     bits = [f"{word:08x}" for word in direction(stream_key(0, round=0), 4).view("uint32")]
     golden = bits == ["bea7d6d0", "3e5d41d9", "3fd9904a", "401c6450"]
     checks.append(("directions", golden, "golden vector " + ("matches" if golden else f"differs: {bits}")))
-    return checks
+    return [*checks, *_kernels(torch.device(device))]

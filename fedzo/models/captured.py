@@ -12,7 +12,7 @@ import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 _LOOK = masking_utils.find_packed_sequence_indices
 _MOST_GRAPHS = 64
 _NUM_COMPARED = 3  # runs of a graph, which count as eager ones: with the forward before it, they are two whole probes
+NUM_EAGER = 1 + _NUM_COMPARED
+"""Forwards of a shape that run eagerly, all or beside its graph, before its graph runs alone."""
 _LARGE = 0.05  # a scale at which no perturbed weight is missed: that of a run moves states by less than rounding does
 
 Work = Callable[..., torch.Tensor]
@@ -61,48 +63,59 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = cast(Any, torch.cuda).Stream(device)
-        self._pool: Any = None
         self._live: weakref.WeakSet[CudaGraph] = weakref.WeakSet()
 
     def __call__(self) -> CudaGraph:
-        if not self._live:  # what is left of a pool without graphs, such as a library's workspace, hinders new ones
-            self._pool = torch.cuda.graph_pool_handle()
-        graph = CudaGraph(self, self._pool)
+        pool: Any = next((each.pool for each in self._live), None)  # which graphs alone hold, so it goes with the last
+        if pool is None:  # what is left of a pool without graphs, such as a library's workspace, hinders new ones
+            with torch.cuda.device(self.device):
+                pool = torch.cuda.MemPool()
+        graph = CudaGraph(self, pool)
         self._live.add(graph)
         return graph
 
-    def release(self, pool: Any) -> None:
-        """After a capture that broke off: memory is no longer taken for it, and the next graph has another pool."""
+    def forget(self) -> None:
+        """The next graph has a pool of its own."""
         self._live.clear()
-        index = self.device.index if self.device.index is not None else torch.cuda.current_device()
-        try:
-            torch._C._cuda_endAllocateToPool(index, pool)
-        except RuntimeError:
-            return  # its end has done so
-        torch._C._cuda_releasePool(index, pool)
 
 
 class CudaGraph:
-    """One of them, with nothing in it yet."""
+    """One of them, with nothing in it yet; ``pool`` is a ``torch.cuda.MemPool``."""
 
     def __init__(self, graphs: CudaGraphs, pool: Any) -> None:
         self._graphs = graphs
-        self._pool = pool
+        self.pool = pool
         self._graph = torch.cuda.CUDAGraph()
 
+    def __del__(self) -> None:
+        self._graph.reset()  # before the pool, which some versions of torch do not let go while a graph has it
+
     def capture(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
-        at = self._graphs
+        at, num_users = self._graphs, self.pool.use_count()
         # the outer stream comes back even where the end of a capture raises; relaxed: a kernel may be loaded meanwhile
         try:
             with (
                 torch.cuda.device(at.device),
                 torch.cuda.stream(torch.cuda.current_stream(at.device)),
-                torch.cuda.graph(self._graph, pool=self._pool, stream=at.stream, capture_error_mode="relaxed"),
+                torch.cuda.graph(self._graph, pool=self.pool.id, stream=at.stream, capture_error_mode="relaxed"),
             ):
                 return work()
         except Exception:
-            at.release(self._pool)
+            self._release(num_users)
             raise
+
+    def _release(self, num_users: int) -> None:
+        """After a capture that broke off: no memory is taken for it any more, and the pool has its users of before."""
+        index = self._graphs.device.index
+        index = torch.cuda.current_device() if index is None else index
+        self._graphs.forget()
+        of_torch: Any = torch._C  # before version 2.8 it has the other name
+        end = getattr(of_torch, "_cuda_endAllocateToPool", None) or of_torch._cuda_endAllocateCurrentStreamToPool
+        with suppress(RuntimeError):  # in some versions of torch its end has done so
+            end(index, self.pool.id)
+        self._graph.reset()  # in some it is no user from here on
+        if self.pool.use_count() > num_users:
+            of_torch._cuda_releasePool(index, self.pool.id)
 
     def replay(self) -> None:
         with torch.cuda.device(self._graphs.device):

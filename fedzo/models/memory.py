@@ -13,8 +13,8 @@ The memory of a forward-only step, in bytes (w = bytes of a weight):
     trained      what the space says (``Space.step_bytes``): masters, directions, scratch, marks
     gradient     where a backward pass is taken: activations and attention of all layers at a time; all weights once
                  more where dense ones are trained; and 8 float32 vectors of the trained values
-    rule         space_size * 4 * (num_moments + 10) in the machine's memory, if the server optimizer remembers any:
-                 its numbers, and what a round's update holds beside them for a while (3 vectors of n, 10 with a drift)
+    moments      space_size * 4 * (num_moments + 10) in the machine's memory, if the server optimizer has any: these
+                 numbers, and what a round's update holds beside them for a while (3 vectors of n, 10 with a drift)
 
 It is meant to be an upper estimate; sequences are taken to be 512 tokens at most.
 """
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import psutil
 import torch
@@ -35,11 +35,12 @@ from fedzo.models.loaded import LoadedModel
 from fedzo.sketch import sketched_layers, tables_of
 
 _LOGITS_BYTES = 256 << 20
-_RULE_VECTORS = 10
+_UPDATE_VECTORS = 10
 _GRADIENT_VECTORS = 8  # start, theta, gradient, change, the local optimizer's two moments and scratch
 _SEQUENCE_TOKENS = 512
 _OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
 """How torch, its libraries and Triton say it in a plain RuntimeError."""
+_TIMED_ROW = 32  # tokens
 _SHARE = 0.9  # of what is available: allocators keep some
 
 
@@ -69,9 +70,9 @@ def state_bytes(model: nn.Module) -> int:
     return next(model.parameters()).element_size() * _hidden(_text_config(model))
 
 
-def rule_bytes(space_size: int, num_moments: int) -> int:
+def server_optimizer_bytes(space_size: int, num_moments: int) -> int:
     """Bytes that a server optimizer takes, in the machine's memory whatever the model's device."""
-    return 4 * space_size * (num_moments + _RULE_VECTORS) if num_moments else 0
+    return 4 * space_size * (num_moments + _UPDATE_VECTORS) if num_moments else 0
 
 
 def gradient_bytes(model: nn.Module, space_size: int, *, trains_base_weights: bool) -> int:
@@ -196,9 +197,28 @@ def fit_tokens_per_batch(
     return tokens
 
 
-def seconds_per_token(loaded: LoadedModel, *, num_tokens: int = 256) -> float:
-    """Seconds a token takes in a forward of ``num_tokens`` (rows of 32) without the LM head: one warm-up, one timed."""
-    ids = torch.full((max(1, num_tokens // 32), 32), loaded.tokenizer.eos_token_id or 0, device=loaded.device)
+class ForwardSeconds(NamedTuple):
+    """What forwards take without the LM head.
+
+    Attributes:
+        each: Of a forward, however small: on a GPU Python starts every kernel, and the card may wait for it.
+        token: Of a token.
+    """
+
+    each: float
+    token: float
+
+
+def time_forwards(loaded: LoadedModel, *, num_tokens: int) -> ForwardSeconds:
+    """Time forwards of one row and of ``num_tokens``, at least two rows, of 32 tokens each: a warm-up and one timed."""
+    rows = max(2, num_tokens // _TIMED_ROW)
+    small, large = (_seconds_of(loaded, count) for count in (1, rows))
+    each = min(max(0.0, (rows * small - large) / (rows - 1)), large)
+    return ForwardSeconds(each, (large - each) / (rows * _TIMED_ROW))
+
+
+def _seconds_of(loaded: LoadedModel, rows: int) -> float:
+    ids = torch.full((rows, _TIMED_ROW), loaded.tokenizer.eos_token_id or 0, device=loaded.device)
     at = torch.zeros(1, dtype=torch.int64, device=loaded.device)
     seconds = 0.0
     for _ in range(2):
@@ -206,7 +226,7 @@ def seconds_per_token(loaded: LoadedModel, *, num_tokens: int = 256) -> float:
         with torch.inference_mode():
             hidden_at(loaded.model, ids, at, at).sum().item()  # item waits for the device
         seconds = time.perf_counter() - begin
-    return seconds / ids.numel()
+    return seconds
 
 
 def _num_unpacked(parameter: nn.Parameter) -> int:

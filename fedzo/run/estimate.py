@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -13,16 +14,19 @@ from fedzo.fl.client.local_update import Workspace
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.memory import (
     available_memory_bytes,
+    cache_tokens,
     estimate_step_memory_bytes,
     fit_tokens_per_batch,
-    rule_bytes,
+    server_optimizer_bytes,
     state_bytes,
+    time_forwards,
 )
-from fedzo.models.memory import seconds_per_token as time_a_token
 from fedzo.records.metrics import Estimate
 from fedzo.zo.spaces.base import Space
 
 log = logging.getLogger(__name__)
+_TIMED_TOKENS = 2048  # of a GPU, where a forward of few costs as much (``fedzo.models.plan.forward_cost``)
+_TIMED_ON_CPU = 256  # enough there, and more would delay the start
 
 
 def fitting_tokens_per_batch(
@@ -41,7 +45,7 @@ def fitting_tokens_per_batch(
     Raises:
         ConfigError: What the server optimizer remembers does not fit, or not even one sequence beside it.
     """
-    kept, host = rule_bytes(space.size, num_moments), available_memory_bytes(torch.device("cpu"))
+    kept, host = server_optimizer_bytes(space.size, num_moments), available_memory_bytes(torch.device("cpu"))
     if kept > host:
         raise ConfigError(
             f"server_optimizer: it must fit in memory, but remembers {num_moments} float32 numbers for each of the "
@@ -83,9 +87,10 @@ def estimate_run(
     forwards_per_step: float,
     num_rows: int,
     local_steps: int,
+    new_tokens: int = 0,
     gradient_bytes: int = 0,
 ) -> Estimate:
-    """Estimate from one timed forward.
+    """Estimate from timed forwards, all of them eager; clients that share forwards are taken to have their own.
 
     Args:
         at: What the run measures with.
@@ -96,6 +101,7 @@ def estimate_run(
         forwards_per_step: What one step costs, in forwards of the whole model.
         num_rows: Training rows of all clients.
         local_steps: T.
+        new_tokens: Most tokens that a score writes for each row, a forward after the other; 0 where it writes none.
         gradient_bytes: What gradients take (``fedzo.models.memory``), in a run that computes them; 0 in others.
     """
     loaded, space, lower = at.loaded, at.replica.space, at.lower
@@ -107,9 +113,20 @@ def estimate_run(
         kept = lower.kept_share(visits, num_rows, row_bytes=row_bytes)
         forwards_per_step = lower.whole_forwards(forwards_per_step, kept=kept)
         kept_bytes = lower.kept_bytes(min(at.tokens_per_batch, rows_per_step * longest), token_bytes=token_bytes)
-    tokens = visits * forwards_per_step * _mean(_num_tokens, train)
-    tokens += sum(times * _score_forwards(loaded, times, part) * sum(map(_num_tokens, part)) for times, part in scored)
-    remembered_bytes = rule_bytes(space.size, len(at.replica.moments))
+    timed = _TIMED_ON_CPU if loaded.device.type == "cpu" else _TIMED_TOKENS
+    cost = time_forwards(loaded, num_tokens=min(at.tokens_per_batch, timed))
+
+    def seconds(times: float, tokens: float) -> float:
+        return times * (math.ceil(tokens / at.tokens_per_batch) * cost.each + tokens * cost.token)
+
+    taken = seconds(steps * forwards_per_step, rows_per_step * _mean(_num_tokens, train))
+    for times, part in scored:
+        taken += seconds(times * _score_forwards(loaded, times, part), sum(map(_num_tokens, part)))
+        if new_tokens:
+            written = sum(len(example.generation_prompt) + new_tokens for example in part)
+            batches = math.ceil(written * max(1.0, cache_tokens(loaded.model)) / at.tokens_per_batch)
+            taken += times * (batches * new_tokens * cost.each + written * cost.token)
+    remembered_bytes = server_optimizer_bytes(space.size, len(at.replica.moments))
     memory = estimate_step_memory_bytes(
         loaded.model,
         batch_tokens=rows_per_step * longest if gradient_bytes else min(at.tokens_per_batch, rows_per_step * longest),
@@ -117,7 +134,7 @@ def estimate_run(
         trained_bytes=space.step_bytes(local_steps) + remembered_bytes + gradient_bytes + kept_bytes,
         backward=gradient_bytes > 0,
     )
-    return Estimate(memory_bytes=memory, seconds=tokens * time_a_token(loaded))
+    return Estimate(memory_bytes=memory, seconds=taken)
 
 
 def _num_tokens(example: Example) -> int:

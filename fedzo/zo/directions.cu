@@ -43,7 +43,7 @@ struct Draw {  // which direction, and times what
 struct Arguments {  // of every kernel; mirrored in fedzo/zo/directions_cuda.py
   u64 pieces;       // Piece [count], or 0: the only one is ``one``
   i64 count;
-  i64 tiles;  // of all pieces
+  i64 tiles;  // of all pieces; add_rows: of a row, at most
   Piece one;
   u64 room;   // what is added to every out of ``pieces``
   u64 table;  // float [TABLE], the upper half
@@ -258,14 +258,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) add(const Arguments a) {
   }
 }
 
-// The same for the rows [count, one.size] of a matrix; index: the coordinates of their first weights.
+// The same for the rows [count, one.size] of a matrix; index: the coordinates of their first weights. Blocks take tiles
+// of rows in turn: of an expert's matrix, taken by its number, there is one row. The last tile of a row is empty where
+// the row begins well, so that of all rows comes last: or half of the blocks had nothing but empty ones.
 extern "C" __global__ void __launch_bounds__(THREADS) add_rows(const Arguments a) {
   const Draw& draw = draw_of(a);
   const float* table = open_table(a, draw);
-  for (i64 row = blockIdx.x; row < a.count; row += gridDim.x) {
+  for (i64 tile = blockIdx.x; tile < a.count * a.tiles; tile += gridDim.x) {
+    const i64 row = tile % a.count;
     u64 offset = row * a.one.size * sizeof(Weight);
     Piece p = {a.one.base + offset, a.one.out + offset, ((const i64*)a.index)[row], a.one.size, 0};
-    add_piece(p, 0, 1, table, draw);
+    add_piece(p, tile / a.count, a.tiles, table, draw);
   }
 }
 

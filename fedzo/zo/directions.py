@@ -175,9 +175,20 @@ def _checked_kernels(device: torch.device) -> CudaDirections | None:
             if not torch.equal(out, base + direction_at(key, coordinates, distribution=law) * scale):
                 raise RuntimeError(f"its {law} directions are not the specified ones")
     except Exception as error:  # whatever a compiler or driver raises: the integer path is slower, not wrong
-        log.warning("the CUDA kernels for directions cannot be used on %s: %s", device, error)
+        log.warning(
+            "the CUDA kernels for directions cannot be used on %s, so directions take many times longer: %s%s",
+            device,
+            error,
+            _remedy() if isinstance(error, ImportError) else "",
+        )
         return None
     return kernels
+
+
+def _remedy() -> str:
+    """What to do without NVIDIA's bindings, which must be of the CUDA that torch brings; another maker's has none."""
+    major = (torch.version.cuda or "").split(".")[0]
+    return f". Install NVIDIA's bindings: pip install 'cuda-bindings=={major}.*'" if major else ""
 
 
 def add_direction(
@@ -213,35 +224,27 @@ def add_direction(
         kernels.add(base, key, scale=float(scale32), start=start, out=out, distribution=distribution)
         return out
     if base.device.type == "cpu" and base.dtype == torch.float32:
-        add_kernel(
-            flat_base.numpy(),
-            flat_out.numpy(),
-            gaussian_table(),
-            scale32,
-            start,
-            _width(distribution),
-            *_key_words(key),
-        )
+        _add_on_cpu(flat_base, flat_out, key, scale=scale32, start=start, distribution=distribution)
         return out
     for low in range(0, flat_base.numel(), _CHUNK):
         part = flat_base[low : low + _CHUNK]
         if base.device.type == "cpu":
             wide = part.float()
-            add_kernel(
-                wide.numpy(),
-                wide.numpy(),
-                gaussian_table(),
-                scale32,
-                start + low,
-                _width(distribution),
-                *_key_words(key),
-            )
+            _add_on_cpu(wide, wide, key, scale=scale32, start=start + low, distribution=distribution)
         else:
             coordinates = torch.arange(start + low, start + low + part.numel(), device=base.device)
             # separate product and sum: addcmul and add(alpha=) would fuse and round once
             wide = part.float() + direction_at(key, coordinates, distribution=distribution) * float(scale32)
         flat_out[low : low + _CHUNK] = wide.to(base.dtype)
     return out
+
+
+def _add_on_cpu(
+    base: torch.Tensor, out: torch.Tensor, key: int, *, scale: np.float32, start: int, distribution: Distribution
+) -> None:
+    """``add_direction`` for flat float32 tensors."""
+    table, width = gaussian_table(), _width(distribution)
+    add_kernel(base.numpy(), out.numpy(), table, scale, start, width, *_key_words(key))
 
 
 def add_direction_rows(

@@ -199,8 +199,9 @@ class CudaDirections:
     ) -> None:
         """The same for rows [R, C] of a larger tensor; ``starts`` int64 [R]: coordinates of their first elements."""
         one = Piece(rows.data_ptr(), out.data_ptr(), 0, rows.shape[1], 0)
-        arguments = Arguments(one=one, count=rows.shape[0], index=starts.data_ptr())
-        self._start("add_rows", rows.dtype, arguments, key, scale, distribution, rows.shape[0])
+        tiles = _tiles(_width(rows.dtype) - 1, rows.shape[1], rows.dtype)  # as many as a row has wherever it begins
+        arguments = Arguments(one=one, count=rows.shape[0], tiles=tiles, index=starts.data_ptr())
+        self._start("add_rows", rows.dtype, arguments, key, scale, distribution, rows.shape[0] * tiles)
 
     def scatter(
         self,

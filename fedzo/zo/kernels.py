@@ -104,8 +104,11 @@ def add_kernel(base: Any, out: Any, table: Any, scale: Any, start: Any, width: A
 @nb.njit(parallel=True, cache=True)
 def add_rows_kernel(base: Any, out: Any, table: Any, scale: Any, starts: Any, width: Any, k0: Any, k1: Any) -> None:
     """The same for each row of ``base`` and ``out`` [R, C]; ``starts`` [R]: the coordinates of their first elements."""
-    for row in nb.prange(starts.size):
-        _add_span(base[row], out[row], table, scale, starts[row], width, k0, k1)
+    spans = (base.shape[1] + SPAN - 1) // SPAN
+    for i in nb.prange(starts.size * spans):
+        row, low = i // spans, i % spans * SPAN
+        high = min(low + SPAN, base.shape[1])
+        _add_span(base[row, low:high], out[row, low:high], table, scale, starts[row] + low, width, k0, k1)
 
 
 @nb.njit(cache=True)

@@ -49,6 +49,8 @@ class Compiler:
             with torch.cuda.device(self._device):
                 self.launch(name, variant, arguments, blocks=blocks, threads=threads, shared_bytes=shared_bytes)
             return
+        if not int(_call(driver.cuCtxGetCurrent)):  # in a thread that has given this device no work yet
+            _call(driver.cuCtxSetCurrent, _call(driver.cuDevicePrimaryCtxRetain, self._device.index))
         function = self._functions.get((name, variant)) or self._function(name, variant, shared_bytes)
         stream = torch.cuda.current_stream().cuda_stream
         pointer = ctypes.c_void_p(ctypes.addressof(arguments))
@@ -66,8 +68,11 @@ class Compiler:
 
     def _compile(self, variant: Macros) -> bytes:
         major, minor = torch.cuda.get_device_capability(self._device)
+        own, known = 10 * major + minor, _call(nvrtc.nvrtcGetSupportedArchs)
+        # of a device that is newer than this NVRTC: what runs on all of its family
+        arch = max((each for each in known if 10 * major <= each <= own), default=own)
         # no product may be fused into a sum: it would round once where the specification rounds twice
-        options = [f"--gpu-architecture=sm_{major}{minor}", "--fmad=false"]
+        options = [f"--gpu-architecture=sm_{arch}", "--fmad=false"]
         options += [f"-D{name.upper()}={int(value)}" for name, value in variant._asdict().items()]
         program = _call(nvrtc.nvrtcCreateProgram, self._source.encode(), b"directions.cu", 0, [], [])
         try:

@@ -212,12 +212,15 @@ class PerturbedWeights:
 
     def _rows(self, weight: torch.Tensor, index: int | torch.Tensor) -> torch.Tensor:
         """``weight[index]`` of the perturbed weight, making only the rows that ``index`` selects."""
-        rows = torch.as_tensor(index, device=weight.device).reshape(-1).remainder(weight.shape[0])
+        if isinstance(index, int):
+            part = weight.detach()[index]
+            start = self._starts[id(weight)] + index % len(weight) * part.numel()
+            return add_direction(part, self._key, scale=self._scale, start=start, distribution=self._distribution)
+        rows = index.to(weight.device).reshape(-1).remainder(weight.shape[0])
         picked = weight.detach()[rows].reshape(rows.numel(), -1)
         starts = self._starts[id(weight)] + rows * picked.shape[1]
         moved = add_direction_rows(picked, self._key, scale=self._scale, starts=starts, distribution=self._distribution)
-        shape = index.shape if isinstance(index, torch.Tensor) else torch.Size()
-        return moved.view(*shape, *weight.shape[1:])
+        return moved.view(*index.shape, *weight.shape[1:])
 
     def _embedding(self, weight: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         if _argument(args, kwargs, 3, "max_norm") is not None:

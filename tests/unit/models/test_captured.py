@@ -5,10 +5,12 @@ The graphs are tapes (``conftest``), which know what they were recorded with and
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -397,11 +399,176 @@ def test_cuda_graphs_give_the_eager_losses(
     assert graphs_of(ours)
 
 
+class Allocator:
+    """CUDA's allocator and its graphs as far as they count who takes memory from a pool.
+
+    Args:
+        end_name: torch's name for what stops taking memory.
+        ends: Whether the end of a capture stops taking memory for it where it fails, too.
+        resets: Whether a graph whose capture failed is no user of its pool any more when it is reset.
+    """
+
+    def __init__(self, end_name: str, *, ends: bool, resets: bool) -> None:
+        self.end_name, self.ends, self.resets = end_name, ends, resets
+        self.users: dict[int, int] = {}
+        self.users_at_end: list[int] = []
+        self.taking: set[int] = set()
+
+    def end(self, device: int, pool: int) -> None:
+        if pool not in self.taking:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.taking.remove(pool)
+
+    def release(self, device: int, pool: int) -> None:
+        self.users[pool] -= 1
+        assert self.users[pool] >= 0, "in a destructor this ends the process"
+
+    def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name, stand_in in {
+            "MemPool": partial(AllocatedPool, self),
+            "CUDAGraph": partial(AllocatedGraph, self),
+            "graph": AllocatedCapture,
+            "Stream": lambda device: None,
+            "current_stream": lambda device: None,
+            "stream": lambda stream: nullcontext(),
+            "device": lambda device: nullcontext(),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        monkeypatch.delattr(torch._C, "_cuda_endAllocateToPool", raising=False)
+        monkeypatch.setattr(torch._C, self.end_name, self.end, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", self.release, raising=False)
+
+
+class AllocatedPool:
+    """As ``torch.cuda.MemPool``."""
+
+    def __init__(self, allocator: Allocator) -> None:
+        self._allocator = allocator
+        self.id = len(allocator.users) + 1
+        allocator.users[self.id] = 1
+
+    def use_count(self) -> int:
+        return self._allocator.users[self.id]
+
+    def __del__(self) -> None:
+        self._allocator.users_at_end.append(self.use_count())
+        self._allocator.release(0, self.id)
+
+
+class AllocatedGraph:
+    """As ``torch.cuda.CUDAGraph``."""
+
+    def __init__(self, allocator: Allocator) -> None:
+        self.allocator = allocator
+        self.pool: int | None = None
+        self.ended = False
+
+    def reset(self) -> None:
+        if self.pool is not None and (self.ended or self.allocator.resets):
+            self.allocator.release(0, self.pool)
+            self.pool = None
+
+    __del__ = reset
+
+
+class AllocatedCapture:
+    """As ``torch.cuda.graph``: a ``RuntimeError`` has broken off what is recorded."""
+
+    def __init__(self, graph: AllocatedGraph, *, pool: int, stream: Any, capture_error_mode: str) -> None:
+        self._graph = graph
+        self._pool = pool
+
+    def __enter__(self) -> None:
+        self._graph.pool = self._pool
+        self._graph.allocator.users[self._pool] += 1
+        self._graph.allocator.taking.add(self._pool)
+
+    def __exit__(self, kind: type[BaseException] | None, *args: object) -> None:
+        allocator, fails = self._graph.allocator, kind is not None and issubclass(kind, RuntimeError)
+        if not fails or allocator.ends:
+            allocator.end(0, self._pool)
+        if fails:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self._graph.ended = True
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyError])
+@pytest.mark.parametrize(
+    ("end_name", "ends", "resets"),
+    [
+        ("_cuda_endAllocateCurrentStreamToPool", False, False),
+        ("_cuda_endAllocateToPool", False, False),
+        ("_cuda_endAllocateToPool", True, False),
+        ("_cuda_endAllocateToPool", True, True),
+    ],
+    ids=["torch 2.6", "torch 2.8", "torch 2.13", "later"],
+)
+def test_what_torch_holds_for_a_capture_that_broke_off_is_given_back_once(
+    end_name: str, ends: bool, resets: bool, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks() -> torch.Tensor:
+        raise error("in the work")
+
+    allocator = Allocator(end_name, ends=ends, resets=resets)
+    allocator.patch(monkeypatch)
+    graphs = CudaGraphs(torch.device("cuda", 0))
+    first, broken = graphs(), graphs()
+    first.capture(lambda: torch.zeros(1))
+    assert allocator.users == {1: 2}
+
+    with pytest.raises(error):
+        broken.capture(breaks)
+
+    assert (allocator.users, allocator.taking) == ({1: 2}, set())  # the pool itself and the first graph
+    del broken
+    gc.collect()
+    assert allocator.users == {1: 2}
+    second = graphs()
+    second.capture(lambda: torch.zeros(1))
+    assert allocator.users == {1: 2, 2: 2}
+    del first
+    gc.collect()
+    assert allocator.users == {1: 0, 2: 2}
+    del second
+    gc.collect()
+    assert allocator.users == {1: 0, 2: 0}, "what makes graphs keeps a pool without graphs"
+    assert allocator.users_at_end == [1, 1], "a pool ended before its graphs, which older versions of torch do not bear"
+
+
+@pytest.mark.gpu
+def test_the_memory_of_graphs_goes_with_the_last_of_them() -> None:
+    graphs, given = CudaGraphs(torch.device("cuda")), torch.ones(4, device="cuda")
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+
+    graph = graphs()
+    graph.capture(lambda: given * torch.empty(1 << 28, dtype=torch.uint8, device="cuda")[:4])
+    assert torch.cuda.memory_reserved() >= before + (1 << 28)
+    del graph
+    gc.collect()
+    torch.cuda.empty_cache()
+
+    assert torch.cuda.memory_reserved() <= before
+    assert graphs.device.type == "cuda"  # it lives on
+
+
 @pytest.mark.gpu
 def test_a_capture_that_breaks_off_is_no_harm_to_the_next() -> None:
     graphs, given = CudaGraphs(torch.device("cuda")), torch.ones(4, device="cuda")
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    first, broken = graphs(), graphs()
+
+    def large() -> torch.Tensor:
+        return given * torch.empty(1 << 28, dtype=torch.uint8, device="cuda")[:4]
+
+    first.capture(large)
     with pytest.raises(RuntimeError):
-        graphs().capture(lambda: given * given.sum().item())
+        broken.capture(lambda: given * large().sum().item())
+    del first, broken
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before
     graph = graphs()
 
     output = graph.capture(lambda: 2 * given)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,14 +17,15 @@ from fedzo.errors import ConfigError
 from fedzo.fl.client.local_update import Workspace
 from fedzo.fl.replica import Replica
 from fedzo.models.memory import (
+    ForwardSeconds,
     available_memory_bytes,
     estimate_step_memory_bytes,
     fit_tokens_per_batch,
     gradient_bytes,
     is_out_of_memory,
     num_weights,
-    rule_bytes,
-    seconds_per_token,
+    server_optimizer_bytes,
+    time_forwards,
     weights_bytes,
 )
 from fedzo.run import estimate
@@ -110,7 +113,7 @@ def test_the_formula_by_hand() -> None:
     assert estimated(masked, local_steps=2) == weights + activations + 32 * 20
     assert estimated(full) == weights + activations + 4 * 512 * 32 + 3 * 4 * 512 * 32
     assert estimated(full, local_steps=2) == estimated(full) + weights
-    assert rule_bytes(35, 2) == 35 * 4 * 12
+    assert server_optimizer_bytes(35, 2) == 35 * 4 * 12
 
 
 def test_a_large_weight_is_perturbed_in_its_own_dtype_and_widened_in_parts() -> None:
@@ -161,7 +164,7 @@ def test_what_a_rule_takes_is_not_more_than_estimated(config: ServerOptimizerCon
     space = VectorSpace(np.zeros(n, np.float32))
 
     def one_round() -> Replica:
-        replica = Replica(space, rule=rule, reset=lambda: None, run_seed=1, num_clients=num_clients)
+        replica = Replica(space, server_optimizer=rule, reset=lambda: None, run_seed=1, num_clients=num_clients)
         replica.advance([record])
         return replica
 
@@ -173,7 +176,7 @@ def test_what_a_rule_takes_is_not_more_than_estimated(config: ServerOptimizerCon
 
     space_itself = 4 * 4 * n  # VectorSpace makes theta anew at every step
     assert replica.moments.shape == (moments, n)
-    assert 4 * n * moments <= peak <= rule_bytes(n, moments) + space_itself
+    assert 4 * n * moments <= peak <= server_optimizer_bytes(n, moments) + space_itself
 
 
 def test_a_rule_whose_memory_is_not_there_is_named(
@@ -248,7 +251,7 @@ def test_logits_over_the_vocabulary_count_and_whole_where_a_backward_pass_keeps_
 
 def test_answers_of_several_tokens_pay_for_the_head_in_plan_and_estimate() -> None:
     space, rule = VectorSpace(np.zeros(1, np.float32)), SERVER_OPTIMIZERS.build(SgdConfig(), local_steps=1)
-    replica = Replica(space, rule=rule, reset=lambda: None, run_seed=1)
+    replica = Replica(space, server_optimizer=rule, reset=lambda: None, run_seed=1)
     at = Workspace(tiny_loaded(), replica, tokens_per_batch=1, forward_cost_tokens=1)
     short = Example(prompt=(1,) * 10, candidates=((2,), (3,)), label=0)
     long = Example(prompt=(1,) * 6, candidates=((2, 3), (4, 5)), label=0)  # 4 of 16 tokens are read
@@ -286,4 +289,100 @@ def test_memory_of_a_gpu_that_torch_keeps_and_nobody_uses_can_be_taken(monkeypat
 
 def test_the_machine_has_some_memory_and_a_token_takes_some_time() -> None:
     assert available_memory_bytes(torch.device("cpu")) > 1 << 20
-    assert 0 < seconds_per_token(tiny_loaded(), num_tokens=64) < 1
+    found = time_forwards(tiny_loaded(), num_tokens=64)
+    assert min(found) >= 0
+    assert 0 < found.each + 64 * found.token < 1
+
+
+def forwards_take(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float]) -> list[int]:
+    """Let forwards take so long by their tokens, and the first of a size a minute more; gives the tokens of each."""
+    now, seen = 0.0, list[int]()
+
+    def forward(model: Any, ids: torch.Tensor, *args: Any) -> torch.Tensor:
+        nonlocal now
+        now += seconds(ids.numel()) + (0 if ids.numel() in seen else 60)
+        seen.append(ids.numel())
+        return torch.zeros(1)
+
+    monkeypatch.setattr("fedzo.models.memory.hidden_at", forward)
+    monkeypatch.setattr("fedzo.models.memory.time", SimpleNamespace(perf_counter=lambda: now))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("seconds", "found"),
+    [
+        (lambda tokens: 0.02, (0.02, 0.0)),  # the start of every kernel, whatever its size
+        (lambda tokens: 1e-3 * tokens, (0.0, 1e-3)),
+        (lambda tokens: 0.02 + 1e-4 * tokens, (0.02, 1e-4)),
+        (lambda tokens: 1e-6 * tokens**2, (0.0, 1e-6 * 256)),  # the larger forward's time is never missed
+        (lambda tokens: 0.02 if tokens > 32 else 0.03, (0.02, 0.0)),  # something else was slow
+    ],
+)
+def test_a_forward_has_a_cost_of_its_own_beside_that_of_its_tokens(
+    seconds: Callable[[int], float], found: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = forwards_take(monkeypatch, seconds)
+
+    assert time_forwards(tiny_loaded(), num_tokens=256) == pytest.approx(ForwardSeconds(*found), abs=1e-12)
+    assert sizes == [32, 32, 256, 256]
+
+
+def test_the_time_of_a_run_counts_its_forwards_and_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    space, rule = VectorSpace(np.zeros(1, np.float32)), SERVER_OPTIMIZERS.build(SgdConfig(), local_steps=1)
+    replica = Replica(space, server_optimizer=rule, reset=lambda: None, run_seed=1)
+    at = Workspace(tiny_loaded(), replica, tokens_per_batch=100, forward_cost_tokens=1)
+    example = Example(prompt=(1,) * 30, candidates=((2,), (3,)), label=0)
+    forwards_take(monkeypatch, lambda tokens: 0.01 + 1e-5 * tokens)
+
+    told = estimate.estimate_run(
+        at,
+        train=[example],
+        scored=[(3, [example] * 50), (2, [])],
+        rows_per_step=4,  # 120 tokens: two forwards
+        steps=10,
+        forwards_per_step=2,
+        num_rows=1,
+        local_steps=1,
+    )
+
+    forwards, tokens = 10 * 2 * 2 + 3 * 15, 10 * 2 * 120 + 3 * 50 * 30
+    assert told.seconds == pytest.approx(0.01 * forwards + 1e-5 * tokens)
+
+
+@pytest.mark.parametrize(("cache_tokens", "batches"), [(0.5, 19), (2.0, 37)])
+def test_the_time_of_a_run_counts_the_forwards_that_write_answers(
+    cache_tokens: float, batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One for each token of a batch of answers, and those of the loss after them."""
+    space, rule = VectorSpace(np.zeros(1, np.float32)), SERVER_OPTIMIZERS.build(SgdConfig(), local_steps=1)
+    replica = Replica(space, server_optimizer=rule, reset=lambda: None, run_seed=1)
+    at = Workspace(tiny_loaded(), replica, tokens_per_batch=100, forward_cost_tokens=1)
+    example = Example(prompt=(1,) * 28, candidates=((2, 3, 4),), label=0, written_from=(1,) * 30)
+    forwards_take(monkeypatch, lambda tokens: 0.01 + 1e-5 * tokens)
+    monkeypatch.setattr(estimate, "cache_tokens", lambda model: cache_tokens)
+
+    told = estimate.estimate_run(
+        at,
+        train=[example],
+        scored=[(3, [example] * 50), (2, [])],
+        rows_per_step=4,
+        steps=0,
+        forwards_per_step=2,
+        num_rows=1,
+        local_steps=1,
+        new_tokens=7,
+    )
+
+    forwards, tokens = 3 * (16 + batches * 7), 3 * 50 * (31 + 37)  # 1,550 tokens of the loss, 1,850 of the answers
+    assert told.seconds == pytest.approx(0.01 * forwards + 1e-5 * tokens)
+
+
+@pytest.mark.gpu
+def test_a_small_forward_of_a_gpu_is_the_start_of_its_kernels() -> None:
+    made = tiny_loaded()
+    loaded = replace(made, model=made.model.cuda(), device=torch.device("cuda", 0))
+
+    found = time_forwards(loaded, num_tokens=2048)
+
+    assert found.each > 32 * found.token

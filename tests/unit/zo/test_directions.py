@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from fedzo.zo import directions
 from fedzo.zo.config import Distribution
+from fedzo.zo.kernels import SPAN
 
 GOLDEN = json.loads((Path(__file__).parent / "directions_golden.json").read_text())
 LAWS = list(Distribution)
@@ -133,6 +134,18 @@ def test_rows_equal_the_rows_of_the_whole(law: Distribution, dtype: torch.dtype)
 
     whole = directions.add_direction(weight, 11, scale=0.5, start=100, distribution=law)
     some = directions.add_direction_rows(weight[rows], 11, scale=0.5, starts=100 + rows * 13, distribution=law)
+
+    assert torch.equal(some, whole[rows])
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_long_rows_equal_the_rows_of_the_whole(law: Distribution) -> None:
+    """Longer than what a thread takes at a time."""
+    columns = 2 * SPAN + 4465
+    weight, rows = torch.linspace(-1, 1, 3 * columns).view(3, columns), torch.tensor([2, 0])
+    whole = directions.add_direction(weight, 11, scale=0.5, start=100, distribution=law)
+
+    some = directions.add_direction_rows(weight[rows], 11, scale=0.5, starts=100 + rows * columns, distribution=law)
 
     assert torch.equal(some, whole[rows])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -104,15 +105,40 @@ def test_many_tensors_move_in_one_launch(
 
 @laws
 @dtypes
-@pytest.mark.parametrize("columns", [1, 24, 37])
-def test_rows_have_the_cpus_bits(law: Distribution, dtype: torch.dtype, columns: int, kernels: CudaDirections) -> None:
+@pytest.mark.parametrize("first", [3, 0])  # off a unit's first weight, and on it where the columns allow
+@pytest.mark.parametrize("columns", [1, 24, 37, 8191, 16_384, 20_011])
+def test_rows_have_the_cpus_bits(
+    law: Distribution, dtype: torch.dtype, columns: int, first: int, kernels: CudaDirections
+) -> None:
     rows = weights(7 * columns, dtype).view(7, columns)
-    starts = 3 + torch.tensor([0, 9, 4, 4, 2**33, 1, 5]) * columns
+    starts = first + torch.tensor([0, 9, 4, 4, 2**33, 1, 5]) * columns
     out = torch.full_like(rows, 7.0)
 
     kernels.add_rows(rows, 5, scale=SCALE, starts=starts, out=out, distribution=law)
 
     assert torch.equal(bits(out), bits(add_direction_rows(rows, 5, scale=SCALE, starts=starts, distribution=law)))
+
+
+@dtypes
+def test_a_row_as_long_as_an_experts_matrix_is_shared_by_all_blocks(
+    dtype: torch.dtype, kernels: CudaDirections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch, started = kernels._launch, []
+
+    def watched(*args: Any, blocks: int, **how: Any) -> None:
+        started.append(blocks)
+        launch(*args, blocks=blocks, **how)
+
+    monkeypatch.setattr(kernels, "_launch", watched)
+    rows, starts = weights(1 << 18, dtype).view(1, -1), torch.tensor([2**35 - 1001])
+    few, out = weights(5 * 12, dtype).view(5, 12), torch.full_like(rows, 7.0)
+
+    kernels.add_rows(rows, 5, scale=SCALE, starts=starts, out=out, distribution=Distribution.gaussian)
+    kernels.add_rows(few, 5, scale=SCALE, starts=torch.arange(5), out=few, distribution=Distribution.gaussian)
+
+    at_once = kernels._processors * (1 if kernels._shares_table else 2)
+    assert started == [at_once, min(at_once, 5)]
+    assert torch.equal(bits(out), bits(add_direction_rows(rows, 5, scale=SCALE, starts=starts)))
 
 
 @laws
@@ -165,14 +191,20 @@ def test_kernels_are_used_only_if_they_make_the_specified_bits(
     assert len(caplog.records) == (fault is not None)
 
 
-def test_without_nvidias_bindings_there_are_no_kernels(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("cuda", "remedy"), [("12.6", "pip install 'cuda-bindings==12.*'"), ("13.0", "==13.*'"), (None, "")]
+)
+def test_without_nvidias_bindings_there_are_no_kernels_and_a_warning_says_what_to_install(
+    cuda: str | None, remedy: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     monkeypatch.delitem(sys.modules, "fedzo.zo.nvrtc", raising=False)
 
     assert _checked_kernels.__wrapped__(CPU) is None
-    assert "cannot be used on cpu" in caplog.text
+    assert "cannot be used on cpu, so directions take many times longer: " in caplog.text
+    assert remedy in caplog.text
+    assert ("pip install" in caplog.text) == (cuda is not None)
 
 
 @pytest.mark.gpu
@@ -216,6 +248,12 @@ def test_cuda_moves_many_tensors_rows_and_masks_with_the_cpus_bits(
     kernels.add_rows(rows.cuda(), 5, scale=SCALE, starts=first.cuda(), out=out, distribution=law)
     assert torch.equal(bits(out.cpu()), bits(add_direction_rows(rows, 5, scale=SCALE, starts=first, distribution=law)))
 
+    matrices, first = weights(2 * 3_000_001, dtype).view(2, -1), torch.tensor([2**35, 7])
+    out = torch.full_like(matrices, 7.0).cuda()
+    kernels.add_rows(matrices.cuda(), 5, scale=SCALE, starts=first.cuda(), out=out, distribution=law)
+    want = add_direction_rows(matrices, 5, scale=SCALE, starts=first, distribution=law)
+    assert torch.equal(bits(out.cpu()), bits(want))
+
     values, places = weights(100_001, torch.float32), torch.randperm(1_000_000)[:100_001]
     moved = add_direction(values, 5, scale=SCALE, distribution=law)
     weight, master = torch.zeros(1_000_000, dtype=dtype).cuda(), values.cuda()
@@ -228,3 +266,14 @@ def test_cuda_moves_many_tensors_rows_and_masks_with_the_cpus_bits(
 @pytest.mark.gpu
 def test_cuda_draws_the_cpus_lots() -> None:
     assert torch.equal(lots(2**64 - 9, 1_000_001, CUDA).cpu(), lots(2**64 - 9, 1_000_001, CPU))
+
+
+@pytest.mark.gpu
+def test_a_kernel_is_started_in_a_thread_that_has_given_the_device_no_work() -> None:
+    base = torch.zeros(1000, device=CUDA)
+    want = add_direction(base, 5, scale=SCALE)
+
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(add_direction, base, 5, scale=SCALE, out=base).result()
+
+    assert torch.equal(base, want)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -14,8 +15,11 @@ from fedzo.zo.config import Distribution
 from fedzo.zo.directions import direction
 from fedzo.zo.estimator import (
     ESTIMATORS,
+    BackpropConfig,
     Baseline,
     Estimator,
+    EstimatorConfig,
+    EstimatorTraits,
     Fzoo,
     FzooConfig,
     OneSided,
@@ -23,6 +27,7 @@ from fedzo.zo.estimator import (
     Projection,
     TwoPoint,
     TwoPointConfig,
+    ZerothOrderConfig,
 )
 from fedzo.zo.estimator.differences import two_point
 
@@ -170,3 +175,28 @@ def test_every_config_builds_its_estimator_and_eps_must_be_positive(config_class
 
 def test_eps_is_rounded_to_float32_as_spaces_apply_it() -> None:
     assert two_point(TwoPointConfig(eps=1e-3)) == TwoPoint(eps=float(np.float32(1e-3)))
+
+
+@dataclass(kw_only=True, slots=True)
+class OwnTraitsConfig(ZerothOrderConfig):
+    """As a plugin writes it, which states its own traits and nothing else."""
+
+    @property
+    def traits(self) -> EstimatorTraits:
+        return EstimatorTraits(incomparable_g="its author says so")
+
+
+@pytest.mark.parametrize(
+    ("config", "sends_vectors", "probes", "freezes"),
+    [
+        (TwoPointConfig(), False, 1, False),
+        (FzooConfig(freeze_routing=True), False, 8, True),
+        (OwnTraitsConfig(num_probes=3, freeze_routing=True), False, 3, True),
+        (BackpropConfig(), True, 0, False),
+        (EstimatorConfig(), True, 0, False),
+    ],
+)
+def test_a_config_tells_what_its_clients_send_whatever_traits_it_states(
+    config: EstimatorConfig, sends_vectors: bool, probes: int, freezes: bool
+) -> None:
+    assert (config.sends_vectors, config.probes_per_step, config.freezes_routing) == (sends_vectors, probes, freezes)

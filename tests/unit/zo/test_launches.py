@@ -117,6 +117,30 @@ def test_a_probe_makes_neighbours_together_in_any_order(
             assert launched == ["add"] * (1 + probe)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_expert_that_is_taken_by_its_number_is_made_as_a_weight_of_its_own(
+    dtype: torch.dtype, as_on_a_gpu: Callable[[], list[str]]
+) -> None:
+    """By all of the card and without its number on it; out of range it is refused as an unperturbed weight refuses."""
+    torch.manual_seed(0)
+    trained = nn.ParameterList([torch.randn(7), torch.randn(3, 5, 11)]).to(dtype)
+    _, experts = trained
+    with FullSpace(trained).probe(0.5, 8):
+        want = experts * 1
+    launched = as_on_a_gpu()
+    space = FullSpace(trained)
+
+    with space.probe(0.5, 8):
+        launched.clear()
+        found = [experts[i] for i in (0, 1, -1)]
+        assert launched == ["add"] * 3
+        with pytest.raises(IndexError):
+            experts[3]
+
+    assert all(torch.equal(part, want[i]) for part, i in zip(found, (0, 1, -1), strict=True))
+    assert experts[1].shape == (5, 11)
+
+
 def test_what_a_probe_made_is_freed_at_its_end(
     as_on_a_gpu: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,7 +211,9 @@ def test_cuda_steps_and_probes_have_the_cpus_bits(make: Callable[[nn.Module], Sp
         pass
     with spaces[0].probe(0.5, 8):
         want = [parameter * 1 for parameter in here.parameters()] + [here[0](torch.tensor([5, 1000, 5]))]
+        want.append(here[1].weight[-1])
     with spaces[1].probe(0.5, 8):
         found = [parameter * 1 for parameter in there.parameters()] + [there[0](torch.tensor([5, 1000, 5]).cuda())]
+        found.append(there[1].weight[-1])
     assert all(torch.equal(a, b.cpu()) for a, b in zip(want, found, strict=True))
     assert spaces[0].digest() == spaces[1].digest()

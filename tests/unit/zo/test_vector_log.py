@@ -108,7 +108,7 @@ def test_bytes_that_are_no_vector_record_are_refused(data: bytes, match: str) ->
 
 def replica_with(rule: ServerOptimizer, start: np.ndarray) -> Replica:
     space = VectorSpace(start)
-    return Replica(space, rule=rule, reset=lambda: space.load(start), run_seed=3)
+    return Replica(space, server_optimizer=rule, reset=lambda: space.load(start), run_seed=3)
 
 
 def test_a_vector_moves_theta_by_itself_after_the_decay() -> None:
