@@ -14,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedzo.errors import ConfigError
-from fedzo.models.blocks import upper_blocks
+from fedzo.models.blocks import text_parameters, upper_blocks
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.virtual_tokens import attach, detach, misfit, num_virtual_tokens, paused
 
@@ -32,60 +32,42 @@ KEY_VALUE: tuple[Names, ...] = (("k_proj", "v_proj"), ("key", "value"), ("key_pr
 FEED_FORWARD: tuple[Names, ...] = (("down_proj",), ("fc2",), ("mlp.c_proj",), ("dense_4h_to_h",), ("fc_out",), ("w2",))
 
 
-def find_layers(model: nn.Module, wanted: Sequence[str], *, known: Iterable[Names], key: str) -> list[str]:
-    """Names under which an adapter's linear layers are found.
+def text_layers(model: nn.Module) -> list[str]:
+    """Names of the linear layers that a text passes: another has no part in any loss of a text."""
+    text = {id(each) for each in text_parameters(model).values()}
+    return [
+        name for name, layer in _linear_layers(model).items() if any(id(each) in text for each in layer.parameters())
+    ]
+
+
+def find_layers(
+    model: nn.Module, text: Sequence[str], wanted: Sequence[str], *, known: Iterable[Names], first_layer: int, key: str
+) -> list[str]:
+    """The linear layers that an adapter sits on, in the blocks from ``first_layer`` on, by full names.
+
+    From 0 on, ends of their names, unless some of these lie where no text passes, as in towers for images or sound.
 
     Args:
         model: A causal language model.
-        wanted: What the user says; nothing: the first of ``known`` whose names all are there.
+        text: Its ``text_layers``.
+        wanted: Ends of names that the user says; nothing: the first of ``known`` whose names all are there.
         known: Groups of names, the most usual first.
-        key: The setting to name in an error.
-
-    Returns:
-        Ends of module names, each of at least one linear layer.
-
-    Raises:
-        ConfigError: A name is of no linear layer, or nothing that is known is there.
-    """
-    linear = [name for name, module in _base_modules(model) if isinstance(module, nn.Linear | Conv1D)]
-
-    def there(name: str) -> bool:
-        return any(f".{layer}".endswith(f".{name}") for layer in linear)
-
-    found = sorted({layer.rsplit(".", 1)[-1] for layer in linear})
-    if missing := [name for name in wanted if not there(name)]:
-        raise ConfigError(f"{key} must name linear layers of the model ({', '.join(found)}), got {', '.join(missing)}.")
-    if wanted:
-        return list(wanted)
-    for names in known:
-        if all(map(there, names)):
-            return list(names)
-    raise ConfigError(
-        f"{key} must be given for a {type(model).__name__}: fedzo knows none of its linear layers by name. "
-        f"Choose from {', '.join(found)}."
-    )
-
-
-def layers_from(model: nn.Module, first_layer: int, names: Sequence[str], *, named: bool, key: str) -> list[str]:
-    """The layers that ``names`` are ends of in the blocks from ``first_layer`` on, by full names; from 0 as they are.
-
-    Args:
-        model: A causal language model.
         first_layer: The first of the blocks.
-        names: Ends of names.
-        named: Whether the user names them: then each must be of a layer there.
         key: The setting to name in an error.
 
     Raises:
-        ConfigError: The model has no such block, or none there has a layer that the user names.
+        ConfigError: A name that the user says is of no such layer, nothing that is known is there, or the model has no
+            such block.
     """
-    if first_layer == 0 or not names:
-        return list(names)
-    prefix, blocks = upper_blocks(model, first_layer)
-    starts = tuple(f"{prefix}.{index}." for index in range(first_layer, first_layer + len(blocks)))
-    upper = [name for name, _ in _base_modules(model) if name.startswith(starts)]
-    layers = [layer for layer in upper if _is_named(layer, names)]
-    if named and (lost := [name for name in names if not any(_is_named(layer, [name]) for layer in layers)]):
+    names = _names_there(model, text, wanted, known=known, key=key)
+    layers = [layer for layer in text if _is_named(layer, names)]
+    if first_layer == 0:
+        everywhere = [layer for layer in _linear_layers(model) if _is_named(layer, names)]
+        return names if layers == everywhere else layers
+    prefix, upper, _ = upper_blocks(model, first_layer)
+    starts = tuple(f"{prefix}.{index}." for index in range(first_layer, first_layer + len(upper)))
+    layers = [layer for layer in layers if layer.startswith(starts)]
+    if lost := [name for name in wanted if not any(_is_named(layer, [name]) for layer in layers)]:
         raise ConfigError(
             f"{key} must name layers in the blocks from trainer.first_layer={first_layer} on, which have no "
             f"{', '.join(lost)}. Lower trainer.first_layer, or name layers of these blocks."
@@ -196,6 +178,35 @@ def _unsuitable(loaded: LoadedModel, config: PeftConfig, reason: str) -> ConfigE
         f"trainer: a {type(loaded.model).__name__} must be a model that can have an adapter of the kind "
         f"{config.peft_type}, but cannot: {reason}. Choose another trainer, such as meerkat or lora."
     )
+
+
+def _names_there(
+    model: nn.Module, text: Sequence[str], wanted: Sequence[str], *, known: Iterable[Names], key: str
+) -> list[str]:
+    """Ends of names, each of at least one layer that a text passes: what the user says, or the first known group."""
+
+    def there(name: str) -> bool:
+        return any(_is_named(layer, [name]) for layer in text)
+
+    found = sorted({layer.rsplit(".", 1)[-1] for layer in text})
+    if missing := [name for name in wanted if not there(name)]:
+        raise ConfigError(
+            f"{key} must name linear layers that a text passes ({', '.join(found)}), got {', '.join(missing)}. Choose "
+            "from these."
+        )
+    if wanted:
+        return list(wanted)
+    for names in known:
+        if all(map(there, names)):
+            return list(names)
+    raise ConfigError(
+        f"{key} must be given for a {type(model).__name__}: fedzo knows none of its linear layers by name. "
+        f"Choose from {', '.join(found)}."
+    )
+
+
+def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in _base_modules(model) if isinstance(module, nn.Linear | Conv1D)}
 
 
 def _base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:

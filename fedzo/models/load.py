@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoTokenizer
 
 from fedzo.errors import ConfigError
 from fedzo.models.cache import check_cache
-from fedzo.models.checks import check_causal, check_finite, check_tokens, num_positions
+from fedzo.models.checks import check_causal, check_finite, check_tokens, num_positions, positions_alone
 from fedzo.models.compiled import compile_decoder
 from fedzo.models.config import DType, ModelConfig, Quantization
 from fedzo.models.digest import (
+    Entry,
     architecture_digest,
     file_digest,
     parameters_digest,
@@ -102,11 +103,13 @@ def _load(config: ModelConfig, where: torch.device, max_length: int) -> LoadedMo
         if sketched_layers(model) and (file := find_file(source.name, MANIFEST, source.revision)):
             check_tensors(read_manifest(file), entries, name=config.name)
         digest = weights_digest(entries, tied=model.all_tied_weights_keys)
+        apart = _is_as_stored(model, entries)
     else:
         digest = file_digest(source.files[0])
+        apart = False
 
-    def read_weights() -> dict[str, torch.Tensor]:
-        return dict(_read(source, dtype, **packed).named_parameters())
+    def read_weights() -> Iterator[tuple[str, torch.Tensor]]:
+        yield from _stored_tensors(source.files) if apart else _read(source, dtype, **packed).named_parameters()
 
     try:
         loaded = _wrap(
@@ -132,7 +135,7 @@ def _load(config: ModelConfig, where: torch.device, max_length: int) -> LoadedMo
 
 
 def check_length(model: nn.Module, max_length: int, *, name: str) -> None:
-    """Refuse texts that are longer than the model's positions.
+    """Refuse texts that are longer than the model's positions; warn where they change those of texts beside them.
 
     Raises:
         ConfigError: It has fewer than ``max_length``.
@@ -140,6 +143,15 @@ def check_length(model: nn.Module, max_length: int, *, name: str) -> None:
     longest = num_positions(model)
     if longest is not None and max_length > longest:
         raise ConfigError(f"task.max_length must be <= {longest} for {name!r}, got {max_length}. Lower it.")
+    alone = positions_alone(model)
+    if alone is not None and max_length > alone:
+        logger.warning(
+            "%s: a text of more than %d tokens changes the positions of the shorter ones in its batch (longrope), so "
+            "losses and scores depend on which texts meet there. Write task.max_length=%d to have each text alone",
+            name,
+            alone,
+            alone,
+        )
 
 
 def _cannot_read(config: ModelConfig, device: torch.device, error: Exception) -> ConfigError:
@@ -192,7 +204,7 @@ def compile_loaded(loaded: LoadedModel, *, longest: int) -> LoadedModel:
 
 def wrap_model(model: Any, tokenizer: Any, *, source: str = "memory") -> LoadedModel:
     """Make a ``LoadedModel`` of a model built in memory; a copy of its weights serves ``reload_weights``."""
-    kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    kept = [(name, parameter.detach().clone()) for name, parameter in model.named_parameters()]
     digest = parameters_digest(
         (stored_state(model) if sketched_layers(model) else dict(model.named_parameters())).items()
     )
@@ -230,6 +242,26 @@ def _read(source: Source, dtype: torch.dtype, **packed: Any) -> Any:
         return read_model(source.name, dtype=dtype, use_safetensors=True, **source.arguments(), **packed)
 
 
+def _is_as_stored(model: Any, entries: Mapping[str, Entry]) -> bool:
+    """Whether the files hold each parameter under its own name, and transformers changed nothing of it but the dtype.
+
+    Then a weight can be read again without the others, which beside the model would take its memory once more.
+    """
+    # transformers' own notes of what it renamed or converted, and of who unpacked: where these are gone, all are read
+    if getattr(model, "_weight_conversions", None) != [] or getattr(model, "hf_quantizer", None) is not None:
+        return False
+    stored = {name: entry[2] for name, entry in entries.items() if name not in model.all_tied_weights_keys}
+    return all(stored.get(name) == tuple(parameter.shape) for name, parameter in model.named_parameters())
+
+
+def _stored_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each tensor of safetensors files with its name, mapped into memory when its turn comes."""
+    for file in files:
+        with safe_open(file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118
+                yield name, stored.get_tensor(name)
+
+
 def _wrap(
     model: Any,
     tokenizer: Any,
@@ -237,7 +269,7 @@ def _wrap(
     device: torch.device,
     digest: str,
     source: str,
-    read_weights: Callable[[], dict[str, torch.Tensor]],
+    read_weights: Callable[[], Iterable[tuple[str, torch.Tensor]]],
     config_file: Path | None = None,
 ) -> LoadedModel:
     model.eval()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
-from fedzo.errors import ConfigError
+from fedzo.errors import ConfigError, some
 from fedzo.sketch import sketched_layers
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class LoadedModel:
         base_digest: SHA-256 of the stored weights, whatever the dtype they are held in.
         tokenizer_digest: SHA-256 of vocabulary, special tokens and chat template.
         source: Folder or hub name they came from.
-        read_weights: Reads the base weights again, by parameter name.
+        read_weights: Reads the base weights again, with their parameters' names; other tensors may be among them.
         direct_head: Whether the LM head may be applied apart (``head.check_head``).
         shared_prompts: Whether candidates may run on top of their prompt's cache (``cache.check_cache``).
         decoder: What losses and scores run through, if not the model's own (``model.compile``, ``model.cuda_graphs``).
@@ -67,7 +67,7 @@ class LoadedModel:
     base_digest: str
     tokenizer_digest: str
     source: str
-    read_weights: Callable[[], dict[str, torch.Tensor]] | None = None
+    read_weights: Callable[[], Iterable[tuple[str, torch.Tensor]]] | None = None
     direct_head: bool = True
     shared_prompts: bool = False
     decoder: BucketedDecoder | None = None
@@ -85,13 +85,19 @@ class LoadedModel:
         """Write the base weights back into the model, in place.
 
         Raises:
-            ConfigError: The model was not loaded from a source that can be read again.
+            ConfigError: The model was not loaded from a source that can be read again, or that lacks a weight by now.
         """
         if self.read_weights is None:
             raise ConfigError(
                 f"model {self.source!r} must come from load_model to be read again; it was made in memory."
             )
-        weights = self.read_weights()
+        waiting = dict(self.model.named_parameters())
         with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(weights[name])
+            for name, weight in self.read_weights():
+                if name in waiting:
+                    waiting.pop(name).copy_(weight)
+        if waiting:
+            raise ConfigError(
+                f"model {self.source!r} must hold the weights that it held when it was loaded, but {some([*waiting])} "
+                "is not there any more. Copy its files again."
+            )

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedzo.models.blocks import called_modules, find_blocks, first_trained_block
+from fedzo.models.blocks import Reached, called_modules, find_blocks, first_trained_block
 from fedzo.models.checks import mismatch, some_ids
 from fedzo.models.kept_rows import Make, Output, Read, RowStates, Tokens
 from fedzo.models.memory import is_out_of_memory
@@ -31,10 +31,6 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 Moved = Callable[[], AbstractContextManager[None]]
 MOST_STEP_BYTES = 1 << 28
 """Of states that one step keeps; batches beyond run whole in each forward."""
-
-
-class _Reached(Exception):
-    """Ends a forward where the lower blocks do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +142,11 @@ class LowerLayers:
             if not isinstance(states, torch.Tensor) or any(each is not None for each in rest):
                 raise NotImplementedError(f"a {type(block).__name__} gives more than states")
             found.append(Output(states, len(rest) if isinstance(given, tuple) else None))
-            raise _Reached
+            raise Reached
 
         hook = self.blocks[-1].register_forward_hook(end)
         try:
-            with suppress(_Reached):
+            with suppress(Reached):
                 self.model(input_ids=ids)
         finally:
             hook.remove()

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 _ATTACHED = "_fedzo_virtual_tokens"
+_STATES = ("cache_params", "state", "mems", "past_buckets_states")
+"""Where xLSTM, RWKV, XLNet and Reformer are given what their own first call left, and nothing before it."""
 
 
 def attach(model: nn.Module, peft_model: PeftModel) -> None:
@@ -137,17 +139,16 @@ class VirtualTokens:
         return int(self.peft_model.active_peft_config.num_virtual_tokens)
 
     def before(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-        """Add them to the first call of a sequence (later ones find them in the cache), and make room for them."""
+        """Add them to the first call of a sequence (later ones find them in what it left), and make room for them."""
         kwargs = {**dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)), **kwargs}
-        cache, positions, mask = (kwargs.get(name) for name in ("past_key_values", "position_ids", "attention_mask"))
+        positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
         given = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         size = len(given)
         if mask is not None:
             kwargs["attention_mask"] = torch.cat([mask.new_ones(size, self.count), mask], dim=1)
         if positions is not None:
             kwargs["position_ids"] = positions + self.count
-        states = kwargs.get("cache_params")  # what Mamba 2 has in place of keys and values
-        if (cache is not None and cache.get_seq_length() > 0) or (states is not None and states.has_previous_state()):
+        if _goes_on(kwargs):
             return (), kwargs
         learned: Any = self.peft_model.get_prompt(size)
         if not isinstance(learned, torch.Tensor):
@@ -166,3 +167,15 @@ class VirtualTokens:
         if kwargs.get("inputs_embeds") is not None:
             output.last_hidden_state = output.last_hidden_state[:, self.count :]
         return output
+
+
+def _goes_on(given: dict[str, Any]) -> bool:
+    """Whether a call of a decoder goes on with a sequence, by the keys and values or the states that it is given."""
+    from transformers.cache_utils import Cache  # slow to import
+
+    cache, states = given.get("past_key_values"), given.get("cache_params")
+    if cache is not None and cache.get_seq_length() > 0:
+        return True
+    if isinstance(states, Cache):  # Mamba's, which is there from the first call on
+        return states.has_previous_state()
+    return any(given.get(name) is not None for name in _STATES)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -132,11 +133,15 @@ def lora_trainer(config: LoraTrainerConfig) -> AdapterTrainer:
     def configure(model: nn.Module) -> peft.PeftConfig:
         import peft
 
-        from fedzo.models.adapters import QUERY_VALUE, are_transposed, find_layers, layers_from
+        from fedzo.models.adapters import QUERY_VALUE, are_transposed, find_layers, text_layers
 
-        layers = find_layers(model, config.target_modules, known=QUERY_VALUE, key="trainer.target_modules")
-        layers = layers_from(
-            model, config.first_layer, layers, named=bool(config.target_modules), key="trainer.target_modules"
+        layers = find_layers(
+            model,
+            text_layers(model),
+            config.target_modules,
+            known=QUERY_VALUE,
+            first_layer=config.first_layer,
+            key="trainer.target_modules",
         )
         return peft.LoraConfig(
             task_type="CAUSAL_LM",
@@ -175,22 +180,11 @@ def ia3_trainer(config: Ia3TrainerConfig) -> AdapterTrainer:
     def configure(model: nn.Module) -> peft.PeftConfig:
         import peft
 
-        from fedzo.models.adapters import FEED_FORWARD, KEY_VALUE, are_transposed, find_layers, layers_from
+        from fedzo.models.adapters import FEED_FORWARD, KEY_VALUE, are_transposed, find_layers, text_layers
 
-        outputs = find_layers(model, config.target_modules, known=KEY_VALUE, key="trainer.target_modules")
-        outputs = layers_from(
-            model, config.first_layer, outputs, named=bool(config.target_modules), key="trainer.target_modules"
-        )
-        inputs = find_layers(
-            model, config.feedforward_modules, known=(*FEED_FORWARD, ()), key="trainer.feedforward_modules"
-        )
-        inputs = layers_from(
-            model,
-            config.first_layer,
-            inputs,
-            named=bool(config.feedforward_modules),
-            key="trainer.feedforward_modules",
-        )
+        find = partial(find_layers, model, text_layers(model), first_layer=config.first_layer)
+        outputs = find(config.target_modules, known=KEY_VALUE, key="trainer.target_modules")
+        inputs = find(config.feedforward_modules, known=(*FEED_FORWARD, ()), key="trainer.feedforward_modules")
         layers = _some_layers([*outputs, *inputs], config.first_layer)
         return peft.IA3Config(
             task_type="CAUSAL_LM",

@@ -147,13 +147,10 @@ class ArtifactStore:
                 file.flush()
             if held < size:
                 return held
-            try:
-                if (found := _digest(part)) != digest:
-                    raise ProtocolError(f"{name_of(digest)}: its SHA-256 must be {digest}, got {found}. Send it again.")
-                self._complete(part, digest)
-            except BaseException:
+            if (found := _digest(part)) != digest:
                 part.unlink(missing_ok=True)
-                raise
+                raise ProtocolError(f"{name_of(digest)}: its SHA-256 must be {digest}, got {found}. Send it again.")
+            self._complete(part, digest)
         return size
 
     def keep_only(self, digest: str) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fedzo.data.embedded import imdb_texts
+from fedzo.data.encode import opening
 from fedzo.data.files import read_texts
 from fedzo.errors import Problem, at_least, problem
 from fedzo.masks.calibration import windows_from_texts
@@ -82,6 +83,7 @@ def calibration_windows(config: CalibratedConfig, loaded: LoadedModel, workplace
         num_docs=config.calibration_docs,
         num_tokens=config.calibration_tokens,
         seed=workplace.seed,
+        opening=opening(loaded.tokenizer),
     )
 
 

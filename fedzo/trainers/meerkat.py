@@ -112,13 +112,12 @@ class Meerkat:
 
     def prepare(self, loaded: LoadedModel, workplace: Workplace) -> Prepared:
         """The mask's indices and its gradient: from the run folder, from ``inputs.artifact``, or chosen now."""
-        kept = workplace.folder / MASK_FILE
-        if workplace.resumed and kept.exists():
-            mask = load_mask(kept)
-        else:
-            given = workplace.inputs.artifact
-            mask = load_mask(Path(given)) if given else choose_mask(self.config, loaded, workplace)
-            check_fits(mask, loaded.model)
+        kept, given = workplace.folder / MASK_FILE, workplace.inputs.artifact
+        is_kept = workplace.resumed and kept.exists()
+        file = kept if is_kept else given
+        mask = load_mask(Path(file)) if file else choose_mask(self.config, loaded, workplace)
+        check_fits(mask, loaded.model)
+        if not is_kept:
             if (base := mask.manifest.get("base_digest")) not in (None, loaded.base_digest):
                 log.warning(
                     "%s: it was chosen on other weights (%s...) than the model's (%s...): it can be trained, but its "
@@ -128,7 +127,6 @@ class Meerkat:
                     loaded.base_digest[:12],
                 )
             save_mask(mask, kept)
-        check_fits(mask, loaded.model)
         gradient = None if mask.gradient is None else torch.cat(list(mask.gradient.values()))
         return Prepared(workplace.artifacts.put(encode_mask(mask)), gradient)
 
@@ -142,7 +140,7 @@ class Meerkat:
 
 
 def choose_mask(config: MeerkatConfig, loaded: LoadedModel, workplace: Workplace) -> Mask:
-    """Choose a mask as the configuration says."""
+    """Choose a mask as the configuration says, of what a text passes."""
     windows, memory_bytes, host = [], math.inf, available_memory_bytes(torch.device("cpu"))
     if config.selector is Selector.sensitivity:
         windows = calibration_windows(config, loaded, workplace)

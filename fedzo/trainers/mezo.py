@@ -55,6 +55,7 @@ class Mezo:
     def build(self, loaded: LoadedModel, artifact: Artifact, *, distribution: Distribution) -> Built:
         """The full space over ``loaded.model``, or its blocks from ``first_layer`` on, in the dtype of the weights.
 
+        What no text passes, such as towers for images or sound, stays as it is: a step would move it at random.
         Warns where 16-bit weights are rounded to nearest, which loses small steps.
         """
         trained = parameters_from(loaded.model, self.config.first_layer)

@@ -105,7 +105,7 @@ class Tables:
         gradients = WindowGradients(
             loaded.model, windows, next_token_loss, lambda: workplace.advance(next(done), len(windows))
         )
-        sums = gradients.signed(tables)
+        sums = gradients.sums(tables, squares=False).signed
         return {name: (sums[name] / len(windows)).view(table.shape).cpu() for name, table in tables.items()}
 
     def _trained(self, loaded: LoadedModel) -> dict[str, nn.Parameter]:

@@ -67,8 +67,7 @@ def read_manifest(file: Path) -> SketchManifest:
     """
     text = file.read_bytes()
     remedy = "Copy the folder again, or build the sketch anew."
-    manifest: SketchManifest = decode_json(SketchManifest, text, where=str(file), error=ConfigError, remedy=remedy)
-    return manifest
+    return decode_json(SketchManifest, text, where=str(file), error=ConfigError, remedy=remedy)
 
 
 def check_tensors(manifest: SketchManifest, entries: dict[str, Entry], *, name: str) -> None:

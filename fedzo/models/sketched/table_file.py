@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from fedzo.errors import ConfigError, RunFolderError, printable, some
-from fedzo.records.folder import replace_file
+from fedzo.records.folder import replace_file, told_as
 from fedzo.sketch import tables_of
 
 if TYPE_CHECKING:
@@ -46,12 +46,8 @@ def write_tables(path: Path, tables: Mapping[str, torch.Tensor], *, base_digest:
     tensors = {name: table.detach().cpu().clone() for name, table in tables.items()}
     # one entry, since safetensors writes several in no fixed order
     data = save(tensors, metadata={_KEY: json.dumps(held, sort_keys=True, separators=(",", ":"))})
-    try:
+    with told_as(RunFolderError, f"table file {path}: it must be writable", "Choose another place."):
         replace_file(path, data, durable=True)
-    except OSError as error:
-        raise RunFolderError(
-            f"table file {path}: it must be writable, got {error.strerror!r}. Choose another place."
-        ) from error
 
 
 def read_tables(path: Path, loaded: LoadedModel, *, content: str = TABLES) -> dict[str, torch.Tensor]:
@@ -70,12 +66,11 @@ def read_tables(path: Path, loaded: LoadedModel, *, content: str = TABLES) -> di
     """
     where = f"table file {path}"
     try:
-        with safe_open(path, framework="pt") as file:
-            told: dict[str, object] = json.loads(file.metadata()[_KEY])
-        _check_told(told, where, loaded, content)
-        found = load_file(path)
-    except OSError as error:
-        raise ConfigError(f"{where}: it must be readable, got {error.strerror or error!s}. Check the path.") from error
+        with told_as(ConfigError, f"{where}: it must be readable", "Check the path."):
+            with safe_open(path, framework="pt") as file:
+                told: dict[str, object] = json.loads(file.metadata()[_KEY])
+            _check_told(told, where, loaded, content)
+            found = load_file(path)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise

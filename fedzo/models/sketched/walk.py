@@ -21,15 +21,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fedzo.errors import ConfigError
-from fedzo.models.blocks import find_blocks
+from fedzo.models.blocks import Reached, find_blocks
 from fedzo.models.sketched.layers import dense_layers
 
 _TOLERANCE = 1e-4  # of the largest state, for a walk beside a forward: batches of other sizes move last bits
 _ROWS_AT_ONCE = 4  # windows of a forward
-
-
-class _Reached(Exception):
-    """Ends a forward where all that is asked for was seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +95,7 @@ class Walk:
 
             def keep(x: torch.Tensor, seen: list[torch.Tensor] = seen) -> None:
                 seen.append(x.reshape(-1, x.shape[-1]))
-                raise _Reached
+                raise Reached
 
             with _input_seen(layer, keep):
                 self._call(block, batch)
@@ -126,7 +122,7 @@ class Walk:
         return inputs
 
     def _call(self, block: int, batch: torch.Tensor) -> None:
-        with suppress(_Reached):
+        with suppress(Reached):
             self.calls[block][len(batch)](self.blocks[block], batch)
 
 
@@ -189,13 +185,13 @@ def _capture(
         rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
         calls.append(Call(args if by_name else args[1:], rest, by_name))
         if first_only:
-            raise _Reached
+            raise Reached
 
     def done(_: nn.Module, args: Any, out: Any) -> None:
         after.append(out[0] if isinstance(out, tuple) else out)
 
     def end(*_: Any) -> None:
-        raise _Reached
+        raise Reached
 
     hooks = [block.register_forward_pre_hook(called, with_kwargs=True) for block in blocks]
     hooks.append(blocks[-1].register_forward_hook(done))
@@ -203,7 +199,7 @@ def _capture(
     if isinstance(model, PreTrainedModel) and isinstance(head := whole.get_output_embeddings(), nn.Module):
         hooks.append(head.register_forward_pre_hook(end))
     try:
-        with suppress(_Reached):
+        with suppress(Reached):
             model(input_ids=ids)
     finally:
         for hook in hooks:

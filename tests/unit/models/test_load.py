@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
-from transformers import Gemma3Config
+from transformers import Gemma3Config, Phi3Config
 
 from fedzo.errors import ConfigError
 from fedzo.models import source
@@ -22,7 +22,8 @@ from fedzo.models.adapters import inject
 from fedzo.models.config import DType, ModelConfig
 from fedzo.models.digest import stored_entries, tokenizer_digest, weights_digest
 from fedzo.models.generate import generate
-from fedzo.models.load import load_model, resolve_device, wrap_model
+from fedzo.models.load import check_length, load_model, resolve_device, wrap_model
+from fedzo.models.source import read_model
 from fedzo.testing.tiny_models import (
     FAMILIES,
     byte_tokenizer,
@@ -221,6 +222,38 @@ def test_reload_brings_the_base_weights_back_in_place(folder: Path, dtype: DType
 
     assert all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
     assert all(a is b for a, b in zip(parameters, loaded.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_that_are_stored_as_they_are_held_are_reloaded_one_by_one(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of Mixtral are not: its files hold each expert alone, and transformers fuses them."""
+    config = ModelConfig(name=str(save_tiny_model(tmp_path, family)), dtype=DType.bfloat16)
+    loaded = load_model(config, device="cpu")
+    before = {name: each.clone() for name, each in loaded.model.named_parameters()}
+    whole: list[Any] = []
+
+    def reads(*args: Any, **more: Any) -> Any:
+        whole.append(args)
+        return read_model(*args, **more)
+
+    monkeypatch.setattr("fedzo.models.load.read_model", reads)
+    for parameter in loaded.model.parameters():
+        parameter.add_(1)
+
+    loaded.reload_weights()
+
+    assert all(torch.equal(each, before[name]) for name, each in loaded.model.named_parameters())
+    assert len(whole) == (family == "mixtral")
+
+
+def test_a_weight_that_is_gone_from_the_files_is_told_of(copied: Path) -> None:
+    loaded = load_model(ModelConfig(name=str(copied), dtype=DType.bfloat16), device="cpu")
+    rewrite(copied / "model.safetensors", lambda tensors: tensors.pop("model.norm.weight"))
+
+    with pytest.raises(ConfigError, match=r"must hold the weights that it held .*, but model\.norm\.weight is not"):
+        loaded.reload_weights()
 
 
 def test_a_missing_pad_token_falls_back_to_the_end_token(copied: Path) -> None:
@@ -549,3 +582,30 @@ def test_a_gguf_file_in_a_folder_loads_as_dense_weights_that_can_be_saved(tmp_pa
     assert loaded.base_digest == source.EMBEDDED_SHA256
     loaded.model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").exists()
+
+
+def test_texts_that_change_the_positions_of_those_beside_them_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = tiny_model_from(
+        Phi3Config(
+            **shape,
+            vocab_size=512,
+            max_position_embeddings=256,
+            original_max_position_embeddings=32,
+            pad_token_id=0,
+            rope_parameters=rope,
+        )
+    )
+    rows = torch.arange(66).view(2, 33)
+    alone, short, long = (model(input_ids=rows[:, :width]).logits[0, :20] for width in (20, 32, 33))
+
+    assert torch.allclose(alone, short, atol=1e-5)
+    assert not torch.allclose(alone, long, atol=1e-3)
+    caplog.clear()  # of what transformers says of such a configuration
+    check_length(model, 32, name="mine")
+    assert caplog.messages == []
+    check_length(model, 33, name="mine")
+    [told] = caplog.messages
+    assert told.startswith("mine: a text of more than 32 tokens changes the positions of the shorter ones in its batch")
+    assert told.endswith("Write task.max_length=32 to have each text alone")

@@ -742,11 +742,26 @@ def test_rows_are_not_kept_where_they_depend_on_their_batch(
     np.testing.assert_array_equal(losses(loaded, step), losses(loaded, None))
 
 
+class TwoLists(TwoBlocks):
+    """A list of two blocks before one of three, all of like size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.more = nn.ModuleList([Affine(2.0), Affine(3.0), Affine(4.0)])
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        states = super().forward(input_ids)
+        for block in self.more:
+            states = block(states)
+        return states
+
+
 def test_two_lists_of_like_size_are_no_blocks() -> None:
-    two = nn.Module()
-    two.one, two.other = (nn.ModuleList(nn.Linear(4, 4) for _ in range(count)) for count in (3, 2))
+    two = TwoLists()
     assert find_blocks(two) == ("", [])
-    with pytest.raises(ConfigError, match=r"must be 0 for a Module, which has no single list of blocks, got 1\. Leave"):
+    with pytest.raises(
+        ConfigError, match=r"must be 0 for a TwoLists, which has no single list of blocks, got 1\. Leave"
+    ):
         upper_blocks(two, 1)
 
 

@@ -9,21 +9,22 @@ import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import peft
 import pytest
 import torch
 from torch import nn
-from transformers import Qwen3MoeConfig
+from transformers import Qwen3MoeConfig, xLSTMConfig
 
 from fedzo.data.config import Loss
 from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
 from fedzo.models.adapters import remove
+from fedzo.models.blocks import find_blocks
 from fedzo.models.fidelity import too_coarse
-from fedzo.models.generate import generate
+from fedzo.models.generate import generate, generate_tokens
 from fedzo.models.head import check_head
 from fedzo.models.load import wrap_model
 from fedzo.models.loaded import LoadedModel
@@ -31,7 +32,13 @@ from fedzo.models.scoring import mean_loss
 from fedzo.models.virtual_tokens import attach, check_answer_length, detach, longest_sequence
 from fedzo.testing.tiny_models import FAMILIES, byte_tokenizer, tiny_loaded, tiny_model, tiny_model_from
 from fedzo.trainers import TRAINERS, Built, Workplace
-from fedzo.trainers.adapters import Ia3TrainerConfig, LoraTrainerConfig, PrefixTrainerConfig, PromptTrainerConfig
+from fedzo.trainers.adapters import (
+    AdapterTrainer,
+    Ia3TrainerConfig,
+    LoraTrainerConfig,
+    PrefixTrainerConfig,
+    PromptTrainerConfig,
+)
 from fedzo.trainers.artifacts import ArtifactStore
 from fedzo.trainers.base import TrainerConfig
 from fedzo.zo.config import Distribution
@@ -404,9 +411,21 @@ def test_layers_that_are_not_there_are_named_with_those_that_are() -> None:
         build(tiny_loaded(), LoraTrainerConfig(target_modules=["q_proj", "c_attn"]))
     with pytest.raises(ConfigError, match=r"trainer\.feedforward_modules must name linear layers.*got embed_tokens"):
         build(tiny_loaded(), Ia3TrainerConfig(feedforward_modules=["embed_tokens"]))
-    odd = dataclasses.replace(tiny_loaded(), model=nn.Sequential(nn.Linear(2, 2)))
-    with pytest.raises(ConfigError, match=r"must be given for a Sequential.*Choose from 0"):
+    odd = dataclasses.replace(tiny_loaded(), model=nn.Sequential(nn.Embedding(2, 2), nn.Linear(2, 2)))
+    with pytest.raises(ConfigError, match=r"must be given for a Sequential.*Choose from 1"):
         build(odd, LoraTrainerConfig())
+
+
+@pytest.mark.parametrize("first_layer", [0, 1])
+@pytest.mark.parametrize("config", [LoraTrainerConfig, Ia3TrainerConfig])
+def test_layers_are_found_in_one_forward(config: Any, first_layer: int) -> None:
+    loaded, trainer = tiny_loaded(), cast(AdapterTrainer, TRAINERS.build(config(first_layer=first_layer)))
+    runs: list[object] = []
+    loaded.model.register_forward_pre_hook(lambda *given: runs.append(given))
+
+    trainer.configure(loaded.model)
+
+    assert len(runs) == 1
 
 
 def test_layers_in_whose_place_peft_adapts_experts_are_refused_and_the_model_is_left_as_it_was() -> None:
@@ -423,18 +442,31 @@ def test_layers_in_whose_place_peft_adapts_experts_are_refused_and_the_model_is_
     assert torch.equal(logits(loaded.model), base)
 
 
-def test_virtual_tokens_come_once_before_a_text_that_a_model_with_states_goes_on_with() -> None:
-    loaded: Any = tiny_loaded("mamba2")
+def with_states(family: str) -> LoadedModel:
+    if family != "xlstm":
+        return tiny_loaded(family)
+    config = xLSTMConfig(vocab_size=512, hidden_size=128, num_hidden_layers=2, num_heads=4)
+    return wrap_model(tiny_model_from(config), byte_tokenizer())
+
+
+@pytest.mark.parametrize("family", ["mamba2", "xlstm"])  # PEFT has no prompts for the others
+def test_virtual_tokens_come_once_before_a_text_that_a_model_with_states_goes_on_with(family: str) -> None:
+    """Each family has its states under a name and in a class of its own; a whole forward has none."""
+    loaded = with_states(family)
     build(loaded, PromptTrainerConfig(init_std=0.3))
     widths: list[int] = []
-    loaded.model.get_decoder().layers[0].register_forward_hook(
+    seen = find_blocks(loaded.model)[1][0].register_forward_hook(
         lambda module, args, output: widths.append(args[0].shape[1])
     )
 
-    generate(loaded, [[65, 66, 67]], max_new_tokens=4, tokens_per_batch=4096)
+    (answer,) = generate_tokens(loaded, [[65, 66, 67]], ends=set(), max_new_tokens=4, tokens_per_batch=4096)
 
-    assert widths[0] == 5 + 3
-    assert set(widths[1:]) == {1}
+    assert widths == [5 + 3, 1, 1, 1]
+    seen.remove()
+    ids = [65, 66, 67]
+    for _ in range(4):
+        ids.append(int(logits(loaded.model, torch.tensor([ids]))[0, -1].argmax()))
+    assert answer == ids[3:]
 
 
 def test_prompts_of_a_model_that_reads_token_ids_beside_embeddings_are_refused() -> None:

@@ -215,6 +215,28 @@ def test_a_whole_that_is_not_what_its_digest_names_is_dropped(store: ArtifactSto
     assert [append(store, number) for number in range(3)][-1] == SIZE
 
 
+def test_all_that_came_stays_where_the_process_ends_while_the_whole_is_hashed(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM is a SystemExit in an executor."""
+
+    def ends(path: Path) -> str:
+        raise SystemExit(0)
+
+    append(store, 0)
+    append(store, 1)
+    original = artifacts._digest
+    monkeypatch.setattr(artifacts, "_digest", ends)
+    with pytest.raises(SystemExit):
+        append(store, 2)
+    monkeypatch.setattr(artifacts, "_digest", original)
+    after = ArtifactStore(store.folder)
+
+    assert after.append(DIGEST, SIZE, offset=0, data=b"") == 2 * PIECE_BYTES  # the last piece is a short one
+    assert append(after, 2) == SIZE
+    assert (store.folder / DIGEST).read_bytes() == CONTENT
+
+
 @pytest.mark.parametrize("size", [-1, 0])
 def test_a_size_that_is_none_is_refused_before_anything_is_written(store: ArtifactStore, size: int) -> None:
     with pytest.raises(ProtocolError, match=rf"must have at least 1 byte, got {size}"):

@@ -252,8 +252,13 @@ def test_layers_of_the_default_that_no_upper_block_has_are_left_out(place: Workp
 
 def test_upper_blocks_of_another_kind_have_no_layer_of_the_default(place: Workplace) -> None:
     """As those of hybrids, whose attention is in some blocks alone."""
+
+    class Mixer(nn.Module):
+        def forward(self, *, hidden_states: Any, **others: Any) -> tuple[Any, None]:
+            return hidden_states, None
+
     loaded: Any = tiny_loaded("llama")
-    loaded.model.model.layers[1].self_attn = nn.Identity()
+    loaded.model.model.layers[1].self_attn = Mixer()
 
     with pytest.raises(ConfigError, match=r"in the blocks from trainer\.first_layer=1 on, got none\. Lower"):
         TRAINERS.build(LoraTrainerConfig(first_layer=1)).build(loaded, place.artifacts.put(bytes(8)), distribution=LAW)

@@ -14,9 +14,10 @@ from torch import nn
 from torch.func import functional_call
 
 from fedzo.errors import ConfigError
+from fedzo.models.load import wrap_model
 from fedzo.models.sketched.table_file import write_tables
 from fedzo.sketch import sketched_layers, tables_of, unpack
-from fedzo.testing.tiny_models import tiny_loaded, tiny_model, tiny_sketch
+from fedzo.testing.tiny_models import byte_tokenizer, tiny_loaded, tiny_model, tiny_sketch
 from fedzo.trainers import TRAINERS, Workplace
 from fedzo.trainers.artifacts import EMPTY
 from fedzo.trainers.calibration import CalibrationSource, calibration_windows
@@ -88,6 +89,21 @@ def test_the_gradient_is_autograd_s_in_tables_of_a_dense_model(place: Callable[.
     assert gradient is not None
     assert gradient.dtype == torch.float32
     assert float((gradient - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("tokenizer", [byte_tokenizer(add_bos=True), byte_tokenizer(add_bos=True, add_eos=True)])
+def test_a_calibration_window_begins_as_the_tokenizer_begins_a_text(
+    tokenizer: Any, place: Callable[..., Workplace]
+) -> None:
+    config = TablesConfig(**SMALL)
+    plain = calibration_windows(config, tiny_loaded(), place())
+    assert not any(1 in window for window in plain)
+
+    windows = calibration_windows(config, wrap_model(tiny_loaded().model, tokenizer), place())
+
+    assert [window.tolist().count(1) for window in windows] == [1] * len(plain)
+    assert [int(window[0]) for window in windows] == [1] * len(plain)
+    assert [len(window) for window in windows] == [len(window) for window in plain]
 
 
 def test_a_resumed_run_goes_on_with_the_gradient_that_was_kept(place: Callable[..., Workplace], tmp_path: Path) -> None:
