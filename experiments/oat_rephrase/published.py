@@ -18,9 +18,10 @@ from statistics import fmean
 
 from fedzo.bench.claims import Claims
 from fedzo.data.files import Row
-from fedzo.data.preprocess.rephrase.checks import check
-from fedzo.data.preprocess.rephrase.config import Check, OatRephraseConfig
+from fedzo.data.preprocess.rephrase.checks import check, lost_names
+from fedzo.data.preprocess.rephrase.config import Check, OatRephraseConfig, Style
 from fedzo.data.preprocess.rephrase.figures import SetFigures
+from fedzo.data.preprocess.rephrase.prompts import Prompts
 from fedzo.data.preprocess.rephrase.tasks import TASKS, RephraseTask
 
 HERE = Path(__file__).parent
@@ -70,22 +71,15 @@ def _read(path: Path) -> list[Row]:
 def _look(kept: list[tuple[Row, str]], task: RephraseTask) -> Found:
     faults: Counter[str] = Counter()
     texts = []
+    prompts = Prompts(Style.plain, task, task.column)  # whose words are not looked for
     for row, answer in kept:
         for each in LOOKED_FOR:
-            found = check(
-                answer,
-                truncated=False,
-                row=row,
-                task=task,
-                column=task.column,
-                label=row["label"],
-                prompt="",
-                rules=OatRephraseConfig(checks=[each]),
-            )
+            found = check(answer, row, row["label"], prompts=prompts, rules=OatRephraseConfig(checks=[each]))
             faults[each] += found.fault is not None
         texts.append(found.text)
         faults["cleaned"] += found.text != answer.strip()
-        faults["names"] += bool(found.lost_names)
+        original = row[task.column]
+        faults["names"] += found.text != original.strip() and bool(lost_names(found.text, original))
     figures = SetFigures.of(
         zip([row for row, _ in kept], texts, strict=True), task=task, column=task.column, label_of=itemgetter("label")
     )

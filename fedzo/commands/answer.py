@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from fedzo.commands.perplexity import check_file
+from fedzo.data.chat import chat_end, encode_instructions
 from fedzo.data.encode import encode_prompts
 from fedzo.data.files import read_located
 from fedzo.errors import ConfigError
@@ -42,7 +43,9 @@ class Asked:
     tables: str
 
 
-def answer_rows(model: ModelConfig, tables: Sequence[Path], prompts: Path, *, max_new_tokens: int) -> Iterator[str]:
+def answer_rows(
+    model: ModelConfig, tables: Sequence[Path], prompts: Path, *, max_new_tokens: int, chat: bool = False
+) -> Iterator[str]:
     """One line of JSON an answer, in the order of the rows; what a user takes comes first.
 
     Args:
@@ -50,9 +53,10 @@ def answer_rows(model: ModelConfig, tables: Sequence[Path], prompts: Path, *, ma
         tables: Files of its tables, each known by its name without the ending.
         prompts: A data file with the columns ``prompt`` and, where there are tables, ``tables``.
         max_new_tokens: Longest answer.
+        chat: Whether each prompt is what a user says in a chat, as in runs of ``kind=instruction``.
 
     Raises:
-        ConfigError: A file cannot be used, or a row names no known tables.
+        ConfigError: A file cannot be used, a row names no known tables, or there is no chat template.
     """
     names = [file.stem for file in tables]
     if len(set(names)) < len(names):
@@ -64,15 +68,28 @@ def answer_rows(model: ModelConfig, tables: Sequence[Path], prompts: Path, *, ma
         raise ConfigError(
             f"--tables: {model.name!r} must be a sketch, but is dense. Name the sketch whose tables were trained."
         )
+    if chat and not loaded.tokenizer.chat_template:
+        raise ConfigError(
+            f"--chat: the tokenizer of {model.name!r} must have a chat template, but has none. Leave it out."
+        )
     users = {name: _offset(loaded, file) for name, file in zip(names, tables, strict=True)}
-    ids = encode_prompts([row.prompt for row in rows], loaded.tokenizer)
+    texts = [row.prompt for row in rows]
+    ids = encode_instructions(texts, loaded.tokenizer) if chat else encode_prompts(texts, loaded.tokenizer)
     for number, tokens in enumerate(ids):
         check_ids(loaded.model, tokens, where=f"{prompts}: prompt {number}")
     if users:
         each = next(iter(users.values())).nbytes
         base = bytes_text(weights_bytes(loaded.model))
         yield f"{len(users)} users: {bytes_text(each)} each for tables, beside one model of {base}"
-    answers = _answers(loaded, rows, users, ids, max_new_tokens=max_new_tokens, most_tokens=model.tokens_per_batch)
+    answers = _answers(
+        loaded,
+        rows,
+        users,
+        ids,
+        ends=chat_end(loaded.tokenizer) if chat else set(),
+        max_new_tokens=max_new_tokens,
+        most_tokens=model.tokens_per_batch,
+    )
     for row, answer in zip(rows, answers, strict=True):
         yield json.dumps({"tables": row.tables or None, "prompt": row.prompt, "answer": answer}, ensure_ascii=False)
 
@@ -83,6 +100,7 @@ def _answers(
     users: dict[str, torch.Tensor],
     ids: Sequence[Sequence[int]],
     *,
+    ends: set[int],
     max_new_tokens: int,
     most_tokens: int,
 ) -> list[str]:
@@ -96,7 +114,14 @@ def _answers(
 
     try:
         with own or nullcontext():
-            return generate(loaded, ids, max_new_tokens=max_new_tokens, tokens_per_batch=most_tokens, before=follow)
+            return generate(
+                loaded,
+                ids,
+                max_new_tokens=max_new_tokens,
+                tokens_per_batch=most_tokens,
+                ends=ends,
+                before=follow,
+            )
     except NotImplementedError as error:  # of OwnTables
         raise ConfigError(
             f"--tables: each sketched layer of {loaded.source!r} must see all rows of a batch, but {error}, as with "

@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import Progress
 
 from fedzo.config.overrides import quoted
 from fedzo.config.plugins import plugin_name
@@ -39,6 +36,7 @@ from fedzo.records.rephrase import RowOutcome
 from fedzo.report.format import counted
 from fedzo.report.html import write_page
 from fedzo.report.rephrased import figures_table, judge_test_lines, rephrased_page
+from fedzo.report.sinks import phase
 from fedzo.run.process import STAGE_FOLDER
 from fedzo.system import OnProgress
 
@@ -116,7 +114,7 @@ def rephrase(work: Work, *, out: Path | None, again: bool = False) -> Iterator[s
     if out is not None:
         _check_out(out, work)
     kept_before = len(rephraser.results.older())
-    with _progress(work, "rows") as told:
+    with _progress(work, "rewriting") as told:
         attempts = rephraser.rewrite(work.rows, told, again=again)
     outcomes = rephraser.results.find(work.rows)
     assert outcomes is not None
@@ -158,7 +156,7 @@ def judge_test(work: Work, *, pairs: int | None) -> Iterator[str]:
         FedzoError: The judge does not pass the recipe's gate, or cannot be asked.
     """
     most = work.rephraser.config.gate_pairs if pairs is None else pairs
-    with _progress(work, "verdicts") as told:
+    with _progress(work, "asking the judge") as told:
         found = work.rephraser.test_judge(work.rows, most=most, on_progress=told)
     file = keep(found, work.rephraser.folder, least_pairs=work.rephraser.config.gate_pairs)
     yield from judge_test_lines(found)
@@ -182,7 +180,7 @@ def bootstrap(work: Work, table: Path) -> Iterator[str]:
     _check_folder("--table", table)
     recipe = replace(work.rephraser.config, judged=False)
     rows = [work.rows[at] for at in shuffled(len(work.rows), seed=0)[:BOOTSTRAP_ROWS]]
-    with replace(work.rephraser, config=recipe).course() as course, _progress(work, "rows") as told:
+    with replace(work.rephraser, config=recipe).course() as course, _progress(work, "rewriting") as told:
         course.check_rows(work.rows)  # so that a row is named by its number in the file
         attempts = course.run(rows, told)
     texts = [each.outcome.text if each.outcome and not each.outcome.reason else each.refused for each in attempts]
@@ -280,16 +278,12 @@ def write_set_page(work: Work, outcomes: Sequence[RowOutcome], attempts: Mapping
     return write_page(work.rephraser.results.file_of_set(outcomes, ".html"), page, mode=0o600)
 
 
-@contextmanager
-def _progress(work: Work, what: str) -> Iterator[OnProgress]:
+def _progress(work: Work, title: str) -> AbstractContextManager[OnProgress]:
     """A bar that also tells what was spent, and what is waited for."""
     totals = work.rephraser.totals
-    with Progress(console=Console(stderr=True)) as progress:
-        bar = progress.add_task(what, total=None)
 
-        def told(done: int, total: int) -> None:
-            busy = f"; it is busy: waiting {totals.waiting_s:.0f} s" if totals.waiting_s else ""
-            spent = _spent(Used.of(totals, work.rephraser.rewriter))
-            progress.update(bar, completed=done, total=total, description=f"{what}: {spent}{busy}")
+    def note() -> str:
+        busy = f"; it is busy: waiting {totals.waiting_s:.0f} s" if totals.waiting_s else ""
+        return f"{_spent(Used.of(totals, work.rephraser.rewriter))}{busy}"
 
-        yield told
+    return phase(title, stderr=True, note=note)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from fedzo.commands.rephrase import Work, kept_line, key_line, set_lines, write_set_page
 from fedzo.data.files import Row, read_rows
-from fedzo.data.preprocess.rephrase.course import IDENTICAL, check_rewrite, outcome_of
+from fedzo.data.preprocess.rephrase.checks import check
+from fedzo.data.preprocess.rephrase.course import IDENTICAL, outcome_of
 from fedzo.data.preprocess.rephrase.manifest import Used
 from fedzo.data.preprocess.rephrase.prompts import label_of
 from fedzo.data.preprocess.rephrase.rephraser import Rephraser
@@ -73,7 +74,7 @@ def _imported(rephraser: Rephraser, row: Row, entry: Row | None, where: str) -> 
     original = str(row[prompts.column])
     reason, text = "absent", original
     if entry is not None:
-        checked = check_rewrite(entry["text"], row, label, prompts=prompts, rules=rephraser.config)
+        checked = check(entry["text"], row, label, prompts=prompts, rules=rephraser.config)
         refused = "" if entry.get("verdict") in (None, "", "same") else "verdict"
         reason = str(checked.fault or "") or (IDENTICAL if checked.text == original.strip() else refused)
         text = original if reason else checked.text

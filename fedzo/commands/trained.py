@@ -17,14 +17,14 @@ from fedzo.errors import ConfigError, RunFolderError
 from fedzo.evaluate import evaluate
 from fedzo.fl.log_store import RunLog
 from fedzo.models.checks import check_ids
-from fedzo.models.generate import generate
+from fedzo.models.generate import end_tokens, generate
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.saved import save_model, whole_folder
 from fedzo.models.sketched.folder import write_sketch
 from fedzo.models.sketched.layers import make_dense
 from fedzo.models.sketched.table_file import write_tables
 from fedzo.records.decode import encode
-from fedzo.records.folder import METRICS
+from fedzo.records.folder import METRICS, told_as
 from fedzo.records.metrics import Extension
 from fedzo.sketch import tables_of
 
@@ -36,11 +36,11 @@ def replay_run(run_dir: Path, *, rounds: int | None = None) -> dict[str, object]
         What was found; ``extended`` says where the run was made longer, as far as the metrics are there to tell.
     """
     config, log = read_run(run_dir), RunLog(run_dir)
-    longer = log.told(Extension) if (run_dir / METRICS).exists() else []
+    longer = log.metrics_of(Extension) if (run_dir / METRICS).exists() else []
     extended = [{"round": each.round, "before": each.before, "rounds": each.rounds} for each in longer]
     rebuilt = rebuild(run_dir, rounds=len(log.records) if rounds is None else rounds)
     return {
-        "rounds": len(rebuilt.rounds),
+        "rounds": rebuilt.replica.position,
         "space_size": rebuilt.replica.space.size,
         "digest": rebuilt.replica.digest(),
         "chain": rebuilt.replica.chain.hex(),
@@ -90,25 +90,25 @@ def export_run(run_dir: Path, out: Path, *, rounds: int | None = None, form: str
         return out
     if form is Form.dense:
         make_dense(loaded.model)
-    try:
-        with whole_folder(out) as folder:
-            if save is not None:
-                save(folder)
-            else:
-                _save_model(loaded, folder)
-    except OSError as error:
-        raise RunFolderError(
-            f"OUT {str(out)!r}: it must be possible to write it, got {error.strerror!r}. Make room or choose another "
-            "folder; nothing was left there."
-        ) from error
+    remedy = "Make room or choose another folder; nothing was left there."
+    with told_as(RunFolderError, f"OUT {str(out)!r}: it must be writable", remedy), whole_folder(out) as folder:
+        if save is not None:
+            save(folder)
+        else:
+            is_chat = rebuilt.process.peer.config.task.kind is TaskKind.instruction
+            _save_model(loaded, folder, ends=chat_end(loaded.tokenizer) if is_chat else set())
     return out
 
 
-def _save_model(loaded: LoadedModel, folder: Path) -> None:
+def _save_model(loaded: LoadedModel, folder: Path, *, ends: set[int]) -> None:
+    """``ends`` are tokens that end an answer beside the checkpoint's own: whoever loads the folder stops there, too."""
+    model: Any = loaded.model
+    if ends:
+        model.generation_config.eos_token_id = sorted(end_tokens(loaded) | ends)
     if loaded.is_sketch:
-        write_sketch(loaded.model, loaded.tokenizer, None, {}, folder, source_digest=loaded.base_digest)
+        write_sketch(model, loaded.tokenizer, None, {}, folder, source_digest=loaded.base_digest)
         return
-    save_model(loaded.model, loaded.tokenizer, folder)
+    save_model(model, loaded.tokenizer, folder)
 
 
 def evaluate_run(run_dir: Path, *, split: str) -> dict[str, Any]:
@@ -133,9 +133,13 @@ def evaluate_run(run_dir: Path, *, split: str) -> dict[str, Any]:
 
 
 def generate_run(run_dir: Path, prompts: list[str], *, max_new_tokens: int) -> list[str]:
-    """Greedy continuations by the run's model (its best round); of an instruction run, answers to a chat's user."""
+    """Greedy continuations by the run's model (its best round), which end where the score of its task reads to.
+
+    Of an instruction run they are answers to a chat's user, of a run of ``kind=generation`` one line.
+    """
     peer = rebuild(run_dir).process.peer
-    tokenizer, is_chat = peer.loaded.tokenizer, peer.config.task.kind is TaskKind.instruction
+    tokenizer, kind = peer.loaded.tokenizer, peer.config.task.kind
+    is_chat = kind is TaskKind.instruction
     ids = encode_instructions(prompts, tokenizer) if is_chat else encode_prompts(prompts, tokenizer)
     for number, tokens in enumerate(ids):
         check_ids(peer.loaded.model, tokens, where=f"prompt {number}")
@@ -145,4 +149,5 @@ def generate_run(run_dir: Path, prompts: list[str], *, max_new_tokens: int) -> l
         max_new_tokens=max_new_tokens,
         tokens_per_batch=peer.site.model.tokens_per_batch,
         ends=chat_end(tokenizer) if is_chat else set(),
+        stop_at_newline=kind is TaskKind.generation,
     )

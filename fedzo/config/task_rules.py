@@ -17,6 +17,9 @@ def task_problems(config: RunSettings) -> Iterator[Problem]:
         yield problem("task.template", "not be empty", task.template, "Choose a task=<option>, or write a template.")
     else:
         yield from _template("task.template", task.template)
+    if task.kind is TaskKind.generation and task.template.endswith((" ", "\t")):
+        remedy = "Begin task.answer with it: most tokenizers put a blank into the word behind it."
+        yield problem("task.template", "not end in a blank for task.kind=generation", task.template, remedy)
     if task.kind is TaskKind.candidates:
         yield from _candidates(task)
     else:

@@ -8,6 +8,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from fedzo.errors import ConfigError, printable
+
 END_OF_THOUGHT = "</think>"
 _TODAY = "26 Jul 2024"  # what Llama's templates write where nobody tells them the day
 _SAME_DAY = f"{{% macro strftime_now(format) %}}{_TODAY}{{% endmacro %}}\n"
@@ -45,10 +47,20 @@ def encode_instructions(questions: Sequence[str], tokenizer: Any) -> list[tuple[
     Args:
         questions: The texts of the user.
         tokenizer: A transformers tokenizer with a chat template.
+
+    Raises:
+        ConfigError: The chat template does not take such a text.
     """
     if not questions:
         return []
-    texts = [_asked(question, tokenizer) for question in questions]
+    try:
+        texts = [_asked(question, tokenizer) for question in questions]
+    except Exception as error:  # whatever the template's own code raises
+        raise ConfigError(
+            "the model's chat template must take a text of the user alone, but raises "
+            f"{type(error).__name__}: {printable(str(error), most=200)}. Choose another model or chat template, or "
+            "leave out --chat."
+        ) from error
     return [tuple(tokens) for tokens in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
 
 

@@ -12,7 +12,7 @@ class TaskKind(StrEnum):
     candidates = "candidates"
     """Choose one of the candidates; accuracy."""
     generation = "generation"
-    """Write a short answer; token F1 (SQuAD's normalisation)."""
+    """Write a short answer; token F1 and exact match (SQuAD's)."""
     instruction = "instruction"
     """Answer through the model's chat template; ROUGE-L."""
 
@@ -43,7 +43,9 @@ class TaskConfig:
     labels: list[str] = field(default_factory=list)
     """Values of the label column in the order of ``candidates``. Empty if the column holds indices."""
     answer: str = ""
-    """Template of the reference answer (generation, instruction)."""
+    """Template of the right answer (generation, instruction). A column in it may list several: the first is trained on,
+    and a score counts the one that is nearest to the model's. ``{answers.text}`` is the field ``text`` of an object in
+    the column ``answers``, or of each object in a list."""
     prepare: str | None = None
     """A built-in row preparation (``alpaca``, ``boolq``, ``copa``, ``wsc``), for what a template cannot express."""
     common_shift: float = 1.0

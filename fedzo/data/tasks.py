@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from fedzo.data.config import TaskConfig, TaskKind
 from fedzo.data.files import Row
@@ -30,15 +31,15 @@ class Rendered:
 
     Attributes:
         prompt: What the model reads.
-        answers: What may follow, byte for byte; one entry, the right answer, for generation and instruction.
+        answers: What may follow, byte for byte; one entry, the answer to learn, for generation and instruction.
         label: Index of the right answer.
-        reference: The right answer without outer white space (generation, instruction).
+        references: All right answers without outer white space, the one to learn first (generation, instruction).
     """
 
     prompt: str
     answers: tuple[str, ...]
     label: int
-    reference: str = ""
+    references: tuple[str, ...] = ()
 
 
 def render(row: Row, task: TaskConfig) -> Rendered:
@@ -54,8 +55,8 @@ def render(row: Row, task: TaskConfig) -> Rendered:
         answers = tuple(_fill(candidate, fields, "task.candidates") for candidate in task.candidates)
         rendered = Rendered(prompt, answers, label_index(row, task))
     else:
-        answer = _fill(task.answer, fields, "task.answer")
-        rendered = Rendered(prompt, (answer,), 0, answer.strip())
+        written = _written(fields, task)
+        rendered = Rendered(prompt, written[:1], 0, tuple(answer.strip() for answer in written))
     for answer in rendered.answers:
         if not answer.strip():
             raise ConfigError(
@@ -77,10 +78,26 @@ def template_faults(template: str, *, constant: bool = False) -> Iterator[str]:
 
 def has_answer(row: Row, task: TaskConfig) -> bool:
     """Whether a row says what is right; files without answers leave the column out or empty, or put -1 there."""
+
+    def is_hidden(value: object) -> bool:
+        return is_missing(value) or str(value).strip() in {"-1", "-1.0"}
+
     columns = {task.label} if task.kind is TaskKind.candidates else {*_FIELD.findall(task.answer)}
     if task.prepare is not None:
         columns -= {*_preparation(task.prepare).makes}
-    return not any(row.get(column) is None or str(row[column]).strip() in {"", "-1", "-1.0"} for column in columns)
+    return not any(all(map(is_hidden, answers_in(row, column))) for column in columns)
+
+
+def is_missing(value: object) -> bool:
+    """Whether a cell is null, blank, or what a table puts in the place of a value that it lacks."""
+    is_number = not isinstance(value, float) or math.isfinite(value)
+    return value is None or not is_number or str(value).strip().casefold() in {"", *_NO_VALUE}
+
+
+def answers_in(row: Row, column: str) -> list[Any]:
+    """The values in a column of ``task.answer``: all that it lists, of which the first is learned, or its only one."""
+    value = _opened(row, column).get(column)
+    return value if isinstance(value, list) else [value]
 
 
 def num_labels(task: TaskConfig) -> int:
@@ -157,6 +174,37 @@ def prepared(row: Row, task: TaskConfig) -> Row:
     return row | preparation.make(fields)
 
 
+def _written(row: Row, task: TaskConfig) -> tuple[str, ...]:
+    """The template of the answer, filled with each of the answers that a column lists."""
+    key, columns = "task.answer", [*dict.fromkeys(_FIELD.findall(task.answer))]
+    for column in columns:
+        row = _opened(row, column)
+    lists = [column for column in columns if isinstance(row.get(column), list)]
+    if not lists:
+        return (_fill(task.answer, row, key),)
+    if len(lists) > 1:
+        raise ConfigError(
+            f"{key} must name at most one column that lists answers, got lists in {' and '.join(map(repr, lists))}. "
+            "List whole answers in one column."
+        )
+    if not row[lists[0]]:
+        raise ConfigError(f"column {lists[0]!r} ({key}) lists no answer: []. Fill it or remove the row.")
+    return tuple(_fill(task.answer, row | {lists[0]: answer}, key) for answer in row[lists[0]])
+
+
+def _opened(row: Row, column: str) -> Row:
+    """The row, with a column more where ``answers.text`` names the field of an object, or of each in a list."""
+    outer, _, name = column.partition(".")
+    inside = row.get(outer)
+    if column in row:
+        return row
+    if isinstance(inside, dict) and name in inside:
+        return row | {column: inside[name]}
+    if isinstance(inside, list) and all(isinstance(each, dict) and name in each for each in inside):
+        return row | {column: [each[name] for each in inside]}
+    return row
+
+
 def _fill(template: str, row: Row, key: str) -> str:
     return _FIELD.sub(lambda match: _text(row, match[1], key), template)
 
@@ -166,9 +214,9 @@ def _text(row: Row, column: str, key: str, *, may_be_blank: bool = False) -> str
         return ""
     value = _value(row, column, key)
     if not isinstance(value, str | int | float):
-        raise ConfigError(
-            f"column {column!r} ({key}) must hold text or a number, got {type(value).__name__}. Flatten it first."
-        )
+        named = key == "task.answer" and isinstance(value, dict)
+        advice = f"Name one of its fields, as in {{{column}.text}}." if named else "Flatten it first."
+        raise ConfigError(f"column {column!r} ({key}) must hold text or a number, got {type(value).__name__}. {advice}")
     text = str(value).strip()
     missing = _NO_VALUE | _NO_WORD if key == "task.template" else _NO_VALUE
     if text.casefold() in missing or (isinstance(value, float) and not math.isfinite(value)):

@@ -1,8 +1,9 @@
-"""The evaluator ``answers``: accuracy, token F1 or ROUGE-L of a model's answers, as the kind of the task asks."""
+"""The evaluator ``answers``: accuracy, token F1 with exact match, or ROUGE-L, as the kind of the task asks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,31 +13,38 @@ from fedzo.data.chat import after_thought, chat_end
 from fedzo.data.config import Loss, TaskConfig, TaskKind
 from fedzo.data.encode import Example
 from fedzo.evaluate.base import EVALUATORS, EvaluatorConfig, Measure
-from fedzo.evaluate.metrics import auc, best_threshold_accuracy, rouge_l, token_f1
+from fedzo.evaluate.metrics import auc, best_threshold_accuracy, exact_match, rouge_l, token_f1
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.plan import forward_cost
 from fedzo.models.scoring import candidate_scores, choice_losses, mean_loss
 from fedzo.records.scores import Score, known
-from fedzo.system import OnProgress
+from fedzo.system import OnProgress, warn_once
+
+log = logging.getLogger(__name__)
 
 _METRICS = {TaskKind.candidates: "accuracy", TaskKind.generation: "token_f1", TaskKind.instruction: "rouge_l"}
+_EXACT_MATCH = "exact_match"
 
 
 @dataclass(kw_only=True, slots=True)
 class AnswersConfig(EvaluatorConfig):
-    """Accuracy, token F1 or ROUGE-L of the answers, by ``task.kind``."""
+    """Accuracy, token F1 with exact match, or ROUGE-L of the answers, by ``task.kind``."""
 
 
 @EVALUATORS.register("answers", AnswersConfig)
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Candidates by accuracy, written answers by token F1 of the first line, answers to instructions by ROUGE-L."""
+    """Candidates by accuracy, written answers by the first line's token F1, answers to instructions by ROUGE-L.
+
+    Where a row has several right answers, the one that the written one comes nearest to counts, for each measure alone.
+    """
 
     config: AnswersConfig
 
     def measure(self, task: TaskConfig) -> Measure:
-        """The metric of the task's kind, 0 to 1."""
-        return Measure(metric=_METRICS[task.kind])
+        """The metric of the task's kind, 0 to 1; beside token F1 the share of exact matches."""
+        numbers = {_EXACT_MATCH: (0.0, 1.0)} if task.kind is TaskKind.generation else {}
+        return Measure(metric=_METRICS[task.kind], numbers=numbers)
 
     def evaluate(
         self,
@@ -71,6 +79,7 @@ class Answers:
     ) -> Score:
         from fedzo.models.generate import generate  # slow to import
 
+        _tell_of_unwritable(examples, task)
         written = task.kind is TaskKind.generation
         answers = generate(
             loaded,
@@ -81,14 +90,37 @@ class Answers:
             stop_at_newline=written,
             on_batch=on_batch,
         )
-        judge = token_f1 if written else rouge_l
-        values = [
-            judge(after_thought(answer), after_thought(example.reference))
+        judged = [
+            (after_thought(answer), [after_thought(right) for right in example.references])
             for answer, example in zip(answers, examples, strict=True)
         ]
         cost = forward_cost(loaded.device)
         loss = mean_loss(loaded, examples, loss=Loss.lm, tokens_per_batch=tokens_per_batch, forward_cost_tokens=cost)
-        return self.measure(task).score(float(np.mean(values)), loss=loss, num_examples=len(examples))
+        value = _mean_best(token_f1 if written else rouge_l, judged)
+        numbers = {_EXACT_MATCH: _mean_best(exact_match, judged)} if written else {}
+        return self.measure(task).score(value, loss=loss, num_examples=len(examples), numbers=numbers)
+
+
+def _tell_of_unwritable(examples: Sequence[Example], task: TaskConfig) -> None:
+    """Warn of right answers that no written one can match, since a low score does not tell them from a poor model."""
+    if task.kind is TaskKind.generation and any(all("\n" in right for right in row.references) for row in examples):
+        warn_once(
+            log,
+            f"task {task.name!r}: the score of task.kind=generation reads one line, but each right answer of some rows "
+            "has several, so nothing can match it. Join the lines, or write task.kind=instruction for a chat model.",
+        )
+    most = task.max_new_tokens + 2  # beside the line's end and what the tokenizer or the chat template puts behind it
+    if any(len(row.references) == 1 and len(row.candidates[0]) > most for row in examples):
+        warn_once(
+            log,
+            f"task {task.name!r}: the right answer of some rows has more tokens than may be written "
+            f"(task.max_new_tokens={task.max_new_tokens}), so nothing can match all of it. Raise task.max_new_tokens.",
+        )
+
+
+def _mean_best(measure: Callable[[str, str], float], judged: Sequence[tuple[str, Sequence[str]]]) -> float:
+    """The mean over answers, each measured against the right one that it comes nearest to."""
+    return float(np.mean([max(measure(answer, right) for right in rights) for answer, rights in judged]))
 
 
 def score_candidates(scores: npt.NDArray[np.float32], labels: Sequence[int], *, loss: Loss) -> Score:

@@ -38,27 +38,32 @@ class Measure:
         low: The least that the value can be.
         high: The most.
         lower_is_better: Of the value.
-        numbers: Names of the other numbers; none is beyond 1e15.
+        numbers: Names of the other numbers, or by name the least and the most that each can be; by default 1e15.
 
     Raises:
-        ValueError: The range is none, there are more than 100 numbers, or a name is reserved or stands for two numbers.
+        ValueError: A range is none, there are more than 100 numbers, or a name is reserved or stands for two numbers.
     """
 
     metric: str
     low: float = 0.0
     high: float = 1.0
     lower_is_better: bool = False
-    numbers: tuple[str, ...] = ()
+    numbers: tuple[str, ...] | Mapping[str, tuple[float, float]] = ()
 
     def __post_init__(self) -> None:
-        if not -MOST_READING <= self.low < self.high <= MOST_READING:
-            raise ValueError(f"a measure must have -1e15 <= low < high <= 1e15, got {self.low} and {self.high}")
+        for low, high in ((self.low, self.high), *map(self.range_of, self.numbers)):
+            if not -MOST_READING <= low < high <= MOST_READING:
+                raise ValueError(f"a measure must have -1e15 <= low < high <= 1e15, got {low} and {high}")
         if len({*self.numbers}) < len(self.numbers) or len(self.numbers) > MOST_NUMBERS:
             raise ValueError(f"a measure must name at most {MOST_NUMBERS} numbers, each once, got {self.numbers}")
         if self.metric in self.numbers:
             raise ValueError(f"a measure must name no number as its metric, got {self.metric}")
         if taken := sorted(RESERVED & {self.metric, *self.numbers}):
             raise ValueError(f"a measure must not use the names {', '.join(sorted(RESERVED))}, got {', '.join(taken)}")
+
+    def range_of(self, number: str) -> tuple[float, float]:
+        """The least and the most that one of the other numbers can be."""
+        return self.numbers[number] if isinstance(self.numbers, Mapping) else (-MOST_READING, MOST_READING)
 
     def score(
         self, value: float, *, num_examples: int, loss: float | None = None, numbers: Mapping[str, float] | None = None
@@ -183,8 +188,9 @@ def _check(
         got = ", ".join(stray_numbers)[:80]
         raise error(f"{where} must report the numbers {', '.join(measure.numbers) or 'none'}, got {got}")
     for name, number in score.numbers.items():
-        if not abs(number) <= MOST_READING:  # nan is in no range
-            raise error(f"{where} must have a finite {name} of at most 1e15, got {number}")
+        low, high = measure.range_of(name)
+        if not low <= number <= high:  # nan is in no range
+            raise error(f"{where} must have {name} of {low:g} to {high:g}, got {number}")
     if stray := [label for label in score.per_class if not 0 <= label < num_labels(task)]:
         raise error(f"{where} must have classes of {num_labels(task)} labels, got {stray[0]}")
 

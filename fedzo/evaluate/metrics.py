@@ -1,4 +1,4 @@
-"""Scores of answers: token F1, ROUGE-L, area under the ROC curve, accuracy at the best threshold."""
+"""Scores of answers: token F1, exact match, ROUGE-L, area under the ROC curve, accuracy at the best threshold."""
 
 from __future__ import annotations
 
@@ -35,6 +35,11 @@ def token_f1(prediction: str, reference: str) -> float:
         return float(predicted == wanted)
     shared = sum((Counter(predicted) & Counter(wanted)).values())
     return 2 * shared / (len(predicted) + len(wanted))
+
+
+def exact_match(prediction: str, reference: str) -> float:
+    """SQuAD's exact match: 1 where the words of ``token_f1`` are the same in the same order, else 0."""
+    return float(_words(prediction) == _words(reference))
 
 
 def _words(text: str) -> list[str]:

@@ -4,6 +4,10 @@ Documents are joined end to end with nothing between them, and the whole is toke
 tokens are cut into windows of one length, each after the other, and what is left at the end is dropped. A window is a
 text of its own: its first token has no loss, its second is predicted from the first alone. So a figure depends on the
 length of the windows, and on which of them were taken: compare models on the same ones.
+
+Where the tokenizer begins every text with a token of its own, that one stands in place of a window's first: some models
+(Gemma) are lost without it. So the same tokens are predicted with it and without. Deviation from papers that cut one
+long text (GPTQ, arXiv 2210.17323; SpaLLM, arXiv 2410.06364): only their first window begins with it.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from fedzo.data.config import Loss
-from fedzo.data.encode import Example
+from fedzo.data.encode import Example, opening
 from fedzo.errors import ConfigError, NumericsError
 from fedzo.models.checks import check_ids, num_positions
 from fedzo.models.loaded import LoadedModel
@@ -71,7 +75,10 @@ def text_windows(
         )
     taken = ids[: (num_windows or there) * num_tokens]
     check_ids(loaded.model, taken, where=source)
-    return torch.tensor(taken, dtype=torch.int64).view(-1, num_tokens)
+    windows = torch.tensor(taken, dtype=torch.int64).view(-1, num_tokens)
+    if (begin := opening(loaded.tokenizer)) is not None:
+        windows[:, 0] = begin
+    return windows
 
 
 def perplexity(loaded: LoadedModel, windows: torch.Tensor, *, on_window: OnProgress | None = None) -> Perplexity:

@@ -21,7 +21,7 @@ from fedzo.errors import ConfigError, some
 
 NUM_TOKENS = 8
 _NUM_TEXTS = 3
-_MASKED = 1e4  # some families write a lowest number in place of the logits of tokens that they never say
+_MASKED = 1e4
 BOUND, EXPERTS_16_BITS_BOUND, PACKED_BOUND = 1e-5, 1e-2, 3e-2
 """How far another last token may move earlier logits, as a share of the largest |logit|.
 
@@ -152,6 +152,20 @@ def num_positions(model: nn.Module) -> int | None:
     return there if isinstance(there, int) and there > 0 else None
 
 
+def positions_alone(model: nn.Module) -> int | None:
+    """Tokens of the longest text whose positions depend on no text beside it; None where they never do.
+
+    longrope has frequencies for short texts and others for long ones. transformers takes one of the two for a whole
+    batch, by its longest text.
+    """
+    rope = getattr(cast(Any, model).config, "rope_parameters", None) or {}
+    kinds = [rope, *(each for each in rope.values() if isinstance(each, dict))]  # of each kind of layer, in some models
+    ends: list[int | None] = [
+        each.get("original_max_position_embeddings") for each in kinds if each.get("rope_type") == "longrope"
+    ]
+    return min((end for end in ends if end), default=None)
+
+
 def num_rows(model: nn.Module) -> int:
     """Tokens that the model's embedding has a row for."""
     return int(cast(Any, model).get_input_embeddings().weight.shape[0])
@@ -182,6 +196,11 @@ def mismatch(
     return f"off by {float((ours - own).abs().max()):g}, more than {limit:g}"
 
 
+def said_by_both(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Where two computations hold logits: some families write a lowest number in place of those that they never say."""
+    return (one.abs() < _MASKED) & (other.abs() < _MASKED)
+
+
 def _moved(model: nn.Module, text: int) -> float:
     """How far the logits before the last token move with it, as a share of the largest |logit|; NaN if one is."""
     rows = num_rows(model)
@@ -192,7 +211,7 @@ def _moved(model: nn.Module, text: int) -> float:
     one, other = (cast(Any, model)(input_ids=tokens[None]).logits[0, : NUM_TOKENS - 1].float() for tokens in texts)
     if bool((one.isnan() | one.isposinf()).any()):
         return math.nan
-    said = (one.abs() < _MASKED) & (other.abs() < _MASKED)
+    said = said_by_both(one, other)
     one, other = one[said], other[said]
     return float((one - other).abs().max() / one.abs().max().clamp(min=1e-30)) if len(one) else 0.0
 

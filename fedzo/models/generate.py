@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from fedzo.errors import ConfigError
-from fedzo.models.checks import mismatch, num_positions, num_rows
+from fedzo.models.checks import mismatch, num_positions, num_rows, said_by_both
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.memory import cache_tokens
 from fedzo.models.plan import FEW_FORWARDS, plan_batches
@@ -163,7 +163,7 @@ def _ignores_padding(loaded: LoadedModel, pad: int) -> bool:
         output = _generated(loaded, torch.cat([before + pad, ids], dim=1), mask, settings)
         logits.append(torch.stack(output.logits).float())
     alone, padded = logits
-    said = (alone.abs() < 1e4) & (padded.abs() < 1e4)
+    said = said_by_both(alone, padded)
     return not mismatch(padded[said], alone[said], dtype=next(loaded.model.parameters()).dtype)
 
 

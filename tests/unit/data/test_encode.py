@@ -14,13 +14,15 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from fedzo.data.chat import chat_end, encode_instructions
 from fedzo.data.config import Loss, TaskConfig, TaskKind
-from fedzo.data.encode import Example, encode, encode_prompts, task_digest
+from fedzo.data.encode import Example, encode, encode_prompts, opening, task_digest
 from fedzo.data.tasks import columns_used
 from fedzo.errors import ConfigError
+from fedzo.system import warn_once
 from fedzo.testing.tiny_models import byte_tokenizer
 
 CHOICE = TaskConfig(name="mine", template="{text}:", candidates=[" no", " maybe"])
@@ -60,7 +62,7 @@ def test_prompt_and_candidates_are_parted_at_the_border() -> None:
 
     assert example.prompt == ids("h\u00e9:")
     assert example.candidates == (ids(" no"), ids(" maybe"))
-    assert (example.label, example.reference) == (1, "")
+    assert (example.label, example.references) == (1, ())
 
 
 def test_rows_do_not_influence_each_other() -> None:
@@ -142,15 +144,15 @@ def test_generation_has_one_candidate_and_its_reference() -> None:
     [example] = encode([{"q": "Who", "a": "Ann"}], WRITTEN, tokenizer=byte_tokenizer(), max_length=64)
 
     assert (example.prompt, example.candidates) == (ids("Who?"), (ids(" Ann\n"),))
-    assert (example.label, example.reference) == (0, "Ann")
+    assert (example.label, example.references) == (0, ("Ann",))
 
 
 def test_an_instruction_goes_through_the_chat_template_and_its_answer_ends() -> None:
     [example] = encode([{"q": "Hi", "a": "Yo"}], CHAT, tokenizer=byte_tokenizer(add_bos=True), max_length=64)
 
     assert example.prompt == (BOS, *ids("user\nHi"), EOS, *ids("\n"), BOS, *ids("assistant\n"))
-    assert example.candidates == ((*ids("Yo"), EOS, *ids("\n")),)
-    assert example.reference == "Yo"
+    assert example.candidates == ((*ids("Yo"), EOS),)  # what the template writes behind the turn is never written
+    assert example.references == ("Yo",)
 
 
 THINKS = (
@@ -169,7 +171,68 @@ def test_the_thought_that_a_chat_template_writes_belongs_to_the_prompt() -> None
     [example] = encode([{"q": "Hi", "a": "Yo"}], CHAT, tokenizer=tokenizer, max_length=128)
 
     assert example.prompt[-len("</think>\n\n") :] == ids("</think>\n\n")
-    assert example.candidates == ((*ids("Yo"), EOS, *ids("\n")),)
+    assert example.candidates == ((*ids("Yo"), EOS),)
+
+
+def test_a_row_with_a_thought_is_written_from_the_same_prompt_and_told_of_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its own turn begins in another way than the one that is to be written, where thinking is off."""
+    tokenizer = byte_tokenizer()
+    is_assistant = "message.role == 'assistant'"
+    tokenizer.chat_template = THINKS.replace(is_assistant, f"{is_assistant} and '<think>' not in message.content")
+    rows = [{"q": "Hi", "a": answer} for answer in ("Yo", "<think>\nhm\n</think>\n\nYo")]
+    warn_once.cache_clear()
+
+    [plain] = encode(rows[:1], CHAT, tokenizer=tokenizer, max_length=256)
+    assert caplog.messages == []
+    for _ in range(2):
+        again, thinks = encode(rows, CHAT, tokenizer=tokenizer, max_length=256)
+
+    assert again == plain
+    assert [plain.generation_prompt] == [thinks.generation_prompt] == encode_instructions(["Hi"], tokenizer)
+    assert thinks.prompt[-len("<think>\n") :] == ids("<think>\n")
+    assert thinks.candidates == ((*ids("hm\n</think>\n\nYo"), EOS),)
+    assert not thinks.cut
+    assert [message.partition(",")[0] for message in caplog.messages] == [
+        "task 'mine': this model's chat template begins an answer that is to be written otherwise than the answer of a "
+        "row"
+    ]
+
+
+def test_an_answer_ends_with_the_first_special_token_behind_it_or_as_the_template_ends_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tokenizer, row = byte_tokenizer(), {"q": "Hi", "a": "Yo"}
+    chat = "{% for message in messages %}<bos>{{ message.role }}\n{{ message.content }}END{% endfor %}"
+    chat += "{% if add_generation_prompt %}<bos>assistant\n{% endif %}"
+    warn_once.cache_clear()
+
+    tokenizer.chat_template = chat.replace("END", " <eos>\n<pad>")
+    [example] = encode([row], CHAT, tokenizer=tokenizer, max_length=64)
+    assert example.candidates == ((*ids("Yo "), EOS),)
+    assert caplog.messages == []
+
+    tokenizer.chat_template = chat.replace("END", "\n")
+    [example] = encode([row], CHAT, tokenizer=tokenizer, max_length=64)
+    assert example.candidates == (ids("Yo\n"),)
+    [told] = caplog.messages
+    assert "ends an answer with no special token, so nothing teaches the model where to stop" in told
+
+
+def test_an_answer_is_whole_where_its_text_parts_from_the_prompt_within_the_users_turn() -> None:
+    """A hint that stands behind the last message where an answer is to be written, and in no row."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}<bos>{{ message.role }}\n{{ message.content }}"
+        "{% if add_generation_prompt and loop.last %} /no_think{% endif %}<eos>\n{% endfor %}"
+        "{% if add_generation_prompt %}<bos>assistant\n{% endif %}"
+    )
+
+    [example] = encode([{"q": "Hi", "a": "Yo"}], CHAT, tokenizer=tokenizer, max_length=64)
+
+    assert example.prompt == (BOS, *ids("user\nHi"))
+    assert example.candidates == ((EOS, *ids("\n"), BOS, *ids("assistant\nYo"), EOS),)
 
 
 def test_a_long_instruction_keeps_what_the_chat_template_writes_before_it() -> None:
@@ -177,7 +240,7 @@ def test_a_long_instruction_keeps_what_the_chat_template_writes_before_it() -> N
 
     [example] = encode([{"q": "x" * 60, "a": "Yo"}], CHAT, tokenizer=byte_tokenizer(), max_length=40)
 
-    assert example.prompt == (*header, *ids("x" * (40 - 4 - 6 - 13)), *tail)  # beside 4 tokens of the answer
+    assert example.prompt == (*header, *ids("x" * (40 - 3 - 6 - 13)), *tail)  # beside 3 tokens of the answer
     assert example.generation_prompt == (*header, *ids("x" * (20 - 6 - 13)), *tail)
     assert example.cut
 
@@ -189,6 +252,22 @@ def test_instructions_are_rendered_as_the_prompts_of_rows() -> None:
 
     assert encode_instructions(["Hi"], tokenizer) == [example.prompt]
     assert encode_instructions([], tokenizer) == []
+
+
+@pytest.mark.parametrize(
+    ("template", "raised"),
+    [
+        ("{{ raise_exception('a system\\nmessage') }}", "TemplateError: a system message"),
+        ("{{ tools[0].name }}", "UndefinedError: "),
+        ({"tool_use": "{{ messages[0].content }}"}, "ValueError: "),  # none is the default
+    ],
+)
+def test_a_chat_template_that_takes_no_text_of_the_user_alone_is_named(template: Any, raised: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+
+    with pytest.raises(ConfigError, match=rf"the model's chat template must take .* but raises {raised}.*leave out"):
+        encode_instructions(["Hi"], tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -208,12 +287,21 @@ def test_an_answer_ends_where_the_chat_template_ends_it(template: str | None, en
     assert chat_end(tokenizer) == end
 
 
-def test_the_digest_of_instructions_is_that_of_their_own_format() -> None:
-    """Their rendering has changed since the format of the other kinds."""
-    fields = ["instruction", "{q}", [], "label", [], "{a}", None]
-    old, new = (hashlib.sha256(json.dumps([f"fedzo-prompt/{n}", *fields]).encode()).hexdigest() for n in (1, 2))
+@pytest.mark.parametrize(
+    ("task", "fields"),
+    [
+        (CHAT, ["instruction", "{q}", [], "label", [], "{a}", None]),
+        (WRITTEN, ["generation", "{q}?", [], "label", [], " {a}\n", None]),
+        (CHOICE, ["candidates", "{text}:", [" no", " maybe"], "label", [], "", None]),
+    ],
+    ids=["instruction", "generation", "candidates"],
+)
+def test_sites_that_make_other_tokens_have_another_digest(task: TaskConfig, fields: list[Any]) -> None:
+    """Tokens of all kinds have changed since the first format, those of instructions also since the second."""
+    *old, new = (hashlib.sha256(json.dumps([f"fedzo-prompt/{n}", *fields]).encode()).hexdigest() for n in (1, 2, 3))
 
-    assert task_digest(CHAT) == new != old
+    assert task_digest(task) == new
+    assert new not in old
 
 
 def test_a_tokenizer_without_chat_template_cannot_take_instructions() -> None:
@@ -239,6 +327,55 @@ def test_an_answer_that_the_prompt_swallows_still_has_a_token() -> None:
     assert example.candidates == ((1001,), (ord("a"), ord("c")))
 
 
+@pytest.mark.parametrize(("template", "answer"), [("{q}a", "{a}"), ("{q}:", " {a}\n")])
+def test_the_prompt_that_is_written_from_tells_nothing_of_the_answer(template: str, answer: str) -> None:
+    """It is the text's own tokens, also where the right answer has a token with the prompt together."""
+    task, tokenizer = replace(WRITTEN, template=template, answer=answer), MergingTokenizer()
+
+    examples = encode([{"q": "xy", "a": right} for right in "bc"], task, tokenizer=tokenizer, max_length=64)
+
+    alone = tuple(map(ord, template.replace("{q}", "xy")))
+    assert [example.generation_prompt for example in examples] == [alone, alone]
+    assert encode_prompts([template.replace("{q}", "xy")], tokenizer) == [alone]
+    assert examples[0].prompt == alone[:-1]
+    assert not examples[0].cut
+    [short] = encode([{"q": "xy", "a": "b"}], replace(task, max_new_tokens=3), tokenizer=tokenizer, max_length=5)
+    assert short.generation_prompt == alone[-2:]
+    assert short.cut
+
+
+class SmallLetters(MergingTokenizer):
+    """Does not tell capitals from other letters, as a vocabulary may that lacks some words."""
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> dict[str, Any]:
+        return super().__call__([one.lower() for one in text], add_special_tokens=add_special_tokens, verbose=verbose)
+
+
+def test_a_right_candidate_that_is_another_to_the_model_is_refused() -> None:
+    """All its scores would be ties. Two wrong ones that are the same hurt nothing."""
+    task = replace(CHOICE, candidates=[" no", " yes", " Yes"])
+    rows = [{"text": "x", "label": label} for label in (0, 2)]
+
+    [example] = encode(rows[:1], task, tokenizer=SmallLetters(), max_length=64)
+    assert example.candidates[1] == example.candidates[2]
+    with pytest.raises(ConfigError, match=r"row 1: the right candidate must have tokens that no other has, but ' Yes'"):
+        encode(rows, task, tokenizer=SmallLetters(), max_length=64)
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_what_the_tokenizer_puts_behind_every_text_is_part_of_no_candidate(add_bos: bool) -> None:
+    """An answer that is written ends with it: so the model learns to stop."""
+    plain, ending = (byte_tokenizer(add_bos=add_bos, add_eos=add_eos) for add_eos in (False, True))
+    rows = [{"text": "it", "label": 1}, {"text": "a longer one" * 5, "label": 0}]
+
+    for task in (CHOICE, replace(CHOICE, candidates=["n", "y"], loss=Loss.lm)):
+        examples = encode(rows, task, tokenizer=ending, max_length=40)
+        assert examples == encode(rows, task, tokenizer=plain, max_length=40)
+    assert all(example.one_token for example in examples)
+    [written] = encode([{"q": "Who", "a": "Ann"}], WRITTEN, tokenizer=ending, max_length=64)
+    assert written.candidates == ((*ids(" Ann\n"), EOS),)
+
+
 def test_a_long_prompt_loses_its_beginning() -> None:
     [example] = encode([{"text": "abcdefgh", "label": 0}], CHOICE, tokenizer=byte_tokenizer(), max_length=10)
 
@@ -251,6 +388,26 @@ def test_a_long_prompt_keeps_its_bos_token() -> None:
     [example] = encode(
         [{"text": "abcdefgh", "label": 0}], CHOICE, tokenizer=byte_tokenizer(add_bos=True), max_length=10
     )
+
+    assert example.prompt == (BOS, *ids("gh:"))
+
+
+def test_a_long_prompt_keeps_whatever_the_tokenizer_puts_before_every_text() -> None:
+    """Some begin texts with another token than the one that they call BOS, or with several."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<eos> <pad> $A", special_tokens=[("<eos>", EOS), ("<pad>", 0)]
+    )
+
+    [example] = encode([{"text": "abcdefgh", "label": 0}], CHOICE, tokenizer=tokenizer, max_length=12)
+
+    assert example.prompt == (EOS, 0, *ids("fgh:"))
+
+
+def test_a_long_prompt_keeps_a_bos_token_that_its_template_writes() -> None:
+    task = replace(CHOICE, template="<bos>{text}:")
+
+    [example] = encode([{"text": "abcdefgh", "label": 0}], task, tokenizer=byte_tokenizer(), max_length=10)
 
     assert example.prompt == (BOS, *ids("gh:"))
 
@@ -290,7 +447,20 @@ def test_a_long_reference_answer_leaves_half_of_the_room_to_the_prompt() -> None
 
     assert (example.prompt, example.candidates) == (ids("hijk?"), (ids(" 0123"),))
     assert example.cut
-    assert example.reference == "0123456789"
+    assert example.references == ("0123456789",)
+
+
+@pytest.mark.parametrize("task", [WRITTEN, CHAT])
+def test_the_first_of_several_right_answers_is_the_one_to_learn(task: TaskConfig) -> None:
+    """Whatever the others are: a longer one takes no room from the prompt."""
+    several = {"q": "Who", "a": ["Ann", "Ann Lee" * 50, "Lee"]}
+
+    [example], [single] = (
+        encode([row], task, tokenizer=byte_tokenizer(), max_length=64) for row in (several, {"q": "Who", "a": "Ann"})
+    )
+
+    assert example == replace(single, references=("Ann", "Ann Lee" * 50, "Lee"))
+    assert not example.cut
 
 
 def test_a_long_answer_to_a_short_prompt_takes_the_rest() -> None:
@@ -392,7 +562,7 @@ def test_the_digest_does_not_change_with_names_and_scores() -> None:
     other = replace(CHOICE, name="other", loss=Loss.lm, max_new_tokens=1)
 
     assert task_digest(other) == task_digest(CHOICE)
-    assert task_digest(CHOICE) == "5fe4a4cae4cfb2ba8d50f72831f43d3a760d89109122516ba4cbb80d03192e23"
+    assert task_digest(CHOICE) != "5fe4a4cae4cfb2ba8d50f72831f43d3a760d89109122516ba4cbb80d03192e23"  # of the format 1
 
 
 @pytest.mark.parametrize("add_bos", [False, True])
@@ -424,6 +594,17 @@ def test_prompts_keep_their_order_and_may_be_none() -> None:
     assert encode_prompts(["b", "a"], tokenizer) == [ids("b"), ids("a")]
     assert encode_prompts([], tokenizer) == []
     assert encode_prompts(["ab: c"], MergingTokenizer()) == [(1001, 1000, ord("c"))]
+
+
+@pytest.mark.parametrize("add_eos", [False, True])
+def test_what_begins_every_text_is_the_tokenizers_bos_or_nothing(add_eos: bool) -> None:
+    spaced = byte_tokenizer(add_eos=add_eos)
+    spaced.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
+
+    assert opening(byte_tokenizer(add_bos=True, add_eos=add_eos)) == BOS
+    assert opening(byte_tokenizer(add_eos=add_eos)) is None
+    assert opening(spaced) is None  # the blank before a text is a part of it
+    assert opening(MergingTokenizer()) is None
 
 
 def test_a_row_whose_prompt_to_write_from_is_cut_counts_as_cut() -> None:

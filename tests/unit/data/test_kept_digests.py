@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -83,6 +84,22 @@ def test_a_folder_that_cannot_be_used_says_so(tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(b"short")
     with pytest.raises(ConfigError, match="it must hold 32 bytes, got 5"):
         register(tmp_path, ROWS, begun=True)
+
+
+def test_rows_and_index_are_remembered_also_where_the_file_system_knows_no_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(source: Path, target: Path) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr("os.link", refused)
+
+    first = register(tmp_path, ROWS, begun=False)
+
+    assert register(tmp_path, ROWS, begun=True) == first
+    assert stat.S_IMODE((tmp_path / "secret").stat().st_mode) == 0o600
+    assert [KeptDigests(tmp_path).claim(client, run=RUN) for client in (3, 1)] == [3, 3]
+    assert list(tmp_path.glob("*.part")) == []
 
 
 def test_a_site_stays_the_client_of_a_run_that_it_was_first(tmp_path: Path) -> None:

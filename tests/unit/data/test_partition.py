@@ -251,6 +251,14 @@ def test_dirichlet_draws_again_until_no_client_is_short() -> None:
     assert min(map(len, final)) >= 1
 
 
+@pytest.mark.parametrize("value", [None, "", " ", "NaN", float("nan"), "<NA>"])
+def test_a_row_that_nobody_placed_makes_no_client_of_its_own(value: object) -> None:
+    rows = [*ROWS[:8], {**ROWS[8], "site": value}]
+
+    with pytest.raises(ConfigError, match=r"got 'site'; row 8 holds .* there. Fill it, remove the row"):
+        partition(rows, NaturalConfig(column="site"), num_clients=5, seed=0, task=TASK)
+
+
 @pytest.mark.parametrize(
     ("config", "num_clients", "message"),
     [

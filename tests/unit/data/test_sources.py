@@ -235,7 +235,9 @@ def test_too_few_rows_to_draw_from_are_refused(tmp_path: Path) -> None:
         load_splits(DataConfig(path=str(tmp_path)), SplitConfig(), TASK)
 
 
-@pytest.mark.parametrize("hidden", [{"label": -1}, {"label": "-1"}, {"label": ""}, {"label": None}, {}])
+@pytest.mark.parametrize(
+    "hidden", [{"label": -1}, {"label": "-1"}, {"label": ""}, {"label": None}, {"label": float("nan")}, {}]
+)
 @pytest.mark.parametrize("name", ["test", "dev"])
 def test_hidden_labels_say_what_to_do_about_the_file(name: str, hidden: dict[str, Any], folder: Path) -> None:
     write(folder / f"{name}.jsonl", [{"text": "x", **hidden}])
@@ -247,9 +249,21 @@ def test_hidden_labels_say_what_to_do_about_the_file(name: str, hidden: dict[str
         load_splits(DataConfig(path=str(folder)), SplitConfig(), TASK)
 
 
-def test_hidden_answers_are_told_of_too(folder: Path) -> None:
-    task = TaskConfig(name="mine", kind=TaskKind.generation, template="{text}", answer="{label}")
-    write(folder / "test.jsonl", [{"text": "x", "label": ""}])
+@pytest.mark.parametrize(
+    ("answer", "hidden"),
+    [
+        ("{label}", {"label": ""}),
+        ("{label}", {"label": []}),
+        ("{label}", {"label": [None]}),
+        ("{label.text}", {"label": {"text": []}}),
+        ("{label.text}", {"label": []}),
+        ("{label.text}", {}),
+    ],
+)
+def test_hidden_answers_are_told_of_too(answer: str, hidden: dict[str, Any], folder: Path) -> None:
+    task = TaskConfig(name="mine", kind=TaskKind.generation, template="{text}", answer=answer)
+    write(folder / "train.jsonl", [{"text": f"text {i}", "label": ["a"], "label.text": "a"} for i in range(40)])
+    write(folder / "test.jsonl", [{"text": "x", **hidden}])
 
     with pytest.raises(ConfigError, match=r"test.jsonl:1: .*its file hides them"):
         load_splits(DataConfig(path=str(folder)), SplitConfig(), task)

@@ -37,7 +37,7 @@ def test_a_number_that_is_none_is_left_alone_where_it_is_left_alone() -> None:
 
 @pytest.mark.parametrize(("key", "value"), [("label", 2), ("score", 0.0), ("new", 1), ("more", [])])
 def test_another_column_is_not_its_own(key: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=f"leave all columns but 'text' as they are, got another {key} in row 0"):
+    with pytest.raises(ConfigError, match=f"all columns but 'text', got another {key} in row 0"):
         preprocess(ROWS, {"changes": Changes(**{key: value})}, client=0)
 
 

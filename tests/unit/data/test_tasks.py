@@ -148,7 +148,7 @@ def test_an_alpaca_row_without_input_is_its_instruction(shipped_task: Shipped) -
 
 
 def test_the_reference_is_the_answer_without_outer_white_space(shipped_task: Shipped) -> None:
-    assert render(GOLDEN["squad"][0], shipped_task("squad")).reference == "Norway"
+    assert render(GOLDEN["squad"][0], shipped_task("squad")).references == ("Norway",)
 
 
 CHOICE = TaskConfig(name="mine", template="{text}:", candidates=[" no", " yes"])
@@ -277,9 +277,80 @@ def test_a_value_that_nobody_wrote_is_refused_wherever_it_fills_a_text(
 
 @pytest.mark.parametrize("word", ["None", "null"])
 def test_a_word_for_nothing_may_be_an_answer_but_no_prompt(word: str) -> None:
-    assert render({"q": "How many?", "a": word}, WRITTEN).reference == word
+    assert render({"q": "How many?", "a": word}, WRITTEN).references == (word,)
     with pytest.raises(ConfigError, match=rf"column 'q' \(task.template\) holds '{word}', which stands for a missing"):
         render({"q": word, "a": "x"}, WRITTEN)
+
+
+TEXTS = ["Denver Broncos", "the Broncos ", 7]
+
+
+@pytest.mark.parametrize(
+    ("answer", "row"),
+    [
+        (" {a}\n", {"a": TEXTS}),
+        (" {a.text}\n", {"a": {"text": TEXTS, "answer_start": [0, 3, 5]}}),
+        (" {a.text}\n", {"a": [{"text": text, "answer_start": 0} for text in TEXTS]}),
+        (" {a.text}\n", {"a.text": TEXTS, "a": {"text": ["another column"]}}),
+    ],
+)
+def test_a_column_may_list_several_right_answers(answer: str, row: dict[str, Any]) -> None:
+    rendered = render({"q": "Who won?", **row}, replace(WRITTEN, answer=answer))
+
+    assert rendered.answers == (" Denver Broncos\n",)
+    assert rendered.references == ("Denver Broncos", "the Broncos", "7")
+    assert columns_used(replace(WRITTEN, answer=answer)) == tuple(sorted(("q", answer.strip(" {}\n"))))
+
+
+def test_what_stands_around_the_answer_is_part_of_each() -> None:
+    row = {"q": "How far?", "a": ["3", "three"], "unit": "km"}
+
+    assert render(row, replace(WRITTEN, answer="{a} {unit}, {a}!")).references == ("3 km, 3!", "three km, three!")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"a": []}, r"column 'a' \(task.answer\) lists no answer: \[\]. Fill it or remove the row"),
+        ({"a": ["x", " "]}, r"column 'a' \(task.answer\) is blank: ' '"),
+        ({"a": ["x", None]}, r"column 'a' \(task.answer\) is empty \(null\)"),
+        ({"a": ["x", "NaN"]}, r"column 'a' \(task.answer\) holds 'NaN', which stands for a missing value"),
+        ({"a": [["x"]]}, r"column 'a' \(task.answer\) must hold text or a number, got list. Flatten it first"),
+        (
+            {"a": {"text": ["x"]}},
+            r"column 'a' \(task.answer\) must .*, got dict. Name one of its fields, as in \{a.text\}",
+        ),
+        ({"a": [{"text": "x"}]}, r"column 'a' \(task.answer\) must .*, got dict. Name one of its fields"),
+        ({"a": "x", "q": ["y"]}, r"column 'q' \(task.template\) must hold text or a number, got list"),
+        ({"a": "x", "q": {"text": "y"}}, r"column 'q' \(task.template\) must .*, got dict. Flatten it first"),
+    ],
+)
+def test_a_list_of_answers_must_be_one_of_texts(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        render({"q": "Who?", **row}, WRITTEN)
+
+
+@pytest.mark.parametrize("inside", [{"texts": ["x"]}, [{"text": "x"}, {}], "x", None])
+def test_a_field_that_is_not_there_is_a_column_that_is_missing(inside: object) -> None:
+    with pytest.raises(ConfigError, match=r"task.answer needs a column 'a.text', the columns there are: q, a"):
+        render({"q": "Who?", "a": inside}, replace(WRITTEN, answer="{a.text}"))
+
+
+def test_lists_in_two_columns_do_not_say_which_answers_there_are() -> None:
+    task = replace(WRITTEN, answer="{a} {unit}")
+
+    with pytest.raises(ConfigError, match=r"task.answer must name at most one column .*, got lists in 'a' and 'unit'"):
+        render({"q": "How far?", "a": ["3", "three"], "unit": ["km", "kilometres"]}, task)
+
+
+def test_a_candidate_and_a_prompt_take_no_list() -> None:
+    for task in (
+        replace(CHOICE, candidates=["{a}", "no"]),
+        replace(CHOICE, template="{a}"),
+        replace(CHOICE, label="a"),
+    ):
+        with pytest.raises(ConfigError, match=r"column 'a' .*must hold .*(list|\[0\])"):
+            render({"text": "x", "a": [0], "label": 0}, task)
 
 
 @pytest.mark.parametrize("value", ["", None])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,15 +13,16 @@ import pytest
 from fedzo.data.config import Loss, TaskConfig, TaskKind
 from fedzo.data.encode import Example
 from fedzo.evaluate.answers import Answers, AnswersConfig, score_candidates
-from fedzo.evaluate.base import merge_scores
+from fedzo.evaluate.base import evaluate, merge_scores
 from fedzo.models.generate import generate
 from fedzo.models.scoring import candidate_scores, mean_loss
 from fedzo.records.decode import encode
+from fedzo.system import warn_once
 from fedzo.testing.tiny_models import FAMILIES, tiny_loaded
 
 ANSWERS = Answers(AnswersConfig())
 CHOICES = [Example((1 + i, 5, 9), ((7,), (8 + i,)), i % 2) for i in range(6)]
-TEXTS = [Example((65 + i, 66, 67), ((70, 71),), 0, reference="fg") for i in range(3)]
+TEXTS = [Example((65 + i, 66, 67), ((70, 71),), 0, references=("fg",)) for i in range(3)]
 
 
 def test_a_score_by_hand() -> None:
@@ -33,6 +36,14 @@ def test_a_score_by_hand() -> None:
     assert score.loss == pytest.approx((2 * wrong + right_one + right_two) / 4, abs=1e-6)
     assert score.auc == 0.625  # margins -1, -1, 2, 1 of labels 0, 1, 1, 0: 2 pairs right, 1 tied, 1 wrong
     assert score.best_threshold_accuracy == 0.75
+
+
+@pytest.mark.parametrize("loss", list(Loss))
+def test_of_equal_scores_the_first_candidate_is_the_answer(loss: Loss) -> None:
+    """As in numpy's argmax, by which others score; an area under the curve counts a tie one half."""
+    score = score_candidates(np.full((2, 2), -1.0, np.float32), [0, 1], loss=loss)
+
+    assert (score.value, score.per_class, score.auc) == (0.5, {0: (1, 1), 1: (0, 1)}, 0.5)
 
 
 def test_the_lm_loss_is_that_of_the_right_answer() -> None:
@@ -73,7 +84,7 @@ def test_written_answers_are_compared_with_the_reference(kind: TaskKind, metric:
     answers = generate(
         loaded, prompts, max_new_tokens=5, tokens_per_batch=64, stop_at_newline=kind is TaskKind.generation
     )
-    told = [Example(e.prompt, e.candidates, 0, reference=a) for e, a in zip(TEXTS, answers, strict=True)]
+    told = [Example(e.prompt, e.candidates, 0, references=(a,)) for e, a in zip(TEXTS, answers, strict=True)]
     task = TaskConfig(kind=kind, loss=Loss.lm, max_new_tokens=5)
 
     score = ANSWERS.evaluate(loaded, [*told[:1], *TEXTS[1:]], task, tokens_per_batch=64)
@@ -94,13 +105,73 @@ def test_an_answer_is_written_from_the_generation_prompt(monkeypatch: pytest.Mon
         return ["fg"] * len(prompts)
 
     monkeypatch.setattr("fedzo.models.generate.generate", written)
-    rows = [TEXTS[0], Example((67,), ((70, 71),), 0, reference="fg", written_from=(66, 67))]
+    rows = [TEXTS[0], Example((67,), ((70, 71),), 0, references=("fg",), written_from=(66, 67))]
     task = TaskConfig(kind=TaskKind.generation, loss=Loss.lm, max_new_tokens=5)
 
     score = ANSWERS.evaluate(tiny_loaded(), rows, task, tokens_per_batch=64)
 
     assert asked == [(65, 66, 67), (66, 67)]
     assert score.value == 1.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "numbers"),
+    [
+        (TaskKind.generation, (0.8 + 1) / 2, {"exact_match": 0.5}),
+        (TaskKind.instruction, (2 / 3 + 1) / 2, {}),
+    ],
+)
+def test_of_several_right_answers_the_nearest_counts(
+    kind: TaskKind, value: float, numbers: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of "the black cat" and "black cat sat" F1 is 4/5, without the article, and ROUGE-L 2/3, with it."""
+    monkeypatch.setattr("fedzo.models.generate.generate", lambda *given, **limits: ["the black cat", "Oslo."])
+    right = [("dog", "black cat sat", "black bird"), ("in Oslo", "Oslo", "Bergen")]
+    rows = [Example((65 + i, 66), ((70, 71),), 0, references=texts) for i, texts in enumerate(right)]
+    task = TaskConfig(kind=kind, loss=Loss.lm, max_new_tokens=5)
+
+    score = evaluate("answers", ANSWERS, tiny_loaded(), rows, task, tokens_per_batch=64)
+    last = evaluate(
+        "answers", ANSWERS, tiny_loaded(), [replace(rows[0], references=("dog",)), rows[1]], task, tokens_per_batch=64
+    )
+
+    assert score.value == pytest.approx(value)
+    assert score.numbers == pytest.approx(numbers)
+    assert last.value == 0.5
+    assert score.loss == last.loss  # of the first answer alone, which is the example's candidate
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_tokens", "references", "told"),
+    [
+        (TaskKind.generation, 6, ("a b",), None),  # 5 tokens, and the one of the line's end
+        (TaskKind.generation, 7, ("a b",), None),  # and the one that this tokenizer puts behind every text
+        (TaskKind.generation, 6, ("a\nb", "ab"), None),
+        (TaskKind.generation, 6, ("a\nb", "b\na"), "the score of task.kind=generation reads one line"),
+        (TaskKind.generation, 8, ("a b", "b"), None),  # the shorter one can be written
+        (TaskKind.generation, 8, ("a b",), r"more tokens than may be written \(task\.max_new_tokens=5\)"),
+        (TaskKind.instruction, 7, ("a\nb",), None),  # as chat templates have it that write a blank before the end
+        (TaskKind.instruction, 8, ("a\nb",), r"more tokens than may be written \(task\.max_new_tokens=5\)"),
+    ],
+)
+def test_right_answers_that_nothing_can_match_are_told_of_once(
+    kind: TaskKind,
+    num_tokens: int,
+    references: tuple[str, ...],
+    told: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("fedzo.models.generate.generate", lambda loaded, prompts, **limits: ["x"] * len(prompts))
+    rows = [TEXTS[0], Example((65, 66), (tuple(range(70, 70 + num_tokens)),), 0, references=references)]
+    task = TaskConfig(name="mine", kind=kind, loss=Loss.lm, max_new_tokens=5)
+    warn_once.cache_clear()
+
+    for _ in range(2):
+        ANSWERS.evaluate(tiny_loaded(), rows, task, tokens_per_batch=64)
+
+    assert len(caplog.messages) == (told is not None)
+    assert all(re.match(f"task 'mine': .*{told}", message) for message in caplog.messages)
 
 
 @pytest.mark.parametrize("answer", ["fg", "<think>\n\n</think>\n\nfg", "Hm, gf?\n</think>\nfg"])

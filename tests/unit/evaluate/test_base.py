@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedzo.data.config import TaskConfig
+from fedzo.data.config import Loss, TaskConfig, TaskKind
 from fedzo.data.encode import Example
 from fedzo.errors import ConfigError, ProtocolError
 from fedzo.evaluate import AnswersConfig, Evaluator, Measure, evaluate, merge_scores, scores_of_peer
@@ -162,7 +162,7 @@ def test_a_peer_sends_scores_of_the_evaluators_that_it_answers_and_of_no_other(t
         (LENGTHS.score(float("nan"), num_examples=6, numbers={"empty": 0}), "a value of 0 to 100, got nan"),
         (
             LENGTHS.score(1.0, num_examples=6, numbers={"empty": float("inf")}),
-            "a finite empty of at most 1e15, got inf",
+            r"empty of -1e\+15 to 1e\+15, got inf",
         ),
         (LENGTHS.score(1.0, num_examples=6), "report the numbers empty, got none"),
         (LENGTHS.score(1.0, num_examples=7, numbers={"empty": 0}), "be of 1 to 6 examples, got 7"),
@@ -179,7 +179,40 @@ def test_nothing_to_score_is_refused() -> None:
         evaluate("lengths", Lengths(), tiny_loaded(), [], TASK, tokens_per_batch=8)
 
 
-@pytest.mark.parametrize("wrong", [{"low": 1.0}, {"high": float("inf")}, {"numbers": ("a", "a")}])
+@pytest.mark.parametrize("number", [-0.1, 1.1, 1e6])
+def test_a_number_of_a_peer_stays_within_its_range(number: float) -> None:
+    """So that one client moves their mean by no more than its share of the rows."""
+    task = TaskConfig(kind=TaskKind.generation, loss=Loss.lm)
+    evaluators: dict[str, Evaluator] = {"answers": Answers(AnswersConfig())}
+
+    def read(exact: float) -> dict[str, PartialScore]:
+        score = Score("token_f1", 0.5, 0.7, 4, numbers={"exact_match": exact})
+        return scores_of_peer(json.dumps({"answers": encode(score)}), evaluators, task, most_examples=8)
+
+    assert [read(exact)["answers"].numbers for exact in (0.0, 1.0)] == [{"exact_match": 0.0}, {"exact_match": 1.0}]
+    with pytest.raises(ProtocolError, match=f"a score of answers must have exact_match of 0 to 1, got {number}"):
+        read(number)
+
+
+def test_ranges_of_numbers_are_named_or_wide() -> None:
+    named = Measure(metric="size", high=9, numbers={"empty": (0.0, 1.0), "change": (-2.0, 2.0)})
+
+    assert [*named.numbers] == ["empty", "change"]
+    assert [named.range_of(name) for name in named.numbers] == [(0.0, 1.0), (-2.0, 2.0)]
+    assert LENGTHS.range_of("empty") == (-1e15, 1e15)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"low": 1.0},
+        {"high": float("inf")},
+        {"numbers": ("a", "a")},
+        {"numbers": {"a": (0.0, 1.0), "b": (1.0, 1.0)}},
+        {"numbers": {"a": (0.0, float("inf"))}},
+        {"numbers": {"size": (0.0, 1.0)}},
+    ],
+)
 def test_a_measure_is_bounded(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="a measure must"):
         Measure(metric="size", **wrong)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import string
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from fedzo.evaluate.metrics import auc, best_threshold_accuracy, normalize_answer, rouge_l, token_f1
+from fedzo.evaluate.metrics import auc, best_threshold_accuracy, exact_match, normalize_answer, rouge_l, token_f1
 
 SCORED = st.lists(st.tuples(st.integers(-3, 3), st.integers(0, 1)), min_size=1, max_size=30)
 
@@ -27,6 +29,7 @@ def test_answers_are_normalised_as_squad_does() -> None:
         ("", "cat", 0.0),
         ("cat", "the", 0.0),
         ("the", "a", 1.0),
+        ("", "", 1.0),  # both say nothing, as SQuAD 2.0 has it
         ("北京", "北京\u3002", 1.0),
         ("北京", "北平", 0.5),
         ("北京 2008", "in 北京", 2 / 3),  # both signs are shared, of three words each
@@ -35,6 +38,49 @@ def test_answers_are_normalised_as_squad_does() -> None:
 def test_token_f1_by_hand(prediction: str, reference: str, f1: float) -> None:
     assert token_f1(prediction, reference) == pytest.approx(f1)
     assert token_f1(reference, prediction) == pytest.approx(f1)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "match"),
+    [
+        ("The Cat!", "cat", 1.0),
+        (" an  ice-cream\t", "icecream", 1.0),
+        ("black cat", "cat black", 0.0),  # the words are the same, their order is not
+        ("cat cat", "cat", 0.0),
+        ("athe cat", "cat", 0.0),  # an article is a whole word
+        ("U.S.", "us", 1.0),
+        ("", "the", 1.0),
+        ("", "cat", 0.0),
+        ("北京\u3002", "北京", 1.0),
+        ("京北", "北京", 0.0),
+    ],
+)
+def test_exact_match_by_hand(prediction: str, reference: str, match: float) -> None:
+    assert exact_match(prediction, reference) == exact_match(reference, prediction) == match
+
+
+def as_squad(text: str) -> list[str]:
+    """SQuAD's normalisation, one rule after another: signs are dropped before words are seen."""
+    kept = "".join(sign for sign in text.lower() if sign not in set(string.punctuation))
+    return [word for word in kept.split() if word not in ("a", "an", "the")]
+
+
+ANSWER = st.lists(st.sampled_from(["a", "The", "an", "cat", "Cat.", "the-cat", "x", "3.5", "!", " "]), max_size=5)
+
+
+@given(ANSWER, ANSWER)
+def test_written_answers_are_measured_as_by_squads_script(said: list[str], right: list[str]) -> None:
+    prediction, reference = " ".join(said), " ".join(right)
+    left, shared = as_squad(reference), 0
+    for word in as_squad(prediction):
+        if word in left:
+            left.remove(word)
+            shared += 1
+    precision, recall = (shared / max(1, len(as_squad(text))) for text in (prediction, reference))
+    f1 = 2 * precision * recall / (precision + recall) if shared else float(as_squad(prediction) == as_squad(reference))
+
+    assert exact_match(prediction, reference) == float(as_squad(prediction) == as_squad(reference))
+    assert token_f1(prediction, reference) == pytest.approx(f1)
 
 
 @pytest.mark.parametrize(

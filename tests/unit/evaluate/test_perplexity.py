@@ -62,7 +62,7 @@ def test_a_model_that_knows_nothing_is_as_perplexed_as_the_vocabulary_is_large()
     assert (found.value, found.num_windows, found.num_tokens) == (pytest.approx(512, rel=1e-6), 2, 14)
 
 
-@pytest.mark.parametrize("tokenizer", [byte_tokenizer(), byte_tokenizer(add_bos=True, add_eos=True)])
+@pytest.mark.parametrize("tokenizer", [byte_tokenizer(), byte_tokenizer(add_eos=True)])
 def test_windows_are_cut_out_of_the_joined_documents_without_overlap_or_special_tokens(tokenizer: Any) -> None:
     loaded = wrap_model(tiny_loaded().model, tokenizer)
 
@@ -71,6 +71,19 @@ def test_windows_are_cut_out_of_the_joined_documents_without_overlap_or_special_
 
     assert windows.tolist() == [[3 + ord(letter) for letter in part] for part in ("abc", "def", "gh\n")]
     assert (windows.dtype, first.tolist()) == (torch.int64, windows[:1].tolist())
+
+
+@pytest.mark.parametrize("add_eos", [False, True])
+def test_a_token_that_begins_every_text_stands_in_place_of_a_windows_first(add_eos: bool) -> None:
+    """The tokens that are predicted are those of a tokenizer without it."""
+    model, texts = tiny_loaded().model, ["ab", "cde", "", "fgh\n", "i"]
+    plain = text_windows(wrap_model(model, byte_tokenizer()), texts, num_tokens=3, source="a.txt")
+    loaded = wrap_model(model, byte_tokenizer(add_bos=True, add_eos=add_eos))
+
+    windows = text_windows(loaded, texts, num_tokens=3, source="a.txt")
+
+    assert windows[:, 0].tolist() == [1, 1, 1]
+    assert torch.equal(windows[:, 1:], plain[:, 1:])
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,10 @@ from itertools import groupby
 
 from fedzo.data.files import Row
 from fedzo.data.preprocess.rephrase.config import Check, OatRephraseConfig
+from fedzo.data.preprocess.rephrase.prompts import Prompts
 from fedzo.data.preprocess.rephrase.tasks import RephraseTask
 from fedzo.data.preprocess.rephrase.words import folded, holds, names, numbers, phrases, spaceless, words
+from fedzo.data.tasks import answers_in
 
 _OUTER = " \t\r\n\v\f\u00a0\u200b\ufeff\u2028\u2029\u3000"
 _NOTHING = frozenset({"", "none", "null", "nil", "nan", "n/a", "undefined", "[]", "{}", '""', "''"})
@@ -69,12 +71,10 @@ class Checked:
     Attributes:
         text: The answer without outer white space, a lead-in and one pair of enclosing quotes.
         fault: The first check that it fails; None if it passes all.
-        lost_names: Capitalised words inside a sentence that the rewrite lost or brought in: a warning only.
     """
 
     text: str
     fault: Check | None
-    lost_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,24 +84,15 @@ class _Case:
     text: str
     original: str
     row: Row
-    task: RephraseTask
     label: int | None
-    prompt: str
+    prompts: Prompts
     rules: OatRephraseConfig
     new: list[str]
     old: list[str]
 
 
 def check(
-    answer: str,
-    *,
-    truncated: bool,
-    row: Row,
-    task: RephraseTask,
-    column: str,
-    label: int | None,
-    prompt: str,
-    rules: OatRephraseConfig,
+    answer: str, row: Row, label: int | None, *, prompts: Prompts, rules: OatRephraseConfig, truncated: bool = False
 ) -> Checked:
     """Clean an answer and look for its first fault among ``rules.checks``, in the order of ``Check``.
 
@@ -113,18 +104,17 @@ def check(
 
     Args:
         answer: As the rewriter gave it.
-        truncated: Whether it was cut off.
         row: The original's.
-        task: Of the row.
-        column: The one that was rewritten.
         label: The right answer among the task's; None where the answer is written.
-        prompt: The instructions, without the row's own fields.
+        prompts: What the rewriter was asked with.
         rules: Which checks, and their bounds.
+        truncated: Whether the answer was cut off.
     """
+    column, others = prompts.column, prompts.task.others(prompts.column)
     original = str(row[column]).strip(_OUTER)
     if len(answer) > _MOST_TIMES * len(original) + _MOST_SIGNS:
         return Checked(answer[:_MOST_SIGNS], Check.truncated if truncated else Check.length)
-    text, led = _cleaned(answer, original, column, {*map(folded, task.others(column)), _TOLD} - {folded(column)})
+    text, led = _cleaned(answer, original, column, {*map(folded, others), _TOLD} - {folded(column)})
     same = text == original
     faults: dict[Check, Callable[[_Case], bool]] = {
         Check.empty: lambda _: not original or (not same and folded(text).strip(" .") in _NOTHING),
@@ -139,10 +129,9 @@ def check(
         Check.anchors: _loses_anchor,
         Check.leak: _leaks,
     }
-    case = _Case(text, original, row, task, label, prompt, rules, words(text), words(original))
+    case = _Case(text, original, row, label, prompts, rules, words(text), words(original))
     wanted = [each for each in Check if each in rules.checks]
-    fault = next((each for each in wanted if faults[each](case)), None)
-    return Checked(text, fault, () if same else lost_names(text, original))
+    return Checked(text, next((each for each in wanted if faults[each](case)), None))
 
 
 def _cleaned(answer: str, original: str, column: str, others: set[str]) -> tuple[str, bool]:
@@ -240,7 +229,7 @@ def _longest_run(tokens: Sequence[str], period: int) -> int:
 
 def _echoes(case: _Case) -> bool:
     size = _ECHOED_SIGNS if spaceless(case.new) else _ECHOED_WORDS
-    told = set(phrases(words(case.prompt), size)) - set(phrases(case.old, size))
+    told = set(phrases(words(case.prompts.instructions), size)) - set(phrases(case.old, size))
     return any(phrase in told for phrase in phrases(case.new, size))
 
 
@@ -257,12 +246,13 @@ def lacks_anchor(row: Row, task: RephraseTask, column: str) -> bool:
 
 
 def _loses_anchor(case: _Case) -> bool:
-    anchors = _anchors(case.row, case.task)
+    anchors = _anchors(case.row, case.prompts.task)
     return any(anchor and not (holds(case.new, anchor) and holds(case.old, anchor)) for anchor in anchors)
 
 
 def _anchors(row: Row, task: RephraseTask) -> list[list[str]]:
-    return [words(str(row[column])) for column in task.anchors]
+    """Of an answer that lists several it is the first: the row is trained on it."""
+    return [words(str(answers_in(row, column)[0])) for column in task.anchors]
 
 
 def leaked_words(text: str, original: str, *, row: Row, task: RephraseTask, label: int) -> list[str]:
@@ -290,9 +280,9 @@ def _leaks(case: _Case) -> bool:
 
     A wrong one counts, too: "..., positive" is no text of a row, whatever the label.
     """
-    task, label = case.task, case.label
+    task, label = case.prompts.task, case.label
     if label is None:
-        answers = [str(case.row[column]) for column in task.written]
+        answers = [str(answer) for column in task.written for answer in answers_in(case.row, column)]
     else:
         if leaked_words(case.text, case.original, row=case.row, task=task, label=label):
             return True
@@ -309,7 +299,7 @@ def _leaks(case: _Case) -> bool:
 
 
 def lost_names(text: str, original: str) -> tuple[str, ...]:
-    """Names that a rewrite lost, or brought in."""
+    """Capitalised words inside a sentence that a rewrite lost, or brought in: a warning only."""
     old, new = words(original), words(text)
     lost = [name for name in names(original) if folded(name) not in set(new)]
     brought = [name for name in names(text) if folded(name) not in set(old)]

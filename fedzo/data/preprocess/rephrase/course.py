@@ -211,7 +211,7 @@ class Course:
             each.reason = f"{_CALL}{answer.reason}"
             return
         each.model = answer.model
-        checked = check_rewrite(
+        checked = check(
             answer.text, each.row, each.label, prompts=self.prompts, rules=self.config, truncated=answer.truncated
         )
         if checked.fault is not None:
@@ -253,22 +253,6 @@ class Course:
         messages = self.prompts.rewriter(row, label)
         config = self.rewriter
         return Request(messages, config.model, temperature, seed=attempt, max_tokens=config.max_tokens)
-
-
-def check_rewrite(
-    text: str, row: Row, label: int | None, *, prompts: Prompts, rules: OatRephraseConfig, truncated: bool = False
-) -> Checked:
-    """Clean a rewrite of a row and look for its first fault."""
-    return check(
-        text,
-        truncated=truncated,
-        row=row,
-        task=prompts.task,
-        column=prompts.column,
-        label=label,
-        prompt=prompts.instructions,
-        rules=rules,
-    )
 
 
 def outcome_of(digest: str, column: str, text: str, *, reason: str = "", model: str) -> RowOutcome:

@@ -13,7 +13,7 @@ from fedzo.data.files import Row, read_located
 from fedzo.data.preprocess.rephrase.prompts import Example
 from fedzo.data.preprocess.rephrase.tasks import RephraseTask
 from fedzo.data.preprocess.rephrase.words import is_utf8
-from fedzo.data.tasks import right_label
+from fedzo.data.tasks import answers_in, right_label
 from fedzo.errors import ConfigError
 from fedzo.records.folder import replace_file
 
@@ -37,7 +37,7 @@ def write_table(file: Path, columns: Sequence[str], rows: Sequence[tuple[Row, st
     table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     table.writeheader()
     for row, rewrite in rows:
-        cells = {**row, ACCEPT: "", REWRITE: rewrite}
+        cells = {name: answers_in(row, name)[0] for name in columns} | {ACCEPT: "", REWRITE: rewrite}
         table.writerow({name: _as_cell(text) if isinstance(text, str) else text for name, text in cells.items()})
     replace_file(file, text.getvalue(), durable=True, mode=0o600)
 

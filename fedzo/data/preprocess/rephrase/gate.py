@@ -177,8 +177,7 @@ def _read(file: Path) -> JudgeTest | None:
     except FileNotFoundError:
         return None
     remedy = "Remove the file and call fedzo rephrase judge-test again."
-    found: JudgeTest = decode_json(JudgeTest, text, where=str(file), error=ConfigError, remedy=remedy)
-    return found
+    return decode_json(JudgeTest, text, where=str(file), error=ConfigError, remedy=remedy)
 
 
 def check_gate(folder: Path, judge: str, config: OatRephraseConfig) -> JudgeTest | None:

@@ -21,7 +21,7 @@ from fedzo.data.preprocess.rephrase.gate import find_test
 from fedzo.data.preprocess.rephrase.results import Results, set_digest
 from fedzo.errors import ConfigError
 from fedzo.records.decode import decode_json, to_json
-from fedzo.records.folder import replace_file
+from fedzo.records.folder import replace_file, told_as
 from fedzo.records.rephrase import JudgeTest, Manifest, RowOutcome
 
 
@@ -77,19 +77,19 @@ def write_manifest(
         ConfigError: The file cannot be written.
     """
     file = results.file_of_set(outcomes, ".manifest.json")
-    try:
+    with told_as(
+        ConfigError, f"{file}: it must be readable and writable", "Make room, or choose another rewriter.store."
+    ):
         before = file.read_text(encoding="utf-8") if file.exists() else None
         if before is not None and used is None:
             return file
         took = used or Used()
         if before is not None:
             remedy = "Remove the file: it is written anew."
-            old: Manifest = decode_json(Manifest, before, where=str(file), error=ConfigError, remedy=remedy)
+            old = decode_json(Manifest, before, where=str(file), error=ConfigError, remedy=remedy)
             took = Used(old.calls + took.calls, old.tokens + took.tokens, old.cost + took.cost)
         manifest = _manifest(rows, outcomes, recipe=recipe, task=task, results=results, used=took)
         replace_file(file, to_json(manifest) + "\n", durable=True, mode=0o600)
-    except OSError as error:
-        raise ConfigError(f"{file}: it must be possible to write it, got: {error}.") from error
     return file
 
 

@@ -19,7 +19,7 @@ from fedzo.data.preprocess.backend import Message
 from fedzo.data.preprocess.rephrase.config import Style
 from fedzo.data.preprocess.rephrase.tasks import RephraseTask
 from fedzo.data.preprocess.rephrase.words import is_utf8
-from fedzo.data.tasks import right_label
+from fedzo.data.tasks import answers_in, right_label
 from fedzo.errors import ConfigError, printable
 
 SAME, DIFFERENT = "same", "different"
@@ -187,7 +187,7 @@ class Prompts:
         return (f"- The text of {columns} must occur in the new text unchanged.",)
 
     def _fields(self, row: Row, label: int | None) -> str:
-        lines = [_line(column, row[column]) for column in self._columns]
+        lines = [_line(column, answers_in(row, column)[0]) for column in self._columns]
         if label is not None and self.task.labels:
             lines.append(_line("right answer", self.task.meaning(label, row)))
         return "\n".join(lines)
@@ -224,7 +224,7 @@ class Prompts:
         return "\n".join([*others, _line("text A", a), _line("text B", b), json.dumps(answer, ensure_ascii=False)])
 
     def _others(self, row: Row) -> list[str]:
-        return [_line(column, row[column]) for column in self.task.others(self.column)]
+        return [_line(column, answers_in(row, column)[0]) for column in self.task.others(self.column)]
 
     def _ab(self, row: Row, rewrite: str) -> str:
         return "\n".join([*self._others(row), _line("text A", row[self.column]), _line("text B", rewrite)])
@@ -249,20 +249,21 @@ def label_of(row: Row, prompts: Prompts, task: TaskConfig, *, where: str) -> int
     told = prompts.task
     task_columns = (*told.others(prompts.column), *told.choices, *told.anchors, *told.written)
     for column in dict.fromkeys((prompts.column, *task_columns)):
-        _check_text(row, column, rewritten=column == prompts.column, where=where)
+        values = answers_in(row, column) if column in told.written else [row.get(column)]
+        for value in values or [None]:
+            _check_text(row, column, value, rewritten=column == prompts.column, where=where)
     try:
         return right_label(row, task)
     except ConfigError as error:
         raise ConfigError(f"oat_rephrase: {where}: {error}") from error
 
 
-def _check_text(row: Row, column: str, *, rewritten: bool, where: str) -> None:
+def _check_text(row: Row, column: str, value: object, *, rewritten: bool, where: str) -> None:
     must = f"oat_rephrase: {where} must have text in the column {printable(column)!r}, got"
-    if column not in row:
+    if value is None and column not in row:
         told = ", ".join(printable(str(name), most=60) for name in sorted(map(str, row)))
         key = "preprocess.oat_rephrase.column" if rewritten else "the data as the task names it"
         raise ConfigError(f"{must} a row with the columns {told}. Name the column in {key}.")
-    value = row[column]
     if not isinstance(value, str) and (rewritten or not isinstance(value, int | float)):
         raise ConfigError(f"{must} a value of the type {type(value).__name__}. Write text there, or leave the row out.")
     if not str(value).strip():

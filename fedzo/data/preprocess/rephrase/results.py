@@ -15,9 +15,9 @@ from pathlib import Path
 from fedzo.data.config import TaskConfig
 from fedzo.data.files import Row
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
-from fedzo.errors import ConfigError, FolderInUseError
+from fedzo.errors import ConfigError
 from fedzo.records.decode import decode_json, to_json
-from fedzo.records.folder import folder_of_one_process, replace_file
+from fedzo.records.folder import folder_of_one_process, replace_file, told_as
 from fedzo.records.rephrase import RowOutcome
 
 _FOLDER = "results"
@@ -72,7 +72,7 @@ class Results:
 
     def older(self) -> list[Path]:
         """Copies of the file from before outcomes of it were replaced, the last one last."""
-        return sorted(self.file.parent.glob(f"{self.recipe}.older-*.jsonl"))
+        return sorted(self.file.parent.glob(f"{self.recipe}.older-{'[0-9]' * 4}.jsonl"))
 
     def read(self) -> dict[str, RowOutcome]:
         """What is there, by the digest of the row.
@@ -112,19 +112,16 @@ class Results:
             FolderInUseError: Another process writes there.
             ConfigError: The file cannot be written.
         """
-        try:
+        with told_as(ConfigError, f"{self.file}: it must be writable", "Make room, or choose another rewriter.store."):
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with folder_of_one_process(self.file.parent):
                 if instead := set(instead):
-                    older = self.file.with_suffix(f".older-{len(self.older()) + 1:04d}.jsonl")
-                    replace_file(older, self.file.read_text(encoding="utf-8"), durable=True, mode=0o600)
+                    last = int(older[-1].stem[-4:]) if (older := self.older()) else 0  # a site may remove some
+                    copy = self.file.with_suffix(f".older-{last + 1:04d}.jsonl")
+                    replace_file(copy, self.file.read_text(encoding="utf-8"), durable=True, mode=0o600)
                 both = {**outcomes, **self.read()} | {row: outcomes[row] for row in instead}
                 text = "".join(f"{to_json(outcome)}\n" for outcome in both.values())
                 replace_file(self.file, text, durable=True, mode=0o600)
-        except FolderInUseError:  # an OSError, too; whoever waits for the store waits for this as well
-            raise
-        except OSError as error:
-            raise ConfigError(f"{self.file}: it must be possible to write it, got: {error}.") from error
 
 
 def apply_outcomes(rows: Iterable[Row], outcomes: Iterable[RowOutcome]) -> list[Row]:

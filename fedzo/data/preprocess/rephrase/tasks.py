@@ -277,10 +277,16 @@ def _guessed(task: TaskConfig, recipe: OatRephraseConfig) -> RephraseTask:
         shown=columns,
         about=recipe.about,
         choices=choices if len(choices) == len(candidates) and {*choices} <= {*columns} else (),
-        anchors=tuple(each for each in named.anchors if each in columns) if named is not None else (),
+        anchors=_kept(named, written, columns) if named is not None else (),
         answer_words=() if is_filled else tuple((" ".join(words(each)),) for each in candidates),
         written=tuple(each for each in written if each in columns),
     )
+
+
+def _kept(named: RephraseTask, written: Sequence[str], columns: Sequence[str]) -> tuple[str, ...]:
+    """The columns whose text must stay, in a known task with other columns: an answer may be in one of another name."""
+    there = (each for kept in named.anchors for each in (kept, *(written if kept in named.written else ())))
+    return tuple(each for each in dict.fromkeys(there) if each in columns)
 
 
 def _has_other_answers(task: TaskConfig, named: RephraseTask) -> bool:

@@ -14,6 +14,7 @@ BETWEEN = r"\s!-/:-@\[-`{-~\u00a0-\u00bf\u2000-\u206f\u3000-\u303f\uff00-\uff0f\
 _PART = rf"[^{BETWEEN}{UNSPACED}]+"
 _WORD = re.compile(rf"[{UNSPACED}]|{_PART}(?:'{_PART})*")
 _LONE = re.compile(f"[{UNSPACED}]")
+_POSSESSIVE = re.compile("'[sS]$")
 _STRAIGHT = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u00a0": " ", "\u202f": " "})
 
 _NUMBER_OR_WORD = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+")
@@ -193,7 +194,7 @@ def names(text: str) -> list[str]:
     end = 0
     for match in _WORD.finditer(composed):
         gap = composed[max(end, match.start() - 8) : match.start()]
-        word = match.group().removesuffix("'s")
+        word = _POSSESSIVE.sub("", match.group())
         if end and word[0].isupper() and word.split("'")[0] != "I" and not _SENTENCE_END.search(gap):
             found.append(word)
         end = match.end()

@@ -11,13 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedzo.data.preprocess.rephrase.checks import Checked, check
-from fedzo.data.preprocess.rephrase.config import Check, OatRephraseConfig
+from fedzo.data.preprocess.rephrase.checks import Checked, check, lost_names
+from fedzo.data.preprocess.rephrase.config import Check, OatRephraseConfig, Style
 from fedzo.data.preprocess.rephrase.figures import SetFigures
+from fedzo.data.preprocess.rephrase.prompts import Prompts
 from fedzo.data.preprocess.rephrase.tasks import TASKS, RephraseTask
 
 PROMPT = "Rewrite the premise so that its meaning stays and nothing is added that hints at the answer."
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60).filter(lambda text: text.strip())
+
+
+def prompts_of(task: RephraseTask, told: str = PROMPT) -> Prompts:
+    """Prompts with words of our own in the instructions."""
+    return Prompts(Style.plain, replace(task, about=told), task.column)
 
 
 def fault(rewrite: str, original: str, task: str = "cb", label: int | None = 0, **row: Any) -> Check | None:
@@ -25,31 +31,12 @@ def fault(rewrite: str, original: str, task: str = "cb", label: int | None = 0, 
 
 
 def checked(rewrite: str, original: str, task: str, label: int | None, **row: Any) -> Checked:
-    column = TASKS[task].column
-    row = {column: original, "hypothesis": "it rained", **row}
-    return check(
-        rewrite,
-        truncated=False,
-        row=row,
-        task=TASKS[task],
-        column=column,
-        label=label,
-        prompt=PROMPT,
-        rules=OatRephraseConfig(),
-    )
+    row = {TASKS[task].column: original, "hypothesis": "it rained", **row}
+    return check(rewrite, row, label, prompts=prompts_of(TASKS[task]), rules=OatRephraseConfig())
 
 
 def cleaned(answer: str, original: str) -> str:
-    found = check(
-        answer,
-        truncated=False,
-        row={"premise": original},
-        task=TASKS["cb"],
-        column="premise",
-        label=0,
-        prompt=PROMPT,
-        rules=OatRephraseConfig(),
-    )
+    found = checked(answer, original, "cb", 0)
     assert found.fault is None
     return found.text
 
@@ -227,17 +214,8 @@ def test_a_written_answer_may_not_be_written_again() -> None:
     assert fault("The tower is in Paris. Paris", "The tower is in Paris.", "squad", None, answer="Paris") == Check.leak
 
 
-def checked_as(task: RephraseTask, rewrite: str, row: dict[str, str], label: int | None) -> Check | None:
-    return check(
-        rewrite,
-        truncated=False,
-        row=row,
-        task=task,
-        column=task.column,
-        label=label,
-        prompt=PROMPT,
-        rules=OatRephraseConfig(),
-    ).fault
+def checked_as(task: RephraseTask, rewrite: str, row: dict[str, Any], label: int | None) -> Check | None:
+    return check(rewrite, row, label, prompts=prompts_of(task), rules=OatRephraseConfig()).fault
 
 
 @pytest.mark.parametrize(
@@ -260,43 +238,70 @@ def test_the_column_of_a_written_answer_is_the_tasks(rewrite: str, expected: Che
     assert checked_as(task, rewrite, row, None) == expected
 
 
+SEVERAL = {"question": "Where?", "answer": ["Paris", "the capital of France"]}
+
+
+@pytest.mark.parametrize(
+    ("rewrite", "expected"),
+    [
+        ("You can see the tower in Paris.", None),  # the answer that is trained on stays, the others need not
+        ("You see the tower in the capital of France.", Check.anchors),
+        ("In Paris stands the tower, the capital of France.", Check.leak),
+    ],
+)
+def test_of_several_written_answers_the_first_must_stay_and_none_may_be_brought_in(
+    rewrite: str, expected: Check | None
+) -> None:
+    assert fault(rewrite, "The tower is in Paris.", "squad", None, **SEVERAL) == expected
+
+
+def test_the_answers_in_a_field_of_a_column_are_the_tasks() -> None:
+    task = replace(TASKS["squad"], anchors=("answers.text",), written=("answers.text",))
+    row = {"context": "The tower is in Paris.", "answers": {"text": ["Paris", "the capital of France"]}}
+
+    assert checked_as(task, "You can see the tower in Paris.", row, None) is None
+    assert checked_as(task, "You can see the tower there.", row, None) == Check.anchors
+
+
 def test_the_first_fault_in_the_order_of_the_checks_is_told_and_only_wanted_ones() -> None:
     row = {"premise": "The bus had ten people on it."}
     answer = "The\nbus"
-    known = {"truncated": False, "row": row, "task": TASKS["cb"], "column": "premise", "label": 0, "prompt": PROMPT}
+    prompts = prompts_of(TASKS["cb"])
     found = []
     left = list(Check)
-    while (result := check(answer, rules=OatRephraseConfig(checks=left), **known).fault) is not None:
+    while (result := check(answer, row, 0, prompts=prompts, rules=OatRephraseConfig(checks=left)).fault) is not None:
         found.append(result)
         left.remove(result)
 
     assert found == [Check.line_break, Check.length, Check.numbers]
-    cut = check(answer, rules=OatRephraseConfig(), **{**known, "truncated": True})
+    cut = check(answer, row, 0, prompts=prompts, rules=OatRephraseConfig(), truncated=True)
     assert cut.fault == Check.truncated
 
 
 def test_names_that_changed_are_told_but_are_no_fault() -> None:
-    found = check(
-        "Then Mary met the Queen at noon.",
-        truncated=False,
-        row={"premise": "Later Mary met John at noon."},
-        task=TASKS["cb"],
-        column="premise",
-        label=0,
-        prompt=PROMPT,
-        rules=OatRephraseConfig(),
-    )
+    rewrite, original = "Then Mary met the Queen at noon.", "Later Mary met John at noon."
 
-    assert (found.fault, found.lost_names) == (None, ("John", "Queen"))
+    assert fault(rewrite, original) is None
+    assert lost_names(rewrite, original) == ("John", "Queen")
+
+
+@pytest.mark.parametrize("owner", ["DOG'S", "Dog's", "DOG\u2019S"])
+def test_a_possessive_is_its_owners_name_in_capitals_too(owner: str) -> None:
+    original = f"He saw the {owner} bone."
+
+    assert lost_names(original, original) == lost_names("He saw the bone of the DOG.", original) == ()
+    assert lost_names("He saw the bone.", original) == (owner[:3],)
+
+
+@given(TEXT)
+def test_a_text_that_stays_as_it_is_loses_no_name(text: str) -> None:
+    assert lost_names(text, text) == ()
 
 
 @given(TEXT)
 def test_an_untouched_original_has_no_fault(text: str) -> None:
-    rules = OatRephraseConfig()
-    known = {"truncated": False, "column": "premise", "label": 0, "prompt": text, "rules": rules, "task": TASKS["cb"]}
-    found = check(text, row={"premise": text}, **known)
+    found = check(text, {"premise": text}, 0, prompts=prompts_of(TASKS["cb"], text), rules=OatRephraseConfig())
 
-    assert found.lost_names == ()
     assert found.fault is None or not found.text
 
 

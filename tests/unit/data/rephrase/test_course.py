@@ -520,6 +520,23 @@ def test_results_that_another_process_writes_are_waited_for(tmp_path: Path) -> N
         results.add({})
 
 
+def test_a_copy_of_older_results_stays_though_one_before_it_was_removed(tmp_path: Path, scripted: Any) -> None:
+    outcomes = Bench(tmp_path / "calls", scripted(honest)).run()
+    results = Results(tmp_path, recipe_digest(RECIPE, COPA))
+    found = outcomes[0]
+    results.add({found.row: dataclasses.replace(found, text="0")})
+    for text in ("1", "2"):
+        results.add({found.row: dataclasses.replace(found, text=text)}, instead=[found.row])
+    first, second = results.older()
+    first.unlink()  # of a run that is over
+
+    results.add({found.row: found}, instead=[found.row])
+
+    assert [json.loads(copy.read_text())["text"] for copy in results.older()] == ["1", "2"]
+    assert results.older()[0] == second
+    assert results.find(ROWS[:1]) == [found]
+
+
 def test_a_damaged_result_is_named(tmp_path: Path) -> None:
     results = Results(tmp_path, recipe_digest(RECIPE, COPA))
     results.file.parent.mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ import pytest
 from fedzo.config.load import load
 from fedzo.data.config import TaskConfig, TaskKind
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig, Style
+from fedzo.data.preprocess.rephrase.examples import columns_of, read_examples, write_table
 from fedzo.data.preprocess.rephrase.judge import read_verdict
-from fedzo.data.preprocess.rephrase.prompts import ORDERS, Example, Prompts
+from fedzo.data.preprocess.rephrase.prompts import ORDERS, Example, Prompts, label_of
 from fedzo.data.preprocess.rephrase.rephraser import prompts_of
 from fedzo.data.preprocess.rephrase.tasks import TASKS, misplaced, rephrase_task
 from fedzo.data.tasks import columns_used
@@ -252,6 +254,54 @@ def test_a_written_answer_is_no_text_to_rewrite() -> None:
     assert rephrase_task(task, words).others("note") == ("question", "reply")
     with pytest.raises(ConfigError, match=r"the task reads \(note, question\), .* got 'reply'"):
         rephrase_task(task, replace(words, column="reply"))
+
+
+SQUAD_ROW = {"context": "A bus came.", "question": "What came?", "answers": {"text": ["A bus", "bus"]}}
+
+
+def test_of_several_right_answers_the_prompts_show_the_one_that_is_trained_on(tmp_path: Path) -> None:
+    squad = load(["task=squad", "data.path=.", "partition=iid"]).task
+    task = replace(squad, answer=" {answers.text}\n")
+    told = rephrase_task(task, OatRephraseConfig(about="The task is to answer a question."))
+    prompts = Prompts(Style.oat, told, "context")
+
+    assert (told.written, told.anchors) == (("answers.text",), ("answers.text",))
+    assert label_of(SQUAD_ROW, prompts, task, where="row 0") is None
+    for chat in (prompts.rewriter(SQUAD_ROW, None), prompts.judge(SQUAD_ROW, "x")):
+        assert '\nanswers.text: "A bus"\n' in text_of(chat)
+    write_table(tmp_path / "t.csv", columns_of(task, told, "context"), [(SQUAD_ROW, "It was a bus that came.")])
+    text = (tmp_path / "t.csv").read_text()
+    (tmp_path / "t.csv").write_text(text.replace("\n,", "\nyes,"))
+    [example] = read_examples(tmp_path / "t.csv", task, told, "context")
+    assert example.row == {"context": "A bus came.", "question": "What came?", "answers.text": "A bus"}
+    shown = text_of(Prompts(Style.oat, told, "context", (example,)).rewriter(SQUAD_ROW, None))
+    assert shown.count('answers.text: "A bus"\n') == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "got"),
+    [
+        (["bus", ["bus"]], "a value of the type list"),
+        (["bus", " "], "a blank one"),
+        (["bus", "\ud83d"], "half of a character"),
+        ([], "a value of the type NoneType"),
+        ({"text": "bus"}, "a value of the type dict"),
+    ],
+)
+def test_each_of_several_right_answers_must_be_text(answer: object, got: str) -> None:
+    task = load(["task=squad", "data.path=.", "partition=iid"]).task
+    row = {"context": "A bus came.", "question": "What came?", "answer": answer}
+
+    with pytest.raises(ConfigError, match=f"row 3 must have text in the column 'answer', got {got}"):
+        label_of(row, Prompts(Style.oat, TASKS["squad"], "context"), task, where="row 3")
+
+
+def test_a_list_elsewhere_than_in_the_answer_is_refused() -> None:
+    task = load(["task=squad", "data.path=.", "partition=iid"]).task
+    row = {"context": "A bus came.", "question": ["What came?"], "answer": "bus"}
+
+    with pytest.raises(ConfigError, match="must have text in the column 'question', got a value of the type list"):
+        label_of(row, Prompts(Style.oat, TASKS["squad"], "context"), task, where="row 3")
 
 
 def test_answers_that_are_signs_are_not_taken_for_one_another() -> None:
