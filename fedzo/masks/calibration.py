@@ -1,7 +1,8 @@
 """Windows of calibration text: what the sensitivity of a weight is measured on.
 
 As the tool behind SensZOQ's checkpoints does it (SqueezeLLM-gradients): documents that are long enough, one random
-window of each, every window an example of its own. Deviation: order and offsets come from the counter-based generator.
+window of each, every window an example of its own. Deviations: order and offsets come from the counter-based generator;
+a token that begins every text stands in place of a window's first, since some models (Gemma) are lost without it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ _ORDER, _OFFSET = 0, 1  # ``step`` of the two streams; their owner is SHARED, wh
 
 
 def windows_from_texts(
-    texts: Sequence[str], *, tokenize: Callable[[str], list[int]], num_docs: int, num_tokens: int, seed: int
+    texts: Sequence[str],
+    *,
+    tokenize: Callable[[str], list[int]],
+    num_docs: int,
+    num_tokens: int,
+    seed: int,
+    opening: int | None = None,
 ) -> list[torch.Tensor]:
     """One random window of each of ``num_docs`` documents.
 
@@ -27,9 +34,10 @@ def windows_from_texts(
     Args:
         texts: The documents.
         tokenize: Text to token ids.
-        num_docs: Number of windows.
-        num_tokens: Length of each; shorter documents are passed over.
+        num_docs: Number of windows, at least 1.
+        num_tokens: Length of each, at least 2; shorter documents are passed over.
         seed: Seed of the order and of the offsets.
+        opening: The token that begins every text, if one does.
 
     Returns:
         int64 [num_tokens] tensors.
@@ -37,10 +45,6 @@ def windows_from_texts(
     Raises:
         ConfigError: Too few documents are long enough.
     """
-    if num_docs < 1:
-        raise ConfigError(f"trainer.calibration_docs must be >= 1, got {num_docs}.")
-    if num_tokens < 2:
-        raise ConfigError(f"trainer.calibration_tokens must be >= 2 (the loss is of the next token), got {num_tokens}.")
     words = philox_words(stream_key(seed, round=0, step=_OFFSET), purpose=PURPOSE_DATA, num_words=2 * num_docs)
     windows: list[torch.Tensor] = []
     for number in permutation(stream_key(seed, round=0, step=_ORDER), len(texts), purpose=PURPOSE_DATA).tolist():
@@ -50,7 +54,10 @@ def windows_from_texts(
         # 64 bits make the bias of the remainder negligible
         word = int(words[2 * len(windows)]) | int(words[2 * len(windows) + 1]) << 32
         offset = word % (len(tokens) - num_tokens + 1)
-        windows.append(torch.tensor(tokens[offset : offset + num_tokens], dtype=torch.int64))
+        window = torch.tensor(tokens[offset : offset + num_tokens], dtype=torch.int64)
+        if opening is not None:
+            window[0] = opening
+        windows.append(window)
         if len(windows) == num_docs:
             return windows
     raise ConfigError(

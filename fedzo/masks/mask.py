@@ -76,16 +76,6 @@ def check_fits(mask: Mask, model: nn.Module) -> None:
             raise ConfigError(f"mask: {name!r} must have shape {shape}, got {got}. {OTHER_MODEL}")
 
 
-def overlap(mask_a: Mask, mask_b: Mask) -> float:
-    """Share of ``mask_a``'s coordinates that ``mask_b`` holds too, 0 to 1."""
-    shared = sum(
-        int(torch.isin(flat, mask_b.indices[name], assume_unique=True).sum())
-        for name, flat in mask_a.indices.items()
-        if mask_a.shapes[name] == mask_b.shapes.get(name)
-    )
-    return shared / mask_a.size
-
-
 def _check_indices(name: str, flat: torch.Tensor, numel: int) -> None:
     where = f"mask: the indices of {name!r}"
     if flat.dtype != torch.int64 or flat.ndim != 1 or flat.numel() == 0:

@@ -23,7 +23,7 @@ from safetensors.torch import save as write_tensors
 
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.masks.mask import Mask, canonical, little_endian
-from fedzo.records.folder import replace_file
+from fedzo.records.folder import replace_file, told_as
 
 FORMAT = 1
 _KEY = "fedzo_mask"
@@ -79,13 +79,9 @@ def save_mask(mask: Mask, path: Path) -> None:
     """
     path = Path(path)
     data = _encode(mask)
-    try:
+    with told_as(RunFolderError, f"mask file {path}: it must be writable", "Choose another place."):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, data, durable=True)
-    except OSError as error:
-        raise RunFolderError(
-            f"mask file {path}: it must be writable, got {error.strerror!r}. Choose another place."
-        ) from error
 
 
 def load_mask(path: Path) -> Mask:
@@ -94,12 +90,8 @@ def load_mask(path: Path) -> Mask:
     Raises:
         ConfigError: No such file, or not a sound mask.
     """
-    try:
+    with told_as(ConfigError, f"mask file {path}: it must be readable", "Make one with `fedzo mask --out FILE`."):
         data = Path(path).read_bytes()
-    except OSError as error:
-        raise ConfigError(
-            f"mask file {path}: it must be readable, got {error.strerror!r}. Make one with `fedzo mask --out FILE`."
-        ) from error
     return decode_mask(data, source=f"mask file {path}")
 
 

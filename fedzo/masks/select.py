@@ -90,13 +90,15 @@ def select_mask(
         The mask, on the CPU; with the signed mean gradient if the selector is ``sensitivity``.
 
     Raises:
-        ConfigError: A setting is out of its range, the mask would be empty, or the model has no eligible weight.
+        ConfigError: The density is out of its range, the mask would be empty, the model has no eligible weight, or
+            there are no windows for sensitivity.
         NumericsError: A loss or a score is not finite.
     """
-    _check_settings(density, selector, granularity, windows)
-    selector, granularity = Selector(selector), Granularity(granularity)  # of names, too
+    if not 0 < density <= 1:
+        raise ConfigError(f"trainer.density must be > 0 and <= 1, got {density}. It is a share: 0.001 is 0.1 %.")
+    if selector == Selector.sensitivity and not windows:
+        raise ConfigError("trainer.selector=sensitivity needs calibration windows, got none. Set trainer.calibration.")
     eligible = eligible_parameters(model)
-    numbers = {name: number for number, name in enumerate(eligible)}
     parameters = {name: each for name, each in eligible.items() if among is None or name in among}
     if not parameters:
         raise ConfigError(
@@ -104,10 +106,10 @@ def select_mask(
             "that do. Lower trainer.first_layer."
         )
     budget = _budget([p.numel() for p in parameters.values()], density=density, granularity=granularity)
-    together = granularity is Granularity.everywhere
+    together = granularity == Granularity.everywhere
     counts = budget[0] if together else dict(zip(parameters, budget, strict=True))
     signed: dict[str, torch.Tensor] | None = None
-    if selector is Selector.sensitivity:
+    if selector == Selector.sensitivity:
         chosen, signed = choose_most_sensitive(
             model,
             parameters,
@@ -120,14 +122,9 @@ def select_mask(
             host_bytes=host_bytes,
             on_window=on_window,
         )
-    elif selector is Selector.magnitude:
-        chosen = _choose(lambda name: _magnitude(parameters[name]), list(parameters), counts)
     else:
-
-        def score(name: str) -> torch.Tensor:
-            return lots(stream_key(seed, round=numbers[name]), parameters[name].numel(), parameters[name].device)
-
-        chosen = _choose(score, list(parameters), counts)
+        scores = {Selector.magnitude: _magnitudes(eligible), Selector.random: _draws(eligible, seed)}
+        chosen = _choose(scores[selector], list(parameters), counts)
     manifest = {
         "selector": str(selector),
         "density": repr(float(density)),
@@ -141,7 +138,7 @@ def select_mask(
         manifest["calibration_docs"] = str(len(windows))
         manifest["calibration_tokens"] = str(sum(window.numel() for window in windows))
         manifest["calibration_sha256"] = windows_digest(windows)
-    if selector is Selector.random:
+    if selector == Selector.random:
         manifest["seed"] = str(seed)
     if base_digest is not None:
         manifest["base_digest"] = base_digest
@@ -153,35 +150,9 @@ def select_mask(
     )
 
 
-def num_coordinates(model: nn.Module, *, density: float, granularity: Granularity = Granularity.per_tensor) -> int:
-    """Size n that a mask would have, from shapes alone: works on the meta device."""
-    _check_settings(density, Selector.random, granularity, ())
-    sizes = [parameter.numel() for parameter in eligible_parameters(model).values()]
-    return sum(_budget(sizes, density=density, granularity=granularity))
-
-
-# --- settings ---------------------------------------------------------------------------------------------------------
-
-
-def _check_settings(
-    density: float, selector: Selector, granularity: Granularity, windows: Sequence[torch.Tensor]
-) -> None:
-    if not 0 < density <= 1:
-        raise ConfigError(f"trainer.density must be > 0 and <= 1, got {density}. It is a share: 0.001 is 0.1 %.")
-    for name, value, known in (("selector", selector, [*Selector]), ("granularity", granularity, [*Granularity])):
-        if value not in known:
-            raise ConfigError(f"trainer.{name} must be one of {', '.join(known)}, got {value!r}.")
-    if selector == Selector.sensitivity and not windows:
-        raise ConfigError("trainer.selector=sensitivity needs calibration windows, got none. Set trainer.calibration.")
-    for window in windows:
-        if window.ndim != 1 or window.numel() < 2 or window.dtype != torch.int64:
-            got = f"{window.dtype} of shape {tuple(window.shape)}"
-            raise ConfigError(f"mask: a calibration window must be int64 [num_tokens >= 2] (one document), got {got}.")
-
-
 def _budget(sizes: list[int], *, density: float, granularity: Granularity) -> list[int]:
     """How many weights each tensor gives; one number, for all together, if ``everywhere``."""
-    pools = sizes if granularity is Granularity.per_tensor else [sum(sizes)]
+    pools = sizes if granularity == Granularity.per_tensor else [sum(sizes)]
     budget = [int(size * density) for size in pools]
     if sum(budget) == 0:
         # a little above 1 / max, so that the rounded number that is shown does keep one
@@ -193,11 +164,14 @@ def _budget(sizes: list[int], *, density: float, granularity: Granularity) -> li
     return budget
 
 
-# --- scores and their top ---------------------------------------------------------------------------------------------
+def _magnitudes(eligible: Mapping[str, nn.Parameter]) -> ScoreFn:
+    return lambda name: eligible[name].detach().reshape(-1).float().abs()
 
 
-def _magnitude(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.detach().reshape(-1).float().abs()
+def _draws(eligible: Mapping[str, nn.Parameter], seed: int) -> ScoreFn:
+    """Each tensor has a stream of its own, by its number among all that are eligible."""
+    numbers = {name: number for number, name in enumerate(eligible)}
+    return lambda name: lots(stream_key(seed, round=numbers[name]), eligible[name].numel(), eligible[name].device)
 
 
 def _choose(score: ScoreFn, names: Sequence[str], counts: int | Mapping[str, int]) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ LossFn = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 
 
 class GradientSums(NamedTuple):
-    """Sums over windows, per parameter name, float32 [numel].
+    """Sums over windows, per parameter name, float32 [numel]; empty where they were not asked for.
 
     Attributes:
         squares: Of the squared gradients.
@@ -37,8 +37,9 @@ class GradientSums(NamedTuple):
 class WindowGradients:
     """The gradients of a model on windows of text.
 
-    Each method passes over all windows and leaves the model as it was found: bits, ``requires_grad``, gradients,
-    training mode. A gradient is added and freed as soon as it is there, so not all are held at once.
+    A pass over the windows leaves the model as it was found: bits, ``requires_grad``, gradients, training mode. A
+    gradient is added and freed as soon as it is there, so not all are held at once. On a CPU every pass has the same
+    bits; on a GPU the backward pass of attention sums in no fixed order.
 
     Attributes:
         model: The model.
@@ -52,52 +53,36 @@ class WindowGradients:
     loss_fn: LossFn
     on_window: Callable[[], None]
 
-    def sums(self, parameters: Mapping[str, nn.Parameter]) -> GradientSums:
-        """Sums of the squared and of the signed gradients with respect to ``parameters``.
+    def sums(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        squares: bool = True,
+        signed: bool = True,
+        places: Mapping[str, torch.Tensor] | None = None,
+    ) -> GradientSums:
+        """Sums of the gradients with respect to ``parameters``, in one pass; what is left out takes no memory.
+
+        Args:
+            parameters: All that a gradient is taken of.
+            squares: Whether the squared gradients are summed.
+            signed: Whether the signed ones are.
+            places: Flat indices (int64) of each parameter, where not all of its signed sums are wanted.
 
         Raises:
             NumericsError: A window's loss is not finite.
         """
-        squares, signed = _zeros(parameters), _zeros(parameters)
+        of_squares = _zeros(parameters) if squares else {}
+        of_signed = _zeros(parameters if places is None else places) if signed else {}
 
         def add(name: str, gradient: torch.Tensor) -> None:
-            squares[name].addcmul_(gradient, gradient)
-            signed[name].add_(gradient)
+            if squares:
+                of_squares[name].addcmul_(gradient, gradient)
+            if signed:
+                of_signed[name].add_(gradient if places is None else gradient[places[name]])
 
         self._differentiate(parameters, add)
-        return GradientSums(squares, signed)
-
-    def squares(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-        """The sums of the squared gradients alone, bit for bit those of ``sums``."""
-        squares = _zeros(parameters)
-
-        def add(name: str, gradient: torch.Tensor) -> None:
-            squares[name].addcmul_(gradient, gradient)
-
-        self._differentiate(parameters, add)
-        return squares
-
-    def signed(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-        """The sums of the signed gradients alone, bit for bit those of ``sums``."""
-        signed = _zeros(parameters)
-
-        def add(name: str, gradient: torch.Tensor) -> None:
-            signed[name].add_(gradient)
-
-        self._differentiate(parameters, add)
-        return signed
-
-    def signed_at(
-        self, parameters: Mapping[str, nn.Parameter], places: Mapping[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """The signed sums at flat indices (int64) alone, bit for bit those of ``sums``."""
-        signed = _zeros(places)
-
-        def add(name: str, gradient: torch.Tensor) -> None:
-            signed[name].add_(gradient[places[name]])
-
-        self._differentiate({name: parameters[name] for name in places}, add)
-        return signed
+        return GradientSums(of_squares, of_signed)
 
     def _differentiate(self, parameters: Mapping[str, nn.Parameter], add: Callable[[str, torch.Tensor], None]) -> None:
         """Hand over each window's gradients, float32 [numel]."""

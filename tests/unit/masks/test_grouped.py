@@ -64,13 +64,14 @@ def test_sums_that_are_made_alone_are_those_that_are_made_together() -> None:
     places = {name: torch.arange(0, parameter.numel(), 7) for name, parameter in parameters.items()}
 
     both = gradients.sums(parameters)
-    squares, signed = gradients.squares(parameters), gradients.signed(parameters)
-    some = gradients.signed_at(parameters, places)
+    squares, signed = gradients.sums(parameters, signed=False), gradients.sums(parameters, squares=False)
+    some = gradients.sums(parameters, squares=False, places=places)
 
+    assert (squares.signed, signed.squares, some.squares) == ({}, {}, {})
     for name in parameters:
-        assert torch.equal(squares[name], both.squares[name])
-        assert torch.equal(signed[name], both.signed[name])
-        assert torch.equal(some[name], both.signed[name][places[name]])
+        assert torch.equal(squares.squares[name], both.squares[name])
+        assert torch.equal(signed.signed[name], both.signed[name])
+        assert torch.equal(some.signed[name], both.signed[name][places[name]])
 
 
 def test_tensors_that_compete_in_groups_give_the_mask_of_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,3 +186,20 @@ def test_large_models_fit_in_a_few_groups(config: Any, available_gib: int, num_g
 
     assert 0 < memory_bytes < 0.9 * left
     assert len(plan_groups(sizes, memory_bytes)) == num_groups
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_the_mask_of_groups_is_that_of_one_pass_but_for_its_edge(dtype: torch.dtype) -> None:
+    model = tiny_model("llama", dtype=dtype).cuda()
+    sizes = [parameter.numel() for parameter in eligible_parameters(model).values()]
+    windows = [torch.randint(0, 256, (256,), generator=torch.Generator().manual_seed(i)) for i in range(3)]
+
+    whole, groups = (
+        select_mask(model, density=0.02, windows=windows, memory_bytes=memory_bytes)
+        for memory_bytes in (float("inf"), 4 * max(sizes))
+    )
+
+    shared = sum(int(torch.isin(flat, groups.indices[name]).sum()) for name, flat in whole.indices.items())
+    assert groups.size == whole.size
+    assert shared >= 0.95 * whole.size

@@ -18,17 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from fedzo.errors import ConfigError, RunFolderError
-from fedzo.masks import (
-    Mask,
-    Selector,
-    check_fits,
-    decode_mask,
-    encode_mask,
-    load_mask,
-    overlap,
-    save_mask,
-    select_mask,
-)
+from fedzo.masks import Mask, Selector, check_fits, decode_mask, encode_mask, load_mask, save_mask, select_mask
 from fedzo.testing.tiny_models import tiny_model
 
 MANIFEST = {"selector": "sensitivity", "note": "caf\u00e9 \u2603"}
@@ -323,7 +313,7 @@ def test_a_signed_file_of_any_shapes_and_indices_is_a_sound_mask_or_refused(data
         assert 0 <= int(flat[0]) <= int(flat[-1]) < math.prod(mask.shapes[name])
 
 
-# --- fit and overlap --------------------------------------------------------------------------------------------------
+# --- fit --------------------------------------------------------------------------------------------------------------
 
 
 def test_a_mask_fits_the_model_that_it_was_made_for() -> None:
@@ -340,19 +330,3 @@ def test_a_mask_for_another_model_is_refused_naming_the_tensor() -> None:
         check_fits(mask, tiny_model("gpt2"))
     with pytest.raises(ConfigError, match=rf"'{name}' must have shape \(16, 64\), got \(32, 32\)"):
         check_fits(replace(mask, shapes={**mask.shapes, name: (16, 64)}), tiny_model())
-
-
-def test_overlap_is_the_share_of_the_first_masks_coordinates() -> None:
-    a = make(gradient=None)
-    b = Mask(
-        indices={"z.weight": torch.tensor([3, 4, 5]), "other": torch.tensor([0])},
-        shapes={"z.weight": (2, 3), "other": (1,)},
-        gradient=None,
-        manifest={},
-    )
-    c = Mask(indices={"z.weight": torch.tensor([3])}, shapes={"z.weight": (2, 3)}, gradient=None, manifest={})
-
-    assert overlap(a, a) == 1.0
-    assert overlap(a, b) == 2 / 4
-    assert overlap(a, c) == 1 / 4
-    assert overlap(c, a) == 1.0
