@@ -15,7 +15,7 @@ from pieces import BUDGETS, METHODS, SEEDS, TASKS
 from verdicts import Results, best_rate
 
 from fedzo.report.format import bytes_text, interval
-from fedzo.report.local_steps import draw_local_steps
+from fedzo.report.local_steps import draw_local_steps, local_traces
 from fedzo.report.run_data import load_run
 from fedzo.report.style import (
     AMBER,
@@ -58,7 +58,8 @@ def main(pieces: Mapping[str, Sequence[Row]]) -> None:
         if any(pieces["masks"]):
             _save(_panels(_tasks_of(pieces["masks"]), results, _masks, legend=[]), "masks")
         for folder in sorted(PANELS.glob("*")):
-            if picture := draw_local_steps(load_run(folder)):
+            run = load_run(folder)
+            if picture := draw_local_steps(run, local_traces(run)):
                 _save(picture.figure, f"gradip-{folder.name}")
 
 

@@ -19,14 +19,16 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from fedzo.config.overrides import rewrite_model
-from fedzo.config.plugins import LISTS, PLAIN, REGISTRIES, conf_dir, list_classes, plugin_classes
+from fedzo.config.plugins import LISTS, NO_PLUGIN, PLAIN, REGISTRIES, conf_dir, list_classes, plugin_classes
 from fedzo.config.schema import LaunchConfig
 from fedzo.config.yaml_files import check_users_files
 from fedzo.errors import ConfigError
 
 CONFIG_NAME = "config"
 VERSION_BASE = "1.3"
-_MAX_FOLDER_CHARS = 80
+_MAX_FOLDER_CHARS = 80  # of a name in full
+_MAX_SHORTENED_CHARS = 200  # of a name of many settings; a file system takes 255
+_VALUE_CHARS = 24  # of a value in it; no number has more
 _stored: list[object] = []  # Hydra's store, and the plugins that it holds the schemas of
 FAILURES = (HydraException, OmegaConfBaseException, ConfigError)
 """What composing and converting raise for bad input."""
@@ -146,23 +148,46 @@ def register_schemas() -> None:
             store.store(group=group, name=f"{name}_schema", node=config_class)
             store.store(group=group, name=name, node=config_class)
     for group, options in lists.items():
+        if NO_PLUGIN in options:
+            raise ConfigError(
+                f"{group} {NO_PLUGIN!r} of {options[NO_PLUGIN].__module__}: a plugin must have another name than the "
+                "empty list, got that of it. Rename it, or uninstall its package."
+            )
+        store.store(group=group, name=NO_PLUGIN, node={}, package=group)
         for name, config_class in options.items():
             store.store(group=group, name=name, node=config_class, package=f"{group}.{name}")
     _stored[:] = [store, plugins, lists]
 
 
-def job_folder(number: object, overrides: str) -> str:
-    """Folder of a sweep's job, the same for the same sweep: short, and safe as a path and inside an override.
+def job_folder(overrides: str) -> str:
+    """Folder of a sweep's job by what it sets, whatever its number: short, and safe as a path and inside an override.
+
+    In a long name each setting is shortened, since any of them may be what varies. A hash tells apart what is cut off
+    or has other signs than letters, digits and ``._+-``.
 
     Example:
-        >>> job_folder(3, "model.name=org/opt,trainer=mezo")
-        '3_model.name-org-opt_trainer-mezo'
+        >>> job_folder("fl.rounds=3,trainer=mezo")
+        'fl.rounds-3_trainer-mezo'
     """
-    bare = re.sub(r"[\\'\"]", "", overrides).replace(",", "_")
-    safe = re.sub(r"[^A-Za-z0-9._+-]+", "-", bare).strip("-_")
-    if len(safe) > _MAX_FOLDER_CHARS:
-        safe = safe[:_MAX_FOLDER_CHARS] + "_" + hashlib.sha256(overrides.encode()).hexdigest()[:8]
-    return f"{number}_{safe}" if safe else str(number)
+    bare = re.sub(r"['\"]", "", overrides)
+    name = _safe(bare)
+    is_long = len(name) > _MAX_FOLDER_CHARS
+    if is_long:
+        settings = re.split(r",(?=[+~]*[\w./@-]+=)", bare)
+        name = _safe(",".join(map(_shortened, settings))[-_MAX_SHORTENED_CHARS:])
+    if is_long or re.search(r"[^A-Za-z0-9._+=,-]", bare):
+        name += "_" + hashlib.sha256(overrides.encode()).hexdigest()[:8]
+    return name or "job"
+
+
+def _safe(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", text.replace(",", "_")).strip("-_")
+
+
+def _shortened(setting: str) -> str:
+    """The last part of the key, and the end of the value: of a path or of a model's name, what tells most."""
+    key, _, value = setting.partition("=")
+    return f"{key.rpartition('.')[2]}={value.rstrip('/').rpartition('/')[2][-_VALUE_CHARS:]}"
 
 
 # At import, because a worker of the joblib launcher gets here by importing the job function's module only.

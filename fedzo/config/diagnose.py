@@ -18,7 +18,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from fedzo.config.compose import FAILURES, StrayKeyError, compose_run, group_names, option_names
 from fedzo.config.overrides import quoted
-from fedzo.config.plugins import plugin_classes
+from fedzo.config.plugins import NO_PLUGIN, plugin_classes
 from fedzo.config.yaml_files import texts
 from fedzo.errors import Problem
 
@@ -135,7 +135,7 @@ def _explain(override: Override, error: Exception, kept: Sequence[str]) -> str:
     if options and (value is None or (isinstance(value, str) and value not in options)):
         return f"{key} must be one of {', '.join(options)}, got {value!r}.{_near(str(value), options)}"
     if options and isinstance(value, list) and (wrong := [str(each) for each in value if each not in options]):
-        told = f"{key} must hold some of {', '.join(options)}, or none, got {', '.join(wrong)}."
+        told = f"{key} must hold some of {', '.join(options)}, got {', '.join(wrong)}."
         return told + _near(wrong[0], options)
     unknown = isinstance(error, StrayKeyError) or isinstance(error.__cause__, ConfigKeyError | ConfigAttributeError)
     known = set() if options else {*_keys(compose_run(kept)), *group_names(kept)}
@@ -156,6 +156,8 @@ def _explain(override: Override, error: Exception, kept: Sequence[str]) -> str:
         given = text.partition("=")[2]
         is_list = "," in given and given[:1] in {"'", '"'}  # a list that was quoted, as a text with commas must be
         remedy = f" Write {key}=[{given[1:-1] if is_list else given}]."
+        if given.lower() == NO_PLUGIN:  # which groups of plugins take
+            remedy = f" Write {key}=[] for an empty list."
     return f"{text}: {why}{remedy}"
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
 from fedzo.config.compose import FAILURES, compose_run, session, to_config, with_models
-from fedzo.config.diagnose import diagnose, reason, respelled
-from fedzo.config.rules import launch_problems, missing_files, unused_problems
+from fedzo.config.diagnose import diagnose, parse_overrides, reason, respelled
+from fedzo.config.rules import launch_problems, missing_files
 from fedzo.config.schema import LaunchConfig, filled
+from fedzo.config.unused import unused_problems
 from fedzo.errors import ConfigError, Problem
 from fedzo.report.trackers import missing_libraries
 
@@ -30,12 +32,18 @@ def load(overrides: Sequence[str], *, trains: bool = True) -> LaunchConfig:
             message.
     """
     with session():
-        config, found = check(with_models(overrides), trains=trains)
-    if config is not None:
-        found += unused_problems(config)
+        overrides = with_models(overrides)
+        config, found = check(overrides, trains=trains)
+        if config is not None:
+            found += unused_problems([config], own_words(parse_overrides(overrides)[0]))
     if config is None or found:
         raise ConfigError(message([problem.text for problem in found]))
-    return config
+    return filled(config)
+
+
+def own_words(parsed: Iterable[Override]) -> dict[str, str]:
+    """What overrides set, by key, as they are written."""
+    return {each.key_or_group: str(each.input_line).partition("=")[2] for each in parsed if not each.is_delete()}
 
 
 def checked(composed: DictConfig) -> LaunchConfig:
@@ -51,11 +59,11 @@ def checked(composed: DictConfig) -> LaunchConfig:
     config, found = _ruled(config)
     if found:
         raise ConfigError(message([problem.text for problem in found]))
-    return config
+    return filled(config)
 
 
 def check(overrides: Sequence[str], *, trains: bool = True) -> tuple[LaunchConfig | None, list[Problem]]:
-    """The config, ``None`` if it cannot be composed, and its problems; needs a ``session``."""
+    """The config before it is filled, ``None`` if it cannot be composed, and its problems; needs a ``session``."""
     try:
         config = to_config(compose_run(overrides))
     except FAILURES as error:
@@ -65,7 +73,7 @@ def check(overrides: Sequence[str], *, trains: bool = True) -> tuple[LaunchConfi
 
 
 def _ruled(config: LaunchConfig, *, trains: bool = True) -> tuple[LaunchConfig, list[Problem]]:
-    """The config with what was left to the trainer, and its broken rules."""
+    """The config with the trainer as its artifact has it, and its broken rules."""
     missing, unread = missing_files(config), []
     if config.inputs.artifact is not None and not any(each.key == "inputs.artifact" for each in missing):
         try:
@@ -73,7 +81,7 @@ def _ruled(config: LaunchConfig, *, trains: bool = True) -> tuple[LaunchConfig, 
             config = replace(config, trainer=recipe)
         except ConfigError as error:
             unread = [Problem("inputs.artifact", str(error))]
-    return filled(config), [
+    return config, [
         *launch_problems(config, trains=trains),
         *missing,
         *missing_libraries(config.trackers),

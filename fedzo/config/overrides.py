@@ -69,19 +69,31 @@ def with_config_dir(overrides: Sequence[str], folder: str | None) -> list[str]:
     """Add a folder of the user's own YAML files to Hydra's search path, behind fedzo's own.
 
     Raises:
-        ConfigError: The folder does not exist, or a file in it would be hidden by one of fedzo's.
+        ConfigError: The folder does not exist, or a file in it would be hidden by one of fedzo's, ``config.yaml`` too.
     """
     if folder is None:
         return list(overrides)
     path = Path(folder).expanduser().resolve()
     if not path.is_dir():
         raise ConfigError(f"--config-dir must name a folder of YAML files, got {folder!r}. Check the path.")
-    for own in sorted(conf_dir().glob("*/*.yaml")):
-        theirs = path / own.parent.name / own.name
+    for own in sorted(conf_dir().rglob("*.yaml")):
+        relative = own.relative_to(conf_dir())
+        theirs = path / relative
         if theirs.is_file() and theirs.read_bytes() != own.read_bytes():
-            group, name = own.parent.name, own.stem
-            raise ConfigError(
-                f"{theirs}: a file of --config-dir must have a name of its own, but {group}={name} would take fedzo's "
-                f"{group}/{own.name}. Rename yours, and write {group}=my_{name}."
-            )
+            raise ConfigError(f"{theirs}: {_hidden(relative)}")
     return [*overrides, f"hydra.searchpath=[{quoted(f'file://{path}')}]"]
+
+
+def _hidden(file: Path) -> str:
+    """Why a user's file would not be read, and what to do."""
+    group, name = file.parent.as_posix(), file.stem
+    if group == ".":
+        return (
+            f"a folder of --config-dir must not hold {file.name}, since every run begins with fedzo's own. Make yours "
+            "an experiment: call it experiment/mine.yaml, begin it with the line `# @package _global_`, and write "
+            "experiment=mine."
+        )
+    return (
+        f"a file of --config-dir must have a name of its own, but {group}={name} would take fedzo's {file.as_posix()}. "
+        f"Rename yours, and write {group}=my_{name}."
+    )

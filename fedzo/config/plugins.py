@@ -47,6 +47,8 @@ REGISTRIES: dict[str, Registry[Any]] = {
 
 LISTS: dict[str, Registry[Any]] = {"preprocess": STAGES, "evaluators": EVALUATORS, "trackers": TRACKERS}
 """Groups of which a run takes a list of plugins (``preprocess=[a,b]``)."""
+NO_PLUGIN = "none"
+"""The option of these groups that is the empty list, as other groups have one by this name."""
 
 
 def plugin_classes() -> dict[str, dict[str, type]]:
@@ -97,6 +99,8 @@ def list_groups() -> dict[str, dict[str, str]]:
         summaries = {
             name: (inspect.getdoc(cls) or "").split("\n")[0].replace("``", "") for name, cls in options.items()
         }
+        if group in LISTS:
+            summaries[NO_PLUGIN] = "The empty list."
         groups[group] = dict(sorted({**groups.get(group, {}), **summaries}.items()))
     return dict(sorted(groups.items()))
 

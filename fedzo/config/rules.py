@@ -9,9 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from fedzo.config import traits
 from fedzo.config.plugins import LISTS, list_classes, option_of, plugin_classes, plugin_name
@@ -24,12 +22,9 @@ from fedzo.evaluate.base import metric_names
 from fedzo.fl.config import Aggregation, FaultsConfig, FlConfig, Seeds, SiteLimitsConfig, Weighting
 from fedzo.fl.server.aggregate import num_trimmed
 from fedzo.fl.site_limits import LABEL_COUNTS, LOSS, NONE, PER_CLASS, STAGE_FIGURES
-from fedzo.models.config import DType
 from fedzo.records.fields import HASH, MOST_CLIENTS, MOST_OWNERS, MOST_ROUNDS, MOST_STEPS
 from fedzo.registry import broken_rules, problems_of
 from fedzo.system import MOST_THREADS
-from fedzo.zo.estimator import ZerothOrderConfig
-from fedzo.zo.server_optimizer import Schedule
 
 MOST_ROWS, MOST_SCALARS = 1 << 16, 1 << 20
 """Rows of a step, and scalars of a client in a round: what a configuration from elsewhere may ask memory for."""
@@ -231,11 +226,11 @@ def _fl(config: RunSettings) -> Iterator[Problem]:
         yield problem("fl.num_clients", rule, fl.num_clients, "Write fl.seeds=shared and server_optimizer=sgd.")
     yield from at_least("fl.batch_size", fl.batch_size, 1, "The key counts the rows of a client in a step.")
     most_steps = config.step_policy.most_steps(fl)
-    probes = config.estimator.num_probes if isinstance(config.estimator, ZerothOrderConfig) else 1
+    numbers = max(1, config.estimator.probes_per_step)  # of a step: its scalars, or the loss beside a vector
     for key, count, most in (
         ("fl.num_clients", fl.num_clients, MOST_CLIENTS),
         ("fl.batch_size", fl.batch_size, MOST_ROWS),
-        ("fl.local_steps", most_steps * probes, MOST_SCALARS),
+        ("fl.local_steps", most_steps * numbers, MOST_SCALARS),
     ):
         if count > most:
             what = "make at most {} scalars of a client in a round" if key == "fl.local_steps" else "be at most {}"
@@ -308,39 +303,3 @@ def _evaluation(config: RunSettings) -> Iterator[Problem]:
     yield from at_least(
         "evaluation.federated_max_rows", evaluation.federated_max_rows, 1, "It counts rows of a client."
     )
-
-
-# --- settings without effect
-
-
-def unused_problems(config: LaunchConfig) -> Iterator[Problem]:
-    """One for each setting that differs from its default though nothing reads it beside the others.
-
-    Jobs of a sweep may have some, where a setting belongs to one of several choices, and so may run folders.
-    """
-    fl, strategy, optimizer = config.fl, config.strategy, config.server_optimizer
-    if fl.seeds is not Seeds.pool:
-        yield from _unused("fl.pool_size", fl, f"fl.seeds={fl.seeds}", "fl.seeds=pool")
-    if strategy.weighting is Weighting.uniform:
-        chosen = f"strategy.weighting={strategy.weighting}"
-        yield from _unused("strategy.size_cap", strategy, chosen, "strategy.weighting=size")
-    if strategy.aggregation is not Aggregation.trimmed_mean:
-        chosen = f"strategy.aggregation={strategy.aggregation}"
-        yield from _unused("strategy.trim_share", strategy, chosen, "strategy.aggregation=trimmed_mean")
-    if strategy.clip_factor == 0:
-        yield from _unused("strategy.clip_rounds", strategy, "strategy.clip_factor=0", "strategy.clip_factor=100")
-    if optimizer.schedule is Schedule.constant:
-        chosen, other = "server_optimizer.schedule=constant", "server_optimizer.schedule=linear or cosine"
-        yield from _unused("server_optimizer.final_lr_share", optimizer, chosen, other)
-    if config.model.dtype is DType.float32 and (setting := config.trainer.traits.rounding_setting):
-        rule = f"be bfloat16 or float16 for {setting}, which does not change float32 values"
-        remedy = f"Write model.dtype=bfloat16, or leave {setting} out."
-        yield problem("model.dtype", rule, config.model.dtype, remedy)
-
-
-def _unused(key: str, config: Any, chosen: str, other: str) -> Iterator[Problem]:
-    name = key.rpartition(".")[2]
-    given, default = getattr(config, name), {each.name: each.default for each in fields(config)}[name]
-    if given != default:
-        rule = f"be {default} for {chosen}, which does not use it"
-        yield problem(key, rule, given, f"Write {other}, or leave it out.")

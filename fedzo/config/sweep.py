@@ -11,13 +11,14 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override, RangeSweep, ValueType
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from fedzo.config.compose import FAILURES, compose_run, option_names, session, with_models
 from fedzo.config.diagnose import diagnose, parse_overrides, reason
-from fedzo.config.load import check, message
+from fedzo.config.load import check, message, own_words
 from fedzo.config.overrides import quoted
-from fedzo.config.schema import LaunchConfig, first_evaluator
+from fedzo.config.schema import LaunchConfig, filled, first_evaluator
+from fedzo.config.unused import unused_problems
 from fedzo.errors import ConfigError, Problem, problem
 from fedzo.evaluate import EVALUATORS
 from fedzo.fl.config import BestBy
@@ -81,10 +82,10 @@ def plan_sweep(overrides: Sequence[str]) -> Sweep:
             log.warning("hydra/sweeper: jobs of this sweeper are checked only when they start.")
             return Sweep(folder, pinned, [])
         presets, _ = parse_overrides([f"{key}={value}" for key, value in (own.sweeper.params or {}).items()])
-        known = [*unreadable, *wrong]
+        words, known = [*presets, *parsed], [*unreadable, *wrong]
         if sweeper == "BasicSweeper":
-            return Sweep(folder, pinned, _check_jobs(_split([*presets, *parsed]), known=known))
-        configs = _check_jobs(_corners([*presets, *parsed]), known=known)
+            return Sweep(folder, pinned, _check_jobs(_split(words), words, known=known))
+        configs = _check_jobs(_corners(words), words, known=known)
         return Sweep(folder, [*pinned, *_search(own, configs, given=parsed)], configs, searches=True)
 
 
@@ -200,6 +201,9 @@ def _search(own: DictConfig, configs: Sequence[LaunchConfig], *, given: Sequence
         defaults["hydra.sweeper.sampler.seed"] = 0
     if str(own.launcher.get("_target_")).endswith(".BasicLauncher"):  # one job at a time, so each knows all before it
         defaults["hydra.sweeper.n_jobs"] = 1
+    else:  # jobs that run at the same time may be equal, and a folder takes one: their numbers tell them apart
+        unresolved = cast(dict[str, Any], OmegaConf.to_container(own.sweep))
+        defaults["hydra.sweep.subdir"] = quoted(f"${{hydra:job.num}}_{unresolved['subdir']}")
     # Optuna repeats in each job what is the same in all: leave it out of their folders' names
     fixed = [each.key_or_group for each in given if not each.is_hydra_override() and not each.is_sweep_override()]
     defaults["hydra.job.config.override_dirname.exclude_keys"] = f"[{','.join(fixed)}]"
@@ -221,15 +225,21 @@ def _direction(config: LaunchConfig) -> str:
     return "minimize" if measure.lower_is_better else "maximize"
 
 
-def _check_jobs(jobs: Sequence[Sequence[str]], *, known: Sequence[Problem]) -> list[LaunchConfig]:
+def _check_jobs(
+    jobs: Sequence[Sequence[str]], words: Iterable[Override], *, known: Sequence[Problem]
+) -> list[LaunchConfig]:
+    """The settings of the jobs that are made of these words."""
     checked = [check(job) for job in jobs]
     lines = [each.text for each in known]
     for text in dict.fromkeys(each.text for _, found in checked for each in found if each not in known):
         where = [number for number, (_, found) in enumerate(checked) if text in {each.text for each in found}]
         lines.append(text if len(where) == len(jobs) else f"{_name(jobs, where)}: {text}")
+    configs = [config for config, _ in checked if config is not None]
+    if len(configs) == len(jobs):
+        lines += [each.text for each in unused_problems(configs, own_words(words))]
     if lines:
         raise ConfigError(message(lines))
-    return [config for config, _ in checked if config is not None]
+    return [filled(config) for config in configs]
 
 
 def _name(jobs: Sequence[Sequence[str]], numbers: Sequence[int]) -> str:

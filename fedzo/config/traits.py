@@ -1,7 +1,4 @@
-"""Rules that plugins are under because of what they can do: they read traits, never a plugin's name.
-
-Of estimators they also ask which kind they are, since scalars and gradients travel in different ways.
-"""
+"""Rules that plugins are under because of what they can do: they read what a config says of it, never its name."""
 
 from __future__ import annotations
 
@@ -14,7 +11,6 @@ from fedzo.errors import Problem, problem
 from fedzo.fl.config import Aggregation, Seeds, Weighting
 from fedzo.models.config import DType, Quantization
 from fedzo.trainers import named_with
-from fedzo.zo.estimator import ZerothOrderConfig
 
 _LEAST_DECAY = {DType.bfloat16: 2.0**-8, DType.float16: 2.0**-11}
 """With less, a weight times 1 - lr * decay may be rounded to the weight itself."""
@@ -30,10 +26,10 @@ def compile_problems(site: SiteConfig, config: RunSettings) -> Iterator[Problem]
     if reason := config.trainer.traits.cannot_compile:
         rule = f"be false for {option_of(config, 'trainer')}: {reason}"
         yield problem("model.compile", rule, True, f"{remedy}, or train fewer values, as trainer=meerkat does.")
-    if not isinstance(config.estimator, ZerothOrderConfig):
+    if config.estimator.sends_vectors:
         chosen = option_of(config, "estimator")
         yield problem("model.compile", f"be false for {chosen}: only the forward pass is compiled", True, f"{remedy}.")
-    if isinstance(config.estimator, ZerothOrderConfig) and config.estimator.freeze_routing:
+    if config.estimator.freezes_routing:
         rule = (
             "be false with estimator.freeze_routing: the choices of one forward would lie in memory that the next "
             "replay of its CUDA graph overwrites"
@@ -68,12 +64,15 @@ def dtype_problems(site: SiteConfig, config: RunSettings) -> Iterator[Problem]:
         rule = f"be {config.base.dtype} in this run of {trainer}, whose trained values have this dtype on all peers"
         yield problem("model.dtype", rule, dtype, f"Write model.dtype={config.base.dtype}.")
     optimizer = config.server_optimizer
-    lr = config.trainer.lr if optimizer.lr is None else optimizer.lr
+    lr = (config.trainer.lr if optimizer.lr is None else optimizer.lr) * optimizer.decay_share
     if (least := _LEAST_DECAY.get(dtype, 0.0)) > lr * optimizer.weight_decay > 0:
-        rule = f"make server_optimizer.lr * weight_decay 0, or at least {least:g}: less is rounded away in {dtype}"
+        rule = (
+            f"make lr * weight_decay 0, or at least {least:g} up to the last round, whose lr is {lr:g}: less is "
+            f"rounded away in {dtype}"
+        )
         remedy = "Write server_optimizer.weight_decay=0, or model.dtype=float32."
         yield problem("server_optimizer.weight_decay", rule, optimizer.weight_decay, remedy)
-    if not isinstance(config.estimator, ZerothOrderConfig) and dtype is not DType.float32:
+    if config.estimator.sends_vectors and dtype is not DType.float32:
         chosen = option_of(config, "estimator")
         rule = f"be float32 for {chosen} with {trainer}, which has no float32 values beside the model's weights"
         yield problem("model.dtype", rule, dtype, "Write model.dtype=float32.")
@@ -104,7 +103,7 @@ def format_problems(config: RunSettings, *, is_sketch: bool, name: str) -> Itera
 
 def runtime_problems(config: LaunchConfig) -> Iterator[Problem]:
     """What clients that share forwards cannot compute."""
-    if config.runtime.traits.joins_forwards and not isinstance(config.estimator, ZerothOrderConfig):
+    if config.runtime.traits.joins_forwards and config.estimator.sends_vectors:
         chosen = option_of(config, "estimator")
         rule = f"be false for {chosen}: the forwards of several clients would give one gradient"
         yield problem("runtime.batch_clients", rule, True, "Write runtime=inline.")
@@ -174,7 +173,7 @@ def _walks(config: RunSettings, chosen: str) -> Iterator[Problem]:
 
 def gradient_problems(config: RunSettings) -> Iterator[Problem]:
     """What cannot be where clients compute gradients and send vectors."""
-    if isinstance(config.estimator, ZerothOrderConfig):
+    if not config.estimator.sends_vectors:
         return
     chosen = option_of(config, "estimator")
     other = "or choose another estimator."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,22 +91,36 @@ def _folders_of(run: Path) -> list[Path]:
 
 
 def _job_folders(sweep_dir: Path) -> list[Path]:
-    """In a sweep's folder, or deeper by ``hydra.sweep.subdir``; there Hydra may keep overrides of its own, too."""
+    """In a sweep's folder, or deeper by ``hydra.sweep.subdir``; there Hydra may keep overrides of its own, too.
+
+    They are in the order of what they set, key by key, then of their names.
+    """
     found = {path.parent for path in sweep_dir.glob(f"*/{OVERRIDES}")}
     found |= {path.parent for path in sweep_dir.glob(f"*/**/{OVERRIDES}") if (path.parent / CONFIG).exists()}
-    return sorted(found, key=_place)
+    told: dict[Path, dict[str, str]] = {}
+    for folder in sorted(found, key=lambda folder: (_by_size(folder.as_posix()), folder)):
+        try:
+            told[folder] = _settings(folder)
+        except RunFolderError:  # its row says what is wrong with it
+            told[folder] = {}
+    keys = dict.fromkeys(key for settings in told.values() for key in settings)
+    return sorted(told, key=lambda folder: [_by_size(told[folder].get(key, "")) for key in keys])
 
 
-def _place(folder: Path) -> tuple[bool, int, str]:
-    """Jobs by their numbers, with which the names of their folders begin."""
-    number = folder.name.partition("_")[0]
-    return not number.isdecimal(), int(number) if number.isdecimal() else 0, folder.as_posix()
+def _by_size(text: str) -> list[str | float]:
+    """By what to sort a text so that numbers in it are in the order of their size."""
+    parts = re.split(r"((?:^-)?[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)", text)  # every second one is a number
+    return [float(part) if at % 2 else part for at, part in enumerate(parts)]
+
+
+def _settings(folder: Path) -> dict[str, str]:
+    return dict(override.partition("=")[::2] for override in read_overrides(folder))
 
 
 def _job(folder: Path, name: str) -> Job:
     settings: dict[str, str] = {}
     try:
-        settings = dict(override.partition("=")[::2] for override in read_overrides(folder))
+        settings = _settings(folder)
         return Job(name, settings, load_run(folder))
     except RunFolderError as error:
         return Job(name, settings, None, str(error))

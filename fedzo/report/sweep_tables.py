@@ -51,13 +51,20 @@ def job_table(jobs: Sequence[Job], keys: Sequence[str]) -> list[list[str]]:
 
 
 def job_numbers(jobs: Sequence[Job], keys: Sequence[str]) -> list[list[object]]:
-    """A header and a row for each job, in numbers as they were measured; None for what is not known."""
-    rows: list[list[object]] = [["job", *keys, "state", *_COLUMNS]]
-    for job in jobs:
+    """A header and a row for each job, in numbers as they were measured; None for what is not known.
+
+    What an evaluator reports beside its value, on the test rows at the best round, has a column a name at the end. If
+    there is a column of this name already, the number stands in it where it is empty otherwise.
+    """
+    tested = [scores[1].numbers if (scores := job.scores("test")) else {} for job in jobs]
+    columns = [*dict.fromkeys((*_COLUMNS, *(f"test_{name}" for numbers in tested for name in numbers)))]
+    rows: list[list[object]] = [["job", *keys, "state", *columns]]
+    for job, beside in zip(jobs, tested, strict=True):
         row: list[object] = [job.name, *(job.settings.get(key, "") for key in keys), job.state]
         if job.run and (summary := job.summary):
-            numbers = _numbers(job, job.run, summary)
-            row += [numbers[name] for name in _COLUMNS]
+            own = {name: value for name, value in _numbers(job, job.run, summary).items() if value is not None}
+            numbers = {f"test_{name}": value for name, value in beside.items()} | own
+            row += [numbers.get(name) for name in columns]
         rows.append(row)
     return rows
 

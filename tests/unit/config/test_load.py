@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from fedzo import trainers
 from fedzo.config.compose import job_folder, option_names, session
 from fedzo.config.load import load
 from fedzo.config.overrides import quoted, rewrite_model, with_config_dir
-from fedzo.config.plugins import conf_dir
+from fedzo.config.plugins import LISTS, conf_dir
 from fedzo.config.sweep import plan_sweep
 from fedzo.errors import ConfigError
+from fedzo.report.trackers import TRACKERS
+from fedzo.report.trackers.base import TrackerConfig
 from fedzo.trainers.base import TrainerConfig
 
 
@@ -57,11 +60,15 @@ def test_a_quoted_text_is_that_text_to_hydra(text: str) -> None:
         ("fl={rounds:3,bogus:1}", r"Key 'bogus' not in 'FlConfig'"),
         ("task.candidates=yes", r"task\.candidates=yes: Invalid value assigned.* Write task\.candidates=\[yes\]\.$"),
         ("step_policy.tests=ratio", r"Write step_policy\.tests=\[ratio\]\.$"),
+        ("task.labels=none", r"^task\.labels=none: .* Write task\.labels=\[\] for an empty list\.$"),
+        ("trackers=null", r"^trackers must be one of mlflow, none, tensorboard, wandb, got None\."),
         (
             "fl=foo",
             r"^fl=foo: fl holds settings and has no value of its own\. Set one of fl\.batch_size, .*fl\.seeds, ",
         ),
         ("estimator.distribution=gauss", r"Invalid value 'gauss', expected one of \[gaussian, rademacher\]"),
+        ("trainer.selector=best", r"Invalid value 'best', expected one of \[sensitivity, magnitude, random\]"),
+        ("trainer.granularity=row", r"Invalid value 'row', expected one of \[per_tensor, everywhere\]"),
         ("server_optimizer.lr=${trainer.foo}", r"Interpolation key 'trainer\.foo' not found"),
         ("fl.rounds=[1", r"'fl\.rounds=\[1' must be an override key=value"),
         ("fl.rounds", r"'fl\.rounds' must be an override key=value"),
@@ -173,6 +180,36 @@ def test_a_users_file_that_one_of_fedzos_would_hide_is_refused(tmp_path: Path) -
     assert load(with_config_dir(["experiment=my_meerkat"], str(tmp_path))).fl.rounds == 7
 
 
+def test_a_users_config_yaml_that_would_not_be_read_is_refused(tmp_path: Path) -> None:
+    """A copy of fedzo's whole folder may hold one that says the same."""
+    mine, own = tmp_path / "config.yaml", (conf_dir() / "config.yaml").read_text(encoding="utf-8")
+
+    mine.write_text(own, encoding="utf-8")
+    assert load(with_config_dir([], str(tmp_path))) == load([])
+    mine.write_text(own + "fl:\n  rounds: 7\n", encoding="utf-8")
+    told = r"config\.yaml: a folder of --config-dir must not hold config\.yaml, .*write experiment=mine\.$"
+    with pytest.raises(ConfigError, match=told):
+        with_config_dir([], str(tmp_path))
+
+    (tmp_path / "experiment").mkdir()
+    mine.rename(tmp_path / "experiment" / "mine.yaml")
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nfl:\n  rounds: 7\n", encoding="utf-8")
+    assert load(with_config_dir(["experiment=mine"], str(tmp_path))).fl.rounds == 7
+    (tmp_path / "hydra" / "job_logging").mkdir(parents=True)
+    (tmp_path / "hydra" / "job_logging" / "fedzo.yaml").write_text("version: 1\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"write hydra/job_logging=my_fedzo\.$"):
+        with_config_dir([], str(tmp_path))
+
+
+@pytest.mark.parametrize("group", sorted(LISTS))
+def test_none_is_an_empty_list_of_plugins(group: str) -> None:
+    assert getattr(load([f"{group}=none"]), group) == getattr(load([f"{group}=[]"]), group) == {}
+    assert load(["report=none", f"{group}=none"]).report.html is False
+    option = {"evaluators": "answers", "preprocess": "identity", "trackers": "tensorboard"}[group]
+    sweep = plan_sweep([f"{group}=none,{option}"])
+    assert [[*getattr(config, group)] for config in sweep.configs] == [[], [option]]
+
+
 @pytest.mark.parametrize(
     ("override", "remedy"),
     [
@@ -234,6 +271,17 @@ def test_a_plugin_with_the_name_of_a_preset_is_refused(monkeypatch: pytest.Monke
 
     with pytest.raises(ConfigError, match=r"trainer .last_norm. of .*test_load: a plugin must have another name than"):
         load(["trainer=last_norm"])
+
+
+def test_a_plugin_with_the_name_of_the_empty_list_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclasses.dataclass(kw_only=True, slots=True)
+    class TheirConfig(TrackerConfig):
+        """Theirs."""
+
+    monkeypatch.setattr(TRACKERS, "_configs", {**TRACKERS._configs, "none": TheirConfig})
+
+    with pytest.raises(ConfigError, match=r"trackers 'none' of .*test_load: .* another name than the empty list, got"):
+        load(["trackers=none"])
 
 
 @pytest.mark.parametrize(
@@ -327,11 +375,35 @@ def test_a_sweep_that_cannot_be_made_is_refused(overrides: list[str], message: s
 def test_job_folders_are_the_same_each_time_short_and_safe() -> None:
     long = "task.template=" + "x" * 300
 
-    assert job_folder(2, "trainer=mezo,fl.local_steps=10") == "2_trainer-mezo_fl.local_steps-10"
-    assert job_folder(0, "") == "0"
-    assert job_folder(1, "data.path=../../etc/'x',model.name=a\\b $(ls)") == "1_data.path-..-..-etc-x_model.name-ab-ls"
-    assert job_folder(0, long) == job_folder(0, long) != job_folder(0, long + "y")
-    assert len(job_folder(0, long)) < 100
+    assert job_folder("trainer=mezo,fl.local_steps=10") == "trainer-mezo_fl.local_steps-10"
+    assert job_folder("model.name='gpt2',+budget=T1") == "model.name-gpt2_+budget-T1"
+    assert job_folder("") == "job"
+    other = job_folder("data.path=../../etc/'x',model.name=a\\b $(ls)")
+    assert re.fullmatch(r"data\.path-\.\.-\.\.-etc-x_model\.name-a-b-ls_[0-9a-f]{8}", other)
+    assert job_folder(long) == job_folder(long) != job_folder("task.template=y" + "x" * 300)
+    assert len(job_folder(long)) < 100
+    most = ",".join(f"section.key{number}={'long' * 9}" for number in range(90))
+    assert len(job_folder(most)) < 240  # a file system takes 255
+    assert "_key89-longlong" in job_folder(most)
+
+
+@pytest.mark.parametrize("fixed", ["data.path=/mnt/me/data/sst2", "data.path='/mnt/me, and you/data/sst2/'"])
+def test_in_a_long_name_every_setting_can_be_read(fixed: str) -> None:
+    words = [fixed, "fl.num_clients=32", "model.name='HuggingFaceTB/SmolLM2-135M'", "model=hf", "task=sst2"]
+
+    def name(rate: str) -> str:  # as Hydra sorts them
+        return job_folder(",".join([*words, f"trainer.lr={rate}", "trainer=mezo"]))
+
+    for rate in ("3.2e-05", "0.000128", "-2.2250738585072014e-308"):  # no number is longer than the last
+        shown = f"path-sst2_num_clients-32_name-SmolLM2-135M_model-hf_task-sst2_lr-{rate}_trainer-mezo"
+        assert re.fullmatch(rf"{re.escape(shown)}_[0-9a-f]{{8}}", name(rate)), name(rate)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("data.path=a/b", "data.path=a-b"), ("task.template={a}?", "task.template={a}!")]
+)
+def test_jobs_whose_settings_differ_in_signs_alone_have_two_folders(one: str, other: str) -> None:
+    assert job_folder(one) != job_folder(other)
 
 
 @pytest.mark.parametrize(

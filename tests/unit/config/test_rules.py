@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable
@@ -13,8 +14,9 @@ import torch
 
 from fedzo.config.load import load
 from fedzo.config.plugins import plugin_classes
-from fedzo.config.rules import launch_problems, missing_files, unused_problems
+from fedzo.config.rules import launch_problems, missing_files
 from fedzo.config.schema import LaunchConfig
+from fedzo.config.unused import unused_problems
 from fedzo.data.config import Loss, TaskConfig, TaskKind
 from fedzo.data.partition import PartitionConfig
 from fedzo.data.partition.by_label import DirichletConfig, DirichletEqualConfig, ExtremeConfig, ShardsConfig
@@ -30,8 +32,15 @@ from fedzo.trainers.meerkat import CalibrationSource, MeerkatConfig
 from fedzo.trainers.mezo import MezoConfig
 from fedzo.trainers.tables import TablesConfig
 from fedzo.zo.config import Rounding
-from fedzo.zo.estimator import Baseline, EstimatorConfig, FzooConfig, OneSidedConfig
-from fedzo.zo.server_optimizer import AdamConfig, MomentumConfig, Schedule, ServerOptimizerConfig, SgdConfig
+from fedzo.zo.estimator import BackpropConfig, Baseline, EstimatorConfig, FzooConfig, OneSidedConfig, TwoPointConfig
+from fedzo.zo.server_optimizer import (
+    AdamConfig,
+    MomentumConfig,
+    Schedule,
+    ServerOptimizerConfig,
+    SgdConfig,
+    learning_rate,
+)
 
 
 def sound() -> LaunchConfig:
@@ -194,74 +203,88 @@ def test_a_value_on_the_edge_is_allowed(key: str, value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message", "used_with"),
+    ("settings", "key", "why", "used_with"),
     [
+        (
+            {},
+            "server_optimizer.final_lr_share",
+            "for server_optimizer.schedule=constant, which does not use it, got 0.5. Write "
+            "server_optimizer.schedule=linear or cosine, or leave it out.",
+            {"server_optimizer.schedule": Schedule.linear},
+        ),
+        (
+            {},
+            "strategy.size_cap",
+            "for strategy.weighting=uniform, which does not use it, got 0.5. Write strategy.weighting=size, or leave "
+            "it out.",
+            {"strategy.weighting": Weighting.size},
+        ),
         *(
             (
-                {"server_optimizer.final_lr_share": share},
-                "server_optimizer.final_lr_share must be 0.1 for server_optimizer.schedule=constant, which does not "
-                f"use it, got {share}. Write server_optimizer.schedule=linear or cosine, or leave it out.",
-                {"server_optimizer.schedule": Schedule.linear},
+                {"strategy.aggregation": other},
+                "strategy.trim_share",
+                "without strategy.aggregation=trimmed_mean, got 0.5. Write strategy.aggregation=trimmed_mean, or leave "
+                "it out.",
+                {"strategy.aggregation": Aggregation.trimmed_mean},
             )
-            for share in (0.0, 1.0)
-        ),
-        *(
-            (
-                {"strategy.size_cap": cap},
-                f"strategy.size_cap must be 10.0 for strategy.weighting=uniform, which does not use it, got {cap}. "
-                "Write strategy.weighting=size, or leave it out.",
-                {"strategy.weighting": Weighting.size},
-            )
-            for cap in (0.0, 1.0)
+            for other in (Aggregation.mean, Aggregation.median)
         ),
         (
-            {"strategy.trim_share": 0.3},
-            "strategy.trim_share must be 0.2 for strategy.aggregation=mean, which does not use it, got 0.3. Write "
-            "strategy.aggregation=trimmed_mean, or leave it out.",
-            {"strategy.aggregation": Aggregation.trimmed_mean},
-        ),
-        (
-            {"strategy.trim_share": 0.3, "strategy.aggregation": Aggregation.median},
-            "strategy.trim_share must be 0.2 for strategy.aggregation=median, which does not use it, got 0.3.",
-            {"strategy.aggregation": Aggregation.trimmed_mean},
-        ),
-        (
-            {"strategy.clip_rounds": 3, "strategy.clip_factor": 0.0},
-            "strategy.clip_rounds must be 10 for strategy.clip_factor=0, which does not use it, got 3. Write "
-            "strategy.clip_factor=100, or leave it out.",
+            {"strategy.clip_factor": 0.0},
+            "strategy.clip_rounds",
+            "for strategy.clip_factor=0, which does not use it, got 0.5. Write strategy.clip_factor=100, or leave it "
+            "out.",
             {"strategy.clip_factor": 100.0},
         ),
-        (
-            {"fl.pool_size": 8},
-            "fl.pool_size must be 4096 for fl.seeds=shared, which does not use it, got 8. Write fl.seeds=pool, or "
-            "leave it out.",
-            {"fl.seeds": Seeds.pool},
+        *(
+            (
+                {"strategy.aggregation": Aggregation.majority_sign},
+                key,
+                "for strategy.aggregation=majority_sign, since a sign has no size, got 0.5. Leave it out.",
+                {"strategy.aggregation": Aggregation.median},
+            )
+            for key in ("strategy.max_abs_g", "strategy.clip_rounds")
         ),
         (
-            {"fl.pool_size": 8, "fl.seeds": Seeds.per_client},
-            "fl.pool_size must be 4096 for fl.seeds=per_client, which does not use it, got 8.",
-            {"fl.seeds": Seeds.pool},
+            {"estimator": BackpropConfig()},
+            "strategy.clip_rounds",
+            "for estimator=backprop, whose vectors are compared with those of their round alone, got 0.5. Leave it "
+            "out.",
+            {"estimator": TwoPointConfig()},
+        ),
+        *(
+            (
+                {"fl.seeds": other},
+                "fl.pool_size",
+                "without fl.seeds=pool, got 0.5. Write fl.seeds=pool, or leave it out.",
+                {"fl.seeds": Seeds.pool},
+            )
+            for other in (Seeds.shared, Seeds.per_client)
         ),
         (
             {"trainer": MezoConfig(rounding=Rounding.stochastic)},
-            "model.dtype must be bfloat16 or float16 for trainer.rounding=stochastic, which does not change float32 "
-            "values, got 'float32'. Write model.dtype=bfloat16, or leave trainer.rounding=stochastic out.",
+            "trainer.rounding",
+            "for model.dtype=float32, whose values it does not change, got 0.5. Write model.dtype=bfloat16 or float16, "
+            "or leave it out.",
             {"model.dtype": DType.bfloat16},
         ),
     ],
 )
-def test_a_setting_without_effect_is_refused(settings: dict[str, Any], message: str, used_with: dict[str, Any]) -> None:
-    config = sound()
-    for key, value in settings.items():
-        set_key(config, key, value)
+def test_a_setting_without_effect_is_refused_where_it_is_typed(
+    settings: dict[str, Any], key: str, why: str, used_with: dict[str, Any]
+) -> None:
+    config, typed = sound(), {key: "0.5"}
+    for each, value in settings.items():
+        set_key(config, each, value)
 
-    (problem,) = unused_problems(config)
-
-    assert problem.text.startswith(message)
-    assert launch_problems(config) == []  # jobs of a sweep and run folders may have it
-    for key, value in used_with.items():
-        set_key(config, key, value)
-    assert [*unused_problems(config), *launch_problems(config)] == []
+    assert [each.text for each in unused_problems([config], typed)] == [f"{key} must be left out {why}"]
+    assert [*unused_problems([config], {}), *launch_problems(config)] == []  # presets and run folders may have it
+    used = copy.deepcopy(config)
+    for each, value in used_with.items():
+        set_key(used, each, value)
+    assert [*unused_problems([used], typed), *launch_problems(used)] == []
+    assert [*unused_problems([config, used], typed), *unused_problems([used, config], typed)] == []  # one job needs it
+    assert len([*unused_problems([config, config], typed)]) == 1
 
 
 def test_settings_without_effect_are_told_beside_broken_rules() -> None:
@@ -457,6 +480,28 @@ def test_written_answers_need_an_answer_template_and_the_lm_loss(kind: TaskKind)
 
 
 @pytest.mark.parametrize(
+    ("end", "kind", "is_refused"),
+    [
+        (" ", TaskKind.generation, True),
+        ("\t", TaskKind.generation, True),
+        ("\n", TaskKind.generation, False),
+        ("", TaskKind.generation, False),
+        (" ", TaskKind.instruction, False),
+    ],
+)
+def test_a_prompt_that_is_written_behind_ends_without_a_blank(end: str, kind: TaskKind, is_refused: bool) -> None:
+    config = sound()
+    config.partition = plugin_classes()["partition"]["iid"]()
+    config.task = TaskConfig(name="rotten_tomatoes", kind=kind, template=f"{{text}}:{end}", answer="{a}", loss=Loss.lm)
+
+    expected = (
+        f"task.template must not end in a blank for task.kind=generation, got {config.task.template!r}. Begin "
+        "task.answer with it: most tokenizers put a blank into the word behind it."
+    )
+    assert [problem.text for problem in launch_problems(config)] == ([expected] if is_refused else [])
+
+
+@pytest.mark.parametrize(
     ("factor", "loss", "batch_size", "rule"),
     [
         (0.3, Loss.candidates, 2, None),
@@ -588,6 +633,22 @@ def test_a_decay_that_rounding_would_undo_is_refused(dtype: DType, decay: float,
 
     assert [problem.key for problem in launch_problems(config)] == ([] if holds else ["server_optimizer.weight_decay"])
     assert bool(moved.all()) is (holds and decay > 0)
+
+
+@pytest.mark.parametrize(("share", "holds"), [(1.0, True), (0.5, False), (0.0, True)])
+def test_a_decay_that_rounding_would_undo_in_the_last_round_is_refused(share: float, holds: bool) -> None:
+    """At the peak it moves every bfloat16 weight. A schedule that ends at 0 is to end the decay, too."""
+    config = sound()
+    config.trainer, config.model.dtype = MezoConfig(rounding=Rounding.stochastic), DType.bfloat16
+    falling = SgdConfig(lr=1.0, weight_decay=2.0**-8, schedule=Schedule.linear, final_lr_share=share)
+    config.server_optimizer = falling
+    weights = torch.linspace(1, 2, 1024)[:-1].to(torch.bfloat16)
+    last = learning_rate(falling, round=config.fl.rounds - 1, rounds=config.fl.rounds)
+
+    moved = (weights.float() * (1 - last * falling.weight_decay)).to(weights.dtype) != weights
+
+    assert [problem.key for problem in launch_problems(config)] == ([] if holds else ["server_optimizer.weight_decay"])
+    assert bool(moved.all()) is (holds and share > 0)
 
 
 def test_a_dtype_that_peers_choose_for_themselves_is_refused_where_values_are_held_in_it() -> None:

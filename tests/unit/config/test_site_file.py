@@ -123,7 +123,7 @@ def test_the_dtype_of_a_chat_model_is_not_measured(tmp_path: Path) -> None:
 
 
 def test_every_name_that_the_messages_list_is_taken(tmp_path: Path) -> None:
-    names = "[loss, accuracy, token_f1, rouge_l, per_class, label_counts, stages]"
+    names = "[loss, accuracy, token_f1, exact_match, rouge_l, per_class, label_counts, stages]"
     (tmp_path / "site.yaml").write_text(f"limits: {{trainers: [mezo, lora], stages: [identity], answers: {names}}}\n")
 
     assert load_site(tmp_path / "site.yaml").limits.trainers == ["mezo", "lora"]

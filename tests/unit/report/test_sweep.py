@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import html
 import json
 from collections.abc import Callable
@@ -29,9 +30,9 @@ def test_the_table_has_a_row_a_job_with_what_varies(make_run: MakeRun, tmp_path:
         rows = list(csv.reader(file))
     assert rows[0][:6] == ["job", "trainer", "state", "best_round", "dev_loss", "dev"]
     assert rows[0][6:10] == ["test_before", "test_after", "worst_client_last_round", "flagged"]
-    assert [row[:3] for row in rows[1:3]] == [["0", "meerkat", "finished"], ["1", "mezo", "finished"]]
-    assert [row[3:10] for row in rows[1:3]] == [["10", "0.25", "0.75", "0.555", "0.765", "0.5", ""]] * 2
-    assert rows[3] == ["2", "lora", "failed"]
+    assert rows[1] == ["2", "lora", "failed"]
+    assert [row[:3] for row in rows[2:4]] == [["0", "meerkat", "finished"], ["1", "mezo", "finished"]]
+    assert [row[3:10] for row in rows[2:4]] == [["10", "0.25", "0.75", "0.555", "0.765", "0.5", ""]] * 2
     assert "must hold at least one record" in page.read_text()
     assert (tmp_path / "sweep.md").read_text().count("\n") == 5
 
@@ -79,9 +80,16 @@ def test_a_folder_without_jobs_has_no_report(tmp_path: Path) -> None:
     assert write_sweep_report(tmp_path) is None
 
 
-def test_jobs_are_in_the_order_of_their_numbers(make_run: MakeRun, tmp_path: Path) -> None:
-    """Hydra names a job's folder by its number and what varies."""
-    names = ["0_trainer-meerkat", "1_trainer-mezo", "2_x", "10_x", "other"]
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["lr-2e-4_seed-1", "lr-2e-4_seed-2", "lr-2e-4_seed-10", "lr-0.001_seed-0", "lr-0.03_seed-0", "trainer-mezo"],
+        ["0_trainer-meerkat", "1_trainer-mezo", "2_x", "10_x", "other"],
+    ],
+)
+def test_jobs_of_equal_settings_are_in_the_order_of_the_numbers_in_their_names(
+    make_run: MakeRun, tmp_path: Path, names: list[str]
+) -> None:
     for name in reversed(names):
         make_run(name)
 
@@ -89,6 +97,27 @@ def test_jobs_are_in_the_order_of_their_numbers(make_run: MakeRun, tmp_path: Pat
 
     with (tmp_path / "sweep.csv").open(newline="") as file:
         assert [row[0] for row in csv.reader(file)][1:] == names
+
+
+def test_jobs_are_in_the_order_of_what_they_set_key_by_key(make_run: MakeRun, tmp_path: Path) -> None:
+    """Not of their folders, whose long names may end in a hash."""
+    settings = [
+        {"trainer": trainer, "server_optimizer__lr": lr, "evaluation__every_rounds": rounds}
+        for trainer in ("lora", "mezo")
+        for lr in ("3.2e-05", "6.4e-05", "0.000128", "2", "10", "null")
+        for rounds in ("-1", "5", "10")
+    ]
+    names = [hashlib.sha256(repr(each).encode()).hexdigest() for each in settings]
+    for name, each in zip(names, settings, strict=True):
+        make_run(name, **each)
+    (tmp_path / "unreadable").mkdir()
+    (tmp_path / "unreadable" / "overrides.yaml").write_text("5")
+
+    write_sweep_report(tmp_path)
+
+    with (tmp_path / "sweep.csv").open(newline="") as file:
+        rows = [row["job"] for row in csv.DictReader(file)]
+    assert rows == ["unreadable", *names]
 
 
 def test_runs_of_different_measures_are_listed_and_not_compared(make_run: MakeRun, tmp_path: Path) -> None:
@@ -355,6 +384,40 @@ def test_clients_that_were_too_many_to_be_stopped_are_not_shown_as_stopped(
     with (tmp_path / "sweep.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
     assert [row["flagged"], row["fallback"]] == numbers
+
+
+def test_a_number_that_an_evaluator_reports_beside_its_value_has_a_column(make_run: MakeRun, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in (make_run("0", trainer="lora") / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line.get("split") == "test":
+            line["numbers"] = {"exact_match": line["round"] / 20}
+    make_run("1", trainer="meerkat", lines=lines)
+    make_run("2", trainer="mezo", lines=[])
+
+    write_sweep_report(tmp_path)
+
+    with (tmp_path / "sweep.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0][-2:] == ["seconds", "test_exact_match"]
+    assert [row[-1] for row in rows[1:]] == ["", "0.5", "failed"]
+
+
+def test_a_number_with_the_name_of_a_column_stands_there_if_it_is_empty(make_run: MakeRun, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in (make_run("0", trainer="lora") / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line.get("split") == "test":
+            line |= {"auc": None, "numbers": {"auc": 0.25, "before": 0.125, "shots": 4.0}}
+    make_run("1", trainer="meerkat", lines=lines)
+
+    write_sweep_report(tmp_path)
+
+    with (tmp_path / "sweep.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    assert len({*header}) == len(header)
+    own, other = (dict(zip(header, row, strict=True)) for row in rows)
+    names = ("test_before", "test_auc", "test_shots")
+    assert [own[name] for name in names] == ["0.555", str(0.765 + 0.05), ""]
+    assert [other[name] for name in names] == ["0.555", "0.25", "4.0"]
 
 
 def test_jobs_that_chose_among_different_numbers_of_rounds_are_named(make_run: MakeRun, tmp_path: Path) -> None:
