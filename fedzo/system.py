@@ -106,6 +106,25 @@ def device_text(device: torch.device) -> str:
     return f"{device}, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
 
 
+def device_is_lost() -> bool:
+    """Whether a GPU that holds memory of this process answers nothing more, as after an illegal access or a sleep.
+
+    CUDA then repeats the error at whatever it is asked, until the process ends.
+    """
+    import torch  # here, as in use_threads
+
+    cuda: Any = torch.cuda  # not all of it has types
+    if not cuda.is_initialized():
+        return False
+    try:
+        for index in range(cuda.device_count()):
+            if cuda.memory_reserved(index):
+                cuda.synchronize(index)
+    except RuntimeError:
+        return True
+    return False
+
+
 def command() -> list[str]:
     """The command that the user gave, also in a process that it started."""
     given = os.environ.get(COMMAND_ENV)
@@ -142,6 +161,12 @@ def package_version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+@cache
+def warn_once(log: logging.Logger, text: str) -> None:
+    """Log a warning, the first time that this process has it to say."""
+    log.warning("%s", text)
 
 
 @cache

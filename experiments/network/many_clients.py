@@ -28,9 +28,9 @@ from fedzo.fl.messages import HelloReply, Identity, TrainReply, TrainRequest, de
 from fedzo.fl.replica import Replica
 from fedzo.fl.server.client_registry import ClientRegistry
 from fedzo.fl.server.rounds import Server
+from fedzo.fl.server.scalar_updates import ScalarUpdates
 from fedzo.fl.server.step_policy import STEP_POLICIES
 from fedzo.fl.server.step_policy.baselines import NoStepPolicyConfig
-from fedzo.fl.server.updates import ScalarUpdates
 from fedzo.records import decode as records
 from fedzo.runtime._flower import one_federation, set_message_id
 from fedzo.testing.vector_space import VectorSpace
@@ -157,7 +157,7 @@ def make_server(grid: Grid, store: RunStore, folder: Path, *, clients: int, samp
     strategy = StrategyConfig(clients_per_round=sampled)
     base = np.zeros(SIZE, np.float32)
     space = VectorSpace(base)
-    replica = Replica(space, rule=Sgd(), reset=lambda: space.load(base), run_seed=1)
+    replica = Replica(space, server_optimizer=Sgd(), reset=lambda: space.load(base), run_seed=1)
     return Server(
         grid=grid,
         client_registry=ClientRegistry(num_clients=clients, identity=IDENTITY),
@@ -168,9 +168,7 @@ def make_server(grid: Grid, store: RunStore, folder: Path, *, clients: int, samp
         fl=fl,
         strategy=strategy,
         server_optimizer=SgdConfig(lr=1e-3),
-        updates=ScalarUpdates(
-            store=store, replica=replica, run_seed=1, fl=fl, strategy=strategy, num_probes=1, gradient=None
-        ),
+        updates=ScalarUpdates(replica=replica, run_seed=1, fl=fl, strategy=strategy, num_probes=1),
         step_policy=STEP_POLICIES.build(
             NoStepPolicyConfig(), num_clients=clients, local_steps=fl.local_steps, run_seed=1
         ),

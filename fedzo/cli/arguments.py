@@ -5,15 +5,35 @@ from __future__ import annotations
 import re
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from fedzo.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedzo.config.schema import LaunchConfig
+
+Handler = Callable[[Namespace], int]
+
+
+class AddCommand(Protocol):
+    """Adds a command to ``fedzo``."""
+
+    def __call__(self, name: str, handler: Handler, summary: str, *, usage: str | None = None) -> ArgumentParser:
+        """Return its parser, for what it takes."""
 
 
 def add_run(parser: ArgumentParser) -> None:
     """RUN, the folder of a run."""
     parser.add_argument("run", metavar="RUN", help="run folder")
+
+
+def run_folder(name: str) -> Path:
+    """What RUN names, which must be there."""
+    folder = Path(name)
+    if not folder.is_dir():
+        raise ConfigError(f"RUN must be a folder that `fedzo train` made, found none at {name!r}. Check the path.")
+    return folder
 
 
 def add_rounds(parser: ArgumentParser, text: str) -> None:

@@ -1,16 +1,73 @@
-"""What each command does: call the service and print what it gives back."""
+"""Commands of runs, and of this machine: what they take, and what they call and print."""
 
 from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
-from fedzo.cli.arguments import load_config
+from fedzo.cli.arguments import AddCommand, add_rounds, add_run, run_folder, total_rounds, whole_number
 from fedzo.errors import ConfigError, FedzoError, RunFolderError
 
-Handler = Callable[[Namespace], int]
+_COUNT, _POSITIVE = whole_number(0), whole_number(1)
+
+
+def add_run_commands(add: AddCommand) -> None:
+    """From ``fedzo train`` to ``fedzo report``."""
+    own = add("train", train, "run a federation, or with -m a sweep: fedzo train [overrides] [-m] [--help]")
+    own.set_defaults(takes_overrides=True, takes_flags=True, resumable=True)
+
+    own = add("resume", resume, "continue a run that was stopped, or make it longer")
+    add_run(own)
+    more = "go on to this many rounds, more than the run was begun with; no other setting of a run can change"
+    own.add_argument("rounds", metavar="fl.rounds=N", nargs="?", type=total_rounds, help=more)
+    own.set_defaults(resumable=True)
+
+    own = add("replay", replay, "verify the log of a run: rebuild its model and compare every hash")
+    add_run(own)
+    add_rounds(own, "rounds to replay (default: all)")
+    own.add_argument("--client", type=_COUNT, help="rebuild this client's local steps of --round instead")
+    own.add_argument("--round", type=_COUNT, help="round of --client, from 0")
+    own.add_argument("--out", metavar="FILE", help="with --client: write the values after each step (safetensors)")
+
+    own = add("evaluate", evaluate, "score a run's model on its test or dev rows")
+    add_run(own)
+    own.add_argument("--split", choices=("test", "dev"), default="test", help="which rows (default: test)")
+
+    usage = "fedzo generate RUN PROMPT... | fedzo generate --model MODEL --prompts FILE"
+    usage += " [--tables FILE,FILE,...] [--dtype DTYPE] [--chat]"
+    own = add("generate", generate, "continue prompts with a run's model, or with any model", usage=usage)
+    own.add_argument("run", metavar="RUN", nargs="?", help="run folder")
+    own.add_argument("prompts", metavar="PROMPT", nargs="*", help="text to continue")
+    own.add_argument("--model", metavar="MODEL", help="a model folder or hub name instead of a run")
+    own.add_argument(
+        "--prompts", dest="rows", metavar="FILE", help="rows with a column prompt, and tables of their own"
+    )
+    own.add_argument("--tables", metavar="FILE,...", help="of a sketch: files of fedzo export --tables, one a user")
+    dtypes = ("float32", "bfloat16", "float16")
+    own.add_argument("--dtype", choices=dtypes, help="with --model: of its weights (default: float32)")
+    chat = "with --model: put each prompt into the model's chat template, as runs of task.kind=instruction do"
+    own.add_argument("--chat", action="store_true", help=chat)
+    own.add_argument("--max-new-tokens", type=_POSITIVE, default=32, help="longest continuation (default: 32)")
+
+    own = add("export", export, "write a run's model as a Hugging Face folder")
+    add_run(own)
+    own.add_argument("out", metavar="OUT", help="new folder, or new file for --tables")
+    add_rounds(own, "rounds to apply (default: up to the best round)")
+    form = own.add_mutually_exclusive_group()
+    form.set_defaults(form="model")
+    form.add_argument(
+        "--tables", dest="form", action="store_const", const="tables", help="of a sketch: its trained tables alone"
+    )
+    form.add_argument(
+        "--dense", dest="form", action="store_const", const="dense", help="of a sketch: an ordinary model of it"
+    )
+
+    own = add("report", report, "write report.html again, of runs or sweeps")
+    own.add_argument("runs", metavar="RUN", nargs="+", help="run or sweep folder")
+    own.add_argument("--out", metavar="DIR", help="write into this folder instead (default: RUN)")
+    own.add_argument("--together", metavar="DIR", help="write one page that compares these runs, into this folder")
 
 
 def train(arguments: Namespace) -> int:
@@ -26,7 +83,7 @@ def resume(arguments: Namespace) -> int:
     from fedzo.cli.train import log_to, show_result
     from fedzo.commands.train import resume_run
 
-    folder = _folder(arguments.run)
+    folder = run_folder(arguments.run)
     log_to(folder)
     resume_run(folder, rounds=arguments.rounds)
     show_result(folder)
@@ -40,14 +97,14 @@ def replay(arguments: Namespace) -> int:
             raise ConfigError("--round and --out belong to --client. Add --client K.")
         from fedzo.commands.trained import replay_run
 
-        _print_json(replay_run(_folder(arguments.run), rounds=arguments.rounds))
+        print_json(replay_run(run_folder(arguments.run), rounds=arguments.rounds))
         return 0
     if arguments.round is None or arguments.rounds is not None:
         raise ConfigError("--client needs one round. Write --round R.")
     from fedzo.commands.client_path import replay_client
 
     out = None if arguments.out is None else Path(arguments.out)
-    path = replay_client(_folder(arguments.run), client=arguments.client, round=arguments.round, out=out)
+    path = replay_client(run_folder(arguments.run), client=arguments.client, round=arguments.round, out=out)
     print("\n".join(path.table()))
     return 0
 
@@ -56,7 +113,7 @@ def evaluate(arguments: Namespace) -> int:
     """``fedzo evaluate``."""
     from fedzo.commands.trained import evaluate_run
 
-    _print_json(evaluate_run(_folder(arguments.run), split=arguments.split))
+    print_json(evaluate_run(run_folder(arguments.run), split=arguments.split))
     return 0
 
 
@@ -70,14 +127,17 @@ def generate(arguments: Namespace) -> int:
 
         tables = [Path(name) for name in (arguments.tables or "").split(",") if name]
         model = ModelConfig(name=arguments.model, dtype=DType(arguments.dtype or DType.float32))
-        return print_lines(answer_rows(model, tables, Path(arguments.rows), max_new_tokens=arguments.max_new_tokens))
-    if arguments.run is None or not arguments.prompts or arguments.rows or arguments.tables or arguments.dtype:
+        rows, most = Path(arguments.rows), arguments.max_new_tokens
+        return print_lines(answer_rows(model, tables, rows, max_new_tokens=most, chat=arguments.chat))
+    of_model = arguments.rows or arguments.tables or arguments.dtype or arguments.chat
+    if arguments.run is None or not arguments.prompts or of_model:
         raise ConfigError(
-            "fedzo generate needs RUN and at least one PROMPT; --prompts, --tables and --dtype belong to --model."
+            "fedzo generate needs RUN and at least one PROMPT; --prompts, --tables, --dtype and --chat belong to "
+            "--model."
         )
     from fedzo.commands.trained import generate_run
 
-    for text in generate_run(_folder(arguments.run), arguments.prompts, max_new_tokens=arguments.max_new_tokens):
+    for text in generate_run(run_folder(arguments.run), arguments.prompts, max_new_tokens=arguments.max_new_tokens):
         print(text)
     return 0
 
@@ -86,7 +146,7 @@ def export(arguments: Namespace) -> int:
     """``fedzo export``."""
     from fedzo.commands.trained import export_run
 
-    print(export_run(_folder(arguments.run), Path(arguments.out), rounds=arguments.rounds, form=arguments.form))
+    print(export_run(run_folder(arguments.run), Path(arguments.out), rounds=arguments.rounds, form=arguments.form))
     return 0
 
 
@@ -98,12 +158,12 @@ def report(arguments: Namespace) -> int:
     if arguments.together is not None:
         if arguments.out is not None:
             raise ConfigError("--together DIR must be given without --out: its page is written into DIR.")
-        print(write_comparison([_folder(name) for name in arguments.runs], Path(arguments.together)))
+        print(write_comparison([run_folder(name) for name in arguments.runs], Path(arguments.together)))
         return 0
     if arguments.out is not None and len(arguments.runs) > 1:
         raise ConfigError(f"--out must be given with one RUN, got {len(arguments.runs)}. Call fedzo report for each.")
     out = None if arguments.out is None else Path(arguments.out)
-    for folder in [_folder(name) for name in arguments.runs]:
+    for folder in [run_folder(name) for name in arguments.runs]:
         is_sweep = (folder / "multirun.yaml").exists()
         page = write_sweep_report(folder, out_dir=out) if is_sweep else write_report(folder, out_dir=out)
         if page is None:
@@ -112,79 +172,13 @@ def report(arguments: Namespace) -> int:
     return 0
 
 
-def mask(arguments: Namespace) -> int:
-    """``fedzo mask``."""
-    config = load_config(arguments)
-    from fedzo.commands.mask import make_mask
+def add_machine_commands(add: AddCommand) -> None:
+    """``fedzo list`` and ``fedzo doctor``."""
+    own = add("list", list_options, "list the config groups and their options")
+    own.add_argument("group", metavar="GROUP", nargs="?", help="only this group")
 
-    _print_json(make_mask(config, Path(arguments.out)))
-    return 0
-
-
-_SKETCH_SETTINGS = ("bits", "groups_per_row", "importance_power", "damping")
-_SKETCH_REQUEST = ("windows", "tokens", "skip")
-
-
-def sketch(arguments: Namespace) -> int:
-    """``fedzo sketch``: build one, or read or write one in LeanQuant's layout."""
-    sources = [arguments.calibration, arguments.import_from, arguments.export_to]
-    if sum(each is not None for each in sources) != 1 or (arguments.out is None) != (arguments.export_to is not None):
-        raise ConfigError(
-            "fedzo sketch needs --out DIR with --calibration FILE or with --import FILE; or --export FILE alone."
-        )
-    of_build = (*_SKETCH_SETTINGS, *_SKETCH_REQUEST, "text")
-    chosen = {name: value for name in of_build if (value := getattr(arguments, name)) is not None}
-    if chosen and arguments.calibration is None:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in chosen)
-        raise ConfigError(
-            f"fedzo sketch: --import and --export must be given without options of a build, got {options}: the file "
-            "and the sketch have their own. Leave them out."
-        )
-    config = load_config(arguments, trains=False)
-    from fedzo.commands.sketch import SketchRequest, export_sketch, import_sketch, make_sketch
-    from fedzo.sketch import SketchSettings
-
-    if arguments.export_to is not None:
-        return print_lines(export_sketch(config, Path(arguments.export_to)))
-    if arguments.import_from is not None:
-        return print_lines(import_sketch(config, Path(arguments.import_from), Path(arguments.out)))
-    request = SketchRequest(
-        out=Path(arguments.out),
-        settings=SketchSettings(**{name: chosen[name] for name in _SKETCH_SETTINGS if name in chosen}),
-        calibration=Path(arguments.calibration),
-        text=None if arguments.text is None else Path(arguments.text),
-        **{name: chosen[name] for name in _SKETCH_REQUEST if name in chosen},
-    )
-    return print_lines(make_sketch(config, request))
-
-
-def perplexity(arguments: Namespace) -> int:
-    """``fedzo perplexity``."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    config = load_config(arguments, trains=False)
-    from fedzo.commands.perplexity import measure_perplexity
-
-    with Progress(console=Console(stderr=True)) as progress:
-        bar = progress.add_task("windows", total=None)
-        found = measure_perplexity(
-            config,
-            Path(arguments.text),
-            num_tokens=arguments.tokens,
-            num_windows=arguments.windows,
-            on_window=lambda done, total: progress.update(bar, completed=done, total=total),
-        )
-    _print_json(found)
-    return 0
-
-
-def bench(arguments: Namespace) -> int:
-    """``fedzo bench step``."""
-    from fedzo.cli.bench import step
-
-    step(arguments)
-    return 0
+    own = add("doctor", doctor, "check this machine, or a server's or a site's folder")
+    own.add_argument("dir", metavar="DIR", nargs="?", help="server or client folder to check, too")
 
 
 def list_options(arguments: Namespace) -> int:
@@ -219,65 +213,6 @@ def doctor(arguments: Namespace) -> int:
     return 0 if all(good for _, good, _ in checks) else 1
 
 
-def server(arguments: Namespace) -> int:
-    """``fedzo server``."""
-    import socket
-
-    from fedzo.commands import server as commands
-    from fedzo.runtime.net.server_folder import ServerFolder
-
-    folder = ServerFolder(Path(arguments.dir))
-    match arguments.what:
-        case "init":
-            hosts = arguments.host or [socket.gethostname()]
-            ports = {"port": arguments.port, "control_port": arguments.control_port}
-            lines = commands.init(Path(arguments.dir), hosts=hosts, days=arguments.days, **ports)
-        case "add-client":
-            lines = commands.add_client(folder, arguments.name, index=arguments.index, key=arguments.key)
-        case "remove-client":
-            lines = commands.remove_client(folder, arguments.name)
-        case "renew":
-            lines = commands.renew(folder, hosts=arguments.host or [], days=arguments.days)
-        case _:
-            return _keep(commands.up(folder))
-    return print_lines(lines)
-
-
-def client(arguments: Namespace) -> int:
-    """``fedzo client``."""
-    from fedzo.commands import client as commands
-    from fedzo.runtime.net.client_folder import ClientFolder
-
-    path = Path(arguments.dir)
-    if arguments.what == "up":
-        return _keep(commands.up(ClientFolder(path)))
-    files = [Path(name) if name else None for name in (arguments.invitation, arguments.ca)]
-    return print_lines(commands.init(path, server=arguments.server, invitation=files[0], authority=files[1]))
-
-
-def status(arguments: Namespace) -> int:
-    """``fedzo status``."""
-    from fedzo.commands.status import status as lines_of
-
-    return print_lines(lines_of(Path(arguments.dir)))
-
-
-def stop(arguments: Namespace) -> int:
-    """``fedzo stop``."""
-    from fedzo.commands.status import stop as stop_run
-
-    return print_lines(stop_run(_folder(arguments.run)))
-
-
-def _keep(lines: Iterable[str]) -> int:
-    """Show what a service says until it is told to end, which is no failure."""
-    try:
-        return print_lines(lines)
-    except KeyboardInterrupt:
-        print("ended", flush=True)
-        return 0
-
-
 def print_lines(lines: Iterable[str]) -> int:
     """Show lines as they come; a file that cannot be read or written is named."""
     kind: type[FedzoError] = ConfigError
@@ -295,12 +230,6 @@ def print_lines(lines: Iterable[str]) -> int:
     return 0
 
 
-def _folder(name: str) -> Path:
-    folder = Path(name)
-    if not folder.is_dir():
-        raise ConfigError(f"RUN must be a folder that `fedzo train` made, found none at {name!r}. Check the path.")
-    return folder
-
-
-def _print_json(record: object) -> None:
+def print_json(record: object) -> None:
+    """Show a result that a program may read, too."""
     print(json.dumps(record, indent=2))

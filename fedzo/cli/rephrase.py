@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
+from argparse import Namespace
 from pathlib import Path
 
-from fedzo.cli.arguments import add_overrides, load_config, whole_number
+from fedzo.cli.arguments import AddCommand, add_overrides, load_config, whole_number
 from fedzo.cli.commands import print_lines
 from fedzo.errors import ConfigError
 
-USAGE = "fedzo rephrase [judge-test | bootstrap | import SETS] --task TASK --data FILE [overrides] [more options]"
-SUMMARY = "rewrite training text by a language model, behind checks and a judge (OAT-Rephrase)"
 _PARTS = {"judge-test": 0, "bootstrap": 0, "import": 1}
 """What follows ``fedzo rephrase``, and how many words belong to it."""
 _OPTIONS = {"dry_run": "", "out": "", "again": "", "pairs": "judge-test", "table": "bootstrap"}
@@ -18,9 +16,11 @@ _OPTIONS = {"dry_run": "", "out": "", "again": "", "pairs": "judge-test", "table
 _TABLE = "examples.csv"
 
 
-def add_rephrase(own: argparse.ArgumentParser) -> None:
-    """The options of ``fedzo rephrase``."""
-    number = whole_number(1)
+def add_rephrase(add: AddCommand) -> None:
+    """``fedzo rephrase``, and its options."""
+    usage = "fedzo rephrase [judge-test | bootstrap | import SETS] --task TASK --data FILE [overrides] [more options]"
+    summary = "rewrite training text by a language model, behind checks and a judge (OAT-Rephrase)"
+    own, number = add("rephrase", rephrase, summary, usage=usage), whole_number(1)
     own.add_argument("words", metavar="WHAT", nargs="*", help="judge-test, bootstrap, import SETS, or nothing: rewrite")
     own.add_argument("--task", metavar="TASK", required=True, help="task of the rows, as in `fedzo list task`")
     own.add_argument("--data", metavar="FILE", required=True, help="training rows (jsonl, json, csv, tsv, parquet)")
@@ -33,7 +33,7 @@ def add_rephrase(own: argparse.ArgumentParser) -> None:
     add_overrides(own)
 
 
-def rephrase(arguments: argparse.Namespace) -> int:
+def rephrase(arguments: Namespace) -> int:
     """``fedzo rephrase``."""
     what, words = _what(arguments.words)
     for option, of in _OPTIONS.items():

@@ -1,20 +1,32 @@
-"""``fedzo server`` and ``fedzo client``: what they take."""
+"""Commands of a federation of sites: what they take, and what they call and print."""
 
 from __future__ import annotations
 
-import argparse
 import socket
-from collections.abc import Callable
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
-from fedzo.cli.arguments import whole_number
+from fedzo.cli.arguments import AddCommand, add_run, run_folder, whole_number
+from fedzo.cli.commands import print_lines
 
-Parser = argparse.ArgumentParser
 CERTIFICATE_DAYS = 365
 _PORT, _INDEX, _DAYS = whole_number(1, 65535), whole_number(0, 0xFFFFFFFD), whole_number(1, 3650)
 
 
-def add_server(parser: Parser) -> None:
-    """The commands of a server."""
+def add_site_commands(add: AddCommand) -> None:
+    """From ``fedzo server`` to ``fedzo stop``."""
+    _add_server(add("server", server, "the server of a federation of sites: its folder and its SuperLink"))
+    _add_client(add("client", client, "a site of a federation: its folder and its processes"))
+
+    own = add("status", status, "a server, its clients and its run, or one run")
+    own.add_argument("dir", metavar="DIR", nargs="?", default=".", help="server or run folder (default: this folder)")
+
+    own = add("stop", stop, "end a run that is going on, between two rounds")
+    add_run(own)
+
+
+def _add_server(parser: ArgumentParser) -> None:
     add = _adder(parser)
 
     own = add("init", "make a server's folder: certificate authority, certificate, secret, client registry")
@@ -45,8 +57,29 @@ def add_server(parser: Parser) -> None:
     own.add_argument("dir", metavar="DIR", nargs="?", default=".", help="server folder (default: this folder)")
 
 
-def add_client(parser: Parser) -> None:
-    """The commands of a site."""
+def server(arguments: Namespace) -> int:
+    """``fedzo server``."""
+    from fedzo.commands import server as commands
+    from fedzo.runtime.net.server_folder import ServerFolder
+
+    folder = ServerFolder(Path(arguments.dir))
+    match arguments.what:
+        case "init":
+            hosts = arguments.host or [socket.gethostname()]
+            ports = {"port": arguments.port, "control_port": arguments.control_port}
+            lines = commands.init(Path(arguments.dir), hosts=hosts, days=arguments.days, **ports)
+        case "add-client":
+            lines = commands.add_client(folder, arguments.name, index=arguments.index, key=arguments.key)
+        case "remove-client":
+            lines = commands.remove_client(folder, arguments.name)
+        case "renew":
+            lines = commands.renew(folder, hosts=arguments.host or [], days=arguments.days)
+        case _:
+            return _keep(commands.up(folder))
+    return print_lines(lines)
+
+
+def _add_client(parser: ArgumentParser) -> None:
     add = _adder(parser)
 
     own = add("init", "make a site's folder: key, site file")
@@ -59,15 +92,50 @@ def add_client(parser: Parser) -> None:
     own.add_argument("dir", metavar="DIR", nargs="?", default=".", help="client folder (default: this folder)")
 
 
-def _adder(parser: Parser) -> Callable[[str, str], Parser]:
+def client(arguments: Namespace) -> int:
+    """``fedzo client``."""
+    from fedzo.commands import client as commands
+    from fedzo.runtime.net.client_folder import ClientFolder
+
+    path = Path(arguments.dir)
+    if arguments.what == "up":
+        return _keep(commands.up(ClientFolder(path)))
+    files = [Path(name) if name else None for name in (arguments.invitation, arguments.ca)]
+    return print_lines(commands.init(path, server=arguments.server, invitation=files[0], authority=files[1]))
+
+
+def status(arguments: Namespace) -> int:
+    """``fedzo status``."""
+    from fedzo.commands.status import status as lines_of
+
+    return print_lines(lines_of(Path(arguments.dir)))
+
+
+def stop(arguments: Namespace) -> int:
+    """``fedzo stop``."""
+    from fedzo.commands.status import stop as stop_run
+
+    return print_lines(stop_run(run_folder(arguments.run)))
+
+
+def _keep(lines: Iterable[str]) -> int:
+    """Show what a service says until it is told to end, which is no failure."""
+    try:
+        return print_lines(lines)
+    except KeyboardInterrupt:
+        print("ended", flush=True)
+        return 0
+
+
+def _adder(parser: ArgumentParser) -> Callable[[str, str], ArgumentParser]:
     subparsers = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
     return lambda name, summary: subparsers.add_parser(name, help=summary, description=summary, allow_abbrev=False)
 
 
-def _add_dir(parser: Parser) -> None:
+def _add_dir(parser: ArgumentParser) -> None:
     parser.add_argument("--dir", metavar="DIR", default=".", help="server folder (default: this folder)")
 
 
-def _add_days(parser: Parser) -> None:
+def _add_days(parser: ArgumentParser) -> None:
     text = f"how long the certificate is valid (default: {CERTIFICATE_DAYS})"
     parser.add_argument("--days", type=_DAYS, default=CERTIFICATE_DAYS, help=text)

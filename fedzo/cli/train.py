@@ -33,6 +33,10 @@ from fedzo.system import environment_variable, quiet_libraries
 log = logging.getLogger(__name__)
 
 
+class SearchEndedError(BaseException):
+    """A search has nothing to search by. Sweepers that search go on after an ``Exception``, as of one bad setting."""
+
+
 def train(arguments: Sequence[str]) -> None:
     """Run what ``fedzo train`` was given: overrides and Hydra's own flags.
 
@@ -85,9 +89,12 @@ def job(composed: DictConfig) -> float | None:
 
     Returns:
         What a sweeper that searches optimises; None where nobody asks for it.
+
+    Raises:
+        SearchEndedError: The first run of a search has nothing to optimise.
     """
     quiet_libraries()  # in a worker process, too
-    from fedzo.commands.train import dev_objective, start_or_resume_run, start_run
+    from fedzo.commands.train import start_or_resume_run, start_run
 
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
@@ -97,7 +104,7 @@ def job(composed: DictConfig) -> float | None:
     try:
         start(checked(composed), folder, overrides=list(hydra.overrides.task))
         show_result(folder)
-        return dev_objective(folder) if is_searched else None
+        return _objective(folder, is_first=hydra.job.num == 0) if is_searched else None
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"fedzo resume {folder}") from None
     except FedzoError as error:
@@ -110,6 +117,17 @@ def job(composed: DictConfig) -> float | None:
     except Exception:
         if in_sweep:
             log.exception("%s: the job failed", folder)
+        raise
+
+
+def _objective(folder: Path, *, is_first: bool) -> float:
+    from fedzo.commands.train import dev_objective
+
+    try:
+        return dev_objective(folder)
+    except ConfigError as error:
+        if is_first:  # else other jobs may well have a score: it is the fault of this one's settings
+            raise SearchEndedError(str(error)) from error
         raise
 
 
@@ -187,11 +205,13 @@ def _sweep(flags: Namespace) -> None:
             _hydra(flags, job)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"the same command with hydra.sweep.dir={sweep.folder}") from None
-        except Exception as failure:  # the other jobs have run: show what they found
+        except (Exception, SearchEndedError) as failure:  # other jobs have run: show what they found
             try:
                 _show_sweep(sweep.folder, write_sweep_report(sweep.folder))
             except FedzoError as error:
                 log.warning("%s: no sweep report: %s", sweep.folder, error)
+            if isinstance(failure, SearchEndedError):
+                raise FedzoError(f"sweep {sweep.folder}: the search ended with its first job: {failure}") from None
             if sweep.searches and not isinstance(failure, FedzoError):  # such as that no job has a score
                 raise FedzoError(
                     f"sweep {sweep.folder}: the search failed: {failure} Where jobs failed, the lines above say why."

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +23,8 @@ from fedzo.errors import ConfigError, ProtocolError, RunFolderError
 from fedzo.fl.config import directions_of
 from fedzo.fl.log_store import RunLog
 from fedzo.fl.server.aggregate import ClientResult, aggregate
+from fedzo.records.folder import told_as
 from fedzo.records.log import AuditLine, ClientAudit
-from fedzo.zo.estimator import ZerothOrderConfig
 from fedzo.zo.log import Drift, RoundRecord, Scalars, local_step, probe_shares
 from fedzo.zo.seeds import step_keys
 from fedzo.zo.spaces.base import Space, Values
@@ -79,7 +79,7 @@ def replay_client(run_dir: Path, *, client: int, round: int, out: Path | None = 
         RunFolderError: ``out`` cannot be written.
     """
     config = read_run(run_dir)
-    if not isinstance(config.estimator, ZerothOrderConfig):
+    if config.estimator.sends_vectors:
         raise ConfigError(
             f"--client: the run must have clients that send scalars, but those of {run_dir} send vectors, of which the "
             "log keeps the round's mean only. Leave out --client, which replays the whole run."
@@ -87,7 +87,7 @@ def replay_client(run_dir: Path, *, client: int, round: int, out: Path | None = 
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise ConfigError(f"--out must be a file in an existing folder, got {str(out)!r}. Choose another.")
     log = RunLog(run_dir)
-    line, entry = _find(cast(list[AuditLine], log.audit), client=client, round=round)
+    line, entry = _find(cast(Sequence[AuditLine], log.audit), client=client, round=round)
     record = cast(RoundRecord, log.records[round])
     g = entry.g
     replica = rebuild(run_dir, rounds=round).replica
@@ -179,12 +179,12 @@ def local_steps(
         yield step
 
 
-def _find(audit: list[AuditLine], *, client: int, round: int) -> tuple[AuditLine, ClientAudit]:
+def _find(audit: Sequence[AuditLine], *, client: int, round: int) -> tuple[AuditLine, ClientAudit]:
     if round >= len(audit):
         raise ConfigError(
             f"--round must be below {len(audit)}, the number of rounds in the log, got {round}. Rounds count from 0."
         )
-    line = next(line for line in audit if line.round == round)
+    line = audit[round]
     for entry in line.clients:
         if entry.client == client:
             return line, entry
@@ -206,15 +206,11 @@ def vector_file(
         return
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        try:
+        with told_as(RunFolderError, f"--out {path}: it must be writable", "Choose another place."):
             with part.open("wb") as file:
                 file.write(_header(steps, size, about))
                 yield lambda space: _write(file, space.values())
             part.replace(path)
-        except OSError as error:
-            raise RunFolderError(
-                f"--out {path}: it must be writable, got {error.strerror or error}. Choose another place."
-            ) from error
     finally:
         part.unlink(missing_ok=True)
 

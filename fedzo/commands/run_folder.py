@@ -14,19 +14,17 @@ from fedzo.config.travel import from_json
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.fl.log_store import RunLog, best_round, has_begun
 from fedzo.fl.replica import Replica
-from fedzo.records.folder import CONFIG, RUN_FILE, read_file
-from fedzo.records.lines import RESTORE
-from fedzo.records.log import CommittedLine
+from fedzo.records.folder import CONFIG, read_file
 from fedzo.run.peer import Peer
 from fedzo.run.process import Process, open_process
-from fedzo.run.start import check_artifact, check_base
+from fedzo.run.start import check_artifact, check_base, read_begun, read_text
 from fedzo.trainers import Workplace
 from fedzo.trainers.artifacts import ARTIFACTS, Artifact, ArtifactStore
 
 
 def read_launch(run_dir: Path) -> LaunchConfig:
     """The command line of a run folder: the run's settings, and how it was launched on this machine."""
-    text = _text(run_dir, CONFIG, "Give the folder that `fedzo train` printed.")
+    text = read_text(run_dir, CONFIG, "Give the folder that `fedzo train` printed.")
     if '"model_type"' in text and not has_begun(run_dir):
         raise RunFolderError(
             f"{run_dir}: it must be the folder of a run, but is that of a model. Give the folder that `fedzo train` "
@@ -41,20 +39,7 @@ def read_launch(run_dir: Path) -> LaunchConfig:
 def read_run(run_dir: Path) -> RunConfig:
     """What the peers of a run agreed on when it began."""
     read_launch(run_dir)  # says what is wrong with a folder of another version
-    remedy = f"It ended before its first round; `fedzo resume {run_dir}` begins it."
-    return from_json(_text(run_dir, RUN_FILE, remedy), RunConfig)
-
-
-def _text(run_dir: Path, name: str, remedy: str) -> str:
-    try:
-        return read_file(run_dir, name).decode()
-    except FileNotFoundError as error:
-        raise RunFolderError(f"{run_dir}: not a run folder (no {name}). {remedy}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        if isinstance(error, RunFolderError):
-            raise
-        why = error.strerror if isinstance(error, OSError) else "other bytes"
-        raise RunFolderError(f"{run_dir / name}: it must be a readable text, got {why!r}. {RESTORE}") from error
+    return read_begun(run_dir)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +48,6 @@ class Rebuilt:
 
     process: Process
     replica: Replica
-    rounds: list[CommittedLine]
 
 
 def rebuild(run_dir: Path, *, rounds: int | None = None) -> Rebuilt:
@@ -83,10 +67,10 @@ def rebuild(run_dir: Path, *, rounds: int | None = None) -> Rebuilt:
     check_base(config, process.peer.loaded, run_dir)
     # without rows to measure on: a rebuilt model is held in float32 where the choice was open
     replica = process.peer.workspace(_artifact(config, process.peer, run_dir)).replica
-    for done in range(rounds):
-        replica.advance([log.records[done]])
-        replica.verify(log.rounds[done])
-    return Rebuilt(process, replica, log.rounds[:rounds])
+    for record, line in zip(log.records[:rounds], log.rounds, strict=False):
+        replica.advance([record])
+        replica.verify(line)
+    return Rebuilt(process, replica)
 
 
 def _artifact(config: RunConfig, peer: Peer, run_dir: Path) -> Artifact:

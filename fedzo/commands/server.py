@@ -150,7 +150,7 @@ def _keep_up(folder: ServerFolder) -> Iterator[str]:
 
     if text := parts.listening_problem(folder):
         raise ConfigError(text)
-    if folder.served is None:  # no run needs what Flower remembers
+    if folder.is_serving is False:  # no run needs what Flower remembers
         for left in folder.path.glob("superlink.db*"):
             left.unlink()
     variables = {**parts.environment(), "FLWR_HOME": str(folder.file("flower"))}
@@ -181,15 +181,18 @@ def _keep_up(folder: ServerFolder) -> Iterator[str]:
                 certificate = told
                 yield told or "the certificate is renewed"
             yield from (line for line in said.new() if " WARNING refused: " in line)
-            if folder.disk_problem != problem:
-                problem = folder.disk_problem
-                yield problem or f"there is room again on the disk of {folder.path}"
+            if (told := folder.disk_problem) != problem:
+                problem = told
+                yield told or f"there is room on the disk of {folder.path}"
             time.sleep(LOOK_S)
 
 
 def _certificate_problem(folder: ServerFolder) -> str:
     """What is to be done about the server's certificate, told anew each day before its end; empty while it is good."""
-    days = read_certificate(folder.file("server.crt")).days_left
+    try:
+        days = read_certificate(folder.file("server.crt")).days_left
+    except ConfigError as error:  # it may just be written by hand: the SuperLink keeps what it has
+        return str(error)
     if days >= FEW_DAYS:
         return ""
     how = f"`fedzo server renew --dir {folder.path}`"

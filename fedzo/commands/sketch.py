@@ -22,10 +22,10 @@ from fedzo.models.sketched.builder import layers_to_sketch, left_dense, sketch_m
 from fedzo.models.sketched.folder import write_sketch
 from fedzo.models.sketched.leanquant import put_layout, write_layout
 from fedzo.records.decode import to_json
-from fedzo.records.folder import folder_of_one_process, replace_file, sync_folder
+from fedzo.records.folder import folder_of_one_process, replace_file, sync_folder, told_as
 from fedzo.records.sketch import BuildInProgress, SketchedLayer, SketchRecipe
 from fedzo.report.format import bytes_text, seconds_text
-from fedzo.report.sinks import ProgressSink
+from fedzo.report.sinks import phase
 from fedzo.run.peer import open_model
 from fedzo.sketch import SketchSettings, sketched_layers
 
@@ -100,12 +100,8 @@ def import_sketch(config: LaunchConfig, file: Path, out: Path) -> Iterator[str]:
 
 def export_sketch(config: LaunchConfig, file: Path) -> Iterator[str]:
     """Write a sketch's tables and codes in LeanQuant's layout."""
-    try:
+    with told_as(RunFolderError, f"{file}: it must be writable", "Make room or choose another place."):
         yield f"{file}: {write_layout(_open(config).model, file)} layers"
-    except OSError as error:
-        raise RunFolderError(
-            f"{file}: it must be possible to write it, got {error.strerror!r}. Make room or choose another place."
-        ) from error
 
 
 def _check_out(out: Path) -> None:
@@ -129,17 +125,13 @@ def _open(config: LaunchConfig) -> LoadedModel:
 def _part_of(out: Path) -> Iterator[Path]:
     """The folder beside the result in which this process alone works until that is whole."""
     part = out.with_name(f"{out.name}.part")
-    try:
+    remedy = (
+        f"Make room or choose another folder, and call the same command again: it goes on with what is in {part.name}."
+    )
+    with told_as(RunFolderError, f"{out}: it must be writable", remedy):
         part.mkdir(parents=True, exist_ok=True)
         with folder_of_one_process(part):
             yield part
-    except OSError as error:
-        if isinstance(error, RunFolderError):
-            raise
-        raise RunFolderError(
-            f"{out}: it must be possible to write it, got {error.strerror!r}. Make room or choose another folder, "
-            f"and call the same command again: it goes on with what is in {part.name}."
-        ) from error
 
 
 def _build(
@@ -157,19 +149,10 @@ def _build(
     yield f"calibration: {len(windows)} windows of {request.tokens} tokens"
     before = perplexity(loaded, measured).value
     yield f"perplexity on {what}: {before:.2f} before"
-    progress = ProgressSink(0)
-    try:
-        with progress.phase("sketching layers") as advance:
-            report = sketch_model(
-                loaded.model,
-                list(windows),
-                request.settings,
-                skip=request.skip,
-                kept=part / _LAYERS,
-                advance=advance,
-            )
-    finally:
-        progress.close()
+    with phase("sketching layers") as advance:
+        report = sketch_model(
+            loaded.model, list(windows), request.settings, skip=request.skip, kept=part / _LAYERS, advance=advance
+        )
     layers = report.layers
     yield (
         f"sketched {len(layers)} layers: {seconds_text(report.forwards_s)} for the text's way through the model, "

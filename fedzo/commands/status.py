@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from fedzo.errors import ConfigError, ProtocolError, RunFolderError, printable
-from fedzo.records.decode import decode_json, parse_json
-from fedzo.records.folder import CONFIG, METRICS, PRESENCE, PUBLIC, STOP, is_locked, read_file, replace_file
-from fedzo.records.lines import read_records, read_whole_lines
+from fedzo.records.decode import decode, parse_json, read_record
+from fedzo.records.folder import CONFIG, METRICS, PRESENCE, PUBLIC, STOP, is_locked, read_file, replace_file, told_as
+from fedzo.records.lines import from_end
 from fedzo.records.log import decode_public
-from fedzo.records.metrics import Round, decode_metric
+from fedzo.records.metrics import Round
 from fedzo.records.outcome import OUTCOME, Outcome
 from fedzo.records.presence import Presence
 from fedzo.report.format import seconds_text
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 POLL_S = 0.3
 MOST_SHOWN = 1000  # characters of what ended a run
+_NO_LOCKS = "the file system knows no locks"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class _Run:
 
     Attributes:
         folder: Its folder.
-        is_up: Whether its server is.
+        is_up: Whether its server is; None where nobody can know.
         presence: Who takes part, as its server told last; None where it tells nobody.
         rounds: How many are committed.
         total: How many there are to be.
@@ -46,7 +47,7 @@ class _Run:
     """
 
     folder: Path
-    is_up: bool
+    is_up: bool | None
     presence: Presence | None
     rounds: int
     total: int
@@ -54,26 +55,37 @@ class _Run:
     last_rounds: Mapping[int, int]
 
     @classmethod
-    def look(cls, folder: Path) -> _Run:
-        """See what it is at: by what its server tells while that is up, and by its logs, which may be long, otherwise.
+    def look(cls, folder: Path, clients: Collection[int] = ()) -> _Run:
+        """See what it is at: by what its server tells while that is up, otherwise by the end of its logs.
+
+        Args:
+            folder: The run's.
+            clients: Whose last rounds are looked for, beside those of whom the server has told.
 
         Raises:
             RunFolderError: It has not begun, or its files are not those of a run.
         """
-        total, is_up, presence = _planned_rounds(folder), is_locked(folder / PUBLIC), _presence(folder)
+        total, is_up = _planned_rounds(folder), is_locked(folder / PUBLIC)
+        presence = read_record(Presence, folder, PRESENCE, error=RunFolderError)
+        rows = presence.clients if presence else ()
         if is_up and presence and presence.round_seconds is not None:  # before that the logs are short
-            told = {row.client: row.last_round for row in presence.clients if row.last_round is not None}
-            return cls(folder, is_up, presence, presence.round, total, presence.round_seconds, told)
-        lines = read_records(folder, PUBLIC, decode_public)
-        last_rounds = {client: line.round for line in lines for client in line.attendance}
-        return cls(folder, is_up, presence, len(lines), total, _round_seconds(folder, len(lines)), last_rounds)
+            known = {row.client: row.last_round for row in rows if row.last_round is not None}
+            return cls(folder, is_up, presence, presence.round, total, presence.round_seconds, known)
+        rounds, missing, last_rounds = _rounds(folder), {*clients, *(row.client for row in rows)}, dict[int, int]()
+        for line in from_end(folder, PUBLIC, decode_public):
+            last_rounds |= dict.fromkeys(missing.intersection(line.attendance), line.round)
+            missing.difference_update(line.attendance)
+            if not missing:
+                break
+        return cls(folder, is_up, presence, rounds, total, _round_seconds(folder, rounds), last_rounds)
 
     def lines(self, what: str = "run") -> Iterator[str]:
         """What it is at, for people; and how it ended, if its server has left word of an error."""
-        going = "going on" if self.is_up else "finished" if self.rounds == self.total else "not running"
+        not_up = f"perhaps going on ({_NO_LOCKS})" if self.is_up is None else "not running"
+        going = "going on" if self.is_up else "finished" if self.rounds == self.total else not_up
         pace = "" if self.round_seconds is None else f", {seconds_text(self.round_seconds)} for the last"
         yield f"{what} {self.folder}: {self.rounds} of {self.total} rounds{pace}, {going}"
-        if not self.is_up and (outcome := _outcome(self.folder)):
+        if not self.is_up and (outcome := read_record(Outcome, self.folder, OUTCOME, error=RunFolderError)):
             yield f"ended: {printable(outcome.text, most=MOST_SHOWN)}"
 
 
@@ -97,8 +109,14 @@ def stop(run_dir: Path) -> Iterator[str]:
     Raises:
         RunFolderError: Nobody runs it.
     """
-    if not _is_worked_on(run_dir):
+    works = _is_worked_on(run_dir)
+    if works is False:
         raise RunFolderError(f"run folder {run_dir}: no process of this machine works on it. Nothing is to be stopped.")
+    if works is None:
+        _planned_rounds(run_dir)  # refuses the folder of something else
+        replace_file(run_dir / STOP, "")
+        yield f"asked to stop, if a process works on it: that cannot be seen ({_NO_LOCKS})"
+        return
     asked = False
     while _is_worked_on(run_dir):
         if not (run_dir / STOP).exists():  # a run that just begins removes what an earlier one left
@@ -108,15 +126,15 @@ def stop(run_dir: Path) -> Iterator[str]:
         asked = True
         time.sleep(POLL_S)
     (run_dir / STOP).unlink(missing_ok=True)  # the run ended by itself
-    rounds, total = len(read_whole_lines(run_dir, PUBLIC)), _planned_rounds(run_dir)
+    rounds, total = _rounds(run_dir), _planned_rounds(run_dir)
     if rounds == total:
         yield f"the run has ended, after all its {rounds} rounds"
     else:
         yield f"stopped after {rounds} of {total} rounds. Continue with: fedzo resume {run_dir}"
 
 
-def _is_worked_on(run_dir: Path) -> bool:
-    """Whether its server is up, or whoever starts that."""
+def _is_worked_on(run_dir: Path) -> bool | None:
+    """Whether its server is up, or whoever starts that; None where nobody can know."""
     return is_locked(run_dir / PUBLIC) or is_locked(run_dir)
 
 
@@ -130,7 +148,9 @@ def _status_of_run(run_dir: Path) -> Iterator[str]:
     if run.presence is None:
         return
     clients = [(row, str(run.last_rounds.get(row.client, "-"))) for row in run.presence.clients]
-    if run.is_up:
+    if run.is_up is not False:
+        if run.is_up is None:
+            yield "as its server told last:"
         rows = [[str(row.client), row.state, last, row.version or "-", row.why] for row, last in clients]
         yield from _table(["client", "state", "last round", "fedzo"], rows)
     else:  # nobody is there to see who is connected
@@ -148,18 +168,18 @@ def _status_of_server(folder: ServerFolder) -> Iterator[str]:
     run: _Run | None = None
     if served := folder.served:
         try:
-            run = _Run.look(Path(served.run))
+            run = _Run.look(Path(served.run), [client.index for client in folder.clients])
             yield from run.lines()
         except RunFolderError as error:
             yield f"run {served.run}: not begun ({error})"
     else:
-        yield "run: none"
+        yield f"run: not known ({_NO_LOCKS})" if folder.is_serving is None else "run: none"
         yield from _last_run(folder)
-    told = {row.client: row for row in run.presence.clients} if run and run.is_up and run.presence else {}
+    present = {row.client: row for row in run.presence.clients} if run and run.is_up and run.presence else {}
     nodes = _nodes(folder) if is_up else {}
     rows = []
     for client in folder.clients:
-        node, here = nodes.get(pem_of(client.key)), told.get(client.index)
+        node, here = nodes.get(pem_of(client.key)), present.get(client.index)
         state = "unknown" if not is_up else "connected" if node and node.online else "away"
         if state == "connected" and here and here.state in ("ready", "silent", "preparing", "refused"):
             state = {"ready": "ready (model loaded)"}.get(here.state, here.state)
@@ -185,42 +205,34 @@ def _last_run(folder: ServerFolder) -> Iterator[str]:
 
 def _planned_rounds(run_dir: Path) -> int:
     """How many rounds a run is to have. The rest of its settings is left alone: to read it costs seconds of imports."""
-    where = str(run_dir / CONFIG)
+    where, remedy = str(run_dir / CONFIG), "Give the folder of one."
+    rule = f"{where}: it must hold the settings of a run"
+    with told_as(RunFolderError, rule, remedy):
+        text = read_file(run_dir, CONFIG)
     try:
-        return int(parse_json(read_file(run_dir, CONFIG), where=where, error=RunFolderError)["fl"]["rounds"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise RunFolderError(f"{where}: it must hold the settings of a run. Give the folder of one.") from error
+        return int(parse_json(text, where=where, error=RunFolderError)["fl"]["rounds"])
+    except (RunFolderError, KeyError, TypeError, ValueError) as error:
+        raise RunFolderError(f"{rule}. {remedy}") from error
+
+
+def _rounds(run_dir: Path) -> int:
+    """How many rounds are committed."""
+    last = next(from_end(run_dir, PUBLIC, decode_public), None)
+    return 0 if last is None else last.round + 1
 
 
 def _round_seconds(run_dir: Path, rounds: int) -> float | None:
     """What the last of the committed rounds took; the lines after its own are few."""
-    for line in reversed(read_whole_lines(run_dir, METRICS)):
-        told: dict[str, Any] = {"where": str(run_dir / METRICS), "error": RunFolderError}
-        value = parse_json(line, **told)
-        if isinstance(value, dict) and value.get("kind") == Round.kind:
-            record = decode_metric(value, **told)
-            if isinstance(record, Round) and record.round < rounds:
-                return record.round_seconds
+    for record in from_end(run_dir, METRICS, _of_round):
+        if record is not None and record.round < rounds:
+            return record.round_seconds
     return None
 
 
-def _presence(run_dir: Path) -> Presence | None:
-    try:
-        text = read_file(run_dir, PRESENCE)
-    except OSError:
-        return None
-    found: Presence = decode_json(Presence, text, where=str(run_dir / PRESENCE), error=RunFolderError)
-    return found
-
-
-def _outcome(run_dir: Path) -> Outcome | None:
-    """What the run's server left of an error; None where it left no word."""
-    try:
-        text = read_file(run_dir, OUTCOME)
-    except OSError:
-        return None
-    found: Outcome = decode_json(Outcome, text, where=str(run_dir / OUTCOME), error=RunFolderError)
-    return found
+def _of_round(value: object, **where: Any) -> Round | None:
+    """The metrics of a round; None for a line of another kind, of which a later version may have more."""
+    is_one = isinstance(value, dict) and value.get("kind") == Round.kind
+    return decode(Round, value, **where) if is_one else None
 
 
 def _nodes(folder: ServerFolder) -> Mapping[bytes, Node]:

@@ -16,7 +16,7 @@ from fedzo.commands.run_folder import read_launch, read_run
 from fedzo.config.rules import launch_problems
 from fedzo.config.schema import LaunchConfig, first_evaluator, with_rounds
 from fedzo.config.travel import config_hash, is_same_run, to_json, to_yaml
-from fedzo.errors import ConfigError, FedzoError, RunFolderError
+from fedzo.errors import ConfigError, RunFolderError
 from fedzo.fl.config import BestBy
 from fedzo.fl.log_store import RunLog, RunStore, best_dev_score, has_begun
 from fedzo.records.folder import (
@@ -37,7 +37,7 @@ from fedzo.records.metrics import Extension, Summary
 from fedzo.records.outcome import OUTCOME
 from fedzo.report.run_data import read_overrides
 from fedzo.report.trackers import missing_libraries
-from fedzo.run.apps import CONFIG_KEY, RUN_DIR_KEY
+from fedzo.run.apps import run_config
 from fedzo.run.process import STAGE_FOLDER, Process, forget_process, keep_process
 from fedzo.run.start import open_run, write_whole
 from fedzo.runtime.config import RUNTIMES
@@ -93,9 +93,10 @@ def start_or_resume_run(config: LaunchConfig, run_dir: Path, *, overrides: list[
     begun = read_launch(run_dir)
     if not is_same_run(begun, _with_absolute_paths(config)):
         raise RunFolderError(
-            f"run folder {run_dir}: it holds a run of other settings. Choose another with hydra.sweep.dir=..."
+            f"run folder {run_dir}: it holds a run of other settings. Choose another with hydra.sweep.dir=..., or name "
+            "jobs by all that differs (hydra.sweep.subdir)."
         )
-    if not any(ended.rounds == begun.fl.rounds for ended in RunLog(run_dir).told(Summary)):
+    if not any(ended.rounds == begun.fl.rounds for ended in RunLog(run_dir).metrics_of(Summary)):
         resume_run(run_dir)
 
 
@@ -105,7 +106,7 @@ def dev_objective(run_dir: Path) -> float:
     It is a loss or the evaluator's value, by ``evaluation.best_by``; not a number where nothing was scored.
 
     Raises:
-        FedzoError: What was scored has no loss to search by.
+        ConfigError: What was scored has no loss to search by.
     """
     config = read_launch(run_dir)
     by = config.evaluation.best_by
@@ -113,7 +114,7 @@ def dev_objective(run_dir: Path) -> float:
     number = None if score is None else score.loss if by is BestBy.loss else score.value
     if score is not None and number is None:
         where = f"evaluators.{score.evaluator}: for evaluation.best_by={by} its dev scores must have a finite loss"
-        raise FedzoError(f"{where}, got none. Write evaluation.best_by=value.")
+        raise ConfigError(f"{where}, got none. Write evaluation.best_by=value.")
     return math.nan if number is None else number
 
 
@@ -129,20 +130,17 @@ def resume_run(run_dir: Path, *, rounds: int | None = None) -> None:
         RunFolderError: The folder cannot be written, or another process writes to it.
     """
     read_launch(run_dir)  # no run folder is made of another
+    extension: _Extension | None = None
     with _alone(run_dir):
-        with RunStore(run_dir) as store:
-            config, extension = _extended(read_launch(run_dir), store, rounds)
-            if any(ended.rounds == config.fl.rounds for ended in store.told(Summary)):
-                longer = f"`fedzo resume {run_dir} fl.rounds=N` makes the run longer."
-                log.warning("%s: all %d rounds are done, and only checked again. %s", run_dir, config.fl.rounds, longer)
-            if not config.runtime.traits.server_process:
-                try:
-                    return _run(config, store)
-                except (ConfigError, RunFolderError):
-                    if extension:
-                        extension.take_back(store)
-                    raise
         try:
+            with RunStore(run_dir) as store:
+                config, extension = _extended(read_launch(run_dir), store, rounds)
+                if any(ended.rounds == config.fl.rounds for ended in store.metrics_of(Summary)):
+                    longer = f"`fedzo resume {run_dir} fl.rounds=N` makes the run longer."
+                    said = "%s: all %d rounds are done, and only checked again. %s"
+                    log.warning(said, run_dir, config.fl.rounds, longer)
+                if not config.runtime.traits.server_process:
+                    return _run(config, store)
             _deploy(config, run_dir)
         except (ConfigError, RunFolderError):
             if extension:
@@ -171,8 +169,7 @@ def serve_run(run_dir: Path, server_dir: Path) -> None:
         RunStore(run_dir) as store,
         _opened(read_launch(run_dir), store) as process,
     ):
-        run_config = {CONFIG_KEY: keep_process(process), RUN_DIR_KEY: str(store.folder.resolve())}
-        serve(server_app, folder=folder, run_config=run_config)
+        serve(server_app, folder=folder, run_config=run_config(keep_process(process), store.folder.resolve()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +192,7 @@ def _extended(config: LaunchConfig, store: RunStore, rounds: int | None) -> tupl
 
     The record in the log comes first, the files that tell of it follow.
     """
-    told = [config.fl.rounds, *(extension.rounds for extension in store.told(Extension))]
+    told = [config.fl.rounds, *(extension.rounds for extension in store.metrics_of(Extension))]
     extension = None
     if rounds is not None and rounds != max(told):
         _check_extension(config, rounds, before=max(told))
@@ -265,7 +262,7 @@ def _deploy(config: LaunchConfig, run_dir: Path) -> None:
     run_dir = run_dir.resolve()
     write_whole(run_dir / SITE_FILE, to_json(config.site()))
     with _told_of_clients(run_dir):
-        RUNTIMES.build(config.runtime, num_clients=config.fl.num_clients, run_config={RUN_DIR_KEY: str(run_dir)})
+        RUNTIMES.build(config.runtime, num_clients=config.fl.num_clients, run_dir=run_dir)
 
 
 @contextmanager
@@ -299,7 +296,7 @@ def launch(config: LaunchConfig, process: Process, run_dir: Path, *, site_file: 
         ConfigError: The runtime cannot be used here.
         ProtocolError: Clients or the parts in between failed.
     """
-    run_config = {CONFIG_KEY: keep_process(process), RUN_DIR_KEY: str(run_dir)}
+    run_json = keep_process(process)
     if not config.runtime.traits.takes_turns:  # else clients are in this very process
         (run_dir / CLIENTS_LOG).parent.mkdir(exist_ok=True)
     with (
@@ -307,7 +304,7 @@ def launch(config: LaunchConfig, process: Process, run_dir: Path, *, site_file: 
         environment_variable(SITE_ENV, str(site_file)),
         environment_variable(SITE_LOG_ENV, str(site_log)),
     ):
-        RUNTIMES.build(config.runtime, num_clients=config.fl.num_clients, run_config=run_config)
+        RUNTIMES.build(config.runtime, num_clients=config.fl.num_clients, run_dir=run_dir, run_json=run_json)
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from fedzo.fl.messages import ArtifactPiece, ArtifactReply
 from fedzo.trainers.artifacts import PIECE_BYTES, Artifact, ArtifactStore, name_of
 
 log = logging.getLogger(__name__)
-MESSAGE_TYPE = "query.artifact"
 TRIES = 2
 """How often a piece is sent, at most."""
 
@@ -28,7 +27,7 @@ def deliver(artifact: Artifact, *, client: int) -> Talk[None]:
         ProtocolError: The client did not take a piece.
     """
     ask = ArtifactPiece(client=client, digest=artifact.digest, size=artifact.size)
-    reply = yield Question(MESSAGE_TYPE, ask, ArtifactReply)
+    reply = yield Question(ask, ArtifactReply)
     sent: Counter[int] = Counter()
     while (held := reply.held) != artifact.size:
         if held % PIECE_BYTES or not 0 <= held < artifact.size:
@@ -39,7 +38,7 @@ def deliver(artifact: Artifact, *, client: int) -> Talk[None]:
         if sent[held] > TRIES:
             why = "it was not taken" if reply.intact else "it came with other bytes"
             raise ProtocolError(f"{artifact}: {place(held, artifact.size)} was sent {TRIES} times: {why}.")
-        reply = yield Question(MESSAGE_TYPE, _piece(artifact, held, client=client), ArtifactReply)
+        reply = yield Question(_piece(artifact, held, client=client), ArtifactReply)
         if not reply.intact:
             log.warning("client %d: %s: %s came with other bytes", client, artifact, place(held, artifact.size))
 

@@ -99,8 +99,9 @@ class StrategyConfig:
     """Time in which clients must reply. If too few do, the round asks others, who have as long again. There is no limit
     with ``runtime=inline``, where clients run one after another."""
     startup_s: float = 300.0
-    """How long the server waits for ``fl.num_clients`` clients to register. A round waits as long in all for clients to
-    come back, if fewer than ``min_replies`` can be asked."""
+    """How long the server waits for ``fl.num_clients`` clients to register. A site that says nothing may still work on
+    an earlier request: if the run needs it, the server waits until ``deadline_s``, if that is longer. A round waits
+    ``startup_s`` in all for clients to come back, if fewer than ``min_replies`` can be asked."""
     max_abs_g: float = 1e6
     """Clients clip |g| to it. A reply with a larger |g| is refused. A vector is refused if its norm over learning rate
     and steps is larger."""

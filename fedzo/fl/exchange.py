@@ -16,12 +16,19 @@ from typing import Any, Generic, Protocol, TypeVar
 from flwr.app import Message, RecordDict
 
 from fedzo.errors import ProtocolError, printable, quoted
-from fedzo.fl.messages import decode, encode
+from fedzo.fl.messages import ArtifactPiece, EvaluateRequest, Hello, TrainRequest, decode, encode
 
 log = logging.getLogger(__name__)
 R = TypeVar("R")
 K = TypeVar("K")
 NOT_CONNECTED = "not connected"
+MESSAGE_TYPES: dict[type[Any], str] = {
+    Hello: "query.hello",
+    ArtifactPiece: "query.artifact",
+    TrainRequest: "train",
+    EvaluateRequest: "evaluate",
+}
+"""By which of Flower's message types each request travels."""
 POLL_S = 0.05
 POLL_PAUSE, MOST_PAUSE_S = 4, 1.0
 """A look that found no reply is followed by a pause of so many times its length, since one for hundreds takes long, but
@@ -67,12 +74,14 @@ class Traffic:
     up_bytes: int = 0
     down_bytes: int = 0
 
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.up_bytes + other.up_bytes, self.down_bytes + other.down_bytes)
+
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One message to a client, and the class of a good reply. The type is ``train``, ``evaluate`` or ``query.NAME``."""
+    """One request to a client, and the class of a good reply."""
 
-    message_type: str
     request: object
     reply_type: type[Any]
 
@@ -93,6 +102,7 @@ class Answers(Generic[R]):
         mute: Those among ``refused`` that let the deadline pass.
         gone: Those among ``refused`` that were asked, and whose node is not connected any more.
         seconds: After how long a client's talk ended by its own answer.
+        traffic: What all of it took.
     """
 
     replies: dict[int, R] = field(default_factory=dict)
@@ -100,6 +110,7 @@ class Answers(Generic[R]):
     mute: set[int] = field(default_factory=set)
     gone: set[int] = field(default_factory=set)
     seconds: dict[int, float] = field(default_factory=dict)
+    traffic: Traffic = field(default_factory=Traffic)
 
 
 @dataclass(slots=True)
@@ -178,7 +189,6 @@ def converse(
     *,
     nodes: Mapping[int, int],
     deadline_s: float,
-    traffic: Traffic,
     beside: Callable[[Mapping[int, float]], None] = lambda seconds: None,
 ) -> Answers[R]:
     """Talk to all clients at once, until each talk has ended or time is up. No talk waits for another client's reply.
@@ -188,7 +198,6 @@ def converse(
         talks: By client index.
         nodes: Flower node id by client index.
         deadline_s: Seconds that all of it may take.
-        traffic: Where bytes are counted.
         beside: Called again and again while no reply is there, with ``Answers.seconds`` so far.
     """
     answers: Answers[R] = Answers()
@@ -205,7 +214,8 @@ def converse(
     def push(questions: Mapping[int, Question]) -> None:
         messages = {}
         for client, question in questions.items():
-            messages[client] = message_of(question, node=nodes[client], traffic=traffic)
+            messages[client] = message_of(question, node=nodes[client])
+            answers.traffic.down_bytes += message_bytes(messages[client].content)
             reply_types[client] = question.reply_type
         leave(outbox.push(grid, messages))
 
@@ -223,7 +233,9 @@ def converse(
                 log.warning("client %d: its node is not connected any more", client)
                 continue
             try:
-                further[client] = talks[client].send(read(message, reply_types[client], traffic))
+                reply = read(message, reply_types[client])
+                answers.traffic.up_bytes += message_bytes(message.content)
+                further[client] = talks[client].send(reply)
             except StopIteration as done:
                 answers.replies[client] = done.value
                 answers.seconds[client] = time.monotonic() - started
@@ -243,15 +255,14 @@ def converse(
     return answers
 
 
-def message_of(question: Question, *, node: int, traffic: Traffic) -> Message:
-    """A question as Flower's message to a node; its bytes are counted."""
-    content = encode(question.request)
-    traffic.down_bytes += message_bytes(content)
-    return Message(content, dst_node_id=node, message_type=question.message_type)
+def message_of(question: Question, *, node: int) -> Message:
+    """A question as Flower's message to a node."""
+    message_type = MESSAGE_TYPES[type(question.request)]
+    return Message(encode(question.request), dst_node_id=node, message_type=message_type)
 
 
-def read(message: Message, reply_type: type[R], traffic: Traffic) -> R:
-    """The reply in a message; its bytes are counted.
+def read(message: Message, reply_type: type[R]) -> R:
+    """The reply in a message.
 
     Raises:
         ProtocolError: It tells of a failure, or is not such a reply.
@@ -260,10 +271,7 @@ def read(message: Message, reply_type: type[R], traffic: Traffic) -> R:
         reason = str(message.error.reason or message.error.code)
         own_words = re.fullmatch(r"<class '[^']*'>:<'(.*)'>", reason, re.DOTALL)  # Flower's form of an exception
         raise ProtocolError(f"it failed and says {quoted(own_words[1] if own_words else reason)}")
-    content: RecordDict = message.content
-    reply = decode(reply_type, content)
-    traffic.up_bytes += message_bytes(content)
-    return reply
+    return decode(reply_type, message.content)
 
 
 def message_bytes(content: RecordDict) -> int:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from fedzo.errors import ProtocolError, RunFolderError
 from fedzo.records.decode import to_json
-from fedzo.records.folder import lock_file, make_folder, open_file, read_file, replace_file
-from fedzo.records.lines import RESTORE, decoded, whole_lines
+from fedzo.records.folder import lock_file, make_folder, open_file, read_file, replace_file, told_as
+from fedzo.records.lines import RESTORE, LogLines
 from fedzo.zo.log import VectorRecord, checked_vector
 from fedzo.zo.spaces.base import Values
 
@@ -20,25 +21,17 @@ L = TypeVar("L")
 VECTORS = "vectors"
 
 
-class Explained:
-    """Turns an OSError on the run folder into one that says what to do."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError) and not isinstance(error, RunFolderError):
-            raise RunFolderError(
-                f"run folder {self._folder}: cannot write ({error.strerror or error}). Committed rounds are safe. "
-                "Free space or correct permissions, then `fedzo resume` it, or choose another with hydra.run.dir=..."
-            ) from error
+def writing_logs(folder: Path) -> AbstractContextManager[None]:
+    """Tells of a run folder that cannot be written, and what to do."""
+    remedy = (
+        "Committed rounds are safe. Free space or correct permissions, then `fedzo resume` it, or choose another with "
+        "hydra.run.dir=..."
+    )
+    return told_as(RunFolderError, f"run folder {folder}: it must be writable", remedy)
 
 
-class Lines(Generic[L]):
-    """A file of records, one a line, open for appending.
+class OpenLog(LogLines[L]):
+    """A log that is open for appending.
 
     Args:
         folder: The run folder.
@@ -49,7 +42,6 @@ class Lines(Generic[L]):
     """
 
     def __init__(self, folder: Path, name: str, decode: Callable[..., L], *, lock: bool = False) -> None:
-        self._path = folder / name
         opened = open_file(folder, name, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         self._file = os.fdopen(opened, "a+b", buffering=0)  # a failed write must not come back at close
         try:
@@ -57,64 +49,60 @@ class Lines(Generic[L]):
                 lock_file(opened, folder)
             if os.fstat(opened).st_nlink > 1:
                 raise RunFolderError(
-                    f"{self._path}: it must be this folder's alone, but other folders hold the same file (hard links). "
-                    "Put a copy of it in its place."
+                    f"{folder / name}: it must be this folder's alone, but other folders hold the same file (hard "
+                    "links). Put a copy of it in its place."
                 )
-            self._file.seek(0)
-            self._data = self._file.read()
-            lines = whole_lines(self._data)
-            self._whole = sum(map(len, lines))
-            self.lines = decoded(self._path, lines, decode)
+            super().__init__(folder, name, decode)
         except BaseException:
             self._file.close()
             raise
 
     def repair(self) -> None:
         """Cut off an unfinished last line, or give a whole one the newline that it lacks."""
-        if cut := len(self._data) - self._whole:
+        size, whole = os.fstat(self.fileno()).st_size, self._start(len(self))
+        if cut := size - whole:
             log.warning("%s: its last line was unfinished; %d bytes are cut off", self._path, cut)
-            self._file.truncate(self._whole)
-        elif self._data and not self._data.endswith(b"\n"):
+            self._file.truncate(whole)
+        elif size and os.pread(self.fileno(), 1, size - 1) != b"\n":
             log.warning("%s: its last line had no newline; it is added", self._path)
             self._file.write(b"\n")
-        self._data = b""
+            self._ends[-1] += 1
 
     def fileno(self) -> int:
         return self._file.fileno()
 
     def append(self, line: L, *, durable: bool) -> None:
-        self._write(to_json(line).encode() + b"\n")
+        self._write([to_json(line).encode() + b"\n"])
         if durable:
             os.fsync(self._file.fileno())
-        self.lines.append(line)
 
-    def keep(self, wanted: Callable[[L], bool], *, dropped: str = "") -> None:
-        """Drop the lines that are not wanted; those before the first of them are not touched, so no kill loses them.
+    def keep(self, numbers: Sequence[int], *, dropped: str = "") -> None:
+        """Drop the other lines; those before the first of them are not touched, so no kill loses them.
 
-        The others keep their bytes: a record in memory may be lighter than its line.
+        What stays keeps its bytes.
 
         Args:
-            wanted: Says which lines stay.
+            numbers: Of the lines that stay, ascending.
             dropped: For the warning, what the others tell of; without it there is none.
         """
-        first = next((number for number, line in enumerate(self.lines) if not wanted(line)), None)
-        if first is None:
+        first = next((place for place, number in enumerate(numbers) if number != place), len(numbers))
+        if first == len(self):
             return
-        kept = [number for number in range(first, len(self.lines)) if wanted(self.lines[number])]
         if dropped:
-            count = len(self.lines) - first - len(kept)
-            log.warning("%s: %d lines of %s are dropped", self._path, count, dropped)
-        self._file.seek(0)
-        held = self._file.read().splitlines(keepends=True)
-        self._file.truncate(sum(map(len, held[:first])))
-        self._write(b"".join(held[number] for number in kept))
-        self.lines = [*self.lines[:first], *(self.lines[number] for number in kept)]
+            log.warning("%s: %d lines of %s are dropped", self._path, len(self) - len(numbers), dropped)
+        kept = [self._line(self._file, number) for number in numbers[first:]]
+        self._file.truncate(self._start(first))
+        self.leave_out_from(first)
+        self._write(kept)
 
-    def _write(self, rest: bytes) -> None:
+    def _write(self, lines: list[bytes]) -> None:
+        rest = b"".join(lines)
         while rest:
             rest = rest[self._file.write(rest) :]
+        for line in lines:
+            self._ends.append(self._start(len(self)) + len(line))
 
-    def __enter__(self) -> Lines[L]:
+    def __enter__(self) -> OpenLog[L]:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -15,17 +15,26 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fedzo.errors import RunFolderError
 from fedzo.fl.config import BestBy
-from fedzo.fl.log_files import VECTORS, Explained, Lines, read_vector, write_vector
+from fedzo.fl.log_files import VECTORS, OpenLog, read_vector, write_vector, writing_logs
 from fedzo.records.folder import AUDIT, METRICS, PUBLIC, refuse_link
-from fedzo.records.lines import RESTORE, read_records
+from fedzo.records.lines import RESTORE, LogLines
 from fedzo.records.log import CommittedLine, Proof, PublicLine, RoundAudit, decode_audit, decode_public
-from fedzo.records.metrics import CentralScore, Extension, MetricRecord, Round, Setup, Summary, decode_metric
+from fedzo.records.metrics import (
+    CentralScore,
+    Extension,
+    FederatedScore,
+    MetricRecord,
+    Round,
+    Setup,
+    Summary,
+    decode_metric,
+)
 from fedzo.zo.log import LogRecord, RoundRecord, VectorRecord
 
 _UNCOMMITTED = "a round that was not committed"
@@ -44,8 +53,15 @@ class RunLog:
     A last line that a killed process left unfinished, or that another process is just writing, is no line. One that
     lacks nothing but its newline (an editor took it) is. Audit and metrics are read when they are first asked for.
 
+    Memory holds what each round did, since that is the model; and what a metric record says, but for what it says of
+    each client. Lines are read from their files when they are asked for: all rounds and clients together would not fit.
+
     Args:
         folder: The run folder.
+
+    Attributes:
+        records: What each committed round did.
+        rounds: Their public lines, in the file.
 
     Raises:
         RunFolderError: A log is not there or a link, or a line is not what a run writes.
@@ -53,42 +69,36 @@ class RunLog:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._rounds = read_records(folder, PUBLIC, decode_public)
-        self.records = [self._record(line) for line in self._rounds]
-        self._told: dict[str, list[Any]] = {}
+        self.rounds: LogLines[CommittedLine] = LogLines(folder, PUBLIC, decode_public)
+        self.records = [self._record(line) for line in self.rounds]
 
-    @property
-    def rounds(self) -> list[CommittedLine]:
-        """Public lines of the committed rounds."""
-        return self._rounds
+    @cached_property
+    def audit(self) -> LogLines[RoundAudit]:
+        """Audit lines of the committed rounds, in the file."""
+        lines = LogLines(self.folder, AUDIT, decode_audit)
+        self.check_audit([line.round for line in lines])
+        lines.leave_out_from(len(self.records))
+        return lines
 
-    @property
-    def audit(self) -> list[RoundAudit]:
-        """Audit lines of the committed rounds."""
-        if AUDIT not in self._told:
-            self._told[AUDIT] = self._of_committed(read_records(self.folder, AUDIT, decode_audit))
-        return self._told[AUDIT]
-
-    @property
+    @cached_property
     def metrics(self) -> list[MetricRecord]:
-        """Metric records so far; what a round says of each client is in the file alone, since it fills the memory."""
-        if METRICS not in self._told:
-            told = read_records(self.folder, METRICS, _decode_light)
-            self._told[METRICS] = [line for line in told if belongs(line, len(self.records))]
-        return self._told[METRICS]
+        """Metric records so far, without what they say of each client."""
+        lines = LogLines(self.folder, METRICS, _decode_light)
+        return [line for line in lines if belongs(line, len(self.records))]
 
-    def told(self, kind: type[M]) -> list[M]:
+    def metrics_of(self, kind: type[M]) -> list[M]:
         """The metric records of one kind so far."""
         return [record for record in self.metrics if isinstance(record, kind)]
 
-    def _of_committed(self, audit: list[RoundAudit]) -> list[RoundAudit]:
-        lines = [line for line in audit if line.round < len(self.records)]
-        if len(lines) != len(self.records):
+    def check_audit(self, rounds: list[int]) -> None:
+        """Refuse an audit log whose lines, of these rounds, are not those of the committed rounds."""
+        done = len(self.records)
+        if rounds[:done] != [*range(done)]:
+            found = len([number for number in rounds if number < done])
             raise RunFolderError(
-                f"{self.folder / AUDIT}: it must hold every one of the {len(self.records)} committed rounds, got "
-                f"{len(lines)}. {RESTORE}"
+                f"{self.folder / AUDIT}: it must hold every one of the {done} committed rounds, got {found}"
+                f"{' in another order' if found == done else ''}. {RESTORE}"
             )
-        return lines
 
     def _record(self, line: CommittedLine) -> LogRecord:
         """What a line says; a vector stays in its file until it is read."""
@@ -106,32 +116,39 @@ class RunStore(RunLog):
     Raises:
         FolderInUseError: Another process writes to it; nothing was changed.
         RunFolderError: The folder cannot be written or holds a link, a line is not what a run writes, or the logs do
-            not belong together; nothing was cut.
+            not belong together; nothing was cut. Of the audit log this looks at the number of lines and at the last
+            ones: to read them all takes minutes.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        with ExitStack() as opened, Explained(folder):
+        with ExitStack() as opened, writing_logs(folder):
             folder.mkdir(parents=True, exist_ok=True)
             for each in folder.iterdir():
                 refuse_link(each)
             if not (folder / PUBLIC).exists() and has_begun(folder):
                 raise self._other_logs("none")
-            self._public = opened.enter_context(Lines(folder, PUBLIC, decode_public, lock=True))
-            self._audit = opened.enter_context(Lines(folder, AUDIT, decode_audit))
-            self._metrics = opened.enter_context(Lines(folder, METRICS, _decode_light))
-            self.records = [self._record(line) for line in self._public.lines]
+            self._public = opened.enter_context(OpenLog(folder, PUBLIC, decode_public, lock=True))
+            self.records = [self._record(line) for line in self._public]
             done = len(self.records)
-            self._of_committed(self._audit.lines)
-            told = [*self._audit.lines, *(line for line in self._metrics.lines if isinstance(line, Round))]
-            if (last := max((line.round for line in told), default=-1)) > done:  # a kill leaves one round more
+            self._audit = opened.enter_context(OpenLog(folder, AUDIT, decode_audit))
+            unread = min(max(done - 1, 0), len(self._audit))  # the server reads these before its first new round
+            rounds = [*range(unread), *(line.round for line in self._audit[unread:])]
+            self.check_audit(rounds)
+            self._metrics = opened.enter_context(OpenLog(folder, METRICS, _decode_light))
+            metrics = [*self._metrics]
+            rounds += [line.round for line in metrics if isinstance(line, Round)]
+            if (last := max(rounds, default=-1)) > done:  # a kill leaves one round more
                 raise self._other_logs(f"{done} of {last + 1}")
-            for lines in (self._public, self._audit, self._metrics):
+            files: list[OpenLog[Any]] = [self._public, self._audit, self._metrics]
+            for lines in files:
                 lines.repair()
             for left in (folder / VECTORS).glob(".*.part"):
                 left.unlink()
-            self._audit.keep(lambda line: line.round < done, dropped=_UNCOMMITTED)
-            self._metrics.keep(lambda line: belongs(line, done), dropped=_UNCOMMITTED)
+            self._audit.keep(range(done), dropped=_UNCOMMITTED)
+            kept = [number for number, line in enumerate(metrics) if belongs(line, done)]
+            self._metrics.keep(kept, dropped=_UNCOMMITTED)
+            self.rounds, self.audit, self.metrics = self._public, self._audit, [metrics[number] for number in kept]
             self._files = opened.pop_all()
 
     def __enter__(self) -> RunStore:
@@ -139,21 +156,6 @@ class RunStore(RunLog):
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    @property
-    def rounds(self) -> list[CommittedLine]:
-        """Public lines of the committed rounds."""
-        return self._public.lines
-
-    @property
-    def audit(self) -> list[RoundAudit]:
-        """Audit lines of the committed rounds."""
-        return self._audit.lines
-
-    @property
-    def metrics(self) -> list[MetricRecord]:
-        """Metric records so far, without what a round says of each client."""
-        return self._metrics.lines
 
     def commit(self, record: LogRecord, *, attendance: Sequence[int], proof: Proof, audit: RoundAudit) -> None:
         """Make a round part of the run.
@@ -165,7 +167,7 @@ class RunStore(RunLog):
             audit: What it was made of.
         """
         line = record.to_line(attendance=attendance, proof=proof)
-        with Explained(self.folder):
+        with writing_logs(self.folder):
             if isinstance(record, VectorRecord):
                 write_vector(self.folder, record)
             self._audit.append(audit, durable=True)
@@ -178,14 +180,16 @@ class RunStore(RunLog):
         Which round is best, for example, follows from scores of rounds that are not scored again. What a round measured
         decides nothing, and rounds are many.
         """
-        with Explained(self.folder):
+        with writing_logs(self.folder):
             self._metrics.append(record, durable=not isinstance(record, Round))
-            self._metrics.lines[-1] = _light(record)
+        self.metrics.append(_light(record))
 
-    def take_back(self, record: MetricRecord) -> None:
-        """Drop a metric record that came to nothing."""
-        with Explained(self.folder):
-            self._metrics.keep(lambda line: line != record)
+    def take_back(self, record: Extension) -> None:
+        """Drop the record of an extension that came to nothing."""
+        kept = [number for number, line in enumerate(self.metrics) if line != record]
+        with writing_logs(self.folder):
+            self._metrics.keep(kept)
+        self.metrics = [self.metrics[number] for number in kept]
 
     def close(self) -> None:
         """Close the files; the lock goes with them."""
@@ -206,8 +210,8 @@ def best_round(store: RunLog, *, by: BestBy, evaluator: str | None) -> int:
 
 def best_dev_score(store: RunLog, *, by: BestBy, evaluator: str | None) -> CentralScore | None:
     """An evaluator's best dev score, of equal ones the earliest."""
-    told = store.told(CentralScore)
-    scores = [score for score in told if score.split == "dev" and score.evaluator == evaluator]
+    taken = store.metrics_of(CentralScore)
+    scores = [score for score in taken if score.split == "dev" and score.evaluator == evaluator]
 
     def rank(score: CentralScore) -> tuple[float, float, int]:
         loss = math.inf if score.loss is None else score.loss
@@ -230,9 +234,17 @@ def belongs(record: MetricRecord, done: int) -> bool:
 
 
 def _light(record: MetricRecord) -> MetricRecord:
-    return replace(record, clients=()) if isinstance(record, Round) else record
+    """A record without what it says of each client; of scores the worst client's stays, which the summary names."""
+    match record:
+        case Round():
+            return replace(record, clients=(), reasons={})
+        case FederatedScore():
+            worst = [client for client, _ in record.worst_first[:1]]
+            return replace(record, clients=tuple(score for score in record.clients if score.client in worst))
+        case _:
+            return record
 
 
 def _decode_light(value: object, **told: Any) -> MetricRecord:
-    """A line of the metrics (``decode_metric``), of which what a round says of each client is let go at once."""
+    """A line of the metrics (``decode_metric``), of which what it says of each client is let go at once."""
     return _light(decode_metric(value, **told))

@@ -28,26 +28,32 @@ class Replica:
         moments: What the server optimizer remembers, float32 [num_moments, n]; like theta a function of the log.
         position: Rounds applied.
         chain: Hash chain of the log up to there.
-        walks_clients: Whether the rule walks every client's local steps, and so needs each client's own scalars in the
-            log.
+        walks_clients: Whether the server optimizer walks every client's local steps, and so needs each client's own
+            scalars in the log.
 
     Args:
         space: At the base weights.
-        rule: Moves the space by a round.
+        server_optimizer: Moves the space by a round.
         reset: Brings the space back to the base weights.
         run_seed: Seed of the run's directions.
-        num_clients: Clients of the run; a rule may remember each of them.
+        num_clients: Clients of the run; a server optimizer may remember each of them.
     """
 
     def __init__(
-        self, space: Space, *, rule: ServerOptimizer, reset: Callable[[], None], run_seed: int, num_clients: int = 0
+        self,
+        space: Space,
+        *,
+        server_optimizer: ServerOptimizer,
+        reset: Callable[[], None],
+        run_seed: int,
+        num_clients: int = 0,
     ) -> None:
         self.space = space
-        self.moments = np.zeros((rule.num_moments(num_clients), space.size), np.float32)
+        self.moments = np.zeros((server_optimizer.num_moments(num_clients), space.size), np.float32)
         self.position = 0
         self.chain = EMPTY_CHAIN
-        self.walks_clients = isinstance(rule, ControlVariates)
-        self._rule = rule
+        self.walks_clients = isinstance(server_optimizer, ControlVariates)
+        self._optimizer = server_optimizer
         self._reset = reset
         self._run_seed = run_seed
         self._check: int | None = None  # of this position, as far as somebody has asked
@@ -55,8 +61,8 @@ class Replica:
 
     def drift(self, client: int) -> Drift | None:
         """The correction of a client's local steps in the coming round; None where they are plain SGD."""
-        if isinstance(self._rule, ControlVariates):
-            return self._rule.drift(self.space.values(), self.moments, client)
+        if isinstance(self._optimizer, ControlVariates):
+            return self._optimizer.drift(self.space.values(), self.moments, client)
         return None
 
     def advance(self, records: Sequence[LogRecord]) -> None:
@@ -79,14 +85,14 @@ class Replica:
             )
         self._check = self._digest = None
         if isinstance(record, RoundRecord):
-            self._rule.apply(self.space, self.moments, record, run_seed=self._run_seed)
+            self._optimizer.apply(self.space, self.moments, record, run_seed=self._run_seed)
             return
-        if not isinstance(self._rule, VectorOptimizer) or record.size != self.space.size:
+        if not isinstance(self._optimizer, VectorOptimizer) or record.size != self.space.size:
             raise ProtocolError(
                 f"log: round {record.round} must hold what this run's server optimizer and its {self.space.size} "
                 f"trained values take, got a vector of {record.size} numbers. Is the log of another run?"
             )
-        self._rule.displace(self.space, self.moments, record)
+        self._optimizer.displace(self.space, self.moments, record)
 
     def reset(self) -> None:
         """Back to the base weights."""
@@ -102,7 +108,7 @@ class Replica:
         self.advance(records[:position])
 
     def check(self) -> int:
-        """A 32-bit check of theta and of what the rule remembers; that of theta alone where it remembers nothing.
+        """A 32-bit check of theta and of the moments; that of theta alone where there are none.
 
         Theta is read when it has come to a position and before it leaves it, however many clients ask in between.
         """
@@ -133,11 +139,10 @@ class Replica:
         Raises:
             ProtocolError: The log does not lead to the state that it claims.
         """
-        claimed, found = asdict(line.proof), asdict(self.proof(digest=line.digest is not None))
-        for what, value in found.items():
-            if claimed[what] != value:
+        for what, value in asdict(self.proof(digest=line.digest is not None)).items():
+            if (claimed := getattr(line, what)) != value:
                 raise ProtocolError(
-                    f"log, round {line.round}: {what} must be {claimed[what]}, but replaying gives {value}. "
+                    f"log, round {line.round}: {what} must be {claimed}, but replaying gives {value}. "
                     "The base model, the mask or the log is from another run."
                 )
 

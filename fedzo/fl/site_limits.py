@@ -34,7 +34,7 @@ class SiteError(FedzoError):
         self.details = details
 
 
-def told(error: Exception) -> SiteError:
+def as_site_error(error: Exception) -> SiteError:
     """What the server is told of an error, whatever it says of the site."""
     if isinstance(error, SiteError):
         return error

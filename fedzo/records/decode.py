@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar, overload
 
 from fedzo.errors import FedzoError
 from fedzo.records.codec import codec_of
+from fedzo.records.folder import read_file, told_as
 from fedzo.records.values import MismatchError
 
 T = TypeVar("T")
@@ -29,10 +31,36 @@ def decode(kind: type[T], value: object, *, where: str, error: type[FedzoError],
     return record
 
 
+@overload
+def decode_json(kind: type[T], text: str | bytes, *, where: str, error: type[FedzoError], remedy: str = "") -> T: ...
+@overload
+def decode_json(kind: Any, text: str | bytes, *, where: str, error: type[FedzoError], remedy: str = "") -> Any: ...
 def decode_json(kind: Any, text: str | bytes, *, where: str, error: type[FedzoError], remedy: str = "") -> Any:
     """``decode`` of what a text of JSON holds."""
     value = parse_json(text, where=where, error=error, remedy=remedy)
     return decode(kind, value, where=where, error=error, remedy=remedy)
+
+
+def read_record(kind: type[T], folder: Path, name: str, *, error: type[FedzoError], remedy: str = "") -> T | None:
+    """The record in a file of a run folder; None where there is no such file.
+
+    Args:
+        kind: The record's dataclass.
+        folder: The run folder.
+        name: Of the file in it.
+        error: Raised for a file that cannot be read or holds something else.
+        remedy: What to do then; ends the message.
+
+    Raises:
+        RunFolderError: The file, or a folder on the way to it, is a link, or it is no regular file.
+    """
+    where = str(folder / name)
+    with told_as(error, f"{where}: it must be readable", remedy):
+        try:
+            text = read_file(folder, name)
+        except FileNotFoundError:
+            return None
+    return decode_json(kind, text, where=where, error=error, remedy=remedy)
 
 
 def encode(record: object) -> Any:
@@ -47,9 +75,9 @@ def encode(record: object) -> Any:
         raise ValueError(f"{type(record).__name__}: {mismatch}") from mismatch
 
 
-def to_json(record: object) -> str:
-    """A record as one line of compact JSON."""
-    return json.dumps(encode(record), allow_nan=False, separators=(",", ":"))
+def to_json(record: object, *, indent: int | None = None) -> str:
+    """A record as JSON: one compact line, or with ``indent`` a text for people."""
+    return json.dumps(encode(record), allow_nan=False, indent=indent, separators=(",", ":") if indent is None else None)
 
 
 def parse_json(text: str | bytes, *, where: str, error: type[FedzoError], remedy: str = "") -> Any:

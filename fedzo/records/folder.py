@@ -6,15 +6,18 @@ A run folder may come from somebody else. What lies in it must not lead a comman
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
-from fedzo.errors import FolderInUseError, RunFolderError
+from fedzo.errors import FedzoError, FolderInUseError, RunFolderError
 
+log = logging.getLogger(__name__)
 PUBLIC, AUDIT, METRICS = "public.jsonl", "audit.jsonl", "metrics.jsonl"
 """The logs of a run."""
 CONFIG, CONFIG_YAML, OVERRIDES, ENVIRONMENT = "config.json", "config.yaml", "overrides.yaml", "environment.json"
@@ -28,6 +31,23 @@ STOP = "stop"
 REPORT, LOG, CLIENTS_LOG = "report.html", "fedzo.log", "logs/clients.log"
 """The page, warnings of the run, and what clients in processes of their own, on the server's machine, tell."""
 _LOOK_S = 0.05
+
+
+@contextmanager
+def told_as(kind: type[FedzoError], rule: str, remedy: str = "") -> Iterator[None]:
+    """Raise an error of the system as one of fedzo's; what is fedzo's already is let through as it is.
+
+    Args:
+        kind: The error to raise.
+        rule: Where, and what must hold, such as ``mask file x: it must be writable``.
+        remedy: What to do; ends the message.
+    """
+    try:
+        yield
+    except FedzoError:  # one on a run folder is an OSError, too
+        raise
+    except OSError as error:
+        raise kind(f"{rule}, got {error.strerror or str(error)!r}. {remedy}".rstrip()) from error
 
 
 def open_file(folder: Path, name: str, flags: int = os.O_RDONLY, *, mode: int = 0o666) -> int:
@@ -121,7 +141,7 @@ def make_folder(folder: Path) -> Path:
 
 @contextmanager
 def folder_of_one_process(folder: Path, what: str = "run folder") -> Iterator[None]:
-    """Have a folder to oneself, among those who ask by this; file systems that lock no folders let everybody in.
+    """Have a folder to oneself, among those who ask by this.
 
     Args:
         folder: The folder.
@@ -132,18 +152,17 @@ def folder_of_one_process(folder: Path, what: str = "run folder") -> Iterator[No
     """
     opened = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            lock_file(opened, folder, what)
-        except OSError as error:
-            if isinstance(error, FolderInUseError):
-                raise
+        lock_file(opened, folder, what)
         yield
     finally:
         os.close(opened)
 
 
 def lock_file(opened: int, folder: Path, what: str = "run folder") -> None:
-    """Lock an open file, for as long as it is open; ``FolderInUseError`` if another process has it."""
+    """Lock an open file, for as long as it is open; ``FolderInUseError`` if another process has it.
+
+    A file system that knows no locks lets everybody in; a warning says so.
+    """
     for wait_s in (_LOOK_S, None):  # another process may only be looking whether somebody has it
         try:
             return fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -152,10 +171,17 @@ def lock_file(opened: int, folder: Path, what: str = "run folder") -> None:
                 text = f"{what} {folder}: another process is using it. Wait for it, or end it."
                 raise FolderInUseError(text) from error
             time.sleep(wait_s)
+        except OSError as error:
+            return _tell_of_no_lock(folder.resolve(), what, error.strerror)
 
 
-def is_locked(file: Path) -> bool:
-    """Whether another process is known to have locked a file; one that is not there is not."""
+@cache  # once a folder
+def _tell_of_no_lock(folder: Path, what: str, reason: object) -> None:
+    log.warning("%s %s: it cannot be locked (%s). Let no other process use it meanwhile.", what, folder, reason)
+
+
+def is_locked(file: Path) -> bool | None:
+    """Whether another process has locked a file; one that is not there is not. None where nobody can know."""
     try:
         opened = os.open(file, os.O_RDONLY)
     except FileNotFoundError:
@@ -165,7 +191,7 @@ def is_locked(file: Path) -> bool:
     except BlockingIOError:
         return True
     except OSError:  # its file system knows no locks
-        return False
+        return None
     finally:
         os.close(opened)
     return False

@@ -33,7 +33,7 @@ from fedzo.records.fields import (
 Directions = Annotated[int, Within(0, 0xFFFFFFFE)] | Literal["shared"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Proof:
     """What a line of the public log says of the state after its round.
 
@@ -49,7 +49,7 @@ class Proof:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class PublicLine:
+class PublicLine(Proof):
     """A committed round (``fedzo.zo.log.RoundRecord``), who took part in it, and the proof of the state after it.
 
     Attributes:
@@ -58,28 +58,21 @@ class PublicLine:
         c: Scalars by step, probe and owner, float32 [T, P, owners].
     """
 
+    first: ClassVar[tuple[str, ...]] = ("round", "lr", "owners", "directions", "c", "attendance")
     round: RoundNumber
     lr: LearningRate
     owners: Annotated[tuple[Annotated[int, Within(0, 0xFFFFFFFE)] | Literal["shared"], ...], Length(1, MOST_OWNERS)]
     directions: Annotated[Directions, OmitDefault()] = 0
     c: Columns
     attendance: Clients
-    chain: Hash
-    check: Check
-    digest: Hash | None
 
     def __post_init__(self) -> None:
         if self.c.shape[2] != len(self.owners):
             raise ValueError(f"hold a column of c for each of {len(self.owners)} owners, not {self.c.shape[2]}")
 
-    @property
-    def proof(self) -> Proof:
-        """What the line says of the state after it."""
-        return Proof(chain=self.chain, check=self.check, digest=self.digest)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VectorLine:
+class VectorLine(Proof):
     """A committed round whose clients sent vectors (``fedzo.zo.log.VectorRecord``); the rest as in ``PublicLine``.
 
     Attributes:
@@ -88,19 +81,12 @@ class VectorLine:
     """
 
     kind: ClassVar[str] = "vector"
+    first: ClassVar[tuple[str, ...]] = ("round", "lr", "size", "vector", "attendance")
     round: RoundNumber
     lr: LearningRate
     size: Annotated[int, Within(1, 1 << 36)]
     vector: Hash
     attendance: Clients
-    chain: Hash
-    check: Check
-    digest: Hash | None
-
-    @property
-    def proof(self) -> Proof:
-        """What the line says of the state after it."""
-        return Proof(chain=self.chain, check=self.check, digest=self.digest)
 
 
 CommittedLine = PublicLine | VectorLine

@@ -68,6 +68,23 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Forwards:
+    """What decides the bits of the server's forwards, beside versions and machine, which ``environment.json`` tells.
+
+    Where clients are processes of their own, each has chosen for itself.
+
+    Attributes:
+        dtype: Of the model's weights.
+        products: How steps multiply matrices, where they are rounded; empty where not.
+        tokens_per_batch: Most tokens of one.
+    """
+
+    dtype: Name
+    products: Words
+    tokens_per_batch: Count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
     """What is known before the first round.
 
@@ -79,6 +96,7 @@ class Setup:
         forwards_per_step: What a local step costs, where a backward pass counts as two; None in older records.
         prepare_seconds: What the trainer's preparation took (a mask, the gradient of a sketch's tables) in the process
             that began the run; None in older records.
+        forwards: In the process that began the run; None in older records.
     """
 
     kind: ClassVar[str] = "setup"
@@ -92,6 +110,7 @@ class Setup:
     cut_rows: Annotated[dict[Name, tuple[Count, Count]], Length(0, 4), OmitDefault()] = field(default_factory=dict)
     forwards_per_step: Annotated[Count | None, OmitDefault()] = None
     prepare_seconds: Annotated[Seconds | None, OmitDefault()] = None
+    forwards: Annotated[Forwards | None, OmitDefault()] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +158,7 @@ class Round:
         clip_bound: The announced bound of |g|; None = none.
         clipped: Scalars that lie on the bound.
         absent: Clients that were asked and sent nothing usable; ``reasons`` says why.
-        clients: Empty where the store holds the record: the file alone has them.
+        clients: Empty where the store holds the record, as are ``reasons``: the file alone has them.
     """
 
     kind: ClassVar[str] = "round"

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
+from fedzo.records.metrics import FederatedScore
 from fedzo.report.format import counted, last, percent_text, score_text, span
-from fedzo.report.panels import chosen_clients, client_colours, colour_scale
+from fedzo.report.panels import chosen_clients, client_colours, colour_scale, label_shares
 from fedzo.report.run_data import RunData, Scored
 from fedzo.report.style import (
     BLUE,
@@ -68,12 +69,13 @@ def draw_labels(run: RunData) -> Picture | None:
         axes.invert_yaxis()
     if len(series) > 1:
         figure.legend(loc="outside upper left", ncols=min(len(series), 5), handlelength=1, handleheight=1)
-    skew = label_skew(run)
-    sizes = [client.num_train for client in clients]
+    sizes, shares = [client.num_train for client in clients], label_shares(run)
     caption = f"Rows per client and label: {span(sizes, 'row')} a client."
-    if len(ranked) > 1 and max(skew.values(), default=0.0) > 0:
-        worst = max(skew, key=lambda client: skew[client])
-        caption += f" Client {worst} differs most from all rows together. Different colours mean non-IID clients."
+    if len(set(shares.values())) > 1:
+        worst = max(shares, key=lambda client: shares[client][0])
+        most = percent_text(shares[worst][0], digits=0)
+        caption += f" Up to {most} of a client's rows have the same label (client {worst})."
+        caption += " Different colours mean non-IID clients."
     return Picture("labels", "Who holds which labels", caption, figure)
 
 
@@ -84,8 +86,9 @@ def draw_abs_g(run: RunData) -> Picture | None:
     if not ids:
         return None
     rounds = [record.round + 1 for record in records]
-    tables = [{client.client: client.abs_g for client in record.clients} for record in records]
     lines, flagged = chosen_clients(run, ids, most=MAX_LINES), run.flagged
+    drawn = set(lines)
+    tables = [{each.client: each.abs_g for each in record.clients if each.client in drawn} for record in records]
     window, thin = window_of(len(rounds)), 1 + len(rounds) // MAX_POINTS
     colours = client_colours(run, lines)
     figure, axes = new_axes(height=3.2)
@@ -115,7 +118,6 @@ def draw_federated(found: Scored, *, name: str, num_clients: int) -> Picture | N
     if not told:
         return None
     first, final = told[0], told[-1]
-    earlier = dict(first.worst_first) if first.round < final.round else {}
     scored, whole = final.worst_first, final.value
     assert whole is not None  # the mean of what clients tell
     figure, axes = new_axes(height=2.7)
@@ -123,11 +125,11 @@ def draw_federated(found: Scored, *, name: str, num_clients: int) -> Picture | N
     few = len(scored) <= 40
     colours = [ORANGE] + [BLUE] * (len(scored) - 1)
     axes.bar(places, [value for _, value in scored], 0.66 if few else 1.0, color=colours)
-    if earlier:
-        marks = [(place, earlier.get(client)) for place, (client, _) in zip(places, scored, strict=True)]
+    if first.round < final.round:
+        earlier = dict(first.worst_first)
         axes.plot(
-            [place for place, _ in marks],
-            gaps([value for _, value in marks]),
+            places,
+            gaps([earlier.get(client) for client, _ in scored]),
             color=INK,
             linestyle="none",
             marker="_",
@@ -163,15 +165,19 @@ def draw_federated(found: Scored, *, name: str, num_clients: int) -> Picture | N
     percent_axis(axes, final.metric)
     if len(scored) <= 16:
         _label_bars(axes, final.metric, [value for _, value in scored])
+    return Picture(name, f"{final.metric.capitalize()} per client", _federated_caption(final, num_clients), figure)
+
+
+def _federated_caption(final: FederatedScore, num_clients: int) -> str:
     rows = [client.num_examples for client in final.clients if client.value is not None]
+    (worst, value), told = final.worst_first[0], len(final.worst_first)
     caption = (
         f"After {counted(final.round, 'round')}, each client on rows it never trained on ({span(rows, 'row')}, "
-        f"so errors are large). Worst: client {scored[0][0]} with "
-        f"{score_text(final.metric, scored[0][1])} (orange)."
+        f"so errors are large). Worst: client {worst} with {score_text(final.metric, value)} (orange)."
     )
-    if num_clients > len(scored):
-        caption += f" {len(scored)} of {num_clients} clients told their {final.metric}."
-    return Picture(name, f"{final.metric.capitalize()} per client", caption, figure)
+    if num_clients > told:
+        caption += f" {told} of {num_clients} clients told their {final.metric}."
+    return caption
 
 
 def _label_bars(axes: Axes, metric: str, values: Sequence[float]) -> None:
@@ -196,16 +202,3 @@ def _label_totals(run: RunData) -> Counter[str]:
     for client in run.clients:
         totals.update(client.label_counts)
     return totals
-
-
-def label_skew(run: RunData) -> dict[int, float]:
-    """Per client, total variation distance of its labels from the federation's: 0 = alike, towards 1 = one-sided."""
-    totals = _label_totals(run)
-    whole = sum(totals.values())
-    skew = {}
-    for client in run.clients:
-        own = sum(client.label_counts.values())
-        if own and whole:
-            counts = client.label_counts
-            skew[client.client] = sum(abs(counts.get(k, 0) / own - n / whole) for k, n in totals.items()) / 2
-    return skew

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from itertools import accumulate
 
 from matplotlib.axes import Axes
+from matplotlib.text import Annotation
 
+from fedzo.records.metrics import CentralScore
 from fedzo.report.client_figures import draw_abs_g, draw_federated, draw_labels
 from fedzo.report.format import bytes_text, change_text, counted, first, last, number_text, score_text
-from fedzo.report.local_steps import draw_local_losses, draw_local_steps, shows_everyone
+from fedzo.report.local_steps import draw_local_losses, draw_local_steps, local_traces, shows_everyone
 from fedzo.report.run_data import RunData, Scored
 from fedzo.report.style import (
     BLUE,
@@ -34,14 +37,14 @@ from fedzo.report.style import (
 def draw_figures(run: RunData) -> list[Picture]:
     """Draw every figure that the run's records allow, in the order of the page."""
     with house_style():
-        slopes = None if shows_everyone(run) else draw_abs_g(run)
+        slopes, traces = None if shows_everyone(run) else draw_abs_g(run), local_traces(run)
         drawn = [
             _scores(run, run.first, name="score"),
             _loss(run),
             _bytes(run),
             draw_labels(run),
-            draw_local_steps(run),
-            draw_local_losses(run),
+            draw_local_steps(run, traces),
+            draw_local_losses(run, traces),
             slopes,
             draw_federated(run.first, name="federated", num_clients=len(run.clients)),
         ]
@@ -95,23 +98,6 @@ def _scores(run: RunData, scored: Scored, *, name: str) -> Picture | None:
     if dev:
         axes.plot([s.round for s in dev], [s.value for s in dev], color=BLUE, marker="o", markersize=4, clip_on=False)
         labels.append(label_at(axes, dev[-1].round, dev[-1].value, "dev", color=BLUE))
-    best = run.summary.best_round if run.summary else None
-    marks = [(0, before, False), (best if best is not None else after.round if after else 0, after, True)]
-    for round_index, score, filled in marks:
-        if score is None:
-            continue
-        axes.plot(
-            round_index,
-            score.value,
-            marker="D",
-            markersize=8,
-            linestyle="none",
-            clip_on=False,
-            zorder=5,
-            color=ORANGE,
-            markerfacecolor=ORANGE if filled else PAPER,
-            markeredgewidth=1.8,
-        )
     end = max([record.round + 1 for record in run.rounds] + [s.round for s in dev], default=0)
     _rounds_axis(axes, end)
     values = [s.value for s in dev] + [s.value for s in (before, after) if s]
@@ -119,29 +105,53 @@ def _scores(run: RunData, scored: Scored, *, name: str) -> Picture | None:
     low, high = min(values) - 2 * margin, max(values) + 2 * margin
     share = min(values) >= 0 and max(values) <= 1
     axes.set_ylim(max(0.0, low) if share else low, min(1.0, high) if share else high)
-    for round_index, score, filled in marks:
-        if score is None:
-            continue
-        text = f"test {'after' if filled else 'before'}  {score_text(metric, score.value)}"
-        left = filled and round_index > 0.5 * end
-        below = any(s.value > score.value for s in dev if abs(s.round - round_index) < 0.2 * max(end, 1))
-        floor, top = axes.get_ylim()
-        below = below and score.value > floor + 0.12 * (top - floor)  # the axis has its own labels below
-        label = label_at(
-            axes,
-            round_index,
-            score.value,
-            text,
-            xytext=(-12 if left else 12, -3 if below else 3),
-            color=ORANGE,
-            ha="right" if left else "left",
-            va="top" if below else "bottom",
-            fontweight="bold",
-        )
-        labels.append(label)
+    if before:
+        labels.append(_diamond(axes, 0, before, "before", dev=dev, end=end))
+    if after:
+        best = run.summary.best_round if run.summary else None
+        labels.append(_diamond(axes, after.round if best is None else best, after, "after", dev=dev, end=end))
     axes.set_ylabel(metric)
     percent_axis(axes, metric)
     keep_apart(figure, labels)
+    return Picture(name, f"{metric.capitalize()} over rounds", _scores_caption(run, scored, metric), figure)
+
+
+def _diamond(
+    axes: Axes, place: int, score: CentralScore, when: str, *, dev: Sequence[CentralScore], end: int
+) -> Annotation:
+    """Mark a score of the test rows, filled ``after`` training; returns its label, away from the line of ``dev``."""
+    filled = when == "after"
+    axes.plot(
+        place,
+        score.value,
+        marker="D",
+        markersize=8,
+        linestyle="none",
+        clip_on=False,
+        zorder=5,
+        color=ORANGE,
+        markerfacecolor=ORANGE if filled else PAPER,
+        markeredgewidth=1.8,
+    )
+    left = filled and place > 0.5 * end
+    below = any(s.value > score.value for s in dev if abs(s.round - place) < 0.2 * max(end, 1))
+    floor, top = axes.get_ylim()
+    below = below and score.value > floor + 0.12 * (top - floor)  # the axis has its own labels below
+    return label_at(
+        axes,
+        place,
+        score.value,
+        f"test {when}  {score_text(score.metric, score.value)}",
+        xytext=(-12 if left else 12, -3 if below else 3),
+        color=ORANGE,
+        ha="right" if left else "left",
+        va="top" if below else "bottom",
+        fontweight="bold",
+    )
+
+
+def _scores_caption(run: RunData, scored: Scored, metric: str) -> str:
+    dev, (before, after) = scored.dev, scored.test
     caption = "The test rows were scored only at the diamonds." if before else "No test rows were scored."
     if dev:
         best_value = f"{'lowest' if dev[0].lower_is_better else 'highest'} dev {metric}"
@@ -151,7 +161,7 @@ def _scores(run: RunData, scored: Scored, *, name: str) -> Picture | None:
         caption = f"The line is dev {metric}{chosen}. {caption}"
     if before and after:
         caption = f"{caption} Test: {change_text(metric, before.value, after.value)}."
-    return Picture(name, f"{metric.capitalize()} over rounds", caption, figure)
+    return caption
 
 
 def _bytes(run: RunData) -> Picture | None:

@@ -26,7 +26,7 @@ from fedzo.report.format import (
     share_text,
 )
 from fedzo.report.run_data import RunData, load_run
-from fedzo.report.style import Picture, page_svg, save_pictures, unwritable
+from fedzo.report.style import Picture, page_svg, save_pictures, writing_report
 
 Table = tuple[str, list[list[str]]]
 
@@ -92,11 +92,9 @@ def render_page(
 
 def write_page(path: Path, text: str, *, mode: int = 0o666) -> Path:
     """Write a page, for whom ``mode`` says; ``RunFolderError`` if it cannot be."""
-    try:
+    with writing_report(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, text.encode(errors="replace"), mode=mode)  # a folder may have bytes for a name
-    except OSError as error:
-        raise unwritable(path, error) from error
     return path
 
 
@@ -159,6 +157,9 @@ def _numbers(run: RunData) -> Table:
         trained = f"{count_text(run.setup.space_size)} of {count_text(run.setup.num_params)}"
         rows.append(["trained weights", f"{trained} ({share_text(run.setup.space_size, run.setup.num_params)})"])
         rows.append(["set-up of a client", bytes_text(run.setup.setup_down_bytes)])
+        if forwards := run.setup.forwards:
+            most = f"up to {count_text(forwards.tokens_per_batch)} tokens at once"
+            rows.append(["forwards at the server", f"{forwards.products or forwards.dtype}, {most}"])
     for what, up, down in (
         ("payload a client", "payload_up_bytes", "payload_down_bytes"),
         ("messages a client", "message_up_bytes", "message_down_bytes"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from matplotlib.axes import Axes
 
@@ -11,6 +12,7 @@ from fedzo.report.format import last, number_text
 from fedzo.report.panels import (
     MAX_PANELS,
     Trace,
+    chosen_clients,
     client_colours,
     client_panels,
     client_traces,
@@ -25,19 +27,29 @@ from fedzo.report.style import GRID, INK, Picture
 
 def shows_everyone(run: RunData) -> bool:
     """Whether the figure has a panel for every client that has taken a step."""
-    return 0 < len(client_traces(run)) <= MAX_PANELS
+    return 0 < len(_clients(run, "steps")) <= MAX_PANELS
 
 
-def draw_local_steps(run: RunData) -> Picture | None:
-    """|GradIP| and |g| of every client, or of ``MAX_PANELS``, the flagged among them; call in house style."""
-    traces = client_traces(run)
+def local_traces(run: RunData) -> dict[int, Trace]:
+    """The steps of the clients that these figures draw: one reading of a file that may be long."""
+    return client_traces(run, {*_drawn(run, "steps"), *_drawn(run, "loss")})
+
+
+def draw_local_steps(run: RunData, traces: Mapping[int, Trace]) -> Picture | None:
+    """|GradIP| and |g| of every client, or of ``MAX_PANELS``, the flagged among them; call in house style.
+
+    Args:
+        run: The run.
+        traces: Its ``local_traces``.
+    """
+    traces = {client: traces[client] for client in _drawn(run, "steps")}
     if all(value is None for trace in traces.values() for value in trace.abs_g):
         return None  # clients that send vectors measure no g
     verdicts = run.verdicts
     windows = (run.decision.windows if run.decision else None) or {}
     starts, unit = round_starts(run), _unit(traces)
     figure, grid = client_panels(run, traces, height=1.6 if verdicts else 1.4)
-    colours, window, peaks = client_colours(run, grid), mean_window(traces), list[float]()
+    colours, window, peaks = client_colours(run, grid), mean_window(run), list[float]()
     for client, axes in grid.items():
         trace = traces[client]
         thin = [v if v is None else v / unit for v in trace.grad_ip] if unit else trace.abs_g
@@ -53,17 +65,18 @@ def draw_local_steps(run: RunData) -> Picture | None:
     thin_name = f"|GradIP|, divided by {number_text(unit)}" if unit else "|g|"
     names = [f"|g|, mean of {last(window)}" if window > 1 else "|g|", thin_name]
     label_panels(run, figure, grid, top=max(peaks), unit="|g|, loss per unit step", names=names)
-    caption = _caption(run, drawn=len(grid), total=len(traces), unit=unit)
+    caption = _caption(run, drawn=len(grid), total=len(_clients(run, "steps")), unit=unit)
     return Picture("local_steps", "Local steps per client", caption, figure)
 
 
-def draw_local_losses(run: RunData) -> Picture | None:
-    """The loss of every client's batches before each local step, in the same panels; call in house style."""
-    traces = {client: trace for client, trace in client_traces(run).items() if any(v is not None for v in trace.loss)}
+def draw_local_losses(run: RunData, traces: Mapping[int, Trace]) -> Picture | None:
+    """The loss of every client's batches before each local step, in the same panels; arguments as above."""
+    traces = {client: traces[client] for client in _drawn(run, "loss")}
+    traces = {client: trace for client, trace in traces.items() if any(value is not None for value in trace.loss)}
     if not traces:
         return None
     figure, grid = client_panels(run, traces, height=1.2)
-    colours, window, peaks = client_colours(run, grid), mean_window(traces), list[float]()
+    colours, window, peaks = client_colours(run, grid), mean_window(run), list[float]()
     for client, axes in grid.items():
         trace = traces[client]
         peaks += draw_client(axes, trace.at, trace.loss, trace.loss, colour=colours[client], window=window)
@@ -74,6 +87,17 @@ def draw_local_losses(run: RunData) -> Picture | None:
         "its rows. A rising loss means that the steps of other clients hurt this client."
     )
     return Picture("local_losses", "Loss per client", caption, figure)
+
+
+def _drawn(run: RunData, number: Literal["steps", "loss"]) -> list[int]:
+    """The clients that get a panel for a number."""
+    return chosen_clients(run, _clients(run, number), most=MAX_PANELS)
+
+
+def _clients(run: RunData, number: Literal["steps", "loss"]) -> set[int]:
+    """The clients that have a number in any round."""
+    told = (client for record in run.rounds for client in record.clients)
+    return {client.client for client in told if getattr(client, number) is not None}
 
 
 def _unit(traces: dict[int, Trace]) -> float:

@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.typing import ColorType
 
+from fedzo.records.metrics import Round
 from fedzo.report.format import percent_text
 from fedzo.report.run_data import RunData
 from fedzo.report.style import BLUE, INK, MUTED, SKEW, lone, panel_grid, running_mean, whole_numbers, window_of
@@ -38,7 +39,7 @@ def client_panels(run: RunData, traces: Mapping[int, Trace], *, height: float) -
     """A panel a client, the most one-sided first."""
     shares, clients = label_shares(run), chosen_clients(run, traces, most=MAX_PANELS)
     figure, grid = panel_grid(len(clients), height=height)
-    end = max(trace.at[-1] + 1 for trace in traces.values())
+    end = num_steps(run)
     for axes, client in zip(grid, clients, strict=True):
         share, label = shares.get(client, (0.0, ""))
         labels = f": {percent_text(share, digits=0)} {run.class_name(label)}" if label else ""
@@ -80,18 +81,23 @@ def label_panels(
     colour_scale(run, figure, list(grid.values()))
 
 
-def mean_window(traces: Mapping[int, Trace]) -> int:
+def mean_window(run: RunData) -> int:
     """Steps of the running means."""
-    return window_of(max(trace.at[-1] + 1 for trace in traces.values()))
+    return window_of(num_steps(run))
 
 
-def client_traces(run: RunData) -> dict[int, Trace]:
-    """The steps of every client that has any."""
+def num_steps(run: RunData) -> int:
+    """Steps of the federation; a round is as long as its longest client."""
+    return sum(_longest(record) for record in run.rounds)
+
+
+def client_traces(run: RunData, clients: Collection[int] | None = None) -> dict[int, Trace]:
+    """The steps of those of some clients (None: all) that have any; those of all do not fit in memory."""
     traces: dict[int, Trace] = {}
     starts = round_starts(run)
-    for record in run.rounds:
+    for record, measured in run.with_signals(clients):
         start = starts[record.round]
-        for client in record.clients:
+        for client in measured:
             trace = traces.setdefault(client.client, Trace())
             trace.at.extend(range(start, start + client.steps))
             trace.abs_g.extend(client.signals.abs_g)
@@ -106,12 +112,16 @@ def client_traces(run: RunData) -> dict[int, Trace]:
 
 
 def round_starts(run: RunData) -> dict[int, int]:
-    """The federation's step with which each round begins; a round is as long as its longest client."""
+    """The federation's step with which each round begins."""
     starts, start = {}, 0
     for record in run.rounds:
         starts[record.round] = start
-        start += max((client.steps for client in record.clients), default=0)
+        start += _longest(record)
     return starts
+
+
+def _longest(record: Round) -> int:
+    return max((client.steps for client in record.clients), default=0)
 
 
 def chosen_clients(run: RunData, clients: Collection[int], *, most: int) -> list[int]:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
 from fedzo.errors import RunFolderError
 from fedzo.fl.log_store import belongs
-from fedzo.records.decode import parse_json
-from fedzo.records.folder import CONFIG_YAML, ENVIRONMENT, METRICS, OVERRIDES, PUBLIC, read_file
-from fedzo.records.lines import whole_lines
+from fedzo.records.decode import decode, parse_json
+from fedzo.records.folder import CONFIG_YAML, ENVIRONMENT, METRICS, OVERRIDES, PUBLIC, open_file, read_file, told_as
+from fedzo.records.lines import LogLines
+from fedzo.records.log import decode_public
 from fedzo.records.metrics import (
     METRIC_KINDS,
     CentralScore,
+    ClientRound,
     ClientSetup,
     ClientVerdict,
     Extension,
@@ -28,6 +33,7 @@ from fedzo.records.metrics import (
     Round,
     Setup,
     StepDecision,
+    StepSignals,
     Summary,
     decode_metric,
 )
@@ -74,6 +80,9 @@ class RunData:
 
     ``decision`` is the newest on who stops early, None where there was none; ``flagged_from`` has the round from which
     each client has been flagged.
+
+    ``rounds`` are without the signals of single steps, which would fill the memory: ``with_signals`` reads them where
+    ``places`` says that the line of each round begins.
     """
 
     run_dir: Path
@@ -82,6 +91,7 @@ class RunData:
     environment: dict[str, Any]
     setup: Setup | None
     rounds: tuple[Round, ...]
+    places: dict[int, int]
     scored: tuple[Scored, ...]
     decision: StepDecision | None
     flagged_from: dict[int, int]
@@ -146,6 +156,19 @@ class RunData:
             counts[score.round] += getattr(score, kind, 0)  # a score has bytes of messages only
         return dict(sorted(counts.items()))
 
+    def with_signals(self, clients: Collection[int] | None = None) -> Iterator[tuple[Round, list[ClientRound]]]:
+        """Each round, and what some clients (None: all) measured in it, with the signals of their steps."""
+        with _opened(self.run_dir / METRICS) as file:
+            for record in self.rounds:
+                file.seek(self.places[record.round])
+                where: dict[str, Any] = {
+                    "where": f"{self.run_dir / METRICS}, round {record.round}",
+                    "error": RunFolderError,
+                }
+                told = parse_json(file.readline(), **where)["clients"]
+                wanted = (each for each in told if clients is None or each["client"] in clients)
+                yield record, [decode(ClientRound, each, **where) for each in wanted]
+
     def class_name(self, label: str | int) -> str:
         """The answer text of a label where the task names one, else the label itself."""
         label, candidates = str(label), self.setting("task", "candidates")
@@ -164,9 +187,9 @@ def load_run(run_dir: Path) -> RunData:
     Raises:
         RunFolderError: the folder is no run folder or a file in it is damaged.
     """
-    records, notes = _read_metrics(run_dir / METRICS)
+    records, places, notes = _read_metrics(run_dir / METRICS)
     if (run_dir / PUBLIC).exists():
-        done = len(whole_lines(read_file(run_dir, PUBLIC)))
+        done = len(LogLines(run_dir, PUBLIC, decode_public))
         records = [record for record in records if belongs(record, done)]
     config_text, config, config_notes = _read_mapping(run_dir / CONFIG_YAML, _of_yaml)
     _, environment, environment_notes = _read_mapping(run_dir / ENVIRONMENT, json.loads)
@@ -184,6 +207,7 @@ def load_run(run_dir: Path) -> RunData:
         environment=environment,
         setup=setups[-1] if setups else None,
         rounds=tuple(rounds[index] for index in sorted(rounds)),
+        places=places,
         scored=_scored(records, config, best_round=ended.best_round if ended else None),
         decision=decisions[-1] if decisions else None,
         flagged_from={
@@ -232,38 +256,54 @@ def _scored(records: list[MetricRecord], config: dict[str, Any], *, best_round: 
     )
 
 
-def _read_metrics(path: Path) -> tuple[list[MetricRecord], list[str]]:
-    try:
-        lines = read_file(path.parent, path.name).split(b"\n")
-    except OSError as error:
-        if isinstance(error, RunFolderError):
-            raise
-        raise RunFolderError(
-            f"{path}: a run folder must hold a readable {METRICS}, got {error.strerror or error}. "
-            "Give the folder that fedzo train printed."
-        ) from error
+def _read_metrics(path: Path) -> tuple[list[MetricRecord], dict[int, int], list[str]]:
+    """The records, where the last line of each round begins, and what was left out."""
     records: list[MetricRecord] = []
-    notes = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            value = parse_json(line, where=where, error=RunFolderError, remedy=_REMEDY)
-        except RunFolderError:
-            if number < len(lines):
-                raise
-            # no newline after it: the writer was stopped inside this line
-            notes.append(f"The last line of {METRICS} is torn (the run was stopped in it) and left out.")
-            break
-        if isinstance(value, dict) and isinstance(value.get("kind"), str) and value["kind"] not in METRIC_KINDS:
-            continue  # of a later version
-        records.append(decode_metric(value, where=where, error=RunFolderError, remedy=_REMEDY))
+    places: dict[int, int] = {}
+    notes, end = [], 0
+    with _opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            begin, end = end, end + len(line)
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                value = parse_json(line, where=where, error=RunFolderError, remedy=_REMEDY)
+            except RunFolderError:
+                if line.endswith(b"\n"):
+                    raise
+                # the writer was stopped inside this line
+                notes.append(f"The last line of {METRICS} is torn (the run was stopped in it) and left out.")
+                break
+            if isinstance(value, dict) and isinstance(value.get("kind"), str) and value["kind"] not in METRIC_KINDS:
+                continue  # of a later version
+            record = decode_metric(value, where=where, error=RunFolderError, remedy=_REMEDY)
+            if isinstance(record, Round):
+                places[record.round] = begin
+                light = (replace(client, signals=_unread(client.steps)) for client in record.clients)
+                record = replace(record, clients=tuple(light))
+            records.append(record)
     if not records:
         raise RunFolderError(
             f"{path}: must hold at least one record, got none. The run stopped before it began; start it again."
         )
-    return records, notes
+    return records, places, notes
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    rule, remedy = f"{path}: a run folder must hold a readable {METRICS}", "Give the folder that fedzo train printed."
+    with told_as(RunFolderError, rule, remedy), os.fdopen(open_file(path.parent, path.name), "rb") as file:
+        yield file
+
+
+@cache
+def _unread(steps: int) -> StepSignals:
+    """Stands for the signals of so many steps."""
+    unknown = (None,) * steps
+    return StepSignals(
+        grad_ip=unknown, abs_g=unknown, loss=unknown, cosine=unknown, mean_abs_grad_ip=None, mean_abs_g=None
+    )
 
 
 def _read_mapping(path: Path, parse: Callable[[str], Any]) -> tuple[str, dict[str, Any], list[str]]:

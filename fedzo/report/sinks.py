@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from rich.console import Console
@@ -39,10 +39,6 @@ class ProgressSink:
         payload: str = "scalars",
         enabled: bool = True,
     ) -> None:
-        self._console = Console(
-            file=sys.stdout, highlight=False, markup=False, emoji=False, quiet=not enabled, soft_wrap=True
-        )
-        self._live = enabled and self._console.is_terminal
         self._rounds = rounds
         self._up, self._down = sent_bytes
         self._evaluator = evaluator
@@ -50,16 +46,8 @@ class ProgressSink:
         self._score = ""
         self._last_print = 0.0
         self._recent: list[tuple[int, float]] = []  # rounds, and when they were told
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        self._progress = Progress(*columns, console=self._console, disable=not self._live)
+        self._progress = _bars(enabled=enabled)
+        self._console, self._live = self._progress.console, not self._progress.disable
         self._task = self._progress.add_task("rounds", total=rounds, completed=completed, note="", visible=False)
         self._progress.start()
 
@@ -81,18 +69,9 @@ class ProgressSink:
         """Leave the terminal as it was."""
         self._progress.stop()
 
-    @contextmanager
-    def phase(self, title: str, total: int | None = None) -> Iterator[OnProgress]:
+    def phase(self, title: str, total: int | None = None) -> AbstractContextManager[OnProgress]:
         """A bar of its own for long work beside the rounds; call what it yields with (done, total)."""
-        if not self._live:
-            self._console.print(f"{title} ...")
-            yield lambda done, total: None
-            return
-        task = self._progress.add_task(title, total=total, note="")
-        try:
-            yield lambda done, total: self._progress.update(task, completed=done, total=total)
-        finally:
-            self._progress.remove_task(task)
+        return _phase(self._progress, title, total=total)
 
     def round(self) -> AbstractContextManager[object]:
         """While a round runs: the first may take minutes, since what is done once is done in it."""
@@ -144,6 +123,60 @@ class ProgressSink:
         self._console.print(f"{score.split} after {counted(score.round, 'round')}: {score.metric} {text}")
 
 
+@contextmanager
+def phase(
+    title: str, *, stderr: bool = False, enabled: bool = True, note: Callable[[], str] = str
+) -> Iterator[OnProgress]:
+    """A bar for long work where no run goes on, or a plain line; call what it yields with (done, total).
+
+    Args:
+        title: Of the work.
+        stderr: Whether to print there, since standard output is for the result.
+        enabled: Whether to print at all.
+        note: What to say beside the bar, asked with each call.
+    """
+    with _bars(stderr=stderr, enabled=enabled) as bars, _phase(bars, title, note=note) as advance:
+        yield advance
+
+
+def _bars(*, stderr: bool = False, enabled: bool = True) -> Progress:
+    """Bars on a terminal; disabled elsewhere."""
+    console = Console(
+        file=None if stderr else sys.stdout,
+        stderr=stderr,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        quiet=not enabled,
+        soft_wrap=True,
+    )
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, disable=not (enabled and console.is_terminal))
+
+
+@contextmanager
+def _phase(
+    bars: Progress, title: str, *, total: int | None = None, note: Callable[[], str] = str
+) -> Iterator[OnProgress]:
+    if bars.disable:
+        bars.console.print(f"{title} ...")
+        yield lambda done, total: None
+        return
+    task = bars.add_task(title, total=total, note="")
+    try:
+        yield lambda done, total: bars.update(task, completed=done, total=total, note=note())
+    finally:
+        bars.remove_task(task)
+
+
 def ending(summary: Summary, *, payload: str = "scalars") -> list[str]:
     """What a run says last: test scores, the worst client, whom a step policy flagged, and bytes of the payload."""
     before, after, rows = summary.before, summary.after, []
@@ -154,6 +187,7 @@ def ending(summary: Summary, *, payload: str = "scalars") -> list[str]:
             (before.metric, before.value, after.value),
             ("accuracy at best test threshold", before.best_threshold_accuracy, after.best_threshold_accuracy),
             ("AUC", before.auc, after.auc),
+            *((name, before.numbers.get(name), number) for name, number in after.numbers.items()),
         ):
             if first is not None and last is not None:
                 rows.append((title, f"{first:.3f} -> {last:.3f}"))

@@ -10,7 +10,7 @@ import html
 import io
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import Bbox
 
 from fedzo.errors import RunFolderError
-from fedzo.records.folder import make_folder, replace_file
+from fedzo.records.folder import make_folder, replace_file, told_as
 from fedzo.report.format import bytes_text
 
 INK, MUTED, GRID, PAPER = "#1f2430", "#6b7280", "#e2e5ea", "#ffffff"
@@ -34,7 +34,7 @@ INK, MUTED, GRID, PAPER = "#1f2430", "#6b7280", "#e2e5ea", "#ffffff"
 BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER = "#0072b2", "#d55e00", "#009e73", "#b5659a", "#56b4e9", "#e69f00"
 GAP_PX = 1.5  # between two labels
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER, "#8c8c8c", "#4d4d4d")
-# Five steps from even (blue) to one-sided (vermilion) for how far a client's labels are from the federation's.
+# Five steps from even (blue) to one-sided (vermilion) for the share of a client's commonest label.
 SKEW = ListedColormap([BLUE, "#4a94a8", "#a3a07a", "#d98f3f", ORANGE], name="skew")
 
 _CSS_NAMES = {
@@ -200,23 +200,17 @@ def save_pictures(pictures: Sequence[Picture], folder: Path) -> None:
     Raises:
         RunFolderError: the folder cannot be written.
     """
-    try:
+    with writing_report(folder):
         make_folder(folder)
         for picture in pictures:
             for kind in ("png", "svg"):
                 replace_file(folder / f"{picture.name}.{kind}", _render(picture, kind, facecolor=PAPER))
-    except OSError as error:
-        raise unwritable(folder, error) from error
 
 
-def unwritable(path: Path, error: OSError) -> RunFolderError:
-    """The error of a report that cannot be written at ``path``."""
-    if isinstance(error, RunFolderError):
-        return error
-    return RunFolderError(
-        f"{path}: the report must be writable here, got {error.strerror or error}. "
-        "Free disk space, change the folder's permissions, or choose another: fedzo report RUN --out DIR."
-    )
+def writing_report(path: Path) -> AbstractContextManager[None]:
+    """Tells of a report that cannot be written at ``path``, and what to do."""
+    remedy = "Free disk space, change the folder's permissions, or choose another: fedzo report RUN --out DIR."
+    return told_as(RunFolderError, f"{path}: the report must be writable here", remedy)
 
 
 def _render(picture: Picture, kind: str, *, facecolor: str = "none") -> bytes:

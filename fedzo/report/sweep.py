@@ -13,7 +13,7 @@ from fedzo.report.format import span
 from fedzo.report.html import render_page, write_page
 from fedzo.report.jobs import Job, are_alike, are_ordered, best_by, jobs_of_runs, jobs_of_sweep, varied
 from fedzo.report.over_seeds import best_group, groups_of, seeds_notes, seeds_table
-from fedzo.report.style import save_pictures, unwritable
+from fedzo.report.style import save_pictures, writing_report
 from fedzo.report.sweep_figures import draw_sweep
 from fedzo.report.sweep_tables import job_numbers, job_table
 
@@ -59,12 +59,10 @@ def _write(jobs: list[Job], folder: Path, *, title: str, subtitle: str) -> Path:
     pictures = draw_sweep(jobs, keys) if alike else []
     numbers = io.StringIO(newline="")
     csv.writer(numbers).writerows(job_numbers(jobs, keys))
-    try:
+    with writing_report(folder):
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / "sweep.csv", numbers.getvalue())
         replace_file(folder / "sweep.md", "\n".join(_markdown(rows) for _, rows in tables))
-    except OSError as error:
-        raise unwritable(folder, error) from error
     save_pictures(pictures, folder / "figures")
     page = render_page(
         title=title,

@@ -28,13 +28,18 @@ from fedzo.fl.messages import (
     decode,
     encode,
 )
-from fedzo.fl.site_limits import SiteError, told
+from fedzo.fl.site_limits import SiteError, as_site_error
 from fedzo.models.memory import is_out_of_memory
 from fedzo.trainers.artifacts import ARTIFACTS
 
 CONFIG_KEY, RUN_DIR_KEY = "config", "run-dir"
 CONFIG_ENV, RUN_DIR_ENV = "FEDZO_CONFIG", "FEDZO_RUN_DIR"
 R = TypeVar("R")
+
+
+def run_config(run_json: str, run_dir: Path) -> dict[str, str]:
+    """The run configuration of Flower's that the apps read: what the peers agreed on, and the server's run folder."""
+    return {CONFIG_KEY: run_json, RUN_DIR_KEY: str(run_dir)}
 
 
 def make_client_app() -> ClientApp:
@@ -85,7 +90,7 @@ def _asked(kind: type[R], message: Message) -> Iterator[R]:
         client = request.client
         yield request
     except Exception as error:
-        refused = told(error)
+        refused = as_site_error(error)
         if refused.details or error is not refused:
             log_failure(client, error)
             if refused.refusal is Refusal.memory:  # whose details say what to do

@@ -58,26 +58,22 @@ class ClientContext:
         return ClientWorker(
             self.peer.identity,
             self._local_update(),
+            self,
             limits=self._limits(),
             task=config.task,
             evaluators=self.peer.evaluators,
             scored_rows=config.evaluation.federated_max_rows,
-            data_of=self.data,
-            register=self._register,
-            prepare=self._prepare,
-            build=self._workspace,
             artifacts=self.artifacts,
             absent=parse_absent(config.faults.absent),
         )
 
     def _limits(self) -> Limits:
         config, estimator = self.peer.config, self.peer.config.estimator
-        sends_scalars = isinstance(estimator, ZerothOrderConfig)
         return Limits(
             rounds=config.fl.rounds,
             most_steps=config.step_policy.most_steps(config.fl),
             num_clients=config.fl.num_clients,
-            num_probes=estimator.num_probes if isinstance(estimator, ZerothOrderConfig) else 0,
+            num_probes=estimator.probes_per_step,
             directions=directions_of(config.fl),
             lr=config.server_optimizer.base_lr,
             max_abs_g=config.strategy.scalar_bound,
@@ -86,7 +82,7 @@ class ClientContext:
             site=self.peer.site.limits,
             artifact_max_bytes=self.peer.site.artifact_max_bytes,
             # of actors, another one may have asked for them
-            takes_values=config.fl.transport is Transport.values or not sends_scalars or self.to_the_end,
+            takes_values=config.fl.transport is Transport.values or estimator.sends_vectors or self.to_the_end,
             own_client=self._own_client if self._is_one_client else None,
             own_client_file=str(self.kept.claim_file(self.peer.run_id)),
         )
@@ -154,14 +150,14 @@ class ClientContext:
         if "preparations" in vars(self):
             self.preparations.stop()
 
-    def _register(self, client: int, begun: bool) -> str | Progress:
+    def register(self, client: int, *, begun: bool) -> str | Progress:
         """The digest of a client's rows, those that its stages made among them, or how far these are."""
         if not self.peer.config.preprocess:
             return self._rows_digest(client, begun)
         if not self.preparations.is_known(client):
             self._rows_digest(client, begun)  # no hours are spent on rows that are not the run's,
             self._check_rows(client)  # and no progress is told of rows that the site does not tell of
-        if progress := self._prepare(client, begun):
+        if progress := self.prepare(client, begun=begun):
             return progress
         both = self._rows_digest(client, begun) + self._prepared_digests[client]
         return blake2b(both.encode(), digest_size=32).hexdigest()
@@ -177,7 +173,7 @@ class ClientContext:
             num_labels=num_labels(config.task),
         )
 
-    def _prepare(self, client: int, begun: bool = True) -> Progress | None:
+    def prepare(self, client: int, *, begun: bool = True) -> Progress | None:
         """How far the stages are; rows, and what stages make of them, must be those with which the run began."""
         if client not in self._registered:  # a process that was started again within a run
             self._rows_digest(client, begun)
@@ -194,8 +190,10 @@ class ClientContext:
         self._registered.add(client)
         return digest
 
-    def _workspace(self, artifact: Artifact, asked: int) -> Workspace:
-        """By the first batch of whichever client was greeted first, ``model.dtype=auto`` is decided.
+    def workspace(self, artifact: Artifact, *, asked: int) -> Workspace:
+        """The model with the space on it.
+
+        By the first batch of whichever client was greeted first, ``model.dtype=auto`` is decided.
 
         A process that was started again within a run has greeted nobody: it goes by the client that is asked.
         """

@@ -16,14 +16,16 @@ from typing import Any
 from fedzo.config.plugins import plugin_name
 from fedzo.config.schema import first_evaluator
 from fedzo.config.travel import to_json
+from fedzo.data.config import TaskKind
 from fedzo.data.tasks import num_labels
 from fedzo.errors import ConfigError
 from fedzo.fl.config import StrategyConfig
 from fedzo.fl.log_store import RunStore, best_round
 from fedzo.fl.server.client_registry import ClientRegistry
 from fedzo.fl.server.rounds import Server, Sink
-from fedzo.fl.server.updates import ScalarUpdates, Updates
-from fedzo.fl.server.vectors import VectorUpdates
+from fedzo.fl.server.scalar_updates import ScalarUpdates
+from fedzo.fl.server.updates import Updates
+from fedzo.fl.server.vector_updates import VectorUpdates
 from fedzo.models.memory import gradient_bytes, num_weights
 from fedzo.records.folder import REPORT, STOP
 from fedzo.records.metrics import (
@@ -43,11 +45,10 @@ from fedzo.report.format import cut_text
 from fedzo.report.sinks import ProgressSink
 from fedzo.report.trackers import TRACKERS, TrackerSink
 from fedzo.run.estimate import estimate_run
-from fedzo.run.process import this_process
+from fedzo.run.process import Process, this_process
 from fedzo.run.scores import Scores
-from fedzo.run.server_context import Launched, ServerContext
+from fedzo.run.server_context import Launched
 from fedzo.trainers.artifacts import ARTIFACTS
-from fedzo.zo.estimator import ZerothOrderConfig
 
 log = logging.getLogger(__name__)
 
@@ -71,14 +72,14 @@ class Sinks:
 
 def run_federation(grid: Any, run_json: str, run_dir: Path) -> None:
     """Run, or go on with, the federation of a configuration; everything it leaves is in ``run_dir``."""
-    context = this_process(run_json, artifacts=run_dir / ARTIFACTS).server
-    launched = context.launched
+    process = this_process(run_json, artifacts=run_dir / ARTIFACTS)
+    launched = process.launched
     if launched is None or launched.store is None:
         raise ConfigError(
             "run: its launcher must have prepared it and opened its logs, but has not. Use `fedzo train`."
         )
     with ExitStack() as stack:
-        Federation(grid, context, launched, launched.store, stack).run()
+        Federation(grid, process, launched, launched.store, stack).run()
     if launched.report.html or (run_dir / REPORT).exists():  # `fedzo report` has made one, which would be stale
         from fedzo.report.html import write_report
 
@@ -88,11 +89,10 @@ def run_federation(grid: Any, run_json: str, run_dir: Path) -> None:
 class Federation:
     """The course of one run at the server."""
 
-    def __init__(
-        self, grid: Any, context: ServerContext, launched: Launched, store: RunStore, stack: ExitStack
-    ) -> None:
-        config = context.peer.config
+    def __init__(self, grid: Any, process: Process, launched: Launched, store: RunStore, stack: ExitStack) -> None:
+        context, config = process.server, process.peer.config
         self._context = context
+        self._to_the_end = process.to_the_end
         self._launched = launched
         self._config = config
         self._store = store
@@ -104,7 +104,7 @@ class Federation:
             completed=len(store.records),
             sent_bytes=(_total(store, "message_up_bytes"), _total(store, "message_down_bytes")),
             evaluator=first_evaluator(config),
-            payload="scalars" if isinstance(config.estimator, ZerothOrderConfig) else "vectors",
+            payload="vectors" if config.estimator.sends_vectors else "scalars",
             enabled=launched.report.progress,
         )
         sinks: list[Sink] = [self._progress, *self._trackers()]
@@ -123,8 +123,12 @@ class Federation:
         self._context.check_rows(begun=setup is not None)
         # where one process plays all clients, one that is missing was lost on this very machine
         fewest = config.strategy.min_replies if setup and not self._launched.takes_turns else None
-        waits = math.inf if self._context.to_the_end and config.preprocess else config.strategy.startup_s
-        server.client_registry.wait(server.grid, timeout_s=waits, fewest=fewest, beside=self._while_waiting)
+        waits = math.inf if self._to_the_end and config.preprocess else config.strategy.startup_s
+        # sites outlive a start, and may still work on a round that the one before has lost
+        busy_s = config.strategy.deadline_s if self._launched.has_sites else 0.0
+        server.client_registry.wait(
+            server.grid, timeout_s=waits, fewest=fewest, busy_s=busy_s, beside=self._while_waiting
+        )
         server.warn_of_cut_sizes()
         server.catch_up()
         self._write_setup()
@@ -208,15 +212,14 @@ class Federation:
 
     def _updates(self) -> Updates[Any]:
         config, estimator, replica = self._config, self._config.estimator, self._at.replica
-        if not isinstance(estimator, ZerothOrderConfig):
+        if estimator.sends_vectors:
             return VectorUpdates(replica.space.size, config.strategy, normalise=config.step_policy.normalises)
         return ScalarUpdates(
-            store=self._store,
             replica=replica,
             run_seed=config.seed,
             fl=config.fl,
             strategy=config.strategy,
-            num_probes=estimator.num_probes,
+            num_probes=estimator.probes_per_step,
             normalise=config.step_policy.normalises,
             gradient=self._launched.prepared.gradient,
         )
@@ -236,6 +239,7 @@ class Federation:
                 setup_down_bytes=server.artifact.size,
                 forwards_per_step=self._context.peer.forwards_per_step,
                 prepare_seconds=self._launched.prepare_seconds,
+                forwards=self._at.forwards,
                 estimate=self._estimate(),
                 clients=tuple(
                     ClientSetup(
@@ -266,7 +270,7 @@ class Federation:
 
     def _setup(self) -> Setup | None:
         """What was written before the first round, in a run that is resumed."""
-        return next(iter(self._store.told(Setup)), None)
+        return next(iter(self._store.metrics_of(Setup)), None)
 
     def _estimate(self) -> Estimate | None:
         """Memory of a step and seconds of the whole run, if one process did all its forwards: of a simulation only."""
@@ -285,11 +289,12 @@ class Federation:
             forwards_per_step=context.peer.forwards_per_step,
             num_rows=len(context.simulation.splits.train),
             local_steps=config.step_policy.most_steps(config.fl),
+            new_tokens=0 if config.task.kind is TaskKind.candidates else config.task.max_new_tokens,
             gradient_bytes=self._gradient_bytes(),
         )
 
     def _gradient_bytes(self) -> int:
-        if isinstance(self._config.estimator, ZerothOrderConfig):
+        if not self._config.estimator.sends_vectors:
             return 0
         trains_base_weights = self._config.trainer.traits.trains_base_weights
         size = self._at.replica.space.size
@@ -303,7 +308,7 @@ class Federation:
     # --- end
 
     def _write_summary(self, best: int) -> None:
-        if any(told.rounds == self._server.round for told in self._store.told(Summary)):
+        if any(summary.rounds == self._server.round for summary in self._store.metrics_of(Summary)):
             return  # resumed after its end
         first = first_evaluator(self._config)
         self._sinks.write(
@@ -328,11 +333,11 @@ class Federation:
 
     def _flagged(self) -> Flagged | None:
         """Whom the last decision flagged; None without a step policy."""
-        told = self._store.told(StepDecision)
-        if not told:
+        decisions = self._store.metrics_of(StepDecision)
+        if not decisions:
             return None
-        flagged = (FlaggedClient(client=row.client, steps=row.steps) for row in told[-1].clients if row.flagged)
-        return Flagged(flagged=tuple(flagged), fallback=told[-1].fallback)
+        flagged = (FlaggedClient(client=row.client, steps=row.steps) for row in decisions[-1].clients if row.flagged)
+        return Flagged(flagged=tuple(flagged), fallback=decisions[-1].fallback)
 
 
 def _total(store: RunStore, name: str) -> int:

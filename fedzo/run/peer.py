@@ -176,17 +176,23 @@ class Peer:
         if config.task.kind is not TaskKind.candidates:
             check_answer_length(self.loaded.model, config.task.max_length, config.task.max_new_tokens)
         tokens, token_bytes = config.fl.batch_size * longest, state_bytes(self.loaded.model)
-        rule = build_server_optimizer(config.server_optimizer, local_steps=config.fl.local_steps)
+        optimizer = build_server_optimizer(config.server_optimizer, local_steps=config.fl.local_steps)
         return Workspace(
             loaded=loaded,
-            replica=Replica(built.space, rule=rule, reset=built.reset, run_seed=config.seed, num_clients=num_clients),
+            replica=Replica(
+                built.space,
+                server_optimizer=optimizer,
+                reset=built.reset,
+                run_seed=config.seed,
+                num_clients=num_clients,
+            ),
             tokens_per_batch=fitting_tokens_per_batch(
                 self.loaded,
                 built.space,
                 wanted=self.site.model.tokens_per_batch,
                 longest=longest,
                 local_steps=config.step_policy.most_steps(config.fl),
-                num_moments=rule.num_moments(num_clients),
+                num_moments=optimizer.num_moments(num_clients),
                 kept_bytes=lower.kept_bytes(tokens, token_bytes=token_bytes) if lower else 0,
                 head_share=0.0 if trial is None else head_share(self._tokenized(trial)),
             ),
@@ -265,7 +271,7 @@ def reused_layers(
     loaded: LoadedModel, space: Space, site: ModelConfig, estimator: EstimatorConfig
 ) -> LowerLayers | None:
     """The blocks of a model that a step runs once, if there are any and the settings let it."""
-    if not (site.reuse_lower_layers and isinstance(estimator, ZerothOrderConfig)) or estimator.freeze_routing:
+    if not site.reuse_lower_layers or estimator.sends_vectors or estimator.freezes_routing:
         return None
     return lower_layers_of(loaded, space, cache_mb=site.lower_layers_cache_mb)
 
@@ -276,7 +282,7 @@ def with_graphs(
     """The model and the blocks that a step runs once, as CUDA graphs if the settings want them and they can be made."""
     if not site.cuda_graphs or not can_capture(loaded.device) or loaded.decoder is not None:
         return loaded, lower
-    if not isinstance(estimator, ZerothOrderConfig) or estimator.freeze_routing:
+    if estimator.sends_vectors or estimator.freezes_routing:
         return loaded, lower
     return capture(loaded, lower, longest=longest)
 

@@ -69,11 +69,11 @@ class Preparation:
 
     def _run(self) -> None:
         try:
-            self._made = self._work(self._told)
+            self._made = self._work(self._advanced)
         except Exception as error:  # told to whoever asks for the result
             self._made = error
 
-    def _told(self, done: int, total: int) -> None:
+    def _advanced(self, done: int, total: int) -> None:
         if self._stopped.is_set():
             raise StoppedError("the preparation was stopped")
         self._progress = Progress(done, max(total, 1))
@@ -144,13 +144,13 @@ class Preparations:
             job.stop()
 
     def _prepare(self, client: int, on_progress: OnProgress) -> PreparedRows:
-        next_told = time.monotonic() + TELL_S
+        next_line = time.monotonic() + TELL_S
 
-        def told(done: int, total: int) -> None:
-            nonlocal next_told
+        def advanced(done: int, total: int) -> None:
+            nonlocal next_line
             on_progress(done, total)
-            if time.monotonic() >= next_told:
-                next_told = time.monotonic() + TELL_S
+            if time.monotonic() >= next_line:
+                next_line = time.monotonic() + TELL_S
                 log.warning("client %d: preparing, %d of %d rows", client, done, total)
 
         with self._turn:
@@ -164,6 +164,6 @@ class Preparations:
                 share=self.config.partition.holdout,
                 seed=self.config.seed,
                 stages=self._stages,
-                on_progress=told,
+                on_progress=advanced,
             )
             return PreparedRows(rows, summaries(self._stages, client=client))

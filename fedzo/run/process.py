@@ -30,7 +30,6 @@ from fedzo.run.server_context import Launched, ServerContext
 from fedzo.run.site_model import SiteModel
 from fedzo.system import SITE_ARTIFACTS_ENV, SITE_ENV, SITE_LOG_ENV
 from fedzo.trainers.artifacts import ArtifactStore
-from fedzo.zo.estimator import ZerothOrderConfig
 
 STAGE_FOLDER = "rephrase"
 """Where stages keep what they made, unless ``rewriter.store`` says otherwise: a folder beside a site's file, or in the
@@ -83,8 +82,6 @@ class Process:
             self.peer,
             simulation=simulation,
             trial_rows=self._trial_rows(),
-            launched=self.launched,
-            to_the_end=self.to_the_end,
             kept=self.kept,
         )
 
@@ -140,7 +137,7 @@ def open_process(
         stages=run.preprocess,
         base_digest=run.base.weights_digest,
         label_counts=run.fl.label_counts,
-        num_probes=run.estimator.num_probes if isinstance(run.estimator, ZerothOrderConfig) else 0,
+        num_probes=run.estimator.probes_per_step,
     )
     check_work(site.limits, steps=run.step_policy.most_steps(run.fl), step_rows=run.fl.batch_size)
     if plays_clients and (lacks := [problem.text for problem in stage_problems(site, run)]):

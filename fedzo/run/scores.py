@@ -96,13 +96,13 @@ class Scores:
     def find(self, split: Split, rounds: int, *, evaluator: str | None) -> CentralScore | None:
         """An evaluator's score of a split after so many rounds; None where there is none."""
         wanted = (evaluator, split, rounds)
-        taken = self.store.told(CentralScore)
+        taken = self.store.metrics_of(CentralScore)
         return next((score for score in taken if (score.evaluator, score.split, score.round) == wanted), None)
 
     def worst_client(self, *, evaluator: str | None) -> WorstClient | None:
         """The client that an evaluator found worst on its own held-out rows, when they were scored last."""
-        told = [score for score in self.store.told(FederatedScore) if score.evaluator == evaluator]
-        last = max(told, key=lambda score: score.round, default=None)
+        taken = [score for score in self.store.metrics_of(FederatedScore) if score.evaluator == evaluator]
+        last = max(taken, key=lambda score: score.round, default=None)
         if last is None:
             return None
         rows = {score.client: score.num_examples for score in last.clients}
@@ -117,14 +117,14 @@ class Scores:
     def _ask_clients(self, server: Server) -> None:
         """Every connected client scores the present model on its own held-out rows, by each evaluator."""
         peer = self.context.peer
-        taken = {score.evaluator for score in self.store.told(FederatedScore) if score.round == server.round}
+        taken = {score.evaluator for score in self.store.metrics_of(FederatedScore) if score.round == server.round}
         due = [name for name in peer.evaluators if name not in taken]
         if not due:
             return
-        most, traffic = peer.config.evaluation.federated_max_rows, Traffic()
+        most, answers = peer.config.evaluation.federated_max_rows, server.federated_scores()
         scored: dict[str, dict[int, PartialScore]] = {name: {} for name in peer.evaluators}
         hellos = server.client_registry.hellos
-        for client, reply in sorted(server.federated_scores(traffic=traffic).items()):
+        for client, reply in sorted(answers.replies.items()):
             held = min(most, hellos[client].num_heldout)
             try:
                 scores = scores_of_peer(reply.scores, peer.evaluators, peer.config.task, most_examples=held)
@@ -133,6 +133,7 @@ class Scores:
                 continue
             for name, score in scores.items():
                 scored[name][client] = score
+        traffic = answers.traffic
         for name in due:
             _leave_out_far_off(scored[name])
             if scored[name]:

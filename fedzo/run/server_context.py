@@ -30,6 +30,7 @@ class Launched:
         report: How the run is told of.
         trackers: Where else the run is told of.
         takes_turns: Whether the clients work one after another, so that no deadline applies.
+        has_sites: Whether the clients are sites of their own, which outlive a start of the run's server.
         store: The run's logs, which the launcher opened and closes; None where the run is only looked at.
         prepare_seconds: What the trainer's preparation took.
     """
@@ -38,6 +39,7 @@ class Launched:
     report: ReportConfig
     trackers: dict[str, TrackerConfig]
     takes_turns: bool
+    has_sites: bool
     store: RunStore | None
     prepare_seconds: float
 
@@ -50,16 +52,12 @@ class ServerContext:
         peer: The model and the space.
         simulation: All rows, where this is a simulation.
         trial_rows: Gives some rows, where this process has any: without them ``model.dtype=auto`` stays float32.
-        launched: What this process knows of a run that it launched.
-        to_the_end: Whether greetings wait until clients' rows are prepared, however long that takes.
         kept: What this machine remembers of its rows.
     """
 
     peer: Peer
     simulation: SimulatedRows | None = None
     trial_rows: TrialRows | None = None
-    launched: Launched | None = None
-    to_the_end: bool = False
     kept: KeptDigests | None = None
     _encoded: dict[str, list[Example]] = field(default_factory=dict)
 

@@ -18,9 +18,10 @@ from fedzo.errors import ConfigError, RunFolderError
 from fedzo.fl.log_store import RunStore
 from fedzo.models.config import BaseConfig
 from fedzo.models.loaded import LoadedModel
-from fedzo.records.folder import RUN_FILE, read_file, replace_file
+from fedzo.records.folder import RUN_FILE, read_file, replace_file, told_as
+from fedzo.records.lines import RESTORE
 from fedzo.registry import returned
-from fedzo.report.sinks import ProgressSink
+from fedzo.report.sinks import phase
 from fedzo.run.peer import Peer, check_format, open_model
 from fedzo.run.process import Process, row_source
 from fedzo.run.server_context import Launched
@@ -57,7 +58,13 @@ def open_run(launch: LaunchConfig, run_dir: Path, store: RunStore | None = None)
         source,
         artifacts=run_dir / ARTIFACTS,
         launched=Launched(
-            prepared, launch.report, launch.trackers, launch.runtime.traits.takes_turns, store, prepare_seconds
+            prepared,
+            launch.report,
+            launch.trackers,
+            takes_turns=launch.runtime.traits.takes_turns,
+            has_sites=launch.runtime.traits.has_sites,
+            store=store,
+            prepare_seconds=prepare_seconds,
         ),
         to_the_end=not launch.runtime.traits.own_processes,
         site_folder=run_dir,
@@ -68,15 +75,11 @@ def write_whole(file: Path, text: str) -> None:
     """Write a file of a run folder to the disk: all of it, or what was there stays. One that says so is left alone.
 
     Raises:
-        RunFolderError: It cannot be written.
+        RunFolderError: It cannot be written, or is a link.
     """
-    try:
+    with told_as(RunFolderError, f"run folder {file.parent}: {file.name} must be writable", "Choose another folder."):
         if not (file.exists() and read_file(file.parent, file.name) == text.encode()):
             replace_file(file, text, durable=True)
-    except OSError as error:
-        raise RunFolderError(
-            f"run folder {file.parent}: cannot write {file.name} ({error.strerror}). Choose another folder."
-        ) from error
 
 
 def check_base(run: RunConfig, loaded: LoadedModel, run_dir: Path) -> None:
@@ -100,8 +103,30 @@ def check_artifact(run: RunConfig, artifact: Artifact, run_dir: Path) -> None:
 
 
 def read_begun(run_dir: Path) -> RunConfig:
-    """What the peers agreed on when the run began; ``OSError`` if it has not."""
-    return from_json(read_file(run_dir, RUN_FILE).decode(), RunConfig)
+    """What the peers agreed on when the run began.
+
+    Raises:
+        RunFolderError: It has not begun, or the file cannot be read.
+        ConfigError: The file holds something else.
+    """
+    remedy = f"It ended before its first round; `fedzo resume {run_dir}` begins it."
+    return from_json(read_text(run_dir, RUN_FILE, remedy), RunConfig)
+
+
+def read_text(run_dir: Path, name: str, remedy: str) -> str:
+    """The text of a file that every run folder has; ``remedy``: what to do where it is missing.
+
+    Raises:
+        RunFolderError: It is missing, a link, or cannot be read.
+    """
+    rule = f"{run_dir / name}: it must be a readable text"
+    with told_as(RunFolderError, rule, RESTORE):
+        try:
+            return read_file(run_dir, name).decode()
+        except FileNotFoundError as error:
+            raise RunFolderError(f"{run_dir}: not a run folder (no {name}). {remedy}") from error
+        except UnicodeDecodeError as error:
+            raise RunFolderError(f"{rule}, got 'other bytes'. {RESTORE}") from error
 
 
 def _check_settings(begun: RunConfig, launch: LaunchConfig, run_dir: Path) -> None:
@@ -133,21 +158,18 @@ def calibration_texts(source: RowSource) -> Callable[[], list[str]]:
 
 
 def _prepare(launch: LaunchConfig, loaded: LoadedModel, source: RowSource, run_dir: Path, *, resumed: bool) -> Prepared:
-    progress = ProgressSink(launch.fl.rounds, enabled=launch.report.progress)
-    try:
-        with progress.phase(f"preparing {plugin_name('trainer', launch.trainer)}") as advance:
-            workplace = Workplace(
-                folder=run_dir,
-                seed=launch.seed,
-                texts=calibration_texts(source),
-                advance=advance,
-                inputs=launch.inputs,
-                resumed=resumed,
-            )
-            trainer = TRAINERS.build(launch.trainer)
-            return returned(trainer.prepare(loaded, workplace), Prepared, by=trainer, method="prepare")
-    finally:
-        progress.close()
+    title = f"preparing {plugin_name('trainer', launch.trainer)}"
+    with phase(title, enabled=launch.report.progress) as advance:
+        workplace = Workplace(
+            folder=run_dir,
+            seed=launch.seed,
+            texts=calibration_texts(source),
+            advance=advance,
+            inputs=launch.inputs,
+            resumed=resumed,
+        )
+        trainer = TRAINERS.build(launch.trainer)
+        return returned(trainer.prepare(loaded, workplace), Prepared, by=trainer, method="prepare")
 
 
 def _base_of(launch: LaunchConfig, loaded: LoadedModel) -> BaseConfig:

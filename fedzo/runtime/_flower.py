@@ -9,16 +9,14 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import flwr
 from flwr.app import Message
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
-from flwr.serverapp import Grid
 from flwr.supercore import telemetry
-from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedzo.errors import ConfigError
@@ -36,13 +34,9 @@ __all__ = [
     "ENVIRONMENT",
     "SUPERLINK_NODE_ID",
     "ErrorCode",
-    "GuardedGrid",
-    "RegisteredGrid",
-    "Run",
     "TaskIdentity",
     "check_version",
     "failure_reason",
-    "in_order",
     "one_federation",
     "quiet_flower",
     "set_message_id",
@@ -116,18 +110,6 @@ def failure_reason(error: BaseException) -> str:
     return f"{type(error)}:<'{error}'>"
 
 
-class GuardedGrid:
-    """A grid that asks before each use whether what carries it still lives, so that no server waits for the dead."""
-
-    def __init__(self, grid: Grid, check: Callable[[], None]) -> None:
-        self._grid = grid
-        self._check = check
-
-    def __getattr__(self, name: str) -> Any:
-        self._check()
-        return getattr(self._grid, name)
-
-
 class OnThisMachine:
     """What ``fedzo.fl.exchange.Grid`` asks of a network, where there is none."""
 
@@ -148,39 +130,3 @@ class OnThisMachine:
 
     def limit_replies(self, number_bytes: int) -> None:
         """Replies are made on this machine, by what its user runs: nothing is limited."""
-
-
-class RegisteredGrid(OnThisMachine):
-    """A grid whose server knows which client each node is (``fedzo.fl.exchange.Grid``).
-
-    Args:
-        grid: Flower's grid.
-        client_of: Index of the client that a node plays, by the node's id; None for a node that is not registered.
-    """
-
-    def __init__(self, grid: Grid, client_of: Callable[[int], int | None]) -> None:
-        self._grid = grid
-        self.client_of = client_of
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._grid, name)
-
-
-def in_order(grid: Grid, num_clients: int) -> Callable[[int], int | None]:
-    """Indices for the nodes of a simulation, which are all alike and registered nowhere.
-
-    A node keeps the index that it got when it was first asked about. Nodes get the free ones by ascending node id; one
-    that takes the place of a node that has left gets that one's.
-    """
-    clients: dict[int, int] = {}
-
-    def client_of(node: int) -> int | None:
-        if node not in clients:
-            nodes = sorted(grid.get_node_ids())
-            for gone in set(clients) - set(nodes):
-                del clients[gone]
-            free = sorted(set(range(num_clients)) - set(clients.values()))
-            clients.update(zip([new for new in nodes if new not in clients], free, strict=False))
-        return clients.get(node)
-
-    return client_of

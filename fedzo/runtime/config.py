@@ -51,8 +51,9 @@ class RuntimeConfig(PluginConfig):
 
 
 RUNTIMES: Registry[None] = Registry("runtime", base=RuntimeConfig)
-"""Factories ``(config, *, num_clients, run_config)`` that return when the federation has ended; each imports what it
-needs only then. Where the server is a process of its own, ``run_config`` holds the run folder alone."""
+"""Factories ``(config, *, num_clients, run_dir: Path, run_json: str)`` that return when the federation has ended; each
+imports what it needs only then. ``run_json`` is what the peers agreed on. Where the server is a process of its own,
+which opens the run, there is none yet, and only the others are given."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -74,12 +75,12 @@ class InlineConfig(RuntimeConfig):
 
 
 @RUNTIMES.register("inline", InlineConfig)
-def _inline(config: InlineConfig, *, num_clients: int, run_config: dict[str, str]) -> None:
-    from fedzo.run.apps import client_app, look_ahead, server_app
+def _inline(config: InlineConfig, *, num_clients: int, run_dir: Path, run_json: str) -> None:
+    from fedzo.run.apps import client_app, look_ahead, run_config, server_app
     from fedzo.runtime.inline import run_inline
 
-    ahead = look_ahead if config.batch_clients else None
-    run_inline(server_app, client_app, num_clients=num_clients, run_config=run_config, look_ahead=ahead)
+    settings, ahead = run_config(run_json, run_dir), look_ahead if config.batch_clients else None
+    run_inline(server_app, client_app, num_clients=num_clients, run_config=settings, look_ahead=ahead)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -103,11 +104,12 @@ class RayConfig(RuntimeConfig):
 
 
 @RUNTIMES.register("ray", RayConfig)
-def _ray(config: RayConfig, *, num_clients: int, run_config: dict[str, str]) -> None:
-    from fedzo.run.apps import server_app
+def _ray(config: RayConfig, *, num_clients: int, run_dir: Path, run_json: str) -> None:
+    from fedzo.run.apps import run_config, server_app
     from fedzo.runtime.ray import run_ray
 
-    run_ray(server_app, _installed_client_app, num_clients=num_clients, run_config=run_config, config=config)
+    settings = run_config(run_json, run_dir)
+    run_ray(server_app, _installed_client_app, num_clients=num_clients, run_config=settings, config=config)
 
 
 def _installed_client_app() -> ClientApp:
@@ -135,10 +137,10 @@ class LocalConfig(RuntimeConfig):
 
 
 @RUNTIMES.register("local", LocalConfig)
-def _local(config: LocalConfig, *, num_clients: int, run_config: dict[str, str]) -> None:
+def _local(config: LocalConfig, *, num_clients: int, run_dir: Path) -> None:
     from fedzo.runtime.local import run_local
 
-    run_local(num_clients=num_clients, run_dir=Path(run_config["run-dir"]), config=config)
+    run_local(num_clients=num_clients, run_dir=run_dir, config=config)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -164,7 +166,7 @@ class RemoteConfig(RuntimeConfig):
 
 
 @RUNTIMES.register("remote", RemoteConfig)
-def _remote(config: RemoteConfig, *, num_clients: int, run_config: dict[str, str]) -> None:
+def _remote(config: RemoteConfig, *, num_clients: int, run_dir: Path) -> None:
     from fedzo.runtime.remote import run_remote
 
-    run_remote(num_clients=num_clients, run_dir=Path(run_config["run-dir"]), config=config)
+    run_remote(num_clients=num_clients, run_dir=run_dir, config=config)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -18,7 +17,6 @@ from fedzo.runtime._flower import (
     SUPERLINK_NODE_ID,
     ErrorCode,
     OnThisMachine,
-    Run,
     failure_reason,
     one_federation,
     set_message_id,
@@ -30,8 +28,8 @@ RUN_ID = 1
 FIRST_NODE_ID = SUPERLINK_NODE_ID + 1
 
 
-class InlineGrid(OnThisMachine, Grid):
-    """Flower's grid without a network.
+class InlineGrid(OnThisMachine):
+    """A federation's grid (``fedzo.fl.exchange.Grid``) without a network.
 
     Node ids are fixed, one a client, and messages are answered in the order they were pushed, so two runs are alike.
     A message is worked on when its reply is pulled, one a call: between two clients the server can show progress and
@@ -56,7 +54,6 @@ class InlineGrid(OnThisMachine, Grid):
         self._client_app = client_app
         self._look_ahead = look_ahead
         self._unseen: list[tuple[Message, Context]] = []
-        self._run = Run.create_empty(run_id=RUN_ID)
         self._clients = {FIRST_NODE_ID + client: client for client in range(num_clients)}
         self._contexts = {
             node: Context(run_id=RUN_ID, node_id=node, node_config={}, state=RecordDict(), run_config=dict(run_config))
@@ -64,21 +61,6 @@ class InlineGrid(OnThisMachine, Grid):
         }
         self._pending: dict[str, Message] = {}
         self._numbers = itertools.count()
-
-    def set_run(self, run: Run) -> None:
-        """Take another run's description."""
-        self._run = run
-
-    @property
-    def run(self) -> Run:
-        """The run's description."""
-        return self._run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """A message from the server; Flower's older way to make one."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> list[int]:
         """Node ids by client index."""
@@ -114,16 +96,6 @@ class InlineGrid(OnThisMachine, Grid):
             if message_id in wanted:
                 return [self._answer(self._pending.pop(message_id))]
         return []
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """Push and pull until all have answered or ``timeout`` seconds are over."""
-        waiting, replies, started = self.push_messages(messages), [], time.monotonic()
-        while timeout is None or time.monotonic() - started < timeout:
-            reply = self.pull_messages(waiting)
-            if not reply:
-                break
-            replies += reply
-        return replies
 
     def _answer(self, message: Message) -> Message:
         node_id = message.metadata.dst_node_id
@@ -170,4 +142,4 @@ def run_inline(
         context = Context(
             run_id=RUN_ID, node_id=SUPERLINK_NODE_ID, node_config={}, state=RecordDict(), run_config=dict(run_config)
         )
-        server_app(grid=grid, context=context)
+        server_app(grid=cast(Grid, grid), context=context)

@@ -31,7 +31,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedzo.errors import ConfigError, ProtocolError
 from fedzo.run.apps import CONFIG_ENV, CONFIG_KEY, RUN_DIR_ENV, RUN_DIR_KEY
-from fedzo.runtime._flower import ENVIRONMENT, GuardedGrid, RegisteredGrid, in_order, one_federation, quiet_flower
+from fedzo.runtime._flower import ENVIRONMENT, OnThisMachine, one_federation, quiet_flower
 from fedzo.runtime.config import RayConfig
 
 STRAGGLER_S, END_S = 3.0, 10.0
@@ -66,64 +66,121 @@ def run_ray(
         raise ConfigError("runtime=ray: Ray must be installed, but is not. Install it with: pip install 'fedzo[ray]'")
     import ray
 
-    done = threading.Event()
-    grids: queue.Queue[tuple[Grid, Context]] = queue.Queue()
-    crashes: list[BaseException] = []
-    stand_in = ServerApp()
-
-    @stand_in.main()
-    def hand_over(grid: Grid, context: Context) -> None:
-        grids.put((grid, context))
-        done.wait()
-
-    def simulate() -> None:
-        from flwr.simulation import run_simulation
-
-        try:
-            run_simulation(
-                stand_in,
-                cast(ClientApp, ClientByName(load_client_app)),
-                num_supernodes=num_clients,
-                backend_config=_backend_config(config),
-            )
-        except BaseException as error:  # told to the caller below
-            crashes.append(error)
-
     on_sigterm = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
-    engine = threading.Thread(target=simulate, name="flower-simulation", daemon=True)
-
-    def check() -> None:  # before every use of the grid
-        _take_sigterm_back(on_sigterm)
-        if not engine.is_alive():
-            cause = crashes[0] if crashes else None
-            raise ProtocolError(
-                f"runtime=ray: the engine must outlive the server, but it ended early ({_root(cause)!r}). "
-                "Look for a lack of memory or lower runtime.num_actors."
-            ) from cause
-
+    engine = _Engine(load_client_app, num_clients=num_clients, config=config, on_sigterm=on_sigterm)
     with one_federation(), quiet_flower(), _quiet_ray(), _environment(run_config):
         try:
             with _sigterm_kept_for(on_sigterm):
                 _start_ray(config)
-            engine.start()
-            grid, context = _wait_for(grids, check)
+            grid, context = engine.start()
             context.run_config = dict(run_config)
-            guarded = cast(Grid, GuardedGrid(grid, check))
-            registered = RegisteredGrid(guarded, in_order(guarded, num_clients))
-            server_app(grid=cast(Grid, registered), context=context)
+            guarded = RayGrid(grid, num_clients=num_clients, check=engine.check)
+            server_app(grid=cast(Grid, guarded), context=context)
         finally:
             daemons = _daemons()
-            done.set()
-            if engine.is_alive():
-                engine.join(STRAGGLER_S)
-            ends = time.monotonic() + END_S
-            while engine.is_alive() and time.monotonic() < ends:  # it waits for actors that still work, for nobody
-                _kill_actors(daemons)  # again and again, since Ray starts them again
-                engine.join(0.5)
+            engine.end(daemons)
             ray.shutdown()
             _take_sigterm_back(on_sigterm)
             for daemon in daemons:  # Ray has ended them but waits for none
                 daemon.wait(END_S)
+
+
+class _Engine:
+    """Flower's engine in its thread. The server that it runs hands over its grid and waits until the end."""
+
+    def __init__(
+        self, load_client_app: Callable[[], ClientApp], *, num_clients: int, config: RayConfig, on_sigterm: Any
+    ) -> None:
+        self._client_app = cast(ClientApp, ClientByName(load_client_app))
+        self._num_clients = num_clients
+        self._config = config
+        self._on_sigterm = on_sigterm
+        self._done = threading.Event()
+        self._grids: queue.Queue[tuple[Grid, Context]] = queue.Queue()
+        self._crash: BaseException | None = None
+        self._thread = threading.Thread(target=self._simulate, name="flower-simulation", daemon=True)
+
+    def start(self) -> tuple[Grid, Context]:
+        """Start the engine, on a Ray that is up; returns what it gives its server."""
+        self._thread.start()
+        while True:
+            try:
+                return self._grids.get(timeout=0.1)
+            except queue.Empty:
+                self.check()
+
+    def check(self) -> None:
+        """What must come before each use of the grid; raises where the engine has ended."""
+        _take_sigterm_back(self._on_sigterm)
+        if not self._thread.is_alive():
+            raise ProtocolError(
+                f"runtime=ray: the engine must outlive the server, but it ended early ({_root(self._crash)!r}). "
+                "Look for a lack of memory or lower runtime.num_actors."
+            ) from self._crash
+
+    def end(self, daemons: list[subprocess.Popen[bytes]]) -> None:
+        """End the engine, if it was started, and the actors of Ray's daemons that still work after a while."""
+        self._done.set()
+        if self._thread.is_alive():
+            self._thread.join(STRAGGLER_S)
+        ends = time.monotonic() + END_S
+        while self._thread.is_alive() and time.monotonic() < ends:  # it waits for such actors, for nobody
+            _kill_actors(daemons)  # again and again, since Ray starts them again
+            self._thread.join(0.5)
+
+    def _simulate(self) -> None:
+        from flwr.simulation import run_simulation
+
+        stand_in = ServerApp()
+
+        @stand_in.main()
+        def hand_over(grid: Grid, context: Context) -> None:
+            self._grids.put((grid, context))
+            self._done.wait()
+
+        try:
+            run_simulation(
+                stand_in,
+                self._client_app,
+                num_supernodes=self._num_clients,
+                backend_config=_backend_config(self._config),
+            )
+        except BaseException as error:  # ``check`` tells it
+            self._crash = error
+
+
+class RayGrid(OnThisMachine):
+    """Flower's grid of a simulation, whose server knows which client each node is (``fedzo.fl.exchange.Grid``).
+
+    Nodes are all alike and registered nowhere. One keeps the index that it got when it was first asked about. Free
+    indices go to nodes by ascending node id; one that takes the place of a node that has left gets that one's.
+
+    Args:
+        grid: Flower's grid.
+        num_clients: Number of clients.
+        check: Called before each use of Flower's grid; it raises where the engine has ended, so that no server waits
+            for the dead.
+    """
+
+    def __init__(self, grid: Grid, *, num_clients: int, check: Callable[[], None]) -> None:
+        self._grid = grid
+        self._num_clients = num_clients
+        self._check = check
+        self._clients: dict[int, int] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        self._check()
+        return getattr(self._grid, name)
+
+    def client_of(self, node: int) -> int | None:
+        """Index of the client that a node plays; None for a node that is not there, or one too many."""
+        if node not in self._clients:
+            nodes = sorted(self.get_node_ids())
+            for gone in set(self._clients) - set(nodes):
+                del self._clients[gone]
+            free = sorted(set(range(self._num_clients)) - set(self._clients.values()))
+            self._clients.update(zip([new for new in nodes if new not in self._clients], free, strict=False))
+        return self._clients.get(node)
 
 
 class ClientByName:
@@ -135,14 +192,6 @@ class ClientByName:
     def __call__(self, message: Message, context: Context) -> Message:
         """Answer with the actor's own ClientApp."""
         return self._load()(message=message, context=context)
-
-
-def _wait_for(grids: queue.Queue[tuple[Grid, Context]], check: Callable[[], None]) -> tuple[Grid, Context]:
-    while True:
-        try:
-            return grids.get(timeout=0.1)
-        except queue.Empty:
-            check()
 
 
 def _take_sigterm_back(handler: Any) -> None:
@@ -256,8 +305,7 @@ def _quiet_ray() -> Iterator[None]:
 def _environment(run_config: Mapping[str, str]) -> Iterator[None]:
     """What actors inherit; put back afterwards, together with Flower's change of PYTHONPATH."""
     before = dict(os.environ)
-    os.environ[CONFIG_ENV] = run_config.get(CONFIG_KEY, "")
-    os.environ[RUN_DIR_ENV] = run_config.get(RUN_DIR_KEY, "")
+    os.environ[CONFIG_ENV], os.environ[RUN_DIR_ENV] = run_config[CONFIG_KEY], run_config[RUN_DIR_KEY]
     # Ray hides the GPUs from actors with num_gpus=0: clients would compute on another kind of device than the server.
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     try:

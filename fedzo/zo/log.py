@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -86,9 +86,7 @@ class RoundRecord:
             directions=_word(self.directions),
             c=self.coefficients,
             attendance=tuple(attendance),
-            chain=proof.chain,
-            check=proof.check,
-            digest=proof.digest,
+            **asdict(proof),
         )
 
     @classmethod
@@ -150,9 +148,7 @@ class VectorRecord:
             size=self.size,
             vector=self.digest,
             attendance=tuple(attendance),
-            chain=proof.chain,
-            check=proof.check,
-            digest=proof.digest,
+            **asdict(proof),
         )
 
     @classmethod

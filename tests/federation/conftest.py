@@ -104,6 +104,7 @@ def overrides(tiny_model_dir: Path, tiny_sketch_dir: Path, data_dir: Path) -> Ca
         trainer = next((each[8:] for each in reversed(extra) if each.startswith("trainer=")), "meerkat")
         calibrated = ["trainer.calibration=train", "trainer.calibration_docs=4", "trainer.calibration_tokens=16"]
         own = {"meerkat": ["trainer.density=0.05", *calibrated], "tables": calibrated}
+        unscored = {"evaluation.central=false", "split.num_dev=0", "evaluators=[]"} & {*extra}
         return [
             f"model={tiny_sketch_dir if needs_sketch(trainer) else tiny_model_dir}",
             "task=custom",
@@ -115,7 +116,7 @@ def overrides(tiny_model_dir: Path, tiny_sketch_dir: Path, data_dir: Path) -> Ca
             "fl.num_clients=4",
             "fl.rounds=3",
             "fl.batch_size=2",
-            "evaluation.every_rounds=2",
+            *([] if unscored else ["evaluation.every_rounds=2"]),
             "threads=1",
             "device=cpu",
             "report=none",

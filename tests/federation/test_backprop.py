@@ -310,7 +310,7 @@ def test_a_run_that_stops_in_the_middle_and_is_resumed_ends_as_the_unbroken_one(
 
     settings = [*SETTINGS, *(["estimator.local_optimizer=adamw", "server_optimizer.lr=0.01"] if adamw else [])]
     whole, folder = run(*settings), tmp_path / "broken"
-    owner, name = (Server, "run_round") if instant == "before the round" else (log_files.Lines, "append")
+    owner, name = (Server, "run_round") if instant == "before the round" else (log_files.OpenLog, "append")
     original = getattr(owner, name)
 
     def stop(self: Any, *args: Any, **kwargs: Any) -> Any:

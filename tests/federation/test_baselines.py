@@ -106,9 +106,7 @@ def test_rules_that_correct_drift_refuse_what_does_not_go_with_them(overrides: C
 def test_feddyn_s_default_goes_by_lr_and_local_steps(
     overrides: Callable[..., list[str]],
 ) -> None:
-    config = load(
-        overrides("server_optimizer=feddyn", "trainer.lr=0.001", "server_optimizer.lr=0.002", "fl.local_steps=10")
-    )
+    config = load(overrides("server_optimizer=feddyn", "server_optimizer.lr=0.002", "fl.local_steps=10"))
 
     assert isinstance(config.server_optimizer, FedDynConfig)
     rule = SERVER_OPTIMIZERS.build(config.server_optimizer, local_steps=config.fl.local_steps)

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from fedzo.commands.train import resume_run
+from fedzo.commands.train import resume_run, start_run
 from fedzo.commands.trained import replay_run
+from fedzo.config.load import load
+from fedzo.errors import ConfigError
 from fedzo.models.captured import CudaGraph, capture
 from fedzo.run import peer
 
@@ -88,8 +90,15 @@ def test_a_run_through_graphs_is_resumed_as_it_would_go_on(run: Run, graphs_on_c
 
 
 @pytest.mark.parametrize("settings", [["estimator.freeze_routing=true"], ["estimator=backprop"]])
-def test_what_cannot_go_through_graphs_does_not(run: Run, settings: list[str], graphs_on_cpu: None) -> None:
-    run(*settings, GRAPHS)
+def test_what_cannot_go_through_graphs_does_not(
+    overrides: Callable[..., list[str]], tmp_path: Path, settings: list[str], graphs_on_cpu: None
+) -> None:
+    with pytest.raises(ConfigError, match=r"model\.cuda_graphs must be left out for estimator"):
+        load(overrides(*settings, GRAPHS))
+    config = load(overrides(*settings))
+    config.model.cuda_graphs = True  # as a site's file may say
+
+    start_run(config, tmp_path / "run", overrides=[])
 
     assert Again.made == 0
 

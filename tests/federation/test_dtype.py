@@ -56,6 +56,12 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if "model.dtype=auto" in record.getMessage()]
 
 
+def forwards_of(metrics: list[dict[str, Any]]) -> tuple[str, str]:
+    """In what the server's process computes, as the run tells it."""
+    (told,) = (line["forwards"] for line in metrics if line["kind"] == "setup")
+    return told["dtype"], told["products"]
+
+
 def test_an_unfaithful_bfloat16_leaves_the_run_of_float32(
     run: Run, dtypes: list[torch.dtype], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -108,6 +114,10 @@ def test_where_bfloat16_is_taken_the_trained_values_start_from_float32s(
     assert [line for line in said(caplog) if "bfloat16 is chosen" in line] == said(caplog)
     assert len(said(caplog)) == 1
     assert dtypes == [torch.bfloat16, torch.float32]
+    assert [forwards_of(lines(folder, "metrics.jsonl")) for folder in (auto, plain)] == [
+        ("bfloat16", ""),
+        ("float32", ""),
+    ]
     scalars = [[line["c"] for line in lines(folder, "public.jsonl")] for folder in (auto, plain)]
     assert not np.array_equal(*scalars)
     start = [rebuild(folder, rounds=0).replica.space.digest() for folder in (auto, plain)]
@@ -139,6 +149,7 @@ def test_rounded_products_make_the_steps_losses_where_they_are_true_and_nothing_
 
     (line,) = said(caplog)
     assert "float32 with TF32 products is chosen" in line
+    assert forwards_of(lines(folder, "metrics.jsonl")) == ("float32", "float32 with TF32 products")
     assert dtypes == [torch.float32]
     assert of_steps == {"high"}
     assert of_scores == {before}

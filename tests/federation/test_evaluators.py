@@ -113,8 +113,8 @@ def test_a_third_partys_evaluator_is_accepted_and_refused_by_name(answer_of: Ask
     assert told["own rule"] == "evaluators.lengths.max_new_tokens must be >= 1, got 0. It counts tokens."
     assert "evaluators.lengths.tokens is not a setting" in told["wrong key"]
     assert "evaluators.lengths.max_new_tokens is not a setting" in told["not chosen"]
-    assert told["unknown"] == "evaluators must hold some of answers, lengths, or none, got speed."
-    assert told["no list"].startswith("evaluators must be one of answers, lengths, got 'speed'.")
+    assert told["unknown"] == "evaluators must hold some of answers, lengths, none, got speed."
+    assert told["no list"].startswith("evaluators must be one of answers, lengths, none, got 'speed'.")
 
 
 @pytest.mark.slow

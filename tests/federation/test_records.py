@@ -55,6 +55,7 @@ def test_what_a_step_costs_and_how_long_the_trainer_was_prepared_is_told_before_
 
     assert setup["forwards_per_step"] == 6  # two a probe
     assert setup["prepare_seconds"] == 2.5
+    assert setup["forwards"].keys() == {"dtype", "products", "tokens_per_batch"}
 
 
 def test_rows_that_are_cut_are_counted_and_told_before_the_first_round(

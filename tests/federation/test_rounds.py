@@ -18,6 +18,7 @@ from fedzo.errors import ConfigError, ProtocolError
 from fedzo.fl.server.rounds import FederationError
 from fedzo.masks.mask import Mask
 from fedzo.masks.mask_file import load_mask, save_mask
+from fedzo.models.memory import ForwardSeconds
 from fedzo.run.start import open_run
 from fedzo.testing.tiny_models import byte_tokenizer, tiny_model
 from fedzo.zo.directions import SHARED, direction, stream_key
@@ -370,7 +371,7 @@ def test_a_run_that_chooses_settings_scores_no_test_row_and_has_the_dev_rows_of_
     run: Run, lines: Lines, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where one file holds all rows. A token takes a second in the estimate, however busy this machine is."""
-    monkeypatch.setattr("fedzo.run.estimate.time_a_token", lambda loaded: 1.0)
+    monkeypatch.setattr("fedzo.run.estimate.time_forwards", lambda loaded, num_tokens: ForwardSeconds(0.0, 1.0))
     settings = [f"data.path={data_dir / 'train.jsonl'}", "split.num_test=8", "split.num_dev=6"]
 
     chosen, tested = run("evaluation.test=false", *settings), run(*settings)

@@ -35,7 +35,7 @@ from fedzo.run import apps, site_model
 from fedzo.run.peer import open_model
 from fedzo.run.process import Process, forget_process, keep_process, leave_other, read_anew, this_process
 from fedzo.run.site_model import SiteModel
-from fedzo.run.start import open_run
+from fedzo.run.start import open_run, write_whole
 from fedzo.testing.tiny_models import save_tiny_model
 from fedzo.trainers.artifacts import ARTIFACTS, ArtifactStore
 
@@ -265,8 +265,20 @@ def test_a_folder_that_cannot_be_written_says_so(finished: Run) -> None:
     (folder / "site.json").unlink()
     (folder / "site.json").mkdir()
 
-    with pytest.raises(RunFolderError, match=r"cannot write site\.json"):
+    with pytest.raises(RunFolderError, match=r"site\.json: it must be a regular file, but is none\. Restore"):
         resume_run(folder)
+
+
+def test_a_file_that_cannot_be_written_is_named_and_a_link_is_told_as_one(tmp_path: Path) -> None:
+    (tmp_path / "outside").write_text("{}")
+    (tmp_path / "site.json").symlink_to(tmp_path / "outside")
+
+    with pytest.raises(RunFolderError, match=r"/site\.json: it must lie in the run folder itself, got a link to"):
+        write_whole(tmp_path / "site.json", "[]")
+    with pytest.raises(RunFolderError, match=r"outside: site\.json must be writable, got 'Not a directory'\. Choose"):
+        write_whole(tmp_path / "outside" / "site.json", "[]")
+
+    assert (tmp_path / "outside").read_text() == "{}"
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -324,7 +336,7 @@ def test_clients_in_processes_of_their_own_find_a_folder_for_their_log(
 ) -> None:
     seen = []
 
-    def build(config: object, *, num_clients: int, run_config: dict[str, str]) -> None:
+    def build(config: object, *, num_clients: int, run_dir: Path, run_json: str) -> None:
         seen.append(Path(os.environ["FEDZO_SITE_LOG"]))
         assert seen[0].parent.is_dir()
 

@@ -118,7 +118,7 @@ def test_a_build_goes_on_only_with_what_it_began_with(
     with no_room():
         assert main(ask) == 1
     said = capsys.readouterr().err
-    assert "sk4: it must be possible to write it, got 'File too large'" in said
+    assert "sk4: it must be writable, got 'File too large'" in said
     assert "call the same command again: it goes on with what is in sk4.part" in said
     assert not (tmp_path / "sk4").exists()
 

@@ -245,7 +245,7 @@ def test_an_export_is_whole_or_not_there(
     with no_room():
         assert main(["export", str(moved), str(out), *form]) == 1
     said = capsys.readouterr().err
-    assert "out': it must be possible to write it, got 'File too large'. Make room or choose" in said
+    assert "out': it must be writable, got 'File too large'. Make room or choose" in said
     assert "Traceback" not in said
     assert [each.name for each in out.parent.iterdir()] == (["out"] if out_is_there else [])
     assert not (out_is_there and list(out.iterdir()))

@@ -52,7 +52,7 @@ def steps() -> list[tuple[str, list[str], list[str]]]:
 def run_of_the_page() -> LaunchConfig:
     """The run that the page starts."""
     (words,) = [words for machine, words, _ in steps() if machine == "server" and words[0] == "train"]
-    return load([*words[1:], "data.path=."])
+    return load(words[1:])
 
 
 def site_file() -> str:

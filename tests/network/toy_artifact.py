@@ -19,7 +19,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedzo.fl import artifact_transfer
 from fedzo.fl.artifact_transfer import deliver, receive
-from fedzo.fl.exchange import Traffic, converse
+from fedzo.fl.exchange import converse
 from fedzo.fl.messages import ArtifactPiece, decode, encode
 from fedzo.trainers.artifacts import Artifact, ArtifactStore
 
@@ -62,7 +62,7 @@ def main(grid: Grid, context: Context) -> None:
     for _ in range(2):
         started = time.monotonic()
         talks = {0: deliver(held, client=0)}
-        answers = converse(grid, talks, nodes={0: node}, deadline_s=300.0, traffic=Traffic())
+        answers = converse(grid, talks, nodes={0: node}, deadline_s=300.0)
         seconds.append(time.monotonic() - started)
         refused.append(answers.refused)
     request = RecordDict({"request": ConfigRecord({"digest": held.digest})})

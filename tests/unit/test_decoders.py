@@ -53,7 +53,7 @@ from fedzo.fl.messages import (
 )
 from fedzo.fl.server.aggregate import check_reply
 from fedzo.fl.server.registration import figures_of, label_counts_of
-from fedzo.fl.server.vectors import VectorUpdates
+from fedzo.fl.server.vector_updates import VectorUpdates
 from fedzo.fl.site_limits import SiteError
 from fedzo.models.config import BaseConfig
 from fedzo.records.decode import decode_json

@@ -1,7 +1,7 @@
 """What a client measures and does between a request to train and its reply.
 
 A local update is of one of two kinds: ``ScalarUpdate`` (``fedzo.fl.client.scalar_update``) or ``VectorUpdate``
-(``fedzo.fl.client.vector_update``). Their other halves at the server are in ``fedzo.fl.server.updates``.
+(``fedzo.fl.client.vector_update``). Their other halves at the server are ``fedzo.fl.server.updates``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+import torch
+
 from fedzo.data.encode import Example
 from fedzo.data.rows import batch_rows
 from fedzo.fl.messages import TrainRequest
@@ -17,6 +19,7 @@ from fedzo.fl.replica import Replica
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.lower_layers import LowerLayers
 from fedzo.models.products import RoundedProducts
+from fedzo.records.metrics import Forwards
 
 
 @dataclass(slots=True)
@@ -38,6 +41,16 @@ class Workspace:
     forward_cost_tokens: int
     lower: LowerLayers | None = None
     products: RoundedProducts | None = None
+
+    @property
+    def forwards(self) -> Forwards:
+        """What it measures in."""
+        held = (each.dtype for each in self.loaded.model.parameters() if each.is_floating_point())
+        return Forwards(
+            dtype=str(next(held, torch.float32)).removeprefix("torch."),
+            products=self.products.name if self.products else "",
+            tokens_per_batch=self.tokens_per_batch,
+        )
 
 
 @dataclass(frozen=True, slots=True)

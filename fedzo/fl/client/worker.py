@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -71,21 +71,40 @@ class ClientData:
     figures: Mapping[str, float] = field(default_factory=dict)
 
 
+class Clients(Protocol):
+    """The clients that a process plays, each by its index, and the model that they share."""
+
+    def register(self, client: int, *, begun: bool) -> str | Progress:
+        """The digest of all rows of a client (``KeptDigests``), or how far its stages are.
+
+        Rows that are too few for the site raise ``SiteError`` before any stage begins.
+        """
+        ...
+
+    def prepare(self, client: int) -> Progress | None:
+        """How far the stages of a client are; None where its rows are ready."""
+        ...
+
+    def data(self, client: int) -> ClientData:
+        """A client's rows."""
+        ...
+
+    def workspace(self, artifact: Artifact, *, asked: int) -> Workspace:
+        """The model with the space on it, from the artifact of the run, for the client that is asked first."""
+        ...
+
+
 class ClientWorker:
     """Answers requests for the clients that this process plays.
 
     Args:
         identity: Digests of what this process holds.
         update: Takes local steps.
+        clients: Their rows and their model.
         limits: What a server may ask in this run.
         task: What examples are made by.
         evaluators: How the model is scored on held-out rows, by name.
         scored_rows: Most held-out rows that are scored.
-        data_of: Rows of a client, by its index.
-        register: Digest of all rows of a client, by its index and whether the run has begun (``KeptDigests``), or how
-            far its stages are. Rows that are too few for the site raise ``SiteError`` before any stage begins.
-        prepare: How far the stages of a client are; None where its rows are ready.
-        build: Makes the model with the space on it from the artifact of the run, for the client that is asked first.
         artifacts: Where this process finds the artifact, or keeps it when the server sends it.
         absent: Planned faults: (client, round) pairs.
     """
@@ -94,15 +113,12 @@ class ClientWorker:
         self,
         identity: Identity,
         update: LocalUpdate,
+        clients: Clients,
         *,
         limits: Limits,
         task: TaskConfig,
         evaluators: Mapping[str, Evaluator],
         scored_rows: int,
-        data_of: Callable[[int], ClientData],
-        register: Callable[[int, bool], str | Progress],
-        prepare: Callable[[int], Progress | None],
-        build: Callable[[Artifact, int], Workspace],
         artifacts: ArtifactStore,
         absent: frozenset[tuple[int, int]] = frozenset(),
     ) -> None:
@@ -112,14 +128,11 @@ class ClientWorker:
         self._workspace: Workspace | None = None
         self._asked_values: set[int] = set()
         self._part: dict[int, str] = {}
+        self._clients = clients
         self._limits = limits
         self._task = task
         self._evaluators = evaluators
         self._scored_rows = scored_rows
-        self._data_of = data_of
-        self._register = register
-        self._prepare = prepare
-        self._build = build
         self._artifacts = artifacts
         self._absent = absent
 
@@ -138,10 +151,10 @@ class ClientWorker:
             self._limits.check_artifact_size(request.artifact_bytes)
         identity = asdict(self.identity)
         try:
-            registered = self._register(request.client, request.begun)
+            registered = self._clients.register(request.client, begun=request.begun)
             if isinstance(registered, Progress):
                 return HelloReply(preparing=registered.total, prepared=registered.done, **identity)
-            data = self._data_of(request.client)
+            data = self._clients.data(request.client)
         except SiteError:
             raise
         except Exception as error:  # whatever a reader, a template or a tokenizer raises, the rows stay as they are
@@ -210,7 +223,7 @@ class ClientWorker:
         at, status = self._reach(request)
         if at is None or status is not Status.ok:
             return EvaluateReply(status=status, position=at.replica.position if at else 0)
-        rows = self._data_of(request.client).heldout[: self._scored_rows]
+        rows = self._clients.data(request.client).heldout[: self._scored_rows]
         plain: dict[str, Any] = {}
         faults: list[Exception] = []
         for name, evaluator in self._evaluators.items():
@@ -249,7 +262,7 @@ class ClientWorker:
     def _must_be_prepared(self, client: int) -> None:
         """Within a round nobody waits for stages: a process that was started again finds their result, or says so."""
         try:
-            ready = self._prepare(client) is None
+            ready = self._clients.prepare(client) is None
         except RowsChangedError as error:
             raise SiteError(Refusal.changed, str(error)) from error
         if not ready:
@@ -267,7 +280,8 @@ class ClientWorker:
             artifact = self._artifacts.find(request.space_id)
             if artifact is None:
                 return None, Status.bare
-            self._workspace, self.space_id = self._build(artifact, request.client), request.space_id
+            self._workspace = self._clients.workspace(artifact, asked=request.client)
+            self.space_id = request.space_id
         assert self._workspace is not None
         status = self._workspace.replica.sync(request)
         if status is Status.mismatch:

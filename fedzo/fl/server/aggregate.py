@@ -20,11 +20,23 @@ from fedzo.zo.directions import PURPOSE_SAMPLING, SHARED, permutation, stream_ke
 from fedzo.zo.log import RoundRecord, Scalars
 
 
-class Measured(Protocol):
-    """A client's checked reply, as far as its losses go."""
+class Result(Protocol):
+    """A client's checked reply, as far as it is read alike of scalars and vectors."""
 
     @property
-    def loss(self) -> np.ndarray: ...
+    def loss(self) -> np.ndarray:
+        """Of each step (and probe); nan where it was not finite."""
+        ...
+
+    @property
+    def dropped(self) -> np.ndarray:
+        """Of the same shape: what was measured in vain, and moves nothing."""
+        ...
+
+    @property
+    def payload_bytes(self) -> int:
+        """Length of its numbers on the wire."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +114,7 @@ def checked_losses(data: bytes, *, shape: tuple[int, ...]) -> Scalars:
     return loss
 
 
-def losses_far_off(results: Mapping[int, Measured]) -> dict[int, str]:
+def losses_far_off(results: Mapping[int, Result]) -> dict[int, str]:
     """Whose losses are so large that they would decide the mean of the round, and why they cannot be used."""
     largest = {client: largest_of(result.loss[np.isfinite(result.loss)]) for client, result in results.items()}
     return {
@@ -143,7 +155,7 @@ def aggregate(
         probes: P.
         directions: Along which directions the clients stepped (``fedzo.zo.seeds``). Only scalars along the same
             direction can be compared, so where they are not shared there is but the mean.
-        own_columns: Keep each client's own scalars g_k[t, p] / P, for a rule that walks every client's path.
+        own_columns: Keep each client's own scalars g_k[t, p] / P, for a server optimizer that walks each client's path.
         aggregation: How the scalars of a probe become one: median, trimmed mean (arXiv 1803.01498) and majority of
             signs (FeedSign, arXiv 2501.17610) are taken of g_k[t, p] over the clients and divided by P.
         trim_share: ``strategy.trim_share``.
@@ -236,9 +248,9 @@ def num_trimmed(share: float, num_clients: int) -> int:
 
 
 def unmoved(record: RoundRecord) -> RoundRecord:
-    """The record of a round that only measures: as long as its steps, but no rule moves theta along it in round 0.
+    """The record of a round that only measures: as long as its steps, but nothing moves theta along it in round 0.
 
-    lr = 0 stops every step and the decay; c = 0 leaves what a rule remembers at zero.
+    lr = 0 stops every step and the decay; c = 0 leaves the moments at zero.
     """
     return replace(record, lr=0.0, coefficients=np.zeros_like(record.coefficients))
 

@@ -5,27 +5,36 @@ grid does not know, or that does not belong to the run, is named and ignored, an
 of one index the first keeps it until it leaves. Nobody waits for a node that does not answer: greetings are under way
 beside the rounds. A client that lets a deadline pass, or whose node could not be reached, is greeted like a new node,
 and is asked for nothing until it has answered; who answers greetings and no more is asked again after 1, 2, 4, ...
-rounds. A client whose stages work on its rows is greeted again every few seconds, and the start of a run waits for it
-as long as it gets on.
+rounds. A client whose stages work on its rows is greeted again every few seconds, and the start of a run that needs it
+waits for it as long as it gets on. It also waits for a site that is connected and says nothing, which may still work
+for the start before: nobody tells a node that its round was lost.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedzo.errors import ConfigError, ProtocolError, printable
-from fedzo.fl.exchange import Grid, Outbox, Question, Traffic, message_of, read
+from fedzo.fl.exchange import Grid, Outbox, Question, message_of, read
 from fedzo.fl.messages import Hello, HelloReply, Identity
-from fedzo.fl.server.registration import First, Place, Preparing, figures_of, label_counts_of, registration_problem
+from fedzo.fl.server.registration import (
+    First,
+    Pace,
+    Place,
+    Preparing,
+    figures_of,
+    label_counts_of,
+    registration_problem,
+)
 from fedzo.records.metrics import ClientSetup
 from fedzo.records.presence import ClientPresence, Presence
 
 log = logging.getLogger(__name__)
 RETRY_S = 10.0  # after which a node that was not let in is greeted again; twice as long after each further greeting
-SILENT_S = 300.0  # the same for a node that has said nothing: it may load its model, or has lost the greeting
+SILENT_S = 60.0  # the same for a node that has said nothing: it may load its model, or has lost the greeting
 PREPARING_S = 5.0  # the same for one that prepares its rows, every time
 TELL_S = 300.0  # how often the log says how far such a client is
 LOOK_S = 1.0  # how often new nodes are looked for beside a round
@@ -41,6 +50,7 @@ class ClientRegistry:
         hellos: Registration of each client, also of those that left.
         label_counts: The training rows by label that each of these declared.
         figures: What the stages of each of these tell of its rows.
+        pace: How long clients take for their answers.
         num_labels: Labels of the task; 0 where it has none.
         artifact_bytes: Of what the space needs beside the model.
     """
@@ -53,6 +63,7 @@ class ClientRegistry:
     hellos: dict[int, HelloReply] = field(default_factory=dict)
     label_counts: dict[int, Mapping[str, int]] = field(default_factory=dict)
     figures: dict[int, Mapping[str, float]] = field(default_factory=dict)
+    pace: Pace = field(default_factory=Pace)
     _places: dict[int, Place] = field(default_factory=dict)
     _outbox: Outbox[int] = field(default_factory=Outbox)
     _reasons: dict[int, str] = field(default_factory=dict)
@@ -60,8 +71,6 @@ class ClientRegistry:
     _seen: set[int] = field(default_factory=set)
     _last_seen: dict[int, int | None] = field(default_factory=dict)
     _next_look: float = 0.0
-    _asked: dict[int, float] = field(default_factory=dict)  # when, by time.monotonic; until a client has answered
-    _took: dict[int, float] = field(default_factory=dict)  # seconds of a client's last answer
     _begun: bool = False
 
     def recall(self, clients: Sequence[ClientSetup]) -> None:
@@ -79,52 +88,59 @@ class ClientRegistry:
         *,
         timeout_s: float,
         fewest: int | None = None,
+        busy_s: float = 0.0,
         beside: Callable[[], None] = lambda: None,
     ) -> None:
         """Register until all clients are here.
 
-        Time in which a missing client prepares its rows does not count, if so many are needed and its count has
-        advanced within the last ``timeout_s``.
+        If so many are needed, time in which a missing client prepares its rows does not count, as long as its count has
+        advanced within the last ``timeout_s``; and a connected client that has said nothing has ``busy_s``.
 
         Args:
             grid: Flower's grid.
             timeout_s: How long.
             fewest: Of a run that has begun: with so many it goes on when time is up. A run begins with all its clients.
+            busy_s: How long from now a client may still work on a request from before this start.
             beside: Called again and again.
 
         Raises:
             ConfigError: Each client that is missing has said that it cannot take part.
             ProtocolError: Too many are missing when time is up.
         """
-        now = time.monotonic()
+        started = now = time.monotonic()
         ends = now + timeout_s
         while True:
             self.refresh(grid)
             beside()
             before, now = now, time.monotonic()
-            if (fewest is None or len(self.nodes) < fewest) and self._gets_on(since=now - timeout_s):
+            is_needed = fewest is None or len(self.nodes) < fewest
+            if is_needed and self._gets_on(since=now - timeout_s):
                 ends += now - before
+            busy = self._mute() if busy_s else []
             missing = sorted(set(range(self.num_clients)) - set(self.nodes))
             if not missing:
                 self._begun = True
                 return
             hopeless = all(client in self._places and self._places[client].unable for client in missing)
-            if not hopeless and now <= ends:
+            if not hopeless and (now <= ends or (is_needed and busy and now <= started + busy_s)):
                 time.sleep(0.1)
                 continue
             if fewest is not None and len(self.nodes) >= fewest:
-                log.warning("the run continues although clients %s did not register within %g s", missing, timeout_s)
+                told = "the run continues although clients %s did not register within %.0f s"
+                log.warning(told, missing, now - started)
                 return
             if hopeless:
                 raise ConfigError("; ".join(self._reasons[self._places[k].node] for k in missing[:MOST_REASONS]))
-            told = [self._reasons[node] for node in sorted(self._reasons)]
-            told += [f"client {k} is {at.preparing}" for k, at in sorted(self._places.items()) if at.preparing]
-            more = [f"and {len(told) - MOST_REASONS} more"] if len(told) > MOST_REASONS else []
-            reasons = "; ".join([*told[:MOST_REASONS], *more])
+            known = [self._reasons[node] for node in sorted(self._reasons)]
+            known += [f"client {k} is {at.preparing}" for k, at in sorted(self._places.items()) if at.preparing]
+            known += [f"client {k} has not answered, and may still work on an earlier request" for k in busy]
+            more = [f"and {len(known) - MOST_REASONS} more"] if len(known) > MOST_REASONS else []
+            reasons = "; ".join([*known[:MOST_REASONS], *more])
+            remedy = "Wait for them" if missing == busy else "Start them"
             lower = ", raise strategy.startup_s, or lower fl.num_clients" if fewest is None else ""
             raise ProtocolError(
-                f"strategy.startup_s: {self.num_clients} clients must register within {timeout_s:g} s, but clients "
-                f"{missing} did not{f' ({reasons})' if reasons else ''}. Start them{lower}."
+                f"strategy.startup_s: {self.num_clients} clients must register, but within {now - started:.0f} s "
+                f"clients {missing} did not{f' ({reasons})' if reasons else ''}. {remedy}{lower}."
             )
 
     def refresh(self, grid: Grid) -> list[int]:
@@ -144,16 +160,6 @@ class ClientRegistry:
             self._greet(grid)
             self._next_look = time.monotonic() + LOOK_S
 
-    def asked(self, clients: Iterable[int]) -> None:
-        """Clients are asked for a round's work, or for a score."""
-        self._asked = dict.fromkeys(clients, time.monotonic())
-
-    def answered(self, seconds: Mapping[int, float]) -> None:
-        """Some of them have answered, each after so many seconds."""
-        self._took.update(seconds)
-        for client in seconds:
-            self._asked.pop(client, None)
-
     def note(self, *, mute: set[int], gone: set[int], heard: set[int], round: int) -> None:
         """After clients were asked: who let the deadline pass, or left, is asked for nothing before it is greeted anew.
 
@@ -163,7 +169,7 @@ class ClientRegistry:
             heard: The others.
             round: In which they were asked.
         """
-        self._asked = {}
+        self.pace.asked(())
         for client in heard | mute | gone:
             place = self._places.get(client)
             if not place or place.node != self.nodes.get(client):
@@ -207,7 +213,7 @@ class ClientRegistry:
             if client in resting:
                 state, why = "silent", resting[client]
             elif place and place.registered:
-                state, why = "ready", self._pace(client)
+                state, why = "ready", self.pace.of(client)
             elif place and place.preparing:
                 state, why, version = "preparing", str(place.preparing), place.preparing.version
             else:
@@ -217,17 +223,10 @@ class ClientRegistry:
             rows.append(ClientPresence(client=client, state=state, why=why, version=version, last_round=last))
         return Presence(round=round, round_seconds=round_seconds, clients=tuple(rows))
 
-    def _pace(self, client: int) -> str:
-        """Since when a client has been asked, or how long it took for its last answer."""
-        if client in self._asked:
-            return f"asked {time.monotonic() - self._asked[client]:.0f} s ago"
-        return f"answered in {self._took[client]:.1f} s" if client in self._took else ""
-
     def _greet(self, grid: Grid) -> None:
         """Ask the nodes whose time has come what they hold, and take the answers that are there."""
         self._look(grid)
-        now, traffic = time.monotonic(), Traffic()
-        messages = {}
+        now, messages = time.monotonic(), {}
         due = [client for client, place in self._places.items() if not place.registered and now >= place.due]
         for client in sorted(due):
             place = self._places[client]
@@ -238,8 +237,7 @@ class ClientRegistry:
                 artifact_bytes=self.artifact_bytes,
                 why=self._why(place),
             )
-            question = Question("query.hello", hello, HelloReply)
-            messages[client] = message_of(question, node=place.node, traffic=traffic)
+            messages[client] = message_of(Question(hello, HelloReply), node=place.node)
             place.due = now + (RETRY_S if place.silence else SILENT_S) * 2**place.greetings
             place.greetings += 1
         for client in self._outbox.push(grid, messages):
@@ -247,7 +245,7 @@ class ClientRegistry:
         while got := self._outbox.pull(grid):
             for client, message in got:
                 try:
-                    self._places[client].reply = read(message, HelloReply, traffic)
+                    self._places[client].reply = read(message, HelloReply)
                 except ProtocolError as error:
                     self._failed(client, f"node {self._places[client].node} did not register: {error}")
 
@@ -334,13 +332,18 @@ class ClientRegistry:
         place, now = self._places[client], time.monotonic()
         place.due, place.greetings, place.unable = now + PREPARING_S, 0, False
         self._reasons.pop(place.node, None)
-        told = place.preparing.told if place.preparing else now - TELL_S
-        place.preparing = Preparing(reply.prepared, reply.preparing, reply.version, told)
+        logged = place.preparing.logged if place.preparing else now - TELL_S
+        place.preparing = Preparing(reply.prepared, reply.preparing, reply.version, logged)
         if client not in self._most or reply.prepared > self._most[client][0]:
             self._most[client] = reply.prepared, now
-        if now >= told + TELL_S:
-            place.preparing.told = now
+        if now >= logged + TELL_S:
+            place.preparing.logged = now
             log.warning("client %d is %s", client, place.preparing)
+
+    def _mute(self) -> list[int]:
+        """The connected clients of which nothing is known yet."""
+        places = sorted(self._places.items())
+        return [k for k, at in places if not (at.registered or at.preparing or at.node in self._reasons)]
 
     def _gets_on(self, *, since: float) -> bool:
         """Whether a client that is not here yet has prepared more rows since then, whatever became of its node."""

@@ -1,9 +1,13 @@
-"""How far the registration of a client is, and whether what it declares is of the run and as it was at first."""
+"""How far the registration of a client is, and whether what it declares is of the run and as it was at first.
+
+Also how long it takes for its answers, which is shown beside that.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from fedzo.errors import ProtocolError
 from fedzo.fl.messages import HelloReply, Identity
@@ -30,7 +34,7 @@ class Preparing:
     done: int
     total: int
     version: str
-    told: float  # when the log was told, by time.monotonic
+    logged: float  # when the log said so last, by time.monotonic
 
     def __str__(self) -> str:
         return f"preparing, {self.done} of {self.total} rows"
@@ -53,6 +57,30 @@ class Place:
         """It let the deadline of a round pass: it is asked again after 1, 2, 4, ... rounds."""
         times, since = (self.silence.times + 1, self.silence.since) if self.silence else (1, round)
         self.silence = Silence(since, times, round + 2 ** (times - 1))
+
+
+@dataclass(slots=True)
+class Pace:
+    """Since when each client has been asked for a round's work or a score, and how long it took for its last answer."""
+
+    _asked: dict[int, float] = field(default_factory=dict)  # when, by time.monotonic; until a client has answered
+    _took: dict[int, float] = field(default_factory=dict)  # seconds
+
+    def asked(self, clients: Iterable[int]) -> None:
+        """These are asked, and the others no more."""
+        self._asked = dict.fromkeys(clients, time.monotonic())
+
+    def answered(self, seconds: Mapping[int, float]) -> None:
+        """Some of them have answered, each after so many seconds."""
+        self._took.update(seconds)
+        for client in seconds:
+            self._asked.pop(client, None)
+
+    def of(self, client: int) -> str:
+        """What there is to say of a client, maybe nothing."""
+        if client in self._asked:
+            return f"asked {time.monotonic() - self._asked[client]:.0f} s ago"
+        return f"answered in {self._took[client]:.1f} s" if client in self._took else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +161,9 @@ def _rows_problem(reply: HelloReply, *, num_labels: int, first: First | None) ->
 
 def label_counts_of(reply: HelloReply) -> dict[str, int]:
     """Training rows by label; ``ProtocolError`` for anything else."""
-    counts: dict[str, int] = decode_json(LabelCounts, reply.label_counts, where="label_counts", error=ProtocolError)
-    return counts
+    return decode_json(LabelCounts, reply.label_counts, where="label_counts", error=ProtocolError)
 
 
 def figures_of(reply: HelloReply) -> dict[str, float]:
     """What the client's stages tell of its rows, by name; ``ProtocolError`` for anything else."""
-    figures: dict[str, float] = decode_json(Figures, reply.stages, where="stages", error=ProtocolError)
-    return figures
+    return decode_json(Figures, reply.stages, where="stages", error=ProtocolError)

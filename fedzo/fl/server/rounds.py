@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Protocol, cast
@@ -27,17 +27,17 @@ import numpy as np
 
 from fedzo.errors import FedzoError, ProtocolError, printable
 from fedzo.fl.config import FlConfig, StrategyConfig, Transport, Weighting
-from fedzo.fl.exchange import Grid, Traffic
+from fedzo.fl.exchange import Answers, Grid, Traffic
 from fedzo.fl.log_store import RunStore
 from fedzo.fl.messages import EvaluateReply, EvaluateRequest, TrainRequest
 from fedzo.fl.replica import Replica
-from fedzo.fl.server.aggregate import client_weights
+from fedzo.fl.server.aggregate import Result, client_weights
 from fedzo.fl.server.client_registry import ClientRegistry
 from fedzo.fl.server.metrics import round_metrics
 from fedzo.fl.server.step_policy.plan import Plan, StepPolicy, checked_plan, news
 from fedzo.fl.server.sync import StateSync
 from fedzo.fl.server.turnout import Turnout
-from fedzo.fl.server.updates import Result, Updates
+from fedzo.fl.server.updates import Replies, Updates
 from fedzo.records.fields import MOST_STEPS
 from fedzo.records.log import AuditLine, RoundAudit
 from fedzo.records.metrics import MetricRecord, Round, StepDecision
@@ -99,7 +99,7 @@ class Server:
     _followed: dict[int, int] = field(default_factory=dict)
     _payload_bytes: list[int] = field(default_factory=list)  # of the first 0, 1, 2, ... records together
     _wire: tuple[int, int] | None = None
-    _told: StepDecision | None = None
+    _decision: StepDecision | None = None  # the last that was told
     _lost: bool = False
     _round_seconds: float | None = None
     _state_sync: StateSync = field(init=False)
@@ -127,10 +127,14 @@ class Server:
             while_waiting=self.while_waiting,
         )
         self._wire = self.grid.wire_bytes()
-        for line in self.store.audit:
-            self._count_steps(line)
+        rounds = []
+        for record, audit in zip(self.store.records, self.store.audit, strict=True):
+            self._count_steps(audit)
+            self.updates.note(record, audit)
+            rounds.append(audit.round)
+        self.store.check_audit(rounds)
         self._payload_bytes = [*accumulate((record.payload_bytes for record in self.store.records), initial=0)]
-        self._told = next(reversed(self.store.told(StepDecision)), None)
+        self._decision = next(reversed(self.store.metrics_of(StepDecision)), None)
         measured = (line.round_seconds for line in reversed(self.store.metrics) if isinstance(line, Round))
         self._round_seconds = next(measured, None)
 
@@ -165,32 +169,26 @@ class Server:
             FederationError: Fewer than ``strategy.min_replies`` clients gave an answer that can be used.
         """
         started = time.monotonic()
-        number = self.round
         self._turnout.begin()
         plan = self._plan()
-        lr = learning_rate(self.server_optimizer, round=number, rounds=self.fl.rounds)
+        lr = learning_rate(self.server_optimizer, round=self.round, rounds=self.fl.rounds)
         if plan.calibration:
             lr = float(np.float32(self.server_optimizer.base_lr))  # a warm-up would leave nothing to see
-        bound, traffic, weights = self.updates.bound(), Traffic(), self._weights
-        results, refused = self._ask(plan, lr=lr, bound=bound, traffic=traffic)
-        record = self.updates.combine(results, weights, round=number, lr=lr, measures_only=plan.calibration)
-        self._warn_if_lost(results)
-        audit = self.updates.audit(record, results, lr=lr, used=self._used, weights=weights, refused=refused)
+        replies = self._ask(plan, lr=lr)
+        record = self.updates.combine(replies)
+        self._warn_if_lost(replies.results)
+        audit = self.updates.audit(record, replies)
+        self.updates.note(record, audit)
         self._round_seconds = time.monotonic() - started
         # before the log, which alone makes a round count: what is told of a round that a kill prevents is dropped
         self.sink.write(
             round_metrics(
                 record,
-                self.updates.clients(record, results, audit),
-                calibration=plan.calibration,
-                up_bytes=sum(result.payload_bytes for result in results.values()),
-                dropped=int(sum(result.dropped.sum() for result in results.values())),
-                clipped=self.updates.num_clipped(results, bound),
-                refused=refused,
-                traffic=traffic,
+                replies,
+                self.updates.clients(record, replies, audit),
+                clipped=self.updates.num_clipped(replies),
                 wire=self._wire_since(),
-                down_bytes=self._down_bytes(record, results),
-                bound=bound,
+                down_bytes=self._down_bytes(record, replies.results),
                 seconds=self.elapsed(),
                 round_seconds=self._round_seconds,
             )
@@ -210,49 +208,54 @@ class Server:
 
     def tell_step_policy(self) -> None:
         """After the last round: tell what a calibration found that no round has followed; again after a kill."""
-        if self._told is None:
+        if self._decision is None:
             self._plan()
 
-    def federated_scores(self, *, traffic: Traffic) -> Mapping[int, EvaluateReply]:
-        """Every connected client's score of the present model on its own held-out rows; bytes go to ``traffic``."""
+    def federated_scores(self) -> Answers[EvaluateReply]:
+        """Every connected client's score of the present model on its own held-out rows."""
         awake = set(self.client_registry.nodes) - set(self.client_registry.resting(self.round))
         requests = {client: EvaluateRequest(client=client) for client in sorted(awake)}
-        replies, refused = self._state_sync.ask(requests, EvaluateReply, message_type="evaluate", traffic=traffic)
-        for client, reason in refused.items():
+        answers = self._state_sync.ask(requests, EvaluateReply)
+        for client, reason in answers.refused.items():
             log.warning("client %d was not scored: %s", client, reason)
-        return replies
+        return answers
 
-    def _ask(
-        self, plan: Plan, *, lr: float, bound: float, traffic: Traffic
-    ) -> tuple[dict[int, Result], dict[int, str]]:
-        """The usable replies of the round's clients (``Turnout.groups``), and why others have none."""
+    def _ask(self, plan: Plan, *, lr: float) -> Replies[Result]:
+        """What the round's clients (``Turnout.groups``) are asked, and what they answer."""
+        bound, weights = self.updates.bound(), self._weights
         self.grid.limit_replies(self.updates.reply_bytes(max(plan.steps.values())))
         results: dict[int, Result] = {}
         refused: dict[int, str] = {}
+        traffic = Traffic()
         for group in self._turnout.groups(self.round, everyone=plan.calibration, results=results, refused=refused):
             requests = {
                 client: TrainRequest(
-                    client=client,
-                    steps=plan.steps[client],
-                    used=self._used.get(client, 0),
-                    lr=lr,
-                    max_abs_g=bound,
+                    client=client, steps=plan.steps[client], used=self._used.get(client, 0), lr=lr, max_abs_g=bound
                 )
                 for client in group
             }
-            replies, failed = self._state_sync.ask(
-                requests, self.updates.reply_type, message_type="train", traffic=traffic
-            )
-            for client in replies:
+            answers = self._state_sync.ask(requests, self.updates.reply_type)
+            traffic += answers.traffic
+            for client in answers.replies:
                 refused.pop(client, None)
-            refused |= failed
-            results |= self._usable(replies, requests, refused)
+            refused |= answers.refused
+            results |= self._usable(answers.replies, requests, refused)
             far_off = self.updates.far_off(results) if self.strategy.clip_factor else {}
             for client, reason in far_off.items():
                 self._refuse(client, reason, refused)
                 del results[client]
             if len(results) >= self.strategy.min_replies:
-                return results, refused
+                return Replies(
+                    round=self.round,
+                    lr=lr,
+                    bound=bound,
+                    measures_only=plan.calibration,
+                    weights=weights,
+                    results=results,
+                    used={client: self._used.get(client, 0) for client in results},
+                    refused=refused,
+                    traffic=traffic,
+                )
         why = "; ".join(f"client {client}: {reason}" for client, reason in sorted(refused.items()))
         raise FederationError(
             f"round {self.round}: strategy.min_replies = {self.strategy.min_replies} usable replies are needed, got "
@@ -289,7 +292,7 @@ class Server:
 
     def coming_plan(self) -> Plan:
         """What the coming round asks of each client."""
-        audit = cast(list[AuditLine], self.store.audit)  # whoever reads scalars is refused where there are none
+        audit = cast(Sequence[AuditLine], self.store.audit)  # whoever reads scalars is refused where there are none
         counts, fl = self.known_label_counts, self.fl
         return checked_plan(self.step_policy, audit, counts, num_clients=fl.num_clients, most_steps=self.most_steps)
 
@@ -298,10 +301,10 @@ class Server:
         plan = self.coming_plan()
         last = self.round + 1 == self.fl.rounds
         record = news(
-            plan, self._told, round=self.round, last=last, seconds=self.elapsed(), local_steps=self.fl.local_steps
+            plan, self._decision, round=self.round, last=last, seconds=self.elapsed(), local_steps=self.fl.local_steps
         )
         if record:
-            self._told = record
+            self._decision = record
             self.sink.write(record)
         return plan
 

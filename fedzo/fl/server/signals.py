@@ -6,7 +6,7 @@ The running means are a function of the audit log, so those of a resumed run are
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,25 +35,15 @@ class Signals:
 
     Args:
         gradient: The server's gradient, float32 [n] in wire order; None where there is none.
-        audit: Lines of the audit log so far.
         run_seed: Seed of the run's directions.
         distribution: Law of the directions.
     """
 
-    def __init__(
-        self,
-        gradient: torch.Tensor | None,
-        audit: Iterable[AuditLine],
-        *,
-        run_seed: int,
-        distribution: Distribution,
-    ) -> None:
+    def __init__(self, gradient: torch.Tensor | None, *, run_seed: int, distribution: Distribution) -> None:
         self._gradient = gradient
         self._run_seed = run_seed
         self._distribution = distribution
         self._tallies: dict[int, _Tally] = {}
-        for line in audit:
-            self._note(line)
 
     def products(self, record: RoundRecord) -> Numbers | None:
         """Xi for the audit log: <gradient, z> by step, probe and owner of the direction; None without a gradient."""
@@ -61,8 +51,8 @@ class Signals:
             return None
         return round_products(self._gradient, record, run_seed=self._run_seed, distribution=self._distribution)
 
-    def _note(self, line: AuditLine) -> None:
-        """Count the steps of a line of the audit log."""
+    def note(self, line: AuditLine) -> None:
+        """Count the steps of a line of the audit log: of each once, in their order."""
         for index, entry in enumerate(line.clients):
             tally = self._tallies.setdefault(entry.client, _Tally())
             g, measured = entry.g.astype(np.float64), ~entry.dropped.all(axis=1)
@@ -75,17 +65,15 @@ class Signals:
     def of_round(
         self, record: RoundRecord, results: Mapping[int, ClientResult], line: AuditLine
     ) -> dict[int, StepSignals]:
-        """Per client the signals of each step, and the means so far.
+        """Per client the signals of each step, and the means over all lines that were noted.
 
-        Each round once, in their order. Six digits; None where unknown: a step without a finite loss, or no gradient to
-        compare with.
+        Six digits; None where unknown: a step without a finite loss, or no gradient to compare with.
 
         Args:
-            record: The round.
+            record: The round, whose line was noted last.
             results: Its usable replies.
             line: What the audit log holds of it.
         """
-        self._note(line)
         scalars = {client: results[client].g for client in sorted(results)}
         paths = {}
         if self._gradient is not None and line.xi is not None:

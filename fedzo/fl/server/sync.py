@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypedDict, TypeVar, cast
 from fedzo.errors import ProtocolError
 from fedzo.fl.artifact_transfer import deliver
 from fedzo.fl.config import FlConfig, Transport
-from fedzo.fl.exchange import Grid, Question, Talk, Traffic, converse
+from fedzo.fl.exchange import Answers, Grid, Question, Talk, converse
 from fedzo.fl.log_store import RunStore
 from fedzo.fl.messages import Status, Sync
 from fedzo.fl.replica import Replica
@@ -68,31 +68,22 @@ class StateSync:
     _packed: bytearray = field(default_factory=bytearray)
     _ends: list[int] = field(default_factory=lambda: [0])  # of the first so many records in _packed
 
-    def ask(
-        self, requests: Mapping[int, Request], reply_type: type[Reply], *, message_type: str, traffic: Traffic
-    ) -> tuple[dict[int, Reply], dict[int, str]]:
+    def ask(self, requests: Mapping[int, Request], reply_type: type[Reply]) -> Answers[Reply]:
         """Ask clients at the present state; help those that cannot reach it, at most once for each kind of trouble.
 
         All of it ends at the deadline.
-
-        Returns:
-            Replies by client, and why the others have none.
         """
         state, registry = self._state(), self.client_registry
-        registry.asked(requests)
+        registry.pace.asked(requests)
         answers = converse(
             self.grid,
-            {
-                client: self._talk(client, request, state, reply_type, message_type)
-                for client, request in requests.items()
-            },
+            {client: self._talk(client, request, state, reply_type) for client, request in requests.items()},
             nodes=registry.nodes,
             deadline_s=self.deadline_s,
-            traffic=traffic,
             beside=self._beside,
         )
         replies = answers.replies
-        registry.answered(answers.seconds)
+        registry.pace.answered(answers.seconds)
         heard = set(replies) | (set(answers.refused) - answers.mute - answers.gone)
         registry.note(mute=answers.mute, gone=answers.gone, heard=heard, round=self._round)
         if answers.mute or answers.gone:
@@ -101,22 +92,20 @@ class StateSync:
         if self.shuffle_seed is not None:
             key = stream_key(self.shuffle_seed, round=self._round, owner=0)
             ordered = [ordered[i] for i in permutation(key, len(ordered), purpose=PURPOSE_SAMPLING)]
-        return {client: replies[client] for client in ordered}, answers.refused
+        return replace(answers, replies={client: replies[client] for client in ordered})
 
     def _beside(self, seconds: Mapping[int, float]) -> None:
         """While replies are awaited: greet who is new, and keep in mind who has answered, after how many seconds."""
         self.client_registry.beside(self.grid)
-        self.client_registry.answered(seconds)
+        self.client_registry.pace.answered(seconds)
         self.beside()
 
-    def _talk(
-        self, client: int, request: Request, state: Mapping[str, Any], reply_type: type[Reply], message_type: str
-    ) -> Talk[Reply]:
+    def _talk(self, client: int, request: Request, state: Mapping[str, Any], reply_type: type[Reply]) -> Talk[Reply]:
         """Ask one client, and help it to the server's state until it can answer."""
         remedy: Remedy = {}
         for _ in range(ATTEMPTS):
             filled = self._fill(request, client, state, **remedy)
-            reply = yield Question(message_type, filled, reply_type)
+            reply = yield Question(filled, reply_type)
             if reply.status is Status.ok:
                 self._acked[client] = self._round
                 if filled.log:  # its replay is the server's

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from fedzo.errors import RunFolderError
-from fedzo.records.decode import decode_json, to_json
+from fedzo.records.decode import read_record, to_json
 from fedzo.records.fields import Count, Length, Matching, RoundNumber, Words
-from fedzo.records.folder import read_file, refuse_link, replace_file
+from fedzo.records.folder import refuse_link, replace_file
 from fedzo.report.trackers.base import TRACKERS, TrackerConfig
 
 NOTE = "fedzo.json"
@@ -34,14 +34,8 @@ def _read_note(kind: type[T], run_dir: Path, tracker: str) -> T | None:
     Raises:
         RunFolderError: The note is a link, or none that the tracker writes: the folder may come from somebody else.
     """
-    name = f"{tracker}/{NOTE}"
-    try:
-        text = read_file(run_dir, name)
-    except FileNotFoundError:
-        return None
     remedy = "Restore the file from a copy, or delete it for a new run of the tracker."
-    note: T = decode_json(kind, text, where=str(run_dir / name), error=RunFolderError, remedy=remedy)
-    return note
+    return read_record(kind, run_dir, f"{tracker}/{NOTE}", error=RunFolderError, remedy=remedy)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -198,7 +199,13 @@ class ServerGrid(HttpGrid):
 def server_task(server: Endpoint, token: str) -> Iterator[tuple[ServerGrid, Context]]:
     """Play the ServerApp's process in this one: grid and context of the run, whose end Flower learns."""
     grid = ServerGrid(server.address, root_certificates=server.authority.read_bytes(), token=token)
-    grid._retry_invoker.max_time = MAX_TIME_S  # it would retry for ever
+    retry, over = grid._retry_invoker, threading.Event()
+
+    def wait(seconds: float) -> None:
+        log.warning("a request to the SuperLink is made again in %.1f s", seconds)
+        over.wait(seconds)
+
+    retry.max_time, retry.wait_function = MAX_TIME_S, wait  # Flower would retry for ever, and wait whatever ends
     client = grid._runtime_client
     client._interceptors += (TaskOver(),)
     with kept_alive(client) as fall_silent:
@@ -214,7 +221,8 @@ def server_task(server: Endpoint, token: str) -> Iterator[tuple[ServerGrid, Cont
             output = PushTaskOutputRequest(sub_status=SubStatus.FAILED, details=failure_reason(error))
             raise
         finally:
-            grid._retry_invoker.max_tries = 1  # the SuperLink may be what failed
+            retry.max_time = 0.0  # the SuperLink may be what failed: who asks it again, such as the heartbeat, gives up
+            over.set()
             fall_silent()
             try:
                 client.PushTaskOutput(output)

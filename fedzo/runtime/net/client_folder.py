@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from fedzo.errors import ConfigError
-from fedzo.records.decode import decode_json, encode
+from fedzo.records.decode import decode_json, to_json
 from fedzo.records.fields import Length
-from fedzo.records.folder import make_folder, replace_file
+from fedzo.records.folder import make_folder, replace_file, told_as
 from fedzo.runtime.net.addresses import Address, split_address
 from fedzo.runtime.net.credentials import (
     Endpoint,
@@ -58,18 +57,15 @@ def read_invitation(file: Path) -> Invitation:
     Raises:
         ConfigError: It is none.
     """
-    try:
+    where, remedy = f"invitation {file}", "Give the file that `fedzo server add-client` wrote."
+    with told_as(ConfigError, f"{where}: it must be a readable file", remedy):
         text = file.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"invitation {file}: it must be a readable file, got {error.strerror!r}.") from error
-    remedy = "Give the file that `fedzo server add-client` wrote."
-    invitation: Invitation = decode_json(Invitation, text, where=f"invitation {file}", error=ConfigError, remedy=remedy)
-    return invitation
+    return decode_json(Invitation, text, where=where, error=ConfigError, remedy=remedy)
 
 
 def write_invitation(file: Path, invitation: Invitation) -> None:
     """Write an invitation, for this user only: it may hold a private key."""
-    write_private(file, (json.dumps(encode(invitation), indent=2) + "\n").encode())
+    write_private(file, (to_json(invitation, indent=2) + "\n").encode())
 
 
 class ClientFolder:
@@ -105,7 +101,7 @@ class ClientFolder:
                 f"client folder {path}: it must be of one server, but it is of {folder.address}, and you gave "
                 f"{address}. Choose another folder, or edit {folder.file(SERVER)}."
             )
-        replace_file(folder.file(SERVER), json.dumps(encode(Server(address=address)), indent=2) + "\n")
+        replace_file(folder.file(SERVER), to_json(Server(address=address), indent=2) + "\n")
         if invitation is not None:
             folder._take(invitation)
         if not folder.file(KEY).exists():
@@ -144,8 +140,7 @@ class ClientFolder:
     def address(self) -> str:
         """The server, ``host:port``."""
         text = self.file(SERVER).read_bytes()
-        found: Server = decode_json(Server, text, where=str(self.file(SERVER)), error=ConfigError)
-        return found.address
+        return decode_json(Server, text, where=str(self.file(SERVER)), error=ConfigError).address
 
     @property
     def endpoint(self) -> Endpoint:

@@ -21,20 +21,20 @@ from flwr.clientapp import ClientApp
 from fedzo.errors import OtherVersionError
 from fedzo.fl.messages import Refusal
 from fedzo.fl.replica import ON_RECORD
-from fedzo.fl.site_limits import SiteError, told
+from fedzo.fl.site_limits import SiteError, as_site_error
 from fedzo.runtime._flower import failure_reason
 from fedzo.runtime.net._flower_http import ClientTask, RunNotRunningException, RuntimeApi, TaskType, client_task
 from fedzo.runtime.net.addresses import accepts
 from fedzo.runtime.net.bundle import check_bundle
 from fedzo.runtime.net.processes import watch_parent
-from fedzo.system import quiet_libraries
+from fedzo.system import device_is_lost, quiet_libraries
 
 log = logging.getLogger(__name__)
 POLL_S = 0.05
 TELL_S = 10.0
 """How long a process that gives up tries to say so before it ends."""
-HUNG = 70
-"""Exit status after a hung step; whoever started the executor should start it again."""
+START_AGAIN = 70
+"""Exit status after a hung step, or with a lost device; whoever started the executor should start it again."""
 
 
 def main(arguments: Sequence[str] | None = None, *, app: ClientApp | None = None) -> None:
@@ -85,7 +85,7 @@ def serve(app: ClientApp, api: RuntimeApi, *, step_limit_s: float) -> None:
                             known = task.bundle
                     except OtherVersionError as error:
                         log.error("%s", error)
-                        task.fail(failure_reason(told(error)))
+                        task.fail(failure_reason(as_site_error(error)))
                         continue
                     answer(app, task, step_limit_s=step_limit_s)
             except RunNotRunningException:
@@ -96,6 +96,8 @@ def serve(app: ClientApp, api: RuntimeApi, *, step_limit_s: float) -> None:
 
 def answer(app: ClientApp, task: ClientTask, *, step_limit_s: float) -> None:
     """Answer one message, with an error if it fails; past ``step_limit_s`` say so and end the process.
+
+    The process also ends where nothing more can be computed in it; a new one can.
 
     The time begins anew with each record of the log that is applied: a client that was away may replay for hours. A
     thread watches, so a step that never gives the interpreter back is not caught here: then the heartbeats stop as
@@ -116,7 +118,7 @@ def answer(app: ClientApp, task: ClientTask, *, step_limit_s: float) -> None:
             telling = threading.Thread(target=task.fail, args=(slow,), daemon=True)  # its SuperNode may be gone
             telling.start()
             telling.join(TELL_S)
-            os._exit(HUNG)
+            os._exit(START_AGAIN)
 
     def watch() -> None:
         while not over.wait(heard_at + step_limit_s - time.monotonic()):
@@ -126,10 +128,12 @@ def answer(app: ClientApp, task: ClientTask, *, step_limit_s: float) -> None:
     threading.Thread(target=watch, name="watchdog", daemon=True).start()
     before = ON_RECORD.set(hear)
     try:
-        reply, failure = app(message=task.message, context=task.context), ""
-    except Exception as error:
-        log.exception("the ClientApp failed")
-        failure = failure_reason(told(error))
+        try:
+            reply, failure = app(message=task.message, context=task.context), ""
+        except Exception as error:
+            log.exception("the ClientApp failed")
+            failure = failure_reason(as_site_error(error))
+        is_lost = device_is_lost()  # while the watchdog looks on
     finally:
         over.set()
         ON_RECORD.reset(before)
@@ -138,6 +142,9 @@ def answer(app: ClientApp, task: ClientTask, *, step_limit_s: float) -> None:
             task.fail(failure)
         else:
             task.finish(reply)
+    if is_lost:
+        log.error("the device answers nothing more in this process: ending it, to be started again")
+        os._exit(START_AGAIN)
 
 
 def _exit(signal_number: int, frame: FrameType | None) -> None:

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fedzo.errors import ConfigError, FolderInUseError
-from fedzo.records.decode import decode_json, encode
+from fedzo.records.decode import decode_json, encode, to_json
 from fedzo.records.fields import MOST_CLIENTS, Client, Length, Matching, Name, Within
-from fedzo.records.folder import folder_of_one_process, is_locked, lock_file, make_folder, replace_file
+from fedzo.records.folder import folder_of_one_process, is_locked, lock_file, make_folder, replace_file, told_as
 from fedzo.runtime.net.addresses import Address, is_loopback, split_address
 from fedzo.runtime.net.credentials import (
     Endpoint,
@@ -116,8 +116,7 @@ class ServerFolder:
             ConfigError: A file of the authority is missing that sites trust already.
         """
         check_names(names)
-        if not path.exists():
-            path.mkdir(parents=True, mode=0o700)
+        path.mkdir(parents=True, mode=0o700, exist_ok=True)
         keep_private(make_folder(path / "logs"))  # the folder may have been there, open to others
         folder = cls(path)
         if missing := [name for name in AUTHORITY if not folder.file(name).exists()]:
@@ -130,7 +129,7 @@ class ServerFolder:
         if not folder.file("clients.json").exists():
             folder._write_clients([])
         if not folder.file("server.json").exists():
-            replace_file(folder.file("server.json"), json.dumps(encode(listening), indent=2) + "\n")
+            replace_file(folder.file("server.json"), to_json(listening, indent=2) + "\n")
         return folder
 
     @staticmethod
@@ -207,9 +206,14 @@ class ServerFolder:
             os.close(opened)
 
     @property
+    def is_serving(self) -> bool | None:
+        """Whether a run is served; None where the file system knows no locks."""
+        return is_locked(self.file("serving.json"))
+
+    @property
     def served(self) -> Serving | None:
-        """The run that is served; None where there is none."""
-        return self.last_served if is_locked(self.file("serving.json")) else None
+        """The run that is known to be served; None where there is none."""
+        return self.last_served if self.is_serving else None
 
     @property
     def last_served(self) -> Serving | None:
@@ -217,8 +221,7 @@ class ServerFolder:
         file = self.file("serving.json")
         if not file.exists() or not (text := file.read_bytes()):
             return None
-        found: Serving = decode_json(Serving, text, where=str(file), error=ConfigError)
-        return found
+        return decode_json(Serving, text, where=str(file), error=ConfigError)
 
     # --- the registry
 
@@ -236,10 +239,12 @@ class ServerFolder:
 
     @property
     def disk_problem(self) -> str:
-        """That there is no room for what the SuperLink keeps, or an empty string."""
-        if shutil.disk_usage(self.path).free >= LEAST_FREE_BYTES:
-            return ""
-        return f"The disk of {self.path} is full: the SuperLink cannot keep what it is sent. Make room."
+        """That there is no room for what the SuperLink keeps, or that nobody can tell; else an empty string."""
+        try:
+            full = shutil.disk_usage(self.path).free < LEAST_FREE_BYTES
+        except OSError as error:  # a network disk may be away for a moment
+            return f"The disk of {self.path} does not answer ({error.strerror})."
+        return f"The disk of {self.path} is full: the SuperLink cannot keep what it is sent. Make room." if full else ""
 
     def by_key(self) -> Mapping[bytes, RegisteredClient]:
         """Clients by public key, in the form in which Flower keeps it; read again only when the file is another.
@@ -251,10 +256,9 @@ class ServerFolder:
         """
         file = self.file("clients.json")
         try:
-            state = file.stat()
-            version = (state.st_mtime_ns, state.st_ino)
+            version = (state := file.stat()).st_mtime_ns, state.st_ino
         except OSError:
-            version = (0, 0)
+            version = 0, 0
         if self._by_key is None or self._by_key[0] != version:
             try:
                 self._by_key = version, {pem_of(client.key): client for client in self.clients}
@@ -340,11 +344,7 @@ class ServerFolder:
         replace_file(self.file("clients.json"), json.dumps(plain, indent=2) + "\n", durable=True, mode=0o600)
 
     def _read(self, name: str, kind: object) -> Any:
-        try:
+        rule = f"server folder {self.path}: {name} must be a readable file"
+        with told_as(ConfigError, rule, f"Call `fedzo server init {self.path}`."):
             text = self.file(name).read_bytes()
-        except OSError as error:
-            raise ConfigError(
-                f"server folder {self.path}: {name} must be a readable file, got {error.strerror!r}. "
-                f"Call `fedzo server init {self.path}`."
-            ) from error
         return decode_json(kind, text, where=str(self.file(name)), error=ConfigError, remedy="Restore it from a copy.")

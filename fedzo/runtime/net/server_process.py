@@ -12,8 +12,8 @@ from pathlib import Path
 
 from fedzo import errors
 from fedzo.errors import FedzoError, ProtocolError, RunFolderError
-from fedzo.records.decode import decode_json, encode
-from fedzo.records.folder import make_folder, open_file, read_file, replace_file
+from fedzo.records.decode import encode, read_record
+from fedzo.records.folder import make_folder, open_file, replace_file
 from fedzo.records.outcome import OUTCOME, Outcome
 from fedzo.runtime.net.parts import environment
 from fedzo.runtime.net.processes import python
@@ -122,12 +122,10 @@ class ServerProcess:
                 f"run folder {self._run_dir}: it must be writable, but the run's server could not write. Is its disk "
                 f"full? Make room, and continue with `fedzo resume {self._run_dir}`."
             )
-        try:
-            text = read_file(self._run_dir, OUTCOME)
-        except OSError:
+        outcome = read_record(Outcome, self._run_dir, OUTCOME, error=ProtocolError)
+        if outcome is None:
             return ProtocolError(
                 f"the run's server ended with status {code} and left no word. See {self._run_dir / 'fedzo.log'}, and "
                 f"go on with `fedzo resume {self._run_dir}`."
             )
-        outcome: Outcome = decode_json(Outcome, text, where=str(self._run_dir / OUTCOME), error=ProtocolError)
         return _KINDS.get(outcome.error, ProtocolError)(outcome.text)

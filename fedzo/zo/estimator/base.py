@@ -65,6 +65,23 @@ class EstimatorConfig(PluginConfig):
         """What other parts of a run must know of this estimator."""
         return EstimatorTraits()
 
+    # what follows from the kind and its keys is no trait: a plugin that states traits of its own cannot forget it
+
+    @property
+    def sends_vectors(self) -> bool:
+        """Whether clients send where their gradients led, and no scalars."""
+        return True
+
+    @property
+    def probes_per_step(self) -> int:
+        """P, the scalars of a local step; 0 where there are none."""
+        return 0
+
+    @property
+    def freezes_routing(self) -> bool:
+        """Whether the probes of a step make the hard choices of the forward at its centre."""
+        return False
+
 
 @dataclass(kw_only=True, slots=True)
 class ZerothOrderConfig(EstimatorConfig):
@@ -78,6 +95,18 @@ class ZerothOrderConfig(EstimatorConfig):
     freeze_routing: bool = False
     """Fix hard choices (the experts that a router takes) in the probes of a step. One more forward a step, unless
     the estimator evaluates the loss at theta."""
+
+    @property
+    def sends_vectors(self) -> bool:
+        return False
+
+    @property
+    def probes_per_step(self) -> int:
+        return self.num_probes
+
+    @property
+    def freezes_routing(self) -> bool:
+        return self.freeze_routing
 
     @property
     def float32_eps(self) -> float:

@@ -83,6 +83,12 @@ class ServerOptimizerConfig(PluginConfig):
             raise ConfigError("server_optimizer.lr must be a number once the configuration is loaded, got None.")
         return self.lr
 
+    @property
+    def decay_share(self) -> float:
+        """Share of ``lr`` at which decay must still count: the last round's, or 1 where that is 0 and ends it, too."""
+        ends_low = self.schedule is not Schedule.constant and self.final_lr_share > 0
+        return self.final_lr_share if ends_low else 1.0
+
     def problems(self, run: RunSettings) -> Iterator[Problem]:
         lr, trainers = (run.trainer.lr, not_negative("", run.trainer.lr, "")) if self.lr is None else (self.lr, ())
         if not 0 <= lr < 2.0**128 and not any(trainers):  # it travels and is logged as a float32
@@ -97,10 +103,7 @@ class ServerOptimizerConfig(PluginConfig):
         yield from self._decay_problems(lr)
 
     def _decay_problems(self, lr: float) -> Iterator[Problem]:
-        key, shrink = "server_optimizer.weight_decay", lr * self.weight_decay
-        # a schedule that ends at 0 is to end the decay, too, and is judged by its peak
-        ends_low = self.schedule is not Schedule.constant and self.final_lr_share > 0
-        share = self.final_lr_share if ends_low else 1.0
+        key, shrink, share = "server_optimizer.weight_decay", lr * self.weight_decay, self.decay_share
         if shrink >= 1:
             yield problem(key, "make server_optimizer.lr * weight_decay less than 1", self.weight_decay, "Lower it.")
         elif shrink > 0 and share * shrink < _SMALLEST_DECAY:

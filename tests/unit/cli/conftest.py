@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -36,6 +37,16 @@ def hydra_and_logging_are_left_clear() -> Iterator[None]:
     assert not GlobalHydra.instance().is_initialized()
     assert HydraConfig.instance().cfg is None
     assert "HYDRA_FULL_ERROR" not in os.environ
+
+
+@pytest.fixture
+def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file system knows none, as Lustre may not."""
+
+    def refused(opened: int, how: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refused)
 
 
 class _Table:

@@ -258,6 +258,17 @@ def test_without_a_command_the_help_is_printed(capsys: pytest.CaptureFixture[str
     assert printed == make_parser().format_help()
 
 
+def test_the_usage_of_generate_names_all_that_belongs_to_a_model_of_ones_own(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+
+    usage, summary, *_ = capsys.readouterr().out.split("\n\n")
+    assert re.findall(r"--[a-z-]+", usage) == ["--model", "--prompts", "--tables", "--dtype", "--chat"]
+    assert "sketch" not in summary
+
+
 def test_list_prints_every_group_with_a_line_per_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
 

@@ -16,7 +16,7 @@ from fedzo.errors import ConfigError, RunFolderError
 from fedzo.fl.config import FlConfig
 from fedzo.models.config import BaseConfig
 from fedzo.run.apps import client_app, look_ahead, server_app
-from fedzo.runtime.config import RUNTIMES, InlineConfig, RemoteConfig, RuntimeConfig
+from fedzo.runtime.config import RUNTIMES, InlineConfig, LocalConfig, RemoteConfig, RuntimeConfig
 
 
 def test_every_runtime_of_the_configuration_can_be_launched() -> None:
@@ -38,6 +38,18 @@ def test_inline_runs_the_installed_apps_with_text_and_folder(
     run_config = {"config": to_json(agreed(config)), "run-dir": str(tmp_path)}
     ahead = look_ahead if batch_clients else None
     assert calls == [((server_app, client_app), {"num_clients": 5, "run_config": run_config, "look_ahead": ahead})]
+
+
+@pytest.mark.parametrize(("name", "config"), [("local", LocalConfig()), ("remote", RemoteConfig(server="server"))])
+def test_a_server_in_a_process_of_its_own_is_told_the_folder_alone(
+    name: str, config: RuntimeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(f"fedzo.runtime.{name}.run_{name}", lambda **given: calls.append(given))
+
+    RUNTIMES.build(config, num_clients=5, run_dir=tmp_path)
+
+    assert calls == [{"num_clients": 5, "run_dir": tmp_path, "config": config}]
 
 
 def test_processes_that_start_meanwhile_find_the_site(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,29 +8,45 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
-from fedzo.cli import main, serve
+from fedzo.cli import forgiving_output, main, serve
 from fedzo.records.metrics import Setup
 from fedzo.report.sinks import ProgressSink
+from fedzo.runtime.net.server_process import ServerProcess
+from fedzo.runtime.remote import _show
 
 
 @pytest.fixture
-def unread(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Standard output is a pipe whose reader is gone; every write reaches it."""
+def unread() -> Iterator[TextIO]:
+    """A pipe whose reader is gone; every write reaches it. A test makes it standard output, or pytest's comes back."""
     reader, writer = os.pipe()
     os.close(reader)
     with io.TextIOWrapper(os.fdopen(writer, "wb", buffering=0), encoding="utf-8", write_through=True) as stream:
-        monkeypatch.setattr(sys, "stdout", stream)
-        with pytest.raises(BrokenPipeError):
-            print("nobody")
-        yield
+        yield stream
 
 
-@pytest.mark.usefixtures("unread")
+@pytest.fixture
+def full() -> Iterator[tuple[TextIO, TextIO]]:
+    """Two ways to one full disk; every write reaches it."""
+    if not (disk := Path("/dev/full")).exists():
+        pytest.skip("needs /dev/full")
+    with disk.open("wb", buffering=0) as out, disk.open("wb", buffering=0) as err:
+        yield (
+            io.TextIOWrapper(out, encoding="utf-8", write_through=True),
+            io.TextIOWrapper(err, encoding="utf-8", write_through=True),
+        )
+
+
 @pytest.mark.parametrize("command", [["list"], ["list", "task"], ["--help"], ["train", "--cfg", "all"]])
-def test_a_command_ends_well_whose_output_nobody_reads(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_ends_well_whose_output_nobody_reads(
+    command: list[str], unread: TextIO, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", unread)
+    with pytest.raises(BrokenPipeError):
+        print("nobody")
     try:
         code = main(command)
     except SystemExit as end:
@@ -39,14 +55,14 @@ def test_a_command_ends_well_whose_output_nobody_reads(command: list[str], capsy
     assert (code, capsys.readouterr().err) == (0, "")
 
 
-@pytest.mark.usefixtures("unread")
 def test_a_server_goes_on_though_nobody_reads_the_output_that_it_inherits(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    unread: TextIO, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def serve_run(run_dir: Path, server_dir: Path) -> None:
         with ProgressSink(1).phase("a phase"):
             print("a line")
 
+    monkeypatch.setattr(sys, "stdout", unread)
     monkeypatch.setattr(sys, "argv", ["serve", str(tmp_path / "server"), str(tmp_path), "0"])
     monkeypatch.setattr(serve.signal, "signal", lambda *_: None)  # the test's own stay
     monkeypatch.setattr(serve, "log_to", lambda run_dir: None)
@@ -55,8 +71,11 @@ def test_a_server_goes_on_though_nobody_reads_the_output_that_it_inherits(
     assert serve.main() == 0
 
 
-@pytest.mark.usefixtures("unread")
-def test_a_command_that_fails_says_so_though_nobody_reads_its_output(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_that_fails_says_so_though_nobody_reads_its_output(
+    unread: TextIO, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", unread)
+
     assert main(["list", "nothing"]) == 2
     assert "GROUP must be one of" in capsys.readouterr().err
 
@@ -70,6 +89,53 @@ def test_output_without_room_is_an_error_told_once(
 
         assert main(["list"]) == 1
     assert capsys.readouterr().err.count("fedzo: standard output must be writable, got No space left on device") == 1
+
+
+def test_a_command_goes_on_that_cannot_even_tell_of_it(
+    full: tuple[TextIO, TextIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", full[0])
+    monkeypatch.setattr(sys, "stderr", full[1])
+
+    assert main(["list"]) == 1
+
+
+def test_a_run_goes_on_whose_command_can_show_nothing_of_it(
+    full: tuple[TextIO, TextIO], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shown: list[io.StringIO] = []
+    monkeypatch.setattr(sys, "stdout", full[0])
+    monkeypatch.setattr(sys, "stderr", full[1])
+
+    def show() -> None:
+        shown.append(io.StringIO("a line of the run's server\n"))
+        _show(shown[-1])
+
+    with forgiving_output():
+        ServerProcess(tmp_path, tmp_path, serve=["sh", "-c", "sleep 0.5"]).wait(show)
+
+    assert shown
+
+
+def test_a_command_goes_on_whose_terminal_is_gone(tmp_path: Path) -> None:
+    """In a process of its own, both of whose streams are the terminal."""
+    code = (
+        "import sys; from pathlib import Path; from fedzo.cli import forgiving_output\n"
+        "with forgiving_output() as output:\n"
+        "    sys.stdin.readline()\n"
+        "    print('nobody', flush=True); print('nobody', flush=True)\n"
+        "Path(sys.argv[1]).write_text(f'went on, lost: {output.lost}')"
+    )
+    told = tmp_path / "told"
+    terminal, end = os.openpty()
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(told)], stdin=subprocess.PIPE, stdout=end, stderr=end, start_new_session=True
+    )
+    os.close(end)
+    os.close(terminal)
+    child.communicate(b"\n", timeout=60)
+
+    assert (child.returncode, told.read_text()) == (0, "went on, lost: False")
 
 
 def test_output_that_was_closed_before_the_start_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

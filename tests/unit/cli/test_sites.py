@@ -19,11 +19,12 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from fedzo.cli import BAD_INPUT, RUN_FAILED, main
 from fedzo.commands.client import up
-from fedzo.commands.doctor import folder_checks
+from fedzo.commands.doctor import doctor, folder_checks
 from fedzo.config.schema import LaunchConfig, filled
 from fedzo.config.travel import load_site, to_json
 from fedzo.data.config import TaskConfig
@@ -213,6 +214,18 @@ def test_status_of_a_folder_without_settings_says_so(settings: str, tmp_path: Pa
     assert f"not begun ({tmp_path / 'config.json'}: it must hold the settings of a run" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["config.json", "presence.json"])
+def test_status_tells_of_a_link_in_a_run_folder(name: str, run: Path, tmp_path: Path, capsys: Capture) -> None:
+    """The folder may come from somebody else; what the link leads to is neither read nor called damaged."""
+    outside = (run / name).rename(tmp_path / "outside")
+    (run / name).symlink_to(outside)
+
+    assert main(["status", str(run)]) == 0
+
+    said = capsys.readouterr().out
+    assert f"not begun ({run / name}: it must lie in the run folder itself, got a link to {outside}" in said
+
+
 def test_status_stop_and_init_need_no_library_that_takes_seconds_to_import() -> None:
     heavy = "{'transformers', 'peft', 'hydra', 'pandas', 'torch', 'numba', 'flwr'}"
     commands = ", ".join(f"fedzo.commands.{name}" for name in ("client", "server", "status"))
@@ -298,6 +311,62 @@ def test_status_of_a_run_that_has_died_says_why_and_calls_nobody_ready(run: Path
         "0       1           0.1.0",
         "1       0           -",
     ]
+
+
+def test_status_of_a_run_that_is_down_reads_the_end_of_its_logs_alone(run: Path, capsys: Capture) -> None:
+    for name in ("public.jsonl", "metrics.jsonl"):
+        (run / name).write_text("what nobody reads\n" + (run / name).read_text())
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "of a later version"}\n{"kind": "rou')
+
+    assert main(["status", str(run)]) == 0
+
+    assert capsys.readouterr().out.splitlines() == [
+        f"run {run}: 2 of 3 rounds, 0.5 s for the last, not running",
+        "as of its last round:",
+        "client  last round  fedzo",
+        "0       1           0.1.0",
+        "1       0           -",
+    ]
+
+
+NO_LOCKS = "(the file system knows no locks)"
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_status_of_a_run_that_may_go_on_says_so_and_shows_what_its_server_told(
+    server: Path, run: Path, capsys: Capture
+) -> None:
+    with ServerFolder(server).serving(str(run)):
+        capsys.readouterr()
+        assert main(["status", str(run)]) == main(["status", str(server)]) == 0
+
+    said = capsys.readouterr().out.splitlines()
+    going = f"run {run}: 2 of 3 rounds, 0.5 s for the last, perhaps going on {NO_LOCKS}"
+    assert said[:2] == [going, "as its server told last:"]
+    assert [line.split()[:2] for line in said[2:5]] == [["client", "state"], ["0", "ready"], ["1", "refused"]]
+    assert said[6:8] == [f"run: not known {NO_LOCKS}", f"last {going}"]
+    settings = (run / "config.json").read_text()
+    (run / "config.json").write_text(settings.replace('"rounds": 3', '"rounds": 2'))
+    assert main(["status", str(run)]) == 0
+    assert capsys.readouterr().out.startswith(f"run {run}: 2 of 2 rounds, 0.5 s for the last, finished\n")
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_a_run_that_may_go_on_is_asked_to_stop(run: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert main(["stop", str(run)]) == 0
+
+    assert capsys.readouterr().out == f"asked to stop, if a process works on it: that cannot be seen {NO_LOCKS}\n"
+    assert (run / "stop").exists()
+    assert main(["stop", str(tmp_path)]) != 0  # no run's folder
+    assert not (tmp_path / "stop").exists()
+
+
+def test_a_run_that_nobody_works_on_is_not_stopped(run: Path, capsys: Capture) -> None:
+    assert main(["stop", str(run)]) != 0
+
+    assert f"run folder {run}: no process of this machine works on it" in capsys.readouterr().err
+    assert not (run / "stop").exists()
 
 
 def test_status_of_a_server_that_serves_no_run_says_how_the_last_one_ended(
@@ -445,6 +514,7 @@ def test_services_are_filled_in_for_this_folder_and_python(name: str, tmp_path: 
         unit.read(file)
         started = shlex.split(unit["Service"]["ExecStart"].replace("%%", "%").replace("$$", "$"))
         assert started == [sys.executable, "-m", "fedzo", *words]
+        assert unit["Service"]["KillMode"] == "mixed"  # its processes are ended by the command, in order
     script = (site / "client.sbatch").read_text()
     assert "$SLURM_CPUS_PER_TASK" in script
     told = ["bash", "-c", script.replace("exec ", "printf '%s\\n' ")]
@@ -611,3 +681,27 @@ def test_doctor_compares_the_directions_of_a_sites_device_with_the_specified_one
     good, told = found()
     assert not good
     assert told.startswith("those of cpu are not the specified ones (gaussian). Update torch")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_doctor_tells_whether_a_gpu_of_this_machine_has_kernels_for_directions(
+    there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[torch.device] = []
+
+    def fused(device: torch.device) -> object | None:
+        asked.append(device)
+        return object() if there else None
+
+    monkeypatch.setattr("fedzo.commands.doctor.fused", fused)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    before = doctor()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    name, good, told = doctor()[-1]
+
+    assert (name, good) == ("CUDA kernels", there)
+    assert ("many times longer" in told) != there
+    assert asked == [torch.device("cuda", 1)]
+    assert "CUDA kernels" not in [check[0] for check in before]

@@ -96,13 +96,29 @@ def test_a_multirun_has_one_folder_a_job_and_a_report_over_all(calls: Calls, tmp
         ("MezoConfig", 10),
     ]
     assert [path.relative_to(tmp_path / "all").as_posix() for _, _, path, _ in jobs] == [
-        "0_fl.local_steps-1_trainer-meerkat",
-        "1_fl.local_steps-10_trainer-meerkat",
-        "2_fl.local_steps-1_trainer-mezo",
-        "3_fl.local_steps-10_trainer-mezo",
+        "fl.local_steps-1_trainer-meerkat",
+        "fl.local_steps-10_trainer-meerkat",
+        "fl.local_steps-1_trainer-mezo",
+        "fl.local_steps-10_trainer-mezo",
     ]
     assert (report, folder) == ("sweep report", Path("all"))
     assert (tmp_path / "all" / "multirun.yaml").is_file()
+
+
+def test_a_job_keeps_its_folder_when_the_grid_grows(calls: Calls) -> None:
+    def folders(*grid: str) -> dict[tuple[int, int], Path]:
+        calls.clear()
+        assert main(["train", "-m", "hydra.sweep.dir=all", *grid]) == 0
+        return {(config.fl.rounds, config.seed): folder for _, config, folder, _ in calls[:-1]}
+
+    first = folders("fl.rounds=3,4", "seed=1,2")
+    grown = folders("fl.rounds=2,3,4", "seed=1,2")
+    turned = folders("seed=0,1,2", "fl.rounds=4,3")
+
+    assert len({*first.values()}) == 4
+    for later, size in (grown, 6), (turned, 6):
+        assert len({*later.values()}) == size
+        assert {job: later[job] for job in first} == first
 
 
 def test_a_multirun_over_model_names(calls: Calls) -> None:
@@ -128,7 +144,7 @@ def test_a_failed_job_lets_the_others_run_and_fails_the_sweep(calls: Calls, caps
     assert [call[0] for call in calls] == ["start", "start", "start", "sweep report"]
     error = capsys.readouterr().err
     assert error.endswith("fedzo: round 3: the loss must be finite, got nan. Lower trainer.lr.\n")
-    assert "1_seed-5: round 3: the loss must be finite" in error
+    assert "/seed-5: round 3: the loss must be finite" in error
     assert "Traceback" not in error
 
 
@@ -147,7 +163,7 @@ def test_a_crash_of_a_later_job_is_told(calls: Calls, capsys: pytest.CaptureFixt
 
     assert [call[0] for call in calls] == ["start", "start", "start", "sweep report"]
     error = capsys.readouterr().err
-    assert "1_seed-7: the job failed" in error
+    assert "/seed-7: the job failed" in error
     assert "RuntimeError: a bug" in error
 
 
@@ -249,15 +265,16 @@ def test_help_shows_groups_and_keys(calls: Calls, capsys: pytest.CaptureFixture[
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("launcher", "seeds", "code"),
+    ("launcher", "seeds", "code", "run"),
     [
-        (["joblib", "hydra.launcher.n_jobs=2"], "1,2", 0),
-        (["joblib", "hydra.launcher.n_jobs=2"], "1,13", 1),
-        (["submitit_local"], "1,2", 0),  # Slurm's launcher, with processes in place of Slurm
+        (["joblib", "hydra.launcher.n_jobs=2"], "1,2", 0, [1, 2]),
+        (["joblib", "hydra.launcher.n_jobs=2"], "1,13", 1, [1, 13]),
+        (["joblib", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2"], "choice(4)", 0, [4, 4]),  # equal trials
+        (["submitit_local"], "1,2", 0, [1, 2]),  # Slurm's launcher, with processes in place of Slurm
     ],
 )
 def test_launchers_run_the_jobs_in_processes_of_their_own(
-    launcher: list[str], seeds: str, code: int, tmp_path: Path
+    launcher: list[str], seeds: str, code: int, run: list[int], tmp_path: Path
 ) -> None:
     pytest.importorskip(f"hydra_plugins.hydra_{launcher[0].partition('_')[0]}_launcher")
     stand_in = """
@@ -289,7 +306,7 @@ def test_launchers_run_the_jobs_in_processes_of_their_own(
 
     assert result.returncode == code, result.stderr
     found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(tmp_path.glob("all/*/run.json"))]
-    assert [seed for seed, _, _ in found] == [int(seed) for seed in seeds.split(",")]
+    assert [seed for seed, _, _ in found] == run
     assert all(os.getpid() != parent for _, parent, _ in found)
     assert (tmp_path / "all" / "table.txt").is_file()
     assert "Traceback" not in result.stderr

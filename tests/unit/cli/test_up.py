@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -195,6 +197,44 @@ def test_a_certificate_that_ends_while_the_server_is_up_is_told_of(
     ]
 
 
+def test_what_cannot_be_looked_at_for_a_moment_is_told_of_and_ends_nothing(
+    server: Path, registered: Callable[..., None], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A certificate that is just copied is empty at first, and a network disk may be away."""
+    certificate = server / "server.crt"
+    plain, usage = certificate.read_bytes(), shutil.disk_usage
+    looks = iter([(b"", True), (b"", True), (plain, False)])
+
+    def disk_usage(path: Path) -> object:
+        if is_away:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return usage(path)
+
+    def look(seconds: float) -> None:
+        nonlocal is_away
+        if (coming := next(looks, None)) is None:
+            raise KeyboardInterrupt
+        content, is_away = coming
+        certificate.write_bytes(content)
+
+    is_away = False
+    registered(0)
+    monkeypatch.setattr("fedzo.commands.server.time.sleep", look)
+    monkeypatch.setattr("shutil.disk_usage", disk_usage)
+    capsys.readouterr()
+
+    assert main(["server", "up", str(server)]) == 0
+
+    said = capsys.readouterr().out
+    told = [line for line in said.splitlines() if "disk" in line or "certificate" in line]
+    assert told[0].startswith(f"{certificate}: it must be a certificate (PEM), but is not (")
+    assert told[1:] == [
+        f"The disk of {server} does not answer (Stale file handle).",
+        "the certificate is renewed",
+        f"there is room on the disk of {server}",
+    ]
+
+
 def test_logs_that_another_user_owns_are_told_of_and_the_site_goes_up(
     site: Path, said: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +248,22 @@ def test_logs_that_another_user_owns_are_told_of_and_the_site_goes_up(
         told = next(up(ClientFolder(site)))
 
     assert told == f"{site / 'logs'}: others may read it, and only its owner can close it: chmod 700 {site / 'logs'}"
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_what_flower_remembers_of_a_run_that_may_go_on_is_kept(server: Path, registered: Callable[..., None]) -> None:
+    remembered = server / "superlink.db"
+    remembered.touch()
+    registered(0)
+    assert main(["server", "up", str(server)]) == 0
+    assert not remembered.exists()  # no run has ever been served
+
+    with ServerFolder(server).serving("/runs/one"):
+        remembered.touch()
+        registered(0)
+        assert main(["server", "up", str(server)]) == 0
+
+    assert remembered.exists()
 
 
 def test_the_clients_that_are_counted_are_those_that_the_superlink_lets_in(

@@ -33,9 +33,9 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """What deadlines, retries and pauses of a round and of the registration go by."""
     from fedzo.fl import exchange
-    from fedzo.fl.server import client_registry, turnout
+    from fedzo.fl.server import client_registry, registration, turnout
 
     made = Clock()
-    for module in (exchange, client_registry, turnout):
+    for module in (exchange, client_registry, registration, turnout):
         monkeypatch.setattr(module, "time", made)
     return made

@@ -13,6 +13,7 @@ from flwr.app import Message
 from flwr.app.message.message import make_message
 
 from fedzo.errors import ProtocolError
+from fedzo.fl.config import StrategyConfig
 from fedzo.fl.messages import HelloReply, Identity, Refusal, encode
 from fedzo.fl.server import client_registry
 from fedzo.fl.server.client_registry import ClientRegistry
@@ -155,6 +156,81 @@ def test_a_run_that_has_begun_goes_on_without_a_client_that_prepares_and_lets_it
 
     assert registry.refresh(grid) == [1]
     assert {row.state for row in registry.presence(7).clients} == {"ready"}
+
+
+@pytest.mark.parametrize("fewest", [None, 2], ids=["that begins", "that goes on"])
+def test_a_run_waits_for_a_client_that_it_needs_and_that_still_works_for_the_start_before(
+    clock: Any, fewest: int | None
+) -> None:
+    """A node takes the next message when it has answered the last one, and nobody tells it that its round was lost."""
+    began = clock.now
+    busy = 1.5 * STARTUP_S
+    grid = Grid(clock, [lambda now: READY, lambda now: READY if now - began > busy else None])
+    registry = ClientRegistry(num_clients=2, identity=IDENTITY)
+
+    registry.wait(grid, timeout_s=STARTUP_S, fewest=fewest, busy_s=600.0)
+
+    assert sorted(registry.nodes) == [0, 1]
+    assert busy < clock.now - began < busy + 1
+
+
+@pytest.mark.parametrize(("busy_s", "waited"), [(600.0, 600), (100.0, 300)], ids=["longer", "shorter"])
+def test_a_client_that_says_nothing_holds_the_start_no_longer_than_a_request_or_a_start_may_take(
+    clock: Any, busy_s: float, waited: int
+) -> None:
+    grid, began = Grid(clock, [lambda now: READY, lambda now: None]), clock.now
+    told = rf"but within {waited} s clients \[1\] did not \(client 1 has not answered, and may still work on an "
+
+    with pytest.raises(ProtocolError, match=told + r"earlier request\)\. Wait for them"):
+        ClientRegistry(num_clients=2, identity=IDENTITY).wait(grid, timeout_s=STARTUP_S, busy_s=busy_s)
+
+    assert waited <= clock.now - began < waited + 1
+
+
+def test_a_run_that_has_begun_goes_on_without_a_client_that_says_nothing_if_others_are_enough(
+    clock: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    grid, began = Grid(clock, [lambda now: READY, lambda now: None]), clock.now
+
+    ClientRegistry(num_clients=2, identity=IDENTITY).wait(grid, timeout_s=STARTUP_S, fewest=1, busy_s=600.0)
+
+    assert STARTUP_S <= clock.now - began < STARTUP_S + 1
+    assert caplog.messages == ["the run continues although clients [1] did not register within 300 s"]
+
+
+def test_where_no_client_outlives_a_start_none_still_works_for_an_earlier_one(clock: Any) -> None:
+    grid, began = Grid(clock, [lambda now: READY, lambda now: None]), clock.now
+
+    with pytest.raises(ProtocolError, match=r"clients \[1\] did not\. Start them"):
+        ClientRegistry(num_clients=2, identity=IDENTITY).wait(grid, timeout_s=STARTUP_S)
+
+    assert STARTUP_S <= clock.now - began < STARTUP_S + 1
+
+
+def test_a_client_that_is_not_connected_is_no_busy_one(clock: Any) -> None:
+    grid, began = Grid(clock, [lambda now: READY]), clock.now
+
+    with pytest.raises(ProtocolError, match=r"clients \[1\] did not\. Start them"):
+        ClientRegistry(num_clients=2, identity=IDENTITY).wait(grid, timeout_s=STARTUP_S, busy_s=600.0)
+
+    assert clock.now - began < STARTUP_S + 1
+
+
+class Losing(Grid):
+    """The first greeting is lost on its way, and an answer takes a second."""
+
+    def pull_messages(self, names: list[str]) -> list[Message]:
+        sent = self.greeted[0]
+        return super().pull_messages([n for n in names if n != "0" and self.clock.now >= sent[int(n)] + 1.0])
+
+
+def test_a_greeting_that_was_lost_is_repeated_within_the_start(clock: Any) -> None:
+    registry, began = ClientRegistry(num_clients=1, identity=IDENTITY), clock.now
+
+    registry.wait(Losing(clock, [lambda now: READY]), timeout_s=StrategyConfig().startup_s)
+
+    assert registry.nodes == {0: 100}
+    assert clock.now - began < StrategyConfig().startup_s / 2
 
 
 def test_preparing_is_no_failure_and_an_error_of_a_stage_is_asked_after_again(

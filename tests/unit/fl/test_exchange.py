@@ -8,7 +8,17 @@ import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
 from fedzo.fl.exchange import Outbox, Question, Talk, Traffic, converse
-from fedzo.fl.messages import Hello, HelloReply
+from fedzo.fl.messages import (
+    ArtifactPiece,
+    ArtifactReply,
+    EvaluateReply,
+    EvaluateRequest,
+    Hello,
+    HelloReply,
+    TrainReply,
+    TrainRequest,
+    encode,
+)
 
 
 class Carrier:
@@ -146,10 +156,45 @@ def test_the_longer_a_look_for_replies_takes_the_rarer_it_is(takes_s: float, loo
             return []
 
     def talk() -> Talk[HelloReply]:
-        return (yield Question("query.hello", Hello(client=0, config_hash="c" * 64, begun=False), HelloReply))
+        return (yield Question(Hello(client=0, config_hash="c" * 64, begun=False), HelloReply))
 
     carrier = Slow()
     carrier.takes_s = takes_s
-    answers = converse(carrier, {0: talk()}, nodes={0: 7}, deadline_s=40.0, traffic=Traffic())
+    answers = converse(carrier, {0: talk()}, nodes={0: 7}, deadline_s=40.0)
     assert answers.mute == {0}
     assert carrier.looks == pytest.approx(looks, abs=1)
+
+
+@pytest.mark.usefixtures("clock")
+def test_what_is_asked_travels_by_its_type_and_bytes_are_counted_as_flower_counts_them() -> None:
+    requests = [each(client=3) for each in (Hello, ArtifactPiece, EvaluateRequest, TrainRequest)]
+    kinds = [HelloReply, ArtifactReply, EvaluateReply, TrainReply]
+    replies = [HelloReply(num_train=7), ArtifactReply(held=3), EvaluateReply(position=2), TrainReply(g=b"1234")]
+    types: list[str] = []
+
+    class Answering(Carrier):
+        def push_messages(self, messages: list[Message]) -> list[str]:
+            for message in messages:
+                types.append(message.metadata.message_type)
+                message.metadata.__dict__["_message_id"] = str(len(types))
+                self.under_way[str(len(types))] = message
+            return [message.metadata.message_id for message in messages]
+
+        def pull_messages(self, names: list[str]) -> list[Message]:
+            return [Message(encode(replies[int(name) - 1]), reply_to=self.under_way.pop(name)) for name in names]
+
+    def talk() -> Talk[list[Any]]:
+        got = []
+        for request, kind in zip(requests, kinds, strict=True):
+            got.append((yield Question(request, kind)))
+        return got
+
+    answers = converse(Answering(), {0: talk()}, nodes={0: 7}, deadline_s=40.0)
+
+    def count(messages: list[Any]) -> int:
+        return sum(record.count_bytes() for message in messages for record in encode(message).values())
+
+    assert answers.replies == {0: replies}
+    assert types == ["query.hello", "query.artifact", "evaluate", "train"]
+    assert (answers.traffic.up_bytes, answers.traffic.down_bytes) == (count(replies), count(requests))
+    assert answers.traffic + Traffic(1, 2) == Traffic(count(replies) + 1, count(requests) + 2)

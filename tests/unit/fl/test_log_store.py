@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +19,14 @@ from fedzo.fl.config import BestBy
 from fedzo.fl.log_store import RunLog, RunStore, best_round
 from fedzo.records.decode import encode, to_json
 from fedzo.records.folder import AUDIT, METRICS, PUBLIC
-from fedzo.records.log import AuditLine, Proof
+from fedzo.records.log import AuditLine, Proof, RoundAudit, decode_audit
 from fedzo.records.metrics import (
     CentralScore,
     ClientRound,
+    ClientScore,
     ClientVerdict,
     Extension,
+    FederatedScore,
     MetricRecord,
     Round,
     Setup,
@@ -105,6 +109,19 @@ def test_what_is_committed_is_read_back_bit_for_bit(tmp_path: Path) -> None:
     assert [r.to_bytes() for r in again.records] == [record(i).to_bytes() for i in range(3)]
     assert [line.check for line in again.rounds] == [0, 1, 2]
     assert [line.round for line in again.metrics] == [0, 1, 2]
+
+
+def test_a_run_is_kept_also_where_the_file_system_knows_no_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(opened: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refused)
+
+    open_with(tmp_path, 2).close()
+
+    assert len(opened(tmp_path).records) == 2
 
 
 SETUP = Setup(seconds=1.0, trainer="mezo", num_params=9, space_size=9, setup_down_bytes=0, estimate=None, clients=())
@@ -254,7 +271,7 @@ def test_a_kill_while_an_uncommitted_round_is_dropped_loses_no_other(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedzo.fl.log_files.Lines.append", killed)
+        patch.setattr("fedzo.fl.log_files.OpenLog.append", killed)
         RunStore(tmp_path).close()
 
     again = opened(tmp_path)
@@ -279,7 +296,7 @@ def test_a_full_disk_says_what_to_do_and_keeps_what_was_committed(tmp_path: Path
 def test_a_folder_that_cannot_be_made_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
 
-    with pytest.raises(RunFolderError, match=r"cannot write.*hydra\.run\.dir"):
+    with pytest.raises(RunFolderError, match=r"run: it must be writable, got 'Not a directory'\. .*hydra\.run\.dir"):
         RunStore(tmp_path / "file" / "run")
 
 
@@ -313,7 +330,7 @@ def test_a_damaged_log_is_named(tmp_path: Path) -> None:
 def test_a_line_that_no_run_writes_is_refused_by_file_line_and_field(
     tmp_path: Path, name: str, change: dict[str, object], message: str
 ) -> None:
-    open_with(tmp_path, 3).close()
+    open_with(tmp_path, 2 if name == AUDIT else 3).close()  # earlier lines of that log are the server's to read
     lines = (tmp_path / name).read_text().splitlines()
     lines[1] = json.dumps({**json.loads(lines[1]), **change})
     (tmp_path / name).write_text("".join(line + "\n" for line in lines))
@@ -340,7 +357,8 @@ def test_every_kind_of_line_comes_back_as_it_was_written(tmp_path: Path, owners:
     with RunStore(tmp_path) as again:
         assert encode(again.rounds[0]) == encode(public)
         assert again.records[0].to_bytes() == written.to_bytes()
-        assert again.rounds[0].proof == proof
+        line = again.rounds[0]
+        assert (line.chain, line.check, line.digest) == (proof.chain, proof.check, proof.digest)
         assert encode(again.audit[0]) == encode(kept)
         (first, second) = again.audit[0].clients
     assert (first.g.dtype, first.dropped.dtype, first.g.tolist()) == (np.float32, bool, [[0.5], [-1.0]])
@@ -386,7 +404,7 @@ def test_the_best_round_is_that_of_the_best_dev_score(
 
 
 def test_what_a_round_says_of_each_client_is_kept_in_the_file_and_not_in_memory(tmp_path: Path) -> None:
-    written, light = told(0), replace(told(0), clients=())
+    written, light = told(0), replace(told(0), clients=(), reasons={})
     verdict = ClientVerdict(client=0, flagged=False, steps=1, statistics={"cusum": 0.5})
     others = StepDecision(seconds=1.0, round=0, windows={"later": (1, 2)}, clients=(verdict,), fallback=False)
     with RunStore(tmp_path) as store:
@@ -399,6 +417,88 @@ def test_what_a_round_says_of_each_client_is_kept_in_the_file_and_not_in_memory(
         assert again.metrics == [light, others]
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [encode(written), encode(others)]
+
+
+def test_of_scores_of_clients_memory_keeps_the_worst_that_the_summary_names(tmp_path: Path) -> None:
+    def scored_by_clients(*values: float | None, lower_is_better: bool = False) -> FederatedScore:
+        rows = [ClientScore("m", value, 1.0, 4 + client, client=client) for client, value in enumerate(values)]
+        own = {"worst_client": None, "clients": tuple(rows)}
+        return FederatedScore("m", 0.5, 1.0, 99, seconds=1.0, round=0, lower_is_better=lower_is_better, **own)
+
+    written = [
+        scored_by_clients(0.4, 0.2, None, 0.3),
+        scored_by_clients(0.4, 0.2, None, lower_is_better=True),
+        scored_by_clients(None, None),
+    ]
+    with RunStore(tmp_path) as store:
+        for record in written:
+            store.write(record)
+        kept = store.metrics_of(FederatedScore)
+    with RunStore(tmp_path) as again:
+        read = again.metrics_of(FederatedScore)
+
+    assert [[(row.client, row.num_examples) for row in record.clients] for record in kept] == [[(1, 5)], [(0, 4)], []]
+    assert [record.worst_first[:1] for record in kept] == [record.worst_first[:1] for record in written]
+    assert read == kept
+    lines = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
+    assert lines == [encode(record) for record in written]
+
+
+def test_lines_of_the_audit_log_stay_in_the_file_and_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
+    """Of 10,000 rounds, 200 clients and 50 steps they would take gigabytes."""
+
+    def held() -> int:
+        return sum(type(each) is AuditLine for each in gc.get_objects())
+
+    gc.collect()  # what other tests have left
+    before = held()
+    with open_with(tmp_path, 5) as store:
+        assert held() == before
+        assert [encode(line) for line in store.audit] == [encode(audit(round)) for round in range(5)]
+        assert [store.audit[-1].round, *(line.round for line in store.audit[1:3])] == [4, 1, 2]
+        assert held() == before
+    with RunStore(tmp_path) as again:
+        commit(again, 5)
+        assert held() == before
+        assert [line.round for line in again.audit] == [*range(6)]
+        assert [line.check for line in again.rounds] == [*range(6)]
+    log = RunLog(tmp_path)
+    assert (len(log.audit), held()) == (6, before)
+
+
+@pytest.mark.parametrize("reader", [RunLog, RunStore])
+@pytest.mark.parametrize(
+    ("order", "found"), [([0, 2], "2"), ([1, 2, 0], "3 in another order"), ([0, 0, 1], "3 in another order")]
+)
+def test_an_audit_log_without_the_rounds_in_their_places_is_refused(
+    tmp_path: Path, reader: type[RunLog], order: list[int], found: str
+) -> None:
+    open_with(tmp_path, 3).close()
+    lines = (tmp_path / AUDIT).read_text().splitlines(keepends=True)
+    (tmp_path / AUDIT).write_text("".join(lines[number] for number in order))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    with pytest.raises(RunFolderError, match=rf"must hold every one of the 3 committed rounds, got {found}\. Restore"):
+        _ = reader(tmp_path).audit
+
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_a_run_that_goes_on_has_its_audit_log_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the server: of many rounds and clients one reading takes minutes."""
+    open_with(tmp_path, 9).close()
+    read: list[int] = []
+
+    def decode(value: dict[str, int], **told: Any) -> RoundAudit:
+        read.append(value["round"])
+        return decode_audit(value, **told)
+
+    monkeypatch.setattr(log_store, "decode_audit", decode)
+
+    with RunStore(tmp_path) as store:
+        assert read == [8]
+        assert [line.round for line in store.audit] == [*range(9)]
+    assert read == [8, *range(9)]
 
 
 def test_what_rounds_say_of_their_clients_is_let_go_line_by_line(

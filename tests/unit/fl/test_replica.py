@@ -28,7 +28,7 @@ RULES = [Momentum(momentum=0.5, nesterov=False), Adam(beta1=0.5, beta2=0.75, eps
 
 def new_replica(rule: ServerOptimizer = SGD) -> Replica:
     space = VectorSpace(BASE)
-    return Replica(space, rule=rule, reset=lambda: space.load(BASE), run_seed=3)
+    return Replica(space, server_optimizer=rule, reset=lambda: space.load(BASE), run_seed=3)
 
 
 def server_at(position: int, rule: ServerOptimizer = SGD) -> Replica:

@@ -17,7 +17,8 @@ import torch
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.app.message.message import make_message
 
-from fedzo.errors import ConfigError, PluginError, ProtocolError
+from fedzo.errors import ConfigError, PluginError, ProtocolError, RunFolderError
+from fedzo.fl.clip import announced_bound
 from fedzo.fl.config import FlConfig, Seeds, StrategyConfig, Transport, Weighting
 from fedzo.fl.log_store import RunStore
 from fedzo.fl.messages import (
@@ -41,14 +42,15 @@ from fedzo.fl.server import client_registry
 from fedzo.fl.server.aggregate import sampling_order
 from fedzo.fl.server.client_registry import ClientRegistry
 from fedzo.fl.server.rounds import FederationError, Server
+from fedzo.fl.server.scalar_updates import ScalarUpdates
 from fedzo.fl.server.step_policy import STEP_POLICIES
 from fedzo.fl.server.step_policy.baselines import NoStepPolicyConfig
 from fedzo.fl.server.step_policy.cusum import CusumConfig
 from fedzo.fl.server.step_policy.plan import Plan, StepPolicyConfig
 from fedzo.fl.server.step_policy.vpcs import VpcsConfig
-from fedzo.fl.server.updates import ScalarUpdates
-from fedzo.fl.server.vectors import VectorUpdates
+from fedzo.fl.server.vector_updates import VectorUpdates
 from fedzo.records.decode import encode as encode_record
+from fedzo.records.folder import AUDIT
 from fedzo.records.metrics import ClientSetup, ClientVerdict, MetricRecord, Round, StepDecision
 from fedzo.records.presence import Presence
 from fedzo.testing.vector_space import VectorSpace
@@ -76,7 +78,7 @@ ARTIFACT = b"mask"
 
 def new_replica(rule: ServerOptimizer = SGD) -> Replica:
     space = VectorSpace(BASE)
-    return Replica(space, rule=rule, reset=lambda: space.load(BASE), run_seed=1)
+    return Replica(space, server_optimizer=rule, reset=lambda: space.load(BASE), run_seed=1)
 
 
 class Client:
@@ -219,7 +221,6 @@ def federation(
             strategy=settings_of_strategy,
             server_optimizer=server_optimizer,
             updates=ScalarUpdates(
-                store=stores[-1],
                 replica=replica,
                 run_seed=1,
                 fl=fl,
@@ -1146,12 +1147,12 @@ def test_a_resumed_run_goes_on_with_the_registrations_of_its_record(
     grid = Grid(clients[:2])
     grid.nodes[555] = Client(2)  # a node that nobody registered
 
-    again.wait(grid, timeout_s=0.2, fewest=1)
+    again.wait(grid, timeout_s=1.0, fewest=1)
 
     assert sorted(again.nodes) == [0]
     assert [again.hellos[k].num_train for k in range(3)] == [10, 20, 30]
     assert "client 1: it must hold the rows that it registered with (20 to train), got 7" in caplog.text
-    assert "the run continues although clients [1, 2] did not register within 0.2 s" in caplog.text
+    assert "the run continues although clients [1, 2] did not register within 1 s" in caplog.text
     assert "came back" not in caplog.text  # it was not here before
     with pytest.raises(ProtocolError, match=r"clients \[0, 1, 2\] did not\. Start them\.$"):
         ClientRegistry(num_clients=3, identity=IDENTITY).wait(Grid([]), timeout_s=0.2, fewest=1)
@@ -1493,6 +1494,55 @@ def test_a_resumed_server_announces_the_bound_of_an_unbroken_one(federation: Any
     again.run_round()
 
     assert clients[0].requests[-1].max_abs_g == others[0].requests[0].max_abs_g == 4.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a, b, c: (b, a, c), r"must hold every one of the 3 committed rounds, got 3 in another order\. Restore"),
+        (lambda a, b, c: (a, a, c), r"must hold every one of the 3 committed rounds, got 3 in another order\. Restore"),
+        (lambda a, b, c: (a, b.replace("{", '{"more":1,', 1), c), "audit.jsonl, line 2: more must be left out"),
+    ],
+    ids=["exchanged", "twice", "damaged"],
+)
+def test_a_resumed_server_refuses_an_audit_log_whose_earlier_lines_are_not_those_of_the_rounds(
+    federation: Any, change: Callable[..., tuple[str, ...]], message: str
+) -> None:
+    server, _, _ = federation()
+    for _ in range(3):
+        server.run_round()
+    server.store.close()
+    log = server.store.folder / AUDIT
+    log.write_text("".join(change(*log.read_text().splitlines(keepends=True))))
+
+    with pytest.raises(RunFolderError, match=message):
+        federation()
+
+
+def test_what_is_told_of_the_clients_decides_no_bound(federation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ScalarUpdates, "clients", lambda *told: ())
+    server, clients, _ = federation(clip_factor=2.0, clip_rounds=3)
+
+    for _ in range(2):
+        server.run_round()  # g is 1, 2, 3
+
+    assert [request.max_abs_g for request in clients[0].requests] == [0.0, 4.0]
+
+
+def test_the_bound_needs_the_last_rounds_alone(federation: Any) -> None:
+    server, clients, _ = federation(clip_factor=100.0, clip_rounds=2)
+    for factor in (1, 5, 3, 2):  # g of the clients is so many times 1, 2 and 3
+        for client in clients:
+            client.g_of = lambda request, g=factor * (client.index + 1): np.full(request.steps, g)
+        server.run_round()
+    server.store.close()
+
+    again, _, _ = federation(clip_factor=100.0, clip_rounds=2)
+
+    # of 3, 6, 9, 2, 4, 6, twice each
+    assert server.updates.bound() == again.updates.bound() == 500.0
+    audit, records = list(again.store.audit), again.store.records
+    assert announced_bound(audit, records, factor=100.0, rounds=2) == 500.0
 
 
 # --- what the audit log keeps of the local steps ----------------------------------------------------------------------

@@ -70,6 +70,7 @@ def play(signals: Signals, round: int, directions: int, audit: list[AuditLine]) 
     record = aggregate(results, {2: 1, 4: 2, 7: 3}, round=round, lr=0.1, steps=5, probes=2, directions=directions)
     line = line_of(record, results, signals)
     audit.append(decode_json(AuditLine, to_json(line), where="audit", error=RunFolderError))
+    signals.note(line)
     found = signals.of_round(record, results, line)
     return {client: listed(signals) for client, signals in found.items()}
 
@@ -88,7 +89,10 @@ def listed(signals: StepSignals) -> dict[str, Any]:
 
 
 def new_signals(law: Distribution, audit: list[AuditLine], *, known: bool = True) -> Signals:
-    return Signals(torch.from_numpy(GRADIENT) if known else None, audit, run_seed=SEED, distribution=law)
+    signals = Signals(torch.from_numpy(GRADIENT) if known else None, run_seed=SEED, distribution=law)
+    for line in audit:
+        signals.note(line)
+    return signals
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -138,6 +142,7 @@ def test_a_client_whose_every_step_was_lost_has_no_means() -> None:
     signals = new_signals(LAWS[0], [])
     record = aggregate({0: result}, {0: 1}, round=0, lr=0.1, steps=2, probes=1, directions=SHARED)
     line = line_of(record, {0: result}, signals)
+    signals.note(line)
 
     assert listed(signals.of_round(record, {0: result}, line)[0]) == {
         **{name: [None, None] for name in ("grad_ip", "abs_g", "loss", "cosine")},

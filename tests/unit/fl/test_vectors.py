@@ -12,9 +12,11 @@ import pytest
 
 from fedzo.errors import ProtocolError, RunFolderError
 from fedzo.fl.config import Aggregation, StrategyConfig
+from fedzo.fl.exchange import Traffic
 from fedzo.fl.messages import TrainRequest, VectorReply, scalars_to_bytes
-from fedzo.fl.server import vectors
-from fedzo.fl.server.vectors import VectorResult, VectorUpdates
+from fedzo.fl.server import vector_updates
+from fedzo.fl.server.updates import Replies
+from fedzo.fl.server.vector_updates import VectorResult, VectorUpdates
 from fedzo.records.decode import parse_json, to_json
 from fedzo.records.log import VectorAuditLine, decode_audit
 
@@ -24,6 +26,11 @@ REQUEST = TrainRequest(client=0, steps=2, lr=0.5)
 
 def updates(**strategy: Any) -> VectorUpdates:
     return VectorUpdates(size=SIZE, strategy=StrategyConfig(**strategy))
+
+
+def replies(results: dict[int, VectorResult], weights: dict[int, float], **asked: Any) -> Replies[VectorResult]:
+    facts: dict[str, Any] = {"round": 0, "lr": 0.5, "used": dict.fromkeys(results, 0), "refused": {}, **asked}
+    return Replies(bound=0.0, measures_only=False, weights=weights, results=results, traffic=Traffic(), **facts)
 
 
 def reply(change: Any = (3, 4, 0, 0, 0), loss: Any = (0.5, 0.25)) -> VectorReply:
@@ -98,7 +105,7 @@ def trimmed(values: list[float], cut: int) -> float:
 def test_a_mean_is_its_slow_twin(
     monkeypatch: pytest.MonkeyPatch, aggregation: Aggregation, count: int, piece: int
 ) -> None:
-    monkeypatch.setattr(vectors, "_PIECE", piece)
+    monkeypatch.setattr(vector_updates, "_PIECE", piece)
     results, weights = drawn(count, SIZE), {client: 1.0 + client for client in range(9)}
     cut = min(max(1, int(0.34 * count)), (count - 1) // 2)
     twin = {
@@ -109,9 +116,7 @@ def test_a_mean_is_its_slow_twin(
         Aggregation.trimmed_mean: lambda at: trimmed([float(r.change[at]) for r in results.values()], cut),
     }[aggregation]
 
-    record = updates(aggregation=aggregation, trim_share=0.34).combine(
-        results, weights, round=4, lr=0.5, measures_only=False
-    )
+    record = updates(aggregation=aggregation, trim_share=0.34).combine(replies(results, weights, round=4))
 
     assert record.read() == pytest.approx([twin(at) for at in range(SIZE)], rel=1e-6)
     assert (record.round, record.lr, record.size) == (4, 0.5, SIZE)
@@ -125,9 +130,7 @@ def test_normalised_shares_make_up_for_unequal_steps() -> None:
     }
     mean = (1 * 4 + 2 * 1 + 1 * 2) / 4
 
-    record = VectorUpdates(SIZE, StrategyConfig(), normalise=True).combine(
-        results, weights, round=0, lr=0.5, measures_only=False
-    )
+    record = VectorUpdates(SIZE, StrategyConfig(), normalise=True).combine(replies(results, weights))
 
     by_hand = sum(weights[k] / 4 * mean * results[k].change.astype(float) / steps[k] for k in steps)
     assert record.read() == pytest.approx(by_hand, rel=1e-6)
@@ -138,9 +141,7 @@ def test_one_hostile_client_cannot_leave_the_range_of_the_honest() -> None:
     results[2] = VectorResult(np.full(SIZE, 1e30, np.float32), np.ones(2, np.float32), 1.0)
     honest = np.stack([result.change for client, result in results.items() if client != 2])
     for aggregation in (Aggregation.median, Aggregation.trimmed_mean):
-        record = updates(aggregation=aggregation).combine(
-            results, dict.fromkeys(range(5), 1.0), round=0, lr=1.0, measures_only=False
-        )
+        record = updates(aggregation=aggregation).combine(replies(results, dict.fromkeys(range(5), 1.0)))
         assert (record.read() >= honest.min(0)).all()
         assert (record.read() <= honest.max(0)).all()
 
@@ -148,21 +149,18 @@ def test_one_hostile_client_cannot_leave_the_range_of_the_honest() -> None:
 def test_the_order_of_arrival_changes_no_bit_and_equal_vectors_give_themselves() -> None:
     results, weights = drawn(6, SIZE), {client: 0.1 * (client + 1) for client in range(6)}
     made = [
-        updates().combine(dict(order), weights, round=0, lr=1.0, measures_only=False).digest
-        for order in (results.items(), sorted(results.items()))
+        updates().combine(replies(dict(order), weights)).digest for order in (results.items(), sorted(results.items()))
     ]
     same = dict.fromkeys(range(3), results[0])
 
     assert made[0] == made[1]
-    assert updates().combine(same, weights, round=0, lr=1.0, measures_only=False).read() == pytest.approx(
-        results[0].change, rel=1e-7
-    )
+    assert updates().combine(replies(same, weights)).read() == pytest.approx(results[0].change, rel=1e-7)
 
 
 def line() -> VectorAuditLine:
     results = {3: updates().check(reply(loss=[0.5, np.nan]), REQUEST), 1: updates().check(reply(), REQUEST)}
-    record = updates().combine(results, {1: 1.0, 3: 2.0}, round=6, lr=0.5, measures_only=False)
-    return updates().audit(record, results, lr=0.5, used={3: 8}, weights={1: 1.0, 3: 2.0}, refused={2: "late"})
+    got = replies(results, {1: 1.0, 3: 2.0}, round=6, used={1: 0, 3: 8}, refused={2: "late"})
+    return updates().audit(updates().combine(got), got)
 
 
 def test_the_audit_line_holds_digests_norms_and_losses() -> None:
@@ -202,9 +200,9 @@ def test_an_audit_line_out_of_its_ranges_is_refused(change: dict[str, Any], matc
 
 def test_metrics_tell_losses_and_no_g() -> None:
     results = {1: updates().check(reply(loss=[0.5, np.nan]), REQUEST)}
-    record = updates().combine(results, {1: 1.0}, round=6, lr=0.5, measures_only=False)
+    got = replies(results, {1: 1.0}, round=6)
 
-    (client,) = updates().clients(record, results, line())
+    (client,) = updates().clients(updates().combine(got), got, line())
 
     assert (client.client, client.loss, client.abs_g, client.steps) == (1, 0.5, None, 2)
     assert client.signals.loss == (0.5, None)

@@ -40,17 +40,15 @@ def test_how_many_rows_were_cut_is_a_count_as_any_other(min_rows: int, told: tup
         site=SiteLimitsConfig(min_rows=min_rows), artifact="", check_client=lambda client: None
     )
     unused: Any = None
+    clients: Any = SimpleNamespace(register=lambda client, begun: "d" * 64, data=lambda client: data)
     worker = ClientWorker(
         IDENTITY,
         unused,
+        clients,
         limits=limits,
         task=TaskConfig(),
         evaluators={},
         scored_rows=8,
-        data_of=lambda client: data,
-        register=lambda client, begun: "d" * 64,
-        prepare=lambda client: None,
-        build=unused,
         artifacts=SimpleNamespace(find=lambda digest: True),
     )
 
@@ -72,17 +70,15 @@ def test_values_are_asked_for_by_the_client_whose_replay_led_elsewhere_until_one
         check_state=lambda request, asked_values: asked.append((request.client, asked_values)),
     )
     update: Any = SimpleNamespace(reply_type=TrainReply, make=lambda at, request: TrainReply())
+    clients: Any = SimpleNamespace(prepare=lambda client: None, workspace=lambda artifact, asked: workspace)
     worker = ClientWorker(
         IDENTITY,
         update,
+        clients,
         limits=limits,
         task=TaskConfig(),
         evaluators={},
         scored_rows=8,
-        data_of=lambda client: ClientData([], [], {}),
-        register=lambda client, begun: "d" * 64,
-        prepare=lambda client: None,
-        build=lambda artifact, client: workspace,
         artifacts=artifacts,
     )
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from fedzo.errors import ProtocolError, RunFolderError
 from fedzo.records.codec import codec_of
-from fedzo.records.decode import decode, decode_json, encode, parse_json, to_json
+from fedzo.records.decode import decode, decode_json, encode, parse_json, read_record, to_json
 from fedzo.records.fields import ArrayShape, LabelCounts, Length, Matching, OmitDefault, Within
 from fedzo.records.log import VectorLine, decode_audit, decode_public
 from fedzo.records.metrics import METRIC_KINDS, decode_metric
@@ -214,6 +215,23 @@ class Arrays:
 def arrays(sure: Any = ((0.5, 1.0),), unknown: Any = (None, 2.0), flags: Any = (((True, False),),)) -> Arrays:
     plain = json.loads(json.dumps({"sure": sure, "unknown": unknown, "flags": flags}))
     return decode(Arrays, plain, where="here", error=RunFolderError)
+
+
+def test_the_file_of_a_record_is_there_whole_or_told_of(tmp_path: Path) -> None:
+    assert read_record(Inner, tmp_path, "a.json", error=ProtocolError) is None
+    file = tmp_path / "a.json"
+    file.write_text(to_json(Inner(share=0.5), indent=2))
+    assert file.read_text() == '{\n  "share": 0.5,\n  "note": ""\n}'
+    assert read_record(Inner, tmp_path, "a.json", error=ProtocolError) == Inner(share=0.5)
+
+    (tmp_path / "link.json").symlink_to(file)
+    with pytest.raises(RunFolderError, match=r"link\.json: it must lie in the run folder itself, got a link to"):
+        read_record(Inner, tmp_path, "link.json", error=ProtocolError)
+    with pytest.raises(ProtocolError, match=r"a\.json/b: it must be readable, got 'Not a directory'\. Look\.$"):
+        read_record(Inner, file, "b", error=ProtocolError, remedy="Look.")
+    file.write_text('{"share": 2.0}')
+    with pytest.raises(ProtocolError, match=r"a\.json: share .*\. Look\.$"):
+        read_record(Inner, tmp_path, "a.json", error=ProtocolError, remedy="Look.")
 
 
 def test_arrays_have_their_shape_and_dtype_and_come_back_bit_for_bit() -> None:

@@ -10,9 +10,21 @@ import numpy as np
 import pytest
 
 from fedzo.errors import RunFolderError
-from fedzo.records.decode import decode, encode
-from fedzo.records.log import AuditLine
+from fedzo.records.decode import decode, encode, to_json
+from fedzo.records.log import AuditLine, PublicLine, VectorLine
 from fedzo.testing.logs import audit_line
+
+
+def test_the_entries_of_a_public_line_have_their_order() -> None:
+    """A log's bytes do not depend on how the classes of its lines are put together."""
+    proof: dict[str, Any] = {"chain": "a" * 64, "check": 7, "digest": None}
+    c = np.full((1, 1, 1), 0.5, np.float32)
+    scalars = PublicLine(round=1, lr=0.25, owners=(4,), directions="shared", c=c, attendance=(0, 4), **proof)
+    vector = VectorLine(round=1, lr=0.25, size=3, vector="b" * 64, attendance=(0, 4), **proof)
+
+    end = f'"attendance":[0,4],"chain":"{"a" * 64}","check":7,"digest":null}}'
+    assert to_json(scalars) == f'{{"round":1,"lr":0.25,"owners":[4],"directions":"shared","c":[[[0.5]]],{end}'
+    assert to_json(vector) == f'{{"kind":"vector","round":1,"lr":0.25,"size":3,"vector":"{"b" * 64}",{end}'
 
 
 def changed(**client: Any) -> dict[str, Any]:

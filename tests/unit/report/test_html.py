@@ -81,6 +81,16 @@ def test_the_page_says_how_long_the_trainer_was_prepared_where_the_run_does(make
     assert "<th>time to prepare the trainer</th><td>4.5 s</td>" in page
 
 
+@pytest.mark.parametrize(("products", "told"), [("", "bfloat16"), ("float32 with TF32 products",) * 2])
+def test_the_page_says_in_what_the_server_computed(make_run: MakeRun, products: str, told: str) -> None:
+    lines = [json.loads(line) for line in (make_run("old") / "metrics.jsonl").read_text().splitlines()]
+    lines[0] |= {"forwards": {"dtype": "bfloat16", "products": products, "tokens_per_batch": 4096}}
+
+    assert "forwards at the server" not in write_report(make_run("older")).read_text()
+    page = write_report(make_run("new", lines=lines)).read_text()
+    assert f"<th>forwards at the server</th><td>{told}, up to 4,096 tokens at once</td>" in page
+
+
 def test_the_page_says_how_many_clients_told_their_scores(make_run: MakeRun) -> None:
     lines = [json.loads(line) for line in (make_run("whole") / "metrics.jsonl").read_text().splitlines()]
     assert "are told by" not in write_report(make_run("all", lines=lines)).read_text()

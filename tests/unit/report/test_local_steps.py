@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fedzo.errors import RunFolderError
+from fedzo.records.metrics import ClientRound, Round
 from fedzo.report.figures import draw_figures
 from fedzo.report.panels import MAX_PANELS, MAX_POINTS
-from fedzo.report.run_data import load_run
+from fedzo.report.run_data import RunData, load_run
 from fedzo.report.style import BLUE, ORANGE
 
 MakeRun = Callable[..., Path]
@@ -61,6 +62,19 @@ def panels(figure: Figure) -> dict[str, Axes]:
 def line(axes: Axes, number: int) -> dict[float, float]:
     x, y = (np.asarray(values, float).tolist() for values in axes.lines[number].get_data())
     return dict(zip(x, y, strict=True))
+
+
+def test_the_figures_of_local_steps_read_the_file_once(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, readings = RunData.with_signals, list[int]()
+
+    def counted(run: RunData, clients: Collection[int] | None = None) -> Iterator[tuple[Round, list[ClientRound]]]:
+        readings.append(1)
+        return read(run, clients)
+
+    monkeypatch.setattr(RunData, "with_signals", counted)
+
+    assert {"local_steps", "local_losses"} <= {picture.name for picture in draw_figures(load_run(make_run()))}
+    assert len(readings) == 1
 
 
 def test_each_panel_holds_its_clients_steps_most_one_sided_first(make_run: MakeRun) -> None:

@@ -143,6 +143,28 @@ def test_of_a_round_written_twice_the_later_counts(make_run: MakeRun) -> None:
     assert [(line.round, line.loss) for line in load_run(folder).rounds] == [(0, 0.4), (1, 0.7)]
 
 
+def test_signals_of_single_steps_are_read_by_who_draws_them_and_not_kept(make_run: MakeRun) -> None:
+    """Of 10,000 rounds, 200 clients and 50 steps they would take gigabytes."""
+    run = load_run(make_run())
+
+    kept = {(*signals.abs_g, *signals.loss) for r in run.rounds for signals in (c.signals for c in r.clients)}
+    assert kept == {(None, None)}
+    assert [client.abs_g for client in run.rounds[3].clients] == [9.0, 10.0, 11.0]
+    for clients, found in (({1}, [(10.0,)]), ({2, 0}, [(9.0,), (11.0,)]), (None, [(9.0,), (10.0,), (11.0,)])):
+        read = [(record.round, [c.signals.abs_g for c in some]) for record, some in run.with_signals(clients)]
+        assert read == [(number, found) for number in range(10)]
+
+
+def test_signals_of_a_round_written_twice_are_those_of_the_later(make_run: MakeRun) -> None:
+    lines = [json.loads(line) for line in (make_run("once") / "metrics.jsonl").read_text().splitlines()]
+    again = json.loads(json.dumps(next(line for line in lines if line["kind"] == "round")))
+    again["clients"][0]["signals"]["abs_g"] = [0.25]
+    run = load_run(make_run("twice", lines=[*lines, again]))
+
+    (first, measured), *_ = run.with_signals({0})
+    assert (first.round, [client.signals.abs_g for client in measured]) == (0, [(0.25,)])
+
+
 def test_a_run_that_went_on_after_its_summary_is_unfinished(make_run: MakeRun) -> None:
     folder = make_run()
     assert load_run(folder).summary is not None

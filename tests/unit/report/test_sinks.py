@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +21,7 @@ from fedzo.records.metrics import (
     Summary,
     decode_metric,
 )
-from fedzo.report.sinks import ProgressSink, ending
+from fedzo.report.sinks import ProgressSink, ending, phase
 
 MakeRun = Callable[..., Path]
 
@@ -111,6 +114,20 @@ def test_the_rows_of_the_worst_client_are_counted_where_the_run_tells_them(make_
     assert any("0.500 (client 0, on 13 own rows after round 10)" in line for line in lines)
 
 
+def test_a_run_ends_with_what_its_evaluator_reports_beside_the_value(make_run: MakeRun) -> None:
+    summary = records(make_run())[-1]
+    assert isinstance(summary, Summary)
+    assert summary.before is not None
+    assert summary.after is not None
+    before = replace(summary.before, numbers={"exact_match": 0.125})
+    after = replace(summary.after, numbers={"exact_match": 0.25, "later": 1.0})
+
+    lines = ending(replace(summary, before=before, after=after))
+
+    assert any(line.split() == ["exact_match", "0.125", "->", "0.250"] for line in lines)
+    assert not any("later" in line for line in lines)  # with nothing before to compare it with
+
+
 def test_progress_that_is_switched_off_is_silent(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
     sink = ProgressSink(10, enabled=False)
     for record in records(make_run()):
@@ -119,4 +136,42 @@ def test_progress_that_is_switched_off_is_silent(make_run: MakeRun, capsys: pyte
         advance(1, 3)
     sink.close()
 
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("stderr", "shown"), [(False, ("measuring ...\n", "")), (True, ("", "measuring ...\n"))])
+def test_without_a_terminal_long_work_is_one_plain_line(
+    stderr: bool, shown: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with phase("measuring", stderr=stderr, note=lambda: "a note") as advance:
+        advance(1, 3)
+    with phase("in silence", stderr=stderr, enabled=False) as advance:
+        advance(1, 3)
+
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == shown
+
+
+def test_on_a_terminal_long_work_is_a_bar_with_a_note_and_standard_output_stays_free(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    for name, value in (("TERM", "xterm"), ("COLUMNS", "150"), ("NO_COLOR", "1")):
+        monkeypatch.setenv(name, value)
+    notes = iter(["before", "4 calls [/b]"])
+
+    with phase("rewriting [/b]", stderr=True, note=lambda: next(notes)) as advance:
+        advance(1, 7)
+        advance(3, 7)
+        for _ in range(1000):  # it is drawn now and then
+            if "3/7" in terminal.getvalue():
+                break
+            time.sleep(0.01)
+    shown = terminal.getvalue()
+
+    assert "rewriting [/b]" in shown
+    assert "3/7 4 calls [/b]" in shown
+    assert "..." not in shown
     assert capsys.readouterr().out == ""

@@ -58,47 +58,6 @@ def test_message_can_be_numbered_and_its_reply_refers_to_the_number() -> None:
     assert Message(RecordDict(), reply_to=message).metadata.reply_to_message_id == "abc"
 
 
-class Nodes:
-    """As much of a grid as tells who is there."""
-
-    def __init__(self, *nodes: int) -> None:
-        self.nodes = list(nodes)
-
-    def get_node_ids(self) -> list[int]:
-        return self.nodes
-
-
-def test_a_registered_grid_is_the_grid_and_knows_its_clients() -> None:
-    grid: Any = _flower.RegisteredGrid(cast(Any, Nodes(7, 8)), {7: 2}.get)
-
-    assert grid.get_node_ids() == [7, 8]
-    assert (grid.client_of(7), grid.client_of(8)) == (2, None)
-
-
-def test_nodes_that_are_all_alike_are_numbered_by_their_ids_and_a_free_number_goes_to_the_next() -> None:
-    grid = Nodes(30, 10, 20)
-    client_of = _flower.in_order(cast(Any, grid), 3)
-
-    assert [client_of(node) for node in (20, 30, 10)] == [1, 2, 0]
-    grid.nodes = [30, 10, 20, 5]
-    assert client_of(5) is None
-    grid.nodes = [30, 10, 5, 20]
-    assert [client_of(node) for node in (5, 10, 20, 30)] == [None, 0, 1, 2]
-    grid.nodes = [30, 10, 5]
-    assert [client_of(node) for node in (5, 10, 30)] == [1, 0, 2]
-    assert client_of(99) is None
-
-
-def test_nodes_that_come_one_by_one_keep_their_numbers() -> None:
-    """Flower's engine starts the server before it registers its nodes."""
-    grid = Nodes(20)
-    client_of = _flower.in_order(cast(Any, grid), 2)
-
-    assert client_of(20) == 0
-    grid.nodes = [10, 20]
-    assert [client_of(node) for node in (10, 20)] == [1, 0]
-
-
 def test_flower_says_nothing_to_the_outside() -> None:
     from flwr.supercore import telemetry
 
@@ -332,7 +291,7 @@ def test_names_of_the_network_parts_have_the_shape_that_is_used() -> None:
     assert isinstance(inspect.getattr_static(HttpGrid, "_runtime_client"), property)
     grid = ServerGrid("127.0.0.1:1", root_certificates=b"", token="x")
     assert {"node", "_run"} <= vars(grid).keys()
-    assert {"max_tries", "max_time", "on_backoff"} <= vars(grid._retry_invoker).keys()
+    assert {"max_time", "on_backoff", "wait_function"} <= vars(grid._retry_invoker).keys()
     assert vars(make_simple_http_retry_invoker()).keys() == vars(grid._retry_invoker).keys()
     assert {"start", "stop", "is_running"} <= set(dir(_flower_http.HeartbeatSender))
     assert {"server_app", "client_app", "num_supernodes", "backend_config"} <= set(parameters(run_simulation))

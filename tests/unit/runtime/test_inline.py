@@ -36,6 +36,15 @@ def reply(message: Message, **values: Any) -> Message:
     return Message(RecordDict({"values": ConfigRecord(values)}), reply_to=message)
 
 
+def ask(grid: Any, messages: list[Message]) -> list[Message]:
+    """Push, and pull until all have answered."""
+    ids = grid.push_messages(messages)
+    replies: list[Message] = []
+    while got := grid.pull_messages(ids):
+        replies += got
+    return replies
+
+
 def echo(message: Message, context: Context) -> Message:
     return reply(message, asked=message.content["values"]["number"])
 
@@ -88,7 +97,7 @@ def test_error_of_a_client_is_a_reply_in_flowers_form_and_the_others_go_on() -> 
 
     def main(grid: Grid, context: Context) -> None:
         asked = [request(node, number=number) for number, node in enumerate(grid.get_node_ids())]
-        answers = list(grid.send_and_receive(asked))
+        answers = ask(grid, asked)
         assert [answer.has_error() for answer in answers] == [False, True, False]
         assert answers[1].error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
         assert answers[1].error.reason == "<class 'ZeroDivisionError'>:<'on purpose'>"
@@ -98,7 +107,7 @@ def test_error_of_a_client_is_a_reply_in_flowers_form_and_the_others_go_on() -> 
 
 def test_message_to_an_unknown_node_is_answered_by_an_error() -> None:
     def main(grid: Grid, context: Context) -> None:
-        (answer,) = grid.send_and_receive([request(99)])
+        (answer,) = ask(grid, [request(99)])
         assert answer.error.code == ErrorCode.NODE_UNAVAILABLE
 
     play(echo, main)
@@ -151,7 +160,7 @@ def test_state_of_a_client_lasts_from_message_to_message_and_is_its_own() -> Non
 
     def main(grid: Grid, context: Context) -> None:
         first, second, _ = grid.get_node_ids()
-        answers = list(grid.send_and_receive([request(node) for node in (first, first, second, first)]))
+        answers = ask(grid, [request(node) for node in (first, first, second, first)])
         assert [answer.content["values"]["count"] for answer in answers] == [1, 2, 1, 3]
 
     play(client, main)
@@ -170,7 +179,7 @@ def test_interrupt_in_a_client_is_not_taken_for_its_failure() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        play(client, lambda grid, context: list(grid.send_and_receive([request(2)])))
+        play(client, lambda grid, context: ask(grid, [request(2)]))
 
 
 def test_second_federation_in_a_running_one_is_refused_and_the_next_one_is_not() -> None:

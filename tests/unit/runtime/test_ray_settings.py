@@ -1,13 +1,15 @@
-"""What Ray is told; the runs themselves are in tests/sim."""
+"""What Ray is told, and who the nodes of its grid are; the runs themselves are in tests/sim."""
 
 from __future__ import annotations
 
 import os
+from typing import Any, cast
 
 import pytest
 
+from fedzo.errors import ProtocolError
 from fedzo.runtime.config import RayConfig
-from fedzo.runtime.ray import _backend_config, _environment, _machine
+from fedzo.runtime.ray import RayGrid, _backend_config, _environment, _machine
 
 
 @pytest.mark.parametrize("num_actors", [1, 2, 3, 7, 16])
@@ -35,3 +37,57 @@ def test_environment_for_actors_is_put_back_afterwards(monkeypatch: pytest.Monke
         os.environ["PYTHONPATH"] = "as Flower changes it"
 
     assert dict(os.environ) == environment
+
+
+class Nodes:
+    """As much of Flower's grid as tells who is there."""
+
+    def __init__(self, *nodes: int) -> None:
+        self.nodes = list(nodes)
+
+    def get_node_ids(self) -> list[int]:
+        return self.nodes
+
+
+def grid_of(nodes: Nodes, num_clients: int, *ended: ProtocolError) -> RayGrid:
+    """The grid of an engine that is up, or has ``ended``."""
+
+    def check() -> None:
+        for error in ended:
+            raise error
+
+    return RayGrid(cast(Any, nodes), num_clients=num_clients, check=check)
+
+
+def test_nodes_that_are_all_alike_are_numbered_by_their_ids_and_a_free_number_goes_to_the_next() -> None:
+    nodes = Nodes(30, 10, 20)
+    grid = grid_of(nodes, 3)
+
+    assert grid.get_node_ids() == [30, 10, 20]
+    assert [grid.client_of(node) for node in (20, 30, 10)] == [1, 2, 0]
+    nodes.nodes = [30, 10, 20, 5]
+    assert grid.client_of(5) is None
+    nodes.nodes = [30, 10, 5, 20]
+    assert [grid.client_of(node) for node in (5, 10, 20, 30)] == [None, 0, 1, 2]
+    nodes.nodes = [30, 10, 5]
+    assert [grid.client_of(node) for node in (5, 10, 30)] == [1, 0, 2]
+    assert grid.client_of(99) is None
+
+
+def test_nodes_that_come_one_by_one_keep_their_numbers() -> None:
+    """Flower's engine starts the server before it registers its nodes."""
+    nodes = Nodes(20)
+    grid = grid_of(nodes, 2)
+
+    assert grid.client_of(20) == 0
+    nodes.nodes = [10, 20]
+    assert [grid.client_of(node) for node in (10, 20)] == [1, 0]
+
+
+def test_nobody_is_asked_of_an_engine_that_has_ended() -> None:
+    grid = grid_of(Nodes(7), 1, ProtocolError("it ended"))
+
+    with pytest.raises(ProtocolError, match="it ended"):
+        grid.get_node_ids()
+    with pytest.raises(ProtocolError, match="it ended"):
+        grid.client_of(7)

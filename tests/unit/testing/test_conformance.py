@@ -301,7 +301,7 @@ def test_stages(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("name", CONFIGS["evaluators"])
 def test_evaluators(name: str, kind: TaskKind) -> None:
     choices = [Example((65 + i, 5, 9), ((70, 71), (72 + i,)), i % 2) for i in range(5)]
-    texts = [Example((65 + i, 66, 67), ((70, 71),), 0, reference="fg") for i in range(5)]
+    texts = [Example((65 + i, 66, 67), ((70, 71),), 0, references=("fg", "f")) for i in range(5)]
     loss = Loss.candidates if kind is TaskKind.candidates else Loss.lm
     task = TaskConfig(kind=kind, loss=loss, candidates=["a", "b"], max_new_tokens=4)
 

@@ -79,8 +79,8 @@ class Cusum:
         if audit is not self._log or len(audit) < self._seen:
             self._log, self._seen = audit, 0
             self._sums, self._peaks = np.zeros(self.stop.num_clients), np.zeros(self.stop.num_clients)
-        for line in audit[self._seen :]:
-            self._add(line)
+        for number in range(self._seen, len(audit)):
+            self._add(audit[number])
         self._seen = len(audit)
         return self.stop(
             {

@@ -114,7 +114,9 @@ class StepPolicy(Protocol):
         """The plan of round ``len(audit)``: a function of its arguments alone, so a resumed run decides the same.
 
         Args:
-            audit: Audit lines of all committed rounds.
+            audit: Audit lines of all committed rounds; the same object in all rounds of a run. A line is read from
+                the disk each time that it is asked for, since they do not fit in memory together: take the new ones by
+                their numbers.
             label_counts: Rows by label of each client, as declared at registration.
         """
         ...
@@ -206,15 +208,15 @@ class EarlyStop:
 
 
 def news(
-    plan: Plan, told: StepDecision | None, *, round: int, last: bool, seconds: float, local_steps: int
+    plan: Plan, before: StepDecision | None, *, round: int, last: bool, seconds: float, local_steps: int
 ) -> StepDecision | None:
-    """The plan as a metrics record, if it decides otherwise than the last one told, which is also logged.
+    """The plan as a metrics record, if it decides otherwise than the one before, which is also logged.
 
     In the last round it is also told if only its statistics differ.
 
     Args:
         plan: Of the coming round.
-        told: The last such record; None before the first.
+        before: The last such record; None before the first.
         round: Number of the coming round.
         last: Whether no other round comes.
         seconds: Since the run started.
@@ -238,12 +240,12 @@ def news(
         ),
         fallback=plan.fallback,
     )
-    if told is None or _decision(record) != _decision(told):
+    if before is None or _decision(record) != _decision(before):
         # a decision against nobody at the start is no news: most step policies begin so
-        if flagged or told is not None or plan.windows is not None:
+        if flagged or before is not None or plan.windows is not None:
             log.warning("from round %d on: %s", round, describe(plan, local_steps=local_steps))
         return record
-    return record if last and record.clients != told.clients else None
+    return record if last and record.clients != before.clients else None
 
 
 def describe(plan: Plan, *, local_steps: int) -> str:

@@ -152,18 +152,18 @@ class VpcsConfig(EarlyStopConfig):
 
 @dataclass(slots=True)
 class Vpcs:
-    """Round 0 measures; what it finds holds for the rest of the run, and is kept with the line that it was read off."""
+    """Round 0 measures; what it finds holds for the rest of the run, and is kept with the log that it was read off."""
 
     config: VpcsConfig
     stop: EarlyStop
-    _found: tuple[AuditLine, Plan] | None = None
+    _found: tuple[Sequence[AuditLine], Plan] | None = None
 
     def plan(self, audit: Sequence[AuditLine], label_counts: Mapping[int, Mapping[str, int]]) -> Plan:
         config = self.config
         if not audit:
             return Plan(dict.fromkeys(range(self.stop.num_clients), config.calibration_steps), calibration=True)
-        if self._found is None or self._found[0] is not audit[0]:
-            self._found = audit[0], self._decide(audit[0])
+        if self._found is None or self._found[0] is not audit:
+            self._found = audit, self._decide(audit[0])
         return self._found[1]
 
     def _decide(self, calibration: AuditLine) -> Plan:

@@ -245,6 +245,29 @@ def test_the_sums_kept_between_rounds_are_those_of_the_whole_log() -> None:
     assert kept.plan(log[:7], {}) == build(CusumConfig(drift=0.2, threshold=2.0)).plan(log[:7], {})
 
 
+def test_of_a_log_that_lies_on_the_disk_each_line_is_asked_for_once_and_alone() -> None:
+    """All that are new to a resumed server would not fit in memory."""
+    asked: list[int] = []
+
+    class OnDisk(list[AuditLine]):
+        def __iter__(self) -> Any:
+            raise AssertionError("all lines are asked for at once")
+
+        def __getitem__(self, number: Any) -> Any:
+            asked.append(number)
+            assert isinstance(number, int)
+            return super().__getitem__(number)
+
+    for config, once in ((CusumConfig(), [0, 1, 2, 3, 4, 5]), (VpcsConfig(**PHASES), [0])):
+        asked.clear()
+        step_policy, log = build(config), OnDisk([line(dict.fromkeys(range(4), LOUD), round=r) for r in range(4)])
+        for round in (4, 5, 6):
+            step_policy.plan(log, {})
+            log.append(line(dict.fromkeys(range(4), LOUD), round=round))
+
+        assert asked == once
+
+
 def test_what_all_clients_share_flags_nobody() -> None:
     """The model learns: everybody's |g| falls a thousandfold, and each direction has a factor of its own."""
     rng = np.random.default_rng(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import ssl
@@ -284,6 +285,20 @@ def test_a_server_serves_one_run_at_a_time(tmp_path: Path) -> None:
     assert folder.served is None
     assert folder.last_served is not None
     assert folder.last_served.run == "/runs/one"
+
+
+def test_a_server_serves_a_run_also_where_the_file_system_knows_no_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(opened: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    folder = server(tmp_path / "s")
+    monkeypatch.setattr("fcntl.flock", refused)
+
+    with folder.serving("/runs/one"):
+        assert folder.last_served is not None
+        assert folder.last_served.run == "/runs/one"
 
 
 # --- a site

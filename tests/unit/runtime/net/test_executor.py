@@ -119,6 +119,43 @@ executor.answer(app, SimpleNamespace(message=None, context=None, finish=print), 
     assert "caught up" in done.stdout
 
 
+@pytest.mark.parametrize("is_lost", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_process_whose_gpu_is_lost_answers_and_ends_whatever_the_answer_is(is_lost: bool, fails: bool) -> None:
+    """CUDA gives no second chance to a process; a load that fails for it is a refusal, and no error."""
+    program = f"""
+import sys
+from types import SimpleNamespace
+import torch
+from fedzo.runtime.net import executor
+
+def synchronize(index):
+    asked.append(index)
+    if {is_lost}:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+def app(message, context):
+    if {fails}:
+        raise ValueError("a row")
+    return "reply"
+
+asked, cuda = [], torch.cuda
+cuda.is_initialized, cuda.device_count, cuda.synchronize = (lambda: True), (lambda: 3), synchronize
+cuda.memory_reserved = lambda index: 1 if index == 1 else 0
+say = lambda said: print("told", said, flush=True)
+task = SimpleNamespace(message=None, context=None, finish=say, fail=say)
+for _ in range(2):
+    executor.answer(app, task, step_limit_s=30.0)
+sys.exit(0 if asked == [1, 1] else 1)  # a GPU of which the process has nothing is left alone
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+
+    assert done.returncode == (70 if is_lost else 0), done.stderr
+    assert done.stdout.count("told") == (1 if is_lost else 2)
+    assert ("refusal 31" in done.stdout) is fails
+    assert ("the device answers nothing more in this process" in done.stderr) is is_lost
+
+
 def give_up(fail: str) -> subprocess.CompletedProcess[str]:
     program = f"""
 import time

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_to_proto
 from flwr.proto.message_pb2 import PullObjectResponse, PushObjectResponse
-from flwr.proto.runtime_pb2 import PullAppMessagesResponse, PushAppMessagesResponse
+from flwr.proto.runtime_pb2 import PullAppMessagesResponse, PullTaskInputResponse, PushAppMessagesResponse
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedzo.runtime.net import _flower_grid
-from fedzo.runtime.net._flower_grid import ServerGrid
+from fedzo.runtime.net._flower_grid import ServerGrid, server_task
+from fedzo.runtime.net.credentials import Endpoint
 
 
 class SuperLink:
@@ -309,3 +313,50 @@ def test_a_part_that_was_stored_unsaid_is_not_sent_twice(superlink: SuperLink, g
 
     assert list(grid.push_messages([asked])) == [asked.object_id]
     assert sorted(superlink.pushed) == sorted(get_all_nested_objects(asked))
+
+
+class Away:
+    """A SuperLink that goes away once it has handed out the task; who asks it retries as the grid does."""
+
+    _interceptors = ()
+
+    def __init__(self, grid: ServerGrid) -> None:
+        self._retry = grid._retry_invoker
+
+    def PullTaskInput(self, request: Any) -> PullTaskInputResponse:
+        return PullTaskInputResponse()
+
+    def SendTaskHeartbeat(self, request: Any) -> Any:
+        return self._retry.invoke(self._refuse)
+
+    PushTaskOutput = SendTaskHeartbeat
+
+    def _refuse(self) -> None:
+        raise httpx.ConnectError("[Errno 111] Connection refused")
+
+    def close(self) -> None: ...
+
+
+def test_a_run_that_is_interrupted_while_the_superlink_is_away_ends_at_once(
+    superlink: SuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its heartbeat is asking again and again just then."""
+    (tmp_path / "ca.crt").touch()
+    monkeypatch.setattr(_flower_grid, "MAX_TIME_S", 5.0)
+    monkeypatch.setattr(ServerGrid, "_runtime_client", property(Away))
+
+    def interrupted() -> None:
+        nonlocal began
+        with server_task(Endpoint("127.0.0.1:1", tmp_path / "ca.crt"), "x") as (grid, _):
+            retries = threading.Event()
+            grid.when_not_taken(retries.set)
+            assert retries.wait(4.0)
+            began = time.monotonic()
+            raise KeyboardInterrupt
+
+    began = 0.0
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+
+    assert time.monotonic() - began < 1.0
+    assert "the SuperLink was not told how the run ended" in caplog.text

@@ -17,6 +17,7 @@ from fedzo.fl.messages import TrainRequest, VectorReply, scalars_from_bytes
 from fedzo.fl.server.aggregate import checked_losses, losses_far_off, shares, trimming
 from fedzo.fl.server.metrics import finite_mean
 from fedzo.fl.server.signals import short
+from fedzo.fl.server.updates import Replies
 from fedzo.records.log import RoundAudit, VectorAudit, VectorAuditLine
 from fedzo.records.metrics import ClientRound, StepSignals
 from fedzo.records.scores import known
@@ -64,6 +65,9 @@ class VectorUpdates:
     strategy: StrategyConfig
     normalise: bool = False
 
+    def note(self, record: LogRecord, audit: RoundAudit) -> None:
+        """No round depends on what an earlier one measured."""
+
     def bound(self) -> float:
         return NO_BOUND
 
@@ -95,24 +99,16 @@ class VectorUpdates:
             )
         return reasons
 
-    def combine(
-        self,
-        results: Mapping[int, VectorResult],
-        weights: Mapping[int, float],
-        *,
-        round: int,
-        lr: float,
-        measures_only: bool,
-    ) -> VectorRecord:
+    def combine(self, replies: Replies[VectorResult]) -> VectorRecord:
         """The mean (or robust mean, coordinate by coordinate) of the changes: float64 in the order of client index."""
-        assert not measures_only, "validation refuses step policies that calibrate"
-        clients = sorted(results)
+        assert not replies.measures_only, "validation refuses step policies that calibrate"
+        results, clients = replies.results, sorted(replies.results)
         changes = [results[client].change for client in clients]
         strategy = self.strategy
         match strategy.aggregation:
             case Aggregation.mean:
                 steps = {client: len(results[client].loss) for client in clients}
-                share, mean = shares(weights, steps, normalise=self.normalise), np.zeros(self.size)
+                share, mean = shares(replies.weights, steps, normalise=self.normalise), np.zeros(self.size)
                 for client, change in zip(clients, changes, strict=True):
                     mean += share[client] * change.astype(np.float64)
             case Aggregation.median:
@@ -121,21 +117,12 @@ class VectorUpdates:
                 mean = _by_coordinate(changes, trimming(strategy.trim_share, len(clients)))
             case other:
                 raise AssertionError(f"validation refuses {other} of vectors")
-        return VectorRecord.of(mean.astype(np.float32), round=round, lr=lr)
+        return VectorRecord.of(mean.astype(np.float32), round=replies.round, lr=replies.lr)
 
-    def audit(
-        self,
-        record: LogRecord,
-        results: Mapping[int, VectorResult],
-        *,
-        lr: float,
-        used: Mapping[int, int],
-        weights: Mapping[int, float],
-        refused: Mapping[int, str],
-    ) -> VectorAuditLine:
+    def audit(self, record: LogRecord, replies: Replies[VectorResult]) -> VectorAuditLine:
         return VectorAuditLine(
             round=record.round,
-            lr=lr,
+            lr=replies.lr,
             clients=tuple(
                 VectorAudit(
                     client=client,
@@ -143,17 +130,15 @@ class VectorUpdates:
                     norm=result.norm,
                     loss=result.loss,
                     steps=len(result.loss),
-                    used=used.get(client, 0),
-                    weight=weights[client],
+                    used=replies.used[client],
+                    weight=replies.weights[client],
                 )
-                for client, result in sorted(results.items())
+                for client, result in sorted(replies.results.items())
             ),
-            refused=tuple(sorted(refused)),
+            refused=tuple(sorted(replies.refused)),
         )
 
-    def clients(
-        self, record: LogRecord, results: Mapping[int, VectorResult], audit: RoundAudit
-    ) -> tuple[ClientRound, ...]:
+    def clients(self, record: LogRecord, replies: Replies[VectorResult], audit: RoundAudit) -> tuple[ClientRound, ...]:
         return tuple(
             ClientRound(
                 client=client,
@@ -162,10 +147,10 @@ class VectorUpdates:
                 steps=len(result.loss),
                 signals=_signals(result.loss),
             )
-            for client, result in sorted(results.items())
+            for client, result in sorted(replies.results.items())
         )
 
-    def num_clipped(self, results: Mapping[int, VectorResult], bound: float) -> int:
+    def num_clipped(self, replies: Replies[VectorResult]) -> int:
         return 0
 
 
