@@ -24,10 +24,11 @@ from fedzo.data.config import Loss
 from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
 from fedzo.models.adapters import base_model, has_adapter
+from fedzo.models.available import TORCH_DTYPES
 from fedzo.models.captured import NUM_EAGER, CapturedDecoder
 from fedzo.models.checks import num_positions
 from fedzo.models.config import Quantization
-from fedzo.models.load import TORCH_DTYPES, compile_loaded, load_model
+from fedzo.models.load import compile_loaded, load_model
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.lower_layers import LowerLayers, StepStates
 from fedzo.models.memory import num_weights

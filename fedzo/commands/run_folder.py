@@ -15,6 +15,7 @@ from fedzo.errors import ConfigError, RunFolderError
 from fedzo.fl.log_store import RunLog, best_round, has_begun
 from fedzo.fl.replica import Replica
 from fedzo.records.folder import CONFIG, read_file
+from fedzo.report.sinks import phase, replaying
 from fedzo.run.peer import Peer
 from fedzo.run.process import Process, open_process
 from fedzo.run.start import check_artifact, check_base, read_begun, read_text
@@ -67,9 +68,11 @@ def rebuild(run_dir: Path, *, rounds: int | None = None) -> Rebuilt:
     check_base(config, process.peer.loaded, run_dir)
     # without rows to measure on: a rebuilt model is held in float32 where the choice was open
     replica = process.peer.workspace(_artifact(config, process.peer, run_dir)).replica
-    for record, line in zip(log.records[:rounds], log.rounds, strict=False):
-        replica.advance([record])
-        replica.verify(line)
+    with phase(replaying(rounds), stderr=True, enabled=rounds > 0) as advance:
+        for record, line in zip(log.records[:rounds], log.rounds, strict=False):
+            replica.advance([record])
+            replica.verify(line)
+            advance(replica.position, rounds)
     return Rebuilt(process, replica)
 
 

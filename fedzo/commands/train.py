@@ -38,6 +38,7 @@ from fedzo.records.outcome import OUTCOME
 from fedzo.report.run_data import read_overrides
 from fedzo.report.trackers import missing_libraries
 from fedzo.run.apps import run_config
+from fedzo.run.estimate import warn_of_copies
 from fedzo.run.process import STAGE_FOLDER, Process, forget_process, keep_process
 from fedzo.run.start import open_run, write_whole
 from fedzo.runtime.config import RUNTIMES
@@ -261,6 +262,8 @@ def _deploy(config: LaunchConfig, run_dir: Path) -> None:
     """Run a federation whose server is a process of its own, which opens the run."""
     run_dir = run_dir.resolve()
     write_whole(run_dir / SITE_FILE, to_json(config.site()))
+    if not config.runtime.traits.has_sites:
+        warn_of_copies(config.model, device=config.device, num_copies=config.fl.num_clients + 1)
     with _told_of_clients(run_dir):
         RUNTIMES.build(config.runtime, num_clients=config.fl.num_clients, run_dir=run_dir)
 

@@ -12,6 +12,7 @@ import numpy as np
 from fedzo.errors import ProtocolError
 from fedzo.fl.messages import Status, Sync
 from fedzo.records.log import CommittedLine, Proof
+from fedzo.system import OnProgress
 from fedzo.zo.log import EMPTY_CHAIN, Drift, LogRecord, RoundRecord, extend_chain, unpack
 from fedzo.zo.server_optimizer import ControlVariates, ServerOptimizer, VectorOptimizer
 from fedzo.zo.spaces.base import Space
@@ -101,11 +102,13 @@ class Replica:
         self.moments.fill(0)
         self.position, self.chain = 0, EMPTY_CHAIN
 
-    def goto(self, position: int, records: Sequence[LogRecord]) -> None:
-        """The state after the first ``position`` records of the whole log."""
+    def goto(self, position: int, records: Sequence[LogRecord], advance: OnProgress = lambda done, total: None) -> None:
+        """The state after the first ``position`` records of the whole log; ``advance`` is told (records, position)."""
         if position < self.position:
             self.reset()
-        self.advance(records[:position])
+        for record in records[self.position : position]:
+            self.advance([record])
+            advance(self.position, position)
 
     def check(self) -> int:
         """A 32-bit check of theta and of the moments; that of theta alone where there are none.

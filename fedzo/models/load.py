@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from fedzo.errors import ConfigError
+from fedzo.models.available import REMEDY, TORCH_DTYPES, check_room, held_bytes
 from fedzo.models.cache import check_cache
 from fedzo.models.checks import check_causal, check_finite, check_tokens, num_positions, positions_alone
 from fedzo.models.compiled import compile_decoder
@@ -46,13 +47,6 @@ from fedzo.sketch import sketched_layers
 
 logger = logging.getLogger(__name__)
 
-TORCH_DTYPES = {
-    DType.float32: torch.float32,
-    DType.bfloat16: torch.bfloat16,
-    DType.float16: torch.float16,
-    DType.auto: torch.float32,  # until the site has measured
-}
-
 
 def load_model(config: ModelConfig, *, device: str = "auto", max_length: int = 1) -> LoadedModel:
     """Load the model that ``config`` names: the embedded one, a local folder, or a hub name.
@@ -78,7 +72,7 @@ def load_model(config: ModelConfig, *, device: str = "auto", max_length: int = 1
             raise
         raise ConfigError(
             f"model.name {config.name!r}: the memory of {where} must hold the weights in {config.dtype}, but does not. "
-            "Free some, write model.dtype=bfloat16, train an adapter with model.quantization=nf4, or take a sketch."
+            f"{REMEDY}"
         ) from error
 
 
@@ -87,6 +81,8 @@ def _load(config: ModelConfig, where: torch.device, max_length: int) -> LoadedMo
     dtype = TORCH_DTYPES[DType(config.dtype)]
     check_unpacked(source, config)
     packed = quantization_arguments(config.quantization, device=where, dtype=dtype)
+    if (held := held_bytes(config, source.files)) is not None:
+        check_room(config, held, where)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.name, **source.arguments())
         model = _read(source, dtype, **packed)
@@ -130,7 +126,7 @@ def _load(config: ModelConfig, where: torch.device, max_length: int) -> LoadedMo
             f"model.name {config.name!r} must be a causal language model that runs on token ids alone, but a forward "
             f"of {type(model).__name__} fails: {_line(error)}. Take another model, or correct its config.json."
         ) from error
-    loaded = replace(loaded, revision=source.revision)
+    loaded = replace(loaded, revision=source.revision, reads_whole=not apart)
     return compile_loaded(loaded, longest=max_length) if config.compile else loaded
 
 

@@ -52,6 +52,7 @@ class LoadedModel:
         tokenizer_digest: SHA-256 of vocabulary, special tokens and chat template.
         source: Folder or hub name they came from.
         read_weights: Reads the base weights again, with their parameters' names; other tensors may be among them.
+        reads_whole: Whether ``read_weights`` has to make a second model, beside this one.
         direct_head: Whether the LM head may be applied apart (``head.check_head``).
         shared_prompts: Whether candidates may run on top of their prompt's cache (``cache.check_cache``).
         decoder: What losses and scores run through, if not the model's own (``model.compile``, ``model.cuda_graphs``).
@@ -68,6 +69,7 @@ class LoadedModel:
     tokenizer_digest: str
     source: str
     read_weights: Callable[[], Iterable[tuple[str, torch.Tensor]]] | None = None
+    reads_whole: bool = False
     direct_head: bool = True
     shared_prompts: bool = False
     decoder: BucketedDecoder | None = None

@@ -3,7 +3,8 @@
 The memory of a forward-only step, in bytes (w = bytes of a weight):
 
     weights      every parameter once, and the buffers that belong to the model's state, as a sketch's codes do
-    scratch      of a sketch: one decoded layer, the largest; in float32 where a backward pass is taken
+    scratch      of a sketch: one decoded layer, the largest; in float32 where a backward pass is taken. Of weights in
+                 four bits: the largest, unpacked
     activations  tokens * w * (6 * hidden + 3 * intermediate), one layer's at a time: there is no backward pass
     attention    2 * heads * 512 * tokens * 4, only where attention writes its scores down ("eager", as Gemma 2)
     states       tokens * 4 * (4 * inner * state) for a state space model, 2 * chunk * heads * state in chunks (Mamba 2)
@@ -25,7 +26,6 @@ import math
 import time
 from typing import Any, NamedTuple, cast
 
-import psutil
 import torch
 from torch import nn
 
@@ -52,17 +52,22 @@ def num_weights(model: nn.Module) -> int:
 
 
 def weights_bytes(model: nn.Module) -> int:
-    """Bytes of all stored tensors, tied ones once, codes as well as tables; works on the meta device, too."""
+    """Bytes of all stored tensors, tied ones once, codes as well as tables; works on the meta device, too.
+
+    Of weights in four bits with their scales, which are neither parameters nor buffers.
+    """
     state = model.state_dict()
     buffers = [buffer for name, buffer in model.named_buffers() if name in state]  # codes, but no positions
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *buffers))
+    scales = [parameter.quant_state.absmax for parameter in model.parameters() if hasattr(parameter, "quant_state")]
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *buffers, *scales))
 
 
 def scratch_bytes(model: nn.Module, *, backward: bool = False) -> int:
-    """Bytes of a sketch's largest layer, decoded; 0 for a dense model."""
-    width = 4 if backward else next(model.parameters()).element_size()
-    sizes = (layer.in_features * layer.out_features for layer in sketched_layers(model).values())
-    return width * max(sizes, default=0)
+    """Bytes of the largest layer of a sketch, decoded, or of four bits a weight, unpacked; 0 for a dense model."""
+    width = next(model.parameters()).element_size()
+    decoded = (layer.in_features * layer.out_features for layer in sketched_layers(model).values())
+    unpacked = (_num_unpacked(each) for each in model.parameters() if hasattr(each, "quant_state"))
+    return max((4 if backward else width) * max(decoded, default=0), width * max(unpacked, default=0))
 
 
 def state_bytes(model: nn.Module) -> int:
@@ -125,14 +130,6 @@ def calibration_memory_bytes(model: nn.Module, *, num_tokens: int, available_byt
         model, batch_tokens=num_tokens, trained_bytes=largest, head_rows=num_tokens, backward=True
     )
     return _SHARE * available_bytes - (window - weights_bytes(model))
-
-
-def available_memory_bytes(device: torch.device) -> int:
-    """Bytes that can still be taken on a device: of the GPU what is free or kept by torch, else the machine's."""
-    if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + kept
-    return int(psutil.virtual_memory().available)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

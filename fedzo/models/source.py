@@ -275,7 +275,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     except ConfigError:
         raise
     except (ImportError, ValueError) as error:
-        raise ConfigError(f"{gguf.name} cannot be read: {error}. Run: pip install gguf accelerate") from error
+        raise ConfigError(f"{gguf.name} cannot be read: {error}. Run: pip install --upgrade gguf accelerate") from error
 
 
 def _sweep(parent: Path) -> None:

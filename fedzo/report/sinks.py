@@ -77,6 +77,13 @@ class ProgressSink:
         """While a round runs: the first may take minutes, since what is done once is done in it."""
         return nullcontext() if self._recent else self.phase("first round")
 
+    def replay(self, rounds: int, *, start: int) -> AbstractContextManager[OnProgress]:
+        """While a model at round ``start`` is brought to another: of all weights, a record takes seconds to minutes."""
+        if rounds == start:
+            return nullcontext(lambda done, total: None)
+        title = f"going back to the model after {counted(rounds, 'round')}" if rounds < start else replaying(rounds)
+        return self.phase(title, rounds)
+
     def _setup(self, setup: Setup) -> None:
         share = 100 * setup.space_size / setup.num_params
         self._console.print(
@@ -175,6 +182,11 @@ def _phase(
         yield lambda done, total: bars.update(task, completed=done, total=total, note=note())
     finally:
         bars.remove_task(task)
+
+
+def replaying(rounds: int) -> str:
+    """The title of a replay from the base."""
+    return f"replaying {counted(rounds, 'round')}"
 
 
 def ending(summary: Summary, *, payload: str = "scalars") -> list[str]:

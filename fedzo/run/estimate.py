@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
+import mmap
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 import torch
 
 from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
 from fedzo.fl.client.local_update import Workspace
+from fedzo.models.available import available_memory_bytes, held_bytes, mapped_bytes
+from fedzo.models.config import ModelConfig
+from fedzo.models.load import resolve_device
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.memory import (
-    available_memory_bytes,
     cache_tokens,
     estimate_step_memory_bytes,
     fit_tokens_per_batch,
@@ -21,7 +25,9 @@ from fedzo.models.memory import (
     state_bytes,
     time_forwards,
 )
+from fedzo.models.source import find_source
 from fedzo.records.metrics import Estimate
+from fedzo.report.format import bytes_text
 from fedzo.zo.spaces.base import Space
 
 log = logging.getLogger(__name__)
@@ -46,6 +52,8 @@ def fitting_tokens_per_batch(
         ConfigError: What the server optimizer remembers does not fit, or not even one sequence beside it.
     """
     kept, host = server_optimizer_bytes(space.size, num_moments), available_memory_bytes(torch.device("cpu"))
+    if loaded.device.type == "cpu":
+        host = max(0, host - _copied_on_write(space))
     if kept > host:
         raise ConfigError(
             f"server_optimizer: it must fit in memory, but remembers {num_moments} float32 numbers for each of the "
@@ -70,6 +78,35 @@ def fitting_tokens_per_batch(
             fitting,
         )
     return fitting
+
+
+def warn_of_copies(config: ModelConfig, *, device: str, num_copies: int) -> None:
+    """Say so where processes of this machine, of which each holds the model, take more memory than is free."""
+    where = resolve_device(device)
+    if where.type == "cuda":  # whose memory cannot be asked for without taking some
+        return
+    held = None
+    with suppress(ConfigError):  # the processes tell it
+        held = held_bytes(config, find_source(config).files)
+    free = available_memory_bytes(where)
+    if held is not None and num_copies * held.total > free:
+        log.warning(
+            "runtime=local: the server and each client hold a model of their own, %d of %s, and %s are free. Write "
+            "runtime=inline, where all share one, fewer fl.num_clients or model.dtype=bfloat16",
+            num_copies,
+            bytes_text(held.total),
+            bytes_text(free),
+        )
+
+
+def _copied_on_write(space: Space) -> int:
+    """Bytes of mapped weights that the first probe makes memory of this process: pages that a trained value lies in.
+
+    Values are taken to lie at random, which a mask's do; of a space of whole weights each page has one.
+    """
+    weights = sum(parameter.nbytes for parameter in space.parameters)
+    touched = -math.expm1(-space.size * mmap.PAGESIZE / weights) if weights else 0.0
+    return int(min(weights, mapped_bytes()) * touched)
 
 
 def head_share(examples: Iterable[Example]) -> float:

@@ -130,7 +130,8 @@ class Federation:
             server.grid, timeout_s=waits, fewest=fewest, busy_s=busy_s, beside=self._while_waiting
         )
         server.warn_of_cut_sizes()
-        server.catch_up()
+        with self._progress.replay(server.round, start=server.replica.position) as advance:
+            server.catch_up(advance)
         self._write_setup()
         self._show_presence()
         if server.round == 0:
@@ -146,7 +147,8 @@ class Federation:
             scores.take_due(server)
         server.tell_step_policy()
         best = best_round(self._store, by=config.evaluation.best_by, evaluator=first_evaluator(config))
-        server.replica.goto(best, self._store.records)
+        with self._progress.replay(best, start=server.round) as advance:
+            server.replica.goto(best, self._store.records, advance)
         scores.take("test", rounds=best)
         self._write_summary(best)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from fedzo.evaluate import EVALUATORS, Evaluator
 from fedzo.fl.client.local_update import Workspace
 from fedzo.fl.messages import Identity
 from fedzo.fl.replica import Replica
+from fedzo.models.available import available_memory_bytes
 from fedzo.models.captured import can_capture, capture
 from fedzo.models.checks import check_ids
 from fedzo.models.config import DType, ModelConfig
@@ -30,7 +32,7 @@ from fedzo.models.kept_rows import RowStates
 from fedzo.models.load import load_model, resolve_device
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.lower_layers import LowerLayers
-from fedzo.models.memory import available_memory_bytes, state_bytes, weights_bytes
+from fedzo.models.memory import state_bytes, weights_bytes
 from fedzo.models.plan import forward_cost
 from fedzo.models.products import RoundedProducts, choose_product, rounded_products, use_products
 from fedzo.models.scoring import mean_loss
@@ -301,6 +303,7 @@ def check_format(config: RunSettings, loaded: LoadedModel) -> None:
 def open_model(site: SiteConfig, max_length: int) -> LoadedModel:
     """Set this process up as its site says and load the site's model, for texts of at most ``max_length`` tokens."""
     set_up_process(site.threads, site.device)
+    gc.collect()  # a model that was let go is in reference cycles: there would be two
     return load_model(site.model, device=site.device, max_length=max_length)
 
 

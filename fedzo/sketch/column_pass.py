@@ -48,6 +48,7 @@ def factor_hessian(hessian: torch.Tensor, *, damping: float, act_order: bool, na
     """Damp a Hessian by ``damping`` times its mean diagonal and factorise its inverse.
 
     U is the inverse of the upper triangular R of H = R R^T, which is the Cholesky factor of H with both axes reversed.
+    Of the float64 [d, d] that this takes, two are in memory at a time: of a wide layer each is as large as a model.
 
     Args:
         hessian: float32 or float64 [d, d], symmetric; not changed.
@@ -59,22 +60,25 @@ def factor_hessian(hessian: torch.Tensor, *, damping: float, act_order: bool, na
         ConfigError: The Hessian is not finite, or not positive definite after damping.
     """
     check_finite(hessian.numpy(), f"the Hessian of {name!r}")
-    damped = hessian.double()
-    diagonal = damped.diagonal().clone()
+    diagonal = hessian.diagonal().to(torch.float64, copy=True)
     dead = diagonal == 0
     diagonal[dead] = 1.0 if dead.all() else diagonal[~dead].mean()
     order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(len(diagonal))
-    damped = damped[order][:, order]
-    damped.diagonal().copy_(diagonal[order] + damping * diagonal.mean())
-    lower, minor = torch.linalg.cholesky_ex(damped.flip(0, 1))
-    noise = len(order) * torch.finfo(torch.float64).eps * damped.diagonal().flip(0)
+    reverse = order.flip(0)
+    damped = hessian[reverse][:, reverse].double()
+    damped.diagonal().copy_(diagonal[reverse] + damping * diagonal.mean())
+    noise = len(order) * torch.finfo(torch.float64).eps * damped.diagonal()
+    lower, minor = torch.linalg.cholesky_ex(damped)
+    del damped
     if int(minor) or bool((lower.diagonal() ** 2 <= noise).any()):  # what rounding alone leaves of a 0 is no pivot
         raise ConfigError(
             f"sketch: the Hessian of {name!r} must be positive definite after damping, got one that is not with a "
             f"damping of {damping:g}. Raise the damping, or give more calibration text."
         )
-    identity = torch.eye(len(order), dtype=torch.float64)
-    return Factor(order, torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).contiguous())
+    inverse = torch.eye(len(order), dtype=torch.float64).mT  # column by column, as LAPACK overwrites it
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    del lower
+    return Factor(order, torch.from_numpy(inverse.numpy()[::-1, ::-1].copy()))
 
 
 def choose_codes(weight: torch.Tensor, tables: torch.Tensor, factor: Factor, *, compensate: bool) -> torch.Tensor:

@@ -20,8 +20,9 @@ from fedzo.errors import ConfigError, Problem, problem
 from fedzo.masks.mask import Mask, check_fits
 from fedzo.masks.mask_file import encode_mask, load_mask, save_mask
 from fedzo.masks.select import Granularity, Selector, select_mask
+from fedzo.models.available import available_memory_bytes
 from fedzo.models.blocks import parameters_from
-from fedzo.models.memory import available_memory_bytes, calibration_memory_bytes
+from fedzo.models.memory import calibration_memory_bytes
 from fedzo.trainers.artifacts import Artifact
 from fedzo.trainers.base import TRAINERS, Built, InputsConfig, Prepared, TrainerConfig, TrainerTraits, Workplace
 from fedzo.trainers.calibration import CalibratedConfig, CalibrationSource, calibration_windows

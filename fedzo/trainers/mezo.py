@@ -6,7 +6,11 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
+from fedzo.models.available import available_memory_bytes
 from fedzo.models.blocks import parameters_from
+from fedzo.models.memory import weights_bytes
 from fedzo.trainers.artifacts import Artifact
 from fedzo.trainers.base import TRAINERS, Built, LayeredConfig, Prepared, TrainerTraits, Workplace
 from fedzo.zo.config import Distribution, Rounding
@@ -66,5 +70,20 @@ class Mezo:
                 "neighbours is lost. Write trainer.rounding=stochastic, or model.dtype=float32.",
                 " and ".join(narrow),
             )
+        _warn_of_second_model(loaded)
         space = FullSpace(loaded.model, parameters=trained, distribution=distribution, rounding=self.config.rounding)
         return Built(space, loaded.reload_weights)
+
+
+def _warn_of_second_model(loaded: LoadedModel) -> None:
+    """Say so where the way back to an earlier round will not find the memory that it takes."""
+    needed, free = weights_bytes(loaded.model), available_memory_bytes(torch.device("cpu"))
+    if loaded.reads_whole and needed > free:
+        log.warning(
+            "trainer=mezo: the way back to an earlier round reads %r whole, which takes %.0f MiB beside the model that "
+            "is there, and %.0f MiB are free. Have it in safetensors, as `save_pretrained` of transformers writes it, "
+            "or write model.dtype=bfloat16.",
+            loaded.source,
+            needed / 2**20,
+            free / 2**20,
+        )

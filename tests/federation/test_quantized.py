@@ -18,7 +18,7 @@ from fedzo.errors import ConfigError
 from fedzo.models import load as loading
 from fedzo.models import source
 from fedzo.models.config import Quantization
-from fedzo.models.memory import num_weights
+from fedzo.models.memory import num_weights, scratch_bytes, weights_bytes
 from fedzo.run.start import open_run
 from fedzo.testing.tiny_models import byte_tokenizer, tiny_model_from
 
@@ -72,6 +72,22 @@ def test_packed_weights_take_less_memory(kind: Quantization, overrides: Override
     assert num_weights(packed.model) == num_weights(plain.model)
     linear = [site.model.model.layers[0].mlp.up_proj.weight for site in (plain, packed)]
     assert num_bytes(linear[1]) < 0.3 * num_bytes(linear[0])
+
+
+def test_the_estimate_of_four_bits_counts_scales_and_the_largest_layer_unpacked(
+    overrides: Overrides, tmp_path: Path
+) -> None:
+    model = open_run(load(overrides("trainer=lora", "model.quantization=nf4")), tmp_path).peer.loaded.model
+
+    # of 2 layers of 64 by 128 with 4 heads: q, k, v, o; gate, up, down; half a byte a weight, a scale a block of 64
+    num_packed = 2 * (4 * 64 * 64 + 3 * 64 * 128)
+    packed = [each for each in model.parameters() if hasattr(each, "quant_state")]
+    others = sum(each.nbytes for each in model.parameters() if not hasattr(each, "quant_state"))
+    assert sum(each.nbytes for each in packed) == num_packed // 2
+    scales = [each.quant_state.absmax for each in packed]  # in float32, or in bfloat16 where the CPU computes so
+    assert sum(each.numel() for each in scales) == num_packed // 64
+    assert weights_bytes(model) == others + num_packed // 2 + scales[0].element_size() * num_packed // 64
+    assert scratch_bytes(model) == 4 * 64 * 128
 
 
 def test_a_site_that_packs_its_weights_belongs_to_the_same_run(overrides: Overrides, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fedzo.commands.trained import replay_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError, FolderInUseError, RunFolderError
 from fedzo.fl.log_store import RunStore
+from fedzo.runtime.config import LocalConfig, RemoteConfig, RuntimeConfig
 
 Run = Callable[..., Path]
 Overrides = Callable[..., list[str]]
@@ -187,6 +189,23 @@ def test_a_run_whose_server_is_another_process_is_not_begun_twice(
     resume_run(folder)
 
     assert seen == [True, True]
+
+
+@pytest.mark.parametrize(("runtime", "models"), [(LocalConfig(), [4]), (RemoteConfig(server="server"), [])])
+def test_the_models_of_this_machines_processes_are_counted(
+    runtime: RuntimeConfig, models: list[int], overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = []
+
+    def warn(model: object, *, device: str, num_copies: int) -> None:
+        counted.append(num_copies)
+
+    monkeypatch.setattr(train, "warn_of_copies", warn)
+    monkeypatch.setattr(train.RUNTIMES, "build", lambda *args, **kwargs: None)
+
+    start_run(replace(load(overrides("fl.num_clients=3")), runtime=runtime), tmp_path / "run", overrides=[])
+
+    assert counted == models
 
 
 def test_a_finished_job_of_a_sweep_is_only_read(finished: Run, overrides: Overrides) -> None:

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from functools import partial
@@ -386,6 +387,29 @@ def test_a_site_loads_its_model_once_and_each_run_begins_with_the_base(
     save_model_for(trainers[0], model)  # the same once more, but who knows
     opened(folders[0], site)
     assert len(loads) == 2
+
+
+def test_a_model_that_was_let_go_is_gone_before_the_next_is_loaded(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the jobs of a sweep: a run and its model are in reference cycles, which Python seeks now and then."""
+    weights: list[weakref.ref[Any]] = []
+    alive = []
+
+    def load(*of: Any, **options: Any) -> LoadedModel:
+        alive.append(sum(each() is not None for each in weights))
+        loaded = load_model(*of, **options)
+        weights.extend(weakref.ref(each) for each in loaded.model.parameters())
+        return loaded
+
+    monkeypatch.setattr("fedzo.run.peer.load_model", load)
+    gc.disable()
+    try:
+        for seed in (1, 2):
+            run("trainer=mezo", "fl.rounds=1", f"seed={seed}")
+    finally:
+        gc.enable()
+
+    assert weights
+    assert alive == [0, 0]
 
 
 def test_a_site_loads_its_model_anew_where_a_file_beside_the_weights_has_changed(tmp_path: Path) -> None:

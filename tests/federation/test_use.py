@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fedzo.commands.doctor import doctor
 from fedzo.commands.mask import make_mask
 from fedzo.commands.run_folder import read_run, rebuild
-from fedzo.commands.train import start_run
-from fedzo.commands.trained import evaluate_run, export_run, generate_run
+from fedzo.commands.train import resume_run, start_run
+from fedzo.commands.trained import evaluate_run, export_run, generate_run, replay_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError, RunFolderError
 from fedzo.masks.mask_file import load_mask, save_mask
@@ -56,6 +56,24 @@ def test_scoring_a_run_again_gives_its_own_score(run: Run, lines: Callable[..., 
     after = lines(folder, "metrics.jsonl")[-1]["after"]
     assert {"metric", "value", "loss", "num_examples", "per_class", "auc"} <= again["answers"].keys()
     assert again == {"answers": {name: after[name] for name in again["answers"]}}
+
+
+def test_every_replay_is_told_as_it_may_take_hours(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """All dev losses are equal, so the first model is the best one."""
+    folder = run("trainer=mezo", "server_optimizer.lr=0", "fl.rounds=2", "report.progress=true")
+    shown = capsys.readouterr().out.splitlines()
+    resume_run(folder)
+    resumed = capsys.readouterr().out.splitlines()
+    replay_run(folder)
+    replayed = capsys.readouterr()
+    evaluate_run(folder, split="test")
+
+    back = "going back to the model after 0 rounds ..."
+    assert shown.count(back) == resumed.count(back) == 1
+    assert "replaying 2 rounds ..." in resumed
+    assert not any("replaying" in line for line in shown)
+    assert (replayed.out, replayed.err) == ("", "replaying 2 rounds ...\n")
+    assert "replaying" not in "".join(capsys.readouterr())
 
 
 def test_generating_with_a_run_is_greedy_decoding_of_its_model(run: Run) -> None:

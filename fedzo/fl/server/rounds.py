@@ -42,6 +42,7 @@ from fedzo.records.fields import MOST_STEPS
 from fedzo.records.log import AuditLine, RoundAudit
 from fedzo.records.metrics import MetricRecord, Round, StepDecision
 from fedzo.records.presence import Presence
+from fedzo.system import OnProgress
 from fedzo.trainers.artifacts import Artifact
 from fedzo.zo.log import LogRecord
 from fedzo.zo.server_optimizer import ServerOptimizerConfig, learning_rate
@@ -143,9 +144,9 @@ class Server:
         """Rounds that are committed."""
         return len(self.store.records)
 
-    def catch_up(self) -> None:
+    def catch_up(self, advance: OnProgress = lambda done, total: None) -> None:
         """After opening an old log: replay it, and prove the result by its last check."""
-        self.replica.goto(self.round, self.store.records)
+        self.replica.goto(self.round, self.store.records, advance)
         if self.store.rounds:
             self.replica.verify(self.store.rounds[-1])
 

@@ -97,13 +97,13 @@ class Processes:
                     child.failures = 0
                 if child.restarts is not None and child.failures >= child.restarts:
                     raise ProtocolError(
-                        f"{child.name}: it must run as long as the federation, but ended with status {code}. "
+                        f"{child.name}: it must run as long as the federation, but ended with status {_told(code)}. "
                         f"The end of {self.log_path(child.name)}:\n{self.tail(child.name)}"
                     )
                 pause = min(LONGEST_PAUSE_S, 2.0 ** (child.failures - 1)) if child.failures else 0.0
                 child.due, child.failures = now + pause, child.failures + 1
                 told = f" in {pause:g} s" if pause else ""
-                log.warning("%s ended with status %d: starting it again%s", child.name, code, told)
+                log.warning("%s ended with status %s: starting it again%s", child.name, _told(code), told)
             if now >= child.due:
                 child.due, child.started = None, now
                 child.process = self._spawn(child.name, child.command, child.environment)
@@ -201,6 +201,12 @@ class Tail:
         whole = said[: said.rfind(b"\n") + 1]
         self._read += len(whole)
         return COLOURS.sub("", whole.decode("utf-8", "replace")).splitlines()
+
+
+def _told(code: int) -> str:
+    """A status, and what most often is behind it where the process could not say a word."""
+    killed = code == -signal.SIGKILL
+    return f"{code} (killed: most often by the kernel, which is out of memory; see `dmesg`)" if killed else str(code)
 
 
 def watch_parent(parent_pid: int) -> None:

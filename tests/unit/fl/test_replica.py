@@ -136,10 +136,13 @@ def test_values_of_the_wrong_length_and_logs_that_lead_elsewhere_are_refused() -
 def test_goto_walks_both_ways() -> None:
     replica = server_at(6)
 
-    replica.goto(2, LOG)
-    back = replica.space.digest()
-    replica.goto(6, LOG)
+    told: list[tuple[int, int]] = []
 
+    replica.goto(2, LOG, lambda done, total: told.append((done, total)))
+    back = replica.space.digest()
+    replica.goto(6, LOG, lambda done, total: told.append((done, total)))
+
+    assert told == [(1, 2), (2, 2), (3, 6), (4, 6), (5, 6), (6, 6)]
     assert back == server_at(2).space.digest()
     assert replica.space.digest() == server_at(6).space.digest()
 

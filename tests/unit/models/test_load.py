@@ -489,6 +489,19 @@ def test_an_embedded_file_of_another_digest_is_refused(monkeypatch: pytest.Monke
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_gguf_that_needs_a_newer_package_is_refused_with_a_remedy_that_changes_something(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def read(*arguments: object, **options: object) -> None:
+        raise ValueError("accelerate is required")  # as transformers says of an old one, too
+
+    monkeypatch.setattr(source.AutoTokenizer, "from_pretrained", lambda *arguments, **options: None)
+    monkeypatch.setattr(source, "read_gguf", read)
+
+    with pytest.raises(ConfigError, match=r"accelerate is required\. Run: pip install --upgrade gguf accelerate$"):
+        source._convert(tmp_path / "a.gguf", tmp_path)
+
+
 def fake_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, convert: Any) -> Path:
     monkeypatch.setenv("FEDZO_CACHE", str(tmp_path))
     monkeypatch.setattr(source, "package_dir", lambda name: tmp_path)

@@ -18,7 +18,6 @@ from fedzo.fl.client.local_update import Workspace
 from fedzo.fl.replica import Replica
 from fedzo.models.memory import (
     ForwardSeconds,
-    available_memory_bytes,
     estimate_step_memory_bytes,
     fit_tokens_per_batch,
     gradient_bytes,
@@ -279,16 +278,7 @@ def test_a_sequence_that_does_not_fit_is_an_error() -> None:
         fit_tokens_per_batch(tiny_model("llama"), wanted=4096, longest=100, available_bytes=1000, trained_bytes=0)
 
 
-def test_memory_of_a_gpu_that_torch_keeps_and_nobody_uses_can_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
-
-    assert available_memory_bytes(torch.device("cuda", 0)) == 130
-
-
-def test_the_machine_has_some_memory_and_a_token_takes_some_time() -> None:
-    assert available_memory_bytes(torch.device("cpu")) > 1 << 20
+def test_a_token_takes_some_time() -> None:
     found = time_forwards(tiny_loaded(), num_tokens=64)
     assert min(found) >= 0
     assert 0 < found.each + 64 * found.token < 1

@@ -207,9 +207,9 @@ def test_gemma_3n_embeds_images_and_sound_in_vain(monkeypatch: pytest.MonkeyPatc
         vision_config={**small, "vocab_offset": 496},
         audio_config={**small, **sound, "vocab_offset": 504, "input_feat_size": 16},
     )
-    made = AutoModel.from_config
+    made, vision = AutoModel.from_config, config.vision_config
     tower = nn.Linear(4, 4)  # its own needs a package
-    monkeypatch.setattr(AutoModel, "from_config", lambda each: tower if each is config.vision_config else made(each))
+    monkeypatch.setattr(AutoModel, "from_config", lambda config: tower if config is vision else made(config))
     model = Gemma3nForConditionalGeneration(config).eval()
 
     left_out = {name for name, _ in model.named_parameters()} - {*text_parameters(model)}

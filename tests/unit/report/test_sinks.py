@@ -139,6 +139,16 @@ def test_progress_that_is_switched_off_is_silent(make_run: MakeRun, capsys: pyte
     assert capsys.readouterr().out == ""
 
 
+def test_a_replay_that_takes_long_is_told_and_one_of_nothing_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    sink = ProgressSink(10)
+    for start, rounds in ((0, 1), (10, 4), (4, 4), (0, 0)):
+        with sink.replay(rounds, start=start) as advance:
+            advance(rounds, rounds)
+    sink.close()
+
+    assert capsys.readouterr().out == "replaying 1 round ...\ngoing back to the model after 4 rounds ...\n"
+
+
 @pytest.mark.parametrize(("stderr", "shown"), [(False, ("measuring ...\n", "")), (True, ("", "measuring ...\n"))])
 def test_without_a_terminal_long_work_is_one_plain_line(
     stderr: bool, shown: tuple[str, str], capsys: pytest.CaptureFixture[str]

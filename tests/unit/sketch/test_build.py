@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -123,6 +126,42 @@ def test_a_pass_over_several_blocks_is_the_plain_loop(columns: int, groups: int)
             assert codes[r, i] == np.argmin(np.abs(table - left[position]))
             error = (left[position] - table[codes[r, i]]) / upper[position, position]
             left[position + 1 :] -= error * upper[position, position + 1 :]
+
+
+PEAK = """
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from fedzo.sketch.column_pass import factor_hessian
+
+def resident(field):
+    return 1024 * int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+torch.set_num_threads(1)
+columns = int(sys.argv[1])
+inputs = torch.randn(columns, columns)
+hessian = inputs.T @ inputs
+for _ in range(2):  # the first call loads what stays
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
+    before = resident("VmRSS")
+    factor_hessian(hessian, damping=0.1, act_order=True)
+print((resident("VmHWM") - before) / (8 * columns**2))
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's account of memory")
+def test_a_hessian_is_factorised_in_two_matrices_of_its_size() -> None:
+    """Each of a 7B model's widest layer takes gigabytes."""
+    returned_at_once = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}  # memory that was let go is not resident
+
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, "1200"], env=returned_at_once, capture_output=True, text=True, check=True
+    )
+
+    assert 1.9 < float(done.stdout) < 2.4
 
 
 # --- what it is for ---------------------------------------------------------------------------------------------------

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fedzo.testing.tiny_models import tiny_loaded
-from fedzo.trainers import TRAINERS
+from fedzo.trainers import TRAINERS, mezo
 from fedzo.trainers.mezo import MezoConfig
 from fedzo.zo.config import Distribution, Rounding
 
@@ -30,3 +32,18 @@ def test_a_16_bit_model_rounded_to_nearest_is_warned_of_once(
     said = [record.getMessage() for record in caplog.records if "trainer.rounding=stochastic" in record.getMessage()]
     assert len(said) == times
     assert all("model.dtype=float32" in text and str(dtype).removeprefix("torch.") in text for text in said)
+
+
+@pytest.mark.parametrize(
+    ("whole", "free", "warned"), [(True, 34_976 * 4 - 1, True), (True, 34_976 * 4, False), (False, 0, False)]
+)
+def test_a_way_back_that_needs_a_second_model_is_warned_of_where_it_has_no_room(
+    whole: bool, free: int, warned: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(mezo, "available_memory_bytes", lambda device: free)
+
+    TRAINERS.build(MezoConfig()).build(
+        replace(tiny_loaded(), reads_whole=whole), b"", distribution=Distribution.gaussian
+    )
+
+    assert ("reads 'tiny-llama' whole" in caplog.text) == warned

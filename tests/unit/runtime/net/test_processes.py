@@ -18,6 +18,7 @@ STUBBORN = [
     sys.executable, "-S", "-c",
     "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)",
 ]  # fmt: skip
+DIES = [sys.executable, "-S", "-c", "import os; os.kill(os.getpid(), 9)"]
 FAILS = [sys.executable, "-S", "-c", "print('\\x1b[91mthe reason\\x1b[0m'); raise SystemExit(3)"]
 
 
@@ -63,6 +64,21 @@ def test_process_that_ended_is_named_with_status_and_the_end_of_its_log_in_plain
 
         with pytest.raises(ProtocolError, match=r"(?s)worker: it must run .* status 3.*worker\.log:\nthe reason$"):
             children.wait_until(lambda: False, what="nothing", timeout_s=5, log_of="worker")
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_of_a_process_that_was_killed_the_likely_cause_is_told(
+    restarts: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Processes(tmp_path, environment=os.environ) as children:
+        children.start("worker", DIES, restarts=restarts)
+
+        with pytest.raises(
+            ProtocolError, match=r"status -9 \(killed: most often by the kernel, which is out of memory"
+        ):
+            children.wait_until(lambda: False, what="nothing", timeout_s=5, log_of="worker")
+
+    assert caplog.text.count("status -9 (killed: most often by the kernel") == restarts
 
 
 def test_process_is_started_again_as_often_as_allowed(tmp_path: Path) -> None:

@@ -1,0 +1,191 @@
+"""How much memory a process can take, and how much a model's weights will take of it once they are read.
+
+"Available" is what can be taken now; "most" is what the process could ever get on this machine, whoever gives way. Both
+see the limits of the process's control groups (version 2: containers, systemd's ``MemoryMax``, Slurm), which the
+machine's own numbers do not tell.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+
+from fedzo.errors import ConfigError
+from fedzo.models.config import DType, ModelConfig, Quantization
+
+logger = logging.getLogger(__name__)
+
+TORCH_DTYPES = {
+    DType.float32: torch.float32,
+    DType.bfloat16: torch.bfloat16,
+    DType.float16: torch.float16,
+    DType.auto: torch.float32,  # until the site has measured
+}
+REMEDY = "Free some, write model.dtype=bfloat16, train an adapter with model.quantization=nf4, or take a sketch."
+"""Of weights that do not fit."""
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUP = Path("/proc/self/cgroup")
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Stored dtypes that ``model.dtype`` casts; codes and what others packed stay as they are."""
+_PACKED = {Quantization.nf4: 0.5 + 4 / 64, Quantization.int8: 1.0, Quantization.torchao_int8: 1.0}
+"""Bytes of a packed weight; of nf4 with the float32 scales of blocks of 64."""
+_NEVER_PACKED = re.compile(r"embed|lm_head|\bwte\b|\bwpe\b|^head\.")
+
+
+class Held(NamedTuple):
+    """Bytes of a model's weights as a process holds them.
+
+    Attributes:
+        copied: Cast or packed as they are read.
+        mapped: In the dtype of their files, so on a CPU they are pages of these files until somebody writes to them.
+    """
+
+    copied: int
+    mapped: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.copied + self.mapped
+
+
+def held_bytes(config: ModelConfig, files: Iterable[Path]) -> Held | None:
+    """What the weights of safetensors files will take, from the headers alone; None where a file has no whole one.
+
+    An estimate in two places: a tensor that the model does not use counts, and tables of a sketch as if they were cast.
+    """
+    dtype, quantization, copied, mapped = TORCH_DTYPES[DType(config.dtype)], config.quantization, 0.0, 0
+    try:
+        for name, info in chain.from_iterable(_header(file).items() for file in files):
+            (low, high), stored = info["data_offsets"], _FLOATS.get(info["dtype"])
+            packed = quantization in _PACKED and len(info["shape"]) == 2 and not _NEVER_PACKED.search(name)
+            if stored is not None and packed:
+                copied += (high - low) // stored.itemsize * _PACKED[quantization]
+            elif stored in (None, dtype):
+                mapped += high - low
+            else:
+                copied += (high - low) // stored.itemsize * dtype.itemsize
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # whoever reads the file tells what it is
+        return None
+    return Held(math.ceil(copied), mapped)
+
+
+def check_room(config: ModelConfig, held: Held, device: torch.device) -> None:
+    """Refuse weights that this machine can never hold, before they are read; warn of such that have no room now.
+
+    Linux gives memory that it does not have and kills whoever uses it, so there is no error later that could be told.
+    A GPU's library has one.
+
+    Raises:
+        ConfigError: They exceed all memory that this process could ever get.
+    """
+    most, free = most_memory_bytes(), available_memory_bytes(device)
+    must_copy = held.copied if device.type == "cpu" else held.total
+    if device.type != "cuda" and must_copy > most:
+        raise ConfigError(
+            f"model.name {config.name!r}: the memory of {device} must hold the weights in {config.dtype}, which take "
+            f"{must_copy / 2**20:,.0f} MiB, but has {most / 2**20:,.0f} MiB in all, swap included. {REMEDY}"
+        ) from MemoryError()  # by which a site tells its server what it lacks
+    if held.total > free:
+        logger.warning(
+            "model.name %r: the weights take %s MiB in %s, but %s MiB of the memory of %s are free. %s",
+            config.name,
+            f"{held.total / 2**20:,.0f}",
+            config.dtype,
+            f"{free / 2**20:,.0f}",
+            device,
+            REMEDY,
+        )
+
+
+def available_memory_bytes(device: torch.device) -> int:
+    """Bytes that can still be taken on a device: of the GPU what is free or kept by torch, else the process's.
+
+    Pages of files count as free, and so do weights that are only mapped (``mapped_bytes``).
+    """
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
+    left = [int(psutil.virtual_memory().available)]
+    for folder, limit in _limits():
+        if (used := _number(folder / "memory.current")) is not None:
+            left.append(limit - used + _file_pages(folder))
+    return max(0, min(left))
+
+
+def most_memory_bytes() -> float:
+    """Bytes that this process could ever get, swap included; infinite where swap grows as it is needed."""
+    if sys.platform != "linux":
+        return math.inf
+    swap = int(psutil.swap_memory().total)
+    most = [int(psutil.virtual_memory().total) + swap]
+    for folder, limit in _limits():
+        allowed = _number(folder / "memory.swap.max")
+        most.append(limit + (swap if allowed is None else min(allowed, swap)))
+    return min(most)
+
+
+def mapped_bytes() -> int:
+    """Bytes of files that this process has mapped as its own and not written to: a write makes a page take memory.
+
+    Weights that are held in the dtype of their files are mapped so. 0 where the system does not tell.
+    """
+    if sys.platform != "linux":
+        return 0
+    try:
+        maps = psutil.Process().memory_maps(grouped=False)
+    except (psutil.Error, OSError):
+        return 0
+    own = (each for each in maps if each.perms.startswith("rw-p") and each.path.startswith("/"))
+    return sum(max(0, each.size - each.anonymous - each.swap) for each in own)
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """Of each tensor, what a safetensors file says before its bytes."""
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header: dict[str, Any] = json.loads(opened.read(size) if size <= file.stat().st_size else b"")
+    header.pop("__metadata__", None)
+    return header
+
+
+def _limits() -> Iterator[tuple[Path, int]]:
+    """The process's control group and those around it that limit memory, each with its limit."""
+    try:
+        lines = OWN_CGROUP.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for path in (line[3:] for line in lines if line.startswith("0::")):
+        own = CGROUPS / path.lstrip("/")
+        for folder in (own, *own.parents):
+            if (limit := _number(folder / "memory.max")) is not None:
+                yield folder, limit
+            if folder == CGROUPS:
+                break
+
+
+def _number(file: Path) -> int | None:
+    """The number in a control group's file; None where it is not there, or says ``max``."""
+    try:
+        return int(file.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+
+
+def _file_pages(folder: Path) -> int:
+    """What a control group's files in memory take, which is given back when memory gets short."""
+    try:
+        fields = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+        return int(fields["inactive_file"]) + int(fields["active_file"])
+    except (OSError, ValueError, KeyError):
+        return 0
