@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,6 +161,23 @@ def package_version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def package_problems() -> dict[str, str]:
+    """What is wrong with the packages that fedzo's own metadata asks for, by name; those of its extras left out."""
+    from packaging.requirements import Requirement  # here, for a command starts without it
+
+    try:
+        needed = [Requirement(text) for text in requires("fedzo") or ()]
+    except PackageNotFoundError:  # a source tree on the path
+        return {}
+    found = {}
+    for each in needed:
+        installed = package_version(each.name)
+        if each.marker is None and not (installed and each.specifier.contains(installed, prereleases=True)):
+            remedy = f"Run: pip install '{each.name}{each.specifier}'"
+            found[each.name] = f"it must be {each.specifier}, got {installed or 'none'}. {remedy}"
+    return found
 
 
 @cache

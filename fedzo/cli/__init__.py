@@ -21,7 +21,7 @@ from fedzo.cli.commands import add_machine_commands, add_run_commands
 from fedzo.cli.models import add_model_commands
 from fedzo.cli.sites import add_site_commands
 from fedzo.errors import ConfigError, FedzoError, printable
-from fedzo.system import keep_loopback_direct, quiet_libraries
+from fedzo.system import keep_loopback_direct, package_problems, quiet_libraries
 
 RUN_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -56,6 +56,12 @@ def _run(argv: Sequence[str] | None) -> int:
     except FedzoError as error:
         print(f"fedzo: {error}", file=sys.stderr)
         return BAD_INPUT if isinstance(error, ConfigError) else RUN_FAILED
+    except ImportError as error:
+        problems = [f"{name}: {told}" for name, told in package_problems().items()]
+        if not problems:
+            raise
+        print("\n".join([f"fedzo {arguments.command}: {error}", *problems]), file=sys.stderr)
+        return BAD_INPUT
     except (MemoryError, RuntimeError) as error:
         from fedzo.models.memory import is_out_of_memory
 

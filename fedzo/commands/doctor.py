@@ -19,17 +19,17 @@ from fedzo.config.schema import SiteFile
 from fedzo.config.travel import load_site
 from fedzo.data.sources import read_own
 from fedzo.errors import ConfigError, FedzoError, printable
+from fedzo.models.available import available_memory_bytes, held_bytes, mapped_bytes
 from fedzo.models.load import load_model, resolve_device
-from fedzo.models.memory import available_memory_bytes, weights_bytes
+from fedzo.models.memory import weights_bytes
 from fedzo.models.source import find_source
 from fedzo.report.format import bytes_text
-from fedzo.runtime._flower import SUPPORTED
 from fedzo.runtime.net.addresses import accepts, split_address
 from fedzo.runtime.net.client_folder import AUTHORITY, KEY, SECRET, SITE, ClientFolder
 from fedzo.runtime.net.credentials import FEW_DAYS, is_private, is_signed_by, plain_pem, read_certificate
 from fedzo.runtime.net.parts import listening_problem
 from fedzo.runtime.net.server_folder import ServerFolder
-from fedzo.system import PACKAGES, code_version, default_threads, device_text, package_version
+from fedzo.system import PACKAGES, code_version, default_threads, device_text, package_problems, package_version
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import add_direction, direction, direction_at, fused, stream_key
 
@@ -131,17 +131,20 @@ def _model(site: SiteFile) -> Iterator[Check]:
     yield _directions(device)
     yield from _kernels(device)
     try:
-        stored = sum(file.stat().st_size for file in find_source(site.model).files)
+        files = find_source(site.model).files
+        held = held_bytes(site.model, files)
+        needed = sum(file.stat().st_size for file in files) if held is None else held.total
         left = available_memory_bytes(device)
-        if stored > left:
-            remedy = "Free some, or name a smaller model in model.name"
-            yield "memory", False, f"the weights take {bytes_text(stored)}, left are {bytes_text(left)}. {remedy}"
+        if needed > left:
+            remedy = "Free some, write bfloat16 as model.dtype, or name a smaller model in model.name"
+            yield "memory", False, f"the weights take {bytes_text(needed)}, left are {bytes_text(left)}. {remedy}"
             return
         loaded = load_model(site.model, device=site.device)
     except ConfigError as error:
         yield "model", False, str(error)
         return
     taken, left = weights_bytes(loaded.model), available_memory_bytes(device)
+    left = max(0, left - mapped_bytes()) if device.type == "cpu" else left
     yield "memory", True, f"the weights take {bytes_text(taken)}, {bytes_text(left)} are left beside them"
     digest, allowed = loaded.base_digest, site.limits.base_digest
     good = not allowed or digest == allowed
@@ -215,11 +218,9 @@ def _proxies() -> Iterator[Check]:
 def doctor() -> list[tuple[str, bool, str]]:
     """Whether this machine can take part: versions, devices, and directions against their golden key."""
     checks = [("python", sys.version_info >= (3, 11), platform.python_version()), ("fedzo", True, code_version())]
-    for name in PACKAGES:
-        found = package_version(name)
-        checks.append((name, found is not None, found or "not installed"))
-    flower = (package_version("flwr") or "").startswith(SUPPORTED)
-    checks.append(("flwr is 1.41 or 1.42", flower, "the runtimes use private names of it"))
+    problems = package_problems()
+    for name in dict.fromkeys((*PACKAGES, *problems)):
+        checks.append((name, name not in problems, problems.get(name) or package_version(name) or "not installed"))
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     checks.append(("device", True, f"{device}, {default_threads()} CPU threads"))
     bits = [f"{word:08x}" for word in direction(stream_key(0, round=0), 4).view("uint32")]

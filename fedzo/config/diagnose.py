@@ -35,6 +35,13 @@ RENAMED = {
     "trainer.calibration_path": "inputs.calibration",
 }
 """Groups and keys of fedzo 0.1 and what they are called now."""
+_EXTRAS = {
+    ("hydra/launcher", "joblib"): "sweep",
+    ("hydra/launcher", "submitit_local"): "slurm",
+    ("hydra/launcher", "submitit_slurm"): "slurm",
+    ("hydra/sweeper", "optuna"): "optuna",
+}
+"""Choices of Hydra's that are there once an extra of fedzo is installed."""
 
 
 def parse_overrides(overrides: Sequence[str]) -> tuple[list[Override], list[Problem]]:
@@ -133,7 +140,7 @@ def _explain(override: Override, error: Exception, kept: Sequence[str]) -> str:
     if options and override.is_add() and value in options:
         return f"{text}: {key} already has a choice. Leave out the +."
     if options and (value is None or (isinstance(value, str) and value not in options)):
-        return f"{key} must be one of {', '.join(options)}, got {value!r}.{_near(str(value), options)}"
+        return f"{key} must be one of {', '.join(options)}, got {value!r}.{_no_option(key, str(value), options)}"
     if options and isinstance(value, list) and (wrong := [str(each) for each in value if each not in options]):
         told = f"{key} must hold some of {', '.join(options)}, got {', '.join(wrong)}."
         return told + _near(wrong[0], options)
@@ -163,10 +170,10 @@ def _explain(override: Override, error: Exception, kept: Sequence[str]) -> str:
 
 def _explain_file(file: str, error: Exception, kept: Sequence[str]) -> str:
     """What is wrong with the settings and choices of other groups in a chosen file; empty for other faults."""
-    if absent := re.search(r"Could not find '([^'/]+)/([^']+)'", str(error)):
+    if absent := re.search(r"Could not find '((?:hydra/)?[^'/]+)/([^']+)'", str(error)):
         options = option_names(absent[1], kept)
         told = f"{file}: {absent[1]} must be one of {', '.join(options)}, got {absent[2]!r}."
-        return told + _near(absent[2], options)
+        return told + _no_option(absent[1], absent[2], options)
     stray = _full_key(error) if "not in '" in str(error) else ""
     if stray and not file.startswith(f"{stray.partition('.')[0]}/"):
         return f"{file}: {stray} is not a setting.{near_key(stray, {*_keys(compose_run(kept))})}"
@@ -203,6 +210,12 @@ def near_key(key: str, known: set[str]) -> str:
     if beside:
         return f" Known there: {', '.join(beside)}."
     return " `fedzo train --cfg all` prints all settings."
+
+
+def _no_option(group: str, name: str, options: Sequence[str]) -> str:
+    """What to do about a choice that a group does not have: install what brings it, or take the nearest."""
+    extra = _EXTRAS.get((group, name))
+    return f" Install it with: pip install 'fedzo[{extra}]'" if extra else _near(name, options)
 
 
 def _near(word: str, known: Iterable[str], prefix: str = "") -> str:

@@ -14,14 +14,32 @@ from contextlib import contextmanager
 from typing import Any
 
 import flwr
-from flwr.app import Message
-from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
-from flwr.supercore import telemetry
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedzo.errors import ConfigError
 
 SUPPORTED = ("1.41.", "1.42.")
+
+
+def check_version(version: str) -> None:
+    """Refuse a Flower whose private names nobody has looked at.
+
+    Raises:
+        ConfigError: it is not a 1.41 or 1.42.
+    """
+    if not version.startswith(SUPPORTED):
+        raise ConfigError(
+            f"flwr: fedzo's runtimes need version {' or '.join(f'{each}*' for each in SUPPORTED)}, got {version}. "
+            "Install it with: pip install 'flwr>=1.41,<1.43'"
+        )
+
+
+check_version(flwr.__version__)  # before the names that another may not have
+
+from flwr.app import Message  # noqa: E402
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode  # noqa: E402
+from flwr.supercore import telemetry  # noqa: E402
+from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
+
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -43,20 +61,6 @@ __all__ = [
 ]
 
 
-def check_version(version: str) -> None:
-    """Refuse a Flower whose private names nobody has looked at.
-
-    Raises:
-        ConfigError: it is not a 1.41 or 1.42.
-    """
-    if not version.startswith(SUPPORTED):
-        raise ConfigError(
-            f"flwr: fedzo's runtimes need version {' or '.join(f'{each}*' for each in SUPPORTED)}, got {version}. "
-            "Install it with: pip install 'flwr>=1.41,<1.43'"
-        )
-
-
-check_version(flwr.__version__)
 os.environ.update(ENVIRONMENT)
 telemetry.FLWR_TELEMETRY_ENABLED = "0"  # it has read the environment already
 for _chatty in ("alembic", "httpx"):  # the one reports its plugins, the other every request

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 
 from fedzo.cli import main
@@ -169,7 +170,7 @@ def test_a_search_is_checked_before_any_work(
     ):
         assert search(*words) == 2
         assert text in capsys.readouterr().err
-    monkeypatch.setattr("fedzo.config.sweep.package_version", lambda name: None)
+    monkeypatch.delitem(ConfigStore.instance().repo["hydra"]["sweeper"], "optuna.yaml")  # as if it were not installed
     assert search(SEARCHED) == 2
     assert "pip install 'fedzo[optuna]'" in capsys.readouterr().err
     assert list(tmp_path.glob("*/public.jsonl")) == []

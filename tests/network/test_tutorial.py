@@ -140,6 +140,12 @@ def test_the_page_installs_and_names_the_model_of_its_run(tmp_path: Path) -> Non
     assert {*re.findall(r"pip install --no-deps (\S+)", PAGE.read_text())} == {*PACKAGES.values()}
 
 
+def test_the_page_installs_the_versions_that_the_tests_pass_with() -> None:
+    (words,) = re.findall(r"`pip install ([^`]*fedzo-[^`]*)`", PAGE.read_text())
+
+    assert words == "--constraint constraints.txt fedzo-*.whl"
+
+
 @pytest.mark.net
 @pytest.mark.timeout(900)
 def test_the_page_says_what_happens(walk: Walk, tmp_path: Path) -> None:

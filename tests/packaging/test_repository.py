@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from types import ModuleType
 from typing import Any, get_type_hints
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -169,6 +172,29 @@ def test_every_declared_dependency_is_pinned_in_the_constraints() -> None:
 
     assert names <= pinned
     assert all(re.fullmatch(r"#.*|[\w.-]+==[\w.]+|", line) for line in pins)  # no host, no path, no local build tag
+
+
+def test_no_declared_version_is_below_what_another_package_allows() -> None:
+    """A version that can never be chosen with the others says nothing."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {normal(each.name): each for each in map(Requirement, project["dependencies"])}
+    used = {"transformers": ("accelerate", "chat-template", "torch")}  # extras of another whose packages fedzo declares
+    found, compared = set(), 0
+    for name in declared:
+        for other in map(Requirement, importlib.metadata.requires(name) or ()):
+            mine, extras = declared.get(normal(other.name)), ("", *used.get(name, ()))
+            if mine and (other.marker is None or any(other.marker.evaluate({"extra": extra}) for extra in extras)):
+                compared += 1
+                if lowest(mine) < lowest(other):
+                    found.add(f"{mine}, but {name} needs {other}")
+
+    assert found == set()
+    assert compared > 20
+
+
+def lowest(requirement: Requirement) -> Version:
+    floors = [Version(each.version) for each in requirement.specifier if each.operator in (">=", "==", "~=")]
+    return max(floors, default=Version("0"))
 
 
 def test_declared_dependencies_are_what_the_library_imports() -> None:

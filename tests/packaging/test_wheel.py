@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -17,12 +18,18 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source archive of the checkout, and the wheel that is made of that archive."""
+    folder = tmp_path_factory.mktemp("built")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    return next(folder.glob("*.whl"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    return next(built.glob("*.whl"))
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +42,14 @@ def test_wheel_top_level_is_the_package_and_its_metadata_only(names: set[str]) -
     version = PROJECT["project"]["version"]
 
     assert {name.split("/")[0] for name in names} == {"fedzo", f"fedzo-{version}.dist-info"}
+
+
+def test_source_archive_holds_what_the_wheel_is_made_of_and_nothing_that_needs_the_checkout(built: Path) -> None:
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        names = {name.split("/")[1] for name in archive.getnames()}
+
+    files = {"README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml", "PKG-INFO", ".gitignore"}
+    assert names == {"fedzo", "conf", "clients", "server", *files}
 
 
 def test_wheel_holds_every_file_of_the_package(names: set[str]) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 import torch
 
+from fedzo import system
 from fedzo.runtime.local import share_of_cpus
 from fedzo.system import _commit_of, _git_commit, default_threads, environment, usable_cpus
 
@@ -157,3 +159,27 @@ def test_the_environment_tells_what_computes(monkeypatch: pytest.MonkeyPatch) ->
     assert told["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
     assert environment(torch.device("cuda", 1))["device"] == "cuda:1, GPU 1"
     assert "device" not in environment()
+
+
+def test_problems_of_packages_are_those_outside_of_the_ranges_that_fedzo_asks_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = ["a>=5.17,<6", "b>=2", "c>=1", "d<2", "e>=3; extra == 'ray'", "f"]
+    there = {"a": "5.5.0", "b": "2.13.0+cpu", "d": "2.0", "f": "0.1"}
+    monkeypatch.setattr(system, "requires", lambda name: asked if name == "fedzo" else None)
+    monkeypatch.setattr(system, "package_version", there.get)
+
+    assert system.package_problems() == {
+        "a": "it must be <6,>=5.17, got 5.5.0. Run: pip install 'a<6,>=5.17'",
+        "c": "it must be >=1, got none. Run: pip install 'c>=1'",
+        "d": "it must be <2, got 2.0. Run: pip install 'd<2'",
+    }
+
+
+def test_a_source_tree_that_nobody_installed_has_no_problems_of_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    def requires(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(system, "requires", requires)
+
+    assert system.package_problems() == {}

@@ -176,6 +176,23 @@ def test_memory_that_does_not_suffice_is_one_line(
     assert capsys.readouterr().err == f"fedzo replay: the memory does not suffice ({said}). {remedy}\n"
 
 
+def test_an_import_that_fails_for_a_package_of_another_version_names_the_package(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise ImportError("cannot import name 'New' from 'transformers'")
+
+    monkeypatch.setattr(sys.modules["fedzo.commands.trained"], "replay_run", fail)
+    monkeypatch.setattr("fedzo.cli.package_problems", lambda: {"transformers": "it must be newer"})
+    assert main(["replay", "."]) == 2
+    told = "fedzo replay: cannot import name 'New' from 'transformers'\ntransformers: it must be newer\n"
+    assert capsys.readouterr().err == told
+
+    monkeypatch.setattr("fedzo.cli.package_problems", dict)
+    with pytest.raises(ImportError, match="New"):  # a fault of fedzo's own
+        main(["replay", "."])
+
+
 @pytest.mark.parametrize(("command", "hint"), [("resume", " Continue with: fedzo resume ."), ("replay", "")])
 def test_ctrl_c_says_how_to_go_on(
     command: str, hint: str, calls: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -560,8 +560,10 @@ def test_a_container_runs_one_side_with_its_folder_and_holds_nothing_of_it(
     listens = json.loads((server / "server.json").read_text())["listen"].rpartition(":")[2]
     assert service.get("ports", []) == ([f"{listens}:{listens}"] if side == "server" else [])  # no control port
     assert 'ENTRYPOINT ["fedzo"]' in image
-    assert [line for line in image.splitlines() if line.startswith(("COPY", "ADD"))] == ["COPY *.whl /wheels/"]
-    assert "RUN pip install --no-cache-dir /wheels/*.whl" in image.splitlines()  # by no name, which others may own
+    copied = [line for line in image.splitlines() if line.startswith(("COPY", "ADD"))]
+    assert copied == ["COPY *.whl constraints.txt /wheels/"]
+    install = "RUN pip install --no-cache-dir --constraint /wheels/constraints.txt /wheels/*.whl"
+    assert install in image.splitlines()  # by no name, which others may own
     assert list((folder / "image").iterdir()) == [folder / "image" / "Containerfile"]  # all that a build is sent
 
 
@@ -661,6 +663,28 @@ def test_doctor_reads_rows_and_model_of_a_site(server: Path, tmp_path: Path, mon
     assert "left are 1.0 kB. Free some" in bad(site)["memory"]
 
 
+@pytest.mark.parametrize(
+    ("stored", "held", "good"),
+    [(torch.bfloat16, "float32", False), (torch.float32, "bfloat16", True), (torch.bfloat16, "bfloat16", True)],
+)
+def test_doctor_judges_memory_by_what_the_weights_take_once_they_are_read(
+    stored: torch.dtype, held: str, good: bool, server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site"
+    main(["client", "init", str(site), "--server", "127.0.0.1:9", "--ca", str(server / "ca.crt")])
+    model = load_model(ModelConfig(name=str(save_tiny_model(tmp_path / "float32", "llama"))), device="cpu")
+    model.model.to(stored).save_pretrained(site / "model")
+    model.tokenizer.save_pretrained(site / "model")
+    settings = {"device": "cpu", "data": {"path": "./rows.jsonl"}, "model": {"name": "./model", "dtype": held}}
+    (site / "site.yaml").write_text(json.dumps(settings))
+    monkeypatch.setattr("fedzo.commands.doctor.available_memory_bytes", lambda device: 34_976 * 3)
+
+    (found,) = ((whether, told) for name, whether, told in folder_checks(site) if name == "memory")
+
+    assert found[0] == good
+    assert f"the weights take {'70' if good else '140'} kB" in found[1]
+
+
 def test_doctor_compares_the_directions_of_a_sites_device_with_the_specified_ones(
     server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -681,6 +705,16 @@ def test_doctor_compares_the_directions_of_a_sites_device_with_the_specified_one
     good, told = found()
     assert not good
     assert told.startswith("those of cpu are not the specified ones (gaussian). Update torch")
+
+
+def test_doctor_compares_packages_with_what_fedzo_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedzo.commands.doctor.package_problems", lambda: {"torch": "too old", "wrapt": "is away"})
+
+    found = {name: (good, told) for name, good, told in doctor()}
+
+    assert found["torch"] == (False, "too old")
+    assert found["wrapt"] == (False, "is away")
+    assert found["numpy"] == (True, np.__version__)
 
 
 @pytest.mark.parametrize("there", [True, False])

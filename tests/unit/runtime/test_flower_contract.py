@@ -8,9 +8,13 @@ import datetime
 import email.utils
 import importlib
 import inspect
+import os
 import re
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -40,6 +44,21 @@ def test_flower_is_the_version_whose_private_names_were_read() -> None:
 def test_another_flower_is_refused_with_the_command_that_installs_the_right_one(version: str) -> None:
     with pytest.raises(ConfigError, match=rf"1\.41\.\* or 1\.42\.\*, got {version}.*pip install 'flwr>=1\.41,<1\.43'"):
         _flower.check_version(version)
+
+
+def test_another_flower_is_refused_before_its_private_names_are_missed(tmp_path: Path) -> None:
+    (tmp_path / "flwr").mkdir()
+    (tmp_path / "flwr" / "__init__.py").write_text('__version__ = "1.43.0"\n')
+
+    done = subprocess.run(
+        [sys.executable, "-c", "import fedzo.runtime._flower"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert "ConfigError: flwr: fedzo's runtimes need version 1.41.* or 1.42.*, got 1.43.0" in done.stderr
 
 
 def test_message_takes_run_and_sender_from_the_identity_of_the_process() -> None:
