@@ -74,7 +74,7 @@ PIECES: dict[str, list[Part]] = {
         Part(
             "meerkat", ["+budget=T10", _SEEDS, "server_optimizer=feddyn"], (0.5, 1.0, 2.0)
         ),  # its alpha goes with the rate
-        Part("meerkat", ["+budget=T10", _SEEDS, "strategy.aggregation=median,trimmed_mean", "strategy.trim_share=0.2"]),
+        Part("meerkat", ["+budget=T10", _SEEDS, "strategy.aggregation=median,trimmed_mean"]),
     ],
     "protocols": [
         Part("full", ["+budget=T1", _SEEDS, "fl.seeds=pool", "runtime=inline"]),

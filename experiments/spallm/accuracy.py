@@ -85,7 +85,8 @@ def run(task: str, *, seed: int, lr: float) -> Run:
     words = ["experiment=study", "+budget=T1", f"task={task}", f"data.path={os.environ['FEDZO_STUDY_DATA']}/{task}"]
     words += [f"model={SKETCH}", "trainer=tables", "trainer.gradient=false", f"trainer.lr={lr:g}", f"seed={seed}"]
     fedzo("train", "-m", "--config-dir", str(STUDY / "conf"), *words, f"hydra.sweep.dir={folder}")
-    (records,) = folder.glob("*/metrics.jsonl")
+    # beside it may lie what an earlier version of fedzo began under another name
+    (records,) = (path for path in folder.glob("*/metrics.jsonl") if '"summary"' in path.read_text())
     lines = [json.loads(line) for line in records.read_text().splitlines()]
     (summary,) = [line for line in lines if line["kind"] == "summary"]
     found = {

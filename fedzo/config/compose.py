@@ -163,19 +163,20 @@ def job_folder(overrides: str) -> str:
     """Folder of a sweep's job by what it sets, whatever its number: short, and safe as a path and inside an override.
 
     In a long name each setting is shortened, since any of them may be what varies. A hash tells apart what is cut off
-    or has other signs than letters, digits and ``._+-``.
+    or has other signs than letters, digits and ``._+-``, or ends in a sign.
 
     Example:
         >>> job_folder("fl.rounds=3,trainer=mezo")
         'fl.rounds-3_trainer-mezo'
     """
-    bare = re.sub(r"['\"]", "", overrides)
+    # a comma in quotes parts no settings
+    bare = re.sub(r"['\"]", "", re.sub(r"(['\"]).*?\1", lambda quote: quote[0].replace(",", ";"), overrides))
     name = _safe(bare)
     is_long = len(name) > _MAX_FOLDER_CHARS
     if is_long:
         settings = re.split(r",(?=[+~]*[\w./@-]+=)", bare)
         name = _safe(",".join(map(_shortened, settings))[-_MAX_SHORTENED_CHARS:])
-    if is_long or re.search(r"[^A-Za-z0-9._+=,-]", bare):
+    if is_long or re.search(r"[^A-Za-z0-9._+=,-]|[-_]$", bare):
         name += "_" + hashlib.sha256(overrides.encode()).hexdigest()[:8]
     return name or "job"
 

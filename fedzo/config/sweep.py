@@ -22,7 +22,6 @@ from fedzo.config.unused import unused_problems
 from fedzo.errors import ConfigError, Problem, problem
 from fedzo.evaluate import EVALUATORS
 from fedzo.fl.config import BestBy
-from fedzo.system import package_version
 
 log = logging.getLogger(__name__)
 
@@ -62,11 +61,6 @@ def plan_sweep(overrides: Sequence[str]) -> Sweep:
     Raises:
         ConfigError: the problems of all jobs; a problem that several jobs share is named once.
     """
-    if "hydra/sweeper=optuna" in overrides and package_version("hydra-optuna-sweeper") is None:
-        raise ConfigError(
-            "hydra/sweeper=optuna: Hydra's Optuna sweeper must be installed, but is not. Install it with: "
-            "pip install 'fedzo[optuna]'"
-        )
     with session():
         overrides = _without_globs(with_models(overrides))
         parsed, unreadable = parse_overrides(overrides)
@@ -74,6 +68,8 @@ def plan_sweep(overrides: Sequence[str]) -> Sweep:
         if swept:
             raise ConfigError(f"{swept[0]}: a setting of Hydra itself must have one value, got several. Choose one.")
         own, wrong = _hydra_node(parsed)
+        if lines := [each.text for each in wrong if "hydra/sweeper must" in each.text]:
+            raise ConfigError(message(lines))  # without it, nobody knows the jobs
         _check_folder_stays(own)
         folder = Path(str(own.sweep.dir))
         pinned = [*overrides, f"hydra.sweep.dir={quoted(str(folder))}"]
@@ -85,7 +81,7 @@ def plan_sweep(overrides: Sequence[str]) -> Sweep:
         words, known = [*presets, *parsed], [*unreadable, *wrong]
         if sweeper == "BasicSweeper":
             return Sweep(folder, pinned, _check_jobs(_split(words), words, known=known))
-        configs = _check_jobs(_corners(words), words, known=known)
+        configs = _check_jobs(_corners(words), words, known=known, is_search=True)
         return Sweep(folder, [*pinned, *_search(own, configs, given=parsed)], configs, searches=True)
 
 
@@ -226,7 +222,7 @@ def _direction(config: LaunchConfig) -> str:
 
 
 def _check_jobs(
-    jobs: Sequence[Sequence[str]], words: Iterable[Override], *, known: Sequence[Problem]
+    jobs: Sequence[Sequence[str]], words: Iterable[Override], *, known: Sequence[Problem], is_search: bool = False
 ) -> list[LaunchConfig]:
     """The settings of the jobs that are made of these words."""
     checked = [check(job) for job in jobs]
@@ -236,7 +232,7 @@ def _check_jobs(
         lines.append(text if len(where) == len(jobs) else f"{_name(jobs, where)}: {text}")
     configs = [config for config, _ in checked if config is not None]
     if len(configs) == len(jobs):
-        lines += [each.text for each in unused_problems(configs, own_words(words))]
+        lines += [each.text for each in unused_problems(configs, own_words(words), is_search=is_search)]
     if lines:
         raise ConfigError(message(lines))
     return [filled(config) for config in configs]

@@ -20,21 +20,24 @@ Row = tuple[str, str, str]
 """A key or a section, why nothing reads it, and what to do."""
 
 
-def unused_problems(configs: Sequence[LaunchConfig], typed: Mapping[str, str]) -> Iterator[Problem]:
+def unused_problems(
+    configs: Sequence[LaunchConfig], typed: Mapping[str, str], *, is_search: bool = False
+) -> Iterator[Problem]:
     """The problems of a command line that is sound otherwise.
 
     Args:
-        configs: The settings of its run, or of each job of its sweep, before they are filled. Of a search a few jobs
-            will do, if they have every choice.
+        configs: The settings of its run, or of each job of its sweep, before they are filled; of a search, a few jobs
+            that have every choice.
         typed: What it says itself, by key, in its own words.
+        is_search: Whether the jobs are those of a search.
     """
     first, *others = [list(_rows(config)) for config in configs]
     for row in first:
-        # For one reason in all, which is the choice of one other key: so no job of a search has another choice there.
-        # By the key alone, a search would need jobs with every pair of choices.
-        if not all(row in each for each in others):
-            continue
         key, why, remedy = row
+        # Of a search for one reason in all, which is the choice of one other key: so no job has another choice there.
+        # By the key alone, it would need jobs with every pair of choices, which a grid has.
+        if not all(row in each if is_search else key in {other[0] for other in each} for each in others):
+            continue
         for name, value in typed.items():
             if name == key or name.startswith(f"{key}."):
                 yield Problem(name, f"{name} must be left out {why}, got {printable(value)}. {remedy}")

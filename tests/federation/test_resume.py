@@ -50,14 +50,14 @@ def die_before(owner, name, when):
 if point == "between the metrics and the log":
     die_before(store.RunStore, "commit", lambda self, record, **kw: record.round == at_round)
 elif point == "between audit and public line":
-    die_before(files.Lines, "append", lambda self, line, durable: is_public(line) and line.round == at_round)
+    die_before(files.OpenLog, "append", lambda self, line, durable: is_public(line) and line.round == at_round)
 elif point == "in a half written public line":
-    def torn(self, line, *, durable, original=files.Lines.append):
+    def torn(self, line, *, durable, original=files.OpenLog.append):
         if is_public(line) and line.round == at_round:
             self._file.write(files.to_json(line).encode()[:20]); os.fsync(self._file.fileno())
             os.kill(os.getpid(), signal.SIGKILL)
         original(self, line, durable=durable)
-    files.Lines.append = torn
+    files.OpenLog.append = torn
 elif point == "in a probe":
     die_before(scalar_update, "example_losses", lambda *a, **kw: at_round == len(server_rounds()))
 elif point == "before the metrics":

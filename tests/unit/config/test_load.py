@@ -166,6 +166,33 @@ def test_what_is_wrong_in_an_experiment_is_told_with_file_and_key(tmp_path: Path
         load(with_config_dir(["experiment=mine"], str(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    ("group", "name", "extra"),
+    [
+        ("launcher", "joblib", "sweep"),
+        ("launcher", "submitit_local", "slurm"),
+        ("launcher", "submitit_slurm", "slurm"),
+        ("sweeper", "optuna", "optuna"),
+    ],
+)
+def test_a_choice_of_hydras_that_is_not_installed_names_the_extra_that_brings_it(
+    group: str, name: str, extra: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with session():
+        option_names(f"hydra/{group}")  # finds the plugins
+    monkeypatch.delitem(ConfigStore.instance().repo["hydra"][group], f"{name}.yaml", raising=False)
+    (tmp_path / "experiment").mkdir()
+    text = f"# @package _global_\ndefaults: [override /hydra/{group}: {name}]\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(text, encoding="utf-8")
+    told = rf"hydra/{group} must be one of .*, got '{name}'\. Install it with: pip install 'fedzo\[{extra}\]'$"
+
+    for words in ([f"hydra/{group}={name}"], with_config_dir(["experiment=mine"], str(tmp_path))):
+        with pytest.raises(ConfigError, match=told):
+            load(words)
+        with pytest.raises(ConfigError, match=told):
+            plan_sweep([*words, "seed=1,2"])
+
+
 def test_a_users_file_that_one_of_fedzos_would_hide_is_refused(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     mine = tmp_path / "experiment" / "meerkat.yaml"
@@ -400,7 +427,13 @@ def test_in_a_long_name_every_setting_can_be_read(fixed: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other"), [("data.path=a/b", "data.path=a-b"), ("task.template={a}?", "task.template={a}!")]
+    ("one", "other"),
+    [
+        ("data.path=a/b", "data.path=a-b"),
+        ("task.template={a}?", "task.template={a}!"),
+        ("task.label='a,b'", "task.label=a_b"),
+        ("task.label=a_", "task.label=a"),
+    ],
 )
 def test_jobs_whose_settings_differ_in_signs_alone_have_two_folders(one: str, other: str) -> None:
     assert job_folder(one) != job_folder(other)

@@ -23,8 +23,8 @@ from fedzo.data.partition.by_label import DirichletConfig, DirichletEqualConfig,
 from fedzo.data.partition.plain import NaturalConfig
 from fedzo.errors import ConfigError
 from fedzo.fl.config import Aggregation, Seeds, Weighting
+from fedzo.models.available import TORCH_DTYPES
 from fedzo.models.config import DType
-from fedzo.models.load import TORCH_DTYPES
 from fedzo.runtime.config import LocalConfig, RayConfig
 from fedzo.trainers.adapters import Ia3TrainerConfig, LoraTrainerConfig, PrefixTrainerConfig, PromptTrainerConfig
 from fedzo.trainers.base import InputsConfig, TrainerConfig

@@ -181,6 +181,11 @@ def test_a_word_without_effect_in_all_jobs_of_a_sweep_is_refused(
     assert str(caught.value).startswith(message)
 
 
+def test_a_word_that_each_job_of_a_grid_has_another_reason_not_to_read_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"strategy\.clip_rounds must be left out for strategy\.clip_factor=0"):
+        plan_sweep(["strategy.clip_factor=0,100", "strategy.aggregation=majority_sign", "strategy.clip_rounds=5,6"])
+
+
 def test_a_word_that_some_pair_of_a_searchs_choices_needs_is_no_fault() -> None:
     """Neither of the two jobs that are looked at uses it: one does not clip, the other has signs."""
     pairs = ["strategy.clip_factor=0,100", "strategy.aggregation=mean,majority_sign"]
