@@ -120,7 +120,7 @@ def _installed_client_app() -> ClientApp:
 
 @dataclass(kw_only=True, slots=True)
 class LocalConfig(RuntimeConfig):
-    """A SuperLink and a SuperNode a client on this machine, with TLS and keys; the server and each client hold a model."""
+    """A SuperLink and one SuperNode a client on this machine, with TLS. The server and each client hold a model."""
 
     startup_s: float = 120.0
     """How long to wait for SuperLink and SuperNodes to be ready."""
