@@ -19,7 +19,7 @@ from fedzo.config.schema import SiteFile
 from fedzo.config.travel import load_site
 from fedzo.data.sources import read_own
 from fedzo.errors import ConfigError, FedzoError, printable
-from fedzo.models.available import available_memory_bytes, held_bytes, mapped_bytes
+from fedzo.models.available import available_memory_bytes, held_bytes, mapped_bytes, ways_to_fit
 from fedzo.models.load import load_model, resolve_device
 from fedzo.models.memory import weights_bytes
 from fedzo.models.source import find_source
@@ -136,8 +136,8 @@ def _model(site: SiteFile) -> Iterator[Check]:
         needed = sum(file.stat().st_size for file in files) if held is None else held.total
         left = available_memory_bytes(device)
         if needed > left:
-            remedy = "Free some, write bfloat16 as model.dtype, or name a smaller model in model.name"
-            yield "memory", False, f"the weights take {bytes_text(needed)}, left are {bytes_text(left)}. {remedy}"
+            told = f"the weights take {bytes_text(needed)}, left are {bytes_text(left)}. {ways_to_fit(site.model)}"
+            yield "memory", False, told
             return
         loaded = load_model(site.model, device=site.device)
     except ConfigError as error:

@@ -263,7 +263,8 @@ def _deploy(config: LaunchConfig, run_dir: Path) -> None:
     run_dir = run_dir.resolve()
     write_whole(run_dir / SITE_FILE, to_json(config.site()))
     if not config.runtime.traits.has_sites:
-        warn_of_copies(config.model, device=config.device, num_copies=config.fl.num_clients + 1)
+        written, num_copies = config.trainer.traits.trains_base_weights, config.fl.num_clients + 1
+        warn_of_copies(config.model, device=config.device, num_copies=num_copies, are_written=written)
     with _told_of_clients(run_dir):
         RUNTIMES.build(config.runtime, num_clients=config.fl.num_clients, run_dir=run_dir)
 

@@ -12,6 +12,7 @@ import logging
 import math
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -31,8 +32,8 @@ TORCH_DTYPES = {
     DType.float16: torch.float16,
     DType.auto: torch.float32,  # until the site has measured
 }
-REMEDY = "Free some, write model.dtype=bfloat16, train an adapter with model.quantization=nf4, or take a sketch."
-"""Of weights that do not fit."""
+_MOST_HEADER_BYTES = 100_000_000
+"""That safetensors itself takes; the first bytes of another format can name any length."""
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -62,7 +63,8 @@ class Held(NamedTuple):
 def held_bytes(config: ModelConfig, files: Iterable[Path]) -> Held | None:
     """What the weights of safetensors files will take, from the headers alone; None where a file has no whole one.
 
-    An estimate in two places: a tensor that the model does not use counts, and tables of a sketch as if they were cast.
+    An estimate in three places: a tensor that the model does not use counts, tables of a sketch as if they were cast,
+    and weights that transformers merges as if they stayed in their files.
     """
     dtype, quantization, copied, mapped = TORCH_DTYPES[DType(config.dtype)], config.quantization, 0.0, 0
     try:
@@ -89,12 +91,12 @@ def check_room(config: ModelConfig, held: Held, device: torch.device) -> None:
     Raises:
         ConfigError: They exceed all memory that this process could ever get.
     """
-    most, free = most_memory_bytes(), available_memory_bytes(device)
-    must_copy = held.copied if device.type == "cpu" else held.total
-    if device.type != "cuda" and must_copy > most:
+    must_copy, free = held.copied if device.type == "cpu" else held.total, available_memory_bytes(device)
+    if device.type != "cuda" and must_copy > (most := most_memory_bytes()):
         raise ConfigError(
             f"model.name {config.name!r}: the memory of {device} must hold the weights in {config.dtype}, which take "
-            f"{must_copy / 2**20:,.0f} MiB, but has {most / 2**20:,.0f} MiB in all, swap included. {REMEDY}"
+            f"{must_copy / 2**20:,.0f} MiB, but has {most / 2**20:,.0f} MiB in all, swap included. "
+            f"{ways_to_fit(config)}"
         ) from MemoryError()  # by which a site tells its server what it lacks
     if held.total > free:
         logger.warning(
@@ -104,8 +106,18 @@ def check_room(config: ModelConfig, held: Held, device: torch.device) -> None:
             config.dtype,
             f"{free / 2**20:,.0f}",
             device,
-            REMEDY,
+            ways_to_fit(config),
         )
+
+
+def ways_to_fit(config: ModelConfig) -> str:
+    """What to do where a model's weights do not fit."""
+    ways = ["Free some"]
+    if TORCH_DTYPES[DType(config.dtype)].itemsize > 2:
+        ways.append("write model.dtype=bfloat16")
+    if config.quantization is Quantization.none:
+        ways.append("train an adapter with model.quantization=nf4")
+    return f"{', '.join(ways)}, or take a sketch or a smaller model."
 
 
 def available_memory_bytes(device: torch.device) -> int:
@@ -127,7 +139,9 @@ def most_memory_bytes() -> float:
     """Bytes that this process could ever get, swap included; infinite where swap grows as it is needed."""
     if sys.platform != "linux":
         return math.inf
-    swap = int(psutil.swap_memory().total)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of swap's statistics, where the system tells none
+        swap = int(psutil.swap_memory().total)
     most = [int(psutil.virtual_memory().total) + swap]
     for folder, limit in _limits():
         allowed = _number(folder / "memory.swap.max")
@@ -144,7 +158,7 @@ def mapped_bytes() -> int:
         return 0
     try:
         maps = psutil.Process().memory_maps(grouped=False)
-    except (psutil.Error, OSError):
+    except (psutil.Error, OSError, AttributeError, ValueError):  # psutil lacks the method where the system has no smaps
         return 0
     own = (each for each in maps if each.perms.startswith("rw-p") and each.path.startswith("/"))
     return sum(max(0, each.size - each.anonymous - each.swap) for each in own)
@@ -154,7 +168,7 @@ def _header(file: Path) -> dict[str, Any]:
     """Of each tensor, what a safetensors file says before its bytes."""
     with file.open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
-        header: dict[str, Any] = json.loads(opened.read(size) if size <= file.stat().st_size else b"")
+        header: dict[str, Any] = json.loads(opened.read(size) if size <= _MOST_HEADER_BYTES else b"")
     header.pop("__metadata__", None)
     return header
 

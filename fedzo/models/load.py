@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from fedzo.errors import ConfigError
-from fedzo.models.available import REMEDY, TORCH_DTYPES, check_room, held_bytes
+from fedzo.models.available import TORCH_DTYPES, check_room, held_bytes, ways_to_fit
 from fedzo.models.cache import check_cache
 from fedzo.models.checks import check_causal, check_finite, check_tokens, num_positions, positions_alone
 from fedzo.models.compiled import compile_decoder
@@ -72,7 +72,7 @@ def load_model(config: ModelConfig, *, device: str = "auto", max_length: int = 1
             raise
         raise ConfigError(
             f"model.name {config.name!r}: the memory of {where} must hold the weights in {config.dtype}, but does not. "
-            f"{REMEDY}"
+            f"{ways_to_fit(config)}"
         ) from error
 
 

@@ -80,8 +80,11 @@ def fitting_tokens_per_batch(
     return fitting
 
 
-def warn_of_copies(config: ModelConfig, *, device: str, num_copies: int) -> None:
-    """Say so where processes of this machine, of which each holds the model, take more memory than is free."""
+def warn_of_copies(config: ModelConfig, *, device: str, num_copies: int, are_written: bool) -> None:
+    """Say so where processes of this machine, of which each holds the model, take more memory than is free.
+
+    On a CPU they share weights that stay in their files, unless these are trained.
+    """
     where = resolve_device(device)
     if where.type == "cuda":  # whose memory cannot be asked for without taking some
         return
@@ -89,12 +92,15 @@ def warn_of_copies(config: ModelConfig, *, device: str, num_copies: int) -> None
     with suppress(ConfigError):  # the processes tell it
         held = held_bytes(config, find_source(config).files)
     free = available_memory_bytes(where)
-    if held is not None and num_copies * held.total > free:
+    if held is None:
+        return
+    own = held.total if are_written or where.type != "cpu" else held.copied
+    if (needed := num_copies * own + held.total - own) > free:
         log.warning(
-            "runtime=local: the server and each client hold a model of their own, %d of %s, and %s are free. Write "
-            "runtime=inline, where all share one, fewer fl.num_clients or model.dtype=bfloat16",
+            "runtime=local: the server and each client hold a model of their own, %d in all, which take %s, and %s are "
+            "free. Write runtime=inline, where all share one, or fewer fl.num_clients",
             num_copies,
-            bytes_text(held.total),
+            bytes_text(needed),
             bytes_text(free),
         )
 

@@ -81,8 +81,8 @@ def _warn_of_second_model(loaded: LoadedModel) -> None:
     if loaded.reads_whole and needed > free:
         log.warning(
             "trainer=mezo: the way back to an earlier round reads %r whole, which takes %.0f MiB beside the model that "
-            "is there, and %.0f MiB are free. Have it in safetensors, as `save_pretrained` of transformers writes it, "
-            "or write model.dtype=bfloat16.",
+            "is there, and %.0f MiB are free. Free some, or train a mask or an adapter. Of a GGUF file: save it as "
+            "safetensors, which are read weight by weight.",
             loaded.source,
             needed / 2**20,
             free / 2**20,

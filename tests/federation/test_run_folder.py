@@ -197,7 +197,7 @@ def test_the_models_of_this_machines_processes_are_counted(
 ) -> None:
     counted = []
 
-    def warn(model: object, *, device: str, num_copies: int) -> None:
+    def warn(model: object, *, device: str, num_copies: int, are_written: bool) -> None:
         counted.append(num_copies)
 
     monkeypatch.setattr(train, "warn_of_copies", warn)

@@ -122,6 +122,40 @@ def test_weights_that_just_fit_or_stay_in_their_files_are_not_refused(
     assert "of the memory of cpu are free. Free some, write model.dtype=bfloat16" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("config", "ways"),
+    [
+        (ModelConfig(), "Free some, write model.dtype=bfloat16, train an adapter with model.quantization=nf4, or take"),
+        (ModelConfig(dtype=DType.bfloat16), "Free some, train an adapter with model.quantization=nf4, or take a"),
+        (ModelConfig(dtype=DType.float16, quantization=Quantization.nf4), "Free some, or take a sketch or a smaller"),
+    ],
+)
+def test_no_remedy_is_what_is_so_already(config: ModelConfig, ways: str) -> None:
+    assert available.ways_to_fit(config).startswith(ways)
+
+
+def test_a_large_file_of_another_format_is_not_read_as_a_header(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first bytes of a GGUF file, as a length, are 13 GiB."""
+    file, asked = tmp_path / "model.gguf", []
+    with file.open("wb") as opened:
+        opened.write(b"GGUF\3\0\0\0")
+        opened.truncate(20 << 30)
+    monkeypatch.setattr(available.json, "loads", lambda text: asked.append(len(text)) or {})
+
+    held_bytes(ModelConfig(), [file])
+
+    assert asked == [0]
+
+
+def test_a_system_that_tells_of_no_mapped_pages_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As psutil is where there is no /proc/PID/smaps."""
+    monkeypatch.delattr(psutil.Process, "memory_maps", raising=False)
+
+    assert mapped_bytes() == 0
+
+
 def cgroup(folder: Path, **files: object) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
@@ -234,12 +268,17 @@ def test_a_model_for_each_process_is_warned_of(
 ) -> None:
     monkeypatch.setattr(estimate, "available_memory_bytes", lambda device: free)
 
-    estimate.warn_of_copies(ModelConfig(name=str(folder)), device="cpu", num_copies=9)
+    estimate.warn_of_copies(ModelConfig(name=str(folder)), device="cpu", num_copies=9, are_written=True)
 
-    assert ("9 of 140 kB, and 1.3 MB are free. Write runtime=inline" in caplog.text) == warned
+    assert ("9 in all, which take 1.3 MB, and 1.3 MB are free. Write runtime=inline" in caplog.text) == warned
+    caplog.clear()
+
+    estimate.warn_of_copies(ModelConfig(name=str(folder)), device="cpu", num_copies=9, are_written=False)
+
+    assert not caplog.records  # all share the pages of the file
 
 
 def test_a_model_that_is_not_there_is_not_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    estimate.warn_of_copies(ModelConfig(name=str(tmp_path / "none")), device="cpu", num_copies=9)
+    estimate.warn_of_copies(ModelConfig(name=str(tmp_path / "none")), device="cpu", num_copies=9, are_written=True)
 
     assert not caplog.records
