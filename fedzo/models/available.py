@@ -7,6 +7,7 @@ machine's own numbers do not tell.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -92,6 +93,9 @@ def check_room(config: ModelConfig, held: Held, device: torch.device) -> None:
         ConfigError: They exceed all memory that this process could ever get.
     """
     must_copy, free = held.copied if device.type == "cpu" else held.total, available_memory_bytes(device)
+    if 2 * held.total > free:
+        gc.collect()  # a model that was let go is in reference cycles, and would stay beside this one
+        free = available_memory_bytes(device)
     if device.type != "cuda" and must_copy > (most := most_memory_bytes()):
         raise ConfigError(
             f"model.name {config.name!r}: the memory of {device} must hold the weights in {config.dtype}, which take "

@@ -53,7 +53,7 @@ def fitting_tokens_per_batch(
     """
     kept, host = server_optimizer_bytes(space.size, num_moments), available_memory_bytes(torch.device("cpu"))
     if loaded.device.type == "cpu":
-        host = max(0, host - _copied_on_write(space))
+        host = max(0, host - _copied_on_write(space, host))
     if kept > host:
         raise ConfigError(
             f"server_optimizer: it must fit in memory, but remembers {num_moments} float32 numbers for each of the "
@@ -105,12 +105,15 @@ def warn_of_copies(config: ModelConfig, *, device: str, num_copies: int, are_wri
         )
 
 
-def _copied_on_write(space: Space) -> int:
+def _copied_on_write(space: Space, host: int) -> int:
     """Bytes of mapped weights that the first probe makes memory of this process: pages that a trained value lies in.
 
-    Values are taken to lie at random, which a mask's do; of a space of whole weights each page has one.
+    Values are taken to lie at random, which a mask's do; of a space of whole weights each page has one. Weights of less
+    than a hundredth of the host's memory are none: to look takes a tenth of a second.
     """
     weights = sum(parameter.nbytes for parameter in space.parameters)
+    if 100 * weights < host:
+        return 0
     touched = -math.expm1(-space.size * mmap.PAGESIZE / weights) if weights else 0.0
     return int(min(weights, mapped_bytes()) * touched)
 

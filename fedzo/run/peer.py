@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -303,7 +302,6 @@ def check_format(config: RunSettings, loaded: LoadedModel) -> None:
 def open_model(site: SiteConfig, max_length: int) -> LoadedModel:
     """Set this process up as its site says and load the site's model, for texts of at most ``max_length`` tokens."""
     set_up_process(site.threads, site.device)
-    gc.collect()  # a model that was let go is in reference cycles: there would be two
     return load_model(site.model, device=site.device, max_length=max_length)
 
 

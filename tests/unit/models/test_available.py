@@ -223,7 +223,7 @@ def test_weights_that_are_mapped_count_until_they_are_written_to(mapped: torch.T
 def test_what_a_probe_will_copy_is_the_pages_of_trained_values(mapped: torch.Tensor) -> None:
     def copied(size: int, *parameters: torch.Tensor) -> int:
         space: Any = SimpleNamespace(size=size, parameters=parameters)
-        return estimate._copied_on_write(space)
+        return estimate._copied_on_write(space, 0)
 
     values_a_page = mmap.PAGESIZE // 2
 
@@ -235,6 +235,8 @@ def test_what_a_probe_will_copy_is_the_pages_of_trained_values(mapped: torch.Ten
     assert copied(3) == 0
     mapped.fill_(2)
     assert copied(32 << 20, mapped) < 8 << 20  # taken already, so no longer free
+    space: Any = SimpleNamespace(size=mapped.numel(), parameters=[mapped])
+    assert estimate._copied_on_write(space, 200 * mapped.nbytes) == 0  # too few to look
 
 
 @linux
