@@ -77,6 +77,30 @@ def threads_are_those_of_the_machine() -> None:
     numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
 
 
+@pytest.fixture
+def graphs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """In the place of CUDA graphs, work that is done again, its result where the first one was; what was recorded."""
+    from functools import partial
+
+    from fedzo.models.captured import capture
+    from fedzo.run import peer
+
+    recorded: list[str] = []
+
+    class Again:
+        def capture(self, work: Callable[[], Any]) -> Any:
+            recorded.append("a graph")
+            self._work, self._output = work, work()
+            return self._output
+
+        def replay(self) -> None:
+            self._output.copy_(self._work())
+
+    monkeypatch.setattr(peer, "can_capture", lambda device: True)
+    monkeypatch.setattr(peer, "capture", partial(capture, new_graph=Again))
+    return recorded
+
+
 @pytest.fixture(scope="session")
 def script() -> Callable[[Path], ModuleType]:
     """Import a file that is in no package; another folder may have one of its name."""

@@ -7,44 +7,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from fedzo.commands.train import resume_run, start_run
 from fedzo.commands.trained import replay_run
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
-from fedzo.models.captured import CudaGraph, capture
-from fedzo.run import peer
+from fedzo.models.captured import CudaGraph
 
 Run = Callable[..., Path]
 GRAPHS = "model.cuda_graphs=true"
-
-
-class Again:
-    """In the place of a CUDA graph: work that is done again, its result where the first one was."""
-
-    made = 0
-
-    def capture(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
-        Again.made += 1
-        self._work, self._output = work, work()
-        return self._output
-
-    def replay(self) -> None:
-        self._output.copy_(self._work())
-
-
-@pytest.fixture
-def graphs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    Again.made = 0
-    monkeypatch.setattr(peer, "can_capture", lambda device: True)
-    monkeypatch.setattr(peer, "capture", partial(capture, new_graph=Again))
 
 
 def audit_of(folder: Path) -> list[Any]:
@@ -68,19 +44,21 @@ def check_scalars(folder: Path, twin: Path) -> None:
     ],
     ids=lambda settings: str(settings),
 )
-def test_a_run_through_graphs_is_the_eager_run(run: Run, settings: list[str], graphs: int, graphs_on_cpu: None) -> None:
+def test_a_run_through_graphs_is_the_eager_run(
+    run: Run, settings: list[str], graphs: int, graphs_on_cpu: list[str]
+) -> None:
     eager = run(*settings)
-    assert Again.made == 0
+    assert not graphs_on_cpu
 
     captured = run(*settings, GRAPHS)
 
-    assert Again.made == graphs
+    assert len(graphs_on_cpu) == graphs
     check_scalars(captured, eager)
     assert audit_of(captured) != audit_of(eager)  # at padded shapes
     assert replay_run(captured)["rounds"] == 3
 
 
-def test_a_run_through_graphs_is_resumed_as_it_would_go_on(run: Run, graphs_on_cpu: None) -> None:
+def test_a_run_through_graphs_is_resumed_as_it_would_go_on(run: Run, graphs_on_cpu: list[str]) -> None:
     unbroken = run(GRAPHS)
     broken = run(GRAPHS, "fl.rounds=2")
 
@@ -91,7 +69,7 @@ def test_a_run_through_graphs_is_resumed_as_it_would_go_on(run: Run, graphs_on_c
 
 @pytest.mark.parametrize("settings", [["estimator.freeze_routing=true"], ["estimator=backprop"]])
 def test_what_cannot_go_through_graphs_does_not(
-    overrides: Callable[..., list[str]], tmp_path: Path, settings: list[str], graphs_on_cpu: None
+    overrides: Callable[..., list[str]], tmp_path: Path, settings: list[str], graphs_on_cpu: list[str]
 ) -> None:
     with pytest.raises(ConfigError, match=r"model\.cuda_graphs must be left out for estimator"):
         load(overrides(*settings, GRAPHS))
@@ -100,7 +78,7 @@ def test_what_cannot_go_through_graphs_does_not(
 
     start_run(config, tmp_path / "run", overrides=[])
 
-    assert Again.made == 0
+    assert not graphs_on_cpu
 
 
 def test_there_are_no_graphs_on_a_cpu(run: Run) -> None:

@@ -16,6 +16,14 @@ from fedzo.testing.tiny_models import FAMILIES, byte_tokenizer
 
 Run = Callable[..., Path]
 Lines = Callable[[Path, str], list[dict[str, Any]]]
+INSTRUCTION = (
+    "task.kind=instruction",
+    "task.template='{prompt}'",
+    "task.answer='{response}'",
+    "task.loss=lm",
+    "task.candidates=[]",
+    "task.max_new_tokens=6",
+)
 
 
 def question_rows(folder: Path) -> Path:
@@ -66,12 +74,7 @@ def test_an_instruction_run_writes_to_a_prompt_as_to_a_row(
 ) -> None:
     folder = run(
         f"data.path={question_rows(tmp_path / 'rows')}",
-        "task.kind=instruction",
-        "task.template='{prompt}'",
-        "task.answer='{response}'",
-        "task.loss=lm",
-        "task.candidates=[]",
-        "task.max_new_tokens=6",
+        *INSTRUCTION,
         "fl.rounds=1",
     )
     asked: list[tuple[int, ...]] = []
@@ -124,12 +127,7 @@ def test_an_exported_instruction_run_stops_where_its_answers_end(
         f"model={model}",
         f"trainer={trainer}",
         f"data.path={question_rows(tmp_path / 'rows')}",
-        "task.kind=instruction",
-        "task.template='{prompt}'",
-        "task.answer='{response}'",
-        "task.loss=lm",
-        "task.candidates=[]",
-        "task.max_new_tokens=6",
+        *INSTRUCTION,
         "fl.rounds=1",
     )
 

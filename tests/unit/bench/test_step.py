@@ -34,7 +34,6 @@ from fedzo.cli import main
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
 from fedzo.models.adapters import base_model
-from fedzo.models.captured import capture
 from fedzo.models.scoring import mean_loss
 from fedzo.models.sketched.layers import make_dense
 from fedzo.sketch import SketchLinear
@@ -225,22 +224,8 @@ def test_bare_forwards_are_as_many_as_the_estimator_takes(folder: Path) -> None:
     assert bench.loaded.counter.num_forwards - before == 4
 
 
-class Again:
-    """In the place of a CUDA graph: work that is done again."""
-
-    made = 0
-
-    def capture(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
-        Again.made += 1
-        self._work, self._output = work, work()
-        return self._output
-
-    def replay(self) -> None:
-        self._output.copy_(self._work())
-
-
 def test_forwards_through_graphs_are_timed_and_weighed_when_their_graphs_run_alone(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, graphs_on_cpu: list[str]
 ) -> None:
     """The lower blocks' graph, which runs once a step, is the last to get there."""
     compared: list[int] = []
@@ -253,9 +238,6 @@ def test_forwards_through_graphs_are_timed_and_weighed_when_their_graphs_run_alo
         weighed.append(len(compared) - before)
         return resident_bytes()
 
-    monkeypatch.setattr(Again, "made", 0)
-    monkeypatch.setattr("fedzo.run.peer.can_capture", lambda device: True)
-    monkeypatch.setattr("fedzo.run.peer.capture", partial(capture, new_graph=Again))
     monkeypatch.setattr("fedzo.models.captured._compare", lambda ours, own: compared.append(1))
     monkeypatch.setattr("fedzo.bench.step.measure_peak_bytes", measure)
     config = load([f"model={folder}", "trainer=lora", "trainer.first_layer=1", "model.cuda_graphs=true", "device=cpu"])
@@ -271,9 +253,9 @@ def test_forwards_through_graphs_are_timed_and_weighed_when_their_graphs_run_alo
     for name in (BARE, OURS):
         peak_bytes(config, name, shape=None, rows=2, tokens=4)
     assert weighed == [0, 0]
-    Again.made = 0
+    graphs_on_cpu.clear()
     peak_bytes(config, FIRST_ORDER, shape=None, rows=2, tokens=4)
-    assert Again.made == 0, "others' graphs take memory that the step does not"
+    assert not graphs_on_cpu, "others' graphs take memory that the step does not"
 
 
 def test_peak_sees_a_tensor_that_is_gone_again() -> None:
