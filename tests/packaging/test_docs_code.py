@@ -85,6 +85,20 @@ def test_estimator_and_rule_of_the_how_to_are_working_plugins(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
 
 
+def test_loop_of_the_how_to_learns_and_its_scalars_make_the_same_bits(tmp_path: Path) -> None:
+    program = tmp_path / "loop.py"
+    text = code("how-to-own-loop.md", "python")
+    unknown = "\nimport sys\nassert not {'flwr', 'hydra', 'transformers'} & set(sys.modules)\n"
+    program.write_text(text + unknown, encoding="utf-8")
+
+    done = subprocess.run([sys.executable, str(program)], cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    accuracy, same = done.stdout.splitlines()
+    assert float(accuracy.removeprefix("accuracy ")) > 0.9
+    assert same == "the same bits: True"
+
+
 def test_plugins_of_the_how_tos_pass_the_checks_as_their_page_calls_them(tmp_path: Path) -> None:
     package = tmp_path / "my_package"
     package.mkdir()
