@@ -17,9 +17,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from fedzo.bench.claims import number, wanted
 from fedzo.errors import RunFolderError
 from fedzo.records.decode import decode
 from fedzo.records.metrics import Summary
+from fedzo.report.format import interval
 from fedzo.report.sinks import ending as last_words
 
 ROOT = Path(__file__).parent.parent
@@ -35,14 +37,14 @@ def quickstart(results: Any) -> Lines:
         "| run seed | accuracy before -> after | at the best threshold | AUC | best round | minutes |",
         "|---|---|---|---|---|---|",
     ]
-    for run in results["run"]:
+    for run, wall_s in zip(results["run"], results["wall_s"], strict=True):
         cells = [
             f"{run['before'][k]:.3f} -> {run['after'][k]:.3f}" for k in ("value", "best_threshold_accuracy", "auc")
         ]
-        rows.append(f"| {run['seed']} | {' | '.join(cells)} | {run['best_round']} | {run['seconds'] / 60:.1f} |")
+        rows.append(f"| {run['seed']} | {' | '.join(cells)} | {run['best_round']} | {wall_s / 60:.1f} |")
     gains = [100 * (run["after"]["value"] - run["before"]["best_threshold_accuracy"]) for run in results["run"]]
-    mean = sum(gains) / len(gains)
-    beyond = f"{mean:+.1f} points on average, {min(gains):+.1f} in the worst"
+    mean, half = interval(gains)
+    beyond = f"{mean:+.1f} +- {half:.1f} points over seeds, {min(gains):+.1f} in the worst"
     return [*rows, "", f"Accuracy beyond the base's best threshold: {beyond}."]
 
 
@@ -61,9 +63,7 @@ def claims(rows: Any) -> Lines:
     lines = [f"*{begins.rstrip(':, ')}*", ""] if begins else []
     lines += ["| claim | value | target |", "|---|---|---|"]
     for row in rows:
-        target = ""
-        if row["target"] is not None:
-            target = f"{amount(row['target'], row['unit'])}: {'holds' if row['holds'] else '**missed**'}"
+        target = goal(row) and f"{goal(row)}: {'holds' if row['holds'] else '**missed**'}"
         claim = row["claim"].removeprefix(begins).replace("|", r"\|")
         lines.append(f"| {claim} | {amount(row['value'], row['unit'])} | {target} |")
     return lines
@@ -80,10 +80,16 @@ def caption(names: list[str]) -> str:
 def amount(value: float, unit: str) -> str:
     """A number with its unit as people write it."""
     if unit == "share":
-        return f"{100 * value:.4g} %"
+        return f"{number(100 * value)} %"
     if unit == "bytes":
         return f"{value:,.0f} bytes"
-    return f"{value:.4g}" if unit in ("", "area", "ratio") else f"{value:.4g} {unit}"
+    return number(value) if unit in ("", "area", "ratio") else f"{number(value)} {unit}"
+
+
+def goal(row: Any) -> str:
+    """What a claim's target says, in the unit of its value; nothing where it has none."""
+    unit = row["unit"].partition("+-")[0].rstrip()  # the half width is the value's own
+    return wanted(row, lambda target: amount(target, unit))
 
 
 def clients(points: Any) -> Lines:
@@ -93,9 +99,9 @@ def clients(points: Any) -> Lines:
         for p in points
     }
     lines = ["| clients | T | together | one after another | Ray, two actors |", "|---|---|---|---|---|"]
-    for number, steps in sorted({key[:2] for key in at}, key=lambda pair: pair[::-1]):
-        cells = [at.get((number, steps, runtime), "") for runtime in ("inline_batched", "inline", "ray")]
-        lines.append(f"| {number} | {steps} | {' | '.join(cells)} |")
+    for count, steps in sorted({key[:2] for key in at}, key=lambda pair: pair[::-1]):
+        cells = [at.get((count, steps, runtime), "") for runtime in ("inline_batched", "inline", "ray")]
+        lines.append(f"| {count} | {steps} | {' | '.join(cells)} |")
     return lines
 
 
@@ -130,17 +136,31 @@ def bench(rows: Any) -> Lines:
         columns.insert(2, ("base model's forwards", "time"))
         for who, what in columns:
             row = cells.get((who, what))
-            shown.append(f"{row['value']:.3f}" if row else "" if who.startswith("base") else "n/a")
+            shown.append(padded(row["value"]) if row else "" if who.startswith("base") else "n/a")
             if who == "fedzo step":
-                reached = (
-                    ""
-                    if row is None or row["target"] is None
-                    else f"{row['target']:g}{'' if row['holds'] else ', **missed**'}"
-                )
-                shown.append(reached)
-        shown += [f"{cells[which]['value']:.3f}" if which in cells else "" for which in shown_beside]
+                shown.append(f"{goal(row)}{'' if row['holds'] else ', **missed**'}" if row else "")
+        shown += [padded(cells[which]["value"]) if which in cells else "" for which in shown_beside]
         lines.append(f"| {case} | {' | '.join(shown)} |")
     return lines
+
+
+def padded(ratio: float) -> str:
+    """A ratio with all of its digits, and at least three behind the point."""
+    return max(f"{ratio:.3f}", number(ratio), key=len)
+
+
+def ranges(rows: Any) -> Lines:
+    """A step's least and most over the cases of a CPU; a case without a target is not reliable and left out."""
+    values: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        case, _, what = row["claim"].partition(": fedzo step / bare forwards, ")
+        if what and row["target"] is not None and not case.startswith("gpu-"):
+            trained = "all weights" if case.endswith("-full") else "a mask or an adapter"
+            values.setdefault((trained, what), []).append(row["value"])
+    at: dict[str, dict[str, str]] = {}
+    for (trained, what), found in values.items():
+        at.setdefault(trained, {})[what] = f"{min(found):.3f} to {max(found):.3f}"
+    return grid("trained", at)
 
 
 BAR_G = r"\|g\|"  # of which a bar would end the cell
@@ -289,8 +309,8 @@ def sketches(rows: Any) -> Lines:
             rest.append(row)
             continue
         case, _, measure = cell.rpartition(", ")
-        missed = "" if row["holds"] else f", target {row['target']:g} **missed**"
-        at.setdefault(case, {})[measure] = f"{row['value']:.4g}{missed}"
+        missed = "" if row["holds"] else f", target {goal(row)} **missed**"
+        at.setdefault(case, {})[measure] = f"{number(row['value'])}{missed}"
     return [*grid("weights", at), "", *claims(rest)]
 
 
@@ -317,7 +337,7 @@ def effect(rows: Any) -> Lines:
             cells["value"] = amount(row["value"], row["unit"])
         else:
             low = cells.get("95 % interval")
-            cells["95 % interval"] = f"{low} to {row['value']:.4g}" if low else f"{row['value']:.4g}"
+            cells["95 % interval"] = f"{low} to {number(row['value'])}" if low else number(row["value"])
     return grid("claim", at)
 
 
@@ -328,9 +348,8 @@ def pivoted(script: str, corner: str) -> Callable[[Any], Lines]:
         at: dict[str, dict[str, str]] = {}
         for row in of_script(script, rows):
             case, _, measure = row["claim"].rpartition(": ")
-            goal = "" if row["target"] is None else f", target {amount(row['target'], row['unit'])}"
-            cell = f"{amount(row['value'], row['unit'])}{goal}{'' if row['holds'] else ' **missed**'}"
-            at.setdefault(case, {})[measure] = cell
+            target = goal(row) and f", target {goal(row)}{'' if row['holds'] else ' **missed**'}"
+            at.setdefault(case, {})[measure] = f"{amount(row['value'], row['unit'])}{target}"
         return grid(corner, at) if at else []
 
     return render
@@ -365,6 +384,15 @@ def peers(task: str, measures: tuple[str, ...]) -> Callable[[Any], Lines]:
     return render
 
 
+def spread(results: Any) -> Lines:
+    """How unequal the runs of equal time were."""
+    runs = [run for name, run in results.items() if name.startswith("run ") and not run["diverged"]]
+    seconds = [run["train_s"] for run in runs]
+    scores = [sum(score["round"] > 0 for score in run["dev"]) for run in runs]
+    took = f"The {len(runs)} runs so far took {min(seconds):.0f} to {max(seconds):.0f} s of training"
+    return [f"{took}, and a tested model was chosen among {min(scores)} to {max(scores)} dev scores."]
+
+
 def grid(corner: str, at: dict[str, dict[str, str]]) -> Lines:
     """Cells by case and measure, both in the order in which they first came."""
     heads = list(dict.fromkeys(measure for cells in at.values() for measure in cells))
@@ -391,7 +419,9 @@ RENDERERS: dict[str, Callable[[Any], Lines]] = {
             ("sst2_cost", "SST-2", ("dev ", "forwards", "s to", "bytes to", "training", "memory")),
         )
     },
+    "experiments/peers/results.json#spread": spread,
     "experiments/bench/claims.json": bench,
+    "experiments/bench/claims.json#ranges": ranges,
     "experiments/clients/results.json": clients,
     "experiments/network/hostile.json": hostile,
     "experiments/network/claims.json#traffic": traffic,

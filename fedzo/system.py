@@ -9,10 +9,11 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +33,10 @@ SITE_ARTIFACTS_ENV = "FEDZO_SITE_ARTIFACTS"
 """Environment variable with the path of the folder in which a site keeps the artifact of its run."""
 OnProgress = Callable[[int, int], None]
 """What long work calls as it goes on: how much is done, and of how much."""
-CODE = ("fedzo", "conf", "clients", "server", "pyproject.toml", "constraints.txt")
-"""What a run is computed by, of a source tree."""
+CODE = ("fedzo", "conf", "clients", "server", "experiments/*.py", "pyproject.toml", "constraints.txt")
+"""What a run is computed by, of a source tree; of experiments/ the scripts, whose results are no code."""
+COMMIT_ENV = "FEDZO_GIT_COMMIT"
+"""Environment variable with the commit of a source tree that was copied without its .git."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PACKAGES = ("torch", "transformers", "peft", "flwr", "numpy", "numba", "hydra-core")
 
@@ -44,6 +47,26 @@ _LIBRARIES = (
 )
 _VERBOSITY_VARIABLES = ("DATASETS_VERBOSITY", "HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY")
 _PACKAGE = Path(__file__).resolve().parent
+
+
+def untold(done: int, total: int) -> None:
+    """The ``OnProgress`` of work that nobody watches."""
+
+
+def consecutive(sizes: Sequence[int], *, most: float) -> list[range]:
+    """Cut indices into runs whose sizes come to ``most`` at most; one that is larger goes alone.
+
+    Example:
+        >>> consecutive([2, 2, 3, 9, 1], most=5)
+        [range(0, 2), range(2, 3), range(3, 4), range(4, 5)]
+    """
+    begins, total = [0], 0
+    for index, size in enumerate(sizes):
+        if total + size > most and index > begins[-1]:
+            begins.append(index)
+            total = 0
+        total += size
+    return [range(begin, end) for begin, end in pairwise([*begins, len(sizes)]) if begin < end]
 
 
 def quiet_libraries() -> None:
@@ -200,18 +223,18 @@ def code_version(package: Path = _PACKAGE) -> str:
 
 
 def _git_commit() -> str | None:
-    """Commit of the source tree that fedzo runs from; None for an installed wheel."""
+    """Commit of the source tree that fedzo runs from, without a repository that of ``COMMIT_ENV``; None for a wheel."""
     root = Path(__file__).resolve().parents[1]
     if not (root / "pyproject.toml").is_file():  # of a wheel in an environment, which may lie in somebody's repository
         return None
-    return _commit_of(root)
+    return _commit_of(root) or os.environ.get(COMMIT_ENV)
 
 
 @cache
 def _commit_of(root: Path) -> str | None:
-    """Commit of a source tree, ending in ``-dirty`` where tracked code differs from it (a study writes its results)."""
+    """Commit of a source tree, ending in ``-dirty`` where code was changed or is new (a study writes its results)."""
     commit = _git(root, "rev-parse", "HEAD")
-    changes = _git(root, "status", "--porcelain", "--untracked-files=no", "--", *CODE)
+    changes = _git(root, "status", "--porcelain", "--untracked-files=all", "--", *CODE)
     return f"{commit}-dirty" if commit and changes else commit
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from fedzo.bench.claims import Claims, measured_in
+from fedzo.bench.claims import Claims, check_alike, measured_in, ran_with
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
@@ -49,6 +49,7 @@ def main() -> None:
         print(f"{runtime}, {clients} clients, T = {steps} ...", flush=True)
         done.append(measure(runtime, clients, steps))
         RESULTS.write_text(json.dumps(done, indent=1) + "\n")
+        check_alike(done)
         print(json.dumps({k: v for k, v in done[-1].items() if k != "environment"}), flush=True)
     gather(done).write(HERE / "claims.json")
     draw(done)
@@ -96,7 +97,6 @@ def one(runtime: str, clients: int, steps: int, folder: str) -> None:
     import fedzo.fl.client.scalar_update as local_steps
     from fedzo.commands.train import start_run
     from fedzo.config.load import load
-    from fedzo.system import environment
 
     spent = [0.0]
     example_losses = local_steps.example_losses
@@ -125,7 +125,7 @@ def one(runtime: str, clients: int, steps: int, folder: str) -> None:
         "rounds_s": seconds,
         # on Ray the forwards are in other processes
         "losses_share": spent[0] / sum(seconds) if runtime != "ray" else None,
-        "environment": environment(),
+        "environment": ran_with(run, "fl.num_clients", "fl.local_steps", "fl.rounds"),
     }
     (Path(folder) / "point.json").write_text(json.dumps(point))
 

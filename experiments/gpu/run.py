@@ -32,7 +32,7 @@ from fedzo.masks.select import Selector, select_mask
 from fedzo.system import environment
 from fedzo.zo.config import Distribution, Rounding
 from fedzo.zo.directions import add_direction, lots, stream_key
-from fedzo.zo.rounding import add_direction_stochastically, is_rounded
+from fedzo.zo.rounding import is_rounded
 from fedzo.zo.spaces.full import FullSpace
 
 HERE = Path(__file__).parent
@@ -106,10 +106,9 @@ def direction(dtype: torch.dtype, law: Distribution, rounding: Rounding) -> dict
 
 def move(base: torch.Tensor, out: torch.Tensor, start: int, law: Distribution, rounding: Rounding) -> None:
     """From ``base`` to ``out``, or within ``out`` where it is rounded stochastically."""
-    if rounding is Rounding.stochastic:
-        add_direction_stochastically(out, 1, scale=SCALE, start=start, distribution=law)
-    else:
-        add_direction(base, 1, scale=SCALE, start=start, distribution=law, out=out)
+    stochastic = rounding is Rounding.stochastic
+    base = out if stochastic else base
+    add_direction(base, 1, scale=SCALE, start=start, distribution=law, out=out, stochastic=stochastic)
 
 
 def update() -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fedzo.bench.claims import Claims, measured_in
+from fedzo.bench.claims import Claims, measured_in, ran_with
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/lower_layers")
@@ -76,7 +76,7 @@ def run(seed: int, first: int) -> Run:
         "before": test_score(summary["before"]),
         "after": test_score(summary["after"]),
         "dev": sorted([line["round"], line["loss"]] for line in scores if line["split"] == "dev"),
-        "environment": json.loads((folder / "environment.json").read_text()),
+        "environment": ran_with(folder, "trainer.first_layer"),
     }
 
 

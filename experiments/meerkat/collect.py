@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from fedzo.bench.claims import ran_with
+
 Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
 PANELS = RESULTS / "panels"
@@ -72,6 +74,7 @@ def _row(folder: Path) -> Iterator[Row]:
         return  # interrupted: the sweep will go on with it
     setup = next(line for line in lines if line["kind"] == "setup")
     config = json.loads((folder / "config.json").read_text())
+    environment = ran_with(folder, "step_policy.num_flagged")  # by lot, as many are stopped as VPCS stopped
     federated = [line for line in lines if line["kind"] == "federated_score"]
     step_policies = [line for line in lines if line["kind"] == "step_policy"]
     yield {
@@ -95,7 +98,7 @@ def _row(folder: Path) -> Iterator[Row]:
         "payload_down_bytes": summary["payload_down_bytes"],
         "seconds": round(summary["seconds"], 1),
         "final_digest": summary["final_digest"],
-        "git_commit": json.loads((folder / "environment.json").read_text())["git_commit"],
+        **{key: environment[key] for key in ("git_commit", "settings")},
     }
 
 

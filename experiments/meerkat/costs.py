@@ -19,11 +19,16 @@ def state(core: Sequence[Row]) -> list[str]:
     return lines
 
 
-def hours(core: Sequence[Row]) -> list[str]:
-    """What each piece takes on two cores, by the minutes that a local step of the core grid took on one."""
+def hours(core: Sequence[Row], tune: Sequence[Row]) -> list[str]:
+    """What each piece takes on two cores, by the minutes that a local step of the core grid took on one.
+
+    Tuning is as long as the ladders were that it climbed, so its row has what its runs took.
+    """
     lines = ["| piece |", "|---|"]
     for task in CORE_TASKS:
         lines = [f"{lines[0]} {TASKS[task]}: runs | hours |", f"{lines[1]}---|---|"]
+    tuned = [[row["seconds"] for row in tune if row["task"] == task] for task in CORE_TASKS]
+    lines.append(f"| `tune` |{''.join(f' {len(taken)} | {sum(taken) / 2 / 3600:.1f} |' for taken in tuned)}")
     for piece in PIECES:
         row = f"| `{piece}` |"
         for task in CORE_TASKS:

@@ -28,7 +28,7 @@ from verdicts import (
     tested,
 )
 
-from fedzo.bench.claims import Claims
+from fedzo.bench.claims import Claims, check_alike
 from fedzo.report.format import interval
 
 HERE = Path(__file__).parent
@@ -63,7 +63,7 @@ def made() -> dict[str, list[str]]:
         "tuning": tuning(known("tune"), [row for piece in OWN_RATES for row in known(f"tune_{piece}")]),
         "accuracy": accuracy(core),
         "others": others(pieces),
-        "hours": hours(core),
+        "hours": hours(core, known("tune")),
         "sequential": sequential(core),
         "verdicts": verdicts(results, tasks),
         "holm": holm(results, tasks),
@@ -185,14 +185,15 @@ def _seen(verdict: Verdict | None) -> str:
 
 
 def holm(results: Results, tasks: Sequence[str]) -> list[str]:
-    """What is left of each column when its lines are corrected for their number."""
-    lines = ["| column | lines with a p | left after Holm's correction at 5 % |", "|---|---|---|"]
-    for (task, measure), column in _judged(results, tasks).items():
-        number, left = sum(each.p is not None for each in column), after_holm(column)
-        if number:
-            shown = "; ".join(f"{each.claim} ({each.verdict})" for each in left) or "none"
-            lines.append(_row([f"{TASKS[task]}, {measure.name}", str(number), shown]))
-    return lines
+    """What is left when all lines of the table are corrected for their number: its columns judge the same claims."""
+    told = [
+        verdict._replace(claim=f"{TASKS[task]}, {measure.name}: {verdict.claim}")
+        for (task, measure), column in _judged(results, tasks).items()
+        for verdict in column
+    ]
+    number = sum(verdict.p is not None for verdict in told)
+    left = "; ".join(f"{each.claim} ({each.verdict})" for each in after_holm(told)) or "none"
+    return ["| lines with a p | left after Holm's correction at 5 % |", "|---|---|", _row([str(number), left])]
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -202,6 +203,8 @@ def _row(cells: Sequence[str]) -> str:
 def claims(pieces: dict[str, list[Row]]) -> Claims:
     """The accuracies, with the commits that the runs were made with."""
     core = pieces["core"]
+    for rows in (*cells(core).values(), *(rows for _, rows, _ in variations(pieces))):
+        check_alike({"environment": row} for row in rows)
     commits = sorted({row["git_commit"] for rows in pieces.values() for row in rows})
     made = Claims(command=COMMAND, seeds=list(SEEDS), environment={"git_commits": commits, "threads": 1})
     for (task, method, budget), rows in cells(core).items():

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from fedzo.bench.claims import Claims, measured_in
+from fedzo.bench.claims import Claims, check_alike, measured_in, ran_with
 from fedzo.commands.mask import make_mask
 from fedzo.commands.run_folder import rebuild
 from fedzo.commands.train import start_run
@@ -29,7 +29,6 @@ from fedzo.data.encode import Example
 from fedzo.evaluate import evaluate
 from fedzo.fl.client.local_update import Batches
 from fedzo.fl.client.scalar_update import ScalarUpdate
-from fedzo.system import environment
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "hostile.json"
@@ -77,6 +76,7 @@ def main() -> None:
                     found = run(Path(folder) / f"run{len(done)}", attack, rule, mask, first=not done)
                 done.append(found)
                 RESULTS.write_text(json.dumps(done, indent=1) + "\n")
+                check_alike(done)
                 print(json.dumps({key: value for key, value in found.items() if key != "environment"}), flush=True)
     gather(done).write(HERE / "claims.json")
 
@@ -102,7 +102,7 @@ def run(folder: Path, attack: str, rule: str, mask: Path, *, first: bool) -> dic
         **({"before": score(folder, 0)} if first else {}),
         "clipped": sum(line["clipped"] for line in rounds),
         "refused": sum(len(line["absent"]) for line in rounds),
-        "environment": environment(),
+        "environment": ran_with(folder, "strategy"),
     }
 
 

@@ -21,6 +21,7 @@ from flwr.app import Message
 from flwr.app.message.message import make_message
 
 from fedzo.bench.claims import Claims
+from fedzo.config.schema import RunSettings
 from fedzo.fl.config import FlConfig, StrategyConfig
 from fedzo.fl.exchange import Grid
 from fedzo.fl.log_store import RunStore
@@ -30,7 +31,6 @@ from fedzo.fl.server.client_registry import ClientRegistry
 from fedzo.fl.server.rounds import Server
 from fedzo.fl.server.scalar_updates import ScalarUpdates
 from fedzo.fl.server.step_policy import STEP_POLICIES
-from fedzo.fl.server.step_policy.baselines import NoStepPolicyConfig
 from fedzo.records import decode as records
 from fedzo.runtime._flower import one_federation, set_message_id
 from fedzo.testing.vector_space import VectorSpace
@@ -153,8 +153,12 @@ def main() -> None:
 
 def make_server(grid: Grid, store: RunStore, folder: Path, *, clients: int, sampled: int, rounds: int) -> Server:
     """The real server of a toy model."""
-    fl = FlConfig(num_clients=clients, rounds=rounds)
-    strategy = StrategyConfig(clients_per_round=sampled)
+    config = RunSettings(
+        seed=1,
+        fl=FlConfig(num_clients=clients, rounds=rounds),
+        strategy=StrategyConfig(clients_per_round=sampled),
+        server_optimizer=SgdConfig(lr=1e-3),
+    )
     base = np.zeros(SIZE, np.float32)
     space = VectorSpace(base)
     replica = Replica(space, server_optimizer=Sgd(), reset=lambda: space.load(base), run_seed=1)
@@ -164,13 +168,10 @@ def make_server(grid: Grid, store: RunStore, folder: Path, *, clients: int, samp
         replica=replica,
         store=store,
         artifact=ArtifactStore(folder / "artifacts").put(b"mask"),
-        run_seed=1,
-        fl=fl,
-        strategy=strategy,
-        server_optimizer=SgdConfig(lr=1e-3),
-        updates=ScalarUpdates(replica=replica, run_seed=1, fl=fl, strategy=strategy, num_probes=1),
+        config=config,
+        updates=ScalarUpdates(replica, config),
         step_policy=STEP_POLICIES.build(
-            NoStepPolicyConfig(), num_clients=clients, local_steps=fl.local_steps, run_seed=1
+            config.step_policy, num_clients=clients, local_steps=config.fl.local_steps, run_seed=1
         ),
         sink=store,
         elapsed=lambda: 0.0,

@@ -26,10 +26,12 @@ from fedzo.data.config import Loss
 from fedzo.data.encode import Example, encode
 from fedzo.data.files import Row, read_rows
 from fedzo.fl.log_store import RunStore
+from fedzo.models.arithmetic import DIFFERENTIABLE
 from fedzo.models.config import ModelConfig
+from fedzo.models.forwards import Planning
 from fedzo.models.load import load_model
 from fedzo.models.loaded import LoadedModel
-from fedzo.models.scoring import candidate_scores, choice_losses, graph_loss, mean_loss
+from fedzo.models.scoring import candidate_scores, choice_losses, example_losses, mean_loss
 from fedzo.records.folder import SITE_FILE
 from fedzo.run.process import forget_process
 from fedzo.run.start import open_run
@@ -46,9 +48,15 @@ Cell = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Cells:
-    """The file of results, which two processes may share."""
+    """The file of results, which two processes may share, and what computes those that are measured now."""
 
     path: Path
+    device: str = "cpu"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What all cells have in common, whatever their names say."""
+        return {"device": self.device, "steps": STEPS, "words": _SETTINGS}
 
     def all(self) -> dict[str, Cell]:
         """Every cell by its name."""
@@ -59,7 +67,8 @@ class Cells:
         if name in (known := self.all()):
             return known[name]
         started = time.process_time()
-        cell = make() | {"cpu_s": round(time.process_time() - started, 1), "environment": environment()}
+        cell = make() | {"cpu_s": round(time.process_time() - started, 1)}
+        cell["environment"] = {**environment(), "settings": self.settings}
         lock = os.open(self.path.parent, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -172,13 +181,13 @@ def _direction(cells: Cells, place: Place, task: str, loaded: LoadedModel) -> tu
 
 def _gradient(loaded: LoadedModel, examples: Sequence[Example], *, parts: int | None = None) -> None:
     """Leave the mean loss's gradient at the parameters."""
-    step = parts or len(examples)
+    step, planning = parts or len(examples), Planning(TOKENS, arithmetic=DIFFERENTIABLE)
     for parameter in loaded.model.parameters():
         parameter.requires_grad_(True)
         parameter.grad = None
     for start in range(0, len(examples), step):
         part = examples[start : start + step]
-        loss = graph_loss(loaded, part, loss=Loss.candidates, tokens_per_batch=TOKENS)
+        loss = example_losses(loaded, part, planning, loss=Loss.candidates).mean()
         (loss * (len(part) / len(examples))).backward()  # type: ignore[no-untyped-call]
 
 

@@ -61,6 +61,7 @@ from arms import TASKS, TrainSet, changed, train_sets
 from cells import METHODS, SEEDS, Cells, Place, base_losses, gradients, train
 from findings import report
 
+from fedzo.bench.claims import check_alike
 from fedzo.cli import main as fedzo
 
 HERE = Path(__file__).parent
@@ -140,13 +141,14 @@ def main() -> None:
     WORK.mkdir(parents=True, exist_ok=True)
     if flags.endpoint:
         files += rephrase(flags.endpoint, flags.rewrites)
-    cells = Cells(HERE / "effect.json")
+    cells = Cells(HERE / "effect.json", flags.device)
     sets = {task: train_sets(flags.rewrites, task, files) for task in TASKS}
     for task, of_task in sets.items():
         for each in of_task[1:]:
             count = changed(of_task[0].rows, each.rows)
             print(f"{task}, {each.name}: {count} of {len(each.rows)} rows are other text", flush=True)
     if not flags.show:
+        check_alike([*cells.all().values(), {"environment": {"settings": cells.settings}}])
         run(cells, Place(flags.data, flags.rewrites, WORK, flags.device), sets, flags.only or PARTS)
     report(cells, sets, HERE / "claims.json")
     print(json.dumps({"cells": len(cells.all())}))

@@ -27,6 +27,8 @@ from typing import Any
 import tables
 from methods import FIRST_LAYER, MASK, METHODS, NUM_CLIENTS, UPPER_MASK, Method
 
+from fedzo.bench.claims import ran_with
+
 HERE = Path(__file__).parent
 RUNS = Path("runs/peers")
 RESULTS = HERE / "results.json"
@@ -145,7 +147,7 @@ def run(task: str, name: str, rate: float, seed: int) -> None:
             "best_round": summary["best_round"],
             "dev": scores,
             "peak_bytes": pace["peak_bytes"],
-            "environment": json.loads((folder_of(key) / "environment.json").read_text()),
+            "environment": ran_with(folder_of(key)),
         },
     )
 

@@ -23,10 +23,11 @@ Entry = dict[str, Any]
 
 def write(results: dict[str, Entry]) -> None:
     """Write claims.json and peers.png, if there are runs."""
-    runs = [run for task in TITLES for method in METHODS for run in chosen(results, task, method)]
+    alike = [chosen(results, task, method) for task in TITLES for method in METHODS]
+    runs = [run for each in alike for run in each]
     if not runs:
         return
-    claims = Claims(command=COMMAND, seeds=sorted({entry["seed"] for entry in runs}), environment=measured_in(runs))
+    claims = Claims(command=COMMAND, seeds=sorted({entry["seed"] for entry in runs}), environment=measured_in(*alike))
     for task, title in TITLES.items():
         mine = [entry for entry in runs if entry["task"] == task]
         if mine:

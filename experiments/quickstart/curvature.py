@@ -19,7 +19,8 @@ from fedzo.bench.claims import Claims
 from fedzo.config.load import load
 from fedzo.data.encode import encode
 from fedzo.data.rows import SimulatedRows
-from fedzo.models.forwards import Planning, Text, run_texts
+from fedzo.models.forwards import Planning, run_texts
+from fedzo.models.kept_rows import Read
 from fedzo.models.plan import forward_cost
 from fedzo.run.peer import open_model
 
@@ -33,7 +34,7 @@ def main() -> None:
     rows = SimulatedRows(launch.data, launch.split, launch.task, launch.partition, launch.fl.num_clients, launch.seed)
     examples = encode(rows.splits.train, launch.task, tokenizer=loaded.tokenizer, max_length=launch.task.max_length)
     planning = Planning(launch.model.tokens_per_batch, forward_cost(loaded.device))
-    texts = [Text(example.prompt, ()) for example in examples]
+    texts = [Read(example.prompt, 1) for example in examples]
     hidden = torch.cat([states for _, states in run_texts(loaded, texts, planning)]).double().numpy()
 
     model: Any = loaded.model

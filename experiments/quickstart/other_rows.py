@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fedzo.bench.claims import Claims, measured_in
+from fedzo.bench.claims import Claims, measured_in, ran_with
 from fedzo.config.load import load
 from fedzo.data.sources import load_splits
 
@@ -36,9 +36,9 @@ def main() -> None:
     areas = [each["after"]["auc"] - each["before"]["auc"] for each in runs]
     claims = Claims(command=COMMAND, seeds=list(SEEDS), environment=measured_in(runs))
     base = "accuracy as it answers, less the base model's at its best threshold"
-    claims.add(f"{base}, mean over seeds", fmean(learnt), "points", at_least=5)
+    claims.add_mean(f"{base}, mean over seeds", learnt, "points", at_least=5)
     claims.add(f"{base}, worst seed", min(learnt), "points", at_least=3)
-    claims.add("AUC, less the base model's, mean over seeds", fmean(areas), "area", at_least=0.04)
+    claims.add_mean("AUC, less the base model's, mean over seeds", areas, "", at_least=0.04)
     claims.add("accuracy after", fmean(each["after"]["value"] for each in runs), "share")
     claims.add("accuracy at the best threshold before", runs[0]["before"]["best_threshold_accuracy"], "share")
     claims.add("AUC after", fmean(each["after"]["auc"] for each in runs), "area")
@@ -57,7 +57,7 @@ def run(seed: int) -> dict[str, Any]:
         subprocess.run([sys.executable, "-m", "fedzo", "train", *settings, f"hydra.run.dir={folder}"], check=True)
     told = [json.loads(line) for line in lines.read_text().splitlines()]
     (summary,) = (line for line in told if line["kind"] == "summary")
-    return {**summary, "environment": json.loads((folder / "environment.json").read_text())}
+    return {**summary, "environment": ran_with(folder)}
 
 
 def common() -> float:

@@ -21,7 +21,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fedzo.bench.claims import Claims, measured_in
+from fedzo.bench.claims import Claims, measured_in, ran_with
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/quickstart")
@@ -39,11 +39,11 @@ def main() -> None:
         "wall_s": [entry["wall_s"] for entry in runs],
         "avx2_wall_s": avx2["wall_s"],
         "installation_s": installation_s,
-        "environment": measured_in(runs),
+        "environment": measured_in([*runs, avx2]),
         "command": COMMAND,
     }
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    gather(runs, avx2, installation_s).write(HERE / "claims.json")
+    gather(results).write(HERE / "claims.json")
     draw(runs)
     print("`python docs/tables.py` puts them into the pages")
 
@@ -58,8 +58,7 @@ def run(folder: Path, seed: int, variables: dict[str, str] | None = None) -> dic
     wall_s = timed(folder, train)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     summary = {"seed": seed, **next(line for line in lines if line["kind"] == "summary")}
-    environment = json.loads((folder / "environment.json").read_text())
-    return {"summary": summary, "lines": lines, "environment": environment, "wall_s": wall_s}
+    return {"summary": summary, "lines": lines, "environment": ran_with(folder), "wall_s": wall_s}
 
 
 def timed(folder: Path, work: Any) -> float:
@@ -81,34 +80,35 @@ def install() -> None:
     subprocess.run(["make", "-C", str(clone), ".venv/.installed", ".venv/.embedded"], check=True, env=uncached)
 
 
-def gather(runs: list[dict[str, Any]], avx2: dict[str, Any], installation_s: float) -> Claims:
-    gains = [100 * (e["summary"]["after"]["value"] - e["summary"]["before"]["value"]) for e in runs]
+def gather(results: dict[str, Any]) -> Claims:
+    """The claims of results.json."""
+    runs, clients = results["run"], 8
+    gains = [100 * (run["after"]["value"] - run["before"]["value"]) for run in runs]
     # beyond what the best threshold on the test rows would give the base
-    learnt = [100 * (e["summary"]["after"]["value"] - e["summary"]["before"]["best_threshold_accuracy"]) for e in runs]
-    areas = [e["summary"]["after"]["auc"] - e["summary"]["before"]["auc"] for e in runs]
-    clients = 8
+    learnt = [100 * (run["after"]["value"] - run["before"]["best_threshold_accuracy"]) for run in runs]
+    areas = [run["after"]["auc"] - run["before"]["auc"] for run in runs]
 
     def mean(when: str, what: str) -> float:
-        return sum(e["summary"][when][what] for e in runs) / len(runs)
+        return statistics.fmean(run[when][what] for run in runs)
 
-    up = max(e["summary"]["payload_up_bytes"] for e in runs) / clients
-    messages = max(e["summary"]["message_up_bytes"] + e["summary"]["message_down_bytes"] for e in runs) / clients
-    claims = Claims(command=COMMAND, seeds=list(SEEDS), environment=measured_in(runs))
+    up = max(run["payload_up_bytes"] for run in runs) / clients
+    messages = max(run["message_up_bytes"] + run["message_down_bytes"] for run in runs) / clients
+    claims = Claims(command=COMMAND, seeds=list(SEEDS), environment=results["environment"])
     add = claims.add
-    add("accuracy rises from its zero-shot value, mean over seeds", sum(gains) / len(gains), "points", at_least=20)
+    claims.add_mean("accuracy rises from its zero-shot value, mean over seeds", gains, "points", at_least=20)
     add("accuracy rises from its zero-shot value, worst seed", min(gains), "points", at_least=15)
     base = "accuracy as it answers, less the base model's at its best threshold"
-    add(f"{base}, mean over seeds", sum(learnt) / len(learnt), "points", at_least=5)
+    claims.add_mean(f"{base}, mean over seeds", learnt, "points", at_least=5)
     add(f"{base}, worst seed", min(learnt), "points", at_least=3)
-    add("AUC, less the base model's, mean over seeds", sum(areas) / len(areas), "area", at_least=0.04)
+    claims.add_mean("AUC, less the base model's, mean over seeds", areas, "", at_least=0.04)
     for what, name in (("value", "accuracy"), ("best_threshold_accuracy", "accuracy at the best threshold")):
         add(f"{name} before", mean("before", what), "share")
         add(f"{name} after", mean("after", what), "share")
     add("AUC before", mean("before", "auc"), "area")
     add("AUC after", mean("after", "auc"), "area")
-    wall_s = statistics.median(e["wall_s"] for e in runs)
+    wall_s, installation_s = statistics.median(results["wall_s"]), results["installation_s"]
     add("make demo: installation and run, median of the seeds", (installation_s + wall_s) / 60, "minutes", at_most=10)
-    slow_s = installation_s + avx2["wall_s"]
+    slow_s = installation_s + results["avx2_wall_s"]
     add("make demo: installation and run, with AVX2 and no AVX-512", slow_s / 60, "minutes", at_most=10)
     add("the run alone, median of the seeds", wall_s / 60, "minutes")
     add("scalars that a client sends in a whole run", up, "bytes", at_most=20_000)

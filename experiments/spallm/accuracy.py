@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fedzo.bench.claims import Claims, measured_in
+from fedzo.bench.claims import Claims, measured_in, ran_with
 from fedzo.report.format import interval
 
 HERE = Path(__file__).parent
@@ -98,7 +98,7 @@ def run(task: str, *, seed: int, lr: float) -> Run:
         "dev": [[s["round"], s["value"], s["loss"]] for s in lines if s["kind"] == "score" and s["split"] == "dev"],
         "best_round": summary["best_round"],
         "seconds": round(summary["seconds"], 1),
-        "environment": json.loads((records.parent / "environment.json").read_text()),
+        "environment": ran_with(records.parent, "task", "trainer.lr", "server_optimizer.lr"),
     }
     with STORE:
         part = RESULTS.with_suffix(".part")

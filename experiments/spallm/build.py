@@ -31,9 +31,7 @@ def main() -> None:
         said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         minutes = (time.perf_counter() - began) / 60
     print(said)
-    phases = re.search(
-        r"sketched \d+ layers: (.+) for the text's way through the model, (.+) for tables and codes", said
-    )
+    phases = re.search(r"sketched \d+ layers: (.+) for forwards of the text, (.+) for tables and codes", said)
     if phases is None:
         sys.exit("The command must tell what its two phases took, but does not. Mend this script.")
     claims = Claims(command="python experiments/spallm/build.py --data DIR")

@@ -33,7 +33,7 @@ from fedzo.sketch.gpu import DTYPES, FUSED_TOKENS, kernels_for
 from fedzo.system import environment
 from fedzo.zo.directions import add_direction, stream_key
 from fedzo.zo.estimator import TwoPointConfig, build_estimator
-from fedzo.zo.log import apply_step
+from fedzo.zo.log import apply_steps
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "gpu.json"
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=PIECES, help="measure this one again; repeatable")
     only = parser.parse_args().only
     reason = "no CUDA device" if not torch.cuda.is_available() else None
-    if reason is None and kernels_for(torch.empty(0, dtype=torch.bfloat16, device=CUDA)) is None:
+    if reason is None and kernels_for(torch.empty(0, dtype=torch.bfloat16, device=CUDA), 4) is None:
         reason = "no usable kernels: see the warning"
     if reason is not None:
         print(f"Nothing is measured and nothing claimed: this machine has {reason}.")
@@ -113,7 +113,7 @@ def replay() -> Result:
     for layer in layers:
         space = TableSpace([layer])
         for step in range(100):
-            apply_step(space, lr=1e-4, c=0.1 * step - 3, key=stream_key(0, round=step))
+            apply_steps(space, [(0.1 * step - 3, stream_key(0, round=step))], lr=1e-4)
     return {"differing": int((layers[0].tables.cpu() != layers[1].tables).sum())}
 
 
@@ -136,7 +136,7 @@ def products() -> Result:
     weights = [layer.weight.bfloat16() for layer in layers]
     scratch = torch.empty_like(weights[0])
     codes = [torch.empty_like(layer.codes) for layer in layers]
-    kernels = kernels_for(scratch)
+    kernels = kernels_for(scratch, layers[0].bits)
     assert kernels is not None
     copied = medians_on_gpu({"copy": each(lambda out, layer: out.copy_(layer.codes), codes, layers)})
     found = {}

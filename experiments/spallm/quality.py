@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig
 
-from fedzo.bench.claims import Claims, measured_in
+from fedzo.bench.claims import Claims, check_alike, measured_in
 from fedzo.data.files import read_running_text
 from fedzo.evaluate.perplexity import perplexity, text_windows
 from fedzo.models.config import ModelConfig
@@ -35,7 +35,8 @@ HERE = Path(__file__).parent
 EMBEDDED = "SmolLM2-135M (itself from a Q4_1 file, 5 bits a weight)"
 RESULTS = HERE / "quality.json"
 COMMAND = "python experiments/spallm/quality.py --data DIR"
-TOKENS = 512
+TOKENS, WINDOWS = 512, 16
+SETTINGS = {"tokens": TOKENS, "windows": WINDOWS}
 Result = dict[str, Any]
 
 
@@ -132,7 +133,7 @@ def windows_of(loaded: LoadedModel, file: Path) -> torch.Tensor:
 
 def on_wikitext(loaded: LoadedModel, data: Path) -> float:
     """Perplexity on the first 16 windows of WikiText-2's test text."""
-    return perplexity(loaded, windows_of(loaded, data / "wikitext2" / "test.jsonl")[:16]).value
+    return perplexity(loaded, windows_of(loaded, data / "wikitext2" / "test.jsonl")[:WINDOWS]).value
 
 
 def write_claims(results: dict[str, Result]) -> None:
@@ -178,9 +179,10 @@ def main() -> None:
     arguments = parser.parse_args()
     use_threads(arguments.threads)
     results: dict[str, Result] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    check_alike([*results.values(), {"environment": {"settings": SETTINGS}}])
     for name in ["dense", *(arguments.only or CELLS)]:
         if name not in results:
-            results[name] = CELLS[name](arguments.data) | {"environment": environment()}
+            results[name] = CELLS[name](arguments.data) | {"environment": {**environment(), "settings": SETTINGS}}
             RESULTS.write_text(json.dumps(results, indent=2) + "\n")
             write_claims(results)
         print(f"{name}: {results[name]['perplexity']:.2f}", flush=True)

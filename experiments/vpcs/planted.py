@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fedzo.bench.claims import Claims
+from fedzo.bench.claims import Claims, measured_in, ran_with
 from fedzo.errors import RunFolderError
 from fedzo.evaluate.metrics import auc
 from fedzo.fl.server.step_policy.statistics import Statistic, magnitudes
@@ -52,7 +52,7 @@ def main() -> None:
     found = []
     for seed in options.seeds:
         folder = run(options.data, seed)
-        found.append({"seed": seed, **analyse(*read(folder))})
+        found.append({"seed": seed, **analyse(*read(folder)), "environment": ran_with(folder)})
     (HERE / "planted.json").write_text(json.dumps({"run": found, "command": command}, indent=1) + "\n")
     claims(found, command=command, seeds=options.seeds).write(HERE / "claims.json")
     draw(found[0])
@@ -158,7 +158,7 @@ def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def claims(found: list[dict[str, Any]], *, command: str, seeds: list[int]) -> Claims:
-    claims = Claims(command=command, seeds=seeds)
+    claims = Claims(command=command, seeds=seeds, environment=measured_in(found))
     for entry in summary(found):
         head = f"planted single-label clients, {entry['rule']} on {entry['statistic']}, T = {entry['steps']}"
         aim = (entry["rule"], entry["statistic"], entry["steps"]) == ("combined", "abs_g", 100)

@@ -2,24 +2,76 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
+from fedzo.records.folder import ENVIRONMENT, RUN_FILE
 from fedzo.report.format import interval
 from fedzo.system import environment
 
+Result = Mapping[str, Any]
 
-def measured_in(results: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+
+def ran_with(run_dir: Path, *varied: str) -> dict[str, Any]:
+    """The environment of a run, for ``measured_in``, with its ``settings``: a digest of what its peers agreed on.
+
+    Args:
+        run_dir: The run folder.
+        varied: Dotted keys that the script varies on purpose, beside the run seed and the artifact that may follow
+            from it, and keys that follow from these, as ``server_optimizer.lr`` from ``trainer.lr``. A key that a
+            later fedzo adds makes its runs unlike those before.
+    """
+    agreed = json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8"))
+    for key in ("seed", "artifact", *varied):
+        *sections, name = key.split(".")
+        reduce(getitem, sections, agreed).pop(name, None)
+    digest = hashlib.sha256(json.dumps(agreed, sort_keys=True).encode()).hexdigest()
+    told: dict[str, Any] = json.loads((run_dir / ENVIRONMENT).read_text(encoding="utf-8"))
+    own = ("command", "config_hash")  # of this run alone; a command's words may hold paths of the machine
+    return {**{key: value for key, value in told.items() if key not in own}, "settings": digest[:12]}
+
+
+def check_alike(results: Iterable[Result]) -> None:
+    """Refuse results of one claim that were measured with different settings, such as kept ones of an older script.
+
+    Settings are whatever the ``environment`` of a result has under ``settings``: all that must be alike. Results that
+    tell none, as old ones do, are not compared.
+
+    Raises:
+        ValueError: Their settings differ.
+    """
+    told: dict[str, str] = {}
+    for each in (result["environment"] for result in results if "settings" in result.get("environment", {})):
+        told.setdefault(json.dumps(each["settings"], sort_keys=True), str(each.get("git_commit")))
+    if len(told) > 1:
+        got = " and ".join(f"{settings} (commit {commit})" for settings, commit in told.items())
+        remedy = "Remove the kept results, and the run folders, of all but one of them, and start the script again."
+        raise ValueError(f"results of one claim must have the same settings, got {got}. {remedy}")
+
+
+def measured_in(*groups: Iterable[Result]) -> dict[str, Any]:
     """What kept results were measured with: their ``environment``, where they keep one.
 
     A list has the values of those that differ, in order. ``without_environment`` counts results that keep none, as
     old ones do. The command of each run is left out.
+
+    Args:
+        groups: Results whose settings must be alike, each group by itself.
+
+    Raises:
+        ValueError: The settings of a group differ.
     """
-    results = list(results)
+    parts = [list(group) for group in groups]
+    for part in parts:
+        check_alike(part)
+    results = [result for part in parts for result in part]
     kept = [result["environment"] for result in results if "environment" in result]
     told: dict[str, Any] = {}
     for key in dict.fromkeys(key for each in kept for key in each if key != "command"):
@@ -61,6 +113,8 @@ class Claims:
     ) -> None:
         """Add a value, to four digits or as many as tell it from its target.
 
+        The row has the target and, as ``within``, what it means: "<=", ">=", or how far off it the value may be.
+
         Args:
             claim: What is claimed.
             value: As it was measured.
@@ -70,37 +124,35 @@ class Claims:
             near: The target, and how far off it the value may be.
 
         Raises:
-            ValueError: Another row says the same of another value.
+            ValueError: Another row says the same of another value, or there are several targets.
         """
         if any(row["claim"] == claim for row in self.rows):
             raise ValueError(f"each claim must be made once, got {claim!r} twice")
-        target = at_most if at_least is None else at_least
-        if near is not None:
-            target = near[0]
-
-        def holds(value: float) -> bool:
-            if near is not None:
-                return abs(value - near[0]) <= near[1]
-            return (at_most is None or value <= at_most) and (at_least is None or value >= at_least)
-
+        given: tuple[tuple[float | None, str | float], ...] = ((at_most, "<="), (at_least, ">="), near or (None, 0.0))
+        bounds = [(target, within) for target, within in given if target is not None]
+        if len(bounds) > 1:
+            raise ValueError(f"{claim!r} must have one target, got {len(bounds)}")
+        target, within = bounds[0] if bounds else (None, None)
+        holds = _holds(value, target, within)
         rounded = (float(f"{value:.{digits}g}") for digits in range(4, 17))
         self.rows.append(
             {
                 "claim": claim,
-                "value": next((each for each in rounded if holds(each) == holds(value)), value),
+                "value": next((each for each in rounded if _holds(each, target, within) == holds), value),
                 "unit": unit,
                 "target": target,
-                "holds": holds(value),
+                "within": within,
+                "holds": holds,
                 "command": self.command,
                 "seeds": self.seeds,
                 "environment": self.environment,
             }
         )
 
-    def add_mean(self, claim: str, values: Sequence[float], unit: str) -> None:
+    def add_mean(self, claim: str, values: Sequence[float], unit: str, *, at_least: float | None = None) -> None:
         """Add the mean over run seeds; its unit tells the half width of the 95 % interval, where there are several."""
         mean, half = interval(values)
-        self.add(claim, mean, unit if math.isnan(half) else f"{unit} +- {half:.2g}".lstrip())
+        self.add(claim, mean, unit if math.isnan(half) else f"{unit} +- {half:.2g}".lstrip(), at_least=at_least)
 
     def write(self, path: Path) -> None:
         """Write the rows in place of those of the same script, whatever its options; other scripts' stay."""
@@ -111,5 +163,30 @@ class Claims:
     def show(self) -> None:
         """Print one line a claim."""
         for row in self.rows:
-            target = "" if row["target"] is None else f" (target {row['target']:g})"
-            print(f"{row['claim']}: {row['value']:g} {row['unit']}{target}")
+            print(f"{row['claim']}: {number(row['value'])} {row['unit']}{f' ({wanted(row)})' if wanted(row) else ''}")
+
+
+def _holds(value: float, target: float | None, within: str | float | None) -> bool:
+    if target is None or within is None:
+        return True
+    if isinstance(within, str):
+        return value <= target if within == "<=" else value >= target
+    return abs(value - target) <= within
+
+
+def number(value: float) -> str:
+    """A number of a row with all of its digits, which were rounded when it was added."""
+    return f"{value:.15g}"
+
+
+def wanted(row: Result, shown: Callable[[float], str] = number) -> str:
+    """What a row's target says: ``<= 1.05``, ``>= 5``, ``3.89 +- 0.12``; nothing where it has none.
+
+    Args:
+        row: Of a ``claims.json``.
+        shown: How numbers are written.
+    """
+    if row["target"] is None:
+        return ""
+    target, within = shown(row["target"]), row["within"]
+    return f"{within} {target}" if isinstance(within, str) else f"{target} +- {shown(within)}"

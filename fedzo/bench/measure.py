@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 import psutil
 import torch
 
-from fedzo.system import OnProgress
+from fedzo.system import OnProgress, untold
 
 Key = TypeVar("Key", bound=Hashable)
 WARM_UPS = 2
@@ -28,7 +28,7 @@ def interleaved(
     *,
     repeats: int,
     warm_ups: int = WARM_UPS,
-    on_repeat: OnProgress = lambda done, total: None,
+    on_repeat: OnProgress = untold,
 ) -> dict[Key, list[float]]:
     """Seconds of each repeat of each piece, after rounds that warm up caches and compilers.
 

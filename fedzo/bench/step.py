@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,13 @@ from fedzo.models.available import TORCH_DTYPES
 from fedzo.models.captured import NUM_EAGER, CapturedDecoder
 from fedzo.models.checks import num_positions
 from fedzo.models.config import Quantization
+from fedzo.models.forwards import Planning
 from fedzo.models.load import compile_loaded, load_model
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.lower_layers import LowerLayers, StepStates
 from fedzo.models.memory import num_weights
 from fedzo.models.products import default_product, product_is_chosen
-from fedzo.models.scoring import mean_loss
+from fedzo.models.scoring import example_losses
 from fedzo.models.sketched.layers import decoded_layers, layers_replaced, make_dense
 from fedzo.models.virtual_tokens import num_virtual_tokens
 from fedzo.run.peer import check_format, reused_layers, set_up_process, with_graphs
@@ -41,7 +42,7 @@ from fedzo.system import OnProgress, environment
 from fedzo.trainers import TRAINERS, Workplace
 from fedzo.zo.directions import PURPOSE_DATA, add_direction, permutation, stream_key
 from fedzo.zo.estimator import Estimator, ZerothOrderConfig, build_estimator
-from fedzo.zo.log import apply_step
+from fedzo.zo.log import apply_steps
 from fedzo.zo.spaces.base import Space
 from fedzo.zo.spaces.dense import DenseSpace
 
@@ -51,27 +52,6 @@ DENSE = "dense twin's forwards"
 DEFAULT = "default products' forwards"
 WALK, FIRST_ORDER = "MeZO walk", "first-order step"
 Work = Callable[[], object]
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """One contestant's figures.
-
-    Attributes:
-        name: Whose step.
-        median_s: Seconds, median of the repeats.
-        quartiles_s: Their first and third quartile.
-        ratio: To the bare forwards of the same repeat, median.
-        ratio_quartiles: Quartiles of that ratio.
-        peak_bytes: Most memory a step took, weights included; None where it was not measured.
-    """
-
-    name: str
-    median_s: float
-    quartiles_s: tuple[float, float]
-    ratio: float
-    ratio_quartiles: tuple[float, float]
-    peak_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +79,8 @@ class Bench:
     def loss(self, *, lower: StepStates | None = None) -> float:
         """The candidate loss: one forward."""
         tokens = 3 * sum(len(example.prompt) for example in self.examples)  # with room for what a compiled one pads
-        return mean_loss(self.loaded, self.examples, loss=Loss.candidates, tokens_per_batch=tokens, lower=lower)
+        planning = Planning(tokens, lower=lower)
+        return float(example_losses(self.loaded, self.examples, planning, loss=Loss.candidates).mean())
 
     def contestants(self) -> dict[str, Work]:
         """Each takes a whole step; all but the forwards have lr = 1e-8, so that the weights stay as they are.
@@ -119,7 +100,7 @@ class Bench:
         def ours() -> None:
             loss_fn = partial(self.loss, lower=self.lower.of_step() if self.lower else None)
             for key, projection in zip(keys, self.estimator.estimate(self.space, loss_fn, keys), strict=True):
-                apply_step(self.space, lr=lr, c=projection.g, key=key)
+                apply_steps(self.space, [(projection.g, key)], lr=lr)
 
         def repeat(loss: Callable[[], float]) -> None:
             for _ in range(self.estimator.forwards_per_step(self.num_probes)):
@@ -192,9 +173,7 @@ def open_bench(config: LaunchConfig, *, shape: str | None, rows: int, tokens: in
     check_format(config, loaded)
     trainer = TRAINERS.build(config.trainer if config.inputs.artifact else config.trainer.for_timing())
     with tempfile.TemporaryDirectory() as folder:
-        workplace = Workplace(
-            folder=Path(folder), seed=0, texts=list, advance=lambda done, total: None, inputs=config.inputs
-        )
+        workplace = Workplace(folder=Path(folder), seed=0, texts=list, inputs=config.inputs)
         artifact = trainer.prepare(loaded, workplace).artifact
         built = trainer.build(loaded, artifact, distribution=estimator.distribution)
     longest, virtual = num_positions(loaded.model), num_virtual_tokens(loaded.model)
@@ -231,14 +210,13 @@ def bench_step(
         peaks: Peak bytes of a contestant, by name, where they can be measured.
 
     Returns:
-        Plain JSON values: what was measured, a list of ``Figure`` as dicts, the environment.
+        Plain JSON values: what was measured, the figures of each contestant, the environment.
     """
     contestants = bench.contestants()
     timed = {name: partial(_finish, work, bench.loaded.device) for name, work in contestants.items()}
     # what runs once a step is recorded and compared in so many, or compiled, which takes no more
     warm_ups = NUM_EAGER if bench.loaded.decoder else WARM_UPS
     seconds = interleaved(timed, repeats=repeats, warm_ups=warm_ups, on_repeat=on_repeat)
-    figures = [_figure(name, spent, seconds[BARE], peaks(name)) for name, spent in seconds.items()]
     model, rows = bench.loaded.model, len(bench.examples)
     return {
         "model": bench.loaded.source,
@@ -254,7 +232,7 @@ def bench_step(
         "repeats": repeats,
         "first_layer": len(bench.lower.blocks) if bench.lower else 0,
         "forwards_per_step": bench.estimator.forwards_per_step(bench.num_probes),
-        "figures": [asdict(figure) for figure in figures],
+        "figures": [_figure(name, spent, seconds[BARE], peaks(name)) for name, spent in seconds.items()],
         "environment": environment(bench.loaded.device),
     }
 
@@ -283,16 +261,17 @@ def peak_bytes(config: LaunchConfig, name: str, *, shape: str | None, rows: int,
     return peak if peak is None or bench.loaded.device.type != "cpu" else peak - before
 
 
-def _figure(name: str, spent: list[float], bare: list[float], peak: int | None) -> Figure:
+def _figure(name: str, spent: list[float], bare: list[float], peak: int | None) -> dict[str, Any]:
+    """One contestant's figures; the ratio is to the bare forwards of the same repeat."""
     ratios = [own / other for own, other in zip(spent, bare, strict=True)]
-    return Figure(
-        name=name,
-        median_s=statistics.median(spent),
-        quartiles_s=_quartiles(spent),
-        ratio=statistics.median(ratios),
-        ratio_quartiles=_quartiles(ratios),
-        peak_bytes=peak,
-    )
+    return {
+        "name": name,
+        "median_s": statistics.median(spent),
+        "quartiles_s": _quartiles(spent),
+        "ratio": statistics.median(ratios),
+        "ratio_quartiles": _quartiles(ratios),
+        "peak_bytes": peak,
+    }
 
 
 def _quartiles(values: list[float]) -> tuple[float, float]:

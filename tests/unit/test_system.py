@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
@@ -126,27 +127,60 @@ def test_an_installed_fedzo_has_no_commit_whatever_its_environment_lies_in(
 
     assert _git_commit() is None
     (place.parent / "pyproject.toml").touch()
-    assert len(_git_commit() or "") == 40
+    assert (_git_commit() or "").endswith("-dirty")  # a source tree, whose pyproject.toml is new
 
 
-def test_changed_tracked_files_mark_the_commit_and_others_do_not(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.fixture
+def source_tree(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A repository with one commit, of which this fedzo takes itself to be."""
     who = ["-c", "user.name=n", "-c", "user.email=e@x"]
-    (tmp_path / "pyproject.toml").touch()
-    for words in (["init", "-q"], ["add", "pyproject.toml"], [*who, "commit", "-q", "-m", "ours"]):
+    for name in ("pyproject.toml", "fedzo/a.py", "experiments/peers/run.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for words in (["init", "-q"], ["add", "."], [*who, "commit", "-q", "-m", "ours"]):
         subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
-    (tmp_path / "notes.txt").touch()
     monkeypatch.setattr("fedzo.system.__file__", str(tmp_path / "fedzo" / "system.py"))
+    return tmp_path
 
+
+@pytest.mark.parametrize(
+    ("name", "marks"),
+    [
+        ("pyproject.toml", True),  # changed
+        ("experiments/peers/run.py", True),
+        ("fedzo/b.py", True),  # new
+        ("conf/trainer/x.yaml", True),
+        ("experiments/new/run.py", True),
+        ("experiments/peers/results.json", False),  # a study writes these
+        ("notes.txt", False),
+    ],
+)
+def test_changed_and_new_code_marks_the_commit_and_other_files_do_not(
+    source_tree: Path, name: str, marks: bool
+) -> None:
     clean = _git_commit()
-    (tmp_path / "pyproject.toml").write_text("[project]\n")
+    (source_tree / name).parent.mkdir(parents=True, exist_ok=True)
+    (source_tree / name).write_text("x = 1\n")
     asked_again = _git_commit()
     _commit_of.cache_clear()
 
     assert len(clean or "") == 40
     assert asked_again == clean  # once a process, whose code does not change
-    assert _git_commit() == f"{clean}-dirty"
+    assert _git_commit() == (f"{clean}-dirty" if marks else clean)
+
+
+def test_a_source_tree_without_its_repository_is_told_its_commit(
+    source_tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDZO_GIT_COMMIT", "c" * 40)
+    own = _git_commit()
+    shutil.rmtree(source_tree / ".git")
+    _commit_of.cache_clear()
+
+    assert own != "c" * 40  # a repository knows better
+    assert _git_commit() == "c" * 40
+    monkeypatch.delenv("FEDZO_GIT_COMMIT")
+    assert _git_commit() is None
 
 
 def test_the_environment_tells_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:

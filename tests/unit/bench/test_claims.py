@@ -8,24 +8,24 @@ from typing import Any
 
 import pytest
 
-from fedzo.bench.claims import Claims, measured_in
+from fedzo.bench.claims import Claims, check_alike, measured_in, number, ran_with, wanted
 from fedzo.bench.measure import interleaved
 
 
 @pytest.mark.parametrize(
-    ("bounds", "target", "holds"),
+    ("bounds", "target", "within", "holds", "told"),
     [
-        ({}, None, True),
-        ({"at_most": 2.0}, 2.0, True),
-        ({"at_most": 1.9}, 1.9, False),
-        ({"at_least": 2.0}, 2.0, True),
-        ({"at_least": 2.1}, 2.1, False),
-        ({"near": (1.9, 0.11)}, 1.9, True),
-        ({"near": (1.9, 0.09)}, 1.9, False),
+        ({}, None, None, True, ""),
+        ({"at_most": 2.0}, 2.0, "<=", True, "<= 2"),
+        ({"at_most": 1.9}, 1.9, "<=", False, "<= 1.9"),
+        ({"at_least": 2.0}, 2.0, ">=", True, ">= 2"),
+        ({"at_least": 2.1}, 2.1, ">=", False, ">= 2.1"),
+        ({"near": (1.9, 0.11)}, 1.9, 0.11, True, "1.9 +- 0.11"),
+        ({"near": (1.9, 0.09)}, 1.9, 0.09, False, "1.9 +- 0.09"),
     ],
 )
 def test_a_claim_holds_within_its_bound(
-    bounds: dict[str, Any], target: float | None, holds: bool, tmp_path: Path
+    bounds: dict[str, Any], target: float | None, within: str | float | None, holds: bool, told: str, tmp_path: Path
 ) -> None:
     claims = Claims(command="python it.py", seeds=[3], environment={"fedzo": "1"})
 
@@ -38,11 +38,18 @@ def test_a_claim_holds_within_its_bound(
         "value": 2.0,
         "unit": "ratio",
         "target": target,
+        "within": within,
         "holds": holds,
         "command": "python it.py",
         "seeds": [3],
         "environment": {"fedzo": "1"},
     }
+    assert wanted(row) == told
+
+
+def test_a_claim_has_one_target() -> None:
+    with pytest.raises(ValueError, match="'a ratio' must have one target, got 2"):
+        Claims(command="", environment={}).add("a ratio", 1.0, "ratio", at_least=0.5, at_most=2.0)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +69,7 @@ def test_a_value_is_told_to_digits_that_leave_its_verdict(value: float, bounds: 
 
     (row,) = claims.rows
     assert row["value"] == told
+    assert float(number(told)) == told
     assert row["holds"] == (told <= bounds.get("at_most", told) and told >= bounds.get("at_least", told))
 
 
@@ -72,6 +80,46 @@ def test_kept_results_tell_what_they_were_measured_with() -> None:
     assert measured_in([first]) == {"git_commit": "a", "packages": {"torch": "2"}}
     assert measured_in([first, later, first]) == {"git_commit": ["a", "b"], "packages": {"torch": "2"}}
     assert measured_in([first, {}]) == {"git_commit": "a", "packages": {"torch": "2"}, "without_environment": 1}
+
+
+def test_results_of_one_claim_have_the_same_settings() -> None:
+    """Each group by itself, and no result that does not tell: those are older than the field."""
+
+    def result(settings: Any) -> dict[str, Any]:
+        return {"environment": {"git_commit": f"of {settings}", "settings": settings}}
+
+    old: dict[str, Any] = {"environment": {"git_commit": "old"}}
+    refusal = (
+        r'results of one claim must have the same settings, got \["lr=1"\] \(commit of .*\) and \["lr=2"\] '
+        r"\(commit of .*\)\. Remove the kept results, and the run folders, of all but one of them"
+    )
+
+    check_alike([{}, old, result(["lr=1"]), result(["lr=1"])])
+    with pytest.raises(ValueError, match=refusal):
+        check_alike([result(["lr=1"]), old, result(["lr=2"])])
+    with pytest.raises(ValueError, match=refusal):
+        measured_in([old], [result(["lr=1"]), result(["lr=2"])])
+    told = measured_in([old, result("a")], [result("b")])
+    assert told == {"git_commit": ["old", "of a", "of b"], "settings": [None, "a", "b"]}
+
+
+def test_runs_are_alike_whatever_their_seed_and_what_the_script_varies(tmp_path: Path) -> None:
+    agreed = {"seed": 0, "artifact": "ab", "fl": {"rounds": 3, "lr": 1.0}, "task": {"name": "a"}}
+
+    def settings(changed: dict[str, Any], *varied: str) -> Any:
+        (tmp_path / "run.json").write_text(json.dumps(agreed | changed))
+        (tmp_path / "environment.json").write_text('{"threads": 1, "config_hash": "cd", "command": ["fedzo", "/me"]}')
+        told = ran_with(tmp_path, *varied)
+        assert {**told, "settings": ""} == {"threads": 1, "settings": ""}
+        return told["settings"]
+
+    plain = settings({})
+    assert settings({"seed": 1, "artifact": "of seed 1"}) == plain
+    assert settings({"fl": {"rounds": 4, "lr": 1.0}}) != plain
+    assert settings({"task": {"name": "b"}}) != plain
+    varied = ("task", "fl.lr", "fl.num_flagged")  # a key that only some plugins have
+    assert settings({"task": {"name": "b"}, "fl": {"rounds": 3, "lr": 2.0}}, *varied) == settings({}, *varied)
+    assert settings({"fl": {"rounds": 4, "lr": 1.0}}, *varied) != settings({}, *varied)
 
 
 def test_a_script_replaces_its_own_rows_only(tmp_path: Path) -> None:
@@ -125,9 +173,15 @@ def test_a_mean_over_seeds_tells_its_half_width_where_there_are_several() -> Non
     claims.add_mean("of three", [1.0, 2.0, 3.0], "points")
     claims.add_mean("without a unit", [1.0, 2.0, 3.0], "")
     claims.add_mean("of one", [1.0], "points")
+    claims.add_mean("with a target", [1.0, 2.0, 3.0], "points", at_least=2.5)
 
+    assert [(row["target"], row["within"], row["holds"]) for row in claims.rows[2:]] == [
+        (None, None, True),
+        (2.5, ">=", False),
+    ]
     assert [(row["value"], row["unit"]) for row in claims.rows] == [
         (2.0, "points +- 2.5"),
         (2.0, "+- 2.5"),
         (1.0, "points"),
+        (2.0, "points +- 2.5"),
     ]

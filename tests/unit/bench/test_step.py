@@ -34,7 +34,7 @@ from fedzo.cli import main
 from fedzo.config.load import load
 from fedzo.errors import ConfigError
 from fedzo.models.adapters import base_model
-from fedzo.models.scoring import mean_loss
+from fedzo.models.scoring import example_losses
 from fedzo.models.sketched.layers import make_dense
 from fedzo.sketch import SketchLinear
 from fedzo.testing.tiny_models import save_tiny_model, save_tiny_sketch
@@ -144,11 +144,12 @@ def test_beside_a_sketch_are_the_forwards_of_the_dense_model_that_it_decodes_to(
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SketchLinear)}
     losses: list[float] = []
 
-    def loss(*args: Any, **options: Any) -> float:
-        losses.append(mean_loss(*args, **options))
-        return losses[-1]
+    def told(*args: Any, **options: Any) -> Any:
+        found = example_losses(*args, **options)
+        losses.append(float(found.mean()))
+        return found
 
-    monkeypatch.setattr("fedzo.bench.step.mean_loss", loss)
+    monkeypatch.setattr("fedzo.bench.step.example_losses", told)
     contestants, before = bench.contestants(), counter.num_forwards
     contestants[BARE]()
     contestants[DENSE]()
@@ -200,13 +201,13 @@ def test_forwards_with_pytorchs_default_products_are_timed_beside_those_with_cho
     bench = open_bench(load([f"model={folder}", "device=cpu"]), shape=None, rows=2, tokens=4)
     torch.set_float32_matmul_precision("medium")
     contestants, seen, counter = bench.contestants(), [], bench.loaded.counter
-    run, before = fedzo.bench.step.mean_loss, counter.num_forwards
+    run, before = fedzo.bench.step.example_losses, counter.num_forwards
 
-    def loss(*args: Any, **options: Any) -> float:
+    def told(*args: Any, **options: Any) -> Any:
         seen.append(torch.get_float32_matmul_precision())
         return run(*args, **options)
 
-    monkeypatch.setattr("fedzo.bench.step.mean_loss", loss)
+    monkeypatch.setattr("fedzo.bench.step.example_losses", told)
     contestants[DEFAULT]()
     contestants[BARE]()
 

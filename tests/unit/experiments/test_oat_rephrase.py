@@ -16,6 +16,7 @@ import pytest
 import torch
 from scipy import stats
 
+from fedzo.bench.claims import measured_in
 from fedzo.commands.run_folder import rebuild
 from fedzo.config.load import load
 from fedzo.config.travel import to_json
@@ -264,8 +265,10 @@ def test_a_cell_is_measured_once_and_outlives_a_kill(cells: Any, tmp_path: Path)
     kept.measure("a", lambda: {"value": 1})
     (tmp_path / "effect.part").write_text("{torn")  # of a process that was killed
     assert kept.measure("a", lambda: {"value": 2})["value"] == 1
-    cells.Cells(file).measure("b", lambda: {"value": 3})
+    cells.Cells(file, "cuda").measure("b", lambda: {"value": 3})
     assert {name: cell["value"] for name, cell in kept.all().items()} == {"a": 1, "b": 3}
+    with pytest.raises(ValueError, match="results of one claim must have the same settings"):
+        measured_in(kept.all().values())  # of a CPU and of a GPU
 
 
 def test_the_rate_is_that_of_the_least_dev_loss(cells: Any, arms: Any) -> None:

@@ -235,6 +235,7 @@ def test_no_test_row_is_scored_before_the_rate_is_chosen_and_then_one_run_a_seed
         folder.mkdir(parents=True)
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines_of(8, loss=loss)))
         (folder / "environment.json").write_text("{}")
+        (folder / "run.json").write_text('{"seed": 0, "artifact": ""}')
 
     def score(command: list[str], **_: Any) -> Any:
         scored.append(command[command.index("evaluate") + 1])

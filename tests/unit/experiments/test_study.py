@@ -108,6 +108,32 @@ def test_p_is_students_and_holm_counts_the_lines(study: Any) -> None:
     assert [each.claim for each in left] == ["0.01", "0.016"]
 
 
+def test_holm_counts_the_lines_of_all_columns(study: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 16 lines a p of 0.002 would be left (0.032), of two columns of 16 it is not (0.064), and 0.001 is."""
+    tables, verdicts = study["tables"], study["verdicts"]
+
+    def holm(p: float) -> str:
+        others = [verdicts.Verdict(f"line {number}", "", "cannot judge", 0.5) for number in range(15)]
+        column = [verdicts.Verdict("ours", "", "confirmed", p), *others, verdicts.Verdict("not run", "", "not run")]
+        monkeypatch.setattr(tables, "judge", lambda *_: column)
+        return str(tables.holm(verdicts.Results({}), ["sst2"])[-1])
+
+    assert holm(0.002) == "| 32 | none |"
+    assert holm(0.001) == "| 32 | SST-2, accuracy: ours (confirmed); SST-2, loss: ours (confirmed) |"
+
+
+def test_a_mean_is_over_runs_of_the_same_settings(study: Any) -> None:
+    core = [{**row(seed, 0.8), "settings": "new" if seed else "old"} for seed in range(3)]
+    pieces = {**{piece: [] for piece in study["pieces"].PIECES}, "core": core}
+
+    got = re.escape('must have the same settings, got "old" (commit c) and "new" (commit c)')
+    with pytest.raises(ValueError, match=got):
+        study["tables"].claims(pieces)
+    for each in core:
+        each["settings"] = "new"
+    assert study["tables"].claims(pieces).rows
+
+
 def test_a_claim_is_judged_only_when_all_seeds_have_run(study: Any) -> None:
     rows = [row(seed, 0.8 + seed / 100) for seed in range(3)]
     rows += [row(seed, 0.7 + seed / 100, method="full") for seed in range(2)]
@@ -201,6 +227,8 @@ def test_what_is_committed_is_made_of_the_results(study: Any, monkeypatch: pytes
     made = json.loads(json.dumps(study["tables"].made()))
 
     assert made == json.loads((FOLDER / "tables.json").read_text())
+    rows = study["tables"].claims({piece: study["collect"].known(piece) for piece in study["pieces"].PIECES}).rows
+    assert json.loads(json.dumps(rows)) == json.loads((FOLDER / "claims.json").read_text())
 
 
 def write_run(folder: Path, *, finished: bool) -> None:
@@ -225,6 +253,7 @@ def write_run(folder: Path, *, finished: bool) -> None:
     (folder / "overrides.yaml").write_text("[experiment=study, +cell=sst2-meerkat, +budget=T1, seed=1]")
     (folder / "config.json").write_text(json.dumps({"trainer": {"lr": 1e-3}, "fl": {"num_clients": 1}}))
     (folder / "environment.json").write_text(json.dumps({"git_commit": "c"}))
+    (folder / "run.json").write_text(json.dumps({"seed": 1, "artifact": "", "step_policy": {}}))
 
 
 def test_finished_runs_become_rows_and_interrupted_ones_do_not(study: Any, tmp_path: Path) -> None:
@@ -376,6 +405,15 @@ def test_the_steps_of_a_run_are_its_rounds_and_its_calibration(study: Any) -> No
     assert steps("long") == [1000] * 3
     assert steps("drift") + steps("drift_100") == [1000] * 9
     assert steps("step_policy") == [200] * 3 + [300] * 3
+
+
+def test_tuning_takes_the_hours_that_its_runs_took(study: Any) -> None:
+    """Three runs of an hour and one of two, two at a time."""
+    taken = [("sst2", 3600.0)] * 3 + [("ag_news", 7200.0)]
+
+    lines = study["costs"].hours([], [{"task": task, "seconds": seconds} for task, seconds in taken])
+
+    assert "| `tune` | 3 | 1.5 | 1 | 1.0 |" in lines
 
 
 def test_the_sums_of_a_cusum_are_those_of_a_slow_loop(study: Any) -> None:

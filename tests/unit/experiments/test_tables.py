@@ -1,15 +1,25 @@
-"""The generated tables of the pages are tables to whoever renders them."""
+"""The generated tables of the pages are tables to whoever renders them, and say what their files say."""
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
+from types import ModuleType
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[3]
 TABLE = re.compile(r"<!-- table: (\S+) -->\n(.*?)<!-- /table -->", re.DOTALL)
 PAGES = (ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/*/*.md"))
+
+
+@pytest.fixture(scope="module")
+def tables(script: Callable[[Path], ModuleType]) -> Any:
+    return script(ROOT / "docs" / "tables.py")
 
 
 @pytest.mark.parametrize(
@@ -23,3 +33,97 @@ def test_every_row_has_the_cells_of_its_head(name: str, body: str) -> None:
         lines = [line for line in table.splitlines() if line.startswith("|")]
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) <= 1
         assert not lines or set(lines[1]) == set("|-")
+
+
+def row(value: float, target: float | None, within: str | float | None = "<=", **changed: Any) -> Any:
+    holds = target is None or (value <= target if within == "<=" else value >= target)
+    told = {"claim": "a: b", "value": value, "target": target, "within": within, "holds": holds}
+    return {**told, "unit": "", "command": "python experiments/x/y.py", **changed}
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "told"),
+    [
+        (1.1001, "", "1.1001"),  # which a target of 1.1 misses
+        (0.28185, "share", "28.185 %"),
+        (0.07, "share", "7 %"),
+        (123500.0, "tokens", "123500 tokens"),
+        (1234567.0, "bytes", "1,234,567 bytes"),
+        (7.617, "points +- 0.84", "7.617 points +- 0.84"),
+    ],
+)
+def test_a_value_keeps_its_digits(tables: Any, value: float, unit: str, told: str) -> None:
+    assert tables.amount(value, unit) == told
+
+
+@pytest.mark.parametrize(
+    ("target", "within", "unit", "told"),
+    [
+        (None, None, "s", ""),
+        (1.05, "<=", "ratio", "<= 1.05"),
+        (5, ">=", "points +- 0.84", ">= 5 points"),
+        (0.05, "<=", "share", "<= 5 %"),
+        (3.89, 0.1167, "GB", "3.89 GB +- 0.1167 GB"),
+    ],
+)
+def test_a_target_says_on_which_side_a_value_must_lie(
+    tables: Any, target: float | None, within: str | float | None, unit: str, told: str
+) -> None:
+    assert tables.goal(row(1.0, target, within, unit=unit)) == told
+
+
+def test_no_table_shows_a_missed_target_as_met(tables: Any) -> None:
+    """1.1001 of at most 1.1 and 1.0504 of at most 1.05, which four digits would write as they write their target."""
+    claim = row(1.1001, 1.1)
+    (line,) = tables.claims([claim])[2:]
+    (pivoted,) = tables.pivoted("y", "case")([claim])[2:]
+    (sketch,) = [
+        line
+        for line in tables.sketches([row(1.1001, 1.1, claim="16 tokens: 4 bits, error", command="python x/quality.py")])
+        if line.startswith("| 4 bits")
+    ]
+    (bench,) = tables.bench([row(1.0504, 1.05, claim="case: fedzo step / bare forwards, time")])[2:]
+
+    assert line == "| a: b | 1.1001 | <= 1.1: **missed** |"
+    assert pivoted == "| a | 1.1001, target <= 1.1 **missed** |"
+    assert sketch == "| 4 bits | 1.1001, target <= 1.1 **missed** |"
+    assert bench.startswith("| case | 1.0504 | <= 1.05, **missed** |")
+
+
+def test_the_quickstart_takes_the_minutes_that_its_claim_tells(tables: Any) -> None:
+    """A user waits for the whole command, not for what the run counts of itself."""
+    folder = ROOT / "experiments" / "quickstart"
+    results = json.loads((folder / "results.json").read_text())
+    named = {each["claim"]: each["value"] for each in json.loads((folder / "claims.json").read_text())}
+
+    *lines, _, last = tables.quickstart(results)
+
+    minutes = [float(line.split("|")[-2]) for line in lines[2:]]
+    assert median(minutes) == pytest.approx(named["the run alone, median of the seeds"], abs=0.051)
+    (points,) = re.findall(r"\+(\d+\.\d) \+- (\d\.\d) points over seeds", last)
+    of_seeds = [100 * (run["after"]["value"] - run["before"]["best_threshold_accuracy"]) for run in results["run"]]
+    mean = sum(of_seeds) / 3
+    error = (sum((each - mean) ** 2 for each in of_seeds) / 2 / 3) ** 0.5
+    assert [float(each) for each in points] == pytest.approx([mean, 4.303 * error], abs=0.051)
+
+
+def test_what_a_step_costs_ranges_over_reliable_cases(tables: Any) -> None:
+    """A case without a target is not reliable; those of a GPU are no CPU's."""
+
+    def step(case: str, value: float, target: float | None = 1.05, what: str = "time") -> Any:
+        return row(value, target, claim=f"{case}: fedzo step / bare forwards, {what}")
+
+    made = tables.ranges(
+        [
+            *(step("a-masked", 0.9803), step("a-masked", 1.001, what="peak memory"), step("b-lora", 0.949)),
+            *(step("a-full", 1.228), step("b-full", 1.351), step("c-full", 1.109, None), step("gpu-a-mezo", 2.2)),
+            row(3.0, None, claim="a-full: MeZO walk / bare forwards, time"),
+        ]
+    )
+
+    assert made == [
+        "| trained | time | peak memory |",
+        "|---|---|---|",
+        "| a mask or an adapter | 0.949 to 0.9803 | 1.001 to 1.001 |",
+        "| all weights | 1.228 to 1.351 |  |",
+    ]
