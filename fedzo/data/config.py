@@ -49,10 +49,10 @@ class TaskConfig:
     prepare: str | None = None
     """A built-in row preparation (``alpaca``, ``boolq``, ``copa``, ``wsc``), for what a template cannot express."""
     common_shift: float = 1.0
-    """Factor on what the scores of a client's batch have in common, in the loss over candidates. Only the loss that is
-    trained on and logged changes, no dev or test score. Below 1 the balance between the answers is trained with
-    less force, and larger learning rates can be stable. A row is part of its batch's mean: in batches of few rows, or
-    of one label, what tells rows apart is damped, too. 1 leaves the loss as it is."""
+    """Factor on the mean of the candidates' scores over a client's batch, in the training loss, also as logged; dev and
+    test scores do not change. Below 1, the bias towards an answer is trained more slowly, so larger learning rates can
+    be stable. Each row is part of this mean: in batches of few rows, or of one label, differences between rows are
+    damped, too. 1 leaves the loss as it is."""
     max_length: int = 512
     """Longest sequence in tokens. A longer prompt loses its beginning."""
     max_new_tokens: int = 32
@@ -65,7 +65,7 @@ class DataConfig:
 
     path: str | None = None
     """A folder with ``train.*`` and optionally ``dev.*``/``validation.*`` and ``test.*`` (jsonl, json, csv, tsv,
-    parquet), or one file; ``None`` is the embedded set of the task (Rotten Tomatoes)."""
+    parquet), or one file; ``null`` is the embedded set of the task (Rotten Tomatoes)."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -78,6 +78,6 @@ class SplitConfig:
     """Rows for choosing the best round, 0 = none; without a dev file drawn from train (a quarter of it at most)."""
     num_test: int = 1024
     """Rows of the final score, 0 = none; without a test file drawn from train (a quarter of it at most). To choose
-    settings, write ``evaluation.test=false`` instead of 0, which would make dev rows of the test rows."""
+    settings, write ``evaluation.test=false`` instead: 0 would turn test rows into dev rows."""
     seed: int = 0
     """Seed of the split; apart from the run seed, so that runs share their test rows."""

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from fedzo.data.chat import chat_end, chat_opening, chat_texts
 from fedzo.data.config import TaskConfig, TaskKind
 from fedzo.data.files import Row
-from fedzo.data.tasks import Rendered, render
+from fedzo.data.tasks import Rendered, beginning, render
 from fedzo.errors import ConfigError
 from fedzo.system import warn_once
 
@@ -110,28 +110,27 @@ def _encode_block(
 ) -> list[Example]:
     """As ``encode``; ``first`` is the number of the first row."""
     rendered = [_render(number, row, task) for number, row in enumerate(rows, first)]
-    texts, add_special_tokens = _texts(rendered, task, tokenizer, first=first)
+    names = [row_name(number, row.prompt) for number, row in enumerate(rendered, first)]
+    texts, add_special_tokens = _texts(rendered, task, tokenizer, names=names)
     if not rows:
         return []
-    ids = _ids(texts, tokenizer, add_special_tokens=add_special_tokens, first=first)
+    ids = _ids(texts, tokenizer, add_special_tokens=add_special_tokens, names=names)
     begin, num_after, turn_end = _frame(task, tokenizer)
     is_written = task.kind is not TaskKind.candidates
     num_behind = 0 if is_written else num_after
     room_to_write = max(max_length - task.max_new_tokens, max_length // 2)
     examples, start = [], 0
-    for number, (group, row) in enumerate(zip(texts, rendered, strict=True), first):
+    for name, group, row in zip(names, texts, rendered, strict=True):
         prompt, *joint = (tuple(tokens) for tokens in ids[start : start + len(group)])
         start += len(group)
         prompt, joint = prompt[: len(prompt) - num_after], [tokens[: len(tokens) - num_behind] for tokens in joint]
         cut = min(_common(prompt, joint), min(map(len, joint)) - 1)
         whole = answers = tuple(_through(tokens[cut:], turn_end) for tokens in joint)
         if cut < 1:
-            raise ConfigError(
-                f"row {number}: the prompt must have at least one token, got {row.prompt!r}. Extend task.template."
-            )
+            raise ConfigError(f"{name}: the prompt must have a token of its own, got none. Extend task.template.")
         if answers.count(answers[row.label]) > 1:
             raise ConfigError(
-                f"row {number}: the right candidate must have tokens that no other has, but {row.answers[row.label]!r} "
+                f"{name}: the right candidate must have tokens that no other has, but {row.answers[row.label]!r} "
                 "and another are the same tokens to this model. Correct the row, word task.candidates otherwise, or "
                 "choose another model."
             )
@@ -141,7 +140,7 @@ def _encode_block(
         head = _shortened(prompt[:cut], max_length - max(map(len, answers)), begin=begin)
         if not head:
             raise ConfigError(
-                f"row {number}: the longest candidate has {max(map(len, answers))} tokens and task.max_length is "
+                f"{name}: the longest candidate has {max(map(len, answers))} tokens and task.max_length is "
                 f"{max_length}, no room is left for the prompt. Raise task.max_length or shorten the candidates."
             )
         asked = _shortened(prompt, room_to_write, begin=begin) if is_written else head
@@ -172,6 +171,11 @@ def opening(tokenizer: Tokenizer) -> int | None:
     """The token that the tokenizer begins every text with, if it does: the last, where it puts several before it."""
     before, _ = _around(tokenizer)
     return before[-1] if before else None
+
+
+def row_name(number: int, prompt: str) -> str:
+    """How a message names a row: by its number among those that are encoded together, and by its prompt."""
+    return f"row {number}, {beginning(prompt)}"
 
 
 def task_digest(task: TaskConfig) -> str:
@@ -214,7 +218,7 @@ def _render(number: int, row: Row, task: TaskConfig) -> Rendered:
 
 
 def _texts(
-    rendered: list[Rendered], task: TaskConfig, tokenizer: Tokenizer, *, first: int
+    rendered: list[Rendered], task: TaskConfig, tokenizer: Tokenizer, *, names: Sequence[str]
 ) -> tuple[list[list[str]], bool]:
     """Of each row the prompt, then the prompt with each answer; and whether special tokens are to be added."""
     if task.kind is not TaskKind.instruction:
@@ -225,11 +229,11 @@ def _texts(
             "Choose an instruction-tuned model, or task.kind=generation with a template of your own."
         )
     texts = []
-    for number, row in enumerate(rendered, first):
+    for name, row in zip(names, rendered, strict=True):
         try:
             texts.append(chat_texts(row.prompt, row.answers[0], tokenizer))
         except Exception as error:  # whatever the template's own code raises
-            raise _unencodable(number, row.prompt, "chat template", error) from error
+            raise _unencodable(name, "chat template", error) from error
     if not all(answered.startswith(asked) for asked, answered in texts):
         warn_once(
             log,
@@ -240,7 +244,9 @@ def _texts(
     return texts, False  # a chat template writes its special tokens itself
 
 
-def _ids(texts: list[list[str]], tokenizer: Tokenizer, *, add_special_tokens: bool, first: int) -> list[list[int]]:
+def _ids(
+    texts: list[list[str]], tokenizer: Tokenizer, *, add_special_tokens: bool, names: Sequence[str]
+) -> list[list[int]]:
     """Token ids of all texts, one after another."""
     flat = [text for group in texts for text in group]
     if not flat:
@@ -248,21 +254,19 @@ def _ids(texts: list[list[str]], tokenizer: Tokenizer, *, add_special_tokens: bo
     try:
         ids: list[list[int]] = tokenizer(flat, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
     except Exception as error:  # each tokenizer has errors of its own; whose text is it?
-        for number, group in enumerate(texts, first):
+        for name, group in zip(names, texts, strict=True):
             try:
                 tokenizer(group, add_special_tokens=add_special_tokens, verbose=False)
             except Exception as own:
-                raise _unencodable(number, group[0], "tokenizer", own) from own
+                raise _unencodable(name, "tokenizer", own) from own
         raise ConfigError(f"the tokenizer cannot encode these rows: {type(error).__name__}: {error}") from error
     return ids
 
 
-def _unencodable(number: int, text: str, what: str, error: Exception) -> ConfigError:
-    shown = repr(text if len(text) <= 80 else text[:77] + "...")
+def _unencodable(name: str, what: str, error: Exception) -> ConfigError:
     return ConfigError(
-        f"row {number}: the model's {what} must take its text, {shown}, but raises "
-        f"{type(error).__name__}: {' '.join(str(error).split())[:200]}. "
-        "Correct or remove the row, or choose another model."
+        f"{name}: the model's {what} must take its text, but raises {type(error).__name__}: "
+        f"{' '.join(str(error).split())[:200]}. Correct or remove the row, or choose another model."
     )
 
 

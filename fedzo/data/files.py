@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,9 @@ import pyarrow
 import pyarrow.parquet
 
 from fedzo.errors import ConfigError
+from fedzo.system import warn_once
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 Located = tuple[str, Row]
@@ -60,9 +66,8 @@ def text_of(path: Path, data: bytes) -> str:
     Raises:
         ConfigError: They are no UTF-8; the message has the place and how to convert the file.
     """
-    wide = data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:64]
     try:
-        if not wide:
+        if not _is_utf16(data):
             return data.decode("utf-8-sig")
         at, name = 0, "UTF-16"
         got = f"0x{data[0]:02x} at byte 0, as in UTF-16"
@@ -79,9 +84,22 @@ def text_of(path: Path, data: bytes) -> str:
     )
 
 
-def _lines(path: Path, data: bytes) -> io.StringIO:
+def _is_utf16(data: bytes) -> bool:
+    return data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:64]
+
+
+def _lines(path: Path, data: bytes, *, newline: str | None = None) -> io.TextIOWrapper:
+    """Its lines, decoded one by one: the whole text, of 4 bytes a character for one emoji, is never held."""
     # not str.splitlines: it also breaks at characters that JSON text may hold
-    return io.StringIO(text_of(path, data), newline=None)
+    lines = partial(io.TextIOWrapper, encoding="utf-8-sig", newline=newline)
+    try:
+        is_text = not _is_utf16(data)
+        deque(lines(io.BytesIO(data)) if is_text else (), maxlen=0)  # all of them, before a row is looked at
+    except UnicodeDecodeError:
+        is_text = False
+    if not is_text:
+        text_of(path, data)  # says where, and how to convert it
+    return lines(io.BytesIO(data))
 
 
 def _jsonl(path: Path, data: bytes) -> Iterator[Located]:
@@ -153,22 +171,11 @@ def _checked(row: Any, where: str) -> Row:
     return row
 
 
-def _csv(path: Path, data: bytes) -> Iterator[Located]:
-    return _delimited(path, data, delimiter=",", quoting=csv.QUOTE_MINIMAL)
-
-
-def _tsv(path: Path, data: bytes) -> Iterator[Located]:
-    return _delimited(path, data, delimiter="\t", quoting=csv.QUOTE_NONE)
-
-
 def _delimited(path: Path, data: bytes, *, delimiter: str, quoting: Any) -> Iterator[Located]:
-    file = io.StringIO(text_of(path, data), newline="")
-    lines = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
+    lines = csv.reader(_lines(path, data, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
     before = csv.field_size_limit(MOST_CELL_CHARS)  # of the whole process
-    began = 1
+    began, columns = 1, list[str]()
     try:
-        columns = next(lines, [])
-        _check_columns(f"{path}:1", columns)
         while True:
             began = lines.line_num + 1
             if (values := next(lines, None)) is None:
@@ -176,10 +183,17 @@ def _delimited(path: Path, data: bytes, *, delimiter: str, quoting: Any) -> Iter
             if not values:
                 continue
             where = f"{path}:{began}"
+            if not columns:
+                columns = values
+                _check_columns(where, columns)
+                if delimiter == ",":
+                    _check_commas(where, columns)
+                continue
             if len(values) != len(columns):
+                is_csv = delimiter == ","
                 raise ConfigError(
                     f"{where}: must have {len(columns)} fields ({', '.join(columns)}), got {len(values)}. "
-                    f"{'Quote fields that hold a comma.' if delimiter == ',' else 'Fields must not hold a tab.'}"
+                    f"{'Quote fields that hold a comma.' if is_csv else 'Fields must not hold a tab or a line end.'}"
                 )
             yield where, dict(zip(columns, values, strict=True))
     except csv.Error as error:
@@ -189,7 +203,8 @@ def _delimited(path: Path, data: bytes, *, delimiter: str, quoting: Any) -> Iter
                 f"{path}:{began}: a field must have at most {MOST_CELL_CHARS:,} characters, the row that begins here "
                 f"has more (up to {size:,}). Close its quotes, or shorten it."
             ) from error
-        raise ConfigError(f"{path}:{began}: malformed line ({error}). Correct it or its quotes.") from error
+        advice = f"Correct it or its quotes{'' if columns else ', and part columns by commas'}."
+        raise ConfigError(f"{path}:{began}: malformed line ({error}). {advice}") from error
     finally:
         csv.field_size_limit(before)
 
@@ -199,24 +214,50 @@ def _check_columns(where: str, columns: Sequence[str]) -> None:
         raise ConfigError(f"{where}: column names must differ, got {list(columns)}. Rename or remove one of two.")
 
 
+def _check_commas(where: str, columns: Sequence[str]) -> None:
+    found = next((sign for sign in ";\t|" if sign in columns[0]), None)
+    if found and len(columns) == 1:
+        raise ConfigError(
+            f"{where}: columns must be parted by commas, got {found!r}. Save it with commas, or as .tsv with tabs."
+        )
+
+
+def _tsv(path: Path, data: bytes) -> list[Located]:
+    located = list(_delimited(path, data, delimiter="\t", quoting=csv.QUOTE_NONE))
+    if quoted := next((where for where, row in located if any(map(_is_quoted, row.values()))), None):
+        warn_once(
+            log,
+            f"{quoted}: a cell has quotes around it and doubled ones inside. A tsv is read without quoting, so all of "
+            "them are kept. If they are not part of the text, save the file as csv or jsonl.",
+        )
+    return located
+
+
+def _is_quoted(cell: str) -> bool:
+    return cell[:1] == cell[-1:] == '"' and '""' in cell[1:-1]
+
+
 def _parquet(path: Path, data: bytes) -> Iterator[Located]:
     try:
         table = pyarrow.parquet.ParquetFile(io.BytesIO(data))
         _check_columns(str(path), table.schema_arrow.names)
         rows = table.read().to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError, KeyError) as error:  # the last two: of a date
         if isinstance(error, ConfigError):
             raise
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{path}: not a parquet file that can be read ({reason}). Save it again.") from error
+        raise ConfigError(
+            f"{path}: not a parquet file that can be read ({reason}). Save it again, without the columns that no "
+            "prompt reads."
+        ) from error
     for number, row in enumerate(rows, start=1):
         yield f"{path}, row {number}", row
 
 
-_READERS: dict[str, Callable[[Path, bytes], Iterator[Located]]] = {
+_READERS: dict[str, Callable[[Path, bytes], Iterable[Located]]] = {
     ".jsonl": _jsonl,
     ".json": _json,
-    ".csv": _csv,
+    ".csv": partial(_delimited, delimiter=",", quoting=csv.QUOTE_MINIMAL),
     ".tsv": _tsv,
     ".parquet": _parquet,
 }

@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 
@@ -37,6 +37,7 @@ class KeptDigests:
     """
 
     folder: Path
+    _claimed: dict[str, int] = field(default_factory=dict, init=False, compare=False)
 
     def register(self, rows: Sequence[Row], *, whose: str, run: str, begun: bool, stages: Sequence[str] = ()) -> str:
         """Remember rows when a run begins, and prove them when it goes on.
@@ -91,9 +92,11 @@ class KeptDigests:
         """
         file = self.claim_file(run)
         try:
-            if not file.exists():
-                self._make(file, str(client).encode())
-            return int(file.read_bytes())
+            if run not in self._claimed:
+                if not file.exists():
+                    self._make(file, str(client).encode())
+                self._claimed[run] = int(file.read_bytes())
+            return self._claimed[run]
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"{file}: the site's index in the run must be kept there, but: {error}. Make the folder writable, and "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -18,10 +18,10 @@ import numpy.typing as npt
 from fedzo.data.config import DataConfig, SplitConfig, TaskConfig, TaskKind
 from fedzo.data.files import Row, refuse_marked
 from fedzo.data.partition import PartitionConfig, holdout, partition
-from fedzo.data.preprocess import Stage, preprocess
+from fedzo.data.preprocess import Stage, preprocess, summaries
 from fedzo.data.sources import Splits, load_own, load_splits
 from fedzo.data.tasks import label_index, render
-from fedzo.system import OnProgress
+from fedzo.system import OnProgress, untold
 from fedzo.zo.directions import PURPOSE_DATA, permutation, stream_key
 
 
@@ -92,10 +92,12 @@ class ClientRows:
     Attributes:
         train: What it trains on, after all stages.
         heldout: What it is scored on, in an order that the run's seed draws: any first part of them is a random sample.
+        figures: What the stages tell of ``train``.
     """
 
     train: list[Row]
     heldout: list[Row]
+    figures: Mapping[str, float] = field(default_factory=dict)
 
     def label_counts(self, task: TaskConfig) -> Mapping[str, int]:
         """Number of training rows of each label; empty for a task without labels."""
@@ -112,7 +114,7 @@ def client_rows(
     share: float,
     seed: int,
     stages: Mapping[str, Stage] | None = None,
-    on_progress: OnProgress = lambda done, total: None,
+    on_progress: OnProgress = untold,
 ) -> ClientRows:
     """A client's rows, parted and prepared.
 
@@ -131,6 +133,7 @@ def client_rows(
     return ClientRows(
         train=preprocess([rows[row] for row in train], stages or {}, client=client, on_progress=on_progress),
         heldout=[rows[row] for row in heldout],
+        figures=summaries(stages or {}, client=client),
     )
 
 

@@ -16,6 +16,7 @@ from fedzo.data.embedded import rotten_tomatoes
 from fedzo.data.files import SUFFIXES, Located, Row, read_located, refuse_marked
 from fedzo.data.tasks import has_answer, render
 from fedzo.errors import ConfigError
+from fedzo.records.folder import told_as
 from fedzo.zo.directions import PURPOSE_SPLIT, permutation, stream_key
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 EMBEDDED: dict[str, Callable[[], list[Row]]] = {"rotten_tomatoes": rotten_tomatoes}
 """Tasks whose rows come with an install."""
 _STEMS = {"train": ("train",), "dev": ("dev", "validation", "valid", "val"), "test": ("test",)}
+_LIKE_ROWS = {*SUFFIXES, ".gz", ".xls", ".xlsx", ".zip"}  # what somebody may have meant to be read
 _DRAWN_PART = 4  # a dev or test split drawn from train takes at most a quarter of it
 
 
@@ -46,9 +48,9 @@ def load_splits(data: DataConfig, split: SplitConfig, task: TaskConfig) -> Split
     """Read a task's rows, check each against the task, and set dev and test apart from train.
 
     A folder may hold ``train``, ``dev`` (or ``validation``, ``valid``, ``val``) and ``test`` files. A missing dev or
-    test split is drawn from train: a quarter of its rows at most, with a warning if more were asked for. Dev rows with
-    the prompt of a test row, and train rows with the prompt of a dev or test row, are dropped. Rows keep the order of
-    their file.
+    test split is drawn from train, whole prompts with all their rows, a quarter of its rows at most. A warning tells of
+    fewer than were asked for, and of files that are not read. Dev rows with the prompt of a test row, and train rows
+    with the prompt of a dev or test row, are left out with a warning. Rows keep the order of their file.
 
     Args:
         data: Where the rows are.
@@ -60,33 +62,46 @@ def load_splits(data: DataConfig, split: SplitConfig, task: TaskConfig) -> Split
             empty.
     """
     unused = {name for name, wanted in (("dev", split.num_dev), ("test", split.num_test)) if wanted == 0}
-    read, there = _read(data, task, unused=unused)
+    read, there, others = _read(data, task, unused=unused)
     files = {name: _shuffled(rows, task, name=name, seed=split.seed) for name, rows in read.items()}
-    taken: set[str] = set()
+    num_rows, taken = len(files["train"]), set[str]()
 
-    def take(name: str, wanted: int | None) -> list[Row]:
-        items, most = files.get(name, files["train"]), wanted
-        if wanted and name not in files and wanted > len(items) // _DRAWN_PART:
-            most = len(items) // _DRAWN_PART
-            logger.warning(
-                "split.num_%s=%d: there is no %s file, %d rows are drawn from train", name, wanted, name, most
-            )
-        chosen = [item for item in items if item.prompt not in taken][:most]
-        if not chosen and wanted != 0:
+    def take(name: str, wanted: int) -> list[Row]:
+        if wanted == 0:
+            return []
+        items = files.get(name, files["train"])
+        free = [item for item in items if item.prompt not in taken]
+        if name in files:
+            chosen = free[:wanted]
+            if len(free) < len(items):
+                what = "data: %d of %d %s rows have the prompt of a row of another split and are left out"
+                logger.warning(what, len(items) - len(free), len(items), name)
+        else:
+            chosen = _whole_prompts(free, min(wanted, num_rows // _DRAWN_PART))
+            drawn = {item.at for item in chosen}
+            files["train"] = [item for item in items if item.at not in drawn]
+            if others or len(chosen) < wanted:
+                beside = f" (the folder also holds {', '.join(others[:20])})" if others else ""
+                what = "split.num_%s=%d: there is no %s file%s, %d rows are drawn from train"
+                logger.warning(what, name, wanted, name, beside, len(chosen))
+        if not chosen:
             raise ConfigError(_empty_split(name, data))
         taken.update(item.prompt for item in chosen)
         return [item.row for item in sorted(chosen, key=lambda item: item.at)]
 
     if split.num_test == 0 and split.num_dev != 0 and not {"dev", "test"} & there:
         logger.warning(
-            "split.num_test=0: there is no test file, so the dev rows are rows that runs with test rows are tested on. "
-            "Where this run is to choose settings, write evaluation.test=false instead"
+            "split.num_test=0: there is no test file, so the dev rows are test rows of runs that have some. To choose "
+            "settings, write evaluation.test=false instead"
         )
     test = take("test", split.num_test)
     dev = take("dev", split.num_dev)
     for name, rows in (("test", test), ("dev", dev)):
         refuse_marked(rows, what=f"{name} rows")
-    return Splits(test=test, dev=dev, train=take("train", split.num_train or None))
+    train = take("train", split.num_train or num_rows)
+    if len(train) < split.num_train:
+        logger.warning("split.num_train=%d: %d rows are left to train on", split.num_train, len(train))
+    return Splits(test=test, dev=dev, train=train)
 
 
 def load_own(path: Path, task: TaskConfig) -> list[Row]:
@@ -110,7 +125,7 @@ def read_own(path: Path) -> list[Located]:
     file = _files(_existing(path))["train"] if path.is_dir() else _existing(path)
     located = read_located(file)
     if not located:
-        raise ConfigError(f"{file}: the file must hold at least one row, got none.")
+        raise ConfigError(f"{file}: must hold a row, got none. Name another file.")
     return located
 
 
@@ -121,8 +136,10 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _read(config: DataConfig, task: TaskConfig, *, unused: Set[str]) -> tuple[dict[str, list[Located]], Set[str]]:
-    """The rows of each file that is used, by the name of its split, and the names of all files."""
+def _read(
+    config: DataConfig, task: TaskConfig, *, unused: Set[str]
+) -> tuple[dict[str, list[Located]], Set[str], list[str]]:
+    """The rows of each file that is used, by the name of its split; the splits with a file; what else lies there."""
     if config.path is None:
         if task.name not in EMBEDDED:
             raise ConfigError(
@@ -131,33 +148,40 @@ def _read(config: DataConfig, task: TaskConfig, *, unused: Set[str]) -> tuple[di
             )
         embedded = EMBEDDED[task.name]()
         rows = [(f"{task.name}, row {number}", row) for number, row in enumerate(embedded, start=1)]
-        return {"train": rows}, {"train"}
+        return {"train": rows}, {"train"}, []
     path = _existing(Path(config.path))
     files = _files(path) if path.is_dir() else {"train": path}
     located = {name: read_located(file) for name, file in files.items() if name not in unused}
     for name, rows in located.items():
         if not rows:
-            raise ConfigError(f"{files[name]}: the file must hold at least one row, got none.")
-    return located, files.keys()
+            raise ConfigError(f"{files[name]}: must hold a row, got none. Fill or remove it.")
+    beside = _entries(path) if path.is_dir() else []
+    others = [each.name for each in beside if each not in files.values() and _LIKE_ROWS & {*each.suffixes}]
+    return located, files.keys(), others
 
 
 def _files(folder: Path) -> dict[str, Path]:
     found = {name: file for name in _STEMS if (file := _file(folder, name)) is not None}
     if "train" not in found:
-        names = ", ".join(sorted(path.name for path in folder.iterdir())[:20]) or "nothing"
+        names = ", ".join([path.name for path in _entries(folder)][:20]) or "nothing"
         raise ConfigError(
             f"{folder}: must hold a file train.* ({', '.join(SUFFIXES)}), it holds {names}. Check data.path."
         )
     return found
 
 
+def _entries(folder: Path) -> list[Path]:
+    with told_as(ConfigError, f"{folder}: data.path must be a folder that can be listed", "Give its reader the right."):
+        return sorted(folder.iterdir())
+
+
 def _file(folder: Path, name: str) -> Path | None:
-    """The one file of a split in a folder; None where there is none."""
-    there = [folder / f"{stem}{suffix}" for stem in _STEMS[name] for suffix in SUFFIXES]
-    there = [path for path in there if path.is_file()]
+    """The one file of a split in a folder, in capitals or not; None where there is none."""
+    names = {f"{stem}{suffix}" for stem in _STEMS[name] for suffix in SUFFIXES}
+    there = [path for path in _entries(folder) if path.name.lower() in names and path.is_file()]
     if len(there) > 1:
-        names = ", ".join(path.name for path in there)
-        raise ConfigError(f"{folder}: one {name} file must exist, got {names}. Remove all but one.")
+        got = ", ".join(path.name for path in there)
+        raise ConfigError(f"{folder}: one {name} file must exist, got {got}. Remove all but one.")
     return there[0] if there else None
 
 
@@ -165,6 +189,18 @@ def _shuffled(rows: list[Located], task: TaskConfig, *, name: str, seed: int) ->
     items = [_Item(at, row, _prompt(where, row, task, name=name)) for at, (where, row) in enumerate(rows)]
     key = stream_key(seed, round=list(_STEMS).index(name))
     return [items[at] for at in permutation(key, len(items), purpose=PURPOSE_SPLIT)]
+
+
+def _whole_prompts(items: list[_Item], most: int) -> list[_Item]:
+    """The first prompts, each with all its rows, of which there are few enough; else some rows of the rarest prompt."""
+    rows_of: dict[str, list[_Item]] = {}
+    for item in items:
+        rows_of.setdefault(item.prompt, []).append(item)
+    chosen: list[_Item] = []
+    for rows in rows_of.values():
+        if len(chosen) + len(rows) <= most:
+            chosen += rows
+    return chosen or min(rows_of.values(), key=len, default=[])[:most]
 
 
 def _prompt(where: str, row: Row, task: TaskConfig, *, name: str) -> str:

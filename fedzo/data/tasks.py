@@ -20,9 +20,10 @@ from fedzo.data.files import Row
 from fedzo.errors import ConfigError
 
 _FIELD = re.compile(r"\{(\w[\w .-]*)\}")  # other braces are plain text
-_NO_VALUE = {"nan", "nat", "<na>", "\\n"}
+_NO_VALUE = {"nan", "nat", "<na>", "\\n", "#n/a", "#na", "#name?", "#null!", "#num!", "#ref!", "#value!", "#div/0!"}
 """How tables and dumps write a missing value as text, in lower case; an answer may be one of the words below."""
-_NO_WORD = {"null", "none"}
+_NO_WORD = {"null", "none", "n/a"}
+_NA = "NA"  # R's; in lower case it is a word of some languages, and Na is sodium
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +70,19 @@ def template_faults(template: str, *, constant: bool = False) -> Iterator[str]:
     """The rules that a template breaks whatever the rows are; ``constant`` is one that needs no column."""
     rest = _FIELD.sub("\0", template)
     if opened := re.search(r"(?<!\$)\{[ \t]*(\w[\w .-]*)", rest):
-        yield f"close the brace of {opened[0]!r} right after the column's name, as in {{{opened[1].strip()}}}"
+        yield (
+            f"close the brace of {opened[0]!r} right after the column's name, as in {{{opened[1].strip()}}} (a name "
+            "may hold letters, digits, blanks and _ . -: rename a column with other signs)"
+        )
     elif rest.count("{") < rest.count("}") and (closed := re.search(r"(\w+)[ \t]*\}", rest)):
         yield f"open the brace of {closed[0]!r} right before the column's name, as in {{{closed[1]}}}"
     elif "\0" not in rest and not constant:
         yield "hold a {column} of the rows, or every row has the same text"
+
+
+def beginning(prompt: str) -> str:
+    """What a message shows of a row whose number is in no file that a user has, since rows were split and dealt."""
+    return repr(prompt if len(prompt) <= 80 else prompt[:77] + "...")
 
 
 def has_answer(row: Row, task: TaskConfig) -> bool:
@@ -88,10 +97,18 @@ def has_answer(row: Row, task: TaskConfig) -> bool:
     return not any(all(map(is_hidden, answers_in(row, column))) for column in columns)
 
 
-def is_missing(value: object) -> bool:
-    """Whether a cell is null, blank, or what a table puts in the place of a value that it lacks."""
-    is_number = not isinstance(value, float) or math.isfinite(value)
-    return value is None or not is_number or str(value).strip().casefold() in {"", *_NO_VALUE}
+def is_missing(value: object, *, may_be_word: bool = True) -> bool:
+    """Whether a cell is null, blank, or what a table puts in the place of a value that it lacks.
+
+    Args:
+        value: Of the cell.
+        may_be_word: Whether words for nothing, such as ``NA`` and ``none``, are values, as they may be among labels.
+    """
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return True
+    text = str(value).strip()
+    missing = {"", *_NO_VALUE} if may_be_word else {"", *_NO_VALUE, *_NO_WORD}
+    return text.casefold() in missing or (text == _NA and not may_be_word)
 
 
 def answers_in(row: Row, column: str) -> list[Any]:
@@ -118,7 +135,7 @@ def label_index(row: Row, task: TaskConfig) -> int:
         shown = f"{str(value).lower()}, a boolean"
     if task.labels:
         spelled = {str(value).strip(), *([str(value).lower()] if isinstance(value, bool) else [])}
-        if found := [index for index, label in enumerate(task.labels) if label in spelled]:
+        if found := [index for index, label in enumerate(task.labels) if label.strip() in spelled]:
             return found[0]
         raise ConfigError(
             f"column {task.label!r} must hold one of task.labels {task.labels}, got {shown}. "
@@ -132,7 +149,10 @@ def label_index(row: Row, task: TaskConfig) -> int:
         if isinstance(value, bool):
             advice = "Name the values in the order of task.candidates: task.labels=['false','true'], or the other way."
         elif str(value).strip() in {"-1", "-1.0"}:
-            advice = "-1 stands for a label that nobody gave: remove the row."
+            advice = (
+                "-1 stands for a label that nobody gave: remove the row, or list the column's values in task.labels "
+                "where -1 is one."
+            )
         else:
             advice = "Correct the row, or list the column's values in task.labels."
         raise ConfigError(
@@ -219,7 +239,7 @@ def _text(row: Row, column: str, key: str, *, may_be_blank: bool = False) -> str
         raise ConfigError(f"column {column!r} ({key}) must hold text or a number, got {type(value).__name__}. {advice}")
     text = str(value).strip()
     missing = _NO_VALUE | _NO_WORD if key == "task.template" else _NO_VALUE
-    if text.casefold() in missing or (isinstance(value, float) and not math.isfinite(value)):
+    if text == _NA or text.casefold() in missing or (isinstance(value, float) and not math.isfinite(value)):
         raise ConfigError(
             f"column {column!r} ({key}) holds {value!r}, which stands for a missing value. Fill it or remove the row."
         )

@@ -47,7 +47,8 @@ class PartitionConfig(PluginConfig):
     min_rows: int = 1
     """Fewest rows a client may have."""
     holdout: float = 0.1
-    """Share of each client's different prompts whose rows are kept for federated evaluation, never trained on."""
+    """Share of each client's different prompts whose rows are kept for federated evaluation. The client never trains on
+    them, but another client that has a row with the same prompt may."""
 
     @property
     def traits(self) -> PartitionTraits:

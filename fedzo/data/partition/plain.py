@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from fedzo.data.config import TaskConfig
 from fedzo.data.files import Row
@@ -15,11 +16,9 @@ from fedzo.data.partition.base import (
     PartitionConfig,
     PartitionTraits,
     Parts,
-    deal,
-    flower_partitioners,
     shuffled,
 )
-from fedzo.data.tasks import is_missing
+from fedzo.data.tasks import beginning, is_missing, render
 from fedzo.errors import ConfigError, Problem, problem
 
 if TYPE_CHECKING:
@@ -34,8 +33,7 @@ class IidConfig(PartitionConfig):
 @PARTITIONERS.register("iid", IidConfig)
 def iid(config: IidConfig, *, rows: Sequence[Row], num_clients: int, seed: int, task: TaskConfig) -> Parts:
     """Shuffled rows in equal parts (sizes differ by at most one)."""
-    partitioner = flower_partitioners().IidPartitioner(num_partitions=num_clients)
-    return deal(partitioner, shuffled(len(rows), seed), num_clients=num_clients)
+    return [part.tolist() for part in np.array_split(shuffled(len(rows), seed), num_clients)]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,26 +51,26 @@ class NaturalConfig(PartitionConfig):
 
 @PARTITIONERS.register("natural", NaturalConfig)
 def natural(config: NaturalConfig, *, rows: Sequence[Row], num_clients: int, seed: int, task: TaskConfig) -> Parts:
-    """One client per value of a column, in the order of the sorted values (as text)."""
+    """One client per value of a column (as text, without outer blanks), in the order of the sorted values."""
+    rows_of: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
-        if is_missing(row.get(config.column)):
+        if is_missing(row.get(config.column), may_be_word=False):
             there = ", ".join(map(str, row))
             seen = f"holds {row[config.column]!r} there" if config.column in row else f"has: {there}"
             raise ConfigError(
                 f"partition.column must name a column that every training row fills, got {config.column!r}; "
-                f"row {number} {seen}. Fill it, remove the row, or choose another column."
+                f"the row {beginning(render(row, task).prompt)} {seen}. "
+                "Fill it, remove the row, or choose another column."
             )
-    keys = [str(row[config.column]) for row in rows]
-    values = Counter(keys)
-    if len(values) != num_clients:
-        shown = ", ".join(f"{value!r} ({count} rows)" for value, count in sorted(values.items())[:MOST_NAMED])
+        rows_of.setdefault(str(row[config.column]).strip(), []).append(number)
+    if len(rows_of) != num_clients:
+        shown = ", ".join(f"{value!r} ({len(part)} rows)" for value, part in sorted(rows_of.items())[:MOST_NAMED])
         raise ConfigError(
-            f"partition.column={config.column!r} has {len(values)} values and fl.num_clients is {num_clients}, "
-            f"they must be equal: {shown}{', ...' if len(values) > MOST_NAMED else ''}. "
-            f"Write fl.num_clients={len(values)}, or choose another column."
+            f"partition.column={config.column!r} has {len(rows_of)} values and fl.num_clients is {num_clients}, "
+            f"they must be equal: {shown}{', ...' if len(rows_of) > MOST_NAMED else ''}. "
+            f"Write fl.num_clients={len(rows_of)}, or choose another column."
         )
-    partitioner = flower_partitioners().NaturalIdPartitioner(partition_by="key")
-    return deal(partitioner, list(range(len(rows))), num_clients=num_clients, keys=keys)
+    return [rows_of[value] for value in sorted(rows_of)]
 
 
 @dataclass(kw_only=True, slots=True)

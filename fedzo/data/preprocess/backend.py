@@ -163,7 +163,7 @@ USUAL_TOKENS = 512
 
 @dataclass(kw_only=True, slots=True)
 class RewriterConfig(PluginConfig):
-    """Who rewrites and judges at this site, and how much of it there may be."""
+    """The models that rewrite and judge at this site, and their limits."""
 
     paths: ClassVar[tuple[str, ...]] = ("examples", "store")
     """Keys that name files or folders of the site."""
@@ -179,8 +179,8 @@ class RewriterConfig(PluginConfig):
     context_tokens: int = 4096
     """Most tokens of a prompt and its answer together."""
     max_tokens: int = USUAL_TOKENS
-    """Most tokens of an answer. Above 512 it holds for verdicts, too, which have 128 otherwise: room for a model that
-    thinks first."""
+    """Most tokens of an answer. Verdicts have 128, or this number if it is above 512: room for a model that reasons
+    first."""
     most_calls: int = 0
     """Most calls of one command or run. 0 = no limit."""
     most_tokens: int = 0
@@ -202,16 +202,6 @@ class RewriterConfig(PluginConfig):
         return (prompt_tokens * self.price_prompt + answer_tokens * self.price_answer) / 1e6
 
     def problems(self, run: RunSettings) -> Iterator[Problem]:
-        yield from self.limit_problems()
-
-    def missing(self) -> Iterator[Problem]:
-        """What is named and not on this machine: asked where work begins, not where a run's folder is read."""
-        if self.examples is not None and not Path(self.examples).expanduser().exists():
-            remedy = "Make it with `fedzo rephrase bootstrap`."
-            yield problem("rewriter.examples", "name something that exists", self.examples, remedy)
-
-    def limit_problems(self) -> Iterator[Problem]:
-        """Broken rules on the limits, which no other setting has a part in."""
         yield from at_least("rewriter.max_tokens", self.max_tokens, 1, "Raise it.")
         if self.context_tokens <= self.max_tokens:
             rule = f"be > rewriter.max_tokens ({self.max_tokens})"
@@ -225,16 +215,16 @@ class RewriterConfig(PluginConfig):
             remedy = "Set rewriter.price_prompt and rewriter.price_answer too, or no most_cost."
             yield problem("rewriter.most_cost", rule, self.most_cost, remedy)
 
+    def missing(self) -> Iterator[Problem]:
+        """What is named and not on this machine: asked where work begins, not where a run's folder is read."""
+        if self.examples is not None and not Path(self.examples).expanduser().exists():
+            remedy = "Make it with `fedzo rephrase bootstrap`."
+            yield problem("rewriter.examples", "name something that exists", self.examples, remedy)
+
 
 @dataclass(kw_only=True, slots=True)
 class NoRewriterConfig(RewriterConfig):
     """This site rewrites nothing: it refuses a run that asks for it."""
-
-
-def refuse_broken(problems: Iterator[Problem]) -> None:
-    """Raise ``ConfigError`` with the problems, if there are any."""
-    if texts := [found.text for found in problems]:
-        raise ConfigError("\n".join(texts))
 
 
 REWRITERS: Registry[Backend] = Registry("rewriter", base=RewriterConfig)

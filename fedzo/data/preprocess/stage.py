@@ -15,7 +15,7 @@ from fedzo.data.files import Row
 from fedzo.data.preprocess.backend import RewriterConfig
 from fedzo.errors import ConfigError, Problem, printable
 from fedzo.registry import PluginConfig, Registry, returned
-from fedzo.system import OnProgress
+from fedzo.system import OnProgress, untold
 
 
 @dataclass(kw_only=True, slots=True)
@@ -102,11 +102,7 @@ MOST_FIGURES = 64
 
 
 def preprocess(
-    rows: list[Row],
-    stages: Mapping[str, Stage],
-    *,
-    client: int,
-    on_progress: OnProgress = lambda done, total: None,
+    rows: list[Row], stages: Mapping[str, Stage], *, client: int, on_progress: OnProgress = untold
 ) -> list[Row]:
     """A client's training rows after all stages, in their order.
 
@@ -184,7 +180,7 @@ def checked(name: str, stage: Stage, rows: list[Row], given: object) -> list[Row
 
 @dataclass(kw_only=True, slots=True)
 class IdentityConfig(StageConfig):
-    """Changes nothing: shows where a stage works."""
+    """Changes nothing: an example of a stage."""
 
 
 @dataclass(frozen=True, slots=True)

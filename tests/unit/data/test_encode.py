@@ -100,7 +100,7 @@ def test_many_rows_are_tokenised_in_blocks_and_give_the_same_tokens(monkeypatch:
     ("row", "message"),
     [
         ({"text": "x", "label": 5}, "row 4: column 'label' must hold an index"),
-        ({"text": "refused", "label": 0}, "row 4: the model's tokenizer must take its text"),
+        ({"text": "refused", "label": 0}, "row 4, 'refused:': the model's tokenizer must take its text"),
     ],
 )
 def test_rows_are_numbered_through_all_blocks(
@@ -358,7 +358,9 @@ def test_a_right_candidate_that_is_another_to_the_model_is_refused() -> None:
 
     [example] = encode(rows[:1], task, tokenizer=SmallLetters(), max_length=64)
     assert example.candidates[1] == example.candidates[2]
-    with pytest.raises(ConfigError, match=r"row 1: the right candidate must have tokens that no other has, but ' Yes'"):
+    with pytest.raises(
+        ConfigError, match=r"row 1, 'x:': the right candidate must have tokens that no other has, but ' Yes'"
+    ):
         encode(rows, task, tokenizer=SmallLetters(), max_length=64)
 
 
@@ -435,9 +437,10 @@ def test_a_shortened_prompt_is_the_end_of_the_whole_one(text: str, max_length: i
 
 def test_candidates_that_leave_no_room_for_the_prompt_are_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"row 0: the longest candidate has 6 tokens and task.max_length is 6, no room"
+        ConfigError,
+        match=rf"row 0, '{'x' * 77}\.\.\.': the longest candidate has 6 tokens and task.max_length is 6, no room",
     ):
-        encode([{"text": "x", "label": 0}], CHOICE, tokenizer=byte_tokenizer(), max_length=6)
+        encode([{"text": "x" * 90, "label": 0}], CHOICE, tokenizer=byte_tokenizer(), max_length=6)
 
 
 def test_a_long_reference_answer_leaves_half_of_the_room_to_the_prompt() -> None:
@@ -501,7 +504,7 @@ def test_a_prompt_that_its_answer_swallows_is_refused() -> None:
     task = replace(CHOICE, template="{text}", candidates=["b", "c"])  # "ab" is one token
 
     with pytest.raises(
-        ConfigError, match=r"row 0: the prompt must have at least one token, got 'a'. Extend task.template"
+        ConfigError, match=r"row 0, 'a': the prompt must have a token of its own, got none. Extend task.template"
     ):
         encode([{"text": "a", "label": 0}], task, tokenizer=MergingTokenizer(), max_length=9)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
+import tracemalloc
 from pathlib import Path
 
 import pyarrow
@@ -49,6 +51,27 @@ def test_a_tsv_has_no_quoting(tmp_path: Path) -> None:
     path.write_text('text\tlabel\n"open quote\t1\n', encoding="utf-8")
 
     assert read_rows(path) == [{"text": '"open quote', "label": "1"}]
+
+
+def test_quotes_of_a_tsv_that_are_no_text_are_told_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plain, quoted = tmp_path / "plain.tsv", tmp_path / "quoted.tsv"
+    plain.write_text('text\tlabel\n"quoted" word\t1\n"a" and "b"\t0\n"\t0\nsome ""\t1\n', encoding="utf-8")
+    quoted.write_text("text\tlabel\nx\t0\n" + '"He said ""ouch"" twice"\t1\n' * 2, encoding="utf-8")
+
+    with caplog.at_level(logging.WARNING):
+        read_rows(plain)
+        assert read_rows(quoted)[1]["text"] == '"He said ""ouch"" twice"'
+
+    (said,) = caplog.messages
+    assert said.startswith(f"{quoted}:3: a cell has quotes around it and doubled ones inside. A tsv is read without")
+
+
+@pytest.mark.parametrize(("suffix", "sign"), [("csv", ","), ("tsv", "\t")])
+def test_empty_lines_may_stand_before_the_columns(suffix: str, sign: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows.{suffix}"
+    path.write_text(f"\n\ntext{sign}label\n\nx{sign}1\n", encoding="utf-8")
+
+    assert read_located(path) == [(f"{path}:5", {"text": "x", "label": "1"})]
 
 
 def test_a_quoted_field_of_a_csv_may_span_lines(tmp_path: Path) -> None:
@@ -163,6 +186,12 @@ def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
         ("a.jsonl", "[" * 100_000, r"a.jsonl:1: not valid JSON"),
         ("a.jsonl", '{"text": ' + "1" * 5000 + "}", r"a.jsonl:1: not valid JSON"),
         ("a.csv", 'text,label\n"x\n\ny",1\n"open,1\nz,0\n', r"a.csv:5: malformed line"),
+        ("a.csv", "text;label\nloud, hot;0\n", r"a.csv:1: columns must be parted by commas, got ';'. Save it with"),
+        ("a.csv", "sep=;\ntext;label\nx;0\n", r"a.csv:1: columns must be parted by commas, got ';'"),
+        ("a.csv", "\n\ntext\tlabel\nx\t0\n", r"a.csv:3: columns must be parted by commas, got '\\t'.*or as .tsv"),
+        ("a.csv", '"text";"label"\n"x";0\n', r"a.csv:1: malformed line .*its quotes, and part columns by commas"),
+        ("a.csv", "\ntext,label\nx\n", r"a.csv:3: must have 2 fields \(text, label\), got 1"),
+        ("a.csv", "\ntext,text\nx,y\n", r"a.csv:2: column names must differ"),
         (
             "a.csv",
             "version https://git-lfs.github.com/spec/v1\noid sha256:1\n",
@@ -208,6 +237,19 @@ def test_a_parquet_column_that_stands_twice_is_refused(tmp_path: Path) -> None:
         read_rows(tmp_path / "a.parquet")
 
 
+@pytest.mark.parametrize(
+    ("kind", "value"), [(pyarrow.timestamp("ms"), 10**15), (pyarrow.date32(), 2**31 - 1)], ids=["time", "date"]
+)
+def test_a_date_that_python_cannot_hold_is_refused(kind: pyarrow.DataType, value: int, tmp_path: Path) -> None:
+    dates = pyarrow.array([value], pyarrow.int32() if kind == pyarrow.date32() else pyarrow.int64()).cast(kind)
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "born": dates}), tmp_path / "a.parquet")
+
+    with pytest.raises(
+        ConfigError, match=r"a.parquet: not a parquet .*Save it again, without the columns that no prompt"
+    ):
+        read_rows(tmp_path / "a.parquet")
+
+
 def test_a_truncated_parquet_file_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", ROWS)
     path.write_bytes(path.read_bytes()[:-20])
@@ -228,6 +270,24 @@ def test_a_cell_may_be_longer_than_the_limit_of_csv_but_not_without_end(
     with pytest.raises(ConfigError, match=r"a.csv:3: a field must have at most 150,000 characters, .*up to 200,0"):
         read_rows(path)
     assert csv.field_size_limit() == before
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "tsv", "txt"])
+def test_a_file_is_held_once_beside_its_rows(suffix: str, tmp_path: Path) -> None:
+    text, path = "x" * 1000, tmp_path / f"a.{suffix}"
+    line = f'{{"text": "{text}"}}\n' if suffix == "jsonl" else f"{text}\n"
+    head, wide = "text\n" if suffix in ("csv", "tsv") else "", line.replace("xx", "\N{GRINNING FACE}", 1)
+    path.write_text(head + line * 1999 + wide, encoding="utf-8")
+
+    tracemalloc.start()
+    try:
+        num_rows = len(read_texts(path))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert num_rows == 2000
+    assert peak < 3 * path.stat().st_size
 
 
 def test_a_document_without_text_is_named(tmp_path: Path) -> None:

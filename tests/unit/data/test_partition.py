@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedzo.data.config import TaskConfig, TaskKind
-from fedzo.data.partition import PARTITIONERS, PartitionConfig, holdout, partition
+from fedzo.data.partition import PARTITIONERS, PartitionConfig, base, holdout, partition
 from fedzo.data.partition.by_label import DirichletConfig, DirichletEqualConfig, ExtremeConfig, ShardsConfig
 from fedzo.data.partition.plain import IidConfig, NaturalConfig
 from fedzo.errors import ConfigError, PluginError
@@ -96,6 +96,16 @@ def test_iid_sizes_differ_by_one_at_most_and_labels_are_mixed() -> None:
 
     assert {len(part) for part in parts} == {17, 18}
     assert all(len(labels_of(part)) == 2 for part in parts)  # squares are never 2 modulo 3
+
+
+@pytest.mark.parametrize(("num_rows", "num_clients"), [(120, 7), (9, 9), (11, 4), (5, 1)])
+def test_iid_parts_are_those_of_flower(num_rows: int, num_clients: int) -> None:
+    partitioner = base.flower_partitioners().IidPartitioner(num_partitions=num_clients)
+    expected = base.deal(partitioner, base.shuffled(num_rows, 3), num_clients=num_clients)
+
+    parts = deal(IidConfig(), num_clients=num_clients, seed=3, rows=ROWS[:num_rows])
+
+    assert parts == [sorted(part) for part in expected]
 
 
 def test_dirichlet_skew_grows_as_alpha_falls() -> None:
@@ -202,6 +212,12 @@ def test_natural_parts_are_the_values_of_the_column_in_order() -> None:
     assert deal(NaturalConfig(column="site"), rows=rows) == [[2], [4], [1], [0, 3]]
 
 
+def test_outer_blanks_make_no_client_of_their_own() -> None:
+    rows = [{"text": "x", "label": 0, "site": site} for site in ["b", "a ", "a", " b"]]
+
+    assert deal(NaturalConfig(column="site"), rows=rows, num_clients=2) == [[1, 2], [0, 3]]
+
+
 @pytest.mark.parametrize("config", [IidConfig(), NaturalConfig(column="site")], ids=["iid", "natural"])
 def test_a_task_without_labels_can_be_dealt(config: PartitionConfig) -> None:
     parts = partition(ROWS, config, num_clients=4, seed=0, task=WRITTEN)
@@ -251,11 +267,13 @@ def test_dirichlet_draws_again_until_no_client_is_short() -> None:
     assert min(map(len, final)) >= 1
 
 
-@pytest.mark.parametrize("value", [None, "", " ", "NaN", float("nan"), "<NA>"])
+@pytest.mark.parametrize(
+    "value", [None, "", " ", "NaN", float("nan"), "<NA>", "NA", " NA", "None", "null", "#N/A", "n/a"]
+)
 def test_a_row_that_nobody_placed_makes_no_client_of_its_own(value: object) -> None:
     rows = [*ROWS[:8], {**ROWS[8], "site": value}]
 
-    with pytest.raises(ConfigError, match=r"got 'site'; row 8 holds .* there. Fill it, remove the row"):
+    with pytest.raises(ConfigError, match=r"got 'site'; the row '8' holds .* there. Fill it, remove the row"):
         partition(rows, NaturalConfig(column="site"), num_clients=5, seed=0, task=TASK)
 
 
@@ -265,7 +283,7 @@ def test_a_row_that_nobody_placed_makes_no_client_of_its_own(value: object) -> N
         (DirichletEqualConfig(alpha=1e-9), 4, "partition.alpha = 1e-09 is too small to split all rows"),
         (ShardsConfig(shards_per_client=1), 100, "120 rows do not make a shard for each of 100 clients"),
         (ExtremeConfig(num_extreme=1), 1, "num_extreme=1 leaves rows of 1 labels without a client"),
-        (NaturalConfig(column="author"), 4, "got 'author'; row 0 has: text, label, site"),
+        (NaturalConfig(column="author"), 4, "got 'author'; the row '0' has: text, label, site"),
         (NaturalConfig(column=""), 4, "partition.column must name a column"),
         (NaturalConfig(column="site"), 3, r"has 4 values and fl.num_clients is 3.*'s0' \(30 rows\).*fl.num_clients=4"),
     ],
@@ -326,7 +344,9 @@ def test_the_rows_of_a_client_are_read_at_once(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(Dataset, "__iter__", one_by_one)
 
-    assert sum(map(len, deal(IidConfig()))) == len(ROWS)
+    partitioner = base.flower_partitioners().IidPartitioner(num_partitions=4)
+
+    assert sum(map(len, base.deal(partitioner, range(len(ROWS)), num_clients=4))) == len(ROWS)
 
 
 @pytest.mark.slow
@@ -341,8 +361,12 @@ def test_dealing_writes_no_file_prints_nothing_and_is_imported_lazily(tmp_path: 
         "task = TaskConfig(template='{text}', candidates=['a', 'b'])\n"
         "rows = [{'text': 'x', 'label': i % 2, 'site': i % 4} for i in range(40)]\n"
         "site = NaturalConfig(column='site')\n"
-        "for config in (IidConfig(), DirichletConfig(), ShardsConfig(), ExtremeConfig(), site):\n"
-        "    p.partition(rows, config, num_clients=4, seed=0, task=task)\n"
+        "def deal(*configs):\n"
+        "    for config in configs:\n"
+        "        p.partition(rows, config, num_clients=4, seed=0, task=task)\n"
+        "deal(IidConfig(), ExtremeConfig(), site)\n"
+        "assert not {'flwr_datasets', 'datasets'} & set(sys.modules)\n"
+        "deal(DirichletConfig(), ShardsConfig())\n"
         "assert not {'seaborn', 'scipy.stats', 'matplotlib'} & set(sys.modules)\n"  # more than all the rest
         "import flwr_datasets\n"
         "assert flwr_datasets.visualization.plot_label_distributions.__module__.startswith('flwr_datasets.')\n"

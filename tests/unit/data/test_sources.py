@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,51 @@ def test_missing_dev_and_test_are_drawn_from_train_and_nothing_is_lost(folder: P
     assert_apart(splits)
 
 
+@pytest.mark.parametrize(
+    ("numbers", "sizes"),
+    [
+        ([i % 100 for i in range(1000)], [800, 100, 100]),  # ten rows a prompt
+        ([max(0, i - 250) for i in range(1000)], [800, 100, 100]),  # a prompt of 251 rows, and 749 others
+    ],
+)
+def test_a_prompt_is_drawn_with_all_its_rows_and_nothing_is_lost(
+    numbers: list[int], sizes: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "train.jsonl", [{"text": f"text {number}", "label": 0} for number in numbers])
+
+    with caplog.at_level(logging.WARNING):
+        splits = load_splits(DataConfig(path=str(tmp_path)), SplitConfig(num_dev=100, num_test=100), TASK)
+
+    assert [len(part) for part in (splits.train, splits.dev, splits.test)] == sizes
+    assert Counter(texts(splits.train + splits.dev + splits.test)) == Counter(f"text {number}" for number in numbers)
+    assert_apart(splits)
+    assert caplog.messages == []
+
+
+def test_where_no_prompt_is_rare_enough_some_rows_of_one_are_drawn(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "train.jsonl", [{"text": f"text {i % 5}", "label": 0} for i in range(40)])
+
+    with caplog.at_level(logging.WARNING):
+        splits = load_splits(DataConfig(path=str(tmp_path)), SplitConfig(num_dev=3, num_test=2), TASK)
+
+    assert [len(part) for part in (splits.train, splits.dev, splits.test)] == [24, 3, 2]
+    assert_apart(splits)
+    # of two prompts with eight rows each, five are dev and test rows
+    assert caplog.messages == ["data: 11 of 35 train rows have the prompt of a row of another split and are left out"]
+
+
+def test_fewer_training_rows_than_are_asked_for_are_told_of(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = DataConfig(path=str(folder))
+
+    with caplog.at_level(logging.WARNING):
+        for num_train in (0, 25, 26):
+            assert len(load_splits(data, SplitConfig(num_train=num_train, num_dev=6, num_test=9), TASK).train) == 25
+
+    assert caplog.messages == ["split.num_train=26: 25 rows are left to train on"]
+
+
 def test_the_drawn_rows_are_the_same_on_every_machine(folder: Path) -> None:
     splits = load_splits(DataConfig(path=str(folder)), SplitConfig(num_dev=3, num_test=4), TASK)
 
@@ -90,6 +136,32 @@ def test_files_of_their_own_are_used_and_cut_to_the_wanted_number(dev: str, fold
     assert set(texts(splits.test)) < set(texts(rows(200, 230)))
 
 
+@pytest.mark.parametrize("name", ["Test.JSONL", "TEST.jsonl"])
+def test_the_name_of_a_file_may_have_capitals(name: str, folder: Path) -> None:
+    write(folder / name, rows(200, 230))
+
+    splits = load_splits(DataConfig(path=str(folder)), SplitConfig(num_dev=0, num_test=30), TASK)
+
+    assert texts(splits.test) == texts(rows(200, 230))
+
+
+def test_a_file_that_is_not_read_is_named_where_rows_are_drawn_in_its_place(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(folder / "dev.jsonl", rows(100, 120))
+    for name in ("test.csv.gz", "eval.jsonl", ".hidden"):
+        write(folder / name, rows(200, 230))
+
+    with caplog.at_level(logging.WARNING):
+        splits = load_splits(DataConfig(path=str(folder)), SplitConfig(num_dev=5, num_test=4), TASK)
+
+    assert caplog.messages == [
+        "split.num_test=4: there is no test file (the folder also holds eval.jsonl, test.csv.gz), 4 rows are drawn "
+        "from train"
+    ]
+    assert set(texts(splits.test)) < set(texts(rows(0, 40)))
+
+
 def test_rows_keep_the_order_of_their_file(folder: Path) -> None:
     splits = load_splits(DataConfig(path=str(folder)), SplitConfig(num_train=12, num_dev=6, num_test=9), TASK)
 
@@ -97,14 +169,21 @@ def test_rows_keep_the_order_of_their_file(folder: Path) -> None:
         assert texts(part) == sorted(texts(part), key=lambda text: int(text.split()[1]))
 
 
-def test_train_rows_with_the_text_of_a_test_or_dev_row_are_dropped(folder: Path) -> None:
+def test_train_rows_with_the_text_of_a_test_or_dev_row_are_dropped(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write(folder / "dev.jsonl", [{"text": " text 1 ", "label": 0}, {"text": "text 2", "label": 0}])
     write(folder / "test.jsonl", [{"text": "text 2", "label": 1}, {"text": "text 3", "label": 1}])
 
-    splits = load_splits(DataConfig(path=str(folder)), SplitConfig(), TASK)
+    with caplog.at_level(logging.WARNING):
+        splits = load_splits(DataConfig(path=str(folder)), SplitConfig(), TASK)
 
     assert texts(splits.dev) == [" text 1 "]  # text 2 is a test row
     assert len(splits.train) == 37
+    assert caplog.messages == [
+        "data: 1 of 2 dev rows have the prompt of a row of another split and are left out",
+        "data: 3 of 40 train rows have the prompt of a row of another split and are left out",
+    ]
     assert not {"text 1", "text 2", "text 3"} & set(texts(splits.train))
 
 
@@ -157,7 +236,7 @@ def test_dev_rows_that_other_runs_are_tested_on_are_told_of(folder: Path, caplog
     write(folder / "test.jsonl", rows(200, 230))
     load_splits(data, SplitConfig(num_dev=4, num_test=0), TASK)
     assert caplog.messages == [said]  # not where test rows have a file of their own
-    assert "the dev rows are rows that runs with test rows are tested on" in said
+    assert "the dev rows are test rows of runs that have some" in said
     assert "write evaluation.test=false instead" in said
 
 
@@ -215,7 +294,7 @@ def test_a_label_that_is_no_candidate_names_file_and_line(folder: Path) -> None:
 def test_an_empty_file_is_refused(name: str, folder: Path) -> None:
     write(folder / f"{name}.jsonl", [])
 
-    with pytest.raises(ConfigError, match=rf"{name}.jsonl: the file must hold at least one row, got none"):
+    with pytest.raises(ConfigError, match=rf"{name}.jsonl: must hold a row, got none"):
         load_splits(DataConfig(path=str(folder)), SplitConfig(), TASK)
 
 

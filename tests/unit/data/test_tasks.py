@@ -159,9 +159,16 @@ def test_an_index_may_be_a_number_or_numeric_text(value: object, index: int) -> 
     assert label_index({"label": value}, CHOICE) == index
 
 
+@pytest.mark.parametrize("labels", [["neg", "pos"], [" neg", " pos "]])
 @pytest.mark.parametrize(("value", "index"), [("neg", 0), (" pos ", 1)])
-def test_a_label_may_be_a_listed_value(value: str, index: int) -> None:
-    assert label_index({"label": value}, replace(CHOICE, labels=["neg", "pos"])) == index
+def test_a_label_may_be_a_listed_value(value: str, index: int, labels: list[str]) -> None:
+    assert label_index({"label": value}, replace(CHOICE, labels=labels)) == index
+
+
+def test_a_listed_value_may_be_a_word_that_stands_for_nothing_elsewhere() -> None:
+    countries = replace(CHOICE, labels=["NA", "none"])
+
+    assert [render({"text": "x", "label": value}, countries).label for value in ("NA", "none")] == [0, 1]
 
 
 def test_a_row_whose_answer_is_written_has_no_label() -> None:
@@ -253,7 +260,13 @@ def test_a_column_that_a_preparation_reads_must_be_there(shipped_task: Shipped) 
 WRITTEN = TaskConfig(name="mine", kind=TaskKind.generation, template="{q}", answer=" {a}\n")
 
 
-@pytest.mark.parametrize("value", ["", " \n", "nan", "NaN", "<NA>", " nat ", "\\N", float("nan"), float("inf"), None])
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("", " \n", "nan", "NaN", "<NA>", " nat ", "\\N", " NA ", "#N/A", "#NAME?", "#REF!", "#DIV/0!"),
+        *(float("nan"), float("inf"), None),
+    ],
+)
 @pytest.mark.parametrize(
     ("task", "row", "column", "key"),
     [
@@ -275,7 +288,12 @@ def test_a_value_that_nobody_wrote_is_refused_wherever_it_fills_a_text(
         render(row | {column: value}, task)
 
 
-@pytest.mark.parametrize("word", ["None", "null"])
+@pytest.mark.parametrize("word", ["Na", "na", "NA 5", "#name"])
+def test_a_text_that_only_looks_like_a_missing_value_is_one(word: str) -> None:
+    assert render({"q": word, "a": word}, WRITTEN).prompt == word
+
+
+@pytest.mark.parametrize("word", ["None", "null", "N/A"])
 def test_a_word_for_nothing_may_be_an_answer_but_no_prompt(word: str) -> None:
     assert render({"q": "How many?", "a": word}, WRITTEN).references == (word,)
     with pytest.raises(ConfigError, match=rf"column 'q' \(task.template\) holds '{word}', which stands for a missing"):
@@ -371,8 +389,12 @@ def test_a_boolean_is_no_index_but_may_be_a_listed_value() -> None:
 
 @pytest.mark.parametrize("value", [-1, "-1", -1.0])
 def test_a_label_that_nobody_gave_is_told_from_a_wrong_one(value: object) -> None:
-    with pytest.raises(ConfigError, match="-1 stands for a label that nobody gave: remove the row"):
+    with pytest.raises(ConfigError, match=r"-1 stands for a label that nobody gave: remove the row, or .* task.labels"):
         label_index({"label": value}, CHOICE)
+
+
+def test_a_label_of_minus_one_may_be_a_listed_value() -> None:
+    assert label_index({"label": -1}, replace(CHOICE, labels=["1", "-1"])) == 1
 
 
 @pytest.mark.parametrize(
@@ -388,6 +410,10 @@ def test_a_label_that_nobody_gave_is_told_from_a_wrong_one(value: object) -> Non
         ("{{ text }}", r"close the brace of"),
         ("{text!r} {a}", r"close the brace of '\{text'"),
         ("{text:>9}", r"close the brace of '\{text'"),
+        (
+            "{Befund (Text)} x",
+            r"close the brace of '\{Befund ' .* as in \{Befund\} \(a name may hold .*: rename a column with other",
+        ),
         ("text} It was", r"open the brace of 'text\}' right before the column's name, as in \{text\}"),
         ("{a} text }", r"open the brace of 'text \}'"),
     ],

@@ -22,7 +22,7 @@ from fedzo.data.preprocess.backend import (
 )
 from fedzo.data.preprocess.rephrase.answers import without_thought
 from fedzo.data.preprocess.rephrase.store import Store, request_key
-from fedzo.system import OnProgress
+from fedzo.system import OnProgress, untold
 
 MOST_TRIES = 6
 """How often a request is made to an endpoint that says that it is busy."""
@@ -45,8 +45,6 @@ class Totals:
     Attributes:
         calls: Requests that the backend answered or failed, without those for which it asked for patience.
         faults: Those that failed.
-        from_store: Requests that an earlier call had answered.
-        busy: How often the backend asked for patience.
         prompt_tokens: Of all calls; for a call that failed, as estimated.
         answer_tokens: Of all calls; for a call that failed, the most that it may have made.
         said: The first fault of each kind, in words, which may be the endpoint's. For the site alone.
@@ -55,8 +53,6 @@ class Totals:
 
     calls: int = 0
     faults: int = 0
-    from_store: int = 0
-    busy: int = 0
     prompt_tokens: int = 0
     answer_tokens: int = 0
     said: dict[str, str] = field(default_factory=dict)
@@ -105,14 +101,7 @@ class Caller:
         self._not_before = 0.0
         self._eased = 0.0  # when the limit fell last: calls begun before say nothing new
 
-    @property
-    def cost(self) -> float:
-        """What the calls cost by the prices of the config, in their currency."""
-        return self._config.cost(self.totals.prompt_tokens, self.totals.answer_tokens)
-
-    def answer(
-        self, requests: Sequence[Request], on_done: OnProgress = lambda _done, _total: None
-    ) -> list[Completion | RowFault]:
+    def answer(self, requests: Sequence[Request], on_done: OnProgress = untold) -> list[Completion | RowFault]:
         """Answers in the order of the requests; equal requests are asked once.
 
         Args:
@@ -126,7 +115,6 @@ class Caller:
         results: list[Completion | RowFault | None] = [None] * len(requests)
         jobs = self._jobs(requests, results)
         num_done = sum(result is not None for result in results)
-        self.totals.from_store += num_done
         on_done(num_done, len(requests))
         waiting, running, outcomes = deque(jobs), 0, queue.SimpleQueue[_Outcome]()
         held: dict[int, _Job] = {}  # in flight, with the tokens that they may take
@@ -239,7 +227,7 @@ class Caller:
             if (value := getattr(config, name)) > 0
         ]
         if config.price_prompt or config.price_answer:
-            spent += f", cost {self.cost:.4g}"
+            spent += f", cost {config.cost(totals.prompt_tokens, totals.answer_tokens):.4g}"
         return EndpointError(
             f"The budget ({', '.join(budgets)}) does not hold another call: {spent} are spent, and the next may take "
             f"{most} tokens. What is done is kept. Raise the budget, or start again to spend it once more."
@@ -264,7 +252,6 @@ class Caller:
         """Ask for less at once, and later; returns the requests that are made again."""
         assert isinstance(outcome.result, BusyError)
         now, asked = time.monotonic(), outcome.result.retry_after_s
-        self.totals.busy += 1
         self._in_a_row = 0
         if outcome.begun >= self._eased:
             self._limit, self._eased = max(1, self._limit // 2), now

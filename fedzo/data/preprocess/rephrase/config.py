@@ -25,11 +25,11 @@ class Style(StrEnum):
     """What the rewriter is asked for beside the same meaning."""
 
     oat = "oat"
-    """Text that helps zeroth-order estimates, as four wishes distilled from MeZO's paper."""
+    """Text that helps zeroth-order estimates, by four rules distilled from MeZO's paper."""
     plain = "plain"
-    """A paraphrase without a word on optimisation: the control that decides whether ``oat`` means anything."""
+    """A paraphrase, with no mention of optimisation: the control to compare ``oat`` with."""
     paper = "paper"
-    """A paraphrase, with what MeZO is and its paper's claims told to the rewriter: an early form of ``oat``."""
+    """A paraphrase, by a prompt that explains MeZO and its paper's claims: an early form of ``oat``."""
 
 
 class Check(StrEnum):
@@ -50,13 +50,13 @@ class Check(StrEnum):
 
 @dataclass(kw_only=True, slots=True)
 class OatRephraseConfig(StageConfig):
-    """Rewrites one column of the training rows by a language model, behind checks and a judge (OAT-Rephrase)."""
+    """A language model rewrites one column of the training rows; checks and a judge filter it (OAT-Rephrase)."""
 
     style: Style = Style.oat
     column: str = ""
     """The column that is rewritten. Empty = that of the task; of a task of your own, the first of its template."""
     about: str = ""
-    """What the task asks of a row, as a sentence that the prompts tell. Empty = what is known of the task."""
+    """What the task asks of a row: a sentence for the prompts. Empty = what is known of the task."""
     meanings: list[str] = field(default_factory=list)
     """What each of ``task.candidates`` means, in their order; a name in braces is a column. Empty = what is known of
     the task."""

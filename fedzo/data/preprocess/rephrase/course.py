@@ -28,7 +28,7 @@ from fedzo.data.preprocess.rephrase.prompts import ORDERS, Prompts, label_of
 from fedzo.data.preprocess.rephrase.results import row_digest
 from fedzo.errors import ConfigError
 from fedzo.records.rephrase import RowOutcome
-from fedzo.system import OnProgress
+from fedzo.system import OnProgress, untold
 
 ROWS_AT_ONCE = 64
 """Rows that go through rewriter and judge together; what a progress bar moves by."""
@@ -96,30 +96,25 @@ class Course:
     caller: Caller
     rewriter: RewriterConfig
 
-    def run(
-        self, rows: Sequence[Row], on_progress: OnProgress = lambda done, total: None, *, beside: int = 0
-    ) -> list[Attempt]:
-        """Rewrite rows; each has an outcome at the end.
+    def run(self, attempts: Mapping[str, Attempt], on_progress: OnProgress = untold, *, beside: int = 0) -> None:
+        """Rewrite the rows whose outcome is open; each has one at the end.
 
         Args:
-            rows: The rows.
-            on_progress: Told of rows done and in all.
+            attempts: Of ``check_rows``, or some of them.
+            on_progress: Told of attempts done and in all.
             beside: Rows of the same set that had their answers before.
 
         Raises:
-            ConfigError: A row does not fit the task: before the first call.
             EndpointError: The endpoint cannot be used, failed too many rows, or a budget is spent. Its answers so far
                 are kept, so the same call goes on from there.
         """
-        attempts = self._attempts(rows)
         waiting = [(digest, each) for digest, each in attempts.items() if each.outcome is None]
         for first in range(0, len(waiting), ROWS_AT_ONCE):
             some = dict(waiting[first : first + ROWS_AT_ONCE])
-            done = functools.partial(_tell, on_progress, first / len(waiting), len(some) / len(waiting), len(rows))
+            done = functools.partial(_tell, on_progress, first / len(waiting), len(some) / len(waiting), len(attempts))
             self._rewrite(some, done)
             _check_failed([each for _, each in waiting[: first + len(some)]], beside, self.caller.totals.said)
-        on_progress(len(rows), len(rows))
-        return [attempts[row_digest(row)] for row in rows]
+        on_progress(len(attempts), len(attempts))
 
     def check_rows(self, rows: Sequence[Row]) -> dict[str, Attempt]:
         """The rows that differ, by their digests; those that no call can help have their outcome. Makes no call.
@@ -128,15 +123,6 @@ class Course:
             ConfigError: A row does not fit the task, or too many prompts have no room in the context. A single one
                 never stops the others.
         """
-        attempts = self._attempts(rows)
-        long = [each.row for each in attempts.values() if each.is_too_long]
-        if len(long) > 1 and len(long) > MOST_FAILED * len(attempts):
-            number = next(number for number, row in enumerate(rows) if row is long[0])
-            for request in self.requests(long[0]):
-                self.check_context(request, f"row {number}")
-        return attempts
-
-    def _attempts(self, rows: Sequence[Row]) -> dict[str, Attempt]:
         anchored = Check.anchors in self.config.checks
         attempts: dict[str, Attempt] = {}
         for number, row in enumerate(rows):
@@ -147,6 +133,11 @@ class Course:
                     self._keep(digest, each, str(Check.anchors))
                 elif not all(map(self._has_room, self.requests(row))):
                     self._keep(digest, each, TOO_LONG)
+        long = [each.row for each in attempts.values() if each.is_too_long]
+        if len(long) > 1 and len(long) > MOST_FAILED * len(attempts):
+            number = next(number for number, row in enumerate(rows) if row is long[0])
+            for request in self.requests(long[0]):
+                self.check_context(request, f"row {number}")
         return attempts
 
     def check_context(self, request: Request, where: str) -> None:

@@ -38,7 +38,6 @@ class SetFigures:
     """Figures of a set of rewrites. They tell of labels: for the site's own page, never for the server.
 
     Attributes:
-        rows: How many rewrites.
         leaks_right: Rewrites with a new word that belongs to the right answer only.
         leaks_wrong: Rewrites with a new word that belongs to one wrong answer only.
         overlap: By label, in the order of labels; empty for tasks of choices, without another field or without labels.
@@ -47,7 +46,6 @@ class SetFigures:
         words_after: Mean words of the rewritten texts.
     """
 
-    rows: int
     leaks_right: int
     leaks_wrong: int
     overlap: dict[int, Overlap]
@@ -87,7 +85,6 @@ class SetFigures:
                 found = (len(other.intersection(each)) / len(other) for each in (before, after))
                 shares[truth].append((next(found), next(found)))
         return cls(
-            len(lengths),
             right,
             wrong,
             {truth: Overlap(len(each), *map(fmean, zip(*each, strict=True))) for truth, each in sorted(shares.items())},

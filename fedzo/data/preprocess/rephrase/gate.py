@@ -18,7 +18,7 @@ from fedzo.data.preprocess.rephrase.pairs import KINDS, SAME_KINDS, Pair, make_p
 from fedzo.data.preprocess.rephrase.prompts import ORDERS, Prompts
 from fedzo.data.preprocess.rephrase.results import row_digest
 from fedzo.errors import ConfigError
-from fedzo.records.decode import decode_json, to_json
+from fedzo.records.decode import read_record, to_json
 from fedzo.records.folder import replace_file
 from fedzo.records.rephrase import Interval, JudgeTest, PairCounts
 from fedzo.system import OnProgress
@@ -151,7 +151,7 @@ def keep(test: JudgeTest, folder: Path, *, least_pairs: int = 0) -> Path:
     The first file is the judge's last test, the second stays: results that were judged after this test name it. A test
     on fewer than ``least_pairs`` does not take the place of one on enough.
     """
-    file, own = _file(folder, test.judge), _test_file(folder, judge_test_digest(test))
+    file, own = folder / _FOLDER / f"{test.judge}.json", folder / _TESTS / f"{judge_test_digest(test)}.json"
     last = find(folder, test.judge)
     if last is not None and min(_numbers(test)) < least_pairs <= min(_numbers(last)):
         file = own
@@ -163,21 +163,17 @@ def keep(test: JudgeTest, folder: Path, *, least_pairs: int = 0) -> Path:
 
 def find(folder: Path, judge: str) -> JudgeTest | None:
     """The last test of a judge at this site; None where there is none."""
-    return _read(_file(folder, judge))
+    return _read(folder, f"{_FOLDER}/{judge}.json")
 
 
 def find_test(folder: Path, digest: str) -> JudgeTest | None:
     """A test by its own digest; None where it is not there."""
-    return _read(_test_file(folder, digest))
+    return _read(folder, f"{_TESTS}/{digest}.json")
 
 
-def _read(file: Path) -> JudgeTest | None:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
+def _read(folder: Path, name: str) -> JudgeTest | None:
     remedy = "Remove the file and call fedzo rephrase judge-test again."
-    return decode_json(JudgeTest, text, where=str(file), error=ConfigError, remedy=remedy)
+    return read_record(JudgeTest, folder, name, error=ConfigError, remedy=remedy)
 
 
 def check_gate(folder: Path, judge: str, config: OatRephraseConfig) -> JudgeTest | None:
@@ -202,14 +198,6 @@ def check_gate(folder: Path, judge: str, config: OatRephraseConfig) -> JudgeTest
             "and the manifest says so."
         )
     return test
-
-
-def _file(folder: Path, judge: str) -> Path:
-    return folder / _FOLDER / f"{judge}.json"
-
-
-def _test_file(folder: Path, digest: str) -> Path:
-    return folder / _TESTS / f"{digest}.json"
 
 
 def _numbers(test: JudgeTest) -> tuple[int, int]:

@@ -7,11 +7,10 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from fedzo.data.preprocess.backend import REWRITERS, Backend, RewriterConfig, refuse_broken
+from fedzo.data.preprocess.backend import REWRITERS, Backend, RewriterConfig
 from fedzo.errors import ConfigError, Problem, at_least, positive, problem
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ class OpenAICompatibleConfig(RewriterConfig):
     base_url: str = ""
     """Such as ``http://127.0.0.1:8080/v1``. Hosts other than this machine need https."""
     key_variable: str = ""
-    """Name of the environment variable that holds the key. Empty = no key is sent. The key itself stands nowhere."""
+    """Name of the environment variable that holds the key. Empty = no key is sent. The key is stored nowhere."""
     concurrency: int = 4
     """Most calls at once. While the endpoint says that it is busy, fewer are made."""
     timeout_s: float = 120.0
@@ -37,10 +36,6 @@ class OpenAICompatibleConfig(RewriterConfig):
     """Whether proxies and certificates named by environment variables (``HTTPS_PROXY``, ``SSL_CERT_FILE``) count."""
 
     def problems(self, run: RunSettings) -> Iterator[Problem]:
-        yield from self.endpoint_problems()
-
-    def endpoint_problems(self) -> Iterator[Problem]:
-        """Broken rules on the endpoint, which no other setting has a part in."""
         if (rule := _broken_url(self.base_url)) is not None:
             shown = re.sub("//[^/]*@", "//***@", self.base_url)  # a key may stand there
             yield problem("rewriter.base_url", rule, shown, "Write it such as http://127.0.0.1:8080/v1.")
@@ -114,5 +109,4 @@ def key_of(config: OpenAICompatibleConfig) -> str | None:
 def _openai_compatible(config: OpenAICompatibleConfig) -> Backend:
     from fedzo.data.preprocess.rephrase.chat_completions import ChatCompletions  # httpx takes long to import
 
-    refuse_broken(chain(config.limit_problems(), config.endpoint_problems()))
     return ChatCompletions(config, key=key_of(config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,14 +17,16 @@ from fedzo.data.preprocess.rephrase.caller import Caller, Totals
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
 from fedzo.data.preprocess.rephrase.course import Attempt, Course, is_failed
 from fedzo.data.preprocess.rephrase.examples import read_examples
-from fedzo.data.preprocess.rephrase.gate import check_gate, judge_digest, judge_test_digest, test_judge
-from fedzo.data.preprocess.rephrase.manifest import Used, judge_test_of, write_manifest
+from fedzo.data.preprocess.rephrase.gate import check_gate, find_test, judge_digest, judge_test_digest, test_judge
+from fedzo.data.preprocess.rephrase.manifest import Used, manifest_of
 from fedzo.data.preprocess.rephrase.prompts import Prompts
 from fedzo.data.preprocess.rephrase.results import Results, recipe_digest, row_digest
 from fedzo.data.preprocess.rephrase.store import Store
 from fedzo.data.preprocess.rephrase.tasks import rephrase_task
 from fedzo.errors import ConfigError, FolderInUseError, printable
-from fedzo.records.rephrase import JudgeTest, RowOutcome
+from fedzo.records.decode import read_record, to_json
+from fedzo.records.folder import replace_file, told_as
+from fedzo.records.rephrase import JudgeTest, Manifest, RowOutcome
 from fedzo.system import OnProgress
 
 _WAIT_S = 1.0  # between two looks at a store that another process has
@@ -101,13 +104,14 @@ class Rephraser:
         if not others:
             return ""
         return (
-            f"oat_rephrase: {len(others)} of {len(rows)} rows had their result before, by {rewritten_by(others)}: "
+            f"oat_rephrase: {len(others)} of {len(rows)} rows had results already, by {rewritten_by(others)}: "
             f"rewriter.model={printable(own, most=80)} is not asked for them; {OTHER_STORE}"
         )
 
     def judge_test(self, outcomes: Sequence[RowOutcome]) -> JudgeTest | None:
-        """How the judge of these rows did in the test that it had had when it judged them."""
-        return judge_test_of(outcomes, self.folder) if self.config.judged else None
+        """The test that the judge had had when most of these rows were judged; None where it had none."""
+        found = Counter(each.judged for each in outcomes if each.judged).most_common(1)
+        return find_test(self.folder, found[0][0]) if found else None
 
     @contextmanager
     def course(self) -> Iterator[Course]:
@@ -153,28 +157,53 @@ class Rephraser:
             EndpointError: The judge has not passed its test, which is told before any call; else as ``Course.run``.
         """
         there, before = self.results.read(), replace(self.totals)
-        new = [row for row in rows if row_digest(row) not in there]
-        failed = [row for row in rows if again and (old := there.get(row_digest(row))) and is_failed(old)]
-        if not new and not failed:
+        digests = {row_digest(row) for row in rows}
+        wanted = {each for each in digests if each not in there or (again and is_failed(there[each]))}
+        if not wanted:
             return {}
-        ready, all_rows = len(rows) - len(new) - len(failed), {row_digest(row) for row in rows}
-        answered = len(all_rows - {row_digest(row) for row in failed})
+
+        def told(num_ready: int) -> OnProgress:
+            return lambda done, _: on_progress((num_ready + done) * len(rows) // len(digests), len(rows))
+
         with self.course() as course:
             test = self._last_test(course.backend)
-            course.check_rows(rows)  # all of them, so that a row is named by its place among them
-            attempts = course.run(new, lambda done, _: on_progress(ready + done, len(rows)))
-            done_now = ready + len(new)
-            attempts += course.run(failed, lambda done, _: on_progress(done_now + done, len(rows)), beside=answered)
+            known = course.check_rows(rows)  # all of them, so that a row is named by its place among them
+            new = {digest: each for digest, each in known.items() if digest not in there}
+            failed = {digest: each for digest, each in known.items() if digest in wanted and digest in there}
+            course.run(new, told(len(known) - len(wanted)))
+            course.run(failed, told(len(known) - len(failed)), beside=len(known) - len(failed))
+        attempts = new | failed
         judged = "" if test is None else judge_test_digest(test)
-        made = {each.outcome.row: replace(each.outcome, judged=judged) for each in attempts if each.outcome is not None}
+        done = ((digest, each.outcome) for digest, each in attempts.items() if each.outcome is not None)
+        made = {digest: replace(outcome, judged=judged) for digest, outcome in done}
         self.results.add(made, instead=[row for row in made if row in there and there[row].reason != made[row].reason])
         if (outcomes := self.results.find(rows)) is not None:
             self.keep_manifest(rows, outcomes, Used.of(self.totals, self.rewriter, since=before))
-        return dict(zip(map(row_digest, (*new, *failed)), attempts, strict=True))
+        return attempts
 
     def keep_manifest(self, rows: Sequence[Row], outcomes: Sequence[RowOutcome], used: Used | None = None) -> Path:
-        """Write what is told of a set of rows; arguments and errors as ``write_manifest``."""
-        return write_manifest(rows, outcomes, recipe=self.config, task=self.task, results=self.results, used=used)
+        """Write what is told of a set of rows; returns the file.
+
+        Args:
+            rows: As they were.
+            outcomes: What became of each.
+            used: What it took now, which is added to what it took before; None where nothing was made: a manifest that
+                is there stays as it is.
+
+        Raises:
+            ConfigError: The file cannot be written, or holds something else.
+            RunFolderError: It is a link.
+        """
+        file = self.results.file_of_set(outcomes, ".manifest.json")
+        rule = f"{file}: it must be readable and writable"
+        with told_as(ConfigError, rule, "Make room, or choose another rewriter.store."):
+            if used is None and file.exists():
+                return file
+            took, remedy = used or Used(), "Remove the file: it is written anew."
+            if old := read_record(Manifest, file.parent, file.name, error=ConfigError, remedy=remedy):
+                took = Used(old.calls + took.calls, old.tokens + took.tokens, old.cost + took.cost)
+            replace_file(file, to_json(manifest_of(self, rows, outcomes, took)) + "\n", durable=True, mode=0o600)
+        return file
 
     def outcomes(self, rows: Sequence[Row], on_progress: OnProgress) -> list[RowOutcome]:
         """What stands in the place of each row's text: what is kept, or made now where a row has nothing."""

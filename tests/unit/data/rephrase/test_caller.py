@@ -89,7 +89,7 @@ def test_answers_come_in_order_and_once(echo: Make, client: Make, ask: Make, tmp
     requests = [ask(f"row {i % 7}") for i in range(20)]
 
     with Store(tmp_path) as store:
-        caller = Caller(client(endpoint.url), store, RewriterConfig(price_prompt=2.0, price_answer=4.0))
+        caller = Caller(client(endpoint.url), store, RewriterConfig())
         answers = caller.answer(requests, lambda done, total: seen.append((done, total)))
         again = Caller(client("http://127.0.0.1:9/v1"), store, RewriterConfig())
         assert again.answer(requests) == answers
@@ -101,8 +101,8 @@ def test_answers_come_in_order_and_once(echo: Make, client: Make, ask: Make, tmp
     assert sorted(seen) == seen
     totals = caller.totals
     assert (totals.calls, totals.prompt_tokens, totals.answer_tokens, totals.faults) == (7, 70, 35, 0)
-    assert caller.cost == pytest.approx((70 * 2 + 35 * 4) / 1e6)
-    assert (again.totals.calls, again.totals.from_store) == (0, 20)
+    assert again.totals.calls == 0
+    assert RewriterConfig(price_prompt=2.0, price_answer=4.0).cost(70, 35) == pytest.approx((70 * 2 + 35 * 4) / 1e6)
 
 
 def test_faults_keep_their_place_and_are_asked_again(
@@ -253,12 +253,33 @@ def test_a_busy_endpoint_gets_fewer_calls_at_once_after_the_time_that_it_asks_fo
     assert 0 < wait <= 5
     assert caller.totals.waiting_s == 0
     assert [answer.text for answer in answers] == ["fine"] * requests
-    assert caller.totals.busy == 1
     (refused_at, before), *rest = at_once.items()
     resumed = [(now, count) for now, count in rest if now >= refused_at + 5]
     assert before == 8
     assert len(resumed) == requests - (8 - 4)  # those that wait for nobody: begun before, and down to the new limit
     assert max(count for _, count in resumed) == most
+
+
+@pytest.mark.parametrize(("asked", "waits"), [(None, [1, 2, 4, 8, 16]), (7.0, [7] * 5), (86_400.0, [60] * 5)])
+def test_waits_double_and_none_is_longer_than_a_minute(
+    asked: float | None, waits: list[float], scripted: Make, ask: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, slept = [1000.0], []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        now[0] += seconds
+
+    def busy(request: Request) -> str:
+        raise BusyError(asked)
+
+    monkeypatch.setattr(caller_module, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+
+    with Store(tmp_path) as store:
+        (fault,) = Caller(scripted(busy), store, RewriterConfig()).answer([ask()])
+
+    assert fault.reason == "unavailable"
+    assert slept == waits
 
 
 def test_an_endpoint_that_stays_busy_is_asked_a_bounded_number_of_times(

@@ -122,6 +122,25 @@ def test_a_rewrite_may_be_six_words_longer_however_short_the_original() -> None:
     assert fault("a b c d e f g h i", "x y") == Check.length
 
 
+@pytest.mark.parametrize(
+    ("keys", "kept", "refused"),
+    [
+        ({}, (4, 20), (3, 21)),
+        ({"least_length": 0.5, "most_length": 1.0, "most_more_words": 2}, (5, 12), (4, 13)),
+    ],
+)
+def test_a_rewrite_of_ten_words_has_as_many_as_the_recipe_says(
+    keys: dict[str, Any], kept: tuple[int, int], refused: tuple[int, int]
+) -> None:
+    def found(count: int) -> Check | None:
+        row = {"premise": " ".join(f"{chr(97 + i)}x" for i in range(10)), "hypothesis": "it rained"}
+        text = " ".join(f"n{chr(97 + i)}x" for i in range(count))
+        return check(text, row, 0, prompts=prompts_of(TASKS["cb"]), rules=replace(OatRephraseConfig(), **keys)).fault
+
+    assert [found(count) for count in kept] == [None, None]
+    assert [found(count) for count in refused] == [Check.length, Check.length]
+
+
 def test_an_anchor_must_stay_as_a_whole_word() -> None:
     assert fault("They RAN, home fast.", "He ran home fast.", "wic", word="ran") is None
     assert fault("They ranged home fast.", "He ran home fast.", "wic", word="ran") == Check.anchors

@@ -228,6 +228,8 @@ def test_no_pair_holds_what_stands_in_the_judges_own_prompt() -> None:
 
 PAIRS = [Pair("identical" if k < 80 else "negated", {"text": str(k)}, str(k), same=k < 80) for k in range(160)]
 RULES = OatRephraseConfig()
+RIGHT = [k < 80 for k in range(160)]
+BIASED = [k < 120 for k in range(160)]  # calls half of the negated pairs the same
 
 
 def summary(first: list[bool | None], second: list[bool | None]) -> Any:
@@ -250,10 +252,7 @@ def test_intervals_are_wilsons() -> None:
 
 
 def test_the_lower_of_the_two_orders_counts() -> None:
-    right = [k < 80 for k in range(160)]
-    biased = [k < 120 for k in range(160)]  # calls half of the negated pairs the same
-
-    found = summary(right, biased)
+    found = summary(RIGHT, BIASED)
 
     assert found.sensitivity.share == 1.0
     assert found.specificity.share == 0.5
@@ -264,6 +263,26 @@ def test_the_lower_of_the_two_orders_counts() -> None:
         ("negated", 80, (0, 40)),
     ]
     assert len([*faults(found, RULES)]) == 2
+
+
+def test_the_interval_of_the_order_is_walds_for_paired_shares() -> None:
+    """40 pairs change their verdict, all one way."""
+    assert summary(RIGHT, BIASED).order_points_high == pytest.approx(
+        0.25 + 1.959964 * math.sqrt(40 - 40**2 / 160) / 160
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "number"),
+    [
+        ({}, 2),
+        ({"gate_share": 0.5}, 1),
+        ({"gate_order_points": 0.25}, 1),
+        ({"gate_share": 0.5, "gate_order_points": 0.25}, 0),
+    ],
+)
+def test_a_recipe_says_what_is_enough(keys: dict[str, float], number: int) -> None:
+    assert len([*faults(summary(RIGHT, BIASED), dataclasses.replace(RULES, **keys))]) == number
 
 
 def test_a_judge_that_says_the_verdict_named_first_is_refused() -> None:
@@ -350,9 +369,11 @@ def test_the_gate_asks_for_a_test_that_was_passed(tmp_path: Path) -> None:
 
     file = next((tmp_path / "judges").iterdir())
     assert file.stat().st_mode & 0o077 == 0
-    file.write_text(file.read_text().replace('"share":1.0', '"share":1.5'))
-    with pytest.raises(ConfigError, match="judge-test again"):
-        find(tmp_path, "a" * 64)
+    whole = file.read_text()
+    for damaged in (whole.replace('"share":1.0', '"share":1.5').encode(), b"\xff"):
+        file.write_bytes(damaged)
+        with pytest.raises(ConfigError, match="judge-test again"):
+            find(tmp_path, "a" * 64)
 
 
 @pytest.mark.slow

@@ -32,10 +32,11 @@ from fedzo.data.preprocess.rephrase import course as course_module
 from fedzo.data.preprocess.rephrase.config import OatRephraseConfig
 from fedzo.data.preprocess.rephrase.course import counts
 from fedzo.data.preprocess.rephrase.gate import keep
+from fedzo.data.preprocess.rephrase.manifest import Used
 from fedzo.data.preprocess.rephrase.rephraser import Rephraser
 from fedzo.data.preprocess.rephrase.stage import OatRephrase
 from fedzo.data.rows import SimulatedRows, client_rows
-from fedzo.errors import ConfigError
+from fedzo.errors import ConfigError, RunFolderError
 from fedzo.records.decode import decode_json
 from fedzo.records.rephrase import Manifest
 
@@ -118,6 +119,34 @@ def test_what_the_endpoint_failed_is_asked_again_by_hand_and_kept_by_a_run(site:
     (older,) = by_hand.results.older()
     assert "call_unavailable" in older.read_text()
     assert counts(by_hand.results.find(ROWS) or []) == {"rewritten": 30}
+
+
+def test_a_prompt_is_measured_once_for_its_room_and_once_for_the_budget(
+    site: Site, scripted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of new rows, of those that are asked for again, and of those that have their result."""
+    measured, count = [], scripted.count_tokens
+    monkeypatch.setattr(scripted, "count_tokens", lambda self, asks: measured.append(asks) or count(self, asks))
+    fails = lambda request: dead(request) if " 3 times" in text_of(request) else good(request)  # noqa: E731
+
+    site(fails).rewrite(ROWS[:20], silent)
+    assert len(measured) == 20 + 20
+
+    measured.clear()
+    site(good).rewrite(ROWS, silent, again=True)
+    assert len(measured) == 30 + (10 + 1)  # rows that are new, and the one that failed
+
+
+def test_progress_counts_rows_also_where_some_are_alike(site: Site) -> None:
+    told: list[tuple[int, int]] = []
+    site(good).rewrite([*ROWS[:4], *ROWS[:4]], lambda done, total: told.append((done, total)))
+    assert told == sorted(told)
+    assert (told[0], told[-1]) == ((0, 8), (8, 8))
+
+    told.clear()
+    site(good).rewrite([*ROWS[:6], *ROWS[:6]], lambda done, total: told.append((done, total)))
+    assert told == sorted(told)
+    assert (told[0], told[-1]) == ((8, 12), (12, 12))  # four of the six have their result, each twice
 
 
 def test_a_row_whose_judge_was_cut_off_is_asked_again_by_hand(site: Site) -> None:
@@ -219,6 +248,30 @@ def test_each_set_has_a_manifest_of_its_own(site: Site, tmp_path: Path) -> None:
     assert (whole.calls, whole.names, whole.counts) == (15 + 1, 15, {"rewritten": 30})
 
 
+def test_a_manifest_that_is_none_is_named_with_what_to_do(site: Site, tmp_path: Path) -> None:
+    """It is read where calls are added to those that it tells of, and no link is followed to it."""
+    rephraser, elsewhere = site(good), tmp_path / "elsewhere.json"
+    rephraser.rewrite(ROWS[:3], silent)
+    outcomes = rephraser.results.find(ROWS[:3]) or []
+    (file,) = (tmp_path / "results").glob("*.manifest.json")
+    whole = file.read_bytes()
+
+    for damaged in (b"", b"{}", b"\xff", whole[:-9]):
+        file.write_bytes(damaged)
+        with pytest.raises(ConfigError, match=r"manifest\.json: .* Remove the file: it is written anew\."):
+            rephraser.keep_manifest(ROWS[:3], outcomes, Used(calls=1))
+        assert rephraser.keep_manifest(ROWS[:3], outcomes) == file  # nothing was made, so nothing is read
+        assert file.read_bytes() == damaged
+    elsewhere.write_bytes(whole)
+    file.unlink()
+    file.symlink_to(elsewhere)
+    with pytest.raises(RunFolderError, match="got a link to"):
+        rephraser.keep_manifest(ROWS[:3], outcomes, Used(calls=1))
+    file.unlink()
+    rephraser.keep_manifest(ROWS[:3], outcomes, Used(calls=1))
+    assert manifest(file) == replace(manifest(elsewhere), calls=1, tokens=0)
+
+
 JUDGED = replace(OatRephraseConfig(), gate_pairs=1).filled(COPA)
 
 
@@ -259,6 +312,19 @@ def test_other_weights_need_a_test_of_their_own_and_results_name_the_one_that_th
     assert other.judge_test(outcomes[20:]) == second
 
 
+def test_a_judge_that_says_what_is_named_first_is_found_out_by_asking_in_both_orders(site: Site) -> None:
+    def first_named(request: Request) -> str:
+        told = request.messages[-1].content
+        first = min(("same", "different"), key=lambda word: told.index(f"- {word}:"))
+        assert request.schema is not None
+        assert request.schema["properties"]["verdict"]["enum"][0] == first
+        return json.dumps({"verdict": first, "predicted_label": "choice1"})
+
+    found = site(first_named, JUDGED).test_judge(ROWS, most=5, on_progress=silent)
+
+    assert (found.sensitivity.share, found.specificity.share, found.order_points) == (0.0, 0.0, 1.0)
+
+
 def test_a_judges_test_names_a_row_that_does_not_fit(site: Site) -> None:
     rephraser = site(honest, JUDGED, max_tokens=10)
     with pytest.raises(ConfigError, match="row 30 must have text in the column 'premise', got a row with the columns"):
@@ -295,7 +361,7 @@ def test_a_run_says_once_that_rows_have_another_models_text(site: Site, caplog: 
     for client, part in enumerate((ROWS[10:], ROWS[:10])):
         other.apply(part, client=client, on_progress=silent)
     (told,) = caplog.messages
-    assert "10 of 20 rows had their result before, by scripted: rewriter.model=other is not asked for them" in told
+    assert "10 of 20 rows had results already, by scripted: rewriter.model=other is not asked for them" in told
     assert "set rewriter.store to another folder" in told
 
 
