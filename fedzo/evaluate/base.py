@@ -25,7 +25,7 @@ class EvaluatorConfig(PluginConfig):
     """A way to score a model on rows."""
 
 
-RESERVED = frozenset({"none", "loss", "per_class", "label_counts", "stages"})
+LOSS, PER_CLASS, LABEL_COUNTS, STAGE_FIGURES, NONE = RESERVED = "loss", "per_class", "label_counts", "stages", "none"
 """Names in a site's ``limits.answers`` that no evaluator may give to a number of its own (``fedzo.fl.site_limits``)."""
 
 
@@ -58,7 +58,7 @@ class Measure:
             raise ValueError(f"a measure must name at most {MOST_NUMBERS} numbers, each once, got {self.numbers}")
         if self.metric in self.numbers:
             raise ValueError(f"a measure must name no number as its metric, got {self.metric}")
-        if taken := sorted(RESERVED & {self.metric, *self.numbers}):
+        if taken := sorted({*RESERVED} & {self.metric, *self.numbers}):
             raise ValueError(f"a measure must not use the names {', '.join(sorted(RESERVED))}, got {', '.join(taken)}")
 
     def range_of(self, number: str) -> tuple[float, float]:

@@ -9,7 +9,8 @@ passes differ in their last bits (``fedzo.masks.sensitivity``), and with them we
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from itertools import count
 
 import torch
 from torch import nn
@@ -17,10 +18,10 @@ from torch import nn
 from fedzo.errors import ConfigError
 from fedzo.masks.ranking import ScoreFn
 from fedzo.masks.sensitivity import LossFn, WindowGradients
-from fedzo.system import OnProgress
+from fedzo.system import OnProgress, consecutive
 
 logger = logging.getLogger(__name__)
-ChooseFn = Callable[[ScoreFn, Sequence[str]], dict[str, torch.Tensor]]
+ChooseFn = Callable[[ScoreFn, Container[str]], dict[str, torch.Tensor]]
 """Scores and names of tensors to the chosen indices of each that has any."""
 _SUM_BYTES = 4  # of a float32
 _PLACE_BYTES = 12  # of a signed sum and its index
@@ -37,7 +38,7 @@ def choose_most_sensitive(
     loss_fn: LossFn,
     memory_bytes: float,
     host_bytes: float,
-    on_window: OnProgress | None,
+    on_window: OnProgress,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The most sensitive weights, and the signed sum of their gradients.
 
@@ -61,53 +62,35 @@ def choose_most_sensitive(
         NumericsError: A window's loss is not finite.
     """
     sizes = {name: each.numel() for name, each in parameters.items()}
-    groups, needed = plan_groups(sizes, memory_bytes), _SUM_BYTES * sum(sizes.values())
-    if 2 * needed > memory_bytes:
+    needed = _SUM_BYTES * sum(sizes.values())
+    at_once = 2 * needed <= memory_bytes
+    groups = [[*parameters]] if at_once else plan_groups(sizes, memory_bytes)
+    if not at_once:
         if together and needed > (room := memory_bytes if _is_cpu(parameters) else host_bytes):
             raise _too_little("of all eligible weights", needed, room, "trainer.granularity=per_tensor")
         if (at_places := _PLACE_BYTES * num_chosen) > memory_bytes:
             raise _too_little("of the chosen weights", at_places, memory_bytes, "a lower trainer.density")
-    num_passes = 1 if 2 * needed <= memory_bytes else len(groups) + 1
-    done = 0
-
-    def told() -> None:
-        nonlocal done
-        done += 1
-        if on_window is not None:
-            on_window(done, num_passes * len(windows))
-
-    gradients = WindowGradients(model, windows, loss_fn, told)
-    if num_passes == 1:
-        sums = gradients.sums(parameters)
-        chosen = choose(sums.squares.__getitem__, [*parameters])
-        _warn_of_zeros(sums.squares, chosen)
-        return chosen, {name: sums.signed[name][flat] for name, flat in chosen.items()}
-    logger.warning(
-        "mask: the sums of %d tensors do not fit into %.0f MiB at once, so calibration passes over its text %d times",
-        len(parameters),
-        memory_bytes / 2**20,
-        num_passes,
-    )
-
-    def squares_of(group: Sequence[str]) -> dict[str, torch.Tensor]:
-        return gradients.sums({name: parameters[name] for name in group}, signed=False).squares
-
-    def chosen_of(squares: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        chosen = choose(squares.__getitem__, [*squares])
-        _warn_of_zeros(squares, chosen)
-        return chosen
-
-    def waiting(group: Sequence[str]) -> dict[str, torch.Tensor]:
-        return {name: each.cpu() for name, each in squares_of(group).items()}
-
-    # nobody holds a group's sums any more when the next are made
-    chosen, wait = {}, dict[str, torch.Tensor]()
+        logger.warning(
+            "mask: the sums of %d tensors do not fit into %.0f MiB at once, so calibration passes over its text %d "
+            "times",
+            len(parameters),
+            memory_bytes / 2**20,
+            len(groups) + 1,
+        )
+    done, total = count(1), (len(groups) + (not at_once)) * len(windows)
+    gradients = WindowGradients(model, windows, loss_fn, lambda: on_window(next(done), total))
+    chosen, waiting = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
     for group in groups:
-        if together:
-            wait |= waiting(group)
+        squares, signed = gradients.sums({name: parameters[name] for name in group}, signed=at_once)
+        if together and not at_once:
+            waiting |= {name: each.cpu() for name, each in squares.items()}
         else:
-            chosen |= chosen_of(squares_of(group))
-    chosen |= chosen_of(wait) if together else {}
+            chosen |= _chosen_of(choose, squares)
+        del squares  # or they would be held beside the next
+    if at_once:
+        return chosen, {name: signed[name][flat] for name, flat in chosen.items()}
+    if together:
+        chosen = _chosen_of(choose, waiting)
     places = {name: flat.to(parameters[name].device) for name, flat in chosen.items()}
     sums = gradients.sums({name: parameters[name] for name in places}, squares=False, places=places)
     return chosen, sums.signed
@@ -119,18 +102,12 @@ def plan_groups(sizes: Mapping[str, int], memory_bytes: float) -> list[list[str]
     Raises:
         ConfigError: A tensor alone does not fit.
     """
-    groups: list[list[str]] = []
-    room = 0.0
-    for name, size in sizes.items():
-        needed = _SUM_BYTES * size
-        if needed > memory_bytes:
-            raise _too_little(f"of {name!r}", needed, memory_bytes, "trainer.selector=magnitude")
-        if needed > room:
-            groups.append([])
-            room = memory_bytes
-        groups[-1].append(name)
-        room -= needed
-    return groups
+    needed = {name: _SUM_BYTES * size for name, size in sizes.items()}
+    for name, of_tensor in needed.items():
+        if of_tensor > memory_bytes:
+            raise _too_little(f"of {name!r}", of_tensor, memory_bytes, "trainer.selector=magnitude")
+    names = [*needed]
+    return [names[part.start : part.stop] for part in consecutive([*needed.values()], most=memory_bytes)]
 
 
 def _is_cpu(parameters: Mapping[str, nn.Parameter]) -> bool:
@@ -143,6 +120,12 @@ def _too_little(what: str, needed: int, memory_bytes: float, instead: str) -> Co
         f"window of text, but need {needed / 2**20:.0f} MiB, left are {max(0.0, memory_bytes) / 2**20:.0f} MiB. Lower "
         f"trainer.calibration_tokens, use a smaller model.dtype, or write {instead}."
     )
+
+
+def _chosen_of(choose: ChooseFn, squares: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    chosen = choose(squares.__getitem__, squares)
+    _warn_of_zeros(squares, chosen)
+    return chosen
 
 
 def _warn_of_zeros(squares: Mapping[str, torch.Tensor], chosen: Mapping[str, torch.Tensor]) -> None:

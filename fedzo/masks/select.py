@@ -25,7 +25,7 @@ from fedzo.masks.grouped import choose_most_sensitive
 from fedzo.masks.mask import Mask
 from fedzo.masks.ranking import ScoreFn, largest
 from fedzo.masks.sensitivity import LossFn, next_token_loss
-from fedzo.system import OnProgress
+from fedzo.system import OnProgress, untold
 from fedzo.zo.directions import lots, stream_key
 
 
@@ -58,7 +58,7 @@ def select_mask(
     windows: Sequence[torch.Tensor] = (),
     seed: int = 0,
     loss_fn: LossFn | None = None,
-    on_window: OnProgress | None = None,
+    on_window: OnProgress = untold,
     base_digest: str | None = None,
     among: Container[str] | None = None,
     memory_bytes: float = math.inf,
@@ -105,18 +105,23 @@ def select_mask(
             f"mask: the chosen part of the model must hold an eligible weight, got none of the {len(eligible)} tensors "
             "that do. Lower trainer.first_layer."
         )
-    budget = _budget([p.numel() for p in parameters.values()], density=density, granularity=granularity)
     together = granularity == Granularity.everywhere
-    counts = budget[0] if together else dict(zip(parameters, budget, strict=True))
+    pools = [[*parameters]] if together else [[name] for name in parameters]
+    counts = _counts([sum(parameters[name].numel() for name in pool) for pool in pools], density)
+
+    def choose(score: ScoreFn, names: Container[str]) -> dict[str, torch.Tensor]:
+        tops = [largest(score, pool, k) for pool, k in zip(pools, counts, strict=True) if k and pool[0] in names]
+        return {name: flat for top in tops for name, flat in top.items()}
+
     signed: dict[str, torch.Tensor] | None = None
     if selector == Selector.sensitivity:
         chosen, signed = choose_most_sensitive(
             model,
             parameters,
             windows,
-            lambda score, names: _choose(score, names, counts),
+            choose,
             together=together,
-            num_chosen=sum(budget),
+            num_chosen=sum(counts),
             loss_fn=loss_fn or next_token_loss,
             memory_bytes=memory_bytes,
             host_bytes=host_bytes,
@@ -124,7 +129,7 @@ def select_mask(
         )
     else:
         scores = {Selector.magnitude: _magnitudes(eligible), Selector.random: _draws(eligible, seed)}
-        chosen = _choose(scores[selector], list(parameters), counts)
+        chosen = choose(scores[selector], parameters)
     manifest = {
         "selector": str(selector),
         "density": repr(float(density)),
@@ -150,18 +155,17 @@ def select_mask(
     )
 
 
-def _budget(sizes: list[int], *, density: float, granularity: Granularity) -> list[int]:
-    """How many weights each tensor gives; one number, for all together, if ``everywhere``."""
-    pools = sizes if granularity == Granularity.per_tensor else [sum(sizes)]
-    budget = [int(size * density) for size in pools]
-    if sum(budget) == 0:
+def _counts(sizes: list[int], density: float) -> list[int]:
+    """How many weights are chosen from each of some pools."""
+    counts = [int(size * density) for size in sizes]
+    if sum(counts) == 0:
         # a little above 1 / max, so that the rounded number that is shown does keep one
-        enough = f"{1.001 / max(pools):.3e}"
+        enough = f"{1.001 / max(sizes):.3e}"
         raise ConfigError(
             f"trainer.density must keep one weight or more, got {density}, which keeps none of {sum(sizes)} eligible "
             f"weights. Set it to {enough} or more."
         )
-    return budget
+    return counts
 
 
 def _magnitudes(eligible: Mapping[str, nn.Parameter]) -> ScoreFn:
@@ -172,14 +176,3 @@ def _draws(eligible: Mapping[str, nn.Parameter], seed: int) -> ScoreFn:
     """Each tensor has a stream of its own, by its number among all that are eligible."""
     numbers = {name: number for number, name in enumerate(eligible)}
     return lambda name: lots(stream_key(seed, round=numbers[name]), eligible[name].numel(), eligible[name].device)
-
-
-def _choose(score: ScoreFn, names: Sequence[str], counts: int | Mapping[str, int]) -> dict[str, torch.Tensor]:
-    """The top of all together, or of each tensor."""
-    if isinstance(counts, int):
-        return largest(score, names, counts)
-    chosen: dict[str, torch.Tensor] = {}
-    for name in names:
-        if counts[name] > 0:
-            chosen |= largest(score, [name], counts[name])
-    return chosen

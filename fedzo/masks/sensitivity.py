@@ -7,7 +7,7 @@ beside it, for GradIP. Deviation: both accumulate in float32 whatever the model'
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -97,24 +97,19 @@ class WindowGradients:
             return collect
 
         model, device = self.model, next(self.model.parameters()).device
-        with _only_these_learn(model, parameters.values()), torch.inference_mode(False), torch.enable_grad():
-            handles = [
-                p.register_post_accumulate_grad_hook(collector(name))  # type: ignore[no-untyped-call]
-                for name, p in parameters.items()
-            ]
-            try:
-                for number, window in enumerate(self.windows):
-                    loss = self.loss_fn(model, window.to(device).unsqueeze(0))
-                    if not bool(loss.isfinite()):
-                        raise NumericsError(
-                            f"trainer.calibration: the loss of calibration window {number} must be finite, got "
-                            f"{loss.item()}. Load the model in float32 or bfloat16."
-                        )
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    self.on_window()
-            finally:
-                for handle in handles:
-                    handle.remove()
+        learning = _only_these_learn(model, parameters.values())
+        with learning, torch.inference_mode(False), torch.enable_grad(), ExitStack() as hooks:
+            for name, p in parameters.items():
+                hooks.enter_context(p.register_post_accumulate_grad_hook(collector(name)))  # type: ignore[no-untyped-call]
+            for number, window in enumerate(self.windows):
+                loss = self.loss_fn(model, window.to(device).unsqueeze(0))
+                if not bool(loss.isfinite()):
+                    raise NumericsError(
+                        f"trainer.calibration: the loss of calibration window {number} must be finite, got "
+                        f"{loss.item()}. Load the model in float32 or bfloat16."
+                    )
+                loss.backward()  # type: ignore[no-untyped-call]
+                self.on_window()
 
 
 def _zeros(like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from fedzo.errors import ConfigError
 from fedzo.models.blocks import text_parameters, upper_blocks
 from fedzo.models.loaded import LoadedModel
+from fedzo.models.sketched.layers import dense_layers
 from fedzo.models.virtual_tokens import attach, detach, misfit, num_virtual_tokens, paused
 
 Names = tuple[str, ...]
@@ -35,9 +36,7 @@ FEED_FORWARD: tuple[Names, ...] = (("down_proj",), ("fc2",), ("mlp.c_proj",), ("
 def text_layers(model: nn.Module) -> list[str]:
     """Names of the linear layers that a text passes: another has no part in any loss of a text."""
     text = {id(each) for each in text_parameters(model).values()}
-    return [
-        name for name, layer in _linear_layers(model).items() if any(id(each) in text for each in layer.parameters())
-    ]
+    return [name for name, layer in dense_layers(model).items() if any(id(each) in text for each in layer.parameters())]
 
 
 def find_layers(
@@ -62,7 +61,7 @@ def find_layers(
     names = _names_there(model, text, wanted, known=known, key=key)
     layers = [layer for layer in text if _is_named(layer, names)]
     if first_layer == 0:
-        everywhere = [layer for layer in _linear_layers(model) if _is_named(layer, names)]
+        everywhere = [layer for layer in dense_layers(model) if _is_named(layer, names)]
         return names if layers == everywhere else layers
     prefix, upper, _ = upper_blocks(model, first_layer)
     starts = tuple(f"{prefix}.{index}." for index in range(first_layer, first_layer + len(upper)))
@@ -77,11 +76,11 @@ def find_layers(
 
 def are_transposed(model: nn.Module, names: Sequence[str]) -> bool:
     """Whether these layers store their weights as [in, out] (GPT-2's Conv1D), which PEFT must be told."""
-    return any(isinstance(module, Conv1D) and _is_named(layer, names) for layer, module in _base_modules(model))
+    return any(isinstance(layer, Conv1D) and _is_named(name, names) for name, layer in dense_layers(model).items())
 
 
 def inject(loaded: LoadedModel, config: PeftConfig) -> PeftModel:
-    """Put an adapter into a loaded model, in place of an earlier one.
+    """Put an adapter into a loaded model that holds none.
 
     The base layers stay the very same objects, so decoder, head and whoever holds the model compute with the adapter;
     virtual tokens are added to the decoder's input (``virtual_tokens``).
@@ -93,7 +92,6 @@ def inject(loaded: LoadedModel, config: PeftConfig) -> PeftModel:
     Raises:
         ConfigError: PEFT has no such adapter for this model, or the model would not read it.
     """
-    remove(loaded.model)
     targets = cast(Iterable[str], getattr(config, "target_modules", None) or ())
     asked = {name for name, _ in loaded.model.named_modules() if _is_named(name, targets)}  # before PEFT changes it
     devices = [loaded.device] if loaded.device.type == "cuda" else []
@@ -203,16 +201,3 @@ def _names_there(
         f"{key} must be given for a {type(model).__name__}: fedzo knows none of its linear layers by name. "
         f"Choose from {', '.join(found)}."
     )
-
-
-def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: module for name, module in _base_modules(model) if isinstance(module, nn.Linear | Conv1D)}
-
-
-def _base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Modules by the names that they have without an adapter."""
-    return [
-        (name.removesuffix(".base_layer"), module)
-        for name, module in model.named_modules()
-        if not isinstance(module, BaseTunerLayer)
-    ]

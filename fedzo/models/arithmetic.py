@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,54 +18,37 @@ import torch
 Scores = npt.NDArray[np.float64]
 
 
-class Arithmetic(Protocol):
-    """What a loss is made with; arrays are numpy's or torch's, which are indexed and assigned alike."""
+class Arithmetic:
+    """What a loss is made with, here of measured numbers: a forward keeps nothing for a gradient.
+
+    Arrays are numpy's, or a subclass's own, which are indexed and assigned alike.
+    """
 
     def forwards(self) -> AbstractContextManager[Any]:
         """What forwards run in."""
-        ...
+        return torch.inference_mode()
 
     def empty_scores(self, *shape: int) -> Any:
         """Float64, all of them -inf, which stands for no score."""
-        ...
+        return np.full(shape, -np.inf)
 
     def taken(self, logprobs: torch.Tensor) -> Any:
         """Log-probabilities of a forward, float32 of any shape, as float64."""
-        ...
+        return logprobs.cpu().numpy().astype(np.float64)
 
     def means(self, logprobs: Any, counts: Sequence[int]) -> Any:
         """Means of consecutive parts, [len(counts)], from [sum(counts)]."""
-        ...
+        sizes = np.array(counts)
+        return np.add.reduceat(logprobs, np.cumsum(sizes) - sizes) / sizes
 
     def log_softmax(self, scores: Any) -> Any:
         """Over the last axis of [N, C]."""
-        ...
-
-
-class Measured:
-    """Arrays of numpy; a forward keeps nothing for a gradient."""
-
-    def forwards(self) -> AbstractContextManager[Any]:
-        return torch.inference_mode()
-
-    def empty_scores(self, *shape: int) -> Scores:
-        return np.full(shape, -np.inf)
-
-    def taken(self, logprobs: torch.Tensor) -> Scores:
-        return logprobs.cpu().numpy().astype(np.float64)
-
-    def means(self, logprobs: Scores, counts: Sequence[int]) -> Scores:
-        sizes = np.array(counts)
-        means: Scores = np.add.reduceat(logprobs, np.cumsum(sizes) - sizes) / sizes
-        return means
-
-    def log_softmax(self, scores: Scores) -> Scores:
         with np.errstate(invalid="ignore"):  # infinities give NaN, as they should
             shifted = scores - scores.max(axis=1, keepdims=True)
-            return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
+            return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
-class Differentiable:
+class Differentiable(Arithmetic):
     """Tensors with their graph: all activations of a batch are kept until the gradient is taken.
 
     Scores are float64 on the CPU, since not every device has float64 (Apple's).
@@ -87,4 +70,4 @@ class Differentiable:
         return scores.log_softmax(-1)
 
 
-MEASURED = Measured()
+MEASURED, DIFFERENTIABLE = Arithmetic(), Differentiable()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from itertools import chain
 from typing import Any, cast
 
@@ -160,12 +161,10 @@ def called_modules(model: nn.Module, forward: Callable[[torch.Tensor], object] |
     def note(module: nn.Module, args: object) -> None:
         seen.setdefault(id(module), module)
 
-    hooks = [module.register_forward_pre_hook(note) for module in model.modules()]
-    try:
+    with ExitStack() as hooks:
+        for module in model.modules():
+            hooks.enter_context(module.register_forward_pre_hook(note))
         (forward or model)(_small_texts(model, 1))
-    finally:
-        for hook in hooks:
-            hook.remove()
     return list(seen.values())
 
 
@@ -204,12 +203,10 @@ def _without_effect(model: nn.Module, modules: list[nn.Module]) -> set[int]:
         output[rows[module]] = torch.nan
         return output
 
-    hooks = [module.register_forward_hook(spoil) for module in modules]
-    try:
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_hook(spoil))
         logits = cast(Any, model)(_small_texts(model, len(rows))).logits
-    finally:
-        for hook in hooks:
-            hook.remove()
     kept |= {module for module, row in rows.items() if logits[row].isnan().any()}
     return set[int]().union(*map(_own, rows.keys() - kept)).difference(*map(_own, kept))
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from fedzo.data.preprocess.backend import REWRITERS, Backend, RewriterConfig, refuse_broken
-from fedzo.errors import Problem, at_least, problem
+from fedzo.data.preprocess.backend import REWRITERS, Backend, RewriterConfig
+from fedzo.errors import ConfigError, Problem, at_least, problem
 
 if TYPE_CHECKING:
     from fedzo.config.schema import RunSettings
@@ -26,9 +25,9 @@ class DType(StrEnum):
     bfloat16 = "bfloat16"
     float16 = "float16"
     auto = "auto"
-    """The fastest that this site measures to be true to float32, else float32. bfloat16, or rounded products of
-    float32 (TF32 on a GPU, bfloat16 on a CPU with AMX), must give scalars within 10 % in 10 % less time. A resumed run
-    measures again."""
+    """The fastest that this site measures to be exact enough, else float32. bfloat16, or float32 with rounded
+    products (TF32 on a GPU, bfloat16 on a CPU with AMX), must give scalars within 10 % in 10 % less time. A resumed
+    run measures again."""
 
 
 class ChatDType(StrEnum):
@@ -81,23 +80,22 @@ class ModelConfig:
     dtype: DType = DType.float32
     """Dtype of the weights in a forward; trained values have a float32 master, unless all weights are trained."""
     quantization: Quantization = Quantization.none
-    """Packs the frozen weights under an adapter; a site's own choice, like the dtype. Install ``fedzo[quantized]``."""
+    """Quantizes the frozen weights under an adapter. Each site may choose its own. Needs ``fedzo[quantized]``."""
     tokens_per_batch: int = 4096
     """Most tokens (padding included) in one forward; larger batches are split."""
     compile: bool = False
-    """Forwards through ``torch.compile``, on CUDA as CUDA graphs, at few shapes that batches are padded to; a
-    shape's first forward waits for the compiler. Needs a C++ compiler; losses differ from the eager ones in their
-    last bits."""
+    """Forwards through ``torch.compile``, on CUDA as CUDA graphs. Batches are padded to a few shapes, and the first
+    forward of each waits for the compiler. Needs a C++ compiler; losses differ from eager ones in the last bits."""
     cuda_graphs: bool = False
     """On a CUDA device, record the forwards of each shape once as a CUDA graph and run that; batches are padded to few
     shapes. No effect with ``compile``, ``estimator.freeze_routing`` or gradients. Off by default: no GPU has run it
     yet."""
     reuse_lower_layers: bool = True
-    """Run the blocks below the first trained one once a step, not in each of its forwards. Losses keep their bits.
-    A compiled model always runs whole, as does one with ``estimator.freeze_routing``."""
+    """Compute the blocks below the first trained one once per step, and reuse their output in its other forwards.
+    Losses keep their bits. No effect with ``compile`` or ``estimator.freeze_routing``."""
     lower_layers_cache_mb: int = 0
-    """MiB for what these blocks make of single rows, kept over all rounds: a client's rows run before its first step.
-    Scores of answers of one token keep as much of theirs. Losses differ by rounding."""
+    """MiB to cache these blocks' output per row, for the whole run. Filled before a client's first step. Scores of
+    one-token answers have another cache of this size. Losses differ by rounding."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -114,10 +112,6 @@ class TransformersConfig(RewriterConfig):
     """Most prompts that it answers at once."""
 
     def problems(self, run: RunSettings) -> Iterator[Problem]:
-        yield from self.model_problems()
-
-    def model_problems(self) -> Iterator[Problem]:
-        """Broken rules on the models, which no other setting has a part in."""
         yield from at_least("rewriter.batch_size", self.batch_size, 1, "Write 1 for one prompt after the other.")
 
     def missing(self) -> Iterator[Problem]:
@@ -130,7 +124,8 @@ class TransformersConfig(RewriterConfig):
 
 @REWRITERS.register("transformers", TransformersConfig)
 def _transformers(config: TransformersConfig) -> Backend:
-    refuse_broken(chain(config.limit_problems(), config.model_problems(), config.missing()))
+    if lacks := [found.text for found in config.missing()]:  # a site's file is read without asking for it
+        raise ConfigError("\n".join(lacks))
     from fedzo.models.chat import LocalChat  # slow to import
 
     return LocalChat(config)

@@ -18,25 +18,12 @@ from fedzo.models.head import hidden_at, own_logits_at
 from fedzo.models.kept_rows import Read
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.lower_layers import LowerLayers, StepStates, find_lower_layers
-from fedzo.models.plan import FEW_FORWARDS, bucket, consecutive, plan_batches
+from fedzo.models.plan import FEW_FORWARDS, bucket, plan_batches
 from fedzo.models.virtual_tokens import num_virtual_tokens
-from fedzo.system import OnProgress
+from fedzo.system import OnProgress, consecutive
 from fedzo.zo.spaces.base import Space
 
 OnRows = Callable[[list[int]], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """Input tokens whose last ``len(targets)`` positions predict ``targets`` (without any: the last alone)."""
-
-    tokens: tuple[int, ...]
-    targets: tuple[int, ...]
-
-    @property
-    def num_positions(self) -> int:
-        """Positions that are read."""
-        return max(1, len(self.targets))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +31,10 @@ class Planning:
     """What batches may hold, and who is told of each."""
 
     tokens_per_batch: int
-    forward_cost_tokens: int
+    """Most tokens in one forward, padding included (a longer sequence goes alone)."""
+    forward_cost_tokens: int = FEW_FORWARDS
+    """What one more forward costs, counted in tokens: batches of unequal lengths are split where that saves more
+    padding. By default never; see ``forward_cost``."""
     on_batch: OnProgress | None = None
     share_prompts: bool = False
     """Whether candidates may go on from one run of their prompt: right for scores, whose last bits do not matter."""
@@ -79,7 +69,7 @@ class SharedForward(NamedTuple):
 
 
 def run_texts(
-    loaded: LoadedModel, texts: Sequence[Text], planning: Planning
+    loaded: LoadedModel, texts: Sequence[Read], planning: Planning
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Run all texts; yields each batch's indices and its positions' hidden states [N, H] (or logits [N, V])."""
     if planning.lower is not None and planning.lower.reads_alone:
@@ -123,7 +113,7 @@ def run_texts(
 
 
 def _run_reads(
-    loaded: LoadedModel, texts: Sequence[Text], planning: Planning, lower: StepStates
+    loaded: LoadedModel, texts: Sequence[Read], planning: Planning, lower: StepStates
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """As ``run_texts``, where what is computed behind the lower blocks takes each position alone."""
     counts = [text.num_positions for text in texts]
@@ -148,7 +138,7 @@ def _run_reads(
                 planning.on_batch(num_done, len(texts))
 
     with planning.arithmetic.forwards():
-        output = lower.reads([Read(text.tokens, count) for text, count in zip(texts, counts, strict=True)], make)
+        output = lower.reads(texts, make)
     batches = consecutive(counts, most=planning.tokens_per_batch)
     parts = torch.split(output.states, [sum(counts[i] for i in batch) for batch in batches])
     at = hidden_at if loaded.direct_head else own_logits_at

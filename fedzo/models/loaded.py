@@ -68,7 +68,7 @@ class LoadedModel:
     base_digest: str
     tokenizer_digest: str
     source: str
-    read_weights: Callable[[], Iterable[tuple[str, torch.Tensor]]] | None = None
+    read_weights: Callable[[], Iterable[tuple[str, torch.Tensor]]]
     reads_whole: bool = False
     direct_head: bool = True
     shared_prompts: bool = False
@@ -87,12 +87,8 @@ class LoadedModel:
         """Write the base weights back into the model, in place.
 
         Raises:
-            ConfigError: The model was not loaded from a source that can be read again, or that lacks a weight by now.
+            ConfigError: The source lacks a weight by now.
         """
-        if self.read_weights is None:
-            raise ConfigError(
-                f"model {self.source!r} must come from load_model to be read again; it was made in memory."
-            )
         waiting = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, weight in self.read_weights():

@@ -144,12 +144,8 @@ class LowerLayers:
             found.append(Output(states, len(rest) if isinstance(given, tuple) else None))
             raise Reached
 
-        hook = self.blocks[-1].register_forward_hook(end)
-        try:
-            with suppress(Reached):
-                self.model(input_ids=ids)
-        finally:
-            hook.remove()
+        with self.blocks[-1].register_forward_hook(end), suppress(Reached):
+            self.model(input_ids=ids)
         if not found:
             raise NotImplementedError("they are not part of it")
         return found[0]
@@ -230,7 +226,7 @@ def find_lower_layers(
     if not cache_mb:
         return lower
     if (problem := _problem_of_rows(lower)) is not None:
-        log.warning("%s: model.lower_layers_cache_mb keeps no rows: %s", type(model).__name__, problem)
+        log.warning("%s: model.lower_layers_cache_mb has no effect: %s", type(model).__name__, problem)
         return lower
     num_nones = lower.run(some_ids(model, 2, 16)).num_nones
     return replace(lower, rows=RowStates(cache_mb << 20, num_nones, reads_alone=_reads_alone(lower, forward, moved)))

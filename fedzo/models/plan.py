@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 
 import torch
 
@@ -81,22 +80,6 @@ def plan_batches(
             yield padded + forward_cost_tokens
 
     return _cheapest_cut(order, costs)[1]
-
-
-def consecutive(sizes: Sequence[int], *, most: int) -> list[range]:
-    """Cut indices into runs whose sizes come to ``most`` at most; one that is larger goes alone.
-
-    Example:
-        >>> consecutive([2, 2, 3, 9, 1], most=5)
-        [range(0, 2), range(2, 3), range(3, 4), range(4, 5)]
-    """
-    begins, total = [0], 0
-    for index, size in enumerate(sizes):
-        if total + size > most and index > begins[-1]:
-            begins.append(index)
-            total = 0
-        total += size
-    return [range(begin, end) for begin, end in pairwise([*begins, len(sizes)])]
 
 
 def plan_shared(

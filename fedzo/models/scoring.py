@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from fedzo.data.config import Loss
 from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
-from fedzo.models.arithmetic import MEASURED, Differentiable, Scores
-from fedzo.models.forwards import OnRows, Planning, Text, run_shared, run_texts
+from fedzo.models.arithmetic import MEASURED, Scores
+from fedzo.models.forwards import Planning, run_shared, run_texts
 from fedzo.models.head import project
+from fedzo.models.kept_rows import Read, Tokens
 from fedzo.models.loaded import LoadedModel
-from fedzo.models.lower_layers import StepStates
 from fedzo.models.memory import cache_tokens
 from fedzo.models.plan import FEW_FORWARDS, Shared, plan_shared
 from fedzo.models.virtual_tokens import num_virtual_tokens
@@ -39,75 +39,53 @@ def mean_loss(
     loss: Loss,
     tokens_per_batch: int,
     forward_cost_tokens: int = FEW_FORWARDS,
-    lower: StepStates | None = None,
-    common_shift: float = 1.0,
 ) -> float:
-    """Mean of ``example_losses``, in float64; NaN or infinity if the model's numbers are."""
-    losses = example_losses(
-        loaded,
-        examples,
-        loss=loss,
-        tokens_per_batch=tokens_per_batch,
-        forward_cost_tokens=forward_cost_tokens,
-        lower=lower,
-        common_shift=common_shift,
-    )
-    return float(np.mean(losses))
-
-
-def graph_loss(
-    loaded: LoadedModel,
-    examples: Sequence[Example],
-    *,
-    loss: Loss,
-    tokens_per_batch: int,
-    common_shift: float = 1.0,
-) -> torch.Tensor:
-    """As the mean of ``example_losses``, with its graph: of the model's parameters that require a gradient; float64."""
-    planning = Planning(tokens_per_batch, FEW_FORWARDS, arithmetic=Differentiable())
-    losses: torch.Tensor = _losses(loaded, examples, loss, planning, common_shift=common_shift)
-    return losses.mean()
+    """Mean of ``example_losses``, in float64, in batches as ``Planning`` says; NaN or infinity if the numbers are."""
+    return float(example_losses(loaded, examples, Planning(tokens_per_batch, forward_cost_tokens), loss=loss).mean())
 
 
 def example_losses(
     loaded: LoadedModel,
     examples: Sequence[Example],
+    planning: Planning,
     *,
     loss: Loss,
-    tokens_per_batch: int,
-    forward_cost_tokens: int = FEW_FORWARDS,
-    before: OnRows | None = None,
-    lower: StepStates | None = None,
     common_shift: float = 1.0,
     owners: Sequence[int] | None = None,
-) -> Scores:
+) -> Any:
     """Loss of every example; token log-probabilities in float32, all means in float64.
 
-    Every candidate is a sequence of its own here: losses become the scalars of the log, and attention to a prompt that
-    is kept apart gives last bits that differ from process to process.
+    Every candidate is a sequence of its own, unless ``planning.share_prompts``: losses become the scalars of the log,
+    and attention to a prompt that is kept apart gives last bits that differ from process to process.
 
     Args:
         loaded: The model.
         examples: At least one.
+        planning: The batches. Its ``before`` gets the example of each row, by index.
         loss: ``candidates``: cross-entropy over the candidates' mean log-probabilities; ``lm``: mean cross-entropy of
             the right answer's tokens.
-        tokens_per_batch: Most tokens in one forward, padding included (a longer sequence goes alone).
-        forward_cost_tokens: What one more forward costs, counted in tokens: batches of unequal lengths are split where
-            that saves more padding. By default never; see ``forward_cost``.
-        before: Called before each forward with the example of each of its rows, by index.
-        lower: What the step has kept of the blocks below the trained ones, if that can be done.
         common_shift: Factor on what the scores of a batch have in common (``damp_common_shift``).
         owners: Whose batch each example is of; by default all are of one.
 
     Returns:
-        float64 [num_examples].
+        Float64 [num_examples] in the planning's arithmetic.
 
     Raises:
         ConfigError: There is no example, or one has an empty prompt or answer.
     """
-    planning = Planning(tokens_per_batch, forward_cost_tokens, before=before, lower=lower)
-    losses: Scores = _losses(loaded, examples, loss, planning, common_shift=common_shift, owners=owners)
-    return losses
+    if not examples:
+        raise ConfigError("a loss needs at least one example, got none. Check the batch size and the client's rows.")
+    labels = [example.label for example in examples]
+    if loss is Loss.lm:
+        answers = [_answer(example, label) for example, label in zip(examples, labels, strict=True)]
+        return -_mean_logprobs(loaded, answers, planning)
+    scores = _candidate_scores(loaded, examples, planning, full_vocabulary=False)
+    if common_shift != 1:
+        if len({len(example.candidates) for example in examples}) > 1:
+            raise ConfigError("task.common_shift must be 1 where rows have different numbers of answers. Leave it out.")
+        owners = [0] * len(examples) if owners is None else owners
+        scores = damp_common_shift(scores, owners, factor=common_shift)
+    return -planning.arithmetic.log_softmax(scores)[range(len(labels)), labels]
 
 
 def damp_common_shift(scores: Any, owners: Sequence[int], *, factor: float) -> Any:
@@ -149,9 +127,9 @@ def candidate_scores(
     Args:
         loaded: The model.
         examples: The examples.
-        tokens_per_batch: As in ``mean_loss``.
+        tokens_per_batch: As in ``Planning``.
         full_vocabulary: Normalise single tokens over the whole vocabulary, too.
-        forward_cost_tokens: As in ``mean_loss``.
+        forward_cost_tokens: As in ``Planning``.
         on_batch: Called after each forward with sequences done and in total.
 
     Returns:
@@ -168,31 +146,6 @@ def choice_losses(scores: npt.NDArray[np.floating], labels: Sequence[int]) -> Sc
     """Cross-entropy of the right candidate, float64 [num_examples], from scores [num_examples, candidates]."""
     losses: Scores = -MEASURED.log_softmax(scores.astype(np.float64))[range(len(labels)), labels]
     return losses
-
-
-def _losses(
-    loaded: LoadedModel,
-    examples: Sequence[Example],
-    loss: Loss,
-    planning: Planning,
-    *,
-    common_shift: float = 1.0,
-    owners: Sequence[int] | None = None,
-) -> Any:
-    """What the loss of an example is, [num_examples] in the planning's arithmetic."""
-    if not examples:
-        raise ConfigError("a loss needs at least one example, got none. Check the batch size and the client's rows.")
-    labels = [example.label for example in examples]
-    if loss is Loss.lm:
-        answers = [_answer(example, label) for example, label in zip(examples, labels, strict=True)]
-        return -_mean_logprobs(loaded, answers, planning)
-    scores = _candidate_scores(loaded, examples, planning, full_vocabulary=False)
-    if common_shift != 1:
-        if len({len(example.candidates) for example in examples}) > 1:
-            raise ConfigError("task.common_shift must be 1 where rows have different numbers of answers. Leave it out.")
-        owners = [0] * len(examples) if owners is None else owners
-        scores = damp_common_shift(scores, owners, factor=common_shift)
-    return -planning.arithmetic.log_softmax(scores)[range(len(labels)), labels]
 
 
 def _candidate_scores(
@@ -223,7 +176,7 @@ def _single_token_scores(
     loaded: LoadedModel, examples: Sequence[Example], planning: Planning, *, width: int, full_vocabulary: bool
 ) -> Any:
     """Log-probabilities [num_examples, width] of single-token candidates from one forward of the prompts."""
-    sequences = [Text(_prompt(example), ()) for example in examples]
+    prompts = [Read(_prompt(example), 1) for example in examples]
     tokens = np.empty((len(examples), width), dtype=np.int64)
     there = np.zeros((len(examples), width), dtype=bool)
     for row, example in enumerate(examples):
@@ -232,7 +185,7 @@ def _single_token_scores(
         tokens[row, : len(example.candidates)] = [candidate[0] for candidate in example.candidates]
     order: list[int] = []
     picked: list[torch.Tensor] = []
-    for batch, hidden in run_texts(loaded, sequences, planning):
+    for batch, hidden in run_texts(loaded, prompts, planning):
         with planning.arithmetic.forwards():
             if full_vocabulary:
                 picked.append(_picked(loaded, hidden, tokens[batch]))
@@ -261,7 +214,7 @@ def _plan_shared(loaded: LoadedModel, examples: Sequence[Example], planning: Pla
     virtual = num_virtual_tokens(loaded.model)
     return plan_shared(
         [len(_prompt(example)) + virtual for example in examples],
-        [[len(_answer(example, j).targets) - 1 for j in range(len(example.candidates))] for example in examples],
+        [[len(_answer(example, j)[1]) - 1 for j in range(len(example.candidates))] for example in examples],
         tokens_per_batch=planning.tokens_per_batch,
         forward_cost_tokens=planning.forward_cost_tokens,
         cache_tokens=cache_tokens(loaded.model),
@@ -291,12 +244,13 @@ def _shared_scores(
     return scores
 
 
-def _mean_logprobs(loaded: LoadedModel, sequences: Sequence[Text], planning: Planning) -> Any:
-    """Mean log-probability of each sequence's targets over the whole vocabulary, float64 [num_sequences]."""
-    means = planning.arithmetic.empty_scores(len(sequences))
-    for batch, hidden in run_texts(loaded, sequences, planning):
-        logprobs = _token_logprobs(loaded, hidden, [token for i in batch for token in sequences[i].targets], planning)
-        means[batch] = planning.arithmetic.means(logprobs, [len(sequences[i].targets) for i in batch])
+def _mean_logprobs(loaded: LoadedModel, answers: Sequence[tuple[Tokens, Tokens]], planning: Planning) -> Any:
+    """Mean log-probability of each answer's tokens over the whole vocabulary, float64 [num_answers]."""
+    means = planning.arithmetic.empty_scores(len(answers))
+    reads = [Read(prompt + targets[:-1], len(targets)) for prompt, targets in answers]
+    for batch, hidden in run_texts(loaded, reads, planning):
+        logprobs = _token_logprobs(loaded, hidden, [token for i in batch for token in answers[i][1]], planning)
+        means[batch] = planning.arithmetic.means(logprobs, [len(answers[i][1]) for i in batch])
     return means
 
 
@@ -320,16 +274,17 @@ def _chunks(loaded: LoadedModel, rows: torch.Tensor) -> tuple[torch.Tensor, ...]
     return torch.split(rows, max(1, _CHUNK_LOGITS // max(1, len(loaded.tokenizer))))
 
 
-def _answer(example: Example, candidate: int) -> Text:
+def _answer(example: Example, candidate: int) -> tuple[Tokens, Tokens]:
+    """The prompt, and the answer's tokens."""
     targets = example.candidates[candidate]
     if not targets:
         raise ConfigError(
             f"every candidate must have at least one token, got an empty one ({candidate}). Check task.candidates."
         )
-    return Text(_prompt(example) + targets[:-1], targets)
+    return _prompt(example), targets
 
 
-def _prompt(example: Example) -> tuple[int, ...]:
+def _prompt(example: Example) -> Tokens:
     if not example.prompt:
         raise ConfigError("every prompt must have at least one token, got an empty one. Check the task's template.")
     return example.prompt

@@ -172,9 +172,13 @@ def embedded_folder() -> Path:
     with told_as(ConfigError, f"{folder.parent}: it must be writable", "Set FEDZO_CACHE to another folder."):
         folder.parent.mkdir(parents=True, exist_ok=True)
         _sweep(folder.parent)
-        scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
+        private = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
     try:
+        scratch = private / folder.name
+        scratch.mkdir()  # with the umask's mode: users may share a cache
         _convert(gguf, scratch)
+        for file in scratch.iterdir():  # safetensors makes files that nobody else may read
+            file.chmod(file.stat().st_mode | scratch.stat().st_mode & 0o666)
         sync_files(scratch)
         scratch.rename(folder)
         sync_folder(folder.parent)
@@ -182,7 +186,7 @@ def embedded_folder() -> Path:
         if not folder.is_dir():  # otherwise another process was first, with the same bytes
             raise ConfigError(f"{folder} cannot be written: {error}. Set FEDZO_CACHE to another folder.") from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(private, ignore_errors=True)
     return folder
 
 

@@ -69,48 +69,54 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def kernels_for(*tensors: torch.Tensor) -> Kernels | None:
-    """The kernels that serve these tensors, or None: they lie elsewhere, or have another dtype, or nothing compiles."""
-    first = tensors[0]
-    if first.device.type != "cuda" or any(tensor.dtype not in DTYPES for tensor in tensors):
+def kernels_for(tensor: torch.Tensor, bits: int) -> Kernels | None:
+    """The kernels for codes of so many bits where a tensor lies, or None: not on a GPU, another dtype, or a fault."""
+    if tensor.device.type != "cuda" or tensor.dtype not in DTYPES:
         return None
-    return _checked_kernels(first.device, first.dtype)
+    return _checked_kernels(tensor.device, tensor.dtype, bits)
 
 
 @cache
-def _checked_kernels(device: torch.device, dtype: torch.dtype) -> Kernels | None:
+def _checked_kernels(device: torch.device, dtype: torch.dtype, bits: int) -> Kernels | None:
     """The kernels of a device, unless something is wrong with them. Then a warning says what, once."""
     try:
         from fedzo.sketch.triton_kernels import Kernels
 
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
         kernels = Kernels(processors)
-        _check(kernels, device, dtype)
+        for num_columns in (69, 1029):  # one part, which adds the bias itself, and several
+            _check(kernels, device, dtype, bits, num_columns)
     except Exception as error:  # whatever a compiler or driver raises: torch's path is slower, not wrong
-        log.warning("the GPU kernels for sketches cannot be used on %s with %s: %s", device, dtype, error)
+        said = "the GPU kernels for sketches cannot be used on %s with %s and codes of %d bits: %s"
+        log.warning(said, device, dtype, bits, error)
         return None
     return kernels
 
 
-def _check(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> None:
+def _check(kernels: Kernels, device: torch.device, dtype: torch.dtype, bits: int, num_columns: int) -> None:
     """Compute with small whole numbers, which all dtypes and orders of summation make exactly.
+
+    Neighbouring tables differ, no stretch of codes repeats, and no row ends where a byte ends.
 
     Raises:
         RuntimeError: A result is another.
     """
-    data = torch.arange(36, device=device).mul(83).remainder(256).view(3, 12)
-    codes = torch.stack([data >> 4, data & 15], dim=2).view(3, 2, 12)
-    tables = torch.arange(96, device=device).mul(7).remainder(16).sub(8).view(3, 2, 16)
-    weight = tables.gather(2, codes).view(3, 24).to(dtype)
-    packed, values = data.to(torch.uint8), tables.to(dtype)
+    from fedzo.sketch.packing import pack  # which imports this module
+
+    num_rows = 9  # more than a tile has of decoding, and of sums
+    codes = torch.arange(num_rows * num_columns, device=device).square().remainder(6007).remainder(1 << bits)
+    tables = torch.arange(num_rows * 3 << bits, device=device).mul(7).remainder(17).sub(8).view(num_rows, 3, -1)
+    weight = tables.gather(2, codes.view(num_rows, 3, -1)).view(num_rows, num_columns).to(dtype)
+    packed, values = pack(codes.view_as(weight).to(torch.uint8), bits), tables.to(dtype)
 
     if not torch.equal(kernels.decode(packed, values, torch.empty_like(weight)), weight):
         raise RuntimeError("a decoded matrix is not the table's values")
     for num_tokens in (1, 17):
-        x = torch.arange(24 * num_tokens, device=device).remainder(3).sub(1).view(num_tokens, 24)
+        x = torch.arange(num_tokens * num_columns, device=device).remainder(5).sub(2).view(num_tokens, -1)
         expected = x.double() @ weight.double().T + 1
-        if not torch.equal(kernels.product(x.to(dtype), packed, values, weight.new_ones(3)), expected.to(dtype)):
+        if not torch.equal(kernels.product(x.to(dtype), packed, values, weight.new_ones(num_rows)), expected.to(dtype)):
             raise RuntimeError(f"a product with {num_tokens} tokens is wrong")
-    sums = torch.zeros(3, 2, 16, device=device).scatter_add_(2, codes, weight.float().view(3, 2, 12))
-    if not torch.equal(kernels.sum_by_code(packed, weight.float(), 2, 4), sums):
+    sums = torch.zeros(tables.shape, device=device)
+    sums.scatter_add_(2, codes.view(num_rows, 3, -1), weight.float().view(num_rows, 3, -1))
+    if not torch.equal(kernels.sum_by_code(packed, weight.float(), 3, bits), sums):
         raise RuntimeError("sums by code are wrong")

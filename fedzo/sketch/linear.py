@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from fedzo.sketch.build import Sketch
 from fedzo.sketch.gpu import FUSED_TOKENS, kernels_for
 from fedzo.sketch.packing import check_bits, check_shapes, columns_per_group, decode, packed_width, sum_by_code
 
@@ -74,19 +73,22 @@ class SketchLinear(nn.Module):
             self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), requires_grad=False)
 
     @classmethod
-    def from_sketch(cls, sketch: Sketch, bias: torch.Tensor | None = None) -> SketchLinear:
-        """The layer of a sketch that was just built, with a copy of the dense layer's bias [R]."""
+    def of(
+        cls, codes: torch.Tensor, tables: torch.Tensor, in_features: int, bias: torch.Tensor | None = None
+    ) -> SketchLinear:
+        """The layer of packed codes and tables that fit one another, with copies of them and of a bias [R]."""
+        rows, groups, num_values = tables.shape
         layer = cls(
-            sketch.num_columns,
-            len(sketch.codes),
-            bits=sketch.settings.bits,
-            groups_per_row=sketch.settings.groups_per_row,
+            in_features,
+            rows,
+            bits=num_values.bit_length() - 1,
+            groups_per_row=groups,
             bias=bias is not None,
             dtype=None if bias is None else bias.dtype,
         )
         with torch.no_grad():
-            layer.codes.copy_(sketch.codes)
-            layer.tables.copy_(sketch.tables)
+            layer.codes.copy_(codes)
+            layer.tables.copy_(tables)
             if layer.bias is not None and bias is not None:
                 layer.bias.copy_(bias)
         return layer
@@ -148,11 +150,11 @@ class _SketchedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, tables: torch.Tensor, codes: torch.Tensor, bias: Any) -> torch.Tensor:
         ctx.save_for_backward(x, tables, codes)
-        kernels = kernels_for(x)
+        check_shapes(codes, tables, x.shape[-1])
+        kernels = kernels_for(x, tables.shape[2].bit_length() - 1)
         num_tokens = x.numel() // x.shape[-1]
         if kernels is None or not 0 < num_tokens <= FUSED_TOKENS:
             return F.linear(x, _decoded(codes, tables, x), bias)
-        check_shapes(codes, tables, x.shape[-1])
         by_token = x.reshape(num_tokens, -1).contiguous()
         values = tables.to(x.dtype).contiguous()
         return kernels.product(by_token, codes.contiguous(), values, bias).view(*x.shape[:-1], len(codes))

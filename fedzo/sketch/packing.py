@@ -110,11 +110,11 @@ def decode(packed: torch.Tensor, tables: torch.Tensor, out: torch.Tensor) -> tor
     """
     check_shapes(packed, tables, out.shape[1])
     values = tables.detach().to(out.dtype).contiguous()
-    if (kernels := kernels_for(out)) is not None:
+    bits = tables.shape[2].bit_length() - 1
+    if (kernels := kernels_for(out, bits)) is not None:
         return kernels.decode(packed.contiguous(), values, out)
     values = values.view(_LANES[out.element_size()])
     places = out.view(values.dtype)
-    bits = tables.shape[2].bit_length() - 1
     if out.device.type == "cpu" and out.element_size() <= 4:
         _decode_rows(packed.numpy(), values.numpy(), places.numpy(), bits)
     else:
@@ -137,7 +137,7 @@ def sum_by_code(packed: torch.Tensor, matrix: torch.Tensor, groups_per_row: int,
     Returns:
         [R, G, 2^bits], of the matrix's dtype.
     """
-    if (kernels := kernels_for(matrix)) is not None:
+    if (kernels := kernels_for(matrix, bits)) is not None:
         return kernels.sum_by_code(packed.contiguous(), matrix.contiguous(), groups_per_row, bits)
     codes = unpack(packed, bits, matrix.shape[1])
     parts, codes = (t.contiguous().view(len(packed), groups_per_row, -1) for t in (matrix, codes))

@@ -61,10 +61,11 @@ class AdapterTrainer:
 
     def build(self, loaded: LoadedModel, artifact: Artifact, *, distribution: Distribution) -> Built:
         """The adapter on ``loaded.model``, in place of an earlier one, at its initial values."""
-        from fedzo.models.adapters import inject, trained_parameters
+        from fedzo.models.adapters import inject, remove, trained_parameters
 
         if artifact.size != 8:
             raise ConfigError(f"an adapter's artifact must be a seed of 8 bytes, got {artifact.size}.")
+        remove(loaded.model)  # an earlier one: layers are looked for in the base
         peft_model = inject(loaded, self.configure(loaded.model))
         named = trained_parameters(peft_model)
         peft_model.requires_grad_(False)

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,7 +29,6 @@ PIECE_BYTES = 4 << 20
 """What travels at a time; the last piece of an artifact may be shorter."""
 MAX_BYTES = 2 << 30
 """Of an artifact that a site takes from a peer, where it does not say otherwise."""
-_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +102,15 @@ class ArtifactStore:
         if not content:
             return EMPTY
         self.folder.mkdir(parents=True, exist_ok=True)
-        digest, size = hashlib.sha256(), 0
         with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".part", delete=False) as file:
             try:
-                for block in _blocks(content):
-                    digest.update(block)
-                    size += file.write(block)
+                if isinstance(content, bytes):
+                    file.write(content)
+                else:
+                    with content.open("rb") as given:
+                        shutil.copyfileobj(given, file)
                 file.flush()
-                return self._complete(Path(file.name), digest.hexdigest())
+                return self._complete(Path(file.name), _digest(Path(file.name)))
             except BaseException:
                 Path(file.name).unlink(missing_ok=True)
                 raise
@@ -189,15 +190,6 @@ def _open_alone(part: Path) -> Iterator[BinaryIO]:
             if current:  # else the process before this one has renamed or removed it
                 yield file
                 return
-
-
-def _blocks(content: bytes | Path) -> Iterator[bytes]:
-    if isinstance(content, bytes):
-        yield content
-        return
-    with content.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            yield block
 
 
 def _digest(path: Path) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from fedzo.errors import Problem, at_least, not_negative, positive, problem
 from fedzo.registry import PluginConfig, Registry
-from fedzo.system import OnProgress
+from fedzo.system import OnProgress, untold
 from fedzo.trainers.artifacts import ARTIFACTS, EMPTY, Artifact, ArtifactStore
 
 if TYPE_CHECKING:
@@ -51,10 +51,10 @@ class TrainerTraits:
 
 @dataclass(kw_only=True, slots=True)
 class InputsConfig:
-    """Files that a launch gives to its trainer. Only what the trainer makes of them travels."""
+    """Files for the trainer. Only what the trainer makes from them is sent to clients."""
 
     artifact: str | None = None
-    """What the trainer would else make when the run starts, made before: for ``trainer=meerkat`` a mask of
+    """An artifact made beforehand, instead of at the start of the run: for ``trainer=meerkat`` a mask of
     ``fedzo mask``."""
     calibration: str | None = None
     """Text without labels to prepare the trainer on (``trainer.calibration=file``): a text file, one document a line,
@@ -66,9 +66,9 @@ class TrainerConfig(PluginConfig):
     """Which numbers are trained, and the step sizes that suit them."""
 
     lr: float = 1e-4
-    """Learning rate that suits this space; ``server_optimizer.lr`` defaults to it."""
+    """Learning rate suited to this trainer; default of ``server_optimizer.lr``."""
     eps: float = 1e-3
-    """Probe size that suits this space; ``estimator.eps`` defaults to it."""
+    """Probe size suited to this trainer; default of ``estimator.eps``."""
 
     @property
     def traits(self) -> TrainerTraits:
@@ -102,7 +102,7 @@ class TrainerConfig(PluginConfig):
 
 @dataclass(kw_only=True, slots=True)
 class LayeredConfig(TrainerConfig):
-    """A trainer that can leave the lower blocks of the model alone."""
+    """A trainer that can freeze the lower blocks of the model."""
 
     first_layer: int = 0
     """Index of the first block with trained values; 0 trains all. In most models the blocks below then run once a step
@@ -128,7 +128,7 @@ class Workplace:
     folder: Path
     seed: int
     texts: Callable[[], list[str]]
-    advance: OnProgress
+    advance: OnProgress = untold
     inputs: InputsConfig = field(default_factory=InputsConfig)
     resumed: bool = True
 

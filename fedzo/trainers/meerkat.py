@@ -121,8 +121,8 @@ class Meerkat:
         if not is_kept:
             if (base := mask.manifest.get("base_digest")) not in (None, loaded.base_digest):
                 log.warning(
-                    "%s: it was chosen on other weights (%s...) than the model's (%s...): it can be trained, but its "
-                    "gradient, with which local steps are compared (GradIP), is not this model's.",
+                    "%s: the mask was made for other weights (%s...) than the model's (%s...). It can be trained, but "
+                    "GradIP uses the other model's gradient. For GradIP, make a new mask.",
                     given,
                     base[:12],
                     loaded.base_digest[:12],

@@ -66,8 +66,8 @@ class Mezo:
         narrow = sorted({str(p.dtype).removeprefix("torch.") for p in trained.values() if is_rounded(p.dtype)})
         if narrow and self.config.rounding is Rounding.nearest:
             log.warning(
-                "trainer=mezo: weights are held in %s, where a step of less than half the spacing of a weight's "
-                "neighbours is lost. Write trainer.rounding=stochastic, or model.dtype=float32.",
+                "trainer=mezo: weights are held in %s, where rounding loses steps below half a unit in the last place "
+                "(ulp). Write trainer.rounding=stochastic, or model.dtype=float32.",
                 " and ".join(narrow),
             )
         _warn_of_second_model(loaded)
@@ -80,8 +80,8 @@ def _warn_of_second_model(loaded: LoadedModel) -> None:
     needed, free = weights_bytes(loaded.model), available_memory_bytes(torch.device("cpu"))
     if loaded.reads_whole and needed > free:
         log.warning(
-            "trainer=mezo: the way back to an earlier round reads %r whole, which takes %.0f MiB beside the model that "
-            "is there, and %.0f MiB are free. Free some, or train a mask or an adapter. Of a GGUF file: save it as "
+            "trainer=mezo: to return to an earlier round, %r is read again whole. This takes %.0f MiB beside the "
+            "loaded model, and %.0f MiB are free. Free some, or train a mask or an adapter. Save a GGUF file as "
             "safetensors, which are read weight by weight.",
             loaded.source,
             needed / 2**20,

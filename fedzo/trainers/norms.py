@@ -22,8 +22,8 @@ class NormsConfig(LayeredConfig):
     """Norm tuning: scales and shifts of norms are trained (arXiv 2312.11420)."""
 
     first_layer: int = 0
-    """Index of the first block whose norms are trained; those behind the blocks always are. With the number of blocks
-    they are alone: a few hundred values, and a row runs the blocks once if ``model.lower_layers_cache_mb`` keeps it."""
+    """Index of the first block whose norms are trained; those after the last block always are. With the number of
+    blocks, only these are: a few hundred values, and ``model.lower_layers_cache_mb`` can cache all blocks."""
     lr: float = 1e-2
     eps: float = 1e-2
 

@@ -45,10 +45,10 @@ GRADIENT_FILE = "table_gradient.safetensors"
 
 @dataclass(kw_only=True, slots=True)
 class TablesConfig(CalibratedConfig):
-    """Tables of a sketched model, over codes that stay (those of SpaLLM, arXiv 2410.06364, which takes gradients)."""
+    """Lookup tables of a sketched model; its codes stay fixed (SpaLLM, arXiv 2410.06364, which uses gradients)."""
 
     gradient: bool = True
-    """Whether the server takes a gradient of the tables on calibration text, to compare local steps with (GradIP)."""
+    """Whether the server computes the gradient of the tables on calibration text, which GradIP needs."""
 
     @property
     def traits(self) -> TrainerTraits:

@@ -16,6 +16,6 @@ class Rounding(StrEnum):
     """How an updated weight is rounded where the model holds 16-bit weights and there is no float32 master."""
 
     nearest = "nearest"
-    """To the nearest value. A step of less than half the spacing of the weight's neighbours moves nothing."""
+    """To the nearest value. A step of less than half a unit in the last place (ulp) changes nothing."""
     stochastic = "stochastic"
     """Up or down with probabilities that keep the mean, drawn from the run seed. Small steps add up."""

@@ -19,7 +19,8 @@ import torch
 
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions_cuda import CudaDirections, cuda_directions
-from fedzo.zo.kernels import SPAN, add_kernel, add_rows_kernel, dot_kernel, halves_kernel, lots_kernel, make_words
+from fedzo.zo.kernels import SPAN, add_kernel, add_rows_kernel, dot_kernel, halves_kernel, make_words
+from fedzo.zo.rounding import is_rounded, round_stochastically
 
 log = logging.getLogger(__name__)
 
@@ -95,9 +96,9 @@ def lots(key: int, n: int, device: torch.device) -> torch.Tensor:
     """
     if n and (kernels := fused(device)) is not None:
         return kernels.lots(key, n)
-    draws = np.empty(n, np.uint64)
-    lots_kernel(draws, PURPOSE_MASK, *_key_words(key))
-    return torch.from_numpy(~(draws ^ np.uint64(1 << 63)).view(np.int64))
+    draws = np.empty(4 * n, np.uint16)
+    halves_kernel(draws, 0, PURPOSE_MASK, *_key_words(key))  # a word is two halves, the low one first; a lot two words
+    return torch.from_numpy(~(draws.view(np.uint64) ^ np.uint64(1 << 63)).view(np.int64))
 
 
 def gaussians(key: int, n: int, *, purpose: int) -> npt.NDArray[np.float32]:
@@ -199,6 +200,7 @@ def add_direction(
     start: int = 0,
     out: torch.Tensor | None = None,
     distribution: Distribution = Distribution.gaussian,
+    stochastic: bool = False,
 ) -> torch.Tensor:
     """Add a scaled direction: ``cast(float32(base) + scale * z)``, one rounded product, one rounded sum, one cast.
 
@@ -211,6 +213,8 @@ def add_direction(
         start: Coordinate of ``base``'s first element.
         out: Where to write; may be ``base`` itself. A new tensor by default.
         distribution: Law of z.
+        stochastic: Whether a cast to 16 bits rounds by the draws of purpose 1 of the same key (``fedzo.zo.rounding``)
+            and not to nearest.
 
     Returns:
         ``out``, of the shape and dtype of ``base``.
@@ -221,7 +225,9 @@ def add_direction(
     if flat_base.numel() == 0:
         return out
     if (kernels := fused(base.device)) is not None:
-        kernels.add(base, key, scale=float(scale32), start=start, out=out, distribution=distribution)
+        kernels.add(
+            base, key, scale=float(scale32), start=start, out=out, distribution=distribution, stochastic=stochastic
+        )
         return out
     if base.device.type == "cpu" and base.dtype == torch.float32:
         _add_on_cpu(flat_base, flat_out, key, scale=scale32, start=start, distribution=distribution)
@@ -235,8 +241,17 @@ def add_direction(
             coordinates = torch.arange(start + low, start + low + part.numel(), device=base.device)
             # separate product and sum: addcmul and add(alpha=) would fuse and round once
             wide = part.float() + direction_at(key, coordinates, distribution=distribution) * float(scale32)
+        if stochastic and is_rounded(base.dtype):
+            wide = round_stochastically(wide, _rounding_draws(key, start + low, wide), base.dtype)
         flat_out[low : low + _CHUNK] = wide.to(base.dtype)
     return out
+
+
+def _rounding_draws(key: int, start: int, like: torch.Tensor) -> torch.Tensor:
+    if like.device.type == "cpu":
+        return torch.from_numpy(halves(key, like.numel(), purpose=PURPOSE_ROUNDING, start=start))
+    coordinates = torch.arange(start, start + like.numel(), device=like.device)
+    return halves_at(key, coordinates, purpose=PURPOSE_ROUNDING).to(torch.int32)
 
 
 def _add_on_cpu(

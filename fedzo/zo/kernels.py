@@ -113,46 +113,25 @@ def add_rows_kernel(base: Any, out: Any, table: Any, scale: Any, starts: Any, wi
 
 @nb.njit(cache=True)
 def _halves_span(out: Any, start: Any, purpose: Any, k0: Any, k1: Any) -> None:
-    words = np.empty((4, _TILE // 8), np.uint32)
+    draws, words = np.empty(_TILE, np.uint16), np.empty((4, _TILE // 8), np.uint32)
     end = (start + out.size - 1) // 8 + 1
     for first in range(start // 8, end, _TILE // 8):
         count = min(_TILE // 8, end - first)
         make_words(words, first, count, purpose, k0, k1)
         for i in range(count):
-            at = (first + i) * 8 - start
-            for j in range(8):
-                if 0 <= at + j < out.size:
-                    out[at + j] = words[j // 2, i] >> nb.uint32(16 * (j % 2)) & nb.uint32(0xFFFF)
+            for j in range(4):
+                draws[8 * i + 2 * j] = words[j, i] & nb.uint32(0xFFFF)
+                draws[8 * i + 2 * j + 1] = words[j, i] >> nb.uint32(16)
+        low, high = max(first * 8 - start, 0), min((first + count) * 8 - start, out.size)
+        out[low:high] = draws[low + start - first * 8 : high + start - first * 8]
 
 
 @nb.njit(parallel=True, cache=True)
 def halves_kernel(out: Any, start: Any, purpose: Any, k0: Any, k1: Any) -> None:
-    """The 16-bit draws of the coordinates from ``start`` on, into ``out`` (int32)."""
+    """The 16-bit draws of the coordinates from ``start`` on, into ``out`` (int32 or uint16)."""
     for i in nb.prange((out.size + SPAN - 1) // SPAN):
         low, high = i * SPAN, min((i + 1) * SPAN, out.size)
         _halves_span(out[low:high], start + low, purpose, k0, k1)
-
-
-@nb.njit(cache=True)
-def _lots_span(out: Any, first: Any, purpose: Any, k0: Any, k1: Any) -> None:
-    words = np.empty((4, _TILE // 8), np.uint32)
-    words0, words1, words2, words3 = words[0], words[1], words[2], words[3]
-    for low in range(0, out.size, _TILE // 4):
-        part = out[low : low + _TILE // 4]
-        make_words(words, first + low // 2, (part.size + 1) // 2, purpose, k0, k1)
-        for i in range(part.size // 2):
-            part[2 * i] = nb.uint64(words0[i]) | nb.uint64(words1[i]) << nb.uint64(32)
-            part[2 * i + 1] = nb.uint64(words2[i]) | nb.uint64(words3[i]) << nb.uint64(32)
-        if part.size % 2:
-            i = part.size // 2
-            part[2 * i] = nb.uint64(words0[i]) | nb.uint64(words1[i]) << nb.uint64(32)
-
-
-@nb.njit(parallel=True, cache=True)
-def lots_kernel(out: Any, purpose: Any, k0: Any, k1: Any) -> None:
-    """Words 2 i and 2 i + 1 of a stream, low one first, into ``out[i]`` (uint64)."""
-    for i in nb.prange((out.size + SPAN - 1) // SPAN):
-        _lots_span(out[i * SPAN : (i + 1) * SPAN], i * (SPAN // 2), purpose, k0, k1)
 
 
 @nb.njit(cache=True)

@@ -261,11 +261,6 @@ def apply_steps(space: Space, scalars: Iterable[tuple[np.float32, int]], *, lr: 
     take_steps(space, [(float(s), key) for s, key in scaled if s != 0])
 
 
-def apply_step(space: Space, *, lr: float, c: np.float32, key: int) -> None:
-    """One of ``apply_steps``."""
-    apply_steps(space, [(c, key)], lr=lr)
-
-
 @dataclass(frozen=True, slots=True)
 class Drift:
     """What a rule adds to the estimate of each of a client's local steps: ``along + pull * (theta - start)``.

@@ -80,14 +80,14 @@ class PerturbedWeights:
         scale: float,
         key: int,
         distribution: Distribution,
-        groups: Mapping[int, Together] | None = None,
+        groups: Mapping[int, Together],
     ) -> None:
         self._weights = weights
         self._starts = {id(weight): start for weight, start in zip(weights, starts, strict=True)}
         self._scale = scale
         self._key = key
         self._distribution = distribution
-        self._groups = {} if groups is None else groups
+        self._groups = groups
         self._kernels = fused(weights[0].device)
         self._spent: set[Together] = set()
         self._made: dict[int, torch.Tensor] = {}

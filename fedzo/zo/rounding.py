@@ -8,13 +8,8 @@ purpose 1, under the step's own key.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
-from fedzo.zo.config import Distribution
-from fedzo.zo.directions import PURPOSE_ROUNDING, add_direction, fused, halves, halves_at
-
-_CHUNK = 1 << 20  # values that are widened to float32 at a time
 _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}  # of float32's 23 in the significand
 
 
@@ -49,34 +44,3 @@ def round_stochastically(wide: torch.Tensor, draws: torch.Tensor, dtype: torch.d
         above = draws < (quotient - lower) * 65536
         rounded = torch.where(wide.abs() < 2.0**-14, torch.copysign((lower + above) * 2.0**-24, wide), rounded)
     return torch.where(wide.isfinite(), rounded, wide).to(dtype)
-
-
-def add_direction_stochastically(
-    weight: torch.Tensor, key: int, *, scale: float, start: int, distribution: Distribution
-) -> None:
-    """Set ``weight`` to ``float32(weight) + scale * z`` as ``add_direction`` does, in place, but round stochastically.
-
-    Args:
-        weight: Contiguous tensor of any shape, bfloat16 or float16.
-        key: Stream key of the direction and of the draws.
-        scale: Rounded to float32 first.
-        start: Coordinate of the first element.
-        distribution: Law of z.
-    """
-    flat = weight.detach().view(-1)
-    if flat.numel() and (kernels := fused(weight.device)) is not None:
-        scale32 = float(np.float32(scale))
-        kernels.add(flat, key, scale=scale32, start=start, out=flat, distribution=distribution, stochastic=True)
-        return
-    for low in range(0, flat.numel(), _CHUNK):
-        part = flat[low : low + _CHUNK]
-        wide = part.float()
-        add_direction(wide, key, scale=scale, start=start + low, out=wide, distribution=distribution)
-        part.copy_(round_stochastically(wide, _draws(key, start + low, wide), part.dtype))
-
-
-def _draws(key: int, start: int, like: torch.Tensor) -> torch.Tensor:
-    if like.device.type == "cpu":
-        return torch.from_numpy(halves(key, like.numel(), purpose=PURPOSE_ROUNDING, start=start))
-    coordinates = torch.arange(start, start + like.numel(), device=like.device)
-    return halves_at(key, coordinates, purpose=PURPOSE_ROUNDING).to(torch.int32)

@@ -6,15 +6,16 @@ Where there are no fused kernels the same is done tensor after tensor.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 import numpy as np
 import torch
 from torch import nn
 
+from fedzo.system import consecutive
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import add_direction, fused
 from fedzo.zo.directions_cuda import CudaDirections, Pieces
-from fedzo.zo.rounding import add_direction_stochastically, is_rounded
 
 _SMALL = 1 << 16  # values of a tensor that is not worth a launch of its own
 _GROUP_BYTES = 128 << 20  # of weights that a probe makes in one launch
@@ -48,11 +49,9 @@ class Together:
             kernels.add_pieces(pieces, key, scale=scale32, distribution=distribution, stochastic=stochastic)
             return
         for tensor, start in zip(self._tensors, self._starts, strict=True):
-            weight = tensor.detach()
-            if stochastic and is_rounded(weight.dtype):
-                add_direction_stochastically(weight, key, scale=scale, start=start, distribution=distribution)
-            else:
-                add_direction(weight, key, scale=scale, start=start, out=weight, distribution=distribution)
+            add_direction(
+                tensor, key, scale=scale, start=start, out=tensor, distribution=distribution, stochastic=stochastic
+            )
 
     def moved(
         self, key: int, *, scale: float, distribution: Distribution, in_place_of_last: bool = False
@@ -120,18 +119,13 @@ def reading_order(
     there = [i for i, parameter in enumerate(parameters) if fused(parameter.device) is not None]
     embeddings = {module.weight.shape for module in model.modules() if isinstance(module, nn.Embedding)}
     small = [i for i in there if parameters[i].numel() <= _SMALL]
+    large = [i for i in there if parameters[i].numel() > _SMALL and parameters[i].nbytes <= _GROUP_BYTES]
+    large = [i for i in large if parameters[i].shape not in embeddings]
     groups: list[list[int]] = []
-    room, last = 0, None
-    for i in there:
-        parameter = parameters[i]
-        size, kind = parameter.numel() * parameter.element_size(), (parameter.device, parameter.dtype)
-        if parameter.numel() <= _SMALL or parameter.shape in embeddings or size > _GROUP_BYTES:
-            continue
-        if kind != last or size > room:
-            groups.append([])
-            room, last = _GROUP_BYTES, kind
-        groups[-1].append(i)
-        room -= size
+    for _, alike in groupby(large, key=lambda i: (parameters[i].device, parameters[i].dtype)):
+        of_kind = list(alike)
+        parts = consecutive([parameters[i].nbytes for i in of_kind], most=_GROUP_BYTES)
+        groups += [[of_kind[j] for j in part] for part in parts]
     smalls = all_together([parameters[i] for i in small], [starts[i] for i in small])
     made = [_of(parameters, starts, group) for group in groups]
     return smalls, {id(parameters[i]): m for group, m in zip(groups, made, strict=True) for i in group}

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -34,12 +35,10 @@ class VirtualPath:
 
     Attributes:
         grad_ip: GradIP, signed; the paper's plots show its absolute value.
-        abs_g: Mean over probes of |g|.
         cosine: GradIP / (|grad| |ghat|); nan where one of the two is zero.
     """
 
     grad_ip: Numbers
-    abs_g: Numbers
     cosine: Numbers
 
 
@@ -74,39 +73,35 @@ def virtual_paths(
     if any(len(g) > steps or g.shape[1] != probes for g in scalars.values()):
         raise ValueError(f"g must be at most {steps} steps of {probes}, got {[g.shape for g in scalars.values()]}")
     norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
-    groups = [(0, list(scalars))]
-    if not record.shared:
-        groups = [(column, [owner]) for column, owner in enumerate(record.owners)]
+    columns = {owner: column for column, owner in enumerate(record.owners)}
+
+    @lru_cache(maxsize=steps)  # what all share is made once; an owner's own is asked for once
+    def products(column: int, step: int) -> Numbers:
+        keys = step_keys(
+            run_seed,
+            round=record.round,
+            step=step,
+            probes=probes,
+            owner=record.owners[column],
+            directions=record.directions,
+        )
+        return gram(gradient, keys, distribution=distribution)
+
     paths = {}
-    for column, members in groups:
-        walked = max((len(scalars[client]) for client in members), default=0)
-        g = np.zeros((len(members), walked, probes))
-        for row, client in enumerate(members):
-            g[row, : len(scalars[client])] = scalars[client]
-        products = np.empty((walked, probes, probes))
-        for t in range(walked):
-            keys = step_keys(
-                run_seed,
-                round=record.round,
-                step=t,
-                probes=probes,
-                owner=record.owners[column],
-                directions=record.directions,
-            )
-            products[t] = gram(gradient, keys, distribution=distribution)
-        grad_ip, abs_g = step_products(g, xi, column), np.abs(g).mean(axis=2)
-        squares = ((g[:, :, None] @ products)[:, :, 0] * g).sum(axis=2)
+    for client, sent in scalars.items():
+        g, column = sent.astype(np.float64), 0 if record.shared else columns[client]
+        of_steps = np.array([products(column, step) for step in range(len(g))]).reshape(-1, probes, probes)
+        squares = ((g[:, None] @ of_steps)[:, 0] * g).sum(axis=1)
+        grad_ip = step_products(g, xi, column)
         with np.errstate(invalid="ignore"):
             cosine = grad_ip / (norm * np.sqrt(np.maximum(squares, 0)) / probes)
-        for row, client in enumerate(members):
-            taken = slice(len(scalars[client]))
-            paths[client] = VirtualPath(grad_ip[row, taken], abs_g[row, taken], cosine[row, taken])
-    return {client: paths[client] for client in scalars}
+        paths[client] = VirtualPath(grad_ip, cosine)
+    return paths
 
 
 def step_products(g: npt.NDArray[np.floating], xi: Numbers, column: int) -> Numbers:
-    """GradIP of each step, float64 [..., T_k], of scalars [..., T_k, P] along one owner's directions of a round."""
-    products: Numbers = (g * xi[: g.shape[-2], :, column]).mean(axis=-1)
+    """GradIP of each step, float64 [T_k], of scalars [T_k, P] along one owner's directions of a round."""
+    products: Numbers = (g * xi[: len(g), :, column]).mean(axis=1)
     return products
 
 

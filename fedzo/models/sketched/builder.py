@@ -32,7 +32,7 @@ from fedzo.records.folder import replace_file
 from fedzo.records.sketch import SketchedLayer
 from fedzo.sketch import Sketch, SketchLinear, SketchSettings, check_shapes, sketch_matrix, sketched_layers
 from fedzo.sketch.packing import columns_per_group
-from fedzo.system import OnProgress
+from fedzo.system import OnProgress, untold
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def sketch_model(
     skip: Sequence[str] = (),
     sequential: bool = True,
     kept: Path,
-    advance: OnProgress = lambda done, total: None,
+    advance: OnProgress = untold,
 ) -> BuildReport:
     """Replace the linear layers in a model's blocks by sketches, in place.
 
@@ -180,7 +180,8 @@ def _replace(block: nn.Module, sketches: dict[str, Sketch]) -> None:
     for name, sketch in sketches.items():
         layer: Any = block.get_submodule(name)
         if not isinstance(layer, SketchLinear):
-            block.set_submodule(name, SketchLinear.from_sketch(sketch, layer.bias).to(layer.weight.device))
+            sketched = SketchLinear.of(sketch.codes, sketch.tables, sketch.num_columns, layer.bias)
+            block.set_submodule(name, sketched.to(layer.weight.device))
 
 
 def _write(file: Path, sketch: Sketch) -> None:

@@ -84,33 +84,15 @@ def put_layout(model: Any, file: Path) -> None:
             raise ConfigError(f"{where}: codes must be below {values}, got {int(codes.max())}. Copy the file again.")
         if not bool(table.float().isfinite().all()):
             raise ConfigError(f"{where}: its table must be finite, got NaN or infinity. Copy the file again.")
-        kinds.add((values.bit_length() - 1, groups))
-        _put(model, name, codes, table)
+        bits, dense = values.bit_length() - 1, layers[name]
+        kinds.add((bits, groups))
+        layer = SketchLinear.of(pack(codes, bits), table, inputs, dense.bias)
+        model.set_submodule(name, layer.to(dense.weight.device))
     if len(kinds) != 1:
         raise ConfigError(
             f"--import: {file.name}: all layers must have the same bits and groups, got {sorted(kinds) or 'no layer'}. "
             "Give a file of one sketch."
         )
-
-
-def _put(model: nn.Module, name: str, codes: torch.Tensor, table: torch.Tensor) -> None:
-    dense: Any = model.get_submodule(name)
-    bits = table.shape[2].bit_length() - 1
-    layer = SketchLinear(
-        codes.shape[1],
-        len(codes),
-        bits=bits,
-        groups_per_row=table.shape[1],
-        bias=dense.bias is not None,
-        dtype=dense.weight.dtype,
-        name=name,
-    )
-    with torch.no_grad():
-        layer.codes.copy_(pack(codes, bits))
-        layer.tables.copy_(table)
-        if layer.bias is not None:
-            layer.bias.copy_(dense.bias)
-    model.set_submodule(name, layer.to(dense.weight.device))
 
 
 def _read(file: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

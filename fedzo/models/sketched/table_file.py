@@ -8,16 +8,18 @@ the order of ``named_parameters``, as ``fedzo replay`` prints it of a run that t
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from fedzo.errors import ConfigError, RunFolderError, printable, some
+from fedzo.records.decode import decode_json, to_json
+from fedzo.records.fields import Hash, HashOrEmpty, Within
 from fedzo.records.folder import replace_file, told_as
 from fedzo.sketch import tables_of
 
@@ -25,12 +27,26 @@ if TYPE_CHECKING:
     from fedzo.models.loaded import LoadedModel
 
 FORMAT = 1
-TABLES, GRADIENT = "tables", "gradient"
+Content = Literal["tables", "gradient"]
 """What the values are."""
+TABLES: Content = "tables"
+GRADIENT: Content = "gradient"
 _KEY = "fedzo_tables"
 
 
-def write_tables(path: Path, tables: Mapping[str, torch.Tensor], *, base_digest: str, content: str = TABLES) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableHeader:
+    """What the file says of itself; in canonical JSON its fields stand in the order of their names, as here."""
+
+    base_digest: HashOrEmpty
+    content: Content
+    digest: Hash
+    format: Annotated[int, Within(FORMAT, FORMAT)]
+
+
+def write_tables(
+    path: Path, tables: Mapping[str, torch.Tensor], *, base_digest: str, content: Content = TABLES
+) -> None:
     """Write tables to a file: completely or not at all.
 
     Args:
@@ -42,15 +58,14 @@ def write_tables(path: Path, tables: Mapping[str, torch.Tensor], *, base_digest:
     Raises:
         RunFolderError: The file cannot be written.
     """
-    held = {"format": FORMAT, "content": content, "base_digest": base_digest, "digest": _digest(tables)}
+    header = TableHeader(base_digest=base_digest, content=content, digest=_digest(tables), format=FORMAT)
     tensors = {name: table.detach().cpu().clone() for name, table in tables.items()}
-    # one entry, since safetensors writes several in no fixed order
-    data = save(tensors, metadata={_KEY: json.dumps(held, sort_keys=True, separators=(",", ":"))})
+    data = save(tensors, metadata={_KEY: to_json(header)})  # one entry, since several would have no fixed order
     with told_as(RunFolderError, f"table file {path}: it must be writable", "Choose another place."):
         replace_file(path, data, durable=True)
 
 
-def read_tables(path: Path, loaded: LoadedModel, *, content: str = TABLES) -> dict[str, torch.Tensor]:
+def read_tables(path: Path, loaded: LoadedModel, *, content: Content = TABLES) -> dict[str, torch.Tensor]:
     """Read tables that belong to a loaded sketch, checking all of the file.
 
     Args:
@@ -68,12 +83,11 @@ def read_tables(path: Path, loaded: LoadedModel, *, content: str = TABLES) -> di
     try:
         with told_as(ConfigError, f"{where}: it must be readable", "Check the path."):
             with safe_open(path, framework="pt") as file:
-                told: dict[str, object] = json.loads(file.metadata()[_KEY])
-            _check_told(told, where, loaded, content)
+                text = (file.metadata() or {})[_KEY]
+            header = decode_json(TableHeader, text, where=where, error=ConfigError, remedy="Export it again.")
+            _check_header(header, where, loaded, content)
             found = load_file(path)
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except (SafetensorError, KeyError, AttributeError) as error:  # the last: of a dtype that this torch has not
         raise ConfigError(
             f"{where}: it must be a whole file that `fedzo export RUN OUT --tables` wrote, it is not. Export it again."
         ) from error
@@ -84,27 +98,21 @@ def read_tables(path: Path, loaded: LoadedModel, *, content: str = TABLES) -> di
             f"{where}: it must hold the tables of {loaded.source!r}, in their shapes and float32, but differs in "
             f"{printable(some(wrong))}. Export it again."
         )
-    tables = {name: found[name] for name in wanted}
-    if _digest(tables) != told.get("digest"):
+    tables = {name: found[name].clone() for name in wanted}  # else they would follow the file
+    if _digest(tables) != header.digest:
         raise ConfigError(f"{where}: its values must have the SHA-256 that it tells, got another. Copy it again.")
     if not all(bool(table.isfinite().all()) for table in tables.values()):
         raise ConfigError(f"{where}: its values must be finite, got NaN or infinity. Export tables of a sound run.")
     return tables
 
 
-def _check_told(told: Mapping[str, object], where: str, loaded: LoadedModel, content: str) -> None:
-    if told.get("format") != FORMAT:
-        raise ConfigError(
-            f"{where}: its format must be {FORMAT}, got {printable(repr(told.get('format')))}. Export it again."
-        )
-    if told.get("content") != content:
-        raise ConfigError(
-            f"{where}: it must hold {content}, got {printable(repr(told.get('content')))}. Give another file."
-        )
-    if told.get("base_digest") != loaded.base_digest:
+def _check_header(header: TableHeader, where: str, loaded: LoadedModel, content: Content) -> None:
+    if header.content != content:
+        raise ConfigError(f"{where}: it must hold {content}, got {header.content!r}. Give another file.")
+    if header.base_digest != loaded.base_digest:
         raise ConfigError(
             f"{where}: it must be of the model {loaded.source!r} (SHA-256 {loaded.base_digest[:12]}...), got tables of "
-            f"another ({printable(str(told.get('base_digest')))[:12]}...). Name the sketch on which they were trained."
+            f"another ({header.base_digest[:12]}...). Name the sketch on which they were trained."
         )
 
 

@@ -11,8 +11,8 @@ value, share a stage. Their order is the one in which the block calls them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -93,11 +93,11 @@ class Walk:
         for batch in self.states:
             seen: list[torch.Tensor] = []
 
-            def keep(x: torch.Tensor, seen: list[torch.Tensor] = seen) -> None:
-                seen.append(x.reshape(-1, x.shape[-1]))
+            def keep(_: nn.Module, args: tuple[Any, ...], seen: list[torch.Tensor] = seen) -> None:
+                seen.append(args[0].reshape(-1, args[0].shape[-1]))
                 raise Reached
 
-            with _input_seen(layer, keep):
+            with layer.register_forward_pre_hook(keep):
                 self._call(block, batch)
             yield from seen
 
@@ -114,10 +114,10 @@ class Walk:
         with ExitStack() as hooks:
             for name, layer in layers.items():
 
-                def note(x: torch.Tensor, name: str = name) -> None:
-                    inputs.append((name, x))
+                def note(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                    inputs.append((name, args[0]))
 
-                hooks.enter_context(_input_seen(layer, note))
+                hooks.enter_context(layer.register_forward_pre_hook(note))
             self._call(block, batch)
         return inputs
 
@@ -193,17 +193,15 @@ def _capture(
     def end(*_: Any) -> None:
         raise Reached
 
-    hooks = [block.register_forward_pre_hook(called, with_kwargs=True) for block in blocks]
-    hooks.append(blocks[-1].register_forward_hook(done))
-    whole: Any = model
-    if isinstance(model, PreTrainedModel) and isinstance(head := whole.get_output_embeddings(), nn.Module):
-        hooks.append(head.register_forward_pre_hook(end))
-    try:
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(block.register_forward_pre_hook(called, with_kwargs=True))
+        hooks.enter_context(blocks[-1].register_forward_hook(done))
+        whole: Any = model
+        if isinstance(model, PreTrainedModel) and isinstance(head := whole.get_output_embeddings(), nn.Module):
+            hooks.enter_context(head.register_forward_pre_hook(end))
         with suppress(Reached):
             model(input_ids=ids)
-    finally:
-        for hook in hooks:
-            hook.remove()
     if first_only:
         return before[0], calls, before[0]
     if len(calls) != len(blocks):
@@ -230,15 +228,3 @@ def _check(model: nn.Module, walk: Walk, states: torch.Tensor, expected: torch.T
             f"but differ by {error:.1e} of the largest state: its blocks exchange more than hidden states. Take "
             "another model."
         )
-
-
-@contextmanager
-def _input_seen(layer: nn.Module, see: Callable[[torch.Tensor], None]) -> Iterator[None]:
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        see(args[0])
-
-    handle = layer.register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -58,7 +58,7 @@ class EstimatorTraits:
 
 @dataclass(kw_only=True, slots=True)
 class EstimatorConfig(PluginConfig):
-    """What a client's local step goes by: scalars, if it is a ``ZerothOrderConfig``, else a gradient."""
+    """How a client computes a local step: from scalars (``ZerothOrderConfig``), or from a gradient."""
 
     @property
     def traits(self) -> EstimatorTraits:
@@ -88,12 +88,12 @@ class ZerothOrderConfig(EstimatorConfig):
     """How a loss is turned into projected gradients, the scalars that clients send."""
 
     eps: float | None = None
-    """How far along a direction a loss is evaluated; null takes ``trainer.eps``, when the configuration is loaded."""
+    """Distance along a direction at which the loss is evaluated. null = ``trainer.eps``."""
     num_probes: int = 1
     """Number of directions in a step. The step is their mean."""
     distribution: Distribution = Distribution.gaussian
     freeze_routing: bool = False
-    """Fix hard choices (the experts that a router takes) in the probes of a step. One more forward a step, unless
+    """Use the same discrete choices (a router's experts) in all probes of a step. Costs a forward a step, unless
     the estimator evaluates the loss at theta."""
 
     @property

@@ -73,7 +73,7 @@ class Baseline(Enum):  # no StrEnum: a string has a method ``center``
 
 @dataclass(kw_only=True, slots=True)
 class OneSidedConfig(ZerothOrderConfig):
-    """Forward difference: one forward a probe, and one for all where the baseline is the centre."""
+    """Forward difference: one forward per probe, plus one a step if the baseline is the centre."""
 
     baseline: Baseline = Baseline.center
 

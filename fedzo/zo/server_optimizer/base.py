@@ -61,13 +61,13 @@ class ServerOptimizerConfig(PluginConfig):
     """How aggregated projected gradients move the trained values."""
 
     lr: float | None = None
-    """Learning rate; null takes ``trainer.lr``, when the configuration is loaded."""
+    """Learning rate; null = ``trainer.lr``."""
     schedule: Schedule = Schedule.constant
     final_lr_share: float = 0.1
     """Share of ``lr`` in the last round, where the schedule is linear or cosine. With 0, the last round does not
     move the model."""
     warmup_rounds: int = 0
-    """Rounds over which the learning rate rises linearly before it is reached."""
+    """Rounds of linear warm-up of the learning rate."""
     weight_decay: float = 0.0
     """Decoupled: the trained values are multiplied by 1 - lr * weight_decay once a round."""
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from fedzo.zo.log import Drift, RoundRecord, local_step
 from fedzo.zo.seeds import step_keys
 from fedzo.zo.server_optimizer.base import (
     SERVER_OPTIMIZERS,
+    ControlVariates,
     ServerOptimizer,
     ServerOptimizerConfig,
     ServerOptimizerTraits,
@@ -37,12 +38,8 @@ if TYPE_CHECKING:
     from fedzo.config.schema import RunSettings
 
 
-class _Drifts(Protocol):
-    def drift(self, start: Values, moments: Values, client: int) -> Drift: ...
-
-
 def end_models(
-    rule: _Drifts, space: Space, moments: Values, record: RoundRecord, *, run_seed: int
+    rule: ControlVariates, space: Space, moments: Values, record: RoundRecord, *, run_seed: int
 ) -> Iterator[tuple[int, Values]]:
     """Each client of a record with its model after its local steps, float32 [n]; the space is left as it is.
 
@@ -112,9 +109,9 @@ class FedDynConfig(ServerOptimizerConfig):
     """FedDyn: a dynamic regulariser lets local optima agree with the global one (arXiv 2111.04263)."""
 
     alpha: float = 0.0
-    """Strength of the pull to the start of the round. 0 = 0.5 / (lr T). A gradient that all clients share moves
-    theta by gradient / alpha a round, with other server optimizers by gradient times lr T. A smaller alpha makes
-    longer steps."""
+    """Weight of the proximal term in local steps. 0 = 0.5 / (lr T). A gradient that all clients share moves theta by
+    gradient / alpha a round, with other server optimizers by gradient times lr T. A smaller alpha makes longer
+    steps."""
 
     @property
     def traits(self) -> ServerOptimizerTraits:

@@ -154,7 +154,6 @@ class MasterSpace:
         self._master = master
         self.distribution = distribution
         self._marked: torch.Tensor | None = None
-        self._waits = self._is_behind = False  # the model, for the last of several steps; and has not got some
 
     @property
     def size(self) -> int:
@@ -178,21 +177,14 @@ class MasterSpace:
             self._write(self._master)
 
     def step(self, s: float, key: int) -> None:
-        add_direction(self._master, key, scale=-s, out=self._master, distribution=self.distribution)
-        self._is_behind = self._waits
-        if not self._waits:
-            self._write(self._master)
+        self.steps([(s, key)])
 
     def steps(self, steps: Sequence[tuple[float, int]]) -> None:
-        """``step`` for each (s, key), one after another, but the model is written to once."""
-        self._waits = True
-        try:
-            for s, key in steps:
-                self.step(s, key)
-        finally:
-            self._waits = False
-        if self._is_behind:
-            self._is_behind = False
+        """``theta <- theta - s * z(key)`` for each (s, key), one after another, but the model is written to once."""
+        model_has_it = True
+        for s, key in steps:
+            model_has_it = self._move(s, key)
+        if not model_has_it:
             self._write(self._master)
 
     def scale_by(self, factor: float) -> None:
@@ -227,6 +219,11 @@ class MasterSpace:
     def row_weights(self, model: nn.Module) -> RowWeights | None:
         return None
 
+    def _move(self, s: float, key: int) -> bool:
+        """Move the master; returns whether the model computes with where it is now."""
+        add_direction(self._master, key, scale=-s, out=self._master, distribution=self.distribution)
+        return False
+
     def _write_moved(self, scale: float, key: int) -> None:
         self._write(add_direction(self._master, key, scale=scale, distribution=self.distribution))
 
@@ -236,7 +233,7 @@ class MasterSpace:
 
 def take_steps(space: Space, steps: Sequence[tuple[float, int]]) -> None:
     """``space.step`` for each (s, key), one after another; what they lead to enters the model once, where it can."""
-    if isinstance(space, MasterSpace):
+    if isinstance(space, MasterSpace) and type(space).step is MasterSpace.step:  # else its steps are others
         space.steps(steps)
         return
     for s, key in steps:

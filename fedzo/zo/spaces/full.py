@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fedzo.errors import ConfigError
+from fedzo.system import consecutive
 from fedzo.zo.config import Distribution, Rounding
 from fedzo.zo.perturb import GROUPS_KEPT, PerturbedWeights
 from fedzo.zo.spaces.base import GraphLossFn, RowWeights, Values, as_values, differentiate
@@ -154,19 +155,11 @@ class FullSpace:
         return None
 
 
-def _groups(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+def _groups(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
     """Neighbours that are read at once: each read waits for the device, so there must not be one for every tensor."""
-    group: list[torch.Tensor] = []
-    room = _READ_BYTES
-    for tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if group and size > room:
-            yield group
-            group, room = [], _READ_BYTES
-        group.append(tensor.detach())
-        room -= size
-    if group:
-        yield group
+    tensors = [tensor.detach() for tensor in tensors]
+    parts = consecutive([tensor.nbytes for tensor in tensors], most=_READ_BYTES)
+    return [tensors[part.start : part.stop] for part in parts]
 
 
 def _read(group: Sequence[torch.Tensor]) -> npt.NDArray[Any]:

@@ -56,15 +56,14 @@ class MaskedSpace(MasterSpace):
     def parameters(self) -> Sequence[nn.Parameter]:
         return [weight for weight, flat in self.places if flat.numel()]
 
-    def step(self, s: float, key: int) -> None:
-        if not self._launch(self._master, key, -s, update=True):
-            super().step(s, key)
-
     def gradient(self, loss_fn: GraphLossFn) -> tuple[float, torch.Tensor]:
         """The gradients of whole weights are made, and only the trained values' kept."""
         loss, gradients = differentiate(loss_fn, [weight for weight, _ in self.places])
         picked = [_take(each, flat).float() for each, (_, flat) in zip(gradients, self.places, strict=True)]
         return loss, torch.cat(picked)
+
+    def _move(self, s: float, key: int) -> bool:
+        return self._launch(self._master, key, -s, update=True) or super()._move(s, key)
 
     def _write_moved(self, scale: float, key: int) -> None:
         if not self._launch(self._master, key, scale):

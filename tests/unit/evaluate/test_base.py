@@ -13,7 +13,6 @@ from fedzo.data.encode import Example
 from fedzo.errors import ConfigError, ProtocolError
 from fedzo.evaluate import AnswersConfig, Evaluator, Measure, evaluate, merge_scores, scores_of_peer
 from fedzo.evaluate.answers import Answers
-from fedzo.evaluate.base import RESERVED
 from fedzo.records.decode import encode
 from fedzo.records.scores import PartialScore, Score
 from fedzo.testing.tiny_models import tiny_loaded
@@ -218,7 +217,7 @@ def test_a_measure_is_bounded(wrong: dict[str, Any]) -> None:
         Measure(metric="size", **wrong)
 
 
-@pytest.mark.parametrize("name", sorted(RESERVED))
+@pytest.mark.parametrize("name", ["label_counts", "loss", "none", "per_class", "stages"])
 def test_a_measure_has_no_name_that_a_sites_file_has_for_something_else(name: str) -> None:
     with pytest.raises(ValueError, match=f"a measure must not use the names .*, got {name}"):
         Measure(metric=name)

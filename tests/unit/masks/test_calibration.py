@@ -61,6 +61,18 @@ def test_offsets_are_uniform_and_reach_both_ends() -> None:
     assert np.abs(counts - 50).max() < 5 * np.sqrt(500 * 0.1 * 0.9)
 
 
+def test_each_window_has_an_offset_of_its_own() -> None:
+    pairs = [
+        [
+            int(window[0]) % 1000
+            for window in windows_from_texts(["0 17", "1 17"], tokenize=tokenize, num_docs=2, num_tokens=8, seed=s)
+        ]
+        for s in range(400)
+    ]
+
+    assert abs(sum(a == b for a, b in pairs) - 40) < 5 * np.sqrt(400 * 0.1 * 0.9)  # one in ten
+
+
 def test_the_order_of_documents_is_uniform() -> None:
     texts = [f"{i} 8" for i in range(10)]
 

@@ -18,10 +18,21 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from fedzo.errors import ConfigError, RunFolderError
-from fedzo.masks import Mask, Selector, check_fits, decode_mask, encode_mask, load_mask, save_mask, select_mask
+from fedzo.masks import Mask, Selector, check_fits, encode_mask, load_mask, save_mask, select_mask
 from fedzo.testing.tiny_models import tiny_model
 
 MANIFEST = {"selector": "sensitivity", "note": "caf\u00e9 \u2603"}
+OLD_HEADER = (
+    rb'{"__metadata__":{"fedzo_mask":"{\"format\":1,\"layout\":[[\"z.weight\",[2,3]],[\"a.weight\",[3,4]]],'
+    rb"\"manifest\":{\"note\":\"caf\\u00e9 \\u2603\",\"selector\":\"sensitivity\"},"
+    rb'\"sha256\":\"12214d8adde6c7c1742a7d71dd0206237c37decd93058a22525624c52199934d\"}"},'
+    rb'"gradient/a.weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+    rb'"gradient/z.weight":{"dtype":"F32","shape":[3],"data_offsets":[4,16]},'
+    rb'"index/a.weight":{"dtype":"I32","shape":[1],"data_offsets":[16,20]},'
+    rb'"index/z.weight":{"dtype":"I32","shape":[3],"data_offsets":[20,32]}}  '
+)
+OLD = struct.pack("<Q", len(OLD_HEADER)) + OLD_HEADER + struct.pack("<4f4i", -0.5, 1.5, -2.0, 0.25, 11, 0, 3, 5)
+"""What fedzo 0.1.0 wrote of ``make()``."""
 
 
 def make(**changes: Any) -> Mask:
@@ -33,6 +44,17 @@ def make(**changes: Any) -> Mask:
         "manifest": MANIFEST,
     }
     return Mask(**(held | changes))
+
+
+def read(data: bytes, folder: Path) -> Mask:
+    (folder / "mask").write_bytes(data)
+    return load_mask(folder / "mask")
+
+
+def told_by(data: bytes) -> str:
+    """The text of a file's metadata."""
+    (text,) = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])["__metadata__"].values()
+    return str(text)
 
 
 def assert_equal(a: Mask, b: Mask, *, gradient: bool = True) -> None:
@@ -48,8 +70,7 @@ def assert_equal(a: Mask, b: Mask, *, gradient: bool = True) -> None:
 
 def rewritten(data: bytes, *, resign: bool = True, **changes: Any) -> bytes:
     """A mask file with other metadata or tensors; its SHA-256 made good again, as an attacker could."""
-    length = struct.unpack("<Q", data[:8])[0]
-    held = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["fedzo_mask"])
+    held = json.loads(told_by(data))
     tensors = changes.pop("tensors", load(data))
     held |= changes
     if resign:
@@ -61,6 +82,11 @@ def rewritten(data: bytes, *, resign: bool = True, **changes: Any) -> bytes:
             digest.update(tensors[name].numpy().tobytes())
         held["sha256"] = digest.hexdigest()
     return save(tensors, metadata={"fedzo_mask": json.dumps(held)})
+
+
+def in_place_of(name: str, tensor: torch.Tensor) -> dict[str, Any]:
+    """The change of a file in which a tensor is another, or is there, too."""
+    return {"tensors": load(encode_mask(make())) | {name: tensor}}
 
 
 # --- round trips ------------------------------------------------------------------------------------------------------
@@ -83,7 +109,26 @@ def test_a_selected_mask_round_trips(tmp_path: Path) -> None:
     assert_equal(load_mask(tmp_path / "mask"), mask)
 
 
-def test_clients_get_the_indices_without_the_gradient() -> None:
+def test_a_file_of_an_earlier_version_reads_alike_and_is_written_alike(tmp_path: Path) -> None:
+    save_mask(make(), tmp_path / "new")
+
+    assert_equal(read(OLD, tmp_path), make())
+    assert told_by((tmp_path / "new").read_bytes()) == told_by(OLD)
+
+
+def test_a_mask_that_was_read_does_not_change_with_its_file(tmp_path: Path) -> None:
+    mask = Mask({"experts": torch.tensor([7, 9])}, {"experts": (1 << 31,)}, {"experts": torch.ones(2)}, {})
+    save_mask(mask, tmp_path / "mask")
+
+    found = load_mask(tmp_path / "mask")
+    with (tmp_path / "mask").open("r+b") as file:
+        file.seek(-24, 2)  # two numbers of 64 bits and two of 32
+        file.write(bytes(24))
+
+    assert_equal(found, mask)
+
+
+def test_clients_get_the_indices_without_the_gradient(tmp_path: Path) -> None:
     numel, k = 1_000_000, 1000
     big = Mask(
         indices={"w": torch.arange(k) * (numel // k)},
@@ -92,7 +137,7 @@ def test_clients_get_the_indices_without_the_gradient() -> None:
         manifest={},
     )
 
-    received = decode_mask(encode_mask(big))
+    received = read(encode_mask(big), tmp_path)
 
     assert received.gradient is None
     assert_equal(received, big, gradient=False)
@@ -100,7 +145,7 @@ def test_clients_get_the_indices_without_the_gradient() -> None:
     assert 4 * k < len(encode_mask(big)) < 4 * k + 500
 
 
-def test_indices_beyond_32_bits_are_kept() -> None:
+def test_indices_beyond_32_bits_are_kept(tmp_path: Path) -> None:
     high = 5_000_000_000
     mask = Mask(
         indices={"experts": torch.tensor([7, high])},
@@ -109,7 +154,7 @@ def test_indices_beyond_32_bits_are_kept() -> None:
         manifest={},
     )
 
-    assert decode_mask(encode_mask(mask)).indices["experts"].tolist() == [7, high]
+    assert read(encode_mask(mask), tmp_path).indices["experts"].tolist() == [7, high]
 
 
 def test_equal_masks_have_equal_bytes() -> None:
@@ -176,13 +221,15 @@ def test_the_digest_changes_with_index_shape_name_and_order() -> None:
         ([0, 3, 3], r"indices of 'z\.weight' must ascend without repeats"),
     ],
 )
-def test_impossible_indices_are_refused_in_memory_and_in_a_signed_file(flat: list[int], message: str) -> None:
+def test_impossible_indices_are_refused_in_memory_and_in_a_signed_file(
+    flat: list[int], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=message):
         make(indices={"z.weight": torch.tensor(flat), "a.weight": torch.tensor([11])})
 
     tensors = load(encode_mask(make())) | {"index/z.weight": torch.tensor(flat, dtype=torch.int32)}
-    with pytest.raises(ConfigError, match="peer 3: " + "mask: the " + message):
-        decode_mask(rewritten(encode_mask(make()), tensors=tensors), source="peer 3")
+    with pytest.raises(ConfigError, match="mask file .*: mask: the " + message):
+        read(rewritten(encode_mask(make()), tensors=tensors), tmp_path)
 
 
 def test_a_mask_that_does_not_hold_together_is_refused() -> None:
@@ -212,16 +259,25 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         b"hello",
         b"PK\x03\x04" + bytes(100),
         save({"w": torch.zeros(3)}),
-        save({"w": torch.zeros(3)}, metadata={"fedzo_mask": "[]"}),
-        save({"w": torch.zeros(3)}, metadata={"fedzo_mask": "{}"}),
+        save({"w": torch.zeros(3)}, metadata={"other": "{}"}),
         struct.pack("<Q", 8) + b"{nonsens",
+        struct.pack("<Q", 2**62) + b"{}",
     ],
 )
 def test_a_file_that_is_not_a_mask_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "mask").write_bytes(content)
 
-    with pytest.raises(ConfigError, match=r"mask file .*: it must be a mask that fedzo wrote"):
+    with pytest.raises(ConfigError, match=r"mask file .*: it must be a whole mask that fedzo wrote"):
         load_mask(tmp_path / "mask")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[]", r"must be an object, got \[\]"), ("{}", "format must be .*, got nothing"), ("{", "must be JSON")],
+)
+def test_a_file_that_tells_something_else_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"mask file .*: {message}"):
+        read(save({"w": torch.zeros(3)}, metadata={"fedzo_mask": text}), tmp_path)
 
 
 def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
@@ -229,9 +285,8 @@ def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
     data = (tmp_path / "mask").read_bytes()
 
     for length in range(9, len(data), 7):
-        (tmp_path / "mask").write_bytes(data[:length])
-        with pytest.raises(ConfigError, match=r"mask file .*: it must be complete, (got|its header)"):
-            load_mask(tmp_path / "mask")
+        with pytest.raises(ConfigError, match=r"mask file .*: it must be a whole mask that fedzo wrote"):
+            read(data[:length], tmp_path)
 
 
 def test_a_flipped_bit_in_the_numbers_is_refused(tmp_path: Path) -> None:
@@ -242,9 +297,8 @@ def test_a_flipped_bit_in_the_numbers_is_refused(tmp_path: Path) -> None:
     for at in range(start, len(data)):
         flipped = data.copy()
         flipped[at] ^= 1
-        (tmp_path / "mask").write_bytes(flipped)
         with pytest.raises(ConfigError, match="the content must match its SHA-256"):
-            load_mask(tmp_path / "mask")
+            read(bytes(flipped), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -255,46 +309,70 @@ def test_a_flipped_bit_in_the_numbers_is_refused(tmp_path: Path) -> None:
         ({"sha256": "0" * 64}, "must match its SHA-256"),
     ],
 )
-def test_altered_metadata_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_altered_metadata_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
-        decode_mask(rewritten(encode_mask(make()), resign=False, **changes))
+        read(rewritten(encode_mask(make()), resign=False, **changes), tmp_path)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, "its format must be 1, got 2"),
+        ({"format": 2}, "format must be a whole number of 1 to 1, got 2"),
+        ({"more": 1}, "more must be left out"),
         ({"layout": [["z.weight", [2, 3]]]}, "its tensors must be those of its layout"),
         ({"layout": [["z.weight", [2, 3]], ["z.weight", [2, 3]], ["a.weight", [3, 4]]]}, "those of its layout"),
-        ({"layout": [["z.weight", [2, -3]], ["a.weight", [3, 4]]]}, "must be a mask that fedzo wrote"),
-        ({"layout": [["z.weight", 6], ["a.weight", [3, 4]]]}, "must be a mask that fedzo wrote"),
-        ({"layout": [["z.weight", [2**63]], ["a.weight", [3, 4]]]}, "must be a mask that fedzo wrote"),
-        ({"layout": [["z.weight", [2**40] * 65], ["a.weight", [3, 4]]]}, "must be a mask that fedzo wrote"),
-        ({"manifest": {"selector": 1}}, "must be a mask that fedzo wrote"),
-        ({"tensors": {"index/z.weight": torch.zeros(3)}}, "those of its layout"),
-        ({"tensors": {"index/z.weight": torch.zeros(3, dtype=torch.bfloat16).view(torch.int16)}}, "that fedzo wrote"),
+        ({"layout": [["z.weight", [2, -3]], ["a.weight", [3, 4]]]}, r"layout\[0\]\[1\]\[1\] must be .*, got -3"),
+        ({"layout": [["z.weight", 6], ["a.weight", [3, 4]]]}, r"layout\[0\]\[1\] must be a list of 0 to 64, got 6"),
+        ({"layout": [["z.weight", [2**63]], ["a.weight", [3, 4]]]}, r"layout\[0\]\[1\]\[0\] must be .*, got 9223"),
+        ({"layout": [["z.weight", [2**40] * 65], ["a.weight", [3, 4]]]}, r"layout\[0\]\[1\] must be a list of 0 to 64"),
+        ({"manifest": {"selector": 1}}, r"manifest\['selector'\] must be text"),
+        ({"tensors": {"index/z.weight": torch.zeros(3, dtype=torch.int32)}}, "those of its layout"),
+        (in_place_of("index/z.weight", torch.zeros(3)), "those of its layout"),
+        (in_place_of("index/z.weight", torch.zeros(3, dtype=torch.int16)), "those of its layout"),
+        (in_place_of("index/a.weight", torch.zeros(1, 1, dtype=torch.int32)), "those of its layout"),
+        (in_place_of("gradient/z.weight", torch.zeros(3)), "those of its layout"),
     ],
 )
-def test_a_signed_file_of_the_wrong_form_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_a_signed_file_of_the_wrong_form_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
-        decode_mask(rewritten(encode_mask(make()), **changes))
+        read(rewritten(encode_mask(make()), **changes), tmp_path)
 
 
-@given(st.data())
-def test_damaged_bytes_give_a_config_error_or_the_same_mask(data: st.DataObject) -> None:
+@pytest.mark.parametrize(
+    "entry",
+    [
+        b'"dtype":"I32","shape":[' + b"1," * 64 + b"1]",  # more axes than torch computes with
+        b'"dtype":"F8_E8M0","shape":[4]',  # which some torch does not know
+    ],
+    ids=["axes", "dtype"],
+)
+def test_a_tensor_of_no_mask_is_refused_before_it_is_made(entry: bytes, tmp_path: Path) -> None:
+    header = OLD_HEADER.replace(b'"index/a.weight":{"dtype":"I32","shape":[1]', b'"index/a.weight":{' + entry)
+    assert header != OLD_HEADER
+
+    with pytest.raises(ConfigError, match="those of its layout"):
+        read(struct.pack("<Q", len(header)) + header + OLD[-32:], tmp_path)
+
+
+@given(data=st.data())
+def test_damaged_bytes_give_a_config_error_or_the_same_mask(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     good = bytearray(encode_mask(make()))
     for _ in range(data.draw(st.integers(1, 3))):
         good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
 
     try:
-        mask = decode_mask(bytes(good))
+        mask = read(bytes(good), tmp_path_factory.getbasetemp())
     except ConfigError:
         return
     assert mask.digest() == make().digest()
 
 
-@given(st.data())
-def test_a_signed_file_of_any_shapes_and_indices_is_a_sound_mask_or_refused(data: st.DataObject) -> None:
+@given(data=st.data())
+def test_a_signed_file_of_any_shapes_and_indices_is_a_sound_mask_or_refused(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     sizes = st.integers(-2, 9) | st.sampled_from([2**31, 2**40, 2**63, 10**400])
     layout = [[name, data.draw(st.lists(sizes, max_size=3))] for name in ("z.weight", "a.weight")]
     tensors = {}
@@ -305,7 +383,8 @@ def test_a_signed_file_of_any_shapes_and_indices_is_a_sound_mask_or_refused(data
         tensors[f"index/{name}"] = torch.tensor(data.draw(indices), dtype=dtype)
 
     try:
-        mask = decode_mask(rewritten(encode_mask(make()), layout=layout, tensors=tensors))
+        data_of_file = rewritten(encode_mask(make()), layout=layout, tensors=tensors)
+        mask = read(data_of_file, tmp_path_factory.getbasetemp())
     except ConfigError:
         return
     for name, flat in mask.indices.items():

@@ -272,7 +272,7 @@ def test_a_model_for_each_process_is_warned_of(
 
     estimate.warn_of_copies(ModelConfig(name=str(folder)), device="cpu", num_copies=9, are_written=True)
 
-    assert ("9 in all, which take 1.3 MB, and 1.3 MB are free. Write runtime=inline" in caplog.text) == warned
+    assert ("9 in all, which take 1.3 MB, but 1.3 MB are free. Write runtime=inline" in caplog.text) == warned
     caplog.clear()
 
     estimate.warn_of_copies(ModelConfig(name=str(folder)), device="cpu", num_copies=9, are_written=False)

@@ -24,12 +24,14 @@ from fedzo.config.load import load
 from fedzo.data.config import Loss
 from fedzo.data.encode import Example
 from fedzo.models import captured
+from fedzo.models.arithmetic import DIFFERENTIABLE
 from fedzo.models.blocks import parameters_from
 from fedzo.models.captured import CapturedDecoder, Captures, CudaGraphs, capture
-from fedzo.models.forwards import lower_layers_of
+from fedzo.models.forwards import Planning, lower_layers_of
 from fedzo.models.loaded import LoadedModel
+from fedzo.models.lower_layers import StepStates
 from fedzo.models.products import RoundedProducts, use_products
-from fedzo.models.scoring import candidate_scores, example_losses, graph_loss
+from fedzo.models.scoring import candidate_scores, example_losses
 from fedzo.testing.tiny_models import FAMILIES, tiny_loaded
 from fedzo.trainers import TRAINERS, Workplace
 from fedzo.zo.config import Distribution
@@ -71,7 +73,7 @@ def some_weights(loaded: LoadedModel) -> Space:
 
 def adapter(loaded: LoadedModel, *changes: str) -> Space:
     trainer = TRAINERS.build(load(["trainer=lora", *changes]).trainer)
-    workplace = Workplace(folder=Path(), seed=0, texts=list, advance=lambda done, total: None)
+    workplace = Workplace(folder=Path(), seed=0, texts=list)
     artifact = trainer.prepare(loaded, workplace).artifact
     return trainer.build(loaded, artifact, distribution=Distribution.gaussian).space
 
@@ -80,8 +82,10 @@ def upper_adapter(loaded: LoadedModel) -> Space:
     return adapter(loaded, "trainer.first_layer=1")
 
 
-def losses(loaded: LoadedModel, rows: list[Example], loss: Loss = Loss.candidates, **how: Any) -> np.ndarray:
-    return example_losses(loaded, rows, loss=loss, tokens_per_batch=MANY, **how)
+def losses(
+    loaded: LoadedModel, rows: list[Example], loss: Loss = Loss.candidates, *, lower: StepStates | None = None
+) -> np.ndarray:
+    return example_losses(loaded, rows, Planning(MANY, lower=lower), loss=loss)
 
 
 @pytest.fixture(params=[None, 1 << 20, 50_000, 3_000], ids=lambda size: f"groups of {size}")
@@ -358,7 +362,8 @@ def test_a_forward_with_gradients_is_eager(new_tape: NewGraph) -> None:
     ours, _ = capture(tiny_loaded(), None, longest=16, new_graph=new_tape)
     weight = ours.model.get_decoder().norm.weight.requires_grad_(True)
 
-    graph_loss(ours, SHORT, loss=Loss.candidates, tokens_per_batch=MANY).backward()
+    planning = Planning(MANY, arithmetic=DIFFERENTIABLE)
+    example_losses(ours, SHORT, planning, loss=Loss.candidates).mean().backward()
 
     assert weight.grad is not None
     assert not graphs_of(ours)
@@ -563,7 +568,7 @@ def test_a_capture_that_breaks_off_is_no_harm_to_the_next() -> None:
         return given * torch.empty(1 << 28, dtype=torch.uint8, device="cuda")[:4]
 
     first.capture(large)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="captur"):  # not memory that ran out
         broken.capture(lambda: given * large().sum().item())
     del first, broken
     gc.collect()

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers.utils import chat_template_utils
 
+from fedzo.config.schema import LaunchConfig
 from fedzo.data.config import Loss, TaskConfig, TaskKind
 from fedzo.data.encode import encode
 from fedzo.data.preprocess.backend import (
@@ -26,6 +27,7 @@ from fedzo.data.preprocess.backend import (
 )
 from fedzo.errors import ConfigError
 from fedzo.models.config import TransformersConfig
+from fedzo.registry import broken_rules
 from fedzo.testing.tiny_models import byte_tokenizer, tiny_loaded
 
 TEMPLATE = (
@@ -187,8 +189,8 @@ def test_models_that_cannot_be_used(saved: Callable[..., str], tmp_path: Path) -
         REWRITERS.build(TransformersConfig(model="some/hub-name"))
     with pytest.raises(ConfigError, match=r"rewriter.judge_model must be a folder"):
         REWRITERS.build(TransformersConfig(model="smollm2-135m", judge_model="nowhere"))
-    with pytest.raises(ConfigError, match=r"rewriter.batch_size must be >= 1"):
-        REWRITERS.build(TransformersConfig(model="smollm2-135m", batch_size=0))
+    (found,) = broken_rules(TransformersConfig(model="smollm2-135m", batch_size=0), LaunchConfig())
+    assert found.text.startswith("rewriter.batch_size must be >= 1")
 
 
 def test_a_template_that_asks_for_the_day_gets_the_same_one_every_day(

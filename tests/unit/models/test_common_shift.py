@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from fedzo.data.config import Loss
 from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
-from fedzo.models.scoring import damp_common_shift, example_losses, graph_loss
+from fedzo.models.arithmetic import DIFFERENTIABLE
+from fedzo.models.forwards import Planning
+from fedzo.models.scoring import damp_common_shift, example_losses
 from fedzo.testing.tiny_models import tiny_loaded
 from fedzo.zo.directions import direction
 
@@ -30,9 +32,7 @@ OWNERS = [4, 0, 4, 0, 9]
 
 
 def losses(factor: float, owners: list[int] | None = OWNERS) -> np.ndarray:
-    return example_losses(
-        tiny_loaded(), ROWS, loss=Loss.candidates, tokens_per_batch=MANY, common_shift=factor, owners=owners
-    )
+    return example_losses(tiny_loaded(), ROWS, Planning(MANY), loss=Loss.candidates, common_shift=factor, owners=owners)
 
 
 @pytest.mark.parametrize("kind", [np.array, torch.tensor])
@@ -88,10 +88,10 @@ def test_losses_are_those_of_a_slow_twin() -> None:
 
 
 def test_a_factor_of_one_changes_no_bit_and_less_leaves_a_batch_of_its_own_alone() -> None:
-    assert np.array_equal(losses(1.0), example_losses(tiny_loaded(), ROWS, loss=Loss.candidates, tokens_per_batch=MANY))
+    assert np.array_equal(losses(1.0), example_losses(tiny_loaded(), ROWS, Planning(MANY), loss=Loss.candidates))
     assert np.abs(losses(0.3) - losses(1.0)).min() > 1e-4
     alone = example_losses(
-        tiny_loaded(), ROWS[1::2], loss=Loss.candidates, tokens_per_batch=MANY, common_shift=0.3, owners=[3, 3]
+        tiny_loaded(), ROWS[1::2], Planning(MANY), loss=Loss.candidates, common_shift=0.3, owners=[3, 3]
     )
     np.testing.assert_allclose(losses(0.3)[1::2], alone, atol=1e-5)
     np.testing.assert_array_equal(losses(0.3, None), losses(0.3, [1] * 5))
@@ -100,7 +100,8 @@ def test_a_factor_of_one_changes_no_bit_and_less_leaves_a_batch_of_its_own_alone
 def test_backpropagation_takes_the_gradient_of_this_loss() -> None:
     loaded = tiny_loaded()
     weight = loaded.model.get_parameter("model.norm.weight").requires_grad_(True)
-    loss = graph_loss(loaded, ROWS, loss=Loss.candidates, tokens_per_batch=MANY, common_shift=0.3)
+    planning = Planning(MANY, arithmetic=DIFFERENTIABLE)
+    loss = example_losses(loaded, ROWS, planning, loss=Loss.candidates, common_shift=0.3).mean()
     loss.backward()
     assert weight.grad is not None
     z, eps, start = torch.from_numpy(direction(5, weight.numel())), 1e-2, weight.detach().clone()
@@ -115,10 +116,10 @@ def test_backpropagation_takes_the_gradient_of_this_loss() -> None:
 
 
 def losses_of(loaded: object) -> np.ndarray:
-    return example_losses(loaded, ROWS, loss=Loss.candidates, tokens_per_batch=MANY, common_shift=0.3)  # type: ignore[arg-type]
+    return example_losses(loaded, ROWS, Planning(MANY), loss=Loss.candidates, common_shift=0.3)  # type: ignore[arg-type]
 
 
 def test_rows_with_different_numbers_of_answers_are_refused() -> None:
     rows = [*ROWS, Example(tokens(9, 4), ((7,), (250,)), 0)]
     with pytest.raises(ConfigError, match=r"^task.common_shift must be 1 where rows have different numbers of answers"):
-        example_losses(tiny_loaded(), rows, loss=Loss.candidates, tokens_per_batch=MANY, common_shift=0.3)
+        example_losses(tiny_loaded(), rows, Planning(MANY), loss=Loss.candidates, common_shift=0.3)

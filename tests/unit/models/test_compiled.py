@@ -22,7 +22,8 @@ from fedzo.config.load import load
 from fedzo.data.config import Loss
 from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
-from fedzo.models.forwards import Planning, Text, run_texts
+from fedzo.models.forwards import Planning, run_texts
+from fedzo.models.kept_rows import Read
 from fedzo.models.load import compile_loaded
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.plan import FEW_FORWARDS, bucket, plan_batches
@@ -62,7 +63,7 @@ def eager(loaded: LoadedModel) -> LoadedModel:
     return twin
 
 
-def hidden(loaded: LoadedModel, texts: list[Text], *, tokens_per_batch: int = MANY) -> list[torch.Tensor]:
+def hidden(loaded: LoadedModel, texts: list[Read], *, tokens_per_batch: int = MANY) -> list[torch.Tensor]:
     """Hidden state of each text's end."""
     found: dict[int, torch.Tensor] = {}
     for batch, rows in run_texts(loaded, texts, Planning(tokens_per_batch, forward_cost_tokens=32)):
@@ -98,8 +99,8 @@ def test_losses_are_those_of_the_eager_forward_and_in_place_changes_are_seen() -
 
     def compare() -> np.ndarray:
         kinds = ((SHORT, Loss.candidates), (SHORT, Loss.lm), (LONG, Loss.candidates))
-        ours = [example_losses(loaded, rows, loss=loss, tokens_per_batch=MANY) for rows, loss in kinds]
-        own = [example_losses(eager(loaded), rows, loss=loss, tokens_per_batch=MANY) for rows, loss in kinds]
+        ours = [example_losses(loaded, rows, Planning(MANY), loss=loss) for rows, loss in kinds]
+        own = [example_losses(eager(loaded), rows, Planning(MANY), loss=loss) for rows, loss in kinds]
         np.testing.assert_allclose(np.concatenate(ours), np.concatenate(own), rtol=0, atol=1e-5)
         return np.concatenate(ours)
 
@@ -122,7 +123,7 @@ def test_there_is_one_graph_for_each_bucket_however_many_batches_come(traced: No
     shapes = {(2, 8)}  # of the comparison that compiling begins with
     for number in range(14):
         lengths = [1 + (number * 7 + i * 5) % 20 for i in range(1 + number % 6)]
-        texts = [Text(tokens(number + i, length), ()) for i, length in enumerate(lengths)]
+        texts = [Read(tokens(number + i, length), 1) for i, length in enumerate(lengths)]
         before = loaded.counter.num_tokens
         ours = hidden(loaded, texts)
         shape = (bucket(len(texts)), min(20, bucket(max(lengths))))
@@ -141,7 +142,7 @@ def test_a_text_beyond_the_longest_bucket_runs_at_its_own_length(traced: None) -
 
     for length, columns in ((9, 9), (7, 8), (11, 11)):
         before = loaded.counter.num_tokens
-        hidden(loaded, [Text(tokens(1, length), ())])
+        hidden(loaded, [Read(tokens(1, length), 1)])
         assert loaded.counter.num_tokens - before == columns
 
 
@@ -150,7 +151,7 @@ def test_a_text_beyond_the_longest_bucket_runs_at_its_own_length(traced: None) -
 def test_adapters_are_compiled_along_and_seen_to_change(name: str, traced: None, tmp_path: Path) -> None:
     loaded = compile_loaded(tiny_loaded(), longest=16)
     trainer = TRAINERS.build(load([f"trainer={name}"]).trainer)
-    workplace = Workplace(folder=tmp_path, seed=0, texts=list, advance=lambda done, total: None)
+    workplace = Workplace(folder=tmp_path, seed=0, texts=list)
     artifact = trainer.prepare(loaded, workplace).artifact
     space = trainer.build(loaded, artifact, distribution=Distribution.gaussian).space
     start = space.values()
@@ -159,8 +160,8 @@ def test_adapters_are_compiled_along_and_seen_to_change(name: str, traced: None,
     seen = []
     for number, shift in enumerate((0.0, 0.25, 0.5)):
         space.load(start + np.float32(shift))
-        ours = example_losses(loaded, SHORT, loss=Loss.candidates, tokens_per_batch=MANY)
-        own = example_losses(plain, SHORT, loss=Loss.candidates, tokens_per_batch=MANY)
+        ours = example_losses(loaded, SHORT, Planning(MANY), loss=Loss.candidates)
+        own = example_losses(plain, SHORT, Planning(MANY), loss=Loss.candidates)
         np.testing.assert_allclose(ours, own, rtol=0, atol=1e-5)
         seen.append(ours)
         if number == 0:
@@ -185,7 +186,7 @@ def test_weights_that_are_perturbed_on_the_fly_are_refused_and_never_missed(trac
         space.probe(0.1, key=5),
         pytest.raises(torch._dynamo.exc.TorchDynamoException),
     ):
-        example_losses(loaded, SHORT, loss=Loss.candidates, tokens_per_batch=MANY)
+        example_losses(loaded, SHORT, Planning(MANY), loss=Loss.candidates)
 
 
 @pytest.mark.slow
@@ -248,7 +249,7 @@ def test_cuda_graphs_give_the_eager_losses_and_read_weights_where_they_lie() -> 
 
     def losses(of: LoadedModel) -> np.ndarray:
         scores = candidate_scores(of, LONG, tokens_per_batch=MANY).ravel()
-        return np.concatenate([example_losses(of, SHORT, loss=Loss.candidates, tokens_per_batch=MANY), scores])
+        return np.concatenate([example_losses(of, SHORT, Planning(MANY), loss=Loss.candidates), scores])
 
     seen = []
     for _ in range(4):  # a graph is run, then recorded, then replayed

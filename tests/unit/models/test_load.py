@@ -523,10 +523,31 @@ def test_an_interrupted_conversion_leaves_no_half_cache(monkeypatch: pytest.Monk
     assert list(models.iterdir()) == []
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o007, 0o077])
+def test_a_cache_is_open_to_all_to_whom_the_umask_opens_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, umask: int
+) -> None:
+    def convert(gguf: Path, folder: Path) -> None:
+        (folder / "model.safetensors").touch(mode=0o600)  # as safetensors makes it, whatever the umask
+        (folder / "config.json").touch()
+
+    models = fake_package(monkeypatch, tmp_path, convert)
+    before = os.umask(umask)
+    try:
+        folder = source.embedded_folder()
+    finally:
+        os.umask(before)
+
+    assert list(models.iterdir()) == [folder]
+    assert folder.stat().st_mode & 0o777 == 0o777 & ~umask
+    modes = {file.name: file.stat().st_mode & 0o777 for file in folder.iterdir()}
+    assert modes == dict.fromkeys(("model.safetensors", "config.json"), 0o666 & ~umask)
+
+
 def test_two_conversions_at_once_end_with_one_whole_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def convert(gguf: Path, folder: Path) -> None:
         (folder / "model.safetensors").write_bytes(b"mine")
-        other = models / folder.name.split(".tmp-")[0]
+        other = models / folder.name
         other.mkdir()  # the other process is done first
         (other / "model.safetensors").write_bytes(b"other")
 

@@ -23,7 +23,7 @@ from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
 from fedzo.models import lower_layers
 from fedzo.models.blocks import find_blocks, first_trained_block, parameters_from, upper_blocks
-from fedzo.models.forwards import lower_layers_of
+from fedzo.models.forwards import Planning, lower_layers_of
 from fedzo.models.kept_rows import RowStates
 from fedzo.models.load import compile_loaded, wrap_model
 from fedzo.models.loaded import LoadedModel
@@ -56,7 +56,7 @@ MIXED = [
 
 
 def losses(loaded: LoadedModel, lower: StepStates | None, *, per_batch: int = MANY) -> np.ndarray:
-    return example_losses(loaded, MIXED, loss=Loss.candidates, tokens_per_batch=per_batch, lower=lower)
+    return example_losses(loaded, MIXED, Planning(per_batch, lower=lower), loss=Loss.candidates)
 
 
 def count_runs(block: nn.Module) -> list[int]:
@@ -253,7 +253,7 @@ def test_a_step_runs_the_lower_blocks_once(config: Any, forwards: int) -> None:
 
     def estimate(step: StepStates | None) -> list[Any]:
         def loss_fn() -> float:
-            found = example_losses(loaded, short, loss=Loss.candidates, tokens_per_batch=MANY, lower=step)
+            found = example_losses(loaded, short, Planning(MANY, lower=step), loss=Loss.candidates)
             return float(found.mean())
 
         return estimator.estimate(space, loss_fn, [1, 2, 3])
@@ -352,7 +352,7 @@ def test_positions_that_are_read_alone_come_in_batches_of_the_limit(per_batch: i
 
     for owned in (None, [3, 1, 0, 2]):  # a row's batches may come in any order
         chosen = MIXED if owned is None else [MIXED[i] for i in owned]
-        found = example_losses(loaded, chosen, loss=Loss.candidates, tokens_per_batch=per_batch, lower=step)
+        found = example_losses(loaded, chosen, Planning(per_batch, lower=step), loss=Loss.candidates)
         assert max(rows) <= max(per_batch, 6)  # an answer's positions stay together
         np.testing.assert_allclose(found, losses(loaded, None) if owned is None else losses(loaded, None)[owned], 1e-5)
         rows.clear()
@@ -427,7 +427,7 @@ def test_scores_find_what_steps_and_earlier_scores_kept() -> None:
     def scores(model: LoadedModel) -> Any:
         return candidate_scores(model, short, tokens_per_batch=MANY, on_batch=lambda *count: done.append(count))
 
-    example_losses(loaded, short[:1], loss=Loss.candidates, tokens_per_batch=MANY, lower=lower.of_step())
+    example_losses(loaded, short[:1], Planning(MANY, lower=lower.of_step()), loss=Loss.candidates)
     first = scores(loaded)
     space.step(0.5, key=3)
     moved = scores(loaded)
@@ -450,7 +450,7 @@ def test_kept_rows_give_the_losses_of_whole_forwards_but_for_last_bits(data: st.
         step = lower.of_step()
         with space.probe(0.25, key):
             found, whole = (
-                example_losses(loaded, chosen, loss=Loss.candidates, tokens_per_batch=MANY, lower=each)
+                example_losses(loaded, chosen, Planning(MANY, lower=each), loss=Loss.candidates)
                 for each in (step, None)
             )
         np.testing.assert_allclose(found, whole, rtol=2e-6)
@@ -465,10 +465,8 @@ def test_a_row_runs_the_lower_blocks_once_in_all_rounds_if_it_fits() -> None:
     rows = [Example(tokens(i, 6), ((7,), (250,)), 0) for i in range(4)]
 
     def loss(chosen: list[Example]) -> float:
-        found = example_losses(
-            loaded, chosen, loss=Loss.candidates, tokens_per_batch=MANY, lower=lower.of_step() if lower else None
-        )
-        return float(found.mean())
+        planning = Planning(MANY, lower=lower.of_step() if lower else None)
+        return float(example_losses(loaded, chosen, planning, loss=Loss.candidates).mean())
 
     loss(rows[:3])
     loss(rows[1:])
@@ -737,7 +735,7 @@ def test_rows_are_not_kept_where_they_depend_on_their_batch(
 
     assert lower is not None
     assert lower.rows is None
-    assert "keeps no rows: its positions depend on the longest row of a batch" in caplog.text
+    assert "has no effect: its positions depend on the longest row of a batch" in caplog.text
     step = lower.of_step()
     np.testing.assert_array_equal(losses(loaded, step), losses(loaded, None))
 

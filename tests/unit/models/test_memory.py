@@ -192,8 +192,8 @@ def test_a_rule_whose_memory_is_not_there_is_named(
     assert fit(0) == 4096
     assert not caplog.records
     assert fit(8) == 2048  # 72 MiB are the rule's
-    assert "4096 do not fit in the 28 MiB that are free, so 2048 are taken" in caplog.text
-    with pytest.raises(ConfigError, match=r"server_optimizer: .* remembers 17 .* \(108 MiB\), available are 100 MiB"):
+    assert "4096 do not fit in the 28 MiB that are free, so 2048 are used" in caplog.text
+    with pytest.raises(ConfigError, match=r"server_optimizer: .* has 17 .* \(108 MiB\), and 100 MiB are free"):
         fit(17)
 
 

@@ -21,6 +21,7 @@ from fedzo.data.config import Loss
 from fedzo.data.encode import Example
 from fedzo.errors import ConfigError
 from fedzo.models.cache import check_cache, run_answers, run_prompts
+from fedzo.models.forwards import Planning
 from fedzo.models.loaded import LoadedModel
 from fedzo.models.memory import cache_tokens
 from fedzo.models.plan import FEW_FORWARDS, plan_batches, plan_shared
@@ -147,7 +148,7 @@ def test_low_precision_scores_are_near_the_float32_ones(dtype: torch.dtype) -> N
 
 def test_losses_that_become_scalars_of_the_log_share_no_prompt() -> None:
     loaded = tiny_loaded()
-    example_losses(loaded, UNEQUAL, loss=Loss.candidates, tokens_per_batch=MANY, forward_cost_tokens=32)
+    example_losses(loaded, UNEQUAL, Planning(MANY, 32), loss=Loss.candidates)
     apart = loaded.counter.num_tokens
 
     candidate_scores(loaded, UNEQUAL, tokens_per_batch=MANY, forward_cost_tokens=32)

@@ -51,6 +51,8 @@ def test_a_table_file_names_its_base_and_the_digest_of_its_values(loaded: Loaded
     values = [each.detach().numpy() for name, each in loaded.model.named_parameters() if name.endswith(".tables")]
     digest = hashlib.sha256(np.concatenate([value.reshape(-1) for value in values]).tobytes()).hexdigest()
     assert told == {"format": 1, "content": "tables", "base_digest": loaded.base_digest, "digest": digest}
+    canonical = json.dumps(told, sort_keys=True, separators=(",", ":"))  # as every version wrote it
+    assert json.dumps({"fedzo_tables": canonical}, separators=(",", ":")).encode() in written.read_bytes()
     assert sum(each.numel() for each in tensors.values()) == sum(value.size for value in values)
     read = read_tables(written, loaded)
     assert list(read) == [name for name, _ in loaded.model.named_parameters() if name.endswith(".tables")]
@@ -73,16 +75,18 @@ def moved(tensors: dict[str, torch.Tensor], told: dict[str, Any]) -> None:
     ("change", "message"),
     [
         (put("base_digest", "f" * 64), r"must be of the model 'tiny-llama' \(SHA-256 \w{12}\.\.\.\), got .* \(f{12}"),
-        (put("format", 2), r"its format must be 1, got 2\. Export it again"),
+        (put("format", 2), r"format must be a whole number of 1 to 1, got 2\. Export it again"),
+        (put("content", "other"), "content must be 'tables' or 'gradient', got 'other'"),
+        (put("digest", 7), "digest must be 64 hexadecimal digits, got 7"),
         (put("content", GRADIENT), "must hold tables, got 'gradient'"),
         (moved, "its values must have the SHA-256 that it tells, got another"),
         (lambda tensors, told: tensors.pop(NAME), rf"but differs in {NAME}\. Export it again"),
         (lambda tensors, told: tensors.update(more=torch.zeros(1)), "but differs in more"),
         (lambda tensors, told: tensors.update({NAME: tensors[NAME][:-1].clone()}), f"but differs in {NAME}"),
         (lambda tensors, told: tensors.update({NAME: tensors[NAME].half()}), f"but differs in {NAME}"),
-        (lambda tensors, told: told.pop("format"), "its format must be 1, got None"),
+        (lambda tensors, told: told.pop("format"), "format must be a whole number of 1 to 1, got nothing"),
     ],
-    ids=["base", "format", "content", "value", "missing", "more", "shape", "dtype", "no format"],
+    ids=["base", "format", "word", "hash", "content", "value", "missing", "more", "shape", "dtype", "no format"],
 )
 def test_a_table_file_that_does_not_fit_is_refused(
     change: Change, message: str, loaded: LoadedModel, written: Path
@@ -105,7 +109,7 @@ def test_other_files_and_places_are_named(loaded: LoadedModel, written: Path, tm
     with pytest.raises(ConfigError, match=whole):
         read_tables(written, loaded)
     save_file({"x": torch.zeros(2)}, written, metadata={"fedzo_tables": "[1]"})
-    with pytest.raises(ConfigError, match=whole):
+    with pytest.raises(ConfigError, match=r"table file .*: must be an object, got \[1\]"):
         read_tables(written, loaded)
     with pytest.raises(ConfigError, match=r"table file .*none: it must be readable"):
         read_tables(tmp_path / "none", loaded)

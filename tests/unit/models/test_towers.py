@@ -82,7 +82,7 @@ def made_of(kind: str) -> LoadedModel:
 def build(loaded: LoadedModel, config: TrainerConfig) -> Built:
     trainer = TRAINERS.build(config)
     with tempfile.TemporaryDirectory() as folder:
-        place = Workplace(folder=Path(folder), seed=7, texts=lambda: TEXTS, advance=lambda done, total: None)
+        place = Workplace(folder=Path(folder), seed=7, texts=lambda: TEXTS)
         return trainer.build(loaded, trainer.prepare(loaded, place).artifact, distribution=Distribution.gaussian)
 
 

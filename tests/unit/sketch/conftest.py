@@ -27,6 +27,6 @@ def on_device(request: pytest.FixtureRequest) -> OnDevice:
     if interprets:
         return OnDevice(importlib.import_module("fedzo.sketch.triton_kernels").Kernels(4), torch.device("cpu"))
     device = torch.device("cuda", torch.cuda.current_device())
-    kernels = kernels_for(torch.empty(0, device=device))
+    kernels = kernels_for(torch.empty(0, device=device), 4)
     assert kernels is not None
     return OnDevice(kernels, device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,8 +32,10 @@ class SlowTwin:
         if self.fault == "compiler":
             raise RuntimeError("Failed to find C compiler")
         codes = codes_of(packed, tables.shape[2].bit_length() - 1, out.shape[1])
+        if self.fault == "end" and codes.shape[1] % 8:
+            codes[:, -1] = 0
         out.copy_(tables.gather(2, codes.view(*tables.shape[:2], -1)).view(out.shape))
-        if self.fault == "decode":
+        if self.fault == "decode" or (self.fault == "3 bits" and tables.shape[2] == 8):
             out[2, 23] = 9
         return out
 
@@ -40,6 +43,8 @@ class SlowTwin:
         assert x.is_contiguous()
         weight = self.decode(packed, tables, x.new_empty(len(packed), x.shape[1]))
         self.called[-1] = "product"
+        if self.fault == "part":
+            weight[:, 768:] = 0
         y = F.linear(x, weight, bias)
         return y + 1 if self.fault == "product" and len(x) > 1 else y
 
@@ -55,14 +60,14 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> SlowTwin:
     """Every layer takes the path of a GPU."""
     twin = SlowTwin()
     for module in ("linear", "packing"):
-        monkeypatch.setattr(f"fedzo.sketch.{module}.kernels_for", lambda *tensors: twin)
+        monkeypatch.setattr(f"fedzo.sketch.{module}.kernels_for", lambda tensor, bits: twin)
     return twin
 
 
 def codes_of(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
-    """The codes, int64, read off the bits as text."""
-    rows = ["".join(f"{byte:08b}" for byte in row) for row in packed.tolist()]
-    return torch.tensor([[int(row[bits * c : bits * (c + 1)], 2) for c in range(columns)] for row in rows])
+    """The codes, int64, of NumPy's bits."""
+    digits = np.unpackbits(packed.numpy(), axis=1)[:, : bits * columns].reshape(len(packed), columns, bits)
+    return torch.from_numpy(digits @ 2 ** np.arange(bits)[::-1])
 
 
 def weight_of(layer: SketchLinear, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -125,31 +130,38 @@ def test_columns_are_parted_where_processors_would_idle(shape: Any, tiles: Any, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_devices_and_dtypes_have_no_kernels(dtype: torch.dtype) -> None:
-    assert kernels_for(torch.empty(2, dtype=dtype)) is None
-    assert kernels_for(torch.empty(2, dtype=dtype, device="meta")) is None
+    assert kernels_for(torch.empty(2, dtype=dtype), 4) is None
+    assert kernels_for(torch.empty(2, dtype=dtype, device="meta"), 4) is None
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
         (None, None),
-        ("compiler", "cannot be used on cpu with torch.float32: Failed to find C compiler"),
+        ("compiler", "cannot be used on cpu with torch.float32 and codes of {} bits: Failed to find C compiler"),
         ("decode", "a decoded matrix is not the table's values"),
+        ("3 bits", "a decoded matrix is not the table's values"),
+        ("end", "a decoded matrix is not the table's values"),
         ("product", "a product with 17 tokens is wrong"),
+        ("part", "a product with 1 tokens is wrong"),
         ("sum", "sums by code are wrong"),
     ],
 )
 def test_kernels_are_used_only_if_they_make_the_right_numbers(
-    fault: str | None, message: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    fault: str | None, message: str | None, bits: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    if fault == "3 bits" and bits != 3:
+        fault, message = None, None
     module: Any = type(sys)("triton_kernels")
     module.Kernels = lambda processors: SlowTwin(fault)
     monkeypatch.setitem(sys.modules, "fedzo.sketch.triton_kernels", module)
 
-    found = _checked_kernels.__wrapped__(CPU, torch.float32)
+    found = _checked_kernels.__wrapped__(CPU, torch.float32, bits)
 
     assert (found is None) == (fault is not None)
-    assert [message in record.getMessage() for record in caplog.records if message] == [True] * (fault is not None)
+    assert len(caplog.records) == (fault is not None)
+    assert (message or "").format(bits) in caplog.text
 
 
 def test_without_triton_there_are_no_kernels_and_one_line_says_so(
@@ -158,8 +170,9 @@ def test_without_triton_there_are_no_kernels_and_one_line_says_so(
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "fedzo.sketch.triton_kernels", raising=False)
 
-    assert _checked_kernels.__wrapped__(CPU, torch.float32) is None
-    assert "the GPU kernels for sketches cannot be used on cpu with torch.float32: import of triton" in caplog.text
+    assert _checked_kernels.__wrapped__(CPU, torch.float32, 4) is None
+    told = "the GPU kernels for sketches cannot be used on cpu with torch.float32 and codes of 4 bits: import of triton"
+    assert told in caplog.text
 
 
 @pytest.mark.parametrize("leading", [(1,), (3, 4), (FUSED_TOKENS,), (2, 1, 5)])

@@ -219,7 +219,7 @@ def test_a_layer_of_a_sketch_computes_with_it_and_copies_itself_whole() -> None:
     inputs = torch.randn(64, 40, generator=generator)
     sketch = sketch_matrix(weight, inputs.T @ inputs / 32, SketchSettings(bits=3, groups_per_row=2))
 
-    layer = SketchLinear.from_sketch(sketch, bias).requires_grad_(False)
+    layer = SketchLinear.of(sketch.codes, sketch.tables, 40, bias).requires_grad_(False)
 
     change, outputs = layer(inputs) - F.linear(inputs, weight, bias), F.linear(inputs, weight)
     assert float(change.square().sum() / outputs.square().sum()) == pytest.approx(sketch.relative_error, rel=1e-4)

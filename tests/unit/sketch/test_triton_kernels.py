@@ -125,9 +125,11 @@ def test_equal_calls_give_equal_bits(on_device: Any) -> None:
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_the_check_before_the_first_use_passes(dtype: torch.dtype, on_device: Any) -> None:
-    _check(on_device.kernels, on_device.device, dtype)
+def test_the_check_before_the_first_use_passes(dtype: torch.dtype, bits: int, on_device: Any) -> None:
+    for num_columns in (69, 1029):
+        _check(on_device.kernels, on_device.device, dtype, bits, num_columns)
 
 
 @pytest.mark.parametrize("leading", [(), (1,), (2, 3), (2, 1, 4), (FUSED_TOKENS + 1,)], ids=str)
@@ -136,7 +138,7 @@ def test_a_layer_on_the_kernels_has_the_outputs_and_gradients_of_the_dense_one(
     columns: int, groups: int, bits: int, leading: tuple[int, ...], on_device: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("linear", "packing"):
-        monkeypatch.setattr(f"fedzo.sketch.{module}.kernels_for", lambda *tensors: on_device.kernels)
+        monkeypatch.setattr(f"fedzo.sketch.{module}.kernels_for", lambda tensor, bits: on_device.kernels)
     parts = parts_of(6, columns, groups, bits, on_device.device, torch.float32)
     generator = torch.Generator().manual_seed(6)
     # transposed in memory, as attention's outputs are

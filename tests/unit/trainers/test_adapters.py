@@ -44,7 +44,7 @@ from fedzo.trainers.base import TrainerConfig
 from fedzo.zo.config import Distribution
 from fedzo.zo.directions import direction
 from fedzo.zo.estimator import TwoPoint
-from fedzo.zo.log import apply_step
+from fedzo.zo.log import apply_steps
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # by PEFT, of transformers
 
@@ -92,7 +92,7 @@ def name_of(config: TrainerConfig) -> str:
 def build(loaded: LoadedModel, config: TrainerConfig, *, seed: int = 7) -> Built:
     trainer = TRAINERS.build(config)
     with tempfile.TemporaryDirectory() as folder:
-        place = Workplace(folder=Path(folder), seed=seed, texts=list, advance=lambda done, total: None)
+        place = Workplace(folder=Path(folder), seed=seed, texts=list)
         return trainer.build(loaded, trainer.prepare(loaded, place).artifact, distribution=Distribution.gaussian)
 
 
@@ -189,7 +189,7 @@ def test_a_step_with_lr_0_leaves_every_parameter_bit_identical(dtype: torch.dtyp
     before = {name: parameter.clone() for name, parameter in loaded.model.named_parameters()}
 
     (projection,) = TwoPoint(eps=1e-2).estimate(space, lambda: loss_of(loaded), [11])
-    apply_step(space, lr=0.0, c=projection.g, key=11)
+    apply_steps(space, [(projection.g, 11)], lr=0.0)
 
     after = dict(loaded.model.named_parameters())
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
@@ -404,6 +404,18 @@ def test_a_base_of_packed_integers_is_left_alone_and_carries_an_adapter(config: 
     assert not torch.equal(at_rest, moved)
     remove(loaded.model)
     assert torch.equal(logits(loaded.model), base)
+
+
+def test_an_earlier_adapters_own_layers_are_not_offered() -> None:
+    loaded, wrong = tiny_loaded(), LoraTrainerConfig(target_modules=["c_attn"])
+    with pytest.raises(ConfigError, match="must name linear layers") as of_the_base:
+        build(loaded, wrong)
+    build(loaded, LoraTrainerConfig())
+
+    with pytest.raises(ConfigError) as again:
+        build(loaded, wrong)
+
+    assert str(again.value) == str(of_the_base.value)
 
 
 def test_layers_that_are_not_there_are_named_with_those_that_are() -> None:

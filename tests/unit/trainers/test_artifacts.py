@@ -87,7 +87,7 @@ def test_who_finds_another_content_leaves_the_right_one_that_comes_meanwhile(
     assert (store.folder / DIGEST).read_bytes() == CONTENT
 
 
-def test_a_file_is_hashed_once_a_process_and_not_when_it_has_just_been_written(
+def test_a_file_is_hashed_once_a_process_and_not_again_by_the_process_that_wrote_it(
     store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed: list[Path] = []
@@ -100,7 +100,9 @@ def test_a_file_is_hashed_once_a_process_and_not_when_it_has_just_been_written(
         assert store.find(DIGEST)
         assert another.find(DIGEST)
 
-    assert hashed == [store.folder / DIGEST]
+    written, found = hashed
+    assert written.suffix == ".part"
+    assert found == store.folder / DIGEST
 
 
 def test_a_failed_write_leaves_nothing(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ LAW = Distribution.gaussian
 
 @pytest.fixture
 def place(tmp_path: Path) -> Workplace:
-    return Workplace(folder=tmp_path, seed=3, texts=lambda: TEXTS, advance=lambda done, total: None)
+    return Workplace(folder=tmp_path, seed=3, texts=lambda: TEXTS)
 
 
 def moved(loaded: LoadedModel, config: LayeredConfig, place: Workplace) -> set[str]:

@@ -25,7 +25,7 @@ CHOSEN = MeerkatConfig(
 @pytest.fixture
 def given(tmp_path: Path) -> Path:
     """The file of a mask that ``CHOSEN`` made."""
-    place = Workplace(folder=tmp_path, seed=3, texts=lambda: TEXTS, advance=lambda done, total: None)
+    place = Workplace(folder=tmp_path, seed=3, texts=lambda: TEXTS)
     save_mask(choose_mask(CHOSEN, tiny_loaded("llama"), place), tmp_path / "given.safetensors")
     return tmp_path / "given.safetensors"
 

@@ -46,4 +46,4 @@ def test_a_way_back_that_needs_a_second_model_is_warned_of_where_it_has_no_room(
         replace(tiny_loaded(), reads_whole=whole), b"", distribution=Distribution.gaussian
     )
 
-    assert ("reads 'tiny-llama' whole" in caplog.text) == warned
+    assert ("'tiny-llama' is read again whole" in caplog.text) == warned

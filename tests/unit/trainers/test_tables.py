@@ -36,7 +36,7 @@ IDS = torch.arange(24).reshape(2, 12) * 7 % 256
 @pytest.fixture
 def place(tmp_path: Path) -> Callable[..., Workplace]:
     def make(**extra: Any) -> Workplace:
-        return Workplace(folder=tmp_path, seed=3, texts=lambda: TEXTS, advance=lambda done, total: None, **extra)
+        return Workplace(folder=tmp_path, seed=3, texts=lambda: TEXTS, **extra)
 
     return make
 

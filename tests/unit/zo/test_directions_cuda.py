@@ -22,7 +22,6 @@ from fedzo.zo.directions import (
     stream_key,
 )
 from fedzo.zo.directions_cuda import CudaDirections, Pieces
-from fedzo.zo.rounding import add_direction_stochastically
 from fedzo.zo.together import Together
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -69,8 +68,7 @@ def test_a_direction_has_the_cpus_bits_wherever_a_tensor_begins(
 def test_stochastic_rounding_has_the_cpus_bits(law: Distribution, dtype: torch.dtype, kernels: CudaDirections) -> None:
     for start, n in CASES:
         weight = weights(n, dtype)
-        want = weight.clone()
-        add_direction_stochastically(want, 5, scale=SCALE, start=start, distribution=law)
+        want = add_direction(weight, 5, scale=SCALE, start=start, distribution=law, stochastic=True)
 
         kernels.add(weight, 5, scale=SCALE, start=start, out=weight, distribution=law, stochastic=True)
 

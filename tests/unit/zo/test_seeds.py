@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedzo.zo.directions import SHARED, direction, philox, stream_key
+from fedzo.zo.directions import SHARED, philox, stream_key
 from fedzo.zo.seeds import OWN, POOL_OWNER, pool_slot, step_key
 
 AT = {"round": 3, "step": 1, "probe": 2}
@@ -52,4 +52,3 @@ def test_pool_directions_are_nobody_s_own(owner: int) -> None:
     pool = {stream_key(0, round=slot, owner=POOL_OWNER) for slot in range(100)}
 
     assert not pool & {stream_key(0, round=r, owner=owner) for r in range(100)}
-    assert direction(min(pool), 8).shape == (8,)

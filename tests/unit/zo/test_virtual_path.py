@@ -46,7 +46,7 @@ def paths_of(
 
 
 def slow(gradient: np.ndarray, g: np.ndarray, keys: list[list[int]], law: Distribution) -> list[tuple[float, ...]]:
-    """(GradIP, |g|, cosine) of each step from whole vectors in float64."""
+    """(GradIP, cosine) of each step from whole vectors in float64."""
     out = []
     for row, of_step in zip(g.astype(np.float64), keys, strict=True):
         ghat = np.zeros(len(gradient))
@@ -56,7 +56,7 @@ def slow(gradient: np.ndarray, g: np.ndarray, keys: list[list[int]], law: Distri
         wide = gradient.astype(np.float64)
         inner = float(wide @ ghat)
         norms = math.sqrt(wide @ wide) * math.sqrt(ghat @ ghat)
-        out.append((inner, sum(abs(row)) / len(row), inner / norms if norms else math.nan))
+        out.append((inner, inner / norms if norms else math.nan))
     return out
 
 
@@ -122,7 +122,6 @@ def test_three_coordinates_by_hand() -> None:
     )
 
     assert paths[3].grad_ip.tolist() == [-0.5 * xi]
-    assert paths[3].abs_g.tolist() == [0.5]
     assert paths[3].cosine.tolist() == pytest.approx([-xi / (3 * math.sqrt(3))], abs=1e-15)
 
 
@@ -152,12 +151,11 @@ def test_all_clients_equal_whole_vectors_and_single_calls(
     for client, g in scalars.items():
         path, alone = together[client], run({client: g})[client]
         keys = keys_of(SHARED if shared else client, g.shape, run_seed=seed, round=6)
-        grad_ip, abs_g, cosine = (list(column) for column in zip(*slow(gradient, g, keys, law), strict=True))
+        grad_ip, cosine = (list(column) for column in zip(*slow(gradient, g, keys, law), strict=True))
         scale = float(np.abs(g).sum() * np.abs(gradient).sum()) * 5
         assert path.grad_ip.tolist() == pytest.approx(grad_ip, abs=1e-12 * scale)
-        assert path.abs_g.tolist() == pytest.approx(abs_g, rel=1e-14)
         assert path.cosine.tolist() == pytest.approx(cosine, abs=1e-9)
-        for ours, single in zip((path.grad_ip, path.abs_g, path.cosine), vars_of(alone), strict=True):
+        for ours, single in ((path.grad_ip, alone.grad_ip), (path.cosine, alone.cosine)):
             assert np.array_equal(ours, single)
 
 
@@ -172,10 +170,6 @@ def test_directions_of_a_pool_are_those_that_the_client_drew() -> None:
     )[4]
 
     assert path.grad_ip.tolist() == pytest.approx([row[0] for row in slow(gradient, g, keys, Distribution.gaussian)])
-
-
-def vars_of(path: object) -> tuple[np.ndarray, ...]:
-    return tuple(getattr(path, name) for name in ("grad_ip", "abs_g", "cosine"))
 
 
 def test_where_clients_share_directions_a_record_with_their_own_columns_has_one_product_a_direction() -> None:
@@ -222,7 +216,7 @@ def test_a_dropped_step_has_no_direction_and_no_clients_have_no_paths() -> None:
 
     path = run({0: np.array([[0.0], [1.0]], np.float32)}, torch.ones(20))[0]
 
-    assert (path.grad_ip[0], path.abs_g[0]) == (0, 0)
+    assert path.grad_ip[0] == 0
     assert np.isnan(path.cosine).tolist() == [True, False]
     assert np.isnan(run({0: np.ones((1, 1), np.float32)}, torch.zeros(20))[0].cosine).tolist() == [True]
     assert run({}, torch.ones(20)) == {}

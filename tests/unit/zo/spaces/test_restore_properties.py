@@ -6,6 +6,8 @@ gaps in its memory, negative zeros and values near the ends of the dtype.
 
 from __future__ import annotations
 
+import hashlib
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -197,13 +199,13 @@ def test_a_masked_probe_moves_its_weights_by_one_product_one_sum_one_cast_and_no
 
 @contextmanager
 def small_pieces(size: int) -> Iterator[None]:
-    """Widen and scale a few values at a time."""
-    kept = directions._CHUNK, full_space._CHUNK
-    directions._CHUNK = full_space._CHUNK = size
+    """Widen and scale a few values, and read a few bytes at a time."""
+    kept = directions._CHUNK, full_space._CHUNK, full_space._READ_BYTES
+    directions._CHUNK = full_space._CHUNK = full_space._READ_BYTES = size
     try:
         yield
     finally:
-        directions._CHUNK, full_space._CHUNK = kept
+        directions._CHUNK, full_space._CHUNK, full_space._READ_BYTES = kept
 
 
 @given(
@@ -254,3 +256,17 @@ def test_scaling_in_pieces_is_scaling_at_once(dtype: torch.dtype, factor: float,
         trained.scale_by(factor)
 
     assert all(same_bits(weight, expected[name]) for name, weight in values_of(model).items())
+
+
+@given(dtype=DTYPES, room=st.integers(1, 600))
+@settings(max_examples=20, deadline=None)
+def test_a_model_that_is_read_in_groups_is_the_one_that_is_read_at_once(dtype: torch.dtype, room: int) -> None:
+    model, _, trained = build(full, dtype, Distribution.gaussian, wild=True)
+
+    with small_pieces(room):
+        values, digest, check = trained.values(), trained.digest(), trained.check()
+
+    parts = list(model.parameters())
+    whole = b"".join(map(raw, parts))  # each has fewer than 1,024 values, so the check is of all
+    assert values.tobytes() == torch.cat([part.float().reshape(-1) for part in parts]).numpy().tobytes()
+    assert (digest, check) == (hashlib.sha256(whole).hexdigest(), zlib.crc32(whole))
